@@ -59,6 +59,83 @@ def test_missing_data_say_what_to_put_where(tmp_path):
     )
 
 
+NIAH = "mmlb_data_example/NIAH/counting-image_test_K128_dep3.jsonl"
+MMLONGBENCH = {
+    "dataset_path": "json",
+    "dataset_kwargs": {
+        "data_files": f"https://huggingface.co/datasets/ZhaoweiWang/MMLongBench/resolve/main/{NIAH}"
+    },
+    "test_split": "train",
+}
+
+
+def write_mmlongbench(root: Path) -> None:
+    """A needle counted in a text with pictures, as the data set's own file has it."""
+    from PIL import Image
+
+    folder = root / "ZhaoweiWang/MMLongBench"
+    (folder / NIAH).parent.mkdir(parents=True)
+    names = [f"mm-niah/{name}.png" for name in ("first", "second", "needle")]
+    for colour, name in zip(("red", "blue", "green"), names, strict=True):
+        path = folder / "mmlb_image" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (56, 56), colour).save(path)
+    texts = ["A fox.", "<image>", "A crow.", "<image>", "The end."]
+    kinds = ["image" if text == "<image>" else "text" for text in texts]
+    doc = {
+        "id": "counting-image-0",
+        "ctxs": [{"type": k, "text": t} for k, t in zip(kinds, texts, strict=True)],
+        "question": "How often does <image> appear in each picture? Give a list.",
+        "answer": [0, 1],
+        "image_list": names[:2],
+        "needle_image_list": names[2:],
+    }
+    lines = [json.dumps(doc), json.dumps({**doc, "id": "counting-image-1", "answer": [2, 0]})]
+    (folder / NIAH).write_text("\n".join(lines) + "\n")
+
+
+def test_a_task_that_names_a_file_on_the_hub_finds_it_in_the_copy(tmp_path, monkeypatch):
+    """MMLongBench: `dataset_path: json`, and images below a folder that a variable names."""
+    monkeypatch.setenv("MMLONGBENCH_IMAGE_ROOT", "/elsewhere")
+    local = LocalData(tmp_path)
+    assert not local.has(MMLONGBENCH)
+    said = str(local.missing("mmlongbench", MMLONGBENCH))
+    assert NIAH in said and "mmlb_image" in said and "ZhaoweiWang/MMLongBench" in said
+    local.stage(tmp_path / "home", {})
+    assert os.environ["MMLONGBENCH_IMAGE_ROOT"] == "/elsewhere", "of a copy that is not there"
+    write_mmlongbench(tmp_path)
+    assert local.has(MMLONGBENCH)
+    local.stage(tmp_path / "home", {})
+    changes = local.changes(MMLONGBENCH)["dataset_kwargs"]["data_files"]
+    for line in Path(changes["train"]).read_text().splitlines():
+        for name in json.loads(line)["image_list"]:
+            assert (Path(os.environ["MMLONGBENCH_IMAGE_ROOT"]) / name).is_file()
+    shutil.rmtree(tmp_path / "ZhaoweiWang/MMLongBench/mmlb_image")
+    assert not local.has(MMLONGBENCH), "the task leaves missing images out in silence"
+
+
+@needs_lmms
+@pytest.mark.slow
+def test_mmlongbench_from_a_local_copy(folder, tmp_path):
+    """lmms-eval's own prompts and scoring; every picture counts, at its place in the text."""
+    write_mmlongbench(tmp_path / "copy")
+    done = tokencomp(
+        "--model", folder, "--data", tmp_path / "copy", "--tasks", "mmlongbench", "-r", "uniform",
+        "--ratio", "0.5", "--no-baselines", "-o", tmp_path / "o",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = records(tmp_path / "o/uniform-0.5")
+    assert [r["id"] for r in rows] == ["mmlongbench/0", "mmlongbench/1"]
+    for row, gold in zip(rows, (1, 2), strict=True):
+        assert row["visual_tokens"] == 3 * 4 and row["ratio"] == 0.5
+        numbers = [int(n) for n in re.findall(r"-?\d+", row["prediction"])]
+        assert row["correct"] == float(sum(numbers) == gold)
+        assert row["prompt"].count("<image>") == 3
+    manifest = json.loads((tmp_path / "o/uniform-0.5/manifest.json").read_text())
+    assert manifest["identity"]["data"] == ["copy/ZhaoweiWang/MMLongBench"]
+    assert set(manifest["scores"]) == {"mmlongbench"}
+
+
 @pytest.mark.parametrize(
     "sample, score",
     [

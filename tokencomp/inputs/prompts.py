@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,9 +20,23 @@ Chat = list[dict[str, Any]]
 """Messages as chat templates take them: role, and content with text and media placeholders."""
 
 
+MARK = "<image>"
+"""Where an image stands in a prompt of interleaved text and images."""
+
+
 def media_chat(media: Sequence[Any], prompt: str) -> Chat:
-    """One user message: the media, then the prompt."""
-    content = [{"type": media_kind(m)} for m in media] + [{"type": "text", "text": prompt}]
+    """One user message: the media, then the prompt.
+
+    A prompt with as many marks `<image>` as there are images, and no video, has every image at its
+    mark. Other marks are taken out: processors read them as images that are missing.
+    """
+    shown = [{"type": media_kind(m)} for m in media]
+    texts = prompt.split(MARK) if media else [prompt]
+    content: list[dict[str, Any]] = [*shown, {"type": "text", "text": "".join(texts)}]
+    if len(texts) == len(shown) + 1 and {"type": "video"} not in shown:
+        between = [{"type": "text", "text": text} if text else None for text in texts]
+        pairs = itertools.zip_longest(between, shown)
+        content = [part for pair in pairs for part in pair if part]
     return [{"role": "user", "content": content}]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,22 @@ from tokencomp.errors import MediaError, OptionError
 SHAPESQA = "shapesqa"
 SHAPESQA_ID = "tokencomp/ShapesQA"
 PER_TASK = 25
+MARKED_IMAGES = {"ZhaoweiWang/MMLongBench": ("MMLONGBENCH_IMAGE_ROOT", "mmlb_image")}
+"""Data set → where its task looks for images, and the folder of the data set that has them."""
+_FILE = re.compile(r"https://huggingface\.co/datasets/([^/]+/[^/]+)/resolve/[^/]+/(.+)")
+
+
+def named_file(config: dict[str, Any]) -> tuple[str, str] | None:
+    """Data set and file of a task that names a file on the hub, not a data set."""
+    files = (config.get("dataset_kwargs") or {}).get("data_files")
+    match = _FILE.fullmatch(files) if isinstance(files, str) else None
+    return (match[1], match[2]) if match else None
+
+
+def data_set(config: dict[str, Any]) -> str:
+    """Id of the data set of a task on the hub."""
+    named = named_file(config)
+    return named[0] if named else str(config["dataset_path"])
 
 
 @dataclass(frozen=True)
@@ -21,7 +38,8 @@ class LocalData:
     """A folder `root/<owner>/<name>` per data set, as on the hub.
 
     lmms-eval looks for videos in `$HF_HOME/<cache_dir of the task>`; `stage` makes that place point
-    into the local copy, so that tasks run unchanged and nothing is downloaded.
+    into the local copy, so that tasks run unchanged and nothing is downloaded. A task that names a
+    file on the hub, as `mmlongbench` does, finds that file at the same path of the copy.
     """
 
     root: Path
@@ -36,6 +54,8 @@ class LocalData:
     def stage(self, home: Path, links: dict[str, str]) -> None:
         """Link `home/<cache_dir>` to the media of each data set. Call before lmms-eval's tasks.
 
+        Where a task asks an environment variable for its images, the variable is set.
+
         Parameters
         ----------
         links
@@ -49,25 +69,46 @@ class LocalData:
             if link.is_symlink() or not link.exists():
                 link.unlink(missing_ok=True)
                 link.symlink_to(target.resolve(), target_is_directory=True)
+        for dataset, (variable, images) in MARKED_IMAGES.items():
+            if (self.folder(dataset) / images).is_dir():
+                os.environ[variable] = str((self.folder(dataset) / images).resolve())
+
+    def changes(self, config: dict[str, Any]) -> dict[str, Any]:
+        """What a task has to be changed in to read this copy."""
+        named = named_file(config)
+        if named is None:
+            return {"dataset_path": str(self.folder(data_set(config))), "dataset_kwargs": {}}
+        files = {config["test_split"]: str((self.folder(named[0]) / named[1]).resolve())}
+        return {"dataset_kwargs": {"data_files": files}}
 
     def has(self, config: dict[str, Any]) -> bool:
-        """Whether the annotations of a task are there."""
-        folder, name = self.folder(config["dataset_path"]), config.get("dataset_name")
+        """Whether the annotations of a task are there, and the images that they name."""
+        folder, name = self.folder(data_set(config)), config.get("dataset_name")
         if not folder.is_dir():
             return False
+        if named := named_file(config):
+            images = MARKED_IMAGES.get(named[0], ("", ""))[1]
+            return (folder / named[1]).is_file() and (folder / images).is_dir()
         return name is None or any(folder.glob(f"**/{name}.json*")) or (folder / name).is_dir()
 
     def missing(self, task: str, config: dict[str, Any]) -> OptionError:
         """What to put where."""
-        folder = self.folder(config["dataset_path"])
-        if config["dataset_path"] == SHAPESQA_ID:
+        dataset = data_set(config)
+        folder = self.folder(dataset)
+        if dataset == SHAPESQA_ID:
             return OptionError(f"task {task!r} comes with the package: --data {SHAPESQA}.")
-        name = config.get("dataset_name")
+        name, named = config.get("dataset_name"), named_file(config)
         what = f" (configuration {name!r})" if name else ""
+        if named:
+            what = f" (its file {named[1]})"
+        images = MARKED_IMAGES.get(dataset)
+        archives = (
+            f"image archives there (they make {images[1]})" if images else "video archives there"
+        )
         return OptionError(
-            f"task {task!r} needs the data set {config['dataset_path']}{what}, which is not in "
+            f"task {task!r} needs the data set {dataset}{what}, which is not in "
             f"{folder}. On a machine with network: `hf download --repo-type dataset "
-            f"{config['dataset_path']} --local-dir {folder}`, unpack its video archives there, "
+            f"{dataset} --local-dir {folder}`, unpack its {archives}, "
             "and copy the folder over. Or use --data shapesqa, which needs no network."
         )
 

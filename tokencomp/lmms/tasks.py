@@ -13,7 +13,7 @@ from tokencomp.evaluation.environment import model_identity, public_name
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import RANDOM, Setting
 from tokencomp.evaluation.store import AnswerStore
-from tokencomp.lmms.data import LocalData, cache_dirs, from_hub, use_home
+from tokencomp.lmms.data import LocalData, cache_dirs, data_set, from_hub, use_home
 from tokencomp.pages.lost import draw_lost, write_lost
 
 
@@ -62,14 +62,9 @@ def find_tasks(names: Sequence[str], data: LocalData | None, home: Path) -> list
         members += present
     configs = {name: _config(manager, name) for name in members}
     if data is None:
-        return [Task(name, str(c["dataset_path"]), {}) for name, c in configs.items()]
+        return [Task(name, data_set(c), {}) for name, c in configs.items()]
     data.stage(home, cache_dirs(list(configs.values())))
-    return [_local(name, c["dataset_path"], data) for name, c in configs.items()]
-
-
-def _local(name: str, dataset: str, data: LocalData) -> Task:
-    changes = {"dataset_path": str(data.folder(dataset)), "dataset_kwargs": {}}
-    return Task(name, data.label(dataset), changes)
+    return [Task(name, data.label(data_set(c)), data.changes(c)) for name, c in configs.items()]
 
 
 def _manager() -> Any:
