@@ -72,11 +72,11 @@ def hour(model: str | None, folder: Path, rehearse: bool) -> HourFile:
     if rehearse:  # its commit need not be one without changes
         about["commit"] = str(about["commit"] or "0" * 40)[:40]
     file = HourFile.model_validate({"about": about, "rehearsal": rehearse, "parts": []})
-    done = _done(folder, file)
-    ended = []
-    for part in parts(model, folder):
+    done, every = _done(folder, file), parts(model, folder)
+    ended = {part.name: done[part.name] for part in every if part.name in done}
+    file = file.model_copy(update={"parts": [*ended.values()]})
+    for part in every:
         if part.name in done:
-            ended.append(done[part.name])
             continue
         print(f"{part.name}: {part.question} (at most {part.minutes:g} minutes)", flush=True)
         if part.needs_model and not model and not rehearse:
@@ -85,8 +85,9 @@ def hour(model: str | None, folder: Path, rehearse: bool) -> HourFile:
         else:
             result = run(part, folder, rehearse)
         print(f"{part.name}: {result.status} after {result.seconds:.0f} s", flush=True)
-        ended.append(result)
-        file = file.model_copy(update={"parts": [*ended]})
+        ended[part.name] = result
+        ordered = [ended[one.name] for one in every if one.name in ended]
+        file = file.model_copy(update={"parts": ordered})
         write_text(folder / MANIFEST, file.model_dump_json(indent=1) + "\n")
     return file
 

@@ -58,6 +58,19 @@ def test_every_end_is_noted_and_only_what_is_missing_runs_again(
     assert set(statuses(tmp_path).values()) == {"done"}
 
 
+def test_parts_done_after_one_that_failed_stay_in_the_manifest(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    chosen = [script("bad"), script("good")]
+    monkeypatch.setattr(hour, "parts", lambda model, folder: tuple(chosen))
+    hour.hour(None, tmp_path, rehearse=True)
+    chosen[0] = Part("bad", "?", 1, script("good").command, script("good").command)
+    for _ in range(2):  # the second call has nothing to do
+        file = hour.hour(None, tmp_path, rehearse=True)
+        assert [(one.name, one.status) for one in file.parts] == [("bad", "done"), ("good", "done")]
+        assert [*statuses(tmp_path)] == ["bad", "good"]
+
+
 @pytest.mark.usefixtures("three")
 def test_another_model_is_refused(tmp_path: Path) -> None:
     hour.main(["--rehearse", "--out", str(tmp_path)])
