@@ -99,9 +99,9 @@ def test_finished_answers_are_kept_and_other_questions_are_refused(
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("not json", "line 3: expected a JSON object with question, answer and media"),
-        ('{"question": "q", "media": "m.png"}', "line 3: expected a JSON object"),
-        ('["q", "a", "m.png"]', "line 3: expected a JSON object"),
+        ("not json", "answer and media; this line is not JSON (Expecting value"),
+        ('{"question": "q", "media": "m.png"}', "'answer' is missing (it has question, media)"),
+        ('["q", "a", "m.png"]', "answer and media, one per line; got a list"),
         ('{"question": null, "answer": "a", "media": "m.png"}', "line 3: the question is empty"),
         ('{"question": "q", "answer": "a", "media": "no.png"}', "no.png does not exist"),
         ('{"question": "q", "answer": "a", "media": []}', "line 3: there is no image or video"),
@@ -123,4 +123,7 @@ def test_files_that_are_missing_or_empty_and_tasks_beside_a_file(questions, eval
     assert "is empty: expected one JSON object per line" in capsys.readouterr().err
     questions[0].unlink()
     assert evaluate() == 2
-    assert "expected 'shapesqa', a JSON Lines file" in capsys.readouterr().err
+    assert "no such file. Expected 'shapesqa', a JSON Lines file" in capsys.readouterr().err
+    questions[0].mkdir()
+    assert evaluate() == 2
+    assert "my.jsonl': expected 'shapesqa'" in capsys.readouterr().err

@@ -55,6 +55,7 @@ def test_dropping_equals_masking(served: Family, reducer: Any) -> None:
         out = oracle.generate(model, inputs)
         masks = oracle.kept_columns(handle, inputs, served.layers)
         spans = handle.stats.spans
+    assert served.name in GRIDS, f"GRIDS needs the grids of {served.name} in prompts()"
     assert [[s.grid for s in row] for row in spans] == [*GRIDS[served.name], []]
     assert all(s.grid_known for row in spans for s in row)
     length = inputs["input_ids"].shape[1]

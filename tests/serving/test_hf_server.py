@@ -98,6 +98,7 @@ def test_a_request_may_have_a_stage_in_the_vision_tower(hf_server: Any) -> None:
         assert answer.usage.prompt_tokens == prompt
         usage = answer.usage.model_extra["tokencomp"]
         assert (usage["visual_tokens_before"], usage["visual_tokens_after"]) == (before, after)
+        assert isinstance(usage["visual_tokens_after"], int)
         texts.append(text)
     assert texts[0] != texts[1]  # the test can fail
 

@@ -111,6 +111,15 @@ def test_a_single_image_has_its_own_limit() -> None:
         load_image(image(201), LIMITS)
 
 
+def test_a_damaged_image_is_told_from_another_kind_of_file() -> None:
+    head, _, content = image(200).partition(",")
+    half = base64.b64encode(base64.b64decode(content)[:-30]).decode()
+    with pytest.raises(RequestError, match="an image is damaged"):
+        load_image(f"{head},{half}", LIMITS)
+    with pytest.raises(RequestError, match="cannot be read; allowed: PNG"):
+        load_image(f"{head},{base64.b64encode(b'hello').decode()}", LIMITS)
+
+
 def test_all_media_of_a_request_count_together() -> None:
     prompt = parsed(LIMITS, image(200), frames(100, 4), image(100))
     assert prompt.pixels == 200 * 200 + 4 * 100 * 100 + 100 * 100

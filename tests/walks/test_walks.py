@@ -80,6 +80,8 @@ def test_a_visitor_looks_at_the_demo_and_at_her_own_files(desk: Desk) -> None:
     assert "orange" in desk.run("inspect", *own)
     clip = ("--model", MODEL, "--video", "clip.mp4", "--question", "What color is the diamond?")
     assert "purple" in desk.run("demo", *clip, "--reducer", "kcentre", "--ratio", "0.5")
+    refused = desk.run("inspect", "--model", "./street.jpg", "--image", "street.jpg", fails=2)
+    assert "is a file" in refused
     Image.new("1", (14_000, 14_000)).save(desk.folder / "huge.png")
     refused = desk.run("inspect", "--model", MODEL, "--image", "huge.png", fails=2)
     assert "too large" in refused and "Traceback" not in refused
@@ -94,7 +96,8 @@ def test_a_researcher_asks_her_own_questions(desk: Desk) -> None:
     (report,) = commands("docs/evaluation.md", "tokencomp report")
     table = desk.run(*[MODEL if part == "MODEL" else part for part in evaluate[1:]])
     assert "condiv" in table and "downscale" in table
-    desk.run(*report[1:], "--table", "results.csv")
+    desk.run(*report[1:], "--table", "results.csv", "--table", "results.tex")
+    assert (desk.folder / "results.tex").read_text().startswith("\\begin{tabular}")
     rows = (desk.folder / "results.csv").read_text().splitlines()
     assert len(rows) == 1 + 1 + 2 * (2 + 3 + 2)  # head, full, and per ratio all settings
     wrong = desk.run("eval", "--model", MODEL, "--data", "none.jsonl", "-o", "other", fails=2)
@@ -114,6 +117,10 @@ def test_an_operator_serves_and_an_agent_asks(
             done = subprocess.run(["bash", "-c", here(curl)], capture_output=True, text=True)
             answer = json.loads(done.stdout)
             assert "orange" in answer["choices"][0]["message"]["content"], done
+        tools = [{"type": "function", "function": {"name": "click"}}]
+        asked = {"messages": [{"role": "user", "content": "Click."}], "tools": tools}
+        status, refusal = servers.get(f"{url}/v1/chat/completions", asked)
+        assert status == 400 and "response_format" in refusal  # what this model can do instead
         pytest.importorskip("openai")
         assert "orange" in desk.python("-c", here(client))
         example = ROOT / "examples" / "serve_client.py"

@@ -120,7 +120,7 @@ def _real(
 
     if not media:
         raise OptionError(
-            "nothing to look at: give --file FILE, or a model shape with "
+            "nothing to look at: give --image FILE or --video FILE, or a model shape with "
             "--config llava-onevision-0.5b."
         )
     loaded, processor = source.load()

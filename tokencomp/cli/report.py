@@ -17,8 +17,9 @@ def command(
     output: Annotated[Path, typer.Option("--output", "-o", help="HTML page.")] = Path(
         "tokencomp-report.html"
     ),
-    table_file: Annotated[
-        Path | None, typer.Option("--table", help="Also write the table: a .csv or .tex file.")
+    table_files: Annotated[
+        list[Path] | None,
+        typer.Option("--table", help="Also write the table: a .csv or .tex file; may be repeated."),
     ] = None,
     as_json: opt.Json = False,
 ) -> None:
@@ -28,8 +29,8 @@ def command(
     from tokencomp.pages import table_file as files
 
     table = report.lines(find_runs(runs))
-    if table_file is not None:
-        files.write_table(table, table_file)
+    for file in table_files or ():
+        files.write_table(table, file)
     report.write(table, output)
     if as_json:
         typer.echo(report.as_json(table))

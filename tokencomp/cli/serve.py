@@ -161,7 +161,8 @@ def command(
         run_vllm(folder, options, bind, limits, extra)
         return
     if engine != "hf":
-        raise OptionError(f"--engine {engine!r}: use 'hf', 'vllm' or 'mlx'.")
+        own = " SGLang has a start of its own: docs/serving.md." if engine == "sglang" else ""
+        raise OptionError(f"--engine {engine!r}: use 'hf', 'vllm' or 'mlx'.{own}")
     if context.args:
         raise OptionError(
             f"unknown arguments {' '.join(context.args)} (only vllm and mlx take more)."

@@ -7,6 +7,7 @@ import json
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokencomp.errors import OptionError
 from tokencomp.inputs.questions import Example
@@ -80,12 +81,9 @@ class FileQuestions(Sequence[Example]):
 def _example(file: Path, number: int, line: str, key: str) -> Example:
     """The question in line `number` of a file, whose id is `key` if it has none."""
     where = f"{file}, line {number}"
-    try:
-        row = json.loads(line)
-        media = row["media"] if isinstance(row["media"], list) else [row["media"]]
-        question, answer = row["question"], row["answer"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise OptionError(f"{where}: expected a JSON object {FIELDS} ({error!r}).") from error
+    row = _object(where, line)
+    media = row["media"] if isinstance(row["media"], list) else [row["media"]]
+    question, answer = row["question"], row["answer"]
     for name, text in (("question", question), ("answer", answer)):
         if text is None or not str(text).strip():
             raise OptionError(f"{where}: the {name} is empty.")
@@ -96,6 +94,19 @@ def _example(file: Path, number: int, line: str, key: str) -> Example:
         raise OptionError(f"{where}: {reason}. Every question needs media.")
     name, family = str(row.get("id", key)), str(row.get("family", ""))
     return Example(name, str(question), str(answer).strip(), paths, family)
+
+
+def _object(where: str, line: str) -> dict[str, Any]:
+    wanted = f"{where}: expected a JSON object {FIELDS}"
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise OptionError(f"{wanted}; this line is not JSON ({error}).") from error
+    if not isinstance(row, dict):
+        raise OptionError(f"{wanted}, one per line; got a {type(row).__name__}.")
+    if absent := [name for name in ("question", "answer", "media") if name not in row]:
+        raise OptionError(f"{wanted}; {absent[0]!r} is missing (it has {', '.join(row)}).")
+    return row
 
 
 def _check_ids(file: Path, rows: Sequence[Example], numbers: Sequence[int]) -> None:
@@ -117,8 +128,9 @@ def questions_file(path: Path) -> Path:
     """
     file = path / "questions.jsonl" if path.is_dir() else path
     if not file.is_file():
+        expected = "expected" if path.exists() else "no such file. Expected"
         raise OptionError(
-            f"data {str(path)!r}: expected '{EMBEDDED}', a JSON Lines file, or a folder with "
+            f"data {str(path)!r}: {expected} '{EMBEDDED}', a JSON Lines file, or a folder with "
             f"questions.jsonl (one object {FIELDS} per line)."
         )
     return file

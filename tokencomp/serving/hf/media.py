@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tokencomp.errors import MediaError
 from tokencomp.inputs.images import to_rgb
@@ -212,10 +212,13 @@ def _readable(limits: Limits) -> Iterator[None]:
         raise RequestError(
             f"an image has more pixels than the limit of {limits.max_pixels}.", 413
         ) from None
-    except Exception as error:  # Pillow raises many types for damaged files
-        kind = type(error).__name__
+    except UnidentifiedImageError:
         raise RequestError(
-            f"an image cannot be read ({kind}); allowed: {', '.join(IMAGE_FORMATS)}."
+            f"an image cannot be read; allowed: {', '.join(IMAGE_FORMATS)}."
+        ) from None
+    except Exception as error:  # Pillow raises many types for damaged files
+        raise RequestError(
+            f"an image is damaged ({type(error).__name__}). Send the whole file."
         ) from None
 
 

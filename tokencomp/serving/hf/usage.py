@@ -27,6 +27,7 @@ class Usage:
 
     def as_dict(self) -> dict[str, Any]:
         """Return OpenAI's usage object with the counts of compression under "tokencomp"."""
+        after = self.visual_after
         ratio = 1 - self.visual_after / self.visual_before if self.visual_before else 0.0
         return {
             "prompt_tokens": self.prompt,
@@ -34,7 +35,7 @@ class Usage:
             "total_tokens": self.prompt + self.completion,
             "tokencomp": {
                 "visual_tokens_before": self.visual_before,
-                "visual_tokens_after": self.visual_after,
+                "visual_tokens_after": int(after) if float(after).is_integer() else after,
                 "ratio": ratio,
             },
         }
