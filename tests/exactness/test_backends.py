@@ -19,7 +19,7 @@ from torch import nn
 
 import tokencomp
 from tokencomp import Plan, Stage, TowerStage, make_reducer
-from tokencomp.errors import TokenCompError, UnsupportedModelError
+from tokencomp.errors import TokenCompError, UnsupportedCacheError, UnsupportedModelError
 
 FAMILY_NAMES = sorted({**FAMILIES, **HYBRID, **STRUCTURAL})
 QUICK = {"qwen2_vl", "llava_onevision", "gemma3"}
@@ -40,13 +40,15 @@ SETTINGS: dict[str, Callable[[Family], dict[str, Any]]] = {
     },
 }
 # What runs in plain pytest; `-m long` runs every way with these settings, and greedy with all.
-STAGES = ("entry", "both", "attention", "compact", "weights", "tower")
+AT_ENTRY = ("entry", "compact", "weights", "tower")  # all that static caches take
+STAGES = (*AT_ENTRY, "both", "attention")
 SHOWN = {("greedy", name) for name in ("both", "attention", "compact", "weights", "tower")}
-SHOWN |= {(way, "both") for way in ("beams", "turns", "training", "packed")} | {("chunks", "entry")}
+SHOWN |= {(way, "both") for way in ("beams", "turns", "training", "packed")}
+SHOWN |= {("chunks", "entry"), ("static", "entry")}
 CASES = [
     pytest.param(way, name, marks=[] if (way, name) in SHOWN else [pytest.mark.long])
     for way in ways.WAYS
-    for name in (SETTINGS if way == "greedy" else STAGES)
+    for name in {"greedy": tuple(SETTINGS), "static": AT_ENTRY}.get(way, STAGES)
 ]
 # FlashAttention counts windows in rows, and finds the bounds of packed prompts by positions.
 WINDOWED = 'a window of 8. The backend flash_attention_2 .* in rows.* attn_implementation="sdpa"'
@@ -74,6 +76,16 @@ def check_refusal(family: Family, other: str, run: Callable[[], Any]) -> bool:
     return True
 
 
+def misreads_static_caches(family: Family, other: str) -> bool:
+    """Whether the release itself, unpatched, is wrong on static caches, as 5.3 still is."""
+    expected, model = ways.static(family.build(), family)[-1], backends.build(family, other)
+    try:
+        found = ways.static(model, family)[-1]
+    except IndexError:  # 4.57
+        return True
+    return bool((found - expected).abs().max() > 1e-2)
+
+
 @pytest.mark.parametrize(("way", "name"), CASES)
 def test_equals_sdpa(family: Family, other: str, way: str, name: str) -> None:
     model = backends.build(family, other)
@@ -83,7 +95,11 @@ def test_equals_sdpa(family: Family, other: str, way: str, name: str) -> None:
         pytest.skip(f"refused under SDPA too: {refusal}")
     if check_refusal(family, other, lambda: call(model, family, way, name)):
         return
-    found = call(model, family, way, name)
+    try:
+        found = call(model, family, way, name)
+    except UnsupportedCacheError:
+        assert way == "static" and (other == FLEX or misreads_static_caches(family, other))
+        return
     assert len(found) == len(expected)
     for mine, theirs in zip(found, expected, strict=True):
         # Gradients of models whose attention is made sharp are large.

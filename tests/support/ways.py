@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from support import oracle
+from support.caches import static_cache
 from support.families import IMAGE, Family, text
 from support.packed import pack, prompts
 from support.padding import positions, shifted
@@ -49,20 +50,35 @@ def chunks(model: nn.Module, family: Family) -> list[Tensor]:
     return list(generated(model, ragged(family), prefill_chunk_size=7).logits)
 
 
-def turns(model: nn.Module, family: Family) -> list[Tensor]:
-    """Logits of a second turn that brings an image, and of a third of text alone."""
+def static(model: nn.Module, family: Family) -> list[Tensor]:
+    """Logits on static caches: of a ragged batch, of one prompt, and of turns."""
+    batch, found = ragged(family), []
+    one = family.batch([[text(3), family.image(0), text(9, 3)]])
+    for inputs in (batch, one):
+        found += generated(model, inputs, cache_implementation="static").logits
+    return [*found, *turns(model, family, static_cache(model, 256))]
+
+
+def turns(model: nn.Module, family: Family, held: Any = None) -> list[Tensor]:
+    """Logits of a second turn that brings an image, and of a third of text alone.
+
+    `held` is a cache to write to; by default the model makes one.
+    """
     torch.manual_seed(7)
     rows = [[text(3), family.image(0), text(5, 3)], [text(2, 9), family.image(0), text(4, 8)]]
     parts = [family.batch([row]) for row in (*rows, [text(6, 4)])]
     whole = family.batch([[*rows[0], *rows[1], text(6, 4)]])
     where, start, found = family.positions(model, whole), 0, []
     cache: dict[str, Any] = {"use_cache": True}
+    if held is not None:
+        cache["past_key_values"] = held
     for part in parts:
         stop = start + part["input_ids"].shape[1]
         mask, own = whole["attention_mask"][:, :stop], where[..., start:stop]
         with torch.no_grad():
             out = model(**{**part, "attention_mask": mask, "position_ids": own}, **cache)
-        cache[oracle.cache_name(out)] = oracle.cache_of(out)
+        if held is None:
+            cache[oracle.cache_name(out)] = oracle.cache_of(out)
         found.append(out.logits[:, -1])
         start = stop
     return found
@@ -87,4 +103,4 @@ def packed(model: nn.Module, family: Family) -> list[Tensor]:
         return [model(**pack(family, model, prompts(family)), use_cache=False).logits]
 
 
-WAYS = {way.__name__: way for way in (greedy, beams, chunks, turns, training, packed)}
+WAYS = {way.__name__: way for way in (greedy, beams, chunks, turns, static, training, packed)}

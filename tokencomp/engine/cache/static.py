@@ -49,6 +49,12 @@ class CompressedStaticLayer(CompressedLayer, StaticLayer):
         """The row flags over the whole length of the layer, bool (B, max_cache_len), or None."""
         return self._valid
 
+    def written_rows(self, batch: int) -> Tensor:
+        """Real rows after a write of one row, bool (batch, max_cache_len), without a host read."""
+        order = torch.arange(self.max_cache_len, device=self.cumulative_length.device)
+        written = (order <= self.cumulative_length).expand(batch, -1)
+        return written if self._valid is None else written & self._valid
+
     def real_rows(self) -> Tensor:
         """Real rows of every sample, int64, (B, 1) or (1, 1), without a host read."""
         rows = self.cumulative_length.view(1, 1)

@@ -64,8 +64,8 @@ def enter_prompt(
     UnsupportedModelError
         The decoder would apply its attention window wrongly, see `check_windows`.
     UnsupportedCacheError
-        Padding between the turns of a decoder with linear layers, or media in a later turn of one
-        that keeps the first prompt alone.
+        Padding between the turns of a decoder with linear layers, media in a later turn of one
+        that keeps the first prompt alone, or what `Segment.call_mask` refuses.
     RowIndexedAttentionError
         A prompt in which layers scale queries by the number of their row.
     OptionError
@@ -103,7 +103,8 @@ def enter_prompt(
     if source.explicit(first, length):
         arguments["attention_mask"] = source.decoder_mask(first, x)
     else:
-        arguments["attention_mask"] = first.padding_mask(valid, x.shape[0], x.device)
+        config, layer = adapter.text_config, first_layer(cache)
+        arguments["attention_mask"] = first.call_mask(config, layer, valid, x)
     compat.set_cache_position(arguments, first.logical, x.shape[1])
 
 

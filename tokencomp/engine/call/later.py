@@ -128,11 +128,14 @@ class LaterTokens:
         As long as the cache has no padding, transformers' own mask is right: it takes the logical
         columns of the first row and of the token from the cache. With padding, a mask over the
         whole length of the layer is built, from which `MaskView.written` hides unwritten rows.
+        FlashAttention always gets one, of two axes.
         """
         layer, x = first_with_rows(layers), kwargs["inputs_embeds"]
-        if layer.unpadded is not None:
+        config = self.adapter.text_config
+        if mask_compat.flash_on_static(config, layer):
+            kwargs["attention_mask"] = layer.written_rows(x.shape[0])
+        elif layer.unpadded is not None:
             view = mask_compat.MaskView(layer.max_cache_len, written=layer.cumulative_length)
-            config = self.adapter.text_config
             kwargs["attention_mask"] = mask_compat.causal_mask(config, x, layer.unpadded, view)
         if self.compact_positions:
             kwargs["position_ids"] = layer.real_rows().expand(x.shape[0], 1)
@@ -181,7 +184,8 @@ class LaterTokens:
         if explicit:
             kwargs["attention_mask"] = source.decoder_mask(first, x)
         else:
-            kwargs["attention_mask"] = first.padding_mask(new, x.shape[0], x.device)
+            config = self.adapter.text_config
+            kwargs["attention_mask"] = first.call_mask(config, layer, new, x)
         self.calls.own.forward = forward
 
     def _columns_of_call(

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
+from transformers.cache_utils import StaticLayer
 
-from tokencomp.errors import UnsupportedModelError
+from tokencomp.errors import UnsupportedCacheError, UnsupportedModelError
 from tokencomp.torchlib.compat import attention_implementation
 
 
@@ -103,6 +104,34 @@ def causal_mask(
     if "allow_is_causal_skip" in names:
         call["allow_is_causal_skip"] = skip
     return create_causal_mask(**call)
+
+
+def flash_on_static(config: Any, layer: Any) -> bool:
+    """Whether FlashAttention gets all rows that a cache layer can hold, unwritten ones too.
+
+    It has no other mask, but leaves out what lies behind the last column of a 2-D one.
+    """
+    return isinstance(layer, StaticLayer) and "flash" in attention_implementation(config)
+
+
+def check_flash_on_static() -> None:
+    """Refuse static caches where transformers keeps no 2-D mask without padding.
+
+    Raises
+    ------
+    UnsupportedCacheError
+    """
+    from transformers.masking_utils import flash_attention_mask
+
+    call: dict[str, Any] = {"batch_size": 1, "kv_length": 2}
+    old = "cache_position" in inspect.signature(flash_attention_mask).parameters
+    call |= {"cache_position": torch.arange(1)} if old else {"q_length": 1}
+    if flash_attention_mask(**call, attention_mask=torch.ones(1, 1, dtype=torch.bool)) is None:
+        raise UnsupportedCacheError(
+            "FlashAttention in this release of transformers reads the unwritten rows of a static "
+            "cache, with or without compression. Drop cache_implementation=..., use "
+            'attn_implementation="sdpa", or update transformers.'
+        )
 
 
 def backend_mask(config: Any, visible: Tensor, x: Tensor) -> Any:

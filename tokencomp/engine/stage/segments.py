@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tokencomp.engine.cache.layers import CompressedLayer
 from tokencomp.engine.cache.rows import first_with_rows, physical_length
+from tokencomp.engine.kinds import mask_compat
 from tokencomp.engine.rows.layout import RowLayout
 from tokencomp.engine.rows.outputs import cached_columns
 from tokencomp.errors import UnsupportedModelError
@@ -127,6 +128,35 @@ class Segment:
             return None
         ones = torch.ones(batch, self.dropped, dtype=torch.bool, device=device)
         return torch.cat([ones, valid.to(device)], dim=1)
+
+    def call_mask(self, config: Any, layer: Any, new: Tensor | None, x: Tensor) -> Tensor | None:
+        """The 2-D mask of a call, of which the decoder makes that of its layers.
+
+        That of padding; by row, and also where there is none, for FlashAttention on static caches.
+
+        Parameters
+        ----------
+        config
+            Config of the decoder.
+        layer
+            The first layer of the KV cache that holds rows, or None.
+        new : Tensor of bool, shape (B, n), or None
+            False at padding among the columns of this call.
+        x : Tensor, shape (B, n, d)
+            Read for its shape and device.
+
+        Raises
+        ------
+        UnsupportedCacheError
+            See `mask_compat.check_flash_on_static`.
+        """
+        if not mask_compat.flash_on_static(config, layer):
+            return self.padding_mask(new, x.shape[0], x.device)
+        mask_compat.check_flash_on_static()
+        valid, rows = self.all_valid(new), self.physical + self.layout.width
+        if valid is None:
+            return torch.ones(x.shape[0], rows, dtype=torch.bool, device=x.device)
+        return valid.to(x.device)
 
     def columns(self, batch: int, device: torch.device) -> Tensor | None:
         """Column of every row, cached before or new, in the uncompressed sequence, (B, rows).
