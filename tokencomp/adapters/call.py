@@ -48,20 +48,18 @@ class Call:
         return None if self.positions is None else self.positions.numpy()
 
     @functools.cached_property
-    def kind_rows(self) -> list[list[int]]:
-        """`kinds` as lists, converted once."""
-        rows: list[list[int]] = self.kinds.numpy().tolist()
+    def runs(self) -> list[list[tuple[int, int, Kind]]]:
+        """(start, stop, kind) of every run of equal placeholders, per sample."""
+        rows = []
+        for codes in self.kinds.numpy().tolist():
+            runs, start = [], 0
+            for code, group in groupby(codes):
+                stop = start + sum(1 for _ in group)
+                if code:
+                    runs.append((start, stop, KINDS[code]))
+                start = stop
+            rows.append(runs)
         return rows
-
-    def runs(self, row: int) -> list[tuple[int, int, Kind]]:
-        """(start, stop, kind) of every run of equal placeholders in a sample."""
-        runs, start = [], 0
-        for code, group in groupby(self.kind_rows[row]):
-            stop = start + sum(1 for _ in group)
-            if code:
-                runs.append((start, stop, KINDS[code]))
-            start = stop
-        return runs
 
 
 @dataclass

@@ -70,7 +70,7 @@ class LlavaNextAdapter(TileAdapter):
 
     def row_spans(self, call: Call, row: int) -> list[VisualSpan]:
         spans: list[VisualSpan] = []
-        for start, stop, kind in call.runs(row):
+        for start, stop, kind in call.runs[row]:
             if kind == "video":
                 spans += self._video(start, stop, row, call)
             else:

@@ -66,7 +66,7 @@ class Qwen2VLAdapter(StructuralAdapter):
     def spans(self, call: Call) -> list[list[VisualSpan]]:
         places = call.position_array
         for row in range(call.kinds.shape[0]):
-            for start, stop, _ in call.runs(row):
+            for start, stop, _ in call.runs[row]:
                 if places is None or raster_grid(*places[1:, row, start:stop]) is None:
                     raise SpanError(
                         f"visual tokens {start} … {stop - 1} of sample {row} do not form one t×h×w "

@@ -61,12 +61,11 @@ class StructuralAdapter(Adapter, Hooked):
         self._encoded.latest = {}
 
     def spans(self, call: Call) -> list[list[VisualSpan]]:
-        rows = [call.runs(b) for b in range(call.kinds.shape[0])]
-        kinds: set[Kind] = {kind for runs in rows for _, _, kind in runs}
+        kinds: set[Kind] = {kind for runs in call.runs for _, _, kind in runs}
         encodings = {kind: self.encoding(kind, call) for kind in kinds}
-        media = cut_media(rows, {kind: e.lengths for kind, e in encodings.items()})
+        media = cut_media(call.runs, {kind: e.lengths for kind, e in encodings.items()})
         if media is None:
-            media = [[Medium(kind, [(a, b)]) for a, b, kind in runs] for runs in rows]
+            media = [[Medium(kind, [(a, b)]) for a, b, kind in runs] for runs in call.runs]
         sizes = {
             kind: functools.cache(partial(sizes_of, e, kind, media))
             for kind, e in encodings.items()

@@ -76,7 +76,7 @@ class TileAdapter(StructuralAdapter):
         """Tiles side by side in one run are one item."""
         rows = super().spans(call)
         for b, row in enumerate(rows):
-            starts = [start for start, _, _ in call.runs(b)]
+            starts = [start for start, _, _ in call.runs[b]]
             firsts = [starts[bisect.bisect(starts, span.start) - 1] for span in row]
             rows[b] = [replace(span, item=first) for span, first in zip(row, firsts, strict=True)]
         return rows

@@ -73,7 +73,7 @@ class VilaAdapter(Adapter):
         lengths = iter([] if frames is None else [n // self._pool[0] for n in frames.tolist()])
         rows = []
         for row in range(call.kinds.shape[0]):
-            runs, spans = call.runs(row), []
+            runs, spans = call.runs[row], []
             while runs:
                 n = 1 if runs[0][2] == "image" else next(lengths, len(runs))
                 spans.append(self._span(runs[:n], call, row, n))

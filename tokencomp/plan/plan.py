@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -177,8 +176,8 @@ class Plan:
         if place is not None:
             pairs = zip(self.stages, fractions, strict=True)
             fractions = [s.amount.of_part(f, place) if s.amount else f for s, f in pairs]
-        kept = list(self._falling(span, fractions))
-        least = list(self._falling(span, [min(f, LEAST) for f in fractions]))
+        kept = self._falling(span, fractions)
+        least = self._falling(span, [min(f, LEAST) for f in fractions])
         target = [span.visual * f for f in fractions]
         if not any(k == m > t + 0.5 for k, m, t in zip(kept, least, target, strict=True)):
             return kept
@@ -206,12 +205,11 @@ class Plan:
         """Visual tokens of `span` that reach the decoder: all, or those that leave the tower."""
         return self.tower.tokens(span) if self.tower and span.kind != "audio" else span.visual
 
-    def _falling(self, span: VisualSpan, fractions: list[float]) -> Iterator[int]:
+    def _falling(self, span: VisualSpan, fractions: list[float]) -> list[int]:
         """Keep counts at these fractions, none above the one before."""
-        current = self.entering(span)
-        for stage, fraction in zip(self.stages, fractions, strict=True):
-            current = min(current, stage.reducer.keep_count(span, fraction))
-            yield current
+        pairs = zip(self.stages, fractions, strict=True)
+        counts = [self.entering(span), *(s.reducer.keep_count(span, f) for s, f in pairs)]
+        return list(itertools.accumulate(counts, min))[1:]
 
     def bind(self, facts: ModelFacts) -> Plan:
         """The same stages with reducers that have found and checked their weights for a model."""

@@ -21,7 +21,7 @@ from tokencomp.adapters.base import Adapter
 from tokencomp.engine.cache.compress import compress_layer
 from tokencomp.engine.cache.layers import WHOLE, CompressedLayer
 from tokencomp.engine.cache.need import InForce
-from tokencomp.engine.cache.rows import filled, holds_rows, physical_length
+from tokencomp.engine.cache.rows import HOLDS_ROWS, filled, physical_length
 from tokencomp.engine.kinds.indexed import Indexed
 from tokencomp.engine.kinds.windows import Windows
 from tokencomp.engine.rows.outputs import cached_columns
@@ -110,7 +110,7 @@ def evict(cache: Any, columns: Tensor) -> int:
     every = getattr(cache, "layers", ())
     layers = filled(every)
     states = compat.linear_layer()
-    rows_or_states = [x for x in every if holds_rows(x) or isinstance(x, states)]
+    rows_or_states = [x for x in every if isinstance(x, (HOLDS_ROWS, states))]
     wrong = sorted({type(x).__name__ for x in rows_or_states if type(x) not in WHOLE})
     if wrong or not layers:
         raise UnsupportedCacheError(

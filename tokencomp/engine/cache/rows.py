@@ -12,16 +12,10 @@ from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer,
 from tokencomp.torchlib import compat
 
 REFERENCE = "reference_sliding_attention"
-
-
-def holds_rows(layer: Any) -> bool:
-    """Whether a cache layer holds keys and values, one row per token.
-
-    Layers of linear attention and of short convolutions hold a state instead, which has no token
-    axis. Layers without a cache of their own (experts alone, or keys shared with another layer)
-    hold nothing.
-    """
-    return isinstance(layer, CacheLayerMixin)
+# Cache layers that hold keys and values, one row per token. Layers of linear attention and of short
+# convolutions hold a state instead, which has no token axis. Layers without a cache of their own
+# (experts alone, or keys shared with another layer) hold nothing.
+HOLDS_ROWS = CacheLayerMixin
 
 
 def keeps_window(layer: Any) -> bool:
@@ -37,12 +31,12 @@ def is_reference(kind: type) -> bool:
 
 def filled(layers: Iterable[Any]) -> list[Any]:
     """Cache layers that already hold rows. A decoder may leave some layers of its cache unused."""
-    return [layer for layer in layers if holds_rows(layer) and layer.is_initialized]
+    return [x for x in layers if isinstance(x, HOLDS_ROWS) and x.is_initialized]
 
 
 def first_with_rows(layers: Sequence[Any] | None, first: int = 0) -> Any:
     """The first of `layers[first:]` that holds rows, or None."""
-    return next(filter(holds_rows, (layers or ())[first:]), None)
+    return next((x for x in (layers or ())[first:] if isinstance(x, HOLDS_ROWS)), None)
 
 
 def segment_heads(layers: Sequence[Any]) -> list[Any]:

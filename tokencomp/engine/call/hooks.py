@@ -183,7 +183,7 @@ class Hooks(CallHooks):
         state.in_body, state.body_mask = True, arguments.get("attention_mask")
         state.forward = None
         state.inputs = state.kinds = None
-        if not self._compresses():
+        if not self.decoder.compresses():
             state.inputs = arguments
             return
         kinds = self.adapter.kinds(arguments)

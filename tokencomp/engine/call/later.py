@@ -152,7 +152,7 @@ class LaterTokens:
             kwargs["position_ids"] = positions[-rows:]
         layer = first_with_rows(layers)
         past = layer.rows if self.compact_positions else layer.get_seq_length()
-        windows, total = Windows.of(self.adapter.decoder), int(past) + n
+        windows, total = Windows.served(self.adapter.decoder), int(past) + n
         by_column = not self.compact_positions
         check_windows(self.adapter.decoder, windows, total, by_column)
         new, prepared = None, None  # a single token is never padding, nor a part of a picture

@@ -54,7 +54,7 @@ class Windows:
 
     @classmethod
     def of(cls, decoder: Any) -> Windows:
-        """The windows of a decoder.
+        """The windows of a decoder, once its layers are known to be served.
 
         Raises
         ------
@@ -63,8 +63,7 @@ class Windows:
         UnsupportedModelError
             A layer is of a kind that tokencomp does not know, or windows differ in size.
         """
-        config, count = decoder.config, len(decoder.layers)
-        names, cut = tuple(getattr(config, "layer_types", None) or ())[:count], None
+        names = kind_names(decoder)
         _refuse_row_numbers(decoder, names)
         if unknown := unknown_kinds(names):
             raise UnsupportedModelError(
@@ -72,6 +71,15 @@ class Windows:
                 "which it is not checked that dropping a token equals masking it. Served are "
                 f"{', '.join(sorted(KINDS))}. Run it without patch()."
             )
+        return cls.served(decoder)
+
+    @classmethod
+    def served(cls, decoder: Any) -> Windows:
+        """The windows of a patched decoder in a call; the patch has asked for them by `of`.
+
+        They are read anew in every call, because the sizes in a config may change.
+        """
+        config, names, cut = decoder.config, kind_names(decoder), None
         if names:
             kinds = tuple([KINDS[name] for name in names])  # no frame per layer
         else:
@@ -79,7 +87,8 @@ class Windows:
             # (Llama) only let the cache read it. The former import the factory of such masks.
             code, size = vars(sys.modules[type(decoder).__module__]), _size(config, SLIDING)
             applies = size is not None and "create_sliding_window_causal_mask" in code
-            kinds, cut = (SLIDING if applies else FULL,) * count, None if applies else size
+            kinds = (SLIDING if applies else FULL,) * len(decoder.layers)
+            cut = None if applies else size
         sizes = {kind.name: _size(config, kind) for kind in dict.fromkeys(kinds)}
         own = {name: int(size) for name, size in sizes.items() if size}
         convolves = not CONVOLVING.keys().isdisjoint(names)
@@ -112,6 +121,11 @@ class Windows:
     def cut_later_turns(self) -> bool:
         """Whether a layer keeps only the first prompt whole."""
         return any(kind.cuts_later_turns for kind in self.kinds)
+
+
+def kind_names(decoder: Any) -> tuple[str, ...]:
+    """What the config calls the kinds of the layers; () if it does not name them."""
+    return tuple(getattr(decoder.config, "layer_types", None) or ())[: len(decoder.layers)]
 
 
 def _size(config: Any, kind: LayerKind) -> int | None:

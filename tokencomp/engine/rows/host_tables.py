@@ -18,10 +18,10 @@ class HostTables:
         self._parts: list[Any] = []
         self._moved: Sequence[Tensor] = ()
 
-    def add(self, values: Any, used: bool = True) -> Callable[[], Tensor]:
-        """Add a table if it is `used`; returns what gives it, int64, once it has moved."""
+    def add(self, values: Any) -> Callable[[], Tensor]:
+        """Add a table, or nothing for None; returns what gives it, int64, once it has moved."""
         number = len(self._parts)
-        if used:
+        if values is not None:
             self._parts.append(np.asarray(values, dtype=np.int64))
         return lambda: self._moved[number]
 

@@ -157,7 +157,7 @@ def _span_scores(
     tables = [_voting(probe, votes, every) for votes in passes.values()]
     index = np.concatenate(tables, axis=1)
     last = np.asarray([[q.stop - 1 - probe.first] for q in probe.questions])
-    voting = host.add(np.where(index < 0, last, index).ravel(), not every)
+    voting = host.add(None if every else np.where(index < 0, last, index).ravel())
     host.move()
     chosen = None if every else voting().view(index.shape)
     if keys is None:

@@ -111,7 +111,7 @@ class ForwardPass:
         self.kept: list[RowLayout] = []
         self.survivors: RowLayout | None = None
         self.scores = StageScores(adapter.layers)
-        self.windows = Windows.of(adapter.decoder)
+        self.windows = Windows.served(adapter.decoder)
         self.by_column = True
         self.prepared: Any = None
         self.new: Tensor | None = None

@@ -143,15 +143,18 @@ class StageInput:
         neighbours = last - first == sum(map(len, rows))
         missing = any(not live.whole for live in lives)
         lengths, sizes = [live.count for live in lives], self.layout.sizes
-        columns = tables.add(np.concatenate(rows), not neighbours or missing or sizes is not None)
+        indexed = not neighbours or missing or sizes is not None
+        columns = tables.add(np.concatenate(rows) if indexed else None)
         ends = np.cumsum([live.span.length for live in lives])
         before = [end - live.span.length for end, live in zip(ends, lives, strict=True)]
-        start = tables.add(np.repeat([live.span.start for live in lives], lengths), missing)
-        base = tables.add(np.repeat(before, lengths), missing)
-        mask = tables.add(np.concatenate([live.span.fixed_mask() for live in lives]), any(fixed))
+        starts = [live.span.start for live in lives]
+        start = tables.add(np.repeat(starts, lengths) if missing else None)
+        base = tables.add(np.repeat(before, lengths) if missing else None)
+        masks = [live.span.fixed_mask() for live in lives] if any(fixed) else None
+        mask = tables.add(None if masks is None else np.concatenate(masks))
         # Spans that keep all of their tokens have scores, but are not in the batch.
         some = self.scores is not None and len(self.scores) > sum(lengths)
-        score_rows = tables.add(self._rows_of(chosen), some)
+        score_rows = tables.add(self._rows_of(chosen) if some else None)
         tables.move()
         flat = self.x.flatten(0, 1)
         index = full = None
