@@ -16,11 +16,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from tokencomp.errors import MediaError, OptionError
+from tokencomp.inputs.focus import focus
 from tokencomp.inputs.packets import ClipIndex
-from tokencomp.inputs.scored import RULES, checked_scores
+from tokencomp.inputs.scored import aks, checked_scores
 from tokencomp.inputs.stream import silence, stream_choice
 
 FORMS = '8 (evenly spaced), "1fps" (by time), "stream:8" (by bursts) or "scorer:aks:8" (by scores)'
+RULES = ("aks", "focus")
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Scored:
-    """The frames that a rule takes by scores of candidates, one candidate per second.
+    """The frames that a rule takes by scores of candidates.
 
     Parameters
     ----------
@@ -118,7 +120,9 @@ class Scored:
         `scorer(frames, question)` gives one finite number per PIL image, the higher the better.
         None is for text such as "scorer:aks:8": whoever has a model puts its own scorer there.
     rule
-        "aks": AKS (2502.21271) halves the clip where scores do not stand out.
+        "aks": AKS (2502.21271) scores one frame per second, and halves the clip where scores do not
+        stand out. "focus": FOCUS (2510.27280) scores few frames first, and more where these promise
+        most.
     """
 
     count: int
@@ -140,11 +144,20 @@ class Scored:
                 f"Scored({self.count}, scorer) of tokencomp.inputs.frames, where scorer(frames, "
                 "question) returns a number for every frame."
             )
-        seconds = index.duration or 0.0
-        candidates = frame_indices(index.total, max(self.count, round(seconds)))
-        places, pictures = decode(candidates)  # of damaged frames those that are shown instead
-        scores = checked_scores(self.scorer(pictures, question), len(places))
-        taken = sorted(places[k] for k in RULES[self.rule](scores, self.count))
+        scorer = self.scorer
+
+        def score(places: Sequence[int]) -> dict[int, float]:
+            read, pictures = decode(places)  # of damaged frames those that are shown instead
+            values = checked_scores(scorer(pictures, question), len(read))
+            return dict(zip(read, values.tolist(), strict=True))
+
+        if self.rule == "focus":
+            taken = focus(score, index.total, index.fps or 1.0, self.count)
+        else:
+            seconds = index.duration or 0.0
+            known = score(frame_indices(index.total, max(self.count, round(seconds))))
+            read = [*known]
+            taken = [read[k] for k in aks(np.asarray([*known.values()]), self.count)]
         return Choice(tuple(taken), self.rule)
 
 

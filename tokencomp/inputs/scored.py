@@ -1,8 +1,7 @@
-"""Rules that choose frames by scores."""
+"""Scores of frames, and the rule of AKS."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -67,7 +66,3 @@ def aks(scores: np.ndarray, count: int) -> list[int]:
         parts += [(start, middle, depth + 1), (middle, stop, depth + 1)]
     rest = [int(k) for k in best if int(k) not in taken]
     return sorted([*taken, *rest[: max(0, count - len(taken))]])
-
-
-Rule = Callable[[np.ndarray, int], list[int]]
-RULES: dict[str, Rule] = {"aks": aks}
