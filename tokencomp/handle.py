@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine.call.hooks import Hooks
+from tokencomp.engine.call.layer_stages import check_entry, check_kinds, check_layer_stages
 from tokencomp.engine.context.visual_window import VisualContext, extend_visual_context, is_extended
 from tokencomp.engine.count.stats import Stats
-from tokencomp.engine.scores.layer_stages import check_entry, check_kinds, check_layer_stages
 from tokencomp.engine.scores.proportional import check_weights
 from tokencomp.engine.scores.tap import attention_of
 from tokencomp.engine.tower.signals import check_signals

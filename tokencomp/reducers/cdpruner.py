@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ from tokencomp.tokens.signals import QUERY, Attention, Signal
 from tokencomp.tokens.spans import SpanBatch
 
 Relevance = Literal["query", "attention"]
-RELEVANCE: tuple[Relevance, ...] = get_args(Relevance)
 EPS = 1e-6
 
 

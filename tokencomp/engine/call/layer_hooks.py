@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
+from tokencomp.engine.call.layer_stages import scored_stages
 from tokencomp.engine.call.state import CallHooks, RunningCalls
-from tokencomp.engine.scores.layer_stages import scored_stages
 from tokencomp.engine.scores.tap import attention_of
 from tokencomp.engine.stage.layer_calls import before_layer
 from tokencomp.plan.plan import Plan

@@ -6,9 +6,9 @@ from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
 from tokencomp.adapters.base import Adapter
+from tokencomp.engine.call.recomputed import Recomputation
 from tokencomp.engine.call.state import CallHooks, RunningCalls
 from tokencomp.engine.scores.proportional import ProportionalAttention
-from tokencomp.engine.scores.recomputed import Recomputation
 from tokencomp.plan.plan import Plan
 from tokencomp.torchlib import compat
 
