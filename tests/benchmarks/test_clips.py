@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,9 @@ def test_odd_sizes_and_short_clips_are_refused(
     monkeypatch.setattr("sys.argv", ["clips", *arguments])
     with pytest.raises(OptionError, match=r"has to be even, and --seconds .* at least 10"):
         clips.main()
+
+
+@pytest.mark.long
+def test_the_published_page_is_that_of_its_results() -> None:
+    stored = json.loads((clips.FOLDER / "clips.json").read_text())
+    assert (clips.FOLDER / "clips.md").read_text() == clips.page(stored)
