@@ -54,7 +54,7 @@ def test_rows_and_tokens_of_transformers(name: str, media: str) -> None:
     both = pair(name)
     asked = prompt(both, media)
     positions: Any = "compact" if "llava" in name else "original"
-    allowed = 5e-3 if name == "tiny-qwen3-5" else 1e-4  # its linear layers differ that much anyway
+    allowed = 5e-3 if "qwen3-5" in name else 1e-4  # its linear layers differ that much anyway
     chosen = set()
     for reducer in REDUCERS:
         tokens, chunks = (4, (16, None)) if reducer == "kcentre" else (1, (None,))
@@ -74,7 +74,7 @@ def test_rows_and_tokens_of_transformers(name: str, media: str) -> None:
 
 
 @pytest.mark.parametrize("media", [IMAGE, VIDEO])
-@pytest.mark.parametrize("name", ["tiny-qwen2-vl", "tiny-qwen3-vl"])
+@pytest.mark.parametrize("name", ["tiny-qwen2-vl", "tiny-qwen3-vl", "qwen2_5_vl", "qwen3_vl_moe"])
 def test_dropping_equals_masking(name: str, media: str) -> None:
     """Hidden states of kept rows are those of the whole prompt whose other columns are hidden."""
     import mlx.core as mx
@@ -112,6 +112,30 @@ def test_dropping_equals_masking(name: str, media: str) -> None:
     assert last + 1 == short.inputs_embeds.shape[1] + int(short.rope_deltas.item())
 
 
+@pytest.mark.parametrize(
+    ("name", "media"), [("tiny-qwen3-vl", VIDEO), ("tiny-llava-onevision", IMAGE)]
+)
+@pytest.mark.filterwarnings("ignore::tokencomp.errors.RatioWarning")
+def test_budgets_are_those_of_transformers(name: str, media: str) -> None:
+    """At most so many tokens of an image of one span or of two, or of a video."""
+    both = pair(name)
+    asked = prompt(both, media)
+    positions: Any = "compact" if "llava" in name else "original"
+    for budget in (1, 21, 1000):
+        with (
+            tokencomp.patch(
+                both.reference, budget=budget, reducer="kcentre", positions=positions
+            ) as theirs,
+            torch.no_grad(),
+        ):
+            both.reference(**asked.inputs)
+            rows = theirs.stats.pooling_mask(asked.inputs["attention_mask"])[0].nonzero()[:, 0]
+        with tokencomp.mlx.patch(both.model, budget=budget) as handle:
+            features(both, asked)
+        assert handle.columns.tolist() == rows.tolist()
+        assert f"budget {budget}, kcentre" in repr(handle)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_ratio_zero_and_removal(name: str) -> None:
     from mlx_vlm.generate.ar import BatchGenerator
@@ -138,6 +162,15 @@ def test_what_cannot_be_compressed_is_refused() -> None:
     asked, model = prompt(both, IMAGE), both.model
     with pytest.raises(RatioError, match="0, 1"):
         tokencomp.mlx.patch(model, 1.0)
+    for budget in (0, 1.5, True):
+        with pytest.raises(RatioError, match="budget"):
+            tokencomp.mlx.patch(model, budget=budget)
+    wrong_amounts: list[Any] = [
+        {"budget": {"prompt": 8}}, {"budget": 8, "ratio": 0.5}, {"decay": 0.5}
+    ]  # fmt: skip
+    for options in wrong_amounts:
+        with pytest.raises(OptionError):
+            tokencomp.mlx.patch(model, **options)
     with pytest.raises(UnknownNameError, match="kcentre"):
         tokencomp.mlx.patch(model, 0.5, "kcenter")
     with pytest.raises(OptionError, match="no option 'seed'"):

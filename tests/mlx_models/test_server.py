@@ -111,7 +111,8 @@ def test_batches_and_prefix_cache(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--budget", "64"), "--budget"),
+        (("--budget", "64", "--ratio", "0.5"), "--budget"),
+        (("--budget", "0"), "from 1 to"),
         (("--max-batch", "4"), "mlx_vlm.server after"),
         (("--ratio", "1.5"), "0, 1"),
         (("--reducer", "fastv"), "cannot run inside an engine"),

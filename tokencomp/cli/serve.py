@@ -98,7 +98,7 @@ def command(
 
     `--engine hf` serves every supported model with every reducer; `--engine vllm` runs
     `vllm serve` with tokencomp's plugin, and hands it all further arguments (after `--`);
-    `--engine mlx` does the same with mlx_vlm.server, with one ratio for all requests.
+    `--engine mlx` does the same with mlx_vlm.server, with one ratio or budget for all requests.
 
     Requests may bring `{"tokencomp": {"ratio": 0.75}}` or `{"tokencomp": {"budget": 512}}` (hf), or
     `{"mm_processor_kwargs": {"tokencomp": {"ratio": 0.75}}}` (both).
@@ -108,10 +108,12 @@ def command(
     from tokencomp.inputs.packaged import resolve
     from tokencomp.serving.bind import Bind
 
+    if budget is not None:
+        opt.refuse_options(context, ("ratio",), "--budget", "leave one out")
     if engine == "mlx":  # which needs no torch, and the imports below do
         from tokencomp.mlx.serve import run
 
-        taken = {"context", "model", "ratio", "reducer", "engine", "host", "port"}
+        taken = {"context", "model", "ratio", "budget", "reducer", "engine", "host", "port"}
         others = [str(p.name) for p in context.command.params if p.name not in taken]
         opt.refuse_options(context, others, "--engine mlx", MLX_HINT)
         if api_key:
@@ -120,13 +122,12 @@ def command(
                 "it, and let a proxy ask (docs/deploy.md)."
             )
         Bind(host, port).warn_if_open()
-        run(resolve(model), parse.one_ratio(ratio, "serve"), reducer, host, port, context.args)
+        number = None if budget is not None else parse.one_ratio(ratio, "serve")
+        run(resolve(model), number, budget, reducer, host, port, context.args)
         return
     from tokencomp.serving.hf.media import Limits
     from tokencomp.serving.launch import run_hf, run_vllm
 
-    if budget is not None:
-        opt.refuse_options(context, ("ratio",), "--budget", "leave one out")
     options = {
         "reducer": reducer,
         **({"ratio": parse.one_ratio(ratio, "serve")} if budget is None else {"budget": budget}),

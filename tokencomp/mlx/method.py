@@ -1,4 +1,4 @@
-"""What a patch of mlx-vlm compresses with: ratio and reducer, checked once."""
+"""What a patch of mlx-vlm compresses with: ratio or budget, and reducer, checked once."""
 
 from __future__ import annotations
 
@@ -16,31 +16,61 @@ import numpy as np
 from tokencomp.errors import MissingDependencyError, OptionError
 from tokencomp.mlx.selection import SELECT
 from tokencomp.mlx.spans import Span
+from tokencomp.plan.amounts import Amount, Place
 from tokencomp.plan.counts import check_ratio, keep_count
 
 
 @dataclass(frozen=True)
 class ChosenMethod:
-    """A ratio, a reducer by name and its options.
+    """A ratio, a reducer by name and its options; or a budget in tokens in place of the ratio.
 
     Raises
     ------
     RatioError, OptionError, UnknownNameError
-        A ratio outside [0, 1), a reducer that does not exist or that reads more than features, or
-        an option that it does not have.
+        A ratio outside [0, 1), or a budget that is no number of tokens, or both; a reducer that
+        does not exist or that reads more than features, or an option that it does not have.
     MissingDependencyError
         A reducer that needs torch, which is not installed.
     """
 
-    ratio: float
+    ratio: float | None = None
     reducer: str = "auto"
     options: dict[str, Any] = field(default_factory=dict)
+    budget: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ratio", check_ratio(self.ratio))
+        if self.budget is None:
+            ratio = 0.5 if self.ratio is None else self.ratio
+            object.__setattr__(self, "ratio", check_ratio(ratio))
+        elif self.ratio is not None:
+            raise OptionError(
+                f"ratio={self.ratio!r} together with budget={self.budget!r}: give one."
+            )
+        elif not Amount.of(self.budget).alone:
+            raise OptionError(
+                f"budget={self.budget!r}: tokencomp.mlx has budgets of single images and videos. "
+                "Give a number."
+            )
         if not isinstance(self.reducer, str):
             raise OptionError(f"reducer={self.reducer!r}: expected a name, such as 'kcentre'.")
         self.torch_reducer  # noqa: B018  # refuses what cannot run, before any prompt
+
+    @property
+    def off(self) -> bool:
+        """Whether nothing leaves."""
+        return self.budget is None and not self.ratio
+
+    @property
+    def amount(self) -> str:
+        """Ratio or budget in words."""
+        return f"ratio {self.ratio}" if self.budget is None else f"budget {self.budget}"
+
+    def left(self, place: Place) -> float:
+        """Fraction that stays of a span."""
+        if self.budget is None:
+            return 1 - (self.ratio or 0.0)
+        amount = Amount.of(self.budget)
+        return amount.of_part(amount.left(place), place)
 
     @property
     def name(self) -> str:
@@ -70,14 +100,16 @@ class ChosenMethod:
     @property
     def salt(self) -> int:
         """A number that differs between methods, for keys of caches."""
-        text = json.dumps([self.ratio, self.name, self.options], sort_keys=True)
+        text = json.dumps([self.ratio, self.budget, self.name, self.options], sort_keys=True)
         return zlib.crc32(text.encode())
 
-    def kept(self, span: Span, x: mx.array) -> tuple[np.ndarray, mx.array | None]:
+    def kept(self, span: Span, place: Place, x: mx.array) -> tuple[np.ndarray, mx.array | None]:
         """Reduce one span.
 
         Parameters
         ----------
+        place
+            Of the span among the items of the prompt.
         x : array, shape (tokens of the span, d)
 
         Returns
@@ -88,9 +120,9 @@ class ChosenMethod:
             Their features, if the reducer merges; else they stay as they are.
         """
         special = int(span.special.sum())
-        keep = keep_count(len(x), 1 - self.ratio, special)
-        if keep >= len(x):
-            return np.arange(len(x)), None
+        keep = keep_count(len(x), self.left(place), special)
+        if keep in (0, len(x)):
+            return np.arange(keep), None
         if self.torch_reducer is not None:
             return self._by_torch(span, x, keep)
         patches = np.flatnonzero(~span.special)

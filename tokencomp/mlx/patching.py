@@ -23,6 +23,7 @@ from mlx_vlm.models.base import InputEmbeddingsFeatures
 from tokencomp.errors import OptionError, UnsupportedCacheError, UnsupportedModelError
 from tokencomp.mlx.method import ChosenMethod
 from tokencomp.mlx.spans import Span, find_spans
+from tokencomp.plan.amounts import places
 from tokencomp.torchlib.replace import Installed, MethodReplacement
 
 ATTRIBUTE = "_tokencomp_handle"
@@ -56,7 +57,14 @@ def check_model(model_type: Any) -> None:
         )
 
 
-def patch(model: Any, ratio: float = 0.5, reducer: str = "auto", **options: Any) -> Handle:
+def patch(
+    model: Any,
+    ratio: float | None = None,
+    reducer: str = "auto",
+    *,
+    budget: int | None = None,
+    **options: Any,
+) -> Handle:
     """Compress the visual tokens of every later prompt of a model of mlx-vlm.
 
     Parameters
@@ -65,7 +73,9 @@ def patch(model: Any, ratio: float = 0.5, reducer: str = "auto", **options: Any)
         As `mlx_vlm.load` returns it. Its weights and config are left alone.
     ratio
         Fraction of visual tokens that leave every image and video before the first decoder layer,
-        in [0, 1); 0 = off.
+        in [0, 1); 0 = off. None: 0.5, without a budget.
+    budget
+        In place of `ratio`: at most so many visual tokens of every image and video stay.
     reducer
         "kcentre" (which "auto" is), "divprune", "vidcom2", "uniform" and "random" need MLX alone.
         Others that depend on features alone run through torch, if it is installed.
@@ -91,7 +101,7 @@ def patch(model: Any, ratio: float = 0.5, reducer: str = "auto", **options: Any)
             "first; for models of transformers use tokencomp.patch."
         )
     check_model(getattr(model.config, "model_type", None))
-    method = ChosenMethod(ratio, reducer, options)
+    method = ChosenMethod(ratio, reducer, options, budget)
     unpatch(model)
     return Handle(model, method)
 
@@ -134,7 +144,7 @@ class Handle(Installed):
             del vars(self.model)[ATTRIBUTE]
 
     def __repr__(self) -> str:
-        how = f"ratio {self.method.ratio}, {self.method.name}"
+        how = f"{self.method.amount}, {self.method.name}"
         return f"<tokencomp.mlx.Handle {how}: {self.tokens} → {len(self.columns)} tokens>"
 
     def _embed(
@@ -151,7 +161,7 @@ class Handle(Installed):
         features = original(input_ids, pixel_values, **inputs)
         inputs["pixel_values"] = pixel_values
         brought = [name for name, v in inputs.items() if name in PIXELS and v is not None]
-        if not brought or not self.method.ratio:
+        if not brought or self.method.off:
             return features
         if len(input_ids) != 1:
             raise OptionError(
@@ -165,8 +175,8 @@ class Handle(Installed):
 
     def _compress(self, features: Any, spans: list[Span], length: int) -> Any:
         embeds, stays = features.inputs_embeds, np.ones(length, dtype=bool)
-        for span in spans:
-            offsets, merged = self.method.kept(span, embeds[0, mx.array(span.columns)])
+        for span, place in zip(spans, places(spans), strict=True):
+            offsets, merged = self.method.kept(span, place, embeds[0, mx.array(span.columns)])
             stays[span.columns] = False
             stays[span.columns[offsets]] = True
             if merged is not None:

@@ -1,6 +1,8 @@
 """mlx_vlm.server with compression: `tokencomp serve --engine mlx`, or, without typer and torch,
 
 python -m tokencomp.mlx.serve --ratio 0.5 [--reducer NAME] -- --model MODEL [--port 8080 ...]
+
+`--budget 512` may stand in place of `--ratio`.
 """
 
 from __future__ import annotations
@@ -27,7 +29,13 @@ REFUSED = {
 
 
 def command(
-    model: str, ratio: float, reducer: str, host: str, port: int, extra: Sequence[str]
+    model: str,
+    ratio: float | None,
+    budget: int | None,
+    reducer: str,
+    host: str,
+    port: int,
+    extra: Sequence[str],
 ) -> list[str]:
     """The command line that serves a model.
 
@@ -44,11 +52,11 @@ def command(
         A folder with a model of another type; models of the hub are looked at when they are loaded.
     """
     refuse_arguments(extra)
-    ChosenMethod(ratio, reducer)
+    method = ChosenMethod(ratio, reducer, budget=budget)
     config = Path(model) / "config.json"
     if config.is_file():
         check_model(json.loads(config.read_text(encoding="utf-8")).get("model_type"))
-    own = ["--ratio", str(ratio), "--reducer", reducer, "--"]
+    own = ["--reducer", reducer, *f"--{method.amount}".split(), "--"]
     address = ["--model", model, "--host", host, "--port", str(port)]
     return [sys.executable, "-m", "tokencomp.mlx.serve", *own, *address, *extra]
 
@@ -66,7 +74,7 @@ def patch_loaded_models(method: ChosenMethod) -> None:
 
     def initialize(self: Any) -> None:
         original(self)
-        patch(self.model, method.ratio, method.reducer, **method.options)
+        patch(self.model, method.ratio, method.reducer, budget=method.budget, **method.options)
 
     generation.ResponseGenerator._initialize_model = initialize
 
@@ -78,13 +86,14 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawTextHelpFormatter,
     )
-    parser.add_argument("--ratio", default="0.5", help="fraction of visual tokens that leave")
+    parser.add_argument("--ratio", help="fraction of visual tokens that leave; 0.5 by default")
+    parser.add_argument("--budget", type=int, help="instead: tokens of every image that stay")
     parser.add_argument("--reducer", default="auto", help="which stay: kcentre by default")
     parser.add_argument("arguments", nargs="*", help="of mlx_vlm.server, after `--`")
     args = parser.parse_args()
     try:
         refuse_arguments(args.arguments)
-        method = ChosenMethod(args.ratio, args.reducer)
+        method = ChosenMethod(args.ratio, args.reducer, budget=args.budget)
     except TokenCompError as error:
         parser.exit(2, f"error: {error}\n")
     patch_loaded_models(method)

@@ -30,12 +30,20 @@ class Span:
         Columns of the prompt, ascending; the frames of a video may have text between them.
     special : ndarray of bool
         By column of the span: line breaks, which always stay.
+    item
+        The same for all spans of one image or video.
     """
 
     kind: str
     grid: Grid
     columns: np.ndarray
     special: np.ndarray
+    item: int
+
+    @property
+    def visual(self) -> int:
+        """Its tokens, line breaks among them."""
+        return len(self.columns)
 
 
 def find_spans(
@@ -92,7 +100,7 @@ def _by_grids(model: Any, kind: str, columns: np.ndarray, grids: np.ndarray) -> 
             "token. Make the prompt with the processor of the model."
         )
     return [
-        Span(kind, size, part, np.zeros(len(part), dtype=bool))
+        Span(kind, size, part, np.zeros(len(part), dtype=bool), item=int(part[0]))
         for size, part in zip(sizes, np.split(columns, ends[:-1]), strict=True)
     ]
 
@@ -110,7 +118,8 @@ def _tiles(model: Any, kind: str, run: np.ndarray, embeds: mx.array) -> list[Spa
         breaks = np.array((rows == newline.astype(rows.dtype)).all(1))
     count, at = int(breaks.sum()), np.flatnonzero(breaks)
     frames, rest = divmod(n, frame)
-    base = Span(kind, (1, side, side), run[:frame], breaks[:frame])
+    item = int(run[0])
+    base = Span(kind, (1, side, side), run[:frame], breaks[:frame], item)
     if rest == count and not breaks[: frames * frame].any() and (frames == 1 or kind == "video"):
         height = math.isqrt(frame)
         return [replace(base, grid=(frames, height, height), columns=run, special=breaks)]
@@ -118,7 +127,7 @@ def _tiles(model: Any, kind: str, run: np.ndarray, embeds: mx.array) -> list[Spa
         width = (n - frame) // count
         if np.array_equal(at, frame + width * np.arange(1, count + 1) - 1):
             grid = (1, count, width - 1)
-            return [base, Span(kind, grid, run[frame:], breaks[frame:])]
+            return [base, Span(kind, grid, run[frame:], breaks[frame:], item)]
     raise SpanError(
         f"{n} {kind} tokens from column {run[0]} on are no single {kind} of {frame} tokens"
         f"{' per frame' if kind == 'video' else ' and rows that end in a line break'}. Put text "

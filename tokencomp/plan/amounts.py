@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from tokencomp.errors import RatioError
 from tokencomp.plan.counts import check_ratio, split_evenly
 from tokencomp.validation import fits
-
-if TYPE_CHECKING:
-    from tokencomp.tokens.spans import VisualSpan
 
 MAX_BUDGET = 1_000_000
 PROMPT = "prompt"
@@ -40,7 +37,17 @@ class Place:
     part: int
 
 
-def places(spans: Sequence[VisualSpan]) -> list[Place]:
+class Part(Protocol):
+    """What `places` reads of a span: the number of its item, and its visual tokens."""
+
+    @property
+    def item(self) -> int | None: ...
+
+    @property
+    def visual(self) -> int: ...
+
+
+def places(spans: Sequence[Part]) -> list[Place]:
     """The place of every span of one prompt; spans with one `item` number belong together."""
     parts: dict[int | None, list[int]] = {}
     for span in spans:

@@ -189,14 +189,14 @@ class Conversation:
         what = f"{tokens} tokens of text" if kept_text else f"a chunk of {tokens} tokens"
         after = "" if rows == tokens else f" ({rows} rows after compression)"
         fix = (
-            "open a new session"
+            "or open a new session"
             if kept_text
-            else "append fewer or smaller frames at once, raise the ratio of the patch"
+            else "append fewer or smaller frames at once, or raise the ratio of the patch"
         )
         raise SessionError(
             f"{what}{after} beside {self.texts} rows of text that always stay: more than "
             f"budget={budget}. Allowed are {max(0, budget - self.texts)} rows. Raise the budget, "
-            f"or {fix}. Nothing was added."
+            f"{fix}. Nothing was added."
         )
 
     def check_chunk(self, spans: Sequence[VisualSpan], n: int) -> None:
