@@ -53,7 +53,7 @@ def test_a_handle_says_what_was_asked_for_and_what_happened(loaded, inputs):
         work = round(100 * stats.flops_after / stats.flops_before)
         assert str(stats).startswith(f"{visual} → {visual // 4} visual tokens, LLM work {work} %")
         assert 25 < work < 90 and str(stats) in repr(handle) and len(repr(stats)) < 120
-        handle.set(ratio={"image": 0.5})
+        handle.set(ratio={"image": "0.5"})
         model(**inputs)
         assert f"ratio image=0.5 (kcentre at entry): {visual} → {visual // 2}" in repr(handle)
         handle.set(budget=8)

@@ -149,12 +149,13 @@ class MethodSpec:
         RatioError, OptionError
             A kind that does not exist, or a ratio outside [0, 1); a plan or a tower ratio beside.
         """
-        for kind, ratio in self.ratios.items():
+        for kind in self.ratios:
             if kind not in MEDIA:
                 raise RatioError(
                     f"ratio={self.ratios!r}: {kind!r} is no kind of media. Use {', '.join(MEDIA)}."
                 )
-            check_ratio(ratio, f"ratio of {kind}")
+        checked = {k: check_ratio(r, f"ratio of {k}") for k, r in self.ratios.items()}
+        object.__setattr__(self, "ratios", checked)
         if self.ratios and (self.plan is not None or self.tower_ratio):
             raise OptionError(
                 f"ratio={self.ratios!r} beside a plan or tower_ratio, which know no kinds. "

@@ -36,6 +36,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 import tokencomp
 from benchmarks import publishing
 from benchmarks.publishing import environment, provenance, read_lines
+from tokencomp.pages import measured
 from tokencomp.profiling import shapes
 from tokencomp.storage import write_lines
 
@@ -284,6 +285,13 @@ def key(piece: Piece) -> tuple[str, int]:
     return piece.model, piece.tokens
 
 
+def publish(out: Path, records: list[dict[str, Any]]) -> None:
+    """Write the page of the results and, of the full ones, the part that the package shows."""
+    out.with_suffix(".md").write_text(page(records))
+    if out == FOLDER / "prefill.jsonl":
+        measured.keep(records)
+
+
 def main() -> None:
     parser = publishing.parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
@@ -295,7 +303,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out = args.out or FOLDER / ("prefill_quick.jsonl" if args.quick else "prefill.jsonl")
     if args.report:
-        args.out.with_suffix(".md").write_text(page(read_lines(args.out)))
+        publish(args.out, read_lines(args.out))
         return
     facts = publishing.published_from(args.out, args.allow_dirty)
     dtype = fastest_dtype() if args.dtype == "auto" else getattr(torch, args.dtype)
@@ -308,7 +316,7 @@ def main() -> None:
             records = [*others, *own]
             records.sort(key=lambda r: (list(MODELS).index(r["model"]), r["tokens"]))
             write_lines(args.out, records)
-            args.out.with_suffix(".md").write_text(page(records))
+            publish(args.out, records)
         print("\n".join(table(own).splitlines()[2:]), flush=True)
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"peak resident memory of this process: {usage / 2**20:.1f} GiB")

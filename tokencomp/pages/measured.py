@@ -1,17 +1,20 @@
-"""Times that were measured on the shapes of real models, from the repository's result files."""
+"""Times that were measured on the shapes of real models, as this package has them."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokencomp.method import DEFAULT_REDUCER
+from tokencomp.storage import write_lines
 
 TOY = 50_000_000
 """Parameters below which the time of a model says nothing about real ones."""
-PREFILL = Path(__file__).parents[2] / "benchmarks" / "models" / "prefill.jsonl"
-"""What `benchmarks/models/prefill.py` wrote; a wheel does not have it."""
+PREFILL = Path(__file__).with_name("prefill.jsonl")
+"""What `benchmarks/models/prefill.py` keeps of its results for the package."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,13 @@ class PrefillSpeed:
     ratios: list[float]
     rows: list[tuple[str, int, list[float | None]]]
     where: str
+
+
+def keep(records: Iterable[Mapping[str, Any]], file: Path = PREFILL) -> None:
+    """Write what `prefill_speed` reads of the results with the default reducer."""
+    names = ("model", "visual_tokens", "reducer", "ratio", "speedup", "dtype", "environment")
+    own = [{n: r[n] for n in names} for r in records if r["reducer"] == DEFAULT_REDUCER]
+    write_lines(file, own)
 
 
 def prefill_speed(file: Path = PREFILL, reducer: str = DEFAULT_REDUCER) -> PrefillSpeed | None:
