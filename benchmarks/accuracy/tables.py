@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from tokencomp.evaluation.cost import PARTS
 from tokencomp.evaluation.metrics import McNemar, Retention, difference, mcnemar, retention
 from tokencomp.evaluation.settings import DOWNSCALE, FULL, Setting
 from tokencomp.pages.report import work_cell
-from tokencomp.zoo import available_models, metrics
+from tokencomp.zoo import available_models, metrics, model_path
 
 BASELINES = ("random", "uniform", DOWNSCALE)
 SLACK = 0.05  # of the ratio, for a baseline that cannot reach it exactly
@@ -88,7 +89,7 @@ def ratio_table(results: Results, ratio: float, default: str) -> str:
 
 
 def moved(results: Results, setting: dict[str, Any]) -> str:
-    """How the depth of this model moves the method's cuts; "" where it does not.
+    """How the method departs from its paper on this model; "" where it does not.
 
     Of a method with options that only an earlier release had, that it has.
     """
@@ -96,10 +97,21 @@ def moved(results: Results, setting: dict[str, Any]) -> str:
     if model not in available_models():
         return ""
     layers = metrics(model)["model"]["layers"]
+    decoded = max((run.get("frames", 0) for run in results.manifest["runs"]), default=0)
+    known = steps(model, decoded) if "videos" in results.kinds else 0
     try:
-        return Setting(setting["reducer"], setting["ratio"], setting["options"]).moved(layers)
+        return Setting(setting["reducer"], setting["ratio"], setting["options"]).moved(
+            layers, known
+        )
     except TokenCompError:
         return "has options of release 0.1"
+
+
+@functools.cache
+def steps(model: str, frames: int) -> int:
+    """Steps in time of a video in an embedded model; towers of Qwen read frames in pairs."""
+    vision = json.loads((model_path(model) / "config.json").read_text()).get("vision_config", {})
+    return -(-frames // vision.get("temporal_patch_size", 1))
 
 
 def rivals_table(results: Results, ratio: float, default: str) -> str:
@@ -127,7 +139,7 @@ def rivals_table(results: Results, ratio: float, default: str) -> str:
 
 
 def name_of(results: Results, label: str, default: str) -> str:
-    """The method of a label, marked where the depth of the model moves its cuts."""
+    """The method of a label, marked where it departs from its paper."""
     setting = results.settings[label]
     return name(setting, default) + ("†" if moved(results, setting) else "")
 

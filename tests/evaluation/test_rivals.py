@@ -142,3 +142,12 @@ def test_moved_methods_say_so(name, ratio, layers, first):
     assert (note == "") is (first is None), note
     if first is not None:
         assert note.startswith(f"cuts before layer {first}")
+
+
+def test_evs_below_one_frame_says_so():
+    """Below one frame the published rule keeps more than was asked for; ours keeps half of one."""
+    evs = make_reducer("evs")
+    assert not evs.moved(0.75, 6, 4) and not evs.moved(0.9, 6) and not evs.moved(0.9, 6, 16)
+    assert "one of 4 frames" in evs.moved(0.76, 6, 4)
+    both = make_reducer("evs+fastv", share=1.0)
+    assert "one of 4 frames" in both.moved(0.9, 28, 4) and not both.moved(0.7, 28, 4)

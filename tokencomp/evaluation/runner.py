@@ -181,6 +181,14 @@ class _Sweep:
         self.identities = {s: {**shared, **s.identity} for s in self.runs}
         self.facts = {**environment(), "attention": attention_backend(plain)}
         self.layers = len(adapter_for(plain).layers)
+        self.steps = self._steps(answerer.how["frames"], plain.config)
+
+    def _steps(self, frames: int | str, config: Any) -> int:
+        """Steps in time of the videos, 0 if unknown; towers of Qwen read frames in pairs."""
+        vision = getattr(config, "vision_config", None)
+        if isinstance(frames, str) or not any(map(has_video, self.items)):
+            return 0
+        return -(-frames // getattr(vision, "temporal_patch_size", 1))
 
     def open_stores(self, out_dir: str | Path | dict[Setting, Path]) -> None:
         """Take finished answers from disk, and write new ones there."""
@@ -305,7 +313,7 @@ class _Sweep:
                 "batch_size": self.batch_size,
                 "batch_halved_by_oom": self.halved,
                 "finished": finished,
-                "moved": setting.moved(self.layers),
+                "moved": setting.moved(self.layers, self.steps),
             }
             if setting in self.times:
                 run.manifest["times"] = self.times[setting]

@@ -156,11 +156,19 @@ class Setting(MethodSpec):
         rest = ", merging the rest" if self.rest == "merge" else ""
         return f"{reducer!r}{revision}{subsets}{rest}{tower}"
 
-    def moved(self, layers: int) -> str:
-        """How a decoder of `layers` layers moves the method's cuts, in words; "" if it does not."""
+    def moved(self, layers: int, frames: int = 0) -> str:
+        """How the method departs from its paper, in words; "" if it does not.
+
+        Parameters
+        ----------
+        layers
+            Of the decoder, whose depth may move cuts.
+        frames
+            As in `Reducer.moved`.
+        """
         if not self.active or self.plan is not None or self.ratios or self.amount is not None:
             return ""
-        return self.built_reducer.moved(self.ratio, layers)
+        return self.built_reducer.moved(self.ratio, layers, frames)
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -99,8 +99,14 @@ class Reducer(StageReducer):
         """
         return ()
 
-    def moved(self, ratio: float, num_layers: int) -> str:
-        """How the plan for `ratio` departs from the paper's layers, in words; "" if it does not."""
+    def moved(self, ratio: float, num_layers: int, frames: int = 0) -> str:
+        """How the plan for `ratio` departs from the paper's rule, in words; "" if it does not.
+
+        Parameters
+        ----------
+        frames
+            Steps in time of the videos that are asked about; 0 if unknown, or if there are none.
+        """
         published = self.published_layers(num_layers)
         layers = [stage.layer for stage in self.plan(ratio, num_layers).stages]
         if not published or {*layers} <= {*published}:

@@ -81,9 +81,12 @@ class Compose(Reducer):
         scaled = [Stage(s.layer, first * s.fraction, s.reducer) for s in later if s.layer > 0]
         return Plan((*entry, *scaled))
 
-    def moved(self, ratio: float, num_layers: int) -> str:
+    def moved(self, ratio: float, num_layers: int, frames: int = 0) -> str:
         first, rest = self._parts(ratio)
-        parts = self.entry.moved(1.0 - first, num_layers), self.layer.moved(rest, num_layers)
+        parts = (
+            self.entry.moved(1.0 - first, num_layers, frames),
+            self.layer.moved(rest, num_layers, frames),
+        )
         return "; ".join(part for part in parts if part)
 
     def _parts(self, ratio: float) -> tuple[float, float]:

@@ -45,7 +45,7 @@ class DyCoke(Reducer):
     summary = "drop what repeats in groups of four frames, first stage (DyCoke 2411.15024)"
     whole_spans = True
 
-    def moved(self, ratio: float, num_layers: int) -> str:
+    def moved(self, ratio: float, num_layers: int, frames: int = 0) -> str:
         if ratio <= LARGEST:
             return ""
         return f"thins out the first frames of groups; the paper's rule removes at most {LARGEST}"

@@ -28,13 +28,19 @@ class EVS(Reducer):
     Notes
     -----
     Two rules are ours, because the paper has none. If the budget is smaller than one frame, the
-    first frame gets half of it, evenly spaced. An image has no previous frame and keeps the evenly
-    spaced tokens that `uniform` keeps. The same happens to every frame of a video where the model
-    gets each frame as a span of its own (InternVL, SmolVLM); use another reducer there.
+    first frame gets half of it, evenly spaced, which tables mark (†). An image has no previous
+    frame and keeps the evenly spaced tokens that `uniform` keeps. The same happens to every frame
+    of a video where the model gets each frame as a span of its own (InternVL, SmolVLM); use another
+    reducer there.
     """
 
     summary = "drop tokens unchanged since the previous frame (EVS 2510.14624)"
     whole_spans = True
+
+    def moved(self, ratio: float, num_layers: int, frames: int = 0) -> str:
+        if (1.0 - ratio) * frames > 1.0 - 1e-6 or not frames:
+            return ""
+        return f"keeps less than one of {frames} frames; the paper's rule keeps the first one whole"
 
     def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
         patches = Patches.whole(batch, keeps, "evs")

@@ -53,9 +53,8 @@ are not for the default: they do not equal masking."""
 
 AGAIN = """`rest="merge"` has since become an option of every reducer. Asked with it, on the
 embedded models alone (the model of photographs was not at hand): the default, a k-centre on all
-media, facility location (`scope` with `saliency="none"`), and marginal relevance on the trained
-selector, which takes no part in the choice. "condiv merge_rest=-1.0, proportional_attention=True"
-is the default with `rest="merge"`. The [decision
+media, and facility location (`scope` with `saliency="none"`). "condiv merge_rest=-1.0,
+proportional_attention=True" is the default with `rest="merge"`. The [decision
 record](../../docs/decisions/0001-default-reducer.md) says what followed."""
 
 VIDEOS: Candidate = ("condiv", {"power": 1.0, "margin": 0.2})
@@ -90,13 +89,7 @@ They cannot be the default, which has to run on every model and to equal masking
 WEIGHTED: Candidate = ("condiv", {"merge_rest": -1.0, "proportional_attention": True})
 """The default with `rest="merge"`, as release 0.1 wrote it."""
 LOCATION: Candidate = ("scope", {"saliency": "none", REST: "merge"})
-ASKED: list[Candidate] = [
-    ("kcentre", {REST: "merge"}),
-    ("scope", {"saliency": "none"}),
-    LOCATION,
-    ("selector", {"pick": "mmr"}),
-    ("selector", {"pick": "mmr", REST: "merge"}),
-]
+ASKED: list[Candidate] = [("kcentre", {REST: "merge"}), LOCATION]
 """What `studies.merging` asks; with what is stored already it makes the last table."""
 AGAINST = [
     *(by_kind(one, VIDEOS) for one in (WEIGHTED, LOCATION)),
@@ -160,18 +153,20 @@ def write_choice(results: list[Results], folder: Path) -> dict[str, Any]:
     write_json(folder / "choice.json", data)
     waiting = [title(c) for c in CANDIDATES if c not in ready]
     merged = [c for c in MERGED if answered(results, c)]
-    beyond = rank(results, [(chosen["reducer"], chosen["options"]), *merged])
+    default: Candidate = (chosen["reducer"], chosen["options"])
+    beyond = rank(results, [default, *merged])
     parts = [
         "# Candidates for the default reducer",
         "Made by `python -m benchmarks.accuracy.studies.choose`.",
         INTRO,
-        f"Chosen: **{title((chosen['reducer'], chosen['options']))}**.",
+        f"Chosen: **{title(default)}**.",
         *([f"Without results yet: {'; '.join(waiting)}."] if waiting else []),
         choice_table(rows, chosen, results),
         "## Beyond dropping",
         BEYOND,
         choice_table(beyond, beyond[0], results),
-        *asked_again(results, (chosen["reducer"], chosen["options"])),
+        *by_the_rule(beyond, default),
+        *asked_again(results, default),
     ]
     for one in results:
         m = one.manifest
@@ -180,6 +175,15 @@ def write_choice(results: list[Results], folder: Path) -> dict[str, Any]:
     text = "\n\n".join(parts) + "\n"
     write_text(folder / "choice.md", text)
     return chosen
+
+
+def by_the_rule(rows: list[dict[str, Any]], default: Candidate) -> list[str]:
+    """What the rule would choose if merging could be the default."""
+    best = max((row for row in rows if row["tied"]), key=preference)
+    name: Candidate = (best["reducer"], best["options"])
+    record = "[decision record](../../docs/decisions/0001-default-reducer.md)"
+    said = f"By the rule alone: **{title(name)}**. The {record} says why it is not the default."
+    return [] if name == default else [said]
 
 
 def asked_again(results: list[Results], default: Candidate) -> list[str]:
