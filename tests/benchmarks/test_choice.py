@@ -83,6 +83,35 @@ def test_what_decides_between_tied_candidates(rows: Any, best: str | None) -> No
     assert max(tied, key=choose.preference)["reducer"] == (best or ranking.BY_KIND)
 
 
+def test_what_the_rule_would_choose_with_merging() -> None:
+    """Named where it is tied and has more to spare; otherwise there is nothing to say."""
+    default = {"reducer": "kcentre", "options": {}, "score": 0.99, "spare": 0.01, "tied": True}
+    merged = {"reducer": "merge", "options": {}, "score": 0.98, "spare": 0.02, "tied": True}
+    (said,) = choose.by_the_rule([default, merged], ("kcentre", {}))
+    assert "**merge**" in said and "kcentre" not in said
+    for fewer in ({"tied": False}, {"spare": 0.0}):
+        assert choose.by_the_rule([default, {**merged, **fewer}], ("kcentre", {})) == []
+
+
+def test_the_default_asked_again_with_merging(unpublished: Path) -> None:
+    """Beside the default stand those that were asked; models that were not take no part."""
+    labels = {
+        ranking.label(one, ratio, kind): share
+        for one, share in ((("condiv", {}), 0.675), *((one, 0.65) for one in choose.AGAINST))
+        for ratio in RATIOS
+        for kind in store.KINDS
+    }
+    write_results(unpublished, {"full": 0.7, **labels}, "validation", "a")
+    choices(unpublished, ("b",))
+    results = read_all(unpublished, "validation")
+    title, _, models, table = choose.asked_again(results, ("condiv", {}))
+    assert title.startswith("## ") and models == "Of a."
+    first, second = table.splitlines()[2:4]
+    assert first.startswith("| **condiv** | 96.4% |") and "| 92.9% |" in second
+    assert table.count("rest=merge") > 2
+    assert choose.asked_again(results[1:], ("condiv", {})) == []
+
+
 def test_points_to_spare_are_those_above_the_bar_of_the_ratio(unpublished: Path) -> None:
     """At 0.95 nothing is kept beyond the bar of 80 %, which is still more to spare than at 0.5."""
     shares = dict(zip(RATIOS, (0.68, 0.7, 0.7, 0.7), strict=True))
