@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from support import kinds, oracle, plans
+from support import backends, kinds, oracle, plans
+from support.caches import static_cache
 from support.families import FAMILIES, Family, text
 from support.family.hybrid import HYBRID
 from torch import Tensor
@@ -28,15 +29,18 @@ def rows(family: Family, count: int) -> list[list[Any]]:
 class Chat:
     """A patched first turn, and the arguments and the oracle of a second one of text alone."""
 
-    def __init__(self, family: Family, count: int, **setting: Any) -> None:
-        self.family, self.model = family, family.build()
+    def __init__(
+        self, family: Family, count: int, model: Any = None, held: Any = None, **setting: Any
+    ) -> None:
+        self.family, self.model = family, model or family.build()
         inputs = family.batch(rows(family, count))
         self.width, later = inputs["input_ids"].shape[1], text(4, 9)
         new = torch.tensor([later] * count)
         positions = family.positions(self.model, inputs)
         self.handle = tokencomp.patch(self.model, **setting)
         with torch.no_grad():
-            out = self.model(**inputs, position_ids=positions, use_cache=True)
+            own = {} if held is None else {"past_key_values": held}
+            out = self.model(**inputs, position_ids=positions, use_cache=True, **own)
         self.cache, self.name = oracle.cache_of(out), oracle.cache_name(out)
         whole = kinds.continued(inputs, positions, new)
         self.turn: dict[str, Tensor] = {
@@ -121,3 +125,20 @@ def test_positions_of_one_cache_are_of_one_kind(first: str) -> None:
         chat.refused("compact positions")
     with tokencomp.patch(chat.model, 0.5, positions=first):
         assert chat.say().isfinite().all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_flash_attention_on_static_caches(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would read rows that nothing has written; a patch that compresses nothing hides them."""
+    backends.install(monkeypatch, backends.FLASH)
+    family = FAMILIES[name]
+    model = backends.build(family, backends.FLASH)
+    try:
+        chat = Chat(family, 1, model, static_cache(model, 256), ratio=0.6, reducer="uniform")
+    except UnsupportedCacheError as refusal:
+        pytest.skip(str(refusal))  # releases before 5.13, see test_backends.py
+    chat.handle.set(ratio=0.0)
+    found = chat.say(copy.deepcopy(chat.cache))
+    chat.handle.remove()
+    chat.refused("The patch is gone")
+    torch.testing.assert_close(found, chat.expected(), atol=1e-5, rtol=1e-5)

@@ -6,16 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from support import oracle, plans, tower
+from support import kinds, oracle, plans, tower
 from support.families import FAMILIES, Family, text
+from support.family.hybrid import HYBRID
 from torch import Tensor, nn
 
 import tokencomp
 from tokencomp import Plan, Stage, TowerStage, make_reducer
 
 RANDOM = make_reducer("random")
-# The mixture of experts of Qwen3-VL takes no float64; its tower is that of Qwen3-VL.
-NAMES = sorted(set(FAMILIES) - {"qwen3_vl_moe"})
+# Every family with a tower stage. The mixture of experts of Qwen3-VL takes no float64; its tower is
+# that of Qwen3-VL.
+WITH_TOWERS = {**FAMILIES, **{name: HYBRID[name] for name in ("qwen3_5",) if name in HYBRID}}
+NAMES = sorted(set(WITH_TOWERS) - {"qwen3_vl_moe"})
 # One of every way in which a tower gets its full length back.
 QUICK = {
     *(("qwen3_vl", "all"), ("llava_onevision", "all"), ("internvl", "all"), ("internvl", "tower")),
@@ -56,7 +59,7 @@ def gradients(model: Any, inputs: dict[str, Tensor], **call: Any) -> dict[str, T
 @pytest.mark.parametrize(("name", "plan"), CASES)
 def test_gradients_are_those_of_the_masked_run(name: str, plan: str) -> None:
     """Of every parameter of tower, projector and decoder, in float64 and with loud towers."""
-    family = tower.deep(FAMILIES[name])
+    family = tower.deep(WITH_TOWERS[name])
     model = tower.build(family)
     inputs = prompts(family, model)
     stage = PLANS[plan].tower
@@ -77,6 +80,7 @@ def test_gradients_are_those_of_the_masked_run(name: str, plan: str) -> None:
     with (
         tower.tower_masks(model, seen, block),
         oracle.layer_masks(model, family, masks),
+        kinds.absent_columns(family.decoder(model), masks),
     ):
         expected = gradients(model, inputs, position_ids=family.positions(model, inputs))
     whole = gradients(model, inputs, position_ids=family.positions(model, inputs))

@@ -21,6 +21,8 @@ from support.family.qwen import Qwen2VL, text_config
 import tokencomp
 
 STEPS = 6
+# They read lengths of keys, raters of the question, the frame before, and nothing in a later layer.
+NEWER = ("dart", "sparsevlm", "timechat", "mmtok+random")
 
 
 class Mistral(Llava):
@@ -84,7 +86,10 @@ def random_rows(family: Family, dice: random.Random) -> list[list[Any]]:
 
 def random_setting(family: Family, dice: random.Random) -> dict[str, Any]:
     """A ratio for all media or by kind, at entry or between layers, with and without scores."""
-    name = dice.choice(["uniform", "uniform", "condiv", "fastv", "staged"])
+    name = dice.choice(["uniform", "uniform", "condiv", "fastv", "staged", *NEWER])
+    if name in NEWER:
+        options = {"at": dice.choice([0.5, 0.75])} if name.endswith("random") else {}
+        return {"ratio": dice.choice([0.25, 0.5, 0.75]), "reducer": name, **options}
     if name == "staged":
         uniform = tokencomp.make_reducer("uniform")
         stages = tokencomp.Stage(0, 0.7, uniform), tokencomp.Stage(2, 0.3, uniform)

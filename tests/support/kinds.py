@@ -31,7 +31,7 @@ def hidden_columns(
 
     `merged` merges them into others first.
     """
-    hooks, mixers = [], []
+    hooks = []
 
     def merge(module: nn.Module, args: Any, kwargs: Any) -> Any:
         """At entry; a decoder may make more of its input than the states before layer 0."""
@@ -55,6 +55,19 @@ def hidden_columns(
             return args, {**kwargs, "attention_mask": own.masked_fill(~shown, low)}
 
         hooks.append(layer.register_forward_pre_hook(hide, with_kwargs=True))
+    try:
+        with absent_columns(decoder, masks):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextlib.contextmanager
+def absent_columns(decoder: nn.Module, masks: list[Tensor]) -> Iterator[None]:
+    """Let the linear layers alone run on the columns (B, L) that `masks` has for each layer."""
+    mixers = []
+    for layer, mask in zip(decoder.layers, masks, strict=True):
         for module in layer.modules():
             if LINEAR.search(type(module).__name__):
                 mixers.append(module)
@@ -62,8 +75,6 @@ def hidden_columns(
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
         for module in mixers:
             del module.forward
 

@@ -35,9 +35,10 @@ from tokencomp.torchlib import compat
 INDEXED: Any = compat.indexed_layer()
 NEEDS_PATCH = (
     "this cache holds a compressed prompt that only a patched model reads right: a padded batch, "
-    "rows that differ by layer, merged tokens with weights, compact positions, or an attention "
-    "window. The patch is gone. Call tokencomp.patch(model, ...) again (at any ratio) before you "
-    "continue, or start the conversation again."
+    "rows that differ by layer, merged tokens with weights, compact positions, an attention "
+    "window, or a static cache under FlashAttention. The patch is gone. Call "
+    "tokencomp.patch(model, ...) again (at any ratio) before you continue, or start the "
+    "conversation again."
 )
 
 

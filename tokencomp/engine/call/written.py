@@ -8,6 +8,7 @@ from tokencomp.engine.cache.check import check_cache
 from tokencomp.engine.cache.compress import compress_layer
 from tokencomp.engine.cache.need import InForce, PatchNeed
 from tokencomp.engine.cache.rows import filled, first_with_rows, segment_heads
+from tokencomp.engine.kinds.mask_compat import flash_on_static
 from tokencomp.engine.stage.forward import ForwardPass
 
 
@@ -51,6 +52,7 @@ def _note_patch(forward: ForwardPass, layers: list[Any], patch: InForce) -> None
     heads, windows = segment_heads(layers), forward.windows
     needed = len(heads) > 1 or patch.compact or bool(windows.sizes) or windows.relative
     needed |= any(head.valid is not None or head.sizes is not None for head in heads)
+    needed |= flash_on_static(forward.adapter.text_config, first_with_rows(layers))
     need = PatchNeed() if needed or windows.cut_later_turns else None
     for layer in filled(layers):
         layer.patch, layer.needs_patch = patch, need
