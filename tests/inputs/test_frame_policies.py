@@ -10,6 +10,7 @@ from PIL import Image
 from support.clips import pictures, write_clip
 
 from tokencomp.errors import MediaError, OptionError, ScoreError
+from tokencomp.inputs.clips import FileClip
 from tokencomp.inputs.frames import Even, Rate, Scored, frame_policy
 from tokencomp.inputs.media import load_media
 from tokencomp.inputs.scored import aks
@@ -47,7 +48,7 @@ def test_unknown_policies(clip, frames):
 
 
 def test_unknown_rule_of_a_scorer(clip):
-    with pytest.raises(OptionError, match=r"'best'.*aks"):
+    with pytest.raises(OptionError, match=r"'best'.*aks, focus"):
         load_media(clip, "scorer:best:8")
 
 
@@ -90,6 +91,22 @@ def test_a_scorer_sees_one_frame_per_second_and_the_question(clip):
     assert seen == [(3, "What moves?")] and len(video) == 2
     assert set(video.sampling.indices) <= {12, 36, 60} and video.sampling.rule == "aks"
     assert len(load_media(clip, Scored(12, scorer))) == 12 and seen[-1][0] == 12
+
+
+def test_frames_that_were_scored_are_not_decoded_again(clip, monkeypatch):
+    read, asked = FileClip.read, []
+
+    def counted(self, places, size):
+        asked.append([*places])
+        return read(self, places, size)
+
+    monkeypatch.setattr(FileClip, "read", counted)
+    video = load_media(clip, Scored(2, lambda frames, question: [1.0, 0.0, 2.0]), size=48)
+    assert asked == [[12, 36, 60]]
+    again = load_media(clip, Scored(3, lambda frames, question: [0.0] * 3), size=48)
+    assert [np.asarray(f).tolist() for f in video] == [
+        np.asarray(again[again.sampling.indices.index(k)]).tolist() for k in video.sampling.indices
+    ]
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ Frames = Annotated[
     typer.Option(
         "--frames",
         help='Frames of a video: 8 (evenly spaced), "1fps", "stream:8" (by bursts of the file), '
-        '"scorer:aks:8" (by the model\'s own embeddings).',
+        '"scorer:aks:8" or "scorer:focus:8" (by the model\'s own embeddings).',
     ),
 ]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Rows per batch.")]

@@ -90,7 +90,7 @@ class FileClip(Clip):
     def read(self, places: Sequence[int], size: int | None) -> dict[int, Image.Image]:
         def work() -> dict[int, Image.Image]:
             if self._decoder is not None:
-                arrays = self._decoder(self.path, places, self.device)
+                arrays = self._decoder(self.path, places, self.device, self.index)
                 pairs = zip(places, arrays, strict=True)
                 return {place: _shrunk(Image.fromarray(a), size) for place, a in pairs}
             wanted = 0, 0

@@ -117,15 +117,26 @@ def load_media(
     with opened as clip:
         with part("open"):
             index = clip.index
+        scored: dict[int, Any] = {}
+
+        def decode(at: Sequence[int]) -> tuple[list[int], list[Any]]:
+            read = _pictures(clip, at, size)
+            scored.update(read)
+            return sorted(read), [read[place] for place in sorted(read)]
+
         with part("select"):
-            choice = policy.choose(index, lambda at: _pictures(clip, at, size), question)
+            choice = policy.choose(index, decode, question)
         if choice.silence:
             warnings.warn(
                 f"{path}: frames={str(policy)!r} takes evenly spaced frames: {choice.silence}.",
                 FrameChoiceWarning,
                 stacklevel=2,
             )
-        places, images = _pictures(clip, choice.places, size)
+        if scored.keys() >= set(choice.places):
+            read = {place: scored[place] for place in choice.places}
+        else:
+            read = _pictures(clip, choice.places, size)
+        places = sorted(read)
         if set(places) != set(choice.places):
             lost = sorted(set(choice.places) - set(places))
             warnings.warn(
@@ -136,7 +147,7 @@ def load_media(
             )
         times = index.uneven_times(places)
         sampling = Sampling(tuple(places), index.total, index.fps, times, choice.rule)
-    return Video.of(images, sampling)
+    return Video.of([read[place] for place in places], sampling)
 
 
 def open_clip(path: Path, decoder: str = "pyav") -> Clip:
@@ -148,8 +159,7 @@ def open_clip(path: Path, decoder: str = "pyav") -> Clip:
     return AnimationClip(path)
 
 
-def _pictures(clip: Clip, at: Sequence[int], size: int | None) -> tuple[list[int], list[Any]]:
-    """Places and PIL images of the frames at some places, ascending."""
+def _pictures(clip: Clip, at: Sequence[int], size: int | None) -> dict[int, Any]:
+    """PIL images of the frames at some places."""
     with part("decode"):
-        read = clip.read(at, size)
-    return sorted(read), [read[place] for place in sorted(read)]
+        return clip.read(at, size)

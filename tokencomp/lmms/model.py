@@ -49,7 +49,7 @@ class TokenComp(lmms):
     options
         Reducer options as JSON; any further `name=value` argument is an option, too.
     frames
-        Which frames of each video are decoded: a number, "1fps", "stream:8" or "scorer:aks:8".
+        Which frames of each video are decoded: a number, "1fps", "stream:8", "scorer:aks:8" …
     batch_size, device, dtype, attention
         As in `tokencomp eval`.
     results
