@@ -67,8 +67,9 @@ def _intro(report: Row, families: Sequence[str]) -> str:
         "trained on clips of at most 16 frames and 8 seconds. "
         f"{RATIO:g} is the default method at that ratio (achieved: {np.mean(ratios):.3f}): 32 "
         "frames then have the visual tokens in the decoder that 8 whole frames have. The vision "
-        f"tower sees all 32. The chance column is the best blind guess. The run took "
-        f"{report['cpu'] / 60:.0f} CPU minutes."
+        f"tower sees all 32. The last row is the best blind guess. The run took "
+        f"{report['cpu'] / 60:.0f} CPU minutes: so few questions "
+        "tell large differences alone."
     )
 
 
