@@ -24,7 +24,7 @@ from tokencomp.errors import (
 if importlib.util.find_spec("mlx_vlm") is None:
     pytest.skip("mlx-vlm is not installed", allow_module_level=True)
 
-from support.mlx_pair import IMAGE, NAMES, VIDEO, answered, pair, prompt
+from support.mlx_pair import CASES, IMAGE, NAMES, VIDEO, answered, pair, prompt
 
 import tokencomp.mlx  # after the processors of transformers are loaded
 
@@ -47,8 +47,7 @@ def generated(both: Any, asked: Any, tokens: int, step: int | None) -> tuple[lis
     return [token for token, _ in pairs], pairs[0][1]
 
 
-@pytest.mark.parametrize("media", [IMAGE, VIDEO])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "media"), CASES)
 def test_rows_and_tokens_of_transformers(name: str, media: str) -> None:
     """The same rows by every reducer, and the same answer, whole prefill or in chunks."""
     both = pair(name)

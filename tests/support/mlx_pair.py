@@ -23,7 +23,7 @@ from tokencomp.inputs.media import load_media
 from tokencomp.storage import write_json
 
 TRAINED = ("tiny-qwen2-vl", "tiny-qwen3-vl", "tiny-qwen3-5", "tiny-llava-onevision")
-RANDOM = ("qwen2_5_vl", "qwen3_vl_moe", "qwen3_5_moe")
+RANDOM = ("qwen2_5_vl", "qwen3_vl_moe", "qwen3_5_moe", "llava")
 NAMES = (*TRAINED, *RANDOM)
 _root = tempfile.TemporaryDirectory()
 
@@ -50,6 +50,8 @@ def _folder(name: str) -> Path:
 FOLDERS = {name: _folder(name) for name in NAMES}
 REFERENCES = {name: load_model(str(FOLDERS[name]), device="cpu", dtype="float32") for name in NAMES}
 IMAGE, VIDEO = "test-attribute-00001.jpg", "test-direction-00002.mp4"
+CASES = [(name, media) for name in NAMES for media in (IMAGE, VIDEO)]
+CASES.remove(("llava", VIDEO))  # which takes images alone
 
 
 @functools.cache

@@ -12,7 +12,7 @@ from support.serving.models.qwen import (
     qwen3_vl,
     qwen3_vl_moe,
 )
-from support.serving.models.tiles import internvl, llava_onevision
+from support.serving.models.tiles import internvl, llava, llava_onevision
 
 # Name → function that writes the model into a folder and returns the folder.
 BUILDERS = {
@@ -23,6 +23,7 @@ BUILDERS = {
     "qwen3_vl_moe": qwen3_vl_moe,
     "qwen3_5": qwen3_5,
     "qwen3_5_moe": qwen3_5_moe,
+    "llava": llava,
     "llava_onevision": llava_onevision,
     "glm4v": glm4v,
     "internvl": internvl,

@@ -1,7 +1,8 @@
-"""Tiny random LLaVA-OneVision and InternVL, which cut images into tiles."""
+"""Tiny random LLaVA, and LLaVA-OneVision and InternVL, which cut images into tiles."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from support.serving.models.building import (
     vocabulary,
     write,
 )
+from tokencomp.storage import write_json
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
@@ -25,6 +27,40 @@ TEMPLATE = (
     "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
+def llava(folder: Path) -> Path:
+    """Write LLaVA with 8 × 8 tokens per image, and a config in the words of published ones."""
+    write_tokenizer(folder, TEMPLATE)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.image_token, side, patch = "<image>", 112, 14
+    text = hf.LlamaConfig(
+        **DECODER, vocab_size=vocabulary(tokenizer), tie_word_embeddings=False,
+        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
+    )  # fmt: skip
+    tower = hf.CLIPVisionConfig(**TILE_TOWER, image_size=side, patch_size=patch, projection_dim=64)
+    config = hf.LlavaConfig(
+        vision_config=tower.to_dict(), text_config=text.to_dict(), tie_word_embeddings=False,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = sharpen(hf.LlavaForConditionalGeneration(config))
+    write(model, _published(model), folder)
+    written = json.loads((folder / "config.json").read_text())
+    rope = written["text_config"].pop("rope_parameters")
+    written["text_config"]["rope_theta"] = rope["rope_theta"]
+    write_json(folder / "config.json", written)
+    size = {"height": side, "width": side}
+    hf.LlavaProcessor(
+        image_processor=hf.CLIPImageProcessor(size=size, crop_size=size),
+        tokenizer=tokenizer,
+        patch_size=patch,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+        image_token="<image>",
+    ).save_pretrained(folder)
+    return folder
 
 
 def llava_onevision(folder: Path) -> Path:
