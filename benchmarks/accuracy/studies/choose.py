@@ -53,7 +53,8 @@ are not for the default: they do not equal masking."""
 
 AGAIN = """`rest="merge"` has since become an option of every reducer. Asked with it, on the
 embedded models alone (the model of photographs was not at hand): the default, a k-centre on all
-media, and facility location (`scope` with `saliency="none"`). "condiv merge_rest=-1.0,
+media, facility location (`scope` with `saliency="none"`), and marginal relevance on the trained
+selector. "condiv merge_rest=-1.0,
 proportional_attention=True" is the default with `rest="merge"`. The [decision
 record](../../docs/decisions/0001-default-reducer.md) says what followed."""
 
@@ -89,7 +90,13 @@ They cannot be the default, which has to run on every model and to equal masking
 WEIGHTED: Candidate = ("condiv", {"merge_rest": -1.0, "proportional_attention": True})
 """The default with `rest="merge"`, as release 0.1 wrote it."""
 LOCATION: Candidate = ("scope", {"saliency": "none", REST: "merge"})
-ASKED: list[Candidate] = [("kcentre", {REST: "merge"}), LOCATION]
+ASKED: list[Candidate] = [
+    ("kcentre", {REST: "merge"}),
+    ("scope", {"saliency": "none"}),
+    LOCATION,
+    ("selector", {"pick": "mmr"}),
+    ("selector", {"pick": "mmr", REST: "merge"}),
+]
 """What `studies.merging` asks; with what is stored already it makes the last table."""
 AGAINST = [
     *(by_kind(one, VIDEOS) for one in (WEIGHTED, LOCATION)),
