@@ -183,6 +183,13 @@ def test_a_hub_without_address_is_not_tried_again_and_again(monkeypatch, proxies
     assert asked == [{"local_files_only": True} if local else {}]
 
 
+@pytest.mark.parametrize("command", ["demo", "inspect", "profile", "eval"])
+def test_the_help_of_a_command_begins_with_the_model(capsys, command):
+    run(command, "--help")
+    options = re.findall(r"^│[ *]+(--[\w-]+)", capsys.readouterr().out, re.MULTILINE)
+    assert options[0] == "--model" and "--ratio" in options[1:7]
+
+
 def test_ctrl_c_leaves_a_word(monkeypatch, capsys):
     def stop(*args: Any) -> None:
         raise KeyboardInterrupt

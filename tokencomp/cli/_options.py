@@ -15,6 +15,8 @@ from tokencomp.errors import OptionError
 from tokencomp.inputs.packaged import DEFAULT_MODEL
 from tokencomp.storage import writing
 
+FIRST = ("model", "data", "image", "video", "question", "reducer", "ratio", "budget")
+"""What most users give; the help of a command begins with it."""
 Model = Annotated[
     str, typer.Option("--model", "-m", help="Embedded model, local folder, or hub id.")
 ]
@@ -221,6 +223,7 @@ def flat(command: Any = None, /, **defaults: Any) -> Any:
             values[name] = kind(**taken)
         command(**values)
 
+    parameters.sort(key=lambda p: FIRST.index(p.name) if p.name in FIRST else len(FIRST))
     options = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
     call.__name__, call.__doc__ = command.__name__, command.__doc__
     call.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]  # functions may have one
