@@ -122,6 +122,8 @@ def test_wrong_scores(clip, scores, message):
 def test_a_text_names_no_scorer(clip):
     with pytest.raises(OptionError, match=r"Scored\(8, scorer\)"):
         load_media(clip, "scorer:aks:8")
+    with pytest.raises(OptionError, match=r'Scored\(8, scorer, "focus"\)'):
+        load_media(clip, "scorer:focus:8")
 
 
 def published_aks(scores, count, deepest=5):
