@@ -139,7 +139,7 @@ def ask(model: Any, processor: Any, scorer: Any, one: Item) -> list[dict[str, An
         rows[background] = {
             "id": one.id, "family": one.family, "background": background,
             "answer": one.answer, "options": list(one.options),
-            "shown": {}, "said": {}, "right": {},
+            "shown": {}, "right": {},
         }  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "clip.mp4"
@@ -158,7 +158,6 @@ def ask(model: Any, processor: Any, scorer: Any, one: Item) -> list[dict[str, An
             for record in run.answered:
                 background, _, key = record["id"].partition("|")
                 key += f" at {setting.ratio:g}" if setting.ratio else ""
-                rows[background]["said"][key] = record["prediction"]
                 rows[background]["right"][key] = int(record["correct"])
                 if setting.ratio:
                     costs[background].append(record["ratio"])
@@ -176,7 +175,7 @@ def measure(args: argparse.Namespace, report: dict[str, Any], stored: Path) -> N
             one = item(args.split, family, number, frames=LOGICAL)
             report["rows"] += ask(model, processor, scorer, one)
             report["cpu"] = round(time.process_time())
-            stored.write_text(json.dumps(report) + "\n")
+            stored.write_text(json.dumps(report, separators=(",", ":")) + "\n")
             print(one.id, report["cpu"], flush=True)
 
 
