@@ -147,6 +147,13 @@ def patch(
     AlreadyCompressedError
         The model carries another method's changes, or it is the body of a patched model, or the
         model around a patched body.
+
+    Examples
+    --------
+    >>> handle = tokencomp.patch(model, ratio=0.75)
+    >>> ids = model.generate(**inputs)
+    >>> print(handle.stats)
+    >>> handle.remove()
     """
     asked = check_one_amount(ratio, budget, plan) or {"ratio": 0.5}
     spec = MethodSpec(

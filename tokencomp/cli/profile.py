@@ -94,8 +94,7 @@ def command(
 
     full = next(iter(variants.values()))[1]
     costs = {s: _cost(loaded, s, inputs, full) for s, (_, inputs, _) in variants.items()}
-    say = (lambda text: None) if as_json else (lambda text: typer.echo(text, err=True))
-    profiles = profile(loaded, variants, costs, rounds=rounds, say=say)
+    profiles = profile(loaded, variants, costs, rounds=rounds, progress=not as_json)
     of_file = {f"{part}_cpu_s": seconds for part, seconds in read.items()} if media else None
     report = {"model": name, **environment(), "file": of_file, "rows": _rows(profiles)}
     if as_json:

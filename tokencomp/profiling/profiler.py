@@ -79,7 +79,7 @@ def profile(
     costs: dict[Any, Any],
     *,
     rounds: int = 5,
-    say: Callable[[str], None] = lambda text: None,
+    progress: bool = True,
 ) -> dict[Any, Profile]:
     """Profile variants of one model.
 
@@ -92,34 +92,39 @@ def profile(
         Per key: an object with `flops`, `per_layer` and `ratio` (`tokencomp.evaluation.cost.Cost`).
     rounds
         Timed rounds after one warm-up; every round runs every variant once.
-    say
-        Called with a line of progress before every prefill and every measurement of memory: real
-        shapes take minutes on a CPU.
+    progress
+        Show a bar, with a step for every prefill and every measurement of memory: real shapes take
+        minutes on a CPU.
     """
-    total = len(variants) * (rounds + 2)
-    number = itertools.count(1)
+    from tqdm.auto import tqdm
+
+    bar = tqdm(total=len(variants) * (rounds + 2), desc="profiling", disable=not progress)
 
     def timed(key: Any, patch: Patch, inputs: dict[str, Any]) -> Callable[[], Split]:
         def run() -> Split:
-            say(f"{next(number)}/{total} prefill: {key.key}")
+            bar.set_postfix_str(f"prefill: {key.key}")
             with patch():
-                return prefill_split(model, inputs)
+                split = prefill_split(model, inputs)
+            bar.update()
+            return split
 
         return run
 
-    splits = interleaved({k: timed(k, p, i) for k, (p, i, _) in variants.items()}, rounds)
     profiles = {}
-    for key, (patch, inputs, preprocess) in variants.items():
-        say(f"{next(number)}/{total} memory and decoding: {key.key}")
-        with patch() as handle:
-            peak, kv = _memory(model, inputs)
-            stats = getattr(handle, "stats", None)
-            decode = decode_seconds(model, inputs, DECODE_TOKENS)
-        cost = costs[key]
-        profiles[key] = Profile(
-            preprocess, splits[key], decode, peak, kv, cost.flops, cost.per_layer, cost.ratio,
-            stats.tower_ratio if stats else 0.0,
-        )  # fmt: skip
+    with bar:
+        splits = interleaved({k: timed(k, p, i) for k, (p, i, _) in variants.items()}, rounds)
+        for key, (patch, inputs, preprocess) in variants.items():
+            bar.set_postfix_str(f"memory and decoding: {key.key}")
+            with patch() as handle:
+                peak, kv = _memory(model, inputs)
+                stats = getattr(handle, "stats", None)
+                decode = decode_seconds(model, inputs, DECODE_TOKENS)
+            cost = costs[key]
+            profiles[key] = Profile(
+                preprocess, splits[key], decode, peak, kv, cost.flops, cost.per_layer, cost.ratio,
+                stats.tower_ratio if stats else 0.0,
+            )  # fmt: skip
+            bar.update()
     return profiles
 
 
