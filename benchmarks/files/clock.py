@@ -6,6 +6,8 @@
 The clip is 720p, 24 frames per second, H.264 (x264 veryfast, its own distance of key frames): two
 minutes of a pattern with moving blocks, and an hour made of the same packets. CPU seconds are those
 of a process of its own, all threads together, so that other work on the machine does not count.
+What follows the frames has the shape of LLaVA-OneVision 0.5B with random weights, with and without
+compression.
 """
 
 from __future__ import annotations
@@ -33,12 +35,13 @@ CASES: tuple[dict[str, Any], ...] = (
     {"frames": 8, "decoder": "decord"}, {"frames": 32, "decoder": "decord"},
 )  # fmt: skip
 CHILD = """
-import json, sys, time
+import gc, json, sys, time
 import torch
 torch.set_num_threads(1)
 from tokencomp.inputs.clock import file_times
 from tokencomp.inputs.media import load_media
 import av
+gc.freeze()  # else reading packets starts a collection of all that the imports made
 path, case = sys.argv[1], json.loads(sys.argv[2])
 start = time.process_time()
 if case.get("all"):
@@ -53,6 +56,32 @@ else:
     rule = media.sampling.rule if isinstance(media, list) else ""
     whole = time.process_time() - start
     print(json.dumps({**parts, "whole": whole, "taken": taken, "rule": rule}))
+"""
+MODEL, PER_FRAME = "llava-onevision-0.5b", 196
+WORK = ((8, {}), (8, {"ratio": 0.75}), (32, {}), (32, {"ratio": 0.75}),
+        (32, {"ratio": 0.75, "tower_ratio": "auto"}))  # fmt: skip
+"""Frames, and the arguments of `tokencomp.patch`."""
+BEHIND = """
+import dataclasses, json, sys, time
+import torch
+torch.set_num_threads(1)
+import tokencomp
+from tokencomp.profiling import shapes, timing
+from tokencomp.profiling.architectures import ARCHITECTURES
+class CPU:
+    mark = staticmethod(time.process_time)
+    def between(self, start, stop):
+        return stop - start
+    def finish(self):
+        pass
+name, frames, per_frame, given = sys.argv[1], *map(int, sys.argv[2:4]), json.loads(sys.argv[4])
+model, inputs = shapes.build(name, frames * per_frame, dtype=torch.bfloat16)
+inputs = shapes.accepted(model, inputs)
+one = ARCHITECTURES[shapes.SHAPES[name].family].inputs(per_frame, torch.bfloat16, "cpu")
+with tokencomp.patch(model, **{"ratio": 0.0, **given}) as handle:
+    timing.prefill_split(model, shapes.accepted(model, one), CPU())  # the first call of kernels
+    split = timing.prefill_split(model, inputs, CPU())
+print(json.dumps(dataclasses.asdict(split)))
 """
 
 
@@ -133,6 +162,25 @@ def measure(cache: Path) -> Iterator[dict[str, Any]]:
                 yield {"file": name, "case": case, **measured(path, case)}
 
 
+def behind(frames: int, given: dict[str, Any]) -> dict[str, Any]:
+    """CPU seconds from frames to the first token, in a process of its own."""
+    command = [sys.executable, "-c", BEHIND, MODEL, str(frames), str(PER_FRAME), json.dumps(given)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return {"frames": frames, "patch": given, **json.loads(done.stdout)}
+
+
+def model_table(work: list[dict[str, Any]]) -> str:
+    """What follows the frames, with and without compression."""
+    body = []
+    for row in work:
+        setting = ", ".join(f"{k}={v}" for k, v in row["patch"].items()) or "none"
+        cells = [f"{row[part]:.2f}" for part in ("vision", "reduce", "prefill", "total")]
+        body.append((str(row["frames"]), setting, *cells))
+    return publishing.table(
+        ("frames", "compression", "tower", "reduce", "prefill", "to the first token"), body
+    )
+
+
 def page(report: dict[str, Any]) -> str:
     """The page of a report."""
     rows = report["rows"]
@@ -159,10 +207,13 @@ def page(report: dict[str, Any]) -> str:
         "# From the file to frames\n\n"
         + publishing.provenance(report)
         + "\n\n`open` lists the packets of the file, `select` chooses frames from them, `resize` "
-        "converts colours and scales. One thread. Every row is the first file of its process, so "
-        "that `open` has the imports that only a first file costs. The machine was loaded by other "
-        "work, which makes CPU seconds longer as well. 720p, H.264; the hour has the packets of "
-        "the two minutes thirty times.\n\n" + publishing.table(head, body) + "\n"
+        "converts colours and scales. One thread. Every row is the first file of its process, "
+        "without the collection of Python's garbage that any first work in a process starts. "
+        "720p, H.264; the hour has the packets of the two minutes thirty times.\n\n"
+        + publishing.table(head, body)
+        + "\n\n## From the frames to the first token\n\n"
+        f"{MODEL} with random weights, bfloat16, {PER_FRAME} tokens per frame, the default method; "
+        "CPU seconds of one thread.\n\n" + model_table(report["work"]) + "\n"
     )
 
 
@@ -175,6 +226,7 @@ def main() -> None:
         facts = publishing.published_from(args.out, args.allow_dirty)
         args.out.mkdir(parents=True, exist_ok=True)
         report = {**publishing.environment(), "command": "clock.py", **facts, "rows": []}
+        report["work"] = [behind(frames, given) for frames, given in WORK]
         for row in measure(args.cache):
             print(row, flush=True)
             report["rows"].append(row)
