@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.accuracy.studies import newer
+
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
     path
@@ -45,6 +47,10 @@ def test_the_index_names_every_page() -> None:
     linked = {(index.parent / link).resolve() for link in links(index)}
     pages = {path.resolve() for path in PAGES if "benchmarks" in path.relative_to(ROOT).parts}
     assert pages - linked - {index.resolve()} == set()
+
+
+def test_the_page_of_newer_methods_is_that_of_the_stored_answers() -> None:
+    assert newer.page() == (ROOT / "benchmarks/accuracy/newer.md").read_text()
 
 
 def test_the_evidence_stays_small() -> None:
