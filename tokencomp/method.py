@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from tokencomp.errors import OptionError, PlanError, RatioError
-from tokencomp.plan.amounts import Amount, check_decay
+from tokencomp.plan.amounts import Amount, check_decay, check_one_amount, ratio_text
 from tokencomp.plan.counts import check_ratio
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.solved import by_item
@@ -120,6 +120,7 @@ class MethodSpec:
             object.__setattr__(self, "item_ratios", Amount.in_order(self.ratio).ratios)
             object.__setattr__(self, "ratio", 0.0)
         self._check_ratios()
+        self._check_amount()
         object.__setattr__(self, "ratio", check_ratio(self.ratio))
         if self.tower_ratio != "auto":
             value = check_ratio(self.tower_ratio, "tower_ratio")
@@ -161,6 +162,15 @@ class MethodSpec:
                 f"ratio={self.ratios!r} beside a plan or tower_ratio, which know no kinds. "
                 'Give the stages of a plan fractions by kind ("by_kind"), or leave one out.'
             )
+
+    def _check_amount(self) -> None:
+        """Check a budget and a decay, and what stands beside them or beside ratios by item.
+
+        Raises
+        ------
+        RatioError, OptionError
+            A decay outside (0, 1]; two ways to say how much stays; a plan or a tower ratio beside.
+        """
         if self.budget is not None and (self.ratio or self.ratios or self.item_ratios):
             check_one_amount(self.item_ratios or self.ratios or self.ratio, self.budget)
         object.__setattr__(self, "decay", check_decay(self.decay))
@@ -371,32 +381,3 @@ class MethodSpec:
         tower, ratios = (self.tower_ratio, self.tower_reducer), tuple(sorted(self.ratios.items()))
         own = (self.reducer, self.ratio, ratios, options, self.plan, self.amount, self.rest)
         return hash((*own, *tower))
-
-
-def ratio_text(ratio: Any) -> str:
-    """A ratio, or ratios by kind of media, as the command line takes them."""
-    if isinstance(ratio, Mapping):
-        return ",".join(f"{kind}={value:g}" for kind, value in ratio.items())
-    return ratio if isinstance(ratio, str) else f"{ratio:g}"
-
-
-def check_one_amount(ratio: Any, budget: Any, plan: Any = None) -> dict[str, Any]:
-    """The one of ratio and budget that is not None, as arguments; {} for none.
-
-    Raises
-    ------
-    OptionError
-        Both, or one of them beside a plan.
-    """
-    given = {k: v for k, v in {"ratio": ratio, "budget": budget}.items() if v is not None}
-    words = [f"{name}={value!r}" for name, value in given.items()]
-    if len(given) > 1:
-        raise OptionError(
-            f"{words[0]} together with {words[1]}: a budget says in tokens what a ratio says as a "
-            "fraction. Leave one out."
-        )
-    if given and plan is not None:
-        raise OptionError(
-            f"plan=... together with {words[0]}: a plan has its own fractions. Leave one out."
-        )
-    return given

@@ -22,7 +22,8 @@ from tokencomp.engine.context.visual_window import (
 )
 from tokencomp.errors import AlreadyCompressedError, OptionError, PlanError
 from tokencomp.handle import ATTRIBUTE, Handle, make_plan
-from tokencomp.method import MethodSpec, check_one_amount
+from tokencomp.method import MethodSpec
+from tokencomp.plan.amounts import check_one_amount
 from tokencomp.plan.stages import Rest
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.plan_json import PlanLike, as_plan

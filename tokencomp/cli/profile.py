@@ -223,8 +223,8 @@ def _print(report: dict[str, Any]) -> None:
     from rich.console import Console
 
     from tokencomp.cli import _tables
-    from tokencomp.method import ratio_text
     from tokencomp.pages.html import compact, si
+    from tokencomp.plan.amounts import ratio_text
 
     rows = report["rows"]
     table = _tables.table("", title=report["model"])

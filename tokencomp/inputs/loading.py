@@ -130,9 +130,8 @@ def load_folder(path: str, dtype: torch.dtype | None = None, **options: Any) -> 
 
     register_auto_classes()  # architectures that transformers lacks
     local = {name: value for name, value in options.items() if name == "local_files_only"}
-    AutoConfig.from_pretrained(
-        path, **local
-    )  # its errors name the path; those of processors do not
+    # The config comes first: its errors name the path, those of processors do not.
+    AutoConfig.from_pretrained(path, **local)
     processor = AutoProcessor.from_pretrained(path, **local)
     dtype = torch.float32 if dtype is None else dtype
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **options)

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tokencomp.errors import OptionError, RatioError
-from tokencomp.method import MethodSpec, check_one_amount, resolve_auto
-from tokencomp.plan.amounts import Amount
+from tokencomp.method import MethodSpec, resolve_auto
+from tokencomp.plan.amounts import Amount, check_one_amount
 from tokencomp.plan.counts import MAX_RATIO, check_ratio
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import make_reducer
