@@ -166,8 +166,6 @@ def test_a_reducer_with_a_count_of_its_own() -> None:
 
     @dataclasses.dataclass(frozen=True)
     class Four(type(make_reducer("uniform"))):  # type: ignore[misc]
-        own_count = True
-
         def keep_count(self, span: VisualSpan, fraction: float) -> int:
             return 4
 

@@ -19,7 +19,7 @@ from tokencomp.plan.plan import Plan
 from tokencomp.plan.solved import by_item
 from tokencomp.plan.stages import MEDIA, Rest, Stage, TowerStage, check_rest
 from tokencomp.reducers.base import Reducer
-from tokencomp.reducers.registry import make_reducer
+from tokencomp.reducers.registry import make_reducer, options_of
 from tokencomp.validation import check_effect
 
 DEFAULT_REDUCER = "auto"  # kcentre on images, condiv on videos and audio: reducers/auto.py
@@ -368,11 +368,11 @@ class MethodSpec:
         """Plain form with every option of the reducer; the same for all inactive specs."""
         if not self.active:
             return {"ratio": 0.0}
-        options = self.built_reducer.options()
+        options = options_of(self.built_reducer)
         plain = {"reducer": self.built_reducer.name, **self.requested, "options": options}
         if self.dropped_cells:
             tower = self.built_tower_reducer
-            own = {"ratio": self.dropped_cells, "reducer": tower.name, "options": tower.options()}
+            own = {"ratio": self.dropped_cells, "reducer": tower.name, "options": options_of(tower)}
             plain["tower"] = own
         return {**plain, "rest": self.rest} if self.rest != "drop" else plain
 

@@ -23,6 +23,8 @@ from tokencomp.evaluation.packed import PackedAnswers, Questions
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.inputs.loading import load_model
 from tokencomp.inputs.prompts import build_inputs, prompt_lengths
+from tokencomp.plan.reducer import reduced
+from tokencomp.tokens.spans import SpanBatch
 
 
 def test_verdicts_of_the_study() -> None:
@@ -210,12 +212,13 @@ def test_variants_without_their_change_are_k_centre(tmp_path: Path) -> None:
     table is written."""
     x = torch.rand(48, 27, generator=torch.Generator().manual_seed(0))
     span = VisualTokens(x, (1, 6, 8), torch.zeros(48, dtype=torch.bool), pixels=(1, 3, 3))
-    expected = make_reducer("kcentre", thumb=1).reduced(span, 9).keep.tolist()
+    batch = SpanBatch.of(span)
+    expected = reduced(make_reducer("kcentre", thumb=1), batch, [9]).keep.tolist()
     plain = tower_variants.Places(thumb=1, weight=0.0), tower_variants.Outstanding(1, share=0.1)
-    assert [reducer.reduced(span, 9).keep.tolist() for reducer in plain] == [expected] * 2
+    assert [reduced(reducer, batch, [9]).keep.tolist() for reducer in plain] == [expected] * 2
     changed = tower_variants.Places(thumb=1, weight=5.0), tower_variants.Outstanding(1, share=0.5)
     for reducer in changed:
-        kept = reducer.reduced(span, 9).keep.tolist()
+        kept = reduced(reducer, batch, [9]).keep.tolist()
         assert len(kept) == 9 and kept == sorted(set(kept)) != expected
     assert tower_variants.section(tmp_path / tower_variants.NAME) == []
 

@@ -27,6 +27,8 @@ if importlib.util.find_spec("mlx_vlm") is None:
 from support.mlx_pair import CASES, IMAGE, NAMES, VIDEO, answered, pair, prompt
 
 import tokencomp.mlx  # after the processors of transformers are loaded
+from tokencomp.plan.reducer import reduced
+from tokencomp.tokens.spans import SpanBatch
 
 REDUCERS = ("kcentre", "divprune", "vidcom2", "uniform", "random", "merge")
 
@@ -247,5 +249,5 @@ def test_selection_equals_the_reducer(reducer: str) -> None:
             x[n // 2 :] = x[: n - n // 2]
         keep = max(1, int(n * rng.choice([0.1, 0.25, 0.5, 0.9])))
         tokens = VisualTokens(torch.from_numpy(x), grid, torch.zeros(n, dtype=torch.bool))
-        expected = own.reduced(tokens, keep).keep.numpy()
+        expected = reduced(own, SpanBatch.of(tokens), [keep]).keep.numpy()
         assert np.array_equal(SELECT[reducer](mx.array(x), grid, keep), expected), (grid, keep)

@@ -11,6 +11,7 @@ from support.matrix import Case
 
 from tokencomp import VisualTokens, make_reducer
 from tokencomp.errors import PlanError
+from tokencomp.plan.reducer import reduced
 from tokencomp.tokens.reduction import Reduction
 
 GRIDS = [((1, 4, 5), 0), ((4, 3, 4), 3), ((1, 4, 5), 2), ((2, 2, 7), 0), ((4, 3, 4), 0)]
@@ -35,13 +36,13 @@ def without(tokens: VisualTokens, places: list[int]) -> VisualTokens:
 def test_a_batch_is_its_spans_one_by_one(case: Case, whole: bool) -> None:
     """Images and videos, with and without special tokens, of which tokens may be missing."""
     reducer, row = make_reducer(case[0], **case[1]), matrix.row(case[0])
-    if not whole and reducer.whole_spans:
+    if not whole and reducer.grid == "whole":
         pytest.skip("acts on whole spans")
     spans = [matrix.tokens(grid, special) for grid, special in GRIDS]
     if not whole:
         spans = [without(t, [3 + i, 7, 11]) for i, t in enumerate(spans)]
     batch, keeps = matrix.joined(spans), [row.keep(9 + i % 2, t) for i, t in enumerate(spans)]
-    together = reducer.reduced_batch(batch, keeps)
+    together = reduced(reducer, batch, keeps)
     for tokens, keep, part in zip(spans, keeps, together.split(batch, keeps), strict=True):
         alone = matrix.reduce(case, tokens, keep)
         assert part.keep.tolist() == alone.keep.tolist()
@@ -73,4 +74,4 @@ def test_a_subclass_that_overrides_one_span_alone_is_asked_span_by_span() -> Non
             return Reduction(torch.arange(keep))
 
     spans = [VisualTokens(torch.randn(n, 3), (1, 1, n), torch.zeros(n).bool()) for n in (4, 6)]
-    assert FirstRows().reduced_batch(matrix.joined(spans), [2, 3]).keep.tolist() == [0, 1, 4, 5, 6]
+    assert reduced(FirstRows(), matrix.joined(spans), [2, 3]).keep.tolist() == [0, 1, 4, 5, 6]

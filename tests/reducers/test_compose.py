@@ -13,6 +13,7 @@ from tokencomp.plan.plan import Plan
 from tokencomp.plan.stages import Stage
 from tokencomp.reducers.compose import Compose
 from tokencomp.reducers.plan_json import plan_from_json, plan_to_json
+from tokencomp.serving.servable import serving_safe
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])
@@ -31,7 +32,7 @@ def test_options_find_their_part() -> None:
     entry, *later = made.plan(0.6, 28).stages
     assert entry.reducer == make_reducer("merge", weighted=False)
     assert {s.reducer for s in later} == {make_reducer("prune", score="last_query")}
-    assert made.name == "merge+prune" and not made.serving_safe
+    assert made.name == "merge+prune" and not serving_safe(made)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,9 @@ from support.max_min import k_centre
 
 from tokencomp import VisualTokens, make_reducer
 from tokencomp.errors import OptionError, PlanError, ScoreError
+from tokencomp.plan.reducer import reduced
 from tokencomp.reducers import Patches, ScoreReducer
+from tokencomp.tokens.signals import Attention
 
 GRIDS = [(1, 5, 6), (4, 3, 4), (6, 2, 3)]
 
@@ -113,8 +115,8 @@ def test_the_default_on_images_needs_no_scores() -> None:
     given = dataclasses.replace(matrix.tokens((1, 5, 6), special=2), scores=None)
     places, x = rows_of(given)
     reducer = make_reducer("auto")
-    assert not reducer.needs_for(["image"]) and reducer.needs_for(["image", "video"])
-    assert make_reducer("condiv").needs_for(["image"]) == reducer.needs
+    (signal,) = reducer.needs
+    assert signal == Attention("text", kinds=frozenset({"video", "audio"}))
     special = given.special.nonzero()[:, 0].tolist()
     expected = sorted(
         [*(places[i] for i in k_centre(torch.tensor(x, dtype=torch.float64), 9)), *special]
@@ -273,7 +275,7 @@ def test_a_score_is_a_whole_reducer(special: int) -> None:
 
     spans = [matrix.tokens((1, 4, 5), special), matrix.tokens((3, 2, 3), seed=1)]
     batch, keeps = matrix.joined(spans), [7 + special, 6]
-    got = Rounded().reduced_batch(batch, keeps).keep.tolist()
+    got = reduced(Rounded(), batch, keeps).keep.tolist()
     expected, start = [], 0
     for tokens, keep in zip(spans, keeps, strict=True):
         score = tokens.features[:, 0].round().tolist()
@@ -283,4 +285,4 @@ def test_a_score_is_a_whole_reducer(special: int) -> None:
     assert got == expected
     spans[0].features[3, 0] = torch.nan
     with pytest.raises(ScoreError, match="NaN or infinite"):
-        Rounded().reduced(spans[0], 7 + special)
+        reduced(Rounded(), matrix.joined(spans[:1]), [7 + special])

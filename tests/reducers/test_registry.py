@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import re
 import subprocess
 import sys
 import warnings
@@ -18,6 +19,7 @@ from tokencomp.errors import NameTakenError, PluginWarning
 from tokencomp.reducers import registry
 from tokencomp.reducers.merge import Merge
 from tokencomp.reducers.uniform import Uniform
+from tokencomp.serving.servable import serving_safe
 
 
 @pytest.fixture(autouse=True)
@@ -137,9 +139,17 @@ def test_a_broken_plugin_is_named_and_the_rest_works(
 
 def test_what_servers_can_run_is_computed() -> None:
     """A reducer declares nothing: signals, later stages and counts of its own exclude it."""
-    safe = {n for n, cls in tokencomp.available_reducers().items() if cls().serving_safe}
+    safe = {n for n, cls in tokencomp.available_reducers().items() if serving_safe(cls())}
     cited = {"divprune", "dycoke", "evs", "fusion", "merge", "pool", "vcast", "vidcom2"}
     assert safe == cited | {"kcentre", "random", "runlength", "uniform"}
-    assert UserReducer().serving_safe
-    assert tokencomp.make_reducer("condiv", power=0.0).serving_safe
-    assert not tokencomp.make_reducer("merge+adsc").serving_safe
+    assert serving_safe(UserReducer())
+    assert serving_safe(tokencomp.make_reducer("condiv", power=0.0))
+    assert not serving_safe(tokencomp.make_reducer("merge+adsc"))
+
+
+def test_the_contract_has_twelve_members_and_the_page_names_them() -> None:
+    public = {name for name in dir(tokencomp.Reducer) if not name.startswith("_")}
+    page = (Path(__file__).parents[2] / "docs" / "reducers.md").read_text(encoding="utf-8")
+    own = page.split("## Your own reducer")[1]
+    assert len(public) <= 12
+    assert not [name for name in public if not re.search(rf"`{name}\b", own)]

@@ -6,6 +6,7 @@ import pytest
 
 from tokencomp import make_reducer
 from tokencomp.errors import OptionError
+from tokencomp.serving.servable import serving_safe
 
 
 def seen_by_layers(first: int, last: int, layers: int) -> list[float]:
@@ -42,7 +43,7 @@ def test_a_late_baseline_cuts_once_at_its_depth(name: str) -> None:
     reducer = make_reducer(name, at=20 / 28)
     (cut,) = reducer.plan(0.2, 28).stages
     assert (cut.layer, cut.fraction) == (20, pytest.approx(1 - 0.2 * 28 / 8))
-    assert not reducer.serving_safe and not reducer.moved(0.2, 28)
+    assert not serving_safe(reducer) and not reducer.moved(0.2, 28)
     both = make_reducer(f"condiv+{name}", at=20 / 28, share=0.8)
     stages = both.plan(0.5, 28).stages
     assert [s.layer for s in stages] == [0, 20] and both.plan(0.5, 28).ratio(28) == pytest.approx(

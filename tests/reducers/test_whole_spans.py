@@ -21,7 +21,7 @@ class Corners(Reducer):
     """Stands for any reducer that looks at places."""
 
     name = "corners"
-    whole_spans = True
+    grid = "whole"
 
     def reduce(self, tokens, keep):
         raise NotImplementedError
@@ -46,7 +46,7 @@ def test_what_a_step_refuses_is_declared(case: Case) -> None:
     if not refuses_part(case):
         return
     made = make_reducer(case[0], **case[1])
-    assert made.whole_spans
+    assert made.grid == "whole"
     with pytest.raises(PlanError, match=r"first stage|Move the stage to layer 0"):
         Plan((Stage(0, 0.5, make_reducer("uniform")), Stage(1, 0.2, made)))
 

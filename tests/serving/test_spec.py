@@ -10,7 +10,8 @@ from support.serving.cases import SERVABLE
 
 from tokencomp.errors import OptionError, PlanError, RatioError
 from tokencomp.method import MethodSpec
-from tokencomp.reducers.registry import available_reducers, make_reducer
+from tokencomp.reducers.registry import available_reducers, make_reducer, options_of
+from tokencomp.serving.servable import serving_safe
 from tokencomp.serving.spec import ServerOptions
 
 
@@ -52,7 +53,7 @@ def test_budgets_in_tokens() -> None:
     for engine in ("hf", "vllm", "sglang"):
         server = ServerOptions.parse({"ratio": 0.5}, engine)
         spec = server.resolve({"budget": 512, "reducer": "uniform"}, engine)
-        own = make_reducer("uniform").options()
+        own = options_of(make_reducer("uniform"))
         assert spec.describe() == {"reducer": "uniform", "budget": 512, "options": own}
         default = ServerOptions.parse({"budget": 64}, engine)
         assert default.default.budget == 64 and default.default.active
@@ -217,7 +218,7 @@ def test_options_that_make_a_reducer_servable_are_named() -> None:
 
     with pytest.raises(OptionError) as error:
         ServerOptions.parse({"reducer": "condiv", "ratio": 0.5})
-    assert not make_reducer("scope").serving_safe
+    assert not serving_safe(make_reducer("scope"))
     assert "scope with saliency=none," in str(error.value)
     options = {"reducer": "scope", "ratio": 0.5, "options": {"saliency": "none"}}
     assert ServerOptions.parse(options).default.reducer == make_reducer("scope", saliency="none")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tokencomp import Reduction, VisualTokens, available_reducers, make_reducer
+from tokencomp.plan.reducer import only_plans
 from tokencomp.reducers.hiprune import MIDDLE
 from tokencomp.reducers.selector import SelectorNet
 from tokencomp.tokens.signals import TOWER_ATTENTION, TOWER_KEYS, TowerSignal
@@ -136,7 +137,7 @@ def reduce(case: Case, given: VisualTokens, keep: int) -> Reduction:
 
 def step_cases() -> list[Case]:
     """The cases that have a step of their own; presets only make plans."""
-    return [(n, o) for n, o in cases() if not make_reducer(n, **o).only_plans]
+    return [(n, o) for n, o in cases() if not only_plans(make_reducer(n, **o))]
 
 
 def tokens(

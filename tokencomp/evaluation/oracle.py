@@ -46,7 +46,6 @@ class Oracle(Reducer):
 
     name = "oracle"
     summary = "upper bound of selector, for evaluation: needs the answer (2506.01097)"
-    serving_safe = False  # the relevance comes from `truth`, not from the media item
 
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
         spans = _TRUTH.get() or iter(())

@@ -12,6 +12,7 @@ from tokencomp.method import MethodSpec
 from tokencomp.plan.plan import Plan
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.plan_json import plan_from_json, plan_to_json
+from tokencomp.reducers.published import moved, revision
 
 FULL = "full"
 PLAN = "plan"
@@ -150,11 +151,12 @@ class Setting(MethodSpec):
         if not self.active or self.plan is not None:
             return ""
         reducer = self.built_reducer
-        revision = f", revision {reducer.revision}" if reducer.revision > 1 else ""
+        number = revision(reducer)
+        again = f", revision {number}" if number > 1 else ""
         subsets = ", a subset per question" if self.reducer == RANDOM else ""
         tower = f", behind {self.built_tower_reducer!r}" if self.dropped_cells else ""
         rest = ", merging the rest" if self.rest == "merge" else ""
-        return f"{reducer!r}{revision}{subsets}{rest}{tower}"
+        return f"{reducer!r}{again}{subsets}{rest}{tower}"
 
     def moved(self, layers: int, frames: int = 0) -> str:
         """How the method departs from its paper, in words; "" if it does not.
@@ -164,11 +166,11 @@ class Setting(MethodSpec):
         layers
             Of the decoder, whose depth may move cuts.
         frames
-            As in `Reducer.moved`.
+            As in `Published.moved`.
         """
         if not self.active or self.plan is not None or self.ratios or self.amount is not None:
             return ""
-        return self.built_reducer.moved(self.ratio, layers, frames)
+        return moved(self.built_reducer, self.ratio, layers, frames)
 
     @property
     def identity(self) -> dict[str, Any]:

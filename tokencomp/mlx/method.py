@@ -135,12 +135,14 @@ class ChosenMethod:
     def _by_torch(self, span: Span, x: mx.array, keep: int) -> tuple[np.ndarray, mx.array | None]:
         import torch
 
-        from tokencomp.tokens.spans import VisualTokens
+        from tokencomp.plan.reducer import reduced
+        from tokencomp.tokens.spans import SpanBatch, VisualTokens
 
         rows = torch.from_numpy(np.array(x.astype(mx.float32)))
         special = torch.from_numpy(span.special.copy())
         kind: Any = span.kind
-        result = self.torch_reducer.reduced(VisualTokens(rows, span.grid, special, kind=kind), keep)
+        batch = SpanBatch.of(VisualTokens(rows, span.grid, special, kind=kind))
+        result = reduced(self.torch_reducer, batch, [keep])
         merged = result.merged
         own = None if merged is None else mx.array(merged.float().numpy()).astype(x.dtype)
         return result.keep.numpy(), own

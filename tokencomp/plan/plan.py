@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from tokencomp.errors import OptionError, PlanError
 from tokencomp.plan.amounts import Place
-from tokencomp.plan.stages import Stage, StageReducer, TowerStage
+from tokencomp.plan.reducer import StageReducer
+from tokencomp.plan.stages import Stage, TowerStage
 
 if TYPE_CHECKING:
     from tokencomp.tokens.spans import ModelFacts, VisualSpan
@@ -87,7 +88,7 @@ class Plan:
         for (name, fraction), stage in zip(before, later, strict=False):
             # What a budget leaves depends on the item, so it may be less than all.
             cut = fraction < 1 or any(s.amount for s in self.stages if s.layer < stage.layer)
-            if stage.reducer.whole_spans and cut:
+            if stage.reducer.grid == "whole" and cut:
                 fix = "Make it the first stage"
                 if self.tower:
                     fix = "Use tower_ratio=0, or a reducer that needs no whole grid, as condiv"

@@ -7,7 +7,8 @@ from typing import Protocol
 
 from tokencomp.plan.amounts import Amount
 from tokencomp.plan.plan import Plan
-from tokencomp.plan.stages import Stage, StageReducer
+from tokencomp.plan.reducer import StageReducer
+from tokencomp.plan.stages import Stage
 
 PROBES = tuple(i / 50 for i in range(1, 50))
 """Ratios at which a method is asked before which layers it cuts."""

@@ -3,97 +3,22 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from tokencomp.errors import OptionError, PlanError
 from tokencomp.plan.amounts import Amount, Place
 from tokencomp.plan.counts import keep_count, split_evenly
+from tokencomp.plan.reducer import StageReducer, counts_itself, only_plans
 from tokencomp.validation import check_effect, describe_type, fits
 
 if TYPE_CHECKING:
-    from tokencomp.tokens.reduction import Reduction
-    from tokencomp.tokens.signals import Signal
-    from tokencomp.tokens.spans import Grid, ModelFacts, SpanBatch, VisualSpan, VisualTokens
+    from tokencomp.tokens.spans import Grid, VisualSpan
 
 MEDIA = ("image", "video", "audio")
 Rest = Literal["drop", "merge"]
 RESTS: tuple[Rest, ...] = get_args(Rest)
-
-
-class StageReducer(ABC):
-    """What a plan and the engine need of a reducer. `tokencomp.Reducer` implements it.
-
-    Reducers make plans, and plans hold reducers. This class stands below both, so that the two
-    modules do not import each other.
-    """
-
-    name: ClassVar[str] = ""
-
-    @property
-    def needs(self) -> frozenset[Signal]:
-        """Signals that the engine must supply in `VisualTokens` beyond features and grid."""
-        return frozenset()
-
-    def needs_for(self, kinds: Collection[str]) -> frozenset[Signal]:
-        """Those of `needs` that these kinds of media ("image", "video", "audio") call for."""
-        return self.needs
-
-    @property
-    def merges(self) -> bool:
-        """Whether kept tokens take in dropped ones; `Reduction.sizes` then says how many."""
-        return False
-
-    @property
-    def whole_spans(self) -> bool:
-        """Whether it compares places of a whole grid: no earlier stage may have dropped tokens."""
-        return False
-
-    @property
-    def needs_grid(self) -> bool:
-        """Whether it reads places in the grid, so that spans of unknown grid are refused."""
-        return self.whole_spans
-
-    @property
-    def own_count(self) -> bool:
-        """Whether it leaves a fixed number of tokens, whatever the ratio."""
-        return False
-
-    @property
-    def entry_only(self) -> bool:
-        """Whether it reads the input of the first layer alone, as its weights do, for example."""
-        return False
-
-    def idle(self, pixels: bool) -> dict[str, str]:
-        """Options that have no effect beside the others, by name, and why.
-
-        Parameters
-        ----------
-        pixels
-            Whether it sees pixels: in the vision tower, before its first block.
-        """
-        return {}
-
-    @property
-    @abstractmethod
-    def only_plans(self) -> bool: ...
-
-    @abstractmethod
-    def keep_count(self, span: VisualSpan, fraction: float) -> int: ...
-
-    @abstractmethod
-    def bind(self, facts: ModelFacts) -> StageReducer: ...
-
-    @abstractmethod
-    def reduced(self, tokens: VisualTokens, keep: int) -> Reduction: ...
-
-    @abstractmethod
-    def reduced_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction: ...
-
-    @abstractmethod
-    def options(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
@@ -155,7 +80,7 @@ class Stage:
                 f"stage: reducer={self.reducer!r}; expected a reducer. Build it with "
                 'make_reducer, e.g. make_reducer("merge").'
             )
-        if self.reducer.only_plans:
+        if only_plans(self.reducer):
             raise PlanError(
                 f"stage: reducer {self.reducer.name!r} only plans the steps of others. Give it to "
                 "patch(reducer=...), or use the stages that its plan(ratio, num_layers) makes."
@@ -280,12 +205,12 @@ def check_rest(rest: str, reducer: StageReducer | None) -> None:
 
 def _unfit_for_tower(reducer: StageReducer) -> str:
     """Why a reducer cannot choose cells of the vision tower, or ""."""
-    if reducer.only_plans:
+    if only_plans(reducer):
         return "only plans the steps of others"
     if reducer.needs:
         return "reads the question or attention, which do not exist before the tower has run"
     if reducer.merges:
         return "merges tokens, and a mean of several places of a picture is no picture"
-    if reducer.own_count or reducer.entry_only:
+    if counts_itself(reducer) or reducer.entry_only:
         return "acts on the input of the decoder only"
     return ""

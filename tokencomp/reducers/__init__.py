@@ -10,12 +10,14 @@ from tokencomp.reducers._rows import (
     whole_grid,
 )
 from tokencomp.reducers.base import Reducer
+from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import available_reducers, make_reducer, register_reducer
 from tokencomp.reducers.score import ScoreReducer
 from tokencomp.tokens.patches import Patches
 
 __all__ = [
     "Patches",
+    "Published",
     "Reducer",
     "ScoreReducer",
     "available_reducers",

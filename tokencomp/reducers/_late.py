@@ -8,13 +8,13 @@ from tokencomp.errors import OptionError
 from tokencomp.plan.counts import check_ratio
 from tokencomp.plan.plan import Plan, from_profile
 from tokencomp.plan.schedules import once
-from tokencomp.reducers.base import Reducer
+from tokencomp.reducers.published import Published
 
 LEAST = 0.05  # the smallest fraction that a late cut leaves; below it the cut comes earlier
 
 
 @dataclass(frozen=True)
-class Baseline(Reducer):
+class Baseline(Published):
     """A reducer that needs no signal and may cut once between layers.
 
     Attributes

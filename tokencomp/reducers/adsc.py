@@ -13,7 +13,7 @@ from tokencomp.plan.counts import check_ratio, split_evenly
 from tokencomp.plan.plan import Plan, from_profile
 from tokencomp.plan.schedules import bisect, early
 from tokencomp.reducers._batch import HostIndex, Patches
-from tokencomp.reducers.base import Reducer
+from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.spans import SpanBatch
@@ -23,7 +23,7 @@ MOST = 1 << 20  # tokens; more than any frame has
 
 @register_reducer("adsc")
 @dataclass(frozen=True)
-class Adsc(Reducer):
+class Adsc(Published):
     """Keep one token of every window of visual tokens, at several depths of the decoder.
 
     Attention-driven self-compression (arXiv 2602.12618) drops tokens by their place alone; the

@@ -8,15 +8,15 @@ from tokencomp.plan.counts import check_ratio
 from tokencomp.plan.plan import Plan, from_profile
 from tokencomp.plan.schedules import aim, check_ramp, natural_aim
 from tokencomp.plan.stages import Stage
-from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.merge import Merge
 from tokencomp.reducers.prune import Prune
+from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import register_reducer
 
 
 @register_reducer("aim")
 @dataclass(frozen=True)
-class Aim(Reducer):
+class Aim(Published):
     """Preset of AIM (arXiv 2412.03248): similarity merging, then PageRank pruning on its ramp.
 
     The pruning ramp has its published place, and merging removes the rest of the ratio. Where the

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -14,7 +14,7 @@ from tokencomp.reducers.condiv import ConDiv
 from tokencomp.reducers.kcentre import KCentre
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.tokens.reduction import Reduction
-from tokencomp.tokens.signals import Signal
+from tokencomp.tokens.signals import Attention
 from tokencomp.tokens.spans import SpanBatch
 
 
@@ -34,17 +34,11 @@ class Auto(Reducer):
         "video": ConDiv(),
         "audio": ConDiv(power=0.35),
     }
+    needs = frozenset({Attention("text", kinds=frozenset({"video", "audio"}))})
     summary = "the default: kcentre on images, condiv on videos and audio"
 
     def __repr__(self) -> str:
         return f"Auto({', '.join(f'{name}={value!r}' for name, value in self.by_kind.items())})"
-
-    @property
-    def needs(self) -> frozenset[Signal]:
-        return self.needs_for(self.by_kind)
-
-    def needs_for(self, kinds: Collection[str]) -> frozenset[Signal]:
-        return frozenset().union(*(self.by_kind[kind].needs for kind in kinds))
 
     def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
         patches = Patches.of(batch, keeps)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -78,7 +78,7 @@ class Ccam(Reducer):
     weights: str | None = None
 
     summary = "trained projector: always as many tokens, however many frames (2408.14023)"
-    whole_spans = True
+    grid = "whole"
     merges = True
     entry_only = True
 
@@ -166,6 +166,3 @@ class BoundCcam(Ccam):
 
     def files(self) -> tuple[Path, Stamp]:
         return Path(str(self.weights)), self.written
-
-    def options(self) -> dict[str, Any]:
-        return {"weights": self.weights}

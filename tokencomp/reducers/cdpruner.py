@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from tokencomp.reducers._batch import Patches, questions, segment, spread
 from tokencomp.reducers._rows import finite_features, supplied_scores
-from tokencomp.reducers.base import Reducer
+from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import QUERY, Attention, Signal
@@ -24,7 +24,7 @@ EPS = 1e-6
 
 @register_reducer("cdpruner")
 @dataclass(frozen=True)
-class CDPruner(Reducer):
+class CDPruner(Published):
     """Greedy MAP of a DPP conditioned on the question (CDPruner, arXiv 2506.10967).
 
     Kernel K = diag(r) · cos(x, x) · diag(r), r the relevance scaled to [0, 1]; tokens are added

@@ -11,6 +11,7 @@ from tokencomp.plan.counts import check_ratio
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.stages import Stage
 from tokencomp.reducers.base import Reducer
+from tokencomp.reducers.published import Published, moved, revision
 from tokencomp.tokens.spans import ModelFacts
 from tokencomp.validation import check_range
 
@@ -18,7 +19,7 @@ PROBE = (0.5, 32)  # ratio and number of layers at which the stages of a part ar
 
 
 @dataclass(frozen=True)
-class Compose(Reducer):
+class Compose(Published):
     """An entry reducer, then a layer reducer on what that leaves; together they meet the ratio.
 
     `make_reducer("merge+prune", share=0.7, **{"prune.score": "last_query"})`
@@ -67,7 +68,7 @@ class Compose(Reducer):
 
     @property
     def revision(self) -> int:
-        return max(self.entry.revision, self.layer.revision)
+        return max(revision(self.entry), revision(self.layer))
 
     def plan(self, ratio: float, num_layers: int) -> Plan:
         if not check_ratio(ratio):
@@ -84,8 +85,8 @@ class Compose(Reducer):
     def moved(self, ratio: float, num_layers: int, frames: int = 0) -> str:
         first, rest = self._parts(ratio)
         parts = (
-            self.entry.moved(1.0 - first, num_layers, frames),
-            self.layer.moved(rest, num_layers, frames),
+            moved(self.entry, 1.0 - first, num_layers, frames),
+            moved(self.layer, rest, num_layers, frames),
         )
         return "; ".join(part for part in parts if part)
 
@@ -97,15 +98,6 @@ class Compose(Reducer):
 
     def bind(self, facts: ModelFacts) -> Reducer:
         return dataclasses.replace(self, entry=self.entry.bind(facts), layer=self.layer.bind(facts))
-
-    def options(self) -> dict[str, Any]:
-        """Options as `make_reducer(self.name, **options)` takes them."""
-        parts = {
-            f"{part.name}.{key}": value
-            for part in (self.entry, self.layer)
-            for key, value in part.options().items()
-        }
-        return {"share": self.share, **parts}
 
 
 def _acts(reducer: Reducer, at_entry: bool) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tokencomp.reducers._batch import Patches, segment, spread
 from tokencomp.reducers._rows import finite_features, supplied_scores
-from tokencomp.reducers.base import Reducer
+from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import Attention, Signal
@@ -21,7 +21,7 @@ FLOOR = 1e-3
 
 @register_reducer("condiv")
 @dataclass(frozen=True)
-class ConDiv(Reducer):
+class ConDiv(Published):
     r"""Greedy choice of tokens that are relevant to the question and unlike those already kept.
 
     .. math:: next = \arg\max_i \; r_i^p \cdot (m \bar d + \min_{j \in kept} (1 - \cos(x_i, x_j)))

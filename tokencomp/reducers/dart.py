@@ -15,7 +15,7 @@ from tokencomp.plan.plan import Plan, from_profile
 from tokencomp.plan.schedules import NATURAL, SCHEDULES
 from tokencomp.reducers._batch import Patches
 from tokencomp.reducers._rows import finite_features, supplied_scores
-from tokencomp.reducers.base import Reducer
+from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import NORM, QUERY, Attention, Signal
@@ -26,7 +26,7 @@ PIVOTS = 4  # of the visual tokens, and as many of the text
 
 @register_reducer("dart")
 @dataclass(frozen=True)
-class Dart(Reducer):
+class Dart(Published):
     """Keep pivots with long keys, and for each pivot the tokens that resemble it least.
 
     DART (arXiv 2502.11494), one cut before layer 2. Pivots are the 4 visual tokens with the largest

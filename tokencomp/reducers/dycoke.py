@@ -12,7 +12,7 @@ from torch.nn.functional import cosine_similarity
 from tokencomp.plan.counts import split_evenly
 from tokencomp.reducers._batch import Patches, evenly
 from tokencomp.reducers._rows import finite_features
-from tokencomp.reducers.base import Reducer
+from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.spans import SpanBatch
@@ -24,7 +24,7 @@ LARGEST = 1 - 1 / GROUP
 
 @register_reducer("dycoke")
 @dataclass(frozen=True)
-class DyCoke(Reducer):
+class DyCoke(Published):
     """Drop tokens that repeat the same place of an earlier frame of their group of four.
 
     The first stage of DyCoke (arXiv 2411.15024): the first frame of every group stays whole; of the
@@ -43,7 +43,7 @@ class DyCoke(Reducer):
     """
 
     summary = "drop what repeats in groups of four frames, first stage (DyCoke 2411.15024)"
-    whole_spans = True
+    grid = "whole"
 
     def moved(self, ratio: float, num_layers: int, frames: int = 0) -> str:
         if ratio <= LARGEST:

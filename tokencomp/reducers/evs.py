@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokencomp.reducers._batch import Patches, evenly, previous_similarity
 from tokencomp.reducers._rows import finite_features
-from tokencomp.reducers.base import Reducer
+from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.spans import SpanBatch
@@ -19,7 +19,7 @@ from tokencomp.tokens.spans import SpanBatch
 
 @register_reducer("evs")
 @dataclass(frozen=True)
-class EVS(Reducer):
+class EVS(Published):
     """Drop tokens that repeat the same place of the frame before (EVS, arXiv 2510.14624).
 
     The first frame stays whole; of the others, the tokens least similar (cosine) to the same
@@ -35,7 +35,7 @@ class EVS(Reducer):
     """
 
     summary = "drop tokens unchanged since the previous frame (EVS 2510.14624)"
-    whole_spans = True
+    grid = "whole"
 
     def moved(self, ratio: float, num_layers: int, frames: int = 0) -> str:
         if (1.0 - ratio) * frames > 1.0 - 1e-6 or not frames:

@@ -55,7 +55,7 @@ class FastVid(Reducer):
 
     summary = "salient tokens, and density peaks of anchor frames (FastVID 2503.11187)"
     merges = True
-    whole_spans = True
+    grid = "whole"
     needs = frozenset({TOWER_ATTENTION})
 
     def __post_init__(self) -> None:

@@ -60,7 +60,7 @@ class FlashVid(Reducer):
 
     summary = "diverse salient tokens, trees along time (FlashVID 2602.08024)"
     merges = True
-    whole_spans = True
+    grid = "whole"
     needs = frozenset({TOWER_ATTENTION})
 
     def __post_init__(self) -> None:

@@ -37,7 +37,7 @@ class HiPrune(Reducer):
     """
 
     summary = "attention of a middle and the last block of the tower (HiPrune 2508.00553)"
-    needs_grid = True
+    grid = "known"
     needs = frozenset({MIDDLE, TOWER_ATTENTION})
 
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:

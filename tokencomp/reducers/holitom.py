@@ -43,7 +43,7 @@ class HoliTom(Reducer):
 
     summary = "still places merged over time, attention elsewhere (HoliTom 2505.21334)"
     merges = True
-    whole_spans = True
+    grid = "whole"
     needs = frozenset({TOWER_ATTENTION})
 
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:

@@ -11,7 +11,7 @@ from tokencomp.errors import PlanError
 from tokencomp.plan.amounts import Amount
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.stages import Stage, TowerStage
-from tokencomp.reducers.registry import make_reducer
+from tokencomp.reducers.registry import make_reducer, options_of
 from tokencomp.validation import fits
 
 PlanLike = Plan | list[dict[str, Any]] | str | PathLike[str]
@@ -42,7 +42,7 @@ def plan_to_json(plan: Plan) -> list[dict[str, Any]]:
             **({"tower": s.block} if isinstance(s, TowerStage) else {"layer": int(s.layer)}),
             **_size(s),
             "reducer": s.reducer.name,
-            "options": s.reducer.options(),
+            "options": options_of(s.reducer),
             **({"by_kind": dict(s.by_kind)} if isinstance(s, Stage) and s.by_kind else {}),
             **({"rest": s.rest} if isinstance(s, Stage) and s.rest != "drop" else {}),
         }

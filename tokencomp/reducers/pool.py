@@ -59,7 +59,7 @@ class Pool(Reducer):
 
     summary = "progressive pooling of frames, 2-D pooling of images (2409.20018)"
     merges = True
-    whole_spans = True
+    grid = "whole"
 
     def __post_init__(self) -> None:
         super().__post_init__()

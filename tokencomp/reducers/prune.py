@@ -11,7 +11,7 @@ from tokencomp.plan.counts import check_ratio
 from tokencomp.plan.plan import Plan, from_profile
 from tokencomp.plan.schedules import NATURAL, SCHEDULES, aim, check_ramp, natural_aim
 from tokencomp.reducers._rows import supplied_scores
-from tokencomp.reducers.base import Reducer
+from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.reducers.score import ScoreReducer
 from tokencomp.tokens.patches import Patches
@@ -26,7 +26,7 @@ VOTERS: dict[str, Literal["last", "raters"]] = {
 
 @register_reducer("prune")
 @dataclass(frozen=True)
-class Prune(ScoreReducer):
+class Prune(ScoreReducer, Published):
     """Drop the visual tokens that a layer beside the stage attends to least.
 
     Attributes
@@ -121,7 +121,7 @@ class Prune(ScoreReducer):
 
 
 @dataclass(frozen=True)
-class Preset(Reducer):
+class Preset(Published):
     """The steps that a published method takes, as a setting of `Prune`."""
 
     step: ClassVar[Prune]

@@ -14,9 +14,10 @@ import threading
 import warnings
 from collections.abc import Callable
 from importlib import metadata
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from tokencomp.errors import OptionError, PluginWarning, check_free, unknown_name
+from tokencomp.plan.reducer import StageReducer
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.compose import Compose, assign_options, part_names
 
@@ -150,6 +151,22 @@ def make_reducer(name: str | Reducer, /, **options: Any) -> Reducer:
             f"{_meant(wrong, allowed)} It has: {', '.join(allowed) or 'none'}."
         )
     return cls(**options)
+
+
+def options_of(reducer: StageReducer) -> dict[str, Any]:
+    """The options with which `make_reducer` builds a reducer by its name, ready for JSON.
+
+    Fields that do not take part in comparison hold what `Reducer.bind` has found, and are none.
+    """
+    if isinstance(reducer, Compose):
+        parts = {
+            f"{part.name}.{key}": value
+            for part in (reducer.entry, reducer.layer)
+            for key, value in options_of(part).items()
+        }
+        return {"share": reducer.share, **parts}
+    fields = dataclasses.fields(cast(Any, reducer))
+    return {field.name: getattr(reducer, field.name) for field in fields if field.compare}
 
 
 def _meant(wrong: list[str], allowed: list[str]) -> str:

@@ -49,7 +49,7 @@ class RunLength(Reducer):
     summary = (
         "drop tokens that look like the last kept one at their place (RLT 2411.05222, exact count)"
     )
-    whole_spans = True
+    grid = "whole"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -167,7 +167,7 @@ class Selector(Reducer):
     pick: Literal["top", "mmr"] = field(default="top", repr=False)
 
     entry_only = True
-    needs_grid = True
+    grid = "known"
     summary = "trained on explainability labels (2506.01097), pick=mmr: IDPruner (2602.13315)"
 
     def __post_init__(self) -> None:
@@ -231,6 +231,3 @@ class BoundSelector(Selector):
 
     def network(self, device: torch.device) -> SelectorNet:
         return super().network(device) if self.net is None else _on(self.net, device)
-
-    def options(self) -> dict[str, Any]:
-        return {"weights": self.weights, "pick": self.pick}

@@ -43,7 +43,7 @@ class Tango(Reducer):
 
     summary = "clusters of salient tokens by look, time and place (Tango 2604.09547)"
     merges = True
-    whole_spans = True
+    grid = "whole"
     needs = frozenset({TOWER_ATTENTION})
 
     def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:

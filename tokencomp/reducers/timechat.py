@@ -35,7 +35,7 @@ class TimeChat(Reducer):
     """
 
     summary = "drop tokens unchanged since the frame before, in a stream (2504.17343, exact count)"
-    whole_spans = True
+    grid = "whole"
     entry_only = True
 
     @property

@@ -40,7 +40,7 @@ class VCast(Reducer):
     """
 
     summary = "budgets of frames by curvature, tokens unlike their frame (V-CAST 2603.27650)"
-    needs_grid = True
+    grid = "known"
 
     def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
         from tokencomp.kernels import topk_stable

@@ -53,7 +53,7 @@ class VidCom2(Reducer):
     channels: float = 0.5
 
     summary = "uniqueness within frame and video, per-frame budgets (VidCom2 2505.14454)"
-    whole_spans = True
+    grid = "whole"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -19,10 +19,11 @@ from torch import Tensor
 from tokencomp.errors import ScoreError
 from tokencomp.method import MethodSpec
 from tokencomp.plan.amounts import places
-from tokencomp.plan.stages import StageReducer, TowerStage
+from tokencomp.plan.reducer import StageReducer, reduced
+from tokencomp.plan.stages import TowerStage
 from tokencomp.reducers.base import Reducer
-from tokencomp.reducers.registry import make_reducer
-from tokencomp.tokens.spans import Grid, ModelFacts, VisualSpan, VisualTokens
+from tokencomp.reducers.registry import make_reducer, options_of
+from tokencomp.tokens.spans import Grid, ModelFacts, SpanBatch, VisualSpan, VisualTokens
 
 Special = Literal["none", "rows", "end"]
 
@@ -268,7 +269,7 @@ def _reduce_span(
     kept = torch.arange(keep, device=features.device)
     if keep < len(features):
         tokens = VisualTokens(features, layout.grid, special, present, kind=kind)
-        result = reducer.reduced(tokens, keep)
+        result = reduced(reducer, SpanBatch.of(tokens), [keep])
         kept = result.keep
         features = features[kept] if result.merged is None else result.merged.to(features)
     return features, kept if present is None else present[kept]
@@ -276,7 +277,7 @@ def _reduce_span(
 
 def _described(reducer: StageReducer) -> tuple[str, str]:
     """Registry name, and options as JSON."""
-    return reducer.name, json.dumps(reducer.options(), sort_keys=True)
+    return reducer.name, json.dumps(options_of(reducer), sort_keys=True)
 
 
 @lru_cache(maxsize=256)

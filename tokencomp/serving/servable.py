@@ -5,9 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from tokencomp.errors import OptionError, TokenCompError, unknown_name
+from tokencomp.plan.reducer import counts_itself
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import available_reducers
 from tokencomp.validation import choices, field_types
+
+PROBE_RATIOS = (0.1, 0.5, 0.9)
+PROBE_LAYERS = 32
 
 
 def check_name(field_name: str, name: Any) -> str:
@@ -25,6 +29,20 @@ def check_name(field_name: str, name: Any) -> str:
         if part not in available_reducers():
             raise OptionError(str(unknown_name(field_name, part, available_reducers())))
     return name
+
+
+def serving_safe(reducer: Reducer) -> bool:
+    """Whether it runs inside engines that fix placeholder counts before the model runs.
+
+    Its keep count must follow from grid and ratio alone, it must act at entry only, and it must not
+    need signals: what it then chooses depends on the media item alone, so that prefix caches may
+    share the result across questions.
+    """
+    if reducer.needs or counts_itself(reducer):
+        return False
+    plans = [reducer.plan(ratio, PROBE_LAYERS).stages for ratio in PROBE_RATIOS]
+    own = [[(stage.layer, stage.reducer) for stage in stages] for stages in plans]
+    return all(stages == [(0, reducer)] for stages in own)
 
 
 def servable() -> dict[str, str]:
@@ -48,7 +66,7 @@ def servable() -> dict[str, str]:
 def _is_safe(cls: type[Reducer], **options: Any) -> bool:
     """Whether the reducer with these options, and defaults otherwise, can be served."""
     try:
-        return cls(**options).serving_safe
+        return serving_safe(cls(**options))
     except (TokenCompError, TypeError):  # it has required options, or refuses these
         return False
 
@@ -71,7 +89,7 @@ def check_servable(reducer: Reducer) -> Reducer:
         Its keep count, or its choice, depends on more than the media item: on the text, on
         attention, or on a decoder layer. Prefix caches would then mix up questions.
     """
-    if reducer.serving_safe and not reducer.needs:
+    if serving_safe(reducer):
         return reducer
     able = ", ".join(f"{name} with {o}" if o else name for name, o in servable().items())
     raise OptionError(

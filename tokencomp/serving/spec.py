@@ -13,7 +13,7 @@ from tokencomp.method import MethodSpec, resolve_auto
 from tokencomp.plan.amounts import Amount, check_one_amount
 from tokencomp.plan.counts import MAX_RATIO, check_ratio
 from tokencomp.reducers.base import Reducer
-from tokencomp.reducers.registry import make_reducer
+from tokencomp.reducers.registry import make_reducer, options_of
 from tokencomp.serving.servable import check_name, check_servable
 
 TOWER_KEYS = ("tower_ratio", "tower_reducer")
@@ -245,7 +245,7 @@ class ServerOptions:
             name = old.name if old is not None else "auto"
         name = check_name("reducer", resolve_auto(name, "server"))
         if old is not None and name == old.name:
-            options = {**old.options(), **options}
+            options = {**options_of(old), **options}
         try:
             return make_reducer(name, **options)
         except (TypeError, ValueError, OverflowError) as error:

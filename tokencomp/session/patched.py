@@ -50,7 +50,9 @@ def check_patch(handle: Handle | None, kinds: Tensor | None) -> None:
                 "one ratio or a budget per image: tokencomp.patch(model, budget=512). Older images "
                 "leave by Session(..., budget=16_384)."
             )
-        for signal in stage.reducer.needs_for(names) if names else ():
+        for signal in stage.reducer.needs if names else ():
+            if isinstance(signal, Attention) and signal.kinds.isdisjoint(names):
+                continue
             reads = signal.rows if isinstance(signal, Attention) else signal.source
             if reads in ("last", "text", "raters", "none", "query"):
                 raise OptionError(

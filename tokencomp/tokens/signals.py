@@ -46,6 +46,8 @@ class Attention(Signal):
     layer
         "previous": the attention map of the layer before the stage (of layer 0 at entry, where
         there is none). "next": that of the layer after the stage, as if it ran on all tokens.
+    kinds
+        Media that call for it at entry: prompts without any of them are not scored.
     """
 
     source: Source = field(default="attention", init=False)
@@ -54,6 +56,7 @@ class Attention(Signal):
     temperature: float = 1.0
     heads: Literal["mean", "rms"] = "mean"
     layer: Literal["previous", "next"] = "previous"
+    kinds: frozenset[str] = frozenset({"image", "video", "audio"})
 
 
 @dataclass(frozen=True)

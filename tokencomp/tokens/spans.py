@@ -41,7 +41,7 @@ class VisualSpan:
         stays, and it does not count as visual.
     grid_known
         False where nothing tells how the tokens lie in the picture. `grid` is then (1, 1, n), and
-        reducers that read places in it (`Reducer.needs_grid`) refuse the span.
+        reducers that read places in it (`Reducer.grid`) refuse the span.
     item
         Number of the image, clip or sound in its sample: tiles of one image are several spans of
         one item. While an adapter reads a prompt: any number that the spans of an item share, or

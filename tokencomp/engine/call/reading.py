@@ -160,7 +160,7 @@ def check_grids(plan: Plan, spans: list[list[VisualSpan]]) -> None:
     """
     unknown = next((s for row in spans for s in row if not s.grid_known), None)
     for stage in plan.stages:
-        if unknown is None or not stage.reducer.needs_grid:
+        if unknown is None or stage.reducer.grid == "any":
             continue
         if stage.amount is None and stage.fraction_of(unknown.kind) == 1:
             continue

@@ -6,6 +6,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from tokencomp.errors import RatioWarning
+from tokencomp.plan.reducer import counts_itself
 
 if TYPE_CHECKING:
     from tokencomp.engine.count.stats import Stats
@@ -48,7 +49,7 @@ class MissedRatios:
         planned, achieved = stats.requested_ratio, stats.ratio
         if not before or abs(planned - achieved) <= max(0.05 * (1 - planned), spans / before):
             return
-        own = [s.reducer.own_count for s in plan.stages]
+        own = [counts_itself(s.reducer) for s in plan.stages]
         stages = [(s.layer, s.fraction, s.by_kind, s.amount, s.reducer.name) for s in plan.stages]
         name = f"{stages}{plan.tower and plan.tower.fraction}"
         if name in self._warned or (own and all(own)):

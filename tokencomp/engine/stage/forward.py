@@ -175,8 +175,8 @@ class ForwardPass:
             self.segments[0].layout = self.layout
             return x, positions, self.layout.origin
         tables = None
-        for signal in stage.reducer.needs_for(self.layout.kinds):
-            if isinstance(signal, Attention):
+        for signal in stage.reducer.needs:
+            if isinstance(signal, Attention) and signal.kinds & self.layout.kinds:
                 if tables is None:
                     tables = self.adapter.rotary_tables(x, positions, layer=0)
                 ids = None if self.adapter.mrope else positions

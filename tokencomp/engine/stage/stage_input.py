@@ -16,6 +16,7 @@ from tokencomp.engine.rows.host_tables import HostTables
 from tokencomp.engine.rows.layout import RowLayout
 from tokencomp.engine.rows.question import keep_last
 from tokencomp.engine.stage.merging import merge_rest
+from tokencomp.plan.reducer import reduced
 from tokencomp.plan.stages import Stage
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import NORM, QUERY, Signal, TowerSignal
@@ -116,11 +117,11 @@ class StageInput:
     ) -> Reduction:
         """The reduction of `batch`; where no visual token stays, only the text of a span does."""
         if all(counts[b][j][order] for b, j in chosen):
-            return stage.reducer.reduced_batch(batch, numbers)
+            return reduced(stage.reducer, batch, numbers)
         parts: list[Reduction] = []
         for tokens, keep, (b, j) in zip(batch.spans(), numbers, chosen, strict=True):
             if counts[b][j][order]:
-                parts.append(stage.reducer.reduced(tokens, keep))
+                parts.append(reduced(stage.reducer, SpanBatch.of(tokens), [keep]))
             else:
                 text = self.layout.spans[b][j].span.text_mask(self.x.device)
                 text = text if tokens.index is None else text[tokens.index]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tokencomp.adapters.towers.base import Cells
+from tokencomp.plan.reducer import reduced
 from tokencomp.plan.stages import TowerStage
 from tokencomp.tokens.spans import SpanBatch
 
@@ -39,20 +40,20 @@ def chosen_cells(
 
     # The reducer does not see parts of which all cells stay, or none.
     whole = [i for i, length in enumerate(lengths) if keeps[i] == length]
-    reduced = [i for i, length in enumerate(lengths) if 0 < keeps[i] < length]
+    some = [i for i, length in enumerate(lengths) if 0 < keeps[i] < length]
     chosen = [cells_of(whole)] if whole else []
-    if reduced:
-        rows = cells_of(reduced)
+    if some:
+        rows = cells_of(some)
         with no_autocast(values):
             batch = SpanBatch(
                 features=_cell_values(values, cells.members[rows], pixels is not None),
-                lengths=[lengths[i] for i in reduced],
-                grids=[grids[i] for i in reduced],
-                kinds=[cells.kind for _ in reduced],
-                fixed=[0 for _ in reduced],
+                lengths=[lengths[i] for i in some],
+                grids=[grids[i] for i in some],
+                kinds=[cells.kind for _ in some],
+                fixed=[0 for _ in some],
                 pixels=pixels,
             )
-            reduction = stage.reducer.reduced_batch(batch, [keeps[i] for i in reduced])
+            reduction = reduced(stage.reducer, batch, [keeps[i] for i in some])
         chosen.append(rows[reduction.keep])
     return torch.cat(chosen)
 

@@ -21,9 +21,9 @@ Options
     encoder caches never mix ratios.
 
 Reducers
-    Every reducer with `serving_safe` can run: it ignores the question, acts at the entry stage, and
-    its keep count follows from the grid alone. The server refuses other reducers at start. Layer
-    stages need a KV length per layer, which vLLM does not have. The default is "kcentre".
+    Every reducer that is `serving_safe` can run: it ignores the question, acts at the entry stage,
+    and its keep count follows from the grid alone. The server refuses other reducers at start.
+    Layer stages need a KV length per layer, which vLLM does not have. The default is "kcentre".
     Features that are not finite cannot be compared, so such an item keeps evenly spaced tokens, and
     its values that are not finite become 0, also at ratio 0; the log and the metric
     `tokencomp_nonfinite_items` say so. In the KV cache they would spoil answers to later requests,
