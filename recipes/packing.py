@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from tokencomp.engine.rows.question import IGNORED
+from tokencomp.engine.rows.prompts import IGNORED
 
 MARK = "\x1f"  # stands for user text while the chat template is taken apart
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from recipes.packing import Packer
-from tokencomp.engine.rows.question import IGNORED
+from tokencomp.engine.rows.prompts import IGNORED
 from tokencomp.shapesqa.lettering import WORDS
 from tokencomp.shapesqa.prompt_forms import (
     LETTERS,

@@ -18,7 +18,7 @@ from recipes.tiny.losses import PAIRS, Heads
 from recipes.tiny.muon import optimizers
 from recipes.tiny.stage import Stage
 from recipes.trainer import Trainer, text_inputs
-from tokencomp.engine.rows.question import IGNORED
+from tokencomp.engine.rows.prompts import IGNORED
 from tokencomp.shapesqa.items import stream
 from tokencomp.shapesqa.prompt_forms import LETTERS
 

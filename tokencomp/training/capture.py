@@ -14,8 +14,7 @@ from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.call import Call
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.engine.rows.layout import full_layout
-from tokencomp.engine.rows.padding import left_padded, real_columns
-from tokencomp.engine.rows.question import build_prompts
+from tokencomp.engine.rows.prompts import build_prompts, left_padded, real_columns
 from tokencomp.engine.scores.probes import input_scores
 from tokencomp.errors import OptionError, PaddingError
 from tokencomp.tokens.signals import Attention

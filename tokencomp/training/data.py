@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokencomp.engine.rows.question import IGNORED
+from tokencomp.engine.rows.prompts import IGNORED
 from tokencomp.errors import OptionError, unknown_name
 from tokencomp.inputs.files import EMBEDDED, FileQuestions, questions_file
 from tokencomp.inputs.prompts import build_inputs

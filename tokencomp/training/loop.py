@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokencomp.engine.rows.question import IGNORED
+from tokencomp.engine.rows.prompts import IGNORED
 from tokencomp.inputs.prompts import to_model
 from tokencomp.inputs.questions import Example
 from tokencomp.training.checks import check_rate

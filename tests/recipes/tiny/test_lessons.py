@@ -16,7 +16,7 @@ from recipes.tiny.muon import Muon, orthogonal
 from recipes.tiny.primers import PRIMERS, primer_pairs
 from recipes.tiny.tokenizer import load_tokenizer, write_tokenizer
 from recipes.tiny.training_scenes import training_scene
-from tokencomp.engine.rows.question import IGNORED
+from tokencomp.engine.rows.prompts import IGNORED
 from tokencomp.shapesqa.items import stream
 from tokencomp.shapesqa.lettering import Text
 from tokencomp.shapesqa.render import owner_map

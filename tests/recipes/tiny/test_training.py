@@ -12,7 +12,7 @@ from recipes.tiny.labels import cell_labels
 from recipes.tiny.recipes import Stage
 from recipes.tiny.tokenizer import load_tokenizer, write_tokenizer
 from recipes.tiny.trainer import TinyTrainer
-from tokencomp.engine.rows.question import IGNORED
+from tokencomp.engine.rows.prompts import IGNORED
 from tokencomp.errors import UnknownNameError
 from tokencomp.models import register_auto_classes
 from tokencomp.shapesqa.items import item

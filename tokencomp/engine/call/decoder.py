@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.engine.cache.check import check_cache
+from tokencomp.engine.cache.compress import check_cache
 from tokencomp.engine.cache.layers import CompressedLayer
 from tokencomp.engine.cache.need import InForce
 from tokencomp.engine.call.chunks import ChunkedPrefill, whole_output
@@ -25,8 +25,7 @@ from tokencomp.engine.call.refusals import FeaturelessPrompts
 from tokencomp.engine.call.state import CallHooks, RunningCalls
 from tokencomp.engine.call.weights import RowWeights
 from tokencomp.engine.call.written import compact_cache, extend_valid
-from tokencomp.engine.count.collect import collect
-from tokencomp.engine.count.missed import MissedRatios
+from tokencomp.engine.count.collect import MissedRatios, collect
 from tokencomp.engine.count.stats import Stats
 from tokencomp.engine.rows.outputs import restore_states
 from tokencomp.engine.stage.segments import check_entered

@@ -13,8 +13,7 @@ from tokencomp.adapters.structure import parameters_of, scales_queries
 from tokencomp.engine.call.later import first_layer
 from tokencomp.engine.kinds.relative import DISTANCE
 from tokencomp.engine.kinds.windows import check_windows
-from tokencomp.engine.rows.arguments import gather_arguments
-from tokencomp.engine.rows.packing import sequence_lengths, text_positions
+from tokencomp.engine.rows.arguments import gather_arguments, sequence_lengths, text_positions
 from tokencomp.engine.stage.forward import ForwardPass
 from tokencomp.errors import (
     OptionError,

@@ -12,10 +12,12 @@ from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.call import Call
 from tokencomp.engine.call.state import CallState
 from tokencomp.engine.rows.layout import RowLayout, full_layout
-from tokencomp.engine.rows.padding import aligned_layout, left_padded, real_columns
-from tokencomp.engine.rows.question import (
+from tokencomp.engine.rows.prompts import (
+    aligned_layout,
     build_prompts,
+    left_padded,
     packed_starts,
+    real_columns,
     starts_from_lengths,
 )
 from tokencomp.engine.stage.forward import ForwardPass

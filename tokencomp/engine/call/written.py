@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokencomp.engine.cache.check import check_cache
-from tokencomp.engine.cache.compress import compress_layer
+from tokencomp.engine.cache.compress import check_cache, compress_layer
 from tokencomp.engine.cache.need import InForce, PatchNeed
 from tokencomp.engine.cache.rows import filled, first_with_rows, segment_heads
 from tokencomp.engine.kinds.mask_compat import flash_on_static

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tokencomp.engine.rows.host_tables import HostTables
 from tokencomp.engine.rows.layout import LiveSpan, PromptColumns, RowLayout
 from tokencomp.tokens.reduction import Reduction
 
@@ -31,6 +31,15 @@ class Selection:
     counts: list[list[int]]
     chosen: list[tuple[int, int]]
     reduction: Reduction | None
+
+
+def move_tables(tables: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
+    """Tables of integers by name, built on the host, as int64 on a device: one copy moves all."""
+    if not tables:
+        return {}
+    parts = [np.asarray(values, dtype=np.int64) for values in tables.values()]
+    packed = torch.from_numpy(np.concatenate(parts)).to(device)
+    return dict(zip(tables, packed.split([len(part) for part in parts]), strict=True))
 
 
 def compact(
@@ -74,15 +83,15 @@ def compact(
         table[b, at:] = np.arange(cursor, layout.width)
         spans.append(moved)
     prompts = [_shrunk(layout, b, moved, width - lengths[b]) for b, moved in enumerate(spans)]
-    host, place = HostTables(device), None
-    flat, reduction = host.add(table.ravel()), selection.reduction
+    tables, reduction, place = {"index": table.ravel()}, selection.reduction, None
     if reduction is not None:
-        places_of, columns_of = host.add(np.concatenate(places)), host.add(np.concatenate(columns))
-    host.move()
+        tables |= {"place": np.concatenate(places), "column": np.concatenate(columns)}
+    on_device = move_tables(tables, device)
+    flat = on_device["index"]
     if reduction is not None:
-        place, kept = places_of(), reduction.keep.to(device)
-        flat().index_copy_(0, place, columns_of().index_select(0, kept))
-    index = flat().view(table.shape)
+        place, kept = on_device["place"], reduction.keep.to(device)
+        flat.index_copy_(0, place, on_device["column"].index_select(0, kept))
+    index = flat.view(table.shape)
     origin = index if layout.origin is None else layout.origin.gather(1, index)
     after = RowLayout(width, lengths, spans, origin, prompts=prompts)
     after.sizes = _sizes(layout, after, index, reduction, place)

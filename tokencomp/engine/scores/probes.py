@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tokencomp.engine.cache.rows import is_reference, keeps_window, physical_length
-from tokencomp.engine.rows.host_tables import HostTables
+from tokencomp.engine.rows.compaction import move_tables
 from tokencomp.engine.rows.layout import RowLayout
 from tokencomp.engine.scores.parallel import gather_heads, unsharded
 from tokencomp.engine.scores.queries_keys import Probe, questions_of, with_past
@@ -152,14 +152,14 @@ def _span_scores(
     division by the number of voters.
     """
     passes, columns, voters = _votes(probe, signal.rows)
-    host, every = HostTables(probe.device), signal.rows == "all"
-    column, count = host.add(columns), host.add(voters)
+    host, every = {"column": columns, "voters": voters}, signal.rows == "all"
     tables = [_voting(probe, votes, every) for votes in passes.values()]
     index = np.concatenate(tables, axis=1)
     last = np.asarray([[q.stop - 1 - probe.first] for q in probe.questions])
-    voting = host.add(None if every else np.where(index < 0, last, index).ravel())
-    host.move()
-    chosen = None if every else voting().view(index.shape)
+    if not every:
+        host["voting"] = np.where(index < 0, last, index).ravel()
+    moved = move_tables(host, probe.device)
+    chosen = None if every else moved["voting"].view(index.shape)
     if keys is None:
         tapped = probe.queries_and_keys(chosen, cached, past)
     else:
@@ -185,7 +185,7 @@ def _span_scores(
         at = part.stop
     sums = [s[..., offset:] if offset else s for s in sums]
     flat = (torch.cat(sums) if len(sums) > 1 else sums[0]).flatten()
-    return flat.index_select(0, column()) / count()
+    return flat.index_select(0, moved["column"]) / moved["voters"]
 
 
 def _key_lengths(probe: Probe, lengths: Tensor) -> None:

@@ -15,13 +15,11 @@ from tokencomp.engine.cache.frames import compared_frames
 from tokencomp.engine.cache.rows import first_with_rows
 from tokencomp.engine.kinds.masks import MaskSource
 from tokencomp.engine.kinds.windows import Windows
+from tokencomp.engine.rows.arguments import table_parts
 from tokencomp.engine.rows.compaction import Selection, compact, take, write_merged
 from tokencomp.engine.rows.layout import RowLayout
 from tokencomp.engine.rows.outputs import restore_map
 from tokencomp.engine.scores.raters import rater_weights
-from tokencomp.engine.stage.layer_arguments import (
-    table_parts,
-)
 from tokencomp.engine.stage.segments import Segment
 from tokencomp.engine.stage.stage_input import StageInput
 from tokencomp.engine.stage.stage_scores import StageScores

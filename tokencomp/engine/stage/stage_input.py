@@ -11,16 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.engine.rows.column_values import text_values
-from tokencomp.engine.rows.compaction import Selection
-from tokencomp.engine.rows.host_tables import HostTables
+from tokencomp.engine.rows.compaction import Selection, move_tables
 from tokencomp.engine.rows.layout import RowLayout
-from tokencomp.engine.rows.question import keep_last
 from tokencomp.engine.stage.merging import merge_rest
 from tokencomp.plan.reducer import reduced
 from tokencomp.plan.stages import Stage
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import NORM, QUERY, Signal, TowerSignal
-from tokencomp.tokens.spans import SpanBatch
+from tokencomp.tokens.spans import SpanBatch, VisualTokens
 
 
 @dataclass(frozen=True)
@@ -139,38 +137,36 @@ class StageInput:
             np.arange(live.start, live.stop) + b * self.layout.width
             for live, (b, _) in zip(lives, chosen, strict=True)
         ]
-        tables = HostTables(self.x.device)
+        tables: dict[str, Any] = {}
         first, last = rows[0][0], rows[-1][-1] + 1
         neighbours = last - first == sum(map(len, rows))
         missing = any(not live.whole for live in lives)
         lengths, sizes = [live.count for live in lives], self.layout.sizes
-        indexed = not neighbours or missing or sizes is not None
-        columns = tables.add(np.concatenate(rows) if indexed else None)
-        ends = np.cumsum([live.span.length for live in lives])
-        before = [end - live.span.length for end, live in zip(ends, lives, strict=True)]
-        starts = [live.span.start for live in lives]
-        start = tables.add(np.repeat(starts, lengths) if missing else None)
-        base = tables.add(np.repeat(before, lengths) if missing else None)
-        masks = [live.span.fixed_mask() for live in lives] if any(fixed) else None
-        mask = tables.add(None if masks is None else np.concatenate(masks))
-        # Spans that keep all of their tokens have scores, but are not in the batch.
-        some = self.scores is not None and len(self.scores) > sum(lengths)
-        score_rows = tables.add(self._rows_of(chosen) if some else None)
-        tables.move()
-        flat = self.x.flatten(0, 1)
-        index = full = None
-        if missing and self.layout.origin is not None:
-            index = self.layout.origin.flatten().index_select(0, columns()) - start()
-            full = index + base()  # row in a table of all tokens of these spans
-        special = None
+        if not neighbours or missing or sizes is not None:
+            tables["columns"] = np.concatenate(rows)
+        if missing:
+            whole = [live.span.length for live in lives]
+            tables["start"] = np.repeat([live.span.start for live in lives], lengths)
+            tables["before"] = np.repeat(np.cumsum(whole) - whole, lengths)
         if any(fixed):
-            special = (mask() if full is None else mask().index_select(0, full)).bool()
-        scores = self.scores
-        if scores is not None and some:
-            scores = scores.index_select(0, score_rows())
-        queries = text_values(self.x, self.layout) if QUERY in stage.reducer.needs else None
+            tables["special"] = np.concatenate([live.span.fixed_mask() for live in lives])
+        scores, needs = self.scores, stage.reducer.needs
+        # Spans that keep all of their tokens have scores, but are not in the batch.
+        if scores is not None and len(scores) > sum(lengths):
+            tables["scored"] = self._rows_of(chosen)
+        moved = move_tables(tables, self.x.device)
+        flat, index, full = self.x.flatten(0, 1), None, None
+        if missing and self.layout.origin is not None:
+            index = self.layout.origin.flatten().index_select(0, moved["columns"]) - moved["start"]
+            full = index + moved["before"]  # row in a table of all tokens of these spans
+        special = moved.get("special")
+        if special is not None:
+            special = (special if full is None else special.index_select(0, full)).bool()
+        if scores is not None and "scored" in moved:
+            scores = scores.index_select(0, moved["scored"])
+        queries = text_values(self.x, self.layout) if QUERY in needs else None
         batch = SpanBatch(
-            features=flat[first:last] if neighbours else flat.index_select(0, columns()),
+            features=flat[first:last] if neighbours else flat.index_select(0, moved["columns"]),
             lengths=lengths,
             grids=[live.span.grid for live in lives],
             kinds=[live.span.kind for live in lives],
@@ -178,10 +174,10 @@ class StageInput:
             special=special,
             index=index,
             scores=scores,
-            sizes=None if sizes is None else sizes.flatten().index_select(0, columns()),
+            sizes=None if sizes is None else sizes.flatten().index_select(0, moved["columns"]),
             queries=self._of_prompts(queries, chosen),
             query_scores=self._of_prompts(self.text_scores, chosen),
-            norm=self.norm if NORM in stage.reducer.needs else None,
+            norm=self.norm if NORM in needs else None,
             places=chosen,
             frames=None if self.frames is None else [self.frames[b][j] for b, j in chosen],
         )
@@ -219,3 +215,24 @@ class StageInput:
         moved = [[text.to(self.x.device) for text in row] for row in texts]
         owners = [(b, self.layout.prompt_of(b, spans[b][j])) for b, j in chosen]
         return [moved[b][prompts[b].index(prompt)] for b, prompt in owners]
+
+
+def keep_last(reduction: Reduction, tokens: VisualTokens) -> Reduction:
+    """Exchange a kept row for the last one of a span that ends a question.
+
+    The next token is predicted from the last column, so that column never leaves. The last kept
+    patch makes room for it; where only text and special tokens are kept, the count grows by one.
+    """
+    keep, last = reduction.keep, len(tokens) - 1
+    if keep.numel() and int(keep[-1]) == last:
+        return reduction
+    patches = (~tokens.special[keep]).nonzero()[:, 0]
+    rest = torch.ones_like(keep, dtype=torch.bool)
+    rest[patches[-1:]] = False
+    end = keep.new_tensor([last])
+    merged, sizes = reduction.merged, reduction.sizes
+    if merged is not None:
+        merged = torch.cat([merged[rest], tokens.features[last:].to(merged)])
+    if sizes is not None:
+        sizes = torch.cat([sizes[rest], sizes.new_ones(1)])
+    return Reduction(torch.cat([keep[rest], end]), merged, sizes)
