@@ -100,12 +100,11 @@ def which(tensor: Tensor) -> str:
         If ``TOKENCOMP_KERNELS=triton`` and Triton cannot run on the tensor's device.
     """
     requested = mode()
-    if requested == "naive":
+    if requested == "naive" or (requested == "auto" and tensor.device.type == "cpu"):
         return "naive"
     problem = triton_problem() or _device_problem(tensor.device)
     if problem is None:
-        on_cpu = tensor.device.type == "cpu"
-        return "naive" if on_cpu and requested == "auto" else "triton"
+        return "triton"
     if requested == "triton":
         raise KernelError(
             f"TOKENCOMP_KERNELS=triton, but {problem}. "

@@ -57,6 +57,8 @@ class Adapter:
     mrope, mrope_rows
         Whether the decoder takes several rows of positions, and how many: three, with few
         exceptions.
+    layers, text_config
+        The layers of the decoder, and its config.
     layers_read_positions
         Whether layers may read `position_ids` apart from the rotary embedding.
     """
@@ -73,6 +75,8 @@ class Adapter:
         self.model: Any = model
         parts = self.find_parts(model)
         self.top, self.body, self.decoder = parts.top, parts.body, parts.decoder
+        self.layers: nn.ModuleList = self.decoder.layers
+        self.text_config: Any = self.decoder.config
         self.mrope_rows = mrope_rows(parts) or 3 * self.mrope
         self.mrope = self.mrope_rows > 0
 
@@ -92,11 +96,6 @@ class Adapter:
         return find_parts(model)
 
     @property
-    def layers(self) -> nn.ModuleList:
-        layers: nn.ModuleList = self.decoder.layers
-        return layers
-
-    @property
     def final_norm(self) -> nn.Module | None:
         """The norm behind the last decoder layer; None if it has no usual name."""
         found = (getattr(self.decoder, name, None) for name in FINAL_NORMS)
@@ -106,10 +105,6 @@ class Adapter:
     def config(self) -> Any:
         """Config of the whole multimodal model."""
         return self.top.config
-
-    @property
-    def text_config(self) -> Any:
-        return self.decoder.config
 
     @property
     def rotary(self) -> Any:

@@ -178,8 +178,10 @@ class Plan:
             pairs = zip(self.stages, fractions, strict=True)
             fractions = [s.amount.of_part(f, place) if s.amount else f for s, f in pairs]
         kept = self._falling(span, fractions)
-        least = self._falling(span, [min(f, LEAST) for f in fractions])
         target = [span.visual * f for f in fractions]
+        if all(k <= t + 0.5 for k, t in zip(kept, target, strict=True)):
+            return kept
+        least = self._falling(span, [min(f, LEAST) for f in fractions])
         if not any(k == m > t + 0.5 for k, m, t in zip(kept, least, target, strict=True)):
             return kept
         ends = [*(s.layer for s in self.stages[1:]), num_layers]

@@ -39,6 +39,11 @@ def first_with_rows(layers: Sequence[Any] | None, first: int = 0) -> Any:
     return next((x for x in (layers or ())[first:] if isinstance(x, HOLDS_ROWS)), None)
 
 
+def first_layer(cache: Any) -> Any:
+    """The first layer of a cache that holds rows, or None."""
+    return first_with_rows(getattr(cache, "layers", None))
+
+
 def segment_heads(layers: Sequence[Any]) -> list[Any]:
     """The first cache layer of every segment: the layers of a segment hold the same rows."""
     starts = [layer for layer in layers if getattr(layer, "starts_segment", False)]

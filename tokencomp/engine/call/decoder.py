@@ -15,12 +15,13 @@ from tokencomp.adapters.base import Adapter
 from tokencomp.engine.cache.compress import check_cache
 from tokencomp.engine.cache.layers import CompressedLayer
 from tokencomp.engine.cache.need import InForce
+from tokencomp.engine.cache.rows import first_layer
 from tokencomp.engine.call.chunks import ChunkedPrefill, whole_output
 from tokencomp.engine.call.embeddings import with_embeddings
 from tokencomp.engine.call.entry import enter_prompt
-from tokencomp.engine.call.later import LaterTokens, begins_prompt, first_layer, split_mask
+from tokencomp.engine.call.later import LaterTokens, begins_prompt, split_mask
 from tokencomp.engine.call.layer_hooks import LayerHooks, SharedTables
-from tokencomp.engine.call.reading import PromptReader
+from tokencomp.engine.call.reading import read_prompt
 from tokencomp.engine.call.refusals import FeaturelessPrompts
 from tokencomp.engine.call.state import CallHooks, RunningCalls
 from tokencomp.engine.call.weights import RowWeights
@@ -62,7 +63,6 @@ class DecoderHooks(CallHooks):
         self._missed = MissedRatios()
         self._weights = RowWeights(adapter, calls)
         self._later = LaterTokens(adapter, calls, in_force, self._weights.attention)
-        self._reader = PromptReader(adapter)
         self._layers, self._tables = LayerHooks(adapter, calls), SharedTables(adapter, calls)
         self.tower = TowerHooks(adapter, self.is_off)
 
@@ -171,7 +171,7 @@ class DecoderHooks(CallHooks):
         check_cache(cache, bool(plan.layer_stages))
         self._later.adopt(getattr(cache, "layers", []))
         arguments, prepared = split_mask(arguments, cache, state.body_mask)
-        forward, positions = self._reader.read(arguments, cache, state, plan)
+        forward, positions = read_prompt(self.adapter, arguments, cache, state, plan)
         state.forward, forward.prepared = forward, prepared
         if plan.merges_rest:
             self._weights.prepare()

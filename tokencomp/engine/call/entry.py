@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.structure import parameters_of, scales_queries
-from tokencomp.engine.call.later import first_layer
+from tokencomp.engine.cache.rows import first_layer
 from tokencomp.engine.kinds.relative import DISTANCE
 from tokencomp.engine.kinds.windows import check_windows
 from tokencomp.engine.rows.arguments import gather_arguments, sequence_lengths, text_positions
@@ -71,15 +71,16 @@ def enter_prompt(
         Compact positions, and masks whose window counts columns of the uncompressed prompt.
     """
     forward.by_column = not compact
-    first = forward.segments[0]
+    first, layer = forward.segments[0], first_layer(cache)
+    before = first.logical
     if first.physical and forward.windows.cut_later_turns:
-        window = first_layer(cache).sliding_window
-        raise UnsupportedCacheError(LATER_MEDIA.format(type(adapter.decoder).__name__, window))
+        name, window = type(adapter.decoder).__name__, layer.sliding_window
+        raise UnsupportedCacheError(LATER_MEDIA.format(name, window))
     if compact:
-        _check_prepared(adapter, forward, first.logical + forward.width)
+        _check_prepared(adapter, forward, before + forward.width)
     else:  # refused before any work: the reduction does not change this length
-        length = _checked_length(adapter, forward, cache, first.logical + forward.width)
-    _check_temperature(adapter, first.logical + forward.width)
+        length = _checked_length(adapter, forward, cache, before + forward.width)
+    _check_temperature(adapter, before + forward.width)
     x, positions, index = forward.entry(arguments["inputs_embeds"], positions, cache)
     valid = forward.layout.valid(x.device)
     if index is not None:
@@ -102,9 +103,8 @@ def enter_prompt(
     if source.explicit(first, length):
         arguments["attention_mask"] = source.decoder_mask(first, x)
     else:
-        config, layer = adapter.text_config, first_layer(cache)
-        arguments["attention_mask"] = first.call_mask(config, layer, valid, x)
-    compat.set_cache_position(arguments, first.logical, x.shape[1])
+        arguments["attention_mask"] = first.call_mask(adapter.text_config, layer, valid, x)
+    compat.set_cache_position(arguments, before, x.shape[1])
 
 
 def _check_prepared(adapter: Adapter, forward: ForwardPass, length: int) -> None:

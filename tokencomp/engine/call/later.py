@@ -17,6 +17,7 @@ from tokencomp.adapters.base import Adapter
 from tokencomp.engine.cache.layers import CompressedLayer
 from tokencomp.engine.cache.need import InForce
 from tokencomp.engine.cache.rows import (
+    first_layer,
     first_with_rows,
     physical_length,
     segment_heads,
@@ -196,11 +197,6 @@ class LaterTokens:
         mask, prepared = read_mask(kwargs.get("attention_mask"), body, n, layer.rows)
         new = None if mask is None else mask[:, -n:].bool()
         return (None if new is None or bool(new.all()) else new), prepared
-
-
-def first_layer(cache: Any) -> Any:
-    """The first layer of a cache that holds rows, or None."""
-    return first_with_rows(getattr(cache, "layers", None))
 
 
 def _columns(inputs: Mapping[str, Any]) -> int:

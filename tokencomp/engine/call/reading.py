@@ -28,93 +28,88 @@ from tokencomp.tokens.spans import VisualSpan, numbered
 from tokencomp.torchlib import compat
 
 
-class PromptReader:
-    """Turns a prefill call into a `ForwardPass`, before anything is computed or changed."""
+def read_prompt(
+    adapter: Adapter, arguments: dict[str, Any], cache: Any, state: CallState, plan: Plan
+) -> tuple[ForwardPass, Tensor]:
+    """Turn a prefill call into a `ForwardPass`, before anything is computed or changed.
 
-    def __init__(self, adapter: Adapter) -> None:
-        self.adapter = adapter
+    Parameters
+    ----------
+    arguments
+        Arguments of the decoder by name, with the 2-D mask of padding as `attention_mask`.
+    cache
+        The KV cache, or None.
+    state
+        What the calls around it said; its `kinds` are known.
 
-    def read(
-        self, arguments: dict[str, Any], cache: Any, state: CallState, plan: Plan
-    ) -> tuple[ForwardPass, Tensor]:
-        """Read a prefill call.
+    Returns
+    -------
+    ForwardPass
+        With the layout and the segments of the call; no stage has run.
+    Tensor of int64
+        Positions of the uncompressed call, (3, B, L) for M-RoPE, else (B, L).
 
-        Parameters
-        ----------
-        arguments
-            Arguments of the decoder by name, with the 2-D mask of padding as `attention_mask`.
-        cache
-            The KV cache, or None.
-        state
-            What the calls around it said; its `kinds` are known.
+    Raises
+    ------
+    TokenCompError
+        The call cannot be compressed, or not exactly.
+    """
+    kinds, x, mask = state.kinds, arguments["inputs_embeds"], arguments.get("attention_mask")
+    assert kinds is not None
+    if x.shape[:2] != kinds.shape:
+        raise AlreadyCompressedError(
+            f"the decoder got {tuple(x.shape[:2])} tokens for a prompt of "
+            f"{tuple(kinds.shape)}: something else already shortened it. Undo the other "
+            "method before patch()."
+        )
+    if compat.recomputed(adapter.layers[0]):
+        check_recomputation(bool(plan.layer_stages))
+    past = int(cache.get_seq_length()) if cache is not None else 0
+    if past:
+        check_ages(plan)
+    positions, text = read_positions(adapter, arguments, past)
+    rows = positions[-3:].cpu() if adapter.mrope else None
+    found = adapter.spans(Call(kinds, x, rows, adapter.body, state.inputs or {}))
+    spans = [numbered(row) for row in found]
+    check_grids(plan, spans)
+    layout = _layout(arguments, past, state, spans, text)
+    forward = ForwardPass(adapter, plan, spans, layout, x.shape[1])
+    forward.segments = build_segments(plan, len(adapter.layers), cache, mask, x.shape[1])
+    return forward, positions
 
-        Returns
-        -------
-        ForwardPass
-            With the layout and the segments of the call; no stage has run.
-        Tensor of int64
-            Positions of the uncompressed call, (3, B, L) for M-RoPE, else (B, L).
 
-        Raises
-        ------
-        TokenCompError
-            The call cannot be compressed, or not exactly.
-        """
-        adapter, kinds = self.adapter, state.kinds
-        assert kinds is not None
-        x, mask = arguments["inputs_embeds"], arguments.get("attention_mask")
-        if x.shape[:2] != kinds.shape:
-            raise AlreadyCompressedError(
-                f"the decoder got {tuple(x.shape[:2])} tokens for a prompt of "
-                f"{tuple(kinds.shape)}: something else already shortened it. Undo the other "
-                "method before patch()."
-            )
-        if compat.recomputed(adapter.layers[0]):
-            check_recomputation(bool(plan.layer_stages))
-        positions, text = read_positions(adapter, arguments, cache)
-        if cached_length(cache):
-            check_ages(plan)
-        rows = positions[-3:].cpu() if adapter.mrope else None
-        found = adapter.spans(Call(kinds, x, rows, adapter.body, state.inputs or {}))
-        spans = [numbered(row) for row in found]
-        check_grids(plan, spans)
-        layout = self._layout(arguments, cache, state, spans, text)
-        forward = ForwardPass(adapter, plan, spans, layout, x.shape[1])
-        forward.segments = build_segments(plan, len(adapter.layers), cache, mask, x.shape[1])
-        return forward, positions
+def _layout(
+    arguments: dict[str, Any],
+    past: int,
+    state: CallState,
+    spans: list[list[VisualSpan]],
+    text: Tensor | None,
+) -> RowLayout:
+    """Where the tokens of a prefill stand: real columns, prompts, and the end of questions.
 
-    def _layout(
-        self,
-        arguments: dict[str, Any],
-        cache: Any,
-        state: CallState,
-        spans: list[list[VisualSpan]],
-        text: Tensor | None,
-    ) -> RowLayout:
-        """Where the tokens of a prefill stand: real columns, prompts, and the end of questions.
-
-        Parameters
-        ----------
-        text : Tensor of int64, shape (B, L) or (1, L), or None
-            Positions of the caller that begin again in every packed prompt.
-        """
-        shape = arguments["inputs_embeds"].shape[:2]
-        mask, past = arguments.get("attention_mask"), cached_length(cache)
-        real, starts = real_columns(mask, shape), None
-        if mask is None and past == 0:  # the only case in which transformers looks for packing
-            starts = packed_starts(None if text is None else text.cpu())
-            starts = starts or starts_from_lengths(arguments.get("cu_seq_lens_q"), *shape)
-        if state.columns is None:
-            # `logits_to_keep` beyond the text at the end cannot be a count of draft tokens: the
-            # caller wants logits of visual columns.
-            tail = min((shape[1] - row[-1].stop for row in spans if row), default=0)
-            generated = state.drafts if state.drafts <= tail else 0
-        else:
-            generated = max(0, past + shape[1] - state.columns)
-        prompts = build_prompts(real, spans, starts, state.labels, generated)
-        if left_padded(real):
-            return full_layout(shape[1], real.numpy().sum(1).tolist(), spans, prompts)
-        return aligned_layout(real, spans, prompts)
+    Parameters
+    ----------
+    past
+        Logical tokens that the cache holds.
+    text : Tensor of int64, shape (B, L) or (1, L), or None
+        Positions of the caller that begin again in every packed prompt.
+    """
+    shape, mask = arguments["inputs_embeds"].shape[:2], arguments.get("attention_mask")
+    real, starts = real_columns(mask, shape), None
+    if mask is None and past == 0:  # the only case in which transformers looks for packing
+        starts = packed_starts(None if text is None else text.cpu())
+        starts = starts or starts_from_lengths(arguments.get("cu_seq_lens_q"), *shape)
+    if state.columns is None:
+        # `logits_to_keep` beyond the text at the end cannot be a count of draft tokens: the
+        # caller wants logits of visual columns.
+        tail = min((shape[1] - row[-1].stop for row in spans if row), default=0)
+        generated = state.drafts if state.drafts <= tail else 0
+    else:
+        generated = max(0, past + shape[1] - state.columns)
+    prompts = build_prompts(real, spans, starts, state.labels, generated)
+    if left_padded(real):
+        return full_layout(shape[1], real.numpy().sum(1).tolist(), spans, prompts)
+    return aligned_layout(real, spans, prompts)
 
 
 def check_recomputation(between_layers: bool) -> None:
@@ -174,13 +169,8 @@ def check_grids(plan: Plan, spans: list[list[VisualSpan]]) -> None:
         )
 
 
-def cached_length(cache: Any) -> int:
-    """Logical tokens that a cache holds; 0 where there is none."""
-    return int(cache.get_seq_length()) if cache is not None else 0
-
-
 def read_positions(
-    adapter: Adapter, arguments: Mapping[str, Any], cache: Any
+    adapter: Adapter, arguments: Mapping[str, Any], past: int
 ) -> tuple[Tensor, Tensor | None]:
     """Positions of an uncompressed decoder call, and those that distinguish packed prompts.
 
@@ -194,8 +184,7 @@ def read_positions(
     x, positions = arguments["inputs_embeds"], arguments.get("position_ids")
     batch, n = x.shape[:2]
     if positions is None:
-        start = cached_length(cache)
-        own = torch.arange(start, start + n, device=x.device)[None]
+        own = torch.arange(past, past + n, device=x.device)[None]
         return own.expand(*((adapter.mrope_rows,) if adapter.mrope else ()), batch, -1), None
     if not adapter.mrope:
         return positions.expand(batch, -1), positions

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from tokencomp.engine.cache.rows import first_with_rows
+from tokencomp.engine.cache.rows import first_layer
 from tokencomp.engine.count.stats import Stats
 from tokencomp.engine.stage.forward import ForwardPass
 from tokencomp.errors import RatioWarning
@@ -17,7 +17,7 @@ REMEMBERED = 1000  # sets of media; then they are looked at again
 
 def collect(forward: ForwardPass, cache: Any) -> Stats:
     """Stats of a finished forward pass; what follows from the config and the plan comes later."""
-    layer = first_with_rows(getattr(cache, "layers", None))
+    layer = first_layer(cache)
     keys = layer.keys if layer is not None else None
     if keys is None:
         keys = next(forward.adapter.decoder.parameters())

@@ -121,10 +121,6 @@ class RowLayout:
         """Whether a question ends in a span, so that its last column predicts the next token."""
         return live.stop == self.prompt_of(sample, live).question_stop
 
-    @property
-    def ragged(self) -> bool:
-        return any(n != self.width for n in self.lengths)
-
     def to(self, device: torch.device) -> RowLayout:
         """This layout with its tensors on `device`."""
         tensors = self.origin, self.sizes, self.raters
@@ -139,7 +135,7 @@ class RowLayout:
 
     def valid(self, device: torch.device) -> Tensor | None:
         """Mask of real columns, shape (B, width); None if all are."""
-        if not self.ragged:
+        if all(n == self.width for n in self.lengths):
             return None
         if self._valid is None or self._valid.device != device:
             starts = self.width - np.asarray(self.lengths)

@@ -28,7 +28,7 @@ from tokencomp.engine.tower.flops import TowerCost
 from tokencomp.plan.amounts import Place, places
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.stages import Stage
-from tokencomp.tokens.signals import FRAMES, Attention, Signal
+from tokencomp.tokens.signals import FRAMES, NORM, Attention, Signal
 from tokencomp.tokens.spans import VisualSpan
 from tokencomp.torchlib import compat
 
@@ -203,9 +203,10 @@ class ForwardPass:
         with no_autocast(x):
             self.layout = self.layout.to(x.device)  # layers may lie on several devices
             scores, texts = self.scores.pop(stage.layer, x.device)
-            norm = self.adapter.final_norm
-            frames = None
-            if FRAMES in stage.reducer.needs:
+            needs, norm, frames = stage.reducer.needs, None, None
+            if NORM in needs:
+                norm = self.adapter.final_norm
+            if FRAMES in needs:
                 frames = compared_frames(x, self.layout, self._cache)
             before = StageInput(x, self.layout, scores, self.tower, texts, norm, frames)
             selection = before.selection(stage, self.plan.stages.index(stage), self.counts)

@@ -17,7 +17,7 @@ from tokencomp.engine.stage.merging import merge_rest
 from tokencomp.plan.reducer import reduced
 from tokencomp.plan.stages import Stage
 from tokencomp.tokens.reduction import Reduction
-from tokencomp.tokens.signals import NORM, QUERY, Signal, TowerSignal
+from tokencomp.tokens.signals import QUERY, Signal, TowerSignal
 from tokencomp.tokens.spans import SpanBatch, VisualTokens
 
 
@@ -39,7 +39,7 @@ class StageInput:
         Per sample, per prompt: lengths of the keys of the text after the last span, (m,); None
         where no reducer reads them.
     norm
-        The norm behind the last decoder layer, if there is one.
+        The norm behind the last decoder layer; None where no reducer reads it.
     frames
         Per sample, per span: the last frame before it, see `compared_frames`; None where no reducer
         reads them.
@@ -164,7 +164,9 @@ class StageInput:
             special = (special if full is None else special.index_select(0, full)).bool()
         if scores is not None and "scored" in moved:
             scores = scores.index_select(0, moved["scored"])
-        queries = text_values(self.x, self.layout) if QUERY in needs else None
+        queries, texts = None, self.text_scores
+        if QUERY in needs:
+            queries = self._of_prompts(text_values(self.x, self.layout), chosen)
         batch = SpanBatch(
             features=flat[first:last] if neighbours else flat.index_select(0, moved["columns"]),
             lengths=lengths,
@@ -175,9 +177,9 @@ class StageInput:
             index=index,
             scores=scores,
             sizes=None if sizes is None else sizes.flatten().index_select(0, moved["columns"]),
-            queries=self._of_prompts(queries, chosen),
-            query_scores=self._of_prompts(self.text_scores, chosen),
-            norm=self.norm if NORM in needs else None,
+            queries=queries,
+            query_scores=None if texts is None else self._of_prompts(texts, chosen),
+            norm=self.norm,
             places=chosen,
             frames=None if self.frames is None else [self.frames[b][j] for b, j in chosen],
         )
@@ -205,12 +207,8 @@ class StageInput:
                 signals[signal] = values if full is None else values.index_select(0, full)
         return signals
 
-    def _of_prompts(
-        self, texts: list[list[Tensor]] | None, chosen: list[tuple[int, int]]
-    ) -> list[Tensor] | None:
+    def _of_prompts(self, texts: list[list[Tensor]], chosen: list[tuple[int, int]]) -> list[Tensor]:
         """Values of the text of its prompt for every span; spans of a prompt share one tensor."""
-        if texts is None:
-            return None
         prompts, spans = self.layout.prompts, self.layout.spans
         moved = [[text.to(self.x.device) for text in row] for row in texts]
         owners = [(b, self.layout.prompt_of(b, spans[b][j])) for b, j in chosen]
