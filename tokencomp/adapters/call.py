@@ -28,7 +28,7 @@ class Call:
         0 text, 1 image placeholder, 2 video placeholder, 3 audio placeholder.
     embeds : Tensor, shape (B, L, d)
         Decoder input, features in place.
-    positions : Tensor of int64 on the CPU, shape (3, B, L), or None
+    positions : ndarray of int64, shape (3, B, L), or None
         M-RoPE positions (t, h, w); None for models with one position per token.
     body : nn.Module
         The module that put the features in place.
@@ -38,14 +38,9 @@ class Call:
 
     kinds: Tensor
     embeds: Tensor
-    positions: Tensor | None
+    positions: np.ndarray[Any, Any] | None
     body: nn.Module
     inputs: Mapping[str, Any] = field(default_factory=dict)
-
-    @functools.cached_property
-    def position_array(self) -> np.ndarray[Any, Any] | None:
-        """`positions` as a NumPy array, converted once."""
-        return None if self.positions is None else self.positions.numpy()
 
     @functools.cached_property
     def runs(self) -> list[list[tuple[int, int, Kind]]]:

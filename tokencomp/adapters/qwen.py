@@ -64,7 +64,7 @@ class Qwen2VLAdapter(StructuralAdapter):
         return [(t, h // side, w // side) for t, h, w in rows]
 
     def spans(self, call: Call) -> list[list[VisualSpan]]:
-        places = call.position_array
+        places = call.positions
         for row in range(call.kinds.shape[0]):
             for start, stop, _ in call.runs[row]:
                 if places is None or raster_grid(*places[1:, row, start:stop]) is None:

@@ -101,14 +101,14 @@ def span_of(
         return [replace(_audio(a, b), item=medium.pieces[0][0]) for a, b in medium.pieces]
     if len(medium.pieces) == 1:
         start, stop = medium.pieces[0]
-        grid = grid_from_positions(call.position_array, row, start, stop)
+        grid = grid_from_positions(call.positions, row, start, stop)
         grid = grid or grid_from_size(size(), stop - start) or fallback
         return [_span(start, stop, medium.kind, grid)]
     joined = _joined(medium, row, call, size)
     if joined is not None:
         return [joined]
     item = medium.pieces[0][0]
-    grids = [grid_from_positions(call.position_array, row, a, b) for a, b in medium.pieces]
+    grids = [grid_from_positions(call.positions, row, a, b) for a, b in medium.pieces]
     return [
         replace(_span(a, b, medium.kind, grid or fallback), item=item)
         for (a, b), grid in zip(medium.pieces, grids, strict=True)
@@ -144,7 +144,7 @@ def _joined(medium: Medium, row: int, call: Call, size: GivenSize) -> VisualSpan
             return VisualSpan(start, stop - start, (1, n, length), medium.kind, special=offsets)
     if medium.kind != "video":
         return None
-    frame = grid_from_positions(call.position_array, row, *pieces[0])
+    frame = grid_from_positions(call.positions, row, *pieces[0])
     if frame is None:
         whole = grid_from_size(size(), medium.count)
         frame = (1, *whole[1:]) if whole is not None and whole[0] == n else None

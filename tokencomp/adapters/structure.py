@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -167,6 +168,7 @@ def parameters_of(module: Any) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(type(module).forward).parameters
 
 
+@functools.cache
 def feature_kind(name: str) -> Kind | None:
     """Which kind of media an argument of a body or a prefill brings, by its name; None: none."""
     if "pixel_values" in name or name == "image_patches":

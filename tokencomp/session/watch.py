@@ -84,7 +84,7 @@ class Watch:
                 f"the decoder of {name} fills in the media itself, so a session cannot tell what "
                 "its rows are. Give the whole conversation as one prompt."
             )
-        rows = self._positions.cpu() if self._adapter.mrope else None
+        rows = self._positions.cpu().numpy() if self._adapter.mrope else None
         call = Call(self._kinds.cpu(), embeds, rows, self._adapter.body, self._inputs)
         self.spans = numbered(self._adapter.spans(call)[0])
         self._check(self.spans, embeds.shape[1])

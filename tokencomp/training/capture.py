@@ -123,7 +123,7 @@ def _spans_of(captured: Capture, call: dict[str, Any]) -> Callable[..., None]:
             raise OptionError("this batch has no image or video, so no token has a relevance.")
         rows = None
         if captured.adapter.mrope and positions is not None:
-            rows = positions[-3:].expand(3, ids.shape[0], -1).cpu()
+            rows = positions[-3:].expand(3, ids.shape[0], -1).cpu().numpy()
         captured.width = ids.shape[1]
         real = real_columns(call.get("attention_mask"), ids.shape)
         if not left_padded(real):

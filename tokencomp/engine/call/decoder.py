@@ -169,7 +169,7 @@ class DecoderHooks(CallHooks):
         if plan.tower is None:
             self._refuse_missing(arguments)
         check_cache(cache, bool(plan.layer_stages))
-        self._later.adopt(getattr(cache, "layers", []))
+        self._later.adopt(getattr(cache, "layers", []), first_layer(cache))
         arguments, prepared = split_mask(arguments, cache, state.body_mask)
         forward, positions = read_prompt(self.adapter, arguments, cache, state, plan)
         state.forward, forward.prepared = forward, prepared

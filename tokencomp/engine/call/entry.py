@@ -138,8 +138,9 @@ def _check_temperature(adapter: Adapter, length: int) -> None:
     config, limits = adapter.text_config, {}
     if getattr(config, "attn_temperature_tuning", False):
         limits["floor_scale"] = getattr(config, "floor_scale", None)
-    if DISTANCE not in parameters_of(adapter.layers[0]):  # else they read positions (Inkling 2)
-        limits["log_scaling_n_floor"] = getattr(config, "log_scaling_n_floor", None)
+    floor = getattr(config, "log_scaling_n_floor", None)
+    if floor and DISTANCE not in parameters_of(adapter.layers[0]):  # else positions (Inkling 2)
+        limits["log_scaling_n_floor"] = floor
     for name, limit in limits.items():
         if limit and length >= limit:
             raise RowIndexedAttentionError(

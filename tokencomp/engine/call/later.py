@@ -91,22 +91,27 @@ class LaterTokens:
         if kwargs.get("inputs_embeds") is None:
             kwargs["inputs_embeds"] = self.adapter.decoder.embed_tokens(kwargs["input_ids"])
             kwargs["input_ids"] = None
-        self.adopt(layers)
         first = first_with_rows(layers)
+        self.adopt(layers, first)
         if isinstance(first, CompressedStaticLayer) and kwargs["inputs_embeds"].shape[1] == 1:
-            self._static_step(kwargs, layers)
+            self._static_step(kwargs, layers, first)
         else:
-            self._continue(kwargs, layers)
+            self._continue(kwargs, layers, first)
 
-    def adopt(self, layers: list[Any]) -> None:
+    def adopt(self, layers: list[Any], first: Any) -> None:
         """Let this patch continue a cache, whose rows may have weights from an earlier one.
+
+        Parameters
+        ----------
+        layers, first
+            Of the cache: all, and the first that holds rows, or None.
 
         Raises
         ------
         UnsupportedCacheError
             The rows were written at other kinds of positions.
         """
-        patch = getattr(first_with_rows(layers), "patch", None)
+        patch = getattr(first, "patch", None)
         if patch is not None and patch.weights and not self.weights.installed:
             self.weights.install()
         if patch is None or patch is self.in_force:
@@ -123,7 +128,7 @@ class LaterTokens:
                 layer.patch = self.in_force
         self.in_force.weights |= patch.weights
 
-    def _static_step(self, kwargs: dict[str, Any], layers: list[Any]) -> None:
+    def _static_step(self, kwargs: dict[str, Any], layers: list[Any], layer: Any) -> None:
         """Prepare one token on a static cache, without a host read and with constant shapes.
 
         As long as the cache has no padding, transformers' own mask is right: it takes the logical
@@ -131,8 +136,7 @@ class LaterTokens:
         whole length of the layer is built, from which `MaskView.written` hides unwritten rows.
         FlashAttention always gets one, of two axes.
         """
-        layer, x = first_with_rows(layers), kwargs["inputs_embeds"]
-        config = self.adapter.text_config
+        x, config = kwargs["inputs_embeds"], self.adapter.text_config
         if mask_compat.flash_on_static(config, layer):
             kwargs["attention_mask"] = layer.written_rows(x.shape[0])
         elif layer.unpadded is not None:
@@ -143,7 +147,7 @@ class LaterTokens:
         if self.weights.installed:
             self.calls.own.cached = layers
 
-    def _continue(self, kwargs: dict[str, Any], layers: list[Any]) -> None:
+    def _continue(self, kwargs: dict[str, Any], layers: list[Any], layer: Any) -> None:
         """Any number of tokens, padded or not, on layers that hold the same rows or other ones."""
         x, n = kwargs["inputs_embeds"], kwargs["inputs_embeds"].shape[1]
         positions = kwargs.get("position_ids")
@@ -151,7 +155,6 @@ class LaterTokens:
         rows = self.adapter.mrope_rows
         if rows and positions is not None and positions.ndim == 3 and len(positions) > rows:
             kwargs["position_ids"] = positions[-rows:]
-        layer = first_with_rows(layers)
         past = layer.rows if self.compact_positions else layer.get_seq_length()
         windows, total = Windows.served(self.adapter.decoder), int(past) + n
         by_column = not self.compact_positions

@@ -68,7 +68,7 @@ def read_prompt(
     if past:
         check_ages(plan)
     positions, text = read_positions(adapter, arguments, past)
-    rows = positions[-3:].cpu() if adapter.mrope else None
+    rows = positions[-3:].cpu().numpy() if adapter.mrope else None
     found = adapter.spans(Call(kinds, x, rows, adapter.body, state.inputs or {}))
     spans = [numbered(row) for row in found]
     check_grids(plan, spans)

@@ -6,7 +6,7 @@ from typing import Any
 
 from tokencomp.engine.cache.compress import check_cache, compress_layer
 from tokencomp.engine.cache.need import InForce, PatchNeed
-from tokencomp.engine.cache.rows import filled, first_with_rows, segment_heads
+from tokencomp.engine.cache.rows import filled, first_layer, segment_heads
 from tokencomp.engine.kinds.mask_compat import flash_on_static
 from tokencomp.engine.stage.forward import ForwardPass
 
@@ -25,9 +25,10 @@ def compact_cache(forward: ForwardPass, cache: Any, patch: InForce) -> None:
         The callee created a cache whose layers cannot be compressed.
     """
     check_cache(cache, bool(forward.plan.layer_stages))
-    layers = getattr(cache, "layers", None)
-    if not layers or first_with_rows(layers).keys is None:  # checkpointed layers write nothing
+    first = first_layer(cache)
+    if first is None or first.keys is None:  # checkpointed layers write nothing
         return
+    layers = cache.layers
     for segment in forward.segments:
         own = filled(layers[segment.first : segment.stop])
         if not own:
@@ -37,7 +38,7 @@ def compact_cache(forward: ForwardPass, cache: Any, patch: InForce) -> None:
         sizes = forward.weights(segment)
         dropped = forward.width - segment.layout.width
         rows, columns = segment.physical + segment.layout.width, segment.columns(batch, device)
-        starts = forward.starts() if forward.windows.count_from_start else None
+        starts = forward.starts()
         for layer in own:
             begins = layer is own[0] and segment.first > 0
             flags = valid if valid is None else valid.to(layer.device)
@@ -51,7 +52,7 @@ def _note_patch(forward: ForwardPass, layers: list[Any], patch: InForce) -> None
     heads, windows = segment_heads(layers), forward.windows
     needed = len(heads) > 1 or patch.compact or bool(windows.sizes) or windows.relative
     needed |= any(head.valid is not None or head.sizes is not None for head in heads)
-    needed |= flash_on_static(forward.adapter.text_config, first_with_rows(layers))
+    needed |= flash_on_static(forward.adapter.text_config, heads[0])
     need = PatchNeed() if needed or windows.cut_later_turns else None
     for layer in filled(layers):
         layer.patch, layer.needs_patch = patch, need

@@ -251,12 +251,16 @@ class ForwardPass:
     def mask_source(self, new: Tensor | None, cache: Any) -> MaskSource:
         """What the masks of this call are built from; `new` is False at padding, (B, n)."""
         layers = list(getattr(cache, "layers", None) or ())
-        starts = self.starts() if self.windows.count_from_start else None
-        config, windows = self.adapter.text_config, self.windows
-        return MaskSource(config, windows, layers, new, self.prepared, self.by_column, starts)
+        config, windows, own = self.adapter.text_config, self.windows, self.prepared
+        return MaskSource(config, windows, layers, new, own, self.by_column, self.starts())
 
     def starts(self) -> Tensor | None:
-        """First real column of every sample in the whole sequence, int64 (B,); None: unknown."""
+        """First real column of every sample in the whole sequence, int64 (B,).
+
+        None: unknown, or no window is counted from there.
+        """
+        if not self.windows.count_from_start:
+            return None
         first = self.segments[0]
         if first.starts is not None or not self.compresses:
             return first.starts

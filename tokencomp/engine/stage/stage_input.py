@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,7 +183,7 @@ class StageInput:
             places=chosen,
             frames=None if self.frames is None else [self.frames[b][j] for b, j in chosen],
         )
-        batch.tower = self._tower(stage, chosen, full)
+        batch.tower = self._tower(needs, chosen, full)
         return batch
 
     def _rows_of(self, chosen: list[tuple[int, int]]) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -196,11 +196,11 @@ class StageInput:
         return np.concatenate([np.arange(*stops[key]) for key in chosen])
 
     def _tower(
-        self, stage: Stage, chosen: list[tuple[int, int]], full: Tensor | None
+        self, needs: Collection[Signal], chosen: list[tuple[int, int]], full: Tensor | None
     ) -> dict[Signal, Tensor]:
-        """Signals of the vision tower that the stage needs, for the rows that are left."""
+        """Signals of the vision tower among `needs`, for the rows that are left."""
         signals: dict[Signal, Tensor] = {}
-        for signal in stage.reducer.needs:
+        for signal in needs:
             if isinstance(signal, TowerSignal):
                 values = torch.cat([self.tower[signal][b][j] for b, j in chosen])
                 values = values.to(self.x.device)
