@@ -1,5 +1,6 @@
 """Gathering with one index from all tensors that have a sequence axis."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -64,23 +65,22 @@ def gather_rows(
     checks.shape("index", index, 2, "(B, M)")
     seqs = _dims("seq_dims", seq_dims, tensors)
     batches = _dims("batch_dims", batch_dims, tensors)
-    rows = []
+    rows, written = [], []
+    checks.same_device(index=index, **{f"tensor {i}": t for i, t in enumerate(tensors)})
     for tensor, seq, batch in zip(tensors, seqs, batches, strict=True):
         if tensor.dtype not in DTYPES:
             raise KernelError(f"gather_rows does not move {tensor.dtype}")
-        checks.same_device(index=index, tensor=tensor)
         if seq == batch or tensor.shape[batch] not in (1, len(index)):
             raise KernelError(
                 f"tensor {tuple(tensor.shape)}: batch dimension {batch} must hold {len(index)} "
                 f"samples (or 1), and the sequence dimension ({seq}) must be another one"
             )
         rows.append(tensor.shape[seq])
-        written = index.numel()
-        for dim in range(max(seq, batch)):
-            written *= 1 if dim in (seq, batch) else tensor.shape[dim]
-        checks.int32_sizes(rows=tensor.shape[seq], rows_written=written)
+        low, high = sorted((seq, batch))
+        written.append(index.numel() * math.prod(tensor.shape[:low] + tensor.shape[low + 1 : high]))
     if not tensors:
         return []
+    checks.int32_sizes(rows=max(rows), rows_written=max(written))
     index = index.long()
     if checks.needs_grad(*tensors):
         return naive.gather_rows(tensors, index, seqs, batches)

@@ -200,12 +200,8 @@ class Adapter:
         kinds = {kind for kind in map(feature_kind, arguments) if kind is not None}
         return {KINDS[code] for code in self.placeholder_ids().values()} | kinds
 
-    def carries_features(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether arguments of `body` or of a prefill hold features of media."""
-        return bool(self.feature_kinds(inputs))
-
     def feature_kinds(self, inputs: Mapping[str, Any]) -> set[int]:
-        """Kinds (1, 2, 3) of the pixels or encoded features among these arguments."""
+        """Kinds (1, 2, 3) of the features or pixels among arguments of `body` or a prefill."""
         names = {feature_kind(name) for name, value in inputs.items() if value is not None}
         kinds = {CODES[kind] for kind in names if kind is not None}
         encoded = inputs.get(ENCODED)

@@ -86,7 +86,7 @@ class StructuralAdapter(Adapter, Hooked):
         stand in `inputs_embeds` may come from anywhere.
         """
         latest = self._encoded.latest.get(kind)
-        if latest is None or not self.carries_features(call.inputs):
+        if latest is None or not self.feature_kinds(call.inputs):
             latest = self.described(kind, call)
         handed = encoded_by_kind(call.inputs.get(ENCODED)).get(kind)
         return replace(latest, lengths=handed) if handed else latest

@@ -130,7 +130,7 @@ class Conversation:
             )
         device = self.adapter.decoder.embed_tokens.weight.device
         inputs = {k: v.to(device) for k, v in inputs.items() if isinstance(v, Tensor)}
-        kinds = self.adapter.kinds(inputs) if self.adapter.carries_features(inputs) else None
+        kinds = self.adapter.kinds(inputs) if self.adapter.feature_kinds(inputs) else None
         check_patch(handle_of(self.adapter), kinds)
         if kinds is None and kept:
             self.check_text(ids.shape[1])

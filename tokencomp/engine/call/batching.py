@@ -57,7 +57,7 @@ class BatchGuard(Hooked):
         NoVisualInputError
             `strict=True`: no request can bring media.
         """
-        if self.adapter.carries_features(kwargs):
+        if self.adapter.feature_kinds(kwargs):
             raise UnsupportedCacheError(
                 "continuous batching takes token ids alone, and this call brings images or videos, "
                 f"which the model would never see. {FIX}"

@@ -23,7 +23,7 @@ from tokencomp.engine.call.later import LaterTokens, begins_prompt, split_mask
 from tokencomp.engine.call.layer_hooks import LayerHooks, SharedTables
 from tokencomp.engine.call.reading import read_prompt
 from tokencomp.engine.call.refusals import FeaturelessPrompts
-from tokencomp.engine.call.state import CallHooks, RunningCalls
+from tokencomp.engine.call.state import CallHooks, CallState, RunningCalls
 from tokencomp.engine.call.weights import RowWeights
 from tokencomp.engine.call.written import compact_cache, extend_valid
 from tokencomp.engine.count.collect import MissedRatios, collect
@@ -151,7 +151,7 @@ class DecoderHooks(CallHooks):
         """
         state, cache = self.calls.own, compat.get_cache(arguments)
         if state.kinds is not None and state.kinds.numpy().any():
-            result = self._compress(module, arguments, cache)
+            result = self._compress(module, arguments, cache, state)
         else:
             if not state.in_body and self.compresses() and begins_prompt(arguments):
                 self._featureless.meet(arguments)  # the decoder was called on its own
@@ -161,9 +161,11 @@ class DecoderHooks(CallHooks):
         self._layers.prepare(several, traced)
         return result
 
-    def _compress(self, module: nn.Module, arguments: dict[str, Any], cache: Any) -> Any:
+    def _compress(
+        self, module: nn.Module, arguments: dict[str, Any], cache: Any, state: CallState
+    ) -> Any:
         """Read a prefill with visual tokens, and change its arguments by the entry stage."""
-        state, plan = self.calls.own, self.plan
+        plan = self.plan
         if arguments.get("inputs_embeds") is None:
             arguments = with_embeddings(module, arguments)
         if plan.tower is None:

@@ -81,7 +81,7 @@ class LaterTokens:
             return False
         if not isinstance(layer, CompressedStaticLayer):
             return not stages and not isinstance(layer, CompressedLayer)
-        return _columns(inputs) == 1 and not self.adapter.carries_features(inputs)
+        return _columns(inputs) == 1 and not self.adapter.feature_kinds(inputs)
 
     def prepare(self, kwargs: dict[str, Any], layers: list[Any]) -> None:
         """Set the mask (and compact positions) of a call in place.

@@ -70,7 +70,17 @@ class LayerKind:
         return False
 
     def mask(self, source: Any, segment: Segment, x: Tensor, text: Tensor | None) -> Any:
-        """The mask of these layers in a segment, see `MaskSource.layer_mask`."""
+        """The mask of these layers in a segment.
+
+        Parameters
+        ----------
+        source
+            The `MaskSource` of the call.
+        x : Tensor, shape (B, n, d)
+            Read for its shape, dtype and device.
+        text : Tensor of int64, shape (B, n), or None
+            Positions that begin again in every prompt of a packed row; there is no cache then.
+        """
         return source.attention_mask(self, segment, x, text, self.skips_masks)
 
 

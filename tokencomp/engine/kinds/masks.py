@@ -81,29 +81,15 @@ class MaskSource:
         """What the decoder takes as `attention_mask`, with the masks of all kinds of layers."""
         kinds = set(self.windows.kinds[segment.first : segment.stop])
         masks = {
-            kind.name: self.layer_mask(kind, segment, x) if kind in kinds else None
+            kind.name: kind.mask(self, segment, x, None) if kind in kinds else None
             for kind in dict.fromkeys(self.windows.kinds)
         }
         if self.windows.convolves:
-            masks[CONVOLUTION.name] = self.layer_mask(CONVOLUTION, segment, x)
+            masks[CONVOLUTION.name] = CONVOLUTION.mask(self, segment, x, None)
         # Decoders without kinds in their config pass one mask on to all layers.
         if isinstance(self.prepared, Mapping) or (self.prepared is None and self.windows.named):
             return masks
         return masks[self.windows.kinds[segment.first].name]
-
-    def layer_mask(
-        self, kind: LayerKind, segment: Segment, x: Tensor, text: Tensor | None = None
-    ) -> Any:
-        """The mask of the layers of one kind in a segment.
-
-        Parameters
-        ----------
-        x : Tensor, shape (B, n, d)
-            Read for its shape, dtype and device.
-        text : Tensor of int64, shape (B, n), or None
-            Positions that begin again in every prompt of a packed row; there is no cache then.
-        """
-        return kind.mask(self, segment, x, text)
 
     def attention_mask(
         self, kind: LayerKind, segment: Segment, x: Tensor, text: Tensor | None, skip: bool

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ from tokencomp.engine.stage.segments import Segment
 from tokencomp.tokens.signals import Attention
 from tokencomp.torchlib import compat
 
-# Arguments that `layer_positions`, `layer_tables` and the masks of a segment provide.
+# Arguments that `_positions`, `_tables` and the masks of a segment provide.
 APART = {"hidden_states", "position_embeddings", *SET_APART} - {"input_ids"}
 
 
@@ -48,14 +48,14 @@ def before_layer(
     if not segment.ready:
         hidden = _enter(forward, segment, hidden, kwargs)
     kind, cache = forward.windows.kinds[i], compat.get_cache(kwargs)
-    kwargs.update(column_arguments(segment, kwargs, forward.segments[0].layout.width))
+    kwargs.update(_column_arguments(segment, kwargs, forward.segments[0].layout.width))
     kwargs["attention_mask"] = _mask(forward, segment, kind, hidden, cache)
     if "conv_mask" in kwargs:
         kwargs["conv_mask"] = _mask(forward, segment, CONVOLUTION, hidden, cache)
     kwargs["position_ids"] = _positions(forward, segment, kwargs)
     kwargs.update(segment.lengths)
     if "position_embeddings" in kwargs:
-        kwargs["position_embeddings"] = layer_tables(segment, kind.name, kwargs, hidden.device)
+        kwargs["position_embeddings"] = _tables(segment, kind.name, kwargs, hidden.device)
     if args:
         return (hidden,), kwargs
     kwargs["hidden_states"] = hidden
@@ -92,7 +92,7 @@ def _run_stage(
     """Apply the stage before a segment to the hidden states (B, n, d) and its rotary tables."""
     stage: Any = segment.stage
     kind, device = forward.windows.kinds[segment.first].name, hidden.device
-    tables = layer_tables(previous, kind, kwargs, device)
+    tables = _tables(previous, kind, kwargs, device)
     for signal in stage.reducer.needs:
         known = forward.scores.known(segment.first)  # by a layer before, this one has none
         if isinstance(signal, Attention) and signal.layer == "next" and not known:
@@ -112,15 +112,23 @@ def _run_stage(
 
 
 def _positions(forward: ForwardPass, segment: Segment, kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The `position_ids` of layers of a segment, see `layer_positions`.
+    """The `position_ids` of layers of a segment.
 
-    Layers read no true positions where `rotary` is set, or where M-RoPE has rows of its own and
-    the layers get the row that counts text tokens.
+    Layers that compute with positions themselves get the positions of the rows that are left. They
+    read none where `rotary` is set, or where M-RoPE has rows of its own and the layers get the row
+    that counts text tokens. Such layers get positions without gaps, because transformers reads a
+    gap as the start of another packed prompt.
     """
-    adapter, positions = forward.adapter, kwargs.get("position_ids")
-    counts = adapter.mrope and positions is not None and positions.ndim < 3
-    read = adapter.layers_read_positions and forward.rotary is None and not counts
-    return layer_positions(segment, kwargs, read)
+    adapter, positions = forward.adapter, cast(Tensor | None, kwargs.get("position_ids"))
+    reads = adapter.layers_read_positions and forward.rotary is None
+    if positions is None or not reads or (adapter.mrope and positions.ndim < 3):
+        return segment.text_positions
+    if segment.index is None:
+        return positions
+    index = segment.index.to(positions.device)
+    axes = positions.shape[:-2]  # M-RoPE has one row per axis in front of the samples
+    positions = positions.expand(*axes, len(index), -1)
+    return positions.gather(-1, index.expand(*axes, -1, -1))
 
 
 def _mask(
@@ -131,11 +139,11 @@ def _mask(
         new = segment.layout.valid(hidden.device) if forward.compresses else forward.new
         source = forward.mask_source(new, cache)
         text = segment.text_positions
-        segment.masks[kind.name] = source.layer_mask(kind, segment, hidden, text)
+        segment.masks[kind.name] = kind.mask(source, segment, hidden, text)
     return segment.masks[kind.name]
 
 
-def column_arguments(segment: Segment, kwargs: Mapping[str, Any], width: int) -> dict[str, Any]:
+def _column_arguments(segment: Segment, kwargs: Mapping[str, Any], width: int) -> dict[str, Any]:
     """Further arguments of a layer that have an entry for each column, such as per-layer inputs.
 
     Parameters
@@ -156,32 +164,7 @@ def column_arguments(segment: Segment, kwargs: Mapping[str, Any], width: int) ->
     return others
 
 
-def layer_positions(segment: Segment, kwargs: Mapping[str, Any], read: bool) -> Tensor | None:
-    """The `position_ids` of layers of a segment.
-
-    Layers that compute with positions themselves get the positions of the rows that are left.
-    Other layers get positions without gaps, because transformers reads a gap as the start of
-    another packed prompt.
-
-    Parameters
-    ----------
-    read
-        Whether the layers read `position_ids`, which then are the true positions.
-    """
-    positions: Tensor | None = kwargs.get("position_ids")
-    if not read or positions is None:
-        return segment.text_positions
-    if segment.index is None:
-        return positions
-    index = segment.index.to(positions.device)
-    axes = positions.shape[:-2]  # M-RoPE has one row per axis in front of the samples
-    positions = positions.expand(*axes, len(index), -1)
-    return positions.gather(-1, index.expand(*axes, -1, -1))
-
-
-def layer_tables(
-    segment: Segment, kind: str, kwargs: Mapping[str, Any], device: torch.device
-) -> Any:
+def _tables(segment: Segment, kind: str, kwargs: Mapping[str, Any], device: torch.device) -> Any:
     """Rotary tables of a layer of `kind` that is called with `kwargs`, for rows of `segment`.
 
     Kinds of layers may have tables of their own, and some have none.
