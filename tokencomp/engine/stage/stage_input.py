@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tokencomp.engine.rows.column_values import text_values
 from tokencomp.engine.rows.compaction import Selection, move_tables
-from tokencomp.engine.rows.layout import RowLayout
+from tokencomp.engine.rows.layout import RowLayout, text_values
 from tokencomp.engine.stage.merging import merge_rest
 from tokencomp.plan.reducer import reduced
 from tokencomp.plan.stages import Stage

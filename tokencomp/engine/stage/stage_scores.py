@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokencomp.engine.rows.column_values import kept_values, text_values, visual_values
-from tokencomp.engine.rows.layout import RowLayout
+from tokencomp.engine.rows.layout import RowLayout, kept_values, text_values, visual_values
 from tokencomp.engine.scores.probes import input_scores, layer_scores
 from tokencomp.tokens.signals import Attention
 
