@@ -86,7 +86,7 @@ def _cut_row(runs: list[Run], pending: dict[Kind, deque[int]]) -> list[Medium] |
 
 
 def span_of(
-    medium: Medium, row: int, call: Call, size: GivenSize, fallback: Grid | None
+    medium: Medium, row: int, call: Call, size: GivenSize, fallback: GivenSize
 ) -> list[VisualSpan]:
     """The spans of one medium: one, or one per piece where text stands between its pieces.
 
@@ -95,14 +95,14 @@ def span_of(
     size
         Gives (t, h, w) of the medium in any unit; None if nothing tells it.
     fallback
-        The grid of a medium of which nothing else tells it.
+        Gives the grid of a medium of which nothing else tells it, or None.
     """
     if medium.kind == "audio":
         return [replace(_audio(a, b), item=medium.pieces[0][0]) for a, b in medium.pieces]
     if len(medium.pieces) == 1:
         start, stop = medium.pieces[0]
         grid = grid_from_positions(call.positions, row, start, stop)
-        grid = grid or grid_from_size(size(), stop - start) or fallback
+        grid = grid or grid_from_size(size(), stop - start) or fallback()
         return [_span(start, stop, medium.kind, grid)]
     joined = _joined(medium, row, call, size)
     if joined is not None:
@@ -110,7 +110,7 @@ def span_of(
     item = medium.pieces[0][0]
     grids = [grid_from_positions(call.positions, row, a, b) for a, b in medium.pieces]
     return [
-        replace(_span(a, b, medium.kind, grid or fallback), item=item)
+        replace(_span(a, b, medium.kind, grid or fallback()), item=item)
         for (a, b), grid in zip(medium.pieces, grids, strict=True)
     ]
 

@@ -75,7 +75,7 @@ class StructuralAdapter(Adapter, Hooked):
         for b, row in enumerate(media):
             for medium in row:
                 size = partial(_nth, sizes[medium.kind], next(numbers[medium.kind]))
-                fallback = self._fallback(medium, encodings[medium.kind])
+                fallback = partial(self._fallback, medium, encodings[medium.kind])
                 spans[b] += span_of(medium, b, call, size, fallback)
         return spans
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import itertools
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from tokencomp.errors import OptionError, PlanError
@@ -17,6 +18,7 @@ from tokencomp.plan.reducer import StageReducer
 from tokencomp.plan.stages import Stage, TowerStage
 
 if TYPE_CHECKING:
+    from tokencomp.tokens.signals import Signal
     from tokencomp.tokens.spans import ModelFacts, VisualSpan
 
 LEAST = 1e-9
@@ -102,17 +104,22 @@ class Plan:
         """Whether there is a stage, in the tower or in the decoder."""
         return bool(self.stages) or self.tower is not None
 
-    @property
+    @cached_property
     def merges_rest(self) -> bool:
         """Whether a stage merges the tokens that do not stay into kept ones."""
         return any(s.rest == "merge" for s in self.stages)
 
-    @property
+    @cached_property
+    def needs(self) -> frozenset[Signal]:
+        """Signals that the reducers of the decoder's stages read."""
+        return frozenset().union(*(s.reducer.needs for s in self.stages))
+
+    @cached_property
     def entry(self) -> Stage | None:
         """The stage before layer 0, if any."""
         return self.stages[0] if self.stages and self.stages[0].layer == 0 else None
 
-    @property
+    @cached_property
     def layer_stages(self) -> tuple[Stage, ...]:
         return tuple(s for s in self.stages if s.layer > 0)
 

@@ -166,7 +166,7 @@ class ForwardPass:
         if self.plan.tower is not None:  # before anything scores what is not there
             with self.timed():
                 x, positions = self._leave_tower(x, positions)
-        if self._needs_raters():
+        if any(isinstance(s, Attention) and s.rows == "raters" for s in self.plan.needs):
             self.layout.raters = rater_weights(x, self.layout)
         stage = self.plan.entry
         if stage is None:
@@ -189,11 +189,6 @@ class ForwardPass:
             self.tables[kind] = tuple(parts) if isinstance(tables, tuple) else parts[0]
         self.segments[0].layout = self.layout
         return x, positions, self.layout.origin
-
-    def _needs_raters(self) -> bool:
-        """Whether a stage asks which text tokens rate the visual ones."""
-        signals = [s for stage in self.plan.stages for s in stage.reducer.needs]
-        return any(isinstance(s, Attention) and s.rows == "raters" for s in signals)
 
     def reduce(self, stage: Stage, tensors: list[Tensor], dims: list[int]) -> list[Tensor]:
         """Apply a stage: the first of `tensors` is x (B, n, d), the others follow its columns."""

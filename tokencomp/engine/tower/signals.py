@@ -222,8 +222,7 @@ def check_signals(plan: Plan, adapter: Adapter) -> frozenset[TowerSignal]:
                 f"reducer {stage.reducer.name!r} reads the decoder's attention in two ways, but "
                 "`VisualTokens.scores` holds one. Let `needs` name one Attention."
             )
-    needs = [signal for stage in plan.stages for signal in stage.reducer.needs]
-    signals = frozenset(signal for signal in needs if isinstance(signal, TowerSignal))
+    signals = frozenset(signal for signal in plan.needs if isinstance(signal, TowerSignal))
     if signals:
         watched_blocks(adapter, signals)
     return signals
