@@ -10,6 +10,7 @@ import argparse
 import itertools
 import os
 from pathlib import Path
+from statistics import fmean
 
 from benchmarks.accuracy.store import ACCURACY, BARS, KINDS, RESULTS, Results, read_all
 from benchmarks.accuracy.summary import summary
@@ -30,20 +31,21 @@ from benchmarks.accuracy.tables import (
 from benchmarks.publishing import MARK, provenance
 from tokencomp.cli import one_message
 from tokencomp.evaluation.settings import DOWNSCALE, FULL
-from tokencomp.pages.plots import Point, lines
+from tokencomp.pages.plots import COLORS, Point, lines
 
 
 def plot(results: Results, kind: str) -> str:
-    """Retention over ratio, one line per method, as SVG."""
+    """Retention over ratio as SVG: the default, the best other methods and the baselines."""
     series: dict[str, list[Point]] = {}
     for label, setting in results.settings.items():
         plain = setting["ratio"] and not setting["options"]
         value = kept(results, label, kind) if plain else None
         if value is not None:
             series.setdefault(setting["reducer"], []).append(Point(setting["ratio"], value.value))
-    order = sorted(series, key=lambda n: (n in BASELINES, -sum(p.y for p in series[n])))
-    ordered = {n: series[n] for n in order}
-    return lines(ordered, x="ratio removed", y=f"accuracy kept, {kind}", reference=1.0)
+    order = sorted(series, key=lambda n: (n != results.default, -fmean(p.y for p in series[n])))
+    methods = [n for n in order if n not in BASELINES][: len(COLORS)]
+    shown = {n: series[n] for n in (*methods, *(n for n in order if n in BASELINES))}
+    return lines(shown, x="ratio removed", y=f"accuracy kept, {kind}", reference=1.0)
 
 
 def plotted(results: Results) -> list[str]:
