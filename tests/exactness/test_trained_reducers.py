@@ -40,10 +40,12 @@ def batch(family: Family, seed: int) -> tuple[list[list[Any]], dict[str, Tensor]
     return rows, family.batch(rows)
 
 
-def check(family: Family, seed: int, name: str, ratio: float) -> tuple[Any, Any, Any, Any]:
+def check(
+    family: Family, seed: int, name: str, ratio: float, **more: Any
+) -> tuple[Any, Any, Any, Any]:
     """Prefill and decode steps equal the masked run; returns what chose, and what it saw."""
     model = family.build("eager")
-    _, options = matrix.on_model((name, matrix.row(name).options[0]), model)
+    _, options = matrix.on_model((name, {**matrix.row(name).options[0], **more}), model)
     inputs = batch(family, seed)[1]
     with tokencomp.patch(model, ratio, reducer=name, **options) as handle:
         out = oracle.generate(model, inputs, STEPS)
@@ -74,20 +76,53 @@ def test_selector(family: Family, seed: int) -> None:
             row = maps[b, :, voters, span.start : span.stop].mean((0, 1))
             fixed = [*span.special, *span.text]
             patches = [i for i in range(span.length) if i not in fixed]
-            logits = network(row[patches], weights)
-            order = sorted(range(len(patches)), key=lambda i: (-float(logits[i]), i))
-            count = len(kept) - len(fixed)
-            if count == len(patches) or span.stop == length:  # the last token stays in any case
-                continue
-            gap = float(logits[order[count - 1]] - logits[order[count]])
-            best = sorted([*fixed, *(patches[i] for i in order[:count])])
-            assert list(kept) == best or gap < 1e-4
+            check_kept(kept, span, network(row[patches], weights), span.stop == length)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_selector_of_features(family: Family, seed: int) -> None:
+    """Patches with the largest logits of the network on their own embeddings, whatever the text."""
+    ratio = [0.3, 0.5, 0.8][seed % 3]
+    found = check(family, seed, "selector", ratio, input="features")
+    model, inputs, stats, weights = found
+    seen = []
+    hook = family.decoder(model).register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    with torch.no_grad():
+        model(**inputs)
+    hook.remove()
+    for b, spans in enumerate(stats.spans):
+        for span, kept in zip(spans, stats.kept(b)[0], strict=True):
+            fixed = [*span.special, *span.text]
+            columns = [span.start + i for i in range(span.length) if i not in fixed]
+            logits = network(seen[0][b, columns], weights)
+            check_kept(kept, span, logits, span.stop == seen[0].shape[1])
+
+
+def check_kept(kept: Any, span: Any, logits: Tensor, last: bool) -> None:
+    """The patches of the largest logits are kept; at the end of a prompt its last token stays."""
+    fixed = [*span.special, *span.text]
+    patches = [i for i in range(span.length) if i not in fixed]
+    order = sorted(range(len(patches)), key=lambda i: (-float(logits[i]), i))
+    count = len(kept) - len(fixed)
+    if count == len(patches) or last:
+        return
+    gap = float(logits[order[count - 1]] - logits[order[count]])
+    best = sorted([*fixed, *(patches[i] for i in order[:count])])
+    assert list(kept) == best or gap < 1e-4
 
 
 def network(row: Tensor, weights: str) -> Tensor:
-    """Logits (n,) of an attention row (n,), layer by layer from the stored tensors."""
+    """Logits (n,) of attention (n,) or features (n, d), layer by layer from the stored tensors."""
     stored = {k: v.double() for k, v in load_file(weights).items()}
-    x = torch.log(row.double() / row.double().mean() + 0.01)[None]
+    row = row.double()
+    if row.ndim == 1:
+        x = torch.log(row / row.mean() + 0.01)[None]
+    else:
+        centred = row - row.mean(1, keepdim=True)
+        variance = centred.square().mean(1, keepdim=True)
+        x = stored["stem.weight"] @ (centred / (variance + 1e-5).sqrt()).T
     for i in range(0, 4 * 2, 4):  # two blocks: depthwise, pointwise, batch norm, ReLU
         x = F.conv1d(x, stored[f"layers.{i}.weight"], padding=1, groups=len(x))
         x = F.conv1d(x, stored[f"layers.{i + 1}.weight"])

@@ -145,6 +145,8 @@ def test_what_servers_can_run_is_computed() -> None:
     assert serving_safe(UserReducer())
     assert serving_safe(tokencomp.make_reducer("condiv", power=0.0))
     assert not serving_safe(tokencomp.make_reducer("merge+adsc"))
+    assert serving_safe(tokencomp.make_reducer("selector", input="features"))
+    assert not serving_safe(tokencomp.make_reducer("selector", input="attention"))
 
 
 def test_the_contract_has_twelve_members_and_the_page_names_them() -> None:

@@ -13,8 +13,11 @@ import pytest
 pytest.importorskip("fastapi")
 openai = pytest.importorskip("openai")
 
+from support.matrix import small_weights  # noqa: E402
 from support.serving import hf_reference, http  # noqa: E402
 from support.serving.http import QUESTION, ask  # noqa: E402
+
+from tokencomp.trained.cards import model_card  # noqa: E402
 
 
 def expected(folder: Any, urls: list[str], spec: dict[str, Any]) -> tuple[str, int, int, float]:
@@ -122,6 +125,25 @@ def test_the_default_may_have_a_stage_in_the_vision_tower(tiny_folder: Any) -> N
                 assert (tower.fraction if tower else 1) == pytest.approx(fraction)
     finally:
         engine.close()
+
+
+def test_a_trained_selector_of_features_is_the_default(tiny_folder: Any, tmp_path: Path) -> None:
+    """The operator names its weights; what it answers is what the patched model answers."""
+    folder = tiny_folder("qwen2_vl")
+    card = model_card(hf_reference.load(folder)[0])
+    weights = small_weights("selector", card["hidden_size"], card, "features")
+    options = {"weights": weights, "input": "features"}
+    arguments = ["--model", folder, "--ratio", 0.5, "--reducer", "selector"]
+    arguments += [word for k, v in options.items() for word in ("--set", f"{k}={v}")]
+    urls = [http.image_url(1), http.video_url(2)]
+    with http.server(tmp_path / "log", *arguments, OMP_NUM_THREADS="1") as url:
+        client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0, timeout=60)
+        body = {"model": client.models.list().data[0].id, "max_tokens": 8, "temperature": 0}
+        answer = client.chat.completions.create(**body, messages=http.messages(QUESTION, *urls))
+    spec = {"reducer": "selector", "ratio": 0.5, **options}
+    text, prompt, before, after = expected(folder, urls, spec)
+    assert (answer.choices[0].message.content, answer.usage.prompt_tokens) == (text, prompt)
+    assert 0 < after < before
 
 
 def test_server_default_and_ratio_zero(hf_server: Any) -> None:

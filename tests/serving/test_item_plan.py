@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 from support import families
+from support.matrix import small_weights
 from support.serving.cases import SERVABLE
 
 import tokencomp
+from tokencomp.adapters.registry import adapter_for
 from tokencomp.adapters.towers.base import Cells
-from tokencomp.errors import OptionError, PlanError
+from tokencomp.errors import OptionError, PlanError, WeightsError
 from tokencomp.method import MethodSpec
 from tokencomp.reducers.registry import available_reducers, make_reducer
-from tokencomp.serving.item_plan import ItemPlan, SpanLayout
+from tokencomp.serving.item_plan import ItemPlan, SpanLayout, config_facts
 from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm.tower import kept_cells
 from tokencomp.tokens.spans import ModelFacts, VisualSpan, VisualTokens
+from tokencomp.trained.cards import model_card, model_facts
 
 LAYOUTS = [
     SpanLayout((1, 5, 7)),
@@ -152,6 +159,36 @@ def test_a_tower_stage_that_leaves_what_the_ratio_asks_for_is_the_only_one() -> 
     x = torch.randn(20, 3)
     rows, index = plan.reduce(x, present)
     assert torch.equal(index, present) and torch.equal(rows, x[::2])
+
+
+def test_trained_weights_are_checked_where_items_are_planned_and_read_once(tmp_path: Path) -> None:
+    """A front end has no weights of the model, only its config; a worker has a plan as bytes."""
+    model = families.FAMILIES["qwen2_vl"].build()
+    facts = config_facts(model.config, "")
+    known = model_facts(adapter_for(model))
+    for name in ("model_type", "num_layers", "hidden_size"):
+        assert getattr(facts, name) == getattr(known, name)
+    card = model_card(model)
+    stored = Path(small_weights("selector", facts.hidden_size, card, "features"))
+    file = tmp_path / "selector.safetensors"
+    for suffix in (".safetensors", ".json"):
+        shutil.copy(stored.with_suffix(suffix), file.with_suffix(suffix))
+    options = {"input": "features", "weights": str(tmp_path)}
+    asked = {"reducer": "selector", "ratio": 0.5, "options": options}
+    spec = ServerOptions.parse(asked, "vllm").default
+    plan = ItemPlan.make("video", [SpanLayout((4, 3, 3), "end")], spec, 5, facts)
+    x = torch.randn(37, facts.hidden_size, generator=torch.Generator().manual_seed(3))
+    tokens = VisualTokens(x, (4, 3, 3), torch.arange(37) == 36, kind="video")
+    want = make_reducer("selector", **options | {"weights": str(file)}).reduce(tokens, plan.kept)
+    sent = ItemPlan.from_tensor(plan.to_tensor())
+    assert sent.reduce(x)[1].tolist() == want.keep.tolist()
+    file.unlink()  # an engine ends with the first exception of a worker
+    assert sent.reduce(x)[1].tolist() == want.keep.tolist()
+    for wrong in (facts, None, dataclasses.replace(facts, hidden_size=9)):
+        with pytest.raises(WeightsError):
+            ItemPlan.make("image", [SpanLayout((1, 3, 3))], spec, 5, wrong)
+    with pytest.raises(OptionError, match="selector with input=features"):
+        ServerOptions.parse({**asked, "options": {"weights": str(tmp_path)}}, "vllm")
 
 
 @pytest.mark.parametrize(("extent", "position"), [(0, "first"), (40, "mean")])

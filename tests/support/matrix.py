@@ -17,7 +17,7 @@ from torch import Tensor
 from tokencomp import Reduction, VisualTokens, available_reducers, make_reducer
 from tokencomp.plan.reducer import only_plans
 from tokencomp.reducers.hiprune import MIDDLE
-from tokencomp.reducers.selector import SelectorNet
+from tokencomp.reducers.selector import INPUTS, SelectorNet
 from tokencomp.tokens.signals import TOWER_ATTENTION, TOWER_KEYS, TowerSignal
 from tokencomp.tokens.spans import SpanBatch
 from tokencomp.trained.cards import model_card, write
@@ -28,17 +28,18 @@ DIM, QUERIES = 12, 3
 _FOLDER = tempfile.TemporaryDirectory()
 
 
-def small_weights(name: str, dim: int, card: dict[str, Any] | None = None) -> str:
+def small_weights(
+    name: str, dim: int, card: dict[str, Any] | None = None, reads: str = "attention"
+) -> str:
     """A file of small random weights of a trained reducer, for features of width `dim`."""
     torch.manual_seed(0)
     path = Path(_FOLDER.name) / f"{name}-{len(list(Path(_FOLDER.name).iterdir()))}.safetensors"
     if name == "ccam":
         config = ProjectorConfig(QUERIES, width=8, heads=2, mlp=8, kv_dim=dim, out_dim=dim)
         return str(CCAMProjector(config).save(path, card))
-    channels = (4, 4)
-    return str(
-        write(path, SelectorNet(channels).state_dict(), {**(card or {}), "channels": channels})
-    )
+    net = SelectorNet((4, 4), dim if reads == "features" else 0)
+    own = {"hidden_size": dim, **(card or {}), "channels": net.channels, "input": INPUTS[reads]}
+    return str(write(path, net.state_dict(), own))
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ ROWS = {
         (
             {"weights": small_weights("selector", DIM)},
             {"weights": small_weights("selector", DIM), "pick": "mmr"},
+            {"weights": small_weights("selector", DIM, reads="features"), "input": "features"},
         )
     ),
     "uniform": Row(blind=True),
@@ -127,7 +129,9 @@ def on_model(case: Case, model: Any) -> Case:
     if "weights" not in case[1]:
         return case
     card = model_card(model)
-    return case[0], {**case[1], "weights": small_weights(case[0], card["hidden_size"], card)}
+    reads = case[1].get("input", "attention")
+    weights = small_weights(case[0], card["hidden_size"], card, reads)
+    return case[0], {**case[1], "weights": weights}
 
 
 def reduce(case: Case, given: VisualTokens, keep: int) -> Reduction:

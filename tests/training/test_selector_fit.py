@@ -20,8 +20,10 @@ from tokencomp.training.selector.train import SelectorConfig, agreement
 LENGTHS = (5, 2, 9, 7)
 
 
-def pairs(*lengths: int) -> list[tuple[Tensor, Tensor]]:
-    return [(torch.rand(n), torch.rand(n)) for n in lengths]
+def pairs(*lengths: int, features: int = 0) -> list[tuple[Tensor, Tensor]]:
+    """Labels of random attention rows, or of random features of this width."""
+    shapes = [(n, features) if features else (n,) for n in lengths]
+    return [(torch.rand(shape), torch.rand(shape[0])) for shape in shapes]
 
 
 def test_targets_zero_the_lowest_half_and_sum_to_one() -> None:
@@ -50,9 +52,29 @@ def test_training_finds_a_pattern_that_the_raw_row_does_not_show() -> None:
     assert found["selector"] > 0.95 and found["attention"] < 0.5 and found["oracle"] == 1.0
 
 
+def test_training_finds_the_tokens_whose_features_tell() -> None:
+    """Relevance sits where one of eight channels is high, in any scale and number of tokens."""
+    generator = torch.Generator().manual_seed(0)
+
+    def pair(n: int) -> tuple[Tensor, Tensor]:
+        x, label = torch.randn(n, 8, generator=generator), torch.zeros(n)
+        place = int(torch.randint(0, n, (1,), generator=generator))
+        x[place, 3], label[place] = 6.0, 1.0
+        return (x * 100).half(), label
+
+    train, held = [pair(20 + i % 25) for i in range(300)], [pair(128) for _ in range(40)]
+    config = SelectorConfig(epochs=6, batch_spans=20, learning_rate=5e-3, input="features")
+    net, _ = fit(train, held, config, channels=(16, 16, 16))
+    found = agreement(net, held)["0.1"]
+    assert found["selector"] > 0.95 and found["oracle"] == 1.0 and "attention" not in found
+
+
 def plain(net: SelectorNet, rows: list[Tensor]) -> list[Tensor]:
     """The network span by span; only the batch norm sees all spans of a batch, end to end."""
-    xs = [torch.log(row / row.mean() + 0.01)[None] for row in rows]
+    xs = [torch.log(row / row.mean() + 0.01)[None] if row.ndim == 1 else row for row in rows]
+    if net.stem is not None:
+        tokens = [[(x - x.mean()) / (x.var(unbiased=False) + 1e-5).sqrt() for x in x] for x in xs]
+        xs = [torch.stack([net.stem.weight @ t for t in span], 1) for span in tokens]
     layers = list(net.layers)
     for depth, point, norm in zip(layers[::4], layers[1::4], layers[2::4], strict=True):
         xs = [F.conv1d(x[None], depth.weight, padding=1, groups=len(x))[0] for x in xs]
@@ -64,10 +86,11 @@ def plain(net: SelectorNet, rows: list[Tensor]) -> list[Tensor]:
     return [F.conv1d(x[None], net.head.weight, net.head.bias)[0, 0] for x in xs]
 
 
-def test_padding_is_no_data() -> None:
+@pytest.mark.parametrize("features", [0, 7])
+def test_padding_is_no_data(features: int) -> None:
     """Spans of different lengths in one batch: logits and gradients of the plain loop."""
-    net = SelectorNet((6, 4, 5)).train()
-    spans = targets(pairs(*LENGTHS), 0.5)
+    net = SelectorNet((6, 4, 5), features).train()
+    spans = targets(pairs(*LENGTHS, features=features), 0.5)
     rows, reference, real = selector_fit._padded(spans, net)
     assert real is not None and real.sum(1).tolist() == list(LENGTHS)
     got, expected = net(rows, real), plain(net, [row for row, _ in spans])
@@ -83,11 +106,12 @@ def test_padding_is_no_data() -> None:
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-3)
 
 
-def test_padding_changes_nothing_in_evaluation() -> None:
-    net = SelectorNet((6, 4)).train()
-    net(torch.rand(8, 30))  # running statistics
+@pytest.mark.parametrize("features", [0, 7])
+def test_padding_changes_nothing_in_evaluation(features: int) -> None:
+    net = SelectorNet((6, 4), features).train()
+    net(pairs(240, features=features)[0][0][None])  # running statistics
     net.eval()
-    spans = targets(pairs(*LENGTHS), 0.5)
+    spans = targets(pairs(*LENGTHS, features=features), 0.5)
     rows, _, real = selector_fit._padded(spans, net)
     for got, (row, _) in zip(net(rows, real), spans, strict=True):
         torch.testing.assert_close(got[: len(row)], net(row[None])[0])

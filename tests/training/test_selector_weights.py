@@ -13,14 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.families import FAMILIES
+from support.matrix import small_weights
+from support.matrix import tokens as matrix_tokens
 from support.trained import broken
 from support.trained import tiny as make_tiny
 from torch import nn
 
 import tokencomp
-from tokencomp import plan_from_json, plan_to_json
+from tokencomp import make_reducer, plan_from_json, plan_to_json
 from tokencomp.adapters.registry import adapter_for
-from tokencomp.errors import WeightsError
+from tokencomp.errors import OptionError, WeightsError
 from tokencomp.reducers.selector import load_selector
 from tokencomp.trained.cards import (
     check_card,
@@ -65,6 +67,37 @@ def test_weights_of_other_models_are_refused(trained: Path, tiny: Any, tmp_path:
             check_card({**card, **wrong}, facts, trained, "")
 
 
+def test_the_card_says_what_the_network_reads(tiny: Any, tmp_path: Path) -> None:
+    """It decides where `input` is left out; another one is refused, bound or not."""
+    model, facts = tiny[0], model_facts(adapter_for(tiny[0]))
+    for reads, other in (("attention", "features"), ("features", "attention")):
+        card = model_card(model)
+        weights = small_weights("selector", card["hidden_size"], card, reads)
+        for given in ({}, {"input": reads}):
+            bound = make_reducer("selector", weights=weights, **given).bind(facts)
+            assert bound.options() == {"weights": weights, "pick": "top", "input": reads}
+            assert bound.serving_safe == (reads == "features")
+        wrong = make_reducer("selector", weights=weights, input=other)
+        tokens = matrix_tokens((1, 3, 3), dim=card["hidden_size"])
+        message = f"to read {reads}, not {other}"
+        with pytest.raises(WeightsError, match=message):
+            wrong.bind(facts)
+        with pytest.raises(WeightsError, match=message):
+            wrong.reduce(tokens, 4)
+        with pytest.raises(WeightsError, match=message):
+            tokencomp.patch(model, 0.5, reducer="selector", weights=weights, input=other)
+
+
+def test_features_of_another_width_are_refused() -> None:
+    reducer = make_reducer("selector", input="features")
+    with pytest.raises(OptionError, match="tokencomp train selector"):
+        reducer.reduce(matrix_tokens((1, 3, 3)), 4)
+    weights = small_weights("selector", 8, reads="features")
+    reducer = make_reducer("selector", input="features", weights=weights)
+    with pytest.raises(OptionError, match="width 12, and the network reads 8"):
+        reducer.reduce(matrix_tokens((1, 3, 3)), 4)
+
+
 def test_missing_and_broken_files_are_refused(tiny: Any, tmp_path: Path) -> None:
     model, _ = tiny
     with pytest.raises(WeightsError, match="does not exist"):
@@ -88,6 +121,8 @@ def test_missing_and_broken_files_are_refused(tiny: Any, tmp_path: Path) -> None
         ({"channels": None}, "does not hold a selector"),
         ({"kind": "ccam"}, "'ccam', not a 'selector'"),
         ({"layer": 5}, "layer 5"),
+        ({"input": "smell"}, "reads 'smell'"),
+        ({"input": "projected visual features"}, "does not hold a selector"),
         (b"\xff\xfe\x00", "cannot be read"),
         (b"[]", "cannot be read"),
         (b"{", "cannot be read"),

@@ -73,16 +73,24 @@ def selector(
     held_out: Annotated[
         int, typer.Option("--held-out", min=1, help="Held-out questions that are explained.")
     ] = 500,
+    read: Annotated[
+        str,
+        typer.Option(
+            "--input",
+            help="What the network reads: 'attention' of the text, or 'features', for servers.",
+        ),
+    ] = "attention",
 ) -> None:
     """Explain answers, train the selector on it, evaluate, save (arXiv 2506.01097)."""
     from tokencomp.training.selector.train import SelectorConfig, train_selector
 
-    chosen: dict[str, Any] = {"answers": answers}
+    chosen: dict[str, Any] = {"answers": answers, "input": read}
     if target is not None:
         chosen["target"] = target
     config = SelectorConfig(epochs=epochs, held_out=held_out, **chosen, **shared.config())
     path = train_selector(*shared.load(model), shared.data, output, config)
-    _report(path.with_suffix(".json"), f"reducer='selector', weights='{output}'")
+    use = ", input='features'" if read == "features" else ""
+    _report(path.with_suffix(".json"), f"reducer='selector', weights='{output}'{use}")
 
 
 @app.command()

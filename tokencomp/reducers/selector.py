@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokencomp.errors import OptionError, WeightsError
 from tokencomp.reducers._batch import Patches, by_group, min_max
-from tokencomp.reducers._rows import finite_features, signal_scores, supplied_scores
+from tokencomp.reducers._rows import finite_features, finite_values, supplied_scores
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.tokens.reduction import Reduction
@@ -24,24 +25,35 @@ from tokencomp.tokens.spans import ModelFacts, SpanBatch
 
 TRAIN = "tokencomp train selector --model MODEL --data DATA --output FOLDER"
 CHANNELS = (32, 64, 128, 256, 512)
+Input = Literal["attention", "features"]
+INPUTS: dict[Input, str] = {
+    "attention": "attention of text rows, mean over heads",
+    "features": "projected visual features",
+}
+"""What a network may read, and how its card calls it."""
 
 
 class SelectorNet(nn.Module):
     """One-dimensional CNN from an attention row to importance logits (arXiv 2506.01097).
 
     Depthwise-separable convolutions of kernel 3 with batch norm and ReLU, then one 1×1
-    convolution; works for any number of tokens. Kernel, norm and input scaling are ours.
+    convolution; works for any number of tokens. Kernel, norm and input scaling are ours, and so is
+    the network that reads features: a linear projection of every standardised token comes first.
 
     Parameters
     ----------
     channels
         Output channels of every layer; the paper has five, from 32 to 512.
+    features
+        Width of the visual features that it reads instead of an attention row; 0: it reads a row.
     """
 
-    def __init__(self, channels: tuple[int, ...] = CHANNELS) -> None:
+    def __init__(self, channels: tuple[int, ...] = CHANNELS, features: int = 0) -> None:
         super().__init__()
         self.channels = tuple(channels)
-        layers, width = [], 1
+        width = self.channels[0] if features else 1
+        self.stem = nn.Linear(features, width, bias=False) if features else None
+        layers: list[nn.Module] = []
         for out in self.channels:
             layers += [
                 nn.Conv1d(width, width, 3, padding=1, groups=width, bias=False),
@@ -58,8 +70,8 @@ class SelectorNet(nn.Module):
 
         Parameters
         ----------
-        rows : Tensor, float32, shape (B, n)
-            Attention rows; shorter ones end in zeros.
+        rows : Tensor, shape (B, n), or (B, n, d) if it reads features
+            Attention rows, or features in any scale; shorter ones end in zeros.
         real : Tensor of bool, shape (B, n), or None
             False at these zeros, which take no part in the batch norm. None: there are none.
 
@@ -68,7 +80,15 @@ class SelectorNet(nn.Module):
         Tensor, float32, shape (B, n)
             Logits, the lowest finite number where nothing is real.
         """
-        x = scaled(rows, real)[:, None]
+        if self.stem is None:
+            x = scaled(rows, real)[:, None]
+        else:
+            if rows.shape[-1] != self.stem.in_features:
+                raise OptionError(
+                    f"selector: visual tokens of width {rows.shape[-1]}, and the network reads "
+                    f"{self.stem.in_features}. Train weights for this model: {TRAIN}"
+                )
+            x = self.stem(standardised(rows)).transpose(1, 2)
         for layer in self.layers:
             if real is not None and isinstance(layer, nn.BatchNorm1d):
                 x = _real_columns(layer, x, real)
@@ -94,6 +114,11 @@ def scaled(rows: Tensor, real: Tensor | None = None) -> Tensor:
     return x if real is None else x * real
 
 
+def standardised(features: Tensor) -> Tensor:
+    """Features (…, d) with mean 0 and variance 1 over d, float32; zeros stay zeros."""
+    return F.layer_norm(features.float(), features.shape[-1:])
+
+
 @lru_cache(maxsize=8)
 def _load(path: Path, modified: int) -> tuple[SelectorNet, dict[str, Any]]:
     from tokencomp.trained.cards import read
@@ -104,13 +129,37 @@ def _load(path: Path, modified: int) -> tuple[SelectorNet, dict[str, Any]]:
             f"{path} was trained on attention of layer {card['layer']!r}, not 0. Train one: {TRAIN}"
         )
     try:
-        net = SelectorNet(tuple(card["channels"]))
+        features = card["hidden_size"] if input_of(card, path) == "features" else 0
+        net = SelectorNet(tuple(card["channels"]), features)
         net.load_state_dict(tensors)
     except (KeyError, TypeError, RuntimeError) as error:
         raise WeightsError(
             f"{path} does not hold a selector ({error}). Train one: {TRAIN}"
         ) from error
     return net.eval().requires_grad_(False), card
+
+
+def input_of(card: dict[str, Any], path: str | Path, wanted: Input | None = None) -> Input:
+    """What the network of a card reads.
+
+    Raises
+    ------
+    WeightsError
+        The card names something that no selector reads, or not what is `wanted`.
+    """
+    named = card.get("input", INPUTS["attention"])
+    taken = next((name for name, text in INPUTS.items() if text == named), None)
+    if taken is None:
+        raise WeightsError(
+            f"{path} reads {named!r}, and selectors read {' or '.join(INPUTS.values())}. Copy both "
+            f"files of a finished training run, or train again: {TRAIN}"
+        )
+    if wanted not in (None, taken):
+        raise WeightsError(
+            f"{path} was trained to read {taken}, not {wanted}. Give input={taken!r}, or other "
+            f"weights: {TRAIN} --input {wanted}"
+        )
+    return taken
 
 
 @lru_cache(maxsize=8)
@@ -141,9 +190,11 @@ def load_selector(
 class Selector(Reducer):
     """Keep the tokens that, to a trained network, explain the answer best (arXiv 2506.01097).
 
-    The only input of the network is layer 0's attention from the user's text to the visual tokens.
-    For it, that layer's input norm, q, k and rotary embedding run before the decoder does; the
-    attention backend is not changed.
+    The only input of the paper's network is layer 0's attention from the user's text to the visual
+    tokens. For it, that layer's input norm, q, k and rotary embedding run before the decoder does;
+    the attention backend is not changed. A network that was trained with `--input features` (ours)
+    reads the projected visual features instead, and no question: it needs nothing of the decoder,
+    so that servers can run it.
 
     Attributes
     ----------
@@ -155,16 +206,20 @@ class Selector(Reducer):
         I - max cos(x_i, x_j) over the chosen j, I the importance scaled to 0 … 1 in the span. This
         is the rule of IDPruner (arXiv 2602.13315) with its λ of 0.5; its importance is the raw
         output of VisionSelector, ours are this network's logits.
+    input
+        What the network must have been trained on: "attention" or "features". None: whatever its
+        weights say. Servers of vLLM and SGLang must know it before they load weights.
 
     Raises
     ------
     WeightsError
-        On `patch`: weights that are missing, damaged, or of another model.
+        On `patch`: weights that are missing, damaged, of another model or for another input.
     """
 
     weights: str | None = None
     # Not in the repr, by which stored answers know a method; theirs stands among their options.
     pick: Literal["top", "mmr"] = field(default="top", repr=False)
+    input: Input | None = field(default=None, repr=False)
 
     entry_only = True
     grid = "known"
@@ -177,7 +232,7 @@ class Selector(Reducer):
 
     @property
     def needs(self) -> frozenset[Signal]:
-        return frozenset({Attention("text")})
+        return frozenset() if self.input == "features" else frozenset({Attention("text")})
 
     def bind(self, facts: ModelFacts) -> Selector:
         from tokencomp.trained.cards import check_card, locate
@@ -185,49 +240,54 @@ class Selector(Reducer):
         path = locate(self.weights, facts, "selector", TRAIN).absolute()
         net, card = load_selector(path)
         check_card(card, facts, path, TRAIN)
-        return BoundSelector(str(path), self.pick, net)
+        taken = input_of(card, path, self.input)
+        bound = Selector(str(path), self.pick, taken)
+        vars(bound)["_net"] = net  # the one that was checked, even if its file changes later
+        return bound
 
     def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
         from tokencomp.kernels import maxmin_select, topk_stable
 
-        patches = Patches.of(batch, keeps)
+        patches, row = Patches.of(batch, keeps), None
+        x = patches.features
+        if self.needs:
+            row = patches.of_patches(supplied_scores(batch, "selector"))
+        if row is not None and self.pick == "top":
+            finite_values(row, "scores")
+        else:
+            finite_features(x, row)
+        importance = self.importances(patches, x if row is None else row)
         if self.pick == "top":
-            row = patches.of_patches(signal_scores(batch, "selector"))
-            scores = self.importances(patches, row)
-            return patches.kept(topk_stable(scores, patches.budgets, spans=patches.lengths))
-        row = patches.of_patches(supplied_scores(batch, "selector"))
-        x = finite_features(patches.features, row)
+            return patches.kept(topk_stable(importance, patches.budgets, spans=patches.lengths))
         # With λ = 0.5, λ·I - (1-λ)·max cos orders as I + min (1 - cos).
-        importance = min_max(self.importances(patches, row), patches.lengths)
-        how = {"spans": patches.lengths, "bonus": importance}
+        how = {"spans": patches.lengths, "bonus": min_max(importance, patches.lengths)}
         return patches.kept(maxmin_select(x, patches.budgets, **how))
 
-    def importances(self, patches: Patches, row: Tensor) -> Tensor:
-        """`importance` of the patches of every span, float32, shape (patches,)."""
+    def importances(self, patches: Patches, given: Tensor) -> Tensor:
+        """`importance` of the patches of every span, float32, shape (patches,).
+
+        Parameters
+        ----------
+        given : Tensor, shape (patches,) or (patches, d)
+            What the network reads.
+        """
 
         def of_group(members: list[int], rows: Tensor) -> Tensor:
-            return self.importance(rows.view(len(members), -1)).flatten()
+            return self.importance(rows.unflatten(0, (len(members), -1))).flatten()
 
-        return by_group(patches, patches.lengths, row, of_group)
+        return by_group(patches, patches.lengths, given, of_group)
 
     @torch.no_grad()
     def importance(self, rows: Tensor) -> Tensor:
-        """Logits of patches from the attention rows (B, n) of equally long spans, float32."""
-        logits: Tensor = self.network(rows.device)(rows)
+        """Logits of the patches of equally long spans from rows (B, n) or (B, n, d), float32."""
+        logits: Tensor = _on(self._net, rows.device)(rows)
         return logits
 
-    def network(self, device: torch.device) -> SelectorNet:
-        """The trained network on `device`."""
+    @cached_property
+    def _net(self) -> SelectorNet:
+        """The trained network on the CPU, loaded once."""
         if self.weights is None:
             raise OptionError(f"selector: weights=None outside patch(). Train some: {TRAIN}")
-        return load_selector(self.weights, device)[0]
-
-
-@dataclass(frozen=True)
-class BoundSelector(Selector):
-    """A selector for one model: the network that was checked, even if its file changes later."""
-
-    net: SelectorNet | None = field(default=None, repr=False, compare=False)
-
-    def network(self, device: torch.device) -> SelectorNet:
-        return super().network(device) if self.net is None else _on(self.net, device)
+        net, card = load_selector(self.weights)
+        input_of(card, self.weights, self.input or "attention")
+        return net

@@ -33,6 +33,20 @@ def field_name(modality: str) -> str:
     return f"tokencomp_{modality}"
 
 
+def config_facts(config: Any, folder: str) -> ModelFacts:
+    """What a front end, which has no weights, knows of its model: all but the fingerprint.
+
+    Parameters
+    ----------
+    config
+        Of the model, as Hugging Face classes have it.
+    folder
+        Folder or hub name of the model.
+    """
+    text = config.get_text_config()
+    return ModelFacts(False, config.model_type, text.num_hidden_layers, text.hidden_size, folder)
+
+
 @dataclass(frozen=True)
 class SpanLayout:
     """A span before reduction, in the compact form that travels as JSON.
@@ -100,10 +114,21 @@ class ItemPlan:
 
     @classmethod
     def make(
-        cls, kind: Any, layouts: list[SpanLayout], spec: MethodSpec, extent: int = 0
+        cls,
+        kind: Any,
+        layouts: list[SpanLayout],
+        spec: MethodSpec,
+        extent: int = 0,
+        facts: ModelFacts | None = None,
     ) -> ItemPlan:
-        """Plan an item under an active spec."""
-        facts = ModelFacts(mrope=extent > 0)
+        """Plan an item under an active spec; `facts` of the model find and check trained weights.
+
+        Raises
+        ------
+        WeightsError
+            The reducer is trained, and its weights are missing, damaged, or of another model.
+        """
+        facts = replace(facts or ModelFacts(mrope=False), mrope=extent > 0)
         # A reducer that can be served has one stage, at entry, however many layers there are.
         plan = spec.stages(num_layers=1, first_layer_stage=1).bind(facts)
         spans = [layout.span(kind) for layout in layouts]

@@ -73,6 +73,11 @@ class Capture:
         parts = iter(scores.split([span.length for row in self.spans for span in row]))
         return [[next(parts) for _ in row] for row in self.spans]
 
+    def features(self) -> list[list[Tensor]]:
+        """Projected features of each span as they enter layer 0, (span.length, d), per sample."""
+        x = self.inputs[0]
+        return [[x[b, s.start : s.stop] for s in row] for b, row in enumerate(self.spans)]
+
 
 @torch.no_grad()
 def capture(model: nn.Module, inputs: dict[str, Any], layers: bool = True) -> Capture:

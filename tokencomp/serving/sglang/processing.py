@@ -16,9 +16,10 @@ import tokencomp
 from tokencomp.errors import OptionError, UnsupportedModelError
 from tokencomp.method import MethodSpec
 from tokencomp.serving import ENV_OPTIONS, KEY
-from tokencomp.serving.item_plan import ItemPlan, SpanLayout
+from tokencomp.serving.item_plan import ItemPlan, SpanLayout, config_facts
 from tokencomp.serving.offsets import MAX_OFFSET
 from tokencomp.serving.spec import ServerOptions
+from tokencomp.tokens.spans import ModelFacts
 
 PLAN, OFFSETS, TEXT = "tokencomp_plan", "tokencomp_offsets", "tokencomp_text"
 MODELS = (
@@ -60,7 +61,8 @@ async def around_processor(
     request = (getattr(request_obj, "mm_processor_kwargs", None) or {}).get(KEY)
     spec = options().resolve(request, "sglang")
     output = await original(self, image_data, input_text, request_obj, *args, **kwargs)
-    return compress(output, spec, self.hf_config.vision_config.spatial_merge_size)
+    facts = config_facts(self.hf_config, getattr(self.server_args, "model_path", ""))
+    return compress(output, spec, self.hf_config.vision_config.spatial_merge_size, facts)
 
 
 def check_server(hf_config: Any, server_args: Any) -> None:
@@ -92,7 +94,7 @@ def check_server(hf_config: Any, server_args: Any) -> None:
         )
 
 
-def compress(output: Any, spec: MethodSpec, merge: int) -> Any:
+def compress(output: Any, spec: MethodSpec, merge: int, facts: ModelFacts | None = None) -> Any:
     """Shorten the media of a request.
 
     Parameters
@@ -103,6 +105,8 @@ def compress(output: Any, spec: MethodSpec, merge: int) -> Any:
         What to compress with. At ratio 0 the output stays as it is, and so do its hashes.
     merge
         Patches per side of a token.
+    facts
+        Of the model, for trained weights.
 
     Returns
     -------
@@ -131,7 +135,7 @@ def compress(output: Any, spec: MethodSpec, merge: int) -> Any:
         extent = int(offsets.max()) + 1
         if extent > MAX_OFFSET:
             raise OptionError(f"one of the media spans more than {MAX_OFFSET} positions.")
-        plan = ItemPlan.make(kind, [SpanLayout(grid)], spec, extent)
+        plan = ItemPlan.make(kind, [SpanLayout(grid)], spec, extent, facts)
         if plan.full != int((text < 0).sum()):
             raise RuntimeError(f"{int((text < 0).sum())} placeholders for a grid of {grid}")
         if plan.kept == plan.full:

@@ -16,7 +16,13 @@ import tokencomp
 from tokencomp.errors import OptionError
 from tokencomp.method import MethodSpec
 from tokencomp.serving import KEY
-from tokencomp.serving.item_plan import ItemPlan, ItemSize, SpanLayout, field_name
+from tokencomp.serving.item_plan import (
+    ItemPlan,
+    ItemSize,
+    SpanLayout,
+    config_facts,
+    field_name,
+)
 from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm.entry import configured_options
 from tokencomp.serving.vllm.metrics import SeenItems, count_request
@@ -49,8 +55,12 @@ class CompressingProcessor:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._options = server_options(self.info.ctx.model_config)  # type: ignore[attr-defined]  # of vLLM's class
+        model_config = self.info.ctx.model_config  # type: ignore[attr-defined]  # of vLLM's class
+        self._options = server_options(model_config)
+        self._facts = config_facts(model_config.hf_config, model_config.model)
         self._check_tower(self._options.default)
+        if self._options.default.active:  # weights that are missing end the start
+            self._options.default.built_reducer.bind(self._facts)
         self._seen = SeenItems()
         self._latest = "", self._options.default  # options of a request as JSON, and their spec
         default = json.dumps(self._options.default.describe())
@@ -190,7 +200,7 @@ class CompressingProcessor:
             layouts = self.layouts(modality, items, data)
             extents = self.extents(modality, layouts, data)
             plans = [
-                ItemPlan.make(modality, spans, spec, extent)
+                ItemPlan.make(modality, spans, spec, extent, self._facts)
                 for spans, extent in zip(layouts, extents, strict=True)
             ]
             data[field_name(modality)] = [plan.to_tensor() for plan in plans]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from tokencomp.reducers.selector import Input
 from tokencomp.training.checks import check_rate
 from tokencomp.training.relevance import TARGET, Target
 from tokencomp.validation import check_types
@@ -38,6 +39,9 @@ class SelectorConfig:
         Held-out questions that are explained, and that are answered under compression.
     seed
         Of the order of the questions and spans, and of the network's first weights.
+    input
+        What the network reads: "attention" of the text in layer 0 (the paper), or the projected
+        visual "features" (ours), of which labels hold two bytes per number.
 
     Raises
     ------
@@ -59,6 +63,7 @@ class SelectorConfig:
     held_out: int = 500
     evaluate: int = 200
     seed: int = 0
+    input: Input = "attention"
 
     def __post_init__(self) -> None:
         check_types("selector", self)

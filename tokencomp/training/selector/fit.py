@@ -61,7 +61,8 @@ def fit(
     """
     torch.manual_seed(config.seed)
     spans, held = targets(train, config.zeroed), targets(held_out, config.zeroed)
-    net = SelectorNet(channels).to(device)
+    row = spans[0][0]
+    net = SelectorNet(channels, row.shape[1] if row.ndim == 2 else 0).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=config.learning_rate, weight_decay=0.01)
     identity = {**(labels or {}), "channels": list(channels)}
     identity |= {name: getattr(config, name) for name in SETTINGS}
@@ -90,7 +91,7 @@ def fit(
 
 
 def targets(pairs: Sequence[Pair], zeroed: float) -> list[Pair]:
-    """Attention rows and the distributions that the network shall learn from them, float32 (n,).
+    """What the network reads, and the distributions (n,) that it shall learn from it, float32.
 
     Relevance becomes a distribution: the lowest share `zeroed` is set to zero, the rest sums to 1.
     Spans of one token, where there is nothing to choose, and spans without relevance are left out.
@@ -104,7 +105,7 @@ def targets(pairs: Sequence[Pair], zeroed: float) -> list[Pair]:
     """
     targets = []
     for row, label in pairs:
-        row = finite_values(row, "attention shares")
+        finite_values(row, "attention shares or features")
         label = finite_values(label, "relevances")
         low = label.sort(stable=True).indices[: int(len(label) * zeroed)]
         kept = label.scatter(0, low, 0.0)
@@ -164,7 +165,7 @@ def _batches(spans: list[Pair], config: SelectorConfig, epoch: int) -> Iterator[
 
 
 def _padded(spans: list[Pair], net: SelectorNet) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Padded rows and targets (B, n) on the network's device, and the mask of what is no padding.
+    """Padded rows (B, n, …), targets and mask of what is no padding (B, n) on the net's device.
 
     The mask is None if there is no padding.
     """

@@ -15,6 +15,7 @@ from tokencomp.errors import OptionError
 from tokencomp.inputs.prompts import generate, to_model
 from tokencomp.inputs.questions import Example
 from tokencomp.reducers._rows import finite_values
+from tokencomp.reducers.selector import standardised
 from tokencomp.storage import check_identity, read_object, write_json
 from tokencomp.trained.cards import model_card, write_tensors
 from tokencomp.training.data import answer_ids, append, data_identity, load_batch, order
@@ -22,7 +23,10 @@ from tokencomp.training.relevance import attention_bytes, explain
 from tokencomp.training.selector.config import SelectorConfig
 
 Pair = tuple[Tensor, Tensor]
-"""Attention row and relevance of the patches of one span, both float32 (n,)."""
+"""What the network reads of the patches of one span, and their relevance, float32 (n,).
+
+The first is their attention row, float32 (n,), or their standardised features, float16 (n, d).
+"""
 
 MEMORY = 8 * 2**30
 """Bytes for the attention of the questions that are explained at once (ours)."""
@@ -34,6 +38,8 @@ SETTINGS = ("kind", "batch", "answers", "target", "frames", "max_new_tokens", "s
 def label_identity(model: Any, data: str, config: SelectorConfig) -> dict[str, Any]:
     """What must be equal for labels to be used again: model, data, settings."""
     settings = {name: getattr(config, name) for name in SETTINGS}
+    if config.input != "attention":  # labels of earlier releases do not say it
+        settings["input"] = config.input
     return {**model_card(model), **data_identity(data), **settings}
 
 
@@ -57,7 +63,7 @@ def label(
     OptionError
         `folder` holds labels of another identity, or files that are none.
     ScoreError
-        An attention row or a relevance is NaN or infinite.
+        An attention row, a feature or a relevance is NaN or infinite.
     """
     identity = {**identity, "questions": len(source)}
     if (folder / IDENTITY).exists():
@@ -84,7 +90,7 @@ def label(
 def explain_batch(
     model: Any, processor: Any, examples: Sequence[Example], config: SelectorConfig
 ) -> list[Pair]:
-    """Attention rows and relevance of all spans of a batch, special tokens left out.
+    """What the network reads, and the relevance, of all spans of a batch without special tokens.
 
     As many questions at once as `MEMORY` has room for, at least one.
     """
@@ -103,13 +109,17 @@ def explain_batch(
         model, to_model(forced, model), labels.to(model.device), config.target
     )
     with torch.no_grad():
-        rows = seen.attention_rows(labels.shape[1] - inputs["input_ids"].shape[1])
+        if config.input == "features":
+            rows = [[standardised(x) for x in row] for row in seen.features()]
+        else:
+            rows = seen.attention_rows(labels.shape[1] - inputs["input_ids"].shape[1])
     pairs = []
     for spans, by_row, by_label in zip(seen.spans, rows, relevances, strict=True):
         for span, row, relevance in zip(spans, by_row, by_label, strict=True):
             patch = ~span.special_mask()
-            row = finite_values(row, "attention shares")
+            row = finite_values(row, "attention shares or features")
             relevance = finite_values(relevance, "relevances")
+            row = row.half() if config.input == "features" else row
             pairs.append((row.cpu()[patch], relevance.cpu()[patch]))
     return pairs
 

@@ -15,7 +15,7 @@ from tokencomp.evaluation.settings import Setting
 from tokencomp.inputs.questions import Example
 from tokencomp.reducers._rows import supplied_scores
 from tokencomp.reducers.score import ScoreReducer
-from tokencomp.reducers.selector import SelectorNet
+from tokencomp.reducers.selector import INPUTS, SelectorNet
 from tokencomp.storage import write_json
 from tokencomp.tokens.patches import Patches
 from tokencomp.tokens.signals import Attention, Signal
@@ -69,7 +69,7 @@ def train_selector(
         **model_card(model),
         "kind": "selector",
         "layer": 0,
-        "input": "attention of text rows, mean over heads",
+        "input": INPUTS[config.input],
         "channels": list(net.channels),
         "data": data,
         "config": asdict(config),
@@ -129,8 +129,8 @@ def accuracy(
 def agreement(net: SelectorNet, pairs: list[Pair]) -> dict[str, dict[str, float]]:
     """Share of the relevance that the chosen tokens hold, at several budgets.
 
-    "oracle" is the most any choice can hold; "attention" takes the top of the raw row; "random" is
-    the expectation.
+    "oracle" is the most any choice can hold; "attention" takes the top of the raw row, where the
+    network reads one; "random" is the expectation.
     """
     device = next(net.parameters()).device
     held: dict[tuple[float, str], list[float]] = defaultdict(list)
@@ -138,7 +138,9 @@ def agreement(net: SelectorNet, pairs: list[Pair]) -> dict[str, dict[str, float]
         total = float(truth.sum())
         if total <= 0:
             continue
-        scores = {"oracle": truth, "selector": net(row[None].to(device))[0].cpu(), "attention": row}
+        scores = {"oracle": truth, "selector": net(row[None].to(device))[0].cpu()}
+        if row.ndim == 1:
+            scores["attention"] = row
         for share in SHARES:
             k = max(1, round(share * len(row)))
             for name, score in scores.items():
