@@ -73,7 +73,7 @@ def selector(
     held_out: Annotated[
         int, typer.Option("--held-out", min=1, help="Held-out questions that are explained.")
     ] = 500,
-    read: Annotated[
+    input: Annotated[
         str,
         typer.Option(
             "--input",
@@ -84,12 +84,12 @@ def selector(
     """Explain answers, train the selector on it, evaluate, save (arXiv 2506.01097)."""
     from tokencomp.training.selector.train import SelectorConfig, train_selector
 
-    chosen: dict[str, Any] = {"answers": answers, "input": read}
+    chosen: dict[str, Any] = {"answers": answers, "input": input}
     if target is not None:
         chosen["target"] = target
     config = SelectorConfig(epochs=epochs, held_out=held_out, **chosen, **shared.config())
     path = train_selector(*shared.load(model), shared.data, output, config)
-    use = ", input='features'" if read == "features" else ""
+    use = ", input='features'" if input == "features" else ""
     _report(path.with_suffix(".json"), f"reducer='selector', weights='{output}'{use}")
 
 

@@ -20,6 +20,7 @@ COLUMNS = (
 TITLES = {
     "adsc": "ADSC: what training an adapter for compression gains",
     "selector": "The trained selector against its oracle and the raw attention row",
+    "selector_features": "The trained selector that reads no attention, for servers",
     "ccam": "The trained ccam projector, by number of frames",
     "long_video-tiny-qwen2-vl": "Videos longer than in training, with M-RoPE positions",
     "long_video-tiny-llava-onevision": "Videos longer than in training, with 1-D positions",

@@ -1,0 +1,66 @@
+"""The selector of features, which servers can run, against what it competes with.
+
+    tokencomp train selector --input features --model tiny-qwen2-vl --output FOLDER ...
+    python -m benchmarks.accuracy.studies.selector_features --weights FOLDER
+
+writes selector_features.json and selector_features.md. Rivals are the selector that lies beside the
+model and reads attention, the library's default, the default of servers, and the baselines. The
+sets are those of the selector; `--sets` runs some only, the others stay as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from benchmarks.accuracy.studies.selector import SETS
+from benchmarks.accuracy.studies.trained import StudyTables, measure, named, parser
+from tokencomp.adapters.registry import adapter_for
+from tokencomp.cli import one_message
+from tokencomp.errors import OptionError
+from tokencomp.evaluation.settings import Setting
+from tokencomp.inputs.loading import load_model
+from tokencomp.reducers.selector import TRAIN
+from tokencomp.trained.cards import locate, model_facts
+from tokencomp.training.data import ShapesQuestions
+from tokencomp.training.selector.train import RATIOS
+
+NAME = "selector of features"
+OTHERS = ("selector", "auto", "kcentre", "random")
+RIVALS = {NAME: (*OTHERS, "uniform")}
+
+
+def methods(weights: str) -> list[Setting]:
+    """All rivals but `uniform`, which `measure` adds, at every ratio."""
+    options = {"weights": weights, "input": "features"}
+    return [
+        way
+        for ratio in RATIOS
+        for way in (named(NAME, ratio, "selector", options), *(named(n, ratio) for n in OTHERS))
+    ]
+
+
+def main(args: argparse.Namespace) -> None:
+    study = StudyTables("selector_features", args, RIVALS)
+    if study.sets:
+        if args.weights is None:
+            raise OptionError(f"give --weights. Train some: {TRAIN} --input features")
+        model, processor = load_model(args.model, device=args.device)
+        facts = model_facts(adapter_for(model))
+        files = {NAME: locate(args.weights, facts, "selector", TRAIN)}
+        files["selector"] = locate(None, facts, "selector", TRAIN)
+        cards = {name: file.with_suffix(".json") for name, file in files.items()}
+    for name in study.sets:
+        scene = {k: v for k, v in SETS[name].items() if k == "frames"}
+        count = args.items // SETS[name]["fewer"]
+        source = ShapesQuestions(SETS[name]["families"], count, args.split, **scene)
+        batch = 8 if scene else args.batch
+        asked = methods(str(files[NAME]))
+        measured, every = measure({"": model}, processor, source, asked, name, batch, smaller=())
+        study.add(name, measured.table(every), measured.runs, cards)
+        study.write()
+    study.write()
+
+
+if __name__ == "__main__":
+    with one_message():
+        main(parser(__doc__, SETS).parse_args())
