@@ -19,7 +19,7 @@ docs:  ## rebuild every page and picture from the stored results
 	for part in unseen counting chance; do \
 	  $(PYTHON) -m benchmarks.accuracy.report --results benchmarks/accuracy/$$part || exit 1; done
 	$(PYTHON) -m benchmarks.accuracy.studies.baselines
-	for study in choose margin adsc ccam selector tower long_video \
+	for study in choose margin adsc ccam selector selector_features tower long_video \
 	  "long_video --model tiny-llava-onevision"; do \
 	  $(PYTHON) -m benchmarks.accuracy.studies.$$study --report > /dev/null || exit 1; done
 	for page in models.prefill models.chunked_prefill models.tower serving.run serving.ratio_zero \

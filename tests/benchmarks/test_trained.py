@@ -12,7 +12,15 @@ import pytest
 from PIL import Image
 from support.accuracy import answer_record
 
-from benchmarks.accuracy.studies import adsc, ccam, long_video, selector, trained, trained_page
+from benchmarks.accuracy.studies import (
+    adsc,
+    ccam,
+    long_video,
+    selector,
+    selector_features,
+    trained,
+    trained_page,
+)
 from benchmarks.accuracy.studies.trained import named
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.packed import PackedAnswers, Questions
@@ -151,6 +159,7 @@ def test_published_ccam_page_says_that_the_mask_costs_accuracy() -> None:
         (adsc, "adsc"),
         (ccam, "ccam"),
         (selector, "selector"),
+        (selector_features, "selector_features"),
         (long_video, "long_video-tiny-qwen2-vl"),
         (long_video, "long_video-tiny-llava-onevision"),
     ],
