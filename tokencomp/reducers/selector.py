@@ -31,6 +31,8 @@ INPUTS: dict[Input, str] = {
     "features": "projected visual features",
 }
 """What a network may read, and how its card calls it."""
+NARROW = (32, 32, 32)
+"""Channels of a network of features (ours): `CHANNELS` learns the labels of its training by heart."""
 
 
 class SelectorNet(nn.Module):

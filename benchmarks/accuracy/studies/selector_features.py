@@ -24,9 +24,9 @@ from tokencomp.trained.cards import locate, model_facts
 from tokencomp.training.data import ShapesQuestions
 from tokencomp.training.selector.train import RATIOS
 
-NAME = "selector of features"
+NAME, DIVERSE = "selector of features", "selector of features, mmr"
 OTHERS = ("selector", "auto", "kcentre", "random")
-RIVALS = {NAME: (*OTHERS, "uniform")}
+RIVALS = dict.fromkeys((NAME, DIVERSE), (*OTHERS, "uniform"))
 
 
 def methods(weights: str) -> list[Setting]:
@@ -35,7 +35,11 @@ def methods(weights: str) -> list[Setting]:
     return [
         way
         for ratio in RATIOS
-        for way in (named(NAME, ratio, "selector", options), *(named(n, ratio) for n in OTHERS))
+        for way in (
+            named(NAME, ratio, "selector", options),
+            named(DIVERSE, ratio, "selector", {**options, "pick": "mmr"}),
+            *(named(name, ratio) for name in OTHERS),
+        )
     ]
 
 

@@ -15,7 +15,7 @@ from tokencomp.evaluation.settings import Setting
 from tokencomp.inputs.questions import Example
 from tokencomp.reducers._rows import supplied_scores
 from tokencomp.reducers.score import ScoreReducer
-from tokencomp.reducers.selector import INPUTS, SelectorNet
+from tokencomp.reducers.selector import CHANNELS, INPUTS, NARROW, SelectorNet
 from tokencomp.storage import write_json
 from tokencomp.tokens.patches import Patches
 from tokencomp.tokens.signals import Attention, Signal
@@ -62,6 +62,7 @@ def train_selector(
         parts["validation"],
         config,
         output / "checkpoint.pt",
+        NARROW if config.input == "features" else CHANNELS,
         labels=identity,
         device=model.device,
     )
