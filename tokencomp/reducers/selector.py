@@ -32,7 +32,7 @@ INPUTS: dict[Input, str] = {
 }
 """What a network may read, and how its card calls it."""
 NARROW = (32, 32, 32)
-"""Channels of a network of features (ours): `CHANNELS` learns the labels of its training by heart."""
+"""Channels of a network of features (ours); `CHANNELS` learns its labels by heart."""
 
 
 class SelectorNet(nn.Module):
