@@ -23,7 +23,9 @@ import tokencomp
 from tokencomp import make_reducer, plan_from_json, plan_to_json
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import OptionError, WeightsError
+from tokencomp.reducers.registry import options_of
 from tokencomp.reducers.selector import load_selector
+from tokencomp.serving.servable import serving_safe
 from tokencomp.trained.cards import (
     check_card,
     fingerprint,
@@ -75,8 +77,8 @@ def test_the_card_says_what_the_network_reads(tiny: Any, tmp_path: Path) -> None
         weights = small_weights("selector", card["hidden_size"], card, reads)
         for given in ({}, {"input": reads}):
             bound = make_reducer("selector", weights=weights, **given).bind(facts)
-            assert bound.options() == {"weights": weights, "pick": "top", "input": reads}
-            assert bound.serving_safe == (reads == "features")
+            assert options_of(bound) == {"weights": weights, "pick": "top", "input": reads}
+            assert serving_safe(bound) == (reads == "features")
         wrong = make_reducer("selector", weights=weights, input=other)
         tokens = matrix_tokens((1, 3, 3), dim=card["hidden_size"])
         message = f"to read {reads}, not {other}"
