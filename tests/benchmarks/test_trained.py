@@ -131,6 +131,17 @@ def test_models_and_splits_are_not_mixed(tmp_path: Path, changed: dict[str, str]
     trained.StudyTables("adsc", arguments(tmp_path, ["count", "video"], **changed), RIVALS)
 
 
+def test_no_page_names_a_place_on_one_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["x/adsc.py", "--weights", "/home/me/w", "--items", "20"])
+    real = arguments
+    monkeypatch.setitem(globals(), "arguments", lambda *a, **m: real(*a, weights="/home/me/w", **m))
+    study = filled(tmp_path, ["count"], RIGHT)
+    command = study.tables["count"]["provenance"]["command"]
+    assert command == "python -m benchmarks.accuracy.studies.adsc --weights FOLDER --items 20"
+
+
 def test_lost_cards_are_described() -> None:
     table = {"trained": {"ccam": "trained somehow"}}
     assert trained_page.training({"a": table, "b": table}) == ["- ccam: trained somehow."]

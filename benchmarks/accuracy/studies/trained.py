@@ -198,7 +198,9 @@ class StudyTables:
             Of `Measurement`, by key.
         """
         script = Path(sys.argv[0]).stem
-        command = ["python", "-m", f"benchmarks.accuracy.studies.{script}", *sys.argv[1:]]
+        own = getattr(self.args, "weights", None)  # a place on one machine
+        words = ["FOLDER" if own and word == own else word for word in sys.argv[1:]]
+        command = ["python", "-m", f"benchmarks.accuracy.studies.{script}", *words]
         answers = PackedAnswers.of(runs, REFERENCE)
         contents = {k: json.loads(path.read_text()) for k, path in cards.items()}
         self.tables[title] = {
