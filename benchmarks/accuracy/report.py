@@ -196,6 +196,11 @@ INTROS = {
         "coloured like their background, crowds are counted and text stands over textures. The "
         "scenes have seeds of their own in every split.",
     ),
+    "long": (
+        "Clips of 64 frames",
+        "The default, other reducers and the baselines on clips of 64 frames, all of which the "
+        "model sees: events of single frames, their order, slow motion, and repeated acts.",
+    ),
     "chance": (
         "Families that the models have not learned",
         "The default and the baselines on 300 questions of every family on which the full model is "

@@ -19,6 +19,7 @@ import copy
 import itertools
 import shutil
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ from tokencomp.pages.lost import LostItem, draw_lost
 from tokencomp.patching import check
 from tokencomp.shapesqa.difficulty import DIFFICULTIES
 from tokencomp.shapesqa.examples import shapesqa
-from tokencomp.shapesqa.items import items
+from tokencomp.shapesqa.items import FRAMES, Item, items
 from tokencomp.shapesqa.questions import FAMILIES
 from tokencomp.zoo import available_models, load
 
@@ -138,6 +139,15 @@ def check_items(folder: Path, split: str, ids: Iterable[str]) -> None:
         )
 
 
+def questions_of(split: str, families: list[str], args: argparse.Namespace) -> list[Item]:
+    """Those of the command line; ids of longer clips say how many frames these have."""
+    scenes = {"difficulty": args.difficulty, "frames": args.frames}
+    questions = items(split, args.per_family, tuple(families), args.start, **scenes)
+    if args.frames == FRAMES:
+        return list(questions)
+    return [replace(one, id=f"{one.id}-{args.frames}") for one in questions]
+
+
 def answer_all(
     name: str, split: str, grid: list[Setting], args: argparse.Namespace, facts: dict[str, Any]
 ) -> None:
@@ -157,12 +167,11 @@ def answer_all(
     stored = stored_families(folder, split)
     # In the stored order, whatever the command line's: answers are merged by position.
     families = [f for f in dict.fromkeys([*stored, *FAMILIES]) if f in (args.families or stored)]
-    scenes = {"difficulty": args.difficulty}
-    questions = list(items(split, args.per_family, tuple(families), args.start, **scenes))
+    questions = questions_of(split, families, args)
     check_items(folder, split, (item.id for item in questions))
     examples = shapesqa(questions, args.out / "media" / split)
     model, processor = load(name)
-    options = {"batch_size": args.batch, "name": name, "work": True}
+    options = {"batch_size": args.batch, "frames": args.frames, "name": name, "work": True}
     groups = [[s for s in grid if watches_tower(s) is watches] for watches in (False, True)]
     with tower_once(model):
         runs = sweep(model, processor, examples, groups[0], unfinished, **options)
@@ -224,6 +233,7 @@ def arguments() -> argparse.ArgumentParser:
         help="of the scenes; hard ones have panning cameras, crowds, backgrounds in the colours of "
         "objects and text over them, and seeds of their own in every split",
     )
+    parser.add_argument("--frames", type=int, default=FRAMES, help="of every clip; all are seen")
     parser.add_argument("--batch", type=int, default=40)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     return parser

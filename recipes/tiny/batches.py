@@ -27,6 +27,8 @@ IMAGE_SIZES = ((224, 224), (280, 224), (196, 252), (280, 280), (168, 168))
 DRAWING_SIZES = ((392, 280), (280, 392), (336, 336), (252, 168), (448, 196), (196, 448), (224, 224))
 VIDEO_FORMS = ((224, 224, 8), (224, 224, 16), (168, 224, 8), (224, 224, 12))
 FRAME_RATES = (24.0, 24.0, 24.0, 4.0, 2.0, 1.0)  # processors assume 24 by default
+LONG_RATES = (24.0, 4.0, 2.0, 1.0, 0.5, 0.25)  # 64 frames: 3 seconds to 4 minutes
+LONG_SIDES = (112, 112, 168, 224)  # small ones hold as many events for a quarter of the work
 TEXT_ONLY = (1, 56, 56)  # what letters are learnt beside: a picture of four tokens
 
 
@@ -42,7 +44,8 @@ class Source:
     `varied` the share of batches of another size or frame count than 224×224 × 8; `dialog` the
     share of batches that are chats of several turns; `text` the share of images with a word; with
     `spell` the visual tokens of words and digits are labelled with them; with `repeat` a question
-    comes up to five times with other options each time; `size` is for "vision" alone.
+    comes up to five times with other options each time; `size` is for "vision" alone. Clips of
+    a source with `lengths` have as many frames, at `LONG_RATES`, and `LONG_SIDES` pixels a side.
     """
 
     kind: str
@@ -61,6 +64,7 @@ class Source:
     text: float = 0.0
     spell: bool = False
     repeat: bool = False
+    lengths: tuple[int, ...] = ()
 
 
 def _codec_noise(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -102,9 +106,12 @@ class BatchMaker:
         shape = self._shape(source, rng)
         frames = shape[0]
         batch = max(4, source.batch * 8 // frames) if frames > 8 else source.batch
-        if shape[1] * shape[2] > 224**2 * 1.3:
+        if source.lengths:
+            batch = max(1, source.batch * 8 * 224**2 // (frames * shape[1] * shape[2]))
+        elif shape[1] * shape[2] > 224**2 * 1.3:
             batch = max(4, batch * 224**2 // (shape[1] * shape[2]))
-        fps = FRAME_RATES[int(rng.integers(len(FRAME_RATES)))]
+        rates = LONG_RATES if source.lengths else FRAME_RATES
+        fps = rates[int(rng.integers(len(rates)))]
         length = len(self.packer.prefix(source.media, shape, fps)[0]) + source.room
         dialog = rng.random() < source.dialog
         rows, pixels, names = [], [], []
@@ -144,6 +151,9 @@ class BatchMaker:
         if source.kind in ("letters", "forms"):
             return TEXT_ONLY
         varied = rng.random() < source.varied
+        if source.lengths:
+            side = LONG_SIDES[int(rng.integers(len(LONG_SIDES)))]
+            return source.lengths[int(rng.integers(len(source.lengths)))], side, side
         if source.media == "video":
             width, height, frames = (
                 VIDEO_FORMS[int(rng.integers(1, 4))] if varied else VIDEO_FORMS[0]

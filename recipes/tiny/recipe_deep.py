@@ -30,7 +30,7 @@ IMAGES = Source(
 _WORDS = Source(
     "facts", batch=24, room=30, families=("reading",), primers=("text",), text=1.0, **_PLAIN_FORM
 )
-_SPELLING = replace(_WORDS, spell=True)
+SPELLING = replace(_WORDS, spell=True)
 _SPELLED_PAGES = Source("facts", batch=20, room=4, scene="page", spell=True, **_FEW)
 DRAWINGS = replace(IMAGES, scene="plain", varied=0.8, batch=12, text=0.0, more=())
 COUNTS = replace(IMAGES, batch=20, room=80, families=("count",), primers=("numbers",), text=0.0)
@@ -40,12 +40,12 @@ _BRIEF = Source(
 )
 _EVENTS = ("direction", "order", "action_count", "needle", "video_existence")
 _ACTS = ("pairs", "moves", "when", "flashes")
-_VIDEOS = Source(
+VIDEOS = Source(
     "facts", "video", batch=8, room=110, choice=0.0, varied=0.0, families=_EVENTS, primers=_ACTS
 )
 _ORDER = replace(_BRIEF, room=110, families=("order",), primers=("when", "before", "first"))
 
-_ACTING = replace(
+ACTING = replace(
     _BRIEF,
     room=130,
     scene="acts",
@@ -56,17 +56,17 @@ _ACTING = replace(
 _OPTIONS = Source("letters", batch=16, room=330)
 _FORMS = Source("forms", batch=16, room=330)
 _IMAGE_LETTERS = replace(IMAGES, choice=0.85, primers=(), batch=14, room=200, text=0.2)
-_VIDEO_LETTERS = replace(_VIDEOS, choice=0.85, primers=(), room=230)
+_VIDEO_LETTERS = replace(VIDEOS, choice=0.85, primers=(), room=230)
 
-_ACT_LETTERS = replace(_ACTING, choice=0.85, primers=("moves",), room=250)
-_WORD_LETTERS = replace(_SPELLING, choice=0.85, primers=(), room=110, batch=16)
-_WORD_OPTIONS = replace(_WORD_LETTERS, choice=0.9, room=260, repeat=True)
-_COUNT_LETTERS = replace(COUNTS, choice=0.85, primers=(), room=260, batch=16, repeat=True)
-_SPELLED_NUMBERS = replace(_SPELLED_PAGES, scene="numbers")
+_ACT_LETTERS = replace(ACTING, choice=0.85, primers=("moves",), room=250)
+_WORD_LETTERS = replace(SPELLING, choice=0.85, primers=(), room=110, batch=16)
+WORD_OPTIONS = replace(_WORD_LETTERS, choice=0.9, room=260, repeat=True)
+COUNT_LETTERS = replace(COUNTS, choice=0.85, primers=(), room=260, batch=16, repeat=True)
+SPELLED_NUMBERS = replace(_SPELLED_PAGES, scene="numbers")
 
 ASK: dict[str, Any] = {"kind": "questions", "choice": 0.3, "dialog": 0.1, "varied": 0.2}
 IMAGE_CHAT = replace(IMAGES, batch=14, room=230, primers=(), text=0.3, **ASK)
-_VIDEO_CHAT = replace(_VIDEOS, batch=7, room=260, primers=(), **ASK)
+VIDEO_CHAT = replace(VIDEOS, batch=7, room=260, primers=(), **ASK)
 RATES: dict[str, Any] = {"vision_lr": 8e-4, "text_lr": 1.5e-3}
 
 DEEP = (
@@ -93,29 +93,29 @@ DEEP = (
     Stage(
         "clips",
         300,
-        ((0.55, _BRIEF), (0.18, _VIDEOS), (0.15, IMAGES), *_SEEN),
+        ((0.55, _BRIEF), (0.18, VIDEOS), (0.15, IMAGES), *_SEEN),
         helpers=0.5,
         **RATES,
     ),
-    Stage("words", 200, ((0.58, _SPELLING), (0.15, _VIDEOS), (0.15, IMAGES), *_SEEN), **RATES),
+    Stage("words", 200, ((0.58, SPELLING), (0.15, VIDEOS), (0.15, IMAGES), *_SEEN), **RATES),
     # The decoder reads once it can name the word that one visual token shows.
     Stage(
         "spelling",
         300,
-        ((0.28, _SPELLED_PAGES), (0.40, _SPELLING), (0.12, _VIDEOS), (0.08, IMAGES), *_SEEN),
+        ((0.28, _SPELLED_PAGES), (0.40, SPELLING), (0.12, VIDEOS), (0.08, IMAGES), *_SEEN),
         **RATES,
     ),
     Stage(
         "order",
         400,
-        ((0.33, _ORDER), (0.33, _VIDEOS), (0.14, IMAGES), (0.08, _SPELLING), *_SEEN),
+        ((0.33, _ORDER), (0.33, VIDEOS), (0.14, IMAGES), (0.08, SPELLING), *_SEEN),
         helpers=0.5,
         **RATES,
     ),
     Stage(
         "letters",
         600,
-        ((0.76, _OPTIONS), (0.10, IMAGES), (0.10, _VIDEOS), (0.04, _SPELLING)),
+        ((0.76, _OPTIONS), (0.10, IMAGES), (0.10, VIDEOS), (0.04, SPELLING)),
         helpers=0.5,
         vision_lr=1e-4,
         text_lr=1.5e-3,
@@ -123,7 +123,7 @@ DEEP = (
     Stage(
         "forms",
         200,
-        ((0.55, _FORMS), (0.10, _OPTIONS), (0.15, _IMAGE_LETTERS), (0.10, IMAGES), (0.1, _VIDEOS)),
+        ((0.55, _FORMS), (0.10, _OPTIONS), (0.15, _IMAGE_LETTERS), (0.10, IMAGES), (0.1, VIDEOS)),
         helpers=0.3,
         vision_lr=2e-4,
         text_lr=1.5e-3,
@@ -136,7 +136,7 @@ DEEP = (
             (0.25, _VIDEO_LETTERS),
             (0.10, _FORMS),
             (0.10, IMAGES),
-            (0.10, _VIDEOS),
+            (0.10, VIDEOS),
         ),
         helpers=0.3,
         vision_lr=4e-4,
@@ -151,11 +151,11 @@ DEEP = (
             (0.08, replace(DRAWINGS, batch=10, room=200, primers=(), **ASK)),
             (0.15, COUNTS),
             (0.05, IMAGES),
-            (0.05, _SPELLING),
+            (0.05, SPELLING),
             (0.05, _SPELLED_PAGES),
-            (0.19, _VIDEO_CHAT),
-            (0.05, replace(_VIDEO_CHAT, scene="hard")),
-            (0.05, _VIDEOS),
+            (0.19, VIDEO_CHAT),
+            (0.05, replace(VIDEO_CHAT, scene="hard")),
+            (0.05, VIDEOS),
             (0.04, _ORDER),
             (0.01, _FORMS),
             (0.02, _PAGES),
@@ -172,10 +172,10 @@ DEEP = (
         (
             (0.45, _PAGES),
             (0.16, _SPELLED_PAGES),
-            (0.15, _SPELLING),
+            (0.15, SPELLING),
             (0.08, _CLIPS),
             (0.06, IMAGES),
-            (0.06, _VIDEOS),
+            (0.06, VIDEOS),
             (0.04, _SCENES),
         ),
         vision_lr=2e-3,
@@ -185,7 +185,7 @@ DEEP = (
     Stage(
         "acts",
         600,
-        ((0.45, _ACTING), (0.20, _SPELLING), (0.10, IMAGES), (0.08, _VIDEOS), *_SEEN),
+        ((0.45, ACTING), (0.20, SPELLING), (0.10, IMAGES), (0.08, VIDEOS), *_SEEN),
         helpers=0.5,
         **RATES,
     ),
@@ -195,7 +195,7 @@ DEEP = (
         (
             (0.30, _ACT_LETTERS),
             (0.30, _WORD_LETTERS),
-            (0.10, _ACTING),
+            (0.10, ACTING),
             (0.08, _SPELLED_PAGES),
             (0.05, _FORMS),
             (0.10, _IMAGE_LETTERS),
@@ -209,8 +209,8 @@ DEEP = (
         "options",
         300,
         (
-            (0.60, _WORD_OPTIONS),
-            (0.10, _SPELLING),
+            (0.60, WORD_OPTIONS),
+            (0.10, SPELLING),
             (0.10, replace(_ACT_LETTERS, repeat=True)),
             (0.08, _IMAGE_LETTERS),
             (0.05, _FORMS),
@@ -227,12 +227,12 @@ DEEP = (
             (0.04, replace(IMAGE_CHAT, scene="hard")),
             (0.07, replace(DRAWINGS, batch=10, room=200, primers=(), **ASK)),
             (0.12, COUNTS),
-            (0.06, _SPELLING),
+            (0.06, SPELLING),
             (0.05, _SPELLED_PAGES),
-            (0.07, replace(_WORD_OPTIONS, kind="questions", choice=0.5)),
-            (0.13, _VIDEO_CHAT),
-            (0.05, replace(_VIDEO_CHAT, scene="hard")),
-            (0.07, _ACTING),
+            (0.07, replace(WORD_OPTIONS, kind="questions", choice=0.5)),
+            (0.13, VIDEO_CHAT),
+            (0.05, replace(VIDEO_CHAT, scene="hard")),
+            (0.07, ACTING),
             (0.07, replace(_ACT_LETTERS, kind="questions", choice=0.5)),
             (0.02, _ORDER),
             (0.01, _FORMS),
@@ -253,11 +253,11 @@ DEEP = (
             (0.03, replace(IMAGE_CHAT, scene="hard")),
             (0.05, replace(DRAWINGS, batch=10, room=200, primers=(), **ASK)),
             (0.24, COUNTS),
-            (0.05, _SPELLING),
-            (0.05, replace(_WORD_OPTIONS, kind="questions", choice=0.5)),
-            (0.10, _VIDEO_CHAT),
-            (0.02, replace(_VIDEO_CHAT, scene="hard")),
-            (0.03, _ACTING),
+            (0.05, SPELLING),
+            (0.05, replace(WORD_OPTIONS, kind="questions", choice=0.5)),
+            (0.10, VIDEO_CHAT),
+            (0.02, replace(VIDEO_CHAT, scene="hard")),
+            (0.03, ACTING),
             (0.03, replace(_ACT_LETTERS, kind="questions", choice=0.5)),
             (0.02, _ORDER),
             (0.03, _SCENES),
@@ -278,11 +278,11 @@ DEEP = (
         (
             (0.30, _OPTIONS),
             (0.15, _FORMS),
-            (0.30, _WORD_OPTIONS),
+            (0.30, WORD_OPTIONS),
             (0.06, _SPELLED_PAGES),
             (0.05, COUNTS),
             (0.07, IMAGE_CHAT),
-            (0.07, _VIDEO_CHAT),
+            (0.07, VIDEO_CHAT),
         ),
         helpers=0.2,
         end=0.5,
@@ -297,12 +297,12 @@ DEEP = (
             (0.03, replace(IMAGE_CHAT, scene="hard")),
             (0.05, replace(DRAWINGS, batch=10, room=200, primers=(), **ASK)),
             (0.19, COUNTS),
-            (0.07, _SPELLING),
+            (0.07, SPELLING),
             (0.04, _SPELLED_PAGES),
-            (0.14, replace(_WORD_OPTIONS, kind="questions", choice=0.6)),
-            (0.10, _VIDEO_CHAT),
-            (0.02, replace(_VIDEO_CHAT, scene="hard")),
-            (0.03, _ACTING),
+            (0.14, replace(WORD_OPTIONS, kind="questions", choice=0.6)),
+            (0.10, VIDEO_CHAT),
+            (0.02, replace(VIDEO_CHAT, scene="hard")),
+            (0.03, ACTING),
             (0.03, replace(_ACT_LETTERS, kind="questions", choice=0.5)),
             (0.02, _ORDER),
             (0.05, _FORMS),
@@ -321,13 +321,13 @@ DEEP = (
             (0.03, replace(IMAGE_CHAT, scene="hard")),
             (0.05, replace(DRAWINGS, batch=10, room=200, primers=(), **ASK)),
             (0.13, COUNTS),
-            (0.18, _COUNT_LETTERS),
-            (0.11, _SPELLING),
-            (0.08, _SPELLED_NUMBERS),
-            (0.06, replace(_WORD_OPTIONS, kind="questions", choice=0.6)),
-            (0.09, _VIDEO_CHAT),
-            (0.02, replace(_VIDEO_CHAT, scene="hard")),
-            (0.03, _ACTING),
+            (0.18, COUNT_LETTERS),
+            (0.11, SPELLING),
+            (0.08, SPELLED_NUMBERS),
+            (0.06, replace(WORD_OPTIONS, kind="questions", choice=0.6)),
+            (0.09, VIDEO_CHAT),
+            (0.02, replace(VIDEO_CHAT, scene="hard")),
+            (0.03, ACTING),
             (0.02, replace(_ACT_LETTERS, kind="questions", choice=0.5)),
             (0.02, _ORDER),
             (0.01, _FORMS),

@@ -7,6 +7,7 @@ from typing import Any
 
 from recipes.tiny.batches import Source
 from recipes.tiny.recipe_deep import DEEP
+from recipes.tiny.recipe_hard import HARD
 from recipes.tiny.recipe_siblings import HYBRID, SLIDING
 from recipes.tiny.stage import Stage
 
@@ -159,12 +160,17 @@ PROJECTED = (
 RECIPES: dict[str, tuple[Stage, ...]] = {
     "tiny-qwen2-vl": STAGED,
     "tiny-qwen3-vl": DEEP,
+    "tiny-qwen3-vl-hard": HARD,
     "tiny-qwen3-5": HYBRID,
     "tiny-gemma3": SLIDING,
     "tiny-llava-onevision": ALIGNED,
     "tiny-vila": PROJECTED,
 }
-WARM_STARTS = {"tiny-llava-onevision": "tiny-qwen2-vl", "tiny-vila": "tiny-llava-onevision"}
+WARM_STARTS = {
+    "tiny-llava-onevision": "tiny-qwen2-vl",
+    "tiny-vila": "tiny-llava-onevision",
+    "tiny-qwen3-vl-hard": "tiny-qwen3-vl",
+}
 
 
 def shorten(stages: tuple[Stage, ...], factor: float) -> tuple[Stage, ...]:

@@ -223,13 +223,16 @@ def measure(name: str, folder: Path, items: int, training: dict[str, Any]) -> di
         test = [write_media(one, Path(media)) for one in sample("test", items, every)]
         results = {form: by_family(evaluate(model, processor, test, form)) for form in FORMS}
     learned = {source.scene for source in sources} | {"usual"}
+    longest = max((frames for source in sources for frames in source.lengths), default=LONGEST)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     return {
         "model": _facts(name, arch, model),
         "training": {**training, **versions},
         "test": results,
         "blind": blind_guess(test),
-        "other_shapes": [*_other_scenes(model, processor, items, arch.kinds, learned, reading)],
+        "other_shapes": [
+            *_other_scenes(model, processor, items, arch.kinds, learned, reading, longest)
+        ],
     }
 
 
@@ -240,14 +243,17 @@ def _other_scenes(
     kinds: Collection[str],
     learned: Collection[str],
     reading: Collection[str],
+    longest: int,
 ) -> Iterator[dict[str, Any]]:
-    """Accuracy on the `OTHER_SCENES` whose kind, difficulty and text the recipe has."""
+    """Accuracy on the `OTHER_SCENES` whose kind, difficulty, text and length the recipe has."""
     from recipes.tiny.evaluate import evaluate
     from tokencomp.shapesqa.items import FRAMES
     from tokencomp.shapesqa.items import items as sample
 
     for what, kind, families, scenes in OTHER_SCENES:
         if kind not in kinds or scenes.get("difficulty", "usual") not in learned:
+            continue
+        if scenes.get("frames", FRAMES) > longest:
             continue
         if "reading" in families and not reading:
             continue
@@ -263,7 +269,6 @@ def _facts(name: str, arch: Any, model: Any) -> dict[str, Any]:
     config = arch.language_config(model)
     seen = [row for row in SEEN if row[0] in arch.kinds]
     return {
-        **arch.card,
         "name": name,
         "architecture": type(model).__name__.removesuffix("ForConditionalGeneration"),
         "parameters": sum(p.numel() for p in model.parameters()) / 1e6,
@@ -275,6 +280,7 @@ def _facts(name: str, arch: Any, model: Any) -> dict[str, Any]:
             text.format(arch.tokens_per(kind, shape)) for kind, shape, text, _ in seen
         ),
         "trained_on": "; ".join(sizes for *_, sizes in seen),
+        **arch.card,
     }
 
 
@@ -282,6 +288,8 @@ SEEN = (
     ("image", (1, 224, 224), "{} per 224×224 image", "images of 168 to 280 px a side"),
     ("video", (8, 224, 224), "{} per video of 8 such frames", "videos of 8, 12 and 16 frames"),
 )
+LONGEST = 16
+"""Frames of the longest clips of a recipe that says no more."""
 BASIC = ("attribute", "existence", "count", "position")
 # What else the card measures: name, kind, families, and arguments of `items`. Drawings and hard
 # scenes are left out for models whose recipe has none.
@@ -293,6 +301,10 @@ OTHER_SCENES: tuple[tuple[str, str, tuple[str, ...], dict[str, Any]], ...] = (
     ("reading over textures in vivid colours", "image", ("reading",), {"difficulty": "hard"}),
     ("16-frame videos", "video", ("needle", "order", "direction"), {"frames": 16}),
     ("hard videos", "video", ("needle", "order", "direction"), {"difficulty": "hard"}),
+    ("needles in 64-frame videos", "video", ("needle",), {"frames": 64}),
+    ("order in 64-frame videos", "video", ("order",), {"frames": 64}),
+    ("direction in 64-frame videos", "video", ("direction",), {"frames": 64}),
+    ("repeated acts in 64-frame videos", "video", ("action_count",), {"frames": 64}),
 )
 
 

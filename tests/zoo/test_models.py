@@ -21,6 +21,7 @@ from tokencomp.shapesqa.prompt_forms import mvbench_prompt
 BARS = ("attribute", "existence", "needle")
 MORE = {  # what a model has to know besides
     "tiny-qwen3-vl": ("count", "position", "small_object", "order", "direction", "video_existence"),
+    "tiny-qwen3-vl-hard": ("count", "small_object", "order", "direction", "video_existence"),
     "tiny-qwen3-5": ("count", "position", "small_object", "direction", "video_existence"),
     "tiny-gemma3": ("count", "position", "small_object"),
 }

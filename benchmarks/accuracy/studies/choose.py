@@ -33,6 +33,7 @@ from benchmarks.real.candidates import photographs
 from tokencomp.cli import one_message
 from tokencomp.evaluation.settings import REST, Setting
 from tokencomp.method import DEFAULT_SERVED_REDUCER
+from tokencomp.shapesqa.items import FRAMES
 from tokencomp.shapesqa.questions import FAMILIES
 from tokencomp.storage import write_json, write_text
 from tokencomp.zoo import available_models
@@ -232,7 +233,7 @@ def run_missing(
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(families))
     parser.add_argument("--batch", type=int, default=60)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.set_defaults(start=0, difficulty="usual")
+    parser.set_defaults(start=0, difficulty="usual", frames=FRAMES)
     args = parser.parse_args()
     if args.report:
         return Path(args.out)

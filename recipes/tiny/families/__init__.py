@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 FAMILIES = {
     "tiny-qwen2-vl": ".qwen2_vl",
     "tiny-qwen3-vl": ".qwen3_vl",
+    "tiny-qwen3-vl-hard": ".qwen3_vl_hard",
     "tiny-qwen3-5": ".qwen3_5",
     "tiny-gemma3": ".gemma3",
     "tiny-llava-onevision": ".llava_onevision",

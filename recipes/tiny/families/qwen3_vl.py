@@ -91,6 +91,9 @@ class TinyQwen3VL(TinyQwen2VL):
         batch_tower_attention(model.model.visual)
         return model
 
+    def parts(self, model) -> dict[str, torch.nn.Module]:
+        return {**super().parts(model), "deep tower": model.model.visual}
+
     def statistics(self) -> tuple[list[float], list[float]]:
         return HALF, HALF
 
