@@ -13,7 +13,13 @@ from torch import Tensor
 import tokencomp
 from tokencomp import Plan, Reduction, Stage, make_reducer
 from tokencomp.engine.rows.compaction import Selection, compact, take
-from tokencomp.engine.rows.layout import LiveSpan, RowLayout, full_layout
+from tokencomp.engine.rows.layout import (
+    LiveSpan,
+    PromptColumns,
+    RowLayout,
+    full_layout,
+    text_values,
+)
 from tokencomp.tokens.spans import VisualSpan
 
 
@@ -95,3 +101,18 @@ def test_a_frame_moves_as_a_whole() -> None:
     moved = layout.to(torch.device("meta"))
     assert len(tensors(moved)) == len(tensors(layout)) == 2
     assert all(t.is_meta for t in tensors(moved)) and not any(t.is_meta for t in tensors(layout))
+
+
+def test_text_of_packed_prompts() -> None:
+    """Rows of one, two and no prompts; a prompt without an image is text as a whole."""
+    span = VisualSpan(start=2, length=4, grid=(1, 2, 2))
+    prompts = [
+        [PromptColumns(1, 12, trailing=3)],
+        [PromptColumns(0, 8), PromptColumns(8, 12, trailing=1)],
+        [],
+    ]
+    layout = full_layout(12, [11, 12, 0], [[span], [span], []], prompts)
+    x = torch.arange(36.0).view(3, 12, 1)
+    want = [[[6, 7, 8]], [[18, 19], [20, 21, 22]], []]
+    got = [[text.flatten().tolist() for text in row] for row in text_values(x, layout)]
+    assert got == want

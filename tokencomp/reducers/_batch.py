@@ -73,8 +73,14 @@ def random_ranks(seed: int, cells: int) -> Tensor:
     return torch.rand(cells, generator=torch.Generator().manual_seed(seed))
 
 
-def questions(batch: SpanBatch, reducer: str, instead: str) -> list[Tensor]:
-    """Unit embeddings of the text after every span, float32, (m, d); spans of a prompt share one.
+def questions(batch: SpanBatch, reducer: str, instead: str) -> tuple[Tensor, list[int], list[int]]:
+    """Embeddings of the texts after the spans; spans of a prompt share one.
+
+    Returns
+    -------
+    tuple
+        Unit embeddings of all texts, one text after the other, float32 (Σ m, d); m, the length of
+        every text; which text each span has.
 
     Raises
     ------
@@ -87,8 +93,10 @@ def questions(batch: SpanBatch, reducer: str, instead: str) -> list[Tensor]:
             f"{reducer} compares visual tokens with the text after them, and there is none. Put "
             f"the question after the image, or use {instead}."
         )
-    texts = {id(query): normalize(query.float(), dim=1) for query in queries}
-    return [texts[id(query)] for query in queries]
+    texts = {id(query): query for query in queries}
+    numbers = {key: number for number, key in enumerate(texts)}
+    unit = normalize(torch.cat(list(texts.values())).float(), dim=1)
+    return unit, [len(text) for text in texts.values()], [numbers[id(query)] for query in queries]
 
 
 def previous_similarity(patches: Patches, x: Tensor) -> Tensor:

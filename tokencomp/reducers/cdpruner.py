@@ -20,6 +20,7 @@ from tokencomp.tokens.spans import SpanBatch
 
 Relevance = Literal["query", "attention"]
 EPS = 1e-6
+BLOCK = 16  # rows that are summed one after the other
 
 
 @register_reducer("cdpruner")
@@ -78,11 +79,24 @@ class CDPruner(Published):
 
     def _likeness(self, patches: Patches, unit: Tensor, owners: Tensor | None) -> Tensor:
         """Mean cosine of every patch with the embeddings of the text after its span."""
-        queries = questions(patches.batch, "cdpruner", "divprune")
-        texts = {id(q): q for q in queries}  # the spans of a prompt share one
-        prompt = [list(texts).index(id(query)) for query in queries]
-        table = torch.stack([text.mean(0) for text in texts.values()])
+        texts, lengths, prompt = questions(patches.batch, "cdpruner", "divprune")
+        table = means(texts, lengths)
         # Products and sums row by row: no batch changes a rounding.
         if owners is None:
             return (unit * table).sum(1)
         return (unit * table[patches.table(prompt)].index_select(0, owners)).sum(1)
+
+
+def means(values: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Mean of every run of values (n, d) of these lengths, none empty.
+
+    Runs are summed in blocks of 16 rows, and the blocks again, as `Tensor.mean` does on a CPU: one
+    launch for all runs of up to 16 rows, two of up to 256, and no rounding depends on other runs.
+    """
+    counts, rows = torch.tensor(lengths, device=values.device), list(lengths)
+    while max(rows) > 1:
+        blocks = [min(BLOCK, n - first) for n in rows for first in range(0, n, BLOCK)]
+        sizes = torch.tensor(blocks, device=values.device)
+        values = torch.segment_reduce(values, "sum", lengths=sizes, unsafe=True)
+        rows = [-(-n // BLOCK) for n in rows]
+    return values / counts[:, None]

@@ -41,7 +41,7 @@ class Dart(Published):
     depends, and keeps a count beside the budget. Both measure keys after rotation; here they are
     measured before it, because the sum would else depend on where a prompt begins. Where a cut
     before layer 2 cannot meet the ratio, it comes earlier (ours); at decoder entry the keys are
-    those of layer 0.
+    those of layer 0. Spans come one by one, so that calls grow with the number of spans.
     """
 
     summary = "pivots and what resembles them least (DART 2502.11494)"

@@ -43,7 +43,8 @@ class MMTok(Reducer):
     The question is all text after the span, embedded by the decoder; the release drops stop words
     and standard phrases on LLaVA. Visual tokens are compared after the projector; the release
     compares them with the question there, and with each other before it. With both after the
-    projector the rule gave the release's sets in 60 of 60 random cases.
+    projector the rule gave the release's sets in 60 of 60 random cases. Spans come one by one up to
+    the choice, so that calls grow with the number of spans.
     """
 
     cover: Literal["both", "picture"] = "both"
@@ -61,7 +62,9 @@ class MMTok(Reducer):
         unit = normalize(finite_features(patches.features).float(), dim=1)
         texts: list[Tensor | None] = [None] * len(patches.lengths)
         if self.cover == "both":
-            texts = [*questions(batch, "mmtok", "cover='picture'")]
+            unit_texts, lengths, prompt = questions(batch, "mmtok", "cover='picture'")
+            of_prompt = unit_texts.split(lengths)
+            texts = [of_prompt[number] for number in prompt]
         points, offsets, reach = [], [], []
         for rows, text in zip(unit.split(patches.lengths), texts, strict=True):
             covered = [(rows, VISION, SHARE)]

@@ -164,10 +164,13 @@ def visual_values(values: Tensor, layout: RowLayout) -> Tensor:
 
 def text_values(values: Tensor, layout: RowLayout) -> list[list[Tensor]]:
     """Values (B, width, …) of the text behind the last span of every prompt of every row."""
-    return [
-        [values[b, layout.question_text(b, prompt)] for prompt in prompts]
-        for b, prompts in enumerate(layout.prompts)
-    ]
+    stops = []
+    for b, prompts in enumerate(layout.prompts):
+        for text in (layout.question_text(b, prompt) for prompt in prompts):
+            stops += [b * layout.width + text.start, b * layout.width + text.stop]
+    sizes = np.diff(stops, prepend=0, append=len(layout.prompts) * layout.width)
+    texts = iter(values.flatten(0, 1).split(sizes.tolist())[1::2])  # one call for all prompts
+    return [[next(texts) for _ in prompts] for prompts in layout.prompts]
 
 
 def kept_values(values: Tensor, before: RowLayout, after: RowLayout, index: Tensor) -> Tensor:

@@ -1,0 +1,64 @@
+"""How many device calls a reducer makes does not depend on how many prompts a batch has."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from benchmarks.kernels.call_counter import Calls
+from benchmarks.kernels.calls import measure, tiny_model
+from support import matrix
+from support.matrix import Case
+
+from tokencomp import available_reducers, make_reducer
+from tokencomp.plan.reducer import StageReducer, reduced
+from tokencomp.reducers.cdpruner import means
+
+FEW, MANY = 2, 16  # prompts
+MORE = 6
+SEQUENTIAL = {"anchorprune", "dart", "mmtok"}
+
+
+def calls(case: Case, prompts: int) -> int:
+    """aten calls for two images of 4 × 5 tokens in every prompt, whose text they share."""
+    reducer = make_reducer(case[0], **case[1])
+    spans = [matrix.tokens((1, 4, 5), seed=seed) for seed in range(2 * prompts)]
+    for first, second in zip(spans[::2], spans[1::2], strict=True):
+        second.query, second.query_scores = first.query, first.query_scores
+    batch, keep = matrix.joined(spans), matrix.row(case[0]).keep(9, spans[0])
+    with torch.no_grad():
+        reduced(reducer, batch, [keep] * len(spans))  # fills caches
+        with Calls() as counted:
+            reduced(reducer, batch, [keep] * len(spans))
+    return counted.calls
+
+
+@pytest.mark.parametrize("case", matrix.step_cases(), ids=matrix.case_id)
+def test_calls_do_not_grow_with_the_batch(case: Case) -> None:
+    """Unless a reducer takes spans one by one, by its contract (`reduce`) or by its notes."""
+    reducer = type(make_reducer(case[0], **case[1]))
+    one_by_one = reducer.reduce_batch is StageReducer.reduce_batch or case[0] in SEQUENTIAL
+    assert (calls(case, MANY) > calls(case, FEW) + MORE) == one_by_one
+
+
+def test_notes_say_which_reducers_take_spans_one_by_one() -> None:
+    reducers = available_reducers()
+    noted = {n for n, cls in reducers.items() if "calls grow with the" in (cls.__doc__ or "")}
+    assert noted == SEQUENTIAL
+
+
+@pytest.mark.parametrize("reducer", ["uniform", "cdpruner"])
+def test_calls_that_a_prefill_adds_do_not_grow_with_the_batch(reducer: str) -> None:
+    """With what the engine does for a reducer, such as finding the text of every prompt."""
+    model = tiny_model(layers=2)
+    few, many = (measure(model, reducer, 2, prompts)[0].calls for prompts in (FEW, MANY))
+    assert few > 0 and many <= few + MORE
+
+
+@pytest.mark.parametrize("lengths", [[1], [5], [16, 17, 1], [300, 2, 256]])
+def test_means_of_texts(lengths: list[int]) -> None:
+    """Against a loop; bit by bit for texts alone, so that no choice depends on other prompts."""
+    x = torch.randn(sum(lengths), 24)
+    texts, together = x.split(lengths), means(x, lengths)
+    want = torch.stack([text.double().mean(0).float() for text in texts])
+    torch.testing.assert_close(together, want, atol=1e-6, rtol=1e-5)
+    assert torch.equal(together, torch.cat([means(text, [len(text)]) for text in texts]))
