@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from benchmarks.kernels.call_counter import Calls
-from benchmarks.kernels.calls import measure, tiny_model
 from support import matrix
 from support.matrix import Case
 
+from benchmarks.kernels.call_counter import Calls
+from benchmarks.kernels.calls import measure, tiny_model
 from tokencomp import available_reducers, make_reducer
 from tokencomp.plan.reducer import StageReducer, reduced
 from tokencomp.reducers.cdpruner import means

@@ -15,9 +15,10 @@ import pytest
 import tokencomp
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.registry import available_models, register_adapter
-from tokencomp.errors import NameTakenError, PluginWarning
+from tokencomp.errors import NameTakenError, OptionError, PluginWarning
 from tokencomp.reducers import registry
 from tokencomp.reducers.merge import Merge
+from tokencomp.reducers.published import Published
 from tokencomp.reducers.uniform import Uniform
 from tokencomp.serving.servable import serving_safe
 
@@ -62,6 +63,37 @@ def test_override_replaces_a_reducer() -> None:
     tokencomp.register_reducer("merge", override=True)(UserReducer)
     assert tokencomp.available_reducers()["merge"] is UserReducer
     assert isinstance(tokencomp.make_reducer("merge"), UserReducer)
+
+
+@pytest.mark.parametrize(
+    ("member", "value", "instead"),
+    [
+        ("whole_spans", True, 'grid = "whole"'),
+        ("needs_grid", property(lambda self: True), 'grid = "known"'),
+        ("needs_for", lambda self, kinds: self.needs, "Attention(kinds=...)"),
+        ("serving_safe", True, "computed"),
+        ("revision", 2, "tokencomp.reducers.Published"),
+        ("moved", lambda self, ratio, num_layers: "", "tokencomp.reducers.Published"),
+        ("published_layers", lambda self, layers: (2,), "tokencomp.reducers.Published"),
+    ],
+)
+def test_members_that_nothing_reads_any_more_are_refused(
+    member: str, value: object, instead: str
+) -> None:
+    """Also where a base class of the user's own sets them."""
+    old = type("Old", (tokencomp.Reducer,), {member: value})
+    for cls in (old, type("Older", (old,), {})):
+        with pytest.raises(OptionError, match=rf"{member},.*{member}: .*{re.escape(instead)}"):
+            tokencomp.register_reducer("mine")(cls)
+    assert "mine" not in tokencomp.available_reducers()
+
+
+def test_published_methods_have_members_of_their_own() -> None:
+    class Paper(Published):
+        revision = 2
+
+    tokencomp.register_reducer("paper")(Paper)
+    assert tokencomp.available_reducers()["paper"] is Paper
 
 
 def test_a_reloaded_module_registers_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,8 +90,9 @@ class CDPruner(Published):
 def means(values: Tensor, lengths: Sequence[int]) -> Tensor:
     """Mean of every run of values (n, d) of these lengths, none empty.
 
-    Runs are summed in blocks of 16 rows, and the blocks again, as `Tensor.mean` does on a CPU: one
-    launch for all runs of up to 16 rows, two of up to 256, and no rounding depends on other runs.
+    Runs are summed in blocks of 16 rows, and the blocks again, as `Tensor.mean` does on a CPU if d
+    is a multiple of 32. All runs of up to 16 rows take one launch, those of up to 256 rows two, and
+    no rounding depends on other runs.
     """
     counts, rows = torch.tensor(lengths, device=values.device), list(lengths)
     while max(rows) > 1:

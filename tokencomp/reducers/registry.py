@@ -20,6 +20,7 @@ from tokencomp.errors import OptionError, PluginWarning, check_free, unknown_nam
 from tokencomp.plan.reducer import StageReducer
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.compose import Compose, assign_options, part_names
+from tokencomp.reducers.published import Published
 
 PACKAGE = "tokencomp.reducers"
 GROUP = "tokencomp.reducers"
@@ -37,6 +38,15 @@ SYNONYMS = {
     "prune_ratio": "ratio",
     "rate": "ratio",
 }
+
+FORMER = {
+    "whole_spans": 'grid = "whole"',
+    "needs_grid": 'grid = "known"',
+    "needs_for": "Attention(kinds=...) among `needs`",
+    "serving_safe": "nothing, it is computed from the plan, the signals and the counts",
+}
+"""What reducers once said of themselves and nothing reads any more, and what to write instead."""
+OF_PUBLISHED = ("revision", "moved", "published_layers")
 
 R = TypeVar("R", bound=type[Reducer])
 _REGISTRY: dict[str, type[Reducer]] = {}
@@ -57,9 +67,12 @@ def register_reducer(name: str, *, override: bool = False) -> Callable[[R], R]:
     NameTakenError
         Another class has the name, and `override` is False. The same class may register again:
         modules are reloaded, and notebook cells run twice.
+    OptionError
+        The class sets something that an earlier release read of a reducer, and this one does not.
     """
 
     def decorate(cls: R) -> R:
+        _check_members(cls)
         if not cls.__module__.startswith(f"{PACKAGE}."):
             _load_built_in()  # so that a clash with a built-in name shows now, not later
         old = _REGISTRY.get(name)
@@ -70,6 +83,20 @@ def register_reducer(name: str, *, override: bool = False) -> Callable[[R], R]:
         return cls
 
     return decorate
+
+
+def _check_members(cls: type[Reducer]) -> None:
+    """Refuse members of an earlier contract, which would be ignored."""
+    instead = dict(FORMER)
+    if not issubclass(cls, Published):
+        instead |= dict.fromkeys(OF_PUBLISHED, "the base class tokencomp.reducers.Published")
+    wrong = [name for name in instead if hasattr(cls, name)]
+    if wrong:
+        fixes = "; ".join(f"for {name}: {instead[name]}" for name in wrong)
+        raise OptionError(
+            f"reducer class {cls.__name__} sets {', '.join(wrong)}, which would be ignored: a "
+            f"Reducer has no such member any more. Write {fixes}. An option needs another name."
+        )
 
 
 def _load_built_in() -> None:
