@@ -59,7 +59,7 @@ class AnchorPrune(Reducer):
         texts, lengths, prompt = questions(batch, "anchorprune", instead)
         importance = patches.of_patches(tower_signal(batch, TOWER_ATTENTION, "anchorprune"))
         unit = normalize(finite_features(patches.features, importance).float(), dim=1)
-        of_prompt = texts.split(lengths)
+        of_prompt: tuple[Tensor, ...] = texts.split(lengths)
 
         def likeness(members: list[int], rows: Tensor) -> Tensor:
             return (rows @ of_prompt[prompt[members[0]]].T).amax(1)
