@@ -40,7 +40,7 @@ def cell_labels(scene: Scene, time: float, cell: int) -> dict[str, np.ndarray]:
     edge = (cell - 7 * step) // 2
     inner = owner[..., edge : edge + 7 * step, edge : edge + 7 * step]
     lattice = inner.reshape(rows, columns, 7, step, 7, step) >= 0
-    out = {
+    out: dict[str, np.ndarray] = {
         "mask": lattice.mean((3, 5)).reshape(rows, columns, 49).astype(np.float32),
         "words": np.zeros((rows, columns, 2), np.int64),
         "box": np.zeros((rows, columns, 5), np.float32),
