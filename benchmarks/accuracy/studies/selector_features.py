@@ -34,8 +34,9 @@ The network sees no question, so it can only learn what questions tend to be abo
 that is what is drawn on a background, and `kcentre` (`auto` on images) finds this without training:
 no paired test tells the two apart. The tokens of largest importance alone are behind the selector
 of attention at 0.9; with marginal relevance (mmr) they are not, perhaps because copies of one thing
-then leave. Nothing here is worth a training, so no weights of this kind ship, and the default of
-servers stays. Sets that are not on this page have not been measured on test questions.
+then leave. On clips, short and with four times the tokens, every rival but the baselines answers
+as the full model does. Nothing here is worth a training, so no weights of this kind ship, and the
+default of servers stays.
 
 The number of layers and channels was chosen by the loss on validation labels."""
 
