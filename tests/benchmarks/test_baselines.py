@@ -97,7 +97,7 @@ def test_the_table_of_the_results_in_short_is_part_of_the_summary() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["unseen", "counting", "chance", "hard"])
+@pytest.mark.parametrize("name", ["unseen", "counting", "chance", "hard", "long"])
 def test_published_parts_are_those_of_their_results(name: str) -> None:
     folder = FOLDER / name
     assert (folder / "README.md").read_text() == report.text(folder)
