@@ -1,4 +1,4 @@
-"""Recipe of tiny-qwen3-vl-hard: tiny-qwen3-vl goes on, in crowds and on clips of minutes.
+"""Recipe of tiny-qwen3-vl-hard: tiny-qwen3-vl is trained further, on crowds and on long clips.
 
 It starts at the finished weights of tiny-qwen3-vl. Counting in hard scenes needs many objects per
 picture and all of them labelled; long clips need frames of one, two and four seconds, so that a

@@ -95,7 +95,7 @@ def span_of(
     size
         Gives (t, h, w) of the medium in any unit; None if nothing tells it.
     fallback
-        Gives the grid of a medium of which nothing else tells it, or None.
+        Gives the grid of a medium whose grid no argument of the call gives, or None.
     """
     if medium.kind == "audio":
         return [replace(_audio(a, b), item=medium.pieces[0][0]) for a, b in medium.pieces]

@@ -32,7 +32,7 @@ WHY = """## What it is worth
 
 The network sees no question, so it can only learn what questions tend to be about. In these images
 that is what is drawn on a background, and `kcentre` (`auto` on images) finds this without training:
-no paired test tells the two apart. The tokens of largest importance alone are behind the selector
+no paired test finds a difference. The tokens of largest importance alone are behind the selector
 of attention at 0.9; with marginal relevance (mmr) they are not, perhaps because copies of one thing
 then leave. On clips, short and with four times the tokens, every rival but the baselines answers
 as the full model does. Nothing here is worth a training, so no weights of this kind ship, and the

@@ -20,7 +20,7 @@ DEEPSTACK = (
     ("visual_pos_masks", "deepstack_visual_embeds"),
     ("vision_mask", "deepstack_features"),
 )
-# By these, and by positions that start again (without a mask and a cache), transformers tells apart
+# By these, and by positions that start again (without a mask and a cache), transformers separates
 # the prompts that training code packs into one row.
 CUMULATIVE = ("cu_seq_lens_q", "cu_seq_lens_k")
 LONGEST = ("max_length_q", "max_length_k")
