@@ -202,7 +202,7 @@ def asked_again(results: list[Results], default: Candidate) -> list[str]:
     rows = rank(ready, [default, *AGAINST])
     first = next(row for row in rows if (row["reducer"], row["options"]) == default)
     names = ", ".join(one.manifest["model"] for one in ready)
-    return ["## Asked again, with merging", AGAIN, f"Of {names}.", choice_table(rows, first, ready)]
+    return ["## Candidates with merging", AGAIN, f"Of {names}.", choice_table(rows, first, ready)]
 
 
 def preference(row: dict[str, Any], previous: Candidate = PREVIOUS) -> tuple[float, bool, float]:
