@@ -1,4 +1,4 @@
-"""Tiny Qwen3-VL that is trained further, in hard scenes and on long clips; the same architecture."""
+"""Tiny Qwen3-VL, trained further in hard scenes and on long clips; the same architecture."""
 
 from __future__ import annotations
 
