@@ -8,6 +8,7 @@ from support import matrix
 
 from tokencomp import Reduction
 from tokencomp.engine.stage import merging
+from tokencomp.tokens import nearest
 
 
 @pytest.mark.parametrize("block", [1 << 24, 16])
@@ -16,7 +17,7 @@ def test_every_patch_goes_to_the_nearest_kept_one(
     special: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights are the sizes from before, special tokens stay, and a span may keep no patch."""
-    monkeypatch.setattr(merging, "BLOCK", block)
+    monkeypatch.setattr(nearest, "BLOCK", block)
     grids = [(1, 5, 6), (2, 2, 3), (1, 5, 6), (1, 1, 4)]
     batch = matrix.joined([matrix.tokens(g, special, seed=i) for i, g in enumerate(grids)])
     batch.sizes = torch.arange(len(batch.features)) % 3 + 1.0

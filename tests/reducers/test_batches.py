@@ -12,6 +12,7 @@ from support.matrix import Case
 from tokencomp import VisualTokens, make_reducer
 from tokencomp.errors import PlanError
 from tokencomp.plan.reducer import reduced
+from tokencomp.tokens import patches
 from tokencomp.tokens.reduction import Reduction
 
 GRIDS = [((1, 4, 5), 0), ((4, 3, 4), 3), ((1, 4, 5), 2), ((2, 2, 7), 0), ((4, 3, 4), 0)]
@@ -49,6 +50,18 @@ def test_a_batch_is_its_spans_one_by_one(case: Case, whole: bool) -> None:
         if alone.merged is not None:
             torch.testing.assert_close(part.merged, alone.merged, atol=1e-6, rtol=1e-6)
             torch.testing.assert_close(part.sizes, alone.sizes)
+
+
+@pytest.mark.parametrize("name", ["visprune"])
+def test_long_spans_are_compared_in_smaller_groups(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spans = [matrix.tokens((1, 4, 5), seed=seed) for seed in range(4)]
+    at_once = reduced(make_reducer(name), matrix.joined(spans), [7] * 4).keep
+    monkeypatch.setattr(patches, "PAIRS", 2 * 20**2)
+    assert (
+        reduced(make_reducer(name), matrix.joined(spans), [7] * 4).keep.tolist() == at_once.tolist()
+    )
 
 
 @pytest.mark.parametrize(

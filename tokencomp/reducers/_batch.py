@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tokencomp.errors import ScoreError
-from tokencomp.tokens.patches import HostIndex, Patches, by_group, grouped, stacks
+from tokencomp.tokens.patches import HostIndex, Patches, by_group, grouped, rows_where, stacks
 from tokencomp.tokens.spans import SpanBatch
 
 __all__ = [
@@ -25,6 +25,8 @@ __all__ = [
     "previous_similarity",
     "questions",
     "random_ranks",
+    "ranked",
+    "rows_where",
     "segment",
     "spread",
     "stacks",
@@ -52,6 +54,15 @@ def spread(values: Tensor, lengths: Sequence[int], owners: Tensor | None = None)
         rows = np.repeat(np.arange(len(lengths)), lengths)
         owners = torch.from_numpy(rows).to(values.device)
     return values.index_select(0, owners)
+
+
+def ranked(values: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Rows of values (n,), span by span, each by falling value; ties go to the lower row."""
+    order = values.sort(descending=True, stable=True).indices
+    if len(lengths) == 1:
+        return order
+    owners = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(values.device)
+    return order[owners[order].sort(stable=True).indices]
 
 
 def min_max(values: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -116,4 +127,4 @@ def previous_similarity(patches: Patches, x: Tensor) -> Tensor:
             similarity = similarity.index_fill(0, first, -torch.inf)
         return similarity.flatten()
 
-    return by_group(patches, [(h, w) for _, h, w in grids], x, of_group)
+    return by_group(patches, [(h, w) for _, h, w in grids], of_group, x)

@@ -8,12 +8,13 @@ or `replace_patches`, which put the special tokens back.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from tokencomp.errors import ScoreError
-from tokencomp.tokens.patches import check_whole
+from tokencomp.tokens.patches import Patches, check_whole
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import TOWER_ATTENTION, TowerSignal
 from tokencomp.tokens.spans import SpanBatch, VisualTokens
@@ -185,6 +186,28 @@ def tower_signal(tokens: VisualTokens | SpanBatch, signal: TowerSignal, reducer:
             "through tokencomp.patch, or set VisualTokens.tower."
         )
     return tokens.tower[signal]
+
+
+def salient_patches(
+    batch: SpanBatch, keeps: Sequence[int], reducer: str, whole: bool = False
+) -> tuple[Patches, Tensor, Tensor]:
+    """The patches of a batch, their features (n, d) and `TOWER_ATTENTION` (n,), float32.
+
+    Parameters
+    ----------
+    whole
+        Whether no patch may be missing (`Patches.whole`).
+
+    Raises
+    ------
+    PlanError
+        An earlier stage has already dropped tokens of a whole span.
+    ScoreError
+        There is no such signal, or a value is NaN or infinite.
+    """
+    patches = Patches.whole(batch, keeps, reducer) if whole else Patches.of(batch, keeps)
+    attention = patches.of_patches(tower_signal(batch, TOWER_ATTENTION, reducer))
+    return patches, finite_features(patches.features, attention).float(), attention
 
 
 def salient_rows(

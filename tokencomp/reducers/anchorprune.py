@@ -64,7 +64,7 @@ class AnchorPrune(Reducer):
         def likeness(members: list[int], rows: Tensor) -> Tensor:
             return (rows @ of_prompt[prompt[members[0]]].T).amax(1)
 
-        relevance = by_group(patches, prompt, unit, likeness)
+        relevance = by_group(patches, prompt, likeness, unit)
         start, sizes = self._anchors(patches, unit, relevance)
         how = {"spans": patches.lengths, "start": start, "given": sizes}
         chosen = maxmin_select(unit, patches.budgets, importance.clamp(min=0), **how)

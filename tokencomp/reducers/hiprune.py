@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from tokencomp.reducers._rows import finite_values, keep_patches, patch_rows, tower_signal
+from tokencomp.reducers._batch import Patches
+from tokencomp.reducers._rows import finite_values, tower_signal
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import TOWER_ATTENTION, TowerSignal
-from tokencomp.tokens.spans import VisualTokens
+from tokencomp.tokens.spans import SpanBatch
 
 ANCHORS = 0.1 / 5  # share of the budget, before their neighbours
 MIDDLE = TowerSignal("attention", 0.5)
@@ -40,20 +43,25 @@ class HiPrune(Reducer):
     grid = "known"
     needs = frozenset({MIDDLE, TOWER_ATTENTION})
 
-    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
+    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
         from tokencomp.kernels import topk_stable
 
-        rows, budget = patch_rows(tokens, keep)
-        both = torch.stack(
-            [tower_signal(tokens, s, "hiprune")[rows] for s in (MIDDLE, TOWER_ATTENTION)]
-        )
-        middle, last = finite_values(both, "attentions of the vision tower")
-        t, h, w = tokens.grid
-        cells = tokens.cells()
-        anchors = cells[topk_stable(middle, round(budget * ANCHORS))]
-        steps = anchors.new_tensor([0, -1, 1, -w, w])
-        near = (anchors[:, None] + steps).flatten().clamp(0, t * h * w - 1)
-        chosen = torch.isin(cells, near)
+        patches = Patches.of(batch, keeps)
+        both = [tower_signal(batch, signal, "hiprune") for signal in (MIDDLE, TOWER_ATTENTION)]
+        attentions = patches.of_patches(torch.stack(both, 1))
+        middle, last = finite_values(attentions, "attentions of the vision tower").unbind(1)
+        counts = [round(budget * ANCHORS) for budget in patches.budgets]
+        anchors = topk_stable(middle, counts, spans=patches.lengths)
+        # Cells of one span after those of the other: its first one, its last one, its width.
+        ends = np.cumsum([t * h * w for t, h, w in batch.grids])
+        firsts = [0, *ends[:-1].tolist()]
+        edges = np.stack([firsts, ends - 1, [w for *_, w in batch.grids]], 1)
+        first, final, w = patches.table(np.repeat(edges, counts, axis=0))[:, :, None].unbind(1)
+        cells = patches.cells() + patches.per_patch(firsts)
+        down, right = w.new_tensor([[0, 0, 0, -1, 1], [0, -1, 1, 0, 0]])
+        near = (cells[anchors][:, None] + w * down + right).clamp(first, final)
+        chosen = torch.zeros(int(ends[-1]), dtype=torch.bool, device=near.device)
+        chosen[near] = True
         # Tokens that stay anyway stand before all others.
-        kept = topk_stable(last.masked_fill(chosen, torch.inf), budget)
-        return keep_patches(tokens, rows[kept])
+        last = last.masked_fill(chosen[cells], torch.inf)
+        return patches.kept(topk_stable(last, patches.budgets, spans=patches.lengths))

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from tokencomp.plan.counts import split_evenly
-from tokencomp.reducers._rows import finite_values, keep_patches, patch_rows, tower_signal
+from tokencomp.reducers._batch import Patches, segment
+from tokencomp.reducers._rows import finite_values, tower_signal
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import TOWER_ATTENTION
-from tokencomp.tokens.spans import VisualTokens
+from tokencomp.tokens.spans import SpanBatch
 
 CROP = 1024 / 576  # crops per kept share of the tokens
 
@@ -39,18 +40,25 @@ class HoloV(Reducer):
     summary = "budgets of crops by tower attention (HoloV 2510.02912)"
     needs = frozenset({TOWER_ATTENTION})
 
-    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
+    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
         from tokencomp.kernels import topk_stable
 
-        rows, budget = patch_rows(tokens, keep)
-        attention = tower_signal(tokens, TOWER_ATTENTION, "holov")[rows]
+        patches = Patches.of(batch, keeps)
+        attention = patches.of_patches(tower_signal(batch, TOWER_ATTENTION, "holov"))
         attention = finite_values(attention, "attentions of the vision tower")
-        n = len(rows)
-        crops = min(n, max(1, int(CROP * n / budget)))
-        lengths = [n // crops + (i < n % crops) for i in range(crops)]
-        means = torch.stack([part.mean() for part in attention.split(lengths)]).tolist()
-        kept = topk_stable(attention, crop_budgets(means, budget, lengths), spans=lengths)
-        return keep_patches(tokens, rows[kept])
+        crops = [crop_lengths(n, k) for n, k in zip(patches.lengths, patches.budgets, strict=True)]
+        lengths = list(itertools.chain(*crops))
+        sums = iter(segment(attention.double(), lengths, "sum").tolist())
+        budgets = []
+        for own, budget in zip(crops, patches.budgets, strict=True):
+            budgets += crop_budgets([next(sums) / n for n in own], budget, own)
+        return patches.kept(topk_stable(attention, budgets, spans=lengths))
+
+
+def crop_lengths(n: int, budget: int) -> list[int]:
+    """Patches of every crop of a picture of n patches, of which `budget` stay."""
+    crops = min(n, max(1, int(CROP * n / budget)))
+    return [n // crops + (i < n % crops) for i in range(crops)]
 
 
 def crop_budgets(weights: list[float], total: int, most: list[int]) -> list[int]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tokencomp.plan.counts import split_evenly
-from tokencomp.reducers._batch import Patches
+from tokencomp.reducers._batch import Patches, rows_where
 from tokencomp.reducers._rows import finite_features
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
@@ -108,9 +108,8 @@ class Merge(Reducer):
         gone = topk_stable(similarity, steps, spans=lengths)
         target = torch.arange(len(x), device=x.device)
         target = target.index_copy(0, gone, partner.to(target).index_select(0, gone))
-        left = torch.ones(len(x), dtype=torch.uint8, device=x.device).index_fill_(0, gone, 0)
-        # Sorting instead of `nonzero`, whose length the host would have to read.
-        keep = left.sort(descending=True, stable=True).indices[: len(x) - sum(steps)]
+        left = torch.ones(len(x), dtype=torch.bool, device=x.device).index_fill_(0, gone, 0)
+        keep = rows_where(left, len(x) - sum(steps))
         how = {"frames": lengths, "weighted": self.weighted}
         x, sizes, _ = merge_rows(x, target, keep, sizes, **how)
         return x, sizes, rows.index_select(0, keep)

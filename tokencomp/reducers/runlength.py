@@ -74,7 +74,7 @@ class RunLength(Reducer):
         if first is None:
             return patches.kept(chosen)
         rest = [budget - own for budget, own in zip(patches.budgets, budgets, strict=True)]
-        scores = by_group(patches, batch.grids, x, functools.partial(_changes, batch.grids, rest))
+        scores = by_group(patches, batch.grids, functools.partial(_changes, batch.grids, rest), x)
         scores.index_fill_(0, first.index_select(0, chosen), torch.inf)
         return patches.kept(topk_stable(scores, patches.budgets, spans=patches.lengths))
 

@@ -279,7 +279,7 @@ class Selector(Reducer):
         def of_group(members: list[int], rows: Tensor) -> Tensor:
             return self.importance(rows.unflatten(0, (len(members), -1))).flatten()
 
-        return by_group(patches, patches.lengths, given, of_group)
+        return by_group(patches, patches.lengths, of_group, given)
 
     @torch.no_grad()
     def importance(self, rows: Tensor) -> Tensor:

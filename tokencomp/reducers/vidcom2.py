@@ -66,7 +66,7 @@ class VidCom2(Reducer):
 
         patches = Patches.whole(batch, keeps, "vidcom2")
         x, grids = patches.features.float(), batch.grids
-        values = by_group(patches, grids, x, lambda m, rows: self._values(grids[m[0]], rows))
+        values = by_group(patches, grids, lambda m, rows: self._values(grids[m[0]], rows), x)
         frames = [h * w for t, h, w in grids for _ in range(t)]
         # One read for the budgets of all frames, which depend on the features, and for whether
         # these are finite.

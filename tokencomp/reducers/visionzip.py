@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch.nn.functional import normalize
 
-from tokencomp.reducers._rows import replace_patches, salient_rows, tower_signal
+from tokencomp.reducers._batch import rows_where
+from tokencomp.reducers._rows import salient_patches, tower_signal
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.tokens.nearest import nearest
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import TOWER_ATTENTION, TOWER_KEYS
-from tokencomp.tokens.spans import VisualTokens
+from tokencomp.tokens.spans import SpanBatch
 
 CONTEXTUAL = 10 / 64
 
@@ -40,23 +43,24 @@ class VisionZip(Reducer):
     merges = True
     needs = frozenset({TOWER_ATTENTION, TOWER_KEYS})
 
-    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
+    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
         from tokencomp.kernels import merge_rows, topk_stable
 
-        rows, budget, x, attention = salient_rows(tokens, keep, "visionzip")
-        keys = tower_signal(tokens, TOWER_KEYS, "visionzip")[rows].mean(1)
-        contextual = max(1, round(budget * CONTEXTUAL))
-        dominant = topk_stable(attention, budget - contextual)
-        free = torch.ones(len(rows), dtype=torch.bool, device=x.device)
-        free[dominant] = False
-        rest = free.nonzero()[:, 0]
-        step = max(1, len(rest) // contextual)
-        targets = rest[::step][:contextual]
-        unit = normalize(keys.float(), dim=1)
-        target = torch.arange(len(rows), device=x.device)
-        target[rest] = targets[(unit[rest] @ unit[targets].T).argmax(1)]
-        target[targets] = targets
+        patches, x, attention = salient_patches(batch, keeps, "visionzip")
+        keys = patches.of_patches(tower_signal(batch, TOWER_KEYS, "visionzip")).mean(1)
+        contextual = [max(1, round(budget * CONTEXTUAL)) for budget in patches.budgets]
+        counts = [k - c for k, c in zip(patches.budgets, contextual, strict=True)]
+        dominant = topk_stable(attention, counts, spans=patches.lengths)
+        free = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        rest = rows_where(free.index_fill_(0, dominant, False), len(x) - len(dominant))
+        places, first = [], 0
+        for number, target_count in enumerate(contextual):
+            others = patches.lengths[number] - counts[number]
+            places.append(first + np.arange(target_count) * max(1, others // target_count))
+            first += others
+        targets = rest.index_select(0, patches.table(np.concatenate(places)))
         kept = torch.cat([dominant, targets]).sort().values
-        sizes = None if tokens.sizes is None else tokens.sizes[rows]
-        merged = merge_rows(x, target, kept, sizes, weighted=False)
-        return replace_patches(tokens, rows[kept], merged.x, merged.sizes)
+        target = nearest(patches, keys, targets, contextual).index_copy(0, kept, kept)
+        how = {"frames": patches.lengths, "weighted": False}
+        merged = merge_rows(x, target, kept, patches.sizes(), **how)
+        return patches.replaced(kept, merged.x, merged.sizes)

@@ -22,6 +22,7 @@ from tokencomp.tokens.spans import Grid, SpanBatch
 
 K = TypeVar("K", bound=Hashable)
 HostIndex = np.ndarray[Any, np.dtype[np.int64]]
+PAIRS = 1 << 24  # pairs of patches that are compared at once
 
 
 @dataclass
@@ -91,9 +92,13 @@ class Patches:
         """Integers on the host as a tensor on the device, int64."""
         return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(self.device)
 
+    def per_patch(self, values: Sequence[int]) -> Tensor:
+        """One number per span as one per patch, int64, shape (patches,)."""
+        return self.table(np.repeat(np.asarray(values, dtype=np.int64), self.lengths))
+
     def owners(self) -> Tensor:
         """The span of every patch, int64, shape (patches,)."""
-        return self.table(np.repeat(np.arange(len(self.lengths)), self.lengths))
+        return self.per_patch(range(len(self.lengths)))
 
     def sizes(self) -> Tensor:
         """How many original tokens every patch stands for, float32, shape (patches,)."""
@@ -117,8 +122,8 @@ class Patches:
         if self.batch.index is None:
             return frames
         first = list(itertools.accumulate(map(len, frames), initial=0))
-        areas = np.repeat([h * w for _, h, w in self.batch.grids], self.lengths)
-        frame = self.cells() // self.table(areas) + self.table(np.repeat(first[:-1], self.lengths))
+        areas = self.per_patch([h * w for _, h, w in self.batch.grids])
+        frame = self.cells() // areas + self.per_patch(first[:-1])
         counts = torch.bincount(frame, minlength=first[-1]).tolist()
         return [counts[a:b] for a, b in itertools.pairwise(first)]
 
@@ -136,11 +141,9 @@ class Patches:
         """The patches among the kept `rows` of the batch, as many as the budgets, int64."""
         if self.batch.special is None:
             return rows
-        special = self.batch.special
-        # As in `of`: the host knows how many patches there are, and need not wait for their places.
-        order = special.index_select(0, rows).to(torch.uint8).sort(stable=True).indices
-        own = rows.index_select(0, order[: sum(self.budgets)])
-        return ((~special).cumsum(0) - 1).index_select(0, own)
+        patch = ~self.batch.special
+        own = rows_where(patch.index_select(0, rows), sum(self.budgets))
+        return (patch.cumsum(0) - 1).index_select(0, rows.index_select(0, own))
 
     def kept(self, chosen: Tensor) -> Reduction:
         """The reduction that keeps all special tokens and the patches `chosen`, ascending."""
@@ -157,16 +160,25 @@ class Patches:
         chosen : Tensor of int64, shape (k,)
             Patches whose places the new ones take, in any order.
         x : Tensor, shape (k, d)
-            Features of the new patches.
+            Features of the new patches, in any dtype; they get that of the batch.
         sizes : Tensor of float32, shape (k,)
             How many original tokens each of them stands for.
         """
+        x = x.to(self.batch.features.dtype)
         if self.rows is not None and self.special is not None:
             chosen = torch.cat([self.special, self.rows.index_select(0, chosen)])
             x = torch.cat([self.batch.features.index_select(0, self.special), x])
             sizes = torch.cat([sizes.new_ones(len(self.special)), sizes])
         keep, order = chosen.sort()
         return Reduction(keep, x.index_select(0, order), sizes.index_select(0, order))
+
+
+def rows_where(mask: Tensor, count: int) -> Tensor:
+    """The `count` rows at which mask (n,) holds, ascending, int64.
+
+    They are sorted out, because the host would have to wait for the length of `nonzero`.
+    """
+    return mask.to(torch.uint8).sort(descending=True, stable=True).indices[:count]
 
 
 def grouped(keys: Sequence[K]) -> dict[K, list[int]]:
@@ -177,37 +189,49 @@ def grouped(keys: Sequence[K]) -> dict[K, list[int]]:
     return groups
 
 
-def stacks(patches: Patches, keys: Sequence[Hashable]) -> Iterator[tuple[list[int], Tensor | None]]:
-    """Groups of spans with one key, and the patches of each group (None: all patches)."""
-    groups = grouped(keys)
-    starts = patches.starts
-    for members in groups.values():
-        rows = [np.arange(starts[m], starts[m] + patches.lengths[m]) for m in members]
-        yield members, None if len(groups) == 1 else patches.table(np.concatenate(rows))
+def stacks(
+    patches: Patches, keys: Sequence[Hashable], pairs: bool = False
+) -> Iterator[tuple[list[int], Tensor | None]]:
+    """Groups of spans with one key, and the patches of each group (None: all patches).
+
+    With `pairs`, spans of one key have one length, and a group has no more of them than have 2²⁴
+    pairs of patches.
+    """
+    starts, lengths = patches.starts, patches.lengths
+    for same in grouped(keys).values():
+        most = max(1, PAIRS // lengths[same[0]] ** 2) if pairs else len(same)
+        for first in range(0, len(same), most):
+            members = same[first : first + most]
+            rows = [np.arange(starts[m], starts[m] + lengths[m]) for m in members]
+            whole = len(members) == len(lengths)
+            yield members, None if whole else patches.table(np.concatenate(rows))
 
 
 def by_group(
     patches: Patches,
     keys: Sequence[Hashable],
-    x: Tensor,
-    function: Callable[[list[int], Tensor], Tensor],
+    function: Callable[..., Tensor],
+    *values: Tensor,
+    pairs: bool = False,
 ) -> Tensor:
     """One value per patch, computed for the spans of every key together.
 
     Parameters
     ----------
-    x : Tensor, shape (patches, …)
     function
-        (spans, rows of x) → values of these rows, (rows,).
+        (spans, rows of every one of `values`) → values of these rows, (rows,).
+    values : Tensor, shape (patches, …)
+    pairs
+        As in `stacks`.
     """
     parts, order = [], []
-    for members, rows in stacks(patches, keys):
+    for members, rows in stacks(patches, keys, pairs):
         if rows is None:
-            return function(members, x)
-        parts.append(function(members, x.index_select(0, rows)))
+            return function(members, *values)
+        parts.append(function(members, *(v.index_select(0, rows) for v in values)))
         order.append(rows)
-    values = torch.cat(parts)
-    return torch.empty_like(values).index_copy_(0, torch.cat(order), values)
+    joined = torch.cat(parts)
+    return torch.empty_like(joined).index_copy_(0, torch.cat(order), joined)
 
 
 def check_whole(grid: Grid, patches: int, reducer: str) -> None:
