@@ -9,6 +9,7 @@ The rule, its history and the reasons are in docs/decisions/0001-default-reducer
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,6 @@ from benchmarks.accuracy.tables import table
 from benchmarks.real.candidates import photographs
 from tokencomp.cli import one_message
 from tokencomp.evaluation.settings import REST, Setting
-from tokencomp.method import DEFAULT_SERVED_REDUCER
 from tokencomp.shapesqa.items import FRAMES
 from tokencomp.shapesqa.questions import FAMILIES
 from tokencomp.storage import write_json, write_text
@@ -58,6 +58,11 @@ media, facility location (`scope` with `saliency="none"`), and marginal relevanc
 selector. "condiv merge_rest=-1.0,
 proportional_attention=True" is the default with `rest="merge"`. The [decision
 record](../../docs/decisions/0001-default-reducer.md) says what followed."""
+
+OTHERS = """Two models take no part in the choice: tiny-gemma3 sees images alone, and the first
+layer of tiny-qwen3-5 has no attention to score with. Their default keeps by `kcentre`. They were
+asked for what needs neither training nor attention of the decoder; tiny-gemma3, which has
+attention, for `condiv` too."""
 
 VIDEOS: Candidate = ("condiv", {"power": 1.0, "margin": 0.2})
 IMAGES: Candidate = ("condiv", {"power": 0.35, "margin": 0.2})
@@ -98,7 +103,7 @@ ASKED: list[Candidate] = [
     ("selector", {"pick": "mmr"}),
     ("selector", {"pick": "mmr", REST: "merge"}),
 ]
-"""What `studies.merging` asks; with what is stored already it makes the last table."""
+"""What `studies.merging` asks; with what is stored already it makes a table."""
 AGAINST = [
     *(by_kind(one, VIDEOS) for one in (WEIGHTED, LOCATION)),
     by_kind(LOCATION, WEIGHTED),
@@ -106,6 +111,17 @@ AGAINST = [
     ("kcentre", {}),
     *ASKED,
 ]
+LEFT_OUT = ("tiny-gemma3", "tiny-qwen3-5")
+"""Models that take no part in the choice, and which `studies.merging` asks about merging alone."""
+SERVED: list[Candidate] = [
+    ("kcentre", {}),
+    ("kcentre", {REST: "merge"}),
+    ("scope", {"saliency": "none"}),
+    LOCATION,
+]
+"""What those models are asked: no attention of the decoder, no training."""
+SCORED: list[Candidate] = [VIDEOS, ("condiv", {**VIDEOS[1], REST: "merge"})]
+"""Asked of tiny-gemma3 too: the first layer of the tiny Qwen3.5 has no attention to score with."""
 QUESTION_FAMILIES = (
     "attribute", "existence", "count", "small_object", "needle", "video_existence", "action_count",
 )  # fmt: skip
@@ -142,9 +158,8 @@ def mean_of(values: list[float], cells: list[tuple[float, str]], column: tuple[f
 
 
 def evidence(folder: Path) -> list[Results]:
-    """Validation results of the models in a folder that can run condiv, and of photographs."""
-    every = read_all(folder, "validation")
-    return [*(one for one in every if one.default != DEFAULT_SERVED_REDUCER), photographs()]
+    """Validation results of the models in a folder, and of photographs."""
+    return [*read_all(folder, "validation"), photographs()]
 
 
 def write_choice(results: list[Results], folder: Path) -> dict[str, Any]:
@@ -152,7 +167,9 @@ def write_choice(results: list[Results], folder: Path) -> dict[str, Any]:
 
     Models that have not answered for any candidate at every ratio take no part.
     """
-    results = [one for one in results if any(answered([one], c) for c in CANDIDATES)]
+    every = [one for one in results if any(answered([one], c) for c in CANDIDATES)]
+    others = [one for one in every if one.manifest["model"] in LEFT_OUT]
+    results = [one for one in every if one not in others]
     ready = [c for c in CANDIDATES if answered(results, c)]
     rows = rank(results, ready)
     chosen = max((r for r in rows if r["tied"]), key=preference)
@@ -175,8 +192,9 @@ def write_choice(results: list[Results], folder: Path) -> dict[str, Any]:
         choice_table(beyond, beyond[0], results),
         *by_the_rule(beyond, default),
         *asked_again(results, default),
+        *asked_of_others(others),
     ]
-    for one in results:
+    for one in [*results, *others]:
         m = one.manifest
         parts += [f"## {m['model']}", f"{m['items']} questions. {learned_sentence(one)}"]
         parts.append(sources(one))
@@ -187,7 +205,7 @@ def write_choice(results: list[Results], folder: Path) -> dict[str, Any]:
 
 def by_the_rule(rows: list[dict[str, Any]], default: Candidate) -> list[str]:
     """What the rule would choose if merging could be the default."""
-    best = max((row for row in rows if row["tied"]), key=preference)
+    best = max((row for row in rows if row["tied"]), key=lambda row: preference(row, default))
     name: Candidate = (best["reducer"], best["options"])
     record = "[decision record](../../docs/decisions/0001-default-reducer.md)"
     said = f"By the rule alone: **{title(name)}**. The {record} says why it is not the default."
@@ -203,6 +221,20 @@ def asked_again(results: list[Results], default: Candidate) -> list[str]:
     first = next(row for row in rows if (row["reducer"], row["options"]) == default)
     names = ", ".join(one.manifest["model"] for one in ready)
     return ["## Candidates with merging", AGAIN, f"Of {names}.", choice_table(rows, first, ready)]
+
+
+def asked_of_others(results: list[Results]) -> list[str]:
+    """The section of the models in `LEFT_OUT`: all together, then those that run condiv too."""
+    default, parts = SERVED[0], []
+    for candidates in (SERVED, [*SERVED, *SCORED]):
+        ready = [one for one in results if all(answered([one], c) for c in candidates)]
+        if ready:
+            rows = rank(ready, candidates)
+            first = next(row for row in rows if (row["reducer"], row["options"]) == default)
+            names = ", ".join(one.manifest["model"] for one in ready)
+            parts += [f"Of {names}.", choice_table(rows, first, ready)]
+            parts += by_the_rule(rows, default)
+    return ["## Merging on two more models", OTHERS, *parts] if parts else []
 
 
 def preference(row: dict[str, Any], previous: Candidate = PREVIOUS) -> tuple[float, bool, float]:
@@ -224,9 +256,16 @@ def missing(folder: Path, candidates: list[Candidate]) -> list[Setting]:
 
 
 def run_missing(
-    doc: str, candidates: list[Candidate], per_family: int, families: tuple[str, ...], out: Path
+    doc: str,
+    candidates: list[Candidate] | Callable[[str], list[Candidate]],
+    per_family: int,
+    families: tuple[str, ...],
+    out: Path,
 ) -> Path:
-    """Run on every model what the command line names and has no results; returns their folder."""
+    """Run on every model what the command line names and has no results; returns their folder.
+
+    The candidates are those of all models, or of the model that is given by name.
+    """
     parser = publishing.parser(doc, out)
     parser.add_argument("--models", nargs="+", default=available_models())
     parser.add_argument("--per-family", type=int, default=per_family)
@@ -240,7 +279,8 @@ def run_missing(
     facts = publishing.published_from(args.out, args.allow_dirty)
     torch.set_num_threads(args.threads)
     for name in args.models:
-        grid = missing(args.out / name, candidates)
+        asked = candidates(name) if callable(candidates) else candidates
+        grid = missing(args.out / name, asked)
         if grid:
             answer_all(name, "validation", grid, args, facts)
     return Path(args.out)

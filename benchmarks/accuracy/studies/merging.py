@@ -3,7 +3,7 @@
 python -m benchmarks.accuracy.studies.merging --models tiny-qwen2-vl   # runs what is missing
 python -m benchmarks.accuracy.studies.merging --report                 # from the stored results
 
-The answers stand in the last table of choice.md, beside the stored ones of the default.
+The answers stand in the last tables of choice.md, beside the stored ones of the default.
 """
 
 from __future__ import annotations
@@ -12,7 +12,11 @@ from benchmarks.accuracy.report import page_folder
 from benchmarks.accuracy.store import RESULTS
 from benchmarks.accuracy.studies.choose import (
     ASKED,
+    LEFT_OUT,
     QUESTION_FAMILIES,
+    SCORED,
+    SERVED,
+    Candidate,
     evidence,
     run_missing,
     write_choice,
@@ -20,8 +24,15 @@ from benchmarks.accuracy.studies.choose import (
 from tokencomp.cli import one_message
 
 
+def asked(model: str) -> list[Candidate]:
+    """What a model is asked: of those in `LEFT_OUT`, tiny-gemma3 has attention to score with."""
+    if model not in LEFT_OUT:
+        return ASKED
+    return [*SERVED, *(SCORED if model == "tiny-gemma3" else ())]
+
+
 def main() -> None:
-    folder = run_missing(str(__doc__), ASKED, 40, QUESTION_FAMILIES, RESULTS)
+    folder = run_missing(str(__doc__), asked, 40, QUESTION_FAMILIES, RESULTS)
     write_choice(evidence(folder), page_folder(folder.resolve()))
 
 
