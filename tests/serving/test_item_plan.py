@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from support import families
-from support.matrix import small_weights
 from support.serving.cases import SERVABLE
+from support.serving.selectors import selector
 
 import tokencomp
 from tokencomp.adapters.registry import adapter_for
@@ -18,7 +17,7 @@ from tokencomp.adapters.towers.base import Cells
 from tokencomp.errors import OptionError, PlanError, WeightsError
 from tokencomp.method import MethodSpec
 from tokencomp.reducers.registry import available_reducers, make_reducer
-from tokencomp.serving.item_plan import ItemPlan, SpanLayout, config_facts
+from tokencomp.serving.item_plan import ItemPlan, SpanLayout, cache_key, config_facts
 from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm.tower import kept_cells
 from tokencomp.tokens.spans import ModelFacts, VisualSpan, VisualTokens
@@ -168,12 +167,7 @@ def test_trained_weights_are_checked_where_items_are_planned_and_read_once(tmp_p
     known = model_facts(adapter_for(model))
     for name in ("model_type", "num_layers", "hidden_size"):
         assert getattr(facts, name) == getattr(known, name)
-    card = model_card(model)
-    stored = Path(small_weights("selector", facts.hidden_size, card, "features"))
-    file = tmp_path / "selector.safetensors"
-    for suffix in (".safetensors", ".json"):
-        shutil.copy(stored.with_suffix(suffix), file.with_suffix(suffix))
-    options = {"input": "features", "weights": str(tmp_path)}
+    options, file = selector(tmp_path, model_card(model)), tmp_path / "selector.safetensors"
     asked = {"reducer": "selector", "ratio": 0.5, "options": options}
     spec = ServerOptions.parse(asked, "vllm").default
     plan = ItemPlan.make("video", [SpanLayout((4, 3, 3), "end")], spec, 5, facts)
@@ -189,6 +183,26 @@ def test_trained_weights_are_checked_where_items_are_planned_and_read_once(tmp_p
             ItemPlan.make("image", [SpanLayout((1, 3, 3))], spec, 5, wrong)
     with pytest.raises(OptionError, match="selector with input=features"):
         ServerOptions.parse({**asked, "options": {"weights": str(tmp_path)}}, "vllm")
+
+
+def test_weights_that_are_trained_again_have_other_keys_and_choose_anew(tmp_path: Path) -> None:
+    """The path stays the same; what lies there is what caches and workers must tell apart."""
+    card = {"model_type": "any", "num_layers": 2, "hidden_size": 8}
+    facts, layout, x = ModelFacts(False, **card), SpanLayout((1, 6, 6)), torch.randn(36, 8)
+    keys, kept = [], []
+    for sign in (1, 1, -1):  # the second training finds what the first found
+        options = selector(tmp_path, card, sign, time=len(keys))
+        asked = {"reducer": "selector", "ratio": 0.75, "options": options}
+        spec = ServerOptions.parse(asked, "vllm").default
+        keys.append(cache_key(spec, facts))
+        plan = ItemPlan.make("image", [layout], spec, 0, facts)
+        kept.append(ItemPlan.from_tensor(plan.to_tensor()).reduce(x)[1].tolist())
+        file = str(tmp_path / "selector.safetensors")
+        tokens = VisualTokens(x, layout.grid, torch.zeros(36, dtype=torch.bool))
+        want = make_reducer("selector", **options | {"weights": file}).reduce(tokens, plan.kept)
+        assert kept[-1] == want.keep.tolist()
+    assert keys[0] == keys[1] != keys[2]
+    assert kept[0] == kept[1] != kept[2]
 
 
 @pytest.mark.parametrize(("extent", "position"), [(0, "first"), (40, "mean")])

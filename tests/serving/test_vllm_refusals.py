@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +16,7 @@ import numpy as np
 import torch
 import vllm
 from support.serving.cases import SERVABLE
+from support.serving.selectors import selector
 from vllm.config import CUDAGraphMode
 
 from tokencomp.errors import OptionError, RatioError, UnsupportedModelError
@@ -27,6 +30,7 @@ from tokencomp.serving.vllm.model import CompressingModel
 from tokencomp.serving.vllm.processing import CompressingProcessor
 from tokencomp.serving.vllm.qwen3_vl import frame_offsets
 from tokencomp.serving.vllm.rotary import lengthen_tables
+from tokencomp.tokens.spans import ModelFacts
 
 
 def config(**changes: Any) -> Any:
@@ -232,6 +236,34 @@ def test_engines_whose_towers_cannot_be_shortened(settings: Any, reason: str) ->
     processor._check_tower(MethodSpec("uniform", 0.5))
     with pytest.raises(OptionError, match=reason):
         processor._check_tower(MethodSpec("uniform", 0.5, tower_ratio=0.4))
+
+
+def test_keys_of_media_know_what_the_trained_weights_are(tmp_path: Path) -> None:
+    """Another training in the same folder gives other keys, and an equal one the same."""
+
+    class Stock:
+        def _get_mm_hashes(self, inputs: Any) -> Any:
+            return inputs.hf_processor_mm_kwargs
+
+    class Processor(CompressingProcessor, Stock):
+        pass
+
+    @dataclass(frozen=True)
+    class Inputs:
+        hf_processor_mm_kwargs: dict[str, Any]
+
+    card = {"model_type": "any", "num_layers": 2, "hidden_size": 8}
+    processor: Any = object.__new__(Processor)
+    processor._facts = ModelFacts(False, **card)
+    keys = []
+    for sign in (1, 1, -1):
+        options = selector(tmp_path, card, sign, time=len(keys))
+        asked = {"reducer": "selector", "ratio": 0.75, "options": options}
+        processor._options = ServerOptions.parse(asked)
+        processor._latest = "", processor._options.default
+        keys.append(processor._get_mm_hashes(Inputs({"fps": 1})))
+    assert keys[0] == keys[1] != keys[2] and keys[0]["fps"] == 1
+    assert processor._get_mm_hashes(Inputs({"tokencomp": {"ratio": 0}})) == {}
 
 
 def test_options_of_requests_are_resolved_once_and_never_mixed_up() -> None:

@@ -11,6 +11,7 @@ import signal
 import socket
 import struct
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,9 +21,14 @@ pytest.importorskip("vllm", reason="vllm is not installed")
 import openai
 from PIL import Image
 from support.serving import hf_reference, http
+from support.serving.selectors import selector
 from support.serving.vllm_environment import ENV
 
+from tokencomp.trained.cards import model_card
+
 QUESTION = "What color is the circle?"
+ENGINE = ["--enforce-eager", "--dtype", "float32", "--max-model-len", 8192, "--block-size", 32]
+ENGINE += ["--max-num-seqs", 16]
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +37,7 @@ def started(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     (root / "media").mkdir()
     arguments = ["--engine", "vllm", "--model", folder, "--ratio", 0.5, "--low-detail-ratio", 0.9]
     arguments += ["--served-model-name", "tiny", "--allowed-media-path", root / "media"]
-    arguments += ["--", "--enforce-eager", "--dtype", "float32", "--max-model-len", 8192]
-    arguments += ["--block-size", 32, "--max-num-seqs", 16]
+    arguments += ["--", *ENGINE]
     with http.process(root / "log", *arguments, **ENV, TOKENCOMP_API_KEY="secret") as (
         url,
         process,
@@ -114,6 +119,28 @@ def test_server_default(served: Any) -> None:
     text, prompt, _ = expected(folder, [url], {"reducer": "kcentre", "ratio": 0.5})
     answer = ask(client, url)
     assert (answer.choices[0].message.content, answer.usage.prompt_tokens) == (text, prompt)
+
+
+def test_a_trained_selector_of_features_is_the_default(tiny_folder: Any, tmp_path: Path) -> None:
+    """The operator names its weights; images and clips keep what they keep in the patched model."""
+    folder = tiny_folder("qwen2_vl")
+    options = selector(tmp_path, model_card(hf_reference.load(folder)[0]))
+    arguments = ["--engine", "vllm", "--model", folder, "--ratio", 0.5, "--reducer", "selector"]
+    arguments += [word for k, v in options.items() for word in ("--set", f"{k}={v}")]
+    arguments += ["--served-model-name", "tiny", "--", *ENGINE]
+    image, video = http.image_url(1), http.video_url(2)
+    with http.server(tmp_path / "log", *arguments, **ENV) as url:
+        client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0, timeout=120)
+        for urls in ([image], [video], [image, video]):
+            answer = ask(client, *urls)
+            spec = {"reducer": "selector", "ratio": 0.5, **options}
+            text, prompt, removed = expected(folder, urls, spec)
+            assert answer.choices[0].message.content == text
+            assert answer.usage.prompt_tokens == prompt and removed > 0
+            other = ask(client, *urls, tokencomp={"options": {"pick": "mmr"}, "ratio": 0.75})
+            text, prompt, _ = expected(folder, urls, {**spec, "pick": "mmr", "ratio": 0.75})
+            assert other.choices[0].message.content == text
+            assert other.usage.prompt_tokens == prompt
 
 
 def test_images_and_videos_have_ratios_of_their_own(served: Any) -> None:

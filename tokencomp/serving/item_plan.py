@@ -11,11 +11,13 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from tokencomp import __version__
 from tokencomp.errors import ScoreError
 from tokencomp.method import MethodSpec
 from tokencomp.plan.amounts import places
@@ -23,7 +25,9 @@ from tokencomp.plan.reducer import StageReducer, reduced
 from tokencomp.plan.stages import TowerStage
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import make_reducer, options_of
+from tokencomp.serving.spec import OPERATOR_OPTIONS
 from tokencomp.tokens.spans import Grid, ModelFacts, SpanBatch, VisualSpan, VisualTokens
+from tokencomp.trained.cards import content_hash
 
 Special = Literal["none", "rows", "end"]
 
@@ -45,6 +49,22 @@ def config_facts(config: Any, folder: str) -> ModelFacts:
     """
     text = config.get_text_config()
     return ModelFacts(False, config.model_type, text.num_hidden_layers, text.hidden_size, folder)
+
+
+def cache_key(spec: MethodSpec, facts: ModelFacts | None = None) -> dict[str, Any]:
+    """What keys of caches say of an active spec: its options, the release, and trained weights.
+
+    The options name a file or folder of weights, whose content another training may change.
+    """
+    bound = spec.built_reducer.bind(facts or ModelFacts(mrope=False))
+    return {**spec.describe(), "version": __version__, "weights": _weights_of(bound)}
+
+
+def _weights_of(reducer: StageReducer) -> str:
+    """Hash of what the weights of a bound reducer are, "" if it has none."""
+    options = options_of(reducer).items()
+    files = [v for k, v in options if v and k.rpartition(".")[2] in OPERATOR_OPTIONS]
+    return " ".join(content_hash(Path(file)) for file in files)
 
 
 @dataclass(frozen=True)
@@ -102,6 +122,9 @@ class ItemPlan:
     tower
         Fraction of the cells that the vision tower sees, and name and options of the reducer that
         chooses them; None: it sees all.
+    weights
+        Hash of the reducer's trained weights, after whose change a worker reads them again; "" if
+        it has none.
     """
 
     kind: Literal["image", "video"]
@@ -111,6 +134,7 @@ class ItemPlan:
     options: str = "{}"
     extent: int = 0
     tower: tuple[float, str, str] | None = None
+    weights: str = ""
 
     @classmethod
     def make(
@@ -137,12 +161,13 @@ class ItemPlan:
             plan.counts(span, 1, place) or [plan.entering(span)]
             for span, place in zip(spans, places(spans), strict=True)
         ]
-        name, options = _described(spec.built_reducer.bind(facts))
-        tower = None
+        bound, tower = spec.built_reducer.bind(facts), None
+        name, options = _described(bound)
         if plan.tower is not None:
             tower = (plan.tower.fraction, *_described(plan.tower.reducer))
         keep = tuple(count[-1] for count in counts)
-        return cls(kind, tuple(layouts), keep, name, options, extent, tower)
+        weights = _weights_of(bound)
+        return cls(kind, tuple(layouts), keep, name, options, extent, tower, weights)
 
     @property
     def full(self) -> int:
@@ -181,17 +206,18 @@ class ItemPlan:
     def to_tensor(self) -> Tensor:
         """The plan as bytes of JSON: a uint8 tensor that every transport carries unchanged."""
         spans = [[*s.grid, s.special] for s in self.spans]
-        plan = [self.kind, spans, self.keep, self.reducer, self.options, self.extent, self.tower]
+        reducer = [self.reducer, self.options, self.extent, self.tower, self.weights]
+        plan = [self.kind, spans, self.keep, *reducer]
         return torch.frombuffer(bytearray(json.dumps(plan).encode()), dtype=torch.uint8)
 
     @classmethod
     def from_tensor(cls, data: Tensor) -> ItemPlan:
         """Read back what `to_tensor` wrote."""
         values = json.loads(bytes(data.tolist()).decode())
-        kind, spans, keep, reducer, options, extent, tower = values
+        kind, spans, keep, reducer, options, extent, tower, weights = values
         layouts = tuple(SpanLayout((t, h, w), special) for t, h, w, special in spans)
         tower = tuple(tower) if tower else None
-        return cls(kind, layouts, tuple(keep), reducer, options, extent, tower)
+        return cls(kind, layouts, tuple(keep), reducer, options, extent, tower, weights)
 
     def reduce(self, features: Tensor, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Reduce the features of the item.
@@ -221,7 +247,7 @@ class ItemPlan:
                 f"the vision tower gave {features.shape[0]} tokens for a planned {self.full}: "
                 "this engine version lays out media in another way than the plan."
             )
-        reducer = _reducer(self.reducer, self.options)
+        reducer = _reducer(self.reducer, self.options, self.weights)
         rows, index, start = [], [], 0
         for layout, keep in self.counted:
             stop, places = start + layout.length, None
@@ -277,7 +303,7 @@ class ItemPlan:
 
     def evenly(self) -> ItemPlan:
         """The plan with the same counts that keeps evenly spaced tokens, whatever the features."""
-        return replace(self, reducer="uniform", options="{}")
+        return replace(self, reducer="uniform", options="{}", weights="")
 
 
 def _reduce_span(
@@ -306,7 +332,7 @@ def _described(reducer: StageReducer) -> tuple[str, str]:
 
 
 @lru_cache(maxsize=256)
-def _reducer(name: str, options: str) -> Reducer:
+def _reducer(name: str, options: str, weights: str = "") -> Reducer:
     return make_reducer(name, **json.loads(options))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,16 @@ def read(path: Path, kind: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]
     if broken:
         raise WeightsError(f"{path}: NaN or infinity in {', '.join(broken[:3])}. Train it again.")
     return tensors, content
+
+
+def content_hash(path: Path) -> str:
+    """Return a hash of a weights file, which is read once for every change of it."""
+    return _content_hash(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=8)
+def _content_hash(path: Path, modified: int) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def write(path: Path, tensors: dict[str, Tensor], card: dict[str, Any]) -> Path:

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 
-import tokencomp
 from tokencomp.errors import OptionError, UnsupportedModelError
 from tokencomp.method import MethodSpec
 from tokencomp.serving import ENV_OPTIONS, KEY
-from tokencomp.serving.item_plan import ItemPlan, SpanLayout, config_facts
+from tokencomp.serving.item_plan import ItemPlan, SpanLayout, cache_key, config_facts
 from tokencomp.serving.offsets import MAX_OFFSET
 from tokencomp.serving.spec import ServerOptions
 from tokencomp.tokens.spans import ModelFacts
@@ -146,7 +145,7 @@ def compress(output: Any, spec: MethodSpec, merge: int, facts: ModelFacts | None
         positions[:, start : start + length] = base[:, None]
         first = int(stays[:start].sum())
         fields = {PLAN: plan.to_tensor(), OFFSETS: offsets.to(torch.int32), TEXT: text}
-        items.append(_planned(item, (first, first + length - 1), fields, spec))
+        items.append(_planned(item, (first, first + length - 1), fields, cache_key(spec, facts)))
     output.input_ids = [token for token, stay in zip(ids, stays.tolist(), strict=True) if stay]
     output.mm_items = items
     output.mrope_positions = positions[:, stays]
@@ -185,8 +184,8 @@ def _moved(item: Any, removed: int) -> Any:
     return result
 
 
-def _planned(item: Any, span: tuple[int, int], fields: dict[str, Any], spec: MethodSpec) -> Any:
-    """Return a copy of an item with its plan, and with a hash that depends on the options.
+def _planned(item: Any, span: tuple[int, int], fields: dict[str, Any], key: dict[str, Any]) -> Any:
+    """Return a copy of an item with its plan, and with a hash that depends on `key`.
 
     SGLang's cache of processed images may share the item with other requests.
     """
@@ -195,7 +194,7 @@ def _planned(item: Any, span: tuple[int, int], fields: dict[str, Any], spec: Met
     result = copy.copy(item)
     result.offsets = [span]
     result.model_specific_data = {**item.model_specific_data, **fields}
-    text = json.dumps([spec.describe(), tokencomp.__version__], sort_keys=True)
+    text = json.dumps(key, sort_keys=True)
     namespace = "sha256:" + hashlib.sha256(text.encode()).hexdigest()
     item.set_pad_value()  # computes the hash of the pixels if it is missing
     result.set_hash(resolve_multimodal_item_hash(existing_hash=item.hash, namespace=namespace))

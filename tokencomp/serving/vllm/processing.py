@@ -20,6 +20,7 @@ from tokencomp.serving.item_plan import (
     ItemPlan,
     ItemSize,
     SpanLayout,
+    cache_key,
     config_facts,
     field_name,
 )
@@ -170,14 +171,14 @@ class CompressingProcessor:
         return result
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
-        """Return media hashes that depend on the resolved options.
+        """Return media hashes that depend on the resolved options and on trained weights.
 
         The hash of an uncompressed item is the one that it has without the plugin.
         """
         spec = self._spec(inputs.hf_processor_mm_kwargs)
         kwargs = self._plain(inputs.hf_processor_mm_kwargs)
         if spec.active:
-            kwargs[KEY] = {**spec.describe(), "version": tokencomp.__version__}
+            kwargs[KEY] = cache_key(spec, self._facts)
         return super()._get_mm_hashes(  # type: ignore[misc]  # of vLLM's class
             replace(inputs, hf_processor_mm_kwargs=kwargs)
         )
