@@ -9,6 +9,7 @@ The rule, its history and the reasons are in docs/decisions/0001-default-reducer
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from benchmarks import publishing
 from benchmarks.accuracy.report import learned_sentence, page_folder, sources
 from benchmarks.accuracy.run import RATIOS, answer_all
-from benchmarks.accuracy.store import KINDS, RESULTS, Results, read_all
+from benchmarks.accuracy.store import KINDS, RESULTS, Results, read_all, two_levels
 from benchmarks.accuracy.studies.ranking import (
     BY_KIND,
     Candidate,
@@ -35,7 +36,7 @@ from tokencomp.cli import one_message
 from tokencomp.evaluation.settings import REST, Setting
 from tokencomp.shapesqa.items import FRAMES
 from tokencomp.shapesqa.questions import FAMILIES
-from tokencomp.storage import write_json, write_text
+from tokencomp.storage import write_text
 from tokencomp.zoo import available_models
 
 INTRO = """Every candidate for the default reducer on the validation splits of ShapesQA and of the
@@ -122,6 +123,7 @@ SERVED: list[Candidate] = [
 """What those models are asked: no attention of the decoder, no training."""
 SCORED: list[Candidate] = [VIDEOS, ("condiv", {**VIDEOS[1], REST: "merge"})]
 """Asked of tiny-gemma3 too: the first layer of the tiny Qwen3.5 has no attention to score with."""
+DIGITS = 6  # of the numbers in choice.json
 QUESTION_FAMILIES = (
     "attribute", "existence", "count", "small_object", "needle", "video_existence", "action_count",
 )  # fmt: skip
@@ -174,8 +176,9 @@ def write_choice(results: list[Results], folder: Path) -> dict[str, Any]:
     rows = rank(results, ready)
     chosen = max((r for r in rows if r["tied"]), key=preference)
     cells = [[results[i].manifest["model"], ratio, kind] for i, ratio, kind in keys(results)]
-    data = {"chosen": chosen, "cells": cells, "candidates": rows}
-    write_json(folder / "choice.json", data)
+    data = json.dumps({"chosen": chosen, "cells": cells, "candidates": rows})
+    short = json.loads(data, parse_float=lambda text: round(float(text), DIGITS))
+    write_text(folder / "choice.json", two_levels(short))
     waiting = [title(c) for c in CANDIDATES if c not in ready]
     merged = [c for c in MERGED if answered(results, c)]
     default: Candidate = (chosen["reducer"], chosen["options"])
