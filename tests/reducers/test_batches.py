@@ -12,6 +12,7 @@ from support.matrix import Case
 from tokencomp import VisualTokens, make_reducer
 from tokencomp.errors import PlanError
 from tokencomp.plan.reducer import reduced
+from tokencomp.reducers import mmtok
 from tokencomp.tokens import patches
 from tokencomp.tokens.reduction import Reduction
 
@@ -35,11 +36,13 @@ def without(tokens: VisualTokens, places: list[int]) -> VisualTokens:
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("case", matrix.step_cases(), ids=matrix.case_id)
 def test_a_batch_is_its_spans_one_by_one(case: Case, whole: bool) -> None:
-    """Images and videos, with and without special tokens, of which tokens may be missing."""
+    """Images and videos, texts of any length, with and without special and missing tokens."""
     reducer, row = make_reducer(case[0], **case[1]), matrix.row(case[0])
     if not whole and reducer.grid == "whole":
         pytest.skip("acts on whole spans")
     spans = [matrix.tokens(grid, special) for grid, special in GRIDS]
+    for number, t in enumerate(spans):
+        t.query, t.query_scores = t.query[: number + 1], t.query_scores[: number + 1]
     if not whole:
         spans = [without(t, [3 + i, 7, 11]) for i, t in enumerate(spans)]
     batch, keeps = matrix.joined(spans), [row.keep(9 + i % 2, t) for i, t in enumerate(spans)]
@@ -52,16 +55,21 @@ def test_a_batch_is_its_spans_one_by_one(case: Case, whole: bool) -> None:
             torch.testing.assert_close(part.sizes, alone.sizes)
 
 
-@pytest.mark.parametrize("name", ["visprune"])
-def test_long_spans_are_compared_in_smaller_groups(
-    name: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "module", "limit", "value"),
+    [("visprune", patches, "PAIRS", 2 * 20**2), ("mmtok", mmtok, "BLOCK", 4 * 20 * 7)],
+)
+def test_long_spans_are_compared_in_parts(
+    name: str, module: Any, limit: str, value: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spans = [matrix.tokens((1, 4, 5), seed=seed) for seed in range(4)]
-    at_once = reduced(make_reducer(name), matrix.joined(spans), [7] * 4).keep
-    monkeypatch.setattr(patches, "PAIRS", 2 * 20**2)
-    assert (
-        reduced(make_reducer(name), matrix.joined(spans), [7] * 4).keep.tolist() == at_once.tolist()
+    """Of so many patches that all pairs of a call would not fit into memory."""
+    reducer, batch = (
+        make_reducer(name),
+        matrix.joined([matrix.tokens((1, 4, 5), seed=s) for s in range(4)]),
     )
+    at_once = reduced(reducer, batch, [7] * 4).keep.tolist()
+    monkeypatch.setattr(module, limit, value)
+    assert reduced(reducer, batch, [7] * 4).keep.tolist() == at_once
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,11 @@ __all__ = [
     "HostIndex",
     "Patches",
     "by_group",
+    "distinct",
     "evenly",
     "grouped",
     "min_max",
+    "padded",
     "previous_similarity",
     "questions",
     "random_ranks",
@@ -104,10 +106,29 @@ def questions(batch: SpanBatch, reducer: str, instead: str) -> tuple[Tensor, lis
             f"{reducer} compares visual tokens with the text after them, and there is none. Put "
             f"the question after the image, or use {instead}."
         )
-    texts = {id(query): query for query in queries}
-    numbers = {key: number for number, key in enumerate(texts)}
-    unit = normalize(torch.cat(list(texts.values())).float(), dim=1)
-    return unit, [len(text) for text in texts.values()], [numbers[id(query)] for query in queries]
+    texts, prompt = distinct(queries)
+    return normalize(torch.cat(texts).float(), dim=1), [len(text) for text in texts], prompt
+
+
+def distinct(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
+    """The tensors, once each, and which of them every one is: spans of a prompt share theirs."""
+    by_id = {id(tensor): tensor for tensor in tensors}
+    numbers = {key: number for number, key in enumerate(by_id)}
+    return list(by_id.values()), [numbers[id(tensor)] for tensor in tensors]
+
+
+def padded(lengths: Sequence[int], numbers: Sequence[int]) -> HostIndex:
+    """Rows of the texts `numbers`, (texts, longest): a shorter one goes on with its last row.
+
+    Parameters
+    ----------
+    lengths
+        Rows of all texts, one text after the other; none is empty.
+    """
+    own = np.asarray(lengths)[list(numbers)][:, None]
+    firsts = np.cumsum([0, *lengths])[list(numbers)][:, None]
+    rows: HostIndex = firsts + np.minimum(np.arange(own.max()), own - 1)
+    return rows
 
 
 def previous_similarity(patches: Patches, x: Tensor) -> Tensor:

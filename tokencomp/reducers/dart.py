@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -13,7 +14,7 @@ from tokencomp.errors import ScoreError
 from tokencomp.plan.counts import check_ratio
 from tokencomp.plan.plan import Plan, from_profile
 from tokencomp.plan.schedules import NATURAL, SCHEDULES
-from tokencomp.reducers._batch import Patches
+from tokencomp.reducers._batch import HostIndex, Patches, by_group, distinct, ranked, rows_where
 from tokencomp.reducers._rows import finite_features, supplied_scores
 from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import register_reducer
@@ -41,7 +42,7 @@ class Dart(Published):
     depends, and keeps a count beside the budget. Both measure keys after rotation; here they are
     measured before it, because the sum would else depend on where a prompt begins. Where a cut
     before layer 2 cannot meet the ratio, it comes earlier (ours); at decoder entry the keys are
-    those of layer 0. Spans come one by one, so that calls grow with the number of spans.
+    those of layer 0.
     """
 
     summary = "pivots and what resembles them least (DART 2502.11494)"
@@ -66,40 +67,65 @@ class Dart(Published):
                 "reducer 'dart' needs the text after a span, its keys and the model's final norm. "
                 "Run it through tokencomp.patch."
             )
-        spans = zip(
-            x.split(patches.lengths), lengths.split(patches.lengths), batch.queries,
-            batch.query_scores, patches.budgets, patches.starts, strict=True,
-        )  # fmt: skip
-        chosen = []
-        for own, own_lengths, text, text_lengths, budget, start in spans:
-            states = [normalize(batch.norm(own).float(), dim=1)]
-            pivots = longest(own_lengths, min(PIVOTS, budget))
-            directions = [states[0].index_select(0, pivots)]
-            if text is not None and len(text):
-                rows = longest(text_lengths, min(PIVOTS, len(text)))
-                directions.append(normalize(batch.norm(text.index_select(0, rows)).float(), dim=1))
-            chosen.append(start + self._least_alike(states[0], pivots, directions, budget))
-        return patches.kept(torch.cat(chosen))
+        states = normalize(batch.norm(x).float(), dim=1)
+        directions, of_span = text_pivots(batch)
 
-    def _least_alike(
-        self, states: Tensor, pivots: Tensor, directions: list[Tensor], budget: int
-    ) -> Tensor:
-        """Patches of one span that stay, `budget` in all, ascending."""
-        from tokencomp.kernels import topk_stable
+        def stays(members: list[int], states: Tensor, lengths: Tensor) -> Tensor:
+            states = states.view(len(members), -1, states.shape[1])
+            text = directions[patches.table([of_span[m] for m in members])]
+            budget = patches.budgets[members[0]]
+            return least_alike(states, lengths.view(states.shape[:2]), text, budget).flatten()
 
-        taken = torch.zeros(len(states), device=states.device).index_fill_(0, pivots, torch.inf)
-        every = torch.cat(directions)
-        share, left = -(-(budget - len(pivots)) // len(every)), budget - len(pivots)
-        for cosines in every @ states.T:
-            more = min(share, left)
-            if more <= 0:
-                break
-            rows = topk_stable(-cosines - taken, more)
-            taken, left = taken.index_fill(0, rows, torch.inf), left - more
-        chosen: Tensor = topk_stable(taken, budget)
-        return chosen
+        keys = list(zip(patches.lengths, patches.budgets, map(len, of_span), strict=True))
+        mask = by_group(patches, keys, stays, states, lengths)
+        return patches.kept(rows_where(mask, sum(patches.budgets)))
 
 
-def longest(lengths: Tensor, count: int) -> Tensor:
-    """The rows of the `count` largest of lengths (n,), largest first, ties to the lower row."""
-    return lengths.sort(descending=True, stable=True).indices[:count]
+def text_pivots(batch: SpanBatch) -> tuple[Tensor, list[HostIndex]]:
+    """Unit states of the tokens with the longest keys of all texts, and which of them a span has.
+
+    Returns
+    -------
+    tuple
+        float32 (tokens, d), longest key of a text first; their rows, for every span.
+    """
+    assert batch.queries is not None and batch.query_scores is not None and batch.norm is not None
+    texts, prompt = distinct(batch.queries)
+    lengths = [len(text) for text in texts]
+    keys = torch.cat([batch.query_scores[prompt.index(n)] for n in range(len(texts))])
+    firsts = np.cumsum([0, *lengths])
+    places = [first + np.arange(min(PIVOTS, n)) for first, n in zip(firsts, lengths, strict=False)]
+    longest = ranked(keys, lengths)
+    rows = longest[torch.from_numpy(np.concatenate(places)).to(longest.device)]
+    states = normalize(batch.norm(torch.cat(texts).index_select(0, rows)).float(), dim=1)
+    ends = np.cumsum([0, *map(len, places)])
+    return states, [np.arange(ends[n], ends[n + 1]) for n in prompt]
+
+
+def least_alike(states: Tensor, lengths: Tensor, text: Tensor, budget: int) -> Tensor:
+    """Which patches stay, `budget` of every span, bool (spans, n).
+
+    Parameters
+    ----------
+    states : Tensor of float32, shape (spans, n, d)
+        Unit states behind the final norm.
+    lengths : Tensor of float32, shape (spans, n)
+        Lengths of keys.
+    text : Tensor of float32, shape (spans, m, d)
+        Pivots of the text.
+    """
+    from tokencomp.kernels import topk_stable
+
+    order = lengths.sort(dim=1, descending=True, stable=True).indices
+    pivots = order[:, : min(PIVOTS, budget)]
+    own = states.gather(1, pivots[..., None].expand(-1, -1, states.shape[2]))
+    every, left = torch.cat([own, text], 1), budget - pivots.shape[1]
+    share = -(-left // every.shape[1])
+    taken = torch.zeros_like(lengths).scatter_(1, pivots, torch.inf)
+    for cosines in (every @ states.mT).unbind(1):
+        more = min(share, left)
+        if more <= 0:
+            break
+        rows = topk_stable(-cosines - taken, more)
+        taken, left = taken.scatter(1, rows, torch.inf), left - more
+    return taken > 0
