@@ -7,7 +7,6 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from support.tower_loops import (
     Rows,
     Vector,
@@ -34,7 +33,8 @@ every_clip = pytest.mark.parametrize("grid", CLIPS, ids=str)
 def cut(x: list[Vector], n: int, least: int) -> list[list[int]]:
     """Frames of every segment of like frames."""
     means = [mean(x[f : f + n]) for f in range(0, len(x), n)]
-    lengths = segments(torch.tensor(means), 0.9, least)
+    like = [cosine(a, b) for a, b in itertools.pairwise(means)]
+    lengths = segments(np.array(like), 0.9, least)
     ends = np.cumsum([0, *lengths]).tolist()
     return [[*range(a, b)] for a, b in itertools.pairwise(ends)]
 

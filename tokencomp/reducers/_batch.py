@@ -22,17 +22,22 @@ __all__ = [
     "distinct",
     "evenly",
     "grouped",
+    "means",
     "min_max",
     "padded",
     "previous_similarity",
     "questions",
     "random_ranks",
     "ranked",
+    "rows_of",
     "rows_where",
     "segment",
     "spread",
     "stacks",
+    "starts_of",
 ]  # fmt: skip
+
+BLOCK = 16  # rows that are summed one after the other
 
 
 def segment(values: Tensor, lengths: Sequence[int], how: str) -> Tensor:
@@ -56,6 +61,22 @@ def spread(values: Tensor, lengths: Sequence[int], owners: Tensor | None = None)
         rows = np.repeat(np.arange(len(lengths)), lengths)
         owners = torch.from_numpy(rows).to(values.device)
     return values.index_select(0, owners)
+
+
+def means(values: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Mean of every run of values (n, d) of these lengths, none empty.
+
+    Runs are summed in blocks of 16 rows, and the blocks again, as `Tensor.mean` does on a CPU if d
+    is a multiple of 32. All runs of up to 16 rows take one launch, those of up to 256 rows two, and
+    no rounding depends on other runs.
+    """
+    counts, rows = torch.tensor(lengths, device=values.device), list(lengths)
+    while max(rows) > 1:
+        blocks = [min(BLOCK, n - first) for n in rows for first in range(0, n, BLOCK)]
+        sizes = torch.tensor(blocks, device=values.device)
+        values = torch.segment_reduce(values, "sum", lengths=sizes, unsafe=True)
+        rows = [-(-n // BLOCK) for n in rows]
+    return values / counts[:, None]
 
 
 def ranked(values: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -117,18 +138,21 @@ def distinct(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
     return list(by_id.values()), [numbers[id(tensor)] for tensor in tensors]
 
 
-def padded(lengths: Sequence[int], numbers: Sequence[int]) -> HostIndex:
-    """Rows of the texts `numbers`, (texts, longest): a shorter one goes on with its last row.
-
-    Parameters
-    ----------
-    lengths
-        Rows of all texts, one text after the other; none is empty.
-    """
-    own = np.asarray(lengths)[list(numbers)][:, None]
-    firsts = np.cumsum([0, *lengths])[list(numbers)][:, None]
-    rows: HostIndex = firsts + np.minimum(np.arange(own.max()), own - 1)
+def padded(firsts: Sequence[int] | HostIndex, lengths: Sequence[int] | HostIndex) -> HostIndex:
+    """Rows of runs by first row and length, (runs, longest); short runs repeat their last row."""
+    own = np.asarray(lengths)[:, None]
+    rows: HostIndex = np.asarray(firsts)[:, None] + np.minimum(np.arange(own.max()), own - 1)
     return rows
+
+
+def starts_of(lengths: Sequence[int]) -> HostIndex:
+    """First row of every run of these lengths, and where the last one ends."""
+    return np.cumsum([0, *lengths])
+
+
+def rows_of(ends: HostIndex, numbers: Sequence[int] | HostIndex) -> HostIndex:
+    """Rows of the runs of these numbers, one run after the other; `ends` are `starts_of`."""
+    return np.concatenate([np.arange(ends[number], ends[number + 1]) for number in numbers])
 
 
 def previous_similarity(patches: Patches, x: Tensor) -> Tensor:

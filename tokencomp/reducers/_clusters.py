@@ -2,58 +2,113 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
+import numpy as np
 import torch
 from torch import Tensor
 
+from tokencomp.reducers._batch import padded, starts_of
 
-def distances(x: Tensor) -> Tensor:
-    """Euclidean distances of all pairs of rows of x (n, d), float32; 0 between copies."""
-    return torch.cdist(x.float(), x.float(), compute_mode="donot_use_mm_for_euclid_dist")
+ENTRIES = 1 << 23  # entries of a table of padded sets that are in memory at once
 
 
-def dpc_knn(
-    distance: Tensor, clusters: int, neighbours: int, itself: bool = True
+def density_peaks(
+    x: Tensor,
+    lengths: Sequence[int],
+    clusters: Sequence[int],
+    neighbours: Sequence[int],
+    scale: float = 1.0,
+    itself: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Density peaks with k nearest neighbours: centres, and the cluster of every row.
+    """Density peaks with k nearest neighbours of sets of rows: centres, and the cluster of a row.
 
     The density of a row is ρ = exp(-mean of its k smallest squared distances), and its separation δ
-    the distance to the nearest row of higher density, or the largest distance of all for the
+    the distance to the nearest row of higher density, or the largest distance of its set for the
     densest one. Centres have the largest ρ·δ. Every row belongs to the nearest centre. Releases add
     noise to break ties; here the lower row counts as denser, and ties of all else go to the lower
     row, so that the result does not change.
 
     Parameters
     ----------
-    distance : Tensor of float32, shape (n, n)
-    clusters
-        Number of centres, 1 … n.
-    neighbours
-        k, at most as many as there are.
+    x : Tensor, shape (n, d)
+        Rows of all sets, one set after the other.
+    lengths, clusters, neighbours
+        Of every set its rows (at least 1), centres (1 … rows) and k, at most as many as there are.
+    scale
+        Distances are Euclidean, divided by this.
     itself
         Whether the row itself (distance 0) is one of the k.
 
     Returns
     -------
-    centres : Tensor of int64, shape (clusters,)
-        Ascending.
+    centres : Tensor of int64, shape (Σ clusters,)
+        Rows of x, ascending.
     labels : Tensor of int64, shape (n,)
         Numbers of centres.
     """
+    parts, row, centre = list[tuple[Tensor, Tensor]](), 0, 0
+    for part in portions([n * n for n in lengths]):
+        n, count, k = lengths[part], clusters[part], neighbours[part]
+        own = _peaks(x[row : row + sum(n)].float(), n, count, k, scale, itself)
+        parts.append((own[0] + row, own[1] + centre))
+        row, centre = row + sum(n), centre + sum(count)
+    centres, labels = (torch.cat(column) for column in zip(*parts, strict=True))
+    return centres, labels
+
+
+def _peaks(
+    x: Tensor,
+    lengths: Sequence[int],
+    clusters: Sequence[int],
+    neighbours: Sequence[int],
+    scale: float,
+    itself: bool,
+) -> tuple[Tensor, Tensor]:
+    """`density_peaks` of sets that fit into memory together, in tables (sets, longest)."""
     from tokencomp.kernels import topk_stable
 
-    rows = torch.arange(len(distance), device=distance.device)
-    if clusters == len(distance):
-        return rows, rows
-    others = distance if itself else distance.clone().fill_diagonal_(torch.inf)
-    near = others.topk(min(neighbours, len(rows) - (not itself)), dim=1, largest=False).values
-    density = near.square().mean(1).neg().exp()
-    equal = (density[None] == density[:, None]) & (rows[None] < rows[:, None])
-    denser = (density[None] > density[:, None]) | equal
-    separation = torch.where(denser, distance, distance.max()).amin(1)
-    centres = topk_stable(density * separation, clusters)
-    labels = distance[:, centres].argmin(1)
-    labels[centres] = rows[:clusters]
+    def table(values: object) -> Tensor:
+        return torch.from_numpy(np.asarray(values)).to(x.device)
+
+    starts, firsts = starts_of(lengths)[:-1], starts_of(clusters)[:-1]
+    places, n = padded(starts, lengths), np.asarray(lengths)[:, None]
+    own = np.arange(places.shape[1]) < n
+    valid, inside = table(np.flatnonzero(own)), table(own)
+    y = x[table(places)]
+    # Rows behind a set are copies of its last one, so that they change no maximum.
+    distance = torch.cdist(y, y, compute_mode="donot_use_mm_for_euclid_dist") / scale
+    others = distance.masked_fill(~inside[:, None], torch.inf)
+    if not itself:
+        others.diagonal(dim1=1, dim2=2).fill_(torch.inf)
+    k = np.minimum(np.asarray(neighbours)[:, None], np.maximum(n - (not itself), 1))
+    near = others.topk(int(k.max()), dim=2, largest=False).values.square()
+    near = near.masked_fill(table(np.arange(k.max()) >= k)[:, None], 0)
+    density = (near.sum(2) / table(k)).neg().exp().masked_fill(~inside, -1)
+    row = torch.arange(len(places[0]), device=x.device)
+    equal = (density[:, None] == density[:, :, None]) & (row < row[:, None])
+    denser = (density[:, None] > density[:, :, None]) | equal
+    most = distance.amax((1, 2), keepdim=True)
+    separation = torch.where(denser, distance, most).amin(2)
+    scores = (density * separation).flatten()[valid]
+    centres = topk_stable(scores, list(clusters), spans=list(lengths))
+    in_set = centres[table(padded(firsts, clusters))] - table(starts)[:, None]
+    nearest = distance.gather(2, in_set[:, None].expand(-1, len(row), -1)).argmin(2)
+    labels = (nearest + table(firsts)[:, None]).flatten()[valid]
+    labels[centres] = torch.arange(len(centres), device=x.device)
     return centres, labels
+
+
+def portions(entries: Sequence[int], limit: int | None = None) -> Iterator[slice]:
+    """Runs of sets whose tables, padded to the largest one's entries, fit into memory together."""
+    limit, first, most = limit or ENTRIES, 0, 0
+    for number, own in enumerate(entries):
+        most = max(most, own)
+        if number > first and most * (number + 1 - first) > limit:
+            yield slice(first, number)
+            first, most = number, own
+    if len(entries):
+        yield slice(first, len(entries))
 
 
 def cluster_sums(x: Tensor, labels: Tensor, clusters: int) -> Tensor:

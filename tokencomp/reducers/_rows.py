@@ -208,26 +208,3 @@ def salient_patches(
     patches = Patches.whole(batch, keeps, reducer) if whole else Patches.of(batch, keeps)
     attention = patches.of_patches(tower_signal(batch, TOWER_ATTENTION, reducer))
     return patches, finite_features(patches.features, attention).float(), attention
-
-
-def salient_rows(
-    tokens: VisualTokens, keep: int, reducer: str, whole: bool = False
-) -> tuple[Tensor, int, Tensor, Tensor]:
-    """`patch_rows`, and features (n, d) and `TOWER_ATTENTION` (n,) of the patches, float32.
-
-    Parameters
-    ----------
-    whole
-        Whether no patch may be missing (`whole_grid`).
-
-    Raises
-    ------
-    PlanError
-        An earlier stage has already dropped tokens of a whole span.
-    ScoreError
-        There is no such signal, or a value is NaN or infinite.
-    """
-    rows, budget = whole_grid(tokens, keep, reducer) if whole else patch_rows(tokens, keep)
-    attention = tower_signal(tokens, TOWER_ATTENTION, reducer)[rows]
-    features = finite_features(tokens.features[rows], attention)
-    return rows, budget, features.float(), attention

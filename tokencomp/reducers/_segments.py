@@ -3,15 +3,51 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
+from tokencomp.reducers._batch import HostIndex, Patches, means, starts_of
 
-def segments(means: Tensor, threshold: float, least: int) -> list[int]:
+Floats = np.ndarray[Any, np.dtype[np.float32]]
+
+
+def frame_lengths(patches: Patches) -> list[int]:
+    """Patches of every frame of all spans, which are whole."""
+    return [h * w for t, h, w in patches.batch.grids for _ in range(t)]
+
+
+def before(frames: list[int]) -> HostIndex:
+    """The same place in the frame before, for all patches of frames of these lengths.
+
+    What it is in the first frame of a video has no meaning.
+    """
+    sizes = np.repeat(frames, frames)
+    rows: HostIndex = np.maximum(np.arange(len(sizes)) - sizes, 0)
+    return rows
+
+
+def frame_cosines(patches: Patches, x: Tensor) -> list[Floats]:
+    """Cosine of the mean of every frame with that of the next one, (t - 1,), for every span."""
+    unit = normalize(means(x, frame_lengths(patches)), dim=1)
+    like = (unit[:-1] * unit[1:]).sum(1).cpu().numpy()
+    ends = starts_of([t for t, *_ in patches.batch.grids])
+    return [like[start : end - 1] for start, end in itertools.pairwise(ends)]
+
+
+def place_cosines(patches: Patches, x: Tensor) -> list[Floats]:
+    """Cosine of every patch with its place in the next frame, (t - 1, n), for every span."""
+    rows = patches.table(before(frame_lengths(patches)))
+    like = cosine_similarity(x, x.index_select(0, rows), dim=1).cpu().numpy()
+    own = np.split(like, patches.starts[1:])
+    grids = patches.batch.grids
+    return [v.reshape(t, h * w)[1:] for v, (t, h, w) in zip(own, grids, strict=True)]
+
+
+def segments(like: Floats, threshold: float, least: int) -> list[int]:
     """Lengths of runs of like frames, cut where neighbours are least alike.
 
     Every pair of neighbours with a cosine below `threshold` is cut, and at least as many others, of
@@ -20,17 +56,13 @@ def segments(means: Tensor, threshold: float, least: int) -> list[int]:
 
     Parameters
     ----------
-    means : Tensor, shape (t, d)
-        One row per frame.
+    like : array, shape (t - 1,)
+        Cosine of every frame with the next one.
     """
-    from tokencomp.kernels import topk_stable
-
-    frames = len(means)
-    unit = normalize(means.float(), dim=1)
-    like = (unit[:-1] * unit[1:]).sum(1)
+    frames = len(like) + 1
     cuts = max(int((like < threshold).sum()), min(least, frames) - 1)
-    ends = (topk_stable(-like, cuts) + 1).tolist()
-    return [stop - start for start, stop in itertools.pairwise([0, *ends, frames])]
+    ends = np.sort(np.argsort(like, kind="stable")[:cuts]) + 1
+    return [int(stop - start) for start, stop in itertools.pairwise([0, *ends, frames])]
 
 
 def static_segments(static: np.ndarray) -> list[int]:
@@ -64,19 +96,18 @@ def static_segments(static: np.ndarray) -> list[int]:
     return [stop - start for start, stop in itertools.pairwise(ends[::-1])]
 
 
-@dataclass(frozen=True)
-class StillWindow:
-    """Frames `first … first + length - 1`, and the places that are alike in all of them.
+class StillWindow(NamedTuple):
+    """Numbers of the patches of a run of frames, in their span.
 
-    `static` is bool, shape (n,).
+    `static` (places, frames) are the places that are alike in all frames, `moving` (frames, places)
+    the others.
     """
 
-    first: int
-    length: int
-    static: Tensor
+    static: HostIndex
+    moving: HostIndex
 
 
-def still_windows(x: Tensor, keep: int, threshold: float) -> list[StillWindow]:
+def still_windows(like: Floats, keep: int, threshold: float) -> list[StillWindow]:
     """The windows of `static_segments` of a video, with at least `keep` rows to choose from.
 
     Where a mean per static place would leave fewer rows than `keep`, only the places whose least
@@ -84,22 +115,27 @@ def still_windows(x: Tensor, keep: int, threshold: float) -> list[StillWindow]:
 
     Parameters
     ----------
-    x : Tensor, shape (t, n, d)
+    like : array, shape (t - 1, n)
+        Cosine of every place with the same one of the next frame.
     """
-    frames, places, _ = x.shape
-    like = cosine_similarity(x[1:].float(), x[:-1].float(), dim=2)
-    lengths = static_segments((like > threshold).cpu().numpy())
-    firsts = np.cumsum([0, *lengths[:-1]]).tolist()
-    least = torch.stack(
-        [
-            like[first : first + length - 1].amin(0) if length > 1 else x.new_full((places,), -1.0)
-            for first, length in zip(firsts, lengths, strict=True)
-        ]
-    ).float()
-    saved = torch.tensor(lengths, device=x.device)[:, None].expand_as(least) - 1
-    saved = saved.masked_fill(least <= threshold, 0)
-    order = least.flatten().sort(descending=True, stable=True).indices
-    fits = torch.empty_like(order, dtype=torch.bool)
-    fits[order] = saved.flatten()[order].cumsum(0) <= frames * places - keep
-    static = fits.view_as(saved) & (saved > 0)
-    return [StillWindow(*window) for window in zip(firsts, lengths, static, strict=True)]
+    frames, n = len(like) + 1, like.shape[1]
+    lengths = static_segments(like > threshold)
+    ends = starts_of(lengths)
+    least = np.full((len(lengths), n), -1.0, dtype=like.dtype)
+    for number, (first, end) in enumerate(itertools.pairwise(ends)):
+        if end - first > 1:
+            least[number] = like[first : end - 1].min(0)
+    saved = np.where(least > threshold, np.asarray(lengths)[:, None] - 1, 0)
+    order = np.argsort(-least, axis=None, kind="stable")
+    fits = np.empty(order.shape, dtype=bool)
+    fits[order] = saved.flatten()[order].cumsum() <= frames * n - keep
+    static = fits.reshape(saved.shape) & (saved > 0)
+    patches = np.arange(frames * n).reshape(frames, n)
+    windows = zip(np.split(patches, ends[1:-1]), static, strict=True)
+    return [StillWindow(own[:, still].T, own[:, ~still]) for own, still in windows]
+
+
+def run_means(patches: Patches, x: Tensor, groups: Sequence[HostIndex]) -> Tensor:
+    """Means of x over the frames of places: groups are patches (places, frames), one by one."""
+    rows = patches.table(np.concatenate([group.flatten() for group in groups]))
+    return means(x.index_select(0, rows), [group.shape[1] for group in groups for _ in group])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tokencomp.reducers._batch import Patches, by_group, padded, questions, stacks
+from tokencomp.reducers._batch import Patches, by_group, padded, questions, stacks, starts_of
 from tokencomp.reducers._rows import finite_features, tower_signal
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
@@ -63,8 +63,10 @@ class AnchorPrune(Reducer):
         runs = [[*run] for _, run in itertools.groupby(range(len(prompt)), prompt.__getitem__)]
         prompts = Patches(batch, [sum(patches.lengths[s] for s in run) for run in runs], [])
 
+        of_text = padded(starts_of(lengths)[:-1], lengths)
+
         def likeness(members: list[int], rows: Tensor) -> Tensor:
-            own = texts[patches.table(padded(lengths, [prompt[runs[m][0]] for m in members]))]
+            own = texts[patches.table(of_text[[prompt[runs[m][0]] for m in members]])]
             rows = rows.view(len(members), -1, rows.shape[1])
             return (rows @ own.mT).amax(2).flatten()
 

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tokencomp.reducers._batch import Patches, questions, segment, spread
+from tokencomp.reducers._batch import Patches, means, questions, segment, spread
 from tokencomp.reducers._rows import finite_features, supplied_scores
 from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import register_reducer
@@ -20,7 +19,6 @@ from tokencomp.tokens.spans import SpanBatch
 
 Relevance = Literal["query", "attention"]
 EPS = 1e-6
-BLOCK = 16  # rows that are summed one after the other
 
 
 @register_reducer("cdpruner")
@@ -85,19 +83,3 @@ class CDPruner(Published):
         if owners is None:
             return (unit * table).sum(1)
         return (unit * table[patches.table(prompt)].index_select(0, owners)).sum(1)
-
-
-def means(values: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Mean of every run of values (n, d) of these lengths, none empty.
-
-    Runs are summed in blocks of 16 rows, and the blocks again, as `Tensor.mean` does on a CPU if d
-    is a multiple of 32. All runs of up to 16 rows take one launch, those of up to 256 rows two, and
-    no rounding depends on other runs.
-    """
-    counts, rows = torch.tensor(lengths, device=values.device), list(lengths)
-    while max(rows) > 1:
-        blocks = [min(BLOCK, n - first) for n in rows for first in range(0, n, BLOCK)]
-        sizes = torch.tensor(blocks, device=values.device)
-        values = torch.segment_reduce(values, "sum", lengths=sizes, unsafe=True)
-        rows = [-(-n // BLOCK) for n in rows]
-    return values / counts[:, None]

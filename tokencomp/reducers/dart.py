@@ -14,7 +14,15 @@ from tokencomp.errors import ScoreError
 from tokencomp.plan.counts import check_ratio
 from tokencomp.plan.plan import Plan, from_profile
 from tokencomp.plan.schedules import NATURAL, SCHEDULES
-from tokencomp.reducers._batch import HostIndex, Patches, by_group, distinct, ranked, rows_where
+from tokencomp.reducers._batch import (
+    HostIndex,
+    Patches,
+    by_group,
+    distinct,
+    ranked,
+    rows_where,
+    starts_of,
+)
 from tokencomp.reducers._rows import finite_features, supplied_scores
 from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import register_reducer
@@ -93,12 +101,12 @@ def text_pivots(batch: SpanBatch) -> tuple[Tensor, list[HostIndex]]:
     texts, prompt = distinct(batch.queries)
     lengths = [len(text) for text in texts]
     keys = torch.cat([batch.query_scores[prompt.index(n)] for n in range(len(texts))])
-    firsts = np.cumsum([0, *lengths])
-    places = [first + np.arange(min(PIVOTS, n)) for first, n in zip(firsts, lengths, strict=False)]
+    firsts = starts_of(lengths)[:-1]
+    places = [first + np.arange(min(PIVOTS, n)) for first, n in zip(firsts, lengths, strict=True)]
     longest = ranked(keys, lengths)
     rows = longest[torch.from_numpy(np.concatenate(places)).to(longest.device)]
     states = normalize(batch.norm(torch.cat(texts).index_select(0, rows)).float(), dim=1)
-    ends = np.cumsum([0, *map(len, places)])
+    ends = starts_of([*map(len, places)])
     return states, [np.arange(ends[n], ends[n + 1]) for n in prompt]
 
 

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from tokencomp.plan.counts import split_evenly
-from tokencomp.reducers._clusters import cluster_sums, distances, dpc_knn
-from tokencomp.reducers._rows import replace_patches, salient_rows
-from tokencomp.reducers._segments import segments
+from tokencomp.reducers._batch import HostIndex, Patches, padded, rows_of, rows_where, starts_of
+from tokencomp.reducers._clusters import density_peaks, portions
+from tokencomp.reducers._rows import salient_patches
+from tokencomp.reducers._segments import frame_cosines, frame_lengths, segments
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import TOWER_ATTENTION
-from tokencomp.tokens.spans import VisualTokens
+from tokencomp.tokens.spans import SpanBatch
 from tokencomp.validation import check_range
 
 THRESHOLD, CONTEXT, STRIDE, NEIGHBOURS, OWN = 0.9, 0.4, 4, 4, 0.6
+LIMIT = 1 << 25  # entries of features and cosines in memory at once
 
 
 @register_reducer("fastvid")
@@ -62,20 +66,29 @@ class FastVid(Reducer):
         super().__post_init__()
         check_range("fastvid", "least", self.least, 1, 1024)
 
-    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
-        rows, budget, x, attention = salient_rows(tokens, keep, "fastvid", whole=True)
-        t, n = tokens.grid[0], len(rows) // tokens.grid[0]
-        x, attention = x.view(t, n, -1), attention.view(t, n)
-        lengths = segments(x.mean(1), THRESHOLD, self.least)
-        salient, context = frame_counts(lengths, budget, n)
-        kept, first = [], 0
-        for length in lengths:
-            frames = slice(first, first + length)
-            part = _segment(x[frames], attention[frames], salient[frames], context[frames])
-            kept += [(places + first * n, values, sizes) for places, values, sizes in part]
-            first += length
-        places, values, sizes = (torch.cat(column) for column in zip(*kept, strict=True))
-        return replace_patches(tokens, rows[places], values, sizes)
+    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
+        from tokencomp.kernels import topk_stable
+
+        patches, x, attention = salient_patches(batch, keeps, "fastvid", whole=True)
+        lengths, salient, context = list[int](), list[int](), list[int]()
+        likes = frame_cosines(patches, x)
+        for like, budget, (_, h, w) in zip(likes, patches.budgets, batch.grids, strict=True):
+            own = segments(like, THRESHOLD, self.least)
+            counts = frame_counts(own, budget, h * w)
+            lengths, salient, context = lengths + own, salient + counts[0], context + counts[1]
+        frames = frame_lengths(patches)
+        chosen = topk_stable(attention, salient, spans=frames)
+        if not any(context):
+            return patches.replaced(chosen, x[chosen], x.new_ones(len(chosen)))
+        free = torch.ones(len(x), dtype=torch.bool, device=x.device).index_fill_(0, chosen, False)
+        rest = rows_where(free, len(x) - len(chosen))
+        left = [n - own for n, own in zip(frames, salient, strict=True)]
+        centres, value, sizes = around_anchors(patches, x, rest, left, lengths, context)
+        return patches.replaced(
+            torch.cat([chosen, centres]),
+            torch.cat([x[chosen], value]),
+            torch.cat([x.new_ones(len(chosen)), sizes]),
+        )
 
 
 def frame_counts(lengths: list[int], budget: int, n: int) -> tuple[list[int], list[int]]:
@@ -99,29 +112,74 @@ def frame_counts(lengths: list[int], budget: int, n: int) -> tuple[list[int], li
     return salient, moved
 
 
-def _segment(
-    x: Tensor, attention: Tensor, salient: list[int], context: list[int]
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Places, values and sizes of what stays of a segment x (frames, n, d), part by part."""
-    from tokencomp.kernels import topk_stable
+def around_anchors(
+    patches: Patches,
+    x: Tensor,
+    rest: Tensor,
+    left: list[int],
+    lengths: list[int],
+    context: list[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The density peaks of all anchors: patches, their values and sizes.
 
-    frames, n, d = x.shape
-    flat = x.flatten(0, 1)
-    chosen = topk_stable(attention.flatten(), salient, spans=[n] * frames)
-    kept = [(chosen, flat[chosen], x.new_ones(len(chosen)))]
-    free = torch.ones(frames * n, dtype=torch.bool, device=x.device)
-    free[chosen] = False
-    rest = free.nonzero()[:, 0]
-    unit, anchors = normalize(flat, dim=1), sum(count > 0 for count in context)
-    for frame, count in enumerate(context):
-        if count == 0:
-            continue
-        own = rest[(rest >= frame * n) & (rest < (frame + 1) * n)]
-        centres = own[dpc_knn(distances(flat[own]) / d**0.5, count, NEIGHBOURS)[0]]
-        nearest = (unit[rest] @ unit[centres].T).argmax(1)
-        counts = torch.bincount(nearest, minlength=count)[:, None]
-        mean = cluster_sums(flat[rest], nearest, count) / counts.clamp(min=1)
-        share = (1 / (counts + 1)).clamp(min=OWN)
-        value = torch.where(counts > 0, share * flat[centres] + (1 - share) * mean, flat[centres])
-        kept.append((centres, value, (counts[:, 0] / anchors).clamp(min=1)))
-    return kept
+    Parameters
+    ----------
+    rest : Tensor of int64
+        Patches that are not salient, ascending; `left` says how many of them every frame has.
+    lengths
+        Frames of every segment.
+    context
+        Peaks of every frame; of frames that are no anchors 0.
+    """
+    ends, stops = starts_of(left), starts_of(lengths)
+    anchors = np.flatnonzero(context)
+    segment = np.repeat(np.arange(len(lengths)), lengths)[anchors]
+    counts = [context[f] for f in anchors]
+    own = rest[patches.table(rows_of(ends, anchors))]
+    near = [NEIGHBOURS] * len(counts)
+    peaks, _ = density_peaks(x[own], [left[f] for f in anchors], counts, near, x.shape[1] ** 0.5)
+    centres = own[peaks]
+    # Of every anchor the rest of its segment goes to the nearest centre.
+    firsts, ends = ends[stops[segment]], ends[stops[segment + 1]]
+    sums, members = around(patches, x, rest, (firsts, ends - firsts), centres, counts)
+    mean = sums / members.clamp(min=1)
+    share = (1 / (members + 1)).clamp(min=OWN)
+    value = torch.where(members > 0, share * x[centres] + (1 - share) * mean, x[centres])
+    sharing = patches.table(np.repeat(np.bincount(segment)[segment], counts))
+    sizes = members[:, 0] / sharing
+    return centres, value, sizes.clamp(min=1)
+
+
+def around(
+    patches: Patches,
+    x: Tensor,
+    rest: Tensor,
+    runs: tuple[HostIndex, HostIndex],
+    centres: Tensor,
+    counts: list[int],
+) -> tuple[Tensor, Tensor]:
+    """Sum and number of the patches around every centre, (centres, d) and (centres, 1).
+
+    Parameters
+    ----------
+    runs
+        For every anchor the first of the `rest` that go to its centres, and how many do.
+    counts
+        Centres of every anchor.
+    """
+    unit, begins = normalize(x, dim=1), starts_of(counts)[:-1]
+    sums, members = x.new_zeros(len(centres), x.shape[1]), x.new_zeros(len(centres), 1)
+    for part in portions([n * (x.shape[1] + max(counts)) for n in runs[1]], LIMIT):
+        first, length = runs[0][part], runs[1][part]
+        places, begin = padded(first, length), begins[part]
+        valid = patches.table(np.flatnonzero(np.arange(places.shape[1]) < length[:, None]))
+        rows = rest[patches.table(places)]
+        own = centres[patches.table(padded(begin, counts[part]))]
+        nearest = (unit[rows] @ unit[own].mT).argmax(2)
+        # A copy behind the last centre may win by a rounding.
+        last = patches.table(counts[part])[:, None] - 1
+        labels = (torch.minimum(nearest, last) + patches.table(begin)[:, None]).flatten()[valid]
+        rows = rows.flatten()[valid]
+        sums.index_add_(0, labels, x[rows])
+        members.index_add_(0, labels, x.new_ones(len(rows), 1))
+    return sums, members

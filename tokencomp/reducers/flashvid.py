@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from tokencomp.plan.counts import split_evenly
-from tokencomp.reducers._clusters import cluster_sums, distances, dpc_knn
-from tokencomp.reducers._rows import replace_patches, salient_rows
-from tokencomp.reducers._segments import segments
+from tokencomp.reducers._batch import (
+    Patches,
+    by_group,
+    means,
+    rows_of,
+    rows_where,
+    segment,
+    starts_of,
+)
+from tokencomp.reducers._clusters import cluster_sums, density_peaks
+from tokencomp.reducers._rows import salient_patches
+from tokencomp.reducers._segments import before, frame_cosines, frame_lengths, segments
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import TOWER_ATTENTION
-from tokencomp.tokens.spans import VisualTokens
+from tokencomp.tokens.spans import SpanBatch
 from tokencomp.validation import check_range
 
 THRESHOLD, DIVERSE, LINK, NEIGHBOURS = 0.9, 0.7, 0.8, 7
-Parts = list[tuple[Tensor, Tensor, Tensor]]
 
 
 @register_reducer("flashvid")
@@ -67,34 +78,38 @@ class FlashVid(Reducer):
         super().__post_init__()
         check_range("flashvid", "least", self.least, 1, 1024)
 
-    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
-        rows, budget, x, attention = salient_rows(tokens, keep, "flashvid", whole=True)
-        t, n = tokens.grid[0], len(rows) // tokens.grid[0]
-        x, attention = x.view(t, n, -1), attention.view(t, n)
-        each = split_evenly(budget, [n] * t)
-        kept: Parts = []
-        first = 0
-        for length in segments(x.mean(1), THRESHOLD, self.least):
-            frames = slice(first, first + length)
-            part, weights = x[frames], attention[frames]
-            if self.event:
-                weights = weights * (part @ part.mean(1).T).mean(2)
-            diverse = [math.ceil(own * DIVERSE - 1e-9) for own in each[frames]]
-            chosen = spread_out(normalize(part, dim=2), weights, diverse) + first * n
-            kept.append((chosen, x.flatten(0, 1)[chosen], x.new_ones(len(chosen))))
-            left = sum(each[frames]) - sum(diverse)
-            if left:
-                free = torch.ones(length * n, dtype=torch.bool, device=x.device)
-                free[chosen - first * n] = False
-                own = trees(part, free.view(length, n), left)
-                kept += [(places + first * n, value, sizes) for places, value, sizes in own]
-            first += length
+    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
+        patches, x, attention = salient_patches(batch, keeps, "flashvid", whole=True)
+        lengths, each = list[int](), list[int]()
+        likes = frame_cosines(patches, x)
+        for like, budget, (t, h, w) in zip(likes, patches.budgets, batch.grids, strict=True):
+            lengths += segments(like, THRESHOLD, self.least)
+            each += split_evenly(budget, [h * w] * t)
+        diverse = [math.ceil(own * DIVERSE - 1e-9) for own in each]
+        frames = Patches(batch, frame_lengths(patches), diverse)
+        if self.event:
+            middle = means(means(x, frames.lengths), lengths)
+            owners = np.repeat(np.repeat(np.arange(len(lengths)), lengths), frames.lengths)
+            attention = attention * (x * middle[patches.table(owners)]).sum(1)
+        unit = normalize(x, dim=1)
+
+        def stays(members: list[int], unit: Tensor, weights: Tensor) -> Tensor:
+            weights = weights.view(len(members), -1)
+            counts = [diverse[m] for m in members]
+            return spread_out(unit.view(*weights.shape, -1), weights, counts).flatten()
+
+        stay = by_group(frames, frames.lengths, stays, unit, attention, pairs=True)
+        chosen = rows_where(stay, sum(diverse))
+        kept = [(chosen, x[chosen], x.new_ones(len(chosen)))]
+        left = [own - count for own, count in zip(each, diverse, strict=True)]
+        if any(left):
+            kept.append(trees(frames, x, unit, ~stay, lengths, left))
         at, values, sizes = (torch.cat(column) for column in zip(*kept, strict=True))
-        return replace_patches(tokens, rows[at], values, sizes)
+        return patches.replaced(at, values, sizes)
 
 
 def spread_out(unit: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
-    """Salient tokens of every frame that are unlike each other, ascending.
+    """Salient tokens of every frame that are unlike each other, bool (frames, n).
 
     Parameters
     ----------
@@ -117,40 +132,85 @@ def spread_out(unit: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
         own = distance[number, order[:, step]]
         near = own if step == 0 else torch.minimum(near, own)
         near = near.scatter(1, order[:, : step + 1], -torch.inf)
-    chosen = [order[f, :count].sort().values + f * n for f, count in enumerate(counts)]
-    return torch.cat(chosen)
+    counted = torch.from_numpy(np.arange(max(counts)) < np.asarray(counts)[:, None])
+    return torch.zeros_like(weights, dtype=torch.bool).scatter_(1, order, counted.to(unit.device))
 
 
-def trees(x: Tensor, free: Tensor, keep: int) -> Parts:
-    """`keep` rows that stand for the free tokens of a segment: places, values and sizes by frame.
+def trees(
+    frames: Patches, x: Tensor, unit: Tensor, free: Tensor, lengths: list[int], left: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens that stand for the free tokens of all segments: places, values and sizes.
 
     Parameters
     ----------
-    x : Tensor, shape (frames, n, d)
-    free : Tensor of bool, shape (frames, n)
+    frames
+        The patches by frame; of each as many are not free as its budget.
+    x, unit : Tensor, shape (patches, d)
+    free : Tensor of bool, shape (patches,)
+    lengths
+        Frames of every segment.
+    left
+        How many tokens every frame may still keep: the sum counts for a segment.
     """
-    frames, n, d = x.shape
-    unit = normalize(x, dim=2)
-    similarity = (unit[1:] @ unit[:-1].mT).masked_fill(~free[:-1, None], -torch.inf)
-    best, parent = similarity.max(2)
-    best = best.masked_fill(~free[1:], -torch.inf)
-    links = int(torch.minimum((best > LINK).sum(), free.sum() - keep))
-    linked = torch.zeros(free.numel(), dtype=torch.bool, device=x.device)
-    linked[n + best.flatten().sort(descending=True, stable=True).indices[:links]] = True
-    linked = linked.view_as(free)
-    sums, sizes = x.clone(), x.new_ones(frames, n)
-    for f in range(frames - 1, 0, -1):
+    starts, stops = starts_of(frames.lengths), starts_of(lengths)
+    keep = np.add.reduceat(left, stops[:-1]).tolist()
+    linked, parent, growing = links(frames, unit, free, lengths, keep)
+    sums, sizes = x.clone(), x.new_ones(len(x))
+    for step in range(max(growing.values(), default=0) - 1, 0, -1):
+        # The last frame of the longest segment comes first, so that trees grow from their leaves.
+        last = [first + step for first, length in growing.items() if length > step]
+        rows = frames.table(rows_of(starts, last))
         # Rows that hang on nothing add 0, so that the host need not know which these are.
-        sums[f - 1].index_add_(0, parent[f - 1], sums[f] * linked[f, :, None])
-        sizes[f - 1].index_add_(0, parent[f - 1], sizes[f] * linked[f])
+        sums.index_add_(0, parent[rows], sums[rows] * linked[rows, None])
+        sizes.index_add_(0, parent[rows], sizes[rows] * linked[rows])
     roots = free & ~linked
-    parts: Parts = []
-    for f, count in enumerate(split_evenly(keep, roots.sum(1).tolist())):
-        if count:
-            own = roots[f].nonzero()[:, 0]
-            distance = distances(sums[f, own] / sizes[f, own, None]) / d**0.5
-            centres, labels = dpc_knn(distance, count, min(NEIGHBOURS, count))
-            total = cluster_sums(sizes[f, own], labels, count)
-            value = cluster_sums(sums[f, own], labels, count) / total[:, None]
-            parts.append((f * n + own[centres], value, total))
-    return parts
+    counts = [int(n) for n in segment(roots.float(), frames.lengths, "sum").tolist()]
+    ends, clusters = starts_of(counts), list[int]()
+    for (start, stop), count in zip(itertools.pairwise(stops), keep, strict=True):
+        clusters += split_evenly(count, counts[start:stop])
+    used = np.flatnonzero(clusters)
+    own = rows_where(roots, int(ends[-1]))[frames.table(rows_of(ends, used))]
+    few = [clusters[f] for f in used]
+    centres, labels = density_peaks(
+        sums[own] / sizes[own, None], [counts[f] for f in used], few,
+        [min(NEIGHBOURS, count) for count in few], x.shape[1] ** 0.5,
+    )  # fmt: skip
+    total = cluster_sums(sizes[own], labels, sum(few))
+    return own[centres], cluster_sums(sums[own], labels, sum(few)) / total[:, None], total
+
+
+def links(
+    frames: Patches, unit: Tensor, free: Tensor, lengths: list[int], keep: list[int]
+) -> tuple[Tensor, Tensor, dict[int, int]]:
+    """Which tokens hang on one of the frame before, at most so many that `keep` can stay.
+
+    Returns
+    -------
+    tuple
+        linked, bool (patches,); the token that each would hang on, int64 (patches,); the first
+        frame of segments that have links, and their frames.
+    """
+    from tokencomp.kernels import topk_stable
+
+    def likest(members: list[int], own: Tensor, others: Tensor, free: Tensor) -> Tensor:
+        own, others = (v.view(len(members), -1, v.shape[1]) for v in (own, others))
+        taken = ~free.view(len(members), 1, -1)
+        best, parent = (own @ others.mT).masked_fill(taken, -torch.inf).max(2)
+        return torch.stack([best, parent.to(best)], 2).flatten(0, 1)  # exact below 2²⁴
+
+    stops, sizes = starts_of(lengths), np.asarray(frames.lengths)
+    others = frames.table(before(frames.lengths))
+    values = by_group(frames, sizes.tolist(), likest, unit, unit[others], free[others], pairs=True)
+    previous = np.repeat(np.asarray(frames.starts) - sizes, sizes)
+    parent = values[:, 1].long() + frames.table(previous)
+    first = np.isin(np.arange(len(sizes)), stops[:-1])
+    first_rows = torch.from_numpy(np.repeat(first, sizes)).to(free.device)
+    best = values[:, 0].masked_fill(~free | first_rows, -torch.inf)
+    patches = np.add.reduceat(sizes, stops[:-1]).tolist()
+    most = np.add.reduceat(sizes - frames.budgets, stops[:-1]) - keep
+    alike = segment((best > LINK).float(), patches, "sum").tolist()
+    counts = [min(int(n), int(room)) for n, room in zip(alike, most, strict=True)]
+    hanging = topk_stable(best, counts, spans=patches)
+    linked = torch.zeros_like(free).index_fill_(0, hanging, True)
+    growing = {int(stops[i]): lengths[i] for i, count in enumerate(counts) if count}
+    return linked, parent, growing

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from tokencomp.plan.counts import frame_budgets
-from tokencomp.reducers._clusters import cluster_sums, distances, dpc_knn
-from tokencomp.reducers._rows import replace_patches, salient_rows
-from tokencomp.reducers._segments import still_windows
+from tokencomp.reducers._batch import HostIndex
+from tokencomp.reducers._clusters import cluster_sums, density_peaks
+from tokencomp.reducers._rows import salient_patches
+from tokencomp.reducers._segments import place_cosines, run_means, still_windows
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import TOWER_ATTENTION
-from tokencomp.tokens.spans import VisualTokens
+from tokencomp.tokens.spans import SpanBatch
 
 STATIC, NEIGHBOURS, OWN = 0.8, 7, 0.6
 
@@ -46,34 +49,43 @@ class HoliTom(Reducer):
     grid = "whole"
     needs = frozenset({TOWER_ATTENTION})
 
-    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
+    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
         from tokencomp.kernels import topk_stable
 
-        rows, budget, x, attention = salient_rows(tokens, keep, "holitom", whole=True)
-        t, n = tokens.grid[0], len(rows) // tokens.grid[0]
-        frames, windows = x.view(t, n, -1), still_windows(x.view(t, n, -1), budget, STATIC)
-        moving = torch.cat([~window.static.expand(window.length, n) for window in windows])
-        still = torch.stack([window.static for window in windows]).sum(1).tolist()
-        lengths = [*still, *moving.sum(1).tolist()]
-        budgets = frame_budgets(lengths, budget, lengths)
-        scores = attention.masked_fill(~moving.flatten(), -torch.inf)
-        chosen = topk_stable(scores, budgets[len(still) :], spans=[n] * t)
-        kept = [(chosen, x[chosen], x.new_ones(len(chosen)))]
-        for window, count in zip(windows, budgets, strict=False):
-            if count:
-                own = window.static.nonzero()[:, 0]
-                means = frames[window.first : window.first + window.length, own].mean(0)
-                centres, value, sizes = peaks(means, count)
-                kept.append((window.first * n + own[centres], value, sizes * window.length))
-        at, values, sizes = (torch.cat(column) for column in zip(*kept, strict=True))
-        return replace_patches(tokens, rows[at], values, sizes)
+        patches, x, attention = salient_patches(batch, keeps, "holitom", whole=True)
+        still: list[tuple[HostIndex, int]] = []
+        moving: list[tuple[HostIndex, int]] = []
+        likes = place_cosines(patches, x)
+        for like, budget, start in zip(likes, patches.budgets, patches.starts, strict=True):
+            windows = still_windows(like, budget, STATIC)
+            static = [window.static + start for window in windows]
+            frames = [frame + start for window in windows for frame in window.moving]
+            lengths = [len(group) for group in (*static, *frames)]
+            budgets = frame_budgets(lengths, budget, lengths)
+            still += [(own, k) for own, k in zip(static, budgets, strict=False) if k]
+            moving += [*zip(frames, budgets[len(static) :], strict=True)]
+        rows = patches.table(np.concatenate([own for own, _ in moving]))
+        counts = [count for _, count in moving]
+        lengths = [len(own) for own, _ in moving]
+        chosen = rows[topk_stable(attention[rows], counts, spans=lengths)]
+        if not still:
+            return patches.replaced(chosen, x[chosen], x.new_ones(len(chosen)))
+        values = run_means(patches, x, [own for own, _ in still])
+        places, merged, sizes = peaks(values, [len(own) for own, _ in still], [k for _, k in still])
+        at = patches.table(np.concatenate([own[:, 0] for own, _ in still]))[places]
+        repeats = patches.table([own.shape[1] for own, k in still for _ in range(k)])
+        return patches.replaced(
+            torch.cat([chosen, at]),
+            torch.cat([x[chosen], merged]),
+            torch.cat([x.new_ones(len(chosen)), sizes * repeats]),
+        )
 
 
-def peaks(x: Tensor, clusters: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Centres of clusters of x (n, d), their mean with what belongs to them, and their sizes."""
-    distance = distances(x) / x.shape[1] ** 0.5
-    centres, labels = dpc_knn(distance, clusters, min(NEIGHBOURS, clusters))
-    counts = torch.bincount(labels, minlength=clusters)[:, None]
-    others = (cluster_sums(x, labels, clusters) - x[centres]) / (counts - 1).clamp(min=1)
+def peaks(x: Tensor, lengths: list[int], clusters: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Centres of clusters of sets x (n, d), their mean with what belongs to them, their sizes."""
+    neighbours = [min(NEIGHBOURS, count) for count in clusters]
+    centres, labels = density_peaks(x, lengths, clusters, neighbours, x.shape[1] ** 0.5)
+    counts = cluster_sums(torch.ones_like(labels), labels, len(centres))[:, None]
+    others = (cluster_sums(x, labels, len(centres)) - x[centres]) / (counts - 1).clamp(min=1)
     mixed = OWN * x[centres] + (1 - OWN) * others
     return centres, torch.where(counts > 1, mixed, x[centres]), counts[:, 0].float()

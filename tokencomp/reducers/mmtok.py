@@ -12,7 +12,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tokencomp.reducers._batch import HostIndex, Patches, by_group, padded, questions, stacks
+from tokencomp.reducers._batch import (
+    HostIndex,
+    Patches,
+    by_group,
+    padded,
+    questions,
+    stacks,
+    starts_of,
+)
 from tokencomp.reducers._rows import finite_features
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
@@ -66,7 +74,7 @@ class MMTok(Reducer):
         if self.cover == "both":
             texts, lengths, prompt = questions(batch, "mmtok", "cover='picture'")
             texts, own = texts.to(unit) / TEXT, [lengths[number] for number in prompt]
-            places = padded(lengths, prompt)
+            places = padded(starts_of(lengths)[prompt], own)
             valid = np.arange(places.shape[1]) < np.array(own)[:, None]
             sums = text_sums(patches, unit, texts, places)[patches.table(np.flatnonzero(valid))]
             # The points of a span are its patches, and then its text.

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from tokencomp.plan.counts import frame_budgets
-from tokencomp.reducers._clusters import distances, dpc_knn
-from tokencomp.reducers._rows import replace_patches, salient_rows
-from tokencomp.reducers._segments import still_windows
+from tokencomp.reducers._batch import HostIndex
+from tokencomp.reducers._clusters import cluster_sums, density_peaks
+from tokencomp.reducers._rows import salient_patches
+from tokencomp.reducers._segments import place_cosines, run_means, still_windows
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import TOWER_ATTENTION
-from tokencomp.tokens.spans import Grid, VisualTokens
+from tokencomp.tokens.spans import SpanBatch
 
 STATIC, CANDIDATES, NEIGHBOURS = 0.8, 1.5, 7
 TIME, PLACE = 1e4, 1e3  # bases of the rotations
@@ -46,57 +49,55 @@ class Tango(Reducer):
     grid = "whole"
     needs = frozenset({TOWER_ATTENTION})
 
-    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
-        rows, budget, x, attention = salient_rows(tokens, keep, "tango", whole=True)
-        t, n = tokens.grid[0], len(rows) // tokens.grid[0]
-        x, attention = x.view(t, n, -1), attention.view(t, n)
-        groups = []
-        for window in still_windows(x, budget, STATIC):
-            frames = slice(window.first, window.first + window.length)
-            own = window.static.nonzero()[:, 0]
-            if len(own):
-                means = x[frames, own].mean(0), attention[frames, own].mean(0)
-                groups.append((window.first * n + own, *means, window.length))
-            own = (~window.static).nonzero()[:, 0]
-            for f in range(frames.start, frames.stop) if len(own) else ():
-                groups.append((f * n + own, x[f, own], attention[f, own], 1))
-        lengths = [len(group[0]) for group in groups]
-        places, values, sizes = [], [], []
-        for (at, value, saliency, size), count in zip(
-            groups, frame_budgets(lengths, budget, lengths), strict=True
-        ):
-            chosen = representatives(rotated(value, at, tokens.grid), saliency, count)
-            places.append(at[chosen])
-            values.append(value[chosen])
-            sizes.append(x.new_full((count,), size))
-        at, merged = rows[torch.cat(places)], torch.cat(values)
-        return replace_patches(tokens, at, merged, torch.cat(sizes))
+    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
+        patches, x, attention = salient_patches(batch, keeps, "tango", whole=True)
+        groups, counts, places = list[HostIndex](), list[int](), list[HostIndex]()
+        likes = place_cosines(patches, x)
+        for number, (like, budget) in enumerate(zip(likes, patches.budgets, strict=True)):
+            (_, h, w), start = batch.grids[number], patches.starts[number]
+            windows = still_windows(like, budget, STATIC)
+            own = [group for still, moving in windows for group in (still, *moving[:, :, None])]
+            lengths = [len(group) for group in own]
+            for group, count in zip(own, frame_budgets(lengths, budget, lengths), strict=True):
+                if count:
+                    at = group[:, 0]
+                    groups.append(group + start)
+                    counts.append(count)
+                    places.append(np.stack([at // (h * w), at // w % h, at % w], 1))
+        values = run_means(patches, x, groups)
+        saliency = run_means(patches, attention[:, None], groups)[:, 0]
+        y = rotated(values, patches.table(np.concatenate(places)))
+        chosen = representatives(y, saliency, [*map(len, groups)], counts)
+        at = patches.table(np.concatenate([group[:, 0] for group in groups]))
+        frames = patches.table([group.shape[1] for group in groups for _ in group])
+        return patches.replaced(at[chosen], values[chosen], frames[chosen].float())
 
 
-def representatives(y: Tensor, saliency: Tensor, count: int) -> Tensor:
-    """`count` rows of y (n, d), ascending: the most salient of every cluster of the candidates."""
+def representatives(y: Tensor, saliency: Tensor, lengths: list[int], counts: list[int]) -> Tensor:
+    """`counts` rows of every group of y (n, d): the most salient of each cluster of candidates."""
     from tokencomp.kernels import topk_stable
 
-    if count == 0:
-        return torch.empty(0, dtype=torch.int64, device=y.device)
-    candidates = topk_stable(saliency, min(len(y), int(CANDIDATES * count)))
-    _, labels = dpc_knn(distances(y[candidates]), count, NEIGHBOURS, itself=False)
+    most = [min(n, int(CANDIDATES * count)) for n, count in zip(lengths, counts, strict=True)]
+    candidates = topk_stable(saliency, most, spans=lengths)
+    neighbours = [NEIGHBOURS] * len(counts)
+    _, labels = density_peaks(y[candidates], most, counts, neighbours, itself=False)
     order = saliency[candidates].sort(descending=True, stable=True).indices
     # A stable sort by cluster leaves the most salient of each in front.
     by_cluster = order[labels[order].sort(stable=True).indices]
-    counts = torch.bincount(labels, minlength=count)
-    chosen: Tensor = candidates[by_cluster[counts.cumsum(0) - counts]]
-    return chosen.sort().values
+    sizes = cluster_sums(torch.ones_like(labels), labels, sum(counts))
+    chosen: Tensor = candidates[by_cluster[sizes.cumsum(0) - sizes]]
+    return chosen
 
 
-def rotated(x: Tensor, places: Tensor, grid: Grid) -> Tensor:
-    """Unit rows of x (n, d), whose thirds of the channels are rotated by time, row and column."""
-    _, h, w = grid
-    at = (places // (h * w), places // w % h, places % w)
+def rotated(x: Tensor, places: Tensor) -> Tensor:
+    """Unit rows of x (n, d), whose thirds of the channels are rotated by time, row and column.
+
+    `places` (n, 3) are these three numbers.
+    """
     unit = normalize(x, dim=1)
     third = x.shape[1] // 6 * 2
     parts = list(unit.split([third, third, x.shape[1] - 2 * third], dim=1))
-    for axis, (base, place) in enumerate(zip((TIME, PLACE, PLACE), at, strict=True)):
+    for axis, (base, place) in enumerate(zip((TIME, PLACE, PLACE), places.unbind(1), strict=True)):
         half = parts[axis].shape[1] // 2
         steps = torch.arange(half, device=x.device, dtype=torch.float32) / max(half, 1)
         angle = place[:, None] * base**-steps
