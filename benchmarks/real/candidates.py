@@ -1,10 +1,10 @@
 """Candidates for the default reducer on the validation questions about photographs.
 
-    python -m benchmarks.real.candidates            # → candidates.json, candidates.md
-    python -m benchmarks.real.candidates --report   # candidates.md from candidates.json alone
+    python -m benchmarks.real.candidates            # → merging.json, merging.md
+    python -m benchmarks.real.candidates --report   # both pages from their results alone
 
-Needs the model of `python -m recipes.photographs.build`. The options are those of candidates in
-`benchmarks.accuracy.studies.choose`, which reads the results.
+Needs the model of `python -m recipes.photographs.build`. `benchmarks.accuracy.studies.choose` reads
+the results, and those of a former model in candidates.json, which is not asked any more.
 """
 
 from __future__ import annotations
@@ -36,30 +36,31 @@ from tokencomp.evaluation.runs import EvalRun, paired_scores
 from tokencomp.evaluation.settings import FULL, RANDOM, REST, Setting, label_of
 from tokencomp.storage import write_json, write_text
 
-RESULTS = HERE / "candidates.json"
+FORMER, RESULTS = HERE / "candidates.json", HERE / "merging.json"
 MODEL = "real-fastvlm"
-CANDIDATES: tuple[tuple[str, dict[str, Any]], ...] = (
-    (RANDOM, {}),
-    ("uniform", {}),
-    ("merge", {}),
+CANDIDATES: list[tuple[str, dict[str, Any]]] = [
     ("kcentre", {}),
-    ("divprune", {}),
-    ("vidcom2", {}),
-    ("aim", {}),
-    ("prune", {}),
-    ("cdpruner", {}),
-    ("cdpruner", {"relevance": "attention"}),
-    *(("condiv", {"power": p, "margin": 0.2}) for p in (0.35, 0.5, 1.0)),
-    ("condiv", {"power": 0.5, "margin": 0.5}),
-    ("auto", {REST: "merge"}),
-)
+    ("kcentre", {REST: "merge"}),
+    ("scope", {"saliency": "none"}),
+    ("scope", {"saliency": "none", REST: "merge"}),
+]
+"""Needs neither training nor attention of the decoder; `kcentre` is the default on images."""
 RATIOS = (0.5, 0.75, 0.9, 0.95)
-HEAD = """# Candidates for the default on photographs
+HEAD = """# {title} on photographs
 
-Validation questions of [this benchmark](README.md), on the families that its model has learned. The
-second number is the difference to random in points, with its paired 95 % interval. The [choice of
-the default](../accuracy/choice.md) counts these answers beside those of the embedded models.
+{before}Validation questions of [this benchmark](README.md), on the families that its model has
+learned. The second number is the difference to random in points, with its paired 95 % interval. The
+[choice of the default](../accuracy/choice.md) counts these answers beside those of the embedded
+models.
 """
+TITLES = {
+    FORMER: (
+        "Candidates for the default",
+        "A former model answered, which saw 224 px and 49 visual tokens. The present one was "
+        "asked [about merging](merging.md).\n\n",
+    ),
+    RESULTS: ("Merging", ""),
+}
 
 
 def learned() -> list[str]:
@@ -78,7 +79,7 @@ class Photographs(Results):
         return [i for i, name in names if kind != "videos" and (allowed is None or name in allowed)]
 
 
-def photographs(path: Path = RESULTS) -> Photographs:
+def photographs(path: Path = FORMER) -> Photographs:
     """The stored answers, in the form of those of the embedded models."""
     stored = json.loads(path.read_text())
     answers = PackedAnswers.from_json(stored["answers"])
@@ -90,7 +91,8 @@ def photographs(path: Path = RESULTS) -> Photographs:
             rows[label] = {"reducer": row["reducer"], "ratio": row["ratio"], "run": 0}
             correct[label] = answers.correct[row["label"]]
     count, learnt = len(answers.questions), tuple(dict.fromkeys(answers.questions.families))
-    about = {"model": MODEL, "split": "validation", "items": count, "runs": [stored["about"]]}
+    name = MODEL if path == FORMER else f"{MODEL}-448"
+    about = {"model": name, "split": "validation", "items": count, "runs": [stored["about"]]}
     manifest = {**about, "settings": rows}
     return Photographs(manifest, PackedAnswers(answers.questions, correct), learnt)
 
@@ -102,13 +104,14 @@ def answer(
 
     A run that was stopped goes on from the answers in `folder`.
     """
-    grid = [Setting(), *(Setting(n, r, o) for n, o in CANDIDATES for r in RATIOS)]
+    methods = [(RANDOM, {}), *CANDIDATES]
+    grid = [Setting(), *(Setting(n, r, o) for n, o in methods for r in RATIOS)]
     how = {"batch_size": batch, "max_new_tokens": 4, "name": MODEL}
     examples = [one.example() for one in questions]
     return packed(sweep(model, processor, examples, grid, folder, **how))
 
 
-def page(results: dict[str, Any]) -> str:
+def page(results: dict[str, Any], path: Path = RESULTS) -> str:
     """Markdown of a result file."""
     rows = [Row.model_validate(row) for row in results["rows"]]
     runs = runs_of(rows, PackedAnswers.from_json(results["answers"]))
@@ -122,7 +125,9 @@ def page(results: dict[str, Any]) -> str:
         f"- {publishing.provenance(results['about'])}\n- {len(full.records)} questions; the full "
         f"model answers {full.mean('correct'):.1%}: {', '.join(text)}."
     )
-    return "\n".join([HEAD, about, "", publishing.table(head, lines), ""])
+    title, before = TITLES.get(path, TITLES[RESULTS])
+    head_text = HEAD.format(title=title, before=before)
+    return "\n".join([head_text, about, "", publishing.table(head, lines), ""])
 
 
 def _name(run: EvalRun) -> str:
@@ -158,7 +163,9 @@ def main() -> None:
         write_json(args.out, {"about": {**publishing.environment(), **facts}, **content})
     if not args.out.exists():
         raise OptionError(f"there is no {args.out}. Run without --report first.")
-    print(write_text(args.out.with_suffix(".md"), page(json.loads(args.out.read_text()))))
+    for path in (args.out, *([FORMER] if args.out == RESULTS else [])):
+        text = page(json.loads(path.read_text()), path)
+        print(write_text(path.with_suffix(".md"), text))
 
 
 if __name__ == "__main__":

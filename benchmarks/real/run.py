@@ -2,6 +2,7 @@
 
     python -m benchmarks.real.run                    # test split → results.json, README.md
     python -m benchmarks.real.run --per-family 150   # more questions
+    python -m benchmarks.real.run --pictures         # draws what the default lost in that run
     python -m benchmarks.real.run --report           # README.md from results.json alone
 
 Needs the model that `python -m recipes.photographs.build` made. All settings answer the same
@@ -20,7 +21,6 @@ from typing import Any
 import torch
 
 from benchmarks import publishing
-from benchmarks.accuracy.run import VARIANTS
 from benchmarks.accuracy.store import MARGIN
 from benchmarks.gpu.contribution import label_of, row_of
 from benchmarks.real.page import PAGE, RESULTS, write_page
@@ -34,14 +34,24 @@ from tokencomp.errors import OptionError
 from tokencomp.evaluation.packed import PackedAnswers
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.runs import EvalRun
-from tokencomp.evaluation.settings import DOWNSCALE, FULL, RANDOM, Setting
+from tokencomp.evaluation.settings import DOWNSCALE, FULL, RANDOM, REST, Setting
 from tokencomp.inputs.questions import Example
+from tokencomp.pages.lost import LostItem, draw_lost
 from tokencomp.shapesqa.examples import blind_guess
 from tokencomp.storage import write_json
 
 RATIOS = (0.5, 0.75, 0.9)
-METHODS = ("uniform", DOWNSCALE, "auto", "divprune", "merge", "fastv", "prune", "pyramiddrop")
+METHODS = (
+    "uniform", DOWNSCALE, "auto", "scope", "divprune", "cdpruner", "mmtok", "vidcom2", "merge",
+    "fastv", "sparsevlm",
+)  # fmt: skip
+"""Many others read the attention of the tower, which this one has not."""
+VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
+    "auto": ({}, {REST: "merge"}),
+    "scope": ({"saliency": "none", REST: "merge"},),
+}
 SEEDS = (0, 1, 2)
+LOST_RATIO = 0.75
 LETTERS_START = 50_000  # index of the first item that is asked with letters
 
 
@@ -130,6 +140,26 @@ def answer(
     }
 
 
+def draw(
+    model: Any, processor: Any, library: Library, args: argparse.Namespace, runs: Path
+) -> list[LostItem]:
+    """Draw what `auto` kept of questions that it lost, with and without merging.
+
+    The first lost question of every family is drawn. The pictures come to the ignored folder of
+    the run: they show photographs whose licence is not that of this repository.
+    """
+    chosen = [Setting("auto", LOST_RATIO, options) for options in VARIANTS["auto"]]
+    pairs = item_examples(library, "test", args.per_family)
+    drawn = []
+    for family in FAMILIES:
+        some = {e.id: e for _, e in pairs if e.family == family}
+        for setting in chosen:
+            run, full = (EvalRun.read(runs / "test" / s.label) for s in (setting, Setting()))
+            folder = runs / "lost" / family
+            drawn += draw_lost(model, processor, run, full, some, folder, per_kind=1)
+    return drawn
+
+
 def arguments() -> argparse.ArgumentParser:
     parser = publishing.parser(__doc__, RESULTS)
     parser.add_argument("--model", type=Path, default=FOLDER / "model")
@@ -140,6 +170,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--runs", type=Path, default=FOLDER / "runs")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--pictures", action="store_true", help="draw lost questions; asks none")
     parser.add_argument(
         "--busy", action="store_true", help="other jobs use this machine: leave times out"
     )
@@ -149,11 +180,16 @@ def arguments() -> argparse.ArgumentParser:
 def main() -> None:
     args = arguments().parse_args()
     if not args.report:
-        facts = publishing.published_from(args.out, args.allow_dirty)
+        dirty = args.allow_dirty or args.pictures
+        facts = publishing.published_from(args.out, dirty)
         torch.set_num_threads(args.threads)
         from recipes.photographs.model import load
 
         model, processor = load(args.model)
+        if args.pictures:
+            for one in draw(model, processor, Photos(args.photos), args, args.runs):
+                print(f"{one.id}: {one.question} {one.answer}; {one.compressed}: {one.picture}")
+            return
         training = json.loads((args.model / "training.json").read_text())
         results = answer(model, processor, Photos(args.photos), args, args.runs)
         about = {**publishing.environment(), **facts}

@@ -10,12 +10,22 @@ import numpy as np
 from recipes.packing import Packer, stacked
 from recipes.photographs.model import CELL, IMAGE, planes
 from recipes.photographs.questions import COUNTS, EDGES, FAMILIES, outermost
-from recipes.photographs.scenes import SIZE, Library, StampScene, cell_names, render, sample
+from recipes.photographs.scenes import (
+    SIZE,
+    Library,
+    StampScene,
+    cell_letters,
+    cell_names,
+    render,
+    sample,
+    sample_words,
+)
 from tokencomp.shapesqa.items import stream
 from tokencomp.shapesqa.prompt_forms import letter, letters_prompt
 
 Segment = tuple[list[int], list[int]]
 Encode = Any
+Grids = list[list[list[str]]]
 
 
 class Placeholders:
@@ -81,10 +91,16 @@ class StampBatches:
 
         return torch.stack([planes(render(scene, self.library)) for scene in scenes])
 
-    def cells(self, stage: int, step: int, batch: int) -> tuple[Any, list[list[list[str]]]]:
-        """Pixels, and what each visual token shows, for naming it without the decoder."""
-        _, scenes = self.scenes(stage, step, batch)
-        return self.pixels(scenes), [cell_names(s, self.library, CELL) for s in scenes]
+    def cells(self, stage: int, step: int, batch: int, words: int = 0) -> tuple[Any, Grids, Grids]:
+        """Pixels, and what each visual token shows, for naming it without the decoder.
+
+        `words` of the scenes hold words alone. The two grids of a scene hold, by row and column,
+        the names of things and words, and letters.
+        """
+        rng, scenes = self.scenes(stage, step, batch - words)
+        scenes += [sample_words(rng, self.library, "train") for _ in range(words)]
+        names = [cell_names(s, self.library, CELL) for s in scenes]
+        return self.pixels(scenes), names, [cell_letters(s, CELL) for s in scenes]
 
     def make(self, stage: int, step: int, batch: int, mixture: Mixture) -> dict[str, Any]:
         """Rows as `Packer.pack` gives them, stacked; `pixels`; `names` of the segments."""
@@ -137,6 +153,6 @@ def primers(scene: StampScene) -> list[tuple[str, str, str]]:
                 out.append(("half", f"{thing.name} {words[0]}/{words[1]}:", f" {word}"))
     if scene.things:
         out.append(("count", "things:", f" {COUNTS[len(scene.things) - 1]}"))
-    if scene.text is not None:
-        out.append(("reading", "text:", f" {scene.text.text}"))
+    for text in scene.texts:
+        out.append(("reading", "text:", f" {text.text}"))
     return out

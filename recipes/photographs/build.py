@@ -1,4 +1,4 @@
-"""Build a model of a real image encoder, a real language model and a trained projector.
+"""Build a model of a real image encoder and a real language model that learn to work together.
 
     python -m recipes.photographs.build              # the whole recipe
     python -m recipes.photographs.build --share 0.1  # a tenth of the steps with the decoder
@@ -38,7 +38,7 @@ def build(folder: Path, photos: Path, share: float, seed: int, stop_after: int |
         Whether the recipe is done.
     """
     from recipes.photographs.batches import StampBatches
-    from recipes.photographs.model import assemble, load, save
+    from recipes.photographs.model import assemble, last_blocks, load, save
     from recipes.photographs.train import RECIPE, StampTrainer, shortened
 
     library = Photos(photos)
@@ -50,7 +50,7 @@ def build(folder: Path, photos: Path, share: float, seed: int, stop_after: int |
     model, processor = load(base)
     maker = StampBatches(processor.tokenizer, library, seed)
     recipe = shortened(RECIPE, share)
-    trainer = StampTrainer(model, maker, recipe, folder)
+    trainer = StampTrainer(model, maker, last_blocks(model), recipe, folder)
     done = trainer.run(stop_after)
     facts = {
         "seed": seed,

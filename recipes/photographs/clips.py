@@ -9,9 +9,10 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
-from recipes.photographs.scenes import SIZE, Library, Stamp, StampScene, canvas, place, scaled
+from recipes.photographs.scenes import Library, Stamp, StampScene, canvas, place, scaled
 from tokencomp.shapesqa.scenes import DIRECTIONS
 
+SIZE = 224  # px, both sides of the picture before the camera
 RATE = 8  # frames per second
 SECONDS = 32  # of a clip whose length is not given
 MOMENT = 1.0  # seconds for which a thing is visible that is shown for a moment
@@ -102,7 +103,7 @@ def sample_clip(
     camera = STILL if rng.random() < STILL_SHARE else str(rng.choice(CAMERAS))
     area, things, swept, acts = in_view(camera), [], [], []
     for name in rng.permutation(library.names)[: int(rng.integers(2, 5))]:
-        thing = place(rng, library, str(name), swept, SIDES, area)
+        thing = place(rng, library, str(name), swept, split, SIDES, area)
         if thing is None:
             continue
         kind = str(rng.choice([*ACTS], p=[*ACTS.values()]))

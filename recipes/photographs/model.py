@@ -139,6 +139,12 @@ def assemble(tower: Path, language: Path) -> tuple[FastVlmForConditionalGenerati
     return model, tokenizer
 
 
+def last_blocks(model: FastVlmForConditionalGeneration) -> list[torch.nn.Module]:
+    """The modules of the tower from stride 16 on, which are trained."""
+    timm = model.model.vision_tower.timm_model
+    return [*timm.blocks[4:], timm.conv_head, timm.bn2]
+
+
 def save(model: Any, tokenizer: Any, folder: Path) -> None:
     """A folder in the Hugging Face layout, bfloat16."""
     model.to(torch.bfloat16).save_pretrained(folder)

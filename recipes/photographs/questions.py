@@ -11,7 +11,7 @@ from tokencomp.shapesqa.lettering import WORDS
 from tokencomp.shapesqa.questions import Question, draw_options
 
 COUNTS = ("one", "two", "three", "four")
-MARGIN = 28  # px by which an outermost thing, or a thing in a half, has to be clear
+MARGIN = 56  # px by which an outermost thing, or a thing in a half, has to be clear
 NEARER = 1.35  # times by which the nearest thing is nearer than the next
 LARGER = 1.7  # times by which the biggest thing is bigger than the next
 EDGES = {"left": (0, -1), "right": (0, 1), "top": (1, -1), "bottom": (1, 1)}
@@ -129,9 +129,9 @@ def count(scene: StampScene, names: tuple[str, ...], rng: np.random.Generator) -
 
 def reading(scene: StampScene, names: tuple[str, ...], rng: np.random.Generator) -> Question | None:
     """What does the text say?"""
-    if scene.text is None:
+    if len(scene.texts) != 1:
         return None
-    answer = scene.text.text
+    answer = scene.texts[0].text
     return Question("reading", "What does the text say?", answer, draw_options(answer, WORDS, rng))
 
 

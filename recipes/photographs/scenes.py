@@ -1,4 +1,4 @@
-"""Scenes of StampsQA: one to four photographs on a background photograph, sometimes with a word."""
+"""Scenes of StampsQA: photographs and words on a background photograph."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from PIL import Image
 
 from tokencomp.shapesqa.lettering import WORDS, Text, draw_text, extent
 
-SIZE = 224  # px, both sides
-SIDES = (52.0, 112.0)  # px, the longer side of a thing
+SIZE = 448  # px, both sides
+SIDES = (90.0, 208.0)  # px, the longer side of a thing
 GAP = 5  # px, between things
 TEXT_SHARE = 0.4
-TEXT_SIZES = (30, 48)  # px
+TEXT_SIZES = (48, 84)  # px
 TEXT_FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSansMono")
 
 
@@ -24,8 +24,8 @@ class Library(Protocol):
 
     names: tuple[str, ...]
 
-    def variants(self, name: str) -> int:
-        """How many pictures of a thing there are."""
+    def numbers(self, name: str, split: str) -> tuple[int, ...]:
+        """The pictures of a thing that scenes of a split may show."""
 
     def picture(self, name: str, number: int) -> Image.Image:
         """An RGBA picture, cut to what is visible."""
@@ -59,12 +59,8 @@ class Stamp:
 
     def overlaps(self, left: int, top: int, right: int, bottom: int) -> bool:
         """Whether the box comes nearer than `GAP` to this thing."""
-        return not (
-            left > self.left + self.width + GAP
-            or right < self.left - GAP
-            or top > self.top + self.height + GAP
-            or bottom < self.top - GAP
-        )
+        own = (self.left, self.top, self.left + self.width, self.top + self.height)
+        return _touch(own, (left, top, right, bottom))
 
 
 @dataclass(frozen=True)
@@ -75,7 +71,7 @@ class StampScene:
     things: tuple[Stamp, ...]
     background: int
     crop: tuple[float, float, float]
-    text: Text | None = None
+    texts: tuple[Text, ...] = ()
 
 
 def sample(rng: np.random.Generator, library: Library, split: str) -> StampScene:
@@ -83,13 +79,24 @@ def sample(rng: np.random.Generator, library: Library, split: str) -> StampScene
     count = int(rng.integers(1, 5))
     things: list[Stamp] = []
     for name in rng.permutation(library.names)[:count]:
-        thing = place(rng, library, str(name), things)
+        thing = place(rng, library, str(name), things, split)
         if thing is not None:
             things.append(thing)
-    text = _place_text(rng, things) if rng.random() < TEXT_SHARE else None
+    texts = _place_texts(rng, things, int(rng.random() < TEXT_SHARE))
+    return StampScene(split, tuple(things), *_ground(rng, library, split), texts)
+
+
+def sample_words(rng: np.random.Generator, library: Library, split: str) -> StampScene:
+    """A random scene full of words, for learning letters."""
+    texts = _place_texts(rng, [], 20)
+    return StampScene(split, (), *_ground(rng, library, split), texts)
+
+
+def _ground(
+    rng: np.random.Generator, library: Library, split: str
+) -> tuple[int, tuple[float, float, float]]:
     background = int(rng.integers(library.backgrounds(split)))
-    crop = (float(rng.uniform(0.4, 1.0)), float(rng.random()), float(rng.random()))
-    return StampScene(split, tuple(things), background, crop, text)
+    return background, (float(rng.uniform(0.4, 1.0)), float(rng.random()), float(rng.random()))
 
 
 def place(
@@ -97,6 +104,7 @@ def place(
     library: Library,
     name: str,
     things: Sequence[Stamp],
+    split: str,
     sides: tuple[float, float] = SIDES,
     area: tuple[int, int, int, int] = (0, 0, SIZE, SIZE),
 ) -> Stamp | None:
@@ -104,7 +112,7 @@ def place(
 
     Its longer side lies in ``sides``; all in px.
     """
-    number = int(rng.integers(library.variants(name)))
+    number = int(rng.choice(library.numbers(name, split)))
     original = library.picture(name, number).size
     for _ in range(30):
         scale = rng.uniform(*sides) / max(original)
@@ -116,7 +124,15 @@ def place(
     return None
 
 
-def _place_text(rng: np.random.Generator, things: list[Stamp]) -> Text | None:
+def _place_texts(rng: np.random.Generator, things: list[Stamp], count: int) -> tuple[Text, ...]:
+    texts: list[Text] = []
+    for _ in range(count):
+        text = _place_text(rng, things, texts)
+        texts += [] if text is None else [text]
+    return tuple(texts)
+
+
+def _place_text(rng: np.random.Generator, things: list[Stamp], texts: list[Text]) -> Text | None:
     word = WORDS[int(rng.integers(len(WORDS)))]
     font = TEXT_FONTS[int(rng.integers(len(TEXT_FONTS)))]
     size, dark = int(rng.integers(TEXT_SIZES[0], TEXT_SIZES[1] + 1)), bool(rng.random() < 0.5)
@@ -124,9 +140,19 @@ def _place_text(rng: np.random.Generator, things: list[Stamp]) -> Text | None:
     for _ in range(30):
         x = int(rng.integers(3, SIZE - width - 4))
         y = int(rng.integers(3, SIZE - height - 4))
-        if not any(t.overlaps(x, y, x + width, y + height) for t in things):
+        box = (x, y, x + width, y + height)
+        if not any(t.overlaps(*box) for t in things) and not any(_touch(t.box, box) for t in texts):
             return Text(word, x, y, size, font, dark)
     return None
+
+
+def _touch(one: tuple[int, int, int, int], other: tuple[int, int, int, int]) -> bool:
+    return not (
+        other[0] > one[2] + GAP
+        or other[2] < one[0] - GAP
+        or other[1] > one[3] + GAP
+        or other[3] < one[1] - GAP
+    )
 
 
 def canvas(scene: StampScene, library: Library, size: int = SIZE) -> Image.Image:
@@ -154,7 +180,9 @@ def render(scene: StampScene, library: Library) -> np.ndarray:
         photo = scaled(thing, library)
         picture.paste(photo, (thing.left, thing.top), photo)
     pixels = np.asarray(picture)
-    return pixels if scene.text is None else draw_text(pixels, scene.text)
+    for text in scene.texts:
+        pixels = draw_text(pixels, text)
+    return pixels
 
 
 def cell_names(scene: StampScene, library: Library, cell: int) -> list[list[str]]:
@@ -169,12 +197,27 @@ def cell_names(scene: StampScene, library: Library, cell: int) -> list[list[str]
         alpha = np.asarray(scaled(thing, library).getchannel("A"), np.float32) / 255
         mask[thing.top : thing.top + thing.height, thing.left : thing.left + thing.width] = alpha
         _mark(names, mask, cell, thing.name, 0.3)
-    if scene.text is not None:
+    for text in scene.texts:
         mask = np.zeros((SIZE, SIZE), np.float32)
-        left, top, right, bottom = scene.text.box
+        left, top, right, bottom = text.box
         mask[top:bottom, left:right] = 1
-        _mark(names, mask, cell, scene.text.text, 0.15)
+        _mark(names, mask, cell, text.text, 0.15)
     return names
+
+
+def cell_letters(scene: StampScene, cell: int) -> list[list[str]]:
+    """The letter at the middle of each cell of ``cell`` px, or ""."""
+    letters = [[""] * (SIZE // cell) for _ in range(SIZE // cell)]
+    for text in scene.texts:
+        _, top, _, bottom = text.box
+        for row in range(SIZE // cell):
+            if not top <= (row + 0.5) * cell < bottom:
+                continue
+            for letter, left, right in text.glyph_boxes():
+                for column in range(SIZE // cell):
+                    if left <= (column + 0.5) * cell < right:
+                        letters[row][column] = letter
+    return letters
 
 
 def _mark(names: list[list[str]], mask: np.ndarray, cell: int, name: str, share: float) -> None:

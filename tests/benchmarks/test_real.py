@@ -25,7 +25,7 @@ def test_toy_run_makes_a_page(
     monkeypatch.setattr(run, "MARGIN", margin)
     model, tokenizer = toy()
     args = argparse.Namespace(
-        per_family=2, batch=18, methods=("uniform", "downscale", "auto", "fastv"), ratios=(0.75,)
+        per_family=2, batch=18, methods=("uniform", "downscale", "auto", "scope"), ratios=(0.75,)
     )
     results = run.answer(model.eval(), build_processor(tokenizer), Drawings(), args, tmp_path)
     facts = {
@@ -40,9 +40,9 @@ def test_toy_run_makes_a_page(
         return
     by_label = {row["label"]: row for row in results["rows"]}
     assert by_label["auto at 0.75"]["reached"] == pytest.approx(0.75, abs=0.01)
-    assert by_label["downscale at 0.75"]["visual_tokens"] == 12  # of 49
+    assert by_label["downscale at 0.75"]["visual_tokens"] == 49  # of 196
     merged = [label for label in by_label if "rest=merge" in label]
-    assert len(by_label) == 1 + 3 + 4 + len(merged) and len(merged) == 1
+    assert len(by_label) == 1 + 3 + 5 and len(merged) == 2
     assert "| auto | 0.75 |" in text and "random seed=2" in text
 
 
@@ -58,25 +58,26 @@ def test_candidates_stand_on_a_page_with_their_difference_to_random(tmp_path: Pa
     }  # fmt: skip
     text = candidates.page({"about": about, **results})
     rows = {r.split(" | ")[0].strip("| "): r for r in text.splitlines() if r.startswith("| ")}
-    lines = (tmp_path / "merge-0.75" / "records.jsonl").read_text().splitlines()
+    lines = (tmp_path / "kcentre-0.75" / "records.jsonl").read_text().splitlines()
     share = sum(json.loads(line)["correct"] for line in lines) / len(asked)
-    assert rows["merge"].split(" | ")[2].startswith(f"{share:.1%}, ")
+    assert rows["kcentre"].split(" | ")[2].startswith(f"{share:.1%}, ")
     names = {f"{name} {', '.join(f'{k}={v}' for k, v in options.items())}".strip()
-             for name, options in candidates.CANDIDATES}  # fmt: skip
+             for name, options in [("random", {}), *candidates.CANDIDATES]}  # fmt: skip
     assert names < {*rows} and "4 questions" in text
     (tmp_path / "stored.json").write_text(json.dumps({"about": about, **results}))
     stored = candidates.photographs(tmp_path / "stored.json")
     assert stored.select("videos") == [] and stored.learned == ("half", "count")
-    assert sum(stored.scores("merge-0.75", "images")) == round(share * len(asked))
+    assert sum(stored.scores("kcentre-0.75", "images")) == round(share * len(asked))
     assert len(stored.scores("full", "images", ["half"])) == 2
 
 
 @pytest.mark.long
 def test_published_pages_are_those_of_their_results() -> None:
-    pages = ((page.RESULTS, page.PAGE, page.page), (candidates.RESULTS, None, candidates.page))
-    for results, path, make in pages:
-        text = (path or results.with_suffix(".md")).read_text()
-        assert text.rstrip() == make(json.loads(results.read_text())).rstrip(), results
+    for path in (candidates.FORMER, candidates.RESULTS):
+        text = candidates.page(json.loads(path.read_text()), path)
+        assert path.with_suffix(".md").read_text().rstrip() == text.rstrip(), path
+    text = page.page(json.loads(page.RESULTS.read_text()))
+    assert page.PAGE.read_text().rstrip() == text.rstrip()
 
 
 def test_losing_cases_are_named() -> None:

@@ -21,8 +21,8 @@ class Drawings:
 
     names = tuple(COLORS)
 
-    def variants(self, name: str) -> int:
-        return 1
+    def numbers(self, name: str, split: str) -> tuple[int, ...]:
+        return (0,)
 
     def picture(self, name: str, number: int) -> Image.Image:
         return Image.new("RGBA", (60, 40), (*COLORS[name], 255))
@@ -31,7 +31,7 @@ class Drawings:
         return 1
 
     def background(self, split: str, number: int) -> Image.Image:
-        return Image.new("RGB", (300, 300), (60, 60, 60))
+        return Image.new("RGB", (600, 600), (60, 60, 60))
 
 
 def toy() -> tuple[torch.nn.Module, PreTrainedTokenizerFast]:

@@ -31,6 +31,8 @@ from benchmarks.accuracy.studies.ranking import (
     settings,
 )
 from benchmarks.accuracy.tables import table
+from benchmarks.real.candidates import CANDIDATES as SERVED
+from benchmarks.real.candidates import RESULTS as MERGING
 from benchmarks.real.candidates import photographs
 from tokencomp.cli import one_message
 from tokencomp.evaluation.settings import REST, Setting
@@ -60,10 +62,10 @@ selector. "condiv merge_rest=-1.0,
 proportional_attention=True" is the default with `rest="merge"`. The [decision
 record](../../docs/decisions/0001-default-reducer.md) says what followed."""
 
-OTHERS = """Two models take no part in the choice: tiny-gemma3 sees images alone, and the first
-layer of tiny-qwen3-5 has no attention to score with. Their default keeps by `kcentre`. They were
-asked for what needs neither training nor attention of the decoder; tiny-gemma3, which has
-attention, for `condiv` too."""
+OTHERS = """Three models take no part in the choice: tiny-gemma3 sees images alone, the first layer
+of tiny-qwen3-5 has no attention to score with, and real-fastvlm-448 came after it. They were asked
+for what needs neither training nor attention of the decoder, and tiny-gemma3, which has attention,
+for `condiv` too. On images `kcentre` is their default."""
 
 VIDEOS: Candidate = ("condiv", {"power": 1.0, "margin": 0.2})
 IMAGES: Candidate = ("condiv", {"power": 0.35, "margin": 0.2})
@@ -112,15 +114,8 @@ AGAINST = [
     ("kcentre", {}),
     *ASKED,
 ]
-LEFT_OUT = ("tiny-gemma3", "tiny-qwen3-5")
+LEFT_OUT = ("tiny-gemma3", "tiny-qwen3-5", "real-fastvlm-448")
 """Models that take no part in the choice, and which `studies.merging` asks about merging alone."""
-SERVED: list[Candidate] = [
-    ("kcentre", {}),
-    ("kcentre", {REST: "merge"}),
-    ("scope", {"saliency": "none"}),
-    LOCATION,
-]
-"""What those models are asked: no attention of the decoder, no training."""
 SCORED: list[Candidate] = [VIDEOS, ("condiv", {**VIDEOS[1], REST: "merge"})]
 """Asked of tiny-gemma3 too: the first layer of the tiny Qwen3.5 has no attention to score with."""
 DIGITS = 6  # of the numbers in choice.json
@@ -161,7 +156,7 @@ def mean_of(values: list[float], cells: list[tuple[float, str]], column: tuple[f
 
 def evidence(folder: Path) -> list[Results]:
     """Validation results of the models in a folder, and of photographs."""
-    return [*read_all(folder, "validation"), photographs()]
+    return [*read_all(folder, "validation"), photographs(), photographs(MERGING)]
 
 
 def write_choice(results: list[Results], folder: Path) -> dict[str, Any]:
@@ -237,7 +232,7 @@ def asked_of_others(results: list[Results]) -> list[str]:
             names = ", ".join(one.manifest["model"] for one in ready)
             parts += [f"Of {names}.", choice_table(rows, first, ready)]
             parts += by_the_rule(rows, default)
-    return ["## Merging on two more models", OTHERS, *parts] if parts else []
+    return ["## Merging on three more models", OTHERS, *parts] if parts else []
 
 
 def preference(row: dict[str, Any], previous: Candidate = PREVIOUS) -> tuple[float, bool, float]:

@@ -10,8 +10,7 @@ import pytest
 from support.photographs import COLORS, Drawings
 
 from recipes.photographs.clip_questions import CLIP_FAMILIES, ClipItem, clip_items
-from recipes.photographs.clips import CAMERAS, RATE, STILL, clip_frames
-from recipes.photographs.scenes import SIZE
+from recipes.photographs.clips import CAMERAS, RATE, SIZE, STILL, clip_frames
 
 SECONDS = 10.0
 STEP = 4  # px between the pixels that are looked at

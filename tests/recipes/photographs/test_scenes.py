@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain, groupby
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from support.photographs import COLORS, Drawings
 
 from recipes.photographs.items import items
 from recipes.photographs.questions import COUNTS, FAMILIES
-from recipes.photographs.scenes import SIZE, render
+from recipes.photographs.scenes import SIZE, cell_letters, render, sample_words
 from recipes.photographs.sources import Photos, missing
 from tokencomp.errors import OptionError
 
@@ -68,14 +69,27 @@ def test_words_are_drawn_where_no_thing_is() -> None:
     from dataclasses import replace
 
     for one in items(Drawings(), "test", 10, ("reading",)):
-        text = one.scene.text
-        assert text is not None and one.answer == text.text
-        bare = render(replace(one.scene, text=None), Drawings())
+        (text,) = one.scene.texts
+        assert one.answer == text.text
+        bare = render(replace(one.scene, texts=()), Drawings())
         assert boxes(render(one.scene, Drawings())) == boxes(bare)
         y, x = np.nonzero((render(one.scene, Drawings()) != bare).any(-1))
         left, top, right, bottom = text.box
         assert left - 2 <= x.min() and x.max() <= right + 2
         assert top - 2 <= y.min() and y.max() <= bottom + 2
+
+
+def test_letters_of_cells_spell_the_words() -> None:
+    """Along the middle of a word its letters come in order; cells without ink have none."""
+    for index in range(5):
+        scene = sample_words(np.random.default_rng(index), Drawings(), "train")
+        grid, inside = cell_letters(scene, 4), 0
+        for text in scene.texts:
+            left, top, right, bottom = text.box
+            row = grid[(top + bottom) // 8][left // 4 : right // 4 + 1]
+            assert [k for k, _ in groupby(row) if k] == [k for k, _ in groupby(text.text)]
+            inside += ((bottom - top) // 4 + 2) * ((right - left) // 4 + 4)
+        assert len(scene.texts) > 4 and 0 < sum(map(bool, chain(*grid))) <= inside
 
 
 def test_splits_share_no_scene() -> None:
@@ -89,7 +103,8 @@ def test_splits_share_no_scene() -> None:
 def test_photographs_are_stamps_with_a_name_as_caption(tmp_path: Path) -> None:
     """No drawings, no longer captions, nothing tiny; every background is in one split."""
     stamps, templates = tmp_path / "stamps" / "animals", tmp_path / "templates"
-    for folder in (stamps, stamps / "cartoon", templates):
+    scenery = tmp_path / "scenery"
+    for folder in (stamps, stamps / "cartoon", templates, scenery):
         folder.mkdir(parents=True)
     for name, side, text in (
         ("a", 60, "A fox."), ("b", 60, "A red fox."), ("c", 20, "A fox."), ("d", 60, "A fox."),
@@ -100,12 +115,35 @@ def test_photographs_are_stamps_with_a_name_as_caption(tmp_path: Path) -> None:
     (stamps / "d.svg").touch()
     for number in range(5):
         Image.new("RGB", (30, 30)).save(templates / f"{number}.jpg")
-    photos = Photos(tmp_path, ("fox", "owl"))
+        Image.new("RGB", (30, 30)).save(scenery / f"n{number}.jpg")
+    photos = Photos(tmp_path, scenery, ("fox", "owl"))
     assert photos.files == {"fox": (stamps / "a.png",), "owl": (stamps / "e.png",)}
     split = {k: [p.stem for p in paths] for k, paths in photos.landscapes.items()}
-    assert split == {"train": ["0", "1", "2"], "validation": ["3"], "test": ["4"]}
+    assert split == {
+        "train": ["0", "1", "2", "n0", "n1", "n2"],
+        "validation": ["3", "n3"],
+        "test": ["4", "n4"],
+    }
     with pytest.raises(OptionError, match=r"photograph of koala .*apt-get install"):
-        _ = Photos(tmp_path, ("koala",)).files
+        _ = Photos(tmp_path, scenery, ("koala",)).files
+
+
+def test_of_several_photographs_the_last_is_for_tests_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of `FURTHER` count too, and a thing with one photograph has it in every split."""
+    monkeypatch.setattr("recipes.photographs.sources.FURTHER", {"fox": ("red", "absent")})
+    (tmp_path / "stamps").mkdir()
+    for name, text in (("fox", "A fox."), ("red", "A red fox."), ("owl", "An owl.")):
+        Image.new("RGBA", (60, 60), (9, 9, 9, 255)).save(tmp_path / "stamps" / f"{name}.png")
+        (tmp_path / "stamps" / f"{name}.txt").write_text(text)
+    photos = Photos(tmp_path, tmp_path, ("fox", "owl"))
+    shown = {
+        split: [[photos.files[n][k].stem for k in photos.numbers(n, split)] for n in photos.names]
+        for split in ("train", "validation", "test")
+    }
+    assert shown["train"] == shown["validation"] == [["fox"], ["owl"]]
+    assert shown["test"] == [["red"], ["owl"]]
 
 
 def test_missing_packages_are_named_with_their_command(monkeypatch: pytest.MonkeyPatch) -> None:

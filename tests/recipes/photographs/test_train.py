@@ -15,7 +15,7 @@ from recipes.photographs.train import StampStage, StampTrainer
 from tokencomp.inputs.prompts import build_inputs
 
 RECIPE = (
-    StampStage("names", 3, 2, 1e-3, batches=2),
+    StampStage("names", 3, 2, 1e-3, tower_lr=1e-3),
     StampStage("questions", 3, 2, 1e-3, Mixture(True, 2, 1), 1e-3, end=0.1),
 )
 
@@ -27,13 +27,33 @@ def test_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
             model, tokenizer = toy()
             build_processor(tokenizer)
             maker = StampBatches(tokenizer, Drawings())
-            trainer = StampTrainer(model, maker, RECIPE, tmp_path / name, rank=2)
+            last = model.model.vision_tower.encoder.stages[-1]
+            trainer = StampTrainer(model, maker, [last], RECIPE, tmp_path / name, rank=2)
             assert trainer.run(stop) is (stop is None)
         weights.append(trainer.parameters)
     assert weights[0].keys() == weights[1].keys()
     for name, tensor in weights[0].items():
         torch.testing.assert_close(tensor, weights[1][name], rtol=0, atol=0)
     assert any("lora_B" in n and t.abs().sum() > 0 for n, t in weights[0].items())
+
+
+def test_tower_learns_while_tokens_are_named_and_rests_afterwards(tmp_path: Path) -> None:
+    """Its norms keep their statistics throughout."""
+    model, tokenizer = toy()
+    build_processor(tokenizer)
+    last = model.model.vision_tower.encoder.stages[-1]
+    trainer = StampTrainer(
+        model, StampBatches(tokenizer, Drawings()), [last], RECIPE, tmp_path, rank=2
+    )
+    states = []
+    for stop in (1, 2, None):  # within the names, at their end, at the end of the questions
+        states.append({name: tensor.clone() for name, tensor in last.state_dict().items()})
+        trainer.run(stop)
+    changed = {
+        name for name, tensor in last.state_dict().items() if (tensor != states[0][name]).any()
+    }
+    assert changed == {name for name, _ in last.named_parameters()}
+    assert all((tensor == states[2][name]).all() for name, tensor in last.state_dict().items())
 
 
 def test_training_sequences_are_the_prompts_of_inference() -> None:
