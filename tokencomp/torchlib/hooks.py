@@ -31,14 +31,14 @@ class Hooked(Installed):
         needed
             Called in the same way: whether there is anything to do.
         """
-        hook = functools.partial(_hook, 1, needed, run)
+        hook = functools.partial(_hook, 1, needed, compat.not_compiled(run))
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True, **options))
 
     def _after(
         self, module: nn.Module, run: Callable[..., Any], needed: Needed, **options: Any
     ) -> None:
         """Like `_before`, after the calls: `run(module, args, kwargs, out)` gives a new output."""
-        hook = functools.partial(_hook, 2, needed, run)
+        hook = functools.partial(_hook, 2, needed, compat.not_compiled(run))
         self._handles.append(module.register_forward_hook(hook, with_kwargs=True, **options))
 
 
@@ -50,9 +50,4 @@ def _hook(
     # calls a hook without keyword arguments, and the thread's own call does not need it.
     if len(rest) < count or not needed(module, args, rest[0]):
         return None
-    return _between_graphs(run, module, args, *rest)
-
-
-@compat.not_compiled
-def _between_graphs(run: Callable[..., Any], *call: Any) -> Any:
-    return run(*call)
+    return run(module, args, *rest)
