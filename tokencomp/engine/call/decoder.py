@@ -127,17 +127,18 @@ class DecoderHooks(CallHooks):
         """A hook that Dynamo traces: it sets the mask of a step on a static cache."""
         if kwargs is None:  # see `tokencomp.torchlib.hooks`
             return None
-        arguments = compat.bind(module, args, kwargs)
-        if self.apart(module, args, kwargs):
-            return self._enter(module, arguments, torch.compiler.is_compiling())
+        arguments, traced = compat.bind(module, args, kwargs), torch.compiler.is_compiling()
+        if not traced or self.apart(module, args, kwargs):
+            return self._enter(module, arguments, traced)
         return self._continue(arguments, compat.get_cache(arguments))
 
     def _continue(self, arguments: dict[str, Any], cache: Any) -> Any:
         """Arguments of later tokens; None where they stay as they are."""
-        if not isinstance(first_layer(cache), CompressedLayer):
+        first = first_layer(cache)
+        if not isinstance(first, CompressedLayer):
             return None
         arguments = dict(arguments)
-        self._later.prepare(arguments, cache.layers)
+        self._later.prepare(arguments, cache.layers, first)
         return (), arguments
 
     @compat.not_compiled
@@ -155,7 +156,8 @@ class DecoderHooks(CallHooks):
         else:
             if not state.in_body and self.compresses() and begins_prompt(arguments):
                 self._featureless.meet(arguments)  # the decoder was called on its own
-            self._refuse_missing(arguments)
+            if self.tower.had_stage:
+                self._refuse_missing(arguments)
             result = self._continue(arguments, cache)
         several = state.forward is not None and len(state.forward.segments) > 1
         self._layers.prepare(several, traced)
@@ -168,7 +170,7 @@ class DecoderHooks(CallHooks):
         plan = self.plan
         if arguments.get("inputs_embeds") is None:
             arguments = with_embeddings(module, arguments)
-        if plan.tower is None:
+        if plan.tower is None and self.tower.had_stage:
             self._refuse_missing(arguments)
         check_cache(cache, bool(plan.layer_stages))
         self._later.adopt(getattr(cache, "layers", []), first_layer(cache))
@@ -193,7 +195,7 @@ class DecoderHooks(CallHooks):
 
         NaN in features that this call has encoded itself is the model's own.
         """
-        if not self.tower.had_stage or arguments.get("inputs_embeds") is None:
+        if arguments.get("inputs_embeds") is None:
             return
         state = self.calls.running
         if not (state.encodes or self.adapter.encodes(state.inputs or {})):

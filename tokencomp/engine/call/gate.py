@@ -70,11 +70,6 @@ class CallGate(Hooked):
         with self._condition:
             self._calls.clear()  # the hooks that would end them are gone
 
-    def inside(self, *modules: nn.Module) -> bool:
-        """Whether this thread is in a counted call of one of these modules."""
-        _, names = self._calls.get(threading.get_ident(), (None, []))
-        return any(id(module) in names for module in modules)
-
     def busy(self) -> bool:
         """Whether this thread is in a counted call, `generate` included."""
         return threading.get_ident() in self._calls
@@ -85,7 +80,8 @@ class CallGate(Hooked):
         """`module.forward`: what `module(...)` runs between its hooks, or a call of its own."""
         if torch.compiler.is_compiling():
             return original(*args, **kwargs)
-        if not self.inside(module):
+        _, names = self._calls.get(threading.get_ident(), (None, []))
+        if id(module) not in names:
             self.enter(id(module))  # Dynamo may skip the hook that enters, but not this function
             try:
                 return module(*args, **kwargs)

@@ -54,8 +54,10 @@ def _note_patch(forward: ForwardPass, layers: list[Any], patch: InForce) -> None
     needed |= any(head.valid is not None or head.sizes is not None for head in heads)
     needed |= flash_on_static(forward.adapter.text_config, heads[0])
     need = PatchNeed() if needed or windows.cut_later_turns else None
+    whole = need is None and windows.rows_kept(layers) is None
+    whole &= not any(kind.masks_single_tokens for kind in windows.kinds)
     for layer in filled(layers):
-        layer.patch, layer.needs_patch = patch, need
+        layer.patch, layer.needs_patch, layer.seen_whole = patch, need, whole
 
 
 def extend_valid(forward: ForwardPass, cache: Any) -> None:
