@@ -15,6 +15,7 @@ from typing import Any
 
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.environment import environment, git, provenance
+from tokencomp.storage import write_text
 
 __all__ = [
     "MARK",
@@ -25,11 +26,14 @@ __all__ = [
     "published_from",
     "read_lines",
     "table",
+    "write",
 ]
 
 FOLDER = Path(__file__).resolve().parent
 OUTPUTS = (".json", ".jsonl", ".md", ".svg", ".jpg")
 MARK = "publishable"
+WIDTH = 400
+"""Columns of stored JSON: the line of a setting or a case."""
 
 
 def parser(
@@ -52,6 +56,27 @@ def parser(
         "unpublishable",
     )
     return result
+
+
+def write(path: Path, value: Any) -> None:
+    """Write JSON whose lines hold as much as fits into `WIDTH` columns.
+
+    Indented at all levels, files of results would be mostly spaces.
+    """
+    write_text(path, _dense(value, 0) + "\n")
+
+
+def _dense(value: Any, depth: int) -> str:
+    text = json.dumps(value, default=str)
+    if len(text) <= WIDTH or not isinstance(value, dict | list):
+        return text
+    if isinstance(value, dict):
+        parts = [f"{json.dumps(k)}: {_dense(v, depth + 1)}" for k, v in value.items()]
+        first, last = "{}"
+    else:
+        parts, (first, last) = [_dense(v, depth + 1) for v in value], "[]"
+    lines = [f"{' ' * (depth + 1)}{part}" for part in parts]
+    return "\n".join([first, ",\n".join(lines), f"{' ' * depth}{last}"])
 
 
 def table(

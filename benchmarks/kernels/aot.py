@@ -238,8 +238,8 @@ def main() -> int:
     if len(arguments.ops) < len(OPS):
         rows = in_order(rows + kept(arguments.out / "aot.json", arguments.ops, setups), setups)
     info = {"triton": triton.__version__, "torch": torch.__version__, **facts}
-    text = json.dumps({**info, "rows": [asdict(row) for row in rows]}, indent=1)
-    (arguments.out / "aot.json").write_text(text + "\n")
+    content = {**info, "rows": [asdict(row) for row in rows]}
+    publishing.write(arguments.out / "aot.json", content)
     (arguments.out / "aot.md").write_text(markdown(rows))
     bad = [row for row in rows if row.problems]
     for row in bad:

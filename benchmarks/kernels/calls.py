@@ -15,7 +15,6 @@ of the unpatched model, and a patch at ratio 0, which adds none. It is written t
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -197,7 +196,7 @@ def main() -> int:
         "rows": [asdict(row) for row in rows],
         "decode": steps,
     }
-    (arguments.out / "calls.json").write_text(json.dumps(content, indent=1) + "\n")
+    publishing.write(arguments.out / "calls.json", content)
     (arguments.out / "calls.md").write_text(markdown(rows, steps))
     return 0
 

@@ -37,7 +37,6 @@ from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import DOWNSCALE, FULL, RANDOM, Setting
 from tokencomp.inputs.questions import Example
 from tokencomp.shapesqa.examples import blind_guess
-from tokencomp.storage import write_json
 
 RATIOS = (0.5, 0.75, 0.9)
 METHODS = ("uniform", DOWNSCALE, "auto", "divprune", "merge", "fastv", "prune", "pyramiddrop")
@@ -160,7 +159,7 @@ def main() -> None:
         if args.busy:
             for row in results["rows"]:
                 row["seconds"] = 0.0
-        write_json(args.out, {"about": about, "training": training, **results})
+        publishing.write(args.out, {"about": about, "training": training, **results})
     print(write_page(args.out, PAGE if args.out == RESULTS else args.out.with_suffix(".md")))
 
 
