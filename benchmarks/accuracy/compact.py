@@ -60,6 +60,8 @@ def write_sweep(path: Path, manifest: Mapping[str, Any], answers: Mapping[str, A
 def read_sweep(path: Path) -> dict[str, Any]:
     """The manifest of a sweep, with `answers` as `PackedAnswers.to_json` gives them."""
     stored = json.loads(path.read_text(encoding="utf-8"))
+    if "shared" not in stored:  # as older checkouts wrote them
+        return stored
     shared, questions = stored.pop("shared"), stored.pop("questions")
     answers: dict[str, Any] = {"questions": questions, **{part: {} for part in PARTS}}
     for label, setting in stored["settings"].items():

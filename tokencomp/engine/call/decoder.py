@@ -12,23 +12,23 @@ import torch
 from torch import nn
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.engine.cache.compress import check_cache
+from tokencomp.engine.cache.compress import check_cache, compact_cache, extend_valid
 from tokencomp.engine.cache.layers import CompressedLayer
 from tokencomp.engine.cache.need import InForce
 from tokencomp.engine.cache.rows import first_layer
 from tokencomp.engine.call.chunks import ChunkedPrefill, whole_output
 from tokencomp.engine.call.embeddings import with_embeddings
 from tokencomp.engine.call.entry import enter_prompt
-from tokencomp.engine.call.later import LaterTokens, begins_prompt, split_mask
+from tokencomp.engine.call.later import LaterTokens, begins_prompt
 from tokencomp.engine.call.layer_hooks import LayerHooks, SharedTables
 from tokencomp.engine.call.reading import read_prompt
 from tokencomp.engine.call.refusals import FeaturelessPrompts
 from tokencomp.engine.call.state import CallHooks, CallState, RunningCalls
 from tokencomp.engine.call.weights import RowWeights
-from tokencomp.engine.call.written import compact_cache, extend_valid
 from tokencomp.engine.count.collect import MissedRatios, collect
 from tokencomp.engine.count.stats import Stats
-from tokencomp.engine.rows.outputs import restore_states
+from tokencomp.engine.kinds.prepared_mask import split_mask
+from tokencomp.engine.rows.outputs import restore_maps, restore_states
 from tokencomp.engine.stage.segments import check_entered
 from tokencomp.engine.stage.survivors import refuse_missing
 from tokencomp.engine.tower.hooks import TowerHooks
@@ -228,7 +228,7 @@ class DecoderHooks(CallHooks):
         check_entered(forward.segments, module)
         cache = compat.get_cache(kwargs, out)
         if getattr(out, "attentions", None) is not None:
-            out.attentions = forward.full_maps(out.attentions)
+            out.attentions = restore_maps(out.attentions, forward.segments, forward.width)
         if not forward.compresses:
             extend_valid(forward, cache)
             return out

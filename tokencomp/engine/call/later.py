@@ -17,7 +17,7 @@ from transformers.cache_utils import StaticLayer
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine.cache.layers import CompressedLayer
 from tokencomp.engine.cache.need import InForce
-from tokencomp.engine.cache.rows import first_layer, physical_length, segment_heads
+from tokencomp.engine.cache.rows import first_layer, segment_heads
 from tokencomp.engine.cache.static import CompressedStaticLayer
 from tokencomp.engine.call.state import RunningCalls
 from tokencomp.engine.kinds import mask_compat
@@ -234,28 +234,3 @@ def begins_prompt(inputs: Mapping[str, Any]) -> bool:
     if isinstance(first_layer(cache), StaticLayer) and _columns(inputs) == 1:
         return False
     return hasattr(cache, "get_seq_length") and not int(cache.get_seq_length())
-
-
-def split_mask(kwargs: dict[str, Any], cache: Any, body_mask: Any) -> tuple[dict[str, Any], Any]:
-    """Arguments of a prefill with the 2-D mask of padding, and what the body prepared beside it.
-
-    Parameters
-    ----------
-    body_mask
-        The `attention_mask` with which the body was called.
-
-    Raises
-    ------
-    UnsupportedCacheError
-        See `padding_of`, or a prepared mask beside a cache of constant length.
-    """
-    first, width = first_layer(cache), kwargs["inputs_embeds"].shape[1]
-    past = physical_length(first)
-    padding, prepared = read_mask(kwargs.get("attention_mask"), body_mask, width, past)
-    if prepared is not None and isinstance(first, StaticLayer):
-        raise UnsupportedCacheError(
-            "the model lets tokens of an image see each other, and prepares its masks for a "
-            f"{type(cache).__name__} by column of the uncompressed prompt. Drop "
-            "cache_implementation=..., or turn compression off with handle.disabled()."
-        )
-    return {**kwargs, "attention_mask": padding}, prepared
