@@ -66,7 +66,8 @@ class ForwardPass:
     prepared
         The mask that the body prepared for the uncompressed call, see `MaskSource`.
     chunk, earlier
-        Columns per chunk of a chunked prefill (else None), and hidden states of those that have run.
+        Columns per chunk of a chunked prefill (else None), and hidden states of chunks that have
+        run.
     new
         Of later tokens: False at padding, (B, n); None if there is none.
     """
