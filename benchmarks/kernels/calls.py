@@ -47,8 +47,23 @@ REDUCERS = (
     "pyramiddrop",
     "adsc",
 )
+# More calls and reads for one image, and as many for more.
+COMPARATORS = (
+    "dart",
+    "mmtok",
+    "anchorprune",
+    "scope",
+    "visionzip",
+    "visprune",
+    "hiprune",
+    "holov",
+    "fastvid",
+    "flashvid",
+    "holitom",
+    "tango",
+)
 OFF = "ratio 0"  # a patch that does nothing, whatever its reducer
-CASES = (OFF, *REDUCERS)
+CASES = (OFF, *REDUCERS, *COMPARATORS)
 IMAGES, BATCHES = (1, 4, 16), (1, 8)
 RATIO, SIDE, LAYERS = 0.75, 6, 8
 
