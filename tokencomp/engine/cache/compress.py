@@ -181,11 +181,11 @@ def _note_patch(forward: ForwardPass, layers: list[Any], patch: InForce) -> None
     """Let the layers of a cache know the patch, and whether later tokens can do without."""
     heads, windows = segment_heads(layers), forward.windows
     needed = len(heads) > 1 or patch.compact or bool(windows.sizes) or windows.relative
-    needed |= any(head.valid is not None or head.sizes is not None for head in heads)
+    needed |= any(head._valid is not None or head.sizes is not None for head in heads)
     needed |= flash_on_static(forward.adapter.text_config, heads[0])
     need = PatchNeed() if needed or windows.cut_later_turns else None
     whole = need is None and windows.rows_kept(layers) is None
-    whole &= not any(kind.masks_single_tokens for kind in windows.kinds)
+    whole &= not any(kind.masks_single_tokens for kind in set(windows.kinds))
     for layer in filled(layers):
         layer.patch, layer.needs_patch, layer.seen_whole = patch, need, whole
 

@@ -109,7 +109,7 @@ class DecoderHooks(CallHooks):
     # -- before a call --------------------------------------------------------------------------
 
     def apart(self, module: nn.Module, args: Any, kwargs: Any) -> bool:
-        """Whether a call is prepared between the graphs of a compiled model.
+        """Whether a call that Dynamo traces is prepared between the graphs of a compiled model.
 
         Elsewhere there is nothing to do, or Dynamo traces what is done to the decoder.
 
@@ -118,7 +118,7 @@ class DecoderHooks(CallHooks):
         module, args, kwargs
             A call of the model, its body or its decoder.
         """
-        if not torch.compiler.is_compiling() or self.calls.running.kinds is not None:
+        if self.calls.running.kinds is not None:
             return True
         arguments = compat.bind(module, args, kwargs)
         return not self._later.traceable(arguments, self.plan.active)
@@ -173,7 +173,8 @@ class DecoderHooks(CallHooks):
         if plan.tower is None and self.tower.had_stage:
             self._refuse_missing(arguments)
         check_cache(cache, bool(plan.layer_stages))
-        self._later.adopt(getattr(cache, "layers", []), first_layer(cache))
+        if isinstance(first := first_layer(cache), CompressedLayer):
+            self._later.adopt(cache.layers, first)
         arguments, prepared = split_mask(arguments, cache, state.body_mask)
         forward, positions = read_prompt(self.adapter, arguments, cache, state, plan)
         state.forward, forward.prepared = forward, prepared

@@ -106,6 +106,11 @@ class Windows:
         return min(cuts) if cuts else self.cut
 
     @property
+    def plain(self) -> bool:
+        """Whether every layer attends to all tokens before it."""
+        return set(self.kinds) == {FULL}
+
+    @property
     def linear(self) -> bool:
         """Whether a layer keeps a state, instead of rows or beside them."""
         return self.convolves or any(isinstance(kind, State) for kind in self.kinds)
