@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tokencomp.errors import OptionError
-from tokencomp.evaluation.environment import environment, git, provenance
+from tokencomp.evaluation.environment import environment, git
 from tokencomp.storage import write_text
 
 __all__ = [
@@ -91,6 +91,18 @@ def table(
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Records of a JSON Lines file; none if it does not exist."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def provenance(facts: dict[str, Any]) -> str:
+    """What `environment` returned as one line for a page."""
+    hardware, installed = facts["hardware"], facts["versions"]
+    threads = f"{hardware['cpu']}, {hardware['threads']} threads"
+    device = ", ".join(hardware.get("gpus", ())) or threads
+    names = [n for n in ("torch", "transformers", "triton", "tokencomp") if n in installed]
+    head, plus, dirty = str(facts["commit"]).partition("+")
+    commit = head[:12] + plus + dirty
+    listed = ", ".join(f"{n} {installed[n]}" for n in names)
+    return f"`{facts['command']}`; {device}; {listed}; commit {commit}; {facts['date'][:10]}"
 
 
 def changed_code(root: Path) -> list[str]:

@@ -29,6 +29,7 @@ from recipes.photographs.items import LETTERS, StampItem, item, items
 from recipes.photographs.questions import FAMILIES
 from recipes.photographs.scenes import Library
 from recipes.photographs.sources import TUXPAINT, Photos
+from recipes.tiny.evaluate import blind_guess
 from tokencomp.cli import one_message
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.packed import PackedAnswers
@@ -36,7 +37,6 @@ from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import DOWNSCALE, FULL, RANDOM, Setting
 from tokencomp.inputs.questions import Example
-from tokencomp.shapesqa.examples import blind_guess
 
 RATIOS = (0.5, 0.75, 0.9)
 METHODS = ("uniform", DOWNSCALE, "auto", "divprune", "merge", "fastv", "prune", "pyramiddrop")

@@ -11,8 +11,9 @@ from recipes.packing import Packer, stacked
 from recipes.photographs.model import CELL, IMAGE, planes
 from recipes.photographs.questions import COUNTS, EDGES, FAMILIES, outermost
 from recipes.photographs.scenes import SIZE, Library, StampScene, cell_names, render, sample
+from recipes.tiny.letters import letters_prompt
 from tokencomp.shapesqa.items import stream
-from tokencomp.shapesqa.prompt_forms import letter, letters_prompt
+from tokencomp.shapesqa.prompt_forms import letter
 
 Segment = tuple[list[int], list[int]]
 Encode = Any
