@@ -8,12 +8,6 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
-from tokencomp.engine.cache.hybrid import (
-    HYBRID,
-    HYBRID_SLIDING,
-    CompressedHybridLayer,
-    CompressedHybridSlidingLayer,
-)
 from tokencomp.engine.cache.layers import (
     INDEXED,
     CompressedDynamicLayer,
@@ -22,8 +16,15 @@ from tokencomp.engine.cache.layers import (
     CompressedSlidingLayer,
 )
 from tokencomp.engine.cache.need import InForce, PatchNeed
-from tokencomp.engine.cache.reference import CompressedReferenceLayer, compressed_reference
 from tokencomp.engine.cache.rows import filled, first_layer, is_reference, segment_heads
+from tokencomp.engine.cache.special import (
+    HYBRID,
+    HYBRID_SLIDING,
+    CompressedHybridLayer,
+    CompressedHybridSlidingLayer,
+    CompressedReferenceLayer,
+    compressed_reference,
+)
 from tokencomp.engine.cache.static import COUNTS_ROWS, CompressedStaticLayer
 from tokencomp.engine.kinds.mask_compat import flash_on_static
 from tokencomp.errors import UnsupportedCacheError

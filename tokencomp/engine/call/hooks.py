@@ -18,11 +18,10 @@ from torch import nn
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.structure import parameters_of
 from tokencomp.engine.cache.need import InForce, PatchNeed
-from tokencomp.engine.call.batching import BatchGuard
 from tokencomp.engine.call.chunks import ChunkedPrefill
 from tokencomp.engine.call.decoder import DecoderHooks
 from tokencomp.engine.call.gate import CallGate
-from tokencomp.engine.call.generate import GenerateCall
+from tokencomp.engine.call.generate import BatchGuard, GenerateCall
 from tokencomp.engine.call.later import begins_prompt
 from tokencomp.engine.call.refusals import FeaturelessPrompts
 from tokencomp.engine.call.state import CallHooks, RunningCalls

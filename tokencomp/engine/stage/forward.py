@@ -17,10 +17,9 @@ from tokencomp.engine.kinds.windows import Windows
 from tokencomp.engine.rows.arguments import table_parts
 from tokencomp.engine.rows.compaction import Selection, compact, take, write_merged
 from tokencomp.engine.rows.layout import RowLayout
-from tokencomp.engine.scores.raters import rater_weights
 from tokencomp.engine.stage.segments import Segment, segments_after
 from tokencomp.engine.stage.stage_input import StageInput
-from tokencomp.engine.stage.stage_scores import StageScores
+from tokencomp.engine.stage.stage_scores import StageScores, rater_weights
 from tokencomp.engine.stage.survivors import surviving_rows
 from tokencomp.engine.tower.flops import TowerCost
 from tokencomp.plan.amounts import packed_places
