@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from tokencomp.errors import OptionError
-from tokencomp.evaluation.environment import environment, git, provenance
+from tokencomp.evaluation.environment import environment, git
+from tokencomp.storage import write_text
 
 __all__ = [
     "MARK",
@@ -25,11 +26,14 @@ __all__ = [
     "published_from",
     "read_lines",
     "table",
+    "write",
 ]
 
 FOLDER = Path(__file__).resolve().parent
 OUTPUTS = (".json", ".jsonl", ".md", ".svg", ".jpg")
 MARK = "publishable"
+WIDTH = 400
+"""Columns of stored JSON: the line of a setting or a case."""
 
 
 def parser(
@@ -54,6 +58,27 @@ def parser(
     return result
 
 
+def write(path: Path, value: Any) -> None:
+    """Write JSON whose lines hold as much as fits into `WIDTH` columns.
+
+    Indented at all levels, files of results would be mostly spaces.
+    """
+    write_text(path, _dense(value, 0) + "\n")
+
+
+def _dense(value: Any, depth: int) -> str:
+    text = json.dumps(value, default=str)
+    if len(text) <= WIDTH or not isinstance(value, dict | list):
+        return text
+    if isinstance(value, dict):
+        parts = [f"{json.dumps(k)}: {_dense(v, depth + 1)}" for k, v in value.items()]
+        first, last = "{}"
+    else:
+        parts, (first, last) = [_dense(v, depth + 1) for v in value], "[]"
+    lines = [f"{' ' * (depth + 1)}{part}" for part in parts]
+    return "\n".join([first, ",\n".join(lines), f"{' ' * depth}{last}"])
+
+
 def table(
     head: Sequence[str], rows: Iterable[Sequence[str]], rule: str = "---", right: int = 0
 ) -> str:
@@ -66,6 +91,18 @@ def table(
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Records of a JSON Lines file; none if it does not exist."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def provenance(facts: dict[str, Any]) -> str:
+    """What `environment` returned as one line for a page."""
+    hardware, installed = facts["hardware"], facts["versions"]
+    threads = f"{hardware['cpu']}, {hardware['threads']} threads"
+    device = ", ".join(hardware.get("gpus", ())) or threads
+    names = [n for n in ("torch", "transformers", "triton", "tokencomp") if n in installed]
+    head, plus, dirty = str(facts["commit"]).partition("+")
+    commit = head[:12] + plus + dirty
+    listed = ", ".join(f"{n} {installed[n]}" for n in names)
+    return f"`{facts['command']}`; {device}; {listed}; commit {commit}; {facts['date'][:10]}"
 
 
 def changed_code(root: Path) -> list[str]:

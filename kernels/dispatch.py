@@ -38,6 +38,7 @@ OPS = (
     "bipartite_match",
     "ccam_attention",
     "dpp_select",
+    "facility_select",
     "frame_pool",
     "gather_rows",
     "maxmin_select",

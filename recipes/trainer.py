@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections import defaultdict
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from recipes.packing import attention_mask
 from tokencomp.engine.rows.prompts import IGNORED
-from tokencomp.training.steps import Steps
+from tokencomp.training.steps import RunningScores, Steps
 
 
 class Trainer(Steps):
@@ -49,8 +51,33 @@ class Trainer(Steps):
         labels = torch.as_tensor(batch["labels"])
         is_answer = labels != IGNORED
         logits = self.model.get_output_embeddings()(hidden[is_answer])
-        self.scores.note_answers(batch, is_answer, logits.argmax(-1) == labels[is_answer])
+        note_answers(self.scores, batch, is_answer, logits.argmax(-1) == labels[is_answer])
         return F.cross_entropy(logits.float(), labels[is_answer])
+
+
+def note_answers(
+    scores: RunningScores, batch: dict[str, Any], is_answer: Tensor, right: Tensor
+) -> None:
+    """Share of segments whose every answer token was right, per name: batches never repeat.
+
+    Parameters
+    ----------
+    batch
+        Packed segments: `which` segment every token belongs to, and the `names` of segments.
+    is_answer : Tensor, bool, shape (rows, tokens)
+    right : Tensor, bool, shape (answer tokens,)
+        In the order of `is_answer`.
+    """
+    rows = is_answer.nonzero()[:, 0].tolist()
+    which = torch.as_tensor(batch["which"])[is_answer].tolist()
+    whole: dict[tuple[int, int], bool] = defaultdict(lambda: True)
+    for row, number, ok in zip(rows, which, right.tolist(), strict=True):
+        whole[row, number] &= ok
+    tally = defaultdict(list)
+    for (row, number), ok in whole.items():
+        tally[batch["names"][row][number]].append(ok)
+    for name, oks in tally.items():
+        scores.note(name, float(np.mean(oks)))
 
 
 def text_inputs(batch: dict[str, Any]) -> dict[str, Tensor]:

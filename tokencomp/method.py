@@ -16,6 +16,7 @@ from tokencomp.errors import OptionError, PlanError, RatioError
 from tokencomp.plan.amounts import Amount, check_decay, check_one_amount, ratio_text
 from tokencomp.plan.counts import check_ratio
 from tokencomp.plan.plan import Plan
+from tokencomp.plan.profiles import behind, not_before
 from tokencomp.plan.solved import by_item
 from tokencomp.plan.stages import MEDIA, Rest, Stage, TowerStage, check_rest
 from tokencomp.reducers.base import Reducer
@@ -297,10 +298,10 @@ class MethodSpec:
         key = num_layers, first_layer_stage
         if key not in self._plans:
             plan = self.built_reducer.plan(self.ratio, num_layers)
-            plan = plan.not_before(first_layer_stage, num_layers)
+            plan = not_before(plan, first_layer_stage, num_layers)
             if self.dropped_cells:
                 tower = TowerStage(0, 1.0 - self.dropped_cells, self.built_tower_reducer)
-                plan = plan.behind(tower, num_layers)
+                plan = behind(plan, tower, num_layers)
             if self.ratios:
                 plan = self._by_kind(num_layers, first_layer_stage)
             if self.amount is not None:
@@ -311,7 +312,7 @@ class MethodSpec:
     def _by_kind(self, num_layers: int, first: int) -> Plan:
         """The stages of all kinds of media in one plan; kinds without a ratio see every layer."""
         plans = {
-            kind: self.built_reducer.plan(ratio, num_layers).not_before(first, num_layers)
+            kind: not_before(self.built_reducer.plan(ratio, num_layers), first, num_layers)
             for kind, ratio in self.ratios.items()
         }
         profiles = {kind: plan.fractions(num_layers) for kind, plan in plans.items()}

@@ -1,18 +1,17 @@
 """Results of a sweep: which questions every setting answered correctly, its cost, its provenance.
 
 `results/MODEL/SPLIT.json` holds one model on one split. Later runs are merged into it: the answers
-of a setting that is run again replace the older ones. The answers are in the packed
-form of `tokencomp.evaluation.packed`.
+of a setting that is run again replace the older ones. `benchmarks.accuracy.compact` has their form.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accuracy.compact import read_sweep, write_sweep
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.packed import PackedAnswers
 from tokencomp.evaluation.runs import EvalRun
@@ -20,7 +19,6 @@ from tokencomp.evaluation.settings import FULL, Setting
 from tokencomp.method import DEFAULT_REDUCER, DEFAULT_SERVED_REDUCER
 from tokencomp.pages.lost import LostItem
 from tokencomp.shapesqa.difficulty import is_image_family
-from tokencomp.storage import write_text
 from tokencomp.zoo import metrics
 
 ACCURACY = Path(__file__).parent
@@ -66,16 +64,16 @@ class Results:
 
         The validation results of the same folder decide, else the published ones of the model.
         """
-        stored = json.loads((folder / f"{split}.json").read_text())
+        stored = read_sweep(folder / f"{split}.json")
         answers = PackedAnswers.from_json(stored.pop("answers"))
         folders = (folder, RESULTS / folder.name)
         files = [f / "validation.json" for f in folders if (f / "validation.json").exists()]
-        learned = learned_families(json.loads(files[0].read_text())) if files else ()
+        learned = learned_families(read_sweep(files[0])) if files else ()
         return cls(stored, answers, learned)
 
     def write(self, folder: Path) -> None:
-        content = {**self.manifest, "answers": self.answers.to_json()}
-        write_text(folder / f"{self.manifest['split']}.json", two_levels(content))
+        path = folder / f"{self.manifest['split']}.json"
+        write_sweep(path, self.manifest, self.answers.to_json())
 
     @property
     def settings(self) -> dict[str, dict[str, Any]]:
@@ -128,21 +126,6 @@ class Results:
         return by_kind.get(kind, min([*by_kind.values(), setting["achieved_ratio"]]))
 
 
-def two_levels(content: Mapping[str, Any]) -> str:
-    """JSON with a line for every entry of the two upper levels.
-
-    Indented at all levels, the files of all settings would be mostly spaces.
-    """
-    parts = []
-    for key, value in content.items():
-        text = json.dumps(value)
-        if isinstance(value, dict):
-            lines = [f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items()]
-            text = "{\n" + ",\n".join(lines) + "\n }"
-        parts.append(f" {json.dumps(key)}: {text}")
-    return "{\n" + ",\n".join(parts) + "\n}\n"
-
-
 def learned_families(validation: dict[str, Any]) -> tuple[str, ...]:
     """Families on which the full model beats a blind guess by 25 points on the validation split.
 
@@ -153,7 +136,7 @@ def learned_families(validation: dict[str, Any]) -> tuple[str, ...]:
     Parameters
     ----------
     validation
-        A stored validation file.
+        Of `read_sweep`.
     """
     answers = PackedAnswers.from_json(validation["answers"])
     learned = []

@@ -234,7 +234,7 @@ def main() -> None:
         for row in measure(args.cache):
             print(row, flush=True)
             report["rows"].append(row)
-            stored.write_text(json.dumps(report, indent=1) + "\n")
+            publishing.write(stored, report)
     (args.out / "clock.md").write_text(page(json.loads(stored.read_text())))
 
 

@@ -39,7 +39,7 @@ from benchmarks.kernels.case import Case, Setup
 from benchmarks.kernels.cases import CASES
 from benchmarks.kernels.launches import OPS, Launch, record, specialise
 from benchmarks.kernels.row_cases import gather, match, merge, nearest, pool
-from benchmarks.kernels.selection_cases import dpp, maxmin, mean_distance, topk_spans
+from benchmarks.kernels.selection_cases import dpp, facility, maxmin, mean_distance, topk_spans
 
 FOLDER = Path(__file__).parent
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -72,6 +72,8 @@ EXTRA: list[Setup] = [
     maxmin("9 spans x 576 tokens x 896, isolated start", 9, 576, 896, 0.25, start="isolated"),
     mean_distance("9 spans x 576 tokens x 896, mean distance", 9, 576, 896),
     dpp("4 spans x 30 tokens x 896, half kept", 4, 30, 896, 0.5),
+    facility("4 spans x 30 tokens x 896, half kept", 4, 30, 896, 0.5),
+    facility("1 span x 4096 tokens x 896, 16 kept", 1, 4096, 896, 16 / 4096),
     maxmin("1 span x 4096 cells x 192, half kept, rms", 1, 4096, 192, 0.5, metric="rms"),
     maxmin("1 span x 16384 cells x 192, 2 steps, rms", 1, 16384, 192, 2 / 16384, metric="rms"),
 ]
@@ -89,6 +91,7 @@ QUICK: list[Setup] = [
     maxmin("1 span x 16384 cells x 192, 2 steps, rms", 1, 16384, 192, 2 / 16384, metric="rms"),
     maxmin("9 spans x 576 tokens x 896, isolated start", 9, 576, 896, 0.25, start="isolated"),
     dpp("16 spans x 576 tokens x 3584, a quarter kept", 16, 576, 3584, 0.25),
+    facility("16 spans x 576 tokens x 3584, a quarter kept", 16, 576, 3584, 0.25),
     topk_spans("16 spans of 576 and 729 scores", [576, 729] * 8),
 ]
 
@@ -238,8 +241,8 @@ def main() -> int:
     if len(arguments.ops) < len(OPS):
         rows = in_order(rows + kept(arguments.out / "aot.json", arguments.ops, setups), setups)
     info = {"triton": triton.__version__, "torch": torch.__version__, **facts}
-    text = json.dumps({**info, "rows": [asdict(row) for row in rows]}, indent=1)
-    (arguments.out / "aot.json").write_text(text + "\n")
+    content = {**info, "rows": [asdict(row) for row in rows]}
+    publishing.write(arguments.out / "aot.json", content)
     (arguments.out / "aot.md").write_text(markdown(rows))
     bad = [row for row in rows if row.problems]
     for row in bad:

@@ -15,7 +15,6 @@ of the unpatched model, and a patch at ratio 0, which adds none. It is written t
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -48,8 +47,23 @@ REDUCERS = (
     "pyramiddrop",
     "adsc",
 )
+# More calls and reads for one image, and as many for more.
+COMPARATORS = (
+    "dart",
+    "mmtok",
+    "anchorprune",
+    "scope",
+    "visionzip",
+    "visprune",
+    "hiprune",
+    "holov",
+    "fastvid",
+    "flashvid",
+    "holitom",
+    "tango",
+)
 OFF = "ratio 0"  # a patch that does nothing, whatever its reducer
-CASES = (OFF, *REDUCERS)
+CASES = (OFF, *REDUCERS, *COMPARATORS)
 IMAGES, BATCHES = (1, 4, 16), (1, 8)
 RATIO, SIDE, LAYERS = 0.75, 6, 8
 
@@ -197,7 +211,7 @@ def main() -> int:
         "rows": [asdict(row) for row in rows],
         "decode": steps,
     }
-    (arguments.out / "calls.json").write_text(json.dumps(content, indent=1) + "\n")
+    publishing.write(arguments.out / "calls.json", content)
     (arguments.out / "calls.md").write_text(markdown(rows, steps))
     return 0
 

@@ -9,7 +9,7 @@ large dimension for runs without a GPU.
 from benchmarks.kernels.attention_cases import ccam, colsum
 from benchmarks.kernels.case import Setup
 from benchmarks.kernels.row_cases import gather, match, merge, nearest, pool
-from benchmarks.kernels.selection_cases import dpp, maxmin, topk, topk_spans
+from benchmarks.kernels.selection_cases import dpp, facility, maxmin, topk, topk_spans
 
 CASES: list[Setup] = [
     colsum("1 row x 16k keys, 28/4 heads of 128", 1, 16384, 28, 4, 128),
@@ -35,6 +35,7 @@ CASES: list[Setup] = [
     maxmin("1 span x 16384 tokens x 3584, 5 % kept", 1, 16384, 3584, 0.05),
     dpp("16 spans x 576 tokens x 3584, a quarter kept", 16, 576, 3584, 0.25),
     dpp("1 span x 4096 tokens x 3584, a tenth kept", 1, 4096, 3584, 0.1),
+    facility("16 spans x 576 tokens x 3584, a quarter kept", 16, 576, 3584, 0.25),
     topk("8 x 8k scores", 8, 8192),
     topk_spans("16 spans of 576 and 729 scores", [576, 729] * 8),
 ]

@@ -113,3 +113,20 @@ def dpp(at: Place, name: str, spans: int, tokens: int, dim: int, keep: float) ->
         flops=count * (2.0 * length**2 * dim + k * k * length),
         bytes=count * (4.0 * length * dim + 4 * length * (length + k)),
     )
+
+
+@prepared
+def facility(at: Place, name: str, spans: int, tokens: int, dim: int, keep: float) -> Case:
+    """Greedy facility location over the rows themselves; in fp32 whatever the dtype."""
+    count = max(1, int(spans * at.scale)) if spans > 1 else 1
+    length = max(16, int(tokens * at.scale)) if spans == 1 else tokens
+    k = max(1, int(length * keep))
+    x = case.random_values(count * length, dim, device=at.device, dtype=torch.float32)
+    weights = torch.rand(len(x), device=at.device)
+    return Case(
+        op="facility_select",
+        name=name,
+        call=lambda: kernels.facility_select(x, k, weights, spans=length),
+        flops=count * (2.0 * length**2 * dim + 3.0 * k * length**2),
+        bytes=count * (4.0 * length * dim + 4 * length * length),
+    )

@@ -117,7 +117,7 @@ def main() -> None:
             "visual_tokens": GRID[0] * GRID[1] * GRID[2] // 4,
             "rows": rows,
         }
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+        publishing.write(args.out, report)
     args.out.with_suffix(".md").write_text(page(json.loads(args.out.read_text())))
 
 

@@ -161,7 +161,7 @@ def main() -> None:
             for rows in (1, 2)
         ]
         report = {**environment(), **facts, "outcomes": [asdict(o) for o in outcomes]}
-        stored.write_text(json.dumps(report, indent=2) + "\n")
+        publishing.write(stored, report)
     text.write_text(page(json.loads(stored.read_text())))
     print(text.read_text())
 

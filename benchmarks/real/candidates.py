@@ -34,7 +34,7 @@ from tokencomp.evaluation.packed import PackedAnswers
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.runs import EvalRun, paired_scores
 from tokencomp.evaluation.settings import FULL, RANDOM, REST, Setting, label_of
-from tokencomp.storage import write_json, write_text
+from tokencomp.storage import write_text
 
 FORMER, RESULTS = HERE / "candidates.json", HERE / "merging.json"
 MODEL = "real-fastvlm"
@@ -160,7 +160,7 @@ def main() -> None:
         model, processor = load(args.model)
         asked = items(Photos(args.photos), "validation", args.per_family, tuple(learned()))
         content = answer(model, processor, asked, args.batch, FOLDER / "runs" / "candidates")
-        write_json(args.out, {"about": {**publishing.environment(), **facts}, **content})
+        publishing.write(args.out, {"about": {**publishing.environment(), **facts}, **content})
     if not args.out.exists():
         raise OptionError(f"there is no {args.out}. Run without --report first.")
     for path in (args.out, *([FORMER] if args.out == RESULTS else [])):

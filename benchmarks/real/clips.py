@@ -23,11 +23,12 @@ from recipes.photographs.clip_questions import ClipItem, clip_item, clip_items
 from recipes.photographs.clips import MOMENT, SECONDS, STILL
 from recipes.photographs.scenes import Library
 from recipes.photographs.sources import TUXPAINT, Photos
+from recipes.tiny.letters import letters_prompt
 from tokencomp.cli import one_message
 from tokencomp.errors import OptionError
 from tokencomp.inputs.frames import frame_indices
 from tokencomp.inputs.stream import stream_choice
-from tokencomp.shapesqa.prompt_forms import letter, letters_prompt
+from tokencomp.shapesqa.prompt_forms import letter
 from tokencomp.storage import write_lines
 
 FOLDER = Path(__file__).parent

@@ -29,6 +29,7 @@ from recipes.photographs.items import LETTERS, StampItem, item, items
 from recipes.photographs.questions import FAMILIES
 from recipes.photographs.scenes import Library
 from recipes.photographs.sources import TUXPAINT, Photos
+from recipes.tiny.evaluate import blind_guess
 from tokencomp.cli import one_message
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.packed import PackedAnswers
@@ -37,8 +38,6 @@ from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import DOWNSCALE, FULL, RANDOM, REST, Setting
 from tokencomp.inputs.questions import Example
 from tokencomp.pages.lost import LostItem, draw_lost
-from tokencomp.shapesqa.examples import blind_guess
-from tokencomp.storage import write_json
 
 RATIOS = (0.5, 0.75, 0.9)
 METHODS = (
@@ -196,7 +195,7 @@ def main() -> None:
         if args.busy:
             for row in results["rows"]:
                 row["seconds"] = 0.0
-        write_json(args.out, {"about": about, "training": training, **results})
+        publishing.write(args.out, {"about": about, "training": training, **results})
     print(write_page(args.out, PAGE if args.out == RESULTS else args.out.with_suffix(".md")))
 
 

@@ -103,7 +103,7 @@ def main() -> None:
         facts = publishing.published_from(args.out, args.allow_dirty)
         rows = [{"policy": name, **count(policy)} for name, policy in POLICIES.items()]
         report = {"environment": {**environment(), **facts}, "steps": STEPS, "rows": rows}
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+        publishing.write(args.out, report)
     args.out.with_suffix(".md").write_text(page(json.loads(args.out.read_text())))
 
 

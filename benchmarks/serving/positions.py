@@ -90,7 +90,7 @@ def main() -> None:
         "environment": {**environment(), **facts}, "model": args.model, "items": len(examples),
         "accuracy_full": sum(full) / len(full), "rows": rows,
     }  # fmt: skip
-    args.out.write_text(json.dumps(report, indent=1) + "\n")
+    publishing.write(args.out, report)
     args.out.with_suffix(".md").write_text(table(report))
 
 

@@ -20,8 +20,9 @@ from recipes.photographs.scenes import (
     sample,
     sample_words,
 )
+from recipes.tiny.letters import letters_prompt
 from tokencomp.shapesqa.items import stream
-from tokencomp.shapesqa.prompt_forms import letter, letters_prompt
+from tokencomp.shapesqa.prompt_forms import letter
 
 Segment = tuple[list[int], list[int]]
 Encode = Any

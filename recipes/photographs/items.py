@@ -9,9 +9,10 @@ from PIL import Image
 
 from recipes.photographs.questions import FAMILIES
 from recipes.photographs.scenes import Library, StampScene, render, sample
+from recipes.tiny.letters import letters_prompt
 from tokencomp.inputs.questions import Deferred
 from tokencomp.shapesqa.items import QueryFields, stream
-from tokencomp.shapesqa.prompt_forms import letter, letters_prompt
+from tokencomp.shapesqa.prompt_forms import letter
 from tokencomp.shapesqa.questions import Question
 
 LETTERS = "letters"  # family of questions with lettered options

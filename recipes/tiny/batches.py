@@ -10,13 +10,14 @@ import numpy as np
 from PIL import Image
 
 from recipes.packing import Packer, stacked
-from recipes.tiny.labels import cell_labels, text_labels
+from recipes.tiny.labels import GLYPHS, cell_labels, text_labels
 from recipes.tiny.letters import FORMS, Segment, dense_options, whole_form
 from recipes.tiny.primers import primer_pairs
+from recipes.tiny.tokenizer import FREE_FORM_SUFFIX
 from recipes.tiny.training_scenes import BACKGROUNDS, training_scene
 from tokencomp.shapesqa.items import stream
-from tokencomp.shapesqa.lettering import GLYPHS, WORDS
-from tokencomp.shapesqa.prompt_forms import FREE_FORM_SUFFIX, letter
+from tokencomp.shapesqa.lettering import WORDS
+from tokencomp.shapesqa.prompt_forms import letter
 from tokencomp.shapesqa.questions import Question, ask, families
 from tokencomp.shapesqa.render import canvas_of, paint
 from tokencomp.shapesqa.scenes import Scene

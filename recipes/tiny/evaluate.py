@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -45,3 +46,29 @@ def evaluate(
     if run.failed:
         raise MediaError(f"{run.failed[0]['id']}: {run.failed[0]['error']}")
     return run.records
+
+
+def blind_guess(items: Iterable[Item]) -> dict[str, float]:
+    """Score per family of a model that sees nothing.
+
+    The guess is the commonest answer, or one of the options at random, whichever scores better.
+    """
+    groups: dict[str, list[Item]] = {}
+    for item in items:
+        groups.setdefault(item.family, []).append(item)
+    scores = {}
+    for name, group in groups.items():
+        commonest = max(Counter(item.answer for item in group).values())
+        at_random = sum(1 / len(item.options) for item in group)
+        scores[name] = max(commonest, at_random) / len(group)
+    return scores
+
+
+def by_family(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Accuracy and item count per question family."""
+    scores: dict[str, dict[str, float]] = {}
+    for record in records:
+        score = scores.setdefault(record["family"], {"correct": 0, "items": 0})
+        score["correct"] += bool(record["correct"])
+        score["items"] += 1
+    return {k: {**v, "accuracy": v["correct"] / v["items"]} for k, v in scores.items()}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from tokencomp.shapesqa.lettering import GLYPHS, WORDS, Text
-from tokencomp.shapesqa.render import owner_map
+from tokencomp.shapesqa.lettering import WORDS, Text, load_font
+from tokencomp.shapesqa.render import shape_mask
 from tokencomp.shapesqa.scenes import COLORS, DIRECTIONS, SHAPES, Scene
 
 MIN_COVER = 0.077  # share of a cell that an object must cover for its label to count
 PLACES = 8  # columns and rows that a picture is divided into, whatever its size
+GLYPHS = "abcdefghijklmnopqrstuvwxyz0123456789"
 UNCLEAR = -100  # too small a part to decide; the loss ignores these
 
 
@@ -18,6 +19,16 @@ def cells(pixels: np.ndarray, cell: int) -> np.ndarray:
     rows, columns = pixels.shape[0] // cell, pixels.shape[1] // cell
     cut = pixels[: rows * cell, : columns * cell].reshape(rows, cell, columns, cell)
     return cut.transpose(0, 2, 1, 3)
+
+
+def owner_map(scene: Scene, time: float = 0.0) -> np.ndarray:
+    """Index of the thing that covers each pixel, int8 (H, W), -1 for background."""
+    owner = np.full((scene.height, scene.width), -1, np.int8)
+    for index, thing in enumerate(scene.things):
+        if thing.visible_at(time):
+            left, top, right, bottom = thing.box(time)
+            owner[top:bottom, left:right][shape_mask(thing.shape, thing.size) > 0.5] = index
+    return owner
 
 
 def cell_labels(scene: Scene, time: float, cell: int) -> dict[str, np.ndarray]:
@@ -102,11 +113,18 @@ def text_labels(scene: Scene, cell: int) -> dict[str, np.ndarray]:
     return {"glyph": glyph, "word": word, "digits": digits}
 
 
+def glyph_boxes(text: Text) -> list[tuple[str, float, float]]:
+    """Every character of a text with its left and right edge in pixels."""
+    font = load_font(text.font, text.size)
+    edges = [text.x + font.getlength(text.text[:k]) for k in range(len(text.text) + 1)]
+    return list(zip(text.text, edges[:-1], edges[1:], strict=True))
+
+
 def _mark_glyphs(text: Text, cell: int, glyph: np.ndarray, cover: np.ndarray) -> None:
     """Write the characters of one word into ``glyph``; ``cover`` holds their overlap in px²."""
     rows, columns = glyph.shape
     _, top, _, bottom = text.box
-    for character, left, right in text.glyph_boxes():
+    for character, left, right in glyph_boxes(text):
         for row in range(top // cell, min(rows, bottom // cell + 1)):
             for column in range(int(left) // cell, min(columns, int(right) // cell + 1)):
                 width = min(right, (column + 1) * cell) - max(left, column * cell)

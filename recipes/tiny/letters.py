@@ -11,15 +11,17 @@ import numpy as np
 from recipes.packing import Packer
 from tokencomp.engine.rows.prompts import IGNORED
 from tokencomp.shapesqa.lettering import WORDS
-from tokencomp.shapesqa.prompt_forms import (
-    LETTERS,
-    letter,
-    letters_prompt,
-    mlvu_prompt,
-    mvbench_prompt,
-)
+from tokencomp.shapesqa.prompt_forms import LETTERS, letter, mlvu_prompt, mvbench_prompt
 from tokencomp.shapesqa.questions import Question
 from tokencomp.shapesqa.scenes import COLORS, DIRECTIONS, SHAPES
+
+
+def letters_prompt(question: Question) -> str:
+    """Multiple choice in the form most image benchmarks use."""
+    lines = "".join(f"\n{LETTERS[i]}. {option}" for i, option in enumerate(question.options))
+    tail = "\nAnswer with the option's letter from the given choices directly."
+    return question.text + lines + tail
+
 
 FORMS = (mvbench_prompt, mlvu_prompt, letters_prompt)
 _POOLS: tuple[tuple[str, ...], ...] = (

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from recipes.tiny.labels import PLACES, UNCLEAR
+from recipes.tiny.labels import GLYPHS, PLACES, UNCLEAR
 from recipes.trainer import share_right
-from tokencomp.shapesqa.lettering import GLYPHS, WORDS
+from tokencomp.shapesqa.lettering import WORDS
 from tokencomp.shapesqa.scenes import COLORS, DIRECTIONS, SHAPES
 
 # Outputs per frame of a token: colour, shape, mask, box, centre, column, row.

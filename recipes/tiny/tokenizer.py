@@ -9,12 +9,13 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tokencomp.shapesqa.prompt_forms import FREE_FORM_SUFFIX, LETTERS
+from tokencomp.shapesqa.prompt_forms import LETTERS
 from tokencomp.shapesqa.questions import COLORS, DIRECTIONS, PLURALS, SHAPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+FREE_FORM_SUFFIX = "\nAnswer the question using a single word or phrase."
 SYSTEM = "You are a helpful assistant."
 SPECIAL_TOKENS = (
     "<|endoftext|>",

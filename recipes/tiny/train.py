@@ -204,11 +204,11 @@ def measure(name: str, folder: Path, items: int, training: dict[str, Any]) -> di
     import torch
     import transformers
 
-    from recipes.tiny.evaluate import evaluate
+    from recipes.tiny.evaluate import blind_guess, by_family, evaluate
     from recipes.tiny.families import family
     from recipes.tiny.recipes import RECIPES
     from tokencomp.inputs.loading import load_folder
-    from tokencomp.shapesqa.examples import FORMS, blind_guess, by_family
+    from tokencomp.shapesqa.examples import FORMS
     from tokencomp.shapesqa.items import items as sample
     from tokencomp.shapesqa.layouts import write_media
     from tokencomp.shapesqa.questions import IMAGE_FAMILIES, VIDEO_FAMILIES

@@ -12,7 +12,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaModel
 
 from tokencomp.engine.rows.layout import PromptColumns, full_layout
 from tokencomp.engine.scores.probes import input_scores
-from tokencomp.engine.scores.raters import rater_weights
+from tokencomp.engine.stage.stage_scores import rater_weights
 from tokencomp.tokens.signals import Attention
 from tokencomp.tokens.spans import VisualSpan
 

@@ -9,7 +9,7 @@ import threading
 import pytest
 from torch import nn
 
-from tokencomp.engine.call.stacks import threads_in
+from tokencomp.engine.call.gate import threads_in
 
 
 class Waiting(nn.Module):

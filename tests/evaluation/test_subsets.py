@@ -10,7 +10,7 @@ import torch
 
 import tokencomp
 from tokencomp.evaluation import Setting, patches, runner, sweep
-from tokencomp.evaluation.subsets import Subsets, per_question
+from tokencomp.evaluation.patches import Subsets, per_question
 from tokencomp.reducers.random import Random
 from tokencomp.tokens.spans import VisualTokens
 from tokencomp.training.measure import Measurement

@@ -11,6 +11,7 @@ import tokencomp
 from tokencomp import Plan, Stage, make_reducer
 from tokencomp.engine.rows.arguments import gather_arguments
 from tokencomp.errors import PlanError
+from tokencomp.plan.profiles import not_before
 
 
 class Deep(Qwen3VL):
@@ -64,7 +65,7 @@ def test_schedules_wait(ratio: float, schedule: str) -> None:
 def test_not_before(first: int, layers: int, reducer: str) -> None:
     for ratio in (0.05, 0.3, 0.5, 0.75, 0.9, 0.95):
         plan = make_reducer(reducer).plan(ratio, layers)
-        moved = plan.not_before(first, layers)
+        moved = not_before(plan, first, layers)
         assert moved.ratio(layers) == pytest.approx(ratio)
         assert all(s.layer == 0 or s.layer >= first for s in moved.stages)
         if all(s.layer == 0 or s.layer >= first for s in plan.stages):

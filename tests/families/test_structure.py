@@ -13,6 +13,7 @@ from support.family.mistral import Mistral3
 from support.family.structural import STRUCTURAL
 
 import tokencomp
+from tokencomp.adapters.call import Call
 from tokencomp.adapters.encoded import per_medium, sizes_in, token_counts
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.adapters.spans import Medium, cut_media, grid_from_positions, grid_from_size
@@ -174,12 +175,15 @@ def test_grid_from_size(size, count: int, grid) -> None:
 def test_grid_from_positions() -> None:
     raster = np.arange(6)
     positions = np.stack([np.full(6, 3), 3 + raster // 3, 3 + raster % 3])[:, None]
-    assert grid_from_positions(positions, 0, 0, 6) == (1, 2, 3)
-    assert (
-        grid_from_positions(np.stack([raster] * 3)[:, None], 0, 0, 6) is None
-    )  # one position per token
-    assert grid_from_positions(positions, 0, 1, 6) is None
-    assert grid_from_positions(None, 0, 0, 6) is None
+
+    def grid(positions, start: int):
+        call = Call(torch.zeros(1, 6), torch.zeros(1, 6, 1), positions, torch.nn.Module())
+        return grid_from_positions(call, 0, start, 6)
+
+    assert grid(positions, 0) == (1, 2, 3)
+    assert grid(np.stack([raster] * 3)[:, None], 0) is None  # one position per token
+    assert grid(positions, 1) is None
+    assert grid(None, 0) is None
 
 
 def test_sizes_and_token_counts() -> None:

@@ -166,16 +166,13 @@ def test_status_is_plain_data(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_op_has_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton is reported for all ops, and their folders have a ``triton.py``.
-
-    The steps of facility location run on the host, so it is no op.
-    """
+    """Triton is reported for all ops, and their folders have a ``triton.py``."""
     pytest.importorskip("triton")
     monkeypatch.setenv("TOKENCOMP_KERNELS", "triton")
     folders = {path.parent.name for path in (ROOT / "kernels").glob("*/__init__.py")}
     kernels = {path.parent.name for path in (ROOT / "kernels").glob("*/triton.py")}
     backends = status()["ops"]
-    assert set(backends) == folders - {"facility_select"} == kernels
+    assert set(backends) == folders == kernels
     assert set(backends.values()) == {"triton"}
 
 

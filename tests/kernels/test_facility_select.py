@@ -48,10 +48,13 @@ def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     [([1], [1]), ([40, 1, 0, 25, 40], [10, 1, 0, 25, 3]), ([90, 30], [45, 0])],
     ids=str,
 )
-def test_ragged_spans(lengths: list[int], counts: list[int], weighted: bool, memory: None) -> None:
+def test_ragged_spans(
+    lengths: list[int], counts: list[int], weighted: bool, memory: None, place: torch.device
+) -> None:
     """Each span as if it were alone."""
     unit, w = clustered(sum(lengths)), torch.rand(sum(lengths)) if weighted else None
-    got = facility_select(unit, counts, w, spans=lengths)
+    on = None if w is None else w.to(place)
+    got = facility_select(unit.to(place), counts, on, spans=lengths)
     expected, start = [], 0
     for rows, k in zip(unit.split(lengths), counts, strict=True):
         own = [1.0] * len(rows) if w is None else w[start : start + len(rows)].tolist()
@@ -60,7 +63,7 @@ def test_ragged_spans(lengths: list[int], counts: list[int], weighted: bool, mem
     assert got.dtype == torch.int64 and got.tolist() == expected
 
 
-def test_softmax_of_other_points(memory: None) -> None:
+def test_softmax_of_other_points(memory: None, place: torch.device) -> None:
     """Points of another number than rows, covered by a softmax over the rows of their span."""
     lengths, reach, counts = [30, 20], [7, 26], [9, 6]
     unit, points = clustered(50), 4 * clustered(33)
@@ -71,8 +74,9 @@ def test_softmax_of_other_points(memory: None) -> None:
         offset.append(logits.logsumexp(1))
         chosen = plain_greedy(logits.softmax(1).tolist(), [1.0] * len(rows), k)
         expected += [start + j for j in chosen]
-    how = {"points": points, "point_spans": reach, "offset": torch.cat(offset).float()}
-    assert facility_select(unit, counts, spans=lengths, **how).tolist() == expected
+    how = {"points": points.to(place), "offset": torch.cat(offset).float().to(place)}
+    got = facility_select(unit.to(place), counts, spans=lengths, point_spans=reach, **how)
+    assert got.tolist() == expected
 
 
 def test_few_gains_are_computed(memory: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,19 +91,27 @@ def test_few_gains_are_computed(memory: None, monkeypatch: pytest.MonkeyPatch) -
     assert 0 < sum(computed) < 0.08 * 100 * 400
 
 
-def test_ties_and_copies_go_to_the_lower_row(memory: None) -> None:
+def test_ties_and_copies_go_to_the_lower_row(memory: None, place: torch.device) -> None:
     """Copies gain nothing, although the cosine of two copies is rounded."""
-    assert facility_select(torch.eye(6), 3).tolist() == [0, 1, 2]
-    copies = torch.nn.functional.normalize(torch.randn(5, 300), dim=1).repeat(8, 1)
+    assert facility_select(torch.eye(6, device=place), 3).tolist() == [0, 1, 2]
+    copies = torch.nn.functional.normalize(torch.randn(5, 300), dim=1).repeat(8, 1).to(place)
     assert facility_select(copies, 5).tolist() == [0, 1, 2, 3, 4]
     assert facility_select(copies, 9).tolist() == list(range(9))
 
 
-def test_rows_of_weight_0_come_last() -> None:
-    weights = torch.zeros(30)
+def test_rows_of_weight_0_come_last(place: torch.device) -> None:
+    weights, unit = torch.zeros(30, device=place), clustered(30).to(place)
     weights[10:20] = 1.0
-    assert facility_select(clustered(30), 10, weights).tolist() == list(range(10, 20))
-    assert facility_select(clustered(30), 12, weights).tolist() == [0, 1, *range(10, 20)]
+    assert facility_select(unit, 10, weights).tolist() == list(range(10, 20))
+    assert facility_select(unit, 12, weights).tolist() == [0, 1, *range(10, 20)]
+
+
+def test_spans_too_large_for_one_program_run_in_plain_pytorch() -> None:
+    triton = pytest.importorskip("tokencomp.kernels.facility_select.triton")
+    assert triton.fits([144, 0], [576, 1], [576, 0])
+    assert not triton.fits([1, 1], [576, 8193], [576, 1])
+    assert not triton.fits([1], [8192], [2049])  # more entries than one matrix may have
+    assert not triton.fits([1024], [2048], [1024])
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 
 from recipes.trainer import Trainer
 from tokencomp.engine.rows.prompts import IGNORED
-from tokencomp.training.scores import RunningScores
+from tokencomp.training.steps import RunningScores
 
 
 def test_answer_loss_is_the_mean_over_labelled_tokens() -> None:

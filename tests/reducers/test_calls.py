@@ -28,7 +28,8 @@ def image(seed: int) -> VisualTokens:
 def video(seed: int) -> VisualTokens:
     """A clip of 9 frames, in which cuts, and places that stand still, differ from seed to seed."""
     tokens = clip((9, 2, 5), special=0)
-    tokens.features += 0.1 * matrix.tokens((9, 2, 5), seed=seed).features
+    # What all frames share makes them alike, so that they merge along time.
+    tokens.features += 1 + 0.1 * matrix.tokens((9, 2, 5), seed=seed).features
     return tokens
 
 

@@ -7,6 +7,8 @@ import math
 
 import numpy as np
 import pytest
+import torch
+from support import matrix
 from support.tower_loops import (
     Rows,
     Vector,
@@ -24,6 +26,7 @@ from support.tower_loops import (
 )
 
 from tokencomp import make_reducer
+from tokencomp.plan.reducer import reduced
 from tokencomp.reducers._segments import segments, static_segments
 
 CLIPS = [(1, 4, 5), (4, 3, 4), (9, 2, 3), (12, 3, 3)]
@@ -240,3 +243,20 @@ def test_flashvid(grid: tuple[int, int, int], least: int, event: bool, share: fl
                 rows.append((own[c], mean([x[j] for j in every]), float(len(every))))
     reducer = make_reducer("flashvid", least=least, event=event)
     check(reducer.reduce(given, keep + 2), given, rows)
+
+
+@pytest.mark.parametrize("name", ["fastvid", "flashvid", "holitom", "tango"])
+@pytest.mark.parametrize("share", [0.15, 0.5])
+def test_clips_of_a_batch_do_not_meet(name: str, share: float) -> None:
+    """Of several lengths and sizes, which segments and trees must not leave; each is as alone."""
+    reducer = make_reducer(name, **({"least": 1} if name in ("fastvid", "flashvid") else {}))
+    grids = [*CLIPS, (9, 2, 3)]
+    spans = [clip(grid, special) for grid, special in zip(grids, (0, 2, 1, 0, 3), strict=True)]
+    keeps = [int(t.special.sum()) + round(share * math.prod(t.grid)) for t in spans]
+    batch = matrix.joined(spans)
+    parts = reduced(reducer, batch, keeps).split(batch, keeps)
+    for tokens, keep, part in zip(spans, keeps, parts, strict=True):
+        alone = reducer.reduce(tokens, keep)
+        assert part.keep.tolist() == alone.keep.tolist()
+        torch.testing.assert_close(part.merged, alone.merged, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(part.sizes, alone.sizes)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accuracy.compact import write_sweep
 from tokencomp.evaluation.packed import PackedAnswers
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import Setting
@@ -59,7 +59,7 @@ def write_results(
     model_folder = folder / name
     model_folder.mkdir(parents=True, exist_ok=True)
     answers = PackedAnswers.of(runs, "full").to_json()
-    (model_folder / f"{split}.json").write_text(json.dumps({**manifest, "answers": answers}))
+    write_sweep(model_folder / f"{split}.json", manifest, answers)
     return model_folder
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from recipes.tiny.card import render_card
-from recipes.tiny.evaluate import evaluate
+from recipes.tiny.evaluate import by_family, evaluate
 from recipes.tiny.families import family
 from tokencomp import zoo
 from tokencomp.errors import UnknownNameError
@@ -14,7 +14,6 @@ from tokencomp.inputs.media import load_media
 from tokencomp.inputs.packaged import DEFAULT_MODEL
 from tokencomp.inputs.prompts import build_inputs, generate
 from tokencomp.inputs.questions import option_letter
-from tokencomp.shapesqa.examples import by_family
 from tokencomp.shapesqa.items import item, items
 from tokencomp.shapesqa.prompt_forms import mvbench_prompt
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from recipes.tiny.labels import owner_map
 from tokencomp.errors import UnknownNameError
 from tokencomp.shapesqa.items import SPLIT_SEEDS, item, items, stream
 from tokencomp.shapesqa.questions import FAMILIES, IMAGE_FAMILIES, PLURALS, VIDEO_FAMILIES
-from tokencomp.shapesqa.render import owner_map, render
+from tokencomp.shapesqa.render import render
 from tokencomp.shapesqa.scenes import COLORS, SHAPES
 from tokencomp.shapesqa.textures import background
 

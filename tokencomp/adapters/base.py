@@ -234,7 +234,8 @@ class Adapter:
         """
         features = self.feature_kinds(inputs)
         if not features:
-            return self.kinds_in_place(inputs)
+            embeds = inputs.get("inputs_embeds")
+            return None if embeds is None else self.kinds_in_place(inputs)
         ids: Tensor | None = inputs.get("input_ids")
         source: Tensor = inputs["inputs_embeds"] if ids is None else ids
         kinds = torch.zeros(source.shape[:2], dtype=torch.int8, device=source.device)

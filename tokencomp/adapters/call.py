@@ -12,10 +12,11 @@ import numpy as np
 from torch import Tensor, nn
 
 from tokencomp.tokens.signals import Signal
-from tokencomp.tokens.spans import Kind
+from tokencomp.tokens.spans import Grid, Kind
 
 KINDS: dict[int, Kind] = {1: "image", 2: "video", 3: "audio"}
 CODES: dict[Kind, int] = {kind: code for code, kind in KINDS.items()}
+Array = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclass
@@ -55,6 +56,42 @@ class Call:
                 start = stop
             rows.append(runs)
         return rows
+
+    @functools.cached_property
+    def _rasters(self) -> dict[tuple[int, int, int], Grid | None]:
+        return {}
+
+    def raster(self, row: int, start: int, stop: int) -> Grid | None:
+        """`raster_grid` of columns of a sample, looked at once; None without positions."""
+        run = row, start, stop
+        if run not in self._rasters:
+            places = self.positions
+            drawn = None if places is None else raster_grid(*places[1:, row, start:stop])
+            self._rasters[run] = drawn
+        return self._rasters[run]
+
+
+def raster_grid(h: Array, w: Array) -> Grid | None:
+    """The grid (t, rows, columns) whose cells have the positions `h` and `w`, in raster order.
+
+    NumPy, because short tensor operations cost ten times as much.
+
+    Parameters
+    ----------
+    h, w : ndarray of int64, shape (n,)
+        Positions of height and width, counted from any number.
+
+    Returns
+    -------
+    tuple of three int, or None
+        None if the positions draw no grid.
+    """
+    n, rows, cols = len(h), int(h.max() - h.min()) + 1, int(w.max() - w.min()) + 1
+    raster = np.arange(n)
+    regular = n % (rows * cols) == 0 and (
+        np.array_equal(h - h[0], raster // cols % rows) and np.array_equal(w - w[0], raster % cols)
+    )
+    return (n // (rows * cols), rows, cols) if regular else None
 
 
 @dataclass

@@ -14,7 +14,6 @@ from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.call import Call, TowerCall
 from tokencomp.adapters.encoded import Encoding
 from tokencomp.adapters.registry import register_adapter
-from tokencomp.adapters.spans import raster_grid
 from tokencomp.adapters.structural import StructuralAdapter
 from tokencomp.adapters.towers.packed import PackedTower
 from tokencomp.errors import SpanError
@@ -64,10 +63,9 @@ class Qwen2VLAdapter(StructuralAdapter):
         return [(t, h // side, w // side) for t, h, w in rows]
 
     def spans(self, call: Call) -> list[list[VisualSpan]]:
-        places = call.positions
         for row in range(call.kinds.shape[0]):
             for start, stop, _ in call.runs[row]:
-                if places is None or raster_grid(*places[1:, row, start:stop]) is None:
+                if call.raster(row, start, stop) is None:
                     raise SpanError(
                         f"visual tokens {start} … {stop - 1} of sample {row} do not form one t×h×w "
                         "grid. Expected whole images or videos, each between its own start and end "

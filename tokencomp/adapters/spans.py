@@ -12,7 +12,6 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -23,7 +22,6 @@ from tokencomp.tokens.spans import Grid, Kind, VisualSpan
 Run = tuple[int, int, Kind]
 Size = tuple[int, int, int]
 GivenSize = Callable[[], Size | None]
-Array = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclass
@@ -101,14 +99,14 @@ def span_of(
         return [replace(_audio(a, b), item=medium.pieces[0][0]) for a, b in medium.pieces]
     if len(medium.pieces) == 1:
         start, stop = medium.pieces[0]
-        grid = grid_from_positions(call.positions, row, start, stop)
+        grid = grid_from_positions(call, row, start, stop)
         grid = grid or grid_from_size(size(), stop - start) or fallback()
         return [_span(start, stop, medium.kind, grid)]
     joined = _joined(medium, row, call, size)
     if joined is not None:
         return [joined]
     item = medium.pieces[0][0]
-    grids = [grid_from_positions(call.positions, row, a, b) for a, b in medium.pieces]
+    grids = [grid_from_positions(call, row, a, b) for a, b in medium.pieces]
     return [
         replace(_span(a, b, medium.kind, grid or fallback()), item=item)
         for (a, b), grid in zip(medium.pieces, grids, strict=True)
@@ -144,7 +142,7 @@ def _joined(medium: Medium, row: int, call: Call, size: GivenSize) -> VisualSpan
             return VisualSpan(start, stop - start, (1, n, length), medium.kind, special=offsets)
     if medium.kind != "video":
         return None
-    frame = grid_from_positions(call.positions, row, *pieces[0])
+    frame = grid_from_positions(call, row, *pieces[0])
     if frame is None:
         whole = grid_from_size(size(), medium.count)
         frame = (1, *whole[1:]) if whole is not None and whole[0] == n else None
@@ -161,41 +159,18 @@ def _line_breaks(embeds: Tensor, gaps: list[tuple[int, int]]) -> bool:
     return bool((tokens == tokens[0]).all())
 
 
-def grid_from_positions(positions: Array | None, row: int, start: int, stop: int) -> Grid | None:
-    """The grid that M-RoPE positions (3, B, L) of a run draw; None if they draw none.
+def grid_from_positions(call: Call, row: int, start: int, stop: int) -> Grid | None:
+    """The grid that M-RoPE positions of a run draw; None if they draw none.
 
     Decoders for three rows that get one position per token have three equal rows, which tell
     nothing.
     """
-    if positions is None:
+    if call.positions is None:
         return None
-    time, h, w = positions[:, row, start:stop]
+    time, h, w = call.positions[:, row, start:stop]
     if len(h) > 1 and np.array_equal(time, h) and np.array_equal(h, w):
         return None
-    return raster_grid(h, w)
-
-
-def raster_grid(h: Array, w: Array) -> Grid | None:
-    """The grid (t, rows, columns) whose cells have the positions `h` and `w`, in raster order.
-
-    NumPy, because short tensor operations cost ten times as much.
-
-    Parameters
-    ----------
-    h, w : ndarray of int64, shape (n,)
-        Positions of height and width, counted from any number.
-
-    Returns
-    -------
-    tuple of three int, or None
-        None if the positions draw no grid.
-    """
-    n, rows, cols = len(h), int(h.max() - h.min()) + 1, int(w.max() - w.min()) + 1
-    raster = np.arange(n)
-    regular = n % (rows * cols) == 0 and (
-        np.array_equal(h - h[0], raster // cols % rows) and np.array_equal(w - w[0], raster % cols)
-    )
-    return (n // (rows * cols), rows, cols) if regular else None
+    return call.raster(row, start, stop)
 
 
 def grid_from_size(size: Size | None, count: int) -> Grid | None:

@@ -14,6 +14,7 @@ from tokencomp.conformance.oracle import OracleError, hidden
 from tokencomp.conformance.prompts import Prompts
 from tokencomp.errors import PlanError, TokenCompError, UnsupportedModelError
 from tokencomp.plan.plan import Plan
+from tokencomp.plan.profiles import not_before
 from tokencomp.plan.stages import Stage
 from tokencomp.reducers.registry import make_reducer
 from tokencomp.reducers.uniform import Uniform
@@ -164,7 +165,7 @@ class Checks:
             self.compress(self.tiny.whole, plan).remove()
         except PlanError:  # as in `layers`: half of the tokens before the last layer
             late = reducer.plan(0.5 / self.depth, self.depth)
-            plan = late.not_before(self.depth - 1, self.depth)
+            plan = not_before(late, self.depth - 1, self.depth)
         with self.compress(self.tiny.whole, plan) as handle:
             words, steps = self.prompts.generate(self.prompts.inputs(), STEPS)
             left = self._left(handle.stats, plan)

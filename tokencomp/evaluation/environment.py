@@ -141,15 +141,3 @@ def _pixels(processor: Any) -> dict[str, Any]:
         if size is not None:
             sizes[part] = {k: v for k, v in dict(size).items() if v is not None}
     return sizes
-
-
-def provenance(facts: dict[str, Any]) -> str:
-    """What `environment` returned as one line for a page."""
-    hardware, installed = facts["hardware"], facts["versions"]
-    threads = f"{hardware['cpu']}, {hardware['threads']} threads"
-    device = ", ".join(hardware.get("gpus", ())) or threads
-    names = [n for n in ("torch", "transformers", "triton", "tokencomp") if n in installed]
-    head, plus, dirty = str(facts["commit"]).partition("+")
-    commit = head[:12] + plus + dirty
-    listed = ", ".join(f"{n} {installed[n]}" for n in names)
-    return f"`{facts['command']}`; {device}; {listed}; commit {commit}; {facts['date'][:10]}"

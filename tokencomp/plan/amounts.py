@@ -62,6 +62,22 @@ def places(spans: Sequence[Part]) -> list[Place]:
     return result
 
 
+def packed_places(spans: Sequence[Part], prompts: Sequence[tuple[int, list[int]]]) -> list[Place]:
+    """The place of every span of a row; each prompt packed into it has items of its own.
+
+    Parameters
+    ----------
+    prompts
+        Per prompt: its tokens, and numbers of its spans.
+    """
+    found = {
+        j: place
+        for _, own in prompts
+        for j, place in zip(own, places([spans[j] for j in own]), strict=True)
+    }
+    return [found[j] for j in range(len(spans))]
+
+
 @dataclass(frozen=True)
 class Amount:
     """What stays of every item. Exactly one of the first four fields is set.

@@ -7,6 +7,7 @@ from typing import Protocol
 
 from tokencomp.plan.amounts import Amount
 from tokencomp.plan.plan import Plan
+from tokencomp.plan.profiles import not_before
 from tokencomp.plan.reducer import StageReducer
 from tokencomp.plan.stages import Stage
 
@@ -61,7 +62,7 @@ class Schedule:
     def plan(self, left: float) -> Plan:
         """The plan under which all layers see the fraction `left` on average."""
         plan = self.method.plan(1.0 - left, self.num_layers)
-        return plan.not_before(self.first, self.num_layers)
+        return not_before(plan, self.first, self.num_layers)
 
     def seen(self, left: float) -> list[float]:
         """Fraction that every layer then sees."""

@@ -167,11 +167,6 @@ def supplied_scores(tokens: VisualTokens | SpanBatch, reducer: str) -> Tensor:
     return tokens.scores.float()
 
 
-def signal_scores(tokens: VisualTokens | SpanBatch, reducer: str) -> Tensor:
-    """`supplied_scores`, or a `ScoreError` if one of them is not finite."""
-    return finite_values(supplied_scores(tokens, reducer), "scores")
-
-
 def tower_signal(tokens: VisualTokens | SpanBatch, signal: TowerSignal, reducer: str) -> Tensor:
     """What the engine supplies for `signal`, float32, shape (n,) or (n, heads, head_dim).
 

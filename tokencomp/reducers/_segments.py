@@ -20,16 +20,6 @@ def frame_lengths(patches: Patches) -> list[int]:
     return [h * w for t, h, w in patches.batch.grids for _ in range(t)]
 
 
-def before(frames: list[int]) -> HostIndex:
-    """The same place in the frame before, for all patches of frames of these lengths.
-
-    What it is in the first frame of a video has no meaning.
-    """
-    sizes = np.repeat(frames, frames)
-    rows: HostIndex = np.maximum(np.arange(len(sizes)) - sizes, 0)
-    return rows
-
-
 def frame_cosines(patches: Patches, x: Tensor) -> list[Floats]:
     """Cosine of the mean of every frame with that of the next one, (t - 1,), for every span."""
     unit = normalize(means(x, frame_lengths(patches)), dim=1)
@@ -40,8 +30,9 @@ def frame_cosines(patches: Patches, x: Tensor) -> list[Floats]:
 
 def place_cosines(patches: Patches, x: Tensor) -> list[Floats]:
     """Cosine of every patch with its place in the next frame, (t - 1, n), for every span."""
-    rows = patches.table(before(frame_lengths(patches)))
-    like = cosine_similarity(x, x.index_select(0, rows), dim=1).cpu().numpy()
+    sizes = np.repeat(frame_lengths(patches), frame_lengths(patches))
+    before = patches.table(np.maximum(np.arange(len(x)) - sizes, 0))
+    like = cosine_similarity(x, x.index_select(0, before), dim=1).cpu().numpy()
     own = np.split(like, patches.starts[1:])
     grids = patches.batch.grids
     return [v.reshape(t, h * w)[1:] for v, (t, h, w) in zip(own, grids, strict=True)]

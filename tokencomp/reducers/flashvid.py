@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 
 from tokencomp.plan.counts import split_evenly
 from tokencomp.reducers._batch import (
+    HostIndex,
     Patches,
     by_group,
     means,
@@ -24,7 +25,7 @@ from tokencomp.reducers._batch import (
 )
 from tokencomp.reducers._clusters import cluster_sums, density_peaks
 from tokencomp.reducers._rows import salient_patches
-from tokencomp.reducers._segments import before, frame_cosines, frame_lengths, segments
+from tokencomp.reducers._segments import frame_cosines, frame_lengths, segments
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.tokens.reduction import Reduction
@@ -192,25 +193,43 @@ def links(
     """
     from tokencomp.kernels import topk_stable
 
-    def likest(members: list[int], own: Tensor, others: Tensor, free: Tensor) -> Tensor:
-        own, others = (v.view(len(members), -1, v.shape[1]) for v in (own, others))
-        taken = ~free.view(len(members), 1, -1)
-        best, parent = (own @ others.mT).masked_fill(taken, -torch.inf).max(2)
-        return torch.stack([best, parent.to(best)], 2).flatten(0, 1)  # exact below 2²⁴
-
     stops, sizes = starts_of(lengths), np.asarray(frames.lengths)
-    others = frames.table(before(frames.lengths))
-    values = by_group(frames, sizes.tolist(), likest, unit, unit[others], free[others], pairs=True)
-    previous = np.repeat(np.asarray(frames.starts) - sizes, sizes)
-    parent = values[:, 1].long() + frames.table(previous)
-    first = np.isin(np.arange(len(sizes)), stops[:-1])
-    first_rows = torch.from_numpy(np.repeat(first, sizes)).to(free.device)
-    best = values[:, 0].masked_fill(~free | first_rows, -torch.inf)
-    patches = np.add.reduceat(sizes, stops[:-1]).tolist()
+    linked, parent = torch.zeros_like(free), torch.zeros_like(free, dtype=torch.int64)
+    later = np.setdiff1d(np.arange(len(sizes)), stops)
+    if not len(later):
+        return linked, parent, {}
+    rows, found, best = likest(frames, unit, free, later)
+    patches = [int(sizes[start + 1 : stop].sum()) for start, stop in itertools.pairwise(stops)]
     most = np.add.reduceat(sizes - frames.budgets, stops[:-1]) - keep
     alike = segment((best > LINK).float(), patches, "sum").tolist()
     counts = [min(int(n), int(room)) for n, room in zip(alike, most, strict=True)]
-    hanging = topk_stable(best, counts, spans=patches)
-    linked = torch.zeros_like(free).index_fill_(0, hanging, True)
+    linked[rows[topk_stable(best, counts, spans=patches)]] = True
     growing = {int(stops[i]): lengths[i] for i, count in enumerate(counts) if count}
-    return linked, parent, growing
+    return linked, parent.index_copy(0, rows, found), growing
+
+
+def likest(
+    frames: Patches, unit: Tensor, free: Tensor, numbers: HostIndex
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The free token of the frame before that every token of some frames resembles most.
+
+    Returns
+    -------
+    tuple
+        The tokens; the one before; their cosine, -inf where one of the two is not free. All (n,).
+    """
+
+    def of_group(members: list[int], own: Tensor, others: Tensor, free: Tensor) -> Tensor:
+        own, others = (v.view(len(members), -1, v.shape[1]) for v in (own, others))
+        taken = ~free.view(len(members), 1, -1)
+        best, place = (own @ others.mT).masked_fill(taken, -torch.inf).max(2)
+        return torch.stack([best, place.to(best)], 2).flatten(0, 1)  # exact below 2²⁴
+
+    starts, sizes = starts_of(frames.lengths), np.asarray(frames.lengths)[numbers]
+    host, shift = rows_of(starts, numbers), np.repeat(sizes, sizes)
+    rows, before = frames.table(host), frames.table(host - shift)
+    some = Patches(frames.batch, sizes.tolist(), [])
+    values = unit[rows], unit[before], free[before]
+    best, place = by_group(some, some.lengths, of_group, *values, pairs=True).unbind(1)
+    first = frames.table(np.repeat(starts[numbers], sizes) - shift)
+    return rows, place.long() + first, best.masked_fill(~free[rows], -torch.inf)

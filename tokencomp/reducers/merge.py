@@ -108,7 +108,7 @@ class Merge(Reducer):
         gone = topk_stable(similarity, steps, spans=lengths)
         target = torch.arange(len(x), device=x.device)
         target = target.index_copy(0, gone, partner.to(target).index_select(0, gone))
-        left = torch.ones(len(x), dtype=torch.bool, device=x.device).index_fill_(0, gone, 0)
+        left = torch.ones(len(x), dtype=torch.uint8, device=x.device).index_fill_(0, gone, 0)
         keep = rows_where(left, len(x) - sum(steps))
         how = {"frames": lengths, "weighted": self.weighted}
         x, sizes, _ = merge_rows(x, target, keep, sizes, **how)

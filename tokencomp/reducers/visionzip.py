@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tokencomp.reducers._batch import rows_where
+from tokencomp.reducers._batch import Patches, rows_where
 from tokencomp.reducers._rows import salient_patches, tower_signal
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
@@ -53,14 +53,14 @@ class VisionZip(Reducer):
         dominant = topk_stable(attention, counts, spans=patches.lengths)
         free = torch.ones(len(x), dtype=torch.bool, device=x.device)
         rest = rows_where(free.index_fill_(0, dominant, False), len(x) - len(dominant))
-        places, first = [], 0
-        for number, target_count in enumerate(contextual):
-            others = patches.lengths[number] - counts[number]
-            places.append(first + np.arange(target_count) * max(1, others // target_count))
-            first += others
-        targets = rest.index_select(0, patches.table(np.concatenate(places)))
-        kept = torch.cat([dominant, targets]).sort().values
-        target = nearest(patches, keys, targets, contextual).index_copy(0, kept, kept)
+        others = Patches(batch, [n - k for n, k in zip(patches.lengths, counts, strict=True)], [])
+        runs = zip(others.starts, others.lengths, contextual, strict=True)
+        places = [start + np.arange(c) * max(1, n // c) for start, n, c in runs]
+        at = patches.table(np.concatenate(places))
+        near = rest[nearest(others, keys[rest], at, contextual)]
+        kept = torch.cat([dominant, rest[at]]).sort().values
+        target = torch.arange(len(x), device=x.device).index_copy(0, rest, near)
+        target = target.index_copy(0, kept, kept)
         how = {"frames": patches.lengths, "weighted": False}
         merged = merge_rows(x, target, kept, patches.sizes(), **how)
         return patches.replaced(kept, merged.x, merged.sizes)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from tokencomp.inputs.questions import Example
-from tokencomp.shapesqa.items import Item
 from tokencomp.shapesqa.layouts import write_media
 from tokencomp.shapesqa.prompt_forms import mlvu_prompt, mvbench_prompt
 
@@ -38,29 +36,3 @@ def shapesqa(items: Iterable[Any], folder: str | Path, form: str = "free") -> li
         answer = item.answer if form == "free" else item.letter
         examples.append(Example(item.id, FORMS[form](item), answer, (media,), item.family))
     return examples
-
-
-def blind_guess(items: Iterable[Item]) -> dict[str, float]:
-    """Score per family of a model that sees nothing.
-
-    The guess is the commonest answer, or one of the options at random, whichever scores better.
-    """
-    groups: dict[str, list[Item]] = {}
-    for item in items:
-        groups.setdefault(item.family, []).append(item)
-    scores = {}
-    for name, group in groups.items():
-        commonest = max(Counter(item.answer for item in group).values())
-        at_random = sum(1 / len(item.options) for item in group)
-        scores[name] = max(commonest, at_random) / len(group)
-    return scores
-
-
-def by_family(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Accuracy and item count per question family."""
-    scores: dict[str, dict[str, float]] = {}
-    for record in records:
-        score = scores.setdefault(record["family"], {"correct": 0, "items": 0})
-        score["correct"] += bool(record["correct"])
-        score["items"] += 1
-    return {k: {**v, "accuracy": v["correct"] / v["items"]} for k, v in scores.items()}

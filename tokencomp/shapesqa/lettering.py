@@ -15,7 +15,6 @@ _LIST = (
     "book milk rope sand gold iron wind "
 )
 WORDS = tuple(_LIST.split())
-GLYPHS = "abcdefghijklmnopqrstuvwxyz0123456789"
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSansMono")
 SIZES = (20, 40)  # px
 
@@ -44,12 +43,6 @@ class Text:
         """Bounding box of the ink (left, top, right, bottom) in pixels."""
         width, height = extent(self.text, self.size, self.font)
         return self.x, self.y, self.x + width, self.y + height
-
-    def glyph_boxes(self) -> list[tuple[str, float, float]]:
-        """Every character with its left and right edge in pixels."""
-        font = load_font(self.font, self.size)
-        edges = [self.x + font.getlength(self.text[:k]) for k in range(len(self.text) + 1)]
-        return list(zip(self.text, edges[:-1], edges[1:], strict=True))
 
 
 @lru_cache(maxsize=256)

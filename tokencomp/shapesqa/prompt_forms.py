@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from tokencomp.shapesqa.questions import Question
 
-FREE_FORM_SUFFIX = "\nAnswer the question using a single word or phrase."
 LETTERS = "ABCDE"
 
 
@@ -28,10 +27,3 @@ def mlvu_question(question: Question) -> str:
 def mlvu_prompt(question: Question) -> str:
     """Multiple choice as lmms-eval's ``mlvu_dev`` task puts it."""
     return mlvu_question(question) + "\nOnly give the best option.\nBest option: ("
-
-
-def letters_prompt(question: Question) -> str:
-    """Multiple choice in the form most image benchmarks use."""
-    lines = "".join(f"\n{LETTERS[i]}. {option}" for i, option in enumerate(question.options))
-    tail = "\nAnswer with the option's letter from the given choices directly."
-    return question.text + lines + tail

@@ -118,16 +118,6 @@ def canvas_of(scene: Scene) -> np.ndarray:
     return background(scene.background, width, height, scene.look.vivid)
 
 
-def owner_map(scene: Scene, time: float = 0.0) -> np.ndarray:
-    """Index of the thing that covers each pixel, int8 (H, W), -1 for background."""
-    owner = np.full((scene.height, scene.width), -1, np.int8)
-    for index, thing in enumerate(scene.things):
-        if thing.visible_at(time):
-            left, top, right, bottom = thing.box(time)
-            owner[top:bottom, left:right][shape_mask(thing.shape, thing.size) > 0.5] = index
-    return owner
-
-
 def render(scene: Scene, times: list[float] | None = None) -> np.ndarray:
     """Frames of a scene at ``times`` (default: the start of each logical frame).
 

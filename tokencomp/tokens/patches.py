@@ -174,7 +174,7 @@ class Patches:
 
 
 def rows_where(mask: Tensor, count: int) -> Tensor:
-    """The `count` rows at which mask (n,) holds, ascending, int64.
+    """The `count` rows at which mask (n,), bool or uint8, holds, ascending, int64.
 
     They are sorted out, because the host would have to wait for the length of `nonzero`.
     """

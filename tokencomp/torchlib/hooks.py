@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from tokencomp.torchlib import compat
@@ -18,41 +19,56 @@ class Hooked(Installed):
     """Something that installs hooks, and perhaps method replacements, and removes them together."""
 
     def _before(
-        self, module: nn.Module, run: Callable[..., Any], needed: Needed, **options: Any
+        self,
+        module: nn.Module,
+        run: Callable[..., Any],
+        needed: Needed | None = None,
+        traced: Needed | None = None,
+        **options: Any,
     ) -> None:
         """Call `run` before the calls of a module that need it.
-
-        Dynamo traces `needed`, and `run` runs between the graphs of a compiled model.
 
         Parameters
         ----------
         run
-            Called as `run(module, args, kwargs)`; gives new args and kwargs, or None.
+            Called as `run(module, args, kwargs)`, between the graphs of a compiled model; gives new
+            args and kwargs, or None.
         needed
-            Called in the same way: whether there is anything to do.
+            Called in the same way: whether there is anything to do; None: always. Dynamo traces it.
+        traced
+            Asked in its place while Dynamo traces the call.
         """
-        hook = functools.partial(_hook, 1, needed, run)
+        hook = functools.partial(_hook, 1, needed, traced or needed, compat.not_compiled(run))
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True, **options))
 
     def _after(
-        self, module: nn.Module, run: Callable[..., Any], needed: Needed, **options: Any
+        self,
+        module: nn.Module,
+        run: Callable[..., Any],
+        needed: Needed | None = None,
+        traced: Needed | None = None,
+        **options: Any,
     ) -> None:
         """Like `_before`, after the calls: `run(module, args, kwargs, out)` gives a new output."""
-        hook = functools.partial(_hook, 2, needed, run)
+        hook = functools.partial(_hook, 2, needed, traced or needed, compat.not_compiled(run))
         self._handles.append(module.register_forward_hook(hook, with_kwargs=True, **options))
 
 
 def _hook(
-    count: int, needed: Needed, run: Callable[..., Any], module: nn.Module, args: Any, *rest: Any
+    count: int,
+    needed: Needed | None,
+    traced: Needed | None,
+    run: Callable[..., Any],
+    module: nn.Module,
+    args: Any,
+    *rest: Any,
 ) -> Any:
     """What torch calls: `rest` are `count` values, keyword arguments and perhaps the output."""
     # A thread may reach a module just while another one installs or removes its hooks. torch then
     # calls a hook without keyword arguments, and the thread's own call does not need it.
-    if len(rest) < count or not needed(module, args, rest[0]):
+    if len(rest) < count:
         return None
-    return _between_graphs(run, module, args, *rest)
-
-
-@compat.not_compiled
-def _between_graphs(run: Callable[..., Any], *call: Any) -> Any:
-    return run(*call)
+    asked = traced if torch.compiler.is_compiling() else needed
+    if asked is not None and not asked(module, args, rest[0]):
+        return None
+    return run(module, args, *rest)

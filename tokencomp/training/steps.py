@@ -18,13 +18,24 @@ from tqdm.auto import tqdm
 
 from tokencomp.storage import replace_file
 from tokencomp.training.checks import check_finite, load_checkpoint
-from tokencomp.training.scores import RunningScores
 
 log = logging.getLogger(__name__)
 FORMAT = 2
 """Of checkpoints; part of their identity."""
+DECAY = 0.95  # of running scores, per batch
 SAVE_SECONDS = 60.0
 """Longest time between checkpoints: what a kill may cost, and the step it falls in."""
+
+
+class RunningScores(dict[str, float]):
+    """Name → mean of a score over the latest batches, older ones with exponentially less weight."""
+
+    def note(self, name: str, value: float) -> None:
+        self[name] = DECAY * self.get(name, value) + (1 - DECAY) * value
+
+    def percent(self) -> dict[str, int]:
+        """The scores in percent, by name."""
+        return {name: round(100 * value) for name, value in sorted(self.items())}
 
 
 @dataclass(frozen=True)

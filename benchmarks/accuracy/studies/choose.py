@@ -19,7 +19,7 @@ import torch
 from benchmarks import publishing
 from benchmarks.accuracy.report import learned_sentence, page_folder, sources
 from benchmarks.accuracy.run import RATIOS, answer_all
-from benchmarks.accuracy.store import KINDS, RESULTS, Results, read_all, two_levels
+from benchmarks.accuracy.store import KINDS, RESULTS, Results, read_all
 from benchmarks.accuracy.studies.ranking import (
     BY_KIND,
     Candidate,
@@ -173,7 +173,7 @@ def write_choice(results: list[Results], folder: Path) -> dict[str, Any]:
     cells = [[results[i].manifest["model"], ratio, kind] for i, ratio, kind in keys(results)]
     data = json.dumps({"chosen": chosen, "cells": cells, "candidates": rows})
     short = json.loads(data, parse_float=lambda text: round(float(text), DIGITS))
-    write_text(folder / "choice.json", two_levels(short))
+    publishing.write(folder / "choice.json", short)
     waiting = [title(c) for c in CANDIDATES if c not in ready]
     merged = [c for c in MERGED if answered(results, c)]
     default: Candidate = (chosen["reducer"], chosen["options"])

@@ -175,7 +175,7 @@ def main() -> None:
     if not args.report:
         facts = publishing.published_from(args.out, args.allow_dirty)
         report = {"environment": {**environment(), **facts}, "rows": measure()}
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+        publishing.write(args.out, report)
     args.out.with_suffix(".md").write_text(page(json.loads(args.out.read_text())))
 
 

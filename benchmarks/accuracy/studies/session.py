@@ -216,7 +216,7 @@ def main() -> None:
             "bytes_per_row": bytes_per_row(model, processor),
             "rows": rows,
         }
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+        publishing.write(args.out, report)
     args.out.with_suffix(".md").write_text(page(json.loads(args.out.read_text())))
 
 

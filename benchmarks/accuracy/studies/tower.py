@@ -31,6 +31,7 @@ from benchmarks.accuracy.studies.tower_page import ENTRY, RATIO, TOWER, distance
 from benchmarks.accuracy.studies.tower_sizes import at_side
 from benchmarks.accuracy.studies.trained import Shrunk
 from benchmarks.publishing import environment
+from recipes.tiny.evaluate import blind_guess
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.cli import one_message
 from tokencomp.errors import OptionError
@@ -41,7 +42,7 @@ from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import DOWNSCALE, FEWER_FRAMES, Setting
 from tokencomp.inputs.loading import load_model
 from tokencomp.inputs.questions import Example
-from tokencomp.shapesqa.examples import blind_guess, shapesqa
+from tokencomp.shapesqa.examples import shapesqa
 from tokencomp.shapesqa.items import items
 from tokencomp.trained.cards import weights_hash
 

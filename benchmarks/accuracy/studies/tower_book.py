@@ -11,9 +11,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks import publishing
 from tokencomp.evaluation.packed import PackedAnswers, pack, unpack
 from tokencomp.evaluation.settings import DOWNSCALE, FEWER_FRAMES
-from tokencomp.storage import write_json
 
 DISTANCE = "tower_distance.json"
 """Where `benchmarks.accuracy.studies.tower_distance` keeps its answers."""
@@ -58,7 +58,7 @@ def write(path: Path, sets: Sets) -> None:
         }
         for name, entry in sets.items()
     }
-    write_json(path, {"sets": stored})
+    publishing.write(path, {"sets": stored})
 
 
 def with_rows(entry: dict[str, Any], rows: PackedAnswers, facts: dict[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,6 @@ from tokencomp.cli import one_message
 from tokencomp.evaluation.packed import PackedAnswers
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.settings import Setting
-from tokencomp.storage import write_json
 
 WEIGHTS = ((0.0, 0.0), (1.0, 1.0), (2.0, 1.0))
 """Of contrast and change."""
@@ -65,7 +64,7 @@ def run_set(name: str, args: argparse.Namespace, path: Path) -> None:
         **{fact: questions.facts[fact] for fact in ("model", "weights", "split")},
         "provenance": {**environment(), **facts}, "answers": answers.to_json(),
     }  # fmt: skip
-    write_json(path, stored)
+    publishing.write(path, stored)
 
 
 def main() -> None:

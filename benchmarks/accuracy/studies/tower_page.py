@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import publishing
+from benchmarks.accuracy.compact import read_sweep
 from benchmarks.accuracy.store import RESULTS, learned_families
 from benchmarks.accuracy.studies.tower_book import CEILING, FULL, SMALLER, Sets
 from tokencomp.evaluation.metrics import difference, retention
@@ -134,8 +135,7 @@ def _groups(entry: dict[str, Any]) -> dict[str, list[int]]:
 
 def _learned(model: str) -> tuple[str, ...]:
     """Families that a model has learned, by its published answers to validation questions."""
-    path = RESULTS / model / "validation.json"
-    return learned_families(json.loads(path.read_text(encoding="utf-8")))
+    return learned_families(read_sweep(RESULTS / model / "validation.json"))
 
 
 def _losses(entry: dict[str, Any], answers: Answers) -> list[str]:

@@ -38,7 +38,6 @@ from tokencomp.reducers._pixels import appearance
 from tokencomp.reducers.kcentre import KCentre
 from tokencomp.shapesqa.examples import shapesqa
 from tokencomp.shapesqa.items import items
-from tokencomp.storage import write_json
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.spans import SpanBatch
 from tokencomp.trained.cards import weights_hash
@@ -190,7 +189,7 @@ def main() -> None:
         "model": MODEL, "weights": weights_hash(model), "split": "validation",
         "provenance": {**environment(), **facts}, "answers": answers.to_json(),
     }  # fmt: skip
-    write_json(args.output / NAME, stored)
+    publishing.write(args.output / NAME, stored)
 
 
 if __name__ == "__main__":

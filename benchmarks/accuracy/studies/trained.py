@@ -23,7 +23,7 @@ from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import DOWNSCALE, FULL, Setting
 from tokencomp.inputs.questions import Example
 from tokencomp.reducers.base import Reducer
-from tokencomp.storage import write_json, write_text
+from tokencomp.storage import write_text
 from tokencomp.training.measure import Measurement
 from tokencomp.training.relevance import TARGET, Target
 
@@ -226,6 +226,6 @@ class StudyTables:
         page = markdown(self.name, self.tables) + (f"\n{notes}\n" if notes else "")
         stored = {t: {**v, "answers": self.answers[t].to_json()} for t, v in self.tables.items()}
         folder = self.args.output
-        write_json(folder / f"{self.name}.json", {"tables": stored})
+        publishing.write(folder / f"{self.name}.json", {"tables": stored})
         write_text(folder / f"{self.name}.md", page)
         print(page)

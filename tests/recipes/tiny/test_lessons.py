@@ -10,7 +10,7 @@ import torch
 from recipes.packing import Packer
 from recipes.tiny.batches import BatchMaker, Source
 from recipes.tiny.families import family
-from recipes.tiny.labels import text_labels
+from recipes.tiny.labels import glyph_boxes, owner_map, text_labels
 from recipes.tiny.letters import dense_options, whole_form
 from recipes.tiny.muon import Muon, orthogonal
 from recipes.tiny.primers import PRIMERS, primer_pairs
@@ -19,7 +19,6 @@ from recipes.tiny.training_scenes import training_scene
 from tokencomp.engine.rows.prompts import IGNORED
 from tokencomp.shapesqa.items import stream
 from tokencomp.shapesqa.lettering import Text
-from tokencomp.shapesqa.render import owner_map
 from tokencomp.shapesqa.scenes import Scene
 
 
@@ -41,7 +40,7 @@ def test_characters_are_labelled_where_their_ink_is():
     labels = text_labels(scene, 28)
     for row, column in zip(*np.nonzero(labels["glyph"] > 0), strict=True):
         overlap = {}
-        for k, (_, left, right) in enumerate(text.glyph_boxes()):
+        for k, (_, left, right) in enumerate(glyph_boxes(text)):
             wide = min(right, 28 * column + 28) - max(left, 28 * column)
             overlap[k] = wide
         best = max(overlap, key=overlap.get)

@@ -22,7 +22,7 @@ from tokencomp.engine.cache.compress import compress_layer
 from tokencomp.engine.cache.layers import WHOLE, CompressedLayer
 from tokencomp.engine.cache.need import InForce
 from tokencomp.engine.cache.rows import HOLDS_ROWS, filled, physical_length
-from tokencomp.engine.kinds.indexed import Indexed
+from tokencomp.engine.kinds.registry import Indexed
 from tokencomp.engine.kinds.windows import Windows
 from tokencomp.engine.rows.outputs import cached_columns
 from tokencomp.errors import OptionError, UnsupportedCacheError, UnsupportedModelError

@@ -71,6 +71,9 @@ class CompressedLayer(CacheLayerMixin):
         The patch under which the cache is written.
     needs_patch : PatchNeed or None
         Set where a decoder without hooks would read the rows of the cache wrongly.
+    seen_whole : bool
+        Whether a single later token attends to every row of this layer and of all others, so that
+        it needs no mask, and of the patch nothing.
     """
 
     plain: ClassVar[type]
@@ -81,6 +84,7 @@ class CompressedLayer(CacheLayerMixin):
     starts_segment: bool
     patch: InForce
     needs_patch: PatchNeed | None
+    seen_whole: bool = False
     _valid: Tensor | None
     keys: Any  # for transformers they may be None; what is called here has rows
     values: Any
@@ -108,14 +112,14 @@ class CompressedLayer(CacheLayerMixin):
 
     def get_seq_length(self, *args: Any) -> Any:
         """Logical length."""
-        rows = self.rows
+        rows = physical_length(self)
         return rows + self.dropped if rows else 0
 
     def get_mask_sizes(self, query: int | Tensor) -> tuple[int, int]:
         """Rows after a write of `query` (a count, or positions in old releases), and `dropped`."""
         self.check_patch()
         n = query if isinstance(query, int) else query.shape[0]
-        return self.rows + n, self.dropped
+        return physical_length(self) + n, self.dropped
 
     def check_patch(self) -> None:
         """Refuse to say where rows lie to a decoder without hooks that would read them wrongly.
@@ -164,6 +168,7 @@ class CompressedLayer(CacheLayerMixin):
     def _forget(self) -> None:
         del self.dropped, self._valid, self.sizes, self.columns, self.starts, self.starts_segment
         del self.patch, self.needs_patch
+        vars(self).pop("seen_whole", None)
         self.__class__ = self.plain
 
 

@@ -36,7 +36,10 @@ def filled(layers: Iterable[Any]) -> list[Any]:
 
 def first_with_rows(layers: Sequence[Any] | None, first: int = 0) -> Any:
     """The first of `layers[first:]` that holds rows, or None."""
-    return next((x for x in (layers or ())[first:] if isinstance(x, HOLDS_ROWS)), None)
+    for layer in (layers or ())[first:]:  # no frame per layer, as every token passes here
+        if isinstance(layer, HOLDS_ROWS):
+            return layer
+    return None
 
 
 def first_layer(cache: Any) -> Any:
@@ -58,7 +61,7 @@ def physical_length(layer: Any) -> int:
             return 0
         counted = getattr(layer, "cumulative_length", None)
         return int(StaticLayer.get_seq_length(layer) if counted is None else counted)
-    if is_reference(type(layer)):
+    if getattr(layer, "_layer_type", None) == REFERENCE:
         return int(layer.prefill_cumulative_length + layer.cumulative_length)
     if isinstance(layer, (compat.quantized_layer(), DynamicSlidingWindowLayer)):
         return layer.cumulative_length

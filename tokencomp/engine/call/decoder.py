@@ -12,23 +12,23 @@ import torch
 from torch import nn
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.engine.cache.compress import check_cache
+from tokencomp.engine.cache.compress import check_cache, compact_cache, extend_valid
 from tokencomp.engine.cache.layers import CompressedLayer
 from tokencomp.engine.cache.need import InForce
 from tokencomp.engine.cache.rows import first_layer
 from tokencomp.engine.call.chunks import ChunkedPrefill, whole_output
 from tokencomp.engine.call.embeddings import with_embeddings
 from tokencomp.engine.call.entry import enter_prompt
-from tokencomp.engine.call.later import LaterTokens, begins_prompt, split_mask
+from tokencomp.engine.call.later import LaterTokens, begins_prompt
 from tokencomp.engine.call.layer_hooks import LayerHooks, SharedTables
 from tokencomp.engine.call.reading import read_prompt
 from tokencomp.engine.call.refusals import FeaturelessPrompts
 from tokencomp.engine.call.state import CallHooks, CallState, RunningCalls
 from tokencomp.engine.call.weights import RowWeights
-from tokencomp.engine.call.written import compact_cache, extend_valid
 from tokencomp.engine.count.collect import MissedRatios, collect
 from tokencomp.engine.count.stats import Stats
-from tokencomp.engine.rows.outputs import restore_states
+from tokencomp.engine.kinds.prepared_mask import split_mask
+from tokencomp.engine.rows.outputs import restore_maps, restore_states
 from tokencomp.engine.stage.segments import check_entered
 from tokencomp.engine.stage.survivors import refuse_missing
 from tokencomp.engine.tower.hooks import TowerHooks
@@ -109,7 +109,7 @@ class DecoderHooks(CallHooks):
     # -- before a call --------------------------------------------------------------------------
 
     def apart(self, module: nn.Module, args: Any, kwargs: Any) -> bool:
-        """Whether a call is prepared between the graphs of a compiled model.
+        """Whether a call that Dynamo traces is prepared between the graphs of a compiled model.
 
         Elsewhere there is nothing to do, or Dynamo traces what is done to the decoder.
 
@@ -118,7 +118,7 @@ class DecoderHooks(CallHooks):
         module, args, kwargs
             A call of the model, its body or its decoder.
         """
-        if not torch.compiler.is_compiling() or self.calls.running.kinds is not None:
+        if self.calls.running.kinds is not None:
             return True
         arguments = compat.bind(module, args, kwargs)
         return not self._later.traceable(arguments, self.plan.active)
@@ -127,17 +127,18 @@ class DecoderHooks(CallHooks):
         """A hook that Dynamo traces: it sets the mask of a step on a static cache."""
         if kwargs is None:  # see `tokencomp.torchlib.hooks`
             return None
-        arguments = compat.bind(module, args, kwargs)
-        if self.apart(module, args, kwargs):
-            return self._enter(module, arguments, torch.compiler.is_compiling())
+        arguments, traced = compat.bind(module, args, kwargs), torch.compiler.is_compiling()
+        if not traced or self.apart(module, args, kwargs):
+            return self._enter(module, arguments, traced)
         return self._continue(arguments, compat.get_cache(arguments))
 
     def _continue(self, arguments: dict[str, Any], cache: Any) -> Any:
         """Arguments of later tokens; None where they stay as they are."""
-        if not isinstance(first_layer(cache), CompressedLayer):
+        first = first_layer(cache)
+        if not isinstance(first, CompressedLayer):
             return None
         arguments = dict(arguments)
-        self._later.prepare(arguments, cache.layers)
+        self._later.prepare(arguments, cache.layers, first)
         return (), arguments
 
     @compat.not_compiled
@@ -155,7 +156,8 @@ class DecoderHooks(CallHooks):
         else:
             if not state.in_body and self.compresses() and begins_prompt(arguments):
                 self._featureless.meet(arguments)  # the decoder was called on its own
-            self._refuse_missing(arguments)
+            if self.tower.had_stage:
+                self._refuse_missing(arguments)
             result = self._continue(arguments, cache)
         several = state.forward is not None and len(state.forward.segments) > 1
         self._layers.prepare(several, traced)
@@ -168,10 +170,11 @@ class DecoderHooks(CallHooks):
         plan = self.plan
         if arguments.get("inputs_embeds") is None:
             arguments = with_embeddings(module, arguments)
-        if plan.tower is None:
+        if plan.tower is None and self.tower.had_stage:
             self._refuse_missing(arguments)
         check_cache(cache, bool(plan.layer_stages))
-        self._later.adopt(getattr(cache, "layers", []), first_layer(cache))
+        if isinstance(first := first_layer(cache), CompressedLayer):
+            self._later.adopt(cache.layers, first)
         arguments, prepared = split_mask(arguments, cache, state.body_mask)
         forward, positions = read_prompt(self.adapter, arguments, cache, state, plan)
         state.forward, forward.prepared = forward, prepared
@@ -193,7 +196,7 @@ class DecoderHooks(CallHooks):
 
         NaN in features that this call has encoded itself is the model's own.
         """
-        if not self.tower.had_stage or arguments.get("inputs_embeds") is None:
+        if arguments.get("inputs_embeds") is None:
             return
         state = self.calls.running
         if not (state.encodes or self.adapter.encodes(state.inputs or {})):
@@ -226,7 +229,7 @@ class DecoderHooks(CallHooks):
         check_entered(forward.segments, module)
         cache = compat.get_cache(kwargs, out)
         if getattr(out, "attentions", None) is not None:
-            out.attentions = forward.full_maps(out.attentions)
+            out.attentions = restore_maps(out.attentions, forward.segments, forward.width)
         if not forward.compresses:
             extend_valid(forward, cache)
             return out

@@ -72,6 +72,8 @@ def enter_prompt(
     """
     forward.by_column = not compact
     first, layer = forward.segments[0], first_layer(cache)
+    # A decode step on a static cache reads no length on the host, so its whole length counts.
+    room = getattr(layer, "max_cache_len", 0)
     before = first.logical
     if first.physical and forward.windows.cut_later_turns:
         name, window = type(adapter.decoder).__name__, layer.sliding_window
@@ -79,7 +81,7 @@ def enter_prompt(
     if compact:
         _check_prepared(adapter, forward, before + forward.width)
     else:  # refused before any work: the reduction does not change this length
-        length = _checked_length(adapter, forward, cache, before + forward.width)
+        length = _checked_length(adapter, forward, cache, max(before + forward.width, room))
     _check_temperature(adapter, before + forward.width)
     x, positions, index = forward.entry(arguments["inputs_embeds"], positions, cache)
     valid = forward.layout.valid(x.device)
@@ -93,14 +95,16 @@ def enter_prompt(
     if compact:
         forward.tables.clear()  # those of the original positions
         positions = _compact_positions(forward, valid, x)
-        length = _checked_length(adapter, forward, cache, first.physical + x.shape[1])
+        length = _checked_length(adapter, forward, cache, max(first.physical + x.shape[1], room))
     own_ids = _set_positions(adapter, arguments, forward, positions)
     if valid is not None and first.physical and forward.windows.linear:
         raise UnsupportedCacheError(RAGGED_TURN)
     if own_ids and valid is None:  # with a mask, transformers looks for no packed prompts
         valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-    source = forward.mask_source(valid, cache)
-    if source.explicit(first, length):
+    source = None
+    if forward.prepared is not None or not forward.windows.plain:
+        source = forward.mask_source(valid, cache)
+    if source is not None and source.explicit(first, length):
         arguments["attention_mask"] = source.decoder_mask(first, x)
     else:
         arguments["attention_mask"] = first.call_mask(adapter.text_config, layer, valid, x)
@@ -159,8 +163,6 @@ def _checked_length(adapter: Adapter, forward: ForwardPass, cache: Any, length: 
     UnsupportedModelError
         A window would be applied to the wrong tokens, see `check_windows`.
     """
-    # A decode step on a static cache reads no length on the host, so its whole length counts.
-    length = max(length, getattr(first_layer(cache), "max_cache_len", 0))
     layers, packed = getattr(cache, "layers", ()), forward.layout.packed
     check_windows(adapter.decoder, forward.windows, length, forward.by_column, packed, layers)
     return length

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
+import sys
 import threading
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Iterator
+from types import FrameType
+from typing import Any
 
 import torch
+from torch import nn
 
-from tokencomp.engine.call.stacks import in_running_call, threads_in
 from tokencomp.errors import copy_error
 from tokencomp.torchlib.hooks import Hooked
 from tokencomp.torchlib.replace import MethodReplacement
 
-if TYPE_CHECKING:
-    from torch import nn
-
+BODIES = ("forward", "generate")  # parts of the names of functions that are the call itself
+CALLS = (*BODIES, "_call_impl")  # and of torch's, which has read the hooks before it runs one
+_READING = threading.Lock()
 POLL_SECONDS = 0.01  # how often a waiting change looks at the threads that it waits for
 
 
@@ -70,11 +73,6 @@ class CallGate(Hooked):
         with self._condition:
             self._calls.clear()  # the hooks that would end them are gone
 
-    def inside(self, *modules: nn.Module) -> bool:
-        """Whether this thread is in a counted call of one of these modules."""
-        _, names = self._calls.get(threading.get_ident(), (None, []))
-        return any(id(module) in names for module in modules)
-
     def busy(self) -> bool:
         """Whether this thread is in a counted call, `generate` included."""
         return threading.get_ident() in self._calls
@@ -85,7 +83,8 @@ class CallGate(Hooked):
         """`module.forward`: what `module(...)` runs between its hooks, or a call of its own."""
         if torch.compiler.is_compiling():
             return original(*args, **kwargs)
-        if not self.inside(module):
+        _, names = self._calls.get(threading.get_ident(), (None, []))
+        if id(module) not in names:
             self.enter(id(module))  # Dynamo may skip the hook that enters, but not this function
             try:
                 return module(*args, **kwargs)
@@ -168,3 +167,50 @@ class CallGate(Hooked):
         if any(i != own and thread.is_alive() for i, (thread, _) in self._calls.items()):
             return True
         return self._uncounted and bool(threads_in(self._modules) - self._waiting)
+
+
+def threads_in(modules: Collection[nn.Module]) -> set[int]:
+    """Ids of the other threads that are in a call of one of these modules.
+
+    A patch that compresses nothing installs no hooks. When its plan changes, calls may be running
+    that began without them, and only the stacks of their threads show these.
+    """
+    own, frames = threading.get_ident(), _frames()
+    return {i for i, frame in frames.items() if i != own and _calls(frame, modules, CALLS)}
+
+
+def in_running_call(modules: Collection[nn.Module]) -> bool:
+    """Whether this thread is within a call of one of these modules that has run its hooks."""
+    return _calls(sys._getframe(1), modules, BODIES)
+
+
+def _frames() -> dict[int, FrameType]:
+    """The frames of all threads, read while no garbage is collected.
+
+    Python 3.11 and older hold a lock of the interpreter meanwhile. A collection that begins here
+    may run a finalizer that wants the same lock, and the process would wait forever.
+    """
+    with _READING:
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
+            return sys._current_frames()
+        finally:
+            if enabled:
+                gc.enable()
+
+
+def _calls(frame: FrameType, modules: Collection[nn.Module], names: Collection[str]) -> bool:
+    """Whether a stack has a function of one of these names whose `self` is one of the modules."""
+    for function in _stack(frame):
+        if any(name in function.f_code.co_name for name in names):
+            owner = function.f_locals.get("self")
+            if any(owner is module for module in modules):
+                return True
+    return False
+
+
+def _stack(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back

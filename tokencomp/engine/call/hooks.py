@@ -12,16 +12,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.structure import parameters_of
 from tokencomp.engine.cache.need import InForce, PatchNeed
-from tokencomp.engine.call.batching import BatchGuard
 from tokencomp.engine.call.chunks import ChunkedPrefill
 from tokencomp.engine.call.decoder import DecoderHooks
 from tokencomp.engine.call.gate import CallGate
-from tokencomp.engine.call.generate import GenerateCall
+from tokencomp.engine.call.generate import BatchGuard, GenerateCall
 from tokencomp.engine.call.later import begins_prompt
 from tokencomp.engine.call.refusals import FeaturelessPrompts
 from tokencomp.engine.call.state import CallHooks, RunningCalls
@@ -110,9 +110,9 @@ class Hooks(CallHooks):
     def _hook(self) -> None:
         top, body, apart = self.adapter.top, self.adapter.body, self.decoder.apart
         self._before(top, self._note_call, self._is_original)
-        self._after(top, self._forget_call, apart, always_call=True)
-        self._before(body, self._note_prompt, apart)
-        self._after(body, self._forget_prompt, apart, always_call=True)
+        self._after(top, self._forget_call, traced=apart, always_call=True)
+        self._before(body, self._note_prompt, traced=apart)
+        self._after(body, self._forget_prompt, traced=apart, always_call=True)
         for part in (*self._parts, self.adapter):
             part.install()
         compat.forget_compiled()
@@ -162,7 +162,7 @@ class Hooks(CallHooks):
         """Refuse copies of the model, and say whether its call is prepared between graphs."""
         if getattr(module, "_is_replica", False):
             refuse_replica()
-        return self.decoder.apart(module, args, kwargs)
+        return not torch.compiler.is_compiling() or self.decoder.apart(module, args, kwargs)
 
     def _note_call(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Note the labels, and which logits the call must return."""

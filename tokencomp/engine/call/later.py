@@ -6,6 +6,7 @@ is, the cache layers know themselves (`tokencomp.engine.cache.layers`).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,12 +17,7 @@ from transformers.cache_utils import StaticLayer
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine.cache.layers import CompressedLayer
 from tokencomp.engine.cache.need import InForce
-from tokencomp.engine.cache.rows import (
-    first_layer,
-    first_with_rows,
-    physical_length,
-    segment_heads,
-)
+from tokencomp.engine.cache.rows import first_layer, segment_heads
 from tokencomp.engine.cache.static import CompressedStaticLayer
 from tokencomp.engine.call.state import RunningCalls
 from tokencomp.engine.kinds import mask_compat
@@ -34,7 +30,7 @@ from tokencomp.engine.stage.segments import Segment
 from tokencomp.errors import UnsupportedCacheError
 from tokencomp.torchlib import compat
 
-MASKLESS = ("sdpa", "flash")
+MASKLESS = re.compile("sdpa|flash")  # backends that take None where a token attends to all
 
 
 class LaterTokens:
@@ -83,20 +79,35 @@ class LaterTokens:
             return not stages and not isinstance(layer, CompressedLayer)
         return _columns(inputs) == 1 and not self.adapter.feature_kinds(inputs)
 
-    def prepare(self, kwargs: dict[str, Any], layers: list[Any]) -> None:
+    def prepare(self, kwargs: dict[str, Any], layers: list[Any], first: Any) -> None:
         """Set the mask (and compact positions) of a call in place.
 
         One token on a cache without padding needs no mask, because it attends to every row.
+
+        Parameters
+        ----------
+        layers, first
+            Of the cache: all, and the first that holds rows.
         """
         if kwargs.get("inputs_embeds") is None:
             kwargs["inputs_embeds"] = self.adapter.decoder.embed_tokens(kwargs["input_ids"])
             kwargs["input_ids"] = None
-        first = first_with_rows(layers)
         self.adopt(layers, first)
-        if isinstance(first, CompressedStaticLayer) and kwargs["inputs_embeds"].shape[1] == 1:
+        single = kwargs["inputs_embeds"].shape[1] == 1
+        if single and isinstance(first, CompressedStaticLayer):
             self._static_step(kwargs, layers, first)
+            return
+        positions = kwargs.get("position_ids")
+        # A row before those that the rotary embedding reads counts text tokens.
+        rows = self.adapter.mrope_rows
+        if rows and positions is not None and positions.ndim == 3 and len(positions) > rows:
+            kwargs["position_ids"] = positions[-rows:]
+        backend = compat.attention_implementation(self.adapter.text_config)
+        maskless = single and MASKLESS.search(backend) is not None
+        if maskless and first.seen_whole and first._valid is None:
+            kwargs["attention_mask"] = None
         else:
-            self._continue(kwargs, layers, first)
+            self._continue(kwargs, layers, first, maskless)
 
     def adopt(self, layers: list[Any], first: Any) -> None:
         """Let this patch continue a cache, whose rows may have weights from an earlier one.
@@ -147,14 +158,17 @@ class LaterTokens:
         if self.weights.installed:
             self.calls.own.cached = layers
 
-    def _continue(self, kwargs: dict[str, Any], layers: list[Any], layer: Any) -> None:
-        """Any number of tokens, padded or not, on layers that hold the same rows or other ones."""
+    def _continue(
+        self, kwargs: dict[str, Any], layers: list[Any], layer: Any, maskless: bool
+    ) -> None:
+        """Any number of tokens, padded or not, on layers that hold the same rows or other ones.
+
+        Parameters
+        ----------
+        maskless
+            Whether it is one, and the attention backend needs no tensor where it attends to all.
+        """
         x, n = kwargs["inputs_embeds"], kwargs["inputs_embeds"].shape[1]
-        positions = kwargs.get("position_ids")
-        # A row before those that the rotary embedding reads counts text tokens.
-        rows = self.adapter.mrope_rows
-        if rows and positions is not None and positions.ndim == 3 and len(positions) > rows:
-            kwargs["position_ids"] = positions[-rows:]
         past = layer.rows if self.compact_positions else layer.get_seq_length()
         windows, total = Windows.served(self.adapter.decoder), int(past) + n
         by_column = not self.compact_positions
@@ -165,12 +179,10 @@ class LaterTokens:
         if self.compact_positions:
             before = Segment.after(layer, 0, 1, RowLayout(n, [], []))
             kwargs["position_ids"] = before.contiguous(new, x)
-        backend = compat.attention_implementation(self.adapter.text_config)
-        plain = new is None and all(layer.valid is None for layer in segment_heads(layers))
-        # One token attends to every row, so without padding it needs no mask. Backends outside of
-        # `MASKLESS` may still require a tensor. `cached` stands for the ForwardPass that such a
-        # call does without: proportional attention reads the sizes of the rows from it.
-        maskless = n == 1 and plain and any(name in backend for name in MASKLESS)
+        # One token attends to every row, so without padding it needs no mask. `cached` stands for
+        # the ForwardPass that such a call does without: proportional attention reads the sizes of
+        # the rows from it.
+        maskless = maskless and all(layer.valid is None for layer in segment_heads(layers))
         masked = any(kind.masks_single_tokens for kind in set(windows.kinds))
         # transformers leaves a mask out only below the window, so at the window it is ours too.
         if maskless and not windows.bind(total + 1) and not masked and not windows.relative:
@@ -222,28 +234,3 @@ def begins_prompt(inputs: Mapping[str, Any]) -> bool:
     if isinstance(first_layer(cache), StaticLayer) and _columns(inputs) == 1:
         return False
     return hasattr(cache, "get_seq_length") and not int(cache.get_seq_length())
-
-
-def split_mask(kwargs: dict[str, Any], cache: Any, body_mask: Any) -> tuple[dict[str, Any], Any]:
-    """Arguments of a prefill with the 2-D mask of padding, and what the body prepared beside it.
-
-    Parameters
-    ----------
-    body_mask
-        The `attention_mask` with which the body was called.
-
-    Raises
-    ------
-    UnsupportedCacheError
-        See `padding_of`, or a prepared mask beside a cache of constant length.
-    """
-    first, width = first_layer(cache), kwargs["inputs_embeds"].shape[1]
-    past = physical_length(first)
-    padding, prepared = read_mask(kwargs.get("attention_mask"), body_mask, width, past)
-    if prepared is not None and isinstance(first, StaticLayer):
-        raise UnsupportedCacheError(
-            "the model lets tokens of an image see each other, and prepares its masks for a "
-            f"{type(cache).__name__} by column of the uncompressed prompt. Drop "
-            "cache_implementation=..., or turn compression off with handle.disabled()."
-        )
-    return {**kwargs, "attention_mask": padding}, prepared

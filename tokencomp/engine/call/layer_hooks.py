@@ -113,7 +113,9 @@ class LayerHooks(CallHooks):
     def _score(self, stage: int, signal: Any, module: nn.Module, args: Any, *rest: Any) -> None:
         forward: Any = self.calls.running.forward
         if forward.compresses:
-            forward.score(stage, module, compat.bind(module, args, rest[0]), signal)
+            arguments = compat.bind(module, args, rest[0])
+            with forward.timed():
+                forward.scores.of_call(stage, module, arguments, signal, forward.layout)
 
     def _note(self, stage: int, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         forward: Any = self.calls.running.forward

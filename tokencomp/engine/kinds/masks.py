@@ -25,8 +25,7 @@ from torch import Tensor
 
 from tokencomp.engine.cache.rows import keeps_window
 from tokencomp.engine.kinds import mask_compat
-from tokencomp.engine.kinds.base import LayerKind
-from tokencomp.engine.kinds.registry import CONVOLUTION
+from tokencomp.engine.kinds.registry import CONVOLUTION, LayerKind
 from tokencomp.engine.kinds.windows import Windows
 
 if TYPE_CHECKING:

@@ -12,10 +12,37 @@ from typing import Any
 
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
+from transformers.cache_utils import StaticLayer
 
+from tokencomp.engine.cache.rows import first_layer, physical_length
 from tokencomp.engine.kinds import mask_compat
 from tokencomp.engine.kinds.registry import FULL, KINDS
 from tokencomp.errors import UnsupportedCacheError
+
+
+def split_mask(kwargs: dict[str, Any], cache: Any, body_mask: Any) -> tuple[dict[str, Any], Any]:
+    """Arguments of a prefill with the 2-D mask of padding, and what the body prepared beside it.
+
+    Parameters
+    ----------
+    body_mask
+        The `attention_mask` with which the body was called.
+
+    Raises
+    ------
+    UnsupportedCacheError
+        See `padding_of`, or a prepared mask beside a cache of constant length.
+    """
+    first, width = first_layer(cache), kwargs["inputs_embeds"].shape[1]
+    past = physical_length(first)
+    padding, prepared = read_mask(kwargs.get("attention_mask"), body_mask, width, past)
+    if prepared is not None and isinstance(first, StaticLayer):
+        raise UnsupportedCacheError(
+            "the model lets tokens of an image see each other, and prepares its masks for a "
+            f"{type(cache).__name__} by column of the uncompressed prompt. Drop "
+            "cache_implementation=..., or turn compression off with handle.disabled()."
+        )
+    return {**kwargs, "attention_mask": padding}, prepared
 
 
 def read_mask(mask: Any, body_mask: Any, queries: int, past: int) -> tuple[Tensor | None, Any]:
@@ -44,6 +71,8 @@ def read_mask(mask: Any, body_mask: Any, queries: int, past: int) -> tuple[Tenso
     UnsupportedCacheError
         See `padding_of`.
     """
+    if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
+        return mask, None
     by_body = isinstance(mask, Mapping) or _dense(mask)
     if not by_body or isinstance(body_mask, Mapping) or getattr(body_mask, "ndim", 2) != 2:
         return padding_of(mask, queries, past), None

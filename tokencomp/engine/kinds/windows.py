@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokencomp.engine.cache.rows import keeps_window
-from tokencomp.engine.kinds.base import LayerKind
-from tokencomp.engine.kinds.registry import CONVOLVING, FULL, KINDS, SLIDING, unknown_kinds
-from tokencomp.engine.kinds.without import State
+from tokencomp.engine.kinds.registry import CONVOLVING, FULL, KINDS, SLIDING, LayerKind, State
 from tokencomp.errors import RowIndexedAttentionError, UnsupportedModelError
 from tokencomp.torchlib import compat
 
@@ -65,7 +63,7 @@ class Windows:
         """
         names = kind_names(decoder)
         _refuse_row_numbers(decoder, names)
-        if unknown := unknown_kinds(names):
+        if unknown := sorted(set(names) - set(KINDS)):
             raise UnsupportedModelError(
                 f"{type(decoder).__name__} has {', '.join(unknown)} layers, for "
                 "which it is not checked that dropping a token equals masking it. Served are "
@@ -106,6 +104,11 @@ class Windows:
             layer.sliding_window for layer, kind in pairs if kind is FULL and keeps_window(layer)
         ]
         return min(cuts) if cuts else self.cut
+
+    @property
+    def plain(self) -> bool:
+        """Whether every layer attends to all tokens before it."""
+        return set(self.kinds) == {FULL}
 
     @property
     def linear(self) -> bool:

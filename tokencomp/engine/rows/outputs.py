@@ -113,6 +113,18 @@ def restore_map(
     return split.transpose(1, 2)
 
 
+def restore_maps(maps: Any, segments: Sequence[Any], width: int) -> Any:
+    """`restore_map` for the attention maps of all decoder layers; a layer may have None."""
+    full = []
+    for layer, weights in enumerate(maps):
+        segment = next(s for s in segments if s.first <= layer < s.stop)
+        if weights is not None:
+            past = segment.columns_before(weights.shape[0], weights.device)
+            weights = restore_map(weights, segment.layout, width, past, segment.logical)
+        full.append(weights)
+    return tuple(full)
+
+
 def cached_columns(
     columns: Tensor | None, rows: int, dropped: int, batch: int, device: torch.device
 ) -> Tensor | None:

@@ -8,24 +8,21 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine.cache.frames import compared_frames
-from tokencomp.engine.cache.rows import first_with_rows
 from tokencomp.engine.kinds.masks import MaskSource
 from tokencomp.engine.kinds.windows import Windows
 from tokencomp.engine.rows.arguments import table_parts
 from tokencomp.engine.rows.compaction import Selection, compact, take, write_merged
 from tokencomp.engine.rows.layout import RowLayout
-from tokencomp.engine.rows.outputs import restore_map
-from tokencomp.engine.scores.raters import rater_weights
-from tokencomp.engine.stage.segments import Segment
+from tokencomp.engine.stage.segments import Segment, segments_after
 from tokencomp.engine.stage.stage_input import StageInput
-from tokencomp.engine.stage.stage_scores import StageScores
+from tokencomp.engine.stage.stage_scores import StageScores, rater_weights
 from tokencomp.engine.stage.survivors import surviving_rows
 from tokencomp.engine.tower.flops import TowerCost
-from tokencomp.plan.amounts import Place, places
+from tokencomp.plan.amounts import packed_places
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.stages import Stage
 from tokencomp.tokens.signals import FRAMES, NORM, Attention, Signal
@@ -68,8 +65,8 @@ class ForwardPass:
     prepared
         The mask that the body prepared for the uncompressed call, see `MaskSource`.
     chunk, earlier
-        Columns per chunk of a chunked prefill (else None), and hidden states of the chunks that
-        have run.
+        Columns per chunk of a chunked prefill (else None), and hidden states of chunks that have
+        run.
     new
         Of later tokens: False at padding, (B, n); None if there is none.
     """
@@ -89,7 +86,8 @@ class ForwardPass:
             for prompts, row in zip(layout.prompts, layout.spans, strict=False)
         ]
         layers = len(adapter.layers)
-        self.places = [_places(row, own) for row, own in zip(spans, self.prompts, strict=False)]
+        pairs = zip(spans, self.prompts, strict=False)
+        self.places = [packed_places(row, own) for row, own in pairs]
         self.counts = [
             [plan.counts(s, layers, place) for s, place in zip(row, own, strict=True)]
             for row, own in zip(spans, self.places, strict=True)
@@ -113,7 +111,7 @@ class ForwardPass:
         self.by_column = True
         self.prepared: Any = None
         self.new: Tensor | None = None
-        self._cache: Any = None
+        self.cache: Any = None
 
     @classmethod
     def continuation(
@@ -122,11 +120,7 @@ class ForwardPass:
         """The forward pass of later tokens on a compressed cache."""
         forward = cls(adapter, Plan(), [], RowLayout(width, [], []), width)
         forward.compresses, forward.new = False, new
-        starts = [i for i, layer in enumerate(layers) if getattr(layer, "starts_segment", False)]
-        for first, stop in zip([0, *starts], [*starts, len(layers)], strict=True):
-            # Where only linear layers see some rows, the layers behind them tell how many.
-            layer, layout = first_with_rows(layers, first), RowLayout(width, [], [])
-            forward.segments.append(Segment.after(layer, first, stop, layout))
+        forward.segments = segments_after(layers, width)
         return forward
 
     def segment_of(self, layer: int) -> Segment:
@@ -158,14 +152,17 @@ class ForwardPass:
         index : Tensor of int64, shape (B, n), or None
             Column of the caller's batch that each column was; None if every column stays in place.
         """
-        origin, self._cache = self.layout.origin, cache
+        origin, self.cache = self.layout.origin, cache
         if origin is not None:  # not left-padded: align the real columns first
             valid = self.layout.valid(x.device)
             tensors = [x, positions.to(x.device)]
             x, positions = take(tensors, origin.to(x.device), [1, -1], valid)
         if self.plan.tower is not None:  # before anything scores what is not there
             with self.timed():
-                x, positions = self._leave_tower(x, positions)
+                self.layout = self.layout.to(x.device)
+                selection = surviving_rows(x, self.layout, self.plan)
+                x, positions = self._compact(selection, [x, positions], [1, -1])
+                self.survivors = self.layout
         if any(isinstance(s, Attention) and s.rows == "raters" for s in self.plan.needs):
             self.layout.raters = rater_weights(x, self.layout)
         stage = self.plan.entry
@@ -202,7 +199,7 @@ class ForwardPass:
             if NORM in needs:
                 norm = self.adapter.final_norm
             if FRAMES in needs:
-                frames = compared_frames(x, self.layout, self._cache)
+                frames = compared_frames(x, self.layout, self.cache)
             before = StageInput(x, self.layout, scores, self.tower, texts, norm, frames)
             selection = before.selection(stage, self.plan.stages.index(stage), self.counts)
             tensors = self._compact(selection, tensors, dims)
@@ -221,27 +218,12 @@ class ForwardPass:
         write_merged(tensors[0], place, selection.reduction)
         return tensors
 
-    def _leave_tower(self, x: Tensor, positions: Tensor) -> list[Tensor]:
-        """Drop the visual tokens that the vision tower has not computed, which are NaN."""
-        layout = self.layout = self.layout.to(x.device)
-        selection = surviving_rows(x, layout, self.plan)
-        tensors = self._compact(selection, [x, positions], [1, -1])
-        self.survivors = self.layout
-        return tensors
-
     @contextlib.contextmanager
     def timed(self) -> Iterator[None]:
         """Count the time that the block takes as that of the stages."""
         started = time.perf_counter()
         yield
         self.reduce_seconds += time.perf_counter() - started
-
-    # -- layers ---------------------------------------------------------------------------------
-
-    def score(self, layer: int, attn: nn.Module, kwargs: dict[str, Any], signal: Any) -> None:
-        """Scores for the stage before `layer`, from the attention call that has just run."""
-        with self.timed():
-            self.scores.of_call(layer, attn, kwargs, signal, self.layout)
 
     def mask_source(self, new: Tensor | None, cache: Any) -> MaskSource:
         """What the masks of this call are built from; `new` is False at padding, (B, n)."""
@@ -266,27 +248,3 @@ class ForwardPass:
         if origin is None:
             return torch.tensor(pads)
         return origin.cpu().gather(1, torch.tensor(pads)[:, None])[:, 0]
-
-    # -- afterwards -----------------------------------------------------------------------------
-
-    def full_maps(self, maps: Any) -> Any:
-        """Attention maps (B, H, rows, keys) of all layers, spread over all columns so far."""
-        full = []
-        for layer, weights in enumerate(maps):
-            segment = self.segment_of(layer)
-            if weights is not None:
-                past = segment.columns_before(weights.shape[0], weights.device)
-                layout = segment.layout
-                weights = restore_map(weights, layout, self.width, past, segment.logical)
-            full.append(weights)
-        return tuple(full)
-
-
-def _places(row: list[VisualSpan], prompts: list[tuple[int, list[int]]]) -> list[Place]:
-    """The place of every span of a sample; every prompt packed into it has items of its own."""
-    found = {
-        j: place
-        for _, own in prompts
-        for j, place in zip(own, places([row[j] for j in own]), strict=True)
-    }
-    return [found[j] for j in range(len(row))]

@@ -8,8 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from tokencomp.engine.kinds.base import LayerKind
-from tokencomp.engine.kinds.registry import CONVOLUTION
+from tokencomp.engine.kinds.registry import CONVOLUTION, LayerKind
 from tokencomp.engine.rows.arguments import (
     SET_APART,
     gather_arguments,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -218,6 +219,17 @@ def build_segments(
         segment.stage = stages.get(first)
         segments.append(segment)
     return segments
+
+
+def segments_after(layers: Sequence[Any], width: int) -> list[Segment]:
+    """The segments of later tokens, `width` columns, on the layers of a compressed cache."""
+    starts = [i for i, layer in enumerate(layers) if getattr(layer, "starts_segment", False)]
+    bounds = zip([0, *starts], [*starts, len(layers)], strict=True)
+    # Where only linear layers see some rows, the layers behind them tell how many.
+    return [
+        Segment.after(first_with_rows(layers, first), first, stop, RowLayout(width, [], []))
+        for first, stop in bounds
+    ]
 
 
 def check_entered(segments: list[Segment], decoder: Any) -> None:

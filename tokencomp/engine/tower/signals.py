@@ -9,10 +9,11 @@ from __future__ import annotations
 import functools
 import threading
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -167,11 +168,10 @@ class TowerProbe(Hooked):
                 kind: self.adapter.tower_tokens(call.values[name], kind, call)
                 for kind, call in zip(kinds, calls, strict=True)
             }
-            apart = (self._heads, -1) if name.part == "keys" else ()
-            values[name] = [
-                [table.unflatten(-1, apart) if apart else table[:, 0] for table in row]
-                for row in _spread(spans, tokens)
-            ]
+            for kind, table in tokens.items():
+                keys = name.part == "keys"
+                tokens[kind] = table.unflatten(-1, (self._heads, -1)) if keys else table[:, 0]
+            values[name] = _spread(spans, tokens)
         return values
 
 
@@ -248,15 +248,18 @@ def _spread(spans: list[list[VisualSpan]], tokens: dict[str, Tensor]) -> list[li
             "prompt. Let one call encode and read them, or use a reducer that does not read the "
             "tower's attention."
         )
-    next_patch, tables_of_rows = dict.fromkeys(tokens, 0), []
-    for row in spans[:: int(times) or 1]:
-        tables = []
-        for span in row:
-            source, start = tokens[span.kind], next_patch[span.kind]
-            patches = ~span.special_mask(source.device)
-            table = source.new_zeros(span.length, source.shape[-1])
-            next_patch[span.kind] = start + int(patches.sum())
-            table[patches] = source[start : next_patch[span.kind]]
-            tables.append(table)
-        tables_of_rows += [tables] * (int(times) or 1)
-    return tables_of_rows
+    rows, parts = spans[:: int(times) or 1], dict[str, Iterator[Tensor]]()
+    for kind, values in tokens.items():
+        own = [span for row in rows for span in row if span.kind == kind]
+        parts[kind] = iter(_of_tokens(values, own).split([span.length for span in own]))
+    tables = [[next(parts[span.kind]) for span in row] for row in rows]
+    return [row for row in tables for _ in range(int(times) or 1)]
+
+
+def _of_tokens(values: Tensor, spans: list[VisualSpan]) -> Tensor:
+    """Values of the patches of spans as values of all their tokens, 0 where there is no patch."""
+    fixed = np.concatenate([span.fixed_mask() for span in spans])
+    if not fixed.any():
+        return values
+    places = torch.from_numpy(np.flatnonzero(~fixed)).to(values.device)
+    return values.new_zeros(len(fixed), *values.shape[1:]).index_copy_(0, places, values)

@@ -1,5 +1,6 @@
-"""Cache layers of reference sliding attention, from which rows have been left out.
+"""Cache layers of models that keep more than rows, or not all of them, from which rows have left.
 
+Some hold rows of keys and values beside states of short convolutions.
 Unlimited-OCR keeps all rows of the prompt for good, and a window of the rows that follow. The class
 of its cache layers stands in the code of that model, so it is not known before one is met.
 """
@@ -7,11 +8,37 @@ of its cache layers stands in the code of that model, so it is not known before 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from tokencomp.engine.cache.layers import CompressedDynamicLayer
+from tokencomp.engine.cache.layers import CompressedDynamicLayer, CompressedSlidingLayer
+from tokencomp.torchlib import compat
+
+HYBRID: Any = compat.hybrid_layer(sliding=False)
+HYBRID_SLIDING: Any = compat.hybrid_layer(sliding=True)
+
+
+class CompressedHybridLayer(CompressedDynamicLayer, HYBRID):  # type: ignore[misc]  # older releases lack it
+    """A layer that attends to all; its states are those after the last row."""
+
+    plain: ClassVar[type] = HYBRID
+
+    def crop(self, length: int) -> None:
+        """Remove `-length` rows, and go back as many states."""
+        compat.linear_layer().crop(self, length)
+        super().crop(length)
+
+
+class CompressedHybridSlidingLayer(CompressedSlidingLayer, HYBRID_SLIDING):  # type: ignore[misc]  # older releases lack it
+    """A layer with an attention window; its states are those after the last row."""
+
+    plain = HYBRID_SLIDING
+
+    def crop(self, length: int) -> None:
+        """Remove `-length` rows, and go back as many states."""
+        compat.linear_layer().crop(self, length)
+        super().crop(length)
 
 
 class CompressedReferenceLayer(CompressedDynamicLayer):
