@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from recipes.tiny.labels import glyph_boxes
 from tokencomp.shapesqa.lettering import WORDS, Text, draw_text, extent
 
 SIZE = 448  # px, both sides
@@ -213,7 +214,7 @@ def cell_letters(scene: StampScene, cell: int) -> list[list[str]]:
         for row in range(SIZE // cell):
             if not top <= (row + 0.5) * cell < bottom:
                 continue
-            for letter, left, right in text.glyph_boxes():
+            for letter, left, right in glyph_boxes(text):
                 for column in range(SIZE // cell):
                     if left <= (column + 0.5) * cell < right:
                         letters[row][column] = letter
