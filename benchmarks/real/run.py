@@ -40,10 +40,7 @@ from tokencomp.inputs.questions import Example
 from tokencomp.pages.lost import LostItem, draw_lost
 
 RATIOS = (0.5, 0.75, 0.9)
-METHODS = (
-    "uniform", DOWNSCALE, "auto", "scope", "divprune", "cdpruner", "mmtok", "vidcom2", "merge",
-    "fastv", "sparsevlm",
-)  # fmt: skip
+METHODS = ("uniform", DOWNSCALE, "auto", "scope", "divprune", "cdpruner", "merge", "fastv")
 """Many others read the attention of the tower, which this one has not."""
 VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
     "auto": ({}, {REST: "merge"}),
