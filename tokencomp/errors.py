@@ -27,7 +27,7 @@ class FrameRateWarning(UserWarning):
 
 
 class FrameChoiceWarning(UserWarning):
-    """Frames of a video that the policy asked for did not choose, or that replace damaged ones."""
+    """Frames that a policy did not choose, that replace damaged ones, or that are shown twice."""
 
 
 class PrefillWarning(UserWarning):
