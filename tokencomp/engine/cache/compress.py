@@ -16,7 +16,13 @@ from tokencomp.engine.cache.layers import (
     CompressedSlidingLayer,
 )
 from tokencomp.engine.cache.need import InForce, PatchNeed
-from tokencomp.engine.cache.rows import filled, first_layer, is_reference, segment_heads
+from tokencomp.engine.cache.rows import (
+    filled,
+    first_layer,
+    flash_on_static,
+    is_reference,
+    segment_heads,
+)
 from tokencomp.engine.cache.special import (
     HYBRID,
     HYBRID_SLIDING,
@@ -26,7 +32,6 @@ from tokencomp.engine.cache.special import (
     compressed_reference,
 )
 from tokencomp.engine.cache.static import COUNTS_ROWS, CompressedStaticLayer
-from tokencomp.engine.kinds.mask_compat import flash_on_static
 from tokencomp.errors import UnsupportedCacheError
 from tokencomp.torchlib import compat
 
