@@ -104,7 +104,7 @@ class LaterTokens:
             kwargs["position_ids"] = positions[-rows:]
         backend = compat.attention_implementation(self.adapter.text_config)
         maskless = single and MASKLESS.search(backend) is not None
-        if maskless and first.seen_whole and first._valid is None:
+        if maskless and first._valid is None and first.seen_below > first.get_seq_length():
             kwargs["attention_mask"] = None
         else:
             self._continue(kwargs, layers, first, maskless)
