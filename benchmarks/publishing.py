@@ -67,11 +67,11 @@ def write(path: Path, value: Any) -> None:
 
 
 def _dense(value: Any, depth: int) -> str:
-    text = json.dumps(value, default=str)
+    text = json.dumps(value, default=str, separators=(",", ":"))
     if len(text) <= WIDTH or not isinstance(value, dict | list):
         return text
     if isinstance(value, dict):
-        parts = [f"{json.dumps(k)}: {_dense(v, depth + 1)}" for k, v in value.items()]
+        parts = [f"{json.dumps(k)}:{_dense(v, depth + 1)}" for k, v in value.items()]
         first, last = "{}"
     else:
         parts, (first, last) = [_dense(v, depth + 1) for v in value], "[]"

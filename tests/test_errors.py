@@ -31,6 +31,22 @@ def test_unknown_reducer_names_close_matches(family: Family) -> None:
         tokencomp.patch(family.build(), 0.5, reducer="mrege")
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("mrege", "merge"),
+        ("KCentre", "kcentre"),
+        ("kcenter", "kcentre"),
+        ("pyramid", "pyramiddrop"),
+    ]
+    + [(far, "") for far in ("nothing", "none", "topk", "foo", "cluster")],
+)
+def test_only_near_misses_are_suggested(name: str, meant: str) -> None:
+    message = str(errors.unknown_name("reducer", name, tokencomp.available_reducers()))
+    said = message.partition(" Available:")[0]
+    assert said == f"unknown reducer {name!r}." + (f" Did you mean {meant!r}?" if meant else "")
+
+
 def test_unknown_option_and_choice(family: Family) -> None:
     with pytest.raises(errors.OptionError, match="weighted"):
         tokencomp.patch(family.build(), 0.5, reducer="merge", wheighted=True)

@@ -27,7 +27,7 @@ class FrameRateWarning(UserWarning):
 
 
 class FrameChoiceWarning(UserWarning):
-    """Frames of a video that the policy asked for did not choose, or that replace damaged ones."""
+    """Frames that a policy did not choose, that replace damaged ones, or that are shown twice."""
 
 
 class PrefillWarning(UserWarning):
@@ -176,9 +176,10 @@ def copy_error(model_name: str) -> CopyError:
 
 
 def unknown_name(kind: str, name: str, allowed: Iterable[str]) -> UnknownNameError:
-    """Build the error for an unknown `kind` ("reducer", "model", ...), with close matches."""
+    """Build the error for an unknown `kind` ("reducer", "model", ...), with near misses, if any."""
     names = sorted(allowed)
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    lower = {one.lower(): one for one in names}
+    close = [lower[m] for m in difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.7)]
     hint = f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
     return UnknownNameError(f"unknown {kind} {name!r}.{hint} Available: {', '.join(names)}.")
 

@@ -20,7 +20,7 @@ from tokencomp.plan.profiles import behind, not_before
 from tokencomp.plan.solved import by_item
 from tokencomp.plan.stages import MEDIA, Rest, Stage, TowerStage, check_rest
 from tokencomp.reducers.base import Reducer
-from tokencomp.reducers.registry import make_reducer, options_of
+from tokencomp.reducers.registry import check_members, make_reducer, options_of
 from tokencomp.validation import check_effect
 
 DEFAULT_REDUCER = "auto"  # kcentre on images, condiv on videos and audio: reducers/auto.py
@@ -138,6 +138,10 @@ class MethodSpec:
                 f"plan=... together with {', '.join(conflicts)}: a plan names its reducers, with "
                 "their options, in its stages. Leave out the plan, or everything else."
             )
+        if self.plan is not None:
+            tower = () if self.plan.tower is None else (self.plan.tower.reducer,)
+            for one in (*(stage.reducer for stage in self.plan.stages), *tower):
+                check_members(one)
         reducer = self.built_reducer if self.plan is None and self.names_reducer else None
         check_rest(self.rest, reducer)
         if self.plan is None:

@@ -14,6 +14,7 @@ questions
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ from tokencomp.evaluation.packed import PARTS, unpack
 
 COSTS = ("achieved_ratio", "flops", "kv_bytes", "achieved")
 COUNTED = ("items", "failed", "accuracy")  # of a setting: all are answered
+USUAL = {"options": {}, "run": 0}  # of a setting, where it does not say
 
 
 def write_sweep(path: Path, manifest: Mapping[str, Any], answers: Mapping[str, Any]) -> None:
@@ -44,6 +46,7 @@ def write_sweep(path: Path, manifest: Mapping[str, Any], answers: Mapping[str, A
     settings = {}
     for label, setting in manifest["settings"].items():
         kept = {k: v for k, v in setting.items() if k not in (*COSTS, *COUNTED)}
+        kept = {k: v for k, v in kept.items() if k not in USUAL or v != USUAL[k]}
         if "work" in kept:
             kept["work"] = {kind: number(parts) for kind, parts in kept["work"].items()}
         kept["cost"] = number({k: setting[k] for k in COSTS if k in setting})
@@ -68,6 +71,8 @@ def read_sweep(path: Path) -> dict[str, Any]:
         bits = dict(zip(PARTS, setting.pop("answers"), strict=True))
         for part, text in bits.items():
             answers[part][label] = text
+        for name, value in USUAL.items():
+            setting.setdefault(name, copy.copy(value))
         right = sum(unpack(bits["correct"], stored["items"]))
         setting |= {"items": stored["items"], "failed": 0, "accuracy": right / stored["items"]}
         setting |= shared[setting.pop("cost")]

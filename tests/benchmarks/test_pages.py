@@ -49,6 +49,13 @@ def test_the_index_names_every_page() -> None:
     assert pages - linked - {index.resolve()} == set()
 
 
+def test_the_methods_name_every_study_that_is_a_command() -> None:
+    folder = ROOT / "benchmarks" / "accuracy"
+    named = set(re.findall(r"\w+", (folder / "METHODS.md").read_text()))
+    studies = {p.stem for p in folder.glob("studies/*.py") if "__main__" in p.read_text()}
+    assert len(studies) > 10 and studies - named == set()
+
+
 def test_the_page_of_newer_methods_is_that_of_the_stored_answers() -> None:
     assert newer.page() == (ROOT / "benchmarks/accuracy/newer.md").read_text()
 

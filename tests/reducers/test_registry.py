@@ -11,12 +11,15 @@ import warnings
 from pathlib import Path
 
 import pytest
+from support.families import FAMILIES
 
 import tokencomp
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.registry import available_models, register_adapter
 from tokencomp.errors import NameTakenError, OptionError, PluginWarning
+from tokencomp.plan.stages import TowerStage
 from tokencomp.reducers import registry
+from tokencomp.reducers.compose import Compose
 from tokencomp.reducers.merge import Merge
 from tokencomp.reducers.published import Published
 from tokencomp.reducers.uniform import Uniform
@@ -86,6 +89,22 @@ def test_members_that_nothing_reads_any_more_are_refused(
         with pytest.raises(OptionError, match=rf"{member},.*{member}: .*{re.escape(instead)}"):
             tokencomp.register_reducer("mine")(cls)
     assert "mine" not in tokencomp.available_reducers()
+
+
+def test_objects_of_classes_that_nobody_registered_are_checked_as_well() -> None:
+    """As the reducer of a model, of a plan's stage, of the vision tower, and in a composition."""
+    model = FAMILIES["qwen2_vl"].build()
+    layer = tokencomp.make_reducer("prune")
+    old = type("Old", (UserReducer,), {"whole_spans": True})()
+    for arguments in (
+        {"ratio": 0.5, "reducer": old},
+        {"plan": tokencomp.Plan((tokencomp.Stage(0, 0.5, old),))},
+        {"plan": tokencomp.Plan((), tower=TowerStage(0, 0.5, old))},
+        {"ratio": 0.5, "tower_ratio": 0.3, "tower_reducer": old},
+        {"ratio": 0.5, "reducer": Compose(old, layer)},
+    ):
+        with pytest.raises(OptionError, match=r'Old sets whole_spans.*grid = "whole"'):
+            tokencomp.patch(model, **arguments)
 
 
 def test_published_methods_have_members_of_their_own() -> None:

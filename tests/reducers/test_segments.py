@@ -21,8 +21,8 @@ from tokencomp.reducers._segments import segments, static_segments
 def test_density_peaks(itself: bool, entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sets of many sizes, together and in portions, each as it would be alone."""
     monkeypatch.setattr(_clusters, "ENTRIES", entries)
-    lengths, clusters = [24, 9, 1, 24, 2, 24, 9], [8, 9, 1, 1, 1, 24, 3]
-    neighbours = [4, 4, 4, 2, 4, 4, 30]
+    lengths, clusters = [24, 9, 1, 24, 70, 2, 24, 9], [8, 9, 1, 1, 11, 1, 24, 3]
+    neighbours = [4, 4, 4, 2, 5, 4, 4, 30]
     x = torch.randn(sum(lengths), 5, generator=torch.Generator().manual_seed(1))
     scale = 5**0.5 if itself else 1.0
     centres, labels = density_peaks(x, lengths, clusters, neighbours, scale, itself)

@@ -6,6 +6,7 @@ import asyncio
 import importlib.machinery
 import importlib.util
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
@@ -27,11 +28,13 @@ from sglang.srt.managers.schedule_batch import (
     MultimodalProcessorOutput,
 )
 from support.serving import cases, hf_reference
+from support.serving.selectors import selector
 from support.serving.sglang_stand_ins import embedded, processed
 
 from tokencomp.errors import OptionError, UnsupportedModelError
 from tokencomp.method import MethodSpec
 from tokencomp.serving import sglang as plugin
+from tokencomp.serving.item_plan import config_facts
 from tokencomp.serving.sglang.embedding import Compressing, CorrectingPositions
 from tokencomp.serving.sglang.processing import (
     MODELS,
@@ -40,6 +43,7 @@ from tokencomp.serving.sglang.processing import (
     check_server,
     compress,
 )
+from tokencomp.trained.cards import model_card
 
 
 @pytest.fixture(autouse=True)
@@ -60,21 +64,27 @@ def split(total: int, size: int) -> list[int]:
 CASES = [("qwen2_vl", media, name) for media in MEDIA for name in ("divprune", "merge")]
 CASES += [("qwen3_vl", media, "divprune") for media in MEDIA]
 CASES += [("qwen2_vl", media, "uniform") for media in MEDIA]  # at a budget
+CASES += [(name, MEDIA[3], "selector") for name in ("qwen2_vl", "qwen3_vl")]  # of features
 
 
 @pytest.mark.parametrize(("name", "media", "reducer"), CASES)
 @torch.no_grad()
-def test_equals_the_patched_model(name: str, media: Any, reducer: str, tiny_folder: Any) -> None:
+def test_equals_the_patched_model(
+    name: str, media: Any, reducer: str, tiny_folder: Any, tmp_path: Path
+) -> None:
     """Rows and positions through SGLang's own code give the decoder the same first token."""
     folder = tiny_folder(name)
     model, _ = hf_reference.load(folder)
     amount: dict[str, Any] = {"ratio": 0.75}
     if reducer == "uniform":
         amount = {"budget": 12}
-    job = cases.job(name, media, **{"ratio": 0.75, **amount}, reducer=reducer, tokens=1)
+    options = selector(tmp_path, model_card(model)) if reducer == "selector" else {}
+    more = {"reducer": reducer, "options": options, "tokens": 1}
+    job = cases.job(name, media, **{"ratio": 0.75, **amount}, **more)
     with hf_reference.with_true_positions(folder, job):
         want = hf_reference.answer(folder, job)
-    output = compress(processed(folder, job), MethodSpec(reducer, **amount), 2)
+    spec, facts = MethodSpec(reducer, **amount, options=options), config_facts(model.config, "")
+    output = compress(processed(folder, job), spec, 2, facts)
     n = len(output.input_ids)
     assert n == want["prompt"] and output.mrope_positions.shape == (3, n)
     true = hf_reference.true_positions(folder, job)
@@ -125,6 +135,20 @@ def test_hashes_keep_ratios_apart_and_ratio_zero_is_stock(tiny_folder: Any) -> N
         pads = hf_reference.load(folder)[0].config.image_token_id
         assert text == [t for t in stock.input_ids if t != pads]
     assert len(set(seen)) == len(seen)
+
+
+@torch.no_grad()
+def test_hashes_know_what_the_trained_weights_are(tiny_folder: Any, tmp_path: Path) -> None:
+    """Another training in the same folder gives other hashes, and an equal one the same."""
+    folder = tiny_folder("qwen2_vl")
+    model, _ = hf_reference.load(folder)
+    job, facts = cases.job("qwen2_vl", [cases.IMAGE], 0.5), config_facts(model.config, "")
+    hashes: list[str] = []
+    for sign in (1, 1, -1):
+        options = selector(tmp_path, model_card(model), sign, time=len(hashes))
+        spec = MethodSpec("selector", 0.5, options=options)
+        hashes.append(compress(processed(folder, job), spec, 2, facts).mm_items[0].hash)
+    assert hashes[0] == hashes[1] != hashes[2]
 
 
 @torch.no_grad()

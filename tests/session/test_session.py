@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import Tensor
 import tokencomp
 from tokencomp import zoo
 from tokencomp.errors import (
+    FrameChoiceWarning,
     FrameOrderError,
     MediaError,
     OptionError,
@@ -121,6 +124,31 @@ def test_a_session_equals_one_prompt(
     asked = len(processor.tokenizer("What is there?")["input_ids"]) + len(session._turns.answer)
     assert session.tokens == inputs["input_ids"].shape[1] - asked
     session.close()
+
+
+def test_an_odd_number_of_frames_is_what_the_processor_makes_of_it(
+    loaded: tuple[Any, Any], clip: Any, record: Record
+) -> None:
+    """The last frame stands for the missing one, at its own time, and the caller is told."""
+    model, processor = loaded
+    frames = [np.asarray(frame) for frame in clip[0][:3]]
+    session = tokencomp.Session(model, processor)
+    with pytest.warns(FrameChoiceWarning, match="last of 3 frames is shown 2 times"):
+        session.append(frames, seconds=[0.0, 1.0, 2.0])
+    with pytest.raises(MediaError, match=r"video of \(1, .*t:1 must be larger"):
+        session.append(frames[:1], seconds=[3.0])  # which this processor refuses
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FrameChoiceWarning)
+        session.append(frames[:2], seconds=[4.0, 5.0])
+    means, shown = ([0.5, 2.0], [4.5]), ([0, 1, 2, 2], [0, 1])
+    for call, times, pictures in zip(record.calls, means, shown, strict=True):
+        text = processor.tokenizer.decode(call["input_ids"][0])
+        assert re.findall(r"<([\d.]+) seconds>", text) == [f"{t:.1f}" for t in times]
+        grid = call["video_grid_thw"][0]
+        pairs = np.stack([frames[i] for i in pictures])
+        whole = processor.video_processor(pairs, do_sample_frames=False, return_tensors="pt")
+        assert torch.equal(grid, whole["video_grid_thw"][0]) and int(grid[0]) == len(times)
+        assert torch.equal(call["pixel_values_videos"], whole["pixel_values_videos"])
 
 
 def test_a_session_leaves_no_trace(loaded: tuple[Any, Any], clip: Any, record: Record) -> None:

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokencomp.reducers._batch import padded, starts_of
+from tokencomp.reducers._batch import HostIndex, padded, rows_of, starts_of
 
 ENTRIES = 1 << 23  # entries of a table of padded sets that are in memory at once
+PADDING, SMALL = 4, 1 << 12  # most entries per entry of a set, and of any set
 
 
 def density_peaks(
@@ -47,13 +48,15 @@ def density_peaks(
     labels : Tensor of int64, shape (n,)
         Numbers of centres.
     """
-    parts, row, centre = list[tuple[Tensor, Tensor]](), 0, 0
-    for part in portions([n * n for n in lengths]):
-        n, count, k = lengths[part], clusters[part], neighbours[part]
-        own = _peaks(x[row : row + sum(n)].float(), n, count, k, scale, itself)
-        parts.append((own[0] + row, own[1] + centre))
-        row, centre = row + sum(n), centre + sum(count)
-    centres, labels = (torch.cat(column) for column in zip(*parts, strict=True))
+    starts, firsts = starts_of(lengths), starts_of(clusters)
+    centres = torch.empty(int(firsts[-1]), dtype=torch.int64, device=x.device)
+    labels = torch.empty(len(x), dtype=torch.int64, device=x.device)
+    for sets in portions(np.square(lengths), ENTRIES):
+        rows = torch.from_numpy(rows_of(starts, sets)).to(x.device)
+        numbers = torch.from_numpy(rows_of(firsts, sets)).to(x.device)
+        n, count, k = (np.asarray(v)[sets].tolist() for v in (lengths, clusters, neighbours))
+        chosen, label = _peaks(x[rows].float(), n, count, k, scale, itself)
+        centres[numbers], labels[rows] = rows[chosen], numbers[label]
     return centres, labels
 
 
@@ -99,16 +102,19 @@ def _peaks(
     return centres, labels
 
 
-def portions(entries: Sequence[int], limit: int | None = None) -> Iterator[slice]:
-    """Runs of sets whose tables, padded to the largest one's entries, fit into memory together."""
-    limit, first, most = limit or ENTRIES, 0, 0
-    for number, own in enumerate(entries):
-        most = max(most, own)
-        if number > first and most * (number + 1 - first) > limit:
-            yield slice(first, number)
-            first, most = number, own
-    if len(entries):
-        yield slice(first, len(entries))
+def portions(entries: HostIndex, limit: int) -> Iterator[HostIndex]:
+    """Sets whose tables, padded to the entries of the largest, fit into memory together.
+
+    Small sets come first. None is padded to more than 4 times its entries, or to 2¹².
+    """
+    order = np.argsort(entries, kind="stable")
+    first = 0
+    for place, most in enumerate(entries[order].tolist()):
+        if most > max(PADDING * entries[order[first]], SMALL) or most * (place + 1 - first) > limit:
+            if place > first:
+                yield order[first:place]
+            first = place
+    yield order[first:]
 
 
 def cluster_sums(x: Tensor, labels: Tensor, clusters: int) -> Tensor:

@@ -167,17 +167,17 @@ def around(
     counts
         Centres of every anchor.
     """
-    unit, begins = normalize(x, dim=1), starts_of(counts)[:-1]
+    unit, begins, count = normalize(x, dim=1), starts_of(counts)[:-1], np.asarray(counts)
     sums, members = x.new_zeros(len(centres), x.shape[1]), x.new_zeros(len(centres), 1)
-    for part in portions([n * (x.shape[1] + max(counts)) for n in runs[1]], LIMIT):
+    for part in portions(runs[1] * (x.shape[1] + max(counts)), LIMIT):
         first, length = runs[0][part], runs[1][part]
         places, begin = padded(first, length), begins[part]
         valid = patches.table(np.flatnonzero(np.arange(places.shape[1]) < length[:, None]))
         rows = rest[patches.table(places)]
-        own = centres[patches.table(padded(begin, counts[part]))]
+        own = centres[patches.table(padded(begin, count[part]))]
         nearest = (unit[rows] @ unit[own].mT).argmax(2)
         # A copy behind the last centre may win by a rounding.
-        last = patches.table(counts[part])[:, None] - 1
+        last = patches.table(count[part])[:, None] - 1
         labels = (torch.minimum(nearest, last) + patches.table(begin)[:, None]).flatten()[valid]
         rows = rows.flatten()[valid]
         sums.index_add_(0, labels, x[rows])

@@ -85,7 +85,19 @@ def register_reducer(name: str, *, override: bool = False) -> Callable[[R], R]:
     return decorate
 
 
-def _check_members(cls: type[Reducer]) -> None:
+def check_members(reducer: StageReducer) -> None:
+    """Refuse an object, of a class that perhaps nobody registered, as `register_reducer` does.
+
+    Raises
+    ------
+    OptionError
+        Its class sets a member of an earlier contract.
+    """
+    for part in (reducer.entry, reducer.layer) if isinstance(reducer, Compose) else (reducer,):
+        _check_members(type(part))
+
+
+def _check_members(cls: type[StageReducer]) -> None:
     """Refuse members of an earlier contract, which would be ignored."""
     instead = dict(FORMER)
     if not issubclass(cls, Published):
@@ -153,7 +165,8 @@ def make_reducer(name: str | Reducer, /, **options: Any) -> Reducer:
     UnknownNameError
         No reducer has that name (close matches are named).
     OptionError
-        An option the reducer does not have, or a value it refuses.
+        An option the reducer does not have, or a value it refuses; an object whose class sets
+        something that an earlier release read of a reducer.
     """
     if isinstance(name, Reducer):
         if options:
@@ -161,6 +174,7 @@ def make_reducer(name: str | Reducer, /, **options: Any) -> Reducer:
                 f"options {sorted(options)} beside a ready {name.name!r} object. Set "
                 "them when you build it."
             )
+        check_members(name)
         return name
     if isinstance(name, type) and issubclass(name, Reducer):
         raise OptionError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from tokencomp.errors import FrameOrderError, MediaError, OptionError
+from tokencomp.errors import FrameChoiceWarning, FrameOrderError, MediaError, OptionError
 from tokencomp.inputs.frame_times import frame_times
 from tokencomp.inputs.images import to_rgb
 from tokencomp.inputs.video import Sampling, Video
@@ -161,6 +162,27 @@ def _described(value: Any) -> str:
     return f"{type(value).__name__} {value!r:.60}"
 
 
+def warn_of_repeated(processor: Any, frames: Sequence[Any], inputs: dict[str, Tensor]) -> None:
+    """Warn where a processor that joins frames into steps has shown the last one again."""
+    grids, size = inputs.get("video_grid_thw"), frames_of_a_step(processor)
+    if grids is None or size == 1:
+        return
+    repeated = int(grids[:, 0].sum()) * size - len(frames)
+    if repeated > 0:
+        warnings.warn(
+            f"append: the model joins {size} frames into one step, so the last of {len(frames)} "
+            f"frames is shown {repeated + 1} times, at its own time, and takes the rows of a step. "
+            f"Append a multiple of {size} to spare them.",
+            FrameChoiceWarning,
+            stacklevel=3,
+        )
+
+
+def frames_of_a_step(processor: Any) -> int:
+    """How many frames of a video become one step in time."""
+    return int(getattr(getattr(processor, "video_processor", None), "temporal_patch_size", 1))
+
+
 def item_inputs(
     processor: Any, text: str, kind: str, medium: Any, sampling: Sampling | None
 ) -> dict[str, Tensor]:
@@ -178,6 +200,6 @@ def item_inputs(
     try:
         inputs = processor(text=[text], return_tensors="pt", add_special_tokens=False, **media)
     except ValueError as error:
-        size = getattr(medium, "size", None) or getattr(medium, "shape", None)
+        size = getattr(medium, "shape", None) or medium.size
         raise MediaError(f"the model's processor refuses a {kind} of {size}: {error}") from error
     return {k: v for k, v in inputs.items() if isinstance(v, Tensor) and k != "attention_mask"}

@@ -13,7 +13,13 @@ from tokencomp.errors import OptionError, SessionError
 from tokencomp.inputs.frame_times import reads_times
 from tokencomp.inputs.questions import media_kind
 from tokencomp.session.conversation import Conversation, join
-from tokencomp.session.items import FrameClock, as_frames, as_image, item_inputs
+from tokencomp.session.items import (
+    FrameClock,
+    as_frames,
+    as_image,
+    item_inputs,
+    warn_of_repeated,
+)
 from tokencomp.session.patched import handle_of
 from tokencomp.session.turns import Turns
 from tokencomp.validation import fits
@@ -134,6 +140,12 @@ class Session:
             Times that are missing or do not fit; a patch that reads questions.
 
         Nothing is added to the conversation then.
+
+        Warns
+        -----
+        FrameChoiceWarning
+            The model joins frames into steps (two in the Qwen-VL family), and their number fills no
+            whole step: its processor shows the last frame again.
         """
         self._check_open()
         kind, times = media_kind(media), None
@@ -150,6 +162,8 @@ class Session:
         inputs = item_inputs(self._processor, piece, kind, medium, sampling)
         self._add(inputs)
         self._clock.advance(times)
+        if kind == "video":
+            warn_of_repeated(self._processor, medium, inputs)
         return self
 
     def say(self, text: str) -> Session:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,13 @@ from tokencomp.engine.cache.layers import (
     CompressedSlidingLayer,
 )
 from tokencomp.engine.cache.need import InForce, PatchNeed
-from tokencomp.engine.cache.rows import filled, first_layer, is_reference, segment_heads
+from tokencomp.engine.cache.rows import (
+    filled,
+    first_layer,
+    flash_on_static,
+    is_reference,
+    segment_heads,
+)
 from tokencomp.engine.cache.special import (
     HYBRID,
     HYBRID_SLIDING,
@@ -26,7 +33,6 @@ from tokencomp.engine.cache.special import (
     compressed_reference,
 )
 from tokencomp.engine.cache.static import COUNTS_ROWS, CompressedStaticLayer
-from tokencomp.engine.kinds.mask_compat import flash_on_static
 from tokencomp.errors import UnsupportedCacheError
 from tokencomp.torchlib import compat
 
@@ -181,14 +187,16 @@ def compact_cache(forward: ForwardPass, cache: Any, patch: InForce) -> None:
 def _note_patch(forward: ForwardPass, layers: list[Any], patch: InForce) -> None:
     """Let the layers of a cache know the patch, and whether later tokens can do without."""
     heads, windows = segment_heads(layers), forward.windows
-    needed = len(heads) > 1 or patch.compact or bool(windows.sizes) or windows.relative
-    needed |= any(head._valid is not None or head.sizes is not None for head in heads)
-    needed |= flash_on_static(forward.adapter.text_config, heads[0])
-    need = PatchNeed() if needed or windows.cut_later_turns else None
-    whole = need is None and windows.rows_kept(layers) is None
-    whole &= not any(kind.masks_single_tokens for kind in set(windows.kinds))
+    special = patch.compact or windows.relative or windows.cut_later_turns
+    special |= any(head._valid is not None or head.sizes is not None for head in heads)
+    special |= flash_on_static(forward.adapter.text_config, heads[0])
+    need = PatchNeed() if special or len(heads) > 1 or windows.sizes else None
+    special |= windows.rows_kept(layers) is not None
+    special |= any(kind.masks_single_tokens for kind in set(windows.kinds))
+    # transformers leaves a mask out only below the window, so that at the window it is ours too.
+    below = 0.0 if special else min(windows.sizes.values(), default=math.inf) - 1
     for layer in filled(layers):
-        layer.patch, layer.needs_patch, layer.seen_whole = patch, need, whole
+        layer.patch, layer.needs_patch, layer.seen_below = patch, need, below
 
 
 def extend_valid(forward: ForwardPass, cache: Any) -> None:

@@ -71,9 +71,9 @@ class CompressedLayer(CacheLayerMixin):
         The patch under which the cache is written.
     needs_patch : PatchNeed or None
         Set where a decoder without hooks would read the rows of the cache wrongly.
-    seen_whole : bool
-        Whether a single later token attends to every row of this layer and of all others, so that
-        it needs no mask, and of the patch nothing.
+    seen_below : float
+        Logical length below which a single later token attends to every row of this layer and of
+        all others, so that it needs no mask, and of the patch nothing; 0: it may need more.
     """
 
     plain: ClassVar[type]
@@ -84,7 +84,7 @@ class CompressedLayer(CacheLayerMixin):
     starts_segment: bool
     patch: InForce
     needs_patch: PatchNeed | None
-    seen_whole: bool = False
+    seen_below: float = 0.0
     _valid: Tensor | None
     keys: Any  # for transformers they may be None; what is called here has rows
     values: Any
@@ -168,7 +168,7 @@ class CompressedLayer(CacheLayerMixin):
     def _forget(self) -> None:
         del self.dropped, self._valid, self.sizes, self.columns, self.starts, self.starts_segment
         del self.patch, self.needs_patch
-        vars(self).pop("seen_whole", None)
+        vars(self).pop("seen_below", None)
         self.__class__ = self.plain
 
 

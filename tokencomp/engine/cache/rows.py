@@ -78,3 +78,11 @@ def stored_keys(layer: Any) -> Tensor:
     if getattr(layer, "_pending_beam_idx", None) is not None:
         keys = keys.index_select(0, layer._pending_beam_idx.to(keys.device))
     return torch.cat([keys, layer.keys], dim=-2) if layer.keys.numel() else keys
+
+
+def flash_on_static(config: Any, layer: Any) -> bool:
+    """Whether FlashAttention gets all rows that a cache layer can hold, unwritten ones too.
+
+    It has no other mask, but leaves out what lies behind the last column of a 2-D one.
+    """
+    return isinstance(layer, StaticLayer) and "flash" in compat.attention_implementation(config)

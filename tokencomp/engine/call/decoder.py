@@ -182,7 +182,7 @@ class DecoderHooks(CallHooks):
             self._weights.prepare()
         if self.tower.drop is not None or self.tower.probe is not None:
             self.tower.collect(forward)
-        enter_prompt(self.adapter, forward, positions, arguments, cache, self._in_force.compact)
+        enter_prompt(forward, positions, arguments, self._in_force.compact)
         whole = len(forward.segments) > 1 or state.logits > forward.tail
         if whole and "logits_to_keep" in arguments:
             # Decoders with shared keys (Gemma 4) cut their hidden states to these columns.

@@ -38,12 +38,7 @@ LATER_MEDIA = (
 
 
 def enter_prompt(
-    adapter: Adapter,
-    forward: ForwardPass,
-    positions: Tensor,
-    arguments: dict[str, Any],
-    cache: Any,
-    compact: bool,
+    forward: ForwardPass, positions: Tensor, arguments: dict[str, Any], compact: bool
 ) -> None:
     """Apply the entry stage, and set embeddings, positions and masks of the decoder call in place.
 
@@ -53,8 +48,6 @@ def enter_prompt(
         Positions of the uncompressed call.
     arguments
         Arguments of the decoder by name, with the 2-D mask of padding.
-    cache
-        The KV cache of the call, or None.
     compact
         Whether positions count the kept tokens only.
 
@@ -70,6 +63,7 @@ def enter_prompt(
     OptionError
         Compact positions, and masks whose window counts columns of the uncompressed prompt.
     """
+    adapter, cache = forward.adapter, forward.cache
     forward.by_column = not compact
     first, layer = forward.segments[0], first_layer(cache)
     # A decode step on a static cache reads no length on the host, so its whole length counts.
@@ -79,11 +73,11 @@ def enter_prompt(
         name, window = type(adapter.decoder).__name__, layer.sliding_window
         raise UnsupportedCacheError(LATER_MEDIA.format(name, window))
     if compact:
-        _check_prepared(adapter, forward, before + forward.width)
+        _check_prepared(forward, before + forward.width)
     else:  # refused before any work: the reduction does not change this length
-        length = _checked_length(adapter, forward, cache, max(before + forward.width, room))
+        _check_length(forward, length := max(before + forward.width, room))
     _check_temperature(adapter, before + forward.width)
-    x, positions, index = forward.entry(arguments["inputs_embeds"], positions, cache)
+    x, positions, index = forward.entry(arguments["inputs_embeds"], positions)
     valid = forward.layout.valid(x.device)
     if index is not None:
         gather_arguments(arguments, index, valid, forward.width)
@@ -95,8 +89,8 @@ def enter_prompt(
     if compact:
         forward.tables.clear()  # those of the original positions
         positions = _compact_positions(forward, valid, x)
-        length = _checked_length(adapter, forward, cache, max(first.physical + x.shape[1], room))
-    own_ids = _set_positions(adapter, arguments, forward, positions)
+        _check_length(forward, length := max(first.physical + x.shape[1], room))
+    own_ids = _set_positions(forward, arguments, positions)
     if valid is not None and first.physical and forward.windows.linear:
         raise UnsupportedCacheError(RAGGED_TURN)
     if own_ids and valid is None:  # with a mask, transformers looks for no packed prompts
@@ -111,7 +105,7 @@ def enter_prompt(
     compat.set_cache_position(arguments, before, x.shape[1])
 
 
-def _check_prepared(adapter: Adapter, forward: ForwardPass, length: int) -> None:
+def _check_prepared(forward: ForwardPass, length: int) -> None:
     """Refuse compact positions beside a window that the body of the model has already applied.
 
     Its masks let the tokens of an image see each other, which nothing could build again, and their
@@ -123,8 +117,9 @@ def _check_prepared(adapter: Adapter, forward: ForwardPass, length: int) -> None
     """
     if forward.prepared is not None and forward.windows.bind(length):
         size = min(forward.windows.sizes.values())
+        body = type(forward.adapter.body).__name__
         raise OptionError(
-            f'positions="compact": {type(adapter.body).__name__} prepares the masks of its layers '
+            f'positions="compact": {body} prepares the masks of its layers '
             f"with a window of {size} tokens, measured in the {length} tokens of the uncompressed "
             'prompt, and not in those that are kept. Use positions="original" (the default).'
         )
@@ -155,21 +150,15 @@ def _check_temperature(adapter: Adapter, length: int) -> None:
             )
 
 
-def _checked_length(adapter: Adapter, forward: ForwardPass, cache: Any, length: int) -> int:
-    """Length to which attention windows are compared.
-
-    Raises
-    ------
-    UnsupportedModelError
-        A window would be applied to the wrong tokens, see `check_windows`.
-    """
-    layers, packed = getattr(cache, "layers", ()), forward.layout.packed
-    check_windows(adapter.decoder, forward.windows, length, forward.by_column, packed, layers)
-    return length
+def _check_length(forward: ForwardPass, length: int) -> None:
+    """Compare attention windows with a length, see `check_windows`."""
+    decoder, windows, packed = forward.adapter.decoder, forward.windows, forward.layout.packed
+    layers = getattr(forward.cache, "layers", ())
+    check_windows(decoder, windows, length, forward.by_column, packed, layers)
 
 
 def _set_positions(
-    adapter: Adapter, arguments: MutableMapping[str, Any], forward: ForwardPass, positions: Tensor
+    forward: ForwardPass, arguments: MutableMapping[str, Any], positions: Tensor
 ) -> bool:
     """Write the positions of a compressed call to the arguments of the decoder.
 
@@ -191,6 +180,7 @@ def _set_positions(
     UnsupportedModelError
         FlashAttention, and layers that read positions apart from the rotary embedding.
     """
+    adapter = forward.adapter
     text = text_positions(forward.layout, positions.device)
     if adapter.mrope_rows > 3:  # HunyuanVL takes no row for text beside its own
         arguments["position_ids"] = positions

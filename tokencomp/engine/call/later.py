@@ -17,7 +17,7 @@ from transformers.cache_utils import StaticLayer
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine.cache.layers import CompressedLayer
 from tokencomp.engine.cache.need import InForce
-from tokencomp.engine.cache.rows import first_layer, segment_heads
+from tokencomp.engine.cache.rows import first_layer, flash_on_static, segment_heads
 from tokencomp.engine.cache.static import CompressedStaticLayer
 from tokencomp.engine.call.state import RunningCalls
 from tokencomp.engine.kinds import mask_compat
@@ -104,7 +104,7 @@ class LaterTokens:
             kwargs["position_ids"] = positions[-rows:]
         backend = compat.attention_implementation(self.adapter.text_config)
         maskless = single and MASKLESS.search(backend) is not None
-        if maskless and first.seen_whole and first._valid is None:
+        if maskless and first._valid is None and first.seen_below > first.get_seq_length():
             kwargs["attention_mask"] = None
         else:
             self._continue(kwargs, layers, first, maskless)
@@ -148,7 +148,7 @@ class LaterTokens:
         FlashAttention always gets one, of two axes.
         """
         x, config = kwargs["inputs_embeds"], self.adapter.text_config
-        if mask_compat.flash_on_static(config, layer):
+        if flash_on_static(config, layer):
             kwargs["attention_mask"] = layer.written_rows(x.shape[0])
         elif layer.unpadded is not None:
             view = mask_compat.MaskView(layer.max_cache_len, written=layer.cumulative_length)

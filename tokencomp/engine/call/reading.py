@@ -74,6 +74,7 @@ def read_prompt(
     check_grids(plan, spans)
     layout = _layout(arguments, past, state, spans, text)
     forward = ForwardPass(adapter, plan, spans, layout, x.shape[1])
+    forward.cache = cache
     forward.segments = build_segments(plan, len(adapter.layers), cache, mask, x.shape[1])
     return forward, positions
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
-from transformers.cache_utils import StaticLayer
 
 from tokencomp.errors import UnsupportedCacheError, UnsupportedModelError
 from tokencomp.torchlib.compat import attention_implementation
@@ -104,14 +103,6 @@ def causal_mask(
     if "allow_is_causal_skip" in names:
         call["allow_is_causal_skip"] = skip
     return create_causal_mask(**call)
-
-
-def flash_on_static(config: Any, layer: Any) -> bool:
-    """Whether FlashAttention gets all rows that a cache layer can hold, unwritten ones too.
-
-    It has no other mask, but leaves out what lies behind the last column of a 2-D one.
-    """
-    return isinstance(layer, StaticLayer) and "flash" in attention_implementation(config)
 
 
 def check_flash_on_static() -> None:

@@ -67,6 +67,8 @@ class ForwardPass:
     chunk, earlier
         Columns per chunk of a chunked prefill (else None), and hidden states of chunks that have
         run.
+    cache
+        The KV cache with which a prefill was called, or None.
     new
         Of later tokens: False at padding, (B, n); None if there is none.
     """
@@ -140,9 +142,7 @@ class ForwardPass:
 
     # -- entry ----------------------------------------------------------------------------------
 
-    def entry(
-        self, x: Tensor, positions: Tensor, cache: Any
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def entry(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Apply the entry stage to x (B, L, d) and positions (…, B, L).
 
         Returns
@@ -152,7 +152,7 @@ class ForwardPass:
         index : Tensor of int64, shape (B, n), or None
             Column of the caller's batch that each column was; None if every column stays in place.
         """
-        origin, self.cache = self.layout.origin, cache
+        origin = self.layout.origin
         if origin is not None:  # not left-padded: align the real columns first
             valid = self.layout.valid(x.device)
             tensors = [x, positions.to(x.device)]
@@ -176,7 +176,7 @@ class ForwardPass:
                     tables = self.adapter.rotary_tables(x, positions, layer=0)
                 ids = None if self.adapter.mrope else positions
                 with self.timed():
-                    self.scores.of_input(0, x, tables, ids, signal, self.layout, cache)
+                    self.scores.of_input(0, x, tables, ids, signal, self.layout, self.cache)
         parts = table_parts(tables)
         dims = [1, -1, *map(compat.sequence_dim, parts)]
         with self.timed():

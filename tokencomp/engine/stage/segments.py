@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokencomp.engine.cache.layers import CompressedLayer
-from tokencomp.engine.cache.rows import first_with_rows, physical_length
+from tokencomp.engine.cache.rows import first_with_rows, flash_on_static, physical_length
 from tokencomp.engine.kinds import mask_compat
 from tokencomp.engine.rows.layout import RowLayout
 from tokencomp.engine.rows.outputs import cached_columns
@@ -151,7 +151,7 @@ class Segment:
         UnsupportedCacheError
             See `mask_compat.check_flash_on_static`.
         """
-        if not mask_compat.flash_on_static(config, layer):
+        if not flash_on_static(config, layer):
             return self.padding_mask(new, x.shape[0], x.device)
         mask_compat.check_flash_on_static()
         valid, rows = self.all_valid(new), self.physical + self.layout.width

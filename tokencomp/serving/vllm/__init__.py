@@ -17,8 +17,8 @@ Options
     options of requests on only with `--trust-request-mm-kwargs`. `tokencomp serve` sets this flag
     and refuses all other processor options; read `middleware` before you set it yourself.
     Options of a request take precedence over `--mm-processor-kwargs`, these over `--hf-overrides`,
-    and these over the environment. The resolved options are part of the media hash, so prefix and
-    encoder caches never mix ratios.
+    and these over the environment. The resolved options, and the content of trained weights, are
+    part of the media hash, so prefix and encoder caches never mix ratios.
 
 Reducers
     Every reducer that is `serving_safe` can run: it ignores the question, acts at the entry stage,
