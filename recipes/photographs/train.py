@@ -69,10 +69,10 @@ class StampTrainer(Trainer):
     ----------
     model
         A FastVLM with bfloat16 or float32 weights; adapters are added to its decoder.
-    tower
-        Modules of the tower to train; norms keep their statistics.
     maker
         Of the batches.
+    tower
+        Modules of the tower to train; norms keep their statistics.
     stages
         In order.
     folder
