@@ -82,7 +82,7 @@ def test_the_answers_about_photographs_are_those_of_the_page() -> None:
             for ratio in RATIOS
         ]
         for name, labels in (
-            (page, ["condiv"]),
+            (page, ["auto"]),
             (f"{page} {RANDOM}", [f"random seed={seed}" for seed in range(3)]),
         )
     }

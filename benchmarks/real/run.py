@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,7 @@ def draw(
         some = {e.id: e for _, e in pairs if e.family == family}
         for setting in chosen:
             run, full = (EvalRun.read(runs / "test" / s.label) for s in (setting, Setting()))
+            run = replace(run, setting=setting)
             folder = runs / "lost" / family
             drawn += draw_lost(model, processor, run, full, some, folder, per_kind=1)
     return drawn

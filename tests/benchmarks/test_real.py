@@ -44,6 +44,9 @@ def test_toy_run_makes_a_page(
     merged = [label for label in by_label if "rest=merge" in label]
     assert len(by_label) == 1 + 3 + 5 and len(merged) == 2
     assert "| auto | 0.75 |" in text and "random seed=2" in text
+    for one in run.draw(model, build_processor(tokenizer), Drawings(), args, tmp_path):
+        (picture,) = (tmp_path / "lost").rglob(one.picture)
+        assert picture.stat().st_size and one.full == one.answer != one.compressed
 
 
 def test_candidates_stand_on_a_page_with_their_difference_to_random(tmp_path: Path) -> None:
