@@ -60,6 +60,22 @@ def long_dot(
 
 
 @triton.jit
+def full_dot(a_rows, a_inside, b_rows, b_inside, dim, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
+    """Compute ``a @ b.T`` of BLOCK rows each behind pointers, with products in full fp32.
+
+    Three tf32 products would tell a row from its own copy.
+    """
+    dots = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for chunk in range(0, dim, CHUNK):
+        d = chunk + tl.arange(0, CHUNK)
+        inside = (d < dim)[None, :]
+        a = tl.load(a_rows[:, None] + d[None, :], mask=a_inside[:, None] & inside, other=0.0)
+        b = tl.load(b_rows[:, None] + d[None, :], mask=b_inside[:, None] & inside, other=0.0)
+        dots = tl.dot(a, tl.trans(b), dots, input_precision="ieee")
+    return dots
+
+
+@triton.jit
 def log_sum(top, total):
     """Return ``log(total · exp(top))`` of a running maximum and sum.
 

@@ -98,13 +98,21 @@ def topk_spans(at: Place, name: str, lengths: list[int]) -> Case:
     )
 
 
-@prepared
-def dpp(at: Place, name: str, spans: int, tokens: int, dim: int, keep: float) -> Case:
-    """Greedy selection by a determinantal point process; in fp32 whatever the dtype."""
+def _rows(
+    at: Place, spans: int, tokens: int, dim: int, keep: float
+) -> tuple[int, int, int, torch.Tensor]:
+    """Spans, rows of each, rows to keep of each, and all rows in fp32 whatever the dtype."""
     count = max(1, int(spans * at.scale)) if spans > 1 else 1
     length = max(16, int(tokens * at.scale)) if spans == 1 else tokens
     k = max(1, int(length * keep))
     x = case.random_values(count * length, dim, device=at.device, dtype=torch.float32)
+    return count, length, k, x
+
+
+@prepared
+def dpp(at: Place, name: str, spans: int, tokens: int, dim: int, keep: float) -> Case:
+    """Greedy selection by a determinantal point process; in fp32 whatever the dtype."""
+    count, length, k, x = _rows(at, spans, tokens, dim, keep)
     relevance = torch.rand(len(x), device=at.device) + 0.1
     return Case(
         op="dpp_select",
@@ -118,10 +126,7 @@ def dpp(at: Place, name: str, spans: int, tokens: int, dim: int, keep: float) ->
 @prepared
 def facility(at: Place, name: str, spans: int, tokens: int, dim: int, keep: float) -> Case:
     """Greedy facility location over the rows themselves; in fp32 whatever the dtype."""
-    count = max(1, int(spans * at.scale)) if spans > 1 else 1
-    length = max(16, int(tokens * at.scale)) if spans == 1 else tokens
-    k = max(1, int(length * keep))
-    x = case.random_values(count * length, dim, device=at.device, dtype=torch.float32)
+    count, length, k, x = _rows(at, spans, tokens, dim, keep)
     weights = torch.rand(len(x), device=at.device)
     return Case(
         op="facility_select",

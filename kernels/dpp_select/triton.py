@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from tokencomp.kernels.dpp_select.naive import EPSILON
 from tokencomp.kernels.segments import starts, table
-from tokencomp.kernels.tile import padded
+from tokencomp.kernels.tile import full_dot, padded
 from torch import Tensor
 
 # Rows of a span that one program holds in its registers.
@@ -38,13 +38,7 @@ def product_kernel(
     if (tl.program_id(1) * BLOCK < rows) & (tl.program_id(2) * BLOCK < rows):
         left = unit + (start + i).to(tl.int64) * stride
         right = unit + (start + j).to(tl.int64) * stride
-        dots = tl.zeros([BLOCK, BLOCK], tl.float32)
-        for chunk in range(0, dim, BLOCK_D):
-            d = chunk + tl.arange(0, BLOCK_D)
-            inside = (d < dim)[None, :]
-            a = tl.load(left[:, None] + d[None, :], mask=(i < rows)[:, None] & inside, other=0.0)
-            b = tl.load(right[:, None] + d[None, :], mask=(j < rows)[:, None] & inside, other=0.0)
-            dots = tl.dot(a, tl.trans(b), dots, input_precision="ieee")
+        dots = full_dot(left, i < rows, right, j < rows, dim, BLOCK, BLOCK_D)
         begin = tl.load(first_gram + span) // 16 * 16
         place = i.to(tl.int64)[:, None] * ((rows + 15) // 16 * 16) + j[None, :]
         tl.store(gram + begin + place, dots, mask=(i < rows)[:, None] & (j < rows)[None, :])

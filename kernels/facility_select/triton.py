@@ -12,7 +12,7 @@ import triton.language as tl
 from tokencomp.kernels.facility_select.naive import DENSE_ENTRIES, ROUNDING
 from tokencomp.kernels.maxmin_select.metrics import TIED
 from tokencomp.kernels.segments import starts, table
-from tokencomp.kernels.tile import padded
+from tokencomp.kernels.tile import full_dot, padded
 from torch import Tensor
 
 # Rows of a span whose gains one program compares in its registers.
@@ -42,13 +42,7 @@ def cover_kernel(
     if (tl.program_id(1) * BLOCK < rows) & (tl.program_id(2) * BLOCK < reach):
         left = unit + (start + i).to(tl.int64) * stride
         right = points + (begin + j).to(tl.int64) * point_stride
-        dots = tl.zeros([BLOCK, BLOCK], tl.float32)
-        for chunk in range(0, dim, BLOCK_D):
-            d = chunk + tl.arange(0, BLOCK_D)
-            inside = (d < dim)[None, :]
-            a = tl.load(left[:, None] + d[None, :], mask=(i < rows)[:, None] & inside, other=0.0)
-            b = tl.load(right[:, None] + d[None, :], mask=(j < reach)[:, None] & inside, other=0.0)
-            dots = tl.dot(a, tl.trans(b), dots, input_precision="ieee")
+        dots = full_dot(left, i < rows, right, j < reach, dim, BLOCK, BLOCK_D)
         if SOFTMAX:
             dots = tl.exp(dots - tl.load(offset + begin + j, mask=j < reach, other=0.0)[None, :])
         pitch = (reach + 15) // 16 * 16
