@@ -1,14 +1,6 @@
 """One reducer per file; the contract is `tokencomp.reducers.base`, the names are `registry`."""
 
-from tokencomp.reducers._rows import (
-    finite_features,
-    finite_values,
-    keep_patches,
-    patch_rows,
-    replace_patches,
-    top_k,
-    whole_grid,
-)
+from tokencomp.reducers._rows import finite_features, finite_values, patch_rows, top_k
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import available_reducers, make_reducer, register_reducer
@@ -23,11 +15,8 @@ __all__ = [
     "available_reducers",
     "finite_features",
     "finite_values",
-    "keep_patches",
     "make_reducer",
     "patch_rows",
     "register_reducer",
-    "replace_patches",
     "top_k",
-    "whole_grid",
 ]

@@ -1,8 +1,7 @@
 """Steps that reducers share: rows of a span, keep counts of its parts, and checked values.
 
-Every function of this module takes the rows of `VisualTokens.features`. A reducer usually begins
-with `patch_rows` (or `whole_grid` if it compares places of the grid) and ends with `keep_patches`
-or `replace_patches`, which put the special tokens back.
+A reducer of one span takes its rows from `patch_rows`; one of batches takes `Patches`, whose `kept`
+and `replaced` put the special tokens back.
 """
 
 from __future__ import annotations
@@ -14,8 +13,7 @@ import torch
 from torch import Tensor
 
 from tokencomp.errors import ScoreError
-from tokencomp.tokens.patches import Patches, check_whole
-from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.patches import Patches
 from tokencomp.tokens.signals import TOWER_ATTENTION, TowerSignal
 from tokencomp.tokens.spans import SpanBatch, VisualTokens
 
@@ -24,50 +22,6 @@ def patch_rows(tokens: VisualTokens, keep: int) -> tuple[Tensor, int]:
     """Rows that are patches, int64, ascending; and how many of them stay if `keep` tokens do."""
     rows = (~tokens.special).nonzero()[:, 0]
     return rows, keep - (len(tokens) - rows.numel())
-
-
-def whole_grid(tokens: VisualTokens, keep: int, reducer: str) -> tuple[Tensor, int]:
-    """`patch_rows` of a span of which no patch is missing: t·h·w rows in raster order.
-
-    Raises
-    ------
-    PlanError
-        An earlier stage has already dropped tokens of the span.
-    """
-    rows, budget = patch_rows(tokens, keep)
-    check_whole(tokens.grid, rows.numel(), reducer)
-    return rows, budget
-
-
-def keep_patches(tokens: VisualTokens, rows: Tensor) -> Reduction:
-    """The reduction that keeps all special tokens and the patches at `rows`.
-
-    Parameters
-    ----------
-    rows : Tensor of int64
-        Rows of `tokens.features`, none of them special, in any order.
-    """
-    special = tokens.special.nonzero()[:, 0]
-    return Reduction(torch.cat([special, rows]).sort().values)
-
-
-def replace_patches(tokens: VisualTokens, rows: Tensor, x: Tensor, sizes: Tensor) -> Reduction:
-    """The reduction that keeps all special tokens and puts new patches at `rows`.
-
-    Parameters
-    ----------
-    rows : Tensor of int64, shape (k,)
-        Rows of `tokens.features` that the new patches take, in any order.
-    x : Tensor, shape (k, d)
-        Features of the new patches, in any dtype; they get that of `tokens.features`.
-    sizes : Tensor, shape (k,)
-        How many original tokens each of them stands for.
-    """
-    special = tokens.special.nonzero()[:, 0]
-    keep, order = torch.cat([special, rows]).sort()
-    ones = torch.ones(special.numel(), device=sizes.device)
-    merged = torch.cat([tokens.features[special], x.to(tokens.features.dtype)])[order]
-    return Reduction(keep, merged, torch.cat([ones, sizes.float()])[order])
 
 
 def top_k(scores: Tensor, special: Tensor, keep: int) -> Tensor:
