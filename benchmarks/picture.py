@@ -21,6 +21,7 @@ from benchmarks.accuracy.tables import BASELINES, kept
 from tokencomp.cli import one_message
 from tokencomp.inputs.media import load_media
 from tokencomp.inputs.prompts import build_inputs, generate
+from tokencomp.method import DEFAULT_REDUCER
 from tokencomp.pages.pictures import overlay, survival
 from tokencomp.zoo import SAMPLES, load
 
@@ -28,6 +29,8 @@ MODEL, RATIO = "tiny-qwen3-vl", 0.75
 QUESTION = "test-small_object-00002"
 FILE = Path(__file__).parents[1] / "docs" / "overview.png"
 COLORS = {"random": "#6b7280", "uniform": "#9ca3af", "downscale": "#d97706"}
+MERGED = "-merge_rest=-1.0-proportional_attention=True"
+"""End of the stored labels of `rest="merge"`: these are its names in release 0.1."""
 SIDE = 448
 
 
@@ -45,16 +48,19 @@ def kept_patches() -> tuple[Image.Image, Image.Image, str, str]:
 
 
 def curve(axes: Any, results: Results) -> None:
-    """Retention with its 95 % interval, for the default and the baselines."""
-    for name in (results.default, *BASELINES):
-        points = [(r, kept(results, f"{name}-{r:g}", "both")) for r in results.ratios]
+    """Retention with its 95 % interval, for the default, alone and merging, and the baselines."""
+    rows = [
+        (results.default, MERGED, f'{DEFAULT_REDUCER}, rest="merge"', "#16a34a"),
+        (results.default, "", f"{DEFAULT_REDUCER}, the default", "#2563eb"),
+        *((name, "", name, COLORS[name]) for name in BASELINES),
+    ]
+    for name, options, label, color in rows:
+        points = [(r, kept(results, f"{name}-{r:g}{options}", "both")) for r in results.ratios]
         ratios = [r for r, value in points if value is not None]
         values = [value for _, value in points if value is not None]
-        default = name == results.default
-        color = "#2563eb" if default else COLORS[name]
-        label = f"{name} (default)" if default else name
         accuracy = [100 * value.value for value in values]
-        axes.plot(ratios, accuracy, "o-", color=color, label=label, lw=2.4 if default else 1.6)
+        width = 2.4 if name == results.default else 1.6
+        axes.plot(ratios, accuracy, "o-", color=color, label=label, lw=width)
         bounds = [[100 * getattr(value, side) for value in values] for side in ("low", "high")]
         axes.fill_between(ratios, *bounds, color=color, alpha=0.12, lw=0)
     axes.set_xlabel("ratio: share of visual-token work removed")

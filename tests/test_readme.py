@@ -40,12 +40,13 @@ def rows() -> dict[str, list[float]]:
             above = link[1] if link else above
             name = above if link else f"{above} {cells[0]}"
             table[name] = [float(number[1]) for number in numbers if number]
-    assert len(table) == 5
+    assert len(table) == 7
     return table
 
 
 RATIOS = (0.5, 0.75, 0.9)
 RANDOM = "the same with `random` dropping"
+MERGE = 'the same with `rest="merge"`'
 
 
 def test_the_speed_is_the_measured_one() -> None:
@@ -68,7 +69,11 @@ def percent(cell: str) -> float:
 
 def test_the_accuracy_kept_is_that_of_the_page() -> None:
     page, table = "benchmarks/accuracy/summary.md", rows()
-    for name, start in ((page, "| **condiv** |"), (f"{page} {RANDOM}", "| random |")):
+    for name, start in (
+        (page, "| **condiv** |"),
+        (f"{page} {MERGE}", "| condiv merge_rest=-1.0, proportional_attention=True |"),
+        (f"{page} {RANDOM}", "| random |"),
+    ):
         assert table[name] == [percent(cell) for cell in pages_row(page, start)[1:4]]
 
 
@@ -83,6 +88,7 @@ def test_the_answers_about_photographs_are_those_of_the_page() -> None:
         ]
         for name, labels in (
             (page, ["auto"]),
+            (f"{page} {MERGE}", ["auto rest=merge"]),
             (f"{page} {RANDOM}", [f"random seed={seed}" for seed in range(3)]),
         )
     }
