@@ -20,7 +20,7 @@ from support.embedded import folder, loaded
 from support.family.base import Family
 
 import tokencomp
-from tokencomp.cli.list import MAKERS
+from tokencomp.cli._catalogue import MAKERS
 from tokencomp.errors import MediaError, OptionError, UnsupportedModelError
 from tokencomp.inputs import loading
 from tokencomp.inputs.media import is_video, load_media

@@ -14,7 +14,7 @@ from PIL import Image
 from support.console import run
 
 from tokencomp.cli import _catalogue
-from tokencomp.cli.list import MAKERS
+from tokencomp.cli._catalogue import MAKERS
 
 
 def test_list_is_generated_from_the_registries(capsys):
@@ -43,32 +43,33 @@ def test_list_prints_every_reducer(capsys):
     assert all(re.search(rf"^{re.escape(name)}\b", out, re.M) for name in available_reducers())
 
 
-def test_the_list_of_a_release_needs_no_torch(tmp_path, monkeypatch):
-    """A stored list of the same rows, which counts only for the source that it was made from."""
-    monkeypatch.setattr(_catalogue, "FILE", tmp_path / "catalogue.json")
-    _catalogue.write({name: make() for name, make in MAKERS.items()})
-    made = json.loads(_catalogue.FILE.read_text())["rows"]
+def test_the_list_of_a_release_needs_no_torch(tmp_path):
+    """A wheel brings the rows as a file; a checkout asks its registries, whatever lies there."""
+    made = json.loads(json.dumps({what: make() for what, make in MAKERS.items()}))
+    changed = {**made, "reducers": made["reducers"][1:]}
+    file = tmp_path / "catalogue.json"
+    file.write_text(json.dumps(changed))
     code = f"""
 import sys
 from pathlib import Path
 from tokencomp.cli import _catalogue, main
-_catalogue.FILE = Path({str(_catalogue.FILE)!r})
+_catalogue.FILE, _catalogue.CHECKOUT = Path({str(file)!r}), Path(sys.argv[1])
 try:
     main(["list", "--json"])
 finally:
     print(sorted({{"torch", "transformers"}} & {{*sys.modules}}), file=sys.stderr)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stderr.splitlines()[-1] == "[]"
-    listed = json.loads(done.stdout)
-    assert listed["reducers"] == made["reducers"] and listed["types"]["types"]
-    assert [{**row, "embedded": None} for row in listed["models"]] == [
-        {**row, "embedded": None} for row in made["models"]
-    ]
-    monkeypatch.delitem(sys.modules, "torch")
-    assert _catalogue.stored() == made
-    monkeypatch.setattr(_catalogue, "source", lambda: "another")
-    assert _catalogue.stored() is None
+    for checkout, known, loaded in (
+        (tmp_path / "none", changed, []),
+        (_catalogue.CHECKOUT, made, ["torch", "transformers"]),
+    ):
+        command = [sys.executable, "-c", code, checkout]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.stderr.splitlines()[-1] == str(loaded)
+        listed = json.loads(done.stdout)
+        assert listed["reducers"] == known["reducers"] and listed["types"]["types"]
+        without = [{k: v for k, v in row.items() if k != "embedded"} for row in listed["models"]]
+        assert without == known["models"]
 
 
 def test_doctor_proves_that_layers_saw_fewer_tokens(folder, capsys):

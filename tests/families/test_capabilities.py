@@ -84,7 +84,7 @@ def test_the_exactness_suite_has_every_family() -> None:
 
 @pytest.mark.parametrize("name", ["Qwen3-VL", "VILA"])
 def test_listed_stages(name: str) -> None:
-    from tokencomp.cli.list import models
+    from tokencomp.cli._catalogue import models
 
     row = next(row for row in models() if row["family"] == name)
     deepstack = 3  # decoder layers that get vision features in the default configuration

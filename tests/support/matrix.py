@@ -1,7 +1,8 @@
 """One row per reducer: what the shared matrix must know about it beyond its name.
 
 A reducer without a row is tested at its default options. Give a row to add option sets, or to say
-that equal scores must leave the tokens of lowest index.
+what the method is like: that equal scores must leave the tokens of lowest index, that servers can
+run it.
 """
 
 from __future__ import annotations
@@ -48,12 +49,14 @@ class Row:
 
     `ties`: of the equal tokens of an image the lowest indices stay (what other methods do is in
     `test_merge.py`). `blind`: it looks at places only. `fixed`: it always leaves this many patches.
+    `served`: engines can run it with its default options.
     """
 
     options: tuple[dict[str, Any], ...] = ({},)
     ties: bool = False
     blind: bool = False
     fixed: int | None = None
+    served: bool = False
 
     def keep(self, wanted: int, given: VisualTokens) -> int:
         """The count to ask for where any method could leave `wanted` of `given`."""
@@ -75,16 +78,21 @@ ROWS = {
         ties=True,
     ),
     "dart": Row(ties=True),
-    "divprune": Row(ties=True),
+    "divprune": Row(ties=True, served=True),
+    "dycoke": Row(served=True),
+    "evs": Row(served=True),
     "fastvid": Row(({"least": 2},), ties=True),
     "flashvid": Row(({"least": 2},), ties=True),
+    "fusion": Row(served=True),
     "hiprune": Row(ties=True),
     "holitom": Row(ties=True),
+    "kcentre": Row(served=True),
     "mmtok": Row(({}, {"cover": "picture"}), ties=True),
-    "merge": Row(({}, {"weighted": False})),
-    "pool": Row(({}, {"stride": 1.0})),
+    "merge": Row(({}, {"weighted": False}), served=True),
+    "pool": Row(({}, {"stride": 1.0}), served=True),
     "prune": Row(({}, {"score": "last_query", "schedule": "pyramid"}), ties=True),
-    "random": Row(({}, {"seed": 7}, {"at": 0.5}), blind=True),
+    "random": Row(({}, {"seed": 7}, {"at": 0.5}), blind=True, served=True),
+    "runlength": Row(served=True),
     "scope": Row(({}, {"saliency": "none"}), ties=True),
     "selector": Row(
         (
@@ -93,9 +101,9 @@ ROWS = {
             {"weights": small_weights("selector", DIM, reads="features"), "input": "features"},
         )
     ),
-    "uniform": Row(blind=True),
-    "vcast": Row(ties=True),
-    "vidcom2": Row(ties=True),
+    "uniform": Row(blind=True, served=True),
+    "vcast": Row(ties=True, served=True),
+    "vidcom2": Row(ties=True, served=True),
     "visionzip": Row(ties=True),
 }
 

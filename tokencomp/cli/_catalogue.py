@@ -1,14 +1,13 @@
-"""What `tokencomp list` shows, as a file, so that names need neither torch nor transformers.
+"""What `tokencomp list` shows: what the registries know of reducers and models.
 
-    python -m tokencomp.cli.list    # writes it; `make release` does
+    python -m tokencomp.cli._catalogue    # writes it to a file; `make release` does
 
-It counts only while the source is the one that it was written from, while no plugin brings a
-reducer, and while torch is not loaded anyway. Otherwise the registries are asked.
+The wheels of a release have that file, so that names need neither torch nor transformers. In a
+checkout, where plugins bring reducers, and where torch is loaded anyway, the registries are asked.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from importlib import metadata
@@ -18,28 +17,144 @@ from typing import Any
 from tokencomp.storage import write_json
 
 FILE = Path(__file__).with_name("catalogue.json")
-PACKAGE = Path(__file__).parents[1]
-SOURCES = ("reducers/*.py", "adapters/*.py", "serving/servable.py", "cli/list.py", "method.py")
+CHECKOUT = Path(__file__).parents[2] / "pyproject.toml"
 PLUGINS = "tokencomp.reducers"
+WHAT = ("reducers", "models")
 
 
-def source() -> str:
-    """A digest of the files that say which reducers and families there are."""
-    digest = hashlib.sha256()
-    for pattern in SOURCES:
-        for file in sorted(PACKAGE.glob(pattern)):
-            digest.update(file.read_bytes().replace(b"\r\n", b"\n"))
-    return digest.hexdigest()
+def rows(what: str) -> list[dict[str, Any]]:
+    """The reducers or the models, from the file if it can be trusted to have all of them."""
+    asks = CHECKOUT.exists() or "torch" in sys.modules or metadata.entry_points(group=PLUGINS)
+    if asks or not FILE.exists():
+        return MAKERS[what]()
+    return list(json.loads(FILE.read_text(encoding="utf-8"))[what])
 
 
-def stored() -> dict[str, Any] | None:
-    """The rows of the file by kind, or None if the registries must be asked."""
-    if "torch" in sys.modules or metadata.entry_points(group=PLUGINS) or not FILE.exists():
-        return None
-    catalogue = json.loads(FILE.read_text(encoding="utf-8"))
-    return catalogue["rows"] if catalogue["source"] == source() else None
+def reducers() -> list[dict[str, Any]]:
+    """Every registered reducer, then the input baselines of the benchmark commands."""
+    import dataclasses
+
+    from tokencomp.evaluation.settings import INPUT_BASELINES
+    from tokencomp.reducers.registry import available_reducers
+    from tokencomp.serving.servable import servable
+
+    rows, safe = [], servable()
+    for name, cls in available_reducers().items():
+        options = {f.name: _default(f) for f in dataclasses.fields(cls)}
+        rows.append(_row(name, cls.summary, _stage(cls), options, safe.get(name)))
+    rows += [_row(name, summary, "input") for name, summary in INPUT_BASELINES.items()]
+    return rows
 
 
-def write(rows: dict[str, Any]) -> None:
-    """Write the rows that the registries give."""
-    write_json(FILE, {"source": source(), "rows": rows})
+def _row(
+    name: str,
+    summary: str,
+    stage: str,
+    options: dict[str, Any] | None = None,
+    safe_with: str | None = None,
+) -> dict[str, Any]:
+    """`safe_with`: with which options servers can run it; "" for all, None for none."""
+    from tokencomp.method import DEFAULT_REDUCER
+
+    return {
+        "name": name,
+        "summary": summary,
+        "stage": stage,
+        "serving_safe": safe_with == "",
+        "serving_safe_with": safe_with or "",
+        "default": name == DEFAULT_REDUCER,
+        "options": options or {},
+    }
+
+
+def _default(field: Any) -> Any:
+    import dataclasses
+
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return "required"
+
+
+def _stage(cls: Any) -> str:
+    """Where it acts at ratio 0.75 in a 28-layer decoder: entry, layers, or both."""
+    from tokencomp.errors import TokenCompError
+
+    try:
+        plan = cls().plan(0.75, 28)
+    except (TokenCompError, TypeError):  # needs weights or required options
+        return "entry"
+    parts = ["entry"] if plan.entry is not None else []
+    return " + ".join(parts + (["layers"] if plan.layer_stages else []))
+
+
+def models() -> list[dict[str, Any]]:
+    """Every family: model types, stages, signals, positions, tested releases."""
+    from tokencomp.adapters.registry import available_models
+    from tokencomp.torchlib.compat import tested_with
+
+    rows: dict[type, dict[str, Any]] = {}
+    for model_type, cls in available_models().items():
+        row = rows.setdefault(
+            cls,
+            {
+                "family": cls.family,
+                "model_types": [],
+                "stages": ["entry", f"layers >= {_first_layer(model_type)}"],
+                "signals": list(cls.signals),
+                "positions": "M-RoPE" if cls.mrope else "1-D",
+                "transformers": [],
+            },
+        )
+        row["model_types"].append(model_type)
+        row["transformers"] = sorted({*row["transformers"], *tested_with(model_type)}, key=_numbers)
+    return sorted(rows.values(), key=lambda r: r["family"])
+
+
+def with_embedded(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same rows, each with the names of its embedded models."""
+    from tokencomp.inputs.packaged import available_models
+
+    kinds = {name: _model_type(name) for name in available_models()}
+    return [
+        {**row, "embedded": [n for n, kind in kinds.items() if kind in row["model_types"]]}
+        for row in rows
+    ]
+
+
+def types() -> dict[str, Any]:
+    """Conformance of all model types, from the results that `patch` goes by."""
+    from tokencomp.adapters.verified import load, nearest
+    from tokencomp.conformance.table import short
+
+    return short(load(nearest(metadata.version("transformers"))))
+
+
+def _first_layer(model_type: str) -> int:
+    """Earliest layer stage with the default config of a model type."""
+    from transformers import AutoConfig
+
+    from tokencomp.adapters.structure import deepstack_layers
+
+    try:
+        config = AutoConfig.for_model(model_type)
+    except ValueError:  # a class of ours that is not imported yet
+        return 1
+    return max(1, deepstack_layers(config))
+
+
+def _numbers(release: str) -> list[int]:
+    return [int(part) for part in release.split(".")]
+
+
+def _model_type(name: str) -> str:
+    from tokencomp.inputs.packaged import model_path
+
+    return str(json.loads((model_path(name) / "config.json").read_text()).get("model_type"))
+
+
+MAKERS = {"reducers": reducers, "models": models}
+
+if __name__ == "__main__":
+    write_json(FILE, {what: make() for what, make in MAKERS.items()})
