@@ -104,12 +104,12 @@ def test_the_default_asked_again_with_merging(unpublished: Path) -> None:
     write_results(unpublished, {"full": 0.7, **labels}, "validation", "a")
     choices(unpublished, ("b",))
     results = read_all(unpublished, "validation")
-    title, _, models, table = choose.asked_again(results, ("condiv", {}))
-    assert title.startswith("## ") and models == "Of a."
+    models, table, *_ = choose.ranked(results, [("condiv", {}), *choose.AGAINST])
+    assert models == "Of a."
     first, second = table.splitlines()[2:4]
     assert first.startswith("| **condiv** | 96.4% |") and "| 92.9% |" in second
     assert table.count("rest=merge") > 2
-    assert choose.asked_again(results[1:], ("condiv", {})) == []
+    assert choose.ranked(results[1:], [("condiv", {}), *choose.AGAINST]) == []
 
 
 def test_points_to_spare_are_those_above_the_bar_of_the_ratio(unpublished: Path) -> None:

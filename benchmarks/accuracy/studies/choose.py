@@ -27,13 +27,10 @@ from benchmarks.accuracy.studies.ranking import (
     by_kind,
     keys,
     rank,
-    runs,
     settings,
 )
 from benchmarks.accuracy.tables import table
-from benchmarks.real.candidates import CANDIDATES as SERVED
-from benchmarks.real.candidates import RESULTS as MERGING
-from benchmarks.real.candidates import photographs
+from benchmarks.real import candidates as real
 from tokencomp.cli import one_message
 from tokencomp.evaluation.settings import REST, Setting
 from tokencomp.shapesqa.items import FRAMES
@@ -49,18 +46,14 @@ cell where the candidate has least; of the tied candidates, the one with most to
 The [decision record](../../docs/decisions/0001-default-reducer.md) explains the rule and how it
 came about; [methods](METHODS.md) explains the rest."""
 
-BEYOND = """The same tokens are kept, and every other token is merged into the one that it
-resembles most, on images or on all media. `merge_rest` and `proportional_attention`, the power of
-the number of merged tokens with which their mean counts in attention, were options of release 0.1;
-of their forms `rest="merge"` is `merge_rest=-1.0, proportional_attention=True`. These candidates
-are not for the default: they do not equal masking."""
-
-AGAIN = """`rest="merge"` has since become an option of every reducer. Asked with it, on the
-embedded models alone (the model of photographs was not at hand): the default, a k-centre on all
-media, facility location (`scope` with `saliency="none"`), and marginal relevance on the trained
-selector. "condiv merge_rest=-1.0,
-proportional_attention=True" is the default with `rest="merge"`. The [decision
-record](../../docs/decisions/0001-default-reducer.md) says what followed."""
+WITH_MERGING = """Every other token is merged into the kept one that it resembles most, which then
+counts in attention as often as the tokens it stands for: `rest="merge"`, which release 0.1 wrote as
+`merge_rest=-1.0, proportional_attention=True`; without the latter, means have no weights. First
+come the default and merging on images or on all media. Then, of the embedded models alone (the
+model of photographs was not at hand), a k-centre on all media, facility location (`scope` with
+`saliency="none"`), and marginal relevance on the trained selector. The [decision
+record](../../docs/decisions/0001-default-reducer.md) says why none of them is the default, even
+where the rule alone would choose it."""
 
 OTHERS = """Three models take no part in the choice: tiny-gemma3 sees images alone, the first layer
 of tiny-qwen3-5 has no attention to score with, and real-fastvlm-448 came after it. They were asked
@@ -69,17 +62,11 @@ for `condiv` too. On images `kcentre` is their default."""
 
 VIDEOS: Candidate = ("condiv", {"power": 1.0, "margin": 0.2})
 IMAGES: Candidate = ("condiv", {"power": 0.35, "margin": 0.2})
-NORM: Candidate = ("condiv", {"power": 0.5, "margin": 0.1, "signal": "norm"})
-PREVIOUS = by_kind(IMAGES, VIDEOS)
-"""The default before this choice, which stays where candidates are equal."""
-CANDIDATES: list[Candidate] = [  # some have options of release 0.1, see `ranking.runs`
+PREVIOUS = by_kind(IMAGES, VIDEOS)  # the default before, which stays where candidates are equal
+CANDIDATES: list[Candidate] = [
     *(("condiv", {"power": p, "margin": 0.2}) for p in (0.35, 0.5, 1.0)),
     ("condiv", {"power": 0.5, "margin": 0.5}),
-    ("condiv", {"power": "auto", "margin": 0.1}),
-    ("condiv", {"power": 1.0, "margin": 0.1, "merge_rest": 0.8}),
-    ("condiv", {"power": 0.0, "centred": True}),
-    NORM,
-    *(by_kind(images, VIDEOS) for images in (IMAGES, NORM, ("kcentre", {}), ("merge", {}))),
+    *(by_kind(images, VIDEOS) for images in (IMAGES, ("kcentre", {}), ("merge", {}))),
     ("cdpruner", {"relevance": "attention"}),
     ("divprune", {}),
     ("kcentre", {}),
@@ -87,22 +74,13 @@ CANDIDATES: list[Candidate] = [  # some have options of release 0.1, see `rankin
     ("random", {}),
     ("uniform", {}),
 ]
-MERGERS: list[Candidate] = [
-    ("condiv", {"merge_rest": -1.0, **weight})
-    for weight in ({}, *({"proportional_attention": share} for share in (0.25, 0.5, True)))
-]
-MERGED = [*(by_kind(one, VIDEOS) for one in MERGERS), *MERGERS]
-"""The default of 0.1 with dropped tokens merged into kept ones: stored results, never run again.
-
-They cannot be the default, which has to run on every model and to equal masking.
-"""
+UNWEIGHTED: Candidate = ("condiv", {"merge_rest": -1.0})
 WEIGHTED: Candidate = ("condiv", {"merge_rest": -1.0, "proportional_attention": True})
-"""The default with `rest="merge"`, as release 0.1 wrote it."""
+"""The default with `rest="merge"`, as release 0.1 wrote it; stored results, never run again."""
+MERGED = [two for one in (UNWEIGHTED, WEIGHTED) for two in (by_kind(one, VIDEOS), one)]
 LOCATION: Candidate = ("scope", {"saliency": "none", REST: "merge"})
-ASKED: list[Candidate] = [
-    ("kcentre", {REST: "merge"}),
-    ("scope", {"saliency": "none"}),
-    LOCATION,
+ASKED = [
+    *real.CANDIDATES,
     ("selector", {"pick": "mmr"}),
     ("selector", {"pick": "mmr", REST: "merge"}),
 ]
@@ -111,14 +89,12 @@ AGAINST = [
     *(by_kind(one, VIDEOS) for one in (WEIGHTED, LOCATION)),
     by_kind(LOCATION, WEIGHTED),
     WEIGHTED,
-    ("kcentre", {}),
     *ASKED,
 ]
 LEFT_OUT = ("tiny-gemma3", "tiny-qwen3-5", "real-fastvlm-448")
 """Models that take no part in the choice, and which `studies.merging` asks about merging alone."""
 SCORED: list[Candidate] = [VIDEOS, ("condiv", {**VIDEOS[1], REST: "merge"})]
 """Asked of tiny-gemma3 too: the first layer of the tiny Qwen3.5 has no attention to score with."""
-DIGITS = 6  # of the numbers in choice.json
 QUESTION_FAMILIES = (
     "attribute", "existence", "count", "small_object", "needle", "video_existence", "action_count",
 )  # fmt: skip
@@ -130,16 +106,16 @@ def title(candidate: Candidate) -> str:
     return f"{candidate[0]} {', '.join(f'{k}={v}' for k, v in candidate[1].items())}".strip()
 
 
-def choice_table(rows: list[dict[str, Any]], chosen: dict[str, Any], results: list[Results]) -> str:
+def choice_table(rows: list[dict[str, Any]], chosen: Candidate, results: list[Results]) -> str:
     columns = list(itertools.product(RATIOS, KINDS))
     cells = [(ratio, kind) for _, ratio, kind in keys(results)]
     head = ["candidate", "score", "difference to best (95 %)", "to spare"]
     body = []
     for r in rows:
-        name, (low, high) = title((r["reducer"], r["options"])), r["difference"]
+        candidate, (low, high) = (r["reducer"], r["options"]), r["difference"]
         body.append(
             [
-                f"**{name}**" if r is chosen else name,
+                f"**{title(candidate)}**" if candidate == chosen else title(candidate),
                 f"{r['score']:.1%}",
                 f"[{low:+.1%}, {high:+.1%}]" + (" tied" if r["tied"] else ""),
                 f"{100 * r['spare']:+.2f}",
@@ -156,7 +132,7 @@ def mean_of(values: list[float], cells: list[tuple[float, str]], column: tuple[f
 
 def evidence(folder: Path) -> list[Results]:
     """Validation results of the models in a folder, and of photographs."""
-    return [*read_all(folder, "validation"), photographs(), photographs(MERGING)]
+    return [*read_all(folder, "validation"), real.photographs(), real.photographs(real.RESULTS)]
 
 
 def write_choice(results: list[Results], folder: Path) -> dict[str, Any]:
@@ -172,67 +148,49 @@ def write_choice(results: list[Results], folder: Path) -> dict[str, Any]:
     chosen = max((r for r in rows if r["tied"]), key=preference)
     cells = [[results[i].manifest["model"], ratio, kind] for i, ratio, kind in keys(results)]
     data = json.dumps({"chosen": chosen, "cells": cells, "candidates": rows})
-    short = json.loads(data, parse_float=lambda text: round(float(text), DIGITS))
+    short = json.loads(data, parse_float=lambda text: round(float(text), 6))
     publishing.write(folder / "choice.json", short)
     waiting = [title(c) for c in CANDIDATES if c not in ready]
-    merged = [c for c in MERGED if answered(results, c)]
     default: Candidate = (chosen["reducer"], chosen["options"])
-    beyond = rank(results, [default, *merged])
     parts = [
         "# Candidates for the default reducer",
         "Made by `python -m benchmarks.accuracy.studies.choose`.",
         INTRO,
         f"Chosen: **{title(default)}**.",
         *([f"Without results yet: {'; '.join(waiting)}."] if waiting else []),
-        choice_table(rows, chosen, results),
-        "## Beyond dropping",
-        BEYOND,
-        choice_table(beyond, beyond[0], results),
-        *by_the_rule(beyond, default),
-        *asked_again(results, default),
-        *asked_of_others(others),
+        choice_table(rows, default, results),
+        "## Candidates with merging",
+        WITH_MERGING,
+        *ranked(results, [default, *MERGED]),
+        *ranked(results, [default, *AGAINST]),
+        "## Merging on three more models",
+        OTHERS,
+        *ranked(others, real.CANDIDATES),
+        *ranked(others, [*real.CANDIDATES, *SCORED]),
     ]
     for one in [*results, *others]:
-        m = one.manifest
-        parts += [f"## {m['model']}", f"{m['items']} questions. {learned_sentence(one)}"]
-        parts.append(sources(one))
-    text = "\n\n".join(parts) + "\n"
-    write_text(folder / "choice.md", text)
+        about = f"{one.manifest['items']} questions. {learned_sentence(one)}"
+        parts += [f"## {one.manifest['model']}", about, sources(one)]
+    write_text(folder / "choice.md", "\n\n".join(parts) + "\n")
     return chosen
 
 
-def by_the_rule(rows: list[dict[str, Any]], default: Candidate) -> list[str]:
-    """What the rule would choose if merging could be the default."""
-    best = max((row for row in rows if row["tied"]), key=lambda row: preference(row, default))
-    name: Candidate = (best["reducer"], best["options"])
-    record = "[decision record](../../docs/decisions/0001-default-reducer.md)"
-    said = f"By the rule alone: **{title(name)}**. The {record} says why it is not the default."
-    return [] if name == default else [said]
-
-
-def asked_again(results: list[Results], default: Candidate) -> list[str]:
-    """The section about merging, of the models that have answered for all of `ASKED`."""
-    ready = [one for one in results if all(answered([one], c) for c in ASKED)]
+def ranked(results: list[Results], candidates: list[Candidate]) -> list[str]:
+    """Candidates, of which the first is the default, on the models that have answered for all."""
+    ready = [one for one in results if all(answered([one], c) for c in candidates)]
     if not ready:
         return []
-    rows = rank(ready, [default, *AGAINST])
-    first = next(row for row in rows if (row["reducer"], row["options"]) == default)
+    rows = rank(ready, candidates)
     names = ", ".join(one.manifest["model"] for one in ready)
-    return ["## Candidates with merging", AGAIN, f"Of {names}.", choice_table(rows, first, ready)]
+    table_of_all = choice_table(rows, candidates[0], ready)
+    return [f"Of {names}.", table_of_all, *by_the_rule(rows, candidates[0])]
 
 
-def asked_of_others(results: list[Results]) -> list[str]:
-    """The section of the models in `LEFT_OUT`: all together, then those that run condiv too."""
-    default, parts = SERVED[0], []
-    for candidates in (SERVED, [*SERVED, *SCORED]):
-        ready = [one for one in results if all(answered([one], c) for c in candidates)]
-        if ready:
-            rows = rank(ready, candidates)
-            first = next(row for row in rows if (row["reducer"], row["options"]) == default)
-            names = ", ".join(one.manifest["model"] for one in ready)
-            parts += [f"Of {names}.", choice_table(rows, first, ready)]
-            parts += by_the_rule(rows, default)
-    return ["## Merging on three more models", OTHERS, *parts] if parts else []
+def by_the_rule(rows: list[dict[str, Any]], default: Candidate) -> list[str]:
+    """What the rule alone would choose, if it is another one."""
+    best = max((row for row in rows if row["tied"]), key=lambda row: preference(row, default))
+    name: Candidate = (best["reducer"], best["options"])
+    return [] if name == default else [f"By the rule alone: **{title(name)}**."]
 
 
 def preference(row: dict[str, Any], previous: Candidate = PREVIOUS) -> tuple[float, bool, float]:
@@ -247,7 +205,7 @@ def missing(folder: Path, candidates: list[Candidate]) -> list[Setting]:
     """
     stored = (folder / "validation.json").exists()
     known = Results.read(folder, "validation").settings if stored else {}
-    every = [s for c in candidates if runs(c) for s in settings(c)]
+    every = [s for candidate in candidates for s in settings(candidate)]
     grid = [s for s in every if known.get(s.label, {}).get("method", s.method) != s.method]
     grid += [s for s in every if s.label not in known]
     return [Setting(), *grid] if grid else []
@@ -255,15 +213,12 @@ def missing(folder: Path, candidates: list[Candidate]) -> list[Setting]:
 
 def run_missing(
     doc: str,
-    candidates: list[Candidate] | Callable[[str], list[Candidate]],
+    asked: Callable[[str], list[Candidate]],
     per_family: int,
     families: tuple[str, ...],
     out: Path,
 ) -> Path:
-    """Run on every model what the command line names and has no results; returns their folder.
-
-    The candidates are those of all models, or of the model that is given by name.
-    """
+    """Run on every model what it is `asked` and has no results; returns their folder."""
     parser = publishing.parser(doc, out)
     parser.add_argument("--models", nargs="+", default=available_models())
     parser.add_argument("--per-family", type=int, default=per_family)
@@ -277,15 +232,13 @@ def run_missing(
     facts = publishing.published_from(args.out, args.allow_dirty)
     torch.set_num_threads(args.threads)
     for name in args.models:
-        asked = candidates(name) if callable(candidates) else candidates
-        grid = missing(args.out / name, asked)
-        if grid:
+        if grid := missing(args.out / name, asked(name)):
             answer_all(name, "validation", grid, args, facts)
     return Path(args.out)
 
 
 def main() -> None:
-    folder = run_missing(str(__doc__), CANDIDATES, 40, QUESTION_FAMILIES, RESULTS)
+    folder = run_missing(str(__doc__), lambda model: CANDIDATES, 40, QUESTION_FAMILIES, RESULTS)
     chosen = write_choice(evidence(folder), page_folder(folder.resolve()))
     print(f"chosen: {title((chosen['reducer'], chosen['options']))}")
 

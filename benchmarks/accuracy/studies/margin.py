@@ -84,7 +84,7 @@ def model_part(one: Results) -> str:
 
 
 def main() -> None:
-    folder = run_missing(str(__doc__), CANDIDATES, 400, FAMILIES, FOLDER)
+    folder = run_missing(str(__doc__), lambda model: CANDIDATES, 400, FAMILIES, FOLDER)
     results = read(folder)
     if {*available_models()} == {one.manifest["model"] for one in results}:
         text = page(results)

@@ -15,12 +15,12 @@ from benchmarks.accuracy.studies.choose import (
     LEFT_OUT,
     QUESTION_FAMILIES,
     SCORED,
-    SERVED,
     Candidate,
     evidence,
     run_missing,
     write_choice,
 )
+from benchmarks.real.candidates import CANDIDATES
 from tokencomp.cli import one_message
 
 
@@ -28,7 +28,7 @@ def asked(model: str) -> list[Candidate]:
     """What a model is asked: of those in `LEFT_OUT`, tiny-gemma3 has attention to score with."""
     if model not in LEFT_OUT:
         return ASKED
-    return [*SERVED, *(SCORED if model == "tiny-gemma3" else ())]
+    return [*CANDIDATES, *(SCORED if model == "tiny-gemma3" else ())]
 
 
 def main() -> None:

@@ -10,7 +10,6 @@ import numpy as np
 
 from benchmarks.accuracy.run import RATIOS
 from benchmarks.accuracy.store import BARS, KINDS, Results
-from tokencomp.errors import OptionError
 from tokencomp.evaluation.settings import FULL, Setting, label_of
 
 Candidate = tuple[str, dict[str, Any]]
@@ -35,17 +34,6 @@ def settings(candidate: Candidate) -> list[Setting]:
     parts = [part(candidate, kind) for kind in KINDS]
     unique = [one for i, one in enumerate(parts) if one not in parts[:i]]
     return [Setting(name, ratio, options) for name, options in unique for ratio in RATIOS]
-
-
-def runs(candidate: Candidate) -> bool:
-    """Whether this release has the options of a candidate.
-
-    Of those that only release 0.1 had, such as signals of condiv, the stored answers count.
-    """
-    try:
-        return bool(settings(candidate))
-    except OptionError:
-        return False
 
 
 def answered(results: list[Results], candidate: Candidate) -> bool:
