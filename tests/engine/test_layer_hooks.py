@@ -136,7 +136,7 @@ def test_a_hook_on_its_way_out_gets_no_keyword_arguments() -> None:
     own = LayerHooks(adapter_for(model), RunningCalls())
     own.install(plan)
     own.prepare(True, False)
-    own.calls.own.forward = object()
+    own.calls.state.forward = object()
     before = [(m, hook) for m in model.modules() for hook in m._forward_pre_hooks.values()]
     after = [(m, hook) for m in model.modules() for hook in m._forward_hooks.values()]
     assert len(before) == len(FAMILY.decoder(model).layers) and after

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -57,11 +58,11 @@ class VisualSpan:
     grid_known: bool = True
     item: int | None = field(default=None, compare=False)
 
-    @property
+    @cached_property
     def stop(self) -> int:
         return self.start + self.length
 
-    @property
+    @cached_property
     def visual(self) -> int:
         """Visual tokens of the span, special ones included."""
         return self.length - len(self.text)

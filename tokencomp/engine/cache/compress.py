@@ -147,13 +147,17 @@ def compress_layer(
         layer.shorten_prompt(dropped)
 
 
-def compact_cache(forward: ForwardPass, cache: Any, patch: InForce) -> None:
+def compact_cache(forward: ForwardPass, cache: Any, patch: InForce) -> Any:
     """Record in the cache layers that a prefill has filled which tokens their rows stand for.
 
     Parameters
     ----------
     patch
         The patch under which the prefill has run.
+
+    Returns
+    -------
+    The first layer of the cache that holds rows, or None.
 
     Raises
     ------
@@ -164,8 +168,8 @@ def compact_cache(forward: ForwardPass, cache: Any, patch: InForce) -> None:
         check_cache(cache, bool(forward.plan.layer_stages))
     first = first_layer(cache)
     if first is None or first.keys is None:  # checkpointed layers write nothing
-        return
-    layers = cache.layers
+        return first
+    layers, starts = cache.layers, forward.starts()
     for segment in forward.segments:
         own = filled(layers[segment.first : segment.stop])
         if not own:
@@ -175,13 +179,13 @@ def compact_cache(forward: ForwardPass, cache: Any, patch: InForce) -> None:
         sizes = forward.weights(segment)
         dropped = forward.width - segment.layout.width
         rows, columns = segment.physical + segment.layout.width, segment.columns(batch, device)
-        starts = forward.starts()
         for layer in own:
             begins = layer is own[0] and segment.first > 0
             flags = valid if valid is None else valid.to(layer.device)
             compress_layer(layer, dropped, rows, flags, begins, sizes, columns, starts)
             patch.weights |= sizes is not None
     _note_patch(forward, layers, patch)
+    return first
 
 
 def _note_patch(forward: ForwardPass, layers: list[Any], patch: InForce) -> None:

@@ -67,7 +67,7 @@ class ChunkedPrefill(Hooked):
             return original(generation_config, model_kwargs, *args, **kwargs)
         whole = copy.copy(generation_config)
         whole.prefill_chunk_size = None
-        state = self.calls.own
+        state = self.calls.state
         state.chunk = size
         for option in ("output_hidden_states", "output_attentions"):
             if getattr(generation_config, option, False):
@@ -98,7 +98,7 @@ class ChunkedPrefill(Hooked):
         dict
             Arguments of the last chunk.
         """
-        size, width = self.calls.running.chunk, forward.layout.width
+        size, width = self.calls.state.chunk, forward.layout.width
         if size is None or width <= size:
             return kwargs
         if len(forward.segments) > 1:

@@ -100,11 +100,11 @@ class DecoderHooks(CallHooks):
 
     def is_off(self) -> bool:
         """Whether compression is off in this thread."""
-        return self.calls.running.disabled > 0
+        return self.calls.state.disabled > 0
 
     def compresses(self) -> bool:
         """Whether prompts with media are compressed in this thread."""
-        return self.plan.active and self.calls.running.disabled == 0
+        return self.plan.active and self.calls.state.disabled == 0
 
     # -- before a call --------------------------------------------------------------------------
 
@@ -118,7 +118,7 @@ class DecoderHooks(CallHooks):
         module, args, kwargs
             A call of the model, its body or its decoder.
         """
-        if self.calls.running.kinds is not None:
+        if self.calls.state.kinds is not None:
             return True
         arguments = compat.bind(module, args, kwargs)
         return not self._later.traceable(arguments, self.plan.active)
@@ -150,7 +150,7 @@ class DecoderHooks(CallHooks):
         traced
             Whether Dynamo has compiled the caller.
         """
-        state, cache = self.calls.own, compat.get_cache(arguments)
+        state, cache = self.calls.state, compat.get_cache(arguments)
         if state.kinds is not None and state.kinds.numpy().any():
             result = self._compress(module, arguments, cache, state)
         else:
@@ -198,7 +198,7 @@ class DecoderHooks(CallHooks):
         """
         if arguments.get("inputs_embeds") is None:
             return
-        state = self.calls.running
+        state = self.calls.state
         if not (state.encodes or self.adapter.encodes(state.inputs or {})):
             refuse_missing(arguments["inputs_embeds"])
 
@@ -206,7 +206,7 @@ class DecoderHooks(CallHooks):
 
     def _true_positions(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
         """Arguments of the rotary module, with the original positions of the kept tokens."""
-        forward: Any = self.calls.running.forward
+        forward: Any = self.calls.state.forward
         if forward.rotary is None:
             return None
         if "position_ids" in kwargs:
@@ -215,12 +215,12 @@ class DecoderHooks(CallHooks):
         return (hidden, forward.rotary, *rest), kwargs
 
     def _entered(self, module: nn.Module, args: Any, kwargs: Any) -> bool:
-        state = self.calls.running
+        state = self.calls.state
         return state.forward is not None or state.cached is not None
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
         """The output of a decoder call with full length; None where it stays as it is."""
-        state = self.calls.own
+        state = self.calls.state
         forward, state.forward, state.cached = state.forward, None, None
         if forward is not None and len(forward.segments) > 1:
             self._layers.finish()
@@ -233,10 +233,10 @@ class DecoderHooks(CallHooks):
         if not forward.compresses:
             extend_valid(forward, cache)
             return out
-        compact_cache(forward, cache, self._in_force)
+        layer = compact_cache(forward, cache, self._in_force)
         if forward.earlier:
             out = whole_output(out, forward.earlier)
-        self.stats = stats = collect(forward, cache)
+        self.stats = stats = collect(forward, layer)
         self._missed.look(stats, forward.plan)
         text_only = 0 < state.logits <= forward.tail
         return restore_states(out, forward.layer_layouts(), forward.width, text_only)

@@ -39,7 +39,7 @@ class GenerateCall(Hooked):
         self._handles.append(MethodReplacement(self.adapter.top, GENERATE, self._generate))
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        state, name = self.calls.own, id(kwargs)
+        state, name = self.calls.state, id(kwargs)
         earlier = state.columns, state.encodes
         self.gate.enter(name)
         state.columns, state.encodes = prompt_columns(args, kwargs), self.adapter.encodes(kwargs)

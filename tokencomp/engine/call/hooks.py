@@ -151,7 +151,7 @@ class Hooks(CallHooks):
 
     def disable(self, by: int) -> None:
         """Count calls of `Handle.disabled()` in this thread up or down."""
-        self.calls.own.disabled += by
+        self.calls.state.disabled += by
 
     def _compresses(self) -> bool:
         return self.decoder.compresses()
@@ -166,7 +166,7 @@ class Hooks(CallHooks):
 
     def _note_call(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Note the labels, and which logits the call must return."""
-        arguments, state = compat.bind(module, args, kwargs), self.calls.own
+        arguments, state = compat.bind(module, args, kwargs), self.calls.state
         keep, labels = arguments.get("logits_to_keep", 0), arguments.get("labels")
         if labels is not None or not isinstance(keep, int):
             keep = 0
@@ -174,12 +174,12 @@ class Hooks(CallHooks):
         state.drafts = max(keep - 1, 0)  # assisted decoding: speculative tokens at the end
 
     def _forget_call(self, *call: Any) -> None:
-        state = self.calls.own
+        state = self.calls.state
         state.labels, state.logits, state.drafts = None, 0, 0
 
     def _note_prompt(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Note where the visual features of a call go."""
-        arguments, state = compat.bind(module, args, kwargs), self.calls.own
+        arguments, state = compat.bind(module, args, kwargs), self.calls.state
         state.in_body, state.body_mask = True, arguments.get("attention_mask")
         state.forward = None
         state.inputs = state.kinds = None
@@ -194,6 +194,6 @@ class Hooks(CallHooks):
             self._featureless.meet(arguments)
 
     def _forget_prompt(self, *call: Any) -> None:
-        state = self.calls.own
+        state = self.calls.state
         state.kinds = state.inputs = state.forward = state.body_mask = None
         state.in_body = False

@@ -156,7 +156,7 @@ class LaterTokens:
         if self.compact_positions:
             kwargs["position_ids"] = layer.real_rows().expand(x.shape[0], 1)
         if self.weights.installed:
-            self.calls.own.cached = layers
+            self.calls.state.cached = layers
 
     def _continue(
         self, kwargs: dict[str, Any], layers: list[Any], layer: Any, maskless: bool
@@ -186,14 +186,14 @@ class LaterTokens:
         masked = any(kind.masks_single_tokens for kind in set(windows.kinds))
         # transformers leaves a mask out only below the window, so at the window it is ours too.
         if maskless and not windows.bind(total + 1) and not masked and not windows.relative:
-            kwargs["attention_mask"], self.calls.own.cached = None, layers
+            kwargs["attention_mask"], self.calls.state.cached = None, layers
             return
         forward = ForwardPass.continuation(self.adapter, layers, new, n)
         forward.by_column, forward.prepared = by_column, prepared
         source, first = forward.mask_source(new, compat.get_cache(kwargs)), forward.segments[0]
         explicit = source.explicit(first, total)
         if maskless and not explicit and len(forward.segments) == 1 and not windows.relative:
-            kwargs["attention_mask"], self.calls.own.cached = None, layers
+            kwargs["attention_mask"], self.calls.state.cached = None, layers
             return
         if len(forward.segments) > 1 and "logits_to_keep" in kwargs:
             kwargs["logits_to_keep"] = 0  # layers with shared keys would get the last rows alone
@@ -202,13 +202,13 @@ class LaterTokens:
         else:
             config = self.adapter.text_config
             kwargs["attention_mask"] = first.call_mask(config, layer, new, x)
-        self.calls.own.forward = forward
+        self.calls.state.forward = forward
 
     def _columns_of_call(
         self, kwargs: Mapping[str, Any], n: int, layer: Any
     ) -> tuple[Tensor | None, Any]:
         """Which of the `n` columns of a call are real, and what the body prepared for them."""
-        body = self.calls.running.body_mask
+        body = self.calls.state.body_mask
         mask, prepared = read_mask(kwargs.get("attention_mask"), body, n, layer.rows)
         new = None if mask is None else mask[:, -n:].bool()
         return (None if new is None or bool(new.all()) else new), prepared

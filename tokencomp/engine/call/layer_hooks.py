@@ -107,18 +107,18 @@ class LayerHooks(CallHooks):
             self._after(attn, score, self._has_forward)
 
     def _layer(self, i: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        forward: Any = self.calls.running.forward
+        forward: Any = self.calls.state.forward
         return before_layer(forward, i, args, kwargs)
 
     def _score(self, stage: int, signal: Any, module: nn.Module, args: Any, *rest: Any) -> None:
-        forward: Any = self.calls.running.forward
+        forward: Any = self.calls.state.forward
         if forward.compresses:
             arguments = compat.bind(module, args, rest[0])
             with forward.timed():
                 forward.scores.of_call(stage, module, arguments, signal, forward.layout)
 
     def _note(self, stage: int, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        forward: Any = self.calls.running.forward
+        forward: Any = self.calls.state.forward
         if forward.compresses and isinstance(out, Tensor) and out.ndim == 3:
             forward.scores.projected[stage] = out.detach()
 
@@ -140,14 +140,14 @@ class SharedTables(CallHooks):
 
     def _forward(self, original: Any, *args: Any, **kwargs: Any) -> Any:
         tables = None
-        if self.calls.running.forward is not None:
+        if self.calls.state.forward is not None:
             tables = self._tables(args, kwargs)
         return original(*args, **kwargs) if tables is None else tables
 
     @compat.not_compiled
     def _tables(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The tables of the entry stage; None if the call asks for others, as a chunk does."""
-        forward: Any = self.calls.running.forward  # set, as the caller has seen
+        forward: Any = self.calls.state.forward  # set, as the caller has seen
         arguments = compat.bind(self.adapter.rotary, args, kwargs)
         positions = arguments.get("position_ids")
         if positions is None or positions.shape[-1] != forward.layout.width:

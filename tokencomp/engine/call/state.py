@@ -68,28 +68,15 @@ class CallState:
     disabled: int = 0
 
 
-_IDLE = CallState()  # of threads that have noted nothing yet; never written
+class RunningCalls(threading.local):
+    """The call state of every thread that uses a patched model; each thread has its own `state`.
 
-
-class RunningCalls:
-    """The call state of every thread that uses a patched model."""
+    Nothing of the class itself is called `state`, so that Dynamo reads and guards that of the
+    thread.
+    """
 
     def __init__(self) -> None:
-        self._local = threading.local()
-
-    @property
-    def running(self) -> CallState:
-        """The state of this thread, to be read; Dynamo guards on what is read."""
-        state: CallState = getattr(self._local, "state", _IDLE)
-        return state
-
-    @property
-    def own(self) -> CallState:
-        """The state of this thread, to be written. Dynamo cannot trace this."""
-        state: CallState | None = getattr(self._local, "state", None)
-        if state is None:
-            state = self._local.state = CallState()
-        return state
+        self.state = CallState()
 
 
 class CallHooks(Hooked):
@@ -109,4 +96,4 @@ class CallHooks(Hooked):
 
     def _has_forward(self, module: nn.Module, args: Any, kwargs: Any) -> bool:
         """Whether the decoder is in a call whose rows, masks or positions are not its own."""
-        return self.calls.running.forward is not None
+        return self.calls.state.forward is not None

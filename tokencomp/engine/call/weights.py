@@ -29,12 +29,12 @@ class Carrying:
         self.original, self.calls = original, calls
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        forward = self.calls.running.forward
+        forward = self.calls.state.forward
         if forward is None:
             return self.original(function, *args, **kwargs)
 
         def run(*args: Any) -> Any:
-            state = self.calls.own  # of the thread of the backward pass, in the second run
+            state = self.calls.state  # of the thread of the backward pass, in the second run
             before, state.recomputed = state.recomputed, forward
             try:
                 return function(*args)
@@ -108,7 +108,7 @@ class RowWeights(CallHooks):
         A layer with a window hands the last of its rows to attention, and `sizes` begin with the
         first row of the sequence.
         """
-        state = self.calls.running
+        state = self.calls.state
         forward, cached = state.recomputed or state.forward, state.cached
         if forward is not None:
             segment = forward.segment_of(layer)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from tokencomp.engine.cache.rows import first_layer
 from tokencomp.engine.count.stats import Stats
 from tokencomp.engine.stage.forward import ForwardPass
 from tokencomp.errors import RatioWarning
@@ -15,9 +14,14 @@ from tokencomp.plan.reducer import counts_itself
 REMEMBERED = 1000  # sets of media; then they are looked at again
 
 
-def collect(forward: ForwardPass, cache: Any) -> Stats:
-    """Stats of a finished forward pass; what follows from the config and the plan comes later."""
-    layer = first_layer(cache)
+def collect(forward: ForwardPass, layer: Any) -> Stats:
+    """Stats of a finished forward pass; what follows from the config and the plan comes later.
+
+    Parameters
+    ----------
+    layer
+        The first layer of its cache that holds rows, or None.
+    """
     keys = layer.keys if layer is not None else None
     if keys is None:
         keys = next(forward.adapter.decoder.parameters())

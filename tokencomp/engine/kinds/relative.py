@@ -72,7 +72,7 @@ class RelativePositions(Hooked):
     @compat.not_compiled
     def _columns(self, layer: int, batch: int, device: torch.device) -> Tensor | None:
         """Columns of all rows that layer `layer` has seen, (B, rows); None if rows are right."""
-        forward = self.calls.running.forward
+        forward = self.calls.state.forward
         if forward is None or not forward.by_column:
             return None
         columns: Tensor | None = forward.segment_of(layer).columns(batch, device)

@@ -7,6 +7,7 @@ that the last column is the last token of every sample.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from tokencomp.tokens.spans import VisualSpan
 
 
-@dataclass
+@dataclass(frozen=True)
 class LiveSpan:
     """What is left of a span: `count` tokens from column `start`."""
 
@@ -23,12 +24,12 @@ class LiveSpan:
     start: int
     count: int
 
-    @property
+    @cached_property
     def stop(self) -> int:
         """The column behind the last one."""
         return self.start + self.count
 
-    @property
+    @cached_property
     def whole(self) -> bool:
         """Whether no token of the span has left."""
         return self.count == self.span.length
