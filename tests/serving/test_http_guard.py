@@ -24,10 +24,10 @@ from tokencomp.serving.bind import Bind
 from tokencomp.serving.hf import server
 from tokencomp.serving.hf.api import build_app
 from tokencomp.serving.hf.errors import RequestError
+from tokencomp.serving.hf.job import Waiting
 from tokencomp.serving.hf.media import Limits
 from tokencomp.serving.hf.metrics import Metrics
 from tokencomp.serving.hf.schema import read_request
-from tokencomp.serving.hf.waiting import Waiting
 from tokencomp.serving.spec import ServerOptions
 
 CHAT = "/v1/chat/completions"

@@ -18,6 +18,7 @@ from tokencomp.errors import OptionError, PlanError, WeightsError
 from tokencomp.method import MethodSpec
 from tokencomp.reducers.registry import available_reducers, make_reducer
 from tokencomp.serving.item_plan import ItemPlan, SpanLayout, cache_key, config_facts
+from tokencomp.serving.item_rows import reduce_item, reduce_rows
 from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm.tower import kept_cells
 from tokencomp.tokens.spans import ModelFacts, VisualSpan, VisualTokens
@@ -55,7 +56,7 @@ def test_each_kind_of_media_has_its_ratio(name: str) -> None:
     whole = ItemPlan.make("image", LAYOUTS, MethodSpec(name, {"video": 0.4}))
     assert whole.keep == tuple(layout.length for layout in LAYOUTS)
     x = torch.randn(whole.full, 16)
-    assert torch.equal(whole.reduce(x)[0], x)
+    assert torch.equal(reduce_item(whole, x)[0], x)
 
 
 @pytest.mark.parametrize("name", SERVABLE)
@@ -67,7 +68,7 @@ def test_both_backends_count_and_reduce_alike(name: str, ratio: float) -> None:
     assert [s.layer for s in stages] == [0]
     plan = ItemPlan.make("video", LAYOUTS, MethodSpec(reducer, ratio))
     x = torch.randn(plan.full, 16, generator=torch.Generator().manual_seed(1))
-    rows, index = plan.reduce(x)
+    rows, index = reduce_item(plan, x)
     start = at = 0
     for layout, keep in zip(LAYOUTS, plan.keep, strict=True):
         special = torch.tensor(special_by_loops(layout))
@@ -120,7 +121,7 @@ def test_plans_travel_unchanged() -> None:
     data = plan.to_tensor()
     assert data.dtype == torch.uint8 and ItemPlan.from_tensor(data) == plan
     with pytest.raises(RuntimeError, match="planned"):
-        plan.reduce(torch.zeros(plan.full + 1, 4))
+        reduce_item(plan, torch.zeros(plan.full + 1, 4))
 
 
 @pytest.mark.parametrize("name", ["uniform", "divprune", "merge"])
@@ -139,12 +140,12 @@ def test_behind_a_tower_stage_the_entry_sees_what_the_tower_left(name: str) -> N
     )
     reducer = make_reducer(name)
     done = reducer.reduce(tokens, 15)
-    rows, index = plan.reduce_rows(x, 8, lambda *_: pytest.fail("rows are finite"), present)
+    rows, index = reduce_rows(plan, x, 8, lambda *_: pytest.fail("rows are finite"), present)
     assert torch.equal(index, present[done.keep])
     assert torch.equal(rows, x[index] if done.merged is None else done.merged)
     reports = []
     x[present[3], 1] = torch.inf  # a feature that the tower has computed
-    rows, index = plan.reduce_rows(x, 8, lambda *report: reports.append(report), present)
+    rows, index = reduce_rows(plan, x, 8, lambda *report: reports.append(report), present)
     assert len(reports) == 1 and torch.isfinite(rows).all()
     assert set(index.tolist()) <= set(present.tolist())
 
@@ -156,7 +157,7 @@ def test_a_tower_stage_that_leaves_what_the_ratio_asks_for_is_the_only_one() -> 
     assert plan.entering == plan.kept == 10
     present = torch.arange(0, 20, 2)
     x = torch.randn(20, 3)
-    rows, index = plan.reduce(x, present)
+    rows, index = reduce_item(plan, x, present)
     assert torch.equal(index, present) and torch.equal(rows, x[::2])
 
 
@@ -175,9 +176,9 @@ def test_trained_weights_are_checked_where_items_are_planned_and_read_once(tmp_p
     tokens = VisualTokens(x, (4, 3, 3), torch.arange(37) == 36, kind="video")
     want = make_reducer("selector", **options | {"weights": str(file)}).reduce(tokens, plan.kept)
     sent = ItemPlan.from_tensor(plan.to_tensor())
-    assert sent.reduce(x)[1].tolist() == want.keep.tolist()
+    assert reduce_item(sent, x)[1].tolist() == want.keep.tolist()
     file.unlink()  # an engine ends with the first exception of a worker
-    assert sent.reduce(x)[1].tolist() == want.keep.tolist()
+    assert reduce_item(sent, x)[1].tolist() == want.keep.tolist()
     for wrong in (facts, None, dataclasses.replace(facts, hidden_size=9)):
         with pytest.raises(WeightsError):
             ItemPlan.make("image", [SpanLayout((1, 3, 3))], spec, 5, wrong)
@@ -196,7 +197,7 @@ def test_weights_that_are_trained_again_have_other_keys_and_choose_anew(tmp_path
         spec = ServerOptions.parse(asked, "vllm").default
         keys.append(cache_key(spec, facts))
         plan = ItemPlan.make("image", [layout], spec, 0, facts)
-        kept.append(ItemPlan.from_tensor(plan.to_tensor()).reduce(x)[1].tolist())
+        kept.append(reduce_item(ItemPlan.from_tensor(plan.to_tensor()), x)[1].tolist())
         file = str(tmp_path / "selector.safetensors")
         tokens = VisualTokens(x, layout.grid, torch.zeros(36, dtype=torch.bool))
         want = make_reducer("selector", **options | {"weights": file}).reduce(tokens, plan.kept)
@@ -214,7 +215,7 @@ def test_pooled_tokens_have_the_positions_of_the_patched_model(extent: int, posi
     mask = layout.span("image").special_mask()
     tokens = VisualTokens(x, layout.grid, mask, kind="image")
     expected = make_reducer("pool", position=position).reduce(tokens, plan.keep[0])
-    rows, kept = plan.reduce(x)
+    rows, kept = reduce_item(plan, x)
     other = make_reducer("pool", position="mean" if extent == 0 else "first")
     assert not torch.equal(other.reduce(tokens, plan.keep[0]).merged, rows)
     assert torch.equal(kept, expected.keep) and torch.equal(rows, expected.merged)

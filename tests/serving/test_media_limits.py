@@ -28,11 +28,11 @@ from tokencomp.inputs.frames import frame_indices
 from tokencomp.serving.hf import video
 from tokencomp.serving.hf.deadline import Deadline
 from tokencomp.serving.hf.errors import RequestError
-from tokencomp.serving.hf.gif import count_frames
 from tokencomp.serving.hf.grammar import Grammars
 from tokencomp.serving.hf.media import Limits, load_image
 from tokencomp.serving.hf.prompt import Prompt, parse
 from tokencomp.serving.hf.server import SAFE_PILLOW
+from tokencomp.serving.hf.structure import count_frames
 from tokencomp.serving.hf.video import load_video
 from tokencomp.serving.spec import ServerOptions
 

@@ -16,12 +16,12 @@ from tokencomp.inputs.prompts import chat_inputs, prompt_lengths
 from tokencomp.serving.hf.engine import Engine
 from tokencomp.serving.hf.errors import MAX_MESSAGE, RequestError
 from tokencomp.serving.hf.grammar import Grammars
+from tokencomp.serving.hf.job import Waiting
 from tokencomp.serving.hf.media import Limits
 from tokencomp.serving.hf.metrics import Metrics
 from tokencomp.serving.hf.prompt import Prompt, parse
 from tokencomp.serving.hf.schema import MAX_STRUCTURE, read_request
 from tokencomp.serving.hf.text import PromptText
-from tokencomp.serving.hf.waiting import Waiting
 from tokencomp.serving.spec import ServerOptions
 
 LENGTH = 512

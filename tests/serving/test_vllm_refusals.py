@@ -21,7 +21,8 @@ from vllm.config import CUDAGraphMode
 
 from tokencomp.errors import OptionError, RatioError, UnsupportedModelError
 from tokencomp.method import MethodSpec
-from tokencomp.serving.item_plan import ItemPlan, ItemSize, SpanLayout, batches, field_name
+from tokencomp.serving.item_plan import ItemPlan, ItemSize, SpanLayout, field_name
+from tokencomp.serving.item_rows import batches, reduce_rows
 from tokencomp.serving.offsets import pack_offsets, unpack_offsets
 from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm import checks, mrope
@@ -305,7 +306,7 @@ def test_features_that_overflowed_do_not_end_the_engine(where: str, value: float
         plan = ItemPlan.make("video", [SpanLayout((3, 4, 5))], MethodSpec(name, 0.75), extent=5)
         x = torch.randn(60, 9)
         x[:, :6][OVERFLOWS[where]] = value
-        rows, index = plan.reduce_rows(x, 6, count_nonfinite)
+        rows, index = reduce_rows(plan, x, 6, count_nonfinite)
         assert index.tolist() == [int((i + 0.5) * 60 / plan.kept) for i in range(plan.kept)]
         zeroed = torch.where(torch.isfinite(x), x, torch.zeros(()))
         assert torch.equal(rows, zeroed[index])

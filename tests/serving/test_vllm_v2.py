@@ -20,6 +20,7 @@ from vllm.v1.worker.gpu.mm.encoder_runner import EncoderRunner
 
 from tokencomp.method import MethodSpec
 from tokencomp.serving.item_plan import ItemPlan, SpanLayout, field_name
+from tokencomp.serving.item_rows import reduce_item
 from tokencomp.serving.vllm import entry, register
 
 IMAGE, VIDEO, START, END = 90, 91, 92, 93
@@ -123,7 +124,7 @@ class Prompt:
             layouts = [SpanLayout((1, h, w))] * t if self.spans else [SpanLayout(grid)]
             plan = ItemPlan.make(kind, layouts, MethodSpec("random", ratio), extent=1)
             data[field_name(kind)] = plan.to_tensor()
-            rows, index = plan.reduce(rows)
+            rows, index = reduce_item(plan, rows)
             patches = [i for i, x in enumerate(ids) if x == pad]
             lost = set(patches) - {patches[i] for i in index.tolist()}
             columns = [c for c in columns if c not in lost]

@@ -1,4 +1,4 @@
-"""One media item of a prompt: its spans, how many tokens of each stay, and the reduction.
+"""The plan of one media item of a prompt: its spans, and how many tokens of each stay.
 
 Spans are cut exactly as the adapters of the Hugging Face path cut them, so that both backends
 reduce the same tokens with the same reducer.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -18,15 +17,14 @@ import torch
 from torch import Tensor
 
 from tokencomp import __version__
-from tokencomp.errors import ScoreError
 from tokencomp.method import MethodSpec
 from tokencomp.plan.amounts import places
-from tokencomp.plan.reducer import StageReducer, reduced
+from tokencomp.plan.reducer import StageReducer
 from tokencomp.plan.stages import TowerStage
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import make_reducer, options_of
 from tokencomp.serving.spec import OPERATOR_OPTIONS
-from tokencomp.tokens.spans import Grid, ModelFacts, SpanBatch, VisualSpan, VisualTokens
+from tokencomp.tokens.spans import Grid, ModelFacts, VisualSpan
 from tokencomp.trained.cards import content_hash
 
 Special = Literal["none", "rows", "end"]
@@ -195,7 +193,7 @@ class ItemPlan:
         if self.tower is None:
             return None
         fraction, reducer, options = self.tower
-        return TowerStage(0, fraction, _reducer(reducer, options))
+        return TowerStage(0, fraction, built(reducer, options))
 
     @property
     def entering(self) -> int:
@@ -219,112 +217,6 @@ class ItemPlan:
         tower = tuple(tower) if tower else None
         return cls(kind, layouts, tuple(keep), reducer, options, extent, tower, weights)
 
-    def reduce(self, features: Tensor, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Reduce the features of the item.
-
-        Parameters
-        ----------
-        features : Tensor, shape (full, d)
-        present : Tensor of int64, shape (entering,), or None
-            The tokens that the vision tower has computed, ascending; None: all.
-
-        Returns
-        -------
-        Tensor, shape (kept, d)
-            Rows for the placeholders.
-        Tensor of int64, shape (kept,)
-            The token of the uncompressed item that each row stands for, ascending.
-
-        Raises
-        ------
-        RuntimeError
-            The engine's features, or the reducer's result, do not have the planned length.
-        ScoreError
-            The features are not finite, and the reducer compares them.
-        """
-        if features.shape[0] != self.full:
-            raise RuntimeError(
-                f"the vision tower gave {features.shape[0]} tokens for a planned {self.full}: "
-                "this engine version lays out media in another way than the plan."
-            )
-        reducer = _reducer(self.reducer, self.options, self.weights)
-        rows, index, start = [], [], 0
-        for layout, keep in self.counted:
-            stop, places = start + layout.length, None
-            if present is not None:
-                places = present[(present >= start) & (present < stop)] - start
-            row, kept = _reduce_span(reducer, features[start:stop], layout, keep, self.kind, places)
-            rows.append(row)
-            index.append(kept + start)
-            start = stop
-        return torch.cat(rows), torch.cat(index)
-
-    def reduce_rows(
-        self,
-        x: Tensor,
-        width: int,
-        report: Callable[[ItemPlan, ScoreError], None],
-        present: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Reduce an engine's rows by their leading columns; no features make it fail.
-
-        Features that overflowed, as some towers' do in float16, cannot be compared. An exception
-        in an engine ends it, and with it all requests, so such an item keeps evenly spaced tokens.
-        Its values that are not finite become 0, because they would stay in blocks of the KV cache
-        that later requests use.
-
-        Parameters
-        ----------
-        x : Tensor, shape (full, d)
-            Rows of the vision tower; all columns of a kept row stay.
-        width
-            How many leading columns enter the decoder, which the reducer sees.
-        report
-            Is called with the plan and the error if features are not finite.
-        present
-            See `reduce`; other rows are not read.
-
-        Returns
-        -------
-        Tensor, shape (kept, d), and Tensor of int64, shape (kept,)
-            See `reduce`.
-        """
-        try:
-            if not torch.isfinite(x if present is None else x[present]).all():
-                raise ScoreError("the features of an item are not finite.")
-            rows, index = self.reduce(x[:, :width], present)
-        except ScoreError as error:
-            report(self, error)
-            x = torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
-            rows, index = self.evenly().reduce(x[:, :width], present)
-        if width == x.shape[1]:
-            return rows, index
-        return torch.cat([rows, x[index, width:]], dim=1), index
-
-    def evenly(self) -> ItemPlan:
-        """The plan with the same counts that keeps evenly spaced tokens, whatever the features."""
-        return replace(self, reducer="uniform", options="{}", weights="")
-
-
-def _reduce_span(
-    reducer: Reducer,
-    features: Tensor,
-    layout: SpanLayout,
-    keep: int,
-    kind: Any,
-    present: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    special = layout.span(kind).special_mask(features.device)
-    if present is not None:
-        features, special = features[present], special[present]
-    kept = torch.arange(keep, device=features.device)
-    if keep < len(features):
-        tokens = VisualTokens(features, layout.grid, special, present, kind=kind)
-        result = reduced(reducer, SpanBatch.of(tokens), [keep])
-        kept = result.keep
-        features = features[kept] if result.merged is None else result.merged.to(features)
-    return features, kept if present is None else present[kept]
-
 
 def _described(reducer: StageReducer) -> tuple[str, str]:
     """Registry name, and options as JSON."""
@@ -332,21 +224,6 @@ def _described(reducer: StageReducer) -> tuple[str, str]:
 
 
 @lru_cache(maxsize=256)
-def _reducer(name: str, options: str, weights: str = "") -> Reducer:
+def built(name: str, options: str, weights: str = "") -> Reducer:
+    """The reducer of that name with options as JSON; another hash of `weights` reads them again."""
     return make_reducer(name, **json.loads(options))
-
-
-def batches(sizes: list[int], budget: int, towers: Sequence[Any] = ()) -> Iterator[tuple[int, int]]:
-    """Yield ranges of items with at most `budget` uncompressed rows (at least one item each).
-
-    The scheduler admits media by their number of kept rows, but the memory of the vision tower
-    grows with the number of uncompressed rows. Items with different stages in the tower, which are
-    `towers`, cannot share a call of it.
-    """
-    first, total = 0, 0
-    for i, size in enumerate(sizes):
-        if total and (total + size > budget or (towers and towers[i] != towers[first])):
-            yield first, i
-            first, total = i, 0
-        total += size
-    yield first, len(sizes)

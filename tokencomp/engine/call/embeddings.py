@@ -14,7 +14,7 @@ from tokencomp.adapters.base import ENCODED
 from tokencomp.adapters.structure import feature_kind
 from tokencomp.errors import UnsupportedModelError
 from tokencomp.torchlib import compat
-from tokencomp.torchlib.shallow_copy import shallow_copy
+from tokencomp.torchlib.views import shallow_copy
 
 
 class _Reached(Exception):

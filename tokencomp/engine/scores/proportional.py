@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tokencomp.adapters.base import Adapter
 from tokencomp.errors import UnsupportedModelError
 from tokencomp.torchlib import compat
-from tokencomp.torchlib.attribute_view import AttributeView
+from tokencomp.torchlib.views import AttributeView
 
 NAME = "tokencomp_proportional"
 MULTIPLE = 8  # FlashAttention requires head dimensions that are multiples of 8

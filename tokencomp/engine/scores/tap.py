@@ -25,8 +25,7 @@ from tokencomp.engine.rows.compaction import take
 from tokencomp.engine.scores.parallel import tensor_parallel_group, unwrapped
 from tokencomp.errors import UnsupportedModelError
 from tokencomp.torchlib import compat
-from tokencomp.torchlib.attribute_view import AttributeView
-from tokencomp.torchlib.shallow_copy import shallow_copy
+from tokencomp.torchlib.views import AttributeView, shallow_copy
 
 NAME = "tokencomp_tap"
 FIX = "Use a reducer without attention, such as 'divprune'."

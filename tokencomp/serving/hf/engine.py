@@ -18,10 +18,10 @@ from tokencomp.handle import Handle
 from tokencomp.inputs.prompts import prompt_lengths
 from tokencomp.method import MethodSpec
 from tokencomp.patching import apply, check
-from tokencomp.serving.hf.batch import build_inputs
 from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.hf.generation import (
     Rows,
+    build_inputs,
     for_client,
     sampling,
     seeded,
@@ -29,12 +29,11 @@ from tokencomp.serving.hf.generation import (
     take_penalty,
 )
 from tokencomp.serving.hf.grammar import Grammars
-from tokencomp.serving.hf.job import Job
+from tokencomp.serving.hf.job import Job, Waiting
 from tokencomp.serving.hf.logits import Steps
 from tokencomp.serving.hf.metrics import Metrics
 from tokencomp.serving.hf.text import PromptText, too_long
 from tokencomp.serving.hf.usage import Usage
-from tokencomp.serving.hf.waiting import Waiting
 from tokencomp.serving.spec import ServerOptions
 
 logger = logging.getLogger("tokencomp.serving")

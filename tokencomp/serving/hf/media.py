@@ -21,7 +21,7 @@ from tokencomp.errors import MediaError
 from tokencomp.inputs.images import to_rgb
 from tokencomp.serving.hf.deadline import Deadline
 from tokencomp.serving.hf.errors import RequestError
-from tokencomp.serving.hf.jpeg import check_jpeg
+from tokencomp.serving.hf.structure import check_jpeg
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 FRAME_LIST = "video/jpeg"  # media type of a list of frames, as in vLLM

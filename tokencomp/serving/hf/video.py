@@ -19,7 +19,6 @@ from tokencomp.inputs.video import Sampling
 from tokencomp.serving.hf.deadline import Deadline
 from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.hf.frames import chosen
-from tokencomp.serving.hf.gif import count_frames
 from tokencomp.serving.hf.media import (
     FRAME_LIST,
     Limits,
@@ -28,6 +27,7 @@ from tokencomp.serving.hf.media import (
     decode_image,
     read_url,
 )
+from tokencomp.serving.hf.structure import count_frames
 
 Clip = tuple[np.ndarray, Sampling]
 """Frames, uint8 (frames, height, width, 3), and when they were shown."""

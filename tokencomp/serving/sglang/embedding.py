@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from tokencomp.errors import ScoreError
-from tokencomp.serving.item_plan import ItemPlan, batches
+from tokencomp.serving.item_plan import ItemPlan
+from tokencomp.serving.item_rows import batches, reduce_rows
 from tokencomp.serving.offsets import pack_offsets, unpack_offsets
 from tokencomp.serving.sglang.processing import OFFSETS, PLAN, TEXT
 
@@ -93,7 +94,7 @@ class Compressing:
         if PLAN not in item.model_specific_data:
             return torch.cat([rows, rows.new_zeros(len(rows), width)], dim=1)
         plan = ItemPlan.from_tensor(item.model_specific_data[PLAN].cpu())
-        rows, index = plan.reduce_rows(rows, width, _warn)
+        rows, index = reduce_rows(plan, rows, width, _warn)
         text = item.model_specific_data[TEXT].long().cpu()
         columns = (text < 0).nonzero()[:, 0][index.cpu()]  # of the kept rows
         stays = text >= 0

@@ -14,7 +14,8 @@ from vllm.config import VllmConfig
 from vllm.logger import init_logger
 
 from tokencomp.errors import ScoreError
-from tokencomp.serving.item_plan import ItemPlan, batches, field_name
+from tokencomp.serving.item_plan import ItemPlan, field_name
+from tokencomp.serving.item_rows import batches, reduce_rows
 from tokencomp.serving.vllm.checks import check_engine
 from tokencomp.serving.vllm.metrics import ReduceTimer, count_nonfinite
 from tokencomp.serving.vllm.processing import KINDS, server_options
@@ -120,7 +121,7 @@ class CompressingModel:
                 with self._timer(plan):
                     x = x.reshape(-1, x.shape[-1])
                     width = x.shape[1] if self.reduced_width is None else self.reduced_width
-                    rows, index = plan.reduce_rows(x, width, count_nonfinite, present[item])
+                    rows, index = reduce_rows(plan, x, width, count_nonfinite, present[item])
                     outputs.append(self.finish_item(plan, rows, index, part, item))
         return tuple(outputs)
 

@@ -1,0 +1,139 @@
+"""The rows of media items, which workers reduce as `tokencomp.serving.item_plan` has planned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokencomp.errors import ScoreError
+from tokencomp.plan.reducer import reduced
+from tokencomp.reducers.base import Reducer
+from tokencomp.serving.item_plan import ItemPlan, SpanLayout, built
+from tokencomp.tokens.spans import SpanBatch, VisualTokens
+
+
+def reduce_item(
+    plan: ItemPlan, features: Tensor, present: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Reduce the features of an item.
+
+    Parameters
+    ----------
+    features : Tensor, shape (full, d)
+    present : Tensor of int64, shape (entering,), or None
+        The tokens that the vision tower has computed, ascending; None: all.
+
+    Returns
+    -------
+    Tensor, shape (kept, d)
+        Rows for the placeholders.
+    Tensor of int64, shape (kept,)
+        The token of the uncompressed item that each row stands for, ascending.
+
+    Raises
+    ------
+    RuntimeError
+        The engine's features, or the reducer's result, do not have the planned length.
+    ScoreError
+        The features are not finite, and the reducer compares them.
+    """
+    if features.shape[0] != plan.full:
+        raise RuntimeError(
+            f"the vision tower gave {features.shape[0]} tokens for a planned {plan.full}: "
+            "this engine version lays out media in another way than the plan."
+        )
+    reducer = built(plan.reducer, plan.options, plan.weights)
+    rows, index, start = [], [], 0
+    for layout, keep in plan.counted:
+        stop, places = start + layout.length, None
+        if present is not None:
+            places = present[(present >= start) & (present < stop)] - start
+        row, kept = _reduce_span(reducer, features[start:stop], layout, keep, plan.kind, places)
+        rows.append(row)
+        index.append(kept + start)
+        start = stop
+    return torch.cat(rows), torch.cat(index)
+
+
+def _reduce_span(
+    reducer: Reducer,
+    features: Tensor,
+    layout: SpanLayout,
+    keep: int,
+    kind: Any,
+    present: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    special = layout.span(kind).special_mask(features.device)
+    if present is not None:
+        features, special = features[present], special[present]
+    kept = torch.arange(keep, device=features.device)
+    if keep < len(features):
+        tokens = VisualTokens(features, layout.grid, special, present, kind=kind)
+        result = reduced(reducer, SpanBatch.of(tokens), [keep])
+        kept = result.keep
+        features = features[kept] if result.merged is None else result.merged.to(features)
+    return features, kept if present is None else present[kept]
+
+
+def reduce_rows(
+    plan: ItemPlan,
+    x: Tensor,
+    width: int,
+    report: Callable[[ItemPlan, ScoreError], None],
+    present: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Reduce an engine's rows by their leading columns; no features make it fail.
+
+    Features that overflowed, as some towers' do in float16, cannot be compared. An exception
+    in an engine ends it, and with it all requests, so such an item keeps evenly spaced tokens.
+    Its values that are not finite become 0, because they would stay in blocks of the KV cache
+    that later requests use.
+
+    Parameters
+    ----------
+    x : Tensor, shape (full, d)
+        Rows of the vision tower; all columns of a kept row stay.
+    width
+        How many leading columns enter the decoder, which the reducer sees.
+    report
+        Is called with the plan and the error if features are not finite.
+    present
+        See `reduce_item`; other rows are not read.
+
+    Returns
+    -------
+    Tensor, shape (kept, d), and Tensor of int64, shape (kept,)
+        See `reduce_item`.
+    """
+    try:
+        if not torch.isfinite(x if present is None else x[present]).all():
+            raise ScoreError("the features of an item are not finite.")
+        rows, index = reduce_item(plan, x[:, :width], present)
+    except ScoreError as error:
+        report(plan, error)
+        x = torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
+        evenly = replace(plan, reducer="uniform", options="{}", weights="")  # of equal counts
+        rows, index = reduce_item(evenly, x[:, :width], present)
+    if width == x.shape[1]:
+        return rows, index
+    return torch.cat([rows, x[index, width:]], dim=1), index
+
+
+def batches(sizes: list[int], budget: int, towers: Sequence[Any] = ()) -> Iterator[tuple[int, int]]:
+    """Yield ranges of items with at most `budget` uncompressed rows (at least one item each).
+
+    The scheduler admits media by their number of kept rows, but the memory of the vision tower
+    grows with the number of uncompressed rows. Items with different stages in the tower, which are
+    `towers`, cannot share a call of it.
+    """
+    first, total = 0, 0
+    for i, size in enumerate(sizes):
+        if total and (total + size > budget or (towers and towers[i] != towers[first])):
+            yield first, i
+            first, total = i, 0
+        total += size
+    yield first, len(sizes)
