@@ -14,8 +14,8 @@ from tokencomp.engine.context.visual_window import VisualContext, extend_visual_
 from tokencomp.engine.count.stats import Stats
 from tokencomp.engine.scores.proportional import check_weights
 from tokencomp.engine.scores.tap import attention_of
+from tokencomp.engine.tower.choice import check_tower_stage
 from tokencomp.engine.tower.signals import check_signals
-from tokencomp.engine.tower.stage import check_tower_stage
 from tokencomp.errors import OptionError, UnsupportedModelError
 from tokencomp.method import MethodSpec, resolve_auto
 from tokencomp.plan.plan import Plan

@@ -17,8 +17,8 @@ from tokencomp.plan.amounts import Amount, check_decay, check_one_amount, ratio_
 from tokencomp.plan.counts import check_ratio
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.profiles import behind, not_before
-from tokencomp.plan.solved import by_item
-from tokencomp.plan.stages import MEDIA, Rest, Stage, TowerStage, check_rest
+from tokencomp.plan.solved import by_item, by_kind
+from tokencomp.plan.stages import MEDIA, Rest, TowerStage, check_rest
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import check_members, make_reducer, options_of
 from tokencomp.validation import check_effect
@@ -307,26 +307,11 @@ class MethodSpec:
                 tower = TowerStage(0, 1.0 - self.dropped_cells, self.built_tower_reducer)
                 plan = behind(plan, tower, num_layers)
             if self.ratios:
-                plan = self._by_kind(num_layers, first_layer_stage)
+                plan = by_kind(self.ratios, self.built_reducer, num_layers, first_layer_stage)
             if self.amount is not None:
                 plan = by_item(self.amount, self.built_reducer, num_layers, first_layer_stage)
             self._plans[key] = plan.merging_rest() if self.rest == "merge" else plan
         return self._plans[key]
-
-    def _by_kind(self, num_layers: int, first: int) -> Plan:
-        """The stages of all kinds of media in one plan; kinds without a ratio see every layer."""
-        plans = {
-            kind: not_before(self.built_reducer.plan(ratio, num_layers), first, num_layers)
-            for kind, ratio in self.ratios.items()
-        }
-        profiles = {kind: plan.fractions(num_layers) for kind, plan in plans.items()}
-        reducers = {s.layer: s.reducer for plan in plans.values() for s in plan.stages}
-        return Plan(
-            tuple(
-                Stage(layer, 1.0, reducer, tuple((k, f[layer]) for k, f in profiles.items()))
-                for layer, reducer in sorted(reducers.items())
-            )
-        )
 
     def changed(
         self,

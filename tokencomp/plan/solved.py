@@ -1,7 +1,8 @@
-"""Plans whose stages leave of every item what a method's schedule leaves at that item's ratio."""
+"""Plans whose stages leave of every item, or kind of media, what a method leaves at its ratio."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -46,6 +47,22 @@ def by_item(amount: Amount, method: Planner, num_layers: int, first: int) -> Pla
         tuple(
             Stage(a, 1.0, reducers[a], amount=amount, share=Share(schedule, a, b))
             for a, b in zip(layers, ends, strict=True)
+        )
+    )
+
+
+def by_kind(ratios: Mapping[str, float], method: Planner, num_layers: int, first: int) -> Plan:
+    """The stages of all kinds of media in one plan; kinds without a ratio see every layer."""
+    plans = {
+        kind: not_before(method.plan(ratio, num_layers), first, num_layers)
+        for kind, ratio in ratios.items()
+    }
+    profiles = {kind: plan.fractions(num_layers) for kind, plan in plans.items()}
+    reducers = {s.layer: s.reducer for plan in plans.values() for s in plan.stages}
+    return Plan(
+        tuple(
+            Stage(layer, 1.0, reducer, tuple((k, f[layer]) for k, f in profiles.items()))
+            for layer, reducer in sorted(reducers.items())
         )
     )
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import sys
 from collections.abc import Callable, Mapping, MutableMapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -31,22 +29,6 @@ def not_compiled(function: F) -> F:
     """`torch.compiler.disable`, which has no types: compiled models call `function` as it is."""
     disabled: F = torch.compiler.disable(function)
     return disabled
-
-
-def forget_compiled() -> None:
-    """Let Dynamo compile calls of modules anew.
-
-    It does not look whether hooks have come or gone since it compiled a call, so that code compiled
-    before would run without new hooks, and with old ones. Functions of torch that are compiled
-    by themselves, such as flex attention, are left alone.
-    """
-    from torch._dynamo import convert_frame, reset_code
-
-    own, calls = str(Path(torch.__file__).parent), nn.Module.__call__.__code__.co_filename
-    for reference in convert_frame.input_codes.seen + convert_frame.output_codes.seen:
-        code = reference()
-        if code is not None and (code.co_filename == calls or own not in code.co_filename):
-            reset_code(code)
 
 
 def tested_with(model_type: str) -> list[str]:
@@ -85,45 +67,6 @@ def accepted(module: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name in names}
 
 
-def counts_static_rows() -> bool:
-    """Whether static cache layers count the rows they hold themselves (releases since 5.4)."""
-    from transformers.cache_utils import StaticLayer
-
-    return hasattr(StaticLayer(1), "cumulative_length")
-
-
-@functools.cache
-def quantized_layer() -> Any:
-    """Base class of quantized cache layers."""
-    from transformers import cache_utils
-
-    return getattr(cache_utils, "BaseQuantizedLayer", None) or cache_utils.QuantizedLayer
-
-
-@functools.cache
-def _layer_class(name: str, base: str = "") -> Any:
-    """A class of cache layers, or a stand-in derived from `base` where there is none."""
-    from transformers import cache_utils
-
-    return getattr(cache_utils, name, type(f"No{name}", (getattr(cache_utils, base, object),), {}))
-
-
-def indexed_layer() -> Any:
-    """Class of the cache layers of sparse attention with an indexer (since 5.13)."""
-    return _layer_class("DynamicIndexedLayer", "DynamicLayer")
-
-
-def linear_layer() -> Any:
-    """Class of the cache layers that hold states."""
-    return _layer_class("LinearAttentionLayer")
-
-
-def hybrid_layer(sliding: bool) -> Any:
-    """Class of the cache layers that hold rows, or a window of them, beside states."""
-    kind, base = ("SlidingWindow", "SlidingWindow") if sliding else ("Full", "")
-    return _layer_class(f"LinearAttentionAnd{kind}AttentionLayer", f"Dynamic{base}Layer")
-
-
 def layer_configs(config: Any) -> list[Any]:
     """The config of every decoder layer; some releases let them differ."""
     count = config.num_hidden_layers
@@ -160,15 +103,6 @@ def kv_sharing_modes(config: Any) -> list[str | None]:
     for kind in set(kinds[first:]) & set(kinds[:first]):
         modes[first - 1 - kinds[:first][::-1].index(kind)] = "store"
     return modes
-
-
-@functools.cache
-def layers_without_rows() -> frozenset[type]:
-    """Classes of cache layers that keep a state without a token axis, or nothing."""
-    from transformers import cache_utils
-
-    names = ("LinearAttentionLayer", "DummyLayer")
-    return frozenset(getattr(cache_utils, n) for n in names if hasattr(cache_utils, n))
 
 
 def layers_compiled(decoder: Any) -> bool:
@@ -249,11 +183,6 @@ def window_order(tower: Any, grids: Tensor) -> Tensor:
 
     sizes = {n: getattr(tower, n) for n in ("spatial_merge_size", "window_size", "patch_size")}
     return get_vision_window_index(grids, **sizes)[0]
-
-
-def sequence_dim(table: Tensor) -> int:
-    """Axis of a rotary table (B, L, D) or (3, B, L, D) that runs over the sequence."""
-    return table.ndim - 2
 
 
 def rope_index(body: Any, ids: Tensor, kinds: Tensor, **grids: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,22 @@ from tokencomp.torchlib import compat
 from tokencomp.torchlib.replace import Installed
 
 Needed = Callable[[nn.Module, Any, Any], bool]
+
+
+def forget_compiled() -> None:
+    """Let Dynamo compile calls of modules anew.
+
+    It does not look whether hooks have come or gone since it compiled a call, so that code compiled
+    before would run without new hooks, and with old ones. Functions of torch that are compiled
+    by themselves, such as flex attention, are left alone.
+    """
+    from torch._dynamo import convert_frame, reset_code
+
+    own, calls = str(Path(torch.__file__).parent), nn.Module.__call__.__code__.co_filename
+    for reference in convert_frame.input_codes.seen + convert_frame.output_codes.seen:
+        code = reference()
+        if code is not None and (code.co_filename == calls or own not in code.co_filename):
+            reset_code(code)
 
 
 class Hooked(Installed):

@@ -34,7 +34,7 @@ from tokencomp.engine.cache.special import (
 )
 from tokencomp.engine.cache.static import COUNTS_ROWS, CompressedStaticLayer
 from tokencomp.errors import UnsupportedCacheError
-from tokencomp.torchlib import compat
+from tokencomp.torchlib import cache_classes
 
 if TYPE_CHECKING:
     from tokencomp.engine.stage.forward import ForwardPass
@@ -75,8 +75,9 @@ def check_cache(cache: Any, between_layers: bool = False) -> None:
     replicate = getattr(cache, "layer_class_to_replicate", None)
     kinds = {getattr(layer, "plain", type(layer)) for layer in layers}
     kinds |= {replicate} if replicate else set()
-    quantized = {k for k in kinds if issubclass(k, compat.quantized_layer())}
-    kinds -= compat.layers_without_rows()  # whatever leaves the prompt, their state stays right
+    quantized = {k for k in kinds if issubclass(k, cache_classes.quantized_layer())}
+    # Whatever leaves the prompt, the state of layers without rows stays right.
+    kinds -= cache_classes.layers_without_rows()
     reference = {k for k in kinds if is_reference(k)}
     wrong = kinds - DYNAMIC - {StaticLayer} - quantized - reference
     if wrong:

@@ -30,9 +30,9 @@ from transformers.cache_utils import (
 from tokencomp.engine.cache.need import InForce, PatchNeed
 from tokencomp.engine.cache.rows import physical_length
 from tokencomp.errors import UnsupportedCacheError
-from tokencomp.torchlib import compat
+from tokencomp.torchlib import cache_classes
 
-INDEXED: Any = compat.indexed_layer()
+INDEXED: Any = cache_classes.indexed_layer()
 NEEDS_PATCH = (
     "this cache holds a compressed prompt that only a patched model reads right: a padded batch, "
     "rows that differ by layer, merged tokens with weights, compact positions, an attention "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer, StaticLayer
 
-from tokencomp.torchlib import compat
+from tokencomp.torchlib import cache_classes, compat
 
 REFERENCE = "reference_sliding_attention"
 # Cache layers that hold keys and values, one row per token. Layers of linear attention and of short
@@ -63,7 +63,7 @@ def physical_length(layer: Any) -> int:
         return int(StaticLayer.get_seq_length(layer) if counted is None else counted)
     if getattr(layer, "_layer_type", None) == REFERENCE:
         return int(layer.prefill_cumulative_length + layer.cumulative_length)
-    if isinstance(layer, (compat.quantized_layer(), DynamicSlidingWindowLayer)):
+    if isinstance(layer, (cache_classes.quantized_layer(), DynamicSlidingWindowLayer)):
         return layer.cumulative_length
     keys = getattr(layer, "keys", None)
     return keys.shape[-2] if keys is not None and keys.numel() else 0
@@ -71,7 +71,7 @@ def physical_length(layer: Any) -> int:
 
 def stored_keys(layer: Any) -> Tensor:
     """Keys of the rows that a layer holds, (B, kv heads, rows or more, d); the first are used."""
-    if not isinstance(layer, compat.quantized_layer()):
+    if not isinstance(layer, cache_classes.quantized_layer()):
         own: Tensor = layer.keys
         return own
     keys: Tensor = layer._dequantize(layer._quantized_keys)

@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from tokencomp.engine.cache.layers import CompressedDynamicLayer, CompressedSlidingLayer
-from tokencomp.torchlib import compat
+from tokencomp.torchlib import cache_classes
 
-HYBRID: Any = compat.hybrid_layer(sliding=False)
-HYBRID_SLIDING: Any = compat.hybrid_layer(sliding=True)
+HYBRID: Any = cache_classes.hybrid_layer(sliding=False)
+HYBRID_SLIDING: Any = cache_classes.hybrid_layer(sliding=True)
 
 
 class CompressedHybridLayer(CompressedDynamicLayer, HYBRID):  # type: ignore[misc]  # older releases lack it
@@ -26,7 +26,7 @@ class CompressedHybridLayer(CompressedDynamicLayer, HYBRID):  # type: ignore[mis
 
     def crop(self, length: int) -> None:
         """Remove `-length` rows, and go back as many states."""
-        compat.linear_layer().crop(self, length)
+        cache_classes.linear_layer().crop(self, length)
         super().crop(length)
 
 
@@ -37,7 +37,7 @@ class CompressedHybridSlidingLayer(CompressedSlidingLayer, HYBRID_SLIDING):  # t
 
     def crop(self, length: int) -> None:
         """Remove `-length` rows, and go back as many states."""
-        compat.linear_layer().crop(self, length)
+        cache_classes.linear_layer().crop(self, length)
         super().crop(length)
 
 

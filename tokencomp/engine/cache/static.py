@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import StaticLayer
 
 from tokencomp.engine.cache.layers import CompressedLayer
-from tokencomp.torchlib import compat
+from tokencomp.torchlib import cache_classes
 
-COUNTS_ROWS = compat.counts_static_rows()
+COUNTS_ROWS = cache_classes.counts_static_rows()
 
 
 class CompressedStaticLayer(CompressedLayer, StaticLayer):

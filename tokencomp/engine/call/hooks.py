@@ -31,6 +31,7 @@ from tokencomp.engine.kinds.windows import Windows
 from tokencomp.engine.scores.parallel import refuse_replica
 from tokencomp.plan.plan import Plan
 from tokencomp.torchlib import compat
+from tokencomp.torchlib.hooks import forget_compiled
 
 
 class Hooks(CallHooks):
@@ -115,7 +116,7 @@ class Hooks(CallHooks):
         self._after(body, self._forget_prompt, traced=apart, always_call=True)
         for part in (*self._parts, self.adapter):
             part.install()
-        compat.forget_compiled()
+        forget_compiled()
         self._in_force.active = True
 
     def _unhook(self) -> None:
@@ -124,7 +125,7 @@ class Hooks(CallHooks):
         for part in (*reversed(self._parts), self.gate):
             part.remove()
         self.adapter.uninstall()
-        compat.forget_compiled()
+        forget_compiled()
 
     def remove(self) -> None:
         """Undo `install`, between the calls of all threads; safe to call twice."""

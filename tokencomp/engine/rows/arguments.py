@@ -143,3 +143,8 @@ def table_parts(tables: Any) -> list[Tensor]:
     if tables is None:
         return []
     return list(tables) if isinstance(tables, tuple) else [tables]
+
+
+def sequence_dim(table: Tensor) -> int:
+    """Axis of a rotary table (B, L, D) or (3, B, L, D) that runs over the sequence."""
+    return table.ndim - 2

@@ -100,7 +100,7 @@ class RowLayout:
         """Kinds of media among the live spans."""
         return {live.span.kind for row in self.spans for live in row}
 
-    @property
+    @cached_property
     def packed(self) -> bool:
         """Whether a row holds more than one prompt."""
         return any(len(row) > 1 for row in self.prompts)

@@ -14,7 +14,7 @@ from tokencomp.adapters.base import Adapter
 from tokencomp.engine.cache.frames import compared_frames
 from tokencomp.engine.kinds.masks import MaskSource
 from tokencomp.engine.kinds.windows import Windows
-from tokencomp.engine.rows.arguments import table_parts
+from tokencomp.engine.rows.arguments import sequence_dim, table_parts
 from tokencomp.engine.rows.compaction import Selection, compact, take, write_merged
 from tokencomp.engine.rows.layout import RowLayout
 from tokencomp.engine.stage.segments import Segment, segments_after
@@ -27,7 +27,6 @@ from tokencomp.plan.plan import Plan
 from tokencomp.plan.stages import Stage
 from tokencomp.tokens.signals import FRAMES, NORM, Attention, Signal
 from tokencomp.tokens.spans import VisualSpan
-from tokencomp.torchlib import compat
 
 
 class ForwardPass:
@@ -178,7 +177,7 @@ class ForwardPass:
                 with self.timed():
                     self.scores.of_input(0, x, tables, ids, signal, self.layout, self.cache)
         parts = table_parts(tables)
-        dims = [1, -1, *map(compat.sequence_dim, parts)]
+        dims = [1, -1, *map(sequence_dim, parts)]
         with self.timed():
             x, positions, *parts = self.reduce(stage, [x, positions, *parts], dims)
         if parts:

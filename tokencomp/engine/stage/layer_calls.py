@@ -12,6 +12,7 @@ from tokencomp.engine.kinds.registry import CONVOLUTION, LayerKind
 from tokencomp.engine.rows.arguments import (
     SET_APART,
     gather_arguments,
+    sequence_dim,
     sequence_lengths,
     table_parts,
     text_positions,
@@ -103,7 +104,7 @@ def _run_stage(
     if index is None:
         index = torch.arange(hidden.shape[1], device=device)[None]
     parts = table_parts(tables)
-    dims = [1, 1, *map(compat.sequence_dim, parts)]
+    dims = [1, 1, *map(sequence_dim, parts)]
     with forward.timed():
         hidden, segment.index, *parts = forward.reduce(stage, [hidden, index, *parts], dims)
     segment.tables[kind] = parts
@@ -174,6 +175,6 @@ def _tables(segment: Segment, kind: str, kwargs: Mapping[str, Any], device: torc
     if not segment.tables.get(kind):
         parts = [t.to(device) for t in table_parts(tables)]
         index, valid = segment.index.to(device), segment.layout.valid(device)
-        segment.tables[kind] = take(parts, index, [*map(compat.sequence_dim, parts)], valid)
+        segment.tables[kind] = take(parts, index, [*map(sequence_dim, parts)], valid)
     moved = tuple(t.to(device) for t in segment.tables[kind])
     return moved if isinstance(tables, tuple) else moved[0]

@@ -4,15 +4,38 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tokencomp.adapters.towers.base import Cells
+from tokencomp.plan.plan import Plan
 from tokencomp.plan.reducer import reduced
 from tokencomp.plan.stages import TowerStage
 from tokencomp.tokens.spans import SpanBatch
+
+if TYPE_CHECKING:
+    from tokencomp.adapters.base import Adapter
+
+
+def check_tower_stage(plan: Plan, adapter: Adapter) -> Plan:
+    """The plan with what its tower stage must know of the model.
+
+    Raises
+    ------
+    UnsupportedModelError
+        The family does not say which patches a visual token reads.
+    PlanError
+        The tower has no such block in use.
+    """
+    if plan.tower is None:
+        return plan
+    layout, stage = adapter.tower_layout(), plan.tower
+    layout.check(stage, adapter.family)
+    return Plan(plan.stages, replace(stage, frames_apart=layout.frames_apart))
 
 
 @torch.no_grad()

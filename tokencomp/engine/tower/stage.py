@@ -21,7 +21,6 @@ import inspect
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,7 +33,6 @@ from tokencomp.engine.tower.choice import chosen_cells, patch_values
 from tokencomp.engine.tower.flops import TowerCost, TowerShape
 from tokencomp.engine.tower.rows import PackedRows, TowerRows, equal_bounds, rows_of
 from tokencomp.errors import OptionError
-from tokencomp.plan.plan import Plan
 from tokencomp.plan.stages import TowerStage
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.hooks import Hooked
@@ -42,23 +40,6 @@ from tokencomp.torchlib.replace import MethodReplacement
 
 if TYPE_CHECKING:
     from tokencomp.adapters.base import Adapter
-
-
-def check_tower_stage(plan: Plan, adapter: Adapter) -> Plan:
-    """The plan with what its tower stage must know of the model.
-
-    Raises
-    ------
-    UnsupportedModelError
-        The family does not say which patches a visual token reads.
-    PlanError
-        The tower has no such block in use.
-    """
-    if plan.tower is None:
-        return plan
-    layout, stage = adapter.tower_layout(), plan.tower
-    layout.check(stage, adapter.family)
-    return Plan(plan.stages, replace(stage, frames_apart=layout.frames_apart))
 
 
 class _Local(threading.local):

@@ -193,13 +193,11 @@ class Engine:
         inputs = build_inputs(self.model, self.processor, [job.prompt for job in batch])
         counts = prompt_lengths(self.model, inputs)
         if self._too_long(batch, [total for total, _ in counts]):
-            batch = [job for job in batch if not job.done]
-            if batch:
+            if batch := [job for job in batch if not job.done]:
                 self._generate(batch)
             return
         request, spec = batch[0].prompt.request, batch[0].prompt.spec
-        mask = inputs.get("attention_mask")
-        steps = Steps(batch, mask, self._penalty, self.tokenizer)
+        steps = Steps(batch, inputs.get("attention_mask"), self._penalty, self.tokenizer)
         rows = Rows(batch, self._ends, lambda: self._started(batch, counts), self.metrics, steps)
         with self._compressed(spec), seeded(batch[0].seed):
             self.model.generate(
