@@ -12,7 +12,7 @@ from tokencomp.engine.call.hooks import Hooks
 from tokencomp.engine.call.layer_stages import check_entry, check_kinds, check_layer_stages
 from tokencomp.engine.context.visual_window import VisualContext, extend_visual_context, is_extended
 from tokencomp.engine.count.stats import Stats
-from tokencomp.engine.scores.proportional import check_weights
+from tokencomp.engine.scores.proportional import attention_modules
 from tokencomp.engine.scores.tap import attention_of
 from tokencomp.engine.tower.choice import check_tower_stage
 from tokencomp.engine.tower.signals import check_signals
@@ -51,7 +51,7 @@ def make_plan(spec: MethodSpec, adapter: Adapter) -> Plan:
     check_layer_stages(plan, adapter)
     check_signals(plan, adapter)
     if plan.merges_rest:
-        check_weights(adapter)
+        attention_modules(adapter.layers)  # refuses those that weights do not reach
     return check_tower_stage(plan, adapter).bind(model_facts(adapter))
 
 

@@ -55,47 +55,28 @@ def resolve_auto(
 class MethodSpec:
     """A method at a ratio. Hashable, and equal to every spec with equal fields.
 
+    The fields are arguments of `tokencomp.patch`, which describes them, but for these:
+
     Attributes
     ----------
-    reducer
-        A registered name, two of them ("merge+prune"), a `Reducer`, or "auto".
-    ratio
-        Fraction of visual-token work to remove, in [0, 1); 0 is off. A mapping from kinds of media
-        ("image", "video", "audio") to ratios goes to `ratios`, and a list to `item_ratios`.
     options
-        Options of the named reducer.
-    plan
-        Explicit stages instead of a reducer and its options.
-    rest
-        What happens in the decoder to the tokens that the reducer does not keep: "drop", or
-        "merge", see `Stage`. The stages of a plan have their own.
-    tower_ratio
-        Fraction of the cells that the vision tower does not see, in [0, 1), or "auto"; 0 is off.
+        Options of the named reducer, as a dict.
+    ratio
+        A number. A mapping from kinds of media to ratios goes to `ratios`, and a list to
+        `item_ratios`; 0 is off.
     ratios
         Ratios by kind of media, in place of `ratio`; kinds that are not named stay whole.
-    tower_reducer
-        Chooses the cells of the vision tower: a name, a `Reducer`, or "auto".
-    budget
-        In place of a ratio: at most so many visual tokens of every item (image, clip or sound) as
-        a mean over the decoder layers; `{"prompt": 4096}`: of all items of a prompt together.
     item_ratios
         Ratios of the items of a prompt, in order, in place of `ratio`.
-    decay
-        In (0, 1]: `ratio` is that of the last item of a prompt, and what stays of an item is
-        multiplied by this for every item behind it; 1 is off.
     carried
         Names of fields that an earlier setting left behind (`changed`). They may wait for another
         ratio; any other field that has no effect is refused.
 
     Raises
     ------
-    RatioError, UnknownNameError, OptionError
-        A bad ratio, budget, decay, reducer name or option; two of ratio, budget and plan; a plan
-        beside a reducer, options or `rest`; rest="merge" for a reducer that merges by itself; a
-        budget, decay or ratios by item beside a tower ratio; a decay beside anything but one
-        ratio; a tower reducer without a tower ratio, or tower_ratio="auto" at ratio 0.
-    PlanError
-        A tower ratio above the ratio, or a reducer that cannot act in the tower.
+    RatioError, UnknownNameError, OptionError, PlanError
+        As `tokencomp.patch`, as far as they do not depend on the model; a tower reducer without a
+        tower ratio, or tower_ratio="auto" at ratio 0.
     """
 
     reducer: str | Reducer = "auto"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tokencomp.errors import PlanError
 from tokencomp.tokens.reduction import Reduction
-from tokencomp.tokens.spans import Grid, SpanBatch
+from tokencomp.tokens.spans import SpanBatch
 
 K = TypeVar("K", bound=Hashable)
 HostIndex = np.ndarray[Any, np.dtype[np.int64]]
@@ -66,8 +66,12 @@ class Patches:
             An earlier stage has already dropped tokens of a span.
         """
         patches = cls.of(batch, keeps)
-        for grid, length in zip(batch.grids, patches.lengths, strict=True):
-            check_whole(grid, length, reducer)
+        for (t, h, w), length in zip(batch.grids, patches.lengths, strict=True):
+            if length != t * h * w:
+                raise PlanError(
+                    f"reducer {reducer!r} compares places of a whole {t}×{h}×{w} grid, but "
+                    f"{length} of its tokens are left. Use it at decoder entry (layer 0)."
+                )
         return patches
 
     def of_patches(self, values: Tensor) -> Tensor:
@@ -232,13 +236,3 @@ def by_group(
         order.append(rows)
     joined = torch.cat(parts)
     return torch.empty_like(joined).index_copy_(0, torch.cat(order), joined)
-
-
-def check_whole(grid: Grid, patches: int, reducer: str) -> None:
-    """Raise `PlanError` unless as many patches are left of a span as its grid (t, h, w) has."""
-    t, h, w = grid
-    if patches != t * h * w:
-        raise PlanError(
-            f"reducer {reducer!r} compares places of a whole {t}×{h}×{w} grid, but {patches} of "
-            "its tokens are left. Use it at decoder entry (layer 0)."
-        )

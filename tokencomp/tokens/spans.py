@@ -161,18 +161,6 @@ class VisualTokens:
             return self.index
         return torch.arange(len(self), device=self.features.device)
 
-    def cells(self) -> Tensor:
-        """Raster index t·H·W + h·W + w in the uncompressed grid of every live patch, ascending.
-
-        Special tokens never leave, so those before a patch are counted on the live tokens.
-
-        Returns
-        -------
-        Tensor of int64, shape (patches,)
-        """
-        before = self.special.cumsum(0)
-        return (self.offsets - before)[~self.special]
-
 
 @dataclass
 class SpanBatch:

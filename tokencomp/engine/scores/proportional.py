@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tokencomp.adapters.base import Adapter
 from tokencomp.errors import UnsupportedModelError
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.views import AttributeView
@@ -227,14 +226,3 @@ def widen(
 def extra_dims(dim: int) -> int:
     """Dimensions that heads of `dim` dimensions get for the weights of rows: at least two."""
     return -(-(dim + 2) // MULTIPLE) * MULTIPLE - dim
-
-
-def check_weights(adapter: Adapter) -> None:
-    """Refuse weights of merged tokens where the attention of a decoder cannot have them.
-
-    Raises
-    ------
-    UnsupportedModelError
-        See `attention_modules`.
-    """
-    attention_modules(adapter.layers)
