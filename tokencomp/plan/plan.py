@@ -73,11 +73,8 @@ class Plan:
     def _check_fractions(self, kind: str | None) -> None:
         """Raise `PlanError` if the stages are in another order, for one kind of media."""
         layers = [s.layer for s in self.stages]
-        head = [("the tower stage", self.tower.fraction)] if self.tower else []
-        before = [
-            *head,
-            *((f"the stage at layer {s.layer}", s.fraction_of(kind)) for s in self.stages),
-        ]
+        before = [("the tower stage", self.tower.fraction)] if self.tower else []
+        before += [(f"the stage at layer {s.layer}", s.fraction_of(kind)) for s in self.stages]
         fractions = [1.0, *(fraction for _, fraction in before)]
         if layers != sorted(set(layers)) or any(layer < 0 for layer in layers):
             raise PlanError(f"stage layers {layers}: expected ascending, distinct, from 0 on.")

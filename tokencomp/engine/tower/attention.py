@@ -1,14 +1,20 @@
-"""Keys and attention of a block of a vision tower, recomputed from the input of its attention."""
+"""Keys and attention of blocks of a vision tower, recomputed from the input of their attention."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from tokencomp.engine.scores.parallel import gather_heads
+from tokencomp.errors import OptionError
+from tokencomp.tokens.signals import TowerSignal
 from tokencomp.torchlib import compat
+
+if TYPE_CHECKING:
+    from tokencomp.adapters.base import Adapter
 
 
 def attention_blocks(tower: nn.Module) -> list[nn.Module]:
@@ -21,6 +27,31 @@ def attention_blocks(tower: nn.Module) -> list[nn.Module]:
         for m in tower.modules()
         if hasattr(m, "qkv") or (hasattr(m, "q_proj") and hasattr(m, "k_proj"))
     ]
+
+
+def watched_blocks(
+    adapter: Adapter, signals: Collection[TowerSignal]
+) -> list[tuple[nn.Module, list[TowerSignal]]]:
+    """Attention modules that `signals` are read from, in order, and which from each.
+
+    Raises
+    ------
+    OptionError
+        The tower has no such block in use.
+    """
+    blocks = attention_blocks(adapter.tower)
+    blocks = blocks[: adapter.used_blocks(len(blocks))]
+    by_place: dict[int, list[TowerSignal]] = {}
+    for signal in signals:
+        place = signal.place(len(blocks))
+        if place is None:
+            raise OptionError(
+                f"a reducer reads block {signal.block} of the vision tower, but {adapter.family} "
+                f"uses the blocks 0 … {len(blocks) - 1}. Choose one of them, counted from the end "
+                "if negative, or a fraction of the depth below 1."
+            )
+        by_place.setdefault(place, []).append(signal)
+    return [(blocks[place], by_place[place]) for place in sorted(by_place)]
 
 
 def queries_and_keys(attn: Any, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from tokencomp.adapters.call import TowerCall
 from tokencomp.engine.tower.attention import (
-    attention_blocks,
     attention_received,
     queries_and_keys,
     rotated,
+    watched_blocks,
 )
 from tokencomp.errors import OptionError, SpanError
 from tokencomp.tokens.signals import Attention, Signal, TowerSignal
@@ -173,31 +173,6 @@ class TowerProbe(Hooked):
                 tokens[kind] = table.unflatten(-1, (self._heads, -1)) if keys else table[:, 0]
             values[name] = _spread(spans, tokens)
         return values
-
-
-def watched_blocks(
-    adapter: Adapter, signals: Collection[TowerSignal]
-) -> list[tuple[nn.Module, list[TowerSignal]]]:
-    """Attention modules that `signals` are read from, in order, and which from each.
-
-    Raises
-    ------
-    OptionError
-        The tower has no such block in use.
-    """
-    blocks = attention_blocks(adapter.tower)
-    blocks = blocks[: adapter.used_blocks(len(blocks))]
-    by_place: dict[int, list[TowerSignal]] = {}
-    for signal in signals:
-        place = signal.place(len(blocks))
-        if place is None:
-            raise OptionError(
-                f"a reducer reads block {signal.block} of the vision tower, but {adapter.family} "
-                f"uses the blocks 0 … {len(blocks) - 1}. Choose one of them, counted from the end "
-                "if negative, or a fraction of the depth below 1."
-            )
-        by_place.setdefault(place, []).append(signal)
-    return [(blocks[place], by_place[place]) for place in sorted(by_place)]
 
 
 def check_signals(plan: Plan, adapter: Adapter) -> frozenset[TowerSignal]:
