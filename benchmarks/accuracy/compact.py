@@ -9,7 +9,7 @@ settings
     By label; `answers` has the packed bits `correct` and `agrees`, from which it follows how many
     answers are right.
 questions
-    What was asked, see `tokencomp.evaluation.packed`.
+    What was asked, see `benchmarks.accuracy.packed`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accuracy.packed import PARTS, unpack
 from benchmarks.publishing import write
-from tokencomp.evaluation.packed import PARTS, unpack
 
 COSTS = ("achieved_ratio", "flops", "kv_bytes", "achieved")
 COUNTED = ("items", "failed", "accuracy")  # of a setting: all are answered

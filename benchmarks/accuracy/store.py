@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy.compact import read_sweep, write_sweep
+from benchmarks.accuracy.packed import PackedAnswers
 from tokencomp.errors import OptionError
-from tokencomp.evaluation.packed import PackedAnswers
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import FULL, Setting
 from tokencomp.method import DEFAULT_REDUCER, DEFAULT_SERVED_REDUCER

@@ -19,11 +19,11 @@ from pydantic import (
     model_validator,
 )
 
+from benchmarks.accuracy.packed import PackedAnswers
 from benchmarks.gpu.catalogue import LOADS, TABLES
 from benchmarks.gpu.result_file import FORMAT, Origin, Strict
 from benchmarks.gpu.serving_file import ServingFile
 from tokencomp.errors import OptionError
-from tokencomp.evaluation.packed import PackedAnswers
 from tokencomp.evaluation.runs import EvalRun, find_runs
 from tokencomp.evaluation.settings import FULL
 

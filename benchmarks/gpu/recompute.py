@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import publishing
+from benchmarks.accuracy.packed import PackedAnswers
 from benchmarks.gpu import serving_file
 from benchmarks.gpu.catalogue import LOADS, TABLES, LoadTable, Table
 from benchmarks.gpu.contribution import Contribution, Row, read, schema
 from benchmarks.gpu.hour_file import MANIFEST, HourFile, hours_page, read_hour
 from benchmarks.gpu.serving_file import ServingFile
 from tokencomp.evaluation.metrics import Difference
-from tokencomp.evaluation.packed import PackedAnswers
 from tokencomp.evaluation.rivals import losses, rivals
 from tokencomp.evaluation.runs import EvalRun
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks import publishing
+from benchmarks.accuracy.packed import PackedAnswers
 from benchmarks.accuracy.store import Results
 from benchmarks.gpu.contribution import Row
 from benchmarks.gpu.recompute import runs_of
@@ -30,7 +31,6 @@ from recipes.photographs.sources import TUXPAINT, Photos
 from tokencomp.cli import one_message
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.metrics import difference
-from tokencomp.evaluation.packed import PackedAnswers
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.runs import EvalRun, paired_scores
 from tokencomp.evaluation.settings import FULL, RANDOM, REST, Setting, label_of

@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.accuracy.packed import PackedAnswers
 from benchmarks.accuracy.store import STORED_DEFAULT
 from benchmarks.gpu.contribution import Row
 from benchmarks.gpu.recompute import losing, runs_of, table_lines
 from benchmarks.publishing import MARK, provenance, table
 from recipes.photographs.sources import FURTHER, NAMES
 from tokencomp.evaluation.metrics import difference
-from tokencomp.evaluation.packed import PackedAnswers
 from tokencomp.evaluation.runs import EvalRun, paired_scores
 from tokencomp.method import DEFAULT_REDUCER
 from tokencomp.storage import write_text

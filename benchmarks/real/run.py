@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks import publishing
+from benchmarks.accuracy.packed import PackedAnswers
 from benchmarks.accuracy.store import MARGIN
 from benchmarks.gpu.contribution import label_of, row_of
 from benchmarks.real.page import PAGE, RESULTS, write_page
@@ -33,7 +34,6 @@ from recipes.photographs.sources import TUXPAINT, Photos
 from recipes.tiny.evaluate import blind_guess
 from tokencomp.cli import one_message
 from tokencomp.errors import OptionError
-from tokencomp.evaluation.packed import PackedAnswers
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import DOWNSCALE, FULL, RANDOM, REST, Setting

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from support.families import FAMILIES
 
+from benchmarks.accuracy.packed import PackedAnswers, Questions
 from benchmarks.accuracy.studies import tower as study
 from benchmarks.accuracy.studies import tower_book, tower_page, tower_sizes, tower_variants
 from benchmarks.models import tower, tower_alone
@@ -19,7 +20,6 @@ from benchmarks.models.tower_page import page as page_of_times
 from tokencomp import VisualTokens, make_reducer
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.metrics import difference
-from tokencomp.evaluation.packed import PackedAnswers, Questions
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.inputs.loading import load_model
 from tokencomp.inputs.prompts import build_inputs, prompt_lengths

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from support.accuracy import answer_record
 
+from benchmarks.accuracy.packed import PackedAnswers, Questions
 from benchmarks.accuracy.studies import (
     adsc,
     ccam,
@@ -23,7 +24,6 @@ from benchmarks.accuracy.studies import (
 )
 from benchmarks.accuracy.studies.trained import named
 from tokencomp.errors import OptionError
-from tokencomp.evaluation.packed import PackedAnswers, Questions
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.inputs.questions import Example
 from tokencomp.training.measure import Measurement

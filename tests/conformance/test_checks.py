@@ -109,7 +109,7 @@ def test_the_default_on_a_video_of_layers_with_indexers() -> None:
         left = ids != model.config.video_token_id
         left[0, [2 + i for i in handle.stats.kept(0)[0][0]]] = True
     assert int((~left).sum()) == 6
-    with hidden(model, [left] * len(model.decoder.layers)):  # type: ignore[arg-type]
+    with hidden(model.decoder.layers, [left] * len(model.decoder.layers)):  # type: ignore
         full = model.model(**call, pixel_values_videos=torch.zeros(1, 3, 8, 8)).logits
     assert (short - full)[left].abs().max() < 5e-5
 
@@ -170,12 +170,12 @@ def test_the_reference_hides_columns_of_sliding_windows() -> None:
     plain = prompts.forward(inputs, use_cache=False).logits
     depth = len(model.decoder.layers)  # type: ignore[arg-type]
     real = inputs["attention_mask"].bool()
-    with hidden(model, [real] * depth):
+    with hidden(model.decoder.layers, [real] * depth):
         same = prompts.forward(prompts.inputs(), use_cache=False).logits
     assert torch.equal(same[real], plain[real])
     first = real.clone()
     first[0, 5:8] = False
-    with hidden(model, [first] * depth):
+    with hidden(model.decoder.layers, [first] * depth):
         changed = prompts.forward(prompts.inputs(), use_cache=False).logits
     assert torch.equal(changed[1], same[1])
     assert (changed[0, 10] - same[0, 10]).abs().max() > 1e-2
@@ -191,10 +191,9 @@ def test_linear_mixers_of_the_reference_see_the_rows_that_are_left() -> None:
     left[:, rows] = True
     layer = next(x for x in model.decoder.layers if mixers[0] in list(x.modules()))  # type: ignore
     x = torch.randn(1, 6, model.text_config.hidden_size)
-    only = SimpleNamespace(decoder=SimpleNamespace(layers=[layer]))
     with torch.no_grad():
         short = mixers[0](x[:, rows])
-        with hidden(only, [left]):  # type: ignore[arg-type]
+        with hidden([layer], [left]):
             full = mixers[0](x)
     assert torch.allclose(full[:, rows], short, atol=1e-6)
     assert not full[:, [1, 4]].any()

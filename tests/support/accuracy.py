@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy.compact import write_sweep
-from tokencomp.evaluation.packed import PackedAnswers
+from benchmarks.accuracy.packed import PackedAnswers
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import Setting
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from support.ccam import dense
 
-from tokencomp.errors import OptionError, UnknownNameError, WeightsError
-from tokencomp.trained.ccam import PRESETS, CCAMProjector, ProjectorConfig, places_2d
+from tokencomp.errors import OptionError, WeightsError
+from tokencomp.trained.ccam import CCAMProjector, ProjectorConfig, places_2d
 
 SMALL = ProjectorConfig(queries=6, width=16, heads=2, mlp=24, kv_dim=10, out_dim=12)
 
@@ -72,19 +72,17 @@ def test_only_earlier_frames_reach_a_query() -> None:
         assert touched.tolist() == [f <= query for f in range(6)]
 
 
-def test_the_published_configuration_is_known_by_name() -> None:
-    assert PRESETS["video-ccam-7b-v1.2"] == ProjectorConfig(
+def test_the_defaults_are_the_published_configuration() -> None:
+    assert ProjectorConfig() == ProjectorConfig(
         queries=1024, width=1024, heads=16, mlp=4096, kv_dim=1152, out_dim=3584, eps=1e-5
     )
     with torch.device("meta"):
-        made = CCAMProjector.preset("video-ccam-7b-v1.2")
+        made = CCAMProjector(ProjectorConfig())
     attention = 2 * (1024 * 1024 + 1024) + 2 * (1152 * 1024 + 1024)
     mlp = 2 * (1024 * 4096 + 4096) + 4096 * 1024 + 1024
     norms = 2 * (1024 + 1152 + 1024)
     total = 1024 * 1024 + attention + mlp + norms + 1024 * 3584 + 3584
     assert sum(p.numel() for p in made.parameters()) == total
-    with pytest.raises(UnknownNameError, match="video-ccam"):
-        CCAMProjector.preset("video-ccam-7b")
 
 
 def test_saved_projectors_load_and_answer_the_same(tmp_path: Path) -> None:

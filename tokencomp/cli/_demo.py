@@ -15,7 +15,7 @@ from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import FULL, Setting
 from tokencomp.inputs.questions import Example
-from tokencomp.pages.demo_data import Answer, AnsweredQuestion, Demo, Row
+from tokencomp.pages.demo_data import AnsweredQuestion, Demo, Row
 from tokencomp.pages.pictures import save_kept
 from tokencomp.shapesqa.examples import shapesqa
 
@@ -56,15 +56,10 @@ def demo_embedded(
         budget = 3.0 if per_family is None else 8.0
         rows = _rows(model, processor, videos, settings, runs, budget)
     say("answering questions about the sample files")
-    questions = [
-        AnsweredQuestion(
-            Path(e.media[0]).name,
-            e.prompt,
-            e.answer,
-            _answers(model, processor, e, settings, picture_ratio),
-        )
-        for e in samples()
-    ]
+    some, questions = [s for s in settings if s.name == FULL or s.ratio == picture_ratio], []
+    for e in samples():
+        answers = answer_prompt(model, processor, e.load(8), e.prompt, some, max_new_tokens=8)
+        questions.append(AnsweredQuestion(Path(e.media[0]).name, e.prompt, e.answer, answers))
     full = runs[Setting()]
     where = "held-out ShapesQA questions" if per_family else "questions about the packaged files"
     counts = (len(full.answered), len(full.failed), where)
@@ -106,13 +101,6 @@ def samples() -> list[Example]:
     for example in packaged_questions():
         first.setdefault(example.media, example)
     return list(first.values())
-
-
-def _answers(
-    model: Any, processor: Any, example: Example, settings: Sequence[Setting], ratio: float
-) -> list[Answer]:
-    some = [s for s in settings if s.name == FULL or s.ratio == ratio]
-    return answer_prompt(model, processor, example.load(8), example.prompt, some, max_new_tokens=8)
 
 
 def _rows(

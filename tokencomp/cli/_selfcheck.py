@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -11,8 +10,10 @@ from torch import Tensor
 import tokencomp
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.cli._finding import Finding
+from tokencomp.conformance.oracle import columns_left, hidden
 from tokencomp.inputs.prompts import build_inputs, to_model
 from tokencomp.profiling.profiler import counted_rows
+from tokencomp.training.capture import eager_attention
 
 QUESTION = "What color is the circle?"
 RATIO = 0.5
@@ -45,7 +46,7 @@ def self_check(model: Any, processor: Any) -> list[Finding]:
         fewer = rows == expected and sum(rows) < sum(full_rows)
         detail = f"rows per layer {_short(full_rows)} → {_short(rows)}, ratio {stats.ratio:.3f}"
         checks.append(Finding(f"{reducer}: layers see fewer tokens", fewer, detail))
-        masked = _masked_logits(model, inputs, stats, handle)
+        masked = _masked_logits(model, inputs, stats, handle.plan)
         checks.append(_equal(f"{reducer}: equals the masked run", compressed, masked, model.dtype))
     after = _logits(model, inputs)
     same = torch.equal(after, plain)
@@ -67,35 +68,13 @@ def _logits(model: Any, inputs: dict[str, Any]) -> Tensor:
     return model(**inputs, use_cache=False, logits_to_keep=1).logits.float()
 
 
-def _masked_logits(model: Any, inputs: dict[str, Any], stats: Any, handle: Any) -> Tensor:
+def _masked_logits(model: Any, inputs: dict[str, Any], stats: Any, plan: Any) -> Tensor:
     """The full-length run in which every layer masks the columns that had been dropped."""
-    stages = {s.layer: i for i, s in enumerate(handle.plan.stages)}
-    eager = getattr(adapter_for(model).text_config, "_attn_implementation", "sdpa") == "eager"
-    n, current = stats.lengths[0], torch.ones(stats.lengths[0], dtype=torch.bool)
-    hooks = contextlib.ExitStack()
-    for number, layer in enumerate(adapter_for(model).layers):
-        if number in stages:
-            kept = stats.kept(0)[stages[number]]
-            for span, offsets in zip(stats.spans[0], kept, strict=True):
-                current[span.start : span.stop] = False
-                current[[span.start + o for o in offsets]] = True
-        seen = torch.ones(n, n, dtype=torch.bool).tril() & current
-        mask: Tensor = (seen | torch.eye(n, dtype=torch.bool))[None, None].to(model.device)
-        if eager:
-            mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(
-                ~mask, torch.finfo(model.dtype).min
-            )
-        hook = _replace_mask(mask)
-        hooks.enter_context(layer.register_forward_pre_hook(hook, with_kwargs=True))
-    with hooks:
+    adapter = adapter_for(model)
+    real = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
+    left = columns_left(stats, plan, real, len(adapter.layers))
+    with eager_attention(adapter), hidden(adapter.layers, left):
         return _logits(model, inputs)
-
-
-def _replace_mask(mask: Tensor) -> Any:
-    def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        return args, {**kwargs, "attention_mask": mask}
-
-    return hook
 
 
 def _equal(name: str, logits: Tensor, expected: Tensor, dtype: torch.dtype) -> Finding:

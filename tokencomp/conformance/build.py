@@ -64,9 +64,7 @@ class TinyModel:
     variant: Variant = PLAIN[0]
 
 
-def tiny_model(
-    model_class: type, config: Any, variant: Variant = PLAIN[0], seed: int = 0
-) -> TinyModel:
+def tiny_model(model_class: type, config: Any, variant: Variant = PLAIN[0]) -> TinyModel:
     """A tiny model of a class, with the mechanisms that `config` asks for.
 
     Parameters
@@ -84,10 +82,10 @@ def tiny_model(
         The classes of transformers refuse the small sizes, or need weights outside the decoder.
     """
     with _quiet():
-        return _tiny_model(model_class, copy.deepcopy(config), variant, seed)
+        return _tiny_model(model_class, copy.deepcopy(config), variant)
 
 
-def _tiny_model(model_class: type, config: Any, variant: Variant, seed: int) -> TinyModel:
+def _tiny_model(model_class: type, config: Any, variant: Variant) -> TinyModel:
     try:
         for owner in configs_in(config):
             owner.dtype = torch.float32  # towers and decoders may be created in it
@@ -105,13 +103,13 @@ def _tiny_model(model_class: type, config: Any, variant: Variant, seed: int) -> 
         whole, model = model, getattr(model, "thinker", model)
         config = model.config
         model.set_attn_implementation("eager")
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         outer = model.get_decoder()
         _check_size(outer)
         decoder: Any = _replace_module(model, outer, type(outer)(outer.config))
         _create_small_parts(model)
         _empty_towers(model)
-        fill_weights(model, seed)
+        fill_weights(model)
         with contextlib.suppress(UnsupportedModelError):  # `patch` will say why
             decoder = find_parts(whole).decoder
     except Exception as error:
@@ -235,14 +233,14 @@ def _empty_towers(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def fill_weights(model: nn.Module, seed: int = 0) -> None:
+def fill_weights(model: nn.Module) -> None:
     """Draw the weights so that every layer changes the result, and logits are of order one.
 
     Matrices are drawn anew with a spread of 1 / sqrt(inputs): the small spread of initialization
     leaves attention almost uniform, and a wrong mask nearly without effect. Vectors stay as they
     were initialized (scales of norms, decay rates), unless they are all zero or undefined.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if parameter.is_meta or not parameter.numel():
             continue

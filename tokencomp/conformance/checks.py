@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokencomp.conformance.build import BuildError, TinyModel
-from tokencomp.conformance.oracle import OracleError, hidden
+from tokencomp.conformance.oracle import OracleError, columns_left, hidden
 from tokencomp.conformance.prompts import Prompts
 from tokencomp.errors import PlanError, TokenCompError, UnsupportedModelError
 from tokencomp.plan.plan import Plan
@@ -119,7 +119,8 @@ class Checks:
         self, tiny: TinyModel, prompts: Prompts, compress: Compress, errors: dict[str, float]
     ) -> None:
         self.tiny, self.prompts, self.compress, self.errors = tiny, prompts, compress, errors
-        self.depth = len(tiny.decoder.layers)  # type: ignore[arg-type]  # a ModuleList
+        self.stack: Any = tiny.decoder.layers
+        self.depth = len(self.stack)  # type: ignore[arg-type]  # a ModuleList
         self.inputs = prompts.inputs()
         self.real = self.inputs["attention_mask"].bool()
         self.plain: Tensor = prompts.forward(self.inputs).logits
@@ -177,7 +178,7 @@ class Checks:
             compressed = self.prompts.forward(self.prompts.inputs()).logits
             left = self._left(handle.stats, plan)
             words, steps = self.prompts.generate(self.prompts.inputs(), STEPS)
-        with hidden(self.tiny, left):
+        with hidden(self.stack, left):
             reference = self.prompts.forward(self.prompts.inputs(), use_cache=False).logits
         self._limit(name, self._distance(compressed[left[-1]], reference[left[-1]]))
         if name == "entry":
@@ -195,7 +196,7 @@ class Checks:
         """
         new = torch.ones_like(words).bool()
         longer = [torch.cat([mask, new], 1) for mask in left]
-        with hidden(self.tiny, longer):
+        with hidden(self.stack, longer):
             extended = self.prompts.inputs(new=words)
             reference = self.prompts.forward(extended, use_cache=False).logits
         self._limit(name, self._distance(steps, reference[:, -STEPS - 1 : -1]))
@@ -219,17 +220,8 @@ class Checks:
         columns = self.prompts.image_columns()
         if sum(stats.tokens_before) != int(columns.sum()):
             raise NotExact(f"{sum(stats.tokens_before)} of {int(columns.sum())} visual tokens seen")
-        numbers = {stage.layer: i for i, stage in enumerate(plan.stages)}
-        current, left = self.real.clone(), []
-        for layer in range(self.depth):
-            if layer in numbers:
-                for row, spans in enumerate(stats.spans):
-                    kept = stats.kept(row)[numbers[layer]]
-                    for span, offsets in zip(spans, kept, strict=True):
-                        current[row, span.start : span.stop] = False
-                        current[row, [span.start + offset for offset in offsets]] = True
-            left.append(current.clone())
-        if int(current.sum()) == int(self.real.sum()):
+        left = columns_left(stats, plan, self.real, self.depth)
+        if int(left[-1].sum()) == int(self.real.sum()):
             raise NotExact("no token left the prompt")
         return left
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokencomp.conformance.build import TinyModel
+from tokencomp.engine.count.stats import Stats
+from tokencomp.plan.plan import Plan
 from tokencomp.torchlib.compat import CACHE_NAMES, bind
 
 CACHES = (*CACHE_NAMES, "cache_params")
@@ -29,9 +30,24 @@ class OracleError(Exception):
     """A layer whose mask has a form that the reference cannot edit."""
 
 
+def columns_left(stats: Stats, plan: Plan, real: Tensor, depth: int) -> list[Tensor]:
+    """By layer of `depth`: the `real` columns (B, L) that the stats say are left."""
+    numbers = {stage.layer: i for i, stage in enumerate(plan.stages)}
+    current, left = real.clone(), []
+    for layer in range(depth):
+        if layer in numbers:
+            for row, spans in enumerate(stats.spans):
+                kept = stats.kept(row)[numbers[layer]]
+                for span, offsets in zip(spans, kept, strict=True):
+                    current[row, span.start : span.stop] = False
+                    current[row, [span.start + offset for offset in offsets]] = True
+        left.append(current.clone())
+    return left
+
+
 @contextlib.contextmanager
-def hidden(tiny: TinyModel, left: list[Tensor]) -> Iterator[None]:
-    """Hide dropped tokens from every decoder layer inside the block.
+def hidden(layers: Iterable[nn.Module], left: list[Tensor]) -> Iterator[None]:
+    """Hide dropped tokens from every decoder layer inside the block; attention must be eager.
 
     Parameters
     ----------
@@ -45,7 +61,7 @@ def hidden(tiny: TinyModel, left: list[Tensor]) -> Iterator[None]:
     """
     undo: list[Any] = []
     try:
-        for layer, mask in zip(tiny.decoder.layers, left, strict=True):  # type: ignore[arg-type]  # a ModuleList
+        for layer, mask in zip(layers, left, strict=True):
             mixers = [m for m in layer.modules() if is_linear_mixer(m)]
             for mixer in mixers:
                 mixer.forward = _on_rows(mixer.forward, mask)

@@ -50,19 +50,19 @@ class Prompts:
         The model takes no features in any of the known layouts.
     """
 
-    def __init__(self, tiny: TinyModel, seed: int = 3) -> None:
+    def __init__(self, tiny: TinyModel) -> None:
         self.tiny, self.model = tiny, tiny.model
         self.image_id, self.medium = placeholder(tiny)
         self.encoder = Encoder(tiny, self.medium)
         self._names = set(inspect.signature(type(self.model).forward).parameters)
-        self._find_layout(seed)
+        self._find_layout()
 
-    def _find_layout(self, seed: int) -> None:
+    def _find_layout(self) -> None:
         """Take the first length, width and layout of features that the model accepts."""
         errors, encoder = [], self.encoder
         counts = self.tiny.variant.image_tokens
         for count, width, layout in itertools.product(counts, encoder.widths(), layouts()):
-            generator = torch.Generator().manual_seed(seed)
+            generator = torch.Generator().manual_seed(3)
             self.rows = [self._row(words, count, generator) for words in ((4, 3, 5), (2, 4))]
             encoder.layout, encoder.width = layout, width
             try:

@@ -40,17 +40,9 @@ def model_classes() -> dict[str, str]:
     return dict(sorted(names.items()))
 
 
-def reads_images(model_type: str) -> bool:
-    """Whether a type is of the image-text-to-text mapping."""
-    from transformers.models.auto import modeling_auto
-
-    return model_type in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-
-
 def check_types(
     types: list[str] | None = None,
     done: Callable[[str, dict[str, Any]], None] | None = None,
-    workers: int | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Results of model types, sorted by type.
 
@@ -60,8 +52,6 @@ def check_types(
         None: all of the installed transformers.
     done
         Called with every type and its result as it comes.
-    workers
-        Processes; 0: this one. None: two, for a few types this one.
 
     Raises
     ------
@@ -73,23 +63,22 @@ def check_types(
         if name not in known:
             raise unknown_name("model type", name, known)
     chosen = types or list(known)
-    if workers is None:
-        workers = WORKERS if len(chosen) > FEW else 0
     results: dict[str, dict[str, Any]] = {}
-    for name, result in _run(chosen, workers):
+    for name, result in _run(chosen):
         results[name] = result
         if done is not None:
             done(name, result)
     return dict(sorted(results.items()))
 
 
-def _run(types: list[str], workers: int) -> Iterator[tuple[str, dict[str, Any]]]:
-    if not workers:
+def _run(types: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each type and its result as it comes: of a few in this process, of many in two."""
+    if len(types) <= FEW:
         for name in types:
             yield name, check_type(name)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_start_worker) as pool:
+    with ProcessPoolExecutor(WORKERS, context, initializer=_start_worker) as pool:
         jobs: dict[Future[Any], str] = {pool.submit(check_type, name): name for name in types}
         for job in as_completed(jobs):
             try:
@@ -108,6 +97,8 @@ def _start_worker() -> None:
 
 def check_type(model_type: str) -> dict[str, Any]:
     """The result of one type: that of the form that shows least, with errors of all."""
+    from transformers.models.auto import modeling_auto
+
     start = time.perf_counter()
     results: dict[str, Result] = {}
     try:
@@ -125,7 +116,8 @@ def check_type(model_type: str) -> dict[str, Any]:
     reason = f"{name}: {worst.reason}" if name and worst.reason else worst.reason
     row = _row(Result(worst.status, reason, errors, refusals), list(results))
     seconds = round(time.perf_counter() - start, 1)
-    return {**row, "image_text": reads_images(model_type), "seconds": seconds}
+    image_text = model_type in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return {**row, "image_text": image_text, "seconds": seconds}
 
 
 def _row(result: Result, forms: list[str] | None = None) -> dict[str, Any]:

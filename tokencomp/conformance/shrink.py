@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 WIDTH, HEADS, HEAD_DIM, VOCABULARY, WINDOW = 128, 4, 32, 512, 8
@@ -89,7 +89,7 @@ def tiny_text_config(config: Any, mrope: bool = False, **overrides: Any) -> Any:
     for name, value in values.items():
         if isinstance(value, list) and name != listed:
             if len(value) in {old_depth, len(kinds or ())} - {0}:
-                changed[name] = _per_layer(name, value, chosen)
+                changed[name] = [SIZES.get(name, value[i]) for i in chosen]
             elif name in SIZES:  # by kind of expert
                 changed[name] = [SIZES[name]] * len(value)
     changed |= small_sizes(values)
@@ -144,11 +144,6 @@ def pick_layers(kinds: list[str]) -> list[int]:
     if len(first) == 1 and len(kinds) >= 4:
         return list(range(4))
     return first * max(2, math.ceil(4 / len(first)))
-
-
-def _per_layer(name: str, values: list[Any], chosen: Iterable[int]) -> list[Any]:
-    """The entries of the chosen layers of a list with one entry per layer."""
-    return [SIZES.get(name, values[i]) for i in chosen]
 
 
 def tiny_rope(parameters: Mapping[str, Any], head_dim: int, mrope: bool = False) -> dict[str, Any]:

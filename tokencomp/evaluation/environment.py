@@ -12,16 +12,8 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = (
-    "torch",
-    "torchvision",
-    "transformers",
-    "accelerate",
-    "numpy",
-    "pillow",
-    "av",
-    "decord",
-    "triton",
-    "lmms_eval",
+    *("torch", "torchvision", "transformers", "accelerate", "numpy"),
+    *("pillow", "av", "decord", "triton", "lmms_eval"),
 )
 
 

@@ -20,7 +20,7 @@ class Paired:
     Attributes
     ----------
     low, high
-        Paired bootstrap percentile interval.
+        Paired bootstrap percentile interval, 95 %.
     items
         How many items were paired.
     """
@@ -74,7 +74,6 @@ def retention(
     compressed: Sequence[float],
     full: Sequence[float],
     *,
-    level: float = 0.95,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Retention:
@@ -84,16 +83,13 @@ def retention(
     ----------
     compressed, full
         Scores per item, in the same order; 0 or 1, or anything non-negative.
-    level
-        Coverage of the interval, between 0 and 1.
     resamples, seed
         Bootstrap draws, at least one, and the seed of their generator.
 
     Raises
     ------
     OptionError
-        Different lengths, no items, scores that are not finite, or a level or number of draws
-        out of range.
+        Different lengths, no items, scores that are not finite, or no draws.
     """
     a, b = _paired(compressed, full)
 
@@ -101,14 +97,13 @@ def retention(
         with np.errstate(divide="ignore", invalid="ignore"):
             return x.sum(-1) / y.sum(-1)
 
-    return Retention(*_bootstrap(a, b, ratio, level, resamples, seed))
+    return Retention(*_bootstrap(a, b, ratio, resamples, seed))
 
 
 def difference(
     first: Sequence[float],
     second: Sequence[float],
     *,
-    level: float = 0.95,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Difference:
@@ -118,20 +113,17 @@ def difference(
     def gap(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return x.mean(-1) - y.mean(-1)
 
-    return Difference(*_bootstrap(a, b, gap, level, resamples, seed))
+    return Difference(*_bootstrap(a, b, gap, resamples, seed))
 
 
 def _bootstrap(
     a: np.ndarray,
     b: np.ndarray,
     statistic: Callable[[np.ndarray, np.ndarray], np.ndarray],
-    level: float,
     resamples: int,
     seed: int,
 ) -> tuple[float, float, float, int]:
     """Value, interval and number of items of a statistic of paired scores."""
-    if not 0 < level < 1:
-        raise OptionError(f"level={level}: expected a share between 0 and 1, e.g. 0.95.")
     if resamples < 1:
         raise OptionError(f"resamples={resamples}: expected at least one draw, e.g. {RESAMPLES}.")
     rng, n = np.random.default_rng(seed), a.size
@@ -141,8 +133,7 @@ def _bootstrap(
         draw = rng.integers(n, size=(min(step, resamples - start), n))
         values[start : start + step] = statistic(a[draw], b[draw])
     values = values[np.isfinite(values)]
-    tail = (1 - level) / 2
-    low, high = np.quantile(values, [tail, 1 - tail]) if values.size else (math.nan, math.nan)
+    low, high = np.quantile(values, [0.025, 0.975]) if values.size else (math.nan, math.nan)
     value = float(statistic(a, b))
     return value if math.isfinite(value) else math.nan, float(low), float(high), n
 

@@ -16,22 +16,8 @@ from tokencomp.inputs.images import UNREADABLE, Image, load_image
 from tokencomp.inputs.video import Sampling, Video
 
 VIDEO_SUFFIXES = frozenset(
-    [
-        ".mp4",
-        ".m4v",
-        ".mov",
-        ".mkv",
-        ".webm",
-        ".avi",
-        ".mpg",
-        ".mpeg",
-        ".wmv",
-        ".flv",
-        ".ts",
-        ".3gp",
-        ".ogv",
-    ]
-)
+    (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv", ".ts")
+) | {".3gp", ".ogv"}
 
 
 def is_video(path: str | Path) -> bool:

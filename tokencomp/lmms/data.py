@@ -113,7 +113,7 @@ class LocalData:
         )
 
 
-def local_data(data: str, cache: Path | None = None, per_task: int = PER_TASK) -> LocalData:
+def local_data(data: str, per_task: int = PER_TASK) -> LocalData:
     """A local copy: a folder, or "shapesqa", which is written on first use.
 
     Raises
@@ -122,7 +122,8 @@ def local_data(data: str, cache: Path | None = None, per_task: int = PER_TASK) -
         The folder does not exist.
     """
     if data == SHAPESQA:
-        return LocalData(write_shapesqa(cache or default_cache(), per_task))
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        return LocalData(write_shapesqa(Path(cache) / "tokencomp", per_task))
     root = Path(data).expanduser()
     if not root.is_dir():
         raise OptionError(
@@ -131,11 +132,6 @@ def local_data(data: str, cache: Path | None = None, per_task: int = PER_TASK) -
             "or the word shapesqa."
         )
     return LocalData(root)
-
-
-def default_cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "tokencomp"
 
 
 def write_shapesqa(cache: Path, per_task: int) -> Path:

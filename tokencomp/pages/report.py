@@ -144,16 +144,12 @@ def work_tables(table: Sequence[Line]) -> dict[str, list[tuple[Line, list[str]]]
     full = table[0].run.manifest.get("work", {})
     return {
         kind: [
-            (line, _work_cells(line.run.manifest["work"][kind], None if line is table[0] else base))
+            (line, [work_cell(work[kind], p, None if line is table[0] else base) for p in PARTS])
             for line in table
-            if kind in line.run.manifest.get("work", {})
+            if kind in (work := line.run.manifest.get("work", {}))
         ]
         for kind, base in full.items()
     }
-
-
-def _work_cells(work: dict[str, int | None], full: dict[str, int | None] | None) -> list[str]:
-    return [work_cell(work, part, full) for part in PARTS]
 
 
 def work_cell(work: dict[str, Any], part: str, full: dict[str, Any] | None) -> str:

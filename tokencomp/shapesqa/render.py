@@ -139,13 +139,13 @@ def render_image(scene: Scene) -> Image.Image:
 HOLD, FPS = 4, 8  # encoded frames per logical frame, and per second
 
 
-def write_mp4(scene: Scene, path: Path, hold: int = HOLD, fps: int = FPS) -> Path:
+def write_mp4(scene: Scene, path: Path, fps: int = FPS) -> Path:
     """Encode a scene as a real .mp4 (H.264, or MPEG-4 where x264 is missing), yuv420p.
 
-    Each logical frame lasts ``hold`` encoded frames with smooth motion in between, so evenly spaced
+    Each logical frame lasts ``HOLD`` encoded frames with smooth motion in between, so evenly spaced
     sampling of ``scene.frames`` frames meets every logical frame once.
     """
-    times = [k / hold for k in range(scene.frames * hold)]
+    times = [k / HOLD for k in range(scene.frames * HOLD)]
     return encode_mp4(render(scene, times), path, fps)
 
 

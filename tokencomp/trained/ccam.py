@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokencomp.errors import OptionError, unknown_name
-from tokencomp.trained.ccam_config import PRESETS, ProjectorConfig, misfit, read_card
+from tokencomp.errors import OptionError
+from tokencomp.trained.ccam_config import ProjectorConfig, misfit, read_card
 
 
 class CCAMProjector(nn.Module):
@@ -25,7 +25,7 @@ class CCAMProjector(nn.Module):
     Parameters
     ----------
     config
-        Sizes of the projector; `CCAMProjector.preset(name)` has published ones.
+        Sizes of the projector; by default those of Video-CCAM-7B v1.2.
     """
 
     def __init__(self, config: ProjectorConfig) -> None:
@@ -43,19 +43,6 @@ class CCAMProjector(nn.Module):
         self.up_proj = nn.Linear(c.width, c.mlp)
         self.down_proj = nn.Linear(c.mlp, c.width)
         self.output = nn.Linear(c.width, c.out_dim)
-
-    @classmethod
-    def preset(cls, name: str) -> CCAMProjector:
-        """Return a projector of a published configuration with random weights.
-
-        Raises
-        ------
-        UnknownNameError
-            If no preset has that name.
-        """
-        if name not in PRESETS:
-            raise unknown_name("ccam preset", name, PRESETS)
-        return cls(PRESETS[name])
 
     def forward(
         self, x: Tensor, frames: int | Sequence[int], grid: tuple[int, int] | None = None

@@ -13,7 +13,7 @@ from tokencomp.validation import check_types
 
 @dataclass(frozen=True)
 class ProjectorConfig:
-    """Sizes of a projector.
+    """Sizes of a projector; the defaults are those of Video-CCAM-7B v1.2 (SigLIP and Qwen2-7B).
 
     Attributes
     ----------
@@ -57,12 +57,6 @@ class ProjectorConfig:
             raise OptionError(
                 f"ccam: width={self.width}, heads={self.heads}; width must be a multiple of heads."
             )
-
-
-PRESETS = {
-    # The input is hidden_states[-2] of SigLIP-SO400M, and the output goes to Qwen2-7B.
-    "video-ccam-7b-v1.2": ProjectorConfig(),
-}
 
 
 def read_card(path: Path) -> tuple[dict[str, Any], ProjectorConfig]:

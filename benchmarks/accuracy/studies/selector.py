@@ -15,11 +15,11 @@ import itertools
 from collections.abc import Iterable
 from typing import Any
 
+from benchmarks.accuracy.packed import PackedAnswers
 from benchmarks.accuracy.studies.trained import REFERENCE, StudyTables, measure, parser
 from benchmarks.accuracy.tables import table
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.cli import one_message
-from tokencomp.evaluation.packed import PackedAnswers
 from tokencomp.evaluation.settings import DOWNSCALE
 from tokencomp.inputs.loading import load_model
 from tokencomp.trained.cards import locate, model_facts

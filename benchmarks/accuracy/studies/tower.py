@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import publishing
+from benchmarks.accuracy.packed import PackedAnswers
 from benchmarks.accuracy.store import ACCURACY
 from benchmarks.accuracy.studies import tower_book, tower_variants
 from benchmarks.accuracy.studies.tower_book import CEILING, FULL, IDENTITY, ORDER, row_of
@@ -36,7 +37,6 @@ from tokencomp.adapters.registry import adapter_for
 from tokencomp.cli import one_message
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.baselines import EqualTokens
-from tokencomp.evaluation.packed import PackedAnswers
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import DOWNSCALE, FEWER_FRAMES, Setting

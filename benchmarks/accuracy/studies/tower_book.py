@@ -1,7 +1,7 @@
 """The stored answers of `benchmarks.accuracy.studies.tower`, by question set.
 
 tower.json holds, per set: the model and the hash of its weights, the split, the accuracy of a blind
-guess, provenance, and the answers in the packed form of `tokencomp.evaluation.packed`. Rows have
+guess, provenance, and the answers in the packed form of `benchmarks.accuracy.packed`. Rows have
 the keys "NAME@TOWER RATIO".
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import publishing
-from tokencomp.evaluation.packed import PackedAnswers, pack, unpack
+from benchmarks.accuracy.packed import PackedAnswers, pack, unpack
 from tokencomp.evaluation.settings import DOWNSCALE, FEWER_FRAMES
 
 DISTANCE = "tower_distance.json"

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import publishing
+from benchmarks.accuracy.packed import PackedAnswers
 from benchmarks.accuracy.store import ACCURACY
 from benchmarks.accuracy.studies.tower import SETS, Questions
 from benchmarks.accuracy.studies.tower_book import DISTANCE
@@ -25,7 +26,6 @@ from benchmarks.accuracy.studies.tower_page import ENTRY, RATIO
 from benchmarks.publishing import environment
 from tokencomp import make_reducer
 from tokencomp.cli import one_message
-from tokencomp.evaluation.packed import PackedAnswers
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.settings import Setting
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from benchmarks import publishing
 from benchmarks.accuracy.compact import read_sweep
+from benchmarks.accuracy.packed import PackedAnswers
 from benchmarks.accuracy.store import RESULTS, learned_families
 from benchmarks.accuracy.studies.tower_book import CEILING, FULL, SMALLER, Sets
 from tokencomp.evaluation.metrics import difference, retention
-from tokencomp.evaluation.packed import PackedAnswers
 
 RATIO, ENTRY = 0.75, "condiv"
 TOWER = (0.5, 0.6, 0.75)

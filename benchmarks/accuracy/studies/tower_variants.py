@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 
 from benchmarks import publishing
+from benchmarks.accuracy.packed import PackedAnswers
 from benchmarks.accuracy.store import ACCURACY
 from benchmarks.accuracy.studies.tower_page import SEEN
 from benchmarks.publishing import environment
 from tokencomp import make_reducer
 from tokencomp.cli import one_message
 from tokencomp.evaluation.metrics import difference
-from tokencomp.evaluation.packed import PackedAnswers
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.settings import Setting
 from tokencomp.inputs.loading import load_model

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import publishing
+from benchmarks.accuracy.packed import PackedAnswers
 from benchmarks.accuracy.store import ACCURACY
 from benchmarks.accuracy.studies.trained_page import Rivals, compared, markdown
 from benchmarks.publishing import environment
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.baselines import EqualTokens
-from tokencomp.evaluation.packed import PackedAnswers
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import DOWNSCALE, FULL, Setting
 from tokencomp.inputs.questions import Example

@@ -6,10 +6,10 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from benchmarks.accuracy.packed import PackedAnswers
 from benchmarks.accuracy.tables import NONE, SLACK, table
 from benchmarks.publishing import MARK, provenance
 from tokencomp.evaluation.metrics import Difference, difference, mcnemar
-from tokencomp.evaluation.packed import PackedAnswers
 from tokencomp.evaluation.settings import DOWNSCALE
 
 Rivals = Mapping[str, tuple[str, ...]]

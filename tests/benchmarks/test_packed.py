@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tokencomp.evaluation.packed import PackedAnswers, Questions, pack, unpack
+from benchmarks.accuracy.packed import PackedAnswers, Questions, pack, unpack
 from tokencomp.evaluation.runs import EvalRun
 
 
