@@ -42,7 +42,7 @@ def build(folder: Path, photos: Path, share: float, seed: int, stop_after: int |
     from recipes.photographs.train import RECIPE, StampTrainer, shortened
 
     library = Photos(photos)
-    library.files, library.landscapes  # noqa: B018 - says now what is missing
+    library.files, library.landscapes, library.further  # noqa: B018 - says now what is missing
     base = folder / "base"
     if not (base / "config.json").exists():
         print("reading the weights of both packages", flush=True)

