@@ -47,7 +47,7 @@ class StampStage(Phase):
 
 
 RECIPE = (
-    StampStage("names", 1300, 8, 3e-3, tower_lr=1e-3, words=4, end=0.05),
+    StampStage("names", 1000, 8, 3e-3, tower_lr=1e-3, words=4, end=0.05),
     StampStage("primers", 100, 4, 2e-4, Mixture(), 1e-3),
     StampStage("questions", 700, 4, 2e-4, Mixture(True, 6, 1), 1e-3, end=0.1),
 )

@@ -53,6 +53,7 @@ def load_font(name: str, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / f"fonts/ttf/{name}.ttf"), size)
 
 
+@lru_cache(4096)
 def extent(text: str, size: int, font: str) -> tuple[int, int]:
     """Width and height of the ink in pixels."""
     left, top, right, bottom = load_font(font, size).getbbox(text)
