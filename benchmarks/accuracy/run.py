@@ -91,17 +91,15 @@ def settings(names: Iterable[str], ratios: Iterable[float]) -> list[Setting]:
 
 @contextlib.contextmanager
 def tower_once(model: torch.nn.Module) -> Iterator[None]:
-    """Run the vision tower once per batch: its input is the same memory under every setting."""
+    """Run the vision tower once per batch: its input is the same under every setting."""
     tower = next(m for n, m in model.named_modules() if n.split(".")[-1] in TOWERS)
     run = tower.forward
     last: list[Any] = []
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         pixels = args[0] if args else kwargs["pixel_values"]
-        key = (pixels.data_ptr(), pixels.shape)
-        if not last or last[0] != key:
-            # Holding `pixels` keeps its memory from being reused for the next batch.
-            last[:] = [key, run(*args, **kwargs), pixels]
+        if not last or last[0].shape != pixels.shape or not torch.equal(last[0], pixels):
+            last[:] = [pixels, run(*args, **kwargs)]
         return copy.copy(last[1])  # the caller writes into it
 
     tower.forward = forward

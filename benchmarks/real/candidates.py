@@ -19,6 +19,7 @@ import torch
 
 from benchmarks import publishing
 from benchmarks.accuracy.packed import PackedAnswers
+from benchmarks.accuracy.run import tower_once
 from benchmarks.accuracy.store import Results
 from benchmarks.gpu.contribution import Row
 from benchmarks.gpu.recompute import runs_of
@@ -108,7 +109,8 @@ def answer(
     grid = [Setting(), *(Setting(n, r, o) for n, o in methods for r in RATIOS)]
     how = {"batch_size": batch, "max_new_tokens": 4, "name": MODEL}
     examples = [one.example() for one in questions]
-    return packed(sweep(model, processor, examples, grid, folder, **how))
+    with tower_once(model):
+        return packed(sweep(model, processor, examples, grid, folder, **how))
 
 
 def page(results: dict[str, Any], path: Path = RESULTS) -> str:

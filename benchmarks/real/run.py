@@ -23,6 +23,7 @@ import torch
 
 from benchmarks import publishing
 from benchmarks.accuracy.packed import PackedAnswers
+from benchmarks.accuracy.run import tower_once
 from benchmarks.accuracy.store import MARGIN
 from benchmarks.gpu.contribution import label_of, row_of
 from benchmarks.real.page import PAGE, RESULTS, write_page
@@ -113,7 +114,8 @@ def answer(
     def asks(split: str, chosen: list[Setting], families: Iterable[str]) -> dict[Setting, EvalRun]:
         examples = [e for _, e in pairs[split] if e.family in families]
         how = {"batch_size": args.batch, "max_new_tokens": 4, "name": "real-fastvlm"}
-        return sweep(model, processor, examples, chosen, runs / split, **how)
+        with tower_once(model):  # no method reads signals of this tower
+            return sweep(model, processor, examples, chosen, runs / split, **how)
 
     pairs = {
         split: item_examples(library, split, args.per_family) for split in ("validation", "test")
