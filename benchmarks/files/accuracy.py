@@ -181,7 +181,7 @@ def measure(args: argparse.Namespace, report: dict[str, Any], stored: Path) -> N
 
 def main() -> None:
     parser = publishing.parser(__doc__, FOLDER)
-    parser.add_argument("--model", default="tiny-qwen3-vl")
+    parser.add_argument("--model", default="tiny-qwen3-vl-hard")
     parser.add_argument("--split", default="test", choices=("validation", "test"))
     parser.add_argument("--items", type=int, default=20, help="questions of a family")
     parser.add_argument("--minutes", type=float, default=40, help="CPU time after which it stops")

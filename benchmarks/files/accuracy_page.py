@@ -20,6 +20,10 @@ RULES = {
     "aks": "`scorer:aks:N`",
     "known": "the answer known",
 }
+TRAINED = {
+    "tiny-qwen3-vl": ", which was trained on clips of at most 16 frames and 8 seconds",
+    "tiny-qwen3-vl-hard": ", which was trained on clips of at most 64 frames and four minutes",
+}
 Row = dict[str, Any]
 
 
@@ -63,8 +67,8 @@ def _intro(report: Row, families: Sequence[str]) -> str:
         "whole clip, and so does some evidence of `video_existence`. `noisy` has grain of 4 grey "
         "levels; `panning` moves the background by 12 pixels per second. AKS scores one frame per "
         "second with the model's own embeddings. *The answer known* takes the frames that show the "
-        "evidence, and even ones beside them: what is missing there is the model's, which was "
-        "trained on clips of at most 16 frames and 8 seconds. "
+        "evidence, and even ones beside them: what is missing there is the model's"
+        f"{TRAINED.get(report['model'], '')}. "
         f"{RATIO:g} is the default method at that ratio (achieved: {np.mean(ratios):.3f}): 32 "
         "frames then have the visual tokens in the decoder that 8 whole frames have. The vision "
         f"tower sees all 32. The last row is the best blind guess. The run took "
