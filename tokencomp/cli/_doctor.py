@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import dataclass
 from typing import Any
 
-from tokencomp.cli._finding import Finding
 from tokencomp.errors import TokenCompError, UnsupportedModelError, install
 
 FLOOR, CEILING = "4.57", "6"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`ok` is None for things that are worth knowing but not broken."""
+
+    name: str
+    ok: bool | None
+    detail: str
 
 
 def facts() -> dict[str, str]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import tokencomp
 from tokencomp.adapters.registry import adapter_for
-from tokencomp.cli._finding import Finding
+from tokencomp.cli._doctor import Finding
 from tokencomp.conformance.oracle import columns_left, hidden
 from tokencomp.inputs.prompts import build_inputs, to_model
 from tokencomp.profiling.profiler import counted_rows
@@ -26,7 +26,7 @@ def self_check(model: Any, processor: Any) -> list[Finding]:
 
     Returns
     -------
-    list of Check
+    list of Finding
         Per reducer (one that acts at entry, one between layers): the rows every decoder layer
         really got, and the logits against the oracle; at last, that `unpatch` restores outputs.
     """
