@@ -89,7 +89,6 @@ class ConDiv(Published):
     def _weights(self, patches: Patches, scores: Tensor) -> Tensor:
         """Relevance to the power p of every patch, float32."""
         lengths = patches.lengths
-        owners = patches.owners() if len(lengths) > 1 else None
         relevance = scores.clamp(min=0)
         most = segment(relevance, lengths, "max").clamp(min=1e-30)
-        return (relevance / spread(most, lengths, owners)).clamp(min=FLOOR).pow(self.power)
+        return (relevance / spread(most, lengths)).clamp(min=FLOOR).pow(self.power)
