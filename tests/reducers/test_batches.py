@@ -13,7 +13,7 @@ from tokencomp import VisualTokens, make_reducer
 from tokencomp.errors import PlanError
 from tokencomp.plan.reducer import reduced
 from tokencomp.reducers import mmtok
-from tokencomp.tokens import patches
+from tokencomp.tokens import stacks
 from tokencomp.tokens.reduction import Reduction
 
 GRIDS = [((1, 4, 5), 0), ((4, 3, 4), 3), ((1, 4, 5), 2), ((2, 2, 7), 0), ((4, 3, 4), 0)]
@@ -57,7 +57,7 @@ def test_a_batch_is_its_spans_one_by_one(case: Case, whole: bool) -> None:
 
 @pytest.mark.parametrize(
     ("name", "module", "limit", "value"),
-    [("visprune", patches, "PAIRS", 2 * 20**2), ("mmtok", mmtok, "BLOCK", 4 * 20 * 7)],
+    [("visprune", stacks, "PAIRS", 2 * 20**2), ("mmtok", mmtok, "BLOCK", 4 * 20 * 7)],
 )
 def test_long_spans_are_compared_in_parts(
     name: str, module: Any, limit: str, value: int, monkeypatch: pytest.MonkeyPatch

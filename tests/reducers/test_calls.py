@@ -1,4 +1,4 @@
-"""How many device calls a reducer makes does not depend on how many prompts a batch has."""
+"""How many device calls a reducer makes does not depend on how many spans a batch has."""
 
 from __future__ import annotations
 
@@ -18,6 +18,11 @@ from tokencomp.reducers._batch import means
 
 FEW, MANY = 2, 16  # prompts
 MORE = 6
+IMAGES = [(1, 2 + i % 2, 3 + i) for i in range(16)]
+VIDEOS = [(2 + i // 3, 1 + i % 2, 2 + i % 3) for i in range(16)]
+EXTREMES = (0, 5, 11, 15)
+# These pool or project grids size by size, or compare copies, whose ties paddings would change.
+PER_SIZE = {"anchorprune": 8, "ccam": 60, "flashvid": 90, "pool": 6, "vidcom2": 65}
 
 
 def image(seed: int) -> VisualTokens:
@@ -33,27 +38,38 @@ def video(seed: int) -> VisualTokens:
     return tokens
 
 
-def calls(case: Case, prompts: int, kind: Callable[[int], VisualTokens]) -> int:
-    """aten calls for two spans in every prompt, which share a text of 4 or 5."""
-    reducer = make_reducer(case[0], **case[1])
-    spans = [kind(seed) for seed in range(2 * prompts)]
+def calls(case: Case, spans: list[VisualTokens]) -> int:
+    """aten calls for spans of which every two share a text of 4 or 5."""
+    reducer, row = make_reducer(case[0], **case[1]), matrix.row(case[0])
     for number, (first, second) in enumerate(zip(spans[::2], spans[1::2], strict=True)):
         text = slice(4 + number % 2)
         first.query, first.query_scores = first.query[text], first.query_scores[text]
         second.query, second.query_scores = first.query, first.query_scores
-    wanted = round(0.45 * len(spans[0]))
-    batch, keep = matrix.joined(spans), matrix.row(case[0]).keep(wanted, spans[0])
+    batch, keeps = matrix.joined(spans), [row.keep(round(0.45 * len(s)), s) for s in spans]
     with torch.no_grad():
-        reduced(reducer, batch, [keep] * len(spans))  # fills caches
+        reduced(reducer, batch, keeps)  # fills caches
         with Calls() as counted:
-            reduced(reducer, batch, [keep] * len(spans))
+            reduced(reducer, batch, keeps)
     return counted.calls
 
 
 @pytest.mark.parametrize("kind", [image, video])
 @pytest.mark.parametrize("case", matrix.step_cases(), ids=matrix.case_id)
 def test_calls_do_not_grow_with_the_batch(case: Case, kind: Callable[[int], VisualTokens]) -> None:
-    assert calls(case, MANY, kind) <= calls(case, FEW, kind) + MORE
+    few, many = (calls(case, [*map(kind, range(2 * n))]) for n in (FEW, MANY))
+    assert many <= few + MORE
+
+
+@pytest.mark.parametrize("grids", [IMAGES, VIDEOS], ids=["images", "videos"])
+@pytest.mark.parametrize("case", matrix.step_cases(), ids=matrix.case_id)
+def test_calls_do_not_grow_with_the_sizes(case: Case, grids: list[tuple[int, int, int]]) -> None:
+    """Of 16 spans of as many sizes, against the smallest, the largest and two others of them."""
+    few, many = (
+        calls(case, [clip(grids[i], special=0) for i in numbers])
+        for numbers in (EXTREMES, range(len(grids)))
+    )
+    sizes = len(grids) - len(EXTREMES)
+    assert many <= few + MORE + PER_SIZE.get(case[0], 0) * sizes
 
 
 @pytest.mark.parametrize("reducer", ["uniform", "cdpruner"])

@@ -11,7 +11,7 @@ from support.tower_loops import cosine, dot
 
 from tokencomp import VisualTokens, make_reducer
 from tokencomp.errors import ScoreError
-from tokencomp.reducers._batch import Patches
+from tokencomp.tokens.patches import Patches
 from tokencomp.tokens.signals import TOWER_ATTENTION
 from tokencomp.tokens.spans import SpanBatch
 
@@ -39,7 +39,8 @@ def test_selector_with_marginal_relevance(grid: tuple[int, int, int]) -> None:
     given = matrix.tokens(grid, special=2)
     places, x = patches_of(given)
     reducer = make_reducer("selector", weights=matrix.small_weights("selector", 12), pick="mmr")
-    logits = reducer.importance(given.scores[places][None])[0].tolist()
+    patches = Patches.of(SpanBatch.of(given), [11])
+    logits = reducer.importances(patches, given.scores[places]).tolist()
     low, high = min(logits), max(logits)
     value = [(v - low) / (high - low + 1e-6) for v in logits]
     chosen = [first_of_largest(dict(enumerate(value)))]

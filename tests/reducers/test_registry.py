@@ -17,7 +17,7 @@ from support.matrix import row
 import tokencomp
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.registry import available_models, register_adapter
-from tokencomp.errors import NameTakenError, OptionError, PluginWarning
+from tokencomp.errors import NameTakenError, OptionError, PluginWarning, UnknownNameError
 from tokencomp.plan.stages import TowerStage
 from tokencomp.reducers import registry
 from tokencomp.reducers.compose import Compose
@@ -206,3 +206,14 @@ def test_the_contract_has_twelve_members_and_the_page_names_them() -> None:
     own = page.split("## Your own reducer")[1]
     assert len(public) <= 12
     assert not [name for name in public if not re.search(rf"`{name}\b", own)]
+
+
+@pytest.mark.parametrize("name", ["prumerge", "PruMerge", "prunevid", "OTT-Vid", "FrameFusion"])
+def test_methods_that_are_left_out_are_named_so(name: str) -> None:
+    """Instead of a near miss: docs/reducers.md says why each of them is not here."""
+    page = (Path(__file__).parents[2] / "docs/reducers.md").read_text(encoding="utf-8")
+    listed = page.split("## Methods that are left out")[1].split("## ")[0].lower()
+    assert name.lower() in listed
+    with pytest.raises(UnknownNameError, match="left out on purpose") as caught:
+        tokencomp.make_reducer(name)
+    assert "Did you mean" not in str(caught.value)

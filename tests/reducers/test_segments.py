@@ -11,9 +11,9 @@ from support import matrix
 from support.tower_loops import cosine, mean, peaks
 
 from tokencomp.reducers import _clusters, _segments
-from tokencomp.reducers._batch import Patches
 from tokencomp.reducers._clusters import density_peaks
 from tokencomp.reducers._segments import segments, static_segments
+from tokencomp.tokens.patches import Patches
 
 
 @pytest.mark.parametrize("entries", [1 << 23, 2 * 24**2])

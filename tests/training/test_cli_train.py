@@ -80,7 +80,8 @@ def test_a_selector_of_features_is_trained_for_servers(
         model(**inputs)
     with torch.no_grad():
         logits = load_selector(tmp_path / "selector.safetensors")[0](entering[-1][None])[0]
-    assert handle.stats.kept(0)[0][0] == logits.topk(4).indices.sort().values.tolist()
+    first = logits.sort(descending=True, stable=True).indices[:4]  # three patches are alike
+    assert handle.stats.kept(0)[0][0] == first.sort().values.tolist()
 
 
 def test_mistakes_end_in_one_message_and_leave_nothing(

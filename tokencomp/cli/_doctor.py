@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from typing import Any
 
-from tokencomp.cli._finding import Finding
+from tokencomp.cli._selfcheck import Finding, self_check
 from tokencomp.errors import TokenCompError, UnsupportedModelError, install
 
 FLOOR, CEILING = "4.57", "6"
@@ -159,7 +159,6 @@ def _mlx() -> Finding:
 
 def model_checks(name: str, device: str) -> list[Finding]:
     """Load a model, and compare compressed calls with what they should be."""
-    from tokencomp.cli._selfcheck import self_check
     from tokencomp.inputs.loading import load_model
 
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,7 +10,6 @@ from torch import Tensor
 
 import tokencomp
 from tokencomp.adapters.registry import adapter_for
-from tokencomp.cli._finding import Finding
 from tokencomp.conformance.oracle import columns_left, hidden
 from tokencomp.inputs.prompts import build_inputs, to_model
 from tokencomp.profiling.profiler import counted_rows
@@ -21,12 +21,21 @@ REDUCERS = ("uniform", "prune")
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 
 
+@dataclass(frozen=True)
+class Finding:
+    """`ok` is None for things that are worth knowing but not broken."""
+
+    name: str
+    ok: bool | None
+    detail: str
+
+
 def self_check(model: Any, processor: Any) -> list[Finding]:
     """Compress a real prompt and compare with counted rows and the masked full-length run.
 
     Returns
     -------
-    list of Check
+    list of Finding
         Per reducer (one that acts at entry, one between layers): the rows every decoder layer
         really got, and the logits against the oracle; at last, that `unpatch` restores outputs.
     """

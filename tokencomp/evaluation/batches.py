@@ -14,9 +14,10 @@ from tokencomp.evaluation.cost import Cost, prefill_costs, work_parts
 from tokencomp.evaluation.patches import PatchedModels
 from tokencomp.evaluation.setting_inputs import SettingInputs
 from tokencomp.evaluation.settings import Setting
-from tokencomp.evaluation.time_parts import time_parts
 from tokencomp.inputs.prompts import generate, to_model
 from tokencomp.inputs.questions import Example, media_kind
+from tokencomp.profiling.profiler import decode_seconds
+from tokencomp.profiling.timing import interleaved, prefill_split
 from tokencomp.profiling.work import vision_work
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ Answers = dict[Setting, list[str]]
 Around = Callable[[Setting, dict[str, Any], Answers], AbstractContextManager[Any]]
 """Setting, inputs of a batch, and its answers so far → context in which the model answers."""
 
+ROUNDS, DECODED = 3, 4
+"""How often the parts of an answer are timed, and tokens over which decoding is averaged."""
 TOO_LARGE = "out of GPU memory with this item alone; give fewer frames or smaller media"
 
 
@@ -48,6 +51,31 @@ class Batch:
     records: list[dict[str, Any]]
     seconds: float
     stats: Stats | None
+
+
+@dataclass(frozen=True)
+class TimeParts:
+    """Seconds of one answer.
+
+    Attributes
+    ----------
+    preprocess
+        The processor: resizing, patches, token ids.
+    vision
+        Vision tower and projector: everything in the model before the decoder.
+    reduce
+        The reducer at every stage.
+    prefill
+        The decoder over the prompt, without `reduce`.
+    decode
+        One further token.
+    """
+
+    preprocess: float
+    vision: float
+    reduce: float
+    prefill: float
+    decode: float
 
 
 class Answerer:
@@ -117,14 +145,30 @@ class Answerer:
         return Batch(records, seconds, stats)
 
     def time_parts(self, setting: Setting, row: Loaded) -> dict[str, dict[str, float]]:
-        """Where the time of one answer goes, see `tokencomp.evaluation.time_parts`."""
-        names = [row[0].id]
-        return time_parts(
-            self.models[setting.variant],
-            lambda own: self.inputs([row], setting if own else Setting()),
-            lambda: self.patches.applied(setting, names),
-            lambda: self.patches.applied(Setting(), names),
-        )
+        """Where the time of one answer goes: medians, A B A B in one process.
+
+        Returns
+        -------
+        dict
+            "setting" and "full" (the full model), each with the seconds of `TimeParts`.
+        """
+        model, names = self.models[setting.variant], [row[0].id]
+
+        def once(one: Setting) -> Callable[[], TimeParts]:
+            def run() -> TimeParts:
+                start = time.perf_counter()
+                inputs = self.inputs([row], one)
+                preprocess = time.perf_counter() - start
+                inputs = to_model(inputs, model)
+                with self.patches.applied(one, names):
+                    split = prefill_split(model, inputs)
+                    decode = decode_seconds(model, inputs, DECODED)
+                return TimeParts(preprocess, split.vision, split.reduce, split.prefill, decode)
+
+            return run
+
+        measured = interleaved({"setting": once(setting), "full": once(Setting())}, ROUNDS)
+        return {name: vars(parts) for name, parts in measured.items()}
 
     def work_parts(self, setting: Setting, row: Loaded) -> dict[str, int | None]:
         """Where the work of one answer goes: `tokencomp.evaluation.cost.PARTS`."""

@@ -96,7 +96,7 @@ class Plan:
                     f"of a whole grid, but {name} leaves {fraction:g} of it. {fix}."
                 )
 
-    @property
+    @cached_property
     def active(self) -> bool:
         """Whether there is a stage, in the tower or in the decoder."""
         return bool(self.stages) or self.tower is not None
@@ -109,7 +109,7 @@ class Plan:
     @cached_property
     def needs(self) -> frozenset[Signal]:
         """Signals that the reducers of the decoder's stages read."""
-        return frozenset().union(*(s.reducer.needs for s in self.stages))
+        return frozenset().union(*(s.needs for s in self.stages))
 
     @cached_property
     def entry(self) -> Stage | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal, get_args
 
 from tokencomp.errors import OptionError, PlanError
@@ -14,6 +15,7 @@ from tokencomp.plan.reducer import StageReducer, counts_itself, only_plans
 from tokencomp.validation import check_effect, describe_type, fits
 
 if TYPE_CHECKING:
+    from tokencomp.tokens.signals import Signal
     from tokencomp.tokens.spans import Grid, VisualSpan
 
 MEDIA = ("image", "video", "audio")
@@ -102,6 +104,11 @@ class Stage:
             left = self.amount.left(place)
             return left if self.share is None else self.share(left)
         return dict(self.by_kind).get(kind, self.fraction) if kind else self.fraction
+
+    @cached_property
+    def needs(self) -> frozenset[Signal]:
+        """Signals that its reducer reads."""
+        return self.reducer.needs
 
     @property
     def most(self) -> float:

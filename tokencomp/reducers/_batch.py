@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import itertools
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -12,30 +12,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tokencomp.errors import ScoreError
-from tokencomp.tokens.patches import HostIndex, Patches, by_group, grouped, rows_where, stacks
+from tokencomp.tokens.patches import Patches
 from tokencomp.tokens.spans import SpanBatch
-
-__all__ = [
-    "HostIndex",
-    "Patches",
-    "by_group",
-    "distinct",
-    "evenly",
-    "grouped",
-    "means",
-    "min_max",
-    "padded",
-    "previous_similarity",
-    "questions",
-    "random_ranks",
-    "ranked",
-    "rows_of",
-    "rows_where",
-    "segment",
-    "spread",
-    "stacks",
-    "starts_of",
-]  # fmt: skip
+from tokencomp.tokens.stacks import HostIndex, Stack, by_stack, starts_of
 
 BLOCK = 16  # rows that are summed one after the other
 
@@ -103,7 +82,7 @@ def evenly(n: int, k: int) -> HostIndex:
 
 @functools.lru_cache(maxsize=8)
 def random_ranks(seed: int, cells: int) -> Tensor:
-    """A random number for every cell of a grid, the same on every device."""
+    """A random number for each of so many cells, the same for a cell of any grid and device."""
     return torch.rand(cells, generator=torch.Generator().manual_seed(seed))
 
 
@@ -138,38 +117,26 @@ def distinct(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
     return list(by_id.values()), [numbers[id(tensor)] for tensor in tensors]
 
 
-def padded(firsts: Sequence[int] | HostIndex, lengths: Sequence[int] | HostIndex) -> HostIndex:
-    """Rows of runs by first row and length, (runs, longest); short runs repeat their last row."""
-    own = np.asarray(lengths)[:, None]
-    rows: HostIndex = np.asarray(firsts)[:, None] + np.minimum(np.arange(own.max()), own - 1)
-    return rows
-
-
-def starts_of(lengths: Sequence[int]) -> HostIndex:
-    """First row of every run of these lengths, and where the last one ends."""
-    return np.cumsum([0, *lengths])
-
-
-def rows_of(ends: HostIndex, numbers: Sequence[int] | HostIndex) -> HostIndex:
-    """Rows of the runs of these numbers, one run after the other; `ends` are `starts_of`."""
-    return np.concatenate([np.arange(ends[number], ends[number + 1]) for number in numbers])
-
-
 def previous_similarity(patches: Patches, x: Tensor) -> Tensor:
     """Cosine of every patch with the same place of the frame before, float32, shape (patches,).
 
-    -inf in first frames. Spans must be whole; those with frames of one size are compared together.
+    -inf in first frames. Spans must be whole.
     """
     from tokencomp.kernels import nearest_previous_frame
 
     grids = patches.batch.grids
+    firsts = starts_of([t for t, *_ in grids])[:-1]
 
-    def of_group(members: list[int], rows: Tensor) -> Tensor:
-        frames, height, width = [grids[m][0] for m in members], *grids[members[0]][1:]
-        similarity: Tensor = nearest_previous_frame(rows.view(sum(frames), height, width, -1))
-        if len(members) > 1:
-            first = patches.table(list(itertools.accumulate(frames[:-1], initial=0)))
-            similarity = similarity.index_fill(0, first, -torch.inf)
-        return similarity.flatten()
+    def of_stack(frames: HostIndex, _: Stack, rows: Tensor) -> Tensor:
+        similarity: Tensor = nearest_previous_frame(rows[:, None])[:, 0]
+        first = np.flatnonzero(np.isin(frames, firsts))  # the kernel knows of frame 0
+        if len(first) == 1:
+            return similarity
+        return similarity.index_fill_(0, patches.table(first), -torch.inf)
 
-    return by_group(patches, [(h, w) for _, h, w in grids], of_group, x)
+    return by_stack(frame_lengths(patches), of_stack, x, limit=math.inf)
+
+
+def frame_lengths(patches: Patches) -> list[int]:
+    """Patches of every frame of all spans, which are whole."""
+    return [h * w for t, h, w in patches.batch.grids for _ in range(t)]

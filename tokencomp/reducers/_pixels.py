@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokencomp.reducers._batch import Patches
 from tokencomp.reducers._rows import finite_features
+from tokencomp.tokens.patches import Patches
 
 TURN = math.pi * (3 - math.sqrt(5))
 """The golden angle, in radians: its multiples never meet again, see `looks`."""

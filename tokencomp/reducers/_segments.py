@@ -10,14 +10,11 @@ import numpy as np
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from tokencomp.reducers._batch import HostIndex, Patches, means, starts_of
+from tokencomp.reducers._batch import frame_lengths, means
+from tokencomp.tokens.patches import Patches
+from tokencomp.tokens.stacks import HostIndex, starts_of
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
-
-
-def frame_lengths(patches: Patches) -> list[int]:
-    """Patches of every frame of all spans, which are whole."""
-    return [h * w for t, h, w in patches.batch.grids for _ in range(t)]
 
 
 def frame_cosines(patches: Patches, x: Tensor) -> list[Floats]:

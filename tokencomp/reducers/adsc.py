@@ -12,11 +12,12 @@ from tokencomp.errors import OptionError
 from tokencomp.plan.counts import check_ratio, split_evenly
 from tokencomp.plan.plan import Plan, from_profile
 from tokencomp.plan.schedules import bisect, early
-from tokencomp.reducers._batch import HostIndex, Patches
 from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.tokens.patches import Patches
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.spans import SpanBatch
+from tokencomp.tokens.stacks import HostIndex
 
 MOST = 1 << 20  # tokens; more than any frame has
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,13 +12,23 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tokencomp.reducers._batch import Patches, by_group, padded, questions, stacks, starts_of
+from tokencomp.reducers._batch import questions, ranked
 from tokencomp.reducers._rows import finite_features, tower_signal
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.tokens.patches import Patches
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import QUERY, TOWER_ATTENTION, Signal
 from tokencomp.tokens.spans import SpanBatch
+from tokencomp.tokens.stacks import (
+    PAIRS,
+    HostIndex,
+    Stack,
+    by_stack,
+    padded,
+    portions,
+    starts_of,
+)
 
 SMALLEST = 5 / 32  # share of the budget that is always anchor: 5, 10, 20, 40 of 32 … 256 tokens
 NOVEL, PATIENCE = 0.2, 3
@@ -61,16 +72,14 @@ class AnchorPrune(Reducer):
         unit = normalize(finite_features(patches.features, importance).float(), dim=1)
         # Spans of one prompt, which are neighbours, share its text.
         runs = [[*run] for _, run in itertools.groupby(range(len(prompt)), prompt.__getitem__)]
-        prompts = Patches(batch, [sum(patches.lengths[s] for s in run) for run in runs], [])
-
         of_text = padded(starts_of(lengths)[:-1], lengths)
 
-        def likeness(members: list[int], rows: Tensor) -> Tensor:
-            own = texts[patches.table(of_text[[prompt[runs[m][0]] for m in members]])]
-            rows = rows.view(len(members), -1, rows.shape[1])
-            return (rows @ own.mT).amax(2).flatten()
+        def likeness(members: HostIndex, _: Stack, rows: Tensor) -> Tensor:
+            shared = [prompt[runs[member][0]] for member in members]
+            return (rows @ texts[patches.table(of_text[shared])].mT).amax(2)
 
-        relevance = by_group(prompts, prompts.lengths, likeness, unit)
+        own = [sum(patches.lengths[span] for span in run) for run in runs]
+        relevance = by_stack(own, likeness, unit, keys=own, limit=math.inf)
         start, sizes = self._anchors(patches, unit, relevance)
         how = {"spans": patches.lengths, "start": start, "given": sizes}
         chosen = maxmin_select(unit, patches.budgets, importance.clamp(min=0), **how)
@@ -84,24 +93,18 @@ class AnchorPrune(Reducer):
         tuple
             Rows in their span, int64 (Σ budgets,), most relevant first; sizes, int64 (spans,).
         """
-        firsts = np.cumsum([0, *patches.budgets])
-        start = torch.zeros(int(firsts[-1]), dtype=torch.int64, device=patches.device)
-        sizes = torch.zeros(len(patches.lengths), dtype=torch.int64, device=patches.device)
-        keys = list(zip(patches.lengths, patches.budgets, strict=True))
-        for members, rows in stacks(patches, keys):
-            length, budget = keys[members[0]]
-            own, r = (v if rows is None else v.index_select(0, rows) for v in (unit, relevance))
-            own, r = own.view(len(members), length, -1), r.view(len(members), length)
-            ranked = r.sort(dim=1, descending=True, stable=True).indices[:, :budget]
-            least = max(1, round(SMALLEST * budget))
-            most = max(least, budget // 2)
-            first, later = (
-                own.gather(1, part[..., None].expand(-1, -1, own.shape[2]))
-                for part in (ranked[:, :least], ranked[:, least:most])
-            )
+        table, budgets = patches.table, np.asarray(patches.budgets)
+        firsts = starts_of(budgets)[:-1]
+        shift = np.repeat(patches.starts - firsts, budgets)
+        best = ranked(relevance, patches.lengths)[table(shift + np.arange(len(shift)))]
+        own, sizes = unit[best], torch.zeros_like(table(budgets))
+        least = np.maximum(1, np.rint(SMALLEST * budgets).astype(np.int64))
+        most = np.maximum(least, budgets // 2)
+        for spans in portions(most**2, PAIRS):
+            low, high = least[spans], most[spans]
+            first = Stack(firsts[spans], low, own.device).of(own)
+            later = Stack(firsts[spans] + low, high - low, own.device).of(own)
             novel = (1 - (later @ first.mT).amax(2)) > NOVEL
-            size = least + 1 + (novel.cumsum(1) < PATIENCE).sum(1)
-            places = np.concatenate([np.arange(firsts[m], firsts[m] + budget) for m in members])
-            start[patches.table(places)] = ranked.flatten()
-            sizes[patches.table(members)] = size.clamp(max=most)
-        return start, sizes
+            size = table(low + 1) + (novel.cumsum(1) < PATIENCE).sum(1)
+            sizes[table(spans)] = torch.minimum(size, table(high))
+        return best - table(np.repeat(patches.starts, budgets)), sizes

@@ -8,11 +8,11 @@ from typing import ClassVar
 
 import torch
 
-from tokencomp.reducers._batch import Patches
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.condiv import ConDiv
 from tokencomp.reducers.kcentre import KCentre
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.tokens.patches import Patches
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import Attention
 from tokencomp.tokens.spans import SpanBatch

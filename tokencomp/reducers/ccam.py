@@ -13,12 +13,14 @@ import numpy as np
 import torch
 
 from tokencomp.errors import SpanError, WeightsError
-from tokencomp.reducers._batch import Patches, evenly, grouped
+from tokencomp.reducers._batch import evenly
 from tokencomp.reducers._rows import finite_features
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.tokens.patches import Patches
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.spans import ModelFacts, SpanBatch, VisualSpan
+from tokencomp.tokens.stacks import grouped
 
 if TYPE_CHECKING:
     from tokencomp.trained.ccam import CCAMProjector

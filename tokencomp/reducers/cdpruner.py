@@ -9,10 +9,11 @@ from typing import Literal
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tokencomp.reducers._batch import Patches, means, questions, segment, spread
+from tokencomp.reducers._batch import means, questions, segment, spread
 from tokencomp.reducers._rows import finite_features, supplied_scores
 from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.tokens.patches import Patches
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import QUERY, Attention, Signal
 from tokencomp.tokens.spans import SpanBatch

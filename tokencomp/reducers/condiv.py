@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tokencomp.reducers._batch import Patches, segment, spread
+from tokencomp.reducers._batch import segment, spread
 from tokencomp.reducers._rows import finite_features, supplied_scores
 from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.tokens.patches import Patches
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import Attention, Signal
 from tokencomp.tokens.spans import SpanBatch
@@ -88,7 +89,6 @@ class ConDiv(Published):
     def _weights(self, patches: Patches, scores: Tensor) -> Tensor:
         """Relevance to the power p of every patch, float32."""
         lengths = patches.lengths
-        owners = patches.owners() if len(lengths) > 1 else None
         relevance = scores.clamp(min=0)
         most = segment(relevance, lengths, "max").clamp(min=1e-30)
-        return (relevance / spread(most, lengths, owners)).clamp(min=FLOOR).pow(self.power)
+        return (relevance / spread(most, lengths)).clamp(min=FLOOR).pow(self.power)

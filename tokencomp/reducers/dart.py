@@ -14,21 +14,15 @@ from tokencomp.errors import ScoreError
 from tokencomp.plan.counts import check_ratio
 from tokencomp.plan.plan import Plan, from_profile
 from tokencomp.plan.schedules import NATURAL, SCHEDULES
-from tokencomp.reducers._batch import (
-    HostIndex,
-    Patches,
-    by_group,
-    distinct,
-    ranked,
-    rows_where,
-    starts_of,
-)
+from tokencomp.reducers._batch import distinct, ranked
 from tokencomp.reducers._rows import finite_features, supplied_scores
 from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.tokens.patches import Patches, rows_where
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import NORM, QUERY, Attention, Signal
 from tokencomp.tokens.spans import SpanBatch
+from tokencomp.tokens.stacks import HostIndex, Stack, by_stack, masked, padded, starts_of
 
 PIVOTS = 4  # of the visual tokens, and as many of the text
 
@@ -76,64 +70,76 @@ class Dart(Published):
                 "Run it through tokencomp.patch."
             )
         states = normalize(batch.norm(x).float(), dim=1)
-        directions, of_span = text_pivots(batch)
+        directions, firsts, counts = text_pivots(batch)
 
-        def stays(members: list[int], states: Tensor, lengths: Tensor) -> Tensor:
-            states = states.view(len(members), -1, states.shape[1])
-            text = directions[patches.table([of_span[m] for m in members])]
-            budget = patches.budgets[members[0]]
-            return least_alike(states, lengths.view(states.shape[:2]), text, budget).flatten()
+        budgets = np.asarray(patches.budgets)
 
-        keys = list(zip(patches.lengths, patches.budgets, map(len, of_span), strict=True))
-        mask = by_group(patches, keys, stays, states, lengths)
+        def stays(spans: HostIndex, stack: Stack, states: Tensor, lengths: Tensor) -> Tensor:
+            text = Stack(firsts[spans], counts[spans], x.device)
+            return least_alike(stack, states, lengths, text, text.of(directions), budgets[spans])
+
+        mask = by_stack(patches.lengths, stays, states, lengths)
         return patches.kept(rows_where(mask, sum(patches.budgets)))
 
 
-def text_pivots(batch: SpanBatch) -> tuple[Tensor, list[HostIndex]]:
+def text_pivots(batch: SpanBatch) -> tuple[Tensor, HostIndex, HostIndex]:
     """Unit states of the tokens with the longest keys of all texts, and which of them a span has.
 
     Returns
     -------
     tuple
-        float32 (tokens, d), longest key of a text first; their rows, for every span.
+        float32 (tokens, d), longest key of a text first; the first one of every span, and how many
+        it has.
     """
     assert batch.queries is not None and batch.query_scores is not None and batch.norm is not None
     texts, prompt = distinct(batch.queries)
     lengths = [len(text) for text in texts]
     keys = torch.cat([batch.query_scores[prompt.index(n)] for n in range(len(texts))])
-    firsts = starts_of(lengths)[:-1]
-    places = [first + np.arange(min(PIVOTS, n)) for first, n in zip(firsts, lengths, strict=True)]
+    counts = np.minimum(PIVOTS, lengths)
+    places = np.repeat(starts_of(lengths)[:-1] - starts_of(counts)[:-1], counts)
     longest = ranked(keys, lengths)
-    rows = longest[torch.from_numpy(np.concatenate(places)).to(longest.device)]
+    rows = longest[torch.from_numpy(places + np.arange(len(places))).to(longest.device)]
     states = normalize(batch.norm(torch.cat(texts).index_select(0, rows)).float(), dim=1)
-    ends = starts_of([*map(len, places)])
-    return states, [np.arange(ends[n], ends[n + 1]) for n in prompt]
+    return states, starts_of(counts)[prompt], counts[prompt]
 
 
-def least_alike(states: Tensor, lengths: Tensor, text: Tensor, budget: int) -> Tensor:
-    """Which patches stay, `budget` of every span, bool (spans, n).
+def least_alike(
+    stack: Stack,
+    states: Tensor,
+    lengths: Tensor,
+    text: Stack,
+    directions: Tensor,
+    budgets: HostIndex,
+) -> Tensor:
+    """Which patches stay, `budgets` of every span, bool (spans, n).
 
     Parameters
     ----------
+    stack, text
+        The spans, and the pivots of their texts.
     states : Tensor of float32, shape (spans, n, d)
         Unit states behind the final norm.
     lengths : Tensor of float32, shape (spans, n)
         Lengths of keys.
-    text : Tensor of float32, shape (spans, m, d)
+    directions : Tensor of float32, shape (spans, m, d)
         Pivots of the text.
     """
     from tokencomp.kernels import topk_stable
 
-    order = lengths.sort(dim=1, descending=True, stable=True).indices
-    pivots = order[:, : min(PIVOTS, budget)]
+    order = masked(lengths, stack.lengths, -torch.inf).sort(dim=1, descending=True, stable=True)
+    first = np.minimum(PIVOTS, budgets)
+    pivots = order.indices.gather(1, torch.from_numpy(padded([0], first)).to(states.device))
     own = states.gather(1, pivots[..., None].expand(-1, -1, states.shape[2]))
-    every, left = torch.cat([own, text], 1), budget - pivots.shape[1]
-    share = -(-left // every.shape[1])
-    taken = torch.zeros_like(lengths).scatter_(1, pivots, torch.inf)
-    for cosines in (every @ states.mT).unbind(1):
-        more = min(share, left)
-        if more <= 0:
+    left = budgets - first
+    share = -(-left // (first + text.lengths))  # where a pivot is missing, none is left to add
+    taken = masked(torch.zeros_like(lengths), stack.lengths, torch.inf)
+    taken = taken.scatter_(1, pivots, torch.inf).flatten()
+    unlike = -(torch.cat([own, directions], 1) @ states.mT)
+    for apart in unlike.transpose(0, 1).flatten(1).unbind():
+        more = np.minimum(share, left)
+        if not more.any():
             break
-        rows = topk_stable(-cosines - taken, more)
-        taken, left = taken.scatter(1, rows, torch.inf), left - more
-    return taken > 0
+        rows = topk_stable(apart - taken, more.tolist(), spans=stack.longest)
+        taken.index_fill_(0, rows, torch.inf)
+        left = left - more
+    return (taken > 0).view(lengths.shape)

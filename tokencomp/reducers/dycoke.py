@@ -10,10 +10,11 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from tokencomp.plan.counts import split_evenly
-from tokencomp.reducers._batch import Patches, evenly
+from tokencomp.reducers._batch import evenly
 from tokencomp.reducers._rows import finite_features
 from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.tokens.patches import Patches
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.spans import SpanBatch
 

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokencomp.reducers._batch import Patches, evenly, previous_similarity
+from tokencomp.reducers._batch import evenly, previous_similarity
 from tokencomp.reducers._rows import finite_features
 from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.tokens.patches import Patches
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.spans import SpanBatch
 

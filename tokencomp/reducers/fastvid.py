@@ -11,15 +11,17 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tokencomp.plan.counts import split_evenly
-from tokencomp.reducers._batch import HostIndex, Patches, padded, rows_of, rows_where, starts_of
-from tokencomp.reducers._clusters import density_peaks, portions
+from tokencomp.reducers._batch import frame_lengths
+from tokencomp.reducers._clusters import density_peaks
 from tokencomp.reducers._rows import salient_patches
-from tokencomp.reducers._segments import frame_cosines, frame_lengths, segments
+from tokencomp.reducers._segments import frame_cosines, segments
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.tokens.patches import Patches, rows_where
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import TOWER_ATTENTION
 from tokencomp.tokens.spans import SpanBatch
+from tokencomp.tokens.stacks import HostIndex, Stack, masked, portions, rows_of, starts_of
 from tokencomp.validation import check_range
 
 THRESHOLD, CONTEXT, STRIDE, NEIGHBOURS, OWN = 0.9, 0.4, 4, 4, 0.6
@@ -167,19 +169,15 @@ def around(
     counts
         Centres of every anchor.
     """
-    unit, begins, count = normalize(x, dim=1), starts_of(counts)[:-1], np.asarray(counts)
+    unit, begins, count = normalize(x, dim=1), starts_of(counts), np.asarray(counts)
     sums, members = x.new_zeros(len(centres), x.shape[1]), x.new_zeros(len(centres), 1)
     for part in portions(runs[1] * (x.shape[1] + max(counts)), LIMIT):
-        first, length = runs[0][part], runs[1][part]
-        places, begin = padded(first, length), begins[part]
-        valid = patches.table(np.flatnonzero(np.arange(places.shape[1]) < length[:, None]))
-        rows = rest[patches.table(places)]
-        own = centres[patches.table(padded(begin, count[part]))]
-        nearest = (unit[rows] @ unit[own].mT).argmax(2)
-        # A copy behind the last centre may win by a rounding.
-        last = patches.table(count[part])[:, None] - 1
-        labels = (torch.minimum(nearest, last) + patches.table(begin)[:, None]).flatten()[valid]
-        rows = rows.flatten()[valid]
+        stack = Stack(runs[0][part], runs[1][part], x.device)
+        picked = Stack(begins[part], count[part], x.device)
+        rows, own = stack.of(rest), picked.of(centres)
+        nearest = masked(unit[rows] @ unit[own].mT, picked.lengths, -torch.inf).argmax(2)
+        labels = stack.flat(nearest + patches.table(begins[part])[:, None])
+        rows = stack.flat(rows)
         sums.index_add_(0, labels, x[rows])
         members.index_add_(0, labels, x.new_ones(len(rows), 1))
     return sums, members

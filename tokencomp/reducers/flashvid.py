@@ -13,24 +13,17 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tokencomp.plan.counts import split_evenly
-from tokencomp.reducers._batch import (
-    HostIndex,
-    Patches,
-    by_group,
-    means,
-    rows_of,
-    rows_where,
-    segment,
-    starts_of,
-)
+from tokencomp.reducers._batch import frame_lengths, means, segment
 from tokencomp.reducers._clusters import cluster_sums, density_peaks
 from tokencomp.reducers._rows import salient_patches
-from tokencomp.reducers._segments import frame_cosines, frame_lengths, segments
+from tokencomp.reducers._segments import frame_cosines, segments
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.tokens.patches import Patches, rows_where
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import TOWER_ATTENTION
 from tokencomp.tokens.spans import SpanBatch
+from tokencomp.tokens.stacks import HostIndex, Stack, by_stack, masked, real, rows_of, starts_of
 from tokencomp.validation import check_range
 
 THRESHOLD, DIVERSE, LINK, NEIGHBOURS = 0.9, 0.7, 0.8, 7
@@ -94,12 +87,10 @@ class FlashVid(Reducer):
             attention = attention * (x * middle[patches.table(owners)]).sum(1)
         unit = normalize(x, dim=1)
 
-        def stays(members: list[int], unit: Tensor, weights: Tensor) -> Tensor:
-            weights = weights.view(len(members), -1)
-            counts = [diverse[m] for m in members]
-            return spread_out(unit.view(*weights.shape, -1), weights, counts).flatten()
+        def stays(members: HostIndex, stack: Stack, unit: Tensor, weights: Tensor) -> Tensor:
+            return spread_out(unit, weights, stack.lengths, np.asarray(diverse)[members])
 
-        stay = by_group(frames, frames.lengths, stays, unit, attention, pairs=True)
+        stay = by_stack(frames.lengths, stays, unit, attention, keys=frames.lengths)
         chosen = rows_where(stay, sum(diverse))
         kept = [(chosen, x[chosen], x.new_ones(len(chosen)))]
         left = [own - count for own, count in zip(each, diverse, strict=True)]
@@ -109,32 +100,37 @@ class FlashVid(Reducer):
         return patches.replaced(at, values, sizes)
 
 
-def spread_out(unit: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
+def spread_out(unit: Tensor, weights: Tensor, lengths: HostIndex, counts: HostIndex) -> Tensor:
     """Salient tokens of every frame that are unlike each other, bool (frames, n).
 
     Parameters
     ----------
     unit : Tensor, shape (frames, n, d)
     weights : Tensor, shape (frames, n)
-    counts
-        Tokens that every frame chooses.
+    lengths, counts
+        Tokens that every frame has, and how many of them it chooses.
     """
     from tokencomp.kernels import topk_stable
 
-    frames, n, _ = unit.shape
+    (frames, n, _), most = unit.shape, int(counts.max())
     number = torch.arange(frames, device=unit.device)
     apart = (1 - unit @ unit.mT).clamp(min=0)
     apart.diagonal(dim1=1, dim2=2).zero_()
-    distance = apart * weights[:, None]  # row: chosen, column: next
-    near = distance.topk(min(2, n), dim=1, largest=False).values[:, -1]
-    order = torch.empty(frames, max(counts), dtype=torch.int64, device=unit.device)
-    for step in range(max(counts)):
+    distance = masked(apart * weights[:, None], lengths, -torch.inf)  # row: chosen, column: next
+    others = masked(distance.mT, lengths, torch.inf)
+    near = others.topk(min(2, n), dim=2, largest=False).values[..., -1]
+    order = torch.empty(frames, most, dtype=torch.int64, device=unit.device)
+    for step in range(most):
         order[:, step] = topk_stable(near, 1)[:, 0]
         own = distance[number, order[:, step]]
         near = own if step == 0 else torch.minimum(near, own)
         near = near.scatter(1, order[:, : step + 1], -torch.inf)
-    counted = torch.from_numpy(np.arange(max(counts)) < np.asarray(counts)[:, None])
-    return torch.zeros_like(weights, dtype=torch.bool).scatter_(1, order, counted.to(unit.device))
+    # Behind its count a frame chooses something that it does not keep.
+    chosen = (order + n * number[:, None]).flatten()
+    if (counts < most).any():
+        chosen = chosen[torch.from_numpy(np.flatnonzero(real(counts))).to(unit.device)]
+    stay = torch.zeros(frames * n, dtype=torch.bool, device=unit.device)
+    return stay.index_fill_(0, chosen, True).view(frames, n)
 
 
 def trees(
@@ -219,17 +215,14 @@ def likest(
         The tokens; the one before; their cosine, -inf where one of the two is not free. All (n,).
     """
 
-    def of_group(members: list[int], own: Tensor, others: Tensor, free: Tensor) -> Tensor:
-        own, others = (v.view(len(members), -1, v.shape[1]) for v in (own, others))
-        taken = ~free.view(len(members), 1, -1)
-        best, place = (own @ others.mT).masked_fill(taken, -torch.inf).max(2)
-        return torch.stack([best, place.to(best)], 2).flatten(0, 1)  # exact below 2²⁴
+    def of_stack(_: HostIndex, stack: Stack, own: Tensor, others: Tensor, free: Tensor) -> Tensor:
+        likes = (own @ others.mT).masked_fill(~free[:, None], -torch.inf)
+        best, place = masked(likes, stack.lengths, -torch.inf).max(2)
+        return torch.stack([best, place.to(best)], 2)  # exact below 2²⁴
 
     starts, sizes = starts_of(frames.lengths), np.asarray(frames.lengths)[numbers]
     host, shift = rows_of(starts, numbers), np.repeat(sizes, sizes)
     rows, before = frames.table(host), frames.table(host - shift)
-    some = Patches(frames.batch, sizes.tolist(), [])
-    values = unit[rows], unit[before], free[before]
-    best, place = by_group(some, some.lengths, of_group, *values, pairs=True).unbind(1)
+    best, place = by_stack(sizes, of_stack, unit[rows], unit[before], free[before]).unbind(1)
     first = frames.table(np.repeat(starts[numbers], sizes) - shift)
     return rows, place.long() + first, best.masked_fill(~free[rows], -torch.inf)

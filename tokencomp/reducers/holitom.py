@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from tokencomp.plan.counts import frame_budgets
-from tokencomp.reducers._batch import HostIndex
 from tokencomp.reducers._clusters import cluster_sums, density_peaks
 from tokencomp.reducers._rows import salient_patches
 from tokencomp.reducers._segments import place_cosines, run_means, still_windows
@@ -19,6 +18,7 @@ from tokencomp.reducers.registry import register_reducer
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import TOWER_ATTENTION
 from tokencomp.tokens.spans import SpanBatch
+from tokencomp.tokens.stacks import HostIndex
 
 STATIC, NEIGHBOURS, OWN = 0.8, 7, 0.6
 

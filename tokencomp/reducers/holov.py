@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tokencomp.plan.counts import split_evenly
-from tokencomp.reducers._batch import Patches, segment
+from tokencomp.reducers._batch import segment
 from tokencomp.reducers._rows import finite_values, tower_signal
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.tokens.patches import Patches
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import TOWER_ATTENTION
 from tokencomp.tokens.spans import SpanBatch

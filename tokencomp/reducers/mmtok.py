@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,21 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tokencomp.reducers._batch import (
-    HostIndex,
-    Patches,
-    by_group,
-    padded,
-    questions,
-    stacks,
-    starts_of,
-)
+from tokencomp.reducers._batch import questions
 from tokencomp.reducers._rows import finite_features
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.tokens.patches import Patches
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import QUERY, Signal
 from tokencomp.tokens.spans import SpanBatch
+from tokencomp.tokens.stacks import HostIndex, Stack, by_stack, masked, rows_of, starts_of
 
 TEXT, VISION, SHARE = 0.02, 0.2, 0.5  # temperatures, and the weight of the picture
 BLOCK = 1 << 24  # cosines in memory at once
@@ -68,49 +61,39 @@ class MMTok(Reducer):
 
         patches = Patches.of(batch, keeps)
         unit = normalize(finite_features(patches.features).float(), dim=1)
-        sums = by_group(patches, patches.lengths, picture_sums, unit)
-        points, reach = unit / VISION, patches.lengths
-        offset = sums + logs(reach, SHARE, unit)
+        points, reach = unit / VISION, np.asarray(patches.lengths)
+        shift = np.repeat(np.log(reach / SHARE), reach)
         if self.cover == "both":
             texts, lengths, prompt = questions(batch, "mmtok", "cover='picture'")
-            texts, own = texts.to(unit) / TEXT, [lengths[number] for number in prompt]
-            places = padded(starts_of(lengths)[prompt], own)
-            valid = np.arange(places.shape[1]) < np.array(own)[:, None]
-            sums = text_sums(patches, unit, texts, places)[patches.table(np.flatnonzero(valid))]
+            own = np.asarray(lengths)[prompt]
+            rows = patches.table(rows_of(starts_of(lengths), prompt))
             # The points of a span are its patches, and then its text.
             spans = np.repeat([*range(len(own))] * 2, [*reach, *own])
-            order = patches.table(np.argsort(spans, kind="stable"))
-            points = torch.cat([points, texts[patches.table(places[valid])]])[order]
-            offset = torch.cat([offset, sums + logs(own, 1.0, unit)])[order]
-            reach = [n + m for n, m in zip(reach, own, strict=True)]
-        how = {"points": points, "point_spans": reach, "offset": offset}
+            order = np.argsort(spans, kind="stable")
+            points = torch.cat([points, texts.to(unit)[rows] / TEXT])[patches.table(order)]
+            shift = np.concatenate([shift, np.repeat(np.log(own), own)])[order]
+            reach = reach + own
+        offset = log_sums(patches, unit, points, reach) + unit.new_tensor(shift)
+        how = {"points": points, "point_spans": reach.tolist(), "offset": offset}
         return patches.kept(facility_select(unit, patches.budgets, spans=patches.lengths, **how))
 
 
-def picture_sums(members: list[int], rows: Tensor) -> Tensor:
-    """`log_sums` of the patches of spans of one length, with each other, (patches,)."""
-    rows = rows.view(len(members), -1, rows.shape[1])
-    return log_sums(rows / VISION, rows).flatten()
+def log_sums(patches: Patches, unit: Tensor, points: Tensor, reach: HostIndex) -> Tensor:
+    """log Σ_j exp(y_i · x_j) of every point y over the patches x of its span, (points,).
 
+    Parameters
+    ----------
+    unit : Tensor, shape (patches, d)
+    points : Tensor, shape (points, d)
+    reach
+        Points of every span.
+    """
+    starts, lengths = np.asarray(patches.starts), np.asarray(patches.lengths)
 
-def text_sums(patches: Patches, unit: Tensor, texts: Tensor, places: HostIndex) -> Tensor:
-    """`log_sums` of the rows `places` (spans, m) of `texts`, with the patches, (spans · m,)."""
-    sums = unit.new_empty(places.shape)
-    for members, rows in stacks(patches, patches.lengths):
-        own = unit if rows is None else unit.index_select(0, rows)
-        own = own.view(len(members), -1, unit.shape[1])
-        text = texts[patches.table(places[members])]
-        sums.index_copy_(0, patches.table(members), log_sums(text, own))
-    return sums.flatten()
+    def of_stack(spans: HostIndex, _: Stack, points: Tensor) -> Tensor:
+        own = Stack(starts[spans], lengths[spans], unit.device)
+        rows, step = own.of(unit).mT, max(1, BLOCK // (len(spans) * own.longest))
+        parts = (masked(part @ rows, own.lengths, -torch.inf) for part in points.split(step, 1))
+        return torch.cat([part.logsumexp(2) for part in parts], 1)
 
-
-def log_sums(points: Tensor, rows: Tensor) -> Tensor:
-    """log Σ_j exp(y_i · x_j) of every point y (spans, m, d) over the rows x (spans, n, d)."""
-    parts = points.split(max(1, BLOCK // rows[..., 0].numel()), 1)
-    return torch.cat([(part @ rows.mT).logsumexp(2) for part in parts], 1)
-
-
-def logs(counts: list[int], weight: float, like: Tensor) -> Tensor:
-    """log(n / weight) of every count n, n times."""
-    values = [math.log(n / weight) for n in counts]
-    return like.new_tensor(np.repeat(values, counts))
+    return by_stack(reach, of_stack, points)

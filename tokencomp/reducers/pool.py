@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from tokencomp.plan.counts import split_evenly
-from tokencomp.reducers._batch import HostIndex, Patches, grouped
 from tokencomp.reducers._rows import finite_features
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.tokens.patches import Patches
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.spans import ModelFacts, SpanBatch
+from tokencomp.tokens.stacks import HostIndex, grouped
 from tokencomp.validation import check_range
 
 GROUPS = (2, 4, 8)

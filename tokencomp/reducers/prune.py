@@ -18,11 +18,6 @@ from tokencomp.tokens.patches import Patches
 from tokencomp.tokens.signals import Attention, Signal
 from tokencomp.validation import check_range
 
-VOTERS: dict[str, Literal["last", "raters"]] = {
-    "last_query": "last",
-    "rater_query": "raters",
-}
-
 
 @register_reducer("prune")
 @dataclass(frozen=True)
@@ -94,7 +89,7 @@ class Prune(ScoreReducer, Published):
         if self.score == "pagerank":
             signal = Attention("all", self.iterations, self.temperature, "rms")
         else:
-            signal = Attention(VOTERS[self.score])
+            signal = Attention("last" if self.score == "last_query" else "raters")
         if self.layer == "next":
             signal = replace(signal, layer="next")
         return frozenset({signal})

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-import torch
-
 from tokencomp.errors import OptionError
-from tokencomp.reducers._batch import Patches, random_ranks
+from tokencomp.reducers._batch import random_ranks
 from tokencomp.reducers._late import Baseline
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.tokens.patches import Patches
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.spans import SpanBatch
 
@@ -46,10 +43,6 @@ class Random(Baseline):
         from tokencomp.kernels import topk_stable
 
         patches = Patches.of(batch, keeps)
-        ranks = {n: random_ranks(self.seed, n) for n in map(math.prod, batch.grids)}
-        starts = dict(zip(ranks, itertools.accumulate(ranks, initial=0), strict=False))
-        table = torch.cat(list(ranks.values())).to(patches.device)
-        first = [starts[math.prod(grid)] for grid in batch.grids]
-        cells = patches.cells() + patches.table(np.repeat(first, patches.lengths))
-        rank = table.index_select(0, cells)
+        ranks = random_ranks(self.seed, max(map(math.prod, batch.grids))).to(patches.device)
+        rank = ranks.index_select(0, patches.cells())
         return patches.kept(topk_stable(rank, patches.budgets, spans=patches.lengths))

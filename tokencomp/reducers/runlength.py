@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokencomp.reducers._batch import Patches, by_group
 from tokencomp.reducers._pixels import NO_PIXELS, appearance
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.tokens.patches import Patches
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.spans import Grid, SpanBatch
 from tokencomp.validation import check_range
@@ -74,7 +73,7 @@ class RunLength(Reducer):
         if first is None:
             return patches.kept(chosen)
         rest = [budget - own for budget, own in zip(patches.budgets, budgets, strict=True)]
-        scores = by_group(patches, batch.grids, functools.partial(_changes, batch.grids, rest), x)
+        scores = changes(patches, x, rest)
         scores.index_fill_(0, first.index_select(0, chosen), torch.inf)
         return patches.kept(topk_stable(scores, patches.budgets, spans=patches.lengths))
 
@@ -85,58 +84,60 @@ class RunLength(Reducer):
         return min(h * w, max(1, int(budget * self.first), budget - later))
 
 
-def _changes(grids: list[Grid], budgets: list[int], members: list[int], x: Tensor) -> Tensor:
-    """Scores of the tokens of spans with one grid; -inf in first frames.
+def changes(patches: Patches, x: Tensor, budgets: list[int]) -> Tensor:
+    """Distance of every patch to the token last kept at its place, (patches,).
+
+    Tokens that changed by more than a threshold come first, first frames have -inf. The threshold
+    of a span is the smallest that at most its budget exceeds.
 
     Parameters
     ----------
-    grids, budgets
-        Of all spans: the grid, and how many tokens behind the first frame stay.
-    members
-        The spans that `x` belongs to.
-    x : Tensor, shape (members · t · places, d)
-
-    Returns
-    -------
-    Tensor of float32, shape (members · t · places,)
-        Distance to the token last kept at the place. Tokens that changed by more than a threshold
-        come first. The threshold is the smallest that at most the budget's tokens exceed.
+    x : Tensor of float32, shape (patches, d)
+        What is compared.
+    budgets
+        How many tokens behind the first frame of every span stay.
     """
-    t, h, w = grids[members[0]]
-    frames = x.view(len(members), t, h * w, -1)
-    scores = frames.new_full((len(members), t, h * w), -torch.inf)
-    if t == 1:
-        return scores.flatten()
-    most = torch.tensor([budgets[m] for m in members]).to(x.device)
-    low = frames.new_zeros(len(members))
-    high = (frames[:, 1:] - frames[:, :1]).square().mean(-1).sqrt().amax((1, 2)) * 2 + 1
+    # Step by step, and in a step longest videos first: places of the others come to an end.
+    lengths, grids = patches.lengths, np.asarray(patches.batch.grids)
+    span = np.repeat(np.arange(len(grids)), lengths)
+    step = (np.arange(len(x)) - np.repeat(patches.starts, lengths)) // grids[span, 1:].prod(1)
+    order, sizes = np.lexsort((-grids[span, 0], step)), np.bincount(step).tolist()
+    rows, owner = patches.table(order), patches.table(span[order[sizes[0] :]])
+    first, *frames = x[rows].split(sizes)
+
+    def largest(values: Tensor) -> Tensor:
+        return values.new_zeros(len(grids)).scatter_reduce_(0, owner, values, "amax")
+
+    start = torch.cat([frame - first[: len(frame)] for frame in frames])
+    low, most = x.new_zeros(len(grids)), patches.table(budgets)
+    high = largest(start.square().mean(-1).sqrt()) * 2 + 1
     for _ in range(HALVINGS):
         middle = (low + high) / 2
-        fits = _distances(frames, middle)[1].sum((1, 2)) <= most  # stays on the device
+        changed = distances(first, frames, middle[owner])[1]
+        fits = torch.zeros_like(low).index_add_(0, owner, changed.float()) <= most
         low, high = torch.where(fits, low, middle), torch.where(fits, middle, high)
-    distances, changed = _distances(frames, high)
-    highest = distances.amax((1, 2), keepdim=True)
-    scores[:, 1:] = torch.where(changed, distances + highest + 1, distances)
-    return scores.flatten()
+    distance, changed = distances(first, frames, high[owner])
+    found = torch.where(changed, distance + largest(distance)[owner] + 1, distance)
+    return x.new_full((len(x),), -torch.inf).index_copy_(0, rows[sizes[0] :], found)
 
 
-def _distances(frames: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
-    """Distances to the token last kept at each place, and which exceed the threshold.
+def distances(
+    reference: Tensor, frames: Sequence[Tensor], threshold: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Distances to the token last kept at each place, and which exceed the threshold, both (n,).
 
     Parameters
     ----------
-    frames : Tensor, shape (spans, t, places, d)
-    threshold : Tensor, shape (spans,)
-
-    Returns
-    -------
-    Tensor of float32 and Tensor of bool, shape (spans, t - 1, places)
+    reference : Tensor, shape (places, d)
+        First frames.
+    frames : list of Tensor, shape (places, d)
+        The frames behind, of the first places alone where videos have ended; n tokens in all.
+    threshold : Tensor, shape (n,)
     """
-    reference, distances, changed = frames[:, 0], [], []
-    for frame in frames[:, 1:].unbind(1):
-        distance = (frame - reference).square().mean(-1).sqrt()
-        above = distance > threshold[:, None]
-        reference = torch.where(above[..., None], frame, reference)
-        distances.append(distance)
-        changed.append(above)
-    return torch.stack(distances, 1), torch.stack(changed, 1)
+    found, changed = [], []
+    for frame, limit in zip(frames, threshold.split([*map(len, frames)]), strict=True):
+        reference = reference[: len(frame)]
+        found.append((frame - reference).square().mean(-1).sqrt())
+        changed.append(found[-1] > limit)
+        reference = torch.where(changed[-1][:, None], frame, reference)
+    return torch.cat(found), torch.cat(changed)

@@ -15,13 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokencomp.errors import OptionError, WeightsError
-from tokencomp.reducers._batch import Patches, by_group, min_max
+from tokencomp.reducers._batch import min_max
 from tokencomp.reducers._rows import finite_features, finite_values, supplied_scores
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.tokens.patches import Patches
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import Attention, Signal
 from tokencomp.tokens.spans import ModelFacts, SpanBatch
+from tokencomp.tokens.stacks import HostIndex, Stack, by_stack, real
 
 TRAIN = "tokencomp train selector --model MODEL --data DATA --output FOLDER"
 CHANNELS = (32, 64, 128, 256, 512)
@@ -102,6 +104,9 @@ class SelectorNet(nn.Module):
 
 def _real_columns(layer: nn.Module, x: Tensor, real: Tensor) -> Tensor:
     """`layer` on the real columns of x (B, C, n), zeros elsewhere."""
+    if not layer.training:  # then columns do not depend on each other
+        every: Tensor = layer(x)
+        return every.masked_fill(~real[:, None], 0)
     columns = x.transpose(1, 2)
     out = torch.zeros_like(columns)
     out[real] = layer(columns[real])
@@ -276,16 +281,18 @@ class Selector(Reducer):
             What the network reads.
         """
 
-        def of_group(members: list[int], rows: Tensor) -> Tensor:
-            return self.importance(rows.unflatten(0, (len(members), -1))).flatten()
+        net = _on(self._net, given.device)
 
-        return by_group(patches, patches.lengths, of_group, given)
+        def of_stack(_: HostIndex, stack: Stack, rows: Tensor) -> Tensor:
+            inside = None
+            if not stack.even:
+                inside = torch.from_numpy(real(stack.lengths)).to(rows.device)
+                rows = rows * inside.view(*inside.shape, *[1] * (rows.ndim - 2))
+            logits: Tensor = net(rows, inside)
+            return logits
 
-    @torch.no_grad()
-    def importance(self, rows: Tensor) -> Tensor:
-        """Logits of the patches of equally long spans from rows (B, n) or (B, n, d), float32."""
-        logits: Tensor = _on(self._net, rows.device)(rows)
-        return logits
+        with torch.no_grad():
+            return by_stack(patches.lengths, of_stack, given)
 
     @cached_property
     def _net(self) -> SelectorNet:

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tokencomp.plan.counts import frame_budgets
-from tokencomp.reducers._batch import HostIndex
 from tokencomp.reducers._clusters import cluster_sums, density_peaks
 from tokencomp.reducers._rows import salient_patches
 from tokencomp.reducers._segments import place_cosines, run_means, still_windows
@@ -20,6 +19,7 @@ from tokencomp.reducers.registry import register_reducer
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import TOWER_ATTENTION
 from tokencomp.tokens.spans import SpanBatch
+from tokencomp.tokens.stacks import HostIndex
 
 STATIC, CANDIDATES, NEIGHBOURS = 0.8, 1.5, 7
 TIME, PLACE = 1e4, 1e3  # bases of the rotations

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
-from tokencomp.reducers._batch import Patches, previous_similarity
+from tokencomp.reducers._batch import previous_similarity
 from tokencomp.reducers._rows import finite_features
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.evs import least_similar
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.tokens.patches import Patches
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import FRAMES, Signal
 from tokencomp.tokens.spans import SpanBatch
@@ -47,13 +49,10 @@ class TimeChat(Reducer):
         x = finite_features(patches.features)
         similarity = previous_similarity(patches, x)
         before = batch.frames or [None] * len(batch)
-        for start, grid, frame in zip(patches.starts, batch.grids, before, strict=True):
-            if frame is not None:
-                rows = slice(start, start + grid[1] * grid[2])
-                similarity[rows] = _cosine(x[rows], frame)
+        known = [number for number, frame in enumerate(before) if frame is not None]
+        if known:
+            old = torch.cat([frame.to(x.device).float() for frame in before if frame is not None])
+            starts, areas = patches.starts, [h * w for _, h, w in batch.grids]
+            rows = patches.table(np.concatenate([starts[s] + np.arange(areas[s]) for s in known]))
+            similarity[rows] = cosine_similarity(x[rows].float(), old, dim=-1)
         return least_similar(patches, similarity, [frame is not None for frame in before])
-
-
-def _cosine(new: Tensor, old: Tensor) -> Tensor:
-    old = old.to(new.device)
-    return torch.nn.functional.cosine_similarity(new.float(), old.float(), dim=-1)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tokencomp.reducers._batch import Patches, evenly
+from tokencomp.reducers._batch import evenly
 from tokencomp.reducers._late import Baseline
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.tokens.patches import Patches
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.spans import SpanBatch
 

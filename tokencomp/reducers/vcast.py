@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from tokencomp.plan.counts import frame_budgets
-from tokencomp.reducers._batch import Patches, min_max, segment
+from tokencomp.reducers._batch import min_max, segment
 from tokencomp.reducers._rows import feature_norms, finite_features
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.tokens.patches import Patches
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.spans import SpanBatch
 

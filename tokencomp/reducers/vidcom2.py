@@ -13,12 +13,13 @@ from torch.nn.functional import normalize
 
 from tokencomp.errors import OptionError
 from tokencomp.plan.counts import frame_budgets
-from tokencomp.reducers._batch import Patches, by_group
 from tokencomp.reducers._rows import feature_norms, finite_features
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.tokens.patches import Patches
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.spans import Grid, SpanBatch
+from tokencomp.tokens.stacks import by_stack
 from tokencomp.validation import check_range
 
 BANDWIDTHS = tuple(2.0**k for k in range(-3, 2))
@@ -66,7 +67,13 @@ class VidCom2(Reducer):
 
         patches = Patches.whole(batch, keeps, "vidcom2")
         x, grids = patches.features.float(), batch.grids
-        values = by_group(patches, grids, lambda m, rows: self._values(grids[m[0]], rows), x)
+        values = by_stack(
+            patches.lengths,
+            lambda m, _, rows: self._values(grids[m[0]], rows),
+            x,
+            keys=grids,
+            limit=math.inf,
+        )
         frames = [h * w for t, h, w in grids for _ in range(t)]
         # One read for the budgets of all frames, which depend on the features, and for whether
         # these are finite.
@@ -88,15 +95,14 @@ class VidCom2(Reducer):
 
         Parameters
         ----------
-        x : Tensor, shape (spans · t·h·w, d)
+        x : Tensor, shape (spans, t·h·w, d)
             Of spans of one grid.
 
         Returns
         -------
-        Tensor of float32, shape (spans · t·h·w, 2)
+        Tensor of float32, shape (spans, t·h·w, 2)
         """
         t, h, w = grid
-        x = x.view(-1, t * h * w, x.shape[1])
         quiet = x.var(1, unbiased=False).sort(stable=True).indices
         quiet = quiet[:, : max(1, int(x.shape[2] * self.channels))]
         x = x.gather(2, quiet[:, None].expand(-1, x.shape[1], -1))
@@ -104,7 +110,7 @@ class VidCom2(Reducer):
         video = similarity(frames, frames.mean((1, 2), keepdim=True))
         local = similarity(frames, frames.mean(2, keepdim=True))
         mean = video.mean(2, keepdim=True).expand_as(video)
-        return torch.stack([video + local, mean], dim=-1).flatten(0, 2)
+        return torch.stack([video + local, mean], dim=-1).flatten(1, 2)
 
 
 def similarity(x: Tensor, centre: Tensor) -> Tensor:

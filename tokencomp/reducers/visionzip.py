@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tokencomp.reducers._batch import Patches, rows_where
 from tokencomp.reducers._rows import salient_patches, tower_signal
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.tokens.nearest import nearest
+from tokencomp.tokens.patches import Patches, rows_where
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import TOWER_ATTENTION, TOWER_KEYS
 from tokencomp.tokens.spans import SpanBatch

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tokencomp.reducers._batch import by_group, rows_where
 from tokencomp.reducers._rows import salient_patches
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.tokens.patches import rows_where
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import TOWER_ATTENTION
 from tokencomp.tokens.spans import SpanBatch
+from tokencomp.tokens.stacks import HostIndex, Stack, by_stack, masked, padded
 
 STEP = 8  # tokens that leave per round
 
@@ -45,29 +47,48 @@ class VisPrune(Reducer):
     def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
         patches, x, attention = salient_patches(batch, keeps, "visprune")
 
-        def stays(members: list[int], x: Tensor, attention: Tensor) -> Tensor:
-            attention, budget = attention.view(len(members), -1), patches.budgets[members[0]]
+        def stays(spans: HostIndex, stack: Stack, unit: Tensor, attention: Tensor) -> Tensor:
+            budgets = np.asarray(patches.budgets)[spans]
+            attention = masked(attention, stack.lengths, -torch.inf)
             order = attention.sort(dim=1, descending=True, stable=True).indices
-            important, others = order[:, : budget // 2], order[:, budget // 2 :]
-            unit = normalize(x, dim=1).view(*attention.shape, -1)
-            diverse = without_copies(unit, others, budget - budget // 2)
-            mask = torch.zeros_like(attention, dtype=torch.bool)
-            return mask.scatter_(1, torch.cat([important, diverse], 1), True).flatten()
+            half = budgets // 2
+            diverse = without_copies(unit, order, half, stack.lengths - half, budgets - half)
+            important = torch.from_numpy(np.arange(stack.longest) < half[:, None]).to(order.device)
+            mask = torch.empty_like(important).scatter_(1, order, important)
+            return mask.scatter_(1, diverse, True)
 
-        shapes = list(zip(patches.lengths, patches.budgets, strict=True))
-        kept = by_group(patches, shapes, stays, x, attention, pairs=True)
+        kept = by_stack(patches.lengths, stays, normalize(x, dim=1), attention)
         return patches.kept(rows_where(kept, sum(patches.budgets)))
 
 
-def without_copies(unit: Tensor, places: Tensor, keep: int) -> Tensor:
-    """`keep` of `places` (spans, m), lists of rows of `unit` (spans, n, d), by the method's rounds.
+def without_copies(
+    unit: Tensor, order: Tensor, firsts: HostIndex, lengths: HostIndex, keep: HostIndex
+) -> Tensor:
+    """`keep` rows of every span's list, by the method's rounds, (spans, most of them).
 
-    All spans are in the same round.
+    All spans are in the same round. Short lists repeat a row.
+
+    Parameters
+    ----------
+    unit : Tensor, shape (spans, n, d)
+    order : Tensor of int64, shape (spans, m)
+        Rows of `unit`, of which `lengths` from `firsts` on are the list of a span.
     """
+
+    def table(values: HostIndex) -> Tensor:
+        return torch.from_numpy(values).to(unit.device)
+
     similarity, span = unit @ unit.mT, torch.arange(len(unit), device=unit.device)[:, None, None]
-    while (excess := places.shape[1] - keep) > 0:
-        odd, even = places[:, ::2], places[:, 1::2]
-        nearest = similarity[span, odd[:, :, None], even[:, None]].amax(2)
-        order = nearest.sort(dim=1, descending=True, stable=True).indices
-        places = torch.cat([odd.gather(1, order[:, min(STEP, excess) :]), even], 1)
+    places = order.gather(1, table(padded(firsts, lengths)))
+    while (lengths > keep).any():
+        odd, even, first = places[:, ::2], places[:, 1::2], (lengths + 1) // 2
+        near = similarity[span, odd[:, :, None], even[:, None]]
+        near = masked(masked(near, lengths - first, -torch.inf).amax(2), first, -torch.inf)
+        order = near.sort(dim=1, descending=True, stable=True).indices
+        gone = np.minimum(np.minimum(lengths - keep, STEP), first)
+        rest = padded(gone, lengths - gone)
+        # Even places stand behind the odd ones of the longest list.
+        rest += (rest >= first[:, None]) * (odd.shape[1] - first)[:, None]
+        places = torch.cat([odd.gather(1, order), even], 1).gather(1, table(rest))
+        lengths = lengths - gone
     return places

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tokencomp.tokens.patches import Patches, by_group
+from tokencomp.tokens.patches import Patches
+from tokencomp.tokens.stacks import HostIndex, Stack, by_stack, masked, starts_of
 
 BLOCK = 1 << 24  # cosines computed at once
 LOST = -1  # of patches of a span that has none chosen
@@ -18,8 +18,6 @@ LOST = -1  # of patches of a span that has none chosen
 
 def nearest(patches: Patches, x: Tensor, chosen: Tensor, counts: Sequence[int]) -> Tensor:
     """The chosen patch of the same span whose x has the largest cosine, int64, (patches,).
-
-    Spans of as many patches, and as many chosen ones, are compared together.
 
     Parameters
     ----------
@@ -30,35 +28,18 @@ def nearest(patches: Patches, x: Tensor, chosen: Tensor, counts: Sequence[int]) 
     counts
         How many of them every span has.
     """
-    starts, firsts = patches.starts, list(itertools.accumulate(counts, initial=0))
+    every = np.asarray(counts)
+    if not every.all():  # a span without any has LOST in place of one
+        rows = np.insert(np.arange(len(chosen)), starts_of(every)[:-1][every == 0], len(chosen))
+        chosen = torch.cat([chosen, chosen.new_tensor([LOST])])[patches.table(rows)]
+        every = np.maximum(every, 1)
+    firsts, unit = starts_of(every), normalize(x.float(), dim=1)
 
-    def of_group(members: list[int], rows: Tensor) -> Tensor:
-        count = counts[members[0]]
-        if not count:
-            return torch.full((len(rows),), LOST, device=rows.device)
-        own = chosen
-        if len(members) < len(patches.lengths):
-            places = [np.arange(firsts[m], firsts[m] + count) for m in members]
-            own = chosen.index_select(0, patches.table(np.concatenate(places)))
-        own = own.view(len(members), count)
-        in_span = own - patches.table([starts[m] for m in members])[:, None]
-        features = rows.float().view(len(members), -1, rows.shape[1])
-        return _nearest(features, own, in_span).flatten()
+    def of_stack(spans: HostIndex, _: Stack, rows: Tensor) -> Tensor:
+        picked = Stack(firsts[spans], every[spans], x.device)
+        own = picked.of(chosen)
+        others, step = unit[own].mT, max(1, BLOCK // own.numel())
+        parts = (masked(part @ others, picked.lengths, -torch.inf) for part in rows.split(step, 1))
+        return own.gather(1, torch.cat([part.argmax(2) for part in parts], 1))
 
-    return by_group(patches, list(zip(patches.lengths, counts, strict=True)), of_group, x)
-
-
-def _nearest(x: Tensor, chosen: Tensor, in_span: Tensor) -> Tensor:
-    """Numbers of the nearest chosen patches, (spans, n).
-
-    Parameters
-    ----------
-    x : Tensor of float32, shape (spans, n, d)
-    chosen, in_span : Tensor of int64, shape (spans, k)
-        Numbers of the chosen patches in the batch, and in their span.
-    """
-    unit = normalize(x, dim=2)
-    others = unit.gather(1, in_span[:, :, None].expand(-1, -1, x.shape[2])).mT
-    step = max(1, BLOCK // chosen.numel())
-    blocks = [(unit[:, at : at + step] @ others).argmax(2) for at in range(0, x.shape[1], step)]
-    return chosen.gather(1, torch.cat(blocks, 1))
+    return by_stack(patches.lengths, of_stack, unit)

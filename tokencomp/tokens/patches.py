@@ -8,9 +8,9 @@ on the number of spans.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,10 +19,7 @@ from torch import Tensor
 from tokencomp.errors import PlanError
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.spans import SpanBatch
-
-K = TypeVar("K", bound=Hashable)
-HostIndex = np.ndarray[Any, np.dtype[np.int64]]
-PAIRS = 1 << 24  # pairs of patches that are compared at once
+from tokencomp.tokens.stacks import HostIndex
 
 
 @dataclass
@@ -183,56 +180,3 @@ def rows_where(mask: Tensor, count: int) -> Tensor:
     They are sorted out, because the host would have to wait for the length of `nonzero`.
     """
     return mask.to(torch.uint8).sort(descending=True, stable=True).indices[:count]
-
-
-def grouped(keys: Sequence[K]) -> dict[K, list[int]]:
-    """Numbers of the spans of every key, in order."""
-    groups: dict[K, list[int]] = {}
-    for number, key in enumerate(keys):
-        groups.setdefault(key, []).append(number)
-    return groups
-
-
-def stacks(
-    patches: Patches, keys: Sequence[Hashable], pairs: bool = False
-) -> Iterator[tuple[list[int], Tensor | None]]:
-    """Groups of spans with one key, and the patches of each group (None: all patches).
-
-    With `pairs`, spans of one key have one length, and a group has no more of them than have 2²⁴
-    pairs of patches.
-    """
-    starts, lengths = patches.starts, patches.lengths
-    for same in grouped(keys).values():
-        most = max(1, PAIRS // lengths[same[0]] ** 2) if pairs else len(same)
-        for first in range(0, len(same), most):
-            members = same[first : first + most]
-            rows = [np.arange(starts[m], starts[m] + lengths[m]) for m in members]
-            whole = len(members) == len(lengths)
-            yield members, None if whole else patches.table(np.concatenate(rows))
-
-
-def by_group(
-    patches: Patches,
-    keys: Sequence[Hashable],
-    function: Callable[..., Tensor],
-    *values: Tensor,
-    pairs: bool = False,
-) -> Tensor:
-    """One value per patch, computed for the spans of every key together.
-
-    Parameters
-    ----------
-    function
-        (spans, rows of every one of `values`) → values of these rows, (rows,).
-    values : Tensor, shape (patches, …)
-    pairs
-        As in `stacks`.
-    """
-    parts, order = [], []
-    for members, rows in stacks(patches, keys, pairs):
-        if rows is None:
-            return function(members, *values)
-        parts.append(function(members, *(v.index_select(0, rows) for v in values)))
-        order.append(rows)
-    joined = torch.cat(parts)
-    return torch.empty_like(joined).index_copy_(0, torch.cat(order), joined)

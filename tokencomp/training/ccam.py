@@ -21,8 +21,13 @@ from tokencomp.trained.cards import model_card
 from tokencomp.trained.ccam import CCAMProjector
 from tokencomp.trained.ccam_config import read_card
 from tokencomp.training.capture import capture
-from tokencomp.training.ccam_config import CcamConfig
-from tokencomp.training.ccam_evaluation import check_media, evaluate, held_out, sample_spans
+from tokencomp.training.ccam_evaluation import (
+    CcamConfig,
+    check_media,
+    evaluate,
+    held_out,
+    sample_spans,
+)
 from tokencomp.training.checks import without_patch
 from tokencomp.training.data import data_identity, questions
 from tokencomp.training.loop import Loop, answer_loss

@@ -1,24 +1,57 @@
-"""What a `ccam` projector is trained and measured on: sizes of media, and the held-out accuracy."""
+"""Options of `tokencomp train ccam`, sizes of its media, and the held-out accuracy."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.settings import Setting
 from tokencomp.inputs.prompts import to_model
 from tokencomp.inputs.questions import Example
 from tokencomp.tokens.spans import VisualSpan
+from tokencomp.trained.ccam_config import ProjectorConfig
 from tokencomp.training.capture import capture
-from tokencomp.training.ccam_config import CcamConfig
 from tokencomp.training.data import EMBEDDED, load_batch, questions
 from tokencomp.training.loop import LoopConfig
 from tokencomp.training.measure import Measurement
 
 SAMPLE = 16
 """Questions whose media are counted before training and before an evaluation."""
+
+
+@dataclass(frozen=True)
+class CcamConfig(LoopConfig):
+    """Options of the training of a projector, beside those of the loop.
+
+    Attributes
+    ----------
+    queries, width, heads, mlp, causal, spatial
+        Of the projector; 0 takes the model's hidden size (width), its heads, and twice the width
+        (mlp).
+    align
+        Number of first steps that train every query to return the mean of its share of a single
+        frame, so that the frozen model can read the queries from the start (ours).
+    """
+
+    queries: int = 32
+    width: int = 0
+    heads: int = 0
+    mlp: int = 0
+    causal: bool = True
+    spatial: bool = True
+    align: int = 200
+
+    def sizes(self, model: Any) -> ProjectorConfig:
+        """The projector for `model`."""
+        config = adapter_for(model).text_config
+        hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
+        width = self.width or hidden
+        sizes = (self.queries, width, self.heads or heads, self.mlp or 2 * width, hidden, hidden)
+        return ProjectorConfig(*sizes, causal=self.causal, spatial=self.spatial)
 
 
 def check_media(spans: Sequence[VisualSpan], queries: int) -> None:

@@ -33,11 +33,11 @@ from tokencomp.evaluation.metrics import difference
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.settings import Setting
 from tokencomp.inputs.loading import load_model
-from tokencomp.reducers._batch import Patches
 from tokencomp.reducers._pixels import appearance
 from tokencomp.reducers.kcentre import KCentre
 from tokencomp.shapesqa.examples import shapesqa
 from tokencomp.shapesqa.items import items
+from tokencomp.tokens.patches import Patches
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.spans import SpanBatch
 from tokencomp.trained.cards import weights_hash

@@ -222,11 +222,13 @@ class DecoderHooks(CallHooks):
         """The output of a decoder call with full length; None where it stays as it is."""
         state = self.calls.state
         forward, state.forward, state.cached = state.forward, None, None
-        if forward is not None and len(forward.segments) > 1:
+        several = forward is not None and len(forward.segments) > 1
+        if several:
             self._layers.finish()
         if forward is None or out is None:
             return None
-        check_entered(forward.segments, module)
+        if several:
+            check_entered(forward.segments, module)
         cache = compat.get_cache(kwargs, out)
         if getattr(out, "attentions", None) is not None:
             out.attentions = restore_maps(out.attentions, forward.segments, forward.width)

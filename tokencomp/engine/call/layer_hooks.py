@@ -133,7 +133,7 @@ class SharedTables(CallHooks):
 
     def install(self, plan: Plan) -> None:
         """Replace `forward`, if the entry stage of `plan` computes tables."""
-        needs = plan.entry.reducer.needs if plan.entry is not None else ()
+        needs = plan.entry.needs if plan.entry is not None else ()
         if self.adapter.rotary is not None and any(isinstance(s, Attention) for s in needs):
             replaced = MethodReplacement(self.adapter.rotary, "forward", self._forward)
             self._handles.append(replaced)

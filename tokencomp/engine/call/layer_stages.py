@@ -35,7 +35,7 @@ def check_entry(plan: Plan, adapter: Adapter) -> None:
         takes several streams of hidden states, which embeddings are not.
     """
     entry = plan.entry
-    if entry is None or not any(isinstance(signal, Attention) for signal in entry.reducer.needs):
+    if entry is None or not any(isinstance(signal, Attention) for signal in entry.needs):
         return
     try:
         if STREAMS in _entry_only(adapter.decoder):
@@ -133,7 +133,7 @@ def scored_stages(plan: Plan, adapter: Adapter) -> Iterator[tuple[int, int, Atte
     """
     windows = Windows.of(adapter.decoder)
     for stage in plan.layer_stages:
-        for signal in stage.reducer.needs if stage.most > 0 else ():
+        for signal in stage.needs if stage.most > 0 else ():
             if isinstance(signal, Attention) and _scored_before(signal, adapter, stage.layer):
                 yield stage.layer, _scored_layer(windows, plan, stage.layer), signal
 

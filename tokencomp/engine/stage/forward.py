@@ -169,7 +169,7 @@ class ForwardPass:
             self.segments[0].layout = self.layout
             return x, positions, self.layout.origin
         tables = None
-        for signal in stage.reducer.needs:
+        for signal in stage.needs:
             if isinstance(signal, Attention) and signal.kinds & self.layout.kinds:
                 if tables is None:
                     tables = self.adapter.rotary_tables(x, positions, layer=0)
@@ -194,7 +194,7 @@ class ForwardPass:
         with no_autocast(x):
             self.layout = self.layout.to(x.device)  # layers may lie on several devices
             scores, texts = self.scores.pop(stage.layer, x.device)
-            needs, norm, frames = stage.reducer.needs, None, None
+            needs, norm, frames = stage.needs, None, None
             if NORM in needs:
                 norm = self.adapter.final_norm
             if FRAMES in needs:

@@ -93,7 +93,7 @@ def _run_stage(
     stage: Any = segment.stage
     kind, device = forward.windows.kinds[segment.first].name, hidden.device
     tables = _tables(previous, kind, kwargs, device)
-    for signal in stage.reducer.needs:
+    for signal in stage.needs:
         known = forward.scores.known(segment.first)  # by a layer before, this one has none
         if isinstance(signal, Attention) and signal.layer == "next" and not known:
             cache, layout = compat.get_cache(kwargs), forward.layout

@@ -149,7 +149,7 @@ class StageInput:
             tables["before"] = np.repeat(np.cumsum(whole) - whole, lengths)
         if any(fixed):
             tables["special"] = np.concatenate([live.span.fixed_mask() for live in lives])
-        scores, needs = self.scores, stage.reducer.needs
+        scores, needs = self.scores, stage.needs
         # Spans that keep all of their tokens have scores, but are not in the batch.
         if scores is not None and len(scores) > sum(lengths):
             tables["scored"] = self._rows_of(chosen)

@@ -185,14 +185,14 @@ def check_signals(plan: Plan, adapter: Adapter) -> frozenset[TowerSignal]:
         the decoder's attention.
     """
     for stage in plan.stages:
-        for signal in stage.reducer.needs:
+        for signal in stage.needs:
             norm = signal.source == "norm" and adapter.final_norm is not None
             if not norm and signal.source not in adapter.signals:
                 raise OptionError(
                     f"reducer {stage.reducer.name!r} reads {SOURCES[signal.source]}, which "
                     f"{adapter.family} does not offer. Use another signal or metric."
                 )
-        if sum(isinstance(signal, Attention) for signal in stage.reducer.needs) > 1:
+        if sum(isinstance(signal, Attention) for signal in stage.needs) > 1:
             raise OptionError(
                 f"reducer {stage.reducer.name!r} reads the decoder's attention in two ways, but "
                 "`VisualTokens.scores` holds one. Let `needs` name one Attention."

@@ -1,0 +1,150 @@
+"""Runs of rows, such as spans or frames, side by side in padded tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from functools import cached_property
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+K = TypeVar("K", bound=Hashable)
+HostIndex = np.ndarray[Any, np.dtype[np.int64]]
+Counts = Sequence[int] | HostIndex
+PAIRS = 1 << 24  # pairs of rows that are compared at once
+PADDING, SMALL = 4, 1 << 12  # most entries per entry of a run, and of any run
+
+
+class Stack:
+    """Runs of rows as a table (runs, longest); short ones repeat their last row.
+
+    Repeated rows change no maximum; where they would count, `masked` overwrites what they give.
+
+    Parameters
+    ----------
+    firsts, lengths
+        First row and number of rows of every run, at least one each.
+    device
+        Where the tables are.
+    """
+
+    def __init__(self, firsts: Counts, lengths: Counts, device: torch.device) -> None:
+        self.firsts, self.lengths, self.device = np.asarray(firsts), np.asarray(lengths), device
+        self.longest = int(self.lengths.max())
+        self.even = bool((self.lengths == self.longest).all())
+        ends = self.firsts + self.lengths
+        self._one_by_one = self.even and bool((self.firsts[1:] == ends[:-1]).all())
+
+    def of(self, values: Tensor) -> Tensor:
+        """The rows of values (n, …) in the table, shape (runs, longest, …); a view if possible."""
+        if not self._one_by_one:
+            return values[self.rows]
+        first, stop = int(self.firsts[0]), int(self.firsts[-1]) + self.longest
+        own = values if stop - first == len(values) else values[first:stop]
+        return own.unflatten(0, (len(self.firsts), self.longest))
+
+    def flat(self, table: Tensor) -> Tensor:
+        """What a table (runs, longest, …) says of rows of the runs, one run after the other."""
+        table = table.flatten(0, 1)
+        return table if self.even else table[self._move(np.flatnonzero(real(self.lengths)))]
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """Row of every entry, int64, shape (runs, longest)."""
+        return self._move(padded(self.firsts, self.lengths))
+
+    def _move(self, values: np.ndarray[Any, Any]) -> Tensor:
+        return torch.from_numpy(values).to(self.device)
+
+
+def by_stack(
+    lengths: Counts,
+    function: Callable[..., Tensor],
+    *values: Tensor,
+    keys: Sequence[Hashable] | None = None,
+    limit: float | None = None,
+) -> Tensor:
+    """One value per row, computed for runs of about the same length together.
+
+    Parameters
+    ----------
+    lengths
+        Rows of every run, at least one each; one run stands after the other.
+    function
+        (numbers of runs, their `Stack`, the table of every one of `values`) → a table of results.
+    values : Tensor, shape (n, …)
+    keys
+        Runs of one key alone, which have one length, are taken together. Where copies tie, the
+        roundings of padded products would choose between them.
+    limit
+        Pairs of rows of one run that are in memory at once, by default 2²⁴.
+    """
+    parts, order, starts, own = [], [], starts_of(lengths), np.asarray(lengths)
+    groups = grouped(keys).values() if keys else [np.arange(len(own))]
+    portion = (np.asarray(g)[p] for g in groups for p in portions(own[g] ** 2, limit or PAIRS))
+    for runs in portion:
+        stack = Stack(starts[runs], own[runs], values[0].device)
+        parts.append(stack.flat(function(runs, stack, *map(stack.of, values))))
+        if len(runs) == len(own):
+            return parts[0]
+        order.append(stack.flat(stack.rows))
+    joined = torch.cat(parts)
+    return torch.empty_like(joined).index_copy_(0, torch.cat(order), joined)
+
+
+def grouped(keys: Sequence[K]) -> dict[K, list[int]]:
+    """Numbers of the runs of every key, in order."""
+    groups: dict[K, list[int]] = {}
+    for number, key in enumerate(keys):
+        groups.setdefault(key, []).append(number)
+    return groups
+
+
+def real(lengths: Counts) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Whether an entry of a table of runs is one of their rows, (runs, longest)."""
+    own = np.asarray(lengths)[:, None]
+    inside: np.ndarray[Any, np.dtype[np.bool_]] = np.arange(own.max()) < own
+    return inside
+
+
+def masked(table: Tensor, lengths: Counts, value: float) -> Tensor:
+    """A table (runs, …, longest), in which `value` is written behind the lengths of the runs."""
+    if len(set(lengths)) == 1:
+        return table
+    outside = torch.from_numpy(~real(lengths)).to(table.device)
+    return table.masked_fill_(outside.view(len(table), *[1] * (table.ndim - 2), -1), value)
+
+
+def portions(entries: HostIndex, limit: float) -> Iterator[HostIndex]:
+    """Numbers of runs whose tables, padded to the entries of the largest, fit into memory together.
+
+    Small ones come first, and numbers ascend. No run is padded to more than 4 times its entries, or
+    to 2¹².
+    """
+    order = np.argsort(entries, kind="stable")
+    first = 0
+    for place, most in enumerate(entries[order].tolist()):
+        if most > max(PADDING * entries[order[first]], SMALL) or most * (place + 1 - first) > limit:
+            if place > first:
+                yield np.sort(order[first:place])
+            first = place
+    yield np.sort(order[first:])
+
+
+def padded(firsts: Counts, lengths: Counts) -> HostIndex:
+    """Rows of runs by first row and length, (runs, longest); short runs repeat their last row."""
+    own = np.asarray(lengths)[:, None]
+    rows: HostIndex = np.asarray(firsts)[:, None] + np.minimum(np.arange(own.max()), own - 1)
+    return rows
+
+
+def starts_of(lengths: Counts) -> HostIndex:
+    """First row of every run of these lengths, and where the last one ends."""
+    return np.cumsum([0, *lengths])
+
+
+def rows_of(ends: HostIndex, numbers: Counts) -> HostIndex:
+    """Rows of the runs of these numbers, one run after the other; `ends` are `starts_of`."""
+    return np.concatenate([np.arange(ends[number], ends[number + 1]) for number in numbers])
