@@ -17,6 +17,7 @@ from support.matrix import row
 import tokencomp
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.registry import available_models, register_adapter
+from tokencomp.cli import _methods
 from tokencomp.errors import NameTakenError, OptionError, PluginWarning, UnknownNameError
 from tokencomp.plan.stages import TowerStage
 from tokencomp.reducers import registry
@@ -24,7 +25,7 @@ from tokencomp.reducers.compose import Compose
 from tokencomp.reducers.merge import Merge
 from tokencomp.reducers.published import Published
 from tokencomp.reducers.uniform import Uniform
-from tokencomp.serving.servable import serving_safe
+from tokencomp.serving.servable import check_name, serving_safe
 
 
 @pytest.fixture(autouse=True)
@@ -217,3 +218,7 @@ def test_methods_that_are_left_out_are_named_so(name: str) -> None:
     with pytest.raises(UnknownNameError, match="left out on purpose") as caught:
         tokencomp.make_reducer(name)
     assert "Did you mean" not in str(caught.value)
+    with pytest.raises(UnknownNameError, match="left out on purpose"):
+        _methods.reducers(name)
+    with pytest.raises(OptionError, match="left out on purpose"):
+        check_name("reducer", name)

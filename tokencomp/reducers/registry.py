@@ -16,7 +16,7 @@ from collections.abc import Callable
 from importlib import metadata
 from typing import Any, TypeVar, cast
 
-from tokencomp.errors import OptionError, PluginWarning, UnknownNameError, check_free, unknown_name
+from tokencomp.errors import OptionError, PluginWarning, check_free, unknown_name
 from tokencomp.plan.reducer import StageReducer
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.compose import Compose, assign_options, part_names
@@ -45,8 +45,6 @@ FORMER = {
     "serving_safe": "nothing, it is computed from the plan, the signals and the counts",
 }
 """What reducers once said of themselves and nothing reads any more, and what to write instead."""
-LEFT_OUT = ("prumerge", "prunevid", "ottvid", "framefusion", "echoprune", "f3a", "occamtoken")
-"""Methods that docs/reducers.md lists as left out, without hyphens."""
 OF_PUBLISHED = ("revision", "moved", "published_layers")
 
 R = TypeVar("R", bound=type[Reducer])
@@ -228,11 +226,6 @@ def _meant(wrong: list[str], allowed: list[str]) -> str:
 def _class_of(name: str) -> type[Reducer]:
     registry = available_reducers()
     if not isinstance(name, str) or name not in registry:
-        if str(name).lower().replace("-", "") in LEFT_OUT:
-            raise UnknownNameError(
-                f"unknown reducer {name!r}: this method is left out on purpose, docs/reducers.md "
-                f"says why. Available: {', '.join(registry)}."
-            )
         raise unknown_name("reducer", str(name), registry)
     return registry[name]
 
