@@ -3,10 +3,10 @@
     python -m recipes.photographs.build              # the whole recipe
     python -m recipes.photographs.build --share 0.1  # a tenth of the steps with the decoder
 
-`benchmarks/real/README.md` says how long the run behind it took: the whole recipe needs one to two and
-a half hours of one core with bfloat16 units. Stop it at any time: the same command goes on where it
-stopped. It downloads nothing; it says what to install. The model comes to the ignored folder
-`build/real/`.
+`benchmarks/real/README.md` says how long the run behind it took: the whole recipe needs one to two
+and a half hours of one core with bfloat16 units. Stop it at any time: the same command goes on
+where it stopped. It downloads nothing; it says what to install. The model comes to the ignored
+folder `build/real/`.
 """
 
 from __future__ import annotations
