@@ -47,11 +47,9 @@ python -m benchmarks.real.run        # makes this page
 - The things are a closed set of {len(NAMES)} nouns. {len(FURTHER) + 5} of them have two or three
   photographs, and the last of these is for test questions alone; of the others, tests show the
   photograph that training saw, with other layouts, sizes and backgrounds.
-- Training never shows the backgrounds of validation and test. The results below are of a training
-  with 21 backgrounds of its own, which gave false names to unseen ones: counting suffers from it.
-  The recipe has 66 since, turned, mirrored, recolored and laid over one another. It has not run to
-  its end yet; after its first stage, unseen backgrounds of the validation split get no more false
-  names than those of training.
+- Training never shows the backgrounds of validation and test. It has 66 of its own, which it
+  turns, mirrors, recolors and lays over one another; with 21, tokens of unseen backgrounds named
+  things that are not there.
 - The pictures are composed, so there are no occlusions, no shadows and no scenes that make sense.
 - The answers are from one training with one seed, and from few questions: intervals are wide.
 - There are no videos: the stock class takes frames as single pictures. [Clips of the same

@@ -190,3 +190,19 @@ def test_published_pages_are_those_of_the_published_results(
     (tmp_path / "margin.md").write_text(margin.page(margin.read(FOLDER / "margin")))
     for name in ("README.md", "summary.md", "choice.md", "margin.md"):
         assert (tmp_path / name).read_text() == (FOLDER / name).read_text(), name
+
+
+def test_two_candidates_over_groups_of_models(unpublished: Path) -> None:
+    """Each group by the names that its answers have; the cells of all groups count alike."""
+    choices(unpublished, ("a", "b", "c"))
+    a, b, c = read_all(unpublished, "validation")
+    found = ranking.compare(
+        [([a, b], ("merge", {}), ("condiv", {})), ([c], ("random", {}), ("merge", {}))]
+    )
+    assert found["cells"] == 3 * len(RATIOS) * len(store.KINDS)
+    first, second = (2 * 26 + 12) / (3 * 28), (2 * 27 + 26) / (3 * 28)
+    assert found["scores"] == pytest.approx([first, second])
+    highest = max(store.BARS.values())
+    assert found["spare"] == pytest.approx([12 / 28 - highest, 26 / 28 - highest])
+    low, high = found["difference"]
+    assert low < second - first < high

@@ -8,7 +8,6 @@ The rule, its history and the reasons are in docs/decisions/0001-default-reducer
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,18 +17,19 @@ import torch
 
 from benchmarks import publishing
 from benchmarks.accuracy.report import learned_sentence, page_folder, sources
-from benchmarks.accuracy.run import RATIOS, answer_all
-from benchmarks.accuracy.store import KINDS, RESULTS, Results, read_all
+from benchmarks.accuracy.run import answer_all
+from benchmarks.accuracy.store import RESULTS, Results, read_all
 from benchmarks.accuracy.studies.ranking import (
-    BY_KIND,
     Candidate,
     answered,
     by_kind,
+    choice_table,
+    compare,
     keys,
     rank,
     settings,
+    title,
 )
-from benchmarks.accuracy.tables import table
 from benchmarks.real import candidates as real
 from tokencomp.cli import one_message
 from tokencomp.evaluation.settings import REST, Setting
@@ -100,36 +100,6 @@ QUESTION_FAMILIES = (
 )  # fmt: skip
 
 
-def title(candidate: Candidate) -> str:
-    if candidate[0] == BY_KIND:
-        return ", ".join(f"{title(part)} on {kind}" for kind, part in candidate[1].items())
-    return f"{candidate[0]} {', '.join(f'{k}={v}' for k, v in candidate[1].items())}".strip()
-
-
-def choice_table(rows: list[dict[str, Any]], chosen: Candidate, results: list[Results]) -> str:
-    columns = list(itertools.product(RATIOS, KINDS))
-    cells = [(ratio, kind) for _, ratio, kind in keys(results)]
-    head = ["candidate", "score", "difference to best (95 %)", "to spare"]
-    body = []
-    for r in rows:
-        candidate, (low, high) = (r["reducer"], r["options"]), r["difference"]
-        body.append(
-            [
-                f"**{title(candidate)}**" if candidate == chosen else title(candidate),
-                f"{r['score']:.1%}",
-                f"[{low:+.1%}, {high:+.1%}]" + (" tied" if r["tied"] else ""),
-                f"{100 * r['spare']:+.2f}",
-                *(mean_of(r["cells"], cells, column) for column in columns),
-            ]
-        )
-    return table([*head, *(f"{kind} {ratio:g}" for ratio, kind in columns)], body)
-
-
-def mean_of(values: list[float], cells: list[tuple[float, str]], column: tuple[float, str]) -> str:
-    selected = [v for v, c in zip(values, cells, strict=True) if c == column]
-    return f"{sum(selected) / len(selected):.1%}" if selected else "–"
-
-
 def evidence(folder: Path) -> list[Results]:
     """Validation results of the models in a folder, and of photographs."""
     return [*read_all(folder, "validation"), real.photographs(), real.photographs(real.RESULTS)]
@@ -167,6 +137,7 @@ def write_choice(results: list[Results], folder: Path) -> dict[str, Any]:
         OTHERS,
         *ranked(others, real.CANDIDATES),
         *ranked(others, [*real.CANDIDATES, *SCORED]),
+        *over_all(results, others),
     ]
     for one in [*results, *others]:
         about = f"{one.manifest['items']} questions. {learned_sentence(one)}"
@@ -184,6 +155,25 @@ def ranked(results: list[Results], candidates: list[Candidate]) -> list[str]:
     names = ", ".join(one.manifest["model"] for one in ready)
     table_of_all = choice_table(rows, candidates[0], ready)
     return [f"Of {names}.", table_of_all, *by_the_rule(rows, candidates[0])]
+
+
+def over_all(results: list[Results], others: list[Results]) -> list[str]:
+    """The default and merging on images, over the models of the choice and the others."""
+    dropping, merging = real.CANDIDATES[:2]
+    groups = [
+        (results, by_kind(dropping, VIDEOS), by_kind(WEIGHTED, VIDEOS)),
+        (others, dropping, by_kind(merging, dropping)),
+    ]
+    if not all(some and answered(some, one) for some, *pair in groups for one in pair):
+        return []
+    found = compare(groups)
+    (default, merged), (low, high) = found["scores"], found["difference"]
+    least = " and ".join(f"{-100 * value:.1f}" for value in found["spare"])
+    return [
+        f"Over all {len(results) + len(others)} models ({found['cells']} cells) the default scores "
+        f"{default:.1%}, and merging on images {merged:.1%} ({low:+.1%} to {high:+.1%}). In the "
+        f"cell where each keeps least, they are {least} points below the bar."
+    ]
 
 
 def by_the_rule(rows: list[dict[str, Any]], default: Candidate) -> list[str]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from benchmarks.accuracy.run import RATIOS
 from benchmarks.accuracy.store import BARS, KINDS, Results
+from benchmarks.accuracy.tables import table
 from tokencomp.evaluation.settings import FULL, Setting, label_of
 
 Candidate = tuple[str, dict[str, Any]]
@@ -106,3 +107,59 @@ def rank(results: list[Results], candidates: list[Candidate]) -> list[dict[str, 
             }
         )
     return sorted(rows, key=lambda r: -r["score"])
+
+
+def compare(groups: list[tuple[list[Results], Candidate, Candidate]]) -> dict[str, Any]:
+    """Two candidates over groups of models, whose stored answers name them differently.
+
+    Returns
+    -------
+    dict
+        Of both, in order: `scores`, and `spare` as in `rank`; `difference` of the second to the
+        first, low and high; the number of `cells`.
+    """
+    samples = [one for results, *_ in groups for one in draws(results)]
+    bars = [BARS[key[1]] for results, *_ in groups for key in keys(results)]
+    means, spare = [], []
+    for number in (1, 2):
+        cells = [cell for group in groups for cell in scores(group[0], group[number])]
+        means.append(mean_retention(cells, samples))
+        kept = [float(cell[0].sum() / max(cell[1].sum(), 1)) for cell in cells]
+        spare.append(min(value - bar for value, bar in zip(kept, bars, strict=True)))
+    low, high = np.quantile((means[1] - means[0])[1:], [0.025, 0.975])
+    return {
+        "scores": [float(mean[0]) for mean in means],
+        "spare": spare,
+        "difference": [float(low), float(high)],
+        "cells": len(samples),
+    }
+
+
+def title(candidate: Candidate) -> str:
+    if candidate[0] == BY_KIND:
+        return ", ".join(f"{title(part)} on {kind}" for kind, part in candidate[1].items())
+    return f"{candidate[0]} {', '.join(f'{k}={v}' for k, v in candidate[1].items())}".strip()
+
+
+def choice_table(rows: list[dict[str, Any]], chosen: Candidate, results: list[Results]) -> str:
+    columns = list(itertools.product(RATIOS, KINDS))
+    cells = [(ratio, kind) for _, ratio, kind in keys(results)]
+    head = ["candidate", "score", "difference to best (95 %)", "to spare"]
+    body = []
+    for r in rows:
+        candidate, (low, high) = (r["reducer"], r["options"]), r["difference"]
+        body.append(
+            [
+                f"**{title(candidate)}**" if candidate == chosen else title(candidate),
+                f"{r['score']:.1%}",
+                f"[{low:+.1%}, {high:+.1%}]" + (" tied" if r["tied"] else ""),
+                f"{100 * r['spare']:+.2f}",
+                *(mean_of(r["cells"], cells, column) for column in columns),
+            ]
+        )
+    return table([*head, *(f"{kind} {ratio:g}" for ratio, kind in columns)], body)
+
+
+def mean_of(values: list[float], cells: list[tuple[float, str]], column: tuple[float, str]) -> str:
+    selected = [v for v, c in zip(values, cells, strict=True) if c == column]
+    return f"{sum(selected) / len(selected):.1%}" if selected else "–"
