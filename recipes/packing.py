@@ -49,7 +49,7 @@ class Packer:
 
     def __init__(self, tokenizer, family):
         self.tokenizer, self.family = tokenizer, family
-        self.forms = {kind: ChatForm.from_tokenizer(tokenizer, kind) for kind in ("image", "video")}
+        self.forms = {kind: ChatForm.from_tokenizer(tokenizer, kind) for kind in family.kinds}
         self._ids = lru_cache(maxsize=50_000)(self._encode)
 
     def _encode(self, text: str) -> tuple[int, ...]:

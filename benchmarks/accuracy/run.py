@@ -50,7 +50,7 @@ from tokencomp.zoo import available_models, load
 
 RATIOS = (0.5, 0.75, 0.9, 0.95)
 BASELINES = ("random", "uniform", DOWNSCALE)
-TOWERS = ("visual", "vision_tower", "vision_model")
+TOWERS = ("visual", "vision_tower", "vision_model", "audio_tower")
 LOST_RATIOS, LOST_PER_KIND, LOST_SIDE = (0.75, 0.9), 2, 128
 LEFT_OUT = ("ccam",)  # it always returns the same token count
 VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {

@@ -77,11 +77,11 @@ def page(results: dict[str, Any]) -> str:
     """Markdown of a result file."""
     rows = [Row.model_validate(row) for row in results["rows"]]
     runs = runs_of(rows, PackedAnswers.from_json(results["answers"]))
-    parts = [HEAD, _training(results), _families(results)]
+    parts = [HEAD, _training(results), families_table(results)]
     if not results["learned"]:
         return "\n".join([*parts, "\nNo family is learned, so there is no table of methods.\n"])
     title = f"\n## Methods, on the learned families\n\n{len(runs[0].records)} test questions.\n"
-    parts += [title, *table_lines(rows, runs), _moved(results), _by_family(results, runs)]
+    parts += [title, *table_lines(rows, runs), _moved(results), methods_by_family(results, runs)]
     return "\n".join([*parts, _against_uniform(runs), losing(runs)])
 
 
@@ -107,7 +107,7 @@ def _training(results: dict[str, Any]) -> str:
 """
 
 
-def _families(results: dict[str, Any]) -> str:
+def families_table(results: dict[str, Any]) -> str:
     """Accuracy of the full model by family, beside that of a blind guess."""
     scores, guess = results["scores"], results["blind"]
     rows = [
@@ -127,7 +127,7 @@ def _families(results: dict[str, Any]) -> str:
     return f"{title}\n{table([*head, 'full, test'], rows)}"
 
 
-def _by_family(results: dict[str, Any], runs: list[EvalRun]) -> str:
+def methods_by_family(results: dict[str, Any], runs: list[EvalRun]) -> str:
     """Accuracy of every setting by learned family."""
     learned = results["learned"]
     rows = [

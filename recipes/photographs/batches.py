@@ -32,6 +32,8 @@ Grids = list[list[list[str]]]
 class Placeholders:
     """What `Packer` has to know of the model: how the one placeholder of a picture is expanded."""
 
+    kinds = ("image",)
+
     @staticmethod
     def expand(
         ids: Any, kind: str, shape: tuple[int, int, int], encode: Encode, fps: float

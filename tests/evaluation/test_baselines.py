@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from tokencomp.adapters.registry import adapter_for
-from tokencomp.evaluation.baselines import STRETCH, EqualTokens
+from tokencomp.evaluation.baselines import STRETCH, EqualTokens, faster
 
 Size = tuple[int, int]
 
@@ -94,3 +95,17 @@ def test_of_as_many_tokens_most_frames(frames: int, ratio: float) -> None:
     found = equal.shrink(video, ratio)
     assert equal.tokens(found) == fewest
     assert len(found) == max(n for n in counts if equal.tokens(video[:n]) == fewest) <= best
+
+
+@pytest.mark.parametrize("share", [0.5, 0.25, 0.1])
+def test_faster_sounds_are_as_loud_and_higher(share: float) -> None:
+    """A tone comes out with as many swings in fewer samples; what would be too high is left out."""
+    t = np.arange(1600)
+    tone = np.sin(2 * np.pi * 0.02 * t).astype(np.float32)
+    high = np.sin(2 * np.pi * 0.49 * t).astype(np.float32)
+    kept = np.arange(round(1600 * share))
+    expected = np.sin(2 * np.pi * 0.02 / share * kept)
+    for sound in (tone, tone + high):
+        out = faster(sound, share)
+        assert out.dtype == np.float32
+        np.testing.assert_allclose(out, expected, atol=1e-4)

@@ -60,7 +60,12 @@ class EqualTokens:
             return False
 
     def shrink(self, media: Any, ratio: float) -> Any:
-        """The image or video with `1 - ratio` of its tokens, as near as the processor allows."""
+        """The media with `1 - ratio` of their tokens, as near as the processor allows.
+
+        Sounds are played faster.
+        """
+        if media_kind(media) == "audio":
+            return faster(media, 1 - ratio)
         is_video = media_kind(media) == "video"
         size = (media[0] if is_video else media).size
         key = (is_video, size, len(media) if is_video else 1, ratio)
@@ -149,3 +154,10 @@ class _Frames:
     def __call__(self, media: Any) -> Any:
         places = frame_indices(len(media), self.frames)
         return with_frames(media, [media[k] for k in places], places)
+
+
+def faster(samples: np.ndarray, share: float) -> np.ndarray:
+    """Sound (n,) in `share` of its time, and as much higher: its spectrum without the top."""
+    n, kept = len(samples), max(1, round(len(samples) * share))
+    spectrum = np.fft.rfft(samples)[: kept // 2 + 1]
+    return (np.fft.irfft(spectrum, kept) * (kept / n)).astype(samples.dtype)

@@ -201,9 +201,9 @@ class Answerer:
 
 
 def kind_of(row: Loaded) -> str:
-    """ "video" if a video is among the media of a question, "image" if an image is, else ""."""
+    """The first of "video", "image" and "audio" that is among the media of a question, or ""."""
     kinds = {media_kind(media) for media in row[1]}
-    return "video" if "video" in kinds else "image" if kinds else ""
+    return next((kind for kind in ("video", "image", "audio") if kind in kinds), "")
 
 
 def _record(row: Loaded, text: str, seconds: float, cost: Cost) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def load_model(
         model, processor = load_folder(path, pick_dtype(dtype, device), **options)
     except (OSError, ValueError, KeyError) as error:
         raise UnsupportedModelError(
-            f"{name!r} cannot be loaded as an image-text model: {_first_line(error)} "
+            f"{name!r} cannot be loaded as a multimodal model: {_first_line(error)} "
             f"Give an embedded model ({', '.join(available_models()) or 'none is installed'}), a "
             "folder in the Hugging Face layout, or the id of a hub model that can be reached."
         ) from error
@@ -124,6 +124,7 @@ def load_folder(path: str, dtype: torch.dtype | None = None, **options: Any) -> 
         import torchvision  # noqa: F401
     except ModuleNotFoundError as error:
         raise missing_package(error) or error from None
+    import transformers
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     from tokencomp.models import register_auto_classes
@@ -131,10 +132,13 @@ def load_folder(path: str, dtype: torch.dtype | None = None, **options: Any) -> 
     register_auto_classes()  # architectures that transformers lacks
     local = {name: value for name, value in options.items() if name == "local_files_only"}
     # The config comes first: its errors name the path, those of processors do not.
-    AutoConfig.from_pretrained(path, **local)
+    config = AutoConfig.from_pretrained(path, **local)
     processor = AutoProcessor.from_pretrained(path, **local)
     dtype = torch.float32 if dtype is None else dtype
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, **options)
+    images = AutoModelForImageTextToText
+    kinds = (images, getattr(transformers, "AutoModelForMultimodalLM", images))  # those that listen
+    kind = next((k for k in kinds if type(config) in k._model_mapping), images)
+    model = kind.from_pretrained(path, dtype=dtype, **options)
     return model.eval(), processor
 
 

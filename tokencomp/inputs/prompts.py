@@ -14,6 +14,7 @@ from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import MediaError
 from tokencomp.inputs.frame_times import frame_times
 from tokencomp.inputs.questions import media_kind
+from tokencomp.inputs.sounds import RATE
 from tokencomp.inputs.video import Sampling, sampling_of
 
 Chat = list[dict[str, Any]]
@@ -47,6 +48,7 @@ def chat_inputs(
     videos: Sequence[Any],
     samplings: Sequence[Sampling] = (),
     texts: Sequence[str] = (),
+    sounds: Sequence[np.ndarray] = (),
 ) -> dict[str, Tensor]:
     """One left-padded batch of conversations that end where the answer begins, on the CPU.
 
@@ -62,6 +64,8 @@ def chat_inputs(
         When the frames of each video were shown, for processors that write their times.
     texts
         The rendered conversations, if they are known.
+    sounds
+        Mono samples at 16 kHz, float (n,).
     """
     texts = [*texts] or [
         processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
@@ -71,6 +75,8 @@ def chat_inputs(
     if videos:
         media.update(videos=list(videos), do_sample_frames=False)
         media.update(frame_times(processor, samplings))
+    if sounds:
+        media.update(audio=list(sounds), sampling_rate=RATE)
     tokenizer = getattr(processor, "tokenizer", processor)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -111,8 +117,8 @@ def build_inputs(
     processor
         A Hugging Face processor with a chat template.
     media
-        Per row: PIL images, and lists of PIL images (videos), in prompt order. A
-        `tokencomp.inputs.video.Video` says when its frames were shown.
+        Per row: PIL images, lists of PIL images (videos), and arrays of samples (sounds), in
+        prompt order. A `tokencomp.inputs.video.Video` says when its frames were shown.
     prompts
         Per row: the text after the media.
 
@@ -126,13 +132,15 @@ def build_inputs(
     images = [m for m in flat if media_kind(m) == "image"]
     clips = [m for m in flat if media_kind(m) == "video"]
     videos = [np.stack([np.asarray(f) for f in m]) for m in clips]
+    sounds = [m for m in flat if media_kind(m) == "audio"]
     try:
         samplings = [*map(sampling_of, clips)]
-        return chat_inputs(processor, chats, images, videos, samplings)
+        return chat_inputs(processor, chats, images, videos, samplings, sounds=sounds)
     except ValueError as error:
         sizes = ", ".join(f"{image.width}×{image.height}" for image in images) or "no images"
+        others = f"{len(videos)} videos; {len(sounds)} sounds"
         raise MediaError(
-            f"the model's processor refuses the prompt ({sizes}; {len(videos)} videos): {error}"
+            f"the model's processor refuses the prompt ({sizes}; {others}): {error}"
         ) from error
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from tokencomp.inputs.frames import Frames
 
 Media = Any
-"""A path, a PIL image, or a list of PIL images (a video)."""
+"""A path, a PIL image, a list of PIL images (a video), or mono samples of sound, float (n,)."""
 
 LETTERS = "ABCDEFGH"
 
@@ -31,7 +31,8 @@ class Example:
     answer
         The right answer: words, or the letter of an option.
     media
-        Images and videos (paths, PIL images, lists of PIL images), in prompt order.
+        Images, videos and sounds in prompt order: paths, PIL images, lists of PIL images, and
+        samples (n,) at 16 kHz.
     family
         Group for per-family accuracy.
     """
@@ -43,19 +44,20 @@ class Example:
     family: str = ""
 
     def load(self, frames: Frames) -> list[Any]:
-        """The media as PIL images and lists of PIL images; `frames` as in `load_media`.
+        """The media, decoded; `frames` as in `load_media`.
 
         Raises
         ------
         MediaError, OptionError, ScoreError
-            As `load_media`.
+            As `load_media` and `load_sound`.
         """
-        from tokencomp.inputs.media import load_media
+        return [self._decoded(m, frames) if isinstance(m, str | Path) else m for m in self.media]
 
-        return [
-            load_media(m, frames, question=self.prompt) if isinstance(m, str | Path) else m
-            for m in self.media
-        ]
+    def _decoded(self, path: str | Path, frames: Frames) -> Any:
+        from tokencomp.inputs.media import load_media
+        from tokencomp.inputs.sounds import is_sound, load_sound
+
+        return load_sound(path) if is_sound(path) else load_media(path, frames, None, self.prompt)
 
     def correct(self, prediction: str) -> bool:
         """Whether `prediction` is the answer: the same words, or the same option letter."""
@@ -102,7 +104,10 @@ def _words(text: str) -> str:
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
-def media_kind(media: Media) -> Literal["image", "video"]:
-    """ "video" for a list of frames or an array of frames, else "image"."""
-    is_video = isinstance(media, list) or (isinstance(media, np.ndarray) and media.ndim == 4)
+def media_kind(media: Media) -> Literal["image", "video", "audio"]:
+    """ "video" for a list or an array of frames, "audio" for an array (n,), else "image"."""
+    axes = media.ndim if isinstance(media, np.ndarray) else 0
+    if axes == 1:
+        return "audio"
+    is_video = isinstance(media, list) or axes == 4
     return "video" if is_video else "image"

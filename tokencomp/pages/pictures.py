@@ -192,7 +192,7 @@ def save_kept(folder: Path, example: Example, media: Sequence[Any], stats: Stats
     Parameters
     ----------
     folder
-        Of the run. A picture that it has already stays.
+        Of the run. A picture that it has already stays. Sounds have none.
     example, media
         The question, and what it is about, decoded.
     stats
@@ -200,6 +200,8 @@ def save_kept(folder: Path, example: Example, media: Sequence[Any], stats: Stats
     """
     path = folder / KEPT
     if path.exists() or not media or not stats.spans[0]:
+        return
+    if any(media_kind(one) == "audio" for one in media):
         return
     kept_picture(media, stats).save(path, comment=f"{example.id}: {example.prompt}".encode())
 

@@ -154,7 +154,7 @@ class Session:
                 f"append(image, seconds={seconds!r}): times belong to frames. Leave seconds out, "
                 "or give the image as a list of one frame."
             )
-        medium: Any = as_image(media) if kind == "image" else as_frames(media)
+        medium: Any = as_frames(media) if kind == "video" else as_image(media)
         if kind == "video":
             times = self._clock.times(media, seconds, reads_times(self._processor))
         piece = self._pieces.setdefault(kind, self._turns.media(kind))

@@ -1,0 +1,66 @@
+"""Train a tiny model that listens, from scratch.
+
+    python -m recipes.sounds.build
+
+`benchmarks/sounds/README.md` says how long the run behind it took. Stop it at any time: the same
+command goes on where it stopped. It downloads nothing. The model comes to the ignored folder
+`build/sounds/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from pathlib import Path
+
+import torch
+
+from recipes.sounds.batches import SoundBatches
+from recipes.sounds.model import build, build_processor, build_tokenizer, save
+from recipes.sounds.train import RECIPE, SoundTrainer
+from tokencomp.cli import one_message
+from tokencomp.evaluation.environment import environment
+from tokencomp.storage import write_json
+
+FOLDER = Path(__file__).resolve().parents[2] / "build" / "sounds"
+
+
+def train(folder: Path, seed: int, stop_after: int | None) -> bool:
+    """Train the model, and write what is there; whether the recipe is done."""
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer(folder / "tokenizer")
+    model = build(tokenizer)
+    maker = SoundBatches(build_processor(tokenizer), seed)
+    trainer = SoundTrainer(model, maker, RECIPE, folder)
+    done = trainer.run(stop_after)
+    save(model.eval(), tokenizer, folder / "model")
+    facts = {
+        "seed": seed,
+        "finished": done,
+        "stages": {stage.name: stage.steps for stage in RECIPE},
+        "seconds": round(trainer.seconds),
+        "training_scores": trainer.scores.percent(),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        **environment(),
+    }
+    write_json(folder / "model" / "training.json", facts)
+    print(json.dumps(facts["training_scores"]), flush=True)
+    return done
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=FOLDER)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--stop-after", type=int, help="steps in this call; writes what is there")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    torch.set_num_threads(args.threads)
+    train(args.out, args.seed, args.stop_after)
+
+
+if __name__ == "__main__":
+    with one_message():
+        main()
