@@ -23,7 +23,7 @@ from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import check_members, make_reducer, options_of
 from tokencomp.validation import check_effect
 
-DEFAULT_REDUCER = "auto"  # kcentre on images, condiv on videos and audio: reducers/auto.py
+DEFAULT_REDUCER = "auto"  # kcentre on images, condiv on videos, uniform on audio
 DEFAULT_SERVED_REDUCER = "kcentre"  # ignores the question, so media caches serve every question
 DEFAULT_TOWER_REDUCER = "kcentre"
 # tower_ratio="auto" keeps this many times the cells that the decoder will see, so that its reducer,

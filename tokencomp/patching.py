@@ -71,9 +71,9 @@ def patch(
         item is multiplied by `decay` for every item behind it, down to one token. So an item keeps
         less in a prompt in which more follow: a prompt comes as a whole, in one call. 1 = off.
     reducer
-        A name from `tokencomp.available_reducers()`, or a `Reducer`. "auto": kcentre on images and
-        condiv on videos and audio; kcentre on all media if the first decoder layer has no attention
-        that could score tokens.
+        A name from `tokencomp.available_reducers()`, or a `Reducer`. "auto": kcentre on images,
+        condiv on videos and uniform on audio; kcentre on all media if the first decoder layer has
+        no attention that could score tokens.
     plan
         Explicit stages, instead of `ratio`, `reducer` and options: a `Plan`, its JSON form
         `[{"layer": 0, "fraction": 0.5, "reducer": "merge"}, ...]` (see `plan_to_json`), or the

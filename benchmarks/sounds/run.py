@@ -37,6 +37,7 @@ METHODS: list[tuple[str, dict[str, Any]]] = [
     ("auto", {}),
     ("auto", {REST: "merge"}),
     ("condiv", {}),
+    ("condiv", {"power": 0.35}),
     ("kcentre", {}),
     ("kcentre", {REST: "merge"}),
     ("scope", {"saliency": "none", REST: "merge"}),

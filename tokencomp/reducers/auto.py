@@ -12,6 +12,7 @@ from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.condiv import ConDiv
 from tokencomp.reducers.kcentre import KCentre
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.reducers.uniform import Uniform
 from tokencomp.tokens.patches import Patches
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import Attention
@@ -21,21 +22,22 @@ from tokencomp.tokens.spans import SpanBatch
 @register_reducer("auto")
 @dataclass(frozen=True, repr=False)
 class Auto(Reducer):
-    """`kcentre` on images, `condiv` on videos, and `condiv` with `power=0.35` on audio.
+    """`kcentre` on images, `condiv` on videos, and `uniform` on audio.
 
     On images attention has no part, because that of early layers leans towards the end of a picture
-    (arXiv 2412.13180), so prompts of images alone are not scored. On videos it has: what happens
-    again looks like what is already kept, and relevance has to speak for it. Chosen on validation
+    (arXiv 2412.13180), so prompts without videos are not scored. On videos it has: what happens
+    again looks like what is already kept, and relevance has to speak for it. In sound, tokens that
+    look alike say how long and how often, and choosing by distance loses that. Chosen on validation
     questions: docs/decisions/0001-default-reducer.md.
     """
 
-    by_kind: ClassVar[dict[str, KCentre | ConDiv]] = {
+    by_kind: ClassVar[dict[str, KCentre | ConDiv | Uniform]] = {
         "image": KCentre(),
         "video": ConDiv(),
-        "audio": ConDiv(power=0.35),
+        "audio": Uniform(),
     }
-    needs = frozenset({Attention("text", kinds=frozenset({"video", "audio"}))})
-    summary = "the default: kcentre on images, condiv on videos and audio"
+    needs = frozenset({Attention("text", kinds=frozenset({"video"}))})
+    summary = "the default: kcentre on images, condiv on videos, uniform on audio"
 
     def __repr__(self) -> str:
         return f"Auto({', '.join(f'{name}={value!r}' for name, value in self.by_kind.items())})"

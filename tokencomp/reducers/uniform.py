@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from tokencomp.reducers._batch import evenly
 from tokencomp.reducers._late import Baseline
@@ -24,6 +25,10 @@ class Uniform(Baseline):
 
     def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
         patches = Patches.of(batch, keeps)
+        return patches.kept(self.chosen(patches))
+
+    def chosen(self, patches: Patches) -> Tensor:
+        """Patches that stay, ascending."""
         spans = zip(patches.starts, patches.lengths, patches.budgets, strict=True)
         places = [evenly(n, k) + start for start, n, k in spans]
-        return patches.kept(patches.table(np.concatenate(places)))
+        return patches.table(np.concatenate(places))
