@@ -158,7 +158,19 @@ def ranked(results: list[Results], candidates: list[Candidate]) -> list[str]:
 
 
 def over_all(results: list[Results], others: list[Results]) -> list[str]:
-    """The default and merging on images, over the models of the choice and the others."""
+    """The default and merging on images, over all models, and over those that still exist."""
+    present = [one for one in results if one.manifest["model"] != real.MODEL]
+    return [
+        sentence
+        for what, some in (
+            ("all models", results),
+            ("the models that exist, without the former one of photographs", present),
+        )
+        for sentence in against_merging(what, some, others)
+    ]
+
+
+def against_merging(what: str, results: list[Results], others: list[Results]) -> list[str]:
     dropping, merging = real.CANDIDATES[:2]
     groups = [
         (results, by_kind(dropping, VIDEOS), by_kind(WEIGHTED, VIDEOS)),
@@ -170,9 +182,9 @@ def over_all(results: list[Results], others: list[Results]) -> list[str]:
     (default, merged), (low, high) = found["scores"], found["difference"]
     least = " and ".join(f"{-100 * value:.1f}" for value in found["spare"])
     return [
-        f"Over all {len(results) + len(others)} models ({found['cells']} cells) the default scores "
-        f"{default:.1%}, and merging on images {merged:.1%} ({low:+.1%} to {high:+.1%}). In the "
-        f"cell where each keeps least, they are {least} points below the bar."
+        f"Over {what} ({found['cells']} cells of {len(results) + len(others)} models) the default "
+        f"scores {default:.1%}, and merging on images {merged:.1%} ({low:+.1%} to {high:+.1%}). In "
+        f"the cell where each keeps least, they are {least} points below the bar."
     ]
 
 
