@@ -33,7 +33,8 @@ class Fusion(Reducer):
     Made for audio, whose tokens stand in one line; in a picture the next token is that in raster
     order. The release weights by 1 - P(blank) of a CTC head that it trains, and fuses the tower's
     output before norm and projector; weights by number and projected tokens (both ours) need no
-    training, and run in servers.
+    training, and run in servers. On questions about sounds (benchmarks/sounds) it is below random
+    dropping: a long sound becomes as short as any other.
     """
 
     summary = "fuses similar neighbours in time, for audio (FastLongSpeech 2507.14815)"
