@@ -30,7 +30,7 @@ from tokencomp.inputs.video import Video, with_frames
 from tokencomp.shapesqa.items import Item, item
 
 OUT = ACCURACY / "session.json"
-MODEL, SPLIT, FAMILY = "tiny-qwen3-vl", "test", "needle"
+MODEL, SPLIT, FAMILY = "tiny-qwen3-vl-hard", "test", "needle"
 STREAMS, FRAMES, EARLY, CHUNK = 24, 48, 8, 2
 ASKED = (8, 16, 24, 32, 48)
 BUDGET = 302  # rows of a prompt with the last 8 frames, uncompressed
