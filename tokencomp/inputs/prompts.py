@@ -138,7 +138,7 @@ def build_inputs(
         return chat_inputs(processor, chats, images, videos, samplings, sounds=sounds)
     except ValueError as error:
         sizes = ", ".join(f"{image.width}×{image.height}" for image in images) or "no images"
-        others = f"{len(videos)} videos; {len(sounds)} sounds"
+        others = f"{len(videos)} videos" + (f"; {len(sounds)} sounds" if sounds else "")
         raise MediaError(
             f"the model's processor refuses the prompt ({sizes}; {others}): {error}"
         ) from error
