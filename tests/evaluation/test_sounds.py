@@ -13,6 +13,7 @@ from support.console import run
 
 from recipes.sounds.model import TOKENS, build, build_tokenizer, load, save
 from tokencomp.errors import MediaError
+from tokencomp.inputs.prompts import build_inputs
 from tokencomp.inputs.questions import Example, media_kind
 from tokencomp.inputs.sounds import RATE, load_sound
 
@@ -87,3 +88,9 @@ def test_command_asks_about_sound_files(tmp_path: Path, capsys: pytest.CaptureFi
     assert not list((tmp_path / "runs").rglob("*.jpg"))
     capsys.readouterr()
     assert run("report", tmp_path / "runs", "-o", tmp_path / "page.html") == 0
+
+
+def test_models_that_do_not_listen_refuse_sounds(loaded) -> None:
+    """Their processors would leave the sound out, and the model would answer without it."""
+    with pytest.raises(MediaError, match="takes no sounds"):
+        build_inputs(loaded[1], [[tone(RATE, 1).astype(np.float32)]], ["What is heard?"])

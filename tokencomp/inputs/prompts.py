@@ -66,6 +66,11 @@ def chat_inputs(
         The rendered conversations, if they are known.
     sounds
         Mono samples at 16 kHz, float (n,).
+
+    Raises
+    ------
+    MediaError
+        There are sounds, and the processor takes none.
     """
     texts = [*texts] or [
         processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
@@ -76,6 +81,11 @@ def chat_inputs(
         media.update(videos=list(videos), do_sample_frames=False)
         media.update(frame_times(processor, samplings))
     if sounds:
+        if not hasattr(processor, "feature_extractor"):  # it would leave them out
+            raise MediaError(
+                f"{type(processor).__name__} takes no sounds. Use a model that listens, such as "
+                "Qwen2-Audio."
+            )
         media.update(audio=list(sounds), sampling_rate=RATE)
     tokenizer = getattr(processor, "tokenizer", processor)
     if tokenizer.pad_token is None:
