@@ -7,9 +7,10 @@ packs are plain chats of several turns. Only answers are predicted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -42,6 +43,32 @@ class ChatForm:
         text = tokenizer.apply_chat_template(chat, tokenize=False)
         prefix, middle, between, _ = text.split(MARK)
         return ChatForm(prefix, middle, between)
+
+
+class Placeholders:
+    """What `Packer` has to know of a model whose media are one run of a token each.
+
+    Parameters
+    ----------
+    kind
+        Of media.
+    token
+        The placeholder, as text.
+    count
+        Tokens of media of (frames, height, width) px.
+    """
+
+    def __init__(self, kind: str, token: str, count: Callable[[tuple[int, int, int]], int]) -> None:
+        self.kinds, self.token, self.count = (kind,), token, count
+
+    def expand(
+        self, ids: Any, kind: str, shape: tuple[int, int, int], encode: Any, fps: float
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Ids (n,) and positions (1, n) with the one placeholder expanded."""
+        (token,) = encode(self.token)
+        at = list(ids).index(token)
+        full = np.asarray([*ids[:at], *[token] * self.count(shape), *ids[at + 1 :]], np.int64)
+        return full, np.arange(len(full))[None]
 
 
 class Packer:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from recipes.packing import Packer, stacked
+from recipes.packing import Packer, Placeholders, stacked
 from recipes.photographs.model import CELL, IMAGE, planes
 from recipes.photographs.questions import COUNTS, EDGES, FAMILIES, outermost
 from recipes.photographs.scenes import (
@@ -25,25 +25,12 @@ from tokencomp.shapesqa.items import stream
 from tokencomp.shapesqa.prompt_forms import letter
 
 Segment = tuple[list[int], list[int]]
-Encode = Any
 Grids = list[list[list[str]]]
 
 
-class Placeholders:
-    """What `Packer` has to know of the model: how the one placeholder of a picture is expanded."""
-
-    kinds = ("image",)
-
-    @staticmethod
-    def expand(
-        ids: Any, kind: str, shape: tuple[int, int, int], encode: Encode, fps: float
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Ids (n,) and positions (1, n) of a picture of (1, height, width) px."""
-        (image,) = encode(IMAGE)
-        at = list(ids).index(image)
-        count = (shape[1] // CELL) * (shape[2] // CELL)
-        full = np.asarray([*ids[:at], *[image] * count, *ids[at + 1 :]], np.int64)
-        return full, np.arange(len(full))[None]
+def visual_tokens(shape: tuple[int, int, int]) -> int:
+    """Of a picture of (1, height, width) px."""
+    return (shape[1] // CELL) * (shape[2] // CELL)
 
 
 @dataclass(frozen=True)
@@ -79,7 +66,7 @@ class StampBatches:
     """
 
     def __init__(self, tokenizer: Any, library: Library, seed: int = 0) -> None:
-        self.packer = Packer(tokenizer, Placeholders())
+        self.packer = Packer(tokenizer, Placeholders("image", IMAGE, visual_tokens))
         self.library, self.seed = library, seed
 
     def scenes(

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from recipes.packing import Packer, stacked
-from recipes.sounds.model import TOKENS, Placeholders
+from recipes.packing import Packer, Placeholders, stacked
+from recipes.sounds.model import AUDIO, TOKENS
 from recipes.sounds.questions import FAMILIES, primers
 from recipes.sounds.scenes import RATE, Clip, cell_names, render, sample
 from tokencomp.shapesqa.items import stream
@@ -30,8 +30,8 @@ class SoundBatches:
     """
 
     def __init__(self, processor: Any, seed: int = 0) -> None:
-        self.packer = Packer(processor.tokenizer, Placeholders())
-        self.ears, self.seed = processor.feature_extractor, seed
+        self.packer = Packer(processor.tokenizer, Placeholders("audio", AUDIO, lambda _: TOKENS))
+        self.extractor, self.seed = processor.feature_extractor, seed
 
     def clips(self, stage: int, step: int, batch: int) -> tuple[np.random.Generator, list[Clip]]:
         rng = stream("train", "sounds batches", self.seed, stage, step)
@@ -40,8 +40,10 @@ class SoundBatches:
     def features(self, clips: Sequence[Clip]) -> Tensor:
         """Spectrograms, float32 (batch, bins, frames)."""
         samples = [render(clip) for clip in clips]
-        heard = self.ears(samples, sampling_rate=RATE, padding="max_length", return_tensors="pt")
-        return heard["input_features"]
+        made = self.extractor(
+            samples, sampling_rate=RATE, padding="max_length", return_tensors="pt"
+        )
+        return made["input_features"]
 
     def make(self, stage: int, step: int, batch: int, kind: str) -> dict[str, Any]:
         """The batch of one step.
@@ -53,12 +55,12 @@ class SoundBatches:
             also rows as `Packer.pack` gives them, stacked, and the `names` of their segments.
         """
         rng, clips = self.clips(stage, step, batch)
-        heard = {
+        spectra = {
             "features": self.features(clips),
             "cells": [cell_names(clip, TOKENS) for clip in clips],
         }
         if kind == "names":
-            return heard
+            return spectra
         filled = [self.segments(clip, kind == "questions", rng) for clip in clips]
         prefix = len(self.packer.prefix("audio", SHAPE)[0])
         longest = max(sum(len(s[0]) for _, s in one) for one in filled)
@@ -66,7 +68,7 @@ class SoundBatches:
             self.packer.pack("audio", SHAPE, [s for _, s in one], prefix + longest)
             for one in filled
         ]
-        return {**heard, **stacked(rows), "names": [[name for name, _ in one] for one in filled]}
+        return {**spectra, **stacked(rows), "names": [[name for name, _ in one] for one in filled]}
 
     def segments(
         self, clip: Clip, questions: bool, rng: np.random.Generator

@@ -8,13 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from recipes.sounds.questions import NUMBERS, ORDER
 from recipes.sounds.scenes import NAMES, RATE, SECONDS
-from recipes.tiny.families.parts import Encode, decoder
+from recipes.tiny.families.parts import decoder
 from recipes.tiny.tokenizer import load_tokenizer, write_tokenizer
 
 TOKENS = 200  # of a clip
@@ -36,22 +35,6 @@ TEMPLATE = (
 """Clip, question, "Answer:", and the answer with a space before it, which makes it one token."""
 
 
-class Placeholders:
-    """What `Packer` has to know of the model: how the one placeholder of a clip is expanded."""
-
-    kinds = ("audio",)
-
-    @staticmethod
-    def expand(
-        ids: Any, kind: str, shape: tuple[int, int, int], encode: Encode, fps: float
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Ids (n,) and positions (1, n)."""
-        (audio,) = encode(AUDIO)
-        at = list(ids).index(audio)
-        full = np.asarray([*ids[:at], *[audio] * TOKENS, *ids[at + 1 :]], np.int64)
-        return full, np.arange(len(full))[None]
-
-
 def build_tokenizer(folder: Path) -> Any:
     """Write the tokenizer's files, and load it as any user does."""
     words = (*NAMES, *NUMBERS, *ORDER, "yes", "no", "last", "sounds")
@@ -66,10 +49,10 @@ def build_processor(tokenizer: Any) -> Any:
     """The stock processor for mono clips of up to eight seconds."""
     from transformers import Qwen2AudioProcessor, WhisperFeatureExtractor
 
-    ears = WhisperFeatureExtractor(
+    extractor = WhisperFeatureExtractor(
         feature_size=BINS, sampling_rate=RATE, chunk_length=int(SECONDS), return_attention_mask=True
     )
-    return Qwen2AudioProcessor(ears, tokenizer, chat_template=TEMPLATE, audio_token=AUDIO)
+    return Qwen2AudioProcessor(extractor, tokenizer, chat_template=TEMPLATE, audio_token=AUDIO)
 
 
 def build(tokenizer: Any) -> Any:
@@ -82,7 +65,7 @@ def build(tokenizer: Any) -> Any:
     )
 
     text = Qwen2Config(**{**decoder(tokenizer), "initializer_range": 0.06})
-    ears = Qwen2AudioEncoderConfig(
+    encoder = Qwen2AudioEncoderConfig(
         num_mel_bins=BINS,
         encoder_layers=LAYERS,
         encoder_attention_heads=4,
@@ -92,7 +75,7 @@ def build(tokenizer: Any) -> Any:
         initializer_range=0.06,
     )
     audio = tokenizer.convert_tokens_to_ids(AUDIO)
-    config = Qwen2AudioConfig(audio_config=ears, text_config=text, audio_token_index=audio)
+    config = Qwen2AudioConfig(audio_config=encoder, text_config=text, audio_token_index=audio)
     return Qwen2AudioForConditionalGeneration(config)
 
 
@@ -102,7 +85,7 @@ def listening_parts(model: Any) -> list[torch.nn.Parameter]:
     return [p for part in parts for p in part.parameters() if p.requires_grad]
 
 
-def heard(model: Any, features: Tensor) -> Tensor:
+def audio_tokens(model: Any, features: Tensor) -> Tensor:
     """Projected tokens (batch, TOKENS, hidden) of spectrograms (batch, BINS, 4 × TOKENS)."""
     encoded = model.model.audio_tower(features).last_hidden_state
     return model.model.multi_modal_projector(encoded)

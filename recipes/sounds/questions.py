@@ -32,12 +32,12 @@ def single(clip: Clip) -> list[Sound]:
 
 def existence(clip: Clip, rng: np.random.Generator) -> Question | None:
     """Is there an X? Half yes."""
-    heard = [*dict.fromkeys(s.name for s in clip.sounds)]
-    absent = [n for n in NAMES if n not in heard]
-    is_heard = bool(rng.random() < 0.5)
-    name = str(rng.choice(heard if is_heard else absent))
+    present = [*dict.fromkeys(s.name for s in clip.sounds)]
+    absent = [n for n in NAMES if n not in present]
+    is_present = bool(rng.random() < 0.5)
+    name = str(rng.choice(present if is_present else absent))
     order = ("yes", "no") if rng.random() < 0.5 else ("no", "yes")
-    return Question("existence", f"Is there a {name}?", "yes" if is_heard else "no", order)
+    return Question("existence", f"Is there a {name}?", "yes" if is_present else "no", order)
 
 
 def count(clip: Clip, rng: np.random.Generator) -> Question | None:

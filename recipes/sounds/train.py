@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from recipes.sounds.batches import SoundBatches
-from recipes.sounds.model import AUDIO, heard, listening_parts
+from recipes.sounds.model import AUDIO, audio_tokens, listening_parts
 from recipes.sounds.scenes import NAMES
 from recipes.tiny.muon import optimizers
 from recipes.trainer import Trainer, share_right, text_inputs
@@ -89,7 +89,7 @@ class SoundTrainer(Trainer):
             yield self.maker.make(self.phase, step, stage.batch, stage.kind)
 
     def stage_loss(self, batch: dict[str, Any]) -> Tensor:
-        tokens = heard(self.model, batch["features"])
+        tokens = audio_tokens(self.model, batch["features"])
         names = self._names_loss(tokens, batch["cells"])
         if "ids" not in batch:
             return names

@@ -15,7 +15,7 @@ from recipes.sounds.scenes import RATE, SECONDS, Clip, cell_names, render
 WINDOW = 0.01  # s
 
 
-def heard(samples: np.ndarray) -> list[tuple[float, float]]:
+def loud_spans(samples: np.ndarray) -> list[tuple[float, float]]:
     """When something louder than the noise is heard, in seconds, from the samples alone.
 
     Shorter gaps than 0.12 s stand between the clicks of a rattle.
@@ -37,7 +37,7 @@ def test_answers_follow_from_what_is_heard(group: str) -> None:
     answers = set()
     for one in (i for i in items("validation", 20) if i.family == group):
         (samples,) = one.example().source()
-        spans, words = heard(samples), one.question.rstrip("?").split()
+        spans, words = loud_spans(samples), one.question.rstrip("?").split()
         names = [name_at(one.clip, span) for span in spans]
         if group == "existence":
             expected = "yes" if words[-1] in names else "no"

@@ -10,7 +10,15 @@ import torch
 
 from recipes.sounds.batches import SHAPE, SoundBatches
 from recipes.sounds.items import items
-from recipes.sounds.model import TOKENS, build, build_processor, build_tokenizer, heard, load, save
+from recipes.sounds.model import (
+    TOKENS,
+    audio_tokens,
+    build,
+    build_processor,
+    build_tokenizer,
+    load,
+    save,
+)
 from recipes.sounds.train import SoundStage, SoundTrainer
 from tokencomp.inputs.prompts import build_inputs
 
@@ -63,7 +71,7 @@ def test_training_sequences_are_the_prompts_of_inference(tmp_path: Path, tokeniz
     with torch.no_grad():
         spliced = model.get_input_embeddings()(inputs["input_ids"])
         at = inputs["input_ids"] == model.config.audio_token_id
-        spliced[at] = heard(model, features)[0]
+        spliced[at] = audio_tokens(model, features)[0]
         ours = model.model.language_model(inputs_embeds=spliced).last_hidden_state
         stock = model.model(**inputs).last_hidden_state
     torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
