@@ -25,10 +25,10 @@ from tokencomp.cli import one_message
 
 
 def asked(model: str) -> list[Candidate]:
-    """What a model is asked: of those in `LEFT_OUT`, tiny-gemma3 has attention to score with."""
+    """What a model is asked: the first layer of tiny-qwen3-5 has no attention to score with."""
     if model not in LEFT_OUT:
         return ASKED
-    return [*CANDIDATES, *(SCORED if model == "tiny-gemma3" else ())]
+    return [*CANDIDATES, *(SCORED if model != "tiny-qwen3-5" else ())]
 
 
 def main() -> None:
