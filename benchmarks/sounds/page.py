@@ -39,6 +39,7 @@ python -m benchmarks.sounds.run  # makes this page
   never overlap.
 - The answers are from one training with one seed.
 - `downscale` plays the clip faster, and so higher: the model has never heard such clips.
+- Other jobs ran beside the answers. The column of times is rough; those of FLOPs and KV are exact.
 """
 
 
