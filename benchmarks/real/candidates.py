@@ -71,8 +71,8 @@ def learned() -> list[str]:
 
 
 @dataclass(frozen=True)
-class Photographs(Results):
-    """Results whose questions are all about images, whatever their families are called."""
+class OneKind(Results):
+    """Results whose questions are all about one kind of media, which counts as "images"."""
 
     def select(self, kind: str, families: Iterable[str] | None = None) -> list[int]:
         allowed = None if families is None else {*families}
@@ -80,9 +80,14 @@ class Photographs(Results):
         return [i for i, name in names if kind != "videos" and (allowed is None or name in allowed)]
 
 
-def photographs(path: Path = FORMER) -> Photographs:
+def photographs(path: Path = FORMER) -> OneKind:
     """The stored answers, in the form of those of the embedded models."""
     stored = json.loads(path.read_text())
+    return as_results(stored, MODEL if path == FORMER else f"{MODEL}-448", stored["about"])
+
+
+def as_results(stored: dict[str, Any], model: str, about: dict[str, Any]) -> OneKind:
+    """Rows and answers of learned families, as `benchmarks.accuracy` ranks them."""
     answers = PackedAnswers.from_json(stored["answers"])
     rows = {FULL: {"reducer": FULL, "run": 0}}
     correct = {FULL: answers.correct[FULL]}
@@ -91,11 +96,9 @@ def photographs(path: Path = FORMER) -> Photographs:
             label = label_of(row["reducer"], f"{row['ratio']:g}", row["options"])
             rows[label] = {"reducer": row["reducer"], "ratio": row["ratio"], "run": 0}
             correct[label] = answers.correct[row["label"]]
-    count, learnt = len(answers.questions), tuple(dict.fromkeys(answers.questions.families))
-    name = MODEL if path == FORMER else f"{MODEL}-448"
-    about = {"model": name, "split": "validation", "items": count, "runs": [stored["about"]]}
-    manifest = {**about, "settings": rows}
-    return Photographs(manifest, PackedAnswers(answers.questions, correct), learnt)
+    count, families = len(answers.questions), tuple(dict.fromkeys(answers.questions.families))
+    known = {"model": model, "split": "validation", "items": count, "runs": [about]}
+    return OneKind({**known, "settings": rows}, PackedAnswers(answers.questions, correct), families)
 
 
 def answer(

@@ -11,6 +11,7 @@ from benchmarks.gpu.contribution import Row
 from benchmarks.gpu.recompute import losing, runs_of, table_lines
 from benchmarks.publishing import MARK, provenance
 from benchmarks.real.page import families_table, methods_by_family
+from benchmarks.sounds.choice import choice_lines
 from recipes.sounds.model import TOKENS
 from recipes.sounds.scenes import COUNTS, NAMES, SECONDS
 from tokencomp.storage import write_text
@@ -38,6 +39,7 @@ python -m benchmarks.sounds.run  # makes this page
   never overlap.
 - The answers are from one training with one seed.
 - `downscale` plays the clip faster, and so higher: the model has never heard such clips.
+- Other jobs ran beside the answers. The column of times is rough; those of FLOPs and KV are exact.
 """
 
 
@@ -58,7 +60,7 @@ def page(results: dict[str, Any]) -> str:
 - {results["per_family"]} questions of each family and split; greedy decoding in
   {results["identity"]["dtype"]}.
 """
-    parts = [HEAD, run, families_table(results)]
+    parts = [HEAD, run, families_table(results), *choice_lines(results)]
     for split, note in (("validation", "choices are made on these"), ("test", "none is")):
         rows = [Row.model_validate(row) for row in results[split]["rows"]]
         runs = runs_of(rows, PackedAnswers.from_json(results[split]["answers"]))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks import publishing
-from benchmarks.accuracy.run import tower_once
+from benchmarks.accuracy.run import RATIOS, tower_once
 from benchmarks.accuracy.store import MARGIN
 from benchmarks.real.run import SEEDS, by_family, packed
 from benchmarks.sounds.page import PAGE, RESULTS, write_page
@@ -30,12 +30,11 @@ from tokencomp.errors import OptionError
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.settings import DOWNSCALE, RANDOM, REST, Setting
 
-RATIOS = (0.5, 0.75, 0.9)
 METHODS: list[tuple[str, dict[str, Any]]] = [
     ("uniform", {}),
     (DOWNSCALE, {}),
+    ("uniform", {REST: "merge"}),
     ("auto", {}),
-    ("auto", {REST: "merge"}),
     ("condiv", {}),
     ("condiv", {"power": 0.35}),
     ("kcentre", {}),
