@@ -110,7 +110,12 @@ def test_a_task_that_names_a_file_on_the_hub_finds_it_in_the_copy(tmp_path, monk
     for line in Path(changes["train"]).read_text().splitlines():
         for name in json.loads(line)["image_list"]:
             assert (Path(os.environ["MMLONGBENCH_IMAGE_ROOT"]) / name).is_file()
-    shutil.rmtree(tmp_path / "ZhaoweiWang/MMLongBench/mmlb_image")
+    local.check_images("mmlongbench", MMLONGBENCH)
+    images = tmp_path / "ZhaoweiWang/MMLongBench/mmlb_image"
+    (images / "mm-niah/second.png").unlink()
+    with pytest.raises(MediaError, match=r"1 of 3 images .* the first is mm-niah/second\.png"):
+        local.check_images("mmlongbench", MMLONGBENCH)
+    shutil.rmtree(images)
     assert not local.has(MMLONGBENCH), "the task leaves missing images out in silence"
 
 

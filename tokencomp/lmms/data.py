@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +18,8 @@ SHAPESQA_ID = "tokencomp/ShapesQA"
 PER_TASK = 25
 MARKED_IMAGES = {"ZhaoweiWang/MMLongBench": ("MMLONGBENCH_IMAGE_ROOT", "mmlb_image")}
 """Data set → where its task looks for images, and the folder of the data set that has them."""
+IMAGE_LISTS = ("image_list", "needle_image_list", "choices_image")
+"""Where a question of such a data set names its images."""
 _FILE = re.compile(r"https://huggingface\.co/datasets/([^/]+/[^/]+)/resolve/[^/]+/(.+)")
 
 
@@ -90,6 +93,30 @@ class LocalData:
             images = MARKED_IMAGES.get(named[0], ("", ""))[1]
             return (folder / named[1]).is_file() and (folder / images).is_dir()
         return name is None or any(folder.glob(f"**/{name}.json*")) or (folder / name).is_dir()
+
+    def check_images(self, task: str, config: dict[str, Any]) -> None:
+        """Check that every image which a marked data set names is there.
+
+        Its task leaves images out that it does not find, and asks the question without them.
+
+        Raises
+        ------
+        MediaError
+            Some are not there.
+        """
+        named = named_file(config)
+        if named is None or named[0] not in MARKED_IMAGES:
+            return
+        folder = self.folder(named[0]) / MARKED_IMAGES[named[0]][1]
+        lines = (self.folder(named[0]) / named[1]).read_text().splitlines()
+        lists = [json.loads(line).get(key) or [] for line in lines for key in IMAGE_LISTS]
+        names = dict.fromkeys(name for one in lists for name in one)
+        absent = [name for name in names if not (folder / name).is_file()]
+        if absent:
+            raise MediaError(
+                f"task {task!r}: {len(absent)} of {len(names)} images are not in {folder}, the "
+                f"first is {absent[0]}. Unpack all image archives of {named[0]} there."
+            )
 
     def missing(self, task: str, config: dict[str, Any]) -> OptionError:
         """What to put where."""

@@ -48,6 +48,8 @@ def find_tasks(names: Sequence[str], data: LocalData | None, home: Path) -> list
         A name that lmms-eval does not know (close matches are named).
     OptionError
         Data that are not there.
+    MediaError
+        Images that are not there, of a task that would leave them out.
     """
     if data is not None:
         use_home(home)
@@ -63,6 +65,8 @@ def find_tasks(names: Sequence[str], data: LocalData | None, home: Path) -> list
     configs = {name: _config(manager, name) for name in members}
     if data is None:
         return [Task(name, data_set(c), {}) for name, c in configs.items()]
+    for name, config in configs.items():
+        data.check_images(name, config)
     data.stage(home, cache_dirs(list(configs.values())))
     return [Task(name, data.label(data_set(c)), data.changes(c)) for name, c in configs.items()]
 
