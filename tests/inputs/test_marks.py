@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 from PIL import Image
 
 from tokencomp import zoo
-from tokencomp.inputs.prompts import build_inputs, media_chat
+from tokencomp.inputs.prompts import build_inputs, media_chat, takes_videos
 
 RED, BLUE = (Image.new("RGB", (56, 56), colour) for colour in ("red", "blue"))
 
@@ -40,3 +41,18 @@ def test_the_processor_sees_images_where_the_marks_are():
     places = [text.index(word) for word in ("one", "two", "three")]
     pads = [text.count("<|image_pad|>", *pair) for pair in itertools.pairwise(places)]
     assert pads == [4, 4] and "<image>" not in text
+
+
+def test_frames_are_images_where_a_model_takes_no_videos():
+    """Gemma 3's processor leaves videos out and says nothing."""
+    _, processor = zoo.load("tiny-gemma3")
+    row = [Image.new("RGB", (56, 56), "green"), [RED, BLUE, RED]]
+    got = build_inputs(processor, [row], ["What?"])
+    expected = build_inputs(processor, [[row[0], RED, BLUE, RED]], ["What?"])
+    assert len(got["pixel_values"]) == 4 and got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in got)
+
+
+def test_a_video_has_a_place_in_the_prompts_of_models_that_take_one():
+    taken = {name: takes_videos(zoo.load(name)[1]) for name in zoo.available_models()}
+    assert [name for name, takes in taken.items() if not takes] == ["tiny-gemma3"]

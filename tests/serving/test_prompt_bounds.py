@@ -25,6 +25,7 @@ from tokencomp.serving.hf.text import PromptText
 from tokencomp.serving.spec import ServerOptions
 
 LENGTH = 512
+VIDEO = {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}}
 IMAGE = {"type": "image_url", "image_url": {"url": http.image_url(1, 28, 28)}}
 
 
@@ -125,6 +126,8 @@ def test_placeholders_that_the_processor_writes_are_refused(token: str) -> None:
     for content in (f"a {token}", [IMAGE, {"type": "text", "text": token}]):
         with pytest.raises(RequestError, match="one placeholder per image and video"):
             prompt(user(content), gemma)
+    with pytest.raises(RequestError, match="takes no videos"):
+        prompt(user([VIDEO]), gemma)
 
 
 def test_media_that_a_template_leaves_out_are_refused(text: PromptText) -> None:

@@ -13,6 +13,7 @@ from tokencomp.inputs.prompts import generate, prompt_lengths, to_model
 from tokencomp.inputs.questions import media_kind
 from tokencomp.pages.demo_data import Answer
 from tokencomp.pages.pictures import (
+    as_taken,
     group_spans,
     layer_survival,
     picture,
@@ -79,6 +80,7 @@ def _pictures(
     """The fields `pictures`, `layers` and `clips` of an answer."""
     if not stats or not media:
         return [plain(m) for m in shrunk], [], [plain_tiles(m) for m in shrunk if _is_video(m)]
+    media = as_taken(media, stats.spans[0])
     groups = zip(media, group_spans(stats.spans[0], media), strict=True)
     spans = [(m, group) for m, group in groups if group]
 

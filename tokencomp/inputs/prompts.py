@@ -13,7 +13,7 @@ from torch import Tensor
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import MediaError
 from tokencomp.inputs.frame_times import frame_times
-from tokencomp.inputs.questions import media_kind
+from tokencomp.inputs.questions import frames_apart, media_kind
 from tokencomp.inputs.sounds import RATE
 from tokencomp.inputs.video import Sampling, sampling_of
 
@@ -128,7 +128,8 @@ def build_inputs(
         A Hugging Face processor with a chat template.
     media
         Per row: PIL images, lists of PIL images (videos), and arrays of samples (sounds), in
-        prompt order. A `tokencomp.inputs.video.Video` says when its frames were shown.
+        prompt order. A `tokencomp.inputs.video.Video` says when its frames were shown. To a model
+        that takes no videos, such as Gemma 3, they are several images.
     prompts
         Per row: the text after the media.
 
@@ -137,6 +138,8 @@ def build_inputs(
     MediaError
         The processor refuses them.
     """
+    if any(media_kind(one) == "video" for row in media for one in row):
+        media = media if takes_videos(processor) else [frames_apart(row) for row in media]
     chats = [media_chat(m, p) for m, p in zip(media, prompts, strict=True)]
     flat = [one for row in media for one in row]
     images = [m for m in flat if media_kind(m) == "image"]
@@ -152,6 +155,18 @@ def build_inputs(
         raise MediaError(
             f"the model's processor refuses the prompt ({sizes}; {others}): {error}"
         ) from error
+
+
+def takes_videos(processor: Any) -> bool:
+    """Whether prompts have a place for a video; where they have none, it would be left out."""
+    if hasattr(processor, "video_processor"):
+        return True
+    text = {"type": "text", "text": "?"}
+    with_video, without = (
+        processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+        for content in ([{"type": "video"}, text], [text])
+    )
+    return bool(with_video != without)
 
 
 def to_model(inputs: dict[str, Any], model: Any) -> dict[str, Any]:

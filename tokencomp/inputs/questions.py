@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -111,3 +111,9 @@ def media_kind(media: Media) -> Literal["image", "video", "audio"]:
         return "audio"
     is_video = isinstance(media, list) or axes == 4
     return "video" if is_video else "image"
+
+
+def frames_apart(media: Sequence[Media]) -> list[Any]:
+    """The media with the frames of every video in its place, as images."""
+    groups: Iterable[Any] = (one if media_kind(one) == "video" else [one] for one in media)
+    return [one for group in groups for one in group]

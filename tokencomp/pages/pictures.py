@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from tokencomp.inputs.questions import media_kind
+from tokencomp.inputs.questions import frames_apart, media_kind
 
 if TYPE_CHECKING:
     from tokencomp.engine.count.stats import Stats
@@ -175,6 +175,12 @@ def _fit(image: Image.Image, side: int) -> Image.Image:
     return image.convert("RGB").resize(size)
 
 
+def as_taken(media: Sequence[Any], spans: Sequence[VisualSpan]) -> list[Any]:
+    """The media as a model has taken them: frames are images where it takes no videos."""
+    apart = len(spans) > len(media) and all(span.kind == "image" for span in spans)
+    return frames_apart(media) if apart else [*media]
+
+
 def group_spans(spans: Sequence[VisualSpan], media: Sequence[Any]) -> list[list[int]]:
     """Which spans belong to which media: in order; spans in excess belong to the last media."""
     groups: list[list[int]] = [[] for _ in media]
@@ -214,6 +220,7 @@ def kept_picture(media: Sequence[Any], stats: Stats, side: int = SIDE) -> Image.
     media
         Of the row, decoded; the first `MAX_MEDIA` of them are drawn.
     """
+    media = as_taken(media, stats.spans[0])
     shares, groups = survival(stats), group_spans(stats.spans[0], media)
     sheets = [
         picture(m, [shares[j] for j in group], side)

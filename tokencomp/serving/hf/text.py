@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from tokencomp.inputs.prompts import takes_videos
 from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.hf.tools import CallForm
 
@@ -118,15 +119,18 @@ class PromptText:
         Raises
         ------
         RequestError
-            If the text has too many tokens, or not one placeholder per medium.
+            If the text has too many tokens, or not one placeholder per medium, or if there is a
+            video and the model takes none.
         """
+        kinds = [p["type"] for m in chat if isinstance(m["content"], list) for p in m["content"]]
+        if "video" in kinds and not takes_videos(self.processor):
+            raise RequestError("this model takes no videos. Send frames of it as images.")
         tokens = self._tokens(text)
         if len(tokens) >= self.max_model_len:
             raise too_long(len(tokens), self.max_model_len)
         expected: Counter[int] = Counter()
-        for message in chat:
-            for part in message["content"] if isinstance(message["content"], list) else ():
-                expected.update(self._markers.get(part["type"], {}))
+        for kind in kinds:
+            expected.update(self._markers.get(kind, {}))
         present = Counter(token for token in tokens if token in self._special)
         if present != expected:
             raise RequestError(
