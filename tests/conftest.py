@@ -21,8 +21,9 @@ from support.families import FAMILIES, Family  # noqa: E402
 from support.family.hybrid import HYBRID  # noqa: E402
 from support.family.structural import STRUCTURAL  # noqa: E402
 
-# They share decoder and adapter with smolvlm, llava_next, qwen3_vl and qwen3_5.
-TWINS = {"idefics3", "llava", "llava_next_video", "qwen3_vl_moe", "minicpmv4_6"}
+# They share decoder and adapter with smolvlm, llava_onevision, qwen2_vl, qwen3_vl and qwen3_5.
+TWINS = {"idefics3", "llava", "llava_next", "llava_next_video", "qwen2_5_vl", "qwen3_vl_moe"}
+TWINS |= {"minicpmv4_6"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
