@@ -158,15 +158,15 @@ def build_inputs(
 
 
 def takes_videos(processor: Any) -> bool:
-    """Whether prompts have a place for a video; where they have none, it would be left out."""
+    """Whether prompts have a place for videos, which are left out where they have none."""
     if hasattr(processor, "video_processor"):
         return True
     text = {"type": "text", "text": "?"}
-    with_video, without = (
+    video, *others = (
         processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
-        for content in ([{"type": "video"}, text], [text])
+        for content in ([{"type": "video"}, text], [{"type": "image"}, text], [text])
     )
-    return bool(with_video != without)
+    return video not in others
 
 
 def to_model(inputs: dict[str, Any], model: Any) -> dict[str, Any]:
