@@ -121,7 +121,7 @@ def check(family: Family, seed: int) -> float:
 
 
 @pytest.mark.parametrize("name", WINDOWED)
-@pytest.mark.parametrize("part", range(2))
+@pytest.mark.parametrize("part", [0, pytest.param(1, marks=pytest.mark.long)])
 def test_random_batches(name: str, part: int) -> None:
     effects = [check(WINDOWED[name], 100 * part + seed) for seed in range(12)]
     assert max(effects) > 1e-2
