@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support import oracle, plans
-from support.families import Family, text
+from support.families import FAMILIES, Family, text
 
 import tokencomp
 
@@ -34,6 +34,25 @@ def test_prefill_and_decode(family: Family, backend: str, name: str) -> None:
     for step, logits in enumerate(out.logits):
         assert (logits - expected[:, length - 1 + step]).abs().max() < 1e-5, f"step {step}"
     assert sum(int(m.sum()) for m in masks) < family.layers * int(inputs["attention_mask"].sum())
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision", "internvl", "vila"])
+def test_adjacent_videos(name: str) -> None:
+    """Two clips without text between them are two spans, beside a prompt with one clip."""
+    family = FAMILIES[name]
+    rows = [
+        [text(3), family.video(4), family.video(4), text(4, 5)],
+        [text(2), family.video(4), text(9, 3)],
+    ]
+    model, inputs = family.build(), family.batch(rows)
+    with tokencomp.patch(model, 0.6, reducer="kcentre") as handle, torch.no_grad():
+        logits = model(**inputs, use_cache=False).logits
+        masks = oracle.kept_columns(handle, inputs, family.layers)
+        assert handle.stats is not None
+        lengths = [[span.length for span in row] for row in handle.stats.spans]
+    assert len({*lengths[0], *lengths[1]}) == 1 and len(lengths[0]) == 2 * len(lengths[1])
+    expected = oracle.masked_logits(model, family, inputs, masks)
+    assert (logits - oracle.repeated(expected, masks[-1])).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("name", plans.NAMES)

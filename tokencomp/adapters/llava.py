@@ -195,13 +195,19 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         return pooled
 
     def _video(self, start: int, stop: int, row: int, call: Call) -> list[VisualSpan]:
+        """Cut a run of adjacent videos; where nothing tells their length, it is one video."""
         side = math.ceil(self.tile_side / 2)
-        frames, rest = divmod(stop - start, side * side)
-        if rest != 1:
-            # Each of several adjacent videos ends in one line break: no border can be recognised.
+        frame = side * side
+        known = _video_length(call, frame) // frame * frame  # with or without the line break
+        length = known + 1 if known else stop - start
+        if length % frame != 1 or (stop - start) % length:
             raise SpanError(
                 f"video tokens {start} … {stop - 1} of sample {row}: expected frames of {side}×"
-                f"{side} tokens and one line break. Put text between videos."
+                f"{side} tokens and one line break. Put text between videos whose pixels the call "
+                "does not bring."
             )
-        grid = (frames, side, side)
-        return [VisualSpan(start, stop - start, grid, "video", special=(stop - start - 1,))]
+        grid = (length // frame, side, side)
+        return [
+            VisualSpan(first, length, grid, "video", special=(length - 1,))
+            for first in range(start, stop, length)
+        ]
