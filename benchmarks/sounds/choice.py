@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks import publishing
-from benchmarks.accuracy.run import RATIOS
-from benchmarks.accuracy.studies.ranking import Candidate, answered, rank, title
+from benchmarks.accuracy.studies.ranking import Candidate, answered, choice_table, rank, title
 from benchmarks.real.candidates import as_results
 from tokencomp.evaluation.settings import DOWNSCALE, FULL, RANDOM, REST
 from tokencomp.reducers.registry import make_reducer
@@ -29,12 +27,12 @@ def choice_lines(results: dict[str, Any]) -> list[str]:
     if not all(answered([asked], one) for one in unique):
         return []
     rows, keeping = rank([asked], unique), [one for one in unique if not merges(one)]
-    head = ["candidate", "score", "difference to best (95 %)", "to spare"]
+    best = chosen(rank([asked], keeping))
     return [
         HEAD,
-        publishing.table([*head, *(f"ratio {r:g}" for r in RATIOS)], [cells(r) for r in rows]),
-        f"\nBy the rule: **{chosen(rows)}**. Of the candidates that keep tokens as they are: "
-        f"**{chosen(rank([asked], keeping))}**.",
+        choice_table(rows, best, [asked]),
+        f"\nBy the rule: **{title(chosen(rows))}**. Of the candidates that keep tokens as they "
+        f"are: **{title(best)}**.",
     ]
 
 
@@ -47,18 +45,6 @@ def merges(one: Candidate) -> bool:
     return options.get(REST) == "merge" or make_reducer(name).merges
 
 
-def chosen(rows: list[dict[str, Any]]) -> str:
+def chosen(rows: list[dict[str, Any]]) -> Candidate:
     """What the rule names."""
-    best = max((row for row in rows if row["tied"]), key=lambda row: row["spare"])
-    return title(candidate(best))
-
-
-def cells(row: dict[str, Any]) -> list[str]:
-    low, high = row["difference"]
-    return [
-        title(candidate(row)),
-        f"{row['score']:.1%}",
-        f"[{low:+.1%}, {high:+.1%}]" + (" tied" if row["tied"] else ""),
-        f"{100 * row['spare']:+.2f}",
-        *(f"{value:.1%}" for value in row["cells"]),
-    ]
+    return candidate(max((row for row in rows if row["tied"]), key=lambda row: row["spare"]))

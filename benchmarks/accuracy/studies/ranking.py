@@ -142,8 +142,10 @@ def title(candidate: Candidate) -> str:
 
 
 def choice_table(rows: list[dict[str, Any]], chosen: Candidate, results: list[Results]) -> str:
-    columns = list(itertools.product(RATIOS, KINDS))
+    """Columns by kind of media and ratio; by ratio where all questions have one kind."""
     cells = [(ratio, kind) for _, ratio, kind in keys(results)]
+    kinds = [kind for kind in KINDS if kind in {own for _, own in cells}]
+    columns = list(itertools.product(RATIOS, kinds))
     head = ["candidate", "score", "difference to best (95 %)", "to spare"]
     body = []
     for r in rows:
@@ -157,7 +159,8 @@ def choice_table(rows: list[dict[str, Any]], chosen: Candidate, results: list[Re
                 *(mean_of(r["cells"], cells, column) for column in columns),
             ]
         )
-    return table([*head, *(f"{kind} {ratio:g}" for ratio, kind in columns)], body)
+    names = (f"{'ratio' if len(kinds) == 1 else kind} {ratio:g}" for ratio, kind in columns)
+    return table([*head, *names], body)
 
 
 def mean_of(values: list[float], cells: list[tuple[float, str]], column: tuple[float, str]) -> str:

@@ -1,0 +1,75 @@
+"""How attention gets the weights of `rest="merge"`, in modules of several kinds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from support import oracle
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+import tokencomp
+from tokencomp.conformance.build import tiny_model
+from tokencomp.conformance.prompts import Prompts
+from tokencomp.conformance.run import model_classes
+from tokencomp.conformance.variants import variants
+from tokencomp.engine.scores.proportional import further, widen
+from tokencomp.errors import UnsupportedModelError
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [16, 64, 80, 128])
+def test_widened_product(dim: int, dtype: torch.dtype) -> None:
+    """scaling · q·k gains log(size), to far more digits than one number of the dtype has."""
+    g = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, 3, dim, generator=g).to(dtype)
+    k, v = (torch.randn(2, 2, 9, dim, generator=g).to(dtype) for _ in range(2))
+    sizes = torch.randint(1, 400, (2, 7), generator=g).float()
+    scaling = dim**-0.5
+    wide_q, wide_k, wide_v = widen(q, k, v, further(q, k, sizes, scaling))
+    assert wide_q.shape[-1] == wide_k.shape[-1] == wide_v.shape[-1] == dim + 8
+    assert torch.equal(wide_v[..., :dim], v) and not wide_v[..., dim:].any()
+    repeated = wide_k.repeat_interleave(2, 1).double()
+    added = scaling * (wide_q[..., dim:].double() @ repeated[..., dim:].mT)
+    wanted = torch.nn.functional.pad(sizes.double().log(), (0, 2))[:, None, None]
+    assert (added - wanted).abs().max() < 2e-4
+
+
+def tiny(model_type: str) -> Any:
+    model_class = getattr(transformers, model_classes().get(model_type, ""), None)
+    if model_class is None:
+        pytest.skip("the release has no such type")
+    return tiny_model(model_class, CONFIG_MAPPING[model_type](), variants(model_type)[0])
+
+
+@pytest.mark.parametrize("model_type", ["mistral_large4", "hy_v4_vl"])
+def test_attention_with_an_indexer_is_refused(model_type: str) -> None:
+    """It masks what its indexer has not chosen under the names of known backends alone."""
+    with pytest.raises(UnsupportedModelError, match="do not reach the attention of"):
+        tokencomp.patch(tiny(model_type).model, 0.5, reducer="kcentre", rest="merge")
+
+
+@torch.no_grad()
+def test_attention_by_another_name() -> None:
+    """Layers of Nemotron-H call their attention a mixer, as they call their recurrence."""
+    model = tiny("nemotron_h_omni")
+    prompts = Prompts(model)
+    attn = next(m for m in model.decoder.modules() if type(m).__name__ == "NemotronHAttention")
+    seen: list[Any] = []
+    attn.register_forward_hook(lambda *call: seen.append((call[2], call[3])), with_kwargs=True)
+    with tokencomp.patch(model.whole, 0.5, reducer="kcentre", rest="merge"):
+        out = prompts.forward(prompts.inputs([0]))
+    (kwargs, (found, _)), layer = seen[-1], oracle.cache_of(out).layers[attn.layer_idx]
+    x, sizes = kwargs["hidden_states"], layer.sizes
+    assert sizes.max() > 2
+    q, k, v = (
+        p(x).unflatten(-1, (-1, attn.head_dim)) for p in (attn.q_proj, attn.k_proj, attn.v_proj)
+    )
+    k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], 2) for t in (k, v))
+    bias = torch.nn.functional.pad(sizes.log(), (0, x.shape[1] - sizes.shape[1]))
+    logits = torch.einsum("bqhd,bkhd->bhqk", q, k) * attn.scaling + bias[:, None, None]
+    logits = logits.masked_fill(~torch.ones(logits.shape[-2:]).tril().bool(), -torch.inf)
+    expected = attn.o_proj(torch.einsum("bhqk,bkhd->bqhd", logits.softmax(-1), v).flatten(2))
+    assert (found - expected).abs().max() < 1e-5
