@@ -10,10 +10,11 @@ from typing import Any
 
 from tokencomp.errors import MediaError, MissingDependencyError, TokenCompError, install
 from tokencomp.inputs.clock import part
-from tokencomp.inputs.container import VideoFile, rgb, scaled_size
+from tokencomp.inputs.container import VideoFile
 from tokencomp.inputs.decoders import DECODERS
 from tokencomp.inputs.images import Image, load_image, to_rgb
 from tokencomp.inputs.packets import ClipIndex, animation_index
+from tokencomp.inputs.upright import rgb, scaled_size, shown_size
 
 PICTURES = frozenset([".png", ".jpg", ".jpeg", ".webp", ".bmp"])
 THREADS = 8
@@ -97,7 +98,7 @@ class FileClip(Clip):
             found: dict[int, Image.Image] = {}
             for place, frame in self.file.frames(places):
                 if not found:  # frames of a file that changes its size have that of the first
-                    wanted = scaled_size(frame.width, frame.height, size)
+                    wanted = scaled_size(*shown_size(frame), size)
                 with part("resize"):
                     found[place] = Image.fromarray(rgb(frame, wanted))
             return found

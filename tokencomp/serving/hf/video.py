@@ -15,6 +15,7 @@ from PIL import Image
 from tokencomp.errors import MediaError
 from tokencomp.inputs.container import VideoFile
 from tokencomp.inputs.packets import animation_index
+from tokencomp.inputs.upright import rgb
 from tokencomp.inputs.video import Sampling
 from tokencomp.serving.hf.deadline import Deadline
 from tokencomp.serving.hf.errors import RequestError
@@ -217,7 +218,7 @@ class _Container:
             frames, taken = Frames(len(places)), []
             for place, frame in file.frames(places):
                 if place not in taken:
-                    frames.add(frame.to_ndarray(format="rgb24"))
+                    frames.add(rgb(frame))
                     taken.append(place)
         array, times = frames.array(), index.uneven_times(sorted(taken))
         if taken != sorted(taken):
