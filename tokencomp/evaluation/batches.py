@@ -214,7 +214,7 @@ def _record(row: Loaded, text: str, seconds: float, cost: Cost) -> dict[str, Any
         "family": example.family,
         "prompt": example.prompt,
         "prediction": text,
-        "answer": example.answer,
+        "answer": " / ".join((example.answer, *example.also)),
         "correct": example.correct(text),
         "seconds": seconds,
         **cost.record(),

@@ -208,7 +208,10 @@ def _measure(
     batches = [items[k : k + batch_size] for k in range(0, len(items), batch_size)]
     for batch, (frames, scale) in tqdm(list(itertools.product(batches, groups)), desc="measuring"):
         group = [c for c in candidates if (c.frames, c.scale) == (frames, scale)]
-        scaled = [Scaled(e.id, e.prompt, e.answer, e.media, e.family, scale=scale) for e in batch]
+        scaled = [
+            Scaled(e.id, e.prompt, e.answer, e.media, e.family, also=e.also, scale=scale)
+            for e in batch
+        ]
         settings = [c.setting for c in group]
         more = {"batch_size": batch_size, "progress": False, **how}
         answered = sweep(model, processor, scaled, settings, frames=frames, **more)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +35,8 @@ class Example:
         samples (n,) at 16 kHz.
     family
         Group for per-family accuracy.
+    also
+        Other answers that count as right; training learns `answer`.
     """
 
     id: str
@@ -42,6 +44,7 @@ class Example:
     answer: str
     media: tuple[Media, ...] = ()
     family: str = ""
+    also: tuple[str, ...] = field(default=(), kw_only=True)
 
     def load(self, frames: Frames) -> list[Any]:
         """The media, decoded; `frames` as in `load_media`.
@@ -60,10 +63,8 @@ class Example:
         return load_sound(path) if is_sound(path) else load_media(path, frames, None, self.prompt)
 
     def correct(self, prediction: str) -> bool:
-        """Whether `prediction` is the answer: the same words, or the same option letter."""
-        if self.answer in tuple(LETTERS):
-            return option_letter(prediction) == self.answer
-        return _words(prediction) == _words(self.answer)
+        """Whether `prediction` is an answer: the same words, or the same option letter."""
+        return any(_same(prediction, answer) for answer in (self.answer, *self.also))
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,12 @@ def option_letter(text: str) -> str:
     match = re.match(rf"\W*([{LETTERS}])(?![\w'])(?!(?<=A)\s+\w)", text)
     match = match or re.search(rf"\(([{LETTERS}])\)", text)
     return match[1] if match else ""
+
+
+def _same(prediction: str, answer: str) -> bool:
+    if answer in tuple(LETTERS):
+        return option_letter(prediction) == answer
+    return _words(prediction) == _words(answer)
 
 
 def _words(text: str) -> str:
