@@ -12,7 +12,7 @@ from tokencomp.errors import MediaError, MissingDependencyError, TokenCompError,
 from tokencomp.inputs.clock import part
 from tokencomp.inputs.container import VideoFile
 from tokencomp.inputs.decoders import DECODERS
-from tokencomp.inputs.images import Image, load_image, to_rgb
+from tokencomp.inputs.images import Image, load_image, on_white
 from tokencomp.inputs.packets import ClipIndex, animation_index
 from tokencomp.inputs.upright import rgb, scaled_size, shown_size
 
@@ -141,7 +141,7 @@ class AnimationClip(Clip):
                 for place in range(max(wanted, default=-1) + 1):
                     image.seek(place)
                     if place in wanted:
-                        found[place] = _shrunk(to_rgb(image), size)
+                        found[place] = _shrunk(on_white(image), size)
         except (OSError, ValueError, EOFError) as error:
             raise self._damaged(error) from error
         return found

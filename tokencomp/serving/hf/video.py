@@ -14,6 +14,7 @@ from PIL import Image
 
 from tokencomp.errors import MediaError
 from tokencomp.inputs.container import VideoFile
+from tokencomp.inputs.images import on_white
 from tokencomp.inputs.packets import animation_index
 from tokencomp.inputs.upright import rgb
 from tokencomp.inputs.video import Sampling
@@ -179,7 +180,7 @@ def _animation(content: bytes, limits: Limits, deadline: Deadline) -> Clip:
             deadline.check()
             image.seek(place)
             if place in choice.places:
-                frames.add(np.asarray(image.convert("RGB")))
+                frames.add(np.asarray(on_white(image)))
         times = index.uneven_times(choice.places)
         return frames.array(), Sampling(choice.places, total, index.fps, times, choice.rule)
     except RequestError:
