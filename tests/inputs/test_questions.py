@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tokencomp.inputs.files import FileQuestions
 from tokencomp.inputs.questions import Example
@@ -37,3 +41,76 @@ def test_null_is_the_same_as_nothing(tmp_path: Path) -> None:
     row = {"answer": "red"}
     given = read(tmp_path, row, {**row, "id": None}, {**row, "id": 7, "family": None})
     assert [(e.id, e.family) for e in given] == [("0", ""), ("1", ""), ("7", "")]
+
+
+@pytest.mark.parametrize(
+    "answer, said, right",
+    [
+        ("...", "", False),
+        ("...", " ... ", True),
+        ("+", "-", False),
+        ("+", "+", True),
+        ("-5", "5", False),
+        ("5", "It is -5", False),
+        ("-5", "-5.", True),
+        ("-5", "−5", True),  # a minus sign
+        ("-$5", "$5", False),
+        ("-5", "minus 5", True),
+        ("की", "का", False),  # Hindi: of, in two genders
+        ("की", "की।", True),
+        ("ที่", "ทอ", False),  # Thai, vowels above a consonant
+        ("ros\u00e9", "Rose\u0301", True),
+        ("ros\u00e9", "rose", False),
+        ("102", "10²", False),
+    ],
+)
+def test_signs_and_accents_count(answer: str, said: str, right: bool) -> None:
+    assert Example("", "", answer).correct(said) is right
+    assert Example("", "", said).correct(answer) is right
+
+
+def test_words_are_graded_as_the_published_answers_were() -> None:
+    """The rule of all published results, on every pair."""
+    texts = [
+        "yes",
+        "Yes.",
+        " yes!\n",
+        "**yes**",
+        "(yes)",
+        "yes ✔️",
+        "no",
+        "ja",
+        "one two",
+        "One, two",
+    ]
+    texts += [
+        "one-two",
+        "one\ntwo",
+        "3",
+        "3.",
+        "- 3",
+        "+3",
+        "10-3",
+        "10 3",
+        "10–3",
+        "2:30",
+        "2 30",
+        "a_b",
+    ]
+    texts += [
+        "B 1️⃣",
+        "b 1",
+        "été",
+        "ÉTÉ",
+        "红色",
+        "红色。",
+        "don't",
+        "don t",
+        "1.5",
+        "1,5",
+        "$3",
+        "3 %",
+    ]
+    for answer, said in itertools.product(texts, texts):
+        before = [re.findall(r"\w+", text.lower()) for text in (answer, said)]
+        assert Example("", "", answer).correct(said) is (before[0] == before[1]), (answer, said)

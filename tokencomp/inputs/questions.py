@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,7 +109,20 @@ def _same(prediction: str, answer: str) -> bool:
 
 
 def _words(text: str) -> str:
-    return " ".join(re.findall(r"\w+", text.lower()))
+    """The words in small letters, with the minus of numbers; a text without any as it stands.
+
+    Letters with accents are the same composed and decomposed (NFC, as NFKC takes 10² for 102).
+    """
+    text = unicodedata.normalize("NFC", text.lower())
+    text = re.sub(r"(?<!\w)[-−–](?=[^\w\s]?\d)", "minus ", text)
+    text = re.sub(r"[\ufe0e\ufe0f]", "", text)  # whether a sign is an emoji
+    words = re.sub(r"\W", lambda c: c[0] if _is_mark(c[0]) else " ", text).split()
+    return " ".join(words) or text.strip()
+
+
+def _is_mark(character: str) -> bool:
+    """Whether it belongs to the letter before it: an accent, or a vowel sign of Hindi or Thai."""
+    return unicodedata.category(character) in ("Mn", "Mc")
 
 
 def media_kind(media: Media) -> Literal["image", "video", "audio"]:
