@@ -76,3 +76,11 @@ def to_rgb(image: Image.Image, file_format: str | None = None) -> Image.Image:
         )
     deep = image.mode != "I" or high > 255 or file_format in ("PNG", "PPM")
     return Image.fromarray((values // (257 if deep else 1)).astype(np.uint8)).convert("RGB")
+
+
+def seconds_shown(image: Image.Image, place: int) -> float:
+    """Go to a frame of an animation, and say for how long it is shown."""
+    image.seek(place)
+    if image.format == "WEBP":
+        image.load()  # only then it knows
+    return float(image.info.get("duration", 0)) / 1000

@@ -14,7 +14,7 @@ from PIL import Image
 
 from tokencomp.errors import MediaError
 from tokencomp.inputs.container import VideoFile
-from tokencomp.inputs.images import on_white
+from tokencomp.inputs.images import on_white, seconds_shown
 from tokencomp.inputs.packets import animation_index
 from tokencomp.inputs.upright import rgb
 from tokencomp.inputs.video import Sampling
@@ -171,8 +171,7 @@ def _animation(content: bytes, limits: Limits, deadline: Deadline) -> Clip:
         shown = []
         for place in range(total):  # a seek over many frames at once could not be interrupted
             deadline.check()
-            image.seek(place)
-            shown.append(float(image.info.get("duration", 0)) / 1000)
+            shown.append(seconds_shown(image, place))
         index = animation_index(shown, str(image.format).lower())
         choice = chosen(index, limits)
         frames = Frames(len(choice.places))
