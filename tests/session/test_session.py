@@ -266,7 +266,9 @@ def test_a_second_session_of_a_patched_model(loaded: Any, clip: Any, record: Rec
     tokencomp.Session(model, processor).close()
 
 
-@pytest.mark.parametrize("options", [{}, {"reducer": "fastv"}, {"reducer": "cdpruner"}])
+@pytest.mark.parametrize(
+    "options", [{}, *({"reducer": name} for name in ("fastv", "cdpruner", "prune", "dart"))]
+)
 def test_reducers_that_read_questions(
     loaded: Any, clip: Any, record: Record, options: dict[str, Any]
 ) -> None:
