@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import MediaError
-from tokencomp.inputs.frame_times import frame_times
+from tokencomp.inputs.frame_times import frame_times, whole_steps
 from tokencomp.inputs.questions import frames_apart, media_kind
 from tokencomp.inputs.sounds import RATE
 from tokencomp.inputs.video import Sampling, sampling_of
@@ -78,7 +78,8 @@ def chat_inputs(
     ]
     media: dict[str, Any] = {"images": list(images)} if images else {}
     if videos:
-        media.update(videos=list(videos), do_sample_frames=False)
+        whole = [whole_steps(processor, video) for video in videos]
+        media.update(videos=whole, do_sample_frames=False)
         media.update(frame_times(processor, samplings))
     if sounds:
         if not hasattr(processor, "feature_extractor"):  # it would leave them out
