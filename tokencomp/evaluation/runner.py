@@ -92,7 +92,8 @@ def sweep(
         of one model by the `variant` of the settings: "" is the plain model, for which PEFT
         adapters are switched off.
     items
-        Examples with distinct ids. Media that cannot be read are recorded as failed.
+        Examples with distinct ids. Media that cannot be read, or that the processor refuses, are
+        recorded as failed.
     settings
         See `tokencomp.evaluation.settings.grid`.
     out_dir
@@ -251,6 +252,10 @@ class _Sweep:
                 else:
                     inputs = shared = shared or self.answerer.inputs(loaded, _FULL)
                 batch = self.answerer.answer(setting, rows, inputs, answers)
+            except MediaError as error:
+                if len(rows) > 1:  # one of them may be at fault, or none where they differ in shape
+                    return all([self._answer([row]) for row in loaded])
+                self._write(setting, [failed(rows[0][0], str(error))])
             except torch.OutOfMemoryError:
                 if len(rows) > 1:
                     self._halve(len(rows))
