@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -134,6 +137,34 @@ def test_resumes_where_it_was_killed(loaded, examples, tmp_path, monkeypatch):
     assert len(calls) == 2  # three items were left
     assert len(file.read_text().splitlines()) == len(examples)
     assert json.loads((tmp_path / "cut" / "manifest.json").read_text())["finished"] is True
+
+
+def test_only_questions_about_changed_files_are_asked_again(loaded, examples, tmp_path):
+    copies = [Path(shutil.copy(e.media[0], tmp_path)) for e in examples]
+    items = [replace(e, media=(copy,)) for e, copy in zip(examples, copies, strict=True)]
+
+    def ask():
+        run = evaluate(*loaded, items, "uniform", 0.5, tmp_path / "run", **HOW)
+        assert read_records(tmp_path / "run") == run.records
+        return [r.get("prediction", r.get("error")) for r in run.records]
+
+    ask()
+    file = tmp_path / "run" / "records.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps({**r, "prediction": "kept"}) + "\n" for r in rows))
+    copies[2].touch()
+    assert ask() == ["kept"] * 5
+    shutil.copy(copies[1], copies[0])
+    new, other = one_by_one(loaded, items[0], "uniform", 0.5), ["kept"] * 4
+    assert ask() == ask() == [new, *other]
+    copies[0].write_bytes(b"no picture")
+    error, *kept = ask()
+    assert "neither an image" in error and kept == other
+    shutil.copy(examples[0].media[0], copies[0])  # as at first, but the last answer counts
+    assert ask() == [one_by_one(loaded, examples[0], "uniform", 0.5), *other]
+    file.rename(tmp_path / "run" / "records.1.jsonl")  # of another process, read first
+    file.write_text(json.dumps({**rows[0], "prediction": "old"}) + "\n")
+    assert "old" not in ask()
 
 
 def test_a_run_without_answers_leaves_no_folder(loaded, examples, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -114,3 +115,24 @@ def test_words_are_graded_as_the_published_answers_were() -> None:
     for answer, said in itertools.product(texts, texts):
         before = [re.findall(r"\w+", text.lower()) for text in (answer, said)]
         assert Example("", "", answer).correct(said) is (before[0] == before[1]), (answer, said)
+
+
+def test_contents_change_with_the_files_alone(tmp_path: Path) -> None:
+    clip, folder = tmp_path / "long.mp4", tmp_path / "frames"
+    folder.mkdir()
+    (folder / "1.png").write_bytes(b"a")
+    clip.write_bytes(bytes(5 << 20))
+    one = Example("", "", "", (str(clip), folder))
+    first = one.contents()
+    shutil.copytree(tmp_path, tmp_path / "copy")
+    moved = [tmp_path / "copy" / p.name for p in (clip, folder)]
+    clip.touch()
+    assert first and first == one.contents() == Example("", "", "", tuple(moved)).contents()
+    (folder / "1.png").write_bytes(b"b")
+    second = one.contents()
+    with clip.open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"z")
+    assert len({first, second, one.contents()}) == 3
+    clip.unlink()
+    assert one.contents() == Example("", "", "").contents() == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
@@ -17,6 +18,8 @@ Media = Any
 """A path, a PIL image, a list of PIL images (a video), or mono samples of sound, float (n,)."""
 
 LETTERS = "ABCDEFGH"
+HASHED = 1 << 20
+"""Bytes at either end of a file that are hashed: videos may be gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,14 @@ class Example:
         """
         return [self._decoded(m, frames) if isinstance(m, str | Path) else m for m in self.media]
 
+    def contents(self) -> str:
+        """A hash of what the files among the media hold; "" without any, or if one is gone."""
+        try:
+            files = [_contents(Path(m)) for m in self.media if isinstance(m, str | Path)]
+        except OSError:
+            return ""
+        return hashlib.sha256(b"".join(files)).hexdigest()[:16] if files else ""
+
     def _decoded(self, path: str | Path, frames: Frames) -> Any:
         from tokencomp.inputs.media import load_media
         from tokencomp.inputs.sounds import is_sound, load_sound
@@ -82,6 +93,19 @@ class Deferred(Example):
 
     def load(self, frames: Frames) -> list[Any]:
         return Example(self.id, self.prompt, self.answer, self.source()).load(frames)
+
+
+def _contents(path: Path) -> bytes:
+    """A hash of the size and both ends of a file, or of all files of a folder."""
+    if path.is_dir():
+        held = b"".join(_contents(p) for p in sorted(path.iterdir()) if p.is_file())
+    else:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(HASHED)
+            file.seek(max(HASHED, size - HASHED))
+            held = b"%d " % size + head + file.read()
+    return hashlib.sha256(held).digest()
 
 
 def has_video(example: Example) -> bool:
