@@ -46,7 +46,7 @@ class Source:
     share of batches that are chats of several turns; `text` the share of images with a word; with
     `spell` the visual tokens of words and digits are labelled with them; with `repeat` a question
     comes up to five times with other options each time; `size` is for "vision" alone. Clips of
-    a source with `lengths` have as many frames, at `LONG_RATES`, and `LONG_SIDES` pixels a side.
+    a source with `lengths` have as many frames, at `LONG_RATES`, and `sides` pixels a side.
     """
 
     kind: str
@@ -66,6 +66,7 @@ class Source:
     spell: bool = False
     repeat: bool = False
     lengths: tuple[int, ...] = ()
+    sides: tuple[int, ...] = LONG_SIDES
 
 
 def _codec_noise(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -153,7 +154,7 @@ class BatchMaker:
             return TEXT_ONLY
         varied = rng.random() < source.varied
         if source.lengths:
-            side = LONG_SIDES[int(rng.integers(len(LONG_SIDES)))]
+            side = source.sides[int(rng.integers(len(source.sides)))]
             return source.lengths[int(rng.integers(len(source.lengths)))], side, side
         if source.media == "video":
             width, height, frames = (

@@ -8,6 +8,7 @@ time reads "<126.0 seconds>".
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from recipes.tiny.batches import Source
 from recipes.tiny.recipe_deep import (
@@ -33,6 +34,7 @@ _LONG = replace(VIDEOS, batch=6, room=300, lengths=(32, 48, 64))
 _LONG_ACTS = replace(_LONG, families=("direction", "action_count"), primers=("moves", "flashes"))
 _LONG_ORDER = replace(_LONG, families=("order",), primers=("when", "before", "first"))
 _LONG_CHAT = replace(VIDEO_CHAT, batch=6, room=400, lengths=(32, 48, 64))
+_LONGEST: dict[str, Any] = {"lengths": (48, 64, 64), "sides": (112, 168, 224, 224)}
 
 _IMAGES: tuple[tuple[float, Source], ...] = (
     (0.42, _HARD_COUNTS),
@@ -102,6 +104,82 @@ HARD = (
         ),
         helpers=0.2,
         start=0.6,
+        end=0.01,
+        **RATES,
+    ),
+    # Direction, order and repeated acts of 64 frames need many more clips of that length.
+    Stage(
+        "motion",
+        850,
+        (
+            (0.22, replace(_LONG_ACTS, **_LONGEST)),
+            (0.14, replace(_LONG_ORDER, **_LONGEST)),
+            (0.04, replace(_LONG, **_LONGEST)),
+            (0.04, replace(_LONG, scene="hard")),
+            (0.14, replace(_LONG_CHAT, **_LONGEST)),
+            (0.06, replace(_LONG_CHAT, scene="hard", **_LONGEST)),
+            (0.12, _HARD_COUNTS),
+            (0.02, replace(COUNT_LETTERS, scene="hard")),
+            (0.06, replace(_HARD_CHAT, more=("count", "small_object", "reading"))),
+            (0.04, replace(IMAGE_CHAT, more=("reading", "small_object"))),
+            (0.03, replace(SPELLING, scene="hard")),
+            (0.03, SPELLING),
+            (0.01, SPELLED_NUMBERS),
+            (0.04, VIDEO_CHAT),
+            (0.01, ACTING),
+        ),
+        helpers=0.2,
+        start=0.6,
+        end=0.01,
+        **RATES,
+    ),
+    Stage(
+        "directions",
+        500,
+        (
+            (0.30, replace(_LONG_ACTS, **_LONGEST)),
+            (0.07, replace(_LONG_ORDER, **_LONGEST)),
+            (0.03, replace(_LONG, **_LONGEST)),
+            (0.04, replace(_LONG, scene="hard")),
+            (0.20, replace(_LONG_CHAT, **_LONGEST)),
+            (0.06, replace(_LONG_CHAT, scene="hard", **_LONGEST)),
+            (0.12, _HARD_COUNTS),
+            (0.02, replace(COUNT_LETTERS, scene="hard")),
+            (0.05, replace(_HARD_CHAT, more=("count", "small_object", "reading"))),
+            (0.03, replace(IMAGE_CHAT, more=("reading", "small_object"))),
+            (0.03, replace(SPELLING, scene="hard")),
+            (0.02, SPELLING),
+            (0.01, SPELLED_NUMBERS),
+            (0.02, VIDEO_CHAT),
+        ),
+        helpers=0.2,
+        start=0.4,
+        end=0.14,
+        **RATES,
+    ),
+    # Letters of words have been forgotten by then, and come back last.
+    Stage(
+        "readers",
+        500,
+        (
+            (0.15, replace(_LONG_ACTS, **_LONGEST)),
+            (0.04, replace(_LONG_ORDER, **_LONGEST)),
+            (0.10, replace(_LONG_CHAT, **_LONGEST)),
+            (0.02, replace(_LONG_CHAT, scene="hard", **_LONGEST)),
+            (0.17, _HARD_COUNTS),
+            (0.02, replace(COUNT_LETTERS, scene="hard")),
+            (0.05, replace(_HARD_CHAT, more=("count", "small_object", "reading"))),
+            (0.05, replace(IMAGE_CHAT, more=("reading", "small_object"))),
+            (0.08, replace(SPELLING, scene="hard")),
+            (0.05, SPELLING),
+            (0.14, replace(WORD_OPTIONS, kind="questions", choice=0.6)),
+            (0.04, replace(WORD_OPTIONS, kind="questions", choice=0.6, scene="hard")),
+            (0.03, SPELLED_NUMBERS),
+            (0.04, VIDEO_CHAT),
+            (0.02, ACTING),
+        ),
+        helpers=0.2,
+        start=0.35,
         end=0.01,
         **RATES,
     ),
