@@ -54,7 +54,7 @@ def test_pareto_front_by_brute_force():
     rng = random.Random(0)
     points = [
         Candidate(
-            8, 1.0, Setting("uniform", k / 100), rng.randrange(20), 0.0, rng.randrange(10) / 10
+            8, 1.0, Setting("uniform", k / 100), rng.randrange(20), 0.0, rng.randrange(10) / 10, 3
         )
         for k in range(60)
     ]
@@ -64,7 +64,8 @@ def test_pareto_front_by_brute_force():
         return d.accuracy >= c.accuracy and d.tokens <= c.tokens and better
 
     best = {(c.tokens, c.accuracy) for c in points if not any(beaten(c, d) for d in points)}
-    assert {(c.tokens, c.accuracy) for c in pareto(points)} == best
+    refused = Candidate(1, 1.0, Setting("uniform", 0.5))  # answered nothing
+    assert {(c.tokens, c.accuracy) for c in pareto([refused, *points])} == best
 
 
 def test_candidates_take_turns(monkeypatch):

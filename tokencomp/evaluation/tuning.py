@@ -227,9 +227,11 @@ def _measure(
 
 
 def _result(c: Candidate, run: EvalRun) -> Candidate:
+    if not run.answered:
+        return replace(c, tokens=0.0, seconds=0.0, accuracy=0.0, items=0)
     return replace(
         c,
-        tokens=run.mean_tokens if run.answered else 0.0,
+        tokens=run.mean_tokens,
         seconds=run.mean("seconds"),
         accuracy=run.mean("correct"),
         items=len(run.answered),
@@ -239,12 +241,14 @@ def _result(c: Candidate, run: EvalRun) -> Candidate:
 def pareto(measured: Sequence[Candidate], cost: str = "tokens") -> list[Candidate]:
     """Candidates that no other one beats at the same or a lower cost, cheapest first.
 
+    Those that answered no question take no part.
+
     Parameters
     ----------
     cost
         "tokens" or "seconds".
     """
-    full = [c for c in measured if not c.screened]
+    full = [c for c in measured if not c.screened and c.items]
     front: list[Candidate] = []
     for c in sorted(full, key=lambda c: (getattr(c, cost), -c.accuracy)):
         if not front or c.accuracy > front[-1].accuracy:

@@ -7,6 +7,7 @@ loads and saves the published folder layout: config.json, llm/, vision_tower/ an
 from __future__ import annotations
 
 import copy
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -250,8 +251,10 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         SpanError
             If `inputs_embeds` and media are both passed, or as `embed` raises it.
         """
-        caches = {"cache": cache, "past_key_values": past_key_values}
-        kwargs.update({name: value for name, value in caches.items() if value is not None})
+        held = past_key_values if cache is None else cache
+        if held is not None:  # a language model ignores the name that it does not know
+            known = inspect.signature(type(self.llm).forward).parameters
+            kwargs["cache" if "cache" in known else "past_key_values"] = held
         media = zip(MEDIA, (pixel_values, pixel_values_videos, video_frames), strict=True)
         media_names = [name for name, value in media if value is not None]
         if inputs_embeds is not None and media_names:
