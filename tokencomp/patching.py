@@ -196,8 +196,9 @@ def apply(
     extend_context: bool | int = False,
 ) -> Handle:
     """`patch` with a ready method spec, under which everything else is as described there."""
-    with changes(adapter_for(model).model):
-        adapter = _free_adapter(model)
+    adapter = adapter_for(model)
+    with changes(adapter.model):
+        _check_free(adapter)
         check_choice("patch", "positions", positions, ("original", "compact"))
         if positions == "compact" and adapter.mrope:
             raise OptionError(
@@ -220,14 +221,13 @@ def apply(
             raise
 
 
-def _free_adapter(model: nn.Module) -> Adapter:
-    """The adapter of a model that nobody else has changed; its own patch may be in force.
+def _check_free(adapter: Adapter) -> None:
+    """Refuse a model that somebody else has changed; its own patch may be in force.
 
     Raises
     ------
     AlreadyCompressedError
     """
-    adapter = adapter_for(model)
     refuse_foreign(adapter.model)
     for hook in adapter.decoder._forward_pre_hooks.values():
         owner = getattr(hook, "__self__", None)
@@ -237,7 +237,6 @@ def _free_adapter(model: nn.Module) -> Adapter:
                 f"{type(owner.adapter.model).__name__} already. Patch the one of the two that you "
                 "call, and call tokencomp.unpatch on the other first."
             )
-    return adapter
 
 
 def check(model: nn.Module, spec: MethodSpec) -> None:
@@ -252,7 +251,8 @@ def check(model: nn.Module, spec: MethodSpec) -> None:
     UnsupportedModelError, AlreadyCompressedError
         No adapter serves the model, or another method has changed it.
     """
-    adapter = _free_adapter(model)
+    adapter = adapter_for(model)
+    _check_free(adapter)
     make_plan(spec, adapter)
 
 
