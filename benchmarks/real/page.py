@@ -11,6 +11,7 @@ from benchmarks.accuracy.store import STORED_DEFAULT
 from benchmarks.gpu.contribution import Row
 from benchmarks.gpu.recompute import losing, runs_of, table_lines
 from benchmarks.publishing import MARK, provenance, table
+from recipes.photographs.items import LETTERS
 from recipes.photographs.sources import FURTHER, NAMES
 from tokencomp.evaluation.metrics import difference
 from tokencomp.evaluation.runs import EvalRun, paired_scores
@@ -94,6 +95,8 @@ def _training(results: dict[str, Any]) -> str:
     if not training["finished"]:
         end = f"Training was stopped at step {training['step']} of the stage {training['reached']}"
     scores = ", ".join(f"{name} {value} %" for name, value in training["training_scores"].items())
+    letters = " `letters` are questions of all families with lettered options."
+    letters = letters if LETTERS in results["scores"]["test"] else ""
     return f"""
 ## This run
 
@@ -104,7 +107,7 @@ def _training(results: dict[str, Any]) -> str:
 - Running shares of right answers on training pictures at the end: {scores}. No picture repeats.
 - Answers: {provenance(about)}.{mark}
 - {results["per_family"]} questions of each family; greedy decoding in
-  {results["identity"]["dtype"]}. `letters` are questions of all families with lettered options.
+  {results["identity"]["dtype"]}.{letters}
 """
 
 
