@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from tokencomp.adapters.base import Adapter
+from tokencomp.engine.call.gate import changes
 from tokencomp.engine.call.hooks import Hooks
 from tokencomp.engine.call.layer_stages import check_entry, check_kinds, check_layer_stages
 from tokencomp.engine.context.visual_window import VisualContext, extend_visual_context, is_extended
@@ -70,21 +71,27 @@ class Handle:
         self._active = self._entered = False
         self._start()
 
+    @property
+    def _changes(self) -> contextlib.AbstractContextManager[Any]:
+        return changes(self._hooks.adapter.model)
+
     def __enter__(self) -> Handle:
         self._check_active()
         self._entered = True
         return self
 
     def __exit__(self, *exc: object) -> None:
-        earlier = self._earlier if self._active else None
-        self.remove()
-        if earlier is not None and earlier.suspended:
-            earlier.resume()
+        with self._changes:
+            earlier = self._earlier if self._active else None
+            self.remove()
+            if earlier is not None and earlier.suspended:
+                earlier.resume()
 
     def remove(self) -> None:
         """Restore the model, see `unpatch`. Safe to call twice."""
-        self._stop()
-        self.suspended, self._earlier = False, None
+        with self._changes:
+            self._stop()
+            self.suspended, self._earlier = False, None
 
     def _stop(self) -> None:
         if self._active:
@@ -96,21 +103,23 @@ class Handle:
 
     def suspend(self) -> None:
         """Restore the model, until `resume` or `remove` is called."""
-        if self._context is not None and not self._context.in_force:
-            self._context = None  # undone, or replaced by another extension: not ours any more
-        self._stop()
-        self.suspended = True
-        if not self._entered:  # else a chain of patches would keep all of them alive
-            self._earlier = None
+        with self._changes:
+            if self._context is not None and not self._context.in_force:
+                self._context = None  # undone, or replaced by another extension: not ours any more
+            self._stop()
+            self.suspended = True
+            if not self._entered:  # else a chain of patches would keep all of them alive
+                self._earlier = None
 
     def resume(self) -> None:
         """Patch the model again after `suspend`; the plan stays the same."""
-        adapter, context = self._hooks.adapter, self._context
-        if context is not None:
-            free = not is_extended(adapter)
-            target = context.target_tokens
-            self._context = extend_visual_context(adapter.model, target) if free else None
-        self._start()
+        with self._changes:
+            adapter, context = self._hooks.adapter, self._context
+            if context is not None:
+                free = not is_extended(adapter)
+                target = context.target_tokens
+                self._context = extend_visual_context(adapter.model, target) if free else None
+            self._start()
 
     def _start(self) -> None:
         self._active, self.suspended = True, False
@@ -151,7 +160,6 @@ class Handle:
         A new reducer starts from its own default options. A plan replaces all of them; after a
         plan, a new ratio needs a reducer too.
         """
-        self._check_active()
         fixed = sorted(FIXED & set(options))
         if fixed:
             raise OptionError(
@@ -160,14 +168,16 @@ class Handle:
             )
         stages = None if plan is None else as_plan(plan)
         tower = tower_ratio, tower_reducer
-        spec = self._spec.changed(ratio, reducer, stages, options, *tower, budget, rest, decay)
-        new_plan = make_plan(spec, self._hooks.adapter)
-        self._spec = spec
-        try:
-            self._hooks.change(new_plan)
-        except BaseException:  # without all its hooks the patch would run something else
-            self.remove()
-            raise
+        with self._changes:
+            self._check_active()
+            spec = self._spec.changed(ratio, reducer, stages, options, *tower, budget, rest, decay)
+            new_plan = make_plan(spec, self._hooks.adapter)
+            self._spec = spec
+            try:
+                self._hooks.change(new_plan)
+            except BaseException:  # without all its hooks the patch would run something else
+                self.remove()
+                raise
         return self
 
     def _check_active(self) -> None:

@@ -12,6 +12,7 @@ from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.registry import adapter_for, unwrap
 from tokencomp.adapters.verified import unverified_accepted
 from tokencomp.conformance.verify import verify_model
+from tokencomp.engine.call.gate import changes
 from tokencomp.engine.call.hooks import Hooks
 from tokencomp.engine.call.refusals import refuse_foreign
 from tokencomp.engine.call.state import CallHooks
@@ -195,27 +196,28 @@ def apply(
     extend_context: bool | int = False,
 ) -> Handle:
     """`patch` with a ready method spec, under which everything else is as described there."""
-    adapter = _free_adapter(model)
-    check_choice("patch", "positions", positions, ("original", "compact"))
-    if positions == "compact" and adapter.mrope:
-        raise OptionError(
-            f"positions='compact': {adapter.family} has three rows of positions (time, height, "
-            "width), which cannot be renumbered without losing the grid. Leave it at 'original'."
-        )
-    plan = make_plan(spec, adapter)
-    hooks = Hooks(adapter, plan, strict, positions == "compact")
-    earlier, context = adapter.model.__dict__.get(ATTRIBUTE), None
-    if earlier is not None:
-        earlier.suspend()  # before its window is replaced, so that it can restore that window
-    try:
-        if extend_context is not False:
-            target = 4 * VISUAL_WINDOW if extend_context is True else extend_context
-            context = extend_visual_context(adapter.model, target)
-        return Handle(hooks, spec, context, earlier)
-    except BaseException:
+    with changes(adapter_for(model).model):
+        adapter = _free_adapter(model)
+        check_choice("patch", "positions", positions, ("original", "compact"))
+        if positions == "compact" and adapter.mrope:
+            raise OptionError(
+                f"positions='compact': {adapter.family} has three rows of positions (time, height, "
+                "width), which cannot be renumbered without losing the grid. Leave it at "
+                "'original'."
+            )
+        hooks = Hooks(adapter, make_plan(spec, adapter), strict, positions == "compact")
+        earlier, context = adapter.model.__dict__.get(ATTRIBUTE), None
         if earlier is not None:
-            earlier.resume()
-        raise
+            earlier.suspend()  # before its window is replaced, so that it can restore that window
+        try:
+            if extend_context is not False:
+                target = 4 * VISUAL_WINDOW if extend_context is True else extend_context
+                context = extend_visual_context(adapter.model, target)
+            return Handle(hooks, spec, context, earlier)
+        except BaseException:
+            if earlier is not None:
+                earlier.resume()
+            raise
 
 
 def _free_adapter(model: nn.Module) -> Adapter:
@@ -268,20 +270,24 @@ def unpatch(model: nn.Module) -> None:
         return
     if not isinstance(base, nn.Module):
         raise OptionError(f"unpatch({model!r}): expected a model, or the handle of its patch.")
-    handle = base.__dict__.get(ATTRIBUTE)
-    if handle is not None:
-        handle.remove()
-    restore_visual_context(base)
+    with changes(base):
+        handle = base.__dict__.get(ATTRIBUTE)
+        if handle is not None:
+            handle.remove()
+        restore_visual_context(base)
 
 
 @contextlib.contextmanager
 def unpatched(model: nn.Module) -> Iterator[None]:
     """Suspend the patch of `model`, if it has one, inside the block."""
-    handle = unwrap(model).__dict__.get(ATTRIBUTE)
+    base = unwrap(model)
+    with changes(base):
+        handle = base.__dict__.get(ATTRIBUTE)
+        if handle is not None:
+            handle.suspend()
     if handle is None:
         yield
         return
-    handle.suspend()
     try:
         yield
     finally:

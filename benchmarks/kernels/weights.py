@@ -2,11 +2,12 @@
 
     python -m benchmarks.kernels.weights [--report] [--out DIR]
 
-Three tables, in `weights.json` and `weights.md`. Calls and host reads of a prefill and a decode
-step are those of the calls page, on its tiny random Qwen2-VL. FLOPs follow from the shapes of real
-models. The third table is one attention call of a decoder layer on a CPU, by what carries the
-logarithms: further head dimensions, or a mask that SDPA adds. Seconds are those of the process on
-one thread, the least of several runs: they order carriers on a CPU and say nothing about a GPU.
+Four tables, in `weights.json` and `weights.md`. Calls and host reads of a prefill and a decode
+step are those of the calls page, on its tiny random Qwen2-VL, which is also timed: its layers are
+so small that calls take the time, not work. FLOPs follow from the shapes of real models. The last
+table is one attention call of a decoder layer on a CPU, by what carries the logarithms: further
+head dimensions, or a mask that SDPA adds. Seconds are those of the process on one thread, the least
+of several runs: they order carriers on a CPU and say nothing about a GPU.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -39,24 +42,46 @@ SHAPES = {
 LENGTHS = (1024, 8192)  # rows that are left
 HEADS, KV_HEADS, DIM, ROWS = 14, 2, 64, 1024  # the attention call that is timed
 RUNS = 5
+ALONE, ROUNDS, TOKENS = "no patch", 15, 60  # decode steps of the tiny model, see `steps`
+
+
+def step(model: Any, inputs: dict[str, Tensor]) -> Callable[[], Any]:
+    """Feeds the model one more token after a prefill, at every call."""
+    with torch.no_grad():
+        cache = model(**inputs, use_cache=True).past_key_values
+    return lambda: model(input_ids=torch.tensor([[7]]), past_key_values=cache)
 
 
 def calls(reducer: str, rest: Rest) -> dict[str, Any]:
     """Calls and reads that a patch adds to a prefill of four images, and to a decode step."""
     model, inputs = tiny_model(), prompt(1, 4)
-    token = torch.tensor([[7]])
-
-    def step() -> Callable[[], Any]:
-        with torch.no_grad():
-            cache = model(**inputs, use_cache=True).past_key_values
-        return lambda: model(input_ids=token, past_key_values=cache)
-
-    plain = counted(prefill(model, inputs)), counted(step())
+    plain = counted(prefill(model, inputs)), counted(step(model, inputs))
     with tokencomp.patch(model, RATIO, reducer=reducer, rest=rest):
-        found = counted(prefill(model, inputs)), counted(step())
+        found = counted(prefill(model, inputs)), counted(step(model, inputs))
     pairs = zip(found, plain, strict=True)
     added = [(a.calls - b.calls, a.reads - b.reads) for a, b in pairs]
-    return {"reducer": reducer, "rest": rest, "prefill": added[0], "step": added[1]}
+    own = [one.calls for one in plain]
+    return {"reducer": reducer, "rest": rest, "prefill": added[0], "step": added[1], "own": own}
+
+
+def steps() -> dict[str, list[float]]:
+    """Milliseconds of a decode step of the tiny model, in every round: alone, dropping, merging.
+
+    The kinds take turns, so that what slows the machine for a while slows all of them.
+    """
+    model, inputs = tiny_model(), prompt(1, 4)
+    found: dict[str, list[float]] = {}
+    for _ in range(ROUNDS):
+        for kind in (ALONE, *RESTS):
+            patched = nullcontext() if kind == ALONE else tokencomp.patch(model, RATIO, rest=kind)
+            with patched, torch.no_grad():
+                call = step(model, inputs)
+                before = time.process_time()
+                for _ in range(TOKENS):
+                    call()
+                spent = time.process_time() - before
+            found.setdefault(kind, []).append(1e3 * spent / TOKENS)
+    return found
 
 
 def flops(name: str, rows: int) -> dict[str, Any]:
@@ -139,6 +164,12 @@ def markdown(data: dict[str, Any]) -> str:
         [r["model"], str(r["rows"]), f"{r['attention']:.1%}", f"{r['prefill']:.2%}"]
         for r in data["flops"]
     ]
+    own = data["calls"][0]["own"]
+    alone = data["steps"][ALONE]
+    decoding = [
+        [kind, f"{min(ms):.2f}", "" if kind == ALONE else f"{_median_share(ms, alone):+.0%}"]
+        for kind, ms in data["steps"].items()
+    ]
     names = list(data["time"]["prefill"])
     times = [[n, *(f"{data['time'][kind].get(n, float('nan')):.2f}" for kind in data["time"])]
              for n in names]  # fmt: skip
@@ -148,8 +179,14 @@ def markdown(data: dict[str, Any]) -> str:
             [
                 INTRO,
                 "## Calls + host reads that a patch adds\n\nFour images, ratio "
-                f"{RATIO}, a tiny Qwen2-VL of 8 layers.",
+                f"{RATIO}, a tiny Qwen2-VL of 8 layers. Alone it makes {own[0]} calls in a prefill "
+                f"and {own[1]} in a decode step.",
                 table(["reducer", "rest", "prefill", "decode step"], rows),
+                "## A decode step where calls take the time\n\nThe same model and prompt, the "
+                f"default reducer: milliseconds, the least of {ROUNDS} rounds of {TOKENS} tokens, "
+                "and the median of the rounds against the model alone. Layers of a few thousand "
+                "weights have next to no work, as on a GPU that waits for its next call.",
+                table(["rest", "ms", "against no patch"], decoding),
                 "## FLOPs that weights add\n\nOf scores and sums of attention, and of a prefill.",
                 table(["model", "rows left", "attention", "prefill"], work),
                 f"## One attention call on a CPU\n\nMilliseconds of one thread; {HEADS} heads, "
@@ -159,6 +196,10 @@ def markdown(data: dict[str, Any]) -> str:
         )
         + "\n"
     )
+
+
+def _median_share(ms: list[float], alone: list[float]) -> float:
+    return median(a / b for a, b in zip(ms, alone, strict=True)) - 1
 
 
 def main() -> int:
@@ -174,6 +215,7 @@ def main() -> int:
             "machine": f"torch {torch.__version__}.",
             "calls": [calls(r, rest) for r in REDUCERS for rest in RESTS],
             "flops": [flops(name, rows) for name in SHAPES for rows in LENGTHS],
+            "steps": steps(),
             "time": {"prefill": timed(ROWS), "step": timed(1)},
         }
         path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")

@@ -103,6 +103,13 @@ def test_finished_answers_are_kept_and_other_questions_are_refused(
         ('{"question": "q", "media": "m.png"}', "'answer' is missing (it has question, media)"),
         ('["q", "a", "m.png"]', "answer and media, one per line; got a list"),
         ('{"question": null, "answer": "a", "media": "m.png"}', "line 3: the question is empty"),
+        ('{"question": "q", "answer": [], "media": "m.png"}', "line 3: the answer is empty"),
+        ('{"question": "q", "answer": ["a", " "], "media": "m.png"}', "the answer is empty"),
+        (
+            '{"question": "q", "answer": [["a"]], "media": "m.png"}',
+            "a list inside. Give a text, or",
+        ),
+        ('{"question": ["q"], "answer": "a", "media": "m.png"}', "a list inside. Give a text."),
         ('{"question": "q", "answer": "a", "media": "no.png"}', "no.png does not exist"),
         ('{"question": "q", "answer": "a", "media": []}', "line 3: there is no image or video"),
     ],

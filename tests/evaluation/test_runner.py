@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import tokencomp
 from tokencomp.errors import OptionError, UnknownNameError
@@ -135,6 +139,34 @@ def test_resumes_where_it_was_killed(loaded, examples, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "cut" / "manifest.json").read_text())["finished"] is True
 
 
+def test_only_questions_about_changed_files_are_asked_again(loaded, examples, tmp_path):
+    copies = [Path(shutil.copy(e.media[0], tmp_path)) for e in examples]
+    items = [replace(e, media=(copy,)) for e, copy in zip(examples, copies, strict=True)]
+
+    def ask():
+        run = evaluate(*loaded, items, "uniform", 0.5, tmp_path / "run", **HOW)
+        assert read_records(tmp_path / "run") == run.records
+        return [r.get("prediction", r.get("error")) for r in run.records]
+
+    ask()
+    file = tmp_path / "run" / "records.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps({**r, "prediction": "kept"}) + "\n" for r in rows))
+    copies[2].touch()
+    assert ask() == ["kept"] * 5
+    shutil.copy(copies[1], copies[0])
+    new, other = one_by_one(loaded, items[0], "uniform", 0.5), ["kept"] * 4
+    assert ask() == ask() == [new, *other]
+    copies[0].write_bytes(b"no picture")
+    error, *kept = ask()
+    assert "neither an image" in error and kept == other
+    shutil.copy(examples[0].media[0], copies[0])  # as at first, but the last answer counts
+    assert ask() == [one_by_one(loaded, examples[0], "uniform", 0.5), *other]
+    file.rename(tmp_path / "run" / "records.1.jsonl")  # of another process, read first
+    file.write_text(json.dumps({**rows[0], "prediction": "old"}) + "\n")
+    assert "old" not in ask()
+
+
 def test_a_run_without_answers_leaves_no_folder(loaded, examples, tmp_path, monkeypatch):
     from tokencomp.evaluation import batches
 
@@ -199,6 +231,45 @@ def test_bad_media_are_recorded_and_the_rest_goes_on(loaded, examples, tmp_path)
     assert set(reasons) == {"broken", "empty", "gone"}
     assert "empty" in reasons["empty"] and "no such file" in reasons["gone"]
     assert run.manifest["summary"]["failed"] == 3
+
+
+def test_media_that_the_processor_refuses_are_recorded(loaded, examples, tmp_path):
+    """Qwen2-VL takes no picture that is more than 200 times as wide as high."""
+    Image.new("RGB", (2500, 8)).save(tmp_path / "wide.png")
+    wide = Example("wide", "?", "x", (str(tmp_path / "wide.png"),))
+    items = [examples[0], wide, *examples[1:]]
+    settings = grid(["uniform", "downscale"], [0.5])
+    for setting, run in sweep(*loaded, items, settings, tmp_path / "r", **HOW).items():
+        assert [(r["id"], "200" in r["error"]) for r in run.failed] == [("wide", True)]
+        assert run.manifest["summary"]["failed"] == 1
+        reducer = "uniform" if setting.name == "uniform" else None
+        said = {r["id"]: r["prediction"] for r in run.answered}
+        if setting.name != "downscale":
+            alone = {e.id: one_by_one(loaded, e, reducer, setting.ratio) for e in examples}
+            assert said == alone
+        assert said.keys() == {e.id for e in examples}
+
+
+def test_a_batch_that_is_refused_is_asked_one_by_one(loaded, examples, monkeypatch):
+    """A processor that cannot stack rows; what the model itself raises ends the run."""
+    from tokencomp.evaluation import batches
+
+    def alone(processor, media, prompts):
+        if len(media) > 1:
+            raise RuntimeError("stack expects each tensor to be equal size")
+        return build_inputs(processor, media, prompts)
+
+    monkeypatch.setattr("tokencomp.evaluation.setting_inputs.build_inputs", alone)
+    run = evaluate(*loaded, examples, "uniform", 0.5, **HOW)
+    expected = [one_by_one(loaded, e, "uniform", 0.5) for e in examples]
+    assert [r["prediction"] for r in run.records] == expected
+
+    def broken(*args):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(batches, "generate", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        evaluate(*loaded, examples, "uniform", 0.5, **HOW)
 
 
 def test_batch_halves_when_memory_runs_out(loaded, examples, monkeypatch):

@@ -7,9 +7,10 @@ import json
 import random
 
 import pytest
+from PIL import Image
 from support.console import run
 
-from tokencomp.errors import OptionError
+from tokencomp.errors import MediaError, OptionError
 from tokencomp.evaluation import Example, Setting, tuning
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.tuning import Candidate, candidates, pareto
@@ -34,6 +35,19 @@ def test_candidates_are_all_that_fit(loaded, examples):
 def test_a_budget_that_nothing_meets(loaded, examples):
     with pytest.raises(OptionError, match="fewer --frames"):
         candidates(*loaded, examples[-1:], **{**GRID, "frames": [8], "scales": [1.0]}, tokens=2)
+
+
+def test_an_item_that_the_processor_refuses_costs_no_tokens(loaded, examples, tmp_path):
+    Image.new("RGB", (2500, 8)).save(tmp_path / "wide.png")
+    wide = Example("wide", "?", "x", (str(tmp_path / "wide.png"),))
+    found = [
+        candidates(*loaded, e, **GRID, tokens=64) for e in (examples[:2], [wide, *examples[:2]])
+    ]
+    assert found[0] == found[1]
+    measured = tuning.search(*loaded, [wide, *examples[:2]], found[0][:1])
+    assert [c.items for c in measured] == [2]
+    with pytest.raises(MediaError, match="aspect ratio"):
+        candidates(*loaded, [wide], **GRID, tokens=64)
 
 
 def test_pareto_front_by_brute_force():

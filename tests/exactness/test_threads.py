@@ -65,6 +65,36 @@ def test_set_while_others_call(name: str) -> None:
         assert any(torch.allclose(logits, other, atol=1e-5) for other in expected)
 
 
+def test_threads_that_patch_one_model_leave_nothing_behind() -> None:
+    """Every patch replaces one of another thread, or is replaced; in the end all are gone."""
+    family = FAMILIES["qwen2_vl"]
+    model = family.build()
+    inputs = family.batch([[text(3), family.image(0), text(9, 3)]])
+    errors: list[BaseException] = []
+
+    @torch.no_grad()
+    def work(ratio: float) -> None:
+        try:
+            for _ in range(6):
+                handle = tokencomp.patch(model, ratio, reducer="uniform")
+                model(**inputs, use_cache=False)
+                handle.remove()
+        except Exception as error:
+            errors.append(error)
+
+    with torch.no_grad():
+        before = model(**inputs, use_cache=False).logits
+        threads = [threading.Thread(target=work, args=(ratio,)) for ratio in (0.3, 0.5, 0.7)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        tokencomp.unpatch(model)
+        assert torch.equal(model(**inputs, use_cache=False).logits, before)
+    assert not errors
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
 def test_a_call_that_was_interrupted_blocks_nobody() -> None:
     """An interrupt from the keyboard skips hooks; the thread that had it can still change."""
     gate = CallGate(nn.Identity())

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from tokencomp import zoo
+from tokencomp.errors import MediaError
 from tokencomp.inputs.prompts import build_inputs, media_chat, takes_videos
 from tokencomp.pages.pictures import as_taken
 from tokencomp.tokens.spans import VisualSpan
@@ -54,6 +55,20 @@ def test_frames_are_images_where_a_model_takes_no_videos():
     expected = build_inputs(processor, [[row[0], RED, BLUE, RED]], ["What?"])
     assert len(got["pixel_values"]) == 4 and got.keys() == expected.keys()
     assert all(torch.equal(got[name], expected[name]) for name in got)
+
+
+@pytest.mark.parametrize(
+    ("clip", "said"),
+    [
+        ([RED, RED.resize((28, 56))], r"2 frames of shapes \[\(56, 28, 3\), \(56, 56, 3\)\]"),
+        ([RED, RED.convert("L")], r"2 frames of shapes \[\(56, 56\), \(56, 56, 3\)\]"),
+        ([], "0 frames .* one or more"),
+    ],
+)
+def test_frames_that_make_no_video_are_one_message(clip, said):
+    _, processor = zoo.load("tiny-qwen2-vl")
+    with pytest.raises(MediaError, match=said):
+        build_inputs(processor, [[clip]], ["What?"])
 
 
 def test_a_video_has_a_place_in_the_prompts_of_models_that_take_one():

@@ -25,6 +25,7 @@ from tokencomp.errors import (
     UnsupportedModelError,
 )
 from tokencomp.inputs.media import load_media
+from tokencomp.inputs.prompts import build_inputs
 from tokencomp.inputs.video import Video
 
 KCENTRE = {"reducer": "kcentre"}
@@ -129,18 +130,21 @@ def test_a_session_equals_one_prompt(
 def test_an_odd_number_of_frames_is_what_the_processor_makes_of_it(
     loaded: tuple[Any, Any], clip: Any, record: Record
 ) -> None:
-    """The last frame stands for the missing one, at its own time, and the caller is told."""
+    """The last frame stands for the missing one, at its own time, and the caller is told.
+
+    The processor itself refuses a single frame.
+    """
     model, processor = loaded
     frames = [np.asarray(frame) for frame in clip[0][:3]]
     session = tokencomp.Session(model, processor)
     with pytest.warns(FrameChoiceWarning, match="last of 3 frames is shown 2 times"):
         session.append(frames, seconds=[0.0, 1.0, 2.0])
-    with pytest.raises(MediaError, match=r"video of \(1, .*t:1 must be larger"):
-        session.append(frames[:1], seconds=[3.0])  # which this processor refuses
+    with pytest.warns(FrameChoiceWarning, match="last of 1 frames is shown 2 times"):
+        session.append(frames[:1], seconds=[3.0])
     with warnings.catch_warnings():
         warnings.simplefilter("error", FrameChoiceWarning)
         session.append(frames[:2], seconds=[4.0, 5.0])
-    means, shown = ([0.5, 2.0], [4.5]), ([0, 1, 2, 2], [0, 1])
+    means, shown = ([0.5, 2.0], [3.0], [4.5]), ([0, 1, 2, 2], [0, 0], [0, 1])
     for call, times, pictures in zip(record.calls, means, shown, strict=True):
         text = processor.tokenizer.decode(call["input_ids"][0])
         assert re.findall(r"<([\d.]+) seconds>", text) == [f"{t:.1f}" for t in times]
@@ -149,6 +153,25 @@ def test_an_odd_number_of_frames_is_what_the_processor_makes_of_it(
         whole = processor.video_processor(pairs, do_sample_frames=False, return_tensors="pt")
         assert torch.equal(grid, whole["video_grid_thw"][0]) and int(grid[0]) == len(times)
         assert torch.equal(call["pixel_values_videos"], whole["pixel_values_videos"])
+
+
+def test_vila(clip: Any) -> None:
+    """Ids and logits are those of its processor's one prompt; tiles would depend on the others."""
+    model, processor = zoo.load("tiny-vila")
+    frames, question, _ = clip
+    whole = build_inputs(processor, [[frames[0], frames]], [question])
+    record = Record(model)
+    with tokencomp.patch(model, 0.5, **KCENTRE), torch.no_grad():
+        session = tokencomp.Session(model, processor).append(frames[0]).append(frames)
+        session.ask(question)
+        parts, logits = [call["input_ids"] for call in record.calls], record.logits[:3]
+        record.remove()
+        assert torch.equal(torch.cat(parts[:3], 1), whole["input_ids"])
+        last = model(**whole, logits_to_keep=1).logits[:, -1]
+        assert float((last - logits[-1]).abs().max()) < 2e-5
+        processor.config.image_aspect_ratio = "dynamic"
+        with pytest.raises(MediaError, match="the only image of a prompt into tiles"):
+            session.append(frames[1])
 
 
 def test_a_session_leaves_no_trace(loaded: tuple[Any, Any], clip: Any, record: Record) -> None:
@@ -266,7 +289,9 @@ def test_a_second_session_of_a_patched_model(loaded: Any, clip: Any, record: Rec
     tokencomp.Session(model, processor).close()
 
 
-@pytest.mark.parametrize("options", [{}, {"reducer": "fastv"}, {"reducer": "cdpruner"}])
+@pytest.mark.parametrize(
+    "options", [{}, *({"reducer": name} for name in ("fastv", "cdpruner", "prune", "dart"))]
+)
 def test_reducers_that_read_questions(
     loaded: Any, clip: Any, record: Record, options: dict[str, Any]
 ) -> None:

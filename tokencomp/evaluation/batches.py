@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tokencomp.errors import MediaError
 from tokencomp.evaluation.cost import Cost, prefill_costs, work_parts
 from tokencomp.evaluation.patches import PatchedModels
 from tokencomp.evaluation.setting_inputs import SettingInputs
@@ -110,9 +111,20 @@ class Answerer:
         self.setting_inputs = SettingInputs(self.plain, processor)
 
     def inputs(self, rows: Sequence[Loaded], setting: Setting) -> dict[str, Any]:
-        """What the processor makes of a batch; input baselines shrink the media first."""
-        media = self.setting_inputs.shrunk(setting, [m for _, m in rows])
-        return self.setting_inputs.build(setting, media, [e.prompt for e, _ in rows])
+        """What the processor makes of a batch; input baselines shrink the media first.
+
+        Raises
+        ------
+        MediaError
+            The processor refuses the batch.
+        """
+        try:
+            media = self.setting_inputs.shrunk(setting, [m for _, m in rows])
+            return self.setting_inputs.build(setting, media, [e.prompt for e, _ in rows])
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # PyTorch refuses to stack media of different shapes
+            raise MediaError(f"the model's processor fails: {error}") from error
 
     def answer(
         self, setting: Setting, rows: Sequence[Loaded], inputs: dict[str, Any], answers: Answers
@@ -214,7 +226,7 @@ def _record(row: Loaded, text: str, seconds: float, cost: Cost) -> dict[str, Any
         "family": example.family,
         "prompt": example.prompt,
         "prediction": text,
-        "answer": example.answer,
+        "answer": " / ".join((example.answer, *example.also)),
         "correct": example.correct(text),
         "seconds": seconds,
         **cost.record(),

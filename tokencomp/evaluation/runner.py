@@ -6,6 +6,7 @@ models and the command line call it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,12 +93,13 @@ def sweep(
         of one model by the `variant` of the settings: "" is the plain model, for which PEFT
         adapters are switched off.
     items
-        Examples with distinct ids. Media that cannot be read are recorded as failed.
+        Examples with distinct ids. Media that cannot be read, or that the processor refuses, are
+        recorded as failed.
     settings
         See `tokencomp.evaluation.settings.grid`.
     out_dir
         Folder with one run folder per setting (or one folder per setting). Finished items are
-        taken from there. None keeps everything in memory.
+        taken from there, unless their files have changed. None keeps everything in memory.
     batch_size
         Rows per batch; halved for good when the GPU runs out of memory, which the manifest notes.
     frames
@@ -193,9 +195,11 @@ class _Sweep:
     def open_stores(self, out_dir: str | Path | dict[Setting, Path]) -> None:
         """Take finished answers from disk, and write new ones there."""
         paths = out_dir if isinstance(out_dir, dict) else {}
+        items = {e.id: e for e in self.items}
+        contents = functools.cache(lambda name: items[name].contents() if name in items else "")
         for setting, run in self.runs.items():
             path = paths.get(setting) or Path(str(out_dir)) / setting.label
-            self.stores[setting] = AnswerStore(path, self.identities[setting], self.rank)
+            self.stores[setting] = AnswerStore(path, self.identities[setting], self.rank, contents)
             if known := self.stores[setting].manifest.get("times"):
                 self.times[setting] = known
             self.work[setting] = self.stores[setting].manifest.get("work", {})
@@ -251,6 +255,10 @@ class _Sweep:
                 else:
                     inputs = shared = shared or self.answerer.inputs(loaded, _FULL)
                 batch = self.answerer.answer(setting, rows, inputs, answers)
+            except MediaError as error:
+                if len(rows) > 1:  # one of them may be at fault, or none where they differ in shape
+                    return all([self._answer([row]) for row in loaded])
+                self._write(setting, [failed(rows[0][0], str(error))])
             except torch.OutOfMemoryError:
                 if len(rows) > 1:
                     self._halve(len(rows))

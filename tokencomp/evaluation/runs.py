@@ -148,7 +148,9 @@ def paired_scores(run: EvalRun, other: EvalRun) -> tuple[list[float], list[float
     pairs = score_pairs(run, [other])
     if not pairs:
         places = [str(r.path or r.identity["reducer"]) for r in (run, other)]
-        raise OptionError(f"{places[0]} and {places[1]} have no answered item in common.")
+        failed = [*run.failed, *other.failed][:1]
+        reason = "".join(f" {r['id']!r} failed: {r['error']}" for r in failed)
+        raise OptionError(f"{places[0]} and {places[1]} have no answered item in common.{reason}")
     return [a for a, _ in pairs], [b for _, b in pairs]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ class AnswerStore:
         What the answers depend on (model, setting, frames, ...), plain types.
     rank
         Process number under `accelerate launch`; every process writes a file of its own.
+    contents
+        A hash of the media of an item by its id, "" if unknown: answers about media that have
+        changed since do not count.
 
     Attributes
     ----------
@@ -37,8 +40,15 @@ class AnswerStore:
         The folder cannot be written to, or holds a run with another identity.
     """
 
-    def __init__(self, path: str | Path, identity: dict[str, Any], rank: int = 0) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        identity: dict[str, Any],
+        rank: int = 0,
+        contents: Callable[[str], str] = lambda name: "",
+    ) -> None:
         self.path, self.identity, self.rank = Path(path), identity, rank
+        self._contents = contents
         self._made = [p for p in (self.path, *self.path.parents) if not p.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -67,12 +77,20 @@ class AnswerStore:
         return list(self._records.values())
 
     def done(self) -> set[str]:
-        """Ids of the answered items. Items that failed are tried once more."""
-        return {r["id"] for r in self.records if not r.get("error")}
+        """Ids of the answered items. Items that failed, or have changed, are tried once more."""
+        return {r["id"] for r in self.records if not r.get("error") and not self._changed(r)}
+
+    def _changed(self, record: dict[str, Any]) -> bool:
+        return "media" in record and self._contents(record["id"]) not in ("", record["media"])
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
         """Add records and hand them to the operating system at once."""
         records = list(records)
+        for record in records:
+            old = self._records.get(record["id"], {})
+            again = old.get("again", 0) + self._changed(old)
+            held = "" if record.get("error") else self._contents(record["id"])
+            record |= {k: v for k, v in (("media", held), ("again", again)) if v}
         with self.file.open("a") as file:
             file.write("".join(json.dumps(r) + "\n" for r in records))
         _merge(self._records, records)
@@ -97,9 +115,14 @@ class AnswerStore:
 
 
 def _merge(known: dict[str, dict[str, Any]], records: Iterable[dict[str, Any]]) -> None:
-    """Of an item's records the first without an error counts, else the last."""
+    """Of an item's records the first without an error counts, else the last.
+
+    Records of an item that was asked "again", because its media had changed, replace earlier ones.
+    """
     for record in records:
-        if record["id"] not in known or known[record["id"]].get("error"):
+        old = known.get(record["id"], {"error": "not asked"})
+        newer = record.get("again", 0) - old.get("again", 0)
+        if newer > 0 or (newer == 0 and old.get("error")):
             known[record["id"]] = record
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from tokencomp.adapters.registry import adapter_for
-from tokencomp.errors import OptionError
+from tokencomp.errors import MediaError, OptionError
 from tokencomp.evaluation.baselines import EqualTokens
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.runs import EvalRun
@@ -141,9 +141,15 @@ def _settings(reducers: Sequence[str], ratio: float, options: Mapping[str, Any])
 def _mean_tokens(
     counter: EqualTokens, items: Sequence[Example], frames: Frames, scale: float
 ) -> float:
-    """Visual tokens per item, over up to eight of the items."""
-    some = items[:: max(1, len(items) // 8)][:8]
-    totals = [sum(counter.tokens(_scaled(m, scale)) for m in e.load(frames)) for e in some]
+    """Visual tokens per item, over up to eight of the items, without those that cannot be shown."""
+    totals, refused = [], None
+    for e in items[:: max(1, len(items) // 8)][:8]:
+        try:
+            totals.append(sum(counter.tokens(_scaled(m, scale)) for m in e.load(frames)))
+        except MediaError as error:
+            refused = error
+    if refused and not totals:
+        raise refused
     return sum(totals) / len(totals)
 
 
@@ -208,7 +214,10 @@ def _measure(
     batches = [items[k : k + batch_size] for k in range(0, len(items), batch_size)]
     for batch, (frames, scale) in tqdm(list(itertools.product(batches, groups)), desc="measuring"):
         group = [c for c in candidates if (c.frames, c.scale) == (frames, scale)]
-        scaled = [Scaled(e.id, e.prompt, e.answer, e.media, e.family, scale=scale) for e in batch]
+        scaled = [
+            Scaled(e.id, e.prompt, e.answer, e.media, e.family, also=e.also, scale=scale)
+            for e in batch
+        ]
         settings = [c.setting for c in group]
         more = {"batch_size": batch_size, "progress": False, **how}
         answered = sweep(model, processor, scaled, settings, frames=frames, **more)

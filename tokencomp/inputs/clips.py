@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
@@ -10,10 +11,11 @@ from typing import Any
 
 from tokencomp.errors import MediaError, MissingDependencyError, TokenCompError, install
 from tokencomp.inputs.clock import part
-from tokencomp.inputs.container import VideoFile, rgb, scaled_size
+from tokencomp.inputs.container import VideoFile
 from tokencomp.inputs.decoders import DECODERS
-from tokencomp.inputs.images import Image, load_image, to_rgb
+from tokencomp.inputs.images import Image, load_image, on_white, seconds_shown
 from tokencomp.inputs.packets import ClipIndex, animation_index
+from tokencomp.inputs.upright import rgb, scaled_size, shown_size
 
 PICTURES = frozenset([".png", ".jpg", ".jpeg", ".webp", ".bmp"])
 THREADS = 8
@@ -97,7 +99,7 @@ class FileClip(Clip):
             found: dict[int, Image.Image] = {}
             for place, frame in self.file.frames(places):
                 if not found:  # frames of a file that changes its size have that of the first
-                    wanted = scaled_size(frame.width, frame.height, size)
+                    wanted = scaled_size(*shown_size(frame), size)
                 with part("resize"):
                     found[place] = Image.fromarray(rgb(frame, wanted))
             return found
@@ -125,10 +127,7 @@ class AnimationClip(Clip):
         try:
             with Image.open(self.path) as image:
                 total, codec = getattr(image, "n_frames", 1), str(image.format).lower()
-                shown = []
-                for place in range(total):
-                    image.seek(place)
-                    shown.append(float(image.info.get("duration", 0)) / 1000)
+                shown = [seconds_shown(image, place) for place in range(total)]
         except (OSError, ValueError, EOFError) as error:
             raise self._damaged(error) from error
         return animation_index(shown, codec)
@@ -140,7 +139,7 @@ class AnimationClip(Clip):
                 for place in range(max(wanted, default=-1) + 1):
                     image.seek(place)
                     if place in wanted:
-                        found[place] = _shrunk(to_rgb(image), size)
+                        found[place] = _shrunk(on_white(image), size)
         except (OSError, ValueError, EOFError) as error:
             raise self._damaged(error) from error
         return found
@@ -150,10 +149,11 @@ class AnimationClip(Clip):
 
 
 class FolderClip(Clip):
-    """A folder of frame images, in the order of their names."""
+    """A folder of frame images, in the order of their names; numbers in names count as numbers."""
 
     def __init__(self, path: Path) -> None:
-        self.files = sorted(f for f in path.iterdir() if f.suffix.lower() in PICTURES)
+        files = (f for f in path.iterdir() if f.suffix.lower() in PICTURES)
+        self.files = sorted(files, key=_natural)
         self.path = path
         if not self.files:
             raise MediaError(
@@ -172,6 +172,13 @@ class FolderClip(Clip):
                 f"{self.path}: frames differ in size ({sorted(sizes)}). Resize them to one size."
             )
         return found
+
+
+def _natural(path: Path) -> tuple[list[Any], str]:
+    """What sorts frame2 before frame10."""
+    parts: list[Any] = re.split(r"(\d+)", path.stem)
+    parts[1::2] = map(int, parts[1::2])
+    return parts, path.name
 
 
 def _shrunk(image: Image.Image, size: int | None) -> Image.Image:

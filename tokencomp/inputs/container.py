@@ -41,7 +41,7 @@ class VideoFile:
     decoded
         How many frames were decoded so far.
     width, height
-        Of the frames, as the header says.
+        Of the frames as they are stored, as the header says.
     """
 
     def __init__(
@@ -257,20 +257,3 @@ def _damage(error: Exception) -> bool:
     import av
 
     return isinstance(error, av.error.FFmpegError)
-
-
-def scaled_size(width: int, height: int, size: int | None) -> tuple[int, int]:
-    """Width and height with a longer side of at most `size` pixels."""
-    longest = max(width, height)
-    if size is None or longest <= size:
-        return width, height
-    return max(1, round(width * size / longest)), max(1, round(height * size / longest))
-
-
-def rgb(frame: Any, size: tuple[int, int]) -> np.ndarray:
-    """An `av.VideoFrame` as uint8 (height, width, 3), scaled while its colours are converted."""
-    if (frame.width, frame.height) == size:
-        return np.asarray(frame.to_ndarray(format="rgb24"))
-    width, height = size
-    scaled = frame.reformat(width=width, height=height, format="rgb24", interpolation="BICUBIC")
-    return np.asarray(scaled.to_ndarray())

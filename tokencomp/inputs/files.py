@@ -21,8 +21,9 @@ FIELDS = "with question, answer and media"
 class FileQuestions(Sequence[Example]):
     """Questions from a JSON Lines file; media paths are relative to it, or absolute.
 
-    Every line holds `question`, `answer` and `media` (a path, or a list of paths); `id` and
-    `family` are optional. Without an `id`, the number of the line among the questions is taken.
+    Every line holds `question`, `answer` (or a list of answers that are right) and `media` (a path,
+    or a list of paths); `id` and `family` are optional. Without an `id`, the number of the line
+    among the questions is taken.
 
     Parameters
     ----------
@@ -83,17 +84,29 @@ def _example(file: Path, number: int, line: str, key: str) -> Example:
     where = f"{file}, line {number}"
     row = _object(where, line)
     media = row["media"] if isinstance(row["media"], list) else [row["media"]]
-    question, answer = row["question"], row["answer"]
-    for name, text in (("question", question), ("answer", answer)):
-        if text is None or not str(text).strip():
-            raise OptionError(f"{where}: the {name} is empty.")
+    right = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
+    (question,) = _texts(where, "question", [row["question"]])
+    answer, *also = (text.strip() for text in _texts(where, "answer", right))
     paths = tuple(str(file.parent / str(m)) for m in media)
     missing = [p for p in paths if not Path(p).exists()]
     if missing or not paths:
         reason = f"{missing[0]} does not exist" if missing else "there is no image or video"
         raise OptionError(f"{where}: {reason}. Every question needs media.")
-    name, family = str(row.get("id", key)), str(row.get("family", ""))
-    return Example(name, str(question), str(answer).strip(), paths, family)
+    name, family = row.get("id"), row.get("family")
+    name, family = str(key if name is None else name), str("" if family is None else family)
+    return Example(name, question, answer, paths, family, also=tuple(also))
+
+
+def _texts(where: str, name: str, values: Sequence[Any]) -> list[str]:
+    """The questions or answers of a line; numbers, true and false are the words for them."""
+    for value in values or [None]:
+        if value is None or not str(value).strip():
+            raise OptionError(f"{where}: the {name} is empty.")
+        if isinstance(value, list | dict):
+            lists = ", or a list of texts any of which is right" if name == "answer" else ""
+            kind = type(value).__name__
+            raise OptionError(f"{where}: the {name} has a {kind} inside. Give a text{lists}.")
+    return [*map(str, values)]
 
 
 def _object(where: str, line: str) -> dict[str, Any]:

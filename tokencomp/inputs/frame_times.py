@@ -37,7 +37,25 @@ def frame_times(processor: Any, samplings: Sequence[Sampling]) -> dict[str, Any]
             FrameRateWarning,
             stacklevel=2,
         )
-    return {"video_metadata": [s.metadata() for s in samplings]}
+    found, size = [s.metadata() for s in samplings], frames_of_a_step(processor)
+    for one in found:
+        at = one["frames_indices"]
+        at += at[-1:] * (size - len(at))  # see `whole_steps`
+    return {"video_metadata": found}
+
+
+def frames_of_a_step(processor: Any) -> int:
+    """How many frames of a video become one step in time."""
+    return int(getattr(getattr(processor, "video_processor", None), "temporal_patch_size", 1))
+
+
+def whole_steps(processor: Any, frames: Any) -> Any:
+    """Frames (n, H, W, 3), of which the last is shown again if there are too few for one step.
+
+    Processors repeat the last frame of an odd number. That of Qwen3-VL refuses a single one.
+    """
+    missing = frames_of_a_step(processor) - len(frames)
+    return np.concatenate([frames, *[frames[-1:]] * missing]) if missing > 0 else frames
 
 
 def reads_times(processor: Any) -> bool:

@@ -19,10 +19,13 @@ UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 def load_image(path: str | Path) -> Image.Image:
-    """Read one image as RGB, upright (EXIF orientation applied). Raises `MediaError`."""
+    """Read one image as RGB, upright (EXIF orientation applied), transparent parts on white.
+
+    Raises `MediaError`.
+    """
     try:
         with Image.open(path) as image:
-            return to_rgb(ImageOps.exif_transpose(image), image.format)
+            return on_white(ImageOps.exif_transpose(image), image.format)
     except MediaError as error:
         raise MediaError(f"{path}: {error}") from None
     except UnidentifiedImageError as error:
@@ -34,6 +37,18 @@ def load_image(path: str | Path) -> Image.Image:
         raise MediaError(f"{path}: the image is too large; make it smaller ({error}).") from error
     except UNREADABLE as error:
         raise MediaError(f"{path}: the image is damaged ({error}).") from error
+
+
+def on_white(image: Image.Image, file_format: str | None = None) -> Image.Image:
+    """The picture as `to_rgb`, on white if it has transparent parts, which may hide any colour."""
+    image.load()  # frames of animations say only then what is transparent
+    transparent = "A" in image.getbands() or "transparency" in image.info
+    if not transparent or image.mode.startswith("I"):
+        return to_rgb(image, file_format)
+    rgba = image.convert("RGBA")
+    result = Image.new("RGB", image.size, "white")
+    result.paste(rgba, mask=rgba.getchannel("A"))
+    return result
 
 
 def to_rgb(image: Image.Image, file_format: str | None = None) -> Image.Image:
@@ -61,3 +76,11 @@ def to_rgb(image: Image.Image, file_format: str | None = None) -> Image.Image:
         )
     deep = image.mode != "I" or high > 255 or file_format in ("PNG", "PPM")
     return Image.fromarray((values // (257 if deep else 1)).astype(np.uint8)).convert("RGB")
+
+
+def seconds_shown(image: Image.Image, place: int) -> float:
+    """Go to a frame of an animation, and say for how long it is shown."""
+    image.seek(place)
+    if image.format == "WEBP":
+        image.load()  # only then it knows
+    return float(image.info.get("duration", 0)) / 1000

@@ -27,7 +27,8 @@ def is_video(path: str | Path) -> bool:
         return True
     try:
         with Image.open(path) as image:
-            return getattr(image, "n_frames", 1) > 1
+            # An MPO is a photograph, beside a preview or the view of a second lens.
+            return image.format != "MPO" and getattr(image, "n_frames", 1) > 1
     except UNREADABLE:  # `load_image` says what is wrong with it
         return False
 
@@ -44,7 +45,8 @@ def load_media(
     Parameters
     ----------
     path : str or Path
-        An image file, a video file, an animated GIF/WebP, or a folder of frame images.
+        An image file, a video file, an animated GIF/WebP, or a folder of frame images in the order
+        of their names, where numbers count as numbers.
     frames : int, str or policy
         Which frames of a video are decoded, see `tokencomp.inputs.frames`: a number of evenly
         spaced ones (a shorter video gives all the frames it has), `"1fps"`, `"stream:8"`, or a

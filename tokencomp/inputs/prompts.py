@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import MediaError
-from tokencomp.inputs.frame_times import frame_times
+from tokencomp.inputs.frame_times import frame_times, whole_steps
 from tokencomp.inputs.questions import frames_apart, media_kind
 from tokencomp.inputs.sounds import RATE
 from tokencomp.inputs.video import Sampling, sampling_of
@@ -78,7 +78,8 @@ def chat_inputs(
     ]
     media: dict[str, Any] = {"images": list(images)} if images else {}
     if videos:
-        media.update(videos=list(videos), do_sample_frames=False)
+        whole = [whole_steps(processor, video) for video in videos]
+        media.update(videos=whole, do_sample_frames=False)
         media.update(frame_times(processor, samplings))
     if sounds:
         if not hasattr(processor, "feature_extractor"):  # it would leave them out
@@ -136,7 +137,7 @@ def build_inputs(
     Raises
     ------
     MediaError
-        The processor refuses them.
+        The processor refuses them, or a video has no frames, or frames of several sizes.
     """
     if any(media_kind(one) == "video" for row in media for one in row):
         media = media if takes_videos(processor) else [frames_apart(row) for row in media]
@@ -144,7 +145,7 @@ def build_inputs(
     flat = [one for row in media for one in row]
     images = [m for m in flat if media_kind(m) == "image"]
     clips = [m for m in flat if media_kind(m) == "video"]
-    videos = [np.stack([np.asarray(f) for f in m]) for m in clips]
+    videos = [_stacked(m) for m in clips]
     sounds = [m for m in flat if media_kind(m) == "audio"]
     try:
         samplings = [*map(sampling_of, clips)]
@@ -155,6 +156,17 @@ def build_inputs(
         raise MediaError(
             f"the model's processor refuses the prompt ({sizes}; {others}): {error}"
         ) from error
+
+
+def _stacked(clip: Sequence[Any]) -> np.ndarray:
+    frames = [np.asarray(frame) for frame in clip]
+    shapes = sorted({frame.shape for frame in frames})
+    if len(shapes) != 1:
+        raise MediaError(
+            f"a video of {len(frames)} frames of shapes {shapes} (height, width, channels). Give "
+            "one or more frames, resized and converted to one size and mode."
+        )
+    return np.stack(frames)
 
 
 def takes_videos(processor: Any) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +18,8 @@ Media = Any
 """A path, a PIL image, a list of PIL images (a video), or mono samples of sound, float (n,)."""
 
 LETTERS = "ABCDEFGH"
+HASHED = 1 << 20
+"""Bytes at either end of a file that are hashed: videos may be gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class Example:
         samples (n,) at 16 kHz.
     family
         Group for per-family accuracy.
+    also
+        Other answers that count as right; training learns `answer`.
     """
 
     id: str
@@ -42,6 +48,7 @@ class Example:
     answer: str
     media: tuple[Media, ...] = ()
     family: str = ""
+    also: tuple[str, ...] = field(default=(), kw_only=True)
 
     def load(self, frames: Frames) -> list[Any]:
         """The media, decoded; `frames` as in `load_media`.
@@ -53,6 +60,14 @@ class Example:
         """
         return [self._decoded(m, frames) if isinstance(m, str | Path) else m for m in self.media]
 
+    def contents(self) -> str:
+        """A hash of what the files among the media hold; "" without any, or if one is gone."""
+        try:
+            files = [_contents(Path(m)) for m in self.media if isinstance(m, str | Path)]
+        except OSError:
+            return ""
+        return hashlib.sha256(b"".join(files)).hexdigest()[:16] if files else ""
+
     def _decoded(self, path: str | Path, frames: Frames) -> Any:
         from tokencomp.inputs.media import load_media
         from tokencomp.inputs.sounds import is_sound, load_sound
@@ -60,10 +75,8 @@ class Example:
         return load_sound(path) if is_sound(path) else load_media(path, frames, None, self.prompt)
 
     def correct(self, prediction: str) -> bool:
-        """Whether `prediction` is the answer: the same words, or the same option letter."""
-        if self.answer in tuple(LETTERS):
-            return option_letter(prediction) == self.answer
-        return _words(prediction) == _words(self.answer)
+        """Whether `prediction` is an answer: the same words, or the same option letter."""
+        return any(_same(prediction, answer) for answer in (self.answer, *self.also))
 
 
 @dataclass(frozen=True)
@@ -80,6 +93,19 @@ class Deferred(Example):
 
     def load(self, frames: Frames) -> list[Any]:
         return Example(self.id, self.prompt, self.answer, self.source()).load(frames)
+
+
+def _contents(path: Path) -> bytes:
+    """A hash of the size and both ends of a file, or of all files of a folder."""
+    if path.is_dir():
+        held = b"".join(_contents(p) for p in sorted(path.iterdir()) if p.is_file())
+    else:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(HASHED)
+            file.seek(max(HASHED, size - HASHED))
+            held = b"%d " % size + head + file.read()
+    return hashlib.sha256(held).digest()
 
 
 def has_video(example: Example) -> bool:
@@ -100,8 +126,27 @@ def option_letter(text: str) -> str:
     return match[1] if match else ""
 
 
+def _same(prediction: str, answer: str) -> bool:
+    if answer in tuple(LETTERS):
+        return option_letter(prediction) == answer
+    return _words(prediction) == _words(answer)
+
+
 def _words(text: str) -> str:
-    return " ".join(re.findall(r"\w+", text.lower()))
+    """The words in small letters, with the minus of numbers; a text without any as it stands.
+
+    Letters with accents are the same composed and decomposed (NFC, as NFKC takes 10² for 102).
+    """
+    text = unicodedata.normalize("NFC", text.lower())
+    text = re.sub(r"(?<!\w)[-−–](?=[^\w\s]?\d)", "minus ", text)
+    text = re.sub(r"[\ufe0e\ufe0f]", "", text)  # whether a sign is an emoji
+    words = re.sub(r"\W", lambda c: c[0] if _is_mark(c[0]) else " ", text).split()
+    return " ".join(words) or text.strip()
+
+
+def _is_mark(character: str) -> bool:
+    """Whether it belongs to the letter before it: an accent, or a vowel sign of Hindi or Thai."""
+    return unicodedata.category(character) in ("Mn", "Mc")
 
 
 def media_kind(media: Media) -> Literal["image", "video", "audio"]:

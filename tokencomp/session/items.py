@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from tokencomp.errors import FrameChoiceWarning, FrameOrderError, MediaError, OptionError
-from tokencomp.inputs.frame_times import frame_times
+from tokencomp.inputs.frame_times import frame_times, frames_of_a_step, whole_steps
 from tokencomp.inputs.images import to_rgb
 from tokencomp.inputs.video import Sampling, Video
 from tokencomp.validation import fits
@@ -178,11 +178,6 @@ def warn_of_repeated(processor: Any, frames: Sequence[Any], inputs: dict[str, Te
         )
 
 
-def frames_of_a_step(processor: Any) -> int:
-    """How many frames of a video become one step in time."""
-    return int(getattr(getattr(processor, "video_processor", None), "temporal_patch_size", 1))
-
-
 def item_inputs(
     processor: Any, text: str, kind: str, medium: Any, sampling: Sampling | None
 ) -> dict[str, Tensor]:
@@ -195,11 +190,12 @@ def item_inputs(
     """
     media: dict[str, Any] = {"images": [medium]}
     if kind == "video":
+        medium = whole_steps(processor, medium)
         media = {"videos": [medium], "do_sample_frames": False}
         media.update(frame_times(processor, [sampling] if sampling is not None else []))
     try:
         inputs = processor(text=[text], return_tensors="pt", add_special_tokens=False, **media)
     except ValueError as error:
         size = getattr(medium, "shape", None) or medium.size
-        raise MediaError(f"the model's processor refuses a {kind} of {size}: {error}") from error
+        raise MediaError(f"the model's processor refuses this {kind} of {size}: {error}") from error
     return {k: v for k, v in inputs.items() if isinstance(v, Tensor) and k != "attention_mask"}

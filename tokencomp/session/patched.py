@@ -51,10 +51,8 @@ def check_patch(handle: Handle | None, kinds: Tensor | None) -> None:
                 "leave by Session(..., budget=16_384)."
             )
         for signal in stage.reducer.needs if names else ():
-            if isinstance(signal, Attention) and signal.kinds.isdisjoint(names):
-                continue
-            reads = signal.rows if isinstance(signal, Attention) else signal.source
-            if reads in ("last", "text", "raters", "none", "query"):
+            attends = isinstance(signal, Attention) and not signal.kinds.isdisjoint(names)
+            if attends or signal.source == "query":
                 raise OptionError(
                     f"reducer {stage.reducer.name!r} chooses tokens of a {names[0]} by the text "
                     "behind them, and a session does not know the questions yet when it "

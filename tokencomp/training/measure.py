@@ -80,7 +80,7 @@ class Measurement:
             progress=title,
             around=OracleTruth(self.models[""], self.processor),
         )
-        failed = runs[Setting()].failed
+        failed = [record for run in runs.values() for record in run.failed]
         if failed:
             raise MediaError(f"question {failed[0]['id']!r}: {failed[0]['error']}")
         self.runs |= {setting.key: run for setting, run in runs.items()}

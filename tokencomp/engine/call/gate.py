@@ -8,8 +8,10 @@ import gc
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -18,10 +20,21 @@ from tokencomp.errors import copy_error
 from tokencomp.torchlib.hooks import Hooked
 from tokencomp.torchlib.replace import MethodReplacement
 
+_CHANGES: WeakKeyDictionary[nn.Module, AbstractContextManager[Any]] = WeakKeyDictionary()
 BODIES = ("forward", "generate")  # parts of the names of functions that are the call itself
 CALLS = (*BODIES, "_call_impl")  # and of torch's, which has read the hooks before it runs one
-_READING = threading.Lock()
+_READING, _ADDING = threading.Lock(), threading.Lock()
 POLL_SECONDS = 0.01  # how often a waiting change looks at the threads that it waits for
+
+
+def changes(model: nn.Module) -> AbstractContextManager[Any]:
+    """A lock for every change of the patch of `model`, which one thread may take several times.
+
+    A gate belongs to one patch. Where several threads patch one model, a patch replaces the one of
+    another thread, and all of that is one change.
+    """
+    with _ADDING:
+        return _CHANGES.setdefault(model, threading.RLock())
 
 
 class CallGate(Hooked):

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, SiglipImageProcessor
 
-from tokencomp.errors import CheckpointError, MediaError
+from tokencomp.errors import CheckpointError, MediaError, OptionError
 from tokencomp.models.vila.arguments import check_counts, check_options, flatten, listed
 from tokencomp.models.vila.config import VilaConfig, read_config, read_root
 from tokencomp.models.vila.images import as_frames, as_image, pad_square, tiles
@@ -138,6 +138,7 @@ class VilaProcessor:
         images: Any = None,
         videos: Any = None,
         num_frames: int | None = None,
+        add_special_tokens: bool = True,
         **kwargs: Any,
     ) -> BatchFeature:
         """Return the model inputs of one prompt or of a batch.
@@ -153,6 +154,8 @@ class VilaProcessor:
             (frames, H, W, 3).
         num_frames
             Number of frames per video, which overrides `self.num_frames`.
+        add_special_tokens
+            False: the texts are parts of prompts, before which no token of the tokenizer stands.
         **kwargs
             Options that this processor implements anyway, such as padding=True,
             padding_side="left" and return_tensors="pt".
@@ -185,10 +188,17 @@ class VilaProcessor:
             named = [as_image(x, f"prompt {b}, image {i}") for i, x in enumerate(prompt_images)]
             parts = self._pictures(named)
             if len(named) == 1 and self.config.image_aspect_ratio == "dynamic":
+                if not add_special_tokens:
+                    raise OptionError(
+                        "this checkpoint cuts the only image of a prompt into tiles, and several "
+                        "images not. Of a part of a prompt (add_special_tokens=False) nobody knows "
+                        "which it is. Set processor.config.image_aspect_ratio = 'resize' for "
+                        "images without tiles."
+                    )
                 texts[b] = prompt.replace(IMAGE, f"{IMAGE}\n" * len(parts))
             pixels += parts
         frames = [as_frames(v, f"video {i}", limit) for i, v in enumerate(clips)]
-        out: dict[str, Tensor] = self._tokens(texts, [len(f) for f in frames])
+        out: dict[str, Tensor] = self._tokens(texts, [len(f) for f in frames], add_special_tokens)
         if pixels:
             out["pixel_values"] = self._pixels(pixels)
         if frames:
@@ -198,12 +208,12 @@ class VilaProcessor:
             out["video_frames"] = torch.tensor([len(f) for f in frames])
         return BatchFeature(data=out)
 
-    def _tokens(self, texts: list[str], frames: list[int]) -> dict[str, Tensor]:
+    def _tokens(self, texts: list[str], frames: list[int], special: bool) -> dict[str, Tensor]:
         """Return left-padded ids and mask, in which each medium has all of its placeholders."""
         rows, pending = [], iter(frames)
         for prompt in texts:
             row: list[int] = []
-            for token in self.tokenizer(prompt).input_ids:
+            for token in self.tokenizer(prompt, add_special_tokens=special).input_ids:
                 if token == self.config.image_token_id:
                     row += self._block(token, self.side**2, self.config.image_ends)
                 elif token == self.config.video_token_id:

@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tokencomp.errors import MediaError
-from tokencomp.inputs.images import to_rgb
+from tokencomp.inputs.images import on_white
 from tokencomp.serving.hf.deadline import Deadline
 from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.hf.structure import check_jpeg
@@ -188,7 +188,7 @@ def decode_image(content: bytes, limits: Limits, deadline: Deadline, count: int 
     """Decode an image as `load_image`; `count` images of its size must fit the limits together."""
     with _readable(limits):
         image = _open(content, limits, deadline, count)
-        return _opaque(ImageOps.exif_transpose(image), image.format)
+        return on_white(ImageOps.exif_transpose(image), image.format)
 
 
 def _open(content: bytes, limits: Limits, deadline: Deadline, count: int) -> Any:
@@ -220,17 +220,6 @@ def _readable(limits: Limits) -> Iterator[None]:
         raise RequestError(
             f"an image is damaged ({type(error).__name__}). Send the whole file."
         ) from None
-
-
-def _opaque(image: Image.Image, file_format: str | None) -> Image.Image:
-    """Return the image as RGB, on white if it has transparent parts."""
-    transparent = "A" in image.getbands() or "transparency" in image.info
-    if not transparent or image.mode.startswith("I"):
-        return to_rgb(image, file_format)
-    rgba = image.convert("RGBA")
-    result = Image.new("RGB", image.size, "white")
-    result.paste(rgba, mask=rgba.getchannel("A"))
-    return result
 
 
 def check_size(width: int, height: int, limits: Limits, count: int = 1) -> None:

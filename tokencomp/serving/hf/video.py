@@ -14,7 +14,9 @@ from PIL import Image
 
 from tokencomp.errors import MediaError
 from tokencomp.inputs.container import VideoFile
+from tokencomp.inputs.images import on_white, seconds_shown
 from tokencomp.inputs.packets import animation_index
+from tokencomp.inputs.upright import rgb
 from tokencomp.inputs.video import Sampling
 from tokencomp.serving.hf.deadline import Deadline
 from tokencomp.serving.hf.errors import RequestError
@@ -169,8 +171,7 @@ def _animation(content: bytes, limits: Limits, deadline: Deadline) -> Clip:
         shown = []
         for place in range(total):  # a seek over many frames at once could not be interrupted
             deadline.check()
-            image.seek(place)
-            shown.append(float(image.info.get("duration", 0)) / 1000)
+            shown.append(seconds_shown(image, place))
         index = animation_index(shown, str(image.format).lower())
         choice = chosen(index, limits)
         frames = Frames(len(choice.places))
@@ -178,7 +179,7 @@ def _animation(content: bytes, limits: Limits, deadline: Deadline) -> Clip:
             deadline.check()
             image.seek(place)
             if place in choice.places:
-                frames.add(np.asarray(image.convert("RGB")))
+                frames.add(np.asarray(on_white(image)))
         times = index.uneven_times(choice.places)
         return frames.array(), Sampling(choice.places, total, index.fps, times, choice.rule)
     except RequestError:
@@ -217,7 +218,7 @@ class _Container:
             frames, taken = Frames(len(places)), []
             for place, frame in file.frames(places):
                 if place not in taken:
-                    frames.add(frame.to_ndarray(format="rgb24"))
+                    frames.add(rgb(frame))
                     taken.append(place)
         array, times = frames.array(), index.uneven_times(sorted(taken))
         if taken != sorted(taken):

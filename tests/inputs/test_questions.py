@@ -1,0 +1,138 @@
+"""Questions of a file, and which predictions count as right."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tokencomp.inputs.files import FileQuestions
+from tokencomp.inputs.questions import Example
+
+
+def read(folder: Path, *rows: dict[str, Any]) -> list[Example]:
+    """The questions of a file with these rows, all about one picture."""
+    (folder / "a.png").touch()
+    file, common = folder / "q.jsonl", {"question": "What?", "media": "a.png"}
+    file.write_text("".join(json.dumps({**common, **row}) + "\n" for row in rows))
+    return list(FileQuestions(file))
+
+
+def test_any_answer_of_a_list_is_right(tmp_path: Path) -> None:
+    words, option = read(tmp_path, {"answer": ["red ", "crimson"]}, {"answer": ["B", "yield"]})
+    said = ("Red.", "crimson", "['red', 'crimson']", "blue")
+    assert [words.correct(one) for one in said] == [True, True, False, False]
+    said = ("(B) a sign", "Yield", "A", "yield sign")
+    assert [option.correct(one) for one in said] == [True, True, False, False]
+    assert (words.answer, words.also) == ("red", ("crimson",))
+
+
+def test_numbers_and_truths_are_words(tmp_path: Path) -> None:
+    rows = read(tmp_path, {"answer": 3}, {"answer": True}, {"answer": [3, "three"]})
+    assert [r.answer for r in rows] == ["3", "True", "3"]
+    assert rows[1].correct("true") and rows[2].correct("Three")
+
+
+def test_null_is_the_same_as_nothing(tmp_path: Path) -> None:
+    row = {"answer": "red"}
+    given = read(tmp_path, row, {**row, "id": None}, {**row, "id": 7, "family": None})
+    assert [(e.id, e.family) for e in given] == [("0", ""), ("1", ""), ("7", "")]
+
+
+@pytest.mark.parametrize(
+    "answer, said, right",
+    [
+        ("...", "", False),
+        ("...", " ... ", True),
+        ("+", "-", False),
+        ("+", "+", True),
+        ("-5", "5", False),
+        ("5", "It is -5", False),
+        ("-5", "-5.", True),
+        ("-5", "−5", True),  # a minus sign
+        ("-$5", "$5", False),
+        ("-5", "minus 5", True),
+        ("की", "का", False),  # Hindi: of, in two genders
+        ("की", "की।", True),
+        ("ที่", "ทอ", False),  # Thai, vowels above a consonant
+        ("ros\u00e9", "Rose\u0301", True),
+        ("ros\u00e9", "rose", False),
+        ("102", "10²", False),
+    ],
+)
+def test_signs_and_accents_count(answer: str, said: str, right: bool) -> None:
+    assert Example("", "", answer).correct(said) is right
+    assert Example("", "", said).correct(answer) is right
+
+
+def test_words_are_graded_as_the_published_answers_were() -> None:
+    """The rule of all published results, on every pair."""
+    texts = [
+        "yes",
+        "Yes.",
+        " yes!\n",
+        "**yes**",
+        "(yes)",
+        "yes ✔️",
+        "no",
+        "ja",
+        "one two",
+        "One, two",
+    ]
+    texts += [
+        "one-two",
+        "one\ntwo",
+        "3",
+        "3.",
+        "- 3",
+        "+3",
+        "10-3",
+        "10 3",
+        "10–3",
+        "2:30",
+        "2 30",
+        "a_b",
+    ]
+    texts += [
+        "B 1️⃣",
+        "b 1",
+        "été",
+        "ÉTÉ",
+        "红色",
+        "红色。",
+        "don't",
+        "don t",
+        "1.5",
+        "1,5",
+        "$3",
+        "3 %",
+    ]
+    for answer, said in itertools.product(texts, texts):
+        before = [re.findall(r"\w+", text.lower()) for text in (answer, said)]
+        assert Example("", "", answer).correct(said) is (before[0] == before[1]), (answer, said)
+
+
+def test_contents_change_with_the_files_alone(tmp_path: Path) -> None:
+    clip, folder = tmp_path / "long.mp4", tmp_path / "frames"
+    folder.mkdir()
+    (folder / "1.png").write_bytes(b"a")
+    clip.write_bytes(bytes(5 << 20))
+    one = Example("", "", "", (str(clip), folder))
+    first = one.contents()
+    shutil.copytree(tmp_path, tmp_path / "copy")
+    moved = [tmp_path / "copy" / p.name for p in (clip, folder)]
+    clip.touch()
+    assert first and first == one.contents() == Example("", "", "", tuple(moved)).contents()
+    (folder / "1.png").write_bytes(b"b")
+    second = one.contents()
+    with clip.open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"z")
+    assert len({first, second, one.contents()}) == 3
+    clip.unlink()
+    assert one.contents() == Example("", "", "").contents() == ""
