@@ -11,6 +11,7 @@ from benchmarks.accuracy.store import STORED_DEFAULT
 from benchmarks.gpu.contribution import Row
 from benchmarks.gpu.recompute import losing, runs_of, table_lines
 from benchmarks.publishing import MARK, provenance, table
+from recipes.photographs.items import LETTERS
 from recipes.photographs.sources import FURTHER, NAMES
 from tokencomp.evaluation.metrics import difference
 from tokencomp.evaluation.runs import EvalRun, paired_scores
@@ -52,8 +53,9 @@ python -m benchmarks.real.run        # makes this page
   things that are not there.
 - The pictures are composed, so there are no occlusions, no shadows and no scenes that make sense.
 - The answers are from one training with one seed, and from few questions: intervals are wide.
-- There are no videos: the stock class takes frames as single pictures. [Clips of the same
-  photographs](clips.md) test the choice of frames, and are questions for a model of your own.
+- There are no videos: the stock class takes frames as single pictures. So it was asked about
+  [clips of the same photographs](clip_answers.md). They also test [the choice of frames](clips.md),
+  and are questions for a model of your own.
 - Families that the full model has not learned say nothing about methods, so the tables of methods
   are of the learned families alone.
 
@@ -73,11 +75,11 @@ They are read where they are installed. Nothing of them is copied into this repo
 """
 
 
-def page(results: dict[str, Any]) -> str:
-    """Markdown of a result file."""
+def page(results: dict[str, Any], head: str = HEAD) -> str:
+    """Markdown of a result file, below the text `head`."""
     rows = [Row.model_validate(row) for row in results["rows"]]
     runs = runs_of(rows, PackedAnswers.from_json(results["answers"]))
-    parts = [HEAD, _training(results), families_table(results)]
+    parts = [head, _training(results), families_table(results)]
     if not results["learned"]:
         return "\n".join([*parts, "\nNo family is learned, so there is no table of methods.\n"])
     title = f"\n## Methods, on the learned families\n\n{len(runs[0].records)} test questions.\n"
@@ -93,6 +95,8 @@ def _training(results: dict[str, Any]) -> str:
     if not training["finished"]:
         end = f"Training was stopped at step {training['step']} of the stage {training['reached']}"
     scores = ", ".join(f"{name} {value} %" for name, value in training["training_scores"].items())
+    letters = " `letters` are questions of all families with lettered options."
+    letters = letters if LETTERS in results["scores"]["test"] else ""
     return f"""
 ## This run
 
@@ -103,7 +107,7 @@ def _training(results: dict[str, Any]) -> str:
 - Running shares of right answers on training pictures at the end: {scores}. No picture repeats.
 - Answers: {provenance(about)}.{mark}
 - {results["per_family"]} questions of each family; greedy decoding in
-  {results["identity"]["dtype"]}. `letters` are questions of all families with lettered options.
+  {results["identity"]["dtype"]}.{letters}
 """
 
 
@@ -163,9 +167,9 @@ def _moved(results: dict[str, Any]) -> str:
     return f"\nThe depth of the decoder moves cuts: {'; '.join(moved)}.\n" if moved else ""
 
 
-def write_page(results: Path, page_path: Path) -> Path:
+def write_page(results: Path, page_path: Path, head: str = HEAD) -> Path:
     """Write the page; without a result file it says that there is none."""
-    text = f"{HEAD}\nThere are no results yet.\n"
+    text = f"{head}\nThere are no results yet.\n"
     if results.exists():
-        text = page(json.loads(results.read_text()))
+        text = page(json.loads(results.read_text()), head)
     return write_text(page_path, text.rstrip() + "\n")

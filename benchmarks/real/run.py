@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,10 @@ LOST_RATIO = 0.75
 LETTERS_START = 50_000  # index of the first item that is asked with letters
 
 
+Pairs = dict[str, list[tuple[Any, Example]]]
+"""By split: the items of a benchmark, each with its question for `tokencomp.evaluation`."""
+
+
 def item_examples(library: Library, split: str, per_family: int) -> list[tuple[StampItem, Example]]:
     """Items of all families in words; then as many with lettered options, of all families."""
     out = [(one, one.example()) for one in items(library, split, per_family)]
@@ -70,12 +74,12 @@ def settings(methods: Iterable[str], ratios: Sequence[float]) -> list[Setting]:
     return [Setting(), *random, *(Setting(n, r, o) for n, o in variants for r in ratios)]
 
 
-def blind(pairs: Iterable[tuple[StampItem, Example]]) -> dict[str, float]:
+def blind(pairs: Iterable[tuple[Any, Example]]) -> dict[str, float]:
     """Score of a model that sees nothing, by family; the letters are as good as four options."""
     pairs = list(pairs)
     plain = blind_guess([one for one, example in pairs if example.family != LETTERS])
     lettered = [1 / len(one.options) for one, example in pairs if example.family == LETTERS]
-    return {**plain, LETTERS: sum(lettered) / len(lettered)}
+    return {**plain, LETTERS: sum(lettered) / len(lettered)} if lettered else plain
 
 
 def by_family(run: EvalRun) -> dict[str, float]:
@@ -85,42 +89,39 @@ def by_family(run: EvalRun) -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in scores.items()}
 
 
-def packed(runs: dict[Setting, EvalRun]) -> dict[str, Any]:
-    """Rows of cost, and one bit per question and setting."""
-    labelled = {label_of(_named(run)): run for run in runs.values()}
+def packed(runs: dict[Setting, EvalRun], frames: int = 1) -> dict[str, Any]:
+    """Rows of cost, and one bit per question and setting; pictures count as one frame."""
+    for run in runs.values():
+        run.manifest["identity"]["frames"] = frames
+    labelled = {label_of(run): run for run in runs.values()}
     failed = [f"{label}: {run.failed[0]['error']}" for label, run in labelled.items() if run.failed]
     if failed:
         raise OptionError(f"not all questions were answered. {failed[0]}")
-    rows = [row_of(label, _named(run)) for label, run in labelled.items()]
+    rows = [row_of(label, run) for label, run in labelled.items()]
     return {"rows": rows, "answers": PackedAnswers.of(labelled, FULL).to_json()}
 
 
-def _named(run: EvalRun) -> EvalRun:
-    """Pictures count as one frame in the rows of tables."""
-    run.manifest["identity"]["frames"] = 1
-    return run
-
-
 def answer(
-    model: Any, processor: Any, library: Library, args: argparse.Namespace, runs: Path
+    model: Any, processor: Any, pairs: Pairs, args: argparse.Namespace, runs: Path
 ) -> dict[str, Any]:
     """The content of a result file, without provenance.
 
-    Families count as learned where the full model is 25 points above a blind guess on the
+    `pairs` has the items of both splits with their questions; of clips, `args.frames` frames are
+    shown. Families count as learned where the full model is 25 points above a blind guess on the
     validation split, so that nothing is chosen on test questions. Of the others, only the full
     model is asked: there is nothing that a method could lose.
     """
 
     def asks(split: str, chosen: list[Setting], families: Iterable[str]) -> dict[Setting, EvalRun]:
         examples = [e for _, e in pairs[split] if e.family in families]
-        how = {"batch_size": args.batch, "max_new_tokens": 4, "name": "real-fastvlm"}
+        how = {"batch_size": args.batch, "max_new_tokens": 4, "frames": args.frames}
         with tower_once(model):  # no method reads signals of this tower
-            return sweep(model, processor, examples, chosen, runs / split, **how)
+            return sweep(
+                model, processor, examples, chosen, runs / split, name="real-fastvlm", **how
+            )
 
-    pairs = {
-        split: item_examples(library, split, args.per_family) for split in ("validation", "test")
-    }
-    plain, everything = Setting(), (*FAMILIES, LETTERS)
+    plain = Setting()
+    everything = [*dict.fromkeys(example.family for _, example in pairs["test"])]
     scores = {split: by_family(asks(split, [plain], everything)[plain]) for split in pairs}
     guess = {split: blind(some) for split, some in pairs.items()}
     margins = {f: score - guess["validation"][f] for f, score in scores["validation"].items()}
@@ -135,7 +136,7 @@ def answer(
         "blind": guess,
         "moved": {s.label: r.manifest["moved"] for s, r in done.items() if r.manifest["moved"]},
         "identity": {k: manifest["identity"][k] for k in ("weights", "dtype", "seed")},
-        **packed(done),
+        **packed(done, args.frames),
     }
 
 
@@ -160,43 +161,60 @@ def draw(
     return drawn
 
 
-def arguments() -> argparse.ArgumentParser:
-    parser = publishing.parser(__doc__, RESULTS)
+def arguments(out: Path = RESULTS, methods: Sequence[str] = METHODS) -> argparse.ArgumentParser:
+    parser = publishing.parser(__doc__, out)
     parser.add_argument("--model", type=Path, default=FOLDER / "model")
     parser.add_argument("--photos", type=Path, default=TUXPAINT)
-    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--methods", nargs="+", default=methods)
     parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS)
     parser.add_argument("--per-family", type=int, default=60)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--runs", type=Path, default=FOLDER / "runs")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--pictures", action="store_true", help="draw lost questions; asks none")
     parser.add_argument(
         "--busy", action="store_true", help="other jobs use this machine: leave times out"
     )
+    parser.set_defaults(frames=1)
     return parser
 
 
-def main() -> None:
-    args = arguments().parse_args()
-    if not args.report:
-        dirty = args.allow_dirty or args.pictures
-        facts = publishing.published_from(args.out, dirty)
-        torch.set_num_threads(args.threads)
-        from recipes.photographs.model import load
+def run_and_write(args: argparse.Namespace, pairs_of: Callable[[Library], Pairs]) -> None:
+    """Ask the model, and write the result file."""
+    facts = publishing.published_from(args.out, args.allow_dirty)
+    model, processor = loaded(args)
+    training = json.loads((args.model / "training.json").read_text())
+    results = answer(model, processor, pairs_of(Photos(args.photos)), args, args.runs)
+    about = {**publishing.environment(), **facts}
+    if args.busy:
+        for row in results["rows"]:
+            row["seconds"] = 0.0
+    publishing.write(args.out, {"about": about, "training": training, **results})
 
-        model, processor = load(args.model)
-        if args.pictures:
-            for one in draw(model, processor, Photos(args.photos), args, args.runs):
-                print(f"{one.id}: {one.question} {one.answer}; {one.compressed}: {one.picture}")
-            return
-        training = json.loads((args.model / "training.json").read_text())
-        results = answer(model, processor, Photos(args.photos), args, args.runs)
-        about = {**publishing.environment(), **facts}
-        if args.busy:
-            for row in results["rows"]:
-                row["seconds"] = 0.0
-        publishing.write(args.out, {"about": about, "training": training, **results})
+
+def loaded(args: argparse.Namespace) -> tuple[Any, Any]:
+    """The model of this benchmark and its processor."""
+    from recipes.photographs.model import load
+
+    torch.set_num_threads(args.threads)
+    return load(args.model)
+
+
+def main() -> None:
+    parser = arguments()
+    parser.add_argument("--pictures", action="store_true", help="draw lost questions; asks none")
+    args = parser.parse_args()
+    if args.pictures:
+        for one in draw(*loaded(args), Photos(args.photos), args, args.runs):
+            print(f"{one.id}: {one.question} {one.answer}; {one.compressed}: {one.picture}")
+        return
+    if not args.report:
+        run_and_write(
+            args,
+            lambda library: {
+                split: item_examples(library, split, args.per_family)
+                for split in ("validation", "test")
+            },
+        )
     print(write_page(args.out, PAGE if args.out == RESULTS else args.out.with_suffix(".md")))
 
 

@@ -10,7 +10,7 @@ import pytest
 from support.photographs import Drawings, toy
 
 from benchmarks.gpu.recompute import losing
-from benchmarks.real import candidates, page, run
+from benchmarks.real import candidates, clip_answers, page, run
 from recipes.photographs.items import items
 from recipes.photographs.model import build_processor
 from tokencomp.evaluation.runs import EvalRun
@@ -25,9 +25,11 @@ def test_toy_run_makes_a_page(
     monkeypatch.setattr(run, "MARGIN", margin)
     model, tokenizer = toy()
     args = argparse.Namespace(
-        per_family=2, batch=18, methods=("uniform", "downscale", "auto", "scope"), ratios=(0.75,)
-    )
-    results = run.answer(model.eval(), build_processor(tokenizer), Drawings(), args, tmp_path)
+        per_family=2, batch=18, frames=1,
+        methods=("uniform", "downscale", "auto", "scope"), ratios=(0.75,),
+    )  # fmt: skip
+    pairs = {split: run.item_examples(Drawings(), split, 2) for split in ("validation", "test")}
+    results = run.answer(model.eval(), build_processor(tokenizer), pairs, args, tmp_path)
     facts = {
         "command": "x", "date": "2026-01-01", "commit": "0" * 40, "versions": {},
         "hardware": {"cpu": "x", "threads": 1}, "finished": True, "stages": {"names": 1},
@@ -47,6 +49,24 @@ def test_toy_run_makes_a_page(
     for one in run.draw(model, build_processor(tokenizer), Drawings(), args, tmp_path):
         (picture,) = (tmp_path / "lost").rglob(one.picture)
         assert picture.stat().st_size and one.full == one.answer != one.compressed
+
+
+def test_clips_are_asked_with_every_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frames are pictures of one prompt; what a method keeps is its share of all of them."""
+    monkeypatch.setattr(run, "MARGIN", -1.0)
+    monkeypatch.setattr(clip_answers, "SIZE", 128)
+    model, tokenizer = toy()
+    args = argparse.Namespace(
+        per_family=1, batch=2, frames=4, methods=("fewer_frames", "auto"), ratios=(0.5,)
+    )
+    pairs = clip_answers.clip_pairs(Drawings(), 1, tmp_path)
+    results = run.answer(model.eval(), build_processor(tokenizer), pairs, args, tmp_path / "runs")
+    rows = {row["label"]: row for row in results["rows"]}
+    full = rows["full"]["visual_tokens"]
+    assert full % 4 == 0 and all(row["frames"] == 4 for row in rows.values())
+    for label in ("fewer_frames at 0.5", "auto at 0.5", "random seed=1 at 0.5"):
+        assert rows[label]["visual_tokens"] == full / 2, label
+    assert results["learned"] == ["existence", "appears"] == [*results["blind"]["test"]]
 
 
 def test_candidates_stand_on_a_page_with_their_difference_to_random(tmp_path: Path) -> None:
@@ -79,8 +99,12 @@ def test_published_pages_are_those_of_their_results() -> None:
     for path in (candidates.FORMER, candidates.RESULTS):
         text = candidates.page(json.loads(path.read_text()), path)
         assert path.with_suffix(".md").read_text().rstrip() == text.rstrip(), path
-    text = page.page(json.loads(page.RESULTS.read_text()))
-    assert page.PAGE.read_text().rstrip() == text.rstrip()
+    for path, own, head in (
+        (page.RESULTS, page.PAGE, page.HEAD),
+        (clip_answers.RESULTS, clip_answers.RESULTS.with_suffix(".md"), clip_answers.HEAD),
+    ):
+        text = page.page(json.loads(path.read_text()), head)
+        assert own.read_text().rstrip() == text.rstrip(), path
 
 
 def test_losing_cases_are_named() -> None:

@@ -1,0 +1,79 @@
+"""Ask the model of this benchmark about clips of photographs, with every method.
+
+    python -m benchmarks.real.clip_answers            # clip_answers.json, clip_answers.md
+    python -m benchmarks.real.clip_answers --report   # the page from its results alone
+
+The frames of a clip reach the model as single pictures, because it takes no videos. A run that was
+stopped goes on from the answers in the ignored folder `build/real/clips/`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks.real.page import HERE, write_page
+from benchmarks.real.run import METHODS, Pairs, arguments, run_and_write
+from recipes.photographs.build import FOLDER
+from recipes.photographs.clip_questions import ClipItem, clip_items
+from recipes.photographs.scenes import Library
+from tokencomp.cli import one_message
+from tokencomp.evaluation.settings import FEWER_FRAMES
+from tokencomp.inputs.questions import Example
+
+RESULTS = HERE / "clip_answers.json"
+FAMILIES = ("existence", "appears")
+SIZE, FRAMES, SECONDS = 448, 6, 10.0
+CLIP_METHODS = (*METHODS[:2], FEWER_FRAMES, *METHODS[2:])
+HEAD = f"""# Clips of photographs, and every method
+
+The [model of photographs](README.md) answers questions about clips of {SECONDS:g} seconds. A
+camera stands still, pans over a photograph or zooms into it, while things appear, move and leave.
+The model takes no videos, so it sees {FRAMES} frames as pictures of {SIZE} px, {FRAMES * 196}
+visual tokens. Every reducer keeps the same share of each picture. The model was trained on single
+pictures, and no clip had a part in its training.
+
+```bash
+python -m recipes.photographs.build   # see the packages that the other page names
+python -m benchmarks.real.clip_answers
+```
+
+- Asked are "Is there an X at any time?" and "Which thing appears and then stays?". Of six
+  validation questions each about what leaves, what comes first, and what is shown for a moment, the
+  model answered 0, 2 and 0: it does not compare pictures. Those families are left out.
+- Splits have their own backgrounds, layouts and acts.
+- `downscale` makes all frames smaller, `fewer_frames` takes fewer of them.
+- Intervals are wide: one model, few questions.
+"""
+
+
+def clip_pairs(library: Library, per_family: int, folder: Path) -> Pairs:
+    """Clips of both splits, as files below `folder`, with their questions in words."""
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def example(one: ClipItem) -> Example:
+        path = folder / f"{one.id}.mp4"
+        if not path.exists():
+            one.write(path, SIZE)
+        return Example(one.id, one.query.text, one.answer, (path,), one.query.family)
+
+    return {
+        split: [
+            (one, example(one)) for one in clip_items(library, split, per_family, FAMILIES, SECONDS)
+        ]
+        for split in ("validation", "test")
+    }
+
+
+def main() -> None:
+    parser = arguments(RESULTS, CLIP_METHODS)
+    parser.set_defaults(runs=FOLDER / "clips", per_family=40, batch=4, frames=FRAMES)
+    args = parser.parse_args()
+    if not args.report:
+        media = args.runs / "media"
+        run_and_write(args, lambda library: clip_pairs(library, args.per_family, media))
+    print(write_page(args.out, args.out.with_suffix(".md"), HEAD))
+
+
+if __name__ == "__main__":
+    with one_message():
+        main()
