@@ -218,7 +218,7 @@ def main() -> int:
             "steps": steps(),
             "time": {"prefill": timed(ROWS), "step": timed(1)},
         }
-        path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        publishing.write(path, data)
     page = markdown(json.loads(path.read_text(encoding="utf-8")))
     (arguments.out / "weights.md").write_text(page, encoding="utf-8")
     return 0

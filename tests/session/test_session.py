@@ -130,7 +130,7 @@ def test_a_session_equals_one_prompt(
 def test_an_odd_number_of_frames_is_what_the_processor_makes_of_it(
     loaded: tuple[Any, Any], clip: Any, record: Record
 ) -> None:
-    """The last frame stands for the missing one, at its own time, and the caller is told.
+    """The last frame stands for the missing one, at its own time, and a warning says so.
 
     The processor itself refuses a single frame.
     """

@@ -117,7 +117,7 @@ class AnswerStore:
 def _merge(known: dict[str, dict[str, Any]], records: Iterable[dict[str, Any]]) -> None:
     """Of an item's records the first without an error counts, else the last.
 
-    Records of an item that was asked "again", because its media had changed, replace earlier ones.
+    A record with a higher count "again" replaces earlier ones, whose media have changed since.
     """
     for record in records:
         old = known.get(record["id"], {"error": "not asked"})

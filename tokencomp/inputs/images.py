@@ -82,5 +82,5 @@ def seconds_shown(image: Image.Image, place: int) -> float:
     """Go to a frame of an animation, and say for how long it is shown."""
     image.seek(place)
     if image.format == "WEBP":
-        image.load()  # only then it knows
+        image.load()  # sets the duration of the frame
     return float(image.info.get("duration", 0)) / 1000

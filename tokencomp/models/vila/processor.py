@@ -191,9 +191,9 @@ class VilaProcessor:
                 if not add_special_tokens:
                     raise OptionError(
                         "this checkpoint cuts the only image of a prompt into tiles, and several "
-                        "images not. Of a part of a prompt (add_special_tokens=False) nobody knows "
-                        "which it is. Set processor.config.image_aspect_ratio = 'resize' for "
-                        "images without tiles."
+                        "images not. A part of a prompt (add_special_tokens=False) does not say "
+                        "how many there are. Set processor.config.image_aspect_ratio = 'resize' "
+                        "for images without tiles."
                     )
                 texts[b] = prompt.replace(IMAGE, f"{IMAGE}\n" * len(parts))
             pixels += parts
