@@ -11,9 +11,9 @@ from tokencomp.adapters.base import Adapter
 from tokencomp.engine.call.gate import changes
 from tokencomp.engine.call.hooks import Hooks
 from tokencomp.engine.call.layer_stages import check_entry, check_kinds, check_layer_stages
+from tokencomp.engine.call.weights import merging_where_possible
 from tokencomp.engine.context.visual_window import VisualContext, extend_visual_context, is_extended
 from tokencomp.engine.count.stats import Stats
-from tokencomp.engine.scores.proportional import attention_modules
 from tokencomp.engine.scores.tap import attention_of
 from tokencomp.engine.tower.choice import check_tower_stage
 from tokencomp.engine.tower.signals import check_signals
@@ -40,7 +40,7 @@ def resolve_in(reducer: str | Reducer, adapter: Adapter) -> str | Reducer:
     return resolve_auto(reducer)
 
 
-def make_plan(spec: MethodSpec, adapter: Adapter) -> Plan:
+def make_plan(spec: MethodSpec, adapter: Adapter, compact: bool = False) -> Plan:
     """The stages of a spec in one decoder, with reducers that have loaded their weights."""
     if spec.reducer == "auto" and spec.plan is None:
         spec = replace(spec, reducer=resolve_in("auto", adapter))
@@ -52,7 +52,7 @@ def make_plan(spec: MethodSpec, adapter: Adapter) -> Plan:
     check_layer_stages(plan, adapter)
     check_signals(plan, adapter)
     if plan.merges_rest:
-        attention_modules(adapter.layers)  # refuses those that weights do not reach
+        plan = merging_where_possible(plan, adapter, compact)
     return check_tower_stage(plan, adapter).bind(model_facts(adapter))
 
 
@@ -171,7 +171,7 @@ class Handle:
         with self._changes:
             self._check_active()
             spec = self._spec.changed(ratio, reducer, stages, options, *tower, budget, rest, decay)
-            new_plan = make_plan(spec, self._hooks.adapter)
+            new_plan = make_plan(spec, self._hooks.adapter, self.compact)
             self._spec = spec
             try:
                 self._hooks.change(new_plan)
@@ -230,8 +230,9 @@ class Handle:
 def _places(stages: Sequence[Stage]) -> list[str]:
     """Which reducers act where, e.g. "merge at entry", "prune before layers 4, 8"."""
     by_name: dict[str, list[int]] = {}
+    words = {"merge": ", merging the rest,", "auto": ", merging the rest of images,"}
     for stage in stages:
-        merging = ", merging the rest," if stage.rest == "merge" else ""
+        merging = words[stage.rest] if stage.merges_some else ""
         by_name.setdefault(f"{stage.reducer.name}{merging}", []).append(stage.layer)
     places = []
     for name, layers in by_name.items():

@@ -291,7 +291,7 @@ class MethodSpec:
                 plan = by_kind(self.ratios, self.built_reducer, num_layers, first_layer_stage)
             if self.amount is not None:
                 plan = by_item(self.amount, self.built_reducer, num_layers, first_layer_stage)
-            self._plans[key] = plan.merging_rest() if self.rest == "merge" else plan
+            self._plans[key] = plan if self.rest == "drop" else plan.with_rest(self.rest)
         return self._plans[key]
 
     def changed(

@@ -83,8 +83,10 @@ def patch(
         What happens to the tokens that the reducer does not keep. "drop": they leave. "merge": each
         is merged into the kept token nearest to it (by cosine), which becomes the mean and weighs
         in attention as much as the tokens it stands for: your attention backend adds the log of
-        their number to the logits, on a few more head dimensions. Special tokens stay as they are,
-        and what a tower stage drops is gone before. Scores for later stages are taken without.
+        their number to the logits of the prompt, on a few more head dimensions, and the cache holds
+        it that many times. Special tokens stay as they are, and what a tower stage drops is gone
+        before. Scores for later stages are taken without. "auto": merges in images of which at
+        least a tenth stays, if the model can, and drops everything else.
     tower_ratio
         Fraction of the vision tower's work to remove, in [0, `ratio`]: the patches of this share of
         the visual tokens leave before the first block of the tower, and the decoder never gets
@@ -206,7 +208,8 @@ def apply(
                 "width), which cannot be renumbered without losing the grid. Leave it at "
                 "'original'."
             )
-        hooks = Hooks(adapter, make_plan(spec, adapter), strict, positions == "compact")
+        compact = positions == "compact"
+        hooks = Hooks(adapter, make_plan(spec, adapter, compact), strict, compact)
         earlier, context = adapter.model.__dict__.get(ATTRIBUTE), None
         if earlier is not None:
             earlier.suspend()  # before its window is replaced, so that it can restore that window

@@ -5,9 +5,9 @@
 Four tables, in `weights.json` and `weights.md`. Calls and host reads of a prefill and a decode
 step are those of the calls page, on its tiny random Qwen2-VL, which is also timed: its layers are
 so small that calls take the time, not work. FLOPs follow from the shapes of real models. The last
-table is one attention call of a decoder layer on a CPU, by what carries the logarithms: further
-head dimensions, or a mask that SDPA adds. Seconds are those of the process on one thread, the least
-of several runs: they order carriers on a CPU and say nothing about a GPU.
+table is one attention call of a prefill on a CPU, by what carries the logarithms: further head
+dimensions, or a mask that SDPA adds. Seconds are those of the process on one thread, the least of
+several runs: they order carriers on a CPU and say nothing about a GPU.
 """
 
 from __future__ import annotations
@@ -92,26 +92,26 @@ def flops(name: str, rows: int) -> dict[str, Any]:
     return {"model": name, "rows": rows, "attention": attention, "prefill": merge / drop - 1}
 
 
-def carriers(queries: int) -> dict[str, Callable[[], Tensor]]:
-    """One attention call of the last `queries` of ROWS rows, by what carries the weights."""
+def carriers() -> dict[str, Callable[[], Tensor]]:
+    """One attention call of ROWS rows, by what carries the weights."""
     g = torch.Generator().manual_seed(0)
-    q = torch.randn(1, HEADS, queries, DIM, generator=g)
+    q = torch.randn(1, HEADS, ROWS, DIM, generator=g)
     k, v = (torch.randn(1, KV_HEADS, ROWS, DIM, generator=g) for _ in range(2))
     sizes = torch.randint(1, 9, (1, ROWS), generator=g).float()
-    causal, scale = queries > 1, DIM**-0.5
+    scale = DIM**-0.5
     more = further(q, k, sizes, scale)  # once for all layers of a call
-    seen = torch.ones(queries, ROWS, dtype=torch.bool).tril(ROWS - queries)
+    seen = torch.ones(ROWS, ROWS, dtype=torch.bool).tril()
     groups = HEADS // KV_HEADS
 
     def dropped() -> Tensor:
-        return sdpa(q, k, v, is_causal=causal, scale=scale, enable_gqa=True)
+        return sdpa(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
 
     def widened() -> Tensor:
         wide = widen(q, k, v, more)
-        return sdpa(*wide, is_causal=causal, scale=scale, enable_gqa=True)[..., :DIM]
+        return sdpa(*wide, is_causal=True, scale=scale, enable_gqa=True)[..., :DIM]
 
     def masked() -> Tensor:
-        bias = sizes.log()[:, None, None].expand(-1, 1, queries, -1)
+        bias = sizes.log()[:, None, None].expand(-1, 1, ROWS, -1)
         mask = bias.masked_fill(~seen, -torch.inf)
         full = [t.repeat_interleave(groups, 1) for t in (k, v)]  # SDPA takes no mask beside groups
         return sdpa(q, *full, attn_mask=mask, scale=scale)
@@ -131,9 +131,9 @@ def seconds(call: Callable[[], Any]) -> float:
     return best
 
 
-def timed(queries: int) -> dict[str, float]:
+def timed() -> dict[str, float]:
     """Milliseconds of processor time, by carrier; their results are compared first."""
-    found = carriers(queries)
+    found = carriers()
     torch.testing.assert_close(found["mask"](), found["head dimensions"](), atol=1e-5, rtol=1e-4)
     return {name: 1e3 * seconds(call) for name, call in found.items()}
 
@@ -143,10 +143,14 @@ INTRO = """# What merging with weights costs
 Made by `python -m benchmarks.kernels.weights`. `rest="merge"` adds the logarithm of a number to the
 attention logits of every merged row. [Reducers](../../docs/reducers.md) says what it is for.
 
-A few further head dimensions carry it under every backend. The kernel stays the user's:
-FlashAttention, SDPA on its fast path, FlexAttention and eager attention run unchanged, the cache
-holds plain keys, and nothing of size rows × rows exists. They cost what the tables say, and in a
-decode step a copy of the keys and values of a layer.
+While a prompt is read, a few further head dimensions carry it under every backend. The kernel stays
+the user's: FlashAttention, SDPA on its fast path, FlexAttention and eager attention run unchanged,
+and nothing of size rows × rows exists.
+
+Afterwards merged rows stand in the cache as often as the tokens that they stand for, which is the
+same for attention. So a decode step has no weights and no call of ours, and it reads as many rows
+as without a patch: merging saves work of the prefill, but neither memory of the cache nor reading
+it. Dropping saves these too.
 
 The two other carriers exist under one backend each. A mask that SDPA adds takes prompts off the
 flash kernel, has a number for every pair of rows, and is rounded to the dtype of the queries, where
@@ -170,9 +174,8 @@ def markdown(data: dict[str, Any]) -> str:
         [kind, f"{min(ms):.2f}", "" if kind == ALONE else f"{_median_share(ms, alone):+.0%}"]
         for kind, ms in data["steps"].items()
     ]
-    names = list(data["time"]["prefill"])
-    times = [[n, *(f"{data['time'][kind].get(n, float('nan')):.2f}" for kind in data["time"])]
-             for n in names]  # fmt: skip
+    names = list(data["time"])
+    times = [[n, f"{data['time'][n]:.2f}"] for n in names]
     table = publishing.table
     return (
         "\n\n".join(
@@ -191,7 +194,7 @@ def markdown(data: dict[str, Any]) -> str:
                 table(["model", "rows left", "attention", "prefill"], work),
                 f"## One attention call on a CPU\n\nMilliseconds of one thread; {HEADS} heads, "
                 f"{KV_HEADS} of keys, {DIM} dimensions, {ROWS} rows, float32. {data['machine']}",
-                table(["carrier", "prefill", "decode step"], times),
+                table(["carrier", "ms"], times),
             ]
         )
         + "\n"
@@ -216,7 +219,7 @@ def main() -> int:
             "calls": [calls(r, rest) for r in REDUCERS for rest in RESTS],
             "flops": [flops(name, rows) for name in SHAPES for rows in LENGTHS],
             "steps": steps(),
-            "time": {"prefill": timed(ROWS), "step": timed(1)},
+            "time": timed(),
         }
         publishing.write(path, data)
     page = markdown(json.loads(path.read_text(encoding="utf-8")))

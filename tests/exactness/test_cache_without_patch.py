@@ -51,11 +51,11 @@ class Chat:
         self.inputs, self.new = inputs, new
         self.masks = oracle.kept_columns(self.handle, inputs, family.layers)
 
-    def expected(self) -> Tensor:
+    def expected(self, merged: oracle.Merged | None = None) -> Tensor:
         """Logits of the masked full-length run; the model must not be patched."""
         return kinds.expected_logits(
-            self.model, self.family, self.inputs, self.masks, self.new
-        )[:, self.width :]  # fmt: skip
+            self.model, self.family, self.inputs, self.masks, self.new, merged
+        )[:, self.width :]
 
     def say(self, cache: Any = None, **changes: Any) -> Tensor:
         turn = {**self.turn, **changes, self.name: cache or self.cache}
@@ -108,10 +108,14 @@ def test_windows_are_counted_in_columns_by_the_patch_alone(name: str) -> None:
     chat.refused("attention window")
 
 
-def test_weights_of_merged_tokens_are_read_by_the_patch_alone() -> None:
-    chat = Chat(FAMILIES["llava"], 1, ratio=0.5, reducer="kcentre", rest="merge")
+@pytest.mark.parametrize("name", NAMES)
+def test_merged_tokens_go_on_without_the_patch(name: str) -> None:
+    """Their rows stand in the cache as often as the tokens that they stand for."""
+    chat = Chat(FAMILIES[name], 1, ratio=0.5, reducer="kcentre", rest="merge")
+    merged = oracle.Merged(chat.handle)
     chat.handle.remove()
-    chat.refused("merged tokens with weights")
+    expected = chat.expected(merged)
+    torch.testing.assert_close(chat.say().double(), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("first", ["original", "compact"])

@@ -132,6 +132,23 @@ def test_a_second_image(family: Family, backend: str) -> None:
     assert all((a - b).abs().max() < 1e-5 for a, b in zip(got, expected, strict=True))
 
 
+@pytest.mark.parametrize("backend", ["fp8", "quanto", "rounded"])
+def test_merged_rows(family: Family, backend: str) -> None:
+    """They are rounded as those of a cache to which a row is written for every token."""
+    model, inputs = family.build(), single(family)
+    cache, length = quantized_cache(backend, model), inputs["input_ids"].shape[1]
+    with tokencomp.patch(model, 0.75, reducer="kcentre", rest="merge"), torch.no_grad():
+        out = oracle.generate(model, inputs, STEPS, past_key_values=cache)
+        exact = oracle.cache_of(model(**inputs, use_cache=True))
+    rows = KeptRows(model, family, quantized_cache(backend, model))
+    for rounded, layer in zip(rows.cache.layers, exact.layers, strict=True):
+        rounded.update(layer.keys, layer.values)
+    positions, rows.mask = family.positions(model, inputs), torch.ones(1, length).bool()
+    for step, token in enumerate(out.sequences[:, length:-1].T):
+        expected = rows.word(token, following(positions, step))
+        assert (out.logits[step + 1] - expected).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("backend", ["fp8", "quanto"])
 def test_choices_behind_a_second_image(backend: str) -> None:
     """A question-aware reducer scores against the keys of the first turn, dequantized."""

@@ -17,6 +17,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 import tokencomp
 from tokencomp import Plan, Stage, make_reducer
+from tokencomp.engine.scores.proportional import extra_dims
 from tokencomp.errors import OptionError
 
 MERGERS, KEEPERS = [
@@ -44,13 +45,19 @@ def patched(
     return tokencomp.patch(model, ratio, reducer=reducer, rest="merge", **options)
 
 
-def check_dense(model: nn.Module, family: Family, handle: tokencomp.Handle, steps: int = 8) -> None:
+def check_dense(
+    model: nn.Module,
+    family: Family,
+    handle: tokencomp.Handle,
+    steps: int = 8,
+    kinds: frozenset[str] | None = None,
+) -> None:
     """Prefill and decode steps of a ragged batch."""
     inputs = family.batch(rows(family))
     with handle:
         out = oracle.generate(model, inputs, steps)
         masks = oracle.kept_columns(handle, inputs, family.layers)
-    merged = oracle.Merged(handle)
+    merged = oracle.Merged(handle, kinds)
     length = inputs["input_ids"].shape[1]
     new = out.sequences[:, length:][:, :-1]
     dense = oracle.masked_logits(model, family, inputs, masks, new, merged)
@@ -82,6 +89,42 @@ def test_every_reducer_that_keeps_tokens(case: matrix.Case, name: str) -> None:
 def test_reducers_that_merge_by_themselves_are_refused(case: matrix.Case) -> None:
     with pytest.raises(OptionError, match=r"rest='merge': .* merges tokens by itself"):
         tokencomp.patch(FAMILIES["qwen2_vl"].build(), 0.5, reducer=case[0], rest="merge", **case[1])
+
+
+def test_auto_merges_in_images(family: Family) -> None:
+    """Of a batch with videos too, which lose theirs."""
+    model = family.build()
+    handle = tokencomp.patch(model, 0.8, reducer="kcentre", rest="auto")
+    assert "kcentre, merging the rest of images, at entry" in repr(handle)
+    check_dense(model, family, handle, 4, frozenset({"image"}))
+
+
+def test_auto_drops_where_little_stays() -> None:
+    """As if it were told to, and so do videos."""
+    family = FAMILIES["qwen2_vl"]
+    model, steps = family.build(), {}
+    video = family.batch([[family.video(4), text(3, 4)]])
+    image = family.batch([[family.image(0), text(3, 4)]])
+    for rest in ("auto", "drop"):
+        with tokencomp.patch(model, 0.92, reducer="kcentre", rest=rest) as handle:
+            steps[rest] = [model(**image).logits]
+            assert handle.stats.merged_from is None
+            handle.set(ratio=0.8)
+            steps[rest].append(model(**video).logits)
+            assert handle.stats.merged_from is None
+    assert all(map(torch.equal, steps["auto"], steps["drop"]))
+    with tokencomp.patch(model, budget=8, reducer="kcentre", rest="auto") as handle:
+        model(**image)
+        assert handle.stats.merged_from == 0
+        handle.set(budget=1)
+        model(**image)
+        assert handle.stats.merged_from is None
+
+
+def test_auto_drops_where_positions_are_compact() -> None:
+    model = FAMILIES["internvl"].build()
+    handle = tokencomp.patch(model, 0.5, reducer="kcentre", rest="auto", positions="compact")
+    assert not handle.plan.merges_rest
 
 
 @two_families
@@ -116,7 +159,7 @@ def test_behind_the_tower() -> None:
         layers = oracle.cache_of(model(**inputs, use_cache=True)).layers
     (span,) = handle.stats.spans[0]
     others = handle.stats.lengths[0] - span.length
-    assert float(layers[0].sizes.sum()) - others == len(sizes[0]) < span.length
+    assert layers[0].rows - others == len(sizes[0]) < span.length
 
 
 @two_families
@@ -220,14 +263,43 @@ def test_static_cache(name: str) -> None:
 
 
 @two_families
-def test_cache_does_not_grow(name: str) -> None:
+def test_the_cache_holds_a_row_for_every_token(name: str) -> None:
+    """As many as without a patch; of what a later stage drops, none."""
     family = FAMILIES[name]
     model = family.build()
     inputs = family.batch(rows(family)[:1])
-    with patched(model) as handle:
-        out = model(**inputs, use_cache=True)
-    held = sum(t.nbytes for c in oracle.cache_of(out).layers for t in (c.keys, c.values))
-    assert held == handle.stats.kv_bytes_after
+    uniform = make_reducer("uniform")
+    plan = Plan((Stage(0, 0.5, KCENTRE, rest="merge"), Stage(2, 0.25, uniform)))
+    for setting in ({"ratio": 0.8, "reducer": "kcentre", "rest": "merge"}, {"plan": plan}):
+        with tokencomp.patch(model, **setting) as handle:
+            out = model(**inputs, use_cache=True)
+        layers = oracle.cache_of(out).layers
+        held = [sum(t.nbytes for t in (layer.keys, layer.values)) for layer in layers]
+        assert sum(held) == handle.stats.kv_bytes_after
+        whole = handle.stats.kv_bytes_before // len(layers)
+        assert held[0] == whole and (held[-1] < whole) == ("plan" in setting)
+
+
+@two_families
+def test_decode_steps_read_plain_heads(name: str) -> None:
+    """Attention has further dimensions in a prefill alone, and then the patch runs nothing more."""
+    family, dims = FAMILIES[name], []
+    sdpa = AttentionInterface()["sdpa"]
+
+    def recorder(module: Any, query: Tensor, *args: Any, **kwargs: Any):
+        dims.append((query.shape[-2] > 1, query.shape[-1]))
+        return sdpa(module, query, *args, **kwargs)
+
+    AttentionInterface.register("recorder", recorder)
+    AttentionMaskInterface.register("recorder", sdpa_mask)
+    model, inputs = family.build(), family.batch(rows(family)[:1])
+    model.set_attn_implementation("recorder")
+    with patched(model):
+        oracle.generate(model, inputs, 3)
+    text = [dim for is_prompt, dim in dims[-3 * family.layers :] if is_prompt]
+    steps = [dim for is_prompt, dim in dims[-3 * family.layers :] if not is_prompt]
+    head = family.decoder(model).layers[0].self_attn.head_dim
+    assert set(text) == {extra_dims(head) + head} and set(steps) == {head}
 
 
 @two_families
@@ -310,8 +382,12 @@ def test_what_says_so() -> None:
 
 def test_refused() -> None:
     """By name; a refused change leaves the patch as it was."""
+    compact = tokencomp.patch(FAMILIES["internvl"].build(), 0.5, positions="compact")
+    with pytest.raises(OptionError, match="rest='merge' with positions='compact'"):
+        compact.set(reducer="kcentre", rest="merge")
+    assert not compact.plan.merges_rest
     model, uniform = FAMILIES["qwen2_vl"].build(), make_reducer("uniform")
-    with pytest.raises(OptionError, match="rest='keep'; allowed: 'drop', 'merge'"):
+    with pytest.raises(OptionError, match="rest='keep'; allowed: 'drop', 'merge', 'auto'"):
         tokencomp.patch(model, 0.5, rest="keep")
     with pytest.raises(OptionError, match=r"rest='merge'.*a plan names its reducers"):
         tokencomp.patch(model, plan=Plan((Stage(0, 0.5, uniform),)), rest="merge")

@@ -49,6 +49,8 @@ def test_attention_with_an_indexer_is_refused(model_type: str) -> None:
     """It masks what its indexer has not chosen under the names of known backends alone."""
     with pytest.raises(UnsupportedModelError, match="do not reach the attention of"):
         tokencomp.patch(tiny(model_type).model, 0.5, reducer="kcentre", rest="merge")
+    handle = tokencomp.patch(tiny(model_type).model, 0.5, reducer="kcentre", rest="auto")
+    assert not handle.plan.merges_rest
 
 
 @torch.no_grad()
@@ -62,7 +64,8 @@ def test_attention_by_another_name() -> None:
     with tokencomp.patch(model.whole, 0.5, reducer="kcentre", rest="merge"):
         out = prompts.forward(prompts.inputs([0]))
     (kwargs, (found, _)), layer = seen[-1], oracle.cache_of(out).layers[attn.layer_idx]
-    x, sizes = kwargs["hidden_states"], layer.sizes
+    _, counts = layer.columns[0].unique_consecutive(return_counts=True)
+    x, sizes = kwargs["hidden_states"], counts[None].float()
     assert sizes.max() > 2
     q, k, v = (
         p(x).unflatten(-1, (-1, attn.head_dim)) for p in (attn.q_proj, attn.k_proj, attn.v_proj)

@@ -104,7 +104,7 @@ def test_places() -> None:
     assert places.of(tiles[1:], 4).tolist() == [-1, -1, 12, 13]
 
 
-def filled_cache(columns: list[int], sizes: list[float] | None) -> DynamicCache:
+def filled_cache(columns: list[int]) -> DynamicCache:
     """Two layers whose keys are the columns of their rows."""
     cache, n = DynamicCache(), len(columns)
     rows = torch.tensor(columns).float()[None, None, :, None].expand(1, 2, n, 3)
@@ -113,17 +113,17 @@ def filled_cache(columns: list[int], sizes: list[float] | None) -> DynamicCache:
     known = None if columns == [*range(n)] else torch.tensor([columns])
     for layer in cache.layers:
         if known is not None:
-            own = None if sizes is None else torch.tensor([sizes])
-            compress_layer(layer, columns[-1] + 1 - n, n, None, False, own, known)
+            compress_layer(layer, columns[-1] + 1 - n, n, None, False, known)
             layer.needs_patch = False
     return cache
 
 
-@pytest.mark.parametrize("columns", [[*range(9)], [0, 1, 2, 5, 6, 8, 11]])
+@pytest.mark.parametrize(
+    "columns", [[*range(9)], [0, 1, 2, 5, 6, 8, 11], [0, 1, 2, 2, 2, 5, 5, 6, 8, 8, 8]]
+)
 def test_rows_keep_what_belongs_to_them(columns: list[int]) -> None:
-    """After two evictions and a write in between, every row still has its column and size."""
-    sizes = [1.0, 1, 4, 2, 1, 3, 1] if columns[-1] == 11 else None
-    cache, top = filled_cache(columns, sizes), columns[-1] + 1
+    """After two evictions and a write in between, every row still has its column."""
+    cache, top = filled_cache(columns), columns[-1] + 1
     assert evict(cache, torch.tensor([2, 3, 5])) == sum(c in (2, 3, 5) for c in columns)
     for i, layer in enumerate(cache.layers):
         assert layer.get_seq_length() == top
@@ -135,13 +135,10 @@ def test_rows_keep_what_belongs_to_them(columns: list[int]) -> None:
         assert layer.keys[0, 0, :, 0].tolist() == held_columns(layer)[0].tolist() == left
         assert torch.equal(layer.values, -layer.keys)
         assert layer.get_seq_length() == top + 2
-        if sizes is not None:
-            known = dict(zip(columns, sizes, strict=True))
-            assert layer.sizes[0].tolist() == [known.get(c, 1.0) for c in left]
 
 
 def test_a_copy_is_not_evicted() -> None:
-    cache = filled_cache([0, 1, 2, 5, 6, 8, 11], None)
+    cache = filled_cache([0, 1, 2, 5, 6, 8, 11])
     other = copy.deepcopy(cache)
     evict(cache, torch.tensor([5]))
     assert held_columns(other.layers[0])[0].tolist() == [0, 1, 2, 5, 6, 8, 11]

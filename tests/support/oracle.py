@@ -49,15 +49,17 @@ class Merged:
     """Merges what leaves at the stages of a patch, in full-length hidden states and plain loops.
 
     A column that leaves is added to the kept patch of its span with the largest cosine, which
-    becomes the mean weighted by sizes. Attention logits gain the logarithm of the size.
+    becomes the mean weighted by sizes. Attention logits gain the logarithm of the size. With
+    `kinds`, stages merge in spans of these kinds alone.
     """
 
-    def __init__(self, handle: Any) -> None:
+    def __init__(self, handle: Any, kinds: frozenset[str] | None = None) -> None:
         stats, stages = handle.stats, handle.plan.stages
         rows = range(len(stats.spans))
         self.spans, self.kept = stats.spans, [stats.kept(b) for b in rows]
         self.stages = {s.layer: i for i, s in enumerate(stages)}
-        self.merging = {s.layer for s in stages if s.rest == "merge"}
+        self.merging = {s.layer for s in stages if s.rest == "merge" or kinds}
+        self.kinds = kinds
         self.left = [stats.tower_kept(b) for b in rows]
         self.sizes = torch.ones(0)  # of all columns, (B, L)
 
@@ -69,7 +71,7 @@ class Merged:
                 for j, span in enumerate(row):
                     kept = self.kept[b][self.stages[layer]][j]
                     special = [*span.special, *span.text]
-                    if layer in self.merging:
+                    if layer in self.merging and (self.kinds is None or span.kind in self.kinds):
                         self._merge(b, span.start, self.left[b][j], kept, special, x)
                     self.left[b][j] = kept
         return x, self.sizes.log()

@@ -67,7 +67,8 @@ Rest = Annotated[
     typer.Option(
         "--rest",
         help='What happens to tokens that do not stay: "drop", or "merge" into the nearest that '
-        "does, which then weighs as much as the tokens it stands for.",
+        'does, which then weighs as much as the tokens it stands for. "auto" merges in images of '
+        "which at least a tenth stays.",
     ),
 ]
 TowerRatio = Annotated[

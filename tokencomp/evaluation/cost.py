@@ -71,13 +71,14 @@ def _cost(
     per_layer: list[int],
     full: int,
     merged_from: int | None = None,
+    cached: list[int] | None = None,
 ) -> Cost:
-    """`merged_from` is the first layer whose rows have weights, see `Stats`."""
+    """See `Stats`; None for `cached`: a row for every token that a layer sees."""
     rows = [length - visual + n for n in per_layer]
     first = len(rows) if merged_from is None else merged_from
     flops = sum(shape.layer_flops(n, 0, i, i >= first) for i, n in enumerate(rows))
-    kv_bytes = sum(shape.kv_bytes(n, i) for i, n in enumerate(rows))
-    decode = sum(shape.layer_flops(1, n, i, i >= first) for i, n in enumerate(rows))
+    kv_bytes = sum(shape.kv_bytes(n, i) for i, n in enumerate(cached or rows))
+    decode = sum(shape.layer_flops(1, n, i) for i, n in enumerate(cached or rows))
     return Cost(full, per_layer, flops, kv_bytes, decode)
 
 
@@ -97,9 +98,9 @@ def prefill_costs(
         shrunk.
     """
     if stats:
-        rows = zip(stats.lengths, stats.tokens_before, stats.tokens_after, strict=True)
-        shape, first = stats.shape, stats.merged_from
-        return [_cost(shape, n, visual, seen, visual, first) for n, visual, seen in rows]
+        counts = stats.lengths, stats.tokens_before, stats.tokens_after, stats.cached
+        shape, first, rows = stats.shape, stats.merged_from, zip(*counts, strict=True)
+        return [_cost(shape, n, all_, seen, all_, first, kept) for n, all_, seen, kept in rows]
     shape = DecoderShape.from_config(adapter_for(model).text_config, model.dtype.itemsize)
     lengths = prompt_lengths(model, inputs)
     before = full or [visual for _, visual in lengths]

@@ -155,8 +155,8 @@ class Setting(MethodSpec):
         again = f", revision {number}" if number > 1 else ""
         subsets = ", a subset per question" if self.reducer == RANDOM else ""
         tower = f", behind {self.built_tower_reducer!r}" if self.dropped_cells else ""
-        rest = ", merging the rest" if self.rest == "merge" else ""
-        return f"{reducer!r}{again}{subsets}{rest}{tower}"
+        rest = {"merge": ", merging the rest", "auto": ", merging the rest of images"}
+        return f"{reducer!r}{again}{subsets}{rest.get(self.rest, '')}{tower}"
 
     def moved(self, layers: int, frames: int = 0) -> str:
         """How the method departs from its paper, in words; "" if it does not.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from tokencomp.errors import OptionError, PlanError
 from tokencomp.plan.amounts import Place
 from tokencomp.plan.reducer import StageReducer
-from tokencomp.plan.stages import Stage, TowerStage
+from tokencomp.plan.stages import Rest, Stage, TowerStage
 
 if TYPE_CHECKING:
     from tokencomp.tokens.signals import Signal
@@ -103,8 +103,8 @@ class Plan:
 
     @cached_property
     def merges_rest(self) -> bool:
-        """Whether a stage merges the tokens that do not stay into kept ones."""
-        return any(s.rest == "merge" for s in self.stages)
+        """Whether a stage may merge tokens that do not stay into kept ones."""
+        return any(s.merges_some for s in self.stages)
 
     @cached_property
     def needs(self) -> frozenset[Signal]:
@@ -214,15 +214,15 @@ class Plan:
             tower = replace(tower, reducer=tower.reducer.bind(facts))
         return Plan(tuple(replace(s, reducer=s.reducer.bind(facts)) for s in self.stages), tower)
 
-    def merging_rest(self) -> Plan:
-        """The same stages with `rest="merge"`.
+    def with_rest(self, rest: Rest) -> Plan:
+        """The same stages with another `rest`.
 
         Raises
         ------
         OptionError
             A reducer merges tokens by itself.
         """
-        return Plan(tuple(replace(s, rest="merge") for s in self.stages), self.tower)
+        return Plan(tuple(replace(s, rest=rest) for s in self.stages), self.tower)
 
 
 def from_profile(profile: list[float], reducer: StageReducer) -> Plan:

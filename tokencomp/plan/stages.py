@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from tokencomp.tokens.spans import Grid, VisualSpan
 
 MEDIA = ("image", "video", "audio")
-Rest = Literal["drop", "merge"]
+Rest = Literal["drop", "merge", "auto"]
 RESTS: tuple[Rest, ...] = get_args(Rest)
+LEAST_MERGED = 0.1
+"""Fraction below which rest="auto" drops: a mean of more than ten tokens says too little."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class Stage:
     rest
         What happens to the tokens that do not stay: "drop", or "merge": each is merged into the
         kept token nearest to it, which then weighs as much as the tokens it stands for. Where no
-        token of a span stays, all are dropped.
+        token of a span stays, all are dropped. "auto" merges in images of which at least a tenth
+        stays, and drops elsewhere.
 
     Raises
     ------
@@ -104,6 +107,17 @@ class Stage:
             left = self.amount.left(place)
             return left if self.share is None else self.share(left)
         return dict(self.by_kind).get(kind, self.fraction) if kind else self.fraction
+
+    def merges(self, kind: str, place: Place | None = None) -> bool:
+        """Whether it merges what does not stay of an item; `kind` and `place` as `fraction_of`."""
+        if self.rest != "auto":
+            return self.rest == "merge"
+        return kind == "image" and self.fraction_of(kind, place) >= LEAST_MERGED - 1e-9
+
+    @property
+    def merges_some(self) -> bool:
+        """Whether it may merge what does not stay of some item."""
+        return self.merges("image") or (self.rest == "auto" and self.amount is not None)
 
     @cached_property
     def needs(self) -> frozenset[Signal]:
@@ -199,13 +213,13 @@ def check_rest(rest: str, reducer: StageReducer | None) -> None:
     Raises
     ------
     OptionError
-        Neither "drop" nor "merge", or "merge" for a reducer that merges tokens by itself.
+        Another value, or "merge" or "auto" for a reducer that merges tokens by itself.
     """
     if rest not in RESTS:
         raise OptionError(f"rest={rest!r}; allowed: {', '.join(map(repr, RESTS))}.")
-    if rest == "merge" and reducer is not None and reducer.merges:
+    if rest != "drop" and reducer is not None and reducer.merges:
         raise OptionError(
-            f"rest='merge': {reducer.name!r} merges tokens by itself, so it leaves none to merge. "
+            f"rest={rest!r}: {reducer.name!r} merges tokens by itself, so it leaves none to merge. "
             "Leave rest out, or take a reducer that keeps tokens as they are, such as 'kcentre'."
         )
 

@@ -167,6 +167,8 @@ class ServerOptions:
             )
         reducer = self._reducer(values)
         rest = values.get("rest") or self.default.rest
+        if engine != "hf" and rest == "auto":
+            rest = "drop"
         if engine != "hf" and rest == "merge":
             raise OptionError(
                 "rest='merge': merged tokens weigh as much as the tokens they stand for, and the "

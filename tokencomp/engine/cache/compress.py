@@ -17,6 +17,7 @@ from tokencomp.engine.cache.layers import (
     CompressedSlidingLayer,
 )
 from tokencomp.engine.cache.need import InForce, PatchNeed
+from tokencomp.engine.cache.repeat import repeat_rows, repeated
 from tokencomp.engine.cache.rows import (
     filled,
     first_layer,
@@ -114,7 +115,6 @@ def compress_layer(
     rows: int,
     valid: Tensor | None,
     starts_segment: bool,
-    sizes: Tensor | None = None,
     columns: Tensor | None = None,
     starts: Tensor | None = None,
 ) -> None:
@@ -124,7 +124,7 @@ def compress_layer(
     ----------
     rows
         Rows that the layer holds.
-    valid, starts_segment, sizes, columns, starts
+    valid, starts_segment, columns, starts
         See `CompressedLayer`.
     """
     before = 0
@@ -138,7 +138,7 @@ def compress_layer(
         if static and not COUNTS_ROWS:
             layer.cumulative_length = torch.tensor(rows, device=layer.device)
             torch._dynamo.mark_static_address(layer.cumulative_length)
-    layer.dropped, layer.sizes, layer._valid = before + dropped, sizes, None
+    layer.dropped, layer._valid = before + dropped, None
     if valid is not None:
         layer.valid = valid
     layer.columns, layer.starts_segment, layer.starts = columns, starts_segment, starts
@@ -176,15 +176,19 @@ def compact_cache(forward: ForwardPass, cache: Any, patch: InForce) -> Any:
         if not own:
             continue
         device, batch = own[0].device, len(segment.layout.lengths)
+        sizes, index = segment.layout.sizes, None
+        if sizes is not None and forward.plan.merges_rest:
+            segment, index = repeated(segment, sizes.to(device))
+            forward.repeated[segment.first] = segment.layout.lengths
         valid = segment.all_valid(segment.layout.valid(device))
-        sizes = forward.weights(segment)
         dropped = forward.width - segment.layout.width
         rows, columns = segment.physical + segment.layout.width, segment.columns(batch, device)
         for layer in own:
+            if index is not None:
+                repeat_rows(layer, index, segment.physical)
             begins = layer is own[0] and segment.first > 0
             flags = valid if valid is None else valid.to(layer.device)
-            compress_layer(layer, dropped, rows, flags, begins, sizes, columns, starts)
-            patch.weights |= sizes is not None
+            compress_layer(layer, dropped, rows, flags, begins, columns, starts)
     _note_patch(forward, layers, patch)
     return first
 
@@ -193,7 +197,7 @@ def _note_patch(forward: ForwardPass, layers: list[Any], patch: InForce) -> None
     """Let the layers of a cache know the patch, and whether later tokens can do without."""
     heads, windows = segment_heads(layers), forward.windows
     special = patch.compact or windows.relative or windows.cut_later_turns
-    special |= any(head._valid is not None or head.sizes is not None for head in heads)
+    special |= any(head._valid is not None for head in heads)
     special |= flash_on_static(forward.adapter.text_config, heads[0])
     need = PatchNeed() if special or len(heads) > 1 or windows.sizes else None
     special |= windows.rows_kept(layers) is not None

@@ -15,7 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine.cache.compress import compress_layer
@@ -142,15 +142,10 @@ def _keep(layer: Any, rows: Tensor) -> int:
     before, held = physical_length(layer), held_columns(layer)
     if rows.numel() == before:
         return 0
-    sizes = getattr(layer, "sizes", None)
-    if sizes is not None:  # rows that were written later stand for one token each
-        sizes = nn.functional.pad(sizes, (0, before - sizes.shape[1]), value=1.0)[
-            :, rows.to(sizes.device)
-        ]
     plain = not isinstance(layer, CompressedLayer)
     layer.keys, layer.values = layer.keys[..., rows, :], layer.values[..., rows, :]
     left = before - rows.numel()
-    compress_layer(layer, left, rows.numel(), None, False, sizes, held[:, rows])
+    compress_layer(layer, left, rows.numel(), None, False, held[:, rows])
     if plain:
         layer.patch, layer.needs_patch = InForce(compact=False), None
     return left

@@ -35,10 +35,9 @@ from tokencomp.torchlib import cache_classes
 INDEXED: Any = cache_classes.indexed_layer()
 NEEDS_PATCH = (
     "this cache holds a compressed prompt that only a patched model reads right: a padded batch, "
-    "rows that differ by layer, merged tokens with weights, compact positions, an attention "
-    "window, or a static cache under FlashAttention. The patch is gone. Call "
-    "tokencomp.patch(model, ...) again (at any ratio) before you continue, or start the "
-    "conversation again."
+    "rows that differ by layer, compact positions, an attention window, or a static cache under "
+    "FlashAttention. The patch is gone. Call tokencomp.patch(model, ...) again (at any ratio) "
+    "before you continue, or start the conversation again."
 )
 
 
@@ -58,11 +57,9 @@ class CompressedLayer(CacheLayerMixin):
         The transformers class of the layer before compression.
     dropped : int
         Logical length - rows held, the same for every sample.
-    sizes : Tensor of float32, shape (B, m), or None
-        Tokens that the first m rows weigh as much as (`rest="merge"`); the others, or all where it
-        is None, weigh as one.
     columns : Tensor of int64, shape (B, m), or None
         Column of the uncompressed sequence of the first m rows; the others follow without a gap.
+        Rows of a merged token have the same.
     starts : Tensor of int64, shape (B,), or None
         First real column of every sample in the uncompressed sequence; None: not known, or 0.
     starts_segment : bool
@@ -78,7 +75,6 @@ class CompressedLayer(CacheLayerMixin):
 
     plain: ClassVar[type]
     dropped: int
-    sizes: Tensor | None
     columns: Tensor | None
     starts: Tensor | None
     starts_segment: bool
@@ -155,9 +151,8 @@ class CompressedLayer(CacheLayerMixin):
         self.starts = None if self.starts is None else change(self.starts)
 
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Do to the row flags, `sizes` and `columns` what was done to the samples or rows."""
+        """Do to the row flags and `columns` what was done to the samples or rows."""
         self._valid = None if self._valid is None else change(self._valid)
-        self.sizes = None if self.sizes is None else change(self.sizes)
         self.columns = None if self.columns is None else change(self.columns)
 
     def reset(self) -> None:
@@ -166,8 +161,8 @@ class CompressedLayer(CacheLayerMixin):
         self._forget()
 
     def _forget(self) -> None:
-        del self.dropped, self._valid, self.sizes, self.columns, self.starts, self.starts_segment
-        del self.patch, self.needs_patch
+        del self.dropped, self._valid, self.columns, self.starts, self.starts_segment, self.patch
+        del self.needs_patch
         vars(self).pop("seen_below", None)
         self.__class__ = self.plain
 
@@ -205,6 +200,11 @@ class CompressedSlidingLayer(CompressedDynamicLayer, DynamicSlidingWindowLayer):
     the uncompressed sequence are fewer now, these are at least those that a window measured in
     columns reaches; the mask hides the others. `rows` counts those that were written, so that the
     row flags and `columns` stay those of the whole sequence.
+
+    Attributes
+    ----------
+    widened : int
+        What `sliding_window` was raised by, see `tokencomp.engine.cache.repeat`; absent: nothing.
     """
 
     plain = DynamicSlidingWindowLayer
@@ -219,6 +219,10 @@ class CompressedSlidingLayer(CompressedDynamicLayer, DynamicSlidingWindowLayer):
         n = query if isinstance(query, int) else query.shape[0]
         held = min(self.rows, self.sliding_window - 1)
         return held + n, self.rows - held + self.dropped
+
+    def _forget(self) -> None:
+        self.sliding_window -= vars(self).pop("widened", 0)
+        super()._forget()
 
     def _cut(self, rows: int) -> None:
         removed, limit = self.rows - rows, self.sliding_window - 1

@@ -39,15 +39,13 @@ class InForce:
         Whether positions count the kept tokens only.
     active
         Whether the hooks of the patch are installed.
-    weights
-        Whether rows of a cache weigh as much as several tokens.
     """
 
-    def __init__(self, compact: bool, weights: bool = False) -> None:
-        self.compact, self.active, self.weights = compact, False, weights
+    def __init__(self, compact: bool) -> None:
+        self.compact, self.active = compact, False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> InForce:
         return self
 
     def __reduce__(self) -> Any:  # a cache that is loaded from a file has lost its patch
-        return InForce, (self.compact, self.weights)
+        return InForce, (self.compact,)

@@ -71,13 +71,22 @@ def physical_length(layer: Any) -> int:
 
 def stored_keys(layer: Any) -> Tensor:
     """Keys of the rows that a layer holds, (B, kv heads, rows or more, d); the first are used."""
+    return _stored(layer, "keys")
+
+
+def stored(layer: Any) -> tuple[Tensor, Tensor]:
+    """Keys and values of the rows that a layer holds, see `stored_keys`."""
+    return _stored(layer, "keys"), _stored(layer, "values")
+
+
+def _stored(layer: Any, name: str) -> Tensor:
+    rows: Tensor = getattr(layer, name)
     if not isinstance(layer, cache_classes.quantized_layer()):
-        own: Tensor = layer.keys
-        return own
-    keys: Tensor = layer._dequantize(layer._quantized_keys)
+        return rows
+    first: Tensor = layer._dequantize(getattr(layer, f"_quantized_{name}"))
     if getattr(layer, "_pending_beam_idx", None) is not None:
-        keys = keys.index_select(0, layer._pending_beam_idx.to(keys.device))
-    return torch.cat([keys, layer.keys], dim=-2) if layer.keys.numel() else keys
+        first = first.index_select(0, layer._pending_beam_idx.to(first.device))
+    return torch.cat([first, rows], dim=-2) if rows.numel() else first
 
 
 def flash_on_static(config: Any, layer: Any) -> bool:

@@ -215,13 +215,12 @@ class DecoderHooks(CallHooks):
         return (hidden, forward.rotary, *rest), kwargs
 
     def _entered(self, module: nn.Module, args: Any, kwargs: Any) -> bool:
-        state = self.calls.state
-        return state.forward is not None or state.cached is not None
+        return self.calls.state.forward is not None
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
         """The output of a decoder call with full length; None where it stays as it is."""
         state = self.calls.state
-        forward, state.forward, state.cached = state.forward, None, None
+        forward, state.forward = state.forward, None
         several = forward is not None and len(forward.segments) > 1
         if several:
             self._layers.finish()

@@ -73,8 +73,6 @@ class LaterTokens:
         if not torch.compiler.is_compiling() or self.weights.installed:
             return False
         layer = first_layer(compat.get_cache(inputs))
-        if getattr(layer, "sizes", None) is not None:  # of an earlier patch, see `adopt`
-            return False
         if not isinstance(layer, CompressedStaticLayer):
             return not stages and not isinstance(layer, CompressedLayer)
         return _columns(inputs) == 1 and not self.adapter.feature_kinds(inputs)
@@ -110,7 +108,7 @@ class LaterTokens:
             self._continue(kwargs, layers, first, maskless)
 
     def adopt(self, layers: list[Any], first: Any) -> None:
-        """Let this patch continue a cache, whose rows may have weights from an earlier one.
+        """Let this patch continue a cache that an earlier one may have written.
 
         Parameters
         ----------
@@ -123,8 +121,6 @@ class LaterTokens:
             The rows were written at other kinds of positions.
         """
         patch = getattr(first, "patch", None)
-        if patch is not None and patch.weights and not self.weights.installed:
-            self.weights.install()
         if patch is None or patch is self.in_force:
             return
         if patch.compact != self.compact_positions:
@@ -137,7 +133,6 @@ class LaterTokens:
         for layer in layers:
             if isinstance(layer, CompressedLayer):
                 layer.patch = self.in_force
-        self.in_force.weights |= patch.weights
 
     def _static_step(self, kwargs: dict[str, Any], layers: list[Any], layer: Any) -> None:
         """Prepare one token on a static cache, without a host read and with constant shapes.
@@ -155,8 +150,6 @@ class LaterTokens:
             kwargs["attention_mask"] = mask_compat.causal_mask(config, x, layer.unpadded, view)
         if self.compact_positions:
             kwargs["position_ids"] = layer.real_rows().expand(x.shape[0], 1)
-        if self.weights.installed:
-            self.calls.state.cached = layers
 
     def _continue(
         self, kwargs: dict[str, Any], layers: list[Any], layer: Any, maskless: bool
@@ -179,21 +172,19 @@ class LaterTokens:
         if self.compact_positions:
             before = Segment.after(layer, 0, 1, RowLayout(n, [], []))
             kwargs["position_ids"] = before.contiguous(new, x)
-        # One token attends to every row, so without padding it needs no mask. `cached` stands for
-        # the ForwardPass that such a call does without: proportional attention reads the sizes of
-        # the rows from it.
+        # One token attends to every row, so without padding it needs no mask.
         maskless = maskless and all(layer.valid is None for layer in segment_heads(layers))
         masked = any(kind.masks_single_tokens for kind in set(windows.kinds))
         # transformers leaves a mask out only below the window, so at the window it is ours too.
         if maskless and not windows.bind(total + 1) and not masked and not windows.relative:
-            kwargs["attention_mask"], self.calls.state.cached = None, layers
+            kwargs["attention_mask"] = None
             return
         forward = ForwardPass.continuation(self.adapter, layers, new, n)
         forward.by_column, forward.prepared = by_column, prepared
         source, first = forward.mask_source(new, compat.get_cache(kwargs)), forward.segments[0]
         explicit = source.explicit(first, total)
         if maskless and not explicit and len(forward.segments) == 1 and not windows.relative:
-            kwargs["attention_mask"], self.calls.state.cached = None, layers
+            kwargs["attention_mask"] = None
             return
         if len(forward.segments) > 1 and "logits_to_keep" in kwargs:
             kwargs["logits_to_keep"] = 0  # layers with shared keys would get the last rows alone

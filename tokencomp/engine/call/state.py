@@ -44,8 +44,6 @@ class CallState:
         From the body: its `attention_mask`.
     forward
         From the decoder: its forward pass, where rows, masks or positions are not its own.
-    cached
-        From the decoder: the cache layers of a later token that needs no forward pass.
     recomputed
         The forward pass of the call whose layer runs now, where it is checkpointed.
     disabled
@@ -63,7 +61,6 @@ class CallState:
     kinds: Tensor | None = None
     body_mask: Any = None
     forward: ForwardPass | None = None
-    cached: list[Any] | None = None
     recomputed: ForwardPass | None = None
     disabled: int = 0
 

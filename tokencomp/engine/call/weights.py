@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.cache_utils import StaticLayer
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine.call.state import CallHooks, RunningCalls
-from tokencomp.engine.scores.proportional import ProportionalAttention
+from tokencomp.engine.scores.proportional import ProportionalAttention, attention_modules
+from tokencomp.errors import OptionError, UnsupportedModelError
 from tokencomp.plan.plan import Plan
 from tokencomp.torchlib import compat
 
@@ -72,7 +72,7 @@ class Recomputation:
 
 
 class RowWeights(CallHooks):
-    """Gives attention the weights that the running call knows.
+    """Gives attention the weights that the running prefill knows.
 
     Attributes
     ----------
@@ -86,7 +86,7 @@ class RowWeights(CallHooks):
         self._recomputation = Recomputation(calls)
 
     def install(self, plan: Plan) -> None:
-        """Widen attention if `plan` merges; until `remove`, because caches remember the weights."""
+        """Widen attention if `plan` merges; until `remove`, for backward passes yet to come."""
         if plan.merges_rest:
             self.attention.install()
 
@@ -103,21 +103,40 @@ class RowWeights(CallHooks):
 
     @compat.not_compiled
     def _sizes(self, layer: int, keys: int) -> Tensor | None:
-        """How many tokens the first of `keys` rows of `layer` stand for in the call that runs now.
+        """How many tokens the first of `keys` rows of `layer` stand for in the running prefill.
 
         A layer with a window hands the last of its rows to attention, and `sizes` begin with the
         first row of the sequence.
         """
-        state = self.calls.state
-        forward, cached = state.recomputed or state.forward, state.cached
-        if forward is not None:
-            segment = forward.segment_of(layer)
-            sizes, rows = forward.weights(segment), segment.physical + segment.layout.width
-            gone = rows - keys if forward.chunk is None else 0  # a chunk has the first rows alone
-        elif cached:
-            own = cached[min(layer, len(cached) - 1)]  # later layers share the keys of earlier ones
-            sizes = own.sizes
-            gone = 0 if isinstance(own, StaticLayer) else own.rows - keys
-        else:
+        forward = self.calls.state.recomputed or self.calls.state.forward
+        if forward is None:
             return None
+        segment = forward.segment_of(layer)
+        sizes, rows = forward.weights(segment), segment.physical + segment.layout.width
+        gone = rows - keys if forward.chunk is None else 0  # a chunk has the first rows alone
         return sizes if sizes is None or gone <= 0 else sizes[:, gone:]
+
+
+def merging_where_possible(plan: Plan, adapter: Adapter, compact: bool) -> Plan:
+    """The plan, whose stages with rest="auto" drop where the model or positions cannot merge.
+
+    Raises
+    ------
+    UnsupportedModelError
+        A stage with rest="merge", and attention that weights do not reach.
+    OptionError
+        A stage with rest="merge", and compact positions.
+    """
+    try:
+        attention_modules(adapter.layers)
+        if compact:
+            raise OptionError(
+                "rest='merge' with positions='compact': merged rows stand in the cache as often as "
+                "the tokens that they stand for, and compact positions count rows. Use "
+                "positions='original', or rest='drop'."
+            )
+    except (UnsupportedModelError, OptionError):
+        if any(stage.rest == "merge" for stage in plan.stages):
+            raise
+        return plan.with_rest("drop")
+    return plan

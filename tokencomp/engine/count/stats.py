@@ -74,6 +74,7 @@ class Stats:
     _places: list[list[Place]] = field(default_factory=list)
     _kept: list[RowLayout] = field(default_factory=list, repr=False)
     _survivors: RowLayout | None = field(default=None, repr=False)
+    _repeated: list[list[int]] = field(default_factory=list, repr=False)
     _off: bool = field(default=False, repr=False)
 
     @classmethod
@@ -103,9 +104,12 @@ class Stats:
     def merged_from(self) -> int | None:
         """Decoder layer before which tokens that leave are first merged into kept ones.
 
-        None: they are dropped everywhere (`rest="drop"`).
+        None: all are dropped.
         """
-        return next((s.layer for s in self._plan.stages if s.rest == "merge"), None)
+        rows = [(s, p) for row, own in zip(self.spans, self._places, strict=True)
+                for s, p in zip(row, own, strict=True)]  # fmt: skip
+        stages = self._plan.stages
+        return next((g.layer for g in stages if any(g.merges(s.kind, p) for s, p in rows)), None)
 
     @functools.cached_property
     def entering(self) -> list[list[int]]:
@@ -200,6 +204,18 @@ class Stats:
         return sum(count(n, pasts[i], i, i >= first) for row in rows for i, n in enumerate(row))
 
     @property
+    def cached(self) -> list[list[int]]:
+        """Per sample: the rows that every decoder layer caches (padding of a ragged batch apart).
+
+        Rows of merged tokens are cached as often as the tokens that they stand for.
+        """
+        if self._repeated:
+            return self._repeated
+        rows = iter(self._lengths_after())
+        samples = [[next(rows) for _ in prompts] for prompts in self.prompts]
+        return [[sum(layer) for layer in zip(*sample, strict=True)] for sample in samples]
+
+    @property
     def kv_bytes_before(self) -> int:
         """Bytes of keys and values this prefill would have cached (no padding)."""
         layers = range(self.shape.num_layers)
@@ -207,9 +223,8 @@ class Stats:
 
     @property
     def kv_bytes_after(self) -> int:
-        """Bytes of keys and values it caches for real tokens (padding of a ragged batch apart)."""
-        rows = self._lengths_after()
-        return sum(self.shape.kv_bytes(n, i) for row in rows for i, n in enumerate(row))
+        """Bytes of keys and values it caches for real tokens, see `cached`."""
+        return sum(self.shape.kv_bytes(n, i) for row in self.cached for i, n in enumerate(row))
 
     @property
     def tower_ratio(self) -> float:

@@ -113,11 +113,15 @@ class MaskSource:
 
     def _held(self, kind: LayerKind, segment: Segment) -> int:
         """Rows of earlier calls that the keys of these layers begin with."""
-        size = self.windows.sizes.get(kind.name)
-        pairs = zip(self.layers, self.windows.kinds, strict=False)
-        if size is None or not any(own == kind and keeps_window(x) for x, own in pairs):
+        if kind.name not in self.windows.sizes:
             return segment.physical
-        return min(segment.physical, size - 1)
+        pairs = [*zip(self.layers, self.windows.kinds, strict=False)]
+        # A segment whose layers have no cache of their own reads that of earlier ones.
+        for part in (pairs[segment.first : segment.stop], pairs[: segment.first][::-1], pairs):
+            for layer, own in part:
+                if own == kind and keeps_window(layer):
+                    return min(segment.physical, int(layer.sliding_window) - 1)
+        return segment.physical
 
     def _window(self, kind: LayerKind, segment: Segment, x: Tensor) -> Callable[..., Any] | None:
         """Whether a key lies in the window of a query, as a function for transformers' masks."""

@@ -66,6 +66,9 @@ class ForwardPass:
     chunk, earlier
         Columns per chunk of a chunked prefill (else None), and hidden states of chunks that have
         run.
+    repeated
+        By the first layer of a segment whose merged rows were cached repeatedly: the rows that it
+        caches of every sample.
     cache
         The KV cache with which a prefill was called, or None.
     new
@@ -112,6 +115,7 @@ class ForwardPass:
         self.by_column = True
         self.prepared: Any = None
         self.new: Tensor | None = None
+        self.repeated: dict[int, list[int]] = {}
         self.cache: Any = None
 
     @classmethod
@@ -137,7 +141,7 @@ class ForwardPass:
 
         Rows of reducers that merge by themselves weigh as much as others.
         """
-        return segment.all_sizes() if self.plan.merges_rest else segment.past_sizes
+        return segment.all_sizes() if self.plan.merges_rest else None
 
     # -- entry ----------------------------------------------------------------------------------
 
@@ -200,7 +204,8 @@ class ForwardPass:
             if FRAMES in needs:
                 frames = compared_frames(x, self.layout, self.cache)
             before = StageInput(x, self.layout, scores, self.tower, texts, norm, frames)
-            selection = before.selection(stage, self.plan.stages.index(stage), self.counts)
+            order = self.plan.stages.index(stage)
+            selection = before.selection(stage, order, self.counts, self.places)
             tensors = self._compact(selection, tensors, dims)
             self.kept.append(self.layout)
         return tensors

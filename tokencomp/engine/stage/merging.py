@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tokencomp.errors import OptionError
-from tokencomp.tokens.nearest import nearest
+from tokencomp.tokens.nearest import LOST, nearest
 from tokencomp.tokens.patches import Patches
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.spans import SpanBatch
 
 
 def merge_rest(
-    batch: SpanBatch, reduction: Reduction, keeps: Sequence[int], reducer: str
+    batch: SpanBatch,
+    reduction: Reduction,
+    keeps: Sequence[int],
+    merging: Sequence[bool],
+    reducer: str,
 ) -> Reduction:
     """Merge every patch that leaves into the nearest patch of its span that stays.
 
@@ -26,6 +30,8 @@ def merge_rest(
         What stays of `batch`: rows alone.
     keeps
         Tokens that stay of every span, special ones included.
+    merging
+        Of every span, whether its patches are merged. The others are dropped.
     reducer
         The name of the reducer that has chosen them.
 
@@ -47,6 +53,9 @@ def merge_rest(
         return reduction
     chosen = patches.numbers(reduction.keep)
     x = patches.features
-    target = nearest(patches, x, chosen, patches.budgets).index_copy(0, chosen, chosen)
+    target = nearest(patches, x, chosen, patches.budgets)
+    if not all(merging):
+        target = target.where(patches.per_patch([*map(int, merging)]).bool(), LOST)
+    target = target.index_copy(0, chosen, chosen)
     merged = merge_rows(x, target, chosen, patches.sizes())
     return patches.replaced(chosen, merged.x, merged.sizes.float())

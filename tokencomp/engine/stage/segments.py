@@ -27,8 +27,8 @@ class Segment:
     ----------
     physical, dropped : int
         Rows that their cache layers hold at the start of the call, and tokens that left before.
-    past, past_sizes, past_columns : Tensor or None
-        `valid`, `sizes` and `columns` of those cache layers, see `CompressedLayer`. For plain
+    past, past_columns : Tensor or None
+        `valid` and `columns` of those cache layers, see `CompressedLayer`. For plain
         layers, `past` is the caller's mask of padding.
     layout
         Where the tokens of this call stand in these layers.
@@ -54,7 +54,6 @@ class Segment:
     physical: int = 0
     dropped: int = 0
     past: Tensor | None = None
-    past_sizes: Tensor | None = None
     past_columns: Tensor | None = None
     layout: RowLayout = field(default_factory=lambda: RowLayout(0, [], []))
     stage: Stage | None = None
@@ -70,7 +69,7 @@ class Segment:
     @classmethod
     def after(cls, layer: CompressedLayer, first: int, stop: int, layout: RowLayout) -> Segment:
         """The segment of a call on cache layers like `layer`, before any stage of the call."""
-        past = (layer.rows, layer.dropped, layer.valid, layer.sizes, layer.columns)
+        past = (layer.rows, layer.dropped, layer.valid, layer.columns)
         width = layout.width
         return cls(first, stop, *past, layout, starts=layer.starts, span_of_call=width)
 
@@ -101,13 +100,10 @@ class Segment:
 
     def all_sizes(self) -> Tensor | None:
         """Tokens that the first rows, past and new, stand for, (B, m); None if one each."""
-        new, past = self.layout.sizes, self.past_sizes
+        new = self.layout.sizes
         if new is None or self.physical == 0:
-            return past if new is None else new
-        old = new.new_ones(new.shape[0], self.physical)
-        if past is not None:
-            old[:, : past.shape[1]] = past
-        return torch.cat([old, new], dim=1)
+            return new
+        return torch.cat([new.new_ones(new.shape[0], self.physical), new], dim=1)
 
     @property
     def gaps(self) -> bool:

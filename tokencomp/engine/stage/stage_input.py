@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tokencomp.engine.rows.compaction import Selection, move_tables
 from tokencomp.engine.rows.layout import RowLayout, text_values
 from tokencomp.engine.stage.merging import merge_rest
+from tokencomp.plan.amounts import Place
 from tokencomp.plan.reducer import reduced
 from tokencomp.plan.stages import Stage
 from tokencomp.tokens.reduction import Reduction
@@ -52,7 +53,13 @@ class StageInput:
     norm: nn.Module | None = None
     frames: list[list[Tensor | None]] | None = None
 
-    def selection(self, stage: Stage, order: int, counts: list[list[list[int]]]) -> Selection:
+    def selection(
+        self,
+        stage: Stage,
+        order: int,
+        counts: list[list[list[int]]],
+        places: list[list[Place]],
+    ) -> Selection:
         """Which tokens of every span stay, by the reducer of `stage`.
 
         Parameters
@@ -62,6 +69,8 @@ class StageInput:
         counts
             Per sample, per span: visual tokens that stay after every stage of the plan. Where the
             last token of a question must stay in addition, the count is corrected in place.
+        places
+            Per sample, per span: where it stands among the items of its prompt.
         """
         spans = self.layout.spans
         # The plan counts visual tokens. Text between the frames of a video lies inside of its span
@@ -97,10 +106,11 @@ class StageInput:
             for part, (b, j) in zip(parts, chosen, strict=True):
                 keeps[b][j] = part.keep.numel()
                 counts[b][j][order] = keeps[b][j] - len(spans[b][j].span.text)
-        if stage.rest == "merge":
+        merging = [stage.merges(spans[b][j].span.kind, places[b][j]) for b, j in chosen]
+        if any(merging):
             numbers = [keeps[b][j] for b, j in chosen]
             with checked():  # targets come from tables of the host
-                reduction = merge_rest(batch, reduction, numbers, stage.reducer.name)
+                reduction = merge_rest(batch, reduction, numbers, merging, stage.reducer.name)
         return Selection(keeps, chosen, reduction)
 
     def _reduced(

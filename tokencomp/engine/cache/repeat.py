@@ -1,0 +1,138 @@
+"""Rows of merged tokens stand in the cache as often as the tokens that they stand for.
+
+A key that weighs n times as much in the softmax equals n equal keys. While a prompt is read,
+attention gets the weights. Later tokens find the rows repeated, each in the column that was kept:
+
+    tokens of the prompt    0  1  2  3  4  5  6  7
+    rows that attention had 0  1        4     6  7     weights 1, 4, 1, 1, 1
+    rows in the cache       0  1  1  1  1  4  6  7
+
+So a decode step needs no weights, runs no call of ours, and reads as many rows as without a patch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import StaticLayer
+
+from tokencomp.engine.cache.rows import keeps_window, physical_length, stored
+from tokencomp.engine.rows.layout import RowLayout
+from tokencomp.engine.stage.segments import Segment
+from tokencomp.errors import UnsupportedCacheError
+from tokencomp.torchlib import cache_classes
+
+
+def repeated(segment: Segment, sizes: Tensor) -> tuple[Segment, Tensor]:
+    """A segment whose new rows are repeated, and the row that every new one repeats.
+
+    Parameters
+    ----------
+    sizes : Tensor of float32, shape (B, width)
+        Tokens that every column of the layout stands for.
+
+    Returns
+    -------
+    Segment
+        With the layout of repeated rows, without spans.
+    Tensor of int64, shape (B, repeated width)
+        Column of the layout before; -1 at padding.
+    """
+    layout, valid = segment.layout, segment.layout.valid(sizes.device)
+    counts = sizes.round().long()
+    counts = counts if valid is None else counts * valid
+    ends = counts.cumsum(1)
+    lengths = ends[:, -1].tolist()
+    width = max(lengths)
+    slots = torch.arange(width, device=ends.device) - (width - ends[:, -1:])
+    index = torch.searchsorted(ends, slots, right=True)
+    origin = None if layout.origin is None else layout.origin.gather(1, index)
+    after = RowLayout(width, lengths, [], origin)
+    return replace(segment, layout=after), index.masked_fill(slots < 0, -1)
+
+
+def repeat_rows(layer: Any, index: Tensor, before: int) -> None:
+    """Repeat the rows that a prefill has written to a cache layer.
+
+    Parameters
+    ----------
+    index : Tensor of int64, shape (B, n)
+        See `repeated`; 0 is the first row of the prefill.
+    before
+        Rows that were written before this prefill.
+
+    Raises
+    ------
+    UnsupportedCacheError
+        A static layer is too short.
+    """
+    index = index.to(layer.device)
+    if keeps_window(layer):
+        _repeat_in_window(layer, index, before)
+        return
+    if isinstance(layer, StaticLayer):
+        _repeat_in_place(layer, index, before)
+        return
+    held = physical_length(layer)
+    rows = [_behind(t, index, before) for t in stored(layer)]
+    if isinstance(layer, cache_classes.quantized_layer()):
+        layer.is_initialized, layer.cumulative_length = False, 0
+        layer.update(*rows)  # as the prompt was written
+        return
+    layer.keys, layer.values = rows
+    if hasattr(layer, "prefill_cumulative_length"):  # all rows of the prompt stay there
+        layer.prefill_cumulative_length += before + index.shape[1] - held
+        layer.prefill_length = max(layer.prefill_length, layer.prefill_cumulative_length)
+
+
+def _behind(x: Tensor, index: Tensor, before: int) -> Tensor:
+    """The first rows of x (B, heads, rows, d), then rows `index` of those behind them."""
+    new = _taken(x[..., before:, :], index)
+    return torch.cat([x[..., :before, :], new], dim=-2) if before else new
+
+
+def _taken(x: Tensor, index: Tensor) -> Tensor:
+    """Rows `index` (B, n) of x (B, heads, rows, d); zeros where it is negative."""
+    from tokencomp.kernels import gather_rows
+    from tokencomp.kernels.dispatch import checked
+
+    with checked():  # the index comes from a layout
+        rows: list[Tensor] = gather_rows([x], index, 2, 0)
+    return rows[0]
+
+
+def _repeat_in_place(layer: Any, index: Tensor, before: int) -> None:
+    """Repeat rows of a layer of constant length, whose memory stays where it is."""
+    held, rows = physical_length(layer), before + index.shape[1]
+    if rows > layer.max_cache_len:
+        raise UnsupportedCacheError(
+            f"rest='merge' repeats merged rows in the cache, so that it has {rows} rows, and this "
+            f"static cache can hold {layer.max_cache_len}. Give it room for every token of the "
+            "prompt, or use rest='drop'."
+        )
+    for x in (layer.keys, layer.values):
+        x[..., before:rows, :] = _taken(x[..., before:held, :], index)
+    if cache_classes.counts_static_rows():
+        layer.cumulative_length += rows - held
+
+
+def _repeat_in_window(layer: Any, index: Tensor, before: int) -> None:
+    """Repeat rows of a layer that holds the last of them alone.
+
+    It holds more of them from then on, by the number of repetitions. So a row that it lets go later
+    is one that no token reaches, as before.
+    """
+    held, written = layer.keys.shape[-2], layer.cumulative_length
+    gone = written - held  # rows that it has let go
+    past = max(before - gone, 0)
+    reached = index + before >= max(gone, before)  # not so at padding
+    last = int(reached.sum(1).max())
+    index = (index + before - gone - past).masked_fill(~reached, -1)[:, index.shape[1] - last :]
+    layer.keys, layer.values = (_behind(x, index, past) for x in (layer.keys, layer.values))
+    layer.cumulative_length = before + reached.shape[1]
+    more = layer.keys.shape[-2] - held
+    layer.sliding_window += more
+    layer.widened = getattr(layer, "widened", 0) + more
