@@ -43,7 +43,7 @@ def resolve_in(reducer: str | Reducer, adapter: Adapter) -> str | Reducer:
 def make_plan(spec: MethodSpec, adapter: Adapter, compact: bool = False) -> Plan:
     """The stages of a spec in one decoder, with reducers that have loaded their weights."""
     if spec.reducer == "auto" and spec.plan is None:
-        spec = replace(spec, reducer=resolve_in("auto", adapter))
+        spec = replace(spec, reducer=resolve_in("auto", adapter), rest=spec.rest_in_force)
     num_layers = len(adapter.layers)
     plan = spec.stages(num_layers, adapter.first_layer_stage)
     plan.check(num_layers, adapter.first_layer_stage)

@@ -83,7 +83,7 @@ class MethodSpec:
     ratio: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
     plan: Plan | None = None
-    rest: Rest = "drop"
+    rest: Rest | None = None
     tower_ratio: float | Literal["auto"] = 0.0
     tower_reducer: str | Reducer = "auto"
     ratios: dict[str, float] = field(default_factory=dict)
@@ -112,7 +112,7 @@ class MethodSpec:
         conflicts += (
             [] if self.tower_reducer == "auto" else [f"tower_reducer={self.tower_reducer!r}"]
         )
-        conflicts += [f"rest={self.rest!r}"] if self.rest != "drop" else []
+        conflicts += [f"rest={self.rest!r}"] if self.rest not in (None, "drop") else []
         conflicts += [f"{name}={value!r}" for name, value in self.options.items()]
         if self.plan is not None and conflicts:
             raise OptionError(
@@ -124,7 +124,7 @@ class MethodSpec:
             for one in (*(stage.reducer for stage in self.plan.stages), *tower):
                 check_members(one)
         reducer = self.built_reducer if self.plan is None and self.names_reducer else None
-        check_rest(self.rest, reducer)
+        check_rest(self.rest_in_force, reducer)
         if self.plan is None:
             self._check_tower()
 
@@ -201,6 +201,16 @@ class MethodSpec:
         """The reducer of the tower stage, "auto" resolved."""
         name = DEFAULT_TOWER_REDUCER if self.tower_reducer == "auto" else self.tower_reducer
         return make_reducer(name)
+
+    @property
+    def rest_in_force(self) -> Rest:
+        """`rest`, or what stands for None."""
+        return self.usual_rest if self.rest is None else self.rest
+
+    @property
+    def usual_rest(self) -> Rest:
+        """What `rest=None` means: "auto" for the default reducer and "drop" for every other."""
+        return "auto" if self.reducer == DEFAULT_REDUCER and self.plan is None else "drop"
 
     @property
     def names_reducer(self) -> bool:
@@ -291,7 +301,8 @@ class MethodSpec:
                 plan = by_kind(self.ratios, self.built_reducer, num_layers, first_layer_stage)
             if self.amount is not None:
                 plan = by_item(self.amount, self.built_reducer, num_layers, first_layer_stage)
-            self._plans[key] = plan if self.rest == "drop" else plan.with_rest(self.rest)
+            rest = self.rest_in_force
+            self._plans[key] = plan if rest == "drop" else plan.with_rest(rest)
         return self._plans[key]
 
     def changed(
@@ -345,10 +356,19 @@ class MethodSpec:
             tower = self.built_tower_reducer
             own = {"ratio": self.dropped_cells, "reducer": tower.name, "options": options_of(tower)}
             plain["tower"] = own
-        return {**plain, "rest": self.rest} if self.rest != "drop" else plain
+        rest = self.rest_in_force
+        return plain if rest == "drop" else {**plain, "rest": rest}
 
     def __hash__(self) -> int:
         options = json.dumps(self.options, sort_keys=True, default=str)
         tower, ratios = (self.tower_ratio, self.tower_reducer), tuple(sorted(self.ratios.items()))
-        own = (self.reducer, self.ratio, ratios, options, self.plan, self.amount, self.rest)
+        own = (
+            self.reducer,
+            self.ratio,
+            ratios,
+            options,
+            self.plan,
+            self.amount,
+            self.rest_in_force,
+        )
         return hash((*own, *tower))

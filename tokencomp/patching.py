@@ -39,7 +39,7 @@ def patch(
     decay: float = 1.0,
     reducer: str | Reducer = "auto",
     plan: PlanLike | None = None,
-    rest: Rest = "drop",
+    rest: Rest | None = None,
     tower_ratio: float | Literal["auto"] = 0.0,
     tower_reducer: str | Reducer = "auto",
     strict: bool = False,
@@ -86,7 +86,8 @@ def patch(
         their number to the logits of the prompt, on a few more head dimensions, and the cache holds
         it that many times. Special tokens stay as they are, and what a tower stage drops is gone
         before. Scores for later stages are taken without. "auto": merges in images of which at
-        least a tenth stays, if the model can, and drops everything else.
+        least a tenth stays, if the model can, and drops everything else. None: "auto" for the
+        default reducer, "drop" for every other.
     tower_ratio
         Fraction of the vision tower's work to remove, in [0, `ratio`]: the patches of this share of
         the visual tokens leave before the first block of the tower, and the decoder never gets

@@ -30,14 +30,12 @@ from benchmarks.accuracy.report import write_report
 from benchmarks.accuracy.store import LOST, RESULTS, Results, add_lost, collected, merged
 from benchmarks.accuracy.summary import MAIN
 from tokencomp import available_reducers, make_reducer
-from tokencomp.adapters.registry import adapter_for
 from tokencomp.cli import one_message
 from tokencomp.errors import OptionError, TokenCompError, UnknownNameError
 from tokencomp.evaluation.native import has_budget
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import DOWNSCALE, INPUT_BASELINES, NATIVE, REST, Setting
-from tokencomp.handle import resolve_in
 from tokencomp.inputs.questions import Example
 from tokencomp.method import DEFAULT_REDUCER
 from tokencomp.pages.lost import LostItem, draw_lost
@@ -54,7 +52,7 @@ TOWERS = ("visual", "vision_tower", "vision_model", "audio_tower")
 LOST_RATIOS, LOST_PER_KIND, LOST_SIDE = (0.75, 0.9), 2, 128
 LEFT_OUT = ("ccam",)  # it always returns the same token count
 VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
-    "auto": ({}, {REST: "merge"}),
+    "auto": ({}, {REST: "drop"}),
     "random": ({}, {"seed": 1}, {"seed": 2}),
     "cdpruner": ({}, {"relevance": "attention"}),
     "pool": ({}, {"stride": 1.0}),
@@ -246,7 +244,6 @@ def main() -> None:
         model, processor = load(name)
         native = [NATIVE] if has_budget(processor) else []
         names = args.reducers or [*BASELINES, *native, *methods]
-        names = [str(resolve_in(name, adapter_for(model))) for name in names]
         ready, refused = usable(model, settings(dict.fromkeys(names), args.ratios))
         for label, reason in refused.items():
             print(f"{name}: left out {label}: {reason}")

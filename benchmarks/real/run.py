@@ -45,7 +45,7 @@ RATIOS = (0.5, 0.75, 0.9)
 METHODS = ("uniform", DOWNSCALE, "auto", "scope", "divprune", "cdpruner", "merge", "fastv")
 """Many others read the attention of the tower, which this one has not."""
 VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
-    "auto": ({}, {REST: "merge"}),
+    "auto": ({}, {REST: "drop"}),
     "scope": ({"saliency": "none", REST: "merge"},),
 }
 SEEDS = (0, 1, 2)

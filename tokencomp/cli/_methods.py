@@ -15,21 +15,16 @@ Settings = Callable[[Any], list[Any]]
 ALL = "all"
 
 
-def reducers(text: str, model: Any = None) -> list[str]:
+def reducers(text: str) -> list[str]:
     """ "auto,merge+prune" → ["auto", "merge+prune"].
-
-    "auto" becomes "kcentre" if the first decoder layer of `model` has no attention to score by.
 
     Raises
     ------
     UnknownNameError, OptionError
         A name that is not known; two reducers that do not go together.
     """
-    from tokencomp.adapters.registry import adapter_for
     from tokencomp.errors import unknown_name
     from tokencomp.evaluation.settings import INPUT_BASELINES
-    from tokencomp.handle import resolve_in
-    from tokencomp.method import resolve_auto
     from tokencomp.reducers.registry import available_reducers, make_reducer
 
     names, known = parse.names(text), {"auto", *INPUT_BASELINES, *available_reducers()}
@@ -38,8 +33,7 @@ def reducers(text: str, model: Any = None) -> list[str]:
             make_reducer(name)
         elif name not in known:
             raise unknown_name("reducer", name, known)
-    auto = resolve_auto("auto") if model is None else resolve_in("auto", adapter_for(model))
-    return list(dict.fromkeys(str(auto) if name == "auto" else name for name in names))
+    return list(dict.fromkeys(names))
 
 
 def settings(context: typer.Context, chosen: opt.MethodOptions) -> Settings:
@@ -64,8 +58,8 @@ def settings(context: typer.Context, chosen: opt.MethodOptions) -> Settings:
             fix = "name the reducer that has the option"
             opt.refuse_options(context, ("options",), f"--reducer {ALL}", fix)
             return lambda model: fitting(chosen.reducer, ratios, every, model)
-        grid(reducers(chosen.reducer), ratios, **every)
-        return lambda model: checked(grid(reducers(chosen.reducer, model), ratios, **every), model)
+        found = grid(reducers(chosen.reducer), ratios, **every)
+        return lambda model: checked(found, model)
     fix = "the stages in the file have reducers, fractions and options of their own"
     names = ("reducer", "ratio", "budget", "options", "rest", "tower_ratio", "tower_reducer")
     opt.refuse_options(context, names, "--plan", fix)
@@ -86,7 +80,7 @@ def fitting(text: str, ratios: list[Any], every: dict[str, Any], model: Any) -> 
     from tokencomp.reducers.registry import available_reducers
 
     named, found = [name for name in parse.names(text) if name != ALL], list[Any]()
-    for name in reducers(",".join([*named, "auto", *available_reducers()]), model):
+    for name in reducers(",".join([*named, "auto", *available_reducers()])):
         try:
             found += checked(grid([name], ratios, **every), model)
         except TokenCompError as error:

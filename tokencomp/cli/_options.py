@@ -63,12 +63,12 @@ PlanFile = Annotated[
     ),
 ]
 Rest = Annotated[
-    str,
+    str | None,
     typer.Option(
         "--rest",
         help='What happens to tokens that do not stay: "drop", or "merge" into the nearest that '
         'does, which then weighs as much as the tokens it stands for. "auto" merges in images of '
-        "which at least a tenth stays.",
+        "which at least a tenth stays, as the default does. Without it, other reducers drop.",
     ),
 ]
 TowerRatio = Annotated[
@@ -123,12 +123,12 @@ class MethodOptions(TowerOptions):
     budget: Budgets = None
     options: Set = None
     plan: PlanFile = None
-    rest: Rest = "drop"
+    rest: Rest = None
 
     @property
     def merging(self) -> dict[str, Any]:
         """`rest` as an option of a setting; empty for the default."""
-        return {} if self.rest == "drop" else {"rest": self.rest}
+        return {} if self.rest is None else {"rest": self.rest}
 
 
 @dataclasses.dataclass(frozen=True)

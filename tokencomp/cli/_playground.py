@@ -63,7 +63,7 @@ class Playground:
         if not paths:
             raise TokenCompError(NOTHING)
         media = [load_media(path, self.frames, question=question) for path in paths]
-        setting = Setting(method, ratio, tower_ratio=tower_ratio, rest="merge" if merge else "drop")
+        setting = Setting(method, ratio, tower_ratio=tower_ratio, rest="merge" if merge else None)
         settings = [Setting(), setting]
         full, own = answer_prompt(self.model, self.processor, media, question, settings)
         maker = PromptMaker(self.model, self.processor, [media], [question])

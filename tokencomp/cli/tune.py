@@ -72,7 +72,6 @@ def command(
     from tokencomp.inputs.files import FileQuestions
 
     loaded = source.load()
-    grid["reducers"] = reducers(reducer, loaded[0])
     with tempfile.TemporaryDirectory() as folder:
         if data is None:
             questions = _shapesqa(parse.names(families), items, folder)

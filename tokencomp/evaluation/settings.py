@@ -89,7 +89,7 @@ class Setting(MethodSpec):
                 reducer=FULL,
                 options={},
                 plan=None,
-                rest="drop",
+                rest=None,
             )
             self._assign(tower_ratio=0.0, tower_reducer="auto")
 
@@ -130,7 +130,7 @@ class Setting(MethodSpec):
     def written_options(self) -> dict[str, Any]:
         """All options in their JSON form, a plan and `rest` included."""
         plan = {} if self.plan is None else {"plan": plan_to_json(self.plan)}
-        rest = {REST: self.rest} if self.rest != "drop" else {}
+        rest = {} if self.rest_in_force == self.usual_rest else {REST: self.rest}
         return {**plan, **self.options, **rest, **self._written_tower}
 
     @property
@@ -156,7 +156,7 @@ class Setting(MethodSpec):
         subsets = ", a subset per question" if self.reducer == RANDOM else ""
         tower = f", behind {self.built_tower_reducer!r}" if self.dropped_cells else ""
         rest = {"merge": ", merging the rest", "auto": ", merging the rest of images"}
-        return f"{reducer!r}{again}{subsets}{rest.get(self.rest, '')}{tower}"
+        return f"{reducer!r}{again}{subsets}{rest.get(self.rest_in_force, '')}{tower}"
 
     def moved(self, layers: int, frames: int = 0) -> str:
         """How the method departs from its paper, in words; "" if it does not.

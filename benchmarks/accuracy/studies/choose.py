@@ -23,6 +23,7 @@ from benchmarks.accuracy.studies.ranking import (
     Candidate,
     answered,
     by_kind,
+    by_ratio,
     choice_table,
     compare,
     keys,
@@ -154,34 +155,41 @@ def ranked(results: list[Results], candidates: list[Candidate]) -> list[str]:
 
 
 def over_all(results: list[Results], others: list[Results]) -> list[str]:
-    """The default and merging on images, over all models, and over those that still exist."""
+    """Dropping and merging on images, over all models, and over those that still exist."""
     present = [one for one in results if one.manifest["model"] != real.MODEL]
+    every = {"all models": results, "the models without the former one of photographs": present}
     return [
         sentence
-        for what, some in (
-            ("all models", results),
-            ("the models that exist, without the former one of photographs", present),
-        )
-        for sentence in against_merging(what, some, others)
+        for what, some in every.items()
+        for limited in (False, True)
+        for sentence in against_merging(what, some, others, limited)
     ]
 
 
-def against_merging(what: str, results: list[Results], others: list[Results]) -> list[str]:
+def against_merging(
+    what: str, results: list[Results], others: list[Results], limited: bool
+) -> list[str]:
+    """Dropping against merging on images; `limited`: up to 0.9 alone."""
     dropping, merging = real.CANDIDATES[:2]
     default, scored = by_kind(dropping, VIDEOS), [r for r in others if answered([r], VIDEOS)]
+
+    def images(merged: Candidate) -> Candidate:
+        return by_ratio(merged, dropping) if limited else merged
+
     groups = [
-        (results, default, by_kind(WEIGHTED, VIDEOS)),
-        (scored, default, by_kind(merging, VIDEOS)),
-        ([r for r in others if r not in scored], dropping, by_kind(merging, dropping)),
+        (results, default, by_kind(images(WEIGHTED), VIDEOS)),
+        (scored, default, by_kind(images(merging), VIDEOS)),
+        ([r for r in others if r not in scored], dropping, by_kind(images(merging), dropping)),
     ]
     if not others or not all(answered(some, one) for some, *pair in groups for one in pair):
         return []
     found = compare(groups)
     (dropped, merged), (low, high) = found["scores"], found["difference"]
     least = " and ".join(f"{-100 * value:.1f}" for value in found["spare"])
+    where = "in images up to 0.9, and dropping above," if limited else "in images"
     return [
-        f"Over {what} ({found['cells']} cells of {len(results) + len(others)} models) the default "
-        f"scores {dropped:.1%}, and merging on images {merged:.1%} ({low:+.1%} to {high:+.1%}). In "
+        f"Over {what} ({found['cells']} cells of {len(results) + len(others)} models) dropping "
+        f"scores {dropped:.1%}, and merging {where} {merged:.1%} ({low:+.1%} to {high:+.1%}). In "
         f"the cell where each keeps least, they are {least} points below the bar."
     ]
 

@@ -14,8 +14,8 @@ from benchmarks.accuracy.tables import table
 from tokencomp.evaluation.settings import FULL, Setting, label_of
 
 Candidate = tuple[str, dict[str, Any]]
-"""A reducer with its options; or `BY_KIND` with a candidate for images and one for videos."""
-BY_KIND = "by kind"
+"""A reducer with its options; or candidates for images and videos, or for low and high ratios."""
+BY_KIND, BY_RATIO = "by kind", "by ratio"
 DRAWS = 4000
 
 
@@ -24,17 +24,26 @@ def by_kind(images: Candidate, videos: Candidate) -> Candidate:
     return BY_KIND, {"images": list(images), "videos": list(videos)}
 
 
-def part(candidate: Candidate, kind: str) -> Candidate:
-    """What answers the questions of a kind."""
-    name, options = candidate[1][kind] if candidate[0] == BY_KIND else candidate
+def by_ratio(low: Candidate, high: Candidate) -> Candidate:
+    """One candidate where at least a tenth of the tokens stays, another where less does."""
+    return BY_RATIO, {"low": list(low), "high": list(high)}
+
+
+def part(candidate: Candidate, kind: str, ratio: float) -> Candidate:
+    """What answers the questions of a kind at a ratio."""
+    name, options = candidate
+    if name == BY_KIND:
+        return part(options[kind], kind, ratio)
+    if name == BY_RATIO:
+        return part(options["high" if ratio > 0.9 else "low"], kind, ratio)
     return name, options
 
 
 def settings(candidate: Candidate) -> list[Setting]:
     """What has to be answered, at every ratio."""
-    parts = [part(candidate, kind) for kind in KINDS]
+    parts = [(part(candidate, kind, ratio), ratio) for kind in KINDS for ratio in RATIOS]
     unique = [one for i, one in enumerate(parts) if one not in parts[:i]]
-    return [Setting(name, ratio, options) for name, options in unique for ratio in RATIOS]
+    return [Setting(name, ratio, options) for (name, options), ratio in unique]
 
 
 def answered(results: list[Results], candidate: Candidate) -> bool:
@@ -44,7 +53,7 @@ def answered(results: list[Results], candidate: Candidate) -> bool:
 
 def label(candidate: Candidate, ratio: float, kind: str) -> str:
     """The setting whose answers count in a cell."""
-    name, options = part(candidate, kind)
+    name, options = part(candidate, kind, ratio)
     return label_of(name, f"{ratio:g}", options)
 
 
@@ -137,7 +146,9 @@ def compare(groups: list[tuple[list[Results], Candidate, Candidate]]) -> dict[st
 
 def title(candidate: Candidate) -> str:
     if candidate[0] == BY_KIND:
-        return ", ".join(f"{title(part)} on {kind}" for kind, part in candidate[1].items())
+        return ", ".join(f"{title(one)} on {kind}" for kind, one in candidate[1].items())
+    if candidate[0] == BY_RATIO:
+        return f"{title(candidate[1]['low'])} up to 0.9, {title(candidate[1]['high'])} above"
     return f"{candidate[0]} {', '.join(f'{k}={v}' for k, v in candidate[1].items())}".strip()
 
 

@@ -31,7 +31,7 @@ from tokencomp import make_reducer
 from tokencomp.cli import one_message
 from tokencomp.evaluation.metrics import difference
 from tokencomp.evaluation.runner import sweep
-from tokencomp.evaluation.settings import Setting
+from tokencomp.evaluation.settings import REST, Setting
 from tokencomp.inputs.loading import load_model
 from tokencomp.reducers._pixels import appearance
 from tokencomp.reducers.kcentre import KCentre
@@ -129,10 +129,10 @@ CEILING = "entry only"
 
 def settings() -> dict[str, Setting]:
     """Rows of the table, by name and tower ratio."""
-    rows = {"full": Setting(), CEILING: Setting("auto", RATIO)}
+    rows = {"full": Setting(), CEILING: Setting("auto", RATIO, {REST: "drop"})}
     for number, (name, reducer) in enumerate(VARIANTS.items()):
         for tower in TOWER:
-            options = {"tower_ratio": tower, "tower_reducer": reducer}
+            options = {"tower_ratio": tower, "tower_reducer": reducer, REST: "drop"}
             setting = Setting("auto", RATIO, options, name=f"variant {number}, {tower}")
             rows[f"{name}@{tower:g}"] = setting
     return rows
