@@ -37,6 +37,21 @@ def test_a_padded_batch_on_a_static_cache(family: Family) -> None:
     assert (torch.stack(out.logits, 1) - expected).abs().max() < 1e-5
 
 
+def test_merged_tokens_on_a_static_cache(family: Family) -> None:
+    """A compiled step knows nothing of weights: rows stand in the cache as often as they count."""
+    if family.name == "kimi_k25":
+        pytest.skip("torch has no float64 for its experts")
+    model, inputs = family.build(), ragged(family)
+    with tokencomp.patch(model, 0.6, reducer="kcentre", rest="merge") as handle:
+        options = {"cache_implementation": "static", "compile_config": compiled(model)}
+        out = oracle.generate(model, inputs, STEPS, **options)
+        masks = oracle.kept_columns(handle, inputs, family.layers)
+    assert graphs() == 1 and not breaks()
+    merged, new = oracle.Merged(handle), out.sequences[:, -STEPS:-1]
+    expected = oracle.masked_logits(model, family, inputs, masks, new, merged)[:, -STEPS:]
+    assert (torch.stack(out.logits, 1) - expected).abs().max() < 1e-5
+
+
 class Conversation:
     """Two turns with an image and the words behind each, as calls and as one prompt."""
 

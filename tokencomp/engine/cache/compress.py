@@ -172,7 +172,8 @@ def compact_cache(forward: ForwardPass, cache: Any, patch: InForce) -> Any:
         return first
     layers, starts = cache.layers, forward.starts()
     for segment in forward.segments:
-        own = filled(layers[segment.first : segment.stop])
+        last = segment is forward.segments[-1]  # a layer that runs twice has two cache layers
+        own = filled(layers[segment.first : None if last else segment.stop])
         if not own:
             continue
         device, batch = own[0].device, len(segment.layout.lengths)

@@ -70,22 +70,21 @@ def repeat_rows(layer: Any, index: Tensor, before: int) -> None:
         A static layer is too short.
     """
     index = index.to(layer.device)
+    if hasattr(layer, "prefill_keys"):
+        _repeat_for_good(layer, index, before)
+        return
     if keeps_window(layer):
         _repeat_in_window(layer, index, before)
         return
     if isinstance(layer, StaticLayer):
         _repeat_in_place(layer, index, before)
         return
-    held = physical_length(layer)
     rows = [_behind(t, index, before) for t in stored(layer)]
     if isinstance(layer, cache_classes.quantized_layer()):
         layer.is_initialized, layer.cumulative_length = False, 0
         layer.update(*rows)  # as the prompt was written
         return
     layer.keys, layer.values = rows
-    if hasattr(layer, "prefill_cumulative_length"):  # all rows of the prompt stay there
-        layer.prefill_cumulative_length += before + index.shape[1] - held
-        layer.prefill_length = max(layer.prefill_length, layer.prefill_cumulative_length)
 
 
 def _behind(x: Tensor, index: Tensor, before: int) -> Tensor:
@@ -117,6 +116,14 @@ def _repeat_in_place(layer: Any, index: Tensor, before: int) -> None:
         x[..., before:rows, :] = _taken(x[..., before:held, :], index)
     if cache_classes.counts_static_rows():
         layer.cumulative_length += rows - held
+
+
+def _repeat_for_good(layer: Any, index: Tensor, before: int) -> None:
+    """Repeat rows of a layer that keeps those of the prompt apart from later ones."""
+    layer.prefill_keys = _behind(layer.prefill_keys, index, before)
+    layer.prefill_values = _behind(layer.prefill_values, index, before)
+    layer.prefill_cumulative_length = before + index.shape[1]
+    layer.prefill_length = max(layer.prefill_length, layer.prefill_cumulative_length)
 
 
 def _repeat_in_window(layer: Any, index: Tensor, before: int) -> None:

@@ -62,7 +62,7 @@ class DecoderHooks(CallHooks):
         self._in_force, self._prefill, self._featureless = in_force, prefill, featureless
         self._missed = MissedRatios()
         self._weights = RowWeights(adapter, calls)
-        self._later = LaterTokens(adapter, calls, in_force, self._weights.attention)
+        self._later = LaterTokens(adapter, calls, in_force)
         self._layers, self._tables = LayerHooks(adapter, calls), SharedTables(adapter, calls)
         self.tower = TowerHooks(adapter, self.is_off)
 

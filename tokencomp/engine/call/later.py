@@ -24,7 +24,6 @@ from tokencomp.engine.kinds import mask_compat
 from tokencomp.engine.kinds.prepared_mask import read_mask
 from tokencomp.engine.kinds.windows import Windows, check_windows
 from tokencomp.engine.rows.layout import RowLayout
-from tokencomp.engine.scores.proportional import ProportionalAttention
 from tokencomp.engine.stage.forward import ForwardPass
 from tokencomp.engine.stage.segments import Segment
 from tokencomp.errors import UnsupportedCacheError
@@ -42,19 +41,11 @@ class LaterTokens:
         Gets `forward` or `cached` for the running call.
     in_force
         The patch that these calls are made under.
-    weights
-        Hands attention the number of tokens that cached rows stand for.
     """
 
-    def __init__(
-        self,
-        adapter: Adapter,
-        calls: RunningCalls,
-        in_force: InForce,
-        weights: ProportionalAttention,
-    ) -> None:
+    def __init__(self, adapter: Adapter, calls: RunningCalls, in_force: InForce) -> None:
         self.adapter, self.calls, self.in_force = adapter, calls, in_force
-        self.compact_positions, self.weights = in_force.compact, weights
+        self.compact_positions = in_force.compact
         mask_compat.mask_parameters()  # before a step is compiled
 
     def traceable(self, inputs: Mapping[str, Any], stages: bool) -> bool:
@@ -70,7 +61,7 @@ class LaterTokens:
         stages
             Whether the plan has any.
         """
-        if not torch.compiler.is_compiling() or self.weights.installed:
+        if not torch.compiler.is_compiling():
             return False
         layer = first_layer(compat.get_cache(inputs))
         if not isinstance(layer, CompressedStaticLayer):

@@ -14,11 +14,16 @@ from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine.call.state import CallHooks, RunningCalls
-from tokencomp.engine.scores.proportional import ProportionalAttention, attention_modules
+from tokencomp.engine.scores.proportional import (
+    ProportionalAttention,
+    attention_modules,
+    extra_dims,
+)
 from tokencomp.errors import OptionError, UnsupportedModelError
 from tokencomp.plan.plan import Plan
 from tokencomp.torchlib import compat
 
+MOST_DIMS = 256  # of a head, for FlashAttention
 FUNCTION = "_gradient_checkpointing_func"  # transformers calls it with a layer's forward
 
 
@@ -82,7 +87,7 @@ class RowWeights(CallHooks):
 
     def __init__(self, adapter: Adapter, calls: RunningCalls) -> None:
         super().__init__(adapter, calls)
-        self.attention = ProportionalAttention(adapter.layers, self._sizes)
+        self.attention = ProportionalAttention(adapter.layers, self._sizes, self._in_prompt)
         self._recomputation = Recomputation(calls)
 
     def install(self, plan: Plan) -> None:
@@ -101,6 +106,10 @@ class RowWeights(CallHooks):
         if compat.recomputed(self.adapter.layers[0]):
             self._recomputation.prepare(self.adapter.layers)
 
+    def _in_prompt(self) -> bool:
+        state = self.calls.state
+        return state.forward is not None or state.recomputed is not None
+
     @compat.not_compiled
     def _sizes(self, layer: int, keys: int) -> Tensor | None:
         """How many tokens the first of `keys` rows of `layer` stand for in the running prefill.
@@ -118,7 +127,9 @@ class RowWeights(CallHooks):
 
 
 def merging_where_possible(plan: Plan, adapter: Adapter, compact: bool) -> Plan:
-    """The plan, whose stages with rest="auto" drop where the model or positions cannot merge.
+    """The plan, whose stages with rest="auto" drop where the model or positions cannot merge well.
+
+    FlashAttention takes heads of at most 256 dimensions, and weights need some of them.
 
     Raises
     ------
@@ -127,8 +138,9 @@ def merging_where_possible(plan: Plan, adapter: Adapter, compact: bool) -> Plan:
     OptionError
         A stage with rest="merge", and compact positions.
     """
+    asked = any(stage.rest == "merge" for stage in plan.stages)
     try:
-        attention_modules(adapter.layers)
+        modules = attention_modules(adapter.layers)
         if compact:
             raise OptionError(
                 "rest='merge' with positions='compact': merged rows stand in the cache as often as "
@@ -136,7 +148,9 @@ def merging_where_possible(plan: Plan, adapter: Adapter, compact: bool) -> Plan:
                 "positions='original', or rest='drop'."
             )
     except (UnsupportedModelError, OptionError):
-        if any(stage.rest == "merge" for stage in plan.stages):
+        if asked:
             raise
         return plan.with_rest("drop")
-    return plan
+    dims = {int(getattr(module, "head_dim", 0)) for module in modules}
+    fits = all(dim + extra_dims(dim) <= MOST_DIMS for dim in dims)
+    return plan if asked or fits else plan.with_rest("drop")

@@ -48,6 +48,8 @@ class ProportionalAttention:
         Function of the layer index and the number of keys of an attention call. It returns the
         sizes of the first m of them, fp32 (B, m); later rows stand for one token each. If it
         returns None, all rows do, and the backend is called unchanged.
+    in_prompt
+        Whether the call that runs may have sizes; torch.compile traces it.
 
     Attributes
     ----------
@@ -55,8 +57,10 @@ class ProportionalAttention:
         Whether the modules use it.
     """
 
-    def __init__(self, layers: Iterable[nn.Module], sizes_of: SizesOf) -> None:
-        self._layers, self._sizes_of = list(layers), sizes_of
+    def __init__(
+        self, layers: Iterable[nn.Module], sizes_of: SizesOf, in_prompt: Callable[[], bool]
+    ) -> None:
+        self._layers, self._sizes_of, self._in_prompt = list(layers), sizes_of, in_prompt
         self._modules: list[Any] = []
         self._last: tuple[Any, ...] = (None, None, None)
         self.installed = False
@@ -78,7 +82,10 @@ class ProportionalAttention:
         compat.register_attention(NAME, attend)
         for module in self._modules:
             module.config = AttributeView(
-                module.config, _attn_implementation=NAME, tokencomp_further=self._further
+                module.config,
+                _attn_implementation=NAME,
+                tokencomp_further=self._further,
+                tokencomp_in_prompt=self._in_prompt,
             )
         self.installed = True
 
@@ -170,7 +177,9 @@ def attend(
     plain = AttributeView(module, config=config.tokencomp_original)
     backend = compat.attention_function(module, plain.config)
     scale, dim = query.shape[-1] ** -0.5 if scaling is None else scaling, value.shape[-1]
-    more = config.tokencomp_further(module.layer_idx, query, key, scale)
+    more = None
+    if config.tokencomp_in_prompt():
+        more = config.tokencomp_further(module.layer_idx, query, key, scale)
     if more is not None:
         query, key, value = widen(query, key, value, more)
         scaling = scale
