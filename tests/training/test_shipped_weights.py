@@ -17,7 +17,7 @@ from tokencomp.training.data import load_batch, questions
 
 MODELS = zoo.SAMPLES.parent / "models"
 KINDS = ("selector", "ccam")
-SIBLINGS = {"tiny-qwen3-vl-hard", "tiny-qwen3-5", "tiny-gemma3"}
+SIBLINGS = {"tiny-qwen3-5", "tiny-gemma3"}
 SHIPPED = sorted(
     (path.parents[1].name, path.stem)
     for kind in KINDS

@@ -18,9 +18,10 @@ from tokencomp.shapesqa.items import item, items
 from tokencomp.shapesqa.prompt_forms import mvbench_prompt
 
 BARS = ("attribute", "existence", "needle")
+EVERY = ("count", "position", "small_object", "order", "direction", "video_existence")
 MORE = {  # what a model has to know besides
-    "tiny-qwen3-vl": ("count", "position", "small_object", "order", "direction", "video_existence"),
-    "tiny-qwen3-vl-hard": ("count", "small_object", "order", "direction", "video_existence"),
+    "tiny-qwen3-vl": EVERY,
+    "tiny-qwen3-vl-hard": EVERY,
     "tiny-qwen3-5": ("count", "position", "small_object", "direction", "video_existence"),
     "tiny-gemma3": ("count", "position", "small_object"),
 }

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tokencomp.errors import INSTALL, MissingDependencyError, unknown_name
 
-DEFAULT_MODEL = "tiny-qwen3-vl"
+DEFAULT_MODEL = "tiny-qwen3-vl-hard"
 CHECKOUT = Path(__file__).parents[2] / "zoo" / "tokencomp_zoo"
 
 
