@@ -46,7 +46,7 @@ def rows() -> dict[str, list[float]]:
 
 RATIOS = (0.5, 0.75, 0.9)
 RANDOM = "the same with `random` dropping"
-MERGE = 'the same with `rest="merge"`'
+DROP = 'the same with `rest="drop"`'
 
 
 def test_the_speed_is_the_measured_one() -> None:
@@ -70,8 +70,8 @@ def percent(cell: str) -> float:
 def test_the_accuracy_kept_is_that_of_the_page() -> None:
     page, table = "benchmarks/accuracy/summary.md", rows()
     for name, start in (
-        (page, "| **condiv** |"),
-        (f"{page} {MERGE}", "| condiv merge_rest=-1.0, proportional_attention=True |"),
+        (page, "| **auto** |"),
+        (f"{page} {DROP}", "| auto rest=drop |"),
         (f"{page} {RANDOM}", "| random |"),
     ):
         assert table[name] == [percent(cell) for cell in pages_row(page, start)[1:4]]
@@ -88,7 +88,7 @@ def test_the_answers_about_photographs_are_those_of_the_page() -> None:
         ]
         for name, labels in (
             (page, ["auto"]),
-            (f"{page} {MERGE}", ["auto rest=merge"]),
+            (f"{page} {DROP}", ["auto rest=drop"]),
             (f"{page} {RANDOM}", [f"random seed={seed}" for seed in range(3)]),
         )
     }

@@ -165,8 +165,9 @@ def test_auto_is_the_recorded_choice() -> None:
     for options in ({}, {"reducer": "auto"}):
         with tokencomp.patch(family.build(), 0.5, **options) as handle:
             (stage,) = handle.plan.stages
+            assert stage.rest == "auto"  # decided apart, see the last sentences of choice.md
     for kind, grid in (("images", (1, 8, 8)), ("videos", (6, 4, 4))):
-        name, chosen = ranking.part((stored["reducer"], stored["options"]), kind)
+        name, chosen = ranking.part((stored["reducer"], stored["options"]), kind, 0.5)
         for seed in range(5):
             tokens = dataclasses.replace(matrix.tokens(grid, seed=seed), kind=kind[:-1])
             kept = [

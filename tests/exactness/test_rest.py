@@ -359,6 +359,21 @@ def test_runs_in_the_flash_kernel(name: str) -> None:
     assert all((a - b).abs().max() < 1e-5 for a, b in zip(got, expected, strict=True))
 
 
+def test_a_prompt_that_fails_leaves_attention_as_it_was() -> None:
+    family = FAMILIES["qwen2_vl"]
+    model, inputs = family.build(), family.batch(rows(family)[:1])
+    before = [getattr(m, "config", None) for m in model.modules()]
+    last = family.decoder(model).layers[-1]
+    with patched(model):
+        failing = last.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(**inputs)
+        failing.remove()
+        after = [getattr(m, "config", None) for m in model.modules()]
+        assert all(a is b for a, b in zip(after, before, strict=True))
+        model(**inputs)
+
+
 def test_what_says_so() -> None:
     """Handle, stats, FLOPs (a few more dimensions per head), the JSON form of the plan."""
     family = FAMILIES["qwen2_vl"]

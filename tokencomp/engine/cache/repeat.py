@@ -12,6 +12,7 @@ So a decode step needs no weights, runs no call of ours, and reads as many rows 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -79,7 +80,7 @@ def repeat_rows(layer: Any, index: Tensor, before: int) -> None:
     if isinstance(layer, StaticLayer):
         _repeat_in_place(layer, index, before)
         return
-    rows = [_behind(t, index, before) for t in stored(layer)]
+    rows = _behind(stored(layer), index, before)
     if isinstance(layer, cache_classes.quantized_layer()):
         layer.is_initialized, layer.cumulative_length = False, 0
         layer.update(*rows)  # as the prompt was written
@@ -87,20 +88,22 @@ def repeat_rows(layer: Any, index: Tensor, before: int) -> None:
     layer.keys, layer.values = rows
 
 
-def _behind(x: Tensor, index: Tensor, before: int) -> Tensor:
-    """The first rows of x (B, heads, rows, d), then rows `index` of those behind them."""
-    new = _taken(x[..., before:, :], index)
-    return torch.cat([x[..., :before, :], new], dim=-2) if before else new
+def _behind(pair: Sequence[Tensor], index: Tensor, before: int) -> list[Tensor]:
+    """The first rows of keys and values, then rows `index` of those behind them."""
+    if not before:
+        return _taken(pair, index)
+    new = _taken([x[..., before:, :] for x in pair], index)
+    return [torch.cat([x[..., :before, :], n], dim=-2) for x, n in zip(pair, new, strict=True)]
 
 
-def _taken(x: Tensor, index: Tensor) -> Tensor:
-    """Rows `index` (B, n) of x (B, heads, rows, d); zeros where it is negative."""
+def _taken(pair: Sequence[Tensor], index: Tensor) -> list[Tensor]:
+    """Rows `index` (B, n) of keys and values (B, heads, rows, d); zeros where it is negative."""
     from tokencomp.kernels import gather_rows
     from tokencomp.kernels.dispatch import checked
 
     with checked():  # the index comes from a layout
-        rows: list[Tensor] = gather_rows([x], index, 2, 0)
-    return rows[0]
+        rows: list[Tensor] = gather_rows(pair, index, 2, 0)
+    return rows
 
 
 def _repeat_in_place(layer: Any, index: Tensor, before: int) -> None:
@@ -112,16 +115,17 @@ def _repeat_in_place(layer: Any, index: Tensor, before: int) -> None:
             f"static cache can hold {layer.max_cache_len}. Give it room for every token of the "
             "prompt, or use rest='drop'."
         )
-    for x in (layer.keys, layer.values):
-        x[..., before:rows, :] = _taken(x[..., before:held, :], index)
+    pair = layer.keys, layer.values
+    for x, new in zip(pair, _taken([x[..., before:held, :] for x in pair], index), strict=True):
+        x[..., before:rows, :] = new
     if cache_classes.counts_static_rows():
         layer.cumulative_length += rows - held
 
 
 def _repeat_for_good(layer: Any, index: Tensor, before: int) -> None:
     """Repeat rows of a layer that keeps those of the prompt apart from later ones."""
-    layer.prefill_keys = _behind(layer.prefill_keys, index, before)
-    layer.prefill_values = _behind(layer.prefill_values, index, before)
+    pair = layer.prefill_keys, layer.prefill_values
+    layer.prefill_keys, layer.prefill_values = _behind(pair, index, before)
     layer.prefill_cumulative_length = before + index.shape[1]
     layer.prefill_length = max(layer.prefill_length, layer.prefill_cumulative_length)
 
@@ -138,7 +142,7 @@ def _repeat_in_window(layer: Any, index: Tensor, before: int) -> None:
     reached = index + before >= max(gone, before)  # not so at padding
     last = int(reached.sum(1).max())
     index = (index + before - gone - past).masked_fill(~reached, -1)[:, index.shape[1] - last :]
-    layer.keys, layer.values = (_behind(x, index, past) for x in (layer.keys, layer.values))
+    layer.keys, layer.values = _behind((layer.keys, layer.values), index, past)
     layer.cumulative_length = before + reached.shape[1]
     more = layer.keys.shape[-2] - held
     layer.sliding_window += more

@@ -80,7 +80,7 @@ class DecoderHooks(CallHooks):
 
     def put_in_force(self) -> None:
         """Hook what the stages of the plan need inside of the decoder and the tower."""
-        for part in (self._layers, self._tables, self._weights, self.tower):
+        for part in (self._layers, self._tables, self.tower):
             part.install(self.plan)
 
     def change(self, plan: Plan) -> None:
@@ -179,7 +179,7 @@ class DecoderHooks(CallHooks):
         forward, positions = read_prompt(self.adapter, arguments, cache, state, plan)
         state.forward, forward.prepared = forward, prepared
         if plan.merges_rest:
-            self._weights.prepare()
+            self._weights.begin()
         if self.tower.drop is not None or self.tower.probe is not None:
             self.tower.collect(forward)
         enter_prompt(forward, positions, arguments, self._in_force.compact)
@@ -221,6 +221,7 @@ class DecoderHooks(CallHooks):
         """The output of a decoder call with full length; None where it stays as it is."""
         state = self.calls.state
         forward, state.forward = state.forward, None
+        self._weights.end()
         several = forward is not None and len(forward.segments) > 1
         if several:
             self._layers.finish()

@@ -46,6 +46,8 @@ class CallState:
         From the decoder: its forward pass, where rows, masks or positions are not its own.
     recomputed
         The forward pass of the call whose layer runs now, where it is checkpointed.
+    weighs
+        Whether attention is widened for a prompt of this thread.
     disabled
         How often this thread is inside of `Handle.disabled()`.
     """
@@ -62,6 +64,7 @@ class CallState:
     body_mask: Any = None
     forward: ForwardPass | None = None
     recomputed: ForwardPass | None = None
+    weighs: bool = False
     disabled: int = 0
 
 

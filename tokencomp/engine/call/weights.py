@@ -82,33 +82,38 @@ class RowWeights(CallHooks):
     Attributes
     ----------
     attention
-        What widens queries and keys, while it is installed.
+        What widens queries and keys.
     """
 
     def __init__(self, adapter: Adapter, calls: RunningCalls) -> None:
         super().__init__(adapter, calls)
-        self.attention = ProportionalAttention(adapter.layers, self._sizes, self._in_prompt)
+        self.attention = ProportionalAttention(adapter.layers, self._sizes)
         self._recomputation = Recomputation(calls)
 
-    def install(self, plan: Plan) -> None:
-        """Widen attention if `plan` merges; until `remove`, for backward passes yet to come."""
-        if plan.merges_rest:
-            self.attention.install()
-
     def remove(self) -> None:
-        """Undo `install`; safe to call twice."""
+        """Undo everything; safe to call twice."""
         super().remove()
         self.attention.remove()
         self._recomputation.remove()
 
-    def prepare(self) -> None:
-        """Let a prefill whose layers are checkpointed know its weights in the backward pass too."""
+    def begin(self) -> None:
+        """Widen attention for the prompt that runs in this thread, until `end`.
+
+        If its layers are checkpointed, attention stays widened until `remove`, for the backward
+        pass, which knows the weights too.
+        """
+        self.calls.state.weighs = True
+        self.attention.enter()
         if compat.recomputed(self.adapter.layers[0]):
+            self.attention.enter()
             self._recomputation.prepare(self.adapter.layers)
 
-    def _in_prompt(self) -> bool:
+    def end(self) -> None:
+        """Undo `begin`, if this thread has begun."""
         state = self.calls.state
-        return state.forward is not None or state.recomputed is not None
+        if state.weighs:
+            state.weighs = False
+            self.attention.leave()
 
     @compat.not_compiled
     def _sizes(self, layer: int, keys: int) -> Tensor | None:

@@ -10,6 +10,7 @@ cache holds plain keys.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -36,9 +37,9 @@ class Further(NamedTuple):
 class ProportionalAttention:
     """Add the further dimensions in the attention calls of some decoder layers.
 
-    Only the `config` attribute of their attention modules changes. It names a function that widens
-    queries, keys and values and then calls the user's own backend. The model's config does not
-    change.
+    Only the `config` attribute of their attention modules changes, between `enter` and `leave`. It
+    names a function that widens queries, keys and values and then calls the user's own backend. The
+    model's config does not change.
 
     Parameters
     ----------
@@ -48,54 +49,50 @@ class ProportionalAttention:
         Function of the layer index and the number of keys of an attention call. It returns the
         sizes of the first m of them, fp32 (B, m); later rows stand for one token each. If it
         returns None, all rows do, and the backend is called unchanged.
-    in_prompt
-        Whether the call that runs may have sizes; torch.compile traces it.
 
-    Attributes
-    ----------
-    installed
-        Whether the modules use it.
     """
 
-    def __init__(
-        self, layers: Iterable[nn.Module], sizes_of: SizesOf, in_prompt: Callable[[], bool]
-    ) -> None:
-        self._layers, self._sizes_of, self._in_prompt = list(layers), sizes_of, in_prompt
+    def __init__(self, layers: Iterable[nn.Module], sizes_of: SizesOf) -> None:
+        self._layers, self._sizes_of = list(layers), sizes_of
         self._modules: list[Any] = []
         self._last: tuple[Any, ...] = (None, None, None)
-        self.installed = False
+        self._lock, self._prompts = threading.Lock(), 0
 
-    def install(self) -> None:
-        """Register the attention function and let the modules use it; safe to call twice.
+    def enter(self) -> None:
+        """Let the modules use the function for one more prompt that runs.
 
         Calls that run in other threads are not disturbed: without sizes, the function does what
         the backend does.
-
-        Raises
-        ------
-        UnsupportedModelError
-            As `attention_modules`.
         """
-        if self.installed:
-            return
-        self._modules = attention_modules(self._layers)
-        compat.register_attention(NAME, attend)
-        for module in self._modules:
-            module.config = AttributeView(
-                module.config,
-                _attn_implementation=NAME,
-                tokencomp_further=self._further,
-                tokencomp_in_prompt=self._in_prompt,
-            )
-        self.installed = True
+        with self._lock:
+            self._prompts += 1
+            if self._modules:
+                return
+            compat.register_attention(NAME, attend)
+            self._modules = attention_modules(self._layers)
+            for module in self._modules:
+                module.config = AttributeView(
+                    module.config, _attn_implementation=NAME, tokencomp_further=self._further
+                )
+
+    def leave(self) -> None:
+        """Give the modules their original config back, if no other prompt runs."""
+        with self._lock:
+            self._prompts -= 1
+            if not self._prompts:
+                self._restore()
 
     def remove(self) -> None:
         """Give the modules their original config back."""
+        with self._lock:
+            self._prompts = 0
+            self._restore()
+
+    def _restore(self) -> None:
         for module in self._modules:
             if isinstance(getattr(module, "config", None), AttributeView):
                 module.config = module.config.tokencomp_original
-        self._modules, self.installed = [], False
-        self._last = (None, None, None)
+        self._modules, self._last = [], (None, None, None)
 
     @compat.not_compiled
     def _further(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> Further | None:
@@ -173,18 +170,17 @@ def attend(
     weights : Tensor or None
         The backend's attention weights.
     """
-    config = module.config
-    plain = AttributeView(module, config=config.tokencomp_original)
-    backend = compat.attention_function(module, plain.config)
+    config, plain, more = module.config, module, None
     scale, dim = query.shape[-1] ** -0.5 if scaling is None else scaling, value.shape[-1]
-    more = None
-    if config.tokencomp_in_prompt():
+    if isinstance(config, AttributeView):  # else it has left since, with another thread's prompt
+        plain = AttributeView(module, config=config.tokencomp_original)
         more = config.tokencomp_further(module.layer_idx, query, key, scale)
     if more is not None:
         query, key, value = widen(query, key, value, more)
         scaling = scale
+    backend = compat.attention_function(module, plain.config)
     out, weights = backend(plain, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    return out[..., :dim], weights
+    return out if more is None else out[..., :dim], weights
 
 
 def further(query: Tensor, key: Tensor, sizes: Tensor, scaling: float) -> Further:
