@@ -18,7 +18,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 import tokencomp
 from tokencomp import Plan, Stage, make_reducer
 from tokencomp.engine.scores.proportional import extra_dims
-from tokencomp.errors import OptionError
+from tokencomp.errors import OptionError, UnsupportedModelError
 
 MERGERS, KEEPERS = [
     [c for c in matrix.cases() if make_reducer(c[0], **c[1]).merges is merges]
@@ -371,6 +371,19 @@ def test_a_prompt_that_fails_leaves_attention_as_it_was() -> None:
         failing.remove()
         after = [getattr(m, "config", None) for m in model.modules()]
         assert all(a is b for a, b in zip(after, before, strict=True))
+        model(**inputs)
+
+
+def test_attention_that_takes_no_weights_is_refused() -> None:
+    """It computes by itself, so that no check of its parts could know."""
+    family = FAMILIES["qwen2_vl"]
+    model, inputs = family.build("sdpa"), family.batch(rows(family)[:1])
+    attention = family.decoder(model).layers[1].self_attn
+    attention.forward = lambda hidden_states, **_: (torch.zeros_like(hidden_states), None)
+    with (
+        patched(model),
+        pytest.raises(UnsupportedModelError, match=r"layers \[1\] of .* not asked"),
+    ):
         model(**inputs)
 
 

@@ -27,8 +27,9 @@ class Auto(Reducer):
     On images attention has no part, because that of early layers leans towards the end of a picture
     (arXiv 2412.13180), so prompts without videos are not scored. On videos it has: what happens
     again looks like what is already kept, and relevance has to speak for it. In sound, tokens that
-    look alike say how long and how often, and choosing by distance loses that. Chosen on validation
-    questions: docs/decisions/0001-default-reducer.md.
+    look alike say how long and how often, and choosing by distance loses that. As the default of
+    `patch` it also merges in images, `rest="auto"`. Chosen on validation questions:
+    docs/decisions/0001-default-reducer.md.
     """
 
     by_kind: ClassVar[dict[str, KCentre | ConDiv | Uniform]] = {

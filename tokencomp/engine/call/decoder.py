@@ -221,7 +221,8 @@ class DecoderHooks(CallHooks):
         """The output of a decoder call with full length; None where it stays as it is."""
         state = self.calls.state
         forward, state.forward = state.forward, None
-        self._weights.end()
+        if state.weighs:
+            self._weights.end()
         several = forward is not None and len(forward.segments) > 1
         if several:
             self._layers.finish()
@@ -235,6 +236,8 @@ class DecoderHooks(CallHooks):
         if not forward.compresses:
             extend_valid(forward, cache)
             return out
+        if forward.plan.merges_rest:
+            self._weights.check(forward)
         layer = compact_cache(forward, cache, self._in_force)
         if forward.earlier:
             out = whole_output(out, forward.earlier)

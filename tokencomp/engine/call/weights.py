@@ -8,7 +8,7 @@ what checkpoints a layer gets a function that brings its call along.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -22,6 +22,9 @@ from tokencomp.engine.scores.proportional import (
 from tokencomp.errors import OptionError, UnsupportedModelError
 from tokencomp.plan.plan import Plan
 from tokencomp.torchlib import compat
+
+if TYPE_CHECKING:
+    from tokencomp.engine.stage.forward import ForwardPass
 
 MOST_DIMS = 256  # of a head, for FlashAttention
 FUNCTION = "_gradient_checkpointing_func"  # transformers calls it with a layer's forward
@@ -108,12 +111,29 @@ class RowWeights(CallHooks):
             self.attention.enter()
             self._recomputation.prepare(self.adapter.layers)
 
+    def check(self, forward: ForwardPass) -> None:
+        """Refuse a prompt whose weights have not reached all of its attention.
+
+        Raises
+        ------
+        UnsupportedModelError
+            Attention of some layers does not call the function that its config names.
+        """
+        wanted = {module.layer_idx for module in attention_modules(self.adapter.layers)}
+        missing = wanted - forward.weighed
+        missing = {i for i in missing if forward.weights(forward.segment_of(i)) is not None}
+        if missing:
+            raise UnsupportedModelError(
+                f"rest='merge': the attention of layers {sorted(missing)} of "
+                f"{type(self.adapter.decoder).__name__} has not asked for the weights of merged "
+                "tokens, because it does not call the backend that its config names. Use "
+                "rest='drop'."
+            )
+
     def end(self) -> None:
-        """Undo `begin`, if this thread has begun."""
-        state = self.calls.state
-        if state.weighs:
-            state.weighs = False
-            self.attention.leave()
+        """Undo `begin` of this thread."""
+        self.calls.state.weighs = False
+        self.attention.leave()
 
     @compat.not_compiled
     def _sizes(self, layer: int, keys: int) -> Tensor | None:
@@ -126,6 +146,7 @@ class RowWeights(CallHooks):
         if forward is None:
             return None
         segment = forward.segment_of(layer)
+        forward.weighed.add(layer)
         sizes, rows = forward.weights(segment), segment.physical + segment.layout.width
         gone = rows - keys if forward.chunk is None else 0  # a chunk has the first rows alone
         return sizes if sizes is None or gone <= 0 else sizes[:, gone:]

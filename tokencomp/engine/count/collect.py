@@ -40,15 +40,13 @@ def collect(forward: ForwardPass, layer: Any) -> Stats:
         _plan=forward.plan,
         _places=forward.places,
         _survivors=forward.survivors,
-        _repeated=_repeated(forward),
+        _repeated=_repeated(forward) if forward.repeated else [],
         _kept=forward.kept,
     )
 
 
 def _repeated(forward: ForwardPass) -> list[list[int]]:
-    """Per sample, the rows that every decoder layer caches; [] where none is repeated."""
-    if not forward.repeated:
-        return []
+    """Per sample, the rows that every decoder layer caches."""
     parts = [(forward.repeated.get(s.first, s.layout.lengths), s) for s in forward.segments]
     layers = [lengths for lengths, s in parts for _ in range(s.first, s.stop)]
     return [list(sample) for sample in zip(*layers, strict=True)]

@@ -66,6 +66,8 @@ class ForwardPass:
     chunk, earlier
         Columns per chunk of a chunked prefill (else None), and hidden states of chunks that have
         run.
+    weighed
+        Decoder layers whose attention has asked for the weights of rows.
     repeated
         By the first layer of a segment whose merged rows were cached repeatedly: the rows that it
         caches of every sample.
@@ -115,6 +117,7 @@ class ForwardPass:
         self.by_column = True
         self.prepared: Any = None
         self.new: Tensor | None = None
+        self.weighed: set[int] = set()
         self.repeated: dict[int, list[int]] = {}
         self.cache: Any = None
 
