@@ -85,7 +85,8 @@ def test_ratios_by_kind_and_low_detail_equal_direct_calls(hf_server: Any) -> Non
     messages[0]["content"][0]["image_url"]["detail"] = "low"
     body = {"model": "tiny", "messages": messages, "max_tokens": 8, "temperature": 0}
     answer = client.chat.completions.create(**body)
-    text, prompt, *_ = expected(folder, urls[:1], {"ratio": 0.75, "reducer": "kcentre"})
+    spec = {"ratio": 0.75, "reducer": "kcentre", "rest": "auto"}
+    text, prompt, *_ = expected(folder, urls[:1], spec)
     assert (answer.choices[0].message.content, answer.usage.prompt_tokens) == (text, prompt)
 
 
@@ -127,6 +128,29 @@ def test_the_default_may_have_a_stage_in_the_vision_tower(tiny_folder: Any) -> N
         engine.close()
 
 
+def test_what_happens_to_the_rest_is_that_of_the_request(tiny_folder: Any) -> None:
+    """Whatever the request before it said; other reducers than the default drop."""
+    from tokencomp.serving.hf.engine import Engine
+    from tokencomp.serving.hf.metrics import Metrics
+    from tokencomp.serving.spec import ServerOptions
+
+    options = ServerOptions.parse({"ratio": 0.5}, engine="hf")
+    engine = Engine(*hf_reference.load(tiny_folder("qwen2_vl")), options, Metrics())
+    try:
+        for request, rest in (
+            (None, "auto"),
+            ({"rest": "merge"}, "merge"),
+            ({"reducer": "uniform"}, "drop"),
+            ({"ratio": 0.25}, "auto"),
+            ({"rest": "drop"}, "drop"),
+            ({"reducer": "merge"}, "drop"),
+        ):
+            with engine._compressed(options.resolve(request, engine="hf")):
+                assert [stage.rest for stage in engine._handle.plan.stages] == [rest]
+    finally:
+        engine.close()
+
+
 def test_a_trained_selector_of_features_is_the_default(tiny_folder: Any, tmp_path: Path) -> None:
     """The operator names its weights; what it answers is what the patched model answers."""
     folder = tiny_folder("qwen2_vl")
@@ -150,7 +174,8 @@ def test_server_default_and_ratio_zero(hf_server: Any) -> None:
     _, client, folder, _ = hf_server
     url = http.image_url(1)
     default, off = ask(client, url), ask(client, url, tokencomp={"ratio": 0})
-    text, prompt, before, _ = expected(folder, [url], {"reducer": "kcentre", "ratio": 0.5})
+    spec = {"reducer": "kcentre", "ratio": 0.5, "rest": "auto"}
+    text, prompt, before, _ = expected(folder, [url], spec)
     assert (default.choices[0].message.content, default.usage.prompt_tokens) == (text, prompt)
     assert off.usage.prompt_tokens == prompt + before // 2
     assert off.usage.model_extra["tokencomp"]["ratio"] == 0

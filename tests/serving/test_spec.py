@@ -170,6 +170,7 @@ def test_refused_reducers_are_answered_with_those_that_can_run() -> None:
 def test_merging_the_rest_is_for_our_server_alone(engine: str) -> None:
     """Said by name; whether the operator or a request asks for it."""
     asked = {"ratio": 0.5, "rest": "merge"}
+    assert ServerOptions.parse({"ratio": 0.5}, engine).default.rest_in_force == "drop"
     assert ServerOptions.parse(asked, "hf").default.rest == "merge"
     assert ServerOptions.parse({"ratio": 0.5}, "hf").resolve(asked, "hf").rest == "merge"
     assert ServerOptions.parse(asked, "hf").resolve({"rest": "drop"}, "hf").rest == "drop"

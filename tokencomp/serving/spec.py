@@ -12,6 +12,7 @@ from tokencomp.errors import OptionError, RatioError
 from tokencomp.method import MethodSpec, resolve_auto
 from tokencomp.plan.amounts import Amount, check_one_amount
 from tokencomp.plan.counts import MAX_RATIO, check_ratio
+from tokencomp.plan.stages import Rest
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import make_reducer, options_of
 from tokencomp.serving.servable import check_name, check_servable
@@ -166,7 +167,7 @@ class ServerOptions:
                 "serve with `--engine hf`."
             )
         reducer = self._reducer(values)
-        rest = values.get("rest") or self.default.rest
+        rest = values.get("rest") or self._usual_rest(values)
         if engine != "hf" and rest == "auto":
             rest = "drop"
         if engine != "hf" and rest == "merge":
@@ -189,6 +190,17 @@ class ServerOptions:
             check_servable(spec.built_tower_reducer)
             spec.stages(num_layers=1, first_layer_stage=1)  # raises if they do not fit together
         return spec
+
+    def _usual_rest(self, values: Mapping[str, Any]) -> Rest | None:
+        """What happens to the rest where a request does not say: as the default, or as `patch`.
+
+        The library's default merges in images. A request for another reducer drops, unless the
+        operator merges everywhere.
+        """
+        usual = values.get("reducer") in (None, "auto")
+        if self.default.rest is None and usual and self.default.reducer == "auto":
+            return "auto"
+        return self.default.rest if usual or self.default.rest != "auto" else None
 
     def _checked_ratio(self, ratio: Any, engine: str) -> Any:
         """A ratio, or ratios by kind of media or by item, within the bound of the server.
