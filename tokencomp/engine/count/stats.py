@@ -106,10 +106,13 @@ class Stats:
 
         None: all are dropped.
         """
-        rows = [(s, p) for row, own in zip(self.spans, self._places, strict=True)
-                for s, p in zip(row, own, strict=True)]  # fmt: skip
-        stages = self._plan.stages
-        return next((g.layer for g in stages if any(g.merges(s.kind, p) for s, p in rows)), None)
+        items = [
+            (span.kind, place)
+            for spans, places in zip(self.spans, self._places, strict=True)
+            for span, place in zip(spans, places, strict=True)
+        ]
+        merging = (s.layer for s in self._plan.stages if any(s.merges(*item) for item in items))
+        return next(merging, None)
 
     @functools.cached_property
     def entering(self) -> list[list[int]]:
