@@ -178,7 +178,7 @@ def compact_cache(forward: ForwardPass, cache: Any, patch: InForce) -> Any:
             continue
         device, batch = own[0].device, len(segment.layout.lengths)
         sizes, index = segment.layout.sizes, None
-        if sizes is not None and forward.plan.merges_rest:
+        if sizes is not None and forward.merges:
             segment, index = repeated(segment, sizes.to(device))
             forward.repeated[segment.first] = segment.layout.lengths
         valid = segment.all_valid(segment.layout.valid(device))

@@ -178,7 +178,7 @@ class DecoderHooks(CallHooks):
         arguments, prepared = split_mask(arguments, cache, state.body_mask)
         forward, positions = read_prompt(self.adapter, arguments, cache, state, plan)
         state.forward, forward.prepared = forward, prepared
-        if plan.merges_rest:
+        if forward.merges:
             self._weights.begin()
         if self.tower.drop is not None or self.tower.probe is not None:
             self.tower.collect(forward)
@@ -236,7 +236,7 @@ class DecoderHooks(CallHooks):
         if not forward.compresses:
             extend_valid(forward, cache)
             return out
-        if forward.plan.merges_rest:
+        if forward.merges:
             self._weights.check(forward)
         layer = compact_cache(forward, cache, self._in_force)
         if forward.earlier:

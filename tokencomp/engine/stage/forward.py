@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -139,12 +140,22 @@ class ForwardPass:
         """The layout of every decoder layer."""
         return [s.layout for s in self.segments for _ in range(s.first, s.stop)]
 
+    @cached_property
+    def merges(self) -> bool:
+        """Whether a stage merges what does not stay of an item of this call."""
+        items = [
+            (span.kind, place)
+            for spans, places in zip(self.spans, self.places, strict=True)
+            for span, place in zip(spans, places, strict=True)
+        ]
+        return any(stage.merges(*item) for stage in self.plan.stages for item in items)
+
     def weights(self, segment: Segment) -> Tensor | None:
         """Tokens that the first rows of `segment` weigh as much as, (B, m); None: one each.
 
         Rows of reducers that merge by themselves weigh as much as others.
         """
-        return segment.all_sizes() if self.plan.merges_rest else None
+        return segment.all_sizes() if self.merges else None
 
     # -- entry ----------------------------------------------------------------------------------
 
