@@ -66,8 +66,9 @@ import dataclasses, json, sys, time
 import torch
 torch.set_num_threads(1)
 import tokencomp
-from tokencomp.profiling import shapes, timing
-from tokencomp.profiling.architectures import ARCHITECTURES
+from benchmarks.models import shapes
+from tokencomp.profiling import timing
+from benchmarks.models.architectures import ARCHITECTURES
 class CPU:
     mark = staticmethod(time.process_time)
     def between(self, start, stop):

@@ -39,9 +39,10 @@ class Part:
 def parts(model: str | None, folder: Path) -> tuple[Part, ...]:
     """All parts in order of worth, for a folder of weights and the folder for their files."""
 
-    def profile(config: str, tokens: int, *more: str) -> tuple[str, ...]:
+    def profile(shape: str, tokens: int, *more: str) -> tuple[str, ...]:
         """Time and memory of a whole prompt, of a model with random weights."""
-        return (*TOKENCOMP, "profile", "--config", config, "--tokens", str(tokens), *more)
+        module = "benchmarks.models.profile_shape"
+        return (*PYTHON, module, shape, "--tokens", str(tokens), *more)
 
     small = ("--layers", "1", "--vision-layers", "1", "--device", "cpu", "--rounds", "1")
     small = (*small, "--ratio", "0.75")

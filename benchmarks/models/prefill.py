@@ -35,9 +35,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import tokencomp
 from benchmarks import publishing
+from benchmarks.models import shapes
 from benchmarks.publishing import environment, provenance, read_lines
 from tokencomp.pages import measured
-from tokencomp.profiling import shapes
 from tokencomp.storage import write_lines
 
 FOLDER = Path(__file__).parent

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from PIL import Image
 
+from benchmarks.models import shapes
+from benchmarks.models.shapes import SHAPES
 from tokencomp.adapters.registry import adapter_for
-from tokencomp.profiling import shapes
-from tokencomp.profiling.shapes import SHAPES
 from tokencomp.reducers.kcentre import KCentre
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.spans import SpanBatch

@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.models import prefill
-from tokencomp.profiling import shapes
-from tokencomp.profiling.architectures import Shape
+from benchmarks.models import prefill, shapes
+from benchmarks.models.architectures import Shape
 
 NAME = "llava-tiny"
 

@@ -196,8 +196,6 @@ def test_demo_on_a_video_of_ones_own(folder, tmp_path, capsys):
         (["demo", "--question", "What?"], "--question: no effect with ShapesQA"),
         (["demo", "--image", "x.png", "--items", "3"], "--items: no effect with --image"),
         (["demo", "--output", "/dev/null/x.html"], "cannot write /dev/null/x.html"),
-        (["profile", "--config", "qwen2-vl-2b", "--image", "x.png"], "--image: no effect with"),
-        (["profile", "--image", "x.png", "--tokens", "9"], "--tokens: no effect with --model"),
         (["tune", "--tokens", "64", "-o", "/dev/null/x.json"], "cannot write /dev/null/x.json"),
         (["tune", "--tokens", "-5"], "--tokens -5: expected a positive number"),
         (["tune", "--tokens", "9", "--data", "x.jsonl", "--items", "3"], "--items: no effect with"),

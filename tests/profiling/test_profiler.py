@@ -9,11 +9,8 @@ import torch
 from torch import nn
 
 import tokencomp
-from tokencomp.adapters.registry import adapter_for
-from tokencomp.errors import UnknownNameError
 from tokencomp.inputs.prompts import build_inputs
 from tokencomp.profiling.profiler import PeakMemory, decode_seconds
-from tokencomp.profiling.shapes import SHAPES, accepted, build
 from tokencomp.profiling.timing import Split, interleaved, prefill_split
 from tokencomp.profiling.work import FlopClock
 
@@ -114,41 +111,3 @@ def test_peak_memory_sees_a_temporary_tensor():
     if peak.bytes is None:
         pytest.skip("the system does not tell peak memory")
     assert 100 * 2**20 <= peak.bytes <= 400 * 2**20
-
-
-SMALL = ["llava-onevision-0.5b", "qwen2-vl-2b", "qwen2.5-vl-3b", "qwen3-vl-2b", "nvila-lite-2b"]
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("name", SMALL)
-def test_named_shapes_are_the_published_ones(name):
-    """Parameters of one decoder layer, by hand, and the visual tokens of the option."""
-    model, inputs = build(name, 400, layers=1, vision_layers=1)
-    shape = SHAPES[name]
-    d, f, head = shape.hidden, shape.intermediate, shape.hidden // shape.heads
-    kv = head * shape.kv_heads
-    weights = 2 * d * d + 2 * d * kv + 3 * d * f
-    # Qwen3 normalises queries and keys, Qwen2 has biases
-    small = 2 * head if shape.family == "qwen3_vl" else d + 2 * kv
-    layer = adapter_for(model).layers[0]
-    assert sum(p.numel() for p in layer.parameters()) == weights + small + 2 * d
-    wanted = {"llava_onevision": 2 * 196 + 1, "vila": 3 * 121}.get(shape.family, 2 * 256)
-    assert int((inputs["input_ids"] == model.config.video_token_id).sum()) == wanted
-    assert set(accepted(model, inputs)) <= set(inputs)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("name", ["qwen3-vl-2b", "nvila-lite-2b"])
-def test_named_shapes_are_compressed(name):
-    """Layers see half of the tokens; timestamps and line breaks are not counted among them."""
-    model, inputs = build(name, 256, layers=2, vision_layers=1)
-    with tokencomp.patch(model, 0.5, reducer="uniform") as handle:
-        model(**accepted(model, inputs))
-        (before,), (after,) = handle.stats.tokens_before, handle.stats.tokens_after
-    assert before == {"qwen3-vl-2b": 256, "nvila-lite-2b": 2 * 122}[name]
-    assert after == [before // 2] * 2
-
-
-def test_unknown_shape():
-    with pytest.raises(UnknownNameError, match=r"llava-onevision-0.5b"):
-        build("llava-onevision-0.5", 100)

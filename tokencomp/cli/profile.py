@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from tokencomp.cli import _options as opt
-from tokencomp.cli import _parse as parse
 from tokencomp.cli._methods import Settings, settings
 
-FILES = ("model", "file", "image", "video", "question", "frames")
-SHAPE = ("tokens", "layers", "vision_layers")
 LINES = (
     ("ratio reached", "achieved_ratio", "{:.3f}"),
     ("tower ratio reached", "tower_ratio", "{:.3f}"),
@@ -44,23 +40,6 @@ def command(
     method: opt.MethodOptions,
     source: opt.Source,
     files: opt.Files,
-    config: Annotated[
-        str | None,
-        typer.Option(
-            help="A real model shape with random weights instead of --model: "
-            "llava-onevision-0.5b, qwen2-vl-2b, qwen2.5-vl-3b, qwen3-vl-2b, nvila-lite-2b, ..."
-        ),
-    ] = None,
-    tokens: Annotated[int, typer.Option(help="Visual tokens of --config's prompt.")] = 2048,
-    layers: Annotated[
-        int | None, typer.Option(min=1, help="Decoder layers of --config (default: all).")
-    ] = None,
-    vision_layers: Annotated[
-        int | None, typer.Option(min=1, help="Vision layers of --config (default: all).")
-    ] = None,
-    file: Annotated[
-        list[Path] | None, typer.Option("--file", help="Image or video file; may be repeated.")
-    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds after a warm-up.")] = 5,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON here.")] = None,
     as_json: opt.Json = False,
@@ -71,57 +50,35 @@ def command(
     bytes, FLOPs, and the fraction reached of the speed-up that FLOPs allow.
     """
     settings_of = settings(context, method)
-    if config is not None:
-        opt.refuse_options(context, FILES, "--config", "a shape has random weights and no files")
-        _refuse_baselines(parse.names(method.reducer))
-    else:
-        opt.refuse_options(context, SHAPE, "--model", "they describe a --config")
     opt.check_output(output)
+    from tokencomp.evaluation.environment import public_name
     from tokencomp.inputs.clock import file_times
 
-    files = dataclasses.replace(files, image=[*(files.image or ()), *(file or ())])
     with file_times() as read:
         media = files.load(source)
-    from tokencomp.evaluation.environment import environment, public_name
-
-    if config is not None:
-        loaded, variants = _shape(config, tokens, layers, vision_layers, source, settings_of)
-        name = f"{config} (random weights)"
-    else:
-        loaded, variants = _real(source, media, files.question, settings_of)
-        name = public_name(source.model)
-    from tokencomp.profiling.profiler import profile
-
-    full = next(iter(variants.values()))[1]
-    costs = {s: _cost(loaded, s, inputs, full) for s, (_, inputs, _) in variants.items()}
-    profiles = profile(loaded, variants, costs, rounds=rounds, progress=not as_json)
-    of_file = {f"{part}_cpu_s": seconds for part, seconds in read.items()} if media else None
-    report = {"model": name, **environment(), "file": of_file, "rows": _rows(profiles)}
+    loaded, variants = _variants(source, media, files.question, settings_of)
+    report = measure(public_name(source.model), loaded, variants, rounds, progress=not as_json)
+    report["file"] = {f"{part}_cpu_s": seconds for part, seconds in read.items()}
     if as_json:
         typer.echo(json.dumps(report, indent=2))
     else:
-        _print(report)
+        show(report)
     opt.write(output, json.dumps(report, indent=2) + "\n")  # last: a full disk loses no result
 
 
-def _real(
+def _variants(
     source: opt.Source, media: list[Any], question: str, settings_of: Settings
 ) -> tuple[Any, dict[Any, Any]]:
     """Inputs of the processor, and how long it took (median of three)."""
-    import functools
     import statistics
     import time
 
     from tokencomp.errors import OptionError
-    from tokencomp.evaluation.patches import patched
     from tokencomp.evaluation.setting_inputs import SettingInputs
     from tokencomp.inputs.prompts import to_model
 
     if not media:
-        raise OptionError(
-            "nothing to look at: give --image FILE or --video FILE, or a model shape with "
-            "--config llava-onevision-0.5b."
-        )
+        raise OptionError("nothing to look at: give --image FILE or --video FILE.")
     loaded, processor = source.load()
     setting_inputs, variants = SettingInputs(loaded, processor), {}
     for setting in settings_of(loaded):
@@ -130,49 +87,39 @@ def _real(
             start = time.perf_counter()
             inputs = setting_inputs.build(setting, shrunk, [question])
             times.append(time.perf_counter() - start)
-        patch = functools.partial(patched, loaded, setting)
-        variants[setting] = (patch, to_model(inputs, loaded), statistics.median(times))
+        variants[setting] = (to_model(inputs, loaded), statistics.median(times))
     return loaded, variants
 
 
-def _shape(
-    config: str,
-    tokens: int,
-    layers: int | None,
-    vision_layers: int | None,
-    source: opt.Source,
-    settings_of: Settings,
-) -> tuple[Any, dict[Any, Any]]:
+def measure(
+    name: str,
+    model: Any,
+    variants: dict[Any, tuple[dict[str, Any], float | None]],
+    rounds: int,
+    progress: bool,
+) -> dict[str, Any]:
+    """The report of one prompt under several settings, of which the first is the full model.
+
+    Parameters
+    ----------
+    name
+        Of the model, for the title.
+    variants
+        Per setting: its inputs on the device, and seconds of preprocessing, if any.
+    rounds, progress
+        See `profile`.
+    """
     import functools
 
+    from tokencomp.evaluation.environment import environment
     from tokencomp.evaluation.patches import patched
-    from tokencomp.inputs.loading import pick_device, pick_dtype
-    from tokencomp.profiling.shapes import accepted, build
+    from tokencomp.profiling.profiler import profile
 
-    where = pick_device(source.device)
-    model, inputs = build(
-        config,
-        tokens,
-        layers=layers,
-        vision_layers=vision_layers,
-        dtype=pick_dtype(source.dtype, where),
-        device=where,
-    )
-    inputs = accepted(model, inputs)
-    settings = settings_of(model)
-    return model, {s: (functools.partial(patched, model, s), inputs, None) for s in settings}
-
-
-def _refuse_baselines(reducers: list[str]) -> None:
-    from tokencomp.errors import OptionError
-    from tokencomp.evaluation.settings import INPUT_BASELINES
-
-    baselines = [name for name in reducers if name in INPUT_BASELINES]
-    if baselines:
-        raise OptionError(
-            f"{', '.join(baselines)} shrink media before the processor, and --config has neither. "
-            "Use --model with --image or --video."
-        )
+    full = next(iter(variants.values()))[0]
+    costs = {s: _cost(model, s, inputs, full) for s, (inputs, _) in variants.items()}
+    patching = functools.partial(patched, model)
+    profiles = profile(model, patching, variants, costs, rounds=rounds, progress=progress)
+    return {"model": name, **environment(), "file": None, "rows": _rows(profiles)}
 
 
 def _cost(model: Any, setting: Any, inputs: dict[str, Any], full: dict[str, Any]) -> Any:
@@ -219,7 +166,8 @@ def _rows(profiles: dict[Any, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _print(report: dict[str, Any]) -> None:
+def show(report: dict[str, Any]) -> None:
+    """Print a report as a table."""
     from rich.console import Console
 
     from tokencomp.cli import _tables

@@ -18,8 +18,6 @@ import torch
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.profiling.timing import Split, interleaved, prefill_split
 
-Patch = Callable[[], AbstractContextManager[Any]]
-
 DECODE_TOKENS = 16
 """Generated tokens over which the time per token is averaged."""
 
@@ -75,7 +73,8 @@ class Profile:
 
 def profile(
     model: Any,
-    variants: dict[Any, tuple[Patch, dict[str, Any], float | None]],
+    patched: Callable[[Any], AbstractContextManager[Any]],
+    variants: dict[Any, tuple[dict[str, Any], float | None]],
     costs: dict[Any, Any],
     *,
     rounds: int = 5,
@@ -85,11 +84,12 @@ def profile(
 
     Parameters
     ----------
+    patched
+        Makes a context manager of a setting, which patches the model or does nothing.
     variants
-        Per setting: a context manager that patches the model (or does nothing), its inputs on the
-        device, and seconds of preprocessing.
+        Per setting: its inputs on the device, and seconds of preprocessing.
     costs
-        Per key: an object with `flops`, `per_layer` and `ratio` (`tokencomp.evaluation.cost.Cost`).
+        Per setting: `flops`, `per_layer` and `ratio`, as of `tokencomp.evaluation.cost.Cost`.
     rounds
         Timed rounds after one warm-up; every round runs every variant once.
     progress
@@ -100,10 +100,10 @@ def profile(
 
     bar = tqdm(total=len(variants) * (rounds + 2), desc="profiling", disable=not progress)
 
-    def timed(key: Any, patch: Patch, inputs: dict[str, Any]) -> Callable[[], Split]:
+    def timed(setting: Any, inputs: dict[str, Any]) -> Callable[[], Split]:
         def run() -> Split:
-            bar.set_postfix_str(f"prefill: {key.key}")
-            with patch():
+            bar.set_postfix_str(f"prefill: {setting.key}")
+            with patched(setting):
                 split = prefill_split(model, inputs)
             bar.update()
             return split
@@ -112,17 +112,17 @@ def profile(
 
     profiles = {}
     with bar:
-        splits = interleaved({k: timed(k, p, i) for k, (p, i, _) in variants.items()}, rounds)
-        for key, (patch, inputs, preprocess) in variants.items():
-            bar.set_postfix_str(f"memory and decoding: {key.key}")
-            with patch() as handle:
+        splits = interleaved({s: timed(s, i) for s, (i, _) in variants.items()}, rounds)
+        for setting, (inputs, preprocess) in variants.items():
+            bar.set_postfix_str(f"memory and decoding: {setting.key}")
+            with patched(setting) as handle:
                 peak, kv = _memory(model, inputs)
                 stats = getattr(handle, "stats", None)
                 decode = decode_seconds(model, inputs, DECODE_TOKENS)
-            cost = costs[key]
-            profiles[key] = Profile(
-                preprocess, splits[key], decode, peak, kv, cost.flops, cost.per_layer, cost.ratio,
-                stats.tower_ratio if stats else 0.0,
+            cost = costs[setting]
+            profiles[setting] = Profile(
+                preprocess, splits[setting], decode, peak, kv, cost.flops, cost.per_layer,
+                cost.ratio, stats.tower_ratio if stats else 0.0,
             )  # fmt: skip
             bar.update()
     return profiles

@@ -1,4 +1,4 @@
-"""The families that `tokencomp.profiling.shapes` can build with random weights."""
+"""The families that `benchmarks.models.shapes` can build with random weights."""
 
 from __future__ import annotations
 

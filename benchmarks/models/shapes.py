@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.models.architectures import ARCHITECTURES, Shape
 from tokencomp.errors import OptionError, unknown_name
-from tokencomp.profiling.architectures import ARCHITECTURES, Shape
 
 SHAPES = {
     "llava-onevision-0.5b": Shape("llava_onevision", 896, 4864, 24, 14, 2),
