@@ -17,8 +17,8 @@ import torch
 from support.serving import hf_reference, http
 
 from tokencomp.serving.hf import engine as module
-from tokencomp.serving.hf.about import About
 from tokencomp.serving.hf.answer import AnswerText
+from tokencomp.serving.hf.api import Server
 from tokencomp.serving.hf.engine import Engine
 from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.hf.job import Job
@@ -117,7 +117,7 @@ def test_an_engine_that_only_fails_is_unwell_until_it_answers(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = SimpleNamespace(engine=engine)
-    health: Callable[[], int] = lambda: asyncio.run(About.health(server)).status_code  # noqa: E731
+    health: Callable[[], int] = lambda: asyncio.run(Server.health(server)).status_code  # noqa: E731
     failing(engine, monkeypatch, RuntimeError("CUDA error"))
     for _ in range(module.MAX_FAILURES - 1):
         ask(engine, [URLS[GUILTY]])

@@ -75,9 +75,9 @@ def test_budgets_in_tokens() -> None:
         with pytest.raises(RatioError, match="depends on the media"):
             bounded.resolve({"budget": 512}, engine)
     detail = ServerOptions.parse({"budget": 64, "low_detail_ratio": 0.75}, "hf")
-    assert detail.low_detail(videos=False).ratio == 0.75
+    assert detail.low_detail([("image_url", "low")]).ratio == 0.75
     with pytest.raises(OptionError, match="Send them apart"):
-        detail.low_detail(videos=True)
+        detail.low_detail([("image_url", "low"), ("video_url", None)])
     tower = ServerOptions.parse({"ratio": 0.5, "tower_ratio": 0.5}, "hf")
     assert tower.resolve({"budget": 8}, "hf").dropped_cells == 0
 

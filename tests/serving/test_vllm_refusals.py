@@ -28,9 +28,9 @@ from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm import checks, mrope
 from tokencomp.serving.vllm.metrics import SeenItems, count_nonfinite, counters
 from tokencomp.serving.vllm.model import CompressingModel
+from tokencomp.serving.vllm.mrope import lengthen_tables
 from tokencomp.serving.vllm.processing import CompressingProcessor
 from tokencomp.serving.vllm.qwen3_vl import frame_offsets
-from tokencomp.serving.vllm.rotary import lengthen_tables
 from tokencomp.tokens.spans import ModelFacts
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,30 +93,40 @@ class ServerOptions:
         spec = base._resolve(request, engine)
         return cls(spec, max_ratio, **flags, low_detail_ratio=low)
 
-    def low_detail(self, videos: bool) -> MethodSpec:
-        """The default with the ratio of images in low detail.
+    def low_detail(self, details: Sequence[tuple[str, Any]]) -> MethodSpec | None:
+        """The default with the ratio of images in low detail, or None if none is in low detail.
 
         Parameters
         ----------
-        videos
-            Whether the request has videos too, which keep the ratio of the default.
+        details
+            For each image and video of a request, "image_url" or "video_url", and its `detail`.
+            Videos keep the ratio of the default.
 
         Raises
         ------
         OptionError
-            The operator has set no such ratio, or images and videos cannot differ.
+            The operator has set no such ratio, a video has low detail, one image differs from
+            another, or images and videos cannot differ.
         """
+        if ("video_url", "low") in details:
+            raise OptionError('detail "low" is for images. Set a ratio for videos.')
+        low = [detail == "low" for kind, detail in details if kind == "image_url"]
+        if not any(low):
+            return None
+        if not all(low):
+            raise OptionError('detail "low" beside other images: all images of a request share it.')
         if self.low_detail_ratio is None:
             raise OptionError(
                 'detail "low" has no ratio on this server (--low-detail-ratio). Leave it out.'
             )
         ratio: Any = self.low_detail_ratio
-        if videos and self.default.amount is not None:
-            raise OptionError(
-                f'detail "low" beside a video: the default of this server is {self.default.amount},'
-                " which videos cannot have beside a ratio of images. Send them apart."
-            )
-        if videos:
+        if len(low) < len(details):
+            if self.default.amount is not None:
+                raise OptionError(
+                    'detail "low" beside a video: the default of this server is '
+                    f"{self.default.amount}, which videos cannot have beside a ratio of images. "
+                    "Send them apart."
+                )
             ratio = {"image": ratio, "video": self.default.ratio}
         asked = {"ratio": ratio, "rest": self.default.rest}
         return self._with_tower(self._reducer({}), asked, {})

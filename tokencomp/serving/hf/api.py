@@ -11,23 +11,23 @@ from typing import Any
 from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
 from tokencomp import __version__
 from tokencomp.serving.bind import Bind
-from tokencomp.serving.hf.about import About
-from tokencomp.serving.hf.bodies import Bodies
 from tokencomp.serving.hf.completion import Completion
 from tokencomp.serving.hf.deadline import Deadline
 from tokencomp.serving.hf.engine import Engine
 from tokencomp.serving.hf.errors import CLIENT_LEFT, RequestError
-from tokencomp.serving.hf.guard import Guard, error_response
+from tokencomp.serving.hf.guard import Guard
 from tokencomp.serving.hf.job import Event
 from tokencomp.serving.hf.media import Limits
 from tokencomp.serving.hf.prompt import Prompt, parse
 from tokencomp.serving.hf.schema import ChatRequest
+from tokencomp.serving.http import Bodies, error_response, first_page
 
 # Of the request's schema in the description of the API, for references inside of it.
 PLACE = "~1v1~1chat~1completions/post/requestBody/content/application~1json/schema"
@@ -62,16 +62,15 @@ def build_app(
     bind = bind or Bind(host="")
     schema = "/openapi.json" if docs else None
     app = FastAPI(title="tokencomp", version=__version__, openapi_url=schema, lifespan=lifespan)
-    about = About(engine, name, bool(bind.api_key))
-    server = Server(engine, about, limits)
+    server = Server(engine, name, limits, bool(bind.api_key))
     for path, handler in (
-        ("/", about.page),
-        ("/health", about.health),
-        ("/ping", about.health),
-        ("/metrics", about.metrics),
-        ("/version", about.version),
-        ("/v1/models", about.models),
-        ("/v1/models/{name:path}", about.model),
+        ("/", server.page),
+        ("/health", server.health),
+        ("/ping", server.health),
+        ("/metrics", server.metrics),
+        ("/version", server.version),
+        ("/v1/models", server.models),
+        ("/v1/models/{name:path}", server.model),
     ):
         app.add_api_route(path, handler, include_in_schema=path.startswith("/v1"))
     form = ChatRequest.model_json_schema(ref_template=f"#/paths/{PLACE}/$defs/{{model}}")
@@ -83,11 +82,11 @@ def build_app(
 
 
 class Server:
-    """The handler of chat completions."""
+    """The handlers of all routes; `keyed`: whether requests need a key."""
 
-    def __init__(self, engine: Engine, about: About, limits: Limits) -> None:
-        self.engine, self.about, self.limits = engine, about, limits
-        self.name = about.name
+    def __init__(self, engine: Engine, name: str, limits: Limits, keyed: bool = False) -> None:
+        self.engine, self.name, self.limits, self.keyed = engine, name, limits, keyed
+        self.started = int(time.time())
         self.bodies = Bodies(limits.max_body, limits.max_bodies, limits.body_seconds)
         self.decoding = CapacityLimiter(DECODING)
 
@@ -100,7 +99,7 @@ class Server:
         self.engine.check_room()  # refuses early, before the body is read and media are decoded
         prompt = await self._prompt(request)
         body = prompt.request
-        self.about.check_name(body.model or self.name)
+        self._check_name(body.model or self.name)
         identity = {
             "id": f"chatcmpl-{request.state.request_id}",  # the log names the same id
             "created": int(time.time()),
@@ -133,6 +132,44 @@ class Server:
                 self.engine.grammars, deadline, limiter=self.decoding,
             )  # fmt: skip
             return await _while_connected(request, work, deadline.cancel)
+
+    async def health(self) -> Response:
+        """Answer 200 while the engine answers requests, and 503 after it has failed."""
+        return Response(status_code=200 if self.engine.healthy else 503)
+
+    async def metrics(self) -> Response:
+        """Answer with all metrics in the text format of Prometheus."""
+        text = generate_latest(self.engine.metrics.registry)
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+    async def version(self) -> Any:
+        """Answer with the version of this package."""
+        return {"version": __version__}
+
+    async def models(self) -> Any:
+        """List the served model."""
+        return {"object": "list", "data": [await self.model(self.name)]}
+
+    async def model(self, name: str) -> Any:
+        """Describe the served model with its default reducer and ratio."""
+        self._check_name(name)
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.started,
+            "owned_by": "tokencomp",
+            "max_model_len": self.engine.max_model_len,
+            "tokencomp": self.engine.options.default.describe(),
+        }
+
+    async def page(self, request: Request) -> Response:
+        """Say in plain text what is served, and how to ask."""
+        return first_page(request, self.name, self.engine.options.default.describe(), self.keyed)
+
+    def _check_name(self, name: str) -> None:
+        """Raise `RequestError` (404) for the name of another model."""
+        if name != self.name:
+            raise RequestError(f"model {name!r}: this server has {self.name!r}.", 404)
 
 
 async def _while_connected(

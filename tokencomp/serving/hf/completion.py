@@ -8,10 +8,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 from tokencomp.serving.hf.answer import AnswerText
-from tokencomp.serving.hf.job import Event, Job, Piece
+from tokencomp.serving.hf.job import Event, Job, Piece, Usage
 from tokencomp.serving.hf.prompt import Prompt
 from tokencomp.serving.hf.tools import Calls
-from tokencomp.serving.hf.usage import Usage
 
 DEFAULT_TOKENS = 256
 

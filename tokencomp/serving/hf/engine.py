@@ -29,11 +29,10 @@ from tokencomp.serving.hf.generation import (
     take_penalty,
 )
 from tokencomp.serving.hf.grammar import Grammars
-from tokencomp.serving.hf.job import Job, Waiting
+from tokencomp.serving.hf.job import Job, Usage, Waiting
 from tokencomp.serving.hf.logits import Steps
 from tokencomp.serving.hf.metrics import Metrics
 from tokencomp.serving.hf.text import PromptText, too_long
-from tokencomp.serving.hf.usage import Usage
 from tokencomp.serving.spec import ServerOptions
 
 logger = logging.getLogger("tokencomp.serving")

@@ -11,7 +11,6 @@ from tokencomp.method import MethodSpec
 from tokencomp.serving import KEY
 from tokencomp.serving.hf.deadline import Deadline
 from tokencomp.serving.hf.decoder import decode_apart
-from tokencomp.serving.hf.detail import in_low_detail
 from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.hf.form import call_schema
 from tokencomp.serving.hf.frames import with_request
@@ -148,8 +147,10 @@ def _spec(request: ChatRequest, options: ServerOptions) -> MethodSpec:
     """Return reducer and ratio of the request, or the server's default."""
     fields = (request.tokencomp, (request.mm_processor_kwargs or {}).get(KEY))
     given = [field for field in fields if field is not None]
+    media = [(part.type, getattr(part, part.type)) for part in _media_parts(request)]
+    details = [(kind, url.detail) for kind, url in media if url is not None]
     try:
-        if not given and (low := _low_detail(request, options)) is not None:
+        if not given and (low := options.low_detail(details)) is not None:
             return low
         spec, *others = [options.resolve(field, engine="hf") for field in given or [None]]
         if any(other != spec for other in others):
@@ -157,24 +158,6 @@ def _spec(request: ChatRequest, options: ServerOptions) -> MethodSpec:
         return spec
     except (OptionError, PlanError, RatioError) as error:
         raise RequestError(str(error)) from None
-
-
-def _low_detail(request: ChatRequest, options: ServerOptions) -> MethodSpec | None:
-    """Return the setting of a request whose images have low detail, or None.
-
-    Raises
-    ------
-    OptionError
-        If this server has no ratio for them, or one image differs from another.
-    """
-    details = [
-        (part.type, url.detail)
-        for part in _media_parts(request)
-        if (url := getattr(part, part.type)) is not None
-    ]
-    if not in_low_detail(details):
-        return None
-    return options.low_detail("video_url" in dict(details))
 
 
 def _content(message: Message) -> list[dict[str, Any]]:

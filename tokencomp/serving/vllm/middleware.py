@@ -8,30 +8,31 @@ vLLM cannot process although they passed, the answer is 400, where vLLM would an
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from anyio import CapacityLimiter, to_thread
 from PIL.Image import DecompressionBombError
 from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tokencomp.serving import ENV_OPTIONS
 from tokencomp.serving.bind import Bind
-from tokencomp.serving.hf.bodies import Bodies
 from tokencomp.serving.hf.errors import RequestError
-from tokencomp.serving.hf.guard import error_response
-from tokencomp.serving.hf.head import OPEN_PATHS, check_head, has_body
 from tokencomp.serving.hf.media import Limits
+from tokencomp.serving.http import OPEN_PATHS, Bodies, Exchange, check_head, first_page
 from tokencomp.serving.spec import ServerOptions
-from tokencomp.serving.vllm.model_card import MODELS, names_model, send_card, send_page
 from tokencomp.serving.vllm.request_checks import check_request
 from tokencomp.serving.vllm.rules import Rules
 
 logger = logging.getLogger("vllm.tokencomp")
 
+MODELS = "/v1/models"
 PATHS = (*OPEN_PATHS, "/v1/chat/completions", MODELS, "/version")
 CHECKING = 4  # number of requests whose media are checked at the same time
 UNREADABLE = (OSError, RuntimeError, ZeroDivisionError, DecompressionBombError)
@@ -60,67 +61,78 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        exchange = _Exchange(receive, send)
+        exchange = Exchange(scope, receive, send)
         try:
             check_head(scope, self.bind)
-            if names_model(scope):
-                await send_card(self.app, scope, exchange.receive, exchange.send)
-                return
-            if scope["path"] == "/" and scope["method"] == "GET":
-                setting, keyed = self.options.default.describe(), bool(self.bind.api_key)
-                await send_page(self.app, scope, exchange.receive, exchange.send, setting, keyed)
-                return
-            if scope["path"] not in PATHS:
-                known = ", ".join(PATHS)
-                raise RequestError(f"no path {scope['path']!r}; this server has {known}.", 404)
-            if scope["method"] == "POST":
-                await self._read(exchange, scope)
-            await self.app(scope, exchange.receive, exchange.send)
+            await self._answer(exchange)
         except RequestError as error:  # also of `frames`, in the application
-            if exchange.started:
+            if exchange.status:
                 raise
-            answer = error_response(error)
-            if has_body(scope) and exchange.body is None:
-                answer.headers["Connection"] = "close"  # the rest of the body will not be read
             logger.info("%s %s: %r", scope["method"][:20], error.status, str(error)[:200])
-            await answer(scope, receive, send)
+            await exchange.refuse(error)
         except Exception as error:
-            if exchange.started or not _from_media(error):
+            if exchange.status or not _from_media(error):
                 raise
             # The answer does not contain the error, as it may tell about files of the server.
             logger.warning("tokencomp: media of a request cannot be read", exc_info=error)
-            unreadable = RequestError("media of this request are unreadable.")
-            await error_response(unreadable)(scope, receive, send)
+            await exchange.refuse(RequestError("media of this request are unreadable."))
 
-    async def _read(self, exchange: _Exchange, scope: Scope) -> None:
-        """Read and check the body of a request."""
-        async with self.bodies.read(Request(scope, exchange.receive)) as content:
-            exchange.body = bytes(content)
-            exchange.body = await to_thread.run_sync(
-                check_request, exchange.body, self.rules, self.limits, self.options,
+    async def _answer(self, exchange: Exchange) -> None:
+        """Run the application on a documented path, or answer what vLLM lacks."""
+        scope, path = exchange.scope, exchange.scope["path"]
+        receive: Receive = exchange.receive
+        if scope["method"] == "GET" and (path == "/" or path.startswith(f"{MODELS}/")):
+            answer = await self._about(scope, receive)
+            await answer(scope, receive, exchange.send)
+            return
+        if path not in PATHS:
+            known = ", ".join(PATHS)
+            raise RequestError(f"no path {path!r}; this server has {known}.", 404)
+        if scope["method"] == "POST":
+            receive = await self._checked(exchange)
+        await self.app(scope, receive, exchange.send)
+
+    async def _checked(self, exchange: Exchange) -> Receive:
+        """Read and check the body of a request; return what the application receives."""
+        async with self.bodies.read(Request(exchange.scope, exchange.receive)) as content:
+            body = await to_thread.run_sync(
+                check_request, bytes(content), self.rules, self.limits, self.options,
                 limiter=self.checking,
             )  # fmt: skip
+        waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
+        async def receive() -> Message:
+            return waiting.pop() if waiting else await exchange.receive()
 
-class _Exchange:
-    """One request, whose body has been read before the application asks for it, and its answer."""
+        return receive
 
-    def __init__(self, receive: Receive, send: Send) -> None:
-        self._receive, self._send = receive, send
-        self.body: bytes | None = None
-        self.started = self._delivered = False
+    async def _about(self, scope: Scope, receive: Receive) -> Response:
+        """The first page, or the card of one model, which OpenAI's clients ask for.
 
-    async def receive(self) -> Message:
-        """Return the body once if it has been read, and what the client sends before and after."""
-        if self.body is None or self._delivered:
-            return await self._receive()
-        self._delivered, body, self.body = True, self.body, b""  # the application has a copy
-        return {"type": "http.request", "body": body, "more_body": False}
+        Raises
+        ------
+        RequestError
+            404, the application's list has no model of that name; 503, it does not list them,
+            because it starts or ends.
+        """
+        body, status = bytearray(), 0
 
-    async def send(self, message: Message) -> None:
-        """Send a message, and note that the answer has started."""
-        self.started = True
-        await self._send(message)
+        async def collect(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            body.extend(message.get("body", b""))
+
+        await self.app({**scope, "path": MODELS, "raw_path": MODELS.encode()}, receive, collect)
+        if status != 200:
+            raise RequestError("the server does not list its models yet. Ask again.", 503)
+        cards: dict[str, Any] = {card["id"]: card for card in json.loads(body)["data"]}
+        if scope["path"] == "/":
+            setting, keyed = self.options.default.describe(), bool(self.bind.api_key)
+            return first_page(Request(scope), next(iter(cards)), setting, keyed)
+        name = scope["path"].removeprefix(f"{MODELS}/")
+        if name not in cards:
+            raise RequestError(f"model {name!r}: this server has {', '.join(cards)}.", 404)
+        return JSONResponse(cards[name])
 
 
 def _from_media(error: BaseException) -> bool:

@@ -15,19 +15,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.config import VllmConfig
+from vllm.model_executor.layers.rotary_embedding.mrope import MRotaryEmbedding
 from vllm.multimodal.utils import copy_mm_embedding_modality
 
 from tokencomp.serving.item_plan import ItemPlan, field_name
-from tokencomp.serving.offsets import (
-    grid_offsets,
-    unpack_offsets,
-    with_offsets,
-)
+from tokencomp.serving.offsets import grid_offsets, unpack_offsets, with_offsets
 from tokencomp.serving.vllm.model import CompressingModel
-from tokencomp.serving.vllm.mrope_processor import Processor
-from tokencomp.serving.vllm.rotary import TABLE_FACTOR, lengthen_tables
+from tokencomp.serving.vllm.mrope_processor import TABLE_FACTOR, Processor
 
 __all__ = ["Model", "Processor"]
 
@@ -35,6 +31,22 @@ __all__ = ["Model", "Processor"]
 def _text(n: int, first: int) -> np.ndarray:
     """Return the positions (3, n) of text tokens, which are equal in all three rows."""
     return np.broadcast_to(np.arange(first, first + n), (3, n))
+
+
+def lengthen_tables(model: nn.Module, length: int) -> None:
+    """Extend all rotary tables of a model to positions below `length`; old entries do not change.
+
+    Positions can exceed the prompt's length, because kept tokens keep their original positions.
+    """
+    for table in {m for m in model.modules() if isinstance(m, MRotaryEmbedding)}:
+        old = table.cos_sin_cache
+        if old.shape[0] >= length:
+            continue
+        # The engine's own method would scale YaRN's frequencies to the new length.
+        inv_freq = table._compute_inv_freq(table.scaling_factor or table.base)
+        angles = torch.arange(old.shape[0], length, dtype=torch.float)[:, None] * inv_freq
+        more = torch.cat([angles.cos(), angles.sin()], dim=-1) * table.mscale
+        table.cos_sin_cache = torch.cat([old, more.to(old)])
 
 
 class Model(CompressingModel):

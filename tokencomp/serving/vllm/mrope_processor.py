@@ -8,7 +8,8 @@ from tokencomp.errors import OptionError
 from tokencomp.serving.item_plan import ItemSize, SpanLayout
 from tokencomp.serving.offsets import MAX_OFFSET, grid_extent
 from tokencomp.serving.vllm.processing import CompressingProcessor
-from tokencomp.serving.vllm.rotary import TABLE_FACTOR
+
+TABLE_FACTOR = 4  # rotary tables have this many times the model's positions
 
 
 class Processor(CompressingProcessor):

@@ -10,7 +10,6 @@ from typing import Any
 from tokencomp.errors import OptionError, RatioError
 from tokencomp.serving import KEY
 from tokencomp.serving.hf.deadline import Deadline
-from tokencomp.serving.hf.detail import in_low_detail
 from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.hf.frames import with_request
 from tokencomp.serving.hf.media import (
@@ -66,9 +65,11 @@ def _with_detail(request: dict[str, Any], options: ServerOptions) -> bytes | Non
     media = [(p, name) for p in _parts(request) for name in MEDIA if isinstance(p.get(name), dict)]
     details = [(name, part[name].get("detail")) for part, name in media]
     kwargs = request.get("mm_processor_kwargs") or {}
-    if not isinstance(kwargs, dict) or KEY in kwargs or not in_low_detail(details):
+    if not isinstance(kwargs, dict) or KEY in kwargs:
         return None
-    spec = options.low_detail("video_url" in dict(details))
+    spec = options.low_detail(details)
+    if spec is None:
+        return None
     return json.dumps({**request, "mm_processor_kwargs": {**kwargs, KEY: spec.requested}}).encode()
 
 

@@ -1,0 +1,172 @@
+"""What every HTTP exchange passes, on every engine: its head, its body, and errors as answers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import anyio
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse
+from starlette.types import Message, Receive, Scope, Send
+
+from tokencomp import __version__
+from tokencomp.serving.bind import Bind
+from tokencomp.serving.hf.errors import CLIENT_LEFT, RequestError
+
+OPEN_PATHS = ("/health", "/ping", "/metrics")  # for probes and monitoring, which have no key
+RETRY_SECONDS = 5  # after which clients may try again when the server is busy
+QUESTION = {"max_tokens": 16, "messages": [{"role": "user", "content": "Hello"}]}
+
+
+def is_open(scope: Scope) -> bool:
+    """Whether a request needs no key, because it only asks how the server is."""
+    return scope["path"] in OPEN_PATHS and scope["method"] in ("GET", "HEAD")
+
+
+def check_head(scope: Scope, bind: Bind) -> None:
+    """Check host name, length of the body, key and content type, before the body is read.
+
+    Raises
+    ------
+    RequestError
+        With status 403, 400, 401 or 415. The rest of the connection must not be read after it.
+    """
+    headers = Headers(scope=scope)
+    for host in headers.getlist("host") or [""]:
+        if problem := bind.refusal(host):
+            raise RequestError(problem, 403)
+    # A proxy may believe the other header, and take what follows the body for another request.
+    if "transfer-encoding" in headers and "content-length" in headers:
+        raise RequestError("Content-Length beside Transfer-Encoding: send one of them.")
+    if is_open(scope):
+        return
+    if not bind.accepts(headers.get("authorization", "")):
+        raise RequestError("missing or wrong API key (Authorization: Bearer KEY).", 401)
+    content_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+    # Browsers let any web page send other types than this one to any server.
+    if scope["method"] == "POST" and content_type != "application/json":
+        raise RequestError("send Content-Type: application/json.", 415)
+
+
+def error_response(error: RequestError) -> JSONResponse:
+    """Return the answer to a request that failed, in the form of OpenAI's API."""
+    headers = {}
+    if error.status == 503:
+        headers["Retry-After"] = str(RETRY_SECONDS)
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(error.body(), error.status, headers)
+
+
+class Exchange:
+    """One request and its answer, and how far both are.
+
+    Attributes
+    ----------
+    headers
+        Further headers of the answer.
+    status
+        Of the answer; 0 before it starts.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.scope, self._receive, self._send = scope, receive, send
+        self.headers: dict[str, str] = {}
+        self.status, self.complete, self.body_read = 0, False, False
+
+    async def receive(self) -> Message:
+        """Receive a message of the client, and note the end of the body."""
+        message = await self._receive()
+        if message["type"] == "http.request" and not message.get("more_body", False):
+            self.body_read = True
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Send a message to the client, and note start and end of the answer."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = MutableHeaders(scope=message)
+            headers.update(self.headers)
+            if not self.body_read and self._announces_body():
+                headers["Connection"] = "close"  # the rest of the body will not be read
+        await self._send(message)
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self.complete = True
+
+    async def refuse(self, error: RequestError) -> None:
+        """Answer with an error."""
+        await error_response(error)(self.scope, self.receive, self.send)
+
+    def _announces_body(self) -> bool:
+        headers = Headers(scope=self.scope)
+        return "transfer-encoding" in headers or headers.get("content-length", "0") != "0"
+
+
+class Bodies:
+    """All request bodies in memory.
+
+    Parameters
+    ----------
+    largest, total
+        Largest size of one body, and of all bodies in memory, in bytes.
+    seconds
+        Time in which a client must send a body.
+    """
+
+    def __init__(self, largest: int, total: int, seconds: float) -> None:
+        self.largest, self.total, self.seconds = largest, total, seconds
+        self.used = 0
+
+    @contextlib.asynccontextmanager
+    async def read(self, request: Request) -> AsyncIterator[bytearray]:
+        """Yield the body of a request, which counts towards the total inside of the block.
+
+        Raises
+        ------
+        RequestError
+            If the body is too large (413), late (408), or one too many (503), or if the client
+            has left.
+        """
+        content = bytearray()
+        try:
+            try:
+                with anyio.fail_after(self.seconds):
+                    await self._fill(content, request)
+            except TimeoutError:
+                late = f"the body did not arrive within {self.seconds:g} s."
+                raise RequestError(late, 408) from None
+            except ClientDisconnect:
+                raise RequestError("the client went away.", CLIENT_LEFT) from None
+            yield content
+        finally:
+            self.used -= len(content)
+
+    async def _fill(self, content: bytearray, request: Request) -> None:
+        declared = request.headers.get("content-length", "0")
+        if declared.isdecimal() and int(declared) > self.largest:
+            raise RequestError(f"request bodies may have {self.largest} bytes.", 413)
+        async for piece in request.stream():
+            content += piece
+            self.used += len(piece)
+            if len(content) > self.largest:
+                raise RequestError(f"request bodies may have {self.largest} bytes.", 413)
+            if self.used > self.total:
+                raise RequestError("the server is busy with other bodies; try again later.", 503)
+
+
+def first_page(
+    request: Request, name: str, setting: dict[str, Any], keyed: bool
+) -> PlainTextResponse:
+    """What `GET /` answers: the served model, its default setting, and one line for curl."""
+    address = f"{request.url.scheme}://{request.url.netloc}"
+    key = ' -H "Authorization: Bearer $TOKENCOMP_API_KEY"' if keyed else ""
+    text = (
+        f"tokencomp {__version__} serves {name} with {json.dumps(setting)}\n\n"
+        f"curl {address}/v1/chat/completions{key} "
+        f"-H 'Content-Type: application/json' -d '{json.dumps(QUESTION)}'\n"
+    )
+    return PlainTextResponse(text, headers={"X-Content-Type-Options": "nosniff"})
