@@ -18,8 +18,6 @@ from tokencomp.serving.spec import ServerOptions
 RANDOM = make_reducer("random")
 ALONE = [
     ("condiv", {"power": 0.0, "margin": 0.9}, "margin=0.9 has no effect with power=0"),
-    ("prune", {"score": "last_query", "iterations": 50}, "iterations=50 has no effect with score"),
-    ("prune", {"score": "rater_query", "temperature": 5.0}, "temperature=5.0 has no effect"),
     ("prune", {"schedule": "fastv", "start": 0.2}, "start=0.2 has no effect with schedule"),
 ]
 PIXELS = [

@@ -112,8 +112,8 @@ def test_inspect_shows_what_the_tower_never_saw(folder, tmp_path):
         (("--ratio", "0.5", "--tower-reducer", "kcentre"), "no effect with --tower-ratio 0"),
         (("--ratio", "0.5", "-r", "kcentre", "--set", "thumb=1"), "thumb=1 has no effect in this"),
         (
-            ("--ratio", "0.5", "-r", "prune", "--set", "score=last_query", "--set", "iterations=9"),
-            "iterations=9 has no effect with score='last_query'",
+            ("--ratio", "0.5", "-r", "prune", "--set", "schedule=fastv", "--set", "start=0.2"),
+            "start=0.2 has no effect with schedule='fastv'",
         ),
         (("--ratio", "audio=0.5"), "a ratio of audio has no effect"),
     ],

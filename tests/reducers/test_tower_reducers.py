@@ -143,7 +143,7 @@ def test_runlength_keeps_what_changed() -> None:
     frames[2:, 1] += 3.0  # an object appears, and stays
     frames[3, 4] -= 2.0  # a flash
     frames += 0.01 * torch.arange(5)[:, None, None]  # it becomes brighter, slowly
-    reducer = make_reducer("runlength", first=0.5)
+    reducer = make_reducer("runlength")
     kept = reducer.reduce(span(frames.flatten(0, 1), (5, 2, 3)), 8).keep
     first, later = kept[kept < places], kept[kept >= places]
     assert first.tolist() == k_centre(frames[0], 4) and len(later) == 4

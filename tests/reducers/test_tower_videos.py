@@ -245,6 +245,16 @@ def test_flashvid(grid: tuple[int, int, int], least: int, event: bool, share: fl
     check(reducer.reduce(given, keep + 2), given, rows)
 
 
+@pytest.mark.parametrize("keep", [3, 6, 9])
+def test_holitom_where_nothing_moves(keep: int) -> None:
+    """Of equal frames every place is one mean, or as few copies as fill the budget stay."""
+    given = matrix.tokens((3, 2, 3))
+    given.features[:] = given.features[:6].repeat(3, 1)
+    reduction = make_reducer("holitom").reduce(given, keep)
+    assert len(reduction.keep) == keep and reduction.sizes.sum() == 18
+    assert keep == 9 or reduction.keep.max() < 6
+
+
 @pytest.mark.parametrize("name", ["fastvid", "flashvid", "holitom", "tango"])
 @pytest.mark.parametrize("share", [0.15, 0.5])
 def test_clips_of_a_batch_do_not_meet(name: str, share: float) -> None:

@@ -25,7 +25,7 @@ class TowerTop(ScoreReducer):
     needs = frozenset({TOWER_ATTENTION})
 
     def scores(self, patches: Patches) -> Tensor:
-        return patches.of_patches(tower_signal(patches.batch, TOWER_ATTENTION, "tower top"))
+        return tower_signal(patches, TOWER_ATTENTION, "tower top")
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class TextTop(ScoreReducer):
     needs = frozenset({Attention("text")})
 
     def scores(self, patches: Patches) -> Tensor:
-        return patches.of_patches(supplied_scores(patches.batch, "text top"))
+        return supplied_scores(patches, "text top")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from support.families import Family, text
 
 import tokencomp
 from tokencomp import VisualTokens, make_reducer
-from tokencomp.errors import OptionError
 
 
 def tokens(
@@ -99,17 +98,3 @@ def test_stages_act_on_every_family(family: Family) -> None:
         for sample in (0, 1):
             stages = [set(s[0]) for s in handle.stats.kept(sample)]
             assert all(later <= earlier for earlier, later in itertools.pairwise(stages))
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"stages": (0.5, 0.25)},
-        {"stages": (1.0,)},
-        {"stages": ()},
-        {"window": 1},
-    ],
-)
-def test_bad_options_are_refused(options: dict) -> None:
-    with pytest.raises(OptionError):
-        make_reducer("adsc", **options)

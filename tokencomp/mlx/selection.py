@@ -18,6 +18,7 @@ Grid = tuple[int, int, int]
 Select = Callable[..., np.ndarray]
 EPSILON = 1e-5  # smallest distance, so that rounding does not rank copies of a row
 TIED = 1 - 4e-6  # scores of at least this share of the best tie with it
+TEMPERATURE = 0.01  # of the softmax over frames of vidcom2
 BANDWIDTHS = tuple(2.0**k for k in range(-3, 2))
 CHUNK = 1024  # rows of a table of distances that are computed at once
 STEPS = 64  # choices between two evaluations, which keep the graph small
@@ -49,17 +50,15 @@ def divprune(x: mx.array, grid: Grid, keep: int) -> np.ndarray:
     return _greedy(distance, _first_best(mx.concatenate(nearest)), len(x), keep)
 
 
-def vidcom2(
-    x: mx.array, grid: Grid, keep: int, temperature: float = 0.01, channels: float = 0.5
-) -> np.ndarray:
+def vidcom2(x: mx.array, grid: Grid, keep: int) -> np.ndarray:
     """Least similar to video and frame, over the quiet channels (2505.14454)."""
     x = finite(x)
     t, h, w = grid
-    quiet = np.argsort(np.array(x.var(0)), kind="stable")[: max(1, int(x.shape[1] * channels))]
+    quiet = np.argsort(np.array(x.var(0)), kind="stable")[: max(1, x.shape[1] // 2)]
     frames = _unit(x[:, mx.array(quiet)]).reshape(t, h * w, -1)
     video = _similarity(frames, frames.mean((0, 1), keepdims=True))
     score = np.array(video + _similarity(frames, frames.mean(1, keepdims=True)))
-    logits = -np.array(video.mean(1)) / temperature
+    logits = -np.array(video.mean(1)) / TEMPERATURE
     share = np.exp(logits - logits.max())
     budgets = frame_budgets((1 + share / share.sum() - 1 / t).tolist(), keep, [h * w] * t)
     kept = [

@@ -13,7 +13,6 @@ from torch.nn.functional import normalize
 
 from tokencomp.errors import ScoreError
 from tokencomp.tokens.patches import Patches
-from tokencomp.tokens.spans import SpanBatch
 from tokencomp.tokens.stacks import HostIndex, Stack, by_stack, starts_of
 
 BLOCK = 16  # rows that are summed one after the other
@@ -86,7 +85,7 @@ def random_ranks(seed: int, cells: int) -> Tensor:
     return torch.rand(cells, generator=torch.Generator().manual_seed(seed))
 
 
-def questions(batch: SpanBatch, reducer: str, instead: str) -> tuple[Tensor, list[int], list[int]]:
+def questions(patches: Patches, reducer: str, instead: str) -> tuple[Tensor, list[int], list[int]]:
     """Embeddings of the texts after the spans; spans of a prompt share one.
 
     Returns
@@ -100,7 +99,7 @@ def questions(batch: SpanBatch, reducer: str, instead: str) -> tuple[Tensor, lis
     ScoreError
         There is no text after a span. `instead` is the option that does without.
     """
-    queries = batch.queries
+    queries = patches.batch.queries
     if queries is None or not all(map(len, queries)):
         raise ScoreError(
             f"{reducer} compares visual tokens with the text after them, and there is none. Put "

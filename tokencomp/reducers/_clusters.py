@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokencomp.reducers._rows import best_rows
 from tokencomp.tokens.stacks import HostIndex, Stack, masked, portions, rows_of, starts_of
 
 ENTRIES = 1 << 23  # entries of a table of padded sets that are in memory at once
@@ -64,7 +65,6 @@ def _peaks(
     stack: Stack, x: Tensor, clusters: HostIndex, k: HostIndex, scale: float, itself: bool
 ) -> tuple[Tensor, Tensor]:
     """`density_peaks` of a table x (sets, longest, d); rows are counted without repeated ones."""
-    from tokencomp.kernels import topk_stable
 
     def table(values: HostIndex) -> Tensor:
         return torch.from_numpy(values).to(x.device)
@@ -82,7 +82,7 @@ def _peaks(
     denser = (density[:, None] > density[:, :, None]) | equal
     most = distance.amax((1, 2), keepdim=True)
     scores = stack.flat(density * torch.where(denser, distance, most).amin(2))
-    centres = topk_stable(scores, clusters.tolist(), spans=n.tolist())
+    centres = best_rows(scores, clusters.tolist(), n.tolist())
     starts, firsts = starts_of(n)[:-1], starts_of(clusters)[:-1]
     in_set = Stack(firsts, clusters, x.device).of(centres) - table(starts[:, None])
     nearest = distance.gather(2, in_set[:, None].expand(-1, len(row), -1)).argmin(2)

@@ -17,29 +17,13 @@ NO_PIXELS = "in this stage, which compares features; pixels are seen before bloc
 """Why options about pixels are idle (`Reducer.idle`)."""
 
 
-def appearance(features: Tensor, pixels: tuple[int, int, int] | None, thumb: int) -> Tensor:
+def looks(patches: Patches, thumb: int, contrast: float = 0.0, change: float = 0.0) -> Tensor:
     """What patches look like, float32, shape (n, d).
 
     In the vision tower before its first block these are the pixels of a cell, averaged over squares
-    of `thumb` × `thumb` inside of every patch; everywhere else the features themselves.
-
-    Parameters
-    ----------
-    features : Tensor, shape (n, c)
-    pixels
-        See `VisualTokens.pixels`.
-    """
-    x = finite_features(features).float()
-    if pixels is None or thumb == 1:
-        return x
-    return _averages(_pictures(x, pixels), thumb).flatten(1)
-
-
-def looks(patches: Patches, thumb: int, contrast: float, change: float) -> Tensor:
-    """`appearance` with the contrast inside of squares and with what changes, float32 (n, d).
-
-    Before the first block of the vision tower, the mean square of the difference of two rows is
-    proportional to
+    of `thumb` × `thumb` inside of every patch, with the contrast inside of squares and with what
+    changes; everywhere else the features themselves. The mean square of the difference of two rows
+    of pixels is proportional to
 
         |Δm|² + contrast² · |Δs|² + change² · |Δp|²
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from tokencomp.errors import ScoreError
 from tokencomp.tokens.patches import Patches
 from tokencomp.tokens.signals import TOWER_ATTENTION, TowerSignal
-from tokencomp.tokens.spans import SpanBatch, VisualTokens
+from tokencomp.tokens.spans import VisualTokens
 
 
 def patch_rows(tokens: VisualTokens, keep: int) -> tuple[Tensor, int]:
@@ -50,6 +50,14 @@ def top_k(scores: Tensor, special: Tensor, keep: int) -> Tensor:
         )
     kept: Tensor = topk_stable(scores.masked_fill(special, torch.inf), keep)
     return kept
+
+
+def best_rows(scores: Tensor, counts: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    """Rows of the `counts` largest of the scores (n,) of every span, ascending; ties go lower."""
+    from tokencomp.kernels import topk_stable
+
+    rows: Tensor = topk_stable(scores, counts, spans=lengths)
+    return rows
 
 
 def finite_values(values: Tensor, what: str) -> Tensor:
@@ -105,55 +113,28 @@ def finite_features(x: Tensor, scores: Tensor | None = None) -> Tensor:
     return x
 
 
-def supplied_scores(tokens: VisualTokens | SpanBatch, reducer: str) -> Tensor:
-    """The scores that the engine supplies for `Reducer.needs`, float32, shape (n,), unchecked.
-
-    Raises
-    ------
-    ScoreError
-        There are none.
-    """
-    if tokens.scores is None:
+def supplied_scores(patches: Patches, reducer: str) -> Tensor:
+    """The scores that the engine supplies for `Reducer.needs`, float32 (patches,), unchecked."""
+    scores = patches.batch.scores
+    if scores is None:
         raise ScoreError(
             f"reducer {reducer!r} needs attention scores and got none. Run it through "
             "tokencomp.patch, or set VisualTokens.scores."
         )
-    return tokens.scores.float()
+    return patches.of_patches(scores.float())
 
 
-def tower_signal(tokens: VisualTokens | SpanBatch, signal: TowerSignal, reducer: str) -> Tensor:
-    """What the engine supplies for `signal`, float32, shape (n,) or (n, heads, head_dim).
-
-    Raises
-    ------
-    ScoreError
-        There is nothing.
-    """
-    if signal not in tokens.tower:
+def tower_signal(patches: Patches, signal: TowerSignal, reducer: str) -> Tensor:
+    """What the engine supplies for `signal`, (patches,) or (patches, heads, head_dim)."""
+    if signal not in patches.batch.tower:
         raise ScoreError(
             f"reducer {reducer!r} needs {signal.part} of the vision tower and got none. Run it "
             "through tokencomp.patch, or set VisualTokens.tower."
         )
-    return tokens.tower[signal]
+    return patches.of_patches(patches.batch.tower[signal])
 
 
-def salient_patches(
-    batch: SpanBatch, keeps: Sequence[int], reducer: str, whole: bool = False
-) -> tuple[Patches, Tensor, Tensor]:
-    """The patches of a batch, their features (n, d) and `TOWER_ATTENTION` (n,), float32.
-
-    Parameters
-    ----------
-    whole
-        Whether no patch may be missing (`Patches.whole`).
-
-    Raises
-    ------
-    PlanError
-        An earlier stage has already dropped tokens of a whole span.
-    ScoreError
-        There is no such signal, or a value is NaN or infinite.
-    """
-    patches = Patches.whole(batch, keeps, reducer) if whole else Patches.of(batch, keeps)
-    attention = patches.of_patches(tower_signal(batch, TOWER_ATTENTION, reducer))
-    return patches, finite_features(patches.features, attention).float(), attention
+def salient(patches: Patches, reducer: str) -> tuple[Tensor, Tensor]:
+    """Features (patches, d) and `TOWER_ATTENTION` (patches,) in float32, both finite."""
+    attention = tower_signal(patches, TOWER_ATTENTION, reducer)
+    return finite_features(patches.features, attention).float(), attention

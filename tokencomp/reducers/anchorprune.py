@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,12 +13,10 @@ from torch.nn.functional import normalize
 
 from tokencomp.reducers._batch import questions, ranked
 from tokencomp.reducers._rows import finite_features, tower_signal
-from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.reducers.score import ChoosingReducer
 from tokencomp.tokens.patches import Patches
-from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import QUERY, TOWER_ATTENTION, Signal
-from tokencomp.tokens.spans import SpanBatch
 from tokencomp.tokens.stacks import (
     PAIRS,
     HostIndex,
@@ -36,7 +33,7 @@ NOVEL, PATIENCE = 0.2, 3
 
 @register_reducer("anchorprune")
 @dataclass(frozen=True)
-class AnchorPrune(Reducer):
+class AnchorPrune(ChoosingReducer):
     """Keep the tokens that match the question, then important ones unlike those already kept.
 
     AnchorPrune (arXiv 2607.07033), its form for Qwen. Tokens are ranked by their largest cosine
@@ -62,13 +59,12 @@ class AnchorPrune(Reducer):
     def needs(self) -> frozenset[Signal]:
         return frozenset({QUERY, TOWER_ATTENTION})
 
-    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
+    def chosen(self, patches: Patches) -> Tensor:
         from tokencomp.kernels import maxmin_select
 
-        patches = Patches.of(batch, keeps)
         instead = "a reducer that does not read it, such as scope"
-        texts, lengths, prompt = questions(batch, "anchorprune", instead)
-        importance = patches.of_patches(tower_signal(batch, TOWER_ATTENTION, "anchorprune"))
+        texts, lengths, prompt = questions(patches, "anchorprune", instead)
+        importance = tower_signal(patches, TOWER_ATTENTION, "anchorprune")
         unit = normalize(finite_features(patches.features, importance).float(), dim=1)
         # Spans of one prompt, which are neighbours, share its text.
         runs = [[*run] for _, run in itertools.groupby(range(len(prompt)), prompt.__getitem__)]
@@ -82,8 +78,8 @@ class AnchorPrune(Reducer):
         relevance = by_stack(own, likeness, unit, keys=own, limit=math.inf)
         start, sizes = self._anchors(patches, unit, relevance)
         how = {"spans": patches.lengths, "start": start, "given": sizes}
-        chosen = maxmin_select(unit, patches.budgets, importance.clamp(min=0), **how)
-        return patches.kept(chosen)
+        chosen: Tensor = maxmin_select(unit, patches.budgets, importance.clamp(min=0), **how)
+        return chosen
 
     def _anchors(self, patches: Patches, unit: Tensor, relevance: Tensor) -> tuple[Tensor, Tensor]:
         """The most relevant patches of every span, as many as its budget, and how many are anchor.

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
-from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.condiv import ConDiv
 from tokencomp.reducers.kcentre import KCentre
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.reducers.score import ChoosingReducer
 from tokencomp.reducers.uniform import Uniform
 from tokencomp.tokens.patches import Patches
-from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import Attention
-from tokencomp.tokens.spans import SpanBatch
 
 
 @register_reducer("auto")
 @dataclass(frozen=True, repr=False)
-class Auto(Reducer):
+class Auto(ChoosingReducer):
     """`kcentre` on images, `condiv` on videos, and `uniform` on audio.
 
     On images attention has no part, because that of early layers leans towards the end of a picture
@@ -43,12 +41,10 @@ class Auto(Reducer):
     def __repr__(self) -> str:
         return f"Auto({', '.join(f'{name}={value!r}' for name, value in self.by_kind.items())})"
 
-    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
-        patches = Patches.of(batch, keeps)
-        kinds = [*dict.fromkeys(batch.kinds)]
+    def chosen(self, patches: Patches) -> Tensor:
+        kinds = dict.fromkeys(patches.batch.kinds)
         parts = [self.by_kind[kind].chosen(of_kind(patches, kind)) for kind in kinds]
-        chosen = parts[0] if len(parts) == 1 else torch.cat(parts).sort().values
-        return patches.kept(chosen)
+        return parts[0] if len(parts) == 1 else torch.cat(parts).sort().values
 
 
 def of_kind(patches: Patches, kind: str) -> Patches:

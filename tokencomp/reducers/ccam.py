@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,11 +14,11 @@ import torch
 from tokencomp.errors import SpanError, WeightsError
 from tokencomp.reducers._batch import evenly
 from tokencomp.reducers._rows import finite_features
-from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.reducers.score import PatchReducer
 from tokencomp.tokens.patches import Patches
 from tokencomp.tokens.reduction import Reduction
-from tokencomp.tokens.spans import ModelFacts, SpanBatch, VisualSpan
+from tokencomp.tokens.spans import ModelFacts, VisualSpan
 from tokencomp.tokens.stacks import grouped
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ def _queries(path: Path, stamp: Stamp) -> int:
 
 @register_reducer("ccam")
 @dataclass(frozen=True)
-class Ccam(Reducer):
+class Ccam(PatchReducer):
     """Let Q learned queries read all frames, each the frames up to its own time (2408.14023).
 
     An image or video always becomes Q tokens, so `ratio` only switches the reducer on: plan and
@@ -73,8 +72,7 @@ class Ccam(Reducer):
     The tokens take Q places spread evenly over the span, and the positions of these places. A span
     of exactly Q tokens is left as it is. With more frames than queries, no query sees the last
     frames (the published rule, see `tokencomp.kernels.visible_frames`): take more queries, or
-    train with `--no-causal`. Video-CCAM's own projector is
-    `tokencomp.trained.ccam.CCAMProjector.preset("video-ccam-7b-v1.2")`.
+    train with `--no-causal`.
     """
 
     weights: str | None = None
@@ -102,20 +100,21 @@ class Ccam(Reducer):
                 f"{path} projects {sizes.kv_dim} to {sizes.out_dim} dimensions, and the model's "
                 f"visual tokens have {hidden}. Train weights for this model: {TRAIN}"
             )
-        bound = BoundCcam(str(path), written=Ccam(str(path)).files()[1])
+        bound = Ccam(str(path))
         bound.projector(facts.device, facts.dtype)
         return bound
 
     def projector(self, device: torch.device, dtype: torch.dtype) -> CCAMProjector:
         """The trained module, loaded once per device and dtype."""
-        return _load(*self.files(), device, dtype)
+        return _load(*self._files, device, dtype)
 
     def queries(self) -> int:
         """Tokens per image or video."""
-        return _queries(*self.files())
+        return _queries(*self._files)
 
-    def files(self) -> tuple[Path, Stamp]:
-        """The weights file, and when it and its card were written."""
+    @cached_property
+    def _files(self) -> tuple[Path, Stamp]:
+        """The weights file, and when it and its card were written: as on `patch`, if bound."""
         if self.weights is None:
             raise WeightsError(f"reducer='ccam' needs trained weights. Train them with `{TRAIN}`.")
         path = Path(self.weights).absolute()
@@ -135,12 +134,11 @@ class Ccam(Reducer):
             )
         return count
 
-    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
-        patches = Patches.whole(batch, keeps, "ccam")
+    def reduce_patches(self, patches: Patches) -> Reduction:
         x = finite_features(patches.features)
         projector = self.projector(x.device, x.dtype)
         parts, chosen, sizes = [], [], []
-        for grid, members in grouped(batch.grids).items():
+        for grid, members in grouped(patches.batch.grids).items():
             cells = grid[0] * grid[1] * grid[2]
             starts = [patches.starts[m] for m in members]
             rows = patches.table(np.add.outer(starts, np.arange(cells)).ravel())
@@ -158,13 +156,3 @@ class Ccam(Reducer):
             sizes.append(np.full(len(members) * count, cells / count, dtype=np.float32))
         size = torch.from_numpy(np.concatenate(sizes)).to(x.device)
         return patches.replaced(patches.table(np.concatenate(chosen)), torch.cat(parts), size)
-
-
-@dataclass(frozen=True)
-class BoundCcam(Ccam):
-    """A projector for one model: the files as they were on `patch`, even if they change later."""
-
-    written: Stamp = field(default=(), repr=False, compare=False)
-
-    def files(self) -> tuple[Path, Stamp]:
-        return Path(str(self.weights)), self.written

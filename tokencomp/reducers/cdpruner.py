@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,10 +12,9 @@ from tokencomp.reducers._batch import means, questions, segment, spread
 from tokencomp.reducers._rows import finite_features, supplied_scores
 from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.reducers.score import ChoosingReducer
 from tokencomp.tokens.patches import Patches
-from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import QUERY, Attention, Signal
-from tokencomp.tokens.spans import SpanBatch
 
 Relevance = Literal["query", "attention"]
 EPS = 1e-6
@@ -24,7 +22,7 @@ EPS = 1e-6
 
 @register_reducer("cdpruner")
 @dataclass(frozen=True)
-class CDPruner(Published):
+class CDPruner(ChoosingReducer, Published):
     """Greedy MAP of a DPP conditioned on the question (CDPruner, arXiv 2506.10967).
 
     Kernel K = diag(r) · cos(x, x) · diag(r), r the relevance scaled to [0, 1]; tokens are added
@@ -56,16 +54,16 @@ class CDPruner(Published):
     def needs(self) -> frozenset[Signal]:
         return frozenset({QUERY if self.relevance == "query" else Attention("text")})
 
-    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
+    def chosen(self, patches: Patches) -> Tensor:
         from tokencomp.kernels import dpp_select
 
-        patches = Patches.of(batch, keeps)
         scores = None
         if self.relevance == "attention":
-            scores = patches.of_patches(supplied_scores(batch, "cdpruner"))
+            scores = supplied_scores(patches, "cdpruner")
         unit = normalize(finite_features(patches.features.float(), scores), dim=1)
         r = self._relevance(patches, unit, scores)
-        return patches.kept(dpp_select(unit, patches.budgets, r, spans=patches.lengths))
+        chosen: Tensor = dpp_select(unit, patches.budgets, r, spans=patches.lengths)
+        return chosen
 
     def _relevance(self, patches: Patches, unit: Tensor, scores: Tensor | None) -> Tensor:
         """Relevance of every patch, scaled to (0, 1] in every span; `scores` are its attention."""
@@ -78,7 +76,7 @@ class CDPruner(Published):
 
     def _likeness(self, patches: Patches, unit: Tensor, owners: Tensor | None) -> Tensor:
         """Mean cosine of every patch with the embeddings of the text after its span."""
-        texts, lengths, prompt = questions(patches.batch, "cdpruner", "divprune")
+        texts, lengths, prompt = questions(patches, "cdpruner", "divprune")
         table = means(texts, lengths)
         # Products and sums row by row: no batch changes a rounding.
         if owners is None:

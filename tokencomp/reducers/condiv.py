@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -11,10 +10,9 @@ from tokencomp.reducers._batch import segment, spread
 from tokencomp.reducers._rows import finite_features, supplied_scores
 from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.reducers.score import ChoosingReducer
 from tokencomp.tokens.patches import Patches
-from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import Attention, Signal
-from tokencomp.tokens.spans import SpanBatch
 from tokencomp.validation import check_range
 
 FLOOR = 1e-3
@@ -22,7 +20,7 @@ FLOOR = 1e-3
 
 @register_reducer("condiv")
 @dataclass(frozen=True)
-class ConDiv(Published):
+class ConDiv(ChoosingReducer, Published):
     r"""Greedy choice of tokens that are relevant to the question and unlike those already kept.
 
     .. math:: next = \arg\max_i \; r_i^p \cdot (m \bar d + \min_{j \in kept} (1 - \cos(x_i, x_j)))
@@ -46,6 +44,7 @@ class ConDiv(Published):
     power: float = 1.0
     margin: float = 0.2
 
+    revision = 3  # since then it is the same on all kinds of media
     summary = "greedy: relevance × diversity (ours)"
 
     def __post_init__(self) -> None:
@@ -61,22 +60,12 @@ class ConDiv(Published):
     def needs(self) -> frozenset[Signal]:
         return frozenset({Attention("text")} if self.power else ())
 
-    @property
-    def revision(self) -> int:
-        """Since revision 3 it is the same on all kinds of media."""
-        return 3
-
-    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
-        patches = Patches.of(batch, keeps)
-        return patches.kept(self.chosen(patches))
-
     def chosen(self, patches: Patches) -> Tensor:
-        """Patches that stay, ascending."""
         from tokencomp.kernels import maxmin_select, mean_distance
 
         scores = weights = margin = None
         if self.power:
-            scores = patches.of_patches(supplied_scores(patches.batch, "condiv"))
+            scores = supplied_scores(patches, "condiv")
         x = finite_features(patches.features, scores)
         if scores is not None:
             weights = self._weights(patches, scores)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,8 +17,8 @@ from tokencomp.reducers._batch import distinct, ranked
 from tokencomp.reducers._rows import finite_features, supplied_scores
 from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.reducers.score import ChoosingReducer
 from tokencomp.tokens.patches import Patches, rows_where
-from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import NORM, QUERY, Attention, Signal
 from tokencomp.tokens.spans import SpanBatch
 from tokencomp.tokens.stacks import HostIndex, Stack, by_stack, masked, padded, starts_of
@@ -29,7 +28,7 @@ PIVOTS = 4  # of the visual tokens, and as many of the text
 
 @register_reducer("dart")
 @dataclass(frozen=True)
-class Dart(Published):
+class Dart(ChoosingReducer, Published):
     """Keep pivots with long keys, and for each pivot the tokens that resemble it least.
 
     DART (arXiv 2502.11494), one cut before layer 2. Pivots are the 4 visual tokens with the largest
@@ -60,10 +59,9 @@ class Dart(Published):
         stages = from_profile(NATURAL["fastv"](num_layers), self).stages
         return tuple(stage.layer for stage in stages)
 
-    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
-        patches = Patches.of(batch, keeps)
-        lengths = patches.of_patches(supplied_scores(batch, "dart"))
-        x = finite_features(patches.features, lengths)
+    def chosen(self, patches: Patches) -> Tensor:
+        lengths = supplied_scores(patches, "dart")
+        x, batch = finite_features(patches.features, lengths), patches.batch
         if batch.norm is None or batch.queries is None or batch.query_scores is None:
             raise ScoreError(
                 "reducer 'dart' needs the text after a span, its keys and the model's final norm. "
@@ -79,7 +77,7 @@ class Dart(Published):
             return least_alike(stack, states, lengths, text, text.of(directions), budgets[spans])
 
         mask = by_stack(patches.lengths, stays, states, lengths)
-        return patches.kept(rows_where(mask, sum(patches.budgets)))
+        return rows_where(mask, sum(patches.budgets))
 
 
 def text_pivots(batch: SpanBatch) -> tuple[Tensor, HostIndex, HostIndex]:

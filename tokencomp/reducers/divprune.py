@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from tokencomp.reducers._rows import finite_features
-from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.reducers.score import ChoosingReducer
 from tokencomp.tokens.patches import Patches
-from tokencomp.tokens.reduction import Reduction
-from tokencomp.tokens.spans import SpanBatch
 
 
 @register_reducer("divprune")
 @dataclass(frozen=True)
-class DivPrune(Reducer):
+class DivPrune(ChoosingReducer):
     """Greedy max-min diversity (DivPrune, arXiv 2503.02175).
 
     The first token is the one whose nearest neighbour is farthest (cosine distance). Every next
@@ -26,11 +25,9 @@ class DivPrune(Reducer):
 
     summary = "greedy max-min cosine distance (DivPrune 2503.02175)"
 
-    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
+    def chosen(self, patches: Patches) -> Tensor:
         from tokencomp.kernels import maxmin_select
 
-        patches = Patches.of(batch, keeps)
         x = finite_features(patches.features)
-        return patches.kept(
-            maxmin_select(x, patches.budgets, spans=patches.lengths, start="isolated")
-        )
+        chosen: Tensor = maxmin_select(x, patches.budgets, spans=patches.lengths, start="isolated")
+        return chosen

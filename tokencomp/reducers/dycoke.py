@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from tokencomp.plan.counts import split_evenly
 from tokencomp.reducers._batch import evenly
-from tokencomp.reducers._rows import finite_features
+from tokencomp.reducers._rows import best_rows, finite_features
 from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.reducers.score import ChoosingReducer
 from tokencomp.tokens.patches import Patches
-from tokencomp.tokens.reduction import Reduction
-from tokencomp.tokens.spans import SpanBatch
 
 GROUP = 4
 REFERENCE = np.array([0, 0, 0, 2])  # frame of the group that each frame is compared with
@@ -25,7 +24,7 @@ LARGEST = 1 - 1 / GROUP
 
 @register_reducer("dycoke")
 @dataclass(frozen=True)
-class DyCoke(Published):
+class DyCoke(ChoosingReducer, Published):
     """Drop tokens that repeat the same place of an earlier frame of their group of four.
 
     The first stage of DyCoke (arXiv 2411.15024): the first frame of every group stays whole; of the
@@ -51,13 +50,10 @@ class DyCoke(Published):
             return ""
         return f"thins out the first frames of groups; the paper's rule removes at most {LARGEST}"
 
-    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
-        from tokencomp.kernels import topk_stable
-
-        patches = Patches.whole(batch, keeps, "dycoke")
+    def chosen(self, patches: Patches) -> Tensor:
         x = finite_features(patches.features).float()
         quota, frames, reference, rank = [], list[int](), [], []
-        for (t, h, w), budget in zip(batch.grids, patches.budgets, strict=True):
+        for (t, h, w), budget in zip(patches.batch.grids, patches.budgets, strict=True):
             frame, size = np.arange(t), h * w
             compared = frame // GROUP * GROUP + REFERENCE[frame % GROUP]
             places = np.arange(t * size) + np.repeat((compared - frame) * size, size)
@@ -81,4 +77,4 @@ class DyCoke(Published):
         )
         at = patches.table(np.concatenate(rank))
         score = torch.where(at == 0, -similarity, at * torch.inf)
-        return patches.kept(topk_stable(score, quota, spans=frames))
+        return best_rows(score, quota, frames)

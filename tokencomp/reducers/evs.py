@@ -10,17 +10,16 @@ import torch
 from torch import Tensor
 
 from tokencomp.reducers._batch import evenly, previous_similarity
-from tokencomp.reducers._rows import finite_features
+from tokencomp.reducers._rows import best_rows, finite_features
 from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.reducers.score import ChoosingReducer
 from tokencomp.tokens.patches import Patches
-from tokencomp.tokens.reduction import Reduction
-from tokencomp.tokens.spans import SpanBatch
 
 
 @register_reducer("evs")
 @dataclass(frozen=True)
-class EVS(Published):
+class EVS(ChoosingReducer, Published):
     """Drop tokens that repeat the same place of the frame before (EVS, arXiv 2510.14624).
 
     The first frame stays whole; of the others, the tokens least similar (cosine) to the same
@@ -43,14 +42,13 @@ class EVS(Published):
             return ""
         return f"keeps less than one of {frames} frames; the paper's rule keeps the first one whole"
 
-    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
-        patches = Patches.whole(batch, keeps, "evs")
+    def chosen(self, patches: Patches) -> Tensor:
         similarity = previous_similarity(patches, finite_features(patches.features))
-        return least_similar(patches, similarity, [False] * len(batch))
+        return least_similar(patches, similarity, [False] * len(patches.lengths))
 
 
-def least_similar(patches: Patches, similarity: Tensor, compared: Sequence[bool]) -> Reduction:
-    """Keep the patches that are least similar to the frame before.
+def least_similar(patches: Patches, similarity: Tensor, compared: Sequence[bool]) -> Tensor:
+    """The patches that are least similar to the frame before, ascending.
 
     Parameters
     ----------
@@ -59,8 +57,6 @@ def least_similar(patches: Patches, similarity: Tensor, compared: Sequence[bool]
         Of every span: whether its first frame has been compared too. If not, it stays whole, or
         evenly spaced tokens of it.
     """
-    from tokencomp.kernels import topk_stable
-
     # 0: by similarity; 1 and -1: before and behind all others, because of the place alone
     rank = []
     grids = zip(patches.batch.grids, patches.budgets, compared, strict=True)
@@ -74,4 +70,4 @@ def least_similar(patches: Patches, similarity: Tensor, compared: Sequence[bool]
         rank.append(own)
     places = patches.table(np.concatenate(rank))
     score = torch.where(places == 0, -similarity, places * torch.inf)
-    return patches.kept(topk_stable(score, patches.budgets, spans=patches.lengths))
+    return best_rows(score, patches.budgets, patches.lengths)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,14 +12,13 @@ from torch.nn.functional import normalize
 from tokencomp.plan.counts import split_evenly
 from tokencomp.reducers._batch import frame_lengths
 from tokencomp.reducers._clusters import density_peaks
-from tokencomp.reducers._rows import salient_patches
+from tokencomp.reducers._rows import best_rows, salient
 from tokencomp.reducers._segments import frame_cosines, segments
-from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.reducers.score import PatchReducer
 from tokencomp.tokens.patches import Patches, rows_where
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import TOWER_ATTENTION
-from tokencomp.tokens.spans import SpanBatch
 from tokencomp.tokens.stacks import HostIndex, Stack, masked, portions, rows_of, starts_of
 from tokencomp.validation import check_range
 
@@ -30,7 +28,7 @@ LIMIT = 1 << 25  # entries of features and cosines in memory at once
 
 @register_reducer("fastvid")
 @dataclass(frozen=True)
-class FastVid(Reducer):
+class FastVid(PatchReducer):
     """Salient tokens of every frame, and means around the density peaks of anchor frames.
 
     FastVID (arXiv 2503.11187). The video is cut into segments of like frames (cosine of frame means
@@ -68,23 +66,21 @@ class FastVid(Reducer):
         super().__post_init__()
         check_range("fastvid", "least", self.least, 1, 1024)
 
-    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
-        from tokencomp.kernels import topk_stable
-
-        patches, x, attention = salient_patches(batch, keeps, "fastvid", whole=True)
-        lengths, salient, context = list[int](), list[int](), list[int]()
-        likes = frame_cosines(patches, x)
-        for like, budget, (_, h, w) in zip(likes, patches.budgets, batch.grids, strict=True):
+    def reduce_patches(self, patches: Patches) -> Reduction:
+        x, attention = salient(patches, "fastvid")
+        lengths, counts, context = list[int](), list[int](), list[int]()
+        likes, grids = frame_cosines(patches, x), patches.batch.grids
+        for like, budget, (_, h, w) in zip(likes, patches.budgets, grids, strict=True):
             own = segments(like, THRESHOLD, self.least)
-            counts = frame_counts(own, budget, h * w)
-            lengths, salient, context = lengths + own, salient + counts[0], context + counts[1]
+            chosen_here, context_here = frame_counts(own, budget, h * w)
+            lengths, counts, context = lengths + own, counts + chosen_here, context + context_here
         frames = frame_lengths(patches)
-        chosen = topk_stable(attention, salient, spans=frames)
+        chosen = best_rows(attention, counts, frames)
         if not any(context):
             return patches.replaced(chosen, x[chosen], x.new_ones(len(chosen)))
         free = torch.ones(len(x), dtype=torch.bool, device=x.device).index_fill_(0, chosen, False)
         rest = rows_where(free, len(x) - len(chosen))
-        left = [n - own for n, own in zip(frames, salient, strict=True)]
+        left = [n - own for n, own in zip(frames, counts, strict=True)]
         centres, value, sizes = around_anchors(patches, x, rest, left, lengths, context)
         return patches.replaced(
             torch.cat([chosen, centres]),

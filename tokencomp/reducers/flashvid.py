@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,14 +14,13 @@ from torch.nn.functional import normalize
 from tokencomp.plan.counts import split_evenly
 from tokencomp.reducers._batch import frame_lengths, means, segment
 from tokencomp.reducers._clusters import cluster_sums, density_peaks
-from tokencomp.reducers._rows import salient_patches
+from tokencomp.reducers._rows import best_rows, salient
 from tokencomp.reducers._segments import frame_cosines, segments
-from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.reducers.score import PatchReducer
 from tokencomp.tokens.patches import Patches, rows_where
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import TOWER_ATTENTION
-from tokencomp.tokens.spans import SpanBatch
 from tokencomp.tokens.stacks import HostIndex, Stack, by_stack, masked, real, rows_of, starts_of
 from tokencomp.validation import check_range
 
@@ -31,7 +29,7 @@ THRESHOLD, DIVERSE, LINK, NEIGHBOURS = 0.9, 0.7, 0.8, 7
 
 @register_reducer("flashvid")
 @dataclass(frozen=True)
-class FlashVid(Reducer):
+class FlashVid(PatchReducer):
     """Diverse salient tokens of every frame, and the rest merged along time, then by clusters.
 
     FlashVID (arXiv 2602.08024), the part before the decoder. The video is cut into segments as in
@@ -72,15 +70,15 @@ class FlashVid(Reducer):
         super().__post_init__()
         check_range("flashvid", "least", self.least, 1, 1024)
 
-    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
-        patches, x, attention = salient_patches(batch, keeps, "flashvid", whole=True)
+    def reduce_patches(self, patches: Patches) -> Reduction:
+        x, attention = salient(patches, "flashvid")
         lengths, each = list[int](), list[int]()
-        likes = frame_cosines(patches, x)
-        for like, budget, (t, h, w) in zip(likes, patches.budgets, batch.grids, strict=True):
+        likes, grids = frame_cosines(patches, x), patches.batch.grids
+        for like, budget, (t, h, w) in zip(likes, patches.budgets, grids, strict=True):
             lengths += segments(like, THRESHOLD, self.least)
             each += split_evenly(budget, [h * w] * t)
         diverse = [math.ceil(own * DIVERSE - 1e-9) for own in each]
-        frames = Patches(batch, frame_lengths(patches), diverse)
+        frames = Patches(patches.batch, frame_lengths(patches), diverse)
         if self.event:
             middle = means(means(x, frames.lengths), lengths)
             owners = np.repeat(np.repeat(np.arange(len(lengths)), lengths), frames.lengths)
@@ -187,8 +185,6 @@ def links(
         linked, bool (patches,); the token that each would hang on, int64 (patches,); the first
         frame of segments that have links, and their frames.
     """
-    from tokencomp.kernels import topk_stable
-
     stops, sizes = starts_of(lengths), np.asarray(frames.lengths)
     linked, parent = torch.zeros_like(free), torch.zeros_like(free, dtype=torch.int64)
     later = np.setdiff1d(np.arange(len(sizes)), stops)
@@ -199,7 +195,7 @@ def links(
     most = np.add.reduceat(sizes - frames.budgets, stops[:-1]) - keep
     alike = segment((best > LINK).float(), patches, "sum").tolist()
     counts = [min(int(n), int(room)) for n, room in zip(alike, most, strict=True)]
-    linked[rows[topk_stable(best, counts, spans=patches)]] = True
+    linked[rows[best_rows(best, counts, patches)]] = True
     growing = {int(stops[i]): lengths[i] for i, count in enumerate(counts) if count}
     return linked, parent.index_copy(0, rows, found), growing
 

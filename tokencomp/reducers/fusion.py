@@ -10,17 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from tokencomp.reducers._rows import finite_features
-from tokencomp.reducers.base import Reducer
+from tokencomp.reducers._rows import best_rows, finite_features
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.reducers.score import PatchReducer
 from tokencomp.tokens.patches import Patches
 from tokencomp.tokens.reduction import Reduction
-from tokencomp.tokens.spans import SpanBatch
 
 
 @register_reducer("fusion")
 @dataclass(frozen=True)
-class Fusion(Reducer):
+class Fusion(PatchReducer):
     """Fuse the neighbours in time that resemble each other most, until the budget is met.
 
     The iterative fusion of FastLongSpeech (arXiv 2507.14815). Each round compares every token with
@@ -40,8 +39,7 @@ class Fusion(Reducer):
     summary = "fuses similar neighbours in time, for audio (FastLongSpeech 2507.14815)"
     merges = True
 
-    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
-        patches = Patches.of(batch, keeps)
+    def reduce_patches(self, patches: Patches) -> Reduction:
         x, sizes = finite_features(patches.features), patches.sizes()
         places, lengths = torch.arange(len(x), device=x.device), patches.lengths
         while lengths != patches.budgets:
@@ -56,7 +54,7 @@ def fuse(
     x: Tensor, sizes: Tensor, places: Tensor, lengths: Sequence[int], after: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One round: rows x (n, d), sizes and places of spans that shrink to the lengths `after`."""
-    from tokencomp.kernels import merge_rows, topk_stable
+    from tokencomp.kernels import merge_rows
 
     wide = x.float()
     alike = cosine_similarity(wide, wide.roll(-1, 0), dim=1)
@@ -64,7 +62,7 @@ def fuse(
     alike = alike.index_fill(0, ends, -torch.inf)
     gone = [length - left for length, left in zip(lengths, after, strict=True)]
     joined = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-    joined.index_fill_(0, topk_stable(alike, gone, spans=lengths) + 1, 1)
+    joined.index_fill_(0, best_rows(alike, gone, lengths) + 1, 1)
     # Sorting instead of `nonzero`, whose length the host would have to read.
     first = joined.sort(stable=True).indices[: sum(after)]
     target = first.index_select(0, (1 - joined).cumsum(0) - 1)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from tokencomp.reducers._rows import finite_values, tower_signal
-from tokencomp.reducers.base import Reducer
+from tokencomp.reducers._rows import best_rows, finite_values, tower_signal
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.reducers.score import ChoosingReducer
 from tokencomp.tokens.patches import Patches
-from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import TOWER_ATTENTION, TowerSignal
-from tokencomp.tokens.spans import SpanBatch
 
 ANCHORS = 0.1 / 5  # share of the budget, before their neighbours
 MIDDLE = TowerSignal("attention", 0.5)
@@ -22,7 +20,7 @@ MIDDLE = TowerSignal("attention", 0.5)
 
 @register_reducer("hiprune")
 @dataclass(frozen=True)
-class HiPrune(Reducer):
+class HiPrune(ChoosingReducer):
     """Anchors of a middle block with their neighbours, then what the last block attends to.
 
     HiPrune (arXiv 2508.00553). round(0.02 · K) anchors are the tokens with the largest attention in
@@ -43,19 +41,16 @@ class HiPrune(Reducer):
     grid = "known"
     needs = frozenset({MIDDLE, TOWER_ATTENTION})
 
-    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
-        from tokencomp.kernels import topk_stable
-
-        patches = Patches.of(batch, keeps)
-        both = [tower_signal(batch, signal, "hiprune") for signal in (MIDDLE, TOWER_ATTENTION)]
-        attentions = patches.of_patches(torch.stack(both, 1))
-        middle, last = finite_values(attentions, "attentions of the vision tower").unbind(1)
+    def chosen(self, patches: Patches) -> Tensor:
+        both = [tower_signal(patches, signal, "hiprune") for signal in (MIDDLE, TOWER_ATTENTION)]
+        attentions = finite_values(torch.stack(both, 1), "attentions of the vision tower")
+        middle, last = attentions.unbind(1)
         counts = [round(budget * ANCHORS) for budget in patches.budgets]
-        anchors = topk_stable(middle, counts, spans=patches.lengths)
+        anchors = best_rows(middle, counts, patches.lengths)
         # Cells of one span after those of the other: its first one, its last one, its width.
-        ends = np.cumsum([t * h * w for t, h, w in batch.grids])
+        ends = np.cumsum([t * h * w for t, h, w in patches.batch.grids])
         firsts = [0, *ends[:-1].tolist()]
-        edges = np.stack([firsts, ends - 1, [w for *_, w in batch.grids]], 1)
+        edges = np.stack([firsts, ends - 1, [w for *_, w in patches.batch.grids]], 1)
         first, final, w = patches.table(np.repeat(edges, counts, axis=0))[:, :, None].unbind(1)
         cells = patches.cells() + patches.per_patch(firsts)
         down, right = w.new_tensor([[0, 0, 0, -1, 1], [0, -1, 1, 0, 0]])
@@ -64,4 +59,4 @@ class HiPrune(Reducer):
         chosen[near] = True
         # Tokens that stay anyway stand before all others.
         last = last.masked_fill(chosen[cells], torch.inf)
-        return patches.kept(topk_stable(last, patches.budgets, spans=patches.lengths))
+        return best_rows(last, patches.budgets, patches.lengths)

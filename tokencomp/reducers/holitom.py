@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,13 +10,13 @@ from torch import Tensor
 
 from tokencomp.plan.counts import frame_budgets
 from tokencomp.reducers._clusters import cluster_sums, density_peaks
-from tokencomp.reducers._rows import salient_patches
+from tokencomp.reducers._rows import best_rows, salient
 from tokencomp.reducers._segments import place_cosines, run_means, still_windows
-from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.reducers.score import PatchReducer
+from tokencomp.tokens.patches import Patches
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import TOWER_ATTENTION
-from tokencomp.tokens.spans import SpanBatch
 from tokencomp.tokens.stacks import HostIndex
 
 STATIC, NEIGHBOURS, OWN = 0.8, 7, 0.6
@@ -25,7 +24,7 @@ STATIC, NEIGHBOURS, OWN = 0.8, 7, 0.6
 
 @register_reducer("holitom")
 @dataclass(frozen=True)
-class HoliTom(Reducer):
+class HoliTom(PatchReducer):
     """Merge what stands still along time, and keep of the rest what the vision tower attends to.
 
     HoliTom (arXiv 2505.21334), the part before the decoder. The video is cut into windows so that
@@ -49,10 +48,8 @@ class HoliTom(Reducer):
     grid = "whole"
     needs = frozenset({TOWER_ATTENTION})
 
-    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
-        from tokencomp.kernels import topk_stable
-
-        patches, x, attention = salient_patches(batch, keeps, "holitom", whole=True)
+    def reduce_patches(self, patches: Patches) -> Reduction:
+        x, attention = salient(patches, "holitom")
         still: list[tuple[HostIndex, int]] = []
         moving: list[tuple[HostIndex, int]] = []
         likes = place_cosines(patches, x)
@@ -63,21 +60,23 @@ class HoliTom(Reducer):
             lengths = [len(group) for group in (*static, *frames)]
             budgets = frame_budgets(lengths, budget, lengths)
             still += [(own, k) for own, k in zip(static, budgets, strict=False) if k]
-            moving += [*zip(frames, budgets[len(static) :], strict=True)]
-        rows = patches.table(np.concatenate([own for own, _ in moving]))
-        counts = [count for _, count in moving]
-        lengths = [len(own) for own, _ in moving]
-        chosen = rows[topk_stable(attention[rows], counts, spans=lengths)]
+            # Frames that are static as a whole have no rows to choose from.
+            moving += [(own, k) for own, k in zip(frames, budgets[len(static) :], strict=True) if k]
+        rows = patches.table(np.concatenate([np.arange(0), *(own for own, _ in moving)]))
+        if moving:
+            lengths = [len(own) for own, _ in moving]
+            counts = [count for _, count in moving]
+            rows = rows[best_rows(attention[rows], counts, lengths)]
         if not still:
-            return patches.replaced(chosen, x[chosen], x.new_ones(len(chosen)))
+            return patches.replaced(rows, x[rows], x.new_ones(len(rows)))
         values = run_means(patches, x, [own for own, _ in still])
         places, merged, sizes = peaks(values, [len(own) for own, _ in still], [k for _, k in still])
         at = patches.table(np.concatenate([own[:, 0] for own, _ in still]))[places]
         repeats = patches.table([own.shape[1] for own, k in still for _ in range(k)])
         return patches.replaced(
-            torch.cat([chosen, at]),
-            torch.cat([x[chosen], merged]),
-            torch.cat([x.new_ones(len(chosen)), sizes * repeats]),
+            torch.cat([rows, at]),
+            torch.cat([x[rows], merged]),
+            torch.cat([x.new_ones(len(rows)), sizes * repeats]),
         )
 
 

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from tokencomp.plan.counts import split_evenly
 from tokencomp.reducers._batch import segment
-from tokencomp.reducers._rows import finite_values, tower_signal
-from tokencomp.reducers.base import Reducer
+from tokencomp.reducers._rows import best_rows, finite_values, tower_signal
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.reducers.score import ChoosingReducer
 from tokencomp.tokens.patches import Patches
-from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import TOWER_ATTENTION
-from tokencomp.tokens.spans import SpanBatch
 
 CROP = 1024 / 576  # crops per kept share of the tokens
 
 
 @register_reducer("holov")
 @dataclass(frozen=True)
-class HoloV(Reducer):
+class HoloV(ChoosingReducer):
     """Split a picture into crops, and keep of each the tokens that the vision tower attends to.
 
     HoloV (arXiv 2510.02912). max(1, ⌊(1024/576) · n / K⌋) crops are runs of equal length in raster
@@ -41,11 +40,8 @@ class HoloV(Reducer):
     summary = "budgets of crops by tower attention (HoloV 2510.02912)"
     needs = frozenset({TOWER_ATTENTION})
 
-    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
-        from tokencomp.kernels import topk_stable
-
-        patches = Patches.of(batch, keeps)
-        attention = patches.of_patches(tower_signal(batch, TOWER_ATTENTION, "holov"))
+    def chosen(self, patches: Patches) -> Tensor:
+        attention = tower_signal(patches, TOWER_ATTENTION, "holov")
         attention = finite_values(attention, "attentions of the vision tower")
         crops = [crop_lengths(n, k) for n, k in zip(patches.lengths, patches.budgets, strict=True)]
         lengths = list(itertools.chain(*crops))
@@ -53,7 +49,7 @@ class HoloV(Reducer):
         budgets = []
         for own, budget in zip(crops, patches.budgets, strict=True):
             budgets += crop_budgets([next(sums) / n for n in own], budget, own)
-        return patches.kept(topk_stable(attention, budgets, spans=lengths))
+        return best_rows(attention, budgets, lengths)
 
 
 def crop_lengths(n: int, budget: int) -> list[int]:

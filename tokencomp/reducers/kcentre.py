@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from tokencomp.reducers._pixels import NO_PIXELS, looks
-from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.reducers.score import ChoosingReducer
 from tokencomp.tokens.patches import Patches
-from tokencomp.tokens.reduction import Reduction
-from tokencomp.tokens.spans import SpanBatch
 from tokencomp.validation import check_range
 
 
 @register_reducer("kcentre")
 @dataclass(frozen=True)
-class KCentre(Reducer):
+class KCentre(ChoosingReducer):
     """Greedy k-centre by the root mean square of differences (Gonzalez 1985; use here ours).
 
     The first token is the one farthest from the mean, and every next one the farthest from all
@@ -69,12 +66,7 @@ class KCentre(Reducer):
     def idle(self, pixels: bool) -> dict[str, str]:
         return {} if pixels else dict.fromkeys(("thumb", "contrast", "change"), NO_PIXELS)
 
-    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
-        patches = Patches.of(batch, keeps)
-        return patches.kept(self.chosen(patches))
-
     def chosen(self, patches: Patches) -> Tensor:
-        """Patches that stay, ascending."""
         from tokencomp.kernels import maxmin_select
 
         x = looks(patches, self.thumb, self.contrast, self.change)

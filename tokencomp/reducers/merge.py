@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,17 +10,16 @@ import torch
 from torch import Tensor
 
 from tokencomp.plan.counts import split_evenly
-from tokencomp.reducers._rows import finite_features
-from tokencomp.reducers.base import Reducer
+from tokencomp.reducers._rows import best_rows, finite_features
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.reducers.score import PatchReducer
 from tokencomp.tokens.patches import Patches, rows_where
 from tokencomp.tokens.reduction import Reduction
-from tokencomp.tokens.spans import SpanBatch
 
 
 @register_reducer("merge")
 @dataclass(frozen=True)
-class Merge(Reducer):
+class Merge(PatchReducer):
     """Merge the most similar tokens of every frame until the budget is met.
 
     One step, per frame: tokens at even places look for their most similar token at an odd place
@@ -49,14 +47,13 @@ class Merge(Reducer):
     summary = "similarity merging inside each frame (AIM 2412.03248, ToMe 2210.09461)"
     merges = True
 
-    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
-        patches = Patches.of(batch, keeps)
+    def reduce_patches(self, patches: Patches) -> Reduction:
         x = finite_features(patches.features)
         groups, quota = [], []
         per_frame = patches.per_frame()
         for number, budget in enumerate(patches.budgets):
             own = [patches.lengths[number]]
-            if batch.grids[number][0] > 1:
+            if patches.batch.grids[number][0] > 1:
                 own = frame_runs(per_frame[number], budget)
             groups += own
             quota += [1 + q for q in split_evenly(budget - len(own), [n - 1 for n in own])]
@@ -102,10 +99,10 @@ class Merge(Reducer):
         self, x: Tensor, sizes: Tensor, rows: Tensor, lengths: list[int], steps: list[int]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Merge the `steps` most similar pairs of every group."""
-        from tokencomp.kernels import bipartite_match, merge_rows, topk_stable
+        from tokencomp.kernels import bipartite_match, merge_rows
 
         similarity, partner = bipartite_match(x, lengths)
-        gone = topk_stable(similarity, steps, spans=lengths)
+        gone = best_rows(similarity, steps, lengths)
         target = torch.arange(len(x), device=x.device)
         target = target.index_copy(0, gone, partner.to(target).index_select(0, gone))
         left = torch.ones(len(x), dtype=torch.uint8, device=x.device).index_fill_(0, gone, 0)

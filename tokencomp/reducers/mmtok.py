@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,12 +12,10 @@ from torch.nn.functional import normalize
 
 from tokencomp.reducers._batch import questions
 from tokencomp.reducers._rows import finite_features
-from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.reducers.score import ChoosingReducer
 from tokencomp.tokens.patches import Patches
-from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import QUERY, Signal
-from tokencomp.tokens.spans import SpanBatch
 from tokencomp.tokens.stacks import HostIndex, Stack, by_stack, masked, rows_of, starts_of
 
 TEXT, VISION, SHARE = 0.02, 0.2, 0.5  # temperatures, and the weight of the picture
@@ -27,7 +24,7 @@ BLOCK = 1 << 24  # cosines in memory at once
 
 @register_reducer("mmtok")
 @dataclass(frozen=True)
-class MMTok(Reducer):
+class MMTok(ChoosingReducer):
     """Keep the tokens that cover the tokens of the question and of the picture best.
 
     MMTok (arXiv 2508.18264): greedy facility location over two stacked matrices, the softmax over
@@ -56,15 +53,14 @@ class MMTok(Reducer):
     def needs(self) -> frozenset[Signal]:
         return frozenset({QUERY} if self.cover == "both" else ())
 
-    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
+    def chosen(self, patches: Patches) -> Tensor:
         from tokencomp.kernels import facility_select
 
-        patches = Patches.of(batch, keeps)
         unit = normalize(finite_features(patches.features).float(), dim=1)
         points, reach = unit / VISION, np.asarray(patches.lengths)
         shift = np.repeat(np.log(reach / SHARE), reach)
         if self.cover == "both":
-            texts, lengths, prompt = questions(batch, "mmtok", "cover='picture'")
+            texts, lengths, prompt = questions(patches, "mmtok", "cover='picture'")
             own = np.asarray(lengths)[prompt]
             rows = patches.table(rows_of(starts_of(lengths), prompt))
             # The points of a span are its patches, and then its text.
@@ -75,7 +71,8 @@ class MMTok(Reducer):
             reach = reach + own
         offset = log_sums(patches, unit, points, reach) + unit.new_tensor(shift)
         how = {"points": points, "point_spans": reach.tolist(), "offset": offset}
-        return patches.kept(facility_select(unit, patches.budgets, spans=patches.lengths, **how))
+        chosen: Tensor = facility_select(unit, patches.budgets, spans=patches.lengths, **how)
+        return chosen
 
 
 def log_sums(patches: Patches, unit: Tensor, points: Tensor, reach: HostIndex) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -12,11 +11,11 @@ from torch import Tensor
 
 from tokencomp.plan.counts import split_evenly
 from tokencomp.reducers._rows import finite_features
-from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.reducers.score import PatchReducer
 from tokencomp.tokens.patches import Patches
 from tokencomp.tokens.reduction import Reduction
-from tokencomp.tokens.spans import ModelFacts, SpanBatch
+from tokencomp.tokens.spans import ModelFacts
 from tokencomp.tokens.stacks import HostIndex, grouped
 from tokencomp.validation import check_range
 
@@ -27,7 +26,7 @@ MOST_STRIDE = 1024  # tokens; no frame has longer sides
 
 @register_reducer("pool")
 @dataclass(frozen=True)
-class Pool(Reducer):
+class Pool(PatchReducer):
     """Pool frames: the first of every group finely, the others coarsely (arXiv 2409.20018).
 
     A single image is pooled to the nearest grid. Pooled tokens are area means of the whole map.
@@ -71,9 +70,8 @@ class Pool(Reducer):
             return replace(self, position="first")
         return self
 
-    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
-        patches = Patches.whole(batch, keeps, "pool")
-        x, grids = finite_features(patches.features), batch.grids
+    def reduce_patches(self, patches: Patches) -> Reduction:
+        x, grids = finite_features(patches.features), patches.batch.grids
         pooled, chosen, sizes = [], [], []
         # Spans whose frames have one size are pooled together.
         for (h, w), members in grouped([(h, w) for _, h, w in grids]).items():

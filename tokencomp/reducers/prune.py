@@ -16,7 +16,8 @@ from tokencomp.reducers.registry import register_reducer
 from tokencomp.reducers.score import ScoreReducer
 from tokencomp.tokens.patches import Patches
 from tokencomp.tokens.signals import Attention, Signal
-from tokencomp.validation import check_range
+
+STEPS, TEMPERATURE = 5, 0.1  # of PageRank
 
 
 @register_reducer("prune")
@@ -27,7 +28,7 @@ class Prune(ScoreReducer, Published):
     Attributes
     ----------
     score
-        "pagerank": five steps s ← s·M of the layer's causal attention M = softmax(logits / τ)
+        "pagerank": five steps s ← s·M of the layer's causal attention M = softmax(logits / 0.1)
         from the uniform vector, per head, root mean square over heads (AIM, arXiv 2412.03248).
         "last_query": attention of the last prompt token, mean over heads (PyramidDrop,
         arXiv 2410.17247; FastV, arXiv 2403.06764). "rater_query": mean over the text tokens that
@@ -41,9 +42,6 @@ class Prune(ScoreReducer, Published):
     start, stop
         AIM's ramp as fractions of the depth; published: 14/28 … 22/28 for video, 13/32 … 21/32 for
         images. Without effect on other schedules.
-    temperature, iterations
-        PageRank's τ (0.001 … 1000) and number of steps (1 … 100). Without effect on
-        other scores.
 
     Notes
     -----
@@ -57,8 +55,6 @@ class Prune(ScoreReducer, Published):
 
     score: Literal["pagerank", "last_query", "rater_query"] = "pagerank"
     schedule: Literal["aim", "pyramid", "fastv", "sparsevlm"] = "aim"
-    temperature: float = 0.1
-    iterations: int = 5
     start: float = 0.5
     stop: float = 22 / 28
     layer: Literal["previous", "next"] = "previous"
@@ -70,24 +66,16 @@ class Prune(ScoreReducer, Published):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range("prune", "temperature", self.temperature, 1e-3, 1000)
-        check_range("prune", "iterations", self.iterations, 1, 100)
         check_ramp("prune", self.start, self.stop)
 
     def idle(self, pixels: bool) -> dict[str, str]:
-        idle: dict[str, str] = {}
-        if self.score != "pagerank":
-            why = f"with score={self.score!r}, which takes no steps of PageRank"
-            idle |= dict.fromkeys(("temperature", "iterations"), why)
-        if self.schedule != "aim":
-            why = f"with schedule={self.schedule!r}, which has no ramp"
-            idle |= dict.fromkeys(("start", "stop"), why)
-        return idle
+        why = f"with schedule={self.schedule!r}, which has no ramp"
+        return {} if self.schedule == "aim" else dict.fromkeys(("start", "stop"), why)
 
     @property
     def needs(self) -> frozenset[Signal]:
         if self.score == "pagerank":
-            signal = Attention("all", self.iterations, self.temperature, "rms")
+            signal = Attention("all", STEPS, TEMPERATURE, "rms")
         else:
             signal = Attention("last" if self.score == "last_query" else "raters")
         if self.layer == "next":
@@ -112,7 +100,7 @@ class Prune(ScoreReducer, Published):
         return tuple(stage.layer for stage in from_profile(natural, self).stages)
 
     def scores(self, patches: Patches) -> Tensor:
-        return patches.of_patches(supplied_scores(patches.batch, "prune"))
+        return supplied_scores(patches, "prune")
 
 
 @dataclass(frozen=True)

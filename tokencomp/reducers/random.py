@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from tokencomp.errors import OptionError
 from tokencomp.reducers._batch import random_ranks
 from tokencomp.reducers._late import Baseline
+from tokencomp.reducers._rows import best_rows
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.reducers.score import ChoosingReducer
 from tokencomp.tokens.patches import Patches
-from tokencomp.tokens.reduction import Reduction
-from tokencomp.tokens.spans import SpanBatch
 
 
 @register_reducer("random")
 @dataclass(frozen=True)
-class Random(Baseline):
+class Random(ChoosingReducer, Baseline):
     """Keep a random subset.
 
     The choice depends only on the seed and the patch indices, so it is identical across batches,
@@ -39,10 +40,8 @@ class Random(Baseline):
         if not 0 <= self.seed < 2**63:
             raise OptionError(f"random: seed={self.seed!r}; allowed: an integer from 0 to 2**63-1.")
 
-    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
-        from tokencomp.kernels import topk_stable
-
-        patches = Patches.of(batch, keeps)
-        ranks = random_ranks(self.seed, max(map(math.prod, batch.grids))).to(patches.device)
+    def chosen(self, patches: Patches) -> Tensor:
+        most = max(map(math.prod, patches.batch.grids))
+        ranks = random_ranks(self.seed, most).to(patches.device)
         rank = ranks.index_select(0, patches.cells())
-        return patches.kept(topk_stable(rank, patches.budgets, spans=patches.lengths))
+        return best_rows(rank, patches.budgets, patches.lengths)

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokencomp.reducers._pixels import NO_PIXELS, appearance
-from tokencomp.reducers.base import Reducer
+from tokencomp.reducers._pixels import NO_PIXELS, looks
+from tokencomp.reducers._rows import best_rows
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.reducers.score import ChoosingReducer
 from tokencomp.tokens.patches import Patches
-from tokencomp.tokens.reduction import Reduction
-from tokencomp.tokens.spans import Grid, SpanBatch
+from tokencomp.tokens.spans import Grid
 from tokencomp.validation import check_range
 
 HALVINGS = 24  # of the interval that holds the threshold: to 6e-8 of the largest distance
@@ -22,13 +22,13 @@ HALVINGS = 24  # of the interval that holds the threshold: to 6e-8 of the larges
 
 @register_reducer("runlength")
 @dataclass(frozen=True)
-class RunLength(Reducer):
+class RunLength(ChoosingReducer):
     """Keep a token of a video where its place looks unlike the token last kept there.
 
     As in RLT (arXiv 2411.05222), but every distance is taken to the token last *kept* at the place,
     so that slow changes add up, and the threshold is the one that meets the budget: counts stay
-    exact. The first frame gets at most the share `first` of the budget, by k-centre, because with
-    small budgets a whole first frame would be all (ours).
+    exact. The first frame gets at most half of the budget, by k-centre, because with small budgets
+    a whole first frame would be all (ours).
 
     k-centre chooses the tokens of an image, and those of single video frames in vision towers that
     take frames one by one (LLaVA, InternVL, SmolVLM and VILA). Distances are those of averages of
@@ -36,13 +36,10 @@ class RunLength(Reducer):
 
     Attributes
     ----------
-    first : float
-        Largest share of the budget that the first frame gets, in (0, 1].
     thumb : int
         See `kcentre`.
     """
 
-    first: float = 0.5
     thumb: int = 4
 
     summary = (
@@ -52,36 +49,34 @@ class RunLength(Reducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range(self.name, "first", self.first, 0, 1)
         check_range(self.name, "thumb", self.thumb, 1, 64)
 
     def idle(self, pixels: bool) -> dict[str, str]:
         return {} if pixels else {"thumb": NO_PIXELS}
 
-    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
-        from tokencomp.kernels import maxmin_select, topk_stable
+    def chosen(self, patches: Patches) -> Tensor:
+        from tokencomp.kernels import maxmin_select
 
-        patches = Patches.whole(batch, keeps, self.name)
-        x = appearance(patches.features, batch.pixels, self.thumb)
-        pairs = list(zip(batch.grids, patches.budgets, strict=True))
-        heads = [h * w for _, h, w in batch.grids]
+        x, grids = looks(patches, self.thumb), patches.batch.grids
+        heads = [h * w for _, h, w in grids]
         rows = [np.arange(at, at + n) for at, n in zip(patches.starts, heads, strict=True)]
         first = None if heads == patches.lengths else patches.table(np.concatenate(rows))
-        budgets = [self._of_first(grid, budget) for grid, budget in pairs]
+        budgets = [*map(of_first, grids, patches.budgets)]
         seen = x if first is None else x.index_select(0, first)
-        chosen = maxmin_select(seen, budgets, spans=heads, metric="rms")
+        chosen: Tensor = maxmin_select(seen, budgets, spans=heads, metric="rms")
         if first is None:
-            return patches.kept(chosen)
+            return chosen
         rest = [budget - own for budget, own in zip(patches.budgets, budgets, strict=True)]
         scores = changes(patches, x, rest)
         scores.index_fill_(0, first.index_select(0, chosen), torch.inf)
-        return patches.kept(topk_stable(scores, patches.budgets, spans=patches.lengths))
+        return best_rows(scores, patches.budgets, patches.lengths)
 
-    def _of_first(self, grid: Grid, budget: int) -> int:
-        """How many tokens of the first frame stay: all of them in an image."""
-        t, h, w = grid
-        later = (t - 1) * h * w  # places of the other frames, which may be too few for their share
-        return min(h * w, max(1, int(budget * self.first), budget - later))
+
+def of_first(grid: Grid, budget: int) -> int:
+    """How many tokens of the first frame stay: all of them in an image."""
+    t, h, w = grid
+    later = (t - 1) * h * w  # places of the other frames, which may be too few for their share
+    return min(h * w, max(1, budget // 2, budget - later))
 
 
 def changes(patches: Patches, x: Tensor, budgets: list[int]) -> Tensor:

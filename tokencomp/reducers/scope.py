@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from torch import Tensor
 from torch.nn.functional import normalize
 
 from tokencomp.reducers._rows import finite_features, tower_signal
-from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.reducers.score import ChoosingReducer
 from tokencomp.tokens.patches import Patches
-from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import TOWER_ATTENTION, Signal
-from tokencomp.tokens.spans import SpanBatch
 
 
 @register_reducer("scope")
 @dataclass(frozen=True)
-class Scope(Reducer):
+class Scope(ChoosingReducer):
     """Greedy choice of tokens that are salient and cover tokens which no chosen one resembles.
 
     SCOPE (arXiv 2510.24214): the next token is the one of the largest
@@ -48,13 +46,12 @@ class Scope(Reducer):
     def needs(self) -> frozenset[Signal]:
         return frozenset({TOWER_ATTENTION} if self.saliency == "tower" else ())
 
-    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
+    def chosen(self, patches: Patches) -> Tensor:
         from tokencomp.kernels import facility_select
 
-        patches = Patches.of(batch, keeps)
         weights = None
         if self.saliency == "tower":
-            weights = patches.of_patches(tower_signal(batch, TOWER_ATTENTION, "scope"))
+            weights = tower_signal(patches, TOWER_ATTENTION, "scope")
         unit = normalize(finite_features(patches.features, weights).float(), dim=1)
-        chosen = facility_select(unit, patches.budgets, weights, spans=patches.lengths)
-        return patches.kept(chosen)
+        chosen: Tensor = facility_select(unit, patches.budgets, weights, spans=patches.lengths)
+        return chosen

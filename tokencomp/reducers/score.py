@@ -1,4 +1,4 @@
-"""Methods that are a score: the best-scored patches of every span stay."""
+"""What most methods say of the patches of a call: which stay, what becomes of them, or a score."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tokencomp.reducers._rows import finite_values
+from tokencomp.plan.reducer import label
+from tokencomp.reducers._rows import best_rows, finite_values
 from tokencomp.reducers.base import Reducer
 from tokencomp.tokens.patches import Patches
 from tokencomp.tokens.reduction import Reduction
@@ -16,11 +17,39 @@ from tokencomp.tokens.spans import SpanBatch
 
 
 @dataclass(frozen=True)
-class ScoreReducer(Reducer):
+class PatchReducer(Reducer):
+    """A reducer that sees patches alone: special tokens stay without it.
+
+    Where it compares places of whole grids (`grid = "whole"`), no patch is missing.
+    """
+
+    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
+        if self.grid == "whole":
+            return self.reduce_patches(Patches.whole(batch, keeps, label(self)))
+        return self.reduce_patches(Patches.of(batch, keeps))
+
+    @abstractmethod
+    def reduce_patches(self, patches: Patches) -> Reduction:
+        """`reduce_batch` of the patches, made by their `kept` or `replaced`."""
+
+
+@dataclass(frozen=True)
+class ChoosingReducer(PatchReducer):
+    """A reducer that keeps some patches as they are."""
+
+    def reduce_patches(self, patches: Patches) -> Reduction:
+        return patches.kept(self.chosen(patches))
+
+    @abstractmethod
+    def chosen(self, patches: Patches) -> Tensor:
+        """Numbers of the patches that stay, int64, ascending, as many as the budgets."""
+
+
+@dataclass(frozen=True)
+class ScoreReducer(ChoosingReducer):
     """A reducer that says how much every patch counts, and nothing else.
 
-    A subclass implements `scores`. It sees patches alone: special tokens stay without it. Of equal
-    scores the lower index stays.
+    A subclass implements `scores`. Of equal scores the lower index stays.
     """
 
     @abstractmethod
@@ -40,9 +69,6 @@ class ScoreReducer(Reducer):
             Finite; compared in float32.
         """
 
-    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
-        from tokencomp.kernels import topk_stable
-
-        patches = Patches.of(batch, keeps)
+    def chosen(self, patches: Patches) -> Tensor:
         scores = finite_values(self.scores(patches), "scores")
-        return patches.kept(topk_stable(scores, patches.budgets, spans=patches.lengths))
+        return best_rows(scores, patches.budgets, patches.lengths)

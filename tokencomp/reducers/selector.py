@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from os import PathLike, fspath
@@ -16,13 +15,12 @@ from torch import Tensor, nn
 
 from tokencomp.errors import OptionError, WeightsError
 from tokencomp.reducers._batch import min_max
-from tokencomp.reducers._rows import finite_features, finite_values, supplied_scores
-from tokencomp.reducers.base import Reducer
+from tokencomp.reducers._rows import best_rows, finite_features, finite_values, supplied_scores
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.reducers.score import ChoosingReducer
 from tokencomp.tokens.patches import Patches
-from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import Attention, Signal
-from tokencomp.tokens.spans import ModelFacts, SpanBatch
+from tokencomp.tokens.spans import ModelFacts
 from tokencomp.tokens.stacks import HostIndex, Stack, by_stack, real
 
 TRAIN = "tokencomp train selector --model MODEL --data DATA --output FOLDER"
@@ -194,7 +192,7 @@ def load_selector(
 
 @register_reducer("selector")
 @dataclass(frozen=True)
-class Selector(Reducer):
+class Selector(ChoosingReducer):
     """Keep the tokens that, to a trained network, explain the answer best (arXiv 2506.01097).
 
     The only input of the paper's network is layer 0's attention from the user's text to the visual
@@ -254,23 +252,22 @@ class Selector(Reducer):
         vars(bound)["_net"] = net  # the one that was checked, even if its file changes later
         return bound
 
-    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
-        from tokencomp.kernels import maxmin_select, topk_stable
+    def chosen(self, patches: Patches) -> Tensor:
+        from tokencomp.kernels import maxmin_select
 
-        patches, row = Patches.of(batch, keeps), None
         x = patches.features
-        if self.needs:
-            row = patches.of_patches(supplied_scores(batch, "selector"))
+        row = supplied_scores(patches, "selector") if self.needs else None
         if row is not None and self.pick == "top":
             finite_values(row, "scores")
         else:
             finite_features(x, row)
         importance = self.importances(patches, x if row is None else row)
         if self.pick == "top":
-            return patches.kept(topk_stable(importance, patches.budgets, spans=patches.lengths))
+            return best_rows(importance, patches.budgets, patches.lengths)
         # With λ = 0.5, λ·I - (1-λ)·max cos orders as I + min (1 - cos).
         how = {"spans": patches.lengths, "bonus": min_max(importance, patches.lengths)}
-        return patches.kept(maxmin_select(x, patches.budgets, **how))
+        chosen: Tensor = maxmin_select(x, patches.budgets, **how)
+        return chosen
 
     def importances(self, patches: Patches, given: Tensor) -> Tensor:
         """`importance` of the patches of every span, float32, shape (patches,).

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,13 +11,13 @@ from torch.nn.functional import normalize
 
 from tokencomp.plan.counts import frame_budgets
 from tokencomp.reducers._clusters import cluster_sums, density_peaks
-from tokencomp.reducers._rows import salient_patches
+from tokencomp.reducers._rows import best_rows, salient
 from tokencomp.reducers._segments import place_cosines, run_means, still_windows
-from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.reducers.score import PatchReducer
+from tokencomp.tokens.patches import Patches
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import TOWER_ATTENTION
-from tokencomp.tokens.spans import SpanBatch
 from tokencomp.tokens.stacks import HostIndex
 
 STATIC, CANDIDATES, NEIGHBOURS = 0.8, 1.5, 7
@@ -27,7 +26,7 @@ TIME, PLACE = 1e4, 1e3  # bases of the rotations
 
 @register_reducer("tango")
 @dataclass(frozen=True)
-class Tango(Reducer):
+class Tango(PatchReducer):
     """One token of every cluster of what the vision tower attends to, apart in time and place.
 
     Tango (arXiv 2604.09547). Places that stand still in a window (as in `holitom`, threshold 0.8)
@@ -49,12 +48,12 @@ class Tango(Reducer):
     grid = "whole"
     needs = frozenset({TOWER_ATTENTION})
 
-    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
-        patches, x, attention = salient_patches(batch, keeps, "tango", whole=True)
+    def reduce_patches(self, patches: Patches) -> Reduction:
+        x, attention = salient(patches, "tango")
         groups, counts, places = list[HostIndex](), list[int](), list[HostIndex]()
         likes = place_cosines(patches, x)
         for number, (like, budget) in enumerate(zip(likes, patches.budgets, strict=True)):
-            (_, h, w), start = batch.grids[number], patches.starts[number]
+            (_, h, w), start = patches.batch.grids[number], patches.starts[number]
             windows = still_windows(like, budget, STATIC)
             own = [group for still, moving in windows for group in (still, *moving[:, :, None])]
             lengths = [len(group) for group in own]
@@ -75,10 +74,8 @@ class Tango(Reducer):
 
 def representatives(y: Tensor, saliency: Tensor, lengths: list[int], counts: list[int]) -> Tensor:
     """`counts` rows of every group of y (n, d): the most salient of each cluster of candidates."""
-    from tokencomp.kernels import topk_stable
-
     most = [min(n, int(CANDIDATES * count)) for n, count in zip(lengths, counts, strict=True)]
-    candidates = topk_stable(saliency, most, spans=lengths)
+    candidates = best_rows(saliency, most, lengths)
     neighbours = [NEIGHBOURS] * len(counts)
     _, labels = density_peaks(y[candidates], most, counts, neighbours, itself=False)
     order = saliency[candidates].sort(descending=True, stable=True).indices

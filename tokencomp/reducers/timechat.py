@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from tokencomp.reducers._batch import previous_similarity
 from tokencomp.reducers._rows import finite_features
-from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.evs import least_similar
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.reducers.score import ChoosingReducer
 from tokencomp.tokens.patches import Patches
-from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import FRAMES, Signal
-from tokencomp.tokens.spans import SpanBatch
 
 
 @register_reducer("timechat")
 @dataclass(frozen=True)
-class TimeChat(Reducer):
+class TimeChat(ChoosingReducer):
     """Drop tokens that repeat the same place of the frame before (TimeChat-Online, 2504.17343).
 
     The first frame of a chunk is compared with the last frame of the chunk before it: of the same
@@ -44,9 +42,8 @@ class TimeChat(Reducer):
     def needs(self) -> frozenset[Signal]:
         return frozenset({FRAMES})
 
-    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
-        patches = Patches.whole(batch, keeps, self.name)
-        x = finite_features(patches.features)
+    def chosen(self, patches: Patches) -> Tensor:
+        x, batch = finite_features(patches.features), patches.batch
         similarity = previous_similarity(patches, x)
         before = batch.frames or [None] * len(batch)
         known = [number for number, frame in enumerate(before) if frame is not None]

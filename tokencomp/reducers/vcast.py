@@ -13,19 +13,17 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from tokencomp.plan.counts import frame_budgets
 from tokencomp.reducers._batch import min_max, segment
-from tokencomp.reducers._rows import feature_norms, finite_features
-from tokencomp.reducers.base import Reducer
+from tokencomp.reducers._rows import best_rows, feature_norms, finite_features
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.reducers.score import ChoosingReducer
 from tokencomp.tokens.patches import Patches
-from tokencomp.tokens.reduction import Reduction
-from tokencomp.tokens.spans import SpanBatch
 
 TEMPERATURE = 0.7
 
 
 @register_reducer("vcast")
 @dataclass(frozen=True)
-class VCast(Reducer):
+class VCast(ChoosingReducer):
     """Keep more of the frames where a video turns, and there the tokens unlike their frame.
 
     V-CAST (arXiv 2603.27650). f_t is the direction of the mean token of frame t, and its curvature
@@ -43,10 +41,7 @@ class VCast(Reducer):
     summary = "budgets of frames by curvature, tokens unlike their frame (V-CAST 2603.27650)"
     grid = "known"
 
-    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
-        from tokencomp.kernels import topk_stable
-
-        patches = Patches.of(batch, keeps)
+    def chosen(self, patches: Patches) -> Tensor:
         frames = [[n for n in own if n] for own in patches.per_frame()]
         lengths = list(itertools.chain(*frames))
         x = patches.features.float()
@@ -63,7 +58,7 @@ class VCast(Reducer):
             quota += frame_budgets(weights, budget, own, least=1)
         rows = torch.repeat_interleave(means, patches.table(lengths), dim=0, output_size=len(x))
         score = 1 - cosine_similarity(x, rows, dim=1) + min_max(norms, lengths)
-        return patches.kept(topk_stable(score, quota, spans=lengths))
+        return best_rows(score, quota, lengths)
 
 
 def frame_means(x: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from tokencomp.reducers._rows import salient_patches, tower_signal
-from tokencomp.reducers.base import Reducer
+from tokencomp.reducers._rows import best_rows, salient, tower_signal
 from tokencomp.reducers.registry import register_reducer
+from tokencomp.reducers.score import PatchReducer
 from tokencomp.tokens.nearest import nearest
 from tokencomp.tokens.patches import Patches, rows_where
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import TOWER_ATTENTION, TOWER_KEYS
-from tokencomp.tokens.spans import SpanBatch
 
 CONTEXTUAL = 10 / 64
 
 
 @register_reducer("visionzip")
 @dataclass(frozen=True)
-class VisionZip(Reducer):
+class VisionZip(PatchReducer):
     """Keep what the vision tower attends to most, and merge the rest by its keys.
 
     VisionZip (arXiv 2412.04467). Of K tokens, C = max(1, round(10/64 · K)) are contextual and the
@@ -43,17 +41,18 @@ class VisionZip(Reducer):
     merges = True
     needs = frozenset({TOWER_ATTENTION, TOWER_KEYS})
 
-    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
-        from tokencomp.kernels import merge_rows, topk_stable
+    def reduce_patches(self, patches: Patches) -> Reduction:
+        from tokencomp.kernels import merge_rows
 
-        patches, x, attention = salient_patches(batch, keeps, "visionzip")
-        keys = patches.of_patches(tower_signal(batch, TOWER_KEYS, "visionzip")).mean(1)
+        x, attention = salient(patches, "visionzip")
+        keys = tower_signal(patches, TOWER_KEYS, "visionzip").mean(1)
         contextual = [max(1, round(budget * CONTEXTUAL)) for budget in patches.budgets]
         counts = [k - c for k, c in zip(patches.budgets, contextual, strict=True)]
-        dominant = topk_stable(attention, counts, spans=patches.lengths)
+        dominant = best_rows(attention, counts, patches.lengths)
         free = torch.ones(len(x), dtype=torch.bool, device=x.device)
         rest = rows_where(free.index_fill_(0, dominant, False), len(x) - len(dominant))
-        others = Patches(batch, [n - k for n, k in zip(patches.lengths, counts, strict=True)], [])
+        left = [n - k for n, k in zip(patches.lengths, counts, strict=True)]
+        others = Patches(patches.batch, left, [])
         runs = zip(others.starts, others.lengths, contextual, strict=True)
         places = [start + np.arange(c) * max(1, n // c) for start, n, c in runs]
         at = patches.table(np.concatenate(places))

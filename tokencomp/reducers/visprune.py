@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,13 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tokencomp.reducers._rows import salient_patches
-from tokencomp.reducers.base import Reducer
+from tokencomp.reducers._rows import salient
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.tokens.patches import rows_where
-from tokencomp.tokens.reduction import Reduction
+from tokencomp.reducers.score import ChoosingReducer
+from tokencomp.tokens.patches import Patches, rows_where
 from tokencomp.tokens.signals import TOWER_ATTENTION
-from tokencomp.tokens.spans import SpanBatch
 from tokencomp.tokens.stacks import HostIndex, Stack, by_stack, masked, padded
 
 STEP = 8  # tokens that leave per round
@@ -24,7 +21,7 @@ STEP = 8  # tokens that leave per round
 
 @register_reducer("visprune")
 @dataclass(frozen=True)
-class VisPrune(Reducer):
+class VisPrune(ChoosingReducer):
     """Half of the budget by the vision tower's attention, half by what is left once copies leave.
 
     VisPruner (arXiv 2412.01818). ⌊K/2⌋ tokens are those with the largest attention in the tower.
@@ -44,8 +41,8 @@ class VisPrune(Reducer):
     summary = "salient tokens, then the rest without its copies (VisPruner 2412.01818)"
     needs = frozenset({TOWER_ATTENTION})
 
-    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
-        patches, x, attention = salient_patches(batch, keeps, "visprune")
+    def chosen(self, patches: Patches) -> Tensor:
+        x, attention = salient(patches, "visprune")
 
         def stays(spans: HostIndex, stack: Stack, unit: Tensor, attention: Tensor) -> Tensor:
             budgets = np.asarray(patches.budgets)[spans]
@@ -58,7 +55,7 @@ class VisPrune(Reducer):
             return mask.scatter_(1, diverse, True)
 
         kept = by_stack(patches.lengths, stays, normalize(x, dim=1), attention)
-        return patches.kept(rows_where(kept, sum(patches.budgets)))
+        return rows_where(kept, sum(patches.budgets))
 
 
 def without_copies(

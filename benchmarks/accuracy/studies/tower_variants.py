@@ -33,7 +33,7 @@ from tokencomp.evaluation.metrics import difference
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.settings import REST, Setting
 from tokencomp.inputs.loading import load_model
-from tokencomp.reducers._pixels import appearance
+from tokencomp.reducers._pixels import looks
 from tokencomp.reducers.kcentre import KCentre
 from tokencomp.shapesqa.examples import shapesqa
 from tokencomp.shapesqa.items import items
@@ -66,8 +66,8 @@ class Places(KCentre):
         from tokencomp.kernels import maxmin_select
 
         patches = Patches.of(batch, keeps)
-        looks = appearance(patches.features, batch.pixels, self.thumb).split(patches.lengths)
-        x = torch.cat([self._placed(*pair) for pair in zip(looks, batch.grids, strict=True)])
+        parts = looks(patches, self.thumb).split(patches.lengths)
+        x = torch.cat([self._placed(*pair) for pair in zip(parts, batch.grids, strict=True)])
         return patches.kept(maxmin_select(x, patches.budgets, spans=patches.lengths, metric="rms"))
 
     def _placed(self, looks: Tensor, grid: tuple[int, int, int]) -> Tensor:
@@ -97,8 +97,8 @@ class Outstanding(KCentre):
 
     def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
         patches = Patches.of(batch, keeps)
-        looks = appearance(patches.features, batch.pixels, self.thumb).split(patches.lengths)
-        parts = zip(looks, patches.budgets, patches.starts, strict=True)
+        own = looks(patches, self.thumb).split(patches.lengths)
+        parts = zip(own, patches.budgets, patches.starts, strict=True)
         return patches.kept(torch.cat([self._chosen(x, k) + start for x, k, start in parts]))
 
     def _chosen(self, looks: Tensor, keep: int) -> Tensor:

@@ -95,7 +95,7 @@ class AttentionRow(ScoreReducer):
         return frozenset({Attention("text")})
 
     def scores(self, patches: Patches) -> torch.Tensor:
-        return patches.of_patches(supplied_scores(patches.batch, "attention"))
+        return supplied_scores(patches, "attention")
 
 
 def comparison(
