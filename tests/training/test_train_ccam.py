@@ -21,8 +21,14 @@ from tokencomp.patching import apply
 from tokencomp.trained.cards import model_card
 from tokencomp.trained.ccam import CCAMProjector, ProjectorConfig
 from tokencomp.training.capture import capture
-from tokencomp.training.ccam import CcamConfig, Live, align_loss, train_ccam
-from tokencomp.training.ccam_evaluation import comparison, sample_spans
+from tokencomp.training.ccam import (
+    CcamConfig,
+    Live,
+    align_loss,
+    comparison,
+    sample_spans,
+    train_ccam,
+)
 from tokencomp.training.data import load_batch, questions
 
 SMALL = CcamConfig(

@@ -61,20 +61,13 @@ class TinyModel:
     text_config: Any
     decoder: nn.Module
     specials: dict[str, int]
-    variant: Variant = PLAIN[0]
+    variant: Variant = PLAIN
 
 
-def tiny_model(model_class: type, config: Any, variant: Variant = PLAIN[0]) -> TinyModel:
-    """A tiny model of a class, with the mechanisms that `config` asks for.
+def tiny_model(model_class: type, config: Any, variant: Variant = PLAIN) -> TinyModel:
+    """A tiny model of the class that users call `generate` of, with the mechanisms of a config.
 
-    Parameters
-    ----------
-    model_class
-        The class that users call `generate` of.
-    config
-        Its config, real or default; left alone.
-    variant
-        Fields that get exactly these values.
+    The config, real or default, is left alone; fields of `variant` get exactly its values.
 
     Raises
     ------

@@ -29,13 +29,8 @@ In float64 the same prompts differ by 2e-14."""
 EFFECT = 1e-2
 """Compression must change the logits by this much: else a wrong mask would pass as well."""
 STEPS = 4
-SCORED: dict[str, dict[str, Any]] = {
-    "condiv": {},
-    "fastv": {},
-    "prune": {},
-    "pyramiddrop": {},
-}
-"""Reducers that read attention, and their options: every way to score at entry and later."""
+SCORED = ("condiv", "fastv", "prune", "pyramiddrop")
+"""Reducers that read attention: every way to score at entry and later."""
 
 
 @dataclass
@@ -107,12 +102,9 @@ def _reason(error: Exception) -> str:
 
 
 class Checks:
-    """The checks of one model. Each raises `NotExact` where it fails.
+    """The checks of one model, each of which raises `NotExact` where it fails.
 
-    Parameters
-    ----------
-    errors
-        Gets the largest difference of every check.
+    `errors` gets the largest difference of every check.
     """
 
     def __init__(
@@ -160,7 +152,7 @@ class Checks:
 
     def scored(self, name: str) -> None:
         """Half of the visual work leaves by attention, as the plan of a reducer says."""
-        reducer = make_reducer(name, **SCORED[name])
+        reducer = make_reducer(name)
         plan = reducer.plan(0.5, self.depth)
         try:
             self.compress(self.tiny.whole, plan).remove()

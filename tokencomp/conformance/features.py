@@ -68,14 +68,7 @@ def arranged(images: list[Tensor], how: str) -> Any:
 
 
 class Encoder:
-    """Stands for the tower of a tiny model.
-
-    Parameters
-    ----------
-    tiny
-        The model. The method that encodes media is replaced for good.
-    medium
-        "image" or "audio".
+    """Stands for the tower of a tiny model, whose method that encodes media is replaced for good.
 
     Attributes
     ----------
@@ -85,11 +78,6 @@ class Encoder:
         As they are returned.
     calls
         How often they were returned.
-
-    Raises
-    ------
-    BuildError
-        The model has no such method.
     """
 
     def __init__(self, tiny: TinyModel, medium: str) -> None:

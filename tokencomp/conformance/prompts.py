@@ -39,15 +39,8 @@ MARKERS = (
 class Prompts:
     """Two prompts with different numbers of words and images, as inputs of one tiny model.
 
-    Parameters
-    ----------
-    tiny
-        The model. Its tower is replaced for good, see `Encoder`.
-
-    Raises
-    ------
-    BuildError
-        The model takes no features in any of the known layouts.
+    Its tower is replaced for good, see `Encoder`. A model that takes no features in any of the
+    known layouts is a `BuildError`.
     """
 
     def __init__(self, tiny: TinyModel) -> None:
@@ -110,14 +103,9 @@ class Prompts:
         return next(([known[n]] for n in names if n in known and known[n] != self.image_id), [])
 
     def inputs(self, rows: list[int] | None = None, new: Tensor | None = None) -> dict[str, Any]:
-        """Left-padded inputs of some rows, as a processor would give them.
+        """Left-padded inputs of some rows (None: all), as a processor would give them.
 
-        Parameters
-        ----------
-        rows
-            Numbers of the rows; None: all.
-        new : Tensor of int64, shape (B, T)
-            Further words behind every prompt.
+        `new` (B, T) are further words behind every prompt.
         """
         chosen = [self.rows[i] for i in (range(len(self.rows)) if rows is None else rows)]
         ids = [r[0] + ([] if new is None else new[i].tolist()) for i, r in enumerate(chosen)]
@@ -220,13 +208,7 @@ def _plain_settings(model: Any) -> Iterator[None]:
 
 
 def placeholder(tiny: TinyModel) -> tuple[int, str]:
-    """The token id that features replace, and their medium: images, else sound.
-
-    Raises
-    ------
-    BuildError
-        The config names none.
-    """
+    """The token id that features replace, and their medium: images, else sound."""
     for medium, names in (("image", PLACEHOLDERS), ("audio", AUDIO_PLACEHOLDERS)):
         for source in (tiny.specials.get, lambda name: getattr(tiny.config, name, None)):
             value = next((v for v in map(source, names) if isinstance(v, int)), None)

@@ -44,19 +44,9 @@ def check_types(
     types: list[str] | None = None,
     done: Callable[[str, dict[str, Any]], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Results of model types, sorted by type.
+    """Results of model types, sorted by type; None: of all of the installed transformers.
 
-    Parameters
-    ----------
-    types
-        None: all of the installed transformers.
-    done
-        Called with every type and its result as it comes.
-
-    Raises
-    ------
-    UnknownNameError
-        A type that the installed transformers does not have.
+    `done` is called with every type and its result as it comes.
     """
     known = model_classes()
     for name in types or ():

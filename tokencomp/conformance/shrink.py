@@ -14,43 +14,33 @@ from typing import Any
 WIDTH, HEADS, HEAD_DIM, VOCABULARY, WINDOW = 128, 4, 32, 512, 8
 # Fields of text configs, by what they count. A field that a config lacks, or has as None or 0,
 # stays as it is.
-SIZES: dict[str, int] = {
-    **dict.fromkeys(
-        ("hidden_size", "dim", "d_model", "block_dim", "conv_dim", "conv_dim_out"), WIDTH
-    ),
-    "word_embed_proj_dim": WIDTH,
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "block_ff_dim", "intermediate_size_mlp"), 96),
-    **dict.fromkeys(("dense_intermediate_size", "block_intermediate_size"), 96),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 32),
-    **dict.fromkeys(("share_expert_dim", "shared_intermediate_size"), 32),
-    **dict.fromkeys(("moe_shared_expert_intermediate_size", "moe_latent_size"), 32),
-    **dict.fromkeys(("shared_experts_intermediate_size", "moe_hidden_size"), 32),
-    **dict.fromkeys(("num_attention_heads", "mamba_num_heads", "linear_num_value_heads"), HEADS),
-    **dict.fromkeys(
-        ("num_key_value_heads", "num_global_key_value_heads", "linear_num_key_heads"), 2
-    ),
-    **dict.fromkeys(("head_dim", "global_head_dim", "mamba_head_dim", "index_head_dim"), HEAD_DIM),
-    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "ssm_state_size"), 16),
-    **dict.fromkeys(("kv_lora_rank", "q_lora_rank", "o_lora_rank"), 32),
-    **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 16),
-    "qk_head_dim": 32,
-    "linear_head_dim": 16,
-    "linear_num_heads": HEADS,
+BY_SIZE = (
+    (WIDTH, "hidden_size dim d_model block_dim conv_dim conv_dim_out word_embed_proj_dim"),
+    (96, "intermediate_size ffn_dim block_ff_dim intermediate_size_mlp"),
+    (96, "dense_intermediate_size block_intermediate_size"),
+    (32, "moe_intermediate_size shared_expert_intermediate_size share_expert_dim"),
+    (32, "shared_intermediate_size moe_shared_expert_intermediate_size moe_latent_size"),
+    (32, "shared_experts_intermediate_size moe_hidden_size"),
+    (HEADS, "num_attention_heads mamba_num_heads linear_num_value_heads linear_num_heads"),
+    (2, "num_key_value_heads num_global_key_value_heads linear_num_key_heads"),
+    (HEAD_DIM, "head_dim global_head_dim mamba_head_dim index_head_dim"),
+    (16, "linear_key_head_dim linear_value_head_dim linear_head_dim ssm_state_size"),
+    (32, "kv_lora_rank q_lora_rank o_lora_rank qk_head_dim"),
+    (16, "qk_nope_head_dim qk_rope_head_dim v_head_dim"),
     # Few indexer heads tie at a score of zero, where even the whole model depends on its padding.
-    "index_n_heads": 32,
-    "index_topk": 16,
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
-    **dict.fromkeys(("num_experts_per_tok", "moe_k", "top_k_experts", "moe_topk"), 2),
-    **dict.fromkeys(("n_group", "topk_group", "n_groups", "num_shared_experts"), 1),
-    **dict.fromkeys(("n_shared_experts", "first_k_dense_replace", "moe_num_shared_experts"), 1),
-    **dict.fromkeys(
-        ("vocab_size", "vocab_size_per_layer_input", "unpadded_vocab_size"), VOCABULARY
-    ),
-    **dict.fromkeys(("hidden_size_per_layer_input", "laurel_rank"), 8),
-    **dict.fromkeys(("sliding_window", "attention_chunk_size"), WINDOW),
-    "num_kv_shared_layers": 0,
-    "max_position_embeddings": 4096,
-}
+    (32, "index_n_heads"),
+    (16, "index_topk"),
+    (4, "num_experts num_local_experts n_routed_experts moe_num_experts"),
+    (2, "num_experts_per_tok moe_k top_k_experts moe_topk"),
+    (1, "n_group topk_group n_groups num_shared_experts n_shared_experts"),
+    (1, "first_k_dense_replace moe_num_shared_experts"),
+    (VOCABULARY, "vocab_size vocab_size_per_layer_input unpadded_vocab_size"),
+    (8, "hidden_size_per_layer_input laurel_rank"),
+    (WINDOW, "sliding_window attention_chunk_size"),
+    (0, "num_kv_shared_layers"),
+    (4096, "max_position_embeddings"),
+)
+SIZES = {name: size for size, names in BY_SIZE for name in names.split()}
 KINDS = ("layer_types", "layers_block_type")
 """Names of the list with the kind of every layer."""
 PER_LAYER = "per_layer_config"
@@ -67,18 +57,11 @@ def tiny_text_config(config: Any, mrope: bool = False, **overrides: Any) -> Any:
 
     Parameters
     ----------
-    config
-        The text config of a real model, or the default of its class; left alone.
     mrope
         Whether the model has one row of positions per axis, also where the config gives no
         sections: those of a default config are for heads of 128 dimensions.
     **overrides
         Fields that get exactly these values.
-
-    Raises
-    ------
-    Exception
-        Whatever the class of the config raises for sizes it cannot take.
     """
     values = {k: v for k, v in config.to_dict().items() if k not in NO_ARGUMENTS}
     listed = next((name for name in KINDS if overrides.get(name) or values.get(name)), KINDS[0])

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +100,11 @@ def markdown(table: Mapping[str, Any]) -> str:
         rows = {k: r for k, r in table["types"].items() if r["status"] == status}
         if rows:
             lines += [f"## {status.capitalize()}", ""]
-            measured = status in PASSED
-            lines += _measured(rows, status) if measured else _reasons(rows)
+            if status in PASSED:
+                lines += _measured(rows, status)
+            else:
+                reasons = [(name, first_sentence(row["reason"])) for name, row in rows.items()]
+                lines += _table(["model type", "reason"], reasons)
             lines += _refusals(rows) if status == "exact" else []
     return "\n".join(lines).rstrip() + "\n"
 
@@ -112,18 +115,16 @@ def _measured(rows: Mapping[str, Any], status: str) -> list[str]:
     if status != "exact":
         checks = [c for c in checks if c not in (*LATER, "layers", "layers decode")]
     head = ["model type", *checks, *(["why entry only"] if status != "exact" else [])]
-    lines = [f"| {' | '.join(head)} |", f"| {' | '.join(['---'] * len(head))} |"]
+    lines = []
     for name, row in rows.items():
-        cells = [_cell(row, check) for check in checks]
         why = [first_sentence(row["reason"])] if status != "exact" else []
-        lines.append(f"| {' | '.join([name, *cells, *why])} |")
-    return [*lines, ""]
+        lines.append([name, *(_cell(row, check) for check in checks), *why])
+    return _table(head, lines)
 
 
-def _reasons(rows: Mapping[str, Any]) -> list[str]:
-    lines = ["| model type | reason |", "| --- | --- |"]
-    lines += [f"| {name} | {first_sentence(row['reason'])} |" for name, row in rows.items()]
-    return [*lines, ""]
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a table in Markdown, and an empty one."""
+    return [*(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)), ""]
 
 
 def _refusals(rows: Mapping[str, Any]) -> list[str]:
@@ -133,9 +134,9 @@ def _refusals(rows: Mapping[str, Any]) -> list[str]:
         reasons: dict[str, list[str]] = {}
         for reducer, reason in row.get("refusals", {}).items():
             reasons.setdefault(first_sentence(reason), []).append(reducer)
-        lines += [f"| {name} | {', '.join(own)} | {why} |" for why, own in reasons.items()]
-    head = ["Refused reducers:", "", "| model type | reducers | reason |", "| --- | --- | --- |"]
-    return [*head, *lines, ""] if lines else []
+        lines += [(name, ", ".join(own), why) for why, own in reasons.items()]
+    table = _table(["model type", "reducers", "reason"], lines)
+    return ["Refused reducers:", "", *table] if lines else []
 
 
 def _cell(row: Mapping[str, Any], check: str) -> str:

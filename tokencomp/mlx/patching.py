@@ -43,12 +43,7 @@ REUSED = (
 
 
 def check_model(model_type: Any) -> None:
-    """Refuse a model by its type.
-
-    Raises
-    ------
-    UnsupportedModelError
-    """
+    """Refuse a model by its type."""
     if model_type not in MODELS:
         why = f" ({NOT_SERVED[model_type]})" if model_type in NOT_SERVED else ""
         raise UnsupportedModelError(

@@ -83,13 +83,7 @@ SELECT: dict[str, Select] = {f.__name__: f for f in (kcentre, divprune, vidcom2,
 
 
 def finite(x: mx.array) -> mx.array:
-    """Features in float32.
-
-    Raises
-    ------
-    ScoreError
-        A value is not finite, so that nothing could be compared.
-    """
+    """Features in float32, refused if one is not finite, because nothing could be compared."""
     x = x.astype(mx.float32)
     if not bool(mx.isfinite(x).all()):
         raise ScoreError(

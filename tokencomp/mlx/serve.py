@@ -37,12 +37,7 @@ def command(
     port: int,
     extra: Sequence[str],
 ) -> list[str]:
-    """The command line that serves a model.
-
-    Parameters
-    ----------
-    extra
-        Further arguments of mlx_vlm.server.
+    """The command line that serves a model; `extra` are further arguments of mlx_vlm.server.
 
     Raises
     ------

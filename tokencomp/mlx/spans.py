@@ -49,22 +49,10 @@ class Span:
 def find_spans(
     model: Any, ids: np.ndarray, embeds: mx.array, inputs: Mapping[str, Any]
 ) -> list[Span]:
-    """Spans of a prompt, in its order.
+    """Spans of a prompt of ids (L,), in its order; placeholders that no grid explains are refused.
 
-    Parameters
-    ----------
-    model
-        The model of mlx-vlm.
-    ids : ndarray of int, shape (L,)
-    embeds : array, shape (L, d)
-        Embeddings of the prompt, with features in place.
-    inputs
-        Further arguments of the prompt by name: pixels and grids.
-
-    Raises
-    ------
-    SpanError
-        Placeholders that no grid explains.
+    `embeds` (L, d) are its embeddings with features in place, and `inputs` its further arguments by
+    name: pixels and grids.
     """
     spans: list[Span] = []
     for kind in KINDS:

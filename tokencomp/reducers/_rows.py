@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tokencomp.errors import ScoreError
 from tokencomp.tokens.patches import Patches
+from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import TOWER_ATTENTION, TowerSignal
 from tokencomp.tokens.spans import VisualTokens
 
@@ -138,3 +139,14 @@ def salient(patches: Patches, reducer: str) -> tuple[Tensor, Tensor]:
     """Features (patches, d) and `TOWER_ATTENTION` (patches,) in float32, both finite."""
     attention = tower_signal(patches, TOWER_ATTENTION, reducer)
     return finite_features(patches.features, attention).float(), attention
+
+
+def with_merged(
+    patches: Patches, x: Tensor, chosen: Tensor, merged: Sequence[tuple[Tensor, Tensor, Tensor]]
+) -> Reduction:
+    """The reduction that keeps rows of x (patches, d) as they are, and merged ones beside them.
+
+    `merged` holds arguments of `Patches.replaced`.
+    """
+    parts = [(chosen, x[chosen], x.new_ones(len(chosen))), *merged]
+    return patches.replaced(*(torch.cat(column) for column in zip(*parts, strict=True)))

@@ -38,7 +38,7 @@ def _load(path: Path, stamp: Stamp, device: torch.device, dtype: torch.dtype) ->
 
 @lru_cache(maxsize=64)
 def _queries(path: Path, stamp: Stamp) -> int:
-    from tokencomp.trained.ccam_config import read_card
+    from tokencomp.trained.ccam import read_card
 
     return read_card(path)[1].queries
 
@@ -89,7 +89,7 @@ class Ccam(PatchReducer):
 
     def bind(self, facts: ModelFacts) -> Ccam:
         from tokencomp.trained.cards import check_card, locate
-        from tokencomp.trained.ccam_config import read_card
+        from tokencomp.trained.ccam import read_card
 
         path = locate(self.weights, facts, "ccam", TRAIN).absolute()
         card, sizes = read_card(path)

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 from tokencomp.plan.counts import split_evenly
 from tokencomp.reducers._batch import frame_lengths
 from tokencomp.reducers._clusters import density_peaks
-from tokencomp.reducers._rows import best_rows, salient
+from tokencomp.reducers._rows import best_rows, salient, with_merged
 from tokencomp.reducers._segments import frame_cosines, segments
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.reducers.score import PatchReducer
@@ -77,16 +77,12 @@ class FastVid(PatchReducer):
         frames = frame_lengths(patches)
         chosen = best_rows(attention, counts, frames)
         if not any(context):
-            return patches.replaced(chosen, x[chosen], x.new_ones(len(chosen)))
+            return with_merged(patches, x, chosen, [])
         free = torch.ones(len(x), dtype=torch.bool, device=x.device).index_fill_(0, chosen, False)
         rest = rows_where(free, len(x) - len(chosen))
         left = [n - own for n, own in zip(frames, counts, strict=True)]
-        centres, value, sizes = around_anchors(patches, x, rest, left, lengths, context)
-        return patches.replaced(
-            torch.cat([chosen, centres]),
-            torch.cat([x[chosen], value]),
-            torch.cat([x.new_ones(len(chosen)), sizes]),
-        )
+        anchors = around_anchors(patches, x, rest, left, lengths, context)
+        return with_merged(patches, x, chosen, [anchors])
 
 
 def frame_counts(lengths: list[int], budget: int, n: int) -> tuple[list[int], list[int]]:

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 from tokencomp.plan.counts import split_evenly
 from tokencomp.reducers._batch import frame_lengths, means, segment
 from tokencomp.reducers._clusters import cluster_sums, density_peaks
-from tokencomp.reducers._rows import best_rows, salient
+from tokencomp.reducers._rows import best_rows, salient, with_merged
 from tokencomp.reducers._segments import frame_cosines, segments
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.reducers.score import PatchReducer
@@ -90,12 +90,9 @@ class FlashVid(PatchReducer):
 
         stay = by_stack(frames.lengths, stays, unit, attention, keys=frames.lengths)
         chosen = rows_where(stay, sum(diverse))
-        kept = [(chosen, x[chosen], x.new_ones(len(chosen)))]
         left = [own - count for own, count in zip(each, diverse, strict=True)]
-        if any(left):
-            kept.append(trees(frames, x, unit, ~stay, lengths, left))
-        at, values, sizes = (torch.cat(column) for column in zip(*kept, strict=True))
-        return patches.replaced(at, values, sizes)
+        merged = [trees(frames, x, unit, ~stay, lengths, left)] if any(left) else []
+        return with_merged(patches, x, chosen, merged)
 
 
 def spread_out(unit: Tensor, weights: Tensor, lengths: HostIndex, counts: HostIndex) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokencomp.plan.counts import frame_budgets
 from tokencomp.reducers._clusters import cluster_sums, density_peaks
-from tokencomp.reducers._rows import best_rows, salient
+from tokencomp.reducers._rows import best_rows, salient, with_merged
 from tokencomp.reducers._segments import place_cosines, run_means, still_windows
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.reducers.score import PatchReducer
@@ -68,16 +68,12 @@ class HoliTom(PatchReducer):
             counts = [count for _, count in moving]
             rows = rows[best_rows(attention[rows], counts, lengths)]
         if not still:
-            return patches.replaced(rows, x[rows], x.new_ones(len(rows)))
+            return with_merged(patches, x, rows, [])
         values = run_means(patches, x, [own for own, _ in still])
         places, merged, sizes = peaks(values, [len(own) for own, _ in still], [k for _, k in still])
         at = patches.table(np.concatenate([own[:, 0] for own, _ in still]))[places]
         repeats = patches.table([own.shape[1] for own, k in still for _ in range(k)])
-        return patches.replaced(
-            torch.cat([rows, at]),
-            torch.cat([x[rows], merged]),
-            torch.cat([x.new_ones(len(rows)), sizes * repeats]),
-        )
+        return with_merged(patches, x, rows, [(at, merged, sizes * repeats)])
 
 
 def peaks(x: Tensor, lengths: list[int], clusters: list[int]) -> tuple[Tensor, Tensor, Tensor]:

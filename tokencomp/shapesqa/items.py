@@ -19,15 +19,13 @@ from PIL import Image
 from tokencomp.errors import UnknownNameError
 from tokencomp.inputs.frames import frame_indices
 from tokencomp.inputs.video import Video
-from tokencomp.shapesqa.difficulty import SIZE, sample_scene
+from tokencomp.shapesqa.difficulty import sample_scene
 from tokencomp.shapesqa.prompt_forms import letter
 from tokencomp.shapesqa.questions import FAMILIES, IMAGE_FAMILIES, VIDEO_FAMILIES, Question, ask
 from tokencomp.shapesqa.scenes import Scene
 
 SPLIT_SEEDS = {"train": 11_000_003, "validation": 22_000_003, "test": 33_000_001}
 FRAMES = 8
-
-__all__ = ["FRAMES", "SIZE", "SPLIT_SEEDS", "Evidence", "Item", "item", "items", "stream"]
 
 
 @dataclass(frozen=True)

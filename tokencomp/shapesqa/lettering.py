@@ -17,6 +17,7 @@ _LIST = (
 WORDS = tuple(_LIST.split())
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSansMono")
 SIZES = (20, 40)  # px
+TRIES = 20
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def draw_text(pixels: np.ndarray, text: Text) -> np.ndarray:
     return np.asarray(image)
 
 
-def draw_word(rng: np.random.Generator, numbers: float = 1 / 3) -> str:
+def draw_word(rng: np.random.Generator, numbers: float) -> str:
     """A word, or in a share of `numbers` a number of two digits."""
     if rng.random() < numbers:
         return str(rng.integers(10, 100))
@@ -85,14 +86,13 @@ def place_text(
     width: int,
     height: int,
     taken: list[tuple[int, int, int, int]],
-    tries: int = 20,
-    numbers: float = 1 / 3,
+    numbers: float,
 ) -> Text | None:
     """A random word at a place that overlaps no box of ``taken``, or None when none is free."""
     word, size = draw_word(rng, numbers), int(rng.integers(SIZES[0], SIZES[1] + 1))
     font, dark = FONTS[int(rng.integers(len(FONTS)))], bool(rng.random() < 0.5)
     w, h = extent(word, size, font)
-    for _ in range(tries if width > w + 8 and height > h + 8 else 0):
+    for _ in range(TRIES if width > w + 8 and height > h + 8 else 0):
         x, y = int(rng.integers(2, width - w - 4)), int(rng.integers(2, height - h - 4))
         left, top, right, bottom = x - 3, y - 3, x + w + 3, y + h + 3
         if all(left > b[2] or right < b[0] or top > b[3] or bottom < b[1] for b in taken):

@@ -232,14 +232,8 @@ def video_scene(
         add()
     if not placer.things:
         add()
-    order = rng.permutation(len(placer.things))
-    return Scene(
-        width,
-        height,
-        frames,
-        tuple(placer.things[i] for i in order),
-        int(rng.integers(2**31)),
-    )
+    things = tuple(placer.things[i] for i in rng.permutation(len(placer.things)))
+    return Scene(width, height, frames, things, int(rng.integers(2**31)))
 
 
 def _time_slots(rng: np.random.Generator, frames: int) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import colorsys
 import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -12,15 +13,10 @@ from PIL import Image, ImageDraw
 Colour = Callable[[np.random.Generator], np.ndarray]
 
 
-def _muted(rng: np.random.Generator) -> np.ndarray:
-    """A greyish colour that no object can have, float32 (3,)."""
-    rgb = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.0, 0.3), rng.uniform(0.1, 0.85))
-    return 255.0 * np.asarray(rgb, np.float32)
-
-
-def _vivid(rng: np.random.Generator) -> np.ndarray:
-    """A colour whose hue objects have too, a little paler or darker than theirs, float32 (3,)."""
-    rgb = colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.3, 0.6), rng.uniform(0.2, 0.8))
+def _colour(rng: np.random.Generator, vivid: bool) -> np.ndarray:
+    """A greyish colour that no object can have, or a little paler or darker than theirs, (3,)."""
+    saturation, value = ((0.3, 0.6), (0.2, 0.8)) if vivid else ((0.0, 0.3), (0.1, 0.85))
+    rgb = colorsys.hsv_to_rgb(rng.random(), rng.uniform(*saturation), rng.uniform(*value))
     return 255.0 * np.asarray(rgb, np.float32)
 
 
@@ -85,7 +81,7 @@ def background(seed: int, width: int, height: int, vivid: bool = False) -> np.nd
     Returns float32 (height, width, 3) in [0, 255]; never one flat colour.
     """
     rng = np.random.default_rng(seed)
-    colour = _vivid if vivid else _muted
+    colour = partial(_colour, vivid=vivid)
     painters = (_gradient, _gradient, _stripes, _checker)
     canvas = painters[int(rng.integers(len(painters)))](rng, width, height, colour)
     canvas = canvas + rng.uniform(0.3, 1.0) * _smooth_noise(rng, width, height, 28)

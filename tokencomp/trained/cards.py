@@ -119,21 +119,9 @@ def _weight(layer: Any) -> Tensor | None:
 
 
 def check_card(card: dict[str, Any], facts: ModelFacts, path: Path, train: str) -> None:
-    """Refuse weights that were trained for another model.
+    """Refuse weights of another model, by its type, layers, hidden size and fingerprint.
 
-    Parameters
-    ----------
-    card
-        The card of the weights, see `read`.
-    facts
-        Of the model that shall use them.
-    train
-        The command that makes weights for this model.
-
-    Raises
-    ------
-    WeightsError
-        Type, number of layers, hidden size or fingerprint differ, or the fingerprint is none.
+    `train` is the command that makes weights for the model of the `facts`.
     """
     fields = ("model_type", "num_layers", "hidden_size")
     expected = {name: getattr(facts, name) for name in fields}
@@ -162,11 +150,6 @@ def locate(weights: str | None, facts: ModelFacts, kind: str, train: str) -> Pat
 
     A folder is searched itself, then its subfolder `tokencomp`: serving engines load every
     safetensors file that lies beside a model's own.
-
-    Raises
-    ------
-    WeightsError
-        There is none.
     """
     name = f"{kind}.safetensors"
     folder = facts.folder
@@ -184,14 +167,7 @@ def locate(weights: str | None, facts: ModelFacts, kind: str, train: str) -> Pat
 
 
 def read(path: Path, kind: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read tensors and card.
-
-    Parameters
-    ----------
-    path
-        The safetensors file.
-    kind
-        Expected kind ("selector", "ccam", ...); it is compared with that of a card that has one.
+    """Tensors of a safetensors file and its card, whose kind ("selector", …), if any, is `kind`.
 
     Raises
     ------

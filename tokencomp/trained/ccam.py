@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,56 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokencomp.errors import OptionError
-from tokencomp.trained.ccam_config import ProjectorConfig, misfit, read_card
+from tokencomp.errors import OptionError, WeightsError
+from tokencomp.validation import check_types
+
+
+@dataclass(frozen=True)
+class ProjectorConfig:
+    """Sizes of a projector; the defaults are those of Video-CCAM-7B v1.2 (SigLIP and Qwen2-7B).
+
+    Attributes
+    ----------
+    queries
+        Number of output tokens, for an input of any length.
+    width, heads, mlp
+        Inner width, number of attention heads, and hidden size of the SwiGLU.
+    kv_dim, out_dim
+        Width of the visual tokens and width of the language model.
+    causal
+        If True, query i of Q sees the frames up to floor(i·F/Q); with more frames than queries, no
+        query sees the last ⌈F/Q⌉ - 1 frames. If False, every query sees every frame.
+    spatial
+        Whether fixed 2-D sine positions of the cells in a frame are added to the keys (ours). This
+        is needed if features do not encode their place, as after towers with rotary positions.
+    eps
+        Epsilon of the layer norms.
+
+    Raises
+    ------
+    OptionError
+        If a value has another type, a size is below one, or `heads` does not divide `width`.
+    """
+
+    queries: int = 1024
+    width: int = 1024
+    heads: int = 16
+    mlp: int = 4096
+    kv_dim: int = 1152
+    out_dim: int = 3584
+    causal: bool = True
+    spatial: bool = False
+    eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        check_types("ccam", self)
+        for name in ("queries", "width", "heads", "mlp", "kv_dim", "out_dim", "eps"):
+            if getattr(self, name) <= 0:
+                raise OptionError(f"ccam: {name}={getattr(self, name)}; must be above 0.")
+        if self.width % self.heads:
+            raise OptionError(
+                f"ccam: width={self.width}, heads={self.heads}; width must be a multiple of heads."
+            )
 
 
 class CCAMProjector(nn.Module):
@@ -21,11 +70,6 @@ class CCAMProjector(nn.Module):
     The mask over frames is the only signal of time. It is never stored, because queries that see
     the same frames attend to them in one call (`tokencomp.kernels.ccam_attention`). Memory
     therefore grows with the sum of keys and queries instead of their product.
-
-    Parameters
-    ----------
-    config
-        Sizes of the projector; by default those of Video-CCAM-7B v1.2.
     """
 
     def __init__(self, config: ProjectorConfig) -> None:
@@ -150,3 +194,20 @@ def places_2d(rows: int, columns: int, width: int, device: torch.device) -> Tens
         angle = place.flatten()[:, None] * scale
         parts += [angle.sin(), angle.cos()]
     return F.pad(torch.cat(parts, 1), (0, width - 4 * quarter))
+
+
+def read_card(path: Path) -> tuple[dict[str, Any], ProjectorConfig]:
+    """The card of the projector in `path` and its sizes, without the tensors."""
+    try:
+        card = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        return card, ProjectorConfig(**card["ccam"])
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise misfit(path, error) from error
+
+
+def misfit(path: Path, why: object) -> WeightsError:
+    """Return the error for files in `path` that do not contain a projector."""
+    return WeightsError(
+        f"{path} and its card {path.stem}.json do not hold a ccam projector ({why}). Copy both "
+        "files of a finished training run."
+    )

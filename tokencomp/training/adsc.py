@@ -23,7 +23,7 @@ from tokencomp.reducers.registry import make_reducer
 from tokencomp.storage import write_json
 from tokencomp.trained.cards import check_card, model_card, model_facts
 from tokencomp.training.checks import without_patch
-from tokencomp.training.data import data_identity, questions
+from tokencomp.training.data import questions
 from tokencomp.training.loop import Loop, LoopConfig, answer_loss
 from tokencomp.training.measure import Measurement
 
@@ -99,8 +99,6 @@ def train_adsc(model: Any, processor: Any, data: str, output: Path, config: Adsc
     """
     card = {**model_card(model), "kind": "adsc", "data": data, "config": asdict(config)}
     source = questions(data, config.kind, config.samples)
-    identity = {"fingerprint": card["fingerprint"], **data_identity(data)}
-    identity |= config.identity()
     with _as_it_was_on_error(model):
         tuned = add_lora(model, config)
         first = config.ratio_at(0)
@@ -110,7 +108,7 @@ def train_adsc(model: Any, processor: Any, data: str, output: Path, config: Adsc
                 handle.set(ratio=config.ratio_at(loop.step))
                 return answer_loss(tuned, inputs, labels)
 
-            file = output / "checkpoint.pt"
+            file, identity = output / "checkpoint.pt", config.identity(card)
             loop = Loop(
                 tuned, processor, tuned, source, config, file, identity, loss, "training adsc"
             )

@@ -83,19 +83,8 @@ class Capture:
 def capture(model: nn.Module, inputs: dict[str, Any], layers: bool = True) -> Capture:
     """Run `model` once and keep the inputs of the decoder layers.
 
-    Parameters
-    ----------
-    model
-        A supported Hugging Face model, not patched.
-    inputs
-        A left-padded batch as the processor returns it, on the model's device.
-    layers
-        False: only the first layer, whose run then ends the call.
-
-    Raises
-    ------
-    OptionError
-        The model is patched, so that tokens leave at entry or before a captured layer.
+    `inputs` are a left-padded batch, and the model is not patched: no token may leave. With
+    `layers=False` only the first layer is seen, whose run then ends the call.
     """
     adapter = adapter_for(model)
     captured = Capture(adapter)

@@ -13,24 +13,16 @@ from torch import Tensor
 from tokencomp.engine.rows.prompts import IGNORED
 from tokencomp.errors import OptionError, unknown_name
 from tokencomp.inputs.files import EMBEDDED, FileQuestions, questions_file
-from tokencomp.inputs.prompts import build_inputs
+from tokencomp.inputs.prompts import build_inputs, to_model
 from tokencomp.inputs.questions import Deferred, Example, media_kind
 from tokencomp.validation import check_choice
 
 
 class ShapesQuestions(Sequence[Example]):
-    """The embedded benchmark, rendered when its media are loaded; any number of items.
+    """The embedded benchmark, rendered when its media are loaded.
 
-    Parameters
-    ----------
-    families
-        Question families, all of images or all of videos.
-    count
-        Items, spread evenly over the families.
-    split
-        "train", "validation" or "test" of `tokencomp.shapesqa.items`.
-    scene
-        `size` and `frames` of the generator.
+    It has `count` items of a split, spread evenly over the families, which are all of images or all
+    of videos. `scene` goes to `tokencomp.shapesqa.items.item`.
     """
 
     def __init__(
@@ -201,3 +193,11 @@ def append(inputs: dict[str, Any], answers: Sequence[list[int]]) -> tuple[dict, 
             out[key] = torch.cat([old, new.get(key, torch.zeros_like(token_ids)).to(old)], 1)
     labels = token_ids.masked_fill(torch.arange(longest) >= lengths, IGNORED)
     return out, torch.cat([torch.full(ids.shape, IGNORED), labels], 1)
+
+
+def answered(
+    model: Any, processor: Any, inputs: dict[str, Any], answers: Sequence[str], end: bool
+) -> tuple[dict[str, Any], Tensor]:
+    """`append` of answers as text, on the device of the model; `end` as in `answer_ids`."""
+    forced, labels = append(inputs, answer_ids(processor, model, answers, end))
+    return to_model(forced, model), labels.to(model.device)

@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokencomp.engine.rows.prompts import IGNORED
-from tokencomp.inputs.prompts import to_model
 from tokencomp.inputs.questions import Example
 from tokencomp.training.checks import check_rate
-from tokencomp.training.data import answer_ids, append, batches, load_batch
+from tokencomp.training.data import answered, batches, data_identity, load_batch
 from tokencomp.training.steps import Phase, Steps
 from tokencomp.validation import check_types
 
@@ -67,10 +66,11 @@ class LoopConfig:
         check_types("training", self)
         check_rate(self.learning_rate)
 
-    def identity(self) -> dict[str, Any]:
-        """The settings that must be equal for a checkpoint to be resumed, as JSON-like values."""
+    def identity(self, card: dict[str, Any]) -> dict[str, Any]:
+        """What must be equal for a checkpoint to be resumed: model, data, settings; as in JSON."""
         settings = {k: v for k, v in asdict(self).items() if k not in NOT_IN_IDENTITY}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
+        lists = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
+        return {"fingerprint": card["fingerprint"], **data_identity(card["data"]), **lists}
 
 
 Loss = Callable[[dict[str, Any], Tensor], Tensor]
@@ -79,20 +79,8 @@ Loss = Callable[[dict[str, Any], Tensor], Tensor]
 class Loop(Steps):
     """Trains `module` on questions; the same seed gives the same batches, also after a restart.
 
-    Parameters
-    ----------
-    model, processor
-        The model that answers.
-    module
-        Holds the trainable parameters: those with `requires_grad`.
-    source
-        Training questions.
-    checkpoint, identity
-        See `Steps`.
-    objective
-        Gives the loss of inputs and labels.
-    title
-        Of the progress bar.
+    `model` answers, `objective` gives the loss of its inputs and labels, and the parameters of
+    `module` with `requires_grad` are trained. For `checkpoint` and `identity` see `Steps`.
     """
 
     def __init__(
@@ -124,15 +112,11 @@ class Loop(Steps):
             yield [self.source[i] for i in indices]
 
     def loss(self, batch: list[Example]) -> Tensor:
-        return self.objective(*self._batch(batch))
+        inputs, answers = load_batch(batch, self.processor, self.config.frames)
+        return self.objective(*answered(self.model, self.processor, inputs, answers, end=True))
 
     def peak(self, group: dict[str, Any]) -> float:
         return self.config.learning_rate
-
-    def _batch(self, examples: list[Example]) -> tuple[dict[str, Any], Tensor]:
-        inputs, answers = load_batch(examples, self.processor, self.config.frames)
-        forced, labels = append(inputs, answer_ids(self.processor, self.model, answers, end=True))
-        return to_model(forced, self.model), labels.to(self.model.device)
 
     def report(self) -> dict[str, Any]:
         """What a card says of the run: seconds, and some 50 of its losses."""

@@ -14,10 +14,9 @@ from tokencomp.evaluation.oracle import Oracle, truth
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import FULL, Setting
-from tokencomp.inputs.prompts import to_model
 from tokencomp.inputs.questions import Example
 from tokencomp.patching import unpatched
-from tokencomp.training.data import answer_ids, append
+from tokencomp.training.data import answer_ids, answered
 from tokencomp.training.relevance import TARGET, Target, relevance
 
 REPLY = 4
@@ -32,10 +31,6 @@ class Measurement:
     models
         Variants of one model by name, see `sweep`; the uncompressed answers of "" are the
         reference, and are what `Oracle` explains.
-    processor
-        Shared by all variants.
-    frames, batch
-        Frames read from video files, questions at once.
     max_new_tokens
         Where answers are cut; None: the longest reference answer of the questions.
 
@@ -137,11 +132,10 @@ class OracleTruth:
         return truth(self._relevance[target])
 
     def _explain(self, inputs: dict[str, Any], answers: list[str], target: Target) -> Any:
-        ids = answer_ids(self.processor, self.model, [a or "?" for a in answers], end=False)
-        forced, labels = append(inputs, ids)
+        said = [answer or "?" for answer in answers]
         with unpatched(self.model):
-            device = self.model.device
-            return relevance(self.model, to_model(forced, self.model), labels.to(device), target)
+            forced = answered(self.model, self.processor, inputs, said, end=False)
+            return relevance(self.model, *forced, target)
 
 
 def longest_answer(processor: Any, model: Any, source: Sequence[Example]) -> int:

@@ -45,9 +45,9 @@ def relevance(
     Parameters
     ----------
     model
-        A supported Hugging Face model, not patched, in evaluation mode.
+        Not patched, in evaluation mode.
     inputs
-        A left-padded batch whose `input_ids` end with the answers, on the model's device.
+        A left-padded batch whose `input_ids` end with the answers.
     labels : Tensor of int64, shape (B, L)
         The answer tokens at their own places, -100 elsewhere. Relevance is averaged over them.
     target

@@ -68,10 +68,6 @@ class Steps(ABC):
 
     Parameters
     ----------
-    phases
-        In order.
-    parameters
-        Those that are trained, by name.
     optimizers
         Of the parameters. Their groups may have a `scale` of the learning rate.
     checkpoint

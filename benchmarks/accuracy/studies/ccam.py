@@ -17,8 +17,8 @@ from tokencomp.adapters.registry import adapter_for
 from tokencomp.cli import one_message
 from tokencomp.inputs.loading import load_model
 from tokencomp.trained.cards import locate, model_facts
-from tokencomp.trained.ccam_config import read_card
-from tokencomp.training.ccam_evaluation import comparison, sample_spans
+from tokencomp.trained.ccam import read_card
+from tokencomp.training.ccam import comparison, sample_spans
 from tokencomp.training.data import ShapesQuestions
 from tokencomp.training.loop import LoopConfig
 

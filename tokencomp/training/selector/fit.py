@@ -44,13 +44,11 @@ def fit(
         Written after every epoch; an existing one of the same settings and `labels` is resumed.
     labels
         Identity of the labels.
-    device
-        Where the network is trained and left.
 
     Returns
     -------
     net, seconds
-        In evaluation mode; the time it took, in all sessions together.
+        In evaluation mode, on `device`; the time it took, in all sessions together.
 
     Raises
     ------

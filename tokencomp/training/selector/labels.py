@@ -12,13 +12,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tokencomp.errors import OptionError
-from tokencomp.inputs.prompts import generate, to_model
+from tokencomp.inputs.prompts import generate
 from tokencomp.inputs.questions import Example
 from tokencomp.reducers._rows import finite_values
 from tokencomp.reducers.selector import standardised
 from tokencomp.storage import check_identity, read_object, write_json
 from tokencomp.trained.cards import model_card, write_tensors
-from tokencomp.training.data import answer_ids, append, data_identity, load_batch, order
+from tokencomp.training.data import answered, data_identity, load_batch, order
 from tokencomp.training.relevance import attention_bytes, explain
 from tokencomp.training.selector.config import SelectorConfig
 
@@ -103,11 +103,8 @@ def explain_batch(
     if config.answers == "generated":
         replies = generate(model, processor, inputs, config.max_new_tokens)
         answers = [r or reference for r, reference in zip(replies, answers, strict=True)]
-    ids = answer_ids(processor, model, answers, end=False)
-    forced, labels = append(inputs, ids)
-    seen, relevances = explain(
-        model, to_model(forced, model), labels.to(model.device), config.target
-    )
+    forced, labels = answered(model, processor, inputs, answers, end=False)
+    seen, relevances = explain(model, forced, labels, config.target)
     with torch.no_grad():
         if config.input == "features":
             rows = [[standardised(x) for x in row] for row in seen.features()]
@@ -142,11 +139,7 @@ def _pairs(file: Path) -> tuple[list[Pair], float]:
         lengths = flat["lengths"].tolist()
         parts = (flat["rows"].split(lengths), flat["labels"].split(lengths))
     except (SafetensorError, KeyError, RuntimeError) as error:
-        raise _damaged(file, error) from error
+        raise OptionError(
+            f"{file} is damaged ({error}). Remove {file.parent}, or give another --output."
+        ) from error
     return list(zip(*parts, strict=True)), float(flat.get("seconds", 0.0))
-
-
-def _damaged(file: Path, error: Exception) -> OptionError:
-    return OptionError(
-        f"{file} is damaged ({error}). Remove {file.parent}, or give another --output."
-    )
