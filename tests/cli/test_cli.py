@@ -98,24 +98,6 @@ def test_doctor_without_a_model_is_broken(tmp_path, capsys):
     assert "cannot be loaded" in printed["checks"][-1]["detail"]
 
 
-@pytest.mark.long
-def test_demo_on_held_out_questions(folder, tmp_path, capsys):
-    report, results = tmp_path / "demo.html", tmp_path / "runs"
-    code = run(
-        "demo", "--model", folder, "--items", 1, "--reducer", "random,aim", "--ratio", "0.75",
-        "-o", report, "--results", results,
-    )  # fmt: skip
-    out = capsys.readouterr().out
-    assert code == 0
-    rows = (results / "aim-0.75" / "records.jsonl").read_text().splitlines()
-    correct = [json.loads(r)["correct"] for r in rows]
-    assert len(correct) == 9
-    assert re.search(rf"aim +0\.75 +0\.75\d +{100 * sum(correct) / 9:.1f}%", out)
-    page = report.read_text()
-    assert page.count("<svg") == 2 and "data:image/jpeg;base64," in page
-    assert not re.search(r'(src|href)="(?!data:|#)', page), "the page loads nothing"
-
-
 def test_demo_in_short_answers_the_packaged_questions(folder, tmp_path, monkeypatch, capsys):
     from tokencomp.pages import measured
     from tokencomp.zoo import SAMPLES
@@ -128,9 +110,11 @@ def test_demo_in_short_answers_the_packaged_questions(folder, tmp_path, monkeypa
         line.split()[:2] for line in out.splitlines() if re.match(r"(full|random|auto) +0", line)
     ]
     assert rows == [["full", "0"], ["random", "0.75"], ["auto", "0.75"]]
-    assert f"{len(asked)} questions, 3 settings" in out and "tokencomp demo --full" in out
+    assert f"{len(asked)} questions, 3 settings" in out and "tokencomp demo --reducer all" in out
     assert "as fast" in out and "toy" in out and "AMD EPYC" in out
     page = (tmp_path / "tokencomp-demo.html").read_text()
+    assert page.count("<svg") == 2 and "data:image/jpeg;base64," in page
+    assert not re.search(r'(src|href)="(?!data:|#)', page), "the page loads nothing"
     assert "Time on real shapes" in page and "AMD EPYC" in page
     with Image.open(tmp_path / "tokencomp-demo.png") as sheet:
         assert sheet.width > 8 * 224 and sheet.height > len({r["media"] for r in asked}) * 224
@@ -138,24 +122,6 @@ def test_demo_in_short_answers_the_packaged_questions(folder, tmp_path, monkeypa
     assert run("demo", "--model", folder, "--image", SAMPLES / asked[0]["media"]) == 0
     assert "benchmarks/models/prefill.md in the repository" in capsys.readouterr().out
     assert "comes without the measured times" in (tmp_path / "tokencomp-demo.html").read_text()
-
-
-def test_demo_in_full_has_more_methods_unless_they_are_named(folder, monkeypatch):
-    from tokencomp.cli import _demo
-
-    calls: list[tuple] = []
-
-    def stop(model, processor, name, settings, per_family, *rest):
-        calls.append(([s.key for s in settings], per_family))
-        raise SystemExit(0)
-
-    monkeypatch.setattr(_demo, "demo_embedded", stop)
-    run("demo", "--model", folder, "--full")
-    run("demo", "--model", folder, "--full", "--reducer", "merge", "--ratio", "0.9")
-    run("demo", "--model", folder)
-    (every, six), (named, _), (short, none) = calls
-    assert len(every) == 1 + 7 * 3 and six == 6 and none is None
-    assert named == ["full@0", "merge@0.9"] and short == ["full@0", "random@0.75", "auto@0.75"]
 
 
 def test_demo_on_a_video_of_ones_own(folder, tmp_path, capsys):
@@ -193,8 +159,7 @@ def test_demo_on_a_video_of_ones_own(folder, tmp_path, capsys):
         (["demo", "--dtype", "fp8"], "allowed: auto, float32, bfloat16, float16"),
         (["demo", "--reducer", "uniform", "--set", "seed=1"], "no option 'seed'"),
         (["list", "reducer"], "Did you mean 'reducers'"),
-        (["demo", "--question", "What?"], "--question: no effect with ShapesQA"),
-        (["demo", "--image", "x.png", "--items", "3"], "--items: no effect with --image"),
+        (["demo", "--question", "What?"], "--question: no effect with the packaged"),
         (["demo", "--output", "/dev/null/x.html"], "cannot write /dev/null/x.html"),
         (["tune", "--tokens", "64", "-o", "/dev/null/x.json"], "cannot write /dev/null/x.json"),
         (["tune", "--tokens", "-5"], "--tokens -5: expected a positive number"),
@@ -222,10 +187,14 @@ def test_what_a_processor_refuses_is_one_message(tmp_path, capsys):
 
 
 def test_results_that_cannot_be_written(folder, tmp_path, capsys):
-    file = tmp_path / "file"
+    from tokencomp.zoo import SAMPLES
+
+    file, questions = tmp_path / "file", tmp_path / "questions.jsonl"
     file.touch()
-    args = ("-r", "auto", "--ratio", "0.5", "--items", "1", "-o", tmp_path / "demo.html")
-    assert run("demo", "-m", folder, *args, "--results", file) == 2
+    asked = json.loads((SAMPLES / "questions.json").read_text())[0]
+    questions.write_text(json.dumps({**asked, "media": str(SAMPLES / asked["media"])}))
+    args = ("-r", "uniform", "--ratio", "0.5", "--no-baselines", "-o", file)
+    assert run("eval", "-m", folder, "--data", questions, *args) == 2
     assert "cannot write results to" in capsys.readouterr().err
 
 

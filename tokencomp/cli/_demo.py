@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,6 @@ from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import FULL, Setting
 from tokencomp.inputs.questions import Example
 from tokencomp.pages.demo_data import AnsweredQuestion, Demo, Row
-from tokencomp.pages.pictures import save_kept
-from tokencomp.shapesqa.examples import shapesqa
 
 TIMED_ROWS = 8
 Say = Callable[[str], None]
@@ -28,41 +25,24 @@ def demo_embedded(
     processor: Any,
     name: str,
     settings: Sequence[Setting],
-    per_family: int | None,
     picture_ratio: float,
-    out: Path | None,
     say: Say,
 ) -> Demo:
-    """Accuracy, time on videos, and answers about the packaged sample files.
-
-    Parameters
-    ----------
-    per_family
-        Held-out ShapesQA questions of every family; None: the questions about the packaged files.
-    """
-    from tokencomp.shapesqa.items import items as shapesqa_items
-
-    with tempfile.TemporaryDirectory() as folder:
-        if per_family is None:
-            examples = packaged_questions()
-        else:
-            say("rendering held-out questions and their image and video files")
-            examples = shapesqa(shapesqa_items("test", per_family), folder)
-        say(f"{len(examples)} questions, {len(settings)} settings")
-        how: dict[str, Any] = {"batch_size": 18, "max_new_tokens": 4, "name": name}
-        runs = sweep(model, processor, examples, settings, out, draw=save_kept, **how)
-        videos = [e for e in examples if str(e.media[0]).endswith(".mp4")][:TIMED_ROWS]
-        say("timing the prefill of every setting in turn")
-        budget = 3.0 if per_family is None else 8.0
-        rows = _rows(model, processor, videos, settings, runs, budget)
+    """Accuracy, time on videos, and answers about the packaged sample files."""
+    examples = packaged_questions()
+    say(f"{len(examples)} questions, {len(settings)} settings")
+    how: dict[str, Any] = {"batch_size": 18, "max_new_tokens": 4, "name": name}
+    runs = sweep(model, processor, examples, settings, **how)
+    videos = [e for e in examples if str(e.media[0]).endswith(".mp4")][:TIMED_ROWS]
+    say("timing the prefill of every setting in turn")
+    rows = _rows(model, processor, videos, settings, runs, budget=3.0)
     say("answering questions about the sample files")
     some, questions = [s for s in settings if s.name == FULL or s.ratio == picture_ratio], []
     for e in samples():
         answers = answer_prompt(model, processor, e.load(8), e.prompt, some, max_new_tokens=8)
         questions.append(AnsweredQuestion(Path(e.media[0]).name, e.prompt, e.answer, answers))
     full = runs[Setting()]
-    where = "held-out ShapesQA questions" if per_family else "questions about the packaged files"
-    counts = (len(full.answered), len(full.failed), where)
+    counts = len(full.answered), len(full.failed)
     return Demo(name, model_facts(model), rows, questions, *counts)
 
 

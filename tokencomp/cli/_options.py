@@ -237,12 +237,6 @@ def given(context: typer.Context, name: str) -> bool:
     return getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
 
 
-def instead(context: typer.Context, group: Any, defaults: dict[str, str]) -> Any:
-    """`group` with other `defaults` for the options that were not given on the command line."""
-    new = {name: value for name, value in defaults.items() if not given(context, name)}
-    return dataclasses.replace(group, **new)
-
-
 def refuse_options(context: typer.Context, options: Sequence[str], where: str, fix: str) -> None:
     """Raise `OptionError` for options on the command line that would have no effect.
 

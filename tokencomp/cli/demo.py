@@ -11,8 +11,6 @@ import typer
 from tokencomp.cli import _options as opt
 from tokencomp.cli._methods import settings
 
-FULL = {"reducer": "random,uniform,downscale,merge,prune,aim,auto", "ratio": "0,0.5,0.75,0.9"}
-ITEMS = 6
 SMALL = (
     "This is the time of a toy, which is too small to gain much: most of its time is not work on "
     "tokens. "
@@ -28,31 +26,17 @@ def command(
     output: Annotated[Path, typer.Option("--output", "-o", help="HTML report.")] = Path(
         "tokencomp-demo.html"
     ),
-    full: Annotated[
-        bool,
-        typer.Option("--full", help="More methods and ratios, on held-out questions; minutes."),
-    ] = False,
-    items: Annotated[
-        int | None,
-        typer.Option(min=1, help=f"Held-out ShapesQA questions per family; {ITEMS} with --full."),
-    ] = None,
-    results: Annotated[
-        Path | None, typer.Option(help="Keep per-item records in this folder (resumable).")
-    ] = None,
 ) -> None:
     """Answer questions with and without compression; print a table and write an HTML report.
 
-    Without files: the embedded model on the packaged samples, in about 20 seconds on two cores, or
-    with --full on held-out ShapesQA questions. With --image or --video: any supported model on your
-    files. A picture of the kept patches (.png) lies beside the report.
+    Without files: the embedded model on the packaged samples, in about 20 seconds on two cores.
+    With --image or --video: any supported model on your files. A picture of the kept patches (.png)
+    lies beside the report.
     """
-    settings_of = settings(context, opt.instead(context, method, FULL) if full else method)
-    items = items or (ITEMS if full or results else None)
-    if files.image or files.video:
-        opt.refuse_options(context, ("items", "results"), "--image or --video", "leave them out")
-    else:
+    settings_of = settings(context, method)
+    if not (files.image or files.video):
         own = "give files to ask about with --image or --video"
-        opt.refuse_options(context, ("question", "frames"), "ShapesQA's own questions", own)
+        opt.refuse_options(context, ("question", "frames"), "the packaged questions", own)
     opt.check_output(output)
     from tokencomp.inputs.clock import file_times
 
@@ -74,14 +58,17 @@ def command(
         demo = work.demo_files(*answered, media, files.label, files.question, say)
         demo = dataclasses.replace(demo, file=read)
     else:
-        demo = work.demo_embedded(*answered, items, _picture_ratio(chosen), results, say)
+        demo = work.demo_embedded(*answered, _picture_ratio(chosen), say)
     _print(console, demo)
     path = demo_page.write(demo, output)
     picture = output.with_suffix(".png")
     demo_page.kept_sheet(demo).save(picture)
     console.print(f"\nReport: [bold]{path}[/]. Kept patches: [bold]{picture}[/]")
-    if not (full or media):
-        console.print("More methods, ratios and questions: tokencomp demo --full")
+    if not media:
+        console.print(
+            "More methods and ratios: tokencomp demo --reducer all --ratio 0.5,0.75,0.9. Questions "
+            "of your own: tokencomp eval --data questions.jsonl"
+        )
 
 
 def _picture_ratio(settings: list[Any]) -> float:

@@ -94,8 +94,6 @@ class Demo:
         Shown with pictures.
     items, failed
         How many questions were answered for the table, and how many could not be.
-    asked
-        Which questions these are.
     file
         CPU seconds of reading the user's files, by part; empty without files.
     """
@@ -106,7 +104,6 @@ class Demo:
     questions: list[AnsweredQuestion]
     items: int = 0
     failed: int = 0
-    asked: str = "held-out ShapesQA questions"
     file: dict[str, float] = field(default_factory=dict)
 
     @property
