@@ -144,9 +144,8 @@ def keys(attn: Any, rows: Tensor) -> Tensor:
     return made if attn.k_proj.bias is None else made + attn.k_proj.bias
 
 
-def check(model: Any, inputs: dict[str, Tensor], values: Tensor, got: list[Tensor]) -> None:
-    """`got` of every span is the mean of `values` over the rows each token is made of."""
-    _, rows = members(model, inputs)
+def check(rows: list[list[Tensor]], values: Tensor, got: list[Tensor]) -> None:
+    """`got` of every span is the mean of `values` over the `rows` each token is made of."""
     expected = [values[m].mean(0) for row in rows for m in row if m.any()]
     found = torch.cat([g.view(len(g), -1)[~t.special] for g, t in zip(got, SEEN, strict=True)])
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-5)
@@ -154,9 +153,9 @@ def check(model: Any, inputs: dict[str, Tensor], values: Tensor, got: list[Tenso
 
 def test_keys_are_those_of_a_tokens_own_patches(family: Family) -> None:
     model, inputs = family.build(), prompts(family)
-    hidden, _ = members(model, inputs)  # silences the tower's attention for good
+    hidden, rows = members(model, inputs)  # silences the tower's attention for good
     got = [t.tower[TOWER_KEYS] for t in spied(model, inputs, TOWER_KEYS)]
-    check(model, inputs, keys(watched(model), torch.cat(hidden)), got)
+    check(rows, keys(watched(model), torch.cat(hidden)), got)
 
 
 def attention_of(
@@ -191,7 +190,7 @@ def test_attention_is_what_eager_attention_says(
     """Of two blocks at once, with the keys of one and the decoder's attention beside them."""
     family = deep(family, 4)
     model, inputs = family.build("eager"), prompts(family)
-    members(model, inputs)  # silences the tower's attention for good
+    _, rows = members(model, inputs)  # silences the tower's attention for good
     used = 5 + LAYERS.get(adapter_for(model).family, -1)
     last, middle = TOWER_ATTENTION, TowerSignal("attention", 0.5)
     blocks = [watched(model), watched(model, used // 2)]
@@ -199,7 +198,7 @@ def test_attention_is_what_eager_attention_says(
     alone = [t.scores for t in spied(model, inputs, Attention("text"))]
     seen = spied(model, inputs, last, middle, TOWER_KEYS, Attention("text"))
     for signal, received in zip((last, middle), expected, strict=True):
-        check(model, inputs, received[:, None], [t.tower[signal] for t in seen])
+        check(rows, received[:, None], [t.tower[signal] for t in seen])
     assert not torch.allclose(*expected)
     assert all(torch.equal(t.scores, s) for t, s in zip(seen, alone, strict=True))
 

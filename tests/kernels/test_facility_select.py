@@ -1,5 +1,6 @@
 """facility_select makes the plain greedy choice, computed densely in fp64."""
 
+import functools
 import math
 
 import pytest
@@ -79,15 +80,21 @@ def test_softmax_of_other_points(memory: None, place: torch.device) -> None:
     assert got.tolist() == expected
 
 
+@functools.cache
+def many_rows() -> tuple[Tensor, list[int]]:
+    """400 rows, and the greedy choice of 100, which takes seconds."""
+    unit = clustered(400)
+    return unit, plain_greedy(cosines(unit), [1.0] * 400, 100)
+
+
 def test_few_gains_are_computed(memory: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain greedy computes count × rows gains."""
     computed, gains = [], naive.Coverage.gains
     monkeypatch.setattr(
         naive.Coverage, "gains", lambda self, rows: computed.append(len(rows)) or gains(self, rows)
     )
-    unit = clustered(400)
-    got = facility_select(unit, 100)
-    assert got.tolist() == plain_greedy(cosines(unit), [1.0] * 400, 100)
+    unit, expected = many_rows()
+    assert facility_select(unit, 100).tolist() == expected
     assert 0 < sum(computed) < 0.08 * 100 * 400
 
 

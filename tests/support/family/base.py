@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ from typing import Any, ClassVar
 import torch
 import transformers
 from torch import Tensor, nn
+
+from support.stamp import Stamp
 
 V4 = transformers.__version__.startswith("4")
 PAD, EOS, IMAGE, VIDEO, START, END = 0, 2, 150, 151, 152, 153
@@ -38,12 +39,12 @@ class Family:
 
     def build(self, backend: str = "sdpa", seed: int = 0) -> nn.Module:
         """A model of the caller's own: thousands of tests copy one that was built once."""
-        model, state = self._built(backend, seed)
+        stamp, state = self._built(backend, seed)
         torch.set_rng_state(state)  # as building leaves it
-        return copy.deepcopy(model)
+        return stamp.copy()
 
     @functools.cache  # noqa: B019
-    def _built(self, backend: str, seed: int) -> tuple[nn.Module, Tensor]:
+    def _built(self, backend: str, seed: int) -> tuple[Stamp, Tensor]:
         torch.manual_seed(seed)
         model = self.model_class()(self.config()).eval()
         with torch.no_grad():
@@ -57,7 +58,7 @@ class Family:
         model.generation_config.pad_token_id = PAD
         model.generation_config.eos_token_id = NO_EOS
         model.generation_config.do_sample = False
-        return model, torch.get_rng_state()
+        return Stamp(model), torch.get_rng_state()
 
     def attention(self, backend: str) -> Any:
         """What `set_attn_implementation` takes for a backend."""
