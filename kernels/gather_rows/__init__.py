@@ -25,6 +25,7 @@ def gather_rows(
     index: Tensor,
     seq_dims: int | Sequence[int] = 1,
     batch_dims: int | Sequence[int] = 0,
+    trusted: bool = False,
 ) -> list[Tensor]:
     r"""Gather the same rows from hidden states, cos/sin, masks, positions and KV in one launch.
 
@@ -42,6 +43,9 @@ def gather_rows(
     seq_dims, batch_dims
         Sequence and batch dimension, as one int for all tensors or as one int per tensor. Negative
         values count from the end.
+    trusted
+        Whether the caller knows that dtypes, devices, sizes and all indices are right. Nothing is
+        checked then, and the host need not wait for the device to look at an index.
 
     Returns
     -------
@@ -61,12 +65,23 @@ def gather_rows(
     gradient is needed, PyTorch runs instead of the Triton kernel.
     """
     tensors = list(tensors)
-    checks.integer("index", index)
-    checks.shape("index", index, 2, "(B, M)")
     seqs = _dims("seq_dims", seq_dims, tensors)
     batches = _dims("batch_dims", batch_dims, tensors)
-    rows, written = [], []
+    limit = None if trusted else _check(tensors, index, seqs, batches)
+    if not tensors:
+        return []
+    index = index.long()
+    if checks.needs_grad(*tensors):
+        return naive.gather_rows(tensors, index, seqs, batches)
+    return _op(tensors, index, seqs, batches, limit)
+
+
+def _check(tensors: list[Tensor], index: Tensor, seqs: list[int], batches: list[int]) -> int | None:
+    """Check all but the values of `index`, and return what they must be below."""
+    checks.integer("index", index)
+    checks.shape("index", index, 2, "(B, M)")
     checks.same_device(index=index, **{f"tensor {i}": t for i, t in enumerate(tensors)})
+    rows, written = [], []
     for tensor, seq, batch in zip(tensors, seqs, batches, strict=True):
         if tensor.dtype not in DTYPES:
             raise KernelError(f"gather_rows does not move {tensor.dtype}")
@@ -78,20 +93,19 @@ def gather_rows(
         rows.append(tensor.shape[seq])
         low, high = sorted((seq, batch))
         written.append(index.numel() * math.prod(tensor.shape[:low] + tensor.shape[low + 1 : high]))
-    if not tensors:
-        return []
-    checks.int32_sizes(rows=max(rows), rows_written=max(written))
-    index = index.long()
-    if checks.needs_grad(*tensors):
-        return naive.gather_rows(tensors, index, seqs, batches)
-    return _op(tensors, index, seqs, batches, min(rows))
+    checks.int32_sizes(rows=max(rows, default=0), rows_written=max(written, default=0))
+    return min(rows, default=None)
 
 
 @dispatch.custom_op("gather_rows")
 def _op(
-    tensors: list[Tensor], index: Tensor, seq_dims: list[int], batch_dims: list[int], limit: int
+    tensors: list[Tensor],
+    index: Tensor,
+    seq_dims: list[int],
+    batch_dims: list[int],
+    limit: int | None,
 ) -> list[Tensor]:
-    if index.numel():
+    if limit is not None and index.numel():
         message = f"index has entries past the last row ({limit - 1} of the shortest tensor)"
         checks.holds(index.amax() < limit, message)
     if dispatch.which(index) == "naive":
@@ -104,7 +118,11 @@ def _op(
 
 @_op.register_fake
 def _(
-    tensors: list[Tensor], index: Tensor, seq_dims: list[int], batch_dims: list[int], limit: int
+    tensors: list[Tensor],
+    index: Tensor,
+    seq_dims: list[int],
+    batch_dims: list[int],
+    limit: int | None,
 ) -> list[Tensor]:
     out = []
     for tensor, seq, batch in zip(tensors, seq_dims, batch_dims, strict=True):

@@ -107,8 +107,8 @@ def test_text_of_packed_prompts() -> None:
     """Rows of one, two and no prompts; a prompt without an image is text as a whole."""
     span = VisualSpan(start=2, length=4, grid=(1, 2, 2))
     prompts = [
-        [PromptColumns(1, 12, trailing=3)],
-        [PromptColumns(0, 8), PromptColumns(8, 12, trailing=1)],
+        [PromptColumns(1, 12, 9)],
+        [PromptColumns(0, 8, 8), PromptColumns(8, 12, 11)],
         [],
     ]
     layout = full_layout(12, [11, 12, 0], [[span], [span], []], prompts)

@@ -51,7 +51,7 @@ def scores(
         model(**first, attention_mask=mask[:, :PAST], past_key_values=cache)
         cache.layers[0].valid = mask[:, :PAST].bool()
     tables = {"position_embeddings": model.rotary_emb(x[:, PAST:], positions[:, PAST:])}
-    prompts = [[PromptColumns(WIDTH - n, WIDTH, DRAFT)] for n in LENGTHS]
+    prompts = [[PromptColumns(WIDTH - n, WIDTH, WIDTH - DRAFT)] for n in LENGTHS]
     layout = full_layout(WIDTH, LENGTHS, spans(), prompts)
     layout.raters = rater_weights(x[:, PAST:], layout)
     flat = input_scores(model.layers[0], x[:, PAST:], tables, signal, layout, cache)

@@ -16,7 +16,7 @@ Size = tuple[int, int]
 
 def counter(loaded, prefer: str = "downscale") -> EqualTokens:
     model, processor = loaded
-    return EqualTokens(processor, list(adapter_for(model).placeholder_ids()), prefer)
+    return EqualTokens(processor, list(adapter_for(model).placeholders), prefer)
 
 
 def every_size(width: int, height: int) -> list[Size]:

@@ -37,7 +37,7 @@ def by_hand(model, processor, frame):
     inputs = build_inputs(processor, [[frame]], [QUESTION])
     with torch.no_grad():
         rows = model(**inputs, output_hidden_states=True).hidden_states[0][0]
-    places = adapter_for(model).placeholder_ids()
+    places = adapter_for(model).placeholders
     visual = [token in places for token in inputs["input_ids"][0].tolist()]
     text = [row / row.norm() for row, seen in zip(rows, visual, strict=True) if not seen]
     mean = sum(text) / len(text)

@@ -59,6 +59,8 @@ class Adapter:
         exceptions.
     layers, text_config
         The layers of the decoder, and its config.
+    placeholders
+        Token id → kind (1 image, 2 video, 3 audio).
     layers_read_positions
         Whether layers may read `position_ids` apart from the rotary embedding.
     """
@@ -79,6 +81,7 @@ class Adapter:
         self.text_config: Any = self.decoder.config
         self.mrope_rows = mrope_rows(parts) or 3 * self.mrope
         self.mrope = self.mrope_rows > 0
+        self.placeholders = find_placeholders(parts)  # refuses a model without any
 
     @classmethod
     def of(cls, model: nn.Module) -> Adapter:
@@ -189,16 +192,12 @@ class Adapter:
         """
         raise unknown_cells(self.family)
 
-    def placeholder_ids(self) -> dict[int, int]:
-        """Token id → kind (1 image, 2 video, 3 audio)."""
-        return find_placeholders(Parts(self.top, self.body, self.decoder))
-
     @property
     def media(self) -> set[str]:
         """Kinds of media that the model takes: those with placeholders or arguments."""
         arguments = (*parameters_of(self.top), *parameters_of(self.body))
         kinds = {kind for kind in map(feature_kind, arguments) if kind is not None}
-        return {KINDS[code] for code in self.placeholder_ids().values()} | kinds
+        return {KINDS[code] for code in self.placeholders.values()} | kinds
 
     def feature_kinds(self, inputs: Mapping[str, Any]) -> set[int]:
         """Kinds (1, 2, 3) of the features or pixels among arguments of `body` or a prefill."""
@@ -240,7 +239,7 @@ class Adapter:
         source: Tensor = inputs["inputs_embeds"] if ids is None else ids
         kinds = torch.zeros(source.shape[:2], dtype=torch.int8, device=source.device)
         columns = {}
-        for token, kind in self.placeholder_ids().items():
+        for token, kind in self.placeholders.items():
             if ids is not None:
                 columns[kind] = ids == token
             else:

@@ -42,6 +42,7 @@ class Call:
     positions: np.ndarray[Any, Any] | None
     body: nn.Module
     inputs: Mapping[str, Any] = field(default_factory=dict)
+    _rasters: dict[tuple[int, int, int], Grid | None] = field(default_factory=dict, init=False)
 
     @functools.cached_property
     def runs(self) -> list[list[tuple[int, int, Kind]]]:
@@ -56,10 +57,6 @@ class Call:
                 start = stop
             rows.append(runs)
         return rows
-
-    @functools.cached_property
-    def _rasters(self) -> dict[tuple[int, int, int], Grid | None]:
-        return {}
 
     def raster(self, row: int, start: int, stop: int) -> Grid | None:
         """`raster_grid` of columns of a sample, looked at once; None without positions."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,17 +85,6 @@ class EncodedMedia(threading.local):
         if isinstance(last, Tensor) and last.ndim == 4:
             encoding.map = last.shape[-2], last.shape[-1]
         self.latest[kind] = encoding
-
-
-def encoded_by_kind(encoded: Any) -> dict[Kind, list[int]]:
-    """Token counts of features that stand in `mm_encoder_outputs`, by kind."""
-    if not isinstance(encoded, Mapping):
-        return {}
-    return {
-        kind: token_counts(features_of(encoded[kind]))
-        for kind in CODES
-        if encoded.get(kind) is not None
-    }
 
 
 def features_of(out: Any) -> Any:

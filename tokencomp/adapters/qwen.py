@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.call import Call, TowerCall
-from tokencomp.adapters.encoded import Encoding
 from tokencomp.adapters.registry import register_adapter
 from tokencomp.adapters.structural import StructuralAdapter
 from tokencomp.adapters.towers.packed import PackedTower
 from tokencomp.errors import SpanError
-from tokencomp.tokens.spans import Grid, Kind, VisualSpan
+from tokencomp.tokens.spans import Grid, VisualSpan
 from tokencomp.torchlib import compat
 
 
@@ -64,7 +63,9 @@ class Qwen2VLAdapter(StructuralAdapter):
 
     def spans(self, call: Call) -> list[list[VisualSpan]]:
         for row in range(call.kinds.shape[0]):
-            for start, stop, _ in call.runs[row]:
+            for start, stop, kind in call.runs[row]:
+                if kind == "video":
+                    self.check_video()
                 if call.raster(row, start, stop) is None:
                     raise SpanError(
                         f"visual tokens {start} … {stop - 1} of sample {row} do not form one t×h×w "
@@ -74,11 +75,6 @@ class Qwen2VLAdapter(StructuralAdapter):
                         "(model.model.get_rope_index)."
                     )
         return super().spans(call)
-
-    def encoding(self, kind: Kind, call: Call) -> Encoding:
-        if kind == "video":
-            self.check_video()
-        return super().encoding(kind, call)
 
     def check_video(self) -> None:
         """Raise `UnsupportedModelError` if the release gets positions of videos wrong."""

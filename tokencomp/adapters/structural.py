@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from tokencomp.adapters.base import ENCODED, Adapter
 from tokencomp.adapters.call import Call
-from tokencomp.adapters.encoded import EncodedMedia, Encoding, encoded_by_kind
+from tokencomp.adapters.encoded import EncodedMedia, Encoding, features_of, token_counts
 from tokencomp.adapters.spans import Medium, Size, cut_media, span_of, square
 from tokencomp.adapters.structure import square_side
 from tokencomp.adapters.towers.base import Tower
@@ -35,7 +35,6 @@ class StructuralAdapter(Adapter, Hooked):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        self._placeholders = super().placeholder_ids()  # refuses a model without any
         self._patches = self._patches_per_side()
         self._encoded = EncodedMedia()
 
@@ -43,9 +42,6 @@ class StructuralAdapter(Adapter, Hooked):
     def family(self) -> str:  # type: ignore[override]  # a class variable elsewhere
         """The model's own class, in place of a display name."""
         return type(self.model).__name__
-
-    def placeholder_ids(self) -> dict[int, int]:
-        return self._placeholders
 
     def tower_layout(self) -> Tower:
         if self.model.config.model_type not in PACKED:
@@ -88,8 +84,11 @@ class StructuralAdapter(Adapter, Hooked):
         latest = self._encoded.latest.get(kind)
         if latest is None or not self.feature_kinds(call.inputs):
             latest = self.described(kind, call)
-        handed = encoded_by_kind(call.inputs.get(ENCODED)).get(kind)
-        return replace(latest, lengths=handed) if handed else latest
+        handed = call.inputs.get(ENCODED)
+        if not isinstance(handed, Mapping) or handed.get(kind) is None:
+            return latest
+        lengths = token_counts(features_of(handed[kind]))
+        return replace(latest, lengths=lengths) if lengths else latest
 
     def described(self, kind: Kind, call: Call) -> Encoding:
         """What the arguments of a call say of media that the body did not encode."""

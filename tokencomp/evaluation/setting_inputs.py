@@ -27,7 +27,7 @@ class SettingInputs:
 
     def __init__(self, model: Any, processor: Any) -> None:
         self.processor = processor
-        self._placeholders = list(adapter_for(model).placeholder_ids())
+        self._placeholders = list(adapter_for(model).placeholders)
         self._equal_tokens: dict[str, EqualTokens] = {}
 
     def equal_tokens(self, setting: Setting) -> EqualTokens:

@@ -106,7 +106,7 @@ def candidates(
     OptionError
         Nothing fits the budget.
     """
-    counter = EqualTokens(processor, list(adapter_for(model).placeholder_ids()), "downscale")
+    counter = EqualTokens(processor, list(adapter_for(model).placeholders), "downscale")
     fitting: list[Candidate] = []
     seen: set[tuple[int | str, float]] = set()
     for n, scale in itertools.product(frames, sorted(scales, reverse=True)):

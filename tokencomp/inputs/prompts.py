@@ -206,7 +206,7 @@ def prompt_lengths(model: Any, inputs: dict[str, Any]) -> list[tuple[int, int]]:
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     visual = torch.zeros_like(real)
-    for token in adapter_for(model).placeholder_ids():
+    for token in adapter_for(model).placeholders:
         visual |= ids == token
     rows = zip(real.sum(1).tolist(), (visual & real).sum(1).tolist(), strict=True)
     return list(rows)

@@ -102,6 +102,11 @@ class Plan:
         return bool(self.stages) or self.tower is not None
 
     @cached_property
+    def by_item(self) -> bool:
+        """Whether what stays of an item depends on the items beside it, or on its size."""
+        return any(s.amount is not None for s in self.stages)
+
+    @cached_property
     def merges_rest(self) -> bool:
         """Whether a stage may merge tokens that do not stay into kept ones."""
         return any(s.merges_some for s in self.stages)

@@ -120,8 +120,8 @@ def reduced(reducer: StageReducer, batch: SpanBatch, keeps: Sequence[int]) -> Re
     if _step(type(reducer)) != "reduce_batch":
         return StageReducer.reduce_batch(reducer, batch, keeps)
     with checked():  # a reducer of batches looks at its input once, see `finite_features`
-        reduction = _typed(reducer, reducer.reduce_batch(batch, keeps))
-    return reduction.check_batch(batch, keeps, label(reducer))
+        reduction = reducer.reduce_batch(batch, keeps)
+    return _typed(reducer, reduction).check_batch(batch, keeps, label(reducer))
 
 
 def only_plans(reducer: StageReducer) -> bool:

@@ -91,7 +91,7 @@ class Patches:
 
     def table(self, values: Any) -> Tensor:
         """Integers on the host as a tensor on the device, int64."""
-        return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(self.device)
+        return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(self.batch.features.device)
 
     def per_patch(self, values: Sequence[int]) -> Tensor:
         """One number per span as one per patch, int64, shape (patches,)."""

@@ -74,8 +74,9 @@ class Reduction:
             if self.keep.device.type != "cpu":
                 return self
             kept = self.keep.numpy()
-            first, stop = np.repeat(batch.starts, keeps), np.repeat(batch.lengths, keeps)
-            inside = ((kept >= first) & (kept < first + stop)).all() and (np.diff(kept) > 0).all()
+            stops, lengths = np.cumsum(batch.lengths), np.asarray(batch.lengths)
+            first, stop = np.repeat(stops - lengths, keeps), np.repeat(stops, keeps)
+            inside = ((kept >= first) & (kept < stop)).all() and (np.diff(kept) > 0).all()
             special = batch.special
             if inside and (special is None or special.numpy()[kept].sum() == sum(batch.fixed)):
                 return self

@@ -65,17 +65,13 @@ class MethodReplacement:
                 own[self._name] = earlier
         self._active = False
 
-    def _original(self) -> Callable[..., Any]:
-        earlier: Callable[..., Any] = self._earlier
-        if earlier is not _ABSENT:
-            return earlier
-        # Looked up in every call, as Python does with methods.
-        return functools.partial(getattr(type(self._owner), self._name), self._owner)
-
     def _call(self, *args: Any, **kwargs: Any) -> Any:
+        original: Callable[..., Any] = self._earlier
+        if original is _ABSENT:  # looked up in every call, as Python does with methods
+            original = functools.partial(getattr(type(self._owner), self._name), self._owner)
         if not self._active:
-            return self._original()(*args, **kwargs)
-        return self._replacement(self._original(), *args, **kwargs)
+            return original(*args, **kwargs)
+        return self._replacement(original, *args, **kwargs)
 
 
 class Installed:

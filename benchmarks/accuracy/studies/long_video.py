@@ -56,7 +56,7 @@ RIVALS = {
 
 def tokens_of(model: Any, processor: Any, frames: int) -> int:
     """Visual tokens of a video of that many frames."""
-    counter = EqualTokens(processor, list(adapter_for(model).placeholder_ids()), DOWNSCALE)
+    counter = EqualTokens(processor, list(adapter_for(model).placeholders), DOWNSCALE)
     return counter.tokens([Image.new("RGB", SIZE)] * frames)
 
 

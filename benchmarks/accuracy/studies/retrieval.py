@@ -43,7 +43,7 @@ class Pictures:
         chosen = list(items("validation", PICTURES, ("existence",)))
         self.images = [item.image() for item in chosen]
         self.things = [{(t.color, t.shape) for t in item.scene.things} for item in chosen]
-        self.equal = EqualTokens(processor, list(adapter_for(model).placeholder_ids()), "downscale")
+        self.equal = EqualTokens(processor, list(adapter_for(model).placeholders), "downscale")
 
     def queries(self) -> list[tuple[str, str]]:
         """The pairs of colour and shape that most pictures have, in a fixed order."""

@@ -156,7 +156,7 @@ class Questions:
                 yield from self._smaller_media(kind, done)
 
     def _smaller_media(self, kind: str, done: Sequence[str]) -> Iterator[PackedAnswers]:
-        ids = list(adapter_for(self.model).placeholder_ids())
+        ids = list(adapter_for(self.model).placeholders)
         shrink = EqualTokens(self.processor, ids, kind)
         for tower in TOWER:
             fewer: Any = Shrunk(self.source, shrink, tower, 8)
@@ -167,7 +167,7 @@ class Questions:
                 yield self._reduced(key, self.model, self.processor, examples, achieved)
 
     def _smaller_towers(self, done: Sequence[str]) -> Iterator[PackedAnswers]:
-        ids = list(adapter_for(self.model).placeholder_ids())
+        ids = list(adapter_for(self.model).placeholders)
         media = self.source[0].load(8)[0]
         full = EqualTokens(self.processor, ids, DOWNSCALE).tokens(media)
         for side in SIDES[self.set.model]:

@@ -110,7 +110,7 @@ def measure(
     measured = Measurement(models, processor, frames, batch)
     measured.run(source, every, title)
     for name in smaller:
-        shrink = EqualTokens(processor, list(adapter_for(models[""]).placeholder_ids()), name)
+        shrink = EqualTokens(processor, list(adapter_for(models[""]).placeholders), name)
         for way in (named(name, r) for r in ratios):
             fewer = Shrunk(source, shrink, way.ratio, frames)
             alone = Measurement({"": models[""]}, processor, frames, batch)

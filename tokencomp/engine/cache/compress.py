@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -79,8 +78,8 @@ def check_cache(cache: Any, between_layers: bool = False) -> None:
     quantized = {k for k in kinds if issubclass(k, cache_classes.quantized_layer())}
     # Whatever leaves the prompt, the state of layers without rows stays right.
     kinds -= cache_classes.layers_without_rows()
-    reference = {k for k in kinds if is_reference(k)}
-    wrong = kinds - DYNAMIC - {StaticLayer} - quantized - reference
+    special = kinds - DYNAMIC - {StaticLayer} - quantized
+    wrong = {kind for kind in special if not is_reference(kind)}
     if wrong:
         raise UnsupportedCacheError(
             f"{type(cache).__name__} holds {_names(wrong)}; compressed prompts need layers that "
@@ -88,7 +87,7 @@ def check_cache(cache: Any, between_layers: bool = False) -> None:
             "cache_implementation=..., or turn compression off with handle.disabled()."
         )
     offloaded = getattr(cache, "offloading", False)
-    if between_layers and (offloaded or kinds - DYNAMIC - reference):
+    if between_layers and (offloaded or kinds - DYNAMIC - special):
         raise UnsupportedCacheError(
             f"{type(cache).__name__} holds {'offloaded ' * offloaded}{_names(kinds)}, and this "
             "plan drops tokens between decoder layers, which needs plain DynamicLayer rows on the "
@@ -202,9 +201,9 @@ def _note_patch(forward: ForwardPass, layers: list[Any], patch: InForce) -> None
     special |= flash_on_static(forward.adapter.text_config, heads[0])
     need = PatchNeed() if special or len(heads) > 1 or windows.sizes else None
     special |= windows.rows_kept(layers) is not None
-    special |= any(kind.masks_single_tokens for kind in set(windows.kinds))
+    special |= windows.masks_single_tokens
     # transformers leaves a mask out only below the window, so that at the window it is ours too.
-    below = 0.0 if special else min(windows.sizes.values(), default=math.inf) - 1
+    below = 0.0 if special else windows.smallest - 1
     for layer in filled(layers):
         layer.patch, layer.needs_patch, layer.seen_below = patch, need, below
 

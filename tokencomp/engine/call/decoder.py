@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine.cache.compress import check_cache, compact_cache, extend_valid
@@ -160,7 +160,8 @@ class DecoderHooks(CallHooks):
                 self._refuse_missing(arguments)
             result = self._continue(arguments, cache)
         several = state.forward is not None and len(state.forward.segments) > 1
-        self._layers.prepare(several, traced)
+        if several or self.plan.layer_stages or self._layers.hooked:
+            self._layers.prepare(several, traced)
         return result
 
     def _compress(
@@ -175,7 +176,9 @@ class DecoderHooks(CallHooks):
         check_cache(cache, bool(plan.layer_stages))
         if isinstance(first := first_layer(cache), CompressedLayer):
             self._later.adopt(cache.layers, first)
-        arguments, prepared = split_mask(arguments, cache, state.body_mask)
+        arguments, mask, prepared = dict(arguments), arguments.get("attention_mask"), None
+        if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+            arguments, prepared = split_mask(arguments, cache, state.body_mask)
         forward, positions = read_prompt(self.adapter, arguments, cache, state, plan)
         state.forward, forward.prepared = forward, prepared
         if forward.merges:
@@ -244,4 +247,4 @@ class DecoderHooks(CallHooks):
         self.stats = stats = collect(forward, layer)
         self._missed.look(stats, forward.plan)
         text_only = 0 < state.logits <= forward.tail
-        return restore_states(out, forward.layer_layouts(), forward.width, text_only)
+        return restore_states(out, forward.segments, forward.width, text_only)

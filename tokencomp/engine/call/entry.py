@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import MutableMapping
 from typing import Any
 
@@ -72,10 +73,18 @@ def enter_prompt(
     if first.physical and forward.windows.cut_later_turns:
         name, window = type(adapter.decoder).__name__, layer.sliding_window
         raise UnsupportedCacheError(LATER_MEDIA.format(name, window))
+    check = functools.partial(
+        check_windows,
+        adapter.decoder,
+        forward.windows,
+        by_column=forward.by_column,
+        packed=forward.layout.packed,
+        layers=getattr(cache, "layers", ()),
+    )
     if compact:
         _check_prepared(forward, before + forward.width)
     else:  # refused before any work: the reduction does not change this length
-        _check_length(forward, length := max(before + forward.width, room))
+        check(length := max(before + forward.width, room))
     _check_temperature(adapter, before + forward.width)
     x, positions, index = forward.entry(arguments["inputs_embeds"], positions)
     valid = forward.layout.valid(x.device)
@@ -89,7 +98,7 @@ def enter_prompt(
     if compact:
         forward.tables.clear()  # those of the original positions
         positions = _compact_positions(forward, valid, x)
-        _check_length(forward, length := max(first.physical + x.shape[1], room))
+        check(length := max(first.physical + x.shape[1], room))
     own_ids = _set_positions(forward, arguments, positions)
     if valid is not None and first.physical and forward.windows.linear:
         raise UnsupportedCacheError(RAGGED_TURN)
@@ -115,8 +124,8 @@ def _check_prepared(forward: ForwardPass, length: int) -> None:
     ------
     OptionError
     """
-    if forward.prepared is not None and forward.windows.bind(length):
-        size = min(forward.windows.sizes.values())
+    size = forward.windows.smallest
+    if forward.prepared is not None and length > size:
         body = type(forward.adapter.body).__name__
         raise OptionError(
             f'positions="compact": {body} prepares the masks of its layers '
@@ -148,13 +157,6 @@ def _check_temperature(adapter: Adapter, length: int) -> None:
                 "dropping would not equal masking. Give a shorter prompt, or turn compression off "
                 "with handle.disabled()."
             )
-
-
-def _check_length(forward: ForwardPass, length: int) -> None:
-    """Compare attention windows with a length, see `check_windows`."""
-    decoder, windows, packed = forward.adapter.decoder, forward.windows, forward.layout.packed
-    layers = getattr(forward.cache, "layers", ())
-    check_windows(decoder, windows, length, forward.by_column, packed, layers)
 
 
 def _set_positions(

@@ -75,8 +75,8 @@ class CallGate(Hooked):
             return
         self._uncounted = True
         for module in self._modules:
-            enter = module.register_forward_pre_hook(self._enter)
-            leave = module.register_forward_hook(self._leave, always_call=True)
+            enter = module.register_forward_pre_hook(self.enter)
+            leave = module.register_forward_hook(self.leave, always_call=True)
             direct = functools.partial(self._forward, module)
             self._handles += [enter, leave, MethodReplacement(module, "forward", direct)]
 
@@ -98,33 +98,32 @@ class CallGate(Hooked):
             return original(*args, **kwargs)
         _, names = self._calls.get(threading.get_ident(), (None, []))
         if id(module) not in names:
-            self.enter(id(module))  # Dynamo may skip the hook that enters, but not this function
+            self.enter(module)  # Dynamo may skip the hook that enters, but not this function
             try:
                 return module(*args, **kwargs)
             finally:
-                self.leave(id(module))
+                self.leave(module)
         try:
             return original(*args, **kwargs)
         except Exception:
             raise  # torch still runs the hook that ends the call
         except BaseException:  # not after an interrupt from the keyboard
-            self.leave(id(module))
+            self.leave(module)
             raise
 
-    def _enter(self, module: nn.Module, args: Any) -> None:
+    def enter(self, call: object, args: Any = None) -> None:
+        """Note that a call begins in this thread; wait while another thread makes a change.
+
+        Parameters
+        ----------
+        call
+            The module of which this is a hook, or any object that only this call has.
+        args
+            What torch hands a hook.
+        """
         if torch.compiler.is_compiling():
             return
-        self.enter(id(module))
-        if not self._handles:  # the patch has gone while this call has waited
-            self.leave(id(module))
-
-    def _leave(self, module: nn.Module, args: Any, out: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self.leave(id(module))
-
-    def enter(self, name: int) -> None:
-        """Note that a call begins in this thread; wait while another thread makes a change."""
-        own = threading.get_ident()
+        own, name = threading.get_ident(), id(call)
         with self._condition:
             _, names = self._calls.get(own, (None, []))
             if not names and self._changing not in (None, own):
@@ -132,6 +131,8 @@ class CallGate(Hooked):
             # A name that is there already is left over from a call that was interrupted.
             names = [*names[: names.index(name)], name] if name in names else [*names, name]
             self._calls[own] = threading.current_thread(), names
+        if args is not None and not self._handles:  # the patch has gone while this call has waited
+            self.leave(call)
 
     def _wait(self, own: int) -> None:
         """Wait while another thread makes a change, unless it waits for this thread."""
@@ -144,9 +145,11 @@ class CallGate(Hooked):
         finally:
             self._waiting.discard(own)
 
-    def leave(self, name: int) -> None:
-        """Note that the call of this thread has ended; safe to call twice."""
-        own = threading.get_ident()
+    def leave(self, call: object, *hook: Any) -> None:
+        """Note that a call of this thread has ended, see `enter`; safe to call twice."""
+        if torch.compiler.is_compiling():
+            return
+        own, name = threading.get_ident(), id(call)
         with self._condition:
             thread, names = self._calls.pop(own, (threading.current_thread(), []))
             if name in names and names.index(name) > 0:

@@ -39,15 +39,15 @@ class GenerateCall(Hooked):
         self._handles.append(MethodReplacement(self.adapter.top, GENERATE, self._generate))
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        state, name = self.calls.state, id(kwargs)
+        state = self.calls.state
         earlier = state.columns, state.encodes
-        self.gate.enter(name)
+        self.gate.enter(kwargs)
         state.columns, state.encodes = prompt_columns(args, kwargs), self.adapter.encodes(kwargs)
         try:
             return original(*args, **kwargs)
         finally:
             state.columns, state.encodes = earlier
-            self.gate.leave(name)
+            self.gate.leave(kwargs)
 
 
 def prompt_columns(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
@@ -106,7 +106,7 @@ class BatchGuard(Hooked):
                 "continuous batching takes token ids alone, and this call brings images or videos, "
                 f"which the model would never see. {FIX}"
             )
-        names = self.adapter.placeholder_ids()
+        names = self.adapter.placeholders
         for i, prompt in enumerate(inputs):
             count = sum(token in names for token in prompt)
             if count:

@@ -165,9 +165,9 @@ class LaterTokens:
             kwargs["position_ids"] = before.contiguous(new, x)
         # One token attends to every row, so without padding it needs no mask.
         maskless = maskless and all(layer.valid is None for layer in segment_heads(layers))
-        masked = any(kind.masks_single_tokens for kind in set(windows.kinds))
         # transformers leaves a mask out only below the window, so at the window it is ours too.
-        if maskless and not windows.bind(total + 1) and not masked and not windows.relative:
+        plain = not (windows.masks_single_tokens or windows.relative)
+        if maskless and total < windows.smallest and plain:
             kwargs["attention_mask"] = None
             return
         forward = ForwardPass.continuation(self.adapter, layers, new, n)

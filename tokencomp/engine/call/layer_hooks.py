@@ -31,11 +31,16 @@ class LayerHooks(CallHooks):
     them; in the calls of other threads they return at once. Dynamo does not look whether hooks
     have come or gone since it compiled a layer, so that once the model is compiled they are there
     for good.
+
+    Attributes
+    ----------
+    hooked
+        Whether the hooks are there.
     """
 
     def __init__(self, adapter: Adapter, calls: RunningCalls) -> None:
         super().__init__(adapter, calls)
-        self._staged = self._compiled = False
+        self._staged = self._compiled = self.hooked = False
         self._scored: list[tuple[nn.Module, int, Attention]] = []  # attention, stage, signal
         self._users: dict[int, threading.Thread] = {}
         self._lock = threading.Lock()
@@ -58,7 +63,7 @@ class LayerHooks(CallHooks):
             self._staged = False
             self._scored.clear()
             self._users.clear()
-            super().remove()
+            self._unhook()
 
     def prepare(self, needed: bool, traced: bool) -> None:
         """Install or remove the hooks before the decoder runs, as this call needs.
@@ -70,16 +75,14 @@ class LayerHooks(CallHooks):
         traced
             Whether Dynamo has compiled the caller.
         """
-        if not (needed or self._staged or self._handles):
-            return
         self._compiled = self._compiled or traced or compat.layers_compiled(self.adapter.decoder)
         if needed or (self._staged and self._compiled):
             with self._lock:
                 if needed:
                     self._users[threading.get_ident()] = threading.current_thread()
-                if not self._handles:
+                if not self.hooked:
                     self._hook()
-        elif self._handles and not self._compiled:
+        elif self.hooked and not self._compiled:
             self._leave()
 
     def finish(self) -> None:
@@ -91,9 +94,14 @@ class LayerHooks(CallHooks):
         with self._lock:
             self._users.pop(threading.get_ident(), None)  # left over from an interrupted call
             if not any(thread.is_alive() for thread in list(self._users.values())):
-                super().remove()
+                self._unhook()
+
+    def _unhook(self) -> None:
+        self.hooked = False
+        super().remove()
 
     def _hook(self) -> None:
+        self.hooked = True
         for i, layer in enumerate(self.adapter.layers):
             # Before the hooks of others, which then see the rows that the layer gets.
             run = functools.partial(self._layer, i)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -62,8 +63,8 @@ def read_prompt(
             f"{tuple(kinds.shape)}: something else already shortened it. Undo the other "
             "method before patch()."
         )
-    if compat.recomputed(adapter.layers[0]):
-        check_recomputation(bool(plan.layer_stages))
+    if plan.layer_stages and compat.recomputed(adapter.layers[0]):
+        check_recomputation()
     past = int(cache.get_seq_length()) if cache is not None else 0
     if past:
         check_ages(plan)
@@ -71,7 +72,9 @@ def read_prompt(
     rows = positions[-3:].cpu().numpy() if adapter.mrope else None
     found = adapter.spans(Call(kinds, x, rows, adapter.body, state.inputs or {}))
     spans = [numbered(row) for row in found]
-    check_grids(plan, spans)
+    unknown = [span for row in spans for span in row if not span.grid_known]
+    if unknown:
+        check_grids(plan, unknown)
     layout = _layout(arguments, past, state, spans, text)
     forward = ForwardPass(adapter, plan, spans, layout, x.shape[1])
     forward.cache = cache
@@ -113,19 +116,14 @@ def _layout(
     return aligned_layout(real, spans, prompts)
 
 
-def check_recomputation(between_layers: bool) -> None:
-    """Refuse what a checkpointed layer would compute in another way in the backward pass.
-
-    Parameters
-    ----------
-    between_layers
-        Whether tokens leave between layers.
+def check_recomputation() -> None:
+    """Refuse stages between layers where the backward pass would run them once more.
 
     Raises
     ------
     OptionError
     """
-    if between_layers and compat.recomputes_hooks():
+    if compat.recomputes_hooks():
         raise OptionError(
             "gradient checkpointing with tokens dropped between layers: this transformers release "
             "would drop them again in the backward pass. Use transformers >= 5.23, an entry "
@@ -149,22 +147,21 @@ def check_ages(plan: Plan) -> None:
             )
 
 
-def check_grids(plan: Plan, spans: list[list[VisualSpan]]) -> None:
-    """Refuse spans of unknown grid where a reducer of the plan reads places in it.
+def check_grids(plan: Plan, spans: list[VisualSpan]) -> None:
+    """Refuse spans, all of unknown grid, where a reducer of the plan reads places in it.
 
     Raises
     ------
     UnknownGridError
     """
-    unknown = next((s for row in spans for s in row if not s.grid_known), None)
-    for stage in plan.stages:
-        if unknown is None or stage.reducer.grid == "any":
+    for span, stage in itertools.product(spans, plan.stages):
+        if stage.reducer.grid == "any":
             continue
-        if stage.amount is None and stage.fraction_of(unknown.kind) == 1:
+        if stage.amount is None and stage.fraction_of(span.kind) == 1:
             continue
         raise UnknownGridError(
-            f"reducer {stage.reducer.name!r} reads places in the grid of an {unknown.kind}, but "
-            f"nothing tells how the {unknown.length} tokens from column {unknown.start} on lie "
+            f"reducer {stage.reducer.name!r} reads places in the grid of an {span.kind}, but "
+            f"nothing tells how the {span.length} tokens from column {span.start} on lie "
             "in the picture. Use a reducer that reads features alone, such as 'condiv', "
             "'divprune', 'merge' or 'uniform'."
         )

@@ -71,7 +71,7 @@ class Stats:
     _config: Any = None
     _itemsize: int = 2
     _plan: Plan = field(default_factory=Plan)
-    _places: list[list[Place]] = field(default_factory=list)
+    _places: list[list[Place | None]] = field(default_factory=list)
     _kept: list[RowLayout] = field(default_factory=list, repr=False)
     _survivors: RowLayout | None = field(default=None, repr=False)
     _repeated: list[list[int]] = field(default_factory=list, repr=False)

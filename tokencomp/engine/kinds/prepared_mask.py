@@ -23,6 +23,8 @@ from tokencomp.errors import UnsupportedCacheError
 def split_mask(kwargs: dict[str, Any], cache: Any, body_mask: Any) -> tuple[dict[str, Any], Any]:
     """Arguments of a prefill with the 2-D mask of padding, and what the body prepared beside it.
 
+    For masks that are not 2-D themselves.
+
     Parameters
     ----------
     body_mask

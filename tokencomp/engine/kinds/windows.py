@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from tokencomp.engine.cache.rows import keeps_window
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
 from tokencomp.engine.kinds.registry import CONVOLVING, FULL, KINDS, SLIDING, LayerKind, State
 from tokencomp.errors import RowIndexedAttentionError, UnsupportedModelError
 from tokencomp.torchlib import compat
@@ -75,55 +79,74 @@ class Windows:
     def served(cls, decoder: Any) -> Windows:
         """The windows of a patched decoder in a call; the patch has asked for them by `of`.
 
-        They are read anew in every call, because the sizes in a config may change.
+        The config is read anew in every call, because the sizes in it may change.
         """
         config, names, cut = decoder.config, kind_names(decoder), None
-        if names:
-            kinds = tuple([KINDS[name] for name in names])  # no frame per layer
-        else:
+        kinds = names
+        if not names:
             # Some decoders whose config names no kinds (Mistral) apply `sliding_window`, others
             # (Llama) only let the cache read it. The former import the factory of such masks.
             code, size = vars(sys.modules[type(decoder).__module__]), _size(config, SLIDING)
             applies = size is not None and "create_sliding_window_causal_mask" in code
-            kinds = (SLIDING if applies else FULL,) * len(decoder.layers)
+            kinds = (SLIDING.name if applies else FULL.name,) * len(decoder.layers)
             cut = None if applies else size
-        sizes = {kind.name: _size(config, kind) for kind in dict.fromkeys(kinds)}
-        own = {name: int(size) for name, size in sizes.items() if size}
-        convolves = not CONVOLVING.keys().isdisjoint(names)
+        windowed = [k for k in map(KINDS.__getitem__, dict.fromkeys(kinds)) if k.window_field]
+        sizes = tuple([(kind.name, _size(config, kind)) for kind in windowed])
         relative = isinstance(getattr(config, "rel_extent", None), int)
-        return cls(kinds, own, bool(names), cut, convolves, relative)
+        return _windows(kinds, sizes, bool(names), cut, relative)
 
-    def bind(self, total: int) -> bool:
-        """Whether a layer would not see all of a sequence of `total` tokens."""
-        return any(total > size for size in self.sizes.values())
+    @cached_property
+    def smallest(self) -> float:
+        """The size of the smallest window: all layers see the whole of sequences up to this."""
+        return min(self.sizes.values(), default=math.inf)
 
     def rows_kept(self, layers: Sequence[Any]) -> int | None:
         """Rows that a cache keeps of decoder layers that attend to all; None: all of them."""
         pairs = zip(layers, self.kinds, strict=False)
         cuts = [
-            layer.sliding_window for layer, kind in pairs if kind is FULL and keeps_window(layer)
+            layer.sliding_window
+            for layer, kind in pairs
+            if kind is FULL and isinstance(layer, DynamicSlidingWindowLayer)
         ]
         return min(cuts) if cuts else self.cut
 
-    @property
+    @cached_property
     def plain(self) -> bool:
         """Whether every layer attends to all tokens before it."""
         return set(self.kinds) == {FULL}
 
-    @property
+    @cached_property
     def linear(self) -> bool:
         """Whether a layer keeps a state, instead of rows or beside them."""
         return self.convolves or any(isinstance(kind, State) for kind in self.kinds)
 
-    @property
+    @cached_property
     def count_from_start(self) -> bool:
         """Whether a window is counted from the first real column of every sample."""
         return any(kind.counts_from_start for kind in self.kinds if kind.name in self.sizes)
 
-    @property
+    @cached_property
+    def masks_single_tokens(self) -> bool:
+        """Whether the decoder builds a mask for a single token, too."""
+        return any(kind.masks_single_tokens for kind in self.kinds)
+
+    @cached_property
     def cut_later_turns(self) -> bool:
         """Whether a layer keeps only the first prompt whole."""
         return any(kind.cuts_later_turns for kind in self.kinds)
+
+
+@functools.lru_cache(maxsize=64)  # what follows from the kinds is computed once
+def _windows(
+    names: tuple[str, ...],
+    sizes: tuple[tuple[str, int | None], ...],
+    named: bool,
+    cut: int | None,
+    relative: bool,
+) -> Windows:
+    kinds = tuple(KINDS[name] for name in names)
+    own = {name: int(size) for name, size in sizes if size}
+    return Windows(kinds, own, named, cut, not CONVOLVING.keys().isdisjoint(names), relative)
 
 
 def kind_names(decoder: Any) -> tuple[str, ...]:
@@ -132,21 +155,20 @@ def kind_names(decoder: Any) -> tuple[str, ...]:
 
 
 def _size(config: Any, kind: LayerKind) -> int | None:
-    """The one size of all windows of a kind that a text config gives; None: there are none.
+    """The one size of all windows of a kind with a window; None: the config gives none.
 
     Raises
     ------
     UnsupportedModelError
     """
-    if kind.window_field is None:
-        return None
     if kind is SLIDING and getattr(config, "use_sliding_window", True) is False:
         return None
-    found: set[int] = {size for size in compat.layer_values(config, kind.window_field) if size}
+    field = str(kind.window_field)
+    found: set[int] = {size for size in compat.layer_values(config, field) if size}
     if len(found) > 1:
         sizes = ", ".join(map(str, sorted(found)))
         raise UnsupportedModelError(
-            f"{kind.window_field} of the layers is {sizes}. Served are decoders whose windows have "
+            f"{field} of the layers is {sizes}. Served are decoders whose windows have "
             "one size. Run it without patch()."
         )
     return found.pop() if found else None
@@ -210,19 +232,19 @@ def check_windows(
             f"Give fewer than {cut} tokens in all, turn compression off with handle.disabled(), or "
             "set model.config.get_text_config().sliding_window = None and pass no cache."
         )
-    if not windows.bind(length):
+    if length <= windows.smallest:
         return
     backend = compat.attention_implementation(decoder.config)
     if by_column and "flash" in backend:
         raise UnsupportedModelError(
             f"the sequence has {length} tokens and {type(decoder).__name__} layers with a window "
-            f"of {min(windows.sizes.values())}. The backend {backend} counts the window in rows, "
+            f"of {windows.smallest}. The backend {backend} counts the window in rows, "
             'of which there are fewer than positions now. Use attn_implementation="sdpa", or '
             'patch(..., positions="compact").'
         )
     if packed:
         raise UnsupportedModelError(
             f"rows hold several prompts and {length} tokens, more than the attention window of "
-            f"{min(windows.sizes.values())}. Give one prompt per row, or turn compression off "
+            f"{windows.smallest}. Give one prompt per row, or turn compression off "
             "with handle.disabled()."
         )

@@ -61,6 +61,8 @@ def _gathered(value: Any, columns: Tensor, width: int) -> Any:
         if value.ndim < 2 or value.shape[1] != width or value.shape[0] not in (1, len(columns)):
             return value
         return gather_rows([value], columns.to(value.device))[0]
+    if not isinstance(value, (Mapping, list, tuple)):
+        return value
     return each(value, lambda item: _gathered(item, columns, width))
 
 

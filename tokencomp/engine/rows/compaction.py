@@ -94,7 +94,8 @@ def compact(
     index = flat.view(table.shape)
     origin = index if layout.origin is None else layout.origin.gather(1, index)
     after = RowLayout(width, lengths, spans, origin, prompts=prompts)
-    after.sizes = _sizes(layout, after, index, reduction, place)
+    if layout.sizes is not None or (reduction is not None and reduction.sizes is not None):
+        after.sizes = _sizes(layout, after, index, reduction, place)
     after.raters = None if layout.raters is None else layout.raters.gather(1, index)
     return after, index, place
 
@@ -111,7 +112,8 @@ def _shrunk(
         return column - first - removed + shift
 
     return [
-        PromptColumns(place(p.start), place(p.stop), p.trailing) for p in layout.prompts[sample]
+        PromptColumns(place(p.start), place(p.stop), place(p.question_stop))
+        for p in layout.prompts[sample]
     ]
 
 
@@ -121,11 +123,9 @@ def _sizes(
     index: Tensor,
     reduction: Reduction | None,
     place: Tensor | None,
-) -> Tensor | None:
-    """Sizes of the columns of `after`; 1 at padding."""
+) -> Tensor:
+    """Sizes of the columns of `after`; 1 at padding. There are sizes, before or in `reduction`."""
     merged = None if reduction is None else reduction.sizes
-    if before.sizes is None and merged is None:
-        return None
     if before.sizes is None:
         sizes = torch.ones(index.shape, device=index.device)
     else:
@@ -154,22 +154,15 @@ def take(
         False at padding, which becomes 0: copies of other tokens there could carry NaN along.
     """
     from tokencomp.kernels import gather_rows
-    from tokencomp.kernels.dispatch import checked
 
     if valid is not None:
         index = index.masked_fill(~valid, -1)
     # Complex rotary tables (Llama 4) are moved as pairs of real numbers.
     real = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
     dims = [d % t.ndim for d, t in zip(dims, tensors, strict=True)]
-    with checked():  # the index comes from a layout, so the host need not wait to look at it
-        rows: list[Tensor] = gather_rows(real, index, dims, [dim - 1 for dim in dims])
+    before = [dim - 1 for dim in dims]  # the axis of the batch
+    rows: list[Tensor] = gather_rows(real, index, dims, before, trusted=True)
     return [
         torch.view_as_complex(row) if t.is_complex() else row
         for row, t in zip(rows, tensors, strict=True)
     ]
-
-
-def write_merged(x: Tensor, place: Tensor | None, reduction: Reduction | None) -> None:
-    """Put merged features at the places of their kept tokens (in place on the gathered x)."""
-    if reduction is not None and reduction.merged is not None and place is not None:
-        x.flatten(0, 1).index_copy_(0, place, reduction.merged.to(x))

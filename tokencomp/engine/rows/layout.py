@@ -43,20 +43,15 @@ class PromptColumns:
     ----------
     start, stop
         Tokens of one prompt attend to each other and to no other prompt of the row.
-    trailing
-        How many of the last columns are not part of the question: the answer of a training
+    question_stop
+        The column behind the last token of the question. What follows is the answer of a training
         example, tokens generated so far, or draft tokens of assisted decoding. They never vote on
         what is kept. They stand behind every visual token.
     """
 
     start: int
     stop: int
-    trailing: int = 0
-
-    @property
-    def question_stop(self) -> int:
-        """The column behind the last token of the question."""
-        return self.stop - self.trailing
+    question_stop: int
 
     def holds(self, live: LiveSpan) -> bool:
         """Whether a live span belongs to this prompt."""
@@ -154,7 +149,7 @@ def full_layout(
     """The layout of an uncompressed, left-padded call, by default of one prompt per row."""
     live = [[LiveSpan(s, s.start, s.length) for s in row] for row in spans]
     if prompts is None:
-        prompts = [[PromptColumns(width - n, width)] for n in lengths]
+        prompts = [[PromptColumns(width - n, width, width)] for n in lengths]
     return RowLayout(width, lengths, live, prompts=prompts)
 
 

@@ -39,17 +39,15 @@ def restore(x: Tensor, layout: RowLayout, width: int) -> Tensor:
     return torch.stack(rows)
 
 
-def restore_states(
-    out: Any, layouts: Sequence[RowLayout], width: int, keep_last_state: bool
-) -> Any:
+def restore_states(out: Any, segments: Sequence[Any], width: int, keep_last_state: bool) -> Any:
     """Give the hidden states of a decoder's output full length, in place where it is no tuple.
 
     Parameters
     ----------
     out
         What the decoder returned.
-    layouts
-        Layout of every decoder layer.
+    segments
+        Segments of decoder layers, each with the layout of its layers.
     width
         Columns of the caller's batch.
     keep_last_state
@@ -58,16 +56,18 @@ def restore_states(
     """
     states = getattr(out, "hidden_states", None)
     if states is not None:  # the input of the first layer, then what each layer returns
+        layouts = [s.layout for s in segments for _ in range(s.first, s.stop)]
         pairs = zip(states, [layouts[0], *layouts[: len(states) - 1]], strict=True)
         out.hidden_states = tuple(
             s if s is None else restore(s, layout.to(s.device), width) for s, layout in pairs
         )
     if keep_last_state:
         return out
+    layout = segments[-1].layout
     if isinstance(out, tuple):
-        return (restore(out[0], layouts[-1], width), *out[1:])
+        return (restore(out[0], layout, width), *out[1:])
     last = out.last_hidden_state
-    out.last_hidden_state = restore(last, layouts[-1], width)
+    out.last_hidden_state = restore(last, layout, width)
     if states is not None and states[-1] is last:  # one tensor, so that both carry gradients
         out.hidden_states = (*out.hidden_states[:-1], out.last_hidden_state)
     return out

@@ -82,7 +82,7 @@ def aligned_layout(
         live.append([LiveSpan(s, place[b][s.start], s.length) for s in row])
     moved = [
         [
-            PromptColumns(at[p.start], at[p.stop], at[p.stop] - at[p.question_stop])
+            PromptColumns(at[p.start], at[p.stop], at[p.question_stop])
             for p in row
             if at[p.stop] > at[p.start]
         ]
@@ -138,7 +138,7 @@ def build_prompts(
             answer = end - generated
             if labels is not None:
                 answer = answer_start(labels[b], begin, end)
-            prompts.append(PromptColumns(begin, end, end - max(answer, visual)))
+            prompts.append(PromptColumns(begin, end, max(answer, visual)))
         rows.append(prompts)
     return rows
 

@@ -45,7 +45,7 @@ def layer_scores(
         The self-attention module and the arguments of its call (normed hidden states, rotary
         tables, cache).
     layout
-        Only the question of every prompt votes and counts, see `PromptColumns.trailing`.
+        Only the question of every prompt votes and counts, see `PromptColumns.question_stop`.
     projected : Tensor, shape (B, n, width), or None
         Output of the module's `q_proj` in this call, which spares computing it again where all
         rows vote.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,14 +15,14 @@ from tokencomp.engine.cache.frames import compared_frames
 from tokencomp.engine.kinds.masks import MaskSource
 from tokencomp.engine.kinds.windows import Windows
 from tokencomp.engine.rows.arguments import sequence_dim, table_parts
-from tokencomp.engine.rows.compaction import Selection, compact, take, write_merged
+from tokencomp.engine.rows.compaction import Selection, compact, take
 from tokencomp.engine.rows.layout import RowLayout
 from tokencomp.engine.stage.segments import Segment, segments_after
 from tokencomp.engine.stage.stage_input import StageInput
 from tokencomp.engine.stage.stage_scores import StageScores, rater_weights
 from tokencomp.engine.stage.survivors import surviving_rows
 from tokencomp.engine.tower.flops import TowerCost
-from tokencomp.plan.amounts import packed_places
+from tokencomp.plan.amounts import Place, packed_places
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.stages import Stage
 from tokencomp.tokens.signals import FRAMES, NORM, Attention, Signal
@@ -42,7 +41,10 @@ class ForwardPass:
     layout
         Where tokens stand after the latest stage.
     places
-        Per sample, per span: where it stands among the items of its prompt.
+        Per sample, per span: where it stands among the items of its prompt; None where the plan
+        treats all items alike.
+    merges
+        Whether a stage merges what does not stay of an item of this call.
     tail
         Last columns that stand where the caller put them, whatever leaves.
     tower
@@ -57,7 +59,7 @@ class ForwardPass:
         Rotary tables of the columns that the entry stage leaves, where it has computed them, by
         the kind of layer that they are for (None: all).
     scores
-        Attention scores for stages that have not run yet.
+        Attention scores for stages that have not run yet; None where no reducer reads any.
     windows
         Kinds of the decoder layers, and their attention windows.
     by_column
@@ -93,8 +95,10 @@ class ForwardPass:
             for prompts, row in zip(layout.prompts, layout.spans, strict=False)
         ]
         layers = len(adapter.layers)
-        pairs = zip(spans, self.prompts, strict=False)
-        self.places = [packed_places(row, own) for row, own in pairs]
+        self.places: list[list[Place | None]] = [[None] * len(row) for row in spans]
+        if plan.by_item:
+            pairs = zip(spans, self.prompts, strict=False)
+            self.places = [list(packed_places(row, own)) for row, own in pairs]
         self.counts = [
             [plan.counts(s, layers, place) for s, place in zip(row, own, strict=True)]
             for row, own in zip(spans, self.places, strict=True)
@@ -113,7 +117,14 @@ class ForwardPass:
         self.reduce_seconds = 0.0
         self.kept: list[RowLayout] = []
         self.survivors: RowLayout | None = None
-        self.scores = StageScores(adapter.layers)
+        scored = any(isinstance(signal, Attention) for signal in plan.needs)
+        self.scores = StageScores(adapter.layers) if scored else None
+        self.merges = plan.merges_rest and any(
+            stage.merges(span.kind, place)
+            for row, own in zip(spans, self.places, strict=True)
+            for span, place in zip(row, own, strict=True)
+            for stage in plan.stages
+        )
         self.windows = Windows.served(adapter.decoder)
         self.by_column = True
         self.prepared: Any = None
@@ -136,20 +147,6 @@ class ForwardPass:
         """The segment that decoder layer `layer` belongs to."""
         return next(s for s in self.segments if s.first <= layer < s.stop)
 
-    def layer_layouts(self) -> list[RowLayout]:
-        """The layout of every decoder layer."""
-        return [s.layout for s in self.segments for _ in range(s.first, s.stop)]
-
-    @cached_property
-    def merges(self) -> bool:
-        """Whether a stage merges what does not stay of an item of this call."""
-        items = [
-            (span.kind, place)
-            for spans, places in zip(self.spans, self.places, strict=True)
-            for span, place in zip(spans, places, strict=True)
-        ]
-        return any(stage.merges(*item) for stage in self.plan.stages for item in items)
-
     def weights(self, segment: Segment) -> Tensor | None:
         """Tokens that the first rows of `segment` weigh as much as, (B, m); None: one each.
 
@@ -171,12 +168,12 @@ class ForwardPass:
         """
         origin = self.layout.origin
         if origin is not None:  # not left-padded: align the real columns first
+            self.layout = self.layout.to(x.device)
             valid = self.layout.valid(x.device)
             tensors = [x, positions.to(x.device)]
             x, positions = take(tensors, origin.to(x.device), [1, -1], valid)
         if self.plan.tower is not None:  # before anything scores what is not there
             with self.timed():
-                self.layout = self.layout.to(x.device)
                 selection = surviving_rows(x, self.layout, self.plan)
                 x, positions = self._compact(selection, [x, positions], [1, -1])
                 self.survivors = self.layout
@@ -186,15 +183,8 @@ class ForwardPass:
         if stage is None:
             self.segments[0].layout = self.layout
             return x, positions, self.layout.origin
-        tables = None
-        for signal in stage.needs:
-            if isinstance(signal, Attention) and signal.kinds & self.layout.kinds:
-                if tables is None:
-                    tables = self.adapter.rotary_tables(x, positions, layer=0)
-                ids = None if self.adapter.mrope else positions
-                with self.timed():
-                    self.scores.of_input(0, x, tables, ids, signal, self.layout, self.cache)
-        parts = table_parts(tables)
+        tables = None if self.scores is None else self._score(stage, self.scores, x, positions)
+        parts = [] if tables is None else table_parts(tables)
         dims = [1, -1, *map(sequence_dim, parts)]
         with self.timed():
             x, positions, *parts = self.reduce(stage, [x, positions, *parts], dims)
@@ -204,15 +194,30 @@ class ForwardPass:
         self.segments[0].layout = self.layout
         return x, positions, self.layout.origin
 
+    def _score(self, stage: Stage, scores: StageScores, x: Tensor, positions: Tensor) -> Any:
+        """Score the tokens for the entry stage; gives the rotary tables that this takes."""
+        tables = None
+        for signal in stage.needs:
+            if isinstance(signal, Attention) and signal.kinds & self.layout.kinds:
+                if tables is None:
+                    tables = self.adapter.rotary_tables(x, positions, layer=0)
+                ids = None if self.adapter.mrope else positions
+                with self.timed():
+                    scores.of_input(0, x, tables, ids, signal, self.layout, self.cache)
+        return tables
+
     def reduce(self, stage: Stage, tensors: list[Tensor], dims: list[int]) -> list[Tensor]:
         """Apply a stage: the first of `tensors` is x (B, n, d), the others follow its columns."""
         from tokencomp.kernels.dispatch import no_autocast
 
         x = tensors[0]
         with no_autocast(x):
-            self.layout = self.layout.to(x.device)  # layers may lie on several devices
-            scores, texts = self.scores.pop(stage.layer, x.device)
-            needs, norm, frames = stage.needs, None, None
+            if stage.layer:  # layers may lie on several devices
+                self.layout = self.layout.to(x.device)
+            scores = texts = norm = frames = None
+            if self.scores is not None:
+                scores, texts = self.scores.pop(stage.layer, x.device)
+            needs = stage.needs
             if NORM in needs:
                 norm = self.adapter.final_norm
             if FRAMES in needs:
@@ -230,10 +235,13 @@ class ForwardPass:
         """Put the layout after `selection` in force, and take its columns of all tensors."""
         device, before = tensors[0].device, self.layout
         self.layout, index, place = compact(before, selection, device)
-        self.scores.follow(before, self.layout, index, device)
+        if self.scores is not None:
+            self.scores.follow(before, self.layout, index, device)
         tensors = [t.to(device) for t in tensors]
         tensors = take(tensors, index, dims, self.layout.valid(device))
-        write_merged(tensors[0], place, selection.reduction)
+        merged = None if selection.reduction is None else selection.reduction.merged
+        if merged is not None and place is not None:  # in place on the gathered rows
+            tensors[0].flatten(0, 1).index_copy_(0, place, merged.to(tensors[0]))
         return tensors
 
     @contextlib.contextmanager

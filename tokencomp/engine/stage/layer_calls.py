@@ -93,13 +93,15 @@ def _run_stage(
     stage: Any = segment.stage
     kind, device = forward.windows.kinds[segment.first].name, hidden.device
     tables = _tables(previous, kind, kwargs, device)
+    scores = forward.scores
     for signal in stage.needs:
-        known = forward.scores.known(segment.first)  # by a layer before, this one has none
-        if isinstance(signal, Attention) and signal.layer == "next" and not known:
+        if not isinstance(signal, Attention) or signal.layer != "next" or scores is None:
+            continue
+        if not scores.known(segment.first):  # else by a layer before, as this one has no attention
             cache, layout = compat.get_cache(kwargs), forward.layout
             ids = _positions(forward, previous, kwargs)
             with forward.timed():
-                forward.scores.of_input(segment.first, hidden, tables, ids, signal, layout, cache)
+                scores.of_input(segment.first, hidden, tables, ids, signal, layout, cache)
     index = previous.index
     if index is None:
         index = torch.arange(hidden.shape[1], device=device)[None]

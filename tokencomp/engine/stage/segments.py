@@ -161,9 +161,9 @@ class Segment:
         Columns count over all calls: those of this call follow the logical length before it. None
         while no row has left, so that a row and its column have the same number.
         """
-        if not self.gaps:
-            return None
         new = self.layout.origin
+        if new is None and self.past_columns is None:
+            return None
         if new is None:  # nothing has left in this call, but in an earlier one
             new = torch.arange(self.layout.width, device=device).expand(batch, -1)
         new = new.to(device)

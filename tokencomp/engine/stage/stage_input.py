@@ -58,7 +58,7 @@ class StageInput:
         stage: Stage,
         order: int,
         counts: list[list[list[int]]],
-        places: list[list[Place]],
+        places: list[list[Place | None]],
     ) -> Selection:
         """Which tokens of every span stay, by the reducer of `stage`.
 
@@ -70,7 +70,8 @@ class StageInput:
             Per sample, per span: visual tokens that stay after every stage of the plan. Where the
             last token of a question must stay in addition, the count is corrected in place.
         places
-            Per sample, per span: where it stands among the items of its prompt.
+            Per sample, per span: where it stands among the items of its prompt, or None, as in
+            `ForwardPass`.
         """
         spans = self.layout.spans
         # The plan counts visual tokens. Text between the frames of a video lies inside of its span
@@ -91,7 +92,10 @@ class StageInput:
 
         batch = self._batch(stage, chosen)
         numbers = [keeps[b][j] for b, j in chosen]
-        reduction = self._reduced(stage, batch, chosen, numbers, order, counts)
+        if all(counts[b][j][order] for b, j in chosen):
+            reduction = reduced(stage.reducer, batch, numbers)
+        else:
+            reduction = self._in_parts(stage, batch, chosen, numbers, order, counts)
         # The next token is predicted from the last column of a question. If a span ends there, its
         # last token stays in any case.
         ends = [self.layout.ends_question(b, spans[b][j]) for b, j in chosen]
@@ -106,14 +110,16 @@ class StageInput:
             for part, (b, j) in zip(parts, chosen, strict=True):
                 keeps[b][j] = part.keep.numel()
                 counts[b][j][order] = keeps[b][j] - len(spans[b][j].span.text)
-        merging = [stage.merges(spans[b][j].span.kind, places[b][j]) for b, j in chosen]
+        merging = []
+        if stage.rest != "drop":
+            merging = [stage.merges(spans[b][j].span.kind, places[b][j]) for b, j in chosen]
         if any(merging):
             numbers = [keeps[b][j] for b, j in chosen]
             with checked():  # targets come from tables of the host
                 reduction = merge_rest(batch, reduction, numbers, merging, stage.reducer.name)
         return Selection(keeps, chosen, reduction)
 
-    def _reduced(
+    def _in_parts(
         self,
         stage: Stage,
         batch: SpanBatch,
@@ -123,8 +129,6 @@ class StageInput:
         counts: list[list[list[int]]],
     ) -> Reduction:
         """The reduction of `batch`; where no visual token stays, only the text of a span does."""
-        if all(counts[b][j][order] for b, j in chosen):
-            return reduced(stage.reducer, batch, numbers)
         parts: list[Reduction] = []
         for tokens, keep, (b, j) in zip(batch.spans(), numbers, chosen, strict=True):
             if counts[b][j][order]:
@@ -192,7 +196,8 @@ class StageInput:
             places=chosen,
             frames=None if self.frames is None else [self.frames[b][j] for b, j in chosen],
         )
-        batch.tower = self._tower(needs, chosen, full)
+        if needs:
+            batch.tower = self._tower(needs, chosen, full)
         return batch
 
     def _rows_of(self, chosen: list[tuple[int, int]]) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -24,22 +24,24 @@ class TowerHooks:
     ----------
     off
         Whether compression is off in the calling thread.
+
+    Attributes
+    ----------
+    had_stage
+        Whether features may come in which a stage has left tokens out.
     """
 
     def __init__(self, adapter: Adapter, off: Callable[[], bool]) -> None:
         self.adapter, self.off = adapter, off
         self.drop: TowerDrop | None = None
         self.probe: TowerProbe | None = None
-
-    @property
-    def had_stage(self) -> bool:
-        """Whether features may come in which a stage has left tokens out."""
-        return self.adapter.body in _HAD_STAGE
+        self.had_stage = adapter.body in _HAD_STAGE
 
     def install(self, plan: Plan) -> None:
         """Hook what `plan` needs."""
         if plan.tower is not None:  # before the probe, which reads rows that are left
             _HAD_STAGE.add(self.adapter.body)
+            self.had_stage = True
             self.drop = TowerDrop(self.adapter, plan.tower, self.off)
             self.drop.install()
         signals = check_signals(plan, self.adapter)

@@ -75,7 +75,7 @@ class Engine:
         limit = int(getattr(adapter.text_config, "max_position_embeddings", None) or 1 << 20)
         self.max_model_len = min(max_model_len or limit, limit)
         self.tokenizer = getattr(processor, "tokenizer", processor)
-        self.text = PromptText(processor, self.max_model_len, adapter.placeholder_ids())
+        self.text = PromptText(processor, self.max_model_len, adapter.placeholders)
         self._ends, self._penalty = take_end_tokens(model), take_penalty(model)
         self.grammars = Grammars(self.text.tokenizer, self._ends)
         check(model, options.default)
