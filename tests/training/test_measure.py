@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.accuracy.studies import oracle as study
 from tokencomp.evaluation import Setting, batches
 from tokencomp.evaluation.oracle import Oracle
 from tokencomp.inputs.questions import Example
-from tokencomp.training import measure
 from tokencomp.training.data import answer_ids, append, load_batch, questions
 from tokencomp.training.measure import Measurement, longest_answer
 from tokencomp.training.relevance import relevance
@@ -62,8 +62,8 @@ def test_the_oracle_is_told_the_relevance_of_the_target(
         relevances.append(relevance(*args))
         return relevances[-1]
 
-    monkeypatch.setattr(measure, "relevance", spy)
-    measured = Measurement({"": model}, processor)
+    monkeypatch.setattr(study, "relevance", spy)
+    measured = Measurement({"": model}, processor, around=study.OracleTruth(model, processor))
     ways = [Setting(Oracle(), ratio, name=str(ratio), target=target) for ratio in (0.5, 0.75)]
     others = [Setting(Oracle(), 0.5, name=t, target=t) for t in TARGETS if t != target]
     measured.run(examples_with(data, "red"), [*ways, *others])

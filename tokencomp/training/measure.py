@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any
 
 from tokencomp.errors import MediaError
-from tokencomp.evaluation.batches import Answers
+from tokencomp.evaluation.batches import Around
 from tokencomp.evaluation.metrics import mcnemar, retention
-from tokencomp.evaluation.oracle import Oracle, truth
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import FULL, Setting
 from tokencomp.inputs.questions import Example
-from tokencomp.patching import unpatched
-from tokencomp.training.data import answer_ids, answered
-from tokencomp.training.relevance import TARGET, Target, relevance
+from tokencomp.training.data import answer_ids
 
 REPLY = 4
 """Least number of tokens that an answer may have, so that "(B)." fits where "B" is expected."""
@@ -30,9 +26,11 @@ class Measurement:
     ----------
     models
         Variants of one model by name, see `sweep`; the uncompressed answers of "" are the
-        reference, and are what `Oracle` explains.
+        reference.
     max_new_tokens
         Where answers are cut; None: the longest reference answer of the questions.
+    around
+        See `sweep`.
 
     Attributes
     ----------
@@ -47,10 +45,11 @@ class Measurement:
         frames: int = 8,
         batch: int = 32,
         max_new_tokens: int | None = None,
+        around: Around | None = None,
     ) -> None:
         self.models, self.processor = models, processor
         self.frames, self.batch = frames, batch
-        self.max_new_tokens = max_new_tokens
+        self.max_new_tokens, self.around = max_new_tokens, around
         self.runs: dict[str, EvalRun] = {}
 
     def run(
@@ -73,7 +72,7 @@ class Measurement:
             frames=self.frames,
             max_new_tokens=self.max_new_tokens or max(REPLY, longest),
             progress=title,
-            around=OracleTruth(self.models[""], self.processor),
+            around=self.around,
         )
         failed = [record for run in runs.values() for record in run.failed]
         if failed:
@@ -109,33 +108,6 @@ class Measurement:
                 row[f"vs_{baseline}"] = {"wins": test.wins, "losses": test.losses, "p": test.p}
             rows.append(row)
         return rows
-
-
-class OracleTruth:
-    """Gives `Oracle` the relevance of the full model's own answers, batch by batch."""
-
-    def __init__(self, model: Any, processor: Any) -> None:
-        self.model, self.processor = model, processor
-        self._batch: dict[str, Any] | None = None
-        self._relevance: dict[str, Any] = {}
-
-    def __call__(
-        self, setting: Setting, inputs: dict[str, Any], answers: Answers
-    ) -> AbstractContextManager[Any]:
-        if not isinstance(setting.reducer, Oracle):
-            return nullcontext()
-        if inputs is not self._batch:
-            self._batch, self._relevance = inputs, {}
-        target = cast(Target, setting.target or TARGET)
-        if target not in self._relevance:
-            self._relevance[target] = self._explain(inputs, answers[Setting()], target)
-        return truth(self._relevance[target])
-
-    def _explain(self, inputs: dict[str, Any], answers: list[str], target: Target) -> Any:
-        said = [answer or "?" for answer in answers]
-        with unpatched(self.model):
-            forced = answered(self.model, self.processor, inputs, said, end=False)
-            return relevance(self.model, *forced, target)
 
 
 def longest_answer(processor: Any, model: Any, source: Sequence[Example]) -> int:

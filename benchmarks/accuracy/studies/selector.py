@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from benchmarks.accuracy.packed import PackedAnswers
+from benchmarks.accuracy.studies.oracle import OracleTruth, oracle, oracle_name
 from benchmarks.accuracy.studies.trained import REFERENCE, StudyTables, measure, parser
 from benchmarks.accuracy.tables import table
 from tokencomp.adapters.registry import adapter_for
@@ -25,7 +26,7 @@ from tokencomp.inputs.loading import load_model
 from tokencomp.trained.cards import locate, model_facts
 from tokencomp.training.data import ShapesQuestions
 from tokencomp.training.relevance import Target
-from tokencomp.training.selector.train import RATIOS, comparison, oracle_name
+from tokencomp.training.selector.train import RATIOS, comparison
 
 ORACLES: tuple[Target, ...] = ("logit", "logprob")
 LOGIT, LOGPROB = (oracle_name(target) for target in ORACLES)
@@ -95,8 +96,12 @@ def main(args: argparse.Namespace) -> None:
         scene = {k: v for k, v in SETS[name].items() if k == "frames"}
         count = args.items // SETS[name]["fewer"]
         source = ShapesQuestions(SETS[name]["families"], count, args.split, **scene)
-        methods, batch = comparison(file, RATIOS, ORACLES), 8 if scene else args.batch
-        measured, methods = measure({"": model}, processor, source, methods, name, batch)
+        methods, batch = comparison(file), 8 if scene else args.batch
+        bounds = [oracle(ratio, target) for ratio in RATIOS for target in ORACLES]
+        measured, methods = measure(
+            {"": model}, processor, source, [*bounds, *methods], name, batch,
+            around=OracleTruth(model, processor),
+        )  # fmt: skip
         rows, cards = measured.table(methods), {"selector": file.with_suffix(".json")}
         wrong = {"against_the_published_order": order(rows)}
         study.add(name, rows, measured.runs, cards, **wrong)

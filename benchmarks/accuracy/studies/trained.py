@@ -19,6 +19,7 @@ from benchmarks.publishing import environment
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.baselines import EqualTokens
+from tokencomp.evaluation.batches import Around
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import DOWNSCALE, FULL, Setting
 from tokencomp.inputs.questions import Example
@@ -90,6 +91,7 @@ def measure(
     batch: int,
     frames: int = 8,
     smaller: Sequence[str] = (DOWNSCALE,),
+    around: Around | None = None,
 ) -> tuple[Measurement, list[Setting]]:
     """Answers of all methods, of uniform choice, and on smaller media at the same ratios.
 
@@ -99,6 +101,8 @@ def measure(
         Variants by name, see `Measurement`.
     smaller
         Input baselines, see `EqualTokens`.
+    around
+        See `sweep`.
 
     Returns
     -------
@@ -107,7 +111,7 @@ def measure(
     """
     ratios = sorted({w.ratio for w in methods if w.ratio})
     every = [*methods, *(named("uniform", r, "uniform") for r in ratios)]
-    measured = Measurement(models, processor, frames, batch)
+    measured = Measurement(models, processor, frames, batch, around=around)
     measured.run(source, every, title)
     for name in smaller:
         shrink = EqualTokens(processor, list(adapter_for(models[""]).placeholders), name)

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from tokencomp.evaluation.oracle import Oracle
 from tokencomp.evaluation.settings import Setting
 from tokencomp.inputs.questions import Example
 from tokencomp.reducers._rows import supplied_scores
@@ -23,7 +22,6 @@ from tokencomp.trained.cards import model_card, write
 from tokencomp.training.checks import check_folder, without_patch
 from tokencomp.training.data import questions
 from tokencomp.training.measure import Measurement
-from tokencomp.training.relevance import Target
 from tokencomp.training.selector.config import SelectorConfig
 from tokencomp.training.selector.fit import fit
 from tokencomp.training.selector.labels import Pair, label, label_identity
@@ -98,13 +96,10 @@ class AttentionRow(ScoreReducer):
         return supplied_scores(patches, "attention")
 
 
-def comparison(
-    weights: Path, ratios: Sequence[float], oracles: Sequence[Target] = ()
-) -> list[Setting]:
-    """The selector and its rivals at every ratio; `oracles` name what the upper bound explains."""
+def comparison(weights: Path) -> list[Setting]:
+    """The selector and its rivals at every ratio."""
     settings = []
-    for ratio in ratios:
-        settings += [Setting(Oracle(), ratio, name=oracle_name(t), target=t) for t in oracles]
+    for ratio in RATIOS:
         settings += [
             Setting("selector", ratio, {"weights": str(weights)}),
             Setting(AttentionRow(), ratio, name="attention"),
@@ -113,17 +108,14 @@ def comparison(
     return settings
 
 
-def oracle_name(target: Target) -> str:
-    return f"oracle ({target})"
-
-
 def accuracy(
     model: Any, processor: Any, source: Sequence[Example], weights: Path, config: SelectorConfig
 ) -> list[dict[str, Any]]:
     """Held-out accuracy of the selector, the raw attention row and random choice."""
     measured = Measurement({"": model}, processor, config.frames, config.batch)
-    measured.run(source, comparison(weights, RATIOS), "evaluating")
-    return measured.table(comparison(weights, RATIOS))
+    settings = comparison(weights)
+    measured.run(source, settings, "evaluating")
+    return measured.table(settings)
 
 
 @torch.no_grad()
