@@ -49,15 +49,7 @@ def columns_left(stats: Stats, plan: Plan, real: Tensor, depth: int) -> list[Ten
 def hidden(layers: Iterable[nn.Module], left: list[Tensor]) -> Iterator[None]:
     """Hide dropped tokens from every decoder layer inside the block; attention must be eager.
 
-    Parameters
-    ----------
-    left : list of Tensor of bool, shape (B, L)
-        By layer: the columns that are real and have not been dropped before that layer.
-
-    Raises
-    ------
-    OracleError
-        In a call, see there.
+    `left` (B, L) are, by layer, the columns that are real and have not been dropped before it.
     """
     undo: list[Any] = []
     try:

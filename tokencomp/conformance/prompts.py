@@ -123,21 +123,17 @@ class Prompts:
         # Families that name the sizes of images in patches pack the patches of all in one row.
         shape = (1 if "target_sizes" in self._names else images, 3, 8, 8)
         names = [name for name in PIXELS if name in self._names] or PIXELS[:1]
-        values: dict[str, Any] = {name: torch.zeros(shape) for name in names}
-        if "qformer_input_ids" in self._names:  # the question, which the tower reads as well
-            values["qformer_input_ids"] = torch.zeros(images, 4, dtype=torch.long)
-        kinds = (ids == self.image_id).long()
-        if "mm_token_type_ids" in self._names:
-            values["mm_token_type_ids"] = kinds
-        if "token_type_ids" in self._names:
-            values["token_type_ids"] = self._token_types(ids, mask)
-        if "moe_mm_token_type_ids" in self._names:
-            values["moe_mm_token_type_ids"] = kinds
-        if "image_grid_thw" in self._names:
-            merge = spatial_merge(self.tiny.config)
-            grid = (GRID[0], GRID[1] * merge, GRID[2] * merge)
-            values["image_grid_thw"] = torch.tensor([grid] * images)
-        return values
+        kinds, merge = (ids == self.image_id).long(), spatial_merge(self.tiny.config)
+        known = {
+            # The question, which the tower reads as well.
+            "qformer_input_ids": torch.zeros(images, 4, dtype=torch.long),
+            "mm_token_type_ids": kinds,
+            "token_type_ids": self._token_types(ids, mask),
+            "moe_mm_token_type_ids": kinds,
+            "image_grid_thw": torch.tensor([(GRID[0], GRID[1] * merge, GRID[2] * merge)] * images),
+        }
+        taken = {name: value for name, value in known.items() if name in self._names}
+        return {**{name: torch.zeros(shape) for name in names}, **taken}
 
     def _sound(self, clips: int) -> dict[str, Any]:
         """The arguments that come with clips of sound."""

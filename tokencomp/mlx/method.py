@@ -104,20 +104,10 @@ class ChosenMethod:
         return zlib.crc32(text.encode())
 
     def kept(self, span: Span, place: Place, x: mx.array) -> tuple[np.ndarray, mx.array | None]:
-        """Reduce one span.
+        """Reduce one span of tokens x (n, d), whose `place` is that among the items of the prompt.
 
-        Parameters
-        ----------
-        place
-            Of the span among the items of the prompt.
-        x : array, shape (tokens of the span, d)
-
-        Returns
-        -------
-        ndarray of int64
-            Offsets in the span that stay, ascending, line breaks among them.
-        array, shape (kept, d), or None
-            Their features, if the reducer merges; else they stay as they are.
+        Returns the offsets in the span that stay, ascending, line breaks among them, and their
+        features, if the reducer merges; else None.
         """
         special = int(span.special.sum())
         keep = keep_count(len(x), self.left(place), special)

@@ -195,14 +195,10 @@ class Handle(Installed):
 
 
 def shortened(features: InputEmbeddingsFeatures, stays: np.ndarray) -> InputEmbeddingsFeatures:
-    """What a model gives for a prompt, without the columns that leave.
+    """What a model gives for a prompt, with the columns that stay (L,).
 
-    Parameters
-    ----------
-    features
-        With embeddings (1, L, d), and in the Qwen families positions (3, 1, L), a mask of visual
-        columns (1, L) and DeepStack features (visual columns, d) by layer.
-    stays : ndarray of bool, shape (L,)
+    These are embeddings (1, L, d), and in the Qwen families positions (3, 1, L), a mask of visual
+    columns (1, L) and DeepStack features (visual columns, d) by layer.
     """
     index = mx.array(np.flatnonzero(stays))
     new = {"inputs_embeds": features.inputs_embeds[:, index]}

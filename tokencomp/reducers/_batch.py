@@ -88,16 +88,8 @@ def random_ranks(seed: int, cells: int) -> Tensor:
 def questions(patches: Patches, reducer: str, instead: str) -> tuple[Tensor, list[int], list[int]]:
     """Embeddings of the texts after the spans; spans of a prompt share one.
 
-    Returns
-    -------
-    tuple
-        Unit embeddings of all texts, one text after the other, float32 (Σ m, d); m, the length of
-        every text; which text each span has.
-
-    Raises
-    ------
-    ScoreError
-        There is no text after a span. `instead` is the option that does without.
+    They are unit embeddings of all texts, one text after the other, float32 (Σ m, d); m, the length
+    of every text; which text each span has. `instead` is the option that does without.
     """
     queries = patches.batch.queries
     if queries is None or not all(map(len, queries)):

@@ -28,18 +28,7 @@ def patch_rows(tokens: VisualTokens, keep: int) -> tuple[Tensor, int]:
 def top_k(scores: Tensor, special: Tensor, keep: int) -> Tensor:
     """Rows of the `keep` best-scored tokens, all special ones among them, ascending.
 
-    Compared in float32; of equal scores the lower row wins.
-
-    Parameters
-    ----------
-    scores : Tensor, shape (n,)
-    special : Tensor of bool, shape (n,)
-    keep : int
-
-    Raises
-    ------
-    ScoreError
-        A score is NaN.
+    Scores and `special` are (n,). Compared in float32; of equal scores the lower row wins.
     """
     from tokencomp.kernels import topk_stable
 
@@ -62,13 +51,7 @@ def best_rows(scores: Tensor, counts: Sequence[int], lengths: Sequence[int]) -> 
 
 
 def finite_values(values: Tensor, what: str) -> Tensor:
-    """Return `values` in float32, or raise `ScoreError` if one is NaN or infinite.
-
-    Parameters
-    ----------
-    what
-        The noun for the values in the message, in the plural.
-    """
+    """Return `values`, which messages call `what`, in float32, or raise `ScoreError`."""
     values = values.float()
     if math.isfinite(values.detach().sum().item()):  # no sum with NaN or an infinity is finite
         return values
@@ -92,18 +75,9 @@ def feature_norms(x: Tensor) -> Tensor:
 
 
 def finite_features(x: Tensor, scores: Tensor | None = None) -> Tensor:
-    """Return the features x (n, d) as they are, once they and `scores` are known to be finite.
+    """Return the features x (n, d) as they are, once they and `scores` (m,) are known to be finite.
 
-    The device is read once for both.
-
-    Parameters
-    ----------
-    scores : Tensor of float32, shape (m,), or None
-
-    Raises
-    ------
-    ScoreError
-        A row or a score is not finite.
+    The device is read once for both. Else it is a `ScoreError`.
     """
     norms = feature_norms(x)
     if scores is None:

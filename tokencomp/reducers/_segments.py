@@ -38,14 +38,9 @@ def place_cosines(patches: Patches, x: Tensor) -> list[Floats]:
 def segments(like: Floats, threshold: float, least: int) -> list[int]:
     """Lengths of runs of like frames, cut where neighbours are least alike.
 
-    Every pair of neighbours with a cosine below `threshold` is cut, and at least as many others, of
-    the lowest cosine, as make `least` segments (FastVID, arXiv 2503.11187; FlashVID,
-    arXiv 2602.08024). Ties go to the lower frame.
-
-    Parameters
-    ----------
-    like : array, shape (t - 1,)
-        Cosine of every frame with the next one.
+    Every pair of neighbours with a cosine `like` (t - 1,) below `threshold` is cut, and at least as
+    many others, of the lowest cosine, as make `least` segments (FastVID, arXiv 2503.11187;
+    FlashVID, arXiv 2602.08024). Ties go to the lower frame.
     """
     frames = len(like) + 1
     cuts = max(int((like < threshold).sum()), min(least, frames) - 1)
@@ -56,14 +51,10 @@ def segments(like: Floats, threshold: float, least: int) -> list[int]:
 def static_segments(static: np.ndarray) -> list[int]:
     """Lengths of the segments that save the most rows if static places stay once in each.
 
-    A segment of ℓ frames saves ℓ - 1 rows for every place that is static between all of its frames.
-    Dynamic programme over all segmentations (HoliTom, arXiv 2505.21334); of equally good last
-    segments the shortest counts.
-
-    Parameters
-    ----------
-    static : array of bool, shape (t - 1, n)
-        Whether a place looks alike in a frame and the next one.
+    A place is `static` (t - 1, n) where it looks alike in a frame and the next one. A segment of ℓ
+    frames saves ℓ - 1 rows for every place that is static between all of its frames. Dynamic
+    programme over all segmentations (HoliTom, arXiv 2505.21334); of equally good last segments the
+    shortest counts.
     """
     frames = len(static) + 1
     best, start = [0] * (frames + 1), [0] * (frames + 1)
@@ -99,12 +90,7 @@ def still_windows(like: Floats, keep: int, threshold: float) -> list[StillWindow
     """The windows of `static_segments` of a video, with at least `keep` rows to choose from.
 
     Where a mean per static place would leave fewer rows than `keep`, only the places whose least
-    similar neighbours are most alike are static (ours).
-
-    Parameters
-    ----------
-    like : array, shape (t - 1, n)
-        Cosine of every place with the same one of the next frame.
+    similar neighbours are most alike are static (ours). `like` is one of `place_cosines`.
     """
     frames, n = len(like) + 1, like.shape[1]
     lengths = static_segments(like > threshold)

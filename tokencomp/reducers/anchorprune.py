@@ -84,10 +84,7 @@ class AnchorPrune(ChoosingReducer):
     def _anchors(self, patches: Patches, unit: Tensor, relevance: Tensor) -> tuple[Tensor, Tensor]:
         """The most relevant patches of every span, as many as its budget, and how many are anchor.
 
-        Returns
-        -------
-        tuple
-            Rows in their span, int64 (Σ budgets,), most relevant first; sizes, int64 (spans,).
+        They are rows in their span, int64 (Σ budgets,), most relevant first; sizes, int64 (spans,).
         """
         table, budgets = patches.table, np.asarray(patches.budgets)
         firsts = starts_of(budgets)[:-1]

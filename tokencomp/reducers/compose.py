@@ -121,17 +121,8 @@ def assign_options(
 ) -> dict[str, dict[str, Any]]:
     """Options of a composition by part; `share`, which belongs to no part, is left out.
 
-    Parameters
-    ----------
-    options
-        Named "part.option", or "option" where only one part has it.
-    fields
-        Part → names of its options.
-
-    Raises
-    ------
-    OptionError
-        An option that no part has, or that both parts have.
+    They are named "part.option", or "option" where only one part has it; `fields` are the names of
+    the options of each part.
     """
     by_part: dict[str, dict[str, Any]] = {part: {} for part in fields}
     for key, value in options.items():

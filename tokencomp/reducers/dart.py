@@ -83,11 +83,8 @@ class Dart(ChoosingReducer, Published):
 def text_pivots(batch: SpanBatch) -> tuple[Tensor, HostIndex, HostIndex]:
     """Unit states of the tokens with the longest keys of all texts, and which of them a span has.
 
-    Returns
-    -------
-    tuple
-        float32 (tokens, d), longest key of a text first; the first one of every span, and how many
-        it has.
+    They are float32 (tokens, d), longest key of a text first; the first one of every span, and how
+    many it has.
     """
     assert batch.queries is not None and batch.query_scores is not None and batch.norm is not None
     texts, prompt = distinct(batch.queries)
@@ -111,16 +108,8 @@ def least_alike(
 ) -> Tensor:
     """Which patches stay, `budgets` of every span, bool (spans, n).
 
-    Parameters
-    ----------
-    stack, text
-        The spans, and the pivots of their texts.
-    states : Tensor of float32, shape (spans, n, d)
-        Unit states behind the final norm.
-    lengths : Tensor of float32, shape (spans, n)
-        Lengths of keys.
-    directions : Tensor of float32, shape (spans, m, d)
-        Pivots of the text.
+    `stack` are the spans, with unit states (spans, n, d) and lengths of keys (spans, n), and `text`
+    the pivots of their texts, with unit states `directions` (spans, m, d).
     """
     from tokencomp.kernels import topk_stable
 

@@ -176,11 +176,8 @@ def links(
 ) -> tuple[Tensor, Tensor, dict[int, int]]:
     """Which tokens hang on one of the frame before, at most so many that `keep` can stay.
 
-    Returns
-    -------
-    tuple
-        linked, bool (patches,); the token that each would hang on, int64 (patches,); the first
-        frame of segments that have links, and their frames.
+    Beside it (bool, by patch) the token that each would hang on, and the first frame of segments
+    that have links with the number of their frames.
     """
     stops, sizes = starts_of(lengths), np.asarray(frames.lengths)
     linked, parent = torch.zeros_like(free), torch.zeros_like(free, dtype=torch.int64)
@@ -200,12 +197,9 @@ def links(
 def likest(
     frames: Patches, unit: Tensor, free: Tensor, numbers: HostIndex
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The free token of the frame before that every token of some frames resembles most.
+    """The tokens of some frames, the free one of the frame before that each resembles most, cosine.
 
-    Returns
-    -------
-    tuple
-        The tokens; the one before; their cosine, -inf where one of the two is not free. All (n,).
+    The cosine is -inf where one of the two is not free. All are (n,).
     """
 
     def of_stack(_: HostIndex, stack: Stack, own: Tensor, others: Tensor, free: Tensor) -> Tensor:

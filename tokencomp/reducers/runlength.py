@@ -80,17 +80,10 @@ def of_first(grid: Grid, budget: int) -> int:
 
 
 def changes(patches: Patches, x: Tensor, budgets: list[int]) -> Tensor:
-    """Distance of every patch to the token last kept at its place, (patches,).
+    """Distance of every patch, which looks like x (patches, d), to the token last kept there.
 
     Tokens that changed by more than a threshold come first, first frames have -inf. The threshold
-    of a span is the smallest that at most its budget exceeds.
-
-    Parameters
-    ----------
-    x : Tensor of float32, shape (patches, d)
-        What is compared.
-    budgets
-        How many tokens behind the first frame of every span stay.
+    of a span is the smallest that at most its budget of tokens behind the first frame exceeds.
     """
     # Step by step, and in a step longest videos first: places of the others come to an end.
     lengths, grids = patches.lengths, np.asarray(patches.batch.grids)
@@ -121,13 +114,8 @@ def distances(
 ) -> tuple[Tensor, Tensor]:
     """Distances to the token last kept at each place, and which exceed the threshold, both (n,).
 
-    Parameters
-    ----------
-    reference : Tensor, shape (places, d)
-        First frames.
-    frames : list of Tensor, shape (places, d)
-        The frames behind, of the first places alone where videos have ended; n tokens in all.
-    threshold : Tensor, shape (n,)
+    `reference` (places, d) are first frames, `frames` those behind, n tokens in all, of the first
+    places alone where videos have ended.
     """
     found, changed = [], []
     for frame, limit in zip(frames, threshold.split([*map(len, frames)]), strict=True):

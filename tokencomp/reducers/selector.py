@@ -145,13 +145,7 @@ def _load(path: Path, modified: int) -> tuple[SelectorNet, dict[str, Any]]:
 
 
 def input_of(card: dict[str, Any], path: str | Path, wanted: Input | None = None) -> Input:
-    """What the network of a card reads.
-
-    Raises
-    ------
-    WeightsError
-        The card names something that no selector reads, or not what is `wanted`.
-    """
+    """What the network of a card reads, refused if no selector does, or if it is not `wanted`."""
     named = card.get("input", INPUTS["attention"])
     taken = next((name for name, text in INPUTS.items() if text == named), None)
     if taken is None:
@@ -176,13 +170,7 @@ def _on(net: SelectorNet, device: torch.device) -> SelectorNet:
 def load_selector(
     path: str | Path, device: torch.device | str = "cpu"
 ) -> tuple[SelectorNet, dict[str, Any]]:
-    """A trained selector and its card, loaded once per device.
-
-    Raises
-    ------
-    WeightsError
-        Missing, broken, not finite, or not a selector of layer 0.
-    """
+    """A trained selector and its card, loaded once per device."""
     path = Path(path)
     if not path.is_file():
         raise WeightsError(f"{path} does not exist. Train a selector: {TRAIN}")
@@ -270,14 +258,7 @@ class Selector(ChoosingReducer):
         return chosen
 
     def importances(self, patches: Patches, given: Tensor) -> Tensor:
-        """`importance` of the patches of every span, float32, shape (patches,).
-
-        Parameters
-        ----------
-        given : Tensor, shape (patches,) or (patches, d)
-            What the network reads.
-        """
-
+        """Importance of every patch, (patches,); the network reads `given`, its row per patch."""
         net = _on(self._net, given.device)
 
         def of_stack(_: HostIndex, stack: Stack, rows: Tensor) -> Tensor:

@@ -68,16 +68,9 @@ class VidCom2(ChoosingReducer):
 
 
 def values_of(grid: Grid, x: Tensor) -> Tensor:
-    """Similarity of every patch with its video and frame, and the mean of its frame.
+    """Similarity of patches x (spans, t·h·w, d) with video and frame, and the mean of the frame.
 
-    Parameters
-    ----------
-    x : Tensor, shape (spans, t·h·w, d)
-        Of spans of one grid.
-
-    Returns
-    -------
-    Tensor of float32, shape (spans, t·h·w, 2)
+    Both are float32, (spans, t·h·w, 2).
     """
     t, h, w = grid
     quiet = x.var(1, unbiased=False).sort(stable=True).indices

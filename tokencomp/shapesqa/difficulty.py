@@ -54,22 +54,9 @@ def sample_scene(
     frames: int = 8,
     difficulty: str = "usual",
 ) -> Scene:
-    """One scene for a question of ``family``.
+    """One scene for a question of ``family``; the other arguments are those of `items.item`.
 
-    Parameters
-    ----------
-    family : str
-        Decides between image and video, on the share of small objects, and on text.
-    size : (int, int) or None
-        Width and height in pixels; None is 224×224, and random for plain drawings.
-    frames : int
-        Logical frames of a video.
-    difficulty : {"plain", "usual", "hard"}
-
-    Raises
-    ------
-    UnknownNameError
-        For an unknown difficulty, or a family that plain drawings do not have.
+    The family decides between image and video, on the share of small objects, and on text.
     """
     if difficulty not in DIFFICULTIES:
         raise UnknownNameError(

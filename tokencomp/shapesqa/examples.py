@@ -20,14 +20,7 @@ FORMS = {
 def shapesqa(items: Iterable[Any], folder: str | Path, form: str = "free") -> list[Example]:
     """ShapesQA items as examples, with their media written as real JPEG and mp4 files.
 
-    Parameters
-    ----------
-    items
-        From `tokencomp.shapesqa.items.items(...)`.
-    folder
-        Where files go; existing files of an item are used again.
-    form
-        "free", "mvbench" or "mlvu".
+    Existing files of an item in `folder` are used again. `form` is one of `FORMS`.
     """
     folder, examples = Path(folder), []
     for item in items:

@@ -63,7 +63,6 @@ def record(item: Item, root: Path) -> dict:
 
 def write_freeform(items: Iterable[Item], root: Path) -> Path:
     """``root/questions.jsonl``, ``root/media/*`` and a card. Returns the path of the JSONL file."""
-    root = Path(root)
     rows = [record(write_media(one, root / "media"), root) for one in _shown(items, "files")]
     write_lines(root / "questions.jsonl", rows)
     _write_card(root, {"default": "questions.jsonl"}, split="test")
@@ -77,7 +76,6 @@ def write_mvbench(root: Path, split: str, per_task: int, **scene) -> Path:
     ``root/video/<folder>/<video>`` the clips; ``root/README.md`` the configs that ``datasets``
     reads. Only the tasks of :data:`MVBENCH_TASKS` are written.
     """
-    root = Path(root)
     (root / "json").mkdir(parents=True, exist_ok=True)
     for family, (task, folder) in MVBENCH_TASKS.items():
         rows = []
@@ -104,7 +102,6 @@ def write_mlvu(root: Path, split: str, per_task: int, **scene) -> Path:
     ``root/test.jsonl`` holds ``video_name`` (relative to ``root``), ``question`` with its options,
     ``candidates``, ``answer`` (a letter), ``task_type`` and ``duration`` in seconds.
     """
-    root = Path(root)
     rows = []
     for index in _shown(range(per_task), "MLVU"):
         for family, task in MLVU_TASKS.items():

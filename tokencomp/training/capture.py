@@ -52,16 +52,9 @@ class Capture:
     last: Tensor | None = None
 
     def attention_rows(self, answer: int) -> list[list[Tensor]]:
-        """Layer-0 attention of the user's text to each span: what `selector` sees.
+        """Layer-0 attention of the user's text to each span, by sample: what `selector` sees.
 
-        Parameters
-        ----------
-        answer
-            Columns at the end that hold answers; they do not vote.
-
-        Returns
-        -------
-        list per sample of list per span of Tensor, float32, shape (span.length,)
+        The last columns, `answer` of them, do not vote.
         """
         tables = {"position_embeddings": self.arguments[0]["position_embeddings"]}
         columns = torch.arange(self.width)[None]

@@ -19,12 +19,6 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def check_rate(rate: float) -> None:
-    """Raise `OptionError` unless AdamW can learn at `rate`: it moves every weight by about that."""
-    if not 0 < rate <= 1:
-        raise OptionError(f"learning_rate={rate!r}; allowed: above 0 and up to 1, e.g. 1e-3.")
-
-
 def check_finite(place: str, *values: float) -> None:
     """Raise `ScoreError` if training has diverged: one of `values` is NaN or infinite."""
     if not all(map(math.isfinite, values)):

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokencomp.engine.rows.prompts import IGNORED
+from tokencomp.errors import OptionError
 from tokencomp.inputs.questions import Example
-from tokencomp.training.checks import check_rate
 from tokencomp.training.data import answered, batches, data_identity, load_batch
 from tokencomp.training.steps import Phase, Steps
 from tokencomp.validation import check_types
@@ -24,21 +24,20 @@ NOT_IN_IDENTITY = ("evaluate", "ratios", "save_every")
 
 
 @dataclass(frozen=True)
-class LoopConfig:
-    """How a module is trained.
+class TrainingConfig:
+    """Options that every training has.
 
     Attributes
     ----------
-    steps, batch
-        Optimizer steps, questions per step.
-    learning_rate, warmup, weight_decay
-        AdamW with linear warm-up over `warmup` steps and cosine decay to a twentieth.
+    batch
+        Questions at once.
+    learning_rate
+        Of AdamW, which moves every weight by about that in a step.
     samples, kind
-        Training questions, and "image", "video" or "both" of the embedded benchmark.
+        Training questions, and "image", "video" or "both" of the embedded benchmark; files hold
+        what they hold.
     frames
         Frames read from video files.
-    save_every
-        Steps between checkpoints, if they do not take longer than `SAVE_SECONDS`.
     evaluate
         Held-out questions answered at the end; 0: none.
     seed
@@ -50,21 +49,40 @@ class LoopConfig:
         A value of another type, or a learning rate outside (0, 1].
     """
 
-    steps: int = 1000
     batch: int = 16
     learning_rate: float = 1e-3
-    warmup: int = 30
-    weight_decay: float = 0.0
     samples: int = 8000
     kind: str = "both"
     frames: int = 8
-    save_every: int = 100
     evaluate: int = 200
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_types("training", self)
-        check_rate(self.learning_rate)
+        if not 0 < self.learning_rate <= 1:
+            raise OptionError(
+                f"learning_rate={self.learning_rate!r}; allowed: above 0 and up to 1, e.g. 1e-3."
+            )
+
+
+@dataclass(frozen=True)
+class LoopConfig(TrainingConfig):
+    """How a module is trained.
+
+    Attributes
+    ----------
+    steps
+        Optimizer steps.
+    warmup, weight_decay
+        AdamW with linear warm-up over `warmup` steps and cosine decay to a twentieth.
+    save_every
+        Steps between checkpoints, if they do not take longer than `SAVE_SECONDS`.
+    """
+
+    steps: int = 1000
+    warmup: int = 30
+    weight_decay: float = 0.0
+    save_every: int = 100
 
     def identity(self, card: dict[str, Any]) -> dict[str, Any]:
         """What must be equal for a checkpoint to be resumed: model, data, settings; as in JSON."""
