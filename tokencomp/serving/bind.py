@@ -91,13 +91,7 @@ class Bind:
 
 
 def check_port(bind: Bind) -> None:
-    """Check the address before a model is loaded.
-
-    Raises
-    ------
-    OptionError
-        If no server can listen at `bind`.
-    """
+    """Raise `OptionError` if no server can listen at `bind`, before a model is loaded."""
     kind, passive = socket.SOCK_STREAM, socket.AI_PASSIVE
     try:
         addresses = socket.getaddrinfo(bind.host or None, bind.port, type=kind, flags=passive)

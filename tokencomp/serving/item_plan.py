@@ -36,15 +36,7 @@ def field_name(modality: str) -> str:
 
 
 def config_facts(config: Any, folder: str) -> ModelFacts:
-    """What a front end, which has no weights, knows of its model: all but the fingerprint.
-
-    Parameters
-    ----------
-    config
-        Of the model, as Hugging Face classes have it.
-    folder
-        Folder or hub name of the model.
-    """
+    """What a front end, which has no weights, knows of its model: all but the fingerprint."""
     text = config.get_text_config()
     return ModelFacts(False, config.model_type, text.num_hidden_layers, text.hidden_size, folder)
 

@@ -33,23 +33,8 @@ def vllm_command(
 ) -> tuple[list[str], dict[str, str]]:
     """Return command line and environment of `vllm serve` with the plugin.
 
-    Parameters
-    ----------
-    model
-        Folder or hub name of the model.
-    options
-        Reducer, ratio and limits of the server, see `ServerOptions.parse`.
-    bind, limits
-        Address, and limits on the media of a request.
-    extra
-        Further arguments for `vllm serve`.
-
-    Raises
-    ------
-    MissingDependencyError
-        If vLLM is not installed.
-    OptionError, RatioError, UnsupportedModelError
-        If vLLM cannot serve this reducer, ratio or model.
+    The arguments are those of `run_hf`, and `extra` are further ones for `vllm serve`. Raises a
+    `TokenCompError` if vLLM is not installed, or cannot serve this reducer, ratio or model.
     """
     if importlib.util.find_spec("vllm") is None:
         raise MissingDependencyError(
@@ -218,28 +203,16 @@ def run_hf(
 
     Parameters
     ----------
-    model
-        Folder or hub name of the model.
     options
         Reducer, ratio and limits of the server, see `ServerOptions.parse`.
     bind, limits
         Address, and limits on the media of a request.
-    device, dtype
-        Device and dtype of the model, see `load_model`.
     served_name
         Model name that clients see, by default `model`.
     docs
         Whether the server describes its API at `/docs`.
     **engine
         Options of `Engine`.
-
-    Raises
-    ------
-    MissingDependencyError
-        If FastAPI, uvicorn or prometheus-client is not installed.
-    OptionError, PlanError, RatioError, UnsupportedModelError, WeightsError
-        If an option is wrong, the port is in use, no adapter serves the model, or the default
-        reducer lacks its weights.
     """
     parsed = ServerOptions.parse(options, engine="hf")
     if limits.allowed_path is not None and not limits.allowed_path.is_dir():

@@ -15,13 +15,7 @@ PROBE_LAYERS = 32
 
 
 def check_name(field_name: str, name: Any) -> str:
-    """Return the name of a reducer, or of a composition, if a server may run it.
-
-    Raises
-    ------
-    OptionError
-        No text, or an unknown name.
-    """
+    """Return the name of a reducer, or of a composition, if there is one; else `OptionError`."""
     if not isinstance(name, str):
         names = ", ".join(available_reducers())
         raise OptionError(f"{field_name}={name!r}: expected one of {names}.")
@@ -48,11 +42,8 @@ def serving_safe(reducer: Reducer) -> bool:
 def servable() -> dict[str, str]:
     """Reducers that an engine with fixed placeholder counts can run, and how.
 
-    Returns
-    -------
-    dict
-        Name → "" if the default options can be served, else the option and the values that make it
-        so: "signal=norm or novelty or none".
+    The value of a name is "" if the default options can be served, else the option and the values
+    that make it so: "signal=norm or novelty or none".
     """
     able = {}
     for name, cls in available_reducers().items():

@@ -55,12 +55,8 @@ class ServerOptions:
     def parse(cls, options: Any, engine: str = "vllm") -> ServerOptions:
         """Options from JSON or a mapping: `{"reducer": "divprune", "ratio": 0.5, "options": {}}`.
 
-        Raises
-        ------
-        OptionError, PlanError, RatioError
-            Unknown key, reducer, option or ratio; a reducer that `engine` ("hf", "vllm" or
-            "sglang") cannot run; `rest="merge"` for vLLM or SGLang; a stage that the vision tower
-            cannot have.
+        Raises a `TokenCompError` for an unknown key, reducer, option or ratio, and for what the
+        engine ("hf", "vllm" or "sglang") cannot run.
         """
         if options is None:
             return cls()
@@ -101,12 +97,6 @@ class ServerOptions:
         details
             For each image and video of a request, "image_url" or "video_url", and its `detail`.
             Videos keep the ratio of the default.
-
-        Raises
-        ------
-        OptionError
-            The operator has set no such ratio, a video has low detail, one image differs from
-            another, or images and videos cannot differ.
         """
         if ("video_url", "low") in details:
             raise OptionError('detail "low" is for images. Set a ratio for videos.')
@@ -134,10 +124,7 @@ class ServerOptions:
     def resolve(self, request: Any, engine: str = "vllm") -> MethodSpec:
         """The spec of a request with these tokencomp options (None: the server's default).
 
-        Raises
-        ------
-        OptionError, PlanError, RatioError
-            As `parse`, or an option that only the server's operator may set.
+        Raises as `parse` does, also for an option that only the server's operator may set.
         """
         if request is None:
             return self.default
@@ -213,13 +200,7 @@ class ServerOptions:
         return self.default.rest if usual or self.default.rest != "auto" else None
 
     def _checked_ratio(self, ratio: Any, engine: str) -> Any:
-        """A ratio, or ratios by kind of media or by item, within the bound of the server.
-
-        Raises
-        ------
-        RatioError, OptionError
-            A bad ratio, or one that `engine` does not take.
-        """
+        """A ratio, or ratios by kind of media or by item, within the bound of the server."""
         if isinstance(ratio, Mapping) and engine == "sglang":
             raise OptionError(f"ratio={ratio!r}: the SGLang plugin has no ratios by kind of media.")
         if isinstance(ratio, list | tuple):

@@ -38,20 +38,10 @@ POLL = 0.5  # seconds between checks whether the client is still connected
 def build_app(
     engine: Engine, name: str, limits: Limits, bind: Bind | None = None, docs: bool = False
 ) -> ASGIApp:
-    """Build the application.
+    """Build the application, which closes the engine at its end.
 
-    Parameters
-    ----------
-    engine
-        The engine that answers requests; it is closed with the application.
-    name
-        Model name that clients see.
-    limits
-        Limits on the media of a request.
-    bind
-        API key and host names that clients must use; by default any.
-    docs
-        Whether `/docs` and `/openapi.json` describe the API.
+    Without `bind`, clients may use any name and need no key. With `docs`, `/docs` and
+    `/openapi.json` describe the API.
     """
 
     @contextlib.asynccontextmanager

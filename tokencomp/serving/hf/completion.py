@@ -18,14 +18,7 @@ DEFAULT_TOKENS = 256
 class Completion:
     """The jobs of one request, which has `n` answers, and one queue of their events.
 
-    Parameters
-    ----------
-    prompt
-        The checked request with its media.
-    tokenizer
-        Decodes the answers.
-    identity
-        Fields of every response: id, time and model.
+    `identity` are the fields of every response: id, time and model.
     """
 
     def __init__(self, prompt: Prompt, tokenizer: Any, identity: dict[str, Any]) -> None:

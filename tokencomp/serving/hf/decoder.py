@@ -37,13 +37,7 @@ ENV = {
 
 
 def decode_apart(content: bytes, limits: Limits, deadline: Deadline) -> Clip:
-    """Decode a video file as `decode_container` does, in a new process.
-
-    Raises
-    ------
-    RequestError
-        As `decode_container`, or if the process needs too much memory or time (413).
-    """
+    """Decode a video file as `decode_container` does, in a new process with limited memory."""
     order = {**dataclasses.asdict(limits), "allowed_path": None}
     order["decode_seconds"] = deadline.remaining()
     with _process(deadline) as process:

@@ -11,7 +11,11 @@ CLIENT_LEFT = 499  # in place of a status, where nobody waits for the answer
 
 
 class RequestError(TokenCompError, ValueError):
-    """A request that cannot be served; `status` is the HTTP status of the answer."""
+    """A request that cannot be served; `status` is the HTTP status of the answer.
+
+    Whatever reads a part of a request raises it: with 400 for what is malformed or not served, and
+    with 413 for what exceeds a limit.
+    """
 
     def __init__(self, message: str, status: int = 400) -> None:
         super().__init__(message)

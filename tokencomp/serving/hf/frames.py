@@ -54,15 +54,7 @@ def servable(policy: Policy) -> None:
 
 
 def chosen(index: ClipIndex, limits: Limits) -> Choice:
-    """The frames that the policy of these limits takes.
-
-    Raises
-    ------
-    MediaError
-        The clip cannot have them.
-    RequestError
-        There are too many of them.
-    """
+    """The frames that the policy of these limits takes."""
     policy = frame_policy(limits.policy or limits.frames)
     choice = policy.choose(index, _decode, "")
     if len(choice.places) > limits.frames:

@@ -21,13 +21,7 @@ from tokencomp.serving.hf.prompt import Prompt
 
 
 def build_inputs(model: Any, processor: Any, prompts: list[Prompt]) -> dict[str, Any]:
-    """One left-padded batch on the model's device, of prompts with equal specs.
-
-    Raises
-    ------
-    RequestError
-        The processor refuses a prompt.
-    """
+    """One left-padded batch on the model's device, of prompts with equal specs."""
     images = [image for prompt in prompts for image in prompt.images]
     videos = [video for prompt in prompts for video in prompt.videos]
     samplings = [sampling for prompt in prompts for sampling in prompt.samplings]
@@ -43,18 +37,7 @@ def build_inputs(model: Any, processor: Any, prompts: list[Prompt]) -> dict[str,
 class Rows(StoppingCriteria):
     """Called after every step: hands the new tokens out, and ends rows one by one.
 
-    Parameters
-    ----------
-    batch
-        Jobs in the order of the rows.
-    ends
-        End tokens of the model.
-    started
-        Called once, when the prefill has run.
-    metrics
-        Where tokens and answers are counted.
-    steps
-        Knows the log-probabilities of the tokens.
+    `batch` are the jobs in the order of the rows; `started` is called once the prefill has run.
     """
 
     def __init__(

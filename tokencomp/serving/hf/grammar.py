@@ -18,13 +18,7 @@ MAX_SCHEMA = 64 << 10  # characters; a grammar takes many times as much memory
 
 
 class Grammar:
-    """The state of one answer.
-
-    Parameters
-    ----------
-    matcher
-        An `LLMatcher` of llguidance.
-    """
+    """The state of one answer, in a matcher of llguidance."""
 
     def __init__(self, matcher: Any) -> None:
         self._matcher = matcher
@@ -54,13 +48,6 @@ class Grammars:
     """Makes the grammars of requests, if llguidance is installed.
 
     Any thread may call `of`.
-
-    Parameters
-    ----------
-    tokenizer
-        A fast Hugging Face tokenizer.
-    ends
-        End tokens of the model.
     """
 
     def __init__(self, tokenizer: Any, ends: set[int]) -> None:
@@ -69,22 +56,7 @@ class Grammars:
         self._vocabulary: Any = None
 
     def of(self, schema: str, count: int = 1, name: str = "response_format") -> list[Grammar]:
-        """Return a grammar for each of `count` answers.
-
-        Parameters
-        ----------
-        schema
-            JSON schema that the answers follow.
-        count
-            Number of answers.
-        name
-            Field of the request that asks for it.
-
-        Raises
-        ------
-        RequestError
-            If llguidance is not installed, cannot use the tokenizer, or refuses the schema.
-        """
+        """Return a grammar for each of `count` answers; `name` is the field that asks for it."""
         try:
             from llguidance import LLMatcher
 

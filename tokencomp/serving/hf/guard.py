@@ -25,17 +25,7 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class Guard:
-    """ASGI middleware around all routes.
-
-    Parameters
-    ----------
-    app
-        The application.
-    bind
-        The names and the key that clients must use.
-    metrics
-        Where requests are counted by status, except those of probes and monitoring.
-    """
+    """ASGI middleware around all routes, which counts requests but those of probes."""
 
     def __init__(self, app: ASGIApp, bind: Bind, metrics: Metrics) -> None:
         self.app, self.bind, self.metrics = app, bind, metrics

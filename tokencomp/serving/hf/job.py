@@ -68,24 +68,12 @@ class Job:
 
     Attributes
     ----------
-    prompt
-        The checked request with its media.
-    loop
-        Event loop of the server.
-    max_tokens
-        Largest number of generated tokens.
-    text
-        The answer so far.
     events
         Queue of the events, which all answers to the request share.
     index
         Number of the answer.
-    grammar
-        What the answer must follow.
-    arrived
-        Time of arrival in seconds on the monotonic clock.
-    first
-        Time of the first token, on the same clock.
+    arrived, first
+        Times of arrival and of the first token in seconds on the monotonic clock.
     cancelled
         Set by the server when the client has left.
     done

@@ -16,18 +16,8 @@ LOWEST = -9999.0  # log-probability of what cannot be; JSON knows no infinity
 class Steps(LogitsProcessor):
     """Notes log-probabilities, penalises repetition and follows grammars.
 
-    Rows do not depend on each other, nor on the padding of the batch.
-
-    Parameters
-    ----------
-    batch
-        Jobs in the order of the rows.
-    padded
-        Attention mask (batch, prompt) of the left-padded prompts, or None.
-    penalty
-        Repetition penalty of requests that name none; 1 is off.
-    tokenizer
-        Writes the tokens of log-probabilities.
+    Rows do not depend on each other, nor on the padding of the batch, whose attention mask (batch,
+    prompt) is `padded`. `penalty` is for requests that name none; 1 is off.
     """
 
     def __init__(self, batch: list[Job], padded: Tensor | None, penalty: float, tokenizer: Any):

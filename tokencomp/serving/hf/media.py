@@ -80,14 +80,7 @@ class Limits:
 
 
 def read_url(url: str, limits: Limits) -> tuple[str, bytes]:
-    """Return media type and content of a `data:` URL or an allowed `file:` URL.
-
-    Raises
-    ------
-    RequestError
-        If the scheme is another one, the path is outside the allowed directory, or the content is
-        too large.
-    """
+    """Return media type and content of a `data:` URL or an allowed `file:` URL."""
     scheme, colon, _ = url[:10].partition(":")
     scheme = scheme.lower() if colon else ""
     if scheme == "data":
@@ -115,13 +108,7 @@ def _read_data(url: str, limits: Limits) -> tuple[str, bytes]:
 
 
 def decode_base64(text: str) -> bytes:
-    """Decode base64 text.
-
-    Raises
-    ------
-    RequestError
-        If the text is not valid base64.
-    """
+    """Decode base64 text."""
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
@@ -159,11 +146,6 @@ def load_image(url: str, limits: Limits, deadline: Deadline | None = None) -> Im
     """Load one image as RGB, rotated upright as its EXIF data says.
 
     Transparent parts become white, as in vLLM.
-
-    Raises
-    ------
-    RequestError
-        If the image cannot be read or exceeds a limit.
     """
     deadline = deadline or Deadline(limits.decode_seconds)
     return decode_image(read_url(url, limits)[1], limits, deadline)
@@ -173,11 +155,6 @@ def check_image(content: bytes, limits: Limits, deadline: Deadline, count: int =
     """Check an image without decoding its pixels; return how many it has.
 
     `count` images of its size must fit the limits together.
-
-    Raises
-    ------
-    RequestError
-        If it cannot be opened or exceeds a limit.
     """
     with _readable(limits):
         image = _open(content, limits, deadline, count)
@@ -223,13 +200,7 @@ def _readable(limits: Limits) -> Iterator[None]:
 
 
 def check_size(width: int, height: int, limits: Limits, count: int = 1) -> None:
-    """Refuse `count` images of this size, before they are decoded into memory.
-
-    Raises
-    ------
-    RequestError
-        If one of them, or all together, have too many pixels.
-    """
+    """Refuse `count` images of this size, before they are decoded into memory."""
     if width * height > limits.max_pixels:
         raise RequestError(f"{width}×{height} pixels; the limit is {limits.max_pixels}.", 413)
     if width * height * count > limits.max_total_pixels:

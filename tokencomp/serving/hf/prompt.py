@@ -189,13 +189,7 @@ def _message(message: Message) -> dict[str, Any]:
 
 
 def _call_form(request: ChatRequest, text: PromptText) -> CallForm | None:
-    """Return how calls are written, if the request has tools to call.
-
-    Raises
-    ------
-    RequestError
-        If it has tools, calls or results, and the chat template has no place for them.
-    """
+    """Return how calls are written, if the request has tools to call."""
     called = any(message.tool_calls or message.role == "tool" for message in request.messages)
     if (request.tools or called) and text.calls is None:
         raise RequestError(

@@ -188,13 +188,7 @@ class ChatRequest(Strict):
 
 
 def read_request(content: bytes | bytearray) -> ChatRequest:
-    """Return the checked request of a JSON body.
-
-    Raises
-    ------
-    RequestError
-        If the body is not JSON, has a wrong field, or asks for an unsupported feature.
-    """
+    """Return the checked request of a JSON body."""
     check_structure(content)
     try:
         request = ChatRequest.model_validate_json(content)
@@ -212,11 +206,6 @@ def check_structure(content: bytes | bytearray) -> None:
     """Refuse a JSON body of too many values, before it is parsed.
 
     Containers of the parsed body take up to a hundred times as many bytes as their text.
-
-    Raises
-    ------
-    RequestError
-        With status 413.
     """
     if sum(content.count(mark) for mark in (b"{", b"[", b",")) > MAX_STRUCTURE:
         raise RequestError(f"the body has more than {MAX_STRUCTURE} JSON values.", 413)

@@ -18,11 +18,6 @@ def check_jpeg(content: bytes) -> None:
     """Refuse a JPEG of too many scans or segments; other files pass.
 
     What follows the end of the image is not read, such as the video in a phone's moving photo.
-
-    Raises
-    ------
-    RequestError
-        With status 413.
     """
     if content[:2] != b"\xff\xd8":
         return

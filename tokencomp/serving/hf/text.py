@@ -72,13 +72,7 @@ class PromptText:
         return bool(self._markers[kind])
 
     def check_size(self, characters: int, parts: int) -> None:
-        """Refuse a conversation by the number of its characters, and of its messages' parts.
-
-        Raises
-        ------
-        RequestError
-            If the conversation cannot fit into the model.
-        """
+        """Refuse a conversation by the number of its characters, and of its messages' parts."""
         if characters > self.max_characters or parts > self.max_model_len:
             raise RequestError(
                 f"the prompt has {characters} characters in {parts} parts, which cannot fit: this "
@@ -87,13 +81,7 @@ class PromptText:
             )
 
     def render(self, chat: Chat, tools: Sequence[dict[str, Any]] = ()) -> str:
-        """Return the prompt that the chat template makes, with one placeholder per medium.
-
-        Raises
-        ------
-        RequestError
-            If the chat template refuses it.
-        """
+        """Return the prompt that the chat template makes, with one placeholder per medium."""
         try:
             return str(
                 self.processor.apply_chat_template(
@@ -115,12 +103,6 @@ class PromptText:
         -------
         int
             Number of tokens.
-
-        Raises
-        ------
-        RequestError
-            If the text has too many tokens, or not one placeholder per medium, or if there is a
-            video and the model takes none.
         """
         kinds = [p["type"] for m in chat if isinstance(m["content"], list) for p in m["content"]]
         if "video" in kinds and not takes_videos(self.processor):
@@ -144,11 +126,6 @@ class PromptText:
 
         Images pass if the processor cannot count the tokens of a size. The engine counts all
         tokens after the processor has run.
-
-        Raises
-        ------
-        RequestError
-            If `text_tokens` and the tokens of the images do not fit into the model.
         """
         count = getattr(self.processor, "_get_num_multimodal_tokens", None)
         if count is None or not images:

@@ -43,17 +43,8 @@ class CallForm:
     def of(cls, render: Render, visible: Callable[[str], bool]) -> CallForm | None:
         """Find the marks in what a chat template makes of two calls and a result.
 
-        Parameters
-        ----------
-        render
-            Renders a conversation.
-        visible
-            Whether a text survives the decoding of an answer; special tokens do not.
-
-        Returns
-        -------
-        CallForm or None
-            None if the template knows no tools, or writes their calls in another form.
+        None if the template knows no tools, or writes their calls in another form. `visible` says
+        whether a text survives the decoding of an answer; special tokens do not.
         """
         call, tools = (
             {"type": "function", "function": CALL},

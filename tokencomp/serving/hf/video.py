@@ -39,13 +39,7 @@ CONTAINERS = {b"\x1aE\xdf\xa3": "matroska", b"RIFF": "avi", b"OggS": "ogg"}
 
 
 class Frames:
-    """Frames of one size in one array, which is filled without a second copy of all of them.
-
-    Parameters
-    ----------
-    count
-        Largest number of frames.
-    """
+    """Frames of one size in one array, which is filled without a second copy of all of them."""
 
     def __init__(self, count: int) -> None:
         self.count, self.filled = count, 0
@@ -77,13 +71,7 @@ def too_much_memory(limits: Limits) -> RequestError:
 
 
 def decode_container(content: bytes, limits: Limits, deadline: Deadline) -> Clip:
-    """Decode the sampled frames of a video file.
-
-    Raises
-    ------
-    RequestError
-        If the video cannot be decoded or exceeds a limit, or no video decoder is installed.
-    """
+    """Decode the sampled frames of a video file."""
     try:
         return _Container(content, limits, deadline).frames()
     except RequestError:
@@ -109,11 +97,6 @@ def load_video(
     The format is MP4, MOV, MKV, WebM, AVI, OGG or an animated GIF or WebP. As in vLLM,
     `data:video/jpeg;base64,A,B,C` is a list of JPEG (or PNG) frames that the client has sampled
     at one frame per second. `decode` decodes files; servers use `decoder.decode_apart`.
-
-    Raises
-    ------
-    RequestError
-        If the video cannot be decoded or exceeds a limit, or no video decoder is installed.
     """
     deadline = deadline or Deadline(limits.decode_seconds)
     media_type, content = read_url(url, limits)
@@ -123,13 +106,7 @@ def load_video(
 
 
 def load_file(content: bytes, limits: Limits, deadline: Deadline, decode: Decode) -> Clip:
-    """Decode the sampled frames of an animation, or with `decode` those of a video file.
-
-    Raises
-    ------
-    RequestError
-        As `load_video`.
-    """
+    """Decode the sampled frames of an animation, or with `decode` those of a video file."""
     if content[:4] == b"GIF8" or (content[:4] == b"RIFF" and content[8:12] == b"WEBP"):
         return _animation(content, limits, deadline)
     return decode(content, limits, deadline)

@@ -40,11 +40,6 @@ def around_routine(original: Callable[..., Any], *args: Any, **kwargs: Any) -> A
 class Compressing:
     """What SGLang's embedding of media calls in place of the model.
 
-    Parameters
-    ----------
-    model
-        A model of SGLang.
-
     Attributes
     ----------
     levels
@@ -111,15 +106,7 @@ class Compressing:
 
 
 class CorrectingPositions:
-    """A decoder that adds the offsets of its rows to their base positions.
-
-    Parameters
-    ----------
-    decoder
-        A decoder of SGLang.
-    levels
-        How many levels of deepstack features it takes.
-    """
+    """A decoder that adds the offsets of its rows to their base positions."""
 
     def __init__(self, decoder: Any, levels: int) -> None:
         self._decoder, self._levels = decoder, levels

@@ -65,13 +65,7 @@ async def around_processor(
 
 
 def check_server(hf_config: Any, server_args: Any) -> None:
-    """Refuse models and settings that this plugin cannot serve.
-
-    Raises
-    ------
-    UnsupportedModelError
-        With the names of the settings, or of the model.
-    """
+    """Refuse models and settings that this plugin cannot serve."""
     names = list(hf_config.architectures or [])
     if not set(names) & set(MODELS):
         why = "".join(f" ({NOT_SERVED[name]})" for name in names if name in NOT_SERVED)
@@ -94,28 +88,11 @@ def check_server(hf_config: Any, server_args: Any) -> None:
 
 
 def compress(output: Any, spec: MethodSpec, merge: int, facts: ModelFacts | None = None) -> Any:
-    """Shorten the media of a request.
+    """Shorten the media of a request in `output`, which SGLang's processor has returned.
 
-    Parameters
-    ----------
-    output : MultimodalProcessorOutput
-        What SGLang's processor returns, with the positions of the uncompressed prompt.
-    spec
-        What to compress with. At ratio 0 the output stays as it is, and so do its hashes.
-    merge
-        Patches per side of a token.
-    facts
-        Of the model, for trained weights.
-
-    Returns
-    -------
-    MultimodalProcessorOutput
-        Rows of compressed items are at the base position of their item.
-
-    Raises
-    ------
-    OptionError
-        If an item cannot be compressed.
+    `output` has the positions of the uncompressed prompt; rows of compressed items get the base
+    position of their item. At ratio 0 it stays as it is, and so do its hashes. `merge` is the
+    number of patches per side of a token; `facts` are for trained weights.
     """
     if output is None or not spec.active or not output.mm_items:
         return output

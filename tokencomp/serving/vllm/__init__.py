@@ -1,60 +1,12 @@
 """The vLLM plugin, which registers model classes and leaves the engine unchanged.
 
-    tokencomp serve --engine vllm --model M --ratio 0.75 -- [vllm serve arguments]
-    vllm serve M --hf-overrides '{"tokencomp": {"reducer": "divprune", "ratio": 0.75}}'
-    TOKENCOMP_SERVING='{"ratio": 0.5}' vllm serve M
-
 The entry point `vllm.general_plugins: tokencomp` calls `register` in every engine process. Without
 an option of tokencomp, vLLM then builds its own model and processor (see `entry`): nothing changes
 and nothing is refused, on any version. With options, the model is a subclass of vLLM's own class.
-Its processor emits fewer placeholders, and its `embed_multimodal` returns as many rows.
-
-Options
-    The options are `reducer`, `ratio` or `budget`, `options`, `tower_ratio` and `tower_reducer`; a
-    server also has `max_ratio`, `per_request` and `only_own`. A request passes its own options in
-    `mm_processor_kwargs={"tokencomp": {...}}` to an engine that was started with options, for which
-    `{}` is enough: the engine then compresses only what requests ask for. Over HTTP, vLLM passes
-    options of requests on only with `--trust-request-mm-kwargs`. `tokencomp serve` sets this flag
-    and refuses all other processor options; read `middleware` before you set it yourself.
-    Options of a request take precedence over `--mm-processor-kwargs`, these over `--hf-overrides`,
-    and these over the environment. The resolved options, and the content of trained weights, are
-    part of the media hash, so prefix and encoder caches never mix ratios.
-
-Reducers
-    Every reducer that is `serving_safe` can run: it ignores the question, acts at the entry stage,
-    and its keep count follows from the grid alone. The server refuses other reducers at start.
-    Layer stages need a KV length per layer, which vLLM does not have. The default is "kcentre".
-    Features that are not finite cannot be compared, so such an item keeps evenly spaced tokens, and
-    its values that are not finite become 0, also at ratio 0; the log and the metric
-    `tokencomp_nonfinite_items` say so. In the KV cache they would spoil answers to later requests,
-    which we saw on a CPU.
-
-Vision tower
-    With `tower_ratio`, the towers of the Qwen families see fewer patches (see `tower`). The counts
-    follow from the grid, so placeholders and caches work as without it. Other families refuse it
-    with the reason in `NO_TOWER_STAGE`, and so do engines with FlashInfer in the tower.
-
-Positions
-    M-RoPE models keep the original positions of kept tokens exactly (see `mrope`), and Qwen3-VL's
-    timestamps stay between the frames (see `qwen3_vl`). In models with one position per token, the
-    engine renumbers the tokens without gaps, which gives the outputs of
-    `tokencomp.patch(model, ratio, positions="compact")`.
-
-Tested and untested settings
-    Whole engines are tested on a CPU, which means vLLM's model runner V1: eager mode, one worker,
-    prefix caching and chunked prefill. Of model runner V2, which vLLM uses on GPUs, the tests run
-    the parts that concern positions (vLLM's pruner, its gathering of media rows, and the plugin's
-    state) on several requests in random windows. No engine with V2, no GPU, no tensor parallelism
-    and no speculative decoding has been run by us.
-    The plugin refuses settings with wrong results: for M-RoPE models pipeline parallelism, and
-    under V1 dual batch overlap and speculative decoding; vLLM's own video pruning for all models.
-    Under V1, CUDA graphs of M-RoPE models become piecewise; under V2 they stay. The vision tower is
-    not captured. Unless TOKENCOMP_ALLOW_UNTESTED=1, untested settings are refused: other versions
-    than 0.32 and 0.33, data-parallel encoders, disaggregated encoders and disaggregated prefill.
-    If the outputs of a vision tower depend on its batch, a data-dependent reducer can choose other
-    tokens when an evicted item is encoded again.
-    Architectures that are not in `MODELS` never reach this code: `vllm serve` then runs them
-    uncompressed, while `tokencomp serve` refuses them.
+Its processor emits fewer placeholders, and its `embed_multimodal` returns as many rows. The
+resolved options, and the content of trained weights, are part of the media hash, so prefix and
+encoder caches never mix ratios. docs/serving.md says how to start it, what was tested, and what is
+refused.
 """
 
 from __future__ import annotations

@@ -34,13 +34,7 @@ def configured_options(model_config: Any) -> Any:
 
 
 def check_version() -> None:
-    """Refuse a vLLM that the compressing classes were not tested with, before they are imported.
-
-    Raises
-    ------
-    UnsupportedModelError
-        If the version is untested and `TOKENCOMP_ALLOW_UNTESTED` is not 1.
-    """
+    """Refuse a vLLM that the compressing classes were not tested with, before they are imported."""
     untested = untested_version()
     if untested and os.environ.get(ENV_UNTESTED) != "1":
         raise UnsupportedModelError(

@@ -39,11 +39,6 @@ class ChosenFrames(VideoLoader):
 
         `num_frames` is the largest number of them, and `frames` the policy, see
         `tokencomp.inputs.frames`; by default so many are evenly spaced.
-
-        Raises
-        ------
-        RequestError
-            If the video cannot be decoded or exceeds a limit of the transformers server.
         """
         options = {"video": {"frames": frames}} if frames else None
         limits = with_request(options, Limits(frames=num_frames))

@@ -121,13 +121,7 @@ class CompressingProcessor:
         return spec
 
     def _check_tower(self, spec: MethodSpec) -> None:
-        """Refuse a stage in the vision tower where this engine cannot run it.
-
-        Raises
-        ------
-        OptionError
-            With the reason.
-        """
+        """Refuse a stage in the vision tower where this engine cannot run it, with the reason."""
         if not spec.dropped_cells:
             return
         reason = self.no_tower_stage

@@ -29,18 +29,8 @@ MEDIA = ("image_url", "video_url")
 def check_request(body: bytes, rules: Rules, limits: Limits, options: ServerOptions) -> bytes:
     """Check a JSON body, and its pictures without decoding their pixels.
 
-    vLLM reads the body with the same parser, so it sees what was checked here.
-
-    Returns
-    -------
-    bytes
-        The body that vLLM gets. Only `detail` "low" changes it: into the ratio of `options`.
-
-    Raises
-    ------
-    RequestError
-        If the body is no JSON object, has a value that vLLM would fail on, or media that exceed a
-        limit or come from elsewhere.
+    vLLM reads the body with the same parser, so it sees what was checked here. Returned is the body
+    that vLLM gets. Only `detail` "low" changes it: into the ratio of `options`.
     """
     check_structure(body)
     try:
