@@ -14,7 +14,7 @@ from support.family.hybrid import HYBRID
 from torch import Tensor
 
 import tokencomp
-from tokencomp.engine.cache.rows import first_with_rows, physical_length
+from tokencomp.engine.cache.rows import first_layer, physical_length
 from tokencomp.errors import UnsupportedCacheError
 
 NAMES = ["qwen2_vl", "qwen3_vl", "llava_onevision", "internvl"]
@@ -64,11 +64,11 @@ class Chat:
 
     def refused(self, match: str) -> None:
         """A refusal writes nothing; neither to the cache nor to a copy of it."""
-        before = physical_length(first_with_rows(self.cache.layers))
+        before = physical_length(first_layer(self.cache))
         for cache in (self.cache, copy.deepcopy(self.cache)):
             with pytest.raises(UnsupportedCacheError, match=match):
                 self.say(cache)
-            assert physical_length(first_with_rows(cache.layers)) == before
+            assert physical_length(first_layer(cache)) == before
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -16,7 +16,7 @@ import tokencomp
 from tokencomp.adapters.call import Call
 from tokencomp.adapters.encoded import per_medium, sizes_in, token_counts
 from tokencomp.adapters.registry import adapter_for
-from tokencomp.adapters.spans import Medium, cut_media, grid_from_positions, grid_from_size
+from tokencomp.adapters.spans import Medium, cut_media, grid_from_size
 from tokencomp.adapters.structural import StructuralAdapter
 from tokencomp.adapters.structure import find_parts
 from tokencomp.errors import (
@@ -178,7 +178,7 @@ def test_grid_from_positions() -> None:
 
     def grid(positions, start: int):
         call = Call(torch.zeros(1, 6), torch.zeros(1, 6, 1), positions, torch.nn.Module())
-        return grid_from_positions(call, 0, start, 6)
+        return call.raster(0, start, 6)
 
     assert grid(positions, 0) == (1, 2, 3)
     assert grid(np.stack([raster] * 3)[:, None], 0) is None  # one position per token

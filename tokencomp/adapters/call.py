@@ -59,12 +59,18 @@ class Call:
         return rows
 
     def raster(self, row: int, start: int, stop: int) -> Grid | None:
-        """`raster_grid` of columns of a sample, looked at once; None without positions."""
+        """The grid that M-RoPE positions of columns of a sample draw; None if they draw none.
+
+        Decoders for three rows that get one position per token have three equal rows, which tell
+        nothing. Every run is looked at once.
+        """
         run = row, start, stop
+        if self.positions is None:
+            return None
         if run not in self._rasters:
-            places = self.positions
-            drawn = None if places is None else raster_grid(*places[1:, row, start:stop])
-            self._rasters[run] = drawn
+            time, h, w = self.positions[:, row, start:stop]
+            alike = len(h) > 1 and np.array_equal(time, h) and np.array_equal(h, w)
+            self._rasters[run] = None if alike else raster_grid(h, w)
         return self._rasters[run]
 
 

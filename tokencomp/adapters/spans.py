@@ -13,7 +13,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 from torch import Tensor
 
 from tokencomp.adapters.call import Call
@@ -99,14 +98,14 @@ def span_of(
         return [replace(_audio(a, b), item=medium.pieces[0][0]) for a, b in medium.pieces]
     if len(medium.pieces) == 1:
         start, stop = medium.pieces[0]
-        grid = grid_from_positions(call, row, start, stop)
+        grid = call.raster(row, start, stop)
         grid = grid or grid_from_size(size(), stop - start) or fallback()
         return [_span(start, stop, medium.kind, grid)]
     joined = _joined(medium, row, call, size)
     if joined is not None:
         return [joined]
     item = medium.pieces[0][0]
-    grids = [grid_from_positions(call, row, a, b) for a, b in medium.pieces]
+    grids = [call.raster(row, a, b) for a, b in medium.pieces]
     return [
         replace(_span(a, b, medium.kind, grid or fallback()), item=item)
         for (a, b), grid in zip(medium.pieces, grids, strict=True)
@@ -142,7 +141,7 @@ def _joined(medium: Medium, row: int, call: Call, size: GivenSize) -> VisualSpan
             return VisualSpan(start, stop - start, (1, n, length), medium.kind, special=offsets)
     if medium.kind != "video":
         return None
-    frame = grid_from_positions(call, row, *pieces[0])
+    frame = call.raster(row, *pieces[0])
     if frame is None:
         whole = grid_from_size(size(), medium.count)
         frame = (1, *whole[1:]) if whole is not None and whole[0] == n else None
@@ -157,20 +156,6 @@ def _line_breaks(embeds: Tensor, gaps: list[tuple[int, int]]) -> bool:
         return False
     tokens = embeds[[a for a, _ in gaps]]
     return bool((tokens == tokens[0]).all())
-
-
-def grid_from_positions(call: Call, row: int, start: int, stop: int) -> Grid | None:
-    """The grid that M-RoPE positions of a run draw; None if they draw none.
-
-    Decoders for three rows that get one position per token have three equal rows, which tell
-    nothing.
-    """
-    if call.positions is None:
-        return None
-    time, h, w = call.positions[:, row, start:stop]
-    if len(h) > 1 and np.array_equal(time, h) and np.array_equal(h, w):
-        return None
-    return call.raster(row, start, stop)
 
 
 def grid_from_size(size: Size | None, count: int) -> Grid | None:

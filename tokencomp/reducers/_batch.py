@@ -73,12 +73,6 @@ def min_max(values: Tensor, lengths: Sequence[int]) -> Tensor:
     return (values - low) / width
 
 
-def evenly(n: int, k: int) -> HostIndex:
-    """Places floor((i + ½)·n/k) of k of n things."""
-    steps = np.arange(k)
-    return (2 * steps + 1) * n // (2 * max(k, 1))
-
-
 @functools.lru_cache(maxsize=8)
 def random_ranks(seed: int, cells: int) -> Tensor:
     """A random number for each of so many cells, the same for a cell of any grid and device."""

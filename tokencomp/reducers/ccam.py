@@ -12,11 +12,10 @@ import numpy as np
 import torch
 
 from tokencomp.errors import SpanError, WeightsError
-from tokencomp.reducers._batch import evenly
 from tokencomp.reducers._rows import finite_features
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.reducers.score import PatchReducer
-from tokencomp.tokens.patches import Patches
+from tokencomp.tokens.patches import Patches, evenly
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.spans import ModelFacts, VisualSpan
 from tokencomp.tokens.stacks import grouped

@@ -10,12 +10,11 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from tokencomp.plan.counts import split_evenly
-from tokencomp.reducers._batch import evenly
 from tokencomp.reducers._rows import best_rows, finite_features
 from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.reducers.score import ChoosingReducer
-from tokencomp.tokens.patches import Patches
+from tokencomp.tokens.patches import Patches, evenly
 
 GROUP = 4
 REFERENCE = np.array([0, 0, 0, 2])  # frame of the group that each frame is compared with

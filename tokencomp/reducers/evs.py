@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokencomp.reducers._batch import evenly, previous_similarity
+from tokencomp.reducers._batch import previous_similarity
 from tokencomp.reducers._rows import best_rows, finite_features
 from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.reducers.score import ChoosingReducer
-from tokencomp.tokens.patches import Patches
+from tokencomp.tokens.patches import Patches, evenly
 
 
 @register_reducer("evs")

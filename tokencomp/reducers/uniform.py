@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from tokencomp.reducers._batch import evenly
 from tokencomp.reducers._late import Baseline
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.tokens.patches import Patches
+from tokencomp.tokens.patches import Patches, evenly
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.spans import SpanBatch
 

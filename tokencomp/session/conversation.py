@@ -16,7 +16,7 @@ from tokencomp.adapters.registry import adapter_for
 from tokencomp.adapters.structure import parameters_of
 from tokencomp.engine.cache.evict import check_eviction, evict, held_columns
 from tokencomp.engine.cache.mark import Mark
-from tokencomp.engine.cache.rows import first_with_rows, physical_length
+from tokencomp.engine.cache.rows import first_layer, physical_length
 from tokencomp.errors import OptionError, SessionError
 from tokencomp.session.held import POLICIES, TEXT, Held, PatchPlaces
 from tokencomp.session.patched import check_patch, handle_of, rows_of
@@ -71,7 +71,7 @@ class Conversation:
     @property
     def rows(self) -> int:
         """Rows in the widest layer."""
-        layer = first_with_rows(self.cache.layers)
+        layer = first_layer(self.cache)
         return 0 if layer is None or not layer.is_initialized else physical_length(layer)
 
     @property
@@ -151,7 +151,7 @@ class Conversation:
 
     def _note(self, n: int, watch: Watch) -> None:
         """Note what the new rows of the widest layer are."""
-        layer = first_with_rows(self.cache.layers)
+        layer = first_layer(self.cache)
         columns = held_columns(layer)[0]
         columns = columns[columns >= self.tokens]
         own, device = columns - self.tokens, columns.device

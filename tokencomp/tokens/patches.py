@@ -180,3 +180,9 @@ def rows_where(mask: Tensor, count: int) -> Tensor:
     They are sorted out, because the host would have to wait for the length of `nonzero`.
     """
     return mask.to(torch.uint8).sort(descending=True, stable=True).indices[:count]
+
+
+def evenly(n: int, k: int) -> HostIndex:
+    """Places floor((i + ½)·n/k) of k of n things."""
+    steps = np.arange(k)
+    return (2 * steps + 1) * n // (2 * max(k, 1))

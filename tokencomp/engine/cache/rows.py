@@ -34,23 +34,25 @@ def filled(layers: Iterable[Any]) -> list[Any]:
     return [x for x in layers if isinstance(x, HOLDS_ROWS) and x.is_initialized]
 
 
-def first_with_rows(layers: Sequence[Any] | None, first: int = 0) -> Any:
-    """The first of `layers[first:]` that holds rows, or None."""
-    for layer in (layers or ())[first:]:  # no frame per layer, as every token passes here
+def first_layer(cache: Any, start: int = 0) -> Any:
+    """The first layer from `start` on that holds rows, or None.
+
+    Parameters
+    ----------
+    cache
+        A KV cache, its layers, or None.
+    """
+    layers = cache if isinstance(cache, (list, tuple)) else getattr(cache, "layers", None)
+    for layer in (layers or ())[start:]:  # no frame per layer, as every token passes here
         if isinstance(layer, HOLDS_ROWS):
             return layer
     return None
 
 
-def first_layer(cache: Any) -> Any:
-    """The first layer of a cache that holds rows, or None."""
-    return first_with_rows(getattr(cache, "layers", None))
-
-
 def segment_heads(layers: Sequence[Any]) -> list[Any]:
     """The first cache layer of every segment: the layers of a segment hold the same rows."""
     starts = [layer for layer in layers if getattr(layer, "starts_segment", False)]
-    first = first_with_rows(layers)
+    first = first_layer(layers)
     return starts if first is None or first in starts[:1] else [first, *starts]
 
 

@@ -154,7 +154,7 @@ class LaterTokens:
         """
         x, n = kwargs["inputs_embeds"], kwargs["inputs_embeds"].shape[1]
         past = layer.rows if self.compact_positions else layer.get_seq_length()
-        windows, total = Windows.served(self.adapter.decoder), int(past) + n
+        windows, total = Windows.of(self.adapter.decoder, served=True), int(past) + n
         by_column = not self.compact_positions
         check_windows(self.adapter.decoder, windows, total, by_column)
         new, prepared = None, None  # a single token is never padding, nor a part of a picture

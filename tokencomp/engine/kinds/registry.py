@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from tokencomp.engine.cache.rows import REFERENCE, first_with_rows
+from tokencomp.engine.cache.rows import REFERENCE, first_layer
 from tokencomp.engine.kinds import mask_compat
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ class Reference(LayerKind):
         """All rows of the prompt, and a window of the later ones."""
         if not segment.physical:
             return super().mask(source, segment, x, text)
-        layer = first_with_rows(source.layers, segment.first)
+        layer = first_layer(source.layers, segment.first)
         evicted = max(layer.cumulative_length - layer.sliding_window + 1, 0)
         rows = torch.arange(segment.physical + x.shape[1], device=x.device)
         prompt = rows < layer.prefill_length

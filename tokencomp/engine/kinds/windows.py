@@ -55,8 +55,15 @@ class Windows:
     relative: bool = False
 
     @classmethod
-    def of(cls, decoder: Any) -> Windows:
-        """The windows of a decoder, once its layers are known to be served.
+    def of(cls, decoder: Any, served: bool = False) -> Windows:
+        """The windows of a decoder.
+
+        The config is read anew in every call, because the sizes in it may change.
+
+        Parameters
+        ----------
+        served
+            Whether the layers are known to be served, because the patch has asked before.
 
         Raises
         ------
@@ -65,23 +72,10 @@ class Windows:
         UnsupportedModelError
             A layer is of a kind that tokencomp does not know, or windows differ in size.
         """
-        names = kind_names(decoder)
-        _refuse_row_numbers(decoder, names)
-        if unknown := sorted(set(names) - set(KINDS)):
-            raise UnsupportedModelError(
-                f"{type(decoder).__name__} has {', '.join(unknown)} layers, for "
-                "which it is not checked that dropping a token equals masking it. Served are "
-                f"{', '.join(sorted(KINDS))}. Run it without patch()."
-            )
-        return cls.served(decoder)
-
-    @classmethod
-    def served(cls, decoder: Any) -> Windows:
-        """The windows of a patched decoder in a call; the patch has asked for them by `of`.
-
-        The config is read anew in every call, because the sizes in it may change.
-        """
-        config, names, cut = decoder.config, kind_names(decoder), None
+        config, cut = decoder.config, None
+        names = tuple(getattr(config, "layer_types", None) or ())[: len(decoder.layers)]
+        if not served:
+            _refuse_kinds(decoder, names)
         kinds = names
         if not names:
             # Some decoders whose config names no kinds (Mistral) apply `sliding_window`, others
@@ -149,11 +143,6 @@ def _windows(
     return Windows(kinds, own, named, cut, not CONVOLVING.keys().isdisjoint(names), relative)
 
 
-def kind_names(decoder: Any) -> tuple[str, ...]:
-    """What the config calls the kinds of the layers; () if it does not name them."""
-    return tuple(getattr(decoder.config, "layer_types", None) or ())[: len(decoder.layers)]
-
-
 def _size(config: Any, kind: LayerKind) -> int | None:
     """The one size of all windows of a kind with a window; None: the config gives none.
 
@@ -174,12 +163,12 @@ def _size(config: Any, kind: LayerKind) -> int | None:
     return found.pop() if found else None
 
 
-def _refuse_row_numbers(decoder: Any, kinds: Sequence[str]) -> None:
-    """Refuse layers of kinds `kinds` whose attention would change for other tokens by a drop.
+def _refuse_kinds(decoder: Any, kinds: Sequence[str]) -> None:
+    """Refuse attention that would change for other tokens by a drop, and layers of unknown kinds.
 
     Raises
     ------
-    RowIndexedAttentionError
+    RowIndexedAttentionError, UnsupportedModelError
     """
     for name, reason in BY_ROW.items():
         values = [v for v in compat.layer_values(decoder.config, name) if isinstance(v, int)]
@@ -192,6 +181,12 @@ def _refuse_row_numbers(decoder: Any, kinds: Sequence[str]) -> None:
             f"{type(decoder).__name__}: {reason.format(value)} ({name} of its config), so that "
             "dropping a token would not equal masking it: the rows behind it would count "
             "differently. Run it without patch()."
+        )
+    if unknown := sorted(set(kinds) - set(KINDS)):
+        raise UnsupportedModelError(
+            f"{type(decoder).__name__} has {', '.join(unknown)} layers, for "
+            "which it is not checked that dropping a token equals masking it. Served are "
+            f"{', '.join(sorted(KINDS))}. Run it without patch()."
         )
 
 

@@ -125,7 +125,7 @@ class ForwardPass:
             for span, place in zip(row, own, strict=True)
             for stage in plan.stages
         )
-        self.windows = Windows.served(adapter.decoder)
+        self.windows = Windows.of(adapter.decoder, served=True)
         self.by_column = True
         self.prepared: Any = None
         self.new: Tensor | None = None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokencomp.engine.cache.layers import CompressedLayer
-from tokencomp.engine.cache.rows import first_with_rows, flash_on_static, physical_length
+from tokencomp.engine.cache.rows import first_layer, flash_on_static, physical_length
 from tokencomp.engine.kinds import mask_compat
 from tokencomp.engine.rows.layout import RowLayout
 from tokencomp.engine.rows.outputs import cached_columns
@@ -203,7 +203,7 @@ def build_segments(
     starts = sorted({0, *stages, *old})
     segments = []
     for first, stop in zip(starts, [*starts[1:], total], strict=True):
-        layer, layout = first_with_rows(layers, first), RowLayout(width, [], [])
+        layer, layout = first_layer(layers, first), RowLayout(width, [], [])
         if isinstance(layer, CompressedLayer):
             segment = Segment.after(layer, first, stop, layout)
         else:
@@ -223,7 +223,7 @@ def segments_after(layers: Sequence[Any], width: int) -> list[Segment]:
     bounds = zip([0, *starts], [*starts, len(layers)], strict=True)
     # Where only linear layers see some rows, the layers behind them tell how many.
     return [
-        Segment.after(first_with_rows(layers, first), first, stop, RowLayout(width, [], []))
+        Segment.after(first_layer(layers, first), first, stop, RowLayout(width, [], []))
         for first, stop in bounds
     ]
 

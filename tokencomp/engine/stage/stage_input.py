@@ -153,7 +153,7 @@ class StageInput:
         tables: dict[str, Any] = {}
         first, last = rows[0][0], rows[-1][-1] + 1
         neighbours = last - first == sum(map(len, rows))
-        missing = any(not live.whole for live in lives)
+        missing = self.layout.origin is not None and any(not live.whole for live in lives)
         lengths, sizes = [live.count for live in lives], self.layout.sizes
         if not neighbours or missing or sizes is not None:
             tables["columns"] = np.concatenate(rows)
@@ -169,7 +169,7 @@ class StageInput:
             tables["scored"] = self._rows_of(chosen)
         moved = move_tables(tables, self.x.device)
         flat, index, full = self.x.flatten(0, 1), None, None
-        if missing and self.layout.origin is not None:
+        if self.layout.origin is not None and missing:
             index = self.layout.origin.flatten().index_select(0, moved["columns"]) - moved["start"]
             full = index + moved["before"]  # row in a table of all tokens of these spans
         special = moved.get("special")
