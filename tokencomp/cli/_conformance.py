@@ -11,12 +11,9 @@ import typer
 
 
 def conformance_run(types: list[str], as_json: bool, output: Path | None, page: Path | None) -> int:
-    """Run conformance, show and write the results.
+    """Run conformance, show and write the results; return the exit code.
 
-    Returns
-    -------
-    int
-        Exit code: 1 if a type does worse than in the results that the package carries.
+    It is 1 if a type does worse than in the results that the package carries.
     """
     from tqdm import tqdm
 
@@ -46,15 +43,14 @@ def conformance_run(types: list[str], as_json: bool, output: Path | None, page: 
 def _show(results: dict[str, Any], worse: dict[str, str]) -> None:
     from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
+    from tokencomp.cli import _tables
     from tokencomp.conformance.table import counts, first_sentence
 
     console = Console()
     title = f"Model types of transformers {results['transformers']}"
-    rows = Table(title=title, title_justify="left", box=None)
-    for name in ("model type", "status", "error", "effect", "reason"):
-        rows.add_column(name, overflow="fold")
+    names = ("model type", "status", "error", "effect", "reason")
+    rows = _tables.table(*names, gap=1, title=title, overflow="fold")
     colors = {"exact": "green", "entry only": "green", "refused": "yellow", "unverified": "red"}
     for name, row in results["types"].items():
         errors = {k: v for k, v in row["errors"].items() if k not in ("effect", "identity")}

@@ -12,40 +12,16 @@ FLOOR, CEILING = "4.57", "6"
 
 
 def facts() -> dict[str, str]:
-    """Versions, hardware, attention backends and kernels, as text."""
+    """Versions, system, and attention backends, the default first, as text."""
     from tokencomp.evaluation.environment import hardware, versions
-    from tokencomp.kernels import status
 
-    where, kernels = hardware(), status()
-    gpus = ", ".join(where["gpus"]) or "none"
-    ops: dict[str, list[str]] = {}
-    for op, backend in kernels["ops"].items():
-        ops.setdefault(backend, []).append(op)
-    most = max(ops, key=lambda backend: len(ops[backend]))
-    others = [f"{', '.join(names)}: {b}" for b, names in ops.items() if b != most]
-    used = "; ".join([most, *others])
+    where = hardware()
+    flash = ["flash_attention_2"] if importlib.util.find_spec("flash_attn") is not None else []
     return {
         **versions(),
         "system": f"{where['system']}, {where['cpu']}, {where['cores']} cores",
-        "GPU": gpus,
-        "attention": ", ".join(attention_backends()),
-        "kernels": f"{used} (mode {kernels['mode']}, triton {kernels['triton']})",
-        "video reader": ", ".join(video_readers()) or "none",
+        "attention": ", ".join(["sdpa", "eager", *flash]),
     }
-
-
-def attention_backends() -> list[str]:
-    """Attention backends that this machine can run, the default first."""
-    backends = ["sdpa", "eager"]
-    if importlib.util.find_spec("flash_attn") is not None:
-        backends.append("flash_attention_2")
-    return backends
-
-
-def video_readers() -> list[str]:
-    """Installed video decoders; only PyAV (av) is used without being asked for."""
-    names = ("av", "torchcodec", "decord")
-    return [name for name in names if importlib.util.find_spec(name) is not None]
 
 
 def environment_checks() -> list[Finding]:
@@ -111,13 +87,17 @@ def _kernels() -> Finding:
         state = status()
     except KernelError as error:
         return Finding("kernels", False, str(error))
-    backends = set(state["ops"].values())
-    if "unavailable" in backends:
+    ops: dict[str, list[str]] = {}
+    for op, backend in state["ops"].items():
+        ops.setdefault(backend, []).append(op)
+    if "unavailable" in ops:
         return Finding("kernels", False, str(state["problem"]))
-    if "triton" in backends:
-        return Finding("kernels", True, f"Triton on {state['device']}")
-    why = "no CUDA device" if state["device"] == "cpu" else state["problem"]
-    return Finding("kernels", True, f"plain PyTorch ({why})")
+    if "triton" not in ops:
+        why = "no CUDA device" if state["device"] == "cpu" else state["problem"]
+        return Finding("kernels", True, f"plain PyTorch ({why}; mode {state['mode']})")
+    others = [f"{', '.join(names)}: {b}" for b, names in ops.items() if b != "triton"]
+    used = "; ".join([f"Triton {state['triton']} on {state['device']}", *others])
+    return Finding("kernels", True, f"{used} (mode {state['mode']})")
 
 
 def _gpu() -> Finding:
@@ -133,11 +113,12 @@ def _gpu() -> Finding:
 
 
 def _video() -> Finding:
-    readers = video_readers()
-    if "av" not in readers:
+    """Video decoders; only PyAV (av) is used without being asked for."""
+    if importlib.util.find_spec("av") is None:
         return Finding("video files", False, f"PyAV is not installed: {install('media')}")
-    others = f"; by name also with {', '.join(readers[1:])}" if readers[1:] else ""
-    return Finding("video files", True, f"read with PyAV{others}")
+    others = [n for n in ("torchcodec", "decord") if importlib.util.find_spec(n) is not None]
+    also = f"; by name also with {', '.join(others)}" if others else ""
+    return Finding("video files", True, f"read with PyAV{also}")
 
 
 def _optional(extra: str, module: str, what: str) -> Finding:

@@ -18,13 +18,7 @@ Folders = Mapping[Setting, Path]
 
 
 def questions_in(data: str | None, limit: int | None) -> FileQuestions | None:
-    """The user's own questions that --data names; None if it names data of tasks, or nothing.
-
-    Raises
-    ------
-    OptionError
-        The file is missing or damaged; the message has the number of the line.
-    """
+    """The user's own questions that --data names; None if it names data of tasks, or nothing."""
     path = Path(data or "").expanduser()
     own = (
         path.is_file() or path.suffix in (".jsonl", ".json") or (path / "questions.jsonl").exists()

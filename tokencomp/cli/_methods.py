@@ -16,13 +16,7 @@ ALL = "all"
 
 
 def reducers(text: str) -> list[str]:
-    """ "auto,merge+prune" → ["auto", "merge+prune"].
-
-    Raises
-    ------
-    UnknownNameError, OptionError
-        A name that is not known; two reducers that do not go together.
-    """
+    """ "auto,merge+prune" → ["auto", "merge+prune"]."""
     from tokencomp.errors import unknown_name
     from tokencomp.evaluation.settings import INPUT_BASELINES
     from tokencomp.reducers.registry import available_reducers, make_reducer
@@ -68,13 +62,7 @@ def settings(context: typer.Context, chosen: opt.MethodOptions) -> Settings:
 
 
 def fitting(text: str, ratios: list[Any], every: dict[str, Any], model: Any) -> list[Any]:
-    """The full model, and of all reducers those that `model` accepts; says what is left out.
-
-    Raises
-    ------
-    TokenCompError
-        A reducer that `text` names does not fit, or none does.
-    """
+    """The full model, and of all reducers those that `model` accepts; says what is left out."""
     from tokencomp.errors import OptionError, TokenCompError
     from tokencomp.evaluation.settings import grid
     from tokencomp.reducers.registry import available_reducers

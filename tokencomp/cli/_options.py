@@ -165,18 +165,7 @@ class Files:
         return ", ".join(path.name for path in [*(self.image or ()), *(self.video or ())])
 
     def load(self, source: Source) -> list[Any]:
-        """PIL images, and lists of PIL images for videos.
-
-        Parameters
-        ----------
-        source
-            The model whose embeddings score frames, if --frames asks for that.
-
-        Raises
-        ------
-        MediaError, OptionError
-            As `load_media`.
-        """
+        """PIL images, and lists of them for videos; the model of `source` may score frames."""
         from tokencomp.inputs.frames import Frames as Policies
         from tokencomp.inputs.frames import Scored, frame_policy
         from tokencomp.inputs.media import load_media
@@ -238,14 +227,9 @@ def given(context: typer.Context, name: str) -> bool:
 
 
 def refuse_options(context: typer.Context, options: Sequence[str], where: str, fix: str) -> None:
-    """Raise `OptionError` for options on the command line that would have no effect.
+    """Raise `OptionError` for parameters that were given and would have no effect.
 
-    Parameters
-    ----------
-    options : sequence of str
-        Parameter names of the command, e.g. ("max_batch",).
-    where, fix : str
-        What makes them ineffective, e.g. "--engine vllm"; what to do instead.
+    `where` makes them ineffective, e.g. "--engine vllm"; `fix` is what to do instead.
     """
     flags = {str(p.name): p.opts[0] for p in context.command.params}
     useless = [flags[name] for name in options if given(context, name)]

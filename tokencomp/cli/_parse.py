@@ -18,14 +18,7 @@ def names(text: str) -> list[str]:
 
 
 def ratios(text: str) -> list[float | dict[str, float]]:
-    """ "0.5,0.75" → [0.5, 0.75]; "0.5;video=0.75,audio=0.5" → [0.5, {"video": 0.75, "audio": 0.5}].
-
-    Raises
-    ------
-    OptionError, RatioError
-        No ratio, numbers and kinds of media in one part, a kind twice; an unknown kind, or a number
-        outside [0, 1).
-    """
+    """ "0.5,0.75" → [0.5, 0.75]; "0.5;video=0.75" → [0.5, {"video": 0.75}]."""
     from tokencomp.plan.counts import check_ratio
 
     settings: list[float | dict[str, float]] = []
@@ -44,13 +37,7 @@ def ratios(text: str) -> list[float | dict[str, float]]:
 
 
 def budgets(text: str) -> list[int | dict[str, int]]:
-    """ "512,prompt=4096" → [512, {"prompt": 4096}].
-
-    Raises
-    ------
-    OptionError, RatioError
-        No budget, or no whole number of tokens.
-    """
+    """ "512,prompt=4096" → [512, {"prompt": 4096}]."""
     from tokencomp.plan.amounts import Amount
 
     found: list[int | dict[str, int]] = []

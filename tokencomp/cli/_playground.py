@@ -25,16 +25,7 @@ NOTHING = "Drop a picture or a clip first."
 
 
 class Playground:
-    """Answers one question about one file under one setting.
-
-    Parameters
-    ----------
-    model, processor
-    name
-        Of the model, for the title.
-    frames
-        Which frames of a clip are read, see `tokencomp.inputs.frames`.
-    """
+    """Answers one question about one file under one setting."""
 
     def __init__(self, model: Any, processor: Any, name: str, frames: Frames) -> None:
         self.model, self.processor = model, processor
@@ -52,13 +43,7 @@ class Playground:
         tower_ratio: float,
         merge: bool,
     ) -> tuple[str, str, list[list[str]], list[Any]]:
-        """Both answers, a table of what they cost, and pictures of what the model sees.
-
-        Raises
-        ------
-        TokenCompError
-            There is no file, or it cannot be read, or the setting does not fit the model.
-        """
+        """Both answers, a table of what they cost, and pictures of what the model sees."""
         paths = [path for path in (image, video) if path]
         if not paths:
             raise TokenCompError(NOTHING)
@@ -87,13 +72,7 @@ def _table(full: Any, own: Any, times: dict[Setting, Split]) -> list[list[str]]:
 
 
 def build(play: Playground) -> Any:
-    """The page as Gradio blocks.
-
-    Raises
-    ------
-    MissingDependencyError
-        Gradio is not installed.
-    """
+    """The page as Gradio blocks."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     try:
         import gradio as gr

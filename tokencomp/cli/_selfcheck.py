@@ -33,11 +33,8 @@ class Finding:
 def self_check(model: Any, processor: Any) -> list[Finding]:
     """Compress a real prompt and compare with counted rows and the masked full-length run.
 
-    Returns
-    -------
-    list of Finding
-        Per reducer (one that acts at entry, one between layers): the rows every decoder layer
-        really got, and the logits against the oracle; at last, that `unpatch` restores outputs.
+    Per reducer (one that acts at entry, one between layers): the rows every decoder layer really
+    got, and the logits against the oracle; at last, that `unpatch` restores outputs.
     """
     inputs = to_model(build_inputs(processor, [[_picture()]], [QUESTION]), model)
     with counted_rows(model) as full_rows:

@@ -60,16 +60,11 @@ def command(
 
 def in_words(answer: Any, full: Any) -> str:
     """What one setting kept, what that costs, and whether the answer stayed the same."""
-    kept, before = (sum(a.cost.per_layer) / len(a.cost.per_layer) for a in (answer, full))
+    from tokencomp.pages.demo_data import saved
+
     same = answer.text.strip() == full.text.strip()
-    setting = answer.setting
-    return (
-        f"{setting.name} at {setting.asked}: a decoder layer sees {kept:.0f} of "
-        f"{before:.0f} visual tokens on average, which leaves "
-        f"{answer.cost.flops / full.cost.flops:.0%} of the decoder's work and "
-        f"{answer.cost.kv_bytes / full.cost.kv_bytes:.0%} of its cache. The answer "
-        + ("stays the same." if same else "differs from that of the full model.")
-    )
+    told = "stays the same" if same else "differs from that of the full model"
+    return f"{saved(answer.setting, answer.cost, full.cost)} The answer {told}."
 
 
 def _write(

@@ -170,22 +170,20 @@ def _report(card: Path, use: str) -> None:
     import json
 
     from rich.console import Console
-    from rich.table import Table
 
-    from tokencomp.cli._tables import retained
+    from tokencomp.cli._tables import retained, table
     from tokencomp.evaluation.metrics import Retention
 
     console = Console()
     rows = json.loads(card.read_text()).get("accuracy") or []
     if rows:
-        table = Table(
-            "method", "kind", "ratio", "accuracy", "retention", title="held-out questions"
-        )
+        names = ("method", "kind", "ratio", "accuracy", "retention")
+        shown = table(*names, title="held-out questions")
         for row in rows:
             kept = row.get("retention")
             low, high = row.get("interval") or (0.0, 0.0)
             interval = None if kept is None else Retention(kept, low, high, items=0)
             ratio, accuracy = f"{row['ratio']:.2f}", f"{row['accuracy']:.1%}"
-            table.add_row(row["name"], row.get("kind", ""), ratio, accuracy, retained(interval))
-        console.print(table)
+            shown.add_row(row["name"], row.get("kind", ""), ratio, accuracy, retained(interval))
+        console.print(shown)
     console.print(f"Saved {card.parent}. Use it: {use}", highlight=False, markup=False)

@@ -145,15 +145,19 @@ class Demo:
         return [f"† {r.setting.name} at {r.setting.shown_ratio} {r.moved}." for r in rows]
 
 
+def saved(setting: Setting, cost: Row | Cost, full: Row | Cost) -> str:
+    """What a setting kept and what that costs, beside the full model, in two sentences."""
+    kept, before = (sum(c.per_layer) / len(c.per_layer) for c in (cost, full))
+    return (
+        f"{setting.name} at {setting.asked}: a decoder layer sees {kept:.0f} of {before:.0f} "
+        f"visual tokens on average. That leaves {cost.flops / full.flops:.0%} of the decoder's "
+        f"work and {cost.kv_bytes / full.kv_bytes:.0%} of its cache."
+    )
+
+
 def _sentence(row: Row, rows: list[Row], items: int) -> str:
     full = rows[0]
-    kept, before = (sum(r.per_layer) / len(r.per_layer) for r in (row, full))
-    text = (
-        f"{row.setting.name} at {row.setting.asked}: a decoder layer sees "
-        f"{kept:.0f} of {before:.0f} visual tokens on average. That leaves "
-        f"{row.flops / full.flops:.0%} of the decoder's work and "
-        f"{row.kv_bytes / full.kv_bytes:.0%} of its cache."
-    )
+    text = saved(row.setting, row, full)
     if row.accuracy is None or full.accuracy is None:
         return text
     text += (

@@ -161,10 +161,7 @@ class _Watch(Hooked):
 def prefill_split(model: Any, inputs: dict[str, Any], clock: Clock | None = None) -> Split:
     """Time one prefill (last logits only) of inputs that are on the model's device.
 
-    Parameters
-    ----------
-    clock
-        What the parts are measured with; None: seconds of the device.
+    Without a clock, the parts are seconds of the device.
     """
     with _Watch(model, clock) as watcher:
         model(**inputs, use_cache=True, logits_to_keep=1)

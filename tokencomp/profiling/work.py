@@ -87,13 +87,7 @@ def flop_counter() -> FlopCounterMode:
 
 
 def vision_work(model: Any, inputs: dict[str, Any]) -> VisionWork:
-    """Count the work of one prefill; call it inside the patch.
-
-    Parameters
-    ----------
-    inputs
-        Of one prompt or a batch, on the model's device.
-    """
+    """Count the work of one prefill; call it inside the patch."""
     projectors = _projectors(model)
     with FlopClock() as clock, _Inside(projectors, clock) as inside:
         split = prefill_split(model, inputs, clock)

@@ -142,17 +142,7 @@ def _entry(model: str) -> list[str]:
 def check_architecture(model: str, default: MethodSpec | None = None) -> None:
     """Refuse models that vLLM would serve uncompressed, because the plugin does not know them.
 
-    Parameters
-    ----------
-    default
-        What the server compresses with by default.
-
-    Raises
-    ------
-    UnsupportedModelError
-        If the configuration cannot be read or names no architecture of the plugin.
-    OptionError
-        If `default` has a stage in the vision tower, and the plugin has none for this family.
+    Also a `default` of the server with a stage in a vision tower for which the plugin has none.
     """
     from transformers import AutoConfig
 

@@ -16,20 +16,10 @@ logger = init_logger("vllm.tokencomp")
 
 
 def check_engine(config: VllmConfig, offsets: bool) -> None:
-    """Refuse engine settings that this plugin cannot serve exactly.
+    """Refuse engine settings with wrong results, and untested ones unless they are allowed.
 
-    Parameters
-    ----------
-    config
-        The engine's configuration. With `offsets` on model runner V1, full CUDA graphs become
-        piecewise ones, because a replayed full graph would not add the offsets.
-    offsets
-        Whether rows carry position offsets, as in M-RoPE models.
-
-    Raises
-    ------
-    UnsupportedModelError
-        If a setting gives wrong results, or is untested and `TOKENCOMP_ALLOW_UNTESTED` is not 1.
+    With `offsets`, rows carry position offsets, as in M-RoPE models. Full CUDA graphs of model
+    runner V1 then become piecewise ones, because a replayed full graph would not add the offsets.
     """
     wrong = [*_wrong(config), *(_wrong_for_offsets(config) if offsets else ())]
     untested = _untested(config)

@@ -32,11 +32,6 @@ class Processor(CompressingProcessor):
         """Refuse requests whose positions exceed the rotary tables.
 
         Positions exceed the prompt's length if a long grid keeps few of its tokens.
-
-        Raises
-        ------
-        OptionError
-            If an item spans more than 65535 positions, or all items together exceed the tables.
         """
         config = self.info.ctx.model_config  # type: ignore[attr-defined]  # of vLLM's class
         table = TABLE_FACTOR * config.hf_text_config.max_position_embeddings

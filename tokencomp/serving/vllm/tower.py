@@ -34,12 +34,7 @@ Report = Callable[[ItemPlan, TokenCompError], None]
 class EngineTower:
     """A vision tower of vLLM that sees, within `encode`, the cells that a stage keeps.
 
-    Parameters
-    ----------
-    module
-        The tower, whose `forward` is replaced.
-    report
-        Is called with a plan and the error if its cells cannot be compared.
+    `report` is called with a plan and the error if its cells cannot be compared.
     """
 
     def __init__(self, module: Any, report: Report) -> None:
