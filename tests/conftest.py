@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import zlib
+from collections.abc import Iterator
 from datetime import date
 
 import pytest
@@ -16,10 +18,12 @@ if not torch.cuda.is_available():
 # Workers and the processes that tests start share the cores; tiny models gain nothing from more.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+gc.disable()  # imports leave no garbage to look for; `pytest_runtestloop` enables it
 
 from support.families import FAMILIES, Family  # noqa: E402
 from support.family.hybrid import HYBRID  # noqa: E402
 from support.family.structural import STRUCTURAL  # noqa: E402
+from support.thinning import thin_out  # noqa: E402
 
 # They share decoder and adapter with smolvlm, llava_onevision, qwen2_vl, qwen3_vl and qwen3_5.
 TWINS = {"idefics3", "llava", "llava_next", "llava_next_video", "qwen2_5_vl", "qwen3_vl_moe"}
@@ -30,14 +34,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--today", action="store_true", help="a module's share of the day, not all")
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --today, every long test runs once in three days, or in the `DAYS` of its module."""
+    """With --today, every long test runs once in six days, or in the `DAYS` of its module."""
+    thin_out(items)
     if not config.getoption("--today"):
         return
     day = date.today().toordinal()
 
     def due(item: pytest.Item) -> bool:
-        days = getattr(getattr(item, "module", None), "DAYS", 3)
+        days = getattr(getattr(item, "module", None), "DAYS", 6)
         return (
             not item.get_closest_marker("long")
             or zlib.crc32(item.name.encode()) % days == day % days
@@ -46,6 +52,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     late = [item for item in items if not due(item)]
     items[:] = [item for item in items if due(item)]
     config.hook.pytest_deselected(items=late)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop() -> Iterator[None]:
+    """Garbage is looked for in what the tests make, not in the modules that they import."""
+    gc.freeze()
+    gc.enable()
+    try:
+        return (yield)
+    finally:
+        gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -64,7 +64,9 @@ def step_functions(model: Any, reducer: str) -> Counter[str]:
     return names
 
 
-@pytest.mark.parametrize("reducer", [*REDUCERS, *COMPARATORS])
+@pytest.mark.parametrize(
+    "reducer", [*REDUCERS, *(pytest.param(name, marks=pytest.mark.long) for name in COMPARATORS)]
+)
 def test_a_prefill_does_not_grow_with_images(model: Any, reducer: str) -> None:
     """A further image or sample costs next to nothing."""
     shapes = ((1, 1), (2, 2), (3, 3))  # images × samples

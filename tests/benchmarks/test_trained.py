@@ -168,11 +168,16 @@ def test_published_ccam_page_says_that_the_mask_costs_accuracy() -> None:
     ("study", "name"),
     [
         (adsc, "adsc"),
-        (ccam, "ccam"),
-        (selector, "selector"),
-        (selector_features, "selector_features"),
-        (long_video, "long_video-tiny-qwen2-vl"),
-        (long_video, "long_video-tiny-llava-onevision"),
+        *(
+            pytest.param(study, name, marks=pytest.mark.long)
+            for study, name in (
+                (ccam, "ccam"),
+                (selector, "selector"),
+                (selector_features, "selector_features"),
+                (long_video, "long_video-tiny-qwen2-vl"),
+                (long_video, "long_video-tiny-llava-onevision"),
+            )
+        ),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )

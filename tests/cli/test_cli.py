@@ -43,7 +43,8 @@ def test_list_prints_every_reducer(capsys):
     assert all(re.search(rf"^{re.escape(name)}\b", out, re.M) for name in available_reducers())
 
 
-def test_the_list_of_a_release_needs_no_torch(tmp_path):
+@pytest.mark.parametrize("place", ["release", pytest.param("checkout", marks=pytest.mark.long)])
+def test_the_list_of_a_release_needs_no_torch(place, tmp_path):
     """A wheel brings the rows as a file; a checkout asks its registries, whatever lies there."""
     made = json.loads(json.dumps({what: make() for what, make in MAKERS.items()}))
     changed = {**made, "reducers": made["reducers"][1:]}
@@ -59,17 +60,16 @@ try:
 finally:
     print(sorted({{"torch", "transformers"}} & {{*sys.modules}}), file=sys.stderr)
 """
-    for checkout, known, loaded in (
-        (tmp_path / "none", changed, []),
-        (_catalogue.CHECKOUT, made, ["torch", "transformers"]),
-    ):
-        command = [sys.executable, "-c", code, checkout]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.stderr.splitlines()[-1] == str(loaded)
-        listed = json.loads(done.stdout)
-        assert listed["reducers"] == known["reducers"] and listed["types"]["types"]
-        without = [{k: v for k, v in row.items() if k != "embedded"} for row in listed["models"]]
-        assert without == known["models"]
+    checkout, known, loaded = {
+        "release": (tmp_path / "none", changed, []),
+        "checkout": (_catalogue.CHECKOUT, made, ["torch", "transformers"]),
+    }[place]
+    done = subprocess.run([sys.executable, "-c", code, checkout], capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == str(loaded)
+    listed = json.loads(done.stdout)
+    assert listed["reducers"] == known["reducers"] and listed["types"]["types"]
+    without = [{k: v for k, v in row.items() if k != "embedded"} for row in listed["models"]]
+    assert without == known["models"]
 
 
 def test_doctor_proves_that_layers_saw_fewer_tokens(folder, capsys):
@@ -98,8 +98,8 @@ def test_doctor_without_a_model_is_broken(tmp_path, capsys):
     assert "cannot be loaded" in printed["checks"][-1]["detail"]
 
 
+@pytest.mark.long
 def test_demo_in_short_answers_the_packaged_questions(folder, tmp_path, monkeypatch, capsys):
-    from tokencomp.pages import measured
     from tokencomp.zoo import SAMPLES
 
     asked = json.loads((SAMPLES / "questions.json").read_text())
@@ -118,10 +118,20 @@ def test_demo_in_short_answers_the_packaged_questions(folder, tmp_path, monkeypa
     assert "Time on real shapes" in page and "AMD EPYC" in page
     with Image.open(tmp_path / "tokencomp-demo.png") as sheet:
         assert sheet.width > 8 * 224 and sheet.height > len({r["media"] for r in asked}) * 224
+
+
+def test_demo_on_an_image_without_measured_times(folder, tmp_path, monkeypatch, capsys):
+    from tokencomp.pages import measured
+    from tokencomp.zoo import SAMPLES
+
+    image = next(SAMPLES.glob("*.jpg"))
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(measured.prefill_speed, "__defaults__", (tmp_path / "none", "auto"))
-    assert run("demo", "--model", folder, "--image", SAMPLES / asked[0]["media"]) == 0
+    assert run("demo", "--model", folder, "--image", image) == 0
     assert "benchmarks/models/prefill.md in the repository" in capsys.readouterr().out
-    assert "comes without the measured times" in (tmp_path / "tokencomp-demo.html").read_text()
+    page = (tmp_path / "tokencomp-demo.html").read_text()
+    assert "comes without the measured times" in page
+    assert not re.search(r'(src|href)="(?!data:|#)', page), "the page loads nothing"
 
 
 def test_demo_on_a_video_of_ones_own(folder, tmp_path, capsys):

@@ -28,6 +28,12 @@ STAGES = [
 ]
 
 
+def commands(quick: str) -> pytest.MarkDecorator:
+    """Every command; they share the code, so plain pytest runs one of them."""
+    marked = [pytest.param(c, marks=[] if c == quick else [pytest.mark.long]) for c in SHORT]
+    return pytest.mark.parametrize("command", marked)
+
+
 @pytest.fixture
 def specs(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
     """Spec and stages of every patch that a command applies."""
@@ -55,7 +61,7 @@ def ask(command: str, folder: Path, tmp_path: Path, *args: object) -> int:
     return run(command, *given, *args)
 
 
-@pytest.mark.parametrize("command", SHORT)
+@commands("demo")
 def test_ratios_by_kind_of_media(command, folder, tmp_path, specs, capsys):
     ratio = "0.5;image=0.75,video=0.5"
     assert ask(command, folder, tmp_path, "-r", "divprune", "--ratio", ratio) == 0
@@ -67,7 +73,7 @@ def test_ratios_by_kind_of_media(command, folder, tmp_path, specs, capsys):
     ]
 
 
-@pytest.mark.parametrize("command", SHORT)
+@commands("profile")
 def test_budgets_in_tokens(command, folder, tmp_path, specs, capsys):
     assert ask(command, folder, tmp_path, "-r", "divprune", "--budget", "16,prompt=24") == 0
     texts = list(dict.fromkeys(spec.shown_ratio for spec, _ in specs))
@@ -124,7 +130,7 @@ def test_ratios_by_kind_where_one_number_counts(capsys):
         Setting("downscale", {"video": 0.5})
 
 
-@pytest.mark.parametrize("command", SHORT)
+@commands("inspect")
 def test_a_composition(command, folder, tmp_path, specs, capsys):
     code = ask(
         command, folder, tmp_path,
@@ -136,7 +142,7 @@ def test_a_composition(command, folder, tmp_path, specs, capsys):
     assert specs and all(call == (setting, stages) for call in specs)
 
 
-@pytest.mark.parametrize("command", SHORT)
+@commands("inspect")
 def test_the_rest(command, folder, tmp_path, specs, capsys):
     args = ("-r", "kcentre", "--ratio", "0.5", "--rest", "merge")
     assert ask(command, folder, tmp_path, *args) == 0
@@ -146,7 +152,7 @@ def test_the_rest(command, folder, tmp_path, specs, capsys):
     assert specs and all(call == (setting, stages) for call in specs)
 
 
-@pytest.mark.parametrize("command", SHORT)
+@commands("profile")
 def test_a_plan_from_a_file(command, folder, tmp_path, file, specs, capsys):
     """64 tokens: three layers see half of them, three a quarter, so 0.625 of the work is saved."""
     code = ask(command, folder, tmp_path, "--plan", file)

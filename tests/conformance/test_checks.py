@@ -46,7 +46,15 @@ def tiny(model_type: str) -> TinyModel:
 # Those of dots3_note and mistral_large4 have indexers, and sizes that differ by layer.
 @pytest.mark.parametrize(
     "model_type",
-    ["qwen2_vl", "llava", "glm4v_moe", "dots3_note", "mistral_large4", "unlimited_ocr"],
+    [
+        "qwen2_vl",
+        "dots3_note",
+        *(pytest.param(name, marks=pytest.mark.long) for name in ("llava", "glm4v_moe")),
+        *(
+            pytest.param(name, marks=pytest.mark.long)
+            for name in ("mistral_large4", "unlimited_ocr")
+        ),
+    ],
 )
 def test_served_types_are_exact(model_type: str) -> None:
     result = check_model(tiny(model_type), compress)
@@ -54,6 +62,7 @@ def test_served_types_are_exact(model_type: str) -> None:
     assert {"entry", "batch", "layers decode", *SCORED} <= set(result.errors)
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -80,9 +89,14 @@ def test_other_signals_and_late_stages_are_exact(
     ("model_type", "refused", "reason"),
     [
         ("gemma3n", [*SCORED], "takes hidden states of several streams"),
-        ("hy_v4_vl", [*SCORED], "takes hidden states of several streams"),
-        ("nemotron_h_omni", ["condiv"], "has no attention module that scores"),
         ("inkling_mm_model", [*SCORED], "adds a bias by distance"),
+        pytest.param(
+            "hy_v4_vl",
+            [*SCORED],
+            "takes hidden states of several streams",
+            marks=pytest.mark.long,
+        ),
+        ("nemotron_h_omni", ["condiv"], "has no attention module that scores"),
     ],
 )
 def test_reducers_that_nothing_could_score_are_refused(
@@ -283,7 +297,9 @@ def test_windows_of_several_sizes_are_refused() -> None:
         compress(model, Plan())
 
 
-@pytest.mark.parametrize("model_type", ["inkling2", "inkling2_loop"])
+@pytest.mark.parametrize(
+    "model_type", ["inkling2", pytest.param("inkling2_loop", marks=pytest.mark.long)]
+)
 def test_biases_by_distance_count_columns(model_type: str) -> None:
     """Behind dropped tokens distances stay what they were, also where layers run twice."""
     result = check_model(tiny(model_type), compress)

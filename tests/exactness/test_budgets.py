@@ -56,6 +56,7 @@ def by_item(stats: Any, sample: int) -> list[tuple[int, list[int], int]]:
     ]
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 @pytest.mark.parametrize(
     "name",
@@ -77,6 +78,7 @@ def test_dropping_equals_masking(name: str, setting: dict[str, Any]) -> None:
     assert sum(stats.tokens_after[0]) < family.layers * stats.tokens_before[0]
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("reducer", ["kcentre", "fastv", "pyramiddrop", "aim", "merge+prune"])
 @pytest.mark.parametrize("budget", [4, 6, 13, 1000])
 def test_no_item_is_above_its_budget(reducer: str, budget: int) -> None:

@@ -29,6 +29,7 @@ def close(a: Any, b: Any) -> bool:
 # -- static ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.thin(2)
 def test_static_equals_masked(family: Family, backend: str) -> None:
     """Against the unpatched, uncached run with masked columns, and the dynamic cache."""
     model, inputs = family.build(backend), ragged(family)
@@ -175,6 +176,7 @@ def offloaded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     return make
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_offloaded(family: Family, kind: str, offloaded: Any) -> None:
     model, inputs = family.build(), ragged(family)
@@ -189,6 +191,7 @@ def test_offloaded(family: Family, kind: str, offloaded: Any) -> None:
 # -- refused ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("kind", ["static", "offloaded", "quantized"])
 def test_layer_plans_are_refused(family: Family, kind: str, offloaded: Any) -> None:
     """At the first prompt, before a layer runs; text passes."""

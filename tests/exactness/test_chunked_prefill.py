@@ -44,6 +44,7 @@ def compare(a: Any, b: Any) -> None:
     assert all((x - y).abs().max() < 1e-5 for x, y in zip(a.logits, b.logits, strict=True))
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("way", ["greedy", "static", "beams"])
 def test_chunked_equals_one_pass(family: Family, model: Any, way: str) -> None:
     inputs, seen = ragged(family), widths(model, family)
@@ -63,6 +64,7 @@ def test_chunked_equals_one_pass(family: Family, model: Any, way: str) -> None:
         assert (torch.stack(chunked.logits, 1) - expected).abs().max() < 1e-5
 
 
+@pytest.mark.thin(2)
 def test_a_chunk_as_wide_as_the_prompt_is_one_pass(family: Family, model: Any) -> None:
     inputs = ragged(family)
     with tokencomp.patch(model, plan=ENTRY) as handle:
@@ -90,6 +92,7 @@ def test_a_later_image_in_chunks(family: Family, model: Any) -> None:
     compare(*results)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("why", ["layers", "output_hidden_states"])
 def test_what_needs_one_pass_says_so(family: Family, model: Any, why: str) -> None:
     inputs = ragged(family)
@@ -103,6 +106,7 @@ def test_what_needs_one_pass_says_so(family: Family, model: Any, why: str) -> No
     assert torch.equal(torch.stack(out.logits), torch.stack(whole.logits))
 
 
+@pytest.mark.thin(2)
 def test_ratio_zero_is_chunked_by_transformers(family: Family, model: Any) -> None:
     inputs, seen = ragged(family), widths(model, family)
     plain = oracle.generate(model, inputs, prefill_chunk_size=CHUNK)

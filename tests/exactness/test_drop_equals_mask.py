@@ -21,6 +21,7 @@ def prompts(family: Family) -> dict[str, torch.Tensor]:
     )
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", plans.NAMES)
 def test_prefill_and_decode(family: Family, backend: str, name: str) -> None:
     model, inputs = family.build(backend), prompts(family)
@@ -55,6 +56,7 @@ def test_adjacent_videos(name: str) -> None:
     assert (logits - oracle.repeated(expected, masks[-1])).abs().max() < 1e-5
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", plans.NAMES)
 def test_full_length_logits(family: Family, name: str) -> None:
     """Without logits_to_keep the output has every column; one that left repeats what it follows."""
@@ -67,6 +69,7 @@ def test_full_length_logits(family: Family, name: str) -> None:
     assert (logits - oracle.repeated(expected, masks[-1])).abs().max() < 1e-5
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", ["entry", "attention", "vanish"])
 def test_hidden_states(family: Family, name: str) -> None:
     """They have every column too, each layer's own tokens, whatever `logits_to_keep` says."""

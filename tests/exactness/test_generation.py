@@ -18,7 +18,7 @@ from tokencomp.engine.cache.layers import CompressedLayer
 
 LONG_FAMILIES = sorted({**STRUCTURAL, **HYBRID})
 FAMILY_NAMES = [*sorted(FAMILIES), *LONG_FAMILIES]
-DAYS = 4
+DAYS = 8
 TEXT = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 
 
@@ -31,6 +31,7 @@ def rows(family: Family) -> list[list]:
     ]
 
 
+@pytest.mark.thin(2)
 def test_ratio_zero_changes_nothing(family: Family, backend: str) -> None:
     model, inputs = family.build(backend), family.batch(rows(family))
     with torch.no_grad():
@@ -43,6 +44,7 @@ def test_ratio_zero_changes_nothing(family: Family, backend: str) -> None:
     assert not any(isinstance(layer, CompressedLayer) for layer in oracle.cache_of(out).layers)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("name", plans.NAMES)
 def test_batch_equals_singles(family: Family, name: str) -> None:
     plans.skip_refused(family, name)
@@ -56,6 +58,7 @@ def test_batch_equals_singles(family: Family, name: str) -> None:
         assert torch.equal(batch.sequences[b, -8:], single.sequences[0, -8:])
 
 
+@pytest.mark.thin(2)
 def test_text_only_passes_through(family: Family, backend: str) -> None:
     model, inputs = family.build(backend), family.batch([[text(9)], [text(6, 2)]])
     expected = oracle.generate(model, inputs)
@@ -65,6 +68,7 @@ def test_text_only_passes_through(family: Family, backend: str) -> None:
     assert not any(isinstance(layer, CompressedLayer) for layer in oracle.cache_of(out).layers)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("name", ["entry", "both", "attention"])
 def test_beams(family: Family, name: str) -> None:
     plans.skip_refused(family, name)
@@ -77,6 +81,7 @@ def test_beams(family: Family, name: str) -> None:
             assert torch.equal(batch.sequences[2 * b : 2 * b + 2, -8:], single.sequences[:, -8:])
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("name", plans.DISTINCT)
 def test_prompt_lookup_equals_greedy(family: Family, name: str) -> None:
     plans.skip_refused(family, name)
@@ -96,6 +101,7 @@ def test_prompt_lookup_equals_greedy(family: Family, name: str) -> None:
     assert torch.equal(greedy[:, :n], assisted[:, :n])
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("name", plans.QUESTION_FREE)
 def test_second_turn_on_reused_cache(family: Family, name: str) -> None:
     plans.skip_refused(family, name)
@@ -116,6 +122,7 @@ def test_second_turn_on_reused_cache(family: Family, name: str) -> None:
         assert (a - b).abs().max() < 1e-4
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", plans.QUESTION_FREE)
 def test_second_image_on_reused_cache(family: Family, name: str) -> None:
     """Turn 2 brings its own image: it is compressed on top of a compressed cache."""
@@ -130,6 +137,7 @@ def _chunks_visual_prompts(model: torch.nn.Module) -> bool:
     return hasattr(model, "_expand_multimodal_outputs")  # transformers that pre-encode media
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("name", plans.DISTINCT)
 def test_chunked_prefill(family: Family, name: str) -> None:
     plans.skip_refused(family, name)
@@ -142,6 +150,7 @@ def test_chunked_prefill(family: Family, name: str) -> None:
     assert torch.equal(whole.sequences, chunked.sequences)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", ["entry", "both"])
 def test_chunked_second_turn(family: Family, name: str) -> None:
     """Several tokens at once on a compressed, ragged cache."""
@@ -204,6 +213,7 @@ def test_sampled_sequences(family: Family) -> None:
         assert (many.logits[0][b] - greedy.logits[0][0]).abs().max() < 1e-5
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", plans.DISTINCT)
 def test_kv_bytes(family: Family, name: str) -> None:
     """An unpadded cache holds the kept tokens of every layer, to the byte."""

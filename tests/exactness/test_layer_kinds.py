@@ -48,6 +48,7 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max())
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(("backend", "layered"), [("sdpa", True), ("sdpa", False), ("eager", True)])
 def test_prefill_and_decode(family: Family, backend: str, layered: bool) -> None:
     model, inputs, plan = family.build(backend), ragged(family), ENTRY

@@ -23,6 +23,7 @@ from tokencomp.engine.stage import stage_scores
 from tokencomp.errors import AlreadyCompressedError, CopyError
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("name", plans.NAMES)
 def test_unpatch_restores_everything(family: Family, name: str) -> None:
     model, inputs = family.build(), prompt(family)
@@ -110,6 +111,7 @@ def test_stats_are_of_the_last_prompt(family: Family) -> None:
         assert not handle.stats
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("change", ["set", "patch", "unpatch and patch"])
 def test_new_plan_between_turns(family: Family, change: str) -> None:
     """A cache made by a staged plan stays right under a plan without layer stages."""
@@ -167,6 +169,7 @@ def test_two_models(family: Family) -> None:
         assert torch.equal(oracle.generate(a, inputs).sequences, expected[0])
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", ["both", "attention"])
 def test_two_threads(family: Family, name: str) -> None:
     """Forward passes of different prompts on one model, at the same time."""
@@ -212,6 +215,7 @@ def test_error_in_a_call_leaves_no_state(family: Family) -> None:
         assert torch.equal(oracle.generate(model, inputs).sequences, expected)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("name", ["both", "attention", "pagerank"])
 def test_bfloat16(family: Family, name: str) -> None:
     model = family.build().to(torch.bfloat16)
@@ -224,6 +228,7 @@ def test_bfloat16(family: Family, name: str) -> None:
     assert (logits - expected).abs().max() < 0.05 * expected.abs().max()
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", ["both", "attention"])
 def test_peft(family: Family, name: str) -> None:
     peft = pytest.importorskip("peft")
@@ -241,6 +246,7 @@ def test_peft(family: Family, name: str) -> None:
     assert (torch.stack(out.logits, 1) - expected).abs().max() < 1e-5
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", ["both", "attention"])
 def test_accelerate_cpu_offload(family: Family, name: str) -> None:
     accelerate = pytest.importorskip("accelerate")

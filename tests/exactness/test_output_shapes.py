@@ -12,6 +12,7 @@ import tokencomp
 FAMILY_NAMES = CORE
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("name", plans.NAMES)
 def test_maps_are_those_of_the_masked_run(family: Family, name: str) -> None:
     model = family.build("eager")

@@ -21,6 +21,7 @@ PLANS = {
 }
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", PLANS)
 def test_packed_equals_alone(family: Family, name: str, backend: str) -> None:

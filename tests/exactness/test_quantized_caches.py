@@ -81,6 +81,7 @@ def following(positions: Tensor, step: int) -> Tensor:
     return last + 1 + step
 
 
+@pytest.mark.thin(2)
 # The scale of fp8 values counts the whole batch, padding included: see docs/limits.md.
 @pytest.mark.parametrize(
     ("backend", "batch"),
@@ -104,6 +105,7 @@ def test_prompts_and_words(family: Family, backend: str, batch: Any) -> None:
     assert (out.logits[1] - plain.logits[1]).abs().max() > 1e-3  # rounding changes something
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("backend", ["fp8", "quanto", "rounded"])
 def test_a_second_image(family: Family, backend: str) -> None:
     """Rows of the first turn are dequantized, and those of both are rounded again."""
@@ -132,6 +134,7 @@ def test_a_second_image(family: Family, backend: str) -> None:
     assert all((a - b).abs().max() < 1e-5 for a, b in zip(got, expected, strict=True))
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("backend", ["fp8", "quanto", "rounded"])
 def test_merged_rows(family: Family, backend: str) -> None:
     """They are rounded as those of a cache to which a row is written for every token."""

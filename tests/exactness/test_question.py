@@ -28,6 +28,7 @@ def with_answers(inputs: dict[str, Tensor], answers: Tensor, family: Family) -> 
     return family.finish({**inputs, "input_ids": ids, "attention_mask": mask})
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("reducer", REDUCERS)
 def test_the_answer_does_not_choose(family: Family, reducer: Any) -> None:
     """With labels the same tokens stay as for the question alone, whatever the answer."""
@@ -65,6 +66,7 @@ def test_the_last_turn_asks(family: Family) -> None:
         assert kept(handle, 1) == expected
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("reducer", REDUCERS)
 def test_generating_without_a_cache(family: Family, reducer: Any) -> None:
     """Every step sees the tokens generated so far; they are no question."""

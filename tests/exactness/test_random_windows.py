@@ -135,6 +135,7 @@ def test_more_random_batches(name: str, part: int) -> None:
         check(WINDOWED[name], 100 * part + seed)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", WINDOWED)
 @pytest.mark.parametrize("reducer", ["fastv", "uniform"])
 def test_every_window(name: str, reducer: str) -> None:

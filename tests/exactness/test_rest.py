@@ -65,11 +65,13 @@ def check_dense(
         assert (logits[2] - plain[2, at]).abs().max() < 1e-5  # but not to text
 
 
+@pytest.mark.thin(2)
 def test_every_family(family: Family, backend: str) -> None:
     model = family.build(backend)
     check_dense(model, family, patched(model))
 
 
+@pytest.mark.thin(2)
 @two_families
 @pytest.mark.parametrize("case", KEEPERS, ids=matrix.case_id)
 def test_every_reducer_that_keeps_tokens(case: matrix.Case, name: str) -> None:

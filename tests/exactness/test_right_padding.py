@@ -24,6 +24,7 @@ def rows(family: Family) -> list[list[Any]]:
     ]
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("name", plans.NAMES)
 def test_right_equals_left(family: Family, name: str) -> None:
     model, left = family.build(), family.batch(rows(family))
@@ -42,6 +43,7 @@ def test_right_equals_left(family: Family, name: str) -> None:
     assert all(bool((m <= real).all()) for m in masks)  # spans are in columns of the caller
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("reducer", [pytest.param(plans.RELEVANT, id="condiv"), "merge", "fastv"])
 def test_a_training_step(family: Family, reducer: Any) -> None:
     """Collators for training pad on the right: the same loss and gradients."""

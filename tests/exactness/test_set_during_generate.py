@@ -61,6 +61,7 @@ def run_with(module: Any, behind: bool, call: Callable[[], Any], change: Callabl
         assert waits == [True] and not threads[0].is_alive()
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("number", range(len(SETTINGS)))
 def test_generate_is_whole(family: Family, number: int) -> None:
     """The output is that of the first setting, and the next call has the second."""

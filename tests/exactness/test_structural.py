@@ -44,6 +44,7 @@ def prompts(family: Family) -> dict[str, Any]:
     )
 
 
+@pytest.mark.thin(2)
 # PyramidDrop scores by the layer behind a stage, which may read positions beside the rotary tables.
 @pytest.mark.parametrize(
     "reducer", [pytest.param(plans.RELEVANT, id="condiv"), "divprune", "prune", "pyramiddrop"]

@@ -61,6 +61,7 @@ def check(
     return model, inputs, stats, options["weights"]
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_selector(family: Family, seed: int) -> None:
     """Patches with the largest logits of the network, on layer 0's attention of the text."""
@@ -79,6 +80,7 @@ def test_selector(family: Family, seed: int) -> None:
             check_kept(kept, span, network(row[patches], weights), span.stop == length)
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_selector_of_features(family: Family, seed: int) -> None:
     """Patches with the largest logits of the network on their own embeddings, whatever the text."""
@@ -134,6 +136,7 @@ def network(row: Tensor, weights: str) -> Tensor:
     return F.conv1d(x, stored["head.weight"], stored["head.bias"])[0]
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize("seed", SEEDS)
 def test_ccam(family: Family, seed: int) -> None:
     """Every medium becomes as many rows as there are queries, each of the frames up to its time."""

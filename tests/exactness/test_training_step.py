@@ -30,6 +30,7 @@ def step(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**found, "loss": loss.detach()}
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(
     "reducer",
     [pytest.param(plans.RELEVANT, id="condiv"), "merge", "prune", "fastv", "adsc", "condiv+prune"],
@@ -52,6 +53,7 @@ def test_gradient_checkpointing(family: Family, reducer: Any) -> None:
         torch.testing.assert_close(got[name], value, msg=name)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("reducer", ["kcentre", "fastv", "kcentre+fastv"])
 @pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision"])
@@ -110,6 +112,7 @@ class Spy(tokencomp.Reducer):
         return found
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("reducer", ["condiv", "divprune", "cdpruner", "merge", "vidcom2", "prune"])
 @pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision", "vila"])
 def test_autocast(name: str, reducer: str) -> None:

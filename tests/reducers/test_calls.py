@@ -53,6 +53,7 @@ def calls(case: Case, spans: list[VisualTokens]) -> int:
     return counted.calls
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("kind", [image, video])
 @pytest.mark.parametrize("case", matrix.step_cases(), ids=matrix.case_id)
 def test_calls_do_not_grow_with_the_batch(case: Case, kind: Callable[[int], VisualTokens]) -> None:
@@ -60,6 +61,7 @@ def test_calls_do_not_grow_with_the_batch(case: Case, kind: Callable[[int], Visu
     assert many <= few + MORE
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("grids", [IMAGES, VIDEOS], ids=["images", "videos"])
 @pytest.mark.parametrize("case", matrix.step_cases(), ids=matrix.case_id)
 def test_calls_do_not_grow_with_the_sizes(case: Case, grids: list[tuple[int, int, int]]) -> None:

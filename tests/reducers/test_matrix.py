@@ -33,12 +33,14 @@ every_step = pytest.mark.parametrize("case", matrix.step_cases(), ids=matrix.cas
 
 
 @every_step
-def test_budget_order_and_special_tokens(case: Case) -> None:
-    row = matrix.row(case[0])
+@pytest.mark.parametrize("share", [0, *(pytest.param(n, marks=pytest.mark.long) for n in (1, 2))])
+def test_budget_order_and_special_tokens(case: Case, share: int) -> None:
+    """At a third of the ratios; the others are long."""
+    row, ratios = matrix.row(case[0]), matrix.RATIOS[share::3]
     for i, grid in enumerate(matrix.GRIDS):
         for special in {0, (1, 3)[i % 2]}:
             given = matrix.tokens(grid, special)
-            asked = {row.keep(keep_count(len(given), 1 - r, special), given) for r in matrix.RATIOS}
+            asked = {row.keep(keep_count(len(given), 1 - r, special), given) for r in ratios}
             for keep in {k for k in asked if k < len(given)}:
                 got = matrix.reduce(case, given, keep)
                 assert got.keep.dtype == torch.int64
@@ -237,6 +239,7 @@ def check_batch(case: Case, ratio: float, family: Family) -> None:
                 assert handle.stats.kept(0) == kept[b]
 
 
+@pytest.mark.thin(3)
 @every_case
 @pytest.mark.parametrize(
     ("name", "ratio"), [("qwen2_vl", 0.3), ("llava_onevision", 0.75), ("qwen2_vl", 0.95)]
@@ -251,6 +254,7 @@ FIRST = list({case[0]: case for case in reversed(matrix.cases())}.values())[::-1
 LATE = ("flashvid", "hiprune", "holitom", "holov", "tango", "visprune")
 
 
+@pytest.mark.thin(6)
 @pytest.mark.parametrize(
     "case",
     [pytest.param(c, marks=[pytest.mark.long] if c[0] in LATE else []) for c in FIRST],
@@ -285,6 +289,7 @@ def check_achieved(case: Case, family: Family, ratios: Sequence[float]) -> None:
     tokencomp.unpatch(model)
 
 
+@pytest.mark.thin(2)
 @every_case
 @pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision"])
 def test_achieved_ratio(case: Case, name: str) -> None:

@@ -151,6 +151,7 @@ def test_what_happens_to_the_rest_is_that_of_the_request(tiny_folder: Any) -> No
         engine.close()
 
 
+@pytest.mark.long
 def test_a_trained_selector_of_features_is_the_default(tiny_folder: Any, tmp_path: Path) -> None:
     """The operator names its weights; what it answers is what the patched model answers."""
     folder = tiny_folder("qwen2_vl")

@@ -39,6 +39,7 @@ def brute_force(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, tar
     return torch.stack(rows).mean(0)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize(("answers", "target"), [(1, "logit"), (3, "logit"), (3, "logprob")])
 def test_equals_the_product_of_full_matrices(family: Family, answers: int, target: Any) -> None:
     """Several spans, several answer tokens, and a left-padded batch against single samples."""

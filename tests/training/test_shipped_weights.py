@@ -13,6 +13,7 @@ import tokencomp
 from tokencomp import zoo
 from tokencomp.errors import WeightsError
 from tokencomp.inputs.loading import load_model
+from tokencomp.inputs.packaged import DEFAULT_MODEL
 from tokencomp.training.data import load_batch, questions
 
 MODELS = zoo.SAMPLES.parent / "models"
@@ -22,6 +23,13 @@ SHIPPED = sorted(
     (path.parents[1].name, path.stem)
     for kind in KINDS
     for path in MODELS.glob(f"*/tokencomp/{kind}.safetensors")
+)
+every_file = pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        pytest.param(name, kind, marks=[] if name == DEFAULT_MODEL else [pytest.mark.long])
+        for name, kind in SHIPPED
+    ],
 )
 
 
@@ -37,7 +45,7 @@ def test_a_model_without_them_says_how_to_train() -> None:
             tokencomp.patch(model, 0.5, reducer=kind)
 
 
-@pytest.mark.parametrize(("name", "kind"), SHIPPED)
+@every_file
 def test_found_without_a_path_and_runs(name: str, kind: str) -> None:
     """On images and videos, with fewer tokens and finite logits."""
     model, processor = load_model(name, device="cpu")
@@ -58,7 +66,7 @@ def test_card_tells_model_data_and_settings(name: str, kind: str) -> None:
     assert card["data"].startswith("shapesqa") and card["config"]["samples"] > 0
 
 
-@pytest.mark.parametrize(("name", "kind"), SHIPPED)
+@every_file
 def test_other_checkpoints_refuse_them(name: str, kind: str, tmp_path: Path) -> None:
     other, _ = make_tiny(tmp_path)
     with pytest.raises(WeightsError, match="trained for"):

@@ -243,7 +243,10 @@ def test_a_patch_of_the_model_waits_outside(trained: Any, tiny: Any, data: str) 
     assert cards[0]["accuracy"] == cards[1]["accuracy"]
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision", "vila"])
+@pytest.mark.parametrize(
+    "name",
+    ["qwen2_vl", *(pytest.param(n, marks=pytest.mark.long) for n in ("llava_onevision", "vila"))],
+)
 def test_every_embedded_family_trains(name: str, data: str, tmp_path: Path) -> None:
     """Only the adapter changes; loaded by PEFT, it compresses and answers as it was trained."""
     from peft import PeftModel

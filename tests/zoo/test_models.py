@@ -48,22 +48,32 @@ def loaded(request):
     return request.param, *zoo.load(request.param)
 
 
+# The default model in plain pytest, and the others with -m long.
+mostly_long = pytest.mark.parametrize(
+    "loaded",
+    [pytest.param(n, marks=[] if n == DEFAULT_MODEL else [pytest.mark.long]) for n in MODELS],
+    indirect=True,
+    scope="module",
+)
+
+
 def test_something_is_packaged():
     assert "tiny-qwen2-vl" in MODELS
 
 
 @pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[] if n == DEFAULT_MODEL else [pytest.mark.long]) for n in MODELS],
+    ("name", "each"),
+    [(DEFAULT_MODEL, 3), *(pytest.param(name, 10, marks=pytest.mark.long) for name in MODELS)],
 )
-def test_answers_held_out_items_from_files(name):
+def test_answers_held_out_items_from_files(name, each):
     """Items never trained on, read from JPEG and mp4: at least 80 %, chance is below 30 %."""
     model, processor = zoo.load(name)
-    rows = evaluate(model, processor, items("validation", 10, bars(name)), batch=10)
-    assert len(rows) == 10 * len(bars(name))
+    rows = evaluate(model, processor, items("validation", each, bars(name)), batch=10)
+    assert len(rows) == each * len(bars(name))
     assert sum(row["correct"] for row in rows) >= 0.8 * len(rows), by_family(rows)
 
 
+@mostly_long
 def test_image_matters(loaded):
     """The same questions about the wrong pictures are answered much worse."""
     _, model, processor = loaded
@@ -74,6 +84,7 @@ def test_image_matters(loaded):
     assert sum(a == b for a, b in zip(blind, right, strict=True)) < 8
 
 
+@mostly_long
 def test_multiple_choice_in_a_padded_batch_equals_singles(loaded):
     name, model, processor = loaded
     names = ("attribute", "needle", "existence", "order")

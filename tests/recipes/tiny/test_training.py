@@ -72,6 +72,7 @@ def _inputs(setup, one, prompts, answers=()):
     return setup.processor(text=[text], return_tensors="pt", **media)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(("name", "size", "frames"), SHAPES)
 def test_pixels_equal_the_processor(setup, name, size, frames):
     one = taken(setup.family, name, 0, size=size, frames=frames)
@@ -82,6 +83,7 @@ def test_pixels_equal_the_processor(setup, name, size, frames):
         assert torch.allclose(value.float(), theirs[key].float(), atol=1e-5), key
 
 
+@pytest.mark.thin(4)
 @pytest.mark.parametrize(("name", "size", "frames"), SHAPES)
 def test_packed_questions_see_what_single_chats_see(setup, name, size, frames):
     """Logits at each answer in a pack == logits of the one-turn chat through the processor."""
