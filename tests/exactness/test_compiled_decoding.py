@@ -16,6 +16,7 @@ from transformers import DynamicCache
 import tokencomp
 
 pytestmark = pytest.mark.long
+DAYS = 10
 FAMILY_NAMES = [*CORE, "smolvlm", "fast_vlm", "glm4v", "kimi_k25"]
 STEPS = 5
 
