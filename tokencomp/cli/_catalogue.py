@@ -8,6 +8,7 @@ checkout, where plugins bring reducers, and where torch is loaded anyway, the re
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from importlib import metadata
@@ -32,49 +33,34 @@ def rows(what: str) -> list[dict[str, Any]]:
 
 def reducers() -> list[dict[str, Any]]:
     """Every registered reducer, then the input baselines of the benchmark commands."""
-    import dataclasses
-
     from tokencomp.evaluation.settings import INPUT_BASELINES
+    from tokencomp.method import DEFAULT_REDUCER
     from tokencomp.reducers.registry import available_reducers
     from tokencomp.serving.servable import servable
 
-    rows, safe = [], servable()
-    for name, cls in available_reducers().items():
-        options = {f.name: _default(f) for f in dataclasses.fields(cls)}
-        rows.append(_row(name, cls.summary, _stage(cls), options, safe.get(name)))
-    rows += [_row(name, summary, "input") for name, summary in INPUT_BASELINES.items()]
+    safe = servable()
+    rows = [
+        {
+            "name": name,
+            "summary": cls.summary,
+            "stage": _stage(cls),
+            "serving_safe": safe.get(name) == "",
+            "serving_safe_with": safe.get(name, ""),
+            "default": name == DEFAULT_REDUCER,
+            "options": {f.name: _default(f) for f in dataclasses.fields(cls)},
+        }
+        for name, cls in available_reducers().items()
+    ]
+    none = {"serving_safe": False, "serving_safe_with": "", "default": False, "options": {}}
+    for name, summary in INPUT_BASELINES.items():
+        rows.append({"name": name, "summary": summary, "stage": "input", **none})
     return rows
 
 
-def _row(
-    name: str,
-    summary: str,
-    stage: str,
-    options: dict[str, Any] | None = None,
-    safe_with: str | None = None,
-) -> dict[str, Any]:
-    """`safe_with`: with which options servers can run it; "" for all, None for none."""
-    from tokencomp.method import DEFAULT_REDUCER
-
-    return {
-        "name": name,
-        "summary": summary,
-        "stage": stage,
-        "serving_safe": safe_with == "",
-        "serving_safe_with": safe_with or "",
-        "default": name == DEFAULT_REDUCER,
-        "options": options or {},
-    }
-
-
 def _default(field: Any) -> Any:
-    import dataclasses
-
     if field.default is not dataclasses.MISSING:
         return field.default
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return "required"
+    return "required" if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _stage(cls: Any) -> str:
