@@ -16,6 +16,7 @@ from support.trained import broken, write_data
 from support.trained import tiny as make_tiny
 
 import tokencomp
+from benchmarks.accuracy.studies.adsc import load_adapter
 from tokencomp.errors import (
     MediaError,
     MissingDependencyError,
@@ -27,14 +28,7 @@ from tokencomp.errors import (
 )
 from tokencomp.inputs.loading import load_model
 from tokencomp.training import adsc
-from tokencomp.training.adsc import (
-    CARD,
-    FILES,
-    AdscConfig,
-    add_lora,
-    load_adapter,
-    train_adsc,
-)
+from tokencomp.training.adsc import CARD, FILES, AdscConfig, add_lora, train_adsc
 from tokencomp.training.data import load_batch, questions
 
 pytest.importorskip("peft")

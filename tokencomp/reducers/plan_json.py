@@ -108,13 +108,14 @@ def _is_stage(item: Any, place: str) -> bool:
     hints: dict[str, Any] = {place: int, **size, "reducer": str}
     further = {"options"} if place == "tower" else {"options", "rest"}
     further |= {"by_kind"} if place == "layer" and not budget else set()
-    if set(item) - further != set(hints):
-        return False
-    if not isinstance(item.get("by_kind", {}), dict):
-        return False
     options = item.get("options", {})
-    typed = all(fits(item[key], hint) for key, hint in hints.items() if hint is not object)
-    return typed and isinstance(options, dict) and all(isinstance(key, str) for key in options)
+    return (
+        set(item) - further == set(hints)
+        and all(fits(item[key], hint) for key, hint in hints.items())
+        and isinstance(item.get("by_kind", {}), dict)
+        and isinstance(options, dict)
+        and all(isinstance(key, str) for key in options)
+    )
 
 
 def as_plan(plan: PlanLike) -> Plan:

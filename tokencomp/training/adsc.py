@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import tempfile
 from collections.abc import Iterator
@@ -16,12 +15,12 @@ from torch import Tensor
 
 import tokencomp
 from tokencomp.adapters.registry import adapter_for
-from tokencomp.errors import MissingDependencyError, OptionError, WeightsError, install
+from tokencomp.errors import MissingDependencyError, OptionError, install
 from tokencomp.evaluation.settings import Setting
 from tokencomp.plan.counts import check_ratio
 from tokencomp.reducers.registry import make_reducer
 from tokencomp.storage import write_json
-from tokencomp.trained.cards import check_card, model_card, model_facts
+from tokencomp.trained.cards import model_card
 from tokencomp.training.checks import without_patch
 from tokencomp.training.data import questions
 from tokencomp.training.loop import Loop, LoopConfig, answer_loss
@@ -149,7 +148,10 @@ def _as_it_was_on_error(model: Any) -> Iterator[None]:
 
 def add_lora(model: Any, config: AdscConfig) -> Any:
     """`model` with a fresh LoRA adapter on the linear layers of its decoder blocks."""
-    peft = _peft()
+    try:
+        import peft
+    except ImportError as error:
+        raise MissingDependencyError(f"adapters need PEFT: {install('train')}.") from error
     adapter = adapter_for(model)
     named = adapter.model.named_modules()
     prefix = next(name for name, module in named if module is adapter.decoder)
@@ -164,14 +166,6 @@ def add_lora(model: Any, config: AdscConfig) -> Any:
     return peft.get_peft_model(model, lora)
 
 
-def _peft() -> Any:
-    try:
-        import peft
-    except ImportError as error:
-        raise MissingDependencyError(f"adapters need PEFT: {install('train')}.") from error
-    return peft
-
-
 def save_adapter(tuned: Any, output: Path, model_id: str) -> None:
     """Write the adapter's files whole or not at all."""
     output.mkdir(parents=True, exist_ok=True)
@@ -180,37 +174,6 @@ def save_adapter(tuned: Any, output: Path, model_id: str) -> None:
         tuned.save_pretrained(folder, save_embedding_layers=False)
         for name in FILES:
             (Path(folder) / name).replace(output / name)
-
-
-def load_adapter(model: Any, folder: Path) -> Any:
-    """`model` with a trained adapter, in evaluation mode.
-
-    Like `peft.PeftModel.from_pretrained`, but the folder is checked before the hub is searched.
-
-    Raises
-    ------
-    MissingDependencyError
-        PEFT is not installed.
-    WeightsError
-        `folder` holds no adapter, or one for another model.
-    """
-    from safetensors import SafetensorError
-
-    peft = _peft()
-    train = f"tokencomp train adsc --model MODEL --output {folder}"
-    if missing := [n for n in (*FILES, CARD) if not (folder / n).is_file()]:
-        raise WeightsError(f"{folder}: no {' and no '.join(missing)}. Train an adapter: {train}")
-    try:
-        card = dict(json.loads((folder / CARD).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise WeightsError(f"{folder / CARD} cannot be read ({error}). Train again: {train}") from (
-            error
-        )
-    check_card(card, model_facts(adapter_for(model)), folder, train)
-    try:
-        return peft.PeftModel.from_pretrained(model, str(folder)).eval()
-    except (OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
-        raise WeightsError(f"{folder} cannot be read ({error}). Train again: {train}") from error
 
 
 def comparison(config: AdscConfig, variant: str = "tuned") -> list[Setting]:

@@ -12,13 +12,20 @@ part of a gain comes from the fine-tuning alone.
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
 
 from benchmarks.accuracy.store import ACCURACY
 from benchmarks.accuracy.studies.trained import StudyTables, measure, named, parser
+from tokencomp.adapters.registry import adapter_for
 from tokencomp.cli import one_message
+from tokencomp.errors import WeightsError
 from tokencomp.inputs.loading import load_model
-from tokencomp.training.adsc import CARD, AdscConfig, comparison, load_adapter
+from tokencomp.trained.cards import check_card, model_facts
+from tokencomp.training.adsc import CARD, FILES, AdscConfig, comparison
 from tokencomp.training.data import ShapesQuestions
 
 SETS = {
@@ -56,6 +63,34 @@ def main(args: argparse.Namespace) -> None:
         study.add(name, measured.table(every), measured.runs, cards)
         study.write(NOTES)
     study.write(NOTES)
+
+
+def load_adapter(model: Any, folder: Path) -> Any:
+    """`model` with a trained adapter, in evaluation mode.
+
+    Like `peft.PeftModel.from_pretrained`, but the folder is checked before the hub is searched.
+
+    Raises
+    ------
+    WeightsError
+        `folder` holds no adapter, or one for another model.
+    """
+    import peft
+
+    train = f"tokencomp train adsc --model MODEL --output {folder}"
+    if missing := [n for n in (*FILES, CARD) if not (folder / n).is_file()]:
+        raise WeightsError(f"{folder}: no {' and no '.join(missing)}. Train an adapter: {train}")
+    try:
+        card = dict(json.loads((folder / CARD).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise WeightsError(f"{folder / CARD} cannot be read ({error}). Train again: {train}") from (
+            error
+        )
+    check_card(card, model_facts(adapter_for(model)), folder, train)
+    try:
+        return peft.PeftModel.from_pretrained(model, str(folder)).eval()
+    except (OSError, SafetensorError, ValueError, TypeError, RuntimeError) as error:
+        raise WeightsError(f"{folder} cannot be read ({error}). Train again: {train}") from error
 
 
 if __name__ == "__main__":
