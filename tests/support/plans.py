@@ -10,7 +10,7 @@ from torch import Tensor
 from support.families import Family
 from tokencomp import Plan, Reducer, Reduction, Stage, VisualTokens, make_reducer
 from tokencomp.reducers import Patches, ScoreReducer
-from tokencomp.reducers._rows import supplied_scores, tower_signal
+from tokencomp.reducers._batch import supplied_scores, tower_signal
 from tokencomp.tokens.signals import TOWER_ATTENTION, Attention
 
 RELEVANT = make_reducer("condiv", power=1.0)

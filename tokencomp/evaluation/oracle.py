@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tokencomp.errors import ScoreError
-from tokencomp.reducers._rows import top_k
+from tokencomp.reducers._batch import top_k
 from tokencomp.reducers.base import Reducer
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.spans import VisualTokens

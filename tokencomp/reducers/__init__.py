@@ -1,6 +1,6 @@
 """One reducer per file; the contract is `tokencomp.reducers.base`, the names are `registry`."""
 
-from tokencomp.reducers._rows import finite_features, finite_values, patch_rows, top_k
+from tokencomp.reducers._batch import finite_features, finite_values, patch_rows, top_k
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import available_reducers, make_reducer, register_reducer

@@ -1,8 +1,11 @@
-"""Steps that reducers of whole batches share (`Reducer.reduce_batch`): all patches at once."""
+"""Steps that reducers share: patches of a span, checked values, signals, and sums over spans.
+
+A reducer of one span takes its rows from `patch_rows`; one of batches takes `Patches`, whose `kept`
+and `replaced` put the special tokens back.
+"""
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -13,9 +16,118 @@ from torch.nn.functional import normalize
 
 from tokencomp.errors import ScoreError
 from tokencomp.tokens.patches import Patches
-from tokencomp.tokens.stacks import HostIndex, Stack, by_stack, starts_of
+from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.signals import TOWER_ATTENTION, TowerSignal
+from tokencomp.tokens.spans import VisualTokens
 
 BLOCK = 16  # rows that are summed one after the other
+
+
+def patch_rows(tokens: VisualTokens, keep: int) -> tuple[Tensor, int]:
+    """Rows that are patches, int64, ascending; and how many of them stay if `keep` tokens do."""
+    rows = (~tokens.special).nonzero()[:, 0]
+    return rows, keep - (len(tokens) - rows.numel())
+
+
+def top_k(scores: Tensor, special: Tensor, keep: int) -> Tensor:
+    """Rows of the `keep` best-scored tokens, all special ones among them, ascending.
+
+    Scores and `special` are (n,). Compared in float32; of equal scores the lower row wins.
+    """
+    from tokencomp.kernels import topk_stable
+
+    scores = scores.float()
+    if torch.isnan(scores).any():
+        raise ScoreError(
+            f"{int(torch.isnan(scores).sum())} of {scores.numel()} scores are NaN. The hidden "
+            "states or attention logits overflowed; run the model in bfloat16 or float32."
+        )
+    kept: Tensor = topk_stable(scores.masked_fill(special, torch.inf), keep)
+    return kept
+
+
+def best_rows(scores: Tensor, counts: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    """Rows of the `counts` largest of the scores (n,) of every span, ascending; ties go lower."""
+    from tokencomp.kernels import topk_stable
+
+    rows: Tensor = topk_stable(scores, counts, spans=lengths)
+    return rows
+
+
+def finite_values(values: Tensor, what: str) -> Tensor:
+    """Return `values`, which messages call `what`, in float32, or raise `ScoreError`."""
+    values = values.float()
+    if math.isfinite(values.detach().sum().item()):  # no sum with NaN or an infinity is finite
+        return values
+    bad = ~torch.isfinite(values)
+    if bad.any():
+        raise ScoreError(
+            f"{int(bad.sum())} of {values.numel()} {what} are NaN or infinite. The features or "
+            "attention logits overflowed; run the model in bfloat16 or float32."
+        )
+    return values
+
+
+def feature_norms(x: Tensor) -> Tensor:
+    """Lengths of the features x (n, d), shape (n,), finite where the features are.
+
+    They are taken in float32, because squares of finite float16 features overflow.
+    """
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    norms: Tensor = torch.linalg.vector_norm(x, dim=1, dtype=wide)
+    return norms
+
+
+def finite_features(x: Tensor, scores: Tensor | None = None) -> Tensor:
+    """Return the features x (n, d) as they are, once they and `scores` (m,) are known to be finite.
+
+    The device is read once for both. Else it is a `ScoreError`.
+    """
+    norms = feature_norms(x)
+    if scores is None:
+        finite_values(norms, "feature norms")
+    elif not math.isfinite((norms.detach().sum() + scores.detach().sum()).item()):
+        finite_values(norms, "feature norms")
+        finite_values(scores, "scores")
+    return x
+
+
+def supplied_scores(patches: Patches, reducer: str) -> Tensor:
+    """The scores that the engine supplies for `Reducer.needs`, float32 (patches,), unchecked."""
+    scores = patches.batch.scores
+    if scores is None:
+        raise ScoreError(
+            f"reducer {reducer!r} needs attention scores and got none. Run it through "
+            "tokencomp.patch, or set VisualTokens.scores."
+        )
+    return patches.of_patches(scores.float())
+
+
+def tower_signal(patches: Patches, signal: TowerSignal, reducer: str) -> Tensor:
+    """What the engine supplies for `signal`, (patches,) or (patches, heads, head_dim)."""
+    if signal not in patches.batch.tower:
+        raise ScoreError(
+            f"reducer {reducer!r} needs {signal.part} of the vision tower and got none. Run it "
+            "through tokencomp.patch, or set VisualTokens.tower."
+        )
+    return patches.of_patches(patches.batch.tower[signal])
+
+
+def salient(patches: Patches, reducer: str) -> tuple[Tensor, Tensor]:
+    """Features (patches, d) and `TOWER_ATTENTION` (patches,) in float32, both finite."""
+    attention = tower_signal(patches, TOWER_ATTENTION, reducer)
+    return finite_features(patches.features, attention).float(), attention
+
+
+def with_merged(
+    patches: Patches, x: Tensor, chosen: Tensor, merged: Sequence[tuple[Tensor, Tensor, Tensor]]
+) -> Reduction:
+    """The reduction that keeps rows of x (patches, d) as they are, and merged ones beside them.
+
+    `merged` holds arguments of `Patches.replaced`.
+    """
+    parts = [(chosen, x[chosen], x.new_ones(len(chosen))), *merged]
+    return patches.replaced(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def segment(values: Tensor, lengths: Sequence[int], how: str) -> Tensor:
@@ -73,12 +185,6 @@ def min_max(values: Tensor, lengths: Sequence[int]) -> Tensor:
     return (values - low) / width
 
 
-@functools.lru_cache(maxsize=8)
-def random_ranks(seed: int, cells: int) -> Tensor:
-    """A random number for each of so many cells, the same for a cell of any grid and device."""
-    return torch.rand(cells, generator=torch.Generator().manual_seed(seed))
-
-
 def questions(patches: Patches, reducer: str, instead: str) -> tuple[Tensor, list[int], list[int]]:
     """Embeddings of the texts after the spans; spans of a prompt share one.
 
@@ -100,26 +206,6 @@ def distinct(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
     by_id = {id(tensor): tensor for tensor in tensors}
     numbers = {key: number for number, key in enumerate(by_id)}
     return list(by_id.values()), [numbers[id(tensor)] for tensor in tensors]
-
-
-def previous_similarity(patches: Patches, x: Tensor) -> Tensor:
-    """Cosine of every patch with the same place of the frame before, float32, shape (patches,).
-
-    -inf in first frames. Spans must be whole.
-    """
-    from tokencomp.kernels import nearest_previous_frame
-
-    grids = patches.batch.grids
-    firsts = starts_of([t for t, *_ in grids])[:-1]
-
-    def of_stack(frames: HostIndex, _: Stack, rows: Tensor) -> Tensor:
-        similarity: Tensor = nearest_previous_frame(rows[:, None])[:, 0]
-        first = np.flatnonzero(np.isin(frames, firsts))  # the kernel knows of frame 0
-        if len(first) == 1:
-            return similarity
-        return similarity.index_fill_(0, patches.table(first), -torch.inf)
-
-    return by_stack(frame_lengths(patches), of_stack, x, limit=math.inf)
 
 
 def frame_lengths(patches: Patches) -> list[int]:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokencomp.reducers._rows import finite_features
+from tokencomp.reducers._batch import finite_features
 from tokencomp.tokens.patches import Patches
 
 TURN = math.pi * (3 - math.sqrt(5))

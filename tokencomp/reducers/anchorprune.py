@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tokencomp.reducers._batch import questions, ranked
-from tokencomp.reducers._rows import finite_features, tower_signal
+from tokencomp.reducers._batch import finite_features, questions, ranked, tower_signal
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.reducers.score import ChoosingReducer
 from tokencomp.tokens.patches import Patches

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from tokencomp.errors import SpanError, WeightsError
-from tokencomp.reducers._rows import finite_features
+from tokencomp.reducers._batch import finite_features
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.reducers.score import PatchReducer
 from tokencomp.tokens.patches import Patches, evenly

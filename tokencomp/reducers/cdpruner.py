@@ -8,8 +8,14 @@ from typing import Literal
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tokencomp.reducers._batch import means, questions, segment, spread
-from tokencomp.reducers._rows import finite_features, supplied_scores
+from tokencomp.reducers._batch import (
+    finite_features,
+    means,
+    questions,
+    segment,
+    spread,
+    supplied_scores,
+)
 from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.reducers.score import ChoosingReducer

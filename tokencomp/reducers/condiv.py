@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tokencomp.reducers._batch import segment, spread
-from tokencomp.reducers._rows import finite_features, supplied_scores
+from tokencomp.reducers._batch import finite_features, segment, spread, supplied_scores
 from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.reducers.score import ChoosingReducer

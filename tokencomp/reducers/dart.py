@@ -13,8 +13,7 @@ from tokencomp.errors import ScoreError
 from tokencomp.plan.counts import check_ratio
 from tokencomp.plan.plan import Plan, from_profile
 from tokencomp.plan.schedules import NATURAL, SCHEDULES
-from tokencomp.reducers._batch import distinct, ranked
-from tokencomp.reducers._rows import finite_features, supplied_scores
+from tokencomp.reducers._batch import distinct, finite_features, ranked, supplied_scores
 from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.reducers.score import ChoosingReducer

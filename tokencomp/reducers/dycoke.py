@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from tokencomp.plan.counts import split_evenly
-from tokencomp.reducers._rows import best_rows, finite_features
+from tokencomp.reducers._batch import best_rows, finite_features
 from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.reducers.score import ChoosingReducer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokencomp.reducers._batch import previous_similarity
-from tokencomp.reducers._rows import best_rows, finite_features
+from tokencomp.reducers._batch import best_rows, finite_features, frame_lengths
 from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.reducers.score import ChoosingReducer
 from tokencomp.tokens.patches import Patches, evenly
+from tokencomp.tokens.stacks import HostIndex, Stack, by_stack, starts_of
 
 
 @register_reducer("evs")
@@ -71,3 +72,23 @@ def least_similar(patches: Patches, similarity: Tensor, compared: Sequence[bool]
     places = patches.table(np.concatenate(rank))
     score = torch.where(places == 0, -similarity, places * torch.inf)
     return best_rows(score, patches.budgets, patches.lengths)
+
+
+def previous_similarity(patches: Patches, x: Tensor) -> Tensor:
+    """Cosine of every patch with the same place of the frame before, float32, shape (patches,).
+
+    -inf in first frames. Spans must be whole.
+    """
+    from tokencomp.kernels import nearest_previous_frame
+
+    grids = patches.batch.grids
+    firsts = starts_of([t for t, *_ in grids])[:-1]
+
+    def of_stack(frames: HostIndex, _: Stack, rows: Tensor) -> Tensor:
+        similarity: Tensor = nearest_previous_frame(rows[:, None])[:, 0]
+        first = np.flatnonzero(np.isin(frames, firsts))  # the kernel knows of frame 0
+        if len(first) == 1:
+            return similarity
+        return similarity.index_fill_(0, patches.table(first), -torch.inf)
+
+    return by_stack(frame_lengths(patches), of_stack, x, limit=math.inf)

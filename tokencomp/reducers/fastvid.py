@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tokencomp.plan.counts import split_evenly
-from tokencomp.reducers._batch import frame_lengths
+from tokencomp.reducers._batch import best_rows, frame_lengths, salient, with_merged
 from tokencomp.reducers._clusters import density_peaks
-from tokencomp.reducers._rows import best_rows, salient, with_merged
 from tokencomp.reducers._segments import frame_cosines, segments
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.reducers.score import PatchReducer

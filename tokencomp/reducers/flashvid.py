@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tokencomp.plan.counts import split_evenly
-from tokencomp.reducers._batch import frame_lengths, means, segment
+from tokencomp.reducers._batch import best_rows, frame_lengths, means, salient, segment, with_merged
 from tokencomp.reducers._clusters import cluster_sums, density_peaks
-from tokencomp.reducers._rows import best_rows, salient, with_merged
 from tokencomp.reducers._segments import frame_cosines, segments
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.reducers.score import PatchReducer

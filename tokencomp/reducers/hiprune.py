@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokencomp.reducers._rows import best_rows, finite_values, tower_signal
+from tokencomp.reducers._batch import best_rows, finite_values, tower_signal
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.reducers.score import ChoosingReducer
 from tokencomp.tokens.patches import Patches

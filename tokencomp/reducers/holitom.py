@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tokencomp.plan.counts import frame_budgets
+from tokencomp.reducers._batch import best_rows, salient, with_merged
 from tokencomp.reducers._clusters import cluster_sums, density_peaks
-from tokencomp.reducers._rows import best_rows, salient, with_merged
 from tokencomp.reducers._segments import place_cosines, run_means, still_windows
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.reducers.score import PatchReducer

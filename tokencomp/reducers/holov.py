@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tokencomp.plan.counts import split_evenly
-from tokencomp.reducers._batch import segment
-from tokencomp.reducers._rows import best_rows, finite_values, tower_signal
+from tokencomp.reducers._batch import best_rows, finite_values, segment, tower_signal
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.reducers.score import ChoosingReducer
 from tokencomp.tokens.patches import Patches

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokencomp.plan.counts import split_evenly
-from tokencomp.reducers._rows import best_rows, finite_features
+from tokencomp.reducers._batch import best_rows, finite_features
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.reducers.score import PatchReducer
 from tokencomp.tokens.patches import Patches, rows_where

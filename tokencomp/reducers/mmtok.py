@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tokencomp.reducers._batch import questions
-from tokencomp.reducers._rows import finite_features
+from tokencomp.reducers._batch import finite_features, questions
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.reducers.score import ChoosingReducer
 from tokencomp.tokens.patches import Patches

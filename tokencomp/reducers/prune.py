@@ -10,7 +10,7 @@ from torch import Tensor
 from tokencomp.plan.counts import check_ratio
 from tokencomp.plan.plan import Plan, from_profile
 from tokencomp.plan.schedules import NATURAL, SCHEDULES, aim, check_ramp, natural_aim
-from tokencomp.reducers._rows import supplied_scores
+from tokencomp.reducers._batch import supplied_scores
 from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.reducers.score import ScoreReducer

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from tokencomp.errors import OptionError
-from tokencomp.reducers._batch import random_ranks
+from tokencomp.reducers._batch import best_rows
 from tokencomp.reducers._late import Baseline
-from tokencomp.reducers._rows import best_rows
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.reducers.score import ChoosingReducer
 from tokencomp.tokens.patches import Patches
+
+
+@lru_cache(maxsize=8)
+def random_ranks(seed: int, cells: int) -> Tensor:
+    """A random number for each of so many cells, the same for a cell of any grid and device."""
+    return torch.rand(cells, generator=torch.Generator().manual_seed(seed))
 
 
 @register_reducer("random")

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokencomp.reducers._batch import best_rows
 from tokencomp.reducers._pixels import NO_PIXELS, looks
-from tokencomp.reducers._rows import best_rows
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.reducers.score import ChoosingReducer
 from tokencomp.tokens.patches import Patches

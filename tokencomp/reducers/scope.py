@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tokencomp.reducers._rows import finite_features, tower_signal
+from tokencomp.reducers._batch import finite_features, tower_signal
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.reducers.score import ChoosingReducer
 from tokencomp.tokens.patches import Patches

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tokencomp.plan.reducer import label
-from tokencomp.reducers._rows import best_rows, finite_values
+from tokencomp.reducers._batch import best_rows, finite_values
 from tokencomp.reducers.base import Reducer
 from tokencomp.tokens.patches import Patches
 from tokencomp.tokens.reduction import Reduction

@@ -14,8 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokencomp.errors import OptionError, WeightsError
-from tokencomp.reducers._batch import min_max
-from tokencomp.reducers._rows import best_rows, finite_features, finite_values, supplied_scores
+from tokencomp.reducers._batch import (
+    best_rows,
+    finite_features,
+    finite_values,
+    min_max,
+    supplied_scores,
+)
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.reducers.score import ChoosingReducer
 from tokencomp.tokens.patches import Patches

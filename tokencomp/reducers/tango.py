@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tokencomp.plan.counts import frame_budgets
+from tokencomp.reducers._batch import best_rows, salient
 from tokencomp.reducers._clusters import cluster_sums, density_peaks
-from tokencomp.reducers._rows import best_rows, salient
 from tokencomp.reducers._segments import place_cosines, run_means, still_windows
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.reducers.score import PatchReducer

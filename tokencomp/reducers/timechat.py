@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from tokencomp.reducers._batch import previous_similarity
-from tokencomp.reducers._rows import finite_features
-from tokencomp.reducers.evs import least_similar
+from tokencomp.reducers._batch import finite_features
+from tokencomp.reducers.evs import least_similar, previous_similarity
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.reducers.score import ChoosingReducer
 from tokencomp.tokens.patches import Patches

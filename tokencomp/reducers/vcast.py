@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from tokencomp.plan.counts import frame_budgets
-from tokencomp.reducers._batch import min_max, segment
-from tokencomp.reducers._rows import best_rows, feature_norms, finite_features
+from tokencomp.reducers._batch import best_rows, feature_norms, finite_features, min_max, segment
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.reducers.score import ChoosingReducer
 from tokencomp.tokens.patches import Patches

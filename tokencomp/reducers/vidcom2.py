@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tokencomp.plan.counts import frame_budgets
-from tokencomp.reducers._rows import best_rows, feature_norms, finite_features
+from tokencomp.reducers._batch import best_rows, feature_norms, finite_features
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.reducers.score import ChoosingReducer
 from tokencomp.tokens.patches import Patches

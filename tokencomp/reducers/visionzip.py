@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tokencomp.reducers._rows import best_rows, salient, tower_signal
+from tokencomp.reducers._batch import best_rows, salient, tower_signal
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.reducers.score import PatchReducer
 from tokencomp.tokens.nearest import nearest

@@ -12,7 +12,7 @@ import torch
 
 from tokencomp.evaluation.settings import Setting
 from tokencomp.inputs.questions import Example
-from tokencomp.reducers._rows import supplied_scores
+from tokencomp.reducers._batch import supplied_scores
 from tokencomp.reducers.score import ScoreReducer
 from tokencomp.reducers.selector import CHANNELS, INPUTS, NARROW, SelectorNet
 from tokencomp.storage import write_json
