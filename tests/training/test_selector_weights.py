@@ -24,7 +24,7 @@ from tokencomp import make_reducer, plan_from_json, plan_to_json
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import OptionError, WeightsError
 from tokencomp.reducers.registry import options_of
-from tokencomp.reducers.selector import load_selector
+from tokencomp.reducers.selector import load_selector, on_device
 from tokencomp.serving.servable import serving_safe
 from tokencomp.trained.cards import (
     check_card,
@@ -187,7 +187,7 @@ def test_a_patch_keeps_the_network_it_has_checked(
 
 def test_every_device_has_its_own_copy(trained: Path) -> None:
     net, _ = load_selector(trained)
-    moved, _ = load_selector(trained, "meta")
+    moved = on_device(net, torch.device("meta"))
     assert {p.device.type for p in moved.parameters()} == {"meta"}
     assert {p.device.type for p in load_selector(trained)[0].parameters()} == {"cpu"}
     assert load_selector(trained)[0] is net

@@ -143,14 +143,12 @@ def segment(values: Tensor, lengths: Sequence[int], how: str) -> Tensor:
     return torch.segment_reduce(values, how, lengths=counts, unsafe=True)
 
 
-def spread(values: Tensor, lengths: Sequence[int], owners: Tensor | None = None) -> Tensor:
+def spread(values: Tensor, lengths: Sequence[int]) -> Tensor:
     """One value per span as one per patch; a single value is left to broadcast."""
     if len(lengths) == 1:
         return values
-    if owners is None:
-        rows = np.repeat(np.arange(len(lengths)), lengths)
-        owners = torch.from_numpy(rows).to(values.device)
-    return values.index_select(0, owners)
+    rows = np.repeat(np.arange(len(lengths)), lengths)
+    return values.index_select(0, torch.from_numpy(rows).to(values.device))
 
 
 def means(values: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -178,11 +176,11 @@ def ranked(values: Tensor, lengths: Sequence[int]) -> Tensor:
     return order[owners[order].sort(stable=True).indices]
 
 
-def min_max(values: Tensor, lengths: Sequence[int]) -> Tensor:
-    """(v - min) / (max - min + 1e-6) of every run of values (n,) of these lengths, none empty."""
+def min_max(values: Tensor, lengths: Sequence[int], least: float = 0.0) -> Tensor:
+    """(v - min + least) / (max - min + 1e-6) of every run of values (n,), none of them empty."""
     low, high = (segment(values, lengths, how) for how in ("min", "max"))
     low, width = spread(torch.stack([low, high - low + 1e-6], 1), lengths).unbind(1)
-    return (values - low) / width
+    return (values - low + least) / width
 
 
 def questions(patches: Patches, reducer: str, instead: str) -> tuple[Tensor, list[int], list[int]]:

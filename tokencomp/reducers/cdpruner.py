@@ -11,8 +11,8 @@ from torch.nn.functional import normalize
 from tokencomp.reducers._batch import (
     finite_features,
     means,
+    min_max,
     questions,
-    segment,
     spread,
     supplied_scores,
 )
@@ -23,7 +23,7 @@ from tokencomp.tokens.patches import Patches
 from tokencomp.tokens.signals import QUERY, Attention, Signal
 
 Relevance = Literal["query", "attention"]
-EPS = 1e-6
+EPS = 1e-6  # relevance is scaled to (0, 1]
 
 
 @register_reducer("cdpruner")
@@ -67,24 +67,15 @@ class CDPruner(ChoosingReducer, Published):
         if self.relevance == "attention":
             scores = supplied_scores(patches, "cdpruner")
         unit = normalize(finite_features(patches.features.float(), scores), dim=1)
-        r = self._relevance(patches, unit, scores)
+        r = scores if scores is not None else -likeness(patches, unit)
+        r = min_max(r, patches.lengths, least=EPS)
         chosen: Tensor = dpp_select(unit, patches.budgets, r, spans=patches.lengths)
         return chosen
 
-    def _relevance(self, patches: Patches, unit: Tensor, scores: Tensor | None) -> Tensor:
-        """Relevance of every patch, scaled to (0, 1] in every span; `scores` are its attention."""
-        lengths = patches.lengths
-        owners = patches.owners() if len(lengths) > 1 else None
-        r = scores if scores is not None else -self._likeness(patches, unit, owners)
-        low = spread(segment(r, lengths, "min"), lengths, owners)
-        high = spread(segment(r, lengths, "max"), lengths, owners)
-        return (r - low + EPS) / (high - low + EPS)
 
-    def _likeness(self, patches: Patches, unit: Tensor, owners: Tensor | None) -> Tensor:
-        """Mean cosine of every patch with the embeddings of the text after its span."""
-        texts, lengths, prompt = questions(patches, "cdpruner", "divprune")
-        table = means(texts, lengths)
-        # Products and sums row by row: no batch changes a rounding.
-        if owners is None:
-            return (unit * table).sum(1)
-        return (unit * table[patches.table(prompt)].index_select(0, owners)).sum(1)
+def likeness(patches: Patches, unit: Tensor) -> Tensor:
+    """Mean cosine of every patch with the embeddings of the text after its span."""
+    texts, lengths, prompt = questions(patches, "cdpruner", "divprune")
+    own = means(texts, lengths)[patches.table(prompt)]
+    # Products and sums row by row: no batch changes a rounding.
+    return (unit * spread(own, patches.lengths)).sum(1)

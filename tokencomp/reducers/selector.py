@@ -167,20 +167,17 @@ def input_of(card: dict[str, Any], path: str | Path, wanted: Input | None = None
 
 
 @lru_cache(maxsize=8)
-def _on(net: SelectorNet, device: torch.device) -> SelectorNet:
+def on_device(net: SelectorNet, device: torch.device) -> SelectorNet:
     """`net`, or its copy on another device, which is made once."""
     return net if net.head.weight.device == device else copy.deepcopy(net).to(device)
 
 
-def load_selector(
-    path: str | Path, device: torch.device | str = "cpu"
-) -> tuple[SelectorNet, dict[str, Any]]:
-    """A trained selector and its card, loaded once per device."""
+def load_selector(path: str | Path) -> tuple[SelectorNet, dict[str, Any]]:
+    """A trained selector on the CPU and its card, loaded once."""
     path = Path(path)
     if not path.is_file():
         raise WeightsError(f"{path} does not exist. Train a selector: {TRAIN}")
-    net, card = _load(path.absolute(), path.stat().st_mtime_ns)
-    return _on(net, torch.device(device)), card
+    return _load(path.absolute(), path.stat().st_mtime_ns)
 
 
 @register_reducer("selector")
@@ -264,7 +261,7 @@ class Selector(ChoosingReducer):
 
     def importances(self, patches: Patches, given: Tensor) -> Tensor:
         """Importance of every patch, (patches,); the network reads `given`, its row per patch."""
-        net = _on(self._net, given.device)
+        net = on_device(self._net, given.device)
 
         def of_stack(_: HostIndex, stack: Stack, rows: Tensor) -> Tensor:
             inside = None
