@@ -58,7 +58,9 @@ def command(
         demo = work.demo_files(*answered, media, files.label, files.question, say)
         demo = dataclasses.replace(demo, file=read)
     else:
-        demo = work.demo_embedded(*answered, _picture_ratio(chosen), say)
+        ratios = {setting.ratio for setting in chosen}
+        shown = 0.75 if 0.75 in ratios else max(ratios)
+        demo = work.demo_embedded(*answered, shown, say)
     _print(console, demo)
     path = demo_page.write(demo, output)
     picture = output.with_suffix(".png")
@@ -69,11 +71,6 @@ def command(
             "More methods and ratios: tokencomp demo --reducer all --ratio 0.5,0.75,0.9. Questions "
             "of your own: tokencomp eval --data questions.jsonl"
         )
-
-
-def _picture_ratio(settings: list[Any]) -> float:
-    ratios = {s.ratio for s in settings}
-    return 0.75 if 0.75 in ratios else max(ratios)
 
 
 def _needs_files(model: str, media: list[Any]) -> None:

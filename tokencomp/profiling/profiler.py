@@ -148,7 +148,8 @@ def decode_seconds(model: Any, inputs: dict[str, Any], tokens: int) -> float:
     device, marks = model.device, []
 
     def before(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        _synchronize(device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         marks.append(time.perf_counter())
 
     count = tokens + 2
@@ -156,11 +157,6 @@ def decode_seconds(model: Any, inputs: dict[str, Any], tokens: int) -> float:
         model.generate(**inputs, do_sample=False, max_new_tokens=count, min_new_tokens=count)
     steps = [b - a for a, b in itertools.pairwise(marks[1:])]
     return statistics.median(steps)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @torch.inference_mode()

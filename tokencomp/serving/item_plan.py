@@ -73,12 +73,8 @@ class SpanLayout:
     special: Special = "none"
 
     @property
-    def num_special(self) -> int:
-        return {"none": 0, "rows": self.grid[1], "end": 1}[self.special]
-
-    @property
     def length(self) -> int:
-        return math.prod(self.grid) + self.num_special
+        return math.prod(self.grid) + {"none": 0, "rows": self.grid[1], "end": 1}[self.special]
 
     def span(self, kind: Literal["image", "video"]) -> VisualSpan:
         """The span as plans and reducers know it: of one item, with its special tokens."""

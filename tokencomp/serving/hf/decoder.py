@@ -55,12 +55,13 @@ def decode_apart(content: bytes, limits: Limits, deadline: Deadline) -> Clip:
 @contextlib.contextmanager
 def _process(deadline: Deadline) -> Iterator[subprocess.Popen[bytes]]:
     """Run `main` in a process, which is killed at the end of the block or of the deadline."""
+    folders = [str(Path(folder).resolve()) for folder in sys.path if folder]  # of this process
     with subprocess.Popen(
         [sys.executable, "-m", "tokencomp.serving.hf.decoder"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env={**os.environ, **ENV, "PYTHONPATH": _import_path()},
+        env={**os.environ, **ENV, "PYTHONPATH": os.pathsep.join(folders)},
         cwd=Path(sys.executable).anchor,  # modules of the working directory are not imported
         start_new_session=True,  # Ctrl-C is for the server, which lets requests end
     ) as process:
@@ -69,11 +70,6 @@ def _process(deadline: Deadline) -> Iterator[subprocess.Popen[bytes]]:
             yield process
         finally:
             process.kill()
-
-
-def _import_path() -> str:
-    """Return where this process imports modules from, for the one that decodes."""
-    return os.pathsep.join(str(Path(folder).resolve()) for folder in sys.path if folder)
 
 
 def _answer(stream: IO[bytes]) -> Clip | None:

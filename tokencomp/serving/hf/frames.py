@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from tokencomp.errors import OptionError
-from tokencomp.inputs.frames import Choice, Policy, Scored, frame_policy
+from tokencomp.inputs.frames import Choice, Scored, frame_policy
 from tokencomp.inputs.packets import ClipIndex
 from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.hf.media import Limits
@@ -35,22 +35,17 @@ def with_request(options: Any, limits: Limits) -> Limits:
     given = video["frames"]
     try:
         policy = frame_policy(given)
-        servable(policy)
     except OptionError as error:
         raise RequestError(f"{FIELD}: {error}") from None
+    if isinstance(policy, Scored):
+        raise RequestError(
+            f'{FIELD}: frames="{policy}": servers decode a video before the model sees it, so '
+            "nothing can score its frames. Use a number, a rate, or stream:N."
+        )
     count = getattr(policy, "count", 1)
     if count > limits.frames:
         raise RequestError(f"{FIELD}: {count} frames; the limit is {limits.frames}.", 413)
     return replace(limits, policy=str(policy))
-
-
-def servable(policy: Policy) -> None:
-    """Raise `OptionError` for a policy that servers do not have."""
-    if isinstance(policy, Scored):
-        raise OptionError(
-            f'frames="{policy}": servers decode a video before the model sees it, so nothing can '
-            "score its frames. Use a number, a rate, or stream:N."
-        )
 
 
 def chosen(index: ClipIndex, limits: Limits) -> Choice:

@@ -194,7 +194,8 @@ def read_request(content: bytes | bytearray) -> ChatRequest:
         request = ChatRequest.model_validate_json(content)
     except ValidationError as error:
         raise RequestError(_message(error)) from None
-    wrong = _unserved(request)
+    wrong = [name for name in request.unserved() if name not in HARMLESS]
+    wrong += [f"mm_processor_kwargs.{n}" for n in request.mm_processor_kwargs or {} if n != KEY]
     if wrong:
         own = [name for name in wrong if name.rpartition(".")[2] in REQUEST_KEYS]
         fix = f'Write it as "{KEY}": {{"ratio": ...}}.' if own else "Leave it out."
@@ -228,9 +229,3 @@ def _same_field(fields: list[tuple[Any, ...]]) -> int:
     """Return how many errors, from the first on, concern the same field as the first."""
     first = fields[0]
     return next((i for i, f in enumerate(fields) if f[: len(first)] != first), len(fields))
-
-
-def _unserved(request: ChatRequest) -> list[str]:
-    """Return the fields that would change the answer but are not supported."""
-    processor = [f"mm_processor_kwargs.{n}" for n in request.mm_processor_kwargs or {} if n != KEY]
-    return [name for name in request.unserved() if name not in HARMLESS] + processor
