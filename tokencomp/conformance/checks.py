@@ -150,9 +150,9 @@ class Checks:
             stages = (stages[0], late)
         self._against_oracle("layers", Plan(stages))
 
-    def scored(self, name: str) -> None:
+    def scored(self, name: str, **options: Any) -> None:
         """Half of the visual work leaves by attention, as the plan of a reducer says."""
-        reducer = make_reducer(name)
+        reducer = make_reducer(name, **options)
         plan = reducer.plan(0.5, self.depth)
         try:
             self.compress(self.tiny.whole, plan).remove()

@@ -7,10 +7,8 @@ masks, `generate`) is the model's own.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -44,9 +42,15 @@ class Prompts:
     """
 
     def __init__(self, tiny: TinyModel) -> None:
+        from transformers import GenerationConfig
+
         self.tiny, self.model = tiny, tiny.model
         self.image_id, self.medium = placeholder(tiny)
         self.encoder = Encoder(tiny, self.medium)
+        # Without the settings of the default config.
+        self.model.generation_config = GenerationConfig(pad_token_id=0)
+        # Whether it computes positions for a padded batch with images itself.
+        self._own_positions = any(hasattr(m, "get_rope_index") for m in self.model.modules())
         self._names = set(inspect.signature(type(self.model).forward).parameters)
         self._find_layout()
 
@@ -157,15 +161,10 @@ class Prompts:
         result: Tensor = self.inputs()["input_ids"] == self.image_id
         return result
 
-    @property
-    def own_positions(self) -> bool:
-        """Whether the model itself computes positions for a padded batch with images."""
-        return any(hasattr(m, "get_rope_index") for m in self.model.modules())
-
     @torch.no_grad()
     def forward(self, inputs: dict[str, Any], **kwargs: Any) -> Any:
         """One forward call, with the positions that `generate` would give."""
-        if not self.own_positions:
+        if not self._own_positions:
             positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
             inputs = {**inputs, "position_ids": positions}
         return self.model(**inputs, **kwargs)
@@ -177,30 +176,16 @@ class Prompts:
         Placeholders and markers are suppressed, which `Janus.generate` respects in the settings
         but not as a logits processor.
         """
-        with _plain_settings(self.model):
-            out = self.model.generate(
-                **inputs,
-                max_new_tokens=steps,
-                min_new_tokens=steps,
-                do_sample=False,
-                suppress_tokens=[0, *range(FIRST_SPECIAL, VOCABULARY)],
-                output_logits=True,
-                return_dict_in_generate=True,
-            )
+        out = self.model.generate(
+            **inputs,
+            max_new_tokens=steps,
+            min_new_tokens=steps,
+            do_sample=False,
+            suppress_tokens=[0, *range(FIRST_SPECIAL, VOCABULARY)],
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
         return out.sequences[:, -steps:], torch.stack(list(out.logits), 1)
-
-
-@contextlib.contextmanager
-def _plain_settings(model: Any) -> Iterator[None]:
-    """Keep the generation settings of the default config out of a call."""
-    from transformers import GenerationConfig
-
-    before = model.generation_config
-    model.generation_config = GenerationConfig(pad_token_id=0)
-    try:
-        yield
-    finally:
-        model.generation_config = before
 
 
 def placeholder(tiny: TinyModel) -> tuple[int, str]:

@@ -69,7 +69,7 @@ def write_freeform(items: Iterable[Item], root: Path) -> Path:
     return root / "questions.jsonl"
 
 
-def write_mvbench(root: Path, split: str, per_task: int, **scene) -> Path:
+def write_mvbench(root: Path, split: str, per_task: int) -> None:
     """The layout of the MVBench dataset, for lmms-eval's ``mvbench_*`` tasks.
 
     ``root/json/<task>.json`` holds ``video``, ``question``, ``candidates`` and ``answer``;
@@ -80,7 +80,7 @@ def write_mvbench(root: Path, split: str, per_task: int, **scene) -> Path:
     for family, (task, folder) in MVBENCH_TASKS.items():
         rows = []
         for index in _shown(range(per_task), task):
-            one = write_media(item(split, family, index, **scene), root / "video" / folder)
+            one = write_media(item(split, family, index), root / "video" / folder)
             assert one.media is not None
             rows.append(
                 {
@@ -93,10 +93,9 @@ def write_mvbench(root: Path, split: str, per_task: int, **scene) -> Path:
         (root / "json" / f"{task}.json").write_text(json.dumps(rows, indent=1) + "\n")
     configs = {task: f"json/{task}.json" for task, _ in MVBENCH_TASKS.values()}
     _write_card(root, configs, split="train")
-    return root
 
 
-def write_mlvu(root: Path, split: str, per_task: int, **scene) -> Path:
+def write_mlvu(root: Path, split: str, per_task: int) -> None:
     """The layout of the MLVU dev set, for lmms-eval's ``mlvu_dev`` task.
 
     ``root/test.jsonl`` holds ``video_name`` (relative to ``root``), ``question`` with its options,
@@ -105,7 +104,7 @@ def write_mlvu(root: Path, split: str, per_task: int, **scene) -> Path:
     rows = []
     for index in _shown(range(per_task), "MLVU"):
         for family, task in MLVU_TASKS.items():
-            one = write_media(item(split, family, index, **scene), root / "video" / task)
+            one = write_media(item(split, family, index), root / "video" / task)
             assert one.media is not None
             rows.append(
                 {
@@ -119,7 +118,6 @@ def write_mlvu(root: Path, split: str, per_task: int, **scene) -> Path:
             )
     write_lines(root / "test.jsonl", rows)
     _write_card(root, {"default": "test.jsonl"}, split="test")
-    return root
 
 
 def _shown(of: Iterable[T], what: str) -> Iterable[T]:
