@@ -90,7 +90,7 @@ def test_every_import_is_a_dependency() -> None:
 
 THEIRS = {"sglang", "huggingface_hub", "packaging", "starlette", "anyio", "h11", "loguru"}
 """What other packages bring that these modules run in or import first."""
-OTHER_DECODERS = {"torchcodec", "decord"}
+OTHER_DECODERS = {"torchcodec"}
 """Which users install by themselves."""
 
 
@@ -140,8 +140,7 @@ def test_a_package_that_a_command_lacks(name: str, monkeypatch: Any, capsys: Any
 
 
 def test_media_name_their_extra(monkeypatch: Any) -> None:
-    for name in ("av", "decord"):
-        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(MissingDependencyError, match=re.escape(install("media"))):
         load_media(ZOO / "samples" / "test-needle-00001.mp4")
     code = "import sys; sys.modules['PIL'] = None; import tokencomp.inputs.media"

@@ -144,7 +144,6 @@ EXTRAS = {
     "rich": "cli",
     "tqdm": "cli",
     "jinja2": "cli",
-    "markupsafe": "cli",
     "matplotlib": "cli",
     "gradio": "play",
 }

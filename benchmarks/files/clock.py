@@ -32,7 +32,6 @@ CASES: tuple[dict[str, Any], ...] = (
     {"frames": 8}, {"frames": "stream:8"}, {"frames": 32}, {"frames": "stream:32"},
     {"frames": 32, "size": 448}, {"frames": "1fps", "size": 448},
     {"frames": 8, "decoder": "torchcodec"}, {"frames": 32, "decoder": "torchcodec"},
-    {"frames": 8, "decoder": "decord"}, {"frames": 32, "decoder": "decord"},
 )  # fmt: skip
 CHILD = """
 import gc, json, sys, time

@@ -85,13 +85,6 @@ def test_the_server_says_the_same_as_a_file(processor, clip):
     assert_same(ours, by_hand(processor, clip)[0])
 
 
-def test_both_decoders_know_the_times(clip):
-    pytest.importorskip("decord")
-    both = (media.load_media(clip, FRAMES, decoder=name) for name in ("decord", "pyav"))
-    one, two = (video.sampling for video in both)
-    assert one == two and one.fps == FPS and one.total == 32
-
-
 def test_lists_without_a_rate_are_warned_about(processor, clip):
     frames = [*media.load_media(clip, FRAMES)]
     with pytest.warns(FrameRateWarning, match=r"Video\(frames, fps=\.\.\.\)"):

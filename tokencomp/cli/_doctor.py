@@ -113,11 +113,10 @@ def _gpu() -> Finding:
 
 
 def _video() -> Finding:
-    """Video decoders; only PyAV (av) is used without being asked for."""
+    """Video decoders; only PyAV is used without being asked for."""
     if importlib.util.find_spec("av") is None:
         return Finding("video files", False, f"PyAV is not installed: {install('media')}")
-    others = [n for n in ("torchcodec", "decord") if importlib.util.find_spec(n) is not None]
-    also = f"; by name also with {', '.join(others)}" if others else ""
+    also = "; by name also with torchcodec" if importlib.util.find_spec("torchcodec") else ""
     return Finding("video files", True, f"read with PyAV{also}")
 
 

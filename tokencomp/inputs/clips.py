@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tokencomp.errors import MediaError, MissingDependencyError, TokenCompError, install
 from tokencomp.inputs.clock import part
 from tokencomp.inputs.container import VideoFile
-from tokencomp.inputs.decoders import DECODERS
 from tokencomp.inputs.images import Image, load_image, on_white, seconds_shown
 from tokencomp.inputs.packets import ClipIndex, animation_index
 from tokencomp.inputs.upright import rgb, scaled_size, shown_size
@@ -52,12 +54,12 @@ class FileClip(Clip):
     Parameters
     ----------
     decoder
-        Decodes the chosen frames; the packets are always read with PyAV.
+        "pyav", or "torchcodec" with or without a device, see `load_media`. It decodes the chosen
+        frames; the packets are always read with PyAV.
     """
 
     def __init__(self, path: Path, decoder: str = "pyav") -> None:
-        self.path, (name, _, self.device) = path, decoder.partition(":")
-        self._decoder = DECODERS[name]
+        self.path, (self._decoder, _, self._device) = path, decoder.partition(":")
         try:
             import av
         except ImportError:
@@ -67,12 +69,14 @@ class FileClip(Clip):
         import torch
 
         threads = min(torch.get_num_threads(), THREADS)  # as many as the user gives to the model
-        self.file = self._readable(lambda: VideoFile(lambda: av.open(str(path)), threads))
+        with self._readable():
+            self.file = VideoFile(lambda: av.open(str(path)), threads)
 
-    def _readable(self, work: Any) -> Any:
-        """What `work` returns; errors of libraries become those of this file."""
+    @contextlib.contextmanager
+    def _readable(self) -> Iterator[None]:
+        """Turn errors of libraries into those of this file."""
         try:
-            return work()
+            yield
         except MediaError as error:
             raise MediaError(f"{self.path}: {error}") from None
         except (TokenCompError, MemoryError):
@@ -86,25 +90,22 @@ class FileClip(Clip):
 
     @cached_property
     def index(self) -> ClipIndex:
-        index: ClipIndex = self._readable(lambda: self.file.index)
-        return index
+        with self._readable():
+            return self.file.index
 
     def read(self, places: Sequence[int], size: int | None) -> dict[int, Image.Image]:
-        def work() -> dict[int, Image.Image]:
-            if self._decoder is not None:
-                arrays = self._decoder(self.path, places, self.device, self.index)
+        found: dict[int, Image.Image] = {}
+        with self._readable():
+            if self._decoder == "torchcodec":
+                arrays = _torchcodec_frames(self.path, places, self._device, self.index)
                 pairs = zip(places, arrays, strict=True)
                 return {place: _shrunk(Image.fromarray(a), size) for place, a in pairs}
             wanted = 0, 0
-            found: dict[int, Image.Image] = {}
             for place, frame in self.file.frames(places):
                 if not found:  # frames of a file that changes its size have that of the first
                     wanted = scaled_size(*shown_size(frame), size)
                 with part("resize"):
                     found[place] = Image.fromarray(rgb(frame, wanted))
-            return found
-
-        found: dict[int, Image.Image] = self._readable(work)
         if not found:
             raise MediaError(
                 f"{self.path}: none of the chosen frames can be decoded. Check the file with "
@@ -116,6 +117,35 @@ class FileClip(Clip):
         self.file.close()
 
 
+def _torchcodec_frames(
+    path: Path, places: Sequence[int], device: str, index: ClipIndex
+) -> list[np.ndarray]:
+    """Frames at some places of a file, uint8 (height, width, 3) each; "" is the usual device."""
+    use = 'use decoder="pyav".'
+    try:
+        from torchcodec.decoders import VideoDecoder
+    except (ImportError, OSError, RuntimeError) as error:  # it raises the last without FFmpeg
+        raise MissingDependencyError(
+            'decoder="torchcodec" cannot be imported. Install it (pip install torchcodec, and '
+            f"FFmpeg's libraries), or {use}"
+        ) from error
+    more: dict[str, Any] = {"device": device} if device else {}
+    try:
+        decoder = VideoDecoder(str(path), dimension_order="NHWC", **more)
+        decoded = decoder.get_frames_at([*places])
+    except (RuntimeError, IndexError, ValueError) as error:
+        raise MediaError(
+            f"TorchCodec cannot decode the chosen frames ({error}). Instead, {use}"
+        ) from error
+    if index.times is not None and index.fps:
+        # In streams that cannot be searched exactly (MPEG-TS, intra refresh), it gives others.
+        start = decoder.metadata.begin_stream_seconds or 0.0
+        late = decoded.pts_seconds.numpy() - start - index.times[[*places]]
+        if np.abs(late).max(initial=0.0) > 0.5 / index.fps:
+            raise MediaError(f"TorchCodec gives other frames than the chosen ones. Instead, {use}")
+    return list(decoded.data.cpu().numpy())
+
+
 class AnimationClip(Clip):
     """An animated GIF or WebP."""
 
@@ -124,28 +154,26 @@ class AnimationClip(Clip):
 
     @cached_property
     def index(self) -> ClipIndex:
-        try:
-            with Image.open(self.path) as image:
-                total, codec = getattr(image, "n_frames", 1), str(image.format).lower()
-                shown = [seconds_shown(image, place) for place in range(total)]
-        except (OSError, ValueError, EOFError) as error:
-            raise self._damaged(error) from error
-        return animation_index(shown, codec)
+        with self._opened() as image:
+            total, codec = getattr(image, "n_frames", 1), str(image.format).lower()
+            return animation_index([seconds_shown(image, k) for k in range(total)], codec)
 
     def read(self, places: Sequence[int], size: int | None) -> dict[int, Image.Image]:
         wanted, found = set(places), {}
-        try:
-            with Image.open(self.path) as image:
-                for place in range(max(wanted, default=-1) + 1):
-                    image.seek(place)
-                    if place in wanted:
-                        found[place] = _shrunk(on_white(image), size)
-        except (OSError, ValueError, EOFError) as error:
-            raise self._damaged(error) from error
+        with self._opened() as image:
+            for place in range(max(wanted, default=-1) + 1):
+                image.seek(place)
+                if place in wanted:
+                    found[place] = _shrunk(on_white(image), size)
         return found
 
-    def _damaged(self, error: Exception) -> MediaError:
-        return MediaError(f"{self.path}: the animation is damaged ({error}).")
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[Image.Image]:
+        try:
+            with Image.open(self.path) as image:
+                yield image
+        except (OSError, ValueError, EOFError) as error:
+            raise MediaError(f"{self.path}: the animation is damaged ({error}).") from error
 
 
 class FolderClip(Clip):

@@ -16,10 +16,6 @@ SKIPS = frozenset(["h264", "hevc", "mpeg4", "mpeg2video", "mpeg1video"])
 """Decoders that leave out a frame where its packet asks for it, and decode all others."""
 
 
-def ignore(frame: Any = None) -> None:
-    """Watch nothing."""
-
-
 class VideoFile:
     """The frames of a video file.
 
@@ -48,7 +44,7 @@ class VideoFile:
         self,
         opened: Callable[[], Any],
         threads: int = 1,
-        watch: Callable[..., None] = ignore,
+        watch: Callable[..., None] = lambda *frame: None,
         options: dict[str, str] | None = None,
         strict: bool = False,
     ) -> None:
@@ -205,10 +201,8 @@ class VideoFile:
             self._watch()
             try:
                 packet = next(packets, None)
-            except (MemoryError, BlockingIOError):
-                raise
             except (OSError, ValueError) as error:  # the end of a truncated file
-                if self._strict or not _damage(error):
+                if not self._bears(error):
                     raise
                 return
             if packet is None:
@@ -229,10 +223,8 @@ class VideoFile:
     def _frames(self, context: Any, packet: Any) -> Iterator[Any]:
         try:
             frames = context.decode(packet)
-        except (MemoryError, BlockingIOError):
-            raise
         except (OSError, ValueError) as error:
-            if self._strict or not _damage(error):
+            if not self._bears(error):
                 raise
             return
         for frame in frames:
@@ -247,13 +239,13 @@ class VideoFile:
             if place in wanted:
                 yield place, frame
 
+    def _bears(self, error: Exception) -> bool:
+        """Whether an error comes from the content of the file, and other frames may stand in."""
+        import av
+
+        passing = isinstance(error, MemoryError | BlockingIOError)
+        return not self._strict and not passing and isinstance(error, av.error.FFmpegError)
+
     @property
     def _codec(self) -> str:
         return str(self._stream.codec_context.name)
-
-
-def _damage(error: Exception) -> bool:
-    """Whether an error comes from the content of the file."""
-    import av
-
-    return isinstance(error, av.error.FFmpegError)

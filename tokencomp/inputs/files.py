@@ -132,13 +132,7 @@ def _check_ids(file: Path, rows: Sequence[Example], numbers: Sequence[int]) -> N
 
 
 def questions_file(path: Path) -> Path:
-    """The JSON Lines file that `path` names: itself, or `questions.jsonl` in a folder.
-
-    Raises
-    ------
-    OptionError
-        There is none.
-    """
+    """The JSON Lines file that `path` names: itself, or `questions.jsonl` in a folder."""
     file = path / "questions.jsonl" if path.is_dir() else path
     if not file.is_file():
         expected = "expected" if path.exists() else "no such file. Expected"

@@ -8,6 +8,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from tokencomp.errors import FrameRateWarning
@@ -65,7 +66,8 @@ def reads_times(processor: Any) -> bool:
     follow transformers' releases.
     """
     if processor not in _READS:
-        _READS[processor] = _differ(_probe(processor, 1.0), _probe(processor, 10.0))
+        slow, fast = _probe(processor, 1.0), _probe(processor, 10.0)
+        _READS[processor] = slow is not None and fast is not None and not _same(slow, fast)
     return _READS[processor]
 
 
@@ -87,13 +89,8 @@ def _probe(processor: Any, fps: float) -> dict[str, Any] | None:
         return None
 
 
-def _differ(first: dict[str, Any] | None, second: dict[str, Any] | None) -> bool:
-    if first is None or second is None:
-        return False
-    return any(not _same(value, second[name]) for name, value in first.items())
-
-
-def _same(first: Any, second: Any) -> bool:
-    if isinstance(first, Tensor) and isinstance(second, Tensor):
-        return first.shape == second.shape and bool((first == second).all())
-    return bool(first == second)
+def _same(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    return all(
+        torch.equal(one, second[name]) if isinstance(one, Tensor) else one == second[name]
+        for name, one in first.items()
+    )

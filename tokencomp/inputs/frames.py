@@ -190,13 +190,7 @@ def frame_policy(frames: Frames) -> Policy:
 
 
 def plain_frames(frames: Frames) -> int | str:
-    """The policy as a number or text, for results.
-
-    Raises
-    ------
-    OptionError
-        As `frame_policy`.
-    """
+    """The policy as a number or text, for results."""
     policy = frame_policy(frames)
     return policy.count if isinstance(policy, Even) else str(policy)
 

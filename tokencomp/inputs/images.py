@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -59,11 +60,6 @@ def to_rgb(image: Image.Image, file_format: str | None = None) -> Image.Image:
     file_format : str or None
         Of the file it was read from, as Pillow names it: of PNG and PPM, numbers of 32 bits are
         16-bit ones; of others, those up to 255 are 8-bit ones.
-
-    Raises
-    ------
-    MediaError
-        The picture has 32-bit numbers of unknown range.
     """
     if image.mode != "F" and not image.mode.startswith("I"):
         return image.convert("RGB")
@@ -76,6 +72,21 @@ def to_rgb(image: Image.Image, file_format: str | None = None) -> Image.Image:
         )
     deep = image.mode != "I" or high > 255 or file_format in ("PNG", "PPM")
     return Image.fromarray((values // (257 if deep else 1)).astype(np.uint8)).convert("RGB")
+
+
+def as_image(item: Any, where: str) -> Image.Image:
+    """A PIL image or a uint8 array (height, width, 3) as an RGB image."""
+    if isinstance(item, np.ndarray) and item.ndim == 3 and item.dtype == np.uint8:
+        item = Image.fromarray(item)
+    if isinstance(item, Image.Image):
+        return to_rgb(item)
+    what = f"{type(item).__name__} {item!r:.60}"
+    if isinstance(item, np.ndarray):
+        what = f"an array {item.shape} of {item.dtype}"
+    raise MediaError(
+        f"{where}: {what}; allowed: a PIL image, a uint8 array (height, width, 3), or a list of "
+        "such frames. Files: tokencomp.inputs.media.load_media(path)."
+    )
 
 
 def seconds_shown(image: Image.Image, place: int) -> float:

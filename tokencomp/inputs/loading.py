@@ -113,11 +113,6 @@ def load_folder(path: str, dtype: torch.dtype | None = None, **options: Any) -> 
         Default float32.
     **options
         Passed to `from_pretrained` of the model; `local_files_only` also to that of the rest.
-
-    Raises
-    ------
-    MissingDependencyError
-        Pillow or torchvision, which processors need, is not installed.
     """
     try:
         import PIL  # noqa: F401

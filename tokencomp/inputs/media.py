@@ -10,7 +10,6 @@ from typing import Any
 from tokencomp.errors import FrameChoiceWarning, MediaError, OptionError
 from tokencomp.inputs.clips import AnimationClip, Clip, FileClip, FolderClip
 from tokencomp.inputs.clock import part
-from tokencomp.inputs.decoders import DECODERS
 from tokencomp.inputs.frames import Frames, frame_policy
 from tokencomp.inputs.images import UNREADABLE, Image, load_image
 from tokencomp.inputs.video import Sampling, Video
@@ -57,8 +56,8 @@ def load_media(
     question : str
         What will be asked; policies with a scorer may read it.
     decoder : str
-        "pyav"; "torchcodec" or "torchcodec:cuda" where TorchCodec is installed; or "decord". All
-        give the same frames, up to rounding of colours.
+        "pyav"; or "torchcodec" or "torchcodec:cuda" where TorchCodec is installed. Both give the
+        same frames, up to rounding of colours.
 
     Returns
     -------
@@ -85,11 +84,10 @@ def load_media(
     path, policy = Path(path), frame_policy(frames)
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
         raise OptionError(f"size={size!r}: give the longest side in pixels, e.g. 448, or None.")
-    name, _, device = decoder.partition(":")
-    if name not in DECODERS or (device and DECODERS[name] is None):
+    if decoder != "pyav" and decoder.partition(":")[0] != "torchcodec":
         raise OptionError(
-            f"decoder={decoder!r}: use one of {', '.join(DECODERS)}. A device may follow "
-            "torchcodec alone, as in torchcodec:cuda."
+            f"decoder={decoder!r}: use pyav or torchcodec. A device may follow torchcodec alone, "
+            "as in torchcodec:cuda."
         )
     if not path.exists():
         raise MediaError(f"{path}: no such file. Give the path of a local image or video.")

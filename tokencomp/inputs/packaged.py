@@ -20,13 +20,7 @@ def zoo_folder() -> Path | None:
 
 
 def zoo_part(name: str) -> Path:
-    """The folder "models" or "samples".
-
-    Raises
-    ------
-    MissingDependencyError
-        The package is not installed; the message says how to install it.
-    """
+    """The folder "models" or "samples"."""
     folder = zoo_folder()
     if folder is None:
         raise MissingDependencyError(f"the embedded models are not installed: {INSTALL['zoo']}.")
@@ -41,15 +35,7 @@ def available_models() -> list[str]:
 
 
 def model_path(name: str) -> Path:
-    """Folder of an embedded model.
-
-    Raises
-    ------
-    MissingDependencyError
-        The embedded models are not installed.
-    UnknownNameError
-        There is no embedded model of that name; the message names close matches.
-    """
+    """Folder of an embedded model."""
     models = zoo_part("models")
     if name not in available_models():
         raise unknown_name("embedded model", name, available_models())

@@ -49,6 +49,7 @@ def chat_inputs(
     samplings: Sequence[Sampling] = (),
     texts: Sequence[str] = (),
     sounds: Sequence[np.ndarray] = (),
+    **options: Any,
 ) -> dict[str, Tensor]:
     """One left-padded batch of conversations that end where the answer begins, on the CPU.
 
@@ -66,6 +67,8 @@ def chat_inputs(
         The rendered conversations, if they are known.
     sounds
         Mono samples at 16 kHz, float (n,).
+    **options
+        Passed to the processor.
 
     Raises
     ------
@@ -94,6 +97,7 @@ def chat_inputs(
     tokenizer.padding_side = "left"
 
     def call(**inputs: Any) -> dict[str, Tensor]:
+        inputs |= options
         return dict(processor(text=texts, padding=True, return_tensors="pt", **inputs))
 
     try:
@@ -108,14 +112,11 @@ def chat_inputs(
 def _per_row(chats: Sequence[Chat], images: Sequence[Any]) -> list[list[Any]]:
     """The images of each conversation."""
     left = iter(images)
+    contents = [[m["content"] for m in chat if not isinstance(m["content"], str)] for chat in chats]
     return [
-        [next(left) for m in chat for part in _parts(m) if part["type"] == "image"]
-        for chat in chats
+        [next(left) for content in row for part in content if part["type"] == "image"]
+        for row in contents
     ]
-
-
-def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
-    return [] if isinstance(message["content"], str) else message["content"]
 
 
 def build_inputs(

@@ -51,13 +51,7 @@ class Example:
     also: tuple[str, ...] = field(default=(), kw_only=True)
 
     def load(self, frames: Frames) -> list[Any]:
-        """The media, decoded; `frames` as in `load_media`.
-
-        Raises
-        ------
-        MediaError, OptionError, ScoreError
-            As `load_media` and `load_sound`.
-        """
+        """The media, decoded; `frames` as in `load_media`."""
         return [self._decoded(m, frames) if isinstance(m, str | Path) else m for m in self.media]
 
     def contents(self) -> str:

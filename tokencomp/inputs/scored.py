@@ -12,13 +12,7 @@ DEPTH, STANDS_OUT = 5, 0.8  # of the published code
 
 
 def checked_scores(scores: Any, count: int) -> np.ndarray:
-    """Scores as float64 (count,).
-
-    Raises
-    ------
-    ScoreError
-        They are not one finite number per frame.
-    """
+    """Scores as float64 (count,)."""
     try:
         values = np.asarray(scores, np.float64)
     except (TypeError, ValueError) as error:
