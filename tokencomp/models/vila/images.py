@@ -9,29 +9,13 @@ import numpy as np
 from PIL import Image
 
 from tokencomp.errors import MediaError
-from tokencomp.inputs.images import load_image, to_rgb
+from tokencomp.inputs.images import as_image, load_image
 from tokencomp.inputs.media import load_media
 
 
-def as_image(item: Any, where: str) -> Image.Image:
-    """Convert a PIL image, a path, or a uint8 array (H, W, 3) to an RGB image.
-
-    Raises
-    ------
-    MediaError
-        If `item` is of another type or its file cannot be read; `where` names it in the message.
-    """
-    if isinstance(item, Image.Image):
-        return to_rgb(item)
-    if isinstance(item, (str, Path)):
-        return load_image(item)
-    array = np.asarray(item)
-    if array.dtype == np.uint8 and array.ndim == 3 and array.shape[2] == 3:
-        return Image.fromarray(array)
-    raise MediaError(
-        f"{where}: {type(item).__name__} of shape {array.shape} and dtype {array.dtype}; expected "
-        "a PIL image, a path, or a uint8 array (height, width, 3)."
-    )
+def opened(item: Any, where: str) -> Image.Image:
+    """Read an image from a path; for the others see `tokencomp.inputs.images.as_image`."""
+    return load_image(item) if isinstance(item, (str, Path)) else as_image(item, where)
 
 
 def as_frames(video: Any, where: str, limit: int) -> list[Image.Image]:
@@ -55,7 +39,7 @@ def as_frames(video: Any, where: str, limit: int) -> list[Image.Image]:
     if isinstance(video, (str, Path)):
         video = load_media(video, limit)
         video = video if isinstance(video, list) else [video]
-    frames = [as_image(frame, f"{where}, frame {i}") for i, frame in enumerate(video)]
+    frames = [opened(frame, f"{where}, frame {i}") for i, frame in enumerate(video)]
     if not frames:
         raise MediaError(f"{where}: no frames. A video needs at least one.")
     for i, frame in enumerate(frames):

@@ -21,10 +21,10 @@ from transformers import (
 )
 
 from tokencomp.errors import CheckpointError, SpanError
-from tokencomp.models.vila.config import VilaConfig, read_config, read_root
+from tokencomp.models.vila.config import VilaConfig
 from tokencomp.models.vila.media import expanded, splice
-from tokencomp.models.vila.projector import Order, VilaProjector, load_projector, save_projector
-from tokencomp.models.vila.root import root_of
+from tokencomp.models.vila.projector import VilaProjector, load_projector, save_projector
+from tokencomp.models.vila.root import read_config, read_root, root_of
 from tokencomp.models.vila.tokens import load_tokenizer
 from tokencomp.storage import write_json
 
@@ -60,12 +60,10 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.post_init()  # runs before the parts exist, which initialise or load themselves
         self.llm = llm or AutoModelForCausalLM.from_config(config.text_config)
         self.vision_tower = vision_tower or SiglipVisionModel(config.vision_config)  # type: ignore[arg-type]  # no dict
-        order: Order | None = config.token_order  # type: ignore[assignment]  # checked there
         self.mm_projector = VilaProjector(
             config.projector_type,
             config.vision_config.hidden_size,
             config.text_config.hidden_size,
-            order,
         )
         self.generation_config = copy.deepcopy(self.llm.generation_config)
 
@@ -76,7 +74,6 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         cls,
         folder: str | Path,
         *,
-        token_order: Order | None = None,
         add_media_tokens: bool = False,
         **kwargs: Any,
     ) -> VilaForConditionalGeneration:
@@ -84,8 +81,6 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         Parameters
         ----------
-        token_order
-            Order of the projected tokens, which overrides the default of `VilaProjector`.
         add_media_tokens
             Whether missing media tokens are added, see `tokens.load_tokenizer`.
         **kwargs
@@ -101,7 +96,7 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         kwargs = {k: v for k, v in kwargs.items() if k not in ("config", "trust_remote_code")}
         known = "media_tokens" in read_root(folder)
         tokenizer = None if known else load_tokenizer(folder, add_media_tokens)
-        config = read_config(folder, tokenizer, token_order)
+        config = read_config(folder, tokenizer)
         llm = _load_part(AutoModelForCausalLM, folder / "llm", kwargs)
         tower = _load_part(SiglipVisionModel, folder / "vision_tower", kwargs)
         config.text_config, config.vision_config = llm.config, tower.config
@@ -143,8 +138,8 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @property
     def side(self) -> int:
-        """Number of tokens per side of an image or frame, before video pooling."""
-        return self.mm_projector.side(self.config.patches_per_side)
+        """As `VilaConfig.side`."""
+        return self.config.side
 
     # -- media ----------------------------------------------------------------------------------
 
@@ -159,11 +154,6 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Map the frames of all videos to features (tokens of all videos, hidden_size).
 
         `pixels` is (sum of `frames`, 3, S, S), and `frames` has the number of frames of each video.
-
-        Raises
-        ------
-        SpanError
-            If the checkpoint averages blocks of tokens that do not divide a video.
         """
         features, side = self.encode_images(pixels), self.side
         t, h, w = self.config.video_pool
@@ -187,13 +177,7 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         pixel_values_videos: Tensor | None = None,
         video_frames: Tensor | None = None,
     ) -> Tensor:
-        """Return embeddings (B, L, hidden_size) with media features at their placeholders.
-
-        Raises
-        ------
-        SpanError
-            If the numbers of placeholders and features differ, or placeholders have no pixels.
-        """
+        """Return embeddings (B, L, hidden_size) with media features at their placeholders."""
         image, video = self._placeholders(input_ids)
         # Ids of placeholders may lie past the end of the embedding table, so 0 replaces them.
         embeds = self.get_input_embeddings()(input_ids.masked_fill(image | video, 0))

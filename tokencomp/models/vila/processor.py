@@ -13,9 +13,9 @@ from transformers import BatchFeature, SiglipImageProcessor
 
 from tokencomp.errors import CheckpointError, MediaError, OptionError
 from tokencomp.models.vila.arguments import check_counts, check_options, flatten, listed
-from tokencomp.models.vila.config import VilaConfig, read_config, read_root
-from tokencomp.models.vila.images import as_frames, as_image, pad_square, tiles
-from tokencomp.models.vila.projector import DOWNSAMPLE
+from tokencomp.models.vila.config import VilaConfig
+from tokencomp.models.vila.images import as_frames, opened, pad_square, tiles
+from tokencomp.models.vila.root import read_config, read_root
 from tokencomp.models.vila.tokens import IMAGE, VIDEO, chat_template, load_tokenizer
 
 
@@ -177,16 +177,16 @@ class VilaProcessor:
         check_options(kwargs)
         texts = [text] if isinstance(text, str) else list(text)
         flat = listed(images)
-        counts = [t.count(IMAGE) for t in texts]
         check_counts(texts, IMAGE, len(flat), "images")
         clips = [] if videos is None else [videos] if isinstance(videos, (str, Path)) else videos
         check_counts(texts, VIDEO, len(clips), "videos")
         limit = self.num_frames if num_frames is None else num_frames
         pixels: list[Image.Image] = []
-        for b, (prompt, n) in enumerate(zip(texts, counts, strict=True)):
+        for b, prompt in enumerate(texts):
+            n = prompt.count(IMAGE)
             prompt_images, flat = flat[:n], flat[n:]
-            named = [as_image(x, f"prompt {b}, image {i}") for i, x in enumerate(prompt_images)]
-            parts = self._pictures(named)
+            named = [opened(x, f"prompt {b}, image {i}") for i, x in enumerate(prompt_images)]
+            parts = self._plain(named)
             if len(named) == 1 and self.config.image_aspect_ratio == "dynamic":
                 if not add_special_tokens:
                     raise OptionError(
@@ -195,6 +195,8 @@ class VilaProcessor:
                         "how many there are. Set processor.config.image_aspect_ratio = 'resize' "
                         "for images without tiles."
                     )
+                least, most = self.config.min_tiles, self.config.max_tiles
+                parts = tiles(named[0], self.config.vision_config.image_size, least, most)
                 texts[b] = prompt.replace(IMAGE, f"{IMAGE}\n" * len(parts))
             pixels += parts
         frames = [as_frames(v, f"video {i}", limit) for i, v in enumerate(clips)]
@@ -215,7 +217,7 @@ class VilaProcessor:
             row: list[int] = []
             for token in self.tokenizer(prompt, add_special_tokens=special).input_ids:
                 if token == self.config.image_token_id:
-                    row += self._block(token, self.side**2, self.config.image_ends)
+                    row += _block(token, self.config.side**2, self.config.image_ends)
                 elif token == self.config.video_token_id:
                     t, h, w = self.config.video_pool
                     n = next(pending)
@@ -224,8 +226,8 @@ class VilaProcessor:
                             f"a video of {n} frames: this checkpoint averages {t} frames into one. "
                             f"Pass a multiple of {t} frames."
                         )
-                    size = (self.side // h) * (self.side // w)
-                    row += self._block(token, size, self.config.video_ends) * (n // t)
+                    size = (self.config.side // h) * (self.config.side // w)
+                    row += _block(token, size, self.config.video_ends) * (n // t)
                 else:
                     row.append(token)
             rows.append(row)
@@ -235,24 +237,7 @@ class VilaProcessor:
         mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
         return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
 
-    @staticmethod
-    def _block(token: int, n: int, ends: Sequence[list[int]]) -> list[int]:
-        """Return `n` placeholders between their start and end tokens."""
-        return [*ends[0], *[token] * n, *ends[1]]
-
-    @property
-    def side(self) -> int:
-        """Number of tokens per side of an image."""
-        return -(-self.config.patches_per_side // DOWNSAMPLE.get(self.config.projector_type, 1))
-
     # -- pixels ---------------------------------------------------------------------------------
-
-    def _pictures(self, images: list[Image.Image]) -> list[Image.Image]:
-        """Return the images of one prompt in the size of the tower, tiled if it is dynamic."""
-        if len(images) == 1 and self.config.image_aspect_ratio == "dynamic":
-            least, most = self.config.min_tiles, self.config.max_tiles
-            return tiles(images[0], self.config.vision_config.image_size, least, most)
-        return self._plain(images)
 
     def _plain(self, images: list[Image.Image]) -> list[Image.Image]:
         """Return images as squares for the tower, padded or resized but not tiled."""
@@ -277,3 +262,8 @@ class VilaProcessor:
     def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
         """Call the tokenizer's method of the same name."""
         return self.tokenizer.batch_decode(*args, **kwargs)
+
+
+def _block(token: int, n: int, ends: Sequence[list[int]]) -> list[int]:
+    """Return `n` placeholders between their start and end tokens."""
+    return [*ends[0], *[token] * n, *ends[1]]

@@ -16,6 +16,11 @@ DOWNSAMPLE = {"mlp_downsample": 2, "mlp_downsample_2x2_fix": 2, "mlp_downsample_
 KINDS = ("linear", "identity", "mlp2x_gelu (any depth)", *DOWNSAMPLE)
 
 
+def tokens_per_side(kind: str, patches: int) -> int:
+    """Tokens per side of an image that has `patches` patches per side, under a projector type."""
+    return -(-patches // DOWNSAMPLE.get(kind, 1))
+
+
 class SpaceToDepth(nn.Module):
     """Concatenate the channels of every factor × factor block of patches, row by row.
 
@@ -50,28 +55,19 @@ class VilaProjector(nn.Module):
         The `mm_projector_type` of the checkpoint.
     vision_size, hidden_size
         Number of channels of the vision tower and of the LLM.
-    order
-        Order of the output tokens. The default is "columns" for `mlp_downsample` and "rows" for
-        all other kinds.
 
-    Raises
-    ------
-    CheckpointError
-        If `kind` is unknown.
+    Attributes
+    ----------
+    order
+        Of the output tokens: "columns" for `mlp_downsample` and "rows" for all other kinds.
     """
 
-    def __init__(
-        self, kind: str, vision_size: int, hidden_size: int, order: Order | None = None
-    ) -> None:
+    def __init__(self, kind: str, vision_size: int, hidden_size: int) -> None:
         super().__init__()
         self.kind = kind
         self.factor = DOWNSAMPLE.get(kind, 1)
-        self.order: Order = order or ("columns" if kind == "mlp_downsample" else "rows")
+        self.order: Order = "columns" if kind == "mlp_downsample" else "rows"
         self.layers = _build(kind, vision_size, hidden_size, self.factor, self.order)
-
-    def side(self, patches: int) -> int:
-        """Return the tokens per side of an image that has `patches` patches per side."""
-        return -(-patches // self.factor)
 
     def forward(self, features: Tensor) -> Tensor:
         """Map (B, patches, vision_size) to (B, tokens, hidden_size)."""
@@ -117,13 +113,7 @@ def _build(kind: str, vision: int, hidden: int, factor: int, order: Order) -> nn
 
 
 def load_projector(projector: VilaProjector, folder: Path) -> None:
-    """Load weights from `model.safetensors` or `pytorch_model.bin` in `folder`.
-
-    Raises
-    ------
-    CheckpointError
-        If there is no weight file, or its names or shapes do not fit the projector type.
-    """
+    """Load weights from `model.safetensors` or `pytorch_model.bin` in `folder`."""
     safe, old = folder / "model.safetensors", folder / "pytorch_model.bin"
     if safe.exists():
         from safetensors.torch import load_file

@@ -47,11 +47,6 @@ def load_tokenizer(folder: str | Path, add_media_tokens: bool = False) -> Any:
         Whether `<image>` and `<vila/video>` are added if they are missing. Checkpoints older than
         NVILA lack them. The new ids lie past the end of the embedding table, which is safe because
         the model replaces them before any look-up.
-
-    Raises
-    ------
-    CheckpointError
-        If there is no readable tokenizer, or it has no media tokens and may not add them.
     """
     from transformers import AutoTokenizer
 
@@ -97,11 +92,6 @@ def chat_template(tokenizer: Any, name: str | None, folder: Path | None = None) 
 
     `name` is a key of ``TEMPLATES``, the stem of a `.jinja` file in `folder`, or a template itself.
     Without a name the format of the tokenizer is returned, which may be None.
-
-    Raises
-    ------
-    CheckpointError
-        If `name` is unknown.
     """
     if name is None:
         return tokenizer.chat_template
