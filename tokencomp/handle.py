@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+from torch import nn
+
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine.call.gate import changes
 from tokencomp.engine.call.hooks import Hooks
@@ -31,19 +33,21 @@ ATTRIBUTE = "_tokencomp_handle"
 FIXED = {"strict", "positions", "extend_context", "verify"}
 
 
-def resolve_in(reducer: str | Reducer, adapter: Adapter) -> str | Reducer:
-    """`resolve_auto` for one model."""
-    try:
-        attention_of(adapter.layers[0])
-    except UnsupportedModelError:
-        return resolve_auto(reducer, scored=False)
-    return resolve_auto(reducer)
+def handle_of(model: nn.Module) -> Handle | None:
+    """The patch of a model (without wrappers), if it has one."""
+    handle: Handle | None = model.__dict__.get(ATTRIBUTE)
+    return handle
 
 
 def make_plan(spec: MethodSpec, adapter: Adapter, compact: bool = False) -> Plan:
     """The stages of a spec in one decoder, with reducers that have loaded their weights."""
     if spec.reducer == "auto" and spec.plan is None:
-        spec = replace(spec, reducer=resolve_in("auto", adapter), rest=spec.rest_in_force)
+        try:
+            attention_of(adapter.layers[0])
+            reducer = resolve_auto("auto")
+        except UnsupportedModelError:
+            reducer = resolve_auto("auto", scored=False)
+        spec = replace(spec, reducer=reducer, rest=spec.rest_in_force)
     num_layers = len(adapter.layers)
     plan = spec.stages(num_layers, adapter.first_layer_stage)
     plan.check(num_layers, adapter.first_layer_stage)
@@ -166,11 +170,14 @@ class Handle:
                 f"set({fixed[0]}=...) cannot be changed in place: it belongs to the patch. Call "
                 f"tokencomp.patch(model, ..., {fixed[0]}={options[fixed[0]]!r}) again."
             )
-        stages = None if plan is None else as_plan(plan)
-        tower = tower_ratio, tower_reducer
+        given: dict[str, Any] = {
+            "ratio": ratio, "budget": budget, "decay": decay, "reducer": reducer, "rest": rest,
+            "tower_ratio": tower_ratio, "tower_reducer": tower_reducer,
+            "plan": None if plan is None else as_plan(plan),
+        }  # fmt: skip
         with self._changes:
             self._check_active()
-            spec = self._spec.changed(ratio, reducer, stages, options, *tower, budget, rest, decay)
+            spec = self._spec.changed(options, **given)
             new_plan = make_plan(spec, self._hooks.adapter, self.compact)
             self._spec = spec
             try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -107,35 +107,33 @@ class MethodSpec:
         if self.tower_ratio != "auto":
             value = check_ratio(self.tower_ratio, "tower_ratio")
             object.__setattr__(self, "tower_ratio", value)
-        conflicts = [] if self.reducer == "auto" else [f"reducer={self.reducer!r}"]
-        conflicts += [f"tower_ratio={self.tower_ratio!r}"] if self.tower_ratio else []
-        conflicts += (
-            [] if self.tower_reducer == "auto" else [f"tower_reducer={self.tower_reducer!r}"]
-        )
-        conflicts += [f"rest={self.rest!r}"] if self.rest not in (None, "drop") else []
-        conflicts += [f"{name}={value!r}" for name, value in self.options.items()]
-        if self.plan is not None and conflicts:
-            raise OptionError(
-                f"plan=... together with {', '.join(conflicts)}: a plan names its reducers, with "
-                "their options, in its stages. Leave out the plan, or everything else."
-            )
         if self.plan is not None:
-            tower = () if self.plan.tower is None else (self.plan.tower.reducer,)
-            for one in (*(stage.reducer for stage in self.plan.stages), *tower):
-                check_members(one)
+            self._check_plan(self.plan)
         reducer = self.built_reducer if self.plan is None and self.names_reducer else None
         check_rest(self.rest_in_force, reducer)
         if self.plan is None:
             self._check_tower()
 
-    def _check_ratios(self) -> None:
-        """Check the ratios by kind of media.
+    def _check_plan(self, plan: Plan) -> None:
+        """Refuse what stands beside a plan, and reducers of its stages that cannot be combined."""
+        usual: dict[str, tuple[Any, ...]] = {
+            "reducer": ("auto",), "tower_ratio": (0.0,), "tower_reducer": ("auto",),
+            "rest": (None, "drop"),
+        }  # fmt: skip
+        beside = {name: getattr(self, name) for name in usual}
+        beside = {name: v for name, v in beside.items() if v not in usual[name]} | self.options
+        if beside:
+            words = ", ".join(f"{name}={value!r}" for name, value in beside.items())
+            raise OptionError(
+                f"plan=... together with {words}: a plan names its reducers, with their options, "
+                "in its stages. Leave out the plan, or everything else."
+            )
+        tower = () if plan.tower is None else (plan.tower.reducer,)
+        for one in (*(stage.reducer for stage in plan.stages), *tower):
+            check_members(one)
 
-        Raises
-        ------
-        RatioError, OptionError
-            A kind that does not exist, or a ratio outside [0, 1); a plan or a tower ratio beside.
-        """
+    def _check_ratios(self) -> None:
+        """Check the ratios by kind of media."""
         for kind in self.ratios:
             if kind not in MEDIA:
                 raise RatioError(
@@ -150,13 +148,7 @@ class MethodSpec:
             )
 
     def _check_amount(self) -> None:
-        """Check a budget and a decay, and what stands beside them or beside ratios by item.
-
-        Raises
-        ------
-        RatioError, OptionError
-            A decay outside (0, 1]; two ways to say how much stays; a plan or a tower ratio beside.
-        """
+        """Check a budget and a decay, and what stands beside them or beside ratios by item."""
         if self.budget is not None and (self.ratio or self.ratios or self.item_ratios):
             check_one_amount(self.item_ratios or self.ratios or self.ratio, self.budget)
         object.__setattr__(self, "decay", check_decay(self.decay))
@@ -305,46 +297,31 @@ class MethodSpec:
             self._plans[key] = plan if rest == "drop" else plan.with_rest(rest)
         return self._plans[key]
 
-    def changed(
-        self,
-        ratio: float | Mapping[str, float] | Sequence[float] | None,
-        reducer: str | Reducer | None,
-        plan: Plan | None,
-        options: dict[str, Any],
-        tower_ratio: float | Literal["auto"] | None = None,
-        tower_reducer: str | Reducer | None = None,
-        budget: int | Mapping[str, int] | None = None,
-        rest: Rest | None = None,
-        decay: float | None = None,
-    ) -> MethodSpec:
+    def changed(self, options: dict[str, Any], **arguments: Any) -> MethodSpec:
         """The spec after `Handle.set` with these arguments; None and {} change nothing.
 
         A decay goes with a ratio that is one number: whatever else replaces that replaces both.
         """
-        keep: dict[str, Any] = {} if rest is None else {"rest": rest}
-        keep |= {} if decay is None else {"decay": decay}
-        tower: dict[str, Any] = {"tower_ratio": tower_ratio, "tower_reducer": tower_reducer}
-        changed = {name: value for name, value in tower.items() if value is not None}
-        keep["carried"] = frozenset(tower) - set(changed)
+        given = {name: value for name, value in arguments.items() if value is not None}
+        ratio, budget, plan = (given.pop(name, None) for name in ("ratio", "budget", "plan"))
         asked = check_one_amount(ratio, budget, plan)
-        if plan is not None:
-            return MethodSpec(reducer or "auto", self.ratio, options, plan, **keep, **changed)
-        one = budget is None and not isinstance(ratio, Mapping | list | tuple)
-        asked = {"ratio": 0.0, "budget": None, **(asked or self._amount_asked)}
-        asked["decay"] = self.decay if one else 1.0
-        keep = {"rest": self.rest, **keep}
-        keep |= {"tower_ratio": self.tower_ratio, "tower_reducer": self.tower_reducer, **changed}
-        if reducer is not None:
-            return MethodSpec(reducer, options=options, **{**asked, **keep})
-        given = ratio is not None or budget is not None or decay is not None
-        if self.plan is not None and (given or options or changed or rest is not None):
+        planned = plan is None and self.plan is not None and "reducer" not in given
+        if planned and (asked or options or given):
             raise OptionError(
                 "the current stages come from plan=..., so there is no reducer that could plan for "
                 "another ratio or option. Give set(reducer=...) too, or a new plan."
             )
-        options = {**self.options, **options}
-        keep |= {"ratios": {}, "item_ratios": (), "options": options}
-        return dataclasses.replace(self, **{**asked, **keep})
+        tower = {"tower_ratio": self.tower_ratio, "tower_reducer": self.tower_reducer}
+        given["carried"] = frozenset(tower.keys() - given.keys())
+        if plan is not None:
+            return MethodSpec(ratio=self.ratio, options=options, plan=plan, **given)
+        one = budget is None and not isinstance(ratio, Mapping | list | tuple)
+        amount = {"ratio": 0.0, "budget": None, "decay": self.decay if one else 1.0}
+        given = {**amount, **(asked or self._amount_asked), "rest": self.rest, **tower, **given}
+        if "reducer" in given:
+            return MethodSpec(options=options, **given)
+        given |= {"ratios": {}, "item_ratios": (), "options": {**self.options, **options}}
+        return dataclasses.replace(self, **given)
 
     def describe(self) -> dict[str, Any]:
         """Plain form with every option of the reducer; the same for all inactive specs."""
@@ -361,14 +338,6 @@ class MethodSpec:
 
     def __hash__(self) -> int:
         options = json.dumps(self.options, sort_keys=True, default=str)
-        tower, ratios = (self.tower_ratio, self.tower_reducer), tuple(sorted(self.ratios.items()))
-        own = (
-            self.reducer,
-            self.ratio,
-            ratios,
-            options,
-            self.plan,
-            self.amount,
-            self.rest_in_force,
-        )
-        return hash((*own, *tower))
+        asked = self.ratio, tuple(sorted(self.ratios.items())), self.amount, self.rest_in_force
+        tower = self.tower_ratio, self.tower_reducer
+        return hash((self.reducer, options, self.plan, *asked, *tower))

@@ -22,7 +22,7 @@ from tokencomp.engine.context.visual_window import (
     restore_visual_context,
 )
 from tokencomp.errors import AlreadyCompressedError, OptionError, PlanError
-from tokencomp.handle import ATTRIBUTE, Handle, make_plan
+from tokencomp.handle import Handle, handle_of, make_plan
 from tokencomp.method import MethodSpec
 from tokencomp.plan.amounts import check_one_amount
 from tokencomp.plan.stages import Rest
@@ -211,7 +211,7 @@ def apply(
             )
         compact = positions == "compact"
         hooks = Hooks(adapter, make_plan(spec, adapter, compact), strict, compact)
-        earlier, context = adapter.model.__dict__.get(ATTRIBUTE), None
+        earlier, context = handle_of(adapter.model), None
         if earlier is not None:
             earlier.suspend()  # before its window is replaced, so that it can restore that window
         try:
@@ -226,12 +226,7 @@ def apply(
 
 
 def _check_free(adapter: Adapter) -> None:
-    """Refuse a model that somebody else has changed; its own patch may be in force.
-
-    Raises
-    ------
-    AlreadyCompressedError
-    """
+    """Refuse a model that somebody else has changed; its own patch may be in force."""
     refuse_foreign(adapter.model)
     for hook in adapter.decoder._forward_pre_hooks.values():
         owner = getattr(hook, "__self__", None)
@@ -244,17 +239,7 @@ def _check_free(adapter: Adapter) -> None:
 
 
 def check(model: nn.Module, spec: MethodSpec) -> None:
-    """Raise what `apply(model, spec)` would raise, without touching the model.
-
-    Raises
-    ------
-    PlanError, OptionError
-        Stages or signals that the decoder or the vision tower of the model does not have.
-    WeightsError
-        The reducer is trained, and its weights are missing or belong to another model.
-    UnsupportedModelError, AlreadyCompressedError
-        No adapter serves the model, or another method has changed it.
-    """
+    """Raise what `apply(model, spec)` would raise, without touching the model."""
     adapter = adapter_for(model)
     _check_free(adapter)
     make_plan(spec, adapter)
@@ -275,7 +260,7 @@ def unpatch(model: nn.Module) -> None:
     if not isinstance(base, nn.Module):
         raise OptionError(f"unpatch({model!r}): expected a model, or the handle of its patch.")
     with changes(base):
-        handle = base.__dict__.get(ATTRIBUTE)
+        handle = handle_of(base)
         if handle is not None:
             handle.remove()
         restore_visual_context(base)
@@ -286,7 +271,7 @@ def unpatched(model: nn.Module) -> Iterator[None]:
     """Suspend the patch of `model`, if it has one, inside the block."""
     base = unwrap(model)
     with changes(base):
-        handle = base.__dict__.get(ATTRIBUTE)
+        handle = handle_of(base)
         if handle is not None:
             handle.suspend()
     if handle is None:

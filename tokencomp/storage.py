@@ -57,13 +57,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises
-    ------
-    OptionError
-        The file cannot be read, or holds something else.
-    """
+    """Read a JSON object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
@@ -94,11 +88,6 @@ def check_identity(
         equal, as JSON writes them.
     fix
         What the user can do. The default suggests another output folder.
-
-    Raises
-    ------
-    OptionError
-        The message names every key that differs, with both values.
     """
     old, new = plain(stored), plain(identity)
     changed = [k for k in {**new, **old} if old.get(k) != new.get(k)]

@@ -151,10 +151,10 @@ def test_a_mark_forgets_what_came_after(name: str) -> None:
     conversation = Conversation(model, None, "oldest")
     for row in parts[:3]:
         conversation.add(part(family, row))
-    mark = conversation.mark()
+    rewind = conversation.mark()
     for row in parts[3:]:
         first = conversation.add(part(family, row))
-    mark.rewind()
+    rewind()
     for row in parts[3:]:
         second = conversation.add(part(family, row))
     assert torch.equal(first, second)

@@ -5,7 +5,7 @@ Everything here is tensors; `tokencomp.session.session` has the processor and th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +18,9 @@ from tokencomp.engine.cache.evict import check_eviction, evict, held_columns
 from tokencomp.engine.cache.mark import Mark
 from tokencomp.engine.cache.rows import first_layer, physical_length
 from tokencomp.errors import OptionError, SessionError
+from tokencomp.handle import handle_of
 from tokencomp.session.held import POLICIES, TEXT, Held, PatchPlaces
-from tokencomp.session.patched import check_patch, handle_of, rows_of
+from tokencomp.session.patched import check_patch, rows_of
 from tokencomp.session.positions import Positions
 from tokencomp.session.watch import Watch
 from tokencomp.tokens.spans import VisualSpan
@@ -39,13 +40,6 @@ class Conversation:
         Rows that stay in the widest layer between calls; None: all.
     policy
         Which rows of media go first, see `tokencomp.session.held`.
-
-    Raises
-    ------
-    OptionError
-        Another policy, or a budget that is no whole number above 0.
-    UnsupportedModelError
-        A budget for a decoder from whose cache no row can leave, or unknown positions.
     """
 
     def __init__(self, model: nn.Module, budget: int | None, policy: str) -> None:
@@ -79,9 +73,17 @@ class Conversation:
         """Rows that never go."""
         return 0 if self._held is None else self._held.texts
 
-    def mark(self) -> _Place:
-        """Where the conversation is; `rewind` on it forgets what came after."""
-        return _Place(self)
+    def mark(self) -> Callable[[], None]:
+        """What forgets all that comes from now on; rows may be added by then, but none evicted."""
+        mark, values = Mark(self.cache), (self.tokens, self.items, self._held)
+        following = self.positions.following
+
+        def rewind() -> None:
+            mark.rewind()
+            self.tokens, self.items, self._held = values
+            self.positions.following = following
+
+        return rewind
 
     # -- parts ----------------------------------------------------------------------------------
 
@@ -97,24 +99,17 @@ class Conversation:
         -------
         Tensor, shape (1, vocabulary)
             Logits behind the last token.
-
-        Raises
-        ------
-        SessionError
-            More than one conversation; or more rows than the budget can hold.
-        OptionError
-            The patch chooses tokens by a question, or renumbers them.
         """
-        place = self.mark()
+        rewind = self.mark()
         try:
             return self.run(inputs)
         except BaseException:
-            place.rewind()
+            rewind()
             raise
 
     @torch.no_grad()
     def run(self, inputs: Mapping[str, Tensor], kept: bool = True) -> Tensor:
-        """`add` for callers that hold a mark: after an error, they must rewind.
+        """`add` for callers that have called `mark`: after an error, they must rewind.
 
         Parameters
         ----------
@@ -131,7 +126,7 @@ class Conversation:
         device = self.adapter.decoder.embed_tokens.weight.device
         inputs = {k: v.to(device) for k, v in inputs.items() if isinstance(v, Tensor)}
         kinds = self.adapter.kinds(inputs) if self.adapter.feature_kinds(inputs) else None
-        check_patch(handle_of(self.adapter), kinds)
+        check_patch(handle_of(self.adapter.model), kinds)
         if kinds is None and kept:
             self.check_text(ids.shape[1])
         positions, following = self.positions.of(inputs, kinds)
@@ -209,24 +204,9 @@ class Conversation:
         n
             Its columns.
         """
-        rows = rows_of(handle_of(self.adapter), spans, n, len(self.adapter.layers))
+        handle = handle_of(self.adapter.model)
+        rows = rows_of(handle, spans, n, len(self.adapter.layers))
         self._check_room(rows, n, kept_text=False)
-
-
-class _Place:
-    """A point of a conversation. Rows may have been added since, but none evicted."""
-
-    def __init__(self, conversation: Conversation) -> None:
-        self._conversation, self._mark = conversation, Mark(conversation.cache)
-        names = ("tokens", "items", "_held")
-        self._values = {name: getattr(conversation, name) for name in names}
-        self._following = conversation.positions.following
-
-    def rewind(self) -> None:
-        """Forget what came after."""
-        self._mark.rewind()
-        vars(self._conversation).update(self._values)
-        self._conversation.positions.following = self._following
 
 
 def join(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

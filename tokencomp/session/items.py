@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 
 from tokencomp.errors import FrameChoiceWarning, FrameOrderError, MediaError, OptionError
-from tokencomp.inputs.frame_times import frame_times, frames_of_a_step, whole_steps
-from tokencomp.inputs.images import to_rgb
+from tokencomp.inputs.frame_times import frames_of_a_step
+from tokencomp.inputs.images import as_image
+from tokencomp.inputs.prompts import chat_inputs
 from tokencomp.inputs.video import Sampling, Video
 from tokencomp.validation import fits
 
@@ -45,13 +45,6 @@ class FrameClock:
             One time per frame, or the distance between frames; None: those of a `Video`.
         needed
             Whether the processor writes times.
-
-        Raises
-        ------
-        OptionError
-            Times are needed and not given, or of another number or type.
-        FrameOrderError
-            They do not ascend, or begin before the last frame.
         """
         if seconds is None:
             times = self._own(frames)
@@ -126,27 +119,9 @@ def _listed(seconds: Any, count: int) -> list[float]:
     return times
 
 
-def as_image(image: Any) -> Image.Image:
-    """One RGB image."""
-    if isinstance(image, np.ndarray) and image.ndim == 3 and image.dtype == np.uint8:
-        image = Image.fromarray(image)
-    if not isinstance(image, Image.Image):
-        raise MediaError(
-            f"append: {_described(image)}; allowed: a PIL image, a uint8 array (height, width, 3), "
-            "or a list of such frames. Files: tokencomp.inputs.media.load_media(path)."
-        )
-    return to_rgb(image)
-
-
 def as_frames(frames: Any) -> np.ndarray[Any, Any]:
-    """Frames as uint8 (n, height, width, 3).
-
-    Raises
-    ------
-    MediaError
-        No frames, or frames of several sizes.
-    """
-    images = [as_image(frame) for frame in frames]
+    """Frames as uint8 (n, height, width, 3)."""
+    images = [as_image(frame, "append") for frame in frames]
     sizes = sorted({image.size for image in images})
     if len(sizes) != 1:
         raise MediaError(
@@ -154,12 +129,6 @@ def as_frames(frames: Any) -> np.ndarray[Any, Any]:
             "size. Resize them, or append images one by one."
         )
     return np.stack([np.asarray(image) for image in images])
-
-
-def _described(value: Any) -> str:
-    if isinstance(value, np.ndarray):
-        return f"an array {value.shape} of {value.dtype}"
-    return f"{type(value).__name__} {value!r:.60}"
 
 
 def warn_of_repeated(processor: Any, frames: Sequence[Any], inputs: dict[str, Tensor]) -> None:
@@ -181,20 +150,13 @@ def warn_of_repeated(processor: Any, frames: Sequence[Any], inputs: dict[str, Te
 def item_inputs(
     processor: Any, text: str, kind: str, medium: Any, sampling: Sampling | None
 ) -> dict[str, Tensor]:
-    """Arguments of the model for one item and the text around it, by name.
-
-    Raises
-    ------
-    MediaError
-        The processor refuses it.
-    """
-    media: dict[str, Any] = {"images": [medium]}
-    if kind == "video":
-        medium = whole_steps(processor, medium)
-        media = {"videos": [medium], "do_sample_frames": False}
-        media.update(frame_times(processor, [sampling] if sampling is not None else []))
+    """Arguments of the model for one item and the text around it, by name."""
+    images, videos = ([], [medium]) if kind == "video" else ([medium], [])
+    samplings = [] if sampling is None else [sampling]
     try:
-        inputs = processor(text=[text], return_tensors="pt", add_special_tokens=False, **media)
+        inputs = chat_inputs(
+            processor, [[]], images, videos, samplings, [text], add_special_tokens=False
+        )
     except ValueError as error:
         size = getattr(medium, "shape", None) or medium.size
         raise MediaError(f"the model's processor refuses this {kind} of {size}: {error}") from error

@@ -6,19 +6,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.call import KINDS
 from tokencomp.errors import OptionError
-from tokencomp.handle import ATTRIBUTE, Handle
+from tokencomp.handle import Handle
 from tokencomp.plan.amounts import places
 from tokencomp.tokens.signals import Attention
 from tokencomp.tokens.spans import VisualSpan
-
-
-def handle_of(adapter: Adapter) -> Handle | None:
-    """The patch of a model, if it has one."""
-    handle: Handle | None = adapter.model.__dict__.get(ATTRIBUTE)
-    return handle
 
 
 def check_patch(handle: Handle | None, kinds: Tensor | None) -> None:
@@ -28,11 +21,6 @@ def check_patch(handle: Handle | None, kinds: Tensor | None) -> None:
     ----------
     kinds : Tensor of int8, or None
         Of the part that comes next, see `Adapter.kinds`; None for text.
-
-    Raises
-    ------
-    OptionError
-        It renumbers positions, or chooses tokens by the text or the media behind them.
     """
     if handle is None or not handle.compresses:
         return

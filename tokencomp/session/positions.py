@@ -27,11 +27,6 @@ class Positions:
     ----------
     following
         The position of the next token.
-
-    Raises
-    ------
-    UnsupportedModelError
-        The model takes several rows of positions, and nothing tells how it computes them.
     """
 
     def __init__(self, adapter: Adapter) -> None:

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.errors import OptionError, SessionError
+from tokencomp.handle import handle_of
 from tokencomp.inputs.frame_times import reads_times
+from tokencomp.inputs.images import as_image
 from tokencomp.inputs.questions import media_kind
 from tokencomp.session.conversation import Conversation, join
 from tokencomp.session.items import (
     FrameClock,
     as_frames,
-    as_image,
     item_inputs,
     warn_of_repeated,
 )
-from tokencomp.session.patched import handle_of
 from tokencomp.session.turns import Turns
 from tokencomp.validation import fits
 
@@ -154,7 +154,7 @@ class Session:
                 f"append(image, seconds={seconds!r}): times belong to frames. Leave seconds out, "
                 "or give the image as a list of one frame."
             )
-        medium: Any = as_frames(media) if kind == "video" else as_image(media)
+        medium: Any = as_frames(media) if kind == "video" else as_image(media, "append")
         if kind == "video":
             times = self._clock.times(media, seconds, reads_times(self._processor))
         piece = self._pieces.setdefault(kind, self._turns.media(kind))
@@ -204,17 +204,17 @@ class Session:
         ids = self._turns.words(_checked(question, "ask")) + self._turns.answer
         if keep:
             self._conversation.check_text(len(self._waiting) + len(ids) + max_new_tokens)
-        start = self._conversation.mark()
+        rewind = self._conversation.mark()
         try:
             answer = self._answer(self._waiting + ids, max_new_tokens, keep)
         except BaseException:
-            start.rewind()
+            rewind()
             raise
         if keep:
             self._waiting = self._turns.reopen
             self._conversation.shrink()
         else:
-            start.rewind()
+            rewind()
         text: str = self._turns.tokenizer.decode(answer, skip_special_tokens=True)
         return text.strip()
 
@@ -256,7 +256,7 @@ class Session:
         """Refuse another session of a patched model."""
         top = self._conversation.adapter.top
         others = [s for s in _OPEN if s is not self and s._conversation.adapter.top is top]
-        if others and handle_of(self._conversation.adapter) is not None:
+        if others and handle_of(self._conversation.adapter.model) is not None:
             raise SessionError(
                 f"{type(top).__name__} is patched, and {len(others)} other session of it is open: "
                 f"{others[0]!r}. A patch counts, and is set for, one conversation (handle.stats, "

@@ -30,11 +30,6 @@ class Turns:
         Ids that end a user turn and begin an answer.
     reopen : list of int
         Ids that end an answer and begin a user turn.
-
-    Raises
-    ------
-    OptionError
-        No chat template, or one whose turns are not made of such pieces.
     """
 
     def __init__(self, processor: Any) -> None:
@@ -65,15 +60,7 @@ class Turns:
         return self.ids(self._before + text + self._after)
 
     def media(self, kind: str) -> str:
-        """What stands in a prompt for one "image" or "video".
-
-        Raises
-        ------
-        UnsupportedModelError
-            The template has nothing for this kind.
-        OptionError
-            It is written in another way when it is the second one.
-        """
+        """What stands in a prompt for one "image" or "video"."""
         piece = self._between(self._render({"type": kind}), kind)
         if not piece:
             raise UnsupportedModelError(

@@ -64,13 +64,7 @@ class Watch:
             self._adapter.uninstall()
 
     def _look(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """Read the spans of the call.
-
-        Raises
-        ------
-        UnsupportedModelError
-            Tokens of images see each other, or the decoder puts features in place itself.
-        """
+        """Read the spans of the call."""
         name, embeds = type(self._adapter.body).__name__, kwargs.get("inputs_embeds")
         if kwargs.get("attention_mask") is not None:  # this call has none
             raise UnsupportedModelError(
