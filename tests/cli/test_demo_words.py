@@ -14,9 +14,9 @@ import tokencomp
 from tokencomp import zoo
 from tokencomp.evaluation.settings import Setting
 from tokencomp.inputs.prompts import build_inputs
-from tokencomp.pages.demo_data import Demo, Row
+from tokencomp.pages.demo import Demo, Row
 from tokencomp.pages.measured import prefill_speed
-from tokencomp.pages.pictures import animation_uri, layer_survival, picture, survival, tiles
+from tokencomp.pages.pictures import animation_uri, strip, survival, tiles
 from tokencomp.profiling.timing import Split
 from tokencomp.shapesqa.items import item
 
@@ -66,7 +66,7 @@ def test_animation_shows_the_pictures_of_the_sheet_in_order(count):
             gif.seek(k)
             error = np.asarray(gif.convert("RGB")).astype(int) - np.asarray(tile)
             assert np.abs(error).mean() < 4
-    sheet = picture(media, shares, 56)
+    sheet = strip(tiles(media, shares, 56))
     assert np.array_equal(np.asarray(sheet)[:56, :56], np.asarray(shown[0]))
 
 
@@ -79,7 +79,7 @@ def test_pictures_leave_out_the_times_between_frames():
     (share,) = survival(handle.stats)
     assert share.shape == (4, 8, 8) == handle.stats.spans[0][0].grid
     assert {*share.ravel()} == {0.0, 1.0} and share.sum() == handle.stats.tokens_after[0][0]
-    assert (layer_survival(handle.stats, 0)[0] == share).all()
+    assert (survival(handle.stats, 0)[0] == share).all()
 
 
 def test_frames_that_share_a_position_have_the_same_patches():

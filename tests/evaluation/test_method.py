@@ -12,6 +12,7 @@ from tokencomp.cli._methods import checked
 from tokencomp.errors import OptionError, UnknownNameError, WeightsError
 from tokencomp.evaluation import Setting, grid, sweep
 from tokencomp.evaluation.patches import PatchedModels
+from tokencomp.handle import handle_of
 from tokencomp.method import DEFAULT_REDUCER, DEFAULT_SERVED_REDUCER, MethodSpec, resolve_auto
 from tokencomp.plan import counts as keep_counts
 from tokencomp.reducers import base
@@ -90,7 +91,7 @@ def test_check_says_what_patch_would_and_leaves_the_model_alone(loaded: Any) -> 
     late = tokencomp.plan_from_json([{"layer": 99, "fraction": 0.5, "reducer": "merge"}])
     with pytest.raises(tokencomp.TokenCompError, match="decoder has 6 layers"):
         patching.check(model, MethodSpec(plan=late))
-    assert hooks(model) == clean and patching.ATTRIBUTE not in model.__dict__
+    assert hooks(model) == clean and handle_of(model) is None
 
 
 def test_auto_depends_on_the_engine_alone() -> None:

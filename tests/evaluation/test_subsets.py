@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tokencomp
-from tokencomp.evaluation import Setting, patches, runner, sweep
+from tokencomp.evaluation import Setting, batches, patches, sweep
 from tokencomp.evaluation.patches import Subsets, per_question
 from tokencomp.reducers.random import Random
 from tokencomp.tokens.spans import VisualTokens
@@ -60,7 +60,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, ...]]:
                     kept = [tuple(handle.stats.kept(b)[0][0]) for b in range(len(names))]
                     places.update(zip(names, kept, strict=True))
 
-    monkeypatch.setattr(runner, "PatchedModels", Spying)
+    monkeypatch.setattr(batches, "PatchedModels", Spying)
     return places
 
 

@@ -14,7 +14,7 @@ from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import FULL, Setting
 from tokencomp.inputs.questions import Example
-from tokencomp.pages.demo_data import AnsweredQuestion, Demo, Row
+from tokencomp.pages.demo import AnsweredQuestion, Demo, Row
 
 TIMED_ROWS = 8
 Say = Callable[[str], None]

@@ -15,7 +15,7 @@ from tokencomp.inputs.media import load_media
 from tokencomp.inputs.packaged import zoo_folder
 from tokencomp.inputs.scorer import with_scorer
 from tokencomp.pages.html import compact
-from tokencomp.pages.pictures import plain
+from tokencomp.pages.pictures import plain_tiles, strip
 from tokencomp.profiling.timing import Split
 from tokencomp.reducers.registry import available_reducers
 
@@ -53,7 +53,7 @@ class Playground:
         full, own = answer_prompt(self.model, self.processor, media, question, settings)
         maker = PromptMaker(self.model, self.processor, [media], [question])
         times = time_prefill(maker, settings, TIMING_SECONDS)
-        pictures = [(plain(m), "all patches") for m in media]
+        pictures = [(strip(plain_tiles(m)), "all patches") for m in media]
         pictures += [(picture, "on average over the layers") for picture in own.pictures]
         for layer, sheets in own.layers if len(own.layers) > 1 else ():
             pictures += [(sheet, f"from layer {layer} on") for sheet in sheets]

@@ -11,13 +11,10 @@ from tokencomp.evaluation.setting_inputs import SettingInputs
 from tokencomp.evaluation.settings import Setting
 from tokencomp.inputs.prompts import generate, prompt_lengths, to_model
 from tokencomp.inputs.questions import media_kind
-from tokencomp.pages.demo_data import Answer
+from tokencomp.pages.demo import Answer
 from tokencomp.pages.pictures import (
     as_taken,
     group_spans,
-    layer_survival,
-    picture,
-    plain,
     plain_tiles,
     strip,
     survival,
@@ -79,15 +76,16 @@ def _pictures(
 ) -> tuple[list[Any], list[tuple[int, list[Any]]], list[list[Any]]]:
     """The fields `pictures`, `layers` and `clips` of an answer."""
     if not stats or not media:
-        return [plain(m) for m in shrunk], [], [plain_tiles(m) for m in shrunk if _is_video(m)]
+        drawn = [(m, plain_tiles(m)) for m in shrunk]
+        return [strip(t) for _, t in drawn], [], [t for m, t in drawn if _is_video(m)]
     media = as_taken(media, stats.spans[0])
     groups = zip(media, group_spans(stats.spans[0], media), strict=True)
     spans = [(m, group) for m, group in groups if group]
 
     def sheets(shares: list[Any]) -> list[Any]:
-        return [picture(m, [shares[j] for j in group]) for m, group in spans]
+        return [strip(tiles(m, [shares[j] for j in group])) for m, group in spans]
 
-    stages = [(layer, sheets(layer_survival(stats, layer))) for layer in stats.stage_layers]
+    stages = [(layer, sheets(survival(stats, layer))) for layer in stats.stage_layers]
     shares = survival(stats)
     drawn = [(m, tiles(m, [shares[j] for j in group])) for m, group in spans]
     return [strip(t) for _, t in drawn], stages, [t for m, t in drawn if _is_video(m)]

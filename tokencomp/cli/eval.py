@@ -67,7 +67,7 @@ def command(
     from rich.console import Console
 
     from tokencomp.cli._eval import questions_in, run_questions, run_tasks, tasks_in
-    from tokencomp.evaluation.native import has_budget
+    from tokencomp.evaluation.setting_inputs import has_budget
 
     console = Console(quiet=int(os.environ.get("RANK", 0)) > 0)  # one process speaks for all
     questions = questions_in(data, limit)

@@ -60,7 +60,7 @@ def command(
 
 def in_words(answer: Any, full: Any) -> str:
     """What one setting kept, what that costs, and whether the answer stayed the same."""
-    from tokencomp.pages.demo_data import saved
+    from tokencomp.pages.demo import saved
 
     same = answer.text.strip() == full.text.strip()
     told = "stays the same" if same else "differs from that of the full model"
@@ -73,7 +73,7 @@ def _write(
     from tokencomp.cli._demo import model_facts
     from tokencomp.evaluation.environment import public_name
     from tokencomp.pages.html import render
-    from tokencomp.pages.pictures import animation_uri, data_uri, strip
+    from tokencomp.pages.pictures import strip
 
     if output.suffix.lower() in PICTURES:
         sheets = [p for a in answers for p in a.pictures]
@@ -82,18 +82,6 @@ def _write(
         output.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(output)
         return
-    rows = [
-        {
-            "name": a.setting.name,
-            "ratio": "" if a.setting.off else a.setting.shown_ratio,
-            "text": a.text,
-            "cost": a.cost,
-            "uris": [data_uri(p) for p in a.pictures],
-            "moving": [animation_uri(tiles) for tiles in a.clips if len(tiles) > 1],
-            "stages": [(layer, [data_uri(p) for p in sheets]) for layer, sheets in a.layers],
-        }
-        for a in answers
-    ]
     name = public_name(model)
     render(
         "inspect.html",
@@ -101,7 +89,7 @@ def _write(
         title=f"What {name} sees",
         question=question,
         label=label,
-        rows=rows,
+        answers=answers,
         sentences=[in_words(a, answers[0]) for a in answers[1:]],
         facts=model_facts(loaded),
     )

@@ -86,14 +86,14 @@ class EqualTokens:
             return self._nearest(media, frames, target)[-1] if is_video else _unchanged
         return smaller
 
-    def _smaller(self, media: Any, size: tuple[int, int], target: int) -> _Resize | None:
+    def _smaller(self, media: Any, size: tuple[int, int], target: int) -> Resize | None:
         """The size whose tokens come nearest to the target, and of such sizes the largest."""
         full, many = self.tokens(media), len(media) if isinstance(media, list) else 1
         # With fewer pixels than tokens, the processor would only enlarge the picture again.
         least = min(1.0, (full / (size[0] * size[1] * many)) ** 0.5)
-        fewest = self.tokens(_Resize(size, least)(media))
-        crossing = self._largest(media, _Resize(size, least), max(target, fewest)).scale
-        tried = [_Resize(size, s, a) for s in (least, crossing, crossing * 1.06) for a in STRETCH]
+        fewest = self.tokens(Resize(size, least)(media))
+        crossing = self._largest(media, Resize(size, least), max(target, fewest)).scale
+        tried = [Resize(size, s, a) for s in (least, crossing, crossing * 1.06) for a in STRETCH]
         best = self._nearest(media, tried, target)
         tokens = self.tokens(best[0](media))
         if tokens >= full:
@@ -113,7 +113,7 @@ class EqualTokens:
         best = min(map(distance, candidates))
         return [c for c in candidates if distance(c) == best]
 
-    def _largest(self, media: Any, small: _Resize, limit: int) -> _Resize:
+    def _largest(self, media: Any, small: Resize, limit: int) -> Resize:
         """`small` at the largest scale that gives at most `limit` tokens, by bisection."""
         low, high = small.scale, 1.0
         for _ in range(STEPS):
@@ -130,7 +130,7 @@ def _unchanged(media: Any) -> Any:
     return media
 
 
-class _Resize:
+class Resize:
     """A scale of the sides, and how much wider than high the picture becomes with it."""
 
     def __init__(self, original: tuple[int, int], scale: float, stretch: float = 1.0) -> None:
@@ -138,8 +138,8 @@ class _Resize:
         width, height = original[0] * scale * stretch, original[1] * scale / stretch
         self.size = (max(round(width), 1), max(round(height), 1))
 
-    def at(self, scale: float) -> _Resize:
-        return _Resize(self.original, scale, self.stretch)
+    def at(self, scale: float) -> Resize:
+        return Resize(self.original, scale, self.stretch)
 
     def __call__(self, media: Any) -> Any:
         if isinstance(media, list):

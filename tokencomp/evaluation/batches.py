@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tokencomp.errors import MediaError
-from tokencomp.evaluation.cost import Cost, prefill_costs, work_parts
+from tokencomp.evaluation.cost import Cost, prefill_costs
 from tokencomp.evaluation.patches import PatchedModels
 from tokencomp.evaluation.setting_inputs import SettingInputs
 from tokencomp.evaluation.settings import Setting
@@ -37,16 +37,9 @@ TOO_LARGE = "out of GPU memory with this item alone; give fewer frames or smalle
 
 @dataclass(frozen=True)
 class Batch:
-    """What one setting made of one batch.
+    """What one setting made of one batch: a record per question, and seconds of generation.
 
-    Attributes
-    ----------
-    records
-        One per question, in order.
-    seconds
-        Of generation.
-    stats
-        `handle.stats` of the prefill; None where the model itself was left alone.
+    `stats` are those of the handle after the prefill; None where the model was left alone.
     """
 
     records: list[dict[str, Any]]
@@ -56,21 +49,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class TimeParts:
-    """Seconds of one answer.
-
-    Attributes
-    ----------
-    preprocess
-        The processor: resizing, patches, token ids.
-    vision
-        Vision tower and projector: everything in the model before the decoder.
-    reduce
-        The reducer at every stage.
-    prefill
-        The decoder over the prompt, without `reduce`.
-    decode
-        One further token.
-    """
+    """Seconds of one answer: of the processor, of the parts of a `Split`, of one further token."""
 
     preprocess: float
     vision: float
@@ -86,26 +65,29 @@ class Answerer:
     ----------
     models
         Variants by name, see `sweep`; the first one measures what input baselines cost.
-    patches
-        Of `models`; inside their context the answers are those of the settings.
     how
         `frames`, `max_new_tokens` and `seed`.
     disable_adapters
         Whether the PEFT adapters of the variant "" are switched off.
     around
         Context in which the model answers, see `sweep`.
+
+    Attributes
+    ----------
+    patches
+        Of `models`; inside their context the answers are those of the settings.
     """
 
     def __init__(
         self,
         models: dict[str, Any],
         processor: Any,
-        patches: PatchedModels,
         how: dict[str, Any],
         disable_adapters: bool = False,
         around: Around | None = None,
     ) -> None:
-        self.models, self.processor, self.patches, self.how = models, processor, patches, how
+        self.models, self.processor, self.how = models, processor, how
+        self.patches = PatchedModels(models)
         self.disable_adapters, self.around = disable_adapters, around
         self.plain = next(iter(models.values()))
         self.setting_inputs = SettingInputs(self.plain, processor)
@@ -183,13 +165,17 @@ class Answerer:
         return {name: vars(parts) for name, parts in measured.items()}
 
     def work_parts(self, setting: Setting, row: Loaded) -> dict[str, int | None]:
-        """Where the work of one answer goes: `tokencomp.evaluation.cost.PARTS`."""
+        """Where the work of one answer goes: `tokencomp.evaluation.cost.PARTS`.
+
+        `decode` is one further token. A projector that the family does not name is None.
+        """
         model = self.models[setting.variant]
         inputs = to_model(self.inputs([row], setting), model)
         with self.patches.applied(setting, [row[0].id]) as handle:
             counted = vision_work(model, inputs)
             (cost,) = self._costs(setting, handle.stats if handle else None, inputs, [row])
-        return work_parts(counted, cost)
+        decoder = {"prefill": cost.flops, "decode": cost.decode_flops, "kv_bytes": cost.kv_bytes}
+        return {**vars(counted), **decoder}
 
     def prefill_stats(self, setting: Setting, row: Loaded) -> Stats:
         """`handle.stats` of the prefill of one question under a setting that patches the model."""

@@ -9,7 +9,6 @@ from tokencomp.adapters.registry import adapter_for
 from tokencomp.engine.count.flops import DecoderShape
 from tokencomp.engine.count.stats import Stats
 from tokencomp.inputs.prompts import prompt_lengths
-from tokencomp.profiling.work import VisionWork
 
 
 @dataclass(frozen=True)
@@ -48,20 +47,6 @@ class Cost:
 
 PARTS = ("tower", "projector", "reduce", "prefill", "decode", "kv_bytes")
 """Where the work of one answer goes: FLOPs, but for the bytes of keys and values."""
-
-
-def work_parts(counted: VisionWork, cost: Cost) -> dict[str, int | None]:
-    """The `PARTS` of one answer; `decode` is one further token.
-
-    Parameters
-    ----------
-    counted
-        Of its prefill. A projector that the family does not name is None.
-    cost
-        Of its prompt.
-    """
-    decoder = {"prefill": cost.flops, "decode": cost.decode_flops, "kv_bytes": cost.kv_bytes}
-    return {**vars(counted), **decoder}
 
 
 def _cost(

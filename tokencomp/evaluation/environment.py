@@ -13,7 +13,7 @@ from typing import Any
 
 PACKAGES = (
     *("torch", "torchvision", "transformers", "accelerate", "numpy"),
-    *("pillow", "av", "decord", "triton", "lmms_eval"),
+    *("pillow", "av", "triton", "lmms_eval"),
 )
 
 

@@ -45,26 +45,16 @@ def per_question(setting: Setting, names: Sequence[str]) -> Subsets | None:
     return Subsets(setting.options.get("seed", 0), tuple(names))
 
 
-@contextlib.contextmanager
-def patched(model: Any, setting: Setting) -> Iterator[Handle | None]:
-    """Patch the model inside the block; None for settings that leave the model alone."""
-    if not setting.active:
-        yield None
-        return
-    with apply(model, setting) as handle:
-        yield handle
+def patched(model: Any, setting: Setting) -> contextlib.AbstractContextManager[Handle | None]:
+    """Patch the model until the end of a block; None for settings that leave the model alone."""
+    return apply(model, setting) if setting.active else contextlib.nullcontext()
 
 
 class PatchedModels:
     """Handles of several settings, each built once, with at most one of them in force.
 
-    Use as a context manager: inside it the models have no other patch, and on leaving it they get
-    back the patch that they had.
-
-    Parameters
-    ----------
-    models
-        Variants of one model by name, see `sweep`.
+    Use as a context manager: inside it the models (variants of one by name, see `sweep`) have no
+    other patch, and on leaving it they get back the patch that they had.
     """
 
     def __init__(self, models: dict[str, Any]) -> None:
@@ -87,10 +77,7 @@ class PatchedModels:
     def applied(self, setting: Setting, names: Sequence[str]) -> Iterator[Handle | None]:
         """Patch the model inside the block; yields None where the setting does not patch it.
 
-        Parameters
-        ----------
-        names
-            Ids of the questions of the batch: `random` gives each of them a subset of its own.
+        `names` are the questions of the batch: `random` gives each of them a subset of its own.
         """
         if not setting.active:
             yield None

@@ -77,13 +77,7 @@ def rivals(run: EvalRun, runs: Sequence[EvalRun]) -> Rivals:
 
 
 def paired_tests(run: EvalRun, runs: Sequence[EvalRun]) -> dict[str, Any]:
-    """`retention` against the full model among `runs`, and a test `against_random`, if it is there.
-
-    Raises
-    ------
-    OptionError
-        Two runs have no answered item in common.
-    """
+    """`retention` against the full model among `runs`, and a test `against_random`, if it ran."""
     full = next(r for r in runs if r.identity["reducer"] == FULL)
     values: dict[str, Any] = {"retention": retention(*paired_scores(run, full))}
     random = _at(RANDOM, run.ratio, runs)

@@ -31,7 +31,6 @@ from tokencomp.evaluation.environment import (
     model_identity,
     process_rank,
 )
-from tokencomp.evaluation.patches import PatchedModels
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import FULL, Setting
 from tokencomp.evaluation.store import AnswerStore
@@ -58,10 +57,6 @@ def evaluate(
     setting = Setting(reducer, ratio, options or {})
     folders = None if out_dir is None else {setting: Path(out_dir)}
     return sweep(model, processor, items, [setting], folders, **how)[setting]
-
-
-_FULL = Setting()
-"""The full model, whose inputs most settings share."""
 
 
 def sweep(
@@ -136,81 +131,110 @@ def sweep(
     dict
         `EvalRun` per setting, records in the order of `items`.
     """
-    models = model if isinstance(model, dict) else {"": model}
-    how = {"frames": plain_frames(frames), "max_new_tokens": max_new_tokens, "seed": seed}
-    distinct, patches = list(dict.fromkeys(settings)), PatchedModels(models)
-    answerer = Answerer(models, processor, patches, how, isinstance(model, dict), around)
-    one = _Sweep(answerer, items, distinct, name, data)
-    one.frames = with_scorer(frames, answerer.plain, processor)
-    one.batch_size, one.shard, one.draw = batch_size, shard, draw
-    one.timed, one.counted = times, work
+    answerer = Answerer(
+        model if isinstance(model, dict) else {"": model},
+        processor,
+        {"frames": plain_frames(frames), "max_new_tokens": max_new_tokens, "seed": seed},
+        isinstance(model, dict),
+        around,
+    )
+    known = {e.id: e for e in items}
+    contents = functools.cache(lambda name: known[name].contents() if name in known else "")
+    shared = {**model_identity(answerer.plain, processor, name), **answerer.how}
+    shared |= {"data": data} if data else {}
+    asked: list[_Asked] = []
     try:
-        if out_dir is not None:
-            one.open_stores(out_dir)
-        return one.run(progress)
+        for setting in dict.fromkeys(settings):
+            identity, store = {**shared, **setting.identity}, None
+            if out_dir is not None:
+                own = out_dir.get(setting) if isinstance(out_dir, dict) else None
+                path = own or Path(str(out_dir)) / setting.label
+                store = AnswerStore(path, identity, process_rank()[0], contents)
+            asked.append(_Asked(setting, identity, store))
+        one = _Sweep(answerer, asked, items, with_scorer(frames, answerer.plain, processor))
+        one.batch_size, one.draw, one.timed, one.counted = batch_size, draw, times, work
+        one.run(progress, shard)
     except BaseException:
-        for store in reversed(one.stores.values()):
-            store.leave_nothing()
+        for ours in reversed(asked):
+            if ours.store is not None:
+                ours.store.leave_nothing()
         raise
+    return {ours.setting: ours.run for ours in asked}
+
+
+_FULL = Setting()
+"""The full model, whose inputs most settings share."""
+
+
+class _Asked:
+    """One setting of a sweep: its answers so far, and the folder that keeps them, if any."""
+
+    def __init__(
+        self, setting: Setting, identity: dict[str, Any], store: AnswerStore | None
+    ) -> None:
+        self.setting, self.identity, self.store = setting, identity, store
+        self.run = EvalRun(setting, path=None if store is None else store.path)
+        self.done = set() if store is None else store.done()
+        manifest = {} if store is None else store.manifest
+        self.times: dict[str, Any] = manifest.get("times", {})
+        self.work: dict[str, Any] = manifest.get("work", {})
+        self.seconds = 0.0
+
+    def write(self, records: list[dict[str, Any]]) -> None:
+        self.run.records += records
+        self.done.update(r["id"] for r in records)
+        if self.store is not None:
+            self.store.append(records)
+
+    def collect(self, order: dict[str, int], others: bool) -> None:
+        """Put all records into the order of the items; those of `others`, if they run, included."""
+        if self.store is not None:
+            if others:
+                self.store.refresh()
+            self.run.records = self.store.records
+        self.run.records = [r for r in self.run.records if r["id"] in order]
+        self.run.records.sort(key=lambda r: order[r["id"]])
+
+    def note(self, facts: dict[str, Any], finished: bool, write: bool) -> None:
+        """Make the manifest, and `write` it to the folder."""
+        manifest = {"identity": self.identity, **facts}
+        manifest |= {"times": self.times} if self.times else {}
+        manifest |= {"work": self.work} if self.work else {}
+        if finished:
+            manifest |= {"seconds": round(self.seconds, 3), "summary": self.run.summary()}
+        self.run.manifest = manifest
+        if self.store is not None and write:
+            self.store.write(manifest)
 
 
 class _Sweep:
     """One call of `sweep`."""
 
-    def __init__(
-        self,
-        answerer: Answerer,
-        items: Sequence[Example],
-        settings: Sequence[Setting],
-        name: str,
-        data: str,
-    ) -> None:
-        self.answerer, self.items, self.halved = answerer, list(items), False
-        self.batch_size, self.shard = 16, True
-        self.frames: Frames = answerer.how["frames"]
-        self.draw: Draw | None = None
-        self.timed = self.counted = False
-        self.times: dict[Setting, dict[str, dict[str, float]]] = {}
-        self.rank, self.world = process_rank()
-        self.runs = {s: EvalRun(s) for s in settings}
-        self.work: dict[Setting, dict[str, Any]] = {s: {} for s in settings}
-        self.seconds = dict.fromkeys(self.runs, 0.0)
-        self.done: dict[Setting, set[str]] = {s: set() for s in self.runs}
-        self.stores: dict[Setting, AnswerStore] = {}
-        plain = answerer.plain
-        shared = {**model_identity(plain, answerer.processor, name), **answerer.how}
-        shared |= {"data": data} if data else {}
-        self.identities = {s: {**shared, **s.identity} for s in self.runs}
-        self.facts = {**environment(), "attention": attention_backend(plain)}
-        self.layers = len(adapter_for(plain).layers)
-        self.steps = self._steps(answerer.how["frames"], plain.config)
+    batch_size, halved = 16, False
+    draw: Draw | None = None
+    timed = counted = False
 
-    def _steps(self, frames: int | str, config: Any) -> int:
+    def __init__(
+        self, answerer: Answerer, asked: list[_Asked], items: Sequence[Example], frames: Frames
+    ) -> None:
+        self.answerer, self.asked, self.items, self.frames = answerer, asked, list(items), frames
+        self.rank, self.world = process_rank()
+        self.facts = {**environment(), "attention": attention_backend(answerer.plain)}
+        self.layers, self.steps = len(adapter_for(answerer.plain).layers), self._steps()
+
+    def _steps(self) -> int:
         """Steps in time of the videos, 0 if unknown; towers of Qwen read frames in pairs."""
-        vision = getattr(config, "vision_config", None)
+        frames = self.answerer.how["frames"]
         if isinstance(frames, str) or not any(map(has_video, self.items)):
             return 0
+        vision = getattr(self.answerer.plain.config, "vision_config", None)
         return -(-frames // getattr(vision, "temporal_patch_size", 1))
 
-    def open_stores(self, out_dir: str | Path | dict[Setting, Path]) -> None:
-        """Take finished answers from disk, and write new ones there."""
-        paths = out_dir if isinstance(out_dir, dict) else {}
-        items = {e.id: e for e in self.items}
-        contents = functools.cache(lambda name: items[name].contents() if name in items else "")
-        for setting, run in self.runs.items():
-            path = paths.get(setting) or Path(str(out_dir)) / setting.label
-            self.stores[setting] = AnswerStore(path, self.identities[setting], self.rank, contents)
-            if known := self.stores[setting].manifest.get("times"):
-                self.times[setting] = known
-            self.work[setting] = self.stores[setting].manifest.get("work", {})
-            self.done[setting] = self.stores[setting].done()
-            run.path = path
-
-    def run(self, progress: bool | str) -> dict[Setting, EvalRun]:
+    def run(self, progress: bool | str, shard: bool) -> None:
         from tqdm.auto import tqdm
 
-        share = self.items[self.rank :: self.world] if self.shard else self.items
-        todo = [e for e in share if any(e.id not in done for done in self.done.values())]
+        share = self.items[self.rank :: self.world] if shard else self.items
+        todo = [e for e in share if any(e.id not in ours.done for ours in self.asked)]
         todo.sort(key=has_video)
         self._write_manifests(finished=False)
         title = progress if isinstance(progress, str) else "answering"
@@ -225,9 +249,10 @@ class _Sweep:
                     todo = batch + todo
                     continue
                 bar.update(len(batch))
-        self._collect()
+        order = {e.id: k for k, e in enumerate(self.items)}
+        for ours in self.asked:
+            ours.collect(order, others=self.world > 1)
         self._write_manifests(finished=True)
-        return self.runs
 
     def _load(self, batch: list[Example]) -> list[Loaded]:
         """The examples whose media can be read; the others are recorded as failed."""
@@ -236,17 +261,18 @@ class _Sweep:
             try:
                 loaded.append((example, example.load(self.frames)))
             except MediaError as error:
-                for setting in self.runs:
-                    if example.id not in self.done[setting]:
-                        self._write(setting, [failed(example, str(error))])
+                for ours in self.asked:
+                    if example.id not in ours.done:
+                        ours.write([failed(example, str(error))])
         return loaded
 
     def _answer(self, loaded: list[Loaded]) -> bool:
         """Answer one batch under every setting; False if it did not fit and batches were halved."""
         shared: dict[str, Any] | None = None
         answers: Answers = {}
-        for setting in self.runs:
-            rows = [pair for pair in loaded if pair[0].id not in self.done[setting]]
+        for ours in self.asked:
+            setting = ours.setting
+            rows = [pair for pair in loaded if pair[0].id not in ours.done]
             if not rows:
                 continue
             try:
@@ -258,14 +284,14 @@ class _Sweep:
             except MediaError as error:
                 if len(rows) > 1:  # one of them may be at fault, or none where they differ in shape
                     return all([self._answer([row]) for row in loaded])
-                self._write(setting, [failed(rows[0][0], str(error))])
+                ours.write([failed(rows[0][0], str(error))])
             except torch.OutOfMemoryError:
                 if len(rows) > 1:
                     self._halve(len(rows))
                     return False
-                self._write(setting, [failed(rows[0][0], TOO_LARGE)])
+                ours.write([failed(rows[0][0], TOO_LARGE)])
             else:
-                self._keep(setting, rows, batch)
+                self._keep(ours, rows, batch)
         return True
 
     def _halve(self, rows: int) -> None:
@@ -274,61 +300,33 @@ class _Sweep:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _keep(self, setting: Setting, rows: list[Loaded], batch: Batch) -> None:
-        self.seconds[setting] += batch.seconds
+    def _keep(self, ours: _Asked, rows: list[Loaded], batch: Batch) -> None:
+        setting = ours.setting
+        ours.seconds += batch.seconds
         if not isinstance(self.answerer.how["frames"], int):
             for (_, media), record in zip(rows, batch.records, strict=True):
                 videos = [m.sampling for m in media if hasattr(m, "sampling")]
                 record["frames"] = [[s.rule, *s.indices] for s in videos]
-        self._write(setting, batch.records)
-        if self.draw and setting in self.stores and not self.rank and batch.stats:
-            self.draw(self.stores[setting].path, *rows[0], batch.stats)
-        if self.timed and not self.rank and setting not in self.times:
-            self.times[setting] = self.answerer.time_parts(setting, rows[0])
-        if self.counted and not self.rank:
-            self._count(setting, rows)
-
-    def _count(self, setting: Setting, rows: list[Loaded]) -> None:
-        """Count the work of the first answer about every kind of media."""
-        for row in rows:
+        ours.write(batch.records)
+        if self.rank:
+            return
+        if self.draw and ours.store is not None and batch.stats:
+            self.draw(ours.store.path, *rows[0], batch.stats)
+        if self.timed and not ours.times:
+            ours.times = self.answerer.time_parts(setting, rows[0])
+        for row in rows if self.counted else ():
             kind = kind_of(row)
-            if kind and kind not in self.work[setting]:
-                self.work[setting][kind] = self.answerer.work_parts(setting, row)
-
-    def _write(self, setting: Setting, records: list[dict[str, Any]]) -> None:
-        self.runs[setting].records += records
-        self.done[setting].update(r["id"] for r in records)
-        if setting in self.stores:
-            self.stores[setting].append(records)
-
-    def _collect(self) -> None:
-        """Put all records into the order of the items, those of other processes included."""
-        order = {e.id: k for k, e in enumerate(self.items)}
-        for setting, run in self.runs.items():
-            if setting in self.stores:
-                if self.world > 1:
-                    self.stores[setting].refresh()
-                run.records = self.stores[setting].records
-            run.records = [r for r in run.records if r["id"] in order]
-            run.records.sort(key=lambda r: order[r["id"]])
+            if kind and kind not in ours.work:
+                ours.work[kind] = self.answerer.work_parts(setting, row)
 
     def _write_manifests(self, finished: bool) -> None:
-        for setting, run in self.runs.items():
-            run.manifest = {
-                "identity": self.identities[setting],
-                **self.facts,
-                "processes": self.world,
-                "batch_size": self.batch_size,
-                "batch_halved_by_oom": self.halved,
-                "finished": finished,
-                "moved": setting.moved(self.layers, self.steps),
-            }
-            if setting in self.times:
-                run.manifest["times"] = self.times[setting]
-            if self.work[setting]:
-                run.manifest["work"] = self.work[setting]
-            if finished:
-                run.manifest["seconds"] = round(self.seconds[setting], 3)
-                run.manifest["summary"] = run.summary()
-            if setting in self.stores and self.rank == 0:
-                self.stores[setting].write(run.manifest)
+        facts = {
+            **self.facts,
+            "processes": self.world,
+            "batch_size": self.batch_size,
+            "batch_halved_by_oom": self.halved,
+            "finished": finished,
+        }
+        for ours in self.asked:
+            moved = ours.setting.moved(self.layers, self.steps)
+            ours.note({**facts, "moved": moved}, finished, write=self.rank == 0)

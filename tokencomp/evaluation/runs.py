@@ -138,13 +138,7 @@ Run = EvalRun
 
 
 def paired_scores(run: EvalRun, other: EvalRun) -> tuple[list[float], list[float]]:
-    """Scores of the items that both runs answered, in one order.
-
-    Raises
-    ------
-    OptionError
-        The runs have no answered item in common.
-    """
+    """Scores of the items that both runs answered, in one order."""
     pairs = score_pairs(run, [other])
     if not pairs:
         places = [str(r.path or r.identity["reducer"]) for r in (run, other)]
@@ -173,13 +167,7 @@ def score_pairs(
 
 
 def find_runs(paths: Sequence[Path]) -> list[EvalRun]:
-    """Run folders among `paths` and directly below them.
-
-    Raises
-    ------
-    OptionError
-        No run, a run that is damaged or not finished, or runs of different things.
-    """
+    """Run folders among `paths` and directly below them."""
     folders: dict[Path, None] = {}
     for path in paths:
         below = [path] if (path / MANIFEST).exists() else sorted(path.glob(f"*/{MANIFEST}"))

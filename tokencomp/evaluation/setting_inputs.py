@@ -1,29 +1,32 @@
-"""What the processor makes of media and prompts under a setting."""
+"""What the processor makes of media and prompts under a setting.
+
+Input baselines shrink the media, or take a model's own budget of visual tokens.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from tokencomp.adapters.registry import adapter_for
+from tokencomp.errors import OptionError
 from tokencomp.evaluation.baselines import EqualTokens
-from tokencomp.evaluation.native import budget_of
 from tokencomp.evaluation.settings import NATIVE, Setting
 from tokencomp.inputs.prompts import build_inputs
 
+# The setting of an image processor that limits the tokens of one image, and the values that it
+# may have; None is any number. Sources: Gemma 4's and LFM2-VL's processors in transformers.
+BUDGETS: dict[str, tuple[int, ...] | None] = {
+    "max_soft_tokens": (70, 140, 280, 560, 1120),
+    "max_image_tokens": None,
+}
+
 
 class SettingInputs:
-    """Builds the prompts of a setting for the variants of one model.
-
-    Parameters
-    ----------
-    model
-        Any of the variants; its placeholder ids tell visual tokens from text.
-    processor
-        A Hugging Face processor.
-    """
+    """Builds the prompts of a setting for the variants of one model, any of which is `model`."""
 
     def __init__(self, model: Any, processor: Any) -> None:
         self.processor = processor
@@ -47,12 +50,52 @@ class SettingInputs:
     def build(
         self, setting: Setting, media: Sequence[Sequence[Any]], prompts: Sequence[str]
     ) -> dict[str, Tensor]:
-        """The inputs of one batch on the CPU.
-
-        Parameters
-        ----------
-        media
-            Per row, as `shrunk` returns them.
-        """
-        with budget_of(self.processor, setting):
+        """The inputs of one batch on the CPU, of media as `shrunk` returns them."""
+        native = setting.reducer == NATIVE
+        with native_budget(self.processor, setting.ratio) if native else contextlib.nullcontext():
             return build_inputs(self.processor, media, prompts)
+
+
+def has_budget(processor: Any) -> bool:
+    """Whether the processor offers a budget of visual tokens per image."""
+    return _knob(processor) is not None
+
+
+def _knob(processor: Any) -> str | None:
+    images = getattr(processor, "image_processor", None)
+    return next((name for name in BUDGETS if isinstance(getattr(images, name, None), int)), None)
+
+
+@contextlib.contextmanager
+def native_budget(processor: Any, ratio: float) -> Iterator[int]:
+    """The processor with the budget nearest to `1 - ratio` of its usual one inside the block.
+
+    Yields
+    ------
+    int
+        The budget, in visual tokens per image; of two as near, the smaller one.
+    """
+    name = _knob(processor)
+    if name is None:
+        raise OptionError(
+            "this model's processor has no budget of visual tokens of its own; use 'downscale' "
+            f"as the baseline. Known are {', '.join(BUDGETS)}."
+        )
+    images, allowed = processor.image_processor, BUDGETS[name]
+    usual = getattr(images, name)
+    target = (1 - ratio) * usual
+    budget = (
+        max(1, round(target))
+        if allowed is None
+        else min(allowed, key=lambda n: (abs(n - target), n))
+    )
+    setattr(images, name, budget)
+    if hasattr(images, "min_image_tokens"):
+        least = images.min_image_tokens
+        images.min_image_tokens = min(least, budget)
+    try:
+        yield budget
+    finally:
+        setattr(images, name, usual)
+        if hasattr(images, "min_image_tokens"):
+            images.min_image_tokens = least

@@ -83,14 +83,7 @@ class Setting(MethodSpec):
         if not self.name:
             self._assign(name=FULL if self.off else self._reducer_name())
         if self.off:
-            self._assign(
-                ratios={},
-                item_ratios=(),
-                reducer=FULL,
-                options={},
-                plan=None,
-                rest=None,
-            )
+            self._assign(ratios={}, item_ratios=(), reducer=FULL, options={}, plan=None, rest=None)
             self._assign(tower_ratio=0.0, tower_reducer="auto")
 
     def _assign(self, **values: Any) -> None:
@@ -220,13 +213,7 @@ def grid(
 
 
 def planned(plan: Plan, model: Any, **options: Any) -> list[Setting]:
-    """The full model, then `plan` at the ratio that it has in the decoder of `model`.
-
-    Raises
-    ------
-    PlanError
-        A stage that this decoder does not have.
-    """
+    """The full model, then `plan` at the ratio that it has in the decoder of `model`."""
     adapter = adapter_for(model)
     layers = len(adapter.layers)
     plan.check(layers, adapter.first_layer_stage)

@@ -33,11 +33,6 @@ class AnswerStore:
     ----------
     manifest
         The manifest in the folder, or {}.
-
-    Raises
-    ------
-    OptionError
-        The folder cannot be written to, or holds a run with another identity.
     """
 
     def __init__(
@@ -142,37 +137,19 @@ def read_records(path: str | Path) -> list[dict[str, Any]]:
 
     Of an item's records the first without an error counts, else the last. A half-written last
     line is left out.
-
-    Raises
-    ------
-    OptionError
-        A file is not text, or a record is not an object with an id.
     """
     known: dict[str, dict[str, Any]] = {}
     for file in sorted(Path(path).glob("records*.jsonl")):
-        _merge(known, read_answers(file))
-    return list(known.values())
-
-
-def read_answers(file: Path) -> list[dict[str, Any]]:
-    """The records of one file.
-
-    Raises
-    ------
-    OptionError
-        The file is not text, or a record is not an object with an id.
-    """
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"{file}: not a readable records file ({error}).") from error
-    records = []
-    for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if not isinstance(record, dict) or "id" not in record:
-            raise OptionError(f"{file}, line {number}: not a record, which has an id.")
-        records.append(record)
-    return records
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise OptionError(f"{file}: not a readable records file ({error}).") from error
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if not isinstance(record, dict) or "id" not in record:
+                raise OptionError(f"{file}, line {number}: not a record, which has an id.")
+            _merge(known, [record])
+    return list(known.values())

@@ -6,24 +6,22 @@ Choose on validation data; report on test data (`tokencomp eval`).
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
-
-from PIL import Image
 
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import MediaError, OptionError
-from tokencomp.evaluation.baselines import EqualTokens
+from tokencomp.evaluation.baselines import EqualTokens, Resize
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import INPUT_BASELINES, Setting
 from tokencomp.inputs.frames import Frames
 from tokencomp.inputs.questions import Example
 from tokencomp.inputs.scorer import with_scorer
-from tokencomp.inputs.video import with_frames
 from tokencomp.plan.counts import MAX_RATIO
 
 SCREENED = 1 / 3
@@ -41,10 +39,8 @@ class Scaled(Example):
 
 
 def _scaled(media: Any, scale: float) -> Any:
-    if isinstance(media, list):
-        return with_frames(media, [_scaled(frame, scale) for frame in media])
-    size = (max(1, round(media.width * scale)), max(1, round(media.height * scale)))
-    return media if scale == 1.0 else media.resize(size, Image.Resampling.BICUBIC)
+    size = (media[0] if isinstance(media, list) else media).size
+    return media if scale == 1.0 else Resize(size, scale)(media)
 
 
 @dataclass(frozen=True)
@@ -100,11 +96,6 @@ def candidates(
     ratio) are left out. For every frames × scale that costs more than `tokens` uncompressed, each
     reducer also gets the ratio that meets the budget exactly; scales that do not change the token
     count are left out.
-
-    Raises
-    ------
-    OptionError
-        Nothing fits the budget.
     """
     counter = EqualTokens(processor, list(adapter_for(model).placeholders), "downscale")
     fitting: list[Candidate] = []
@@ -169,11 +160,8 @@ def search(
     list of Candidate
         Best accuracy first; dropped ones at the end.
     """
-    how = {"max_new_tokens": 16, "name": name}
-
-    def measure(some: Sequence[Example], these: Sequence[Candidate]) -> dict[Candidate, EvalRun]:
-        return _measure(model, processor, some, these, batch_size, how)
-
+    how = {"batch_size": batch_size, "max_new_tokens": 16, "name": name, "progress": False}
+    measure = functools.partial(_measure, model, processor, how)
     first = items[:: round(1 / SCREENED)] if len(candidates) > 4 else list(items)
     measure(first[:batch_size], candidates)  # warm-up, whose results are discarded
     runs = measure(first, candidates)
@@ -198,10 +186,9 @@ def _better(c: Candidate) -> tuple[float, float]:
 def _measure(
     model: Any,
     processor: Any,
+    how: dict[str, Any],
     items: Sequence[Example],
     candidates: Sequence[Candidate],
-    batch_size: int,
-    how: dict[str, Any],
 ) -> dict[Candidate, EvalRun]:
     """Interleave candidates batch by batch, so that temporary slowdowns affect all of them equally.
 
@@ -211,7 +198,8 @@ def _measure(
 
     runs = {c: EvalRun(c.setting) for c in candidates}
     groups = list(dict.fromkeys((c.frames, c.scale) for c in candidates))
-    batches = [items[k : k + batch_size] for k in range(0, len(items), batch_size)]
+    size = how["batch_size"]
+    batches = [items[k : k + size] for k in range(0, len(items), size)]
     for batch, (frames, scale) in tqdm(list(itertools.product(batches, groups)), desc="measuring"):
         group = [c for c in candidates if (c.frames, c.scale) == (frames, scale)]
         scaled = [
@@ -219,8 +207,7 @@ def _measure(
             for e in batch
         ]
         settings = [c.setting for c in group]
-        more = {"batch_size": batch_size, "progress": False, **how}
-        answered = sweep(model, processor, scaled, settings, frames=frames, **more)
+        answered = sweep(model, processor, scaled, settings, frames=frames, **how)
         for c in group:
             runs[c].records += answered[c.setting].records
     return runs
@@ -261,7 +248,7 @@ def as_json(measured: Sequence[Candidate], cost: str, facts: dict[str, Any]) -> 
     front = {c.key for c in pareto(measured, cost)}
     rows = []
     for c in measured:
-        row = asdict(replace(c, setting=None))  # type: ignore[arg-type]  # taken out below
+        row = {k: v for k, v in vars(c).items() if k != "setting"}
         row |= {"reducer": c.setting.name, "ratio": c.setting.ratio, "pareto": c.key in front}
-        rows.append({k: v for k, v in row.items() if k != "setting"})
+        rows.append(row)
     return json.dumps({**facts, "candidates": rows}, indent=2) + "\n"

@@ -98,11 +98,6 @@ class LocalData:
         """Check that every image which a marked data set names is there.
 
         Its task leaves images out that it does not find, and asks the question without them.
-
-        Raises
-        ------
-        MediaError
-            Some are not there.
         """
         named = named_file(config)
         if named is None or named[0] not in MARKED_IMAGES:
@@ -141,13 +136,7 @@ class LocalData:
 
 
 def local_data(data: str, per_task: int = PER_TASK) -> LocalData:
-    """A local copy: a folder, or "shapesqa", which is written on first use.
-
-    Raises
-    ------
-    OptionError
-        The folder does not exist.
-    """
+    """A local copy: a folder, or "shapesqa", which is written on first use."""
     if data == SHAPESQA:
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         return LocalData(write_shapesqa(Path(cache) / "tokencomp", per_task))
@@ -188,13 +177,7 @@ def write_shapesqa(cache: Path, per_task: int) -> Path:
 
 @contextlib.contextmanager
 def from_hub(data: Iterable[str]) -> Iterator[None]:
-    """Say in one message what to do if data sets are neither on this disk nor within reach.
-
-    Raises
-    ------
-    MediaError
-        Some of `data` are not on this disk, and the hub cannot be reached.
-    """
+    """Say in one message what to do if data sets are neither on this disk nor within reach."""
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
     away = (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError)

@@ -79,12 +79,17 @@ class TokenComp(lmms):
         **more: Any,
     ) -> None:
         super().__init__()
+        from accelerate import Accelerator
+
         from tokencomp.inputs.loading import load_model
 
         self.model, self.processor = loaded or load_model(
             pretrained, device=self._local(device), dtype=dtype, attention=attention
         )
-        self._accelerate()
+        # Data parallelism under `accelerate launch`.
+        self.accelerator = Accelerator(cpu=self.model.device.type == "cpu")
+        self._rank = self.accelerator.process_index
+        self._world_size = self.accelerator.num_processes
         more.pop("max_batch_size", None)
         all_options = {**json.loads(options), **more}
         self.setting = setting or Setting(reducer, float(ratio), all_options)
@@ -94,14 +99,6 @@ class TokenComp(lmms):
         self.run_manifest: dict[str, Any] = {}
         self._records: dict[str, dict[str, Any]] = {}
         self.examples: dict[str, Example] = {}
-
-    def _accelerate(self) -> None:
-        """Data parallelism under `accelerate launch`."""
-        from accelerate import Accelerator
-
-        self.accelerator = Accelerator(cpu=self.model.device.type == "cpu")
-        self._rank = self.accelerator.process_index
-        self._world_size = self.accelerator.num_processes
 
     def _local(self, device: str | None) -> str:
         """Every process uses its own GPU, although lmms-eval passes one device to all of them."""
@@ -123,7 +120,10 @@ class TokenComp(lmms):
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Greedy answers, in the order of the requests; failed items give an empty answer."""
         answers: dict[str, str] = {}
-        for limit, examples, stops in _groups(self._examples(requests)):
+        groups: dict[tuple[int, tuple[str, ...]], list[Example]] = {}
+        for limit, example, stops in self._examples(requests):
+            groups.setdefault((limit, stops), []).append(example)
+        for (limit, stops), examples in groups.items():
             self.examples |= {example.id: example for example in examples}
             folders = None if self.results is None else {self.setting: self._folder(limit)}
             run = sweep(
@@ -196,17 +196,6 @@ def _visuals(to_visual: Any, docs: Any, doc_id: int) -> tuple[Media, ...]:
         return (Path(str(leave.code)),)
     listed = visuals if isinstance(visuals, list | tuple) else [visuals]
     return tuple(Path(m).resolve() if isinstance(m, str) else m for m in listed)
-
-
-def _groups(
-    items: Iterator[tuple[int, Example, tuple[str, ...]]],
-) -> Iterator[tuple[int, list[Example], tuple[str, ...]]]:
-    """Examples that share a length limit and stop strings."""
-    groups: dict[tuple[int, tuple[str, ...]], list[Example]] = {}
-    for limit, example, stops in items:
-        groups.setdefault((limit, stops), []).append(example)
-    for (limit, stops), examples in groups.items():
-        yield limit, examples, stops
 
 
 def _cut(text: str, stops: Sequence[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,16 +20,7 @@ from tokencomp.pages.lost import draw_lost, write_lost
 
 @dataclass(frozen=True)
 class Task:
-    """A single task of lmms-eval.
-
-    Attributes
-    ----------
-    name
-    data
-        Which data set, or which local copy of it.
-    changes
-        What differs from the task's own configuration.
-    """
+    """A single task of lmms-eval: its data set or local copy, and what it is changed in."""
 
     name: str
     data: str
@@ -39,24 +31,15 @@ def find_tasks(names: Sequence[str], data: LocalData | None, home: Path) -> list
     """The single tasks behind names of tasks and groups.
 
     With local data, sub-tasks of a group whose data are not there are left out.
-
-    Raises
-    ------
-    MissingDependencyError
-        lmms-eval is not installed.
-    UnknownNameError
-        A name that lmms-eval does not know (close matches are named).
-    OptionError
-        Data that are not there.
-    MediaError
-        Images that are not there, of a task that would leave them out.
     """
     if data is not None:
         use_home(home)
     manager, members = _manager(), list[str]()
     for name in names:
         if name not in manager.all_tasks:
-            raise unknown_name("task", name, _close(name, manager.all_tasks))
+            # A few names for the message: lmms-eval knows over a thousand.
+            close = difflib.get_close_matches(name, manager.all_tasks, n=8, cutoff=0.4)
+            raise unknown_name("task", name, close or ["mlvu_dev", "mvbench"])
         every = list(_members(manager, name))
         present = [m for m in every if data is None or data.has(_config(manager, m))]
         if not present and data is not None:
@@ -78,22 +61,11 @@ def _manager() -> Any:
         raise MissingDependencyError(
             f"running benchmarks needs lmms-eval ({error}): {install('eval')}."
         ) from error
-    _quiet()
-    return tasks.TaskManager("ERROR", include_path=str(Path(__file__).parent))
-
-
-def _quiet() -> None:
     from loguru import logger
 
     logger.remove()
     logger.add(sys.stderr, level="ERROR")
-
-
-def _close(name: str, known: Sequence[str]) -> list[str]:
-    """A few names for the message: lmms-eval knows over a thousand."""
-    import difflib
-
-    return difflib.get_close_matches(name, known, n=8, cutoff=0.4) or ["mlvu_dev", "mvbench"]
+    return tasks.TaskManager("ERROR", include_path=str(Path(__file__).parent))
 
 
 def _config(manager: Any, name: str) -> dict[str, Any]:
@@ -197,11 +169,6 @@ def item_score(sample: dict[str, Any]) -> float:
     """Score of one item in [0, 1], from what the task's `process_results` returned.
 
     Tasks return a number, or a dict with "score" or with the answers to compare.
-
-    Raises
-    ------
-    OptionError
-        Nothing of that kind is in the sample.
     """
     known = ("doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "input")
     for name, value in sample.items():

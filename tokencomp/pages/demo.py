@@ -1,18 +1,188 @@
-"""The HTML page of `tokencomp demo`."""
+"""The HTML page of `tokencomp demo`, and what it shows as plain data."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from tokencomp.evaluation.cost import Cost
+from tokencomp.evaluation.metrics import McNemar, Retention
+from tokencomp.evaluation.settings import Setting
 from tokencomp.inputs.questions import Example
-from tokencomp.pages.demo_data import Answer, AnsweredQuestion, Demo, Row
-from tokencomp.pages.html import compact, render
+from tokencomp.pages.html import render
 from tokencomp.pages.measured import TOY, prefill_speed
-from tokencomp.pages.pictures import animation_uri, data_uri, stacked
-from tokencomp.pages.plots import Point, lines
+from tokencomp.pages.pictures import stacked
+from tokencomp.pages.plots import Point, accuracy_point, lines
+from tokencomp.profiling.timing import Split
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a setting against the full model and against random dropping."""
+
+    setting: Setting
+    per_layer: list[int]
+    ratio: float
+    flops: float
+    kv_bytes: float
+    split: Split
+    prefill_ratio: float
+    accuracy: float | None = None
+    by_kind: dict[str, float] = field(default_factory=dict)
+    retention: Retention | None = None
+    against_random: McNemar | None = None
+    moved: str = ""
+
+    @property
+    def label(self) -> str:
+        """The method, marked where its cuts are not where its paper has them."""
+        return self.setting.name + ("†" if self.moved else "")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer to one prompt under one setting.
+
+    Attributes
+    ----------
+    setting, text, cost
+    pictures
+        One sheet per image or video that shows what the decoder layers see of it; the media itself
+        where nothing was removed inside the model.
+    layers
+        Per stage: its first layer, and one sheet per image or video of what remains from there on.
+    clips
+        Per video: the pictures of its sheet, to be shown one after the other.
+    """
+
+    setting: Setting
+    text: str
+    cost: Cost
+    pictures: list[Any]
+    layers: list[tuple[int, list[Any]]]
+    clips: list[list[Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class AnsweredQuestion:
+    """One question about one file, answered under several settings.
+
+    `name` is that of the file, and `expected` the right answer, where it is known.
+    """
+
+    name: str
+    question: str
+    expected: str | None
+    answers: list[Answer]
+
+    @property
+    def wide(self) -> bool:
+        """Whether the pictures need room: sheets of a video that the model has seen."""
+        return any(len(a.cost.per_layer) and a.pictures[0].width > 300 for a in self.answers)
+
+    def mark(self, answer: Answer) -> str:
+        """ "right" or "wrong", or "" where the right answer is not known."""
+        if self.expected is None:
+            return ""
+        return "right" if Example("", "", self.expected).correct(answer.text) else "wrong"
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Everything on the page.
+
+    Attributes
+    ----------
+    model
+        Its name.
+    facts
+        Versions, hardware, and the model's size.
+    rows
+        Of the table; the full model comes first.
+    questions
+        Shown with pictures.
+    items, failed
+        How many questions were answered for the table, and how many could not be.
+    file
+        CPU seconds of reading the user's files, by part; empty without files.
+    """
+
+    model: str
+    facts: dict[str, Any]
+    rows: list[Row]
+    questions: list[AnsweredQuestion]
+    items: int = 0
+    failed: int = 0
+    file: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def opening(self) -> str:
+        """What compression does, for readers who have not heard of it."""
+        full, name = self.rows[0].per_layer[0], self.rows[-1].setting.name
+        what = "a video" if self.items else "this prompt"
+        return (
+            f"The decoder reads {what} as {full} visual tokens. Each method removes a share of "
+            f"them, the ratio, and the model answers from the rest. This is what {name} keeps and "
+            "saves:"
+        )
+
+    @property
+    def sentences(self) -> list[str]:
+        """What the last method of the table kept at each ratio, and what that cost, in words."""
+        name = self.rows[-1].setting.name
+        chosen = [r for r in self.rows[1:] if r.setting.name == name]
+        return [_sentence(row, self.rows, self.items) for row in chosen]
+
+    @property
+    def clock(self) -> str:
+        """Where the time to the first token goes, from the file on; "" without files."""
+        if not self.file:
+            return ""
+        last, spent = self.rows[-1], self.rows[-1].split
+        parts = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in self.file.items())
+        return (
+            f"From the file to the first token: {parts} ms of CPU time. Then, with "
+            f"{last.setting.name} at {last.setting.shown_ratio}: tower {1e3 * spent.vision:.1f}, "
+            f"reduce {1e3 * spent.reduce:.1f}, prefill {1e3 * spent.prefill:.1f}, in all "
+            f"{1e3 * spent.total:.1f} ms."
+        )
+
+    @property
+    def moves(self) -> list[str]:
+        """Which methods the ratio moves in a decoder of this depth, and how."""
+        rows = [row for row in self.rows if row.moved]
+        return [f"† {r.setting.name} at {r.setting.shown_ratio} {r.moved}." for r in rows]
+
+
+def saved(setting: Setting, cost: Row | Cost, full: Row | Cost) -> str:
+    """What a setting kept and what that costs, beside the full model, in two sentences."""
+    kept, before = (sum(c.per_layer) / len(c.per_layer) for c in (cost, full))
+    return (
+        f"{setting.name} at {setting.asked}: a decoder layer sees {kept:.0f} of {before:.0f} "
+        f"visual tokens on average. That leaves {cost.flops / full.flops:.0%} of the decoder's "
+        f"work and {cost.kv_bytes / full.kv_bytes:.0%} of its cache."
+    )
+
+
+def _sentence(row: Row, rows: list[Row], items: int) -> str:
+    full = rows[0]
+    text = saved(row.setting, row, full)
+    if row.accuracy is None or full.accuracy is None:
+        return text
+    text += (
+        f" {row.accuracy:.0%} of {items} answers are right; without compression {full.accuracy:.0%}"
+    )
+    random = [
+        r.accuracy
+        for r in rows
+        if r.setting.name == "random" and r.setting.shown_ratio == row.setting.shown_ratio
+    ]
+    if random and row.setting.name != "random":
+        text += f", with as many tokens at random {random[0]:.0%}"
+    return text + "."
 
 
 def write(demo: Demo, path: str | Path) -> Path:
@@ -23,7 +193,6 @@ def write(demo: Demo, path: str | Path) -> Path:
         title=f"tokencomp on {demo.model}",
         demo=demo,
         plots=_plots(demo) if demo.items else [],
-        questions=[_question(q) for q in demo.questions],
         measured=prefill_speed(),
         toy=TOY,
     )
@@ -35,17 +204,17 @@ def kept_sheet(demo: Demo) -> Image.Image:
     return stacked([stacked(row, across=True) for row in rows])
 
 
-def _plots(demo: Demo) -> list[Any]:
-    from markupsafe import Markup
-
+def _plots(demo: Demo) -> list[str]:
     accuracy: dict[str, list[Point]] = {}
     work: dict[str, list[Point]] = {}
     full = demo.rows[0]
     for row in demo.rows[1:]:
         name = row.setting.name
-        accuracy.setdefault(name, []).append(_accuracy_point(row, full))
+        assert row.accuracy is not None and full.accuracy is not None
+        point = accuracy_point(row.ratio, row.accuracy, row.retention, full.accuracy)
+        accuracy.setdefault(name, []).append(point)
         work.setdefault(name, []).append(Point(row.flops / full.flops, row.prefill_ratio))
-    figures = [
+    return [
         lines(
             accuracy,
             x="achieved ratio (visual-token work removed)",
@@ -59,40 +228,3 @@ def _plots(demo: Demo) -> list[Any]:
             diagonal=True,
         ),
     ]
-    return [Markup(svg) for svg in figures]
-
-
-def _accuracy_point(row: Row, full: Row) -> Point:
-    assert row.accuracy is not None
-    if row.retention is None or full.accuracy is None:
-        return Point(row.ratio, row.accuracy)
-    low, high = row.retention.low * full.accuracy, row.retention.high * full.accuracy
-    return Point(row.ratio, row.accuracy, low, min(high, 1.0))
-
-
-def _question(question: AnsweredQuestion) -> dict[str, Any]:
-    answers = [_answer(a, question.expected) for a in question.answers]
-    wide = any(len(a.cost.per_layer) and a.pictures[0].width > 300 for a in question.answers)
-    return {
-        "name": question.name,
-        "question": question.question,
-        "expected": question.expected,
-        "answers": answers,
-        "wide": wide,
-    }
-
-
-def _answer(answer: Answer, expected: str | None) -> dict[str, Any]:
-    mark = ""
-    if expected is not None:
-        right = Example("", "", expected).correct(answer.text)
-        mark = "right" if right else "wrong"
-    return {
-        "label": answer.setting.name,
-        "ratio": "" if answer.setting.off else answer.setting.shown_ratio,
-        "text": answer.text,
-        "mark": mark,
-        "tokens": compact(answer.cost.per_layer),
-        "uris": [data_uri(p) for p in answer.pictures],
-        "moving": [animation_uri(tiles) for tiles in answer.clips if len(tiles) > 1],
-    }

@@ -11,8 +11,10 @@ from tokencomp.storage import writing
 
 
 def render(template: str, path: str | Path, **values: Any) -> Path:
-    """Fill a template and write it to `path`. Text is escaped; SVG must be wrapped in `Markup`."""
+    """Fill a template and write it to `path`. Text is escaped; SVG is marked as safe there."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    from tokencomp.pages.pictures import animation_uri, data_uri  # need Pillow, `si` does not
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
@@ -21,7 +23,7 @@ def render(template: str, path: str | Path, **values: Any) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(si=si, pct=percent, runs=compact)
+    environment.filters.update(si=si, pct=percent, runs=compact, jpeg=data_uri, gif=animation_uri)
     path = Path(path)
     with writing(path):
         path.write_text(environment.get_template(template).render(**values), encoding="utf-8")

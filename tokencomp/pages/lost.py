@@ -11,7 +11,6 @@ from typing import Any
 
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.batches import Answerer, Loaded
-from tokencomp.evaluation.patches import PatchedModels
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.inputs.frames import Frames
 from tokencomp.inputs.questions import Example
@@ -26,17 +25,7 @@ KINDS = ("image", "video")
 
 @dataclass(frozen=True)
 class LostItem:
-    """One item that compression loses.
-
-    Attributes
-    ----------
-    id, kind, question, answer
-        "image" or "video" as its kind; the answer that counts as right.
-    full, compressed
-        What the full and the compressed model answer.
-    picture
-        File name of the picture of what the compressed model kept.
-    """
+    """One item that compression loses: what both models answer, and the file of its picture."""
 
     id: str
     kind: str
@@ -109,11 +98,10 @@ def draw_lost(
         chosen += [(kind, name) for name in names[:per_kind]]
     said = {r["id"]: r["prediction"] for r in full.answered}
     own = {r["id"]: r for r in run.answered}
-    items, patches = [], PatchedModels({"": model})
-    answerer = Answerer({"": model}, processor, patches, {})
+    items, answerer = [], Answerer({"": model}, processor, {})
     frames = with_scorer(frames, model, processor)
     folder.mkdir(parents=True, exist_ok=True)
-    with patches:
+    with answerer.patches:
         for number, (kind, name) in enumerate(chosen):
             row: Loaded = (examples[name], examples[name].load(frames))
             stats, record = answerer.prefill_stats(run.setting, row), own[name]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,44 +35,33 @@ KEPT = "kept.jpg"
 """The picture in a run folder that `tokencomp report` shows."""
 
 
-def survival(stats: Stats) -> list[np.ndarray]:
+def survival(stats: Stats, layer: int | None = None) -> list[np.ndarray]:
     """Per span: the share of decoder layers that see each patch, float (t, h, w) in [0, 1].
 
     `NEVER` where the vision tower has dropped it. A merged token counts at the place of the token
     that stands for it.
+
+    Parameters
+    ----------
+    layer
+        1 for the patches that this layer sees and 0 for others, in place of shares.
     """
-    layers, stages = stats.shape.num_layers, stats.stage_layers
-    kept = stats.kept(0)
-    bounds = [*stages, layers]
+    layers = stats.shape.num_layers
+    segments = list(itertools.pairwise([0, *stats.stage_layers, layers]))
+    weights = [
+        (stop - start) / layers if layer is None else float(start <= layer < stop)
+        for start, stop in segments
+    ]
     result = []
     for j, span in enumerate(stats.spans[0]):
-        share = np.zeros(span.length)
-        share += bounds[0] / layers  # layers before the first stage see everything
-        for i, stage in enumerate(kept):
-            share[stage[j]] += (bounds[i + 1] - bounds[i]) / layers
-        _mark_unseen(share, stats, j)
+        share = np.full(span.length, weights[0])  # layers before the first stage see everything
+        for weight, kept in zip(weights[1:], stats.kept(0), strict=True):
+            share[kept[j]] += weight
+        unseen = np.ones(len(share), dtype=bool)
+        unseen[stats.tower_kept(0)[j]] = False
+        share[unseen] = NEVER
         result.append(share[~span.fixed_mask()].reshape(span.grid))
     return result
-
-
-def layer_survival(stats: Stats, layer: int) -> list[np.ndarray]:
-    """Per span: 1 for patches that `layer` sees, `NEVER` as in `survival`, float (t, h, w)."""
-    passed = [i for i, first in enumerate(stats.stage_layers) if first <= layer]
-    result = []
-    for j, span in enumerate(stats.spans[0]):
-        seen = np.ones(span.length) if not passed else np.zeros(span.length)
-        if passed:
-            seen[stats.kept(0)[passed[-1]][j]] = 1
-        _mark_unseen(seen, stats, j)
-        result.append(seen[~span.fixed_mask()].reshape(span.grid))
-    return result
-
-
-def _mark_unseen(share: np.ndarray, stats: Stats, span: int) -> None:
-    """Mark the tokens of a span that left in the vision tower, in place."""
-    unseen = np.ones(len(share), dtype=bool)
-    unseen[stats.tower_kept(0)[span]] = False
-    share[unseen] = NEVER
 
 
 def overlay(image: Image.Image, share: np.ndarray, side: int = SIDE) -> Image.Image:
@@ -129,8 +119,8 @@ def frames_of(media: Any, t: int) -> tuple[list[Image.Image], list[int]]:
     return list(media), [k // per for k in range(len(media))]
 
 
-def picture(media: Any, shares: Sequence[np.ndarray], side: int = SIDE) -> Image.Image:
-    """One sheet for one image or video.
+def tiles(media: Any, shares: Sequence[np.ndarray], side: int = SIDE) -> list[Image.Image]:
+    """The pictures of one image or video, of one size; `strip` makes them a sheet.
 
     Parameters
     ----------
@@ -139,29 +129,23 @@ def picture(media: Any, shares: Sequence[np.ndarray], side: int = SIDE) -> Image
     shares
         One array (t, h, w) per span of this media (a tile and a mosaic make two).
     """
-    return strip(tiles(media, shares, side))
-
-
-def tiles(media: Any, shares: Sequence[np.ndarray], side: int = SIDE) -> list[Image.Image]:
-    """The pictures of one sheet, of one size: see `picture`."""
     out = []
     for share in shares:
         frames, positions = frames_of(media, share.shape[0])
         out += [overlay(frames[k], share[positions[k]], side) for k in _shown(frames)]
-    size = max((t.size for t in out), key=lambda s: s[0] * s[1])
-    return [t if t.size == size else t.resize(size) for t in out]
+    return _of_one_size(out)
 
 
-def plain(media: Any, side: int = SIDE) -> Image.Image:
-    """The media without overlay, in the same layout."""
-    if media_kind(media) == "image":
-        return _fit(media, side)
-    return strip(plain_tiles(media, side))
-
-
-def plain_tiles(frames: Sequence[Image.Image], side: int = SIDE) -> list[Image.Image]:
-    """Frames of a video, evenly spaced, without overlay."""
+def plain_tiles(media: Any, side: int = SIDE) -> list[Image.Image]:
+    """An image, or frames of a video, evenly spaced, without overlay."""
+    frames = [media] if media_kind(media) == "image" else media
     return [_fit(frames[k], side) for k in _shown(frames)]
+
+
+def _of_one_size(pictures: Sequence[Image.Image]) -> list[Image.Image]:
+    """The pictures, as large as the largest."""
+    size = max((p.size for p in pictures), key=lambda s: s[0] * s[1])
+    return [p if p.size == size else p.resize(size) for p in pictures]
 
 
 def _shown(frames: Sequence[Image.Image]) -> np.ndarray:
@@ -223,12 +207,11 @@ def kept_picture(media: Sequence[Any], stats: Stats, side: int = SIDE) -> Image.
     media = as_taken(media, stats.spans[0])
     shares, groups = survival(stats), group_spans(stats.spans[0], media)
     sheets = [
-        picture(m, [shares[j] for j in group], side)
+        strip(tiles(m, [shares[j] for j in group], side))
         for m, group in zip(media, groups, strict=True)
         if group
     ][:MAX_MEDIA]
-    size = max((s.size for s in sheets), key=lambda s: s[0] * s[1])
-    return strip([s if s.size == size else s.resize(size) for s in sheets])
+    return strip(_of_one_size(sheets))
 
 
 def data_uri(image: Image.Image) -> str:

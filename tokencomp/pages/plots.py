@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from tokencomp.evaluation.metrics import Retention
 
 COLORS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4d7c0f")
 GREYS = {
@@ -25,6 +27,13 @@ class Point:
     y: float
     low: float | None = None
     high: float | None = None
+
+
+def accuracy_point(x: float, accuracy: float, kept: Retention | None, full: float) -> Point:
+    """A setting, with the interval of its retention as one of accuracy; `full`: without it."""
+    if kept is None:
+        return Point(x, accuracy)
+    return Point(x, accuracy, kept.low * full, min(kept.high * full, 1.0))
 
 
 def lines(
@@ -51,16 +60,11 @@ def lines(
     diagonal
         Draw y = x, the limit of arithmetic.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
-
     if not diagonal and series and all(len(points) == 1 for points in series.values()):
         return _rows({name: points[0] for name, points in series.items()}, y, reference)
-    figure = Figure(figsize=(5.0, 3.5), layout="constrained")  # legible on a phone
-    axes = figure.add_subplot()
-    colors = iter(COLORS * (1 + len(series) // len(COLORS)))
-    for name, points in series.items():
-        _draw_series(axes, name, points, GREYS.get(name) or next(colors))
+    figure, axes = _axes(3.5)
+    for (name, points), color in zip(series.items(), _colors(series), strict=True):
+        _draw_series(axes, name, points, color)
     if reference is not None:
         axes.axhline(reference, color="#111827", linewidth=1, zorder=1)
         place: Any = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
@@ -69,11 +73,10 @@ def lines(
         axes.axline((0, 0), slope=1, color="#111827", linewidth=1, zorder=1)
         axes.set_xlim(0, None)
         axes.set_ylim(0, None)
-        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        _in_percent(axes.xaxis)
+    _in_percent(axes.yaxis)
     axes.set(xlabel=x, ylabel=y)
     axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
     if series:
         axes.legend(frameon=False, fontsize=9)
     return _svg(figure)
@@ -81,14 +84,8 @@ def lines(
 
 def _rows(points: Mapping[str, Point], label: str, reference: float | None) -> str:
     """One row per name with its value and interval, the first on top."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import PercentFormatter
-
-    figure = Figure(figsize=(5.0, max(2.0, 0.8 + 0.35 * len(points))), layout="constrained")
-    axes = figure.add_subplot()
-    colors = iter(COLORS * (1 + len(points) // len(COLORS)))
-    for row, (name, point) in enumerate(points.items()):
-        color = GREYS.get(name) or next(colors)
+    figure, axes = _axes(max(2.0, 0.8 + 0.35 * len(points)))
+    for row, (point, color) in enumerate(zip(points.values(), _colors(points), strict=True)):
         axes.plot([point.y], [row], "o", markersize=6, color=color, zorder=3)
         if point.low is not None and point.high is not None:
             axes.hlines(row, point.low, point.high, color=color, alpha=0.5)
@@ -100,11 +97,32 @@ def _rows(points: Mapping[str, Point], label: str, reference: float | None) -> s
         )  # fmt: skip
     axes.set_yticks(range(len(points)), list(points))
     axes.set_ylim(len(points) - 0.5, -0.5)
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    _in_percent(axes.xaxis)
     axes.set_xlabel(label)
     axes.grid(alpha=0.25, axis="x")
-    axes.spines[["top", "right"]].set_visible(False)
     return _svg(figure)
+
+
+def _axes(height: float) -> tuple[Any, Any]:
+    """An empty plot that is legible on a phone."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.0, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _in_percent(axis: Any) -> None:
+    from matplotlib.ticker import PercentFormatter
+
+    axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+
+
+def _colors(names: Collection[str]) -> list[str]:
+    """One per name."""
+    own = iter(COLORS * (1 + len(names) // len(COLORS)))
+    return [GREYS.get(name) or next(own) for name in names]
 
 
 def _draw_series(axes: Any, name: str, points: Sequence[Point], color: str) -> None:

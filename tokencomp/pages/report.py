@@ -8,13 +8,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.cost import PARTS
 from tokencomp.evaluation.metrics import McNemar, Retention
 from tokencomp.evaluation.rivals import Rivals, losses, paired_tests, rivals
 from tokencomp.evaluation.runs import IDENTITY, EvalRun
 from tokencomp.evaluation.settings import FULL
+from tokencomp.pages.html import render, si
 from tokencomp.pages.lost import lost_ids, read_lost
+from tokencomp.pages.pictures import KEPT, data_uri
+from tokencomp.pages.plots import Point, accuracy_point
+from tokencomp.pages.plots import lines as draw
 
 
 @dataclass(frozen=True)
@@ -43,13 +49,7 @@ class Line:
 
 
 def lines(runs: Sequence[EvalRun]) -> list[Line]:
-    """The table: every run against the full model and against `random` at its ratio.
-
-    Raises
-    ------
-    OptionError
-        The full model's run is missing.
-    """
+    """The table: every run against the full model and against `random` at its ratio."""
     full = next((r for r in runs if r.identity["reducer"] == FULL), None)
     if full is None:
         raise OptionError(
@@ -82,8 +82,6 @@ def _mean(values: Sequence[float]) -> float:
 
 def write(table: Sequence[Line], path: Path) -> Path:
     """Write the self-contained page."""
-    from tokencomp.pages.html import render
-
     first = table[0].run
     return render(
         "report.html",
@@ -114,20 +112,13 @@ def write(table: Sequence[Line], path: Path) -> Path:
 
 def _lost(table: Sequence[Line]) -> list[dict[str, Any]]:
     """Per line with pictures of lost items: how many there are, of how many, and the pictures."""
-    from PIL import Image
-
-    from tokencomp.pages.pictures import data_uri
-
     shown, full = [], table[0].run
     for line in table[1:]:
         folder = line.run.path
         items = [] if folder is None else read_lost(folder)
         if folder is None or not items:
             continue
-        cards = []
-        for item in items:
-            with Image.open(folder / item.picture) as image:
-                cards.append({"item": item, "uri": data_uri(image.convert("RGB"))})
+        cards = [{"item": item, "uri": _uri(folder / item.picture)[0]} for item in items]
         right = sum(score >= 0.5 for score in full.scores.values())
         shown.append(
             {"line": line, "count": len(lost_ids(line.run, full)), "of": right, "cards": cards}
@@ -154,8 +145,6 @@ def work_tables(table: Sequence[Line]) -> dict[str, list[tuple[Line, list[str]]]
 
 def work_cell(work: dict[str, Any], part: str, full: dict[str, Any] | None) -> str:
     """One part of the work as text: an amount, or a share of the full model's if there is one."""
-    from tokencomp.pages.html import si
-
     value = work.get(part)
     base = None if full is None else full.get("prefill" if part == "reduce" else part)
     if value is None:
@@ -185,22 +174,14 @@ def _scores(table: Sequence[Line]) -> list[tuple[str, list[str]]]:
     ]
 
 
-def _plots(table: Sequence[Line]) -> list[Any]:
-    from markupsafe import Markup
-
-    from tokencomp.pages.plots import Point
-    from tokencomp.pages.plots import lines as draw
-
+def _plots(table: Sequence[Line]) -> list[str]:
     full = table[0]
     by_ratio: dict[str, list[Point]] = {}
     by_time: dict[str, list[Point]] = {}
     for line in table[1:]:
-        kept, name = line.retention, line.run.label
-        low = kept.low * full.accuracy if kept else None
-        high = min(kept.high * full.accuracy, 1.0) if kept else None
-        by_ratio.setdefault(name, []).append(
-            Point(line.run.mean("ratio"), line.accuracy, low, high)
-        )
+        name = line.run.label
+        point = accuracy_point(line.run.mean("ratio"), line.accuracy, line.retention, full.accuracy)
+        by_ratio.setdefault(name, []).append(point)
         if line.seconds == line.seconds:
             by_time.setdefault(name, []).append(Point(line.seconds, line.accuracy))
     shared: dict[str, Any] = {"y": "accuracy", "reference": full.accuracy}
@@ -209,24 +190,24 @@ def _plots(table: Sequence[Line]) -> list[Any]:
         figures.append(draw(by_ratio, x="achieved ratio (visual-token work removed)", **shared))
     if by_time:
         figures.append(draw(by_time, x="time per answer against the full model", **shared))
-    return [Markup(svg) for svg in figures]
+    return figures
+
+
+def _uri(file: Path) -> tuple[str, str]:
+    """A picture as a `data:` address, and what its comment says."""
+    with Image.open(file) as image:
+        about = image.info.get("comment", b"").decode(errors="replace")
+        return data_uri(image.convert("RGB")), about
 
 
 def _pictures(table: Sequence[Line]) -> list[dict[str, Any]]:
-    from PIL import Image
-
-    from tokencomp.pages.pictures import KEPT, data_uri
-
     pictures = []
     for line in table:
         assert line.run.path is not None
         file = next(iter(sorted(line.run.path.rglob(KEPT))), None)
         if file is not None:
-            with Image.open(file) as image:
-                about = image.info.get("comment", b"").decode(errors="replace")
-                pictures.append(
-                    {"line": line, "uri": data_uri(image.convert("RGB")), "about": about}
-                )
+            uri, about = _uri(file)
+            pictures.append({"line": line, "uri": uri, "about": about})
     return pictures
 
 

@@ -10,25 +10,17 @@ from typing import Any
 
 from tokencomp.errors import OptionError
 from tokencomp.pages.report import Line
-from tokencomp.storage import replace_file
+from tokencomp.storage import write_text
 
 LATEX = str.maketrans({c: f"\\{c}" for c in "_%&#$"} | {"†": r"$^\dagger$", "→": r"$\to$"})
 
 
 def write_table(table: Sequence[Line], path: Path) -> Path:
-    """Write `table` to a .csv or .tex file.
-
-    Raises
-    ------
-    OptionError
-        The file has another suffix.
-    """
+    """Write `table` to a .csv or .tex file."""
     makers = {".csv": as_csv, ".tex": as_latex}
     if path.suffix not in makers:
         raise OptionError(f"--table {path}: the suffix says what is written: .csv or .tex.")
-    text = makers[path.suffix](table)
-    replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
-    return path
+    return write_text(path, makers[path.suffix](table))
 
 
 def as_csv(table: Sequence[Line]) -> str:
