@@ -37,14 +37,10 @@ def resolve_auto(
 ) -> str | Reducer:
     """The reducer that "auto" stands for under an engine; every other value unchanged.
 
-    Parameters
-    ----------
-    engine
-        "hf": a patched model in this process. "server": a server that may reuse the media of one
-        request for the question of another.
-    scored
-        Whether the first decoder layer has attention, by which the default scores the tokens of
-        videos. Where it has none, as in Qwen3.5, the default of servers takes its place.
+    The engine "hf" is a patched model in this process, and "server" one that may reuse the media of
+    one request for the question of another. Where the first decoder layer has no attention by which
+    the default scores the tokens of videos, as in Qwen3.5, they are not `scored`, and the default
+    of servers takes its place.
     """
     if not isinstance(reducer, str) or reducer != "auto":
         return reducer
@@ -273,12 +269,7 @@ class MethodSpec:
     def stages(self, num_layers: int, first_layer_stage: int) -> Plan:
         """The plan for a decoder: the explicit one, or the reducer's schedule at `ratio`.
 
-        Parameters
-        ----------
-        num_layers
-            Decoder layers.
-        first_layer_stage
-            Earliest layer before which the model allows a stage between layers.
+        Before `first_layer_stage` the model allows no stage between layers.
         """
         if self.plan is not None:
             return self.plan

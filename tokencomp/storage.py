@@ -77,17 +77,11 @@ def plain(value: Any) -> Any:
 def check_identity(
     place: Path | str, stored: Mapping[str, Any], identity: Mapping[str, Any], fix: str = ""
 ) -> None:
-    """Refuse to mix the results of two different runs.
+    """Refuse to mix the results of two different runs: the message names every key that differs.
 
-    Parameters
-    ----------
-    place
-        File or folder of the earlier run, for the message.
-    stored, identity
-        What the results of the earlier run and of this run depend on. All keys of both must be
-        equal, as JSON writes them.
-    fix
-        What the user can do. The default suggests another output folder.
+    `stored` and `identity` are what the results of the earlier run, in the file or folder `place`,
+    and of this run depend on; all keys of both must be equal, as JSON writes them. `fix` is what
+    the user can do; by default, give another output folder.
     """
     old, new = plain(stored), plain(identity)
     changed = [k for k in {**new, **old} if old.get(k) != new.get(k)]

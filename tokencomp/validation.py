@@ -18,14 +18,9 @@ PLAIN = {bool: "true or false", int: "an integer", float: "a finite number", str
 def check_types(owner: str, options: Any) -> None:
     """Raise `OptionError` unless every field of the dataclass `options` fits its annotation.
 
-    Parameters
-    ----------
-    owner
-        The name that the message begins with.
-    options
-        A dataclass object. Fields annotated with bool, int (no bool), float (finite; integers
-        count), str, None, `Literal`, tuples (lists count: JSON has no tuples) and unions of these
-        are checked; fields with other annotations are not.
+    The message begins with `owner`. Fields annotated with bool, int (no bool), float (finite;
+    integers count), str, None, `Literal`, tuples (lists count: JSON has no tuples) and unions of
+    these are checked; fields with other annotations are not.
     """
     for name, hint in field_types(options.__class__).items():
         value = getattr(options, name)
@@ -86,14 +81,9 @@ def describe_type(hint: Any) -> str:
 
 
 def check_effect(owner: str, options: Any, idle: Mapping[str, str]) -> None:
-    """Raise `OptionError` if an option that has no effect is set.
+    """Raise `OptionError` if an option of the dataclass object `options` is set without effect.
 
-    Parameters
-    ----------
-    options
-        A dataclass object. A field at its default counts as not set.
-    idle
-        Names of the fields that have no effect, and why.
+    `idle` has the fields that have none, and why. A field at its default counts as not set.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(options)} if idle else {}
     for name, reason in idle.items():

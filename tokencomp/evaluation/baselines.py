@@ -22,21 +22,15 @@ STEPS = 10
 class EqualTokens:
     """Shrinks media until the processor makes about `1 - ratio` of their tokens.
 
-    Token counts come from the processor itself, which rounds to patches, tiles and frame pairs;
-    they are computed once per media size. Among the sizes closest to the target we take the one
-    with fewer tokens, then the largest image. If even the smallest token count exceeds the target,
-    we use the largest image with that count. If every size yields the same count, the media are
-    returned unchanged, and the achieved ratio of a run shows that no baseline exists at this ratio.
+    Token counts (of the ids `placeholders`) come from the processor itself, which rounds to
+    patches, tiles and frame pairs; they are computed once per media size. Among the sizes closest
+    to the target we take the one with fewer tokens, then the largest image. If even the smallest
+    token count exceeds the target, we use the largest image with that count. If every size yields
+    the same count, the media are returned unchanged, and the achieved ratio of a run shows that no
+    baseline exists at this ratio.
 
-    Parameters
-    ----------
-    processor
-        A Hugging Face processor.
-    placeholders
-        Token ids that stand for visual tokens.
-    prefer
-        "downscale": smaller pixels, fewer frames only where the size of a frame does not change
-        the count; "fewer_frames": fewer frames of a video, smaller pixels for images.
+    To `prefer` "downscale" is smaller pixels, with fewer frames only where the size of a frame does
+    not change the count; "fewer_frames" is fewer frames of a video, and smaller pixels for images.
     """
 
     def __init__(self, processor: Any, placeholders: Sequence[int], prefer: str) -> None:

@@ -61,21 +61,10 @@ class TimeParts:
 class Answerer:
     """Lets the variants of one model answer batches of questions.
 
-    Parameters
-    ----------
-    models
-        Variants by name, see `sweep`; the first one measures what input baselines cost.
-    how
-        `frames`, `max_new_tokens` and `seed`.
-    disable_adapters
-        Whether the PEFT adapters of the variant "" are switched off.
-    around
-        Context in which the model answers, see `sweep`.
-
-    Attributes
-    ----------
-    patches
-        Of `models`; inside their context the answers are those of the settings.
+    The first of `models`, which are named as in `sweep`, measures what input baselines cost. `how`
+    has `frames`, `max_new_tokens` and `seed`. With `disable_adapters`, the PEFT adapters of the
+    variant "" are switched off. `around` is the context in which the model answers, see `sweep`.
+    Inside the context of `patches`, the answers are those of the settings.
     """
 
     def __init__(
@@ -141,10 +130,7 @@ class Answerer:
     def time_parts(self, setting: Setting, row: Loaded) -> dict[str, dict[str, float]]:
         """Where the time of one answer goes: medians, A B A B in one process.
 
-        Returns
-        -------
-        dict
-            "setting" and "full" (the full model), each with the seconds of `TimeParts`.
+        Under "setting" and "full" (the full model): the seconds of `TimeParts`.
         """
         model, names = self.models[setting.variant], [row[0].id]
 

@@ -13,20 +13,10 @@ from tokencomp.inputs.prompts import prompt_lengths
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of one sample.
+    """Cost of one sample: its visual tokens uncompressed, and those that each decoder layer sees.
 
-    Attributes
-    ----------
-    visual_tokens
-        Visual tokens of the uncompressed prompt.
-    per_layer
-        Visual tokens seen by each decoder layer.
-    flops
-        FLOPs of the decoder layers for this prefill.
-    kv_bytes
-        Bytes of keys and values it caches.
-    decode_flops
-        FLOPs of the decoder layers for one further token.
+    `flops` and `kv_bytes` are those of the decoder layers for this prefill, with the keys and
+    values that it caches; `decode_flops` are those for one further token.
     """
 
     visual_tokens: int
@@ -70,17 +60,10 @@ def _cost(
 def prefill_costs(
     model: Any, inputs: dict[str, Any], stats: Stats | None, full: list[int] | None = None
 ) -> list[Cost]:
-    """Cost of every sample of a prefill.
+    """Cost of every sample of a prefill, whose `inputs` the model got.
 
-    Parameters
-    ----------
-    inputs
-        What the model got.
-    stats
-        Of the handle that compressed this prefill; None or empty if nothing was compressed.
-    full
-        Per sample: visual tokens before an input baseline shrank the media; None if nothing was
-        shrunk.
+    `stats` are those of the handle that compressed it; None or empty if nothing was compressed.
+    `full` has the visual tokens per sample before an input baseline shrank the media, if one did.
     """
     if stats:
         counts = stats.lengths, stats.tokens_before, stats.tokens_after, stats.cached

@@ -93,10 +93,7 @@ def environment() -> dict[str, Any]:
 def model_identity(model: Any, processor: Any, name: str = "") -> dict[str, Any]:
     """What the answers depend on besides the setting: the model, its weights and its inputs.
 
-    Parameters
-    ----------
-    name
-        Model name to note. By default the hub id, or the last part of a local path.
+    Without a `name`, the model is noted by its hub id, or the last part of a local path.
     """
     from tokencomp.adapters.registry import unwrap
     from tokencomp.trained.cards import weights_hash

@@ -15,15 +15,7 @@ RESAMPLES = 10_000
 
 @dataclass(frozen=True)
 class Paired:
-    """A statistic of two methods on the same items.
-
-    Attributes
-    ----------
-    low, high
-        Paired bootstrap percentile interval, 95 %.
-    items
-        How many items were paired.
-    """
+    """A statistic of two methods on the same items, with its paired bootstrap interval, 95 %."""
 
     value: float
     low: float

@@ -22,11 +22,8 @@ _TRUTH: ContextVar[Iterator[Tensor] | None] = ContextVar("tokencomp_oracle", def
 def truth(relevance: list[list[Tensor]]) -> Iterator[None]:
     """Hand the relevance of the next prefill to `oracle`.
 
-    Parameters
-    ----------
-    relevance
-        Per sample, per span, float (span.length,), as `tokencomp.training.relevance.relevance`
-        returns it.
+    Per sample, per span: float (span.length,), as `tokencomp.training.relevance.relevance` returns
+    it.
     """
     token = _TRUTH.set(iter([span for row in relevance for span in row]))
     try:

@@ -22,12 +22,7 @@ class Subsets(Random):
 
     The reducer itself gives all spans of a grid the same subset. In an evaluation the luck of that
     one draw would affect every question alike, and would not show up in confidence intervals over
-    questions.
-
-    Attributes
-    ----------
-    names
-        Names of the samples of the batch, in order. A subset depends on its own name alone.
+    questions. `names` are those of the samples of the batch, in order; a subset depends on its own.
     """
 
     names: tuple[str, ...] = ()

@@ -153,10 +153,7 @@ def score_pairs(
 ) -> list[tuple[float, float]]:
     """Score of the run and mean score of the others, per item that all of them answered.
 
-    Parameters
-    ----------
-    family
-        Items of this question family alone; None: of all.
+    With `family`, of the items of this question family alone.
     """
     scores = [other.scores for other in others]
     return [

@@ -70,10 +70,7 @@ def _knob(processor: Any) -> str | None:
 def native_budget(processor: Any, ratio: float) -> Iterator[int]:
     """The processor with the budget nearest to `1 - ratio` of its usual one inside the block.
 
-    Yields
-    ------
-    int
-        The budget, in visual tokens per image; of two as near, the smaller one.
+    It yields the budget, in visual tokens per image; of two as near, the smaller one.
     """
     name = _knob(processor)
     if name is None:

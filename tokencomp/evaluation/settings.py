@@ -154,12 +154,8 @@ class Setting(MethodSpec):
     def moved(self, layers: int, frames: int = 0) -> str:
         """How the method departs from its paper, in words; "" if it does not.
 
-        Parameters
-        ----------
-        layers
-            Of the decoder, whose depth may move cuts.
-        frames
-            As in `Published.moved`.
+        The depth of a decoder of so many `layers` may move cuts; `frames` are those of
+        `Published.moved`.
         """
         if not self.active or self.plan is not None or self.ratios or self.amount is not None:
             return ""

@@ -17,22 +17,10 @@ MANIFEST, RECORDS = "manifest.json", "records.jsonl"
 class AnswerStore:
     """A folder of records, each with an `id`, and the manifest of the run that wrote them.
 
-    Parameters
-    ----------
-    path
-        Folder, created when missing. It may hold an unfinished run of the same identity.
-    identity
-        What the answers depend on (model, setting, frames, ...), plain types.
-    rank
-        Process number under `accelerate launch`; every process writes a file of its own.
-    contents
-        A hash of the media of an item by its id, "" if unknown: answers about media that have
-        changed since do not count.
-
-    Attributes
-    ----------
-    manifest
-        The manifest in the folder, or {}.
+    The folder is created when missing. It may hold an unfinished run of the same identity: what the
+    answers depend on (model, setting, frames, ...), in plain types. Every process, of its own
+    `rank` under `accelerate launch`, writes a file of its own. `contents` gives a hash of the media
+    of an item by its id, "" if unknown: answers about media that have changed since do not count.
     """
 
     def __init__(

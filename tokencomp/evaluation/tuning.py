@@ -47,20 +47,10 @@ def _scaled(media: Any, scale: float) -> Any:
 class Candidate:
     """One way to spend tokens, and what was measured under it.
 
-    Attributes
-    ----------
-    frames, scale
-        Frames per video; side of pictures against the original.
-    setting
-        Reducer and ratio.
-    tokens
-        Visual tokens per item that a decoder layer sees, mean over layers and items.
-    seconds
-        Model time per answer.
-    accuracy, items
-        Share of correct answers, and how many items were answered.
-    screened
-        True if it was dropped after the first share of the items.
+    It has so many `frames` per video, pictures whose side is `scale` of the original, and a reducer
+    with its ratio. `tokens` are visual tokens per item that a decoder layer sees (mean over layers
+    and items), `seconds` the model's time per answer, and `accuracy` is over `items` answered ones.
+    A `screened` candidate was dropped after the first share of the items.
     """
 
     frames: int | str
@@ -155,10 +145,7 @@ def search(
 ) -> list[Candidate]:
     """Measure the candidates in turn; the worse half is dropped after a third of the items.
 
-    Returns
-    -------
-    list of Candidate
-        Best accuracy first; dropped ones at the end.
+    Those of the best accuracy come first, and dropped ones at the end.
     """
     how = {"batch_size": batch_size, "max_new_tokens": 16, "name": name, "progress": False}
     measure = functools.partial(_measure, model, processor, how)
@@ -228,12 +215,7 @@ def _result(c: Candidate, run: EvalRun) -> Candidate:
 def pareto(measured: Sequence[Candidate], cost: str = "tokens") -> list[Candidate]:
     """Candidates that no other one beats at the same or a lower cost, cheapest first.
 
-    Those that answered no question take no part.
-
-    Parameters
-    ----------
-    cost
-        "tokens" or "seconds".
+    The cost is in "tokens" or "seconds". Those that answered no question take no part.
     """
     full = [c for c in measured if not c.screened and c.items]
     front: list[Candidate] = []

@@ -19,25 +19,11 @@ SKIPS = frozenset(["h264", "hevc", "mpeg4", "mpeg2video", "mpeg1video"])
 class VideoFile:
     """The frames of a video file.
 
-    Parameters
-    ----------
-    opened
-        Opens the file; called again where a file cannot be searched.
-    threads
-        Of the decoder.
-    watch
-        Called without an argument for every packet, and with every decoded frame: may raise.
-    options
-        Of the decoder.
-    strict
-        Raise what the decoder raises; else another frame stands in for a damaged one.
-
-    Attributes
-    ----------
-    decoded
-        How many frames were decoded so far.
-    width, height
-        Of the frames as they are stored, as the header says.
+    `opened` opens it, and is called again where a file cannot be searched; `threads` and `options`
+    are those of the decoder. `watch` is called without an argument for every packet, and with every
+    decoded frame, and may raise. Where the reading is `strict`, errors of the decoder are raised;
+    else another frame stands in for a damaged one. `decoded` counts the frames that were decoded so
+    far, and `width` and `height` are those that the header says.
     """
 
     def __init__(

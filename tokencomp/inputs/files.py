@@ -159,13 +159,9 @@ def _name(media: Path, root: Path) -> str:
 def _held_out(rows: Sequence[Sequence[str]]) -> set[str]:
     """Media of the held-out questions: no picture is trained on and evaluated with.
 
-    Media that questions show together stay together. A hash of their names orders these groups,
-    and the first ones that fit into the held-out share are taken; at least the smallest.
-
-    Parameters
-    ----------
-    rows
-        Names of the media of every question.
+    Media that questions show together, those of one row, stay together. A hash of their names
+    orders these groups, and the first ones that fit into the held-out share are taken; at least the
+    smallest.
     """
     groups = sorted(_connected(rows), key=lambda group: zlib.crc32(min(group).encode()))
     room = max(1, sum(map(len, groups)) // HELD_OUT)

@@ -54,20 +54,13 @@ class Arm:
 
 
 def focus(score: Score, total: int, rate: float, count: int) -> list[int]:
-    """Places of `count` frames, ascending.
+    """Places of `count` frames of a clip of `total` frames, `rate` per second, ascending.
 
     Every part of 16 seconds is scored at its centre and at two random places. The quarter with the
     highest bounds is scored once per second. A fifth of the frames are those of the best scores;
     the others are shared out evenly over the best parts, and drawn there by the nearest score.
     Where parts are too short for that, the best scored frames that are left fill the count, and
     after these, the others in order.
-
-    Parameters
-    ----------
-    total
-        Frames of the clip.
-    rate
-        Frames per second.
     """
     if total <= count:
         return list(range(total))

@@ -27,16 +27,10 @@ RULES = ("aks", "focus")
 
 @dataclass(frozen=True)
 class Choice:
-    """What a policy chose.
+    """The numbers of the frames that a policy chose, ascending, and in words by which rule.
 
-    Attributes
-    ----------
-    places
-        Numbers of the frames, ascending.
-    rule
-        How they were chosen, in words for results.
-    silence
-        Why the policy could not choose by its rule, and these are evenly spaced; "" if it could.
+    `silence` says why the policy could not choose by its rule, so that they are evenly spaced; ""
+    if it could.
     """
 
     places: tuple[int, ...]

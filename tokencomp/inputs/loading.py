@@ -105,14 +105,9 @@ def load_model(
 def load_folder(path: str, dtype: torch.dtype | None = None, **options: Any) -> tuple[Any, Any]:
     """Model in eval mode on the CPU, and its processor, by the auto classes of transformers.
 
-    Parameters
-    ----------
-    path
-        A folder in the Hugging Face layout, or a hub id.
-    dtype
-        Default float32.
-    **options
-        Passed to `from_pretrained` of the model; `local_files_only` also to that of the rest.
+    The path is a folder in the Hugging Face layout, or a hub id; the dtype is float32 if it is
+    None. Options go to `from_pretrained` of the model, and `local_files_only` also to that of the
+    rest.
     """
     try:
         import PIL  # noqa: F401

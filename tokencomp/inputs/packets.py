@@ -107,12 +107,8 @@ def packets_of(seen: Iterable[tuple[int, int, bool]]) -> Packets:
 def index_of(packets: Packets, clock: Any, rate: Any, codec: str) -> ClipIndex:
     """The index of a file.
 
-    Parameters
-    ----------
-    clock
-        Seconds per tick of the packets' clock.
-    rate
-        Frames per second as the header says; the packets decide if they differ.
+    `clock` is the seconds per tick of the packets' times, and `rate` the frames per second as the
+    header says; the packets decide if they differ.
     """
     times = (packets.pts - packets.pts[:1]) * float(clock)
     total, fps = len(times), float(rate) if rate else None

@@ -77,10 +77,7 @@ class Example:
 class Deferred(Example):
     """An example whose media are created or opened only when they are loaded.
 
-    Attributes
-    ----------
-    source
-        Returns what `media` would hold; `media` itself stays empty.
+    `source` returns what `media` would hold; `media` itself stays empty.
     """
 
     source: Callable[[], tuple[Media, ...]] = tuple

@@ -57,12 +57,8 @@ class LocalData:
     def stage(self, home: Path, links: dict[str, str]) -> None:
         """Link `home/<cache_dir>` to the media of each data set. Call before lmms-eval's tasks.
 
-        Where a task asks an environment variable for its images, the variable is set.
-
-        Parameters
-        ----------
-        links
-            cache_dir → data set id.
+        `links` has the data set of every cache_dir. Where a task asks an environment variable for
+        its images, the variable is set.
         """
         home.mkdir(parents=True, exist_ok=True)
         for cache, dataset in links.items():

@@ -98,18 +98,9 @@ def run_setting(
 ) -> dict[str, Any]:
     """Evaluate one setting, and write records and manifest to `out`.
 
-    Answers are written as they come, so that an interrupted run continues after the last one.
-
-    Parameters
-    ----------
-    full
-        Folder of the finished run of the full model. What a method loses against it is drawn, see
-        `draw_lost`.
-
-    Returns
-    -------
-    dict
-        The manifest: lmms-eval's own scores under "scores", counts under "summary".
+    Answers are written as they come, so that an interrupted run continues after the last one. What
+    a method loses against the finished run of the full model in the folder `full` is drawn, see
+    `draw_lost`. The manifest has lmms-eval's own scores under "scores", counts under "summary".
     """
     facts = model_identity(*loaded, name=public_name(name))
     questions = {"tasks": [t.name for t in tasks], "data": sorted({t.data for t in tasks})}

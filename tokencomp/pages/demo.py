@@ -46,16 +46,10 @@ class Row:
 class Answer:
     """The answer to one prompt under one setting.
 
-    Attributes
-    ----------
-    setting, text, cost
-    pictures
-        One sheet per image or video that shows what the decoder layers see of it; the media itself
-        where nothing was removed inside the model.
-    layers
-        Per stage: its first layer, and one sheet per image or video of what remains from there on.
-    clips
-        Per video: the pictures of its sheet, to be shown one after the other.
+    `pictures` has one sheet per image or video that shows what the decoder layers see of it; the
+    media itself where nothing was removed inside the model. `layers` has, per stage, its first
+    layer and such sheets of what remains from there on, and `clips`, per video, the pictures of its
+    sheet, to be shown one after the other.
     """
 
     setting: Setting
@@ -94,20 +88,10 @@ class AnsweredQuestion:
 class Demo:
     """Everything on the page.
 
-    Attributes
-    ----------
-    model
-        Its name.
-    facts
-        Versions, hardware, and the model's size.
-    rows
-        Of the table; the full model comes first.
-    questions
-        Shown with pictures.
-    items, failed
-        How many questions were answered for the table, and how many could not be.
-    file
-        CPU seconds of reading the user's files, by part; empty without files.
+    `facts` are versions, hardware, and the model's size. The full model comes first in `rows`,
+    those of the table, for which `items` questions were answered and `failed` could not be. The
+    `questions` are shown with pictures. `file` has CPU seconds of reading the user's files, by
+    part.
     """
 
     model: str

@@ -39,10 +39,7 @@ class LostItem:
 def lost_ids(run: EvalRun, full: EvalRun, kind: str | None = None) -> list[str]:
     """Ids of the items that `full` answers correctly and `run` does not, in their natural order.
 
-    Parameters
-    ----------
-    kind
-        Items about an "image" or a "video" alone; None: all.
+    With a `kind`: items about an "image" or a "video" alone.
     """
     right = {name for name, score in full.scores.items() if score >= 0.5}
     lost = [
@@ -72,24 +69,10 @@ def draw_lost(
 ) -> list[LostItem]:
     """Draw what was kept of the first lost items about images, and of the first about videos.
 
-    The choice is a rule, see `lost_ids`; no case is picked by hand. Each item runs once more,
-    alone, to see which tokens stay.
-
-    Parameters
-    ----------
-    run, full
-        Of the compressed and of the uncompressed model.
-    examples
-        By id, the items of the run; others are left out. Under several processes one of them has
-        its share alone.
-    folder
-        Where the pictures go.
-    frames
-        Frames read from each video.
-    per_kind
-        Items about images, and items about videos, at most.
-    side
-        Longer side of one picture in pixels.
+    The choice is a rule, see `lost_ids`; no case is picked by hand: at most `per_kind` items of
+    each kind, of those among `examples` (by id; under several processes one of them has its share
+    alone). Each item runs once more, alone, to see which tokens stay. Pictures go to `folder`, and
+    have `side` pixels along their longer side.
     """
     assert run.setting is not None
     chosen = []

@@ -19,16 +19,10 @@ PREFILL = Path(__file__).with_name("prefill.jsonl")
 
 @dataclass(frozen=True)
 class PrefillSpeed:
-    """How many times as fast the LLM prefill is with one reducer.
+    """How many times as fast the LLM prefill is with one reducer, a column per ratio.
 
-    Attributes
-    ----------
-    ratios
-        Of the columns.
-    rows
-        Name of the shape, visual tokens, and one value per ratio (None: not measured).
-    where
-        Hardware, versions, command and date.
+    A row has the name of a shape, visual tokens, and one value per ratio (None: not measured).
+    `where` says hardware, versions, command and date.
     """
 
     reducer: str

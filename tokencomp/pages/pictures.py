@@ -39,12 +39,7 @@ def survival(stats: Stats, layer: int | None = None) -> list[np.ndarray]:
     """Per span: the share of decoder layers that see each patch, float (t, h, w) in [0, 1].
 
     `NEVER` where the vision tower has dropped it. A merged token counts at the place of the token
-    that stands for it.
-
-    Parameters
-    ----------
-    layer
-        1 for the patches that this layer sees and 0 for others, in place of shares.
+    that stands for it. With a `layer`: 1 for the patches that it sees and 0 for others.
     """
     layers = stats.shape.num_layers
     segments = list(itertools.pairwise([0, *stats.stage_layers, layers]))
@@ -122,12 +117,8 @@ def frames_of(media: Any, t: int) -> tuple[list[Image.Image], list[int]]:
 def tiles(media: Any, shares: Sequence[np.ndarray], side: int = SIDE) -> list[Image.Image]:
     """The pictures of one image or video, of one size; `strip` makes them a sheet.
 
-    Parameters
-    ----------
-    media
-        PIL image, or list of frames.
-    shares
-        One array (t, h, w) per span of this media (a tile and a mosaic make two).
+    A video is a list of frames. There is one array (t, h, w) of shares per span of this media (a
+    tile and a mosaic make two).
     """
     out = []
     for share in shares:
@@ -179,14 +170,8 @@ def group_spans(spans: Sequence[VisualSpan], media: Sequence[Any]) -> list[list[
 def save_kept(folder: Path, example: Example, media: Sequence[Any], stats: Stats) -> None:
     """Keep one picture per run folder: which patches of a question's media the layers saw.
 
-    Parameters
-    ----------
-    folder
-        Of the run. A picture that it has already stays. Sounds have none.
-    example, media
-        The question, and what it is about, decoded.
-    stats
-        Of a batch whose first row is the question.
+    A picture that the folder has already stays, and sounds have none. The question is the first row
+    of the batch that `stats` are of; its media are decoded.
     """
     path = folder / KEPT
     if path.exists() or not media or not stats.spans[0]:
@@ -199,10 +184,7 @@ def save_kept(folder: Path, example: Example, media: Sequence[Any], stats: Stats
 def kept_picture(media: Sequence[Any], stats: Stats, side: int = SIDE) -> Image.Image:
     """What the layers saw of the media of the first row of a batch, as one sheet.
 
-    Parameters
-    ----------
-    media
-        Of the row, decoded; the first `MAX_MEDIA` of them are drawn.
+    The media are decoded; the first `MAX_MEDIA` of them are drawn.
     """
     media = as_taken(media, stats.spans[0])
     shares, groups = survival(stats), group_spans(stats.spans[0], media)

@@ -111,11 +111,7 @@ class Conversation:
     def run(self, inputs: Mapping[str, Tensor], kept: bool = True) -> Tensor:
         """`add` for callers that have called `mark`: after an error, they must rewind.
 
-        Parameters
-        ----------
-        kept
-            Whether the part stays, so that text must fit into the budget; False if the caller
-            rewinds.
+        Text must fit into the budget if the part is `kept`, and not if the caller rewinds.
         """
         ids = inputs["input_ids"]
         if ids.shape[0] != 1:
@@ -195,15 +191,7 @@ class Conversation:
         )
 
     def check_chunk(self, spans: Sequence[VisualSpan], n: int) -> None:
-        """Raise `SessionError` if media that are about to run could not stay.
-
-        Parameters
-        ----------
-        spans
-            Of the part.
-        n
-            Its columns.
-        """
+        """Raise `SessionError` if media that are about to run in `n` columns could not stay."""
         handle = handle_of(self.adapter.model)
         rows = rows_of(handle, spans, n, len(self.adapter.layers))
         self._check_room(rows, n, kept_text=False)

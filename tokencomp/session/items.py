@@ -24,12 +24,7 @@ CLOCK = 1000
 class FrameClock:
     """When the frames of a session were shown: later ones come later.
 
-    Attributes
-    ----------
-    last : float or None
-        Seconds of the last frame.
-    step : float
-        Seconds between the last two frames.
+    `last` has the seconds of the last frame, and `step` those between the last two.
     """
 
     def __init__(self) -> None:
@@ -39,12 +34,8 @@ class FrameClock:
     def times(self, frames: Sequence[Any], seconds: Any, needed: bool) -> list[float] | None:
         """Seconds of every frame, or None where nobody tells and nobody asks.
 
-        Parameters
-        ----------
-        seconds
-            One time per frame, or the distance between frames; None: those of a `Video`.
-        needed
-            Whether the processor writes times.
+        `seconds` is one time per frame, or the distance between frames; None: those of a `Video`.
+        They are `needed` if the processor writes times.
         """
         if seconds is None:
             times = self._own(frames)

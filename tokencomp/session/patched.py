@@ -17,10 +17,7 @@ from tokencomp.tokens.spans import VisualSpan
 def check_patch(handle: Handle | None, kinds: Tensor | None) -> None:
     """Refuse a patch under which later parts would not equal one prompt.
 
-    Parameters
-    ----------
-    kinds : Tensor of int8, or None
-        Of the part that comes next, see `Adapter.kinds`; None for text.
+    `kinds` are those of the part that comes next, see `Adapter.kinds`; None for text.
     """
     if handle is None or not handle.compresses:
         return

@@ -44,17 +44,8 @@ class Positions:
     def of(self, inputs: Mapping[str, Tensor], kinds: Tensor | None) -> tuple[Tensor, int]:
         """Positions of a part, and the position that follows it.
 
-        Parameters
-        ----------
-        inputs
-            Arguments of the model by name, of one sample.
-        kinds : Tensor of int8, shape (1, n), or None
-            See `Adapter.kinds`; None for text.
-
-        Returns
-        -------
-        Tensor of int64, shape (3, 1, n) for M-RoPE, else (1, n)
-        int
+        They are int64 (3, 1, n) for M-RoPE, else (1, n). The arguments of the model are those of
+        one sample; `kinds` (1, n) are as in `Adapter.kinds`, and None for text.
         """
         ids = inputs["input_ids"]
         own = torch.arange(ids.shape[1], device=ids.device)[None]

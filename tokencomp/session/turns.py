@@ -22,14 +22,9 @@ NO_TEMPLATE = (
 class Turns:
     """The pieces of the chat template of a processor.
 
-    Attributes
-    ----------
-    open : list of int
-        Ids of the system text and of what begins the first user turn.
-    answer : list of int
-        Ids that end a user turn and begin an answer.
-    reopen : list of int
-        Ids that end an answer and begin a user turn.
+    Ids of the system text and of what begins the first user turn are `open`; `answer` are those
+    that end a user turn and begin an answer, and `reopen` those that end an answer and begin a user
+    turn.
     """
 
     def __init__(self, processor: Any) -> None:

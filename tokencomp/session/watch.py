@@ -16,24 +16,10 @@ from tokencomp.tokens.spans import VisualSpan, numbered
 class Watch:
     """Reads the input of the decoder in one call: its spans, and the features of its patches.
 
-    It runs before the hooks of a patch, which then shorten this input. For text it does nothing.
-
-    Parameters
-    ----------
-    inputs
-        Arguments of the model by name.
-    kinds : Tensor of int8, shape (1, n), or None
-        See `Adapter.kinds`; None for text.
-    positions : Tensor of int64, shape (3, 1, n) for M-RoPE, else (1, n)
-    check
-        Called with the spans and the number of columns before the decoder runs; it may refuse.
-    appearance
-        Whether features are kept.
-
-    Attributes
-    ----------
-    spans : list of VisualSpan, or None
-    appearance : Tensor, shape (n, d), or None
+    It runs before the hooks of a patch, which then shorten this input. For text, where `kinds` is
+    None, it does nothing; else they are as in `Adapter.kinds`, and `positions` are (3, 1, n) for
+    M-RoPE, else (1, n). `check` is called with the spans and the number of columns before the
+    decoder runs, and may refuse. With `appearance`, features (n, d) are kept.
     """
 
     def __init__(

@@ -21,20 +21,8 @@ def opened(item: Any, where: str) -> Image.Image:
 def as_frames(video: Any, where: str, limit: int) -> list[Image.Image]:
     """Return at most `limit` evenly spaced frames of a video, the first and the last included.
 
-    Parameters
-    ----------
-    video
-        A path, a sequence of images, or a uint8 array (frames, H, W, 3).
-    where
-        Name of the video in error messages.
-    limit
-        Largest number of frames.
-
-    Raises
-    ------
-    MediaError
-        If the video has no frames, a frame cannot be read, or frames differ in size. The message
-        names the frame.
+    A video is a path, a sequence of images, or a uint8 array (frames, H, W, 3). The message of a
+    `MediaError` names it as `where`, and the frame that cannot be read or differs in size.
     """
     if isinstance(video, (str, Path)):
         video = load_media(video, limit)

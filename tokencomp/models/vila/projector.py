@@ -49,17 +49,8 @@ class SpaceToDepth(nn.Module):
 class VilaProjector(nn.Module):
     """Map vision features to LLM embeddings, with the parameter names of published checkpoints.
 
-    Parameters
-    ----------
-    kind
-        The `mm_projector_type` of the checkpoint.
-    vision_size, hidden_size
-        Number of channels of the vision tower and of the LLM.
-
-    Attributes
-    ----------
-    order
-        Of the output tokens: "columns" for `mlp_downsample` and "rows" for all other kinds.
+    `kind` is the `mm_projector_type` of the checkpoint. The order of the output tokens is "columns"
+    for `mlp_downsample` and "rows" for all other kinds.
     """
 
     def __init__(self, kind: str, vision_size: int, hidden_size: int) -> None:

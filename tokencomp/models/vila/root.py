@@ -79,11 +79,8 @@ def read_root(folder: str | Path) -> dict[str, Any]:
 def read_config(folder: str | Path, tokenizer: Any) -> VilaConfig:
     """Build the configuration of a folder.
 
-    Parameters
-    ----------
-    tokenizer
-        Tokenizer of `llm/` with media tokens (see `tokens.load_tokenizer`). It is not used if the
-        root config has "media_tokens", which is true for configurations that we wrote ourselves.
+    The tokenizer of `llm/` with media tokens (see `tokens.load_tokenizer`) is not used if the root
+    config has "media_tokens", which is true for configurations that we wrote ourselves.
     """
     folder = Path(folder)
     root = read_root(folder)
