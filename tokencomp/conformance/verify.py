@@ -18,13 +18,7 @@ def verify_model(model: Any, compress: Compress) -> Result:
 
     The tiny model has the layers, positions, masks and caches of the given one; its sizes are small
     and its tower does not run. It takes about a second, and nothing for a config that has passed.
-
-    Parameters
-    ----------
-    model
-        The Hugging Face model, without wrappers; left alone.
-    compress
-        `(model, plan) → handle`, which takes models of unverified types.
+    `compress` must take models of unverified types.
 
     Raises
     ------

@@ -179,12 +179,7 @@ def comparison(weights: Path, queries: int, spans: Sequence[VisualSpan]) -> list
     """The projector, and pooling and random choice at as many tokens, on media like `spans`.
 
     All of them keep special tokens: the projector beside its queries, the others within their
-    count.
-
-    Raises
-    ------
-    OptionError
-        The projector would save nothing, so that the uncompressed model would be measured.
+    count. Media of which the projector would save nothing are refused.
     """
     check_media(spans, queries)
     kept = sum(queries + len(span.special) for span in spans)

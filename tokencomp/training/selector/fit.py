@@ -93,13 +93,6 @@ def targets(pairs: Sequence[Pair], zeroed: float) -> list[Pair]:
 
     Relevance becomes a distribution: the lowest share `zeroed` is set to zero, the rest sums to 1.
     Spans of one token, where there is nothing to choose, and spans without relevance are left out.
-
-    Raises
-    ------
-    OptionError
-        No span remains.
-    ScoreError
-        A number is NaN or infinite.
     """
     targets = []
     for row, label in pairs:

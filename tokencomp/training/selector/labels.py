@@ -57,13 +57,6 @@ def label(
     -------
     pairs, seconds
         Labels, and the time they took, in all sessions together.
-
-    Raises
-    ------
-    OptionError
-        `folder` holds labels of another identity, or files that are none.
-    ScoreError
-        An attention row, a feature or a relevance is NaN or infinite.
     """
     identity = {**identity, "questions": len(source)}
     if (folder / IDENTITY).exists():
