@@ -21,7 +21,9 @@ def check_engine(config: VllmConfig, offsets: bool) -> None:
     With `offsets`, rows carry position offsets, as in M-RoPE models. Full CUDA graphs of model
     runner V1 then become piecewise ones, because a replayed full graph would not add the offsets.
     """
-    wrong = [*_wrong(config), *(_wrong_for_offsets(config) if offsets else ())]
+    wrong = _wrong_for_offsets(config) if offsets else []
+    if getattr(config.model_config.multimodal_config, "video_pruning_rate", None):
+        wrong.append("--video-pruning-rate compresses the same tokens; use one of the two")
     untested = _untested(config)
     if untested and os.environ.get(ENV_UNTESTED) == "1":
         logger.warning("tokencomp: untested engine settings: %s", "; ".join(untested))
@@ -34,14 +36,6 @@ def check_engine(config: VllmConfig, offsets: bool) -> None:
         )
     if offsets and not config.use_v2_model_runner:
         _piecewise(config)
-
-
-def _wrong(config: VllmConfig) -> list[str]:
-    """Return the settings with which any compressed model gives wrong results."""
-    multimodal: Any = config.model_config.multimodal_config
-    if getattr(multimodal, "video_pruning_rate", None):
-        return ["--video-pruning-rate compresses the same tokens; use one of the two"]
-    return []
 
 
 def _untested(config: VllmConfig) -> list[str]:

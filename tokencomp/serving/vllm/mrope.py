@@ -175,7 +175,9 @@ class Model(CompressingModel):
         if any(e.shape[1] > width for e in multimodal_embeddings):
             ids = torch.as_tensor(input_ids, device=mrope_positions.device)[num_computed_tokens:]
             # Every row belongs to a placeholder. Placeholders of later windows follow these rows.
-            places = num_computed_tokens + torch.isin(ids, self._media_ids(ids)).nonzero()[:, 0]
+            config = self.config  # type: ignore[attr-defined]  # of vLLM's class
+            media = ids.new_tensor([config.image_token_id, config.video_token_id])
+            places = num_computed_tokens + torch.isin(ids, media).nonzero()[:, 0]
             mrope_positions = mrope_positions.clone()
             for e in multimodal_embeddings:
                 if e.shape[1] > width:
@@ -183,11 +185,6 @@ class Model(CompressingModel):
                     mrope_positions[:, places[first : first + len(e)]] += offsets
                 first += len(e)
         return [e[:, :width] for e in multimodal_embeddings], mrope_positions, None
-
-    def _media_ids(self, like: Tensor) -> Tensor:
-        """Return the token ids of placeholders."""
-        config = self.config  # type: ignore[attr-defined]  # of vLLM's class
-        return like.new_tensor([config.image_token_id, config.video_token_id])
 
     # -- in every step, model runner V1 ---------------------------------------------------------
 
