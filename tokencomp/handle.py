@@ -143,6 +143,15 @@ class Handle:
         finally:
             self._hooks.disable(-1)
 
+    @contextlib.contextmanager
+    def dropping(self) -> Iterator[None]:
+        """Run new prompts inside the block, in this thread, so that nothing is merged."""
+        self._hooks.drop(True)
+        try:
+            yield
+        finally:
+            self._hooks.drop(False)
+
     def set(
         self,
         *,

@@ -351,3 +351,19 @@ def test_what_stays_keeps_its_coordinates(name: str) -> None:
             place = got[:, sample, column : column + len(offsets)].T - base
             assert place.tolist() == expected and len(offsets) == 5
             moved += span.length - len(offsets)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"budget": 512}, {"ratio": {"video": 0.5}}, {"ratio": [0.0, 0.0, 0.95]}], ids=str
+)
+def test_what_loses_nothing_is_not_called_merged(setting: dict[str, Any]) -> None:
+    """Nothing leaves, or all that leaves is dropped: more than a tenth of it must stay."""
+    family = FAMILIES["qwen2_vl"]
+    model, inputs = family.build(), ragged(family)
+    with tokencomp.patch(model, **setting, reducer="kcentre", rest="auto") as handle:
+        with torch.no_grad():
+            model(**inputs)
+        stats = handle.stats
+    assert stats.merged_from is None and "merged" not in str(stats)
+    if "budget" in setting:
+        assert stats.flops_after == stats.flops_before

@@ -93,6 +93,35 @@ def test_checkpointed_layers_know_the_weights(name: str, reducer: str, reentrant
     assert (dropped["loss"] - got[0]["loss"]).abs() > 1e-4
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("end", ["unpatch", "set", "patch"])
+def test_a_backward_pass_behind_the_patch(end: str, reentrant: bool) -> None:
+    """Layers that run once more have the weights of their first run, whatever is in force."""
+    family = FAMILIES["qwen2_vl"]
+    model = family.build().train()
+    inputs = family.batch([[text(3), family.image(), text(5, 2)], [text(9)]])
+    with tokencomp.patch(model, 0.5, reducer="kcentre", rest="merge"):
+        expected = step(model, inputs)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    labels = torch.full_like(inputs["input_ids"], -100)
+    labels[:, -4:] = inputs["input_ids"][:, -4:]
+    model.zero_grad(set_to_none=True)
+    handle = tokencomp.patch(model, 0.5, reducer="kcentre", rest="merge")
+    loss = model(**inputs, labels=labels).loss
+    if end == "unpatch":
+        handle.remove()
+    elif end == "set":
+        handle.set(ratio=0)
+    else:
+        tokencomp.patch(model, 0.25, reducer="kcentre")
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            torch.testing.assert_close(parameter.grad, expected[name], msg=name)
+    tokencomp.unpatch(model)
+    assert not any(hasattr(m.__dict__.get("config"), "tokencomp_further") for m in model.modules())
+
+
 @dataclasses.dataclass(frozen=True)
 class Spy(tokencomp.Reducer):
     """Asks another reducer, and again outside of autocast."""

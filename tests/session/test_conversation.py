@@ -75,6 +75,29 @@ def test_parts_equal_one_prompt(name: str, ratio: float | None) -> None:
     assert conversation.rows < conversation.tokens or not ratio
 
 
+@pytest.mark.parametrize("name", ["qwen3_vl", "llava_onevision"])
+def test_a_budget_drops_what_the_default_would_merge(name: str) -> None:
+    """A merged token fills as many rows as it stands for, so that none would be free."""
+    family = FAMILIES[name]
+    model, parts = family.build(), parts_of(family)
+
+    def talk(budget: int | None, rest: Any) -> tuple[Tensor, int]:
+        tokencomp.patch(model, 0.5, reducer="kcentre", rest=rest)
+        conversation = Conversation(model, budget, "oldest")
+        for row in parts:
+            logits = conversation.add(part(family, row))
+            assert budget is None or len(conversation._held or ()) == conversation.rows
+        return logits, conversation.rows
+
+    (dropped, few), (default, rows) = talk(1000, "drop"), talk(1000, "auto")
+    assert rows == few and torch.equal(default, dropped)
+    merged, many = talk(None, "auto")
+    assert many > few and difference(merged, dropped) > 1e-4
+    assert difference(merged, one_prompt(model, family, parts)) < 1e-5
+    with pytest.raises(OptionError, match="rest='merge' in a session with a budget"):
+        talk(1000, "merge")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_reducer_sees_the_chunk_before(name: str) -> None:
     """Chunks one by one keep the tokens that one prompt keeps; without the memory they do not."""

@@ -112,6 +112,11 @@ class Plan:
         return any(s.merges_some for s in self.stages)
 
     @cached_property
+    def dropping(self) -> Plan:
+        """This plan, in which what does not stay is dropped."""
+        return self.with_rest("drop") if self.merges_rest else self
+
+    @cached_property
     def needs(self) -> frozenset[Signal]:
         """Signals that the reducers of the decoder's stages read."""
         return frozenset().union(*(s.needs for s in self.stages))
@@ -205,6 +210,17 @@ class Plan:
     def entering(self, span: VisualSpan) -> int:
         """Visual tokens of `span` that reach the decoder: all, or those that leave the tower."""
         return self.tower.tokens(span) if self.tower and span.kind != "audio" else span.visual
+
+    def merging(
+        self, span: VisualSpan, counts: list[int], place: Place | None = None
+    ) -> Stage | None:
+        """The first stage that merges tokens of a span of which `counts` are left; or None."""
+        before = self.entering(span)
+        for stage, count in zip(self.stages, counts, strict=True):
+            if count < before and stage.merges(span.kind, place):
+                return stage
+            before = count
+        return None
 
     def _falling(self, span: VisualSpan, fractions: list[float]) -> list[int]:
         """Keep counts at these fractions, none above the one before."""

@@ -164,7 +164,7 @@ class ServerOptions:
                 "serve with `--engine hf`."
             )
         reducer = self._reducer(values)
-        rest = values.get("rest") or self._usual_rest(values)
+        rest = values.get("rest") or self._usual_rest(values, reducer)
         if engine != "hf" and rest == "auto":
             rest = "drop"
         if engine != "hf" and rest == "merge":
@@ -188,12 +188,14 @@ class ServerOptions:
             spec.stages(num_layers=1, first_layer_stage=1)  # raises if they do not fit together
         return spec
 
-    def _usual_rest(self, values: Mapping[str, Any]) -> Rest | None:
+    def _usual_rest(self, values: Mapping[str, Any], reducer: Reducer) -> Rest | None:
         """What happens to the rest where a request does not say: as the default, or as `patch`.
 
         The library's default merges in images. A request for another reducer drops, unless the
-        operator merges everywhere.
+        operator merges everywhere; one that merges tokens by itself leaves none.
         """
+        if reducer.merges:
+            return None
         usual = values.get("reducer") in (None, "auto")
         if self.default.rest is None and usual and self.default.reducer == "auto":
             return "auto"

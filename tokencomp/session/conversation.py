@@ -20,7 +20,7 @@ from tokencomp.engine.cache.rows import first_layer, physical_length
 from tokencomp.errors import OptionError, SessionError
 from tokencomp.handle import handle_of
 from tokencomp.session.held import POLICIES, TEXT, Held, PatchPlaces
-from tokencomp.session.patched import check_patch, rows_of
+from tokencomp.session.patched import check_patch, rows_of, run_within
 from tokencomp.session.positions import Positions
 from tokencomp.session.watch import Watch
 from tokencomp.tokens.spans import VisualSpan
@@ -122,12 +122,14 @@ class Conversation:
         device = self.adapter.decoder.embed_tokens.weight.device
         inputs = {k: v.to(device) for k, v in inputs.items() if isinstance(v, Tensor)}
         kinds = self.adapter.kinds(inputs) if self.adapter.feature_kinds(inputs) else None
-        check_patch(handle_of(self.adapter.model), kinds)
+        handle = handle_of(self.adapter.model)
+        check_patch(handle, kinds, self.budget)
         if kinds is None and kept:
             self.check_text(ids.shape[1])
         positions, following = self.positions.of(inputs, kinds)
         appearance = self.budget is not None and self.policy == "redundant"
-        with Watch(self.adapter, inputs, kinds, positions, self.check_chunk, appearance) as watch:
+        watch = Watch(self.adapter, inputs, kinds, positions, self.check_chunk, appearance)
+        with watch, run_within(handle, self.budget):
             out = self.model(
                 **inputs, **self._options, position_ids=positions, use_cache=True,
                 **{self._cache_name: self.cache},

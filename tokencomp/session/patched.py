@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 from torch import Tensor
 
@@ -14,8 +16,8 @@ from tokencomp.tokens.signals import Attention
 from tokencomp.tokens.spans import VisualSpan
 
 
-def check_patch(handle: Handle | None, kinds: Tensor | None) -> None:
-    """Refuse a patch under which later parts would not equal one prompt.
+def check_patch(handle: Handle | None, kinds: Tensor | None, budget: int | None) -> None:
+    """Refuse a patch under which later parts would not equal one prompt, or could not leave.
 
     `kinds` are those of the part that comes next, see `Adapter.kinds`; None for text.
     """
@@ -28,6 +30,12 @@ def check_patch(handle: Handle | None, kinds: Tensor | None) -> None:
         )
     names = [] if kinds is None else [KINDS[int(code)] for code in kinds.unique() if code]
     for stage in handle.plan.stages:
+        if budget is not None and stage.rest == "merge":
+            raise OptionError(
+                "rest='merge' in a session with a budget: the cache holds a merged token as often "
+                "as the tokens that it stands for, so that merging leaves no room in it. Patch "
+                "with rest='drop', or open the session with budget=None."
+            )
         if names and stage.amount is not None and not stage.amount.alone:
             raise OptionError(
                 f"the patch has {stage.amount}, so what stays of an image depends on the others of "
@@ -44,6 +52,13 @@ def check_patch(handle: Handle | None, kinds: Tensor | None) -> None:
                     "compresses. Take one that reads the media alone: "
                     "tokencomp.patch(model, ratio, reducer='kcentre')."
                 )
+
+
+def run_within(handle: Handle | None, budget: int | None) -> AbstractContextManager[None]:
+    """A part of a session with a budget drops what the default of a patch would merge."""
+    if handle is None or budget is None:
+        return contextlib.nullcontext()
+    return handle.dropping()
 
 
 def rows_of(handle: Handle | None, spans: Sequence[VisualSpan], n: int, layers: int) -> int:

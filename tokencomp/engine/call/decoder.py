@@ -168,7 +168,7 @@ class DecoderHooks(CallHooks):
         self, module: nn.Module, arguments: dict[str, Any], cache: Any, state: CallState
     ) -> Any:
         """Read a prefill with visual tokens, and change its arguments by the entry stage."""
-        plan = self.plan
+        plan = self.plan.dropping if state.drops else self.plan
         if arguments.get("inputs_embeds") is None:
             arguments = with_embeddings(module, arguments)
         if plan.tower is None and self.tower.had_stage:

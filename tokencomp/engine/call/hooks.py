@@ -154,6 +154,10 @@ class Hooks(CallHooks):
         """Count calls of `Handle.disabled()` in this thread up or down."""
         self.calls.state.disabled += by
 
+    def drop(self, drops: bool) -> None:
+        """Whether prompts of this thread drop what their plan would merge."""
+        self.calls.state.drops = drops
+
     def _compresses(self) -> bool:
         return self.decoder.compresses()
 

@@ -50,6 +50,8 @@ class CallState:
         Whether attention is widened for a prompt of this thread.
     disabled
         How often this thread is inside of `Handle.disabled()`.
+    drops
+        From a session with a budget: whether all that does not stay is dropped.
     """
 
     columns: int | None = None
@@ -66,6 +68,7 @@ class CallState:
     recomputed: ForwardPass | None = None
     weighs: bool = False
     disabled: int = 0
+    drops: bool = False
 
 
 class RunningCalls(threading.local):

@@ -31,22 +31,30 @@ FUNCTION = "_gradient_checkpointing_func"  # transformers calls it with a layer'
 
 
 class Carrying:
-    """What checkpoints a layer under a patch, in place of `original`."""
+    """What checkpoints a layer under a patch, in place of `original`.
 
-    def __init__(self, original: Callable[..., Any], calls: RunningCalls) -> None:
-        self.original, self.calls = original, calls
+    The patch may be gone when the backward pass runs the layer once more, so that this run widens
+    `attention` by itself.
+    """
+
+    def __init__(
+        self, original: Callable[..., Any], calls: RunningCalls, attention: ProportionalAttention
+    ) -> None:
+        self.original, self.calls, self.attention = original, calls, attention
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         forward = self.calls.state.forward
-        if forward is None:
+        if forward is None or not forward.merges:
             return self.original(function, *args, **kwargs)
 
         def run(*args: Any) -> Any:
             state = self.calls.state  # of the thread of the backward pass, in the second run
             before, state.recomputed = state.recomputed, forward
+            self.attention.enter()
             try:
                 return function(*args)
             finally:
+                self.attention.leave()
                 state.recomputed = before
 
         return self.original(run, *args, **kwargs)
@@ -55,8 +63,8 @@ class Carrying:
 class Recomputation:
     """Lets the checkpointed layers of a model carry their calls."""
 
-    def __init__(self, calls: RunningCalls) -> None:
-        self.calls = calls
+    def __init__(self, calls: RunningCalls, attention: ProportionalAttention) -> None:
+        self.calls, self.attention = calls, attention
         self._layers: list[Any] = []
 
     def prepare(self, layers: Iterable[nn.Module]) -> None:
@@ -67,7 +75,7 @@ class Recomputation:
         for layer in layers:
             original = getattr(layer, FUNCTION)
             if not isinstance(original, Carrying):
-                setattr(layer, FUNCTION, Carrying(original, self.calls))
+                setattr(layer, FUNCTION, Carrying(original, self.calls, self.attention))
                 self._layers.append(layer)
 
     def remove(self) -> None:
@@ -91,7 +99,7 @@ class RowWeights(CallHooks):
     def __init__(self, adapter: Adapter, calls: RunningCalls) -> None:
         super().__init__(adapter, calls)
         self.attention = ProportionalAttention(adapter.layers, self._sizes)
-        self._recomputation = Recomputation(calls)
+        self._recomputation = Recomputation(calls, self.attention)
 
     def remove(self) -> None:
         """Undo everything; safe to call twice."""
@@ -100,15 +108,10 @@ class RowWeights(CallHooks):
         self._recomputation.remove()
 
     def begin(self) -> None:
-        """Widen attention for the prompt that runs in this thread, until `end`.
-
-        If its layers are checkpointed, attention stays widened until `remove`, for the backward
-        pass, which knows the weights too.
-        """
+        """Widen attention for the prompt that runs in this thread, until `end`."""
         self.calls.state.weighs = True
         self.attention.enter()
         if compat.recomputed(self.adapter.layers[0]):
-            self.attention.enter()
             self._recomputation.prepare(self.adapter.layers)
 
     def check(self, forward: ForwardPass) -> None:

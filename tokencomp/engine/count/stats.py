@@ -106,13 +106,12 @@ class Stats:
 
         None: all are dropped.
         """
-        items = [
-            (span.kind, place)
-            for spans, places in zip(self.spans, self._places, strict=True)
-            for span, place in zip(spans, places, strict=True)
-        ]
-        merging = (s.layer for s in self._plan.stages if any(s.merges(*item) for item in items))
-        return next(merging, None)
+        stages = (
+            self._plan.merging(*item)
+            for rows in zip(self.spans, self.counts, self._places, strict=True)
+            for item in zip(*rows, strict=True)
+        )
+        return min((stage.layer for stage in stages if stage is not None), default=None)
 
     @functools.cached_property
     def entering(self) -> list[list[int]]:

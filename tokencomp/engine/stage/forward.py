@@ -120,10 +120,9 @@ class ForwardPass:
         scored = any(isinstance(signal, Attention) for signal in plan.needs)
         self.scores = StageScores(adapter.layers) if scored else None
         self.merges = plan.merges_rest and any(
-            stage.merges(span.kind, place)
-            for row, own in zip(spans, self.places, strict=True)
-            for span, place in zip(row, own, strict=True)
-            for stage in plan.stages
+            plan.merging(*item)
+            for rows in zip(spans, self.counts, self.places, strict=True)
+            for item in zip(*rows, strict=True)
         )
         self.windows = Windows.of(adapter.decoder, served=True)
         self.by_column = True
