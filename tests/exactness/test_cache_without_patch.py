@@ -92,6 +92,25 @@ def test_what_needs_the_patch_is_refused_without_it(name: str, plan: str) -> Non
         torch.testing.assert_close(chat.say(), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("rest", ["drop", "merge"])
+def test_a_crop_ends_where_tokens_have_left(rest: Any) -> None:
+    """Text behind media leaves and comes again; media of which tokens have left do not."""
+    family = FAMILIES["qwen2_vl"]
+    model, inputs = family.build(), family.batch(rows(family, 1))
+    positions = family.positions(model, inputs)
+    with tokencomp.patch(model, 0.5, reducer="uniform", rest=rest), torch.no_grad():
+        out = model(**inputs, position_ids=positions, use_cache=True)
+        cache, name = oracle.cache_of(out), oracle.cache_name(out)
+        cache.crop(-3)
+        last = {"input_ids": inputs["input_ids"][:, -3:], "position_ids": positions[..., -3:]}
+        again = model(**last, **{name: cache}, use_cache=True).logits
+        held = physical_length(first_layer(cache))
+        with pytest.raises(UnsupportedCacheError, match="reaches into media"):
+            cache.crop(-(inputs["input_ids"].shape[1] - 5))
+    torch.testing.assert_close(again, out.logits[:, -3:], atol=1e-5, rtol=1e-5)
+    assert physical_length(first_layer(cache)) == held
+
+
 def test_suspended_patches_are_gone_too() -> None:
     """A block whose own patch ends brings the first one back."""
     chat = Chat(FAMILIES["qwen2_vl"], 2, **ENTRY)

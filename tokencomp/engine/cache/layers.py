@@ -173,9 +173,24 @@ class CompressedDynamicLayer(CompressedLayer, DynamicLayer):
     plain: ClassVar[type] = DynamicLayer
 
     def crop(self, length: int) -> None:
-        """Remove `-length` rows, or (transformers < 5.14) cut to `length` logical tokens."""
+        """Remove `-length` rows, or (transformers < 5.14) cut to `length` logical tokens.
+
+        Raises
+        ------
+        UnsupportedCacheError
+            Tokens have left among those to be removed, so that rows are not tokens.
+        """
         rows = self.rows + length if length <= 0 else length - self.dropped
-        self._cut(min(max(rows, 0), self.rows))
+        rows = min(max(rows, 0), self.rows)
+        known = self.columns
+        if known is not None and rows < known.shape[1]:
+            tail = known[:, rows:]
+            if bool((tail[:, -1] - tail[:, 0] != tail.shape[1] - 1).any()):
+                raise UnsupportedCacheError(
+                    f"crop({length}) reaches into media of which tokens have left. Crop only what "
+                    "follows the last image or video, or start the conversation again."
+                )
+        self._cut(rows)
 
     def _cut(self, rows: int) -> None:
         """Keep the first `rows` rows."""
