@@ -175,8 +175,8 @@ def links(
 ) -> tuple[Tensor, Tensor, dict[int, int]]:
     """Which tokens hang on one of the frame before, at most so many that `keep` can stay.
 
-    Beside it (bool, by patch) the token that each would hang on, and the first frame of segments
-    that have links with the number of their frames.
+    Returns, per patch, whether it does (bool) and on which token it would hang (int64); and the
+    segments with links, as their first frames and numbers of frames.
     """
     stops, sizes = starts_of(lengths), np.asarray(frames.lengths)
     linked, parent = torch.zeros_like(free), torch.zeros_like(free, dtype=torch.int64)
@@ -196,9 +196,10 @@ def links(
 def likest(
     frames: Patches, unit: Tensor, free: Tensor, numbers: HostIndex
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The tokens of some frames, the free one of the frame before that each resembles most, cosine.
+    """The token of the frame before that every token of some frames resembles most.
 
-    The cosine is -inf where one of the two is not free. All are (n,).
+    Returns, all (n,): the tokens of these frames; for each, the free token of the frame before with
+    the largest cosine; and that cosine, -inf where one of the two is not free.
     """
 
     def of_stack(_: HostIndex, stack: Stack, own: Tensor, others: Tensor, free: Tensor) -> Tensor:

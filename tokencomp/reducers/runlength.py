@@ -80,7 +80,7 @@ def of_first(grid: Grid, budget: int) -> int:
 
 
 def changes(patches: Patches, x: Tensor, budgets: list[int]) -> Tensor:
-    """Distance of every patch, which looks like x (patches, d), to the token last kept there.
+    """Distance of every patch to the token last kept at its place, by x (patches, d), (patches,).
 
     Tokens that changed by more than a threshold come first, first frames have -inf. The threshold
     of a span is the smallest that at most its budget of tokens behind the first frame exceeds.

@@ -150,7 +150,7 @@ def _load(path: Path, modified: int) -> tuple[SelectorNet, dict[str, Any]]:
 
 
 def input_of(card: dict[str, Any], path: str | Path, wanted: Input | None = None) -> Input:
-    """What the network of a card reads, refused if no selector does, or if it is not `wanted`."""
+    """What the network of a card reads; a `WeightsError` if it is not known, or not `wanted`."""
     named = card.get("input", INPUTS["attention"])
     taken = next((name for name, text in INPUTS.items() if text == named), None)
     if taken is None:
