@@ -121,7 +121,7 @@ class CallGate(Hooked):
         args
             What torch hands a hook.
         """
-        if torch.compiler.is_compiling():
+        if args is not None and torch.compiler.is_compiling():  # the hook alone may be traced
             return
         own, name = threading.get_ident(), id(call)
         with self._condition:
@@ -147,7 +147,7 @@ class CallGate(Hooked):
 
     def leave(self, call: object, *hook: Any) -> None:
         """Note that a call of this thread has ended, see `enter`; safe to call twice."""
-        if torch.compiler.is_compiling():
+        if hook and torch.compiler.is_compiling():
             return
         own, name = threading.get_ident(), id(call)
         with self._condition:
