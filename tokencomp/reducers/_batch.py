@@ -126,7 +126,10 @@ def with_merged(
 
     `merged` holds arguments of `Patches.replaced`.
     """
-    parts = [(chosen, x[chosen], x.new_ones(len(chosen))), *merged]
+    kept = chosen, x[chosen], x.new_ones(len(chosen))
+    if not merged:
+        return patches.replaced(*kept)
+    parts = [kept, *merged]
     return patches.replaced(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
@@ -143,12 +146,17 @@ def segment(values: Tensor, lengths: Sequence[int], how: str) -> Tensor:
     return torch.segment_reduce(values, how, lengths=counts, unsafe=True)
 
 
-def spread(values: Tensor, lengths: Sequence[int]) -> Tensor:
-    """One value per span as one per patch; a single value is left to broadcast."""
+def spread(values: Tensor, lengths: Sequence[int], owners: Tensor | None = None) -> Tensor:
+    """One value per span as one per patch; a single value is left to broadcast.
+
+    `owners` is the span of every patch, for callers that have it already.
+    """
     if len(lengths) == 1:
         return values
-    rows = np.repeat(np.arange(len(lengths)), lengths)
-    return values.index_select(0, torch.from_numpy(rows).to(values.device))
+    if owners is None:
+        rows = np.repeat(np.arange(len(lengths)), lengths)
+        owners = torch.from_numpy(rows).to(values.device)
+    return values.index_select(0, owners)
 
 
 def means(values: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -176,10 +184,16 @@ def ranked(values: Tensor, lengths: Sequence[int]) -> Tensor:
     return order[owners[order].sort(stable=True).indices]
 
 
-def min_max(values: Tensor, lengths: Sequence[int], least: float = 0.0) -> Tensor:
+def min_max(
+    values: Tensor, lengths: Sequence[int], least: float = 0.0, owners: Tensor | None = None
+) -> Tensor:
     """(v - min + least) / (max - min + 1e-6) of every run of values (n,), none of them empty."""
     low, high = (segment(values, lengths, how) for how in ("min", "max"))
-    low, width = spread(torch.stack([low, high - low + 1e-6], 1), lengths).unbind(1)
+    width = high - low + 1e-6
+    if owners is None and len(lengths) > 1:
+        low, width = spread(torch.stack([low, width], 1), lengths).unbind(1)
+    else:
+        low, width = (spread(value, lengths, owners) for value in (low, width))
     return (values - low + least) / width
 
 

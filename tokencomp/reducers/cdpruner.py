@@ -67,15 +67,18 @@ class CDPruner(ChoosingReducer, Published):
         if self.relevance == "attention":
             scores = supplied_scores(patches, "cdpruner")
         unit = normalize(finite_features(patches.features.float(), scores), dim=1)
-        r = scores if scores is not None else -likeness(patches, unit)
-        r = min_max(r, patches.lengths, least=EPS)
+        owners = patches.owners() if len(patches.lengths) > 1 else None
+        r = scores if scores is not None else -likeness(patches, unit, owners)
+        r = min_max(r, patches.lengths, EPS, owners)
         chosen: Tensor = dpp_select(unit, patches.budgets, r, spans=patches.lengths)
         return chosen
 
 
-def likeness(patches: Patches, unit: Tensor) -> Tensor:
+def likeness(patches: Patches, unit: Tensor, owners: Tensor | None) -> Tensor:
     """Mean cosine of every patch with the embeddings of the text after its span."""
     texts, lengths, prompt = questions(patches, "cdpruner", "divprune")
-    own = means(texts, lengths)[patches.table(prompt)]
+    own = means(texts, lengths)
+    if owners is not None:
+        own = own[patches.table(prompt)]
     # Products and sums row by row: no batch changes a rounding.
-    return (unit * spread(own, patches.lengths)).sum(1)
+    return (unit * spread(own, patches.lengths, owners)).sum(1)
