@@ -59,6 +59,8 @@ def topk_stable(
         return _op(checks.plain(scores).float(), k)
     checks.shape("scores", scores, 1, "(n,)")
     lengths, counts = segments.spans_and_counts(k, spans, len(scores))
+    if not len(scores):
+        return scores.new_empty(0, dtype=torch.int64)
     return _spans_op(checks.plain(scores).float(), counts, lengths)
 
 

@@ -85,3 +85,9 @@ def test_long_spans_are_sorted(place: torch.device, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(importlib.import_module("tokencomp.kernels.topk_stable"), "LONGEST", 10)
     scores = torch.randint(3, (30,)).float()
     assert topk_stable(scores.to(place), 7).tolist() == by_hand(scores.tolist(), 7)
+
+
+@pytest.mark.parametrize("spans", [[], [0], [0, 0, 0]])
+def test_spans_without_rows(spans: list[int], place: torch.device) -> None:
+    chosen = topk_stable(torch.zeros(0, device=place), [0] * len(spans), spans=spans)
+    assert chosen.shape == (0,) and chosen.dtype == torch.int64
