@@ -44,7 +44,8 @@ class Session:
     budget
         Rows of the KV cache that stay in the widest layer. Above it, rows of media leave after
         every call, and those that are left keep their positions; text stays. None: no limit. A call
-        needs memory for its own tokens beside it.
+        needs memory for its own tokens beside it. With a budget nothing is merged: what a patch
+        does not keep is dropped, as a merged token fills as many rows as it stands for.
     policy
         Which rows of media leave first: "oldest", or "redundant": patches whose place is nearly
         alike in the newest row of that place, then the oldest.
