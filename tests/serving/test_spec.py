@@ -175,7 +175,7 @@ def test_merging_the_rest_is_for_our_server_alone(engine: str) -> None:
     assert ServerOptions.parse({"ratio": 0.5}, "hf").resolve(asked, "hf").rest == "merge"
     assert ServerOptions.parse(asked, "hf").resolve({"rest": "drop"}, "hf").rest == "drop"
     own = ServerOptions.parse(asked, "hf").resolve({"reducer": "merge"}, "hf")
-    assert own.rest_in_force == "drop"  # it merges by itself, and nobody has asked for more
+    assert own.rest_in_force == "drop"  # it merges by itself, and the request names no rest
     for resolve in (ServerOptions.parse, ServerOptions.parse({"ratio": 0.5}, engine).resolve):
         with pytest.raises(OptionError, match=r"rest='merge': .* no weights for the rows"):
             resolve(asked, engine)

@@ -63,8 +63,8 @@ def in_words(answer: Any, full: Any) -> str:
     from tokencomp.pages.demo import saved
 
     same = answer.text.strip() == full.text.strip()
-    told = "stays the same" if same else "differs from that of the full model"
-    return f"{saved(answer.setting, answer.cost, full.cost)} The answer {told}."
+    change = "stays the same" if same else "differs from that of the full model"
+    return f"{saved(answer.setting, answer.cost, full.cost)} The answer {change}."
 
 
 def _write(

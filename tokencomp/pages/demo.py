@@ -104,7 +104,7 @@ class Demo:
 
     @property
     def opening(self) -> str:
-        """What compression does, for readers who have not heard of it."""
+        """What compression does, for readers to whom it is new."""
         full, name = self.rows[0].per_layer[0], self.rows[-1].setting.name
         what = "a video" if self.items else "this prompt"
         return (

@@ -190,10 +190,7 @@ def min_max(
     """(v - min + least) / (max - min + 1e-6) of every run of values (n,), none of them empty."""
     low, high = (segment(values, lengths, how) for how in ("min", "max"))
     width = high - low + 1e-6
-    if owners is None and len(lengths) > 1:
-        low, width = spread(torch.stack([low, width], 1), lengths).unbind(1)
-    else:
-        low, width = (spread(value, lengths, owners) for value in (low, width))
+    low, width = (spread(value, lengths, owners) for value in (low, width))
     return (values - low + least) / width
 
 

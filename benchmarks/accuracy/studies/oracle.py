@@ -41,7 +41,7 @@ class OracleTruth:
 
 
 def oracle(ratio: float, target: Target) -> Setting:
-    """The oracle at a ratio, told what explains this target."""
+    """The oracle at a ratio, which keeps the tokens of the largest relevance for this target."""
     return Setting(Oracle(), ratio, name=oracle_name(target), target=target)
 
 

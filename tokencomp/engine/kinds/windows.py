@@ -58,7 +58,7 @@ class Windows:
     def of(cls, decoder: Any, served: bool = False) -> Windows:
         """The windows of a decoder.
 
-        The config is read anew in every call, because the sizes in it may change.
+        The config is read in every call, because the sizes in it may change.
 
         Parameters
         ----------
