@@ -93,18 +93,21 @@ def known(one: Item, total: int, count: int) -> list[int]:
 
 def chosen(path: Path, one: Item, scorer: Any) -> Iterator[tuple[str, int, Video]]:
     """The frames of every rule and count, as `load_media` gives them."""
-    scores: dict[int, float] = {}
+    known_scores: dict[tuple[int, ...], list[float]] = {}
+    candidates: list[int] = []
     with open_clip(path) as clip:
         index = clip.index
 
         def decode(places: Sequence[int]) -> tuple[list[int], list[Any]]:
             read = clip.read(places, None)
+            candidates[:] = sorted(read)
             return sorted(read), [read[place] for place in sorted(read)]
 
         def score(frames: Sequence[Any], question: str) -> list[float]:
-            if not scores:  # the candidates of all counts are the same: one per second
-                scores.update(enumerate(scorer(frames, question)))
-            return [scores[k] for k in range(len(frames))]
+            key = tuple(candidates)  # a rule has the same candidates for every count
+            if key not in known_scores:
+                known_scores[key] = scorer(frames, question)
+            return known_scores[key]
 
         def by(policy: Callable[[int], Policy]) -> Choose:
             return lambda count: policy(count).choose(index, decode, one.question).places
@@ -114,6 +117,7 @@ def chosen(path: Path, one: Item, scorer: Any) -> Iterator[tuple[str, int, Video
             "stream": by(Stream),
             "key frames": lambda count: key_frames(index, count),
             "aks": by(lambda count: Scored(count, score)),
+            "focus": by(lambda count: Scored(count, score, "focus")),
             "known": lambda count: known(one, index.total, count),
         }
         places = {(r, c): tuple(rule(c)) for r, rule in rules.items() for c in COUNTS}
