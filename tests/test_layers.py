@@ -25,7 +25,7 @@ ROOMS = (
     ("cli",),
     ("serving", "training", "evaluation", "lmms", "mlx", "pages", "zoo"),
     ("tokencomp", "session"),
-    ("profiling", "inputs", "models", "shapesqa"),
+    ("inputs", "models", "shapesqa"),
     ("patching", "handle", "method", "conformance"),
     ("engine",),
     ("adapters", "trained", "reducers"),

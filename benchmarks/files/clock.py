@@ -66,7 +66,7 @@ import torch
 torch.set_num_threads(1)
 import tokencomp
 from benchmarks.models import shapes
-from tokencomp.profiling import timing
+from tokencomp.evaluation import timing
 from benchmarks.models.architectures import ARCHITECTURES
 class CPU:
     mark = staticmethod(time.process_time)

@@ -25,7 +25,7 @@ import tokencomp
 from benchmarks import publishing
 from benchmarks.publishing import environment, provenance
 from benchmarks.random_model import qwen2_vl
-from tokencomp.profiling.profiler import counted_rows
+from tokencomp.evaluation.profiler import counted_rows
 
 OUT = Path(__file__).with_suffix(".json")
 ROOT = Path(__file__).parents[2]

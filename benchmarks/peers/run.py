@@ -26,9 +26,9 @@ import tokencomp
 from benchmarks import publishing
 from benchmarks.publishing import environment
 from tokencomp.adapters.registry import adapter_for
+from tokencomp.evaluation.profiler import counted_rows
 from tokencomp.inputs.loading import load_model
 from tokencomp.inputs.prompts import build_inputs
-from tokencomp.profiling.profiler import counted_rows
 from tokencomp.zoo import SAMPLES
 
 FOLDER = Path(__file__).parent

@@ -13,11 +13,11 @@ from PIL import Image
 import tokencomp
 from tokencomp import zoo
 from tokencomp.evaluation.settings import Setting
+from tokencomp.evaluation.timing import Split
 from tokencomp.inputs.prompts import build_inputs
 from tokencomp.pages.demo import Demo, Row
 from tokencomp.pages.measured import prefill_speed
 from tokencomp.pages.pictures import animation_uri, strip, survival, tiles
-from tokencomp.profiling.timing import Split
 from tokencomp.shapesqa.items import item
 
 

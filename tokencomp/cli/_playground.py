@@ -10,13 +10,13 @@ from tokencomp.cli._showcase import PromptMaker, answer_prompt, time_prefill
 from tokencomp.errors import TokenCompError, missing_package
 from tokencomp.evaluation.environment import public_name
 from tokencomp.evaluation.settings import Setting
+from tokencomp.evaluation.timing import Split
 from tokencomp.inputs.frames import Frames
 from tokencomp.inputs.media import load_media
 from tokencomp.inputs.packaged import zoo_folder
 from tokencomp.inputs.scorer import with_scorer
 from tokencomp.pages.html import compact
 from tokencomp.pages.pictures import plain_tiles, strip
-from tokencomp.profiling.timing import Split
 from tokencomp.reducers.registry import available_reducers
 
 HEAD = ("", "without", "with compression")

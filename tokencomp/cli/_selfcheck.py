@@ -11,8 +11,8 @@ from torch import Tensor
 import tokencomp
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.conformance.oracle import columns_left, hidden
+from tokencomp.evaluation.profiler import counted_rows
 from tokencomp.inputs.prompts import build_inputs, to_model
-from tokencomp.profiling.profiler import counted_rows
 from tokencomp.training.capture import eager_attention
 
 QUESTION = "What color is the circle?"

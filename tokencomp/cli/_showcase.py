@@ -9,6 +9,7 @@ from tokencomp.evaluation.cost import Cost, prefill_costs
 from tokencomp.evaluation.patches import patched
 from tokencomp.evaluation.setting_inputs import SettingInputs
 from tokencomp.evaluation.settings import Setting
+from tokencomp.evaluation.timing import Split, interleaved, prefill_split
 from tokencomp.inputs.prompts import generate, prompt_lengths, to_model
 from tokencomp.inputs.questions import media_kind
 from tokencomp.pages.demo import Answer
@@ -20,7 +21,6 @@ from tokencomp.pages.pictures import (
     survival,
     tiles,
 )
-from tokencomp.profiling.timing import Split, interleaved, prefill_split
 
 
 class PromptMaker:

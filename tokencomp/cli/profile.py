@@ -113,7 +113,7 @@ def measure(
 
     from tokencomp.evaluation.environment import environment
     from tokencomp.evaluation.patches import patched
-    from tokencomp.profiling.profiler import profile
+    from tokencomp.evaluation.profiler import profile
 
     full = next(iter(variants.values()))[0]
     costs = {s: _cost(model, s, inputs, full) for s, (inputs, _) in variants.items()}

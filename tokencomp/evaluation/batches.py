@@ -13,13 +13,13 @@ import torch
 from tokencomp.errors import MediaError
 from tokencomp.evaluation.cost import Cost, prefill_costs
 from tokencomp.evaluation.patches import PatchedModels
+from tokencomp.evaluation.profiler import decode_seconds
 from tokencomp.evaluation.setting_inputs import SettingInputs
 from tokencomp.evaluation.settings import Setting
+from tokencomp.evaluation.timing import interleaved, prefill_split
+from tokencomp.evaluation.work import vision_work
 from tokencomp.inputs.prompts import generate, to_model
 from tokencomp.inputs.questions import Example, media_kind
-from tokencomp.profiling.profiler import decode_seconds
-from tokencomp.profiling.timing import interleaved, prefill_split
-from tokencomp.profiling.work import vision_work
 
 if TYPE_CHECKING:
     from tokencomp.engine.count.stats import Stats

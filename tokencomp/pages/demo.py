@@ -11,12 +11,12 @@ from PIL import Image
 from tokencomp.evaluation.cost import Cost
 from tokencomp.evaluation.metrics import McNemar, Retention
 from tokencomp.evaluation.settings import Setting
+from tokencomp.evaluation.timing import Split
 from tokencomp.inputs.questions import Example
 from tokencomp.pages.html import render
 from tokencomp.pages.measured import TOY, prefill_speed
 from tokencomp.pages.pictures import stacked
 from tokencomp.pages.plots import Point, accuracy_point, lines
-from tokencomp.profiling.timing import Split
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from tokencomp.adapters.registry import adapter_for
-from tokencomp.profiling.timing import Split, interleaved, prefill_split
+from tokencomp.evaluation.timing import Split, interleaved, prefill_split
 
 DECODE_TOKENS = 16
 """Generated tokens over which the time per token is averaged."""

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 import tokencomp
+from tokencomp.evaluation.profiler import PeakMemory, decode_seconds
+from tokencomp.evaluation.timing import Split, interleaved, prefill_split
+from tokencomp.evaluation.work import FlopClock
 from tokencomp.inputs.prompts import build_inputs
-from tokencomp.profiling.profiler import PeakMemory, decode_seconds
-from tokencomp.profiling.timing import Split, interleaved, prefill_split
-from tokencomp.profiling.work import FlopClock
 
 
 @pytest.fixture

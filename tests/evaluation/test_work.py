@@ -7,8 +7,8 @@ import torch
 from tokencomp.kernels import maxmin_select
 
 import tokencomp
+from tokencomp.evaluation.work import _sees_attention, flop_counter, vision_work
 from tokencomp.inputs.prompts import build_inputs
-from tokencomp.profiling.work import _sees_attention, flop_counter, vision_work
 
 
 @pytest.fixture

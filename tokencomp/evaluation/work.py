@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import TokenCompError
+from tokencomp.evaluation.timing import prefill_split
 from tokencomp.kernels import dispatch
-from tokencomp.profiling.timing import prefill_split
 from tokencomp.torchlib.hooks import Hooked
 
 # PyTorch's own formulas for these fail on fewer key than query heads in older releases, and it has

@@ -1,3 +1,0 @@
-from support.embedded import examples, folder, loaded
-
-__all__ = ["examples", "folder", "loaded"]

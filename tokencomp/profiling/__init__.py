@@ -1,1 +1,0 @@
-"""FLOPs, KV bytes, and where the time to first token goes."""
