@@ -40,7 +40,7 @@ def test_options_find_their_part() -> None:
     [
         ("prune+merge", {}, "does not act at decoder entry"),
         ("merge+condiv", {}, "does not act between layers"),
-        ("merge+", {}, "two different parts"),
+        ("+prune", {}, "two different parts"),
         ("merge+merge", {}, "two different parts"),
         ("merge+prune+fastv", {}, "two different parts"),
         ("merge+prune", {"share": 1.5}, "share=1.5; allowed: a number from 0 to 1"),
@@ -58,6 +58,8 @@ def test_refused(name: str, options: dict[str, object], message: str) -> None:
 def test_unknown_part() -> None:
     with pytest.raises(UnknownNameError, match="merge"):
         make_reducer("merg+prune")
+    with pytest.raises(UnknownNameError, match="Did you mean 'merge'"):
+        make_reducer("merge+")
 
 
 def test_plans_as_json() -> None:

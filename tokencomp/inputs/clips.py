@@ -147,7 +147,7 @@ def _torchcodec_frames(
 
 
 class AnimationClip(Clip):
-    """An animated GIF or WebP."""
+    """An animated GIF or WebP, or the pages of a TIFF."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -165,7 +165,7 @@ class AnimationClip(Clip):
                 image.seek(place)
                 if place in wanted:
                     found[place] = _shrunk(on_white(image), size)
-        return found
+        return _of_one_size(found, self.path)
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[Image.Image]:
@@ -194,12 +194,18 @@ class FolderClip(Clip):
 
     def read(self, places: Sequence[int], size: int | None) -> dict[int, Image.Image]:
         found = {place: _shrunk(load_image(self.files[place]), size) for place in places}
-        sizes = {image.size for image in found.values()}
-        if len(sizes) > 1:
-            raise MediaError(
-                f"{self.path}: frames differ in size ({sorted(sizes)}). Resize them to one size."
-            )
-        return found
+        return _of_one_size(found, self.path)
+
+
+def _of_one_size(found: dict[int, Image.Image], path: Path) -> dict[int, Image.Image]:
+    """The frames, once they are known to be of one size."""
+    sizes = {image.size for image in found.values()}
+    if len(sizes) > 1:
+        raise MediaError(
+            f"{path}: frames differ in size ({sorted(sizes)}). Resize them to one size, or give "
+            "them as pictures of their own."
+        )
+    return found
 
 
 def _natural(path: Path) -> tuple[list[Any], str]:

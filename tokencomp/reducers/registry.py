@@ -180,7 +180,7 @@ def make_reducer(name: str | Reducer, /, **options: Any) -> Reducer:
             f"reducer={name.__name__} is a class. Give an object with its options set: "
             f"reducer={name.__name__}(...)."
         )
-    if isinstance(name, str) and "+" in name:
+    if isinstance(name, str) and "+" in name.rstrip("+"):  # PruMerge+ is the name of one method
         return _compose(name, options)
     cls = _class_of(name)
     allowed = _option_names(cls)
