@@ -17,44 +17,55 @@ from tokencomp.adapters.towers.base import Cells
 from tokencomp.errors import OptionError, PlanError, WeightsError
 from tokencomp.method import MethodSpec
 from tokencomp.reducers.registry import available_reducers, make_reducer
-from tokencomp.serving.item_plan import ItemPlan, SpanLayout, cache_key, config_facts
+from tokencomp.serving.item_plan import ItemPlan, cache_key, config_facts, item_span
 from tokencomp.serving.item_rows import reduce_item, reduce_rows
 from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm.tower import kept_cells
-from tokencomp.tokens.spans import ModelFacts, VisualSpan, VisualTokens
+from tokencomp.tokens.spans import Grid, ModelFacts, VisualSpan, VisualTokens
 from tokencomp.trained.cards import model_card, model_facts
 
-LAYOUTS = [
-    SpanLayout((1, 5, 7)),
-    SpanLayout((3, 4, 4)),
-    SpanLayout((1, 6, 5), "rows"),
-    SpanLayout((4, 3, 3), "end"),
-    SpanLayout((1, 1, 1)),
+SPANS = [
+    ((1, 5, 7), ""),
+    ((3, 4, 4), ""),
+    ((1, 6, 5), "rows"),
+    ((4, 3, 3), "end"),
+    ((1, 1, 1), ""),
 ]
 
 
-def special_by_loops(layout: SpanLayout) -> list[bool]:
-    t, h, w = layout.grid
-    if layout.special == "rows":
+def special_by_loops(grid: Grid, special: str) -> list[bool]:
+    """Which tokens carry no patch: one after each of the rows, or one at the end."""
+    t, h, w = grid
+    if special == "rows":
         return [flag for _ in range(h) for flag in [*[False] * w, True]]
-    return [False] * (t * h * w) + [True] * (layout.special == "end")
+    return [False] * (t * h * w) + [True] * (special == "end")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_special_tokens(layout: SpanLayout) -> None:
-    mask = layout.span("image").special_mask().tolist()
-    assert mask == special_by_loops(layout)
-    assert layout.length == len(mask)
+def span_of(kind: str, grid: Grid, special: str = "") -> VisualSpan:
+    marks = special_by_loops(grid, special)
+    return item_span(kind, grid, [place for place, mark in enumerate(marks) if mark])
+
+
+def spans_of(kind: str) -> list[VisualSpan]:
+    return [span_of(kind, *span) for span in SPANS]
+
+
+@pytest.mark.parametrize(("grid", "special"), SPANS, ids=str)
+def test_special_tokens(grid: Grid, special: str) -> None:
+    span, marks = span_of("image", grid, special), special_by_loops(grid, special)
+    assert span.special_mask().tolist() == marks
+    assert span.length == len(marks)
 
 
 @pytest.mark.parametrize("name", SERVABLE)
 def test_each_kind_of_media_has_its_ratio(name: str) -> None:
     spec = MethodSpec(name, {"image": 0.9, "video": 0.4})
     for kind, ratio in (("image", 0.9), ("video", 0.4)):
-        alone = ItemPlan.make(kind, LAYOUTS, MethodSpec(name, ratio))
-        assert ItemPlan.make(kind, LAYOUTS, spec) == alone
-    whole = ItemPlan.make("image", LAYOUTS, MethodSpec(name, {"video": 0.4}))
-    assert whole.keep == tuple(layout.length for layout in LAYOUTS)
+        alone = ItemPlan.make(spans_of(kind), MethodSpec(name, ratio))
+        assert ItemPlan.make(spans_of(kind), spec) == alone
+        assert alone.kind == kind
+    whole = ItemPlan.make(spans_of("image"), MethodSpec(name, {"video": 0.4}))
+    assert whole.keep == tuple(len(special_by_loops(*span)) for span in SPANS)
     x = torch.randn(whole.full, 16)
     assert torch.equal(reduce_item(whole, x)[0], x)
 
@@ -66,41 +77,40 @@ def test_both_backends_count_and_reduce_alike(name: str, ratio: float) -> None:
     reducer = make_reducer(name).bind(ModelFacts(mrope=False))
     stages = reducer.plan(ratio, 4).stages
     assert [s.layer for s in stages] == [0]
-    plan = ItemPlan.make("video", LAYOUTS, MethodSpec(reducer, ratio))
+    plan = ItemPlan.make(spans_of("video"), MethodSpec(reducer, ratio))
     x = torch.randn(plan.full, 16, generator=torch.Generator().manual_seed(1))
     rows, index = reduce_item(plan, x)
     start = at = 0
-    for layout, keep in zip(LAYOUTS, plan.keep, strict=True):
-        special = torch.tensor(special_by_loops(layout))
-        marks = tuple(special.nonzero()[:, 0].tolist())
-        span = VisualSpan(0, layout.length, layout.grid, "video", marks)
+    for (grid, marked), keep in zip(SPANS, plan.keep, strict=True):
+        special = torch.tensor(special_by_loops(grid, marked))
+        length, marks = len(special), tuple(special.nonzero()[:, 0].tolist())
+        span = VisualSpan(0, length, grid, "video", marks)
         assert reducer.plan(ratio, 4).counts(span, 4) == [keep]
-        part = x[start : start + layout.length]
-        if keep < layout.length:
-            done = reducer.reduce(VisualTokens(part, layout.grid, special, kind="video"), keep)
+        part = x[start : start + length]
+        if keep < length:
+            done = reducer.reduce(VisualTokens(part, grid, special, kind="video"), keep)
             want = part[done.keep] if done.merged is None else done.merged
             assert torch.equal(rows[at : at + keep], want)
             assert torch.equal(index[at : at + keep], done.keep + start)
         else:
             assert torch.equal(rows[at : at + keep], part)
-        start, at = start + layout.length, at + keep
+        start, at = start + length, at + keep
     assert at == plan.kept == len(rows) == len(index)
 
 
-def test_layouts_are_the_spans_of_the_adapters() -> None:
+def test_the_spans_are_those_of_the_adapters() -> None:
     """An image and a video of LLaVA-OneVision have the spans of the patched model's adapter."""
     family = families.FAMILIES["llava_onevision"]
     model = family.build()
     with tokencomp.patch(model, 0.5, reducer="uniform") as handle:
         model(**family.batch([[family.image(1), [5], family.video(4)]]))
         spans = handle.stats.spans[0]
-    for span, layout in zip(
-        spans,
-        [SpanLayout((1, 4, 4)), SpanLayout((1, 4, 8), "rows"), SpanLayout((4, 2, 2), "end")],
-        strict=True,
-    ):
-        assert (span.grid, span.length) == (layout.grid, layout.length)
-        assert span.special_mask().tolist() == special_by_loops(layout)
+    own = [
+        span_of("image", (1, 4, 4)),
+        span_of("image", (1, 4, 8), "rows"),
+        span_of("video", (4, 2, 2), "end"),
+    ]
+    assert [dataclasses.replace(span, start=0) for span in spans] == own
 
 
 @pytest.mark.parametrize("budget", [7, 13, 30, 500])
@@ -110,14 +120,15 @@ def test_tiles_share_a_budget_as_on_the_patched_model(budget: int) -> None:
     with tokencomp.patch(model, reducer="uniform", budget=budget) as handle:
         model(**family.batch([[family.image(1), [5], family.video(4)]]))
         counts = [left for (left,) in handle.stats.counts[0]]
-    image = ItemPlan.make("image", [SpanLayout((1, 4, 4)), SpanLayout((1, 4, 8), "rows")], spec)
-    video = ItemPlan.make("video", [SpanLayout((4, 2, 2), "end")], spec)
+    tiles = [span_of("image", (1, 4, 4)), span_of("image", (1, 4, 8), "rows")]
+    image = ItemPlan.make(tiles, spec)
+    video = ItemPlan.make([span_of("video", (4, 2, 2), "end")], spec)
     assert [*image.keep, *video.keep] == counts
     assert video.kept == min(budget, 17) and image.kept == min(budget, 52)
 
 
 def test_plans_travel_unchanged() -> None:
-    plan = ItemPlan.make("image", LAYOUTS, MethodSpec(make_reducer("random", seed=3), 0.4))
+    plan = ItemPlan.make(spans_of("image"), MethodSpec(make_reducer("random", seed=3), 0.4))
     data = plan.to_tensor()
     assert data.dtype == torch.uint8 and ItemPlan.from_tensor(data) == plan
     with pytest.raises(RuntimeError, match="planned"):
@@ -129,7 +140,7 @@ def test_behind_a_tower_stage_the_entry_sees_what_the_tower_left(name: str) -> N
     """Rows that the tower dropped are NaN; counts and rows are those of the stages' reducers."""
     grid = (2, 5, 6)
     spec = MethodSpec(name, 0.75, tower_ratio=0.5, tower_reducer="random")
-    plan = ItemPlan.make("video", [SpanLayout(grid)], spec, 6)
+    plan = ItemPlan.make([item_span("video", grid)], spec, 6)
     assert ItemPlan.from_tensor(plan.to_tensor()) == plan
     assert (plan.entering, plan.kept) == (30, 15)
     present = torch.randperm(60, generator=torch.Generator().manual_seed(2))[:30].sort().values
@@ -151,9 +162,8 @@ def test_behind_a_tower_stage_the_entry_sees_what_the_tower_left(name: str) -> N
 
 
 def test_a_tower_stage_that_leaves_what_the_ratio_asks_for_is_the_only_one() -> None:
-    plan = ItemPlan.make(
-        "image", [SpanLayout((1, 4, 5))], MethodSpec("uniform", 0.5, tower_ratio=0.5)
-    )
+    spec = MethodSpec("uniform", 0.5, tower_ratio=0.5)
+    plan = ItemPlan.make([item_span("image", (1, 4, 5))], spec)
     assert plan.entering == plan.kept == 10
     present = torch.arange(0, 20, 2)
     x = torch.randn(20, 3)
@@ -171,7 +181,7 @@ def test_trained_weights_are_checked_where_items_are_planned_and_read_once(tmp_p
     options, file = selector(tmp_path, model_card(model)), tmp_path / "selector.safetensors"
     asked = {"reducer": "selector", "ratio": 0.5, "options": options}
     spec = ServerOptions.parse(asked, "vllm").default
-    plan = ItemPlan.make("video", [SpanLayout((4, 3, 3), "end")], spec, 5, facts)
+    plan = ItemPlan.make([span_of("video", (4, 3, 3), "end")], spec, 5, facts)
     x = torch.randn(37, facts.hidden_size, generator=torch.Generator().manual_seed(3))
     tokens = VisualTokens(x, (4, 3, 3), torch.arange(37) == 36, kind="video")
     want = make_reducer("selector", **options | {"weights": str(file)}).reduce(tokens, plan.kept)
@@ -181,7 +191,7 @@ def test_trained_weights_are_checked_where_items_are_planned_and_read_once(tmp_p
     assert reduce_item(sent, x)[1].tolist() == want.keep.tolist()
     for wrong in (facts, None, dataclasses.replace(facts, hidden_size=9)):
         with pytest.raises(WeightsError):
-            ItemPlan.make("image", [SpanLayout((1, 3, 3))], spec, 5, wrong)
+            ItemPlan.make([item_span("image", (1, 3, 3))], spec, 5, wrong)
     with pytest.raises(OptionError, match="selector with input=features"):
         ServerOptions.parse({**asked, "options": {"weights": str(tmp_path)}}, "vllm")
 
@@ -189,17 +199,17 @@ def test_trained_weights_are_checked_where_items_are_planned_and_read_once(tmp_p
 def test_weights_that_are_trained_again_have_other_keys_and_choose_anew(tmp_path: Path) -> None:
     """The path stays the same; what lies there is what caches and workers must tell apart."""
     card = {"model_type": "any", "num_layers": 2, "hidden_size": 8}
-    facts, layout, x = ModelFacts(False, **card), SpanLayout((1, 6, 6)), torch.randn(36, 8)
+    facts, span, x = ModelFacts(False, **card), item_span("image", (1, 6, 6)), torch.randn(36, 8)
     keys, kept = [], []
     for sign in (1, 1, -1):  # the second training finds what the first found
         options = selector(tmp_path, card, sign, time=len(keys))
         asked = {"reducer": "selector", "ratio": 0.75, "options": options}
         spec = ServerOptions.parse(asked, "vllm").default
         keys.append(cache_key(spec, facts))
-        plan = ItemPlan.make("image", [layout], spec, 0, facts)
+        plan = ItemPlan.make([span], spec, 0, facts)
         kept.append(reduce_item(ItemPlan.from_tensor(plan.to_tensor()), x)[1].tolist())
         file = str(tmp_path / "selector.safetensors")
-        tokens = VisualTokens(x, layout.grid, torch.zeros(36, dtype=torch.bool))
+        tokens = VisualTokens(x, span.grid, torch.zeros(36, dtype=torch.bool))
         want = make_reducer("selector", **options | {"weights": file}).reduce(tokens, plan.kept)
         assert kept[-1] == want.keep.tolist()
     assert keys[0] == keys[1] != keys[2]
@@ -209,11 +219,11 @@ def test_weights_that_are_trained_again_have_other_keys_and_choose_anew(tmp_path
 @pytest.mark.parametrize(("extent", "position"), [(0, "first"), (40, "mean")])
 def test_pooled_tokens_have_the_positions_of_the_patched_model(extent: int, position: str) -> None:
     """Between line breaks, the place of a pooled token decides the order of the rows."""
-    layout = SpanLayout((1, 6, 5), "rows")
-    plan = ItemPlan.make("image", [layout], MethodSpec(make_reducer("pool"), 0.5), extent)
-    x = torch.randn(layout.length, 8)
-    mask = layout.span("image").special_mask()
-    tokens = VisualTokens(x, layout.grid, mask, kind="image")
+    grid, mask = (1, 6, 5), torch.tensor(special_by_loops((1, 6, 5), "rows"))
+    spec = MethodSpec(make_reducer("pool"), 0.5)
+    plan = ItemPlan.make([span_of("image", grid, "rows")], spec, extent)
+    x = torch.randn(len(mask), 8)
+    tokens = VisualTokens(x, grid, mask, kind="image")
     expected = make_reducer("pool", position=position).reduce(tokens, plan.keep[0])
     rows, kept = reduce_item(plan, x)
     other = make_reducer("pool", position="mean" if extent == 0 else "first")
@@ -240,7 +250,7 @@ def test_no_pixels_make_the_stage_in_the_tower_fail(scale: str, kind: str) -> No
         except (OptionError, PlanError):
             continue
         reports: list[str] = []
-        plan = ItemPlan.make(kind, [SpanLayout(grid)], spec)
+        plan = ItemPlan.make([item_span(kind, grid)], spec)
         kept = kept_cells(cells, plan, lambda plan, error, to=reports: to.append(str(error)))
         assert len(kept) == plan.entering < n and kept.diff().min() > 0
         if reports:

@@ -21,7 +21,7 @@ from vllm.config import CUDAGraphMode
 
 from tokencomp.errors import OptionError, RatioError, UnsupportedModelError
 from tokencomp.method import MethodSpec
-from tokencomp.serving.item_plan import ItemPlan, ItemSize, SpanLayout, field_name
+from tokencomp.serving.item_plan import ItemPlan, ItemSize, field_name, item_span
 from tokencomp.serving.item_rows import batches, reduce_rows
 from tokencomp.serving.offsets import pack_offsets, unpack_offsets
 from tokencomp.serving.spec import ServerOptions
@@ -192,7 +192,7 @@ def test_positions_beyond_the_tables_are_refused() -> None:
 
 def test_media_from_a_cache_are_counted_without_their_plan() -> None:
     """What is stored of an item has one size, however many frames it has."""
-    plan = ItemPlan.make("video", [SpanLayout((1, 2, 2))] * 500, MethodSpec("uniform", 0.5))
+    plan = ItemPlan.make([item_span("video", (1, 2, 2))] * 500, MethodSpec("uniform", 0.5))
     place = SimpleNamespace(get_num_embeds=lambda: plan.kept)
 
     def result(key: str, item: Any) -> dict[str, Any]:
@@ -303,7 +303,7 @@ def test_features_that_overflowed_do_not_end_the_engine(where: str, value: float
     """An item keeps evenly spaced tokens, as many as planned, and all values become finite."""
     before = counters()["nonfinite"]._value.get()
     for name in SERVABLE:
-        plan = ItemPlan.make("video", [SpanLayout((3, 4, 5))], MethodSpec(name, 0.75), extent=5)
+        plan = ItemPlan.make([item_span("video", (3, 4, 5))], MethodSpec(name, 0.75), extent=5)
         x = torch.randn(60, 9)
         x[:, :6][OVERFLOWS[where]] = value
         rows, index = reduce_rows(plan, x, 6, count_nonfinite)

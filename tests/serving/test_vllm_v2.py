@@ -19,7 +19,7 @@ from vllm.multimodal.inputs import PlaceholderRange
 from vllm.v1.worker.gpu.mm.encoder_runner import EncoderRunner
 
 from tokencomp.method import MethodSpec
-from tokencomp.serving.item_plan import ItemPlan, SpanLayout, field_name
+from tokencomp.serving.item_plan import ItemPlan, field_name, item_span
 from tokencomp.serving.item_rows import reduce_item
 from tokencomp.serving.vllm import entry, register
 
@@ -121,8 +121,8 @@ class Prompt:
             ids = model._video_ids(data["timestamps"], [h * w] * t).tolist()
         rows, columns = torch.randn(t * h * w, model.row_width).bfloat16(), list(range(len(ids)))
         if ratio:
-            layouts = [SpanLayout((1, h, w))] * t if self.spans else [SpanLayout(grid)]
-            plan = ItemPlan.make(kind, layouts, MethodSpec("random", ratio), extent=1)
+            frames = [item_span(kind, (1, h, w))] * t if self.spans else [item_span(kind, grid)]
+            plan = ItemPlan.make(frames, MethodSpec("random", ratio), extent=1)
             data[field_name(kind)] = plan.to_tensor()
             rows, index = reduce_item(plan, rows)
             patches = [i for i, x in enumerate(ids) if x == pad]

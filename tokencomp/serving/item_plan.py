@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +27,6 @@ from tokencomp.reducers.registry import make_reducer, options_of
 from tokencomp.serving.spec import OPERATOR_OPTIONS
 from tokencomp.tokens.spans import Grid, ModelFacts, VisualSpan
 from tokencomp.trained.cards import content_hash
-
-Special = Literal["none", "rows", "end"]
 
 
 def field_name(modality: str) -> str:
@@ -57,30 +56,10 @@ def _weights_of(reducer: StageReducer) -> str:
     return " ".join(content_hash(Path(file)) for file in files)
 
 
-@dataclass(frozen=True)
-class SpanLayout:
-    """A span before reduction, in the compact form that travels as JSON.
-
-    Attributes
-    ----------
-    grid
-        (t, h, w) after the projector.
-    special
-        Tokens that carry no patch: "none", one after each of the h "rows", or one at the "end".
-    """
-
-    grid: Grid
-    special: Special = "none"
-
-    @property
-    def length(self) -> int:
-        return math.prod(self.grid) + {"none": 0, "rows": self.grid[1], "end": 1}[self.special]
-
-    def span(self, kind: Literal["image", "video"]) -> VisualSpan:
-        """The span as plans and reducers know it: of one item, with its special tokens."""
-        width, length = self.grid[2], self.length
-        offsets = {"none": (), "rows": range(width, length, width + 1), "end": (length - 1,)}
-        return VisualSpan(0, length, self.grid, kind, tuple(offsets[self.special]), item=0)
+def item_span(kind: Any, grid: Grid, special: Iterable[int] = ()) -> VisualSpan:
+    """A span of an item: its (t, h, w) after the projector, offsets of tokens without a patch."""
+    offsets = tuple(special)
+    return VisualSpan(0, math.prod(grid) + len(offsets), grid, kind, offsets, item=0)
 
 
 class ItemSize(NamedTuple):
@@ -97,8 +76,6 @@ class ItemPlan:
 
     Attributes
     ----------
-    kind
-        "image" or "video".
     spans, keep
         Spans in order, and the tokens left of each.
     extent
@@ -113,8 +90,7 @@ class ItemPlan:
         it has none.
     """
 
-    kind: Literal["image", "video"]
-    spans: tuple[SpanLayout, ...]
+    spans: tuple[VisualSpan, ...]
     keep: tuple[int, ...]
     reducer: str
     options: str = "{}"
@@ -125,8 +101,7 @@ class ItemPlan:
     @classmethod
     def make(
         cls,
-        kind: Any,
-        layouts: list[SpanLayout],
+        spans: list[VisualSpan],
         spec: MethodSpec,
         extent: int = 0,
         facts: ModelFacts | None = None,
@@ -141,7 +116,6 @@ class ItemPlan:
         facts = replace(facts or ModelFacts(mrope=False), mrope=extent > 0)
         # A reducer that can be served has one stage, at entry, however many layers there are.
         plan = spec.stages(num_layers=1, first_layer_stage=1).bind(facts)
-        spans = [layout.span(kind) for layout in layouts]
         # Behind a tower stage that leaves no more than the ratio asks for, the entry has no stage.
         counts = [
             plan.counts(span, 1, place) or [plan.entering(span)]
@@ -153,7 +127,12 @@ class ItemPlan:
             tower = (plan.tower.fraction, *_described(plan.tower.reducer))
         keep = tuple(count[-1] for count in counts)
         weights = _weights_of(bound)
-        return cls(kind, tuple(layouts), keep, name, options, extent, tower, weights)
+        return cls(tuple(spans), keep, name, options, extent, tower, weights)
+
+    @property
+    def kind(self) -> Any:
+        """What its spans are, "image" or "video"."""
+        return self.spans[0].kind
 
     @property
     def full(self) -> int:
@@ -171,7 +150,7 @@ class ItemPlan:
         return ItemSize(self.full, self.kept, self.extent)
 
     @property
-    def counted(self) -> list[tuple[SpanLayout, int]]:
+    def counted(self) -> list[tuple[VisualSpan, int]]:
         """Spans with the tokens left of each."""
         return list(zip(self.spans, self.keep, strict=True))
 
@@ -191,7 +170,7 @@ class ItemPlan:
 
     def to_tensor(self) -> Tensor:
         """The plan as bytes of JSON: a uint8 tensor that every transport carries unchanged."""
-        spans = [[*s.grid, s.special] for s in self.spans]
+        spans = [[s.grid, s.special] for s in self.spans]
         reducer = [self.reducer, self.options, self.extent, self.tower, self.weights]
         plan = [self.kind, spans, self.keep, *reducer]
         return torch.frombuffer(bytearray(json.dumps(plan).encode()), dtype=torch.uint8)
@@ -201,9 +180,9 @@ class ItemPlan:
         """Read back what `to_tensor` wrote."""
         values = json.loads(bytes(data.tolist()).decode())
         kind, spans, keep, reducer, options, extent, tower, weights = values
-        layouts = tuple(SpanLayout((t, h, w), special) for t, h, w, special in spans)
+        own = tuple(item_span(kind, tuple(grid), special) for grid, special in spans)
         tower = tuple(tower) if tower else None
-        return cls(kind, layouts, tuple(keep), reducer, options, extent, tower, weights)
+        return cls(own, tuple(keep), reducer, options, extent, tower, weights)
 
 
 def _described(reducer: StageReducer) -> tuple[str, str]:

@@ -12,8 +12,8 @@ from torch import Tensor
 from tokencomp.errors import ScoreError
 from tokencomp.plan.reducer import reduced
 from tokencomp.reducers.base import Reducer
-from tokencomp.serving.item_plan import ItemPlan, SpanLayout, built
-from tokencomp.tokens.spans import SpanBatch, VisualTokens
+from tokencomp.serving.item_plan import ItemPlan, built
+from tokencomp.tokens.spans import SpanBatch, VisualSpan, VisualTokens
 
 
 def reduce_item(
@@ -48,11 +48,11 @@ def reduce_item(
         )
     reducer = built(plan.reducer, plan.options, plan.weights)
     rows, index, start = [], [], 0
-    for layout, keep in plan.counted:
-        stop, places = start + layout.length, None
+    for span, keep in plan.counted:
+        stop, places = start + span.length, None
         if present is not None:
             places = present[(present >= start) & (present < stop)] - start
-        row, kept = _reduce_span(reducer, features[start:stop], layout, keep, plan.kind, places)
+        row, kept = _reduce_span(reducer, features[start:stop], span, keep, places)
         rows.append(row)
         index.append(kept + start)
         start = stop
@@ -60,19 +60,14 @@ def reduce_item(
 
 
 def _reduce_span(
-    reducer: Reducer,
-    features: Tensor,
-    layout: SpanLayout,
-    keep: int,
-    kind: Any,
-    present: Tensor | None,
+    reducer: Reducer, features: Tensor, span: VisualSpan, keep: int, present: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    special = layout.span(kind).special_mask(features.device)
+    special = span.special_mask(features.device)
     if present is not None:
         features, special = features[present], special[present]
     kept = torch.arange(keep, device=features.device)
     if keep < len(features):
-        tokens = VisualTokens(features, layout.grid, special, present, kind=kind)
+        tokens = VisualTokens(features, span.grid, special, present, kind=span.kind)
         result = reduced(reducer, SpanBatch.of(tokens), [keep])
         kept = result.keep
         features = features[kept] if result.merged is None else result.merged.to(features)

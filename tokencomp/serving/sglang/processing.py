@@ -15,7 +15,7 @@ import torch
 from tokencomp.errors import OptionError, UnsupportedModelError
 from tokencomp.method import MethodSpec
 from tokencomp.serving import ENV_OPTIONS, KEY
-from tokencomp.serving.item_plan import ItemPlan, SpanLayout, cache_key, config_facts
+from tokencomp.serving.item_plan import ItemPlan, cache_key, config_facts, item_span
 from tokencomp.serving.offsets import MAX_OFFSET
 from tokencomp.serving.spec import ServerOptions
 from tokencomp.tokens.spans import ModelFacts
@@ -111,7 +111,7 @@ def compress(output: Any, spec: MethodSpec, merge: int, facts: ModelFacts | None
         extent = int(offsets.max()) + 1
         if extent > MAX_OFFSET:
             raise OptionError(f"one of the media spans more than {MAX_OFFSET} positions.")
-        plan = ItemPlan.make(kind, [SpanLayout(grid)], spec, extent, facts)
+        plan = ItemPlan.make([item_span(kind, grid)], spec, extent, facts)
         if plan.full != int((text < 0).sum()):
             raise RuntimeError(f"{int((text < 0).sum())} placeholders for a grid of {grid}")
         if plan.kept == plan.full:

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokencomp.serving.item_plan import ItemPlan, SpanLayout, field_name
+from tokencomp.serving.item_plan import ItemPlan, field_name, item_span
 from tokencomp.serving.offsets import grid_offsets, with_offsets
 from tokencomp.serving.vllm import NO_TOWER_STAGE, mrope
+from tokencomp.tokens.spans import VisualSpan
 
 
 class Processor(mrope.Processor):
@@ -24,11 +25,11 @@ class Processor(mrope.Processor):
 
     no_tower_stage = NO_TOWER_STAGE["glm4v"]
 
-    def layouts(self, modality: str, items: Any, hf_inputs: Any) -> list[list[SpanLayout]]:
+    def layouts(self, modality: str, items: Any, hf_inputs: Any) -> list[list[VisualSpan]]:
         """See `CompressingProcessor.layouts`."""
         whole = super().layouts(modality, items, hf_inputs)
         grids = [video[0].grid for video in whole]
-        return [[SpanLayout((1, h, w))] * t for t, h, w in grids]
+        return [[item_span(modality, (1, h, w))] * t for t, h, w in grids]
 
     def extents(self, modality: str, layouts: Any, hf_inputs: Any) -> list[int]:
         """Return t · max(h, w) per item; text between frames adds its own positions."""

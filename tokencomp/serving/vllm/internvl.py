@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from tokencomp.serving.item_plan import SpanLayout
+from tokencomp.serving.item_plan import item_span
 from tokencomp.serving.vllm import NO_TOWER_STAGE
 from tokencomp.serving.vllm.model import CompressingModel
 from tokencomp.serving.vllm.processing import CompressingProcessor
+from tokencomp.tokens.spans import VisualSpan
 
 
 class Processor(CompressingProcessor):
@@ -23,11 +24,11 @@ class Processor(CompressingProcessor):
     no_tower_stage = NO_TOWER_STAGE["internvl"]
     info: Any
 
-    def layouts(self, modality: str, items: Any, hf_inputs: Any) -> list[list[SpanLayout]]:
+    def layouts(self, modality: str, items: Any, hf_inputs: Any) -> list[list[VisualSpan]]:
         """See `CompressingProcessor.layouts`."""
         side = round(self.info.get_hf_processor().image_seq_length ** 0.5)
         tiles = hf_inputs[f"{modality}_num_patches"].tolist()
-        return [[SpanLayout((1, side, side))] * n for n in tiles]
+        return [[item_span(modality, (1, side, side))] * n for n in tiles]
 
 
 class Model(CompressingModel):

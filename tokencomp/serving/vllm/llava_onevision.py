@@ -6,10 +6,11 @@ from typing import Any
 
 from vllm.model_executor.models.llava_onevision import get_anyres_image_grid_shape
 
-from tokencomp.serving.item_plan import SpanLayout
+from tokencomp.serving.item_plan import item_span
 from tokencomp.serving.vllm import NO_TOWER_STAGE
 from tokencomp.serving.vllm.model import CompressingModel
 from tokencomp.serving.vllm.processing import CompressingProcessor
+from tokencomp.tokens.spans import VisualSpan
 
 
 class Processor(CompressingProcessor):
@@ -22,7 +23,7 @@ class Processor(CompressingProcessor):
     no_tower_stage = NO_TOWER_STAGE["llava_onevision"]
     info: Any
 
-    def layouts(self, modality: str, items: Any, hf_inputs: Any) -> list[list[SpanLayout]]:
+    def layouts(self, modality: str, items: Any, hf_inputs: Any) -> list[list[VisualSpan]]:
         """See `CompressingProcessor.layouts`."""
         if modality == "image":
             return [self._image(items.get_image_size(i)) for i in range(len(items))]
@@ -30,7 +31,7 @@ class Processor(CompressingProcessor):
             self._video(items.get_frame_size(i), items.get_num_frames(i)) for i in range(len(items))
         ]
 
-    def _image(self, size: Any) -> list[SpanLayout]:
+    def _image(self, size: Any) -> list[VisualSpan]:
         """Return base tile and mosaic of an image, whose grid follows from vLLM's own counts."""
         encoder = self.info.get_vision_encoder_info()
         side = encoder.get_patch_grid_length()
@@ -46,15 +47,20 @@ class Processor(CompressingProcessor):
             num_patch_height=rows,
             num_patch_width=columns,
         )
-        return [SpanLayout((1, side, side)), SpanLayout((1, breaks, patches // breaks), "rows")]
+        width = patches // breaks
+        line_breaks = range(width, patches + breaks, width + 1)
+        return [
+            item_span("image", (1, side, side)),
+            item_span("image", (1, breaks, width), line_breaks),
+        ]
 
-    def _video(self, size: Any, frames: int) -> list[SpanLayout]:
+    def _video(self, size: Any, frames: int) -> list[VisualSpan]:
         """Return the grid of a video, whose frames are square."""
         per_frame = self.info._get_num_frame_tokens(
             image_width=size.width, image_height=size.height
         )
         side = round(per_frame**0.5)
-        return [SpanLayout((frames, side, side), "end")]
+        return [item_span("video", (frames, side, side), [frames * side * side])]
 
 
 class Model(CompressingModel):

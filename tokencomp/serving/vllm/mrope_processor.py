@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from tokencomp.errors import OptionError
-from tokencomp.serving.item_plan import ItemSize, SpanLayout
+from tokencomp.serving.item_plan import ItemSize, item_span
 from tokencomp.serving.offsets import MAX_OFFSET, grid_extent
 from tokencomp.serving.vllm.processing import CompressingProcessor
+from tokencomp.tokens.spans import VisualSpan
 
 TABLE_FACTOR = 4  # rotary tables have this many times the model's positions
 
@@ -18,11 +19,11 @@ class Processor(CompressingProcessor):
     A compressed item keeps the extent of its full grid in positions.
     """
 
-    def layouts(self, modality: str, items: Any, hf_inputs: Any) -> list[list[SpanLayout]]:
+    def layouts(self, modality: str, items: Any, hf_inputs: Any) -> list[list[VisualSpan]]:
         """See `CompressingProcessor.layouts`."""
         merge = self.info.get_hf_config().vision_config.spatial_merge_size  # type: ignore[attr-defined]  # of vLLM's class
         grids = hf_inputs[f"{modality}_grid_thw"].tolist()
-        return [[SpanLayout((t, h // merge, w // merge))] for t, h, w in grids]
+        return [[item_span(modality, (t, h // merge, w // merge))] for t, h, w in grids]
 
     def extents(self, modality: str, layouts: Any, hf_inputs: Any) -> list[int]:
         """See `CompressingProcessor.extents`."""

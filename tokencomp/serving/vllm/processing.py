@@ -19,7 +19,6 @@ from tokencomp.serving import KEY
 from tokencomp.serving.item_plan import (
     ItemPlan,
     ItemSize,
-    SpanLayout,
     cache_key,
     config_facts,
     field_name,
@@ -27,6 +26,7 @@ from tokencomp.serving.item_plan import (
 from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm.entry import configured_options
 from tokencomp.serving.vllm.metrics import SeenItems, count_request
+from tokencomp.tokens.spans import VisualSpan
 
 logger = init_logger("vllm.tokencomp")
 SCOPED = ("images_kwargs", "videos_kwargs", "common_kwargs", "mm_kwargs")
@@ -69,7 +69,7 @@ class CompressingProcessor:
 
     # -- per model ------------------------------------------------------------------------------
 
-    def layouts(self, modality: str, items: Any, hf_inputs: BatchFeature) -> list[list[SpanLayout]]:
+    def layouts(self, modality: str, items: Any, hf_inputs: BatchFeature) -> list[list[VisualSpan]]:
         """Return the uncompressed spans of every item of a modality."""
         raise OptionError(f"{type(self).__name__} does not define the layout of its media.")
 
@@ -195,7 +195,7 @@ class CompressingProcessor:
             layouts = self.layouts(modality, items, data)
             extents = self.extents(modality, layouts, data)
             plans = [
-                ItemPlan.make(modality, spans, spec, extent, self._facts)
+                ItemPlan.make(spans, spec, extent, self._facts)
                 for spans, extent in zip(layouts, extents, strict=True)
             ]
             data[field_name(modality)] = [plan.to_tensor() for plan in plans]
