@@ -15,6 +15,7 @@ pytest.importorskip("vllm", reason="vllm is not installed")
 import numpy as np
 import torch
 import vllm
+from cachetools import LRUCache
 from support.serving.cases import SERVABLE
 from support.serving.selectors import selector
 from vllm.config import CUDAGraphMode
@@ -26,7 +27,7 @@ from tokencomp.serving.item_rows import batches, reduce_rows
 from tokencomp.serving.offsets import pack_offsets, unpack_offsets
 from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm import checks, mrope
-from tokencomp.serving.vllm.metrics import SeenItems, count_nonfinite, counters
+from tokencomp.serving.vllm.metrics import count_nonfinite, counters, item_sizes
 from tokencomp.serving.vllm.model import CompressingModel
 from tokencomp.serving.vllm.mrope import lengthen_tables
 from tokencomp.serving.vllm.processing import CompressingProcessor
@@ -199,12 +200,12 @@ def test_media_from_a_cache_are_counted_without_their_plan() -> None:
         fields = {"mm_hashes": key, "mm_kwargs": item, "mm_placeholders": place}
         return {name: {"video": [value]} for name, value in fields.items()}
 
-    seen = SeenItems()
+    known: LRUCache[str, ItemSize] = LRUCache(2)
     new = {field_name("video"): SimpleNamespace(data=plan.to_tensor())}
     want = [(1000, ItemSize(full=2000, kept=1000, extent=0))]
-    assert seen.of(result("a", new)) == seen.of(result("a", None)) == want
-    assert seen.of(result("b", None)) == [(1000, None)]
-    assert len(pickle.dumps(seen._known)) < 500 < len(pickle.dumps(plan))
+    assert item_sizes(result("a", new), known) == item_sizes(result("a", None), known) == want
+    assert item_sizes(result("b", None), known) == [(1000, None)]
+    assert len(pickle.dumps([*known.items()])) < 500 < len(pickle.dumps(plan))
 
 
 def test_vision_batches_are_limited_by_uncompressed_rows() -> None:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, MutableMapping
 from functools import lru_cache
 from typing import Any
 
@@ -22,7 +21,6 @@ from tokencomp.serving.item_plan import ItemPlan, ItemSize, field_name
 
 logger = init_logger("vllm.tokencomp")
 LOG_EVERY = 60.0  # seconds
-REMEMBERED = 16384  # media that may come from a cache
 
 
 @lru_cache(maxsize=1)
@@ -48,39 +46,28 @@ def counters() -> dict[str, Counter]:
     return result
 
 
-class SeenItems:
-    """Sizes by media hash, because media that come from a cache come without their plan.
+def item_sizes(
+    result: Any, known: MutableMapping[str, ItemSize]
+) -> list[tuple[int, ItemSize | None]]:
+    """Return for all items of a `MultiModalInput` the kept tokens, and the size if planned.
 
-    The plans themselves would take much memory, as that of a video may list all of its frames.
+    Media that come from a cache come without their plan. Their sizes are in `known`, by media hash;
+    the plans would take much memory, as that of a video may list all of its frames.
     """
-
-    def __init__(self) -> None:
-        self._known: OrderedDict[str, ItemSize] = OrderedDict()
-
-    def of(self, result: Any) -> list[tuple[int, ItemSize | None]]:
-        """Return for all items of a `MultiModalInput` the kept tokens, and the size if planned."""
-        counted = []
-        for modality, hashes in result["mm_hashes"].items():
-            items = result["mm_kwargs"].get(modality, [None] * len(hashes))
-            ranges = result["mm_placeholders"].get(modality, [])
-            for key, item, place in zip(hashes, items, ranges, strict=True):
-                if item is not None and field_name(modality) in item:
-                    plan = ItemPlan.from_tensor(item[field_name(modality)].data)
-                    self._remember(key, plan.size)
-                size = self._known.get(key)
-                counted.append((size.kept if size else place.get_num_embeds(), size))
-        return counted
-
-    def _remember(self, key: str, size: ItemSize) -> None:
-        """Store a size and drop the one that was stored longest ago, if there are too many."""
-        self._known[key] = size
-        self._known.move_to_end(key)
-        if len(self._known) > REMEMBERED:
-            self._known.popitem(last=False)
+    sizes = []
+    for modality, hashes in result["mm_hashes"].items():
+        items = result["mm_kwargs"].get(modality, [None] * len(hashes))
+        ranges = result["mm_placeholders"].get(modality, [])
+        for key, item, place in zip(hashes, items, ranges, strict=True):
+            if item is not None and field_name(modality) in item:
+                known[key] = ItemPlan.from_tensor(item[field_name(modality)].data).size
+            size = known.get(key)
+            sizes.append((size.kept if size else place.get_num_embeds(), size))
+    return sizes
 
 
 def count_request(items: list[tuple[int, ItemSize | None]]) -> None:
-    """Count the media of one request, which `SeenItems.of` returns."""
+    """Count the media of one request, which `item_sizes` returns."""
     for kept, size in items:
         full = size.full if size else kept
         counters()["before"].inc(full)

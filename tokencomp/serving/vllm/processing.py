@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
+from cachetools import LRUCache
 from transformers import BatchFeature
 from vllm.logger import init_logger
 from vllm.multimodal.inputs import MultiModalFieldConfig
@@ -25,13 +26,14 @@ from tokencomp.serving.item_plan import (
 )
 from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm.entry import configured_options
-from tokencomp.serving.vllm.metrics import SeenItems, count_request
+from tokencomp.serving.vllm.metrics import count_request, item_sizes
 from tokencomp.tokens.spans import VisualSpan
 
 logger = init_logger("vllm.tokencomp")
 SCOPED = ("images_kwargs", "videos_kwargs", "common_kwargs", "mm_kwargs")
 KINDS = ("image", "video")
 OFF = MethodSpec()
+REMEMBERED = 16384  # sizes of media that may come from a cache
 
 
 def server_options(model_config: Any) -> ServerOptions:
@@ -62,7 +64,7 @@ class CompressingProcessor:
         self._check_tower(self._options.default)
         if self._options.default.active:  # weights that are missing end the start
             self._options.default.built_reducer.bind(self._facts)
-        self._seen = SeenItems()
+        self._sizes: LRUCache[str, ItemSize] = LRUCache(REMEMBERED)
         self._latest = "", self._options.default  # options of a request as JSON, and their spec
         default = json.dumps(self._options.default.describe())
         logger.info_once("tokencomp %s: default %s", tokencomp.__version__, default)
@@ -159,7 +161,7 @@ class CompressingProcessor:
             )
         result = super().apply(inputs, timing_ctx)  # type: ignore[misc]  # of vLLM's class
         if inputs.hf_processor_mm_kwargs.get(KEY) is not OFF:
-            items = self._seen.of(result)
+            items = item_sizes(result, self._sizes)
             self.check_positions([size for _, size in items if size is not None])
             count_request(items)
         return result
