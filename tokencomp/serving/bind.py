@@ -63,31 +63,26 @@ class Bind:
             scheme.lower() == "bearer" and hmac.compare_digest(sent, self.api_key.encode("utf-8"))
         )
 
-    def serves(self, host: str) -> bool:
-        """Whether a request may call the server by this name (its Host header, without port).
+    def refusal(self, header: str) -> str:
+        """Return why a request with this Host header is refused, or "".
 
         A web page that gives its own name the address of a local server could otherwise use this
         server through the browser of a visitor (DNS rebinding). Numeric addresses cannot be
         abused in this way.
         """
-        if host in ("", "localhost", self.host, *self.allowed_hosts):
-            return True
-        if not self.allowed_hosts and not self.loopback:
-            return True
-        try:
-            return bool(ipaddress.ip_address(host))
-        except ValueError:
-            return False
-
-    def refusal(self, header: str) -> str:
-        """Return why a request with this Host header is refused, or ""."""
         try:
             host = urlsplit("//" + header).hostname or ""
         except ValueError:
             host = "?"
-        if self.serves(host):
+        if host in ("", "localhost", self.host, *self.allowed_hosts):
             return ""
-        return f"Host {host!r} is not a name of this server (start it with --allowed-host)."
+        if not self.allowed_hosts and not self.loopback:
+            return ""
+        try:
+            ipaddress.ip_address(host)
+        except ValueError:
+            return f"Host {host!r} is not a name of this server (start it with --allowed-host)."
+        return ""
 
 
 def check_port(bind: Bind) -> None:

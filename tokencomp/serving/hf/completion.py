@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from tokencomp.serving.hf.answer import AnswerText
@@ -50,9 +51,7 @@ class Completion:
         every = [job.usage for job in self.jobs if job.usage is not None]
         if not every:
             return None
-        first = every[0]
-        completion = sum(usage.completion for usage in every)
-        return Usage(first.prompt, completion, first.visual_before, first.visual_after)
+        return replace(every[0], completion=sum(usage.completion for usage in every))
 
     def __str__(self) -> str:
         """Return setting and token counts in the form of the access log."""

@@ -28,7 +28,6 @@ from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.hf.media import Limits
 from tokencomp.serving.hf.video import Clip, decode_container, too_much_memory
 
-SAMPLING = [field.name for field in dataclasses.fields(Sampling)]
 GRACE = 5  # seconds after the end of its time when the kernel ends a process that hangs
 ENV = {
     "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2",  # both reserve memory per core
@@ -87,12 +86,9 @@ def _answer(stream: IO[bytes]) -> Clip | None:
         if not count:
             return None
         filled += count
-    return frames, Sampling(**{name: _plain(head[name]) for name in SAMPLING})
-
-
-def _plain(value: Any) -> Any:
-    """A value of JSON, which has no tuples."""
-    return tuple(value) if isinstance(value, list) else value
+    lists = head["sampling"].items()  # JSON has no tuples
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in lists}
+    return frames, Sampling(**fields)
 
 
 def main() -> None:
@@ -109,7 +105,7 @@ def main() -> None:
         head = {"error": str(error), "status": error.status}
         out.write(json.dumps(head).encode() + b"\n")
         return
-    head = {"shape": frames.shape, **dataclasses.asdict(sampling)}
+    head = {"shape": frames.shape, "sampling": dataclasses.asdict(sampling)}
     out.write(json.dumps(head).encode() + b"\n")
     out.write(memoryview(np.ascontiguousarray(frames)).cast("B"))
 

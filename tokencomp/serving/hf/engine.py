@@ -6,7 +6,6 @@ import contextlib
 import logging
 import threading
 import time
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -79,11 +78,7 @@ class Engine:
         self._ends, self._penalty = take_end_tokens(model), take_penalty(model)
         self.grammars = Grammars(self.text.tokenizer, self._ends)
         check(model, options.default)
-        off = replace(
-            options.default, ratio=0.0, budget=None, rest="drop",
-            tower_ratio=0.0, tower_reducer="auto",
-        )  # fmt: skip
-        self._handle: Handle = apply(model, off)
+        self._handle: Handle = apply(model, MethodSpec())
         self._wake = threading.Condition()
         self._closed = False
         self._failures = 0  # since the last request that was answered

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -51,11 +50,7 @@ def with_request(options: Any, limits: Limits) -> Limits:
 def chosen(index: ClipIndex, limits: Limits) -> Choice:
     """The frames that the policy of these limits takes."""
     policy = frame_policy(limits.policy or limits.frames)
-    choice = policy.choose(index, _decode, "")
+    choice = policy.choose(index, lambda places: ([], []), "")  # only `Scored` decodes candidates
     if len(choice.places) > limits.frames:
         raise RequestError(f"{len(choice.places)} frames; the limit is {limits.frames}.", 413)
     return choice
-
-
-def _decode(places: Sequence[int]) -> tuple[list[int], list[Any]]:
-    raise AssertionError("only policies by scores decode candidates")

@@ -213,19 +213,14 @@ def check_structure(content: bytes | bytearray) -> None:
 
 
 def _message(error: ValidationError) -> str:
-    """Return the message of the first error.
+    """Return the messages about one wrong field.
 
     A field with several alternative types has one error per alternative. The deepest error location
-    belongs to the alternative that fits best, so its messages are returned.
+    belongs to the alternative that fits best.
     """
-    every = error.errors(include_url=False, include_input=False)
-    fields = [tuple(part for part in e["loc"] if part not in FORMS) for e in every]
-    deepest = max(fields[: _same_field(fields)], key=len)
-    messages = [e["msg"] for e, field in zip(every, fields, strict=True) if field == deepest]
-    return f"{'.'.join(map(str, deepest)) or 'body'}: {' / '.join(dict.fromkeys(messages))}"
-
-
-def _same_field(fields: list[tuple[Any, ...]]) -> int:
-    """Return how many errors, from the first on, concern the same field as the first."""
-    first = fields[0]
-    return next((i for i, f in enumerate(fields) if f[: len(first)] != first), len(fields))
+    messages: dict[tuple[Any, ...], dict[str, None]] = {}  # by field, in order and each once
+    for e in error.errors(include_url=False, include_input=False):
+        field = tuple(part for part in e["loc"] if part not in FORMS)
+        messages.setdefault(field, {})[e["msg"]] = None
+    deepest = max(messages, key=len)
+    return f"{'.'.join(map(str, deepest)) or 'body'}: {' / '.join(messages[deepest])}"
