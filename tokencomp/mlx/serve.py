@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +27,7 @@ REFUSED = {
 }
 
 
-def command(
+def run(
     model: str,
     ratio: float | None,
     budget: int | None,
@@ -36,8 +35,8 @@ def command(
     host: str,
     port: int,
     extra: Sequence[str],
-) -> list[str]:
-    """The command line that serves a model; `extra` are further arguments of mlx_vlm.server.
+) -> None:
+    """Serve a model until the process is interrupted; `extra` are arguments of mlx_vlm.server.
 
     Raises
     ------
@@ -46,25 +45,21 @@ def command(
     UnsupportedModelError
         A folder with a model of another type; models of the hub are looked at when they are loaded.
     """
-    refuse_arguments(extra)
     method = ChosenMethod(ratio, reducer, budget=budget)
     config = Path(model) / "config.json"
     if config.is_file():
         check_model(json.loads(config.read_text(encoding="utf-8")).get("model_type"))
-    own = ["--reducer", reducer, *f"--{method.amount}".split(), "--"]
-    address = ["--model", model, "--host", host, "--port", str(port)]
-    return [sys.executable, "-m", "tokencomp.mlx.serve", *own, *address, *extra]
+    serve(method, ["--model", model, "--host", host, "--port", str(port), *extra])
 
 
-def refuse_arguments(arguments: Sequence[str]) -> None:
-    """Raise `OptionError` for models that the server would run uncompressed, or drafts."""
+def serve(method: ChosenMethod, arguments: Sequence[str]) -> None:
+    """Run mlx_vlm.server, which patches every model that it loads, or refuses it.
+
+    Raises `OptionError` for models that it would run uncompressed, or drafts.
+    """
     for flag, reason in REFUSED.items():
         if any(a == flag or a.startswith(f"{flag}=") for a in arguments):
             raise OptionError(f"{flag}: {reason}. Leave it out, or run mlx_vlm.server itself.")
-
-
-def patch_loaded_models(method: ChosenMethod) -> None:
-    """Let every model that the server loads be patched; one that cannot be is refused."""
     original = generation.ResponseGenerator._initialize_model
 
     def initialize(self: Any) -> None:
@@ -72,10 +67,12 @@ def patch_loaded_models(method: ChosenMethod) -> None:
         patch(self.model, method.ratio, method.reducer, budget=method.budget, **method.options)
 
     generation.ResponseGenerator._initialize_model = initialize
+    sys.argv = ["mlx_vlm.server", *arguments]
+    cli.main()
 
 
 def main() -> None:
-    """Run the server until the process is interrupted."""
+    """Run the server from the command line above."""
     parser = argparse.ArgumentParser(
         prog="tokencomp.mlx.serve",
         description=__doc__,
@@ -87,19 +84,9 @@ def main() -> None:
     parser.add_argument("arguments", nargs="*", help="of mlx_vlm.server, after `--`")
     args = parser.parse_args()
     try:
-        refuse_arguments(args.arguments)
-        method = ChosenMethod(args.ratio, args.reducer, budget=args.budget)
+        serve(ChosenMethod(args.ratio, args.reducer, budget=args.budget), args.arguments)
     except TokenCompError as error:
         parser.exit(2, f"error: {error}\n")
-    patch_loaded_models(method)
-    sys.argv = ["mlx_vlm.server", *args.arguments]
-    cli.main()
-
-
-def run(*arguments: Any) -> None:
-    """Replace this process with the server. Arguments and errors are those of `command`."""
-    line = command(*arguments)
-    os.execv(line[0], line)
 
 
 if __name__ == "__main__":
