@@ -6,6 +6,7 @@ import pytest
 import torch
 from support import oracle, plans
 from support.families import CORE, Family, text
+from transformers import StaticCache
 
 import tokencomp
 
@@ -76,6 +77,18 @@ def test_maps_of_later_turns(family: Family, name: str) -> None:
         assert last.shape[-2:] == (1, width + 1)
         hidden = torch.cat([~mask[0], torch.zeros(1, dtype=torch.bool)])
         assert bool((last[..., hidden] == 0).all()) and bool((last[..., ~hidden] > 0).all())
+
+
+def test_maps_on_a_static_cache(family: Family) -> None:
+    """Its unwritten rows are no columns of the prompt."""
+    model = family.build("eager")
+    inputs = family.batch([[text(3), family.image(0), text(9, 3)]])
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=100)
+    with torch.no_grad(), tokencomp.patch(model, 0.5, reducer="uniform"):
+        expected = model(**inputs, use_cache=True, output_attentions=True).attentions
+        got = model(**inputs, past_key_values=cache, output_attentions=True).attentions
+    for here, there in zip(got, expected, strict=True):
+        torch.testing.assert_close(here, there, atol=1e-6, rtol=1e-5)
 
 
 def test_the_last_hidden_state_carries_gradients(family: Family) -> None:

@@ -41,11 +41,8 @@ def held_columns(layer: Any) -> Tensor:
         Ascending.
     """
     keys, rows = layer.keys, physical_length(layer)
-    if isinstance(layer, CompressedLayer):
-        known = cached_columns(layer.columns, rows, layer.dropped, keys.shape[0], keys.device)
-        if known is not None:
-            return known
-    return torch.arange(rows, device=keys.device).expand(keys.shape[0], -1)
+    columns, dropped = getattr(layer, "columns", None), getattr(layer, "dropped", 0)
+    return cached_columns(columns, rows, dropped, keys.shape[0], keys.device)
 
 
 def check_eviction(adapter: Adapter) -> None:

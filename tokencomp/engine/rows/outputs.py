@@ -73,9 +73,7 @@ def restore_states(out: Any, segments: Sequence[Any], width: int, keep_last_stat
     return out
 
 
-def restore_map(
-    weights: Tensor, layout: RowLayout, width: int, past: Tensor | None, past_width: int
-) -> Tensor:
+def restore_map(weights: Tensor, segment: Any, width: int) -> Tensor:
     """Spread an attention map over the columns of the caller's batch.
 
     A dropped key has weight 0. A dropped query repeats the last row before it, as
@@ -83,32 +81,27 @@ def restore_map(
 
     Parameters
     ----------
-    weights : Tensor, shape (B, H, layout.width, rows of earlier calls + layout.width)
+    weights : Tensor, shape (B, H, rows of this call, rows of all calls)
+    segment
+        Of the layer that has computed them.
     width
         Columns of this call in the caller's batch.
-    past : Tensor of int64, shape (B, rows of earlier calls), or None
-        Column of every row that the cache held before this call; None: nothing had left.
-    past_width
-        Columns of the earlier calls.
 
     Returns
     -------
-    Tensor, shape (B, H, width, past_width + width)
+    Tensor, shape (B, H, width, columns of all calls)
     """
-    batch, heads, queries, keys = weights.shape
-    if layout.origin is None and past is None:
+    batch, heads, queries, _ = weights.shape
+    columns = segment.columns(batch, weights.device)
+    if columns is None:
         return weights
-    device = weights.device
-    own = layout.origin
-    if own is None:
-        own = torch.arange(width, device=device).expand(batch, -1)
-    if past is None:
-        past = torch.arange(keys - queries, device=device).expand(batch, -1)
-    columns = torch.cat([past.to(device), own.to(device) + past_width], dim=1)
+    # A static cache ends in unwritten rows, and one with a window has let the first rows go.
+    held = min(weights.shape[-1], columns.shape[1])
+    weights, columns = weights[..., :held], columns[:, -held:]
     # Several padding rows may name one column; their weights are 0, so they add nothing.
-    full = weights.new_zeros(batch, heads, queries, past_width + width)
+    full = weights.new_zeros(batch, heads, queries, segment.logical + width)
     full = full.scatter_add(-1, columns[:, None, None].expand_as(weights), weights)
-    rows = restore(full.transpose(1, 2).flatten(2), layout, width)
+    rows = restore(full.transpose(1, 2).flatten(2), segment.layout, width)
     split: Tensor = rows.unflatten(2, (heads, -1))
     return split.transpose(1, 2)
 
@@ -118,16 +111,13 @@ def restore_maps(maps: Any, segments: Sequence[Any], width: int) -> Any:
     full = []
     for layer, weights in enumerate(maps):
         segment = next(s for s in segments if s.first <= layer < s.stop)
-        if weights is not None:
-            past = segment.columns_before(weights.shape[0], weights.device)
-            weights = restore_map(weights, segment.layout, width, past, segment.logical)
-        full.append(weights)
+        full.append(None if weights is None else restore_map(weights, segment, width))
     return tuple(full)
 
 
 def cached_columns(
     columns: Tensor | None, rows: int, dropped: int, batch: int, device: torch.device
-) -> Tensor | None:
+) -> Tensor:
     """Column of every row that a cache layer holds, shape (B, rows).
 
     Parameters
@@ -138,6 +128,6 @@ def cached_columns(
         Rows that the layer holds, and columns that it does not.
     """
     if columns is None:
-        return None
+        return torch.arange(rows, device=device).expand(batch, -1)
     later = torch.arange(columns.shape[1], rows, device=device) + dropped
     return torch.cat([columns.to(device), later.expand(batch, -1)], dim=1)

@@ -114,10 +114,6 @@ class Segment:
         """
         return self.layout.origin is not None or self.past_columns is not None
 
-    def columns_before(self, batch: int, device: torch.device) -> Tensor | None:
-        """Column of every row cached before this call, (B, rows); None if nothing had left."""
-        return cached_columns(self.past_columns, self.physical, self.dropped, batch, device)
-
     def padding_mask(self, new: Tensor | None, batch: int, device: torch.device) -> Tensor | None:
         """The 2-D mask by logical column, as transformers counts: dropped columns are real."""
         valid = self.all_valid(new)
@@ -169,9 +165,7 @@ class Segment:
         new = new.to(device)
         if not self.physical:
             return new + self.logical if self.logical else new
-        past = self.columns_before(batch, device)
-        if past is None:  # nothing had left before this call
-            past = torch.arange(self.physical, device=device).expand(batch, -1)
+        past = cached_columns(self.past_columns, self.physical, self.dropped, batch, device)
         return torch.cat([past, new + self.logical], dim=1)
 
     def gaps_within(self, window: int) -> bool:
