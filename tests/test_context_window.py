@@ -1,4 +1,4 @@
-"""The extended visual window is compared with the YaRN implementation of transformers."""
+"""The extended visual window is compared with the formula of YaRN in plain loops."""
 
 from __future__ import annotations
 
@@ -16,36 +16,38 @@ from tokencomp.engine.context.yarn import yarn
 from tokencomp.errors import CopyError, OptionError, UnsupportedModelError
 
 
+def ramp(stretched: torch.Tensor, base: float) -> tuple[int, int]:
+    """The first pair whose frequency changes, less one, and the first that is divided in full."""
+    dim = 2 * len(stretched)
+    factors = [f * base ** (2 * i / dim) for i, f in enumerate(stretched.tolist())]
+    changed = next(i for i, f in enumerate(factors) if f < 1 - 1e-5)
+    return changed - 1, next(i for i, f in enumerate(factors) if f < factors[-1] * (1 + 1e-5))
+
+
 def test_ramp_of_qwen2() -> None:
     """The ramp lies between 32 turns and 1 turn in 6272 positions: pairs 15 … 32 of Qwen2's 64."""
-    numbers = yarn(1e6, 128, VISUAL_WINDOW, 4.0)
-    assert (numbers.low, numbers.high) == (15, 32)
-    inv_freq = 1e6 ** (-torch.arange(0, 128, 2) / 128)
-    stretched = numbers.frequencies(inv_freq) / inv_freq
+    stretched, _ = yarn(1e6, 128, VISUAL_WINDOW, 4.0)
+    assert ramp(stretched, 1e6) == (15, 32)
+    stretched = stretched * 1e6 ** (torch.arange(0, 128, 2) / 128)
     assert torch.allclose(stretched[:16], torch.ones(16))
     assert torch.allclose(stretched[32:], torch.full((32,), 0.25))
     assert (stretched[15:33].diff() < 0).all()
 
 
-def reference(base: float, heads: int, dim: int, window: int, factor: float):
-    """Return frequencies and attention factor as transformers computes them."""
-    from transformers import Qwen2Config
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+def reference(base: float, dim: int, window: int, factor: float) -> tuple[torch.Tensor, float]:
+    """Frequencies and attention factor by the formula of the paper (arXiv 2309.00071)."""
 
-    rope = {
-        "rope_type": "yarn",
-        "factor": factor,
-        "original_max_position_embeddings": window,
-        "rope_theta": base,
-    }
-    scaling = {"rope_scaling": rope, "rope_theta": base} if V4 else {"rope_parameters": rope}
-    config = Qwen2Config(
-        hidden_size=dim * heads,
-        num_attention_heads=heads,
-        max_position_embeddings=int(window * factor),
-        **scaling,
-    )
-    return ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
+    def pair(turns: float) -> float:
+        """The pair that turns so often within the window."""
+        return dim * math.log(window / (turns * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = max(math.floor(pair(32)), 0), min(math.ceil(pair(1)), dim - 1)
+    frequencies = []
+    for i in range(dim // 2):
+        share = min(max((i - low) / max(high - low, 1e-3), 0.0), 1.0)
+        plain = base ** (-2 * i / dim)
+        frequencies.append(plain * (1 - share) + plain / factor * share)
+    return torch.tensor(frequencies), 0.1 * math.log(factor) + 1
 
 
 @pytest.mark.parametrize(
@@ -53,11 +55,10 @@ def reference(base: float, heads: int, dim: int, window: int, factor: float):
 )
 @pytest.mark.parametrize("factor", [1.0, 2.5, 8.0])
 def test_frequencies(base: float, dim: int, window: int, factor: float) -> None:
-    numbers = yarn(base, dim, window, factor)
-    inv_freq, attention = reference(base, 4, dim, window, factor)
-    scaled = numbers.frequencies(base ** (-torch.arange(0, dim, 2).float() / dim))
-    assert torch.allclose(scaled, inv_freq, rtol=1e-5)
-    assert numbers.attention == pytest.approx(attention)
+    inv_freq, attention = yarn(base, dim, window, factor)
+    expected = reference(base, dim, window, factor)
+    assert torch.allclose(inv_freq, expected[0], rtol=1e-5)
+    assert attention == pytest.approx(expected[1])
 
 
 def test_model_uses_scaled_frequencies_until_unpatch(family: Family) -> None:
@@ -69,10 +70,10 @@ def test_model_uses_scaled_frequencies_until_unpatch(family: Family) -> None:
     with torch.no_grad():
         plain = model(**inputs).logits
         context = tokencomp.extend_visual_context(model, 400, window=100)
-        inv_freq, attention = reference(1e4, 4, 16, 100, 4.0)
+        inv_freq, attention = reference(1e4, 16, 100, 4.0)
         assert torch.allclose(rotary.inv_freq, inv_freq, rtol=1e-5)
         assert rotary.attention_scaling == pytest.approx(attention)
-        assert context.yarn.factor == 4.0
+        assert context.factor == 4.0
         changed = model(**inputs).logits
         assert (changed - plain).abs().max() > 1e-3
         tokencomp.unpatch(model)
@@ -87,7 +88,7 @@ def test_short_targets_change_nothing(family: Family) -> None:
     rotary = family.decoder(model).rotary_emb
     before = rotary.inv_freq.clone()
     with tokencomp.extend_visual_context(model, 100, window=200) as context:
-        assert context.yarn.factor == 1.0
+        assert context.factor == 1.0
         assert torch.allclose(rotary.inv_freq, before)
         assert rotary.attention_scaling == 1.0
 
@@ -98,7 +99,7 @@ def test_repeated_extension_and_extension_with_patch(family: Family) -> None:
     before = rotary.inv_freq.clone()
     tokencomp.extend_visual_context(model, 40, window=10)
     tokencomp.extend_visual_context(model, 80, window=10)  # replaces the first extension
-    assert torch.allclose(rotary.inv_freq, reference(1e4, 4, 16, 10, 8.0)[0], rtol=1e-5)
+    assert torch.allclose(rotary.inv_freq, reference(1e4, 16, 10, 8.0)[0], rtol=1e-5)
     handle = tokencomp.patch(model, 0.5, reducer="uniform")  # does not change the extension
     handle.remove()
     assert rotary.attention_scaling == pytest.approx(0.1 * math.log(8) + 1)
@@ -124,9 +125,13 @@ def test_ramp_of_qwen2_in_a_model() -> None:
     else:
         config.text_config.rope_parameters["rope_theta"] = 1e6
     model = family.model_class()(config)
+    rotary = family.decoder(model).rotary_emb
     for cast in (model, model.bfloat16(), model.half()):
-        with tokencomp.extend_visual_context(cast, 4 * VISUAL_WINDOW) as context:
-            assert (context.yarn.low, context.yarn.high) == (15, 32)
+        plain = rotary.inv_freq.float()
+        with tokencomp.extend_visual_context(cast, 4 * VISUAL_WINDOW):
+            factors = rotary.inv_freq / plain
+        usual = 1e6 ** (-torch.arange(0, 128, 2) / 128)
+        assert ramp(factors * usual, 1e6) == (15, 32)
 
 
 def test_copies_are_refused() -> None:

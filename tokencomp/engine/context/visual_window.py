@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from tokencomp.engine.context.yarn import Yarn, rope_base, yarn
+from tokencomp.engine.context.yarn import rope_base, yarn
 from tokencomp.errors import CopyError, OptionError, SpanError, UnsupportedModelError
 from tokencomp.torchlib import compat
+from tokencomp.torchlib.replace import Installed
 
 if TYPE_CHECKING:
     from tokencomp.adapters.base import Adapter
@@ -24,13 +25,13 @@ EXTENSION = "_tokencomp_window"  # attribute of a rotary embedding with its exte
 HELD = "_tokencomp_visual"  # attribute of a KV cache with its number of visual tokens
 
 
-class VisualContext:
+class VisualContext(Installed):
     """An active extension of the visual window. Use it as a context manager, or call `remove()`.
 
     Attributes
     ----------
-    yarn : Yarn
-        The parameters of the scaled frequencies.
+    factor
+        By which low frequencies are divided.
     target_tokens
         Largest number of visual tokens in a prompt before compression, including those that the
         cache holds from earlier calls.
@@ -44,25 +45,22 @@ class VisualContext:
         If the model is copied with `copy.deepcopy` or pickled.
     """
 
-    def __init__(self, adapter: Adapter, numbers: Yarn, target: int) -> None:
-        self.yarn, self.target_tokens = numbers, target
+    def __init__(self, adapter: Adapter, base: float, window: int, target: int) -> None:
+        self.factor, self.target_tokens = max(target / window, 1.0), target
         self._adapter, self._rotary = adapter, adapter.rotary
         self._local = threading.local()
-        rotary, body = self._rotary, adapter.body
-        self._before = (rotary.inv_freq, rotary.attention_scaling)
-        rotary.inv_freq = numbers.frequencies(rotary.inv_freq)
-        rotary.attention_scaling = rotary.attention_scaling * numbers.attention
+        rotary: Any = self._rotary
+        own, scaling = self._plain = (rotary.inv_freq, rotary.attention_scaling)
+        numbers = base, 2 * own.numel(), window
+        (stretched, attention), (usual, _) = (yarn(*numbers, f) for f in (self.factor, 1.0))
+        rotary.inv_freq = own.float() * (stretched / usual).to(own.device)
+        rotary.attention_scaling = scaling * attention
         setattr(rotary, EXTENSION, self)
-        self._hooks = (
+        body = adapter.body
+        self._handles += [
             body.register_forward_pre_hook(self._count_placeholders, with_kwargs=True),
             body.register_forward_hook(self._note, with_kwargs=True),
-        )
-
-    def __enter__(self) -> VisualContext:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.remove()
+        ]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise CopyError(
@@ -81,10 +79,9 @@ class VisualContext:
         rotary = self._rotary
         if self.in_force:
             delattr(rotary, EXTENSION)
-            rotary.inv_freq = self._before[0].to(rotary.inv_freq.device)
-            rotary.attention_scaling = self._before[1]
-            for hook in self._hooks:
-                hook.remove()
+            rotary.inv_freq = self._plain[0].to(rotary.inv_freq.device)
+            rotary.attention_scaling = self._plain[1]
+            super().remove()
 
     def count(self, new: list[int], cache: Any) -> None:
         """Count the visual tokens of a call together with those that the cache holds.
@@ -181,10 +178,9 @@ def extend_visual_context(
             f"the decoder's rotary embedding is already scaled (rope_type={kind!r}). Load the "
             "model without rope scaling to extend its visual window."
         )
-    base, dim = rope_base(adapter.text_config), 2 * rotary.inv_freq.numel()
-    numbers = yarn(base, dim, window, max(target_tokens / window, 1.0))
+    base = rope_base(adapter.text_config)
     restore_visual_context(model)
-    return VisualContext(adapter, numbers, target_tokens)
+    return VisualContext(adapter, base, window, target_tokens)
 
 
 def is_extended(adapter: Adapter) -> bool:
