@@ -41,6 +41,20 @@ def bisect(mean_at: Callable[[float], list[float]], target: float, lo: float, hi
     return hi
 
 
+def solved(
+    family: Callable[[float], list[float]], target: float, lo: float, hi: float
+) -> list[float]:
+    """The profile of mean `target` in a family of profiles whose mean grows with a parameter.
+
+    `family(lo)` is the published shape. For smaller targets it is lowered from the start, see
+    `early`; `family(hi)` drops nothing.
+    """
+    natural = family(lo)
+    if target <= sum(natural) / len(natural):
+        return early(natural, target)
+    return family(bisect(family, target, lo, hi))
+
+
 def ramp(num_layers: int, start: float, width: float) -> list[float]:
     """AIM's ramp: layer l lets clamp(1 - (l - start + 1)/width, 0, 1) through to layer l + 1.
 
@@ -70,13 +84,9 @@ def natural_aim(num_layers: int, start: float = 0.5, stop: float = 22 / 28) -> l
 
 def aim(num_layers: int, target: float, start: float = 0.5, stop: float = 22 / 28) -> list[float]:
     """AIM's ramp, moved later for a large target and lowered from the start for a small one."""
-    natural = natural_aim(num_layers, start, stop)
-    if target <= sum(natural) / num_layers:
-        return early(natural, target)
     first, last = round(start * num_layers), round(stop * num_layers)
     width = max(last - first, 1)
-    later = bisect(lambda s: ramp(num_layers, s, width), target, first, num_layers + width)
-    return ramp(num_layers, later, width)
+    return solved(lambda s: ramp(num_layers, s, width), target, first, num_layers + width)
 
 
 def pyramid(num_layers: int, target: float) -> list[float]:
@@ -84,12 +94,7 @@ def pyramid(num_layers: int, target: float) -> list[float]:
 
     See arXiv 2410.17247.
     """
-
-    natural = natural_pyramid(num_layers)
-    if target <= sum(natural) / num_layers:
-        return early(natural, target)
-    factor = bisect(functools.partial(natural_pyramid, num_layers), target, 0.5, 1.0)
-    return natural_pyramid(num_layers, factor)
+    return solved(functools.partial(natural_pyramid, num_layers), target, 0.5, 1.0)
 
 
 def once(num_layers: int, target: float, first: int, least: float) -> list[float]:
@@ -119,10 +124,7 @@ def natural_fastv(num_layers: int) -> list[float]:
 def sparsevlm(num_layers: int, target: float) -> list[float]:
     """SparseVLM's cuts (arXiv 2410.04417), each to a larger share if the target allows."""
     natural = natural_sparsevlm(num_layers)
-    if target <= sum(natural) / num_layers:
-        return early(natural, target)
-    power = bisect(lambda p: [f ** (1 - p) for f in natural], target, 0.0, 1.0)
-    return [f ** (1 - power) for f in natural]
+    return solved(lambda p: [f ** (1 - p) for f in natural], target, 0.0, 1.0)
 
 
 def natural_sparsevlm(num_layers: int) -> list[float]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokencomp.plan.counts import check_ratio, split_evenly
 from tokencomp.plan.plan import Plan, from_profile
-from tokencomp.plan.schedules import bisect, early
+from tokencomp.plan.schedules import solved
 from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.reducers.score import ChoosingReducer
@@ -47,11 +47,8 @@ class Adsc(ChoosingReducer, Published):
         target = 1.0 - check_ratio(ratio)
         if target == 1.0:
             return Plan()
-        natural = profile(num_layers)
-        if target <= sum(natural) / num_layers:
-            return from_profile(early(natural, target), self)
-        factor = bisect(functools.partial(profile, num_layers), target, 1.0 / WINDOW, 1.0)
-        return from_profile(profile(num_layers, factor), self)
+        family = functools.partial(profile, num_layers)
+        return from_profile(solved(family, target, 1.0 / WINDOW, 1.0), self)
 
     def published_layers(self, num_layers: int) -> tuple[int, ...]:
         natural = profile(num_layers)
