@@ -33,6 +33,7 @@ from tokencomp.errors import UnsupportedCacheError
 from tokencomp.torchlib import cache_classes
 
 INDEXED: Any = cache_classes.indexed_layer()
+STATES: Any = cache_classes.linear_layer()
 NEEDS_PATCH = (
     "this cache holds a compressed prompt that only a patched model reads right: a padded batch, "
     "rows that differ by layer, compact positions, an attention window, or a static cache under "
@@ -175,6 +176,8 @@ class CompressedDynamicLayer(CompressedLayer, DynamicLayer):
     def crop(self, length: int) -> None:
         """Remove `-length` rows, or (transformers < 5.14) cut to `length` logical tokens.
 
+        A layer that also holds states goes back as many.
+
         Raises
         ------
         UnsupportedCacheError
@@ -190,6 +193,8 @@ class CompressedDynamicLayer(CompressedLayer, DynamicLayer):
                     f"crop({length}) reaches into media of which tokens have left. Crop only what "
                     "follows the last image or video, or start the conversation again."
                 )
+        if isinstance(self, STATES):
+            STATES.crop(self, length)
         self._cut(rows)
 
     def _cut(self, rows: int) -> None:

@@ -25,8 +25,10 @@ class Mark:
 
     def __init__(self, cache: Any) -> None:
         self._cache, self._frames = cache, getattr(cache, ATTRIBUTE, None)
-        self._layers = [_Rows(layer) if _croppable(layer) else copy.deepcopy(layer)
-                        for layer in cache.layers]  # fmt: skip
+        self._layers = [
+            _Rows(x) if type(x) in WHOLE and x.is_initialized else copy.deepcopy(x)
+            for x in cache.layers
+        ]
 
     def rewind(self) -> None:
         """Let the cache hold what it held; to be called once."""
@@ -39,10 +41,6 @@ class Mark:
                 saved.restore(layers[i])
             else:
                 layers[i] = saved
-
-
-def _croppable(layer: Any) -> bool:
-    return type(layer) in WHOLE and layer.is_initialized
 
 
 class _Rows:

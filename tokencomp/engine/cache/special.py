@@ -24,21 +24,11 @@ class CompressedHybridLayer(CompressedDynamicLayer, HYBRID):  # type: ignore[mis
 
     plain: ClassVar[type] = HYBRID
 
-    def crop(self, length: int) -> None:
-        """Remove `-length` rows, and go back as many states."""
-        cache_classes.linear_layer().crop(self, length)
-        super().crop(length)
-
 
 class CompressedHybridSlidingLayer(CompressedSlidingLayer, HYBRID_SLIDING):  # type: ignore[misc]  # older releases lack it
     """A layer with an attention window; its states are those after the last row."""
 
     plain = HYBRID_SLIDING
-
-    def crop(self, length: int) -> None:
-        """Remove `-length` rows, and go back as many states."""
-        cache_classes.linear_layer().crop(self, length)
-        super().crop(length)
 
 
 class CompressedReferenceLayer(CompressedDynamicLayer):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -109,39 +109,33 @@ class ChunkedPrefill(Hooked):
             _one_pass(size, "the masks of windows or image blocks are made for the whole prompt")
             return kwargs
         rotary, forward.chunk = forward.rotary, size
-        needed = not 0 < logits <= min(forward.tail, width - _last_start(width, size))
-        for start, stop in _bounds(width, size):
+        last = (width - 1) // size * size  # first column of the last chunk
+        needed = not 0 < logits <= min(forward.tail, width - last)
+
+        def chunk(start: int, stop: int) -> dict[str, Any]:
             forward.rotary = None if rotary is None else rotary[:, start:stop]
-            chunk = self._chunk(kwargs, start, stop)
-            if stop == width:
-                return chunk
-            out = decoder.forward(**chunk)
+            return _chunk(kwargs, start, stop)
+
+        for start in range(0, last, size):
+            out = decoder.forward(**chunk(start, start + size))
             if needed:
                 forward.earlier.append(out[0])
-        raise AssertionError("the last chunk ends where the prompt ends")
-
-    def _chunk(self, kwargs: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
-        """Arguments of the decoder for columns `start … stop - 1`."""
-        x, mask, chunk = kwargs["inputs_embeds"], kwargs.get("attention_mask"), dict(kwargs)
-        batch, width = x.shape[:2]
-        chunk["inputs_embeds"] = x[:, start:stop]
-        chunk["position_ids"] = kwargs["position_ids"][..., start:stop]
-        if mask is not None:
-            chunk["attention_mask"] = mask[:, : mask.shape[1] - (width - stop)]
-        if kwargs.get("cache_position") is not None:
-            chunk["cache_position"] = kwargs["cache_position"][start:stop]
-        index = torch.arange(start, stop, device=x.device).expand(batch, -1)
-        gather_arguments(chunk, index, None, width)
-        return chunk
+        return chunk(last, width)
 
 
-def _last_start(width: int, size: int) -> int:
-    return (width - 1) // size * size
-
-
-def _bounds(width: int, size: int) -> Iterator[tuple[int, int]]:
-    for start in range(0, width, size):
-        yield start, min(start + size, width)
+def _chunk(kwargs: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
+    """Arguments of the decoder for columns `start … stop - 1`."""
+    x, mask, chunk = kwargs["inputs_embeds"], kwargs.get("attention_mask"), dict(kwargs)
+    batch, width = x.shape[:2]
+    chunk["inputs_embeds"] = x[:, start:stop]
+    chunk["position_ids"] = kwargs["position_ids"][..., start:stop]
+    if mask is not None:
+        chunk["attention_mask"] = mask[:, : mask.shape[1] - (width - stop)]
+    if kwargs.get("cache_position") is not None:
+        chunk["cache_position"] = kwargs["cache_position"][start:stop]
+    index = torch.arange(start, stop, device=x.device).expand(batch, -1)
+    gather_arguments(chunk, index, None, width)
+    return chunk
 
 
 def whole_output(out: Any, earlier: list[Tensor]) -> Any:

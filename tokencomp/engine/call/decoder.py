@@ -73,7 +73,7 @@ class DecoderHooks(CallHooks):
         a = self.adapter
         before = a.decoder.register_forward_pre_hook(self._decoder, with_kwargs=True)
         self._handles.append(before)
-        self._after(a.decoder, self._leave, self._entered, always_call=True)
+        self._after(a.decoder, self._leave, self._has_forward, always_call=True)
         if not a.mrope and a.rotary is not None:
             self._before(a.rotary, self._true_positions, self._has_forward)
         self.put_in_force()
@@ -111,12 +111,8 @@ class DecoderHooks(CallHooks):
     def apart(self, module: nn.Module, args: Any, kwargs: Any) -> bool:
         """Whether a call that Dynamo traces is prepared between the graphs of a compiled model.
 
-        Elsewhere there is nothing to do, or Dynamo traces what is done to the decoder.
-
-        Parameters
-        ----------
-        module, args, kwargs
-            A call of the model, its body or its decoder.
+        Elsewhere there is nothing to do, or Dynamo traces what is done to the decoder. The call is
+        one of the model, its body or its decoder.
         """
         if self.calls.state.kinds is not None:
             return True
@@ -145,10 +141,7 @@ class DecoderHooks(CallHooks):
     def _enter(self, module: nn.Module, arguments: dict[str, Any], traced: bool) -> Any:
         """Arguments of a decoder call, whose layers then have the hooks that they need.
 
-        Parameters
-        ----------
-        traced
-            Whether Dynamo has compiled the caller.
+        `traced` says whether Dynamo has compiled the caller.
         """
         state, cache = self.calls.state, compat.get_cache(arguments)
         if state.kinds is not None and state.kinds.numpy().any():
@@ -216,9 +209,6 @@ class DecoderHooks(CallHooks):
             return args, {**kwargs, "position_ids": forward.rotary}
         hidden, _, *rest = args
         return (hidden, forward.rotary, *rest), kwargs
-
-    def _entered(self, module: nn.Module, args: Any, kwargs: Any) -> bool:
-        return self.calls.state.forward is not None
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
         """The output of a decoder call with full length; None where it stays as it is."""

@@ -119,10 +119,6 @@ def _check_prepared(forward: ForwardPass, length: int) -> None:
 
     Its masks let the tokens of an image see each other, which nothing could build again, and their
     windows count columns of the uncompressed sequence of `length` tokens.
-
-    Raises
-    ------
-    OptionError
     """
     size = forward.windows.smallest
     if forward.prepared is not None and length > size:
@@ -137,11 +133,7 @@ def _check_prepared(forward: ForwardPass, length: int) -> None:
 def _check_temperature(adapter: Adapter, length: int) -> None:
     """Refuse prompts in which layers scale queries by their row (Llama 4, Inkling).
 
-    The scale of the rows before the limit is one, so that shorter prompts do not feel it.
-
-    Raises
-    ------
-    RowIndexedAttentionError
+    The scale of the rows before the limit is one, so that it changes no shorter prompt.
     """
     config, limits = adapter.text_config, {}
     if getattr(config, "attn_temperature_tuning", False):
@@ -166,21 +158,12 @@ def _set_positions(
 
     Text positions of kept tokens have gaps, which FlashAttention, and mask code where there is no
     mask, take for the begin of another packed prompt. There they get positions without gaps, and
-    the rotary embedding alone gets the true ones.
-
-    Parameters
-    ----------
-    positions : Tensor of int64, shape (3, B, n) for M-RoPE, else (B, n)
+    the rotary embedding alone gets the true `positions`, (3, B, n) for M-RoPE, else (B, n).
 
     Returns
     -------
     bool
         Whether `position_ids` are the true positions, so that the call needs a mask.
-
-    Raises
-    ------
-    UnsupportedModelError
-        FlashAttention, and layers that read positions apart from the rotary embedding.
     """
     adapter = forward.adapter
     text = text_positions(forward.layout, positions.device)
@@ -206,14 +189,9 @@ def _set_positions(
 
 
 def _compact_positions(forward: ForwardPass, valid: Tensor | None, x: Tensor) -> Tensor:
-    """Positions (B, n) without gaps; they begin again in every prompt of a packed row.
+    """Positions (B, n) without gaps, which begin again in every prompt of a packed row.
 
-    Parameters
-    ----------
-    valid : Tensor of bool, shape (B, n), or None
-        False at padding.
-    x : Tensor, shape (B, n, d)
-        Hidden states of the call after its entry stage.
+    `x` (B, n, d) are the embeddings behind the entry stage, and `valid` (B, n) is False at padding.
     """
     if forward.layout.packed:
         return text_positions(forward.layout, x.device).expand(x.shape[0], -1)

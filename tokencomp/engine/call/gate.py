@@ -216,17 +216,12 @@ def _frames() -> dict[int, FrameType]:
                 gc.enable()
 
 
-def _calls(frame: FrameType, modules: Collection[nn.Module], names: Collection[str]) -> bool:
+def _calls(frame: FrameType | None, modules: Collection[nn.Module], names: Collection[str]) -> bool:
     """Whether a stack has a function of one of these names whose `self` is one of the modules."""
-    for function in _stack(frame):
-        if any(name in function.f_code.co_name for name in names):
-            owner = function.f_locals.get("self")
+    while frame is not None:
+        if any(name in frame.f_code.co_name for name in names):
+            owner = frame.f_locals.get("self")
             if any(owner is module for module in modules):
                 return True
-    return False
-
-
-def _stack(frame: FrameType | None) -> Iterator[FrameType]:
-    while frame is not None:
-        yield frame
         frame = frame.f_back
+    return False

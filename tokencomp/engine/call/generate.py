@@ -92,15 +92,7 @@ class BatchGuard(Hooked):
         return original(inputs, *args, **kwargs)
 
     def _check(self, inputs: Sequence[Sequence[int]], kwargs: dict[str, Any]) -> None:
-        """Refuse requests that ask for media, which transformers would leave out.
-
-        Raises
-        ------
-        UnsupportedCacheError
-            Features among the arguments, or placeholders of media in a prompt.
-        NoVisualInputError
-            `strict=True`: no request can bring media.
-        """
+        """Refuse requests that ask for media, which transformers would leave out."""
         if self.adapter.feature_kinds(kwargs):
             raise UnsupportedCacheError(
                 "continuous batching takes token ids alone, and this call brings images or videos, "

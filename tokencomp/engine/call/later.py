@@ -51,15 +51,9 @@ class LaterTokens:
     def traceable(self, inputs: Mapping[str, Any], stages: bool) -> bool:
         """Whether torch.compile can trace our part of a call: tensor operations, or nothing.
 
-        True in a decode step on a static cache, and without stages wherever no earlier plan has
+        True in a decode step on a static cache, and without `stages` wherever no earlier plan has
         left a compressed cache. Everything that this method reads is a constant to Dynamo.
-
-        Parameters
-        ----------
-        inputs
-            Arguments of the model, its body or its decoder, by name.
-        stages
-            Whether the plan has any.
+        `inputs` are arguments of the model, its body or its decoder.
         """
         if not torch.compiler.is_compiling():
             return False
@@ -71,12 +65,8 @@ class LaterTokens:
     def prepare(self, kwargs: dict[str, Any], layers: list[Any], first: Any) -> None:
         """Set the mask (and compact positions) of a call in place.
 
-        One token on a cache without padding needs no mask, because it attends to every row.
-
-        Parameters
-        ----------
-        layers, first
-            Of the cache: all, and the first that holds rows.
+        One token on a cache without padding needs no mask, because it attends to every row. `first`
+        is the first of the cache's layers that holds rows.
         """
         if kwargs.get("inputs_embeds") is None:
             kwargs["inputs_embeds"] = self.adapter.decoder.embed_tokens(kwargs["input_ids"])
@@ -101,15 +91,7 @@ class LaterTokens:
     def adopt(self, layers: list[Any], first: Any) -> None:
         """Let this patch continue a cache that an earlier one may have written.
 
-        Parameters
-        ----------
-        layers, first
-            Of the cache: all, and the first that holds rows, or None.
-
-        Raises
-        ------
-        UnsupportedCacheError
-            The rows were written at other kinds of positions.
+        It refuses rows that were written at other kinds of positions.
         """
         patch = getattr(first, "patch", None)
         if patch is None or patch is self.in_force:
@@ -147,10 +129,7 @@ class LaterTokens:
     ) -> None:
         """Any number of tokens, padded or not, on layers that hold the same rows or other ones.
 
-        Parameters
-        ----------
-        maskless
-            Whether it is one, and the attention backend needs no tensor where it attends to all.
+        `maskless`: it is one, and the attention backend needs no tensor where it attends to all.
         """
         x, n = kwargs["inputs_embeds"], kwargs["inputs_embeds"].shape[1]
         past = layer.rows if self.compact_positions else layer.get_seq_length()

@@ -46,13 +46,7 @@ class LayerHooks(CallHooks):
         self._lock = threading.Lock()
 
     def install(self, plan: Plan) -> None:
-        """Serve the calls of this plan.
-
-        Raises
-        ------
-        UnsupportedModelError
-            Tokens would be scored by a layer that has no attention.
-        """
+        """Serve the calls of this plan."""
         self._staged = bool(plan.layer_stages)
         for stage, layer, signal in scored_stages(plan, self.adapter):
             self._scored.append((attention_of(self.adapter.layers[layer]), stage, signal))
@@ -66,14 +60,10 @@ class LayerHooks(CallHooks):
             self._unhook()
 
     def prepare(self, needed: bool, traced: bool) -> None:
-        """Install or remove the hooks before the decoder runs, as this call needs.
+        """Install or remove the hooks before the decoder runs.
 
-        Parameters
-        ----------
-        needed
-            Whether rows or masks differ by layer in this call.
-        traced
-            Whether Dynamo has compiled the caller.
+        They are `needed` where rows or masks differ by layer in this call; `traced` says whether
+        Dynamo has compiled the caller.
         """
         self._compiled = self._compiled or traced or compat.layers_compiled(self.adapter.decoder)
         if needed or (self._staged and self._compiled):

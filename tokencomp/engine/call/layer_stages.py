@@ -120,7 +120,12 @@ def check_layer_stages(plan: Plan, adapter: Adapter) -> None:
             "reducer that acts at entry."
         )
     for stage, layer, _ in scored_stages(plan, adapter):
-        _check_attention(adapter, layer, stage)
+        try:
+            attention_of(adapter.layers[layer])
+        except UnsupportedModelError as error:
+            raise PlanError(
+                f"a stage at layer {stage} is to be scored by layer {layer}: {error}"
+            ) from None
 
 
 def scored_stages(plan: Plan, adapter: Adapter) -> Iterator[tuple[int, int, Attention]]:
@@ -179,12 +184,3 @@ def _scored_layer(windows: Windows, plan: Plan, stage: int) -> int:
         f"{next(scored, None)}. Choose layers behind it, or a reducer without attention, such as "
         "'divprune'."
     )
-
-
-def _check_attention(adapter: Adapter, layer: int, stage: int) -> None:
-    try:
-        attention_of(adapter.layers[layer])
-    except UnsupportedModelError as error:
-        raise PlanError(
-            f"a stage at layer {stage} is to be scored by layer {layer}: {error}"
-        ) from None

@@ -91,12 +91,8 @@ def _layout(
 ) -> RowLayout:
     """Where the tokens of a prefill stand: real columns, prompts, and the end of questions.
 
-    Parameters
-    ----------
-    past
-        Logical tokens that the cache holds.
-    text : Tensor of int64, shape (B, L) or (1, L), or None
-        Positions of the caller that begin again in every packed prompt.
+    The cache holds `past` logical tokens. `text` are positions of the caller, (B, L) or (1, L),
+    that begin again in every packed prompt.
     """
     shape, mask = arguments["inputs_embeds"].shape[:2], arguments.get("attention_mask")
     real, starts = real_columns(mask, shape), None
@@ -117,12 +113,7 @@ def _layout(
 
 
 def check_recomputation() -> None:
-    """Refuse stages between layers where the backward pass would run them once more.
-
-    Raises
-    ------
-    OptionError
-    """
+    """Refuse stages between layers where the backward pass would run them once more."""
     if compat.recomputes_hooks():
         raise OptionError(
             "gradient checkpointing with tokens dropped between layers: this transformers release "
@@ -132,12 +123,7 @@ def check_recomputation() -> None:
 
 
 def check_ages(plan: Plan) -> None:
-    """Refuse media behind a cached prompt where what stays of an item depends on its age.
-
-    Raises
-    ------
-    OptionError
-    """
+    """Refuse media behind a cached prompt where what stays of an item depends on its age."""
     for stage in plan.stages:
         if stage.amount is not None and stage.amount.decay is not None:
             raise OptionError(
@@ -148,12 +134,7 @@ def check_ages(plan: Plan) -> None:
 
 
 def check_grids(plan: Plan, spans: list[VisualSpan]) -> None:
-    """Refuse spans, all of unknown grid, where a reducer of the plan reads places in it.
-
-    Raises
-    ------
-    UnknownGridError
-    """
+    """Refuse spans, all of unknown grid, where a reducer of the plan reads places in it."""
     for span, stage in itertools.product(spans, plan.stages):
         if stage.reducer.grid == "any":
             continue

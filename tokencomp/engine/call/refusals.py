@@ -66,11 +66,6 @@ class FeaturelessPrompts:
     def meet(self, arguments: Mapping[str, Any]) -> None:
         """Warn, once per patch, that a prompt with features at unknown places runs uncompressed.
 
-        Parameters
-        ----------
-        arguments
-            Arguments of the call by name.
-
         Raises
         ------
         NoVisualInputError

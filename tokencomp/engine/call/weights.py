@@ -7,10 +7,10 @@ what checkpoints a layer gets a function that brings its call along.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine.call.state import CallHooks, RunningCalls
@@ -22,69 +22,13 @@ from tokencomp.engine.scores.proportional import (
 from tokencomp.errors import OptionError, UnsupportedModelError
 from tokencomp.plan.plan import Plan
 from tokencomp.torchlib import compat
+from tokencomp.torchlib.replace import MethodReplacement
 
 if TYPE_CHECKING:
     from tokencomp.engine.stage.forward import ForwardPass
 
 MOST_DIMS = 256  # of a head, for FlashAttention
 FUNCTION = "_gradient_checkpointing_func"  # transformers calls it with a layer's forward
-
-
-class Carrying:
-    """What checkpoints a layer under a patch, in place of `original`.
-
-    The patch may be gone when the backward pass runs the layer once more, so that this run widens
-    `attention` by itself.
-    """
-
-    def __init__(
-        self, original: Callable[..., Any], calls: RunningCalls, attention: ProportionalAttention
-    ) -> None:
-        self.original, self.calls, self.attention = original, calls, attention
-
-    def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        forward = self.calls.state.forward
-        if forward is None or not forward.merges:
-            return self.original(function, *args, **kwargs)
-
-        def run(*args: Any) -> Any:
-            state = self.calls.state  # of the thread of the backward pass, in the second run
-            before, state.recomputed = state.recomputed, forward
-            self.attention.enter()
-            try:
-                return function(*args)
-            finally:
-                self.attention.leave()
-                state.recomputed = before
-
-        return self.original(run, *args, **kwargs)
-
-
-class Recomputation:
-    """Lets the checkpointed layers of a model carry their calls."""
-
-    def __init__(self, calls: RunningCalls, attention: ProportionalAttention) -> None:
-        self.calls, self.attention = calls, attention
-        self._layers: list[Any] = []
-
-    def prepare(self, layers: Iterable[nn.Module]) -> None:
-        """Replace what checkpoints the layers, before they run.
-
-        Every `gradient_checkpointing_enable` sets it again.
-        """
-        for layer in layers:
-            original = getattr(layer, FUNCTION)
-            if not isinstance(original, Carrying):
-                setattr(layer, FUNCTION, Carrying(original, self.calls, self.attention))
-                self._layers.append(layer)
-
-    def remove(self) -> None:
-        """Undo `prepare`; safe to call twice."""
-        for layer in self._layers:
-            own = getattr(layer, FUNCTION, None)
-            if isinstance(own, Carrying):
-                setattr(layer, FUNCTION, own.original)
-        self._layers.clear()
 
 
 class RowWeights(CallHooks):
@@ -99,20 +43,49 @@ class RowWeights(CallHooks):
     def __init__(self, adapter: Adapter, calls: RunningCalls) -> None:
         super().__init__(adapter, calls)
         self.attention = ProportionalAttention(adapter.layers, self._sizes)
-        self._recomputation = Recomputation(calls, self.attention)
 
     def remove(self) -> None:
         """Undo everything; safe to call twice."""
         super().remove()
         self.attention.remove()
-        self._recomputation.remove()
 
     def begin(self) -> None:
         """Widen attention for the prompt that runs in this thread, until `end`."""
         self.calls.state.weighs = True
         self.attention.enter()
         if compat.recomputed(self.adapter.layers[0]):
-            self._recomputation.prepare(self.adapter.layers)
+            for layer in self.adapter.layers:  # every gradient_checkpointing_enable sets it again
+                if not MethodReplacement.replaces(getattr(layer, FUNCTION)):
+                    replaced = MethodReplacement(layer, FUNCTION, self._checkpoint)
+                    self._handles.append(replaced)
+
+    def _checkpoint(
+        self,
+        original: Callable[..., Any],
+        function: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Checkpoint a layer with a function that brings its call along.
+
+        The patch may be gone when the backward pass runs the layer once more, so that this run
+        widens attention by itself.
+        """
+        forward = self.calls.state.forward
+        if forward is None or not forward.merges:
+            return original(function, *args, **kwargs)
+
+        def run(*args: Any) -> Any:
+            state = self.calls.state  # of the thread of the backward pass, in the second run
+            before, state.recomputed = state.recomputed, forward
+            self.attention.enter()
+            try:
+                return function(*args)
+            finally:
+                self.attention.leave()
+                state.recomputed = before
+
+        return original(run, *args, **kwargs)
 
     def check(self, forward: ForwardPass) -> None:
         """Refuse a prompt whose weights have not reached all of its attention.

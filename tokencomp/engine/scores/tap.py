@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,46 +64,21 @@ def _tap(
     raise Tapped(query, key, query.shape[-1] ** -0.5 if scaling is None else float(scaling))
 
 
-class _Zeros(nn.Module):
-    """Stands for a projection whose result is not needed; only its width is."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.width = width
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.new_zeros(*x.shape[:-1], self.width)
+def _zeros(width: int, x: Tensor) -> Tensor:
+    """In place of a projection whose result is not needed; only its width is."""
+    return x.new_zeros(*x.shape[:-1], width)
 
 
-class _SomeRows(nn.Module):
+def _some_rows(projection: nn.Module, rows: Tensor, x: Tensor) -> Tensor:
     """A projection of `rows` (S, R) of its input alone; the other rows of the output are zeros."""
-
-    def __init__(self, projection: nn.Module, rows: Tensor) -> None:
-        super().__init__()
-        self.__dict__["projection"], self.rows = projection, rows  # no submodule: hooks stay
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.__dict__["projection"](take([x], self.rows, [1])[0])
-        index = self.rows[..., None].expand_as(out)
-        return out.new_zeros(*x.shape[:2], out.shape[-1]).scatter_(1, index, out)
+    out: Tensor = projection(take([x], rows, [1])[0])
+    index = rows[..., None].expand_as(out)
+    return out.new_zeros(*x.shape[:2], out.shape[-1]).scatter_(1, index, out)
 
 
-class _Known(nn.Module):
-    """Stands for a projection whose result is known."""
-
-    def __init__(self, result: Tensor) -> None:
-        super().__init__()
-        self.result = result
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.result
-
-
-class _NoChoice(nn.Module):
-    """Stands for an indexer: what it would choose changes neither queries nor keys."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> None:
-        return None
+def _constant(result: Any, *args: Any, **kwargs: Any) -> Any:
+    """In place of a projection whose result is known, and of an indexer that chooses nothing."""
+    return result
 
 
 class Past:
@@ -174,23 +150,24 @@ def tap(
     compat.register_attention(NAME, _tap)
     clone = shallow_copy(attn)
     clone.config = AttributeView(attn.config, _attn_implementation=NAME)
+    own = clone._modules  # where functions may stand for modules, too
     if tensor_parallel_group(attn) is None:  # else a rank's width is not the module's
         for name in skipped:
             width = getattr(getattr(attn, name, None), "out_features", None)
             if isinstance(width, int):
-                clone._modules[name] = _Zeros(width)
+                own[name] = partial(_zeros, width)
     if projected is not None:
-        clone._modules["q_proj"] = _Known(projected)
+        own["q_proj"] = partial(_constant, projected)
     elif rows is not None and isinstance(getattr(attn, "q_proj", None), nn.Module):
-        clone._modules["q_proj"] = _SomeRows(attn.q_proj, rows)
+        own["q_proj"] = partial(_some_rows, attn.q_proj, rows)
     run = clone
     if root is not attn:
         run = shallow_copy(unwrapped(root))
         name = next(name for name, child in run.named_children() if unwrapped(child) is attn)
         run._modules[name] = clone
     call = {"attention_mask": None, **arguments}
-    if clone._modules.get("indexer") is not None:  # its mask is read in front of the call
-        clone._modules["indexer"] = _NoChoice()
+    if own.get("indexer") is not None:  # its mask is read in front of the call
+        own["indexer"] = partial(_constant, None)  # its choice changes neither queries nor keys
         call["attention_mask"] = hidden.new_ones(1, 1, 1, 1, dtype=torch.bool)
     if CHOICE in parameters_of(run) and call.get(CHOICE) is None:
         call[CHOICE] = hidden.new_zeros(1, 1, 1, dtype=torch.int32)

@@ -71,8 +71,8 @@ class TowerProbe(Hooked):
         self,
         adapter: Adapter,
         signals: frozenset[TowerSignal],
-        off: Callable[[], bool] = lambda: False,
-        full_length: Callable[[Tensor], Tensor] | None = None,
+        off: Callable[[], bool],
+        full_length: Callable[[Tensor], Tensor] | None,
     ) -> None:
         self.adapter, self.signals, self.off = adapter, signals, off
         self.full_length = full_length or (lambda values: values)
