@@ -95,7 +95,9 @@ def span_of(
         Gives the grid of a medium whose grid no argument of the call gives, or None.
     """
     if medium.kind == "audio":
-        return [replace(_audio(a, b), item=medium.pieces[0][0]) for a, b in medium.pieces]
+        item = medium.pieces[0][0]
+        spans = [_span(a, b, "audio", (b - a, 1, 1)) for a, b in medium.pieces]
+        return [replace(span, item=item) for span in spans]
     if len(medium.pieces) == 1:
         start, stop = medium.pieces[0]
         grid = call.raster(row, start, stop)
@@ -110,10 +112,6 @@ def span_of(
         replace(_span(a, b, medium.kind, grid or fallback()), item=item)
         for (a, b), grid in zip(medium.pieces, grids, strict=True)
     ]
-
-
-def _audio(start: int, stop: int) -> VisualSpan:
-    return VisualSpan(start, stop - start, (stop - start, 1, 1), "audio")
 
 
 def _span(start: int, stop: int, kind: Kind, grid: Grid | None) -> VisualSpan:

@@ -89,12 +89,7 @@ def find_parts(model: Any) -> Parts:
 
 
 def _refuse_other_decoders(model: Any, top: Any) -> None:
-    """Refuse models that do not write text behind a prompt that holds the features as tokens.
-
-    Raises
-    ------
-    NoDecoderError, NoPlaceholderError
-    """
+    """Refuse models that do not write text behind a prompt that holds the features as tokens."""
     name = type(model).__name__
     if PLACES in parameters_of(top):
         count = getattr(top.config, "latent_query_num", "some")

@@ -63,10 +63,6 @@ class Reduction:
         """Return this reduction of `batch` if every span keeps exactly its number of rows.
 
         Like `check`; which span a row belongs to is seen on the CPU only.
-
-        Raises
-        ------
-        PlanError
         """
         total = sum(keeps)
         rows = {t.shape[0] for t in (self.keep, self.merged, self.sizes) if t is not None}

@@ -106,12 +106,7 @@ def causal_mask(
 
 
 def check_flash_on_static() -> None:
-    """Refuse static caches where transformers keeps no 2-D mask without padding.
-
-    Raises
-    ------
-    UnsupportedCacheError
-    """
+    """Refuse static caches where transformers keeps no 2-D mask without padding."""
     from transformers.masking_utils import flash_attention_mask
 
     call: dict[str, Any] = {"batch_size": 1, "kv_length": 2}

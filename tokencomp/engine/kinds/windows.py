@@ -144,12 +144,7 @@ def _windows(
 
 
 def _size(config: Any, kind: LayerKind) -> int | None:
-    """The one size of all windows of a kind with a window; None: the config gives none.
-
-    Raises
-    ------
-    UnsupportedModelError
-    """
+    """The one size of all windows of a kind with a window; None: the config gives none."""
     if kind is SLIDING and getattr(config, "use_sliding_window", True) is False:
         return None
     field = str(kind.window_field)
@@ -164,12 +159,7 @@ def _size(config: Any, kind: LayerKind) -> int | None:
 
 
 def _refuse_kinds(decoder: Any, kinds: Sequence[str]) -> None:
-    """Refuse attention that would change for other tokens by a drop, and layers of unknown kinds.
-
-    Raises
-    ------
-    RowIndexedAttentionError, UnsupportedModelError
-    """
+    """Refuse unknown kinds of layers, and attention that a drop would change for other tokens."""
     for name, reason in BY_ROW.items():
         values = [v for v in compat.layer_values(decoder.config, name) if isinstance(v, int)]
         value = max(values, default=0)
