@@ -120,46 +120,15 @@ def test_demo_in_short_answers_the_packaged_questions(folder, tmp_path, monkeypa
         assert sheet.width > 8 * 224 and sheet.height > len({r["media"] for r in asked}) * 224
 
 
-def test_demo_on_an_image_without_measured_times(folder, tmp_path, monkeypatch, capsys):
-    from tokencomp.pages import measured
-    from tokencomp.zoo import SAMPLES
-
-    image = next(SAMPLES.glob("*.jpg"))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(measured.prefill_speed, "__defaults__", (tmp_path / "none", "auto"))
-    assert run("demo", "--model", folder, "--image", image) == 0
-    assert "benchmarks/models/prefill.md in the repository" in capsys.readouterr().out
-    page = (tmp_path / "tokencomp-demo.html").read_text()
-    assert "comes without the measured times" in page
-    assert not re.search(r'(src|href)="(?!data:|#)', page), "the page loads nothing"
-
-
-def test_demo_on_a_video_of_ones_own(folder, tmp_path, capsys):
-    from tokencomp.zoo import SAMPLES
-
-    video = next(SAMPLES.glob("*.mp4"))
-    report = tmp_path / "demo.html"
-    code = run(
-        "demo", "--model", folder, "--video", video, "-q", "What color is the circle?",
-        "--reducer", "uniform", "--ratio", "0.5", "-o", report, "--frames", "scorer:aks:8",
-    )  # fmt: skip
-    out = capsys.readouterr().out
-    assert code == 0
-    assert "256×6" in out and "128×6" in out
-    assert video.name in report.read_text()
-    for text in (" ".join(out.split()), report.read_text()):
-        assert "From the file to the first token: open " in text and "ms of CPU time" in text
-
-
 @pytest.mark.parametrize(
     "args, message",
     [
         (["demo", "--ratio", "1.5"], r"\[0, 1\)"),
         (["demo", "--reducer", "mrge"], "Did you mean 'merge'"),
-        (["demo", "--image", "nowhere.png"], "no such file"),
-        (["demo", "--image", "x.png", "--frames", "best"], "names no frame policy"),
-        (["demo", "--image", "x.png", "--frames", "0"], "at least 1 frame"),
-        (["demo", "--image", "x.png", "--frames=-1fps"], "at least 1 frame"),
+        (["inspect", "--image", "nowhere.png"], "no such file"),
+        (["inspect", "--image", "x.png", "--frames", "best"], "names no frame policy"),
+        (["inspect", "--image", "x.png", "--frames", "0"], "at least 1 frame"),
+        (["inspect", "--image", "x.png", "--frames=-1fps"], "at least 1 frame"),
         (["eval", "--frames", "scorer:best:8"], "use one of aks"),
         (["tune", "--tokens", "64", "--frames", "8,best"], "names no frame policy"),
         (["serve", "--frames", "1fps"], "a server needs a number"),
@@ -169,7 +138,6 @@ def test_demo_on_a_video_of_ones_own(folder, tmp_path, capsys):
         (["demo", "--dtype", "fp8"], "allowed: auto, float32, bfloat16, float16"),
         (["demo", "--reducer", "uniform", "--set", "seed=1"], "no option 'seed'"),
         (["list", "reducer"], "Did you mean 'reducers'"),
-        (["demo", "--question", "What?"], "--question: no effect with the packaged"),
         (["demo", "--output", "/dev/null/x.html"], "cannot write /dev/null/x.html"),
         (["tune", "--tokens", "64", "-o", "/dev/null/x.json"], "cannot write /dev/null/x.json"),
         (["tune", "--tokens", "-5"], "--tokens -5: expected a positive number"),
@@ -190,7 +158,7 @@ def test_mistakes_end_in_one_clean_message(args, message, capsys):
 def test_what_a_processor_refuses_is_one_message(tmp_path, capsys):
     file = tmp_path / "thin.png"
     Image.new("RGB", (1, 300)).save(file)
-    for command in ("inspect", "demo", "profile"):
+    for command in ("inspect", "profile"):
         assert run(command, "-i", file, "-o", tmp_path / "out.html") == 2
         err = capsys.readouterr().err
         assert "refuses the prompt (1×300; 0 videos)" in err and "Traceback" not in err

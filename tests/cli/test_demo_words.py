@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image
 
 import tokencomp
 from tokencomp import zoo
+from tokencomp.evaluation.environment import environment
 from tokencomp.evaluation.settings import Setting
 from tokencomp.evaluation.timing import Split
 from tokencomp.inputs.prompts import build_inputs
@@ -21,7 +23,7 @@ from tokencomp.pages.pictures import animation_uri, strip, survival, tiles
 from tokencomp.shapesqa.items import item
 
 
-def _row(name, ratio, per_layer, flops, accuracy=None):
+def _row(name, ratio, per_layer, flops, accuracy):
     setting = Setting(name, ratio) if ratio else Setting()
     split = Split(*[0.0] * len(Split.__dataclass_fields__))
     moved = setting.moved(len(per_layer))
@@ -35,21 +37,33 @@ def test_sentences_say_what_was_kept_and_what_it_cost():
         _row("fastv", 0.5, [200, 200, 0, 0], 600.0, 0.8),
         _row("fastv", 0.75, [50, 50, 50, 50], 400.0, 0.7),
     ]
-    half, quarter = Demo("m", {}, rows, [], items=40).sentences
+    demo = Demo("m", {}, rows, [], items=40, failed=0)
+    assert "a video as 200 visual tokens" in demo.opening and "what fastv keeps" in demo.opening
+    half, quarter = demo.sentences
     assert "100 of 200 visual tokens" in half and "60% of the decoder's work" in half
     assert "80% of 40 answers" in half and "compression 90%" in half and "random" not in half
     assert "50 of 200 visual tokens" in quarter and "at random 50%" in quarter
-    notes = Demo("m", {}, rows, []).moves  # four layers: nothing would be left after layer 2
+    notes = demo.moves  # four layers: nothing would be left after layer 2
     assert "fastv at 0.5 cuts before layer 1" in notes[0] and "schedule: 2" in notes[0]
     assert "fastv at 0.75 cuts before layer 0" in notes[1] and len(notes) == 2
 
 
-def test_sentences_without_questions_claim_no_accuracy():
-    rows = [_row("full", 0.0, [8, 8], 10.0), _row("uniform", 0.5, [4, 4], 6.0)]
-    (sentence,) = Demo("m", {}, rows, []).sentences
-    assert "4 of 8" in sentence and "answers" not in sentence
-    opening = Demo("m", {}, rows, []).opening
-    assert "this prompt as 8 visual tokens" in opening and "what uniform keeps" in opening
+def test_a_copy_without_measured_times_says_where_they_are(tmp_path, monkeypatch, capsys):
+    from rich.console import Console
+
+    from tokencomp.cli.demo import _print
+    from tokencomp.pages import demo as page
+    from tokencomp.pages import measured
+
+    monkeypatch.setattr(measured.prefill_speed, "__defaults__", (tmp_path / "none", "auto"))
+    rows = [_row("full", 0.0, [8, 8], 10.0, 1.0), _row("uniform", 0.5, [4, 4], 6.0, 1.0)]
+    facts = {**environment(), "family": "F", "parameters": 9, "layers": 2, "dtype": "float32"}
+    demo = Demo("m", facts, rows, [], items=1, failed=0)
+    _print(Console(), demo)
+    assert "benchmarks/models/prefill.md in the repository" in capsys.readouterr().out
+    content = page.write(demo, tmp_path / "page.html").read_text()
+    assert "comes without the measured times" in content
+    assert not re.search(r'(src|href)="(?!data:|#)', content), "the page loads nothing"
 
 
 @pytest.mark.parametrize("count", [4, 8])

@@ -13,13 +13,13 @@ import tokencomp
 from tokencomp import Plan, Stage
 from tokencomp.cli._parse import ratios
 from tokencomp.errors import OptionError, RatioError
-from tokencomp.evaluation import Setting, patches
+from tokencomp.evaluation import Setting, patches, tuning
 from tokencomp.inputs import loading
 from tokencomp.lmms import tasks as benchmarks
 from tokencomp.zoo import SAMPLES
 
 IMAGE = next(SAMPLES.glob("*.jpg"))
-SHORT = {"inspect": ("--max-new-tokens", 2), "demo": (), "profile": ("--rounds", 1)}
+SHORT = {"inspect": ("--max-new-tokens", 2), "profile": ("--rounds", 1)}
 COMPOSED = {"weighted": False, "share": 0.7, "prune.score": "last_query"}
 SETS = [f"--set={name}={json.dumps(value)}" for name, value in COMPOSED.items()]
 STAGES = [
@@ -61,7 +61,7 @@ def ask(command: str, folder: Path, tmp_path: Path, *args: object) -> int:
     return run(command, *given, *args)
 
 
-@commands("demo")
+@commands("inspect")
 def test_ratios_by_kind_of_media(command, folder, tmp_path, specs, capsys):
     ratio = "0.5;image=0.75,video=0.5"
     assert ask(command, folder, tmp_path, "-r", "divprune", "--ratio", ratio) == 0
@@ -226,15 +226,24 @@ def test_all_reducers_that_fit(folder, tmp_path, monkeypatch, capsys):
     assert run(*given[:-1], "all,ccam") == 2
 
 
+TUNE = ("tune", "--tokens", 64, "--items", 1, "--families", "needle", "--frames", 4, "--scale", 1)
+
+
 def test_tune_with_a_composition(folder, tmp_path):
     out = tmp_path / "tuned.json"
-    code = run(
-        "tune", "--tokens", 64, "--model", folder, "--items", 1, "--families", "needle",
-        "--frames", 4, "--scale", 1, "-r", "merge+prune", "--ratio", "0.5", "-o", out,
-    )  # fmt: skip
+    code = run(*TUNE, "--model", folder, "-r", "merge+prune", "--ratio", "0.5", "-o", out)
     found = json.loads(out.read_text())["candidates"]
     assert code == 0 and {c["reducer"] for c in found} == {"merge+prune"}
     assert all(c["tokens"] == pytest.approx(64, abs=2) for c in found)
+
+
+def test_tune_with_the_rest(folder, monkeypatch):
+    calls = []
+    monkeypatch.setattr(tuning, "search", lambda m, p, q, found, **how: calls.extend(found) or [])
+    given = ("-r", "kcentre", "--ratio", "0.5", "--rest", "merge", "--json")
+    assert run(*TUNE, "--model", folder, *given) == 0
+    active = [c.setting for c in calls if c.setting.active]
+    assert active and all(s.rest == "merge" and s.reducer == "kcentre" for s in active)
 
 
 @pytest.mark.parametrize("command", ["inspect", "profile", "demo", "eval", "tune"])

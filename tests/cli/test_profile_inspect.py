@@ -64,6 +64,18 @@ def test_inspect_page_has_a_picture_per_stage(folder, tmp_path, capsys):
     assert "from layer 1 on" in content and not re.search(r'(src|href)="(?!data:|#)', content)
 
 
+def test_inspect_of_a_video(folder, tmp_path, capsys):
+    page = tmp_path / "page.html"
+    code = run(
+        "inspect", "--model", folder, "--video", VIDEO, "-q", "What color is the circle?",
+        "--reducer", "uniform", "--ratio", "0.5", "-o", page, "--frames", "scorer:aks:8",
+        "--max-new-tokens", 2,
+    )  # fmt: skip
+    out = capsys.readouterr().out
+    assert code == 0 and "256×6" in out and "128×6" in out
+    assert VIDEO.name in page.read_text()
+
+
 @pytest.mark.parametrize(
     "args, message",
     [
@@ -84,6 +96,7 @@ def test_profile_of_the_vision_tower(folder, capsys):
     )  # fmt: skip
     out = capsys.readouterr()
     assert code == 0 and "tower ratio reached" in out.out and "0.500" in out.out
+    assert "Before the model, of CPU time: open " in out.out
     assert " 6/6 " in out.err and "6/6" not in out.out
 
 

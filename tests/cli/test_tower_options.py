@@ -36,7 +36,7 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[tokencomp.Plan]:
     return calls
 
 
-@pytest.mark.parametrize("command", ["demo", "profile"])
+@pytest.mark.parametrize("command", ["inspect", "profile"])
 def test_a_plan_may_begin_in_the_tower(
     command: str, folder: Path, tmp_path: Path, plans: list[tokencomp.Plan]
 ) -> None:

@@ -50,7 +50,7 @@ def one_message() -> Iterator[None]:
 
     try:
         yield
-    except (TokenCompError, _kernel_error()) as error:
+    except (TokenCompError, _kernel_error(TokenCompError)) as error:
         _print(error)
         raise SystemExit(2) from None
     except ModuleNotFoundError as error:
@@ -71,11 +71,7 @@ def _print(error: Exception) -> None:
     console.print(f"[bold red]error:[/] {escape(str(error))}")
 
 
-def _kernel_error() -> type[Exception]:
-    """The kernels' error type if they were imported; nothing is imported for it."""
+def _kernel_error(without: type[Exception]) -> type[Exception]:
+    """The kernels' error type, or `without` if nothing has imported them."""
     module = sys.modules.get("tokencomp.kernels.errors")
-    return module.KernelError if module is not None else _Never
-
-
-class _Never(Exception):
-    pass
+    return without if module is None else module.KernelError

@@ -1,8 +1,9 @@
-"""The work behind `tokencomp demo`: a table, answers, pictures and an HTML report."""
+"""The work behind `tokencomp demo`: a table, answers and pictures."""
 
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,11 @@ from tokencomp.evaluation.settings import FULL, Setting
 from tokencomp.inputs.questions import Example
 from tokencomp.pages.demo import AnsweredQuestion, Demo, Row
 
-TIMED_ROWS = 8
+TIMED_ROWS, SECONDS = 8, 3.0
 Say = Callable[[str], None]
 
 
-def demo_embedded(
-    model: Any,
-    processor: Any,
-    name: str,
-    settings: Sequence[Setting],
-    picture_ratio: float,
-    say: Say,
-) -> Demo:
+def make_demo(model: Any, processor: Any, name: str, settings: Sequence[Setting], say: Say) -> Demo:
     """Accuracy, time on videos, and answers about the packaged sample files."""
     examples = packaged_questions()
     say(f"{len(examples)} questions, {len(settings)} settings")
@@ -35,33 +29,17 @@ def demo_embedded(
     runs = sweep(model, processor, examples, settings, **how)
     videos = [e for e in examples if str(e.media[0]).endswith(".mp4")][:TIMED_ROWS]
     say("timing the prefill of every setting in turn")
-    rows = _rows(model, processor, videos, settings, runs, budget=3.0)
+    rows = _rows(model, processor, videos, runs)
     say("answering questions about the sample files")
-    some, questions = [s for s in settings if s.name == FULL or s.ratio == picture_ratio], []
+    ratios = {setting.ratio for setting in settings}
+    shown = 0.75 if 0.75 in ratios else max(ratios)
+    some, questions = [s for s in settings if s.name == FULL or s.ratio == shown], []
     for e in samples():
         answers = answer_prompt(model, processor, e.load(8), e.prompt, some, max_new_tokens=8)
         questions.append(AnsweredQuestion(Path(e.media[0]).name, e.prompt, e.answer, answers))
     full = runs[Setting()]
     counts = len(full.answered), len(full.failed)
     return Demo(name, model_facts(model), rows, questions, *counts)
-
-
-def demo_files(
-    model: Any,
-    processor: Any,
-    name: str,
-    settings: Sequence[Setting],
-    media: Sequence[Any],
-    label: str,
-    question: str,
-    say: Say,
-) -> Demo:
-    """Answers, cost, time and pictures for the user's own files."""
-    say("answering with and without compression")
-    answers = answer_prompt(model, processor, media, question, settings)
-    say("timing the prefill of every setting in turn")
-    rows = _rows(model, processor, [Example("prompt", question, "", tuple(media))], settings, None)
-    return Demo(name, model_facts(model), rows, [AnsweredQuestion(label, question, None, answers)])
 
 
 def packaged_questions() -> list[Example]:
@@ -84,63 +62,34 @@ def samples() -> list[Example]:
 
 
 def _rows(
-    model: Any,
-    processor: Any,
-    timed: Sequence[Example],
-    settings: Sequence[Setting],
-    runs: dict[Setting, EvalRun] | None,
-    budget: float = 8.0,
+    model: Any, processor: Any, timed: Sequence[Example], runs: dict[Setting, EvalRun]
 ) -> list[Row]:
+    """Accuracy on all questions; cost and time of the `timed` ones."""
     media, texts = [e.load(8) for e in timed], [e.prompt for e in timed]
-    maker = PromptMaker(model, processor, media, texts)
-    splits = time_prefill(maker, settings, budget=budget)
-    rows = []
-    for setting in settings:
-        cost = _batch_cost(maker, setting)
-        rows.append(
-            Row(
-                setting,
-                split=splits[setting],
-                prefill_ratio=splits[setting].llm / splits[Setting()].llm,
-                moved=setting.moved(len(cost["per_layer"])),
-                **cost,
-                **(_accuracy(runs, setting) if runs else {}),
-            )
+    maker, rows = PromptMaker(model, processor, media, texts), []
+    splits = time_prefill(maker, list(runs), SECONDS)
+    for setting, run in runs.items():
+        costs = maker.prefill(setting)
+        layers = zip(*(cost.per_layer for cost in costs), strict=True)
+        per_layer = [round(sum(seen) / len(seen)) for seen in layers]
+        kinds: dict[str, list[dict[str, Any]]] = {}
+        for record in run.answered:
+            kinds.setdefault(record["kind"], []).append(record)
+        row = Row(
+            setting,
+            per_layer=per_layer,
+            ratio=statistics.fmean(cost.ratio for cost in costs),
+            flops=statistics.fmean(cost.flops for cost in costs),
+            kv_bytes=statistics.fmean(cost.kv_bytes for cost in costs),
+            split=splits[setting],
+            prefill_ratio=splits[setting].llm / splits[Setting()].llm,
+            accuracy=run.mean("correct"),
+            by_kind={kind: EvalRun(setting, own).mean("correct") for kind, own in kinds.items()},
+            moved=setting.moved(len(per_layer)),
+            **({} if setting.off else paired_tests(run, list(runs.values()))),
         )
+        rows.append(row)
     return rows
-
-
-def _batch_cost(maker: PromptMaker, setting: Setting) -> dict[str, Any]:
-    """Means over the timed batch."""
-    import torch
-
-    from tokencomp.evaluation.patches import patched
-
-    with patched(maker.model, setting) as handle, torch.inference_mode():
-        maker.model(**maker.inputs(setting), use_cache=True, logits_to_keep=1)
-        costs = maker.costs(setting, handle)
-    n, layers = len(costs), range(len(costs[0].per_layer))
-    return {
-        "per_layer": [round(sum(c.per_layer[i] for c in costs) / n) for i in layers],
-        "ratio": sum(c.ratio for c in costs) / n,
-        "flops": sum(c.flops for c in costs) / n,
-        "kv_bytes": sum(c.kv_bytes for c in costs) / n,
-    }
-
-
-def _accuracy(runs: dict[Setting, EvalRun], setting: Setting) -> dict[str, Any]:
-    from tokencomp.shapesqa.difficulty import is_image_family
-
-    run = runs[setting]
-    values: dict[str, Any] = {"accuracy": run.mean("correct")}
-    kinds: dict[str, list[float]] = {"image": [], "video": []}
-    for record in run.answered:
-        kind = "image" if is_image_family(record["family"]) else "video"
-        kinds[kind].append(float(record["correct"]))
-    values["by_kind"] = {k: sum(v) / len(v) for k, v in kinds.items() if v}
-    if not setting.off and run.answered:
-        values |= paired_tests(run, list(runs.values()))
-    return values
 
 
 def model_facts(model: Any) -> dict[str, Any]:

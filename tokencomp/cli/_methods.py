@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -40,10 +39,10 @@ def settings(context: typer.Context, chosen: opt.MethodOptions) -> Settings:
     from tokencomp.reducers.plan_json import as_plan
 
     if chosen.plan is None:
-        if not chosen.tower.get("tower_ratio"):
+        if not chosen.stages.get("tower_ratio"):
             fix = "give the share to remove there, e.g. --tower-ratio auto"
             opt.refuse_options(context, ("tower_reducer",), "--tower-ratio 0", fix)
-        every = {**parse.reducer_options(chosen.options), **chosen.merging, **chosen.tower}
+        every = {**parse.reducer_options(chosen.options), **chosen.stages}
         if chosen.budget is not None:
             opt.refuse_options(context, ("ratio",), "--budget", "leave one out")
             every["budgets"] = parse.budgets(chosen.budget)
@@ -64,6 +63,7 @@ def settings(context: typer.Context, chosen: opt.MethodOptions) -> Settings:
 def fitting(text: str, ratios: list[Any], every: dict[str, Any], model: Any) -> list[Any]:
     """The full model, and of all reducers those that `model` accepts; says what is left out."""
     from tokencomp.errors import OptionError, TokenCompError
+    from tokencomp.evaluation.environment import process_rank
     from tokencomp.evaluation.settings import grid
     from tokencomp.reducers.registry import available_reducers
 
@@ -74,7 +74,7 @@ def fitting(text: str, ratios: list[Any], every: dict[str, Any], model: Any) -> 
         except TokenCompError as error:
             if name in named:
                 raise
-            if int(os.environ.get("RANK", 0)) == 0:
+            if process_rank()[0] == 0:
                 typer.echo(f"left out: {name}, because {error}", err=True)
     if not found:
         raise OptionError(f"--reducer {text}: no reducer fits this model and these options.")

@@ -96,26 +96,28 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables
 
 
 @dataclasses.dataclass(frozen=True)
-class TowerOptions:
-    """The options of the stage in the vision tower."""
+class StageOptions:
+    """What a stage does with the rest, and the stage in the vision tower."""
 
+    rest: Rest = None
     tower_ratio: TowerRatio = "0"
     tower_reducer: TowerReducer = "auto"
 
     @property
-    def tower(self) -> dict[str, Any]:
+    def stages(self) -> dict[str, Any]:
         """As options of a setting; empty for the defaults."""
         from tokencomp.plan.counts import check_ratio
 
         ratio: Any = self.tower_ratio
         ratio = ratio if ratio == "auto" else check_ratio(ratio, "tower_ratio")
+        rest = {} if self.rest is None else {"rest": self.rest}
         amount = {} if ratio == 0.0 else {"tower_ratio": ratio}
         reducer = {} if self.tower_reducer == "auto" else {"tower_reducer": self.tower_reducer}
-        return {**amount, **reducer}
+        return {**rest, **amount, **reducer}
 
 
 @dataclasses.dataclass(frozen=True)
-class MethodOptions(TowerOptions):
+class MethodOptions(StageOptions):
     """What compresses: reducers at ratios, or a plan."""
 
     reducer: Reducers = "auto"
@@ -123,12 +125,6 @@ class MethodOptions(TowerOptions):
     budget: Budgets = None
     options: Set = None
     plan: PlanFile = None
-    rest: Rest = None
-
-    @property
-    def merging(self) -> dict[str, Any]:
-        """`rest` as an option of a setting; empty for the default."""
-        return {} if self.rest is None else {"rest": self.rest}
 
 
 @dataclasses.dataclass(frozen=True)

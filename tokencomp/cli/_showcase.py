@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from tokencomp.evaluation.cost import Cost, prefill_costs
 from tokencomp.evaluation.patches import patched
+from tokencomp.evaluation.profiler import time_prefills
 from tokencomp.evaluation.setting_inputs import SettingInputs
 from tokencomp.evaluation.settings import Setting
-from tokencomp.evaluation.timing import Split, interleaved, prefill_split
+from tokencomp.evaluation.timing import Split
 from tokencomp.inputs.prompts import generate, prompt_lengths, to_model
 from tokencomp.inputs.questions import media_kind
 from tokencomp.pages.demo import Answer
@@ -43,6 +46,12 @@ class PromptMaker:
             inputs = self._setting_inputs.build(setting, media, self.texts)
             self._inputs[key] = to_model(inputs, self.model)
         return self._inputs[key]
+
+    def prefill(self, setting: Setting) -> list[Cost]:
+        """Cost per row of one prefill."""
+        with patched(self.model, setting) as handle, torch.inference_mode():
+            self.model(**self.inputs(setting), use_cache=True, logits_to_keep=1)
+            return self.costs(setting, handle)
 
     def costs(self, setting: Setting, handle: Any) -> list[Cost]:
         """Cost per row of the call that has just run."""
@@ -101,13 +110,6 @@ def time_prefill(
     """Median split of one prefill per setting, settings interleaved in one process, with a bar."""
     from tqdm.auto import tqdm
 
-    def variant(setting: Setting) -> Any:
-        def run() -> Split:
-            bar.update()
-            with patched(maker.model, setting):
-                return prefill_split(maker.model, maker.inputs(setting))
-
-        return run
-
+    inputs_of = {setting: maker.inputs(setting) for setting in settings}
     with tqdm(desc="timing", unit=" prefills") as bar:
-        return interleaved({s: variant(s) for s in settings}, budget=budget)
+        return time_prefills(maker.model, inputs_of, bar, budget=budget)

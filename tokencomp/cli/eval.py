@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -67,9 +66,10 @@ def command(
     from rich.console import Console
 
     from tokencomp.cli._eval import questions_in, run_questions, run_tasks, tasks_in
+    from tokencomp.evaluation.environment import process_rank
     from tokencomp.evaluation.setting_inputs import has_budget
 
-    console = Console(quiet=int(os.environ.get("RANK", 0)) > 0)  # one process speaks for all
+    console = Console(quiet=process_rank()[0] > 0)  # one process speaks for all
     questions = questions_in(data, limit)
     if questions is not None:
         fix = "leave it out, or leave out the file"

@@ -98,72 +98,12 @@ def measure(
     rounds: int,
     progress: bool,
 ) -> dict[str, Any]:
-    """The report of one prompt under several settings, of which the first is the full model.
-
-    Parameters
-    ----------
-    name
-        Of the model, for the title.
-    variants
-        Per setting: its inputs on the device, and seconds of preprocessing, if any.
-    rounds, progress
-        See `profile`.
-    """
-    import functools
-
+    """The report of one prompt under several settings; `name` of the model is for the title."""
     from tokencomp.evaluation.environment import environment
-    from tokencomp.evaluation.patches import patched
     from tokencomp.evaluation.profiler import profile
 
-    full = next(iter(variants.values()))[0]
-    costs = {s: _cost(model, s, inputs, full) for s, (inputs, _) in variants.items()}
-    patching = functools.partial(patched, model)
-    profiles = profile(model, patching, variants, costs, rounds=rounds, progress=progress)
-    return {"model": name, **environment(), "file": None, "rows": _rows(profiles)}
-
-
-def _cost(model: Any, setting: Any, inputs: dict[str, Any], full: dict[str, Any]) -> Any:
-    """Cost of the one prompt, from a real call; `full` are the full model's inputs."""
-    import torch
-
-    from tokencomp.evaluation.cost import prefill_costs
-    from tokencomp.evaluation.patches import patched
-    from tokencomp.inputs.prompts import prompt_lengths
-
-    with patched(model, setting) as handle, torch.inference_mode():
-        if handle is not None:
-            model(**inputs, use_cache=True, logits_to_keep=1)
-        before = [visual for _, visual in prompt_lengths(model, full)]
-        return prefill_costs(model, inputs, handle.stats if handle else None, before)[0]
-
-
-def _rows(profiles: dict[Any, Any]) -> list[dict[str, Any]]:
-    full = next(iter(profiles.values()))
-    return [
-        {
-            "reducer": s.name,
-            "ratio": s.written_ratio,
-            "options": s.written_options,
-            "achieved_ratio": p.ratio,
-            "tower_ratio": p.tower_ratio,
-            "preprocess_s": p.preprocess,
-            "vision_s": p.split.vision,
-            "reduce_s": p.split.reduce,
-            "prefill_s": p.split.prefill,
-            "total_s": p.split.total,
-            "decode_s_per_token": p.decode,
-            "peak_bytes": p.peak_bytes,
-            "kv_bytes": p.kv_bytes,
-            "flops": p.flops,
-            "tokens_per_layer": p.per_layer,
-            "speedup": p.speedup(full),
-            "flop_limit": full.flops / p.flops,
-            "limit_reached": p.limit_reached(full),
-            "reduce_overhead": p.overhead(full),
-            "total_speedup": full.split.total / p.split.total,
-        }
-        for s, p in profiles.items()
-    ]
+    rows = profile(model, variants, rounds=rounds, progress=progress)
+    return {"model": name, **environment(), "file": None, "rows": rows}
 
 
 def show(report: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 @opt.flat
 def command(
     context: typer.Context,
-    tower: opt.TowerOptions,
+    method: opt.StageOptions,
     model: opt.Model = DEFAULT_MODEL,
     ratio: Annotated[str, typer.Option("--ratio", help="Default ratio in [0, 1).")] = "0.5",
     budget: Annotated[
@@ -32,7 +32,6 @@ def command(
         typer.Option("--reducer", "-r", help="Default reducer (tokencomp list); auto is kcentre."),
     ] = "auto",
     set_: opt.Set = None,
-    rest: opt.Rest = None,
     engine: Annotated[str, typer.Option("--engine", help='"hf", "vllm" or "mlx".')] = "hf",
     host: Annotated[str, typer.Option("--host")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535)] = 8000,
@@ -132,8 +131,7 @@ def command(
         "reducer": reducer,
         **({"ratio": parse.one_ratio(ratio, "serve")} if budget is None else {"budget": budget}),
         "options": parse.reducer_options(set_),
-        **tower.tower,
-        **({} if rest is None else {"rest": rest}),
+        **method.stages,
         "per_request": per_request,
         **({} if max_ratio is None else {"max_ratio": max_ratio}),
         **({} if low_detail_ratio is None else {"low_detail_ratio": low_detail_ratio}),

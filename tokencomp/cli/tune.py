@@ -18,7 +18,7 @@ VIDEO_FAMILIES = "needle,video_existence"  # on the others the embedded models g
 @opt.flat
 def command(
     context: typer.Context,
-    tower: opt.TowerOptions,
+    method: opt.StageOptions,
     source: opt.Source,
     tokens: Annotated[
         float | None, typer.Option(help="Visual tokens per item and decoder layer, at most.")
@@ -64,7 +64,7 @@ def command(
         "reducers": reducers(reducer),
         "ratios": parse.numbers(parse.ratios(ratio), "tune"),
         "tokens": tokens,
-        "options": tower.tower,
+        "options": method.stages,
     }
     opt.check_output(output)
     from tokencomp.evaluation import tuning

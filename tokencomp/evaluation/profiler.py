@@ -7,125 +7,114 @@ import ctypes
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tokencomp.adapters.registry import adapter_for
+from tokencomp.evaluation.cost import prefill_costs
+from tokencomp.evaluation.patches import patched
+from tokencomp.evaluation.settings import Setting
 from tokencomp.evaluation.timing import Split, interleaved, prefill_split
+from tokencomp.inputs.prompts import prompt_lengths
 
 DECODE_TOKENS = 16
 """Generated tokens over which the time per token is averaged."""
 
 
-@dataclass(frozen=True)
-class Profile:
-    """One variant.
-
-    Attributes
-    ----------
-    preprocess
-        Seconds of the processor; None without one (random-weight shapes).
-    split
-        Vision tower, reducer, LLM prefill, total; medians.
-    decode
-        Seconds per generated token after the first.
-    peak_bytes
-        Peak memory of one prefill above what was held before it; None where it cannot be read.
-    kv_bytes
-        Bytes of keys and values in the cache after the prefill, counted on the cache itself.
-    flops
-        Of the decoder layers.
-    per_layer
-        Visual tokens seen by every layer.
-    ratio
-        Achieved ratio.
-    tower_ratio
-        Achieved ratio of the stage in the vision tower; 0 without one.
-    """
-
-    preprocess: float | None
-    split: Split
-    decode: float
-    peak_bytes: int | None
-    kv_bytes: int
-    flops: int
-    per_layer: list[int]
-    ratio: float
-    tower_ratio: float = 0.0
-
-    def speedup(self, full: Profile) -> float:
-        """LLM prefill, reducer included, against the full model."""
-        return full.split.llm / self.split.llm
-
-    def limit_reached(self, full: Profile) -> float:
-        """The speed-up as a share of its arithmetic limit, FLOPs_full / FLOPs_compressed."""
-        return self.speedup(full) / (full.flops / self.flops)
-
-    def overhead(self, full: Profile) -> float:
-        """Reducer time over the uncompressed prefill."""
-        return self.split.reduce / full.split.prefill
-
-
 def profile(
     model: Any,
-    patched: Callable[[Any], AbstractContextManager[Any]],
-    variants: dict[Any, tuple[dict[str, Any], float | None]],
-    costs: dict[Any, Any],
+    variants: dict[Setting, tuple[dict[str, Any], float | None]],
     *,
     rounds: int = 5,
     progress: bool = True,
-) -> dict[Any, Profile]:
-    """Profile variants of one model.
+) -> list[dict[str, Any]]:
+    """Profile variants of one model on one prompt; the first is the full model.
 
     Parameters
     ----------
-    patched
-        Makes a context manager of a setting, which patches the model or does nothing.
     variants
-        Per setting: its inputs on the device, and seconds of preprocessing.
-    costs
-        Per setting: `flops`, `per_layer` and `ratio`, as of `tokencomp.evaluation.cost.Cost`.
+        Per setting: its inputs on the device, and seconds of preprocessing, if any.
     rounds
         Timed rounds after one warm-up; every round runs every variant once.
     progress
         Show a bar, with a step for every prefill and every measurement of memory: real shapes take
         minutes on a CPU.
+
+    Returns
+    -------
+    list of dict
+        A row per variant, ready for JSON; seconds are medians. `peak_bytes` is the peak memory of
+        one prefill above what was held before it, None where it cannot be read; `kv_bytes` are
+        counted on the cache itself. `speedup` is that of the LLM prefill with the reducer, and
+        `limit_reached` its share of `flop_limit`, the speed-up that FLOPs allow; `reduce_overhead`
+        is the reducer's time over the uncompressed prefill, and `total_speedup` that of the whole
+        call.
     """
     from tqdm.auto import tqdm
 
-    bar = tqdm(total=len(variants) * (rounds + 2), desc="profiling", disable=not progress)
+    rows: list[dict[str, Any]] = []
+    inputs_of = {setting: inputs for setting, (inputs, _) in variants.items()}
+    full = next(iter(variants))
+    before = [visual for _, visual in prompt_lengths(model, inputs_of[full])]
+    with tqdm(total=len(variants) * (rounds + 2), desc="profiling", disable=not progress) as bar:
+        splits = time_prefills(model, inputs_of, bar, rounds)
+        for setting, (inputs, preprocess) in variants.items():
+            bar.set_postfix_str(f"memory and decoding: {setting.key}")
+            with patched(model, setting) as handle:
+                peak, kv = _memory(model, inputs)
+                stats = handle.stats if handle is not None else None
+                decode = decode_seconds(model, inputs, DECODE_TOKENS)
+            cost, split = prefill_costs(model, inputs, stats, before)[0], splits[setting]
+            speedup = splits[full].llm / split.llm
+            flop_limit = (rows[0]["flops"] if rows else cost.flops) / cost.flops
+            row = {
+                "reducer": setting.name,
+                "ratio": setting.written_ratio,
+                "options": setting.written_options,
+                "achieved_ratio": cost.ratio,
+                "tower_ratio": stats.tower_ratio if stats else 0.0,
+                "preprocess_s": preprocess,
+                **{f"{part}_s": seconds for part, seconds in vars(split).items()},
+                "decode_s_per_token": decode,
+                "peak_bytes": peak,
+                "kv_bytes": kv,
+                "flops": cost.flops,
+                "tokens_per_layer": cost.per_layer,
+                "speedup": speedup,
+                "flop_limit": flop_limit,
+                "limit_reached": speedup / flop_limit,
+                "reduce_overhead": split.reduce / splits[full].prefill,
+                "total_speedup": splits[full].total / split.total,
+            }
+            rows.append(row)
+            bar.update()
+    return rows
 
-    def timed(setting: Any, inputs: dict[str, Any]) -> Callable[[], Split]:
+
+def time_prefills(
+    model: Any,
+    inputs_of: Mapping[Setting, dict[str, Any]],
+    bar: Any,
+    rounds: int = 5,
+    budget: float | None = None,
+) -> dict[Setting, Split]:
+    """Median split of one prefill per setting (see `interleaved`); `bar` counts them."""
+
+    def variant(setting: Setting, inputs: dict[str, Any]) -> Callable[[], Split]:
         def run() -> Split:
             bar.set_postfix_str(f"prefill: {setting.key}")
-            with patched(setting):
+            with patched(model, setting):
                 split = prefill_split(model, inputs)
             bar.update()
             return split
 
         return run
 
-    profiles = {}
-    with bar:
-        splits = interleaved({s: timed(s, i) for s, (i, _) in variants.items()}, rounds)
-        for setting, (inputs, preprocess) in variants.items():
-            bar.set_postfix_str(f"memory and decoding: {setting.key}")
-            with patched(setting) as handle:
-                peak, kv = _memory(model, inputs)
-                stats = getattr(handle, "stats", None)
-                decode = decode_seconds(model, inputs, DECODE_TOKENS)
-            cost = costs[setting]
-            profiles[setting] = Profile(
-                preprocess, splits[setting], decode, peak, kv, cost.flops, cost.per_layer,
-                cost.ratio, stats.tower_ratio if stats else 0.0,
-            )  # fmt: skip
-            bar.update()
-    return profiles
+    variants = {setting: variant(setting, inputs) for setting, inputs in inputs_of.items()}
+    return interleaved(variants, rounds, budget)
 
 
 @contextlib.contextmanager

@@ -30,7 +30,7 @@ class Row:
     kv_bytes: float
     split: Split
     prefill_ratio: float
-    accuracy: float | None = None
+    accuracy: float
     by_kind: dict[str, float] = field(default_factory=dict)
     retention: Retention | None = None
     against_random: McNemar | None = None
@@ -62,25 +62,20 @@ class Answer:
 
 @dataclass(frozen=True)
 class AnsweredQuestion:
-    """One question about one file, answered under several settings.
-
-    `name` is that of the file, and `expected` the right answer, where it is known.
-    """
+    """One question about the file `name`, answered under several settings."""
 
     name: str
     question: str
-    expected: str | None
+    expected: str
     answers: list[Answer]
 
     @property
     def wide(self) -> bool:
-        """Whether the pictures need room: sheets of a video that the model has seen."""
-        return any(len(a.cost.per_layer) and a.pictures[0].width > 300 for a in self.answers)
+        """Whether the pictures need room: sheets of a video."""
+        return any(a.pictures[0].width > 300 for a in self.answers)
 
     def mark(self, answer: Answer) -> str:
-        """ "right" or "wrong", or "" where the right answer is not known."""
-        if self.expected is None:
-            return ""
+        """ "right" or "wrong"."""
         return "right" if Example("", "", self.expected).correct(answer.text) else "wrong"
 
 
@@ -90,25 +85,22 @@ class Demo:
 
     `facts` are versions, hardware, and the model's size. The full model comes first in `rows`,
     those of the table, for which `items` questions were answered and `failed` could not be. The
-    `questions` are shown with pictures. `file` has CPU seconds of reading the user's files, by
-    part.
+    `questions` are shown with pictures.
     """
 
     model: str
     facts: dict[str, Any]
     rows: list[Row]
     questions: list[AnsweredQuestion]
-    items: int = 0
-    failed: int = 0
-    file: dict[str, float] = field(default_factory=dict)
+    items: int
+    failed: int
 
     @property
     def opening(self) -> str:
         """What compression does, for readers to whom it is new."""
         full, name = self.rows[0].per_layer[0], self.rows[-1].setting.name
-        what = "a video" if self.items else "this prompt"
         return (
-            f"The decoder reads {what} as {full} visual tokens. Each method removes a share of "
+            f"The decoder reads a video as {full} visual tokens. Each method removes a share of "
             f"them, the ratio, and the model answers from the rest. This is what {name} keeps and "
             "saves:"
         )
@@ -119,20 +111,6 @@ class Demo:
         name = self.rows[-1].setting.name
         chosen = [r for r in self.rows[1:] if r.setting.name == name]
         return [_sentence(row, self.rows, self.items) for row in chosen]
-
-    @property
-    def clock(self) -> str:
-        """Where the time to the first token goes, from the file on; "" without files."""
-        if not self.file:
-            return ""
-        last, spent = self.rows[-1], self.rows[-1].split
-        parts = ", ".join(f"{name} {1e3 * seconds:.1f}" for name, seconds in self.file.items())
-        return (
-            f"From the file to the first token: {parts} ms of CPU time. Then, with "
-            f"{last.setting.name} at {last.setting.shown_ratio}: tower {1e3 * spent.vision:.1f}, "
-            f"reduce {1e3 * spent.reduce:.1f}, prefill {1e3 * spent.prefill:.1f}, in all "
-            f"{1e3 * spent.total:.1f} ms."
-        )
 
     @property
     def moves(self) -> list[str]:
@@ -153,11 +131,9 @@ def saved(setting: Setting, cost: Row | Cost, full: Row | Cost) -> str:
 
 def _sentence(row: Row, rows: list[Row], items: int) -> str:
     full = rows[0]
-    text = saved(row.setting, row, full)
-    if row.accuracy is None or full.accuracy is None:
-        return text
-    text += (
-        f" {row.accuracy:.0%} of {items} answers are right; without compression {full.accuracy:.0%}"
+    text = (
+        f"{saved(row.setting, row, full)} {row.accuracy:.0%} of {items} answers are right; without "
+        f"compression {full.accuracy:.0%}"
     )
     random = [
         r.accuracy
@@ -176,7 +152,7 @@ def write(demo: Demo, path: str | Path) -> Path:
         path,
         title=f"tokencomp on {demo.model}",
         demo=demo,
-        plots=_plots(demo) if demo.items else [],
+        plots=_plots(demo),
         measured=prefill_speed(),
         toy=TOY,
     )
@@ -194,7 +170,6 @@ def _plots(demo: Demo) -> list[str]:
     full = demo.rows[0]
     for row in demo.rows[1:]:
         name = row.setting.name
-        assert row.accuracy is not None and full.accuracy is not None
         point = accuracy_point(row.ratio, row.accuracy, row.retention, full.accuracy)
         accuracy.setdefault(name, []).append(point)
         work.setdefault(name, []).append(Point(row.flops / full.flops, row.prefill_ratio))
