@@ -155,15 +155,20 @@ def test_report_of_real_runs_shows_kept_patches(loaded, examples, tmp_path):
     assert page.read_text().count("data:image/jpeg;base64,") == 2
 
 
-def test_times_of_the_parts_are_shown_beside_the_full_models(runs, tmp_path):
+@pytest.mark.parametrize(
+    ("ratio", "shown"), [(0.5, "0.5"), ({"image": 0.5}, "image=0.5"), ("budget=16", "budget=16")]
+)
+def test_times_of_the_parts_are_shown_beside_the_full_models(runs, tmp_path, ratio, shown):
     """A linear layer of the page: every part of the setting with that of the full model."""
-    manifest = runs / "aim-0.5/manifest.json"
+    file = runs / "aim-0.5/manifest.json"
     times = {"setting": {"vision": 0.012, "reduce": 0.001}, "full": {"vision": 0.0125, "reduce": 0}}
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "times": times}))
+    manifest = json.loads(file.read_text())
+    manifest["identity"]["ratio"] = ratio
+    file.write_text(json.dumps({**manifest, "times": times}))
     page = tmp_path / "r.html"
     assert run("report", runs, "-o", page) == 0
     text = " ".join(re.sub("<[^>]+>", " ", page.read_text()).split())
-    assert "Where the time goes" in text and "aim 0.5 12.0 of 12.5 1.0 of 0.0" in text
+    assert "Where the time goes" in text and f"aim {shown} 12.0 of 12.5 1.0 of 0.0" in text
 
 
 def test_one_ratio_gives_a_row_per_method_and_no_column_of_points():
