@@ -40,16 +40,9 @@ def run_questions(
     from tokencomp.pages.lost import draw_lost, write_lost
     from tokencomp.pages.pictures import save_kept
 
-    how: dict[str, Any] = {"name": public_name(name), "data": questions.label, "draw": save_kept}
-    runs = sweep(
-        *loaded,
-        questions,
-        list(folders),
-        dict(folders),
-        frames=frames,
-        batch_size=batch_size,
-        **how,
-    )
+    how: dict[str, Any] = {"name": public_name(name), "data": questions.label, "frames": frames}
+    how |= {"batch_size": batch_size, "draw": save_kept}
+    runs = sweep(*loaded, questions, list(folders), dict(folders), **how)
     by_id, full = {e.id: e for e in questions}, next((s for s in folders if s.off), None)
     for setting, run in runs.items():
         if full and setting.active and setting.name != RANDOM and process_rank()[0] == 0:

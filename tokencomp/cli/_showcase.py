@@ -16,14 +16,7 @@ from tokencomp.evaluation.timing import Split
 from tokencomp.inputs.prompts import generate, prompt_lengths, to_model
 from tokencomp.inputs.questions import media_kind
 from tokencomp.pages.demo import Answer
-from tokencomp.pages.pictures import (
-    as_taken,
-    group_spans,
-    plain_tiles,
-    strip,
-    survival,
-    tiles,
-)
+from tokencomp.pages.pictures import kept_tiles, plain_tiles, strip
 
 
 class PromptMaker:
@@ -84,24 +77,15 @@ def _pictures(
     stats: Any, media: Sequence[Any], shrunk: Sequence[Any]
 ) -> tuple[list[Any], list[tuple[int, list[Any]]], list[list[Any]]]:
     """The fields `pictures`, `layers` and `clips` of an answer."""
-    if not stats or not media:
+    stages = []
+    if stats and media:
+        drawn = kept_tiles(media, stats)
+        for layer in stats.stage_layers:
+            stages.append((layer, [strip(t) for _, t in kept_tiles(media, stats, layer)]))
+    else:
         drawn = [(m, plain_tiles(m)) for m in shrunk]
-        return [strip(t) for _, t in drawn], [], [t for m, t in drawn if _is_video(m)]
-    media = as_taken(media, stats.spans[0])
-    groups = zip(media, group_spans(stats.spans[0], media), strict=True)
-    spans = [(m, group) for m, group in groups if group]
-
-    def sheets(shares: list[Any]) -> list[Any]:
-        return [strip(tiles(m, [shares[j] for j in group])) for m, group in spans]
-
-    stages = [(layer, sheets(survival(stats, layer))) for layer in stats.stage_layers]
-    shares = survival(stats)
-    drawn = [(m, tiles(m, [shares[j] for j in group])) for m, group in spans]
-    return [strip(t) for _, t in drawn], stages, [t for m, t in drawn if _is_video(m)]
-
-
-def _is_video(media: Any) -> bool:
-    return media_kind(media) == "video"
+    clips = [t for m, t in drawn if media_kind(m) == "video"]
+    return [strip(t) for _, t in drawn], stages, clips
 
 
 def time_prefill(

@@ -91,10 +91,7 @@ class EvalRun:
     @property
     def ratio(self) -> float | dict[str, float] | str:
         """As requested: a number, numbers by kind of media, or a budget in words."""
-        ratio = self.identity["ratio"]
-        if isinstance(ratio, str):
-            return ratio
-        return dict(ratio) if isinstance(ratio, dict) else float(ratio)
+        return self.identity["ratio"]
 
     @property
     def shown_ratio(self) -> str:

@@ -98,8 +98,8 @@ class _Watch(Hooked):
         self._on(adapter.model, self._named("start"), self._named("stop"))
         self._on(adapter.body, self._named("body"), None)
         self._on(adapter.decoder, self._named("decoder"), self._named("decoded"), last=False)
-        self._enclose(adapter.decoder, pre=True)
-        self._enclose(adapter.decoder, pre=False)
+        self._handles += self._enclosing(adapter.decoder, pre=True)
+        self._handles += self._enclosing(adapter.decoder, pre=False)
         self._handles.append(adapter.decoder.register_forward_pre_hook(self._enclose_layers))
 
     def _named(self, name: str) -> Callable[..., None]:
@@ -124,9 +124,6 @@ class _Watch(Hooked):
         for hook in self._layer_hooks:
             hook.remove()
         self._layer_hooks.clear()
-
-    def _enclose(self, module: Any, pre: bool) -> None:
-        self._handles += self._enclosing(module, pre)
 
     def _enclosing(self, module: Any, pre: bool) -> list[Any]:
         def opened(*_: Any) -> None:

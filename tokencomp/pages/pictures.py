@@ -186,14 +186,24 @@ def kept_picture(media: Sequence[Any], stats: Stats, side: int = SIDE) -> Image.
 
     The media are decoded; the first `MAX_MEDIA` of them are drawn.
     """
-    media = as_taken(media, stats.spans[0])
-    shares, groups = survival(stats), group_spans(stats.spans[0], media)
-    sheets = [
-        strip(tiles(m, [shares[j] for j in group], side))
-        for m, group in zip(media, groups, strict=True)
-        if group
-    ][:MAX_MEDIA]
+    sheets = [strip(shown) for _, shown in kept_tiles(media, stats, side=side)[:MAX_MEDIA]]
     return strip(_of_one_size(sheets))
+
+
+def kept_tiles(
+    media: Sequence[Any], stats: Stats, layer: int | None = None, side: int = SIDE
+) -> list[tuple[Any, list[Image.Image]]]:
+    """Each image or video of the first row of a batch, with the `tiles` of what is left of it.
+
+    See `survival` for `layer`. Frames are images of their own where the model has taken them so.
+    """
+    media = as_taken(media, stats.spans[0])
+    shares, groups = survival(stats, layer), group_spans(stats.spans[0], media)
+    return [
+        (one, tiles(one, [shares[j] for j in group], side))
+        for one, group in zip(media, groups, strict=True)
+        if group
+    ]
 
 
 def data_uri(image: Image.Image) -> str:

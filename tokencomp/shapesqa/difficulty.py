@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from tokencomp.errors import UnknownNameError
+from tokencomp.errors import unknown_name
 from tokencomp.shapesqa.questions import IMAGE_FAMILIES
 from tokencomp.shapesqa.scenes import (
     COLORS,
@@ -26,6 +26,8 @@ from tokencomp.shapesqa.scenes import (
 )
 
 DIFFICULTIES = ("plain", "usual", "hard")
+PLAIN = ("attribute", "existence", "count", "position")
+"""The question families that plain drawings have."""
 SIZE = (224, 224)  # px, of scenes whose size is not given
 SIDES = (160, 900)  # px, of plain drawings whose size is not given
 # Flat colours by name, as drawing programs and style sheets have them.
@@ -59,15 +61,10 @@ def sample_scene(
     The family decides between image and video, on the share of small objects, and on text.
     """
     if difficulty not in DIFFICULTIES:
-        raise UnknownNameError(
-            f"Unknown difficulty {difficulty!r}. Choose one of {list(DIFFICULTIES)}."
-        )
+        raise unknown_name("difficulty", difficulty, DIFFICULTIES)
     if difficulty == "plain":
-        if not is_image_family(family) or family in ("small_object", "reading"):
-            raise UnknownNameError(
-                f"Plain drawings have no question of family {family!r}. "
-                "Choose one of ['attribute', 'existence', 'count', 'position']."
-            )
+        if family not in PLAIN:
+            raise unknown_name("question family of plain drawings", family, PLAIN)
         return plain_scene(rng, size or _random_size(rng))
     width, height = size or SIZE
     if not is_image_family(family):

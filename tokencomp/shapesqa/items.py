@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tokencomp.errors import UnknownNameError
+from tokencomp.errors import unknown_name
 from tokencomp.inputs.frames import frame_indices
 from tokencomp.inputs.video import Video
 from tokencomp.shapesqa.difficulty import sample_scene
@@ -115,7 +115,7 @@ class Item(QueryFields):
 def stream(split: str, *key: int | str) -> np.random.Generator:
     """Random generator of one item; streams of different splits never coincide."""
     if split not in SPLIT_SEEDS:
-        raise UnknownNameError(f"Unknown split {split!r}. Choose one of {sorted(SPLIT_SEEDS)}.")
+        raise unknown_name("split", split, SPLIT_SEEDS)
     words = [k if isinstance(k, int) else zlib.crc32(k.encode()) for k in key]
     return np.random.default_rng([SPLIT_SEEDS[split], *words])
 
@@ -150,7 +150,7 @@ def item(
         For an unknown split, family or difficulty.
     """
     if family not in FAMILIES:
-        raise UnknownNameError(f"Unknown question family {family!r}. Choose one of {[*FAMILIES]}.")
+        raise unknown_name("question family", family, FAMILIES)
     stem = () if difficulty == "usual" else (difficulty,)
     for attempt in range(1000):
         rng = stream(split, *stem, family, index, attempt)

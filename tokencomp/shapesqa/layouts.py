@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from tokencomp.shapesqa.items import Item, item
 from tokencomp.shapesqa.prompt_forms import mlvu_question
-from tokencomp.shapesqa.render import render_image, write_mp4
+from tokencomp.shapesqa.render import write_mp4
 from tokencomp.storage import replace_file, write_lines
 
 T = TypeVar("T")
@@ -32,7 +32,7 @@ def write_media(item: Item, folder: Path) -> Item:
     Existing files are used again, so a run that is stopped must not leave a part of one.
     """
     if item.kind == "image":
-        picture = render_image(item.scene)
+        picture = item.image()
         path = folder / f"{item.id}.jpg"
         replace_file(path, lambda part: picture.save(part, "JPEG", quality=92))
     else:

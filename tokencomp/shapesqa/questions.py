@@ -29,17 +29,8 @@ class Question:
 
 
 Asker = Callable[[Scene, np.random.Generator], Question | None]
-FAMILIES: dict[str, Asker] = {}
 IMAGE_FAMILIES = ("attribute", "existence", "count", "position", "small_object")
 VIDEO_FAMILIES = ("needle", "order", "direction", "action_count")
-
-
-def _family(name: str) -> Callable[[Asker], Asker]:
-    def register(asker: Asker) -> Asker:
-        FAMILIES[name] = asker
-        return asker
-
-    return register
 
 
 def families(kind: str) -> tuple[str, ...]:
@@ -101,14 +92,12 @@ def _attribute(
     return Question(family, text, answer, draw_options(answer, SHAPES, rng), (index,))
 
 
-@_family("attribute")
 def attribute(scene: Scene, rng: np.random.Generator) -> Question | None:
     """What color is the X? What shape is the Y object? The object is at least 28 px."""
     large = [i for i, thing in enumerate(scene.things) if not thing.small]
     return _attribute(scene, large, "attribute", rng)
 
 
-@_family("small_object")
 def small_object(scene: Scene, rng: np.random.Generator) -> Question | None:
     """Like `attribute`, about objects of at most `SMALL` px, unique among those."""
     small = [i for i, thing in enumerate(scene.things) if thing.small]
@@ -143,13 +132,11 @@ def _absent(present: list[tuple[str, str]], rng: np.random.Generator) -> tuple[s
     return _pick(pairs, rng)
 
 
-@_family("existence")
 def existence(scene: Scene, rng: np.random.Generator) -> Question | None:
     """Is there a red circle? yes or no."""
     return _exists(scene, rng, "existence")
 
 
-@_family("count")
 def count(scene: Scene, rng: np.random.Generator) -> Question | None:
     """How many objects, red objects or circles are there? 0 to 5."""
     kind = rng.random()
@@ -178,7 +165,6 @@ def _weighted(present: list[str], pool: tuple[str, ...], rng: np.random.Generato
     return str(_pick(present, rng))
 
 
-@_family("position")
 def position(scene: Scene, rng: np.random.Generator) -> Question | None:
     """Left or right of another object, above or below it, or which half of the image."""
     matching = _unique(scene, "shape")
@@ -218,14 +204,12 @@ def _relative(
     return Question("position", text, names[int(offset > 0)], order, (first, second))
 
 
-@_family("needle")
 def needle(scene: Scene, rng: np.random.Generator) -> Question | None:
     """Attribute of an object that one logical frame alone shows."""
     brief = [i for i, thing in enumerate(scene.things) if thing.brief]
     return _attribute(scene, brief, "needle", rng)
 
 
-@_family("order")
 def order(scene: Scene, rng: np.random.Generator) -> Question | None:
     """Which of two brief objects comes first or last, or before or after the other."""
     brief = [i for i in _unique(scene, "shape") if scene.things[i].brief]
@@ -250,7 +234,6 @@ def order(scene: Scene, rng: np.random.Generator) -> Question | None:
     return Question("order", text, winner.color, (a.color, b.color), (first, second))
 
 
-@_family("direction")
 def direction(scene: Scene, rng: np.random.Generator) -> Question | None:
     """Which direction does the object move? left, right, up or down."""
     moving = [i for i in _unique(scene, "shape") if scene.things[i].moving]
@@ -265,7 +248,6 @@ def direction(scene: Scene, rng: np.random.Generator) -> Question | None:
     )
 
 
-@_family("action_count")
 def action_count(scene: Scene, rng: np.random.Generator) -> Question | None:
     """How many times does the object flash? 1 to 4."""
     flashing = [i for i in _unique(scene, "shape") if scene.things[i].visible]
@@ -279,13 +261,11 @@ def action_count(scene: Scene, rng: np.random.Generator) -> Question | None:
     return Question("action_count", text, str(answer), ("1", "2", "3", "4"), (index,))
 
 
-@_family("video_existence")
 def video_existence(scene: Scene, rng: np.random.Generator) -> Question | None:
     """Is there a red circle in the video? Positives may be visible in one frame only."""
     return _exists(scene, rng, "video_existence", " in the video")
 
 
-@_family("reading")
 def reading(scene: Scene, rng: np.random.Generator) -> Question | None:
     """Which word or number stands on the picture? There must be exactly one."""
     if len(scene.texts) != 1:
@@ -295,3 +275,14 @@ def reading(scene: Scene, rng: np.random.Generator) -> Question | None:
         near = tuple(str(n) for n in range(10, 100) if len({*str(n)} & {*word}) == 1)
         return Question("reading", "What number is written?", word, draw_options(word, near, rng))
     return Question("reading", "What does the text say?", word, draw_options(word, WORDS, rng))
+
+
+FAMILIES: dict[str, Asker] = {
+    asker.__name__: asker
+    for asker in (
+        *(attribute, small_object, existence, count, position),
+        *(needle, order, direction, action_count, video_existence),
+        reading,
+    )
+}
+"""By name; each asks a scene its question, and gives None where there is no unambiguous one."""

@@ -131,11 +131,6 @@ def render(scene: Scene, times: list[float] | None = None) -> np.ndarray:
     return np.stack([paint(scene, time, canvas) for time in times])
 
 
-def render_image(scene: Scene) -> Image.Image:
-    """The still picture of a one-frame scene."""
-    return Image.fromarray(render(scene, [0.0])[0])
-
-
 HOLD, FPS = 4, 8  # encoded frames per logical frame, and per second
 
 

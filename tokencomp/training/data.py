@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import ConcatDataset
 
 from tokencomp.engine.rows.prompts import IGNORED
 from tokencomp.errors import OptionError, unknown_name
@@ -103,25 +104,9 @@ def questions(data: str, kind: str, count: int, purpose: str = "train") -> Seque
     else:
         shares = [count // 2] * 2
     shares[0] += count - sum(shares)
-    parts = [ShapesQuestions(g, n, purpose) for g, n in zip(groups, shares, strict=True)]
-    return parts[0] if len(parts) == 1 else Joined(parts)
-
-
-class Joined(Sequence[Example]):
-    """Several sources, one after the other."""
-
-    def __init__(self, parts: Sequence[Sequence[Example]]) -> None:
-        self.parts = parts
-
-    def __len__(self) -> int:
-        return sum(map(len, self.parts))
-
-    def __getitem__(self, index: int) -> Example:  # type: ignore[override]  # of items of any type
-        for part in self.parts:
-            if index < len(part):
-                return part[index]
-            index -= len(part)
-        raise IndexError(index)
+    parts: list[Any] = [ShapesQuestions(g, n, purpose) for g, n in zip(groups, shares, strict=True)]
+    joined: Any = ConcatDataset(parts)  # which is a sequence but for its type
+    return parts[0] if len(parts) == 1 else joined
 
 
 def order(count: int, seed: int) -> Iterator[int]:
@@ -134,11 +119,11 @@ def order(count: int, seed: int) -> Iterator[int]:
 
 
 def batches(source: Sequence[Example], size: int, seed: int) -> Iterator[list[int]]:
-    """Endless batches of indices; those of a `Joined` source stay within one part each.
+    """Endless batches of indices; those of a source of parts stay within one part each.
 
     Images and videos of one batch would be padded to the longest video.
     """
-    parts = source.parts if isinstance(source, Joined) else [source]
+    parts: list[Any] = source.datasets if isinstance(source, ConcatDataset) else [source]
     starts = [sum(map(len, parts[:i])) for i in range(len(parts))]
     orders = [order(len(part), seed + i) for i, part in enumerate(parts)]
     weights = torch.tensor([float(len(part)) for part in parts])
