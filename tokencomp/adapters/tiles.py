@@ -14,7 +14,6 @@ from tokencomp.adapters.call import CODES, Call, TowerCall
 from tokencomp.adapters.encoded import Encoding
 from tokencomp.adapters.registry import register_adapter
 from tokencomp.adapters.structural import StructuralAdapter
-from tokencomp.adapters.structure import square_side
 from tokencomp.adapters.towers.base import Tower
 from tokencomp.adapters.towers.dense import DenseTower
 from tokencomp.adapters.towers.tables import squares
@@ -68,9 +67,12 @@ class TileAdapter(StructuralAdapter):
     @property
     def patches_per_side(self) -> int:
         """Patches per side of the vision tower's input."""
-        vision = self.model.config.vision_config
-        image, patch = (_side(vision, name) for name in ("image_size", "patch_size"))
-        return image // patch
+        if self._patches is None:
+            raise SpanError(
+                f"{type(self.model).__name__}: image_size and patch_size of its vision_config give "
+                "no square tiles, and no others are supported."
+            )
+        return self._patches
 
     def spans(self, call: Call) -> list[list[VisualSpan]]:
         """Tiles side by side in one run are one item."""
@@ -85,15 +87,6 @@ class TileAdapter(StructuralAdapter):
         """All tiles have equally many tokens, wherever their features come from."""
         tile = self.tile_side**2
         return Encoding([tile] * (int((call.kinds == CODES[kind]).sum()) // tile))
-
-
-def _side(config: object, name: str) -> int:
-    """A size in a vision config, of which height and width must be equal."""
-    value = getattr(config, name)
-    side = square_side(value)
-    if side is None:
-        raise SpanError(f"{name}={value!r}: only square tiles are supported.")
-    return side
 
 
 def shrunk(side: int, factor: float) -> int:

@@ -52,17 +52,9 @@ _COMPRESSED: dict[type, type] = {
 
 
 def check_cache(cache: Any, between_layers: bool = False) -> None:
-    """Check that a compressed prompt can be written to `cache`.
+    """Refuse a cache to which no compressed prompt can be written.
 
-    Parameters
-    ----------
-    between_layers
-        Whether tokens leave between layers, so that layers hold different rows.
-
-    Raises
-    ------
-    UnsupportedCacheError
-        The cache has no layers of its own, or one of them cannot hold a compressed prompt.
+    With `between_layers`, tokens leave between layers, so that these hold different rows.
     """
     if cache is None:
         return
@@ -150,19 +142,7 @@ def compress_layer(
 def compact_cache(forward: ForwardPass, cache: Any, patch: InForce) -> Any:
     """Record in the cache layers that a prefill has filled which tokens their rows stand for.
 
-    Parameters
-    ----------
-    patch
-        The patch under which the prefill has run.
-
-    Returns
-    -------
-    The first layer of the cache that holds rows, or None.
-
-    Raises
-    ------
-    UnsupportedCacheError
-        The callee created a cache whose layers cannot be compressed.
+    Gives the first layer of the cache that holds rows, or None.
     """
     if cache is not forward.cache:
         check_cache(cache, bool(forward.plan.layer_stages))

@@ -123,11 +123,6 @@ class CompressedLayer(CacheLayerMixin):
 
         transformers asks before it runs a layer, and once per call, so that a decode step runs no
         Python of ours per layer.
-
-        Raises
-        ------
-        UnsupportedCacheError
-            The patch that must tell the decoder how to read the rows is gone.
         """
         if self.needs_patch and not self.patch.active:
             raise UnsupportedCacheError(NEEDS_PATCH)

@@ -56,19 +56,9 @@ def repeated(segment: Segment, sizes: Tensor) -> tuple[Segment, Tensor]:
 
 
 def repeat_rows(layer: Any, index: Tensor, before: int) -> None:
-    """Repeat the rows that a prefill has written to a cache layer.
+    """Repeat the rows that a prefill has written to a cache layer behind the first `before`.
 
-    Parameters
-    ----------
-    index : Tensor of int64, shape (B, n)
-        See `repeated`; 0 is the first row of the prefill.
-    before
-        Rows that were written before this prefill.
-
-    Raises
-    ------
-    UnsupportedCacheError
-        A static layer is too short.
+    `index` (B, n) is that of `repeated`; 0 is the first row of the prefill.
     """
     index = index.to(layer.device)
     if hasattr(layer, "prefill_keys"):
@@ -80,7 +70,7 @@ def repeat_rows(layer: Any, index: Tensor, before: int) -> None:
     if isinstance(layer, StaticLayer):
         _repeat_in_place(layer, index, before)
         return
-    rows = _behind(stored(layer), index, before)
+    rows = _behind((stored(layer, "keys"), stored(layer, "values")), index, before)
     if isinstance(layer, cache_classes.quantized_layer()):
         layer.is_initialized, layer.cumulative_length = False, 0
         layer.update(*rows)  # as the prompt was written

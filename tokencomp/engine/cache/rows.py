@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -71,17 +71,8 @@ def physical_length(layer: Any) -> int:
     return keys.shape[-2] if keys is not None and keys.numel() else 0
 
 
-def stored_keys(layer: Any) -> Tensor:
-    """Keys of the rows that a layer holds, (B, kv heads, rows or more, d); the first are used."""
-    return _stored(layer, "keys")
-
-
-def stored(layer: Any) -> tuple[Tensor, Tensor]:
-    """Keys and values of the rows that a layer holds, see `stored_keys`."""
-    return _stored(layer, "keys"), _stored(layer, "values")
-
-
-def _stored(layer: Any, name: str) -> Tensor:
+def stored(layer: Any, name: Literal["keys", "values"]) -> Tensor:
+    """What a layer holds of its rows, (B, kv heads, rows or more, d); the first are used."""
     rows: Tensor = getattr(layer, name)
     if not isinstance(layer, cache_classes.quantized_layer()):
         return rows

@@ -42,16 +42,6 @@ def with_embeddings(decoder: nn.Module, arguments: dict[str, Any]) -> dict[str, 
     """Arguments of a decoder call with embeddings, features in place, for token ids and features.
 
     A shallow copy of the decoder runs up to its first layer, so that the tower runs once.
-
-    Parameters
-    ----------
-    arguments
-        Arguments of the call by name, without `inputs_embeds`.
-
-    Raises
-    ------
-    UnsupportedModelError
-        The decoder never reaches its first layer.
     """
     clone = shallow_copy(decoder)
     clone._modules["layers"] = nn.ModuleList([_FirstLayer()])

@@ -51,18 +51,6 @@ def enter_prompt(
         Arguments of the decoder by name, with the 2-D mask of padding.
     compact
         Whether positions count the kept tokens only.
-
-    Raises
-    ------
-    UnsupportedModelError
-        The decoder would apply its attention window wrongly, see `check_windows`.
-    UnsupportedCacheError
-        Padding between the turns of a decoder with linear layers, media in a later turn of one
-        that keeps the first prompt alone, or what `Segment.call_mask` refuses.
-    RowIndexedAttentionError
-        A prompt in which layers scale queries by the number of their row.
-    OptionError
-        Compact positions, and masks whose window counts columns of the uncompressed prompt.
     """
     adapter, cache = forward.adapter, forward.cache
     forward.by_column = not compact

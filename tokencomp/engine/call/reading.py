@@ -34,12 +34,12 @@ def read_prompt(
 ) -> tuple[ForwardPass, Tensor]:
     """Turn a prefill call into a `ForwardPass`, before anything is computed or changed.
 
+    What cannot be compressed, or not exactly, is refused.
+
     Parameters
     ----------
     arguments
         Arguments of the decoder by name, with the 2-D mask of padding as `attention_mask`.
-    cache
-        The KV cache, or None.
     state
         What the calls around it said; its `kinds` are known.
 
@@ -49,11 +49,6 @@ def read_prompt(
         With the layout and the segments of the call; no stage has run.
     Tensor of int64
         Positions of the uncompressed call, (3, B, L) for M-RoPE, else (B, L).
-
-    Raises
-    ------
-    TokenCompError
-        The call cannot be compressed, or not exactly.
     """
     kinds, x, mask = state.kinds, arguments["inputs_embeds"], arguments.get("attention_mask")
     assert kinds is not None

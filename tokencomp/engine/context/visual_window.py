@@ -84,14 +84,7 @@ class VisualContext(Installed):
             super().remove()
 
     def count(self, new: list[int], cache: Any) -> None:
-        """Count the visual tokens of a call together with those that the cache holds.
-
-        Parameters
-        ----------
-        new
-            Number of new visual tokens of every sample.
-        cache
-            The KV cache of the call, or None.
+        """Count the `new` visual tokens of every sample together with those that the cache holds.
 
         Raises
         ------

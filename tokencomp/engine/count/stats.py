@@ -79,15 +79,7 @@ class Stats:
 
     @classmethod
     def empty(cls, config: Any, active: bool) -> Stats:
-        """Counts of no prefill.
-
-        Parameters
-        ----------
-        config
-            Of the decoder.
-        active
-            Whether prompts are compressed, and thus counted.
-        """
+        """Counts of no prefill; `active` says whether prompts are compressed, and thus counted."""
         return cls([], [], [], [], _config=config, _off=not active)
 
     @functools.cached_property
@@ -291,14 +283,11 @@ class Stats:
             )
         mask = attention_mask.clone()
         for b, spans in enumerate(self.spans):
-            for span, offsets in zip(spans, self._last_kept(b), strict=True):
+            last = self.kept(b)[-1] if self._kept else self.tower_kept(b)
+            for span, offsets in zip(spans, last, strict=True):
                 gone = set(range(span.length)).difference(offsets)
                 mask[b, [span.start + offset for offset in sorted(gone)]] = 0
         return mask
-
-    def _last_kept(self, sample: int) -> list[list[int]]:
-        """Offsets inside each span that are left in the last layer."""
-        return self.kept(sample)[-1] if self._kept else self.tower_kept(sample)
 
     def summary(self) -> dict[str, Any]:
         """The numbers as plain types, ready for JSON."""
@@ -319,14 +308,15 @@ class Stats:
         """What a stage in the vision tower saved; empty without one."""
         if self._survivors is None:
             return {}
-        parts = {"tower": self.tower_flops, "projector": self.projector_flops}
-        pairs = {
-            name: dict(zip(("before", "after"), pair, strict=True)) for name, pair in parts.items()
+        tower, projector = self.tower_flops, self.projector_flops
+        return {
+            "tower_ratio": self.tower_ratio,
+            "tower_kept": self.entering,
+            "tower_flops_before": tower[0],
+            "tower_flops_after": tower[1],
+            "projector_flops_before": projector[0],
+            "projector_flops_after": projector[1],
         }
-        flops = {
-            f"{name}_flops_{side}": n for name, pair in pairs.items() for side, n in pair.items()
-        }
-        return {"tower_ratio": self.tower_ratio, "tower_kept": self.entering, **flops}
 
 
 def _offsets(layout: RowLayout, sample: int) -> list[list[int]]:
@@ -339,7 +329,5 @@ def _offsets(layout: RowLayout, sample: int) -> list[list[int]]:
 
 def _sums(pairs: Iterable[tuple[int, int]]) -> tuple[int, int]:
     """The sums of the first and of the second numbers."""
-    first, second = 0, 0
-    for a, b in pairs:
-        first, second = first + a, second + b
-    return first, second
+    firsts, seconds = zip((0, 0), *pairs, strict=True)
+    return sum(firsts), sum(seconds)

@@ -124,12 +124,7 @@ def backend_mask(config: Any, visible: Tensor, x: Tensor) -> Any:
     """A mask of bool (B, 1, n, columns) as the attention backend takes it.
 
     Numbers for eager attention, blocks for FlexAttention, and the columns that are no padding
-    (B, columns) for FlashAttention.
-
-    Raises
-    ------
-    UnsupportedModelError
-        FlashAttention, and a mask that hides more than padding and what is to come.
+    (B, columns) for FlashAttention, which can hide nothing else.
     """
     backend = attention_implementation(config)
     if "flash" in backend:

@@ -91,25 +91,23 @@ class MaskSource:
         return masks[self.windows.kinds[segment.first].name]
 
     def attention_mask(
-        self, kind: LayerKind, segment: Segment, x: Tensor, text: Tensor | None, skip: bool
+        self, kind: LayerKind, segment: Segment, x: Tensor, text: Tensor | None
     ) -> Any:
-        """What the queries of a segment see: prepared or causal, real, and in their window.
-
-        Parameters
-        ----------
-        skip
-            Whether the mask may be None where it hides nothing.
-        """
+        """What the queries of a segment see: prepared or causal, real, and in their window."""
         held = self._held(kind, segment)
         offset = segment.logical - held  # logical column of the first row that is held
         view = mask_compat.MaskView(held, offset)
         new = None if text is not None else self.new
         padding = segment.padding_mask(new, x.shape[0], x.device)
         window = self._window(kind, segment, x)
-        block = self._block(kind)
+        block = self.prepared
+        if isinstance(block, Mapping):
+            block = block.get(kind.name)
         if block is not None:
             return self._with_block(block, segment, x, padding, window, held, offset)
-        return mask_compat.causal_mask(self.config, x, padding, view, text, window, skip)
+        return mask_compat.causal_mask(
+            self.config, x, padding, view, text, window, kind.skips_masks
+        )
 
     def _held(self, kind: LayerKind, segment: Segment) -> int:
         """Rows of earlier calls that the keys of these layers begin with."""
@@ -149,11 +147,6 @@ class MaskSource:
         if valid is None:
             return torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
         return (valid.to(x.device).cumsum(1) == 0).sum(1)
-
-    def _block(self, kind: LayerKind) -> Any:
-        """What the body has prepared for layers of this kind, or None."""
-        prepared = self.prepared
-        return prepared.get(kind.name) if isinstance(prepared, Mapping) else prepared
 
     def _with_block(
         self,

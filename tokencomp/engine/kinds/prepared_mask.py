@@ -23,17 +23,7 @@ from tokencomp.errors import UnsupportedCacheError
 def split_mask(kwargs: dict[str, Any], cache: Any, body_mask: Any) -> tuple[dict[str, Any], Any]:
     """Arguments of a prefill with the 2-D mask of padding, and what the body prepared beside it.
 
-    For masks that are not 2-D themselves.
-
-    Parameters
-    ----------
-    body_mask
-        The `attention_mask` with which the body was called.
-
-    Raises
-    ------
-    UnsupportedCacheError
-        See `padding_of`, or a prepared mask beside a cache of constant length.
+    For masks that are not 2-D themselves, see `read_mask`.
     """
     first, width = first_layer(cache), kwargs["inputs_embeds"].shape[1]
     past = physical_length(first)
@@ -67,11 +57,6 @@ def read_mask(mask: Any, body_mask: Any, queries: int, past: int) -> tuple[Tenso
     prepared : mask (B, heads, L, columns), mapping from kinds of layers to such masks, or None
         None, also for a kind: plain causal attention. It is all that FlashAttention can do, for
         which a body has nothing else to prepare.
-
-    Raises
-    ------
-    UnsupportedCacheError
-        See `padding_of`.
     """
     if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
         return mask, None

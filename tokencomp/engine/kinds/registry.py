@@ -85,7 +85,7 @@ class LayerKind:
         text : Tensor of int64, shape (B, n), or None
             Positions that begin again in every prompt of a packed row; there is no cache then.
         """
-        return source.attention_mask(self, segment, x, text, self.skips_masks)
+        return source.attention_mask(self, segment, x, text)
 
 
 @dataclass(frozen=True)

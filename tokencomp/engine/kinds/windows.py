@@ -58,19 +58,8 @@ class Windows:
     def of(cls, decoder: Any, served: bool = False) -> Windows:
         """The windows of a decoder.
 
-        The config is read in every call, because the sizes in it may change.
-
-        Parameters
-        ----------
-        served
-            Whether the layers are known to be served, because the patch has asked before.
-
-        Raises
-        ------
-        RowIndexedAttentionError
-            What a layer attends to depends on the numbers of rows.
-        UnsupportedModelError
-            A layer is of a kind that tokencomp does not know, or windows differ in size.
+        The config is read in every call, because the sizes in it may change. Layers that are known
+        to be `served`, because the patch has asked before, are not checked again.
         """
         config, cut = decoder.config, None
         names = tuple(getattr(config, "layer_types", None) or ())[: len(decoder.layers)]
@@ -192,8 +181,6 @@ def check_windows(
 
     Parameters
     ----------
-    decoder
-        The text decoder.
     length
         Tokens of the sequence after this call, in the positions that the rotary embedding uses:
         dropped ones count unless positions are compact.
@@ -203,11 +190,6 @@ def check_windows(
         Whether rows hold several prompts.
     layers
         Of the cache of the call.
-
-    Raises
-    ------
-    UnsupportedModelError
-        The attention backend, or the cache, counts rows where columns count.
     """
     cut = windows.rows_kept(layers)
     if cut is not None and length >= cut:

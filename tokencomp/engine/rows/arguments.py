@@ -109,11 +109,8 @@ def text_positions(layout: RowLayout, device: torch.device) -> Tensor:
     """One position per token without gaps, which begins at 0 in every prompt of a packed row.
 
     transformers takes a gap for the begin of a new prompt, so positions with the gaps of dropped
-    tokens are for the rotary embedding alone. Padding becomes a prompt of its own.
-
-    Returns
-    -------
-    Tensor of int64, shape (B, width), or (1, width) where no row is packed
+    tokens are for the rotary embedding alone. Padding becomes a prompt of its own. The shape is
+    (B, width), or (1, width) where no row is packed.
     """
     if not layout.packed:
         return torch.arange(layout.width, device=device)[None]

@@ -25,13 +25,7 @@ IGNORED = -100  # label of a column that is not trained, as in transformers
 
 
 def real_columns(mask: Tensor | None, shape: torch.Size) -> Tensor:
-    """Which columns of this call the attention mask shows, bool on the CPU, shape (B, L).
-
-    Raises
-    ------
-    PaddingError
-        A sample without any token.
-    """
+    """Which columns of this call the attention mask shows, bool on the CPU, shape (B, L)."""
     batch, width = shape
     if mask is None:
         return torch.ones(batch, width, dtype=torch.bool)
@@ -55,19 +49,8 @@ def aligned_layout(
 ) -> RowLayout:
     """The layout of a call whose mask is not left-padded: its real columns, aligned to the right.
 
-    A column that the attention mask hides is left out, which equals masking it.
-
-    Parameters
-    ----------
-    real : Tensor of bool on the CPU, shape (B, L)
-        False at columns that the mask hides.
-    spans, prompts
-        In columns of the caller's batch.
-
-    Raises
-    ------
-    PaddingError
-        The mask hides a part of a span.
+    A column that the attention mask hides is left out, which equals masking it. `real` (B, L), on
+    the CPU, is False there; `spans` and `prompts` stand in columns of the caller's batch.
     """
     columns = [row.nonzero()[:, 0] for row in real]
     width = max(c.numel() for c in columns)
@@ -144,12 +127,7 @@ def build_prompts(
 
 
 def answer_start(labels: Tensor, start: int, stop: int) -> int:
-    """First column of the last run of trained labels in columns `start … stop - 1`, or `stop`.
-
-    Parameters
-    ----------
-    labels : Tensor of int64 on the CPU, shape (L,)
-    """
+    """First column of the last run of trained labels (L,) in `start … stop - 1`, or `stop`."""
     trained = (labels[start:stop] != IGNORED).nonzero()[:, 0]
     if not trained.numel():
         return stop
@@ -160,15 +138,8 @@ def answer_start(labels: Tensor, start: int, stop: int) -> int:
 def packed_starts(text_positions: Tensor | None) -> list[list[int]] | None:
     """First columns of packed prompts: positions that do not follow, the rule of transformers.
 
-    Parameters
-    ----------
-    text_positions : Tensor of int64 on the CPU, shape (B, L) or (1, L), or None
-        One position per token, as the caller gave them.
-
-    Returns
-    -------
-    list of list of int, or None
-        Per row; None if no row is packed.
+    Per row of positions as the caller gave them, (B, L) or (1, L) on the CPU; None if no row is
+    packed.
     """
     if text_positions is None:
         return None
@@ -179,12 +150,7 @@ def packed_starts(text_positions: Tensor | None) -> list[list[int]] | None:
 
 
 def starts_from_lengths(cumulative: Any, batch: int, width: int) -> list[list[int]] | None:
-    """First columns of packed prompts from `cu_seq_lens_q`, which counts over all rows.
-
-    Parameters
-    ----------
-    cumulative : Tensor of int32, shape (prompts + 1,), or None
-    """
+    """First columns of packed prompts from `cu_seq_lens_q` (prompts + 1,), over all rows."""
     if cumulative is None:
         return None
     bounds = torch.as_tensor(cumulative).tolist()

@@ -33,30 +33,11 @@ def total_heads(attn: Any) -> int:
 
 
 def gather_heads(attn: Any, x: Tensor, dim: int) -> Tensor:
-    """The values of all heads, of which this rank may have computed only its own.
+    """`x`, or the values of all heads where this rank has computed only its own, along axis `dim`.
 
     Under tensor parallelism every rank holds some of the heads, in order. Whatever a choice of
     tokens rests on must be the same on all ranks: each must keep the same tokens. Values are
     gathered and not summed, so that joining the heads afterwards rounds as in a single process.
-
-    Parameters
-    ----------
-    attn
-        The self-attention module that the values come from.
-    x : Tensor
-        Values of the heads of this rank.
-    dim
-        Axis of `x` that runs over heads.
-
-    Returns
-    -------
-    Tensor
-        `x` itself if it has all heads; otherwise the heads of all ranks, the same on every rank.
-
-    Raises
-    ------
-    UnsupportedModelError
-        Heads are missing, and no group of ranks is known that has them.
     """
     total, heads = total_heads(attn), x.shape[dim]
     if heads == total:

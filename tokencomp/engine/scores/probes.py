@@ -79,20 +79,8 @@ def input_scores(
 ) -> Tensor:
     """Scores from decoder layer `index` before it runs: its input norm, q, k and RoPE only.
 
-    Parameters
-    ----------
-    layer
-        The decoder layer.
-    hidden : Tensor, shape (B, n, d)
-        Its input.
-    arguments
-        What the layer takes beside it, for the columns of `layout`: `position_embeddings`, and
-        `position_ids` if it reads them.
-
-    Returns
-    -------
-    Tensor, float32, shape (visual tokens that are left,)
-        Spans of all samples one after the other. Where no row votes: (B, n), see `_key_lengths`.
+    Beside its input `hidden` (B, n, d) the layer takes `arguments` for the columns of `layout`:
+    `position_embeddings`, and `position_ids` if it reads them. Scores are those of `layer_scores`.
     """
     cached = _cached_layer(cache, index)
     past, attn = physical_length(cached), attention_of(layer)

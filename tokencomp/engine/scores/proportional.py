@@ -49,7 +49,6 @@ class ProportionalAttention:
         Function of the layer index and the number of keys of an attention call. It returns the
         sizes of the first m of them, fp32 (B, m); later rows stand for one token each. If it
         returns None, all rows do, and the backend is called unchanged.
-
     """
 
     def __init__(self, layers: Iterable[nn.Module], sizes_of: SizesOf) -> None:
@@ -155,20 +154,8 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Call the user's backend on widened tensors, in place of a patched module's attention.
 
-    Parameters
-    ----------
-    module
-        The patched attention module.
-    query : Tensor, shape (B, H, q, d)
-    key, value : Tensor, shape (B, kv heads, k, d)
-    attention_mask, scaling, **kwargs
-        As transformers passes them to an attention function.
-
-    Returns
-    -------
-    out : Tensor, shape (B, q, H, d)
-    weights : Tensor or None
-        The backend's attention weights.
+    It takes queries (B, H, q, d), keys and values (B, kv heads, k, d), and gives (B, q, H, d) and
+    the backend's attention weights or None, as every attention function of transformers.
     """
     config, plain, more = module.config, module, None
     scale, dim = query.shape[-1] ** -0.5 if scaling is None else scaling, value.shape[-1]

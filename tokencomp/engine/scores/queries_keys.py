@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokencomp.engine.cache.rows import stored_keys
+from tokencomp.engine.cache.rows import stored
 from tokencomp.engine.rows.arguments import each
 from tokencomp.engine.rows.compaction import take
 from tokencomp.engine.rows.layout import LiveSpan, RowLayout
@@ -114,8 +114,9 @@ class Probe:
         from tokencomp.kernels import gather_rows
 
         sample, earlier = self.questions[0].sample, None
-        if past and not self.caches_keys(stored_keys(cached)):
-            earlier, past = _past_of(cached, past, sample), 0
+        if past and not self.caches_keys(stored(cached, "keys")):
+            both = (_earlier(cached, x, past, sample) for x in (cached.keys, cached.values))
+            earlier, past = Past(*both), 0
         caches = {} if earlier is None else dict.fromkeys(compat.CACHE_NAMES, earlier)
         arguments = {**self._arguments, **caches}
         tapped = tap(self.root, self.attn, self._hidden, arguments, ("v_proj",), rows)
@@ -133,7 +134,7 @@ class Probe:
         skipped = ("q_proj", "v_proj")
         return tap(self.root, self.attn, self._hidden, arguments, skipped).key
 
-    def caches_keys(self, stored: Tensor) -> bool:
+    def caches_keys(self, keys: Tensor) -> bool:
         """Whether a cache of these rows holds the keys that attention reads.
 
         Latent attention may cache what keys are computed from. Its keys have another shape.
@@ -143,7 +144,7 @@ class Probe:
             return True
         row = torch.zeros(len(self._hidden), 1, dtype=torch.int64, device=self._hidden.device)
         key = self._tap(row, ("q_proj",)).key
-        return (stored.shape[1], stored.shape[-1]) == (key.shape[1], key.shape[-1])
+        return (keys.shape[1], keys.shape[-1]) == (key.shape[1], key.shape[-1])
 
     def _tap(
         self, rows: Tensor | None, skipped: tuple[str, ...], projected: Tensor | None = None
@@ -189,23 +190,16 @@ def _rows_of(value: Any, rows: Tensor, width: int, tables: bool) -> Any:
     return each(value, lambda item: _rows_of(item, rows, width, tables))
 
 
-def _past_of(cached: Any, past: int, sample: int) -> Past:
-    """The first `past` rows of one sample in a cache layer, real ones only."""
-    keys, values = (t[sample : sample + 1, :, :past] for t in (cached.keys, cached.values))
-    valid = getattr(cached, "valid", None)
-    if valid is not None:
-        real = valid[sample, :past].to(keys.device)
-        keys, values = keys[:, :, real], values[:, :, real]
-    return Past(keys, values)
+def _earlier(cached: Any, rows: Tensor, past: int, sample: int) -> Tensor:
+    """Those of one sample among the first `past` rows that a cache layer holds, real ones only."""
+    held = min(past, rows.shape[2])  # a sliding window keeps the last rows alone
+    old, valid = rows[sample : sample + 1, :, :held], getattr(cached, "valid", None)
+    return old if valid is None else old[:, :, valid[sample, past - held : past].to(old.device)]
 
 
 def with_past(cached: Any, past: int, sample: int, current: Tensor) -> Tensor:
     """Keys of earlier turns (real rows only) of one sample in front of its own `current`."""
     if past == 0:
         return current
-    stored, valid = stored_keys(cached)[sample : sample + 1], getattr(cached, "valid", None)
-    held = min(past, stored.shape[2])  # a sliding window keeps the last rows alone
-    old = stored[:, :, :held]
-    if valid is not None:
-        old = old[:, :, valid[sample, past - held : past].to(old.device)]
-    return torch.cat([old.to(current.device), current], dim=2)
+    earlier = _earlier(cached, stored(cached, "keys"), past, sample)
+    return torch.cat([earlier.to(current.device), current], dim=2)

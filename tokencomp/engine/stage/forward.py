@@ -179,17 +179,15 @@ class ForwardPass:
         if any(isinstance(s, Attention) and s.rows == "raters" for s in self.plan.needs):
             self.layout.raters = rater_weights(x, self.layout)
         stage = self.plan.entry
-        if stage is None:
-            self.segments[0].layout = self.layout
-            return x, positions, self.layout.origin
-        tables = None if self.scores is None else self._score(stage, self.scores, x, positions)
-        parts = [] if tables is None else table_parts(tables)
-        dims = [1, -1, *map(sequence_dim, parts)]
-        with self.timed():
-            x, positions, *parts = self.reduce(stage, [x, positions, *parts], dims)
-        if parts:
-            kind = self.adapter.rotary_kind(layer=0)
-            self.tables[kind] = tuple(parts) if isinstance(tables, tuple) else parts[0]
+        if stage is not None:
+            tables = None if self.scores is None else self._score(stage, self.scores, x, positions)
+            parts = table_parts(tables)
+            dims = [1, -1, *map(sequence_dim, parts)]
+            with self.timed():
+                x, positions, *parts = self.reduce(stage, [x, positions, *parts], dims)
+            if parts:
+                kind = self.adapter.rotary_kind(layer=0)
+                self.tables[kind] = tuple(parts) if isinstance(tables, tuple) else parts[0]
         self.segments[0].layout = self.layout
         return x, positions, self.layout.origin
 

@@ -33,12 +33,7 @@ def merge_rest(
     merging
         Of every span, whether its patches are merged. The others are dropped.
     reducer
-        The name of the reducer that has chosen them.
-
-    Raises
-    ------
-    OptionError
-        The reducer has returned features or sizes of its own.
+        The name of the reducer that has chosen them, for the message.
     """
     from tokencomp.kernels import merge_rows
 

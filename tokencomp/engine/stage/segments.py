@@ -129,19 +129,12 @@ class Segment:
 
         Parameters
         ----------
-        config
-            Config of the decoder.
         layer
             The first layer of the KV cache that holds rows, or None.
         new : Tensor of bool, shape (B, n), or None
             False at padding among the columns of this call.
         x : Tensor, shape (B, n, d)
             Read for its shape and device.
-
-        Raises
-        ------
-        UnsupportedCacheError
-            See `mask_compat.check_flash_on_static`.
         """
         if not flash_on_static(config, layer):
             return self.padding_mask(new, x.shape[0], x.device)
@@ -178,18 +171,9 @@ class Segment:
 def build_segments(
     plan: Plan, total: int, cache: Any, mask: Tensor | None, width: int
 ) -> list[Segment]:
-    """Cut the decoder where a stage acts now or has acted in an earlier turn.
+    """Cut the decoder of `total` layers where a stage acts now or has acted in an earlier turn.
 
-    Parameters
-    ----------
-    width
-        Columns of the call in the caller's batch.
-    total
-        Number of decoder layers.
-    cache
-        The KV cache of the call, or None.
-    mask : Tensor, shape (B, past + L), or None
-        The 2-D mask of padding.
+    The call has `width` columns in the caller's batch; `mask` (B, past + L) is that of padding.
     """
     layers = list(getattr(cache, "layers", None) or [])
     stages = {s.layer: s for s in plan.stages}
@@ -225,10 +209,7 @@ def segments_after(layers: Sequence[Any], width: int) -> list[Segment]:
 def check_entered(segments: list[Segment], decoder: Any) -> None:
     """Refuse the output of a call whose layers have run without the hooks that they need.
 
-    Raises
-    ------
-    UnsupportedModelError
-        Tokens have not left, or layers had the mask of other rows.
+    Tokens have not left then, or layers had the mask of other rows.
     """
     last = getattr(decoder.config, "num_hidden_layers", len(decoder.layers))
     late = [s.first for s in segments if not s.ready and 0 < s.first < last]

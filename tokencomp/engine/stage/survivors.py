@@ -13,23 +13,11 @@ from tokencomp.tokens.reduction import Reduction
 
 
 def surviving_rows(x: Tensor, layout: RowLayout, plan: Plan) -> Selection:
-    """What the tower stage of `plan` has left of every live span.
+    """What the tower stage of `plan` has left of every live span, its special tokens and text too.
 
-    Parameters
-    ----------
-    x : Tensor, shape (B, n, d)
-        Embeddings of the prompt; NaN where the tower computed nothing.
-
-    Returns
-    -------
-    Selection
-        Special tokens and text between frames are among the rows of a span.
-
-    Raises
-    ------
-    SpanError
-        Other tokens are NaN than the stage leaves out; or a question ends in such a token, so that
-        there is no column that the next token could be predicted from.
+    The embeddings x (B, n, d) are NaN where the tower computed nothing. Refused are other tokens
+    than the stage leaves out; and a question that ends in such a token, so that there is no column
+    that the next token could be predicted from.
     """
     alive = ~x.isnan().any(-1).cpu()  # the only time that the host waits for the device
     real = layout.valid(torch.device("cpu"))
@@ -77,10 +65,7 @@ def _check(present: Tensor, live: LiveSpan, plan: Plan, sample: int) -> None:
 def refuse_missing(x: Tensor) -> None:
     """Refuse embeddings (B, n, d) of a call without a tower stage, if tokens are missing.
 
-    Raises
-    ------
-    SpanError
-        A stage in the vision tower has dropped tokens that would now stay in the prompt.
+    A stage in the vision tower has dropped tokens that would now stay in the prompt.
     """
     missing = int(x.isnan().any(-1).sum())
     if missing:

@@ -32,13 +32,7 @@ def attention_blocks(tower: nn.Module) -> list[nn.Module]:
 def watched_blocks(
     adapter: Adapter, signals: Collection[TowerSignal]
 ) -> list[tuple[nn.Module, list[TowerSignal]]]:
-    """Attention modules that `signals` are read from, in order, and which from each.
-
-    Raises
-    ------
-    OptionError
-        The tower has no such block in use.
-    """
+    """Attention modules that `signals` are read from, in order, and which from each."""
     blocks = attention_blocks(adapter.tower)
     blocks = blocks[: adapter.used_blocks(len(blocks))]
     by_place: dict[int, list[TowerSignal]] = {}

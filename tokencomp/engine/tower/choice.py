@@ -22,15 +22,7 @@ if TYPE_CHECKING:
 
 
 def check_tower_stage(plan: Plan, adapter: Adapter) -> Plan:
-    """The plan with what its tower stage must know of the model.
-
-    Raises
-    ------
-    UnsupportedModelError
-        The family does not say which patches a visual token reads.
-    PlanError
-        The tower has no such block in use.
-    """
+    """The plan with what its tower stage must know of the model; refuses models without cells."""
     if plan.tower is None:
         return plan
     layout, stage = adapter.tower_layout(), plan.tower

@@ -85,11 +85,7 @@ class PackedRows(TowerRows):
     def embedded(self, embed: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
         """Embeddings of all patches, computed for those that stay; NaN for the others.
 
-        Parameters
-        ----------
-        embed
-            Embeds patches, every one by itself.
-        pixels : Tensor, shape (patches, values)
+        `embed` takes pixels (patches, values), every patch by itself.
         """
         x = embed(pixels[self.patches])
         return x.new_full((len(pixels), x.shape[-1]), math.nan).index_copy(0, self.patches, x)

@@ -178,11 +178,7 @@ class TowerProbe(Hooked):
 def check_signals(plan: Plan, adapter: Adapter) -> frozenset[TowerSignal]:
     """Signals of the vision tower that the reducers of `plan` need.
 
-    Raises
-    ------
-    OptionError
-        The model does not offer a signal that a reducer reads, or a reducer reads two signals of
-        the decoder's attention.
+    Refused are signals that the model does not offer, and two of the decoder's attention.
     """
     for stage in plan.stages:
         for signal in stage.needs:
