@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokencomp.cli._showcase import PromptMaker, answer_prompt, time_prefill
+from tokencomp.cli._showcase import answer_prompt, time_prefill
+from tokencomp.evaluation.batches import Answerer
 from tokencomp.evaluation.environment import environment
 from tokencomp.evaluation.rivals import paired_tests
 from tokencomp.evaluation.runner import sweep
@@ -35,7 +36,7 @@ def make_demo(model: Any, processor: Any, name: str, settings: Sequence[Setting]
     shown = 0.75 if 0.75 in ratios else max(ratios)
     some, questions = [s for s in settings if s.name == FULL or s.ratio == shown], []
     for e in samples():
-        answers = answer_prompt(model, processor, e.load(8), e.prompt, some, max_new_tokens=8)
+        answers = answer_prompt(model, processor, (e, e.load(8)), some, max_new_tokens=8)
         questions.append(AnsweredQuestion(Path(e.media[0]).name, e.prompt, e.answer, answers))
     full = runs[Setting()]
     counts = len(full.answered), len(full.failed)
@@ -65,11 +66,13 @@ def _rows(
     model: Any, processor: Any, timed: Sequence[Example], runs: dict[Setting, EvalRun]
 ) -> list[Row]:
     """Accuracy on all questions; cost and time of the `timed` ones."""
-    media, texts = [e.load(8) for e in timed], [e.prompt for e in timed]
-    maker, rows = PromptMaker(model, processor, media, texts), []
-    splits = time_prefill(maker, list(runs), SECONDS)
+    batch, rows = [(e, e.load(8)) for e in timed], []
+    splits = time_prefill(model, processor, batch, list(runs), SECONDS)
+    answerer = Answerer({"": model}, processor, {})
+    with answerer.patches:
+        costs_of = {setting: answerer.prefill(setting, batch)[1] for setting in runs}
     for setting, run in runs.items():
-        costs = maker.prefill(setting)
+        costs = costs_of[setting]
         layers = zip(*(cost.per_layer for cost in costs), strict=True)
         per_layer = [round(sum(seen) / len(seen)) for seen in layers]
         kinds: dict[str, list[dict[str, Any]]] = {}

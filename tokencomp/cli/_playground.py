@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from tokencomp.cli._demo import packaged_questions
-from tokencomp.cli._showcase import PromptMaker, answer_prompt, time_prefill
+from tokencomp.cli._showcase import answer_prompt, prompt, time_prefill
 from tokencomp.errors import TokenCompError, missing_package
 from tokencomp.evaluation.environment import public_name
 from tokencomp.evaluation.settings import Setting
@@ -49,10 +49,9 @@ class Playground:
             raise TokenCompError(NOTHING)
         media = [load_media(path, self.frames, question=question) for path in paths]
         setting = Setting(method, ratio, tower_ratio=tower_ratio, rest="merge" if merge else None)
-        settings = [Setting(), setting]
-        full, own = answer_prompt(self.model, self.processor, media, question, settings)
-        maker = PromptMaker(self.model, self.processor, [media], [question])
-        times = time_prefill(maker, settings, TIMING_SECONDS)
+        settings, row = [Setting(), setting], prompt(media, question)
+        full, own = answer_prompt(self.model, self.processor, row, settings)
+        times = time_prefill(self.model, self.processor, [row], settings, TIMING_SECONDS)
         pictures = [(strip(plain_tiles(m)), "all patches") for m in media]
         pictures += [(picture, "on average over the layers") for picture in own.pictures]
         for layer, sheets in own.layers if len(own.layers) > 1 else ():

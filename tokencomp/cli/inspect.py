@@ -41,12 +41,12 @@ def command(
     from rich.console import Console
     from rich.markup import escape
 
-    from tokencomp.cli._showcase import answer_prompt
+    from tokencomp.cli._showcase import answer_prompt, prompt
     from tokencomp.pages.html import compact
 
     loaded, processor = source.load()
     chosen, question = settings_of(loaded), files.question
-    answers = answer_prompt(loaded, processor, media, question, chosen, max_new_tokens)
+    answers = answer_prompt(loaded, processor, prompt(media, question), chosen, max_new_tokens)
     console = Console()
     for a in answers:
         name = f"{a.setting.name} {a.setting.shown_ratio}"

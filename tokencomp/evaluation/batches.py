@@ -37,12 +37,13 @@ TOO_LARGE = "out of GPU memory with this item alone; give fewer frames or smalle
 
 @dataclass(frozen=True)
 class Batch:
-    """What one setting made of one batch: a record per question, and seconds of generation.
+    """What one setting made of one batch: a record and a cost per question, seconds of generation.
 
     `stats` are those of the handle after the prefill; None where the model was left alone.
     """
 
     records: list[dict[str, Any]]
+    costs: list[Cost]
     seconds: float
     stats: Stats | None
 
@@ -125,7 +126,7 @@ class Answerer:
             _record(row, text, seconds / len(rows), cost)
             for row, text, cost in zip(rows, texts, costs, strict=True)
         ]
-        return Batch(records, seconds, stats)
+        return Batch(records, costs, seconds, stats)
 
     def time_parts(self, setting: Setting, row: Loaded) -> dict[str, dict[str, float]]:
         """Where the time of one answer goes: medians, A B A B in one process.
@@ -163,16 +164,15 @@ class Answerer:
         decoder = {"prefill": cost.flops, "decode": cost.decode_flops, "kv_bytes": cost.kv_bytes}
         return {**vars(counted), **decoder}
 
-    def prefill_stats(self, setting: Setting, row: Loaded) -> Stats:
-        """`handle.stats` of the prefill of one question under a setting that patches the model."""
+    def prefill(self, setting: Setting, rows: Sequence[Loaded]) -> tuple[Stats | None, list[Cost]]:
+        """`stats` of the prefill of a batch, as in `Batch`, and what each row costs."""
         model = self.models[setting.variant]
-        inputs = to_model(self.inputs([row], setting), model)
-        with self.patches.applied(setting, [row[0].id]) as handle, torch.inference_mode():
-            assert handle is not None
+        inputs = to_model(self.inputs(rows, setting), model)
+        names = [e.id for e, _ in rows]
+        with self.patches.applied(setting, names) as handle, torch.inference_mode():
             model(**inputs, use_cache=True, logits_to_keep=1)
-            stats = handle.stats
-        assert stats
-        return stats
+            stats = handle.stats if handle is not None else None
+        return stats, self._costs(setting, stats, inputs, rows)
 
     def _costs(
         self, setting: Setting, stats: Stats | None, inputs: dict[str, Any], rows: Sequence[Loaded]

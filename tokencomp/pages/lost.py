@@ -87,7 +87,8 @@ def draw_lost(
     with answerer.patches:
         for number, (kind, name) in enumerate(chosen):
             row: Loaded = (examples[name], examples[name].load(frames))
-            stats, record = answerer.prefill_stats(run.setting, row), own[name]
+            stats, record = answerer.prefill(run.setting, [row])[0], own[name]
+            assert stats
             picture = f"lost-{run.setting.label}-{number}.jpg"
             kept_picture(row[1], stats, side).save(folder / picture, quality=80)
             question = record.get("prompt", row[0].prompt)
