@@ -84,6 +84,14 @@ def test_other_signals_and_late_stages_are_exact(
     assert checks.errors[name] < 5e-5
 
 
+def test_the_norm_behind_the_last_layer_has_another_name_in_lfm2() -> None:
+    """DART compares hidden states behind that norm."""
+    model = tiny("lfm2_vl")
+    checks = Checks(model, Prompts(model), compress, {})
+    checks.scored("dart")
+    assert checks.errors["dart"] < 5e-5
+
+
 @pytest.mark.parametrize(
     ("model_type", "refused", "reason"),
     [

@@ -25,7 +25,8 @@ from tokencomp.tokens.spans import VisualSpan
 ENCODED = "mm_encoder_outputs"  # features that `generate` has encoded beforehand, by kind
 TYPES = "mm_token_type_ids"  # 0 text, 1 image, 2 video, 3 audio, from the processor
 
-FINAL_NORMS = ("norm", "final_layernorm", "final_norm", "norm_f", "ln_f")
+FINAL_NORMS = ("norm", "final_layernorm", "final_norm", "norm_f", "ln_f", "embedding_norm")
+"""Names of the norm behind the last decoder layer; the last is that of LFM2."""
 
 
 def block_means(x: Tensor, factor: int) -> Tensor:
