@@ -10,6 +10,7 @@ from transformers import Mistral3Config, Mistral3ForConditionalGeneration
 from transformers.models.mistral.modeling_mistral import MistralModel
 
 import tokencomp
+from tokencomp import zoo
 from tokencomp.conformance.build import tiny_model
 from tokencomp.errors import OptionError, UnverifiedModelError
 
@@ -54,3 +55,11 @@ def test_verify_refuses_what_is_not_exact() -> None:
         tokencomp.patch(model, 0.5, verify=True)
     with pytest.raises(UnverifiedModelError):
         tokencomp.patch(model, 0.5)
+
+
+@pytest.mark.parametrize("name", ["tiny-qwen3-vl", "tiny-llava-onevision"])
+def test_configs_with_sizes_of_their_own_are_checked(name: str) -> None:
+    """Features are added to one layer of the first; the tiles of the second have larger patches."""
+    model = zoo.load(name)[0]
+    with tokencomp.patch(model, 0.5, verify=True) as handle:
+        assert handle.plan.stages

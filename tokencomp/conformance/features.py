@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from tokencomp.adapters.structure import deepstack_layers
 from tokencomp.conformance.build import BuildError, TinyModel
 
 
@@ -119,11 +120,12 @@ class Encoder:
         hidden = self.tiny.text_config.hidden_size
         deep = arranged([f[:, :hidden] * 0.3 for f in self.images], self.layout.deep)
         layers = getattr(self.tiny.config, "deepstack_layer_map", None)
+        count = deepstack_layers(self.tiny.config) or 2  # some configs do not say how many
         stacked = torch.stack(images)
         return EncoderOutput(
             last_hidden_state=stacked,
             pooler_output=arranged(images, self.layout.pooled),
-            deepstack_features=[(layer, deep) for _, layer in layers] if layers else [deep, deep],
+            deepstack_features=[(layer, deep) for _, layer in layers] if layers else [deep] * count,
             visual_indicator_features=torch.ones(8, hidden),
             audio_mask=torch.ones(stacked.shape[:2], dtype=torch.bool),
         )

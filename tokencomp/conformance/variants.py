@@ -57,15 +57,17 @@ class Variant:
 
 # Families whose images are tiles of one size: 4 × 4 tokens. The base tile of LLaVA-NeXT is
 # followed by a mosaic, here 4 × 4 with a line break behind each row.
-TILE = Variant(top={"vision_config.image_size": 56}, image_tokens=(16,))
-MOSAIC = Variant(
-    top={"vision_config.image_size": 56}, image_tokens=(36,), newlines=(20, 25, 30, 35)
-)
+TILES = {"vision_config.image_size": 56, "vision_config.patch_size": 14}
+TILE = Variant(top=TILES, image_tokens=(16,))
+MOSAIC = Variant(top=TILES, image_tokens=(36,), newlines=(20, 25, 30, 35))
 
 
 VARIANTS: dict[str, Variant | tuple[Variant, ...]] = {
     "llava": TILE,
-    "internvl": Variant(top={"vision_config.image_size": [112, 112]}, image_tokens=(16,)),
+    "internvl": Variant(
+        top={"vision_config.image_size": [112, 112], "vision_config.patch_size": [14, 14]},
+        image_tokens=(16,),
+    ),
     "llava_next": MOSAIC,
     "llava_next_video": MOSAIC,
     "llava_onevision": MOSAIC,
