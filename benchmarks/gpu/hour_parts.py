@@ -52,7 +52,8 @@ def parts(model: str | None, folder: Path) -> tuple[Part, ...]:
     decoded, held = (("-o", str(folder / name / "profile.json")) for name in ("decode", "memory"))
     prefill = (*PYTHON, "benchmarks.gpu.prefill", "--out", files["prefill"])
     tower = (*PYTHON, "benchmarks.models.tower", "--output", files["tower"])
-    accuracy = (*TOKENCOMP, "eval", "--data", "shapesqa", "--output", files["accuracy"])
+    accuracy = (*TOKENCOMP, "eval", "--data", "shapesqa", "--tasks", "shapesqa")
+    accuracy = (*accuracy, "--output", files["accuracy"])
     serving = (*PYTHON, "benchmarks.gpu.serve_table", "--runs", files["serving"])
     engine = "vllm" if importlib.util.find_spec("vllm") else "hf"
     tests = (*PYTHON, "pytest", "-m", "gpu", "-n", "0")

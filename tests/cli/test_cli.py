@@ -191,3 +191,13 @@ def test_the_command_starts_quickly_and_imports_no_torch():
     code = "import sys, tokencomp.cli._app as a; a.build_app(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_tasks_without_lmms_eval_end_before_anything_is_rendered(monkeypatch, capsys):
+    def render(*args):
+        raise AssertionError
+
+    monkeypatch.setitem(sys.modules, "lmms_eval", None)
+    monkeypatch.setattr("tokencomp.lmms.data.write_shapesqa", render)
+    assert run("eval", "--data", "shapesqa") == 2
+    assert "needs lmms-eval: pip install '.[eval]'" in capsys.readouterr().err

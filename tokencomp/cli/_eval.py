@@ -56,8 +56,9 @@ def tasks_in(
 ) -> Sequence[Any]:
     """The tasks of lmms-eval that --tasks and --data name; `home` is where it looks for media."""
     from tokencomp.lmms.data import PER_TASK, SHAPESQA, local_data
-    from tokencomp.lmms.tasks import find_tasks
+    from tokencomp.lmms.tasks import check_installed, find_tasks
 
+    check_installed()
     names = names or (f"{SHAPESQA},{TASKS}" if data == SHAPESQA else TASKS)
     local = None
     if data is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -54,12 +55,18 @@ def find_tasks(names: Sequence[str], data: LocalData | None, home: Path) -> list
     return [Task(name, data.label(data_set(c)), data.changes(c)) for name, c in configs.items()]
 
 
+def check_installed() -> None:
+    """Refuse to run tasks without lmms-eval, before anything is rendered or loaded."""
+    if importlib.util.find_spec("lmms_eval") is None:
+        raise MissingDependencyError(f"running tasks needs lmms-eval: {install('eval')}.")
+
+
 def _manager() -> Any:
     try:
         import lmms_eval.tasks as tasks
     except ImportError as error:
         raise MissingDependencyError(
-            f"running benchmarks needs lmms-eval ({error}): {install('eval')}."
+            f"running tasks needs lmms-eval ({error}): {install('eval')}."
         ) from error
     from loguru import logger
 

@@ -47,10 +47,10 @@ def check_patch(handle: Handle | None, kinds: Tensor | None, budget: int | None)
             attends = isinstance(signal, Attention) and not signal.kinds.isdisjoint(names)
             if attends or signal.source == "query":
                 raise OptionError(
-                    f"reducer {stage.reducer.name!r} chooses tokens of a {names[0]} by the text "
-                    "behind them, and a session does not know the questions yet when it "
-                    "compresses. Take one that reads the media alone: "
-                    "tokencomp.patch(model, ratio, reducer='kcentre')."
+                    f"reducer {stage.reducer.name!r} chooses visual tokens by the text behind "
+                    "them, and a session does not know the questions yet when it compresses. Take "
+                    "one that reads the media alone: tokencomp.patch(model, ratio, "
+                    "reducer='kcentre')."
                 )
 
 
