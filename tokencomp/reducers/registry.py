@@ -27,8 +27,8 @@ GROUP = "tokencomp.reducers"
 
 # Arguments of `patch` and `Handle.set` that stand beside the options of a reducer.
 ARGUMENTS = (
-    "ratio", "budget", "decay", "reducer", "plan", "tower_ratio", "tower_reducer", "strict", "positions",
-    "extend_context", "rest", "verify",
+    "ratio", "budget", "decay", "reducer", "plan", "tower_ratio", "tower_reducer", "strict",
+    "positions", "extend_context", "rest", "verify",
 )  # fmt: skip
 KEPT_SHARE = ("keep", "keep_ratio", "keep_rate", "retention", "fraction")
 SYNONYMS = {
