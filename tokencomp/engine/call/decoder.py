@@ -73,7 +73,7 @@ class DecoderHooks(CallHooks):
         a = self.adapter
         before = a.decoder.register_forward_pre_hook(self._decoder, with_kwargs=True)
         self._handles.append(before)
-        self._after(a.decoder, self._leave, self._has_forward, always_call=True)
+        self._after(a.decoder, self._leave, self._entered, always_call=True)
         if not a.mrope and a.rotary is not None:
             self._before(a.rotary, self._true_positions, self._has_forward)
         self.put_in_force()
@@ -209,6 +209,9 @@ class DecoderHooks(CallHooks):
             return args, {**kwargs, "position_ids": forward.rotary}
         hidden, _, *rest = args
         return (hidden, forward.rotary, *rest), kwargs
+
+    def _entered(self, module: nn.Module, args: Any, kwargs: Any) -> bool:
+        return self.calls.state.forward is not None
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
         """The output of a decoder call with full length; None where it stays as it is."""

@@ -181,7 +181,7 @@ class ForwardPass:
         stage = self.plan.entry
         if stage is not None:
             tables = None if self.scores is None else self._score(stage, self.scores, x, positions)
-            parts = table_parts(tables)
+            parts = [] if tables is None else table_parts(tables)
             dims = [1, -1, *map(sequence_dim, parts)]
             with self.timed():
                 x, positions, *parts = self.reduce(stage, [x, positions, *parts], dims)
