@@ -30,17 +30,8 @@ from tokencomp.torchlib import cache_classes
 def repeated(segment: Segment, sizes: Tensor) -> tuple[Segment, Tensor]:
     """A segment whose new rows are repeated, and the row that every new one repeats.
 
-    Parameters
-    ----------
-    sizes : Tensor of float32, shape (B, width)
-        Tokens that every column of the layout stands for.
-
-    Returns
-    -------
-    Segment
-        With the layout of repeated rows, without spans.
-    Tensor of int64, shape (B, repeated width)
-        Column of the layout before; -1 at padding.
+    `sizes` (B, width) are the tokens that every column of the layout stands for. The new layout has
+    no spans. Rows are columns of the layout before, (B, repeated width), and -1 at padding.
     """
     layout, valid = segment.layout, segment.layout.valid(sizes.device)
     counts = sizes.round().long()

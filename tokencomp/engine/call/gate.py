@@ -114,12 +114,8 @@ class CallGate(Hooked):
     def enter(self, call: object, args: Any = None) -> None:
         """Note that a call begins in this thread; wait while another thread makes a change.
 
-        Parameters
-        ----------
-        call
-            The module of which this is a hook, or any object that only this call has.
-        args
-            What torch hands a hook.
+        `call` is the module of which this is a hook, or any object that only this call has, and
+        `args` are what torch hands a hook.
         """
         if args is not None and torch.compiler.is_compiling():  # the hook alone may be traced
             return

@@ -131,14 +131,8 @@ class RowWeights(CallHooks):
 def merging_where_possible(plan: Plan, adapter: Adapter, compact: bool) -> Plan:
     """The plan, whose stages with rest="auto" drop where the model or positions cannot merge well.
 
-    FlashAttention takes heads of at most 256 dimensions, and weights need some of them.
-
-    Raises
-    ------
-    UnsupportedModelError
-        A stage with rest="merge", and attention that weights do not reach.
-    OptionError
-        A stage with rest="merge", and compact positions.
+    FlashAttention takes heads of at most 256 dimensions, and weights need some of them. A stage
+    with rest="merge" is refused beside attention that weights do not reach, or compact positions.
     """
     asked = any(stage.rest == "merge" for stage in plan.stages)
     try:

@@ -16,16 +16,8 @@ def yarn(base: float, dim: int, window: int, factor: float) -> tuple[Tensor, flo
     turn less than once are divided by `factor`. For Qwen2 (base 1e6, d = 128) and a window of 6272
     the ramp between them runs over pairs 15 … 32. Cosine and sine are multiplied by `attention`.
 
-    Parameters
-    ----------
-    base
-        Base of the rotary frequencies.
-    dim
-        Head dimension.
-    window
-        Number of positions in training.
-    factor
-        Target length / trained length, at least 1.
+    The rotary frequencies have this base, for heads of `dim` dimensions. `window` are the positions
+    in training, and `factor` is the target length / `window`, at least 1.
     """
     from transformers import Qwen2Config
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -46,11 +38,6 @@ def rope_base(config: Any) -> float:
     """The base of a decoder's rotary frequencies from its config.
 
     The frequencies of the model itself are not exact if the model was cast to a lower precision.
-
-    Raises
-    ------
-    UnsupportedModelError
-        The config has no base.
     """
     parameters = getattr(config, "rope_parameters", None) or {}  # transformers 5
     base = parameters.get("rope_theta", getattr(config, "rope_theta", None))

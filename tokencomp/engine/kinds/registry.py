@@ -48,42 +48,25 @@ class LayerKind:
     cuts_later_turns: ClassVar[bool] = False
 
     def visible(self, query: Any, key: Any, size: int, start: Any) -> Any:
-        """Whether the window of a query holds a key before it; without a window it always does.
+        """Whether a window of `size` tokens shows a query a key before it; both are columns.
 
-        Parameters
-        ----------
-        query, key
-            Their columns.
-        size
-            Of the window.
-        start
-            First real column of the sample.
+        Without a window it always does. `start` is the first real column of the sample.
         """
         return True
 
     def misplaced(self, source: Any, segment: Segment, total: int) -> bool:
         """Whether the mask that the decoder builds from a 2-D mask of rows would be wrong.
 
-        Parameters
-        ----------
-        source
-            The `MaskSource` of the call.
-        total
-            Tokens of the uncompressed sequence after this call.
+        `source` is the `MaskSource` of the call, and `total` counts the tokens of the uncompressed
+        sequence after it.
         """
         return False
 
     def mask(self, source: Any, segment: Segment, x: Tensor, text: Tensor | None) -> Any:
-        """The mask of these layers in a segment.
+        """The mask of these layers in a segment, of the shape, dtype and device of x (B, n, d).
 
-        Parameters
-        ----------
-        source
-            The `MaskSource` of the call.
-        x : Tensor, shape (B, n, d)
-            Read for its shape, dtype and device.
-        text : Tensor of int64, shape (B, n), or None
-            Positions that begin again in every prompt of a packed row; there is no cache then.
+        `text` are positions (B, n) that begin again in every prompt of a packed row; there is no
+        cache then.
         """
         return source.attention_mask(self, segment, x, text)
 

@@ -16,17 +16,7 @@ def restore(x: Tensor, layout: RowLayout, width: int) -> Tensor:
 
     A dropped column repeats the last row before it: what follows was predicted from that row,
     so a label right behind a dropped token still trains. Columns without a row before them are
-    zeros.
-
-    Parameters
-    ----------
-    x : Tensor, shape (B, layout.width, d)
-    width
-        Columns of the caller's batch.
-
-    Returns
-    -------
-    Tensor, shape (B, width, d)
+    zeros. (B, layout.width, d) becomes (B, width, d).
     """
     if layout.origin is None:
         return x
@@ -42,17 +32,8 @@ def restore(x: Tensor, layout: RowLayout, width: int) -> Tensor:
 def restore_states(out: Any, segments: Sequence[Any], width: int, keep_last_state: bool) -> Any:
     """Give the hidden states of a decoder's output full length, in place where it is no tuple.
 
-    Parameters
-    ----------
-    out
-        What the decoder returned.
-    segments
-        Segments of decoder layers, each with the layout of its layers.
-    width
-        Columns of the caller's batch.
-    keep_last_state
-        Whether the last hidden state stays as it is, because only text after the last span is
-        read from it.
+    With `keep_last_state` the last one stays as it is, because only text after the last span is
+    read from it.
     """
     states = getattr(out, "hidden_states", None)
     if states is not None:  # the input of the first layer, then what each layer returns
@@ -76,20 +57,9 @@ def restore_states(out: Any, segments: Sequence[Any], width: int, keep_last_stat
 def restore_map(weights: Tensor, segment: Any, width: int) -> Tensor:
     """Spread an attention map over the columns of the caller's batch.
 
-    A dropped key has weight 0. A dropped query repeats the last row before it, as
-    `restore` does with hidden states.
-
-    Parameters
-    ----------
-    weights : Tensor, shape (B, H, rows of this call, rows of all calls)
-    segment
-        Of the layer that has computed them.
-    width
-        Columns of this call in the caller's batch.
-
-    Returns
-    -------
-    Tensor, shape (B, H, width, columns of all calls)
+    A dropped key has weight 0. A dropped query repeats the last row before it, as `restore` does
+    with hidden states. (B, H, rows of this call, rows of all calls) becomes (B, H, width, columns
+    of all calls).
     """
     batch, heads, queries, _ = weights.shape
     columns = segment.columns(batch, weights.device)

@@ -75,16 +75,8 @@ def attention_received(
     """Attention that every patch receives, mean over heads, float32.
 
     From the class token where there is one (FasterVLM, arXiv 2412.01818), else the mean over all
-    patches that may attend to it (VisionZip, arXiv 2412.04467).
-
-    Parameters
-    ----------
-    q, k : Tensor, shape (B, S, heads, head_dim)
-        B = 1 with `cu_seqlens`, the bounds of independent sequences.
-
-    Returns
-    -------
-    Tensor, shape (B, S)
+    patches that may attend to it (VisionZip, arXiv 2412.04467). q and k (B, S, heads, head_dim)
+    give (B, S), where B = 1 with `cu_seqlens`, the bounds of independent sequences.
     """
     from tokencomp.kernels import attention_colsum
 
