@@ -32,9 +32,9 @@ from benchmarks.accuracy.summary import MAIN
 from tokencomp import available_reducers, make_reducer
 from tokencomp.cli import one_message
 from tokencomp.errors import OptionError, TokenCompError, UnknownNameError
+from tokencomp.evaluation.baselines import has_budget
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.runs import EvalRun
-from tokencomp.evaluation.setting_inputs import has_budget
 from tokencomp.evaluation.settings import DOWNSCALE, INPUT_BASELINES, NATIVE, REST, Setting
 from tokencomp.inputs.questions import Example
 from tokencomp.method import DEFAULT_REDUCER

@@ -7,7 +7,7 @@ import transformers
 from PIL import Image
 
 from tokencomp.errors import OptionError
-from tokencomp.evaluation.setting_inputs import has_budget, native_budget
+from tokencomp.evaluation.baselines import has_budget, native_budget
 
 
 @pytest.mark.skipif(not hasattr(transformers, "Gemma4ImageProcessor"), reason="needs Gemma 4")

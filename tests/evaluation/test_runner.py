@@ -259,7 +259,7 @@ def test_a_batch_that_is_refused_is_asked_one_by_one(loaded, examples, monkeypat
             raise RuntimeError("stack expects each tensor to be equal size")
         return build_inputs(processor, media, prompts)
 
-    monkeypatch.setattr("tokencomp.evaluation.setting_inputs.build_inputs", alone)
+    monkeypatch.setattr("tokencomp.evaluation.batches.build_inputs", alone)
     run = evaluate(*loaded, examples, "uniform", 0.5, **HOW)
     expected = [one_by_one(loaded, e, "uniform", 0.5) for e in examples]
     assert [r["prediction"] for r in run.records] == expected

@@ -13,6 +13,7 @@ from tokencomp.adapters.registry import adapter_for
 from tokencomp.conformance.oracle import columns_left, hidden
 from tokencomp.evaluation.profiler import counted_rows
 from tokencomp.inputs.prompts import build_inputs, to_model
+from tokencomp.pages.html import compact
 from tokencomp.training.capture import eager_attention
 
 QUESTION = "What color is the circle?"
@@ -50,7 +51,7 @@ def self_check(model: Any, processor: Any) -> list[Finding]:
         text = stats.lengths[0] - stats.tokens_before[0]
         expected = [text + n for n in stats.tokens_after[0]]
         fewer = rows == expected and sum(rows) < sum(full_rows)
-        detail = f"rows per layer {_short(full_rows)} → {_short(rows)}, ratio {stats.ratio:.3f}"
+        detail = f"rows per layer {compact(full_rows)} → {compact(rows)}, ratio {stats.ratio:.3f}"
         checks.append(Finding(f"{reducer}: layers see fewer tokens", fewer, detail))
         masked = _masked_logits(model, inputs, stats, handle.plan)
         checks.append(_equal(f"{reducer}: equals the masked run", compressed, masked, model.dtype))
@@ -88,12 +89,3 @@ def _equal(name: str, logits: Tensor, expected: Tensor, dtype: torch.dtype) -> F
     off = float((logits - expected).abs().max())
     scale = max(1.0, float(expected.abs().max()))
     return Finding(name, off <= limit * scale, f"largest difference of logits {off:.1e}")
-
-
-def _short(rows: list[int]) -> str:
-    """ "86" if all are equal, else "86 86 54 …" by runs."""
-    if len(set(rows)) == 1:
-        return str(rows[0])
-    if len(rows) > 12:
-        return f"{rows[0]} … {rows[-1]}"
-    return " ".join(map(str, rows))

@@ -29,7 +29,7 @@ def answer_prompt(
     with answerer.patches:
         for setting in settings:
             batch = answerer.answer(setting, [row], answerer.inputs([row], setting), {})
-            (shrunk,) = answerer.setting_inputs.shrunk(setting, [row[1]])
+            (shrunk,) = answerer.shrunk(setting, [row])
             text, pictures = batch.records[0]["prediction"], _pictures(batch.stats, row[1], shrunk)
             answers.append(Answer(setting, text, batch.costs[0], *pictures))
     return answers

@@ -66,8 +66,8 @@ def command(
     from rich.console import Console
 
     from tokencomp.cli._eval import questions_in, run_questions, run_tasks, tasks_in
+    from tokencomp.evaluation.baselines import has_budget
     from tokencomp.evaluation.environment import process_rank
-    from tokencomp.evaluation.setting_inputs import has_budget
 
     console = Console(quiet=process_rank()[0] > 0)  # one process speaks for all
     questions = questions_in(data, limit)

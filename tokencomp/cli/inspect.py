@@ -73,12 +73,11 @@ def _write(
     from tokencomp.cli._demo import model_facts
     from tokencomp.evaluation.environment import public_name
     from tokencomp.pages.html import render
-    from tokencomp.pages.pictures import strip
+    from tokencomp.pages.pictures import of_one_size, strip
 
     if output.suffix.lower() in PICTURES:
-        sheets = [p for a in answers for p in a.pictures]
-        size = max((p.size for p in sheets), key=lambda s: s[0] * s[1])
-        sheet = strip([p.resize(size) for p in sheets], columns=max(1, 1400 // size[0]))
+        sheets = of_one_size([p for a in answers for p in a.pictures])
+        sheet = strip(sheets, columns=max(1, 1400 // sheets[0].width))
         output.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(output)
         return

@@ -73,22 +73,23 @@ def _variants(
     import statistics
     import time
 
+    from tokencomp.cli._showcase import prompt
     from tokencomp.errors import OptionError
-    from tokencomp.evaluation.setting_inputs import SettingInputs
+    from tokencomp.evaluation.batches import Answerer
     from tokencomp.inputs.prompts import to_model
 
     if not media:
         raise OptionError("nothing to look at: give --image FILE or --video FILE.")
-    loaded, processor = source.load()
-    setting_inputs, variants = SettingInputs(loaded, processor), {}
-    for setting in settings_of(loaded):
-        shrunk, times = setting_inputs.shrunk(setting, [media]), []
+    model, processor = source.load()
+    answerer, row, variants = Answerer({"": model}, processor, {}), prompt(media, question), {}
+    for setting in settings_of(model):
+        times = []
         for _ in range(3):
             start = time.perf_counter()
-            inputs = setting_inputs.build(setting, shrunk, [question])
+            inputs = answerer.inputs([row], setting)
             times.append(time.perf_counter() - start)
-        variants[setting] = (to_model(inputs, loaded), statistics.median(times))
-    return loaded, variants
+        variants[setting] = (to_model(inputs, model), statistics.median(times))
+    return model, variants
 
 
 def measure(

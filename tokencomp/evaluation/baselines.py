@@ -1,15 +1,16 @@
-"""Equal-token baselines: media so small that the processor makes as few tokens of them."""
+"""Baselines on the input: media as small as a ratio asks, or a model's own token budget."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from tokencomp.errors import MediaError
+from tokencomp.errors import MediaError, OptionError
 from tokencomp.inputs.frames import frame_indices
 from tokencomp.inputs.prompts import build_inputs
 from tokencomp.inputs.questions import media_kind
@@ -18,6 +19,12 @@ from tokencomp.plan.counts import keep_count
 
 STRETCH = (1.0, 1.1, 1 / 1.1, 1.22, 1 / 1.22)
 STEPS = 10
+# The setting of an image processor that limits the tokens of one image, and the values that it
+# may have; None is any number. Sources: Gemma 4's and LFM2-VL's processors in transformers.
+BUDGETS: dict[str, tuple[int, ...] | None] = {
+    "max_soft_tokens": (70, 140, 280, 560, 1120),
+    "max_image_tokens": None,
+}
 
 
 class EqualTokens:
@@ -153,3 +160,45 @@ def faster(samples: np.ndarray, share: float) -> np.ndarray:
     n, kept = len(samples), max(1, round(len(samples) * share))
     spectrum = np.fft.rfft(samples)[: kept // 2 + 1]
     return (np.fft.irfft(spectrum, kept) * (kept / n)).astype(samples.dtype)
+
+
+def has_budget(processor: Any) -> bool:
+    """Whether the processor offers a budget of visual tokens per image."""
+    return _knob(processor) is not None
+
+
+def _knob(processor: Any) -> str | None:
+    images = getattr(processor, "image_processor", None)
+    return next((name for name in BUDGETS if isinstance(getattr(images, name, None), int)), None)
+
+
+@contextlib.contextmanager
+def native_budget(processor: Any, ratio: float) -> Iterator[int]:
+    """The processor with the budget nearest to `1 - ratio` of its usual one inside the block.
+
+    It yields the budget, in visual tokens per image; of two as near, the smaller one.
+    """
+    name = _knob(processor)
+    if name is None:
+        raise OptionError(
+            "this model's processor has no budget of visual tokens of its own; use 'downscale' "
+            f"as the baseline. Known are {', '.join(BUDGETS)}."
+        )
+    images, allowed = processor.image_processor, BUDGETS[name]
+    usual = getattr(images, name)
+    target = (1 - ratio) * usual
+    budget = (
+        max(1, round(target))
+        if allowed is None
+        else min(allowed, key=lambda n: (abs(n - target), n))
+    )
+    setattr(images, name, budget)
+    if hasattr(images, "min_image_tokens"):
+        least = images.min_image_tokens
+        images.min_image_tokens = min(least, budget)
+    try:
+        yield budget
+    finally:
+        setattr(images, name, usual)
+        if hasattr(images, "min_image_tokens"):
+            images.min_image_tokens = least

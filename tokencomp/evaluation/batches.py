@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import MediaError
+from tokencomp.evaluation.baselines import EqualTokens, native_budget
 from tokencomp.evaluation.cost import Cost, prefill_costs
 from tokencomp.evaluation.patches import PatchedModels
 from tokencomp.evaluation.profiler import decode_seconds
-from tokencomp.evaluation.setting_inputs import SettingInputs
-from tokencomp.evaluation.settings import Setting
+from tokencomp.evaluation.settings import NATIVE, Setting
 from tokencomp.evaluation.timing import interleaved, prefill_split
 from tokencomp.evaluation.work import vision_work
-from tokencomp.inputs.prompts import generate, to_model
+from tokencomp.inputs.prompts import build_inputs, generate, to_model
 from tokencomp.inputs.questions import Example, media_kind
 
 if TYPE_CHECKING:
@@ -80,7 +81,20 @@ class Answerer:
         self.patches = PatchedModels(models)
         self.disable_adapters, self.around = disable_adapters, around
         self.plain = next(iter(models.values()))
-        self.setting_inputs = SettingInputs(self.plain, processor)
+        self._equal_tokens: dict[str, EqualTokens] = {}
+
+    def equal_tokens(self, setting: Setting) -> EqualTokens:
+        """What counts tokens and shrinks media for an input baseline; it remembers both."""
+        placeholders = list(adapter_for(self.plain).placeholders)
+        counter = EqualTokens(self.processor, placeholders, setting.name)
+        return self._equal_tokens.setdefault(setting.name, counter)
+
+    def shrunk(self, setting: Setting, rows: Sequence[Loaded]) -> list[list[Any]]:
+        """The media of every row: smaller under an input baseline, unchanged otherwise."""
+        if not setting.input_baseline or setting.reducer == NATIVE:
+            return [media for _, media in rows]
+        shrink = self.equal_tokens(setting).shrink
+        return [[shrink(m, setting.ratio) for m in media] for _, media in rows]
 
     def inputs(self, rows: Sequence[Loaded], setting: Setting) -> dict[str, Any]:
         """What the processor makes of a batch; input baselines shrink the media first.
@@ -90,9 +104,12 @@ class Answerer:
         MediaError
             The processor refuses the batch.
         """
+        native = setting.reducer == NATIVE
+        budget = native_budget(self.processor, setting.ratio) if native else nullcontext()
         try:
-            media = self.setting_inputs.shrunk(setting, [m for _, m in rows])
-            return self.setting_inputs.build(setting, media, [e.prompt for e, _ in rows])
+            media = self.shrunk(setting, rows)
+            with budget:
+                return build_inputs(self.processor, media, [e.prompt for e, _ in rows])
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # PyTorch refuses to stack media of different shapes
@@ -179,7 +196,7 @@ class Answerer:
     ) -> list[Cost]:
         full = None
         if setting.input_baseline:
-            count = self.setting_inputs.equal_tokens(setting).tokens
+            count = self.equal_tokens(setting).tokens
             full = [sum(count(m) for m in media) for _, media in rows]
         return prefill_costs(self.plain, inputs, stats, full)
 

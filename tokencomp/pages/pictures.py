@@ -124,7 +124,7 @@ def tiles(media: Any, shares: Sequence[np.ndarray], side: int = SIDE) -> list[Im
     for share in shares:
         frames, positions = frames_of(media, share.shape[0])
         out += [overlay(frames[k], share[positions[k]], side) for k in _shown(frames)]
-    return _of_one_size(out)
+    return of_one_size(out)
 
 
 def plain_tiles(media: Any, side: int = SIDE) -> list[Image.Image]:
@@ -133,7 +133,7 @@ def plain_tiles(media: Any, side: int = SIDE) -> list[Image.Image]:
     return [_fit(frames[k], side) for k in _shown(frames)]
 
 
-def _of_one_size(pictures: Sequence[Image.Image]) -> list[Image.Image]:
+def of_one_size(pictures: Sequence[Image.Image]) -> list[Image.Image]:
     """The pictures, as large as the largest."""
     size = max((p.size for p in pictures), key=lambda s: s[0] * s[1])
     return [p if p.size == size else p.resize(size) for p in pictures]
@@ -187,7 +187,7 @@ def kept_picture(media: Sequence[Any], stats: Stats, side: int = SIDE) -> Image.
     The media are decoded; the first `MAX_MEDIA` of them are drawn.
     """
     sheets = [strip(shown) for _, shown in kept_tiles(media, stats, side=side)[:MAX_MEDIA]]
-    return strip(_of_one_size(sheets))
+    return strip(of_one_size(sheets))
 
 
 def kept_tiles(
