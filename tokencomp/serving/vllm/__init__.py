@@ -35,7 +35,7 @@ MODELS = {
     "InternVLForConditionalGeneration": "internvl",
     "LlavaOnevisionForConditionalGeneration": "llava_onevision",
     "Qwen2VLForConditionalGeneration": "mrope",
-    "Qwen2_5_VLForConditionalGeneration": "qwen2_5_vl",
+    "Qwen2_5_VLForConditionalGeneration": "mrope",
     "Qwen3_5ForConditionalGeneration": "qwen3_vl",
     "Qwen3_5MoeForConditionalGeneration": "qwen3_vl",
     "Qwen3VLForConditionalGeneration": "qwen3_vl",

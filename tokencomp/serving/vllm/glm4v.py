@@ -39,8 +39,6 @@ class Processor(mrope.Processor):
 class Model(mrope.Model):
     """Positions of frames with text between them, for the dense and the MoE variants."""
 
-    config: Any
-
     def finish_item(
         self, plan: ItemPlan, rows: Tensor, index: Tensor, kwargs: Mapping[str, Any], item: int
     ) -> Tensor:

@@ -22,7 +22,6 @@ class Processor(CompressingProcessor):
     """
 
     no_tower_stage = NO_TOWER_STAGE["internvl"]
-    info: Any
 
     def layouts(self, modality: str, items: Any, hf_inputs: Any) -> list[list[VisualSpan]]:
         """See `CompressingProcessor.layouts`."""

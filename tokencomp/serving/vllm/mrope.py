@@ -23,7 +23,7 @@ from vllm.multimodal.utils import copy_mm_embedding_modality
 from tokencomp.serving.item_plan import ItemPlan, field_name
 from tokencomp.serving.offsets import grid_offsets, unpack_offsets, with_offsets
 from tokencomp.serving.vllm.model import CompressingModel
-from tokencomp.serving.vllm.mrope_processor import TABLE_FACTOR, Processor
+from tokencomp.serving.vllm.mrope_processor import TABLE_FACTOR, Processor, time_factor
 
 __all__ = ["Model", "Processor"]
 
@@ -52,6 +52,8 @@ def lengthen_tables(model: nn.Module, length: int) -> None:
 class Model(CompressingModel):
     """Model with M-RoPE, which adds the offsets of kept tokens to their base positions."""
 
+    config: Any
+    language_model: Any
     needs_offsets: ClassVar[bool] = True
     _pending: tuple[Tensor, Tensor] | None = None
 
@@ -64,7 +66,7 @@ class Model(CompressingModel):
     @property
     def row_width(self) -> int:
         """Number of columns of an uncompressed row."""
-        return self.language_model.config.hidden_size  # type: ignore[attr-defined]  # of vLLM's class
+        return self.language_model.config.hidden_size
 
     # -- in the vision step ---------------------------------------------------------------------
 
@@ -73,17 +75,13 @@ class Model(CompressingModel):
         kind = "image" if "image_grid_thw" in kwargs else "video"
         return kwargs[f"{kind}_grid_thw"].prod(-1).tolist()
 
-    def t_factor(self, kwargs: Mapping[str, Any], item: int) -> float:
-        """Return the number of positions between two frames of an item of a batch."""
-        return 1.0
-
     def finish_item(
         self, plan: ItemPlan, rows: Tensor, index: Tensor, kwargs: Mapping[str, Any], item: int
     ) -> Tensor:
         """Append the offsets of the kept rows; an item that kept all rows needs none."""
         if rows.shape[0] == plan.full:
             return rows
-        factor = self.t_factor(kwargs, item) if plan.kind == "video" else 1.0
+        factor = time_factor(self.config, plan.kind, kwargs, item)
         offsets = torch.from_numpy(grid_offsets(plan.spans[0].grid, factor))
         return with_offsets(rows, offsets[:, index.cpu()])
 
@@ -139,7 +137,7 @@ class Model(CompressingModel):
 
         from tokencomp.serving.vllm.runner_v2 import state_with_offsets
 
-        chosen = resolve_model_state_cls(self._vllm_config, self.language_model)  # type: ignore[attr-defined]  # of vLLM's class
+        chosen = resolve_model_state_cls(self._vllm_config, self.language_model)
         return state_with_offsets(chosen)
 
     def recompute_mrope_positions(
@@ -175,8 +173,7 @@ class Model(CompressingModel):
         if any(e.shape[1] > width for e in multimodal_embeddings):
             ids = torch.as_tensor(input_ids, device=mrope_positions.device)[num_computed_tokens:]
             # Every row belongs to a placeholder. Placeholders of later windows follow these rows.
-            config = self.config  # type: ignore[attr-defined]  # of vLLM's class
-            media = ids.new_tensor([config.image_token_id, config.video_token_id])
+            media = ids.new_tensor([self.config.image_token_id, self.config.video_token_id])
             places = num_computed_tokens + torch.isin(ids, media).nonzero()[:, 0]
             mrope_positions = mrope_positions.clone()
             for e in multimodal_embeddings:

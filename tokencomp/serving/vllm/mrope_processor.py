@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from tokencomp.errors import OptionError
@@ -13,6 +14,18 @@ from tokencomp.tokens.spans import VisualSpan
 TABLE_FACTOR = 4  # rotary tables have this many times the model's positions
 
 
+def time_factor(config: Any, kind: str, inputs: Mapping[str, Any], item: int) -> float:
+    """Return the positions between two frames of an item, other than 1 in videos of Qwen2.5-VL.
+
+    `inputs` are the processor's outputs for all items of that kind.
+    """
+    if kind == "image":
+        return 1.0
+    per_second = getattr(config.vision_config, "tokens_per_second", 1.0)
+    seconds = inputs.get("second_per_grid_ts")
+    return float(per_second * (1.0 if seconds is None else float(seconds[item])))
+
+
 class Processor(CompressingProcessor):
     """Processor of M-RoPE models, in which every item is one t × h × w grid.
 
@@ -21,20 +34,24 @@ class Processor(CompressingProcessor):
 
     def layouts(self, modality: str, items: Any, hf_inputs: Any) -> list[list[VisualSpan]]:
         """See `CompressingProcessor.layouts`."""
-        merge = self.info.get_hf_config().vision_config.spatial_merge_size  # type: ignore[attr-defined]  # of vLLM's class
+        merge = self.info.get_hf_config().vision_config.spatial_merge_size
         grids = hf_inputs[f"{modality}_grid_thw"].tolist()
         return [[item_span(modality, (t, h // merge, w // merge))] for t, h, w in grids]
 
     def extents(self, modality: str, layouts: Any, hf_inputs: Any) -> list[int]:
         """See `CompressingProcessor.extents`."""
-        return [grid_extent(spans[0].grid) for spans in layouts]
+        config = self.info.get_hf_config()
+        return [
+            grid_extent(spans[0].grid, time_factor(config, modality, hf_inputs, i))
+            for i, spans in enumerate(layouts)
+        ]
 
     def check_positions(self, sizes: list[ItemSize]) -> None:
         """Refuse requests whose positions exceed the rotary tables.
 
         Positions exceed the prompt's length if a long grid keeps few of its tokens.
         """
-        config = self.info.ctx.model_config  # type: ignore[attr-defined]  # of vLLM's class
+        config = self.info.ctx.model_config
         table = TABLE_FACTOR * config.hf_text_config.max_position_embeddings
         beyond = sum(max(size.extent - size.kept, 0) for size in sizes)
         if max((size.extent for size in sizes), default=0) > MAX_OFFSET:

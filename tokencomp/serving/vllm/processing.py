@@ -54,11 +54,12 @@ class CompressingProcessor:
         Why `tower_ratio` is refused for this family; "" if it is not.
     """
 
+    info: Any
     no_tower_stage: ClassVar[str] = ""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        model_config = self.info.ctx.model_config  # type: ignore[attr-defined]  # of vLLM's class
+        model_config = self.info.ctx.model_config
         self._options = server_options(model_config)
         self._facts = config_facts(model_config.hf_config, model_config.model)
         self._check_tower(self._options.default)
@@ -127,7 +128,7 @@ class CompressingProcessor:
         if not spec.dropped_cells:
             return
         reason = self.no_tower_stage
-        multimodal = self.info.ctx.model_config.multimodal_config  # type: ignore[attr-defined]  # of vLLM's class
+        multimodal = self.info.ctx.model_config.multimodal_config
         backend = getattr(multimodal, "mm_encoder_attn_backend", None)
         if "FLASHINFER" in str(backend):
             reason = reason or "FlashInfer takes the bounds of sequences in a form of its own"

@@ -39,8 +39,6 @@ def frame_offsets(media: np.ndarray, h: int, w: int) -> np.ndarray:
 class Processor(mrope.Processor):
     """Videos as one run of placeholders."""
 
-    info: Any
-
     def extents(self, modality: str, layouts: Any, hf_inputs: Any) -> list[int]:
         """Return t · max(h, w) per item, as every frame has the positions of an image.
 
@@ -67,7 +65,6 @@ class Processor(mrope.Processor):
 class Model(mrope.Model):
     """Deepstack features and the text between frames, for the dense and the MoE variant."""
 
-    config: Any
     visual_dim: int
     multiscale_dim: int
 
@@ -113,7 +110,7 @@ class Model(mrope.Model):
         offsets = torch.empty(3, len(ids), dtype=torch.long)
         offsets[:, media], offsets[:, ~media] = full[:, was_media][:, index], full[:, ~was_media]
         out = rows.new_zeros(len(ids), self.row_width)
-        text = self.language_model.embed_input_ids(ids.to(rows.device))  # type: ignore[attr-defined]  # of vLLM's class
+        text = self.language_model.embed_input_ids(ids.to(rows.device))
         out[:, : self.visual_dim] = text
         out[media.to(rows.device)] = rows
         return with_offsets(out, offsets)
