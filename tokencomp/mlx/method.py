@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-import math
 import zlib
 from dataclasses import dataclass, field
 from typing import Any
@@ -116,8 +115,6 @@ class ChosenMethod:
         if self.torch_reducer is not None:
             return self._by_torch(span, x, keep)
         patches = np.flatnonzero(~span.special)
-        if len(patches) != math.prod(span.grid):
-            raise AssertionError(f"{len(patches)} patches in a grid of {span.grid}")
         rows = x if not special else x[mx.array(patches)]
         chosen = SELECT[self.name](rows, span.grid, keep - special, **self.options)
         return np.sort(np.append(patches[chosen], np.flatnonzero(span.special))), None

@@ -87,15 +87,10 @@ class Bind:
 
 def check_port(bind: Bind) -> None:
     """Raise `OptionError` if no server can listen at `bind`, before a model is loaded."""
-    kind, passive = socket.SOCK_STREAM, socket.AI_PASSIVE
+    host, kind, passive = bind.host or None, socket.SOCK_STREAM, socket.AI_PASSIVE
     try:
-        addresses = socket.getaddrinfo(bind.host or None, bind.port, type=kind, flags=passive)
-        for family, _, _, _, address in addresses:
-            with socket.socket(family, kind) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if family == socket.AF_INET6:
-                    probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                probe.bind(address)
+        for family, *_, address in socket.getaddrinfo(host, bind.port, type=kind, flags=passive):
+            socket.create_server(address, family=family).close()
     except (OSError, UnicodeError) as error:
         raise OptionError(
             f"cannot listen at {bind.host}:{bind.port}: {error}. Use another --host or --port."

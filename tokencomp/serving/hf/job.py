@@ -94,7 +94,6 @@ class Job:
     cancelled: bool = False
     done: bool = False
     usage: Usage | None = None
-    _count: int = 0
     _logprobs: list[dict[str, Any]] = field(default_factory=list)  # not sent yet
 
     @property
@@ -127,9 +126,8 @@ class Job:
         """
         if self.done:
             return
-        self._count += 1
-        if self.usage is not None:
-            self.usage.completion = self._count
+        assert self.usage is not None  # the prefill has run
+        self.usage.completion += 1
         is_end, new = is_end and not self.prompt.request.ignore_eos, ""
         stopped = is_end
         if not is_end:
@@ -144,7 +142,7 @@ class Job:
                     return
                 stopped = self.grammar.ended
             stopped = stopped or self.text.stopped
-        final = stopped or self._count >= self.max_tokens
+        final = stopped or self.usage.completion >= self.max_tokens
         if final:
             new += self.text.finish()
         if new or (final and self._logprobs):

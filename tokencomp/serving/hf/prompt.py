@@ -107,39 +107,27 @@ def parse(
     prompt.text = text.render(prompt.chat, tools) + begun
     tokens = text.check(prompt.chat, prompt.text)
     prompt.grammars = _grammars(request, grammars)
-    media = [part.type.removesuffix("_url") for part in _media_parts(request)]
+    media = [part.type.removesuffix("_url") for part in request.media]
     prompt.alone = not all(map(text.verifies, media))
     limits = with_request(request.media_io_kwargs, limits)
     deadline = deadline or Deadline(limits.decode_seconds)
     deadline.start()
-    for part in _media_parts(request):
+    for part in request.media:
         _load(part, prompt, limits, deadline)
     text.check_images(tokens, prompt.images)
     return prompt
 
 
-def _parts(message: Message) -> list[Part]:
-    """Return the parts of a message; a content that is one string is a part of text."""
-    if message.content is None or isinstance(message.content, str):
-        return [Part(type="text", text=message.content or "")]
-    return message.content
-
-
-def _media_parts(request: ChatRequest) -> list[Part]:
-    """Return the images and videos of a request in the order of the prompt."""
-    return [part for message in request.messages for part in _parts(message) if part.type != "text"]
-
-
 def _check_amount(request: ChatRequest, text: PromptText, limits: Limits) -> None:
     """Refuse a request by the amount of its text and its media, before either is processed."""
-    parts = [part for message in request.messages for part in _parts(message)]
+    parts = [part for message in request.messages for part in message.parts]
     tools = [tool.model_dump_json() for tool in request.tools or []]
     called = [
         c.function.arguments for message in request.messages for c in message.tool_calls or []
     ]
     texts = [part.text or "" for part in parts] + tools + called
     text.check_size(sum(map(len, texts)), len(texts))
-    if len(_media_parts(request)) > limits.max_items:
+    if len(request.media) > limits.max_items:
         raise RequestError(f"more than {limits.max_items} images and videos.", 413)
 
 
@@ -147,7 +135,7 @@ def _spec(request: ChatRequest, options: ServerOptions) -> MethodSpec:
     """Return reducer and ratio of the request, or the server's default."""
     fields = (request.tokencomp, (request.mm_processor_kwargs or {}).get(KEY))
     given = [field for field in fields if field is not None]
-    media = [(part.type, getattr(part, part.type)) for part in _media_parts(request)]
+    media = [(part.type, getattr(part, part.type)) for part in request.media]
     details = [(kind, url.detail) for kind, url in media if url is not None]
     try:
         if not given and (low := options.low_detail(details)) is not None:
@@ -165,7 +153,7 @@ def _content(message: Message) -> list[dict[str, Any]]:
     if message.content is None and message.role != "assistant":
         raise RequestError(f"a message of role {message.role!r} needs a content.")
     content = []
-    for part in _parts(message):
+    for part in message.parts:
         value = getattr(part, part.type)
         if value is None:
             raise RequestError(f"a part of type {part.type!r} needs a field {part.type!r}.")

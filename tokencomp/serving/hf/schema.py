@@ -101,6 +101,13 @@ class Message(Strict):
         return self
 
     @property
+    def parts(self) -> list[Part]:
+        """The parts of the content; one that is a string is a part of text."""
+        if self.content is None or isinstance(self.content, str):
+            return [Part(type="text", text=self.content or "")]
+        return self.content
+
+    @property
     def template_role(self) -> str:
         """The role for chat templates; "developer" is OpenAI's newer name of "system"."""
         return "system" if self.role == "developer" else self.role
@@ -166,6 +173,11 @@ class ChatRequest(Strict):
         if self.offered and self.response_format and self.response_format.type != "text":
             raise ValueError('"tools" beside "response_format": a call has a form of its own')
         return self
+
+    @property
+    def media(self) -> list[Part]:
+        """The images and videos in the order of the prompt."""
+        return [part for message in self.messages for part in message.parts if part.type != "text"]
 
     @property
     def must_call(self) -> bool:

@@ -10,14 +10,12 @@ from typing import Any
 
 from PIL import Image
 
-from tokencomp.inputs.prompts import takes_videos
+from tokencomp.inputs.prompts import Chat, takes_videos
 from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.hf.tools import CallForm
 
 MAX_CHARACTERS = 4 << 20
 MARKED = ("image", "video")
-
-Chat = list[dict[str, Any]]
 
 
 def too_long(tokens: int, limit: int) -> RequestError:
