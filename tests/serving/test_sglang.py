@@ -250,7 +250,7 @@ def test_a_request_chooses_and_errors_reach_the_client(
     from tokencomp.serving.sglang import processing
 
     monkeypatch.setenv("TOKENCOMP_SERVING", '{"reducer": "uniform", "ratio": 0.5}')
-    processing.options.cache_clear()
+    processing.server_options.cache_clear()
     folder, job = tiny_folder("qwen2_vl"), cases.job("qwen2_vl", [cases.IMAGE], 0.5)
     hf_config = hf_reference.load(folder)[0].config
     owner = SimpleNamespace(hf_config=hf_config, server_args=SimpleNamespace())
@@ -271,7 +271,7 @@ def test_a_request_chooses_and_errors_reach_the_client(
         ask({"tokencomp": {"reducer": "fastv"}})
     with pytest.raises(OptionError, match="no stage in the vision tower"):
         ask({"tokencomp": {"tower_ratio": 0.3}})
-    processing.options.cache_clear()
+    processing.server_options.cache_clear()
 
 
 def test_registration(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,18 +46,18 @@ def register() -> None:
         If the options are wrong or the version is untested. SGLang only logs other exceptions of a
         plugin, and would then serve without compression.
     """
-    from tokencomp.serving.sglang.processing import around_processor, server_options
-
-    try:
-        if server_options() is None:
-            return
-    except TokenCompError as error:
-        raise SystemExit(f"tokencomp: {ENV_OPTIONS}: {error}") from error
+    if not os.environ.get(ENV_OPTIONS):
+        return
     import sglang
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from tokencomp.serving.sglang.embedding import around_routine
+    from tokencomp.serving.sglang.processing import around_processor, server_options
 
+    try:
+        server_options()
+    except TokenCompError as error:
+        raise SystemExit(f"tokencomp: {ENV_OPTIONS}: {error}") from error
     if sglang.__version__ not in TESTED_VERSIONS and os.environ.get(ENV_UNTESTED) != "1":
         raise SystemExit(
             f"tokencomp cannot compress in SGLang {sglang.__version__} (tested: "

@@ -39,16 +39,10 @@ NOT_SERVED = dict.fromkeys(
 )
 
 
-def server_options() -> ServerOptions | None:
-    """Return the options of the server, or None if there are none and the plugin is inactive."""
-    text = os.environ.get(ENV_OPTIONS)
-    return ServerOptions.parse(text, "sglang") if text else None
-
-
 @cache
-def options() -> ServerOptions:
-    """Return the options of this process, which `register` has checked."""
-    return server_options() or ServerOptions()
+def server_options() -> ServerOptions:
+    """Return the options of the server."""
+    return ServerOptions.parse(os.environ.get(ENV_OPTIONS), "sglang")
 
 
 async def around_processor(
@@ -58,7 +52,7 @@ async def around_processor(
     """Run SGLang's processor and compress what it returns."""
     check_server(self.hf_config, self.server_args)
     request = (getattr(request_obj, "mm_processor_kwargs", None) or {}).get(KEY)
-    spec = options().resolve(request, "sglang")
+    spec = server_options().resolve(request, "sglang")
     output = await original(self, image_data, input_text, request_obj, *args, **kwargs)
     facts = config_facts(self.hf_config, getattr(self.server_args, "model_path", ""))
     return compress(output, spec, self.hf_config.vision_config.spatial_merge_size, facts)
