@@ -218,7 +218,7 @@ def test_no_torch_is_imported() -> None:
     """A Mac needs none for the reducers of MLX, nor for the server."""
     code = (
         "import sys; sys.modules['torch'] = None\n"
-        "import mlx.core as mx, tokencomp.mlx, tokencomp.mlx.serve\n"
+        "import mlx.core as mx, tokencomp.mlx\n"
         "from tokencomp.errors import MissingDependencyError\n"
         "from tokencomp.mlx.method import ChosenMethod\n"
         "from tokencomp.mlx.selection import SELECT\n"
@@ -226,10 +226,14 @@ def test_no_torch_is_imported() -> None:
         "print([len(f(x, (1, 3, 4), 5)) for f in SELECT.values()])\n"
         "try: ChosenMethod(0.5, 'merge')\n"
         "except MissingDependencyError as error: print(error)\n"
+        "from tokencomp.cli import main\n"
+        "sys.argv = 'tokencomp serve --engine mlx -- --draft-model=x'.split()\n"
+        "main()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.startswith("[5, 5, 5, 5, 5]\n"), done.stderr
     assert "needs torch" in done.stdout
+    assert "--draft-model: drafts" in done.stderr and done.returncode == 2
 
 
 @pytest.mark.parametrize("reducer", REDUCERS[:5])

@@ -1,13 +1,7 @@
-"""mlx_vlm.server with compression: `tokencomp serve --engine mlx`, or, without typer and torch,
-
-python -m tokencomp.mlx.serve --ratio 0.5 [--reducer NAME] -- --model MODEL [--port 8080 ...]
-
-`--budget 512` may stand in place of `--ratio`.
-"""
+"""mlx_vlm.server with compression: `tokencomp serve --engine mlx`."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -16,7 +10,7 @@ from typing import Any
 
 from mlx_vlm.server import cli, generation
 
-from tokencomp.errors import OptionError, TokenCompError
+from tokencomp.errors import OptionError
 from tokencomp.mlx.method import ChosenMethod
 from tokencomp.mlx.patching import check_model, patch
 
@@ -38,6 +32,8 @@ def run(
 ) -> None:
     """Serve a model until the process is interrupted; `extra` are arguments of mlx_vlm.server.
 
+    Every other model that the server loads is patched as well, or refused.
+
     Raises
     ------
     OptionError, RatioError, UnknownNameError, MissingDependencyError
@@ -45,49 +41,20 @@ def run(
     UnsupportedModelError
         A folder with a model of another type; models of the hub are looked at when they are loaded.
     """
+    for flag, reason in REFUSED.items():
+        if any(a == flag or a.startswith(f"{flag}=") for a in extra):
+            raise OptionError(f"{flag}: {reason}. Leave it out, or run mlx_vlm.server itself.")
     method = ChosenMethod(ratio, reducer, budget=budget)
     config = Path(model) / "config.json"
     if config.is_file():
         check_model(json.loads(config.read_text(encoding="utf-8")).get("model_type"))
-    serve(method, ["--model", model, "--host", host, "--port", str(port), *extra])
-
-
-def serve(method: ChosenMethod, arguments: Sequence[str]) -> None:
-    """Run mlx_vlm.server, which patches every model that it loads, or refuses it.
-
-    Raises `OptionError` for models that it would run uncompressed, or drafts.
-    """
-    for flag, reason in REFUSED.items():
-        if any(a == flag or a.startswith(f"{flag}=") for a in arguments):
-            raise OptionError(f"{flag}: {reason}. Leave it out, or run mlx_vlm.server itself.")
     original = generation.ResponseGenerator._initialize_model
 
     def initialize(self: Any) -> None:
         original(self)
-        patch(self.model, method.ratio, method.reducer, budget=method.budget, **method.options)
+        patch(self.model, method.ratio, method.reducer, budget=method.budget)
 
     generation.ResponseGenerator._initialize_model = initialize
-    sys.argv = ["mlx_vlm.server", *arguments]
+    own = ["--model", model, "--host", host, "--port", str(port)]
+    sys.argv = ["mlx_vlm.server", *own, *extra]
     cli.main()
-
-
-def main() -> None:
-    """Run the server from the command line above."""
-    parser = argparse.ArgumentParser(
-        prog="tokencomp.mlx.serve",
-        description=__doc__,
-        formatter_class=argparse.RawTextHelpFormatter,
-    )
-    parser.add_argument("--ratio", help="fraction of visual tokens that leave; 0.5 by default")
-    parser.add_argument("--budget", type=int, help="instead: tokens of every image that stay")
-    parser.add_argument("--reducer", default="auto", help="which stay: kcentre by default")
-    parser.add_argument("arguments", nargs="*", help="of mlx_vlm.server, after `--`")
-    args = parser.parse_args()
-    try:
-        serve(ChosenMethod(args.ratio, args.reducer, budget=args.budget), args.arguments)
-    except TokenCompError as error:
-        parser.exit(2, f"error: {error}\n")
-
-
-if __name__ == "__main__":
-    main()
