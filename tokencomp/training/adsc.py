@@ -24,7 +24,7 @@ from tokencomp.trained.cards import model_card
 from tokencomp.training.checks import without_patch
 from tokencomp.training.data import questions
 from tokencomp.training.loop import Loop, LoopConfig, answer_loss
-from tokencomp.training.measure import Measurement
+from tokencomp.training.measure import accuracy
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CARD = "tokencomp.json"
@@ -118,7 +118,9 @@ def train_adsc(model: Any, processor: Any, data: str, output: Path, config: Adsc
         card |= loop.report()
         write_json(output / CARD, card)
         if config.evaluate:
-            card["accuracy"] = evaluate(tuned, processor, data, config)
+            held_out = questions(data, config.kind, config.evaluate, "validation")
+            variants = {"": tuned, "tuned": tuned}
+            card["accuracy"] = accuracy(variants, processor, held_out, comparison(config), config)
             write_json(output / CARD, card)
     return tuned
 
@@ -185,11 +187,3 @@ def comparison(config: AdscConfig, variant: str = "tuned") -> list[Setting]:
         if ratio > 0:
             settings += [Setting(*method, name="training-free"), Setting("random", ratio)]
     return settings
-
-
-def evaluate(tuned: Any, processor: Any, data: str, config: AdscConfig) -> list[dict[str, Any]]:
-    """Held-out accuracy against the training-free reducer and random choice."""
-    source = questions(data, config.kind, config.evaluate, "validation")
-    measured = Measurement({"": tuned, "tuned": tuned}, processor, config.frames, config.batch)
-    measured.run(source, comparison(config), "evaluating")
-    return measured.table(comparison(config))

@@ -27,7 +27,7 @@ from tokencomp.training.capture import capture
 from tokencomp.training.checks import without_patch
 from tokencomp.training.data import EMBEDDED, load_batch, questions
 from tokencomp.training.loop import Loop, LoopConfig, answer_loss
-from tokencomp.training.measure import Measurement
+from tokencomp.training.measure import accuracy
 
 SAMPLE = 16
 """Questions whose media are counted before training and before an evaluation."""
@@ -124,8 +124,13 @@ def train_ccam(model: Any, processor: Any, data: str, output: Path, config: Ccam
     card |= loop.report()
     path = module.eval().save(output, card)
     if config.evaluate:
-        evaluated = evaluate(model, processor, data, path, config)
-        write_json(path.with_suffix(".json"), {**read_card(path)[0], "accuracy": evaluated})
+        rows = []
+        for kind, held in held_out(data, config).items():
+            spans = sample_spans(model, processor, held, config)
+            settings, title = comparison(path, config.queries, spans), f"evaluating ({kind})"
+            table = accuracy({"": model}, processor, held, settings, config, title)
+            rows += [{"kind": kind, **row} for row in table]
+        write_json(path.with_suffix(".json"), {**read_card(path)[0], "accuracy": rows})
     return path
 
 
@@ -179,7 +184,8 @@ def comparison(weights: Path, queries: int, spans: Sequence[VisualSpan]) -> list
     """The projector, and pooling and random choice at as many tokens, on media like `spans`.
 
     All of them keep special tokens: the projector beside its queries, the others within their
-    count. Media of which the projector would save nothing are refused.
+    count. Media of which the projector would save nothing are refused; those of different sizes are
+    compared at their mean number of tokens.
     """
     check_media(spans, queries)
     kept = sum(queries + len(span.special) for span in spans)
@@ -198,23 +204,6 @@ def held_out(data: str, config: CcamConfig) -> dict[str, Sequence[Example]]:
     if not config.evaluate:
         return {}
     return {kind: questions(data, kind, config.evaluate, "validation") for kind in kinds}
-
-
-def evaluate(
-    model: Any, processor: Any, data: str, weights: Path, config: CcamConfig
-) -> list[dict[str, Any]]:
-    """Held-out accuracy against pooling and random choice at as many tokens.
-
-    Media of different sizes are compared at the mean number of tokens of a sample.
-    """
-    rows = []
-    for kind, source in held_out(data, config).items():
-        measured = Measurement({"": model}, processor, config.frames, config.batch)
-        spans = sample_spans(model, processor, source, config)
-        settings = comparison(weights, config.queries, spans)
-        measured.run(source, settings, f"evaluating ({kind})")
-        rows += [{"kind": kind, **row} for row in measured.table(settings)]
-    return rows
 
 
 def sample_spans(

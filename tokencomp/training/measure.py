@@ -14,6 +14,7 @@ from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import FULL, Setting
 from tokencomp.inputs.questions import Example
 from tokencomp.training.data import answer_ids
+from tokencomp.training.loop import TrainingConfig
 
 REPLY = 4
 """Least number of tokens that an answer may have, so that "(B)." fits where "B" is expected."""
@@ -108,6 +109,20 @@ class Measurement:
                 row[f"vs_{baseline}"] = {"wins": test.wins, "losses": test.losses, "p": test.p}
             rows.append(row)
         return rows
+
+
+def accuracy(
+    models: dict[str, Any],
+    processor: Any,
+    source: Sequence[Example],
+    settings: Sequence[Setting],
+    config: TrainingConfig,
+    title: str = "evaluating",
+) -> list[dict[str, Any]]:
+    """`Measurement.table` of held-out questions, in the batches and frames of a training."""
+    measured = Measurement(models, processor, config.frames, config.batch)
+    measured.run(source, settings, title)
+    return measured.table(settings)
 
 
 def longest_answer(processor: Any, model: Any, source: Sequence[Example]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 
 from tokencomp.evaluation.settings import Setting
-from tokencomp.inputs.questions import Example
 from tokencomp.reducers._batch import supplied_scores
 from tokencomp.reducers.score import ScoreReducer
 from tokencomp.reducers.selector import CHANNELS, INPUTS, NARROW, SelectorNet
@@ -21,7 +19,7 @@ from tokencomp.tokens.signals import Attention, Signal
 from tokencomp.trained.cards import model_card, write
 from tokencomp.training.checks import check_folder, without_patch
 from tokencomp.training.data import questions
-from tokencomp.training.measure import Measurement
+from tokencomp.training.measure import accuracy
 from tokencomp.training.selector.config import SelectorConfig
 from tokencomp.training.selector.fit import fit
 from tokencomp.training.selector.labels import Pair, label, label_identity
@@ -79,7 +77,7 @@ def train_selector(
     path = write(output / "selector.safetensors", net.state_dict(), card)
     if config.evaluate:
         source = questions(data, config.kind, config.evaluate, "validation")
-        card["accuracy"] = accuracy(model, processor, source, path, config)
+        card["accuracy"] = accuracy({"": model}, processor, source, comparison(path), config)
         write_json(path.with_suffix(".json"), card)
     return path
 
@@ -106,16 +104,6 @@ def comparison(weights: Path) -> list[Setting]:
             Setting("random", ratio),
         ]
     return settings
-
-
-def accuracy(
-    model: Any, processor: Any, source: Sequence[Example], weights: Path, config: SelectorConfig
-) -> list[dict[str, Any]]:
-    """Held-out accuracy of the selector, the raw attention row and random choice."""
-    measured = Measurement({"": model}, processor, config.frames, config.batch)
-    settings = comparison(weights)
-    measured.run(source, settings, "evaluating")
-    return measured.table(settings)
 
 
 @torch.no_grad()
