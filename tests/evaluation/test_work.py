@@ -7,7 +7,7 @@ import torch
 from tokencomp.kernels import maxmin_select
 
 import tokencomp
-from tokencomp.evaluation.work import _sees_attention, flop_counter, vision_work
+from tokencomp.evaluation.work import FlopClock, _sees_attention, vision_work
 from tokencomp.inputs.prompts import build_inputs
 
 
@@ -68,7 +68,7 @@ def test_reducing_counts_the_products_inside_the_kernels(loaded, inputs):
 
 def test_kernels_are_counted_once_and_give_what_they_give():
     x = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
-    with flop_counter() as counter:
+    with FlopClock() as counter:
         chosen = maxmin_select(x, 8)
     assert torch.equal(chosen, maxmin_select(x, 8))
     assert counter.get_total_flops() == 2 * (40 + 1) * 40 * 16  # with the mean and with each other

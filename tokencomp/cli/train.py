@@ -68,8 +68,8 @@ def selector(
         str, typer.Option("--answers", help="Explain 'generated' or 'given' answers.")
     ] = "generated",
     target: Annotated[
-        str | None, typer.Option("--target", help="Explain the 'logit' or 'logprob' of answers.")
-    ] = None,
+        str, typer.Option("--target", help="Explain the 'logit' or 'logprob' of answers.")
+    ] = "logit",
     held_out: Annotated[
         int, typer.Option("--held-out", min=1, help="Held-out questions that are explained.")
     ] = 500,
@@ -84,9 +84,7 @@ def selector(
     """Explain answers, train the selector on it, evaluate, save (arXiv 2506.01097)."""
     from tokencomp.training.selector.train import SelectorConfig, train_selector
 
-    chosen: dict[str, Any] = {"answers": answers, "input": input}
-    if target is not None:
-        chosen["target"] = target
+    chosen: dict[str, Any] = {"answers": answers, "target": target, "input": input}
     config = SelectorConfig(epochs=epochs, held_out=held_out, **chosen, **shared.config())
     path = train_selector(*shared.load(model), shared.data, output, config)
     use = ", input='features'" if input == "features" else ""

@@ -115,13 +115,6 @@ def public_name(name: str) -> str:
     return Path(name).name if Path(name).exists() else name
 
 
-def attention_backend(model: Any) -> str:
-    """The attention backend of the model, as transformers names it."""
-    from tokencomp.adapters.registry import unwrap
-
-    return str(getattr(unwrap(model).config, "_attn_implementation", "") or "sdpa")
-
-
 def _pixels(processor: Any) -> dict[str, Any]:
     """Sizes that the image and video processors aim at."""
     sizes = {}

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from tokencomp.adapters.registry import adapter_for
+from tokencomp.adapters.registry import adapter_for, unwrap
 from tokencomp.errors import MediaError
 from tokencomp.evaluation.batches import (
     TOO_LARGE,
@@ -25,18 +25,14 @@ from tokencomp.evaluation.batches import (
     failed,
     kind_of,
 )
-from tokencomp.evaluation.environment import (
-    attention_backend,
-    environment,
-    model_identity,
-    process_rank,
-)
+from tokencomp.evaluation.environment import environment, model_identity, process_rank
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import FULL, Setting
 from tokencomp.evaluation.store import AnswerStore
 from tokencomp.inputs.frames import Frames, plain_frames
 from tokencomp.inputs.questions import Example, has_video
 from tokencomp.inputs.scorer import with_scorer
+from tokencomp.torchlib.compat import attention_implementation
 
 Draw = Callable[[Path, Example, list[Any], Any], None]
 """Run folder, a question, its media, and `handle.stats` of a batch that begins with it."""
@@ -219,7 +215,8 @@ class _Sweep:
     ) -> None:
         self.answerer, self.asked, self.items, self.frames = answerer, asked, list(items), frames
         self.rank, self.world = process_rank()
-        self.facts = {**environment(), "attention": attention_backend(answerer.plain)}
+        attention = attention_implementation(unwrap(answerer.plain).config)
+        self.facts = {**environment(), "attention": attention}
         self.layers, self.steps = len(adapter_for(answerer.plain).layers), self._steps()
 
     def _steps(self) -> int:

@@ -52,38 +52,29 @@ class VisionWork:
     reduce: int
 
 
-class FlopClock:
-    """A clock of `prefill_split` that shows FLOPs; the prefill must run inside its context."""
+class FlopClock(FlopCounterMode):
+    """PyTorch's counter, extended by attention on CPUs and by the kernels of this package.
+
+    As a clock of `prefill_split` it shows FLOPs; the prefill must run inside its context.
+    """
 
     def __init__(self) -> None:
-        self._counter = flop_counter()
-
-    def __enter__(self) -> FlopClock:
-        self._counter.__enter__()
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        self._counter.__exit__(*exc)
+        formulas: dict[Any, Any] = {
+            getattr(torch.ops.tokencomp, name): _plain_flops(body)
+            for name, body in dispatch.BODIES.items()
+        }
+        attention = [getattr(torch.ops.aten, name, None) for name in SDPA]
+        formulas |= {op: _raw(_attention_flops) for op in attention if op is not None}
+        super().__init__(display=False, custom_mapping=formulas)
 
     def mark(self) -> int:
-        return int(self._counter.get_total_flops())
+        return int(self.get_total_flops())
 
     def between(self, start: int, stop: int) -> int:
         return stop - start
 
     def finish(self) -> None:
         """Nothing to wait for."""
-
-
-def flop_counter() -> FlopCounterMode:
-    """PyTorch's counter, extended by attention on CPUs and by the kernels of this package."""
-    formulas: dict[Any, Any] = {
-        getattr(torch.ops.tokencomp, name): _plain_flops(body)
-        for name, body in dispatch.BODIES.items()
-    }
-    attention = [getattr(torch.ops.aten, name, None) for name in SDPA]
-    formulas |= {op: _raw(_attention_flops) for op in attention if op is not None}
-    return FlopCounterMode(display=False, custom_mapping=formulas)
 
 
 def vision_work(model: Any, inputs: dict[str, Any]) -> VisionWork:
@@ -143,8 +134,8 @@ def _plain_flops(body: Callable[..., Any]) -> Callable[..., int]:
     """FLOPs of a kernel: its body runs once more, in plain PyTorch, under a counter of its own."""
 
     def count(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
-        with dispatch.plain(), flop_counter() as counter:
+        with dispatch.plain(), FlopClock() as counter:
             body(*args, **kwargs)
-        return int(counter.get_total_flops())
+        return counter.mark()
 
     return _raw(count)

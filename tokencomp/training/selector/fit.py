@@ -1,4 +1,4 @@
-"""Training of the selector's network on labels (see `selector_labels`)."""
+"""Training of the selector's network on labels."""
 
 from __future__ import annotations
 

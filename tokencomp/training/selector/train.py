@@ -1,4 +1,4 @@
-"""Training of the `selector` reducer and its evaluation (see `selector_labels`, `selector_fit`)."""
+"""Training of the `selector` reducer, from labels to weights, and its evaluation."""
 
 from __future__ import annotations
 
