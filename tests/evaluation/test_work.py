@@ -66,6 +66,16 @@ def test_reducing_counts_the_products_inside_the_kernels(loaded, inputs):
     assert work.reduce >= products
 
 
+def test_reducing_counts_the_keys_of_a_reducer_that_reads_attention(loaded, inputs):
+    """The counter walks all modules of a layer, also while its queries and keys are read."""
+    model, tokens = loaded[0], 64
+    with tokencomp.patch(model, 0.5, reducer="condiv"):
+        work = vision_work(model, inputs)
+    text = model.config.get_text_config()
+    width = text.hidden_size // text.num_attention_heads * text.num_key_value_heads
+    assert work.reduce >= 2 * tokens * text.hidden_size * width
+
+
 def test_kernels_are_counted_once_and_give_what_they_give():
     x = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
     with FlopClock() as counter:

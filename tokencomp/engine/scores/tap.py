@@ -150,29 +150,32 @@ def tap(
     compat.register_attention(NAME, _tap)
     clone = shallow_copy(attn)
     clone.config = AttributeView(attn.config, _attn_implementation=NAME)
-    own = clone._modules  # where functions may stand for modules, too
+    stand_ins: dict[str, partial[Any]] = {}
     if tensor_parallel_group(attn) is None:  # else a rank's width is not the module's
         for name in skipped:
             width = getattr(getattr(attn, name, None), "out_features", None)
             if isinstance(width, int):
-                own[name] = partial(_zeros, width)
+                stand_ins[name] = partial(_zeros, width)
     if projected is not None:
-        own["q_proj"] = partial(_constant, projected)
+        stand_ins["q_proj"] = partial(_constant, projected)
     elif rows is not None and isinstance(getattr(attn, "q_proj", None), nn.Module):
-        own["q_proj"] = partial(_some_rows, attn.q_proj, rows)
+        stand_ins["q_proj"] = partial(_some_rows, attn.q_proj, rows)
     run = clone
     if root is not attn:
         run = shallow_copy(unwrapped(root))
         name = next(name for name, child in run.named_children() if unwrapped(child) is attn)
         run._modules[name] = clone
     call = {"attention_mask": None, **arguments}
-    if own.get("indexer") is not None:  # its mask is read in front of the call
-        own["indexer"] = partial(_constant, None)  # its choice changes neither queries nor keys
+    if getattr(attn, "indexer", None) is not None:  # its mask is read in front of the call
+        stand_ins["indexer"] = partial(_constant, None)  # it changes neither queries nor keys
         call["attention_mask"] = hidden.new_ones(1, 1, 1, 1, dtype=torch.bool)
     if CHOICE in parameters_of(run) and call.get(CHOICE) is None:
         call[CHOICE] = hidden.new_zeros(1, 1, 1, dtype=torch.int32)
     if SHARED in parameters_of(run):  # a layer may write to it, and then later ones would read that
         call[SHARED] = dict(arguments.get(SHARED) or {})
+    for name, function in stand_ins.items():  # attributes, as what counts FLOPs walks all modules
+        clone._modules.pop(name, None)
+        clone.__dict__[name] = function
     try:
         type(run).forward(run, **compat.accepted(run, {"hidden_states": hidden, **call}))
     except Tapped as tapped:
