@@ -178,10 +178,11 @@ def test_eval(merging, folder, tmp_path, file, monkeypatch):
         stored = json.loads(json.dumps(setting.identity))
         assert Setting(*[stored[k] for k in ("reducer", "ratio", "options")]) == setting
         calls.append((setting, out.name))
-        return {}
 
+    monkeypatch.setattr(benchmarks, "check_installed", lambda: None)
     monkeypatch.setattr(benchmarks, "find_tasks", lambda *args: [])
     monkeypatch.setattr(benchmarks, "run_setting", run_setting)
+    monkeypatch.setattr("tokencomp.cli.eval._print", lambda *args: None)
     uniform = {"reducer": "uniform", "options": {}}
     stored = [{**stage, **uniform, "rest": "merge"} for stage in STAGES] if merging else STAGES
     file.write_text(json.dumps(stored))
@@ -203,8 +204,10 @@ def test_eval(merging, folder, tmp_path, file, monkeypatch):
 def test_all_reducers_that_fit(folder, tmp_path, monkeypatch, capsys):
     """Every registered one at every ratio, but for those that this model or --rest refuses."""
     calls = []
+    monkeypatch.setattr(benchmarks, "check_installed", lambda: None)
     monkeypatch.setattr(benchmarks, "find_tasks", lambda *args: [])
-    monkeypatch.setattr(benchmarks, "run_setting", lambda *args, **how: calls.append(args[3]) or {})
+    monkeypatch.setattr(benchmarks, "run_setting", lambda *args, **how: calls.append(args[3]))
+    monkeypatch.setattr("tokencomp.cli.eval._print", lambda *args: None)
     given = ("eval", "--model", folder, "-o", tmp_path / "runs", "-r", "all")
     assert run(*given, "--ratio", "0.5,0.75") == 0
     names, said = {s.reducer for s in calls}, capsys.readouterr().err

@@ -57,10 +57,10 @@ def test_eval_passes_the_stage_on(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[Any] = []
+    monkeypatch.setattr(benchmarks, "check_installed", lambda: None)
     monkeypatch.setattr(benchmarks, "find_tasks", lambda *args: [])
-    monkeypatch.setattr(
-        benchmarks, "run_setting", lambda a, b, c, s, *d, **e: calls.append(s) or {}
-    )
+    monkeypatch.setattr(benchmarks, "run_setting", lambda a, b, c, s, *d, **e: calls.append(s))
+    monkeypatch.setattr("tokencomp.cli.eval._print", lambda *args: None)
     given = ("--model", folder, "-o", tmp_path / "runs", "--no-baselines")
     assert run("eval", *given, *OPTIONS) == 0
     full, chosen = calls

@@ -155,6 +155,18 @@ def test_report_of_real_runs_shows_kept_patches(loaded, examples, tmp_path):
     assert page.read_text().count("data:image/jpeg;base64,") == 2
 
 
+def test_scores_of_lmms_eval_stand_beside_each_other(runs, tmp_path, capsys):
+    for name, scores in (("full-0.0", {"mlvu": {"accuracy": 0.75}}), ("random-0.5", {"mlvu": {}})):
+        file = runs / name / "manifest.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "scores": scores}))
+    page = tmp_path / "r.html"
+    assert run("report", runs, "-o", page) == 0
+    printed = capsys.readouterr().out.partition("lmms-eval's scores")[2]
+    text = " ".join(re.sub("<[^>]+>", " ", page.read_text()).split())
+    for shown in (printed, text):
+        assert re.search(r"mlvu · accuracy\s+0\.75\s+–\s+–", shown)
+
+
 @pytest.mark.parametrize(
     ("ratio", "shown"), [(0.5, "0.5"), ({"image": 0.5}, "image=0.5"), ("budget=16", "budget=16")]
 )

@@ -12,7 +12,6 @@ from tokencomp.evaluation.settings import RANDOM, Setting
 from tokencomp.inputs.files import FileQuestions
 
 TASKS = "mlvu_dev,mvbench"
-Manifests = dict[Setting, dict[str, Any]]
 Folders = Mapping[Setting, Path]
 """The run folder of every setting."""
 
@@ -34,7 +33,7 @@ def run_questions(
     *,
     frames: int | str,
     batch_size: int,
-) -> Manifests:
+) -> None:
     """Answer the questions under every setting, and draw what compression loses."""
     from tokencomp.evaluation.runner import sweep
     from tokencomp.pages.lost import draw_lost, write_lost
@@ -48,7 +47,6 @@ def run_questions(
         if full and setting.active and setting.name != RANDOM and process_rank()[0] == 0:
             out = folders[setting]
             write_lost(out, draw_lost(*loaded, run, runs[full], by_id, out, frames=frames))
-    return {setting: run.manifest for setting, run in runs.items()}
 
 
 def tasks_in(
@@ -75,12 +73,11 @@ def run_tasks(
     folders: Folders,
     console: Any,
     **how: Any,
-) -> Manifests:
+) -> None:
     """Run tasks of lmms-eval under one setting after the other; `how` as in `run_setting`."""
     from tokencomp.lmms.tasks import run_setting
 
-    full, manifests = next((out for s, out in folders.items() if s.off), None), {}
+    full = next((out for s, out in folders.items() if s.off), None)
     for k, (setting, out) in enumerate(folders.items()):
         console.print(f"[dim]{k + 1}/{len(folders)}[/] {setting.label}")
-        manifests[setting] = run_setting(loaded, name, tasks, setting, out, full=full, **how)
-    return manifests
+        run_setting(loaded, name, tasks, setting, out, full=full, **how)

@@ -7,6 +7,9 @@ from typing import Any
 
 from tokencomp.evaluation.metrics import Difference, Retention
 
+COLUMNS = 6
+"""Settings whose scores fit into a terminal."""
+
 
 def retained(retention: Retention | None) -> str:
     """Retention with its interval, e.g. "97.1% [94%, 99%]"; a dash where there is none."""
@@ -43,6 +46,7 @@ def print_lines(console: Any, lines: Sequence[Any]) -> None:
     if len(lines) > 1:
         _print_rivals(console, lines[1:])
     _print_work(console, lines)
+    _print_scores(console, lines)
     for line in lines:
         if line.moved:
             console.print(f"† {line.run.label} at {line.run.shown_ratio} {line.moved}.")
@@ -83,6 +87,21 @@ def _print_work(console: Any, lines: Sequence[Any]) -> None:
         for line, cells in rows:
             shown.add_row(line.label, f"{line.run.shown_ratio}", *cells)
         shown.caption = "FLOPs; reduce: the method's own work as a share of the full prefill."
+        console.print(shown)
+
+
+def _print_scores(console: Any, lines: Sequence[Any]) -> None:
+    """lmms-eval's own scores, if they fit beside each other; the page has those of all settings."""
+    from tokencomp.pages.report import score_rows
+
+    rows = score_rows(lines) if len(lines) <= COLUMNS else []
+    if rows:
+        shown = table("task", title="\nlmms-eval's scores", overflow="fold")
+        for line in lines:
+            ratio = f"\n{line.run.shown_ratio}" if line.run.ratio else ""
+            shown.add_column(line.label + ratio, justify="right")
+        for name, cells in rows:
+            shown.add_row(name, *cells)
         console.print(shown)
 
 

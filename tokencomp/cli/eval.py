@@ -11,8 +11,6 @@ import typer
 from tokencomp.cli import _options as opt
 from tokencomp.cli._methods import settings
 
-COLUMNS = 6
-
 
 @opt.flat
 def command(
@@ -83,12 +81,12 @@ def command(
         folders = {setting: output / setting.label for setting in chosen}
         how: dict[str, Any] = {"frames": chosen_frames, "batch_size": batch_size}
         if questions is not None:
-            manifests = run_questions(loaded, source.model, questions, folders, **how)
+            run_questions(loaded, source.model, questions, folders, **how)
         else:
             how["limit"] = limit
-            manifests = run_tasks(loaded, source.model, found, folders, console, **how)
+            run_tasks(loaded, source.model, found, folders, console, **how)
     if not console.quiet:
-        _print(console, manifests, list(folders.values()))
+        _print(console, list(folders.values()))
     console.print(f"\nRun folders: [bold]{output}[/]. Next: tokencomp report {output}/*")
 
 
@@ -108,29 +106,9 @@ def _with_baselines(settings: list[Any], seeds: int, native: bool = False) -> li
     return list(dict.fromkeys([*same[RANDOM], *more, *same[UNIFORM], *small, *settings]))
 
 
-def _print(console: Any, manifests: dict[Any, dict[str, Any]], folders: list[Path]) -> None:
+def _print(console: Any, folders: list[Path]) -> None:
     from tokencomp.cli._tables import print_lines
     from tokencomp.evaluation.runs import find_runs
     from tokencomp.pages import report
 
-    manifests = {s: m for s, m in manifests.items() if m}
-    if not manifests:
-        return
     print_lines(console, report.lines(find_runs(folders)))
-    if len(manifests) <= COLUMNS and any(m.get("scores") for m in manifests.values()):
-        _print_scores(console, manifests)
-
-
-def _print_scores(console: Any, manifests: dict[Any, dict[str, Any]]) -> None:
-    """lmms-eval's own scores, one row per task; `tokencomp report` has them for all settings."""
-    from tokencomp.cli import _tables
-
-    table = _tables.table("task", title="\nlmms-eval's scores", overflow="fold")
-    for setting in manifests:
-        label = setting.name if setting.off else f"{setting.name}\n{setting.shown_ratio}"
-        table.add_column(label, justify="right")
-    first = next(iter(manifests.values()))
-    for task in first["identity"]["tasks"]:
-        scores = [m["scores"].get(task, {}).values() for m in manifests.values()]
-        table.add_row(task, *[", ".join(f"{v:.3g}" for v in values) or "–" for values in scores])
-    console.print(table)

@@ -89,7 +89,7 @@ def write(table: Sequence[Line], path: Path) -> Path:
         title=f"{first.identity['model']}: accuracy under visual-token compression",
         table=table,
         families=sorted({f for line in table for f in line.families}),
-        scores=_scores(table),
+        scores=score_rows(table),
         plots=_plots(table),
         pictures=_pictures(table),
         facts=first.manifest,
@@ -155,23 +155,18 @@ def work_cell(work: dict[str, Any], part: str, full: dict[str, Any] | None) -> s
     return f"{share:.1%}" if 0 < share < 0.1 else f"{share:.0%}"
 
 
-def _scores(table: Sequence[Line]) -> list[tuple[str, list[str]]]:
+def score_rows(table: Sequence[Line]) -> list[tuple[str, list[str]]]:
     """lmms-eval's own scores, one row per task and metric, one cell per line of the table."""
-    names = [
-        (task, metric)
-        for task, values in table[0].run.manifest.get("scores", {}).items()
+    scores = [line.run.manifest.get("scores", {}) for line in table]
+    return [
+        (f"{task} · {metric}", [_number(own.get(task, {}).get(metric)) for own in scores])
+        for task, values in scores[0].items()
         for metric in values
     ]
-    return [
-        (
-            f"{task} · {metric}",
-            [
-                f"{line.run.manifest['scores'].get(task, {}).get(metric, float('nan')):.2f}"
-                for line in table
-            ],
-        )
-        for task, metric in names
-    ]
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None or value != value else f"{value:.2f}"
 
 
 def _plots(table: Sequence[Line]) -> list[str]:
