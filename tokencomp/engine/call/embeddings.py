@@ -6,6 +6,7 @@ ids and pixels instead, and would fill the placeholders in the call that is to b
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,11 +18,11 @@ from tokencomp.torchlib import compat
 from tokencomp.torchlib.views import shallow_copy
 
 
+@dataclass
 class _Reached(Exception):
     """Ends a call of a decoder at its first layer, with what the layer gets."""
 
-    def __init__(self, hidden: Tensor) -> None:
-        self.hidden = hidden
+    hidden: Tensor
 
 
 class _FirstLayer(nn.Module):

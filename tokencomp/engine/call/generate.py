@@ -1,9 +1,4 @@
-"""What is known inside of `model.generate` alone; and what `generate_batch` is refused.
-
-Transformers takes token ids alone in continuous batching (`generate_batch`) and runs them in a
-thread of its own, where an error only ends the request. Text runs there as without a patch. What
-cannot be served is refused before the thread starts.
-"""
+"""What is known inside of `model.generate` alone; and what `generate_batch` is refused."""
 
 from __future__ import annotations
 
@@ -19,24 +14,47 @@ from tokencomp.errors import NoVisualInputError, UnsupportedCacheError
 from tokencomp.torchlib.hooks import Hooked
 from tokencomp.torchlib.replace import MethodReplacement
 
-GENERATE = "generate"
+FIX = "Use model.generate(...), one prompt or a padded batch at a time, or handle.disabled()."
 
 
-class GenerateCall(Hooked):
-    """Notes what the running `generate` was called with.
+class GenerateCalls(Hooked):
+    """Notes what the running `generate` was called with, and looks at requests of `generate_batch`.
 
     `generate` calls the model with the prompt and whatever it has drafted or generated since; only
     its caller knows where one ends and the other begins. It encodes media before it calls the
     model, so for the gate it is one call: features of one setting must not meet the plan of
     another. A patched model therefore carries a `generate` of its own that calls the original.
+
+    Transformers takes token ids alone in continuous batching (`generate_batch`) and runs them in a
+    thread of its own, where an error only ends the request. Text runs there as without a patch.
+    What cannot be served is refused before the thread starts.
+
+    Parameters
+    ----------
+    active
+        Whether prompts with media are compressed in the calling thread.
+    strict
+        Whether prompts without media are refused.
     """
 
-    def __init__(self, adapter: Adapter, gate: CallGate, calls: RunningCalls) -> None:
+    def __init__(
+        self,
+        adapter: Adapter,
+        gate: CallGate,
+        calls: RunningCalls,
+        active: Callable[[], bool],
+        strict: bool,
+    ) -> None:
         self.adapter, self.gate, self.calls = adapter, gate, calls
+        self.active, self.strict = active, strict
 
     def install(self) -> None:
-        """Replace `model.generate`, if the model has it."""
-        self._handles.append(MethodReplacement(self.adapter.top, GENERATE, self._generate))
+        """Replace both methods of the model, where it has them."""
+        top = self.adapter.top
+        self._handles += [
+            MethodReplacement(top, "generate", self._generate),
+            MethodReplacement(top, "generate_batch", self._generate_batch),
+        ]
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         state = self.calls.state
@@ -49,38 +67,7 @@ class GenerateCall(Hooked):
             state.columns, state.encodes = earlier
             self.gate.leave(kwargs)
 
-
-def prompt_columns(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
-    """Columns of the prompt that `generate` was called with, or None if they do not show it."""
-    for name in ("inputs_embeds", "input_ids", "inputs"):
-        if isinstance(kwargs.get(name), Tensor):
-            return int(kwargs[name].shape[1])
-    return int(args[0].shape[1]) if args and isinstance(args[0], Tensor) else None
-
-
-BATCH = "generate_batch"  # the method of transformers' generation that runs it
-FIX = "Use model.generate(...), one prompt or a padded batch at a time, or handle.disabled()."
-
-
-class BatchGuard(Hooked):
-    """Looks at the requests of `generate_batch` while prompts are compressed.
-
-    Parameters
-    ----------
-    active
-        Whether prompts with media are compressed in the calling thread.
-    strict
-        Whether prompts without media are refused.
-    """
-
-    def __init__(self, adapter: Adapter, active: Callable[[], bool], strict: bool) -> None:
-        self.adapter, self.active, self.strict = adapter, active, strict
-
-    def install(self) -> None:
-        """Replace `model.generate_batch`, where the release has it."""
-        self._handles.append(MethodReplacement(self.adapter.top, BATCH, self._generate))
-
-    def _generate(
+    def _generate_batch(
         self,
         original: Callable[..., Any],
         inputs: Sequence[Sequence[int]],
@@ -111,3 +98,11 @@ class BatchGuard(Hooked):
                 "strict=True, and continuous batching takes token ids alone, so that no prompt "
                 "brings an image or video. Use model.generate(...), or patch(..., strict=False)."
             )
+
+
+def prompt_columns(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+    """Columns of the prompt that `generate` was called with, or None if they do not show it."""
+    for name in ("inputs_embeds", "input_ids", "inputs"):
+        if isinstance(kwargs.get(name), Tensor):
+            return int(kwargs[name].shape[1])
+    return int(args[0].shape[1]) if args and isinstance(args[0], Tensor) else None

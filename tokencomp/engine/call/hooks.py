@@ -21,7 +21,7 @@ from tokencomp.engine.cache.need import InForce, PatchNeed
 from tokencomp.engine.call.chunks import ChunkedPrefill
 from tokencomp.engine.call.decoder import DecoderHooks
 from tokencomp.engine.call.gate import CallGate
-from tokencomp.engine.call.generate import BatchGuard, GenerateCall
+from tokencomp.engine.call.generate import GenerateCalls
 from tokencomp.engine.call.later import begins_prompt
 from tokencomp.engine.call.refusals import FeaturelessPrompts
 from tokencomp.engine.call.state import CallHooks, RunningCalls
@@ -67,11 +67,9 @@ class Hooks(CallHooks):
         self._featureless = FeaturelessPrompts(adapter, strict)
         known = self._in_force, prefill, self._featureless
         self.decoder = DecoderHooks(adapter, calls, plan, *known)
-        batches = BatchGuard(adapter, self._compresses, strict)
-        generate = GenerateCall(adapter, self.gate, calls)
-        self._parts: list[Any] = [
-            self.decoder, RelativePositions(adapter, calls), prefill, batches, generate
-        ]  # fmt: skip
+        generate = GenerateCalls(adapter, self.gate, calls, self._compresses, strict)
+        relative = RelativePositions(adapter, calls)
+        self._parts: list[Any] = [self.decoder, relative, prefill, generate]
         # Qwen2-VL before transformers 5 swallows the argument and returns all logits.
         self._slices = "logits_to_keep" in parameters_of(adapter.top)
 

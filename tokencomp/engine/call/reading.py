@@ -73,7 +73,8 @@ def read_prompt(
     layout = _layout(arguments, past, state, spans, text)
     forward = ForwardPass(adapter, plan, spans, layout, x.shape[1])
     forward.cache = cache
-    forward.segments = build_segments(plan, len(adapter.layers), cache, mask, x.shape[1])
+    layers = getattr(cache, "layers", ())
+    forward.segments = build_segments(plan, len(adapter.layers), layers, mask, x.shape[1])
     return forward, positions
 
 

@@ -58,7 +58,7 @@ class VisualContext(Installed):
         setattr(rotary, EXTENSION, self)
         body = adapter.body
         self._handles += [
-            body.register_forward_pre_hook(self._count_placeholders, with_kwargs=True),
+            body.register_forward_pre_hook(self._count, with_kwargs=True),
             body.register_forward_hook(self._note, with_kwargs=True),
         ]
 
@@ -83,15 +83,16 @@ class VisualContext(Installed):
             rotary.attention_scaling = self._plain[1]
             super().remove()
 
-    def count(self, new: list[int], cache: Any) -> None:
-        """Count the `new` visual tokens of every sample together with those that the cache holds.
+    @compat.not_compiled
+    def _count(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Count the visual tokens of a call together with those that the cache holds.
 
-        Raises
-        ------
-        SpanError
-            If a sample has more visual tokens than `target_tokens`.
+        A forward pre-hook of the body.
         """
-        past, most = held(cache), max(new, default=0)
+        named = compat.bind(module, args, kwargs)
+        kinds = self._adapter.kinds(named)
+        new = [] if kinds is None else (kinds != 0).sum(1).tolist()
+        past, most = held(compat.get_cache(named)), max(new, default=0)
         self._local.total = past + most
         if most and past + most > self.target_tokens:
             cached = f", after {past} in the cache" if past else ""
@@ -100,14 +101,6 @@ class VisualContext(Installed):
                 f"was extended to {self.target_tokens}. Use fewer frames, or "
                 f"extend_visual_context(model, {past + most})."
             )
-
-    @compat.not_compiled
-    def _count_placeholders(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """Count the placeholders of a call before it runs (forward pre-hook of the body)."""
-        named = compat.bind(module, args, kwargs)
-        kinds = self._adapter.kinds(named)
-        new = [] if kinds is None else (kinds != 0).sum(1).tolist()
-        self.count(new, compat.get_cache(named))
 
     @compat.not_compiled
     def _note(self, module: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:

@@ -17,7 +17,7 @@ from tokencomp.engine.kinds.windows import Windows
 from tokencomp.engine.rows.arguments import sequence_dim, table_parts
 from tokencomp.engine.rows.compaction import Selection, compact, take
 from tokencomp.engine.rows.layout import RowLayout
-from tokencomp.engine.stage.segments import Segment, segments_after
+from tokencomp.engine.stage.segments import Segment, build_segments
 from tokencomp.engine.stage.stage_input import StageInput
 from tokencomp.engine.stage.stage_scores import StageScores, rater_weights
 from tokencomp.engine.stage.survivors import surviving_rows
@@ -139,7 +139,7 @@ class ForwardPass:
         """The forward pass of later tokens on a compressed cache."""
         forward = cls(adapter, Plan(), [], RowLayout(width, [], []), width)
         forward.compresses, forward.new = False, new
-        forward.segments = segments_after(layers, width)
+        forward.segments = build_segments(forward.plan, len(layers), layers, None, width)
         return forward
 
     def segment_of(self, layer: int) -> Segment:

@@ -169,18 +169,19 @@ class Segment:
 
 
 def build_segments(
-    plan: Plan, total: int, cache: Any, mask: Tensor | None, width: int
+    plan: Plan, total: int, layers: Sequence[Any], mask: Tensor | None, width: int
 ) -> list[Segment]:
     """Cut the decoder of `total` layers where a stage acts now or has acted in an earlier turn.
 
-    The call has `width` columns in the caller's batch; `mask` (B, past + L) is that of padding.
+    `layers` are those of the KV cache. The call has `width` columns in the caller's batch, and
+    `mask` (B, past + L) is that of padding.
     """
-    layers = list(getattr(cache, "layers", None) or [])
     stages = {s.layer: s for s in plan.stages}
     old = {i for i, layer in enumerate(layers) if getattr(layer, "starts_segment", False)}
     starts = sorted({0, *stages, *old})
     segments = []
     for first, stop in zip(starts, [*starts[1:], total], strict=True):
+        # Where only linear layers see some rows, the layers behind them tell how many.
         layer, layout = first_layer(layers, first), RowLayout(width, [], [])
         if isinstance(layer, CompressedLayer):
             segment = Segment.after(layer, first, stop, layout)
@@ -193,17 +194,6 @@ def build_segments(
         segment.stage = stages.get(first)
         segments.append(segment)
     return segments
-
-
-def segments_after(layers: Sequence[Any], width: int) -> list[Segment]:
-    """The segments of later tokens, `width` columns, on the layers of a compressed cache."""
-    starts = [i for i, layer in enumerate(layers) if getattr(layer, "starts_segment", False)]
-    bounds = zip([0, *starts], [*starts, len(layers)], strict=True)
-    # Where only linear layers see some rows, the layers behind them tell how many.
-    return [
-        Segment.after(first_layer(layers, first), first, stop, RowLayout(width, [], []))
-        for first, stop in bounds
-    ]
 
 
 def check_entered(segments: list[Segment], decoder: Any) -> None:
