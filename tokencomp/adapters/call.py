@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from tokencomp.tokens.signals import Signal
 from tokencomp.tokens.spans import Grid, Kind
+from tokencomp.tokens.stacks import HostIndex
 
 KINDS: dict[int, Kind] = {1: "image", 2: "video", 3: "audio"}
 CODES: dict[Kind, int] = {kind: code for code, kind in KINDS.items()}
-Array = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Call:
         return self._rasters[run]
 
 
-def raster_grid(h: Array, w: Array) -> Grid | None:
+def raster_grid(h: HostIndex, w: HostIndex) -> Grid | None:
     """The grid (t, rows, columns) whose cells have the positions `h` and `w`, in raster order.
 
     NumPy, because short tensor operations cost ten times as much.

@@ -191,11 +191,11 @@ class CompressedDynamicLayer(CompressedLayer, DynamicLayer):
         if isinstance(self, STATES):
             STATES.crop(self, length)
         self._cut(rows)
+        self._change(lambda t: t[:, :rows])
 
     def _cut(self, rows: int) -> None:
         """Keep the first `rows` rows."""
         self.keys, self.values = self.keys[..., :rows, :], self.values[..., :rows, :]
-        self._change(lambda t: t[:, :rows])
 
     def reset(self) -> None:
         """Drop the rows (old releases would only set them to 0) and become a plain layer."""
@@ -251,7 +251,6 @@ class CompressedSlidingLayer(CompressedDynamicLayer, DynamicSlidingWindowLayer):
         kept = slice(max(held - removed - limit, 0), held - removed)
         self.keys, self.values = self.keys[..., kept, :], self.values[..., kept, :]
         self.cumulative_length = rows
-        self._change(lambda t: t[:, :rows])
 
 
 class CompressedIndexedLayer(CompressedDynamicLayer, INDEXED):  # type: ignore[misc]  # older releases lack it

@@ -64,7 +64,6 @@ class CompressedReferenceLayer(CompressedDynamicLayer):
     def _cut(self, rows: int) -> None:
         plain: Any = self.plain
         plain.crop(self, rows - self.rows)
-        self._change(lambda t: t[:, :rows])
 
 
 @functools.cache

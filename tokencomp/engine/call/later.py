@@ -74,7 +74,7 @@ class LaterTokens:
         self.adopt(layers, first)
         single = kwargs["inputs_embeds"].shape[1] == 1
         if single and isinstance(first, CompressedStaticLayer):
-            self._static_step(kwargs, layers, first)
+            self._static_step(kwargs, first)
             return
         positions = kwargs.get("position_ids")
         # A row before those that the rotary embedding reads counts text tokens.
@@ -107,7 +107,7 @@ class LaterTokens:
             if isinstance(layer, CompressedLayer):
                 layer.patch = self.in_force
 
-    def _static_step(self, kwargs: dict[str, Any], layers: list[Any], layer: Any) -> None:
+    def _static_step(self, kwargs: dict[str, Any], layer: Any) -> None:
         """Prepare one token on a static cache, without a host read and with constant shapes.
 
         As long as the cache has no padding, transformers' own mask is right: it takes the logical

@@ -24,9 +24,8 @@ from tokencomp.engine.scores.parallel import gather_heads, unsharded
 from tokencomp.engine.scores.queries_keys import Probe, questions_of, with_past
 from tokencomp.engine.scores.tap import attention_of
 from tokencomp.tokens.signals import Attention
+from tokencomp.tokens.stacks import HostIndex
 from tokencomp.torchlib import compat
-
-Table = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @torch.no_grad()  # scores only choose; a checkpointed layer would also record them just once
@@ -191,7 +190,9 @@ def _key_lengths(probe: Probe, lengths: Tensor) -> None:
         lengths[question.sample, columns] = row_lengths
 
 
-def _votes(probe: Probe, signal_rows: str) -> tuple[dict[str, list[list[int]]], Table, Table]:
+def _votes(
+    probe: Probe, signal_rows: str
+) -> tuple[dict[str, list[list[int]]], HostIndex, HostIndex]:
     """Which columns vote on which tokens.
 
     Parameters
@@ -233,7 +234,7 @@ def _votes(probe: Probe, signal_rows: str) -> tuple[dict[str, list[list[int]]], 
     return passes, np.concatenate(places), np.concatenate(voters)
 
 
-def _visible(probe: Probe, index: Table, offset: int) -> np.ndarray[Any, np.dtype[np.int32]]:
+def _visible(probe: Probe, index: HostIndex, offset: int) -> np.ndarray[Any, np.dtype[np.int32]]:
     """First key, key behind the last, and own key of the voting columns, (3, S, R).
 
     Keys of earlier turns, `offset` of them, are all real and come first; behind them, a sample that
@@ -245,7 +246,7 @@ def _visible(probe: Probe, index: Table, offset: int) -> np.ndarray[Any, np.dtyp
     return np.stack([np.where(index < 0, 0, first), key + 1, key]).astype(np.int32)
 
 
-def _voting(probe: Probe, votes: list[list[int]], every: bool) -> Table:
+def _voting(probe: Probe, votes: list[list[int]], every: bool) -> HostIndex:
     """The columns that vote, (S, R), counted from the probe's first; -1 where there are fewer.
 
     With `every` column of a question, column i stands at place i.

@@ -19,6 +19,7 @@ from tokencomp.plan.stages import Stage
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.signals import QUERY, Signal, TowerSignal
 from tokencomp.tokens.spans import SpanBatch, VisualTokens
+from tokencomp.tokens.stacks import rows_of, starts_of
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,9 @@ class StageInput:
         scores, needs = self.scores, stage.needs
         # Spans that keep all of their tokens have scores, but are not in the batch.
         if scores is not None and len(scores) > sum(lengths):
-            tables["scored"] = self._rows_of(chosen)
+            starts = starts_of([live.count for row in self.layout.spans for live in row])
+            before = starts_of([len(row) for row in self.layout.spans])  # spans of other samples
+            tables["scored"] = rows_of(starts, [before[b] + j for b, j in chosen])
         moved = move_tables(tables, self.x.device)
         flat, index, full = self.x.flatten(0, 1), None, None
         if self.layout.origin is not None and missing:
@@ -199,15 +202,6 @@ class StageInput:
         if needs:
             batch.tower = self._tower(needs, chosen, full)
         return batch
-
-    def _rows_of(self, chosen: list[tuple[int, int]]) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Rows of the spans `chosen` among the visual tokens that are left."""
-        stops, last = {}, 0
-        for b, row in enumerate(self.layout.spans):
-            for j, live in enumerate(row):
-                stops[b, j] = (last, last + live.count)
-                last += live.count
-        return np.concatenate([np.arange(*stops[key]) for key in chosen])
 
     def _tower(
         self, needs: Collection[Signal], chosen: list[tuple[int, int]], full: Tensor | None

@@ -7,7 +7,6 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from tokencomp.plan.plan import Plan
 from tokencomp.plan.reducer import reduced
 from tokencomp.plan.stages import TowerStage
 from tokencomp.tokens.spans import SpanBatch
+from tokencomp.tokens.stacks import rows_of, starts_of
 
 if TYPE_CHECKING:
     from tokencomp.adapters.base import Adapter
@@ -48,10 +48,10 @@ def chosen_cells(
     grids = list(itertools.chain.from_iterable(cells.parts))
     keeps = list(itertools.chain.from_iterable(map(stage.cells, cells.parts)))
     lengths = [math.prod(grid) for grid in grids]
-    numbers = np.split(np.arange(sum(lengths), dtype=np.int64), np.cumsum(lengths[:-1]))
+    ends = starts_of(lengths)
 
     def cells_of(parts: list[int]) -> Tensor:
-        return torch.from_numpy(np.concatenate([numbers[i] for i in parts])).to(values.device)
+        return torch.from_numpy(rows_of(ends, parts)).to(values.device)
 
     # The reducer does not see parts of which all cells stay, or none.
     whole = [i for i, length in enumerate(lengths) if keeps[i] == length]
