@@ -21,12 +21,12 @@ def early(natural: list[float], target: float) -> list[float]:
     The step comes after layer 0 if the later layers still see at least half of `target`;
     otherwise it comes before layer 0.
     """
-    layers = len(natural)
-    for free in (1, 0):
-        height = (target * layers - free) / max(sum(natural[free:]), 1e-9)
-        if height >= target / 2 or free == 0:
-            return [1.0] * free + [height * f for f in natural[free:]]
-    return natural
+    total = target * len(natural)
+    height = (total - 1) / max(sum(natural[1:]), 1e-9)
+    if height >= target / 2:
+        return [1.0, *(height * f for f in natural[1:])]
+    height = total / max(sum(natural), 1e-9)
+    return [height * f for f in natural]
 
 
 def bisect(mean_at: Callable[[float], list[float]], target: float, lo: float, hi: float) -> float:
@@ -99,9 +99,9 @@ def pyramid(num_layers: int, target: float) -> list[float]:
 
 def once(num_layers: int, target: float, first: int, least: float) -> list[float]:
     """One cut before layer `first`, or earlier where it would leave less than `least`."""
-    for free in range(first, -1, -1):
+    for free in range(first, 0, -1):
         left = (target * num_layers - free) / max(num_layers - free, 1)
-        if left >= least or free == 0:
+        if left >= least:
             return [1.0] * free + [left] * (num_layers - free)
     return [target] * num_layers
 

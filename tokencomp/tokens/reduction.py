@@ -109,12 +109,8 @@ class Reduction:
             before = batch.sizes
             if before is None:
                 before = torch.ones(sum(batch.lengths), device=keep.device)
-            sizes = before[keep]
-            at = 0
-            for part in parts:
-                if part.sizes is not None:
-                    sizes[at : at + len(part.keep)] = part.sizes.to(sizes)
-                at += len(part.keep)
+            known = zip(parts, before[keep].split([len(r.keep) for r in parts]), strict=True)
+            sizes = torch.cat([own if r.sizes is None else r.sizes.to(own) for r, own in known])
         return cls(keep, merged, sizes)
 
     def _fault(self, tokens: VisualTokens) -> str:
