@@ -109,6 +109,7 @@ def test_vllm_starts_with_closed_options(tmp_path: Path, monkeypatch: pytest.Mon
     assert arguments["--allowed-media-domains"] == "invalid." and arguments["--host"] == "127.0.0.1"
     assert arguments["--allowed-local-media-path"] == str(tmp_path)
     assert "secret" not in command and env["VLLM_API_KEY"] == "secret"
+    assert "secret" not in env["TOKENCOMP_RULES"]
     assert arguments["--middleware"].endswith("middleware.Guard")
     assert command[-2:] == ["--port", "1"]
     assert json.loads(env["TOKENCOMP_SERVING"])["only_own"] is True
@@ -118,7 +119,8 @@ def test_vllm_starts_with_closed_options(tmp_path: Path, monkeypatch: pytest.Mon
     named = Bind("0.0.0.0", allowed_hosts=("ai.example",))
     command, env = vllm_command(str(tmp_path), fixed, named, Limits(), [])
     assert "--trust-request-mm-kwargs" not in command and "--middleware" in command
-    assert json.loads(env["TOKENCOMP_RULES"])["hosts"] == ["0.0.0.0", "ai.example"]
+    bind = json.loads(env["TOKENCOMP_RULES"])["bind"]
+    assert (bind["host"], bind["allowed_hosts"]) == ("0.0.0.0", ["ai.example"])
     trusting = ["--trust-request-mm-kwargs"]
     command, env = vllm_command(str(tmp_path), {"ratio": 0.5}, Bind(), Limits(), trusting)
     assert "--middleware" in command and command.count(trusting[0]) == 1  # the key stays checked

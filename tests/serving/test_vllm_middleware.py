@@ -18,6 +18,7 @@ from PIL import Image
 from PIL.Image import DecompressionBombError
 from support.serving import http
 
+from tokencomp.serving.bind import Bind
 from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.hf.media import Limits
 from tokencomp.serving.vllm import request_checks
@@ -75,7 +76,9 @@ def ask(
 
     names = [(b"content-type", b"application/json"), (b"transfer-encoding", b"chunked"), *headers]
     scope = {"type": "http", "method": method, "path": path, "headers": names}
-    asyncio.run(asyncio.wait_for(Guard(app, limits)(scope, receive, send), 20))
+    asyncio.run(
+        asyncio.wait_for(Guard(app, limits and Rules(limits=limits))(scope, receive, send), 20)
+    )
     text = b"".join(m.get("body", b"") for m in sent)
     return sent[0]["status"], json.loads(text)["error"]["message"] if text else ""
 
@@ -146,7 +149,9 @@ def test_host_names(
 ) -> None:
     """A web page that gives its own name the address of the server must not reach it."""
     if hosts is not None:
-        monkeypatch.setenv("TOKENCOMP_RULES", Rules(tuple(hosts)).as_json())
+        monkeypatch.setenv(
+            "TOKENCOMP_RULES", Rules(Bind(hosts[0], allowed_hosts=tuple(hosts[1:]))).as_json()
+        )
 
     def answer(*names: str) -> tuple[int, str]:
         headers = [(b"host", name.encode()) for name in names]
@@ -271,7 +276,7 @@ def test_file_urls_must_name_files_below_the_path(
     os.mkfifo(inside / "pipe")
     good = f"file://{inside}/a%20file.png"
     assert "--allowed-media-path" in refused(media(good))[1]
-    monkeypatch.setenv("TOKENCOMP_RULES", Rules(media_path=str(inside)).as_json())
+    monkeypatch.setenv("TOKENCOMP_RULES", Rules(limits=Limits(allowed_path=inside)).as_json())
     passes(media(good))
     for url in [
         *(f"{start}{inside}/pipe" for start in ("file://", "FILE://", "file:")),

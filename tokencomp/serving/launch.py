@@ -56,16 +56,13 @@ def vllm_command(
     check_architecture(model, parsed.default)
     command = [*_entry(model), "--host", bind.host, "--port", str(bind.port)]
     command += ["--middleware", "tokencomp.serving.vllm.middleware.Guard"]
-    path = str(limits.allowed_path.resolve()) if limits.allowed_path is not None else None
-    if path is not None:
-        command += ["--allowed-local-media-path", path]
+    if limits.allowed_path is not None:
+        command += ["--allowed-local-media-path", str(limits.allowed_path.resolve())]
     remote = _sets(extra, "--allowed-media-domains")
-    hosts = bind.host, *bind.allowed_hosts
-    rules = Rules(hosts, path, limits.frames, remote, media_options=trusts_kwargs)
     env = {
         **os.environ,
         ENV_OPTIONS: json.dumps({**options, "only_own": parsed.only_own}),
-        ENV_RULES: rules.as_json(),
+        ENV_RULES: Rules(bind, limits, remote, trusts_kwargs).as_json(),
         "TOKENCOMP_VLLM": "on",
     }
     if bind.api_key:

@@ -11,8 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from anyio import CapacityLimiter, to_thread
@@ -22,9 +20,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tokencomp.serving import ENV_OPTIONS
-from tokencomp.serving.bind import Bind
 from tokencomp.serving.hf.errors import RequestError
-from tokencomp.serving.hf.media import Limits
 from tokencomp.serving.http import OPEN_PATHS, Bodies, Exchange, check_head, first_page
 from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm.request_checks import check_request
@@ -41,14 +37,9 @@ UNREADABLE = (OSError, RuntimeError, ZeroDivisionError, DecompressionBombError)
 class Guard:
     """Refuse requests that vLLM should not see; see the module's docstring."""
 
-    def __init__(self, app: ASGIApp, limits: Limits | None = None) -> None:
-        self.app, self.rules = app, Rules.from_environment()
-        host, *allowed = self.rules.hosts
-        key = os.environ.get("VLLM_API_KEY") or None
-        self.bind = Bind(host, api_key=key, allowed_hosts=tuple(allowed))
-        path = Path(self.rules.media_path) if self.rules.media_path else None
-        limits = replace(limits or Limits(), allowed_path=path, frames=self.rules.frames)
-        self.limits = limits
+    def __init__(self, app: ASGIApp, rules: Rules | None = None) -> None:
+        self.app, self.rules = app, rules or Rules.from_environment()
+        limits = self.rules.limits
         self.options = ServerOptions.parse(os.environ.get(ENV_OPTIONS))
         self.bodies = Bodies(limits.max_body, limits.max_bodies, limits.body_seconds)
         self.checking = CapacityLimiter(CHECKING)
@@ -63,7 +54,7 @@ class Guard:
             return
         exchange = Exchange(scope, receive, send)
         try:
-            check_head(scope, self.bind)
+            check_head(scope, self.rules.bind)
             await self._answer(exchange)
         except RequestError as error:  # also of `frames`, in the application
             if exchange.status:
@@ -96,9 +87,8 @@ class Guard:
         """Read and check the body of a request; return what the application receives."""
         async with self.bodies.read(Request(exchange.scope, exchange.receive)) as content:
             body = await to_thread.run_sync(
-                check_request, bytes(content), self.rules, self.limits, self.options,
-                limiter=self.checking,
-            )  # fmt: skip
+                check_request, bytes(content), self.rules, self.options, limiter=self.checking
+            )
         waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def receive() -> Message:
@@ -127,7 +117,7 @@ class Guard:
             raise RequestError("the server does not list its models yet. Ask again.", 503)
         cards: dict[str, Any] = {card["id"]: card for card in json.loads(body)["data"]}
         if scope["path"] == "/":
-            setting, keyed = self.options.default.describe(), bool(self.bind.api_key)
+            setting, keyed = self.options.default.describe(), bool(self.rules.bind.api_key)
             return first_page(Request(scope), next(iter(cards)), setting, keyed)
         name = scope["path"].removeprefix(f"{MODELS}/")
         if name not in cards:

@@ -26,7 +26,7 @@ from tokencomp.serving.vllm.rules import Rules
 MEDIA = ("image_url", "video_url")
 
 
-def check_request(body: bytes, rules: Rules, limits: Limits, options: ServerOptions) -> bytes:
+def check_request(body: bytes, rules: Rules, options: ServerOptions) -> bytes:
     """Check a JSON body, and its pictures without decoding their pixels.
 
     vLLM reads the body with the same parser, so it sees what was checked here. Returned is the body
@@ -40,10 +40,10 @@ def check_request(body: bytes, rules: Rules, limits: Limits, options: ServerOpti
     if not isinstance(request, dict):
         raise RequestError("the body must be a JSON object.")
     if not rules.media_options:
-        with_request(request.get("media_io_kwargs"), limits)
+        with_request(request.get("media_io_kwargs"), rules.limits)
     _check_text(request)
     _check_sampling(request)
-    _check_media(request, rules, limits)
+    _check_media(request, rules)
     try:
         return _with_detail(request, options) or body
     except (OptionError, RatioError) as error:
@@ -95,8 +95,9 @@ def runs_on_cpu() -> bool:
     return bool(current_platform.is_cpu())
 
 
-def _check_media(request: dict[str, Any], rules: Rules, limits: Limits) -> None:
+def _check_media(request: dict[str, Any], rules: Rules) -> None:
     """Check all media of a request within limits that they share."""
+    limits = rules.limits
     deadline, left, count = Deadline(limits.decode_seconds), limits.max_total_pixels, 0
     for part in _parts(request):
         if part.get("uuid") is not None:

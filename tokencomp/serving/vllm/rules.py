@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 from tokencomp.serving import ENV_RULES
+from tokencomp.serving.bind import Bind
 from tokencomp.serving.hf.media import Limits
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What the operator lets through, beside the key.
+    """What the operator lets through.
 
     Attributes
     ----------
-    hosts
-        Address of the server, and further names of it, see `Bind`.
-    media_path
-        Directory that `file:` URLs must lie below; None refuses all of them.
-    frames
-        Number of frames of a video.
+    bind, limits
+        Address of the server with further names of it, and limits on the media of a request.
     remote_media
         Whether vLLM may fetch media. What it fetches is not checked.
     media_options
@@ -29,17 +27,21 @@ class Rules:
         frame of a video.
     """
 
-    hosts: tuple[str, ...] = ("",)
-    media_path: str | None = None
-    frames: int = Limits.frames
+    bind: Bind = field(default_factory=lambda: Bind(host=""))
+    limits: Limits = field(default_factory=Limits)
     remote_media: bool = False
     media_options: bool = False
 
     def as_json(self) -> str:
-        """Return the value of the environment variable."""
-        return json.dumps(asdict(self))
+        """Return the value of the environment variable, without the key, which vLLM has too."""
+        return json.dumps(asdict(replace(self, bind=replace(self.bind, api_key=None))), default=str)
 
     @classmethod
     def from_environment(cls) -> Rules:
         """Return the rules of this process; without the variable, the strictest for any host."""
-        return cls(**json.loads(os.environ.get(ENV_RULES) or "{}"))
+        values = json.loads(os.environ.get(ENV_RULES) or "{}")
+        bind, limits = values.pop("bind", {"host": ""}), values.pop("limits", {})
+        bind["api_key"] = os.environ.get("VLLM_API_KEY") or None
+        if path := limits.get("allowed_path"):
+            limits["allowed_path"] = Path(path)
+        return cls(Bind(**bind), Limits(**limits), **values)
