@@ -135,16 +135,12 @@ class Source:
     device: Device = "auto"
     dtype: Dtype = "auto"
 
-    def load(self) -> tuple[Any, Any]:
-        """Model and processor."""
-        return _loaded(self.model, self.device, self.dtype)
+    @functools.cached_property
+    def loaded(self) -> tuple[Any, Any]:
+        """Model and processor; media may need them, and so does what comes after."""
+        from tokencomp.inputs.loading import load_model
 
-
-@functools.cache  # media may need the model, and so does what comes after them
-def _loaded(model: str, device: str, dtype: str) -> tuple[Any, Any]:
-    from tokencomp.inputs.loading import load_model
-
-    return load_model(model, device=device, dtype=dtype)
+        return load_model(self.model, device=self.device, dtype=self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +166,7 @@ class Files:
 
         frames: Policies = frame_policy(self.frames)
         if isinstance(frames, Scored) and (self.image or self.video):
-            frames = with_scorer(frames, *source.load())
+            frames = with_scorer(frames, *source.loaded)
         loaded = [load_media(path, frames, question=self.question) for path in self.image or ()]
         for path in self.video or ():
             media = load_media(path, frames, question=self.question)

@@ -42,7 +42,7 @@ def command(
 
     console = Console()
     say = lambda text: console.print(f"[dim]{text} …[/]")  # noqa: E731
-    loaded = source.load()
+    loaded = source.loaded
     demo = work.make_demo(*loaded, public_name(source.model), settings_of(loaded[0]), say)
     _print(console, demo)
     path = demo_page.write(demo, output)

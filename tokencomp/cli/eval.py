@@ -74,7 +74,7 @@ def command(
         opt.refuse_options(context, ("tasks",), f"--data {data}", fix)
     with tempfile.TemporaryDirectory() as home:
         found = [] if questions else tasks_in(tasks, data, limit, Path(home), console)
-        loaded = source.load()
+        loaded = source.loaded
         chosen = settings_of(loaded[0])
         if baselines:
             chosen = _with_baselines(chosen, seeds, has_budget(loaded[1]))

@@ -44,7 +44,7 @@ def command(
     from tokencomp.cli._showcase import answer_prompt, prompt
     from tokencomp.pages.html import compact
 
-    loaded, processor = source.load()
+    loaded, processor = source.loaded
     chosen, question = settings_of(loaded), files.question
     answers = answer_prompt(loaded, processor, prompt(media, question), chosen, max_new_tokens)
     console = Console()

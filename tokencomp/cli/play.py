@@ -26,5 +26,5 @@ def command(
     """
     from tokencomp.cli._playground import Playground, serve
 
-    model, processor = source.load()
+    model, processor = source.loaded
     serve(Playground(model, processor, source.model, frames), host, port, browser)

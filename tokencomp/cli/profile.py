@@ -80,7 +80,7 @@ def _variants(
 
     if not media:
         raise OptionError("nothing to look at: give --image FILE or --video FILE.")
-    model, processor = source.load()
+    model, processor = source.loaded
     answerer, row, variants = Answerer({"": model}, processor, {}), prompt(media, question), {}
     for setting in settings_of(model):
         times = []

@@ -10,7 +10,6 @@ import typer
 
 from tokencomp.cli import _options as opt
 from tokencomp.cli import _parse as parse
-from tokencomp.inputs.packaged import DEFAULT_MODEL
 
 VLLM_HINT = "use vLLM's own arguments after `--` (--max-num-seqs, ...)"
 MLX_HINT = "use the arguments of mlx_vlm.server after `--` (--max-tokens, ...)"
@@ -21,7 +20,7 @@ CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 def command(
     context: typer.Context,
     method: opt.StageOptions,
-    model: opt.Model = DEFAULT_MODEL,
+    source: opt.Source,
     ratio: Annotated[str, typer.Option("--ratio", help="Default ratio in [0, 1).")] = "0.5",
     budget: Annotated[
         int | None,
@@ -80,8 +79,6 @@ def command(
         ),
     ] = None,
     docs: Annotated[bool, typer.Option("--docs", help="Describe the API at /docs (hf).")] = False,
-    device: opt.Device = "auto",
-    dtype: opt.Dtype = "auto",
     frames: Annotated[
         str,
         typer.Option(
@@ -122,7 +119,7 @@ def command(
             )
         Bind(host, port).warn_if_open()
         number = None if budget is not None else parse.one_ratio(ratio, "serve")
-        run(resolve(model), number, budget, reducer, host, port, context.args)
+        run(resolve(source.model), number, budget, reducer, host, port, context.args)
         return
     from tokencomp.serving.hf.media import Limits
     from tokencomp.serving.launch import run_hf, run_vllm
@@ -148,15 +145,15 @@ def command(
     if engine == "vllm":
         ineffective = ("device", "docs", "max_batch")
         opt.refuse_options(context, ineffective, "--engine vllm", VLLM_HINT)
-        extra, folder = [*context.args], resolve(model)
-        if folder != model and not any(a.startswith("--served-model-name") for a in extra):
-            served_name = served_name or model  # clients do not see where embedded models lie
+        extra, folder = [*context.args], resolve(source.model)
+        if folder != source.model and not any(a.startswith("--served-model-name") for a in extra):
+            served_name = served_name or source.model  # not where an embedded model lies
         if served_name:
             extra += ["--served-model-name", served_name]
         if max_model_len:
             extra += ["--max-model-len", str(max_model_len)]
-        if dtype != "auto":
-            extra += ["--dtype", dtype]
+        if source.dtype != "auto":
+            extra += ["--dtype", source.dtype]
         run_vllm(folder, options, bind, limits, extra)
         return
     if engine != "hf":
@@ -168,6 +165,6 @@ def command(
         )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     run_hf(
-        model, options, bind, limits, device=device, dtype=dtype, served_name=served_name,
-        docs=docs, max_batch=max_batch, max_model_len=max_model_len,
+        source.model, options, bind, limits, device=source.device, dtype=source.dtype,
+        served_name=served_name, docs=docs, max_batch=max_batch, max_model_len=max_model_len,
     )  # fmt: skip

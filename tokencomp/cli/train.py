@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,8 +31,8 @@ Rate = Annotated[float, typer.Option("--learning-rate", help="Peak learning rate
 
 
 @dataclass(frozen=True)
-class Shared:
-    """Options of every method."""
+class Shared(opt.Source):
+    """Options of every method, of which the model has no default."""
 
     data: Data = "shapesqa"
     kind: Annotated[
@@ -44,23 +45,19 @@ class Shared:
     ] = 200
     frames: Annotated[int, typer.Option("--frames", min=1, help="Frames of a video.")] = 8
     seed: Annotated[int, typer.Option("--seed", help="Decides order and initial weights.")] = 0
-    device: opt.Device = "auto"
-    dtype: opt.Dtype = "auto"
 
     def config(self) -> dict[str, Any]:
         """The options that are fields of the training configuration."""
-        return {k: v for k, v in vars(self).items() if k not in ("data", "device", "dtype")}
+        others = ("model", "device", "dtype", "data")
+        return {k: v for k, v in vars(self).items() if k not in others}
 
-    def load(self, model: str) -> tuple[Any, Any]:
-        from tokencomp.inputs.loading import load_model
 
-        return load_model(model, device=self.device, dtype=self.dtype)
+options = opt.flat(model=inspect.Parameter.empty)
 
 
 @app.command()
-@opt.flat
+@options
 def selector(
-    model: opt.Model,
     output: Output,
     shared: Shared,
     epochs: Annotated[int, typer.Option("--epochs", min=1, help="Of the network.")] = 20,
@@ -86,15 +83,14 @@ def selector(
 
     chosen: dict[str, Any] = {"answers": answers, "target": target, "input": input}
     config = SelectorConfig(epochs=epochs, held_out=held_out, **chosen, **shared.config())
-    path = train_selector(*shared.load(model), shared.data, output, config)
+    path = train_selector(*shared.loaded, shared.data, output, config)
     use = ", input='features'" if input == "features" else ""
     _report(path.with_suffix(".json"), f"reducer='selector', weights='{output}'{use}")
 
 
 @app.command()
-@opt.flat
+@options
 def adsc(
-    model: opt.Model,
     output: Output,
     shared: Shared,
     schedule: Annotated[
@@ -125,7 +121,7 @@ def adsc(
         learning_rate=learning_rate,
         **shared.config(),
     )
-    train_adsc(*shared.load(model), shared.data, output, config)
+    train_adsc(*shared.loaded, shared.data, output, config)
     _report(output / CARD, f"peft.PeftModel.from_pretrained(model, '{output}')")
 
 
@@ -145,9 +141,8 @@ class Projector:
 
 
 @app.command()
-@opt.flat
+@options
 def ccam(
-    model: opt.Model,
     output: Output,
     shared: Shared,
     projector: Projector,
@@ -159,7 +154,7 @@ def ccam(
 
     more = {**vars(projector), **shared.config()}
     config = CcamConfig(steps=steps, learning_rate=learning_rate, **more)
-    path = train_ccam(*shared.load(model), shared.data, output, config)
+    path = train_ccam(*shared.loaded, shared.data, output, config)
     _report(path.with_suffix(".json"), f"reducer='ccam', weights='{output}'")
 
 

@@ -71,7 +71,7 @@ def command(
     from tokencomp.evaluation.environment import environment
     from tokencomp.inputs.files import FileQuestions
 
-    loaded = source.load()
+    loaded = source.loaded
     with tempfile.TemporaryDirectory() as folder:
         if data is None:
             questions = _shapesqa(parse.names(families), items, folder)
