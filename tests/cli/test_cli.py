@@ -33,6 +33,8 @@ def test_list_is_generated_from_the_registries(capsys):
     assert merge["serving_safe"] and merge["serving_safe_with"] == ""
     qwen = next(r for r in printed["models"] if r["family"] == "Qwen2-VL")
     assert len(qwen["transformers"]) > 1 and "tiny-qwen2-vl" in qwen["embedded"]
+    axes = {row["family"]: row["positions"] for row in printed["models"]}
+    assert axes["Qwen2-VL"] == axes["Qwen3-VL"] == "M-RoPE" and axes["LLaVA-1.5"] == "1-D"
 
 
 def test_list_prints_every_reducer(capsys):

@@ -27,6 +27,7 @@ class Qwen2VLAdapter(StructuralAdapter):
     family = "Qwen2-VL"
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl",)
     signals = (*StructuralAdapter.signals, "tower")
+    mrope = True
     layers_read_positions = False
     _video_checked = False
 
