@@ -191,17 +191,6 @@ class _Asked:
         self.run.records = [r for r in self.run.records if r["id"] in order]
         self.run.records.sort(key=lambda r: order[r["id"]])
 
-    def note(self, facts: dict[str, Any], finished: bool, write: bool) -> None:
-        """Make the manifest, and `write` it to the folder."""
-        manifest = {"identity": self.identity, **facts}
-        manifest |= {"times": self.times} if self.times else {}
-        manifest |= {"work": self.work} if self.work else {}
-        if finished:
-            manifest |= {"seconds": round(self.seconds, 3), "summary": self.run.summary()}
-        self.run.manifest = manifest
-        if self.store is not None and write:
-            self.store.write(manifest)
-
 
 class _Sweep:
     """One call of `sweep`."""
@@ -326,4 +315,11 @@ class _Sweep:
         }
         for ours in self.asked:
             moved = ours.setting.moved(self.layers, self.steps)
-            ours.note({**facts, "moved": moved}, finished, write=self.rank == 0)
+            manifest = {"identity": ours.identity, **facts, "moved": moved}
+            manifest |= {"times": ours.times} if ours.times else {}
+            manifest |= {"work": ours.work} if ours.work else {}
+            if finished:
+                manifest |= {"seconds": round(ours.seconds, 3), "summary": ours.run.summary()}
+            ours.run.manifest = manifest
+            if ours.store is not None and self.rank == 0:
+                ours.store.write(manifest)

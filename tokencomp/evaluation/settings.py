@@ -164,12 +164,12 @@ class Setting(MethodSpec):
     @property
     def identity(self) -> dict[str, Any]:
         """What the answers of this setting depend on, ready for JSON."""
-        values = {
+        return {
+            "reducer": self.name,
             "ratio": self.written_ratio,
             "options": self.written_options,
             "method": self.method,
         }
-        return {"reducer": self.name, **values}
 
     @property
     def key(self) -> str:

@@ -127,10 +127,10 @@ def tiles(media: Any, shares: Sequence[np.ndarray], side: int = SIDE) -> list[Im
     return of_one_size(out)
 
 
-def plain_tiles(media: Any, side: int = SIDE) -> list[Image.Image]:
+def plain_tiles(media: Any) -> list[Image.Image]:
     """An image, or frames of a video, evenly spaced, without overlay."""
     frames = [media] if media_kind(media) == "image" else media
-    return [_fit(frames[k], side) for k in _shown(frames)]
+    return [_fit(frames[k], SIDE) for k in _shown(frames)]
 
 
 def of_one_size(pictures: Sequence[Image.Image]) -> list[Image.Image]:

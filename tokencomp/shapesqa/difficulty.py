@@ -113,9 +113,7 @@ def hard_image(
         shape, color = str(rng.choice(shapes)), str(rng.choice(colors))
         placer.place(shape=shape, color=color, size=draw_size(rng, small))
     look = Look(vivid=True, grain=float(rng.uniform(0, 8)))
-    scene = Scene(
-        width, height, 1, tuple(placer.things), int(rng.integers(2**31)), ("hard",), look=look
-    )
+    scene = Scene(width, height, 1, tuple(placer.things), int(rng.integers(2**31)), look=look)
     return with_text(scene, rng) if text else scene
 
 
@@ -129,4 +127,4 @@ def hard_video(rng: np.random.Generator, width: int, height: int, frames: int) -
         pan=(float(speed * np.cos(angle)), float(speed * np.sin(angle))),
         grain=float(rng.uniform(0, 8)),
     )
-    return replace(scene, tags=("hard",), look=look)
+    return replace(scene, look=look)

@@ -6,7 +6,7 @@ know nothing of each other, so an answer can be derived again from the scene alo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -108,7 +108,6 @@ class Scene:
     frames: int
     things: tuple[Thing, ...]
     background: int = 0
-    tags: tuple[str, ...] = field(default=())
     texts: tuple[Text, ...] = ()
     look: Look = Look()
 

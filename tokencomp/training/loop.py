@@ -85,10 +85,9 @@ class LoopConfig(TrainingConfig):
     save_every: int = 100
 
     def identity(self, card: dict[str, Any]) -> dict[str, Any]:
-        """What must be equal for a checkpoint to be resumed: model, data, settings; as in JSON."""
+        """What must be equal for a checkpoint to be resumed: model, data, settings."""
         settings = {k: v for k, v in asdict(self).items() if k not in NOT_IN_IDENTITY}
-        lists = {k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}
-        return {"fingerprint": card["fingerprint"], **data_identity(card["data"]), **lists}
+        return {"fingerprint": card["fingerprint"], **data_identity(card["data"]), **settings}
 
 
 Loss = Callable[[dict[str, Any], Tensor], Tensor]
