@@ -11,8 +11,7 @@ import torch
 from support.families import FAMILIES, V4, Family, text
 
 import tokencomp
-from tokencomp.engine.context.visual_window import VISUAL_WINDOW
-from tokencomp.engine.context.yarn import yarn
+from tokencomp.engine.context.visual_window import VISUAL_WINDOW, yarn
 from tokencomp.errors import CopyError, OptionError, UnsupportedModelError
 
 

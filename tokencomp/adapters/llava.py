@@ -12,9 +12,8 @@ from tokencomp.adapters.base import ENCODED, Adapter
 from tokencomp.adapters.call import Call, TowerCall
 from tokencomp.adapters.registry import register_adapter
 from tokencomp.adapters.tiles import TileAdapter
-from tokencomp.adapters.towers.dense import DenseTower
+from tokencomp.adapters.towers.dense import DenseTower, bilinear, squares
 from tokencomp.adapters.towers.mosaic import MosaicTower
-from tokencomp.adapters.towers.tables import bilinear, squares
 from tokencomp.errors import SpanError
 from tokencomp.tokens.spans import VisualSpan
 

@@ -15,8 +15,7 @@ from tokencomp.adapters.encoded import Encoding
 from tokencomp.adapters.registry import register_adapter
 from tokencomp.adapters.structural import StructuralAdapter
 from tokencomp.adapters.towers.base import Tower
-from tokencomp.adapters.towers.dense import DenseTower
-from tokencomp.adapters.towers.tables import squares
+from tokencomp.adapters.towers.dense import DenseTower, squares
 from tokencomp.errors import SpanError
 from tokencomp.tokens.spans import Kind, VisualSpan
 

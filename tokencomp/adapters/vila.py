@@ -11,8 +11,7 @@ from tokencomp.adapters.call import Call, TowerCall
 from tokencomp.adapters.registry import register_adapter
 from tokencomp.adapters.structure import Parts
 from tokencomp.adapters.towers.base import unknown_cells
-from tokencomp.adapters.towers.dense import DenseTower
-from tokencomp.adapters.towers.tables import pooled, squares
+from tokencomp.adapters.towers.dense import DenseTower, pooled, squares
 from tokencomp.errors import SpanError, UnsupportedModelError
 from tokencomp.tokens.spans import VisualSpan
 
