@@ -11,15 +11,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from tokencomp.errors import PlanError, UnsupportedModelError
+from tokencomp.plan.stages import TowerStage
 from tokencomp.tokens.spans import Grid
-
-if TYPE_CHECKING:
-    from tokencomp.plan.stages import TowerStage
 
 Kind = Literal["image", "video"]
 

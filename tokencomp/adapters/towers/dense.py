@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters.towers.base import Cells, EncoderCall, Kind, Tower
 from tokencomp.errors import OptionError, SpanError, UnsupportedModelError
+from tokencomp.plan.stages import TowerStage
 from tokencomp.tokens.spans import Grid
-
-if TYPE_CHECKING:
-    from tokencomp.plan.stages import TowerStage
 
 
 class DenseTower(Tower):

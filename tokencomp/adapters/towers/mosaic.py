@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,10 +11,8 @@ from torch import Tensor
 from tokencomp.adapters.towers.base import Cells, EncoderCall
 from tokencomp.adapters.towers.dense import DenseTower
 from tokencomp.errors import SpanError
+from tokencomp.plan.stages import TowerStage
 from tokencomp.tokens.spans import Grid
-
-if TYPE_CHECKING:
-    from tokencomp.plan.stages import TowerStage
 
 
 class MosaicTower(DenseTower):

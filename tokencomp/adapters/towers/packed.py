@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from tokencomp.adapters.towers.base import Cells, EncoderCall, Tower
 from tokencomp.errors import SpanError
-
-if TYPE_CHECKING:
-    from tokencomp.plan.stages import TowerStage
+from tokencomp.plan.stages import TowerStage
 
 CHANNELS = 3  # red, green and blue; a patch has one frame or more of each
 

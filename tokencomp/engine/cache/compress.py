@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,11 +33,9 @@ from tokencomp.engine.cache.special import (
     compressed_reference,
 )
 from tokencomp.engine.cache.static import COUNTS_ROWS, CompressedStaticLayer
+from tokencomp.engine.stage.forward import ForwardPass
 from tokencomp.errors import UnsupportedCacheError
 from tokencomp.torchlib import cache_classes
-
-if TYPE_CHECKING:
-    from tokencomp.engine.stage.forward import ForwardPass
 
 DYNAMIC = frozenset({DynamicLayer, DynamicSlidingWindowLayer, INDEXED, HYBRID, HYBRID_SLIDING})
 # Compressed classes by transformers' own; others enter when a cache has them.

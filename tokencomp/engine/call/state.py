@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
+from tokencomp.engine.stage.forward import ForwardPass
 from tokencomp.errors import copy_error
 from tokencomp.torchlib.hooks import Hooked
-
-if TYPE_CHECKING:
-    from tokencomp.engine.stage.forward import ForwardPass
 
 
 @dataclass

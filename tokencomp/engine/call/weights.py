@@ -8,7 +8,7 @@ what checkpoints a layer gets a function that brings its call along.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -19,13 +19,11 @@ from tokencomp.engine.scores.proportional import (
     attention_modules,
     extra_dims,
 )
+from tokencomp.engine.stage.forward import ForwardPass
 from tokencomp.errors import OptionError, UnsupportedModelError
 from tokencomp.plan.plan import Plan
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.replace import MethodReplacement
-
-if TYPE_CHECKING:
-    from tokencomp.engine.stage.forward import ForwardPass
 
 MOST_DIMS = 256  # of a head, for FlashAttention
 FUNCTION = "_gradient_checkpointing_func"  # transformers calls it with a layer's forward

@@ -8,16 +8,14 @@ place of the language window.
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
+from tokencomp.adapters.base import Adapter
 from tokencomp.errors import CopyError, OptionError, SpanError, UnsupportedModelError
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.replace import Installed
-
-if TYPE_CHECKING:
-    from tokencomp.adapters.base import Adapter
 
 VISUAL_WINDOW = 6272  # LLaVA-OneVision was trained on 32 frames of 196 tokens
 EXTENSION = "_tokencomp_window"  # attribute of a rotary embedding with its extension

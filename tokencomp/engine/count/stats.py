@@ -6,20 +6,17 @@ import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from torch import Tensor
 
 from tokencomp.engine.count.flops import DecoderShape
+from tokencomp.engine.rows.layout import RowLayout
+from tokencomp.engine.tower.flops import TowerCost
 from tokencomp.errors import OptionError
 from tokencomp.plan.amounts import Place
 from tokencomp.plan.plan import Plan
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from tokencomp.engine.rows.layout import RowLayout
-    from tokencomp.engine.tower.flops import TowerCost
-    from tokencomp.tokens.spans import VisualSpan
-
+from tokencomp.tokens.spans import VisualSpan
 
 OFF = (
     "prompts are not counted where nothing is compressed; "

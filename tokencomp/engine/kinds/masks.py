@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,9 +27,7 @@ from tokencomp.engine.cache.rows import keeps_window
 from tokencomp.engine.kinds import mask_compat
 from tokencomp.engine.kinds.registry import CONVOLUTION, LayerKind
 from tokencomp.engine.kinds.windows import Windows
-
-if TYPE_CHECKING:
-    from tokencomp.engine.stage.segments import Segment
+from tokencomp.engine.stage.segments import Segment
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from tokencomp.engine.cache.rows import REFERENCE, first_layer
 from tokencomp.engine.kinds import mask_compat
-
-if TYPE_CHECKING:
-    from tokencomp.engine.stage.segments import Segment
+from tokencomp.engine.stage.segments import Segment
 
 
 @dataclass(frozen=True)

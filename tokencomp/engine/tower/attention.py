@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tokencomp.adapters.base import Adapter
 from tokencomp.engine.scores.parallel import gather_heads
 from tokencomp.errors import OptionError
 from tokencomp.tokens.signals import TowerSignal
 from tokencomp.torchlib import compat
-
-if TYPE_CHECKING:
-    from tokencomp.adapters.base import Adapter
 
 
 def attention_blocks(tower: nn.Module) -> list[nn.Module]:

@@ -5,20 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.towers.base import Cells
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.reducer import reduced
 from tokencomp.plan.stages import TowerStage
 from tokencomp.tokens.spans import SpanBatch
 from tokencomp.tokens.stacks import rows_of, starts_of
-
-if TYPE_CHECKING:
-    from tokencomp.adapters.base import Adapter
 
 
 def check_tower_stage(plan: Plan, adapter: Adapter) -> Plan:

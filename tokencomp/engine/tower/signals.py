@@ -11,12 +11,13 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.call import TowerCall
 from tokencomp.engine.tower.attention import (
     attention_received,
@@ -25,6 +26,7 @@ from tokencomp.engine.tower.attention import (
     watched_blocks,
 )
 from tokencomp.errors import OptionError, SpanError
+from tokencomp.plan.plan import Plan
 from tokencomp.tokens.signals import Attention, Signal, TowerSignal
 from tokencomp.tokens.spans import VisualSpan
 from tokencomp.torchlib import compat
@@ -38,10 +40,6 @@ SOURCES = {
     "norm": "the norm behind the last decoder layer",
     "frames": "the frames before",
 }
-
-if TYPE_CHECKING:
-    from tokencomp.adapters.base import Adapter
-    from tokencomp.plan.plan import Plan
 
 
 @dataclass

@@ -21,11 +21,12 @@ import inspect
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.towers.base import Cells, EncoderCall, Tower
 from tokencomp.adapters.towers.dense import DenseTower
 from tokencomp.adapters.towers.packed import PackedTower
@@ -37,9 +38,6 @@ from tokencomp.plan.stages import TowerStage
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.hooks import Hooked
 from tokencomp.torchlib.replace import MethodReplacement
-
-if TYPE_CHECKING:
-    from tokencomp.adapters.base import Adapter
 
 
 class _Local(threading.local):
