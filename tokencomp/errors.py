@@ -19,7 +19,7 @@ class RatioWarning(UserWarning):
 
 
 class UncompressedWarning(UserWarning):
-    """A prompt that may hold visual features, but where nothing tells their places."""
+    """A prompt that may hold visual features, but whose places are not known."""
 
 
 class FrameRateWarning(UserWarning):
@@ -87,7 +87,7 @@ class SpanError(TokenCompError, ValueError):
 
 
 class UnknownGridError(SpanError):
-    """A reducer that reads places in a grid, and a span whose grid nothing tells."""
+    """A reducer that reads places in a grid, and a span whose grid is not known."""
 
 
 class NoVisualInputError(TokenCompError, ValueError):
