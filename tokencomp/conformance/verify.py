@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from tokencomp.adapters.registry import available_models
+from tokencomp.adapters.verified import verified_types
 from tokencomp.conformance.build import BuildError, tiny_model
 from tokencomp.conformance.checks import Compress, Result, check_model
 from tokencomp.conformance.variants import variants
@@ -45,6 +47,14 @@ def verify_model(model: Any, compress: Compress) -> Result:
     if result.status == "refused":
         raise UnsupportedModelError(result.reason)
     if result.status == "unverified":
+        if not result.errors and model.config.model_type in (
+            *available_models(),
+            *verified_types(),
+        ):
+            raise UnverifiedModelError(
+                f"{own.__name__} cannot be checked on a tiny model with its config: {result.reason}. "
+                "Its type has passed, so patch() takes it without verify=True."
+            )
         raise UnverifiedModelError(
             f"{own.__name__} was checked on a tiny model with its config, and is not served: "
             f"{result.reason} Run it without patch()."
