@@ -47,13 +47,11 @@ def verify_model(model: Any, compress: Compress) -> Result:
     if result.status == "refused":
         raise UnsupportedModelError(result.reason)
     if result.status == "unverified":
-        if not result.errors and model.config.model_type in (
-            *available_models(),
-            *verified_types(),
-        ):
+        known = {*available_models(), *verified_types()}
+        if not result.errors and model.config.model_type in known:  # no check has begun
             raise UnverifiedModelError(
-                f"{own.__name__} cannot be checked on a tiny model with its config: {result.reason}. "
-                "Its type has passed, so patch() takes it without verify=True."
+                f"{own.__name__} cannot be checked on a tiny model with its config: "
+                f"{result.reason}. patch() takes its type without verify=True."
             )
         raise UnverifiedModelError(
             f"{own.__name__} was checked on a tiny model with its config, and is not served: "
