@@ -33,7 +33,7 @@ def print_lines(console: Any, lines: Sequence[Any]) -> None:
     """The table of a report's lines, then their comparisons with the baselines."""
     shown = table("method", "ratio", "reached", "items", "accuracy", "retention")
     for line in lines:
-        failed = len(line.run.records) - len(line.run.answered)
+        failed = len(line.run.failed)
         shown.add_row(
             line.label,
             f"{line.run.shown_ratio}",

@@ -57,8 +57,8 @@ def profile(
 
     rows: list[dict[str, Any]] = []
     inputs_of = {setting: inputs for setting, (inputs, _) in variants.items()}
-    full = next(iter(variants))
-    before = [visual for _, visual in prompt_lengths(model, inputs_of[full])]
+    full = next(iter(inputs_of.values()))
+    before = [visual for _, visual in prompt_lengths(model, full)]
     with tqdm(total=len(variants) * (rounds + 2), desc="profiling", disable=not progress) as bar:
         splits = time_prefills(model, inputs_of, bar, rounds)
         for setting, (inputs, preprocess) in variants.items():
@@ -67,9 +67,7 @@ def profile(
                 peak, kv = _memory(model, inputs)
                 stats = handle.stats if handle is not None else None
                 decode = decode_seconds(model, inputs, DECODE_TOKENS)
-            cost, split = prefill_costs(model, inputs, stats, before)[0], splits[setting]
-            speedup = splits[full].llm / split.llm
-            flop_limit = (rows[0]["flops"] if rows else cost.flops) / cost.flops
+            (cost,) = prefill_costs(model, inputs, stats, before)
             row = {
                 "reducer": setting.name,
                 "ratio": setting.written_ratio,
@@ -77,21 +75,29 @@ def profile(
                 "achieved_ratio": cost.ratio,
                 "tower_ratio": stats.tower_ratio if stats else 0.0,
                 "preprocess_s": preprocess,
-                **{f"{part}_s": seconds for part, seconds in vars(split).items()},
+                **{f"{part}_s": seconds for part, seconds in vars(splits[setting]).items()},
                 "decode_s_per_token": decode,
                 "peak_bytes": peak,
                 "kv_bytes": kv,
                 "flops": cost.flops,
                 "tokens_per_layer": cost.per_layer,
-                "speedup": speedup,
-                "flop_limit": flop_limit,
-                "limit_reached": speedup / flop_limit,
-                "reduce_overhead": split.reduce / splits[full].prefill,
-                "total_speedup": splits[full].total / split.total,
             }
-            rows.append(row)
+            rows.append({**row, **_gains(row, rows[0] if rows else row)})
             bar.update()
     return rows
+
+
+def _gains(row: dict[str, Any], full: dict[str, Any]) -> dict[str, float]:
+    """How a variant compares with the full model."""
+    before, after = (one["prefill_s"] + one["reduce_s"] for one in (full, row))
+    speedup, flop_limit = before / after, full["flops"] / row["flops"]
+    return {
+        "speedup": speedup,
+        "flop_limit": flop_limit,
+        "limit_reached": speedup / flop_limit,
+        "reduce_overhead": row["reduce_s"] / full["prefill_s"],
+        "total_speedup": full["total_s"] / row["total_s"],
+    }
 
 
 def time_prefills(

@@ -229,7 +229,7 @@ def as_json(table: Sequence[Line]) -> str:
         {
             **{k: line.run.identity[k] for k in IDENTITY},
             "items": len(line.run.answered),
-            "failed": len(line.run.records) - len(line.run.answered),
+            "failed": len(line.run.failed),
             "achieved_ratio": line.run.mean("ratio"),
             "accuracy": line.accuracy,
             "retention": vars(line.retention) if line.retention else None,

@@ -39,7 +39,7 @@ def _row(line: Line) -> dict[str, Any]:
         "ratio": line.run.shown_ratio,
         "achieved_ratio": line.run.mean("ratio"),
         "items": len(line.run.answered),
-        "failed": len(line.run.records) - len(line.run.answered),
+        "failed": len(line.run.failed),
         "accuracy": line.accuracy,
         "flops": line.flops,
         "kv_bytes": line.kv_bytes,
