@@ -76,7 +76,7 @@ def spans_and_counts(
 
 
 def same_shape(lengths: Sequence[int], counts: Sequence[int]) -> dict[tuple[int, int], list[int]]:
-    """Group the numbers of all spans by their length and count, to treat each group as a batch."""
+    """Group the numbers of all spans by length and count (of frames by their grids), as batches."""
     grouped: dict[tuple[int, int], list[int]] = {}
     for span, shape in enumerate(zip(lengths, counts, strict=True)):
         grouped.setdefault(shape, []).append(span)

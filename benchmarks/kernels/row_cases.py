@@ -63,7 +63,6 @@ def merge(at: Place, name: str, frames: int, tokens: int, dim: int) -> Case:
     target[::2] = even - even % tokens + 2 * ((even * 7) % (tokens // 2)) + 1
     keep = torch.arange(1, n, 2, device=at.device)
     sizes = torch.ones(n, device=at.device)
-    positions = torch.arange(n, device=at.device).expand(3, n)
 
     def eager(x: Tensor) -> Tensor:
         total = x.new_zeros(len(keep), dim, dtype=torch.float32)
@@ -74,11 +73,11 @@ def merge(at: Place, name: str, frames: int, tokens: int, dim: int) -> Case:
     return Case(
         op="merge_rows",
         name=name,
-        call=lambda: kernels.merge_rows(x, target, keep, sizes, frames=tokens, positions=positions),
+        call=lambda: kernels.merge_rows(x, target, keep, sizes, frames=tokens),
         eager=eager,
         arguments=(x,),
         flops=2 * n * dim,
-        bytes=(n + len(keep)) * dim * x.element_size() + 40 * n,
+        bytes=(n + len(keep)) * dim * x.element_size() + 18 * n,
     )
 
 
@@ -119,7 +118,7 @@ def gather(
 
 
 @prepared
-def pool(at: Place, name: str, frames: int, side: int, dim: int, mode: str) -> Case:
+def pool(at: Place, name: str, frames: int, side: int, dim: int) -> Case:
     """One frame in four stays whole, the others lose half of each side."""
     f = max(4, int(frames * at.scale))
     x = at.values(f, side, side, dim)
@@ -130,7 +129,7 @@ def pool(at: Place, name: str, frames: int, side: int, dim: int, mode: str) -> C
         parts = []
         for frame, grid in zip(x, grids, strict=True):
             image = frame.permute(2, 0, 1)[None].float()
-            image = F.interpolate(image, grid, mode=mode)
+            image = F.adaptive_avg_pool2d(image, grid)
             parts.append(image[0].permute(1, 2, 0).flatten(0, 1).to(x.dtype))
         return torch.cat(parts)
 
@@ -138,9 +137,9 @@ def pool(at: Place, name: str, frames: int, side: int, dim: int, mode: str) -> C
     return Case(
         op="frame_pool",
         name=name,
-        call=lambda: kernels.frame_pool(x, grids, mode),
+        call=lambda: kernels.frame_pool(x, grids),
         eager=eager,
         arguments=(x,),
-        flops=x.numel() if mode == "area" else 7 * tokens * dim,
+        flops=x.numel(),
         bytes=(x.numel() + tokens * dim) * x.element_size(),
     )

@@ -73,12 +73,12 @@ def mean_distance(at: Place, name: str, spans: int, tokens: int, dim: int) -> Ca
 def topk(at: Place, name: str, rows: int, tokens: int) -> Case:
     """Stable selection of the best quarter."""
     n = max(16, int(tokens * at.scale))
-    scores = torch.rand(rows, n, device=at.device)
+    scores = torch.rand(rows * n, device=at.device)
     return Case(
         op="topk_stable",
         name=name,
-        call=lambda: kernels.topk_stable(scores, n // 4),
-        eager=lambda s: s.topk(n // 4).indices.sort().values,
+        call=lambda: kernels.topk_stable(scores, n // 4, spans=n),
+        eager=lambda s: s.view(rows, n).topk(n // 4).indices.sort().values,
         arguments=(scores,),
         bytes=12 * rows * n,
     )

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from tokencomp.kernels import checks, dispatch
 from tokencomp.kernels.attention_colsum import naive
-from tokencomp.kernels.attention_colsum.visibility import Rows, dense_rows, packed_rows
 from tokencomp.kernels.errors import KernelError
 from torch import Tensor
 
@@ -19,8 +18,6 @@ def attention_colsum(
     k: Tensor,
     row_weights: Tensor | None = None,
     *,
-    cu_seqlens_q: Tensor | None = None,
-    cu_seqlens_k: Tensor | None = None,
     visible: Tensor | None = None,
     scale: float | None = None,
     temperature: float = 1.0,
@@ -38,21 +35,19 @@ def attention_colsum(
     Parameters
     ----------
     q
-        Queries of the probe rows after RoPE, ``(B, Hq, R, D)``, or packed as ``(Tq, Hq, D)`` with
-        `cu_seqlens_q`. They belong to the last R keys, in order, unless `visible` says otherwise.
-        The dtype is float16, bfloat16 or float32; the PyTorch path also accepts float64.
+        Queries of the probe rows after RoPE, ``(B, Hq, R, D)``. They belong to the last R keys, in
+        order, unless `visible` says otherwise. The dtype is float16, bfloat16 or float32; the
+        PyTorch path also accepts float64.
     k
-        Keys after RoPE, ``(B, Hkv, N, D)`` as in a KV cache, or packed as ``(Tk, Hkv, D)`` with
-        `cu_seqlens_k`. Hq is a multiple of Hkv (grouped heads); dtype and device are those of `q`.
+        Keys after RoPE, ``(B, Hkv, N, D)`` as in a KV cache. Hq is a multiple of Hkv (grouped
+        heads); dtype and device are those of `q`.
     row_weights
-        Weights w of the rows: ``(R,)``, ``(B, R)`` or ``(B, Hq, R)``; packed ``(Tq,)`` or
-        ``(Hq, Tq)``. None means that every weight is 1.
-    cu_seqlens_q, cu_seqlens_k
-        Offsets ``(sequences + 1,)`` of the sequences in a packed batch.
+        Weights w of the rows: ``(R,)``, ``(B, R)`` or ``(B, Hq, R)``. None means that every weight
+        is 1.
     visible
-        What every row sees, for rows in any order and batches with padding: int32 ``(3, B, R)``,
-        the first key, the key behind the last, and the row's own key (-1 for a padding row, which
-        sees no key). It replaces `causal`. Not for packed batches.
+        What every row sees, for rows in any order, batches with padding, and sequences that are
+        packed one after the other: int32 ``(3, B, R)``, the first key, the key behind the last, and
+        the row's own key (-1 for a padding row, which sees no key). It replaces `causal`.
     scale
         Factor of the logits. None means ``D ** -0.5``.
     temperature
@@ -68,8 +63,8 @@ def attention_colsum(
     Returns
     -------
     Tensor
-        fp32 (fp64 for fp64 inputs), ``(B, N)``, or ``(B, Hq, N)`` for ``heads="none"``; packed
-        ``(Tk,)`` or ``(Hq, Tk)``. Keys that no row sees have 0. The result is not differentiable.
+        fp32 (fp64 for fp64 inputs), ``(B, N)``, or ``(B, Hq, N)`` for ``heads="none"``. Keys that
+        no row sees have 0. The result is not differentiable.
 
     Raises
     ------
@@ -84,22 +79,17 @@ def attention_colsum(
     once for all heads of its group. The two streaming passes follow FlashAttention (arXiv
     2205.14135); the repeated application is the PageRank over attention of AIM (arXiv 2412.03248).
     """
-    packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     checks.choice("heads", heads, HEADS)
-    _check(q, k, packed, temperature)
-    if visible is None:
-        q, k, rows = _canonical(q, k, cu_seqlens_q, cu_seqlens_k, packed, causal)
-    else:
-        q, k, rows = _with_visible(q, k, visible)
+    _check(q, k, temperature)
+    q, k = checks.rows_contiguous(checks.plain(q)), checks.rows_contiguous(checks.plain(k))
+    visible = _last_rows(q, k, causal) if visible is None else _checked(visible, q, k)
     if iterations < 1 or (iterations > 1 and q.shape[2] != k.shape[2]):
         raise KernelError(
             f"iterations={iterations} with {q.shape[2]} rows and {k.shape[2]} keys: "
             "needs at least 1, and more than 1 needs one probe row per key"
         )
-    weights = _row_weights(row_weights, q, packed)
     scale = (q.shape[3] ** -0.5 if scale is None else scale) / temperature
-    per_head = _op(q, k, weights, rows.lo, rows.hi, rows.key, scale, iterations, heads)
-    return per_head[0] if packed else per_head
+    return _op(q, k, _row_weights(row_weights, q), visible, scale, iterations, heads)
 
 
 @dispatch.custom_op("attention_colsum")
@@ -107,15 +97,13 @@ def _op(
     q: Tensor,
     k: Tensor,
     weights: Tensor,
-    lo: Tensor,
-    hi: Tensor,
-    key: Tensor,
+    visible: Tensor,
     scale: float,
     iterations: int,
     heads: str,
 ) -> Tensor:
     implementation = _implementation(q)
-    lse = None
+    lse, (lo, hi, key) = None, visible.unbind()
     with dispatch.on_device(q):
         if iterations > 1:
             if implementation is naive and naive.is_triangular(hi, key):
@@ -167,16 +155,15 @@ def _accumulation_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def _check(q: Tensor, k: Tensor, packed: bool, temperature: float) -> None:
-    form = "packed (T, heads, D)" if packed else "(B, heads, length, D)"
+def _check(q: Tensor, k: Tensor, temperature: float) -> None:
     for name, tensor in (("q", q), ("k", k)):
-        checks.shape(name, tensor, 3 if packed else 4, form)
+        checks.shape(name, tensor, 4, "(B, heads, length, D)")
         checks.floating(name, tensor)
-        checks.int32_sizes(**{f"{name} length": tensor.shape[0 if packed else 2]})
-    checks.int32_sizes(**{"q heads x rows": q.shape[1] * q.shape[0 if packed else 2]})
+        checks.int32_sizes(**{f"{name} length": tensor.shape[2]})
+    checks.int32_sizes(**{"q heads x rows": q.shape[1] * q.shape[2]})
     checks.same_device(q=q, k=k)
     checks.same_dtype(q=q, k=k)
-    if q.shape[-1] != k.shape[-1] or (not packed and q.shape[0] != k.shape[0]):
+    if q.shape[-1] != k.shape[-1] or q.shape[0] != k.shape[0]:
         raise KernelError(
             f"q {tuple(q.shape)} and k {tuple(k.shape)} differ in batch or head dimension"
         )
@@ -186,26 +173,20 @@ def _check(q: Tensor, k: Tensor, packed: bool, temperature: float) -> None:
         raise KernelError(f"temperature must be above 0; got {temperature}")
 
 
-def _canonical(
-    q: Tensor,
-    k: Tensor,
-    cu_q: Tensor | None,
-    cu_k: Tensor | None,
-    packed: bool,
-    causal: bool,
-) -> tuple[Tensor, Tensor, Rows]:
-    """Return queries and keys as ``(B, H, length, D)`` views, and what every row sees."""
-    q, k = checks.rows_contiguous(checks.plain(q)), checks.rows_contiguous(checks.plain(k))
-    if not packed:
-        return q, k, dense_rows(q, k, causal)
-    if cu_q is None or cu_k is None:
-        raise KernelError("a packed batch needs both cu_seqlens_q and cu_seqlens_k")
-    rows = packed_rows(q, k, cu_q, cu_k, causal)
-    return q.transpose(0, 1)[None], k.transpose(0, 1)[None], rows
+def _last_rows(q: Tensor, k: Tensor, causal: bool) -> Tensor:
+    """What rows see that belong to the last R keys, as `visible`: their past, or all keys."""
+    batch, rows, keys = q.shape[0], q.shape[2], k.shape[2]
+    if causal and rows > keys:
+        raise KernelError(f"{rows} probe rows but {keys} keys: pass visible to place the rows")
+    key = torch.arange(rows, device=q.device, dtype=torch.int32) + max(0, keys - rows)
+    visible = key.new_zeros(3, batch, rows)
+    visible[1] = key + 1 if causal else keys
+    visible[2] = key
+    return visible
 
 
-def _with_visible(q: Tensor, k: Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Rows]:
-    """Queries and keys as they are, and `visible` as what every row sees."""
+def _checked(visible: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """The argument `visible`, contiguous."""
     checks.same_device(q=q, visible=visible)
     if visible.dtype != torch.int32 or visible.shape != (3, q.shape[0], q.shape[2]):
         raise KernelError(
@@ -215,11 +196,10 @@ def _with_visible(q: Tensor, k: Tensor, visible: Tensor) -> tuple[Tensor, Tensor
     if dispatch.checks_enabled(visible):
         good = ((visible[0] >= 0) & (visible[1] <= k.shape[2])).all()
         checks.holds(good, "visible keys must be keys of `k`")
-    rows = Rows(*visible.contiguous().unbind())
-    return checks.rows_contiguous(checks.plain(q)), checks.rows_contiguous(checks.plain(k)), rows
+    return visible.contiguous()
 
 
-def _row_weights(value: Tensor | None, q: Tensor, packed: bool) -> Tensor:
+def _row_weights(value: Tensor | None, q: Tensor) -> Tensor:
     """Broadcast the weights of rows to ``(B, Hq, R)`` in the accumulation dtype."""
     shape = q.shape[:3]
     dtype = _accumulation_dtype(q)
@@ -227,9 +207,7 @@ def _row_weights(value: Tensor | None, q: Tensor, packed: bool) -> Tensor:
         return torch.ones(shape, dtype=dtype, device=q.device)
     checks.same_device(q=q, row_weights=value)
     value = value.detach().to(dtype)
-    if packed and value.dim() == 2:
-        value = value[None]
-    elif not packed and value.dim() == 2:
+    if value.dim() == 2:
         value = value[:, None]
     fault = f"row_weights {tuple(value.shape)} does not fit {tuple(shape)} probe rows"
     if value.dim() not in (1, 3) or value.shape[-1] != shape[2]:

@@ -7,17 +7,13 @@ from tokencomp.kernels.errors import KernelError
 from tokencomp.kernels.frame_pool import naive
 from torch import Tensor
 
-MODES = ("area", "bilinear")
 
-
-def frame_pool(x: Tensor, grids: Sequence[tuple[int, int]], mode: str = "area") -> Tensor:
+def frame_pool(x: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
     r"""Pool every frame to its own grid, all frames in one launch.
 
-    With ``"area"``, output cell (i, j) of a ``(h, w)`` grid is the mean over the input rows
+    Output cell (i, j) of a ``(h, w)`` grid is the mean over the input rows
     ``floor(i·H/h) … ceil((i+1)·H/h) - 1`` and over the columns by the same rule. This is adaptive
-    average pooling, or plain average pooling where h divides H. With ``"bilinear"``, an output cell
-    is interpolated between the four nearest cell centres, with clamped edges. This equals
-    ``interpolate(align_corners=False)``, the pooling of LLaVA-OneVision.
+    average pooling, or plain average pooling where h divides H.
 
     Parameters
     ----------
@@ -26,8 +22,6 @@ def frame_pool(x: Tensor, grids: Sequence[tuple[int, int]], mode: str = "area") 
         dimension is contiguous; otherwise the features are copied.
     grids
         Output grid ``(h, w)`` of every frame. ``(H, W)`` returns a frame bit for bit.
-    mode
-        ``"area"`` or ``"bilinear"``.
 
     Returns
     -------
@@ -42,14 +36,12 @@ def frame_pool(x: Tensor, grids: Sequence[tuple[int, int]], mode: str = "area") 
 
     Notes
     -----
-    The cost is about ``T·H·W·D`` FLOPs (area) or ``7·n·D`` FLOPs (bilinear) for n output tokens,
-    and ``(T·H·W + n)·D·itemsize`` bytes. The function is differentiable: if a gradient is needed,
-    PyTorch runs instead of the Triton kernel. Progressive pooling of frame groups is the method of
-    arXiv 2409.20018.
+    The cost is about ``T·H·W·D`` FLOPs and ``(T·H·W + n)·D·itemsize`` bytes for n output tokens.
+    The function is differentiable: if a gradient is needed, PyTorch runs instead of the Triton
+    kernel. Progressive pooling of frame groups is the method of arXiv 2409.20018.
     """
     checks.shape("x", x, 4, "(T, H, W, D)")
     checks.floating("x", x)
-    checks.choice("mode", mode, MODES)
     frames, height, width, _ = x.shape
     if len(grids) != frames:
         raise KernelError(f"{len(grids)} grids for {frames} frames: give one (h, w) per frame")
@@ -59,22 +51,22 @@ def frame_pool(x: Tensor, grids: Sequence[tuple[int, int]], mode: str = "area") 
             raise KernelError(f"grid ({h}, {w}) must be within (1, 1) and ({height}, {width})")
     checks.int32_sizes(tokens=frames * height * width)
     if checks.needs_grad(x):
-        return naive.frame_pool(x, heights, widths, mode)
-    return _op(x, heights, widths, mode)
+        return naive.frame_pool(x, heights, widths)
+    return _op(x, heights, widths)
 
 
 @dispatch.custom_op("frame_pool")
-def _op(x: Tensor, heights: list[int], widths: list[int], mode: str) -> Tensor:
+def _op(x: Tensor, heights: list[int], widths: list[int]) -> Tensor:
     if dispatch.which(x) == "naive":
-        return naive.frame_pool(x, heights, widths, mode)
+        return naive.frame_pool(x, heights, widths)
     from tokencomp.kernels.frame_pool import triton
 
     checks.triton_dtype("x", x)
     with dispatch.on_device(x):
-        return triton.frame_pool(checks.rows_contiguous(x), heights, widths, mode)
+        return triton.frame_pool(checks.rows_contiguous(x), heights, widths)
 
 
 @_op.register_fake
-def _(x: Tensor, heights: list[int], widths: list[int], mode: str) -> Tensor:
+def _(x: Tensor, heights: list[int], widths: list[int]) -> Tensor:
     tokens = sum(h * w for h, w in zip(heights, widths, strict=True))
     return x.new_empty(tokens, x.shape[3])

@@ -10,10 +10,9 @@ from torch import Tensor
 
 @triton.jit
 def pool_kernel(
-    x, cells, out, stride_t, stride_y, stride_x, height, width, dim,
-    BILINEAR: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Weighted sum over the input cells that one output token covers.
+    x, cells, out, stride_t, stride_y, stride_x, height, width, dim, BLOCK_D: tl.constexpr
+):
+    """Mean of the input cells that one output token covers.
 
     The grid is (output tokens, blocks of features). Frames have different grids, so `cells` gives
     frame, cell, grid rows and grid columns of each output token, and one launch serves all frames.
@@ -26,38 +25,20 @@ def pool_kernel(
     i, j = cell // columns, cell % columns
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     x += frame.to(tl.int64) * stride_t
-    weight_y = 0.0
-    weight_x = 0.0
-    if BILINEAR:
-        at_y = tl.maximum((i + 0.5) * (height / rows) - 0.5, 0.0)
-        at_x = tl.maximum((j + 0.5) * (width / columns) - 0.5, 0.0)
-        y0 = at_y.to(tl.int32)
-        x0 = at_x.to(tl.int32)
-        weight_y = at_y - y0
-        weight_x = at_x - x0
-        high, wide = 2, 2  # four taps; the minimum with height - 1 and width - 1 clamps the edges
-    else:
-        y0 = i * height // rows
-        x0 = j * width // columns
-        high = ((i + 1) * height + rows - 1) // rows - y0
-        wide = ((j + 1) * width + columns - 1) // columns - x0
+    y0 = i * height // rows
+    x0 = j * width // columns
+    high = ((i + 1) * height + rows - 1) // rows - y0
+    wide = ((j + 1) * width + columns - 1) // columns - x0
     total = tl.zeros([BLOCK_D], tl.float32)
     for tap in range(high * wide):
-        dy, dx = tap // wide, tap % wide
-        y = tl.minimum(y0 + dy, height - 1)
-        column = tl.minimum(x0 + dx, width - 1)
+        y, column = y0 + tap // wide, x0 + tap % wide
         at = y.to(tl.int64) * stride_y + column.to(tl.int64) * stride_x
-        value = tl.load(x + at + d, mask=d < dim, other=0.0).to(tl.float32)
-        if BILINEAR:
-            value *= tl.where(dy == 0, 1.0 - weight_y, weight_y)
-            value *= tl.where(dx == 0, 1.0 - weight_x, weight_x)
-        total += value
-    if not BILINEAR:
-        total /= high * wide
+        total += tl.load(x + at + d, mask=d < dim, other=0.0).to(tl.float32)
+    total /= high * wide
     tl.store(out + token * dim + d, total.to(out.dtype.element_ty), mask=d < dim)
 
 
-def frame_pool(x: Tensor, heights: list[int], widths: list[int], mode: str) -> Tensor:
+def frame_pool(x: Tensor, heights: list[int], widths: list[int]) -> Tensor:
     """See :func:`tokencomp.kernels.frame_pool.naive.frame_pool`."""
     _, height, width, dim = x.shape
     cells = cell_table(tuple(heights), tuple(widths), x.device)
@@ -66,9 +47,8 @@ def frame_pool(x: Tensor, heights: list[int], widths: list[int], mode: str) -> T
         return out
     block_d, warps = blocks(dim)
     pool_kernel[(len(cells), triton.cdiv(dim, block_d))](
-        x, cells, out, *x.stride()[:3], height, width, dim,
-        BILINEAR=mode == "bilinear", BLOCK_D=block_d, num_warps=warps,
-    )  # fmt: skip
+        x, cells, out, *x.stride()[:3], height, width, dim, BLOCK_D=block_d, num_warps=warps
+    )
     return out
 
 

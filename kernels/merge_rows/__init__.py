@@ -9,19 +9,15 @@ from tokencomp.kernels.errors import KernelError
 from tokencomp.kernels.merge_rows import naive
 from torch import Tensor
 
-POSITIONS = ("keep", "first")
-
 
 class MergedRows(NamedTuple):
     """Result of :func:`merge_rows`.
 
-    `x` is ``(k, D)`` in the input dtype, `sizes` is ``(k,)`` in fp32 (fp64 for fp64 features), and
-    `positions` is ``(P, k)``, ``(k,)`` or None, as the argument was.
+    `x` is ``(k, D)`` in the input dtype, and `sizes` is ``(k,)`` in fp32 (fp64 for fp64 features).
     """
 
     x: Tensor
     sizes: Tensor
-    positions: Tensor | None
 
 
 def merge_rows(
@@ -31,9 +27,7 @@ def merge_rows(
     sizes: Tensor | None = None,
     *,
     frames: int | Sequence[int] | Tensor | None = None,
-    positions: Tensor | None = None,
     weighted: bool = True,
-    position: str = "keep",
 ) -> MergedRows:
     r"""Compute the mean of every kept row and the rows that merge into it.
 
@@ -56,19 +50,14 @@ def merge_rows(
         Tokens per frame, as an int or as one length per frame. The caller promises that rows merge
         only within their frame, so that the GPU kernel searches for members there alone. None means
         that rows may merge with any row.
-    positions
-        Position ids, integer ``(P, n)`` or ``(n,)``; M-RoPE has P = 3.
     weighted
         Whether means are weighted by `sizes` (ToMe, arXiv 2210.09461) or plain (AIM,
         arXiv 2412.03248).
-    position
-        Position of a merged row: that of the kept row (``"keep"``), or that of the member with the
-        lowest index (``"first"``).
 
     Returns
     -------
     MergedRows
-        Merged rows, new sizes (always sums), and positions of the same rank as the argument.
+        Merged rows, and new sizes (always sums).
 
     Raises
     ------
@@ -85,24 +74,12 @@ def merge_rows(
     checks.shape("x", x, 2, "(n, D)")
     checks.floating("x", x)
     checks.int32_sizes(n=len(x))
-    checks.choice("position", position, POSITIONS)
     target, keep, sizes = _indices(x, target, keep, sizes)
-    if positions is None:
-        grid = torch.empty(0, len(x), dtype=torch.int64, device=x.device)
-    else:
-        grid = positions[None] if positions.dim() == 1 else positions
-    if grid.dim() != 2 or grid.shape[1] != len(x):
-        raise KernelError(f"positions must be (P, {len(x)}); got {tuple(grid.shape)}")
-    checks.integer("positions", grid)
-    checks.same_device(x=x, target=target, keep=keep, sizes=sizes, positions=grid)
+    checks.same_device(x=x, target=target, keep=keep, sizes=sizes)
     if checks.needs_grad(x):
-        merged, total, moved = naive.merge_rows(x, target, keep, sizes, grid, weighted, position)
-    else:
-        lengths = [] if frames is None else segments.lengths_of("frames", frames, len(x))
-        merged, total, moved = _op(x, target, keep, sizes, grid, lengths, weighted, position)
-    if positions is None:
-        return MergedRows(merged, total, None)
-    return MergedRows(merged, total, moved[0] if positions.dim() == 1 else moved)
+        return MergedRows(*naive.merge_rows(x, target, keep, sizes, weighted))
+    lengths = [] if frames is None else segments.lengths_of("frames", frames, len(x))
+    return MergedRows(*_op(x, target, keep, sizes, lengths, weighted))
 
 
 @dispatch.custom_op("merge_rows")
@@ -111,32 +88,24 @@ def _op(
     target: Tensor,
     keep: Tensor,
     sizes: Tensor | None,
-    positions: Tensor,
     lengths: list[int],
     weighted: bool,
-    position: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     _check_values(target, keep)
     if dispatch.which(x) == "naive":
-        return naive.merge_rows(x, target, keep, sizes, positions, weighted, position)
+        return naive.merge_rows(x, target, keep, sizes, weighted)
     from tokencomp.kernels.merge_rows import triton
 
     checks.triton_dtype("x", x)
     x = checks.rows_contiguous(x)
     with dispatch.on_device(x):
-        return triton.merge_rows(x, target, keep, sizes, positions, lengths, weighted, position)
+        return triton.merge_rows(x, target, keep, sizes, lengths, weighted)
 
 
 @_op.register_fake
-def _(
-    x: Tensor, target: Tensor, keep: Tensor, sizes: Tensor | None, positions: Tensor, *_: object
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(x: Tensor, target: Tensor, keep: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return (
-        x.new_empty(len(keep), x.shape[1]),
-        x.new_empty(len(keep), dtype=dtype),
-        positions.new_empty(len(positions), len(keep)),
-    )
+    return x.new_empty(len(keep), x.shape[1]), x.new_empty(len(keep), dtype=dtype)
 
 
 def _indices(

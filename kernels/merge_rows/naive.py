@@ -5,18 +5,11 @@ from torch import Tensor
 
 
 def merge_rows(
-    x: Tensor,
-    target: Tensor,
-    keep: Tensor,
-    sizes: Tensor | None,
-    positions: Tensor,
-    weighted: bool,
-    position: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+    x: Tensor, target: Tensor, keep: Tensor, sizes: Tensor | None, weighted: bool
+) -> tuple[Tensor, Tensor]:
     """Add rows to the kept rows in row order, so that sums do not depend on scheduling.
 
-    Shapes are those of :func:`tokencomp.kernels.merge_rows` with `positions` ``(P, n)``; the result
-    is features ``(k, D)``, sizes ``(k,)`` and positions ``(P, k)``.
+    Shapes are those of :func:`tokencomp.kernels.merge_rows`.
     """
     count = len(keep)
     slot = torch.full((len(x) + 1,), -1, dtype=torch.int64, device=x.device)
@@ -32,10 +25,4 @@ def merge_rows(
     merged = x.new_zeros(count, x.shape[1], dtype=dtype)
     merged = merged.index_add(0, slot, x[members].to(dtype) * weight[:, None]) / total[:, None]
     new_sizes = total if weighted else total.new_zeros(count).index_add(0, slot, size)
-    moved = positions[:, keep if position == "keep" else _first(keep, members, slot, len(x))]
-    return merged.to(x.dtype), new_sizes, moved
-
-
-def _first(keep: Tensor, members: Tensor, slot: Tensor, rows: int) -> Tensor:
-    """The lowest row that merges into every kept row, int64 ``(k,)``."""
-    return torch.full_like(keep, rows).scatter_reduce(0, slot, members, "amin")
+    return merged.to(x.dtype), new_sizes

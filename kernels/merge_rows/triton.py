@@ -18,19 +18,18 @@ NONE = tl.constexpr(2147483647)
 
 @triton.jit
 def merge_kernel(
-    x, target, keep, sizes, begins, ends, order, positions, out, new_sizes, new_positions,
-    stride, dim, rows, count, planes,
-    SCAN: tl.constexpr, HAS_SIZES: tl.constexpr, WEIGHTED: tl.constexpr, FIRST: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    x, target, keep, sizes, begins, ends, order, out, new_sizes, stride, dim,
+    SCAN: tl.constexpr, HAS_SIZES: tl.constexpr, WEIGHTED: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Merge the members of one kept row.
 
     The grid is (kept rows, blocks of features). SCAN selects between the two ways of finding the
-    members, see ``MAX_SCAN``. FIRST takes the position of the first member, not of the kept row.
+    members, see ``MAX_SCAN``.
     """
     slot = tl.program_id(0)
-    kept = tl.load(keep + slot)
     if SCAN:
+        kept = tl.load(keep + slot)
         begin = tl.load(begins + kept)
         place = begin + tl.arange(0, BLOCK_S)
         inside = place < tl.load(ends + kept)
@@ -44,11 +43,9 @@ def merge_kernel(
         members = tl.load(ends + slot) - begin
         waiting = tl.zeros([BLOCK_S], tl.int32)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    p = tl.arange(0, BLOCK_P)
     total = tl.zeros([BLOCK_D], tl.float32)
     weights = 0.0
     size = 0.0
-    first = rows
     for number in range(members):
         if SCAN:
             row = tl.min(waiting, axis=0)
@@ -59,21 +56,15 @@ def merge_kernel(
         if HAS_SIZES:
             own = tl.load(sizes + row)
         weight = own if WEIGHTED else 1.0
-        first = tl.minimum(first, row)
         value = tl.load(x + row.to(tl.int64) * stride + d, mask=d < dim, other=0.0)
         total += value.to(tl.float32) * weight
         weights += weight
         size += own
     place_out = slot.to(tl.int64) * dim + d
     tl.store(out + place_out, (total / weights).to(out.dtype.element_ty), mask=d < dim)
-    # Sizes and positions are the same for all blocks of features; the first block writes them.
+    # The size is the same for all blocks of features; the first block writes it.
     if tl.program_id(1) == 0:
         tl.store(new_sizes + slot, size)
-        source = kept
-        if FIRST:
-            source = first.to(tl.int64)
-        moved_to = tl.load(positions + p.to(tl.int64) * rows + source, mask=p < planes, other=0)
-        tl.store(new_positions + p.to(tl.int64) * count + slot, moved_to, mask=p < planes)
 
 
 def merge_rows(
@@ -81,19 +72,15 @@ def merge_rows(
     target: Tensor,
     keep: Tensor,
     sizes: Tensor | None,
-    positions: Tensor,
     lengths: list[int],
     weighted: bool,
-    position: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """See :func:`tokencomp.kernels.merge_rows.naive.merge_rows`."""
     rows, dim = x.shape
     out = x.new_empty(len(keep), dim)
     new_sizes = torch.empty(len(keep), dtype=torch.float32, device=x.device)
-    positions = positions.contiguous()
-    moved = positions.new_empty(len(positions), len(keep))
     if len(keep) == 0:
-        return out, new_sizes, moved
+        return out, new_sizes
     lengths = lengths or [rows]
     scan = max(lengths) <= MAX_SCAN
     order = target
@@ -105,15 +92,13 @@ def merge_rows(
         ends = torch.searchsorted(ordered, keep, right=True, out_int32=True)
     block_d, warps = blocks(dim, x.element_size())
     merge_kernel[(len(keep), triton.cdiv(dim, block_d))](
-        x, target, keep, target if sizes is None else sizes, begins, ends, order, positions,
-        out, new_sizes, moved, x.stride(0), dim, rows, len(keep), len(positions),
+        x, target, keep, target if sizes is None else sizes, begins, ends, order,
+        out, new_sizes, x.stride(0), dim,
         SCAN=scan, HAS_SIZES=sizes is not None, WEIGHTED=weighted,
-        FIRST=position == "first",
-        BLOCK_P=max(2, triton.next_power_of_2(len(positions))),
         BLOCK_S=max(16, triton.next_power_of_2(max(lengths))) if scan else 16,
         BLOCK_D=block_d, num_warps=warps, num_stages=1,
     )  # fmt: skip
-    return out, new_sizes, moved
+    return out, new_sizes
 
 
 def blocks(dim: int, itemsize: int) -> tuple[int, int]:

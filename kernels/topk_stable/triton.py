@@ -55,8 +55,8 @@ def pack_kernel(chosen, first_row, first_pick, picks, BLOCK: tl.constexpr):
         place += tl.sum(flag, axis=0)
 
 
-def topk_of_spans(scores: Tensor, counts: list[int], lengths: list[int]) -> Tensor:
-    """See :func:`tokencomp.kernels.topk_stable.naive.topk_of_spans`."""
+def topk_stable(scores: Tensor, counts: list[int], lengths: list[int]) -> Tensor:
+    """See :func:`tokencomp.kernels.topk_stable.naive.topk_stable`."""
     picks = torch.empty(sum(counts), dtype=torch.int64, device=scores.device)
     if len(picks) == 0:
         return picks
@@ -69,12 +69,3 @@ def topk_of_spans(scores: Tensor, counts: list[int], lengths: list[int]) -> Tens
     )
     pack_kernel[(len(lengths),)](chosen, first_row, first_pick, picks, BLOCK=1024, num_warps=4)
     return picks
-
-
-def topk_stable(scores: Tensor, k: int) -> Tensor:
-    """See :func:`tokencomp.kernels.topk_stable.naive.topk_stable`."""
-    n, shape = scores.shape[-1], scores.shape[:-1]
-    rows = scores.numel() // n if n else 0
-    picks = topk_of_spans(scores.reshape(-1), [k] * rows, [n] * rows).view(rows, k)
-    first = torch.arange(0, rows * n, max(n, 1), device=scores.device)
-    return (picks - first[:, None]).view(*shape, k)

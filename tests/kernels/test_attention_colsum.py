@@ -50,6 +50,11 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[
     return q, torch.randn(batch, kv_heads, keys, dim).to(dtype)
 
 
+def packed(x: Tensor) -> Tensor:
+    """Sequences one after the other, ``(T, heads, D)``, as one sample."""
+    return x.transpose(0, 1)[None]
+
+
 def check(got: Tensor, want: Tensor, tolerance: float = 1e-5) -> None:
     """Bound the error relative to the largest column, as sums grow with the number of rows."""
     assert not got.isnan().any()
@@ -110,12 +115,13 @@ def test_non_causal(place: torch.device) -> None:
 def test_packed_equals_separate(place: torch.device, causal: bool) -> None:
     queries, keys = [3, 0, 300, 1], [90, 5, 300, 17]
     q, k = torch.randn(sum(queries), 4, 64), torch.randn(sum(keys), 2, 64)
-    cu_q = torch.tensor([0, *torch.tensor(queries).cumsum(0)], dtype=torch.int32)
-    cu_k = torch.tensor([0, *torch.tensor(keys).cumsum(0)], dtype=torch.int32)
-    got = attention_colsum(
-        q.to(place), k.to(place), cu_seqlens_q=cu_q.to(place), cu_seqlens_k=cu_k.to(place),
-        causal=causal, heads="none",
-    )  # fmt: skip
+    rows, end = [], 0
+    for n, columns in zip(queries, keys, strict=True):
+        end += columns
+        own = range(end - n, end)
+        rows += [(end - columns, i + 1 if causal else end, i) for i in own]
+    visible = torch.tensor(rows, dtype=torch.int32).T[:, None].to(place)
+    got = attention_colsum(packed(q).to(place), packed(k).to(place), visible=visible, heads="none")
     parts = []
     for rows, columns, part_q, part_k in zip(
         queries, keys, q.split(queries), k.split(keys), strict=True
@@ -125,7 +131,7 @@ def test_packed_equals_separate(place: torch.device, causal: bool) -> None:
         visible = visible if causal else torch.ones_like(visible)
         part_q, part_k = part_q.transpose(0, 1)[None], part_k.transpose(0, 1)[None]
         parts.append(matrix(part_q, part_k, visible, 64**-0.5).sum(2)[0])
-    check(got, torch.cat(parts, dim=1))
+    check(got[0], torch.cat(parts, dim=1))
 
 
 @pytest.mark.parametrize("form", ["row", "sample", "head"])
@@ -218,12 +224,13 @@ def test_repeated_application_over_ragged_sequences(
         for _ in range(3 if size else 0):
             scores = scores @ matrix(part_q, part_k, mask, 24**-0.5)
         parts.append(scores[0, :, 0])
-    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32).to(place)
+    key = torch.arange(sum(lengths))
+    first = torch.cat([(torch.ones(n) * sum(lengths[:i])).long() for i, n in enumerate(lengths)])
     got = attention_colsum(
-        q.to(place), k.to(place), weights.to(place), cu_seqlens_q=bounds, cu_seqlens_k=bounds,
-        heads="none", iterations=3,
+        packed(q).to(place), packed(k).to(place), weights.to(place), heads="none", iterations=3,
+        visible=torch.stack([first, key + 1, key])[:, None].int().to(place),
     )  # fmt: skip
-    check(got, torch.cat(parts, dim=1))
+    check(got[0], torch.cat(parts, dim=1))
 
 
 @pytest.mark.parametrize("magnitude", [30.0, 1000.0])
@@ -302,7 +309,6 @@ def test_naive_streams_over_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"k": torch.randn(2, 2, 3, 64)}, "5 probe rows but 3 keys"),
         ({"k": torch.randn(2, 9, 64)}, "must have shape"),
         ({"q": torch.zeros(2, 4, 5, 64, dtype=torch.int64)}, "must be one of"),
-        ({"cu_seqlens_q": torch.tensor([0, 5])}, "must have shape"),
     ],
 )
 def test_bad_input(change: dict[str, object], message: str) -> None:
@@ -310,16 +316,6 @@ def test_bad_input(change: dict[str, object], message: str) -> None:
     arguments: dict[str, object] = {"q": q, "k": k, **change}
     with pytest.raises(KernelError, match=message):
         attention_colsum(**arguments)  # type: ignore[arg-type]
-
-
-def test_bad_packed_offsets(place: torch.device) -> None:
-    q, k = torch.randn(5, 2, 16, device=place), torch.randn(9, 2, 16, device=place)
-    good = torch.tensor([0, 5], device=place)
-    for bad in ([0, 8], [1, 9], [0, 10, 9]):
-        with pytest.raises(KernelError, match="cu_seqlens_k"):
-            attention_colsum(q, k, cu_seqlens_q=good, cu_seqlens_k=torch.tensor(bad, device=place))
-    with pytest.raises(KernelError, match="needs both"):
-        attention_colsum(q, k, cu_seqlens_q=good)
 
 
 def test_triton_limits(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,7 @@ CALLS: dict[str, tuple[tuple[int, ...], Callable[[Tensor], object]]] = {
         ),
     ),
     "nearest_previous_frame": ((3, 2, 2, 20), lambda x: kernels.nearest_previous_frame(x)),
-    "topk_stable": ((3, 20), lambda x: kernels.topk_stable(x, 5)),
+    "topk_stable": ((3, 20), lambda x: kernels.topk_stable(x[0], 5)),
 }
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "slice": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
@@ -69,7 +69,6 @@ ELSEWHERE: dict[str, Callable[[torch.device], object]] = {
     "merge target": lambda d: kernels.merge_rows(X, INDEX.to(d), INDEX),
     "merge keep": lambda d: kernels.merge_rows(X, INDEX, INDEX.to(d)),
     "merge sizes": lambda d: kernels.merge_rows(X, INDEX, INDEX, torch.ones(4, device=d)),
-    "merge positions": lambda d: kernels.merge_rows(X, INDEX, INDEX, positions=INDEX.to(d)),
 }
 
 

@@ -23,7 +23,7 @@ CALLS: dict[str, Callable[[Tensor], object]] = {
     ),
     "bipartite_match": lambda x: kernels.bipartite_match(x.view(12, 8), 6),
     "nearest_previous_frame": lambda x: kernels.nearest_previous_frame(x.view(2, 2, 3, 8)),
-    "merge_rows": lambda x: kernels.merge_rows(x.view(12, 8), rows(x), rows(x), positions=rows(x)),
+    "merge_rows": lambda x: kernels.merge_rows(x.view(12, 8), rows(x), rows(x)),
     "gather_rows": lambda x: kernels.gather_rows(
         [x.view(1, 12, 8), x.view(1, 12, 8) > 0], rows(x)[None, 3:]
     ),
@@ -37,8 +37,7 @@ CALLS: dict[str, Callable[[Tensor], object]] = {
     "mean_distance": lambda x: kernels.mean_distance(x.view(12, 8), spans=[5, 7]),
     "dpp_select": lambda x: kernels.dpp_select(x.view(12, 8), 2, x[:12].abs() + 0.1, spans=6),
     "facility_select": lambda x: kernels.facility_select(x.view(12, 8), 2, x[:12].abs(), spans=6),
-    "topk_of_spans": lambda x: kernels.topk_stable(x, [2, 5], spans=[40, 56]),
-    "topk_stable": lambda x: kernels.topk_stable(x.view(2, 48), 5),
+    "topk_stable": lambda x: kernels.topk_stable(x, [2, 5], spans=[40, 56]),
 }
 
 
@@ -66,10 +65,7 @@ def test_opcheck(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatc
     """PyTorch checks the schema (no hidden aliasing or mutation) and the fake tensors."""
     monkeypatch.setenv("TOKENCOMP_KERNELS", "naive")
     recorded: list[tuple] = []
-    module, attribute = {
-        "mean_distance": ("maxmin_select", "_mean_op"),
-        "topk_of_spans": ("topk_stable", "_spans_op"),
-    }.get(name, (name, "_op"))
+    module, attribute = {"mean_distance": ("maxmin_select", "_mean_op")}.get(name, (name, "_op"))
     package = __import__("sys").modules[f"tokencomp.kernels.{module}"]
     op = getattr(package, attribute)
 

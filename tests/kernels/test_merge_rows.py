@@ -26,59 +26,49 @@ def random_merge(lengths: list[int], kept: float = 0.4) -> tuple[Tensor, Tensor]
 
 
 def by_hand(
-    x: Tensor, target: Tensor, keep: Tensor, sizes: Tensor, positions: Tensor, weighted: bool,
-    position: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor, target: Tensor, keep: Tensor, sizes: Tensor, weighted: bool
+) -> tuple[Tensor, Tensor]:
     x = x.double()
-    merged, total, moved = [], [], []
+    merged, total = [], []
     for row in keep.tolist():
         members = [i for i, into in enumerate(target.tolist()) if into == row]
         weight = sizes[members].double() if weighted else torch.ones(len(members)).double()
         merged.append((x[members] * weight[:, None]).sum(0) / weight.sum())
         total.append(sizes[members].sum())
-        moved.append(positions[:, row if position == "keep" else members[0]])
-    return torch.stack(merged), torch.stack(total), torch.stack(moved, dim=1)
+    return torch.stack(merged), torch.stack(total)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("position", ["keep", "first"])
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize(
     ("lengths", "dim"), [([1], 5), ([6, 0, 33, 1], 70), ([100, 100], 130)], ids=str
 )
 def test_matches_loops(
-    place: torch.device, lengths: list[int], dim: int, weighted: bool, position: str,
-    dtype: torch.dtype,
-) -> None:  # fmt: skip
+    place: torch.device, lengths: list[int], dim: int, weighted: bool, dtype: torch.dtype
+) -> None:
     rows = sum(lengths)
     x = torch.randn(rows, dim).to(dtype)
     target, keep = random_merge(lengths)
     sizes = torch.randint(1, 5, (rows,)).float()
-    positions = torch.randint(0, 40_000, (3, rows))
-    want = by_hand(x, target, keep, sizes, positions, weighted, position)
+    want = by_hand(x, target, keep, sizes, weighted)
     for frames in (lengths, None):
         got = merge_rows(
             x.to(place), target.to(place), keep.to(place), sizes.to(place), frames=frames,
-            positions=positions.to(place), weighted=weighted, position=position,
+            weighted=weighted,
         )  # fmt: skip
         assert got.x.dtype == dtype
         # The result is rounded once to the output dtype, and the interpreter truncates instead.
         tolerance = 1e-5 if dtype == torch.float32 else 2**-7
         assert torch.allclose(got.x.cpu().double(), want[0], rtol=tolerance, atol=1e-5)
         assert torch.allclose(got.sizes.cpu(), want[1])
-        assert got.positions is not None and torch.equal(got.positions.cpu(), want[2])
 
 
-def test_one_dimensional_positions_and_defaults(place: torch.device) -> None:
+def test_defaults(place: torch.device) -> None:
     x = torch.randn(4, 8)
     target, keep = torch.tensor([1, 1, 3, 3]), torch.tensor([1, 3])
-    got = merge_rows(
-        x.to(place), target.to(place), keep.to(place), positions=torch.arange(4, device=place)
-    )
+    got = merge_rows(x.to(place), target.to(place), keep.to(place))
     assert got.sizes.tolist() == [2.0, 2.0]
-    assert got.positions is not None and got.positions.tolist() == [1, 3]
     assert torch.allclose(got.x.cpu(), (x[::2] + x[1::2]) / 2, atol=1e-6)
-    assert merge_rows(x.to(place), target.to(place), keep.to(place)).positions is None
 
 
 def test_many_rows_are_sorted_not_scanned(
@@ -88,14 +78,10 @@ def test_many_rows_are_sorted_not_scanned(
     rows = 5000
     target, keep = random_merge([rows], 0.05)
     x, sizes = torch.randn(rows, 16), torch.rand(rows) + 0.5
-    positions = torch.arange(rows)[None]
-    want = by_hand(x, target, keep, sizes, positions, True, "first")
-    got = merge_rows(
-        x.to(place), target.to(place), keep.to(place), sizes.to(place),
-        positions=positions.to(place), position="first",
-    )  # fmt: skip
+    want = by_hand(x, target, keep, sizes, True)
+    got = merge_rows(x.to(place), target.to(place), keep.to(place), sizes.to(place))
     assert torch.allclose(got.x.cpu().double(), want[0], atol=1e-5)
-    assert got.positions is not None and torch.equal(got.positions.cpu(), want[2])
+    assert torch.allclose(got.sizes.cpu(), want[1])
 
 
 def test_rows_without_members_are_copied_bit_for_bit(place: torch.device) -> None:
@@ -140,9 +126,6 @@ BAD: list[tuple[Callable[[dict[str, object]], None], str]] = [
     (lambda a: a.update(target=torch.tensor([1, 1, 3])), "target must have as many"),
     (lambda a: a.update(target=torch.tensor([1.0, 1, 3, 3])), "int32 or int64"),
     (lambda a: a.update(sizes=torch.ones(3)), "sizes must be"),
-    (lambda a: a.update(positions=torch.ones(3)), "positions must be"),
-    (lambda a: a.update(positions=torch.ones(4)), "int32 or int64"),
-    (lambda a: a.update(position="mean"), "position='mean'"),
     (lambda a: a.update(frames=3), "frames"),
     (lambda a: a.update(x=torch.zeros(4, 2, device="meta")), "one device"),
 ]

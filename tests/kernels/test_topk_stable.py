@@ -17,11 +17,11 @@ def by_hand(scores: list[float], k: int) -> list[int]:
 @pytest.mark.parametrize("n", [1, 2, 7, 64, 1000])
 @pytest.mark.parametrize("distinct", [1, 3, 10_000])
 def test_matches_sorted_pairs(place: torch.device, n: int, distinct: int) -> None:
-    scores = torch.randint(distinct, (3, n)).float() / 7
+    scores = torch.randint(distinct, (n,)).float() / 7
     for k in {0, 1, n // 2, n - 1, n}:
         got = topk_stable(scores.to(place), k).cpu()
         assert got.dtype == torch.int64
-        assert got.tolist() == [by_hand(row, k) for row in scores.tolist()]
+        assert got.tolist() == by_hand(scores.tolist(), k)
 
 
 def test_ties_infinities_and_signed_zeros(place: torch.device) -> None:
@@ -38,13 +38,11 @@ def test_scored_in_fp32_for_every_dtype(place: torch.device) -> None:
         assert topk_stable(values, 2).tolist() == by_hand(values.float().tolist(), 2)
 
 
-def test_leading_dimensions_are_independent(place: torch.device) -> None:
-    scores = torch.randint(4, (2, 3, 50), device=place).float()
-    got = topk_stable(scores, 20)
-    assert got.shape == (2, 3, 20)
-    for i in range(2):
-        for j in range(3):
-            assert torch.equal(got[i, j], topk_stable(scores[i, j], 20))
+def test_equal_spans_are_independent(place: torch.device) -> None:
+    scores = torch.randint(4, (6, 50), device=place).float()
+    got = topk_stable(scores.flatten(), 20, spans=50).view(6, 20)
+    for i in range(6):
+        assert torch.equal(got[i], 50 * i + topk_stable(scores[i], 20))
 
 
 def test_nan_and_bad_k_are_refused(place: torch.device) -> None:
@@ -55,7 +53,10 @@ def test_nan_and_bad_k_are_refused(place: torch.device) -> None:
         with pytest.raises(KernelError, match=r"k must be in \[0, 3\]"):
             topk_stable(torch.zeros(3, device=place), k)
     with pytest.raises(KernelError, match="real"):
-        topk_stable(torch.tensor(1.0, device=place), 0)
+        topk_stable(torch.zeros(3, dtype=torch.complex64, device=place), 0)
+    for shape in ((), (2, 3)):
+        with pytest.raises(KernelError, match="must have shape"):
+            topk_stable(torch.zeros(shape, device=place), 0)
 
 
 @pytest.mark.parametrize(

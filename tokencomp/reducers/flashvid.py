@@ -104,8 +104,6 @@ def spread_out(unit: Tensor, weights: Tensor, lengths: HostIndex, counts: HostIn
     lengths, counts
         Tokens that every frame has, and how many of them it chooses.
     """
-    from tokencomp.kernels import topk_stable
-
     (frames, n, _), most = unit.shape, int(counts.max())
     number = torch.arange(frames, device=unit.device)
     apart = (1 - unit @ unit.mT).clamp(min=0)
@@ -115,7 +113,7 @@ def spread_out(unit: Tensor, weights: Tensor, lengths: HostIndex, counts: HostIn
     near = others.topk(min(2, n), dim=2, largest=False).values[..., -1]
     order = torch.empty(frames, most, dtype=torch.int64, device=unit.device)
     for step in range(most):
-        order[:, step] = topk_stable(near, 1)[:, 0]
+        order[:, step] = near.argmax(1)  # the first of those that tie
         own = distance[number, order[:, step]]
         near = own if step == 0 else torch.minimum(near, own)
         near = near.scatter(1, order[:, : step + 1], -torch.inf)

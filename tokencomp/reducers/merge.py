@@ -108,7 +108,7 @@ class Merge(PatchReducer):
         left = torch.ones(len(x), dtype=torch.uint8, device=x.device).index_fill_(0, gone, 0)
         keep = rows_where(left, len(x) - sum(steps))
         how = {"frames": lengths, "weighted": self.weighted}
-        x, sizes, _ = merge_rows(x, target, keep, sizes, **how)
+        x, sizes = merge_rows(x, target, keep, sizes, **how)
         return x, sizes, rows.index_select(0, keep)
 
 

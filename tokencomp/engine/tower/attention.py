@@ -77,17 +77,18 @@ def attention_received(
     give (B, S), where B = 1 with `cu_seqlens`, the bounds of independent sequences.
     """
     from tokencomp.kernels import attention_colsum
+    from tokencomp.kernels.dispatch import checked
 
-    if cu_seqlens is not None:
-        bounds = cu_seqlens.to(torch.int32)
-        lengths = bounds.diff().long()
-        weights = (1.0 / lengths.float()).repeat_interleave(lengths)
-        flat: Tensor = attention_colsum(
-            q[0], k[0], weights, cu_seqlens_q=bounds, cu_seqlens_k=bounds, causal=False
-        )
-        return flat[None]
-    rows = 1 if class_token else q.shape[1]
-    weights = torch.full((rows,), 1.0 / rows, device=q.device)
+    rows = 1 if class_token and cu_seqlens is None else q.shape[1]
+    if cu_seqlens is None:
+        visible, weights = None, torch.full((rows,), 1.0 / rows, device=q.device)
+    else:
+        ends = torch.stack([cu_seqlens[:-1], cu_seqlens[1:]])
+        first, stop = ends.repeat_interleave(cu_seqlens.diff(), 1, output_size=rows)
+        own = torch.arange(rows, device=q.device)
+        visible = torch.stack([first, stop, own])[:, None].int()
+        weights = 1.0 / (stop - first).float()
     q, k = q[:, :rows].transpose(1, 2), k.transpose(1, 2)
-    sums: Tensor = attention_colsum(q, k, weights, causal=False)
+    with checked():  # bounds come from the tower
+        sums: Tensor = attention_colsum(q, k, weights, visible=visible, causal=False)
     return sums
