@@ -16,14 +16,15 @@ bench:  ## measure accuracy again on the embedded models (hours on a laptop; nee
 
 docs:  ## rebuild every page and picture from the stored results
 	$(PYTHON) -m benchmarks.accuracy.report
-	for part in unseen counting chance; do \
+	for part in unseen counting chance hard long; do \
 	  $(PYTHON) -m benchmarks.accuracy.report --results benchmarks/accuracy/$$part || exit 1; done
 	$(PYTHON) -m benchmarks.accuracy.studies.baselines
-	for study in choose margin adsc ccam selector selector_features tower long_video \
+	for study in choose margin adsc ccam selector selector_features tower long_video newer retrieval session \
 	  "long_video --model tiny-llava-onevision"; do \
 	  $(PYTHON) -m benchmarks.accuracy.studies.$$study --report > /dev/null || exit 1; done
 	for page in models.prefill models.chunked_prefill models.tower serving.run serving.ratio_zero \
-	  serving.positions peers.run gpu.prefill; do \
+	  serving.positions serving.agents peers.run gpu.prefill kernels.weights real.run real.clips real.candidates \
+	  real.clip_answers sounds.run files.clock files.stream files.accuracy; do \
 	  $(PYTHON) -m benchmarks.$$page --report > /dev/null || exit 1; done
 	$(PYTHON) -m benchmarks.gpu.recompute
 	$(PYTHON) -m benchmarks.kernels.roofline
