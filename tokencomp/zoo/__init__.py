@@ -1,8 +1,8 @@
 """Tiny multimodal models of the package `tokencomp_zoo`; `recipes/tiny` in a checkout trains them.
 
-Without that package the import raises a `MissingDependencyError`. The models are stock Hugging Face
-folders: `AutoModelForImageTextToText.from_pretrained` loads them without tokencomp. They exist so
-that accuracy under compression can be measured on any machine.
+Without that package the import raises a `MissingDependencyError`. `AutoModelForImageTextToText.from_pretrained`
+loads their folders without tokencomp, but that of tiny-vila, which has the layout of VILA. They
+exist so that accuracy under compression can be measured on any machine.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["SAMPLES", "available_models", "load", "metrics", "model_path", "reso
 
 
 def load(name: str = DEFAULT_MODEL, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
-    """Load an embedded model and its processor with the stock auto classes.
+    """Load an embedded model and its processor.
 
     Parameters
     ----------
