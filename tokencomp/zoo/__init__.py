@@ -1,8 +1,8 @@
 """Tiny multimodal models of the package `tokencomp_zoo`; `recipes/tiny` in a checkout trains them.
 
-Without that package the import raises a `MissingDependencyError`. `AutoModelForImageTextToText.from_pretrained`
-loads their folders without tokencomp, but that of tiny-vila, which has the layout of VILA. They
-exist so that accuracy under compression can be measured on any machine.
+Without that package the import raises a `MissingDependencyError`. transformers loads the folders
+without tokencomp (`AutoModelForImageTextToText`), but that of tiny-vila, which has the layout of
+VILA. They exist so that accuracy under compression can be measured on any machine.
 """
 
 from __future__ import annotations
