@@ -141,6 +141,7 @@ def test_demo_in_short_answers_the_packaged_questions(folder, tmp_path, monkeypa
         (["demo", "--reducer", "uniform", "--set", "seed=1"], "no option 'seed'"),
         (["list", "reducer"], "Did you mean 'reducers'"),
         (["demo", "--output", "/dev/null/x.html"], "cannot write /dev/null/x.html"),
+        (["demo", "--output", "no/kept.png"], "name a page, such as no/kept.html"),
         (["tune", "--tokens", "64", "-o", "/dev/null/x.json"], "cannot write /dev/null/x.json"),
         (["tune", "--tokens", "-5"], "--tokens -5: expected a positive number"),
         (["tune", "--tokens", "9", "--data", "x.jsonl", "--items", "3"], "--items: no effect with"),

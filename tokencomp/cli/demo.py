@@ -9,6 +9,7 @@ import typer
 
 from tokencomp.cli import _options as opt
 from tokencomp.cli._methods import settings
+from tokencomp.errors import OptionError
 
 SMALL = (
     "This is the time of a toy, which is too small to gain much: most of its time is not work on "
@@ -32,6 +33,8 @@ def command(
     patches, and `tokencomp profile` time and memory.
     """
     settings_of = settings(context, method)
+    if (picture := output.with_suffix(".png")) == output:
+        raise OptionError(f"--output {output}: name a page, such as {output.with_suffix('.html')}.")
     opt.check_output(output)
     _check_trained(source.model)
     from rich.console import Console
@@ -46,7 +49,6 @@ def command(
     demo = work.make_demo(*loaded, public_name(source.model), settings_of(loaded[0]), say)
     _print(console, demo)
     path = demo_page.write(demo, output)
-    picture = output.with_suffix(".png")
     demo_page.kept_sheet(demo).save(picture)
     console.print(
         f"\nReport: [bold]{path}[/]. Kept patches: [bold]{picture}[/]\n"
