@@ -106,6 +106,17 @@ def choice(name: str, value: str, allowed: Sequence[str]) -> None:
         raise KernelError(f"{name}={value!r} is not known; allowed: {', '.join(allowed)}")
 
 
+def numbers(
+    name: str, values: Tensor | None, size: int, dtype: torch.dtype = torch.float32
+) -> Tensor | None:
+    """Return `values`, which must have the shape ``(size,)`` or be None, contiguous in `dtype`."""
+    if values is None:
+        return None
+    if values.shape != (size,):
+        raise KernelError(f"{name} must be ({size},); got {tuple(values.shape)}")
+    return plain(values).to(dtype).contiguous()
+
+
 def holds(condition: Tensor, message: str) -> None:
     """Require a condition that is a tensor of one element on the device.
 

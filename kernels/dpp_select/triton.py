@@ -9,8 +9,9 @@ import torch
 import triton
 import triton.language as tl
 from tokencomp.kernels.dpp_select.naive import EPSILON
+from tokencomp.kernels.facility_select.triton import cover_kernel
 from tokencomp.kernels.segments import starts, table
-from tokencomp.kernels.tile import full_dot, padded
+from tokencomp.kernels.tile import padded
 from torch import Tensor
 
 # Rows of a span that one program holds in its registers.
@@ -18,30 +19,6 @@ MAX_ROWS = 4096
 # A program reads count² · rows / 2 factors of its span. Beyond this product the plain version,
 # which spreads every step over the GPU, is faster by our estimate: no GPU has measured it.
 MAX_WORK = 1 << 31
-
-
-@triton.jit
-def product_kernel(
-    unit, first_row, first_gram, gram, stride, dim,
-    BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """Compute one BLOCK × BLOCK tile of the products of the rows of one span.
-
-    The grid is (spans, tiles, tiles) for the longest span. Products are taken in full fp32: three
-    tf32 products would leave an error of the size of EPSILON, which detects copies.
-    """
-    span = tl.program_id(0)
-    start = tl.load(first_row + span)
-    rows = tl.load(first_row + span + 1) - start
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    j = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    if (tl.program_id(1) * BLOCK < rows) & (tl.program_id(2) * BLOCK < rows):
-        left = unit + (start + i).to(tl.int64) * stride
-        right = unit + (start + j).to(tl.int64) * stride
-        dots = full_dot(left, i < rows, right, j < rows, dim, BLOCK, BLOCK_D)
-        begin = tl.load(first_gram + span) // 16 * 16
-        place = i.to(tl.int64)[:, None] * ((rows + 15) // 16 * 16) + j[None, :]
-        tl.store(gram + begin + place, dots, mask=(i < rows)[:, None] & (j < rows)[None, :])
 
 
 @triton.jit
@@ -109,9 +86,10 @@ def dpp_select(unit: Tensor, counts: list[int], relevance: Tensor, lengths: list
     first_row = table(starts([*lengths, 0]), device)
     first_gram = table(starts(squares), device, torch.int64)
     tiles = triton.cdiv(longest, 32)
-    product_kernel[(len(lengths), tiles, tiles)](
-        unit, first_row, first_gram, gram, unit.stride(0), unit.shape[1],
-        BLOCK=32, BLOCK_D=32, num_warps=4,
+    # Three tf32 products would leave an error of the size of EPSILON, which detects copies.
+    cover_kernel[(len(lengths), tiles, tiles)](
+        unit, unit, unit, first_row, first_row, first_gram, gram, unit.stride(0), unit.stride(0),
+        unit.shape[1], SOFTMAX=False, LEAST=-float("inf"), BLOCK=32, BLOCK_D=32, num_warps=4,
     )  # fmt: skip
     block = padded(longest)
     cholesky_kernel[(len(lengths),)](

@@ -78,10 +78,7 @@ def facility_select(
         raise KernelError(f"unit must be float32 or float64; got {unit.dtype}. Convert with .to()")
     checks.same_device(unit=unit, weights=weights, points=points, offset=offset)
     lengths, counts = segments.spans_and_counts(k, spans, len(unit))
-    if weights is not None:
-        if weights.shape != (len(unit),):
-            raise KernelError(f"weights must be ({len(unit)},); got {tuple(weights.shape)}")
-        weights = checks.plain(weights).to(unit.dtype).contiguous()
+    weights = checks.numbers("weights", weights, len(unit), unit.dtype)
     reach = lengths
     if points is not None:
         checks.shape("points", points, 2, "(m, D)")
@@ -92,10 +89,9 @@ def facility_select(
         if len(reach) != len(lengths):
             raise KernelError(f"{len(reach)} spans of points for {len(lengths)} spans of rows")
         points = checks.plain(points)
-    if offset is not None:
-        if points is None or offset.shape != (len(points),):
-            raise KernelError("offset must have one value per point; give `points` with it")
-        offset = checks.plain(offset).to(unit.dtype).contiguous()
+        offset = checks.numbers("offset", offset, len(points), unit.dtype)
+    elif offset is not None:
+        raise KernelError("offset has one value per point; give `points` with it")
     return _op(checks.plain(unit), counts, weights, lengths, points, reach, offset)
 
 

@@ -25,11 +25,11 @@ MAX_WORK = 1 << 30
 @triton.jit
 def cover_kernel(
     unit, points, offset, first_row, first_point, first_cover, cover, stride, point_stride, dim,
-    SOFTMAX: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    SOFTMAX: tl.constexpr, LEAST: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Compute one tile of the coverings of a span, whose rows and points are those of the matrix.
 
-    The grid is (spans, tiles of rows, tiles of points) for the longest span. Products are taken in
+    They are products of at least LEAST, or with SOFTMAX their exponentials. The grid is (spans, tiles of rows, tiles of points) for the longest span. Products are taken in
     full fp32, so that copies of a row cover as much as the row itself.
     """
     span = tl.program_id(0)
@@ -49,7 +49,7 @@ def cover_kernel(
         place = tl.load(first_cover + span) // 16 * 16 + i.to(tl.int64)[:, None] * pitch
         tl.store(
             cover + place + j[None, :],
-            tl.where((j < reach)[None, :], tl.maximum(dots, 0.0), 0.0),
+            tl.where((j < reach)[None, :], tl.maximum(dots, LEAST), 0.0),
             mask=(i < rows)[:, None] & (j < pitch)[None, :],
         )
 
@@ -136,7 +136,7 @@ def facility_select(
     cover_kernel[(len(lengths), *tiles)](
         unit, points, unit if offset is None else offset, first_row, first_point, first_cover,
         cover, unit.stride(0), points.stride(0), unit.shape[1],
-        SOFTMAX=offset is not None, BLOCK=32, BLOCK_D=32, num_warps=4,
+        SOFTMAX=offset is not None, LEAST=0.0, BLOCK=32, BLOCK_D=32, num_warps=4,
     )  # fmt: skip
     facility_kernel[(len(lengths),)](
         cover, unit if weights is None else weights, first_row, first_point, first_cover,

@@ -113,9 +113,9 @@ def maxmin_select(
         checks.choice("start", start, ("isolated",))
         start = None
     checks.same_device(x=x, weights=weights, margin=margin, start=start, bonus=bonus, given=given)
-    weights = _numbers("weights", weights, len(x))
-    bonus = _numbers("bonus", bonus, len(x))
-    margin = _numbers("margin", margin, len(lengths))
+    weights = checks.numbers("weights", weights, len(x))
+    bonus = checks.numbers("bonus", bonus, len(x))
+    margin = checks.numbers("margin", margin, len(lengths))
     if given is not None and start is None:
         raise KernelError("given counts first choices; name them with `start`")
     start = _indices("start", start, len(lengths) if given is None else sum(counts))
@@ -125,23 +125,11 @@ def maxmin_select(
     return chosen if ordered else chosen.sort().values
 
 
-def _numbers(name: str, values: Tensor | None, size: int) -> Tensor | None:
-    """Return `values` ``(size,)`` in fp32."""
-    if values is None:
-        return None
-    if values.shape != (size,):
-        raise KernelError(f"{name} must be ({size},); got {tuple(values.shape)}")
-    return checks.plain(values).float().contiguous()
-
-
 def _indices(name: str, values: Tensor | None, size: int) -> Tensor | None:
     """Return the integers `values` ``(size,)`` as int64."""
-    if values is None:
-        return None
-    checks.integer(name, values)
-    if values.shape != (size,):
-        raise KernelError(f"{name} must be ({size},); got {tuple(values.shape)}")
-    return values.long().contiguous()
+    if values is not None:
+        checks.integer(name, values)
+    return checks.numbers(name, values, size, torch.int64)
 
 
 def mean_distance(x: Tensor, *, spans: Sequence[int] | None = None) -> Tensor:
