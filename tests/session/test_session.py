@@ -240,7 +240,7 @@ def test_bad_input_loses_nothing(loaded: tuple[Any, Any], clip: Any, record: Rec
             (OptionError, "reads when each frame was shown", frames[:2], {}),
             (OptionError, "times belong to frames", frames[0], {"seconds": 1.0}),
             (MediaError, "0 frames", [], {"seconds": 0.5}),
-            (MediaError, "of sizes", [frames[0], frames[1].resize((28, 28))], {"seconds": 0.5}),
+            (MediaError, "of shapes", [frames[0], frames[1].resize((28, 28))], {"seconds": 0.5}),
             (MediaError, "load_media", "clip.mp4", {}),
             (MediaError, "array", np.zeros((4, 4)), {}),
         ]

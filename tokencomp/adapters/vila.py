@@ -87,7 +87,7 @@ class VilaAdapter(Adapter):
 
     def _span(self, runs: list[Any], call: Call, row: int, n: int) -> VisualSpan:
         """One image, or the frames of one video, with their separators."""
-        config, side = self.model.config, self.model.side
+        config, side = self.model.config, self.model.config.side
         kind = runs[0][2]
         _, h, w = self._pool if kind == "video" else (1, 1, 1)
         grid = (n, side // h, side // w)

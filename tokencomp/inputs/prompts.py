@@ -146,7 +146,7 @@ def build_inputs(
     flat = [one for row in media for one in row]
     images = [m for m in flat if media_kind(m) == "image"]
     clips = [m for m in flat if media_kind(m) == "video"]
-    videos = [_stacked(m) for m in clips]
+    videos = [stacked(m) for m in clips]
     sounds = [m for m in flat if media_kind(m) == "audio"]
     try:
         samplings = [*map(sampling_of, clips)]
@@ -159,7 +159,8 @@ def build_inputs(
         ) from error
 
 
-def _stacked(clip: Sequence[Any]) -> np.ndarray:
+def stacked(clip: Sequence[Any]) -> np.ndarray:
+    """The frames of a video as one array (n, height, width, channels)."""
     frames = [np.asarray(frame) for frame in clip]
     shapes = sorted({frame.shape for frame in frames})
     if len(shapes) != 1:

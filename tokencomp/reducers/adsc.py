@@ -44,11 +44,8 @@ class Adsc(ChoosingReducer, Published):
     summary = "uniform downsampling between layers; training-free form of ADSC (2602.12618)"
 
     def plan(self, ratio: float, num_layers: int) -> Plan:
-        target = 1.0 - check_ratio(ratio)
-        if target == 1.0:
-            return Plan()
         family = functools.partial(profile, num_layers)
-        return from_profile(solved(family, target, 1.0 / WINDOW, 1.0), self)
+        return from_profile(solved(family, 1.0 - check_ratio(ratio), 1.0 / WINDOW, 1.0), self)
 
     def published_layers(self, num_layers: int) -> tuple[int, ...]:
         natural = profile(num_layers)

@@ -47,8 +47,6 @@ class Aim(Published):
 
     def plan(self, ratio: float, num_layers: int) -> Plan:
         target = 1.0 - check_ratio(ratio)
-        if target == 1.0:
-            return Plan()
         natural = natural_aim(num_layers, self.start, self.stop)
         mean = sum(natural) / num_layers
         if target >= mean:

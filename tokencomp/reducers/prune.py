@@ -83,13 +83,11 @@ class Prune(ScoreReducer, Published):
         return frozenset({signal})
 
     def plan(self, ratio: float, num_layers: int) -> Plan:
-        ratio = check_ratio(ratio)
-        if ratio == 0:
-            return Plan()
+        target = 1.0 - check_ratio(ratio)
         if self.schedule == "aim":
-            profile = aim(num_layers, 1.0 - ratio, self.start, self.stop)
+            profile = aim(num_layers, target, self.start, self.stop)
         else:
-            profile = SCHEDULES[self.schedule](num_layers, 1.0 - ratio)
+            profile = SCHEDULES[self.schedule](num_layers, target)
         return from_profile(profile, self)
 
     def published_layers(self, num_layers: int) -> tuple[int, ...]:

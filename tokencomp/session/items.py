@@ -12,7 +12,6 @@ from torch import Tensor
 
 from tokencomp.errors import FrameChoiceWarning, FrameOrderError, MediaError, OptionError
 from tokencomp.inputs.frame_times import frames_of_a_step
-from tokencomp.inputs.images import as_image
 from tokencomp.inputs.prompts import chat_inputs
 from tokencomp.inputs.video import Sampling, Video
 from tokencomp.validation import fits
@@ -108,18 +107,6 @@ def _listed(seconds: Any, count: int) -> list[float]:
             "or one distance between frames."
         )
     return times
-
-
-def as_frames(frames: Any) -> np.ndarray[Any, Any]:
-    """Frames as uint8 (n, height, width, 3)."""
-    images = [as_image(frame, "append") for frame in frames]
-    sizes = sorted({image.size for image in images})
-    if len(sizes) != 1:
-        raise MediaError(
-            f"append: {len(images)} frames of sizes {sizes}; allowed: one or more frames of one "
-            "size. Resize them, or append images one by one."
-        )
-    return np.stack([np.asarray(image) for image in images])
 
 
 def warn_of_repeated(processor: Any, frames: Sequence[Any], inputs: dict[str, Tensor]) -> None:

@@ -13,14 +13,10 @@ from tokencomp.errors import OptionError, SessionError
 from tokencomp.handle import handle_of
 from tokencomp.inputs.frame_times import reads_times
 from tokencomp.inputs.images import as_image
+from tokencomp.inputs.prompts import stacked
 from tokencomp.inputs.questions import media_kind
 from tokencomp.session.conversation import Conversation, join
-from tokencomp.session.items import (
-    FrameClock,
-    as_frames,
-    item_inputs,
-    warn_of_repeated,
-)
+from tokencomp.session.items import FrameClock, item_inputs, warn_of_repeated
 from tokencomp.session.turns import Turns
 from tokencomp.validation import fits
 
@@ -155,9 +151,11 @@ class Session:
                 f"append(image, seconds={seconds!r}): times belong to frames. Leave seconds out, "
                 "or give the image as a list of one frame."
             )
-        medium: Any = as_frames(media) if kind == "video" else as_image(media, "append")
         if kind == "video":
+            medium: Any = stacked([as_image(frame, "append") for frame in media])
             times = self._clock.times(media, seconds, reads_times(self._processor))
+        else:
+            medium = as_image(media, "append")
         piece = self._pieces.setdefault(kind, self._turns.media(kind))
         sampling = None if times is None else self._clock.sampling(times)
         inputs = item_inputs(self._processor, piece, kind, medium, sampling)

@@ -136,11 +136,6 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def get_decoder(self, *args: Any, **kwargs: Any) -> nn.Module:
         return self.llm.model
 
-    @property
-    def side(self) -> int:
-        """As `VilaConfig.side`."""
-        return self.config.side
-
     # -- media ----------------------------------------------------------------------------------
 
     def encode_images(self, pixels: Tensor) -> Tensor:
@@ -155,7 +150,7 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         `pixels` is (sum of `frames`, 3, S, S), and `frames` has the number of frames of each video.
         """
-        features, side = self.encode_images(pixels), self.side
+        features, side = self.encode_images(pixels), self.config.side
         t, h, w = self.config.video_pool
         if (t, h, w) == (1, 1, 1):
             return features.flatten(0, 1)
@@ -278,7 +273,7 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Repeat the media of a sample as a group: [A, B] becomes [A, B, A, B]."""
         media = {name: kwargs.pop(name) for name in MEDIA if kwargs.get(name) is not None}
         if input_ids is not None and expand_size > 1:
-            media = expanded(media, input_ids, expand_size, self.config, self.side**2)
+            media = expanded(media, input_ids, expand_size, self.config, self.config.side**2)
         ids, kwargs = super()._expand_inputs_for_generation(  # type: ignore[misc]  # of a mixin
             expand_size=expand_size,
             is_encoder_decoder=is_encoder_decoder,
