@@ -29,8 +29,9 @@ def cover_kernel(
 ):  # fmt: skip
     """Compute one tile of the coverings of a span, whose rows and points are those of the matrix.
 
-    They are products of at least LEAST, or with SOFTMAX their exponentials. The grid is (spans, tiles of rows, tiles of points) for the longest span. Products are taken in
-    full fp32, so that copies of a row cover as much as the row itself.
+    They are products of at least LEAST, or with SOFTMAX their exponentials, and the products of all
+    pairs of rows if LEAST is -inf. The grid is (spans, tiles of rows, tiles of points) for the
+    longest span. Products are taken in full fp32, so that copies of a row cover as much as the row.
     """
     span = tl.program_id(0)
     start = tl.load(first_row + span)

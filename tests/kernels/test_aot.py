@@ -14,8 +14,8 @@ KERNELS = {
     "lse_kernel", "combine_kernel", "colsum_kernel", "match_kernel", "nearest_kernel",
     "merge_kernel", "gather_kernel", "pool_kernel", "ccam_kernel", "norm_kernel", "gram_kernel",
     "greedy_kernel", "closest_kernel", "difference_kernel", "closest_difference_kernel",
-    "mean_kernel", "first_kernel", "isolated_kernel", "cholesky_kernel", "cover_kernel", "facility_kernel",
-    "rank_kernel", "pack_kernel",
+    "mean_kernel", "first_kernel", "isolated_kernel", "cholesky_kernel", "cover_kernel",
+    "facility_kernel", "rank_kernel", "pack_kernel",
 }  # fmt: skip
 
 
