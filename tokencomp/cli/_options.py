@@ -32,8 +32,8 @@ Reducers = Annotated[
     typer.Option(
         "--reducer",
         "-r",
-        help="Reducers, separated by commas (tokencomp list). In eval, demo and inspect all: every "
-        "one that fits the model.",
+        help="Reducers, separated by commas (tokencomp list). In demo, eval, inspect and profile "
+        "all: every one that fits the model.",
     ),
 ]
 Ratios = Annotated[

@@ -37,7 +37,9 @@ def command(
     ] = "4,8,16",
     scale: Annotated[str, typer.Option(help="Picture sides to try, original = 1.")] = "1,0.75,0.5",
     reducer: opt.Reducers = "auto,uniform",
-    ratio: opt.Ratios = "0.5,0.75,0.9",
+    ratio: Annotated[
+        str, typer.Option("--ratio", help="Ratios in [0, 1) to try, separated by commas.")
+    ] = "0.5,0.75,0.9",
     batch_size: opt.BatchSize = 8,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON here.")] = None,
     as_json: opt.Json = False,
