@@ -33,19 +33,6 @@ from torch import Tensor
 MODES = ("auto", "naive", "triton")
 MIN_TRITON = (3, 3)  # the first release that accepts tuples as kernel arguments
 MIN_CAPABILITY = (8, 0)
-OPS = (
-    "attention_colsum",
-    "bipartite_match",
-    "ccam_attention",
-    "dpp_select",
-    "facility_select",
-    "frame_pool",
-    "gather_rows",
-    "maxmin_select",
-    "merge_rows",
-    "nearest_previous_frame",
-    "topk_stable",
-)
 
 _log = logging.getLogger(__name__)
 _assumed = threading.local()
@@ -193,33 +180,26 @@ def checks_enabled(tensor: Tensor) -> bool:
     return tensor.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
-def status() -> dict[str, Any]:
-    """Return what ``tokencomp doctor`` shows: mode, Triton, device, and the backend of every op.
+def status() -> dict[str, str | None]:
+    """Return what ``tokencomp doctor`` shows: mode, backend, Triton's version, problem and device.
 
-    ``ops`` maps every op to ``"naive"``, ``"triton"`` or ``"unavailable"`` (Triton was requested
-    and cannot run).
+    ``backend`` is ``"naive"``, ``"triton"`` or ``"unavailable"`` (Triton was requested and cannot
+    run), and ``problem`` says why it is not Triton.
     """
-    problem = triton_problem()
-    info: dict[str, Any] = {
-        "mode": mode(),
-        "triton": None if problem else importlib.import_module("triton").__version__,
-        "problem": problem,
-        "interpreter": interpreting(),
-        "checks": os.environ.get("TOKENCOMP_KERNELS_CHECK", "1") != "0",
-        "device": "cpu",
-        "capability": None,
-    }
-    device = torch.device("cpu")
+    device, name = torch.device("cpu"), "cpu"
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
-        info["device"] = torch.cuda.get_device_name(device)
-        info["capability"] = ".".join(map(str, torch.cuda.get_device_capability(device)))
+        name = torch.cuda.get_device_name(device)
+    problem = triton_problem()
+    version = None if problem else importlib.import_module("triton").__version__
     try:
         backend = which(torch.empty(0, device=device))
+        problem = problem or _device_problem(device)
     except KernelError as error:
-        backend, info["problem"] = "unavailable", str(error)
-    info["ops"] = dict.fromkeys(OPS, backend)
-    return info
+        backend, problem = "unavailable", str(error)
+    return {
+        "mode": mode(), "backend": backend, "triton": version, "problem": problem, "device": name,
+    }  # fmt: skip
 
 
 def _device_problem(device: torch.device) -> str | None:

@@ -35,9 +35,9 @@ from triton.compiler.compiler import ASTSource
 
 from benchmarks import publishing
 from benchmarks.kernels.attention_cases import ccam, colsum
-from benchmarks.kernels.case import Case, Setup
+from benchmarks.kernels.case import OPS, Case, Setup
 from benchmarks.kernels.cases import CASES
-from benchmarks.kernels.launches import OPS, Launch, record, specialise
+from benchmarks.kernels.launches import Launch, record, specialise
 from benchmarks.kernels.row_cases import gather, match, merge, nearest, pool
 from benchmarks.kernels.selection_cases import dpp, facility, maxmin, mean_distance, topk_spans
 

@@ -1,11 +1,16 @@
 """What a benchmark of a kernel consists of."""
 
+import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from tokencomp import kernels
+
+OPS = sorted(module.name for module in pkgutil.iter_modules(kernels.__path__) if module.ispkg)
 
 
 @dataclass

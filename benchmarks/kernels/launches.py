@@ -15,9 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from benchmarks.kernels.case import Setup
-
-OPS = list(dispatch.OPS)
+from benchmarks.kernels.case import OPS, Setup
 
 
 @dataclass

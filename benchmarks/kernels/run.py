@@ -22,11 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokencomp.kernels import dispatch
 from tqdm import tqdm
 
 from benchmarks import publishing
-from benchmarks.kernels.case import Case
+from benchmarks.kernels.case import OPS, Case
 from benchmarks.kernels.cases import CASES
 from benchmarks.kernels.roofline import GPUS, bound, find, floor_seconds
 
@@ -101,7 +100,7 @@ def line(case: Case, provider: str, times: dict[str, float], device_name: str) -
 def main() -> None:
     """Run the cases and write JSON lines."""
     parser = publishing.parser(__doc__, report=False)
-    parser.add_argument("--ops", nargs="+", choices=dispatch.OPS, default=list(dispatch.OPS))
+    parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS)
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
     parser.add_argument("--dtype", choices=DTYPES, default=None, help="default: bf16, on CPU fp32")
     parser.add_argument("--scale", type=float, default=None, help="default: 1, on a CPU 1/16")

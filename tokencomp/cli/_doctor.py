@@ -87,17 +87,13 @@ def _kernels() -> Finding:
         state = status()
     except KernelError as error:
         return Finding("kernels", False, str(error))
-    ops: dict[str, list[str]] = {}
-    for op, backend in state["ops"].items():
-        ops.setdefault(backend, []).append(op)
-    if "unavailable" in ops:
+    if state["backend"] == "unavailable":
         return Finding("kernels", False, str(state["problem"]))
-    if "triton" not in ops:
-        why = "no CUDA device" if state["device"] == "cpu" else state["problem"]
-        return Finding("kernels", True, f"plain PyTorch ({why}; mode {state['mode']})")
-    others = [f"{', '.join(names)}: {b}" for b, names in ops.items() if b != "triton"]
-    used = "; ".join([f"Triton {state['triton']} on {state['device']}", *others])
-    return Finding("kernels", True, f"{used} (mode {state['mode']})")
+    mode = f"mode {state['mode']}"
+    if state["backend"] == "triton":
+        return Finding("kernels", True, f"Triton {state['triton']} on {state['device']} ({mode})")
+    why = "no CUDA device" if state["device"] == "cpu" else state["problem"] or "as requested"
+    return Finding("kernels", True, f"plain PyTorch ({why}; {mode})")
 
 
 def _gpu() -> Finding:
