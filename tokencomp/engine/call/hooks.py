@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from tokencomp.adapters.base import Adapter
+from tokencomp.adapters.registry import DATA_PARALLEL
 from tokencomp.adapters.structure import parameters_of
 from tokencomp.engine.cache.need import InForce, PatchNeed
 from tokencomp.engine.call.chunks import ChunkedPrefill
@@ -28,7 +29,7 @@ from tokencomp.engine.call.state import CallHooks, RunningCalls
 from tokencomp.engine.count.stats import Stats
 from tokencomp.engine.kinds.relative import RelativePositions
 from tokencomp.engine.kinds.windows import Windows
-from tokencomp.engine.scores.parallel import refuse_replica
+from tokencomp.errors import UnsupportedModelError
 from tokencomp.plan.plan import Plan
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.hooks import forget_compiled
@@ -163,8 +164,8 @@ class Hooks(CallHooks):
 
     def _is_original(self, module: nn.Module, args: Any, kwargs: Any) -> bool:
         """Refuse copies of the model, and say whether its call is prepared between graphs."""
-        if getattr(module, "_is_replica", False):
-            refuse_replica()
+        if getattr(module, "_is_replica", False):  # DataParallel has made it
+            raise UnsupportedModelError(DATA_PARALLEL)
         return not torch.compiler.is_compiling() or self.decoder.apart(module, args, kwargs)
 
     def _note_call(self, module: nn.Module, args: Any, kwargs: Any) -> None:

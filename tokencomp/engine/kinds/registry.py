@@ -69,7 +69,6 @@ class LayerKind:
         return source.attention_mask(self, segment, x, text)
 
 
-@dataclass(frozen=True)
 class Windowed(LayerKind):
     """Layers whose queries see a window, whose size the config gives."""
 
@@ -79,7 +78,6 @@ class Windowed(LayerKind):
         return size is not None and total > size
 
 
-@dataclass(frozen=True)
 class Sliding(Windowed):
     """Queries see the last `size` columns, their own among them."""
 
@@ -96,7 +94,6 @@ class Sliding(Windowed):
         return segment.gaps_within(source.windows.sizes[self.name])
 
 
-@dataclass(frozen=True)
 class Chunked(Windowed):
     """Queries see their own chunk of `size` columns, counted from the first real one (Llama 4)."""
 
@@ -112,7 +109,6 @@ class Chunked(Windowed):
         return self.exceeded(source, total) and segment.gaps
 
 
-@dataclass(frozen=True)
 class Indexed(LayerKind):
     """Queries see the rows that an indexer chooses, which adds its choice to a mask (DeepSeek)."""
 
@@ -120,7 +116,6 @@ class Indexed(LayerKind):
     masks_single_tokens = True
 
 
-@dataclass(frozen=True)
 class Reference(LayerKind):
     """Layers that see all of the first prompt, and a window of what follows (Unlimited-OCR).
 
@@ -153,14 +148,12 @@ class Reference(LayerKind):
         return mask_compat.backend_mask(source.config, visible, x)
 
 
-@dataclass(frozen=True)
 class Mixing(LayerKind):
     """No attention: MLPs or experts alone. A token that leaves is not in the sequence at all."""
 
     attends = False
 
 
-@dataclass(frozen=True)
 class State(Mixing):
     """Linear attention or short convolutions: a state of constant size, and a mask of padding."""
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokencomp.adapters.registry import DATA_PARALLEL
 from tokencomp.errors import UnsupportedModelError
 from tokencomp.torchlib import compat
 
@@ -109,8 +108,3 @@ def unwrapped(module: Any) -> Any:
     while inner := [module._modules[name] for name in names if name in module._modules]:
         module = inner[0]
     return module
-
-
-def refuse_replica() -> None:
-    """Raise `UnsupportedModelError` in a copy of a patched model that `DataParallel` creates."""
-    raise UnsupportedModelError(DATA_PARALLEL)
