@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+from transformers.cache_utils import StaticLayer
 
 from tokencomp.engine.cache.layers import (
-    INDEXED,
     CompressedDynamicLayer,
     CompressedIndexedLayer,
     CompressedLayer,
@@ -25,28 +24,29 @@ from tokencomp.engine.cache.rows import (
     segment_heads,
 )
 from tokencomp.engine.cache.special import (
-    HYBRID,
-    HYBRID_SLIDING,
     CompressedHybridLayer,
     CompressedHybridSlidingLayer,
     CompressedReferenceLayer,
     compressed_reference,
 )
-from tokencomp.engine.cache.static import COUNTS_ROWS, CompressedStaticLayer
+from tokencomp.engine.cache.static import CompressedStaticLayer
 from tokencomp.engine.stage.forward import ForwardPass
 from tokencomp.errors import UnsupportedCacheError
-from tokencomp.torchlib import cache_classes
+from tokencomp.torchlib.cache_classes import COUNTS_ROWS, QUANTIZED, WITHOUT_ROWS
 
-DYNAMIC = frozenset({DynamicLayer, DynamicSlidingWindowLayer, INDEXED, HYBRID, HYBRID_SLIDING})
 # Compressed classes by transformers' own; others enter when a cache has them.
 _COMPRESSED: dict[type, type] = {
-    DynamicLayer: CompressedDynamicLayer,
-    DynamicSlidingWindowLayer: CompressedSlidingLayer,
-    StaticLayer: CompressedStaticLayer,
-    INDEXED: CompressedIndexedLayer,
-    HYBRID: CompressedHybridLayer,
-    HYBRID_SLIDING: CompressedHybridSlidingLayer,
+    own.plain: own
+    for own in (
+        CompressedDynamicLayer,
+        CompressedSlidingLayer,
+        CompressedStaticLayer,
+        CompressedIndexedLayer,
+        CompressedHybridLayer,
+        CompressedHybridSlidingLayer,
+    )
 }
+DYNAMIC = frozenset(_COMPRESSED) - {StaticLayer}
 
 
 def check_cache(cache: Any, between_layers: bool = False) -> None:
@@ -65,9 +65,9 @@ def check_cache(cache: Any, between_layers: bool = False) -> None:
     replicate = getattr(cache, "layer_class_to_replicate", None)
     kinds = {getattr(layer, "plain", type(layer)) for layer in layers}
     kinds |= {replicate} if replicate else set()
-    quantized = {k for k in kinds if issubclass(k, cache_classes.quantized_layer())}
+    quantized = {k for k in kinds if issubclass(k, QUANTIZED)}
     # Whatever leaves the prompt, the state of layers without rows stays right.
-    kinds -= cache_classes.layers_without_rows()
+    kinds -= WITHOUT_ROWS
     special = kinds - DYNAMIC - {StaticLayer} - quantized
     wrong = {kind for kind in special if not is_reference(kind)}
     if wrong:

@@ -26,7 +26,7 @@ from tokencomp.engine.kinds.registry import Indexed
 from tokencomp.engine.kinds.windows import Windows
 from tokencomp.engine.rows.outputs import cached_columns
 from tokencomp.errors import OptionError, UnsupportedCacheError, UnsupportedModelError
-from tokencomp.torchlib import cache_classes
+from tokencomp.torchlib.cache_classes import STATES
 
 BY_ROW_NUMBER = ("attn_temperature_tuning", "log_scaling_n_floor")
 """Fields of configs of decoders that scale queries by the number of their row."""
@@ -106,8 +106,7 @@ def evict(cache: Any, columns: Tensor) -> int:
     """
     every = getattr(cache, "layers", ())
     layers = filled(every)
-    states = cache_classes.linear_layer()
-    rows_or_states = [x for x in every if isinstance(x, (HOLDS_ROWS, states))]
+    rows_or_states = [x for x in every if isinstance(x, (HOLDS_ROWS, STATES))]
     wrong = sorted({type(x).__name__ for x in rows_or_states if type(x) not in WHOLE})
     if wrong or not layers:
         raise UnsupportedCacheError(

@@ -30,10 +30,8 @@ from transformers.cache_utils import (
 from tokencomp.engine.cache.need import InForce, PatchNeed
 from tokencomp.engine.cache.rows import physical_length
 from tokencomp.errors import UnsupportedCacheError
-from tokencomp.torchlib import cache_classes
+from tokencomp.torchlib.cache_classes import INDEXED, STATES
 
-INDEXED: Any = cache_classes.indexed_layer()
-STATES: Any = cache_classes.linear_layer()
 NEEDS_PATCH = (
     "this cache holds a compressed prompt that only a patched model reads right: a padded batch, "
     "rows that differ by layer, compact positions, an attention window, or a static cache under "

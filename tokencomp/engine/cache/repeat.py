@@ -24,7 +24,7 @@ from tokencomp.engine.cache.rows import keeps_window, physical_length, stored
 from tokencomp.engine.rows.layout import RowLayout
 from tokencomp.engine.stage.segments import Segment
 from tokencomp.errors import UnsupportedCacheError
-from tokencomp.torchlib import cache_classes
+from tokencomp.torchlib.cache_classes import COUNTS_ROWS, QUANTIZED
 
 
 def repeated(segment: Segment, sizes: Tensor) -> tuple[Segment, Tensor]:
@@ -62,7 +62,7 @@ def repeat_rows(layer: Any, index: Tensor, before: int) -> None:
         _repeat_in_place(layer, index, before)
         return
     rows = _behind((stored(layer, "keys"), stored(layer, "values")), index, before)
-    if isinstance(layer, cache_classes.quantized_layer()):
+    if isinstance(layer, QUANTIZED):
         layer.is_initialized, layer.cumulative_length = False, 0
         layer.update(*rows)  # as the prompt was written
         return
@@ -97,7 +97,7 @@ def _repeat_in_place(layer: Any, index: Tensor, before: int) -> None:
     pair = layer.keys, layer.values
     for x, new in zip(pair, _taken([x[..., before:held, :] for x in pair], index), strict=True):
         x[..., before:rows, :] = new
-    if cache_classes.counts_static_rows():
+    if COUNTS_ROWS:
         layer.cumulative_length += rows - held
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer, StaticLayer
 
-from tokencomp.torchlib import cache_classes, compat
+from tokencomp.torchlib import compat
+from tokencomp.torchlib.cache_classes import QUANTIZED
 
 REFERENCE = "reference_sliding_attention"
 # Cache layers that hold keys and values, one row per token. Layers of linear attention and of short
@@ -65,7 +66,7 @@ def physical_length(layer: Any) -> int:
         return int(StaticLayer.get_seq_length(layer) if counted is None else counted)
     if getattr(layer, "_layer_type", None) == REFERENCE:
         return int(layer.prefill_cumulative_length + layer.cumulative_length)
-    if isinstance(layer, (cache_classes.quantized_layer(), DynamicSlidingWindowLayer)):
+    if isinstance(layer, (QUANTIZED, DynamicSlidingWindowLayer)):
         return layer.cumulative_length
     keys = getattr(layer, "keys", None)
     return keys.shape[-2] if keys is not None and keys.numel() else 0
@@ -74,7 +75,7 @@ def physical_length(layer: Any) -> int:
 def stored(layer: Any, name: Literal["keys", "values"]) -> Tensor:
     """What a layer holds of its rows, (B, kv heads, rows or more, d); the first are used."""
     rows: Tensor = getattr(layer, name)
-    if not isinstance(layer, cache_classes.quantized_layer()):
+    if not isinstance(layer, QUANTIZED):
         return rows
     first: Tensor = layer._dequantize(getattr(layer, f"_quantized_{name}"))
     if getattr(layer, "_pending_beam_idx", None) is not None:

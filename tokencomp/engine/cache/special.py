@@ -13,10 +13,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from tokencomp.engine.cache.layers import CompressedDynamicLayer, CompressedSlidingLayer
-from tokencomp.torchlib import cache_classes
-
-HYBRID: Any = cache_classes.hybrid_layer(sliding=False)
-HYBRID_SLIDING: Any = cache_classes.hybrid_layer(sliding=True)
+from tokencomp.torchlib.cache_classes import HYBRID, HYBRID_SLIDING
 
 
 class CompressedHybridLayer(CompressedDynamicLayer, HYBRID):  # type: ignore[misc]  # older releases lack it

@@ -9,9 +9,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import StaticLayer
 
 from tokencomp.engine.cache.layers import CompressedLayer
-from tokencomp.torchlib import cache_classes
-
-COUNTS_ROWS = cache_classes.counts_static_rows()
+from tokencomp.torchlib.cache_classes import COUNTS_ROWS
 
 
 class CompressedStaticLayer(CompressedLayer, StaticLayer):

@@ -62,7 +62,9 @@ def tensor_parallel_group(attn: Any) -> Any:
     The weight of the query projection is a DTensor (transformers 4.57 and from 5.16), or its
     module keeps the device mesh (releases between).
     """
-    for module in _projections(attn):
+    projections = (getattr(attn, name, None) for name in ("q_proj", "qkv_proj", "qkv"))
+    # Wrappers of LoRA have the linear layer inside.
+    for module in (m for outer in projections if outer is not None for m in outer.modules()):
         weight = getattr(module, "weight", None)
         mesh = getattr(weight, "device_mesh", None) or getattr(module, "_hf_device_mesh", None)
         if mesh is None:
@@ -72,14 +74,6 @@ def tensor_parallel_group(attn: Any) -> Any:
         if "tp" in (mesh.mesh_dim_names or ()):
             return mesh.get_group("tp")
     return None
-
-
-def _projections(attn: Any) -> Iterator[nn.Module]:
-    """Linear layers that make queries, also inside of LoRA wrappers."""
-    for name in ("q_proj", "qkv_proj", "qkv"):
-        outer = getattr(attn, name, None)
-        if outer is not None:
-            yield from outer.modules()
 
 
 @contextlib.contextmanager
