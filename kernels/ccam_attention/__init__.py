@@ -1,7 +1,5 @@
 """Cross-attention of queries to the frames of a video with a causal mask over frames."""
 
-from collections.abc import Sequence
-
 import torch
 from tokencomp.kernels import checks, dispatch
 from tokencomp.kernels.ccam_attention import naive
@@ -18,7 +16,7 @@ def ccam_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    frames: int | Sequence[int],
+    frames: int,
     *,
     causal: bool = True,
     scale: float | None = None,
@@ -27,7 +25,7 @@ def ccam_attention(
 
     The mask follows from indices (:func:`visible_frames`), so it is never stored, and key blocks
     that no query of a block sees are never read. Finite values that a query does not see leave the
-    bits of its result unchanged. Padding, and frames that no query sees, may hold any values.
+    bits of its result unchanged. Frames that no query sees may hold any values.
 
     Parameters
     ----------
@@ -36,8 +34,7 @@ def ccam_attention(
     k, v
         Keys and values ``(B, H, F·P, D)`` with P tokens per frame, frames one after the other.
     frames
-        F, or one count per sample; samples with fewer frames are padded at the end, and 0 is
-        allowed. P is the number of keys divided by the largest F.
+        F, of which the number of keys is a multiple; 0 if there are none.
     causal
         If False, every query sees every frame.
     scale
@@ -46,7 +43,7 @@ def ccam_attention(
     Returns
     -------
     Tensor
-        Attention output ``(B, H, Q, D)`` in the dtype of `q`; 0 for a sample without frames.
+        Attention output ``(B, H, Q, D)`` in the dtype of `q`; 0 without frames.
 
     Raises
     ------
@@ -69,25 +66,21 @@ def ccam_attention(
     batch, heads, _, dim = q.shape
     if k.shape != v.shape or k.shape[:2] != (batch, heads) or k.shape[3] != dim:
         raise KernelError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit")
-    counts = [frames] * batch if isinstance(frames, int) else [int(f) for f in frames]
-    if len(counts) != batch or min(counts, default=0) < 0:
-        raise KernelError(f"frames must be one count >= 0 per sample ({batch}); got {counts[:9]}")
-    most = max(counts, default=0)
-    checks.int32_sizes(**{"queries x frames": q.shape[2] * most})
-    if (most == 0 and k.shape[2]) or (most and k.shape[2] % most):
-        raise KernelError(f"{k.shape[2]} keys are not a multiple of {most} frames")
-    per_frame = k.shape[2] // most if most else 0
+    checks.int32_sizes(**{"queries x frames": q.shape[2] * frames})
+    per_frame = k.shape[2] // frames if frames > 0 else 0
+    if k.shape[2] != per_frame * frames:
+        raise KernelError(f"{k.shape[2]} keys are not a multiple of {frames} frames")
     if per_frame == 0:
         return torch.zeros_like(q)
     scale = dim**-0.5 if scale is None else scale
     if checks.needs_grad(q, k, v):
-        return naive.ccam_attention(q, k, v, counts, per_frame, causal, scale)
-    return _op(q, k, v, counts, per_frame, causal, scale)
+        return naive.ccam_attention(q, k, v, frames, per_frame, causal, scale)
+    return _op(q, k, v, frames, per_frame, causal, scale)
 
 
 @dispatch.custom_op("ccam_attention")
 def _op(
-    q: Tensor, k: Tensor, v: Tensor, frames: list[int], per_frame: int, causal: bool, scale: float
+    q: Tensor, k: Tensor, v: Tensor, frames: int, per_frame: int, causal: bool, scale: float
 ) -> Tensor:
     if dispatch.which(q) == "naive":
         return naive.ccam_attention(q, k, v, frames, per_frame, causal, scale).contiguous()

@@ -3,12 +3,11 @@
 import torch
 import triton
 import triton.language as tl
-from tokencomp.kernels.segments import table
 from tokencomp.kernels.tile import LOG2E, aligned, alignment, dot, log_sum, multiprocessors, padded
 from torch import Tensor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["frames"])
 def ccam_kernel(
     q, k, v, frames, out, lse, scale,
     stride_qb, stride_qh, stride_qi, stride_kb, stride_kh, stride_kn,
@@ -27,13 +26,12 @@ def ccam_kernel(
     sample = tl.program_id(1) // heads
     head = tl.program_id(1) % heads
     split = tl.program_id(2)
-    count = tl.load(frames + sample)
     query = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
     inside = query < queries
     if CAUSAL:
-        limit = tl.minimum(query * count // queries + 1, count) * per_frame
+        limit = tl.minimum(query * frames // queries + 1, frames) * per_frame
     else:
-        limit = tl.zeros([BLOCK_Q], tl.int32) + count * per_frame
+        limit = tl.zeros([BLOCK_Q], tl.int32) + frames * per_frame
     limit = tl.where(inside, limit, 0)
     begin = split * split_keys
     end = tl.minimum(tl.max(limit, axis=0), begin + split_keys)
@@ -114,7 +112,7 @@ def combine_kernel(
 
 
 def ccam_attention(
-    q: Tensor, k: Tensor, v: Tensor, frames: list[int], per_frame: int, causal: bool, scale: float
+    q: Tensor, k: Tensor, v: Tensor, frames: int, per_frame: int, causal: bool, scale: float
 ) -> Tensor:
     """See :func:`tokencomp.kernels.ccam_attention.naive.ccam_attention`."""
     batch, heads, queries, dim = q.shape
@@ -130,7 +128,7 @@ def ccam_attention(
     partial = out if splits == 1 else out.new_empty(splits, *q.shape, dtype=torch.float32)
     lse = torch.empty(splits, rows, dtype=torch.float32, device=q.device)
     ccam_kernel[(tiles, batch * heads, splits)](
-        q, k, v, table(frames, q.device), partial, lse, scale,
+        q, k, v, frames, partial, lse, scale,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         queries, per_frame, heads, split_keys,
         CAUSAL=causal, DIM=dim, BLOCK_D=padded(dim), BLOCK_Q=block_q, BLOCK_N=block_n,

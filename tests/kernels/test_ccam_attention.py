@@ -9,39 +9,34 @@ from tokencomp.kernels.ccam_attention.rule import runs
 from torch import Tensor
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, frames: list[int], causal: bool, scale: float) -> Tensor:
-    """Attention with a dense mask, in fp64 and sample by sample."""
+def dense(q: Tensor, k: Tensor, v: Tensor, frames: int, causal: bool, scale: float) -> Tensor:
+    """Attention with a dense mask, in fp64."""
     queries, keys = q.shape[2], k.shape[2]
-    per_frame = keys // max(frames)
-    out = torch.zeros(q.shape, dtype=torch.float64)
-    for b, count in enumerate(frames):
-        mask = torch.zeros(queries, keys, dtype=torch.bool)
-        for i in range(queries):
-            seen = math.floor(i * count / queries) + 1 if causal else count
-            mask[i, : min(seen, count) * per_frame] = True
-        logits = q[b].double() @ k[b].double().transpose(-1, -2) * scale
-        weights = logits.masked_fill(~mask, -torch.inf).softmax(-1).nan_to_num(0.0)
-        out[b] = weights @ v[b].double()
-    return out
+    mask = torch.zeros(queries, keys, dtype=torch.bool)
+    for i in range(queries):
+        seen = math.floor(i * frames / queries) + 1 if causal else frames
+        mask[i, : min(seen, frames) * (keys // frames)] = True
+    logits = q.double() @ k.double().transpose(-1, -2) * scale
+    return logits.masked_fill(~mask, -torch.inf).softmax(-1) @ v.double()
 
 
-# (queries, frames per sample, tokens per frame, head dim)
+# (samples, queries, frames, tokens per frame, head dim)
 SHAPES = [
-    (1, [1], 1, 16),
-    (37, [5], 11, 24),
-    (5, [9, 4], 70, 64),
-    (64, [3, 0], 90, 72),
-    (130, [4, 7], 150, 80),
-    (16, [40], 30, 128),
+    (1, 1, 1, 1, 16),
+    (1, 37, 5, 11, 24),
+    (2, 5, 9, 70, 64),
+    (2, 64, 3, 90, 72),
+    (2, 130, 7, 150, 80),
+    (1, 16, 40, 30, 128),
 ]
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_dense(place: torch.device, shape: tuple, causal: bool) -> None:
-    queries, frames, tokens, dim = shape
-    q = torch.randn(len(frames), 2, queries, dim)
-    k, v = (torch.randn(len(frames), 2, max(frames) * tokens, dim) for _ in range(2))
+    batch, queries, frames, tokens, dim = shape
+    q = torch.randn(batch, 2, queries, dim)
+    k, v = (torch.randn(batch, 2, frames * tokens, dim) for _ in range(2))
     want = dense(q, k, v, frames, causal, dim**-0.5)
     got = ccam_attention(q.to(place), k.to(place), v.to(place), frames, causal=causal)
     assert torch.allclose(got.cpu().double(), want, atol=1e-5)
@@ -51,7 +46,7 @@ def test_matches_dense(place: torch.device, shape: tuple, causal: bool) -> None:
 def test_sixteen_bits(place: torch.device, dtype: torch.dtype) -> None:
     q = torch.randn(1, 3, 130, 64).to(dtype)
     k, v = (torch.randn(1, 3, 6 * 100, 64).to(dtype) for _ in range(2))
-    want = dense(q, k, v, [6], True, 0.2)
+    want = dense(q, k, v, 6, True, 0.2)
     got = ccam_attention(q.to(place), k.to(place), v.to(place), 6, scale=0.2)
     assert got.dtype == dtype
     # Probabilities and the result are rounded once each to the input dtype.
@@ -80,23 +75,20 @@ def test_later_frames_do_not_reach_early_queries(place: torch.device) -> None:
 
 
 def test_frames_that_no_query_sees_may_hold_any_values(place: torch.device) -> None:
-    """These are padding after a sample's frames and the last frames of a video with F > Q."""
+    """These are the last frames of a video with F > Q: the last of 4 queries sees 7 of 9."""
     q = torch.randn(2, 2, 4, 32)
     k, v = (torch.randn(2, 2, 9 * 30, 32) for _ in range(2))
-    frames = [9, 2]  # the last of 4 queries sees 7 of 9
-    seen = [max(math.floor(i * f / 4) + 1 for i in range(4)) * 30 for f in frames]
-    want = ccam_attention(q.to(place), k.to(place), v.to(place), frames)
-    for b, keys in enumerate(seen):
-        k[b, :, keys:], v[b, :, keys:] = math.nan, math.inf
-    got = ccam_attention(q.to(place), k.to(place), v.to(place), frames)
-    assert seen == [210, 60] and torch.equal(got, want)
+    want = ccam_attention(q.to(place), k.to(place), v.to(place), 9)
+    k[:, :, 210:], v[:, :, 210:] = math.nan, math.inf
+    got = ccam_attention(q.to(place), k.to(place), v.to(place), 9)
+    assert torch.equal(got, want)
 
 
 def test_extreme_logits(place: torch.device) -> None:
     q = torch.randn(1, 1, 20, 32) * 1000
     k, v = (torch.randn(1, 1, 120, 32) for _ in range(2))
     got = ccam_attention(q.to(place), k.to(place), v.to(place), 3)
-    want = dense(q, k, v, [3], True, 32**-0.5)
+    want = dense(q, k, v, 3, True, 32**-0.5)
     assert torch.allclose(got.cpu().double(), want, atol=1e-2)
 
 
@@ -137,8 +129,7 @@ def test_no_frames(place: torch.device) -> None:
     [
         ({"frames": 5}, "not a multiple of 5 frames"),
         ({"frames": 0}, "not a multiple of 0 frames"),
-        ({"frames": [3]}, "one count >= 0 per sample"),
-        ({"frames": [3, -1]}, "one count >= 0 per sample"),
+        ({"frames": -1}, "not a multiple of -1 frames"),
         ({"k": torch.randn(2, 1, 9, 8)}, "do not fit"),
         ({"v": torch.randn(2, 1, 12, 8).half()}, "one dtype"),
         ({"v": torch.randn(2, 1, 12, 8, device="meta")}, "one device"),

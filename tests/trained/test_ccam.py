@@ -44,14 +44,6 @@ def test_gradients_equal_the_dense_reference() -> None:
     torch.testing.assert_close(mine, wanted)
 
 
-def test_samples_with_fewer_frames_are_padded_at_the_end() -> None:
-    made = projector()
-    x = torch.randn(2, 5 * 3, 10, dtype=torch.float64)
-    got = made(x, [5, 2])
-    torch.testing.assert_close(got[0], dense(made, x[0], 5))
-    torch.testing.assert_close(got[1], dense(made, x[1, :6], 2))
-
-
 def test_places_are_added_to_keys_frame_by_frame() -> None:
     made = projector(spatial=True)
     x = torch.randn(1, 3 * 6, 10, dtype=torch.float64)

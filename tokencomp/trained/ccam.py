@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -88,19 +87,16 @@ class CCAMProjector(nn.Module):
         self.down_proj = nn.Linear(c.mlp, c.width)
         self.output = nn.Linear(c.width, c.out_dim)
 
-    def forward(
-        self, x: Tensor, frames: int | Sequence[int], grid: tuple[int, int] | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, frames: int, grid: tuple[int, int] | None = None) -> Tensor:
         """Return the tokens for the language model.
 
         Parameters
         ----------
         x : Tensor, shape (B, F·P, kv_dim)
-            Visual tokens, P per frame and frame after frame. Samples with fewer frames are padded
-            at the end. The tokens are cast to the dtype of the weights, so that fp32 weights can be
-            trained on a bf16 model.
+            Visual tokens, P per frame and frame after frame. They are cast to the dtype of the
+            weights, so that fp32 weights can be trained on a bf16 model.
         frames
-            F, or the number of frames of every sample.
+            F, the number of frames.
         grid
             (rows, columns) of a frame with rows·columns = P; only needed if `config.spatial`.
 
