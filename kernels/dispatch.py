@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from tokencomp.kernels.errors import KernelError
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 MODES = ("auto", "naive", "triton")
 MIN_TRITON = (3, 3)  # the first release that accepts tuples as kernel arguments
@@ -68,7 +69,7 @@ def triton_problem() -> str | None:
     except Exception as error:
         return f"triton cannot be imported ({error}); install it with `pip install triton`"
     version = getattr(triton, "__version__", "0")
-    if _version(version) < MIN_TRITON:
+    if TorchVersion(version) < MIN_TRITON:
         minimum = ".".join(map(str, MIN_TRITON))
         return f"triton {version} is too old; install triton>={minimum}"
     return None
@@ -220,12 +221,6 @@ def _device_problem(device: torch.device) -> str | None:
     if capability < MIN_CAPABILITY:
         return f"compute capability {capability} is below {MIN_CAPABILITY}"
     return None
-
-
-def _version(text: str) -> tuple[int, int]:
-    """Parse major and minor version: ``"3.9.0+git1"`` gives ``(3, 9)``."""
-    numbers = [int(part) if part.isdigit() else 0 for part in text.split("+")[0].split(".")[:2]]
-    return (numbers[0], numbers[1] if len(numbers) > 1 else 0)
 
 
 @functools.cache

@@ -120,23 +120,3 @@ def table(values: Sequence[int], device: torch.device, dtype: torch.dtype = torc
 def _table(values: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
     """Cached body of :func:`table`, with hashable values."""
     return torch.tensor(values, dtype=dtype, device=device)
-
-
-@functools.lru_cache(maxsize=16)
-def _bounds(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cached body of :func:`bounds`, with hashable lengths."""
-    size = torch.tensor(lengths, dtype=torch.int32)
-    end = size.cumsum(0, dtype=torch.int32)
-    repeat = size.long()
-    return (
-        (end - size).repeat_interleave(repeat).to(device),
-        end.repeat_interleave(repeat).to(device),
-    )
-
-
-def bounds(lengths: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return begin and end of the segment that each row belongs to, cached.
-
-    Both are int32 tensors ``(n,)``, where n is the sum of the lengths; the end is exclusive.
-    """
-    return _bounds(tuple(lengths), device)

@@ -1,7 +1,6 @@
 """Column sums of an attention matrix that is never stored."""
 
 from types import ModuleType
-from typing import Any
 
 import torch
 from tokencomp.kernels import checks, dispatch
@@ -89,7 +88,8 @@ def attention_colsum(
             "needs at least 1, and more than 1 needs one probe row per key"
         )
     scale = (q.shape[3] ** -0.5 if scale is None else scale) / temperature
-    return _op(q, k, _row_weights(row_weights, q), visible, scale, iterations, heads)
+    out = _op(q, k, _row_weights(row_weights, q), visible, scale, iterations)
+    return join_heads(out, heads)
 
 
 @dispatch.custom_op("attention_colsum")
@@ -100,22 +100,25 @@ def _op(
     visible: Tensor,
     scale: float,
     iterations: int,
-    heads: str,
 ) -> Tensor:
     implementation = _implementation(q)
     lse, (lo, hi, key) = None, visible.unbind()
     with dispatch.on_device(q):
         if iterations > 1:
             if implementation is naive and naive.is_triangular(hi, key):
-                out = naive.causal_powers(q, k, weights, lo, hi, scale, iterations)
-                return join_heads(out, heads)
+                return naive.causal_powers(q, k, weights, lo, hi, scale, iterations)
             lse = implementation.attention_lse(q, k, lo, hi, scale)
         for step in range(iterations):
             out = implementation.attention_colsum(q, k, weights, lo, hi, lse, scale)
             if step + 1 < iterations:
                 at = key.clamp(min=0).long()[:, None].expand_as(weights)
                 weights = out.gather(2, at).masked_fill_(key[:, None] < 0, 0.0)
-    return join_heads(out, heads)
+    return out
+
+
+@_op.register_fake
+def _(q: Tensor, k: Tensor, *_: object) -> Tensor:
+    return q.new_empty((*q.shape[:2], k.shape[2]), dtype=_accumulation_dtype(q))
 
 
 def join_heads(out: Tensor, heads: str) -> Tensor:
@@ -132,14 +135,6 @@ def join_heads(out: Tensor, heads: str) -> Tensor:
     # would make all of these keys equal. Dividing by the largest head first avoids that.
     most = out.abs().amax(1).clamp(min=torch.finfo(out.dtype).tiny)
     return (out / most[:, None]).square().mean(1).sqrt() * most
-
-
-@_op.register_fake
-def _(q: Tensor, k: Tensor, *others: Any) -> Tensor:
-    heads = others[-1]
-    batch, query_heads, keys = q.shape[0], q.shape[1], k.shape[2]
-    shape = (batch, query_heads, keys) if heads == "none" else (batch, keys)
-    return q.new_empty(shape, dtype=_accumulation_dtype(q))
 
 
 def _implementation(q: Tensor) -> ModuleType:

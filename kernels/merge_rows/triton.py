@@ -4,10 +4,11 @@ Gathering instead of scattering makes atomics unnecessary, so the order of addit
 the rounded result, does not depend on scheduling.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
-from tokencomp.kernels.segments import bounds
 from torch import Tensor
 
 # In segments of up to this many rows a program finds the members of its kept row by scanning the
@@ -85,7 +86,7 @@ def merge_rows(
     scan = max(lengths) <= MAX_SCAN
     order = target
     if scan:
-        begins, ends = bounds(lengths, x.device)
+        begins, ends = bounds(tuple(lengths), x.device)
     else:
         ordered, order = torch.sort(target, stable=True)
         begins = torch.searchsorted(ordered, keep, out_int32=True)
@@ -99,6 +100,15 @@ def merge_rows(
         BLOCK_D=block_d, num_warps=warps, num_stages=1,
     )  # fmt: skip
     return out, new_sizes
+
+
+@functools.lru_cache(maxsize=16)
+def bounds(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return begin and end (exclusive) of the segment of each row, int32 ``(n,)`` each, cached."""
+    size = torch.tensor(lengths)
+    end = size.cumsum(0)
+    begins, ends = (edge.repeat_interleave(size).int().to(device) for edge in (end - size, end))
+    return begins, ends
 
 
 def blocks(dim: int, itemsize: int) -> tuple[int, int]:

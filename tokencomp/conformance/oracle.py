@@ -58,7 +58,7 @@ def hidden(layers: Iterable[nn.Module], left: list[Tensor]) -> Iterator[None]:
             for mixer in mixers:
                 mixer.forward = _on_rows(mixer.forward, mask)
                 undo.append(lambda m=mixer: m.__dict__.pop("forward"))
-            hook = _MaskColumns(mask, required=_attends(layer, mixers))
+            hook = _hiding(mask, required=_attends(layer, mixers))
             undo.append(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
     finally:
@@ -75,23 +75,22 @@ def is_linear_mixer(module: nn.Module) -> bool:
     )
 
 
-class _MaskColumns:
-    """Hook of a decoder layer that hides columns in the mask of its call."""
+def _hiding(left: Tensor, required: bool) -> Any:
+    """A hook of a decoder layer that hides columns that are not left in the mask of its call."""
 
-    def __init__(self, left: Tensor, required: bool) -> None:
-        self.left, self.required = left, required
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         kwargs = bind(module, args, kwargs)
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim == 4:
             low = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-            mask = mask.masked_fill(~self.left[:, None, None, :], low)
+            mask = mask.masked_fill(~left[:, None, None, :], low)
             return (), {**kwargs, "attention_mask": mask}
-        if self.required:
+        if required:
             form = "none" if mask is None else f"{mask.ndim} dimensions"
             raise OracleError(f"{type(module).__name__} gets an attention mask of {form}")
         return None
+
+    return hook
 
 
 def _attends(layer: nn.Module, mixers: list[nn.Module]) -> bool:

@@ -120,17 +120,16 @@ def salient(patches: Patches, reducer: str) -> tuple[Tensor, Tensor]:
 
 
 def with_merged(
-    patches: Patches, x: Tensor, chosen: Tensor, merged: Sequence[tuple[Tensor, Tensor, Tensor]]
+    patches: Patches, x: Tensor, chosen: Tensor, merged: tuple[Tensor, Tensor, Tensor] | None
 ) -> Reduction:
     """The reduction that keeps rows of x (patches, d) as they are, and merged ones beside them.
 
-    `merged` holds arguments of `Patches.replaced`.
+    Those are arguments of `Patches.replaced`.
     """
     kept = chosen, x[chosen], x.new_ones(len(chosen))
-    if not merged:
+    if merged is None:
         return patches.replaced(*kept)
-    parts = [kept, *merged]
-    return patches.replaced(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    return patches.replaced(*(torch.cat(column) for column in zip(kept, merged, strict=True)))
 
 
 def segment(values: Tensor, lengths: Sequence[int], how: str) -> Tensor:

@@ -44,7 +44,7 @@ def looks(patches: Patches, thumb: int, contrast: float = 0.0, change: float = 0
     x, pixels = finite_features(patches.features).float(), patches.batch.pixels
     if pixels is None:
         return x
-    pictures = _pictures(x, pixels)
+    pictures = x.view(len(x), -1, *pixels[1:])  # (n, pictures, height, width)
     means = _averages(pictures, thumb)
     columns = [means.flatten(1)]
     if contrast and thumb > 1:
@@ -59,11 +59,6 @@ def looks(patches: Patches, thumb: int, contrast: float = 0.0, change: float = 0
         scale = change * math.sqrt(columns[0].shape[1] / 2)
         columns.append(scale * changes[:, None] * _steps(patches))
     return torch.cat(columns, 1)
-
-
-def _pictures(x: Tensor, pixels: tuple[int, int, int]) -> Tensor:
-    """Pixels (n, c) as pictures (n, pictures, height, width)."""
-    return x.view(len(x), -1, *pixels[1:])
 
 
 def _averages(pictures: Tensor, thumb: int) -> Tensor:

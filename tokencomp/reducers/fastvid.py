@@ -76,12 +76,12 @@ class FastVid(PatchReducer):
         frames = frame_lengths(patches)
         chosen = best_rows(attention, counts, frames)
         if not any(context):
-            return with_merged(patches, x, chosen, [])
+            return with_merged(patches, x, chosen, None)
         free = torch.ones(len(x), dtype=torch.bool, device=x.device).index_fill_(0, chosen, False)
         rest = rows_where(free, len(x) - len(chosen))
         left = [n - own for n, own in zip(frames, counts, strict=True)]
         anchors = around_anchors(patches, x, rest, left, lengths, context)
-        return with_merged(patches, x, chosen, [anchors])
+        return with_merged(patches, x, chosen, anchors)
 
 
 def frame_counts(lengths: list[int], budget: int, n: int) -> tuple[list[int], list[int]]:

@@ -90,7 +90,7 @@ class FlashVid(PatchReducer):
         stay = by_stack(frames.lengths, stays, unit, attention, keys=frames.lengths)
         chosen = rows_where(stay, sum(diverse))
         left = [own - count for own, count in zip(each, diverse, strict=True)]
-        merged = [trees(frames, x, unit, ~stay, lengths, left)] if any(left) else []
+        merged = trees(frames, x, unit, ~stay, lengths, left) if any(left) else None
         return with_merged(patches, x, chosen, merged)
 
 

@@ -68,12 +68,12 @@ class HoliTom(PatchReducer):
             counts = [count for _, count in moving]
             rows = rows[best_rows(attention[rows], counts, lengths)]
         if not still:
-            return with_merged(patches, x, rows, [])
+            return with_merged(patches, x, rows, None)
         values = run_means(patches, x, [own for own, _ in still])
         places, merged, sizes = peaks(values, [len(own) for own, _ in still], [k for _, k in still])
         at = patches.table(np.concatenate([own[:, 0] for own, _ in still]))[places]
         repeats = patches.table([own.shape[1] for own, k in still for _ in range(k)])
-        return with_merged(patches, x, rows, [(at, merged, sizes * repeats)])
+        return with_merged(patches, x, rows, (at, merged, sizes * repeats))
 
 
 def peaks(x: Tensor, lengths: list[int], clusters: list[int]) -> tuple[Tensor, Tensor, Tensor]:
