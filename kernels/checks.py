@@ -126,6 +126,12 @@ def holds(condition: Tensor, message: str) -> None:
         raise KernelError(message)
 
 
+def no_nan(values: Tensor, message: str) -> None:
+    """Require that no value is NaN. As in :func:`holds`, nothing runs where checks are off."""
+    if dispatch.checks_enabled(values) and bool(values.isnan().any()):
+        raise KernelError(message)
+
+
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd must record the computation; if so, the PyTorch path runs."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -61,7 +61,7 @@ def _op(x: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
         checks.grid_size("tiles of a frame", max(lengths, default=0) // 64)
         with dispatch.on_device(x):
             similarity, partner = triton.bipartite_match(checks.rows_contiguous(x), lengths)
-    checks.holds(~similarity.isnan().any(), "x has NaN or infinite features: cosine is undefined")
+    checks.no_nan(similarity, "x has NaN or infinite features: cosine is undefined")
     return similarity, partner
 
 

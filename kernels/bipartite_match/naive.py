@@ -29,9 +29,9 @@ def bipartite_match(x: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
             start = torch.tensor(chosen, device=x.device)[:, None]
             for row in range(0, evens, rows):
                 block = unit[:, 2 * row : 2 * (row + rows) : 2] @ unit[:, 1::2].transpose(1, 2)
-                value, index = first_max(block)
+                index = block.argmax(2)  # the first of equals, unlike `max`; NaN counts as most
                 place = start + 2 * torch.arange(row, row + block.shape[1], device=x.device)
-                similarity[place] = value
+                similarity[place] = block.gather(2, index[..., None]).squeeze(2)
                 partner[place] = start + 2 * index + 1
     return similarity, partner
 
@@ -39,12 +39,3 @@ def bipartite_match(x: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
 def normalise(x: Tensor) -> Tensor:
     """Scale rows to length 1; zero rows stay zero."""
     return x / x.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
-
-
-def first_max(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the maximum over the last dimension and the first index that has it.
-
-    A NaN counts as the maximum.
-    """
-    index = x.argmax(-1)  # documented to return the first of equals, unlike max(dim)
-    return x.gather(-1, index[..., None]).squeeze(-1), index

@@ -300,10 +300,6 @@ def greedy(
         gram, first_row, first_gram, first_pick, start, weights, picks,
         margin, bonus, given, *(resume or (None,) * 4), WEIGHTED=weights is not None,
         MARGIN=margin is not None, BONUS=bonus is not None, GIVEN=given is not None,
-        ROUND=resume is not None, BLOCK=wide, TIED=TIED, num_warps=greedy_warps(wide),
+        ROUND=resume is not None, BLOCK=wide, TIED=TIED,
+        num_warps=max(1, min(16, wide // 256)),  # a thread has at most 16 values
     )  # fmt: skip
-
-
-def greedy_warps(block: int) -> int:
-    """Return the warps of a program that owns a span, so that a thread has at most 16 values."""
-    return max(1, min(16, block // 256))

@@ -120,10 +120,8 @@ def _indices(
             f"x has {len(x)} rows: target must have as many, keep at most; "
             f"got {len(target)} and {len(keep)}"
         )
-    if sizes is not None:
-        if sizes.shape != target.shape:
-            raise KernelError(f"sizes must be ({len(x)},); got {tuple(sizes.shape)}")
-        sizes = sizes.float().contiguous() if x.dtype != torch.float64 else sizes.double()
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    sizes = checks.numbers("sizes", sizes, len(x), dtype)
     return target.long().contiguous(), keep.long().contiguous(), sizes
 
 

@@ -48,7 +48,7 @@ def _op(x: Tensor) -> Tensor:
         checks.triton_dtype("x", x)
         with dispatch.on_device(x):
             similarity = triton.nearest_previous_frame(x.contiguous())
-    checks.holds(~similarity.isnan().any(), "x has NaN or infinite features: cosine is undefined")
+    checks.no_nan(similarity, "x has NaN or infinite features: cosine is undefined")
     return similarity
 
 

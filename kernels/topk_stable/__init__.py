@@ -60,12 +60,9 @@ def topk_stable(
 
 @dispatch.custom_op("topk_stable")
 def _op(scores: Tensor, counts: list[int], lengths: list[int]) -> Tensor:
-    if dispatch.checks_enabled(scores):
-        checks.holds(
-            ~torch.isnan(scores).any(),
-            "scores contain NaN: no order is defined. Check the features (or attention) they come "
-            "from",
-        )
+    checks.no_nan(
+        scores, "scores contain NaN: no order is defined. Check the features they come from"
+    )
     if dispatch.which(scores) == "naive" or max(lengths) > LONGEST:
         return naive.topk_stable(scores, counts, lengths)
     from tokencomp.kernels.topk_stable import triton

@@ -9,12 +9,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from tokencomp.errors import OptionError
 from tokencomp.reducers._batch import best_rows
 from tokencomp.reducers._late import Baseline
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.reducers.score import ChoosingReducer
 from tokencomp.tokens.patches import Patches
+from tokencomp.validation import check_range
 
 
 @lru_cache(maxsize=8)
@@ -44,8 +44,7 @@ class Random(ChoosingReducer, Baseline):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.seed < 2**63:
-            raise OptionError(f"random: seed={self.seed!r}; allowed: an integer from 0 to 2**63-1.")
+        check_range("random", "seed", self.seed, 0, 2**63 - 1)
 
     def chosen(self, patches: Patches) -> Tensor:
         most = max(map(math.prod, patches.batch.grids))
