@@ -99,10 +99,7 @@ def _greedy(
     """
     measure = METRICS[metric]
     x = x if x.dtype == torch.float64 else x.float()
-    mean = x.mean(1, keepdim=True)
-    rows = x
-    if measure is Cosine:
-        rows = normalise(x)
+    rows = normalise(x) if measure is Cosine else x
     short = x.shape[1] <= MAX_GRAM_ROWS
     distance = measure.pairs(rows, rows) if short else None
     if isolated:
@@ -113,10 +110,10 @@ def _greedy(
         elif weight is not None:
             start = weight.argmax(1)
         elif measure is Cosine:
-            far = 1 - (normalise(x) @ normalise(mean).transpose(1, 2)).squeeze(2)
-            start = first_best(far)
+            mean = normalise(x.mean(1, keepdim=True))
+            start = first_best(1 - (rows @ mean.mT).squeeze(2))
         else:
-            start = first_best((x - mean).square().sum(2))
+            start = first_best((x - x.mean(1, keepdim=True)).square().sum(2))
         first = First(start[:, None])
     weight = x.new_ones(x.shape[:2]) if weight is None else weight.to(x.dtype)
     bonus = torch.zeros_like(weight) if bonus is None else bonus.to(x.dtype)

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from tokencomp.errors import CheckpointError
 from tokencomp.models.vila.config import VilaConfig
-from tokencomp.models.vila.tokens import end_ids, media_ids
+from tokencomp.models.vila.tokens import IMAGE, VIDEO, end_ids
 
 PARTS = {"llm": "the language model", "vision_tower": "SigLIP", "mm_projector": "the projector"}
 UNSUPPORTED = {
@@ -119,8 +119,9 @@ def _stored(root: dict[str, Any], key: str) -> Any:
 
 def _media_tokens(tokenizer: Any, image: dict[str, Any], video: dict[str, Any]) -> dict[str, Any]:
     """Return placeholder ids and end tokens, as the encoders' options and the tokenizer say."""
+    ids = tokenizer.convert_tokens_to_ids([IMAGE, VIDEO])
     ends = end_ids(tokenizer, image), end_ids(tokenizer, video)
-    return dict(zip(MEDIA_TOKENS, (*media_ids(tokenizer), *ends), strict=True))
+    return dict(zip(MEDIA_TOKENS, (*ids, *ends), strict=True))
 
 
 def _encoder(root: dict[str, Any], kind: str, folder: Path) -> dict[str, Any]:

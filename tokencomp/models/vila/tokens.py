@@ -72,12 +72,6 @@ def load_tokenizer(folder: str | Path, add_media_tokens: bool = False) -> Any:
     return tokenizer
 
 
-def media_ids(tokenizer: Any) -> tuple[int, int]:
-    """Return the ids of the image token and of the video token."""
-    image, video = tokenizer.convert_tokens_to_ids([IMAGE, VIDEO])
-    return image, video
-
-
 def end_ids(tokenizer: Any, encoder: dict[str, Any]) -> tuple[list[int], list[int]]:
     """Return the ids of an encoder's start and end tokens without a beginning-of-sequence token."""
 
