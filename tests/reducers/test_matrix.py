@@ -163,7 +163,7 @@ def test_any_option_value_is_refused_when_planned_or_works(case: Case) -> None:
         ("random", {"seed": None}, "seed=None; expected an integer"),
         ("random", {"seed": 1.5}, "seed=1.5; expected an integer"),
         ("random", {"seed": True}, "seed=True; expected an integer"),
-        ("random", {"seed": -1}, r"2\*\*63"),
+        ("random", {"seed": -1}, "a number from 0 to 9223372036854775807"),
         ("merge", {"weighted": "x"}, "weighted='x'; expected true or false"),
         ("pool", {"stride": math.inf}, "stride=inf; expected a finite number"),
         ("pool", {"stride": 1e300}, "stride=1e\\+300; allowed: a number from 1 to 1024"),
