@@ -111,6 +111,27 @@ def test_a_crop_ends_where_tokens_have_left(rest: Any) -> None:
     assert physical_length(first_layer(cache)) == held
 
 
+def test_a_crop_removes_whole_tokens_of_an_image_whose_rest_is_merged() -> None:
+    """It may end in the image where all tokens behind it are kept, each for itself alone."""
+    family = FAMILIES["qwen2_vl"]
+    model, inputs = family.build(), family.batch(rows(family, 1))
+    with tokencomp.patch(model, 0.5, reducer="uniform", rest="merge") as handle, torch.no_grad():
+        cache = oracle.cache_of(model(**inputs, use_cache=True))
+        kept = oracle.kept_columns(handle, inputs, family.layers)[0][0]
+    (span,) = handle.stats.spans[0]
+    held, refused = first_layer(cache).values[0].transpose(0, 1).flatten(1), 0
+    for end in range(span.start + 1, span.stop):
+        alone = len(held[end - 1 :].unique(dim=0)) == len(held) - end + 1
+        try:
+            copy.deepcopy(cache).crop(end - len(held))
+        except UnsupportedCacheError:
+            refused += 1
+            assert not (alone and kept[end:].all())
+        else:
+            assert alone and kept[end:].all()
+    assert refused
+
+
 def test_suspended_patches_are_gone_too() -> None:
     """A block whose own patch ends brings the first one back."""
     chat = Chat(FAMILIES["qwen2_vl"], 2, **ENTRY)

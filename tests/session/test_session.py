@@ -254,6 +254,9 @@ def test_bad_input_loses_nothing(loaded: tuple[Any, Any], clip: Any, record: Rec
             session.ask(question, keep=True, max_new_tokens=200)
         with pytest.raises(OptionError, match="not empty"):
             session.ask("")
+        for write in (session.say, session.ask):
+            with pytest.raises(OptionError, match=r"<.image_pad.>', which stands for media"):
+                write("a <|image_pad|> b")
         with pytest.raises(OptionError, match="max_new_tokens=0"):
             session.ask(question, max_new_tokens=0)
         assert (session.rows, session.tokens) == (rows, tokens)

@@ -58,7 +58,10 @@ def find_tasks(names: Sequence[str], data: LocalData | None, home: Path) -> list
 def check_installed() -> None:
     """Refuse to run tasks without lmms-eval, before anything is rendered or loaded."""
     if importlib.util.find_spec("lmms_eval") is None:
-        raise MissingDependencyError(f"running tasks needs lmms-eval: {install('eval')}.")
+        raise MissingDependencyError(
+            f"running tasks needs lmms-eval: {install('eval')}. Questions of your own need only "
+            "--data FILE."
+        )
 
 
 def _manager() -> Any:

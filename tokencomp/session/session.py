@@ -171,10 +171,12 @@ class Session:
         Raises
         ------
         SessionError
-            The budget cannot hold it beside the text so far. Nothing is added then.
+            The budget cannot hold it beside the text so far.
+        OptionError
+            No text, or one with a placeholder of media. Nothing is added then.
         """
         self._check_open()
-        self._add(_ids(self._turns.words(_checked(text, "say"))))
+        self._add(_ids(self._words(text, "say")))
         return self
 
     def ask(self, question: str, *, keep: bool = False, max_new_tokens: int = 64) -> str:
@@ -200,7 +202,7 @@ class Session:
             raise OptionError(
                 f"ask: max_new_tokens={max_new_tokens!r}; allowed: a whole number above 0."
             )
-        ids = self._turns.words(_checked(question, "ask")) + self._turns.answer
+        ids = self._words(question, "ask") + self._turns.answer
         if keep:
             self._conversation.check_text(len(self._waiting) + len(ids) + max_new_tokens)
         rewind = self._conversation.mark()
@@ -216,6 +218,18 @@ class Session:
             rewind()
         text: str = self._turns.tokenizer.decode(answer, skip_special_tokens=True)
         return text.strip()
+
+    def _words(self, text: Any, where: str) -> list[int]:
+        """Ids of text of the user, in which no medium can stand."""
+        if not isinstance(text, str) or not text:
+            raise OptionError(f"{where}({text!r}): allowed is text that is not empty.")
+        ids = self._turns.words(text)
+        if wrong := sorted(set(ids) & self._conversation.adapter.placeholders.keys()):
+            raise OptionError(
+                f"{where}: the text has {self._turns.tokenizer.decode(wrong[:1])!r}, which stands "
+                "for media. Take it out, and add media with session.append(...)."
+            )
+        return ids
 
     def _answer(self, ids: list[int], most: int, keep: bool) -> list[int]:
         """Ids of the answer; all of them are in the cache if they are to be kept."""
@@ -266,9 +280,3 @@ class Session:
 
 def _ids(ids: list[int]) -> dict[str, Tensor]:
     return {"input_ids": torch.tensor([ids])}
-
-
-def _checked(text: Any, where: str) -> str:
-    if not isinstance(text, str) or not text:
-        raise OptionError(f"{where}({text!r}): allowed is text that is not empty.")
-    return text
