@@ -118,6 +118,8 @@ def test_batches_and_prefix_cache(tmp_path: Path) -> None:
         (("--reducer", "fastv"), "cannot run inside an engine"),
         (("--", "--reranker-model", "x"), "uncompressed"),
         (("--", "--draft-model=x"), "drafts"),
+        (("--", "--draft-m", "x"), "drafts"),
+        (("--", "--rel"), "--reload: the server would run in another process, uncompressed"),
     ],
 )
 def test_what_the_server_cannot_do(

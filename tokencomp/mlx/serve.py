@@ -17,7 +17,9 @@ from tokencomp.mlx.patching import check_model, patch
 REFUSED = {
     "--reranker-model": "this model would run uncompressed",
     "--embedding-model": "this model would run uncompressed",
+    "--decision-model": "this model would run uncompressed",
     "--draft-model": "drafts on compressed prompts were not tested",
+    "--reload": "the server would run in another process, uncompressed",
 }
 
 
@@ -41,8 +43,9 @@ def run(
     UnsupportedModelError
         A folder with a model of another type; models of the hub are looked at when they are loaded.
     """
+    names = [a.partition("=")[0] for a in extra if len(a) > 2]
     for flag, reason in REFUSED.items():
-        if any(a == flag or a.startswith(f"{flag}=") for a in extra):
+        if any(flag.startswith(name) for name in names):  # argparse takes the beginning of a name
             raise OptionError(f"{flag}: {reason}. Leave it out, or run mlx_vlm.server itself.")
     method = ChosenMethod(ratio, reducer, budget=budget)
     config = Path(model) / "config.json"
