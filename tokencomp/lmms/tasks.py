@@ -105,7 +105,7 @@ def run_setting(
     frames: int | str,
     batch_size: int,
     full: Path | None = None,
-) -> dict[str, Any]:
+) -> None:
     """Evaluate one setting, and write records and manifest to `out`.
 
     Answers are written as they come, so that an interrupted run continues after the last one. What
@@ -117,7 +117,7 @@ def run_setting(
     identity = {k: facts[k] for k in ("model", "dtype", "weights")} | setting.identity | questions
     store = AnswerStore(out, {**identity, "limit": limit, "frames": frames})
     if store.manifest.get("finished"):
-        return store.manifest
+        return
     from lmms_eval.evaluator import simple_evaluate
 
     from tokencomp.lmms.model import TokenComp
@@ -139,7 +139,7 @@ def run_setting(
             verbosity="ERROR",
         )
     if results is None:  # not the main process
-        return {}
+        return
     answers = model.records
     records = [r for t in tasks for r in _records(t.name, results["samples"][t.name], answers)]
     run = EvalRun(setting, records)
@@ -148,7 +148,6 @@ def run_setting(
     if full is not None and setting.active and setting.name != RANDOM:
         lost = draw_lost(*loaded, run, EvalRun.read(full), model.examples, out, frames=frames)
         write_lost(out, lost)
-    return store.manifest
 
 
 def _records(
