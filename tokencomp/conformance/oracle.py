@@ -76,7 +76,10 @@ def is_linear_mixer(module: nn.Module) -> bool:
 
 
 def _hiding(left: Tensor, required: bool) -> Any:
-    """A hook of a decoder layer that hides columns that are not left in the mask of its call."""
+    """A hook of a decoder layer: the mask of its call hides the columns that are not `left` (B, n).
+
+    Where a mask is `required`, a call without a 4-D one ends in an `OracleError`.
+    """
 
     def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         kwargs = bind(module, args, kwargs)

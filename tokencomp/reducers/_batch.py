@@ -124,7 +124,7 @@ def with_merged(
 ) -> Reduction:
     """The reduction that keeps rows of x (patches, d) as they are, and merged ones beside them.
 
-    Those are arguments of `Patches.replaced`.
+    `merged` has the arguments of `Patches.replaced` for those; None: there are none.
     """
     kept = chosen, x[chosen], x.new_ones(len(chosen))
     if merged is None:

@@ -129,7 +129,8 @@ class LaterTokens:
     ) -> None:
         """Any number of tokens, padded or not, on layers that hold the same rows or other ones.
 
-        `maskless`: it is one, and the attention backend needs no tensor where it attends to all.
+        `maskless` says that it is a single token, and that the attention backend needs no mask
+        where this token attends to all rows.
         """
         x, n = kwargs["inputs_embeds"], kwargs["inputs_embeds"].shape[1]
         past = layer.rows if self.compact_positions else layer.get_seq_length()

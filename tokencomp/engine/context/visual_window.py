@@ -186,8 +186,8 @@ def yarn(base: float, dim: int, window: int, factor: float) -> tuple[Tensor, flo
     turn less than once are divided by `factor`. For Qwen2 (base 1e6, d = 128) and a window of 6272
     the ramp between them runs over pairs 15 … 32. Cosine and sine are multiplied by `attention`.
 
-    The rotary frequencies have this base, for heads of `dim` dimensions. `window` are the positions
-    in training, and `factor` is the target length / `window`, at least 1.
+    `base` is that of the rotary frequencies of heads with `dim` dimensions, `window` is the number
+    of positions in training, and `factor` is the target length / `window`, at least 1.
     """
     from transformers import Qwen2Config
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS

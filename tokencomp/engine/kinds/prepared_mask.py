@@ -23,7 +23,8 @@ from tokencomp.errors import UnsupportedCacheError
 def split_mask(kwargs: dict[str, Any], cache: Any, body_mask: Any) -> tuple[dict[str, Any], Any]:
     """Arguments of a prefill with the 2-D mask of padding, and what the body prepared beside it.
 
-    For masks that are not 2-D themselves, see `read_mask`.
+    It is for calls whose mask is not 2-D itself; `body_mask` is that of the body, see `read_mask`.
+    A prepared mask is refused beside a cache of constant length.
     """
     first, width = first_layer(cache), kwargs["inputs_embeds"].shape[1]
     past = physical_length(first)

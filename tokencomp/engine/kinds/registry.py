@@ -61,10 +61,11 @@ class LayerKind:
         return False
 
     def mask(self, source: Any, segment: Segment, x: Tensor, text: Tensor | None) -> Any:
-        """The mask of these layers in a segment, of the shape, dtype and device of x (B, n, d).
+        """The mask of these layers in a segment.
 
-        `text` are positions (B, n) that begin again in every prompt of a packed row; there is no
-        cache then.
+        `source` is the `MaskSource` of the call, and x (B, n, d) is read for its shape, dtype and
+        device. `text` are positions (B, n) that begin again in every prompt of a packed row; there
+        is no cache then.
         """
         return source.attention_mask(self, segment, x, text)
 

@@ -59,7 +59,7 @@ class Windows:
         """The windows of a decoder.
 
         The config is read in every call, because the sizes in it may change. Layers that are known
-        to be `served`, because the patch has asked before, are not checked again.
+        to be `served`, because the patch has checked them before, are not checked again.
         """
         config, cut = decoder.config, None
         names = tuple(getattr(config, "layer_types", None) or ())[: len(decoder.layers)]

@@ -32,8 +32,9 @@ def restore(x: Tensor, layout: RowLayout, width: int) -> Tensor:
 def restore_states(out: Any, segments: Sequence[Any], width: int, keep_last_state: bool) -> Any:
     """Give the hidden states of a decoder's output full length, in place where it is no tuple.
 
-    With `keep_last_state` the last one stays as it is, because only text after the last span is
-    read from it.
+    The segments are those of the decoder layers, and the caller's batch has `width` columns. With
+    `keep_last_state` the last state stays as it is, because only text after the last span is read
+    from it.
     """
     states = getattr(out, "hidden_states", None)
     if states is not None:  # the input of the first layer, then what each layer returns

@@ -191,7 +191,7 @@ def _rows_of(value: Any, rows: Tensor, width: int, tables: bool) -> Any:
 
 
 def _earlier(cached: Any, rows: Tensor, past: int, sample: int) -> Tensor:
-    """Those of one sample among the first `past` rows that a cache layer holds, real ones only."""
+    """The first `past` rows of one sample, real ones only, of a cache layer's keys or values."""
     held = min(past, rows.shape[2])  # a sliding window keeps the last rows alone
     old, valid = rows[sample : sample + 1, :, :held], getattr(cached, "valid", None)
     return old if valid is None else old[:, :, valid[sample, past - held : past].to(old.device)]

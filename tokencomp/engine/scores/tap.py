@@ -173,7 +173,8 @@ def tap(
         call[CHOICE] = hidden.new_zeros(1, 1, 1, dtype=torch.int32)
     if SHARED in parameters_of(run):  # a layer may write to it, and then later ones would read that
         call[SHARED] = dict(arguments.get(SHARED) or {})
-    for name, function in stand_ins.items():  # attributes, as what counts FLOPs walks all modules
+    # Functions stand as attributes: torch's counter of FLOPs expects modules alone in `_modules`.
+    for name, function in stand_ins.items():
         clone._modules.pop(name, None)
         clone.__dict__[name] = function
     try:

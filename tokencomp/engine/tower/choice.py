@@ -19,7 +19,10 @@ from tokencomp.tokens.stacks import rows_of, starts_of
 
 
 def check_tower_stage(plan: Plan, adapter: Adapter) -> Plan:
-    """The plan with what its tower stage must know of the model; refuses models without cells."""
+    """The plan with what its tower stage must know of the model.
+
+    Refused are families that do not say which patches a visual token reads.
+    """
     if plan.tower is None:
         return plan
     layout, stage = adapter.tower_layout(), plan.tower
