@@ -109,15 +109,12 @@ def command(
     if engine == "mlx":  # which needs no torch, and the imports below do
         from tokencomp.mlx.serve import run
 
-        taken = {"context", "model", "ratio", "budget", "reducer", "engine", "host", "port"}
+        taken = {"model", "ratio", "budget", "reducer", "engine", "host", "port", "api_key"}
         others = [str(p.name) for p in context.command.params if p.name not in taken]
         opt.refuse_options(context, others, "--engine mlx", MLX_HINT)
         if api_key:
-            raise OptionError(
-                "TOKENCOMP_API_KEY: the server of --engine mlx asks its clients for no key. Unset "
-                "it, and let a proxy ask (docs/deploy.md)."
-            )
-        Bind(host, port).warn_if_open()
+            os.environ["MLX_VLM_SERVER_API_KEY"] = api_key
+        Bind(host, port, api_key).warn_if_open()
         number = None if budget is not None else parse.one_ratio(ratio, "serve")
         run(resolve(source.model), number, budget, reducer, host, port, context.args)
         return
