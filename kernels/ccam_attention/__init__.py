@@ -68,7 +68,7 @@ def ccam_attention(
         raise KernelError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit")
     checks.int32_sizes(**{"queries x frames": q.shape[2] * frames})
     per_frame = k.shape[2] // frames if frames > 0 else 0
-    if k.shape[2] != per_frame * frames:
+    if frames < 0 or k.shape[2] != per_frame * frames:
         raise KernelError(f"{k.shape[2]} keys are not a multiple of {frames} frames")
     if per_frame == 0:
         return torch.zeros_like(q)

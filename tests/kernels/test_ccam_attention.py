@@ -130,6 +130,7 @@ def test_no_frames(place: torch.device) -> None:
         ({"frames": 5}, "not a multiple of 5 frames"),
         ({"frames": 0}, "not a multiple of 0 frames"),
         ({"frames": -1}, "not a multiple of -1 frames"),
+        (dict.fromkeys("kv", torch.randn(2, 1, 0, 8)) | {"frames": -1}, "0 keys .* -1 frames"),
         ({"k": torch.randn(2, 1, 9, 8)}, "do not fit"),
         ({"v": torch.randn(2, 1, 12, 8).half()}, "one dtype"),
         ({"v": torch.randn(2, 1, 12, 8, device="meta")}, "one device"),

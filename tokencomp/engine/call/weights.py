@@ -41,6 +41,7 @@ class RowWeights(CallHooks):
     def __init__(self, adapter: Adapter, calls: RunningCalls) -> None:
         super().__init__(adapter, calls)
         self.attention = ProportionalAttention(adapter.layers, self._sizes)
+        self._handles = []  # calls of several threads append to the same list, so it is made here
 
     def remove(self) -> None:
         """Undo everything; safe to call twice."""
