@@ -85,9 +85,11 @@ class Answerer:
 
     def equal_tokens(self, setting: Setting) -> EqualTokens:
         """What counts tokens and shrinks media for an input baseline; it remembers both."""
-        placeholders = list(adapter_for(self.plain).placeholders)
-        counter = EqualTokens(self.processor, placeholders, setting.name)
-        return self._equal_tokens.setdefault(setting.name, counter)
+        if setting.name not in self._equal_tokens:
+            placeholders = list(adapter_for(self.plain).placeholders)
+            counter = EqualTokens(self.processor, placeholders, setting.name)
+            self._equal_tokens[setting.name] = counter
+        return self._equal_tokens[setting.name]
 
     def shrunk(self, setting: Setting, rows: Sequence[Loaded]) -> list[list[Any]]:
         """The media of every row: smaller under an input baseline, unchanged otherwise."""
