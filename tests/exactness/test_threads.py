@@ -52,7 +52,7 @@ def test_set_while_others_call(name: str) -> None:
         for thread in threads:
             thread.start()
         changes = 0
-        while len(results) < 60 and not errors:
+        while (len(results) < 60 or changes < 20) and not errors:  # a busy machine runs one side
             handle.set(**SETTINGS[changes % len(SETTINGS)])
             changes += 1
         stop.set()
@@ -60,7 +60,7 @@ def test_set_while_others_call(name: str) -> None:
             thread.join()
     for error in errors:
         raise error  # with the lines of its own thread
-    assert changes > 4
+    assert len(results) >= 60 and changes >= 20
     for logits in results:
         assert any(torch.allclose(logits, other, atol=1e-5) for other in expected)
 
