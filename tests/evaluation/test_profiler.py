@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import tokencomp
 from tokencomp.evaluation.profiler import PeakMemory, decode_seconds
 from tokencomp.evaluation.timing import Split, interleaved, prefill_split
 from tokencomp.evaluation.work import FlopClock
 from tokencomp.inputs.prompts import build_inputs
+from tokencomp.reducers.base import Reducer
+from tokencomp.reducers.prune import Prune
+from tokencomp.reducers.uniform import Uniform
 
 
 @pytest.fixture
@@ -20,52 +23,70 @@ def inputs(loaded, examples):
     return build_inputs(loaded[1], [examples[0].load(8)], [examples[0].prompt])
 
 
-def slow(module: nn.Module, seconds: float):
-    """Make every forward of a module take longer."""
-    return module.register_forward_pre_hook(lambda *_: time.sleep(seconds))
+class Hand:
+    """A clock whose hand the test moves, so that nothing depends on what the machine does."""
+
+    now = 0.0
+
+    def mark(self) -> float:
+        return self.now
+
+    def between(self, start: float, stop: float) -> float:
+        return stop - start
+
+    def finish(self) -> None:
+        pass
+
+    def move(self, seconds: float) -> None:
+        self.now += seconds
 
 
-def test_time_is_booked_where_it_is_spent(loaded, inputs, monkeypatch):
-    """Sleep in the vision tower, in one decoder layer and in the reducer; each shows up once."""
-    from tokencomp.reducers.uniform import Uniform
-
-    model = loaded[0]
-    plain = prefill_split(model, inputs)
-    real = Uniform.reduce_batch
-
-    def reduce_batch(self, batch, keeps):
-        time.sleep(0.4)
-        return real(self, batch, keeps)
-
-    monkeypatch.setattr(Uniform, "reduce_batch", reduce_batch)
-    hooks = [slow(model.model.visual, 1.2), slow(model.model.language_model.layers[2].mlp, 0.8)]
-    try:
-        with tokencomp.patch(model, 0.5, reducer="uniform"):
-            split = prefill_split(model, inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    assert 1.2 <= split.vision < 1.2 + 0.35 + plain.vision
-    assert 0.4 <= split.reduce < 0.75
-    assert 0.8 <= split.prefill < 0.8 + 0.35 + plain.prefill
-    assert split.total >= split.vision + split.llm - 1e-3
-
-
-def test_layer_stages_count_as_reducing(loaded, inputs, monkeypatch):
-    from tokencomp.reducers.prune import Prune
-
-    real, calls = Prune.reduce_batch, []
+def slow_reducer(reducer: type[Reducer], hand: Hand, seconds: float, monkeypatch) -> list[Any]:
+    """Make every call of a reducer take longer; returns the list of its calls."""
+    real, calls = reducer.reduce_batch, []
 
     def reduce_batch(self, batch, keeps):
         calls.append(keeps)
-        time.sleep(0.2)
+        hand.move(seconds)
         return real(self, batch, keeps)
 
-    monkeypatch.setattr(Prune, "reduce_batch", reduce_batch)
+    monkeypatch.setattr(reducer, "reduce_batch", reduce_batch)
+    return calls
+
+
+def test_time_is_booked_where_it_is_spent(loaded, inputs, monkeypatch):
+    """Time passes in the vision tower, one decoder layer and the reducer; each shows up once."""
+    model, hand = loaded[0], Hand()
+    slow_reducer(Uniform, hand, 0.5, monkeypatch)
+    modules = {model.model.visual: 4.0, model.model.language_model.layers[2].mlp: 2.0}
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, seconds=seconds: hand.move(seconds))
+        for module, seconds in modules.items()
+    ]
+    try:
+        with tokencomp.patch(model, 0.5, reducer="uniform"):
+            split = prefill_split(model, inputs, hand)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert split == Split(vision=4, reduce=0.5, prefill=2, total=6.5)
+
+
+def test_layer_stages_count_as_reducing(loaded, inputs, monkeypatch):
+    hand = Hand()
+    calls = slow_reducer(Prune, hand, 0.5, monkeypatch)
     with tokencomp.patch(loaded[0], 0.5, reducer="prune"):
+        split = prefill_split(loaded[0], inputs, hand)
+    assert calls and split == Split(0, 0.5 * len(calls), 0, 0.5 * len(calls))
+
+
+def test_seconds_are_those_of_the_machine(loaded, inputs):
+    start = time.perf_counter()
+    with tokencomp.patch(loaded[0], 0.5, reducer="uniform"):
         split = prefill_split(loaded[0], inputs)
-    assert calls and split.reduce >= 0.2 * len(calls)
-    assert split.prefill < 0.2 * len(calls) + 1.0
+    assert 0 < split.total < time.perf_counter() - start
+    assert min(split.vision, split.reduce, split.prefill) > 0
+    assert split.vision + split.llm <= split.total + 1e-6
 
 
 def test_an_unpatched_model_spends_nothing_on_reducing(loaded, inputs):

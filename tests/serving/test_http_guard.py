@@ -350,7 +350,9 @@ def test_heads_and_connections_are_bounded(monkeypatch: pytest.MonkeyPatch) -> N
             # Connections are accepted in order: when this one is served, all four are open.
             idle[-1].sendall(get + b"\r\n")
             assert idle[-1].recv(13) == b"HTTP/1.1 503 "
-        time.sleep(0.2)
+        end = time.monotonic() + 20
+        while http.get("http://{}:{}/health".format(*address))[0] == 503:  # not all closed yet
+            assert time.monotonic() < end
         assert http.get("http://{}:{}/health".format(*address))[0] == 200
 
 
@@ -358,7 +360,9 @@ def test_a_half_body_does_not_delay_the_shutdown() -> None:
     with running(build_app(stub(), "tiny", Limits()), shutdown_timeout=1) as address:
         connection = socket.create_connection(address)
         connection.sendall((HEAD + "Content-Length: 9\r\n\r\n{").encode())
-        time.sleep(0.3)
+        with socket.create_connection(address) as other:  # served in order: the first one is open
+            other.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert other.recv(13) == b"HTTP/1.1 200 "
     assert b" 503 " in received(connection)
     connection.close()
 
