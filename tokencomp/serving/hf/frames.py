@@ -12,6 +12,7 @@ from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.hf.media import Limits
 
 FIELD = "media_io_kwargs"
+POLICIES = '8 (evenly spaced), "1fps" (by time) or "stream:8" (by bursts)'
 FORM = '{"video": {"frames": "stream:8"}}'
 
 
@@ -34,12 +35,12 @@ def with_request(options: Any, limits: Limits) -> Limits:
     given = video["frames"]
     try:
         policy = frame_policy(given)
-    except OptionError as error:
-        raise RequestError(f"{FIELD}: {error}") from None
+    except OptionError:
+        raise RequestError(f"{FIELD}: frames={given!r}: expected {POLICIES}.") from None
     if isinstance(policy, Scored):
         raise RequestError(
             f'{FIELD}: frames="{policy}": servers decode a video before the model sees it, so '
-            "nothing can score its frames. Use a number, a rate, or stream:N."
+            f"nothing can score its frames. Use {POLICIES}."
         )
     count = getattr(policy, "count", 1)
     if count > limits.frames:
