@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support import oracle, plans
-from support.families import CORE, Family, text
+from support.families import CORE, V4, Family, text
 from transformers import StaticCache
 
 import tokencomp
@@ -93,6 +93,8 @@ def test_maps_on_a_static_cache(family: Family) -> None:
 
 def test_the_last_hidden_state_carries_gradients(family: Family) -> None:
     """As without a patch, it is the tensor that the logits are made of."""
+    if V4 and family.name == "qwen3_vl":
+        pytest.skip("transformers 4 records what its last layer returns, before the norm")
     model = family.build()
     inputs = family.batch([[text(3), family.image(0), text(9, 3)]])
     with tokencomp.patch(model, 0.5):

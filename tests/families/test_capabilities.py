@@ -72,7 +72,8 @@ def test_tested_releases_are_those_of_ci() -> None:
     assert all(set(releases[release]) == chosen for release in older)
     assert releases[newest] is None
     assert compat.tested_with("qwen2_vl") == [*older, newest]
-    assert compat.tested_with("qwen3_vl") == [newest]
+    assert compat.tested_with("qwen3_vl") == [*older, newest]
+    assert compat.tested_with("internvl") == [newest]
 
 
 def test_the_exactness_suite_has_every_family() -> None:

@@ -14,7 +14,7 @@ from tokencomp.errors import UnsupportedModelError
 
 # Releases that the exactness suite runs on, and the model types it runs there (None: all of them).
 # `.ci/run` has the same table; a test compares them.
-_QUICK = ("qwen2_vl", "llava_onevision")
+_QUICK = ("qwen2_vl", "qwen3_vl", "llava_onevision")
 RELEASES: dict[str, tuple[str, ...] | None] = {
     "4.57.6": _QUICK,
     "5.3.0": _QUICK,
@@ -130,6 +130,19 @@ def recomputes_hooks() -> bool:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return "__call__" in vars(GradientCheckpointingLayer)
+
+
+def records_layers(module: nn.Module) -> bool:
+    """Whether a module around the decoder records what the layers return, as the decoder does.
+
+    In transformers 4 the models of Qwen3-VL and Cohere2-Vision do.
+    """
+    function: Any = type(module).forward
+    while function is not None:
+        if "_CAN_RECORD_REGISTRY" in function.__code__.co_names:
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False
 
 
 def set_cache_position(kwargs: MutableMapping[str, Any], start: int, n: int) -> None:

@@ -37,12 +37,8 @@ def restore_states(out: Any, segments: Sequence[Any], width: int, keep_last_stat
     from it.
     """
     states = getattr(out, "hidden_states", None)
-    if states is not None:  # the input of the first layer, then what each layer returns
-        layouts = [s.layout for s in segments for _ in range(s.first, s.stop)]
-        pairs = zip(states, [layouts[0], *layouts[: len(states) - 1]], strict=True)
-        out.hidden_states = tuple(
-            s if s is None else restore(s, layout.to(s.device), width) for s, layout in pairs
-        )
+    if states is not None:
+        out.hidden_states = _full_states(states, segments, width)
     if keep_last_state:
         return out
     layout = segments[-1].layout
@@ -53,6 +49,27 @@ def restore_states(out: Any, segments: Sequence[Any], width: int, keep_last_stat
     if states is not None and states[-1] is last:  # one tensor, so that both carry gradients
         out.hidden_states = (*out.hidden_states[:-1], out.last_hidden_state)
     return out
+
+
+def _full_states(states: Sequence[Any], segments: Sequence[Any], width: int) -> tuple[Any, ...]:
+    """`restore` for the input of the first layer, then what each layer returns."""
+    layouts = [s.layout for s in segments for _ in range(s.first, s.stop)]
+    pairs = zip(states, [layouts[0], *layouts[: len(states) - 1]], strict=True)
+    return tuple(s if s is None else restore(s, layout.to(s.device), width) for s, layout in pairs)
+
+
+def restore_recorded(out: Any, segments: Sequence[Any], width: int) -> None:
+    """Give full length to the states and maps that a module around the decoder has recorded.
+
+    See `compat.records_layers`. Its `last_hidden_state` has full length already.
+    """
+    states, last = getattr(out, "hidden_states", None), getattr(out, "last_hidden_state", None)
+    if states is not None:
+        whole = _full_states(states[:-1], segments, width)
+        end = last if states[-1] is last else restore(states[-1], segments[-1].layout, width)
+        out.hidden_states = (*whole, end)
+    if getattr(out, "attentions", None) is not None:
+        out.attentions = restore_maps(out.attentions, segments, width)
 
 
 def restore_map(weights: Tensor, segment: Any, width: int) -> Tensor:
