@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
 import pytest
 import torch
+import transformers
 from support import oracle, plans
 from support.families import CORE, V4, Family, text
 from transformers import StaticCache
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import tokencomp
+from tokencomp.conformance.build import tiny_model
+from tokencomp.conformance.oracle import columns_left, hidden
+from tokencomp.conformance.prompts import Prompts
+from tokencomp.conformance.run import compress, model_classes
+from tokencomp.conformance.variants import variants
 
 FAMILY_NAMES = CORE
 
@@ -103,3 +113,47 @@ def test_the_last_hidden_state_carries_gradients(family: Family) -> None:
         out.logits[0, -1].sum().backward()
     assert out.hidden_states[-1].grad is not None
     assert out.hidden_states[-1].grad[0, -1].abs().max() > 0
+
+
+@pytest.mark.parametrize("kind", ["gemma3n", "hy_v4_vl"])
+def test_hidden_states_in_several_streams(kind: str) -> None:
+    """Gemma 3n puts its streams in front of the batch, HY-V4 behind the rows."""
+    if kind not in model_classes():
+        pytest.skip(f"this release of transformers has no {kind}")
+    model_class = getattr(transformers, model_classes()[kind])
+    tiny = tiny_model(model_class, CONFIG_MAPPING[kind](), variants(kind)[0])
+    prompts, layers, plan = Prompts(tiny), tiny.decoder.layers, plans.make("entry", 4)
+    inputs, real = prompts.inputs(), prompts.inputs()["attention_mask"].bool()
+    tiny.decoder.config.output_hidden_states = True
+    with compress(tiny.whole, plan) as handle:
+        got = decoder_states(tiny, prompts, inputs)
+        (left, *_) = columns_left(handle.stats, plan, real, len(layers))
+    with hidden(layers, [left] * len(layers)), contextlib.ExitStack() as stack:
+        expected: list[torch.Tensor] = []
+        for layer in layers:
+            hook = layer.register_forward_hook(lambda m, args, out: expected.append(first(out)))
+            stack.callback(hook.remove)
+        tiny.decoder.config.output_hidden_states = False
+        prompts.forward(inputs, use_cache=False)
+    for here, there in zip(got[1:-1], expected[:-1], strict=True):
+        assert here.shape == there.shape and here.ndim == 4
+        for a, b in zip(rows_first(here, left), rows_first(there, left), strict=True):
+            torch.testing.assert_close(a[left], b[left], atol=1e-4, rtol=1e-4)
+
+
+def decoder_states(tiny: Any, prompts: Prompts, inputs: dict[str, Any]) -> list[torch.Tensor]:
+    """The hidden states that the decoder of a tiny model returns."""
+    seen: list[Any] = []
+    hook = tiny.decoder.register_forward_hook(lambda m, args, out: seen.append(out.hidden_states))
+    with hook:
+        prompts.forward(inputs)
+    return list(seen[0])
+
+
+def first(out: Any) -> Any:
+    return out[0] if isinstance(out, tuple) else out
+
+
+def rows_first(x: torch.Tensor, columns: torch.Tensor) -> Any:
+    """Streams of hidden states, each (B, L, d), whatever the order of their axes."""
+    return x.unbind(2) if x.shape[:2] == columns.shape else x.unbind(0)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tokencomp.adapters.base import Adapter
+from tokencomp.adapters.structure import parameters_of
 from tokencomp.engine.kinds.windows import Windows
 from tokencomp.engine.scores.tap import attention_of
 from tokencomp.errors import PlanError, UnsupportedModelError
@@ -16,6 +17,14 @@ from tokencomp.torchlib import compat
 # Options of text configs whose decoders tokens cannot leave between layers, if they are above a
 # number.
 STREAMS = "its hidden states have several streams"
+TABLES = "its layers take two pairs of rotary tables in this release of transformers"  # before 5
+SCALES = "its layers scale attention by cache_position in this release of transformers"  # and 5.4
+# Why a layer cannot score at entry either.
+UNSCORED = {
+    STREAMS: "takes hidden states of several streams, made of the embeddings behind that stage",
+    TABLES: "takes two pairs of rotary tables in this release of transformers",
+    SCALES: "scales attention by cache_position in this release of transformers",
+}
 ENTRY_ONLY = {
     "altup_num_inputs": (1, STREAMS),
     "hc_mult": (1, STREAMS),
@@ -38,11 +47,11 @@ def check_entry(plan: Plan, adapter: Adapter) -> None:
     if entry is None or not any(isinstance(signal, Attention) for signal in entry.needs):
         return
     try:
-        if STREAMS in _entry_only(adapter.decoder):
+        why = [UNSCORED[r] for r in _entry_only(adapter.decoder) if r in UNSCORED]
+        if why:
             raise UnsupportedModelError(
-                f"{type(adapter.layers[0]).__name__} takes hidden states of several streams, made "
-                "of the embeddings behind that stage. Use a reducer without attention, such as "
-                "'divprune'."
+                f"{type(adapter.layers[0]).__name__} {why[0]}. Use a reducer without attention, "
+                "such as 'divprune'."
             )
         attention_of(adapter.layers[0])
     except UnsupportedModelError as error:
@@ -54,11 +63,17 @@ def check_entry(plan: Plan, adapter: Adapter) -> None:
 
 def _entry_only(decoder: Any) -> list[str]:
     """Why tokens cannot leave between the layers of a decoder; empty if they can."""
-    return [
+    why = [
         reason
         for name, (limit, reason) in ENTRY_ONLY.items()
         if any((value or 0) > limit for value in compat.layer_values(decoder.config, name))
     ]
+    names = parameters_of(decoder.layers[0])
+    if "position_embeddings_global" in names:
+        why.append(TABLES)
+    if getattr(decoder.config, "attn_temperature_tuning", False) and "cache_position" in names:
+        why.append(SCALES)
+    return why
 
 
 def check_kinds(plan: Plan, adapter: Adapter) -> None:

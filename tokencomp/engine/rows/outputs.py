@@ -55,7 +55,18 @@ def _full_states(states: Sequence[Any], segments: Sequence[Any], width: int) -> 
     """`restore` for the input of the first layer, then what each layer returns."""
     layouts = [s.layout for s in segments for _ in range(s.first, s.stop)]
     pairs = zip(states, [layouts[0], *layouts[: len(states) - 1]], strict=True)
-    return tuple(s if s is None else restore(s, layout.to(s.device), width) for s, layout in pairs)
+    return tuple(s if s is None else _full_state(s, layout, width) for s, layout in pairs)
+
+
+def _full_state(x: Tensor, layout: RowLayout, width: int) -> Tensor:
+    """`restore`, also for S streams of hidden states: (S, B, n, d) or (B, n, S, d)."""
+    layout = layout.to(x.device)
+    if layout.origin is None or x.ndim == 3:
+        return restore(x, layout, width)
+    if x.shape[:2] != (len(layout.lengths), layout.width):
+        return torch.stack([restore(stream, layout, width) for stream in x])
+    whole: Tensor = restore(x.flatten(2), layout, width).unflatten(2, x.shape[2:])
+    return whole
 
 
 def restore_recorded(out: Any, segments: Sequence[Any], width: int) -> None:
