@@ -8,7 +8,10 @@ import pytest
 from support.families import FAMILIES, Family
 
 import tokencomp
+from tokencomp.adapters.row_scales import row_scales
 from tokencomp.errors import PlanError
+
+MINISTRAL = {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 16384}
 
 
 def tables(
@@ -18,7 +21,11 @@ def tables(
 
 
 def numbers(self: Any, hidden_states: Any, cache_position: Any, position_embeddings: Any) -> None:
-    """What a layer of Llama 4 takes before transformers 5.4."""
+    """What a layer of Llama 4 or Ministral 3 takes before transformers 5.4."""
+
+
+def positions(self: Any, hidden_states: Any, position_ids: Any, position_embeddings: Any) -> None:
+    """What a layer of Ministral 3 takes since transformers 5.4."""
 
 
 def with_layers(family: Family, forward: Any, **options: Any) -> Any:
@@ -36,6 +43,7 @@ def with_layers(family: Family, forward: Any, **options: Any) -> Any:
     [
         (tables, {}, "two pairs of rotary tables"),
         (numbers, {"attn_temperature_tuning": True}, "scale.? attention by cache_position"),
+        (numbers, {"rope_parameters": MINISTRAL}, "scale.? attention by cache_position"),
     ],
 )
 @pytest.mark.parametrize("reducer", ["fastv", "prune", "condiv"])
@@ -51,3 +59,11 @@ def test_they_are_compressed_at_entry_without_scores(
 def test_cache_positions_alone_are_no_reason() -> None:
     model = with_layers(FAMILIES["qwen2_vl"], numbers)
     tokencomp.patch(model, 0.5, reducer="fastv").remove()
+
+
+def test_ministral_scaled_by_rows_and_does_by_positions() -> None:
+    """What is refused from that row on, see test_attention_window.py."""
+    old = with_layers(FAMILIES["llava"], numbers, rope_parameters=MINISTRAL)
+    assert row_scales(FAMILIES["llava"].decoder(old)) == {"original_max_position_embeddings": 16384}
+    new = with_layers(FAMILIES["llava"], positions, rope_parameters=MINISTRAL)
+    assert row_scales(FAMILIES["llava"].decoder(new)) == {}

@@ -122,9 +122,10 @@ def test_queries_that_are_scaled_by_row_are_refused() -> None:
     config.attn_temperature_tuning, config.floor_scale = True, length + 1
     with torch.no_grad(), tokencomp.patch(model, 0.5):
         model(**inputs)
-        config.floor_scale = length
-        with pytest.raises(RowIndexedAttentionError, match="scale queries by the number of their"):
-            model(**inputs)
+    config.floor_scale = length
+    message = "scale queries by the number of their"
+    with tokencomp.patch(model, 0.5), pytest.raises(RowIndexedAttentionError, match=message):
+        model(**inputs)
 
 
 @pytest.mark.parametrize("between", [False, True])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters.call import CODES, KINDS, Call, TowerCall
+from tokencomp.adapters.row_scales import row_scales
 from tokencomp.adapters.structure import (
     Parts,
     deepstack_layers,
@@ -60,6 +61,8 @@ class Adapter:
         exceptions.
     layers, text_config
         The layers of the decoder, and its config.
+    row_scales
+        From which row on layers scale queries by its number, by the field that says it.
     placeholders
         Token id → kind (1 image, 2 video, 3 audio).
     layers_read_positions
@@ -80,6 +83,7 @@ class Adapter:
         self.top, self.body, self.decoder = parts.top, parts.body, parts.decoder
         self.layers: nn.ModuleList = self.decoder.layers
         self.text_config: Any = self.decoder.config
+        self.row_scales = row_scales(self.decoder)
         self.mrope_rows = mrope_rows(parts) or 3 * self.mrope
         self.mrope = self.mrope_rows > 0
         self.placeholders = find_placeholders(parts)  # refuses a model without any

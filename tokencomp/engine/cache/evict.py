@@ -28,9 +28,6 @@ from tokencomp.engine.rows.outputs import cached_columns
 from tokencomp.errors import OptionError, UnsupportedCacheError, UnsupportedModelError
 from tokencomp.torchlib.cache_classes import STATES
 
-BY_ROW_NUMBER = ("attn_temperature_tuning", "log_scaling_n_floor")
-"""Fields of configs of decoders that scale queries by the number of their row."""
-
 
 def held_columns(layer: Any) -> Tensor:
     """Column of the uncompressed sequence of every row that a cache layer holds.
@@ -54,7 +51,7 @@ def check_eviction(adapter: Adapter) -> None:
         A layer keeps a state, a window of rows, or an indexer, or attention depends on the number
         or the distance of rows.
     """
-    windows, config = Windows.of(adapter.decoder), adapter.text_config
+    windows = Windows.of(adapter.decoder)
     reasons = {
         "layers of linear attention or convolution, whose state cannot forget a token": (
             windows.linear
@@ -66,9 +63,7 @@ def check_eviction(adapter: Adapter) -> None:
             isinstance(kind, Indexed) for kind in windows.kinds
         ),
         "attention with a bias by distance": windows.relative,
-        "queries that are scaled by the number of their row": any(
-            getattr(config, name, None) for name in BY_ROW_NUMBER
-        ),
+        "queries that are scaled by the number of their row": bool(adapter.row_scales),
     }
     found = [reason for reason, holds in reasons.items() if holds]
     if found:

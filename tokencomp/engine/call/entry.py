@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.adapters.structure import parameters_of, scales_queries
+from tokencomp.adapters.structure import scales_queries
 from tokencomp.engine.cache.rows import first_layer
-from tokencomp.engine.kinds.relative import DISTANCE
 from tokencomp.engine.kinds.windows import check_windows
 from tokencomp.engine.rows.arguments import gather_arguments, sequence_lengths, text_positions
 from tokencomp.engine.stage.forward import ForwardPass
@@ -119,17 +118,8 @@ def _check_prepared(forward: ForwardPass, length: int) -> None:
 
 
 def _check_temperature(adapter: Adapter, length: int) -> None:
-    """Refuse prompts in which layers scale queries by their row (Llama 4, Inkling).
-
-    The scale of the rows before the limit is one, so that it changes no shorter prompt.
-    """
-    config, limits = adapter.text_config, {}
-    if getattr(config, "attn_temperature_tuning", False):
-        limits["floor_scale"] = getattr(config, "floor_scale", None)
-    floor = getattr(config, "log_scaling_n_floor", None)
-    if floor and DISTANCE not in parameters_of(adapter.layers[0]):  # else positions (Inkling 2)
-        limits["log_scaling_n_floor"] = floor
-    for name, limit in limits.items():
+    """Refuse prompts in which layers scale queries by their row (Llama 4, Inkling)."""
+    for name, limit in adapter.row_scales.items():
         if limit and length >= limit:
             raise RowIndexedAttentionError(
                 f"the prompt has {length} tokens, and layers of {type(adapter.decoder).__name__} "

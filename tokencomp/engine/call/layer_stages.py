@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tokencomp.adapters.base import Adapter
+from tokencomp.adapters.row_scales import ROW_NUMBERS, row_scales
 from tokencomp.adapters.structure import parameters_of
 from tokencomp.engine.kinds.windows import Windows
 from tokencomp.engine.scores.tap import attention_of
@@ -71,7 +72,7 @@ def _entry_only(decoder: Any) -> list[str]:
     names = parameters_of(decoder.layers[0])
     if "position_embeddings_global" in names:
         why.append(TABLES)
-    if getattr(decoder.config, "attn_temperature_tuning", False) and "cache_position" in names:
+    if row_scales(decoder) and ROW_NUMBERS in names:
         why.append(SCALES)
     return why
 

@@ -1,0 +1,27 @@
+"""Decoders whose layers scale queries by the number of their row, which dropping rows changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tokencomp.adapters.structure import parameters_of, scales_queries
+
+ROW_NUMBERS = "cache_position"  # argument of decoder layers before transformers 5.4
+
+
+def row_scales(decoder: Any) -> dict[str, float | None]:
+    """From which row on they do so, by the field of the config that says it.
+
+    Empty for decoders that do not, or that scale by positions.
+    """
+    config, names = decoder.config, parameters_of(decoder.layers[0])
+    found: dict[str, float | None] = {}
+    if getattr(config, "attn_temperature_tuning", False):  # Llama 4
+        found["floor_scale"] = getattr(config, "floor_scale", None)
+    floor = getattr(config, "log_scaling_n_floor", None)
+    if floor and "relative_distance" not in names:  # Inkling; Inkling 2 goes by positions
+        found["log_scaling_n_floor"] = floor
+    if scales_queries(config) and ROW_NUMBERS in names:  # Ministral 3; by positions since 5.4
+        limit = "original_max_position_embeddings"
+        found[limit] = config.rope_parameters[limit]
+    return found
