@@ -98,6 +98,47 @@ def test_an_embedded_model_has_its_name_on_vllm(
     assert sum(a.startswith(flag) for a in extra) == 1
 
 
+@pytest.mark.parametrize(
+    ("extra", "flag"),
+    [
+        (["--api_key", "x"], "--api-key"),
+        (["--api-k=x"], "--api-key"),
+        (["--allowed_local_media_path=/"], "--allowed-local-media-path"),
+        (["--allowed-l", "/"], "--allowed-local-media-path"),
+        (["--config", "FILE"], "--api-key"),
+        (["--grpc"], "--grpc"),
+        (["--grpc_port=1"], "--grpc-port"),
+    ],
+)
+def test_flags_are_read_as_vllm_reads_them(
+    extra: list[str], flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `_` for `-`, by their beginnings, and from a file; vLLM 0.32 and 0.33 take all these."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(name=name))
+    file = tmp_path / "config.yaml"
+    file.write_text("max-model-len: 2048\napi_key: x\n")
+    extra = [str(file) if argument == "FILE" else argument for argument in extra]
+    with pytest.raises(OptionError, match=f"^{flag}( after|:)"):
+        vllm_command("tiny", {"ratio": 0.5}, Bind(), Limits(), extra)
+
+
+def test_other_flags_reach_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(name=name))
+    monkeypatch.setattr(launch, "check_architecture", lambda *arguments: None)
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    file = tmp_path / "config.yaml"
+    file.write_text("max-model-len: 2048\n")
+    extra = [
+        "--api-server-count=2",
+        "--media_io_kwargs.video.num_frames",
+        "4",
+        "--config",
+        str(file),
+    ]
+    command, _ = vllm_command("tiny", {"ratio": 0.5}, Bind(), Limits(), extra)
+    assert command[-len(extra) :] == extra and "--media-io-kwargs" not in command
+
+
 def test_vllm_starts_with_closed_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line of `tokencomp serve --engine vllm`."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(name=name))

@@ -86,6 +86,14 @@ def test_wrong_and_untested_settings_are_refused(
         checks.check_engine(bad, offsets=True)
 
 
+def test_a_frontend_without_python_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the processor nor the middleware would see its requests."""
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    monkeypatch.setenv("TOKENCOMP_ALLOW_UNTESTED", "1")
+    with pytest.raises(UnsupportedModelError, match="VLLM_USE_RUST_FRONTEND"):
+        checks.check_engine(config(), offsets=False)
+
+
 def test_models_with_plain_positions_have_fewer_limits() -> None:
     for name, value in WRONG_FOR_OFFSETS.items():
         checks.check_engine(config(**{name: value}), offsets=False)

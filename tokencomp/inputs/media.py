@@ -10,7 +10,7 @@ from typing import Any
 from tokencomp.errors import FrameChoiceWarning, MediaError, OptionError
 from tokencomp.inputs.clips import AnimationClip, Clip, FileClip, FolderClip
 from tokencomp.inputs.clock import part
-from tokencomp.inputs.frames import Frames, frame_policy
+from tokencomp.inputs.frames import Frames, Policy, frame_policy
 from tokencomp.inputs.images import UNREADABLE, Image, load_image
 from tokencomp.inputs.video import Sampling, Video
 
@@ -89,51 +89,58 @@ def load_media(
             f"decoder={decoder!r}: use pyav or torchcodec. A device may follow torchcodec alone, "
             "as in torchcodec:cuda."
         )
-    if not path.exists():
-        raise MediaError(f"{path}: no such file. Give the path of a local image or video.")
-    if not (path.is_file() or path.is_dir()):
-        raise MediaError(f"{path}: a device or a pipe, which may have no end. Save it as a file.")
-    if path.is_file() and path.stat().st_size == 0:
-        raise MediaError(f"{path}: the file is empty (0 bytes). Download or export it again.")
+    _check_file(path)
     if not is_video(path):
         with part("decode"):
             return load_image(path)
     with part("open"):
         opened = open_clip(path, decoder)
     with opened as clip:
-        with part("open"):
-            index = clip.index
-        scored: dict[int, Any] = {}
+        return _load_clip(clip, path, policy, size, question)
 
-        def decode(at: Sequence[int]) -> tuple[list[int], list[Any]]:
-            read = _pictures(clip, at, size)
-            scored.update(read)
-            return sorted(read), [read[place] for place in sorted(read)]
 
-        with part("select"):
-            choice = policy.choose(index, decode, question)
-        if choice.silence:
-            warnings.warn(
-                f"{path}: frames={str(policy)!r} takes evenly spaced frames: {choice.silence}.",
-                FrameChoiceWarning,
-                stacklevel=2,
-            )
-        if scored.keys() >= set(choice.places):
-            read = {place: scored[place] for place in choice.places}
-        else:
-            read = _pictures(clip, choice.places, size)
-        places = sorted(read)
-        if set(places) != set(choice.places):
-            lost = sorted(set(choice.places) - set(places))
-            warnings.warn(
-                f"{path}: {len(lost)} of {len(choice.places)} chosen frames cannot be decoded, the "
-                f"first is number {lost[0]}. The frames shown before them take their places.",
-                FrameChoiceWarning,
-                stacklevel=2,
-            )
-        times = index.uneven_times(places)
-        sampling = Sampling(tuple(places), index.total, index.fps, times, choice.rule)
+def _check_file(path: Path) -> None:
+    """Refuse a path that holds nothing, or may have no end."""
+    if not path.exists():
+        raise MediaError(f"{path}: no such file. Give the path of a local image or video.")
+    if not (path.is_file() or path.is_dir()):
+        raise MediaError(f"{path}: a device or a pipe, which may have no end. Save it as a file.")
+    if path.is_file() and path.stat().st_size == 0:
+        raise MediaError(f"{path}: the file is empty (0 bytes). Download or export it again.")
+
+
+def _load_clip(clip: Clip, path: Path, policy: Policy, size: int | None, question: str) -> Video:
+    """The frames of a clip that a policy takes, and what is known of them."""
+    with part("open"):
+        index = clip.index
+    scored: dict[int, Any] = {}
+
+    def decode(at: Sequence[int]) -> tuple[list[int], list[Any]]:
+        read = _pictures(clip, at, size)
+        scored.update(read)
+        return sorted(read), [read[place] for place in sorted(read)]
+
+    with part("select"):
+        choice = policy.choose(index, decode, question)
+    if choice.silence:
+        _warn(f"{path}: frames={str(policy)!r} takes evenly spaced frames: {choice.silence}.")
+    if scored.keys() >= set(choice.places):
+        read = {place: scored[place] for place in choice.places}
+    else:
+        read = _pictures(clip, choice.places, size)
+    places = sorted(read)
+    if lost := sorted(set(choice.places) - set(places)):
+        _warn(
+            f"{path}: {len(lost)} of {len(choice.places)} chosen frames cannot be decoded, the "
+            f"first is number {lost[0]}. The frames shown before them take their places."
+        )
+    times = index.uneven_times(places)
+    sampling = Sampling(tuple(places), index.total, index.fps, times, choice.rule)
     return Video.of([read[place] for place in places], sampling)
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, FrameChoiceWarning, stacklevel=4)  # at the call of `load_media`
 
 
 def open_clip(path: Path, decoder: str = "pyav") -> Clip:

@@ -21,6 +21,7 @@ from tokencomp.serving.bind import Bind, check_port
 from tokencomp.serving.hf.media import Limits
 from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm import LOADER
+from tokencomp.serving.vllm.flags import check_flags, given_flags, sets
 from tokencomp.serving.vllm.rules import Rules
 
 logger = logging.getLogger("tokencomp.serving")
@@ -41,12 +42,10 @@ def vllm_command(
             f"`--engine vllm` needs vLLM: {install('vllm')} (in its own environment), or use "
             "--engine hf."
         )
-    for flag in ("--host", "--api-key", "--allowed-local-media-path"):
-        if _sets(extra, flag):
-            own = flag.replace("local-", "")
-            raise OptionError(f"{flag} after `--`: put {own} before it, where tokencomp sees it.")
-    trusts_kwargs = "--trust-request-mm-kwargs" in extra
+    flags = given_flags(extra)
+    trusts_kwargs = sets(flags, "--trust-request-mm-kwargs")
     parsed = ServerOptions.parse({**options, "only_own": not trusts_kwargs})
+    check_flags(flags)
     low = parsed.low_detail_ratio
     if low is not None and (low > parsed.max_ratio or not parsed.per_request):
         raise OptionError(
@@ -58,7 +57,7 @@ def vllm_command(
     command += ["--middleware", "tokencomp.serving.vllm.middleware.Guard"]
     if limits.allowed_path is not None:
         command += ["--allowed-local-media-path", str(limits.allowed_path.resolve())]
-    remote = _sets(extra, "--allowed-media-domains")
+    remote = sets(flags, "--allowed-media-domains")
     env = {
         **os.environ,
         ENV_OPTIONS: json.dumps({**options, "only_own": parsed.only_own}),
@@ -74,18 +73,8 @@ def vllm_command(
     if not remote:
         # By default vLLM fetches media from any host. This value allows no host.
         command += ["--allowed-media-domains", "invalid."]
-    policy = {"frames": limits.policy} if limits.policy else {}
-    video = {"video_backend": LOADER, "num_frames": limits.frames, **policy}
-    loading = json.dumps({"video": video})
-    if not _sets(extra, "--media-io-kwargs"):
-        command += ["--media-io-kwargs", loading]
-    elif LOADER not in "".join(extra):
-        logger.warning(
-            "--media-io-kwargs: vLLM takes other frames of a video than --engine hf, and limits on "
-            "videos do not hold. To keep both, add to its value: %s",
-            loading,
-        )
-    if not _sets(extra, "--shutdown-timeout"):
+    command += _video_arguments(limits, flags, extra)
+    if not sets(flags, "--shutdown-timeout"):
         # By default vLLM aborts running requests at SIGTERM, and their clients wait in vain.
         command += ["--shutdown-timeout", str(bind.shutdown_timeout)]
     if "PROMETHEUS_MULTIPROC_DIR" not in env:
@@ -94,9 +83,20 @@ def vllm_command(
     return [*command, *extra], env
 
 
-def _sets(arguments: Sequence[str], flag: str) -> bool:
-    """Whether command-line arguments contain a flag, as `--flag value` or `--flag=value`."""
-    return any(a == flag or a.startswith(flag + "=") for a in arguments)
+def _video_arguments(limits: Limits, flags: Sequence[str], extra: Sequence[str]) -> list[str]:
+    """Arguments with which vLLM reads the frames of videos that `--engine hf` reads."""
+    policy = {"frames": limits.policy} if limits.policy else {}
+    video = {"video_backend": LOADER, "num_frames": limits.frames, **policy}
+    loading = json.dumps({"video": video})
+    if not sets(flags, "--media-io-kwargs"):
+        return ["--media-io-kwargs", loading]
+    if LOADER not in "".join(extra):
+        logger.warning(
+            "--media-io-kwargs: vLLM takes other frames of a video than --engine hf, and limits on "
+            "videos do not hold. To keep both, add to its value: %s",
+            loading,
+        )
+    return []
 
 
 def metrics_folder() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from vllm import envs
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.logger import init_logger
 
@@ -24,6 +25,8 @@ def check_engine(config: VllmConfig, offsets: bool) -> None:
     wrong = _wrong_for_offsets(config) if offsets else []
     if getattr(config.model_config.multimodal_config, "video_pruning_rate", None):
         wrong.append("--video-pruning-rate compresses the same tokens; use one of the two")
+    if getattr(envs, "VLLM_USE_RUST_FRONTEND", False):
+        wrong.append("VLLM_USE_RUST_FRONTEND, which moves requests past processor and middleware")
     untested = _untested(config)
     if untested and os.environ.get(ENV_UNTESTED) == "1":
         logger.warning("tokencomp: untested engine settings: %s", "; ".join(untested))

@@ -1,0 +1,65 @@
+"""Arguments that an operator hands on to `vllm serve`, and those that vLLM must not get so."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import zip_longest
+from pathlib import Path
+
+import yaml  # type: ignore[import-untyped]
+
+from tokencomp.errors import OptionError
+
+OWN = ("--host", "--api-key", "--allowed-local-media-path")
+"""What tokencomp must know, because its own rules go by it."""
+DOORS = ("--grpc", "--grpc-port")
+"""Servers of vLLM that its middleware does not see."""
+
+
+def check_flags(flags: Sequence[str]) -> None:
+    """Refuse what vLLM would take past the rules of this server.
+
+    Raises
+    ------
+    OptionError
+        One of `OWN` or `DOORS` is among the flags.
+    """
+    for flag in OWN:
+        if sets(flags, flag):
+            own = flag.replace("local-", "")
+            raise OptionError(f"{flag} after `--`: put {own} before it, where tokencomp sees it.")
+    for flag in DOORS:
+        if sets(flags, flag):
+            raise OptionError(
+                f"{flag}: the key and the limits of tokencomp hold for HTTP alone. Leave it out, "
+                "or run `vllm serve` itself."
+            )
+
+
+def given_flags(arguments: Sequence[str]) -> list[str]:
+    """Names of the flags as vLLM reads them: with `-` for `_`, and those in files of `--config`."""
+    flags = []
+    for argument, value in zip_longest(arguments, arguments[1:], fillvalue=""):
+        if argument.startswith("--"):
+            name = re.split(r"[=.]", argument, maxsplit=1)[0].replace("_", "-")
+            flags.append(name)
+            if name == "--config":
+                flags += given_flags(
+                    [f"--{key}" for key in _config(argument.partition("=")[2] or value)]
+                )
+    return flags
+
+
+def _config(path: str) -> list[str]:
+    """Keys of a config file; none where vLLM cannot read it either, which then says why."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return []
+    return [str(key) for key in content] if isinstance(content, dict) else []
+
+
+def sets(flags: Sequence[str], flag: str) -> bool:
+    """Whether a flag is among those given, of which argparse takes the beginnings."""
+    return any(flag.startswith(name) for name in flags if len(name) > 2)
