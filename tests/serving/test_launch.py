@@ -150,16 +150,19 @@ def test_vllm_starts_with_closed_options(tmp_path: Path, monkeypatch: pytest.Mon
     assert arguments["--allowed-media-domains"] == "invalid." and arguments["--host"] == "127.0.0.1"
     assert arguments["--allowed-local-media-path"] == str(tmp_path)
     assert "secret" not in command and env["VLLM_API_KEY"] == "secret"
+    assert "VLLM_PLUGINS" not in env
     assert "secret" not in env["TOKENCOMP_RULES"]
     assert arguments["--middleware"].endswith("middleware.Guard")
     assert command[-2:] == ["--port", "1"]
     assert json.loads(env["TOKENCOMP_SERVING"])["only_own"] is True
     video = {"video_backend": "tokencomp", "num_frames": 32}
     assert json.loads(arguments["--media-io-kwargs"]) == {"video": video}
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
     fixed = {"ratio": 0.5, "per_request": False}
     named = Bind("0.0.0.0", allowed_hosts=("ai.example",))
     command, env = vllm_command(str(tmp_path), fixed, named, Limits(), [])
     assert "--trust-request-mm-kwargs" not in command and "--middleware" in command
+    assert env["VLLM_PLUGINS"].split(",") == ["other", "tokencomp"]
     bind = json.loads(env["TOKENCOMP_RULES"])["bind"]
     assert (bind["host"], bind["allowed_hosts"]) == ("0.0.0.0", ["ai.example"])
     trusting = ["--trust-request-mm-kwargs"]

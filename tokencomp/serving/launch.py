@@ -64,6 +64,8 @@ def vllm_command(
         ENV_RULES: Rules(bind, limits, remote, trusts_kwargs).as_json(),
         "TOKENCOMP_VLLM": "on",
     }
+    if "VLLM_PLUGINS" in env:  # else all; without ours, vLLM would answer uncompressed
+        env["VLLM_PLUGINS"] += ",tokencomp"
     if bind.api_key:
         env["VLLM_API_KEY"] = bind.api_key  # a command line would show it to all users
     if parsed.per_request and not trusts_kwargs:
