@@ -77,6 +77,22 @@ def test_baselines_are_not_compared_with_themselves(runs):
     assert rivals(_find(every, "random", 0.9), every).downscale is None
 
 
+def test_a_baseline_with_options_of_a_method_is_a_method(tmp_path):
+    """Seeds of random: 1 of 4 and 3 of 4, so ½; with rest=merge 4 of 4, which would make it ⅔."""
+    said = {"full": "1111", "random": "1000", "random-1": "1110", "random-m": "1111", "aim": "1100"}
+    options = {"random-1": {"seed": 1}, "random-m": {"rest": "merge"}}
+    for name, marks in said.items():
+        scores = dict(zip(("a1", "a2", "a3", "a4"), map(int, marks), strict=True))
+        reducer, own = name.partition("-")[0], options.get(name, {})
+        write_run(tmp_path / name, reducer, 0.5 * (name != "full"), scores, options=own)
+    every = find_runs([tmp_path / name for name in said])
+    aim = rivals(_find(every, "aim", 0.5), every)
+    assert (aim.seeds, aim.random.value) == (2, 0.0)
+    (merging,) = (r for r in every if r.label == "random rest=merge")
+    assert rivals(merging, every).random.value == 0.5
+    assert [(loss.label, loss.rival) for loss in losses(every)] == []
+
+
 def test_losses_are_the_groups_that_score_lower(runs):
     every, said = runs
     found = {(loss.family, loss.rival) for loss in losses(every)}

@@ -58,12 +58,11 @@ class Loss:
 
 def rivals(run: EvalRun, runs: Sequence[EvalRun]) -> Rivals:
     """The comparisons of `run`; `runs` holds it, the full model and any baselines."""
-    name = run.identity["reducer"]
     full = next(r for r in runs if r.identity["reducer"] == FULL)
     if run is full:
         return Rivals()
-    random = _at(RANDOM, run.ratio, runs) if name != RANDOM else []
-    small = _at(DOWNSCALE, run.ratio, runs) if name != DOWNSCALE else []
+    random = _at(RANDOM, run.ratio, runs) if not _is(RANDOM, run) else []
+    small = _at(DOWNSCALE, run.ratio, runs) if not _is(DOWNSCALE, run) else []
     detail = _detail(run, _at(DOWNSCALE, run.ratio, runs))
     return Rivals(
         full=_against(run, [full]),
@@ -81,7 +80,7 @@ def paired_tests(run: EvalRun, runs: Sequence[EvalRun]) -> dict[str, Any]:
     full = next(r for r in runs if r.identity["reducer"] == FULL)
     values: dict[str, Any] = {"retention": retention(*paired_scores(run, full))}
     random = _at(RANDOM, run.ratio, runs)
-    if random and run.identity["reducer"] != RANDOM:
+    if random and not _is(RANDOM, run):
         values["against_random"] = mcnemar(*paired_scores(run, random[0]))
     return values
 
@@ -91,7 +90,7 @@ def losses(runs: Sequence[EvalRun]) -> list[Loss]:
     out = []
     baselines = (RANDOM, DOWNSCALE)
     for run in runs:
-        if run.identity["reducer"] in (FULL, *baselines):
+        if any(_is(name, run) for name in (FULL, *baselines)):
             continue
         for name in baselines:
             group = _at(name, run.ratio, runs)
@@ -109,7 +108,16 @@ def losses(runs: Sequence[EvalRun]) -> list[Loss]:
 
 def _at(name: str, ratio: float | dict[str, float] | str, runs: Sequence[EvalRun]) -> list[EvalRun]:
     """Runs of one baseline at a ratio, several of them where it has several seeds."""
-    return [r for r in runs if r.identity["reducer"] == name and r.ratio == ratio]
+    seeds: dict[int, EvalRun] = {}
+    for run in runs:
+        if _is(name, run) and run.ratio == ratio:
+            seeds.setdefault(run.identity["options"].get("seed", 0), run)
+    return list(seeds.values())
+
+
+def _is(name: str, run: EvalRun) -> bool:
+    """Whether a run is this baseline: its reducer, without options other than a seed."""
+    return run.identity["reducer"] == name and run.identity["options"].keys() <= {"seed"}
 
 
 def _against(run: EvalRun, group: Sequence[EvalRun]) -> Difference | None:
