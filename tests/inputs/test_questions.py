@@ -70,6 +70,45 @@ def test_signs_and_accents_count(answer: str, said: str, right: bool) -> None:
     assert Example("", "", said).correct(answer) is right
 
 
+SIGNS = "Which sign?\nA. stop\nB. yield\n"
+
+
+@pytest.mark.parametrize(
+    "answer, said, right",
+    [
+        ("B", "b", True),
+        ("B", "(b)", True),
+        ("B", "b. yield", True),
+        ("B", "b) yield", True),
+        ("B", "b: yield", True),
+        ("B", "yield (b)", True),
+        ("B", "b yield", False),
+        ("B", "a", False),
+        ("A", "a red sign", False),
+        ("A", "a.m.", False),
+        ("E", "e.g. a sign", False),
+        ("B", "verb(b)", False),
+        ("b", "B", True),
+        ("b", "(B) yield", True),
+        ("b", "a", False),
+        ("(B)", "B. yield", True),
+        ("B. yield", "B", True),
+        ("B. yield", "b", True),
+        ("B. yield", "(B) it is yield", True),
+        ("b) yield", "B", True),
+        ("B. yield", "A. yield", False),
+        ("B. yield", "B. Yield!", True),
+        ("B", "B and C", True),  # the first letter
+        ("E. coli", "E. faecalis", False),  # no option of the question
+        ("E. coli", "e. coli", True),
+    ],
+)
+def test_options_are_named_in_either_case_and_as_on_their_line(
+    answer: str, said: str, right: bool
+) -> None:
+    assert Example("", SIGNS, answer).correct(said) is right
+
+
 def test_words_are_graded_as_the_published_answers_were() -> None:
     """The rule of all published results, on every pair."""
     texts = [

@@ -18,6 +18,7 @@ Media = Any
 """A path, a PIL image, a list of PIL images (a video), or mono samples of sound, float (n,)."""
 
 LETTERS = "ABCDEFGH"
+SMALL = LETTERS.lower()
 HASHED = 1 << 20
 """Bytes at either end of a file that are hashed: videos may be gigabytes."""
 
@@ -70,7 +71,7 @@ class Example:
 
     def correct(self, prediction: str) -> bool:
         """Whether `prediction` is an answer: the same words, or the same option letter."""
-        return any(_same(prediction, answer) for answer in (self.answer, *self.also))
+        return any(_same(prediction, one, self.prompt) for one in (self.answer, *self.also))
 
 
 @dataclass(frozen=True)
@@ -110,17 +111,25 @@ def has_video(example: Example) -> bool:
 def option_letter(text: str) -> str:
     """The option that a reply such as "B", "(B)", "B. red" or "red (B)" names; "" if none.
 
-    "A red circle" names none: there, A is an article.
+    "A red circle" names none: there, A is an article. Of small letters, "b", "b. red" and "red (b)"
+    name option B, and "b red" none.
     """
     match = re.match(rf"\W*([{LETTERS}])(?![\w'])(?!(?<=A)\s+\w)", text)
     match = match or re.search(rf"\(([{LETTERS}])\)", text)
-    return match[1] if match else ""
+    match = match or re.match(rf"\W*([{SMALL}])(?:[.):](?!\w)|\W*$)", text)
+    match = match or re.search(rf"(?<!\w)\(([{SMALL}])\)", text)
+    return match[1].upper() if match else ""
 
 
-def _same(prediction: str, answer: str) -> bool:
-    if answer in tuple(LETTERS):
-        return option_letter(prediction) == answer
-    return _words(prediction) == _words(answer)
+def _same(prediction: str, answer: str, prompt: str) -> bool:
+    words = _words(answer)
+    if _words(prediction) == words:
+        return True
+    option = re.fullmatch(rf"[(\[]?([{LETTERS}{SMALL}])(?:[.):\]]+(\s.*)?)?", answer.strip(), re.S)
+    if option is None or option_letter(prediction) != option[1].upper():
+        return False
+    # "E. coli" is an option where the question has it; else, a reply of one letter alone names it.
+    return not option[2] or words in _words(prompt) or len(_words(prediction)) == 1
 
 
 def _words(text: str) -> str:
