@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from support.console import run as command
 
 import tokencomp
-from tokencomp.errors import OptionError, UnknownNameError
+from tokencomp.errors import OptionError, SpanError, UnknownNameError, WeightsError
 from tokencomp.evaluation import Example, Setting, evaluate, grid, sweep
 from tokencomp.evaluation.store import read_records
 from tokencomp.inputs.prompts import build_inputs
+from tokencomp.reducers.uniform import Uniform
 
 HOW = {"max_new_tokens": 4, "progress": False}
 
@@ -248,6 +250,49 @@ def test_media_that_the_processor_refuses_are_recorded(loaded, examples, tmp_pat
             alone = {e.id: one_by_one(loaded, e, reducer, setting.ratio) for e in examples}
             assert said == alone
         assert said.keys() == {e.id for e in examples}
+
+
+@dataclass(frozen=True)
+class Demanding(Uniform):
+    """Uniform, which refuses spans of fewer tokens than `least`."""
+
+    least: int = 64
+
+    def keep_count(self, span, fraction):
+        if span.visual < self.least:
+            raise SpanError(f"{span.visual} tokens are too few")
+        return super().keep_count(span, fraction)
+
+
+def test_an_item_that_a_method_refuses_fails_under_it_alone(loaded, examples, tmp_path):
+    """Other methods answer it, and this method the other items, as single prompts."""
+    Image.new("RGB", (112, 112), "red").save(tmp_path / "tiny.png")
+    tiny = Example("tiny", "?", "x", (str(tmp_path / "tiny.png"),))
+    items = [examples[0], tiny, *examples[1:]]
+    demanding = Setting(Demanding(), 0.5, name="demanding")
+    full, run = sweep(*loaded, items, [Setting(), demanding], tmp_path / "r", **HOW).values()
+    assert [(r["id"], r["error"]) for r in run.failed] == [("tiny", "16 tokens are too few")]
+    expected = [one_by_one(loaded, e, "uniform", 0.5) for e in examples]
+    assert [r["prediction"] for r in run.answered] == expected
+    assert [r["prediction"] for r in full.records] == [one_by_one(loaded, e) for e in items]
+
+
+def test_a_method_that_answers_nothing_leaves_the_report(loaded, examples, tmp_path, capsys):
+    settings = [*grid(["uniform"], [0.5]), Setting(Demanding(least=999), 0.5, name="demanding")]
+    sweep(*loaded, examples[:2], settings, tmp_path / "r", **HOW)
+    files = ["-o", tmp_path / "page.html", "--table", tmp_path / "t.csv"]
+    assert command("report", tmp_path / "r", *files) == 0
+    page, rows = (tmp_path / "page.html").read_text(), (tmp_path / "t.csv").read_text().splitlines()
+    assert "64 tokens are too few" in page
+    assert "nan" not in page and "nan" not in capsys.readouterr().out
+    counts = {cells[0]: cells[3:6] for cells in (row.split(",") for row in rows[1:])}
+    assert counts["demanding"] == ["0", "2", ""]
+    assert counts["full"][:2] == counts["uniform"][:2] == ["2", "0"]
+
+
+def test_an_error_of_the_setting_ends_the_run(loaded, examples):
+    with pytest.raises(WeightsError, match="trained weights"):
+        evaluate(*loaded, examples[:1], "ccam", 0.5, **HOW)
 
 
 def test_a_batch_that_is_refused_is_asked_one_by_one(loaded, examples, monkeypatch):

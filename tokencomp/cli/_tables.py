@@ -37,9 +37,9 @@ def print_lines(console: Any, lines: Sequence[Any]) -> None:
         shown.add_row(
             line.label,
             f"{line.run.shown_ratio}",
-            f"{line.run.mean('ratio'):.3f}",
+            f"{line.run.mean('ratio'):.3f}" if line.run.answered else "–",
             f"{len(line.run.answered)}" + (f" ({failed} failed)" if failed else ""),
-            f"{line.accuracy:.1%}",
+            f"{line.accuracy:.1%}" if line.run.answered else "–",
             retained(line.retention),
         )
     console.print(shown)

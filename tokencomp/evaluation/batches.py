@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tokencomp.adapters.registry import adapter_for
-from tokencomp.errors import MediaError
+from tokencomp.errors import MediaError, ScoreError, SpanError
 from tokencomp.evaluation.baselines import EqualTokens, native_budget
 from tokencomp.evaluation.cost import Cost, prefill_costs
 from tokencomp.evaluation.patches import PatchedModels
@@ -34,6 +34,11 @@ Around = Callable[[Setting, dict[str, Any], Answers], AbstractContextManager[Any
 ROUNDS, DECODED = 3, 4
 """How often the parts of an answer are timed, and tokens over which decoding is averaged."""
 TOO_LARGE = "out of GPU memory with this item alone; give fewer frames or smaller media"
+OF_AN_ITEM = (MediaError, SpanError, ScoreError)
+"""Errors by which an item fails: the processor refuses its media, or the method what they become.
+
+Others, such as of plans, weights and models, concern every item and end the run.
+"""
 
 
 @dataclass(frozen=True)
@@ -124,6 +129,8 @@ class Answerer:
 
         Raises
         ------
+        SpanError, ScoreError
+            The method cannot reduce an item of the batch.
         torch.OutOfMemoryError
             The batch does not fit.
         """

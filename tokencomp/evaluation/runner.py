@@ -16,6 +16,7 @@ import torch
 from tokencomp.adapters.registry import adapter_for, unwrap
 from tokencomp.errors import MediaError
 from tokencomp.evaluation.batches import (
+    OF_AN_ITEM,
     TOO_LARGE,
     Answerer,
     Answers,
@@ -84,8 +85,8 @@ def sweep(
         of one model by the `variant` of the settings: "" is the plain model, for which PEFT
         adapters are switched off.
     items
-        Examples with distinct ids. Media that cannot be read, or that the processor refuses, are
-        recorded as failed.
+        Examples with distinct ids. Those whose media cannot be read, or are refused by the
+        processor, are recorded as failed; under a method, also those that it cannot reduce.
     settings
         See `tokencomp.evaluation.settings.grid`.
     out_dir
@@ -267,7 +268,7 @@ class _Sweep:
                 else:
                     inputs = shared = shared or self.answerer.inputs(loaded, _FULL)
                 batch = self.answerer.answer(setting, rows, inputs, answers)
-            except MediaError as error:
+            except OF_AN_ITEM as error:
                 if len(rows) > 1:  # one of them may be at fault, or none where they differ in shape
                     return all([self._answer([row]) for row in loaded])
                 ours.write([failed(rows[0][0], str(error))])

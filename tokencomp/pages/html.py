@@ -31,7 +31,8 @@ def render(template: str, path: str | Path, **values: Any) -> Path:
 
 
 def percent(value: float, digits: int = 1) -> str:
-    return f"{100 * value:.{digits}f} %"
+    """Percent, e.g. "97.1 %"; a dash for NaN, the mean of nothing."""
+    return "–" if value != value else f"{100 * value:.{digits}f} %"
 
 
 def compact(per_layer: Sequence[int]) -> str:

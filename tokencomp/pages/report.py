@@ -71,7 +71,7 @@ def _line(run: EvalRun, full: EvalRun, runs: Sequence[EvalRun]) -> Line:
         "seconds": run.mean("seconds") / full.mean("seconds"),
         "rivals": rivals(run, runs),
     }
-    if run is not full:
+    if run is not full and (run.answered or not full.answered):
         values |= paired_tests(run, runs)
     return Line(run, run.mean("correct"), **values)
 
@@ -174,6 +174,8 @@ def _plots(table: Sequence[Line]) -> list[str]:
     by_ratio: dict[str, list[Point]] = {}
     by_time: dict[str, list[Point]] = {}
     for line in table[1:]:
+        if not line.run.answered:
+            continue
         name = line.run.label
         point = accuracy_point(line.run.mean("ratio"), line.accuracy, line.retention, full.accuracy)
         by_ratio.setdefault(name, []).append(point)

@@ -53,7 +53,7 @@ def _row(line: Line) -> dict[str, Any]:
     ):
         for part, end in (("value", ""), ("low", "_low"), ("high", "_high")):
             row[name + end] = "" if pair is None else getattr(pair, part)
-    return row
+    return {name: "" if value != value else value for name, value in row.items()}
 
 
 def as_latex(table: Sequence[Line]) -> str:
@@ -62,10 +62,10 @@ def as_latex(table: Sequence[Line]) -> str:
         (
             line.label,
             str(line.run.shown_ratio),
-            f"{line.accuracy:.1%}",
+            f"{line.accuracy:.1%}" if line.run.answered else "--",
             "--" if line.retention is None else str(line.retention),
             "--" if line.rivals.random is None else str(line.rivals.random),
-            f"{line.flops:.0%}",
+            f"{line.flops:.0%}" if line.run.answered else "--",
         )
         for line in table
     ]
