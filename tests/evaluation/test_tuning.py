@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import random
@@ -30,6 +31,34 @@ def test_candidates_are_all_that_fit(loaded, examples):
             if full * (1 - ratio) <= 64:
                 expected.add((frames, scale, "full" if ratio == 0 else "uniform", ratio))
     assert {(c.frames, c.scale, c.setting.name, c.setting.ratio) for c in found} == expected
+
+
+@pytest.mark.parametrize("order", ["alternating", "images first", "long"])
+def test_budgets_count_all_items_of_the_file(loaded, examples, order):
+    """An image of 64 tokens and a clip of 8 frames with 256: (64 + 256) / 2 = 160 per item."""
+    image, clip = examples[0], examples[-1]
+    more = {"alternating": [image, clip] * 8, "images first": [image] * 8 + [clip] * 8}
+    items = more.get(order, [*[image] * 11, *[clip] * 11])
+    grid = {**GRID, "frames": [8], "scales": [1.0], "ratios": [0.5, 0.75]}
+    assert [c.tokens for c in candidates(*loaded, items, **grid, tokens=None)] == [160, 80, 40]
+    found = candidates(*loaded, items, **grid, tokens=70)
+    assert [(c.setting.ratio, c.tokens) for c in found] == [(0.5625, 70.0), (0.75, 40.0)]
+
+
+def test_frames_are_no_choice_where_no_item_is_a_video(loaded, examples):
+    found = candidates(*loaded, examples[:2], **{**GRID, "scales": [1.0]}, tokens=None)
+    assert [(c.frames, c.setting.ratio) for c in found] == [(4, 0.0), (4, 0.5)]
+    found = candidates(*loaded, examples[-2:], **{**GRID, "scales": [1.0]}, tokens=None)
+    assert [c.frames for c in found] == [4, 4, 8, 8]
+
+
+def test_measured_tokens_and_seconds_are_within_the_budgets():
+    """64 × 1.005 = 64.32: what whole tokens add, and no more."""
+    costs = [(64.0, 2.0), (64.32, 1.0), (64.4, 1.0), (160.0, 0.5)]
+    given = [Candidate(8, 1.0, Setting(), tokens, seconds) for tokens, seconds in costs]
+    assert tuning.within(given, 64) == given[:2]
+    assert tuning.within(given, None, 1.0) == given[1:]
+    assert tuning.within(given, 64, 1.0) == given[1:2] and tuning.within(given) == given
 
 
 def test_a_budget_that_nothing_meets(loaded, examples):
@@ -97,6 +126,18 @@ def test_tune_stays_within_the_budget(folder, tmp_path, capsys):
     assert code == 0 and "Pareto front" in capsys.readouterr().out
     assert stored["candidates"] and all(c["tokens"] <= 64 for c in stored["candidates"])
     assert any(c["pareto"] for c in stored["candidates"])
+
+
+def test_settings_that_cost_more_than_estimated_are_not_recommended(folder, monkeypatch, capsys):
+    def search(model, processor, items, given, **how):
+        return [dataclasses.replace(c, tokens=65.0, accuracy=1.0, items=1) for c in given]
+
+    monkeypatch.setattr(tuning, "search", search)
+    code = run(
+        "tune", "--tokens", 64, "--model", folder, "--items", 1, "--families", "needle",
+        "--frames", "4", "--scale", "1", "-r", "uniform", "--ratio", "0.5",
+    )  # fmt: skip
+    assert code == 1 and "Nothing answered within 64 tokens" in capsys.readouterr().out
 
 
 def test_examples_from_a_file(tmp_path):

@@ -81,7 +81,7 @@ def command(
             questions = list(FileQuestions(data))
         candidates = tuning.candidates(*loaded, questions, **grid)
         measured = tuning.search(*loaded, questions, candidates, batch_size=batch_size)
-    within = [c for c in measured if latency is None or 1e3 * c.seconds <= latency]
+    within = tuning.within(measured, tokens, None if latency is None else latency / 1e3)
     cost = "tokens" if latency is None else "seconds"
     facts = {
         "model": source.model,
@@ -93,7 +93,7 @@ def command(
         typer.echo(text)
     opt.write(output, text)
     if not as_json:
-        _print(within, tuning.pareto(within, cost), latency)
+        _print(within, tuning.pareto(within, cost), tokens, latency)
 
 
 def _shapesqa(families: list[str], count: int, folder: str) -> list[Any]:
@@ -115,14 +115,18 @@ def _numbers(name: str, text: str) -> list[float]:
     return numbers
 
 
-def _print(measured: list[Any], front: list[Any], latency: float | None) -> None:
+def _print(
+    measured: list[Any], front: list[Any], tokens: float | None, latency: float | None
+) -> None:
     from rich.console import Console
 
     from tokencomp.cli import _tables
 
     console = Console()
     if not front:
-        console.print(f"Nothing answered within {latency:g} ms; give more time or fewer frames.")
+        budget = "" if tokens is None else f" within {tokens:g} tokens"
+        budget += "" if latency is None else f" within {latency:g} ms"
+        console.print(f"Nothing answered{budget}; give a larger budget or fewer frames.")
         raise typer.Exit(1)
     names = ("frames", "scale", "method", "ratio", "tokens", "ms/answer", "accuracy", "n")
     table = _tables.table("", *names)

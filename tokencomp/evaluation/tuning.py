@@ -20,12 +20,14 @@ from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import INPUT_BASELINES, Setting
 from tokencomp.inputs.frames import Frames
-from tokencomp.inputs.questions import Example
+from tokencomp.inputs.questions import Example, has_video
 from tokencomp.inputs.scorer import with_scorer
 from tokencomp.plan.counts import MAX_RATIO
 
 SCREENED = 1 / 3
 KEPT = 0.5
+ROUNDED = 1.005
+"""Tokens are whole, so that a mean over items may end just above a budget."""
 
 
 @dataclass(frozen=True)
@@ -85,22 +87,22 @@ def candidates(
     `options` go to every setting, and settings that cannot meet them (a tower ratio above their
     ratio) are left out. For every frames × scale that costs more than `tokens` uncompressed, each
     reducer also gets the ratio that meets the budget exactly; scales that do not change the token
-    count are left out.
+    count are left out, and so are all `frames` but the first where no item is a video.
     """
     counter = EqualTokens(processor, list(adapter_for(model).placeholders), "downscale")
+    sizes = sorted(scales, reverse=True)
     fitting: list[Candidate] = []
-    seen: set[tuple[int | str, float]] = set()
-    for n, scale in itertools.product(frames, sorted(scales, reverse=True)):
-        full = _mean_tokens(counter, items, with_scorer(n, model, processor), scale)
-        if (n, full) in seen:
-            continue
-        seen.add((n, full))
-        exact = [] if tokens is None or full <= tokens else [1.0 - tokens / full]
-        for ratio in sorted({0.0, *ratios, *exact}):
-            fits = tokens is None or full * (1 - ratio) <= tokens * 1.005
-            if fits and ratio <= MAX_RATIO:
-                settings = _settings(reducers, ratio, options or {})
-                fitting += [Candidate(n, scale, s, full * (1 - ratio)) for s in settings]
+    for n in frames if any(map(has_video, items)) else frames[:1]:
+        means = _mean_tokens(counter, items, with_scorer(n, model, processor), sizes)
+        for k, (full, scale) in enumerate(zip(means, sizes, strict=True)):
+            if full in means[:k]:
+                continue
+            exact = [] if tokens is None or full <= tokens else [1.0 - tokens / full]
+            for ratio in sorted({0.0, *ratios, *exact}):
+                fits = tokens is None or full * (1 - ratio) <= tokens * ROUNDED
+                if fits and ratio <= MAX_RATIO:
+                    settings = _settings(reducers, ratio, options or {})
+                    fitting += [Candidate(n, scale, s, full * (1 - ratio)) for s in settings]
     if not fitting:
         raise OptionError(
             f"no combination gets down to {tokens:g} visual tokens: ratios end at {MAX_RATIO}. "
@@ -120,18 +122,23 @@ def _settings(reducers: Sequence[str], ratio: float, options: Mapping[str, Any])
 
 
 def _mean_tokens(
-    counter: EqualTokens, items: Sequence[Example], frames: Frames, scale: float
-) -> float:
-    """Visual tokens per item, over up to eight of the items, without those that cannot be shown."""
-    totals, refused = [], None
-    for e in items[:: max(1, len(items) // 8)][:8]:
+    counter: EqualTokens, items: Sequence[Example], frames: Frames, scales: Sequence[float]
+) -> list[float]:
+    """Visual tokens per item at every scale, over all items that can be shown at it."""
+    from tqdm.auto import tqdm
+
+    totals: list[list[int]] = [[] for _ in scales]
+    refused = None
+    for e in tqdm(items, desc="counting tokens"):
         try:
-            totals.append(sum(counter.tokens(_scaled(m, scale)) for m in e.load(frames)))
+            media = e.load(frames)
+            for own, scale in zip(totals, scales, strict=True):
+                own.append(sum(counter.tokens(_scaled(m, scale)) for m in media))
         except MediaError as error:
             refused = error
-    if refused and not totals:
+    if refused and not all(totals):
         raise refused
-    return sum(totals) / len(totals)
+    return [sum(own) / len(own) for own in totals]
 
 
 def search(
@@ -210,6 +217,18 @@ def _result(c: Candidate, run: EvalRun) -> Candidate:
         accuracy=run.mean("correct"),
         items=len(run.answered),
     )
+
+
+def within(
+    measured: Sequence[Candidate], tokens: float | None = None, seconds: float | None = None
+) -> list[Candidate]:
+    """Candidates whose measured tokens and seconds per answer are within the budgets."""
+    return [
+        c
+        for c in measured
+        if (tokens is None or c.tokens <= tokens * ROUNDED)
+        and (seconds is None or c.seconds <= seconds)
+    ]
 
 
 def pareto(measured: Sequence[Candidate], cost: str = "tokens") -> list[Candidate]:
