@@ -221,7 +221,10 @@ def prompts(family: Family) -> list[list[Any]]:
 
 
 def check_batch(case: Case, ratio: float, family: Family) -> None:
-    """A ragged batch keeps the same tokens, and says the same, as its samples one by one."""
+    """A ragged batch keeps the same tokens, and says the same, as its samples one by one.
+
+    The batch records gradients, and its samples do not.
+    """
     model, rows = family.build(), prompts(family)
     case = matrix.on_model(case, model)
 
@@ -229,11 +232,13 @@ def check_batch(case: Case, ratio: float, family: Family) -> None:
         inputs = family.batch(rows)
         return model(**inputs, logits_to_keep=1).logits[:, -1]
 
-    with tokencomp.patch(model, ratio, reducer=case[0], **case[1]) as handle, torch.no_grad():
+    with tokencomp.patch(model, ratio, reducer=case[0], **case[1]) as handle:
         together = last_logits(rows)
         kept = [handle.stats.kept(b) for b in range(3)]
+        assert together.requires_grad
         for b, row in enumerate(rows):
-            alone = last_logits([row])[0]
+            with torch.no_grad():
+                alone = last_logits([row])[0]
             assert (together[b] - alone).abs().max() < 2e-5
             if b < 2:
                 assert handle.stats.kept(0) == kept[b]

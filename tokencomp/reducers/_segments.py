@@ -20,7 +20,7 @@ Floats = np.ndarray[Any, np.dtype[np.float32]]
 def frame_cosines(patches: Patches, x: Tensor) -> list[Floats]:
     """Cosine of the mean of every frame with that of the next one, (t - 1,), for every span."""
     unit = normalize(means(x, frame_lengths(patches)), dim=1)
-    like = (unit[:-1] * unit[1:]).sum(1).cpu().numpy()
+    like = (unit[:-1] * unit[1:]).sum(1).detach().cpu().numpy()
     ends = starts_of([t for t, *_ in patches.batch.grids])
     return [like[start : end - 1] for start, end in itertools.pairwise(ends)]
 
@@ -29,8 +29,8 @@ def place_cosines(patches: Patches, x: Tensor) -> list[Floats]:
     """Cosine of every patch with its place in the next frame, (t - 1, n), for every span."""
     sizes = np.repeat(frame_lengths(patches), frame_lengths(patches))
     before = patches.table(np.maximum(np.arange(len(x)) - sizes, 0))
-    like = cosine_similarity(x, x.index_select(0, before), dim=1).cpu().numpy()
-    own = np.split(like, patches.starts[1:])
+    like = cosine_similarity(x, x.index_select(0, before), dim=1)
+    own = np.split(like.detach().cpu().numpy(), patches.starts[1:])
     grids = patches.batch.grids
     return [v.reshape(t, h * w)[1:] for v, (t, h, w) in zip(own, grids, strict=True)]
 
