@@ -246,6 +246,33 @@ def test_peft(family: Family, name: str) -> None:
     assert (torch.stack(out.logits, 1) - expected).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("reducer", ["prune", "merge+prune"])
+def test_a_lora_added_behind_the_first_prompt(reducer: str) -> None:
+    """Scores are those of a model that had its LoRA before it was patched."""
+    peft = pytest.importorskip("peft")
+    family = FAMILIES["qwen2_vl"]
+    rows = [[text(3), family.image(0), text(6, 3)], [text(2), family.image(1), text(9, 4)]]
+    inputs = family.batch(rows)
+
+    def run(first: bool) -> tuple[list, torch.Tensor]:
+        model = family.build()
+        if first:
+            handle = tokencomp.patch(model, 0.5, reducer=reducer)
+            model(**inputs)
+        torch.manual_seed(5)
+        config = peft.LoraConfig(target_modules=["q_proj", "k_proj"], init_lora_weights=False)
+        wrapped = peft.get_peft_model(model, config).eval()
+        if not first:
+            handle = tokencomp.patch(wrapped, 0.5, reducer=reducer)
+        with torch.no_grad():
+            logits = wrapped(**inputs).logits
+        return [handle.stats.kept(b) for b in range(2)], logits
+
+    (kept, logits), (expected, own) = run(True), run(False)
+    assert kept == expected
+    assert torch.equal(logits, own)
+
+
 @pytest.mark.thin(2)
 @pytest.mark.parametrize("name", ["both", "attention"])
 def test_accelerate_cpu_offload(family: Family, name: str) -> None:

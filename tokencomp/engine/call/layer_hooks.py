@@ -99,7 +99,7 @@ class LayerHooks(CallHooks):
         for attn, stage, signal in self._scored:
             query = getattr(attn, "q_proj", None)
             if signal.rows == "all" and isinstance(query, nn.Module):
-                note = functools.partial(self._note, stage)
+                note = functools.partial(self._note, stage, attn)
                 self._after(query, note, self._has_forward)
             score = functools.partial(self._score, stage, signal)
             self._after(attn, score, self._has_forward)
@@ -115,9 +115,12 @@ class LayerHooks(CallHooks):
             with forward.timed():
                 forward.scores.of_call(stage, module, arguments, signal, forward.layout)
 
-    def _note(self, stage: int, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+    def _note(
+        self, stage: int, attn: Any, module: nn.Module, args: Any, kwargs: Any, out: Any
+    ) -> None:
         forward: Any = self.calls.state.forward
-        if forward.compresses and isinstance(out, Tensor) and out.ndim == 3:
+        own = attn.q_proj is module  # PEFT puts a LoRA around it, whose part `out` has not
+        if own and forward.compresses and isinstance(out, Tensor) and out.ndim == 3:
             forward.scores.projected[stage] = out.detach()
 
 
