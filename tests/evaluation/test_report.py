@@ -107,6 +107,23 @@ def test_what_cannot_be_reported(runs, tmp_path, capsys, case):
     assert message in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [("media", "pictures, clips or sounds"), ("prompt", "words"), ("answer", "right answer")],
+)
+def test_answers_to_different_questions_are_not_paired(runs, tmp_path, capsys, field, words):
+    """The picture of a2 was replaced, say, before the second run."""
+    for name, value in (("full-0.0", "old"), ("aim-0.5", "new")):
+        file = runs / name / "records.jsonl"
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        rows = [{**row, field: value if row["id"] == "a2" else "same"} for row in rows]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = runs / "full-0.0", runs / "aim-0.5"
+    assert run("report", *given, "-o", tmp_path / "x.html") == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert f"differ in the {words} of question 'a2'" in message and "eval` again" in message
+
+
 def damaged(folder: Path, case: str) -> str:
     """Damage a run folder; returns what the report must say."""
     records, manifest = folder / "records.jsonl", folder / "manifest.json"

@@ -27,6 +27,9 @@ FIRST = (FULL, RANDOM, UNIFORM, DOWNSCALE, FEWER_FRAMES, NATIVE)
 IDENTITY = ("reducer", "ratio", "options")
 """Keys of a manifest's identity that say which setting a run is of."""
 
+QUESTION = {"media": "pictures, clips or sounds", "prompt": "words", "answer": "right answer"}
+"""Fields of a record that say what was asked: media are a hash of their files."""
+
 
 @dataclass
 class EvalRun:
@@ -205,3 +208,19 @@ def _check_comparable(runs: Sequence[EvalRun]) -> None:
                 f"{first.path} and {run.path} cannot stand in one table: they differ in {pairs}. "
                 "Make a report of each."
             )
+    _check_questions(runs)
+
+
+def _check_questions(runs: Sequence[EvalRun]) -> None:
+    """Refuse runs that asked different things under one id: their scores are paired by it."""
+    seen: dict[tuple[str, str], tuple[EvalRun, Any]] = {}
+    for run in runs:
+        for record in run.answered:
+            for name in (n for n in QUESTION if n in record):
+                other, value = seen.setdefault((record["id"], name), (run, record[name]))
+                if value != record[name]:
+                    raise OptionError(
+                        f"{other.path} and {run.path} differ in the {QUESTION[name]} of question "
+                        f"{record['id']!r}, so their answers cannot be compared. Run `tokencomp "
+                        "eval` again for both: questions that have changed are asked once more."
+                    )
