@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from tokencomp.errors import OptionError
+from tokencomp.inputs.lines import FIELDS, read_question, short
 from tokencomp.inputs.questions import Example
 
 EMBEDDED = "shapesqa"
 HELD_OUT = 20
 """One picture or video in so many is held out for evaluation."""
-FIELDS = "with question, answer and media"
 
 
 class FileQuestions(Sequence[Example]):
@@ -37,8 +35,8 @@ class FileQuestions(Sequence[Example]):
     Raises
     ------
     OptionError
-        No file, no UTF-8, no lines, a line without a question, answer or media that exists, or
-        two lines with the same id.
+        No file that can be read, no UTF-8, no lines, a line without a question, answer or media
+        that exists, or two lines with the same id.
 
     Attributes
     ----------
@@ -54,7 +52,7 @@ class FileQuestions(Sequence[Example]):
         self.label = f"{file.name} {hashlib.sha256(text.encode()).hexdigest()[:12]}"
         numbered = enumerate(text.split("\n"), 1)
         lines = [(number, line) for number, line in numbered if line.strip()]
-        rows = [_example(file, *line, str(n)) for n, line in enumerate(lines)]
+        rows = [read_question(file, *line, str(n)) for n, line in enumerate(lines)]
         _check_ids(file, rows, [number for number, _ in lines])
         if held_out is not None:
             root = file.parent.resolve()
@@ -79,75 +77,49 @@ class FileQuestions(Sequence[Example]):
         return self.rows[index]
 
 
-def _example(file: Path, number: int, line: str, key: str) -> Example:
-    """The question in line `number` of a file, whose id is `key` if it has none."""
-    where = f"{file}, line {number}"
-    row = _object(where, line)
-    media = row["media"] if isinstance(row["media"], list) else [row["media"]]
-    right = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
-    (question,) = _texts(where, "question", [row["question"]])
-    answer, *also = (text.strip() for text in _texts(where, "answer", right))
-    paths = tuple(str(file.parent / str(m)) for m in media)
-    missing = [p for p in paths if not Path(p).exists()]
-    if missing or not paths:
-        reason = f"{missing[0]} does not exist" if missing else "there is no image or video"
-        raise OptionError(f"{where}: {reason}. Every question needs media.")
-    name, family = row.get("id"), row.get("family")
-    name, family = str(key if name is None else name), str("" if family is None else family)
-    return Example(name, question, answer, paths, family, also=tuple(also))
-
-
-def _texts(where: str, name: str, values: Sequence[Any]) -> list[str]:
-    """The questions or answers of a line; numbers, true and false are the words for them."""
-    for value in values or [None]:
-        if value is None or not str(value).strip():
-            raise OptionError(f"{where}: the {name} is empty.")
-        if isinstance(value, list | dict):
-            lists = ", or a list of texts any of which is right" if name == "answer" else ""
-            kind = type(value).__name__
-            raise OptionError(f"{where}: the {name} has a {kind} inside. Give a text{lists}.")
-    return [*map(str, values)]
-
-
-def _object(where: str, line: str) -> dict[str, Any]:
-    wanted = f"{where}: expected a JSON object {FIELDS}"
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise OptionError(f"{wanted}; this line is not JSON ({error}).") from error
-    if not isinstance(row, dict):
-        raise OptionError(f"{wanted}, one per line; got a {type(row).__name__}.")
-    if absent := [name for name in ("question", "answer", "media") if name not in row]:
-        raise OptionError(f"{wanted}; {absent[0]!r} is missing (it has {', '.join(row)}).")
-    return row
-
-
 def _check_ids(file: Path, rows: Sequence[Example], numbers: Sequence[int]) -> None:
     """Refuse ids that occur twice: answers are stored and paired by id."""
     seen: set[str] = set()
     for number, row in zip(numbers, rows, strict=True):
         if row.id in seen:
-            raise OptionError(f"{file}, line {number}: id {row.id!r} is taken by an earlier line.")
+            name = short(row.id)
+            raise OptionError(f"{file}, line {number}: id {name!r} is taken by an earlier line.")
         seen.add(row.id)
 
 
 def questions_file(path: Path) -> Path:
     """The JSON Lines file that `path` names: itself, or `questions.jsonl` in a folder."""
-    file = path / "questions.jsonl" if path.is_dir() else path
-    if not file.is_file():
+    name = repr(short(str(path)))
+    try:
+        file = path / "questions.jsonl" if path.is_dir() else path
+        found = file.is_file()
+    except OSError as error:  # a folder above it is closed, or the name is too long
+        raise OptionError(f"data {name}: {error.strerror}. Give a file that can be read.") from None
+    if not found:
         expected = "expected" if path.exists() else "no such file. Expected"
         raise OptionError(
-            f"data {str(path)!r}: {expected} '{EMBEDDED}', a JSON Lines file, or a folder with "
+            f"data {name}: {expected} '{EMBEDDED}', a JSON Lines file, or a folder with "
             f"questions.jsonl (one object {FIELDS} per line)."
         )
     return file
 
 
+def questions_bytes(file: Path) -> bytes:
+    """What a file of questions holds; raise `OptionError` if it cannot be read."""
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise OptionError(
+            f"{file} cannot be read ({error.strerror}). Change its permissions, e.g. chmod +r."
+        ) from error
+
+
 def _text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig")
+        text = questions_bytes(file).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise OptionError(f"{file} is not UTF-8 text ({error}). Save it as UTF-8.") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _name(media: Path, root: Path) -> str:
@@ -163,7 +135,10 @@ def _held_out(rows: Sequence[Sequence[str]]) -> set[str]:
     orders these groups, and the first ones that fit into the held-out share are taken; at least the
     smallest.
     """
-    groups = sorted(_connected(rows), key=lambda group: zlib.crc32(min(group).encode()))
+    groups = sorted(
+        _connected(rows),
+        key=lambda group: zlib.crc32(min(group).encode("utf-8", "surrogateescape")),
+    )
     room = max(1, sum(map(len, groups)) // HELD_OUT)
     aside: set[str] = set()
     for group in groups:

@@ -13,7 +13,7 @@ from torch.utils.data import ConcatDataset
 
 from tokencomp.engine.rows.prompts import IGNORED
 from tokencomp.errors import OptionError, unknown_name
-from tokencomp.inputs.files import EMBEDDED, FileQuestions, questions_file
+from tokencomp.inputs.files import EMBEDDED, FileQuestions, questions_bytes, questions_file
 from tokencomp.inputs.prompts import build_inputs, to_model
 from tokencomp.inputs.questions import Deferred, Example, media_kind
 from tokencomp.validation import check_choice
@@ -58,7 +58,7 @@ def data_identity(data: str) -> dict[str, Any]:
     """What tells data sets apart: the name and, of files, a hash of the lines (not of media)."""
     if data.partition(":")[0] == EMBEDDED:
         return {"data": data}
-    lines = questions_file(Path(data)).read_bytes()
+    lines = questions_bytes(questions_file(Path(data)))
     return {"data": data, "content": hashlib.sha256(lines).hexdigest()}
 
 
