@@ -72,6 +72,7 @@ def causal_mask(
     text: Tensor | None = None,
     within: Callable[..., Any] | None = None,
     skip: bool = True,
+    beside: Callable[..., Any] | None = None,
 ) -> Any:
     """Transformers' own causal mask for one layer, whatever the attention backend.
 
@@ -87,6 +88,8 @@ def causal_mask(
         keys a query may see beside being causal; None: all.
     skip
         Whether the result may be None where plain causal attention is right.
+    beside
+        The same as `within`, for keys that a query may see beside the causal ones; None: none.
     """
     from transformers.masking_utils import create_causal_mask
 
@@ -100,6 +103,8 @@ def causal_mask(
         call["cache_position"] = order + view.get_seq_length()
     if within is not None:
         call["and_mask_function"] = within
+    if beside is not None:
+        call["or_mask_function"] = beside
     if "allow_is_causal_skip" in names:
         call["allow_is_causal_skip"] = skip
     return create_causal_mask(**call)
@@ -124,8 +129,11 @@ def backend_mask(config: Any, visible: Tensor, x: Tensor) -> Any:
     """A mask of bool (B, 1, n, columns) as the attention backend takes it.
 
     Numbers for eager attention, blocks for FlexAttention, and the columns that are no padding
-    (B, columns) for FlashAttention, which can hide nothing else.
+    (B, columns) for FlashAttention, which can hide nothing else. For a backend of the user's own,
+    what the function makes that is registered for its masks.
     """
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
+
     backend = attention_implementation(config)
     if "flash" in backend:
         padding = visible[:, 0, -1]  # the last query sees every real column
@@ -137,10 +145,23 @@ def backend_mask(config: Any, visible: Tensor, x: Tensor) -> Any:
         return padding
     if "flex" in backend:
         return block_mask(visible)
-    if backend != "eager":
+    make = ALL_MASK_ATTENTION_FUNCTIONS.get(backend, sdpa_mask)
+    if make is sdpa_mask:
         return visible
+    if make is not eager_mask:
+        return _registered_mask(config, visible, x)
     hidden = torch.full((), torch.finfo(x.dtype).min, dtype=x.dtype, device=visible.device)
     return torch.where(visible, hidden.new_zeros(()), hidden)
+
+
+def _registered_mask(config: Any, visible: Tensor, x: Tensor) -> Any:
+    """A mask of bool (B, 1, n, columns) as transformers makes it for the backend."""
+    past = visible.shape[-1] - x.shape[1]
+
+    def shown(sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return visible[sample, 0, query - past, key]
+
+    return causal_mask(config, x, None, MaskView(past), within=shown, beside=shown)
 
 
 def only_padding(visible: Tensor, padding: Tensor, past: int) -> bool:
