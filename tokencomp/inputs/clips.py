@@ -95,6 +95,8 @@ class FileClip(Clip):
 
     def read(self, places: Sequence[int], size: int | None) -> dict[int, Image.Image]:
         found: dict[int, Image.Image] = {}
+        if not places:
+            return found
         with self._readable():
             if self._decoder == "torchcodec":
                 arrays = _torchcodec_frames(self.path, places, self._device, self.index)

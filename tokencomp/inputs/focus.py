@@ -75,7 +75,7 @@ def focus(score: Score, total: int, rate: float, count: int) -> list[int]:
     for arm in _best(arms)[:share]:
         window = range(max(0, arm.centre - half), min(total, arm.centre + half + 1))
         close |= _closely(window, step, known | close, rng)
-    more = score(sorted(close))
+    more = score(sorted(close)) if close else {}  # all frames of the windows are known
     _learn(arms, more)
     scores |= more
     ranked = sorted(scores, key=lambda place: (-scores[place], place))
