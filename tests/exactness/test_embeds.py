@@ -45,6 +45,28 @@ def test_compressed_where_types_tell_the_places(family: Family) -> None:
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("name", ["llava", "llava_onevision", "internvl", "qwen2_vl"])
+def test_generate_takes_types_beside_embeddings(name: str, beams: int) -> None:
+    """Also where the model itself takes none; beams repeat the rows of the caller."""
+    family = FAMILIES[name]
+    model = family.build()
+    inputs = family.batch([[text(3), family.image(0), text(9, 3)], [text(2), family.image(1)]])
+    given = embedded(family, model, inputs)
+    types = (inputs["input_ids"] == 150).int()
+    options = {"max_new_tokens": 4, "num_beams": beams, "suppress_tokens": [150, 151]}
+    options |= {"return_dict_in_generate": True, "output_logits": True}
+    if name != "qwen2_vl":
+        del given["position_ids"]
+    with tokencomp.patch(model, 0.5, reducer="uniform", strict=True) as handle:
+        expected = model.generate(**inputs, **options)
+        kept = [handle.stats.kept(b) for b in range(2)]
+        got = model.generate(**given, mm_token_type_ids=types, **options)
+        assert [handle.stats.kept(b) for b in range(2)] == kept and handle.stats.ratio > 0.4
+    for here, there in zip(got.logits, expected.logits, strict=True):
+        torch.testing.assert_close(here, there, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_compressed_where_grids_tell_the_places(name: str) -> None:
     """M-RoPE positions and grids say where images and videos stand."""

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from tokencomp.adapters.base import Adapter
+from tokencomp.adapters.base import TYPES, Adapter
+from tokencomp.adapters.structure import parameters_of
 from tokencomp.engine.call.gate import CallGate
 from tokencomp.engine.call.state import RunningCalls
 from tokencomp.errors import NoVisualInputError, UnsupportedCacheError
@@ -58,13 +59,16 @@ class GenerateCalls(Hooked):
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         state = self.calls.state
-        earlier = state.columns, state.encodes
+        earlier = state.columns, state.encodes, state.types
         self.gate.enter(kwargs)
         state.columns, state.encodes = prompt_columns(args, kwargs), self.adapter.encodes(kwargs)
+        state.types = None
+        if TYPES in kwargs and TYPES not in parameters_of(self.adapter.top):
+            state.types = kwargs.pop(TYPES)  # transformers would refuse it
         try:
             return original(*args, **kwargs)
         finally:
-            state.columns, state.encodes = earlier
+            state.columns, state.encodes, state.types = earlier
             self.gate.leave(kwargs)
 
     def _generate_batch(
@@ -98,6 +102,17 @@ class GenerateCalls(Hooked):
                 "strict=True, and continuous batching takes token ids alone, so that no prompt "
                 "brings an image or video. Use model.generate(...), or patch(..., strict=False)."
             )
+
+
+def with_types(arguments: dict[str, Any], types: Tensor) -> dict[str, Any]:
+    """Arguments of a call of the body, beside the kinds of features in its `inputs_embeds`.
+
+    `types` (B, L) has the rows of the caller of `generate`, which repeats rows for beams.
+    """
+    embeds = arguments.get("inputs_embeds")
+    if embeds is None or arguments.get("input_ids") is not None:
+        return arguments
+    return {**arguments, TYPES: types.repeat_interleave(embeds.shape[0] // types.shape[0], 0)}
 
 
 def prompt_columns(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:

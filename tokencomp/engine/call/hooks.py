@@ -22,7 +22,7 @@ from tokencomp.engine.cache.need import InForce, PatchNeed
 from tokencomp.engine.call.chunks import ChunkedPrefill
 from tokencomp.engine.call.decoder import DecoderHooks
 from tokencomp.engine.call.gate import CallGate
-from tokencomp.engine.call.generate import GenerateCalls
+from tokencomp.engine.call.generate import GenerateCalls, with_types
 from tokencomp.engine.call.later import begins_prompt
 from tokencomp.engine.call.refusals import FeaturelessPrompts
 from tokencomp.engine.call.state import CallHooks, RunningCalls
@@ -190,6 +190,8 @@ class Hooks(CallHooks):
         if not self.decoder.compresses():
             state.inputs = arguments
             return
+        if state.types is not None:
+            arguments = with_types(arguments, state.types)
         kinds = self.adapter.kinds(arguments)
         if kinds is not None:
             state.inputs, state.kinds = arguments, kinds.cpu()

@@ -24,6 +24,8 @@ class CallState:
         From `generate`: columns of its prompt; None outside of it.
     encodes
         From `generate`: whether it encodes the media of the prompt itself.
+    types : Tensor of int, shape (B, L), or None
+        From `generate`: kinds of features in `inputs_embeds`, where the model takes no such argument.
     chunk
         From `generate`: columns per chunk of a chunked prefill; None: one pass.
     labels
@@ -56,6 +58,7 @@ class CallState:
 
     columns: int | None = None
     encodes: bool = False
+    types: Tensor | None = None
     chunk: int | None = None
     labels: Tensor | None = None
     logits: int = 0
