@@ -22,7 +22,7 @@ FOLDERS = {"tokencomp": REPOSITORY / "tokencomp", "tokencomp.kernels": REPOSITOR
 # From the top down; a module may import from its own room and from those below it. The package
 # itself (`import tokencomp`) offers the public names, the highest of which is `Session`.
 ROOMS = (
-    ("cli",),
+    ("__main__", "cli"),
     ("serving", "training", "evaluation", "lmms", "mlx", "pages", "zoo"),
     ("tokencomp", "session"),
     ("inputs", "models", "shapesqa"),

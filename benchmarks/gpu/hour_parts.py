@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tokencomp.inputs.packaged import DEFAULT_MODEL
 
-PYTHON, TOKENCOMP = (sys.executable, "-m"), (sys.executable, "-m", "tokencomp.cli")
+PYTHON, TOKENCOMP = (sys.executable, "-m"), (sys.executable, "-m", "tokencomp")
 
 
 @dataclass(frozen=True)

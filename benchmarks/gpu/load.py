@@ -62,7 +62,7 @@ def server(model: str, arguments: list[str], log: Path) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tokencomp.cli", "serve", "--model", model]
+    command = [sys.executable, "-m", "tokencomp", "serve", "--model", model]
     command += ["--served-model-name", "model", "--ratio", "0", "--port", str(port), *arguments]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as out:

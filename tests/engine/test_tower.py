@@ -311,6 +311,15 @@ def test_features_from_elsewhere_are_refused() -> None:
         spied(model, inputs, TOWER_KEYS)
 
 
+def test_another_layer_in_a_call_is_refused() -> None:
+    family = FAMILIES["llava"]
+    model, inputs = family.build(), family.batch([[text(3), family.image(0), text(6, 3)]])
+    with torch.no_grad(), tokencomp.patch(model, 0.5, reducer="visionzip"):
+        model(**inputs, vision_feature_layer=model.config.vision_feature_layer)
+        with pytest.raises(OptionError, match=r"vision_feature_layer=-1 in a call"):
+            model(**inputs, vision_feature_layer=-1)
+
+
 def test_nothing_is_computed_while_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
     from tokencomp.engine.tower import signals as tower
 

@@ -174,7 +174,7 @@ def launch(*command: object, **env: str) -> subprocess.CompletedProcess[str]:
 
 
 def tokencomp(*args: object) -> subprocess.CompletedProcess[str]:
-    return launch("tokencomp.cli", "eval", *args)
+    return launch("tokencomp", "eval", *args)
 
 
 def records(folder: Path) -> list[dict]:
@@ -281,7 +281,7 @@ def test_two_processes_share_the_work(args, done, tmp_path):
     """
     out = tmp_path / "runs"
     launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", 2)
-    both = launch(*launcher, "-m", "tokencomp.cli", "eval", *args, "-o", out)
+    both = launch(*launcher, "-m", "tokencomp", "eval", *args, "-o", out)
     assert both.returncode == 0, both.stderr[-2000:]
     assert answers(out / "uniform-0.75") == answers(done / "uniform-0.75")
     parts = [answered(out, name) for name in ("records.jsonl", "records.1.jsonl")]

@@ -37,7 +37,7 @@ def server(name: str, ratio: str, log: Path, **env: str) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "tokencomp.cli", "serve", "--engine", "mlx", "--model", name]
+    command = [sys.executable, "-m", "tokencomp", "serve", "--engine", "mlx", "--model", name]
     command += ["--ratio", ratio, "--port", str(port), "--", "--max-tokens", "6"]
     with log.open("w") as file:
         process = subprocess.Popen(

@@ -49,7 +49,7 @@ class Desk:
 
     def run(self, *args: str, fails: int = 0) -> str:
         """Output of `tokencomp ARGS`, which ends with the code `fails`."""
-        return self.python("-m", "tokencomp.cli", *args, fails=fails)
+        return self.python("-m", "tokencomp", *args, fails=fails)
 
     def python(self, *args: str, fails: int = 0) -> str:
         command = [sys.executable, *args]

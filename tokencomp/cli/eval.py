@@ -54,8 +54,8 @@ def command(
     The full model, random and uniform dropping and equal-token downscaling run, too. Kill it and
     run it again: finished answers are kept. `tokencomp report` makes a page of the run folders.
 
-    Several processes share the items: `accelerate launch -m tokencomp.cli eval …` on GPUs,
-    `torchrun --nproc-per-node N -m tokencomp.cli eval …` anywhere.
+    Several processes share the items: `accelerate launch -m tokencomp eval …` on GPUs,
+    `torchrun --nproc-per-node N -m tokencomp eval …` anywhere.
     """
     settings_of = settings(context, method)
     from tokencomp.inputs.frames import plain_frames

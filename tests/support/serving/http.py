@@ -47,7 +47,7 @@ def process(
 ) -> Iterator[tuple[str, subprocess.Popen]]:
     """Run `tokencomp NAME …` until the block ends; yield its base URL and its process."""
     port = free_port()
-    command = [sys.executable, "-m", "tokencomp.cli", name, "--port", port, *arguments]
+    command = [sys.executable, "-m", "tokencomp", name, "--port", port, *arguments]
     with log.open("w") as out:
         running = subprocess.Popen(
             list(map(str, command)), stdout=out, stderr=subprocess.STDOUT,

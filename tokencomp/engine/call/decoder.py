@@ -22,7 +22,7 @@ from tokencomp.engine.call.entry import enter_prompt
 from tokencomp.engine.call.later import LaterTokens, begins_prompt
 from tokencomp.engine.call.layer_hooks import LayerHooks, SharedTables
 from tokencomp.engine.call.reading import read_prompt
-from tokencomp.engine.call.refusals import FeaturelessPrompts
+from tokencomp.engine.call.refusals import TRACED, FeaturelessPrompts
 from tokencomp.engine.call.state import CallHooks, CallState, RunningCalls
 from tokencomp.engine.call.weights import RowWeights
 from tokencomp.engine.count.collect import MissedRatios, collect
@@ -32,6 +32,7 @@ from tokencomp.engine.rows.outputs import restore_maps, restore_recorded, restor
 from tokencomp.engine.stage.segments import check_entered
 from tokencomp.engine.stage.survivors import refuse_missing
 from tokencomp.engine.tower.hooks import TowerHooks
+from tokencomp.errors import UnsupportedModelError
 from tokencomp.plan.plan import Plan
 from tokencomp.torchlib import compat
 
@@ -149,7 +150,13 @@ class DecoderHooks(CallHooks):
         `traced` says whether Dynamo has compiled the caller.
         """
         state, cache = self.calls.state, compat.get_cache(arguments)
-        if state.kinds is not None and state.kinds.numpy().any():
+        try:
+            media = state.kinds is not None and state.kinds.numpy().any()
+        except RuntimeError:  # of a tensor without values
+            raise UnsupportedModelError(TRACED) from None
+        if media:
+            if torch.jit.is_tracing():
+                raise UnsupportedModelError(TRACED)
             result = self._compress(module, arguments, cache, state)
         else:
             if not state.in_body and self.compresses() and begins_prompt(arguments):
@@ -182,7 +189,7 @@ class DecoderHooks(CallHooks):
         if forward.merges:
             self._weights.begin()
         if self.tower.drop is not None or self.tower.probe is not None:
-            self.tower.collect(forward)
+            self.tower.collect(forward, state.inputs or {})
         enter_prompt(forward, positions, arguments, self._in_force.compact)
         whole = len(forward.segments) > 1 or state.logits > forward.tail
         if whole and "logits_to_keep" in arguments:

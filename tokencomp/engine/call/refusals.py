@@ -12,6 +12,11 @@ from tokencomp.adapters.base import Adapter
 from tokencomp.errors import AlreadyCompressedError, NoVisualInputError, UncompressedWarning
 from tokencomp.torchlib.replace import MethodReplacement
 
+TRACED = (
+    "a prompt with media was traced (torch.export, torch.jit.trace, torch.func). Which tokens it "
+    "keeps follows from their values, so that no trace holds for other prompts. Use torch.compile, "
+    "or trace under handle.disabled()."
+)
 PREPARED = "_original_forward"  # where Accelerator.prepare keeps what mixed precision wraps
 
 

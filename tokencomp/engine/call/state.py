@@ -25,7 +25,7 @@ class CallState:
     encodes
         From `generate`: whether it encodes the media of the prompt itself.
     types : Tensor of int, shape (B, L), or None
-        From `generate`: kinds of features in `inputs_embeds`, where the model takes no such argument.
+        From `generate`: kinds of features in `inputs_embeds`, where the model itself takes none.
     chunk
         From `generate`: columns per chunk of a chunked prefill; None: one pass.
     labels

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 from weakref import WeakSet
 
 from torch import nn
@@ -11,6 +12,7 @@ from tokencomp.adapters.base import Adapter
 from tokencomp.engine.stage.forward import ForwardPass
 from tokencomp.engine.tower.signals import TowerProbe, check_signals
 from tokencomp.engine.tower.stage import TowerDrop
+from tokencomp.errors import OptionError
 from tokencomp.plan.plan import Plan
 
 # Bodies that have had a tower stage: their features may come later, with tokens missing.
@@ -57,9 +59,21 @@ class TowerHooks:
                 part.remove()
         self.drop = self.probe = None
 
-    def collect(self, forward: ForwardPass) -> None:
-        """Give a forward pass what was noted for its prompt."""
+    def collect(self, forward: ForwardPass, inputs: Mapping[str, Any]) -> None:
+        """Give a forward pass what was noted for its prompt.
+
+        Raises
+        ------
+        OptionError
+            The call, whose `inputs` these are, chose another layer of the tower than its config.
+        """
         if self.probe is not None:
+            layer, own = inputs.get("vision_feature_layer"), self.adapter.feature_layer
+            if layer is not None and layer != own:
+                raise OptionError(
+                    f"vision_feature_layer={layer!r} in a call, but the config has {own!r}, whose "
+                    "blocks the reducer reads. Change the config before patch()."
+                )
             forward.tower = self.probe.collect(forward.spans)
         if self.drop is not None:
             media = {s.kind for row in forward.spans for s in row} - {"audio"}

@@ -1,5 +1,0 @@
-"""`python -m tokencomp.cli`."""
-
-from tokencomp.cli import main
-
-main()
