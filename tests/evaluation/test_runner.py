@@ -169,6 +169,39 @@ def test_only_questions_about_changed_files_are_asked_again(loaded, examples, tm
     assert "old" not in ask()
 
 
+def test_answers_to_other_questions_of_the_same_id_do_not_count(loaded, examples, tmp_path):
+    """An untrained model says what it says; that counts as right once it is the right answer."""
+    first = Example("0", examples[0].prompt, "never said", examples[0].media)
+    second = replace(first, prompt="Is there a blue star?")
+
+    def ask(example):
+        (record,) = evaluate(*loaded, [example], out_dir=tmp_path / "o", **HOW).records
+        assert read_records(tmp_path / "o") == [record]
+        return record["prompt"], record["prediction"], record["correct"]
+
+    said = [one_by_one(loaded, example) for example in (first, second)]
+    assert ask(first) == (first.prompt, said[0], False)
+    assert ask(second) == (second.prompt, said[1], False)
+    assert ask(replace(second, answer=said[1])) == (second.prompt, said[1], True)
+    assert ask(replace(second, also=(said[1],))) == (second.prompt, said[1], True)
+    assert ask(first) == (first.prompt, said[0], False)
+    lines = (tmp_path / "o/records.jsonl").read_text().splitlines()
+    assert len(lines) == 5 and json.loads(lines[-1])["again"] == 4
+    ask(first)
+    assert (tmp_path / "o/records.jsonl").read_text().splitlines() == lines
+
+
+@pytest.mark.parametrize(
+    ("ids", "size", "message"),
+    [("abab", 2, "2 examples have the id 'a'"), ("abb", 2, "id 'b'"), ("a", 0, "batch_size=0")],
+)
+def test_items_and_batches_that_make_no_sense_are_refused(tmp_path, ids, size, message):
+    items = [Example(name, "?", "x") for name in ids]
+    with pytest.raises(OptionError, match=message):
+        evaluate(None, None, items, out_dir=tmp_path / "o", batch_size=size)
+    assert not (tmp_path / "o").exists()
+
+
 def test_a_run_without_answers_leaves_no_folder(loaded, examples, tmp_path, monkeypatch):
     from tokencomp.evaluation import batches
 

@@ -224,11 +224,16 @@ def _record(row: Loaded, text: str, seconds: float, cost: Cost) -> dict[str, Any
         "family": example.family,
         "prompt": example.prompt,
         "prediction": text,
-        "answer": " / ".join((example.answer, *example.also)),
+        "answer": right_answers(example),
         "correct": example.correct(text),
         "seconds": seconds,
         **cost.record(),
     }
+
+
+def right_answers(example: Example) -> str:
+    """All answers that count as right, as records hold them."""
+    return " / ".join((example.answer, *example.also))
 
 
 def failed(example: Example, reason: str) -> dict[str, Any]:

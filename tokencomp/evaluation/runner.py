@@ -7,6 +7,7 @@ models and the command line call it.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from tokencomp.adapters.registry import adapter_for, unwrap
-from tokencomp.errors import MediaError
+from tokencomp.errors import MediaError, OptionError
 from tokencomp.evaluation.batches import (
     OF_AN_ITEM,
     TOO_LARGE,
@@ -25,6 +26,7 @@ from tokencomp.evaluation.batches import (
     Loaded,
     failed,
     kind_of,
+    right_answers,
 )
 from tokencomp.evaluation.environment import environment, model_identity, process_rank
 from tokencomp.evaluation.runs import EvalRun
@@ -91,7 +93,8 @@ def sweep(
         See `tokencomp.evaluation.settings.grid`.
     out_dir
         Folder with one run folder per setting (or one folder per setting). Finished items are
-        taken from there, unless their files have changed. None keeps everything in memory.
+        taken from there, unless their files, prompts or right answers have changed. None keeps
+        everything in memory.
     batch_size
         Rows per batch; halved for good when the GPU runs out of memory, which the manifest notes.
     frames
@@ -127,7 +130,15 @@ def sweep(
     -------
     dict
         `EvalRun` per setting, records in the order of `items`.
+
+    Raises
+    ------
+    OptionError
+        Two items of one id, or a batch size below 1; a folder of another run.
     """
+    known = _by_id(items)
+    if batch_size < 1:
+        raise OptionError(f"batch_size={batch_size}: expected one row or more.")
     answerer = Answerer(
         model if isinstance(model, dict) else {"": model},
         processor,
@@ -135,8 +146,7 @@ def sweep(
         isinstance(model, dict),
         around,
     )
-    known = {e.id: e for e in items}
-    contents = functools.cache(lambda name: known[name].contents() if name in known else "")
+    question = functools.cache(lambda name: _question(known[name]) if name in known else {})
     shared = {**model_identity(answerer.plain, processor, name), **answerer.how}
     shared |= {"data": data} if data else {}
     asked: list[_Asked] = []
@@ -146,7 +156,7 @@ def sweep(
             if out_dir is not None:
                 own = out_dir.get(setting) if isinstance(out_dir, dict) else None
                 path = own or Path(str(out_dir)) / setting.label
-                store = AnswerStore(path, identity, process_rank()[0], contents)
+                store = AnswerStore(path, identity, process_rank()[0], question)
             asked.append(_Asked(setting, identity, store))
         one = _Sweep(answerer, asked, items, with_scorer(frames, answerer.plain, processor))
         one.batch_size, one.draw, one.timed, one.counted = batch_size, draw, times, work
@@ -157,6 +167,24 @@ def sweep(
                 ours.store.leave_nothing()
         raise
     return {ours.setting: ours.run for ours in asked}
+
+
+def _by_id(items: Sequence[Example]) -> dict[str, Example]:
+    """The examples by their ids; raise `OptionError` where two have the same one."""
+    known = {e.id: e for e in items}
+    if len(known) < len(items):
+        (name, count), *_ = Counter(e.id for e in items).most_common(1)
+        raise OptionError(
+            f"{count} examples have the id {name!r}: answers are stored and paired by id. Give "
+            "every example an id of its own."
+        )
+    return known
+
+
+def _question(example: Example) -> dict[str, str]:
+    """What an answer depends on besides the setting: `ASKED` of a record."""
+    words = {"prompt": example.prompt, "answer": right_answers(example)}
+    return {"media": example.contents(), **words}
 
 
 _FULL = Setting()

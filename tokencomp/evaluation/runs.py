@@ -18,7 +18,7 @@ from tokencomp.evaluation.settings import (
     UNIFORM,
     Setting,
 )
-from tokencomp.evaluation.store import MANIFEST, read_records
+from tokencomp.evaluation.store import ASKED, MANIFEST, read_records
 from tokencomp.plan.amounts import ratio_text
 from tokencomp.storage import read_object
 
@@ -26,9 +26,6 @@ FIRST = (FULL, RANDOM, UNIFORM, DOWNSCALE, FEWER_FRAMES, NATIVE)
 """Methods that come first in tables."""
 IDENTITY = ("reducer", "ratio", "options")
 """Keys of a manifest's identity that say which setting a run is of."""
-
-QUESTION = {"media": "pictures, clips or sounds", "prompt": "words", "answer": "right answer"}
-"""Fields of a record that say what was asked: media are a hash of their files."""
 
 
 @dataclass
@@ -216,11 +213,11 @@ def _check_questions(runs: Sequence[EvalRun]) -> None:
     seen: dict[tuple[str, str], tuple[EvalRun, Any]] = {}
     for run in runs:
         for record in run.answered:
-            for name in (n for n in QUESTION if n in record):
+            for name in (n for n in ASKED if n in record):
                 other, value = seen.setdefault((record["id"], name), (run, record[name]))
                 if value != record[name]:
                     raise OptionError(
-                        f"{other.path} and {run.path} differ in the {QUESTION[name]} of question "
+                        f"{other.path} and {run.path} differ in the {ASKED[name]} of question "
                         f"{record['id']!r}, so their answers cannot be compared. Run `tokencomp "
                         "eval` again for both: questions that have changed are asked once more."
                     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from tokencomp.errors import OptionError
 from tokencomp.storage import check_identity, read_object, write_json, write_lines
 
 MANIFEST, RECORDS = "manifest.json", "records.jsonl"
+ASKED = {"media": "pictures, clips or sounds", "prompt": "words", "answer": "right answer"}
+"""Fields of a record that say what was asked, in words; media are a hash of their files."""
 
 
 class AnswerStore:
@@ -19,8 +21,8 @@ class AnswerStore:
 
     The folder is created when missing. It may hold an unfinished run of the same identity: what the
     answers depend on (model, setting, frames, ...), in plain types. Every process, of its own
-    `rank` under `accelerate launch`, writes a file of its own. `contents` gives a hash of the media
-    of an item by its id, "" if unknown: answers about media that have changed since do not count.
+    `rank` under `accelerate launch`, writes a file of its own. `question` gives what is asked under
+    an id, `ASKED` of it or less, "" for unknown: answers to what has changed since do not count.
     """
 
     def __init__(
@@ -28,10 +30,10 @@ class AnswerStore:
         path: str | Path,
         identity: dict[str, Any],
         rank: int = 0,
-        contents: Callable[[str], str] = lambda name: "",
+        question: Callable[[str], Mapping[str, str]] = lambda name: {},
     ) -> None:
         self.path, self.identity, self.rank = Path(path), identity, rank
-        self._contents = contents
+        self._question = question
         self._made = [p for p in (self.path, *self.path.parents) if not p.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -64,7 +66,8 @@ class AnswerStore:
         return {r["id"] for r in self.records if not r.get("error") and not self._changed(r)}
 
     def _changed(self, record: dict[str, Any]) -> bool:
-        return "media" in record and self._contents(record["id"]) not in ("", record["media"])
+        now = self._question(record["id"]) if record else {}
+        return any(now.get(k, "") not in ("", record[k]) for k in ASKED if k in record)
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
         """Add records and hand them to the operating system at once."""
@@ -72,7 +75,7 @@ class AnswerStore:
         for record in records:
             old = self._records.get(record["id"], {})
             again = old.get("again", 0) + self._changed(old)
-            held = "" if record.get("error") else self._contents(record["id"])
+            held = "" if record.get("error") else self._question(record["id"]).get("media", "")
             record |= {k: v for k, v in (("media", held), ("again", again)) if v}
         with self.file.open("a") as file:
             file.write("".join(json.dumps(r) + "\n" for r in records))
@@ -100,7 +103,7 @@ class AnswerStore:
 def _merge(known: dict[str, dict[str, Any]], records: Iterable[dict[str, Any]]) -> None:
     """Of an item's records the first without an error counts, else the last.
 
-    A record with a higher count "again" replaces earlier ones, whose media have changed since.
+    A record with a higher count "again" replaces earlier ones, whose question has changed since.
     """
     for record in records:
         old = known.get(record["id"], {"error": "not asked"})
