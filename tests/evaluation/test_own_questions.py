@@ -96,6 +96,49 @@ def test_finished_answers_are_kept_and_other_questions_are_refused(
     assert "Give another --output folder" in capsys.readouterr().err
 
 
+def test_answers_end_at_a_limit_that_runs_do_not_mix(questions, evaluate, tmp_path, capsys):
+    plain = ("--no-baselines", "-r", "uniform")
+    assert evaluate(*plain) == 0
+    runs, more = tmp_path / "runs", (*plain, "--max-new-tokens", 4)
+    kept = json.loads((runs / "full" / "manifest.json").read_text())["identity"]
+    assert kept["max_new_tokens"] == 16
+    line = json.loads(questions[0].read_text().split("\n")[0])
+    questions[0].write_text(json.dumps({**line, "answer": "red"}) + "\n")
+    assert evaluate(*more, "-o", tmp_path / "four") == 0
+    (row,) = records(tmp_path / "four" / "full")
+    assert questions[1][0].startswith(row["prediction"]) and row["prediction"] != questions[1][0]
+    capsys.readouterr()
+    assert evaluate("--max-new-tokens", 16, *plain, "-o", tmp_path / "four") == 2
+    assert "max_new_tokens: 4 there, 16 now" in capsys.readouterr().err.replace("\n", " ")
+
+
+@pytest.mark.parametrize("command", ["eval", "tune"])
+def test_questions_that_no_answer_within_the_limit_can_meet(
+    questions, loaded, folder, tmp_path, command, capsys
+):
+    """One word of the tokenizer per token: 17 and 20 of them, and other answers that are short."""
+    words = " ".join(["red"] * 20)
+    assert len(loaded[1].tokenizer(words)["input_ids"]) == 20
+    line = json.loads(questions[0].read_text().split("\n")[0])
+    answers = [["red", words], f"B. {words}", words[:-12], words]
+    rows = [{**line, "answer": one, "id": f"number {k}"} for k, one in enumerate(answers)]
+    questions[0].write_text("".join(json.dumps(row) + "\n" for row in rows))
+    budget = ("--tokens", 64, "--frames", 4) if command == "tune" else ("-o", tmp_path / "runs")
+    known = ("--data", questions[0], "--model", folder, *budget)
+    assert run(command, *known) == 2
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert "question 'number 2': its shortest right answer has 17 tokens, and a" in said
+    assert "ends after 16. Give --max-new-tokens 20, which fits all questions" in said
+    assert not (tmp_path / "runs").exists()
+    assert run(command, *known, "--max-new-tokens", 19) == 2
+    assert "question 'number 3': its shortest right answer has 20" in capsys.readouterr().err
+
+
+def test_tasks_have_limits_of_their_own(folder, capsys):
+    assert run("eval", "--tasks", "mvbench", "--model", folder, "--max-new-tokens", 32) == 2
+    assert "--max-new-tokens: no effect with tasks" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "line, message",
     [

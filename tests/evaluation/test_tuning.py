@@ -116,14 +116,30 @@ def test_candidates_take_turns(monkeypatch):
     assert [(c.items, c.seconds, c.tokens) for c in found] == [(5, 2.0, 4.0)] * 2
 
 
+@pytest.mark.parametrize("limit", [None, 3])
+def test_answers_end_at_the_limit(monkeypatch, limit):
+    seen = set()
+
+    def pretend(model, processor, batch, settings, *, max_new_tokens, **how):
+        seen.add(max_new_tokens)
+        return {s: EvalRun(s) for s in settings}
+
+    monkeypatch.setattr(tuning, "sweep", pretend)
+    how = {} if limit is None else {"max_new_tokens": limit}
+    tuning.search(None, None, [Example("0", "?", "x")], [Candidate(4, 1.0, Setting())], **how)
+    assert seen == {limit or 16}
+
+
 def test_tune_stays_within_the_budget(folder, tmp_path, capsys):
     out = tmp_path / "tuned.json"
     code = run(
         "tune", "--tokens", 64, "--model", folder, "--items", 1, "--families", "needle",
         "--frames", "4", "--scale", "1,0.5", "-r", "uniform", "--ratio", "0.5", "-o", out,
+        "--max-new-tokens", 5,
     )  # fmt: skip
     stored = json.loads(out.read_text())
     assert code == 0 and "Pareto front" in capsys.readouterr().out
+    assert stored["max_new_tokens"] == 5
     assert stored["candidates"] and all(c["tokens"] <= 64 for c in stored["candidates"])
     assert any(c["pareto"] for c in stored["candidates"])
 

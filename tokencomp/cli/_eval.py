@@ -33,6 +33,7 @@ def run_questions(
     *,
     frames: int | str,
     batch_size: int,
+    max_new_tokens: int,
 ) -> None:
     """Answer the questions under every setting, and draw what compression loses."""
     from tokencomp.evaluation.runner import sweep
@@ -40,7 +41,7 @@ def run_questions(
     from tokencomp.pages.pictures import save_kept
 
     how: dict[str, Any] = {"name": public_name(name), "data": questions.label, "frames": frames}
-    how |= {"batch_size": batch_size, "draw": save_kept}
+    how |= {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "draw": save_kept}
     runs = sweep(*loaded, questions, list(folders), dict(folders), **how)
     by_id, full = {e.id: e for e in questions}, next((s for s in folders if s.off), None)
     for setting, run in runs.items():

@@ -90,6 +90,9 @@ Frames = Annotated[
     ),
 ]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Rows per batch.")]
+MaxNewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")
+]
 Device = Annotated[str, typer.Option("--device", help='"auto", "cpu", "cuda", "cuda:1", ...')]
 Dtype = Annotated[str, typer.Option("--dtype", help='"auto", float32, bfloat16, float16.')]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]

@@ -38,6 +38,7 @@ def command(
     ] = None,
     frames: opt.Frames = "8",
     batch_size: opt.BatchSize = 8,
+    max_new_tokens: opt.MaxNewTokens = 16,
     output: Annotated[Path, typer.Option("--output", "-o", help="Run folders.")] = Path("runs"),
     baselines: Annotated[
         bool,
@@ -72,15 +73,21 @@ def command(
     if questions is not None:
         fix = "leave it out, or leave out the file"
         opt.refuse_options(context, ("tasks",), f"--data {data}", fix)
+    else:
+        fix = "every task has its own limit"
+        opt.refuse_options(context, ("max_new_tokens",), "tasks", fix)
     with tempfile.TemporaryDirectory() as home:
         found = [] if questions else tasks_in(tasks, data, limit, Path(home), console)
         loaded = source.loaded
+        if questions is not None:
+            questions.check_answers(loaded[1], max_new_tokens)
         chosen = settings_of(loaded[0])
         if baselines:
             chosen = _with_baselines(chosen, seeds, has_budget(loaded[1]))
         folders = {setting: output / setting.label for setting in chosen}
         how: dict[str, Any] = {"frames": chosen_frames, "batch_size": batch_size}
         if questions is not None:
+            how["max_new_tokens"] = max_new_tokens
             run_questions(loaded, source.model, questions, folders, **how)
         else:
             how["limit"] = limit

@@ -22,7 +22,7 @@ def command(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="HTML page; a .png or .jpg name gives a picture.")
     ] = Path("tokencomp-inspect.html"),
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
+    max_new_tokens: opt.MaxNewTokens = 64,
 ) -> None:
     """Show which patches and frames each reducer keeps, per stage, and the answers.
 

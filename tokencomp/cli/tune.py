@@ -41,6 +41,7 @@ def command(
         str, typer.Option("--ratio", help="Ratios in [0, 1) to try, separated by commas.")
     ] = "0.5,0.75,0.9",
     batch_size: opt.BatchSize = 8,
+    max_new_tokens: opt.MaxNewTokens = 16,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON here.")] = None,
     as_json: opt.Json = False,
 ) -> None:
@@ -78,14 +79,18 @@ def command(
         if data is None:
             questions = _shapesqa(parse.names(families), items, folder)
         else:
-            questions = list(FileQuestions(data))
+            own = FileQuestions(data)
+            own.check_answers(loaded[1], max_new_tokens)
+            questions = list(own)
         candidates = tuning.candidates(*loaded, questions, **grid)
-        measured = tuning.search(*loaded, questions, candidates, batch_size=batch_size)
+        how: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+        measured = tuning.search(*loaded, questions, candidates, **how)
     within = tuning.within(measured, tokens, None if latency is None else latency / 1e3)
     cost = "tokens" if latency is None else "seconds"
     facts = {
         "model": source.model,
         "budget": {"tokens": tokens, "latency_ms": latency},
+        "max_new_tokens": max_new_tokens,
         **environment(),
     }
     text = tuning.as_json(within, cost, facts)

@@ -148,13 +148,16 @@ def search(
     candidates: Sequence[Candidate],
     *,
     batch_size: int = 8,
+    max_new_tokens: int = 16,
     name: str = "",
 ) -> list[Candidate]:
     """Measure the candidates in turn; the worse half is dropped after a third of the items.
 
-    Those of the best accuracy come first, and dropped ones at the end.
+    Those of the best accuracy come first, and dropped ones at the end. Answers end after
+    `max_new_tokens`.
     """
-    how = {"batch_size": batch_size, "max_new_tokens": 16, "name": name, "progress": False}
+    how: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    how |= {"name": name, "progress": False}
     measure = functools.partial(_measure, model, processor, how)
     first = items[:: round(1 / SCREENED)] if len(candidates) > 4 else list(items)
     measure(first[:batch_size], candidates)  # warm-up, whose results are discarded

@@ -6,6 +6,7 @@ import hashlib
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokencomp.errors import OptionError
 from tokencomp.inputs.lines import FIELDS, read_question, short
@@ -69,6 +70,28 @@ class FileQuestions(Sequence[Example]):
                 "media is held out for evaluation, so it needs questions about two different media "
                 "or more. Media that one question shows together count as one."
             )
+
+    def check_answers(self, processor: Any, limit: int) -> None:
+        """Check by the model's tokenizer that answers of `limit` tokens can be right.
+
+        Raises
+        ------
+        OptionError
+            All right answers of a question are longer.
+        """
+        tokenizer = getattr(processor, "tokenizer", processor)
+
+        def tokens(text: str) -> int:
+            return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+        counts = [min(map(tokens, row.replies)) for row in self.rows]
+        for row, count in zip(self.rows, counts, strict=True):
+            if count > limit:
+                raise OptionError(
+                    f"question {short(row.id)!r}: its shortest right answer has {count} tokens, "
+                    f"and a model's answer ends after {limit}. Give --max-new-tokens "
+                    f"{max(counts)}, which fits all questions, or a shorter answer."
+                )
 
     def __len__(self) -> int:
         return len(self.rows)

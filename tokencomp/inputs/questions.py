@@ -51,6 +51,12 @@ class Example:
     family: str = ""
     also: tuple[str, ...] = field(default=(), kw_only=True)
 
+    @property
+    def replies(self) -> tuple[str, ...]:
+        """Texts that are right: all answers, and the letters of those that are options."""
+        answers = (self.answer, *self.also)
+        return *answers, *(match[1] for match in map(_option, answers) if match)
+
     def load(self, frames: Frames) -> list[Any]:
         """The media, decoded; `frames` as in `load_media`."""
         return [self._decoded(m, frames) if isinstance(m, str | Path) else m for m in self.media]
@@ -125,11 +131,16 @@ def _same(prediction: str, answer: str, prompt: str) -> bool:
     words = _words(answer)
     if _words(prediction) == words:
         return True
-    option = re.fullmatch(rf"[(\[]?([{LETTERS}{SMALL}])(?:[.):\]]+(\s.*)?)?", answer.strip(), re.S)
+    option = _option(answer)
     if option is None or option_letter(prediction) != option[1].upper():
         return False
     # "E. coli" is an option where the question has it; else, a reply of one letter alone names it.
     return not option[2] or words in _words(prompt) or len(_words(prediction)) == 1
+
+
+def _option(answer: str) -> re.Match[str] | None:
+    """The letter and the words of a right answer such as "B" or "B. yield"."""
+    return re.fullmatch(rf"[(\[]?([{LETTERS}{SMALL}])(?:[.):\]]+(\s.*)?)?", answer.strip(), re.S)
 
 
 def _words(text: str) -> str:
