@@ -135,7 +135,8 @@ class MethodSpec:
                 raise RatioError(
                     f"ratio={self.ratios!r}: {kind!r} is no kind of media. Use {', '.join(MEDIA)}."
                 )
-        checked = {k: check_ratio(r, f"ratio of {k}") for k, r in self.ratios.items()}
+        kinds = (k for k in MEDIA if k in self.ratios)  # one spelling of one setting
+        checked = {k: check_ratio(self.ratios[k], f"ratio of {k}") for k in kinds}
         object.__setattr__(self, "ratios", checked)
         if self.ratios and (self.plan is not None or self.tower_ratio):
             raise OptionError(

@@ -107,6 +107,38 @@ def test_what_cannot_be_reported(runs, tmp_path, capsys, case):
     assert message in " ".join(capsys.readouterr().err.split())
 
 
+def shown(capsys, *args) -> list[dict]:
+    assert run("report", *args, "--json") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_one_folder_by_two_names_is_one_run(runs, tmp_path, capsys, monkeypatch):
+    page = tmp_path / "r.html"
+    (tmp_path / "link").symlink_to(runs)
+    monkeypatch.chdir(tmp_path)
+    once = shown(capsys, runs, "-o", page)
+    assert shown(capsys, "runs", runs, tmp_path / "link", "runs/aim-0.5", "-o", page) == once
+    assert [row["rivals"]["seeds"] for row in once] == [0, 0, 1]
+
+
+def test_runs_of_one_setting_give_their_items_to_one_row(runs, tmp_path, capsys):
+    """Six answered items and b4: of the full model 5 + 1 of 7 are right, of aim 5 + 0."""
+    other, page = tmp_path / "other", tmp_path / "r.html"
+    write_run(other, "full", 0.0, {"b3": 1, "b4": 1})
+    write_run(other, "aim", 0.5, {"b4": 0})
+    given = runs / "full-0.0", runs / "aim-0.5", other
+    full, aim = shown(capsys, *given, "-o", page)
+    assert (full["items"], aim["items"], full["failed"]) == (7, 7, 1)
+    assert (full["accuracy"], aim["accuracy"]) == (6 / 7, 5 / 7)
+    write_run(tmp_path / "wrong", "aim", 0.5, {"a1": 0})
+    assert run("report", *given, tmp_path / "wrong", "-o", page) == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert "runs of one setting whose answers to question 'a1' differ" in message
+    write_run(tmp_path / "old", "aim", 0.5, {"a1": 1}, method="another rule")
+    assert run("report", *given, tmp_path / "old", "-o", page) == 2
+    assert "stood for None and for 'another rule'" in " ".join(capsys.readouterr().err.split())
+
+
 @pytest.mark.parametrize(
     ("field", "words"),
     [("media", "pictures, clips or sounds"), ("prompt", "words"), ("answer", "right answer")],

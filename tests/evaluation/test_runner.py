@@ -434,6 +434,13 @@ def test_two_processes_share_the_items(loaded, examples, tmp_path, monkeypatch):
     assert sorted(r["id"] for r in read_records(tmp_path)) == sorted(e.id for e in examples)
 
 
+def test_ratios_by_kind_have_one_order():
+    ratios = {"image": 0.5, "video": 0.9}
+    one, other = (Setting("uniform", r) for r in (ratios, dict(reversed(ratios.items()))))
+    assert one == other and one.label == other.label == "uniform-image=0.5,video=0.9"
+    assert list(other.identity["ratio"]) == ["image", "video"]
+
+
 def test_settings_refuse_what_makes_no_sense():
     with pytest.raises(UnknownNameError, match="merge"):
         Setting("mergee", 0.5)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tokencomp.errors import OptionError
+from tokencomp.evaluation.comparable import IDENTITY, one_table
 from tokencomp.evaluation.settings import (
     DOWNSCALE,
     FEWER_FRAMES,
@@ -18,14 +19,12 @@ from tokencomp.evaluation.settings import (
     UNIFORM,
     Setting,
 )
-from tokencomp.evaluation.store import ASKED, MANIFEST, read_records
+from tokencomp.evaluation.store import MANIFEST, read_records
 from tokencomp.plan.amounts import ratio_text
 from tokencomp.storage import read_object
 
 FIRST = (FULL, RANDOM, UNIFORM, DOWNSCALE, FEWER_FRAMES, NATIVE)
 """Methods that come first in tables."""
-IDENTITY = ("reducer", "ratio", "options")
-"""Keys of a manifest's identity that say which setting a run is of."""
 
 
 @dataclass
@@ -161,12 +160,13 @@ def score_pairs(
 
 
 def find_runs(paths: Sequence[Path]) -> list[EvalRun]:
-    """Run folders among `paths` and directly below them."""
-    folders: dict[Path, None] = {}
+    """Run folders among `paths` and directly below them, one run for every setting."""
+    folders: dict[Path, Path] = {}
     for path in paths:
         below = [path] if (path / MANIFEST).exists() else sorted(path.glob(f"*/{MANIFEST}"))
-        folders.update(dict.fromkeys(p if p.is_dir() else p.parent for p in below))
-    runs = [EvalRun.read(p) for p in folders]
+        for folder in (p if p.is_dir() else p.parent for p in below):
+            folders.setdefault(folder.resolve(), folder)
+    runs = [EvalRun.read(p) for p in folders.values()]
     if not runs:
         raise OptionError(
             f"no run folder in {', '.join(map(str, paths))}: expected folders with {MANIFEST} and "
@@ -178,8 +178,7 @@ def find_runs(paths: Sequence[Path]) -> list[EvalRun]:
             f"not finished: {', '.join(unfinished)}. Run the same command again; it goes on where "
             "it stopped."
         )
-    _check_comparable(runs)
-    return sorted(runs, key=_order)
+    return sorted(one_table(runs), key=_order)
 
 
 def _order(run: EvalRun) -> tuple[int, str, list[float]]:
@@ -190,34 +189,3 @@ def _order(run: EvalRun) -> tuple[int, str, list[float]]:
     else:
         numbers = [1.0, *ratio.values()] if isinstance(ratio, dict) else [ratio]
     return (FIRST.index(name) if name in FIRST else len(FIRST), run.label, numbers)
-
-
-def _check_comparable(runs: Sequence[EvalRun]) -> None:
-    first = runs[0]
-    for run in runs[1:]:
-        keys = {*first.identity, *run.identity} - {*IDENTITY, "method"}
-        changed = sorted(k for k in keys if first.identity.get(k) != run.identity.get(k))
-        if changed:
-            pairs = "; ".join(
-                f"{k}: {first.identity.get(k)!r} and {run.identity.get(k)!r}" for k in changed
-            )
-            raise OptionError(
-                f"{first.path} and {run.path} cannot stand in one table: they differ in {pairs}. "
-                "Make a report of each."
-            )
-    _check_questions(runs)
-
-
-def _check_questions(runs: Sequence[EvalRun]) -> None:
-    """Refuse runs that asked different things under one id: their scores are paired by it."""
-    seen: dict[tuple[str, str], tuple[EvalRun, Any]] = {}
-    for run in runs:
-        for record in run.answered:
-            for name in (n for n in ASKED if n in record):
-                other, value = seen.setdefault((record["id"], name), (run, record[name]))
-                if value != record[name]:
-                    raise OptionError(
-                        f"{other.path} and {run.path} differ in the {ASKED[name]} of question "
-                        f"{record['id']!r}, so their answers cannot be compared. Run `tokencomp "
-                        "eval` again for both: questions that have changed are asked once more."
-                    )

@@ -1,0 +1,95 @@
+"""Runs of one table: of one model and the same questions, one for every setting."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from tokencomp.errors import OptionError
+from tokencomp.evaluation.store import ASKED
+
+if TYPE_CHECKING:
+    from tokencomp.evaluation.runs import EvalRun
+
+IDENTITY = ("reducer", "ratio", "options")
+"""Keys of a manifest's identity that say which setting a run is of."""
+
+
+def one_table(runs: Sequence[EvalRun]) -> list[EvalRun]:
+    """The runs as rows of one table; runs of one setting become one row, with the items of all.
+
+    Raises
+    ------
+    OptionError
+        They differ in more than their settings, in what was asked under one id, or one setting
+        has two answers to a question.
+    """
+    _check_identities(runs)
+    _check_questions(runs)
+    rows: list[EvalRun] = []
+    for run in runs:
+        same = next((row for row in rows if _setting(row) == _setting(run)), None)
+        if same is None:
+            rows.append(run)
+        else:
+            _join(same, run)
+    return rows
+
+
+def _setting(run: EvalRun) -> list[Any]:
+    return [run.identity[key] for key in IDENTITY]
+
+
+def _join(row: EvalRun, run: EvalRun) -> None:
+    """Add the items of another run of the same setting."""
+    methods = [one.identity.get("method") for one in (row, run)]
+    if methods[0] != methods[1]:
+        raise OptionError(
+            f"{row.path} and {run.path} are runs of one setting, which stood for {methods[0]!r} "
+            f"and for {methods[1]!r}. Give one of the two folders."
+        )
+    known = {record["id"]: record for record in row.records}
+    for record in run.records:
+        old = known.setdefault(record["id"], record)
+        if old.get("error"):
+            known[record["id"]] = record
+        elif not record.get("error") and _said(old) != _said(record):
+            raise OptionError(
+                f"{row.path} and {run.path} are runs of one setting whose answers to question "
+                f"{record['id']!r} differ. Give one of the two folders."
+            )
+    row.records = list(known.values())
+
+
+def _said(record: dict[str, Any]) -> tuple[Any, float]:
+    return record.get("prediction"), float(record["correct"])
+
+
+def _check_identities(runs: Sequence[EvalRun]) -> None:
+    first = runs[0]
+    for run in runs[1:]:
+        keys = {*first.identity, *run.identity} - {*IDENTITY, "method"}
+        changed = sorted(k for k in keys if first.identity.get(k) != run.identity.get(k))
+        if changed:
+            pairs = "; ".join(
+                f"{k}: {first.identity.get(k)!r} and {run.identity.get(k)!r}" for k in changed
+            )
+            raise OptionError(
+                f"{first.path} and {run.path} cannot stand in one table: they differ in {pairs}. "
+                "Make a report of each."
+            )
+
+
+def _check_questions(runs: Sequence[EvalRun]) -> None:
+    """Refuse runs that asked different things under one id: their scores are paired by it."""
+    seen: dict[tuple[str, str], tuple[EvalRun, Any]] = {}
+    for run in runs:
+        for record in run.answered:
+            for name in (n for n in ASKED if n in record):
+                other, value = seen.setdefault((record["id"], name), (run, record[name]))
+                if value != record[name]:
+                    raise OptionError(
+                        f"{other.path} and {run.path} differ in the {ASKED[name]} of question "
+                        f"{record['id']!r}, so their answers cannot be compared. Run `tokencomp "
+                        "eval` again for both: questions that have changed are asked once more."
+                    )
