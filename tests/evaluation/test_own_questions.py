@@ -60,6 +60,20 @@ def test_every_baseline_answers_and_the_report_has_intervals(questions, evaluate
     assert table["condiv", None]["rivals"]["seeds"] == 3
 
 
+def test_a_limit_shows_the_items_of_this_call(questions, evaluate, tmp_path, capsys):
+    """Folders of an earlier call hold three answers; now the first one alone is asked, and wrong.
+
+    The full model answers 0 of 1 right, and not 2 of 3.
+    """
+    plain = ("--no-baselines", "-r", "uniform")
+    assert evaluate(*plain) == 0
+    capsys.readouterr()
+    assert evaluate(*plain, "--limit", 1) == 0
+    row, *_ = [line for line in capsys.readouterr().out.splitlines() if line.startswith("full")]
+    assert row.split()[:5] == ["full", "0", "0.000", "1", "0.0%"]
+    assert len(records(tmp_path / "runs" / "full")) == 3
+
+
 def test_budgets_stand_beside_ratios(questions, evaluate, folder, tmp_path, capsys):
     """Baselines have the same budgets, and the report takes runs of both kinds."""
     assert evaluate("--no-baselines", "-r", "uniform") == 0

@@ -112,6 +112,46 @@ def shown(capsys, *args) -> list[dict]:
     return json.loads(capsys.readouterr().out)
 
 
+def test_rows_and_shares_are_of_the_same_items(tmp_path, capsys):
+    """The full model works 100 on a1, 300 on a2, 500 on a3; aim 30 on a1 and 90 on a2.
+
+    Shares are 120 of 400 and not 60 of 300. Where a2 fails under aim, 30 of 100 are left.
+    """
+
+    def put(name, ratio, scores, flops, failed=()):
+        folder = write_run(tmp_path / "r", name, ratio, scores)
+        rows = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+        costs = [{**row, "flops": n} for row, n in zip(rows, flops, strict=False)]
+        costs = [{"id": r["id"], "error": "big"} if r["id"] in failed else r for r in costs]
+        lines = [json.dumps(row) + "\n" for row in [*costs, rows[-1]]]
+        (folder / "records.jsonl").write_text("".join(lines))
+        return folder
+
+    page = tmp_path / "p.html"
+    whole = put("full", 0.0, {"a1": 1, "a2": 1, "a3": 0}, [100, 300, 500])
+    part = put("aim", 0.5, {"a1": 1, "a2": 0}, [30, 90])
+    full, aim = shown(capsys, whole, part, "-o", page)
+    assert (full["items"], full["accuracy"], full["left_out"], aim["left_out"]) == (2, 1.0, 1, 0)
+    assert (aim["flops"], aim["kv_bytes"], aim["accuracy"]) == (0.3, 1.0, 0.5)
+    assert "Left out are items that not all runs have, up to 1 of one run" in page.read_text()
+    assert "but for those that failed" not in page.read_text()
+    assert run("report", whole, part, "-o", page) == 0
+    assert "up to 1 of one run" in capsys.readouterr().out
+    gone = put("prune", 0.5, {"a1": 1, "a2": 0}, [30, 90], failed=("a2",))
+    *_, prune = shown(capsys, whole, gone, "-o", page)
+    assert (prune["flops"], prune["items"], prune["failed"]) == (0.3, 1, 2)
+    assert "but for those that failed under it" in page.read_text()
+
+
+def test_runs_without_a_common_item_are_refused(runs, tmp_path, capsys):
+    folder = write_run(tmp_path / "x", "prune", 0.5, {"c1": 1})
+    file = folder / "records.jsonl"
+    file.write_text(file.read_text().splitlines()[0] + "\n")
+    assert run("report", runs, folder, "-o", tmp_path / "x.html") == 2
+    message = " ".join(capsys.readouterr().err.split())
+    assert "no item is in all runs" in message and "prune-0.5 has 1" in message
+
+
 def test_one_folder_by_two_names_is_one_run(runs, tmp_path, capsys, monkeypatch):
     page = tmp_path / "r.html"
     (tmp_path / "link").symlink_to(runs)

@@ -93,7 +93,8 @@ def command(
             how["limit"] = limit
             run_tasks(loaded, source.model, found, folders, console, **how)
     if not console.quiet:
-        _print(console, list(folders.values()))
+        ids = None if questions is None else {example.id for example in questions}
+        _print(console, list(folders.values()), ids)
     console.print(f"\nRun folders: [bold]{output}[/]. Next: tokencomp report {output}/*")
 
 
@@ -113,9 +114,10 @@ def _with_baselines(settings: list[Any], seeds: int, native: bool = False) -> li
     return list(dict.fromkeys([*same[RANDOM], *more, *same[UNIFORM], *small, *settings]))
 
 
-def _print(console: Any, folders: list[Path]) -> None:
+def _print(console: Any, folders: list[Path], ids: set[str] | None) -> None:
+    """The table of the items that were asked now: folders may hold answers to more."""
     from tokencomp.cli._tables import print_lines
     from tokencomp.evaluation.runs import find_runs
     from tokencomp.pages import report
 
-    print_lines(console, report.lines(find_runs(folders)))
+    print_lines(console, report.lines(find_runs(folders, ids)))

@@ -18,11 +18,13 @@ IDENTITY = ("reducer", "ratio", "options")
 def one_table(runs: Sequence[EvalRun]) -> list[EvalRun]:
     """The runs as rows of one table; runs of one setting become one row, with the items of all.
 
+    Items that are not in all rows are left out, and the rows say how many these were.
+
     Raises
     ------
     OptionError
-        They differ in more than their settings, in what was asked under one id, or one setting
-        has two answers to a question.
+        They differ in more than their settings, in what was asked under one id, one setting has
+        two answers to a question, or no item is in all rows.
     """
     _check_identities(runs)
     _check_questions(runs)
@@ -33,7 +35,19 @@ def one_table(runs: Sequence[EvalRun]) -> list[EvalRun]:
             rows.append(run)
         else:
             _join(same, run)
+    _leave_common(rows)
     return rows
+
+
+def _leave_common(rows: Sequence[EvalRun]) -> None:
+    """Leave the items that all rows have, be they answered or failed."""
+    common = set.intersection(*({record["id"] for record in row.records} for row in rows))
+    if not common and any(row.records for row in rows):
+        counts = ", ".join(f"{row.path} has {len(row.records)}" for row in rows)
+        raise OptionError(f"no item is in all runs ({counts}). Make a report of each.")
+    for row in rows:
+        own = [record for record in row.records if record["id"] in common]
+        row.left_out, row.records = len(row.records) - len(own), own
 
 
 def _setting(run: EvalRun) -> list[Any]:

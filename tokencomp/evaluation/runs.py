@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,12 +41,15 @@ class EvalRun:
         What the numbers depend on.
     path
         The run folder, if there is one.
+    left_out
+        How many of its items are in no table, as other runs of the table lack them.
     """
 
     setting: Setting | None
     records: list[dict[str, Any]] = field(default_factory=list)
     manifest: dict[str, Any] = field(default_factory=dict)
     path: Path | None = None
+    left_out: int = 0
 
     @classmethod
     def read(cls, path: Path) -> EvalRun:
@@ -159,8 +162,11 @@ def score_pairs(
     ]
 
 
-def find_runs(paths: Sequence[Path]) -> list[EvalRun]:
-    """Run folders among `paths` and directly below them, one run for every setting."""
+def find_runs(paths: Sequence[Path], ids: Collection[str] | None = None) -> list[EvalRun]:
+    """Run folders among `paths` and directly below them, one run for every setting.
+
+    With `ids`, of these items alone: earlier runs may have asked more.
+    """
     folders: dict[Path, Path] = {}
     for path in paths:
         below = [path] if (path / MANIFEST).exists() else sorted(path.glob(f"*/{MANIFEST}"))
@@ -178,6 +184,8 @@ def find_runs(paths: Sequence[Path]) -> list[EvalRun]:
             f"not finished: {', '.join(unfinished)}. Run the same command again; it goes on where "
             "it stopped."
         )
+    for run in runs if ids is not None else ():
+        run.records = [r for r in run.records if r["id"] in (ids or ())]
     return sorted(one_table(runs), key=_order)
 
 

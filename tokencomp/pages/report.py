@@ -67,14 +67,20 @@ def _line(run: EvalRun, full: EvalRun, runs: Sequence[EvalRun]) -> Line:
             f: _mean([r["correct"] for r in run.answered if r["family"] == f])
             for f in sorted(families)
         },
-        "flops": run.mean("flops") / full.mean("flops"),
-        "kv_bytes": run.mean("kv_bytes") / full.mean("kv_bytes"),
-        "seconds": run.mean("seconds") / full.mean("seconds"),
+        **{name: _share(run, full, name) for name in ("flops", "kv_bytes", "seconds")},
         "rivals": rivals(run, runs),
     }
     if run is not full and (run.answered or not full.answered):
         values |= paired_tests(run, runs)
     return Line(run, run.mean("correct"), **values)
+
+
+def _share(run: EvalRun, full: EvalRun, name: str) -> float:
+    """A cost against that of the full model, on the items that both answered."""
+    costs = {r["id"]: float(r[name]) for r in full.answered if name in r}
+    own = {r["id"]: float(r[name]) for r in run.answered if name in r and r["id"] in costs}
+    whole = sum(costs[k] for k in own)
+    return sum(own.values()) / whole if whole else float("nan")
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -101,6 +107,8 @@ def write(table: Sequence[Line], path: Path) -> Path:
         },
         versions=_different_versions([line.run for line in table]),
         failed=_failed(table),
+        uneven=len({frozenset(line.run.scores) for line in table}) > 1,
+        left_out=max(line.run.left_out for line in table),
         losses=losses([line.run for line in table]),
         compared=any(line.rivals.random or line.rivals.downscale for line in table),
         moved=[line for line in table if line.moved],
@@ -233,6 +241,7 @@ def as_json(table: Sequence[Line]) -> str:
             **{k: line.run.identity[k] for k in IDENTITY},
             "items": len(line.run.answered),
             "failed": len(line.run.failed),
+            "left_out": line.run.left_out,
             "achieved_ratio": line.run.mean("ratio"),
             "accuracy": line.accuracy,
             "retention": vars(line.retention) if line.retention else None,
