@@ -154,6 +154,28 @@ def test_tasks_have_limits_of_their_own(folder, capsys):
 
 
 @pytest.mark.parametrize(
+    "name, message",
+    [
+        ("questions.csv", "questions.csv': no such file. Expected 'shapesqa', a JSON Lines file"),
+        ("more/questions", "more/questions: no such folder. Expected a .jsonl file with your"),
+        (
+            "empty",
+            "empty: the folder has neither questions.jsonl, with your questions, nor <owner>",
+        ),
+        ("table.csv", "table.csv, line 1: expected a JSON object with question, answer and media"),
+    ],
+)
+def test_paths_that_hold_no_questions_say_so_before_tasks_are_looked_for(
+    folder, tmp_path, name, message, capsys
+):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "a.png").touch()
+    (tmp_path / "table.csv").write_text("question,answer,media\n")
+    assert run("eval", "--data", tmp_path / name, "--model", folder) == 2
+    assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
     "line, message",
     [
         ("not json", "answer and media; this line is not JSON (Expecting value"),

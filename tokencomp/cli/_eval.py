@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tokencomp.cli import _parse as parse
+from tokencomp.errors import OptionError
 from tokencomp.evaluation.environment import process_rank, public_name
 from tokencomp.evaluation.settings import RANDOM, Setting
 from tokencomp.inputs.files import FileQuestions
@@ -19,9 +20,11 @@ Folders = Mapping[Setting, Path]
 def questions_in(data: str | None, limit: int | None) -> FileQuestions | None:
     """The user's own questions that --data names; None if it names data of tasks, or nothing."""
     path = Path(data or "").expanduser()
-    own = (
-        path.is_file() or path.suffix in (".jsonl", ".json") or (path / "questions.jsonl").exists()
-    )
+    try:
+        own = path.is_file() or (path / "questions.jsonl").exists()
+    except OSError:  # `FileQuestions` says what is wrong with it
+        own = True
+    own = own or path.suffix in (".jsonl", ".json") or (path.suffix != "" and not path.exists())
     return FileQuestions(path, count=limit) if data and own else None
 
 
@@ -57,12 +60,16 @@ def tasks_in(
     from tokencomp.lmms.data import PER_TASK, SHAPESQA, local_data
     from tokencomp.lmms.tasks import check_installed, find_tasks
 
+    local = None if data in (None, SHAPESQA) else local_data(data)
+    if names is None and local is not None and not any(local.root.glob("*/*/")):
+        raise OptionError(
+            f"--data {data}: the folder has neither questions.jsonl, with your questions, nor "
+            "<owner>/<name> folders with the data of tasks, e.g. OpenGVLab/MVBench."
+        )
     check_installed()
     names = names or (f"{SHAPESQA},{TASKS}" if data == SHAPESQA else TASKS)
-    local = None
-    if data is not None:
-        if data == SHAPESQA:
-            console.print("[dim]rendering ShapesQA's images and videos, unless they are there …[/]")
+    if data == SHAPESQA:
+        console.print("[dim]rendering ShapesQA's images and videos, unless they are there …[/]")
         local = local_data(data, per_task=max(limit or 0, PER_TASK))
     return find_tasks(parse.names(names), local, home)
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from tokencomp.errors import MediaError, MissingDependencyError, install
+from tokencomp.inputs.access import closed
 
 try:
     from PIL import Image as Image
@@ -29,6 +30,8 @@ def load_image(path: str | Path) -> Image.Image:
             return on_white(ImageOps.exif_transpose(image), image.format)
     except MediaError as error:
         raise MediaError(f"{path}: {error}") from None
+    except PermissionError as error:
+        raise closed(path) from error
     except UnidentifiedImageError as error:
         raise MediaError(
             f"{path}: neither an image that Pillow can read nor a video by its suffix. Convert it "

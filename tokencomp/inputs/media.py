@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tokencomp.errors import FrameChoiceWarning, MediaError, OptionError
+from tokencomp.inputs.access import check_readable, exists, readable
 from tokencomp.inputs.clips import AnimationClip, Clip, FileClip, FolderClip
 from tokencomp.inputs.clock import part
 from tokencomp.inputs.frames import Frames, Policy, frame_policy
@@ -22,9 +23,11 @@ VIDEO_SUFFIXES = frozenset(
 def is_video(path: str | Path) -> bool:
     """Whether `path` is a video: by suffix, a folder of frames, or an animated picture."""
     path = Path(path)
-    if path.suffix.lower() in VIDEO_SUFFIXES or path.is_dir():
+    if path.suffix.lower() in VIDEO_SUFFIXES:
         return True
     try:
+        if path.is_dir():
+            return True
         with Image.open(path) as image:
             # An MPO is a photograph, beside a preview or the view of a second lens.
             return image.format != "MPO" and getattr(image, "n_frames", 1) > 1
@@ -68,7 +71,8 @@ def load_media(
     Raises
     ------
     MediaError
-        File missing, empty, corrupt or without frames, or without those that `frames` names.
+        File missing, closed, empty, corrupt or without frames, or without those that `frames`
+        names.
     OptionError
         `frames`, `size` or `decoder` is none of the above.
     ScoreError
@@ -89,7 +93,8 @@ def load_media(
             f"decoder={decoder!r}: use pyav or torchcodec. A device may follow torchcodec alone, "
             "as in torchcodec:cuda."
         )
-    _check_file(path)
+    with readable(path):
+        _check_file(path)
     if not is_video(path):
         with part("decode"):
             return load_image(path)
@@ -100,13 +105,14 @@ def load_media(
 
 
 def _check_file(path: Path) -> None:
-    """Refuse a path that holds nothing, or may have no end."""
-    if not path.exists():
+    """Refuse a path that holds nothing, may have no end, or may not be read."""
+    if not exists(path):
         raise MediaError(f"{path}: no such file. Give the path of a local image or video.")
     if not (path.is_file() or path.is_dir()):
         raise MediaError(f"{path}: a device or a pipe, which may have no end. Save it as a file.")
     if path.is_file() and path.stat().st_size == 0:
         raise MediaError(f"{path}: the file is empty (0 bytes). Download or export it again.")
+    check_readable(path)
 
 
 def _load_clip(clip: Clip, path: Path, policy: Policy, size: int | None, question: str) -> Video:

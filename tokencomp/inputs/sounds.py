@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from tokencomp.errors import MediaError, MissingDependencyError, install
+from tokencomp.inputs.access import check_readable, exists, readable
 
 RATE = 16_000
 """Samples per second: that of Whisper's spectrograms, which models that listen read."""
@@ -24,7 +25,7 @@ def load_sound(path: str | Path) -> np.ndarray:
     Raises
     ------
     MediaError
-        File missing, damaged, or without sound.
+        File missing, closed, damaged, or without sound.
     MissingDependencyError
         PyAV is not installed.
     """
@@ -32,8 +33,10 @@ def load_sound(path: str | Path) -> np.ndarray:
         import av
     except ModuleNotFoundError:
         raise MissingDependencyError(f"reading sounds needs PyAV: {install('media')}.") from None
-    if not Path(path).is_file():
-        raise MediaError(f"{path}: no such file. Give the path of a local sound.")
+    with readable(path):
+        if not exists(Path(path)) or not Path(path).is_file():
+            raise MediaError(f"{path}: no such file. Give the path of a local sound.")
+        check_readable(Path(path))
     resampler = av.AudioResampler(format="fltp", rate=RATE)
     try:
         with av.open(str(path)) as file:

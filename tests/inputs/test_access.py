@@ -1,0 +1,66 @@
+"""Media that this user may not read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from support.clips import pictures, write_clip
+from support.unprivileged import open_folder, without
+
+from tokencomp.errors import MediaError
+from tokencomp.inputs.images import load_image
+from tokencomp.inputs.media import is_video, load_media
+from tokencomp.inputs.questions import Example, has_video
+
+av = pytest.importorskip("av")
+
+
+@pytest.fixture(scope="module")
+def media() -> Iterator[Path]:
+    with open_folder() as folder:
+        frames = pictures(3)
+        Image.fromarray(frames[0]).save(folder / "a.png")
+        write_clip(folder, "h264", frames)
+        write_clip(folder, "gif", frames)
+        (folder / "a.wav").write_bytes(b"RIFF")
+        (folder / "frames").mkdir()
+        for k, frame in enumerate(frames):
+            Image.fromarray(frame).save(folder / "frames" / f"{k}.png")
+        load_media(folder / "h264.mp4")  # imports what reads it, while everything may be read
+        yield folder
+
+
+NAMES = ["a.png", "h264.mp4", "gif.gif", "a.wav", "frames"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("what", ["itself", "its folder"])
+def test_the_missing_permission_is_named(media: Path, name: str, what: str) -> None:
+    example = Example("0", "What?", "x", (str(media / name),))
+    with without(media / name if what == "itself" else media):
+        has_video(example)
+        assert example.contents() == ""
+        with pytest.raises(MediaError) as raised:
+            example.load(2)
+    assert str(raised.value).startswith(f"{media / name}: no permission to read it. Change the")
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0.png", "none.png"])
+def test_names_that_no_file_has(name: str) -> None:
+    with pytest.raises(MediaError, match="no such file"):
+        load_media(name)
+
+
+def test_pictures_and_frames_of_folders(media: Path) -> None:
+    with without(media / "a.png"), pytest.raises(MediaError, match=r"a\.png: no permission"):
+        load_image(media / "a.png")
+    with (
+        without(media / "frames" / "1.png"),
+        pytest.raises(MediaError, match=r"frames/1\.png: no permission to read"),
+    ):
+        load_media(media / "frames")
+    with without(media):
+        assert not is_video(media / "frames") and is_video(media / "h264.mp4")

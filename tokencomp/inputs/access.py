@@ -1,0 +1,45 @@
+"""Files that this user may not read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tokencomp.errors import MediaError
+
+
+@contextmanager
+def readable(path: str | Path) -> Iterator[None]:
+    """Turn a missing permission into a `MediaError` that names it."""
+    try:
+        yield
+    except PermissionError as error:
+        raise closed(path) from error
+
+
+def closed(path: str | Path) -> MediaError:
+    """The error about a file without permission."""
+    return MediaError(
+        f"{path}: no permission to read it. Change the permissions of the file and its folders, "
+        "e.g. chmod +rX."
+    )
+
+
+def exists(path: Path) -> bool:
+    """Whether there is a file or folder; raises `PermissionError`, as not every Python does."""
+    try:
+        path.stat()
+    except PermissionError:
+        raise
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def check_readable(path: Path) -> None:
+    """Open a file or folder that exists, and close it. Raises `PermissionError`."""
+    if path.is_dir():
+        next(path.iterdir(), None)
+    else:
+        path.open("rb").close()
