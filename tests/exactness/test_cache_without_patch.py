@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -14,10 +15,13 @@ from support.family.hybrid import HYBRID
 from torch import Tensor
 
 import tokencomp
+from tokencomp.engine.cache.need import PatchNeed
 from tokencomp.engine.cache.rows import first_layer, physical_length
 from tokencomp.errors import UnsupportedCacheError
 
 NAMES = ["qwen2_vl", "qwen3_vl", "llava_onevision", "internvl"]
+# Their bodies make masks before the decoder runs, and read the cache for that.
+MASKED_BY_BODY = sorted(HYBRID.keys() & {"gemma3", "gemma4", "gemma4_e", "inkling_mm_model"})
 ENTRY: dict[str, Any] = {"plan": plans.make("entry", 4)}
 
 
@@ -90,6 +94,39 @@ def test_what_needs_the_patch_is_refused_without_it(name: str, plan: str) -> Non
     expected = chat.expected()
     with tokencomp.patch(chat.model, 0):
         torch.testing.assert_close(chat.say(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["replaced", "without stages", "block", "file"])
+@pytest.mark.parametrize("name", MASKED_BY_BODY)
+def test_another_patch_goes_on(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PatchNeed, "lost", False)
+    chat = Chat(HYBRID[name], 2, **ENTRY)
+    if way == "file":
+        found = chat.say(pickle.loads(pickle.dumps(chat.cache)))
+    elif way == "block":
+        with tokencomp.patch(chat.model, 0.75):
+            found = chat.say()
+    else:
+        if way == "without stages":
+            chat.handle.remove()
+        tokencomp.patch(chat.model, 0.75 if way == "replaced" else 0)
+        found = chat.say()
+    tokencomp.unpatch(chat.model)
+    torch.testing.assert_close(found, chat.expected(), atol=1e-5, rtol=1e-5)
+
+
+def test_another_patch_goes_on_with_a_static_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`generate` makes its masks before it calls the model."""
+    monkeypatch.setattr(PatchNeed, "lost", False)
+    family = FAMILIES["internvl"]
+    model = family.build()
+    chat = Chat(family, 2, model, static_cache(model, 256), **ENTRY)
+    tokencomp.patch(model, 0.75)
+    turn = {**chat.turn, "input_ids": torch.cat([chat.inputs["input_ids"], chat.new], 1)}
+    del turn["position_ids"]
+    out = oracle.generate(model, {**turn, chat.name: chat.cache}, 1)
+    tokencomp.unpatch(model)
+    torch.testing.assert_close(out.logits[0], chat.expected()[:, -1], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("rest", ["drop", "merge"])

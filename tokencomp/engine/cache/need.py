@@ -11,9 +11,15 @@ class PatchNeed:
 
     Copies of a cache share it, and a cache that is loaded from a file has one of its own. As long
     as one is held, patches install their hooks also where they compress nothing.
+
+    Attributes
+    ----------
+    lost : bool
+        Whether some of them may have lost their patch.
     """
 
     _held: ClassVar[WeakSet[PatchNeed]] = WeakSet()
+    lost: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self._held.add(self)
@@ -41,11 +47,13 @@ class InForce:
         Whether the hooks of the patch are installed.
     """
 
-    def __init__(self, compact: bool) -> None:
+    def __init__(self, compact: bool, loaded: bool = False) -> None:
         self.compact, self.active = compact, False
+        if loaded:
+            PatchNeed.lost = True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> InForce:
         return self
 
     def __reduce__(self) -> Any:  # a cache that is loaded from a file has lost its patch
-        return InForce, (self.compact,)
+        return InForce, (self.compact, True)

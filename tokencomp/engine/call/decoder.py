@@ -112,6 +112,11 @@ class DecoderHooks(CallHooks):
         """Whether prompts with media are compressed in this thread."""
         return self.plan.active and self.calls.state.disabled == 0
 
+    def adopt(self, arguments: dict[str, Any]) -> None:
+        """Let this patch continue the cache of a call, see `LaterTokens.adopt`."""
+        cache = compat.get_cache(arguments)
+        self._later.adopt(getattr(cache, "layers", []), first_layer(cache))
+
     # -- before a call --------------------------------------------------------------------------
 
     def apart(self, module: nn.Module, args: Any, kwargs: Any) -> bool:

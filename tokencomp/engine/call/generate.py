@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tokencomp.adapters.base import TYPES, Adapter
 from tokencomp.adapters.structure import parameters_of
+from tokencomp.engine.cache.need import PatchNeed
 from tokencomp.engine.call.gate import CallGate
 from tokencomp.engine.call.state import RunningCalls
 from tokencomp.errors import NoVisualInputError, UnsupportedCacheError
@@ -36,6 +37,8 @@ class GenerateCalls(Hooked):
         Whether prompts with media are compressed in the calling thread.
     strict
         Whether prompts without media are refused.
+    adopt
+        Lets the patch continue the cache among the arguments of a call.
     """
 
     def __init__(
@@ -45,9 +48,10 @@ class GenerateCalls(Hooked):
         calls: RunningCalls,
         active: Callable[[], bool],
         strict: bool,
+        adopt: Callable[[dict[str, Any]], None],
     ) -> None:
         self.adapter, self.gate, self.calls = adapter, gate, calls
-        self.active, self.strict = active, strict
+        self.active, self.strict, self.adopt = active, strict, adopt
 
     def install(self) -> None:
         """Replace both methods of the model, where it has them."""
@@ -66,6 +70,8 @@ class GenerateCalls(Hooked):
         if TYPES in kwargs and TYPES not in parameters_of(self.adapter.top):
             state.types = kwargs.pop(TYPES)  # transformers would refuse it
         try:
+            if PatchNeed.lost:  # masks of static caches are prepared before the model runs
+                self.adopt(kwargs)
             return original(*args, **kwargs)
         finally:
             state.columns, state.encodes, state.types = earlier

@@ -68,7 +68,8 @@ class Hooks(CallHooks):
         self._featureless = FeaturelessPrompts(adapter, strict)
         known = self._in_force, prefill, self._featureless
         self.decoder = DecoderHooks(adapter, calls, plan, *known)
-        generate = GenerateCalls(adapter, self.gate, calls, self._compresses, strict)
+        adopt = self.decoder.adopt
+        generate = GenerateCalls(adapter, self.gate, calls, self._compresses, strict, adopt)
         relative = RelativePositions(adapter, calls)
         self._parts: list[Any] = [self.decoder, relative, prefill, generate]
         # Qwen2-VL before transformers 5 swallows the argument and returns all logits.
@@ -119,7 +120,7 @@ class Hooks(CallHooks):
         self._in_force.active = True
 
     def _unhook(self) -> None:
-        self._in_force.active = False
+        self._in_force.active, PatchNeed.lost = False, PatchNeed.is_held()
         super().remove()
         for part in (*reversed(self._parts), self.gate):
             part.remove()
@@ -187,6 +188,8 @@ class Hooks(CallHooks):
         state.in_body, state.body_mask = True, arguments.get("attention_mask")
         state.forward = None
         state.inputs = state.kinds = None
+        if PatchNeed.lost:  # the body may read the lengths of its cache, for masks of its own
+            self.decoder.adopt(arguments)
         if not self.decoder.compresses():
             state.inputs = arguments
             return
