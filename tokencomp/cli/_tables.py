@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tokencomp.cli._fitted import NAMES, print_fitted
 from tokencomp.evaluation.metrics import Difference, Retention
 
 COLUMNS = 6
@@ -29,20 +30,30 @@ def table(*names: str, gap: int = 2, title: str | None = None, **column: Any) ->
     return shown
 
 
+PAGE = "The page of `tokencomp report` has all columns."
+
+
+def _named(line: Any) -> tuple[str, str]:
+    """Method and ratio of a line; ratios by kind of media may wrap behind their commas."""
+    return line.label, line.run.shown_ratio.replace(",", ", ")
+
+
 def print_lines(console: Any, lines: Sequence[Any]) -> None:
     """The table of a report's lines, then their comparisons with the baselines."""
-    shown = table("method", "ratio", "reached", "items", "accuracy", "retention")
+    rows = []
     for line in lines:
-        failed = len(line.run.failed)
-        shown.add_row(
-            line.label,
-            f"{line.run.shown_ratio}",
-            f"{line.run.mean('ratio'):.3f}" if line.run.answered else "–",
-            f"{len(line.run.answered)}" + (f" ({failed} failed)" if failed else ""),
-            f"{line.accuracy:.1%}" if line.run.answered else "–",
-            retained(line.retention),
+        failed, any_answer = len(line.run.failed), bool(line.run.answered)
+        rows.append(
+            (
+                *_named(line),
+                f"{line.run.mean('ratio'):.3f}" if any_answer else "–",
+                f"{len(line.run.answered)}" + (f"\n({failed} failed)" if failed else ""),
+                f"{line.accuracy:.1%}" if any_answer else "–",
+                retained(line.retention),
+            )
         )
-    console.print(shown)
+    names = (*NAMES, "reached", "items", "accuracy", "retention")
+    print_fitted(console, names, rows, least=("reached", "items"), elsewhere=PAGE)
     if len(lines) > 1:
         _print_rivals(console, lines[1:])
     _print_work(console, lines)
@@ -56,22 +67,27 @@ def _print_rivals(console: Any, lines: Sequence[Any]) -> None:
     seeds = max(line.rivals.seeds for line in lines)
     title = "\nDifferences in points, 95 % intervals"
     title += f"; random: mean of {seeds} seeds" if seeds else ""
-    names = ("method", "ratio", "vs full", "vs random", "vs downscale", "its failures", "as full")
-    shown = table(*names, gap=1, title=title)
-    for line in lines:
-        rivals = line.rivals
-        shown.add_row(
-            line.label,
-            f"{line.run.shown_ratio}",
-            *(_points(d) for d in (rivals.full, rivals.random, rivals.downscale)),
-            "–" if rivals.detail is None else f"{rivals.detail:.0%}\nof {rivals.detail_items}",
-            "–" if rivals.agreement is None else f"{rivals.agreement:.0%}",
+    names = (*NAMES, "vs full", "vs random", "vs downscale", "its failures", "as full")
+    rows = [
+        (
+            *_named(line),
+            *(_points(d) for d in (line.rivals.full, line.rivals.random, line.rivals.downscale)),
+            _detail(line.rivals),
+            "–" if line.rivals.agreement is None else f"{line.rivals.agreement:.0%}",
         )
-    shown.caption = (
+        for line in lines
+    ]
+    caption = (
         "its failures: accuracy on the items that downscaling gets wrong. as full: the same answer "
         "as the full model, right or wrong."
     )
-    console.print(shown)
+    least = ("as full", "its failures", "vs downscale")
+    how: dict[str, Any] = {"gap": 1, "title": title, "caption": caption, "elsewhere": PAGE}
+    print_fitted(console, names, rows, least=least, **how)
+
+
+def _detail(rivals: Any) -> str:
+    return "–" if rivals.detail is None else f"{rivals.detail:.0%}\nof {rivals.detail_items}"
 
 
 def _print_work(console: Any, lines: Sequence[Any]) -> None:
@@ -79,15 +95,19 @@ def _print_work(console: Any, lines: Sequence[Any]) -> None:
     from tokencomp.evaluation.cost import PARTS
     from tokencomp.pages.report import work_tables
 
-    titles = {"decode": "decode/token", "kv_bytes": "KV bytes"}
+    titles = {"decode": "decode per token", "kv_bytes": "KV bytes"}
+    names = (*NAMES, *(titles.get(name, name) for name in PARTS))
     for kind, rows in work_tables(lines).items():
-        title = f"\nWork of the first {kind}: the full model's, and shares of it"
-        names = (titles.get(name, name) for name in PARTS)
-        shown = table("method", "ratio", *names, gap=1, title=title)
-        for line, cells in rows:
-            shown.add_row(line.label, f"{line.run.shown_ratio}", *cells)
-        shown.caption = "FLOPs; reduce: the method's own work as a share of the full prefill."
-        console.print(shown)
+        print_fitted(
+            console,
+            names,
+            [(*_named(line), *cells) for line, cells in rows],
+            least=("projector", "reduce", "tower"),
+            elsewhere=PAGE,
+            gap=1,
+            title=f"\nWork of the first {kind}: the full model's, and shares of it",
+            caption="FLOPs; reduce: the method's own work as a share of the full prefill.",
+        )
 
 
 def _print_scores(console: Any, lines: Sequence[Any]) -> None:
@@ -96,13 +116,17 @@ def _print_scores(console: Any, lines: Sequence[Any]) -> None:
 
     rows = score_rows(lines) if len(lines) <= COLUMNS else []
     if rows:
-        shown = table("task", title="\nlmms-eval's scores", overflow="fold")
-        for line in lines:
-            ratio = f"\n{line.run.shown_ratio}" if line.run.ratio else ""
-            shown.add_column(line.label + ratio, justify="right")
-        for name, cells in rows:
-            shown.add_row(name, *cells)
-        console.print(shown)
+        labels = [" ".join(_named(line)) if line.run.ratio else line.label for line in lines]
+        print_fitted(
+            console,
+            ("task", *labels),
+            [(name, *cells) for name, cells in rows],
+            wrapped=("task",),
+            least=labels[::-1],
+            elsewhere=PAGE,
+            title="\nlmms-eval's scores",
+            justify="right",
+        )
 
 
 def _points(difference: Difference | None) -> str:

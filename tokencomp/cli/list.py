@@ -71,24 +71,28 @@ def _short(value: Any) -> str:
 
 
 def _print_models(console: Any, rows: list[dict[str, Any]]) -> None:
-    from tokencomp.cli import _tables
+    from rich.text import Text
+
+    from tokencomp.cli._fitted import print_fitted
 
     names = ("family", "model_type", "positions", "stages", "signals", "transformers")
-    table = _tables.table(*names, gap=1, title="Models", overflow="fold")
+    cells = []
     for row in rows:
         own = "".join(f"\n[dim]{name}[/]" for name in row["embedded"])
-        table.add_row(
-            f"[bold]{row['family']}[/]{own}",
-            ", ".join(row["model_types"]),
-            row["positions"],
-            ", ".join(row["stages"]),
-            ", ".join(row["signals"]),
-            ", ".join(row["transformers"]),
-        )
-    console.print(table)
-    console.print(
-        "[dim]transformers: releases that the exactness tests run on. Below a family: the embedded "
-        "model.[/]"
+        family = Text.from_markup(f"[bold]{row['family']}[/]{own}")
+        lists = (", ".join(row[key]) for key in ("stages", "signals", "transformers"))
+        cells.append((family, ", ".join(row["model_types"]), row["positions"], *lists))
+    caption = "transformers: releases that the exactness tests run on. Below a family: the "
+    print_fitted(
+        console,
+        names,
+        cells,
+        wrapped=names,
+        least=("positions", "signals"),
+        elsewhere="--json has it.",
+        gap=1,
+        title="Models",
+        caption=caption + "embedded model.",
     )
 
 

@@ -111,29 +111,27 @@ def show(report: dict[str, Any]) -> None:
     """Print a report as a table."""
     from rich.console import Console
 
-    from tokencomp.cli import _tables
+    from tokencomp.cli._fitted import print_beside
     from tokencomp.pages.html import compact, si
     from tokencomp.plan.amounts import ratio_text
 
-    rows = report["rows"]
-    table = _tables.table("", title=report["model"])
-    for row in rows:
-        label = row["reducer"] + (f"\n{ratio_text(row['ratio'])}" if row["ratio"] else "")
-        table.add_column(label, justify="right")
-
+    console, rows = Console(), report["rows"]
     texts: dict[str, Callable[[Any], str]] = {
         "tokens": compact,
         "ms": lambda seconds: f"{1e3 * seconds:.1f} ms",
         "bytes": lambda count: si(count, "B"),
         "count": si,
     }
-    for name, key, form in LINES:
-        values = [row[key] for row in rows]
-        if key != "tower_ratio" or any(values):
-            text = texts.get(form, form.format)
-            table.add_row(f"[bold]{name}[/]", *("–" if v is None else text(v) for v in values))
-    console = Console()
-    console.print(table)
+    lines = [one for one in LINES if one[1] != "tower_ratio" or any(row[one[1]] for row in rows)]
+    names = ["", *(name for name, _, _ in lines)]
+    columns = [
+        [
+            f"{row['reducer']}\n{ratio_text(row['ratio']).replace(',', ', ')}",
+            *("–" if row[key] is None else texts.get(f, f.format)(row[key]) for _, key, f in lines),
+        ]
+        for row in rows
+    ]
+    print_beside(console, names, columns, title=report["model"], wrapped=("tokens per layer",))
     if report["file"]:
         parts = (f"{name[:-6]} {1e3 * s:.1f} ms" for name, s in report["file"].items())
         console.print(f"Before the model, of CPU time: {', '.join(parts)}.")

@@ -120,12 +120,19 @@ def _numbers(name: str, text: str) -> list[float]:
     return numbers
 
 
+def _mark(candidate: Any, front: list[Any]) -> str:
+    if candidate in front:
+        return "[green]●[/]"
+    return "[dim]dropped[/]" if candidate.screened else ""
+
+
 def _print(
     measured: list[Any], front: list[Any], tokens: float | None, latency: float | None
 ) -> None:
     from rich.console import Console
+    from rich.text import Text
 
-    from tokencomp.cli import _tables
+    from tokencomp.cli._fitted import print_fitted
 
     console = Console()
     if not front:
@@ -134,11 +141,9 @@ def _print(
         console.print(f"Nothing answered{budget}; give a larger budget or fewer frames.")
         raise typer.Exit(1)
     names = ("frames", "scale", "method", "ratio", "tokens", "ms/answer", "accuracy", "n")
-    table = _tables.table("", *names)
-    for c in measured:
-        mark = "[green]●[/]" if c in front else ("[dim]dropped[/]" if c.screened else "")
-        table.add_row(
-            mark,
+    rows = [
+        (
+            Text.from_markup(_mark(c, front)),
             str(c.frames),
             f"{c.scale:g}",
             c.setting.name,
@@ -148,7 +153,10 @@ def _print(
             f"{c.accuracy:.1%}",
             str(c.items),
         )
-    console.print(table)
+        for c in measured
+    ]
+    least = ("n", "ms/answer")
+    print_fitted(console, ("", *names), rows, least=least, elsewhere="--json has it.", gap=1)
     best = max(front, key=lambda c: c.accuracy)
     method = f"{best.setting.name} at {best.setting.ratio:.3g}"
     console.print(

@@ -15,6 +15,7 @@ from tokencomp.evaluation.settings import (
     FEWER_FRAMES,
     FULL,
     NATIVE,
+    PLAN,
     RANDOM,
     UNIFORM,
     Setting,
@@ -86,8 +87,8 @@ class EvalRun:
 
     @property
     def label(self) -> str:
-        """The reducer with its options, e.g. "prune schedule=fastv"."""
-        options = [f"{k}={v}" for k, v in sorted(self.identity["options"].items())]
+        """The reducer with its options, e.g. "prune schedule=fastv"; "plan" for explicit stages."""
+        options = [f"{k}={v}" for k, v in sorted(self.identity["options"].items()) if k != PLAN]
         return " ".join([self.identity["reducer"], *options])
 
     @property
