@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -38,7 +39,16 @@ def write_text(path: Path, text: str) -> Path:
 
 def write_json(path: Path, value: Any) -> Path:
     """Write indented JSON atomically; values that JSON does not know are written as text."""
-    return write_text(path, json.dumps(value, indent=2, default=str) + "\n")
+    return write_text(path, json.dumps(finite(value), indent=2, default=str) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """The value with None for NaN and infinity, in dicts and lists as well: JSON has neither."""
+    if isinstance(value, Mapping):
+        return {key: finite(own) for key, own in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(own) for own in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:

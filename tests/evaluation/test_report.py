@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.console import run
 
-from tokencomp.evaluation import grid, mcnemar, retention, sweep
+from tokencomp.evaluation import Example, evaluate, grid, mcnemar, retention, sweep
 from tokencomp.pages.pictures import save_kept
 from tokencomp.pages.plots import Point, lines
 
@@ -86,6 +86,36 @@ def test_the_table_is_a_file_for_programs_and_papers(runs, tmp_path, capsys):
     assert {line.count(" & ") for line in tabular if line.endswith(r"\\")} == {5}
     assert run("report", runs, "-o", page, "--table", tmp_path / "t.xls") == 2
     assert ".csv or .tex" in capsys.readouterr().err
+
+
+def strict(text: str) -> object:
+    """Read JSON as other programs do, which know no NaN."""
+
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_what_has_no_value_is_null_in_json_and_a_dash_in_tables(tmp_path, capsys):
+    """The full model answers nothing right, so that no share of it can be kept."""
+    root, page, file = tmp_path / "r", tmp_path / "p.html", tmp_path / "t.tex"
+    write_run(root, "full", 0.0, {"a1": 0, "a2": 0})
+    write_run(root, "aim", 0.5, {"a1": 1, "a2": 0})
+    assert run("report", root, "-o", page, "--json", "--table", file) == 0
+    full, aim = strict(capsys.readouterr().out)
+    assert aim["retention"] == {"value": None, "low": None, "high": None, "items": 2}
+    assert (aim["accuracy"], full["accuracy"]) == (0.5, 0.0)
+    assert r"aim & 0.5 & 50.0\% & -- & -- & 50\% \\" in file.read_text().splitlines()
+    assert not re.search(r"\bnan\b", re.sub("<svg.*?</svg>", "", page.read_text(), flags=re.S))
+
+
+def test_the_manifest_of_a_run_without_answers_is_json(loaded, tmp_path):
+    gone = [Example("0", "?", "x", (tmp_path / "gone.png",))]
+    evaluate(*loaded, gone, out_dir=tmp_path / "o", progress=False)
+    summary = strict((tmp_path / "o/manifest.json").read_text())["summary"]
+    means = ("accuracy", "achieved_ratio", "flops", "kv_bytes")
+    assert summary == {"items": 0, "failed": 1, **dict.fromkeys(means)}
 
 
 @pytest.mark.parametrize("case", ["mixed", "no full", "nothing", "unfinished"])

@@ -27,6 +27,8 @@ class Retention(Paired):
     """mean(compressed) / mean(full); NaN if the full model scores 0."""
 
     def __str__(self) -> str:
+        if self.value != self.value:
+            return "–"
         return f"{self.value:.1%} [{self.low:.1%}, {self.high:.1%}]"
 
 

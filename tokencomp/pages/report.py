@@ -22,6 +22,7 @@ from tokencomp.pages.lost import lost_ids, read_lost
 from tokencomp.pages.pictures import KEPT, data_uri
 from tokencomp.pages.plots import Point, accuracy_point
 from tokencomp.pages.plots import lines as draw
+from tokencomp.storage import finite
 
 
 @dataclass(frozen=True)
@@ -256,4 +257,4 @@ def as_json(table: Sequence[Line]) -> str:
         }
         for line in table
     ]
-    return json.dumps(rows, indent=2)
+    return json.dumps(finite(rows), indent=2)

@@ -12,7 +12,9 @@ from tokencomp.errors import OptionError
 from tokencomp.pages.report import Line
 from tokencomp.storage import write_text
 
-LATEX = str.maketrans({c: f"\\{c}" for c in "_%&#$"} | {"†": r"$^\dagger$", "→": r"$\to$"})
+LATEX = str.maketrans(
+    {c: f"\\{c}" for c in "_%&#$"} | {"†": r"$^\dagger$", "→": r"$\to$", "–": "--"}
+)
 
 
 def write_table(table: Sequence[Line], path: Path) -> Path:
