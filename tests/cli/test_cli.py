@@ -136,6 +136,7 @@ def test_demo_in_short_answers_the_packaged_questions(folder, tmp_path, monkeypa
         (["serve", "--frames", "1fps"], "a server needs a number"),
         (["demo", "--model", "some/model"], "--image FILE"),
         (["demo", "--set", "weighted"], "NAME=VALUE"),
+        (["demo", "--set", "power=2", "--set", "power =3"], "'power =3': power is set twice"),
         (["demo", "--device", "gpu"], "allowed: .auto., .cpu., .cuda."),
         (["demo", "--dtype", "fp8"], "allowed: auto, float32, bfloat16, float16"),
         (["demo", "--reducer", "uniform", "--set", "seed=1"], "no option 'seed'"),

@@ -92,13 +92,15 @@ def one_ratio(text: str, command: str) -> float:
 
 def reducer_options(pairs: Sequence[str] | None) -> dict[str, Any]:
     """["weighted=false", "schedule=fastv"] → {"weighted": False, "schedule": "fastv"}."""
-    options = {}
+    options: dict[str, Any] = {}
     for pair in pairs or ():
-        name, mark, value = pair.partition("=")
+        name, mark, value = (part.strip() for part in pair.partition("="))
         if not mark or not name:
             raise OptionError(f"--set {pair!r}: expected NAME=VALUE, e.g. --set schedule=fastv.")
+        if name in options:
+            raise OptionError(f"--set {pair!r}: {name} is set twice. Leave one out.")
         try:
-            options[name.strip()] = json.loads(value)
+            options[name] = json.loads(value)
         except json.JSONDecodeError:
-            options[name.strip()] = value
+            options[name] = value
     return options

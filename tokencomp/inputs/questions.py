@@ -37,7 +37,7 @@ class Example:
         The right answer: words, or the letter of an option.
     media
         Images, videos and sounds in prompt order: paths, PIL images, lists of PIL images, and
-        samples (n,) at 16 kHz.
+        samples (n,) at 16 kHz. One that is no list may stand alone, without a tuple.
     family
         Group for per-family accuracy.
     also
@@ -50,6 +50,10 @@ class Example:
     media: tuple[Media, ...] = ()
     family: str = ""
     also: tuple[str, ...] = field(default=(), kw_only=True)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.media, str | Path) or hasattr(self.media, "size"):  # PIL, arrays
+            object.__setattr__(self, "media", (self.media,))
 
     @property
     def replies(self) -> tuple[str, ...]:
