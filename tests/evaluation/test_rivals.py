@@ -10,7 +10,7 @@ from support.console import run
 
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.metrics import difference
-from tokencomp.evaluation.rivals import losses, rivals
+from tokencomp.evaluation.rivals import losses, paired_tests, rivals
 from tokencomp.evaluation.runs import find_runs
 from tokencomp.reducers.registry import make_reducer
 
@@ -91,6 +91,29 @@ def test_a_baseline_with_options_of_a_method_is_a_method(tmp_path):
     (merging,) = (r for r in every if r.label == "random rest=merge")
     assert rivals(merging, every).random.value == 0.5
     assert [(loss.label, loss.rival) for loss in losses(every)] == []
+
+
+def test_pages_say_against_which_seeds_items_are_won_and_lost(tmp_path):
+    """Of seeds 2 and 10, items a1 to a4 are right 1 0 0 0 and 1 1 1 0; aim has 0 0 0 1.
+
+    Against seed 2: one won, one lost. Against half of the seeds or more: one won, three lost.
+    """
+    said = {"full": "1111", "random-10": "1110", "random-2": "1000", "aim": "0001"}
+    for name, marks in said.items():
+        scores = dict(zip(("a1", "a2", "a3", "a4"), map(int, marks), strict=True))
+        reducer, _, seed = name.partition("-")
+        options = {"seed": int(seed)} if seed else {}
+        write_run(tmp_path / name, reducer, 0.5 * (name != "full"), scores, options=options)
+    every = find_runs([tmp_path / name for name in said])
+    test = paired_tests(_find(every, "aim", 0.5), every)["against_random"]
+    assert (test.wins, test.losses, test.p) == (1, 1, 1.0)
+    (loss,) = losses(every)
+    assert (loss.accuracy, loss.rival_accuracy) == (0.25, 0.5)
+    assert (loss.test.wins, loss.test.losses, loss.test.p) == (1, 3, 0.625)
+    page = tmp_path / "page.html"
+    assert run("report", *(tmp_path / name for name in said), "-o", page) == 0
+    content = " ".join(page.read_text().split())
+    assert "with its lowest seed alone" in content and "at least half of its seeds" in content
 
 
 def test_losses_are_the_groups_that_score_lower(runs):

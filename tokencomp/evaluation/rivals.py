@@ -45,7 +45,11 @@ class Rivals:
 
 @dataclass(frozen=True)
 class Loss:
-    """A group of items on which a method scores lower than a baseline at its ratio."""
+    """A group of items on which a method scores lower than a baseline at its ratio.
+
+    `rival_accuracy` is the mean over the seeds of `random`. In the `test`, an item counts as right
+    for `random` where at least half of its seeds answer it correctly.
+    """
 
     label: str
     ratio: str
@@ -76,7 +80,10 @@ def rivals(run: EvalRun, runs: Sequence[EvalRun]) -> Rivals:
 
 
 def paired_tests(run: EvalRun, runs: Sequence[EvalRun]) -> dict[str, Any]:
-    """`retention` against the full model among `runs`, and a test `against_random`, if it ran."""
+    """`retention` against the full model among `runs`, and a test `against_random`, if it ran.
+
+    McNemar's test needs right or wrong, so that it is against the lowest seed alone.
+    """
     full = next(r for r in runs if r.identity["reducer"] == FULL)
     values: dict[str, Any] = {"retention": retention(*paired_scores(run, full))}
     random = _at(RANDOM, run.ratio, runs)
@@ -107,12 +114,12 @@ def losses(runs: Sequence[EvalRun]) -> list[Loss]:
 
 
 def _at(name: str, ratio: float | dict[str, float] | str, runs: Sequence[EvalRun]) -> list[EvalRun]:
-    """Runs of one baseline at a ratio, several of them where it has several seeds."""
+    """Runs of one baseline at a ratio: one for every seed, the lowest first."""
     seeds: dict[int, EvalRun] = {}
     for run in runs:
         if _is(name, run) and run.ratio == ratio:
             seeds.setdefault(run.identity["options"].get("seed", 0), run)
-    return list(seeds.values())
+    return [seeds[seed] for seed in sorted(seeds)]
 
 
 def _is(name: str, run: EvalRun) -> bool:
