@@ -22,7 +22,7 @@ from tokencomp.engine.call.entry import enter_prompt
 from tokencomp.engine.call.later import LaterTokens, begins_prompt
 from tokencomp.engine.call.layer_hooks import LayerHooks, SharedTables
 from tokencomp.engine.call.reading import read_prompt
-from tokencomp.engine.call.refusals import TRACED, FeaturelessPrompts
+from tokencomp.engine.call.refusals import TRACED, FeaturelessPrompts, refuse_recomputation
 from tokencomp.engine.call.state import CallHooks, CallState, RunningCalls
 from tokencomp.engine.call.weights import RowWeights
 from tokencomp.engine.count.collect import MissedRatios, collect
@@ -178,6 +178,9 @@ class DecoderHooks(CallHooks):
         self, module: nn.Module, arguments: dict[str, Any], cache: Any, state: CallState
     ) -> Any:
         """Read a prefill with visual tokens, and change its arguments by the entry stage."""
+        if state.records:
+            refuse_recomputation(self.adapter.body, "the places of its media")
+        state.records = torch.is_grad_enabled()
         plan = self.plan.dropping if state.drops else self.plan
         if arguments.get("inputs_embeds") is None:
             arguments = with_embeddings(module, arguments)
@@ -219,9 +222,12 @@ class DecoderHooks(CallHooks):
 
     def _true_positions(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
         """Arguments of the rotary module, with the original positions of the kept tokens."""
-        forward: Any = self.calls.state.forward
+        state = self.calls.state
+        forward: Any = state.forward
         if forward.rotary is None:
             return None
+        if state.records:
+            refuse_recomputation(self.adapter.decoder, "the positions of kept tokens")
         if "position_ids" in kwargs:
             return args, {**kwargs, "position_ids": forward.rotary}
         hidden, _, *rest = args

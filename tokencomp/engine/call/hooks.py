@@ -24,7 +24,7 @@ from tokencomp.engine.call.decoder import DecoderHooks
 from tokencomp.engine.call.gate import CallGate
 from tokencomp.engine.call.generate import GenerateCalls, with_types
 from tokencomp.engine.call.later import begins_prompt
-from tokencomp.engine.call.refusals import FeaturelessPrompts
+from tokencomp.engine.call.refusals import FeaturelessPrompts, refuse_recomputation
 from tokencomp.engine.call.state import CallHooks, RunningCalls
 from tokencomp.engine.count.stats import Stats
 from tokencomp.engine.kinds.relative import RelativePositions
@@ -175,6 +175,7 @@ class Hooks(CallHooks):
         keep, labels = arguments.get("logits_to_keep", 0), arguments.get("labels")
         if labels is not None or not isinstance(keep, int):
             keep = 0
+        state.records = torch.is_grad_enabled()
         state.labels, state.logits = labels, keep if self._slices else 0
         state.drafts = max(keep - 1, 0)  # assisted decoding: speculative tokens at the end
 
@@ -197,6 +198,10 @@ class Hooks(CallHooks):
             arguments = with_types(arguments, state.types)
         kinds = self.adapter.kinds(arguments)
         if kinds is not None:
+            noted = state.labels is not None or state.drafts  # they say where the question ends
+            if state.records and noted:
+                refuse_recomputation(self.adapter.top, "its labels")
+            state.records = torch.is_grad_enabled()
             state.inputs, state.kinds = arguments, kinds.cpu()
         elif begins_prompt(arguments):
             self.decoder.stats = None  # not those of another prompt

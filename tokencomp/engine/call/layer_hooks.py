@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine.call.layer_stages import scored_stages
+from tokencomp.engine.call.refusals import refuse_recomputation
 from tokencomp.engine.call.state import CallHooks, RunningCalls
 from tokencomp.engine.scores.tap import attention_of
 from tokencomp.engine.stage.layer_calls import before_layer
@@ -105,7 +106,10 @@ class LayerHooks(CallHooks):
             self._after(attn, score, self._has_forward)
 
     def _layer(self, i: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        forward: Any = self.calls.state.forward
+        state = self.calls.state
+        forward: Any = state.forward
+        if state.records and forward.segment_of(i).first:
+            refuse_recomputation(self.adapter.decoder, "the stages between layers")
         return before_layer(forward, i, args, kwargs)
 
     def _score(self, stage: int, signal: Any, module: nn.Module, args: Any, *rest: Any) -> None:

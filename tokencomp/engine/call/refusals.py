@@ -9,7 +9,13 @@ from typing import Any
 from torch import nn
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.errors import AlreadyCompressedError, NoVisualInputError, UncompressedWarning
+from tokencomp.errors import (
+    AlreadyCompressedError,
+    NoVisualInputError,
+    OptionError,
+    UncompressedWarning,
+)
+from tokencomp.torchlib.checkpointing import checkpointed_since
 from tokencomp.torchlib.replace import MethodReplacement
 
 TRACED = (
@@ -53,6 +59,31 @@ def _only_wrapped(module: Any) -> bool:
             return True
         forward = getattr(forward, "__wrapped__", None) if PREPARED in own else None
     return "_old_forward" in own
+
+
+def refuse_recomputation(
+    module: nn.Module, lost: str, fix: str = "", certain: bool = False
+) -> None:
+    """Refuse code that a backward pass would run once more without what is `lost` by then.
+
+    Parameters
+    ----------
+    module
+        Its call is running. What checkpoints it as a whole runs it again as a whole.
+    certain
+        Whether it is certain that the code will run once more; else that is looked up.
+
+    Raises
+    ------
+    OptionError
+        Something within the call of `module` checkpoints the code that calls this function.
+    """
+    if certain or checkpointed_since(module):
+        raise OptionError(
+            f"activation checkpointing within {type(module).__name__}: the backward pass would "
+            f"run a part of it once more without {lost}, and give other gradients. Checkpoint its "
+            f"decoder layers with model.gradient_checkpointing_enable(){fix}."
+        )
 
 
 class FeaturelessPrompts:

@@ -34,6 +34,8 @@ class CallState:
         From the model: last columns whose logits the call returns; 0: all.
     drafts
         From the model: speculative tokens at the end of the call.
+    records
+        From the model, then the body, then the decoder: whether its call began with gradients.
     in_body
         From the body: whether it is running.
     inputs
@@ -63,6 +65,7 @@ class CallState:
     labels: Tensor | None = None
     logits: int = 0
     drafts: int = 0
+    records: bool = False
     in_body: bool = False
     inputs: dict[str, Any] | None = None
     kinds: Tensor | None = None

@@ -2,7 +2,8 @@
 
 The first pass of a checkpointed layer knows its call, and reads the weights there. When the
 backward pass runs the layer once more, that call is over, and another one may have followed. So
-what checkpoints a layer gets a function that brings its call along.
+what checkpoints a layer gets a function that brings its call along, if it is transformers or a
+`CheckpointWrapper` of torch. Attention that somebody else checkpoints is refused.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tokencomp.adapters.base import Adapter
+from tokencomp.engine.call.refusals import refuse_recomputation
 from tokencomp.engine.call.state import CallHooks, RunningCalls
 from tokencomp.engine.scores.proportional import (
     ProportionalAttention,
@@ -23,10 +26,10 @@ from tokencomp.engine.stage.forward import ForwardPass
 from tokencomp.errors import OptionError, UnsupportedModelError
 from tokencomp.plan.plan import Plan
 from tokencomp.torchlib import compat
+from tokencomp.torchlib.checkpointing import checkpoint_functions
 from tokencomp.torchlib.replace import MethodReplacement
 
 MOST_DIMS = 256  # of a head, for FlashAttention
-FUNCTION = "_gradient_checkpointing_func"  # transformers calls it with a layer's forward
 
 
 class RowWeights(CallHooks):
@@ -52,10 +55,11 @@ class RowWeights(CallHooks):
         """Widen attention for the prompt that runs in this thread, until `end`."""
         self.calls.state.weighs = True
         self.attention.enter()
-        if compat.recomputed(self.adapter.layers[0]):
-            for layer in self.adapter.layers:  # every gradient_checkpointing_enable sets it again
-                if not MethodReplacement.replaces(getattr(layer, FUNCTION)):
-                    replaced = MethodReplacement(layer, FUNCTION, self._checkpoint)
+        if torch.is_grad_enabled():
+            # Before every prompt, as gradient_checkpointing_enable sets the functions again.
+            for module, name in checkpoint_functions(self.adapter.decoder):
+                if not MethodReplacement.replaces(getattr(module, name)):
+                    replaced = MethodReplacement(module, name, self._checkpoint)
                     self._handles.append(replaced)
 
     def _checkpoint(
@@ -65,21 +69,21 @@ class RowWeights(CallHooks):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Checkpoint a layer with a function that brings its call along.
+        """Checkpoint a layer, or a part of it, with a function that brings its call along.
 
         The patch may be gone when the backward pass runs the layer once more, so that this run
         widens attention by itself.
         """
-        forward = self.calls.state.forward
+        forward = self.calls.state.recomputed or self.calls.state.forward
         if forward is None or not forward.merges:
             return original(function, *args, **kwargs)
 
-        def run(*args: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
             state = self.calls.state  # of the thread of the backward pass, in the second run
             before, state.recomputed = state.recomputed, forward
             self.attention.enter()
             try:
-                return function(*args)
+                return function(*args, **kwargs)
             finally:
                 self.attention.leave()
                 state.recomputed = before
@@ -117,12 +121,17 @@ class RowWeights(CallHooks):
         A layer with a window hands the last of its rows to attention, and `sizes` begin with the
         first row of the sequence.
         """
-        forward = self.calls.state.recomputed or self.calls.state.forward
+        state = self.calls.state
+        forward = state.recomputed or state.forward
         if forward is None:
             return None
         segment = forward.segment_of(layer)
         forward.weighed.add(layer)
         sizes, rows = forward.weights(segment), segment.physical + segment.layout.width
+        if sizes is not None and state.records and state.recomputed is None:
+            # Without gradients is the first run of reentrant checkpointing, whoever implements it.
+            first, lost = not torch.is_grad_enabled(), "the weights of merged tokens"
+            refuse_recomputation(self.adapter.decoder, lost, ", or use rest='drop'", first)
         gone = rows - keys if forward.chunk is None else 0  # a chunk has the first rows alone
         return sizes if sizes is None or gone <= 0 else sizes[:, gone:]
 

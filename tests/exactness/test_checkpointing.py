@@ -1,0 +1,175 @@
+"""Activation checkpointing that is not transformers' own: the same gradients, or an error."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support.families import FAMILIES, text
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
+from torch.utils.checkpoint import checkpoint
+
+import tokencomp
+from tokencomp.errors import OptionError
+
+FAMILY = FAMILIES["qwen2_vl"]
+PROMPTS = (
+    [[text(3), FAMILY.image(0), text(6, 3)], [text(9)]],
+    [[text(2), FAMILY.image(1), text(7, 4)], [text(5), FAMILY.image(0), text(8, 2)]],
+)
+PREFIX = "_checkpoint_wrapped_module."
+
+
+def loss_of(model: nn.Module) -> Tensor:
+    """Of two calls, whose layers run again after both have run."""
+    losses = []
+    for rows in PROMPTS:
+        inputs = FAMILY.batch(rows)
+        labels = torch.full_like(inputs["input_ids"], -100)
+        labels[:, -4:] = inputs["input_ids"][:, -4:]
+        losses.append(model(**inputs, labels=labels, use_cache=False).loss)
+    return losses[0] + losses[1]
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    named = model.named_parameters()
+    return {n.replace(PREFIX, ""): p.grad.clone() for n, p in named if p.grad is not None}
+
+
+def wrap(model: nn.Module, part: str, reentrant: bool) -> None:
+    """Wrap decoder layers, or their attention, as FSDP's activation checkpointing does."""
+    layer = FAMILY.decoder(model).layers[0]
+    kind = type(layer if part == "layers" else layer.self_attn)
+    impl = CheckpointImpl.REENTRANT if reentrant else CheckpointImpl.NO_REENTRANT
+    apply_activation_checkpointing(
+        model,
+        checkpoint_wrapper_fn=functools.partial(checkpoint_wrapper, checkpoint_impl=impl),
+        check_fn=lambda module: isinstance(module, kind),
+    )
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("part", ["layers", "attention"])
+@pytest.mark.parametrize("order", ["wrap", "patch", "unpatch"])
+@pytest.mark.parametrize("options", [{}, {"reducer": "fastv", "rest": "merge"}], ids=str)
+def test_wrapped_layers(options: dict[str, Any], order: str, part: str, reentrant: bool) -> None:
+    """Wrapped before the patch or behind it; the patch may end before the backward pass."""
+    plain = FAMILY.build().train()
+    with tokencomp.patch(plain, 0.5, **options):
+        expected = gradients(plain, loss_of(plain))
+    model = FAMILY.build().train()
+    if order == "wrap":
+        wrap(model, part, reentrant)
+    handle = tokencomp.patch(model, 0.5, **options)
+    if order != "wrap":
+        wrap(model, part, reentrant)
+    functions = [vars(m).get("checkpoint_fn") for m in model.modules()]
+    loss = loss_of(model)
+    if order == "unpatch":
+        handle.remove()
+    got = gradients(model, loss)
+    handle.remove()
+    assert got.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, msg=name)
+    after = [vars(m).get("checkpoint_fn") for m in model.modules()]
+    assert all(a is b for a, b in zip(functions, after, strict=True))
+
+
+def replace_forward(module: Any, run: Callable[..., Any]) -> None:
+    module.forward = functools.partial(run, module.forward)
+
+
+def without_gradients(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The first run of reentrant checkpointing, whoever implements it."""
+    with torch.no_grad():
+        return function(*args, **kwargs)
+
+
+def checkpoint_layers(model: Any) -> None:
+    for layer in FAMILY.decoder(model).layers:
+        replace_forward(layer, functools.partial(checkpoint, use_reentrant=False))
+
+
+def checkpoint_attention(model: Any) -> None:
+    for layer in FAMILY.decoder(model).layers:
+        replace_forward(layer.self_attn, functools.partial(checkpoint, use_reentrant=False))
+
+
+def reentrant_attention(model: Any) -> None:
+    for layer in FAMILY.decoder(model).layers:
+        replace_forward(layer.self_attn, without_gradients)
+
+
+def wrap_layers_with_hooks(model: Any) -> None:
+    loss_of(model)
+    wrap(model, "layers", False)
+
+
+def wrap_decoder(model: Any) -> None:
+    model.model.language_model = checkpoint_wrapper(model.model.language_model)
+
+
+def wrap_body(model: Any) -> None:
+    model.model = checkpoint_wrapper(model.model)
+
+
+def test_a_wrapped_decoder() -> None:
+    """It is refused where a hook gives its rotary module the positions of kept tokens."""
+    family = FAMILIES["llava_onevision"]
+    model = family.build().train()
+    wrap_decoder(model)
+    with (
+        tokencomp.patch(model, 0.5),
+        pytest.raises(OptionError, match=r"(?s)positions of kept.*gradient_checkpointing_enable"),
+    ):
+        model(**family.batch([[text(3), family.image(0), text(6, 3)]]), use_cache=False)
+
+
+@pytest.mark.parametrize(
+    ("reducer", "change", "lost"),
+    [
+        ("auto", checkpoint_layers, "weights of merged tokens"),
+        ("auto", checkpoint_attention, "weights of merged tokens"),
+        ("auto", reentrant_attention, "weights of merged tokens"),
+        ("fastv", wrap_layers_with_hooks, "stages between layers"),
+        ("fastv", wrap_decoder, "places of its media"),
+        ("condiv", wrap_decoder, "places of its media"),
+        ("fastv", wrap_body, "its labels"),
+    ],
+)
+def test_what_would_be_compressed_otherwise_is_refused(
+    reducer: str, change: Callable[[Any], None], lost: str
+) -> None:
+    model = FAMILY.build().train()
+    tokencomp.patch(model, 0.5, reducer=reducer)
+    change(model)
+    with pytest.raises(OptionError, match=rf"(?s){lost}.*gradient_checkpointing_enable"):
+        loss_of(model)
+    tokencomp.unpatch(model)
+    assert gradients(model, loss_of(model))
+
+
+def test_a_checkpointed_body_without_labels() -> None:
+    """Its backward pass compresses the prompt once more, and in the same way."""
+    found = []
+    for wrapped in (False, True):
+        model = FAMILY.build().train()
+        with tokencomp.patch(model, 0.5, reducer="fastv"):
+            if wrapped:
+                wrap_body(model)
+            out = model(**FAMILY.batch(PROMPTS[1]), use_cache=False).logits
+            found.append(gradients(model, out.float().logsumexp(-1).sum()))
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, msg=name)
