@@ -124,6 +124,9 @@ def test_answers_end_at_a_limit_that_runs_do_not_mix(questions, evaluate, tmp_pa
     capsys.readouterr()
     assert evaluate("--max-new-tokens", 16, *plain, "-o", tmp_path / "four") == 2
     assert "max_new_tokens: 4 there, 16 now" in capsys.readouterr().err.replace("\n", " ")
+    both = runs / "full", tmp_path / "four" / "full"
+    assert run("report", *both, "-o", tmp_path / "page.html") == 2
+    assert "max_new_tokens: 16 and 4" in capsys.readouterr().err.replace("\n", " ")
 
 
 @pytest.mark.parametrize("command", ["eval", "tune"])
