@@ -57,13 +57,28 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn a failure to write `path`, or to make its folder, into an `OptionError`."""
+def writing(path: Path, option: str = "-o/--output") -> Iterator[None]:
+    """Turn a failure to write `path`, or to make its folder, into an `OptionError`.
+
+    The message names the `option` that gives the path.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
-        raise OptionError(f"cannot write {path}: {error}. Give another -o/--output.") from error
+        raise OptionError(f"cannot write {path}: {error}. Give another {option}.") from error
+
+
+@contextmanager
+def keeping(folder: Path) -> Iterator[None]:
+    """Turn a failure to add to the results in `folder` into an `OptionError`."""
+    try:
+        yield
+    except OSError as error:
+        raise OptionError(
+            f"cannot write to {folder}: {error}. Finished answers stay there: make room, and run "
+            "the same command again."
+        ) from error
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -52,6 +52,10 @@ def test_pictures_of_images_and_videos_are_drawn_and_reported(loaded, examples, 
     content = page.read_text()
     assert f"{len(examples)} of {len(examples)} are lost" in content
     assert all(item.id in content for item in shown)
+    (folder / shown[0].picture).unlink()
+    assert run("report", tmp_path, "-o", page) == 0
+    assert f"{shown[0].picture} is missing or damaged" in page.read_text()
+    assert page.read_text().count("<figure><img") == len(shown) - 1
     assert "Neither random dropping nor downscaling ran" in content
     assert all(f"<h3>The first {kind}</h3>" in content for kind in ("image", "video"))
 

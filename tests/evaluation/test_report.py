@@ -5,13 +5,17 @@ from __future__ import annotations
 import csv
 import json
 import re
+import resource
+import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from support.console import run
 
+from tokencomp.errors import OptionError
 from tokencomp.evaluation import Example, evaluate, grid, mcnemar, retention, sweep
-from tokencomp.pages.pictures import save_kept
+from tokencomp.pages.pictures import save_kept, save_picture
 from tokencomp.pages.plots import Point, lines
 
 IDENTITY = {"model": "m", "dtype": "float32", "frames": 8}
@@ -116,6 +120,15 @@ def test_the_manifest_of_a_run_without_answers_is_json(loaded, tmp_path):
     summary = strict((tmp_path / "o/manifest.json").read_text())["summary"]
     means = ("accuracy", "achieved_ratio", "flops", "kv_bytes")
     assert summary == {"items": 0, "failed": 1, **dict.fromkeys(means)}
+
+
+def test_a_table_that_cannot_be_written_leaves_the_page(runs, tmp_path, capsys):
+    page, file = tmp_path / "r.html", tmp_path / "file"
+    file.touch()
+    assert run("report", runs, "-o", page, "--table", file / "t.csv") == 2
+    err = " ".join(capsys.readouterr().err.split())
+    assert err.startswith("error: cannot write") and err.endswith("Give another --table.")
+    assert page.exists()
 
 
 @pytest.mark.parametrize("case", ["mixed", "no full", "nothing", "unfinished"])
@@ -272,6 +285,32 @@ def test_report_of_real_runs_shows_kept_patches(loaded, examples, tmp_path):
     page = tmp_path / "r.html"
     assert run("report", tmp_path, "-o", page) == 0
     assert page.read_text().count("data:image/jpeg;base64,") == 2
+    damaged = next(tmp_path.rglob("aim*/kept.jpg"))
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[: len(whole) // 2])
+    assert run("report", tmp_path, "-o", page) == 0
+    assert page.read_text().count("data:image/jpeg;base64,") == 1
+    assert "kept.jpg is missing or damaged" in page.read_text()
+    shutil.rmtree(tmp_path / "random-0.75")
+    (damaged.parent / "records.jsonl").unlink()
+    sweep(*loaded, examples[:2], settings, tmp_path, **how)
+    assert damaged.read_bytes() == whole
+
+
+def test_pictures_are_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "kept.jpg"
+    save_picture(Image.new("RGB", (8, 8), "red"), path)
+    before = path.read_bytes()
+
+    noise = Image.effect_noise((64, 64), 90)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OptionError, match=r"File too large.*make room"):
+            save_picture(noise, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before and [*tmp_path.iterdir()] == [path]
 
 
 def test_scores_of_lmms_eval_stand_beside_each_other(runs, tmp_path, capsys):

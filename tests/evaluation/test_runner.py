@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -231,6 +232,24 @@ def test_answers_of_another_default_do_not_count(loaded, examples, tmp_path, mon
     monkeypatch.setattr(type(make_reducer("random")).__init__, "__defaults__", (3,))
     with pytest.raises(OptionError, match="differs in method"):
         evaluate(*loaded, examples[:1], "random", 0.5, tmp_path, **HOW)
+
+
+def test_a_full_disk_is_one_message_and_loses_no_answer(loaded, examples, tmp_path):
+    """The last batch does not fit into the file; the same call goes on behind it."""
+    items = [replace(e, id=f"{k}/{e.id}") for k in range(4) for e in examples[:3]]
+    whole = evaluate(*loaded, items, "uniform", 0.5, tmp_path / "whole", batch_size=4, **HOW)
+    room = (tmp_path / "whole" / "records.jsonl").stat().st_size - 100
+    assert room > (tmp_path / "whole" / "manifest.json").stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        with pytest.raises(OptionError, match=r"File too large.*make room"):
+            evaluate(*loaded, items, "uniform", 0.5, tmp_path / "full", batch_size=4, **HOW)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert len(read_records(tmp_path / "full")) == len(items) - 1
+    again = evaluate(*loaded, items, "uniform", 0.5, tmp_path / "full", batch_size=4, **HOW)
+    assert [r["prediction"] for r in again.records] == [r["prediction"] for r in whole.records]
 
 
 @pytest.mark.parametrize("part", ["visual.blocks.0.attn.proj", "layers.1.mlp.down_proj"])

@@ -28,10 +28,12 @@ def command(
     from tokencomp.pages import report
     from tokencomp.pages import table_file as files
 
+    for file in table_files or ():
+        files.check_suffix(file)
     table = report.lines(find_runs(runs))
+    report.write(table, output)
     for file in table_files or ():
         files.write_table(table, file)
-    report.write(table, output)
     if as_json:
         typer.echo(report.as_json(table))
         return

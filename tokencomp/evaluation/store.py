@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tokencomp.errors import OptionError
-from tokencomp.storage import check_identity, read_object, write_json, write_lines
+from tokencomp.storage import check_identity, keeping, read_object, write_json, write_lines
 
 MANIFEST, RECORDS = "manifest.json", "records.jsonl"
 ASKED = {"media": "pictures, clips or sounds", "prompt": "words", "answer": "right answer"}
@@ -70,15 +70,26 @@ class AnswerStore:
         return any(now.get(k, "") not in ("", record[k]) for k in ASKED if k in record)
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
-        """Add records and hand them to the operating system at once."""
+        """Add records and hand them to the operating system at once.
+
+        Raises
+        ------
+        OptionError
+            The disk is full, or the folder cannot be written.
+        """
         records = list(records)
         for record in records:
             old = self._records.get(record["id"], {})
             again = old.get("again", 0) + self._changed(old)
             held = "" if record.get("error") else self._question(record["id"]).get("media", "")
             record |= {k: v for k, v in (("media", held), ("again", again)) if v}
-        with self.file.open("a") as file:
-            file.write("".join(json.dumps(r) + "\n" for r in records))
+        lines = "".join(json.dumps(r) + "\n" for r in records)
+        try:
+            with keeping(self.path), self.file.open("a") as file:
+                file.write(lines)
+        except OptionError:
+            self.refresh()  # some of the lines may be there
+            raise
         _merge(self._records, records)
 
     def leave_nothing(self) -> None:
@@ -94,10 +105,11 @@ class AnswerStore:
         self, manifest: dict[str, Any], records: Iterable[dict[str, Any]] | None = None
     ) -> None:
         """Write the manifest, preceded by all `records` if there are any, each file atomically."""
-        if records is not None:
-            write_lines(self.file, records)
         self.manifest = {**manifest, "identity": self.identity}
-        write_json(self.path / MANIFEST, self.manifest)
+        with keeping(self.path):
+            if records is not None:
+                write_lines(self.file, records)
+            write_json(self.path / MANIFEST, self.manifest)
 
 
 def _merge(known: dict[str, dict[str, Any]], records: Iterable[dict[str, Any]]) -> None:

@@ -15,8 +15,8 @@ from tokencomp.evaluation.runs import EvalRun
 from tokencomp.inputs.frames import Frames
 from tokencomp.inputs.questions import Example
 from tokencomp.inputs.scorer import with_scorer
-from tokencomp.pages.pictures import SIDE, kept_picture
-from tokencomp.storage import write_json
+from tokencomp.pages.pictures import SIDE, kept_picture, save_picture
+from tokencomp.storage import keeping, write_json
 
 FILE = "lost.json"
 PER_KIND = 3
@@ -90,7 +90,7 @@ def draw_lost(
             stats, record = answerer.prefill(run.setting, [row])[0], own[name]
             assert stats
             picture = f"lost-{run.setting.label}-{number}.jpg"
-            kept_picture(row[1], stats, side).save(folder / picture, quality=80)
+            save_picture(kept_picture(row[1], stats, side), folder / picture, quality=80)
             question = record.get("prompt", row[0].prompt)
             answers = (record["answer"], said[name], record["prediction"])
             items.append(LostItem(name, kind, question, *answers, picture))
@@ -99,7 +99,8 @@ def draw_lost(
 
 def write_lost(folder: Path, items: Sequence[LostItem]) -> None:
     """Write the list that `read_lost` reads to a run folder, beside the pictures."""
-    write_json(folder / FILE, [asdict(item) for item in items])
+    with keeping(folder):
+        write_json(folder / FILE, [asdict(item) for item in items])
 
 
 def read_lost(folder: Path) -> list[LostItem]:

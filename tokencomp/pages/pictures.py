@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from tokencomp.inputs.questions import frames_apart, media_kind
+from tokencomp.storage import keeping, replace_file
 
 if TYPE_CHECKING:
     from tokencomp.engine.count.stats import Stats
@@ -170,15 +171,34 @@ def group_spans(spans: Sequence[VisualSpan], media: Sequence[Any]) -> list[list[
 def save_kept(folder: Path, example: Example, media: Sequence[Any], stats: Stats) -> None:
     """Keep one picture per run folder: which patches of a question's media the layers saw.
 
-    A picture that the folder has already stays, and sounds have none. The question is the first row
-    of the batch that `stats` are of; its media are decoded.
+    A picture that the folder has already stays if it can be read, and sounds have none. The
+    question is the first row of the batch that `stats` are of; its media are decoded.
     """
     path = folder / KEPT
-    if path.exists() or not media or not stats.spans[0]:
+    if read_picture(path) or not media or not stats.spans[0]:
         return
     if any(media_kind(one) == "audio" for one in media):
         return
-    kept_picture(media, stats).save(path, comment=f"{example.id}: {example.prompt}".encode())
+    comment = f"{example.id}: {example.prompt}".encode()
+    save_picture(kept_picture(media, stats), path, comment=comment)
+
+
+def save_picture(image: Image.Image, path: Path, **how: Any) -> None:
+    """Write a JPEG to a run folder, atomically; `how` is for Pillow. Raises `OptionError`."""
+    buffer = io.BytesIO()  # Pillow itself does not see that a file takes only a part
+    image.save(buffer, "JPEG", **how)
+    with keeping(path.parent):
+        replace_file(path, lambda part: part.write_bytes(buffer.getvalue()))
+
+
+def read_picture(path: Path) -> tuple[Image.Image, str] | None:
+    """A picture in a run folder and its comment; None if it is missing or cannot be read."""
+    try:
+        with Image.open(path) as image:
+            about = image.info.get("comment", b"").decode(errors="replace")
+            return image.convert("RGB"), about
+    except (OSError, SyntaxError, ValueError):  # Pillow raises all of them for damaged files
+        return None
 
 
 def kept_picture(media: Sequence[Any], stats: Stats, side: int = SIDE) -> Image.Image:

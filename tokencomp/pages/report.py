@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.comparable import IDENTITY
 from tokencomp.evaluation.cost import PARTS
@@ -19,7 +17,7 @@ from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import FULL
 from tokencomp.pages.html import render, si
 from tokencomp.pages.lost import lost_ids, read_lost
-from tokencomp.pages.pictures import KEPT, data_uri
+from tokencomp.pages.pictures import KEPT, data_uri, read_picture
 from tokencomp.pages.plots import Point, accuracy_point
 from tokencomp.pages.plots import lines as draw
 from tokencomp.storage import finite
@@ -128,7 +126,10 @@ def _lost(table: Sequence[Line]) -> list[dict[str, Any]]:
         items = [] if folder is None else read_lost(folder)
         if folder is None or not items:
             continue
-        cards = [{"item": item, "uri": _uri(folder / item.picture)[0]} for item in items]
+        cards = []
+        for item in items:
+            uri, about = _uri(folder / item.picture)
+            cards.append({"item": item, "uri": uri, "about": "" if uri else about})
         right = sum(score >= 0.5 for score in full.scores.values())
         shown.append(
             {"line": line, "count": len(lost_ids(line.run, full)), "of": right, "cards": cards}
@@ -201,10 +202,11 @@ def _plots(table: Sequence[Line]) -> list[str]:
 
 
 def _uri(file: Path) -> tuple[str, str]:
-    """A picture as a `data:` address, and what its comment says."""
-    with Image.open(file) as image:
-        about = image.info.get("comment", b"").decode(errors="replace")
-        return data_uri(image.convert("RGB")), about
+    """A picture as a `data:` address, "" if it cannot be read; and what its comment says."""
+    picture = read_picture(file)
+    if picture is None:
+        return "", f"{file.name} is missing or damaged"
+    return data_uri(picture[0]), picture[1]
 
 
 def _pictures(table: Sequence[Line]) -> list[dict[str, Any]]:

@@ -10,19 +10,25 @@ from typing import Any
 
 from tokencomp.errors import OptionError
 from tokencomp.pages.report import Line
-from tokencomp.storage import write_text
+from tokencomp.storage import write_text, writing
 
 LATEX = str.maketrans(
     {c: f"\\{c}" for c in "_%&#$"} | {"†": r"$^\dagger$", "→": r"$\to$", "–": "--"}
 )
 
 
-def write_table(table: Sequence[Line], path: Path) -> Path:
-    """Write `table` to a .csv or .tex file."""
-    makers = {".csv": as_csv, ".tex": as_latex}
-    if path.suffix not in makers:
+def check_suffix(path: Path) -> None:
+    """Raise `OptionError` if the name of the file does not say what is written."""
+    if path.suffix not in (".csv", ".tex"):
         raise OptionError(f"--table {path}: the suffix says what is written: .csv or .tex.")
-    return write_text(path, makers[path.suffix](table))
+
+
+def write_table(table: Sequence[Line], path: Path) -> Path:
+    """Write `table` to a .csv or .tex file. Raises `OptionError`."""
+    check_suffix(path)
+    text = as_csv(table) if path.suffix == ".csv" else as_latex(table)
+    with writing(path, "--table"):
+        return write_text(path, text)
 
 
 def as_csv(table: Sequence[Line]) -> str:
