@@ -184,7 +184,12 @@ def test_default_families_are_those_that_the_default_model_has_learned():
 
 @pytest.mark.parametrize(
     "args, message",
-    [([], "give a budget"), (["--tokens", "9", "--frames", "2.5"], "names no frame policy")],
+    [
+        ([], "give a budget"),
+        (["--tokens", "9", "--frames", "2.5"], "names no frame policy"),
+        (["--tokens", "9", "--scale", "1,nan"], "expected positive numbers"),
+        (["--tokens", "9", "--scale", "inf"], "expected positive numbers"),
+    ],
 )
 def test_mistakes(args, message, capsys):
     assert run("tune", *args) == 2

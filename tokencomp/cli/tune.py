@@ -35,7 +35,9 @@ def command(
     frames: Annotated[
         str, typer.Option(help="Frames per video to try, each as in `eval`.")
     ] = "4,8,16",
-    scale: Annotated[str, typer.Option(help="Picture sides to try, original = 1.")] = "1,0.75,0.5",
+    scale: Annotated[
+        str, typer.Option(help="Picture sides, or times of sounds, to try; original = 1.")
+    ] = "1,0.75,0.5",
     reducer: opt.Reducers = "auto,uniform",
     ratio: Annotated[
         str, typer.Option("--ratio", help="Ratios in [0, 1) to try, separated by commas.")
@@ -115,7 +117,7 @@ def _numbers(name: str, text: str) -> list[float]:
         numbers = [float(part) for part in parse.names(text)]
     except ValueError:
         numbers = []
-    if not numbers or min(numbers) <= 0:
+    if not numbers or not all(0 < number < float("inf") for number in numbers):
         raise OptionError(f"--{name} {text!r}: expected positive numbers separated by commas.")
     return numbers
 

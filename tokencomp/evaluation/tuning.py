@@ -15,12 +15,12 @@ from typing import Any
 
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import MediaError, OptionError
-from tokencomp.evaluation.baselines import EqualTokens, Resize
+from tokencomp.evaluation.baselines import EqualTokens, Resize, faster
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import INPUT_BASELINES, Setting
 from tokencomp.inputs.frames import Frames
-from tokencomp.inputs.questions import Example, has_video
+from tokencomp.inputs.questions import Example, has_video, media_kind
 from tokencomp.inputs.scorer import with_scorer
 from tokencomp.plan.counts import MAX_RATIO
 
@@ -32,7 +32,7 @@ ROUNDED = 1.005
 
 @dataclass(frozen=True)
 class Scaled(Example):
-    """An example whose pictures are scaled before the processor sees them."""
+    """An example whose pictures are scaled, and sounds played faster, before the processor."""
 
     scale: float = 1.0
 
@@ -41,8 +41,13 @@ class Scaled(Example):
 
 
 def _scaled(media: Any, scale: float) -> Any:
+    """Pictures with sides of this scale, and sounds in this share of their time."""
+    if scale == 1.0:
+        return media
+    if media_kind(media) == "audio":
+        return faster(media, scale)
     size = (media[0] if isinstance(media, list) else media).size
-    return media if scale == 1.0 else Resize(size, scale)(media)
+    return Resize(size, scale)(media)
 
 
 @dataclass(frozen=True)
