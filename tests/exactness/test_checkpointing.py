@@ -49,7 +49,14 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 def wrap(model: nn.Module, part: str, reentrant: bool) -> None:
     """Wrap decoder layers, or their attention, as FSDP's activation checkpointing does."""
     layer = FAMILY.decoder(model).layers[0]
-    kind = type(layer if part == "layers" else layer.self_attn)
+    wrap_all(model, type(layer if part == "layers" else layer.self_attn), reentrant)
+
+
+def wrap_blocks(tower: Any, reentrant: bool) -> None:
+    wrap_all(tower, type(tower.blocks[0]), reentrant)
+
+
+def wrap_all(model: nn.Module, kind: type, reentrant: bool) -> None:
     impl = CheckpointImpl.REENTRANT if reentrant else CheckpointImpl.NO_REENTRANT
     apply_activation_checkpointing(
         model,
@@ -158,6 +165,30 @@ def test_what_would_be_compressed_otherwise_is_refused(
         loss_of(model)
     tokencomp.unpatch(model)
     assert gradients(model, loss_of(model))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_wrapped_blocks_of_a_tower(frozen: bool, reentrant: bool) -> None:
+    """Wrapped before the patch they are exact; behind it they are refused, unless frozen."""
+    found: list[dict[str, Tensor]] = []
+    for order in ("none", "wrap", "patch"):
+        model: Any = FAMILY.build().train()
+        tower = model.model.visual.requires_grad_(not frozen)
+        if order == "wrap":
+            wrap_blocks(tower, reentrant)
+        with tokencomp.patch(model, 0.5, tower_ratio=0.3):
+            if order == "patch":
+                wrap_blocks(tower, reentrant)
+            if order == "patch" and not frozen:
+                with pytest.raises(OptionError, match="before patch"):
+                    loss_of(model)
+            else:
+                found.append(gradients(model, loss_of(model)))
+    for got in found[1:]:
+        assert got.keys() == found[0].keys()
+        for name, value in found[0].items():
+            torch.testing.assert_close(got[name], value, msg=name)
 
 
 def test_a_checkpointed_body_without_labels() -> None:

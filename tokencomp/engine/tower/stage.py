@@ -36,6 +36,7 @@ from tokencomp.engine.tower.rows import PackedRows, TowerRows, equal_bounds, row
 from tokencomp.errors import OptionError
 from tokencomp.plan.stages import TowerStage
 from tokencomp.torchlib import compat
+from tokencomp.torchlib.checkpointing import checkpointed_since
 from tokencomp.torchlib.hooks import Hooked
 from tokencomp.torchlib.replace import MethodReplacement
 
@@ -49,6 +50,7 @@ class _Local(threading.local):
     rows: TowerRows | None = None
     cost: TowerCost | None = None
     tuples: bool = False
+    records: bool = False  # gradients
 
     def __init__(self) -> None:
         self.costs: deque[TowerCost] = deque(maxlen=2)
@@ -121,6 +123,7 @@ class TowerDrop(Hooked):
         if self.off():
             return
         self._check_recomputation(tower)
+        local.records = torch.is_grad_enabled()
         arguments = compat.bind(tower, args, kwargs)
         pixels = next(arguments[n] for n in ("pixel_values", "hidden_states") if n in arguments)
         grids = arguments.get("grid_thw")
@@ -138,6 +141,15 @@ class TowerDrop(Hooked):
                 f"gradient checkpointing of {type(tower).__name__} with a tower stage: this "
                 "transformers release would drop patches again in the backward pass. Use "
                 "transformers >= 5.23, tower_ratio=0, or model.gradient_checkpointing_disable()."
+            )
+
+    def _check_checkpointed(self, block: nn.Module, hidden: Tensor) -> None:
+        learnt = hidden.requires_grad or any(p.requires_grad for p in block.parameters())
+        if learnt and checkpointed_since(tower := self.layout.module):
+            raise OptionError(
+                f"activation checkpointing of blocks of {type(tower).__name__} behind a tower "
+                "stage: the backward pass would run them once more with all patches. Wrap them "
+                "before patch(), or use model.gradient_checkpointing_enable() or tower_ratio=0."
             )
 
     def _end(self, tower: nn.Module, args: Any, out: Any) -> None:
@@ -188,6 +200,8 @@ class TowerDrop(Hooked):
             bounds = equal_bounds(*hidden.shape[:2]) if bounds is None else bounds
             local.cost.block(bounds, bounds)  # type: ignore[union-attr]  # set with `cells`
             return None
+        if local.records:
+            self._check_checkpointed(block, hidden)
         rows: Any = local.rows
         return rows.arguments(hidden, args, kwargs, local.cost)
 
