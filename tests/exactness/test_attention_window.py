@@ -98,6 +98,21 @@ def test_a_window_of_columns(backend: str) -> None:
     assert (logits[0, 0] - plain).abs().max() > 1e-2
 
 
+def test_a_decoder_derived_elsewhere_has_the_window_of_its_base() -> None:
+    """As FSDP2 derives one; the module of its class does not import the factory of masks."""
+    family = Windowed(transformers.MistralConfig, 12)
+    model = family.build()
+    inputs = family.batch([[text(3), family.image(), text(5, 2)], [text(9)]])
+    with torch.no_grad(), tokencomp.patch(model, 0.5, reducer="uniform") as handle:
+        expected, kept = model(**inputs).logits, handle.stats.kept(0)
+    decoder = family.decoder(model)
+    decoder.__class__ = type("Derived", (type(decoder),), {"__module__": __name__})
+    with torch.no_grad(), tokencomp.patch(model, 0.5, reducer="uniform") as handle:
+        found = model(**inputs).logits
+        assert handle.stats.kept(0) == kept
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+
+
 def test_compact_positions_count_kept_tokens() -> None:
     """The window is measured in the positions that the rotary embedding uses."""
     family = Windowed(transformers.MistralConfig, 20)

@@ -125,13 +125,13 @@ def wrapped(way: str, model: nn.Module, family: Family) -> nn.Module:
     layers = family.decoder(model).layers
     if way == "ddp":
         return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
-    if way == "fsdp2":
+    if way.startswith("fsdp2"):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         for layer in layers:
-            fully_shard(layer, mesh=mesh)
+            fully_shard(layer.self_attn if way == "fsdp2-attention" else layer, mesh=mesh)
         return fully_shard(model, mesh=mesh) or model
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy

@@ -159,13 +159,33 @@ def register_attention(name: str, function: Callable[..., Any]) -> None:
     AttentionInterface.register(name, function)
 
 
+def file_with(owner: type, name: str) -> Any:
+    """The module of a class, or else of its nearest base, in which `name` is defined; or None.
+
+    A class that a user, or FSDP2, derives from one of transformers has a module of its own, and
+    its code calls what is defined beside its base.
+    """
+    for base in owner.__mro__:
+        code = sys.modules.get(base.__module__)
+        if hasattr(code, name):
+            return code
+    return None
+
+
 def attention_function(module: nn.Module, config: Any) -> Callable[..., Any]:
     """What the attention `module` calls for the backend that `config` names."""
-    code, name = sys.modules[type(module).__module__], attention_implementation(config)
-    if name == "eager":
-        function: Callable[..., Any] = code.eager_attention_forward
-    else:
-        function = code.ALL_ATTENTION_FUNCTIONS[name]
+    name = attention_implementation(config)
+    wanted = "eager_attention_forward" if name == "eager" else "ALL_ATTENTION_FUNCTIONS"
+    code: Any = sys.modules[type(module).__module__]
+    if not hasattr(code, wanted):
+        code = file_with(type(module), wanted)
+    if code is None:
+        raise UnsupportedModelError(
+            f"rest='merge': no {wanted} is defined beside {type(module).__name__} or its bases, so "
+            "the weights of merged tokens cannot reach its attention. Use rest='drop'."
+        )
+    found = getattr(code, wanted)
+    function: Callable[..., Any] = found if name == "eager" else found[name]
     return function
 
 
@@ -178,13 +198,13 @@ def rotate_vision(
     attn: nn.Module, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Apply a vision tower's own rotary embedding to q and k, shape (B, S, H, D)."""
-    apply = getattr(sys.modules[type(attn).__module__], "apply_rotary_pos_emb_vision", None)
-    if apply is None:
+    code = file_with(type(attn), "apply_rotary_pos_emb_vision")
+    if code is None:
         raise UnsupportedModelError(
             f"the module of {type(attn).__name__} has no apply_rotary_pos_emb_vision, so the "
             "attention of the vision tower cannot be scored. Use a reducer that does not read it."
         )
-    q, k = apply(q, k, cos, sin)
+    q, k = code.apply_rotary_pos_emb_vision(q, k, cos, sin)
     return q, k
 
 

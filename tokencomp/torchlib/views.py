@@ -43,6 +43,7 @@ def shallow_copy(module: nn.Module) -> Any:
     clone = object.__new__(type(module))
     clone.__dict__.update(module.__dict__)
     clone.__dict__.pop("forward", None)  # as accelerate replaces it
+    clone.__dict__["_compiled_call_impl"] = None  # of `compile()`, which runs the original
     clone.__dict__["_modules"] = copy.copy(module._modules)
     for name in [n for n in vars(module) if n.startswith(HOOKS)]:
         clone.__dict__[name] = OrderedDict()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from tokencomp.adapters.towers.dense import DenseTower
 from tokencomp.errors import SpanError
 from tokencomp.plan.stages import TowerStage
 from tokencomp.tokens.spans import Grid
+from tokencomp.torchlib.compat import file_with
 
 
 class MosaicTower(DenseTower):
@@ -66,7 +66,7 @@ class MosaicTower(DenseTower):
         alone = [True] * len(sizes)
         if numbers is not None:  # several images in a sample have one tile each
             alone = [int(n) == 1 for n in numbers for _ in range(int(n))]
-        code, config = sys.modules[type(self.body).__module__], self.body.config
+        code, config = file_with(type(self.body), "unpad_image"), self.body.config
         points, image = config.image_grid_pinpoints, config.vision_config.image_size
         listed = [size.tolist() if isinstance(size, Tensor) else list(size) for size in sizes]
         return [
@@ -76,7 +76,7 @@ class MosaicTower(DenseTower):
 
     def _mosaic(self, size: list[int], tiles: int, side: int) -> list[Tensor]:
         """Patch numbers, from the first tile on, that tokens read: (h, w) for every tile."""
-        code, config = sys.modules[type(self.body).__module__], self.body.config
+        code, config = file_with(type(self.body), "unpad_image"), self.body.config
         shape = config.image_grid_pinpoints, config.vision_config.image_size
         down, across = code.get_anyres_image_grid_shape(size, *shape)
         if down * across != tiles - 1:

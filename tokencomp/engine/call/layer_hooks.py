@@ -103,7 +103,8 @@ class LayerHooks(CallHooks):
                 note = functools.partial(self._note, stage, attn)
                 self._after(query, note, self._has_forward)
             score = functools.partial(self._score, stage, signal)
-            self._after(attn, score, self._has_forward)
+            # Before FSDP2's, which shards the weights of `attn` once it has run.
+            self._after(attn, score, self._has_forward, prepend=True)
 
     def _layer(self, i: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
         state = self.calls.state

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -69,8 +68,8 @@ class Windows:
         if not names:
             # Some decoders whose config names no kinds (Mistral) apply `sliding_window`, others
             # (Llama) only let the cache read it. The former import the factory of such masks.
-            code, size = vars(sys.modules[type(decoder).__module__]), _size(config, SLIDING)
-            applies = size is not None and "create_sliding_window_causal_mask" in code
+            factory, size = "create_sliding_window_causal_mask", _size(config, SLIDING)
+            applies = size is not None and compat.file_with(type(decoder), factory) is not None
             kinds = (SLIDING.name if applies else FULL.name,) * len(decoder.layers)
             cut = None if applies else size
         windowed = [k for k in map(KINDS.__getitem__, dict.fromkeys(kinds)) if k.window_field]

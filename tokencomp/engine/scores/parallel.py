@@ -97,8 +97,8 @@ def unsharded(layer: nn.Module) -> Iterator[None]:
 
 
 def unwrapped(module: Any) -> Any:
-    """The module inside of the wrappers that FSDP1 and activation checkpointing put around it."""
-    names = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+    """The module inside of the wrappers of FSDP1, activation checkpointing and torch.compile."""
+    names = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
     while inner := [module._modules[name] for name in names if name in module._modules]:
         module = inner[0]
     return module

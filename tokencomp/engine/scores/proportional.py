@@ -120,7 +120,8 @@ def attention_modules(layers: Iterable[nn.Module]) -> list[Any]:
         There is none, one has no config, one caps its logits, which would cap weights too, or one
         has an indexer, which masks what it has not chosen under the backends that it knows alone.
     """
-    modules = [m for layer in layers for m in layer.modules() if hasattr(m, "layer_idx")]
+    # Wrappers, such as torch.compile's, show the attributes of the module inside as well.
+    modules = [m for layer in layers for m in layer.modules() if "layer_idx" in vars(m)]
     found: list[Any] = [m for m in modules if hasattr(m, "is_causal")]
     if not found or any(getattr(m, "indexer", None) for m in found):
         names = " and ".join(sorted({type(m).__name__ for m in found or modules}))
