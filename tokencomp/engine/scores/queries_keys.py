@@ -79,6 +79,7 @@ class Probe:
             self.samples = None
         elif len(samples) > 1:
             self.samples = torch.tensor(samples, device=hidden.device)
+        self._part = None if self.samples is None else (len(hidden), self.samples)
         self._hidden: Tensor = _of_samples(hidden, self, hidden.shape[1], False)
         self._projected: Tensor | None = _of_samples(projected, self, hidden.shape[1], False)
         self._arguments = {
@@ -119,7 +120,8 @@ class Probe:
             earlier, past = Past(*both), 0
         caches = {} if earlier is None else dict.fromkeys(compat.CACHE_NAMES, earlier)
         arguments = {**self._arguments, **caches}
-        tapped = tap(self.root, self.attn, self._hidden, arguments, ("v_proj",), rows)
+        call = self.root, self.attn, self._hidden, arguments, ("v_proj",), rows
+        tapped = tap(*call, samples=self._part)
         query = tapped.query if rows is None else gather_rows([tapped.query], rows, 2, 0)[0]
         return Tapped(query, with_past(cached, past, sample, tapped.key), tapped.scaling)
 
@@ -132,7 +134,8 @@ class Probe:
             cos, sin = tables
             arguments["position_embeddings"] = torch.ones_like(cos), torch.zeros_like(sin)
         skipped = ("q_proj", "v_proj")
-        return tap(self.root, self.attn, self._hidden, arguments, skipped).key
+        call = self.root, self.attn, self._hidden, arguments, skipped
+        return tap(*call, samples=self._part).key
 
     def caches_keys(self, keys: Tensor) -> bool:
         """Whether a cache of these rows holds the keys that attention reads.
@@ -156,7 +159,8 @@ class Probe:
                 name: _rows_of(value, rows, self.width, "embeddings" in name)
                 for name, value in arguments.items()
             }
-        return tap(self.root, self.attn, hidden, arguments, skipped, projected=projected)
+        call = self.root, self.attn, hidden, arguments, skipped
+        return tap(*call, projected=projected, samples=self._part)
 
 
 def _of_samples(value: Any, probe: Probe, width: int, tables: bool) -> Any:

@@ -13,7 +13,7 @@ The exception ends the copy's call before attention is computed, because nobody 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -69,11 +69,24 @@ def _zeros(width: int, x: Tensor) -> Tensor:
     return x.new_zeros(*x.shape[:-1], width)
 
 
-def _some_rows(projection: nn.Module, rows: Tensor, x: Tensor) -> Tensor:
+def _some_rows(projection: Callable[[Tensor], Tensor], rows: Tensor, x: Tensor) -> Tensor:
     """A projection of `rows` (S, R) of its input alone; the other rows of the output are zeros."""
-    out: Tensor = projection(take([x], rows, [1])[0])
+    out = projection(take([x], rows, [1])[0])
     index = rows[..., None].expand_as(out)
     return out.new_zeros(*x.shape[:2], out.shape[-1]).scatter_(1, index, out)
+
+
+def _whole_batch(projection: nn.Module, batch: int, samples: slice | Tensor, x: Tensor) -> Tensor:
+    """A projection of `samples` of a batch, called with zeros in place of the other samples."""
+    whole = x.new_zeros(batch, *x.shape[1:])
+    whole[samples] = x
+    out: Tensor = projection(whole)[samples]
+    return out
+
+
+def _takes_more(module: nn.Module) -> bool:
+    """Whether hooks hand further arguments to a module, as PEFT hands every sample's adapter."""
+    return any(m._forward_pre_hooks_with_kwargs for m in module.modules())
 
 
 def _constant(result: Any, *args: Any, **kwargs: Any) -> Any:
@@ -126,6 +139,7 @@ def tap(
     skipped: Iterable[str] = (),
     rows: Tensor | None = None,
     projected: Tensor | None = None,
+    samples: tuple[int, slice | Tensor] | None = None,
 ) -> Tapped:
     """Queries and keys that `root`, called with `hidden` (S, n, d), computes in `attn`.
 
@@ -141,6 +155,8 @@ def tap(
         Rows whose queries are needed; those of the others may be zeros. None: all.
     projected : Tensor, shape (S, n, width), or None
         What the projection `q_proj` of `attn` makes of `hidden`, if that is known.
+    samples
+        Samples in the model's batch, and those of them that `hidden` holds; None: all of them.
 
     Raises
     ------
@@ -151,6 +167,10 @@ def tap(
     clone = shallow_copy(attn)
     clone.config = AttributeView(attn.config, _attn_implementation=NAME)
     stand_ins: dict[str, partial[Any]] = {}
+    if samples is not None:
+        for name, child in attn.named_children():
+            if _takes_more(child):
+                stand_ins[name] = partial(_whole_batch, child, *samples)
     if tensor_parallel_group(attn) is None:  # else a rank's width is not the module's
         for name in skipped:
             width = getattr(getattr(attn, name, None), "out_features", None)
@@ -159,7 +179,7 @@ def tap(
     if projected is not None:
         stand_ins["q_proj"] = partial(_constant, projected)
     elif rows is not None and isinstance(getattr(attn, "q_proj", None), nn.Module):
-        stand_ins["q_proj"] = partial(_some_rows, attn.q_proj, rows)
+        stand_ins["q_proj"] = partial(_some_rows, stand_ins.get("q_proj", attn.q_proj), rows)
     run = clone
     if root is not attn:
         run = shallow_copy(unwrapped(root))
