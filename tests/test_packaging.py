@@ -89,7 +89,7 @@ def test_every_import_is_a_dependency() -> None:
 
 
 THEIRS = {"sglang", "huggingface_hub", "packaging", "starlette", "anyio", "h11", "loguru"}
-THEIRS |= {"cachetools"}  # of vLLM
+THEIRS |= {"cachetools", "yaml"}  # of vLLM, and yaml of transformers
 """What other packages bring that these modules run in or import first."""
 OTHER_DECODERS = {"torchcodec"}
 """Which users install by themselves."""
