@@ -83,6 +83,25 @@ def test_doctor_proves_that_layers_saw_fewer_tokens(folder, capsys):
     assert printed["facts"]["torch"] == torch.__version__
 
 
+def test_doctor_says_that_own_questions_need_no_extra(monkeypatch):
+    from tokencomp.cli import _doctor
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for name in ("_transformers", "_mrope", "_kernels", "_gpu", "_video", "_mlx"):
+        monkeypatch.setattr(_doctor, name, lambda: _doctor.Finding("another", True, ""))
+    (found,) = (c for c in _doctor.environment_checks() if c.name == "extra [eval]")
+    assert found.detail.startswith("tokencomp eval --tasks (not --data FILE) needs pip")
+
+
+def test_a_dtype_that_is_none_is_the_mistake_that_is_named(folder, capsys):
+    from tokencomp.zoo import SAMPLES
+
+    image = next(SAMPLES.glob("*.jpg"))
+    assert run("inspect", "--model", folder, "--image", image, "--dtype", "int8") == 2
+    err = " ".join(capsys.readouterr().err.split())
+    assert err.startswith("error: dtype 'int8'; allowed: auto,") and "multimodal" not in err
+
+
 def test_doctor_says_what_is_broken(folder, capsys, monkeypatch):
     """A patch that does nothing must be found out."""
     from tokencomp.engine.call import hooks

@@ -87,11 +87,12 @@ def load_model(
             raise UnsupportedModelError(f"model {path!r}: no such folder.")
         path = str(folder)
     device = pick_device(device)
+    torch_dtype = pick_dtype(dtype, device)
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     if not Path(path).is_dir() and hub_is_out_of_reach():
         options["local_files_only"] = True  # else every file is tried for half a minute
     try:
-        model, processor = load_folder(path, pick_dtype(dtype, device), **options)
+        model, processor = load_folder(path, torch_dtype, **options)
     except (OSError, ValueError, KeyError) as error:
         raise UnsupportedModelError(
             f"{name!r} cannot be loaded as a multimodal model: {_first_line(error)} "
