@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from tokencomp.adapters.registry import adapter_for
+from tokencomp.errors import MediaError
 from tokencomp.evaluation.baselines import STRETCH, EqualTokens, faster
 
 Size = tuple[int, int]
@@ -52,6 +53,28 @@ def test_below_the_processors_minimum_the_largest_picture_of_the_fewest_tokens(l
         picture = found[0] if isinstance(found, list) else found
         assert equal.tokens(found) == (4 if found is picture else 16) and picture.size == (70, 70)
     assert equal.tokens(Image.new("RGB", (4, 4))) == 4
+
+
+@pytest.mark.parametrize("size", [(20, 3900), (2900, 15), (22, 3900)])
+def test_sizes_that_the_processor_refuses_are_skipped(loaded, size: Size) -> None:
+    """Of thin pictures most smaller ones have sides in a proportion above 200, by rounding."""
+    equal, image, counts = counter(loaded), Image.new("RGB", size), set[int]()
+    for one in {(s[0], s[1]) for s in every_thin_size(*size)}:
+        try:
+            counts.add(equal.tokens(Image.new("RGB", one)))
+        except MediaError:
+            continue
+    full = equal.tokens(image)
+    for ratio in (0.5, 0.75):
+        found = equal.shrink(image, ratio)
+        n, target = equal.tokens(found), max(1, round(full * (1 - ratio)))
+        assert n <= full and abs(n - target) <= min(abs(other - target) for other in counts)
+
+
+def every_thin_size(width: int, height: int) -> list[Size]:
+    """Sizes of a scale of the picture, unstretched, 1 % apart."""
+    scales = [0.01 * k for k in range(10, 101)]
+    return [(max(1, round(width * s)), max(1, round(height * s))) for s in scales]
 
 
 class Made(EqualTokens):

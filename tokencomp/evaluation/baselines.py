@@ -18,7 +18,8 @@ from tokencomp.inputs.video import with_frames
 from tokencomp.plan.counts import keep_count
 
 STRETCH = (1.0, 1.1, 1 / 1.1, 1.22, 1 / 1.22)
-STEPS = 10
+STEPS, LADDER = 10, 40
+"""Halvings of the search for a scale, and scales tried for the smallest that is accepted."""
 # The setting of an image processor that limits the tokens of one image, and the values that it
 # may have; None is any number. Sources: Gemma 4's and LFM2-VL's processors in transformers.
 BUDGETS: dict[str, tuple[int, ...] | None] = {
@@ -31,11 +32,11 @@ class EqualTokens:
     """Shrinks media until the processor makes about `1 - ratio` of their tokens.
 
     Token counts (of the ids `placeholders`) come from the processor itself, which rounds to
-    patches, tiles and frame pairs; they are computed once per media size. Among the sizes closest
-    to the target we take the one with fewer tokens, then the largest image. If even the smallest
-    token count exceeds the target, we use the largest image with that count. If every size yields
-    the same count, the media are returned unchanged, and the achieved ratio of a run shows that no
-    baseline exists at this ratio.
+    patches, tiles and frame pairs; they are computed once per media size. Of the sizes that the
+    processor accepts, among those closest to the target we take the one with fewer tokens, then the
+    largest image. If even the smallest token count exceeds the target, we use the largest image
+    with that count. If every size yields the same count, the media are returned unchanged, and the
+    achieved ratio of a run shows that no baseline exists at this ratio.
 
     To `prefer` "downscale" is smaller pixels, with fewer frames only where the size of a frame does
     not change the count; "fewer_frames" is fewer frames of a video, and smaller pixels for images.
@@ -55,7 +56,7 @@ class EqualTokens:
         return self._tokens[key]
 
     def _takes(self, media: Any) -> bool:
-        """Whether the processor accepts it: Qwen3-VL's refuses videos of one frame."""
+        """Whether the processor accepts it: Qwen-VL's refuse pictures 200 times as high as wide."""
         try:
             return self.tokens(media) > 0
         except MediaError:
@@ -93,9 +94,13 @@ class EqualTokens:
         full, many = self.tokens(media), len(media) if isinstance(media, list) else 1
         # With fewer pixels than tokens, the processor would only enlarge the picture again.
         least = min(1.0, (full / (size[0] * size[1] * many)) ** 0.5)
+        # Rounding narrows thin pictures, until the processor refuses them; it takes the whole one.
+        steps = (least ** (1 - k / LADDER) for k in range(LADDER + 1))
+        least = next(s for s in steps if self._takes(Resize(size, s)(media)))
         fewest = self.tokens(Resize(size, least)(media))
         crossing = self._largest(media, Resize(size, least), max(target, fewest)).scale
         tried = [Resize(size, s, a) for s in (least, crossing, crossing * 1.06) for a in STRETCH]
+        tried = [c for c in tried if self._takes(c(media))]
         best = self._nearest(media, tried, target)
         tokens = self.tokens(best[0](media))
         if tokens >= full:
@@ -116,15 +121,19 @@ class EqualTokens:
         return [c for c in candidates if distance(c) == best]
 
     def _largest(self, media: Any, small: Resize, limit: int) -> Resize:
-        """`small` at the largest scale that gives at most `limit` tokens, by bisection."""
-        low, high = small.scale, 1.0
+        """`small` at the largest scale that gives at most `limit` tokens, by bisection.
+
+        Sizes that the processor refuses count as too small.
+        """
+        found, low, high = small.scale, small.scale, 1.0
         for _ in range(STEPS):
             middle = (low * high) ** 0.5
-            if self.tokens(small.at(middle)(media)) > limit:
+            taken = self._takes(smaller := small.at(middle)(media))
+            if taken and self.tokens(smaller) > limit:
                 high = middle
             else:
-                low = middle
-        return small.at(low)
+                low, found = middle, middle if taken else found
+        return small.at(found)
 
 
 def _unchanged(media: Any) -> Any:
