@@ -10,6 +10,7 @@ import pytest
 
 from tokencomp.errors import OptionError
 from tokencomp.evaluation import mcnemar, retention
+from tokencomp.evaluation.metrics import difference
 
 
 def all_resamples(compressed: list[float], full: list[float]) -> np.ndarray:
@@ -62,6 +63,24 @@ def binomial_two_sided(wins: int, losses: int) -> float:
     n = wins + losses
     seen = math.comb(n, wins)
     return sum(math.comb(n, k) for k in range(n + 1) if math.comb(n, k) <= seen) / 2**n
+
+
+@pytest.mark.parametrize(
+    ("right", "other", "bounded"),
+    [
+        ([1] * 20, [1] * 20, False),  # none differs: of 20 items, retention may be 95 % as well
+        ([1] * 29, [1] * 29, False),
+        ([1] * 30, [1] * 30, True),
+        ([1] * 19 + [0], [1] * 20, True),
+        ([0] * 20, [1] * 20, False),
+    ],
+)
+def test_few_items_that_all_agree_give_no_interval(right, other, bounded):
+    kept, gap = retention(right, other), difference(right, other)
+    assert (kept.bounded, gap.bounded) == (bounded, bounded)
+    assert ("(n < 30)" in str(kept)) == ("(n < 30)" in str(gap)) == (not bounded)
+    if not bounded:
+        assert str(gap) == f"{100 * (right[0] - 1):+.1f} (n < 30)"
 
 
 @pytest.mark.parametrize("wins, losses", [(0, 0), (5, 0), (0, 7), (3, 4), (10, 2), (30, 55)])

@@ -35,7 +35,7 @@ def command(
     for file in table_files or ():
         files.write_table(table, file)
     if as_json:
-        typer.echo(report.as_json(table))
+        typer.echo(files.as_json(table))
         return
     from rich.console import Console
 

@@ -11,6 +11,10 @@ import numpy as np
 from tokencomp.errors import OptionError
 
 RESAMPLES = 10_000
+FEW = 30
+"""Items below which an interval without width is none."""
+UNBOUNDED = f"(n < {FEW})"
+"""What stands in its place."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,15 @@ class Paired:
     high: float
     items: int
 
+    @property
+    def bounded(self) -> bool:
+        """Whether the interval is one.
+
+        The bootstrap draws from the items alone: where all are alike, its interval has no width,
+        which says nothing if they are few.
+        """
+        return self.low < self.high or (self.low == self.high and not 0 < self.items < FEW)
+
 
 class Retention(Paired):
     """mean(compressed) / mean(full); NaN if the full model scores 0."""
@@ -29,6 +42,8 @@ class Retention(Paired):
     def __str__(self) -> str:
         if self.value != self.value:
             return "–"
+        if not self.bounded:
+            return f"{self.value:.1%} {UNBOUNDED}"
         return f"{self.value:.1%} [{self.low:.1%}, {self.high:.1%}]"
 
 
@@ -36,6 +51,8 @@ class Difference(Paired):
     """Difference of two accuracies."""
 
     def __str__(self) -> str:
+        if not self.bounded:
+            return f"{100 * self.value:+.1f} {UNBOUNDED}"
         low, high = 100 * self.low, 100 * self.high
         return f"{100 * self.value:+.1f} [{low:+.1f}, {high:+.1f}]"
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.comparable import IDENTITY
 from tokencomp.evaluation.cost import PARTS
-from tokencomp.evaluation.metrics import McNemar, Retention
+from tokencomp.evaluation.metrics import UNBOUNDED, McNemar, Paired, Retention
 from tokencomp.evaluation.rivals import Rivals, losses, paired_tests, rivals
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import FULL
@@ -20,7 +20,6 @@ from tokencomp.pages.lost import lost_ids, read_lost
 from tokencomp.pages.pictures import KEPT, data_uri, read_picture
 from tokencomp.pages.plots import Point, accuracy_point
 from tokencomp.pages.plots import lines as draw
-from tokencomp.storage import finite
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,18 @@ class Line:
     def moved(self) -> str:
         """How this decoder's depth moves the method's cuts; "" where it does not."""
         return self.run.manifest.get("moved", "")
+
+    @property
+    def pairs(self) -> dict[str, Paired | None]:
+        """Its retention, and its differences to the full model and the baselines."""
+        own = {name: getattr(self.rivals, name) for name in ("full", "random", "downscale")}
+        return {"retention": self.retention, **own}
+
+    @property
+    def unbounded(self) -> bool:
+        """Whether one of `pairs` has a value, but no interval."""
+        known = [pair for pair in self.pairs.values() if pair and pair.value == pair.value]
+        return not all(pair.bounded for pair in known)
 
     @property
     def label(self) -> str:
@@ -107,6 +118,7 @@ def write(table: Sequence[Line], path: Path) -> Path:
         versions=_different_versions([line.run for line in table]),
         failed=_failed(table),
         uneven=len({frozenset(line.run.scores) for line in table}) > 1,
+        unbounded=UNBOUNDED if any(line.unbounded for line in table) else "",
         left_out=max(line.run.left_out for line in table),
         losses=losses([line.run for line in table]),
         compared=any(line.rivals.random or line.rivals.downscale for line in table),
@@ -235,28 +247,3 @@ def _failed(table: Sequence[Line]) -> list[tuple[str, int, str]]:
             if record.get("error"):
                 reasons.setdefault(record["error"], []).append(record["id"])
     return [(reason, len(ids), ids[0]) for reason, ids in reasons.items()]
-
-
-def as_json(table: Sequence[Line]) -> str:
-    """The table for programs."""
-    rows = [
-        {
-            **{k: line.run.identity[k] for k in IDENTITY},
-            "items": len(line.run.answered),
-            "failed": len(line.run.failed),
-            "left_out": line.run.left_out,
-            "achieved_ratio": line.run.mean("ratio"),
-            "accuracy": line.accuracy,
-            "retention": vars(line.retention) if line.retention else None,
-            "against_random": vars(line.against_random) if line.against_random else None,
-            "flops": line.flops,
-            "kv_bytes": line.kv_bytes,
-            "families": line.families,
-            "rivals": asdict(line.rivals),
-            "moved": line.moved,
-            "times": line.run.manifest.get("times"),
-            "work": line.run.manifest.get("work"),
-        }
-        for line in table
-    ]
-    return json.dumps(finite(rows), indent=2)

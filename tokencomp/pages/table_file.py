@@ -1,19 +1,23 @@
-"""The table of a report as a file: CSV for programs, LaTeX for papers."""
+"""The table of a report as text: CSV and JSON for programs, LaTeX for papers."""
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tokencomp.errors import OptionError
+from tokencomp.evaluation.comparable import IDENTITY
+from tokencomp.evaluation.metrics import Paired
 from tokencomp.pages.report import Line
-from tokencomp.storage import write_text, writing
+from tokencomp.storage import finite, write_text, writing
 
 LATEX = str.maketrans(
-    {c: f"\\{c}" for c in "_%&#$"} | {"†": r"$^\dagger$", "→": r"$\to$", "–": "--"}
+    {c: f"\\{c}" for c in "_%&#$"} | {"†": r"$^\dagger$", "<": "$<$", "→": r"$\to$", "–": "--"}
 )
 
 
@@ -60,7 +64,8 @@ def _row(line: Line) -> dict[str, Any]:
         ("against_downscale", rivals.downscale),
     ):
         for part, end in (("value", ""), ("low", "_low"), ("high", "_high")):
-            row[name + end] = "" if pair is None else getattr(pair, part)
+            known = pair is not None and (pair.bounded or part == "value")
+            row[name + end] = getattr(pair, part) if known else ""
     return {name: "" if value != value else value for name, value in row.items()}
 
 
@@ -81,3 +86,36 @@ def as_latex(table: Sequence[Line]) -> str:
     lines = [" & ".join(cell.translate(LATEX) for cell in row) + r" \\" for row in (head, *rows)]
     body = [r"\begin{tabular}{lrrrrr}", r"\toprule", lines[0], r"\midrule", *lines[1:]]
     return "\n".join([*body, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def _pair(pair: Paired | None) -> dict[str, Any] | None:
+    """A statistic and its interval, if it has one, ready for JSON."""
+    if pair is None or pair.bounded:
+        return None if pair is None else vars(pair)
+    return {**vars(pair), "low": None, "high": None}
+
+
+def as_json(table: Sequence[Line]) -> str:
+    """The table for programs."""
+    rows = []
+    for line in table:
+        pairs = {name: _pair(pair) for name, pair in line.pairs.items()}
+        row = {
+            **{k: line.run.identity[k] for k in IDENTITY},
+            "items": len(line.run.answered),
+            "failed": len(line.run.failed),
+            "left_out": line.run.left_out,
+            "achieved_ratio": line.run.mean("ratio"),
+            "accuracy": line.accuracy,
+            "retention": pairs.pop("retention"),
+            "against_random": vars(line.against_random) if line.against_random else None,
+            "flops": line.flops,
+            "kv_bytes": line.kv_bytes,
+            "families": line.families,
+            "rivals": {**asdict(line.rivals), **pairs},
+            "moved": line.moved,
+            "times": line.run.manifest.get("times"),
+            "work": line.run.manifest.get("work"),
+        }
+        rows.append(row)
+    return json.dumps(finite(rows), indent=2)
