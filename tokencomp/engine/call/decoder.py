@@ -199,7 +199,7 @@ class DecoderHooks(CallHooks):
         if self.tower.drop is not None or self.tower.probe is not None:
             self.tower.collect(forward, state.inputs or {})
         enter_prompt(forward, positions, arguments, self._in_force.compact)
-        whole = len(forward.segments) > 1 or state.logits > forward.tail
+        whole = len(forward.segments) > 1 or not 0 < state.logits <= forward.tail
         if whole and "logits_to_keep" in arguments:
             # Decoders with shared keys (Gemma 4) cut their hidden states to these columns.
             arguments["logits_to_keep"] = 0
@@ -265,6 +265,9 @@ class DecoderHooks(CallHooks):
         self.stats = stats = collect(forward, layer)
         self._missed.look(stats, forward.plan)
         text_only = 0 < state.logits <= forward.tail
+        if text_only and "logits_to_keep" in kwargs:
+            # Where a decoder may cut its last state, the model takes a short one as it is.
+            out.last_hidden_state = out.last_hidden_state[:, -state.logits :]
         return restore_states(out, forward.segments, forward.width, text_only)
 
     def _recorded(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
