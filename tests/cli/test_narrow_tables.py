@@ -108,6 +108,16 @@ def test_columns_come_in_blocks_that_begin_with_the_first():
     assert [[f"{h[6:]}.5 ms" for h in head] for head in heads] == times
 
 
+def test_the_total_of_a_profile_says_what_it_leaves_out(capsys):
+    """200 + 50 + 150 ms, without the 900 ms of the row above them."""
+    row = {key: 0.0 for _, key, _ in LINES} | {"reducer": "full", "ratio": 0}
+    row |= {"preprocess_s": 0.9, "vision_s": 0.2, "reduce_s": 0.05, "prefill_s": 0.15}
+    row |= {"total_s": 0.4, "tokens_per_layer": [64]}
+    hardware = {"gpus": ["a GPU"], "cpu": "", "threads": 1}
+    show({"model": "tiny", "rows": [row], "file": None, "hardware": hardware})
+    assert re.search(r"total after preprocess +400\.0 ms", capsys.readouterr().out)
+
+
 def test_a_profile_of_many_methods_fits(capsys):
     values = {key: 0.123 for _, key, _ in LINES} | {"tower_ratio": 0.0, "peak_bytes": None}
     rows = [

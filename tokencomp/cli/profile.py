@@ -20,7 +20,7 @@ LINES = (
     ("vision tower", "vision_s", "ms"),
     ("reduce", "reduce_s", "ms"),
     ("LLM prefill", "prefill_s", "ms"),
-    ("total to first token", "total_s", "ms"),
+    ("total after preprocess", "total_s", "ms"),
     ("decode per token", "decode_s_per_token", "ms"),
     ("peak memory", "peak_bytes", "bytes"),
     ("KV cache", "kv_bytes", "bytes"),
