@@ -9,9 +9,9 @@ from evaluation.test_report import write_run
 from support.console import run
 
 from tokencomp.errors import OptionError
+from tokencomp.evaluation.comparable import find_runs
 from tokencomp.evaluation.metrics import difference
 from tokencomp.evaluation.rivals import losses, paired_tests, rivals
-from tokencomp.evaluation.runs import find_runs
 from tokencomp.reducers.registry import make_reducer
 
 ITEMS = [f"{group}{k}" for group in "ab" for k in range(8)]

@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
 
 from tokencomp.errors import OptionError
-from tokencomp.evaluation.store import ASKED
+from tokencomp.evaluation.runs import FIRST, IDENTITY, EvalRun
+from tokencomp.evaluation.store import ASKED, MANIFEST
 
-if TYPE_CHECKING:
-    from tokencomp.evaluation.runs import EvalRun
 
-IDENTITY = ("reducer", "ratio", "options")
-"""Keys of a manifest's identity that say which setting a run is of."""
+def find_runs(paths: Sequence[Path], ids: Collection[str] | None = None) -> list[EvalRun]:
+    """Run folders among `paths` and directly below them, one run for every setting.
+
+    With `ids`, of these items alone: earlier runs may have asked more.
+    """
+    folders: dict[Path, Path] = {}
+    for path in paths:
+        below = [path] if (path / MANIFEST).exists() else sorted(path.glob(f"*/{MANIFEST}"))
+        for folder in (p if p.is_dir() else p.parent for p in below):
+            folders.setdefault(folder.resolve(), folder)
+    runs = [EvalRun.read(p) for p in folders.values()]
+    if not runs:
+        raise OptionError(
+            f"no run folder in {', '.join(map(str, paths))}: expected folders with {MANIFEST} and "
+            "records.jsonl, as `tokencomp eval -o runs` writes them."
+        )
+    unfinished = [str(r.path) for r in runs if not r.manifest.get("finished", True)]
+    if unfinished:
+        raise OptionError(
+            f"not finished: {', '.join(unfinished)}. Run the same command again; it goes on where "
+            "it stopped."
+        )
+    for run in runs if ids is not None else ():
+        run.records = [r for r in run.records if r["id"] in (ids or ())]
+    return sorted(one_table(runs), key=_order)
 
 
 def one_table(runs: Sequence[EvalRun]) -> list[EvalRun]:
@@ -107,3 +131,13 @@ def _check_questions(runs: Sequence[EvalRun]) -> None:
                         f"{record['id']!r}, so their answers cannot be compared. Run `tokencomp "
                         "eval` again for both: questions that have changed are asked once more."
                     )
+
+
+def _order(run: EvalRun) -> tuple[int, str, list[float]]:
+    name, ratio = run.identity["reducer"], run.ratio
+    numbers: list[float]
+    if isinstance(ratio, str):  # a budget
+        numbers = [2.0, *map(float, re.findall(r"\d+", ratio))]
+    else:
+        numbers = [1.0, *ratio.values()] if isinstance(ratio, dict) else [ratio]
+    return (FIRST.index(name) if name in FIRST else len(FIRST), run.label, numbers)

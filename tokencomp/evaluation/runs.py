@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tokencomp.errors import OptionError
-from tokencomp.evaluation.comparable import IDENTITY, one_table
 from tokencomp.evaluation.settings import (
     DOWNSCALE,
     FEWER_FRAMES,
@@ -26,6 +24,8 @@ from tokencomp.storage import read_object
 
 FIRST = (FULL, RANDOM, UNIFORM, DOWNSCALE, FEWER_FRAMES, NATIVE)
 """Methods that come first in tables."""
+IDENTITY = ("reducer", "ratio", "options")
+"""Keys of a manifest's identity that say which setting a run is of."""
 
 
 @dataclass
@@ -161,40 +161,3 @@ def score_pairs(
         for r in run.answered
         if (family is None or r["family"] == family) and all(r["id"] in s for s in scores)
     ]
-
-
-def find_runs(paths: Sequence[Path], ids: Collection[str] | None = None) -> list[EvalRun]:
-    """Run folders among `paths` and directly below them, one run for every setting.
-
-    With `ids`, of these items alone: earlier runs may have asked more.
-    """
-    folders: dict[Path, Path] = {}
-    for path in paths:
-        below = [path] if (path / MANIFEST).exists() else sorted(path.glob(f"*/{MANIFEST}"))
-        for folder in (p if p.is_dir() else p.parent for p in below):
-            folders.setdefault(folder.resolve(), folder)
-    runs = [EvalRun.read(p) for p in folders.values()]
-    if not runs:
-        raise OptionError(
-            f"no run folder in {', '.join(map(str, paths))}: expected folders with {MANIFEST} and "
-            "records.jsonl, as `tokencomp eval -o runs` writes them."
-        )
-    unfinished = [str(r.path) for r in runs if not r.manifest.get("finished", True)]
-    if unfinished:
-        raise OptionError(
-            f"not finished: {', '.join(unfinished)}. Run the same command again; it goes on where "
-            "it stopped."
-        )
-    for run in runs if ids is not None else ():
-        run.records = [r for r in run.records if r["id"] in (ids or ())]
-    return sorted(one_table(runs), key=_order)
-
-
-def _order(run: EvalRun) -> tuple[int, str, list[float]]:
-    name, ratio = run.identity["reducer"], run.ratio
-    numbers: list[float]
-    if isinstance(ratio, str):  # a budget
-        numbers = [2.0, *map(float, re.findall(r"\d+", ratio))]
-    else:
-        numbers = [1.0, *ratio.values()] if isinstance(ratio, dict) else [ratio]
-    return (FIRST.index(name) if name in FIRST else len(FIRST), run.label, numbers)

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from tokencomp.errors import OptionError
-from tokencomp.evaluation.comparable import IDENTITY
 from tokencomp.evaluation.cost import PARTS
 from tokencomp.evaluation.metrics import UNBOUNDED, McNemar, Paired, Retention
 from tokencomp.evaluation.rivals import Rivals, losses, paired_tests, rivals
-from tokencomp.evaluation.runs import EvalRun
+from tokencomp.evaluation.runs import IDENTITY, EvalRun
 from tokencomp.evaluation.settings import FULL
 from tokencomp.pages.html import render, si
 from tokencomp.pages.lost import lost_ids, read_lost

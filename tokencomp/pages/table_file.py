@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tokencomp.errors import OptionError
-from tokencomp.evaluation.comparable import IDENTITY
 from tokencomp.evaluation.metrics import Paired
+from tokencomp.evaluation.runs import IDENTITY
 from tokencomp.pages.report import Line
 from tokencomp.storage import finite, write_text, writing
 
