@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
+import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from support.console import run as command
 import tokencomp
 from tokencomp.errors import OptionError, SpanError, UnknownNameError, WeightsError
 from tokencomp.evaluation import Example, Setting, evaluate, grid, sweep
+from tokencomp.evaluation.environment import git
 from tokencomp.evaluation.store import read_records
 from tokencomp.inputs.prompts import build_inputs
 from tokencomp.reducers.uniform import Uniform
@@ -250,6 +253,24 @@ def test_a_full_disk_is_one_message_and_loses_no_answer(loaded, examples, tmp_pa
     assert len(read_records(tmp_path / "full")) == len(items) - 1
     again = evaluate(*loaded, items, "uniform", 0.5, tmp_path / "full", batch_size=4, **HOW)
     assert [r["prediction"] for r in again.records] == [r["prediction"] for r in whole.records]
+
+
+def test_looking_at_the_commit_leaves_the_index_of_the_checkout(tmp_path):
+    """A lock, left behind by a full disk, would stop the user's own git commands."""
+
+    def outside(*args):
+        subprocess.run(["git", "-C", str(tmp_path), *args], check=True, capture_output=True)
+
+    file, index = tmp_path / "a.txt", tmp_path / ".git/index"
+    file.write_text("a")
+    outside("init")
+    outside("add", "a.txt")
+    os.utime(file, (10**9, 10**9))
+    before = index.read_bytes()
+    assert git(tmp_path, "status", "--porcelain") == "A  a.txt"
+    assert index.read_bytes() == before
+    outside("status")
+    assert index.read_bytes() != before
 
 
 @pytest.mark.parametrize("part", ["visual.blocks.0.attn.proj", "layers.1.mlp.down_proj"])

@@ -44,7 +44,8 @@ def commit() -> str | None:
 
 def git(root: Path, *args: str) -> str:
     """What a git command prints for the checkout at `root`, without the last line end."""
-    command = ["git", "-C", str(root), *args]
+    # Without the locks that `status` takes to refresh the index: a full disk leaves them behind.
+    command = ["git", "--no-optional-locks", "-C", str(root), *args]
     return subprocess.run(
         command, capture_output=True, text=True, check=True, timeout=30
     ).stdout.rstrip()
