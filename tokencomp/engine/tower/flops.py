@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,13 +46,25 @@ class TowerShape:
 
 
 def _linear(module: nn.Module) -> int:
-    return 2 * sum(p.numel() for p in module.parameters() if p.ndim == 2)
+    """FLOPs per row of all linear layers in `module`, whatever form their weights have."""
+    products = 0
+    for part in module.modules():
+        sizes: list[Any] = [getattr(part, name, None) for name in ("in_features", "out_features")]
+        inner = (m for m in part.modules() if m is not part)
+        if None in sizes or any(hasattr(m, "in_features") for m in inner):  # a wrapper, as LoRA's
+            products += sum(p.numel() for p in part.parameters(recurse=False) if p.ndim == 2)
+        else:
+            products += int(math.prod(sizes))
+    return 2 * products
 
 
 def _width(attn: Any) -> int:
-    if hasattr(attn, "qkv"):
-        return int(attn.qkv.weight.shape[0]) // 3
-    return int(attn.q_proj.weight.shape[0])
+    fused = hasattr(attn, "qkv")
+    projection = attn.qkv if fused else attn.q_proj
+    rows = getattr(projection, "out_features", None)
+    if rows is None:
+        rows = projection.weight.shape[0]
+    return int(rows) // (3 if fused else 1)
 
 
 @dataclass
