@@ -197,6 +197,51 @@ def test_accelerate_mixed_precision(first: str) -> None:
         AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.mark.parametrize("first", ["prepare", "patch", "between", "unpatch"])
+@torch.no_grad()
+def test_accelerate_unwraps_mixed_precision(first: str) -> None:
+    """`unwrap_model(keep_fp32_wrapper=False)` binds what it finds inside of its wrappers.
+
+    The patch comes behind it, before `prepare`, between both, or goes between both.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    family = FAMILIES["qwen2_vl"]
+    model = family.build()
+    inputs = family.batch([[text(3), family.image(), text(5, 2)]])
+    plain = model(**inputs).logits
+    with tokencomp.patch(model, 0.5):
+        expected = model(**inputs).logits
+        tokens = model.generate(**inputs, max_new_tokens=3)
+    try:
+        accelerator = Accelerator(cpu=True, mixed_precision="bf16")
+        if first in ("patch", "unpatch"):
+            tokencomp.patch(model, 0.5)
+        accelerator.prepare_model(model)
+        if first == "between":
+            tokencomp.patch(model, 0.5)
+        if first == "unpatch":
+            tokencomp.unpatch(model)
+        accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        if first in ("prepare", "unpatch"):
+            assert torch.equal(model(**inputs).logits, plain)
+            tokencomp.patch(model, 0.5)
+        for _ in range(2):
+            assert torch.equal(model(**inputs).logits, expected)
+            assert torch.equal(model.forward(**inputs).logits, expected)
+            assert torch.equal(model.generate(**inputs, max_new_tokens=3), tokens)
+            tokencomp.patch(model, 0.5)  # once more
+        tokencomp.unpatch(model)
+        assert torch.equal(model(**inputs).logits, plain)
+        assert torch.equal(model.forward(**inputs).logits, plain)
+        model.forward = lambda *args, **kwargs: None
+        with pytest.raises(AlreadyCompressedError, match="forward replaced"):
+            tokencomp.patch(model, 0.5)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def test_a_label_behind_a_dropped_token(family: Family) -> None:
     """An image, then its caption: the first word of the caption is learnt too."""
     model = family.build()

@@ -55,7 +55,9 @@ class MethodReplacement:
         replacement, which from now on only passes calls on to the original.
         """
         own = vars(self._owner)
-        if self._active and own.get(self._name) is self._installed:
+        installed = own.get(self._name)
+        installed = getattr(installed, "__func__", installed)  # accelerate binds what it unwraps
+        if self._active and installed is self._installed:
             earlier = self._earlier
             while self.replaces(earlier) and not earlier.func.__self__._active:
                 earlier = earlier.func.__self__._earlier  # a replacement removed meanwhile
@@ -69,6 +71,8 @@ class MethodReplacement:
         original: Callable[..., Any] = self._earlier
         if original is _ABSENT:  # looked up in every call, as Python does with methods
             original = functools.partial(getattr(type(self._owner), self._name), self._owner)
+        if args and args[0] is self._owner:  # bound to it once more, as accelerate does
+            args = args[1:]
         if not self._active:
             return original(*args, **kwargs)
         return self._replacement(original, *args, **kwargs)

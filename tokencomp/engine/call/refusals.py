@@ -50,12 +50,18 @@ def refuse_foreign(model: nn.Module) -> None:
 
 
 def _only_wrapped(module: Any) -> bool:
-    """Whether `module.forward` was replaced by accelerate, or by torch.compile of the original."""
+    """Whether `module.forward` was replaced by accelerate, or by torch.compile of the original.
+
+    What accelerate has unwrapped may be the original without its decorators.
+    """
     own = module.__dict__
+    originals: list[Any] = [type(module).forward]
+    while (inner := getattr(originals[-1], "__wrapped__", None)) is not None:
+        originals.append(inner)
     forward = getattr(own["forward"], "_torchdynamo_orig_callable", None) or own["forward"]
     while forward is not None:
-        original = getattr(forward, "__func__", None) is type(module).forward
-        if original or forward is type(module).forward or MethodReplacement.replaces(forward):
+        original = getattr(forward, "__func__", forward) in originals
+        if original or MethodReplacement.replaces(forward):
             return True
         forward = getattr(forward, "__wrapped__", None) if PREPARED in own else None
     return "_old_forward" in own
