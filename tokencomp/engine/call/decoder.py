@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine.cache.compress import check_cache, compact_cache, extend_valid
 from tokencomp.engine.cache.layers import CompressedLayer
-from tokencomp.engine.cache.need import InForce
+from tokencomp.engine.cache.need import InForce, PatchNeed
 from tokencomp.engine.cache.rows import first_layer
 from tokencomp.engine.call.chunks import ChunkedPrefill, whole_output
 from tokencomp.engine.call.embeddings import with_embeddings
@@ -116,6 +116,7 @@ class DecoderHooks(CallHooks):
         """Let this patch continue the cache of a call, see `LaterTokens.adopt`."""
         cache = compat.get_cache(arguments)
         self._later.adopt(getattr(cache, "layers", []), first_layer(cache))
+        PatchNeed.lost = PatchNeed.is_held()  # else no cache is left that could have lost its patch
 
     # -- before a call --------------------------------------------------------------------------
 
