@@ -15,6 +15,7 @@ from support.console import run
 
 from tokencomp.cli._fitted import print_beside, print_fitted
 from tokencomp.cli.profile import LINES, show
+from tokencomp.evaluation.metrics import UNBOUNDED
 
 PLAN = [{"layer": 0, "fraction": 0.5, "reducer": "kcentre"}, {"layer": 4, "fraction": 0.25}]
 SCORES = {f"a{k}": int(k % 3 > 0) for k in range(9)}
@@ -40,7 +41,7 @@ def runs(tmp_path):
         ratio = 0.75 if name != "full" else 0.0
         write_run(root, name, ratio, {**SCORES, "a1": int(name == "full"), "a2": 1})
     for k, (name, ratio, options) in enumerate(METHODS):
-        scores = {**SCORES, "a1": k % 2}
+        scores = {**SCORES, "a1": k % 2, "a4": int(k == 1)}  # the second is like the full model
         folder = write_run(root / f"{k}", name, 0.5, scores, options=options)
         file = folder / "manifest.json"
         content = json.loads(file.read_text())
@@ -62,11 +63,14 @@ def test_no_number_of_a_report_is_cut(runs, tmp_path, capsys):
     for row in rows:
         assert all(word in first for word in row["method"].split())
         assert f"{float(row['accuracy']):.1%}" in first
-        if row["retention"]:
+        if row["retention"] and not row["retention_low"]:
+            assert f"{float(row['retention']):.1%} {UNBOUNDED}" in first
+        elif row["retention"]:
             low, high = float(row["retention_low"]), float(row["retention_high"])
             assert f"{float(row['retention']):.1%} [{low:.0%}, {high:.0%}]" in first
             points = (100 * float(row[f"against_full{end}"]) for end in ("_low", "_high"))
             assert "[{:+.0f}, {:+.0f}]".format(*points) in out
+    assert [row["retention_low"] for row in rows].count("") == 2  # of the full model, and alike
     assert {"plan", "condiv power=0.3 rest=merge"} <= {row["method"] for row in rows}
     for text in (out, files[1].read_text(), re.sub("<[^>]*>", "", page.read_text())):
         assert "fraction" not in text and "kcentre" in text
