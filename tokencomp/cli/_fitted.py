@@ -117,8 +117,13 @@ def print_beside(
         table = Table(box=None, padding=(0, gap, 0, 0), pad_edge=False, title=title)
         table.title_justify = "left"
         table.add_column("", width=head - gap)
+        spare = console.width - head - sum(widths[k] + gap for k in shown) + gap
         for k in shown:
-            table.add_column(columns[k][0], width=widths[k], justify="right", overflow="fold")
+            more = max(min(spare, max(map(len, columns[k][1:])) - widths[k]), 0)
+            spare -= more
+            table.add_column(
+                columns[k][0], width=widths[k] + more, justify="right", overflow="fold"
+            )
         for line, name in enumerate(names[1:], 1):
             table.add_row(f"[bold]{name}[/]", *(_text(columns[k][line]) for k in shown))
         console.print(table)
