@@ -20,7 +20,7 @@ Floats = np.ndarray[Any, np.dtype[np.float32]]
 def frame_cosines(patches: Patches, x: Tensor) -> list[Floats]:
     """Cosine of the mean of every frame with that of the next one, (t - 1,), for every span."""
     unit = normalize(means(x, frame_lengths(patches)), dim=1)
-    like = (unit[:-1] * unit[1:]).sum(1).detach().cpu().numpy()
+    like = _on_host((unit[:-1] * unit[1:]).sum(1))
     ends = starts_of([t for t, *_ in patches.batch.grids])
     return [like[start : end - 1] for start, end in itertools.pairwise(ends)]
 
@@ -29,10 +29,16 @@ def place_cosines(patches: Patches, x: Tensor) -> list[Floats]:
     """Cosine of every patch with its place in the next frame, (t - 1, n), for every span."""
     sizes = np.repeat(frame_lengths(patches), frame_lengths(patches))
     before = patches.table(np.maximum(np.arange(len(x)) - sizes, 0))
-    like = cosine_similarity(x, x.index_select(0, before), dim=1)
-    own = np.split(like.detach().cpu().numpy(), patches.starts[1:])
+    like = _on_host(cosine_similarity(x, x.index_select(0, before), dim=1))
+    own = np.split(like, patches.starts[1:])
     grids = patches.batch.grids
     return [v.reshape(t, h * w)[1:] for v, (t, h, w) in zip(own, grids, strict=True)]
+
+
+def _on_host(values: Tensor) -> Floats:
+    """Values as an array. `detach` is an operation, which calls without gradients do not need."""
+    array: Floats = (values.detach() if values.requires_grad else values).cpu().numpy()
+    return array
 
 
 def segments(like: Floats, threshold: float, least: int) -> list[int]:
