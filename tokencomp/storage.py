@@ -76,8 +76,8 @@ def keeping(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OptionError(
-            f"cannot write to {folder}: {error}. Finished answers stay there: make room, and run "
-            "the same command again."
+            f"cannot write to {folder}: {error}. Finished answers stay there: make room or permit "
+            "writing, and run the same command again."
         ) from error
 
 

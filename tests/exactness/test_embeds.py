@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import pytest
 import torch
+from support import oracle
 from support.families import CORE, FAMILIES, VIDEO, Family, text
 from torch import Tensor, nn
 
 import tokencomp
-from tokencomp.errors import NoVisualInputError, UncompressedWarning
+from tokencomp.errors import NoVisualInputError, OptionError, UncompressedWarning
 
 FAMILY_NAMES = CORE
 
@@ -65,6 +67,29 @@ def test_generate_takes_types_beside_embeddings(name: str, beams: int) -> None:
         assert [handle.stats.kept(b) for b in range(2)] == kept and handle.stats.ratio > 0.4
     for here, there in zip(got.logits, expected.logits, strict=True):
         torch.testing.assert_close(here, there, atol=1e-5, rtol=1e-5)
+
+
+def test_types_of_a_later_turn_are_those_of_its_columns() -> None:
+    """`generate` hands the body the new columns alone: 16 tokens of an image, of which 8 stay."""
+    family = FAMILIES["llava"]
+    model = family.build()
+    options = {"max_new_tokens": 1, "return_dict_in_generate": True}
+    turns = [text(3), family.image(0), text(4, 3), family.image(1), text(5, 5)]
+    past: dict[str, Any] = {}
+    rows = []
+    with tokencomp.patch(model, 0.5, reducer="uniform", strict=True):
+        for stop in (3, 5):
+            inputs = family.batch([turns[:stop]])
+            embeds = model.get_input_embeddings()(inputs["input_ids"])
+            given = {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]}
+            types = (inputs["input_ids"] == 150).int()
+            out = model.generate(**given, **past, mm_token_type_ids=types, **options)
+            past = {oracle.cache_name(out): oracle.cache_of(out)}
+            held = int(oracle.cache_of(out).layers[0].keys.shape[2])
+            rows.append(embeds.shape[1] - held)
+        with pytest.raises(OptionError, match=r"mm_token_type_ids of shape \(1, 2\) beside"):
+            model.generate(**given, mm_token_type_ids=torch.ones(1, 2), **options)
+    assert rows == [8, 16]
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])

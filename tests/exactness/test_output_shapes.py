@@ -14,6 +14,7 @@ from transformers import StaticCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import tokencomp
+from tokencomp.adapters.registry import adapter_for
 from tokencomp.conformance.build import tiny_model
 from tokencomp.conformance.oracle import columns_left, hidden
 from tokencomp.conformance.prompts import Prompts
@@ -49,6 +50,24 @@ def test_maps_are_those_of_the_masked_run(family: Family, name: str) -> None:
         hidden = got.hidden_states[layer + 1], full.hidden_states[layer + 1]
         torch.testing.assert_close(hidden[0][mask], hidden[1][mask], atol=1e-4, rtol=1e-4)
     assert torch.equal(got.attentions[-1], oracle.repeated_maps(got.attentions[-1], masks[-1]))
+
+
+def test_text_after_a_prompt_of_the_body_alone_keeps_its_states(family: Family) -> None:
+    """In transformers 4 the model around the decoder ends what a prompt left for its outputs."""
+    model = family.build("eager")
+    body = adapter_for(model).body
+    prompt, plain = (
+        family.batch([[text(3), family.image(0), text(9, 3)]]),
+        family.batch([[text(40)]]),
+    )
+    options = {"use_cache": False, "output_hidden_states": True}
+    with torch.no_grad():
+        expected = body(**plain, **options).hidden_states
+        with tokencomp.patch(model, ratio=0.5):
+            body(**prompt, **options)
+            states = body(**plain, **options).hidden_states
+    for own, other in zip(states, expected, strict=True):
+        assert torch.equal(own, other)
 
 
 @pytest.mark.parametrize("name", ["entry", "both"])

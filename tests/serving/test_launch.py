@@ -127,7 +127,8 @@ def test_other_flags_reach_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(launch, "check_architecture", lambda *arguments: None)
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     file = tmp_path / "config.yaml"
-    file.write_text("max-model-len: 2048\n")
+    # vLLM makes no flags of false and of empty lists, so that media of any host would be open.
+    file.write_text("max-model-len: 2048\nallowed-media-domains: []\ngrpc: false\n")
     extra = [
         "--api-server-count=2",
         "--media_io_kwargs.video.num_frames",
@@ -137,6 +138,7 @@ def test_other_flags_reach_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     ]
     command, _ = vllm_command("tiny", {"ratio": 0.5}, Bind(), Limits(), extra)
     assert command[-len(extra) :] == extra and "--media-io-kwargs" not in command
+    assert command[command.index("--allowed-media-domains") + 1] == "invalid."
 
 
 def test_vllm_starts_with_closed_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,7 @@ class Adapter:
     layers, text_config
         The layers of the decoder, and its config.
     row_scales
-        From which row on layers scale queries by its number, by the field that says it.
+        Field of the config → first row whose queries the layers scale by its number.
     placeholders
         Token id → kind (1 image, 2 video, 3 audio).
     layers_read_positions

@@ -10,9 +10,9 @@ ROW_NUMBERS = "cache_position"  # argument of decoder layers before transformers
 
 
 def row_scales(decoder: Any) -> dict[str, float | None]:
-    """From which row on they do so, by the field of the config that says it.
+    """Field of the config → first row that is scaled, None if the config does not name it.
 
-    Empty for decoders that do not, or that scale by positions.
+    Empty for decoders that scale no queries, or scale them by positions.
     """
     config, names = decoder.config, parameters_of(decoder.layers[0])
     found: dict[str, float | None] = {}

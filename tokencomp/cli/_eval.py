@@ -61,7 +61,7 @@ def tasks_in(
     from tokencomp.lmms.tasks import check_installed, find_tasks
 
     local = None if data in (None, SHAPESQA) else local_data(data)
-    if names is None and local is not None and not any(local.root.glob("*/*/")):
+    if names is None and local and not any(p.is_dir() for p in local.root.glob("*/*")):
         raise OptionError(
             f"--data {data}: the folder has neither questions.jsonl, with your questions, nor "
             "<owner>/<name> folders with the data of tasks, e.g. OpenGVLab/MVBench."

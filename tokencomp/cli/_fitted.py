@@ -26,7 +26,7 @@ class _Column:
         words = [self.name.plain, *(c.plain for c in self.cells if self.wraps)]
         longest = max((len(word) for text in words for word in text.split()), default=0)
         lines = [] if self.wraps else [_width(c) for c in self.cells]
-        return max(min(longest, LONGEST) if self.wraps else longest, *lines, 0, 0)
+        return max(min(longest, LONGEST) if self.wraps else longest, *lines, 0)
 
     @property
     def widest(self) -> int:

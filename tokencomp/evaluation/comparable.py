@@ -34,8 +34,9 @@ def find_runs(paths: Sequence[Path], ids: Collection[str] | None = None) -> list
             f"not finished: {', '.join(unfinished)}. Run the same command again; it goes on where "
             "it stopped."
         )
-    for run in runs if ids is not None else ():
-        run.records = [r for r in run.records if r["id"] in (ids or ())]
+    if ids is not None:
+        for run in runs:
+            run.records = [r for r in run.records if r["id"] in ids]
     return sorted(one_table(runs), key=_order)
 
 

@@ -12,7 +12,7 @@ from tokencomp.errors import OptionError
 
 RESAMPLES = 10_000
 FEW = 30
-"""Items below which an interval without width is none."""
+"""Below so many items, an interval without width counts as none."""
 UNBOUNDED = f"(n < {FEW})"
 """What stands in its place."""
 
@@ -28,7 +28,7 @@ class Paired:
 
     @property
     def bounded(self) -> bool:
-        """Whether the interval is one.
+        """Whether there is an interval.
 
         The bootstrap draws from the items alone: where all are alike, its interval has no width,
         which says nothing if they are few.

@@ -82,12 +82,13 @@ def rivals(run: EvalRun, runs: Sequence[EvalRun]) -> Rivals:
 def paired_tests(run: EvalRun, runs: Sequence[EvalRun]) -> dict[str, Any]:
     """`retention` against the full model among `runs`, and a test `against_random`, if it ran.
 
-    McNemar's test needs right or wrong, so that it is against the lowest seed alone.
+    McNemar's test needs right or wrong, so that it is against the lowest seed alone. There is none
+    where that seed has answered no item of the run.
     """
     full = next(r for r in runs if r.identity["reducer"] == FULL)
     values: dict[str, Any] = {"retention": retention(*paired_scores(run, full))}
     random = _at(RANDOM, run.ratio, runs)
-    if random and not _is(RANDOM, run):
+    if random and not _is(RANDOM, run) and score_pairs(run, random[:1]):
         values["against_random"] = mcnemar(*paired_scores(run, random[0]))
     return values
 

@@ -43,7 +43,7 @@ class EvalRun:
     path
         The run folder, if there is one.
     left_out
-        How many of its items are in no table, as other runs of the table lack them.
+        How many of its items are left out of a table, because other runs of the table lack them.
     """
 
     setting: Setting | None

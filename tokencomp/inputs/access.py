@@ -15,10 +15,10 @@ def readable(path: str | Path) -> Iterator[None]:
     try:
         yield
     except PermissionError as error:
-        raise closed(path) from error
+        raise no_permission(path) from error
 
 
-def closed(path: str | Path) -> MediaError:
+def no_permission(path: str | Path) -> MediaError:
     """The error about a file without permission."""
     return MediaError(
         f"{path}: no permission to read it. Change the permissions of the file and its folders, "

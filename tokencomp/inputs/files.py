@@ -116,7 +116,7 @@ def questions_file(path: Path) -> Path:
     try:
         file = path / "questions.jsonl" if path.is_dir() else path
         found = file.is_file()
-    except OSError as error:  # a folder above it is closed, or the name is too long
+    except OSError as error:  # no permission for a folder above it, or too long a name
         raise OptionError(f"data {name}: {error.strerror}. Give a file that can be read.") from None
     if not found:
         expected = "expected" if path.exists() else "no such file. Expected"

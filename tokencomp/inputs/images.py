@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from tokencomp.errors import MediaError, MissingDependencyError, install
-from tokencomp.inputs.access import closed
+from tokencomp.inputs.access import no_permission
 
 try:
     from PIL import Image as Image
@@ -31,7 +31,7 @@ def load_image(path: str | Path) -> Image.Image:
     except MediaError as error:
         raise MediaError(f"{path}: {error}") from None
     except PermissionError as error:
-        raise closed(path) from error
+        raise no_permission(path) from error
     except UnidentifiedImageError as error:
         raise MediaError(
             f"{path}: neither an image that Pillow can read nor a video by its suffix. Convert it "

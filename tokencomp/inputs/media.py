@@ -71,8 +71,8 @@ def load_media(
     Raises
     ------
     MediaError
-        File missing, closed, empty, corrupt or without frames, or without those that `frames`
-        names.
+        File missing, without permission to read it, empty, corrupt or without frames, or without
+        those that `frames` names.
     OptionError
         `frames`, `size` or `decoder` is none of the above.
     ScoreError

@@ -25,7 +25,7 @@ def load_sound(path: str | Path) -> np.ndarray:
     Raises
     ------
     MediaError
-        File missing, closed, damaged, or without sound.
+        File missing, without permission to read it, damaged, or without sound.
     MissingDependencyError
         PyAV is not installed.
     """

@@ -1,4 +1,4 @@
-"""Activation checkpointing: who runs what within it, which a backward pass runs once more."""
+"""Activation checkpointing: a backward pass runs once more what ran within it."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ class PatchNeed:
     Attributes
     ----------
     lost : bool
-        Whether some of them may have lost their patch.
+        Whether the patch of some such cache may be gone.
     """
 
     _held: ClassVar[WeakSet[PatchNeed]] = WeakSet()

@@ -118,7 +118,7 @@ def _check_prepared(forward: ForwardPass, length: int) -> None:
 
 
 def _check_temperature(adapter: Adapter, length: int) -> None:
-    """Refuse prompts in which layers scale queries by their row (Llama 4, Inkling)."""
+    """Refuse prompts in which layers scale queries by their row, see `row_scales`."""
     for name, limit in adapter.row_scales.items():
         if limit and length >= limit:
             raise RowIndexedAttentionError(

@@ -12,7 +12,7 @@ from tokencomp.adapters.structure import parameters_of
 from tokencomp.engine.cache.need import PatchNeed
 from tokencomp.engine.call.gate import CallGate
 from tokencomp.engine.call.state import RunningCalls
-from tokencomp.errors import NoVisualInputError, UnsupportedCacheError
+from tokencomp.errors import NoVisualInputError, OptionError, UnsupportedCacheError
 from tokencomp.torchlib.hooks import Hooked
 from tokencomp.torchlib.replace import MethodReplacement
 
@@ -70,6 +70,8 @@ class GenerateCalls(Hooked):
         if TYPES in kwargs and TYPES not in parameters_of(self.adapter.top):
             state.types = kwargs.pop(TYPES)  # transformers would refuse it
         try:
+            if state.types is not None:
+                _check_types(state.types, kwargs.get("inputs_embeds"))
             if PatchNeed.lost:  # masks of static caches are prepared before the model runs
                 self.adopt(kwargs)
             return original(*args, **kwargs)
@@ -110,15 +112,26 @@ class GenerateCalls(Hooked):
             )
 
 
+def _check_types(types: Tensor, embeds: Tensor | None) -> None:
+    """Refuse kinds of features that are not those of `inputs_embeds`, column by column."""
+    if embeds is not None and types.shape != embeds.shape[:2]:
+        raise OptionError(
+            f"{TYPES} of shape {tuple(types.shape)} beside inputs_embeds of shape "
+            f"{tuple(embeds.shape)}: expected one number per column, {tuple(embeds.shape[:2])}."
+        )
+
+
 def with_types(arguments: dict[str, Any], types: Tensor) -> dict[str, Any]:
     """Arguments of a call of the body, beside the kinds of features in its `inputs_embeds`.
 
-    `types` (B, L) has the rows of the caller of `generate`, which repeats rows for beams.
+    `types` (B, L) has the rows of the caller of `generate`, which repeats rows for beams, and all
+    columns, of which the body gets those that are not in the cache yet.
     """
     embeds = arguments.get("inputs_embeds")
     if embeds is None or arguments.get("input_ids") is not None:
         return arguments
-    return {**arguments, TYPES: types.repeat_interleave(embeds.shape[0] // types.shape[0], 0)}
+    rows = types.repeat_interleave(embeds.shape[0] // types.shape[0], 0)
+    return {**arguments, TYPES: rows[:, -embeds.shape[1] :]}
 
 
 def prompt_columns(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:

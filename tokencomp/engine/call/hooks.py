@@ -187,7 +187,7 @@ class Hooks(CallHooks):
         """Note where the visual features of a call go."""
         arguments, state = compat.bind(module, args, kwargs), self.calls.state
         state.in_body, state.body_mask = True, arguments.get("attention_mask")
-        state.forward = None
+        state.forward = state.ended = None
         state.inputs = state.kinds = None
         if PatchNeed.lost:  # the body may read the lengths of its cache, for masks of its own
             self.decoder.adopt(arguments)

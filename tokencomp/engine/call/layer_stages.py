@@ -15,17 +15,17 @@ from tokencomp.plan.plan import Plan
 from tokencomp.tokens.signals import Attention
 from tokencomp.torchlib import compat
 
-# Options of text configs whose decoders tokens cannot leave between layers, if they are above a
-# number.
 STREAMS = "its hidden states have several streams"
-TABLES = "its layers take two pairs of rotary tables in this release of transformers"  # before 5
-SCALES = "its layers scale attention by cache_position in this release of transformers"  # and 5.4
-# Why a layer cannot score at entry either.
+TABLES = "its layers take two pairs of rotary tables in this release of transformers"
+SCALES = "its layers scale attention by cache_position in this release of transformers"
+# Of these, why the first layer cannot score tokens at entry either.
 UNSCORED = {
     STREAMS: "takes hidden states of several streams, made of the embeddings behind that stage",
     TABLES: "takes two pairs of rotary tables in this release of transformers",
     SCALES: "scales attention by cache_position in this release of transformers",
 }
+# Options of text configs whose decoders tokens cannot leave between layers, if they are above a
+# number.
 ENTRY_ONLY = {
     "altup_num_inputs": (1, STREAMS),
     "hc_mult": (1, STREAMS),
@@ -42,7 +42,7 @@ def check_entry(plan: Plan, adapter: Adapter) -> None:
     ------
     PlanError
         Tokens would be scored by layer 0, which is a layer of linear attention, for example, or
-        takes several streams of hidden states, which embeddings are not.
+        takes what `UNSCORED` names.
     """
     entry = plan.entry
     if entry is None or not any(isinstance(signal, Attention) for signal in entry.needs):
@@ -71,9 +71,9 @@ def _entry_only(decoder: Any) -> list[str]:
     ]
     names = parameters_of(decoder.layers[0])
     if "position_embeddings_global" in names:
-        why.append(TABLES)
+        why.append(TABLES)  # Gemma 3 before transformers 5
     if row_scales(decoder) and ROW_NUMBERS in names:
-        why.append(SCALES)
+        why.append(SCALES)  # Llama 4 and Ministral 3 before transformers 5.4
     return why
 
 

@@ -3,7 +3,7 @@
 The first pass of a checkpointed layer knows its call, and reads the weights there. When the
 backward pass runs the layer once more, that call is over, and another one may have followed. So
 what checkpoints a layer gets a function that brings its call along, if it is transformers or a
-`CheckpointWrapper` of torch. Attention that somebody else checkpoints is refused.
+`CheckpointWrapper` of torch. Attention that is checkpointed in another way is refused.
 """
 
 from __future__ import annotations

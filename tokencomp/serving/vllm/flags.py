@@ -1,4 +1,4 @@
-"""Arguments that an operator hands on to `vllm serve`, and those that vLLM must not get so."""
+"""Arguments after `--`, which are for `vllm serve`, and those that are refused there."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import yaml  # type: ignore[import-untyped]  # it ships no types
 from tokencomp.errors import OptionError
 
 OWN = ("--host", "--api-key", "--allowed-local-media-path")
-"""What tokencomp must know, because its own rules go by it."""
-DOORS = ("--grpc", "--grpc-port")
-"""Servers of vLLM that its middleware does not see."""
+"""Flags that tokencomp must read itself, because its rules follow from them."""
+SERVERS = ("--grpc", "--grpc-port")
+"""Flags of further servers of vLLM, whose requests do not pass its middleware."""
 
 
 def check_flags(flags: Sequence[str]) -> None:
@@ -23,13 +23,13 @@ def check_flags(flags: Sequence[str]) -> None:
     Raises
     ------
     OptionError
-        One of `OWN` or `DOORS` is among the flags.
+        One of `OWN` or `SERVERS` is among the flags.
     """
     for flag in OWN:
         if sets(flags, flag):
             own = flag.replace("local-", "")
             raise OptionError(f"{flag} after `--`: put {own} before it, where tokencomp sees it.")
-    for flag in DOORS:
+    for flag in SERVERS:
         if sets(flags, flag):
             raise OptionError(
                 f"{flag}: the key and the limits of tokencomp hold for HTTP alone. Leave it out, "
@@ -52,12 +52,16 @@ def given_flags(arguments: Sequence[str]) -> list[str]:
 
 
 def _config(path: str) -> list[str]:
-    """Keys of a config file; none where vLLM cannot read it either, which then says why."""
+    """Keys of a config file that vLLM makes flags of: not those with false or an empty list.
+
+    There are none where vLLM cannot read the file either; its error says why.
+    """
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return []
-    return [str(key) for key in content] if isinstance(content, dict) else []
+    pairs = content.items() if isinstance(content, dict) else ()
+    return [str(key) for key, value in pairs if value is not False and value != []]
 
 
 def sets(flags: Sequence[str], flag: str) -> bool:
