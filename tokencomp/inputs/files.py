@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tokencomp.errors import OptionError
-from tokencomp.inputs.lines import FIELDS, read_question, short
+from tokencomp.inputs.lines import FIELDS, OF_PATH, read_question, short
 from tokencomp.inputs.questions import Example
 
 EMBEDDED = "shapesqa"
@@ -112,7 +112,7 @@ def _check_ids(file: Path, rows: Sequence[Example], numbers: Sequence[int]) -> N
 
 def questions_file(path: Path) -> Path:
     """The JSON Lines file that `path` names: itself, or `questions.jsonl` in a folder."""
-    name = repr(short(str(path)))
+    name = repr(short(str(path), OF_PATH))
     try:
         file = path / "questions.jsonl" if path.is_dir() else path
         found = file.is_file()

@@ -13,8 +13,8 @@ from tokencomp.errors import OptionError
 from tokencomp.inputs.questions import Example
 
 FIELDS = "with question, answer and media"
-SHOWN = 80
-"""Characters of a value that messages show."""
+SHOWN, OF_PATH = 80, 400
+"""Characters of a value that messages show; paths end in what is wrong with them."""
 
 
 def read_question(file: Path, number: int, line: str, key: str) -> Example:
@@ -35,10 +35,10 @@ def read_question(file: Path, number: int, line: str, key: str) -> Example:
     return Example(name, question, answer, paths, family, also=tuple(also))
 
 
-def short(text: str) -> str:
+def short(text: str, most: int = SHOWN) -> str:
     """A text that may be a whole picture in base64, as messages show it."""
     text = text.encode("utf-8", "backslashreplace").decode()
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}… ({len(text)} characters)"
+    return text if len(text) <= most else f"{text[:most]}… ({len(text)} characters)"
 
 
 def _texts(where: str, name: str, values: Sequence[Any]) -> list[str]:
@@ -99,12 +99,12 @@ def _path(where: str, folder: Path, text: Any) -> str:
         own = path.samefile(folder)
     except (FileNotFoundError, NotADirectoryError):
         raise OptionError(
-            f"{where}: {short(str(path))} does not exist. Every question needs media."
+            f"{where}: {short(str(path), OF_PATH)} does not exist. Every question needs media."
         ) from None
     except PermissionError:
         raise OptionError(
-            f"{where}: no permission to open {short(str(path))}. Change the permissions of its "
-            "folder, e.g. chmod +rx."
+            f"{where}: no permission to open {short(str(path), OF_PATH)}. Change the permissions "
+            "of its folder, e.g. chmod +rx."
         ) from None
     except (OSError, ValueError):  # too long, or with characters that no path has
         raise OptionError(
