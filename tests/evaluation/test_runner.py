@@ -1,41 +1,22 @@
-"""Runs against answers generated one by one, and what survives a kill."""
+"""Runs against answers generated one by one, and questions that fail."""
 
 from __future__ import annotations
 
 import json
-import os
-import resource
-import shutil
-import subprocess
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import pytest
 import torch
 from PIL import Image
+from support.answers import HOW, one_by_one
 from support.console import run as command
 
 import tokencomp
 from tokencomp.errors import OptionError, SpanError, UnknownNameError, WeightsError
 from tokencomp.evaluation import Example, Setting, evaluate, grid, sweep
-from tokencomp.evaluation.environment import git
 from tokencomp.evaluation.store import read_records
 from tokencomp.inputs.prompts import build_inputs
 from tokencomp.reducers.uniform import Uniform
-
-HOW = {"max_new_tokens": 4, "progress": False}
-
-
-def one_by_one(loaded, example, reducer=None, ratio=0.0):
-    """The answer to a single prompt, straight through `generate`."""
-    model, processor = loaded
-    inputs = build_inputs(processor, [example.load(8)], [example.prompt])
-    handle = tokencomp.patch(model, ratio, reducer=reducer) if reducer else None
-    out = model.generate(**inputs, do_sample=False, max_new_tokens=4)
-    if handle is not None:
-        handle.remove()
-    answer = out[0, inputs["input_ids"].shape[1] :]
-    return processor.decode(answer, skip_special_tokens=True).strip()
 
 
 def test_batches_answer_like_single_prompts(loaded, examples):
@@ -113,186 +94,6 @@ def test_costs_are_those_of_the_shapes(loaded, examples):
         assert record["ratio"] == 0.75
         assert record["flops"] == layers * (2 * n * (4 * d * d + 3 * d * f) + 4 * d * pairs)
         assert record["kv_bytes"] == layers * n * 2 * d * 4
-
-
-def test_resumes_where_it_was_killed(loaded, examples, tmp_path, monkeypatch):
-    whole = evaluate(*loaded, examples, "uniform", 0.5, tmp_path / "whole", batch_size=2, **HOW)
-    from tokencomp.evaluation import batches
-
-    calls = []
-    real = batches.generate
-
-    def dies(*args):
-        calls.append(1)
-        if len(calls) > 1:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(batches, "generate", dies)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(*loaded, examples, "uniform", 0.5, tmp_path / "cut", batch_size=2, **HOW)
-    file = tmp_path / "cut" / "records.jsonl"
-    assert len(file.read_text().splitlines()) == 2
-    with file.open("a") as handle:
-        handle.write('{"id": "half a li')
-    calls = []
-    monkeypatch.setattr(batches, "generate", lambda *a: calls.append(1) or real(*a))
-    run = evaluate(*loaded, examples, "uniform", 0.5, tmp_path / "cut", batch_size=2, **HOW)
-    untimed = [[{**r, "seconds": 0} for r in one.records] for one in (run, whole)]
-    assert untimed[0] == untimed[1]
-    assert len(calls) == 2  # three items were left
-    assert len(file.read_text().splitlines()) == len(examples)
-    assert json.loads((tmp_path / "cut" / "manifest.json").read_text())["finished"] is True
-
-
-def test_only_questions_about_changed_files_are_asked_again(loaded, examples, tmp_path):
-    copies = [Path(shutil.copy(e.media[0], tmp_path)) for e in examples]
-    items = [replace(e, media=(copy,)) for e, copy in zip(examples, copies, strict=True)]
-
-    def ask():
-        run = evaluate(*loaded, items, "uniform", 0.5, tmp_path / "run", **HOW)
-        assert read_records(tmp_path / "run") == run.records
-        return [r.get("prediction", r.get("error")) for r in run.records]
-
-    ask()
-    file = tmp_path / "run" / "records.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    file.write_text("".join(json.dumps({**r, "prediction": "kept"}) + "\n" for r in rows))
-    copies[2].touch()
-    assert ask() == ["kept"] * 5
-    shutil.copy(copies[1], copies[0])
-    new, other = one_by_one(loaded, items[0], "uniform", 0.5), ["kept"] * 4
-    assert ask() == ask() == [new, *other]
-    copies[0].write_bytes(b"no picture")
-    error, *kept = ask()
-    assert "neither an image" in error and kept == other
-    shutil.copy(examples[0].media[0], copies[0])  # as at first, but the last answer counts
-    assert ask() == [one_by_one(loaded, examples[0], "uniform", 0.5), *other]
-    file.rename(tmp_path / "run" / "records.1.jsonl")  # of another process, read first
-    file.write_text(json.dumps({**rows[0], "prediction": "old"}) + "\n")
-    assert "old" not in ask()
-
-
-def test_answers_to_other_questions_of_the_same_id_do_not_count(loaded, examples, tmp_path):
-    """An untrained model says what it says; that counts as right once it is the right answer."""
-    first = Example("0", examples[0].prompt, "never said", examples[0].media)
-    second = replace(first, prompt="Is there a blue star?")
-
-    def ask(example):
-        (record,) = evaluate(*loaded, [example], out_dir=tmp_path / "o", **HOW).records
-        assert read_records(tmp_path / "o") == [record]
-        return record["prompt"], record["prediction"], record["correct"]
-
-    said = [one_by_one(loaded, example) for example in (first, second)]
-    assert ask(first) == (first.prompt, said[0], False)
-    assert ask(second) == (second.prompt, said[1], False)
-    assert ask(replace(second, answer=said[1])) == (second.prompt, said[1], True)
-    assert ask(replace(second, also=(said[1],))) == (second.prompt, said[1], True)
-    assert ask(first) == (first.prompt, said[0], False)
-    lines = (tmp_path / "o/records.jsonl").read_text().splitlines()
-    assert len(lines) == 5 and json.loads(lines[-1])["again"] == 4
-    ask(first)
-    assert (tmp_path / "o/records.jsonl").read_text().splitlines() == lines
-
-
-@pytest.mark.parametrize(
-    ("ids", "size", "message"),
-    [("abab", 2, "2 examples have the id 'a'"), ("abb", 2, "id 'b'"), ("a", 0, "batch_size=0")],
-)
-def test_items_and_batches_that_make_no_sense_are_refused(tmp_path, ids, size, message):
-    items = [Example(name, "?", "x") for name in ids]
-    with pytest.raises(OptionError, match=message):
-        evaluate(None, None, items, out_dir=tmp_path / "o", batch_size=size)
-    assert not (tmp_path / "o").exists()
-
-
-def test_a_run_without_answers_leaves_no_folder(loaded, examples, tmp_path, monkeypatch):
-    from tokencomp.evaluation import batches
-
-    def dies(*args):
-        raise KeyboardInterrupt
-
-    evaluate(*loaded, examples[:1], "uniform", 0.5, tmp_path / "runs" / "other", **HOW)
-    monkeypatch.setattr(batches, "generate", dies)
-    for folder in ("new/uniform", "runs/uniform"):
-        with pytest.raises(KeyboardInterrupt):
-            evaluate(*loaded, examples[:1], "uniform", 0.5, tmp_path / folder, **HOW)
-    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["other"]
-
-
-def test_a_folder_of_another_run_is_refused(loaded, examples, tmp_path):
-    evaluate(*loaded, examples[:1], "uniform", 0.5, tmp_path, **HOW)
-    with pytest.raises(OptionError, match=r"ratio: 0.5 there, 0.75 now"):
-        evaluate(*loaded, examples[:1], "uniform", 0.75, tmp_path, **HOW)
-
-
-def test_answers_of_another_default_do_not_count(loaded, examples, tmp_path, monkeypatch):
-    """The options given are the same, what they stand for is not: another release, say."""
-    from tokencomp.reducers.registry import make_reducer
-
-    evaluate(*loaded, examples[:1], "random", 0.5, tmp_path, **HOW)
-    monkeypatch.setattr(type(make_reducer("random")).__init__, "__defaults__", (3,))
-    with pytest.raises(OptionError, match="differs in method"):
-        evaluate(*loaded, examples[:1], "random", 0.5, tmp_path, **HOW)
-
-
-def test_a_full_disk_is_one_message_and_loses_no_answer(loaded, examples, tmp_path):
-    """The last batch does not fit into the file; the same call goes on behind it."""
-    items = [replace(e, id=f"{k}/{e.id}") for k in range(4) for e in examples[:3]]
-    whole = evaluate(*loaded, items, "uniform", 0.5, tmp_path / "whole", batch_size=4, **HOW)
-    room = (tmp_path / "whole" / "records.jsonl").stat().st_size - 100
-    assert room > (tmp_path / "whole" / "manifest.json").stat().st_size
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
-    try:
-        with pytest.raises(OptionError, match=r"File too large.*make room"):
-            evaluate(*loaded, items, "uniform", 0.5, tmp_path / "full", batch_size=4, **HOW)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert len(read_records(tmp_path / "full")) == len(items) - 1
-    again = evaluate(*loaded, items, "uniform", 0.5, tmp_path / "full", batch_size=4, **HOW)
-    assert [r["prediction"] for r in again.records] == [r["prediction"] for r in whole.records]
-
-
-def test_looking_at_the_commit_leaves_the_index_of_the_checkout(tmp_path):
-    """A lock, left behind by a full disk, would stop the user's own git commands."""
-
-    def outside(*args):
-        subprocess.run(["git", "-C", str(tmp_path), *args], check=True, capture_output=True)
-
-    file, index = tmp_path / "a.txt", tmp_path / ".git/index"
-    file.write_text("a")
-    outside("init")
-    outside("add", "a.txt")
-    os.utime(file, (10**9, 10**9))
-    before = index.read_bytes()
-    assert git(tmp_path, "status", "--porcelain") == "A  a.txt"
-    assert index.read_bytes() == before
-    outside("status")
-    assert index.read_bytes() != before
-
-
-@pytest.mark.parametrize("part", ["visual.blocks.0.attn.proj", "layers.1.mlp.down_proj"])
-def test_answers_of_other_weights_do_not_count(loaded, examples, tmp_path, part):
-    """Whatever part of the model was trained in between."""
-    evaluate(*loaded, examples[:1], "uniform", 0.5, tmp_path, **HOW)
-    weight = next(p for n, p in loaded[0].named_parameters() if n.endswith(f"{part}.weight"))
-    before = weight.detach().clone()
-    weight.data += 0.01
-    try:
-        with pytest.raises(OptionError, match="differs in weights"):
-            evaluate(*loaded, examples[:1], "uniform", 0.5, tmp_path, **HOW)
-    finally:
-        weight.data.copy_(before)
-
-
-def test_answers_at_another_resolution_do_not_count(loaded, examples, tmp_path, monkeypatch):
-    evaluate(*loaded, examples[:1], "uniform", 0.5, tmp_path, **HOW)
-    images = loaded[1].image_processor
-    monkeypatch.setattr(images, "size", {**dict(images.size), "longest_edge": 56 * 56})
-    with pytest.raises(OptionError, match="differs in pixels"):
-        evaluate(*loaded, examples[:1], "uniform", 0.5, tmp_path, **HOW)
 
 
 def test_bad_media_are_recorded_and_the_rest_goes_on(loaded, examples, tmp_path):
