@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -23,6 +23,7 @@ from tokencomp import make_reducer
 from tokencomp.errors import OptionError, RatioError, ScoreError, TokenCompError
 from tokencomp.plan.counts import keep_count
 from tokencomp.plan.reducer import only_plans
+from tokencomp.reducers import Patches, ScoreReducer
 from tokencomp.reducers.compose import Compose
 from tokencomp.reducers.registry import options_of
 from tokencomp.serving.servable import serving_safe
@@ -252,6 +253,19 @@ def check_batch(case: Case, ratio: float, family: Family) -> None:
 def test_batch_equals_singles(case: Case, name: str, ratio: float) -> None:
     """Every option set, with three-row and with one-row positions."""
     check_batch(case, ratio, FAMILIES[name])
+
+
+@dataclasses.dataclass(frozen=True)
+class Unlike(ScoreReducer):
+    """Written as docs/reducers.md teaches, without a thought of other spans."""
+
+    def scores(self, patches: Patches) -> torch.Tensor:
+        x = patches.features.float()
+        return (x - x.mean(0)).norm(dim=1)
+
+
+def test_scores_see_one_span_at_a_time() -> None:
+    check_batch((cast(str, Unlike()), {}), 0.75, FAMILIES["qwen2_vl"])
 
 
 FIRST = list({case[0]: case for case in reversed(matrix.cases())}.values())[::-1]

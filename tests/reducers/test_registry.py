@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from support.families import FAMILIES
 from support.matrix import row
 
@@ -20,7 +21,7 @@ from tokencomp.adapters.registry import available_models, register_adapter
 from tokencomp.cli import _methods
 from tokencomp.errors import NameTakenError, OptionError, PluginWarning, UnknownNameError
 from tokencomp.plan.stages import TowerStage
-from tokencomp.reducers import registry
+from tokencomp.reducers import Patches, ScoreReducer, registry
 from tokencomp.reducers.compose import Compose
 from tokencomp.reducers.merge import Merge
 from tokencomp.reducers.published import Published
@@ -39,6 +40,11 @@ def _restored(monkeypatch: pytest.MonkeyPatch) -> None:
 @dataclasses.dataclass(frozen=True)
 class UserReducer(Uniform):
     pass
+
+
+class SpanBySpan(ScoreReducer):
+    def scores(self, patches: Patches) -> torch.Tensor:
+        return patches.features[:, 0]
 
 
 def test_a_taken_name_is_refused() -> None:
@@ -194,7 +200,7 @@ def test_what_servers_can_run_is_computed() -> None:
     """A reducer declares nothing: signals, later stages and counts of its own exclude it."""
     safe = {n for n, cls in tokencomp.available_reducers().items() if serving_safe(cls())}
     assert safe == {name for name in tokencomp.available_reducers() if row(name).served}
-    assert serving_safe(UserReducer())
+    assert serving_safe(SpanBySpan()) and not serving_safe(UserReducer())
     assert serving_safe(tokencomp.make_reducer("condiv", power=0.0))
     assert not serving_safe(tokencomp.make_reducer("merge+adsc"))
     assert serving_safe(tokencomp.make_reducer("selector", input="features"))

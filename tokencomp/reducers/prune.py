@@ -59,6 +59,7 @@ class Prune(ScoreReducer, Published):
     stop: float = 22 / 28
     layer: Literal["previous", "next"] = "previous"
 
+    batched = True
     revision = 2
     summary = (
         "layerwise pruning by the decoder's own attention (AIM 2412.03248, FastV, PyramidDrop)"

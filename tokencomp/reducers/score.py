@@ -5,10 +5,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
-from tokencomp.plan.reducer import label
+from tokencomp.plan.reducer import StageReducer, label
 from tokencomp.reducers._batch import best_rows, finite_values
 from tokencomp.reducers.base import Reducer
 from tokencomp.tokens.patches import Patches
@@ -50,18 +51,32 @@ class ScoreReducer(ChoosingReducer):
     """A reducer that says how much every patch counts, and nothing else.
 
     A subclass implements `scores`. Of equal scores the lower index stays.
+
+    Attributes
+    ----------
+    batched
+        False: `scores` sees one span at a time. True: it sees all spans of a call at once, takes
+        means and maxima within a span (`Patches.lengths`), and so scores no span by another one.
     """
+
+    batched: ClassVar[bool] = False
+
+    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
+        if self.batched or len(batch) == 1:
+            return super().reduce_batch(batch, keeps)
+        return StageReducer.reduce_batch(self, batch, keeps)
 
     @abstractmethod
     def scores(self, patches: Patches) -> Tensor:
-        """Importance of every patch of all spans of a call.
+        """Importance of every patch of a span.
 
         Parameters
         ----------
         patches
-            `features` (patches, d) of all spans, one after the other; `lengths` and `budgets` say
-            how many each span has and how many stay. `of_patches` takes the rows of patches from
-            a value per token, such as `patches.batch.scores`.
+            `features` (patches, d) of the span, or, if `batched`, of all spans, one after the
+            other; `lengths` and `budgets` say how many patches each span has and how many stay.
+            `of_patches` takes the rows of patches from a value per token, such as
+            `patches.batch.scores`.
 
         Returns
         -------

@@ -86,6 +86,8 @@ def train_selector(
 class AttentionRow(ScoreReducer):
     """The tokens that the user's text attends to most in layer 0: the selector's raw input."""
 
+    batched = True
+
     @property
     def needs(self) -> frozenset[Signal]:
         return frozenset({Attention("text")})
