@@ -89,7 +89,6 @@ def test_stats_of_a_prompt_of_text_are_empty(loaded, inputs):
         ({"method": "divprune"}, "Did you mean reducer?"),
         ({"postions": "compact"}, "Did you mean positions?"),
         ({"rst": "merge"}, "Did you mean rest?"),
-        ({"decy": 0.5}, "Did you mean decay?"),
         ({"zzz": 1}, "has no option 'zzz'. It has: "),
     ],
 )

@@ -155,9 +155,8 @@ class Handle:
     def set(
         self,
         *,
-        ratio: float | Mapping[str, float] | Sequence[float] | None = None,
+        ratio: float | Mapping[str, float] | None = None,
         budget: int | Mapping[str, int] | None = None,
-        decay: float | None = None,
         reducer: str | Reducer | None = None,
         plan: PlanLike | None = None,
         tower_ratio: float | Literal["auto"] | None = None,
@@ -167,8 +166,7 @@ class Handle:
     ) -> Handle:
         """Change ratios, reducers or options in place; arguments left out keep their values.
 
-        A ratio replaces a budget, and the other way round; a decay stays with the ratio until
-        something else than one number replaces that.
+        A ratio replaces a budget, and the other way round.
 
         A new reducer starts from its own default options. A plan replaces all of them; after a
         plan, a new ratio needs a reducer too.
@@ -180,7 +178,7 @@ class Handle:
                 f"tokencomp.patch(model, ..., {fixed[0]}={options[fixed[0]]!r}) again."
             )
         given: dict[str, Any] = {
-            "ratio": ratio, "budget": budget, "decay": decay, "reducer": reducer, "rest": rest,
+            "ratio": ratio, "budget": budget, "reducer": reducer, "rest": rest,
             "tower_ratio": tower_ratio, "tower_reducer": tower_reducer,
             "plan": None if plan is None else as_plan(plan),
         }  # fmt: skip

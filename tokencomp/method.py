@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from tokencomp.errors import OptionError, PlanError, RatioError
-from tokencomp.plan.amounts import Amount, check_decay, check_one_amount, ratio_text
+from tokencomp.plan.amounts import Amount, check_one_amount, ratio_text
 from tokencomp.plan.counts import check_ratio
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.profiles import behind, not_before
@@ -58,12 +58,9 @@ class MethodSpec:
     options
         Options of the named reducer, as a dict.
     ratio
-        A number. A mapping from kinds of media to ratios goes to `ratios`, and a list to
-        `item_ratios`; 0 is off.
+        A number; 0 is off. A mapping from kinds of media to ratios goes to `ratios`.
     ratios
         Ratios by kind of media, in place of `ratio`; kinds that are not named stay whole.
-    item_ratios
-        Ratios of the items of a prompt, in order, in place of `ratio`.
     carried
         Names of fields that an earlier setting left behind (`changed`). They may wait for another
         ratio; any other field that has no effect is refused.
@@ -84,8 +81,6 @@ class MethodSpec:
     tower_reducer: str | Reducer = "auto"
     ratios: dict[str, float] = field(default_factory=dict)
     budget: int | Mapping[str, int] | None = None
-    item_ratios: tuple[float, ...] = ()
-    decay: float = 1.0
     carried: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -93,9 +88,6 @@ class MethodSpec:
             if not self.ratio:
                 raise RatioError(f"ratio={{}}: names no kind of media. Use {', '.join(MEDIA)}.")
             object.__setattr__(self, "ratios", dict(self.ratio))
-            object.__setattr__(self, "ratio", 0.0)
-        elif isinstance(self.ratio, list | tuple):  # by item
-            object.__setattr__(self, "item_ratios", Amount.in_order(self.ratio).ratios)
             object.__setattr__(self, "ratio", 0.0)
         self._check_ratios()
         self._check_amount()
@@ -145,20 +137,15 @@ class MethodSpec:
             )
 
     def _check_amount(self) -> None:
-        """Check a budget and a decay, and what stands beside them or beside ratios by item."""
-        if self.budget is not None and (self.ratio or self.ratios or self.item_ratios):
-            check_one_amount(self.item_ratios or self.ratios or self.ratio, self.budget)
-        object.__setattr__(self, "decay", check_decay(self.decay))
-        if self.decay < 1 and (self.budget is not None or self.ratios or self.item_ratios):
-            (name, value), *_ = self._amount_asked.items()
+        """Check a budget, and that nothing else says how much stays."""
+        if self.budget is None:
+            return
+        if self.ratio or self.ratios:
+            check_one_amount(self.ratios or self.ratio, self.budget)
+        if self.plan is not None or self.tower_ratio:
             raise OptionError(
-                f"decay={self.decay:g} beside {name}={value!r}: the decay begins with one ratio, "
-                "that of the last image. Give ratio a number, or leave decay out."
-            )
-        if self.amount is not None and (self.plan is not None or self.tower_ratio):
-            raise OptionError(
-                f"{self.amount} beside a plan or tower_ratio, which treat all "
-                "items alike. Leave one out."
+                f"{self.amount} together with a plan or tower_ratio, whose fractions are the same "
+                "for all items. Leave one out."
             )
 
     def _check_tower(self) -> None:
@@ -214,9 +201,8 @@ class MethodSpec:
     @property
     def off(self) -> bool:
         """Whether the ratio is 0 for all media."""
-        ratios = (self.ratio, *self.ratios.values(), *self.item_ratios)
         own = self.plan is not None and any(stage.amount for stage in self.plan.stages)
-        return self.budget is None and self.decay == 1 and not own and not any(ratios)
+        return self.budget is None and not own and not any((self.ratio, *self.ratios.values()))
 
     @property
     def active(self) -> bool:
@@ -227,7 +213,7 @@ class MethodSpec:
     def shown_ratio(self) -> str:
         """The ratio in words, as the command line takes it: "0.75", or "video=0.75,audio=0.5".
 
-        Of a budget: "budget=512", or "budget=prompt=4096"; of a decay: "ratio=0.5,decay=0.8".
+        Of a budget: "budget=512", or "budget=prompt=4096".
         """
         return ratio_text(self.written_ratio)
 
@@ -246,22 +232,14 @@ class MethodSpec:
     @property
     def requested(self) -> dict[str, Any]:
         """What was asked for, as arguments: `{"ratio": 0.75}`, or `{"budget": 512}`."""
-        return {**self._amount_asked, **({"decay": self.decay} if self.decay < 1 else {})}
-
-    @property
-    def _amount_asked(self) -> dict[str, Any]:
         if self.budget is not None:
             return {"budget": self.budget}
-        return {"ratio": list(self.item_ratios) or self.ratios or self.ratio}
+        return {"ratio": self.ratios or self.ratio}
 
     @cached_property
     def amount(self) -> Amount | None:
-        """What stays of every item, where items differ; None: all have one ratio (by kind)."""
-        if self.budget is not None:
-            return Amount.of(self.budget)
-        if self.decay < 1:
-            return Amount(decay=self.decay, newest=self.ratio)
-        return Amount.in_order(self.item_ratios) if self.item_ratios else None
+        """The checked budget; None: there is a ratio."""
+        return None if self.budget is None else Amount.of(self.budget)
 
     @cached_property
     def _plans(self) -> dict[tuple[int, int], Plan]:
@@ -290,10 +268,7 @@ class MethodSpec:
         return self._plans[key]
 
     def changed(self, options: dict[str, Any], **arguments: Any) -> MethodSpec:
-        """The spec after `Handle.set` with these arguments; None and {} change nothing.
-
-        A decay goes with a ratio that is one number: whatever else replaces that replaces both.
-        """
+        """The spec after `Handle.set` with these arguments; None and {} change nothing."""
         given = {name: value for name, value in arguments.items() if value is not None}
         ratio, budget, plan = (given.pop(name, None) for name in ("ratio", "budget", "plan"))
         asked = check_one_amount(ratio, budget, plan)
@@ -307,12 +282,11 @@ class MethodSpec:
         given["carried"] = frozenset(tower.keys() - given.keys())
         if plan is not None:
             return MethodSpec(ratio=self.ratio, options=options, plan=plan, **given)
-        one = budget is None and not isinstance(ratio, Mapping | list | tuple)
-        amount = {"ratio": 0.0, "budget": None, "decay": self.decay if one else 1.0}
-        given = {**amount, **(asked or self._amount_asked), "rest": self.rest, **tower, **given}
+        amount = {"ratio": 0.0, "budget": None, **(asked or self.requested)}
+        given = {**amount, "rest": self.rest, **tower, **given}
         if "reducer" in given:
             return MethodSpec(options=options, **given)
-        given |= {"ratios": {}, "item_ratios": (), "options": {**self.options, **options}}
+        given |= {"ratios": {}, "options": {**self.options, **options}}
         return dataclasses.replace(self, **given)
 
     def describe(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from torch import nn
@@ -33,10 +33,9 @@ from tokencomp.validation import check_choice
 
 def patch(
     model: nn.Module,
-    ratio: float | Mapping[str, float] | Sequence[float] | None = None,
+    ratio: float | Mapping[str, float] | None = None,
     *,
     budget: int | Mapping[str, int] | None = None,
-    decay: float = 1.0,
     reducer: str | Reducer = "auto",
     plan: PlanLike | None = None,
     rest: Rest | None = None,
@@ -60,17 +59,12 @@ def patch(
         Fraction of visual-token work removed from the LLM, in [0, 1): 1 - mean over decoder layers
         of visual tokens seen / visual tokens of the prompt. 0 = off. None: 0.5, or what `plan` has.
         A mapping gives ratios by kind of media, `{"video": 0.75, "audio": 0.5}`; kinds that it does
-        not name stay whole. A list gives ratios of the items of a prompt, in order: one for every
-        image, clip or sound.
+        not name stay whole.
     budget
         In place of `ratio`: at most so many visual tokens of every item, so its ratio is
         1 - budget / its tokens; schedules are solved for that ratio. Smaller items stay whole.
-        `{"prompt": 4096}` is a budget of all items of a prompt together. Special tokens stay, as
-        at any ratio.
-    decay
-        In (0, 1]: `ratio`, one number, is that of the last item of a prompt, and what stays of an
-        item is multiplied by `decay` for every item behind it, down to one token. So an item keeps
-        less in a prompt in which more follow: a prompt comes as a whole, in one call. 1 = off.
+        `{"prompt": 4096}` is a budget of all items of a prompt together, which have one ratio.
+        Every item keeps at least one token, and special tokens stay, as at any ratio.
     reducer
         A name from `tokencomp.available_reducers()`, or a `Reducer`. "auto": kcentre on images,
         condiv on videos and uniform on audio; kcentre on all media if the first decoder layer has
@@ -137,10 +131,9 @@ def patch(
     Raises
     ------
     RatioError, UnknownNameError, OptionError
-        A bad ratio, budget, decay, reducer name, reducer option or `positions`; two of ratio,
-        budget and plan; a plan beside a reducer, options or `rest`; a budget, decay or list beside
-        a tower ratio; a decay beside a budget, mapping or list; rest="merge" for a reducer that
-        merges by itself.
+        A bad ratio, budget, reducer name, reducer option or `positions`; two of ratio, budget and
+        plan; a plan together with a reducer, options or `rest`; a budget together with a tower
+        ratio; rest="merge" for a reducer that merges by itself.
     PlanError
         A plan that cannot be read, or not be executed on this model; a tower ratio above the ratio;
         a reducer that cannot act in the tower.
@@ -168,7 +161,6 @@ def patch(
         rest=rest,
         tower_ratio=tower_ratio,
         tower_reducer=tower_reducer,
-        decay=decay,
         **asked,
     )
     with _checked(model, spec) if verify else contextlib.nullcontext():

@@ -26,16 +26,10 @@ Block = tuple[str, int]
 Policy = Callable[[int, int], float]
 
 
-def halved(age: int) -> float:
-    """What `patch(model, 0, decay=0.5)` leaves: at least one token."""
-    return max(1 / SCREEN, 0.5**age)
-
-
 POLICIES: dict[str, Policy] = {
     "all screenshots whole": lambda step, i: 1.0,
     "the last 3 whole, older ones removed": lambda step, i: float(step - i < 3),
     "halved with every step of age, down to 0.1": lambda step, i: max(0.1, 0.5 ** (step - i)),
-    "halved with every step of age (`decay=0.5`)": lambda step, i: halved(step - i),
     "the newest whole, older ones at 0.1": lambda step, i: 1.0 if i == step else 0.1,
     "**every one at 0.25 from first sight**": lambda step, i: 0.25,
     "0.5 at first sight, 0.1 in batches of 8": lambda step, i: 0.1 if i < step // 8 * 8 else 0.5,

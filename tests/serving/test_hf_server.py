@@ -59,21 +59,6 @@ def test_a_budget_equals_a_direct_call(hf_server: Any) -> None:
         assert usage["visual_tokens_before"] == before > 24 >= after
 
 
-@pytest.mark.parametrize("amount", [{"ratio": [0.75, 0.25]}, {"ratio": 0.25, "decay": 0.5}])
-def test_ratios_by_item_and_age_equal_direct_calls(hf_server: Any, amount: dict[str, Any]) -> None:
-    """Of one request alone: the next one has its own setting."""
-    _, client, folder, _ = hf_server
-    urls = [http.image_url(1), http.image_url(3, 168, 280)]
-    seen = []
-    for spec in ({"reducer": "uniform", **amount}, {"reducer": "uniform", "ratio": 0.25}):
-        answer = ask(client, *urls, tokencomp=spec)
-        text, prompt, _, after = expected(folder, urls, spec)
-        assert (answer.choices[0].message.content, answer.usage.prompt_tokens) == (text, prompt)
-        seen.append(answer.usage.model_extra["tokencomp"]["visual_tokens_after"])
-        assert seen[-1] == pytest.approx(after)
-    assert seen[0] < seen[1]
-
-
 def test_ratios_by_kind_and_low_detail_equal_direct_calls(hf_server: Any) -> None:
     _, client, folder, _ = hf_server
     urls, kinds = [http.image_url(1), http.video_url(2)], {"image": 0.25, "video": 0.75}

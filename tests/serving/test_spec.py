@@ -82,36 +82,6 @@ def test_budgets_in_tokens() -> None:
     assert tower.resolve({"budget": 8}, "hf").dropped_cells == 0
 
 
-def test_ratios_by_item_and_by_age() -> None:
-    """Of a request without caches behind it, and within the bound of the server."""
-    server = ServerOptions.parse({"ratio": 0.5, "reducer": "uniform"}, "hf")
-    assert server.resolve({"ratio": [0.9, 0.5]}, "hf").item_ratios == (0.9, 0.5)
-    spec = server.resolve({"decay": 0.5}, "hf")
-    assert (spec.ratio, spec.decay, spec.shown_ratio) == (0.5, 0.5, "ratio=0.5,decay=0.5")
-    whole = server.resolve({"ratio": 0, "decay": 0.5}, "hf")
-    assert whole.active and whole != spec and hash(whole) != hash(spec)
-    assert not server.resolve({"ratio": 0, "decay": 1}, "hf").active
-    always = ServerOptions.parse({"ratio": 0, "decay": 0.5}, "hf")
-    assert always.default.decay == 0.5 and always.resolve({"ratio": 0.5}, "hf").decay == 1
-    for wrong in ({"ratio": []}, {"ratio": [1.0]}, {"ratio": [0.5, "x"]}, {"decay": 0}):
-        with pytest.raises(RatioError):
-            server.resolve(wrong, "hf")
-    with pytest.raises(OptionError, match="beside budget"):
-        server.resolve({"budget": 64, "decay": 0.5}, "hf")
-    bounded = ServerOptions.parse({"ratio": 0.5, "max_ratio": 0.8}, "hf")
-    assert bounded.resolve({"ratio": [0.8, 0]}, "hf").item_ratios
-    for wrong in ({"ratio": [0.5, 0.9]}, {"decay": 0.9}):
-        with pytest.raises(RatioError, match="allows ratios from 0 to"):
-            bounded.resolve(wrong, "hf")
-    with pytest.raises(RatioError, match="only a request"):
-        ServerOptions.parse({"ratio": [0.5]}, "hf")
-    for engine in ("vllm", "sglang"):
-        server = ServerOptions.parse({"ratio": 0.5}, engine)
-        for refused in ({"ratio": [0.5, 0.9]}, {"decay": 0.5}, {"ratio": 0, "decay": 0.5}):
-            with pytest.raises(OptionError, match="--engine hf"):
-                server.resolve(refused, engine)
-
-
 def test_only_the_operator_may_set_paths() -> None:
     options = {"reducer": "selector", "ratio": 0.5, "options": {"weights": "somewhere"}}
     server = ServerOptions.parse(options, "hf")

@@ -59,11 +59,11 @@ class Setting(MethodSpec):
     target: str = ""
 
     def __post_init__(self) -> None:
-        asked = self.ratio or self.options or self.budget is not None or self.decay != 1
+        asked = self.ratio or self.options or self.budget is not None
         if self.reducer == FULL and self.plan is None and asked:
             raise OptionError(
                 f"the uncompressed model ('{FULL}') takes no ratio and no options; got "
-                f"ratio={self.ratio}, budget={self.budget}, decay={self.decay}, "
+                f"ratio={self.ratio}, budget={self.budget}, "
                 f"options={self.options}."
             )
         options = dict(self.options)
@@ -83,7 +83,7 @@ class Setting(MethodSpec):
         if not self.name:
             self._assign(name=FULL if self.off else self._reducer_name())
         if self.off:
-            self._assign(ratios={}, item_ratios=(), reducer=FULL, options={}, plan=None, rest=None)
+            self._assign(ratios={}, reducer=FULL, options={}, plan=None, rest=None)
             self._assign(tower_ratio=0.0, tower_reducer="auto")
 
     def _assign(self, **values: Any) -> None:

@@ -45,7 +45,7 @@ class ChosenMethod:
             raise OptionError(
                 f"ratio={self.ratio!r} together with budget={self.budget!r}: give one."
             )
-        elif not Amount.of(self.budget).alone:
+        elif Amount.of(self.budget).whole_prompt:
             raise OptionError(
                 f"budget={self.budget!r}: tokencomp.mlx has budgets of single images and videos. "
                 "Give a number."

@@ -65,9 +65,9 @@ class Plan:
                 f"rest='merge' beside {mergers[0]!r}, which merges tokens by itself: its tokens "
                 "have no weights. Merge in one of the two ways."
             )
-        budgets = [s.amount.budget for s in self.stages if s.amount and s.amount.budget]
-        fixed = [s for s in self.stages if s.amount and s.share is None]
-        if len(fixed) == len(budgets) and budgets != sorted(budgets, reverse=True):
+        budgets = [s.amount.tokens for s in self.stages if s.amount]
+        fixed = all(s.share is None for s in self.stages)
+        if fixed and budgets != sorted(budgets, reverse=True):
             raise PlanError(f"stage budgets {budgets}: expected numbers that do not grow.")
 
     def _check_fractions(self, kind: str | None) -> None:
@@ -102,8 +102,8 @@ class Plan:
         return bool(self.stages) or self.tower is not None
 
     @cached_property
-    def by_item(self) -> bool:
-        """Whether what stays of an item depends on the items beside it, or on its size."""
+    def has_budget(self) -> bool:
+        """Whether the fraction that stays of an item depends on its size, or on its prompt's."""
         return any(s.amount is not None for s in self.stages)
 
     @cached_property

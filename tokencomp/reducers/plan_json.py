@@ -55,8 +55,8 @@ def _size(stage: Stage | TowerStage) -> dict[str, Any]:
     amount = stage.amount if isinstance(stage, Stage) else None
     if amount is None:
         return {"fraction": float(stage.fraction)}
-    if isinstance(stage, Stage) and amount.budget is not None and stage.share is None:
-        return {"budget": amount.budget}
+    if isinstance(stage, Stage) and not amount.whole_prompt and stage.share is None:
+        return {"budget": amount.tokens}
     raise PlanError(
         f"a stage with {amount} depends on all items of a prompt, or on a schedule solved for each "
         "of them. Write down the reducer and its ratio or budget instead of the plan."

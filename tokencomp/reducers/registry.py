@@ -27,7 +27,7 @@ GROUP = "tokencomp.reducers"
 
 # Arguments of `patch` and `Handle.set` that stand beside the options of a reducer.
 ARGUMENTS = (
-    "ratio", "budget", "decay", "reducer", "plan", "tower_ratio", "tower_reducer", "strict",
+    "ratio", "budget", "reducer", "plan", "tower_ratio", "tower_reducer", "strict",
     "positions", "extend_context", "rest", "verify",
 )  # fmt: skip
 KEPT_SHARE = ("keep", "keep_ratio", "keep_rate", "retention", "fraction")

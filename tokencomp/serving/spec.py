@@ -18,7 +18,7 @@ from tokencomp.reducers.registry import make_reducer, options_of
 from tokencomp.serving.servable import check_name, check_servable
 
 TOWER_KEYS = ("tower_ratio", "tower_reducer")
-AMOUNTS = ("ratio", "budget", "decay")
+AMOUNTS = ("ratio", "budget")
 REQUEST_KEYS = ("reducer", *AMOUNTS, "options", "rest", *TOWER_KEYS)
 OPERATOR_OPTIONS = ("weights",)  # paths: what they name, and whether it exists, is not for clients
 SERVER_KEYS = (*REQUEST_KEYS, "max_ratio", "low_detail_ratio", "per_request", "only_own")
@@ -33,8 +33,8 @@ class ServerOptions:
     default : MethodSpec
         Its reducer is an object, or "auto" where the server compresses nothing by default.
     max_ratio : float
-        Largest ratio a request may ask for. Below 0.95 it may ask for no budget in tokens and no
-        decay, as what ratio those come to depends on the media.
+        Largest ratio a request may ask for. Below 0.95 it may ask for no budget in tokens, as its
+        ratio depends on the media.
     per_request : bool
         False refuses requests that bring their own reducer, ratio or options.
     low_detail_ratio : float or None
@@ -62,11 +62,6 @@ class ServerOptions:
             return cls()
         values = as_mapping(options, SERVER_KEYS)
         ratio = values.get("ratio", 0.0)
-        if isinstance(ratio, list | tuple):
-            raise RatioError(
-                f"ratio={ratio!r}: a list is for one prompt, so only a request can give one. Use "
-                "one number here."
-            )
         ratio = check_ratio(ratio)
         max_ratio = check_ratio(values.get("max_ratio", max(MAX_RATIO, ratio)))
         if ratio > max_ratio:
@@ -138,31 +133,22 @@ class ServerOptions:
         closed = [k for k in options if str(k).rpartition(".")[2] in OPERATOR_OPTIONS]
         if closed:
             raise OptionError(f"option {', '.join(closed)} is set by the server's operator only.")
-        if self.max_ratio < MAX_RATIO:
-            for name in ("budget", "decay"):
-                if values.get(name) is not None:
-                    raise RatioError(
-                        f"{name}={values[name]!r}: this server allows ratios from 0 to "
-                        f"{self.max_ratio}, and what ratio a {name} comes to depends on the media. "
-                        "Give a ratio."
-                    )
+        if self.max_ratio < MAX_RATIO and values.get("budget") is not None:
+            raise RatioError(
+                f"budget={values['budget']!r}: this server allows ratios from 0 to "
+                f"{self.max_ratio}, and the ratio of a budget depends on the media. Give a "
+                "ratio."
+            )
         return self._resolve(values, engine)
 
     def _resolve(self, values: Mapping[str, Any], engine: str) -> MethodSpec:
         asked = {key: values[key] for key in AMOUNTS if key in values}
         check_one_amount(asked.get("ratio"), asked.get("budget"))
-        if not asked or set(asked) == {"decay"}:
-            asked = {**self.default.requested, **asked}
+        asked = asked or dict(self.default.requested)
         if "budget" in asked:
             _check_budget(asked["budget"])
         if "ratio" in asked:
             asked["ratio"] = self._checked_ratio(asked["ratio"], engine)
-        if "decay" in asked and engine != "hf":
-            raise OptionError(
-                f"decay={asked['decay']!r}: what stays of an image would change with every image "
-                "that follows, and this engine caches images and prefixes. Give budget=512, or "
-                "serve with `--engine hf`."
-            )
         reducer = self._reducer(values)
         rest = values.get("rest") or self._usual_rest(values, reducer)
         if engine != "hf" and rest == "auto":
@@ -202,16 +188,9 @@ class ServerOptions:
         return self.default.rest if usual or self.default.rest != "auto" else None
 
     def _checked_ratio(self, ratio: Any, engine: str) -> Any:
-        """A ratio, or ratios by kind of media or by item, within the bound of the server."""
+        """A ratio, or ratios by kind of media, within the bound of the server."""
         if isinstance(ratio, Mapping) and engine == "sglang":
             raise OptionError(f"ratio={ratio!r}: the SGLang plugin has no ratios by kind of media.")
-        if isinstance(ratio, list | tuple):
-            if engine != "hf":
-                raise OptionError(
-                    f"ratio={ratio!r}: this engine prepares every image without the others of its "
-                    "prompt. Give one number or budget=512, or serve with `--engine hf`."
-                )
-            return [self._checked_ratio(value, engine) for value in ratio]
         by_kind = ratio if isinstance(ratio, Mapping) else {"": ratio}
         checked = {k: check_ratio(v, f"ratio of {k}" if k else "ratio") for k, v in by_kind.items()}
         if (largest := max(checked.values(), default=0.0)) > self.max_ratio:
@@ -225,8 +204,8 @@ class ServerOptions:
     ) -> MethodSpec:
         """The spec with the stage in the vision tower of a request, else that of the default.
 
-        `asked` has a "ratio", which is a number, a mapping from kinds of media to numbers, or a
-        list by item, or a "budget"; and perhaps `rest` and `decay`.
+        `asked` has a "ratio", which is a number or a mapping from kinds of media to numbers, or a
+        "budget"; and perhaps `rest`.
 
         The default's stage is for the default's ratio; a request for a lower one gets as much of
         it as that allows, down to none.
@@ -234,7 +213,7 @@ class ServerOptions:
         tower, ratio = values.get("tower_ratio"), asked.get("ratio", 0.0)
         if tower is None:
             tower = self.default.tower_ratio if ratio else 0.0
-            if tower != "auto" and not isinstance(ratio, dict | list):
+            if tower != "auto" and not isinstance(ratio, dict):
                 tower = min(tower, ratio)
         name = self.default.tower_reducer if tower else "auto"
         if values.get("tower_reducer") is not None:
@@ -261,7 +240,7 @@ class ServerOptions:
 
 def _check_budget(budget: Any) -> None:
     """Raise `RatioError` for a bad budget, or `OptionError` for one of a whole prompt."""
-    if Amount.of(budget).budget is None:
+    if Amount.of(budget).whole_prompt:
         raise OptionError(
             f"budget={budget!r}: servers treat every image and clip by itself, so that caches stay "
             "valid. Give a number, which is for each of them."

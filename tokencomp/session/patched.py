@@ -36,7 +36,7 @@ def check_patch(handle: Handle | None, kinds: Tensor | None, budget: int | None)
                 "as the tokens that it stands for, so that merging leaves no room in it. Patch "
                 "with rest='drop', or open the session with budget=None."
             )
-        if names and stage.amount is not None and not stage.amount.alone:
+        if names and stage.amount is not None and stage.amount.whole_prompt:
             raise OptionError(
                 f"the patch has {stage.amount}, so what stays of an image depends on the others of "
                 "its prompt. A session compresses every part when it comes, and never again. Take "

@@ -61,8 +61,6 @@ def read_prompt(
     if plan.layer_stages and compat.recomputed(adapter.layers[0]):
         check_recomputation()
     past = int(cache.get_seq_length()) if cache is not None else 0
-    if past:
-        check_ages(plan)
     positions, text = read_positions(adapter, arguments, past)
     rows = positions[-3:].cpu().numpy() if adapter.mrope else None
     found = adapter.spans(Call(kinds, x, rows, adapter.body, state.inputs or {}))
@@ -116,17 +114,6 @@ def check_recomputation() -> None:
             "would drop them again in the backward pass. Use transformers >= 5.23, an entry "
             "reducer, or model.gradient_checkpointing_disable()."
         )
-
-
-def check_ages(plan: Plan) -> None:
-    """Refuse media behind a cached prompt where what stays of an item depends on its age."""
-    for stage in plan.stages:
-        if stage.amount is not None and stage.amount.decay is not None:
-            raise OptionError(
-                f"{stage.amount} in a prompt that continues a cache: images in the cache are older "
-                "now, but their rows cannot change. Give the whole conversation as one prompt, or "
-                "use a setting that does not depend on age, such as budget=512."
-            )
 
 
 def check_grids(plan: Plan, spans: list[VisualSpan]) -> None:

@@ -96,7 +96,7 @@ class ForwardPass:
         ]
         layers = len(adapter.layers)
         self.places: list[list[Place | None]] = [[None] * len(row) for row in spans]
-        if plan.by_item:
+        if plan.has_budget:
             pairs = zip(spans, self.prompts, strict=False)
             self.places = [list(packed_places(row, own)) for row, own in pairs]
         self.counts = [

@@ -217,7 +217,7 @@ class Engine:
         if not spec.active:
             return self._handle.disabled()
         self._handle.set(
-            **{**spec.requested, "decay": spec.decay},
+            **spec.requested,
             reducer=spec.reducer, rest=spec.rest_in_force,
             tower_ratio=spec.tower_ratio, tower_reducer=spec.tower_reducer,
         )  # fmt: skip
