@@ -1,20 +1,19 @@
 """LLM prefill with and without compression, real decoder shapes, random weights.
 
-    python -m benchmarks.models.prefill             # all cases → prefill.jsonl, prefill.md
+    python -m benchmarks.models.prefill             # all cases
+    python -m benchmarks.models.prefill --quick     # the default alone, for the README
     python -m benchmarks.models.prefill --models llava-onevision-0.5b --tokens 2048
-    python -m benchmarks.models.prefill --quick     # few cases → prefill_quick.jsonl, .md
     python -m benchmarks.models.prefill --report    # only rebuilds the page
 
 Patched and unpatched runs alternate in one process; the medians of their times are compared. The
 vision tower does not run: the visual features are synthetic (see `still_video`), so these are
 LLM-only numbers. The limit is arithmetic: FLOPs without / with compression. Short prompts use a
 processor less well, so each ratio is also compared with the unpatched model on a text as long as
-the compressed prompt ("native"). Records of other models and lengths stay in the file, so the
-benchmark can be run in pieces. The file and the page are written after every repeat.
+the compressed prompt ("native"). A case that is measured again replaces its record in
+prefill.jsonl, and all others stay. The file and the page are written after every repeat.
 
-`--quick` takes less than ten minutes on two quiet cores: Qwen2-VL-2B at 4,096 tokens with merge,
-auto and aim, and aim at 0.5 on the 0.5B shape. It leaves out the peaks of memory, each of which
-takes another run.
+`--quick` takes less than ten minutes on two quiet cores: Qwen2-VL-2B with 4,096 tokens of an image,
+merged as by default and dropped, and of a video. It leaves out peaks of memory and native texts.
 """
 
 from __future__ import annotations
@@ -37,39 +36,59 @@ import tokencomp
 from benchmarks import publishing
 from benchmarks.models import shapes
 from benchmarks.publishing import environment, provenance, read_lines
+from tokencomp.method import Rest
 from tokencomp.pages import measured
+from tokencomp.pages.measured import kind_of, method_of
 from tokencomp.storage import write_lines
 
 FOLDER = Path(__file__).parent
 TEXT_BEFORE, TEXT_AFTER = 16, 48
-REDUCERS = ("uniform", "merge", "auto", "aim")
 RATIOS = (0.5, 0.75, 0.9)
-Case = tuple[str, float]
+KINDS = {"llava-onevision-0.5b": ("video",), "qwen2-vl-2b": ("image", "video")}
+"""By model, the media that it is given."""
+Method = tuple[str, Rest]
+"""A reducer, and what happens to the rest; "auto", as by default, merges it on images."""
+Case = tuple[str, Rest, float]
+DEFAULT: dict[str, tuple[Method, ...]] = {
+    "image": (("auto", "auto"), ("auto", "drop")),
+    "video": (("auto", "auto"),),
+}
+OTHERS: tuple[Method, ...] = (("uniform", "drop"), ("merge", "drop"), ("aim", "drop"))
 
 
 @dataclass(frozen=True)
 class Piece:
-    """One model at one length: the reducers and ratios, and how often each runs."""
+    """One model and one medium: the methods and ratios, and how often each runs.
+
+    `extras` are peaks of memory, each of which takes another run, and native texts.
+    """
 
     model: str
+    kind: str
     tokens: int
-    cases: tuple[Case, ...]
+    methods: tuple[Method, ...]
+    ratios: tuple[float, ...]
     repeats: int
-    peaks: bool = True  # of memory; each takes another run
+    extras: bool = True
+
+    @property
+    def cases(self) -> list[Case]:
+        """Every method at every ratio."""
+        return [(*method, ratio) for method in self.methods for ratio in self.ratios]
 
 
-QUICK = (
-    Piece("llava-onevision-0.5b", 2048, (("aim", 0.5),), 5, False),
-    Piece("llava-onevision-0.5b", 4096, (("aim", 0.5),), 5, False),
-    Piece("qwen2-vl-2b", 4096, tuple(itertools.product(REDUCERS[1:], RATIOS)), 2, False),
+QUICK = tuple(
+    Piece("qwen2-vl-2b", kind, 4096, methods, RATIOS, 3, False) for kind, methods in DEFAULT.items()
 )
 
 
-MODELS = ("llava-onevision-0.5b", "qwen2-vl-2b")
+def setup(
+    name: str, kind: str, tokens: int, dtype: torch.dtype
+) -> tuple[nn.Module, dict[str, Any], int]:
+    """Model, the inputs of one prompt with an image or a video, and its visual tokens.
 
-
-def setup(name: str, tokens: int, dtype: torch.dtype) -> tuple[nn.Module, dict[str, Any]]:
-    """Model and the inputs of one prompt with a video of about `tokens` visual tokens."""
+    There are about as many as asked for: whole frames of 196 or 256 tokens, or a square image.
+    """
     torch.manual_seed(0)
     model, _ = shapes.build(name, tokens=1, vision_layers=1, dtype=dtype)
     config: Any = model.config
@@ -78,22 +97,22 @@ def setup(name: str, tokens: int, dtype: torch.dtype) -> tuple[nn.Module, dict[s
         base = still_video(round(tokens / 196), 196, hidden)
         base, grid = torch.cat([base, base[-1:]])[None], {}  # the last token ends the video
     else:
-        frames = round(tokens / 256)
-        base = still_video(frames, 256, hidden)
-        grid = {"video_grid_thw": torch.tensor([[frames, 32, 32]])}
+        frames, side = (1, round(tokens**0.5)) if kind == "image" else (round(tokens / 256), 16)
+        base = still_video(frames, side * side, hidden)
+        grid = {f"{kind}_grid_thw": torch.tensor([[frames, 2 * side, 2 * side]])}
     n = base.shape[-2]
-    video = config.video_token_id
-    ids = torch.tensor([[9] * TEXT_BEFORE + [video] * n + [11] * TEXT_AFTER])
+    placeholder = config.image_token_id if kind == "image" else config.video_token_id
+    ids = torch.tensor([[9] * TEXT_BEFORE + [placeholder] * n + [11] * TEXT_AFTER])
     pooled = base.to(dtype) if name.startswith("llava") else (base.to(dtype),)
     inputs = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
-        "mm_encoder_outputs": {"video": BaseModelOutputWithPooling(pooler_output=pooled)},
+        "mm_encoder_outputs": {kind: BaseModelOutputWithPooling(pooler_output=pooled)},
         **grid,
     }
     if grid:
-        inputs["mm_token_type_ids"] = 2 * (ids == video).int()
-    return model, inputs
+        inputs["mm_token_type_ids"] = (1 if kind == "image" else 2) * (ids == placeholder).int()
+    return model, inputs, n
 
 
 def still_video(frames: int, places: int, hidden: int) -> Tensor:
@@ -137,11 +156,10 @@ def peak_of(model: nn.Module, inputs: dict[str, Any]) -> int:
 
 def measure(piece: Piece, dtype: torch.dtype) -> Iterator[list[dict[str, Any]]]:
     """After every repeat, one record per case: the full model runs, then each case in turn."""
-    model, inputs = setup(piece.model, piece.tokens, dtype)
-    cases, ratios = piece.cases, list(dict.fromkeys(ratio for _, ratio in piece.cases))
-    peak_full, full = peak_of(model, inputs) if piece.peaks else None, []
-    visual = int((inputs["input_ids"] == model.config.video_token_id).sum())
-    native: dict[float, list[float]] = {ratio: [] for ratio in ratios}
+    model, inputs, visual = setup(piece.model, piece.kind, piece.tokens, dtype)
+    cases = piece.cases
+    peak_full, full = peak_of(model, inputs) if piece.extras else None, []
+    native: dict[float, list[float]] = {ratio: [] for ratio in piece.ratios}
     seconds = {case: [] for case in cases}
     reduce: dict[Any, list[float]] = {case: [] for case in cases}
     peaks, stats = dict.fromkeys(cases), {}
@@ -149,20 +167,21 @@ def measure(piece: Piece, dtype: torch.dtype) -> Iterator[list[dict[str, Any]]]:
         for repeat in range(piece.repeats):
             with handle.disabled():
                 full.append(prefill(model, inputs))
-                for ratio in ratios:
+                for ratio in piece.ratios if piece.extras else ():
                     short = text_only(round(visual * (1 - ratio)))
                     native[ratio].append(prefill(model, short))
-            for reducer, ratio in cases:
-                handle.set(ratio=ratio, reducer=reducer)
-                if repeat == 0 and piece.peaks:
-                    peaks[reducer, ratio] = peak_of(model, inputs)
-                seconds[reducer, ratio].append(prefill(model, inputs))
-                stats[reducer, ratio] = handle.stats
-                reduce[reducer, ratio].append(handle.stats.reduce_seconds)
+            for case in cases:
+                reducer, rest, ratio = case
+                handle.set(ratio=ratio, reducer=reducer, rest=rest)
+                if repeat == 0 and piece.extras:
+                    peaks[case] = peak_of(model, inputs)
+                seconds[case].append(prefill(model, inputs))
+                stats[case] = handle.stats
+                reduce[case].append(handle.stats.reduce_seconds)
             yield [
                 {
                     **record(piece, case, dtype, stats[case]),
-                    **speed(stats[case], full, seconds[case], native[case[1]], reduce[case]),
+                    **speed(stats[case], full, seconds[case], native[case[2]], reduce[case]),
                     "peak_bytes_full": peak_full,
                     "peak_bytes_compressed": peaks[case],
                 }
@@ -174,12 +193,14 @@ def record(piece: Piece, case: Case, dtype: torch.dtype, stats: Any) -> dict[str
     """What a case is, and what it leaves of the KV cache."""
     return {
         "model": piece.model,
+        "kind": piece.kind,
         "tokens": piece.tokens,
         "dtype": str(dtype).removeprefix("torch."),
         "visual_tokens": stats.tokens_before[0],
         "text_tokens": TEXT_BEFORE + TEXT_AFTER,
         "reducer": case[0],
-        "ratio": case[1],
+        "rest": case[1],
+        "ratio": case[2],
         "achieved_ratio": round(stats.ratio, 4),
         "kv_bytes_full": stats.kv_bytes_before,
         "kv_bytes_compressed": stats.kv_bytes_after,
@@ -204,7 +225,7 @@ def speed(
         "speedup": round(speedup, 3),
         "flop_limit": round(limit, 3),
         "fraction_of_limit": round(speedup / limit, 3),
-        "fraction_of_native": round(median(native) / median(compressed), 3),
+        "fraction_of_native": round(median(native) / median(compressed), 3) if native else None,
         "reduce_overhead": round(median(reduce) / base, 4),
     }
 
@@ -215,7 +236,7 @@ give its range between the fastest and the slowest pair of runs. The FLOP limit 
 compression divided by those with it. "Of native" compares with the unpatched model on a text as
 long as the compressed prompt, because a processor works less efficiently on short prompts. "Reduce"
 is the reducer's own time, scoring included. Peak memory and KV cache are shares of the unpatched
-run's. [All benchmark pages](../README.md)."""
+run's; a cache with merged tokens keeps its size. [All benchmark pages](../README.md)."""
 
 
 def page(records: list[dict[str, Any]]) -> str:
@@ -234,8 +255,8 @@ def page(records: list[dict[str, Any]]) -> str:
 def table(records: list[dict[str, Any]]) -> str:
     """The records as a Markdown table."""
     columns = (
-        "model", "visual tokens", "reducer", "ratio", "runs", "prefill speed-up", "FLOP limit",
-        "of limit", "of native", "reduce / full prefill", "peak memory", "KV cache",
+        "model", "media", "visual tokens", "method", "ratio", "runs", "prefill speed-up",
+        "FLOP limit", "of limit", "of native", "reduce / full prefill", "peak memory", "KV cache",
     )  # fmt: skip
     rows = []
     for r in records:
@@ -245,10 +266,12 @@ def table(records: list[dict[str, Any]]) -> str:
         kv = r["kv_bytes_compressed"] / r["kv_bytes_full"]
         full, less = r["seconds_full"], r["seconds_compressed"]
         spread = f"({min(full) / max(less):.1f}–{max(full) / min(less):.1f})"
-        shares = [f"{100 * r[f'fraction_of_{name}']:.0f} %" for name in ("limit", "native")]
+        shares = [f"{100 * r['fraction_of_limit']:.0f} %", "–"]
+        if r["fraction_of_native"]:
+            shares[1] = f"{100 * r['fraction_of_native']:.0f} %"
         rows.append(
             [
-                *(str(r[name]) for name in ("model", "visual_tokens", "reducer", "ratio")),
+                *(r["model"], kind_of(r), str(r["visual_tokens"]), method_of(r), str(r["ratio"])),
                 *(str(len(less)), f"{r['speedup']:.2f}× {spread}", f"{r['flop_limit']:.2f}×"),
                 *(*shares, f"{100 * r['reduce_overhead']:.1f} %", peak, f"{100 * kv:.0f} %"),
             ]
@@ -275,14 +298,15 @@ def timed(function: Callable[[], Any]) -> float:
 
 def pieces(args: argparse.Namespace) -> Iterator[Piece]:
     """What the command line requests."""
-    cases = tuple(itertools.product(REDUCERS, args.ratios))
     for name, tokens in itertools.product(args.models, args.tokens):
-        yield Piece(name, tokens, cases, args.repeats)
+        for kind in KINDS[name]:
+            methods = (*OTHERS[:2], *DEFAULT[kind], *OTHERS[2:])
+            yield Piece(name, kind, tokens, methods, tuple(args.ratios), args.repeats)
 
 
-def key(piece: Piece) -> tuple[str, int]:
-    """What identifies the records of a piece."""
-    return piece.model, piece.tokens
+def key(r: dict[str, Any]) -> tuple[Any, ...]:
+    """What identifies a record."""
+    return r["model"], r["tokens"], kind_of(r), method_of(r), r["ratio"]
 
 
 def publish(out: Path, records: list[dict[str, Any]]) -> None:
@@ -293,15 +317,14 @@ def publish(out: Path, records: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    parser = publishing.parser(__doc__)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser = publishing.parser(__doc__, FOLDER / "prefill.jsonl")
+    parser.add_argument("--models", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--tokens", nargs="+", type=int, default=[2048, 4096])
     parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="the few cases of `QUICK`")
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
     args = parser.parse_args()
-    args.out = args.out or FOLDER / ("prefill_quick.jsonl" if args.quick else "prefill.jsonl")
     if args.report:
         publish(args.out, read_lines(args.out))
         return
@@ -309,14 +332,15 @@ def main() -> None:
     dtype = fastest_dtype() if args.dtype == "auto" else getattr(torch, args.dtype)
     for piece in QUICK if args.quick else pieces(args):
         run_facts = {**environment(), **facts}
-        others = [r for r in read_lines(args.out) if (r["model"], r["tokens"]) != key(piece)]
         own: list[dict[str, Any]] = []
         for repeat in measure(piece, dtype):
             own = [{**r, "environment": run_facts} for r in repeat]
-            records = [*others, *own]
-            records.sort(key=lambda r: (list(MODELS).index(r["model"]), r["tokens"]))
-            write_lines(args.out, records)
-            publish(args.out, records)
+            records = {key(r): r for r in (*read_lines(args.out), *own)}
+            order = sorted(
+                records.values(), key=lambda r: ([*KINDS].index(r["model"]), r["tokens"])
+            )
+            write_lines(args.out, order)
+            publish(args.out, order)
         print("\n".join(table(own).splitlines()[2:]), flush=True)
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"peak resident memory of this process: {usage / 2**20:.1f} GiB")

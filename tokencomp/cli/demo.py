@@ -102,13 +102,13 @@ def _print_measured(console: Any) -> None:
             "[dim]Times of real shapes: benchmarks/models/prefill.md in the repository.[/]"
         )
         return
-    title = f"\nMeasured on real shapes: LLM prefill with {speed.reducer}, times as fast"
-    shown = _tables.table("shape", "visual tokens", title=title)
+    title = "\nMeasured on real shapes: LLM prefill, times as fast"
+    shown = _tables.table("shape", "media", "tokens", "method", title=title)
     for ratio in speed.ratios:
         shown.add_column(f"at {ratio:g}", justify="right", no_wrap=True)
-    for model, tokens, values in speed.rows:
+    for model, kind, tokens, method, values in speed.rows:
         cells = ("–" if v is None else f"{v:.1f}×" for v in values)
-        shown.add_row(model, f"{tokens}", *cells)
+        shown.add_row(model, kind, f"{tokens}", method, *cells)
     shown.caption = speed.where
     console.print(shown)
 

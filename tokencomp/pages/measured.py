@@ -19,42 +19,53 @@ PREFILL = Path(__file__).with_name("prefill.jsonl")
 
 @dataclass(frozen=True)
 class PrefillSpeed:
-    """How many times as fast the LLM prefill is with one reducer, a column per ratio.
+    """How many times as fast the LLM prefill is with compression, a column per ratio.
 
-    A row has the name of a shape, visual tokens, and one value per ratio (None: not measured).
-    `where` says hardware, versions, command and date.
+    A row has the name of a shape, the kind of media, visual tokens, the method, and one value per
+    ratio (None: not measured). `where` says hardware, versions and dates.
     """
 
-    reducer: str
     ratios: list[float]
-    rows: list[tuple[str, int, list[float | None]]]
+    rows: list[tuple[str, str, int, str, list[float | None]]]
     where: str
 
 
+def kind_of(record: Mapping[str, Any]) -> str:
+    """The media of a record; older ones are all of videos."""
+    return record.get("kind", "video")
+
+
+def method_of(record: Mapping[str, Any]) -> str:
+    """The reducer as it was called when it was measured, and what differs from its default."""
+    dropped = record["reducer"] == DEFAULT_REDUCER and record["rest"] == "drop"
+    return record["reducer"] + (" rest=drop" if dropped else "")
+
+
 def keep(records: Iterable[Mapping[str, Any]], file: Path = PREFILL) -> None:
-    """Write what `prefill_speed` reads of the results with the default reducer."""
-    names = ("model", "visual_tokens", "reducer", "ratio", "speedup", "dtype", "environment")
-    own = [{n: r[n] for n in names} for r in records if r["reducer"] == DEFAULT_REDUCER]
-    write_lines(file, own)
+    """Write what `prefill_speed` reads of the results with the default reducer, if there are any."""
+    names = ("model", "kind", "visual_tokens", "reducer", "rest", "ratio", "speedup", "dtype")
+    own = [r for r in records if r["reducer"] == DEFAULT_REDUCER]
+    if own:
+        write_lines(file, [{n: r[n] for n in (*names, "environment")} for r in own])
 
 
-def prefill_speed(file: Path = PREFILL, reducer: str = DEFAULT_REDUCER) -> PrefillSpeed | None:
-    """The measured times of one reducer; None where this copy of tokencomp has no results."""
+def prefill_speed(file: Path = PREFILL) -> PrefillSpeed | None:
+    """The measured times in a file; None where this copy of tokencomp has none."""
     if not file.exists():
         return None
-    every = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    lines = [line for line in every if line["reducer"] == reducer]
-    if not lines:
-        return None
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     ratios = sorted({line["ratio"] for line in lines})
-    known = {(r["model"], r["visual_tokens"], r["ratio"]): r["speedup"] for r in lines}
-    shapes = dict.fromkeys((line["model"], line["visual_tokens"]) for line in lines)
-    rows = [(*shape, [known.get((*shape, ratio)) for ratio in ratios]) for shape in shapes]
+    known: dict[tuple[str, str, int, str], dict[float, float]] = {}
+    for r in lines:
+        case = (r["model"], kind_of(r), r["visual_tokens"], method_of(r))
+        known.setdefault(case, {})[r["ratio"]] = r["speedup"]
+    rows = [(*case, [by_ratio.get(ratio) for ratio in ratios]) for case, by_ratio in known.items()]
     facts = lines[-1]["environment"]
     hardware = facts["hardware"]
     device = ", ".join(hardware["gpus"]) or f"{hardware['cpu']}, {hardware['threads']} threads"
+    dates = " and ".join(sorted({line["environment"]["date"][:10] for line in lines}))
     where = (
         f"{device}, {lines[-1]['dtype']}, random weights, without the vision tower; torch "
-        f"{facts['versions']['torch']}, {facts['date'][:10]}; benchmarks/models/prefill.md."
+        f"{facts['versions']['torch']}, {dates}; benchmarks/models/prefill.md."
     )
-    return PrefillSpeed(reducer, ratios, rows, where)
+    return PrefillSpeed(ratios, rows, where)
