@@ -14,8 +14,8 @@ import numpy as np
 
 import tokencomp
 from tokencomp import zoo
-from tokencomp.shapesqa.render import canvas_of, paint
-from tokencomp.shapesqa.scenes import COLORS, SHAPES, Scene, Thing
+from tokencomp.zoo.shapesqa.render import canvas_of, paint
+from tokencomp.zoo.shapesqa.scenes import COLORS, SHAPES, Scene, Thing
 
 EVERY, SHOWN, ASKED = 30, 2, 12  # seconds from flash to flash, of a flash, and until the question
 

@@ -16,10 +16,12 @@ from typing import Any
 import pytest
 from support.console import run
 
+import tokencomp
 from tokencomp.cli import one_message
 from tokencomp.errors import EXTRAS, INSTALL, MissingDependencyError, install
 from tokencomp.inputs import packaged
 from tokencomp.inputs.media import load_media
+from tokencomp.training.data import questions
 
 ROOT = Path(__file__).parents[1]
 ZOO = ROOT / "zoo" / "tokencomp_zoo"
@@ -177,9 +179,12 @@ def test_model_folders_are_package_data_and_small() -> None:
     assert (ROOT / "zoo" / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
 
 
-def test_the_zoo_is_models_and_samples() -> None:
+@TOML
+def test_the_zoo_is_models_samples_and_shapesqa() -> None:
     """What loads them is `tokencomp.zoo`, and what trains the models stands in `recipes/`."""
-    assert [path.relative_to(ZOO).as_posix() for path in ZOO.rglob("*.py")] == ["__init__.py"]
+    code = {path.parent.relative_to(ZOO.parent).as_posix() for path in ZOO.rglob("*.py")}
+    listed = project(ROOT / "zoo")["tool"]["setuptools"]["packages"]
+    assert code == {name.replace(".", "/") for name in listed}
     weights = {path.stem for path in ZOO.rglob("*.safetensors")}
     assert weights == {"model", "ccam", "selector"}
     asked = {row["media"] for row in json.loads((ZOO / "samples" / "questions.json").read_text())}
@@ -196,6 +201,11 @@ def test_without_the_zoo_its_models_say_how_to_install_it(
     for call in (packaged.resolve, packaged.model_path):
         with pytest.raises(MissingDependencyError, match=re.escape(INSTALL["zoo"])):
             call("tiny-qwen2-vl")
+    for module in [m for m in sys.modules if f"{m}.".startswith("tokencomp.zoo.")]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.delattr(tokencomp, "zoo", raising=False)
+    with pytest.raises(MissingDependencyError, match=re.escape(INSTALL["zoo"])):
+        questions("shapesqa", "image", 2)
     assert run("demo", "-o", tmp_path / "demo.html") == 2
     assert INSTALL["zoo"] in capsys.readouterr().err
 
@@ -210,6 +220,9 @@ from tokencomp.inputs.media import load_media
 from tokencomp.inputs.prompts import build_inputs, generate
 
 assert not any(map(importlib.util.find_spec, ("recipes", "benchmarks")))
+from tokencomp.zoo.shapesqa.items import item
+
+assert item("test", "attribute", 0).image().size
 model, processor = zoo.load()
 row = json.loads((zoo.SAMPLES / "questions.json").read_text())[0]
 inputs = build_inputs(processor, [[load_media(zoo.SAMPLES / row["media"])]], [row["question"]])

@@ -40,11 +40,11 @@ from tokencomp.inputs.questions import Example
 from tokencomp.method import DEFAULT_REDUCER
 from tokencomp.pages.lost import LostItem, draw_lost
 from tokencomp.patching import check
-from tokencomp.shapesqa.difficulty import DIFFICULTIES
-from tokencomp.shapesqa.examples import shapesqa
-from tokencomp.shapesqa.items import FRAMES, Item, items
-from tokencomp.shapesqa.questions import FAMILIES
 from tokencomp.zoo import available_models, load
+from tokencomp.zoo.shapesqa.difficulty import DIFFICULTIES
+from tokencomp.zoo.shapesqa.examples import shapesqa
+from tokencomp.zoo.shapesqa.items import FRAMES, Item, items
+from tokencomp.zoo.shapesqa.questions import FAMILIES
 
 RATIOS = (0.5, 0.75, 0.9, 0.95)
 BASELINES = ("random", "uniform", DOWNSCALE)

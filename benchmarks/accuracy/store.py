@@ -18,8 +18,8 @@ from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import FULL, Setting
 from tokencomp.method import DEFAULT_REDUCER, DEFAULT_SERVED_REDUCER
 from tokencomp.pages.lost import LostItem
-from tokencomp.shapesqa.difficulty import is_image_family
 from tokencomp.zoo import metrics
+from tokencomp.zoo.shapesqa.difficulty import is_image_family
 
 ACCURACY = Path(__file__).parent
 RESULTS = ACCURACY / "results"

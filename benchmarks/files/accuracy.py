@@ -37,10 +37,10 @@ from tokencomp.inputs.packets import ClipIndex
 from tokencomp.inputs.questions import Example
 from tokencomp.inputs.scorer import EmbeddingScorer
 from tokencomp.inputs.video import Sampling, Video
-from tokencomp.shapesqa.items import Item, item
-from tokencomp.shapesqa.questions import VIDEO_FAMILIES
-from tokencomp.shapesqa.render import canvas_of, paint
-from tokencomp.shapesqa.scenes import Look
+from tokencomp.zoo.shapesqa.items import Item, item
+from tokencomp.zoo.shapesqa.questions import VIDEO_FAMILIES
+from tokencomp.zoo.shapesqa.render import canvas_of, paint
+from tokencomp.zoo.shapesqa.scenes import Look
 
 FOLDER = Path(__file__).parent
 FAMILIES = (*VIDEO_FAMILIES, "video_existence")

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tokencomp.shapesqa.items import Item, items
-from tokencomp.shapesqa.render import render
+from tokencomp.zoo.shapesqa.items import Item, items
+from tokencomp.zoo.shapesqa.render import render
 
 RATE, HOLD, LOGICAL = 24, 12, 64
 FAMILIES = ("needle", "video_existence", "order")

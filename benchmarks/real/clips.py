@@ -28,8 +28,8 @@ from tokencomp.cli import one_message
 from tokencomp.errors import OptionError
 from tokencomp.inputs.frames import frame_indices
 from tokencomp.inputs.stream import stream_choice
-from tokencomp.shapesqa.prompt_forms import letter
 from tokencomp.storage import write_lines
+from tokencomp.zoo.shapesqa.prompt_forms import letter
 
 FOLDER = Path(__file__).parent
 COUNTS = (8, 16, 32)

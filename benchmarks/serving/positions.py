@@ -20,9 +20,9 @@ from benchmarks import publishing
 from benchmarks.publishing import environment, provenance
 from tokencomp.evaluation.metrics import mcnemar
 from tokencomp.inputs.prompts import build_inputs, generate
-from tokencomp.shapesqa.examples import shapesqa
-from tokencomp.shapesqa.items import items
 from tokencomp.zoo import load
+from tokencomp.zoo.shapesqa.examples import shapesqa
+from tokencomp.zoo.shapesqa.items import items
 
 FOLDER = Path(__file__).parent
 POSITIONS = ("original", "compact")

@@ -21,8 +21,8 @@ from recipes.photographs.scenes import (
     sample_words,
 )
 from recipes.tiny.letters import letters_prompt
-from tokencomp.shapesqa.items import stream
-from tokencomp.shapesqa.prompt_forms import letter
+from tokencomp.zoo.shapesqa.items import stream
+from tokencomp.zoo.shapesqa.prompt_forms import letter
 
 Segment = tuple[list[int], list[int]]
 Grids = list[list[list[str]]]

@@ -21,10 +21,10 @@ from recipes.photographs.clips import (
 )
 from recipes.photographs.questions import article, named
 from recipes.photographs.scenes import Library
-from tokencomp.shapesqa.items import QueryFields, stream
-from tokencomp.shapesqa.questions import Question, draw_options
-from tokencomp.shapesqa.render import encode_mp4
-from tokencomp.shapesqa.scenes import DIRECTIONS
+from tokencomp.zoo.shapesqa.items import QueryFields, stream
+from tokencomp.zoo.shapesqa.questions import Question, draw_options
+from tokencomp.zoo.shapesqa.render import encode_mp4
+from tokencomp.zoo.shapesqa.scenes import DIRECTIONS
 
 APART = 2 * MOMENT  # seconds between two things of which one comes first
 

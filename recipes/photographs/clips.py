@@ -11,7 +11,7 @@ from PIL import Image
 
 from recipes.photographs.grounds import draw_ground, plain_ground
 from recipes.photographs.scenes import Library, Stamp, StampScene, place, scaled
-from tokencomp.shapesqa.scenes import DIRECTIONS
+from tokencomp.zoo.shapesqa.scenes import DIRECTIONS
 
 SIZE = 224  # px, both sides of the picture before the camera
 RATE = 8  # frames per second

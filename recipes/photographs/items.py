@@ -11,9 +11,9 @@ from recipes.photographs.questions import FAMILIES
 from recipes.photographs.scenes import Library, StampScene, render, sample
 from recipes.tiny.letters import letters_prompt
 from tokencomp.inputs.questions import Deferred
-from tokencomp.shapesqa.items import QueryFields, stream
-from tokencomp.shapesqa.prompt_forms import letter
-from tokencomp.shapesqa.questions import Question
+from tokencomp.zoo.shapesqa.items import QueryFields, stream
+from tokencomp.zoo.shapesqa.prompt_forms import letter
+from tokencomp.zoo.shapesqa.questions import Question
 
 LETTERS = "letters"  # family of questions with lettered options
 

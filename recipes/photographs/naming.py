@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from recipes.photographs.batches import Grids, StampBatches
 from recipes.trainer import share_right
-from tokencomp.shapesqa.lettering import WORDS
+from tokencomp.zoo.shapesqa.lettering import WORDS
 
 SHARPNESS = 14.0  # of the softmax over cosines of a visual token and the names' embeddings
 PLACES = (("left", "center", "right"), ("top", "middle", "bottom"))

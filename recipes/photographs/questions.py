@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from recipes.photographs.scenes import SIZE, Stamp, StampScene
-from tokencomp.shapesqa.lettering import WORDS
-from tokencomp.shapesqa.questions import Question, draw_options
+from tokencomp.zoo.shapesqa.lettering import WORDS
+from tokencomp.zoo.shapesqa.questions import Question, draw_options
 
 COUNTS = ("one", "two", "three", "four")
 MARGIN = 56  # px by which an outermost thing, or a thing in a half, has to be clear

@@ -11,7 +11,7 @@ from PIL import Image
 
 from recipes.photographs.grounds import Backgrounds, Ground, draw_ground, sample_ground
 from recipes.tiny.labels import glyph_boxes
-from tokencomp.shapesqa.lettering import WORDS, Text, draw_text, extent
+from tokencomp.zoo.shapesqa.lettering import WORDS, Text, draw_text, extent
 
 SIZE = 448  # px, both sides
 SIDES = (90.0, 208.0)  # px, the longer side of a thing

@@ -12,7 +12,7 @@ from recipes.packing import Packer, Placeholders, stacked
 from recipes.sounds.model import AUDIO, TOKENS
 from recipes.sounds.questions import FAMILIES, primers
 from recipes.sounds.scenes import RATE, Clip, cell_names, render, sample
-from tokencomp.shapesqa.items import stream
+from tokencomp.zoo.shapesqa.items import stream
 
 Segment = tuple[list[int], list[int]]
 SHAPE = (1, 1, 1)  # of media; a clip has none

@@ -10,8 +10,8 @@ import numpy as np
 from recipes.sounds.questions import FAMILIES
 from recipes.sounds.scenes import Clip, render, sample
 from tokencomp.inputs.questions import Deferred
-from tokencomp.shapesqa.items import QueryFields, stream
-from tokencomp.shapesqa.questions import Question
+from tokencomp.zoo.shapesqa.items import QueryFields, stream
+from tokencomp.zoo.shapesqa.questions import Question
 
 
 @dataclass(frozen=True)

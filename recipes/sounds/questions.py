@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from recipes.sounds.scenes import COUNTS, NAMES, SECONDS, Clip, Sound
-from tokencomp.shapesqa.questions import Question, draw_options
+from tokencomp.zoo.shapesqa.questions import Question, draw_options
 
 NUMBERS = ("one", "two", "three", "four", "five", "six")
 ORDER = ("first", "second", "third", "fourth", "fifth", "sixth")

@@ -15,13 +15,13 @@ from recipes.tiny.letters import FORMS, Segment, dense_options, whole_form
 from recipes.tiny.primers import primer_pairs
 from recipes.tiny.tokenizer import FREE_FORM_SUFFIX
 from recipes.tiny.training_scenes import BACKGROUNDS, training_scene
-from tokencomp.shapesqa.items import stream
-from tokencomp.shapesqa.lettering import WORDS
-from tokencomp.shapesqa.prompt_forms import letter
-from tokencomp.shapesqa.questions import Question, ask, families
-from tokencomp.shapesqa.render import canvas_of, paint
-from tokencomp.shapesqa.scenes import Scene
-from tokencomp.shapesqa.textures import background
+from tokencomp.zoo.shapesqa.items import stream
+from tokencomp.zoo.shapesqa.lettering import WORDS
+from tokencomp.zoo.shapesqa.prompt_forms import letter
+from tokencomp.zoo.shapesqa.questions import Question, ask, families
+from tokencomp.zoo.shapesqa.render import canvas_of, paint
+from tokencomp.zoo.shapesqa.scenes import Scene
+from tokencomp.zoo.shapesqa.textures import background
 
 IMAGE_SIZES = ((224, 224), (280, 224), (196, 252), (280, 280), (168, 168))
 # Sizes that the processor brings drawings of any aspect ratio to.

@@ -9,8 +9,8 @@ from typing import Any
 
 from tokencomp.errors import MediaError
 from tokencomp.evaluation.runner import evaluate as evaluate_setting
-from tokencomp.shapesqa.examples import shapesqa
-from tokencomp.shapesqa.items import FRAMES, Item
+from tokencomp.zoo.shapesqa.examples import shapesqa
+from tokencomp.zoo.shapesqa.items import FRAMES, Item
 
 
 def evaluate(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from tokencomp.shapesqa.lettering import WORDS, Text, load_font
-from tokencomp.shapesqa.render import shape_mask
-from tokencomp.shapesqa.scenes import COLORS, DIRECTIONS, SHAPES, Scene
+from tokencomp.zoo.shapesqa.lettering import WORDS, Text, load_font
+from tokencomp.zoo.shapesqa.render import shape_mask
+from tokencomp.zoo.shapesqa.scenes import COLORS, DIRECTIONS, SHAPES, Scene
 
 MIN_COVER = 0.077  # share of a cell that an object must cover for its label to count
 PLACES = 8  # columns and rows that a picture is divided into, whatever its size

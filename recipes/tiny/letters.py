@@ -10,10 +10,10 @@ import numpy as np
 
 from recipes.packing import Packer
 from tokencomp.engine.rows.prompts import IGNORED
-from tokencomp.shapesqa.lettering import WORDS
-from tokencomp.shapesqa.prompt_forms import LETTERS, letter, mlvu_prompt, mvbench_prompt
-from tokencomp.shapesqa.questions import Question
-from tokencomp.shapesqa.scenes import COLORS, DIRECTIONS, SHAPES
+from tokencomp.zoo.shapesqa.lettering import WORDS
+from tokencomp.zoo.shapesqa.prompt_forms import LETTERS, letter, mlvu_prompt, mvbench_prompt
+from tokencomp.zoo.shapesqa.questions import Question
+from tokencomp.zoo.shapesqa.scenes import COLORS, DIRECTIONS, SHAPES
 
 
 def letters_prompt(question: Question) -> str:

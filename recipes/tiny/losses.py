@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 from recipes.tiny.labels import GLYPHS, PLACES, UNCLEAR
 from recipes.trainer import share_right
-from tokencomp.shapesqa.lettering import WORDS
-from tokencomp.shapesqa.scenes import COLORS, DIRECTIONS, SHAPES
+from tokencomp.zoo.shapesqa.lettering import WORDS
+from tokencomp.zoo.shapesqa.scenes import COLORS, DIRECTIONS, SHAPES
 
 # Outputs per frame of a token: colour, shape, mask, box, centre, column, row.
 FRAME_PARTS = (len(COLORS) + 1, len(SHAPES) + 1, 49, 3, 1, PLACES, PLACES)

@@ -10,10 +10,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from tokencomp.shapesqa.items import Item, item, stream
-from tokencomp.shapesqa.layouts import record, write_media
-from tokencomp.shapesqa.questions import ask
 from tokencomp.zoo import SAMPLES
+from tokencomp.zoo.shapesqa.items import Item, item, stream
+from tokencomp.zoo.shapesqa.layouts import record, write_media
+from tokencomp.zoo.shapesqa.questions import ask
 
 # (family of the scene, index, second question family of the same scene)
 CHOSEN = (

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from recipes.tiny.labels import place
-from tokencomp.shapesqa.scenes import COLORS, SHAPES, Scene, Thing
+from tokencomp.zoo.shapesqa.scenes import COLORS, SHAPES, Scene, Thing
 
 Pair = tuple[str, str]
 

@@ -9,8 +9,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tokencomp.shapesqa.prompt_forms import LETTERS
-from tokencomp.shapesqa.questions import COLORS, DIRECTIONS, PLURALS, SHAPES
+from tokencomp.zoo.shapesqa.prompt_forms import LETTERS
+from tokencomp.zoo.shapesqa.questions import COLORS, DIRECTIONS, PLURALS, SHAPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -208,10 +208,10 @@ def measure(name: str, folder: Path, items: int, training: dict[str, Any]) -> di
     from recipes.tiny.families import family
     from recipes.tiny.recipes import RECIPES
     from tokencomp.inputs.loading import load_folder
-    from tokencomp.shapesqa.examples import FORMS
-    from tokencomp.shapesqa.items import items as sample
-    from tokencomp.shapesqa.layouts import write_media
-    from tokencomp.shapesqa.questions import IMAGE_FAMILIES, VIDEO_FAMILIES
+    from tokencomp.zoo.shapesqa.examples import FORMS
+    from tokencomp.zoo.shapesqa.items import items as sample
+    from tokencomp.zoo.shapesqa.layouts import write_media
+    from tokencomp.zoo.shapesqa.questions import IMAGE_FAMILIES, VIDEO_FAMILIES
 
     arch = family(name)
     model, processor = load_folder(str(folder))
@@ -247,8 +247,8 @@ def _other_scenes(
 ) -> Iterator[dict[str, Any]]:
     """Accuracy on the `OTHER_SCENES` whose kind, difficulty, text and length the recipe has."""
     from recipes.tiny.evaluate import evaluate
-    from tokencomp.shapesqa.items import FRAMES
-    from tokencomp.shapesqa.items import items as sample
+    from tokencomp.zoo.shapesqa.items import FRAMES
+    from tokencomp.zoo.shapesqa.items import items as sample
 
     for what, kind, families, scenes in OTHER_SCENES:
         if kind not in kinds or scenes.get("difficulty", "usual") not in learned:

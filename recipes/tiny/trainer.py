@@ -19,8 +19,8 @@ from recipes.tiny.muon import optimizers
 from recipes.tiny.stage import Stage
 from recipes.trainer import Trainer, text_inputs
 from tokencomp.engine.rows.prompts import IGNORED
-from tokencomp.shapesqa.items import stream
-from tokencomp.shapesqa.prompt_forms import LETTERS
+from tokencomp.zoo.shapesqa.items import stream
+from tokencomp.zoo.shapesqa.prompt_forms import LETTERS
 
 EARLY = 2  # decoder layer from whose hidden states heads predict times and letters
 

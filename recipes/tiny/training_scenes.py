@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from tokencomp.shapesqa.difficulty import FLAT, GREYS, hard_image, hard_video, plain_scene
-from tokencomp.shapesqa.scenes import (
+from tokencomp.zoo.shapesqa.difficulty import FLAT, GREYS, hard_image, hard_video, plain_scene
+from tokencomp.zoo.shapesqa.scenes import (
     COLORS,
     DIRECTIONS,
     SHAPES,

@@ -20,7 +20,7 @@ from tokencomp.inputs.prompts import build_inputs
 from tokencomp.pages.demo import Demo, Row
 from tokencomp.pages.measured import prefill_speed
 from tokencomp.pages.pictures import animation_uri, strip, survival, tiles
-from tokencomp.shapesqa.items import item
+from tokencomp.zoo.shapesqa.items import item
 
 
 def _row(name, ratio, per_layer, flops, accuracy):

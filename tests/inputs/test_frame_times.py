@@ -17,8 +17,8 @@ from tokencomp.inputs.prompts import build_inputs, chat_inputs, media_chat
 from tokencomp.inputs.video import Video, with_frames
 from tokencomp.serving.hf.media import Limits
 from tokencomp.serving.hf.video import load_video
-from tokencomp.shapesqa.items import item
-from tokencomp.shapesqa.render import write_mp4
+from tokencomp.zoo.shapesqa.items import item
+from tokencomp.zoo.shapesqa.render import write_mp4
 
 FPS, FRAMES, QUESTION = 5, 6, "What shape appears first?"
 

@@ -5,7 +5,7 @@ import torch
 from support.trained import tiny
 
 from tokencomp.inputs.prompts import build_inputs
-from tokencomp.shapesqa.items import item
+from tokencomp.zoo.shapesqa.items import item
 
 
 @pytest.mark.parametrize("name", ["tiny-gemma3", "tiny-qwen2-vl"])

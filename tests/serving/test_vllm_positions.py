@@ -104,9 +104,9 @@ def test_trained_model_on_real_files(run_engine: Any, tmp_path: Any) -> None:
     from support.serving import hf_reference
 
     from tokencomp.inputs.prompts import media_chat
-    from tokencomp.shapesqa.examples import shapesqa
-    from tokencomp.shapesqa.items import items
     from tokencomp.zoo import model_path
+    from tokencomp.zoo.shapesqa.examples import shapesqa
+    from tokencomp.zoo.shapesqa.items import items
 
     folder = model_path("tiny-qwen2-vl")
     _, processor = hf_reference.load(folder)

@@ -33,7 +33,7 @@ def loaded(folder: Path) -> tuple[Any, Any]:
 def examples(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     """Three image and two video questions on real files."""
     from tokencomp.evaluation import shapesqa
-    from tokencomp.shapesqa.items import items
+    from tokencomp.zoo.shapesqa.items import items
 
     media = tmp_path_factory.mktemp("media")
     images = items("validation", 1, ("attribute", "existence", "count"))

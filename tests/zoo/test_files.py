@@ -10,9 +10,9 @@ from PIL import Image
 from tokencomp.errors import MediaError, MissingDependencyError, OptionError
 from tokencomp.inputs import images, media
 from tokencomp.inputs.frames import frame_indices
-from tokencomp.shapesqa import layouts
-from tokencomp.shapesqa.items import item, items
-from tokencomp.shapesqa.render import render, write_mp4
+from tokencomp.zoo.shapesqa import layouts
+from tokencomp.zoo.shapesqa.items import item, items
+from tokencomp.zoo.shapesqa.render import render, write_mp4
 
 
 def as_array(frames):

@@ -14,8 +14,8 @@ from tokencomp.inputs.media import load_media
 from tokencomp.inputs.packaged import DEFAULT_MODEL
 from tokencomp.inputs.prompts import build_inputs, generate
 from tokencomp.inputs.questions import option_letter
-from tokencomp.shapesqa.items import item, items
-from tokencomp.shapesqa.prompt_forms import mvbench_prompt
+from tokencomp.zoo.shapesqa.items import item, items
+from tokencomp.zoo.shapesqa.prompt_forms import mvbench_prompt
 
 BARS = ("attribute", "existence", "needle")
 EVERY = ("count", "position", "small_object", "order", "direction", "video_existence")

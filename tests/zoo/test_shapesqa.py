@@ -9,11 +9,11 @@ import pytest
 
 from recipes.tiny.labels import owner_map
 from tokencomp.errors import UnknownNameError
-from tokencomp.shapesqa.items import SPLIT_SEEDS, item, items, stream
-from tokencomp.shapesqa.questions import FAMILIES, IMAGE_FAMILIES, PLURALS, VIDEO_FAMILIES
-from tokencomp.shapesqa.render import render
-from tokencomp.shapesqa.scenes import COLORS, SHAPES
-from tokencomp.shapesqa.textures import background
+from tokencomp.zoo.shapesqa.items import SPLIT_SEEDS, item, items, stream
+from tokencomp.zoo.shapesqa.questions import FAMILIES, IMAGE_FAMILIES, PLURALS, VIDEO_FAMILIES
+from tokencomp.zoo.shapesqa.render import render
+from tokencomp.zoo.shapesqa.scenes import COLORS, SHAPES
+from tokencomp.zoo.shapesqa.textures import background
 
 EVERY = (*IMAGE_FAMILIES, *VIDEO_FAMILIES, "video_existence")
 STILL = ("attribute", "existence", "count", "position")
@@ -262,7 +262,7 @@ def test_a_stopped_run_leaves_no_part_of_a_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Existing files are used again, so half of a video would be taken for all of it."""
-    from tokencomp.shapesqa import layouts
+    from tokencomp.zoo.shapesqa import layouts
 
     def stopped(scene: object, path: Path) -> None:
         path.write_bytes(b"half")

@@ -105,7 +105,7 @@ def command(
 
 def _shapesqa(families: list[str], count: int, folder: str) -> list[Any]:
     from tokencomp.evaluation import shapesqa
-    from tokencomp.shapesqa.items import items
+    from tokencomp.zoo.shapesqa.items import items
 
     return shapesqa(items("validation", count, tuple(families)), folder)
 

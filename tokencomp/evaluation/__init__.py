@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 _LAZY = {
     "Example": "tokencomp.inputs.questions",
-    "shapesqa": "tokencomp.shapesqa.examples",
+    "shapesqa": "tokencomp.zoo.shapesqa.examples",
     "EvalRun": "tokencomp.evaluation.runs",
     "Run": "tokencomp.evaluation.runs",  # the name of EvalRun in 0.1.0
     "evaluate": "tokencomp.evaluation.runner",
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from tokencomp.evaluation.runs import EvalRun, Run
     from tokencomp.evaluation.settings import Setting, grid
     from tokencomp.inputs.questions import Example
-    from tokencomp.shapesqa.examples import shapesqa
+    from tokencomp.zoo.shapesqa.examples import shapesqa
 
 
 def __getattr__(name: str) -> Any:

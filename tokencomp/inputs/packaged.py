@@ -23,7 +23,9 @@ def zoo_part(name: str) -> Path:
     """The folder "models" or "samples"."""
     folder = zoo_folder()
     if folder is None:
-        raise MissingDependencyError(f"the embedded models are not installed: {INSTALL['zoo']}.")
+        raise MissingDependencyError(
+            f"the embedded models and questions are not installed: {INSTALL['zoo']}."
+        )
     return folder / name
 
 

@@ -155,8 +155,8 @@ def write_shapesqa(cache: Path, per_task: int) -> Path:
     from filelock import FileLock
 
     from tokencomp import __version__
-    from tokencomp.shapesqa.items import items
-    from tokencomp.shapesqa.layouts import write_freeform, write_mlvu, write_mvbench
+    from tokencomp.zoo.shapesqa.items import items
+    from tokencomp.zoo.shapesqa.layouts import write_freeform, write_mlvu, write_mvbench
 
     root = cache / f"shapesqa-{__version__}-{per_task}"
     done = root / ".complete"

@@ -23,13 +23,13 @@ class ShapesQuestions(Sequence[Example]):
     """The embedded benchmark, rendered when its media are loaded.
 
     It has `count` items of a split, spread evenly over the families, which are all of images or all
-    of videos. `scene` goes to `tokencomp.shapesqa.items.item`.
+    of videos. `scene` goes to `tokencomp.zoo.shapesqa.items.item`.
     """
 
     def __init__(
         self, families: Sequence[str], count: int, split: str = "train", **scene: Any
     ) -> None:
-        from tokencomp.shapesqa.questions import FAMILIES
+        from tokencomp.zoo.shapesqa.questions import FAMILIES
 
         wrong = [name for name in families if name not in FAMILIES]
         if wrong or not families:
@@ -47,8 +47,8 @@ class ShapesQuestions(Sequence[Example]):
         return Deferred(one.id, one.question, one.answer, (), one.family, lambda: (render(),))
 
     def item(self, index: int) -> Any:
-        """The `tokencomp.shapesqa.items.Item` at `index`, not rendered."""
-        from tokencomp.shapesqa.items import item
+        """The `tokencomp.zoo.shapesqa.items.Item` at `index`, not rendered."""
+        from tokencomp.zoo.shapesqa.items import item
 
         family = self.families[index % len(self.families)]
         return item(self.split, family, index // len(self.families), **self.scene)
@@ -82,7 +82,7 @@ def questions(data: str, kind: str, count: int, purpose: str = "train") -> Seque
     name, _, chosen = data.partition(":")
     if name != EMBEDDED:
         return FileQuestions(Path(data), held_out=purpose != "train", count=count)
-    from tokencomp.shapesqa.questions import FAMILIES, IMAGE_FAMILIES, families
+    from tokencomp.zoo.shapesqa.questions import FAMILIES, IMAGE_FAMILIES, families
 
     if chosen:
         requested = [part.strip() for part in chosen.split(",")]

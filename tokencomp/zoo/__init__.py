@@ -1,6 +1,8 @@
 """Tiny multimodal models of the package `tokencomp_zoo`; `recipes/tiny` in a checkout trains them.
 
-Without that package the import raises a `MissingDependencyError`. transformers loads the folders
+The code of that package is imported from here: `tokencomp.zoo.shapesqa` is the procedural benchmark
+on which the models were trained. Without the package the import of this module raises a
+`MissingDependencyError`. transformers loads the folders
 without tokencomp (`AutoModelForImageTextToText`), but that of tiny-vila, which has the layout of
 VILA. They exist so that accuracy under compression can be measured on any machine.
 """
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
 SAMPLES = zoo_part("samples")
+__path__.append(str(SAMPLES.parent))
 """Folder of a few images and videos, and of `questions.json`, which asks about them."""
 
 __all__ = ["SAMPLES", "available_models", "load", "metrics", "model_path", "resolve"]

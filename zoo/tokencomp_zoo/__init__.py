@@ -1,1 +1,1 @@
-"""Tiny trained multimodal models and sample media, as data; `tokencomp.zoo` loads them."""
+"""Tiny trained multimodal models, sample media and ShapesQA; import them from `tokencomp.zoo`."""

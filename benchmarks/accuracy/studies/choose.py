@@ -34,10 +34,10 @@ from benchmarks.accuracy.studies.ranking import (
 from benchmarks.real import candidates as real
 from tokencomp.cli import one_message
 from tokencomp.evaluation.settings import REST, Setting
-from tokencomp.shapesqa.items import FRAMES
-from tokencomp.shapesqa.questions import FAMILIES
 from tokencomp.storage import write_text
 from tokencomp.zoo import available_models
+from tokencomp.zoo.shapesqa.items import FRAMES
+from tokencomp.zoo.shapesqa.questions import FAMILIES
 
 INTRO = """Every candidate for the default reducer on the validation splits of ShapesQA and of the
 [photographs](../real/README.md). Cells: retention on images or videos at a ratio, over the question

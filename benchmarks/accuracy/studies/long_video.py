@@ -26,10 +26,10 @@ from tokencomp.evaluation.baselines import EqualTokens
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import DOWNSCALE, FEWER_FRAMES, FULL, Setting
 from tokencomp.inputs.loading import load_model
-from tokencomp.shapesqa.difficulty import SIZE
-from tokencomp.shapesqa.examples import shapesqa
-from tokencomp.shapesqa.items import items
 from tokencomp.training.measure import Measurement
+from tokencomp.zoo.shapesqa.difficulty import SIZE
+from tokencomp.zoo.shapesqa.examples import shapesqa
+from tokencomp.zoo.shapesqa.items import items
 
 SETS = {"16 frames": 16, "32 frames": 32, "64 frames": 64}
 TRAINED = 16

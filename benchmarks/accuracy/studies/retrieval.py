@@ -27,8 +27,8 @@ from tokencomp import zoo
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.evaluation.baselines import EqualTokens
 from tokencomp.inputs.prompts import build_inputs
-from tokencomp.shapesqa.items import items
-from tokencomp.shapesqa.scenes import COLORS, SHAPES
+from tokencomp.zoo.shapesqa.items import items
+from tokencomp.zoo.shapesqa.scenes import COLORS, SHAPES
 
 OUT = Path(__file__).parents[1] / "retrieval.json"
 MODEL, PICTURES, QUERIES, BATCH = "tiny-qwen3-vl", 32, 8, 16

@@ -27,7 +27,7 @@ from tokencomp import zoo
 from tokencomp.handle import ATTRIBUTE
 from tokencomp.inputs.prompts import build_inputs, generate
 from tokencomp.inputs.video import Video, with_frames
-from tokencomp.shapesqa.items import Item, item
+from tokencomp.zoo.shapesqa.items import Item, item
 
 OUT = ACCURACY / "session.json"
 MODEL, SPLIT, FAMILY = "tiny-qwen3-vl-hard", "test", "needle"

@@ -42,9 +42,9 @@ from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import DOWNSCALE, FEWER_FRAMES, Setting
 from tokencomp.inputs.loading import load_model
 from tokencomp.inputs.questions import Example
-from tokencomp.shapesqa.examples import shapesqa
-from tokencomp.shapesqa.items import items
 from tokencomp.trained.cards import weights_hash
+from tokencomp.zoo.shapesqa.examples import shapesqa
+from tokencomp.zoo.shapesqa.items import items
 
 IMAGES = ("attribute", "existence", "count", "small_object")
 VIDEOS = ("needle", "video_existence")

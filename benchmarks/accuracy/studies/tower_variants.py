@@ -35,12 +35,12 @@ from tokencomp.evaluation.settings import REST, Setting
 from tokencomp.inputs.loading import load_model
 from tokencomp.reducers._pixels import looks
 from tokencomp.reducers.kcentre import KCentre
-from tokencomp.shapesqa.examples import shapesqa
-from tokencomp.shapesqa.items import items
 from tokencomp.tokens.patches import Patches
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.spans import SpanBatch
 from tokencomp.trained.cards import weights_hash
+from tokencomp.zoo.shapesqa.examples import shapesqa
+from tokencomp.zoo.shapesqa.items import items
 
 MODEL, RATIO, TOWER = "tiny-qwen2-vl", 0.75, (0.6, 0.75)
 FAMILIES = ("attribute", "existence", "count", "small_object")

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from recipes.tiny.families.parts import HALF, Encode, chatml, decoder
 from recipes.tiny.families.qwen2_vl import MERGE, PAIR, PATCH, TinyQwen2VL
-from tokencomp.shapesqa.lettering import WORDS
+from tokencomp.zoo.shapesqa.lettering import WORDS
 
 _PLACES = ("row", "column", "side", "over", "when", "moves", "flashes", "many", "number", "seconds")
 CORPUS = (

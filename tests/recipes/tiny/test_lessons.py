@@ -17,9 +17,9 @@ from recipes.tiny.primers import PRIMERS, primer_pairs
 from recipes.tiny.tokenizer import load_tokenizer, write_tokenizer
 from recipes.tiny.training_scenes import training_scene
 from tokencomp.engine.rows.prompts import IGNORED
-from tokencomp.shapesqa.items import stream
-from tokencomp.shapesqa.lettering import Text
-from tokencomp.shapesqa.scenes import Scene
+from tokencomp.zoo.shapesqa.items import stream
+from tokencomp.zoo.shapesqa.lettering import Text
+from tokencomp.zoo.shapesqa.scenes import Scene
 
 
 def packer_of(name, tmp_path_factory):

@@ -15,7 +15,7 @@ from recipes.tiny.trainer import TinyTrainer
 from tokencomp.engine.rows.prompts import IGNORED
 from tokencomp.errors import UnknownNameError
 from tokencomp.models import register_auto_classes
-from tokencomp.shapesqa.items import item
+from tokencomp.zoo.shapesqa.items import item
 
 SHAPES = [
     ("attribute", (224, 224), 8),
@@ -161,7 +161,7 @@ def test_export_is_what_was_trained(setup):
 
 
 def test_cell_labels_by_hand():
-    from tokencomp.shapesqa.scenes import COLORS, Scene, Thing
+    from tokencomp.zoo.shapesqa.scenes import COLORS, Scene, Thing
 
     things = (
         Thing("square", "red", 28, 28, 0),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tokencomp.shapesqa.questions import Question
+from tokencomp.zoo.shapesqa.questions import Question
 
 LETTERS = "ABCDE"
 

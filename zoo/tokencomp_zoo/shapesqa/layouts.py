@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from tokencomp.shapesqa.items import Item, item
-from tokencomp.shapesqa.prompt_forms import mlvu_question
-from tokencomp.shapesqa.render import write_mp4
 from tokencomp.storage import replace_file, write_lines
+from tokencomp.zoo.shapesqa.items import Item, item
+from tokencomp.zoo.shapesqa.prompt_forms import mlvu_question
+from tokencomp.zoo.shapesqa.render import write_mp4
 
 T = TypeVar("T")
 

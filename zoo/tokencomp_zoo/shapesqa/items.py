@@ -19,10 +19,10 @@ from PIL import Image
 from tokencomp.errors import unknown_name
 from tokencomp.inputs.frames import frame_indices
 from tokencomp.inputs.video import Video
-from tokencomp.shapesqa.difficulty import sample_scene
-from tokencomp.shapesqa.prompt_forms import letter
-from tokencomp.shapesqa.questions import FAMILIES, IMAGE_FAMILIES, VIDEO_FAMILIES, Question, ask
-from tokencomp.shapesqa.scenes import Scene
+from tokencomp.zoo.shapesqa.difficulty import sample_scene
+from tokencomp.zoo.shapesqa.prompt_forms import letter
+from tokencomp.zoo.shapesqa.questions import FAMILIES, IMAGE_FAMILIES, VIDEO_FAMILIES, Question, ask
+from tokencomp.zoo.shapesqa.scenes import Scene
 
 SPLIT_SEEDS = {"train": 11_000_003, "validation": 22_000_003, "test": 33_000_001}
 FRAMES = 8
@@ -95,7 +95,7 @@ class Item(QueryFields):
 
     def pixels(self) -> np.ndarray:
         """Lossless frames, uint8 (frames, height, width, 3); files hold the compressed ones."""
-        from tokencomp.shapesqa.render import render
+        from tokencomp.zoo.shapesqa.render import render
 
         return render(self.scene)
 
@@ -105,7 +105,7 @@ class Item(QueryFields):
 
     def video(self) -> Video:
         """The frames of a video item, at the times that they have in its file."""
-        from tokencomp.shapesqa.render import FPS, HOLD
+        from tokencomp.zoo.shapesqa.render import FPS, HOLD
 
         frames = [Image.fromarray(frame) for frame in self.pixels()]
         total = HOLD * len(frames)
@@ -134,7 +134,7 @@ def item(
     ----------
     split : {"train", "validation", "test"}
     family : str
-        One of :data:`~tokencomp.shapesqa.questions.FAMILIES`.
+        One of :data:`~tokencomp.zoo.shapesqa.questions.FAMILIES`.
     index : int
         Any non-negative number; the same arguments always give the same item.
     size : (int, int) or None
@@ -142,7 +142,7 @@ def item(
     frames : int
         Logical frames of a video; even, at least 8. Image families ignore it.
     difficulty : {"plain", "usual", "hard"}
-        See :mod:`~tokencomp.shapesqa.difficulty`. Each has seed streams of its own.
+        See :mod:`~tokencomp.zoo.shapesqa.difficulty`. Each has seed streams of its own.
 
     Raises
     ------

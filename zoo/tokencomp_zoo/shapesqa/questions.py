@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tokencomp.shapesqa.lettering import WORDS
-from tokencomp.shapesqa.scenes import COLORS, DIRECTIONS, SHAPES, Scene, Thing
+from tokencomp.zoo.shapesqa.lettering import WORDS
+from tokencomp.zoo.shapesqa.scenes import COLORS, DIRECTIONS, SHAPES, Scene, Thing
 
 PLURALS = {shape: shape + ("es" if shape == "cross" else "s") for shape in SHAPES}
 

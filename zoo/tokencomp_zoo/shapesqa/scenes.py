@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tokencomp.shapesqa.lettering import Text, place_text
+from tokencomp.zoo.shapesqa.lettering import Text, place_text
 
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "star", "ring")
 COLORS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")

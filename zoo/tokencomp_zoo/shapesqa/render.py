@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from tokencomp.shapesqa.lettering import draw_text
-from tokencomp.shapesqa.scenes import Scene, Thing
-from tokencomp.shapesqa.textures import background
+from tokencomp.zoo.shapesqa.lettering import draw_text
+from tokencomp.zoo.shapesqa.scenes import Scene, Thing
+from tokencomp.zoo.shapesqa.textures import background
 
 HUES = {
     "red": 0,

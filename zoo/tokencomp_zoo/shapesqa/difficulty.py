@@ -12,8 +12,8 @@ from dataclasses import replace
 import numpy as np
 
 from tokencomp.errors import unknown_name
-from tokencomp.shapesqa.questions import IMAGE_FAMILIES
-from tokencomp.shapesqa.scenes import (
+from tokencomp.zoo.shapesqa.questions import IMAGE_FAMILIES
+from tokencomp.zoo.shapesqa.scenes import (
     COLORS,
     SHAPES,
     Look,

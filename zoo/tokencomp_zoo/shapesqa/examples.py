@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from tokencomp.inputs.questions import Example
-from tokencomp.shapesqa.layouts import write_media
-from tokencomp.shapesqa.prompt_forms import mlvu_prompt, mvbench_prompt
+from tokencomp.zoo.shapesqa.layouts import write_media
+from tokencomp.zoo.shapesqa.prompt_forms import mlvu_prompt, mvbench_prompt
 
 FORMS = {
     "free": lambda item: item.question,
