@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -16,6 +17,7 @@ pytest.importorskip("pydantic")
 import torch
 from support.serving import hf_reference, http
 
+from tokencomp.errors import ScoreError
 from tokencomp.serving.hf import engine as module
 from tokencomp.serving.hf.answer import AnswerText
 from tokencomp.serving.hf.api import Server
@@ -85,6 +87,18 @@ def failing(engine: Engine, monkeypatch: pytest.MonkeyPatch, error: BaseExceptio
     return sizes
 
 
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def idle(engine: Engine) -> None:
+    """Wait until the engine has ended the last batch: it waits on its condition."""
+    wait_until(lambda: bool(engine._wake._waiters))  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(
     ("error", "status", "words"),
     [
@@ -113,28 +127,32 @@ def test_only_the_request_that_the_model_cannot_run_fails(
     assert bool(emptied) == (status == 503) and engine.healthy
 
 
-def test_an_engine_that_only_fails_is_unwell_until_it_answers(
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no"), ScoreError("NaN"), RuntimeError("CUDA error")]
+)
+def test_requests_that_fail_alone_do_not_make_the_server_unwell(
+    engine: Engine, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(engine, monkeypatch, error)
+    for _ in range(12):
+        assert ask(engine, [URLS[GUILTY]])[0][0] == "error"
+    idle(engine)
+    assert engine.healthy
+
+
+def test_a_model_that_answers_nothing_is_unwell_until_it_recovers(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server = SimpleNamespace(engine=engine)
+    """It recovers without a request, as none arrives behind a readiness probe."""
+    server: Any = SimpleNamespace(engine=engine)
     health: Callable[[], int] = lambda: asyncio.run(Server.health(server)).status_code  # noqa: E731
-    failing(engine, monkeypatch, RuntimeError("CUDA error"))
-    for _ in range(module.MAX_FAILURES - 1):
-        ask(engine, [URLS[GUILTY]])
+    monkeypatch.setattr(module, "PROBE_SECONDS", 0.05)
     assert health() == 200
-    ask(engine, [URLS[0]])
-    for _ in range(module.MAX_FAILURES):
-        assert health() == 200
-        ask(engine, [URLS[GUILTY]])
-    assert health() == 503
-    assert ask(engine, [URLS[0]])[0][0] == "end"
-    end = time.monotonic() + 10
-    while health() != 200:  # the thread notes the success after it has sent the answer
-        assert time.monotonic() < end
-    failing(engine, monkeypatch, RequestError("the processor refuses the prompt."))
-    for _ in range(module.MAX_FAILURES):  # by fault of the request
-        ask(engine, [URLS[GUILTY]])
-    assert health() == 200
+    with monkeypatch.context() as broken:
+        broken.setattr(engine.model, "generate", Mock(side_effect=RuntimeError("CUDA error")))
+        assert ask(engine, [URLS[0]])[0][1].status == 500
+        wait_until(lambda: health() == 503)
+    wait_until(lambda: health() == 200)
 
 
 def test_an_error_that_ends_the_thread_is_answered(

@@ -14,7 +14,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import TokenCompError, WeightsError
 from tokencomp.handle import Handle
-from tokencomp.inputs.prompts import prompt_lengths
+from tokencomp.inputs.prompts import chat_inputs, prompt_lengths, to_model
 from tokencomp.method import MethodSpec
 from tokencomp.patching import apply, check
 from tokencomp.serving.hf.errors import RequestError
@@ -36,7 +36,7 @@ from tokencomp.serving.spec import ServerOptions
 
 logger = logging.getLogger("tokencomp.serving")
 
-MAX_FAILURES = 10  # requests in a row that failed by no fault of theirs; then the engine is unwell
+PROBE_SECONDS = 5.0  # between probes of an engine that has failed
 
 
 class Engine:
@@ -81,7 +81,7 @@ class Engine:
         self._handle: Handle = apply(model, MethodSpec())
         self._wake = threading.Condition()
         self._closed = False
-        self._failures = 0  # since the last request that was answered
+        self._well = True
         self._thread = threading.Thread(target=self._loop, name="tokencomp-engine", daemon=True)
         self._thread.start()
 
@@ -108,8 +108,8 @@ class Engine:
 
     @property
     def healthy(self) -> bool:
-        """Whether the engine runs and has not failed `MAX_FAILURES` times in a row."""
-        return self.alive and self._failures < MAX_FAILURES
+        """Whether the engine runs, and has answered a request or a probe since its last failure."""
+        return self.alive and self._well
 
     def close(self) -> None:
         """Stop after the running batch; waiting requests fail with 503."""
@@ -133,7 +133,8 @@ class Engine:
     def _serve(self) -> None:
         while True:
             with self._wake:
-                self._wake.wait_for(lambda: len(self.waiting) or self._closed)
+                pause = None if self._well else PROBE_SECONDS
+                self._wake.wait_for(lambda: len(self.waiting) or self._closed, pause)
                 if self._closed:
                     break
                 deadline = time.monotonic() + self.wait
@@ -145,6 +146,8 @@ class Engine:
                 self.metrics.running.set(len(batch))
                 self._run(batch)
                 self.metrics.running.set(0)
+            elif not self._well:
+                self._probe()
 
     def _run(self, batch: list[Job]) -> None:
         """Generate for a batch; if it fails, for its halves, until a request fails alone.
@@ -153,34 +156,50 @@ class Engine:
         """
         try:
             self._generate(batch)
-            self._failures = 0
+            self._well = True
             return
         except BaseException as error:
             batch = [job for job in batch if not job.done]
             again = len(batch) > 1 and all(job.usage is None for job in batch)
+            failed = False
             if not (again and isinstance(error, Exception)):
-                self._fail(batch, error)
-                again = False
+                failed, again = self._fail(batch, error), False
             if not isinstance(error, Exception):  # the thread ends
                 raise
             memory = isinstance(error, torch.OutOfMemoryError)
         if memory:  # only here, where the error no longer keeps the tensors of its frames
             torch.cuda.empty_cache()
+        if failed:
+            self._probe()
         if again:
             for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
                 self._run(half)
 
-    def _fail(self, batch: list[Job], error: BaseException) -> None:
-        """Log why a batch failed, and answer its requests."""
+    def _fail(self, batch: list[Job], error: BaseException) -> bool:
+        """Log why a batch failed, and answer its requests; return whether it is not their fault."""
         answer = for_client(error)
         if not isinstance(error, TokenCompError):
             logger.error("a batch of %d failed", len(batch), exc_info=error)
         elif isinstance(error, WeightsError) or answer.status >= 500:
             logger.error("%s", error)
-        if answer.status >= 500:
-            self._failures += len(batch)
         for job in batch:
             job.send("error", answer)
+        return answer.status >= 500
+
+    @torch.inference_mode()
+    def _probe(self) -> None:
+        """Find out with a short text whether the model works, or a request made it fail."""
+        try:
+            chat = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
+            text = self.text.render(chat)
+            inputs = to_model(chat_inputs(self.processor, [chat], [], [], [], [text]), self.model)
+            with self._handle.disabled():
+                self.model.generate(**inputs, max_new_tokens=1, do_sample=False)
+            self._well = True
+        except Exception as error:
+            if self._well:
+                logger.error("the model does not answer a short text", exc_info=error)
+            self._well = False
 
     @torch.inference_mode()
     def _generate(self, batch: list[Job]) -> None:
