@@ -42,7 +42,7 @@ def method_of(record: Mapping[str, Any]) -> str:
 
 
 def keep(records: Iterable[Mapping[str, Any]], file: Path = PREFILL) -> None:
-    """Write what `prefill_speed` reads of the results with the default reducer, if there are any."""
+    """Write what `prefill_speed` reads of the results with the default reducer, if any."""
     names = ("model", "kind", "visual_tokens", "reducer", "rest", "ratio", "speedup", "dtype")
     own = [r for r in records if r["reducer"] == DEFAULT_REDUCER]
     if own:
