@@ -196,14 +196,46 @@ def test_options_of_decoding_are_closed(monkeypatch: pytest.MonkeyPatch) -> None
     passes(options)
 
 
-@pytest.mark.parametrize("part", [media(http.image_url(1)), chat({"image_url": None})])
-def test_clients_cannot_name_cache_entries(part: dict[str, Any]) -> None:
+def test_clients_cannot_name_cache_entries() -> None:
     """The caches are shared: another client's picture would be answered for this one's."""
-    passes(part)
-    for name in ("A", 0, ""):
-        part["messages"][0]["content"][0]["uuid"] = name
-        status, message = refused(part)
-        assert status == 400 and "uuid" in message
+    passes(media(http.image_url(1), uuid=None))
+    for part in (
+        {"type": "image_url", "image_url": {"url": http.image_url(1)}},
+        {"image_url": None},
+    ):
+        for name in ("A", 0, ""):
+            status, message = refused(chat({**part, "uuid": name}))
+            assert status == 400 and "uuid" in message
+
+
+def test_messages_have_known_fields_alone() -> None:
+    """What clients received and send back is among these, with all of its empty fields."""
+    empty = {"annotations": [], "audio": None, "function_call": None, "refusal": None}
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    said = {"role": "assistant", "content": None, "tool_calls": [call], **empty}
+    result = {"role": "tool", "tool_call_id": "1", "content": [{"type": "text", "text": "2"}]}
+    passes({"messages": [{"role": "user", "content": "?", "name": "a"}, said, result]})
+    passes({"messages": [{"role": "assistant", "content": "a", "reasoning_content": "b"}]})
+    embeds = {"type": "prompt_embeds", "data": "AAAA"}  # vLLM 0.33 loads it from these fields
+    for field in ("reasoning", "reasoning_content", "name", "documents", "image_url"):
+        assert refused({"messages": [{"role": "user", "content": "?", field: embeds}]})[0] == 400
+    for content in (embeds, 3, ["text"], [[{"type": "text", "text": "a"}]], {"type": "text"}):
+        assert refused({"messages": [{"role": "user", "content": content}]})[0] == 400
+    for messages in ("a", {"role": "user"}, ["a"], [[]]):
+        assert refused({"messages": messages})[0] == 400
+
+
+def test_the_setting_may_have_a_field_of_its_own() -> None:
+    """As on `--engine hf`; vLLM alone would ignore it and compress as by default."""
+    app, setting = Application(), {"ratio": 0.75}
+    assert ask(app, chat(tokencomp=setting, mm_processor_kwargs={"a": 1}))[0] == 200
+    sent = json.loads(app.seen[0] or b"")
+    assert sent == chat(mm_processor_kwargs={"a": 1, "tokencomp": setting})
+    both = chat(tokencomp=setting, mm_processor_kwargs={"tokencomp": setting})
+    assert ask(Application(), both)[0] == 200
+    both["tokencomp"] = {"ratio": 0.5}
+    status, message = refused(both)
+    assert status == 400 and "two settings" in message
 
 
 def test_seeds_are_refused_on_a_cpu_unless_nothing_is_sampled(
@@ -259,7 +291,7 @@ def test_low_detail_is_a_ratio_of_the_operator(monkeypatch: pytest.MonkeyPatch) 
 def test_nothing_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
     urls = ["http://192.0.2.1/x.png", "HTTPS://invalid./", "ftp://a/b", " http://a/b", "a"]
     for url in urls:
-        for body in (media(url), media(url, "video_url"), chat({"image_url": url})):
+        for body in (media(url), media(url, "video_url")):
             status, message = refused(body)
             assert status == 400 and "fetches nothing" in message
     monkeypatch.setenv("TOKENCOMP_RULES", Rules(remote_media=True).as_json())
@@ -304,7 +336,7 @@ def test_pixels_are_counted_before_vllm_decodes_them(tmp_path: Path) -> None:
     pictures = {"type": "image_url", "image_url": {"url": good}}
     passes(media(good), limits)
     passes(chat(pictures, pictures, {"type": "text", "text": "?"}), limits)
-    for bad in (media(large), chat({"image_url": large}), chat(pictures, pictures, pictures)):
+    for bad in (media(large), chat(pictures, pictures, pictures)):
         assert refused(bad, limits)[0] == 413
     listed = "data:video/jpeg;base64," + ",".join([good.partition(",")[2]] * 2)
     passes(media(listed, "video_url"), limits)

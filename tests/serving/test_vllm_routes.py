@@ -1,8 +1,9 @@
-"""Which of vLLM's own routes answer behind the middleware, in whatever version of vLLM."""
+"""Which routes and which parts of messages reach vLLM behind the middleware, in any version."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 from importlib import import_module
 from types import SimpleNamespace
@@ -13,8 +14,14 @@ import pytest
 pytest.importorskip("vllm", reason="vllm is not installed")
 
 from starlette.testclient import TestClient
+from support.serving import http
 from vllm.entrypoints.launchers.app import build_app
 from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from tokencomp.serving.hf.errors import RequestError
+from tokencomp.serving.spec import ServerOptions
+from tokencomp.serving.vllm.request_checks import check_request
+from tokencomp.serving.vllm.rules import Rules
 
 KEY = "secret"
 PARSERS = ("launchers", "common")  # packages of vLLM's command line in 0.32 and 0.33
@@ -81,3 +88,47 @@ def test_with_the_key_only_documented_paths_answer(application: Any) -> None:
     for (path, method), status in statuses.items():
         assert (status != 404) == (path in SERVED), (path, method)
         assert status != 401
+
+
+def chat_parser() -> tuple[set[str], Any]:
+    """Return the types of parts that this vLLM knows, and its function that reads a part."""
+    for name in ("vllm.renderers.chat_utils.chat_message", "vllm.renderers.chat_utils"):
+        with contextlib.suppress(ModuleNotFoundError, AttributeError):
+            module: Any = import_module(name)
+            reader = "parse_chat_message_content_mm_part"
+            reader = reader if hasattr(module, reader) else f"_{reader}"
+            return set(module.MM_PARSER_MAP), getattr(module, reader)
+    raise AssertionError("vLLM has its parsers elsewhere")
+
+
+LISTED = {"text", "refusal", "image_url", "video_url"}
+OTHER = {"image", "video", "audio", "file", "data", "image_pil", "prompt_embeds"}
+
+
+@pytest.mark.parametrize("kind", sorted({*OTHER, *chat_parser()[0]}))
+def test_no_part_reaches_vllm_that_nobody_listed(kind: str) -> None:
+    """vLLM reads parts without a type by their other keys. A type of a later version is refused."""
+    read, url, passed = chat_parser()[1], http.image_url(1), 0
+    image = {"type": "image_url", "image_url": {"url": url}}
+    for value in ("text", url, {"url": url}, [url], {"url": "file:///etc/passwd"}, {}):
+        named: dict[str, Any] = {"type": kind, kind: value}
+        parts = [
+            named, {kind: value}, {"type": None, kind: value}, {"type": [kind], kind: value},
+            {**named, "uuid": "A"}, {kind: value, "uuid": "A"}, {**named, "data": "AAAA"},
+            {"type": "text", "text": "a", kind: value}, {**image, kind: value},
+            {"type": "text", "text": named}, {"type": "text", "text": [named]},
+            {"type": "tool_result", "content": [named]}, {"type": "image_url", "image_url": named},
+        ]  # fmt: skip
+        for part in parts:
+            for content in ([part], part, [[part]]):
+                body = json.dumps({"messages": [{"role": "user", "content": content}]}).encode()
+                try:
+                    assert check_request(body, Rules(), ServerOptions()) == body
+                except RequestError as error:
+                    assert error.status in (400, 413)
+                    continue
+                passed += 1
+                assert content == [part] and kind in LISTED
+                found, taken = read(part)
+                assert found in LISTED and taken == (url if "url" in found else part[found])
+    assert (passed > 0) == (kind in LISTED)

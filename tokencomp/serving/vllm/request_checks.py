@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -24,13 +23,16 @@ from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm.rules import Rules
 
 MEDIA = ("image_url", "video_url")
+TEXTS = ("text", "refusal")
+MESSAGE = ("role", "content", "name", "reasoning", "reasoning_content", "refusal", "tool_call_id")
+FORM = '{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}'
 
 
 def check_request(body: bytes, rules: Rules, options: ServerOptions) -> bytes:
     """Check a JSON body, and its pictures without decoding their pixels.
 
-    vLLM reads the body with the same parser, so it sees what was checked here. Returned is the body
-    that vLLM gets. Only `detail` "low" changes it: into the ratio of `options`.
+    Returned is the body that vLLM gets. It differs where an option of tokencomp has to be put where
+    vLLM reads it.
     """
     check_structure(body)
     try:
@@ -43,24 +45,80 @@ def check_request(body: bytes, rules: Rules, options: ServerOptions) -> bytes:
         with_request(request.get("media_io_kwargs"), rules.limits)
     _check_text(request)
     _check_sampling(request)
-    _check_media(request, rules)
+    media = [part for message in _messages(request) for part in _media(message)]
+    _check_media(media, rules)
+    if media and request.get("truncate_prompt_tokens") is not None:
+        raise RequestError("truncate_prompt_tokens would cut media. Leave it out.")
     try:
-        return _with_detail(request, options) or body
+        changes = _setting(request, media, options)
     except (OptionError, RatioError) as error:
         raise RequestError(str(error)) from None
+    return json.dumps({**request, **changes}).encode() if changes else body
 
 
-def _with_detail(request: dict[str, Any], options: ServerOptions) -> bytes | None:
-    """Return the body of a request for images in low detail with their ratio, else None."""
-    media = [(p, name) for p in _parts(request) for name in MEDIA if isinstance(p.get(name), dict)]
-    details = [(name, part[name].get("detail")) for part, name in media]
+def _messages(request: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the messages, whose fields are all known."""
+    messages = request.get("messages") or []
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise RequestError("messages must be a list of objects.")
+    for message in messages:
+        for name, value in message.items():
+            text = name in MESSAGE and (isinstance(value, str) or name == "content")
+            if value and not text and name != "tool_calls":
+                raise RequestError(
+                    f"{name!r} of a message: expected texts in {', '.join(MESSAGE)}, or tool_calls."
+                )
+    return messages
+
+
+def _media(message: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Return type and URL object of the media of a message, whose parts are all of a known form.
+
+    vLLM reads more types of parts, and by their other keys also parts without a type: files that
+    are not below the media path, other hosts, pickled tensors. What is not known here is refused.
+    """
+    content, media = message.get("content"), []
+    if content is None or isinstance(content, str):
+        return []
+    for part in content if isinstance(content, list) else [None]:
+        given = {k: v for k, v in part.items() if v is not None} if isinstance(part, dict) else {}
+        if "uuid" in given:
+            raise RequestError(
+                "uuid of a media part: it would name an entry of caches that all clients share. "
+                "Leave it out; equal media are recognized by their content."
+            )
+        kind = given.pop("type", None)
+        value = given.pop(kind, None) if kind in (*TEXTS, *MEDIA) else None
+        if kind in MEDIA and isinstance(value, dict) and not given:
+            known = {k: v for k, v in value.items() if v is not None and k != "detail"}
+            if list(known) == ["url"] and isinstance(known["url"], str):
+                media.append((kind, value))
+                continue
+        if kind not in TEXTS or given or not isinstance(value, str | None):
+            raise RequestError(
+                f"a part of type {str(kind)[:40]!r} with {', '.join(given)[:80] or 'its content'}: "
+                f"expected a text, or an image or video such as {FORM}."
+            )
+    return media
+
+
+def _setting(
+    request: dict[str, Any], media: list[tuple[str, dict[str, Any]]], options: ServerOptions
+) -> dict[str, Any]:
+    """Return the processor options of a request that has its setting elsewhere.
+
+    In a field of its own, as on `--engine hf`, or as the detail of images.
+    """
     kwargs = request.get("mm_processor_kwargs") or {}
-    if not isinstance(kwargs, dict) or KEY in kwargs:
-        return None
-    spec = options.low_detail(details)
-    if spec is None:
-        return None
-    return json.dumps({**request, "mm_processor_kwargs": {**kwargs, KEY: spec.requested}}).encode()
+    if not isinstance(kwargs, dict):
+        return {}  # vLLM answers this with 400
+    field, given = request.pop(KEY, None), kwargs.get(KEY)
+    if field is not None and given not in (None, field):
+        raise OptionError(f'two settings: "{KEY}" and "mm_processor_kwargs" differ. Send one.')
+    if field is None and given is None:
+        spec = options.low_detail([(kind, url.get("detail")) for kind, url in media])
+        field = spec and spec.requested
+    return {"mm_processor_kwargs": {**kwargs, KEY: field}} if field is not None else {}
 
 
 def _check_text(value: Any) -> None:
@@ -95,28 +153,16 @@ def runs_on_cpu() -> bool:
     return bool(current_platform.is_cpu())
 
 
-def _check_media(request: dict[str, Any], rules: Rules) -> None:
+def _check_media(media: list[tuple[str, dict[str, Any]]], rules: Rules) -> None:
     """Check all media of a request within limits that they share."""
     limits = rules.limits
-    deadline, left, count = Deadline(limits.decode_seconds), limits.max_total_pixels, 0
-    for part in _parts(request):
-        if part.get("uuid") is not None:
-            raise RequestError(
-                "uuid of a media part: it would name an entry of caches that all clients share. "
-                "Leave it out; equal media are recognized by their content."
-            )
-        for name in MEDIA:
-            url = part.get(name)
-            url = url.get("url") if isinstance(url, dict) else url
-            if not isinstance(url, str):
-                continue  # vLLM answers this with 400
-            count += 1
-            if count > limits.max_items:
-                raise RequestError(f"more than {limits.max_items} images and videos.", 413)
-            if not (rules.remote_media and url[:4].lower() == "http"):
-                left -= _pixels(name, url, replace(limits, max_total_pixels=left), deadline)
-    if count and request.get("truncate_prompt_tokens") is not None:
-        raise RequestError("truncate_prompt_tokens would cut media. Leave it out.")
+    deadline, left = Deadline(limits.decode_seconds), limits.max_total_pixels
+    if len(media) > limits.max_items:
+        raise RequestError(f"more than {limits.max_items} images and videos.", 413)
+    for kind, value in media:
+        url = value["url"]
+        if not (rules.remote_media and url[:4].lower() == "http"):
+            left -= _pixels(kind, url, replace(limits, max_total_pixels=left), deadline)
 
 
 def _pixels(name: str, url: str, limits: Limits, deadline: Deadline) -> int:
@@ -134,14 +180,3 @@ def _pixels(name: str, url: str, limits: Limits, deadline: Deadline) -> int:
         raise RequestError(f"{len(parts)} frames; the limit is {limits.frames}.", 413)
     frames = (decode_base64(part.decode("ascii")) for part in parts)
     return sum(check_image(frame, limits, deadline, len(parts)) for frame in frames)
-
-
-def _parts(request: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the parts of all messages that may be media."""
-    for message in _objects(request.get("messages")):
-        yield from _objects(message.get("content"))
-
-
-def _objects(value: Any) -> list[dict[str, Any]]:
-    """Return the objects of a list, and none of anything else."""
-    return [v for v in value if isinstance(v, dict)] if isinstance(value, list) else []
