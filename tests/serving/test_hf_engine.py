@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ import pytest
 pytest.importorskip("pydantic")
 import torch
 from support.serving import hf_reference, http
+from support.serving.prompts import read
 
 from tokencomp.errors import ScoreError
 from tokencomp.serving.hf import engine as module
@@ -24,9 +24,7 @@ from tokencomp.serving.hf.api import Server
 from tokencomp.serving.hf.engine import Engine
 from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.hf.job import Job
-from tokencomp.serving.hf.media import Limits
 from tokencomp.serving.hf.metrics import Metrics
-from tokencomp.serving.hf.prompt import parse
 from tokencomp.serving.spec import ServerOptions
 
 URLS = [http.image_url(seed, 112, 112) for seed in range(6)]
@@ -48,8 +46,7 @@ def ask(engine: Engine, urls: list[str], **fields: Any) -> list[tuple[str, Any]]
         loop, jobs = asyncio.get_running_loop(), []
         for url in urls:
             body = {"messages": http.messages("What?", url), "max_tokens": 6, "temperature": 0}
-            content = json.dumps({**body, **fields}).encode()
-            prompt = parse(content, engine.options, Limits(), engine.text, engine.grammars)
+            prompt = read({**body, **fields}, engine.text, engine.options)
             jobs.append(Job(prompt, loop, 6, AnswerText(engine.tokenizer)))
         with engine._wake:  # the engine sees all of them at once
             for job in jobs:
@@ -71,10 +68,7 @@ def ask(engine: Engine, urls: list[str], **fields: Any) -> list[tuple[str, Any]]
 
 def failing(engine: Engine, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> list[int]:
     """Let the model fail on batches with the guilty image; return the sizes of all batches."""
-    guilty = parse(
-        json.dumps({"messages": http.messages("What?", URLS[GUILTY])}).encode(),
-        engine.options, Limits(), engine.text, engine.grammars,
-    ).images[0].tobytes()  # fmt: skip
+    guilty = read({"messages": http.messages("What?", URLS[GUILTY])}).images[0].tobytes()
     build, sizes = module.build_inputs, []
 
     def build_inputs(model: Any, processor: Any, prompts: list[Any]) -> Any:

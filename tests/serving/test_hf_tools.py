@@ -13,16 +13,16 @@ import pytest
 pytest.importorskip("fastapi")
 from fastapi.testclient import TestClient
 from support.serving import hf_reference, http
+from support.serving.prompts import read as read_body
 
 from tokencomp.serving.hf.api import build_app
 from tokencomp.serving.hf.completion import Completion
 from tokencomp.serving.hf.engine import Engine
 from tokencomp.serving.hf.errors import RequestError
-from tokencomp.serving.hf.grammar import Grammars
 from tokencomp.serving.hf.job import Piece
 from tokencomp.serving.hf.media import Limits
 from tokencomp.serving.hf.metrics import Metrics
-from tokencomp.serving.hf.prompt import Prompt, parse
+from tokencomp.serving.hf.prompt import Prompt
 from tokencomp.serving.hf.text import PromptText
 from tokencomp.serving.hf.tools import CallForm, Calls
 from tokencomp.serving.spec import ServerOptions
@@ -92,9 +92,7 @@ def body(**fields: Any) -> dict[str, Any]:
 
 
 def prompt(text: PromptText, **fields: Any) -> Prompt:
-    content = json.dumps(body(**fields)).encode()
-    options, grammars = ServerOptions.parse({}, "hf"), Grammars(text.tokenizer, set())
-    return parse(content, options, Limits(), text, grammars)
+    return read_body(body(**fields), text)
 
 
 # -- the form ------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import logging
 import shlex
@@ -18,10 +19,11 @@ import pytest
 pytest.importorskip("fastapi")
 from fastapi.testclient import TestClient
 from support.serving import http
+from support.serving.prompts import ANY_TEXT
 
 import tokencomp
 from tokencomp.serving.bind import Bind
-from tokencomp.serving.hf import server
+from tokencomp.serving.hf import prompt, server
 from tokencomp.serving.hf.api import build_app
 from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.hf.job import Waiting
@@ -173,6 +175,22 @@ def test_bodies_are_bounded_one_by_one_and_together() -> None:
     assert error(app.post(CHAT, content="x" * 600, headers=header))["code"] == 503
     assert error(app.post(CHAT, content="x" * 400, headers=header))["code"] == 400
     assert bodies.used == 1000
+
+
+def test_a_text_does_not_wait_for_the_media_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More requests than may decode at a time, none of which ends before the text is answered."""
+    gate, decoding = threading.Event(), []
+    monkeypatch.setattr(prompt, "_load", lambda *a: decoding.append(1) or gate.wait(20))
+    submitted = lambda *jobs: (_ for _ in ()).throw(RequestError("submitted", 418))  # noqa: E731
+    media = {"messages": http.messages("What?", http.image_url(1, 8, 8))}
+    engine = stub(text=ANY_TEXT, tokenizer=None, submit=submitted)
+    with client(engine) as app, concurrent.futures.ThreadPoolExecutor(6) as pool:
+        others = [pool.submit(app.post, CHAT, json=media) for _ in range(6)]
+        while len(decoding) < 4:
+            time.sleep(0.01)
+        answer = app.post(CHAT, json={"messages": http.messages("Hello")})
+        assert answer.status_code == 418 and not any(job.done() for job in others)
+        gate.set()
 
 
 def test_requests_are_logged_and_counted(caplog: pytest.LogCaptureFixture) -> None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import struct
 import tracemalloc
 import zlib
 from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,19 +20,18 @@ import PIL
 from PIL import Image, ImageSequence
 from PIL.GifImagePlugin import GifImageFile
 from support.serving import media as tiny
+from support.serving.prompts import read
 
 from tokencomp.inputs.container import VideoFile
 from tokencomp.inputs.frames import frame_indices
 from tokencomp.serving.hf import video
 from tokencomp.serving.hf.deadline import Deadline
 from tokencomp.serving.hf.errors import RequestError
-from tokencomp.serving.hf.grammar import Grammars
 from tokencomp.serving.hf.media import Limits, load_image
-from tokencomp.serving.hf.prompt import Prompt, parse
+from tokencomp.serving.hf.prompt import Prompt
 from tokencomp.serving.hf.server import SAFE_PILLOW
 from tokencomp.serving.hf.structure import count_frames
 from tokencomp.serving.hf.video import load_video
-from tokencomp.serving.spec import ServerOptions
 
 LIMITS = Limits(max_pixels=40_000, max_total_pixels=100_000)
 
@@ -76,15 +73,7 @@ def gif(side: int, count: int) -> str:
 
 def parsed(limits: Limits, *urls: str) -> Prompt:
     """Return the prompt of a request with these media, for a model that takes any text."""
-    text: Any = SimpleNamespace(
-        check_size=lambda *amount: None,
-        render=lambda *chat: "",
-        check=lambda *chat: 0,
-        check_images=lambda *images: None,
-        verifies=lambda kind: True,
-    )
-    options, content = ServerOptions.parse({}, "hf"), json.dumps(request(*urls)).encode()
-    return parse(content, options, limits, text, Grammars(None, set()))
+    return read(request(*urls), limits=limits)
 
 
 def request(*urls: str) -> dict[str, Any]:
@@ -146,8 +135,10 @@ def test_frames_that_are_not_sampled_count_too(monkeypatch: pytest.MonkeyPatch) 
         with pytest.raises(RequestError, match="3000 frames of 3000×3000") as error:
             load_video(url, Limits())
     assert error.value.status == 413 and not decoded
+    with pytest.raises(RequestError, match="may have 1000000000 pixels"):
+        load_video(large_canvas(1001, 1000), Limits())
     assert load_video(large_canvas(30, 300), Limits(frames=8))[0].shape == (8, 30, 30, 3)
-    few = Limits(max_decoded_pixels=20 * 96 * 96)
+    few = Limits(max_decoded_pixels=20 * 96 * 96, max_animated_pixels=20 * 96 * 96)
     assert len(load_video(clip(96, 20), few)[0]) == 20
     monkeypatch.setattr(VideoFile, "frames", None)  # the number of packets is enough
     with pytest.raises(RequestError, match="21 frames of 96×96"):

@@ -10,16 +10,15 @@ import pytest
 
 pytest.importorskip("pydantic")
 from support.serving import hf_reference, http
+from support.serving.prompts import read
 
 from tokencomp.inputs.loading import load_model
 from tokencomp.inputs.prompts import chat_inputs, prompt_lengths
 from tokencomp.serving.hf.engine import Engine
 from tokencomp.serving.hf.errors import MAX_MESSAGE, RequestError
-from tokencomp.serving.hf.grammar import Grammars
 from tokencomp.serving.hf.job import Waiting
-from tokencomp.serving.hf.media import Limits
 from tokencomp.serving.hf.metrics import Metrics
-from tokencomp.serving.hf.prompt import Prompt, parse
+from tokencomp.serving.hf.prompt import Prompt
 from tokencomp.serving.hf.schema import MAX_STRUCTURE, read_request
 from tokencomp.serving.hf.text import PromptText
 from tokencomp.serving.spec import ServerOptions
@@ -39,11 +38,7 @@ def user(content: Any, **more: Any) -> dict[str, Any]:
 
 
 def prompt(body: Any, text: PromptText) -> Prompt:
-    return parsed(json.dumps(body).encode(), ServerOptions.parse({}, "hf"), text)
-
-
-def parsed(content: bytes, options: ServerOptions, text: PromptText) -> Prompt:
-    return parse(content, options, Limits(), text, Grammars(text.tokenizer, set()))
+    return read(body, text)
 
 
 def test_text_that_cannot_fit_is_not_tokenised(
@@ -171,7 +166,7 @@ def test_bodies_are_bounded_by_their_structure() -> None:
 )  # fmt: skip
 def test_malformed_bodies_have_an_error_that_can_be_sent(content: bytes, text: PromptText) -> None:
     with pytest.raises(RequestError) as error:
-        parsed(content, ServerOptions.parse({}, "hf"), text)
+        read(content, text)
     assert error.value.status == 400
     body = json.dumps(error.value.body()).encode()
     assert len(error.value.body()["error"]["message"]) <= MAX_MESSAGE and body
@@ -186,8 +181,7 @@ def test_low_detail_has_the_ratio_of_the_operator(text: PromptText) -> None:
     video = {"type": "video_url", "video_url": {"url": http.video_url(1, 2, 28, 28)}}
 
     def spec(parts: Any, options: ServerOptions = server, **more: Any) -> Any:
-        content = json.dumps(user(parts, **more)).encode()
-        return parsed(content, options, text).spec
+        return read(user(parts, **more), text, options).spec
 
     assert (spec([low, low]).ratio, spec([high]).ratio, spec([IMAGE]).ratio) == (0.9, 0.5, 0.5)
     assert spec([low, video]).ratios == {"image": 0.9, "video": 0.5}
@@ -242,7 +236,7 @@ def test_fields_inside_of_messages_are_refused_unless_they_are_empty() -> None:
         "function_call": None, "tool_calls": [],
     }  # fmt: skip
 
-    def read(*messages: Any, **more: Any) -> Any:
+    def received_by(*messages: Any, **more: Any) -> Any:
         return read_request(json.dumps({"messages": [*messages], **more}).encode())
 
     def said(content: Any) -> dict[str, Any]:
@@ -250,7 +244,7 @@ def test_fields_inside_of_messages_are_refused_unless_they_are_empty() -> None:
 
     good = said([{**IMAGE, "image_url": {**url, "detail": "auto"}}])
     usage = {"include_usage": True, "include_obfuscation": False}
-    assert read(good, received, said("Why?"), stream_options=usage)
+    assert received_by(good, received, said("Why?"), stream_options=usage)
     for name, message in (
         ("messages.0.function_call", {**received, "function_call": call["function"]}),
         ("messages.0.name", {**said("a"), "name": "Ann"}),
@@ -258,11 +252,11 @@ def test_fields_inside_of_messages_are_refused_unless_they_are_empty() -> None:
         ("messages.0.content.0.max_pixels", said([{**IMAGE, "max_pixels": 0}])),
     ):
         with pytest.raises(RequestError, match=f"not served: {name}. Leave it out"):
-            read(message)
+            received_by(message)
     with pytest.raises(RequestError, match=r"role.*'assistant'"):
-        read({"role": "function", "content": "1", "name": "a"})
+        received_by({"role": "function", "content": "1", "name": "a"})
     with pytest.raises(RequestError, match=r"stream_options\.continuous_usage_stats"):
-        read(said("a"), stream_options={"continuous_usage_stats": True})
+        received_by(said("a"), stream_options={"continuous_usage_stats": True})
 
 
 def test_options_in_the_wrong_place_are_answered_with_the_right_one() -> None:

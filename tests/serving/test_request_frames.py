@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import base64
-import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,17 +13,16 @@ pytest.importorskip("pydantic")
 pytest.importorskip("av")
 
 from support.clips import pictures, write_clip
+from support.serving.prompts import read
 
 from tokencomp.inputs.media import load_media
 from tokencomp.serving.hf.deadline import Deadline
 from tokencomp.serving.hf.decoder import decode_apart
 from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.hf.frames import with_request
-from tokencomp.serving.hf.grammar import Grammars
 from tokencomp.serving.hf.media import Limits
-from tokencomp.serving.hf.prompt import Prompt, parse
+from tokencomp.serving.hf.prompt import Prompt
 from tokencomp.serving.hf.video import load_video
-from tokencomp.serving.spec import ServerOptions
 
 
 @pytest.fixture(scope="module")
@@ -41,15 +38,8 @@ def url(path: Path) -> str:
 
 
 def parsed(path: Path, **fields: Any) -> Prompt:
-    text: Any = SimpleNamespace(
-        check_size=lambda *amount: None, render=lambda *chat: "", check=lambda *chat: 0,
-        check_images=lambda *images: None,
-        verifies=lambda kind: True,
-    )  # fmt: skip
     part = {"type": "video_url", "video_url": {"url": url(path)}}
-    body = {"messages": [{"role": "user", "content": [part]}], **fields}
-    options = ServerOptions.parse({}, "hf")
-    return parse(json.dumps(body).encode(), options, Limits(), text, Grammars(None, set()))
+    return read({"messages": [{"role": "user", "content": [part]}], **fields})
 
 
 @pytest.mark.parametrize("frames", [5, "1fps", "stream:6"])

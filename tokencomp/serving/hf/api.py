@@ -25,13 +25,13 @@ from tokencomp.serving.hf.errors import CLIENT_LEFT, RequestError
 from tokencomp.serving.hf.guard import Guard
 from tokencomp.serving.hf.job import Event
 from tokencomp.serving.hf.media import Limits
-from tokencomp.serving.hf.prompt import Prompt, parse
+from tokencomp.serving.hf.prompt import Prompt, load, parse
 from tokencomp.serving.hf.schema import ChatRequest
 from tokencomp.serving.http import Bodies, error_response, first_page
 
 # Of the request's schema in the description of the API, for references inside of it.
 PLACE = "~1v1~1chat~1completions/post/requestBody/content/application~1json/schema"
-DECODING = 4  # number of requests whose media are decoded at the same time
+READING = DECODING = 4  # requests whose text is read, and whose media are decoded, at one time
 POLL = 0.5  # seconds between checks whether the client is still connected
 
 
@@ -78,7 +78,7 @@ class Server:
         self.engine, self.name, self.limits, self.keyed = engine, name, limits, keyed
         self.started = int(time.time())
         self.bodies = Bodies(limits.max_body, limits.max_bodies, limits.body_seconds)
-        self.decoding = CapacityLimiter(DECODING)
+        self.reading, self.decoding = CapacityLimiter(READING), CapacityLimiter(DECODING)
 
     async def chat(self, request: Request) -> Response:
         """Answer a chat completion, whole or as a stream of events.
@@ -114,14 +114,22 @@ class Server:
             raise
 
     async def _prompt(self, request: Request) -> Prompt:
-        """Read and check a request, and decode its media as long as the client is there."""
-        deadline = Deadline(self.limits.decode_seconds)
+        """Read and check a request, and decode its media as long as the client is there.
+
+        Requests without media do not wait for the media of others.
+        """
+        engine, deadline = self.engine, Deadline(self.limits.decode_seconds)
         async with self.bodies.read(request) as body:
-            work = to_thread.run_sync(
-                parse, body, self.engine.options, self.limits, self.engine.text,
-                self.engine.grammars, deadline, limiter=self.decoding,
+            prompt = await to_thread.run_sync(
+                parse, body, engine.options, self.limits, engine.text, engine.grammars,
+                limiter=self.reading,
             )  # fmt: skip
-            return await _while_connected(request, work, deadline.cancel)
+            if prompt.request.media:
+                work = to_thread.run_sync(
+                    load, prompt, engine.text, deadline, limiter=self.decoding
+                )
+                await _while_connected(request, work, deadline.cancel)
+            return prompt
 
     async def health(self) -> Response:
         """Answer 200 while the engine answers requests, and 503 after it has failed."""

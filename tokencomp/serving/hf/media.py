@@ -48,9 +48,10 @@ class Limits:
         How they are sampled, see `tokencomp.inputs.frames`; "" is `frames` evenly spaced ones.
     max_decoded
         Largest number of frames of a video.
-    max_decoded_pixels
-        Largest number of pixels in all frames of a video, also in those that are not sampled:
-        a decoder has to produce every frame, and in an animation each one costs a whole canvas.
+    max_decoded_pixels, max_animated_pixels
+        Largest number of pixels in all frames of a video, also in those that are not sampled,
+        because a decoder has to produce every frame; and in those of an animation, in which a few
+        bytes cost a whole canvas.
     decode_seconds
         Time in which all media of one request must be decoded.
     decode_memory
@@ -71,6 +72,7 @@ class Limits:
     policy: str = ""
     max_decoded: int = 36_000
     max_decoded_pixels: int = 20_000_000_000
+    max_animated_pixels: int = 1_000_000_000
     decode_seconds: float = 60.0
     decode_memory: int = 3 << 30
     max_items: int = 32

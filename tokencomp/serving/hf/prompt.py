@@ -44,10 +44,12 @@ class Prompt:
         Reducer and ratio of the request.
     grammars
         What each of its answers must follow, or None.
-    text
-        What the chat template makes of the messages.
+    text, text_tokens
+        What the chat template makes of the messages, and its number of tokens.
     calls
         How the model writes calls, if its answers may have any.
+    limits
+        Limits on its media, with the frames that the request chooses.
     """
 
     request: ChatRequest
@@ -59,7 +61,9 @@ class Prompt:
     samplings: list[Any] = field(default_factory=list)
     grammars: list[Grammar | None] = field(default_factory=list)
     text: str = ""
+    text_tokens: int = 0
     calls: CallForm | None = None
+    limits: Limits = field(default_factory=Limits)
 
     @property
     def pixels(self) -> int:
@@ -74,11 +78,8 @@ def parse(
     limits: Limits,
     text: PromptText,
     grammars: Grammars,
-    deadline: Deadline | None = None,
 ) -> Prompt:
-    """Check a JSON body and load its media.
-
-    What is cheap to check is checked first: the form, the amount of text, its tokens, the media.
+    """Check a JSON body: its form, then the amount of text, then its tokens. `load` decodes media.
 
     Parameters
     ----------
@@ -88,14 +89,12 @@ def parse(
         What requests may ask for, and the bounds of their media and their text.
     grammars
         Makes grammars of `response_format`.
-    deadline
-        End of the time for decoding; by default `limits.decode_seconds` from now on.
 
     Raises
     ------
     RequestError
-        If the request is malformed, asks for an unsupported feature, or has media that are not
-        allowed. The error carries the HTTP status of the answer.
+        If the request is malformed, asks for an unsupported feature, or has too much text or too
+        many media. The error carries the HTTP status of the answer.
     """
     request = read_request(content)
     prompt = Prompt(request, [], _spec(request, options))
@@ -105,17 +104,26 @@ def parse(
     tools = [tool.model_dump(exclude_none=True) for tool in request.offered]
     begun = prompt.calls.opening if prompt.calls and request.must_call else ""
     prompt.text = text.render(prompt.chat, tools) + begun
-    tokens = text.check(prompt.chat, prompt.text)
+    prompt.text_tokens = text.check(prompt.chat, prompt.text)
     prompt.grammars = _grammars(request, grammars)
     media = [part.type.removesuffix("_url") for part in request.media]
     prompt.alone = not all(map(text.verifies, media))
-    limits = with_request(request.media_io_kwargs, limits)
-    deadline = deadline or Deadline(limits.decode_seconds)
-    deadline.start()
-    for part in request.media:
-        _load(part, prompt, limits, deadline)
-    text.check_images(tokens, prompt.images)
+    prompt.limits = with_request(request.media_io_kwargs, limits)
     return prompt
+
+
+def load(prompt: Prompt, text: PromptText, deadline: Deadline) -> None:
+    """Decode the media of a prompt, and count the tokens of its images.
+
+    Raises
+    ------
+    RequestError
+        Media are not allowed, damaged, too large, or too many tokens for the model.
+    """
+    deadline.start()
+    for part in prompt.request.media:
+        _load(part, prompt, prompt.limits, deadline)
+    text.check_images(prompt.text_tokens, prompt.images)
 
 
 def _check_amount(request: ChatRequest, text: PromptText, limits: Limits) -> None:

@@ -123,15 +123,18 @@ def _frame_list(parts: list[str], limits: Limits, deadline: Deadline) -> Clip:
     return frames.array(), Sampling(tuple(range(len(parts))), len(parts), FRAME_LIST_RATE)
 
 
-def _check_video(total: int, width: int, height: int, limits: Limits) -> None:
-    """Refuse a video of `total` frames of this size, before any of them is decoded."""
+def _check_video(total: int, width: int, height: int, limits: Limits, pixels: int) -> None:
+    """Refuse a video of `total` frames of this size, before any of them is decoded.
+
+    `pixels` is the limit on all of them.
+    """
     if total > limits.max_decoded:
         raise RequestError(f"more than {limits.max_decoded} frames.", 413)
     check_size(width, height, limits, min(total, limits.frames))
-    if total * width * height > limits.max_decoded_pixels:
+    if total * width * height > pixels:
         raise RequestError(
             f"{total} frames of {width}×{height} pixels; all frames of a video may have "
-            f"{limits.max_decoded_pixels} pixels. Send a shorter or smaller video.",
+            f"{pixels} pixels. Send a shorter or smaller video.",
             413,
         )
 
@@ -144,7 +147,7 @@ def _animation(content: bytes, limits: Limits, deadline: Deadline) -> Clip:
         total = count_frames(content, limits.max_decoded)
         if total <= limits.max_decoded:  # else Pillow would count all of them, to the last
             total = getattr(image, "n_frames", 1)
-        _check_video(total, image.width, image.height, limits)
+        _check_video(total, image.width, image.height, limits, limits.max_animated_pixels)
         shown = []
         for place in range(total):  # a seek over many frames at once could not be interrupted
             deadline.check()
@@ -188,7 +191,8 @@ class _Container:
         options = {"max_pixels": str(2 * self.limits.max_pixels)}
         with VideoFile(self._open, 1, self._watch, options, strict=True) as file:
             index = file.index
-            _check_video(index.total, file.width, file.height, self.limits)
+            pixels = self.limits.max_decoded_pixels
+            _check_video(index.total, file.width, file.height, self.limits, pixels)
             choice = chosen(index, self.limits)
             places = choice.places
             self.count = len(places)
@@ -216,7 +220,7 @@ class _Container:
         if frame is None:
             self.packets += self.pixels == 0
             if self.packets > self.limits.max_decoded + 1:  # the last packet is empty
-                _check_video(self.packets, 0, 0, self.limits)
+                _check_video(self.packets, 0, 0, self.limits, 0)
             return
         check_size(frame.width, frame.height, self.limits, self.count)
         self.pixels += frame.width * frame.height

@@ -1,0 +1,38 @@
+"""Bodies of requests as the server on transformers reads them, before its engine runs."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+from tokencomp.serving.hf.deadline import Deadline
+from tokencomp.serving.hf.grammar import Grammars
+from tokencomp.serving.hf.media import Limits
+from tokencomp.serving.hf.prompt import Prompt, load, parse
+from tokencomp.serving.spec import ServerOptions
+
+ANY_TEXT: Any = SimpleNamespace(
+    tokenizer=None,
+    calls=None,
+    check_size=lambda *amount: None,
+    render=lambda *chat: "",
+    check=lambda *chat: 0,
+    check_images=lambda *images: None,
+    verifies=lambda kind: True,
+)
+"""In place of a `PromptText`: a model that takes any text and any media."""
+
+
+def read(
+    body: Any,
+    text: Any = ANY_TEXT,
+    options: ServerOptions | None = None,
+    limits: Limits | None = None,
+) -> Prompt:
+    """Return the prompt of a body, JSON or bytes of it, with its media decoded."""
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    options, limits = options or ServerOptions.parse({}, "hf"), limits or Limits()
+    prompt = parse(content, options, limits, text, Grammars(text.tokenizer, set()))
+    load(prompt, text, Deadline(limits.decode_seconds))
+    return prompt
