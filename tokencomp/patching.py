@@ -103,7 +103,7 @@ def patch(
         `extend_visual_context(model, target, window=...)`).
     verify
         Check first that compression is exact on a tiny random model with the config of `model`
-        (about a second; the same checks as `tokencomp doctor --conformance`). Needed for types
+        (about a second; the checks that every type of the results has passed). Needed for types
         that have never passed, such as those of remote code.
     **options
         Options of the named reducer.

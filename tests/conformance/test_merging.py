@@ -10,11 +10,11 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import tokencomp
+from benchmarks.conformance.run import model_classes
+from benchmarks.conformance.variants import variants
 from tokencomp.adapters.verified import load, nearest
 from tokencomp.conformance.build import tiny_model
 from tokencomp.conformance.prompts import Prompts
-from tokencomp.conformance.run import model_classes
-from tokencomp.conformance.variants import variants
 
 TABLE = load(nearest(metadata.version("transformers")))["types"]
 ACCEPTED = sorted(t for t, row in TABLE.items() if row["status"] in ("exact", "entry only"))

@@ -14,12 +14,12 @@ from transformers import StaticCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import tokencomp
+from benchmarks.conformance.run import compress, model_classes
+from benchmarks.conformance.variants import variants
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.conformance.build import tiny_model
 from tokencomp.conformance.oracle import columns_left, hidden
 from tokencomp.conformance.prompts import Prompts
-from tokencomp.conformance.run import compress, model_classes
-from tokencomp.conformance.variants import variants
 
 FAMILY_NAMES = CORE
 

@@ -11,10 +11,10 @@ from support import oracle
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import tokencomp
+from benchmarks.conformance.run import model_classes
+from benchmarks.conformance.variants import variants
 from tokencomp.conformance.build import tiny_model
 from tokencomp.conformance.prompts import Prompts
-from tokencomp.conformance.run import model_classes
-from tokencomp.conformance.variants import variants
 from tokencomp.engine.scores.proportional import further, widen
 from tokencomp.errors import UnsupportedModelError
 

@@ -110,11 +110,15 @@ def with_embedded(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def types() -> dict[str, Any]:
-    """Conformance of all model types, from the results that `patch` goes by."""
+    """Status of all model types and its reason, from the results that `patch` goes by."""
     from tokencomp.adapters.verified import load, nearest
-    from tokencomp.conformance.table import short
 
-    return short(load(nearest(metadata.version("transformers"))))
+    table = load(nearest(metadata.version("transformers")))
+    rows = {
+        name: {"status": row["status"], "reason": row["reason"]}
+        for name, row in table["types"].items()
+    }
+    return {"transformers": table["transformers"], "types": rows}
 
 
 def _first_layer(model_type: str) -> int:

@@ -100,8 +100,7 @@ def _print_types(console: Any, table: dict[str, Any]) -> None:
     """The types by status, without what the table of families shows."""
     from rich.markup import escape
 
-    from tokencomp.adapters.verified import TESTED
-    from tokencomp.conformance.table import STATUSES
+    from tokencomp.adapters.verified import STATUSES, TESTED
 
     release, installed = table["transformers"], version("transformers")
     console.print(f"\n[bold]Conformance on transformers {release}[/]")
@@ -112,6 +111,5 @@ def _print_types(console: Any, table: dict[str, Any]) -> None:
         console.print(f"[bold]{status}[/] ({len(names)}): {escape(', '.join(names))}")
     console.print(
         "[dim]Unverified types need patch(..., verify=True), which checks a tiny copy, but for "
-        f"{', '.join(sorted(TESTED))}, tested with a real tower. "
-        "`tokencomp doctor --conformance` repeats the run.[/]"
+        f"{', '.join(sorted(TESTED))}, tested with a real tower. --json has the reasons.[/]"
     )

@@ -1,7 +1,7 @@
-"""Finds out by running them which model types of the installed transformers are exact.
+"""Checks that a model type is compressed exactly, on a tiny random model of it.
 
 `shrink` makes a tiny text config, `configs` puts it into the config of a whole model, and `build`
 creates that model. `prompts` makes a batch with features, `oracle` the reference, and `checks`
-compares. `run` does so for many types, `verify` for one given model; `table` writes and shows the
-results.
+compares. `verify` does so for one given model; `benchmarks/conformance` in a checkout for all types
+of transformers, with the files in `results/`.
 """

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from tokencomp.adapters.registry import available_models
 from tokencomp.adapters.verified import verified_types
 from tokencomp.conformance.build import BuildError, tiny_model
 from tokencomp.conformance.checks import Compress, Result, check_model
-from tokencomp.conformance.variants import variants
+from tokencomp.conformance.variants import OF_CHECKPOINTS, PLAIN
 from tokencomp.errors import UnsupportedModelError, UnverifiedModelError
 
 _passed: dict[tuple[type, str], Result] = {}
@@ -39,7 +38,7 @@ def verify_model(model: Any, compress: Compress) -> Result:
     key = own, str(model.config.to_json_string(use_diff=False))
     if key in _passed:
         return _passed[key]
-    form = replace(variants(model.config.model_type)[0], name="", text={})
+    form = OF_CHECKPOINTS.get(model.config.model_type, PLAIN)
     try:
         result = check_model(tiny_model(own, model.config, form), compress)
     except BuildError as error:

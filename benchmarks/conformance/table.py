@@ -1,6 +1,6 @@
 """The support table: what is written, shown and compared of the results of conformance runs.
 
-`tokencomp list models`, the page of a release and the counts in the README come from it.
+The page of a release and the counts in the README come from it.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokencomp.adapters.verified import PASSED, TESTED, load, nearest
+from tokencomp.adapters.verified import PASSED, STATUSES, TESTED, load, nearest
+from tokencomp.conformance.checks import EFFECT, TOLERANCE
 
-STATUSES = ("exact", "entry only", "refused", "unverified")
 MEANING = {
     "exact": "at entry and between layers",
     "entry only": "exact at entry; stages between layers are refused, or did not pass",
@@ -35,8 +35,6 @@ def new_table(results: Mapping[str, Any]) -> dict[str, Any]:
     import torch
     import transformers
 
-    from tokencomp.conformance.checks import EFFECT, TOLERANCE
-
     return {
         "transformers": transformers.__version__,
         "torch": torch.__version__.partition("+")[0],
@@ -56,15 +54,6 @@ def save(table: Mapping[str, Any], path: Path) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def short(table: Mapping[str, Any]) -> dict[str, Any]:
-    """A table with nothing but status and reason of every type."""
-    rows = {
-        name: {"status": row["status"], "reason": first_sentence(row["reason"])}
-        for name, row in table["types"].items()
-    }
-    return {"transformers": table["transformers"], "types": rows}
-
-
 def counts(table: Mapping[str, Any], image_text: bool = False) -> dict[str, int]:
     """Number of types by status; `image_text`: of those of the image-text-to-text mapping alone."""
     rows = [r for r in table["types"].values() if r.get("image_text") or not image_text]
@@ -78,7 +67,7 @@ def markdown(table: Mapping[str, Any]) -> str:
     lines = [
         f"# Model types of transformers {table['transformers']}",
         "",
-        "Written by `tokencomp doctor --conformance`; do not edit. Every type of transformers'",
+        "Written by `python -m benchmarks.conformance`; do not edit. Every type of transformers'",
         "image-text-to-text and multimodal mappings is built with a tiny random decoder. Features",
         "are put in where the tower would return them, so no tower and no processor runs. The",
         "logits of all columns that are left, of a ragged batch with unequal keep counts, are",

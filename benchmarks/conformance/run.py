@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from typing import Any
 
+from benchmarks.conformance.variants import variants
 from tokencomp.conformance.build import BuildError, bare_model, tiny_model
 from tokencomp.conformance.checks import Result, check_model
-from tokencomp.conformance.variants import Variant, variants
+from tokencomp.conformance.variants import Variant
 from tokencomp.errors import UnsupportedModelError, unknown_name
 
 SECONDS = 90
