@@ -102,6 +102,10 @@ class AlreadyCompressedError(TokenCompError, RuntimeError):
     """Another method has already shortened the visual tokens of this model."""
 
 
+class ModelInUseError(TokenCompError, RuntimeError):
+    """A change of a patch while a call of the model is running."""
+
+
 class CopyError(TokenCompError, TypeError):
     """A patched model that is to be copied or pickled."""
 

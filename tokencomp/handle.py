@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import nn
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.engine.call.gate import changes
+from tokencomp.engine.call.gate import CallGate
 from tokencomp.engine.call.hooks import Hooks
 from tokencomp.engine.call.layer_stages import check_entry, check_kinds, check_layer_stages
 from tokencomp.engine.call.weights import merging_where_possible
@@ -77,7 +77,8 @@ class Handle:
 
     @property
     def _changes(self) -> contextlib.AbstractContextManager[Any]:
-        return changes(self._hooks.adapter.model)
+        """A block in which no call runs; raises `ModelInUseError` where one does."""
+        return CallGate.of(self._hooks.adapter.model).change()
 
     def __enter__(self) -> Handle:
         self._check_active()

@@ -12,7 +12,7 @@ from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.registry import adapter_for, unwrap
 from tokencomp.adapters.verified import unverified_accepted
 from tokencomp.conformance.verify import verify_model
-from tokencomp.engine.call.gate import changes
+from tokencomp.engine.call.gate import CallGate
 from tokencomp.engine.call.hooks import Hooks
 from tokencomp.engine.call.refusals import refuse_foreign
 from tokencomp.engine.call.state import CallHooks
@@ -145,6 +145,8 @@ def patch(
     AlreadyCompressedError
         The model carries another method's changes, or it is the body of a patched model, or the
         model around a patched body.
+    ModelInUseError
+        A call of the patched model is running, in any thread.
 
     Examples
     --------
@@ -192,7 +194,7 @@ def apply(
 ) -> Handle:
     """`patch` with a ready method spec, under which everything else is as described there."""
     adapter = adapter_for(model)
-    with changes(adapter.model):
+    with CallGate.of(adapter.model).change():
         _check_free(adapter)
         check_choice("patch", "positions", positions, ("original", "compact"))
         if positions == "compact" and adapter.mrope:
@@ -240,10 +242,10 @@ def check(model: nn.Module, spec: MethodSpec) -> None:
 def unpatch(model: nn.Module) -> None:
     """Undo `patch(model)` and `extend_visual_context(model, ...)`, if they were called.
 
-    It waits for running calls. The unpatched model can continue on the cache of a prompt that was
-    compressed at entry, one sample at a time; what it would read wrongly is refused
-    (`UnsupportedCacheError`): padded batches, layer stages, merged tokens with weights, compact
-    positions and attention windows. Patch the model again (at any ratio) to continue on those.
+    No call of the model may be running (`ModelInUseError`). The unpatched model can continue on the
+    cache of a prompt that was compressed at entry, one sample at a time. Other compressed caches
+    are refused (`UnsupportedCacheError`): padded batches, layer stages, merged tokens with weights,
+    compact positions and attention windows. Patch the model again to continue on those.
     """
     base = unwrap(model)
     if isinstance(base, Handle):
@@ -251,7 +253,7 @@ def unpatch(model: nn.Module) -> None:
         return
     if not isinstance(base, nn.Module):
         raise OptionError(f"unpatch({model!r}): expected a model, or the handle of its patch.")
-    with changes(base):
+    with CallGate.of(base).change():
         handle = handle_of(base)
         if handle is not None:
             handle.remove()
@@ -262,7 +264,7 @@ def unpatch(model: nn.Module) -> None:
 def unpatched(model: nn.Module) -> Iterator[None]:
     """Suspend the patch of `model`, if it has one, inside the block."""
     base = unwrap(model)
-    with changes(base):
+    with CallGate.of(base).change():
         handle = handle_of(base)
         if handle is not None:
             handle.suspend()

@@ -24,7 +24,7 @@ class GenerateCalls(Hooked):
 
     `generate` calls the model with the prompt and whatever it has drafted or generated since; only
     its caller knows where one ends and the other begins. It encodes media before it calls the
-    model, so for the gate it is one call: features of one setting must not meet the plan of
+    model, so it is counted as one call: features of one setting must not meet the plan of
     another. A patched model therefore carries a `generate` of its own that calls the original.
 
     Transformers takes token ids alone in continuous batching (`generate_batch`) and runs them in a
@@ -64,7 +64,6 @@ class GenerateCalls(Hooked):
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         state = self.calls.state
         earlier = state.columns, state.encodes, state.types
-        self.gate.enter(kwargs)
         state.columns, state.encodes = prompt_columns(args, kwargs), self.adapter.encodes(kwargs)
         state.types = None
         if TYPES in kwargs and TYPES not in parameters_of(self.adapter.top):
@@ -74,10 +73,10 @@ class GenerateCalls(Hooked):
                 _check_types(state.types, kwargs.get("inputs_embeds"))
             if PatchNeed.lost:  # masks of static caches are prepared before the model runs
                 self.adopt(kwargs)
-            return original(*args, **kwargs)
+            with self.gate.call():
+                return original(*args, **kwargs)
         finally:
             state.columns, state.encodes, state.types = earlier
-            self.gate.leave(kwargs)
 
     def _generate_batch(
         self,

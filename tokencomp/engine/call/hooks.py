@@ -10,6 +10,8 @@ decoder
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,6 +35,7 @@ from tokencomp.errors import UnsupportedModelError
 from tokencomp.plan.plan import Plan
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.hooks import forget_compiled
+from tokencomp.torchlib.replace import MethodReplacement
 
 
 class Hooks(CallHooks):
@@ -62,7 +65,7 @@ class Hooks(CallHooks):
         Windows.of(adapter.decoder)  # refuses kinds of layers that are not known
         super().__init__(adapter, RunningCalls())
         calls, self.compact_positions = self.calls, compact_positions
-        self.gate = CallGate(adapter.top, adapter.body)
+        self.gate = CallGate.of(adapter.model)
         self._in_force = InForce(compact_positions)
         prefill = ChunkedPrefill(adapter, calls, self._compresses)
         self._featureless = FeaturelessPrompts(adapter, strict)
@@ -78,28 +81,19 @@ class Hooks(CallHooks):
     # -- installation ---------------------------------------------------------------------------
 
     def install(self) -> None:
-        """Put the plan in force, between the calls of all threads."""
+        """Put the plan in force; no call may be running."""
         if self._needed():
-            with self.gate.change():
-                self._hook()
+            self._hook()
 
     def change(self, plan: Plan) -> None:
-        """Put another plan in force, between the calls of all threads.
-
-        Outer hooks stay as long as any are needed: another thread may wait at the gate with a call
-        for which torch has already read the list of its hooks.
-        """
-        if not (self._handles or plan.active or self._needed()):
-            self.decoder.change(plan)
-            return
-        with self.gate.change():
-            self.decoder.change(plan)
-            if not (self._needed() or self.gate.busy()):
-                self._unhook()
-            elif self._handles:
-                self.decoder.put_in_force()
-            else:
-                self._hook()
+        """Put another plan in force; no call may be running."""
+        self.decoder.change(plan)
+        if not self._needed():
+            self.remove()
+        elif self._handles:
+            self.decoder.put_in_force()
+        else:
+            self._hook()
 
     def _needed(self) -> bool:
         """Whether anything must be done to calls: to prompts, or to what earlier plans have left.
@@ -110,6 +104,8 @@ class Hooks(CallHooks):
 
     def _hook(self) -> None:
         top, body, apart = self.adapter.top, self.adapter.body, self.decoder.apart
+        for module in dict.fromkeys((top, body)):
+            self._count_calls(module)
         self._before(top, self._note_call, self._is_original)
         self._after(top, self._forget_call, traced=apart, always_call=True)
         self._before(body, self._note_prompt, traced=apart)
@@ -119,19 +115,50 @@ class Hooks(CallHooks):
         forget_compiled()
         self._in_force.active = True
 
-    def _unhook(self) -> None:
+    def remove(self) -> None:
+        """Undo `install`, while no call is running; safe to call twice."""
+        if not self._handles:
+            return
         self._in_force.active, PatchNeed.lost = False, PatchNeed.is_held()
         super().remove()
-        for part in (*reversed(self._parts), self.gate):
+        for part in reversed(self._parts):
             part.remove()
         self.adapter.uninstall()
         forget_compiled()
 
-    def remove(self) -> None:
-        """Undo `install`, between the calls of all threads; safe to call twice."""
-        if self._handles or self.gate.installed:
-            with self.gate.change():
-                self._unhook()
+    # -- running calls --------------------------------------------------------------------------
+
+    def _count_calls(self, module: nn.Module) -> None:
+        """Count the calls of a module, and send a direct call of its `forward` through its hooks.
+
+        torch runs hooks for `module(...)` alone. A hook notes that it has run, so a `forward`
+        without such a note is a direct call. None of this is traced by Dynamo.
+        """
+        self._handles += [
+            module.register_forward_pre_hook(self._begin),
+            module.register_forward_hook(self._end, always_call=True),
+            MethodReplacement(module, "forward", functools.partial(self._forward, module)),
+        ]
+
+    def _begin(self, module: nn.Module, args: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.calls.state.called.add(id(module))
+
+    def _end(self, module: nn.Module, args: Any, out: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.calls.state.called.discard(id(module))
+
+    def _forward(
+        self, module: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        if torch.compiler.is_compiling():
+            return original(*args, **kwargs)
+        called = self.calls.state.called
+        if id(module) not in called:
+            return module(*args, **kwargs)
+        called.discard(id(module))
+        with self.gate.call():
+            return original(*args, **kwargs)
 
     # -- state ----------------------------------------------------------------------------------
 

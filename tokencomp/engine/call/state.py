@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -56,6 +56,8 @@ class CallState:
         How often this thread is inside of `Handle.disabled()`.
     drops
         From a session with a budget: whether all that does not stay is dropped.
+    called
+        Modules whose hooks have begun a call that their `forward` has not.
     """
 
     columns: int | None = None
@@ -76,6 +78,7 @@ class CallState:
     weighs: bool = False
     disabled: int = 0
     drops: bool = False
+    called: set[int] = field(default_factory=set)
 
 
 class RunningCalls(threading.local):
