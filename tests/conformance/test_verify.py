@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from transformers import Mistral3Config, Mistral3ForConditionalGeneration
-from transformers.models.mistral.modeling_mistral import MistralModel
+from transformers.models.mistral.modeling_mistral import MistralAttention, MistralModel
 
 import tokencomp
 from tokencomp import zoo
@@ -30,6 +32,23 @@ class RowDecoder(MistralModel):
         x = kwargs["inputs_embeds"]
         rows = torch.arange(x.shape[1], device=x.device)[None, :, None]
         return super().forward(*args, **{**kwargs, "inputs_embeds": x + 0.01 * rows})
+
+
+class FromTheEnd(MistralAttention):
+    """Forgets what is far from a query in rows, which are fewer when earlier rows are gone."""
+
+    def forward(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        fade = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None, :, None]
+        return super().forward(hidden_states * 0.9**fade, *args, **kwargs)
+
+
+class OuterModel(RemoteModel):
+    """Replaces attention after the decoder has been built."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        for layer in self.model.language_model.layers:
+            layer.self_attn.__class__ = FromTheEnd
 
 
 class RowModel(RemoteModel):
@@ -55,6 +74,33 @@ def test_verify_refuses_what_is_not_exact() -> None:
         tokencomp.patch(model, 0.5, verify=True)
     with pytest.raises(UnverifiedModelError):
         tokencomp.patch(model, 0.5)
+
+
+@pytest.mark.parametrize("where", ["class", "instance"])
+def test_verify_refuses_attention_that_its_copy_does_not_have(where: str) -> None:
+    """Replaced in the outer class, or by the user in a model whose class has passed."""
+    model = tiny_model(RemoteModel, RemoteConfig()).model
+    tokencomp.patch(model, 0.5, verify=True).remove()
+    if where == "class":
+        model = OuterModel(model.config)
+    else:
+        model.model.language_model.layers[1].self_attn.__class__ = FromTheEnd
+    with pytest.raises(UnverifiedModelError, match=r"self_attn is a FromTheEnd.*MistralAttention"):
+        tokencomp.patch(model, 0.5, verify=True)
+
+
+def test_adapters_and_quantized_weights_are_checked() -> None:
+    """Linear layers of another class, with modules inside, change no position."""
+    model = tiny_model(RemoteModel, RemoteConfig()).model
+    layer = model.model.language_model.layers[0].self_attn
+    layer.q_proj = torch.nn.Sequential(layer.q_proj, torch.nn.Identity())
+    tokencomp.patch(model, 0.5, verify=True).remove()
+
+
+def test_a_class_typed_into_a_notebook_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "typed", ModuleType("typed"))
+    typed = type("TypedModel", (RemoteModel,), {"__module__": "typed"})
+    tokencomp.patch(tiny_model(typed, RemoteConfig()).model, 0.5, verify=True).remove()
 
 
 @pytest.mark.parametrize("name", ["tiny-qwen3-vl", "tiny-llava-onevision"])

@@ -181,8 +181,12 @@ def _towers_optional(text: Any) -> Iterator[None]:
 
 
 def _mrope(model_class: type) -> bool:
-    """Whether the code of a model has positions with one row per axis."""
-    return "def get_rope_index" in inspect.getsource(sys.modules[model_class.__module__])
+    """Whether the code of a model, or of a base, has positions with one row per axis."""
+    for cls in model_class.__mro__:
+        with contextlib.suppress(OSError, TypeError):  # no source: typed into a notebook
+            if "def get_rope_index" in inspect.getsource(sys.modules[cls.__module__]):
+                return True
+    return False
 
 
 def _replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:

@@ -2,16 +2,59 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+from torch import nn
+
 from tokencomp.adapters.registry import available_models
+from tokencomp.adapters.structure import find_parts
 from tokencomp.adapters.verified import verified_types
 from tokencomp.conformance.build import BuildError, tiny_model
 from tokencomp.conformance.checks import Compress, Result, check_model
 from tokencomp.conformance.variants import OF_CHECKPOINTS, PLAIN
 from tokencomp.errors import UnsupportedModelError, UnverifiedModelError
 
-_passed: dict[tuple[type, str], Result] = {}
+Classes = dict[str, tuple[type, ...]]
+WEIGHTS = (nn.Linear, nn.Embedding)
+"""Quantization and adapters put other classes in their places, which change no position."""
+_passed: dict[tuple[Any, ...], Result] = {}
+
+
+def text_classes(top: nn.Module, decoder: nn.Module) -> Classes:
+    """Classes of the decoder's modules and of those around it, by path without layer numbers."""
+    inside = next(name for name, module in top.named_modules() if module is decoder)
+    found: dict[str, set[type]] = {}
+    for name, module in top.named_modules():
+        if not name or f"{inside}.".startswith(f"{name}.") or name.startswith(f"{inside}."):
+            path, own = re.sub(r"\b\d+\b", "*", name), type(module)
+            sharded = own.__mro__[1].__name__ == "FSDPModule"  # `fully_shard` derives a class
+            found.setdefault(path, set()).add(own.__mro__[2] if sharded else own)
+    return {path: tuple(sorted(classes, key=str)) for path, classes in found.items()}
+
+
+def _check_classes(model: type, classes: Classes, copied: Classes) -> None:
+    """Refuse a model with modules that its tiny copy does not have, which was built from `model`.
+
+    Raises
+    ------
+    UnverifiedModelError
+        The outer class, or the user, has put other modules into the decoder.
+    """
+    skipped = ""
+    for path, own in classes.items():
+        there = copied.get(path, ())
+        if skipped and path.startswith(skipped):
+            continue
+        if there and all(issubclass(cls, WEIGHTS) for cls in there):
+            skipped = f"{path}."
+        elif other := [cls for cls in own if cls not in there]:
+            instead = " or ".join(cls.__name__ for cls in there) or "no module"
+            raise UnverifiedModelError(
+                f"{model.__name__} cannot be checked: {path or 'it'} is a {other[0].__name__}, and "
+                f"a tiny model built from the classes of the model and its decoder has {instead} "
+                "there. Replace modules in the class of the decoder, or run it without patch()."
+            )
 
 
 def verify_model(model: Any, compress: Compress) -> Result:
@@ -35,14 +78,19 @@ def verify_model(model: Any, compress: Compress) -> Result:
             "one around it, or call patch() without verify=True, which takes bodies of types that "
             "have passed."
         )
-    key = own, str(model.config.to_json_string(use_diff=False))
+    parts = find_parts(model)
+    classes = text_classes(parts.top, parts.decoder)
+    key = own, str(model.config.to_json_string(use_diff=False)), *classes.items()
     if key in _passed:
         return _passed[key]
     form = OF_CHECKPOINTS.get(model.config.model_type, PLAIN)
     try:
-        result = check_model(tiny_model(own, model.config, form), compress)
+        tiny = tiny_model(own, model.config, form)
     except BuildError as error:
         result = Result("unverified", f"no tiny model of its config can be built: {error}")
+    else:
+        _check_classes(own, classes, text_classes(tiny.model, tiny.decoder))
+        result = check_model(tiny, compress)
     if result.status == "refused":
         raise UnsupportedModelError(result.reason)
     if result.status == "unverified":
