@@ -111,12 +111,17 @@ def test_compressed_where_grids_tell_the_places(name: str) -> None:
         assert [(handle.stats.spans[b], handle.stats.kept(b)) for b in range(2)] == expected
 
 
-def test_a_warning_where_nothing_tells(family: Family) -> None:
+@pytest.mark.parametrize("missing", ["places", "pixels"])
+def test_a_warning_where_nothing_tells(family: Family, missing: str) -> None:
+    """Features at unknown columns of embeddings, and placeholders without features."""
     model = family.build()
     inputs = family.batch([[text(3), family.image(0), text(9, 3)]])
     given = embedded(family, model, inputs)
+    if missing == "pixels":
+        given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    match = "mm_token_type_ids" if missing == "places" else "placeholders"
     with torch.no_grad(), tokencomp.patch(model, 0.5) as handle:
-        with pytest.warns(UncompressedWarning, match="mm_token_type_ids"):
+        with pytest.warns(UncompressedWarning, match=match):
             model(**given)
         assert not handle.stats
         with warnings.catch_warnings():

@@ -272,6 +272,12 @@ class Adapter:
         embeds = inputs.get("inputs_embeds") is not None and inputs.get("input_ids") is None
         return embeds and inputs.get(TYPES) is None and self.kinds_in_place(inputs) is None
 
+    def has_placeholders(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether `input_ids` hold placeholders of media."""
+        ids: Tensor | None = inputs.get("input_ids")
+        tokens = list(self.placeholders)
+        return ids is not None and bool(torch.isin(ids, ids.new_tensor(tokens)).any())
+
     def spans(self, call: Call) -> list[list[VisualSpan]]:
         """Visual spans of every sample, in order.
 

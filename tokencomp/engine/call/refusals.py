@@ -106,7 +106,7 @@ class FeaturelessPrompts:
         self._warned = False
 
     def meet(self, arguments: Mapping[str, Any]) -> None:
-        """Warn, once per patch, that a prompt with features at unknown places runs uncompressed.
+        """Warn, once per patch, that a prompt with media runs uncompressed, and why.
 
         Raises
         ------
@@ -120,13 +120,21 @@ class FeaturelessPrompts:
                 "features in place pass mm_token_type_ids (0 text, 1 image, 2 video) too; or use "
                 "patch(..., strict=False)."
             )
-        if not self._warned and self.adapter.hides_features(arguments):
-            self._warned = True
-            warnings.warn(
+        if self._warned:
+            return
+        why = ""
+        if self.adapter.hides_features(arguments):
+            why = (
                 "a prompt came as inputs_embeds without pixels. If image or video features already "
                 "stand in it, they run uncompressed, because their columns are unknown. "
-                "Pass mm_token_type_ids (0 text, 1 image, 2 video) beside it. This warning appears "
-                "once per patch.",
-                UncompressedWarning,
-                stacklevel=2,
+                "Pass mm_token_type_ids (0 text, 1 image, 2 video) beside it."
             )
+        elif self.adapter.has_placeholders(arguments):
+            why = (
+                "a prompt has placeholders of media and no pixels. The model reads them as text, "
+                "and nothing is compressed. Pass all that the processor returns: model(**inputs)."
+            )
+        if why:
+            self._warned = True
+            message = f"{why} This warning appears once per patch."
+            warnings.warn(message, UncompressedWarning, stacklevel=2)
