@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import re
+from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import pytest
+
+from benchmarks import confirm, figures
+from benchmarks.accuracy.packed import PackedAnswers, Questions
+from tokencomp.evaluation.environment import git
 from tokencomp.pages.measured import prefill_speed
 
 ROOT = Path(__file__).parents[1]
+DAYS = 1
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -29,31 +37,36 @@ def test_the_script_prints_what_stands_below_it() -> None:
     assert printed.getvalue() == output
 
 
-def rows() -> dict[str, list[float]]:
-    """The numbers of the table of speed and accuracy, by the link of a row or its text."""
-    above, table = "", {}
+def below(link: str, text: str) -> list[float]:
+    """Numbers of the row with this text, below the row with this link or the row itself."""
+    names, above = [], ""
     for line in README.split("## How fast")[1].splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split("|")]
-        numbers = [re.fullmatch(r"([\d.]+)%?", cell) for cell in cells[1:]]
-        if len(cells) == 4 and all(numbers):
-            link = re.search(r"\]\((.*?)\)", cells[0])
-            above = link[1] if link else above
-            name = above if link else f"{above} {cells[0]}"
-            table[name] = [float(number[1]) for number in numbers if number]
-    assert len(table) == 7
-    return table
+        first, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        found = re.search(r"\]\((benchmarks/.*?)\)", first)
+        above = found[1] if found else above
+        if len(cells) == 3 and above == link and text in first:
+            names.append([float(cell.rstrip("%")) for cell in cells])
+    assert len(names) == 1, (link, text)
+    return names[0]
 
 
 RATIOS = (0.5, 0.75, 0.9)
-RANDOM = "the same with `random` dropping"
-DROP = 'the same with `rest="drop"`'
+DEFAULT, DROP, RANDOM = "with the default method", 'with `rest="drop"`', "with `random` dropping"
 
 
-def test_the_speed_is_the_measured_one() -> None:
-    speed: Any = prefill_speed()
-    (values,) = [row[-1] for row in speed.rows if row[:3] == ("qwen2-vl-2b", "video", 4096)]
-    assert tuple(speed.ratios) == RATIOS
-    assert rows()["benchmarks/models/prefill.md"] == [round(value, 1) for value in values]
+@pytest.mark.parametrize(
+    ("media", "method"), [("video", "auto"), ("image", "auto"), ("image", "auto rest=drop")]
+)
+def test_the_speed_is_the_measured_one(media: str, method: str) -> None:
+    page, speed = "benchmarks/models/prefill.md", prefill_speed()
+    assert speed is not None and tuple(speed.ratios) == RATIOS
+    known = {(kind, name): v for model, kind, n, name, v in speed.rows if n == 4096}
+    if (media, method) == ("video", "auto") and (media, method) not in known:
+        method = "condiv"  # until the default is measured
+    if (media, method) not in known:
+        pytest.skip("not measured yet")
+    text = DROP if "drop" in method else f"{media} of 4,096 tokens"
+    assert below(page, text) == [round(value, 1) for value in known[media, method]]
 
 
 def pages_row(page: str, start: str) -> list[str]:
@@ -68,29 +81,113 @@ def percent(cell: str) -> float:
 
 
 def test_the_accuracy_kept_is_that_of_the_page() -> None:
-    page, table = "benchmarks/accuracy/summary.md", rows()
-    for name, start in (
-        (page, "| **auto** |"),
-        (f"{page} {DROP}", "| auto rest=drop |"),
-        (f"{page} {RANDOM}", "| random |"),
-    ):
-        assert table[name] == [percent(cell) for cell in pages_row(page, start)[1:4]]
+    page = "benchmarks/accuracy/summary.md"
+    for text, start in ((DEFAULT, "| **auto** |"), (DROP, "| auto rest=drop |")):
+        assert below(page, text) == [percent(cell) for cell in pages_row(page, start)[1:4]]
+    names = ("random", "random seed=1", "random seed=2")
+    seeds = [[percent(cell) for cell in pages_row(page, f"| {n} |")[1:4]] for n in names]
+    means = [mean(values) for values in zip(*seeds, strict=True)]
+    assert below(page, RANDOM) == pytest.approx(means, abs=0.06)  # of rounded numbers
 
 
 def test_the_answers_about_photographs_are_those_of_the_page() -> None:
-    page, table = "benchmarks/real/README.md", rows()
+    page = "benchmarks/real/README.md"
     full = percent(pages_row(page, "| full | 0 |")[5])
     assert f"({full}% without compression)" in README
-    accuracy = {
-        name: [
+    methods = {DEFAULT: ["auto"], DROP: ["auto rest=drop"]}
+    for text, labels in {**methods, RANDOM: [f"random seed={n}" for n in range(3)]}.items():
+        values = [
             mean(percent(pages_row(page, f"| {label} | {ratio} |")[5]) for label in labels)
             for ratio in RATIOS
         ]
-        for name, labels in (
-            (page, ["auto"]),
-            (f"{page} {DROP}", ["auto rest=drop"]),
-            (f"{page} {RANDOM}", [f"random seed={seed}" for seed in range(3)]),
+        assert below(page, text) == [round(value, 1) for value in values]
+
+
+@pytest.mark.long
+def test_every_figure_is_of_todays_code_or_says_of_which_it_is() -> None:
+    """The commit of a figure exists and what it measures is unchanged, or the row names both."""
+    if not (ROOT / ".git").exists() or git(ROOT, "rev-parse", "--is-shallow-repository") == "true":
+        pytest.skip("no history")
+    missing = {path for f in figures.figures() for path in f.code if not (ROOT / path).exists()}
+    assert not missing, "code that moved is watched no longer"
+    for figure in figures.figures():
+        row = f"{figure.text}{{}} | {' | '.join(figure.values)} |"
+        unmarked = row.format("") in README
+        assert unmarked or row.format(figure.mark) in README, f"no such row: {row.format('')}"
+        reason = figures.outdated(figure)
+        assert not (unmarked and reason), (
+            f"{figure.text}: {reason}. Measure again, ask again (python -m benchmarks.confirm), or "
+            "mark the row as older: python -m benchmarks.figures"
         )
-    }
-    for name, values in accuracy.items():
-        assert table[name] == [round(value, 1) for value in values]
+
+
+def test_a_changed_answer_is_found() -> None:
+    """Right instead of wrong, and another wrong answer: of the questions that were asked again."""
+    asked = Questions(("a", "b", "c"), ("f",) * 3, ("x",) * 3, "")
+    stored = PackedAnswers(
+        asked, {"m": [1, 0, 0], "n": [1, 1, 1]}, {"m": [1, 0, 1], "n": [1, 1, 0]}
+    )
+    part = Questions(("c", "b"), ("f",) * 2, ("x",) * 2, "")
+    again = PackedAnswers(part, {"m": [0, 1], "n": [1, 1]}, {"m": [0, 0], "n": [0, 1]})
+    assert confirm.compared(stored, again, ["m", "n"]) == {"asked": 2, "different": 2}
+    assert confirm.compared(stored, again, ["n"]) == {"asked": 2, "different": 0}
+
+
+@pytest.fixture
+def history(tmp_path: Path) -> Callable[[str], str]:
+    """A repository; `commit(path)` changes a file and returns the new commit."""
+    root, count = tmp_path, itertools.count()
+
+    def commit(path: str) -> str:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        (root / path).write_text(f"{next(count)}")
+        git(root, "add", "-A")
+        git(root, "-c", "user.name=n", "-c", "user.email=e@e", "commit", "-qm", path)
+        return git(root, "rev-parse", "HEAD")
+
+    git(root, "init", "-q")
+    return commit
+
+
+ENGINE, OTHER, PAGE = "tokencomp/engine/a.py", "tokencomp/reducers/tango.py", "benchmarks/a.md"
+
+
+@pytest.mark.parametrize(
+    ("later", "again", "reason"),
+    [
+        ([OTHER, PAGE], {}, ""),
+        ([PAGE, ENGINE], {}, "changed since"),
+        (["tokencomp/reducers/kcentre.py"], {}, "changed since"),
+        (["tokencomp/reducers/condiv.py"], {}, "changed since"),
+        ([ENGINE, PAGE], {"asked": 308, "different": 0}, ""),
+        ([ENGINE, PAGE], {"asked": 308, "different": 1}, "1 of 308"),
+        ([ENGINE, PAGE], {"asked": 30, "different": 0}, "0 of 30"),
+        ([ENGINE, PAGE], {"asked": 308, "different": 0, "dirty": "+dirty"}, "uncommitted"),
+        ([ENGINE, "confirm", ENGINE], {"asked": 308, "different": 0}, "changed since"),
+    ],
+)
+def test_a_figure_is_outdated_once_what_it_measures_has_changed(
+    history: Callable[[str], str], tmp_path: Path, later: list[str], again: Any, reason: str
+) -> None:
+    """Confirmed at the commit "confirm", else at the last one."""
+    first = history(ENGINE)
+    commits = {path: history(path) for path in later}
+    if again:
+        place = commits.get("confirm", commits[later[-1]]) + again.get("dirty", "")
+        again = {**again, "commit": place, "date": "2026-01-02"}
+    run = {"commit": first, "date": "2026-01-01"}
+    figure = figures.Figure("", "auto", [], run, again or None)
+    found = figures.outdated(figure, tmp_path)
+    assert reason in found and bool(found) == bool(reason)
+
+
+@pytest.mark.parametrize(
+    ("commit", "reason"), [("0" * 40, "not in the history"), ("{}+dirty", "uncommitted code")]
+)
+def test_a_figure_of_unknown_code_is_outdated_although_its_answers_are_confirmed(
+    history: Callable[[str], str], tmp_path: Path, commit: str, reason: str
+) -> None:
+    head = history(ENGINE)
+    again = {"asked": 308, "different": 0, "commit": head, "date": "2026-01-02"}
+    run = {"commit": commit.format(head), "date": "2026-01-01"}
+    assert reason in figures.outdated(figures.Figure("", "auto", [], run, again), tmp_path)

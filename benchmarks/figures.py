@@ -1,0 +1,260 @@
+"""The tables of figures in README.md and docs/results.md, and whether today's code gives them.
+
+    python -m benchmarks.figures    # rewrites both tables from the result files
+
+A row is current if the commit that gave its results is in the history, and nothing that they
+measure has changed since, or if `python -m benchmarks.confirm` has asked its questions again since
+then and got the stored answers. Every other row says which method was measured, when and at which
+commit. `pytest -m long tests/test_readme.py` refuses a row without that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from benchmarks.accuracy.packed import PackedAnswers
+from benchmarks.accuracy.store import RESULTS, Results
+from benchmarks.accuracy.summary import MAIN
+from benchmarks.models.prefill import FOLDER as MODELS
+from benchmarks.publishing import read_lines, table
+from tokencomp.evaluation.environment import git
+from tokencomp.evaluation.settings import FULL
+from tokencomp.pages.measured import kind_of, method_of
+
+ROOT = Path(__file__).resolve().parents[1]
+RATIOS = (0.5, 0.75, 0.9)
+LEAST = 300
+"""Questions that a confirmation has to ask for one row."""
+CONFIRMED = RESULTS / MAIN / "confirmed.json"
+ENGINE = (
+    *(f"tokencomp/{name}" for name in ("engine", "plan", "tokens", "adapters", "torchlib")),
+    *(f"tokencomp/{name}.py" for name in ("handle", "method", "patching")),
+    *("kernels", "tokencomp/reducers/_batch.py", "tokencomp/reducers/score.py"),
+)
+REDUCERS = {
+    "auto": ("auto", "kcentre", "condiv", "uniform", "_pixels"),
+    "condiv": ("condiv",),
+    "random": ("random",),
+}
+METHODS = {
+    "default": ("auto", "the default method"),
+    "drop": ("auto", '`rest="drop"`'),
+    "random": ("random", "`random` dropping, mean of three seeds"),
+}
+"""Reducer, and how a row calls the method."""
+LABELS = {
+    "default": ("auto-{}",),
+    "drop": ("auto-{}-rest=drop",),
+    "random": ("random-{}", "random-{}-seed=1", "random-{}-seed=2"),
+}
+PHOTOGRAPHS = {
+    "default": ("auto at {}",),
+    "drop": ("auto rest=drop at {}",),
+    "random": tuple(f"random seed={seed} at {{}}" for seed in range(3)),
+}
+"""What the answers are called in the two result files, one label per seed."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One row of the README's table.
+
+    Attributes
+    ----------
+    text
+        The first cell, without a mark.
+    reducer
+        What the results call the method.
+    values
+        One per ratio.
+    run
+        `commit` and `date` of the results.
+    confirmation
+        What `benchmarks.confirm` stored about exactly these results, if anything.
+    """
+
+    text: str
+    reducer: str
+    values: list[str]
+    run: Mapping[str, Any]
+    confirmation: Mapping[str, Any] | None = None
+
+    @property
+    def code(self) -> list[str]:
+        """Paths of the code that is measured."""
+        return [*ENGINE, *(f"tokencomp/reducers/{name}.py" for name in REDUCERS[self.reducer])]
+
+    @property
+    def mark(self) -> str:
+        """Method, date and commit of results that are older than the code."""
+        commit, _, dirty = str(self.run["commit"]).partition("+")
+        place = f"uncommitted code on {commit[:8]}" if dirty else f"at {commit[:8]}"
+        return f" (`{self.reducer}`, {self.run['date'][:10]}, {place})"
+
+
+def outdated(figure: Figure, root: Path = ROOT) -> str:
+    """Why today's code may give another figure; "" where it does not."""
+    reason = changed(figure.run, figure.code, root)
+    again = figure.confirmation
+    if not reason.startswith("changed") or again is None:
+        return reason
+    if again["asked"] < LEAST or again["different"]:
+        return f"{reason}; {again['different']} of {again['asked']} answers differ today"
+    return changed(again, figure.code, root)
+
+
+def changed(run: Mapping[str, Any], code: Sequence[str], root: Path) -> str:
+    """Why a run is not one of today's code; "" where it is."""
+    commit = str(run["commit"])
+    if "+" in commit:
+        return f"made from uncommitted code on {commit[:8]}"
+    try:
+        git(root, "merge-base", "--is-ancestor", commit, "HEAD")
+    except subprocess.CalledProcessError:
+        return f"commit {commit[:8]} is not in the history"
+    last = git(root, "log", "-1", "--format=%h %s", f"{commit}..HEAD", "--", *code)
+    return f"changed since {commit[:8]}, last by {last}" if last else ""
+
+
+def figures() -> list[Figure]:
+    """All rows, in the README's order."""
+    return [*_speed(), *_accuracy(), *_photographs()]
+
+
+def _speed() -> list[Figure]:
+    """The default on an image, merged and dropped, and on a video; until then `condiv`."""
+    rows: list[Figure] = []
+    names = {
+        ("image", "auto"): "image of 4,096 tokens",
+        ("image", "auto rest=drop"): 'the same with `rest="drop"`',
+        ("video", "auto"): "video of 4,096 tokens",
+    }
+    cases = speed_records()
+    if ("video", "auto") not in cases:
+        names["video", "condiv"] = "video of 4,096 tokens"
+    for case, text in names.items():
+        if case in cases:
+            records = [cases[case][ratio] for ratio in RATIOS]
+            if not rows:
+                page = "[LLM prefill](benchmarks/models/prefill.md)"
+                text = f"{page} of Qwen2-VL-2B's decoder, times as fast: {text}"
+            values = [f"{r['speedup']:.1f}" for r in records]
+            run = min((r["environment"] for r in records), key=lambda run: run["date"])
+            rows.append(Figure(text, records[0]["reducer"], values, run))
+    return rows
+
+
+def speed_records() -> dict[tuple[str, str], dict[float, dict[str, Any]]]:
+    """Records of Qwen2-VL-2B with 4,096 visual tokens, by media and method, then by ratio."""
+    cases: dict[tuple[str, str], dict[float, dict[str, Any]]] = {}
+    for r in read_lines(MODELS / "prefill.jsonl"):
+        if (r["model"], r["tokens"]) == ("qwen2-vl-2b", 4096):
+            cases.setdefault((kind_of(r), method_of(r)), {})[r["ratio"]] = r
+    return cases
+
+
+def labels(forms: Iterable[str]) -> list[list[str]]:
+    """Labels of stored answers: by ratio, one per seed."""
+    return [[form.format(ratio) for form in forms] for ratio in RATIOS]
+
+
+def digest(answers: PackedAnswers, name: str) -> str:
+    """Tells whether stored answers are those that were confirmed."""
+    bits = [answers.correct[k] + answers.agrees[k] for row in labels(LABELS[name]) for k in row]
+    return hashlib.sha256(json.dumps(bits).encode()).hexdigest()[:16]
+
+
+def _accuracy() -> list[Figure]:
+    results, rows = Results.read(RESULTS / MAIN, "test"), []
+    again = json.loads(CONFIRMED.read_text()) if CONFIRMED.exists() else {"rows": {}}
+    full = sum(results.scores(FULL, "both", results.learned))
+    items, families = len(results.select("both", results.learned)), len(results.learned)
+    for name, (reducer, text) in METHODS.items():
+        values, runs = [], []
+        for row in labels(LABELS[name]):
+            right = fmean(sum(results.scores(k, "both", results.learned)) for k in row)
+            values.append(f"{right / full:.1%}")
+            runs += [results.manifest["runs"][results.settings[k]["run"]] for k in row]
+        head = (
+            f"[accuracy kept](benchmarks/accuracy/summary.md) by the tiny Qwen3-VL with {text}, "
+            f"{items} questions of {families} kinds"
+        )
+        known = again["rows"].get(name)
+        if known and known["stored"] == digest(results.answers, name):
+            known = {**known, "commit": again["about"]["commit"]}
+        else:
+            known = None
+        run = min(runs, key=lambda run: run["date"])
+        text = f"the same with {text}" if rows else head
+        rows.append(Figure(text, reducer, values, run, known))
+    return rows
+
+
+def _photographs() -> list[Figure]:
+    stored = json.loads((ROOT / "benchmarks" / "real" / "results.json").read_text())
+    correct, rows = PackedAnswers.from_json(stored["answers"]).correct, []
+    for name, (reducer, text) in METHODS.items():
+        by_ratio = labels(PHOTOGRAPHS[name])
+        values = [f"{fmean(fmean(correct[k]) for k in row):.1%}" for row in by_ratio]
+        head = (
+            f"right answers about [photographs](benchmarks/real/README.md) with {text} "
+            f"({fmean(correct[FULL]):.1%} without compression)"
+        )
+        text = f"the same with {text}" if rows else head
+        rows.append(Figure(text, reducer, values, stored["about"]))
+    return rows
+
+
+def readme_table(rows: Iterable[Figure], root: Path = ROOT) -> str:
+    """The table of the README, with a mark on every row that is not current."""
+    head = ["", *(f"ratio {ratio:g}" for ratio in RATIOS)]
+    cells = [[f.text + (f.mark if outdated(f, root) else ""), *f.values] for f in rows]
+    return table(head, cells).replace("|  |", "| |", 1)
+
+
+def speed_table() -> str:
+    """Every method on Qwen2-VL-2B with 4,096 visual tokens, for docs/results.md."""
+    share = "reducer's own time, share of the full prefill"
+    head = ["media", "method", *(f"ratio {ratio:g}" for ratio in RATIOS), share, "measured"]
+    rows = []
+    for (kind, method), records in speed_records().items():
+        some = [records[ratio] for ratio in RATIOS]
+        shares = sorted(100 * r["reduce_overhead"] for r in some)
+        figure = Figure("", method, [], some[0]["environment"])
+        rows.append(
+            [
+                *(kind, method, *(f"{r['speedup']:.1f} ×" for r in some)),
+                " to ".join(dict.fromkeys(f"{n:.1f}" for n in (shares[0], shares[-1]))) + " %",
+                figure.mark.partition(", ")[2].rstrip(")"),
+            ]
+        )
+    return table(head, rows)
+
+
+def put(path: Path, heading: str, new: str) -> None:
+    """Replace the first table below a heading."""
+    before, _, after = path.read_text(encoding="utf-8").partition(f"{heading}\n")
+    lines = after.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    stop = next(i for i, line in enumerate(lines) if i > start and not line.startswith("|"))
+    text = "\n".join([*lines[:start], new, *lines[stop:]])
+    path.write_text(f"{before}{heading}\n{text}\n", encoding="utf-8")
+
+
+def main() -> None:
+    rows = figures()
+    put(ROOT / "README.md", "## How fast, and how exact", readme_table(rows))
+    put(ROOT / "docs" / "results.md", "## Speed", speed_table())
+    for figure in rows:
+        print(f"{figure.text}: {outdated(figure) or 'current'}")
+
+
+if __name__ == "__main__":
+    main()
