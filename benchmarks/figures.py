@@ -36,7 +36,12 @@ CONFIRMED = RESULTS / MAIN / "confirmed.json"
 ENGINE = (
     *(f"tokencomp/{name}" for name in ("engine", "plan", "tokens", "adapters", "torchlib")),
     *(f"tokencomp/{name}.py" for name in ("handle", "method", "patching")),
-    *("kernels", "tokencomp/reducers/_batch.py", "tokencomp/reducers/score.py"),
+    *(
+        "kernels",
+        "tokencomp/inputs/prompts.py",
+        "tokencomp/reducers/_batch.py",
+        "tokencomp/reducers/score.py",
+    ),
 )
 REDUCERS = {
     "auto": ("auto", "kcentre", "condiv", "uniform", "_pixels"),
