@@ -72,6 +72,12 @@ def test_other_frames_than_on_transformers_are_warned_about(
     (ours,) = values()
     assert json.loads(ours)["video"]["num_frames"] == 8
     assert values("--media-io-kwargs", ours) == [ours] and not caplog.records
+    file = tmp_path / "tokencomp.yaml"
+    file.write_text(f"media-io-kwargs: '{ours}'\n")
+    assert values("--config", str(file)) == [] and not caplog.records
+    file.write_text("media-io-kwargs:\n  video:\n    fps: 1\n")
+    assert values("--config", str(file)) == [] and "other frames" in caplog.text
+    caplog.clear()
     assert values("--media-io-kwargs", '{"video": {"fps": 1}}') == ['{"video": {"fps": 1}}']
     assert "other frames" in caplog.text and ours in caplog.text
 

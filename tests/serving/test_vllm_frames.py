@@ -17,13 +17,16 @@ pytest.importorskip("av")
 import av
 from PIL import Image
 
-from tokencomp.errors import TokenCompError
 from tokencomp.serving.bind import Bind
+from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.hf.frames import with_request
 from tokencomp.serving.hf.media import Limits
 from tokencomp.serving.hf.video import load_video
 from tokencomp.serving.launch import vllm_command
+from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm import register
+from tokencomp.serving.vllm.request_checks import check_media, read_request
+from tokencomp.serving.vllm.rules import Rules
 
 PROCESSORS = ("Qwen2VLVideoProcessor", "Qwen3VLVideoProcessor", "Glm4vVideoProcessor", None)
 
@@ -46,6 +49,18 @@ def numbers(frames: np.ndarray) -> list[int]:
     """Read the numbers of frames from their pixels."""
     low, high = frames[:, 12:36, 8:24].mean((1, 2, 3)), frames[:, 12:36, 40:56].mean((1, 2, 3))
     return (np.rint(high / 10) * 25 + np.rint(low / 10)).astype(int).tolist()
+
+
+def still(side: int, count: int) -> str:
+    """Return a video file of one colour."""
+    out = io.BytesIO()
+    with av.open(out, "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=4)
+        stream.width, stream.height, stream.pix_fmt = side, side, "yuv420p"
+        for _ in range(count):
+            container.mux(stream.encode(av.VideoFrame(side, side, "yuv420p")))
+        container.mux(stream.encode())
+    return "data:video/mp4;base64," + base64.b64encode(out.getvalue()).decode()
 
 
 @pytest.fixture(scope="module")
@@ -109,12 +124,42 @@ def test_lists_of_frames_have_equal_times(connector: Any) -> None:
     assert metadata["frames_indices"] == [*sampling.indices] and not metadata["do_sample_frames"]
 
 
-def test_limits_on_videos_hold(connector: Any) -> None:
-    """A canvas of 2,500 × 2,500 pixels, 3,500 times: 22 gigapixels in a few kilobytes."""
-    out, dots = io.BytesIO(), [Image.new("P", (1, 1), i % 2) for i in range(3500)]
+def canvas(side: int, count: int) -> str:
+    """Return an animation of dots on a canvas: few bytes, very many pixels."""
+    out, dots = io.BytesIO(), [Image.new("P", (1, 1), i % 2) for i in range(count)]
     dots[0].save(out, "GIF", save_all=True, append_images=dots[1:], optimize=False, duration=10)
     content = bytearray(out.getvalue())
-    content[6:10] = (2500).to_bytes(2, "little") * 2
-    url = "data:video/gif;base64," + base64.b64encode(content).decode()
-    with pytest.raises(TokenCompError, match="pixels"):
-        connector.fetch_video(url)
+    content[6:10] = side.to_bytes(2, "little") * 2
+    return "data:video/gif;base64," + base64.b64encode(content).decode()
+
+
+def taken(connector: Any, url: str, count: int, **chosen: Any) -> list[np.ndarray]:
+    """Return the frames of a request for `count` times a video, as the engine would load them."""
+    from vllm.multimodal.media.connector import MediaConnector, merge_media_io_kwargs
+
+    parts = [{"type": "video_url", "video_url": {"url": url}}] * count
+    body = {"messages": [{"role": "user", "content": parts}]}
+    if chosen:
+        body["media_io_kwargs"] = {"video": chosen}
+    request = read_request(json.dumps(body).encode(), Rules(), ServerOptions())
+    check_media(request, Rules())
+    asked = json.loads(request.body)["media_io_kwargs"]
+    loader = MediaConnector(media_io_kwargs=merge_media_io_kwargs(connector.media_io_kwargs, asked))
+    return [loader.fetch_video(url).media[0] for _ in range(count)]
+
+
+@pytest.mark.parametrize("make", [canvas, still])
+def test_limits_on_videos_hold(connector: Any, make: Any) -> None:
+    """Four clips in 4.5 kB took 3.7 GB, as each could have the pixels of a whole request."""
+    url = make(1250, 32)
+    assert taken(connector, url, 1)[0].shape == (32, 1250, 1250, 3)
+    with pytest.raises(RequestError, match="32 × 1250×1250 pixels; 42857142 are") as error:
+        taken(connector, url, 7)
+    assert error.value.status == 413
+
+
+def test_frames_that_are_not_taken_have_limits_too(connector: Any) -> None:
+    url = canvas(500, 3000)  # three quarters of a gigapixel
+    assert len(taken(connector, url, 1, frames=1)) == 1
+    with pytest.raises(RequestError, match="3000 frames of 500×500"):
+        taken(connector, url, 2, frames=1)

@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 pytest.importorskip("fastapi")
 
+import anyio
 from PIL import Image
 from PIL.Image import DecompressionBombError
 from support.serving import http
@@ -50,6 +52,22 @@ class Application:
         if self.error is not None:
             raise self.error
         await send({"type": "http.response.body", "body": b""})
+
+
+async def through(guard: Guard, body: dict[str, Any]) -> int:
+    """Return the status of the answer to a body."""
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": json.dumps(body).encode()}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    names = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": CHAT, "headers": names}
+    await guard(scope, receive, send)
+    return int(sent[0]["status"])
 
 
 def ask(
@@ -343,6 +361,7 @@ def test_pixels_are_counted_before_vllm_decodes_them(tmp_path: Path) -> None:
     video = {"type": "video_url", "video_url": {"url": listed}}
     for bad in (chat(video, pictures), media(listed + listed[22:], "video_url")):
         assert refused(bad, limits)[0] == 413
+    assert refused(media("data:video/jpeg;a=b;base64," + large[22:], "video_url"), limits)[0] == 413
     many = "data:VIDEO/JPEG;base64," + ",".join([data(picture(1, 1))[22:]] * 33)
     status, message = refused(media(many, "video_url"))
     assert status == 413 and "33 frames; the limit is 32" in message
@@ -351,6 +370,46 @@ def test_pixels_are_counted_before_vllm_decodes_them(tmp_path: Path) -> None:
     assert refused(chat(*[one] * 33))[0] == 413
     assert refused(media(data(b"no picture")))[0] == 400
     assert refused(media("data:video/mp4;base64,%", "video_url"))[0] == 400
+
+
+def test_video_files_share_the_pixels_that_images_leave() -> None:
+    """Each could have those of a whole request, so that 32 clips took 32 times the limit."""
+    limits = Limits(max_pixels=10_000, max_total_pixels=25_000)
+    clip = {"type": "video_url", "video_url": {"url": data(b"any", "video/mp4")}}
+    image = {"type": "image_url", "image_url": {"url": data(picture(100, 100))}}
+    for parts, pixels in (([clip], 25_000), ([clip, image, clip], 7_500), ([clip] * 4, 6_250)):
+        for chosen in ({}, {"frames": 8}):
+            app = Application()
+            body = chat(*parts, media_io_kwargs={"video": chosen} if chosen else None)
+            assert ask(app, body, limits=limits)[0] == 200
+            sent = json.loads(app.seen[0] or b"")
+            assert sent == {**body, "media_io_kwargs": {"video": {**chosen, "pixels": pixels}}}
+    assert refused(chat(clip, media_io_kwargs={"video": {"pixels": 10**9}}), limits)[0] == 400
+
+
+def test_a_text_does_not_wait_for_the_media_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow, reached, answered = threading.Event(), threading.Semaphore(0), []
+
+    def check(*_: Any) -> int:
+        reached.release()
+        assert slow.wait(20)
+        return 1
+
+    monkeypatch.setattr(request_checks, "check_image", check)
+    guard = Guard(Application())
+
+    async def run() -> None:
+        async with anyio.create_task_group() as group:
+            for _ in range(8):
+                group.start_soon(through, guard, media(http.image_url(1)))
+            for _ in range(4):
+                assert await anyio.to_thread.run_sync(reached.acquire, True, 20)
+            with anyio.fail_after(20):
+                answered.append(await through(guard, chat({"type": "text", "text": "?"})))
+            slow.set()
+
+    anyio.run(run)
+    assert answered == [200]
 
 
 def raised_in(module: str, error: Exception) -> Exception:

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -21,7 +22,7 @@ from tokencomp.serving.bind import Bind, check_port
 from tokencomp.serving.hf.media import Limits
 from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm import LOADER
-from tokencomp.serving.vllm.flags import check_flags, given_flags, sets
+from tokencomp.serving.vllm.flags import check_flags, given_flags, sets, written
 from tokencomp.serving.vllm.rules import Rules
 
 logger = logging.getLogger("tokencomp.serving")
@@ -58,10 +59,11 @@ def vllm_command(
     if limits.allowed_path is not None:
         command += ["--allowed-local-media-path", str(limits.allowed_path.resolve())]
     remote = sets(flags, "--allowed-media-domains")
+    ours = not sets(flags, "--media-io-kwargs") or _takes_frames(extra)
     env = {
         **os.environ,
         ENV_OPTIONS: json.dumps({**options, "only_own": parsed.only_own}),
-        ENV_RULES: Rules(bind, limits, remote, trusts_kwargs).as_json(),
+        ENV_RULES: Rules(bind, limits, remote, trusts_kwargs, ours).as_json(),
         "TOKENCOMP_VLLM": "on",
     }
     if "VLLM_PLUGINS" in env:  # else all; without ours, vLLM would answer uncompressed
@@ -92,13 +94,18 @@ def _video_arguments(limits: Limits, flags: Sequence[str], extra: Sequence[str])
     loading = json.dumps({"video": video})
     if not sets(flags, "--media-io-kwargs"):
         return ["--media-io-kwargs", loading]
-    if LOADER not in "".join(extra):
+    if not _takes_frames(extra):
         logger.warning(
             "--media-io-kwargs: vLLM takes other frames of a video than --engine hf, and limits on "
             "videos do not hold. To keep both, add to its value: %s",
             loading,
         )
     return []
+
+
+def _takes_frames(extra: Sequence[str]) -> bool:
+    """Whether an operator who sets `--media-io-kwargs` names our loader of videos there."""
+    return re.search(rf"video_backend\W+{LOADER}\b", written(extra)) is not None
 
 
 def metrics_folder() -> str:

@@ -103,7 +103,7 @@ def _read_data(url: str, limits: Limits) -> tuple[str, bytes]:
         raise RequestError("a data: URL must look like data:image/png;base64,....")
     if len(body) * 3 // 4 > limits.max_bytes:
         raise _too_large(len(body) * 3 // 4, limits)
-    media_type = head[: -len(";base64")].lower()
+    media_type = head.partition(";")[0].lower()
     if media_type == FRAME_LIST:
         return media_type, body.encode("ascii", "replace")
     return media_type, decode_base64(body)

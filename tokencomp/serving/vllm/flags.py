@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Sequence
 from itertools import zip_longest
@@ -39,29 +40,32 @@ def check_flags(flags: Sequence[str]) -> None:
 
 def given_flags(arguments: Sequence[str]) -> list[str]:
     """Names of the flags as vLLM reads them: with `-` for `_`, and those in files of `--config`."""
-    flags = []
+    names = [argument for argument in arguments if argument.startswith("--")]
+    for text in _configs(arguments):
+        try:
+            content = yaml.safe_load(text)
+        except (ValueError, yaml.YAMLError):
+            continue  # vLLM cannot read it either; its error says why
+        pairs = content.items() if isinstance(content, dict) else ()
+        # vLLM makes no flags of false and of empty lists.
+        names += [f"--{key}" for key, value in pairs if value is not False and value != []]
+    return [re.split(r"[=.]", name, maxsplit=1)[0].replace("_", "-") for name in names]
+
+
+def written(arguments: Sequence[str]) -> str:
+    """The arguments, and what is in files of `--config`."""
+    return " ".join([*arguments, *_configs(arguments)])
+
+
+def _configs(arguments: Sequence[str]) -> list[str]:
+    """Contents of the files of `--config`."""
+    texts = []
     for argument, value in zip_longest(arguments, arguments[1:], fillvalue=""):
-        if argument.startswith("--"):
-            name = re.split(r"[=.]", argument, maxsplit=1)[0].replace("_", "-")
-            flags.append(name)
-            if name == "--config":
-                flags += given_flags(
-                    [f"--{key}" for key in _config(argument.partition("=")[2] or value)]
-                )
-    return flags
-
-
-def _config(path: str) -> list[str]:
-    """Keys of a config file that vLLM makes flags of: not those with false or an empty list.
-
-    There are none where vLLM cannot read the file either; its error says why.
-    """
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return []
-    pairs = content.items() if isinstance(content, dict) else ()
-    return [str(key) for key, value in pairs if value is not False and value != []]
+        name, _, path = argument.partition("=")
+        if name == "--config":
+            with contextlib.suppress(OSError, ValueError):
+                texts.append(Path(path or value).read_text(encoding="utf-8"))
+    return texts
 
 
 def sets(flags: Sequence[str], flag: str) -> bool:

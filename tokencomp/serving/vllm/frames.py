@@ -33,15 +33,18 @@ class ChosenFrames(VideoLoader):
         data: bytes,
         num_frames: int = Limits.frames,
         frames: int | str = "",
+        pixels: int = Limits.max_total_pixels,
         **kwargs: Any,
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Return uint8 frames (frames, height, width, 3), and when they were shown.
 
         `num_frames` is the largest number of them, and `frames` the policy, see
-        `tokencomp.inputs.frames`; by default so many are evenly spaced.
+        `tokencomp.inputs.frames`; by default so many are evenly spaced. `pixels` is what the media
+        of the request may still have, divided by its number of videos; the middleware sets it.
         """
-        options = {"video": {"frames": frames}} if frames else None
-        limits = with_request(options, Limits(frames=num_frames))
+        animated = Limits.max_animated_pixels * pixels // Limits.max_total_pixels
+        limits = Limits(frames=num_frames, max_total_pixels=pixels, max_animated_pixels=animated)
+        limits = with_request({"video": {"frames": frames}} if frames else None, limits)
         deadline = Deadline(limits.decode_seconds)
         pictures, sampling = load_file(data, limits, deadline, decode_apart)
         rate = sampling.fps or ASSUMED_RATE

@@ -23,14 +23,14 @@ from tokencomp.serving import ENV_OPTIONS
 from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.http import OPEN_PATHS, Bodies, Exchange, check_head, first_page
 from tokencomp.serving.spec import ServerOptions
-from tokencomp.serving.vllm.request_checks import check_request
+from tokencomp.serving.vllm.request_checks import check_media, read_request
 from tokencomp.serving.vllm.rules import Rules
 
 logger = logging.getLogger("vllm.tokencomp")
 
 MODELS = "/v1/models"
 PATHS = (*OPEN_PATHS, "/v1/chat/completions", MODELS, "/version")
-CHECKING = 4  # number of requests whose media are checked at the same time
+READING = CHECKING = 4  # requests that are read, and whose media are checked, at the same time
 UNREADABLE = (OSError, RuntimeError, ZeroDivisionError, DecompressionBombError)
 
 
@@ -42,7 +42,7 @@ class Guard:
         limits = self.rules.limits
         self.options = ServerOptions.parse(os.environ.get(ENV_OPTIONS))
         self.bodies = Bodies(limits.max_body, limits.max_bodies, limits.body_seconds)
-        self.checking = CapacityLimiter(CHECKING)
+        self.reading, self.checking = CapacityLimiter(READING), CapacityLimiter(CHECKING)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the application on a request that is allowed, and answer any other one."""
@@ -86,10 +86,13 @@ class Guard:
     async def _checked(self, exchange: Exchange) -> Receive:
         """Read and check the body of a request; return what the application receives."""
         async with self.bodies.read(Request(exchange.scope, exchange.receive)) as content:
-            body = await to_thread.run_sync(
-                check_request, bytes(content), self.rules, self.options, limiter=self.checking
+            request = await to_thread.run_sync(
+                read_request, bytes(content), self.rules, self.options, limiter=self.reading
             )
-        waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+            if request.media:  # a text does not wait for the media of others
+                await to_thread.run_sync(check_media, request, self.rules, limiter=self.checking)
+        sent: Message = {"type": "http.request", "body": request.body, "more_body": False}
+        waiting = [sent]
 
         async def receive() -> Message:
             return waiting.pop() if waiting else await exchange.receive()

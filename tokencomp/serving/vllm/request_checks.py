@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tokencomp.errors import OptionError, RatioError
@@ -28,32 +28,77 @@ MESSAGE = ("role", "content", "name", "reasoning", "reasoning_content", "refusal
 FORM = '{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}'
 
 
-def check_request(body: bytes, rules: Rules, options: ServerOptions) -> bytes:
-    """Check a JSON body, and its pictures without decoding their pixels.
+@dataclass
+class Request:
+    """A chat completion.
 
-    Returned is the body that vLLM gets. It differs where an option of tokencomp has to be put where
-    vLLM reads it.
+    Attributes
+    ----------
+    body
+        What vLLM gets: what the client sent, unless `set` has changed it.
+    fields
+        Its JSON object.
+    media
+        Type and URL object of every image and video.
     """
+
+    body: bytes
+    fields: dict[str, Any]
+    media: list[tuple[str, dict[str, Any]]]
+
+    def set(self, name: str, value: dict[str, Any]) -> None:
+        """Set a field of the body that vLLM gets."""
+        self.fields[name] = value
+        self.body = json.dumps(self.fields).encode()
+
+
+def read_request(body: bytes, rules: Rules, options: ServerOptions) -> Request:
+    """Read a JSON body and check all of it but the media."""
     check_structure(body)
     try:
-        request = json.loads(body)
+        fields = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the body is not JSON ({type(error).__name__}).") from None
-    if not isinstance(request, dict):
+    if not isinstance(fields, dict):
         raise RequestError("the body must be a JSON object.")
     if not rules.media_options:
-        with_request(request.get("media_io_kwargs"), rules.limits)
-    _check_text(request)
-    _check_sampling(request)
-    media = [part for message in _messages(request) for part in _media(message)]
-    _check_media(media, rules)
-    if media and request.get("truncate_prompt_tokens") is not None:
+        with_request(fields.get("media_io_kwargs"), rules.limits)
+    _check_text(fields)
+    _check_sampling(fields)
+    media = [part for message in _messages(fields) for part in _media(message)]
+    if len(media) > rules.limits.max_items:
+        raise RequestError(f"more than {rules.limits.max_items} images and videos.", 413)
+    if media and fields.get("truncate_prompt_tokens") is not None:
         raise RequestError("truncate_prompt_tokens would cut media. Leave it out.")
+    request = Request(body, fields, media)
     try:
-        changes = _setting(request, media, options)
+        _set_options(request, options)
     except (OptionError, RatioError) as error:
         raise RequestError(str(error)) from None
-    return json.dumps({**request, **changes}).encode() if changes else body
+    return request
+
+
+def check_media(request: Request, rules: Rules) -> None:
+    """Check media without decoding their pixels, of which all of them share one limit.
+
+    Video files share what images and lists of frames leave, in equal parts. `frames.ChosenFrames`
+    compares the head of each with its part before it decodes the file.
+    """
+    limits = rules.limits
+    deadline, left, files = Deadline(limits.decode_seconds), limits.max_total_pixels, 0
+    for kind, value in request.media:
+        url = value["url"]
+        remote = rules.remote_media and url[:4].lower() == "http"
+        pixels = (
+            0 if remote else _pixels(kind, url, replace(limits, max_total_pixels=left), deadline)
+        )
+        files += kind == "video_url" and not pixels
+        left -= pixels
+    given = request.fields.get("media_io_kwargs") or {}
+    video = given.get("video") or {} if isinstance(given, dict) else None
+    if files and rules.chosen_frames and isinstance(video, dict):
+        video = {**video, "pixels": left // files}
+        request.set("media_io_kwargs", {**given, "video": video})
 
 
 def _messages(request: dict[str, Any]) -> list[dict[str, Any]]:
@@ -102,23 +147,23 @@ def _media(message: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return media
 
 
-def _setting(
-    request: dict[str, Any], media: list[tuple[str, dict[str, Any]]], options: ServerOptions
-) -> dict[str, Any]:
-    """Return the processor options of a request that has its setting elsewhere.
+def _set_options(request: Request, options: ServerOptions) -> None:
+    """Put the setting of a request where vLLM reads it.
 
-    In a field of its own, as on `--engine hf`, or as the detail of images.
+    Clients send it in a field of its own, as on `--engine hf`, or as the detail of images.
     """
-    kwargs = request.get("mm_processor_kwargs") or {}
+    kwargs = request.fields.get("mm_processor_kwargs") or {}
+    field = request.fields.pop(KEY, None)
     if not isinstance(kwargs, dict):
-        return {}  # vLLM answers this with 400
-    field, given = request.pop(KEY, None), kwargs.get(KEY)
+        return  # vLLM answers this with 400
+    given = kwargs.get(KEY)
     if field is not None and given not in (None, field):
         raise OptionError(f'two settings: "{KEY}" and "mm_processor_kwargs" differ. Send one.')
     if field is None and given is None:
-        spec = options.low_detail([(kind, url.get("detail")) for kind, url in media])
+        spec = options.low_detail([(kind, url.get("detail")) for kind, url in request.media])
         field = spec and spec.requested
-    return {"mm_processor_kwargs": {**kwargs, KEY: field}} if field is not None else {}
+    if field is not None:
+        request.set("mm_processor_kwargs", {**kwargs, KEY: field})
 
 
 def _check_text(value: Any) -> None:
@@ -153,23 +198,8 @@ def runs_on_cpu() -> bool:
     return bool(current_platform.is_cpu())
 
 
-def _check_media(media: list[tuple[str, dict[str, Any]]], rules: Rules) -> None:
-    """Check all media of a request within limits that they share."""
-    limits = rules.limits
-    deadline, left = Deadline(limits.decode_seconds), limits.max_total_pixels
-    if len(media) > limits.max_items:
-        raise RequestError(f"more than {limits.max_items} images and videos.", 413)
-    for kind, value in media:
-        url = value["url"]
-        if not (rules.remote_media and url[:4].lower() == "http"):
-            left -= _pixels(kind, url, replace(limits, max_total_pixels=left), deadline)
-
-
 def _pixels(name: str, url: str, limits: Limits, deadline: Deadline) -> int:
-    """Check an image, or the frames of a list, and return how many pixels they have.
-
-    Files of videos count as 0: `frames.ChosenFrames` decodes them, within the same limits for each.
-    """
+    """Check an image, or the frames of a list, and return how many pixels they have; a file: 0."""
     media_type, content = read_url(url, limits)
     if name == "image_url":
         return check_image(content, limits, deadline)

@@ -25,12 +25,15 @@ class Rules:
     media_options
         Whether requests may set `media_io_kwargs`, with which a client can make vLLM decode every
         frame of a video.
+    chosen_frames
+        Whether vLLM loads videos with `frames.ChosenFrames`.
     """
 
     bind: Bind = field(default_factory=lambda: Bind(host=""))
     limits: Limits = field(default_factory=Limits)
     remote_media: bool = False
     media_options: bool = False
+    chosen_frames: bool = True
 
     def as_json(self) -> str:
         """Return the value of the environment variable, without the key, which vLLM has too."""
