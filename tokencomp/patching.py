@@ -242,10 +242,8 @@ def check(model: nn.Module, spec: MethodSpec) -> None:
 def unpatch(model: nn.Module) -> None:
     """Undo `patch(model)` and `extend_visual_context(model, ...)`, if they were called.
 
-    No call of the model may be running (`ModelInUseError`). The unpatched model can continue on the
-    cache of a prompt that was compressed at entry, one sample at a time. Other compressed caches
-    are refused (`UnsupportedCacheError`): padded batches, layer stages, merged tokens with weights,
-    compact positions and attention windows. Patch the model again to continue on those.
+    No call of the model may be running (`ModelInUseError`). Caches of compressed prompts belong to
+    the patch and are refused without it (`UnsupportedCacheError`).
     """
     base = unwrap(model)
     if isinstance(base, Handle):

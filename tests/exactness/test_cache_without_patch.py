@@ -1,4 +1,4 @@
-"""Caches that outlive their patch, or continue under another: exact, or refused before a write."""
+"""A compressed cache is refused without the patch that compressed it, before any write."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ from support.family.hybrid import HYBRID
 from torch import Tensor
 
 import tokencomp
-from tokencomp.engine.cache.need import PatchNeed
 from tokencomp.engine.cache.rows import first_layer, physical_length
 from tokencomp.errors import UnsupportedCacheError
 
 NAMES = ["qwen2_vl", "qwen3_vl", "llava_onevision", "internvl"]
 # Their bodies make masks before the decoder runs, and read the cache for that.
-MASKED_BY_BODY = sorted(HYBRID.keys() & {"gemma3", "gemma4", "gemma4_e", "inkling_mm_model"})
-ENTRY: dict[str, Any] = {"plan": plans.make("entry", 4)}
+MASKED_BY_BODY = sorted(HYBRID.keys() & {"gemma3", "gemma4", "inkling_mm_model"})
+SETTINGS: dict[str, dict[str, Any]] = {
+    "entry": {"plan": plans.make("entry", 4)},
+    "layers": {"plan": plans.make("layer", 4)},
+    "merged": {"ratio": 0.5, "reducer": "kcentre", "rest": "merge"},
+}
+GONE = "that patch is gone"
 
 
 def rows(family: Family, count: int) -> list[list[Any]]:
@@ -75,58 +79,36 @@ class Chat:
             assert physical_length(first_layer(cache)) == before
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_one_sample_goes_on_without_the_patch(name: str) -> None:
-    chat = Chat(FAMILIES[name], 1, **ENTRY)
-    chat.handle.remove()
-    expected = chat.expected()
-    torch.testing.assert_close(chat.say(), expected, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("plan", ["padded", "layers"])
-def test_what_needs_the_patch_is_refused_without_it(name: str, plan: str) -> None:
-    """A new patch continues it, also one that compresses nothing."""
-    setting = ENTRY if plan == "padded" else {"plan": plans.make("layer", 4)}
-    chat = Chat(FAMILIES[name], 2 if plan == "padded" else 1, **setting)
-    chat.handle.remove()
-    chat.refused("The patch is gone")
-    expected = chat.expected()
-    with tokencomp.patch(chat.model, 0):
-        torch.testing.assert_close(chat.say(), expected, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("way", ["replaced", "without stages", "block", "file"])
-@pytest.mark.parametrize("name", MASKED_BY_BODY)
-def test_another_patch_goes_on(name: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(PatchNeed, "lost", False)
-    chat = Chat(HYBRID[name], 2, **ENTRY)
+@pytest.mark.parametrize("way", ["removed", "replaced", "off", "block", "file"])
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("name", [*NAMES, *MASKED_BY_BODY])
+@pytest.mark.thin(5)
+def test_a_cache_is_refused_without_its_patch(name: str, setting: str, way: str) -> None:
+    """Also under another patch, one at ratio 0, and where a file has brought it."""
+    chat = Chat({**FAMILIES, **HYBRID}[name], 1 + (setting == "entry"), **SETTINGS[setting])
     if way == "file":
-        found = chat.say(pickle.loads(pickle.dumps(chat.cache)))
+        chat.cache = pickle.loads(pickle.dumps(chat.cache))
+        chat.refused(GONE)
     elif way == "block":
         with tokencomp.patch(chat.model, 0.75):
-            found = chat.say()
+            chat.refused(GONE)
+        assert chat.say().isfinite().all()  # the patch is back
     else:
-        if way == "without stages":
+        if way == "removed":
             chat.handle.remove()
-        tokencomp.patch(chat.model, 0.75 if way == "replaced" else 0)
-        found = chat.say()
+        else:
+            tokencomp.patch(chat.model, 0.75 if way == "replaced" else 0)
+        chat.refused(GONE)
+
+
+@pytest.mark.parametrize("setting", ["entry", "layers"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_patch_at_ratio_0_goes_on_with_its_caches(name: str, setting: str) -> None:
+    chat = Chat(FAMILIES[name], 1 + (setting == "entry"), **SETTINGS[setting])
+    chat.handle.set(reducer="uniform", ratio=0)
+    found = chat.say()
     tokencomp.unpatch(chat.model)
     torch.testing.assert_close(found, chat.expected(), atol=1e-5, rtol=1e-5)
-
-
-def test_another_patch_goes_on_with_a_static_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`generate` makes its masks before it calls the model."""
-    monkeypatch.setattr(PatchNeed, "lost", False)
-    family = FAMILIES["internvl"]
-    model = family.build()
-    chat = Chat(family, 2, model, static_cache(model, 256), **ENTRY)
-    tokencomp.patch(model, 0.75)
-    turn = {**chat.turn, "input_ids": torch.cat([chat.inputs["input_ids"], chat.new], 1)}
-    del turn["position_ids"]
-    out = oracle.generate(model, {**turn, chat.name: chat.cache}, 1)
-    tokencomp.unpatch(model)
-    torch.testing.assert_close(out.logits[0], chat.expected()[:, -1], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("rest", ["drop", "merge"])
@@ -171,41 +153,11 @@ def test_a_crop_removes_whole_tokens_of_an_image_whose_rest_is_merged() -> None:
 
 def test_suspended_patches_are_gone_too() -> None:
     """A block whose own patch ends brings the first one back."""
-    chat = Chat(FAMILIES["qwen2_vl"], 2, **ENTRY)
+    chat = Chat(FAMILIES["qwen2_vl"], 2, **SETTINGS["entry"])
     with tokencomp.patching.unpatched(chat.model):
-        chat.refused("The patch is gone")
+        chat.refused(GONE)
         expected = chat.expected()
     torch.testing.assert_close(chat.say(), expected, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("name", [n for n in ("gemma3",) if n in HYBRID])
-def test_windows_are_counted_in_columns_by_the_patch_alone(name: str) -> None:
-    chat = Chat(HYBRID[name], 1, **ENTRY)
-    chat.handle.remove()
-    chat.refused("attention window")
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_merged_tokens_go_on_without_the_patch(name: str) -> None:
-    """Their rows stand in the cache as often as the tokens that they stand for."""
-    chat = Chat(FAMILIES[name], 1, ratio=0.5, reducer="kcentre", rest="merge")
-    merged = oracle.Merged(chat.handle)
-    chat.handle.remove()
-    expected = chat.expected(merged)
-    torch.testing.assert_close(chat.say().double(), expected, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("first", ["original", "compact"])
-def test_positions_of_one_cache_are_of_one_kind(first: str) -> None:
-    chat = Chat(FAMILIES["internvl"], 1, **ENTRY, positions=first)
-    chat.handle.remove()
-    other = "compact" if first == "original" else "original"
-    with tokencomp.patch(chat.model, 0.5, positions=other):
-        chat.refused(f"positions='{first}', and the patch in force has positions='{other}'")
-    if first == "compact":
-        chat.refused("compact positions")
-    with tokencomp.patch(chat.model, 0.5, positions=first):
-        assert chat.say().isfinite().all()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -221,5 +173,5 @@ def test_flash_attention_on_static_caches(name: str, monkeypatch: pytest.MonkeyP
     chat.handle.set(ratio=0.0)
     found = chat.say(copy.deepcopy(chat.cache))
     chat.handle.remove()
-    chat.refused("The patch is gone")
+    chat.refused(GONE)
     torch.testing.assert_close(found, chat.expected(), atol=1e-5, rtol=1e-5)

@@ -114,7 +114,7 @@ def filled_cache(columns: list[int]) -> DynamicCache:
     for layer in cache.layers:
         if known is not None:
             compress_layer(layer, columns[-1] + 1 - n, n, None, False, known)
-            layer.needs_patch = False
+            layer.owner = None
     return cache
 
 

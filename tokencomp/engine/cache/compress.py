@@ -14,7 +14,7 @@ from tokencomp.engine.cache.layers import (
     CompressedLayer,
     CompressedSlidingLayer,
 )
-from tokencomp.engine.cache.need import InForce, PatchNeed
+from tokencomp.engine.cache.owner import CacheOwner
 from tokencomp.engine.cache.repeat import repeat_rows, repeated
 from tokencomp.engine.cache.rows import (
     filled,
@@ -137,7 +137,7 @@ def compress_layer(
         layer.shorten_prompt(dropped)
 
 
-def compact_cache(forward: ForwardPass, cache: Any, patch: InForce) -> Any:
+def compact_cache(forward: ForwardPass, cache: Any, owner: CacheOwner) -> Any:
     """Record in the cache layers that a prefill has filled which tokens their rows stand for.
 
     Gives the first layer of the cache that holds rows, or None.
@@ -167,23 +167,21 @@ def compact_cache(forward: ForwardPass, cache: Any, patch: InForce) -> Any:
             begins = layer is own[0] and segment.first > 0
             flags = valid if valid is None else valid.to(layer.device)
             compress_layer(layer, dropped, rows, flags, begins, columns, starts)
-    _note_patch(forward, layers, patch)
+    _note_owner(forward, layers, owner)
     return first
 
 
-def _note_patch(forward: ForwardPass, layers: list[Any], patch: InForce) -> None:
-    """Let the layers of a cache know the patch, and whether later tokens can do without."""
+def _note_owner(forward: ForwardPass, layers: list[Any], owner: CacheOwner) -> None:
+    """Let the layers of a cache know the patch, and up to which length a step needs no mask."""
     heads, windows = segment_heads(layers), forward.windows
-    special = patch.compact or windows.relative or windows.cut_later_turns
-    special |= any(head._valid is not None for head in heads)
-    special |= flash_on_static(forward.adapter.text_config, heads[0])
-    need = PatchNeed() if special or len(heads) > 1 or windows.sizes else None
-    special |= windows.rows_kept(layers) is not None
-    special |= windows.masks_single_tokens
+    masked = owner.compact or windows.relative or windows.cut_later_turns
+    masked |= any(head._valid is not None for head in heads)
+    masked |= flash_on_static(forward.adapter.text_config, heads[0])
+    masked |= windows.rows_kept(layers) is not None or windows.masks_single_tokens
     # transformers leaves a mask out only below the window, so that at the window it is ours too.
-    below = 0.0 if special else windows.smallest - 1
+    below = 0.0 if masked else windows.smallest - 1
     for layer in filled(layers):
-        layer.patch, layer.needs_patch, layer.seen_below = patch, need, below
+        layer.owner, layer.seen_below = owner, below
 
 
 def extend_valid(forward: ForwardPass, cache: Any) -> None:

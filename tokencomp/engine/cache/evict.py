@@ -20,7 +20,6 @@ from torch import Tensor
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine.cache.compress import compress_layer
 from tokencomp.engine.cache.layers import WHOLE, CompressedLayer
-from tokencomp.engine.cache.need import InForce
 from tokencomp.engine.cache.rows import HOLDS_ROWS, filled, physical_length
 from tokencomp.engine.kinds.registry import Indexed
 from tokencomp.engine.kinds.windows import Windows
@@ -138,5 +137,5 @@ def _keep(layer: Any, rows: Tensor) -> int:
     left = before - rows.numel()
     compress_layer(layer, left, rows.numel(), None, False, held[:, rows])
     if plain:
-        layer.patch, layer.needs_patch = InForce(compact=False), None
+        layer.owner = None
     return left

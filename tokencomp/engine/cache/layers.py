@@ -27,16 +27,15 @@ from transformers.cache_utils import (
     DynamicSlidingWindowLayer,
 )
 
-from tokencomp.engine.cache.need import InForce, PatchNeed
+from tokencomp.engine.cache.owner import CacheOwner
 from tokencomp.engine.cache.rows import physical_length
 from tokencomp.errors import UnsupportedCacheError
 from tokencomp.torchlib.cache_classes import INDEXED, STATES
 
-NEEDS_PATCH = (
-    "this cache holds a compressed prompt that only a patched model reads right: a padded batch, "
-    "rows that differ by layer, compact positions, an attention window, or a static cache under "
-    "FlashAttention. The patch is gone. Call tokencomp.patch(model, ...) again (at any ratio) "
-    "before you continue, or start the conversation again."
+PATCH_GONE = (
+    "this cache holds a prompt that a patch has compressed, and that patch is gone: removed, "
+    "replaced, suspended, or of another process. Keep the patch while you use its caches "
+    "(handle.set changes it in place), or start the conversation again."
 )
 
 
@@ -63,13 +62,11 @@ class CompressedLayer(CacheLayerMixin):
         First real column of every sample in the uncompressed sequence; None: not known, or 0.
     starts_segment : bool
         True where this layer holds other rows than the layer before it.
-    patch : InForce
-        The patch under which the cache is written.
-    needs_patch : PatchNeed or None
-        Set where a decoder without hooks would read the rows of the cache wrongly.
+    owner : CacheOwner or None
+        The patch that has compressed the cache; None: rows were evicted, without a patch.
     seen_below : float
         Logical length below which a single later token attends to every row of this layer and of
-        all others, so that it needs no mask, and of the patch nothing; 0: it may need more.
+        all others, so that it needs no mask; 0: it may need one.
     """
 
     plain: ClassVar[type]
@@ -77,8 +74,7 @@ class CompressedLayer(CacheLayerMixin):
     columns: Tensor | None
     starts: Tensor | None
     starts_segment: bool
-    patch: InForce
-    needs_patch: PatchNeed | None
+    owner: CacheOwner | None
     seen_below: float = 0.0
     _valid: Tensor | None
     keys: Any  # for transformers they may be None; what is called here has rows
@@ -117,13 +113,13 @@ class CompressedLayer(CacheLayerMixin):
         return physical_length(self) + n, self.dropped
 
     def check_patch(self) -> None:
-        """Refuse to say where rows lie to a decoder without hooks that would read them wrongly.
+        """Refuse a decoder call without the patch that has compressed the cache.
 
         transformers asks before it runs a layer, and once per call, so that a decode step runs no
         Python of ours per layer.
         """
-        if self.needs_patch and not self.patch.active:
-            raise UnsupportedCacheError(NEEDS_PATCH)
+        if self.owner is not None and not self.owner.active:
+            raise UnsupportedCacheError(PATCH_GONE)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Follow the beams."""
@@ -155,8 +151,7 @@ class CompressedLayer(CacheLayerMixin):
         self._forget()
 
     def _forget(self) -> None:
-        del self.dropped, self._valid, self.columns, self.starts, self.starts_segment, self.patch
-        del self.needs_patch
+        del self.dropped, self._valid, self.columns, self.starts, self.starts_segment, self.owner
         vars(self).pop("seen_below", None)
         self.__class__ = self.plain
 

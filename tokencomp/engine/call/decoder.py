@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine.cache.compress import check_cache, compact_cache, extend_valid
 from tokencomp.engine.cache.layers import CompressedLayer
-from tokencomp.engine.cache.need import InForce, PatchNeed
+from tokencomp.engine.cache.owner import CacheOwner
 from tokencomp.engine.cache.rows import first_layer
 from tokencomp.engine.call.chunks import ChunkedPrefill, whole_output
 from tokencomp.engine.call.embeddings import with_embeddings
@@ -53,17 +53,17 @@ class DecoderHooks(CallHooks):
         adapter: Adapter,
         calls: RunningCalls,
         plan: Plan,
-        in_force: InForce,
+        owner: CacheOwner,
         prefill: ChunkedPrefill,
         featureless: FeaturelessPrompts,
     ) -> None:
         super().__init__(adapter, calls)
         self.plan = plan
         self.stats: Stats | None = None
-        self._in_force, self._prefill, self._featureless = in_force, prefill, featureless
+        self._owner, self._prefill, self._featureless = owner, prefill, featureless
         self._missed = MissedRatios()
         self._weights = RowWeights(adapter, calls)
-        self._later = LaterTokens(adapter, calls, in_force)
+        self._later = LaterTokens(adapter, calls, owner.compact)
         self._records = False  # whether modules around the decoder record its layers
         self._layers, self._tables = LayerHooks(adapter, calls), SharedTables(adapter, calls)
         self.tower = TowerHooks(adapter, self.is_off)
@@ -111,12 +111,6 @@ class DecoderHooks(CallHooks):
     def compresses(self) -> bool:
         """Whether prompts with media are compressed in this thread."""
         return self.plan.active and self.calls.state.disabled == 0
-
-    def adopt(self, arguments: dict[str, Any]) -> None:
-        """Let this patch continue the cache of a call, see `LaterTokens.adopt`."""
-        cache = compat.get_cache(arguments)
-        self._later.adopt(getattr(cache, "layers", []), first_layer(cache))
-        PatchNeed.lost = PatchNeed.is_held()  # else no cache is left that could have lost its patch
 
     # -- before a call --------------------------------------------------------------------------
 
@@ -189,7 +183,7 @@ class DecoderHooks(CallHooks):
             self._refuse_missing(arguments)
         check_cache(cache, bool(plan.layer_stages))
         if isinstance(first := first_layer(cache), CompressedLayer):
-            self._later.adopt(cache.layers, first)
+            first.check_patch()
         arguments, mask, prepared = dict(arguments), arguments.get("attention_mask"), None
         if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
             arguments, prepared = split_mask(arguments, cache, state.body_mask)
@@ -199,7 +193,7 @@ class DecoderHooks(CallHooks):
             self._weights.begin()
         if self.tower.drop is not None or self.tower.probe is not None:
             self.tower.collect(forward, state.inputs or {})
-        enter_prompt(forward, positions, arguments, self._in_force.compact)
+        enter_prompt(forward, positions, arguments, self._owner.compact)
         whole = len(forward.segments) > 1 or not 0 < state.logits <= forward.tail
         if whole and "logits_to_keep" in arguments:
             # Decoders with shared keys (Gemma 4) cut their hidden states to these columns.
@@ -260,7 +254,7 @@ class DecoderHooks(CallHooks):
             return out
         if forward.merges:
             self._weights.check(forward)
-        layer = compact_cache(forward, cache, self._in_force)
+        layer = compact_cache(forward, cache, self._owner)
         if forward.earlier:
             out = whole_output(out, forward.earlier)
         self.stats = stats = collect(forward, layer)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from tokencomp.adapters.base import TYPES, Adapter
 from tokencomp.adapters.structure import parameters_of
-from tokencomp.engine.cache.need import PatchNeed
 from tokencomp.engine.call.gate import CallGate
 from tokencomp.engine.call.state import RunningCalls
 from tokencomp.errors import NoVisualInputError, OptionError, UnsupportedCacheError
@@ -37,8 +36,6 @@ class GenerateCalls(Hooked):
         Whether prompts with media are compressed in the calling thread.
     strict
         Whether prompts without media are refused.
-    adopt
-        Lets the patch continue the cache among the arguments of a call.
     """
 
     def __init__(
@@ -48,10 +45,9 @@ class GenerateCalls(Hooked):
         calls: RunningCalls,
         active: Callable[[], bool],
         strict: bool,
-        adopt: Callable[[dict[str, Any]], None],
     ) -> None:
         self.adapter, self.gate, self.calls = adapter, gate, calls
-        self.active, self.strict, self.adopt = active, strict, adopt
+        self.active, self.strict = active, strict
 
     def install(self) -> None:
         """Replace both methods of the model, where it has them."""
@@ -71,8 +67,6 @@ class GenerateCalls(Hooked):
         try:
             if state.types is not None:
                 _check_types(state.types, kwargs.get("inputs_embeds"))
-            if PatchNeed.lost:  # masks of static caches are prepared before the model runs
-                self.adopt(kwargs)
             with self.gate.call():
                 return original(*args, **kwargs)
         finally:

@@ -20,7 +20,7 @@ from torch import nn
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.registry import DATA_PARALLEL
 from tokencomp.adapters.structure import parameters_of
-from tokencomp.engine.cache.need import InForce, PatchNeed
+from tokencomp.engine.cache.owner import CacheOwner
 from tokencomp.engine.call.chunks import ChunkedPrefill
 from tokencomp.engine.call.decoder import DecoderHooks
 from tokencomp.engine.call.gate import CallGate
@@ -66,13 +66,12 @@ class Hooks(CallHooks):
         super().__init__(adapter, RunningCalls())
         calls, self.compact_positions = self.calls, compact_positions
         self.gate = CallGate.of(adapter.model)
-        self._in_force = InForce(compact_positions)
+        self._owner, self._compressed = CacheOwner(compact_positions), False
         prefill = ChunkedPrefill(adapter, calls, self._compresses)
         self._featureless = FeaturelessPrompts(adapter, strict)
-        known = self._in_force, prefill, self._featureless
+        known = self._owner, prefill, self._featureless
         self.decoder = DecoderHooks(adapter, calls, plan, *known)
-        adopt = self.decoder.adopt
-        generate = GenerateCalls(adapter, self.gate, calls, self._compresses, strict, adopt)
+        generate = GenerateCalls(adapter, self.gate, calls, self._compresses, strict)
         relative = RelativePositions(adapter, calls)
         self._parts: list[Any] = [self.decoder, relative, prefill, generate]
         # Qwen2-VL before transformers 5 swallows the argument and returns all logits.
@@ -98,9 +97,10 @@ class Hooks(CallHooks):
     def _needed(self) -> bool:
         """Whether anything must be done to calls: to prompts, or to what earlier plans have left.
 
-        Those are caches that only a patched model reads right, and features with tokens missing.
+        Those are caches that this patch has compressed, and features with tokens missing.
         """
-        return self.plan.active or self.decoder.tower.had_stage or PatchNeed.is_held()
+        self._compressed |= self.plan.active
+        return self._compressed or self.decoder.tower.had_stage
 
     def _hook(self) -> None:
         top, body, apart = self.adapter.top, self.adapter.body, self.decoder.apart
@@ -113,13 +113,13 @@ class Hooks(CallHooks):
         for part in (*self._parts, self.adapter):
             part.install()
         forget_compiled()
-        self._in_force.active = True
+        self._owner.active = True
 
     def remove(self) -> None:
         """Undo `install`, while no call is running; safe to call twice."""
         if not self._handles:
             return
-        self._in_force.active, PatchNeed.lost = False, PatchNeed.is_held()
+        self._owner.active = False
         super().remove()
         for part in reversed(self._parts):
             part.remove()
@@ -216,8 +216,6 @@ class Hooks(CallHooks):
         state.in_body, state.body_mask = True, arguments.get("attention_mask")
         state.forward = state.ended = None
         state.inputs = state.kinds = None
-        if PatchNeed.lost:  # the body may read the lengths of its cache, for masks of its own
-            self.decoder.adopt(arguments)
         if not self.decoder.compresses():
             state.inputs = arguments
             return

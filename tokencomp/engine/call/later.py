@@ -16,7 +16,6 @@ from transformers.cache_utils import StaticLayer
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine.cache.layers import CompressedLayer
-from tokencomp.engine.cache.need import InForce
 from tokencomp.engine.cache.rows import first_layer, flash_on_static, segment_heads
 from tokencomp.engine.cache.static import CompressedStaticLayer
 from tokencomp.engine.call.state import RunningCalls
@@ -26,7 +25,6 @@ from tokencomp.engine.kinds.windows import Windows, check_windows
 from tokencomp.engine.rows.layout import RowLayout
 from tokencomp.engine.stage.forward import ForwardPass
 from tokencomp.engine.stage.segments import Segment
-from tokencomp.errors import UnsupportedCacheError
 from tokencomp.torchlib import compat
 
 MASKLESS = re.compile("sdpa|flash")  # backends that take None where a token attends to all
@@ -39,13 +37,12 @@ class LaterTokens:
     ----------
     calls
         Gets `forward` or `cached` for the running call.
-    in_force
-        The patch that these calls are made under.
+    compact_positions
+        Whether positions count the kept tokens only.
     """
 
-    def __init__(self, adapter: Adapter, calls: RunningCalls, in_force: InForce) -> None:
-        self.adapter, self.calls, self.in_force = adapter, calls, in_force
-        self.compact_positions = in_force.compact
+    def __init__(self, adapter: Adapter, calls: RunningCalls, compact_positions: bool) -> None:
+        self.adapter, self.calls, self.compact_positions = adapter, calls, compact_positions
         mask_compat.mask_parameters()  # before a step is compiled
 
     def traceable(self, inputs: Mapping[str, Any], stages: bool) -> bool:
@@ -71,7 +68,7 @@ class LaterTokens:
         if kwargs.get("inputs_embeds") is None:
             kwargs["inputs_embeds"] = self.adapter.decoder.embed_tokens(kwargs["input_ids"])
             kwargs["input_ids"] = None
-        self.adopt(layers, first)
+        first.check_patch()
         single = kwargs["inputs_embeds"].shape[1] == 1
         if single and isinstance(first, CompressedStaticLayer):
             self._static_step(kwargs, first)
@@ -87,25 +84,6 @@ class LaterTokens:
             kwargs["attention_mask"] = None
         else:
             self._continue(kwargs, layers, first, maskless)
-
-    def adopt(self, layers: list[Any], first: Any) -> None:
-        """Let this patch continue a cache that an earlier one may have written.
-
-        It refuses rows that were written at other kinds of positions.
-        """
-        patch = getattr(first, "patch", None)
-        if patch is None or patch is self.in_force:
-            return
-        if patch.compact != self.compact_positions:
-            names = [("original", "compact")[p.compact] for p in (patch, self.in_force)]
-            raise UnsupportedCacheError(
-                f"this cache was written with positions='{names[0]}', and the patch in force has "
-                f"positions='{names[1]}', so later tokens would stand at wrong distances. Patch "
-                f"the model with positions='{names[0]}', or start the conversation again."
-            )
-        for layer in layers:
-            if isinstance(layer, CompressedLayer):
-                layer.patch = self.in_force
 
     def _static_step(self, kwargs: dict[str, Any], layer: Any) -> None:
         """Prepare one token on a static cache, without a host read and with constant shapes.
