@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-import zlib
 from collections.abc import Iterator
-from datetime import date
 
 import pytest
 import torch
@@ -20,7 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 gc.disable()  # imports leave no garbage to look for; `pytest_runtestloop` enables it
 
-from support.families import FAMILIES, Family  # noqa: E402
+from support.families import CORE, FAMILIES, Family  # noqa: E402
 from support.family.hybrid import HYBRID  # noqa: E402
 from support.family.structural import STRUCTURAL  # noqa: E402
 from support.thinning import thin_out  # noqa: E402
@@ -30,28 +28,10 @@ TWINS = {"idefics3", "llava", "llava_next", "llava_next_video", "qwen2_5_vl", "q
 TWINS |= {"minicpmv4_6"}
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--today", action="store_true", help="a module's share of the day, not all")
-
-
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --today, every long test runs once in six days, or in the `DAYS` of its module."""
-    thin_out(items)
-    if not config.getoption("--today"):
-        return
-    day = date.today().toordinal()
-
-    def due(item: pytest.Item) -> bool:
-        days = getattr(getattr(item, "module", None), "DAYS", 6)
-        return (
-            not item.get_closest_marker("long")
-            or zlib.crc32(item.name.encode()) % days == day % days
-        )
-
-    late = [item for item in items if not due(item)]
-    items[:] = [item for item in items if due(item)]
-    config.hook.pytest_deselected(items=late)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out the cases that tests marked `thin` leave out."""
+    items[:] = thin_out(items)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -72,7 +52,7 @@ def _seed() -> None:
 
 @pytest.hookimpl(tryfirst=True)  # the family comes first in the names of tests
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A module may name the families that it runs on, as `FAMILY_NAMES`; the default is all.
+    """A module may name the families that it runs on, as `FAMILY_NAMES`; the default is `CORE`.
 
     Of families that share decoder and adapter (`TWINS`), plain pytest runs one, -m long the other.
     A module may name further ones for -m long, as `LONG_FAMILIES`.
@@ -80,7 +60,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "family" in metafunc.fixturenames:
         late = TWINS.union(getattr(metafunc.module, "LONG_FAMILIES", ()))
         marks = {name: [pytest.mark.long] for name in late}
-        names = getattr(metafunc.module, "FAMILY_NAMES", sorted(FAMILIES))
+        names = getattr(metafunc.module, "FAMILY_NAMES", CORE)
         every = [pytest.param(name, marks=marks.get(name, [])) for name in names]
         metafunc.parametrize("family", every, indirect=True)
 

@@ -14,6 +14,8 @@ import tokencomp
 from tokencomp.engine.context.visual_window import VISUAL_WINDOW, yarn
 from tokencomp.errors import CopyError, OptionError, UnsupportedModelError
 
+FAMILY_NAMES = ["internvl", "qwen2_vl"]
+
 
 def ramp(stretched: torch.Tensor, base: float) -> tuple[int, int]:
     """The first pair whose frequency changes, less one, and the first that is divided in full."""

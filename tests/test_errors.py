@@ -15,6 +15,8 @@ import tokencomp
 from tokencomp import Plan, Stage, errors, make_reducer
 from tokencomp.adapters.registry import adapter_for
 
+FAMILY_NAMES = ["internvl", "qwen2_vl"]
+
 
 def prompt(family: Family) -> dict[str, torch.Tensor]:
     return family.batch([[text(3), family.image(0), text(6, 3)]])

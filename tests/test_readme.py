@@ -19,7 +19,6 @@ from tokencomp.evaluation.environment import git
 from tokencomp.pages.measured import prefill_speed
 
 ROOT = Path(__file__).parents[1]
-DAYS = 1
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

@@ -22,7 +22,6 @@ from benchmarks.accuracy.studies import choose, margin, ranking
 from tokencomp import make_reducer
 from tokencomp.evaluation.settings import Setting
 
-DAYS = 10
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "accuracy"
 CHOICES = (("condiv", 0.675), ("merge", 0.65), ("random", 0.3))
 

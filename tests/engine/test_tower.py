@@ -26,6 +26,8 @@ from tokencomp.plan.plan import Plan
 from tokencomp.plan.stages import Stage, TowerStage
 from tokencomp.tokens.signals import TOWER_ATTENTION, TOWER_KEYS, Attention, Signal, TowerSignal
 
+FAMILY_NAMES = sorted(FAMILIES)
+
 SEEN: list[VisualTokens] = []
 # Hidden state of the tower that the model uses, where it is not the last one.
 LAYERS = dict.fromkeys(("LLaVA-1.5", "LLaVA-NeXT", "LLaVA-NeXT-Video", "VILA"), -2)

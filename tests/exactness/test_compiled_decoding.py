@@ -16,7 +16,6 @@ from transformers import DynamicCache
 import tokencomp
 
 pytestmark = pytest.mark.long
-DAYS = 10
 FAMILY_NAMES = [*CORE, "smolvlm", "fast_vlm", "glm4v", "kimi_k25"]
 STEPS = 5
 

@@ -9,6 +9,8 @@ from support.families import FAMILIES, Family, text
 
 import tokencomp
 
+FAMILY_NAMES = sorted(FAMILIES)
+
 
 def prompts(family: Family) -> dict[str, torch.Tensor]:
     """Ragged: several images, image + video, text only."""

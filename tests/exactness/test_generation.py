@@ -18,7 +18,6 @@ from tokencomp.engine.cache.layers import CompressedLayer
 
 LONG_FAMILIES = sorted({**STRUCTURAL, **HYBRID})
 FAMILY_NAMES = [*sorted(FAMILIES), *LONG_FAMILIES]
-DAYS = 8
 TEXT = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 
 

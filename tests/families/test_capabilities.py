@@ -22,6 +22,8 @@ from tokencomp.tokens.signals import QUERY, Attention
 from tokencomp.tokens.spans import VisualTokens
 from tokencomp.torchlib import compat
 
+FAMILY_NAMES = sorted(FAMILIES)
+
 CI = Path(__file__).parents[2] / ".ci" / "run"
 
 

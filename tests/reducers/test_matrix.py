@@ -29,6 +29,8 @@ from tokencomp.reducers.registry import options_of
 from tokencomp.serving.servable import serving_safe
 from tokencomp.tokens.spans import VisualSpan
 
+FAMILY_NAMES = sorted(FAMILIES)
+
 every_case = pytest.mark.parametrize("case", matrix.cases(), ids=matrix.case_id)
 every_step = pytest.mark.parametrize("case", matrix.step_cases(), ids=matrix.case_id)
 

@@ -1,4 +1,4 @@
-"""Which cases of a test with many parameters plain pytest runs."""
+"""Which cases of a test with many parameters exist."""
 
 from __future__ import annotations
 
@@ -7,25 +7,24 @@ from collections.abc import Sequence
 import pytest
 
 
-def thin_out(items: Sequence[pytest.Item]) -> None:
-    """Of a test marked `thin(n)` plain pytest runs one case in n, and -m long the others.
+def thin_out(items: Sequence[pytest.Item]) -> list[pytest.Item]:
+    """The items without those that `thin(n)` leaves out: of such a test one case in n exists.
 
     It is for tests of two parameters or more that share their code. A case has the number that the
-    places of its values add up to, so that every value of every parameter runs with some values of
-    the others. Those that become long are marked `thinned` as well.
+    indices of its values add up to, so that every value of every parameter runs with some values of
+    the others. Cases of plain pytest and those marked long are counted apart.
     """
-    tests: dict[tuple[object, str], list[pytest.Function]] = {}
+    known: dict[tuple[object, ...], list[dict[str, int]]] = {}
+    kept = []
     for item in items:
-        if item.get_closest_marker("thin") and not item.get_closest_marker("long"):
+        mark = item.get_closest_marker("thin")
+        if mark is not None:
             assert isinstance(item, pytest.Function)
-            tests.setdefault((item.parent, item.originalname), []).append(item)
-    for cases in tests.values():
-        places: list[dict[str, int]] = []  # of the values of each `parametrize`
-        for case in cases:
-            values = case.callspec._idlist
-            places = places or [{} for _ in values]
-            pairs = zip(places, values, strict=True)
-            number = sum(known.setdefault(value, len(known)) for known, value in pairs)
-            if number % case.get_closest_marker("thin").args[0]:
-                case.add_marker(pytest.mark.long)
-                case.add_marker(pytest.mark.thinned)
+            test = item.parent, item.originalname, item.get_closest_marker("long") is None
+            values = item.callspec._idlist
+            numbers = known.setdefault(test, [{} for _ in values])
+            pairs = zip(numbers, values, strict=True)
+            if sum(seen.setdefault(value, len(seen)) for seen, value in pairs) % mark.args[0]:
+                continue
+        kept.append(item)
+    return kept
