@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 
 pytest.importorskip("pydantic")
+import tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from tokencomp.serving.hf.answer import AnswerText
 from tokencomp.serving.hf.errors import RequestError
+from tokencomp.serving.hf.logits import token_bytes
 from tokencomp.serving.hf.schema import read_request
 
 TEXTS = ("Grüße: 東京 and 🙂🙃, e\u0301 …", "a b  c\n\n\td", "\ud55c\uae00" * 30)
@@ -74,6 +77,23 @@ def test_a_token_costs_the_same_at_any_length(tokenizer: Any) -> None:
     for token in word * 2000:
         answer.add(token)
     assert counting.tokens <= 5 * 2000 * len(word)
+
+
+def test_bytes_of_tokens_are_those_of_the_text(tokenizer: Any) -> None:
+    """Also of parts of characters, which have no text."""
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "a"]
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    model = tokenizers.models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True)
+    bare = tokenizers.Tokenizer(model)
+    bare.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
+    )
+    fallback = PreTrainedTokenizerFast(tokenizer_object=bare)
+    for reader in (tokenizer, fallback):
+        for text in (*TEXTS, "aaa"):
+            tokens = reader.encode(text, add_special_tokens=False)
+            parts = [token_bytes(reader, token, reader.decode([token])) for token in tokens]
+            assert b"".join(parts) == reader.decode(tokens).encode()
 
 
 @pytest.mark.parametrize("stop", [["a"] * 17, ["a" * 257], "a" * 257])

@@ -7,6 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from support.serving import hf_reference, http
 from tokencomp.inputs.prompts import build_inputs
 from tokencomp.serving.hf.api import build_app
 from tokencomp.serving.hf.engine import Engine
+from tokencomp.serving.hf.logits import Steps
 from tokencomp.serving.hf.media import Limits, load_image
 from tokencomp.serving.hf.metrics import Metrics
 from tokencomp.serving.spec import ServerOptions
@@ -61,8 +63,8 @@ def generated(folder: Any, url: str, **arguments: Any) -> tuple[Any, list[int], 
     model, processor = hf_reference.load(folder)
     inputs = build_inputs(processor, [[load_image(url, Limits())]], [QUESTION])
     out = model.generate(
-        **inputs, max_new_tokens=12, do_sample=False, output_logits=True,
-        return_dict_in_generate=True, **arguments,
+        **inputs, max_new_tokens=12, output_logits=True, return_dict_in_generate=True,
+        **{"do_sample": False, **arguments},
     )  # fmt: skip
     tokens = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
     return processor.tokenizer, tokens, [torch.log_softmax(x[0].float(), -1) for x in out.logits]
@@ -79,6 +81,85 @@ def test_repetition_penalties_are_those_of_generate_in_any_batch(
         assert text(answer) == tokenizer.decode(tokens, skip_special_tokens=True)
         texts.add(text(answer))
     assert len(texts) > len(URLS)  # the penalty changes answers
+
+
+PENALTIES = {"repetition_penalty": 1.3, "presence_penalty": 0.7, "frequency_penalty": -0.4}
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+def test_penalties_count_tokens_and_no_padding(name: str) -> None:
+    """The second row is padded with token 0, which is neither in its prompt nor in its answer."""
+    rows, prompts = [[3, 0, 4, 5, 5, 7], [0, 0, 3, 6, 6, 8]], (3, 1)
+    scores = torch.linspace(-2, 2, 10).repeat(2, 1)
+    fields = {**dict.fromkeys(PENALTIES), "logprobs": None, name: PENALTIES[name]}
+    job: Any = SimpleNamespace(
+        prompt=SimpleNamespace(request=SimpleNamespace(**fields)), grammar=None, done=False
+    )
+    mask = torch.tensor([[1, 1, 1], [0, 0, 1]])
+    steps = Steps([job, job], mask, 1.0, None)
+    assert steps.needed
+    steps(torch.tensor(rows)[:, :3], scores.clone())  # the first call is before the answer
+    got = steps(torch.tensor(rows), scores.clone())
+    for row, (tokens, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        seen = tokens[3 - prompt :]
+        for token, value in enumerate(scores[row].tolist()):
+            expected = value
+            if name == "repetition_penalty" and token in seen:
+                expected = value * 1.3 if value < 0 else value / 1.3
+            if name == "presence_penalty":
+                expected -= 0.7 * (token in tokens[3:])
+            if name == "frequency_penalty":
+                expected += 0.4 * tokens[3:].count(token)
+            assert got[row, token].item() == pytest.approx(expected), (row, token)
+
+
+def test_penalties_change_answers_in_any_batch(app: TestClient) -> None:
+    requests = [(url, {name: value}) for url in URLS for name, value in PENALTIES.items()]
+    alone = [text(ask(app, url, **fields)) for url, fields in requests]
+    assert [text(answer) for answer in together(app, requests)] == alone
+    assert len(set(alone)) > len(URLS)
+
+
+@pytest.mark.parametrize(
+    ("name", "greedy", "free"),
+    [("temperature", 1e-4, 2), ("top_p", 1e-6, 1), ("top_k", 1, 0), ("min_p", 1, 0)],
+)
+def test_requests_that_sample_differently_do_not_share_a_batch(
+    app: TestClient, name: str, greedy: float, free: float
+) -> None:
+    best = text(ask(app))
+    sampled = {"temperature": 2, "ignore_eos": True}
+    requests = [(URLS[0], {**sampled, name: value}) for value in (greedy, free) * 2]
+    answers = [text(answer) for answer in together(app, requests)]
+    assert answers[::2] == [best] * 2 and best not in answers[1::2]
+
+
+def test_sampled_answers_are_those_of_generate(app: TestClient, tiny_folder: Any) -> None:
+    sampled: list[dict[str, Any]]
+    sampled = [{}, {"top_p": 0.7}, {"top_k": 3}, {"min_p": 0.3}, {"top_k": -1, "min_p": 0.0}]
+    ask(app)  # the engine draws a new seed after an answer with one, so that has happened now
+    expected = []
+    for fields in sampled:
+        named = {"top_k": 0, **{k: max(v, 0) for k, v in fields.items()}}  # no limit of 50 tokens
+        torch.manual_seed(3)
+        tokenizer, tokens, _ = generated(
+            tiny_folder("qwen2_vl"), URLS[0], do_sample=True, temperature=1.5, **named
+        )
+        expected.append(tokenizer.decode(tokens, skip_special_tokens=True))
+    assert [text(ask(app, temperature=1.5, seed=3, **fields)) for fields in sampled] == expected
+    assert len(set(expected)) == 4  # the first and the last ask for the same
+
+
+def test_sampling_of_the_checkpoint_is_the_default(tiny_folder: Any) -> None:
+    model, processor = hf_reference.load.__wrapped__(tiny_folder("qwen2_vl"))
+    model.generation_config.top_k = 1
+    engine = Engine(model, processor, ServerOptions.parse({}, "hf"), Metrics())
+    with TestClient(build_app(engine, "tiny", Limits())) as client:
+        best = text(ask(client))
+        assert text(ask(client, temperature=2, ignore_eos=True)) == best
+        for every in (0, -1):
+            free = {text(ask(client, temperature=2, top_k=every, ignore_eos=True)) for _ in "abc"}
+            assert len(free) == 3
 
 
 def test_the_penalty_of_the_model_is_the_default(tiny_folder: Any) -> None:
@@ -106,7 +187,7 @@ def test_log_probabilities_are_those_of_the_model(app: TestClient, tiny_folder: 
         assert len(content) == len(tokens)
         for token, values, entry in zip(tokens, logprobs, content, strict=True):
             assert entry["token"] == tokenizer.decode([token])
-            assert bytes(entry["bytes"]).decode() == entry["token"]
+            assert bytes(entry["bytes"]).decode(errors="replace") == entry["token"]
             assert entry["logprob"] == pytest.approx(values[token].item(), abs=1e-4)
             order = values.argsort(descending=True)[: fields["top_logprobs"]]
             top = [e["logprob"] for e in entry["top_logprobs"]]

@@ -39,10 +39,10 @@ def engine(tiny_folder: Any) -> Iterator[Engine]:
     result.close()
 
 
-def ask(engine: Engine, urls: list[str], **fields: Any) -> list[tuple[str, Any]]:
-    """Return the last event of one request per image, and its text, all sent at once."""
+def ask(engine: Engine, urls: list[str], **fields: Any) -> list[Any]:
+    """Ask once per image, all at once; return "error" and why, or finish, text and tokens."""
 
-    async def run() -> list[tuple[str, Any]]:
+    async def run() -> list[Any]:
         loop, jobs = asyncio.get_running_loop(), []
         for url in urls:
             body = {"messages": http.messages("What?", url), "max_tokens": 6, "temperature": 0}
@@ -53,14 +53,14 @@ def ask(engine: Engine, urls: list[str], **fields: Any) -> list[tuple[str, Any]]
                 engine.submit(job)
         return [await asyncio.wait_for(last(job), 60) for job in jobs]
 
-    async def last(job: Job) -> tuple[str, Any]:
+    async def last(job: Job) -> Any:
         text = ""
         while True:
             _, kind, value = await job.events.get()
             if kind == "error":
                 return kind, value
             if kind == "end":
-                return kind, text
+                return value, text, job.usage.completion
             text += value.text if kind == "text" else ""
 
     return asyncio.run(run())
@@ -115,7 +115,7 @@ def test_only_the_request_that_the_model_cannot_run_fails(
     assert sizes[0] == len(URLS)  # they shared a batch
     for number, answer in enumerate(together):
         if number != GUILTY:
-            assert answer == alone[number] and answer[0] == "end"
+            assert answer == alone[number] and answer[0] == "length"
     failure = together[GUILTY][1]
     assert isinstance(failure, RequestError) and failure.status == status and words in str(failure)
     assert bool(emptied) == (status == 503) and engine.healthy
@@ -156,7 +156,7 @@ def test_an_error_that_ends_the_thread_is_answered(
     monkeypatch.setattr(engine.waiting, "max_batch", 2)
     failing(engine, monkeypatch, SystemExit(1))
     answers = ask(engine, [URLS[GUILTY], *URLS[:3]])
-    statuses = [value.status for kind, value in answers if kind == "error"]
+    statuses = [answer[1].status for answer in answers if answer[0] == "error"]
     assert statuses == [500, 500, 503, 503]
     assert not engine.healthy
     with pytest.raises(RequestError) as error:
@@ -178,7 +178,7 @@ def test_features_that_are_not_finite_are_no_fault_of_the_request(
     hook = visual.register_forward_hook(overflow, with_kwargs=True)
     try:
         engine.model.overflows = False
-        assert ask(engine, URLS[:1])[0][0] == "end"
+        assert ask(engine, URLS[:1])[0][0] == "length"
         engine.model.overflows = True
         (answer,) = ask(engine, URLS[:1])
     finally:
@@ -186,6 +186,15 @@ def test_features_that_are_not_finite_are_no_fault_of_the_request(
         del engine.model.overflows
     assert answer[0] == "error" and answer[1].status == 500
     assert "NaN or infinite" in str(answer[1]) and "bfloat16" in str(answer[1])
+
+
+def test_an_answer_ends_at_the_length_of_the_model(engine: Engine) -> None:
+    (answer,) = ask(engine, URLS[:1], ignore_eos=True)
+    assert answer == ("length", answer[1], 6)
+    prompt = read({"messages": http.messages("What?", URLS[0])}, engine.text)
+    inputs = module.build_inputs(engine.model, engine.processor, [prompt])
+    engine.max_model_len = inputs["input_ids"].shape[1] + 4
+    assert [a[::2] for a in ask(engine, URLS[:2], ignore_eos=True)] == [("length", 4)] * 2
 
 
 def test_a_seed_does_not_reach_the_next_request(engine: Engine) -> None:

@@ -89,7 +89,8 @@ def test_malformed_requests_get_4xx_and_the_server_continues(hf_server: Any) -> 
             ask(client, image, **more)
     chat = {"model": "tiny", "messages": http.messages(QUESTION, image), "max_tokens": 2}
     for name, value in (
-        ("top_k", 5), ("frequency_penalty", 0.5), ("min_p", 0.1), ("tool_choice", "required"),
+        ("top_k", -2), ("frequency_penalty", 2.5), ("presence_penalty", -3), ("min_p", 2),
+        ("logit_bias", {"5": 1}), ("min_tokens", 3), ("tool_choice", "required"),
         ("mm_processor_kwargs", {"max_pixels": 10**9}), ("anything", "else"),
     ):  # fmt: skip
         with pytest.raises(openai.BadRequestError, match=name):

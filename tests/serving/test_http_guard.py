@@ -79,6 +79,22 @@ def test_the_api_key_is_required() -> None:
     assert app.post("/health").status_code == app.get("/nothing").status_code == 401
 
 
+def test_pages_of_other_sites_may_ask_where_a_key_is_needed() -> None:
+    """A browser asks first (CORS), without the key; where none is needed, no page may ask."""
+    asked = {"origin": "https://page.example", "access-control-request-method": "POST"}
+    asked["access-control-request-headers"] = "authorization,content-type"
+    keyed, free = client(api_key="secret"), client()
+    answer = keyed.options(CHAT, headers=asked)
+    assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == "*"
+    assert "authorization" in answer.headers["access-control-allow-headers"]
+    key = {"authorization": "Bearer secret", "origin": "https://page.example"}
+    models = keyed.get("/v1/models", headers=key)
+    assert models.status_code == 200 and models.headers["access-control-allow-origin"] == "*"
+    assert keyed.options(CHAT).status_code == 401  # no preflight
+    assert keyed.options(CHAT, headers={**asked, "host": "x.example"}).status_code == 403
+    assert not {"access-control-allow-origin"} & {*free.options(CHAT, headers=asked).headers}
+
+
 def test_other_spellings_of_a_path_need_the_key_too() -> None:
     app = client(api_key="secret")
     for path in ("/%76%31/models", "/v1/%6dodels", "/v1/models/", "/v1//models"):

@@ -89,11 +89,26 @@ def test_tokens_of_images_are_counted_before_the_processor_runs(
         prompt(body, PromptText(processor, total))
 
 
-def test_a_batch_has_a_limit_of_pixels() -> None:
-    pixels = [30, 200, 60, 20, 20, 100]
-    jobs = [
+def waiting_jobs(*pixels: int) -> list[Any]:
+    return [
         SimpleNamespace(cancelled=False, group=0, prompt=SimpleNamespace(pixels=p)) for p in pixels
     ]
+
+
+def test_clients_that_have_left_do_not_fill_the_queue() -> None:
+    waiting = Waiting(max_waiting=2, max_waiting_pixels=100)
+    waiting.jobs.extend(waiting_jobs(60, 40))
+    for pixels in (0, 60):
+        with pytest.raises(RequestError, match="busy"):
+            waiting.check_room(pixels)
+    waiting.jobs[0].cancelled = True
+    waiting.check_room(60)
+    with pytest.raises(RequestError, match="busy"):
+        waiting.check_room(61)
+
+
+def test_a_batch_has_a_limit_of_pixels() -> None:
+    jobs = waiting_jobs(30, 200, 60, 20, 20, 100)
     waiting = Waiting(max_batch=3, max_batch_pixels=100)
     waiting.jobs.extend(jobs)
     batches = []
@@ -219,7 +234,7 @@ def test_fields_are_refused_unless_they_ask_for_what_is_done_anyway() -> None:
     for name, same, other in (
         ("add_generation_prompt", True, False),
         ("skip_special_tokens", True, False),
-        ("frequency_penalty", 0, 0.5),
+        ("length_penalty", 1, 0.5),
         ("anything", None, False),
     ):
         assert read_request(json.dumps(user("a", **{name: same})).encode())
@@ -247,7 +262,6 @@ def test_fields_inside_of_messages_are_refused_unless_they_are_empty() -> None:
     assert received_by(good, received, said("Why?"), stream_options=usage)
     for name, message in (
         ("messages.0.function_call", {**received, "function_call": call["function"]}),
-        ("messages.0.name", {**said("a"), "name": "Ann"}),
         ("messages.0.content.0.fps", said([{**IMAGE, "fps": 2}])),
         ("messages.0.content.0.max_pixels", said([{**IMAGE, "max_pixels": 0}])),
     ):
@@ -257,6 +271,15 @@ def test_fields_inside_of_messages_are_refused_unless_they_are_empty() -> None:
         received_by({"role": "function", "content": "1", "name": "a"})
     with pytest.raises(RequestError, match=r"stream_options\.continuous_usage_stats"):
         received_by(said("a"), stream_options={"continuous_usage_stats": True})
+
+
+def test_names_of_speakers_reach_the_chat_template(text: PromptText) -> None:
+    assert "name" not in prompt(user("a"), text).chat[0]
+    named = {"messages": [{"role": "user", "content": "a", "name": "Ann"}]}
+    assert prompt(named, text).chat[0]["name"] == "Ann"
+    named["messages"][0]["name"] = "a" * 10**6
+    with pytest.raises(RequestError, match="cannot fit"):
+        prompt(named, text)
 
 
 def test_options_in_the_wrong_place_are_answered_with_the_right_one() -> None:

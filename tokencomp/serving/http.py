@@ -27,6 +27,11 @@ def is_open(scope: Scope) -> bool:
     return scope["path"] in OPEN_PATHS and scope["method"] in ("GET", "HEAD")
 
 
+def _is_preflight(scope: Scope, headers: Headers) -> bool:
+    """Whether a browser asks what another site may send (CORS); it sends no key then."""
+    return scope["method"] == "OPTIONS" and "access-control-request-method" in headers
+
+
 def check_head(scope: Scope, bind: Bind) -> None:
     """Check host name, length of the body, key and content type, before the body is read.
 
@@ -42,7 +47,7 @@ def check_head(scope: Scope, bind: Bind) -> None:
     # A proxy may believe the other header, and take what follows the body for another request.
     if "transfer-encoding" in headers and "content-length" in headers:
         raise RequestError("Content-Length beside Transfer-Encoding: send one of them.")
-    if is_open(scope):
+    if is_open(scope) or _is_preflight(scope, headers):
         return
     if not bind.accepts(headers.get("authorization", "")):
         raise RequestError("missing or wrong API key (Authorization: Bearer KEY).", 401)

@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from tokencomp import __version__
@@ -68,6 +69,10 @@ def build_app(
     app.add_api_route("/v1/chat/completions", server.chat, methods=["POST"], openapi_extra=body)
     for kind in (RequestError, HTTPException, Exception):
         app.add_exception_handler(kind, _failed)
+    if bind.api_key:  # a page of any site needs the key; without one, it could use the server
+        app.add_middleware(
+            CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"]
+        )
     return Guard(app, bind, engine.metrics)
 
 

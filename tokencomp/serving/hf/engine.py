@@ -203,6 +203,9 @@ class Engine:
 
     @torch.inference_mode()
     def _generate(self, batch: list[Job]) -> None:
+        batch = [job for job in batch if not job.cancelled]
+        if not batch:
+            return
         inputs = build_inputs(self.model, self.processor, [job.prompt for job in batch])
         counts = prompt_lengths(self.model, inputs)
         if self._too_long(batch, [total for total, _ in counts]):
@@ -218,7 +221,7 @@ class Engine:
                 max_new_tokens=max(job.max_tokens for job in batch),
                 stopping_criteria=StoppingCriteriaList([rows]),
                 logits_processor=LogitsProcessorList([steps] if steps.needed else []),
-                **sampling(request.temperature, request.top_p),
+                **sampling(request, self.model.generation_config),
             )
         for job in batch:
             if not job.done:

@@ -14,7 +14,7 @@ from transformers import StoppingCriteria
 from tokencomp.errors import ScoreError, TokenCompError, WeightsError
 from tokencomp.inputs.prompts import chat_inputs, to_model
 from tokencomp.serving.hf.errors import RequestError
-from tokencomp.serving.hf.job import Job
+from tokencomp.serving.hf.job import SAMPLING, Job
 from tokencomp.serving.hf.logits import Steps
 from tokencomp.serving.hf.metrics import Metrics
 from tokencomp.serving.hf.prompt import Prompt
@@ -72,13 +72,19 @@ class Rows(StoppingCriteria):
 COLDEST = 1e-5
 
 
-def sampling(temperature: float | None, top_p: float | None) -> dict[str, Any]:
-    """Generation arguments; without any, the model's own generation config is used."""
-    if temperature is not None and temperature < COLDEST:
-        return {"do_sample": False}
-    values = {"temperature": temperature, "top_p": top_p}
+def sampling(request: Any, config: Any) -> dict[str, Any]:
+    """Generation arguments; fields that are left out have the value of the generation config.
+
+    A config without `top_k` samples from all tokens, as in vLLM, and not from the 50 of `generate`.
+    """
+    values = {name: getattr(request, name) for name in SAMPLING}
     values = {name: value for name, value in values.items() if value is not None}
-    return {"do_sample": True, **values} if values else {}
+    if values.get("temperature", 1.0) < COLDEST:
+        return {"do_sample": False}
+    if not values and not config.do_sample:
+        return {}
+    values["top_k"] = max(values.get("top_k", config.top_k or 0), 0)  # vLLM's -1 is 0 here
+    return {"do_sample": True, **values}
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.hf.grammar import Grammar
 from tokencomp.serving.hf.prompt import Prompt
 
+SAMPLING = ("temperature", "top_p", "top_k", "min_p")  # fields that all rows of a batch share
 Finish = Literal["stop", "length", "abort"]
 Event = tuple[int, str, Any]
 """Index of the answer, kind, and value: `("start", Usage)`, `("text", Piece)`, `("end", Finish)` or
@@ -103,9 +104,10 @@ class Job:
         A request that samples with a seed of its own has a batch of its own, because its random
         numbers must not depend on the other requests.
         """
-        r = self.prompt.request
-        alone = self.prompt.alone or (self.seed is not None and r.temperature != 0)
-        return self.prompt.spec, r.temperature, r.top_p, id(self) if alone else None
+        request = self.prompt.request
+        alone = self.prompt.alone or (self.seed is not None and request.temperature != 0)
+        sampling = [getattr(request, name) for name in SAMPLING]
+        return self.prompt.spec, *sampling, id(self) if alone else None
 
     @property
     def seed(self) -> int | None:
@@ -178,9 +180,9 @@ class Waiting:
 
     def check_room(self, pixels: int = 0, count: int = 1) -> None:
         """Raise `RequestError` (503) when full with `count` more requests of so many pixels."""
-        waiting = sum(job.prompt.pixels for job in list(self.jobs))
-        full = len(self.jobs) + count > self.max_waiting
-        if full or (waiting and waiting + pixels > self.max_waiting_pixels):
+        waiting = [job.prompt.pixels for job in list(self.jobs) if not job.cancelled]
+        full = len(waiting) + count > self.max_waiting
+        if full or (waiting and sum(waiting) + pixels > self.max_waiting_pixels):
             raise RequestError("the server is busy; try again later.", 503)
 
     def take(self) -> list[Job]:

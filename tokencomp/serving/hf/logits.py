@@ -2,56 +2,82 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from tokencomp.serving.hf.answer import INCOMPLETE
 from tokencomp.serving.hf.job import Job
 
 LOWEST = -9999.0  # log-probability of what cannot be; JSON knows no infinity
+BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a token of one byte, in vocabularies with byte fallback
+BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # as GPT-2 writes them
 
 
 class Steps(LogitsProcessor):
-    """Notes log-probabilities, penalises repetition and follows grammars.
+    """Notes log-probabilities, applies the penalties of each request, and follows grammars.
 
-    Rows do not depend on each other, nor on the padding of the batch, whose attention mask (batch,
-    prompt) is `padded`. `penalty` is for requests that name none; 1 is off.
+    The rows are independent of each other and of the padding, which the attention mask (batch,
+    prompt) `padded` marks. `repetition` is the penalty of requests that name none; 1 is off.
     """
 
-    def __init__(self, batch: list[Job], padded: Tensor | None, penalty: float, tokenizer: Any):
-        own = [job.prompt.request.repetition_penalty for job in batch]
-        self.batch, self.tokenizer = batch, tokenizer
-        self.penalties = [penalty if value is None else value for value in own]
+    def __init__(
+        self, batch: list[Job], padded: Tensor | None, repetition: float, tokenizer: Any
+    ) -> None:
+        self.batch, self.repetition, self.tokenizer = batch, repetition, tokenizer
         self.starts = [0] * len(batch) if padded is None else (padded != 0).int().argmax(1).tolist()
         self._width = None if padded is None else padded.shape[1]
+        self._prompt: int | None = None  # columns of `input_ids` before the first generated token
         self._logprobs: Tensor | None = None
 
     @property
     def needed(self) -> bool:
         """Whether any request asks for something between logits and tokens."""
-        return any(penalty != 1 for penalty in self.penalties) or any(
-            job.grammar is not None or job.prompt.request.logprobs for job in self.batch
-        )
+        return any(
+            self._penalties(job) != (1, 0, 0) or job.grammar is not None
+            or job.prompt.request.logprobs
+            for job in self.batch
+        )  # fmt: skip
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self._width not in (None, input_ids.shape[1]):  # a model that generates from embeddings
-            self.starts = [0] * len(self.batch)
-        self._width = None
+        if self._prompt is None:
+            self._prompt = input_ids.shape[1]
+            if self._width not in (None, self._prompt):  # the model generates from embeddings
+                self.starts = [0] * len(self.batch)
         if any(job.prompt.request.logprobs for job in self.batch):
             self._logprobs = torch.log_softmax(scores.float(), dim=-1)
         for row, job in enumerate(self.batch):
             if job.done:
                 continue
-            if self.penalties[row] != 1:
-                seen = input_ids[row, self.starts[row] :]
-                old = scores[row, seen]
-                factor = self.penalties[row]
-                scores[row, seen] = torch.where(old < 0, old * factor, old / factor)
+            answer = input_ids[row, self._prompt :]
+            self._penalise(scores[row], input_ids[row, self.starts[row] :], answer, job)
             if job.grammar is not None:
                 job.grammar.mask(scores[row])
         return scores
+
+    def _penalties(self, job: Job) -> tuple[float, float, float]:
+        """Repetition, presence and frequency penalty."""
+        r = job.prompt.request
+        own = self.repetition if r.repetition_penalty is None else r.repetition_penalty
+        return own, r.presence_penalty or 0, r.frequency_penalty or 0
+
+    def _penalise(self, scores: Tensor, seen: Tensor, answer: Tensor, job: Job) -> None:
+        """Change the scores (vocabulary,) of tokens that have occurred in a row, in place.
+
+        The repetition penalty is for those in prompt and answer (`seen`), the other two are for
+        those in the answer alone, as in vLLM.
+        """
+        repetition, presence, frequency = self._penalties(job)
+        if repetition != 1:
+            old = scores[seen]
+            scores[seen] = torch.where(old < 0, old * repetition, old / repetition)
+        if presence or frequency:
+            tokens, counts = answer.unique(return_counts=True)
+            scores[tokens] -= presence + frequency * counts.to(scores.dtype)
 
     def entry(self, row: int, token: int) -> dict[str, Any] | None:
         """Return OpenAI's object for the chosen token of a row, if the request asks for it."""
@@ -70,4 +96,17 @@ class Steps(LogitsProcessor):
 
     def _one(self, token: int, value: float) -> dict[str, Any]:
         text = self.tokenizer.decode([token])
-        return {"token": text, "logprob": max(value, LOWEST), "bytes": list(text.encode())}
+        written = token_bytes(self.tokenizer, token, text)
+        return {"token": text, "logprob": max(value, LOWEST), "bytes": [*written]}
+
+
+def token_bytes(tokenizer: Any, token: int, text: str) -> bytes:
+    """Return the bytes of a token, whose `text` does not show those of a part of a character."""
+    if INCOMPLETE not in text:
+        return text.encode()
+    entry = tokenizer.convert_ids_to_tokens(token)
+    if byte := BYTE.fullmatch(entry):
+        return bytes.fromhex(byte[1])
+    if all(character in BYTES for character in entry):
+        return bytes(BYTES[character] for character in entry)
+    return text.encode()

@@ -133,7 +133,8 @@ def _check_amount(request: ChatRequest, text: PromptText, limits: Limits) -> Non
     called = [
         c.function.arguments for message in request.messages for c in message.tool_calls or []
     ]
-    texts = [part.text or "" for part in parts] + tools + called
+    names = [message.name or "" for message in request.messages]
+    texts = [part.text or "" for part in parts] + tools + called + names
     text.check_size(sum(map(len, texts)), len(texts))
     if len(request.media) > limits.max_items:
         raise RequestError(f"more than {limits.max_items} images and videos.", 413)
@@ -176,6 +177,8 @@ def _message(message: Message) -> dict[str, Any]:
     if message.role == "tool" and all(part["type"] == "text" for part in content):
         content = "".join(part["text"] for part in content)
     known: dict[str, Any] = {"role": message.template_role, "content": content}
+    if message.name is not None:
+        known["name"] = message.name
     if message.tool_calls:
         calls = [call.model_dump(exclude_none=True) for call in message.tool_calls]
         for call in calls:
