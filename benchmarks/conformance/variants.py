@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokencomp.conformance.variants import OF_CHECKPOINTS, PLAIN, Variant
+from tokencomp.conformance.variants import PLAIN, WITHOUT_TEXT, Variant
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 PLAIN_ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
@@ -26,15 +26,9 @@ QWEN4 = {
     "indexer_budget": 16,
     "indexer_compress_ratio": 4,
 }
-OMNI = {"vision_start_token_id": 507, "vision_end_token_id": 508, "audio_start_token_id": 509}
 
 VARIANTS: dict[str, Variant | tuple[Variant, ...]] = {
-    **OF_CHECKPOINTS,
-    # Classes with dictionaries of image codes that a checkpoint brings.
-    "chameleon": Variant(top={"vocabulary_map": {"<image>": 505}, "image_token_id": 505}),
-    "emu3": Variant(
-        top={"vocabulary_map": {"<image>": 505, "<|extra_200|>": 506}, "image_token_id": 505}
-    ),
+    **WITHOUT_TEXT,
     # Checkpoints have kinds of layers that the default config does not.
     "step3p7": Variant(text={"layer_types": [FULL, SLIDING] * 2, "sliding_window": 8}),
     # transformers clips the time steps of Mamba-2 from below in the prefill, and not in decoding:
@@ -63,24 +57,6 @@ VARIANTS: dict[str, Variant | tuple[Variant, ...]] = {
     ),
     "diffusion_gemma": Variant(
         text={"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
-    ),
-    "instructblip": Variant(text_type="llama"),
-    "granite4_vision": Variant(
-        top={"deepstack_layer_map": [(-1, 0), (-2, 2)], "downsample_rate": "4/8"},
-        text_type="granite4_vision_text",
-    ),
-    "perception_lm": Variant(top={"vision_config.model_args": {"embed_dim": 64}}),
-    "qwen2_5_omni_thinker": Variant(top=OMNI),
-    "qwen3_omni_moe_thinker": Variant(top=OMNI),
-    # Without the talker, which reads what the thinker has written.
-    **dict.fromkeys(
-        ("qwen2_5_omni", "qwen3_omni_moe"),
-        Variant(
-            top={
-                "enable_audio_output": False,
-                **{f"thinker_config.{name}": value for name, value in OMNI.items()},
-            }
-        ),
     ),
     "minimax_m3_vl": Variant(
         text={

@@ -39,7 +39,8 @@ PLAIN = Variant()
 _TILES = {"vision_config.image_size": 56, "vision_config.patch_size": 14}
 _TILE = Variant(top=_TILES, image_tokens=(16,))
 _MOSAIC = Variant(top=_TILES, image_tokens=(36,), newlines=(20, 25, 30, 35))
-OF_CHECKPOINTS: dict[str, Variant] = {
+_OMNI = {"vision_start_token_id": 507, "vision_end_token_id": 508, "audio_start_token_id": 509}
+WITHOUT_TEXT: dict[str, Variant] = {
     "llava": _TILE,
     "internvl": Variant(
         top={"vision_config.image_size": [112, 112], "vision_config.patch_size": [14, 14]},
@@ -49,8 +50,28 @@ OF_CHECKPOINTS: dict[str, Variant] = {
     "llava_next_video": _MOSAIC,
     "llava_onevision": _MOSAIC,
     **dict.fromkeys(("smolvlm", "idefics3"), Variant(image_tokens=(9,))),
+    # Classes with dictionaries of image codes that a checkpoint brings.
+    "chameleon": Variant(top={"vocabulary_map": {"<image>": 505}, "image_token_id": 505}),
+    "emu3": Variant(
+        top={"vocabulary_map": {"<image>": 505, "<|extra_200|>": 506}, "image_token_id": 505}
+    ),
+    "instructblip": Variant(text_type="llama"),
+    "granite4_vision": Variant(
+        top={"deepstack_layer_map": [(-1, 0), (-2, 2)], "downsample_rate": "4/8"},
+        text_type="granite4_vision_text",
+    ),
+    "perception_lm": Variant(top={"vision_config.model_args": {"embed_dim": 64}}),
+    "qwen2_5_omni_thinker": Variant(top=_OMNI),
+    "qwen3_omni_moe_thinker": Variant(top=_OMNI),
     # Without the talker, which reads what the thinker has written.
-    "qwen2_5_omni": Variant(top={"enable_audio_output": False}),
-    "qwen3_omni_moe": Variant(top={"enable_audio_output": False}),
+    **dict.fromkeys(
+        ("qwen2_5_omni", "qwen3_omni_moe"),
+        Variant(
+            top={
+                "enable_audio_output": False,
+                **{f"thinker_config.{name}": value for name, value in _OMNI.items()},
+            }
+        ),
+    ),
 }
-"""What a tiny model with the config of a checkpoint needs, by model type."""
+"""What is set by model type, also in the config of a checkpoint: nothing of its text config."""

@@ -12,7 +12,7 @@ from tokencomp.adapters.structure import find_parts
 from tokencomp.adapters.verified import verified_types
 from tokencomp.conformance.build import BuildError, tiny_model
 from tokencomp.conformance.checks import Compress, Result, check_model
-from tokencomp.conformance.variants import OF_CHECKPOINTS, PLAIN
+from tokencomp.conformance.variants import PLAIN, WITHOUT_TEXT
 from tokencomp.errors import UnsupportedModelError, UnverifiedModelError
 
 Classes = dict[str, tuple[type, ...]]
@@ -83,7 +83,7 @@ def verify_model(model: Any, compress: Compress) -> Result:
     key = own, str(model.config.to_json_string(use_diff=False)), *classes.items()
     if key in _passed:
         return _passed[key]
-    form = OF_CHECKPOINTS.get(model.config.model_type, PLAIN)
+    form = WITHOUT_TEXT.get(model.config.model_type, PLAIN)
     try:
         tiny = tiny_model(own, model.config, form)
     except BuildError as error:
