@@ -45,7 +45,6 @@ def qwen2_vl(
         "num_key_value_heads": kv_heads,
         "vocab_size": vocabulary,
         "rope_parameters": rope,
-        "rope_scaling": rope,  # its name before transformers 5
     }
     tower = {"depth": 1, "embed_dim": 32, "hidden_size": hidden, "num_heads": 2, **vision}
     config = Qwen2VLConfig(text_config=text, vision_config=tower, tie_word_embeddings=tied, **ids)

@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from support.families import FAMILIES, V4, Family, text
+from support.families import FAMILIES, Family, text
 
 import tokencomp
 from tokencomp.engine.context.visual_window import VISUAL_WINDOW, yarn
@@ -121,10 +121,7 @@ def test_ramp_of_qwen2_in_a_model() -> None:
     config = family.config()
     config.text_config.hidden_size = config.vision_config.hidden_size = 128
     config.text_config.num_attention_heads = config.text_config.num_key_value_heads = 1
-    if V4:
-        config.text_config.rope_theta = 1e6
-    else:
-        config.text_config.rope_parameters["rope_theta"] = 1e6
+    config.text_config.rope_parameters["rope_theta"] = 1e6
     model = family.model_class()(config)
     rotary = family.decoder(model).rotary_emb
     for cast in (model, model.bfloat16(), model.half()):

@@ -87,7 +87,7 @@ def test_doctor_says_that_own_questions_need_no_extra(monkeypatch):
     from tokencomp.cli import _doctor
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    for name in ("_transformers", "_mrope", "_kernels", "_gpu", "_video", "_mlx"):
+    for name in ("_transformers", "_kernels", "_gpu", "_video", "_mlx"):
         monkeypatch.setattr(_doctor, name, lambda: _doctor.Finding("another", True, ""))
     (found,) = (c for c in _doctor.environment_checks() if c.name == "extra [eval]")
     assert found.detail.startswith("tokencomp eval --tasks (not --data FILE) needs pip")

@@ -169,8 +169,6 @@ def attention_of(
     run = module.eager_attention_forward
 
     def eager(module: Any, *args: Any, **kwargs: Any) -> Any:
-        if "output_attentions" in kwargs:  # before transformers 5
-            kwargs["output_attentions"] = True
         out, found = run(module, *args, **kwargs)
         if module in weights:
             weights[module].append(found.detach().float().mean(1))

@@ -13,7 +13,7 @@ import torch
 import transformers
 from support import backends, kinds, oracle, plans, ways
 from support.backends import FLASH, FLEX
-from support.families import EOS, PAD, V4, VOCAB, Family, text
+from support.families import EOS, PAD, VOCAB, Family, text
 from support.family import hybrid
 from support.family.hybrid import HYBRID, Gemma3
 from support.family.llava import Llava
@@ -22,9 +22,6 @@ from torch import Tensor, nn
 import tokencomp
 from tokencomp.errors import UnsupportedModelError
 
-pytestmark = pytest.mark.skipif(
-    V4 or "gemma3" not in HYBRID, reason="the release has no such model, or makes its masks apart"
-)
 WINDOW = 12
 STEPS = 6
 

@@ -17,7 +17,6 @@ from transformers.cache_utils import StaticLayer
 import tokencomp
 from tokencomp.engine.cache.static import CompressedStaticLayer
 from tokencomp.errors import UnsupportedCacheError
-from tokencomp.torchlib import cache_classes
 
 FAMILY_NAMES = CORE
 
@@ -229,8 +228,6 @@ class Operations(TorchDispatchMode):
 def test_a_decoded_token_costs_no_operation_more(family: Family, kind: str) -> None:
     """Operations of one step after an entry plan: those of the unpatched model, or fewer."""
     model, inputs = family.build(), single(family)
-    if kind == "static" and not cache_classes.COUNTS_ROWS:
-        pytest.skip("static layers of this release read their length from the keys")
     n = inputs["input_ids"].shape[1]
     last = family.positions(model, inputs).max() + 1
     step = {"input_ids": torch.tensor([[5]])}

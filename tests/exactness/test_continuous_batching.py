@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from support.caches import ENTRY, single
-from support.families import NO_EOS, V4, Family, text
+from support.families import NO_EOS, Family, text
 from transformers import GenerationConfig
 
 import tokencomp
@@ -45,9 +45,8 @@ def test_media_are_refused(family: Family) -> None:
     with tokencomp.patch(model, plan=ENTRY):
         with pytest.raises(UnsupportedCacheError, match=r"prompt 1 has \d+ placeholders"):
             answers(model, [text(4), *ids])
-        if not V4:  # 4.57 runs continuous batching, but not from generate()
-            with pytest.raises(UnsupportedCacheError, match="this call brings images"):
-                model.generate(**inputs, generation_config=CONFIG, cache_implementation="paged")
+        with pytest.raises(UnsupportedCacheError, match="this call brings images"):
+            model.generate(**inputs, generation_config=CONFIG, cache_implementation="paged")
     refused = pytest.raises(NoVisualInputError, match="continuous batching")
     with tokencomp.patch(model, plan=ENTRY, strict=True), refused:
         answers(model, PROMPTS)

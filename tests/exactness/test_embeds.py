@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support import oracle
-from support.families import CORE, FAMILIES, V4, VIDEO, Family, text
+from support.families import CORE, FAMILIES, VIDEO, Family, text
 from torch import Tensor, nn
 
 import tokencomp
@@ -51,8 +51,6 @@ def test_compressed_where_types_tell_the_places(family: Family) -> None:
 @pytest.mark.parametrize("name", ["llava", "llava_onevision", "internvl", "qwen2_vl"])
 def test_generate_takes_types_beside_embeddings(name: str, beams: int) -> None:
     """Also where the model itself takes none; beams repeat the rows of the caller."""
-    if V4 and name == "qwen2_vl":
-        pytest.skip("generate of transformers 4 cannot lengthen positions beside inputs_embeds")
     family = FAMILIES[name]
     model = family.build()
     inputs = family.batch([[text(3), family.image(0), text(9, 3)], [text(2), family.image(1)]])

@@ -212,7 +212,7 @@ def test_a_cache_keeps_its_weights_at_ratio_0(name: str) -> None:
     def check(later: Any) -> None:
         for step in range(3):
             ids = expected.sequences[:, step - 8, None]
-            positions = last + step + 1  # transformers 4.57 derives others from a cache
+            positions = last + step + 1
             out = model(ids, position_ids=positions, past_key_values=later, use_cache=True)
             assert (out.logits[:, -1] - expected.logits[step + 1]).abs().max() < 1e-5
 

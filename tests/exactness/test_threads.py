@@ -8,17 +8,12 @@ import time
 
 import pytest
 import torch
-import transformers
 from support.families import FAMILIES, text
 
 import tokencomp
 from tokencomp.errors import ModelInUseError
 
 NAMES = ["qwen2_vl", "qwen3_vl", "llava_onevision", "internvl"]
-# transformers 4 replaces the forward methods of layers while a call records hidden states, which
-# the tower of LLaVA-OneVision always does. Threads then break each other's calls, patched or not.
-if transformers.__version__.startswith("4."):
-    NAMES.remove("llava_onevision")
 SETTINGS = [
     {"reducer": "fastv", "ratio": 0.5},
     {"reducer": "uniform", "ratio": 0.75},

@@ -75,8 +75,6 @@ def test_not_before(first: int, layers: int, reducer: str) -> None:
 def test_text_between_frames_stays() -> None:
     """It survives a stage that removes every visual token, and is not counted."""
     family = Deep()
-    if family.no_video():
-        pytest.skip(family.no_video())
     model = family.build()
     inputs = family.batch([[text(3), family.video(4), text(5)]])
     uniform = make_reducer("uniform")

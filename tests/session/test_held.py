@@ -113,7 +113,7 @@ def filled_cache(columns: list[int]) -> DynamicCache:
     known = None if columns == [*range(n)] else torch.tensor([columns])
     for layer in cache.layers:
         if known is not None:
-            compress_layer(layer, columns[-1] + 1 - n, n, None, False, known)
+            compress_layer(layer, columns[-1] + 1 - n, None, False, known)
             layer.owner = None
     return cache
 

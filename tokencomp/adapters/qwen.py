@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.call import Call, TowerCall
 from tokencomp.adapters.registry import register_adapter
 from tokencomp.adapters.structural import StructuralAdapter
@@ -22,19 +21,13 @@ from tokencomp.torchlib import compat
 
 @register_adapter
 class Qwen2VLAdapter(StructuralAdapter):
-    """The tower packs patches of all media; some releases get the positions of videos wrong."""
+    """The tower packs patches of all media."""
 
     family = "Qwen2-VL"
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl",)
     signals = (*StructuralAdapter.signals, "tower")
     mrope = True
     layers_read_positions = False
-    _video_checked = False
-
-    @classmethod
-    def of(cls, model: nn.Module) -> Adapter:
-        compat.check_rope_index(model, "image")
-        return cls(model)
 
     @property
     def tower(self) -> Any:
@@ -64,9 +57,7 @@ class Qwen2VLAdapter(StructuralAdapter):
 
     def spans(self, call: Call) -> list[list[VisualSpan]]:
         for row in range(call.kinds.shape[0]):
-            for start, stop, kind in call.runs[row]:
-                if kind == "video":
-                    self.check_video()
+            for start, stop, _ in call.runs[row]:
                 if call.raster(row, start, stop) is None:
                     raise SpanError(
                         f"visual tokens {start} … {stop - 1} of sample {row} do not form one t×h×w "
@@ -76,12 +67,6 @@ class Qwen2VLAdapter(StructuralAdapter):
                         "(model.model.get_rope_index)."
                     )
         return super().spans(call)
-
-    def check_video(self) -> None:
-        """Raise `UnsupportedModelError` if the release gets positions of videos wrong."""
-        if not self._video_checked:  # the answer stays the same as long as the model
-            compat.check_rope_index(self.model, "video")
-            self._video_checked = True
 
 
 def kinds_from_grids(positions: Tensor, grids: dict[str, list[Grid]]) -> Tensor | None:
@@ -162,9 +147,6 @@ class Qwen3VLAdapter(Qwen2VLAdapter):
 
     family = "Qwen3-VL"
     model_types = ("qwen3_vl", "qwen3_vl_moe")
-
-    def check_video(self) -> None:
-        """Frames have positions of their own, like images: every release gets them right."""
 
     def _token_grids(self, inputs: Mapping[str, Any], kind: str) -> list[Grid]:
         grids = super()._token_grids(inputs, kind)

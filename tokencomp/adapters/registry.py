@@ -122,7 +122,7 @@ def adapter_for(model: nn.Module) -> Adapter:
     except AttributeError as missing:
         raise UnsupportedModelError(
             f"{type(model).__name__}: {missing}. Pass the ...ForConditionalGeneration model, from "
-            "transformers >= 4.57."
+            "transformers >= 5.6."
         ) from None
     _check_verified(adapter, model_type, known)
     return adapter

@@ -26,7 +26,7 @@ class ColPaliAdapter(StructuralAdapter):
 class ColQwen2Adapter(StructuralAdapter):
     """It puts features into the embeddings itself, and calls the body of Qwen2-VL with these alone.
 
-    Its arguments tell the grids of images, because since transformers 5 all positions are those of
+    Its arguments tell the grids of images, because all positions are those of
     text.
     """
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tokencomp.adapters.structure import parameters_of, scales_queries
-
-ROW_NUMBERS = "cache_position"  # argument of decoder layers before transformers 5.4
+from tokencomp.adapters.structure import parameters_of
 
 
 def row_scales(decoder: Any) -> dict[str, float | None]:
@@ -21,7 +19,4 @@ def row_scales(decoder: Any) -> dict[str, float | None]:
     floor = getattr(config, "log_scaling_n_floor", None)
     if floor and "relative_distance" not in names:  # Inkling; Inkling 2 goes by positions
         found["log_scaling_n_floor"] = floor
-    if scales_queries(config) and ROW_NUMBERS in names:  # Ministral 3; by positions since 5.4
-        limit = "original_max_position_embeddings"
-        found[limit] = config.rope_parameters[limit]
     return found

@@ -134,7 +134,7 @@ def _decoder(top: Any) -> Any:
 
 
 def _owners_of_embeddings(top: Any) -> Iterator[Any]:
-    """Modules with layers that own the table of input embeddings (remote code, old releases)."""
+    """Modules with layers that own the table of input embeddings (remote code)."""
     if not hasattr(top, "get_input_embeddings"):
         return
     table = top.get_input_embeddings()

@@ -32,7 +32,7 @@ class VilaAdapter(Adapter):
     def of(cls, model: nn.Module) -> Adapter:
         if hasattr(model, "_embed"):
             raise UnsupportedModelError(
-                f"{type(model).__name__} is the published code of VILA, which transformers >= 4.57 "
+                f"{type(model).__name__} is the published code of VILA, which transformers 5 "
                 "cannot import. Load the checkpoint with "
                 "tokencomp.models.VilaForConditionalGeneration."
             )

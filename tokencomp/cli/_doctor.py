@@ -6,9 +6,9 @@ import importlib.util
 from typing import Any
 
 from tokencomp.cli._selfcheck import Finding, self_check
-from tokencomp.errors import TokenCompError, UnsupportedModelError, install
+from tokencomp.errors import TokenCompError, install
 
-FLOOR, CEILING = "4.57", "6"
+FLOOR, CEILING = "5.6", "6"
 
 
 def facts() -> dict[str, str]:
@@ -28,7 +28,6 @@ def environment_checks() -> list[Finding]:
     """What will and will not work with what is installed."""
     return [
         _transformers(),
-        _mrope(),
         _kernels(),
         _gpu(),
         _video(),
@@ -47,37 +46,6 @@ def _transformers() -> Finding:
     good = Version(FLOOR) <= version < Version(CEILING)
     detail = f"{version}; supported: >= {FLOOR}, < {CEILING}"
     return Finding("transformers", good, detail + ("" if good else ". pip install -U transformers"))
-
-
-def _mrope() -> Finding:
-    """Positions that the installed release computes, as `patch` looks at them."""
-    from tokencomp.adapters.qwen import Qwen2VLAdapter, Qwen25VLAdapter
-    from tokencomp.torchlib.compat import check_rope_index
-
-    faults = []
-    for adapter in (Qwen2VLAdapter, Qwen25VLAdapter):
-        for model_type in adapter.model_types:
-            model = _empty_model(model_type)
-            for kind in ("image", "video"):
-                try:
-                    check_rope_index(model, kind)
-                except UnsupportedModelError as error:
-                    faults.append(str(error))
-    name = "M-RoPE positions"
-    if not faults:
-        return Finding(name, True, "as they should be in this transformers release")
-    return Finding(name, None, " ".join(faults))
-
-
-def _empty_model(model_type: str) -> Any:
-    """A model of one layer without weights."""
-    import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
-    layers = {"text_config": {"num_hidden_layers": 1}, "vision_config": {"depth": 1}}
-    config = AutoConfig.for_model(model_type, **layers)
-    with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config)
 
 
 def _kernels() -> Finding:

@@ -12,15 +12,13 @@ def _layer_class(name: str, base: str = "") -> Any:
     return getattr(cache_utils, name, type(f"No{name}", (getattr(cache_utils, base, object),), {}))
 
 
-COUNTS_ROWS = hasattr(cache_utils.StaticLayer(1), "cumulative_length")
-"""Whether static cache layers count the rows they hold themselves (releases since 5.4)."""
 QUANTIZED: Any = getattr(cache_utils, "BaseQuantizedLayer", None) or cache_utils.QuantizedLayer
 """Base class of quantized cache layers."""
 INDEXED: Any = _layer_class("DynamicIndexedLayer", "DynamicLayer")
 """Class of the cache layers of sparse attention with an indexer (since 5.13)."""
-STATES: Any = _layer_class("LinearAttentionLayer")
+STATES: Any = cache_utils.LinearAttentionLayer
 """Class of the cache layers that hold states."""
-HYBRID: Any = _layer_class("LinearAttentionAndFullAttentionLayer", "DynamicLayer")
+HYBRID: Any = cache_utils.LinearAttentionAndFullAttentionLayer
 HYBRID_SLIDING: Any = _layer_class(
     "LinearAttentionAndSlidingWindowAttentionLayer", "DynamicSlidingWindowLayer"
 )

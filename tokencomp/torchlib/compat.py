@@ -1,4 +1,4 @@
-"""Every difference between transformers releases (4.57 … 5.x), by feature detection."""
+"""Every difference between transformers releases from 5.6 on, by feature detection."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from tokencomp.errors import UnsupportedModelError
 # `.ci/run` has the same table; a test compares them.
 _QUICK = ("qwen2_vl", "qwen3_vl", "llava_onevision")
 RELEASES: dict[str, tuple[str, ...] | None] = {
-    "4.57.6": _QUICK,
-    "5.3.0": _QUICK,
+    "5.6.0": _QUICK,
     "5.13.1": _QUICK,
     "5.24.0": None,
 }
@@ -132,21 +131,8 @@ def recomputes_hooks() -> bool:
     return "__call__" in vars(GradientCheckpointingLayer)
 
 
-def records_layers(module: nn.Module) -> bool:
-    """Whether a module around the decoder records what the layers return, as the decoder does.
-
-    In transformers 4 the models of Qwen3-VL and Cohere2-Vision do.
-    """
-    function: Any = type(module).forward
-    while function is not None:
-        if "_CAN_RECORD_REGISTRY" in function.__code__.co_names:
-            return True
-        function = getattr(function, "__wrapped__", None)
-    return False
-
-
 def set_cache_position(kwargs: MutableMapping[str, Any], start: int, n: int) -> None:
-    """Renumber `cache_position` (releases before 5.4) to `n` rows that follow `start`."""
+    """Renumber `cache_position` (remote code may take it) to `n` rows that follow `start`."""
     old = kwargs.get("cache_position")
     if old is not None:
         kwargs["cache_position"] = torch.arange(start, start + n, device=old.device)
@@ -224,46 +210,9 @@ def rope_index(body: Any, ids: Tensor, kinds: Tensor, **grids: Tensor) -> Tensor
     Parameters
     ----------
     ids, kinds : Tensor, shape (B, L)
-        Token ids, and 0 text, 1 image, 2 video (an argument since 5.3).
+        Token ids, and 0 text, 1 image, 2 video (an argument of most models).
     """
     get_rope_index: Callable[..., tuple[Tensor, Tensor]] = body.get_rope_index
     if "mm_token_type_ids" in inspect.signature(get_rope_index).parameters:
         grids["mm_token_type_ids"] = kinds
     return get_rope_index(ids, **grids)[0]
-
-
-def check_rope_index(model: Any, kind: str) -> None:
-    """Refuse releases whose M-RoPE positions of images or videos are wrong.
-
-    A 1×2 image, or a video of two such frames one second apart, is placed by hand and compared.
-    Known: transformers 5.3.0 … 5.5.4 mix up the axes of videos (Qwen2-VL, Qwen2.5-VL), and until
-    5.5.3 images of Qwen2.5-VL are misplaced too. This is the only place that says so.
-
-    Raises
-    ------
-    UnsupportedModelError
-        The positions differ.
-    """
-    import transformers
-
-    config, frames = model.config, 2 if kind == "video" else 1
-    merge = config.vision_config.spatial_merge_size
-    step = getattr(config.vision_config, "tokens_per_second", 1)
-    token = getattr(config, f"{kind}_token_id")
-    before, n = [0, 0, 0, config.vision_start_token_id], 2 * frames
-    ids = torch.tensor([[*before, *[token] * n, config.vision_end_token_id]])
-    kinds = torch.zeros_like(ids).int()
-    kinds[0, 4 : 4 + n] = 2 if kind == "video" else 1
-    grids = {f"{kind}_grid_thw": torch.tensor([[frames, merge, 2 * merge]])}
-    if kind == "video" and hasattr(config.vision_config, "tokens_per_second"):
-        grids["second_per_grid_ts"] = torch.tensor([1.0])
-    with torch.device("cpu"):
-        positions = rope_index(getattr(model, "model", model), ids, kinds, **grids)[:, 0, 4 : 4 + n]
-    time = torch.arange(frames).repeat_interleave(2) * step
-    expected = 4 + torch.stack([time, torch.zeros(n).long(), torch.arange(n) % 2])
-    if not torch.equal(positions.long(), expected):
-        raise UnsupportedModelError(
-            f"transformers {transformers.__version__} gives the {kind}s of {type(model).__name__} "
-            "wrong M-RoPE positions (a defect of 5.3.0 to 5.5.4), so the model itself misreads "
-            "them. Run: pip install 'transformers>=5.6'"
-        )

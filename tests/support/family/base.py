@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from support.stamp import Stamp
 
-V4 = transformers.__version__.startswith("4")
 PAD, EOS, IMAGE, VIDEO, START, END = 0, 2, 150, 151, 152, 153
 VOCAB = 200
 NO_EOS = 199

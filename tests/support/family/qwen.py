@@ -2,33 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 import transformers
 
-from support.family.base import END, EOS, IMAGE, PAD, START, V4, VIDEO, VOCAB, Family, Media
-from tokencomp.errors import UnsupportedModelError
-from tokencomp.torchlib.compat import check_rope_index
-
-
-def refused(model: torch.nn.Module, kind: str) -> str:
-    """Why the release's positions of "image" or "video" are refused, or ""."""
-    try:
-        check_rope_index(model, kind)
-    except UnsupportedModelError as error:
-        return str(error)
-    return ""
+from support.family.base import END, EOS, IMAGE, PAD, START, VIDEO, VOCAB, Family, Media
 
 
 def text_config() -> dict[str, Any]:
     """The decoder of Qwen2-VL and Qwen2.5-VL, tiny, with M-RoPE."""
     section = {"mrope_section": [2, 3, 3]}
     rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, **section}}
-    if V4:
-        scaling = {"type": "mrope", "rope_type": "default", **section}
-        rope = {"rope_theta": 1e4, "rope_scaling": scaling}
     return dict(
         vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
@@ -65,13 +50,7 @@ class Qwen2VL(Family):
         return self._media([(1, 8, 8), (1, 4, 8), (1, 6, 10)][size], IMAGE, "image")
 
     def video(self, frames: int = 4) -> Media:
-        return self.two_images() if self.no_video() else self.whole_video(frames)
-
-    @functools.cache  # noqa: B019
-    def no_video(self) -> str:
-        """Why the release cannot place the frames of a video, or ""."""
-        with torch.random.fork_rng():
-            return refused(self.build(), "video")
+        return self.whole_video(frames)
 
     def two_images(self) -> Media:
         a, b = self.image(1), self.image(1)
@@ -86,15 +65,6 @@ class Qwen25VL(Qwen2VL):
     """Window attention in the tower, seconds in the temporal positions."""
 
     name = "qwen2_5_vl"
-
-    def defect(self, test: str) -> str:
-        return self.no_image()
-
-    @functools.cache  # noqa: B019
-    def no_image(self) -> str:
-        """Why the release cannot place the tokens of an image, or ""."""
-        with torch.random.fork_rng():
-            return refused(self.build(), "image")
 
     def model_class(self) -> type:
         return transformers.Qwen2_5_VLForConditionalGeneration
@@ -123,30 +93,12 @@ class Qwen3VL(Qwen2VL):
     name = "qwen3_vl"
     deepstack: tuple[int, ...] = (0,)
 
-    def defect(self, test: str) -> str:
-        return self.beams_fail() if "beam" in test else ""
-
-    @functools.cache  # noqa: B019
-    def beams_fail(self) -> str:
-        """Early releases count the frames of a video as videos when they expand beams."""
-        try:
-            with torch.random.fork_rng():
-                inputs = self.batch([[self.video(4), [5, 6]]])
-                self.build().generate(**inputs, max_new_tokens=1, num_beams=2)
-        except (RuntimeError, StopIteration) as error:
-            return f"unpatched model, beams and a video: {error!r}"
-        return ""
-
     def model_class(self) -> type:
         return transformers.Qwen3VLForConditionalGeneration
 
     def text_config(self) -> dict[str, Any]:
         section = {"mrope_section": [2, 3, 3], "mrope_interleaved": True}
-        rope = (
-            {"rope_theta": 1e4, "rope_scaling": {"rope_type": "default", **section}}
-            if V4
-            else {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, **section}}
-        )
+        rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, **section}}
         return dict(
             vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
             num_attention_heads=4, num_key_value_heads=2, head_dim=16, bos_token_id=1,
@@ -167,17 +119,6 @@ class Qwen3VL(Qwen2VL):
             image_token_id=IMAGE, video_token_id=VIDEO,
             vision_start_token_id=START, vision_end_token_id=END,
         )  # fmt: skip
-
-    @functools.cache  # noqa: B019
-    def no_video(self) -> str:
-        """Some releases do not split the grid of a video into frames and fail."""
-        try:
-            with torch.random.fork_rng():
-                model = self.build()
-                self.positions(model, self.batch([[self.whole_video(4), [5, 6]]]))
-        except (RuntimeError, StopIteration) as error:
-            return repr(error)
-        return ""
 
     def whole_video(self, frames: int) -> Media:
         media = self._media((frames // 2, 4, 8), VIDEO, "video")

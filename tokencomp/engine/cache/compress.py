@@ -32,7 +32,7 @@ from tokencomp.engine.cache.special import (
 from tokencomp.engine.cache.static import CompressedStaticLayer
 from tokencomp.engine.stage.forward import ForwardPass
 from tokencomp.errors import UnsupportedCacheError
-from tokencomp.torchlib.cache_classes import COUNTS_ROWS, QUANTIZED, WITHOUT_ROWS
+from tokencomp.torchlib.cache_classes import QUANTIZED, WITHOUT_ROWS
 
 # Compressed classes by transformers' own; others enter when a cache has them.
 _COMPRESSED: dict[type, type] = {
@@ -101,7 +101,6 @@ def _compressed_class(plain: type) -> type:
 def compress_layer(
     layer: Any,
     dropped: int,
-    rows: int,
     valid: Tensor | None,
     starts_segment: bool,
     columns: Tensor | None = None,
@@ -111,8 +110,6 @@ def compress_layer(
 
     Parameters
     ----------
-    rows
-        Rows that the layer holds.
     valid, starts_segment, columns, starts
         See `CompressedLayer`.
     """
@@ -120,13 +117,10 @@ def compress_layer(
     if isinstance(layer, CompressedLayer):
         before, starts_segment = layer.dropped, starts_segment or layer.starts_segment
     else:
-        static, plain = isinstance(layer, StaticLayer), type(layer)
+        plain = type(layer)
         if plain not in _COMPRESSED:
             _COMPRESSED[plain] = _compressed_class(plain)
         layer.__class__ = _COMPRESSED[plain]
-        if static and not COUNTS_ROWS:
-            layer.cumulative_length = torch.tensor(rows, device=layer.device)
-            torch._dynamo.mark_static_address(layer.cumulative_length)
     layer.dropped, layer._valid = before + dropped, None
     if valid is not None:
         layer.valid = valid
@@ -160,13 +154,13 @@ def compact_cache(forward: ForwardPass, cache: Any, owner: CacheOwner) -> Any:
             forward.repeated[segment.first] = segment.layout.lengths
         valid = segment.all_valid(segment.layout.valid(device))
         dropped = forward.width - segment.layout.width
-        rows, columns = segment.physical + segment.layout.width, segment.columns(batch, device)
+        columns = segment.columns(batch, device)
         for layer in own:
             if index is not None:
                 repeat_rows(layer, index, segment.physical)
             begins = layer is own[0] and segment.first > 0
             flags = valid if valid is None else valid.to(layer.device)
-            compress_layer(layer, dropped, rows, flags, begins, columns, starts)
+            compress_layer(layer, dropped, flags, begins, columns, starts)
     _note_owner(forward, layers, owner)
     return first
 

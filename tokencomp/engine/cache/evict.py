@@ -135,7 +135,7 @@ def _keep(layer: Any, rows: Tensor) -> int:
     plain = not isinstance(layer, CompressedLayer)
     layer.keys, layer.values = layer.keys[..., rows, :], layer.values[..., rows, :]
     left = before - rows.numel()
-    compress_layer(layer, left, rows.numel(), None, False, held[:, rows])
+    compress_layer(layer, left, None, False, held[:, rows])
     if plain:
         layer.owner = None
     return left

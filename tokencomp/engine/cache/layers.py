@@ -106,11 +106,10 @@ class CompressedLayer(CacheLayerMixin):
         rows = physical_length(self)
         return rows + self.dropped if rows else 0
 
-    def get_mask_sizes(self, query: int | Tensor) -> tuple[int, int]:
-        """Rows after a write of `query` (a count, or positions in old releases), and `dropped`."""
+    def get_mask_sizes(self, query: int) -> tuple[int, int]:
+        """Rows after a write of `query` rows, and `dropped`."""
         self.check_patch()
-        n = query if isinstance(query, int) else query.shape[0]
-        return physical_length(self) + n, self.dropped
+        return physical_length(self) + query, self.dropped
 
     def check_patch(self) -> None:
         """Refuse a decoder call without the patch that has compressed the cache.
@@ -222,12 +221,11 @@ class CompressedSlidingLayer(CompressedDynamicLayer, DynamicSlidingWindowLayer):
         """Logical length."""
         return self.cumulative_length + self.dropped if self.cumulative_length else 0
 
-    def get_mask_sizes(self, query: int | Tensor) -> tuple[int, int]:
+    def get_mask_sizes(self, query: int) -> tuple[int, int]:
         """Rows that a write of `query` returns, and the logical column of the first."""
         self.check_patch()
-        n = query if isinstance(query, int) else query.shape[0]
         held = min(self.rows, self.sliding_window - 1)
-        return held + n, self.rows - held + self.dropped
+        return held + query, self.rows - held + self.dropped
 
     def _forget(self) -> None:
         self.sliding_window -= vars(self).pop("widened", 0)

@@ -24,7 +24,7 @@ from tokencomp.engine.cache.rows import keeps_window, physical_length, stored
 from tokencomp.engine.rows.layout import RowLayout
 from tokencomp.engine.stage.segments import Segment
 from tokencomp.errors import UnsupportedCacheError
-from tokencomp.torchlib.cache_classes import COUNTS_ROWS, QUANTIZED
+from tokencomp.torchlib.cache_classes import QUANTIZED
 
 
 def repeated(segment: Segment, sizes: Tensor) -> tuple[Segment, Tensor]:
@@ -97,8 +97,7 @@ def _repeat_in_place(layer: Any, index: Tensor, before: int) -> None:
     pair = layer.keys, layer.values
     for x, new in zip(pair, _taken([x[..., before:held, :] for x in pair], index), strict=True):
         x[..., before:rows, :] = new
-    if COUNTS_ROWS:
-        layer.cumulative_length += rows - held
+    layer.cumulative_length += rows - held
 
 
 def _repeat_for_good(layer: Any, index: Tensor, before: int) -> None:

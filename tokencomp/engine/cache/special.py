@@ -10,13 +10,11 @@ from __future__ import annotations
 import functools
 from typing import Any, ClassVar
 
-from torch import Tensor
-
 from tokencomp.engine.cache.layers import CompressedDynamicLayer, CompressedSlidingLayer
 from tokencomp.torchlib.cache_classes import HYBRID, HYBRID_SLIDING
 
 
-class CompressedHybridLayer(CompressedDynamicLayer, HYBRID):  # type: ignore[misc]  # older releases lack it
+class CompressedHybridLayer(CompressedDynamicLayer, HYBRID):  # type: ignore[misc]  # of type Any
     """A layer that attends to all; its states are those after the last row."""
 
     plain: ClassVar[type] = HYBRID
@@ -43,7 +41,7 @@ class CompressedReferenceLayer(CompressedDynamicLayer):
     prefill_cumulative_length: int
     cumulative_length: int
 
-    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Rows that a write of `query_length` returns, and columns minus rows of the later ones."""
         self.check_patch()
         plain: Any = self.plain

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from transformers.cache_utils import StaticLayer
 
 from tokencomp.engine.cache.layers import CompressedLayer
-from tokencomp.torchlib.cache_classes import COUNTS_ROWS
 
 
 class CompressedStaticLayer(CompressedLayer, StaticLayer):
@@ -60,20 +59,11 @@ class CompressedStaticLayer(CompressedLayer, StaticLayer):
             return rows
         return rows - (~self._valid).sum(1, keepdim=True)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Write rows behind those written last; old releases would write at logical columns."""
-        if COUNTS_ROWS:
-            return super().update(key_states, value_states, *args, **kwargs)
-        n = key_states.shape[-2]
-        rows = torch.arange(n, device=key_states.device) + self.cumulative_length
-        self.cumulative_length.add_(n)
-        return super().update(key_states, value_states, {"cache_position": rows})
-
     def get_seq_length(self, *args: Any) -> Any:
         """Logical length, a tensor on the layer's device."""
         return self.cumulative_length + self.offset
 
-    def get_mask_sizes(self, query: int | Tensor) -> tuple[int, int]:
+    def get_mask_sizes(self, query: int) -> tuple[int, int]:
         """Rows that the layer can hold, and the logical column of the first."""
         self.check_patch()
         return self.max_cache_len, self.dropped
@@ -94,5 +84,3 @@ class CompressedStaticLayer(CompressedLayer, StaticLayer):
         """Set every row to 0 and become a plain layer again; the memory stays where it is."""
         super().reset()
         del self.offset
-        if not COUNTS_ROWS:
-            del self.cumulative_length

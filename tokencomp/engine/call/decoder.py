@@ -28,7 +28,7 @@ from tokencomp.engine.call.weights import RowWeights
 from tokencomp.engine.count.collect import MissedRatios, collect
 from tokencomp.engine.count.stats import Stats
 from tokencomp.engine.kinds.prepared_mask import split_mask
-from tokencomp.engine.rows.outputs import restore_maps, restore_recorded, restore_states
+from tokencomp.engine.rows.outputs import restore_maps, restore_states
 from tokencomp.engine.stage.segments import check_entered
 from tokencomp.engine.stage.survivors import refuse_missing
 from tokencomp.engine.tower.hooks import TowerHooks
@@ -64,7 +64,6 @@ class DecoderHooks(CallHooks):
         self._missed = MissedRatios()
         self._weights = RowWeights(adapter, calls)
         self._later = LaterTokens(adapter, calls, owner.compact)
-        self._records = False  # whether modules around the decoder record its layers
         self._layers, self._tables = LayerHooks(adapter, calls), SharedTables(adapter, calls)
         self.tower = TowerHooks(adapter, self.is_off)
 
@@ -76,10 +75,6 @@ class DecoderHooks(CallHooks):
         before = a.decoder.register_forward_pre_hook(self._decoder, with_kwargs=True)
         self._handles.append(before)
         self._after(a.decoder, self._leave, self._entered, always_call=True)
-        around = [m for m in (a.body, a.top) if m is not a.decoder and compat.records_layers(m)]
-        for module in around:
-            self._after(module, self._recorded)
-        self._records = bool(around)
         if not a.mrope and a.rotary is not None:
             self._before(a.rotary, self._true_positions, self._has_forward)
         self.put_in_force()
@@ -240,8 +235,6 @@ class DecoderHooks(CallHooks):
         several = forward is not None and len(forward.segments) > 1
         if several:
             self._layers.finish()
-        if self._records:
-            state.ended = forward
         if forward is None or out is None:
             return None
         if several:
@@ -264,12 +257,3 @@ class DecoderHooks(CallHooks):
             # Where a decoder may cut its last state, the model takes a short one as it is.
             out.last_hidden_state = out.last_hidden_state[:, -state.logits :]
         return restore_states(out, forward.segments, forward.width, text_only)
-
-    def _recorded(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
-        """The output of a module around the decoder, which has recorded its short layers."""
-        state = self.calls.state
-        if state.ended is not None:
-            restore_recorded(out, state.ended.segments, state.ended.width)
-        if module is self.adapter.top:
-            state.ended = None
-        return out

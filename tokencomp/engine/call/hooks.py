@@ -74,7 +74,7 @@ class Hooks(CallHooks):
         generate = GenerateCalls(adapter, self.gate, calls, self._compresses, strict)
         relative = RelativePositions(adapter, calls)
         self._parts: list[Any] = [self.decoder, relative, prefill, generate]
-        # Qwen2-VL before transformers 5 swallows the argument and returns all logits.
+        # The thinkers of Qwen-Omni swallow the argument and return all logits.
         self._slices = "logits_to_keep" in parameters_of(adapter.top)
 
     # -- installation ---------------------------------------------------------------------------
@@ -214,7 +214,7 @@ class Hooks(CallHooks):
         """Note where the visual features of a call go."""
         arguments, state = compat.bind(module, args, kwargs), self.calls.state
         state.in_body, state.body_mask = True, arguments.get("attention_mask")
-        state.forward = state.ended = None
+        state.forward = None
         state.inputs = state.kinds = None
         if not self.decoder.compresses():
             state.inputs = arguments

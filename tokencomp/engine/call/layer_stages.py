@@ -6,8 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.adapters.row_scales import ROW_NUMBERS, row_scales
-from tokencomp.adapters.structure import parameters_of
 from tokencomp.engine.kinds.windows import Windows
 from tokencomp.engine.scores.tap import attention_of
 from tokencomp.errors import PlanError, UnsupportedModelError
@@ -16,13 +14,9 @@ from tokencomp.tokens.signals import Attention
 from tokencomp.torchlib import compat
 
 STREAMS = "its hidden states have several streams"
-TABLES = "its layers take two pairs of rotary tables in this release of transformers"
-SCALES = "its layers scale attention by cache_position in this release of transformers"
 # Of these, why the first layer cannot score tokens at entry either.
 UNSCORED = {
     STREAMS: "takes hidden states of several streams, made of the embeddings behind that stage",
-    TABLES: "takes two pairs of rotary tables in this release of transformers",
-    SCALES: "scales attention by cache_position in this release of transformers",
 }
 # Options of text configs whose decoders tokens cannot leave between layers, if they are above a
 # number.
@@ -64,17 +58,11 @@ def check_entry(plan: Plan, adapter: Adapter) -> None:
 
 def _entry_only(decoder: Any) -> list[str]:
     """Why tokens cannot leave between the layers of a decoder; empty if they can."""
-    why = [
+    return [
         reason
         for name, (limit, reason) in ENTRY_ONLY.items()
         if any((value or 0) > limit for value in compat.layer_values(decoder.config, name))
     ]
-    names = parameters_of(decoder.layers[0])
-    if "position_embeddings_global" in names:
-        why.append(TABLES)  # Gemma 3 before transformers 5
-    if row_scales(decoder) and ROW_NUMBERS in names:
-        why.append(SCALES)  # Llama 4 and Ministral 3 before transformers 5.4
-    return why
 
 
 def check_kinds(plan: Plan, adapter: Adapter) -> None:

@@ -46,8 +46,6 @@ class CallState:
         From the body: its `attention_mask`.
     forward
         From the decoder: its forward pass, where rows, masks or positions are not its own.
-    ended
-        That of its call which ended last, where modules around it record its layers.
     recomputed
         The forward pass of the call whose layer runs now, where it is checkpointed.
     weighs
@@ -73,7 +71,6 @@ class CallState:
     kinds: Tensor | None = None
     body_mask: Any = None
     forward: ForwardPass | None = None
-    ended: ForwardPass | None = None
     recomputed: ForwardPass | None = None
     weighs: bool = False
     disabled: int = 0

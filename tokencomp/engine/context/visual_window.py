@@ -209,7 +209,7 @@ def rope_base(config: Any) -> float:
 
     The frequencies of the model itself are not exact if the model was cast to a lower precision.
     """
-    parameters = getattr(config, "rope_parameters", None) or {}  # transformers 5
+    parameters = getattr(config, "rope_parameters", None) or {}
     base = parameters.get("rope_theta", getattr(config, "rope_theta", None))
     if base is None:
         raise UnsupportedModelError(

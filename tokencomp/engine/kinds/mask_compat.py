@@ -44,12 +44,11 @@ class MaskView:
 
     get_query_offset = get_seq_length
 
-    def get_mask_sizes(self, query: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:
+    def get_mask_sizes(self, query: int, layer_idx: int = 0) -> tuple[int, int]:
         """Rows that are attended to, and the logical column of the first."""
         if self.written is not None:
             return self.physical, self.dropped
-        n = query if isinstance(query, int) else query.shape[0]
-        return self.physical + n, self.dropped
+        return self.physical + query, self.dropped
 
 
 _MASK_PARAMETERS: set[str] = set()
@@ -94,13 +93,9 @@ def causal_mask(
     from transformers.masking_utils import create_causal_mask
 
     names = mask_parameters()
-    call: dict[str, Any] = {"config": config, "attention_mask": mask}
-    call["inputs_embeds" if "inputs_embeds" in names else "input_embeds"] = hidden
+    call: dict[str, Any] = {"config": config, "inputs_embeds": hidden, "attention_mask": mask}
     call["cache" if "cache" in names else "past_key_values"] = view if text is None else None
     call["position_ids"] = text
-    if "cache_position" in names:
-        order = torch.arange(hidden.shape[1], device=hidden.device)
-        call["cache_position"] = order + view.get_seq_length()
     if within is not None:
         call["and_mask_function"] = within
     if beside is not None:
@@ -114,10 +109,9 @@ def check_flash_on_static() -> None:
     """Refuse static caches where transformers keeps no 2-D mask without padding."""
     from transformers.masking_utils import flash_attention_mask
 
-    call: dict[str, Any] = {"batch_size": 1, "kv_length": 2}
-    old = "cache_position" in inspect.signature(flash_attention_mask).parameters
-    call |= {"cache_position": torch.arange(1)} if old else {"q_length": 1}
-    if flash_attention_mask(**call, attention_mask=torch.ones(1, 1, dtype=torch.bool)) is None:
+    written = torch.ones(1, 1, dtype=torch.bool)
+    mask = flash_attention_mask(batch_size=1, q_length=1, kv_length=2, attention_mask=written)
+    if mask is None:
         raise UnsupportedCacheError(
             "FlashAttention in this release of transformers reads the unwritten rows of a static "
             "cache, with or without compression. Drop cache_implementation=..., use "

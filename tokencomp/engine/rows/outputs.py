@@ -69,20 +69,6 @@ def _full_state(x: Tensor, layout: RowLayout, width: int) -> Tensor:
     return whole
 
 
-def restore_recorded(out: Any, segments: Sequence[Any], width: int) -> None:
-    """Give full length to the states and maps that a module around the decoder has recorded.
-
-    See `compat.records_layers`. Its `last_hidden_state` has full length already.
-    """
-    states, last = getattr(out, "hidden_states", None), getattr(out, "last_hidden_state", None)
-    if states is not None:
-        whole = _full_states(states[:-1], segments, width)
-        end = last if states[-1] is last else restore(states[-1], segments[-1].layout, width)
-        out.hidden_states = (*whole, end)
-    if getattr(out, "attentions", None) is not None:
-        out.attentions = restore_maps(out.attentions, segments, width)
-
-
 def restore_map(weights: Tensor, segment: Any, width: int) -> Tensor:
     """Spread an attention map over the columns of the caller's batch.
 

@@ -59,8 +59,8 @@ def gather_heads(attn: Any, x: Tensor, dim: int) -> Tensor:
 def tensor_parallel_group(attn: Any) -> Any:
     """The process group that shares the heads of a self-attention module, or None.
 
-    The weight of the query projection is a DTensor (transformers 4.57 and from 5.16), or its
-    module keeps the device mesh (releases between).
+    The weight of the query projection is a DTensor (transformers from 5.16 on), or its
+    module keeps the device mesh (earlier ones).
     """
     projections = (getattr(attn, name, None) for name in ("q_proj", "qkv_proj", "qkv"))
     # Wrappers of LoRA have the linear layer inside.
