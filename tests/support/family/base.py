@@ -52,6 +52,10 @@ class Family:
             for name, p in model.named_parameters():
                 if "bias" in name or name.endswith("norm.weight"):
                     p.add_(torch.randn_like(p) * 0.02)
+                if p.ndim == 2 and not p.any():
+                    p.normal_(std=0.3)  # Gemma 3 begins with a projector of zeros
+                if name.endswith(("position_embeddings", "position_embedding_table")):
+                    p.mul_(0.02)  # else places outweigh pixels, and patches or images look alike
         model.set_attn_implementation(self.attention(backend))
         model.generation_config.pad_token_id = PAD
         model.generation_config.eos_token_id = NO_EOS

@@ -109,19 +109,21 @@ def _repeat_for_good(layer: Any, index: Tensor, before: int) -> None:
 
 
 def _repeat_in_window(layer: Any, index: Tensor, before: int) -> None:
-    """Repeat rows of a layer that holds the last of them alone.
+    """Repeat rows of a layer that holds the last of them alone, and widen its window for that.
 
-    It holds more of them from then on, by the number of repetitions. So a row that it lets go later
-    is one that no token reaches, as before.
+    The layer counts rows, and a query sees columns. A repeated row has the column of a kept token,
+    so that its number can be larger by as many as its sample has repetitions. The window grows by
+    the largest number of repetitions of any sample, and then a row that the layer drops is one that
+    no later query sees, as before. This follows from each sample alone: the width of the batch does
+    not grow where its longest sample repeats nothing.
     """
-    held, written = layer.keys.shape[-2], layer.cumulative_length
-    gone = written - held  # rows that it has let go
-    past = max(before - gone, 0)
-    reached = index + before >= max(gone, before)  # not so at padding
-    last = int(reached.sum(1).max())
-    index = (index + before - gone - past).masked_fill(~reached, -1)[:, index.shape[1] - last :]
-    layer.keys, layer.values = _behind((layer.keys, layer.values), index, past)
-    layer.cumulative_length = before + reached.shape[1]
-    more = layer.keys.shape[-2] - held
+    dropped = layer.cumulative_length - layer.keys.shape[-2]
+    repetitions = (index[:, 1:] == index[:, :-1]) & (index[:, 1:] >= 0)
+    more = int(repetitions.sum(1).max())
+    past = torch.arange(before, device=index.device).expand(len(index), -1)
+    rows = torch.cat([past, torch.where(index < 0, index, index + before)], dim=1)
     layer.sliding_window += more
     layer.widened = getattr(layer, "widened", 0) + more
+    layer.cumulative_length = rows.shape[1]
+    rows = rows[:, max(rows.shape[1] - layer.sliding_window + 1, 0) :] - dropped
+    layer.keys, layer.values = _taken((layer.keys, layer.values), rows)
