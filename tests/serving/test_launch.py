@@ -23,7 +23,7 @@ from tokencomp.serving.hf.media import Limits
 from tokencomp.serving.launch import vllm_command
 
 
-def test_vllm_drains_and_its_metrics_folders_are_removed(
+def test_vllm_drains_bounds_its_queue_and_removes_folders_of_metrics(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(name=name))
@@ -44,8 +44,10 @@ def test_vllm_drains_and_its_metrics_folders_are_removed(
     assert {path.name for path in tmp_path.iterdir()} == {
         f"tokencomp-metrics-{os.getpid()}-abc", "tokencomp-metrics-other", Path(folder).name,
     }  # fmt: skip
-    command, _ = start("--shutdown-timeout=5", "--allowed-media-domains=example.org")
-    assert not {"--shutdown-timeout", "--allowed-media-domains"} & set(command)
+    assert command[command.index("--max-num-queued-reqs") + 1] == "1280"
+    given = ("--shutdown-timeout", "--allowed-media-domains", "--max-num-queued-reqs")
+    command, _ = start(*(f"{flag}=5" for flag in given))
+    assert not {*given} & {*command}
 
 
 def test_an_open_address_without_a_key_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:

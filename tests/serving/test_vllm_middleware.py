@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import functools
 import io
 import json
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 
@@ -40,22 +43,26 @@ def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 class Application:
     """What stands in for vLLM: it reads a body and answers 200, or fails."""
 
-    def __init__(self, error: Exception | None = None, late: bool = False) -> None:
-        self.error, self.late = error, late
+    def __init__(
+        self, error: Exception | None = None, late: bool = False, status: int = 200
+    ) -> None:
+        self.error, self.late, self.status = error, late, status
         self.seen: list[bytes | None] = []
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         self.seen.append((await receive())["body"] if scope.get("method") == "POST" else None)
         if self.error is not None and not self.late:
             raise self.error
-        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.start", "status": self.status, "headers": []})
         if self.error is not None:
             raise self.error
         await send({"type": "http.response.body", "body": b""})
 
 
-async def through(guard: Guard, body: dict[str, Any]) -> int:
-    """Return the status of the answer to a body."""
+async def through(
+    guard: Guard, body: Any = None, path: str = CHAT, method: str = "POST"
+) -> dict[str, Any]:
+    """Return the head of the answer to a body."""
     sent: list[Any] = []
 
     async def receive() -> Any:
@@ -65,9 +72,9 @@ async def through(guard: Guard, body: dict[str, Any]) -> int:
         sent.append(message)
 
     names = [(b"content-type", b"application/json")]
-    scope = {"type": "http", "method": "POST", "path": CHAT, "headers": names}
+    scope = {"type": "http", "method": method, "path": path, "headers": names}
     await guard(scope, receive, send)
-    return int(sent[0]["status"])
+    return dict(sent[0])
 
 
 def ask(
@@ -77,6 +84,7 @@ def ask(
     method: str = "POST",
     headers: Any = (),
     limits: Limits | None = None,
+    root: str = "",
 ) -> tuple[int, str]:
     """Return status and message of the answer; a body of None never arrives."""
     content = json.dumps(body) if isinstance(body, dict) else body
@@ -93,7 +101,7 @@ def ask(
         sent.append(message)
 
     names = [(b"content-type", b"application/json"), (b"transfer-encoding", b"chunked"), *headers]
-    scope = {"type": "http", "method": method, "path": path, "headers": names}
+    scope = {"type": "http", "method": method, "path": path, "headers": names, "root_path": root}
     asyncio.run(
         asyncio.wait_for(Guard(app, limits and Rules(limits=limits))(scope, receive, send), 20)
     )
@@ -141,6 +149,65 @@ def test_only_probes_are_answered_without_the_key(monkeypatch: pytest.MonkeyPatc
                 assert not app.seen
         known = path in (CHAT, "/v1/models", "/version")
         assert ask(Application(), b"{}", path, "POST", right)[0] == (200 if known else 404)
+
+
+def test_browsers_may_ask_what_a_page_may_send(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
+    asked = [(b"origin", b"http://a.example"), (b"access-control-request-method", b"POST")]
+    assert ask(Application(), None, CHAT, "OPTIONS", asked)[0] == 200
+    for method, headers in (("OPTIONS", asked[:1]), ("OPTIONS", asked[1:]), ("POST", asked)):
+        assert ask(Application(), None, CHAT, method, headers)[0] == 401
+
+
+def test_paths_below_a_prefix_of_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", KEY)
+    right = [(b"authorization", b"Bearer " + KEY.encode())]
+    for path, status in (("/api/health", 200), ("/api" + CHAT, 401), ("/apihealth", 401)):
+        assert ask(Application(), None, path, "GET", root="/api")[0] == status
+    for path, status in (
+        (CHAT, 200),
+        ("/api" + CHAT, 200),
+        ("/api/api" + CHAT, 404),
+        ("/api", 404),
+    ):
+        assert ask(Application(), b"{}", path, headers=right, root="/api")[0] == status
+
+
+def test_a_server_that_shuts_down_says_so() -> None:
+    """vLLM answers 200 to probes and 500 to new requests until running ones have ended."""
+    client, ended = SimpleNamespace(shutdown=lambda timeout: ended.append(timeout)), []
+    app = Application()
+    guard, status = Guard(app), functools.partial(through, path="/health", method="GET")
+    scope = {
+        "type": "lifespan",
+        "app": SimpleNamespace(state=SimpleNamespace(engine_client=client)),
+    }
+    asyncio.run(guard(scope, None, AsyncMock()))  # type: ignore[arg-type]
+    assert asyncio.run(status(guard))["status"] == 200
+    app.status = 500  # a failure of its own
+    assert asyncio.run(through(guard, chat()))["status"] == 500
+    client.shutdown(timeout=60)
+    assert ended == [60]
+    calls = len(app.seen)
+    for answer in (status(guard), through(guard, chat())):
+        sent = asyncio.run(answer)
+        headers = {name.lower(): value for name, value in sent["headers"]}
+        assert sent["status"] == 503 and int(headers[b"retry-after"]) > 0
+        assert headers[b"connection"] == b"close"
+    assert len(app.seen) == calls
+    app.status = 200
+    assert asyncio.run(through(guard, path="/metrics", method="GET"))["status"] == 200
+
+
+def test_a_request_that_the_end_of_the_server_stops_may_be_sent_again() -> None:
+    app, guard = Application(status=500), Guard(Application())
+
+    async def ending(*arguments: Any) -> None:
+        guard.draining = True
+        await app(*arguments)
+
+    guard.app = ending
+    assert asyncio.run(through(guard, chat()))["status"] == 503 and app.seen
 
 
 def test_a_websocket_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -409,7 +476,7 @@ def test_a_text_does_not_wait_for_the_media_of_others(monkeypatch: pytest.Monkey
             slow.set()
 
     anyio.run(run)
-    assert answered == [200]
+    assert [head["status"] for head in answered] == [200]
 
 
 def raised_in(module: str, error: Exception) -> Exception:

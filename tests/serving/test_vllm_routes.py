@@ -90,6 +90,25 @@ def test_with_the_key_only_documented_paths_answer(application: Any) -> None:
         assert status != 401
 
 
+def test_cors_and_prefixes_are_vllms(application: Any) -> None:
+    origin = "http://a.example"
+    app = application(*GUARD, "--allowed-origins", f'["{origin}"]', "--root-path", "/api")
+    client = TestClient(app, raise_server_exceptions=False)
+    asks = {"Access-Control-Request-Method": "POST"}
+    for path in ("/v1/chat/completions", "/api/v1/chat/completions"):
+        answer = client.options(path, headers={"Origin": origin, **asks})
+        assert answer.status_code == 200 and answer.headers["access-control-allow-origin"] == origin
+        assert (
+            client.options(path, headers={"Origin": "http://b.example", **asks}).status_code == 400
+        )
+    key = {"Authorization": f"Bearer {KEY}"}
+    for path in ("/version", "/api/version"):
+        assert client.get(path).status_code == 401
+        assert client.get(path, headers=key).status_code == 200
+    assert client.get("/api/health").status_code == 200
+    assert client.get("/api/tokenizer_info", headers=key).status_code == 404
+
+
 def chat_parser() -> tuple[set[str], Any]:
     """Return the types of parts that this vLLM knows, and its function that reads a part."""
     for name in ("vllm.renderers.chat_utils.chat_message", "vllm.renderers.chat_utils"):

@@ -342,6 +342,14 @@ def test_running_requests_end_after_sigterm(served: Any, started: Any) -> None:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         os.kill(process.pid, signal.SIGTERM)
+        while http.get(url + "/health")[0] == 200:
+            assert time.monotonic() < deadline
+        assert not all(answer.done() for answer in (*plain, *streams))
+        with pytest.raises(openai.APIStatusError) as error:
+            ask(client, http.image_url(9))
+        head = error.value.response.headers
+        assert error.value.status_code == http.get(url + "/health")[0] == 503
+        assert head["connection"] == "close" and int(head["retry-after"]) > 0
         for answer in plain:
             assert answer.result().usage.completion_tokens == 400
         for answer in streams:

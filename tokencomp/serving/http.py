@@ -22,9 +22,23 @@ RETRY_SECONDS = 5  # after which clients may try again when the server is busy
 QUESTION = {"max_tokens": 16, "messages": [{"role": "user", "content": "Hello"}]}
 
 
+def route(scope: Scope) -> str:
+    """Return the path of a request below the prefix of a proxy (vLLM's `--root-path`)."""
+    path: str = scope["path"]
+    rest = path.removeprefix(scope.get("root_path") or "")
+    return rest if rest.startswith("/") else path
+
+
 def is_open(scope: Scope) -> bool:
-    """Whether a request needs no key, because it only asks how the server is."""
-    return scope["path"] in OPEN_PATHS and scope["method"] in ("GET", "HEAD")
+    """Whether a request needs no key.
+
+    It asks how the server is, or is a browser's question what a page may send (CORS preflight),
+    which never has the key and which no route answers.
+    """
+    if scope["method"] == "OPTIONS":
+        headers = Headers(scope=scope)
+        return "origin" in headers and "access-control-request-method" in headers
+    return route(scope) in OPEN_PATHS and scope["method"] in ("GET", "HEAD")
 
 
 def _is_preflight(scope: Scope, headers: Headers) -> bool:
@@ -167,7 +181,8 @@ def first_page(
     request: Request, name: str, setting: dict[str, Any], keyed: bool
 ) -> PlainTextResponse:
     """What `GET /` answers: the served model, its default setting, and one line for curl."""
-    address = f"{request.url.scheme}://{request.url.netloc}"
+    root = request.scope.get("root_path") or ""
+    address = f"{request.url.scheme}://{request.url.netloc}{root}"
     key = ' -H "Authorization: Bearer $TOKENCOMP_API_KEY"' if keyed else ""
     text = (
         f"tokencomp {__version__} serves {name} with {json.dumps(setting)}\n\n"

@@ -28,6 +28,7 @@ from tokencomp.serving.vllm.rules import Rules
 logger = logging.getLogger("tokencomp.serving")
 
 METRICS_PREFIX = "tokencomp-metrics-"
+MAX_REQUESTS = 1024 + 256  # that run, which is vLLM's largest default, and that wait
 
 
 def vllm_command(
@@ -81,6 +82,8 @@ def vllm_command(
     if not sets(flags, "--shutdown-timeout"):
         # By default vLLM aborts running requests at SIGTERM, and their clients wait in vain.
         command += ["--shutdown-timeout", str(bind.shutdown_timeout)]
+    if not sets(flags, "--max-num-queued-reqs"):  # by default vLLM queues without limit
+        command += ["--max-num-queued-reqs", str(MAX_REQUESTS)]
     if "PROMETHEUS_MULTIPROC_DIR" not in env:
         # In this mode of Prometheus, the reduction times of the workers reach /metrics.
         env["PROMETHEUS_MULTIPROC_DIR"] = metrics_folder()

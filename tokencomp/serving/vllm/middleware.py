@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tokencomp.serving import ENV_OPTIONS
 from tokencomp.serving.hf.errors import RequestError
-from tokencomp.serving.http import OPEN_PATHS, Bodies, Exchange, check_head, first_page
+from tokencomp.serving.http import OPEN_PATHS, Bodies, Exchange, check_head, first_page, route
 from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm.request_checks import check_media, read_request
 from tokencomp.serving.vllm.rules import Rules
@@ -39,6 +39,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, rules: Rules | None = None) -> None:
         self.app, self.rules = app, rules or Rules.from_environment()
+        self.draining = False
         limits = self.rules.limits
         self.options = ServerOptions.parse(os.environ.get(ENV_OPTIONS))
         self.bodies = Bodies(limits.max_body, limits.max_bodies, limits.body_seconds)
@@ -50,11 +51,14 @@ class Guard:
             await send({"type": "websocket.close", "code": 1008, "reason": "no such path"})
             return
         if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                self._note_shutdown(scope["app"].state.engine_client)
             await self.app(scope, receive, send)
             return
         exchange = Exchange(scope, receive, send)
         try:
             check_head(scope, self.rules.bind)
+            self._check_running(exchange)
             await self._answer(exchange)
         except RequestError as error:  # also of `frames`, in the application
             if exchange.status:
@@ -68,20 +72,53 @@ class Guard:
             logger.warning("tokencomp: media of a request cannot be read", exc_info=error)
             await exchange.refuse(RequestError("media of this request are unreadable."))
 
+    def _note_shutdown(self, client: Any) -> None:
+        """Wrap the function by which vLLM's server stops the engine after SIGTERM.
+
+        It waits in a thread for running requests. vLLM's own answers are 200 to `/health` and 500
+        to new requests in that time.
+        """
+        stop = client.shutdown
+
+        def shutdown(*args: Any, **kwargs: Any) -> Any:
+            self.draining = True
+            return stop(*args, **kwargs)
+
+        client.shutdown = shutdown
+
+    def _check_running(self, exchange: Exchange) -> None:
+        """Refuse a request while the server shuts down, unless it asks for metrics."""
+        if self.draining and route(exchange.scope) != "/metrics":
+            exchange.headers["Connection"] = "close"
+            raise RequestError("the server shuts down. Ask another one, or this one later.", 503)
+
     async def _answer(self, exchange: Exchange) -> None:
         """Run the application on a documented path, or answer what vLLM lacks."""
-        scope, path = exchange.scope, exchange.scope["path"]
+        scope, path = exchange.scope, route(exchange.scope)
         receive: Receive = exchange.receive
         if scope["method"] == "GET" and (path == "/" or path.startswith(f"{MODELS}/")):
-            answer = await self._about(scope, receive)
+            answer = await self._about(scope, path, receive)
             await answer(scope, receive, exchange.send)
             return
         if path not in PATHS:
             known = ", ".join(PATHS)
             raise RequestError(f"no path {path!r}; this server has {known}.", 404)
-        if scope["method"] == "POST":
-            receive = await self._checked(exchange)
-        await self.app(scope, receive, exchange.send)
+        if scope["method"] != "POST":
+            await self.app(scope, receive, exchange.send)
+            return
+        receive = await self._checked(exchange)
+        self._check_running(exchange)  # the server may have begun to end meanwhile
+        failed = False
+
+        async def send(message: Message) -> None:
+            nonlocal failed
+            failed = failed or (message.get("status") == 500 and self.draining)
+            if not failed:
+                await exchange.send(message)
+
+        await self.app(scope, receive, send)
+        if failed:  # vLLM was reading the prompt when the server began to shut down
+            self._check_running(exchange)
 
     async def _checked(self, exchange: Exchange) -> Receive:
         """Read and check the body of a request; return what the application receives."""
@@ -99,7 +136,7 @@ class Guard:
 
         return receive
 
-    async def _about(self, scope: Scope, receive: Receive) -> Response:
+    async def _about(self, scope: Scope, path: str, receive: Receive) -> Response:
         """The first page, or the card of one model, which OpenAI's clients ask for.
 
         Raises
@@ -119,10 +156,10 @@ class Guard:
         if status != 200:
             raise RequestError("the server does not list its models yet. Ask again.", 503)
         cards: dict[str, Any] = {card["id"]: card for card in json.loads(body)["data"]}
-        if scope["path"] == "/":
+        if path == "/":
             setting, keyed = self.options.default.describe(), bool(self.rules.bind.api_key)
             return first_page(Request(scope), next(iter(cards)), setting, keyed)
-        name = scope["path"].removeprefix(f"{MODELS}/")
+        name = path.removeprefix(f"{MODELS}/")
         if name not in cards:
             raise RequestError(f"model {name!r}: this server has {', '.join(cards)}.", 404)
         return JSONResponse(cards[name])
