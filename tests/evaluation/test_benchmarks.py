@@ -254,20 +254,26 @@ def test_every_gpu_table_has_a_trial(name, tmp_path):
 
 @needs_lmms
 @pytest.mark.slow
-def test_eval_goes_on_after_a_kill(args, done, tmp_path):
-    """Half of the answers are there, the last line is cut, nothing has been scored."""
+@pytest.mark.parametrize("finished", [False, True])
+def test_eval_goes_on_after_a_kill(args, done, tmp_path, finished):
+    """Half of the answers are there, the last line is cut, and nothing has been scored.
+
+    A finished run with a failed question goes on as well.
+    """
     out = tmp_path / "runs"
     shutil.copytree(done, out)
     cut = out / "uniform-0.75"
-    (cut / "records.jsonl").unlink()
     content = json.loads((cut / "manifest.json").read_text())
-    (cut / "manifest.json").write_text(json.dumps({"identity": content["identity"]}))
+    if not finished:
+        (cut / "records.jsonl").unlink()
+        (cut / "manifest.json").write_text(json.dumps({"identity": content["identity"]}))
     file = next(cut.glob("answers-16/records.jsonl"))
     before = file.read_text().splitlines(keepends=True)
     file.write_text("".join(before[:2]) + before[2][:20])
     again = tokencomp(*args, "-o", out)
     assert again.returncode == 0, again.stderr[-2000:]
     assert file.read_text().startswith("".join(before[:2]))
+    assert answered(out, "records.jsonl") == answered(done, "records.jsonl")
     assert answers(cut) == answers(done / "uniform-0.75")
 
 

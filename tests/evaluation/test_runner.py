@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -17,6 +19,8 @@ from tokencomp.evaluation import Example, Setting, evaluate, grid, sweep
 from tokencomp.evaluation.store import read_records
 from tokencomp.inputs.prompts import build_inputs
 from tokencomp.reducers.uniform import Uniform
+from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.spans import SpanBatch
 
 
 def test_batches_answer_like_single_prompts(loaded, examples):
@@ -107,6 +111,48 @@ def test_bad_media_are_recorded_and_the_rest_goes_on(loaded, examples, tmp_path)
     assert set(reasons) == {"broken", "empty", "gone"}
     assert "empty" in reasons["empty"] and "no such file" in reasons["gone"]
     assert run.manifest["summary"]["failed"] == 3
+
+
+@dataclass(frozen=True)
+class Refuses(Uniform):
+    """A reducer that takes no prompt of a model."""
+
+    calls: ClassVar[int] = 0
+
+    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
+        type(self).calls += len(batch) == 1
+        raise SpanError("of no grid")
+
+
+def test_after_ten_failures_without_an_answer_nothing_is_tried(loaded, examples, monkeypatch):
+    """Files that are not there, and a reducer that refuses every prompt; the others go on."""
+    tried = []
+    load = Example.load
+    monkeypatch.setattr(Example, "load", lambda e, frames: tried.append(e.id) or load(e, frames))
+    gone = [Example(str(i), "?", "x", ("gone.png",)) for i in range(25)]
+    runs = sweep(*loaded, gone, grid(["uniform"], [0.5]), batch_size=4, **HOW)
+    assert len(tried) == 10
+    for run in runs.values():
+        reasons = [r["error"] for r in run.failed]
+        assert len(reasons) == 25 and all("no such file" in r for r in reasons)
+        assert [r.startswith("not asked") for r in reasons] == [False] * 10 + [True] * 15
+    items = [replace(examples[0], id=str(i)) for i in range(15)]
+    settings = [Setting(Refuses(), 0.5, name="refuses"), Setting("uniform", 0.5)]
+    refused, fine = sweep(*loaded, items, settings, batch_size=5, **HOW).values()
+    assert Refuses.calls == 10 and len(refused.failed) == 15 and len(fine.answered) == 15
+
+
+def test_a_command_fails_if_a_setting_answers_nothing(
+    examples, folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(Uniform, "reduce_batch", Refuses.reduce_batch)
+    monkeypatch.setattr(Uniform, "calls", 0, raising=False)
+    line = {"question": "?", "answer": "x", "media": str(examples[0].media[0])}
+    (tmp_path / "q.jsonl").write_text(json.dumps(line))
+    args = ("--model", folder, "--data", tmp_path / "q.jsonl", "-r", "uniform", "--no-baselines")
+    assert command("eval", *args, "-o", tmp_path / "runs") != 0
+    said = capsys.readouterr()
+    assert "no question could be answered" in said.err and "of no grid" in said.err
 
 
 def test_media_that_the_processor_refuses_are_recorded(loaded, examples, tmp_path):

@@ -95,6 +95,7 @@ def command(
     if not console.quiet:
         ids = None if questions is None else {example.id for example in questions}
         _print(console, list(folders.values()), ids)
+    _check_answers(list(folders.values()))
     console.print(f"\nRun folders: [bold]{output}[/]. Next: tokencomp report {output}/*")
 
 
@@ -112,6 +113,20 @@ def _with_baselines(settings: list[Any], seeds: int, native: bool = False) -> li
     small = grid([DOWNSCALE, NATIVE] if native else [DOWNSCALE], numbers)
     same = {name: grid([name], ratios, budgets) for name in (RANDOM, UNIFORM)}
     return list(dict.fromkeys([*same[RANDOM], *more, *same[UNIFORM], *small, *settings]))
+
+
+def _check_answers(folders: list[Path]) -> None:
+    """Raise `OptionError` where a setting could not answer anything, so that the command fails."""
+    from tokencomp.errors import OptionError
+    from tokencomp.evaluation.store import read_records
+
+    for folder in folders:
+        records = read_records(folder)
+        if records and all(r.get("error") for r in records):
+            raise OptionError(
+                f"{folder.name}: no question could be answered. The first one: "
+                f"{records[0]['error']}"
+            )
 
 
 def _print(console: Any, folders: list[Path], ids: set[str] | None) -> None:

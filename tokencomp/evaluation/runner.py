@@ -88,7 +88,8 @@ def sweep(
         adapters are switched off.
     items
         Examples with distinct ids. Those whose media cannot be read, or are refused by the
-        processor, are recorded as failed; under a method, also those that it cannot reduce.
+        processor, are recorded as failed; under a method, also those that it cannot reduce. If the
+        first ten all fail under a setting, it is not asked the others, which count as failed.
     settings
         See `tokencomp.evaluation.settings.grid`.
     out_dir
@@ -187,6 +188,8 @@ def _question(example: Example) -> dict[str, str]:
     return {"media": example.contents(), **words}
 
 
+IN_VAIN = 10
+"""After so many failures and no answer, a setting is asked nothing more."""
 _FULL = Setting()
 """The full model, whose inputs most settings share."""
 
@@ -200,10 +203,23 @@ class _Asked:
         self.setting, self.identity, self.store = setting, identity, store
         self.run = EvalRun(setting, path=None if store is None else store.path)
         self.done = set() if store is None else store.done()
+        self.answered, self.failures, self.reason = bool(self.done), 0, ""
         manifest = {} if store is None else store.manifest
         self.times: dict[str, Any] = manifest.get("times", {})
         self.work: dict[str, Any] = manifest.get("work", {})
         self.seconds = 0.0
+
+    def fail(self, example: Example, reason: str) -> None:
+        self.failures, self.reason = self.failures + 1, reason
+        self.write([failed(example, reason)])
+
+    def in_vain(self, example: Example) -> bool:
+        """Whether the first ten questions have failed; `example` then fails without being asked."""
+        if self.answered or self.failures < IN_VAIN:
+            return False
+        reason = f"not asked: the first {IN_VAIN} questions failed, the last because: {self.reason}"
+        self.write([failed(example, reason)])
+        return True
 
     def write(self, records: list[dict[str, Any]]) -> None:
         self.run.records += records
@@ -273,12 +289,14 @@ class _Sweep:
         """The examples whose media can be read; the others are recorded as failed."""
         loaded = []
         for example in batch:
+            asked = [ours for ours in self.asked if example.id not in ours.done]
+            asked = [ours for ours in asked if not ours.in_vain(example)]
             try:
-                loaded.append((example, example.load(self.frames)))
+                if asked:
+                    loaded.append((example, example.load(self.frames)))
             except MediaError as error:
-                for ours in self.asked:
-                    if example.id not in ours.done:
-                        ours.write([failed(example, str(error))])
+                for ours in asked:
+                    ours.fail(example, str(error))
         return loaded
 
     def _answer(self, loaded: list[Loaded]) -> bool:
@@ -288,7 +306,7 @@ class _Sweep:
         for ours in self.asked:
             setting = ours.setting
             rows = [pair for pair in loaded if pair[0].id not in ours.done]
-            if not rows:
+            if not rows or (len(rows) == 1 and ours.in_vain(rows[0][0])):
                 continue
             try:
                 if setting.input_baseline or len(rows) < len(loaded):
@@ -299,12 +317,12 @@ class _Sweep:
             except OF_AN_ITEM as error:
                 if len(rows) > 1:  # one of them may be at fault, or none where they differ in shape
                     return all([self._answer([row]) for row in loaded])
-                ours.write([failed(rows[0][0], str(error))])
+                ours.fail(rows[0][0], str(error))
             except torch.OutOfMemoryError:
                 if len(rows) > 1:
                     self._halve(len(rows))
                     return False
-                ours.write([failed(rows[0][0], TOO_LARGE)])
+                ours.fail(rows[0][0], TOO_LARGE)
             else:
                 self._keep(ours, rows, batch)
         return True
@@ -316,7 +334,7 @@ class _Sweep:
             torch.cuda.empty_cache()
 
     def _keep(self, ours: _Asked, rows: list[Loaded], batch: Batch) -> None:
-        setting = ours.setting
+        setting, ours.answered = ours.setting, True
         ours.seconds += batch.seconds
         if not isinstance(self.answerer.how["frames"], int):
             for (_, media), record in zip(rows, batch.records, strict=True):

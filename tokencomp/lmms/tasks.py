@@ -108,7 +108,8 @@ def run_setting(
 ) -> None:
     """Evaluate one setting, and write records and manifest to `out`.
 
-    Answers are written as they come, so that an interrupted run continues after the last one. What
+    Answers are written as they come, so that an interrupted run continues after the last one, and
+    a finished one asks again what failed. What
     a method loses against the finished run of the full model in the folder `full` is drawn, see
     `draw_lost`. The manifest has lmms-eval's own scores under "scores", counts under "summary".
     """
@@ -116,7 +117,7 @@ def run_setting(
     questions = {"tasks": [t.name for t in tasks], "data": sorted({t.data for t in tasks})}
     identity = {k: facts[k] for k in ("model", "dtype", "weights")} | setting.identity | questions
     store = AnswerStore(out, {**identity, "limit": limit, "frames": frames})
-    if store.manifest.get("finished"):
+    if store.manifest.get("finished") and not store.manifest["summary"]["failed"]:
         return
     from lmms_eval.evaluator import simple_evaluate
 
