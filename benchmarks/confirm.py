@@ -47,7 +47,7 @@ def main() -> None:
     args = parser.parse_args()
     facts = publishing.published_from(args.out, args.allow_dirty)
     stored = Results.read(RESULTS / MAIN, "test")
-    rows = {name: [FULL, *(k for row in labels(LABELS[name]) for k in row)] for name in LABELS}
+    rows = {name: [FULL, *labels(name)] for name in LABELS}
     wanted = {label: stored.settings[label] for some in rows.values() for label in some}
     settings = [Setting(s["reducer"], s["ratio"], s["options"]) for s in wanted.values()]
     examples = shapesqa(questions_of("test", stored.families, args), RESULTS / "media" / "test")

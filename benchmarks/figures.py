@@ -16,16 +16,17 @@ import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from benchmarks.accuracy.packed import PackedAnswers
 from benchmarks.accuracy.store import RESULTS, Results
 from benchmarks.accuracy.summary import MAIN
+from benchmarks.accuracy.tables import kept
+from benchmarks.gpu.contribution import Row
+from benchmarks.gpu.recompute import runs_of
 from benchmarks.models.prefill import FOLDER as MODELS
 from benchmarks.publishing import read_lines, table
 from tokencomp.evaluation.environment import git
-from tokencomp.evaluation.settings import FULL
 from tokencomp.pages.measured import kind_of, method_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,23 +49,18 @@ REDUCERS = {
     "condiv": ("condiv",),
     "random": ("random",),
 }
-METHODS = {
-    "default": ("auto", "the default method"),
-    "drop": ("auto", '`rest="drop"`'),
-    "random": ("random", "`random` dropping, mean of three seeds"),
+METHODS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "default": ("auto", {}, "the default method"),
+    "drop": ("auto", {"rest": "drop"}, '`rest="drop"`'),
+    "random": ("random", {}, "`random` dropping, mean of three seeds"),
 }
-"""Reducer, and how a row calls the method."""
+"""Reducer, options, and how a row calls the method."""
 LABELS = {
     "default": ("auto-{}",),
     "drop": ("auto-{}-rest=drop",),
     "random": ("random-{}", "random-{}-seed=1", "random-{}-seed=2"),
 }
-PHOTOGRAPHS = {
-    "default": ("auto at {}",),
-    "drop": ("auto rest=drop at {}",),
-    "random": tuple(f"random seed={seed} at {{}}" for seed in range(3)),
-}
-"""What the answers are called in the two result files, one label per seed."""
+"""What the stored answers of the tiny Qwen3-VL are called, one label per seed."""
 
 
 @dataclass(frozen=True)
@@ -165,34 +161,32 @@ def speed_records() -> dict[tuple[str, str], dict[float, dict[str, Any]]]:
     return cases
 
 
-def labels(forms: Iterable[str]) -> list[list[str]]:
-    """Labels of stored answers: by ratio, one per seed."""
-    return [[form.format(ratio) for form in forms] for ratio in RATIOS]
+def labels(name: str) -> list[str]:
+    """Labels of stored answers of one of `METHODS`, all ratios and seeds."""
+    return [form.format(ratio) for ratio in RATIOS for form in LABELS[name]]
 
 
 def digest(answers: PackedAnswers, name: str) -> str:
     """Tells whether stored answers are those that were confirmed."""
-    bits = [answers.correct[k] + answers.agrees[k] for row in labels(LABELS[name]) for k in row]
+    bits = [answers.correct[k] + answers.agrees[k] for k in labels(name)]
     return hashlib.sha256(json.dumps(bits).encode()).hexdigest()[:16]
 
 
 def _accuracy() -> list[Figure]:
-    results, rows = Results.read(RESULTS / MAIN, "test"), []
+    stored, rows = Results.read(RESULTS / MAIN, "test"), []
+    results = stored.averaged()
     again = json.loads(CONFIRMED.read_text()) if CONFIRMED.exists() else {"rows": {}}
-    full = sum(results.scores(FULL, "both", results.learned))
     items, families = len(results.select("both", results.learned)), len(results.learned)
-    for name, (reducer, text) in METHODS.items():
-        values, runs = [], []
-        for row in labels(LABELS[name]):
-            right = fmean(sum(results.scores(k, "both", results.learned)) for k in row)
-            values.append(f"{right / full:.1%}")
-            runs += [results.manifest["runs"][results.settings[k]["run"]] for k in row]
+    for name, (reducer, _, text) in METHODS.items():
+        shares = [kept(results, LABELS[name][0].format(ratio), "both") for ratio in RATIOS]
+        values = [f"{share.value:.1%}" for share in shares if share]
+        runs = [stored.manifest["runs"][stored.settings[k]["run"]] for k in labels(name)]
         head = (
             f"[accuracy kept](benchmarks/accuracy/summary.md) by the tiny Qwen3-VL with {text}, "
             f"{items} questions of {families} kinds"
         )
         known = again["rows"].get(name)
-        if known and known["stored"] == digest(results.answers, name):
+        if known and known["stored"] == digest(stored.answers, name):
             known = {**known, "commit": again["about"]["commit"]}
         else:
             known = None
@@ -204,16 +198,20 @@ def _accuracy() -> list[Figure]:
 
 def _photographs() -> list[Figure]:
     stored = json.loads((ROOT / "benchmarks" / "real" / "results.json").read_text())
-    correct, rows = PackedAnswers.from_json(stored["answers"]).correct, []
-    for name, (reducer, text) in METHODS.items():
-        by_ratio = labels(PHOTOGRAPHS[name])
-        values = [f"{fmean(fmean(correct[k]) for k in row):.1%}" for row in by_ratio]
+    known = [Row.model_validate(row) for row in stored["rows"]]
+    runs, rows = runs_of(known, PackedAnswers.from_json(stored["answers"])), []
+    for reducer, options, text in METHODS.values():
+        by_ratio = {
+            run.ratio: f"{run.mean('correct'):.1%}"
+            for run in runs
+            if (run.identity["reducer"], run.identity["options"]) == (reducer, options)
+        }
         head = (
             f"right answers about [photographs](benchmarks/real/README.md) with {text} "
-            f"({fmean(correct[FULL]):.1%} without compression)"
+            f"({runs[0].mean('correct'):.1%} without compression)"
         )
         text = f"the same with {text}" if rows else head
-        rows.append(Figure(text, reducer, values, stored["about"]))
+        rows.append(Figure(text, reducer, [by_ratio[r] for r in RATIOS], stored["about"]))
     return rows
 
 

@@ -83,7 +83,7 @@ def main() -> None:
         axes.imshow(picture)
         axes.set_title(title, fontsize=10)
         axes.set_axis_off()
-    curve(panels[2], Results.read(RESULTS / MODEL, "test"))
+    curve(panels[2], Results.read(RESULTS / MODEL, "test").averaged())
     FILE.parent.mkdir(exist_ok=True)
     figure.savefig(FILE, dpi=110, metadata={"Software": None})
     print(FILE)

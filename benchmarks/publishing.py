@@ -21,17 +21,21 @@ __all__ = [
     "MARK",
     "changed_code",
     "environment",
+    "made_at",
     "parser",
     "provenance",
     "published_from",
     "read_lines",
     "table",
+    "version",
     "write",
 ]
 
 FOLDER = Path(__file__).resolve().parent
 OUTPUTS = (".json", ".jsonl", ".md", ".svg", ".jpg")
 MARK = "publishable"
+LOST = {"2750d987", "59fd6962", "714d7b9e", "9c085507", "a7260a95", "cc934109"}
+"""Commits that results name and the repository has not: their branches were rewritten."""
 WIDTH = 400
 """Columns of stored JSON: the line of a setting or a case."""
 
@@ -99,10 +103,23 @@ def provenance(facts: dict[str, Any]) -> str:
     threads = f"{hardware['cpu']}, {hardware['threads']} threads"
     device = ", ".join(hardware.get("gpus", ())) or threads
     names = [n for n in ("torch", "transformers", "triton", "tokencomp") if n in installed]
-    head, plus, dirty = str(facts["commit"]).partition("+")
-    commit = head[:12] + plus + dirty
     listed = ", ".join(f"{n} {installed[n]}" for n in names)
-    return f"`{facts['command']}`; {device}; {listed}; commit {commit}; {facts['date'][:10]}"
+    code = version(facts["commit"])
+    return f"`{facts['command']}`; {device}; {listed}; {code}; {facts['date'][:10]}"
+
+
+def version(commit: str | None) -> str:
+    """The code behind a result in words, which say so where nobody can look it up."""
+    head, _, dirty = str(commit).partition("+")
+    notes = ["uncommitted code"] * bool(dirty)
+    notes += ["commit not in the repository"] * (head[:8] in LOST)
+    return f"commit {head[:12]}" + (f" (**{', '.join(notes)}**)" if notes else "")
+
+
+def made_at(facts: dict[str, Any]) -> str:
+    """The last line of a page whose numbers do not depend on the hardware."""
+    date = f"; {facts['date'][:10]}" if "date" in facts else ""
+    return f"Made at {version(facts['commit'])}{date}.\n"
 
 
 def changed_code(root: Path) -> list[str]:

@@ -7,7 +7,7 @@ of a setting that is run again replace the older ones. `benchmarks.accuracy.comp
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from benchmarks.accuracy.compact import read_sweep, write_sweep
 from benchmarks.accuracy.packed import PackedAnswers
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.runs import EvalRun
-from tokencomp.evaluation.settings import FULL, Setting
+from tokencomp.evaluation.settings import FULL, RANDOM, Setting
 from tokencomp.method import DEFAULT_REDUCER, DEFAULT_SERVED_REDUCER
 from tokencomp.pages.lost import LostItem
 from tokencomp.zoo import metrics
@@ -52,11 +52,14 @@ class Results:
         Per setting label, which questions were answered correctly.
     learned
         Families that the model has learned, see `learned_families`.
+    seeds
+        By label of `random`, the scores under every seed, of results that are `averaged`.
     """
 
     manifest: dict[str, Any]
     answers: PackedAnswers
     learned: tuple[str, ...] = ()
+    seeds: dict[str, list[list[int]]] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path, split: str) -> Results:
@@ -70,6 +73,28 @@ class Results:
         files = [f / "validation.json" for f in folders if (f / "validation.json").exists()]
         learned = learned_families(read_sweep(files[0])) if files else ()
         return cls(stored, answers, learned)
+
+    def averaged(self) -> Results:
+        """The same with one setting in place of all seeds of `random`: their mean."""
+        settings, seeds = dict(self.settings), {}
+        correct: dict[str, Any] = dict(self.answers.correct)
+        agrees: dict[str, Any] = dict(self.answers.agrees)
+        for ratio in self.ratios:
+            labels = [
+                k
+                for k, s in self.settings.items()
+                if (s["reducer"], s["ratio"]) == (RANDOM, ratio) and s["options"].keys() <= {"seed"}
+            ]
+            if len(labels) > 1:
+                first = labels[0]
+                seeds[first] = [self.answers.correct[k] for k in labels]
+                for part in (correct, agrees):
+                    columns = zip(*(part.pop(k) for k in labels), strict=True)
+                    part[first] = [sum(column) / len(labels) for column in columns]
+                settings = {k: s for k, s in settings.items() if k not in labels[1:]}
+                settings[first] = {**settings[first], "options": {}}
+        answers = PackedAnswers(self.answers.questions, correct, agrees)
+        return Results({**self.manifest, "settings": settings}, answers, self.learned, seeds)
 
     def write(self, folder: Path) -> None:
         path = folder / f"{self.manifest['split']}.json"
@@ -91,8 +116,8 @@ class Results:
 
     def scores(
         self, label: str, kind: str = "both", families: Iterable[str] | None = None
-    ) -> list[int]:
-        """0 or 1 per question, in the order of the questions."""
+    ) -> list[float]:
+        """0 or 1 per question, in the order of the questions; of several seeds the mean."""
         correct = self.answers.correct[label]
         return [correct[i] for i in self.select(kind, families)]
 
@@ -237,5 +262,7 @@ def _same_model(old: Results, new: Results) -> bool:
 
 
 def read_all(results: Path, split: str = "test") -> list[Results]:
-    """Results of every model in a folder."""
-    return [Results.read(f.parent, split) for f in sorted(results.glob(f"*/{split}.json"))]
+    """Results of every model in a folder, for pages: `averaged`."""
+    return [
+        Results.read(f.parent, split).averaged() for f in sorted(results.glob(f"*/{split}.json"))
+    ]

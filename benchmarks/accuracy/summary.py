@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 
 from benchmarks.accuracy.store import Results
-from benchmarks.accuracy.tables import BASELINES, NONE, cell, kept, name, table
+from benchmarks.accuracy.tables import BASELINES, NONE, cell, kept, name, spread, table
 from tokencomp.evaluation.settings import FULL
 
 MAIN = "tiny-qwen3-vl"
@@ -37,19 +37,24 @@ def line(results: Results, labels: dict[float, str]) -> list[str]:
     """One method's name and its retention over the learned families at every ratio."""
     setting = results.settings[next(iter(labels.values()))]
     method = name(setting, results.default)
+    many = next((len(results.seeds[k]) for k in labels.values() if k in results.seeds), 0)
     interval = setting["reducer"] in INTERVALS or method.startswith("**")
     cells = [
-        cell(kept(results, labels[r], "both"), interval) if r in labels else NONE
+        cell(kept(results, labels[r], "both"), interval) + spread(results, labels[r])
+        if r in labels
+        else NONE
         for r in results.ratios
     ]
-    return [method + (" (trained)" if setting["reducer"] in TRAINED else ""), *cells]
+    note = " (trained)" if setting["reducer"] in TRAINED else ""
+    return [method + (f" ({many} seeds)" if many else note), *cells]
 
 
 HEAD = """# Accuracy kept, every method at every ratio
 
 Made by `python -m benchmarks.accuracy.report`. Accuracy with compression divided by the accuracy
 without it, on the same questions of the learned families, images and videos together. Brackets:
-paired bootstrap 95 % intervals. [Methods](METHODS.md). [The full tables](README.md)."""
+paired 95 % intervals; of `random`, which is the mean of its seeds, also its worst and best seed.
+[Methods](METHODS.md). [The full tables](README.md)."""
 
 
 def summary(every: Sequence[Results]) -> str:

@@ -77,6 +77,7 @@ def ratio_table(results: Results, ratio: float, default: str) -> str:
         setting = results.settings[label]
         flops = setting["flops"] / results.settings[FULL]["flops"]
         cells = [cell(kept(results, label, kind)) for kind in (*KINDS, "both", "all")]
+        cells[2] += spread(results, label)
         by_kind = [f"{results.reached(label, k):.3f}" for k in KINDS]
         at_ratio = reaches(results, label, "both")
         achieved = f"{setting['achieved_ratio']:.3f}" if at_ratio else " / ".join(by_kind)
@@ -121,11 +122,11 @@ def rivals_table(results: Results, ratio: float, default: str) -> str:
     """
     if not results.learned:
         return ""
-    seeds = seeds_of(results, ratio)
+    random = f"random-{ratio:g}"
     small = f"{DOWNSCALE}-{ratio:g}"
     small_ones = [small] if small in results.settings and reaches(results, small, "both") else []
-    random = f"vs random ({len(seeds)} seeds)" if len(seeds) > 1 else "vs random"
-    columns = {"vs full": [FULL], random: seeds, "vs downscale": small_ones}
+    drawn = [random] if random in results.settings else []
+    columns = {"vs full": [FULL], "vs random": drawn, "vs downscale": small_ones}
     head = ["method", "accuracy", *columns, "where downscale fails", "same answer as full"]
     reading = [READING] if READING in results.families else []
     rows = []
@@ -141,13 +142,16 @@ def rivals_table(results: Results, ratio: float, default: str) -> str:
 def name_of(results: Results, label: str, default: str) -> str:
     """The method of a label, marked where it departs from its paper."""
     setting = results.settings[label]
-    return name(setting, default) + ("†" if moved(results, setting) else "")
+    many = f" ({len(results.seeds[label])} seeds)" if label in results.seeds else ""
+    return name(setting, default) + many + ("†" if moved(results, setting) else "")
 
 
-def seeds_of(results: Results, ratio: float) -> list[str]:
-    """Labels of `random` at a ratio, one per seed."""
-    settings = results.settings
-    return [k for k, s in settings.items() if s["reducer"] == "random" and s["ratio"] == ratio]
+def spread(results: Results, label: str, kind: str = "both") -> str:
+    """What the worst and the best seed of `random` keep; "" of other methods."""
+    families = None if kind == "all" else results.learned
+    places, full = results.select(kind, families), sum(results.scores(FULL, kind, families))
+    kept = [sum(scores[i] for i in places) / full for scores in results.seeds.get(label, ())]
+    return f", seeds {min(kept):.1%} to {max(kept):.1%}" if kept else ""
 
 
 def accuracy_cell(scores: Sequence[float]) -> str:
@@ -194,7 +198,7 @@ def work_table(results: Results, ratio: float, default: str) -> str:
     rows = [["full", *_work_cells(full, None)]]
     for label in labels:
         setting = results.settings[label]
-        rows.append([name(setting, default), *_work_cells(setting["work"], full)])
+        rows.append([name_of(results, label, default), *_work_cells(setting["work"], full)])
     return table(head, rows)
 
 

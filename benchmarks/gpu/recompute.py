@@ -19,7 +19,7 @@ from benchmarks.gpu.hour_file import MANIFEST, HourFile, hours_page, read_hour
 from benchmarks.gpu.serving_file import ServingFile
 from tokencomp.evaluation.metrics import Difference
 from tokencomp.evaluation.rivals import losses, rivals
-from tokencomp.evaluation.runs import EvalRun
+from tokencomp.evaluation.runs import EvalRun, averaged
 
 ROOT = Path(__file__).resolve().parents[2] / "results"
 HEAD = """# Results from readers
@@ -37,7 +37,7 @@ COLUMNS = (
 
 
 def runs_of(rows: Sequence[Row], packed: PackedAnswers) -> list[EvalRun]:
-    """The runs behind packed answers, with a bit in place of each answer."""
+    """The runs behind packed answers, `averaged`, with a bit in place of each answer."""
     out = []
     names = zip(packed.questions.ids, packed.questions.families, strict=True)
     items = [{"id": name, "family": family} for name, family in names]
@@ -48,8 +48,8 @@ def runs_of(rows: Sequence[Row], packed: PackedAnswers) -> list[EvalRun]:
             for item, right, same in bits
         ]
         identity = {"reducer": row.reducer, "ratio": row.ratio, "options": row.options}
-        out.append(EvalRun(None, records, {"identity": identity}))
-    return out
+        out.append(EvalRun(None, records, {"identity": identity, "row": row}))
+    return averaged(out)
 
 
 def page(
@@ -96,14 +96,17 @@ def _accuracy(file: Contribution) -> str:
         f"{about.model}, {about.dtype}; {len(runs[0].records)} items of {', '.join(about.tasks)}; "
         f"{gpus}; commit {about.commit[:9]}; {about.date[:10]}.\n"
     )
-    return "\n".join([facts, *table_lines(file.rows, runs), "", losing(runs), _scores(file)])
+    return "\n".join([facts, *table_lines(runs), "", losing(runs), _scores(file)])
 
 
-def table_lines(rows: Sequence[Row], runs: Sequence[EvalRun]) -> list[str]:
-    """One line per setting with all comparisons; the first row is the full model."""
-    full = rows[0]
+def table_lines(runs: Sequence[EvalRun]) -> list[str]:
+    """One line per setting with all comparisons; the first run is the full model."""
+    full = runs[0].manifest["row"]
     lines = []
-    for row, run in zip(rows, runs, strict=True):
+    for run in runs:
+        row, spread = run.manifest["row"], ""
+        if run.seeds:
+            spread = f", seeds {min(run.seeds):.1%} to {max(run.seeds):.1%}"
         against = rivals(run, runs)
         detail = "–"
         if against.detail is not None:
@@ -115,7 +118,7 @@ def table_lines(rows: Sequence[Row], runs: Sequence[EvalRun]) -> list[str]:
                 str(row.frames),
                 f"{row.reached:.3f}",
                 f"{row.visual_tokens:.0f}",
-                f"{run.mean('correct'):.1%}",
+                f"{run.mean('correct'):.1%}{spread}",
                 *(_points(d) for d in (against.full, against.random, against.downscale)),
                 detail,
                 "–" if against.agreement is None else f"{against.agreement:.0%}",

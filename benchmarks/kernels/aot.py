@@ -241,9 +241,10 @@ def main() -> int:
     if len(arguments.ops) < len(OPS):
         rows = in_order(rows + kept(arguments.out / "aot.json", arguments.ops, setups), setups)
     info = {"triton": triton.__version__, "torch": torch.__version__, **facts}
+    info["date"] = publishing.environment()["date"]
     content = {**info, "rows": [asdict(row) for row in rows]}
     publishing.write(arguments.out / "aot.json", content)
-    (arguments.out / "aot.md").write_text(markdown(rows))
+    (arguments.out / "aot.md").write_text(f"{markdown(rows)}\n{publishing.made_at(content)}")
     bad = [row for row in rows if row.problems]
     for row in bad:
         print(f"{row.kernel} ({row.case}, {row.dtype}, {row.target}): {', '.join(row.problems)}")

@@ -207,12 +207,15 @@ def main() -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     content = {
         "torch": torch.__version__,
+        "date": publishing.environment()["date"],
         **facts,
         "rows": [asdict(row) for row in rows],
         "decode": steps,
     }
     publishing.write(arguments.out / "calls.json", content)
-    (arguments.out / "calls.md").write_text(markdown(rows, steps))
+    (arguments.out / "calls.md").write_text(
+        f"{markdown(rows, steps)}\n{publishing.made_at(content)}"
+    )
     return 0
 
 

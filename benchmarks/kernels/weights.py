@@ -178,27 +178,25 @@ def markdown(data: dict[str, Any]) -> str:
     names = list(data["time"])
     times = [[n, f"{data['time'][n]:.2f}"] for n in names]
     table = publishing.table
-    return (
-        "\n\n".join(
-            [
-                INTRO,
-                "## Calls + host reads that a patch adds\n\nFour images, ratio "
-                f"{RATIO}, a tiny Qwen2-VL of 8 layers. Alone it makes {own[0]} calls in a prefill "
-                f"and {own[1]} in a decode step.",
-                table(["reducer", "rest", "prefill", "decode step"], rows),
-                "## A decode step where calls take the time\n\nThe same model and prompt, the "
-                f"default reducer: milliseconds, the least of {ROUNDS} rounds of {TOKENS} tokens, "
-                "and the median of the rounds against the model alone. Layers of a few thousand "
-                "weights have next to no work, as on a GPU that waits for its next call.",
-                table(["rest", "ms", "against no patch"], decoding),
-                "## FLOPs that weights add\n\nOf scores and sums of attention, and of a prefill.",
-                table(["model", "rows left", "attention", "prefill"], work),
-                f"## One attention call on a CPU\n\nMilliseconds of one thread; {HEADS} heads, "
-                f"{KV_HEADS} of keys, {DIM} dimensions, {ROWS} rows, float32. {data['machine']}",
-                table(["carrier", "ms"], times),
-            ]
-        )
-        + "\n"
+    return "\n\n".join(
+        [
+            INTRO,
+            "## Calls + host reads that a patch adds\n\nFour images, ratio "
+            f"{RATIO}, a tiny Qwen2-VL of 8 layers. Alone it makes {own[0]} calls in a prefill "
+            f"and {own[1]} in a decode step.",
+            table(["reducer", "rest", "prefill", "decode step"], rows),
+            "## A decode step where calls take the time\n\nThe same model and prompt, the "
+            f"default reducer: milliseconds, the least of {ROUNDS} rounds of {TOKENS} tokens, "
+            "and the median of the rounds against the model alone. Layers of a few thousand "
+            "weights have next to no work, as on a GPU that waits for its next call.",
+            table(["rest", "ms", "against no patch"], decoding),
+            "## FLOPs that weights add\n\nOf scores and sums of attention, and of a prefill.",
+            table(["model", "rows left", "attention", "prefill"], work),
+            f"## One attention call on a CPU\n\nMilliseconds of one thread; {HEADS} heads, "
+            f"{KV_HEADS} of keys, {DIM} dimensions, {ROWS} rows, float32. {data['machine']}",
+            table(["carrier", "ms"], times),
+            publishing.made_at(data),
+        ]
     )
 
 
@@ -216,6 +214,7 @@ def main() -> int:
         torch.set_num_threads(1)
         data = {
             **facts,
+            "date": publishing.environment()["date"],
             "machine": f"torch {torch.__version__}.",
             "calls": [calls(r, rest) for r in REDUCERS for rest in KINDS],
             "flops": [flops(name, rows) for name in SHAPES for rows in LENGTHS],

@@ -66,4 +66,5 @@ def page(records: list[dict[str, Any]]) -> str:
             speedup = f"{r['speedup'][key]:.2f}×{spread}"
             tail = f"{speedup} | {r['rounds']} | {r['machine']}"
             lines.append(f"| {label} | {LABELS[key]} | {cells} | {tail} |")
-    return "\n".join([*lines, ""])
+    made = dict.fromkeys(f"- {publishing.provenance(r['provenance'])}" for r in records)
+    return "\n".join([*lines, "", "Made by:", "", *made, ""])

@@ -83,7 +83,7 @@ def page(results: dict[str, Any], head: str = HEAD) -> str:
     if not results["learned"]:
         return "\n".join([*parts, "\nNo family is learned, so there is no table of methods.\n"])
     title = f"\n## Methods, on the learned families\n\n{len(runs[0].records)} test questions.\n"
-    parts += [title, *table_lines(rows, runs), _moved(results), methods_by_family(results, runs)]
+    parts += [title, *table_lines(runs), _moved(results), methods_by_family(results, runs)]
     return "\n".join([*parts, _against_uniform(runs), losing(runs)])
 
 

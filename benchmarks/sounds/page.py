@@ -65,7 +65,7 @@ def page(results: dict[str, Any]) -> str:
         rows = [Row.model_validate(row) for row in results[split]["rows"]]
         runs = runs_of(rows, PackedAnswers.from_json(results[split]["answers"]))
         count = len(runs[0].records)
-        parts += [f"\n## Methods, {count} {split} questions ({note})\n", *table_lines(rows, runs)]
+        parts += [f"\n## Methods, {count} {split} questions ({note})\n", *table_lines(runs)]
     return "\n".join([*parts, methods_by_family(results, runs), losing(runs)])
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.publishing import MARK, published_from
+from benchmarks.publishing import LOST, MARK, published_from, version
 from tokencomp.errors import OptionError
+from tokencomp.evaluation.environment import git
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -64,3 +65,17 @@ def test_nothing_that_is_marked_is_in_the_repository() -> None:
     marked = re.compile(rf'"{MARK}":\s?false')
     assert marked.search(f'"{MARK}":false') and marked.search(json.dumps({MARK: False}))
     assert texts and not [t for t in texts if marked.search(t)]
+
+
+def test_commits_that_the_repository_has_not_are_marked() -> None:
+    """Every commit of a stored result is in the history, or listed as lost."""
+    root = BENCHMARKS.parent
+    if not (root / ".git").exists() or git(root, "rev-parse", "--is-shallow-repository") == "true":
+        pytest.skip("no history")
+    history = {*git(root, "rev-list", "HEAD").split()}
+    files = [*BENCHMARKS.rglob("*.json"), *BENCHMARKS.rglob("*.jsonl")]
+    texts = [f.read_text() for f in files if not {"runs", "media"} & {*f.parts}]
+    named = {c for text in texts for c in re.findall(r'"commit":\s?"([0-9a-f]{40})', text)}
+    assert len(named) > 20 and {c[:8] for c in named - history} == LOST
+    assert version(f"{'1' * 40}+dirty") == "commit 111111111111 (**uncommitted code**)"
+    assert "not in the repository" in version(f"{min(LOST)}{'0' * 32}")

@@ -45,7 +45,7 @@ def test_toy_run_makes_a_page(
     assert by_label["downscale at 0.75"]["visual_tokens"] == 49  # of 196
     assert len(by_label) == 1 + 3 + 5
     assert {"auto rest=drop at 0.75", "scope rest=merge saliency=none at 0.75"} < set(by_label)
-    assert "| auto | 0.75 |" in text and "random seed=2" in text
+    assert "| auto | 0.75 |" in text and "random (3 seeds)" in text and "random seed" not in text
     for one in run.draw(model, build_processor(tokenizer), Drawings(), args, tmp_path):
         (picture,) = (tmp_path / "lost").rglob(one.picture)
         assert picture.stat().st_size and one.full == one.answer != one.compressed

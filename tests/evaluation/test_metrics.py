@@ -42,10 +42,12 @@ def test_bootstrap_interval_is_that_of_all_resamples(compressed, full):
 
 
 def test_interval_is_paired():
-    """Equal scores: retention is 1 in every resample, however scattered the scores are."""
+    """Equal scores but for one item: nearly all resamples have 49 of 50, however they scatter."""
     scores = np.random.default_rng(0).random(50).round()
-    found = retention(scores, scores)
-    assert (found.low, found.value, found.high) == (1.0, 1.0, 1.0)
+    other = scores.copy()
+    other[scores.argmax()] = 0
+    found = difference(other, scores)
+    assert (found.low, found.high) == pytest.approx((-0.06, 0.0))
 
 
 def test_interval_covers_the_truth_about_as_often_as_it_says():
@@ -65,22 +67,31 @@ def binomial_two_sided(wins: int, losses: int) -> float:
     return sum(math.comb(n, k) for k in range(n + 1) if math.comb(n, k) <= seen) / 2**n
 
 
-@pytest.mark.parametrize(
-    ("right", "other", "bounded"),
-    [
-        ([1] * 20, [1] * 20, False),  # none differs: of 20 items, retention may be 95 % as well
-        ([1] * 29, [1] * 29, False),
-        ([1] * 30, [1] * 30, True),
-        ([1] * 19 + [0], [1] * 20, True),
-        ([0] * 20, [1] * 20, False),
-    ],
-)
-def test_few_items_that_all_agree_give_no_interval(right, other, bounded):
-    kept, gap = retention(right, other), difference(right, other)
-    assert (kept.bounded, gap.bounded) == (bounded, bounded)
-    assert ("(n < 30)" in str(kept)) == ("(n < 30)" in str(gap)) == (not bounded)
-    if not bounded:
-        assert str(gap) == f"{100 * (right[0] - 1):+.1f} (n < 30)"
+def exact_margin(n: int) -> float:
+    """The largest share of other items of which n draws show none in one case of 40, by search."""
+    shares = np.linspace(0, 1, 200_001)
+    return float(shares[(1 - shares) ** n >= 0.025].max())
+
+
+@pytest.mark.parametrize("n", [1, 20, 60, 1000])
+def test_items_that_are_all_alike_have_the_exact_interval(n: int) -> None:
+    margin = exact_margin(n)
+    near = pytest.approx
+    gap = difference([1] * n, [1] * n)
+    assert (gap.value, gap.low, gap.high) == near((0, -margin, margin), abs=1e-5)
+    kept = retention([1] * n, [1] * n)  # nothing is better than always right
+    assert (kept.value, kept.low, kept.high) == near((1, 1 - margin, 1), abs=1e-5)
+    lost, none = difference([0] * n, [1] * n), retention([0] * n, [1] * n)
+    assert (lost.low, lost.high) == near((-1, margin - 1), abs=1e-5)
+    assert (none.low, none.high) == near((0, margin), abs=1e-5)
+
+
+def test_the_interval_of_equal_answers_is_wider_where_the_full_model_knows_less() -> None:
+    """30 of 60 right, the same 30: 6 of 100 other items are 12 % of what the full model knows."""
+    right = [1, 0] * 30
+    kept, margin = retention(right, right), exact_margin(60)
+    assert (kept.low, kept.high) == pytest.approx((1 - 2 * margin, 1 + 2 * margin), abs=1e-4)
+    assert f"{retention([1] * 60, [1] * 60)}" == "100.0% [94.0%, 100.0%]"
 
 
 @pytest.mark.parametrize("wins, losses", [(0, 0), (5, 0), (0, 7), (3, 4), (10, 2), (30, 55)])

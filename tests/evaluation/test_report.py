@@ -131,26 +131,24 @@ def test_a_table_that_cannot_be_written_leaves_the_page(runs, tmp_path, capsys):
     assert page.exists()
 
 
-def test_few_items_that_all_agree_have_no_interval(tmp_path, capsys):
-    """Two items that both get right: 2 of 2 are kept, and the difference is 0."""
+def test_items_that_all_agree_have_an_interval_with_a_width(tmp_path, capsys):
+    """Two items that both get right: with 1 - 0.025 ** (1 / 2) of other items, none may show."""
     page, files = tmp_path / "p.html", (tmp_path / "t.csv", tmp_path / "t.tex")
     for name, ratio in (("full", 0.0), ("aim", 0.5)):
         write_run(tmp_path / "r", name, ratio, {"a1": 1, "a2": 1})
     given = (tmp_path / "r", "-o", page, "--table", files[0], "--table", files[1])
     _, aim = shown(capsys, *given)
-    assert aim["retention"] == {"value": 1.0, "low": None, "high": None, "items": 2}
-    assert aim["rivals"]["full"] == {"value": 0.0, "low": None, "high": None, "items": 2}
+    assert aim["retention"]["low"] == pytest.approx(0.158, abs=1e-3)
+    assert aim["rivals"]["full"]["high"] == pytest.approx(0.842, abs=1e-3)
     content = " ".join(page.read_text().split())
-    assert "<td>100.0 %</td><td>(n &lt; 30)</td>" in content
-    assert "+0.0 <small>(n &lt; 30)</small>" in content
-    assert "no interval, as the items are few and all alike" in content
+    assert "<td>100.0 %</td><td>16–100</td>" in content
+    assert "+0.0 <small>-84…+84</small>" in content
     with files[0].open() as file:
         _, row = csv.DictReader(file)
-    assert (row["retention"], row["retention_low"], row["against_full_high"]) == ("1.0", "", "")
-    assert r"100.0\% (n $<$ 30)" in files[1].read_text()
+    assert float(row["retention_low"]) == pytest.approx(0.158, abs=1e-3)
+    assert r"100.0\% [15.8\%, 100.0\%]" in files[1].read_text()
     assert run("report", tmp_path / "r", "-o", page) == 0
-    out = capsys.readouterr().out
-    assert "100.0% (n < 30)" in out and "(n < 30): no interval" in out
+    assert "100.0% [16%, 100%]" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("case", ["mixed", "no full", "nothing", "unfinished"])

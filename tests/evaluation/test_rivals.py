@@ -12,6 +12,7 @@ from tokencomp.errors import OptionError
 from tokencomp.evaluation.comparable import find_runs
 from tokencomp.evaluation.metrics import difference
 from tokencomp.evaluation.rivals import losses, paired_tests, rivals
+from tokencomp.pages.report import lines as find_lines
 from tokencomp.reducers.registry import make_reducer
 
 ITEMS = [f"{group}{k}" for group in "ab" for k in range(8)]
@@ -93,10 +94,10 @@ def test_a_baseline_with_options_of_a_method_is_a_method(tmp_path):
     assert [(loss.label, loss.rival) for loss in losses(every)] == []
 
 
-def test_pages_say_against_which_seeds_items_are_won_and_lost(tmp_path):
+def test_random_is_one_row_however_many_seeds_it_has(tmp_path, capsys):
     """Of seeds 2 and 10, items a1 to a4 are right 1 0 0 0 and 1 1 1 0; aim has 0 0 0 1.
 
-    Against seed 2: one won, one lost. Against half of the seeds or more: one won, three lost.
+    Against half of the seeds or more: one won, three lost. Random is one row, right in 2 of 4.
     """
     said = {"full": "1111", "random-10": "1110", "random-2": "1000", "aim": "0001"}
     for name, marks in said.items():
@@ -106,14 +107,21 @@ def test_pages_say_against_which_seeds_items_are_won_and_lost(tmp_path):
         write_run(tmp_path / name, reducer, 0.5 * (name != "full"), scores, options=options)
     every = find_runs([tmp_path / name for name in said])
     test = paired_tests(_find(every, "aim", 0.5), every)["against_random"]
-    assert (test.wins, test.losses, test.p) == (1, 1, 1.0)
+    assert (test.wins, test.losses, test.p) == (1, 3, 0.625)
     (loss,) = losses(every)
     assert (loss.accuracy, loss.rival_accuracy) == (0.25, 0.5)
     assert (loss.test.wins, loss.test.losses, loss.test.p) == (1, 3, 0.625)
     page = tmp_path / "page.html"
     assert run("report", *(tmp_path / name for name in said), "-o", page) == 0
     content = " ".join(page.read_text().split())
-    assert "with its lowest seed alone" in content and "at least half of its seeds" in content
+    assert content.count("<td>random (2 seeds) <small>25–75 %</small></td>") == 1
+    assert "random seed" not in content
+    _, line, aim = find_lines(every)
+    assert (line.label, line.accuracy, line.seeds) == ("random (2 seeds)", 0.5, (0.25, 0.75))
+    assert (line.retention.value, aim.rivals.random.value, aim.rivals.seeds) == (0.5, -0.25, 2)
+    assert [r["correct"] for r in line.run.answered] == [1, 0.5, 0.5, 0]
+    out = capsys.readouterr().out
+    assert "random (2 seeds)" in out and "of 25 to 75 %" in out
 
 
 def test_a_baseline_that_failed_on_all_items_is_compared_with_nothing(tmp_path, capsys):

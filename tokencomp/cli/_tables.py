@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tokencomp.cli._fitted import NAMES, print_fitted
-from tokencomp.evaluation.metrics import UNBOUNDED, Difference, Retention
+from tokencomp.evaluation.metrics import Difference, Retention
 
 COLUMNS = 6
 """Settings whose scores fit into a terminal."""
@@ -16,8 +16,6 @@ def retained(retention: Retention | None) -> str:
     """Retention with its interval, e.g. "97.1% [94%, 99%]"; a dash where there is none."""
     if retention is None or retention.value != retention.value:
         return "–"
-    if not retention.bounded:
-        return f"{retention.value:.1%} {UNBOUNDED}"
     return f"{retention.value:.1%} [{retention.low:.0%}, {retention.high:.0%}]"
 
 
@@ -61,10 +59,13 @@ def print_lines(console: Any, lines: Sequence[Any]) -> None:
     _print_work(console, lines)
     _print_scores(console, lines)
     for line in lines:
+        if line.seeds:
+            low, high = (f"{100 * value:.0f}" for value in line.seeds)
+            console.print(
+                f"{line.label} at {line.run.shown_ratio}: accuracies of {low} to {high} %."
+            )
         if line.moved:
             console.print(f"† {line.run.label} at {line.run.shown_ratio} {line.moved}.")
-    if any(line.unbounded for line in lines):
-        console.print(f"{UNBOUNDED}: no interval, as the items are few and all alike.")
 
 
 def _print_rivals(console: Any, lines: Sequence[Any]) -> None:
@@ -137,7 +138,5 @@ def _points(difference: Difference | None) -> str:
     """The difference, and its interval on a line of its own: a terminal has 80 columns."""
     if difference is None:
         return "–"
-    if not difference.bounded:
-        return f"{100 * difference.value:+.1f}\n{UNBOUNDED}"
     low, high = 100 * difference.low, 100 * difference.high
     return f"{100 * difference.value:+.1f}\n[{low:+.0f}, {high:+.0f}]"

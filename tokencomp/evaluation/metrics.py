@@ -11,29 +11,23 @@ import numpy as np
 from tokencomp.errors import OptionError
 
 RESAMPLES = 10_000
-FEW = 30
-"""Below so many items, an interval without width counts as none."""
-UNBOUNDED = f"(n < {FEW})"
-"""What stands in its place."""
+LEVEL = 0.05
+"""Probability with which an interval may miss the truth."""
 
 
 @dataclass(frozen=True)
 class Paired:
-    """A statistic of two methods on the same items, with its paired bootstrap interval, 95 %."""
+    """A statistic of two methods on the same items, with its paired 95 % interval.
+
+    The interval is that of the bootstrap. Where all items say the same, as when two methods answer
+    every one alike, it would have no width; then it is the exact one (Clopper and Pearson 1934) for
+    a share of items that say something else, of which none was seen.
+    """
 
     value: float
     low: float
     high: float
     items: int
-
-    @property
-    def bounded(self) -> bool:
-        """Whether there is an interval.
-
-        The bootstrap draws from the items alone: where all are alike, its interval has no width,
-        which says nothing if they are few.
-        """
-        return self.low < self.high or (self.low == self.high and not 0 < self.items < FEW)
 
 
 class Retention(Paired):
@@ -42,8 +36,6 @@ class Retention(Paired):
     def __str__(self) -> str:
         if self.value != self.value:
             return "–"
-        if not self.bounded:
-            return f"{self.value:.1%} {UNBOUNDED}"
         return f"{self.value:.1%} [{self.low:.1%}, {self.high:.1%}]"
 
 
@@ -51,8 +43,6 @@ class Difference(Paired):
     """Difference of two accuracies."""
 
     def __str__(self) -> str:
-        if not self.bounded:
-            return f"{100 * self.value:+.1f} {UNBOUNDED}"
         low, high = 100 * self.low, 100 * self.high
         return f"{100 * self.value:+.1f} [{low:+.1f}, {high:+.1f}]"
 
@@ -88,7 +78,7 @@ def retention(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Retention:
-    """Retention with a paired bootstrap interval: items are drawn, both scores come along.
+    """Retention with a paired interval: items are drawn, both scores come along.
 
     Parameters
     ----------
@@ -108,7 +98,11 @@ def retention(
         with np.errstate(divide="ignore", invalid="ignore"):
             return x.sum(-1) / y.sum(-1)
 
-    return Retention(*_bootstrap(a, b, ratio, resamples, seed))
+    value, low, high, n = _bootstrap(a, b, ratio, resamples, seed)
+    if low == high:  # of items that scored otherwise, the full model's mean is the measure
+        margin, most = _unseen(a, b) / b.mean(), max(a.max(), b.max(), 1.0) / b.mean()
+        low, high = max(value - margin, 0.0), max(min(value + margin, most), value)
+    return Retention(value, low, high, n)
 
 
 def difference(
@@ -124,7 +118,16 @@ def difference(
     def gap(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return x.mean(-1) - y.mean(-1)
 
-    return Difference(*_bootstrap(a, b, gap, resamples, seed))
+    value, low, high, n = _bootstrap(a, b, gap, resamples, seed)
+    if low == high:
+        margin, most = _unseen(a, b), max(a.max(), b.max(), 1.0)
+        low, high = max(value - margin, -most), min(value + margin, most)
+    return Difference(value, low, high, n)
+
+
+def _unseen(a: np.ndarray, b: np.ndarray) -> float:
+    """The most that items unlike all n seen ones can change a mean, at `LEVEL`, two-sided."""
+    return float((1 - (LEVEL / 2) ** (1 / a.size)) * max(a.max(), b.max(), 1.0))
 
 
 def _bootstrap(

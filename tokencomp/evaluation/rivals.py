@@ -72,7 +72,7 @@ def rivals(run: EvalRun, runs: Sequence[EvalRun]) -> Rivals:
         full=_against(run, [full]),
         random=_against(run, random),
         downscale=_against(run, small),
-        seeds=len(random),
+        seeds=sum(len(one.seeds) or 1 for one in random),
         detail=sum(detail) / len(detail) if detail else None,
         detail_items=len(detail),
         agreement=_agreement(run, full),
@@ -82,14 +82,15 @@ def rivals(run: EvalRun, runs: Sequence[EvalRun]) -> Rivals:
 def paired_tests(run: EvalRun, runs: Sequence[EvalRun]) -> dict[str, Any]:
     """`retention` against the full model among `runs`, and a test `against_random`, if it ran.
 
-    McNemar's test needs right or wrong, so that it is against the lowest seed alone. There is none
-    where that seed has answered no item of the run.
+    In the test, an item counts as right for `random` where at least half of its seeds answer it
+    correctly. There is none where they have answered no item of the run.
     """
     full = next(r for r in runs if r.identity["reducer"] == FULL)
     values: dict[str, Any] = {"retention": retention(*paired_scores(run, full))}
     random = _at(RANDOM, run.ratio, runs)
-    if random and not _is(RANDOM, run) and score_pairs(run, random[:1]):
-        values["against_random"] = mcnemar(*paired_scores(run, random[0]))
+    pairs = score_pairs(run, random) if random and not _is(RANDOM, run) else []
+    if pairs:
+        values["against_random"] = mcnemar(*zip(*pairs, strict=True))
     return values
 
 
@@ -141,9 +142,11 @@ def _detail(run: EvalRun, small: Sequence[EvalRun]) -> list[float]:
 
 def _agreement(run: EvalRun, full: EvalRun) -> float | None:
     answers = {r["id"]: r["prediction"] for r in full.answered if r.get("prediction") is not None}
-    same = [
-        r["prediction"].strip() == answers[r["id"]].strip()
+    said = [
+        (text, answers[r["id"]])
         for r in run.answered
-        if r.get("prediction") is not None and r["id"] in answers
+        for text in r.get("predictions", [r.get("prediction")])
+        if text is not None and r["id"] in answers
     ]
+    same = [text.strip() == other.strip() for text, other in said]
     return sum(same) / len(same) if same else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ class EvalRun:
         The run folder, if there is one.
     left_out
         How many of its items are left out of a table, because other runs of the table lack them.
+    seeds
+        Accuracy of every seed, of a run that is the mean of several; see `averaged`.
     """
 
     setting: Setting | None
@@ -51,6 +53,7 @@ class EvalRun:
     manifest: dict[str, Any] = field(default_factory=dict)
     path: Path | None = None
     left_out: int = 0
+    seeds: tuple[float, ...] = ()
 
     @classmethod
     def read(cls, path: Path) -> EvalRun:
@@ -89,6 +92,8 @@ class EvalRun:
     def label(self) -> str:
         """The reducer with its options, e.g. "prune schedule=fastv"; "plan" for explicit stages."""
         options = [f"{k}={v}" for k, v in sorted(self.identity["options"].items()) if k != PLAN]
+        if self.seeds:
+            options.append(f"({len(self.seeds)} seeds)")
         return " ".join([self.identity["reducer"], *options])
 
     @property
@@ -135,6 +140,41 @@ class EvalRun:
 
 Run = EvalRun
 """The name of `EvalRun` in release 0.1.0."""
+
+
+def averaged(runs: Sequence[EvalRun]) -> list[EvalRun]:
+    """The runs, with one in place of all seeds of `random` at a ratio: their mean, item by item."""
+    out: list[EvalRun] = []
+    groups: dict[Any, list[EvalRun]] = {}
+    for run in runs:
+        identity = run.identity
+        if identity["reducer"] == RANDOM and identity["options"].keys() <= {"seed"}:
+            groups.setdefault(run.shown_ratio, []).append(run)
+            if len(groups[run.shown_ratio]) > 1:
+                continue
+        out.append(run)
+    means = {id(group[0]): _mean_run(group) for group in groups.values() if len(group) > 1}
+    return [means.get(id(run), run) for run in out]
+
+
+def _mean_run(seeds: Sequence[EvalRun]) -> EvalRun:
+    """One run of several seeds; an item that failed with one of them failed."""
+    every = [{r["id"]: r for r in run.records} for run in seeds]
+    records = []
+    for name, first in every[0].items():
+        rows = [by_id[name] for by_id in every if name in by_id]
+        failed = [r for r in rows if r.get("error")]
+        same = {
+            k: sum(float(r[k]) for r in rows) / len(rows)
+            for k in ("correct", "ratio", "flops", "kv_bytes", "seconds")
+            if all(k in r for r in rows)
+        }
+        answers = [r["prediction"] for r in rows if r.get("prediction") is not None]
+        records.append(failed[0] if failed else {**first, **same, "predictions": answers})
+    identity = {**seeds[0].identity, "options": {}}
+    accuracies = tuple(run.mean("correct") for run in seeds)
+    manifest = {**seeds[0].manifest, "identity": identity}
+    return replace(seeds[0], records=records, manifest=manifest, seeds=accuracies)
 
 
 def paired_scores(run: EvalRun, other: EvalRun) -> tuple[list[float], list[float]]:

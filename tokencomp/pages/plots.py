@@ -31,7 +31,7 @@ class Point:
 
 def accuracy_point(x: float, accuracy: float, kept: Retention | None, full: float) -> Point:
     """A setting, with the interval of its retention as one of accuracy; `full`: without it."""
-    if kept is None or not kept.bounded:
+    if kept is None or kept.value != kept.value:
         return Point(x, accuracy)
     return Point(x, accuracy, kept.low * full, min(kept.high * full, 1.0))
 

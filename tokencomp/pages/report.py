@@ -10,9 +10,9 @@ from typing import Any
 
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.cost import PARTS
-from tokencomp.evaluation.metrics import UNBOUNDED, McNemar, Paired, Retention
+from tokencomp.evaluation.metrics import McNemar, Paired, Retention
 from tokencomp.evaluation.rivals import Rivals, losses, paired_tests, rivals
-from tokencomp.evaluation.runs import IDENTITY, EvalRun
+from tokencomp.evaluation.runs import IDENTITY, EvalRun, averaged
 from tokencomp.evaluation.settings import FULL
 from tokencomp.pages.html import render, si
 from tokencomp.pages.lost import lost_ids, read_lost
@@ -47,10 +47,9 @@ class Line:
         return {"retention": self.retention, **own}
 
     @property
-    def unbounded(self) -> bool:
-        """Whether one of `pairs` has a value, but no interval."""
-        known = [pair for pair in self.pairs.values() if pair and pair.value == pair.value]
-        return not all(pair.bounded for pair in known)
+    def seeds(self) -> tuple[float, float] | None:
+        """Accuracy of its worst and its best seed, if it is the mean of several."""
+        return (min(self.run.seeds), max(self.run.seeds)) if self.run.seeds else None
 
     @property
     def label(self) -> str:
@@ -66,6 +65,7 @@ def lines(runs: Sequence[EvalRun]) -> list[Line]:
             f"the run of the full model is missing, and retention needs it: give the folder that "
             f"`tokencomp eval` wrote as '{FULL}', too."
         )
+    runs = averaged(runs)
     return [_line(run, full, runs) for run in runs]
 
 
@@ -117,7 +117,6 @@ def write(table: Sequence[Line], path: Path) -> Path:
         versions=_different_versions([line.run for line in table]),
         failed=_failed(table),
         uneven=len({frozenset(line.run.scores) for line in table}) > 1,
-        unbounded=UNBOUNDED if any(line.unbounded for line in table) else "",
         left_out=max(line.run.left_out for line in table),
         losses=losses([line.run for line in table]),
         compared=any(line.rivals.random or line.rivals.downscale for line in table),

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from tokencomp.errors import OptionError
-from tokencomp.evaluation.metrics import Paired
 from tokencomp.evaluation.runs import IDENTITY
 from tokencomp.pages.report import Line
 from tokencomp.storage import finite, write_text, writing
@@ -64,8 +63,7 @@ def _row(line: Line) -> dict[str, Any]:
         ("against_downscale", rivals.downscale),
     ):
         for part, end in (("value", ""), ("low", "_low"), ("high", "_high")):
-            known = pair is not None and (pair.bounded or part == "value")
-            row[name + end] = getattr(pair, part) if known else ""
+            row[name + end] = "" if pair is None else getattr(pair, part)
     return {name: "" if value != value else value for name, value in row.items()}
 
 
@@ -88,23 +86,17 @@ def as_latex(table: Sequence[Line]) -> str:
     return "\n".join([*body, r"\bottomrule", r"\end{tabular}", ""])
 
 
-def _pair(pair: Paired | None) -> dict[str, Any] | None:
-    """A statistic and its interval, if it has one, ready for JSON."""
-    if pair is None or pair.bounded:
-        return None if pair is None else vars(pair)
-    return {**vars(pair), "low": None, "high": None}
-
-
 def as_json(table: Sequence[Line]) -> str:
     """The table for programs."""
     rows = []
     for line in table:
-        pairs = {name: _pair(pair) for name, pair in line.pairs.items()}
+        pairs = {name: pair and vars(pair) for name, pair in line.pairs.items()}
         row = {
             **{k: line.run.identity[k] for k in IDENTITY},
             "items": len(line.run.answered),
             "failed": len(line.run.failed),
             "left_out": line.run.left_out,
+            "seeds": line.run.seeds,
             "achieved_ratio": line.run.mean("ratio"),
             "accuracy": line.accuracy,
             "retention": pairs.pop("retention"),

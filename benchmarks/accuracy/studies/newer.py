@@ -60,7 +60,7 @@ def page() -> str:
             publishing.table(
                 ("method", *(f"ratio {r:g}" for r in results.ratios)), rows(results, default)
             ),
-            "\n".join(f"- `{run['command']}`" for run in results.manifest["runs"]),
+            "\n".join(f"- {publishing.provenance(run)}" for run in results.manifest["runs"]),
         ]
     return "\n\n".join(parts) + "\n"
 

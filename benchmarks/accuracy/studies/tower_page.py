@@ -55,6 +55,7 @@ def page(sets: Sets) -> str:
             *_families(entry, answers),
         ]  # fmt: skip
         lines += [NOTES[name], ""] if name in NOTES else []
+        lines += [f"Made by: {publishing.provenance(entry['provenance'])}", ""]
     return "\n".join(lines)
 
 
