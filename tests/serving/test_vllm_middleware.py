@@ -20,14 +20,13 @@ pytest.importorskip("fastapi")
 
 import anyio
 from PIL import Image
-from PIL.Image import DecompressionBombError
 from support.serving import http
 
 from tokencomp.serving.bind import Bind
 from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.hf.media import Limits
 from tokencomp.serving.vllm import request_checks
-from tokencomp.serving.vllm.middleware import Guard
+from tokencomp.serving.vllm.middleware import UNREADABLE, Guard
 from tokencomp.serving.vllm.rules import Rules
 
 CHAT = "/v1/chat/completions"
@@ -135,28 +134,28 @@ def passes(body: Any, limits: Limits | None = None) -> None:
 # -- the head of a request ------------------------------------------------------------------------
 
 
-def test_only_probes_are_answered_without_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+PREFLIGHT = [(b"origin", b"http://a.example"), (b"access-control-request-method", b"POST")]
+
+
+def test_only_probes_and_preflights_are_answered_without_the_key(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Browsers never send the key with the question what a page may send."""
     monkeypatch.setenv("VLLM_API_KEY", KEY)
     right = [(b"authorization", b"Bearer " + KEY.encode())]
     for path in ("/health", "/ping", "/metrics"):
         assert ask(Application(), b"", path, "GET")[0] == 200
         assert ask(Application(), None, path, "POST")[0] == 401
-    for path in (CHAT, "/v1/models", "/version", "/invocations", "/tokenize", "/docs", "/health/"):
-        for method in ("GET", "POST", "PUT", "OPTIONS"):
-            for wrong in ([], [(b"authorization", b"Bearer x")]):
+    assert ask(Application(), None, CHAT, "OPTIONS", PREFLIGHT)[0] == 200
+    wrong = [[], [(b"authorization", b"Bearer x")], PREFLIGHT[:1], PREFLIGHT[1:]]
+    for path in (CHAT, "/v1/models", "/version", "/invocations", "/health/"):
+        for method in ("GET", "POST", "OPTIONS"):
+            for headers in wrong:
                 app = Application()
-                assert ask(app, None, path, method, wrong)[0] == 401  # the body is not read
+                assert ask(app, None, path, method, headers)[0] == 401  # the body is not read
                 assert not app.seen
         known = path in (CHAT, "/v1/models", "/version")
         assert ask(Application(), b"{}", path, "POST", right)[0] == (200 if known else 404)
-
-
-def test_browsers_may_ask_what_a_page_may_send(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_API_KEY", KEY)
-    asked = [(b"origin", b"http://a.example"), (b"access-control-request-method", b"POST")]
-    assert ask(Application(), None, CHAT, "OPTIONS", asked)[0] == 200
-    for method, headers in (("OPTIONS", asked[:1]), ("OPTIONS", asked[1:]), ("POST", asked)):
-        assert ask(Application(), None, CHAT, method, headers)[0] == 401
 
 
 def test_paths_below_a_prefix_of_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,34 +219,14 @@ def test_a_websocket_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sent == ["websocket.close"] and not app.seen
 
 
-@pytest.mark.parametrize(
-    ("hosts", "good", "bad"),
-    [
-        (None, ["any.example", ""], []),
-        (["127.0.0.1"], ["localhost:8000", "127.0.0.1", "[::1]:1", ""], ["evil.example", "["]),
-        (["0.0.0.0"], ["any.example"], []),
-        (["0.0.0.0", "ai.example"], ["AI.example:80", "192.0.2.1"], ["x.ai.example"]),
-    ],
-)  # fmt: skip
-def test_host_names(
-    hosts: list[str] | None, good: list[str], bad: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A web page that gives its own name the address of the server must not reach it."""
-    if hosts is not None:
-        monkeypatch.setenv(
-            "TOKENCOMP_RULES", Rules(Bind(hosts[0], allowed_hosts=tuple(hosts[1:]))).as_json()
-        )
-
-    def answer(*names: str) -> tuple[int, str]:
+def test_a_page_cannot_give_its_own_name_to_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENCOMP_RULES", Rules(Bind("127.0.0.1")).as_json())
+    for names, status in (
+        (["localhost:8000"], 200), ([""], 200), (["evil.example"], 403), (["["], 403),
+        (["localhost", "evil.example"], 403),
+    ):  # fmt: skip
         headers = [(b"host", name.encode()) for name in names]
-        return ask(Application(), b"", "/health", "GET", headers)
-
-    for name in good:
-        assert answer(name) == (200, "")
-    for name in bad:
-        for names in ([name], ["localhost", name]):
-            status, message = answer(*names)
-            assert status == 403 and "--allowed-host" in message
+        assert ask(Application(), b"", "/health", "GET", headers)[0] == status
 
 
 # -- the body -------------------------------------------------------------------------------------
@@ -490,7 +469,7 @@ def raised_in(module: str, error: Exception) -> Exception:
     raise AssertionError
 
 
-@pytest.mark.parametrize("kind", [ZeroDivisionError, RuntimeError, OSError, DecompressionBombError])
+@pytest.mark.parametrize("kind", UNREADABLE)
 def test_media_that_vllm_cannot_process_get_400(kind: type[Exception]) -> None:
     def answer(module: str, **more: Any) -> tuple[int, str]:
         return ask(Application(raised_in(module, kind("/secret/path")), **more), b"{}")

@@ -127,26 +127,6 @@ def test_trained_model_on_real_files(run_engine: Any, tmp_path: Any) -> None:
     assert {job["media"][0][0] for job in jobs} == {"image", "video"}
 
 
-def test_features_that_overflow_do_not_end_the_engine(tiny_folder: Any, run_engine: Any) -> None:
-    folder = tiny_folder("qwen2_vl_overflow")
-    text = {**cases.job("qwen2_vl", [], None, "What is this?"), "name": "text"}
-    jobs = [cases.job("qwen2_vl", [cases.IMAGE], 0.5, reducer="divprune")]
-    jobs.append(cases.job("qwen2_vl", [cases.VIDEO, cases.OTHER], 0.75, reducer="merge"))
-    results = run_engine(folder, [[text], *([job] for job in jobs), [{**text, "name": "again"}]])
-    for job in jobs:
-        assert len(results[job["name"]]["tokens"]) == 8, results[job["name"]]
-    assert results["again"]["tokens"] == results["text"]["tokens"]
-
-
-def test_reducers_that_cannot_be_served_are_refused_at_start(
-    tiny_folder: Any, run_engine: Any
-) -> None:
-    folder = tiny_folder("qwen2_vl")
-    wrong = {"tokencomp": {"reducer": "fastv", "ratio": 0.5}}
-    with pytest.raises(AssertionError, match=r"reducer 'fastv' cannot run.*divprune.*uniform"):
-        run_engine(folder, [], hf_overrides=wrong)
-
-
 # A video of Qwen3-VL and its timestamps must fit into the engine's encoder cache of 4096 rows.
 LONG = [("qwen2_vl", "float32", 640), ("qwen2_vl", "bfloat16", 640), ("qwen3_vl", "float32", 400)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from tokencomp.serving.item_plan import ItemPlan, ItemSize, field_name, item_spa
 from tokencomp.serving.item_rows import batches, reduce_rows
 from tokencomp.serving.offsets import pack_offsets, unpack_offsets
 from tokencomp.serving.spec import ServerOptions
-from tokencomp.serving.vllm import checks, mrope
+from tokencomp.serving.vllm import checks, internvl, mrope
 from tokencomp.serving.vllm.metrics import count_nonfinite, counters, item_sizes
 from tokencomp.serving.vllm.model import CompressingModel
 from tokencomp.serving.vllm.mrope import lengthen_tables
@@ -94,30 +95,22 @@ def test_a_frontend_without_python_is_refused(monkeypatch: pytest.MonkeyPatch) -
         checks.check_engine(config(), offsets=False)
 
 
-def test_models_with_plain_positions_have_fewer_limits() -> None:
-    for name, value in WRONG_FOR_OFFSETS.items():
-        checks.check_engine(config(**{name: value}), offsets=False)
-    full = config(compilation_config__cudagraph_mode=CUDAGraphMode.FULL)
-    checks.check_engine(full, offsets=False)
-    assert full.compilation_config.cudagraph_mode is CUDAGraphMode.FULL
-
-
-def test_model_runner_v2_has_fewer_limits() -> None:
-    """It corrects positions before the forward pass: graphs stay full, drafters see no columns."""
-    full = config(compilation_config__cudagraph_mode=CUDAGraphMode.FULL, use_v2_model_runner=True)
-    full.speculative_config, full.parallel_config.use_ubatching = object(), True
-    checks.check_engine(full, offsets=True)
-    assert full.compilation_config.cudagraph_mode is CUDAGraphMode.FULL
-    full.parallel_config.pipeline_parallel_size = 2
-    with pytest.raises(UnsupportedModelError, match="pipeline"):
-        checks.check_engine(full, offsets=True)
-
-
-def test_full_graphs_become_piecewise_where_offsets_are_added() -> None:
-    for mode in (CUDAGraphMode.FULL, CUDAGraphMode.FULL_AND_PIECEWISE):
-        engine_config = config(compilation_config__cudagraph_mode=mode)
-        checks.check_engine(engine_config, offsets=True)
-        assert engine_config.compilation_config.cudagraph_mode is CUDAGraphMode.PIECEWISE
+def test_what_model_runner_and_positions_need() -> None:
+    """V2 corrects positions before the forward pass: graphs stay full, drafters see no columns."""
+    full = (CUDAGraphMode.FULL, CUDAGraphMode.FULL_AND_PIECEWISE)
+    for mode, offsets, v2 in itertools.product(full, (False, True), (False, True)):
+        engine = config(compilation_config__cudagraph_mode=mode, use_v2_model_runner=v2)
+        checks.check_engine(engine, offsets=offsets)
+        piecewise = offsets and not v2
+        wanted = CUDAGraphMode.PIECEWISE if piecewise else mode
+        assert engine.compilation_config.cudagraph_mode is wanted
+        for name, value in WRONG_FOR_OFFSETS.items():
+            changed = config(use_v2_model_runner=v2, **{name: value})
+            if piecewise or (offsets and "pipeline" in name):
+                with pytest.raises(UnsupportedModelError):
+                    checks.check_engine(changed, offsets=offsets)
+            else:
+                checks.check_engine(changed, offsets=offsets)
 
 
 def test_other_engine_versions_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,14 +227,15 @@ def test_items_with_other_stages_in_the_tower_have_calls_of_their_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "reason"),
-    [({"mm_encoder_attn_backend": "FLASHINFER"}, "FlashInfer"),
-     ({"mm_encoder_tp_mode": "data"}, "--mm-encoder-tp-mode data")],
+    ("settings", "kind", "reason"),
+    [({"mm_encoder_attn_backend": "FLASHINFER"}, CompressingProcessor, "FlashInfer"),
+     ({"mm_encoder_tp_mode": "data"}, CompressingProcessor, "--mm-encoder-tp-mode data"),
+     ({}, internvl.Processor, "batches of pictures")],
 )  # fmt: skip
-def test_engines_whose_towers_cannot_be_shortened(settings: Any, reason: str) -> None:
+def test_towers_that_cannot_be_shortened(settings: Any, kind: type, reason: str) -> None:
     multimodal = SimpleNamespace(**settings)
     context = SimpleNamespace(model_config=SimpleNamespace(multimodal_config=multimodal))
-    processor = object.__new__(CompressingProcessor)
+    processor = object.__new__(kind)
     processor.info = SimpleNamespace(ctx=context)
     processor._check_tower(MethodSpec("uniform", 0.5))
     with pytest.raises(OptionError, match=reason):
@@ -276,25 +270,17 @@ def test_keys_of_media_know_what_the_trained_weights_are(tmp_path: Path) -> None
     assert processor._get_mm_hashes(Inputs({"tokencomp": {"ratio": 0}})) == {}
 
 
-def test_options_of_requests_are_resolved_once_and_never_mixed_up() -> None:
-    resolved = []
-
-    class Options(ServerOptions):
-        def resolve(self, request: Any, engine: str = "vllm") -> MethodSpec:
-            resolved.append(request)
-            return super().resolve(request, engine)
-
+def test_options_of_requests_are_never_mixed_up() -> None:
     processor = object.__new__(CompressingProcessor)
-    processor._options = Options()
+    processor._options = ServerOptions()
     processor._latest = "", processor._options.default
     own = {"ratio": 0.5}
     first = processor._spec({"tokencomp": own})
-    assert first.ratio == 0.5 and processor._spec({"tokencomp": {"ratio": 0.5}}) is first
+    assert first.ratio == 0.5 and processor._spec({"tokencomp": {"ratio": 0.5}}) == first
     own["ratio"] = 0.25  # a client in Python may change its object
     assert processor._spec({"tokencomp": own}).ratio == 0.25
     assert processor._spec({}) is processor._spec({"tokencomp": None}) is processor._options.default
     assert processor._spec({"tokencomp": first}) is first
-    assert [dict(request) for request in resolved] == [{"ratio": 0.25}] * 2  # the same object
     deep: Any = []
     for _ in range(10**5):
         deep = [deep]

@@ -6,7 +6,6 @@ import base64
 import concurrent.futures
 import io
 import os
-import re
 import signal
 import socket
 import struct
@@ -70,16 +69,12 @@ def expected(folder: Any, urls: list[str], spec: dict[str, Any]) -> tuple[str, i
     return text.rstrip("\ufffd"), n - removed, removed  # an incomplete character is not sent
 
 
-def test_the_first_page_says_what_is_served(served: Any) -> None:
+def test_the_server_says_what_it_serves(served: Any) -> None:
     url, client, _, _ = served
     page = client.with_options(base_url=url).get("/", cast_to=str)
     assert "serves tiny with" in page and '"ratio": 0.5' in page
     assert f"curl {url}/v1/chat/completions" in page and "TOKENCOMP_API_KEY" in page
     assert http.get(url + "/")[0] == 401
-
-
-def test_models_have_cards(served: Any) -> None:
-    _, client, _, _ = served
     card, listed = client.models.retrieve("tiny"), next(iter(client.models.list()))
     assert (card.id, card.max_model_len) == (listed.id, listed.max_model_len) == ("tiny", 8192)
     with pytest.raises(openai.NotFoundError, match="model 'other': this server has tiny"):
@@ -160,27 +155,6 @@ def test_images_and_videos_have_ratios_of_their_own(served: Any) -> None:
     assert (answer.choices[0].message.content, answer.usage.prompt_tokens) == (text, prompt)
 
 
-def test_no_client_chooses_what_is_answered_about_the_picture_of_another(served: Any) -> None:
-    """vLLM takes `uuid` of a media part for its name in caches that all clients share."""
-    _, client, folder, _ = served
-    urls = [http.image_url(seed, 112, 112) for seed in (41, 42)]
-
-    def asked(url: str | None, **name: str) -> str:
-        part = {"type": "image_url", "image_url": {"url": url} if url else None, **name}
-        message = {"role": "user", "content": [part, {"type": "text", "text": QUESTION}]}
-        answer = client.chat.completions.create(
-            model="tiny", messages=[message], max_tokens=8, temperature=0,
-            extra_body={"ignore_eos": True},
-        )  # fmt: skip
-        return answer.choices[0].message.content
-
-    for url in (*urls, None):  # the second answer would be about the first picture
-        with pytest.raises(openai.BadRequestError, match="uuid"):
-            asked(url, uuid="A")
-    for url in urls:
-        assert asked(url) == expected(folder, [url], {"reducer": "kcentre", "ratio": 0.5})[0]
-
-
 LONG = 64  # tokens of an answer, so that requests overlap while they decode
 
 
@@ -244,7 +218,7 @@ def test_an_abandoned_stream_is_aborted(served: Any) -> None:
 
 
 def test_metrics_count_tokens(served: Any) -> None:
-    url, client, _, root = served
+    url, client, _, _ = served
     names = [f"tokencomp_visual_tokens_{n}_total" for n in ("before", "after")]
     media = http.image_url(5)
     for _ in range(2):  # in the second request the media come from the cache
@@ -254,7 +228,6 @@ def test_metrics_count_tokens(served: Any) -> None:
         assert increase == [64, 16]
     assert http.metric(url, "tokencomp_achieved_ratio") == 0.75
     assert http.metric(url, "tokencomp_reduce_seconds_total") > 0
-    assert re.search(r"tokencomp worker \d+, \w+: .* tokens \(ratio 0", (root / "log").read_text())
 
 
 def bombs() -> list[str]:
@@ -315,10 +288,6 @@ def test_bodies_without_a_key_are_refused_unread(served: Any) -> None:
     with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
         connection.sendall(head + b"Content-Length: 60000000\r\n\r\n" + b'{"a": [')
         assert connection.recv(100).startswith(b"HTTP/1.1 401")
-    for name, status in (("localhost", b"200"), ("evil.example", b"403")):
-        with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
-            connection.sendall(f"GET /health HTTP/1.1\r\nHost: {name}\r\n\r\n".encode())
-            assert connection.recv(100).startswith(b"HTTP/1.1 " + status)
 
 
 def test_running_requests_end_after_sigterm(served: Any, started: Any) -> None:

@@ -83,12 +83,3 @@ def test_linear_layers_do_not_see_what_the_tower_dropped(tiny_folder: Any, run_e
         assert got["prompt"] == want["prompt"]
         seen = torch.cat([torch.tensor(p) for p in got["positions"]], dim=1)[:, : got["prompt"]]
         assert torch.equal(seen, hf_reference.true_positions(folder, job)[:, want["kept"]])
-
-
-def test_other_families_refuse_it_and_continue(tiny_folder: Any, run_engine: Any) -> None:
-    folder = tiny_folder("internvl")
-    wrong = cases.job("internvl", [cases.IMAGE], 0.75, tower_ratio=0.5)
-    good = cases.job("internvl", [cases.IMAGE], 0.75)
-    results = run_engine(folder, [[wrong], [good]])
-    assert "batches of pictures" in results[wrong["name"]]["error"]
-    check(results, [good], folder, "internvl")

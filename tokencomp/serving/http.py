@@ -30,20 +30,14 @@ def route(scope: Scope) -> str:
 
 
 def is_open(scope: Scope) -> bool:
-    """Whether a request needs no key.
-
-    It asks how the server is, or is a browser's question what a page may send (CORS preflight),
-    which never has the key and which no route answers.
-    """
-    if scope["method"] == "OPTIONS":
-        headers = Headers(scope=scope)
-        return "origin" in headers and "access-control-request-method" in headers
+    """Whether a request needs no key, because it only asks how the server is."""
     return route(scope) in OPEN_PATHS and scope["method"] in ("GET", "HEAD")
 
 
 def _is_preflight(scope: Scope, headers: Headers) -> bool:
     """Whether a browser asks what another site may send (CORS); it sends no key then."""
-    return scope["method"] == "OPTIONS" and "access-control-request-method" in headers
+    asks = "origin" in headers and "access-control-request-method" in headers
+    return scope["method"] == "OPTIONS" and asks
 
 
 def check_head(scope: Scope, bind: Bind) -> None:

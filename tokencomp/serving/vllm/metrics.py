@@ -1,8 +1,7 @@
-"""Metrics of compression for `/metrics` and the log.
+"""Metrics of compression for `/metrics`.
 
-The front-end process counts tokens and also answers `/metrics`. Reducers run in the workers. Their
-times always appear in the log, and they reach `/metrics` in the multi-process mode of Prometheus,
-which `tokencomp serve` turns on.
+The front-end process counts tokens and also answers `/metrics`. Reducers run in the workers, whose
+times reach it in the multi-process mode of Prometheus, which `tokencomp serve` turns on.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from vllm.logger import init_logger
 from tokencomp.serving.item_plan import ItemPlan, ItemSize, field_name
 
 logger = init_logger("vllm.tokencomp")
-LOG_EVERY = 60.0  # seconds
 
 
 @lru_cache(maxsize=1)
@@ -91,33 +89,9 @@ def count_nonfinite(plan: ItemPlan | None, error: Exception) -> None:
     )  # fmt: skip
 
 
-class ReduceTimer:
-    """Measure the reductions of a worker and log a summary at most once per minute."""
-
-    def __init__(self) -> None:
-        self._since = time.monotonic() - LOG_EVERY  # so that the first reduction is logged
-        self._items = self._before = self._after = 0
-        self._seconds = 0.0
-
-    @contextlib.contextmanager
-    def __call__(self, plan: ItemPlan) -> Iterator[None]:
-        """Measure the reduction of one item while the context is active."""
-        start = time.perf_counter()
-        yield
-        seconds = time.perf_counter() - start
-        counters()["seconds"].inc(seconds)
-        self._items, self._seconds = self._items + 1, self._seconds + seconds
-        self._before, self._after = self._before + plan.full, self._after + plan.kept
-        if time.monotonic() - self._since >= LOG_EVERY:
-            self._log(plan.reducer)
-
-    def _log(self, reducer: str) -> None:
-        """Log the summary since the last one and start a new one."""
-        logger.info(
-            "tokencomp worker %d, %s: %d items, %d → %d tokens (ratio %.3f), %.1f ms",
-            os.getpid(), reducer, self._items, self._before, self._after,
-            1 - self._after / self._before, 1e3 * self._seconds,
-        )  # fmt: skip
-        self._since = time.monotonic()
-        self._items = self._before = self._after = 0
-        self._seconds = 0.0
+@contextlib.contextmanager
+def timed() -> Iterator[None]:
+    """Count the time that the block takes as time spent reducing."""
+    start = time.perf_counter()
+    yield
+    counters()["seconds"].inc(time.perf_counter() - start)

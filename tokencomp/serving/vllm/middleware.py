@@ -31,7 +31,7 @@ logger = logging.getLogger("vllm.tokencomp")
 MODELS = "/v1/models"
 PATHS = (*OPEN_PATHS, "/v1/chat/completions", MODELS, "/version")
 READING = CHECKING = 4  # requests that are read, and whose media are checked, at the same time
-UNREADABLE = (OSError, RuntimeError, ZeroDivisionError, DecompressionBombError)
+UNREADABLE = (OSError, RuntimeError, SyntaxError, ZeroDivisionError, DecompressionBombError)
 
 
 class Guard:

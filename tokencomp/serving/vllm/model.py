@@ -17,7 +17,7 @@ from tokencomp.errors import ScoreError
 from tokencomp.serving.item_plan import ItemPlan, field_name
 from tokencomp.serving.item_rows import batches, reduce_rows
 from tokencomp.serving.vllm.checks import check_engine
-from tokencomp.serving.vllm.metrics import ReduceTimer, count_nonfinite
+from tokencomp.serving.vllm.metrics import count_nonfinite, timed
 from tokencomp.serving.vllm.processing import KINDS, server_options
 from tokencomp.serving.vllm.tower import EngineTower
 
@@ -71,7 +71,6 @@ class CompressingModel:
         default = server_options(vllm_config.model_config).default.describe()
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]  # of vLLM's class
         self._row_budget = vllm_config.scheduler_config.max_num_encoder_input_tokens
-        self._timer = ReduceTimer()
         self._tower: EngineTower | None = None  # made by the first request that needs it
         logger.info("tokencomp in worker %d: default %s", os.getpid(), default)
 
@@ -118,7 +117,7 @@ class CompressingModel:
             part, items = self._slice_items(kwargs, first, stop), plans[first:stop]
             features, present = self._encode(part, items)
             for item, (plan, x) in enumerate(zip(items, features, strict=True)):
-                with self._timer(plan):
+                with timed():
                     x = x.reshape(-1, x.shape[-1])
                     width = x.shape[1] if self.reduced_width is None else self.reduced_width
                     rows, index = reduce_rows(plan, x, width, count_nonfinite, present[item])

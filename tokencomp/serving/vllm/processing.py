@@ -30,7 +30,6 @@ from tokencomp.serving.vllm.metrics import count_request, item_sizes
 from tokencomp.tokens.spans import VisualSpan
 
 logger = init_logger("vllm.tokencomp")
-SCOPED = ("images_kwargs", "videos_kwargs", "common_kwargs", "mm_kwargs")
 KINDS = ("image", "video")
 OFF = MethodSpec()
 REMEMBERED = 16384  # sizes of media that may come from a cache
@@ -104,9 +103,6 @@ class CompressingProcessor:
     # -- options --------------------------------------------------------------------------------
 
     def _spec(self, kwargs: Mapping[str, Any]) -> MethodSpec:
-        for scope in SCOPED:
-            if isinstance(kwargs.get(scope), Mapping) and KEY in kwargs[scope]:
-                raise OptionError(f"'{KEY}' was given inside {scope}; put it beside it.")
         options = kwargs.get(KEY)
         if isinstance(options, MethodSpec):
             return options

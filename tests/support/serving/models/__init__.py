@@ -6,7 +6,6 @@ from support.serving.models.glm4v import glm4v
 from support.serving.models.qwen import (
     qwen2_5_vl,
     qwen2_vl,
-    qwen2_vl_overflow,
     qwen3_5,
     qwen3_5_moe,
     qwen3_vl,
@@ -17,7 +16,6 @@ from support.serving.models.tiles import internvl, llava, llava_onevision
 # Name → function that writes the model into a folder and returns the folder.
 BUILDERS = {
     "qwen2_vl": qwen2_vl,
-    "qwen2_vl_overflow": qwen2_vl_overflow,
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,
     "qwen3_vl_moe": qwen3_vl_moe,

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import transformers as hf
-from safetensors.torch import load_file
 
 from recipes.tiny.export import export
 from recipes.tiny.families import family
@@ -30,16 +29,6 @@ def qwen2_vl(folder: Path) -> Path:
     spec = family("tiny-qwen2-vl")
     write_tokenizer(folder, spec.chat_template)
     return export(sharpen(spec.build(load_tokenizer(folder))), spec, folder)
-
-
-def qwen2_vl_overflow(folder: Path) -> Path:
-    """Write `qwen2_vl` with a vision tower that gives infinite features, as overflow does."""
-    file = qwen2_vl(folder) / "model.safetensors"
-    weights = load_file(file)
-    (name,) = (n for n in weights if n.endswith("merger.mlp.2.bias"))
-    weights[name][0] = torch.inf
-    write_weights(weights, folder)
-    return folder
 
 
 def qwen2_5_vl(folder: Path) -> Path:
