@@ -1,8 +1,8 @@
 """Devices and implementations that the kernel tests run on.
 
-Without a GPU the Triton kernels run in Triton's interpreter, with ``pytest -m long``. With a GPU,
-and TRITON_INTERPRET not set, they run on the GPU, and ``pytest -m gpu tests/kernels`` runs the same
-suite there.
+Without a GPU the Triton kernels run in Triton's interpreter: a small case of each op with plain
+pytest (`test_every_op.py`), and all that takes a `place` with ``-m long``. With a GPU, and
+TRITON_INTERPRET not set, they run there, and ``pytest -m gpu tests/kernels`` runs the same suite.
 """
 
 import importlib

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from support.refused import refused
 from tokencomp.kernels import KernelError, ccam_attention, visible_frames
 from tokencomp.kernels.ccam_attention.rule import runs
 from torch import Tensor
@@ -25,9 +26,8 @@ SHAPES = [
     (1, 1, 1, 1, 16),
     (1, 37, 5, 11, 24),
     (2, 5, 9, 70, 64),
-    (2, 64, 3, 90, 72),
-    (2, 130, 7, 150, 80),
-    (1, 16, 40, 30, 128),
+    (2, 70, 3, 90, 72),
+    (1, 6, 20, 30, 128),
 ]
 
 
@@ -52,14 +52,6 @@ def test_sixteen_bits(place: torch.device, dtype: torch.dtype) -> None:
     # Probabilities and the result are rounded once each to the input dtype.
     tolerance = 2 * torch.finfo(dtype).eps * v.abs().max().item()
     assert (got.cpu().double() - want).abs().max() <= tolerance
-
-
-def test_every_query_sees_a_single_image(place: torch.device) -> None:
-    q = torch.randn(2, 2, 8, 32)
-    k, v = (torch.randn(2, 2, 50, 32) for _ in range(2))
-    causal = ccam_attention(q.to(place), k.to(place), v.to(place), 1)
-    free = ccam_attention(q.to(place), k.to(place), v.to(place), 1, causal=False)
-    assert torch.allclose(causal, free, atol=1e-6)
 
 
 def test_later_frames_do_not_reach_early_queries(place: torch.device) -> None:
@@ -92,13 +84,6 @@ def test_extreme_logits(place: torch.device) -> None:
     assert torch.allclose(got.cpu().double(), want, atol=1e-2)
 
 
-def test_strided_inputs(place: torch.device) -> None:
-    q, k, v = (torch.randn(2, n, 3, 32, device=place) for n in (9, 60, 60))
-    views = [t.transpose(1, 2) for t in (q, k, v)]
-    want = ccam_attention(*(t.contiguous() for t in views), 5)
-    assert torch.allclose(ccam_attention(*views, 5), want, atol=1e-6)
-
-
 def test_gradient(place: torch.device) -> None:
     q = torch.randn(1, 1, 4, 4, dtype=torch.float64, device=place, requires_grad=True)
     k, v = (
@@ -118,35 +103,18 @@ def test_rule(queries: int, frames: int) -> None:
     assert flat == seen
 
 
-def test_no_frames(place: torch.device) -> None:
-    q = torch.randn(2, 1, 4, 16, device=place)
-    k = torch.randn(2, 1, 0, 16, device=place)
-    assert (ccam_attention(q, k, k, 0) == 0).all()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+def test_no_frames_and_bad_input(place: torch.device) -> None:
+    q, k = torch.randn(2, 1, 4, 8), torch.randn(2, 1, 12, 8)
+    none = k[:, :, :0]
+    assert (ccam_attention(*(x.to(place) for x in (q, none, none)), 0) == 0).all()
+    changes: list[tuple[dict[str, object], str]] = [
         ({"frames": 5}, "not a multiple of 5 frames"),
         ({"frames": 0}, "not a multiple of 0 frames"),
-        ({"frames": -1}, "not a multiple of -1 frames"),
-        (dict.fromkeys("kv", torch.randn(2, 1, 0, 8)) | {"frames": -1}, "0 keys .* -1 frames"),
+        ({"k": none, "v": none, "frames": -1}, "0 keys .* -1 frames"),
         ({"k": torch.randn(2, 1, 9, 8)}, "do not fit"),
-        ({"v": torch.randn(2, 1, 12, 8).half()}, "one dtype"),
-        ({"v": torch.randn(2, 1, 12, 8, device="meta")}, "one device"),
         ({"q": torch.randn(2, 4, 8)}, "must have shape"),
-    ],
-)
-def test_bad_input(change: dict[str, object], message: str) -> None:
-    arguments: dict[str, object] = {
-        "q": torch.randn(2, 1, 4, 8),
-        "k": torch.randn(2, 1, 12, 8),
-        "v": torch.randn(2, 1, 12, 8),
-        "frames": 3,
-        **change,
-    }
-    with pytest.raises(KernelError, match=message):
-        ccam_attention(**arguments)  # type: ignore[arg-type]
+    ]
+    refused(ccam_attention, {"q": q, "k": k, "v": k, "frames": 3}, changes)
 
 
 def test_triton_head_dimension(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

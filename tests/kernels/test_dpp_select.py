@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from tokencomp.kernels import KernelError, dpp_select
+from support.refused import refused
+from tokencomp.kernels import dpp_select
 from torch import Tensor
 
 
@@ -25,11 +26,9 @@ def random_spans(lengths: list[int], dim: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(
     ("lengths", "counts", "dim"),
     [
-        ([1], [1], 3),
-        ([20, 1, 9, 20, 5], [6, 1, 4, 6, 0], 12),
-        ([0, 33, 16], [0, 5, 3], 70),
+        ([20, 1, 9, 0, 20, 5], [6, 1, 4, 0, 6, 0], 12),
         ([17, 17, 17], [4, 4, 4], 33),
-        ([65, 2], [7, 2], 40),
+        ([65, 2], [7, 2], 70),
     ],
     ids=str,
 )
@@ -60,13 +59,6 @@ def test_ties_go_to_the_lower_row(place: torch.device) -> None:
     assert dpp_select(unit, 5, ones).tolist() == [0, 1, 2, 3, 4]
 
 
-def test_rows_of_any_stride(place: torch.device) -> None:
-    unit, r = random_spans([30], 12)
-    view = torch.stack([unit, unit], -1).to(place)[..., 0]
-    assert not view.is_contiguous()
-    assert dpp_select(view, 6, r.to(place)).tolist() == by_determinants(unit, r, 6)
-
-
 @pytest.mark.parametrize("limit", ["MAX_ROWS", "MAX_WORK"])
 def test_what_one_program_cannot_hold_runs_in_pytorch(
     place: torch.device, monkeypatch: pytest.MonkeyPatch, limit: str
@@ -83,23 +75,14 @@ def test_what_one_program_cannot_hold_runs_in_pytorch(
     assert dpp_select(unit.to(place), 3, r.to(place), spans=12).tolist() == expected
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+def test_bad_input() -> None:
+    changes: list[tuple[dict[str, object], str]] = [
         ({"k": 11}, r"k must be in \[0, 10\]"),
         ({"unit": torch.ones(10, 4, dtype=torch.float16)}, "float32 or float64"),
         ({"relevance": torch.ones(9)}, "relevance must be"),
         ({"relevance": torch.zeros(10)}, "above 0"),
         ({"spans": [4, 4]}, "spans"),
         ({"k": [1, 2]}, "2 values of k for 1 spans"),
-    ],
-)
-def test_bad_input(change: dict[str, object], message: str) -> None:
-    arguments: dict[str, object] = {
-        "unit": torch.nn.functional.normalize(torch.randn(10, 4), dim=1),
-        "k": 3,
-        "relevance": torch.ones(10),
-        **change,
-    }
-    with pytest.raises(KernelError, match=message):
-        dpp_select(**arguments)  # type: ignore[arg-type]
+    ]
+    unit = torch.nn.functional.normalize(torch.randn(10, 4), dim=1)
+    refused(dpp_select, {"unit": unit, "k": 3, "relevance": torch.ones(10)}, changes)

@@ -8,14 +8,12 @@ from support.max_min import check_greedy
 from tokencomp.kernels import maxmin_select
 from tokencomp.kernels.maxmin_select import naive
 from tokencomp.kernels.maxmin_select import rounds as module
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ordered_choices = functools.partial(maxmin_select, ordered=True)
 
 
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("margin", [0.0, 0.2])
+@pytest.mark.parametrize(("margin", "weighted"), [(0.0, False), (0.2, True)])
 def test_long_spans_choose_in_rounds(
     place: torch.device, margin: float, weighted: bool, short_rounds: None
 ) -> None:
@@ -34,14 +32,9 @@ def test_long_spans_choose_in_rounds(
     check_greedy(x[110:], (got[60:] - 110).tolist(), part, 1e-6)
 
 
-@pytest.mark.parametrize(
-    ("lengths", "counts"), [([40, 110], [3, 9]), ([110, 30, 90], [6, 0, 11]), ([110, 90], [0, 5])],
-    ids=str,
-)  # fmt: skip
-def test_long_spans_anywhere(
-    place: torch.device, lengths: list[int], counts: list[int], short_rounds: None
-) -> None:
+def test_long_spans_anywhere(place: torch.device, short_rounds: None) -> None:
     """Rows are counted from the start of `x`, and a span with k = 0 is skipped."""
+    lengths, counts = [110, 30, 90], [6, 0, 11]
     x, weights, margin = torch.randn(sum(lengths), 24), torch.rand(sum(lengths)), torch.rand(3)
     got = ordered_choices(
         x.to(place), counts, weights.to(place), spans=lengths,
@@ -83,8 +76,7 @@ def rounds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.05, 30.0])
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("noise", "weighted"), [(0.0, False), (0.05, True), (30.0, False)])
 def test_most_cosines_are_never_needed(weighted: bool, noise: float, rounds: list[int]) -> None:
     """In still and moving scenes at most half of the cosines with other rows are computed.
 
@@ -99,10 +91,8 @@ def test_most_cosines_are_never_needed(weighted: bool, noise: float, rounds: lis
     assert len(rounds) <= 700 / 20
 
 
-@pytest.mark.parametrize("margin", [0.0, 0.1])
-@pytest.mark.parametrize("weighted", [False, True])
 def test_choices_of_a_round_in_a_still_video(
-    weighted: bool, margin: float, rounds: list[int], monkeypatch: pytest.MonkeyPatch
+    rounds: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the 2048 candidates of the Triton version, a round makes at least 60 choices.
 
@@ -110,27 +100,6 @@ def test_choices_of_a_round_in_a_still_video(
     """
     monkeypatch.setattr(module, "ROUND", 2048)
     x = torch.randn(256, 128).repeat(64, 1) + 0.02 * torch.randn(16384, 128)
-    weights = torch.rand(256).repeat(64) * (1 + 0.02 * torch.rand(16384)) if weighted else None
-    naive.maxmin_select(x, [819], weights, [16384], torch.tensor([margin]), None)
+    weights = torch.rand(256).repeat(64) * (1 + 0.02 * torch.rand(16384))
+    naive.maxmin_select(x, [819], weights, [16384], torch.tensor([0.1]), None)
     assert sum(rounds) == 818 and 819 / len(rounds) >= 60
-
-
-@pytest.mark.parametrize("margin", [None, 0.2])
-def test_a_round_chooses_many_rows(
-    device: torch.device, margin: float | None, monkeypatch: pytest.MonkeyPatch, short_rounds: None
-) -> None:
-    """The Triton version reads all rows once per round instead of once per choice."""
-    triton = pytest.importorskip("tokencomp.kernels.maxmin_select.triton")
-    monkeypatch.setenv("TOKENCOMP_KERNELS", "triton")
-    monkeypatch.setattr(triton, "CANDIDATES", 32)
-    original, chosen = triton.Cosines.closest, []
-
-    def spy(rows: object, new: Tensor, nearest: Tensor) -> None:
-        chosen.append(len(new))
-        original(rows, new, nearest)
-
-    monkeypatch.setattr(triton.Cosines, "closest", spy)
-    x = torch.randn(40, 16).repeat(5, 1) + 0.05 * torch.randn(200, 16)
-    margins = None if margin is None else torch.tensor([margin], device=device)
-    maxmin_select(x.to(device), 60, torch.rand(200).to(device), margin=margins)
-    assert sum(chosen) == 60 and len(chosen) <= 15

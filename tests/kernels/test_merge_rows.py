@@ -1,11 +1,12 @@
 """merge_rows is compared with a loop over kept rows."""
 
+import importlib
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
-from tokencomp.kernels import KernelError, MergedRows, merge_rows
+from support.refused import refused
+from tokencomp.kernels import MergedRows, merge_rows
 from torch import Tensor
 
 
@@ -38,10 +39,14 @@ def by_hand(
     return torch.stack(merged), torch.stack(total)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize(
-    ("lengths", "dim"), [([1], 5), ([6, 0, 33, 1], 70), ([100, 100], 130)], ids=str
+    ("lengths", "dim", "weighted", "dtype"),
+    [
+        ([6, 0, 33, 1], 70, True, torch.float32),
+        ([6, 0, 33, 1], 70, False, torch.float32),
+        ([100, 100], 130, True, torch.bfloat16),
+    ],
+    ids=str,
 )
 def test_matches_loops(
     place: torch.device, lengths: list[int], dim: int, weighted: bool, dtype: torch.dtype
@@ -71,13 +76,15 @@ def test_defaults(place: torch.device) -> None:
     assert torch.allclose(got.x.cpu(), (x[::2] + x[1::2]) / 2, atol=1e-6)
 
 
-def test_many_rows_are_sorted_not_scanned(
+def test_long_segments_are_sorted_not_scanned(
     place: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In segments above ``MAX_SCAN`` rows the kernel takes members from a sorted list."""
-    rows = 5000
-    target, keep = random_merge([rows], 0.05)
-    x, sizes = torch.randn(rows, 16), torch.rand(rows) + 0.5
+    if importlib.util.find_spec("triton"):
+        triton = importlib.import_module("tokencomp.kernels.merge_rows.triton")
+        monkeypatch.setattr(triton, "MAX_SCAN", 100)
+    target, keep = random_merge([500], 0.05)
+    x, sizes = torch.randn(500, 16), torch.rand(500) + 0.5
     want = by_hand(x, target, keep, sizes, True)
     got = merge_rows(x.to(place), target.to(place), keep.to(place), sizes.to(place))
     assert torch.allclose(got.x.cpu().double(), want[0], atol=1e-5)
@@ -89,15 +96,6 @@ def test_rows_without_members_are_copied_bit_for_bit(place: torch.device) -> Non
     index = torch.arange(50, device=place)
     got = merge_rows(x.to(place), index, index, frames=25)
     assert torch.equal(got.x.cpu(), x)
-
-
-def test_strided_rows_give_the_same_bits(place: torch.device) -> None:
-    target, keep = random_merge([64], 0.1)
-    wide = torch.randn(64, 80, device=place)
-    target, keep = target.to(place), keep.to(place)
-    want = merge_rows(wide[:, :40].contiguous(), target, keep).x
-    for x in (wide[:, :40], wide[:, :40].contiguous(), wide[:, :40].T.contiguous().T):
-        assert torch.equal(merge_rows(x, target, keep).x, want)
 
 
 def test_gradient(place: torch.device) -> None:
@@ -117,30 +115,20 @@ def test_empty(place: torch.device) -> None:
     assert isinstance(got, MergedRows) and got.x.shape == (0, 3) and got.sizes.shape == (0,)
 
 
-BAD: list[tuple[Callable[[dict[str, object]], None], str]] = [
-    (lambda a: a.update(target=torch.tensor([1, 1, 2, 3])), "keep must be ascending"),
-    (lambda a: a.update(target=torch.tensor([1, 1, 4, 3])), "keep must be ascending"),
-    (lambda a: a.update(target=torch.tensor([1, 3, 3, 3])), "keep must be ascending"),
-    (lambda a: a.update(keep=torch.tensor([3, 1])), "keep must be ascending"),
-    (lambda a: a.update(keep=torch.tensor([1, 4])), "keep must be ascending"),
-    (lambda a: a.update(target=torch.tensor([1, 1, 3])), "target must have as many"),
-    (lambda a: a.update(target=torch.tensor([1.0, 1, 3, 3])), "int32 or int64"),
-    (lambda a: a.update(sizes=torch.ones(3)), "sizes must be"),
-    (lambda a: a.update(frames=3), "frames"),
-    (lambda a: a.update(x=torch.zeros(4, 2, device="meta")), "one device"),
-]
-
-
-@pytest.mark.parametrize(("change", "message"), BAD, ids=[str(i) for i in range(len(BAD))])
-def test_bad_input(change: Callable[[dict[str, object]], None], message: str) -> None:
-    arguments: dict[str, object] = {
-        "x": torch.randn(4, 2),
-        "target": torch.tensor([1, 1, 3, 3]),
-        "keep": torch.tensor([1, 3]),
-    }
-    change(arguments)
-    with pytest.raises(KernelError, match=message):
-        merge_rows(**arguments)  # type: ignore[arg-type]
+def test_bad_input() -> None:
+    target, keep = torch.tensor([1, 1, 3, 3]), torch.tensor([1, 3])
+    changes: list[tuple[dict[str, object], str]] = [
+        ({"target": torch.tensor([1, 1, 2, 3])}, "keep must be ascending"),
+        ({"target": torch.tensor([1, 1, 4, 3])}, "keep must be ascending"),
+        ({"target": torch.tensor([1, 3, 3, 3])}, "keep must be ascending"),
+        ({"keep": torch.tensor([3, 1])}, "keep must be ascending"),
+        ({"keep": torch.tensor([1, 4])}, "keep must be ascending"),
+        ({"target": torch.tensor([1, 1, 3])}, "target must have as many"),
+        ({"target": torch.tensor([1.0, 1, 3, 3])}, "int32 or int64"),
+        ({"sizes": torch.ones(3)}, "sizes must be"),
+        ({"frames": 3}, "frames"),
+    ]
+    refused(merge_rows, {"x": torch.randn(4, 2), "target": target, "keep": keep}, changes)
 
 
 def test_nan_stays_in_its_own_row(place: torch.device) -> None:

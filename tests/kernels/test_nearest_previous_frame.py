@@ -22,21 +22,19 @@ def by_hand(x: Tensor) -> Tensor:
     return similarity
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    "shape", [(1, 3, 3, 8), (3, 1, 1, 5), (3, 5, 4, 70), (2, 4, 6, 130), (2, 2, 2, 1100)], ids=str
+    ("shape", "dtype"),
+    [
+        ((1, 3, 3, 8), torch.float32),
+        ((3, 5, 4, 70), torch.bfloat16),
+        ((2, 2, 2, 1100), torch.float32),
+    ],
+    ids=str,
 )
 def test_matches_loops(place: torch.device, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     x = torch.randn(shape).to(dtype)
     similarity = nearest_previous_frame(x.to(place))
     assert torch.allclose(similarity.cpu(), by_hand(x), atol=1e-5)
-
-
-def test_still_video(place: torch.device) -> None:
-    x = torch.randn(1, 4, 4, 32).expand(3, -1, -1, -1)
-    similarity = nearest_previous_frame(x.to(place))
-    assert torch.allclose(similarity[1:].cpu(), torch.ones(2, 4, 4), atol=1e-5)
-    assert similarity[0].isneginf().all()
 
 
 def test_zero_tokens_and_empty_video(place: torch.device) -> None:

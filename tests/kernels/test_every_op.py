@@ -1,0 +1,347 @@
+"""What holds for every op: Triton equals plain PyTorch, graphs, strides, devices, sizes, NaN.
+
+Each case is a small one whose rows, features and keys end inside of a tile, with ties where the op
+ranks. It is what plain pytest runs of the Triton kernels.
+"""
+
+import importlib
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from tokencomp.kernels import KernelError
+from torch import Tensor
+
+from tokencomp import kernels
+
+
+class Case(NamedTuple):
+    """Shape of the main operand `x`, and a call that puts all others on the device of `x`."""
+
+    shape: tuple[int, ...]
+    call: Callable[[Tensor], object]
+    limits: tuple[tuple[str, int], ...] = ()
+    """What to lower in the op's Triton module, so that a small input takes the long path."""
+
+
+def visible(x: Tensor, rows: int, window: int) -> Tensor:
+    """What the last rows of two left-padded samples see, those first that are in the middle.
+
+    One is a padding row.
+    """
+    begin, keys = torch.tensor([[0], [9]]), x.shape[2]
+    own = (torch.arange(rows) + torch.tensor([[21], [48]])) % rows + keys - rows
+    low = torch.maximum(own - window + 1, begin)
+    own[0, 3], low[0, 3] = -1, 0
+    return torch.stack([low, own + 1, own]).int().to(x.device)
+
+
+def colsum(x: Tensor, rows: int, window: int = 300, **options: object) -> Tensor:
+    """Two query heads of different content for every key head."""
+    q = torch.cat([x, 2 * x.flip(1)], 1)[:, :, -rows:]
+    how = {"row_weights": torch.arange(1.0, rows + 1, device=x.device), "heads": "none"}
+    seen = visible(x, rows, window)
+    return kernels.attention_colsum(q, x, visible=seen, **{**how, **options})
+
+
+def layer(x: Tensor) -> object:
+    """Tensors of a layer, among them masks, positions, strided, wide and sequence-first ones."""
+    index = torch.tensor([[0, 3, -1, 11], [5, 5, 2, -1]], device=x.device)
+    heads = x.view(2, 12, 2, 10).transpose(1, 2)
+    tensors = [x, x > 0, (9 * x).int(), x[:1], x.bfloat16(), heads, torch.stack([heads, -heads])]
+    tensors += [x.transpose(0, 1), x[..., 0], torch.cat([x] * 8, 2)]
+    seqs, batches = [1, 1, 1, 1, 1, 2, 3, 0, 1, 1], [0, 0, 0, 0, 0, 0, 1, 1, 0, 0]
+    return kernels.gather_rows(tensors, index, seqs, batches)
+
+
+def merged(x: Tensor, **options: object) -> object:
+    """Rows merge into the next multiple of 7 below, and every fifth of the others is dropped."""
+    row = torch.arange(len(x), device=x.device)
+    target = torch.where((row % 5 == 1) & (row % 7 != 0), -1, row // 7 * 7)
+    return kernels.merge_rows(x, target, row[::7], 1 + row % 3, **options)
+
+
+def match(x: Tensor) -> object:
+    """Odd rows 1 and 139, farther apart than a tile of odd rows, are equal and next to row 0."""
+    x = torch.cat([x[:1], x[:1] * 0.5, x[2:139], x[:1] * 0.5, x[140:]])
+    return kernels.bipartite_match(x, [141, 0, 7])
+
+
+def maxmin(x: Tensor, **options: object) -> Tensor:
+    """Half of the first rows are those before them, but for their lengths or rounding."""
+    copies = x[:36] * (1 + 3e-7 if options.get("metric") == "rms" else 3)
+    x = torch.cat([x[:36], copies, x[72:]])
+    weights = 1 + torch.arange(len(x), device=x.device) % 3
+    how = {"spans": [72, 1, 40], "weights": weights, "ordered": True, **options}
+    return kernels.maxmin_select(x, [60, 1, 9], **how)
+
+
+def given(x: Tensor, number: int, **options: object) -> Tensor:
+    """Margins, bonuses and several first choices in the first span."""
+    start = torch.arange(70, device=x.device) * 25 % 71
+    start[60:] = 0
+    some = torch.tensor([number, 1, 1], device=x.device)
+    how = {"start": start, "given": some, "margin": x[:3, 0].abs(), "bonus": x[:, 1].abs()}
+    return maxmin(x, **{**how, **options})
+
+
+def unit(x: Tensor) -> Tensor:
+    """Unit rows; three of them are copies of others."""
+    x = x / x.norm(dim=1, keepdim=True)
+    return torch.cat([x[:3], x[:3], x[6:]])
+
+
+def covered(x: Tensor) -> Tensor:
+    """Coverings of other points by a softmax."""
+    x, points, lengths, reach = unit(x), 3 * x[:33], [40, 0, 13], [26, 0, 7]
+    logits = [p @ u.T for p, u in zip(points.split(reach), x.split(lengths), strict=True)]
+    offset = torch.cat([part.logsumexp(1) for part in logits if len(part)])
+    how = {"points": points, "point_spans": reach, "offset": offset}
+    return kernels.facility_select(x, [9, 0, 6], spans=lengths, **how)
+
+
+def facility(x: Tensor) -> Tensor:
+    """The last span has five rows four times, but for rounding, and more choices."""
+    x, w = unit(x), x[:, 0].abs()
+    x, w = (torch.cat([t[:33], t[33:38].repeat(4, *[1] * (t.dim() - 1))]) for t in (x, w))
+    x = x * (1 + 2e-7 * (torch.arange(53, device=x.device) * 7 % 5))[:, None]
+    return kernels.facility_select(x, [12, 0, 9], w, spans=[33, 0, 20])
+
+
+def dpp(x: Tensor) -> Tensor:
+    """More rows than directions; copies have one relevance."""
+    x = unit(x)
+    return kernels.dpp_select(x, [12, 0, 3], 1.1 + x[:, 0], spans=[33, 0, 20])
+
+
+CASES = {
+    "attention_colsum": Case(
+        (1, 2, 9, 24),
+        lambda x: kernels.attention_colsum(x[:, :, :5], x, x[:, :, :5, 0], heads="rms"),
+    ),
+    "attention_colsum, padded": Case((2, 2, 265, 40), lambda x: colsum(x, 19)),
+    "attention_colsum, many rows": Case(
+        (2, 2, 90, 40), lambda x: colsum(x, 70, 10, heads="mean"), (("MANY_ROWS", 32),)
+    ),
+    "attention_colsum, iterated": Case((2, 1, 40, 20), lambda x: colsum(x, 40, iterations=2)),
+    "bipartite_match": Case((148, 20), match),
+    "ccam_attention": Case(
+        (1, 2, 270, 24), lambda x: kernels.ccam_attention(x[:, :, :19], x, x.flip(2), 9)
+    ),
+    "ccam_attention, free": Case(
+        (1, 2, 30, 24), lambda x: kernels.ccam_attention(x, x, x.flip(2), 3, causal=False)
+    ),
+    "dpp_select": Case((53, 9), dpp),
+    "facility_select": Case((53, 9), facility),
+    "facility_select, softmax": Case((53, 9), covered),
+    "frame_pool": Case(
+        (4, 7, 5, 300), lambda x: kernels.frame_pool(x, [(4, 3), (7, 5), (1, 1), (3, 5)])
+    ),
+    "gather_rows": Case((2, 12, 20), layer),
+    "maxmin_select": Case((113, 40), maxmin),
+    "maxmin_select, no weights": Case((113, 40), lambda x: maxmin(x, weights=None)),
+    "maxmin_select, given": Case((113, 40), lambda x: given(x, 2)),
+    "maxmin_select, isolated": Case((113, 40), lambda x: maxmin(x, start="isolated")),
+    "maxmin_select, rms": Case((113, 9), lambda x: maxmin(x, metric="rms", margin=x[:3, 0].abs())),
+    "maxmin_select, rounds": Case(
+        (113, 40), lambda x: given(x, 40), (("MAX_GRAM_ROWS", 50), ("CANDIDATES", 8))
+    ),
+    "maxmin_select, rounds of rms": Case(
+        (113, 9),
+        lambda x: given(x, 40, metric="rms"),
+        (("MAX_GRAM_ROWS", 50), ("CANDIDATES", 8)),
+    ),
+    "maxmin_select, rounds of ties": Case(
+        (113, 40),
+        lambda x: maxmin(x[:12].repeat(10, 1)[:113], weights=None),
+        (("MAX_GRAM_ROWS", 50), ("CANDIDATES", 8)),
+    ),
+    "mean_distance": Case((53, 70), lambda x: kernels.mean_distance(x + 0.3, spans=[33, 0, 20])),
+    "merge_rows": Case((60, 80), lambda x: merged(x, frames=[42, 0, 18])),
+    "merge_rows, sorted": Case((60, 80), lambda x: merged(x, weighted=False), (("MAX_SCAN", 9),)),
+    "nearest_previous_frame": Case((3, 5, 4, 70), kernels.nearest_previous_frame),
+    "topk_stable": Case(
+        (1100, 1),
+        lambda x: kernels.topk_stable((2 * x[:, 0]).round(), [3, 0, 200], spans=[40, 0, 1060]),
+    ),
+}
+every_case = pytest.mark.parametrize("name", CASES)
+# One case per op.
+every_op = pytest.mark.parametrize("name", [name for name in CASES if "," not in name])
+
+
+def leaves(result: object) -> list[Tensor]:
+    return [t for t in torch.utils._pytree.tree_leaves(result) if t is not None]
+
+
+@every_case
+def test_triton_equals_pytorch(
+    name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    case, op = CASES[name], {"mean_distance": "maxmin_select"}.get(name, name.split(",")[0])
+    x = torch.randn(case.shape)
+    monkeypatch.setenv("TOKENCOMP_KERNELS", "naive")
+    want = leaves(case.call(x))
+    monkeypatch.setenv("TOKENCOMP_KERNELS", "triton")
+    module = importlib.import_module(f"tokencomp.kernels.{op}.triton")
+    for limit, value in case.limits:
+        monkeypatch.setattr(module, limit, value)
+    got = leaves(case.call(x.to(device)))
+    assert len(got) == len(want)
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-5, atol=1e-5)
+
+
+@every_op
+def test_graphs(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled without a break, with the values of the eager call; and PyTorch's own checks.
+
+    They look at the schema (no hidden aliasing or mutation) and the fake tensors.
+    """
+    monkeypatch.setenv("TOKENCOMP_KERNELS", "naive")
+    torch._dynamo.reset()
+    x, call, recorded = torch.randn(CASES[name].shape, device=device), CASES[name].call, []
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for a, b in zip(leaves(compiled(x)), leaves(call(x)), strict=True):
+        assert torch.equal(a, b)
+    op, attribute = {"mean_distance": ("maxmin_select", "_mean_op")}.get(name, (name, "_op"))
+    package = importlib.import_module(f"tokencomp.kernels.{op}")
+    custom = getattr(package, attribute)
+
+    def recorder(*arguments: object) -> object:
+        recorded.append(arguments)
+        return custom(*arguments)
+
+    monkeypatch.setattr(package, attribute, recorder)
+    call(x)
+    torch.library.opcheck(custom, recorded[0], test_utils=("test_schema", "test_faketensor"))
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "slice": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
+    "every second": lambda x: torch.stack([x, x], -1)[..., 0],
+    "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+}
+STRIDED: dict[str, tuple[tuple[int, ...], Callable[[Tensor], object]]] = {
+    "attention_colsum": ((1, 2, 7, 16), lambda x: kernels.attention_colsum(x[:, :, :3], x)),
+    "bipartite_match": ((12, 20), lambda x: kernels.bipartite_match(x, 6)),
+    "ccam_attention": ((1, 2, 6, 16), lambda x: kernels.ccam_attention(x, x, x, 3)),
+    "dpp_select": ((12, 20), lambda x: kernels.dpp_select(x, 4, 1 + x[:, 0].abs(), spans=6)),
+    "facility_select": ((12, 20), lambda x: kernels.facility_select(x, 4, x[:, 0].abs(), spans=6)),
+    "frame_pool": ((2, 4, 4, 20), lambda x: kernels.frame_pool(x, [(2, 2), (3, 4)])),
+    "gather_rows": (
+        (2, 12, 20),
+        lambda x: kernels.gather_rows([x], torch.arange(0, 12, 2, device=x.device).expand(2, -1)),
+    ),
+    "maxmin_select": (
+        (12, 20),
+        lambda x: kernels.maxmin_select(x, 4, x[:, 0].abs(), spans=6, margin=x[0, :2].abs()),
+    ),
+    "merge_rows": ((12, 20), merged),
+    "nearest_previous_frame": ((3, 2, 2, 20), kernels.nearest_previous_frame),
+    "topk_stable": ((3, 20), lambda x: kernels.topk_stable(x[0], 5)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", STRIDED)
+def test_any_strides(op: str, place: torch.device) -> None:
+    shape, call = STRIDED[op]
+    x = torch.randn(shape).to(place)
+    for name, layout in LAYOUTS.items():
+        view = layout(x)
+        assert torch.equal(view, x) and not view.is_contiguous()
+        for a, b in zip(leaves(call(view)), leaves(call(x)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("op", STRIDED)
+def test_nan_and_infinity_give_an_error_or_remain(op: str, place: torch.device) -> None:
+    """Infinity may remain where values are only moved or ranked."""
+    shape, call = STRIDED[op]
+    for bad in (math.nan, math.inf):
+        x = torch.randn(shape)
+        x.view(-1)[0] = bad
+        try:
+            result = call(x.to(place))
+        except KernelError as error:
+            assert "NaN" in str(error) or "finite" in str(error)
+        else:
+            finite = all(t.isfinite().all() for t in leaves(result))
+            assert op == "topk_stable" or not finite
+
+
+X = torch.randn(4, 8)
+INDEX = torch.arange(4)
+HEADS = torch.randn(1, 2, 4, 8)
+ELSEWHERE: dict[str, Callable[[torch.device], object]] = {
+    "colsum keys": lambda d: kernels.attention_colsum(HEADS, HEADS.to(d)),
+    "colsum row_weights": lambda d: kernels.attention_colsum(HEADS, HEADS, X[:, 0].to(d)),
+    "colsum visible": lambda d: kernels.attention_colsum(
+        HEADS, HEADS, visible=INDEX.expand(3, 1, 4).int().to(d)
+    ),
+    "ccam keys": lambda d: kernels.ccam_attention(HEADS, HEADS.to(d), HEADS, 2),
+    "gather index": lambda d: kernels.gather_rows([X[None]], INDEX[None].to(d)),
+    "gather tensors": lambda d: kernels.gather_rows([X[None], X[None].to(d)], INDEX[None]),
+    "maxmin weights": lambda d: kernels.maxmin_select(X, 2, X[:, 0].abs().to(d)),
+    "maxmin margin": lambda d: kernels.maxmin_select(X, 2, margin=X[:1, 0].abs().to(d)),
+    "maxmin start": lambda d: kernels.maxmin_select(X, 2, start=INDEX[:1].to(d)),
+    "merge target": lambda d: kernels.merge_rows(X, INDEX.to(d), INDEX),
+    "merge keep": lambda d: kernels.merge_rows(X, INDEX, INDEX.to(d)),
+    "merge sizes": lambda d: kernels.merge_rows(X, INDEX, INDEX, torch.ones(4, device=d)),
+}
+MIXED: dict[str, Callable[[], object]] = {
+    "colsum": lambda: kernels.attention_colsum(HEADS, HEADS.bfloat16()),
+    "ccam": lambda: kernels.ccam_attention(HEADS, HEADS, HEADS.half(), 2),
+}
+
+
+def huge(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor that has any size but stores a single element."""
+    return torch.zeros((), dtype=dtype).expand(shape)
+
+
+MANY = 2**31
+HUGE: dict[str, Callable[[], object]] = {
+    "colsum keys": lambda: kernels.attention_colsum(huge(1, 1, 1, 1), huge(1, 1, MANY, 1)),
+    "colsum heads x rows": lambda: kernels.attention_colsum(
+        huge(1, 2**11, 2**20, 1), huge(1, 1, 2**20, 1)
+    ),
+    "match": lambda: kernels.bipartite_match(huge(MANY, 1)),
+    "ccam keys": lambda: kernels.ccam_attention(
+        huge(1, 1, 1, 1), huge(1, 1, MANY, 1), huge(1, 1, MANY, 1), 2
+    ),
+    "ccam queries x frames": lambda: kernels.ccam_attention(
+        huge(1, 1, 2**20, 1), huge(1, 1, 2**11, 1), huge(1, 1, 2**11, 1), 2**11
+    ),
+    "pool": lambda: kernels.frame_pool(huge(1, 2**16, 2**15, 1), [(1, 1)]),
+    "gather": lambda: kernels.gather_rows([huge(1, MANY, 1)], INDEX[None]),
+    "gather rows x heads": lambda: kernels.gather_rows(
+        [huge(1, 2**11, 1, 1)], huge(1, 2**20, dtype=torch.int64), 2
+    ),
+    "maxmin": lambda: kernels.maxmin_select(huge(MANY, 1), 1),
+    "merge": lambda: kernels.merge_rows(huge(MANY, 1), INDEX, INDEX),
+    "nearest": lambda: kernels.nearest_previous_frame(huge(MANY, 1, 1, 1)),
+}
+
+
+def test_tensors_of_several_devices_or_dtypes_and_sizes_past_32_bits() -> None:
+    """A kernel would read another memory, or wrap around; nothing is read or allocated before."""
+    calls: list[tuple[Callable[[], object], str]] = [(call, "one dtype") for call in MIXED.values()]
+    calls += [(call, "32-bit") for call in HUGE.values()]
+    elsewhere = torch.device("meta")
+    calls += [(lambda c=c: c(elsewhere), r"one device; got .* meta") for c in ELSEWHERE.values()]
+    for call, message in calls:
+        with pytest.raises(KernelError, match=message):
+            call()
+
+
+def test_nan_key_reaches_every_row_that_sees_it(place: torch.device) -> None:
+    """All columns that such a row sees become NaN, and what such a row reads."""
+    q, k = torch.randn(2, 1, 2, 6, 16).to(place).unbind(0)
+    k[:, :, 4] = math.nan
+    assert kernels.attention_colsum(q, k).isnan().all()
+    assert kernels.ccam_attention(q, k, k, 3)[:, :, 4:].isnan().all()
