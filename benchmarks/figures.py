@@ -1,4 +1,4 @@
-"""The tables of figures in README.md and docs/results.md, and whether today's code gives them.
+"""The tables of figures in README.md and docs/evaluation.md, and whether today's code gives them.
 
     python -m benchmarks.figures    # rewrites both tables from the result files
 
@@ -223,7 +223,7 @@ def readme_table(rows: Iterable[Figure], root: Path = ROOT) -> str:
 
 
 def speed_table() -> str:
-    """Every method on Qwen2-VL-2B with 4,096 visual tokens, for docs/results.md."""
+    """Every method on Qwen2-VL-2B with 4,096 visual tokens, for docs/evaluation.md."""
     share = "reducer's own time, share of the full prefill"
     head = ["media", "method", *(f"ratio {ratio:g}" for ratio in RATIOS), share, "measured"]
     rows = []
@@ -254,7 +254,7 @@ def put(path: Path, heading: str, new: str) -> None:
 def main() -> None:
     rows = figures()
     put(ROOT / "README.md", "## How fast, and how exact", readme_table(rows))
-    put(ROOT / "docs" / "results.md", "## Speed", speed_table())
+    put(ROOT / "docs" / "evaluation.md", "### Speed", speed_table())
     for figure in rows:
         print(f"{figure.text}: {outdated(figure) or 'current'}")
 

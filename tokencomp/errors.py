@@ -179,7 +179,7 @@ def copy_error(model_name: str) -> CopyError:
 
 
 LEFT_OUT = ("prumerge", "prunevid", "ottvid", "framefusion", "echoprune", "f3a", "occamtoken")
-"""Methods that docs/reducers.md lists as left out, without hyphens."""
+"""Methods that docs/methods.md lists as left out, without hyphens."""
 
 
 def unknown_name(kind: str, name: str, allowed: Iterable[str]) -> UnknownNameError:
@@ -189,7 +189,7 @@ def unknown_name(kind: str, name: str, allowed: Iterable[str]) -> UnknownNameErr
     close = [lower[m] for m in difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.7)]
     hint = f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
     if name.lower().replace("-", "").rstrip("+") in LEFT_OUT:
-        hint = " This method is left out on purpose, docs/reducers.md says why."
+        hint = " This method is left out on purpose, docs/methods.md says why."
     return UnknownNameError(f"unknown {kind} {name!r}.{hint} Available: {', '.join(names)}.")
 
 

@@ -1,4 +1,4 @@
-"""The summary page: every method over all ratios. docs/results.md shows rows of it."""
+"""The summary page: every method over all ratios. docs/evaluation.md shows rows of it."""
 
 from __future__ import annotations
 

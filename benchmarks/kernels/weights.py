@@ -142,7 +142,7 @@ def timed() -> dict[str, float]:
 INTRO = """# What merging with weights costs
 
 Made by `python -m benchmarks.kernels.weights`. `rest="merge"` adds the logarithm of a number to the
-attention logits of every merged row. [Reducers](../../docs/reducers.md) says what it is for.
+attention logits of every merged row. [Reducers](../../docs/methods.md) says what it is for.
 
 While a prompt is read, a few further head dimensions carry it under every backend. The kernel stays
 the user's: FlashAttention, SDPA on its fast path, FlexAttention and eager attention run unchanged,

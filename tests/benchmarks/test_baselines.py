@@ -71,7 +71,7 @@ def test_published_pages_are_those_of_the_published_results() -> None:
 
 
 def test_the_results_in_short_say_what_the_page_says() -> None:
-    page, short = ((FOLDER / n).read_text() for n in ("baselines.md", "../../docs/results.md"))
+    page, short = ((FOLDER / n).read_text() for n in ("baselines.md", "../../docs/evaluation.md"))
     match = re.search(
         r"In (\d+) comparisons .* better in (\d+) .* equal in (\d+), and worse in (\d+) "
         r"\((\d+) significant, (\d+) on families .* correction (\S+)\)",
@@ -90,7 +90,7 @@ def test_the_results_in_short_say_what_the_page_says() -> None:
 
 def test_the_table_of_the_results_in_short_is_part_of_the_summary() -> None:
     summary = (FOLDER / "summary.md").read_text().splitlines()
-    short = (FOLDER / "../../docs/results.md").read_text().splitlines()
+    short = (FOLDER / "../../docs/evaluation.md").read_text().splitlines()
     start = short.index(next(line for line in summary if line.startswith("| method")))
     rows = [*itertools.takewhile(lambda line: line.startswith("|"), short[start:])]
     assert 4 < len(rows) <= 10 and [row for row in rows if row not in summary] == []

@@ -15,7 +15,7 @@ from tokencomp.adapters.verified import load, nearest, releases, verified_types
 from tokencomp.conformance.checks import SCORED, TOLERANCE
 
 REPOSITORY = Path(__file__).parents[2]
-# The families of the ranking in docs/models.md: the types that stand for each.
+# The families of the ranking in docs/support.md: the types that stand for each.
 RANKED = {
     "Qwen3.5": ("qwen3_5", "qwen3_5_moe"),
     "Gemma 4": ("gemma4", "gemma4_unified"),
@@ -45,7 +45,7 @@ def test_pages_are_those_of_the_results(release: str) -> None:
 def test_counts_in_the_texts_are_those_of_the_results() -> None:
     images = counts(load(NEWEST), image_text=True)
     served = images["exact"] + images["entry only"]
-    for name in ("README.md", "docs/models.md"):
+    for name in ("README.md", "docs/support.md"):
         text = re.sub(r"\s+", " ", (REPOSITORY / name).read_text(encoding="utf-8"))
         assert f"{served} of the {sum(images.values())} image-text-to-text types" in text, name
 
@@ -61,7 +61,7 @@ def test_rows_of_the_comparison_are_those_of_both_runs() -> None:
         images = [types[name]["image_text"] for name in passed]
         families = [passed.issuperset(family) for family in RANKED.values()]
         rows.append((sum(images), len(images) - sum(images), sum(families)))
-    text = (REPOSITORY / "docs/models.md").read_text(encoding="utf-8")
+    text = (REPOSITORY / "docs/support.md").read_text(encoding="utf-8")
     for old, new in zip(*rows, strict=True):
         assert f"| {old} | {new} |" in text
 

@@ -82,7 +82,7 @@ def following(positions: Tensor, step: int) -> Tensor:
 
 
 @pytest.mark.thin(2)
-# The scale of fp8 values counts the whole batch, padding included: see docs/limits.md.
+# The scale of fp8 values counts the whole batch, padding included: see docs/support.md.
 @pytest.mark.parametrize(
     ("backend", "batch"),
     [("fp8", single), ("quanto", single), ("rounded", single), ("rounded", ragged)],

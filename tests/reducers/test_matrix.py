@@ -259,7 +259,7 @@ def test_batch_equals_singles(case: Case, name: str, ratio: float) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Unlike(ScoreReducer):
-    """Written as docs/reducers.md teaches, without a thought of other spans."""
+    """Written as docs/methods.md teaches, without a thought of other spans."""
 
     def scores(self, patches: Patches) -> torch.Tensor:
         x = patches.features.float()

@@ -209,7 +209,7 @@ def test_what_servers_can_run_is_computed() -> None:
 
 def test_the_contract_has_twelve_members_and_the_page_names_them() -> None:
     public = {name for name in dir(tokencomp.Reducer) if not name.startswith("_")}
-    page = (Path(__file__).parents[2] / "docs" / "reducers.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
     own = page.split("## Your own reducer")[1]
     assert len(public) <= 12
     assert not [name for name in public if not re.search(rf"`{name}\b", own)]
@@ -219,8 +219,8 @@ def test_the_contract_has_twelve_members_and_the_page_names_them() -> None:
     "name", ["prumerge", "PruMerge", "PruMerge+", "prunevid", "OTT-Vid", "FrameFusion"]
 )
 def test_methods_that_are_left_out_are_named_so(name: str) -> None:
-    """Instead of a near miss: docs/reducers.md says why each of them is not here."""
-    page = (Path(__file__).parents[2] / "docs/reducers.md").read_text(encoding="utf-8")
+    """Instead of a near miss: docs/methods.md says why each of them is not here."""
+    page = (Path(__file__).parents[2] / "docs/methods.md").read_text(encoding="utf-8")
     listed = page.split("## Methods that are left out")[1].split("## ")[0].lower()
     assert name.lower() in listed
     with pytest.raises(UnknownNameError, match="left out on purpose") as caught:

@@ -77,7 +77,7 @@ def test_options_exist() -> None:
 
 
 def test_every_file_is_described() -> None:
-    page = (ROOT / "docs" / "deploy.md").read_text()
+    page = (ROOT / "docs" / "serving.md").read_text()
     assert [f.name for f in FOLDER.iterdir() if f.name not in page and "ignore" not in f.name] == []
 
 

@@ -131,7 +131,7 @@ def test_an_operator_serves_and_an_agent_asks(
 
 
 def test_an_author_brings_a_method_in_a_package(desk: Desk) -> None:
-    (entry,) = [b for b in blocks("docs/reducers.md", "toml") if "tokencomp.reducers" in b]
+    (entry,) = [b for b in blocks("docs/methods.md", "toml") if "tokencomp.reducers" in b]
     name, module = re.findall(r'^(\w+) = "([\w.]+)"', entry, re.MULTILINE)[0]
     source = (ROOT / "examples" / "custom_reducer.py").read_text(encoding="utf-8")
     method = source.partition("\nmodel, processor = ")[0].replace('"loudest"', f'"{name}"')
