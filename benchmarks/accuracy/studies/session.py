@@ -193,7 +193,8 @@ def page(report: dict[str, Any]) -> str:
                 ["way", *(f"rows, {h}" for h in head), "memory", "tokens"], cost,
                 right=len(head) + 2,
             ),
-            "[How to use a session](../../docs/agents.md#sessions). [All benchmark pages](../README.md).",
+            "[How to use a session](../../docs/agents.md#sessions). "
+            "[All benchmark pages](../README.md).",
             f"Made by: {provenance(report['environment'])}",
         ]
     ) + "\n"  # fmt: skip
