@@ -137,7 +137,7 @@ def test_damaged_files_are_refused(tmp_path: Path, change, message: str) -> None
 @pytest.mark.long
 def test_the_trial_serves_the_embedded_model(tmp_path: Path, capsys) -> None:
     """The command of the table, with the server that runs on any machine."""
-    pytest.importorskip("fastapi")
+    pytest.importorskip("starlette")
     assert tables.main([NAME, "--dry-run", "--runs", str(tmp_path)]) == 0
     assert "the trial took every step" in capsys.readouterr().out
     file = tmp_path / "dry-run" / NAME / serve_table.RECORDS

@@ -15,8 +15,8 @@ from tokencomp.inputs import media
 from tokencomp.inputs.frame_times import reads_times
 from tokencomp.inputs.prompts import build_inputs, chat_inputs, media_chat
 from tokencomp.inputs.video import Video, with_frames
-from tokencomp.serving.hf.media import Limits
-from tokencomp.serving.hf.video import load_video
+from tokencomp.serving.limits import Limits
+from tokencomp.serving.video import load_video
 from tokencomp.zoo.shapesqa.items import item
 from tokencomp.zoo.shapesqa.render import write_mp4
 

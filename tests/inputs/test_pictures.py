@@ -61,8 +61,8 @@ def test_opaque_pictures_stay_as_they_are(tmp_path, mode):
 @pytest.mark.parametrize("kind", ["gif", "webp"])
 def test_transparent_parts_of_animations_are_white(tmp_path, kind):
     pytest.importorskip("pydantic")
-    from tokencomp.serving.hf.media import Limits
-    from tokencomp.serving.hf.video import load_video
+    from tokencomp.serving.limits import Limits
+    from tokencomp.serving.video import load_video
 
     pictures, wanted = zip(*map(cut_out, range(3)), strict=True)
     how = {"disposal": 2} if kind == "gif" else {"lossless": True}
@@ -77,8 +77,8 @@ def test_transparent_parts_of_animations_are_white(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["gif", "webp"])
 def test_animations_have_the_times_that_were_written(tmp_path, kind):
     pytest.importorskip("pydantic")
-    from tokencomp.serving.hf.media import Limits
-    from tokencomp.serving.hf.video import load_video
+    from tokencomp.serving.limits import Limits
+    from tokencomp.serving.video import load_video
 
     written = [100, 700, 50, 250, 400]
     pictures = [drawing(k)[0].convert("RGB") for k in range(5)]

@@ -62,8 +62,8 @@ def test_smaller_frames_are_upright(turned):
 
 def test_servers_show_the_same(turned):
     pytest.importorskip("pydantic")
-    from tokencomp.serving.hf.media import Limits
-    from tokencomp.serving.hf.video import load_video
+    from tokencomp.serving.limits import Limits
+    from tokencomp.serving.video import load_video
 
     path, wanted = turned
     url = "data:video/mp4;base64," + base64.b64encode(path.read_bytes()).decode()

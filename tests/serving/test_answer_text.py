@@ -12,10 +12,9 @@ pytest.importorskip("pydantic")
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tokencomp.serving.hf.answer import AnswerText
-from tokencomp.serving.hf.errors import RequestError
-from tokencomp.serving.hf.logits import token_bytes
-from tokencomp.serving.hf.schema import read_request
+from tokencomp.serving.hf.fields import read_request
+from tokencomp.serving.hf.text import AnswerText, token_bytes
+from tokencomp.serving.limits import RequestError
 
 TEXTS = ("Grüße: 東京 and 🙂🙃, e\u0301 …", "a b  c\n\n\td", "\ud55c\uae00" * 30)
 

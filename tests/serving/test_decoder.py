@@ -15,12 +15,9 @@ pytest.importorskip("av")
 
 from support.serving import http
 
-from tokencomp.serving.hf import decoder
-from tokencomp.serving.hf.deadline import Deadline
-from tokencomp.serving.hf.decoder import decode_apart
-from tokencomp.serving.hf.errors import RequestError
-from tokencomp.serving.hf.media import Limits
-from tokencomp.serving.hf.video import decode_container
+from tokencomp.serving import video
+from tokencomp.serving.limits import Deadline, Limits, RequestError
+from tokencomp.serving.video import decode_apart, decode_container
 
 
 def clip() -> bytes:
@@ -114,7 +111,7 @@ def test_frames_that_do_not_fit_into_memory_are_refused() -> None:
 def test_a_process_that_says_nothing_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """As one that the system has ended, before or after it has read the file."""
     for command in ("/bin/true", "/bin/cat"):
-        monkeypatch.setattr(decoder.sys, "executable", command)
+        monkeypatch.setattr(video.sys, "executable", command)
         with pytest.raises(RequestError, match="of memory"):
             decode_apart(bytes(10**6), Limits(), Deadline(60))
 
@@ -125,7 +122,7 @@ def test_the_process_ends_when_the_client_leaves(
     script = tmp_path / "endless"
     script.write_text("#!/bin/sh\nexec sleep 1000\n")
     script.chmod(0o755)
-    monkeypatch.setattr(decoder.sys, "executable", str(script))
+    monkeypatch.setattr(video.sys, "executable", str(script))
     deadline = Deadline(60)
     leaving = threading.Timer(0.5, deadline.cancel)
     leaving.start()

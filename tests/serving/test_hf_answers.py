@@ -12,17 +12,18 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("fastapi")
+pytest.importorskip("starlette")
 import torch
-from fastapi.testclient import TestClient
+from starlette.testclient import TestClient
 from support.serving import hf_reference, http
 
 from tokencomp.inputs.prompts import build_inputs
-from tokencomp.serving.hf.api import build_app
+from tokencomp.serving.hf.app import build_app
 from tokencomp.serving.hf.engine import Engine
 from tokencomp.serving.hf.logits import Steps
-from tokencomp.serving.hf.media import Limits, load_image
 from tokencomp.serving.hf.metrics import Metrics
+from tokencomp.serving.limits import Limits
+from tokencomp.serving.media import load_image
 from tokencomp.serving.spec import ServerOptions
 
 CHAT = "/v1/chat/completions"

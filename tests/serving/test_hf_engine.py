@@ -6,7 +6,6 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -14,17 +13,18 @@ import pytest
 
 pytest.importorskip("pydantic")
 import torch
+from starlette.testclient import TestClient
 from support.serving import hf_reference, http
 from support.serving.prompts import read
 
 from tokencomp.errors import ScoreError
 from tokencomp.serving.hf import engine as module
-from tokencomp.serving.hf.answer import AnswerText
-from tokencomp.serving.hf.api import Server
+from tokencomp.serving.hf.app import build_app
 from tokencomp.serving.hf.engine import Engine
-from tokencomp.serving.hf.errors import RequestError
-from tokencomp.serving.hf.job import Job
 from tokencomp.serving.hf.metrics import Metrics
+from tokencomp.serving.hf.queue import Job
+from tokencomp.serving.hf.text import AnswerText
+from tokencomp.serving.limits import Limits, RequestError
 from tokencomp.serving.spec import ServerOptions
 
 URLS = [http.image_url(seed, 112, 112) for seed in range(6)]
@@ -138,8 +138,8 @@ def test_a_model_that_answers_nothing_is_unwell_until_it_recovers(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It recovers without a request, as none arrives behind a readiness probe."""
-    server: Any = SimpleNamespace(engine=engine)
-    health: Callable[[], int] = lambda: asyncio.run(Server.health(server)).status_code  # noqa: E731
+    client = TestClient(build_app(engine, "tiny", Limits()))
+    health: Callable[[], int] = lambda: client.get("/health").status_code  # noqa: E731
     monkeypatch.setattr(module, "PROBE_SECONDS", 0.05)
     assert health() == 200
     with monkeypatch.context() as broken:

@@ -10,21 +10,19 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("fastapi")
-from fastapi.testclient import TestClient
+pytest.importorskip("starlette")
+from starlette.testclient import TestClient
 from support.serving import hf_reference, http
 from support.serving.prompts import read as read_body
 
-from tokencomp.serving.hf.api import build_app
-from tokencomp.serving.hf.completion import Completion
+from tokencomp.serving.hf.answers import Completion
+from tokencomp.serving.hf.app import build_app
 from tokencomp.serving.hf.engine import Engine
-from tokencomp.serving.hf.errors import RequestError
-from tokencomp.serving.hf.job import Piece
-from tokencomp.serving.hf.media import Limits
 from tokencomp.serving.hf.metrics import Metrics
-from tokencomp.serving.hf.prompt import Prompt
-from tokencomp.serving.hf.text import PromptText
-from tokencomp.serving.hf.tools import CallForm, Calls
+from tokencomp.serving.hf.prompt import Prompt, PromptText
+from tokencomp.serving.hf.queue import Piece
+from tokencomp.serving.hf.text import CallForm, Calls
+from tokencomp.serving.limits import Limits, RequestError
 from tokencomp.serving.spec import ServerOptions
 
 CHAT = "/v1/chat/completions"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import os
@@ -19,8 +18,8 @@ from support.console import run
 from tokencomp.errors import OptionError, UnsupportedModelError
 from tokencomp.serving import launch
 from tokencomp.serving.bind import Bind
-from tokencomp.serving.hf.media import Limits
 from tokencomp.serving.launch import vllm_command
+from tokencomp.serving.limits import Limits
 
 
 def test_vllm_drains_bounds_its_queue_and_removes_folders_of_metrics(
@@ -202,27 +201,3 @@ def test_vllm_starts_with_closed_options(tmp_path: Path, monkeypatch: pytest.Mon
     tower = {"ratio": 0.5, "tower_ratio": 0.4}
     with pytest.raises(OptionError, match=r"--tower-ratio 0\.4.*batches of pictures.*--engine hf"):
         vllm_command(str(tmp_path), tower, Bind(), Limits(), [])
-
-
-def test_the_server_may_open_as_many_files_as_it_accepts_connections(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    pytest.importorskip("uvicorn")
-    resource = pytest.importorskip("resource")
-    from tokencomp.serving.hf.server import MAX_CONNECTIONS, allow_descriptors
-
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if 0 <= before[1] < 2 * MAX_CONNECTIONS:
-        pytest.skip(f"the hard limit is {before[1]} files")
-    with contextlib.ExitStack() as stack:
-        stack.callback(resource.setrlimit, resource.RLIMIT_NOFILE, before)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (MAX_CONNECTIONS, before[1]))
-        allow_descriptors()
-        for _ in range(MAX_CONNECTIONS + 100):
-            stack.callback(os.close, os.open(os.devnull, os.O_RDONLY))
-    assert not caplog.records
-    raised: list[tuple[int, int]] = []
-    monkeypatch.setattr(resource, "getrlimit", lambda kind: (500, 600))
-    monkeypatch.setattr(resource, "setrlimit", lambda kind, limits: raised.append(limits))
-    allow_descriptors()
-    assert raised == [(600, 600)] and "may open 600 files" in caplog.text

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("fastapi")
+pytest.importorskip("starlette")
 
 import numpy as np
 import PIL
@@ -24,14 +24,12 @@ from support.serving.prompts import read
 
 from tokencomp.inputs.container import VideoFile
 from tokencomp.inputs.frames import frame_indices
-from tokencomp.serving.hf import video
-from tokencomp.serving.hf.deadline import Deadline
-from tokencomp.serving.hf.errors import RequestError
-from tokencomp.serving.hf.media import Limits, load_image
+from tokencomp.serving import video
+from tokencomp.serving.hf.app import SAFE_PILLOW
 from tokencomp.serving.hf.prompt import Prompt
-from tokencomp.serving.hf.server import SAFE_PILLOW
-from tokencomp.serving.hf.structure import count_frames
-from tokencomp.serving.hf.video import load_video
+from tokencomp.serving.limits import Deadline, Limits, RequestError
+from tokencomp.serving.media import count_frames, load_image
+from tokencomp.serving.video import load_video
 
 LIMITS = Limits(max_pixels=40_000, max_total_pixels=100_000)
 

@@ -15,12 +15,11 @@ from support.serving.prompts import read
 from tokencomp.inputs.loading import load_model
 from tokencomp.inputs.prompts import chat_inputs, prompt_lengths
 from tokencomp.serving.hf.engine import Engine
-from tokencomp.serving.hf.errors import MAX_MESSAGE, RequestError
-from tokencomp.serving.hf.job import Waiting
+from tokencomp.serving.hf.fields import read_request
 from tokencomp.serving.hf.metrics import Metrics
-from tokencomp.serving.hf.prompt import Prompt
-from tokencomp.serving.hf.schema import MAX_STRUCTURE, read_request
-from tokencomp.serving.hf.text import PromptText
+from tokencomp.serving.hf.prompt import Prompt, PromptText
+from tokencomp.serving.hf.queue import Waiting
+from tokencomp.serving.limits import MAX_MESSAGE, MAX_STRUCTURE, RequestError
 from tokencomp.serving.spec import ServerOptions
 
 LENGTH = 512

@@ -16,13 +16,9 @@ from support.clips import pictures, write_clip
 from support.serving.prompts import read
 
 from tokencomp.inputs.media import load_media
-from tokencomp.serving.hf.deadline import Deadline
-from tokencomp.serving.hf.decoder import decode_apart
-from tokencomp.serving.hf.errors import RequestError
-from tokencomp.serving.hf.frames import with_request
-from tokencomp.serving.hf.media import Limits
 from tokencomp.serving.hf.prompt import Prompt
-from tokencomp.serving.hf.video import load_video
+from tokencomp.serving.limits import Deadline, Limits, RequestError
+from tokencomp.serving.video import decode_apart, load_video, with_request
 
 
 @pytest.fixture(scope="module")

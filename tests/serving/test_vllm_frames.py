@@ -18,12 +18,10 @@ import av
 from PIL import Image
 
 from tokencomp.serving.bind import Bind
-from tokencomp.serving.hf.errors import RequestError
-from tokencomp.serving.hf.frames import with_request
-from tokencomp.serving.hf.media import Limits
-from tokencomp.serving.hf.video import load_video
 from tokencomp.serving.launch import vllm_command
+from tokencomp.serving.limits import Limits, RequestError
 from tokencomp.serving.spec import ServerOptions
+from tokencomp.serving.video import load_video, with_request
 from tokencomp.serving.vllm import register
 from tokencomp.serving.vllm.request_checks import check_media, read_request
 from tokencomp.serving.vllm.rules import Rules

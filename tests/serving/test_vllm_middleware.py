@@ -16,15 +16,14 @@ from unittest.mock import AsyncMock
 
 import pytest
 
-pytest.importorskip("fastapi")
+pytest.importorskip("starlette")
 
 import anyio
 from PIL import Image
 from support.serving import http
 
 from tokencomp.serving.bind import Bind
-from tokencomp.serving.hf.errors import RequestError
-from tokencomp.serving.hf.media import Limits
+from tokencomp.serving.limits import Limits, RequestError
 from tokencomp.serving.vllm import request_checks
 from tokencomp.serving.vllm.middleware import UNREADABLE, Guard
 from tokencomp.serving.vllm.rules import Rules

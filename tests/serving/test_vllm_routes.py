@@ -18,7 +18,7 @@ from support.serving import http
 from vllm.entrypoints.launchers.app import build_app
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from tokencomp.serving.hf.errors import RequestError
+from tokencomp.serving.limits import RequestError
 from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm.request_checks import check_media, read_request
 from tokencomp.serving.vllm.rules import Rules

@@ -32,7 +32,7 @@ def environment_checks() -> list[Finding]:
         _gpu(),
         _video(),
         _optional("eval", "lmms_eval", "tokencomp eval --tasks (not --data FILE)"),
-        _optional("serve", "fastapi", "tokencomp serve"),
+        _optional("serve", "uvicorn", "tokencomp serve"),
         _mlx(),
         _optional("train", "peft", "tokencomp train adsc"),
     ]

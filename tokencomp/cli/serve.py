@@ -78,7 +78,6 @@ def command(
             "--low-detail-ratio", help='Ratio of images that requests send as detail "low".'
         ),
     ] = None,
-    docs: Annotated[bool, typer.Option("--docs", help="Describe the API at /docs (hf).")] = False,
     frames: Annotated[
         str,
         typer.Option(
@@ -118,8 +117,8 @@ def command(
         number = None if budget is not None else parse.one_ratio(ratio, "serve")
         run(resolve(source.model), number, budget, reducer, host, port, context.args)
         return
-    from tokencomp.serving.hf.media import Limits
     from tokencomp.serving.launch import run_hf, run_vllm
+    from tokencomp.serving.limits import Limits
 
     options = {
         "reducer": reducer,
@@ -140,7 +139,7 @@ def command(
     limits = Limits(allowed_path=allowed_media_path, frames=policy.count, policy=named)
     bind = Bind(host, port, api_key, tuple(allowed_host or ()), shutdown_timeout)
     if engine == "vllm":
-        ineffective = ("device", "docs", "max_batch")
+        ineffective = ("device", "max_batch")
         opt.refuse_options(context, ineffective, "--engine vllm", VLLM_HINT)
         extra, folder = [*context.args], resolve(source.model)
         if folder != source.model and not any(a.startswith("--served-model-name") for a in extra):
@@ -163,5 +162,5 @@ def command(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     run_hf(
         source.model, options, bind, limits, device=source.device, dtype=source.dtype,
-        served_name=served_name, docs=docs, max_batch=max_batch, max_model_len=max_model_len,
+        served_name=served_name, max_batch=max_batch, max_model_len=max_model_len,
     )  # fmt: skip

@@ -15,7 +15,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from tokencomp import __version__
 from tokencomp.serving.bind import Bind
-from tokencomp.serving.hf.errors import CLIENT_LEFT, RequestError
+from tokencomp.serving.limits import CLIENT_LEFT, RequestError
 
 OPEN_PATHS = ("/health", "/ping", "/metrics")  # for probes and monitoring, which have no key
 RETRY_SECONDS = 5  # after which clients may try again when the server is busy

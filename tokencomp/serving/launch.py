@@ -19,7 +19,7 @@ from tokencomp.errors import MissingDependencyError, OptionError, UnsupportedMod
 from tokencomp.method import MethodSpec
 from tokencomp.serving import ENV_OPTIONS, ENV_RULES
 from tokencomp.serving.bind import Bind, check_port
-from tokencomp.serving.hf.media import Limits
+from tokencomp.serving.limits import Limits
 from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm import LOADER
 from tokencomp.serving.vllm.flags import check_flags, given_flags, sets, written
@@ -195,7 +195,6 @@ def run_hf(
     device: str = "auto",
     dtype: str = "auto",
     served_name: str | None = None,
-    docs: bool = False,
     **engine: Any,
 ) -> None:
     """Serve with transformers until the process is interrupted.
@@ -208,8 +207,6 @@ def run_hf(
         Address, and limits on the media of a request.
     served_name
         Model name that clients see, by default `model`.
-    docs
-        Whether the server describes its API at `/docs`.
     **engine
         Options of `Engine`.
     """
@@ -217,10 +214,9 @@ def run_hf(
     if limits.allowed_path is not None and not limits.allowed_path.is_dir():
         raise OptionError(f"--allowed-media-path {limits.allowed_path}: not a directory.")
     try:
-        from tokencomp.serving.hf.api import build_app
+        from tokencomp.serving.hf.app import build_app, log_start, uvicorn_server
         from tokencomp.serving.hf.engine import Engine
         from tokencomp.serving.hf.metrics import Metrics
-        from tokencomp.serving.hf.server import log_start, server
     except ModuleNotFoundError as error:
         raise MissingDependencyError(f"serving needs {error.name}: {install('serve')}.") from None
     from tokencomp.inputs.loading import load_model
@@ -229,6 +225,6 @@ def run_hf(
     bind.warn_if_open()
     loaded, processor = load_model(model, device=device, dtype=dtype)
     backend = Engine(loaded, processor, parsed, Metrics(), **engine)
-    app = build_app(backend, served_name or model, limits, bind, docs)
+    app = build_app(backend, served_name or model, limits, bind)
     log_start(backend, served_name or model, limits, bind)
-    server(app, bind).run()
+    uvicorn_server(app, bind).run()

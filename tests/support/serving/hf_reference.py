@@ -16,8 +16,9 @@ import tokencomp
 from support.serving import media as tiny
 from tokencomp.inputs.prompts import build_inputs
 from tokencomp.inputs.video import Video
-from tokencomp.serving.hf.media import Limits, load_image
-from tokencomp.serving.hf.video import load_video
+from tokencomp.serving.limits import Limits
+from tokencomp.serving.media import load_image
+from tokencomp.serving.video import load_video
 
 
 @lru_cache(maxsize=4)

@@ -6,10 +6,9 @@ import json
 from types import SimpleNamespace
 from typing import Any
 
-from tokencomp.serving.hf.deadline import Deadline
 from tokencomp.serving.hf.grammar import Grammars
-from tokencomp.serving.hf.media import Limits
 from tokencomp.serving.hf.prompt import Prompt, load, parse
+from tokencomp.serving.limits import Deadline, Limits
 from tokencomp.serving.spec import ServerOptions
 
 ANY_TEXT: Any = SimpleNamespace(

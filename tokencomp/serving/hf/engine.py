@@ -6,37 +6,32 @@ import contextlib
 import logging
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import LogitsProcessorList, StoppingCriteriaList
+from torch import Tensor
+from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from tokencomp.adapters.registry import adapter_for
-from tokencomp.errors import TokenCompError, WeightsError
+from tokencomp.errors import ScoreError, TokenCompError, WeightsError
 from tokencomp.handle import Handle
 from tokencomp.inputs.prompts import chat_inputs, prompt_lengths, to_model
 from tokencomp.method import MethodSpec
 from tokencomp.patching import apply, check
-from tokencomp.serving.hf.errors import RequestError
-from tokencomp.serving.hf.generation import (
-    Rows,
-    build_inputs,
-    for_client,
-    sampling,
-    seeded,
-    take_end_tokens,
-    take_penalty,
-)
+from tokencomp.serving.hf.fields import SAMPLING
 from tokencomp.serving.hf.grammar import Grammars
-from tokencomp.serving.hf.job import Job, Usage, Waiting
 from tokencomp.serving.hf.logits import Steps
 from tokencomp.serving.hf.metrics import Metrics
-from tokencomp.serving.hf.text import PromptText, too_long
+from tokencomp.serving.hf.prompt import Prompt, PromptText, too_long
+from tokencomp.serving.hf.queue import Job, Usage, Waiting
+from tokencomp.serving.limits import RequestError
 from tokencomp.serving.spec import ServerOptions
 
 logger = logging.getLogger("tokencomp.serving")
 
 PROBE_SECONDS = 5.0  # between probes of an engine that has failed
+COLDEST = 1e-5  # logits divided by a smaller temperature overflow; such a request is greedy
 
 
 class Engine:
@@ -75,8 +70,8 @@ class Engine:
         self.max_model_len = min(max_model_len or limit, limit)
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.text = PromptText(processor, self.max_model_len, adapter.placeholders)
-        self._ends, self._penalty = take_end_tokens(model), take_penalty(model)
-        self.grammars = Grammars(self.text.tokenizer, self._ends)
+        self.ends, self._penalty = take_end_tokens(model), take_penalty(model)
+        self.grammars = Grammars(self.text.tokenizer, self.ends)
         check(model, options.default)
         self._handle: Handle = apply(model, MethodSpec())
         self._wake = threading.Condition()
@@ -85,7 +80,7 @@ class Engine:
         self._thread = threading.Thread(target=self._loop, name="tokencomp-engine", daemon=True)
         self._thread.start()
 
-    # -- from other threads ---------------------------------------------------------------------
+    # -- from other threads ------------------------------------------------------------------------
 
     def check_room(self) -> None:
         """Raise `RequestError` (503) when full or shut down."""
@@ -104,6 +99,7 @@ class Engine:
 
     @property
     def alive(self) -> bool:
+        """Whether the thread runs and takes requests."""
         return self._thread.is_alive() and not self._closed
 
     @property
@@ -119,7 +115,7 @@ class Engine:
         self._thread.join(timeout=60)
         self._handle.remove()
 
-    # -- the engine thread ----------------------------------------------------------------------
+    # -- the engine thread -------------------------------------------------------------------------
 
     def _loop(self) -> None:
         try:
@@ -203,31 +199,30 @@ class Engine:
 
     @torch.inference_mode()
     def _generate(self, batch: list[Job]) -> None:
+        """Generate the answers of a batch, and send them token by token."""
         batch = [job for job in batch if not job.cancelled]
         if not batch:
             return
         inputs = build_inputs(self.model, self.processor, [job.prompt for job in batch])
         counts = prompt_lengths(self.model, inputs)
         if self._too_long(batch, [total for total, _ in counts]):
-            if batch := [job for job in batch if not job.done]:
-                self._generate(batch)
+            self._generate([job for job in batch if not job.done])
             return
-        request, spec = batch[0].prompt.request, batch[0].prompt.spec
         steps = Steps(batch, inputs.get("attention_mask"), self._penalty, self.tokenizer)
-        rows = Rows(batch, self._ends, lambda: self._started(batch, counts), self.metrics, steps)
-        with self._compressed(spec), seeded(batch[0].seed):
+        with self._compressed(batch[0].prompt.spec), seeded(batch[0].seed):
             self.model.generate(
                 **inputs,
                 max_new_tokens=max(job.max_tokens for job in batch),
-                stopping_criteria=StoppingCriteriaList([rows]),
+                stopping_criteria=StoppingCriteriaList([Rows(self, batch, counts, steps)]),
                 logits_processor=LogitsProcessorList([steps] if steps.needed else []),
-                **sampling(request, self.model.generation_config),
+                **sampling(batch[0].prompt.request, self.model.generation_config),
             )
         for job in batch:
             if not job.done:
                 job.send("end", "abort" if job.cancelled else "length")
 
     def _too_long(self, batch: list[Job], lengths: list[int]) -> bool:
+        """Limit answers to the length of the model; refuse prompts that leave no room for one."""
         for job, length in zip(batch, lengths, strict=True):
             room = self.max_model_len - length
             if room < 1:
@@ -236,6 +231,7 @@ class Engine:
         return any(job.done for job in batch)
 
     def _compressed(self, spec: MethodSpec) -> Any:
+        """Set reducer and ratio of a batch; within the returned context they hold."""
         if not spec.active:
             return self._handle.disabled()
         self._handle.set(
@@ -245,23 +241,133 @@ class Engine:
         )  # fmt: skip
         return contextlib.nullcontext()
 
-    def _started(self, batch: list[Job], counts: list[tuple[int, int]]) -> None:
+    def started(self, batch: list[Job], counts: list[tuple[int, int]]) -> None:
         """Note token counts once the prefill has run; counts are (all, visual) per request."""
         before = [visual for _, visual in counts]
         seen: list[list[int]] = [[visual] for visual in before]  # by every decoder layer
-        if batch[0].prompt.spec.active and any(before):
-            stats = self._handle.stats
-            if stats:
-                seen = stats.tokens_after
-                self.metrics.ratio.set(stats.ratio)
-                self.metrics.reduce.inc(stats.reduce_seconds)
-        after = [sum(row) / len(row) for row in seen]
+        stats = self._handle.stats if batch[0].prompt.spec.active and any(before) else None
+        if stats:
+            seen = stats.tokens_after
+            self.metrics.ratio.set(stats.ratio)
+            self.metrics.reduce.inc(stats.reduce_seconds)
         usages = [
-            Usage(total - visual + seen[i][0], 0, visual, after[i])
-            for i, (total, visual) in enumerate(counts)
+            Usage(total - visual + row[0], 0, visual, sum(row) / len(row))
+            for (total, visual), row in zip(counts, seen, strict=True)
         ]
         self.metrics.count_prefill(usages)
         for job, usage in zip(batch, usages, strict=True):
             job.usage, job.first = usage, time.monotonic()
             self.metrics.ttft.observe(job.first - job.arrived)
             job.send("start", usage)
+
+
+class Rows(StoppingCriteria):
+    """Called after every step: hands the new tokens out, and ends rows one by one.
+
+    `batch` are the jobs in the order of the rows, and `counts` their tokens (all, visual).
+    """
+
+    def __init__(
+        self, engine: Engine, batch: list[Job], counts: list[tuple[int, int]], steps: Steps
+    ) -> None:
+        self.engine, self.batch, self.counts, self.steps = engine, batch, counts, steps
+        self.begun = False
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        if not self.begun:
+            self.engine.started(self.batch, self.counts)
+        self.begun, metrics = True, self.engine.metrics
+        for row, (job, token) in enumerate(zip(self.batch, input_ids[:, -1].tolist(), strict=True)):
+            if job.done:
+                continue
+            metrics.generated.inc()
+            job.add(token, token in self.engine.ends, self.steps.entry(row, token))
+            if job.done and job.usage is not None:
+                seconds, first = time.monotonic() - job.arrived, job.first - job.arrived
+                metrics.count_answer(seconds, first, job.usage.completion)
+        done = [job.done or job.cancelled for job in self.batch]
+        return torch.tensor(done, device=input_ids.device)
+
+
+# -- what `generate` gets --------------------------------------------------------------------------
+
+
+def build_inputs(model: Any, processor: Any, prompts: list[Prompt]) -> dict[str, Any]:
+    """Return one left-padded batch of prompts with equal specs, on the model's device."""
+    images = [image for prompt in prompts for image in prompt.images]
+    videos = [video for prompt in prompts for video in prompt.videos]
+    samplings = [sampling for prompt in prompts for sampling in prompt.samplings]
+    try:
+        chats = [prompt.chat for prompt in prompts]
+        texts = [prompt.text for prompt in prompts]
+        inputs = chat_inputs(processor, chats, images, videos, samplings, texts)
+    except Exception as error:  # processors raise undocumented types
+        raise RequestError(f"the model's processor refuses the prompt: {error}") from error
+    return to_model(inputs, model)
+
+
+def sampling(request: Any, config: Any) -> dict[str, Any]:
+    """Generation arguments; fields that are left out have the value of the generation config.
+
+    A config without `top_k` samples from all tokens, as in vLLM, and not from the 50 of `generate`.
+    """
+    values = {name: getattr(request, name) for name in SAMPLING}
+    values = {name: value for name, value in values.items() if value is not None}
+    if values.get("temperature", 1.0) < COLDEST:
+        return {"do_sample": False}
+    if not values and not config.do_sample:
+        return {}
+    values["top_k"] = max(values.get("top_k", config.top_k or 0), 0)  # vLLM's -1 is 0 here
+    return {"do_sample": True, **values}
+
+
+@contextlib.contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Seed all generators, on every device, for the block; after it, nobody knows their state."""
+    if seed is None:
+        yield
+        return
+    torch.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.seed()  # else requests without a seed would repeat what follows this one
+
+
+def take_end_tokens(model: Any) -> set[int]:
+    """Return the model's end tokens and remove them from its generation config.
+
+    `Rows` ends every row itself, because a request may ask to go on after an end token.
+    """
+    config = model.generation_config
+    ends = getattr(config, "eos_token_id", None)
+    if config.pad_token_id is None:  # generate would take the end token
+        config.pad_token_id = ends[0] if isinstance(ends, list) else ends
+    config.eos_token_id = None
+    return set([ends] if isinstance(ends, int) else ends or [])
+
+
+def take_penalty(model: Any) -> float:
+    """Return the model's repetition penalty and remove it from its generation config.
+
+    `Steps` applies it to every row itself, because requests have penalties of their own.
+    """
+    config = model.generation_config
+    penalty = getattr(config, "repetition_penalty", None)
+    config.repetition_penalty = None if penalty is None else 1.0
+    return 1.0 if penalty is None else float(penalty)
+
+
+def for_client(error: BaseException) -> RequestError:
+    """Return the error that the client of a failed request sees."""
+    if isinstance(error, RequestError):
+        return error
+    if isinstance(error, WeightsError):  # its text names files of this machine
+        return RequestError("this server has no trained weights for that reducer.")
+    if isinstance(error, ScoreError):  # of the model in its dtype, not of the request
+        return RequestError(f"the model cannot compress these media: {error}", 500)
+    if isinstance(error, TokenCompError):
+        return RequestError(str(error))
+    if isinstance(error, torch.OutOfMemoryError):
+        return RequestError("out of memory; send fewer or smaller media, or try again later.", 503)
+    return RequestError(f"the model failed on this request ({type(error).__name__}).", 500)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokencomp.serving.hf.errors import RequestError
+from tokencomp.serving.limits import RequestError
 
 # Between the parts of a JSON text: nothing, a space, or a new line and its indentation. Some models
 # write white space without an end where they may.
@@ -45,10 +45,7 @@ class Grammar:
 
 
 class Grammars:
-    """Makes the grammars of requests, if llguidance is installed.
-
-    Any thread may call `of`.
-    """
+    """Makes the grammars of requests, if llguidance is installed. Any thread may call `of`."""
 
     def __init__(self, tokenizer: Any, ends: set[int]) -> None:
         self.tokenizer, self.ends = tokenizer, ends
@@ -82,7 +79,6 @@ class Grammars:
 
         with self._lock:
             if self._vocabulary is None:
-                self._vocabulary = from_tokenizer(
-                    self.tokenizer, eos_token=sorted(self.ends) or None
-                )
+                ends = sorted(self.ends) or None
+                self._vocabulary = from_tokenizer(self.tokenizer, eos_token=ends)
             return self._vocabulary

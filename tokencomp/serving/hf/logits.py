@@ -1,21 +1,17 @@
-"""What happens between the logits of the model and the choice of the next token, row by row."""
+"""Between the logits of the model and the next token: penalties, grammars, log-probabilities."""
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from tokencomp.serving.hf.answer import INCOMPLETE
-from tokencomp.serving.hf.job import Job
+from tokencomp.serving.hf.queue import Job
+from tokencomp.serving.hf.text import token_bytes
 
 LOWEST = -9999.0  # log-probability of what cannot be; JSON knows no infinity
-BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a token of one byte, in vocabularies with byte fallback
-BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # as GPT-2 writes them
 
 
 class Steps(LogitsProcessor):
@@ -38,10 +34,9 @@ class Steps(LogitsProcessor):
     def needed(self) -> bool:
         """Whether any request asks for something between logits and tokens."""
         return any(
-            self._penalties(job) != (1, 0, 0) or job.grammar is not None
-            or job.prompt.request.logprobs
+            self._penalties(job) != (1, 0, 0) or job.grammar or job.prompt.request.logprobs
             for job in self.batch
-        )  # fmt: skip
+        )
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self._prompt is None:
@@ -86,27 +81,13 @@ class Steps(LogitsProcessor):
             return None
         values = self._logprobs[row]
         top = values.topk(request.top_logprobs or 0)
+        pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
         return {
             **self._one(token, values[token].item()),
-            "top_logprobs": [
-                self._one(t, v)
-                for t, v in zip(top.indices.tolist(), top.values.tolist(), strict=True)
-            ],
+            "top_logprobs": [self._one(other, value) for other, value in pairs],
         }
 
     def _one(self, token: int, value: float) -> dict[str, Any]:
         text = self.tokenizer.decode([token])
         written = token_bytes(self.tokenizer, token, text)
         return {"token": text, "logprob": max(value, LOWEST), "bytes": [*written]}
-
-
-def token_bytes(tokenizer: Any, token: int, text: str) -> bytes:
-    """Return the bytes of a token, whose `text` does not show those of a part of a character."""
-    if INCOMPLETE not in text:
-        return text.encode()
-    entry = tokenizer.convert_ids_to_tokens(token)
-    if byte := BYTE.fullmatch(entry):
-        return bytes.fromhex(byte[1])
-    if all(character in BYTES for character in entry):
-        return bytes(BYTES[character] for character in entry)
-    return text.encode()

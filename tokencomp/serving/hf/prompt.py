@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import threading
+from collections import Counter
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from PIL import Image
+
 from tokencomp.errors import OptionError, PlanError, RatioError
+from tokencomp.inputs.prompts import Chat, takes_videos
 from tokencomp.method import MethodSpec
 from tokencomp.serving import KEY
-from tokencomp.serving.hf.deadline import Deadline
-from tokencomp.serving.hf.decoder import decode_apart
-from tokencomp.serving.hf.errors import RequestError
-from tokencomp.serving.hf.form import call_schema
-from tokencomp.serving.hf.frames import with_request
+from tokencomp.serving.hf.fields import ChatRequest, Message, Part, read_request
 from tokencomp.serving.hf.grammar import Grammar, Grammars
-from tokencomp.serving.hf.media import Limits, load_image
-from tokencomp.serving.hf.schema import ChatRequest, Message, Part, read_request
-from tokencomp.serving.hf.text import PromptText
-from tokencomp.serving.hf.tools import CallForm
-from tokencomp.serving.hf.video import load_video
+from tokencomp.serving.hf.text import CallForm
+from tokencomp.serving.limits import Deadline, Limits, RequestError
+from tokencomp.serving.media import load_image
 from tokencomp.serving.spec import ServerOptions
+from tokencomp.serving.video import decode_apart, load_video, with_request
+
+MAX_CHARACTERS = 4 << 20
+MARKED = ("image", "video")
 
 
 @dataclass
@@ -33,15 +38,14 @@ class Prompt:
         The request as the client sent it.
     chat
         Messages in the form that chat templates expect.
+    spec
+        Reducer and ratio.
     alone
         Whether the prompt must not share a batch, because nothing could check that it has as many
         placeholders as media.
-    images, videos
-        RGB images, and uint8 arrays (frames, height, width, 3), in the order of the prompt.
-    samplings
-        When the frames of each video were shown.
-    spec
-        Reducer and ratio of the request.
+    images, videos, samplings
+        RGB images, uint8 arrays (frames, height, width, 3) and when their frames were shown, in the
+        order of the prompt.
     grammars
         What each of its answers must follow, or None.
     text, text_tokens
@@ -72,6 +76,146 @@ class Prompt:
         return images + sum(video[..., 0].size for video in self.videos)
 
 
+def too_long(tokens: int, limit: int) -> RequestError:
+    """Return the error for a prompt of that many tokens."""
+    return RequestError(
+        f"the prompt has {tokens} tokens before compression; this model takes {limit}, answer "
+        "included. Send less text, or fewer or smaller media."
+    )
+
+
+class PromptText:
+    """Refuses texts that are too long, and placeholders of media that the client wrote itself.
+
+    Any thread may call the methods; one text is tokenised at a time. The tokenizer is a copy,
+    because the engine changes the padding of the original while it uses it.
+
+    Parameters
+    ----------
+    processor
+        A Hugging Face processor with a chat template.
+    max_model_len
+        Prompt and answer together, in tokens.
+    placeholders
+        Tokens that the model replaces by media. Some processors (Gemma 3) write other ones than the
+        chat template.
+
+    Attributes
+    ----------
+    max_characters : int
+        Longer texts are refused without being tokenised. No token stands for more characters than
+        the longest entry of the vocabulary has, so they cannot fit.
+    calls : CallForm or None
+        How the chat template writes calls of tools.
+    """
+
+    def __init__(
+        self, processor: Any, max_model_len: int, placeholders: Collection[int] = ()
+    ) -> None:
+        self.processor, self.max_model_len = processor, max_model_len
+        self.tokenizer = copy.deepcopy(getattr(processor, "tokenizer", processor))
+        self._lock = threading.Lock()
+        longest = max(map(len, self.tokenizer.get_vocab()), default=1)
+        self.max_characters = min(longest * max_model_len, MAX_CHARACTERS)
+        self._added = set(self.tokenizer.added_tokens_encoder.values())
+        self._markers = {kind: self._marker(kind) for kind in MARKED}
+        self._special = {token for marker in self._markers.values() for token in marker}
+        self._special |= self._added & set(placeholders)
+        self.calls = CallForm.of(self.render, self._visible)
+
+    def verifies(self, kind: str) -> bool:
+        """Whether `check` can count the placeholders of "image" or "video"."""
+        return bool(self._markers[kind])
+
+    def check_size(self, characters: int, parts: int) -> None:
+        """Refuse a conversation by the number of its characters, and of its messages' parts."""
+        if characters > self.max_characters or parts > self.max_model_len:
+            raise RequestError(
+                f"the prompt has {characters} characters in {parts} parts, which cannot fit: this "
+                f"model takes {self.max_model_len} tokens, answer included, and this server "
+                f"{self.max_characters} characters. Send less text."
+            )
+
+    def render(self, chat: Chat, tools: Sequence[dict[str, Any]] = ()) -> str:
+        """Return the prompt that the chat template makes, with one placeholder per medium."""
+        options = {"tools": list(tools)} if tools else {}
+        try:
+            text = self.processor.apply_chat_template(
+                chat, add_generation_prompt=True, tokenize=False, **options
+            )
+            return str(text)
+        except Exception as error:  # templates raise undocumented types
+            raise RequestError(f"the model's processor refuses the prompt: {error}") from error
+
+    def check(self, chat: Chat, text: str) -> int:
+        """Tokenise a rendered conversation, check the result, and return the number of its tokens.
+
+        The engine puts the media of several requests into one list, in the order of their
+        placeholders. A prompt with another number of placeholders than media would take the media
+        of another request.
+        """
+        kinds = [p["type"] for m in chat if isinstance(m["content"], list) for p in m["content"]]
+        if "video" in kinds and not takes_videos(self.processor):
+            raise RequestError("this model takes no videos. Send frames of it as images.")
+        tokens = self._tokens(text)
+        if len(tokens) >= self.max_model_len:
+            raise too_long(len(tokens), self.max_model_len)
+        expected: Counter[int] = Counter()
+        for kind in kinds:
+            expected.update(self._markers.get(kind, {}))
+        present = Counter(token for token in tokens if token in self._special)
+        if present != expected:
+            raise RequestError(
+                "the prompt does not have one placeholder per image and video: its text contains "
+                "placeholder tokens, or the model's chat template leaves media of this role out."
+            )
+        return len(tokens)
+
+    def check_images(self, text_tokens: int, images: Sequence[Image.Image]) -> None:
+        """Refuse images with too many tokens before the processor makes arrays of them.
+
+        Images pass if the processor cannot count the tokens of a size. The engine counts all
+        tokens after the processor has run.
+        """
+        count = getattr(self.processor, "_get_num_multimodal_tokens", None)
+        if count is None or not images:
+            return
+        try:
+            counts = count(image_sizes=[(image.height, image.width) for image in images])
+            visual = sum(counts["num_image_tokens"])
+        except Exception:  # a size that the processor will refuse, with a better message
+            return
+        total = text_tokens - len(images) + visual
+        if total >= self.max_model_len:
+            raise too_long(total, self.max_model_len)
+
+    def _tokens(self, text: str) -> list[int]:
+        try:
+            with self._lock:
+                return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        except Exception as error:  # tokenizers raise undocumented types
+            raise RequestError(f"the model's processor refuses the prompt: {error}") from error
+
+    def _visible(self, text: str) -> bool:
+        """Whether a text survives the decoding of an answer, which leaves special tokens out."""
+        return text in self.tokenizer.decode(self._tokens(text), skip_special_tokens=True)
+
+    def _marker(self, kind: str) -> Counter[int]:
+        """Return the special tokens that the chat template writes for one medium of that kind."""
+        text = {"type": "text", "text": "a"}
+        try:
+            plain, marked = (
+                Counter(self._tokens(self.render([{"role": "user", "content": content}])))
+                for content in ([text], [{"type": kind}, text])
+            )
+        except RequestError:  # a model without this kind of media
+            return Counter()
+        return Counter({t: n for t, n in (marked - plain).items() if t in self._added})
+
+
+# -- from body to prompt ---------------------------------------------------------------------------
+
+
 def parse(
     content: bytes | bytearray,
     options: ServerOptions,
@@ -80,15 +224,6 @@ def parse(
     grammars: Grammars,
 ) -> Prompt:
     """Check a JSON body: its form, then the amount of text, then its tokens. `load` decodes media.
-
-    Parameters
-    ----------
-    content
-        Body of the request.
-    options, limits, text
-        What requests may ask for, and the bounds of their media and their text.
-    grammars
-        Makes grammars of `response_format`.
 
     Raises
     ------
@@ -105,7 +240,10 @@ def parse(
     begun = prompt.calls.opening if prompt.calls and request.must_call else ""
     prompt.text = text.render(prompt.chat, tools) + begun
     prompt.text_tokens = text.check(prompt.chat, prompt.text)
-    prompt.grammars = _grammars(request, grammars)
+    prompt.grammars = [None] * request.n
+    if schema := request.answer_schema:
+        name = "tool_choice" if request.must_call else "response_format"
+        prompt.grammars = [*grammars.of(schema, request.n, name)]
     media = [part.type.removesuffix("_url") for part in request.media]
     prompt.alone = not all(map(text.verifies, media))
     prompt.limits = with_request(request.media_io_kwargs, limits)
@@ -122,20 +260,31 @@ def load(prompt: Prompt, text: PromptText, deadline: Deadline) -> None:
     """
     deadline.start()
     for part in prompt.request.media:
-        _load(part, prompt, prompt.limits, deadline)
+        _load(part, prompt, deadline)
     text.check_images(prompt.text_tokens, prompt.images)
+
+
+def _load(part: Part, prompt: Prompt, deadline: Deadline) -> None:
+    """Decode an image or a video into the prompt, within what is left of the limits."""
+    deadline.check()
+    left = prompt.limits.max_total_pixels - prompt.pixels
+    remaining = replace(prompt.limits, max_total_pixels=left)
+    if part.image_url is not None and part.type == "image_url":
+        prompt.images.append(load_image(part.image_url.url, remaining, deadline))
+    elif part.video_url is not None:
+        frames, sampling = load_video(part.video_url.url, remaining, deadline, decode_apart)
+        prompt.videos.append(frames)
+        prompt.samplings.append(sampling)
 
 
 def _check_amount(request: ChatRequest, text: PromptText, limits: Limits) -> None:
     """Refuse a request by the amount of its text and its media, before either is processed."""
-    parts = [part for message in request.messages for part in message.parts]
-    tools = [tool.model_dump_json() for tool in request.tools or []]
-    called = [
-        c.function.arguments for message in request.messages for c in message.tool_calls or []
-    ]
-    names = [message.name or "" for message in request.messages]
-    texts = [part.text or "" for part in parts] + tools + called + names
-    text.check_size(sum(map(len, texts)), len(texts))
+    texts = [tool.model_dump_json() for tool in request.tools or []]
+    for message in request.messages:
+        texts += [part.text or "" for part in message.parts]
+        texts += [call.function.arguments for call in message.tool_calls or []]
+    names = sum(len(message.name or "") for message in request.messages)
+    text.check_size(sum(map(len, texts)) + names, len(texts))
     if len(request.media) > limits.max_items:
         raise RequestError(f"more than {limits.max_items} images and videos.", 413)
 
@@ -157,20 +306,6 @@ def _spec(request: ChatRequest, options: ServerOptions) -> MethodSpec:
         raise RequestError(str(error)) from None
 
 
-def _content(message: Message) -> list[dict[str, Any]]:
-    """Return the parts of a message in the form that chat templates expect."""
-    if message.content is None and message.role != "assistant":
-        raise RequestError(f"a message of role {message.role!r} needs a content.")
-    content = []
-    for part in message.parts:
-        value = getattr(part, part.type)
-        if value is None:
-            raise RequestError(f"a part of type {part.type!r} needs a field {part.type!r}.")
-        kind = part.type.removesuffix("_url")
-        content.append({"type": kind, "text": value} if kind == "text" else {"type": kind})
-    return content
-
-
 def _message(message: Message) -> dict[str, Any]:
     """Return a message in the form that chat templates expect."""
     content: Any = _content(message)
@@ -187,6 +322,20 @@ def _message(message: Message) -> dict[str, Any]:
     return known
 
 
+def _content(message: Message) -> list[dict[str, Any]]:
+    """Return the parts of a message in the form that chat templates expect."""
+    if message.content is None and message.role != "assistant":
+        raise RequestError(f"a message of role {message.role!r} needs a content.")
+    content = []
+    for part in message.parts:
+        value = getattr(part, part.type)
+        if value is None:
+            raise RequestError(f"a part of type {part.type!r} needs a field {part.type!r}.")
+        kind = part.type.removesuffix("_url")
+        content.append({"type": kind, "text": value} if kind == "text" else {"type": kind})
+    return content
+
+
 def _call_form(request: ChatRequest, text: PromptText) -> CallForm | None:
     """Return how calls are written, if the request has tools to call."""
     called = any(message.tool_calls or message.role == "tool" for message in request.messages)
@@ -197,24 +346,3 @@ def _call_form(request: ChatRequest, text: PromptText) -> CallForm | None:
             '"response_format": {"type": "json_schema", ...}; or use the vLLM engine.'
         )
     return text.calls if request.offered else None
-
-
-def _grammars(request: ChatRequest, grammars: Grammars) -> list[Grammar | None]:
-    """Return what each answer must follow."""
-    if request.must_call:
-        calls = [call_schema(tool.function) for tool in request.offered]
-        return [*grammars.of(json.dumps({"anyOf": calls}), request.n, "tool_choice")]
-    schema = request.response_format.schema_text() if request.response_format else ""
-    return [*grammars.of(schema, request.n)] if schema else [None] * request.n
-
-
-def _load(part: Part, prompt: Prompt, limits: Limits, deadline: Deadline) -> None:
-    """Decode an image or a video into the prompt, within what is left of the limits."""
-    deadline.check()
-    remaining = replace(limits, max_total_pixels=limits.max_total_pixels - prompt.pixels)
-    if part.image_url is not None and part.type == "image_url":
-        prompt.images.append(load_image(part.image_url.url, remaining, deadline))
-    elif part.video_url is not None:
-        frames, sampling = load_video(part.video_url.url, remaining, deadline, decode_apart)
-        prompt.videos.append(frames)
-        prompt.samplings.append(sampling)

@@ -1,161 +1,240 @@
-"""Bounds of a prompt's text, checked before the engine's thread tokenises it."""
+"""From generated tokens to the text of an answer, and to the calls of tools in it."""
 
 from __future__ import annotations
 
-import copy
-import threading
-from collections import Counter
-from collections.abc import Collection, Sequence
+import json
+import re
+import uuid
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from tokencomp.inputs.prompts import Chat, takes_videos
-from tokencomp.serving.hf.errors import RequestError
-from tokencomp.serving.hf.tools import CallForm
+INCOMPLETE = "\ufffd"  # what tokenizers decode the first bytes of a character to
+BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a token of one byte, in vocabularies with byte fallback
+BYTES = {character: byte for byte, character in bytes_to_unicode().items()}  # as GPT-2 writes them
 
-MAX_CHARACTERS = 4 << 20
-MARKED = ("image", "video")
+Render = Callable[..., str]
+"""Renders a conversation: `render(chat, tools)`."""
 
-
-def too_long(tokens: int, limit: int) -> RequestError:
-    """Return the error for a prompt of that many tokens."""
-    return RequestError(
-        f"the prompt has {tokens} tokens before compression; this model takes {limit}, answer "
-        "included. Send less text, or fewer or smaller media."
-    )
+NAME, KEY, VALUE, RESULT = "probe_name", "probe_key", "probe_value", "probe_result"
+CALL = {"name": NAME, "arguments": {KEY: VALUE}}
+TOOL = {"name": NAME, "description": "", "parameters": {"type": "object", "properties": {KEY: {}}}}
+# CALL in JSON, with any white space
+WRITTEN = r"\s*".join(map(re.escape, re.findall(r'"\w+"|[{}:,]', json.dumps(CALL))))
 
 
-class PromptText:
-    """Refuses texts that are too long, and placeholders of media that the client wrote itself.
+def token_bytes(tokenizer: Any, token: int, text: str) -> bytes:
+    """Return the bytes of a token; its `text` does not show those of an incomplete character."""
+    if INCOMPLETE not in text:
+        return text.encode()
+    entry = tokenizer.convert_ids_to_tokens(token)
+    if byte := BYTE.fullmatch(entry):
+        return bytes.fromhex(byte[1])
+    if all(character in BYTES for character in entry):
+        return bytes(BYTES[character] for character in entry)
+    return text.encode()
 
-    Any thread may call the methods; one text is tokenised at a time. The tokenizer is a copy,
-    because the engine changes the padding of the original while it uses it.
+
+class AnswerText:
+    """Decodes an answer token by token, and ends it at a stop text.
+
+    The cost of a token does not depend on the length of the answer: only the tokens since the last
+    whole character are decoded, together with the ones before them, because some tokenizers write a
+    token differently at the start of a text.
 
     Parameters
     ----------
-    processor
-        A Hugging Face processor with a chat template.
-    max_model_len
-        Prompt and answer together, in tokens.
-    placeholders
-        Tokens that the model replaces by media. Some processors (Gemma 3) write other ones than the
-        chat template.
+    tokenizer
+        A Hugging Face tokenizer.
+    stops
+        Texts that end the answer; they are not part of it.
 
     Attributes
     ----------
-    max_characters : int
-        Longer texts are refused without being tokenised. No token stands for more characters than
-        the longest entry of the vocabulary has, so they cannot fit.
-    calls : CallForm or None
-        How the chat template writes calls of tools.
+    stopped : bool
+        Whether a stop text has occurred.
+    """
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
+        self.tokenizer, self.stops = tokenizer, stops
+        self.stopped = False
+        self._before: list[int] = []  # tokens whose text is known
+        self._new: list[int] = []
+        self._pending = ""  # text that a stop text may still cut
+
+    def add(self, token: int) -> str:
+        """Add a token; return the text that later tokens can no longer change."""
+        self._new.append(token)
+        text = self._decode_new()
+        if text and not text.endswith(INCOMPLETE):
+            self._before, self._new = self._new, []
+            self._pending += text
+            self._find_stop()
+        return self._take(len(self._pending) if self.stopped else self._certain())
+
+    def finish(self) -> str:
+        """Return the rest of the text, after the last token."""
+        if not self.stopped:
+            self._pending += self._decode_new()
+            self._new = []
+            self._find_stop()
+        return self._take(len(self._pending))
+
+    def _decode_new(self) -> str:
+        """Return the text that the new tokens add to the one before them."""
+        before = self._decode(self._before)
+        return self._decode(self._before + self._new)[len(before) :]
+
+    def _decode(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True) if tokens else ""
+
+    def _find_stop(self) -> None:
+        places = [at for at in map(self._pending.find, self.stops) if at >= 0]
+        if places:
+            self._pending = self._pending[: min(places)]
+            self.stopped = True
+
+    def _certain(self) -> int:
+        """Return the length of the pending text before a possible beginning of a stop text."""
+        return len(self._pending) - max(
+            (_overlap(self._pending, stop) for stop in self.stops), default=0
+        )
+
+    def _take(self, size: int) -> str:
+        text, self._pending = self._pending[:size], self._pending[size:]
+        return text
+
+
+def _overlap(text: str, mark: str) -> int:
+    """Length of the longest proper prefix of `mark` with which `text` ends."""
+    sizes = range(min(len(mark) - 1, len(text)), 0, -1)
+    return next((size for size in sizes if text.endswith(mark[:size])), 0)
+
+
+# -- calls of tools --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CallForm:
+    """The marks around a call, which is one JSON object with its name and its arguments.
+
+    Attributes
+    ----------
+    opening
+        The first mark with the white space behind it, such as `<tool_call>\\n`.
+    end
+        The second mark, such as `</tool_call>`.
+    """
+
+    opening: str
+    end: str
+
+    @property
+    def begin(self) -> str:
+        """The first mark."""
+        return self.opening.strip()
+
+    @classmethod
+    def of(cls, render: Render, visible: Callable[[str], bool]) -> CallForm | None:
+        """Find the marks in what a chat template makes of two calls and a result.
+
+        None if the template knows no tools, or writes their calls in another form. `visible` says
+        whether a text survives the decoding of an answer; special tokens do not.
+        """
+        call, tools = (
+            {"type": "function", "function": CALL},
+            [{"type": "function", "function": TOOL}],
+        )
+        said = {"role": "assistant", "content": [{"type": "text", "text": KEY * 2}]}
+        asked = {"role": "user", "content": [{"type": "text", "text": "a"}]}
+        result = {"role": "tool", "content": RESULT}
+        try:
+            text = render([asked, {**said, "tool_calls": [call, call]}, result], tools)
+        except Exception:  # templates raise undocumented types
+            return None
+        parts = re.split(WRITTEN, text[text.rfind(KEY * 2) + len(KEY * 2) :])
+        if len(parts) != 3 or RESULT not in parts[2] or NAME not in text.partition(KEY * 2)[0]:
+            return None
+        form = cls(parts[0].lstrip(), "")
+        end = parts[1].strip().removesuffix(form.begin).strip()
+        shown = form.begin and end and visible(form.begin) and visible(end)
+        return cls(form.opening, end) if shown else None
+
+
+class Calls:
+    """Divides the text of an answer into content and calls, as it grows.
+
+    White space between content and a call belongs to neither, and text that looks like a call of
+    no offered tool is content.
+
+    Parameters
+    ----------
+    form
+        The marks; None takes everything as content.
+    names
+        Tools that may be called.
+    begun
+        Whether the prompt ends with the mark that begins a call.
+
+    Attributes
+    ----------
+    found : list of dict
+        The calls so far, in the form of OpenAI's API.
     """
 
     def __init__(
-        self, processor: Any, max_model_len: int, placeholders: Collection[int] = ()
+        self, form: CallForm | None = None, names: Collection[str] = (), begun: bool = False
     ) -> None:
-        self.processor, self.max_model_len = processor, max_model_len
-        self.tokenizer = copy.deepcopy(getattr(processor, "tokenizer", processor))
-        self._lock = threading.Lock()
-        longest = max(map(len, self.tokenizer.get_vocab()), default=1)
-        self.max_characters = min(longest * max_model_len, MAX_CHARACTERS)
-        self._added = set(self.tokenizer.added_tokens_encoder.values())
-        self._markers = {kind: self._marker(kind) for kind in MARKED}
-        self._special = {token for marker in self._markers.values() for token in marker}
-        self._special |= self._added & set(placeholders)
-        self.calls = CallForm.of(self.render, self._visible)
+        self.form, self.names, self.found = form, names, list[dict[str, Any]]()
+        self._inside, self._mark, self._pending = begun, "", ""
 
-    def verifies(self, kind: str) -> bool:
-        """Whether `check` can count the placeholders of "image" or "video"."""
-        return bool(self._markers[kind])
+    def add(self, text: str, final: bool = False) -> tuple[str, list[dict[str, Any]]]:
+        """Add a piece of the answer; return new content, and the calls that it completes."""
+        if self.form is None:
+            return text, []
+        content, known = "", len(self.found)
+        self._pending += text
+        while self._take_call(self.form.end, final) if self._inside else True:
+            before, mark, after = self._pending.partition(self.form.begin)
+            if not mark:
+                break
+            content += before.rstrip()
+            self._mark = before[len(before.rstrip()) :] + mark
+            self._pending, self._inside = after, True
+        if not self._inside:
+            size = len(self._pending) - (0 if final else self._held(self.form.begin))
+            content, self._pending = content + self._pending[:size], self._pending[size:]
+        elif final:
+            content += self._mark + self._pending
+        if self.found and not content.strip():  # white space between calls
+            content = ""
+        return content, self.found[known:]
 
-    def check_size(self, characters: int, parts: int) -> None:
-        """Refuse a conversation by the number of its characters, and of its messages' parts."""
-        if characters > self.max_characters or parts > self.max_model_len:
-            raise RequestError(
-                f"the prompt has {characters} characters in {parts} parts, which cannot fit: this "
-                f"model takes {self.max_model_len} tokens, answer included, and this server "
-                f"{self.max_characters} characters. Send less text."
-            )
+    def _take_call(self, end: str, final: bool) -> bool:
+        """Read the call that has begun, if it is complete."""
+        ends = [found.span() for found in re.finditer(re.escape(end), self._pending)]
+        for start, stop in ends + [(len(self._pending),) * 2] * final:
+            if (call := self._call(self._pending[:start])) is not None:
+                self.found.append({"id": f"call_{uuid.uuid4().hex}", "type": "function", **call})
+                self._pending, self._inside = self._pending[stop:], False
+                return True
+        return False
 
-    def render(self, chat: Chat, tools: Sequence[dict[str, Any]] = ()) -> str:
-        """Return the prompt that the chat template makes, with one placeholder per medium."""
+    def _call(self, text: str) -> dict[str, Any] | None:
         try:
-            return str(
-                self.processor.apply_chat_template(
-                    chat, add_generation_prompt=True, tokenize=False,
-                    **({"tools": list(tools)} if tools else {}),
-                )
-            )  # fmt: skip
-        except Exception as error:  # templates raise undocumented types
-            raise RequestError(f"the model's processor refuses the prompt: {error}") from error
+            call = json.loads(text)
+        except (ValueError, RecursionError):
+            return None
+        if not isinstance(call, dict) or set(call) != set(CALL) or call["name"] not in self.names:
+            return None
+        if not isinstance(call["arguments"], dict):
+            return None
+        return {"function": {**call, "arguments": json.dumps(call["arguments"])}}
 
-    def check(self, chat: Chat, text: str) -> int:
-        """Tokenise a rendered conversation, and check the result.
-
-        The engine puts the media of several requests into one list, in the order of their
-        placeholders. A prompt with another number of placeholders than media would take the media
-        of another request.
-
-        Returns
-        -------
-        int
-            Number of tokens.
-        """
-        kinds = [p["type"] for m in chat if isinstance(m["content"], list) for p in m["content"]]
-        if "video" in kinds and not takes_videos(self.processor):
-            raise RequestError("this model takes no videos. Send frames of it as images.")
-        tokens = self._tokens(text)
-        if len(tokens) >= self.max_model_len:
-            raise too_long(len(tokens), self.max_model_len)
-        expected: Counter[int] = Counter()
-        for kind in kinds:
-            expected.update(self._markers.get(kind, {}))
-        present = Counter(token for token in tokens if token in self._special)
-        if present != expected:
-            raise RequestError(
-                "the prompt does not have one placeholder per image and video: its text contains "
-                "placeholder tokens, or the model's chat template leaves media of this role out."
-            )
-        return len(tokens)
-
-    def check_images(self, text_tokens: int, images: Sequence[Image.Image]) -> None:
-        """Refuse images with too many tokens before the processor makes arrays of them.
-
-        Images pass if the processor cannot count the tokens of a size. The engine counts all
-        tokens after the processor has run.
-        """
-        count = getattr(self.processor, "_get_num_multimodal_tokens", None)
-        if count is None or not images:
-            return
-        try:
-            counts = count(image_sizes=[(image.height, image.width) for image in images])
-            visual = sum(counts["num_image_tokens"])
-        except Exception:  # a size that the processor will refuse, with a better message
-            return
-        total = text_tokens - len(images) + visual
-        if total >= self.max_model_len:
-            raise too_long(total, self.max_model_len)
-
-    def _tokens(self, text: str) -> list[int]:
-        try:
-            with self._lock:
-                return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        except Exception as error:  # tokenizers raise undocumented types
-            raise RequestError(f"the model's processor refuses the prompt: {error}") from error
-
-    def _visible(self, text: str) -> bool:
-        """Whether a text survives the decoding of an answer, which leaves special tokens out."""
-        return text in self.tokenizer.decode(self._tokens(text), skip_special_tokens=True)
-
-    def _marker(self, kind: str) -> Counter[int]:
-        """Return the special tokens that the chat template writes for one medium of that kind."""
-        text = {"type": "text", "text": "a"}
-        try:
-            plain, marked = (
-                Counter(self._tokens(self.render([{"role": "user", "content": content}])))
-                for content in ([text], [{"type": kind}, text])
-            )
-        except RequestError:  # a model without this kind of media
-            return Counter()
-        return Counter({t: n for t, n in (marked - plain).items() if t in self._added})
+    def _held(self, begin: str) -> int:
+        """Length of the end of the text that a call may follow: white space, part of its mark."""
+        part = _overlap(self._pending, begin)
+        before = self._pending[: len(self._pending) - part]
+        return part + len(before) - len(before.rstrip())

@@ -13,11 +13,8 @@ from typing import Any
 import numpy as np
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoLoader
 
-from tokencomp.serving.hf.deadline import Deadline
-from tokencomp.serving.hf.decoder import decode_apart
-from tokencomp.serving.hf.frames import with_request
-from tokencomp.serving.hf.media import Limits
-from tokencomp.serving.hf.video import load_file
+from tokencomp.serving.limits import Deadline, Limits
+from tokencomp.serving.video import decode_apart, load_file, with_request
 from tokencomp.serving.vllm import LOADER
 
 ASSUMED_RATE = 24.0  # frames per second of a file that does not say it, as in transformers

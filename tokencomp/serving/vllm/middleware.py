@@ -20,8 +20,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tokencomp.serving import ENV_OPTIONS
-from tokencomp.serving.hf.errors import RequestError
 from tokencomp.serving.http import OPEN_PATHS, Bodies, Exchange, check_head, first_page, route
+from tokencomp.serving.limits import RequestError
 from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm.request_checks import check_media, read_request
 from tokencomp.serving.vllm.rules import Rules

@@ -8,18 +8,15 @@ from typing import Any
 
 from tokencomp.errors import OptionError, RatioError
 from tokencomp.serving import KEY
-from tokencomp.serving.hf.deadline import Deadline
-from tokencomp.serving.hf.errors import RequestError
-from tokencomp.serving.hf.frames import with_request
-from tokencomp.serving.hf.media import (
+from tokencomp.serving.limits import Deadline, Limits, RequestError, check_structure
+from tokencomp.serving.media import (
     FRAME_LIST,
-    Limits,
     check_image,
     decode_base64,
     read_url,
 )
-from tokencomp.serving.hf.schema import check_structure
 from tokencomp.serving.spec import ServerOptions
+from tokencomp.serving.video import with_request
 from tokencomp.serving.vllm.rules import Rules
 
 MEDIA = ("image_url", "video_url")

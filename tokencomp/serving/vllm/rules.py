@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tokencomp.serving import ENV_RULES
 from tokencomp.serving.bind import Bind
-from tokencomp.serving.hf.media import Limits
+from tokencomp.serving.limits import Limits
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Requests while they wait for the engine and while it processes them, and their text."""
+"""Answers to requests while they wait for the engine, and while it generates them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from tokencomp.serving.hf.answer import AnswerText
-from tokencomp.serving.hf.errors import RequestError
+from tokencomp.serving.hf.fields import SAMPLING
 from tokencomp.serving.hf.grammar import Grammar
 from tokencomp.serving.hf.prompt import Prompt
+from tokencomp.serving.hf.text import AnswerText
+from tokencomp.serving.limits import RequestError
 
-SAMPLING = ("temperature", "top_p", "top_k", "min_p")  # fields that all rows of a batch share
 Finish = Literal["stop", "length", "abort"]
 Event = tuple[int, str, Any]
 """Index of the answer, kind, and value: `("start", Usage)`, `("text", Piece)`, `("end", Finish)` or
@@ -101,8 +101,8 @@ class Job:
     def group(self) -> tuple[Any, ...]:
         """Key of the batch: requests with equal groups can share one.
 
-        A request that samples with a seed of its own has a batch of its own, because its random
-        numbers must not depend on the other requests.
+        A request that samples with a seed has a batch of its own, because its random numbers must
+        not depend on the other requests.
         """
         request = self.prompt.request
         alone = self.prompt.alone or (self.seed is not None and request.temperature != 0)
@@ -130,20 +130,16 @@ class Job:
             return
         assert self.usage is not None  # the prefill has run
         self.usage.completion += 1
-        is_end, new = is_end and not self.prompt.request.ignore_eos, ""
-        stopped = is_end
-        if not is_end:
+        stopped, new = is_end and not self.prompt.request.ignore_eos, ""
+        if not stopped:
             new = self.text.add(token)
             if logprob is not None:
                 self._logprobs.append(logprob)
-            if self.grammar is not None:
-                if problem := self.grammar.accept(token):
-                    self.send(
-                        "error", RequestError(f"the answer cannot go on in its form: {problem}")
-                    )
-                    return
-                stopped = self.grammar.ended
-            stopped = stopped or self.text.stopped
+            if self.grammar is not None and (problem := self.grammar.accept(token)):
+                error = f"the answer cannot go on in its form: {problem}"
+                self.send("error", RequestError(error))
+                return
+            stopped = self.text.stopped or (self.grammar is not None and self.grammar.ended)
         final = stopped or self.usage.completion >= self.max_tokens
         if final:
             new += self.text.finish()

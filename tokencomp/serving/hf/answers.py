@@ -1,4 +1,4 @@
-"""The answers to one request, in the form of OpenAI's API."""
+"""The answers to one request in the form of OpenAI's API, whole or as a stream of events."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from tokencomp.serving.hf.answer import AnswerText
-from tokencomp.serving.hf.job import Event, Job, Piece, Usage
 from tokencomp.serving.hf.prompt import Prompt
-from tokencomp.serving.hf.tools import Calls
+from tokencomp.serving.hf.queue import Event, Job, Piece, Usage
+from tokencomp.serving.hf.text import AnswerText, Calls
 
 DEFAULT_TOKENS = 256
 
@@ -33,12 +32,9 @@ class Completion:
         names = [tool.function.name for tool in request.offered]
         self.calls = [Calls(form, names, request.must_call) for _ in prompt.grammars]
         self.jobs = [
-            Job(
-                prompt, loop, tokens, AnswerText(tokenizer, stops), self.events, index,
-                grammar,
-            )
+            Job(prompt, loop, tokens, AnswerText(tokenizer, stops), self.events, index, grammar)
             for index, grammar in enumerate(prompt.grammars)
-        ]  # fmt: skip
+        ]
 
     def cancel(self) -> None:
         """Note that the client has left, or needs no more."""

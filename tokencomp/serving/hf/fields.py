@@ -1,25 +1,27 @@
-"""The supported part of OpenAI's chat-completions request; other fields are refused by name."""
+"""The supported fields of OpenAI's chat-completions request; others are refused by name."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)  # fmt: skip
 
 from tokencomp.serving import KEY
-from tokencomp.serving.hf.errors import RequestError
-from tokencomp.serving.hf.form import (
-    ResponseFormat,
-    StreamOptions,
-    Strict,
-    Tool,
-    ToolCall,
-)
+from tokencomp.serving.limits import RequestError, check_structure
 from tokencomp.serving.spec import REQUEST_KEYS
 
-MAX_STRUCTURE = 1_000_000  # JSON objects, lists and their elements; each costs memory
 MAX_ANSWERS = 16  # to one request; each is computed from the whole prompt
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256  # every generated token is compared with all of them
+SAMPLING = ("temperature", "top_p", "top_k", "min_p")  # fields that all rows of a batch share
 
 # Fields of the API that never change an answer.
 HARMLESS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
@@ -43,7 +45,6 @@ OFF: dict[str, tuple[Any, ...]] = {
     "stop_token_ids": ([],),
     "use_beam_search": (False,),
 }
-
 # The same for a message. Clients send those that they received, with all of their empty fields.
 MESSAGE_OFF: dict[str, tuple[Any, ...]] = {
     "annotations": ([],),
@@ -53,6 +54,36 @@ MESSAGE_OFF: dict[str, tuple[Any, ...]] = {
 }
 # pydantic's names for the alternative types of a field
 FORMS = ("str", "list[Part]", "list[str]", "literal['none','auto','required']", "Tool")
+
+
+class Strict(BaseModel):
+    """An object whose unknown fields are kept, so that they can be refused by name."""
+
+    model_config = ConfigDict(extra="allow")
+
+    off: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    """Values of unknown fields that ask for what the server does anyway."""
+
+    def unserved(self, where: str = "") -> list[str]:
+        """Return the paths of unknown fields, at any depth, that ask for something else.
+
+        `where` is the path of this object in the request, with a dot at its end.
+        """
+        wrong = [
+            where + name
+            for name, value in (self.model_extra or {}).items()
+            if value is not None and value not in self.off.get(name, ())
+        ]
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            items = enumerate(value) if isinstance(value, list) else [("", value)]
+            for i, item in items:
+                if isinstance(item, Strict):
+                    wrong += item.unserved(f"{where}{name}.{i}." if i != "" else f"{where}{name}.")
+        return wrong
+
+
+# -- messages --------------------------------------------------------------------------------------
 
 
 class Url(Strict):
@@ -78,6 +109,31 @@ class Part(Strict):
         return value
 
 
+class CalledFunction(Strict):
+    """A function with its arguments, which are a JSON object as text."""
+
+    name: str
+    arguments: str
+
+    @field_validator("arguments")
+    @classmethod
+    def _object(cls, value: str) -> str:
+        try:
+            if isinstance(json.loads(value), dict):
+                return value
+        except (ValueError, RecursionError):
+            pass
+        raise ValueError('expected a JSON object as text, such as "{}"')
+
+
+class ToolCall(Strict):
+    """A call in an earlier answer."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
 class Message(Strict):
     """One message of a conversation."""
 
@@ -99,7 +155,7 @@ class Message(Strict):
 
     @property
     def parts(self) -> list[Part]:
-        """The parts of the content; one that is a string is a part of text."""
+        """The parts of the content; a string is one part of text."""
         if self.content is None or isinstance(self.content, str):
             return [Part(type="text", text=self.content or "")]
         return self.content
@@ -108,6 +164,76 @@ class Message(Strict):
     def template_role(self) -> str:
         """The role for chat templates; "developer" is OpenAI's newer name of "system"."""
         return "system" if self.role == "developer" else self.role
+
+
+# -- the form of an answer -------------------------------------------------------------------------
+
+
+class StreamOptions(Strict):
+    """Options of a streamed answer."""
+
+    off = {
+        "continuous_usage_stats": (False,),
+        "include_obfuscation": (False, True),  # padding of events, against observers of their sizes
+    }
+
+    include_usage: bool = False
+
+
+class Function(Strict):
+    """A function that the model may call."""
+
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+    def call_schema(self) -> dict[str, Any]:
+        """Return the JSON schema of a call of this function."""
+        arguments = self.parameters or {"type": "object", "additionalProperties": False}
+        properties = {"name": {"const": self.name}, "arguments": arguments}
+        closed = {"required": [*properties], "additionalProperties": False}
+        return {"type": "object", "properties": properties, **closed}
+
+
+class Tool(Strict):
+    """OpenAI's object around a function; as a `tool_choice` it needs a name alone."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class JsonSchema(Strict):
+    """OpenAI's object around a JSON schema."""
+
+    name: str = ""
+    description: str | None = None
+    strict: bool | None = None
+    definition: dict[str, Any] = Field(alias="schema")
+
+
+class ResponseFormat(Strict):
+    """The form of an answer."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def _complete(self) -> ResponseFormat:
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError('"type": "json_schema" needs a field "json_schema"')
+        return self
+
+    def schema_text(self) -> str:
+        """Return the JSON schema of the answer, or "" for any text."""
+        if self.type == "text":
+            return ""
+        if self.type == "json_schema" and self.json_schema is not None:
+            return json.dumps(self.json_schema.definition)
+        return json.dumps({"type": "object"})
+
+
+# -- the request -----------------------------------------------------------------------------------
 
 
 class ChatRequest(Strict):
@@ -164,15 +290,16 @@ class ChatRequest(Strict):
     def _consistent(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
             raise ValueError('"top_logprobs" needs "logprobs": true')
-        if self.ignore_eos and self.response_format and self.response_format.type != "text":
-            raise ValueError('"ignore_eos" beside "response_format": an answer in JSON ends')
+        json_wanted = self.response_format is not None and self.response_format.type != "text"
+        if self.ignore_eos and json_wanted:
+            raise ValueError('"ignore_eos" with "response_format": an answer in JSON ends')
         names = [tool.function.name for tool in self.tools or []]
         if self.must_call and (self.ignore_eos or not names):
             raise ValueError('"tool_choice" of a call needs "tools", and no "ignore_eos"')
         if isinstance(self.tool_choice, Tool) and self.tool_choice.function.name not in names:
             raise ValueError(f'"tool_choice" names none of the tools {", ".join(names)}')
-        if self.offered and self.response_format and self.response_format.type != "text":
-            raise ValueError('"tools" beside "response_format": a call has a form of its own')
+        if self.offered and json_wanted:
+            raise ValueError('"tools" with "response_format": a call has a form of its own')
         return self
 
     @property
@@ -199,6 +326,13 @@ class ChatRequest(Strict):
         texts = [self.stop] if isinstance(self.stop, str) else (self.stop or [])
         return [text for text in texts if text]
 
+    @property
+    def answer_schema(self) -> str:
+        """JSON schema that the answer follows, or "" for any text."""
+        if self.must_call:
+            return json.dumps({"anyOf": [tool.function.call_schema() for tool in self.offered]})
+        return self.response_format.schema_text() if self.response_format else ""
+
 
 def read_request(content: bytes | bytearray) -> ChatRequest:
     """Return the checked request of a JSON body."""
@@ -214,15 +348,6 @@ def read_request(content: bytes | bytearray) -> ChatRequest:
         fix = f'Write it as "{KEY}": {{"ratio": ...}}.' if own else "Leave it out."
         raise RequestError(f"not served: {', '.join(own or wrong)}. {fix}")
     return request
-
-
-def check_structure(content: bytes | bytearray) -> None:
-    """Refuse a JSON body of too many values, before it is parsed.
-
-    Containers of the parsed body take up to a hundred times as many bytes as their text.
-    """
-    if sum(content.count(mark) for mark in (b"{", b"[", b",")) > MAX_STRUCTURE:
-        raise RequestError(f"the body has more than {MAX_STRUCTURE} JSON values.", 413)
 
 
 def _message(error: ValidationError) -> str:

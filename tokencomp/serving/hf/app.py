@@ -1,0 +1,418 @@
+"""The HTTP server: routes, the checks before them, the access log, and uvicorn with time limits."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import logging
+import logging.config
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+from urllib.parse import quote
+
+import h11
+import PIL
+import uvicorn
+from anyio import CapacityLimiter, to_thread
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.config import LOGGING_CONFIG
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from tokencomp import __version__
+from tokencomp.serving.bind import Bind
+from tokencomp.serving.hf.answers import Completion
+from tokencomp.serving.hf.engine import Engine
+from tokencomp.serving.hf.metrics import Metrics
+from tokencomp.serving.hf.prompt import Prompt, load, parse
+from tokencomp.serving.hf.queue import Event
+from tokencomp.serving.http import (
+    Bodies,
+    Exchange,
+    check_head,
+    error_response,
+    first_page,
+    is_open,
+)  # fmt: skip
+from tokencomp.serving.limits import CLIENT_LEFT, Deadline, Limits, RequestError
+
+logger = logging.getLogger("tokencomp.serving")
+
+READING = DECODING = 4  # requests whose text is read, and whose media are decoded, at one time
+POLL = 0.5  # seconds between checks whether the client is still connected
+HEAD_SECONDS = 15.0  # in which a connection must send the head of its next request
+SEND_SECONDS = 60.0  # in which a client must take a full buffer of its answer
+MAX_CONNECTIONS = 512  # each takes a file descriptor, and many systems allow a process 1,024
+FREE_PIECES, PIECE_BYTES = 4096, 64  # chunks of a body, and how large more must be on average
+MAX_REASON = 200  # characters of a refusal in the log
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+SAFE_PILLOW = 13
+
+
+def build_app(engine: Engine, name: str, limits: Limits, bind: Bind | None = None) -> ASGIApp:
+    """Build the application, which closes the engine at its end.
+
+    Without `bind`, clients may use any name and need no key.
+    """
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+        await run_in_threadpool(engine.close)
+
+    bind = bind or Bind(host="")
+    app = Starlette(lifespan=lifespan)
+    server = Server(engine, name, limits, bool(bind.api_key))
+    for path, handler in (
+        ("/", server.page),
+        ("/health", server.health),
+        ("/ping", server.health),
+        ("/metrics", server.metrics),
+        ("/version", server.version),
+        ("/v1/models", server.models),
+        ("/v1/models/{name:path}", server.model),
+    ):
+        app.add_route(path, handler)
+    app.add_route("/v1/chat/completions", server.chat, methods=["POST"])
+    for kind in (RequestError, HTTPException, Exception):
+        app.add_exception_handler(kind, _failed)
+    if bind.api_key:  # a page of any site needs the key; without one, it could use the server
+        app.add_middleware(
+            CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"]
+        )
+    return Guard(app, bind, engine.metrics)
+
+
+class Server:
+    """The handlers of all routes; `keyed`: whether requests need a key."""
+
+    def __init__(self, engine: Engine, name: str, limits: Limits, keyed: bool = False) -> None:
+        self.engine, self.name, self.limits, self.keyed = engine, name, limits, keyed
+        self.started = int(time.time())
+        self.bodies = Bodies(limits.max_body, limits.max_bodies, limits.body_seconds)
+        self.reading, self.decoding = CapacityLimiter(READING), CapacityLimiter(DECODING)
+
+    async def chat(self, request: Request) -> Response:
+        """Answer a chat completion, whole or as a stream of events.
+
+        The first event is awaited before the response starts, so that errors of the prefill still
+        have an HTTP status.
+        """
+        self.engine.check_room()  # refuses early, before the body is read and media are decoded
+        prompt = await self._prompt(request)
+        body = prompt.request
+        self._check_name(body.model or self.name)
+        identity = {
+            "id": f"chatcmpl-{request.state.request_id}",  # the log names the same id
+            "created": int(time.time()),
+            "model": self.name,
+        }
+        completion = Completion(prompt, self.engine.tokenizer, identity)
+        request.state.completion = completion
+        self.engine.submit(*completion.jobs)
+
+        async def next_event() -> Event:
+            return await _while_connected(request, completion.events.get(), completion.cancel)
+
+        try:
+            _, kind, value = await next_event()
+            if kind == "error":
+                raise value
+            if body.stream:
+                return StreamingResponse(completion.stream(), media_type="text/event-stream")
+            return JSONResponse(await completion.whole(next_event))
+        except RequestError:
+            completion.cancel()  # the other answers
+            raise
+
+    async def _prompt(self, request: Request) -> Prompt:
+        """Read and check a request, and decode its media as long as the client is there.
+
+        Requests without media do not wait for the media of others.
+        """
+        engine, deadline = self.engine, Deadline(self.limits.decode_seconds)
+        async with self.bodies.read(request) as body:
+            prompt = await to_thread.run_sync(
+                parse, body, engine.options, self.limits, engine.text, engine.grammars,
+                limiter=self.reading,
+            )  # fmt: skip
+            if prompt.request.media:
+                decoded = to_thread.run_sync(
+                    load, prompt, engine.text, deadline, limiter=self.decoding
+                )
+                await _while_connected(request, decoded, deadline.cancel)
+            return prompt
+
+    async def health(self, request: Request) -> Response:
+        """Answer 200 while the engine answers requests, else 503."""
+        return Response(status_code=200 if self.engine.healthy else 503)
+
+    async def metrics(self, request: Request) -> Response:
+        """Answer with all metrics in the text format of Prometheus."""
+        text = generate_latest(self.engine.metrics.registry)
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+    async def version(self, request: Request) -> Response:
+        """Answer with the version of this package."""
+        return JSONResponse({"version": __version__})
+
+    async def models(self, request: Request) -> Response:
+        """List the served model."""
+        return JSONResponse({"object": "list", "data": [self._card()]})
+
+    async def model(self, request: Request) -> Response:
+        """Describe the served model."""
+        self._check_name(request.path_params["name"])
+        return JSONResponse(self._card())
+
+    async def page(self, request: Request) -> Response:
+        """Say in plain text what is served, and how to ask."""
+        return first_page(request, self.name, self.engine.options.default.describe(), self.keyed)
+
+    def _card(self) -> dict[str, Any]:
+        """OpenAI's object of the model, with its default reducer and ratio."""
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.started,
+            "owned_by": "tokencomp",
+            "max_model_len": self.engine.max_model_len,
+            "tokencomp": self.engine.options.default.describe(),
+        }
+
+    def _check_name(self, name: str) -> None:
+        """Raise `RequestError` (404) for the name of another model."""
+        if name != self.name:
+            raise RequestError(f"model {name!r}: this server has {self.name!r}.", 404)
+
+
+async def _while_connected(
+    request: Request, work: Awaitable[Any], cancel: Callable[[], None]
+) -> Any:
+    """Return the result of `work`; call `cancel` if the client leaves before, or on shutdown."""
+    task = asyncio.ensure_future(work)
+    # Nobody awaits a task whose client has left, so its exception is taken here.
+    task.add_done_callback(lambda t: t.cancelled() or t.exception())
+    try:
+        while not (await asyncio.wait({task}, timeout=POLL))[0]:
+            if await request.is_disconnected():
+                raise RequestError("the client went away.", CLIENT_LEFT)
+    except BaseException:
+        cancel()
+        task.cancel()
+        raise
+    return task.result()
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    """Answer a request that failed in the form of OpenAI's API."""
+    if isinstance(error, HTTPException):
+        reason = f"{error.detail}: {request.method} {request.url.path}"
+        error = RequestError(reason, error.status_code)
+    elif not isinstance(error, RequestError):
+        error = RequestError("the server failed on this request.", 500)
+    request.state.refusal = str(error)
+    return error_response(error)
+
+
+# -- checks before the routes, and the access log --------------------------------------------------
+
+
+class Guard:
+    """ASGI middleware that checks the head of a request before its body is read, and logs it.
+
+    Requests of probes and monitoring are neither logged nor counted.
+    """
+
+    def __init__(self, app: ASGIApp, bind: Bind, metrics: Metrics) -> None:
+        self.app, self.bind, self.metrics = app, bind, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the application on a request that is allowed, and answer any other one."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        exchange = LoggedExchange(scope, receive, send)
+        try:
+            check_head(scope, self.bind)
+            await self.app(scope, exchange.receive, exchange.send)
+        except RequestError as error:  # of the check; the application answers its own
+            scope["state"]["refusal"] = str(error)
+            await exchange.refuse(error)
+        except asyncio.CancelledError:  # the time of the shutdown is over
+            if not exchange.status:
+                await exchange.refuse(RequestError("the server shuts down.", 503))
+            raise
+        finally:
+            if not is_open(scope):
+                self.metrics.requests.labels(exchange.outcome).inc()
+                logger.info("%s", exchange)
+
+
+class LoggedExchange(Exchange):
+    """An exchange with an id, which describes itself for the log.
+
+    Handlers put the `Completion` into `request.state.completion`, and the reason of a refusal into
+    `request.state.refusal`.
+    """
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        super().__init__(scope, receive, send)
+        self.started = time.monotonic()
+        sent = Headers(scope=scope).get("x-request-id", "")
+        self.id = sent if REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
+        self.headers["X-Request-Id"] = self.id
+        scope.setdefault("state", {})["request_id"] = self.id
+
+    @property
+    def outcome(self) -> int:
+        """Status of the answer; 499 if the client left before its end."""
+        return self.status if self.complete else CLIENT_LEFT
+
+    def __str__(self) -> str:
+        client = self.scope.get("client") or ("-", 0)
+        words: list[Any] = [
+            client[0], self.scope["method"][:20], quote(self.scope["path"])[:100], self.outcome,
+            f"{time.monotonic() - self.started:.3f}s", f"id={self.id}",
+        ]  # fmt: skip
+        if completion := self.scope["state"].get("completion"):
+            words.append(completion)
+        if refusal := self.scope["state"].get("refusal"):
+            words.append(f"reason={refusal[:MAX_REASON]!r}")  # quoted, so that it stays one line
+        return " ".join(map(str, words))
+
+
+# -- uvicorn ---------------------------------------------------------------------------------------
+
+
+class PiecewiseConnection(h11.Connection):
+    """Refuses a body in very many small chunks, each of which costs as much as a large one."""
+
+    def next_event(self) -> Any:
+        """Return what has arrived. Raises `RemoteProtocolError` for too many chunks."""
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._pieces = self._bytes = 0
+        elif isinstance(event, h11.Data):
+            self._pieces, self._bytes = self._pieces + 1, self._bytes + len(event.data)
+            crumbs = self._pieces > FREE_PIECES + self._bytes // PIECE_BYTES
+            if crumbs and self.our_state is h11.SEND_RESPONSE:  # else the connection ends anyway
+                raise h11.RemoteProtocolError("too many chunks")
+        return event
+
+
+class TimedProtocol(H11Protocol):
+    """HTTP/1.1 that closes connections on which no request starts, or whose answer is not read.
+
+    uvicorn's keep-alive time ends with the first byte that arrives, so that it does not limit how
+    long a client may take for the head of a request.
+    """
+
+    _writing: asyncio.TimerHandle | None = None
+
+    def __init__(self, config: uvicorn.Config, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.conn = PiecewiseConnection(h11.SERVER)
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # TCP transports only
+        """Start the time of the first request."""
+        super().connection_made(transport)
+        self._wait_for_request()
+
+    def on_response_complete(self) -> None:
+        """Start the time of the next request, which may have arrived already."""
+        self._wait_for_request()
+        super().on_response_complete()
+
+    def _wait_for_request(self) -> None:
+        self.loop.call_later(HEAD_SECONDS, self._close_unless_started, self.cycle)
+
+    def _close_unless_started(self, last: Any) -> None:
+        if self.cycle is last:  # each request has a cycle of its own
+            self.transport.abort()  # `close` would first wait for the client to read
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer bytes that are no HTTP; the application, if it runs, can no longer answer."""
+        super().send_400_response(msg)
+        if self.cycle is not None:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+
+    def pause_writing(self) -> None:
+        """Start the time in which the client must read."""
+        super().pause_writing()
+        self._writing = self.loop.call_later(SEND_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """End this time."""
+        super().resume_writing()
+        if self._writing is not None:
+            self._writing.cancel()
+
+
+def uvicorn_server(app: ASGIApp, bind: Bind) -> uvicorn.Server:
+    """Return the server of an application."""
+    config = uvicorn.Config(
+        app,
+        host=bind.host,
+        port=bind.port,
+        http=TimedProtocol,
+        ws="none",
+        log_config=log_config(),
+        access_log=False,  # `Guard` logs requests, with their tokens
+        server_header=False,
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_graceful_shutdown=bind.shutdown_timeout,
+    )
+    return uvicorn.Server(config)
+
+
+def log_config() -> dict[str, Any]:
+    """Return uvicorn's logging, which also prints the messages of this package."""
+    config = copy.deepcopy(LOGGING_CONFIG)
+    config["formatters"]["default"]["fmt"] = "%(asctime)s %(levelprefix)s %(message)s"
+    config["loggers"]["tokencomp"] = {"handlers": ["default"], "level": "INFO", "propagate": False}
+    return config
+
+
+def log_start(engine: Engine, name: str, limits: Limits, bind: Bind) -> None:
+    """Log what is served, how it is compressed, and which limits hold."""
+    logging.config.dictConfig(log_config())
+    if int(PIL.__version__.partition(".")[0]) < SAFE_PILLOW:
+        logger.warning(
+            "Pillow %s reads the EXIF data of an image without a bound: a file of 1 MB can take "
+            "gigabytes of memory. Install pillow>=%d (Python 3.11), or serve trusted clients only.",
+            PIL.__version__, SAFE_PILLOW,
+        )  # fmt: skip
+    model, options, default = engine.model, engine.options, engine.options.default
+    logger.info(
+        "serving %r (%s) on %s in %s: reducer %s, ratio %s, ratio of requests %s",
+        name, type(model).__name__, model.device, str(model.dtype).removeprefix("torch."),
+        default.describe().get("reducer"), default.shown_ratio,
+        f"up to {options.max_ratio:g}" if options.per_request else "fixed",
+    )  # fmt: skip
+    logger.info(
+        "limits: %d tokens, %d requests per batch, %d waiting; media of %d MiB, %d items, %g "
+        "megapixels each and %g in all, %d frames, %g s of decoding; files %s",
+        engine.max_model_len, engine.waiting.max_batch, engine.waiting.max_waiting,
+        limits.max_bytes >> 20, limits.max_items, limits.max_pixels / 1e6,
+        limits.max_total_pixels / 1e6, limits.frames, limits.decode_seconds,
+        limits.allowed_path or "off",
+    )  # fmt: skip
+    named = bind.loopback or bind.allowed_hosts
+    logger.info(
+        "API key %s; host names %s; shutdown within %d s",
+        "on" if bind.api_key else "off",
+        ", ".join(("localhost", *bind.allowed_hosts)) if named else "all", bind.shutdown_timeout,
+    )  # fmt: skip

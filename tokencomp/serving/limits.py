@@ -1,0 +1,147 @@
+"""Limits of a request, and the error with which one is refused."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokencomp.errors import TokenCompError
+
+MAX_MESSAGE = 500  # characters of an error message
+MAX_STRUCTURE = 1_000_000  # JSON objects, lists and their elements in a body; each costs memory
+CLIENT_LEFT = 499  # status of a request whose client has disconnected
+
+
+class RequestError(TokenCompError, ValueError):
+    """A request that cannot be served; `status` is the HTTP status of the answer.
+
+    400 is for what is malformed or not supported, and 413 for what exceeds a limit.
+    """
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
+
+    def body(self) -> dict[str, Any]:
+        """Return the error body of OpenAI's API.
+
+        The message may quote the request, so it is shortened, and lone surrogates are escaped.
+        """
+        kind = "server_error" if self.status >= 500 else "invalid_request_error"
+        text = str(self).encode("utf-8", "backslashreplace").decode()
+        text = text if len(text) <= MAX_MESSAGE else text[: MAX_MESSAGE - 1] + "…"
+        return {"error": {"message": text, "type": kind, "param": None, "code": self.status}}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of one request.
+
+    Attributes
+    ----------
+    allowed_path
+        Directory below which `file:` URLs may point; None refuses all of them.
+    max_bytes
+        Size of one encoded image or video, in bytes.
+    max_pixels, max_total_pixels
+        Width × height of one image or frame, and their sum over all images and sampled frames. A
+        few bytes can decode to very many pixels.
+    frames, policy
+        Number of frames that are sampled from a video, and how, see `tokencomp.inputs.frames`; ""
+        is `frames` evenly spaced ones.
+    max_decoded, max_decoded_pixels, max_animated_pixels
+        Frames of a video, the pixels in all of them, and those in all frames of an animation. A
+        decoder has to produce every frame, also those that are not sampled, and a few bytes of an
+        animation cost a whole canvas.
+    decode_seconds, decode_memory
+        Time for decoding all media of a request, and memory in bytes of the process that decodes a
+        video file.
+    max_items
+        Number of images and videos.
+    max_body, max_bodies, body_seconds
+        Size of a body and of all bodies in memory, in bytes, and time in which one must arrive.
+    """
+
+    allowed_path: Path | None = None
+    max_bytes: int = 64 << 20
+    max_pixels: int = 50_000_000
+    max_total_pixels: int = 300_000_000
+    frames: int = 32
+    policy: str = ""
+    max_decoded: int = 36_000
+    max_decoded_pixels: int = 20_000_000_000
+    max_animated_pixels: int = 1_000_000_000
+    decode_seconds: float = 60.0
+    decode_memory: int = 3 << 30
+    max_items: int = 32
+    max_body: int = 128 << 20
+    max_bodies: int = 512 << 20
+    body_seconds: float = 120.0
+
+
+def check_structure(content: bytes | bytearray) -> None:
+    """Refuse a JSON body of too many values before it is parsed.
+
+    The containers of a parsed body take up to a hundred times as many bytes as their text.
+    """
+    if sum(content.count(mark) for mark in (b"{", b"[", b",")) > MAX_STRUCTURE:
+        raise RequestError(f"the body has more than {MAX_STRUCTURE} JSON values.", 413)
+
+
+class Deadline:
+    """End of the time for decoding the media of a request; `seconds` from now."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.cancelled = seconds, False
+        self._then: Callable[[], None] | None = None
+        self.start()
+
+    def start(self) -> None:
+        """Start the time again, because the work begins only now."""
+        self._end = time.monotonic() + self.seconds
+
+    def cancel(self) -> None:
+        """End the time for good, as the client has left. Any thread may call this method."""
+        self.cancelled = True
+        if self._then is not None:
+            self._then()
+
+    def when_cancelled(self, then: Callable[[], None]) -> None:
+        """Call `then` when the client leaves, or now if it has; it replaces an earlier one."""
+        self._then = then
+        if self.cancelled:
+            then()
+
+    def remaining(self) -> float:
+        """Return the seconds that are left, at least 0."""
+        return 0.0 if self.cancelled else max(self._end - time.monotonic(), 0.0)
+
+    def check(self) -> None:
+        """Raise `RequestError` (413) after the end."""
+        if self.remaining() <= 0:
+            raise RequestError(
+                f"the media were not decoded within {self.seconds:g} s. Send fewer or smaller "
+                "media.",
+                413,
+            )
+
+    def reader(self, content: bytes) -> io.BytesIO:
+        """Return a file of `content` whose reads fail after the end.
+
+        Decoders read as they go, so this also ends loops inside of libraries.
+        """
+        return _TimedReader(content, self)
+
+
+class _TimedReader(io.BytesIO):
+    def __init__(self, content: bytes, deadline: Deadline) -> None:
+        super().__init__(content)
+        self.deadline = deadline
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.deadline.check()
+        return super().read(size)

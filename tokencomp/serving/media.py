@@ -1,0 +1,219 @@
+"""Media of requests: from URLs to bytes and images, safe against hostile clients.
+
+Servers accept `data:` URLs, and `file:` URLs below one directory. They fetch nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from tokencomp.errors import MediaError
+from tokencomp.inputs.images import on_white
+from tokencomp.serving.limits import Deadline, Limits, RequestError
+
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+FRAME_LIST = "video/jpeg"  # media type of a list of frames, as in vLLM
+
+MAX_SCANS = 100  # of a progressive JPEG, each of which passes over all pixels; usual: 10
+MAX_SEGMENTS = 1000  # of a JPEG, which Pillow stores one by one; usual: 10, with profiles 200
+# A segment of a JPEG. In compressed data, the byte 0xFF is followed by 0 or by a restart marker.
+SEGMENT = re.compile(rb"\xff([\x02-\xcf\xd8-\xfe])")
+START_OF_FILE, END, SCAN = 0xD8, 0xD9, 0xDA
+# Blocks of a GIF, and sizes of its header and of the descriptor of an image.
+EXTENSION, IMAGE, TRAILER = 0x21, 0x2C, 0x3B
+HEADER, DESCRIPTOR = 13, 9
+
+
+# -- URLs ------------------------------------------------------------------------------------------
+
+
+def read_url(url: str, limits: Limits) -> tuple[str, bytes]:
+    """Return media type and content of a `data:` URL or an allowed `file:` URL.
+
+    A list of frames (`FRAME_LIST`) stays base64 text.
+    """
+    scheme, colon, _ = url[:10].partition(":")
+    scheme = scheme.lower() if colon else ""
+    if scheme == "data":
+        return _read_data(url, limits)
+    if scheme == "file":
+        return "", _read_file(url, limits)
+    what = f"media URL scheme {scheme!r}" if scheme else "a media URL without a scheme"
+    raise RequestError(
+        f"{what}: this server fetches nothing. Send the content as a data: URL"
+        + (", or a file: URL below its media path." if limits.allowed_path else ".")
+    )
+
+
+def _read_data(url: str, limits: Limits) -> tuple[str, bytes]:
+    head, comma, body = url[5:].partition(",")
+    if not comma or not head.lower().endswith(";base64"):
+        raise RequestError("a data: URL must look like data:image/png;base64,....")
+    _check_bytes(len(body) * 3 // 4, limits)
+    media_type = head.partition(";")[0].lower()  # without its parameters
+    if media_type == FRAME_LIST:
+        return media_type, body.encode("ascii", "replace")
+    return media_type, decode_base64(body)
+
+
+def decode_base64(text: str) -> bytes:
+    """Decode base64 text."""
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise RequestError(f"a data: URL is not valid base64 ({error}).") from None
+
+
+def _read_file(url: str, limits: Limits) -> bytes:
+    """Read a file below the allowed directory, after symbolic links are resolved."""
+    if limits.allowed_path is None:
+        raise RequestError("file: URLs are off (start the server with --allowed-media-path).")
+    parts = urlsplit(url)
+    try:
+        if parts.netloc not in ("", "localhost"):
+            raise OSError("remote host")
+        path = Path(unquote(parts.path)).resolve(strict=True)
+        if not path.is_relative_to(limits.allowed_path.resolve()) or not path.is_file():
+            raise OSError("outside")
+        _check_bytes(path.stat().st_size, limits)
+        return path.read_bytes()
+    except RequestError:  # which is a ValueError too
+        raise
+    except (OSError, ValueError):
+        # All causes have one message, so that clients cannot find out which files exist.
+        raise RequestError("no such file below the server's media path.") from None
+
+
+def _check_bytes(size: int, limits: Limits) -> None:
+    if size > limits.max_bytes:
+        raise RequestError(f"media of {size} bytes; the limit is {limits.max_bytes}.", 413)
+
+
+# -- images ----------------------------------------------------------------------------------------
+
+
+def load_image(url: str, limits: Limits, deadline: Deadline | None = None) -> Image.Image:
+    """Load one image as RGB, rotated upright as its EXIF data says.
+
+    Transparent parts become white, as in vLLM.
+    """
+    deadline = deadline or Deadline(limits.decode_seconds)
+    return decode_image(read_url(url, limits)[1], limits, deadline)
+
+
+def decode_image(content: bytes, limits: Limits, deadline: Deadline, count: int = 1) -> Image.Image:
+    """Decode an image as `load_image`; `count` images of its size must fit the limits together."""
+    with _readable(limits):
+        image = _open(content, limits, deadline, count)
+        return on_white(ImageOps.exif_transpose(image), image.format)
+
+
+def check_image(content: bytes, limits: Limits, deadline: Deadline, count: int = 1) -> int:
+    """Check an image as `decode_image` without decoding its pixels; return how many it has."""
+    with _readable(limits):
+        image = _open(content, limits, deadline, count)
+        return int(image.width * image.height)
+
+
+def _open(content: bytes, limits: Limits, deadline: Deadline, count: int) -> Any:
+    """Open an image and check the size that its header says."""
+    check_jpeg(content)
+    image = Image.open(deadline.reader(content), formats=IMAGE_FORMATS)
+    check_size(image.width, image.height, limits, count)
+    return image
+
+
+@contextlib.contextmanager
+def _readable(limits: Limits) -> Iterator[None]:
+    """Turn what Pillow raises in the block into a `RequestError`."""
+    try:
+        yield
+    except RequestError:
+        raise
+    except MediaError as error:
+        raise RequestError(str(error)) from None
+    except Image.DecompressionBombError:
+        most = limits.max_pixels
+        raise RequestError(f"an image has more pixels than the limit of {most}.", 413) from None
+    except UnidentifiedImageError:
+        known = ", ".join(IMAGE_FORMATS)
+        raise RequestError(f"an image cannot be read; allowed: {known}.") from None
+    except Exception as error:  # Pillow raises many types for damaged files
+        name = type(error).__name__
+        raise RequestError(f"an image is damaged ({name}). Send the whole file.") from None
+
+
+def check_size(width: int, height: int, limits: Limits, count: int = 1) -> None:
+    """Refuse `count` images of this size, before they are decoded into memory."""
+    if width * height > limits.max_pixels:
+        raise RequestError(f"{width}×{height} pixels; the limit is {limits.max_pixels}.", 413)
+    if width * height * count > limits.max_total_pixels:
+        raise RequestError(
+            f"{count} × {width}×{height} pixels; {limits.max_total_pixels} are left of what the "
+            "media of one request may have in total. Send fewer or smaller media.",
+            413,
+        )
+
+
+# -- structure of files ----------------------------------------------------------------------------
+
+
+def check_jpeg(content: bytes) -> None:
+    """Refuse a JPEG of too many scans or segments; other files pass.
+
+    What follows the end of the image, such as the video of a phone's moving photo, is not read.
+    """
+    if content[:2] != b"\xff\xd8":
+        return
+    place, segments, scans = 2, 0, 0
+    while mark := SEGMENT.search(content, place):
+        code, place = mark[1][0], mark.end()
+        if code == END and scans:
+            return
+        if code in (START_OF_FILE, END):
+            continue
+        segments, scans = segments + 1, scans + (code == SCAN)
+        for count, limit, what in ((scans, MAX_SCANS, "scans"), (segments, MAX_SEGMENTS, "parts")):
+            if count > limit:
+                raise RequestError(f"a JPEG of more than {limit} {what}.", 413)
+        place += max(int.from_bytes(content[place : place + 2], "big"), 2)
+
+
+def count_frames(content: bytes, limit: int) -> int:
+    """Return the number of frames of a GIF, but at most `limit` + 1; 0 for other files.
+
+    Pillow has no such limit. As in Pillow, unknown bytes between two blocks are skipped.
+    """
+    if content[:4] != b"GIF8" or len(content) < HEADER:
+        return 0
+    place, frames = HEADER + _color_table(content[10]), 0
+    while place < len(content) and content[place] != TRAILER and frames <= limit:
+        kind, place = content[place], place + 1
+        if kind == IMAGE:
+            frames += 1
+            flags = content[place + DESCRIPTOR - 1] if place + DESCRIPTOR <= len(content) else 0
+            place = _after_blocks(content, place + DESCRIPTOR + _color_table(flags) + 1)
+        elif kind == EXTENSION:
+            place = _after_blocks(content, place + 1)
+    return frames
+
+
+def _color_table(flags: int) -> int:
+    """Return the size of the color table that `flags` announce, in bytes."""
+    return 3 << (flags & 7) + 1 if flags & 0x80 else 0
+
+
+def _after_blocks(content: bytes, place: int) -> int:
+    """Return the place after a list of sub-blocks, each of which starts with its length."""
+    while place < len(content) and content[place]:
+        place += 1 + content[place]
+    return place + 1

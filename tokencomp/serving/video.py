@@ -1,0 +1,387 @@
+"""Videos of requests: chosen frames within limits on frames, pixels, time and memory.
+
+The first bytes of a file decide which demuxer opens it, and only demuxers that cannot refer to
+other files are used.
+
+A demuxer makes tables as long as a file says, and a few hundred bytes can say gigabytes. Neither
+limits on what is decoded nor exceptions help there: the server itself would be killed. So each
+video file is decoded in a process with limited memory, which runs `main`. The server sends it a
+line of JSON with the limits, and the file; the answer is a line of JSON with an error, or with
+shape and times of the frames, and then the frames as bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from PIL import Image
+
+from tokencomp.errors import MediaError, OptionError
+from tokencomp.inputs.container import VideoFile
+from tokencomp.inputs.frames import Choice, Scored, frame_policy
+from tokencomp.inputs.images import on_white, seconds_shown
+from tokencomp.inputs.packets import ClipIndex, animation_index
+from tokencomp.inputs.upright import rgb
+from tokencomp.inputs.video import Sampling
+from tokencomp.serving.limits import Deadline, Limits, RequestError
+from tokencomp.serving.media import (
+    FRAME_LIST,
+    check_size,
+    count_frames,
+    decode_base64,
+    decode_image,
+    read_url,
+)
+
+Clip = tuple[np.ndarray, Sampling]
+"""Frames, uint8 (frames, height, width, 3), and when they were shown."""
+
+Decode = Callable[[bytes, Limits, Deadline], Clip]
+
+FIELD = "media_io_kwargs"
+POLICIES = '8 (evenly spaced), "1fps" (by time) or "stream:8" (by bursts)'
+FORM = '{"video": {"frames": "stream:8"}}'
+FRAME_LIST_RATE = 1.0  # frames per second of a list of frames, as in vLLM
+CONTAINERS = {b"\x1aE\xdf\xa3": "matroska", b"RIFF": "avi", b"OggS": "ogg"}
+GRACE = 5  # seconds after the deadline when the kernel ends a process that hangs
+ENVIRONMENT = {
+    "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2",  # both reserve memory per core
+    "PYTHONSAFEPATH": "1",
+}  # fmt: skip
+
+
+# -- which frames ----------------------------------------------------------------------------------
+
+
+def with_request(options: Any, limits: Limits) -> Limits:
+    """Limits with the frame policy of a request, whose field `media_io_kwargs` is `options`.
+
+    Raises
+    ------
+    RequestError
+        The field has anything else, which vLLM would hand to its video loader, or a policy that
+        servers do not have (400), or more frames than allowed (413).
+    """
+    if not options:
+        return limits
+    video = options.get("video") if isinstance(options, dict) and len(options) == 1 else None
+    if not isinstance(video, dict) or list(video) != ["frames"]:
+        raise RequestError(f"{FIELD} is open to requests for the frames of videos alone: {FORM}.")
+    given = video["frames"]
+    try:
+        policy = frame_policy(given)
+    except OptionError:
+        raise RequestError(f"{FIELD}: frames={given!r}: expected {POLICIES}.") from None
+    if isinstance(policy, Scored):
+        raise RequestError(
+            f'{FIELD}: frames="{policy}": servers decode a video before the model sees it, so '
+            f"nothing can score its frames. Use {POLICIES}."
+        )
+    count = getattr(policy, "count", 1)
+    if count > limits.frames:
+        raise RequestError(f"{FIELD}: {count} frames; the limit is {limits.frames}.", 413)
+    return dataclasses.replace(limits, policy=str(policy))
+
+
+def _choose(index: ClipIndex, limits: Limits) -> Choice:
+    """Choose the frames that the policy of these limits takes."""
+    policy = frame_policy(limits.policy or limits.frames)
+    choice = policy.choose(index, lambda places: ([], []), "")  # only `Scored` decodes candidates
+    if len(choice.places) > limits.frames:
+        raise RequestError(f"{len(choice.places)} frames; the limit is {limits.frames}.", 413)
+    return choice
+
+
+def _check_video(total: int, width: int, height: int, limits: Limits, pixels: int) -> None:
+    """Refuse a video of `total` frames of this size and more than `pixels` in all of them."""
+    if total > limits.max_decoded:
+        raise RequestError(f"more than {limits.max_decoded} frames.", 413)
+    check_size(width, height, limits, min(total, limits.frames))
+    if total * width * height > pixels:
+        raise RequestError(
+            f"{total} frames of {width}×{height} pixels; all frames of a video may have "
+            f"{pixels} pixels. Send a shorter or smaller video.",
+            413,
+        )
+
+
+# -- decoding --------------------------------------------------------------------------------------
+
+
+def decode_container(content: bytes, limits: Limits, deadline: Deadline) -> Clip:
+    """Decode the chosen frames of a video file in this process."""
+    try:
+        return _Container(content, limits, deadline).frames()
+    except RequestError:
+        raise
+    except MediaError as error:
+        raise RequestError(f"a video: {error}") from None
+    except ImportError:
+        raise RequestError("this server has no video decoder (pip install av).", 501) from None
+    except (MemoryError, BlockingIOError):  # no memory for a buffer, or for a thread of the decoder
+        raise _too_much_memory(limits) from None
+    except Exception as error:  # decoders raise undocumented types
+        raise RequestError(f"a video cannot be decoded ({type(error).__name__}).") from None
+
+
+def load_video(
+    url: str, limits: Limits, deadline: Deadline | None = None, decode: Decode = decode_container
+) -> Clip:
+    """Load the chosen frames of a video, and when they were shown.
+
+    The format is MP4, MOV, MKV, WebM, AVI, OGG or an animated GIF or WebP. As in vLLM,
+    `data:video/jpeg;base64,A,B,C` is a list of JPEG (or PNG) frames that the client has sampled
+    at one frame per second. `decode` decodes files; servers use `decode_apart`.
+    """
+    deadline = deadline or Deadline(limits.decode_seconds)
+    media_type, content = read_url(url, limits)
+    if media_type == FRAME_LIST:
+        return _frame_list(content.decode("ascii").split(","), limits, deadline)
+    return load_file(content, limits, deadline, decode)
+
+
+def load_file(content: bytes, limits: Limits, deadline: Deadline, decode: Decode) -> Clip:
+    """Decode the chosen frames of an animation, or with `decode` those of a video file."""
+    if content[:4] == b"GIF8" or (content[:4] == b"RIFF" and content[8:12] == b"WEBP"):
+        return _animation(content, limits, deadline)
+    return decode(content, limits, deadline)
+
+
+class _Frames:
+    """Frames of one size in one array, which is filled without a second copy of all of them."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.filled = count, 0
+        self._array: np.ndarray | None = None
+
+    def add(self, frame: np.ndarray) -> None:
+        """Append a frame, uint8 (height, width, 3)."""
+        if self._array is None:
+            self._array = np.empty((self.count, *frame.shape), np.uint8)
+        if frame.shape != self._array.shape[1:]:
+            raise RequestError("frames of one video differ in size.")
+        self._array[self.filled] = frame
+        self.filled += 1
+
+    def array(self) -> np.ndarray:
+        """Return all frames as uint8 (frames, height, width, 3)."""
+        if self._array is None:
+            raise RequestError("a video has no frames.")
+        return self._array[: self.filled]
+
+
+def _frame_list(parts: list[str], limits: Limits, deadline: Deadline) -> Clip:
+    """Decode frames that were sent one by one in base64."""
+    if len(parts) > limits.frames:
+        raise RequestError(f"{len(parts)} frames; the limit is {limits.frames}.", 413)
+    frames = _Frames(len(parts))
+    for part in parts:
+        frames.add(np.asarray(decode_image(decode_base64(part), limits, deadline, len(parts))))
+    return frames.array(), Sampling(tuple(range(len(parts))), len(parts), FRAME_LIST_RATE)
+
+
+def _animation(content: bytes, limits: Limits, deadline: Deadline) -> Clip:
+    """Decode the chosen frames of an animated GIF or WebP."""
+    try:
+        image = Image.open(deadline.reader(content), formats=("GIF", "WEBP"))
+        check_size(image.width, image.height, limits)
+        total = count_frames(content, limits.max_decoded)
+        if total <= limits.max_decoded:  # else Pillow would count all of them, to the last
+            total = getattr(image, "n_frames", 1)
+        _check_video(total, image.width, image.height, limits, limits.max_animated_pixels)
+        shown = []
+        for place in range(total):  # a seek over many frames at once could not be interrupted
+            deadline.check()
+            shown.append(seconds_shown(image, place))
+        index = animation_index(shown, str(image.format).lower())
+        choice = _choose(index, limits)
+        frames = _Frames(len(choice.places))
+        for place in range(choice.places[-1] + 1):
+            deadline.check()
+            image.seek(place)
+            if place in choice.places:
+                frames.add(np.asarray(on_white(image)))
+        times = index.uneven_times(choice.places)
+        return frames.array(), Sampling(choice.places, total, index.fps, times, choice.rule)
+    except RequestError:
+        raise
+    except MediaError as error:
+        raise RequestError(f"an animation: {error}") from None
+    except Image.DecompressionBombError:
+        raise RequestError(f"a frame has more than {limits.max_pixels} pixels.", 413) from None
+    except Exception as error:  # Pillow raises many types for damaged files
+        raise RequestError(f"an animation cannot be read ({type(error).__name__}).") from None
+
+
+class _Container:
+    """A video file, opened by the demuxer that its first bytes name."""
+
+    def __init__(self, content: bytes, limits: Limits, deadline: Deadline) -> None:
+        self.content, self.limits, self.deadline = content, limits, deadline
+        self.packets, self.pixels, self.count = 0, 0, 1
+        self.format = "mov" if content[4:8] == b"ftyp" else CONTAINERS.get(content[:4])
+        if self.format is None:
+            raise RequestError(
+                "unknown video container; send MP4, MOV, MKV, WebM, AVI, OGG or GIF."
+            )
+
+    def frames(self) -> Clip:
+        """List the packets of the file, choose frames, and decode these."""
+        # A frame may be larger than the header says. The decoder refuses it before it makes one. As
+        # it counts rows as up to 63 pixels wider than they are, the exact limit is checked later.
+        options = {"max_pixels": str(2 * self.limits.max_pixels)}
+        with VideoFile(self._open, 1, self._watch, options, strict=True) as file:
+            index, most = file.index, self.limits.max_decoded_pixels
+            _check_video(index.total, file.width, file.height, self.limits, most)
+            choice = _choose(index, self.limits)
+            self.count = len(choice.places)
+            frames, taken = _Frames(self.count), []
+            for place, frame in file.frames(choice.places):
+                if place not in taken:
+                    frames.add(rgb(frame))
+                    taken.append(place)
+        array, times = frames.array(), index.uneven_times(sorted(taken))
+        if taken != sorted(taken):
+            array = array[np.argsort(taken)]
+        return array, Sampling(tuple(sorted(taken)), index.total, index.fps, times, choice.rule)
+
+    def _open(self) -> Any:
+        import av
+
+        return av.open(self.deadline.reader(self.content), "r", format=self.format)
+
+    def _watch(self, frame: Any = None) -> None:
+        """Stop at a limit: called for every packet, and with every decoded frame.
+
+        Headers lie about the number of frames and their size, so each one is counted and checked.
+        """
+        self.deadline.check()
+        if frame is None:
+            self.packets += self.pixels == 0
+            if self.packets > self.limits.max_decoded + 1:  # the last packet is empty
+                _check_video(self.packets, 0, 0, self.limits, 0)
+            return
+        check_size(frame.width, frame.height, self.limits, self.count)
+        self.pixels += frame.width * frame.height
+        if self.pixels > self.limits.max_decoded_pixels:
+            raise RequestError("more pixels than the file promises.", 413)
+
+
+# -- the process that decodes a file ---------------------------------------------------------------
+
+
+def decode_apart(content: bytes, limits: Limits, deadline: Deadline) -> Clip:
+    """Decode a video file as `decode_container` does, in a new process with limited memory."""
+    order = {**dataclasses.asdict(limits), "allowed_path": None}
+    order["decode_seconds"] = deadline.remaining()
+    with _process(deadline) as process:
+        assert process.stdin is not None and process.stdout is not None
+        with contextlib.suppress(BrokenPipeError), process.stdin:  # if the process has ended
+            process.stdin.write(json.dumps(order).encode() + b"\n")
+            process.stdin.write(content)
+        clip = _answer(process.stdout)
+    if clip is None:
+        deadline.check()
+        raise _too_much_memory(limits)
+    return clip
+
+
+@contextlib.contextmanager
+def _process(deadline: Deadline) -> Iterator[subprocess.Popen[bytes]]:
+    """Run `main` in a process, which is killed at the end of the block or of the deadline."""
+    folders = [str(Path(folder).resolve()) for folder in sys.path if folder]  # of this process
+    with subprocess.Popen(
+        [sys.executable, "-m", "tokencomp.serving.video"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join(folders)},
+        cwd=Path(sys.executable).anchor,  # modules of the working directory are not imported
+        start_new_session=True,  # Ctrl-C is for the server, which lets requests end
+    ) as process:
+        try:
+            deadline.when_cancelled(process.kill)
+            yield process
+        finally:
+            process.kill()
+
+
+def _answer(stream: IO[bytes]) -> Clip | None:
+    """Return the clip that a process sends, or None if it ended before it had sent all of it."""
+    line = stream.readline()
+    if not line.endswith(b"\n"):
+        return None
+    head: dict[str, Any] = json.loads(line)
+    if "error" in head:
+        raise RequestError(head["error"], head["status"])
+    frames = np.empty(head["shape"], np.uint8)
+    view, filled = memoryview(frames).cast("B"), 0
+    while filled < len(view):
+        count = stream.readinto(view[filled:])  # type: ignore[attr-defined]  # of buffered pipes
+        if not count:
+            return None
+        filled += count
+    lists = head["sampling"].items()  # JSON has no tuples
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in lists}
+    return frames, Sampling(**fields)
+
+
+def _too_much_memory(limits: Limits) -> RequestError:
+    return RequestError(
+        f"a video cannot be decoded with {limits.decode_memory >> 20} MiB of memory. Send a "
+        "shorter or smaller video.",
+        413,
+    )
+
+
+def main() -> None:
+    """Decode the video of the standard input."""
+    limits = Limits(**json.loads(sys.stdin.buffer.readline()))
+    content = sys.stdin.buffer.read()
+    with contextlib.suppress(ImportError):
+        import av  # noqa: F401  # before the limit, which is for the file
+    _limit(limits)
+    out = sys.stdout.buffer
+    try:
+        frames, sampling = decode_container(content, limits, Deadline(limits.decode_seconds))
+    except RequestError as error:
+        head: dict[str, Any] = {"error": str(error), "status": error.status}
+        out.write(json.dumps(head).encode() + b"\n")
+        return
+    head = {"shape": frames.shape, "sampling": dataclasses.asdict(sampling)}
+    out.write(json.dumps(head).encode() + b"\n")
+    out.write(memoryview(np.ascontiguousarray(frames)).cast("B"))
+
+
+def _limit(limits: Limits) -> None:
+    """Limit memory and time of this process, where its system can do so (tested on Linux)."""
+    with contextlib.suppress(ImportError, OSError, ValueError, AttributeError):
+        import resource
+        import signal
+
+        signal.alarm(int(limits.decode_seconds) + GRACE)  # ends the process, whatever it does
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        most = _address_space() + limits.decode_memory
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+
+def _address_space() -> int:
+    """Return the bytes of memory that this process has reserved; 0 if that is unknown."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+if __name__ == "__main__":
+    main()
