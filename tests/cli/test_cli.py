@@ -134,7 +134,7 @@ def test_demo_in_short_answers_the_packaged_questions(folder, tmp_path, monkeypa
     assert f"{len(asked)} questions, 3 settings" in out and "tokencomp demo --reducer all" in out
     assert "as fast" in out and "toy" in out and "AMD EPYC" in out
     page = (tmp_path / "tokencomp-demo.html").read_text()
-    assert page.count("<svg") == 2 and "data:image/jpeg;base64," in page
+    assert page.count("<svg") == 1 and "data:image/jpeg;base64," in page
     assert not re.search(r'(src|href)="(?!data:|#)', page), "the page loads nothing"
     assert "Time on real shapes" in page and "AMD EPYC" in page
     with Image.open(tmp_path / "tokencomp-demo.png") as sheet:

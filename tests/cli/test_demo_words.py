@@ -13,11 +13,14 @@ from PIL import Image
 
 import tokencomp
 from tokencomp import zoo
+from tokencomp.cli._demo import packaged_questions, samples
+from tokencomp.evaluation.cost import Cost
 from tokencomp.evaluation.environment import environment
+from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import Setting
 from tokencomp.evaluation.timing import Split
 from tokencomp.inputs.prompts import build_inputs
-from tokencomp.pages.demo import Demo, Row
+from tokencomp.pages.demo import Demo, Row, saved
 from tokencomp.pages.measured import prefill_speed
 from tokencomp.pages.pictures import animation_uri, strip, survival, tiles
 from tokencomp.zoo.shapesqa.items import item
@@ -46,6 +49,48 @@ def test_sentences_say_what_was_kept_and_what_it_cost():
     notes = demo.moves  # four layers: nothing would be left after layer 2
     assert "fastv at 0.5 cuts before layer 1" in notes[0] and "schedule: 2" in notes[0]
     assert "fastv at 0.75 cuts before layer 0" in notes[1] and len(notes) == 2
+
+
+def test_merged_tokens_are_called_merged():
+    """The cache keeps its size; of an image of which all tokens are dropped it does not."""
+    full = Cost(64, [64, 64], 1000, 100)
+    merging, dropping = Cost(64, [16, 16], 400, 100), Cost(64, [16, 16], 400, 40)
+    merged, dropped = (saved(Setting("auto", 0.75), cost, full) for cost in (merging, dropping))
+    assert "sees 16 of 64 visual tokens on average, the rest merged into them." in merged
+    assert "100% of its cache, in which merged tokens are repeated." in merged
+    assert "merged" not in dropped and "40% of its cache." in dropped
+
+
+@pytest.mark.parametrize(
+    ("random", "auto", "first", "second"),
+    [
+        ({}, {}, 0, 0),  # nothing to tell them apart
+        ({1: 0}, {}, 1, 0),  # random misses the second question
+        ({0: 0, 1: 0}, {0: 0}, 1, 0),  # the method misses the first one, too
+        ({}, {0: 0}, 1, 0),  # random misses none
+    ],
+)
+def test_questions_are_shown_that_random_gets_wrong(random, auto, first, second):
+    """Marks of two questions about one file, by their place; where none is given, right."""
+    by_file: dict = {}
+    for example in packaged_questions():
+        by_file.setdefault(example.media, []).append(example)
+    one, other = [some for some in by_file.values() if len(some) > 1][:2]
+    runs = {Setting(): {}, Setting("random", 0.75): random, Setting("auto", 0.75): auto}
+    runs = {
+        setting: EvalRun(
+            setting,
+            [
+                {"id": e.id, "correct": marks.get(k, 1) if some is one else 1}
+                for some in by_file.values()
+                for k, e in enumerate(some)
+            ],
+        )
+        for setting, marks in runs.items()
+    }
+    shown = samples(runs, list(runs))
+    assert len(shown) == len(by_file)
+    assert one[first] in shown and other[second] in shown
 
 
 def test_a_copy_without_measured_times_says_where_they_are(tmp_path, monkeypatch, capsys):

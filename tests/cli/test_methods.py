@@ -73,6 +73,26 @@ def test_ratios_by_kind_of_media(command, folder, tmp_path, specs, capsys):
     ]
 
 
+@commands("inspect")
+def test_every_reducer_has_options_of_its_own(command, folder, tmp_path, specs, capsys):
+    """--set is for all that are named; a reducer's own options come first."""
+    named = "condiv(power=0.5, margin=0.1),kcentre,condiv"
+    assert ask(command, folder, tmp_path, "-r", named, "--ratio", "0.5") == 0
+    found = {(str(spec.reducer), *sorted(spec.options.items())) for spec, _ in specs}
+    assert found == {("condiv", ("margin", 0.1), ("power", 0.5)), ("kcentre",), ("condiv",)}
+    specs.clear()
+    named = ("-r", "condiv(power=0.5),condiv", "--set", "power=2", "--ratio", "0.5")
+    assert ask(command, folder, tmp_path, *named) == 0
+    assert {spec.options["power"] for spec, _ in specs} == {0.5, 2}
+
+
+@pytest.mark.parametrize("text", ["condiv(power=2", "condiv(power)", "(power=2)", "condiv)"])
+def test_bad_texts_of_reducers(text, capsys):
+    assert run("demo", "--reducer", text) == 2
+    err = capsys.readouterr().err
+    assert "NAME" in err or "Did you mean" in err or "unknown" in err.lower()
+
+
 @commands("profile")
 def test_budgets_in_tokens(command, folder, tmp_path, specs, capsys):
     assert ask(command, folder, tmp_path, "-r", "divprune", "--budget", "16,prompt=24") == 0
@@ -225,7 +245,7 @@ def test_all_reducers_that_fit(folder, tmp_path, monkeypatch, capsys):
     merging = {s.reducer for s in calls}
     assert "divprune" in merging and merging.isdisjoint({"merge", "pool", "fusion"})
     assert run(*given, "--set", "seed=1") == 2
-    assert "name the reducer that has the option" in capsys.readouterr().err
+    assert "condiv(power=2)" in capsys.readouterr().err
     assert run(*given[:-1], "all,ccam") == 2
 
 

@@ -35,7 +35,7 @@ def sample() -> str:
 def test_the_answer_without_compression_is_the_models_own(play: Playground) -> None:
     inputs = build_inputs(play.processor, [[load_media(sample())]], [QUESTION])
     plain = generate(play.model, play.processor, to_model(inputs, play.model), 64)[0]
-    full, own, rows, pictures = play.ask(sample(), None, QUESTION, "kcentre", 0.75, 0.0, False)
+    full, own, rows, pictures = play.ask(sample(), None, QUESTION, "kcentre", 0.75, 0.0, "as usual")
     assert (full, own) == (plain, "square")
     layers = play.model.config.text_config.num_hidden_layers
     assert rows[0] == ["visual tokens per layer", f"64×{layers}", f"16×{layers}"]
@@ -46,19 +46,36 @@ def test_the_answer_without_compression_is_the_models_own(play: Playground) -> N
 
 
 def test_merging_and_the_tower_reach_the_model(play: Playground) -> None:
-    rows = play.ask(sample(), None, QUESTION, "kcentre", 0.75, 0.5, False)[2]
-    plain = play.ask(sample(), None, QUESTION, "kcentre", 0.75, 0.0, True)[2]
+    rows = play.ask(sample(), None, QUESTION, "kcentre", 0.75, 0.5, "drop")[2]
+    plain = play.ask(sample(), None, QUESTION, "kcentre", 0.75, 0.0, "merge")[2]
     assert rows[0] == plain[0]
+
+
+@pytest.mark.parametrize(
+    ("method", "rest", "merged"),
+    [
+        ("auto", "as usual", True),
+        ("auto", "drop", False),
+        ("kcentre", "as usual", False),
+        ("kcentre", "merge", True),
+    ],
+)
+def test_the_default_merges_as_everywhere(
+    play: Playground, method: str, rest: str, merged: bool
+) -> None:
+    rows = play.ask(sample(), None, QUESTION, method, 0.75, 0.0, rest)[2]
+    (cell,) = (row[2] for row in rows if row[0] == "KV cache")
+    assert (cell == "100%, merged tokens repeated") is merged, cell
 
 
 def test_what_cannot_be_answered_is_said(play: Playground, tmp_path: Path) -> None:
     with pytest.raises(TokenCompError, match=NOTHING):
-        play.ask(None, None, QUESTION, "auto", 0.5, 0.0, False)
+        play.ask(None, None, QUESTION, "auto", 0.5, 0.0, "as usual")
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     with pytest.raises(MediaError, match=r"broken\.jpg"):
-        play.ask(str(tmp_path / "broken.jpg"), None, QUESTION, "auto", 0.5, 0.0, False)
+        play.ask(str(tmp_path / "broken.jpg"), None, QUESTION, "auto", 0.5, 0.0, "as usual")
     with pytest.raises(TokenCompError, match="tower_ratio"):
-        play.ask(sample(), None, QUESTION, "auto", 0.25, 0.5, False)
+        play.ask(sample(), None, QUESTION, "auto", 0.25, 0.5, "as usual")
 
 
 def test_a_missing_package_is_named(play: Playground, monkeypatch: pytest.MonkeyPatch) -> None:

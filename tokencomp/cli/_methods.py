@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,19 +15,18 @@ Settings = Callable[[Any], list[Any]]
 ALL = "all"
 
 
-def reducers(text: str) -> list[str]:
-    """ "auto,merge+prune" → ["auto", "merge+prune"]."""
+def known(name: str) -> str:
+    """The name of a reducer or a baseline, such as "auto" or "merge+prune"; it is checked."""
     from tokencomp.errors import unknown_name
     from tokencomp.evaluation.settings import INPUT_BASELINES
     from tokencomp.reducers.registry import available_reducers, make_reducer
 
-    names, known = parse.names(text), {"auto", *INPUT_BASELINES, *available_reducers()}
-    for name in names:
-        if "+" in name:
-            make_reducer(name)
-        elif name not in known:
-            raise unknown_name("reducer", name, known)
-    return list(dict.fromkeys(names))
+    names = {"auto", *INPUT_BASELINES, *available_reducers()}
+    if "+" in name:
+        make_reducer(name)
+    elif name not in names:
+        raise unknown_name("reducer", name, names)
+    return name
 
 
 def settings(context: typer.Context, chosen: opt.MethodOptions) -> Settings:
@@ -47,12 +47,14 @@ def settings(context: typer.Context, chosen: opt.MethodOptions) -> Settings:
             opt.refuse_options(context, ("ratio",), "--budget", "leave one out")
             every["budgets"] = parse.budgets(chosen.budget)
         ratios = parse.ratios(chosen.ratio) if chosen.budget is None else []
-        if ALL in parse.names(chosen.reducer):
-            fix = "name the reducer that has the option"
+        methods = parse.methods(chosen.reducer)
+        if (ALL, {}) in methods:
+            fix = f"give the reducer its options, e.g. --reducer '{ALL},condiv(power=2)'"
             opt.refuse_options(context, ("options",), f"--reducer {ALL}", fix)
-            return lambda model: fitting(chosen.reducer, ratios, every, model)
-        found = grid(reducers(chosen.reducer), ratios, **every)
-        return lambda model: checked(found, model)
+            return lambda model: fitting(methods, ratios, every, model)
+        found = [grid([known(name)], ratios, **{**every, **own}) for name, own in methods]
+        settings = list(dict.fromkeys(itertools.chain(*found)))
+        return lambda model: checked(settings, model)
     fix = "the stages in the file have reducers, fractions and options of their own"
     names = ("reducer", "ratio", "budget", "options", "rest", "tower_ratio", "tower_reducer")
     opt.refuse_options(context, names, "--plan", fix)
@@ -60,24 +62,26 @@ def settings(context: typer.Context, chosen: opt.MethodOptions) -> Settings:
     return lambda model: checked(planned(stages, model), model)
 
 
-def fitting(text: str, ratios: list[Any], every: dict[str, Any], model: Any) -> list[Any]:
+def fitting(
+    methods: list[tuple[str, dict[str, Any]]], ratios: list[Any], every: dict[str, Any], model: Any
+) -> list[Any]:
     """The full model, and of all reducers those that `model` accepts; says what is left out."""
     from tokencomp.errors import OptionError, TokenCompError
     from tokencomp.evaluation.environment import process_rank
     from tokencomp.evaluation.settings import grid
     from tokencomp.reducers.registry import available_reducers
 
-    named, found = [name for name in parse.names(text) if name != ALL], list[Any]()
-    for name in reducers(",".join([*named, "auto", *available_reducers()])):
+    named, found = [method for method in methods if method[0] != ALL], list[Any]()
+    for name, own in [*named, *((name, {}) for name in ("auto", *available_reducers()))]:
         try:
-            found += checked(grid([name], ratios, **every), model)
+            found += checked(grid([known(name)], ratios, **{**every, **own}), model)
         except TokenCompError as error:
-            if name in named:
+            if (name, own) in named:
                 raise
             if process_rank()[0] == 0:
                 typer.echo(f"left out: {name}, because {error}", err=True)
     if not found:
-        raise OptionError(f"--reducer {text}: no reducer fits this model and these options.")
+        raise OptionError(f"--reducer {ALL}: no reducer fits this model and these options.")
     return list(dict.fromkeys(found))
 
 

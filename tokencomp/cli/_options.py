@@ -32,7 +32,8 @@ Reducers = Annotated[
     typer.Option(
         "--reducer",
         "-r",
-        help="Reducers, separated by commas (tokencomp list). In demo, eval, inspect and profile "
+        help="Reducers, separated by commas (tokencomp list), with options of their own as in "
+        "'condiv(power=2),kcentre'. In demo, eval, inspect and profile "
         "all: every one that fits the model.",
     ),
 ]
@@ -54,7 +55,7 @@ Budgets = Annotated[
 ]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="Reducer option; may be repeated."),
+    typer.Option("--set", metavar="NAME=VALUE", help="Option of all reducers; may be repeated."),
 ]
 PlanFile = Annotated[
     Path | None,

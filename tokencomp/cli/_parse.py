@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,20 @@ def names(text: str) -> list[str]:
     if not parts:
         raise OptionError(f"{text!r}: expected one or more names separated by commas.")
     return parts
+
+
+def methods(text: str) -> list[tuple[str, dict[str, Any]]]:
+    """ "condiv(power=2),merge" → [("condiv", {"power": 2}), ("merge", {})], duplicates removed."""
+    found: list[tuple[str, dict[str, Any]]] = []
+    for part in names(text) if "(" not in text else re.split(r",(?![^(]*\))", text):
+        match = re.fullmatch(r"\s*([^()\s]+)\s*(?:\(([^()]*)\))?\s*", part)
+        if match is None:
+            raise OptionError(
+                f"--reducer {part.strip()!r}: expected NAME or NAME(OPTION=VALUE,...)."
+            )
+        method = (match[1], reducer_options((match[2] or "").split(",") if match[2] else ()))
+        found += [method] if method not in found else []
+    return found
 
 
 def ratios(text: str) -> list[float | dict[str, float]]:

@@ -17,10 +17,13 @@ from tokencomp.inputs.packaged import zoo_folder
 from tokencomp.inputs.scorer import with_scorer
 from tokencomp.pages.html import compact
 from tokencomp.pages.pictures import plain_tiles, strip
+from tokencomp.plan.stages import Rest
 from tokencomp.reducers.registry import available_reducers
 
 HEAD = ("", "without", "with compression")
 TIMING_SECONDS = 2.0
+RESTS: dict[str, Rest | None] = {"as usual": None, "merge": "merge", "drop": "drop"}
+REST = "Tokens that do not stay (usually auto merges those of pictures, other methods drop)"
 NOTHING = "Drop a picture or a clip first."
 
 
@@ -41,14 +44,14 @@ class Playground:
         method: str,
         ratio: float,
         tower_ratio: float,
-        merge: bool,
+        rest: str,
     ) -> tuple[str, str, list[list[str]], list[Any]]:
         """Both answers, a table of what they cost, and pictures of what the model sees."""
         paths = [path for path in (image, video) if path]
         if not paths:
             raise TokenCompError(NOTHING)
         media = [load_media(path, self.frames, question=question) for path in paths]
-        setting = Setting(method, ratio, tower_ratio=tower_ratio, rest="merge" if merge else None)
+        setting = Setting(method, ratio, tower_ratio=tower_ratio, rest=RESTS[rest])
         settings, row = [Setting(), setting], prompt(media, question)
         full, own = answer_prompt(self.model, self.processor, row, settings)
         times = time_prefill(self.model, self.processor, [row], settings, TIMING_SECONDS)
@@ -61,11 +64,13 @@ class Playground:
 
 def _table(full: Any, own: Any, times: dict[Setting, Split]) -> list[list[str]]:
     """One row per cost: its name, without, and with compression."""
+    kept = own.cost.kv_bytes / full.cost.kv_bytes
+    merged = kept >= 1 and own.cost.per_layer != full.cost.per_layer
     first, second = (times[answer.setting] for answer in (full, own))
     return [
         ["visual tokens per layer", compact(full.cost.per_layer), compact(own.cost.per_layer)],
         ["work of the LLM", "100%", f"{own.cost.flops / full.cost.flops:.0%}"],
-        ["KV cache", "100%", f"{own.cost.kv_bytes / full.cost.kv_bytes:.0%}"],
+        ["KV cache", "100%", f"{kept:.0%}" + (", merged tokens repeated" if merged else "")],
         ["first token, seconds", f"{first.total:.3f}", f"{second.total:.3f}"],
     ]
 
@@ -93,12 +98,16 @@ def build(play: Playground) -> Any:
                 question = gr.Textbox("Describe what you see.", label="Question")
                 method = gr.Dropdown(play.methods, value="auto", label="Method")
                 ratio = gr.Slider(
-                    0, 0.95, 0.75, step=0.05, label="Ratio of visual tokens to remove"
+                    0,
+                    0.95,
+                    0.75,
+                    step=0.05,
+                    label="Ratio of visual tokens that are dropped or merged",
                 )
                 tower = gr.Slider(
                     0, 0.95, 0, step=0.05, label="Ratio that leaves before the vision tower"
                 )
-                merge = gr.Checkbox(False, label="Merge what does not stay")
+                rest = gr.Radio(list(RESTS), value=next(iter(RESTS)), label=REST)
                 button = gr.Button("Ask", variant="primary")
             with gr.Column(scale=2):
                 with gr.Row():
@@ -106,7 +115,7 @@ def build(play: Playground) -> Any:
                     own = gr.Textbox(label="Answer with compression")
                 costs = gr.Dataframe(headers=list(HEAD), label="Cost", interactive=False)
                 pictures = gr.Gallery(label="What the model sees", columns=2, object_fit="contain")
-        inputs = [image, video, question, method, ratio, tower, merge]
+        inputs = [image, video, question, method, ratio, tower, rest]
         button.click(ask, inputs, [full, own, costs, pictures])
         if rows := _samples():
             gr.Examples(rows, [image, video, question], label="Embedded samples")

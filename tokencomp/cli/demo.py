@@ -83,6 +83,7 @@ def _print(console: Any, demo: Any) -> None:
     _print_measured(console)
     for note in demo.moves:
         console.print(f"[dim]{escape(note)}[/]")
+    console.print(f"\n[dim]{demo.choice}[/]")
     for one in demo.questions:
         expected = f"[dim](right: {escape(one.expected)})[/]"
         console.print(f"\n[bold]{escape(one.question)}[/] [dim]{escape(one.name)}[/] {expected}")

@@ -10,7 +10,7 @@ import typer
 
 from tokencomp.cli import _options as opt
 from tokencomp.cli import _parse as parse
-from tokencomp.cli._methods import reducers
+from tokencomp.cli._methods import known
 
 VIDEO_FAMILIES = "needle,video_existence"  # on the others the embedded models guess
 
@@ -66,7 +66,7 @@ def command(
     grid: dict[str, Any] = {
         "frames": [plain_frames(one) for one in parse.names(frames)],
         "scales": _numbers("scale", scale),
-        "reducers": reducers(reducer),
+        "reducers": [known(name) for name in parse.names(reducer)],
         "ratios": parse.numbers(parse.ratios(ratio), "tune"),
         "tokens": tokens,
         "options": method.stages,

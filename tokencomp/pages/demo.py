@@ -85,7 +85,7 @@ class Demo:
 
     `facts` are versions, hardware, and the model's size. The full model comes first in `rows`,
     those of the table, for which `items` questions were answered and `failed` could not be. The
-    `questions` are shown with pictures.
+    `questions` are shown with pictures; `choice` says which they are.
     """
 
     model: str
@@ -94,15 +94,16 @@ class Demo:
     questions: list[AnsweredQuestion]
     items: int
     failed: int
+    choice: str = ""
 
     @property
     def opening(self) -> str:
         """What compression does, for readers to whom it is new."""
         full, name = self.rows[0].per_layer[0], self.rows[-1].setting.name
         return (
-            f"The decoder reads a video as {full} visual tokens. Each method removes a share of "
-            f"them, the ratio, and the model answers from the rest. This is what {name} keeps and "
-            "saves:"
+            f"The decoder reads a video as {full} visual tokens. Each method drops or merges a "
+            "share of them, the ratio, and the model answers from what is left. "
+            f"This is what {name} keeps and saves:"
         )
 
     @property
@@ -122,10 +123,14 @@ class Demo:
 def saved(setting: Setting, cost: Row | Cost, full: Row | Cost) -> str:
     """What a setting kept and what that costs, beside the full model, in two sentences."""
     kept, before = (sum(c.per_layer) / len(c.per_layer) for c in (cost, full))
+    merged = kept < before and cost.kv_bytes >= full.kv_bytes
+    rest = ", the rest merged into them" if merged else ""
+    cache = f"{cost.kv_bytes / full.kv_bytes:.0%} of its cache"
+    cache += ", in which merged tokens are repeated" if merged else ""
     return (
         f"{setting.name} at {setting.asked}: a decoder layer sees {kept:.0f} of {before:.0f} "
-        f"visual tokens on average. That leaves {cost.flops / full.flops:.0%} of the decoder's "
-        f"work and {cost.kv_bytes / full.kv_bytes:.0%} of its cache."
+        f"visual tokens on average{rest}. That leaves {cost.flops / full.flops:.0%} of the "
+        f"decoder's work and {cache}."
     )
 
 
@@ -173,17 +178,15 @@ def _plots(demo: Demo) -> list[str]:
         point = accuracy_point(row.ratio, row.accuracy, row.retention, full.accuracy)
         accuracy.setdefault(name, []).append(point)
         work.setdefault(name, []).append(Point(row.flops / full.flops, row.prefill_ratio))
-    return [
+    plots = [
         lines(
             accuracy,
             x="achieved ratio (visual-token work removed)",
             y="accuracy",
             reference=full.accuracy,
-        ),
-        lines(
-            work,
-            x="decoder FLOPs against the full model",
-            y="LLM prefill time against the full model",
-            diagonal=True,
-        ),
+        )
     ]
+    if demo.facts["parameters"] >= TOY:  # times of a toy say nothing about methods
+        axes = ("decoder FLOPs against the full model", "LLM prefill time against the full model")
+        plots.append(lines(work, x=axes[0], y=axes[1], diagonal=True))
+    return plots
