@@ -22,7 +22,12 @@ from tokencomp.engine.call.entry import enter_prompt
 from tokencomp.engine.call.later import LaterTokens, begins_prompt
 from tokencomp.engine.call.layer_hooks import LayerHooks, SharedTables
 from tokencomp.engine.call.reading import read_prompt
-from tokencomp.engine.call.refusals import TRACED, FeaturelessPrompts, refuse_recomputation
+from tokencomp.engine.call.refusals import (
+    TRACED,
+    FeaturelessPrompts,
+    refuse_recomputation,
+    rotary_modules,
+)
 from tokencomp.engine.call.state import CallHooks, CallState, RunningCalls
 from tokencomp.engine.call.weights import RowWeights
 from tokencomp.engine.count.collect import MissedRatios, collect
@@ -70,13 +75,14 @@ class DecoderHooks(CallHooks):
     # -- installation ---------------------------------------------------------------------------
 
     def install(self) -> None:
-        """Hook the decoder, and its rotary module where that must get other positions."""
+        """Hook the decoder, and its rotary modules where they must get other positions."""
         a = self.adapter
         before = a.decoder.register_forward_pre_hook(self._decoder, with_kwargs=True)
         self._handles.append(before)
         self._after(a.decoder, self._leave, self._entered, always_call=True)
-        if not a.mrope and a.rotary is not None:
-            self._before(a.rotary, self._true_positions, self._has_forward)
+        for module in rotary_modules(a.decoder):
+            if not a.mrope:
+                self._before(module, self._true_positions, self._has_forward)
         self.put_in_force()
 
     def put_in_force(self) -> None:
@@ -211,7 +217,7 @@ class DecoderHooks(CallHooks):
     # -- within and after a call ----------------------------------------------------------------
 
     def _true_positions(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
-        """Arguments of the rotary module, with the original positions of the kept tokens."""
+        """Arguments of a rotary module, with the original positions of the kept tokens."""
         state = self.calls.state
         forward: Any = state.forward
         if forward.rotary is None:

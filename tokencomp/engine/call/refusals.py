@@ -14,6 +14,7 @@ from tokencomp.errors import (
     NoVisualInputError,
     OptionError,
     UncompressedWarning,
+    UnsupportedModelError,
 )
 from tokencomp.torchlib.checkpointing import checkpointed_since
 from tokencomp.torchlib.replace import MethodReplacement
@@ -65,6 +66,29 @@ def _only_wrapped(module: Any) -> bool:
             return True
         forward = getattr(forward, "__wrapped__", None) if PREPARED in own else None
     return "_old_forward" in own
+
+
+def rotary_modules(decoder: nn.Module) -> list[nn.Module]:
+    """The modules of a decoder that make rotary tables, known by their inverse frequencies.
+
+    Raises
+    ------
+    UnsupportedModelError
+        A layer, or a list with one for every layer, holds such a module. The tables of layers would
+        have to be looked up one by one.
+    """
+    found = {
+        name: module
+        for name, module in decoder.named_modules()
+        if any("inv_freq" in buffer for buffer, _ in module.named_buffers(recurse=False))
+    }
+    if nested := [name for name in found if "." in name]:
+        raise UnsupportedModelError(
+            f"the layers of {type(decoder).__name__} take rotary tables of {nested[0]}. Served are "
+            "text decoders whose rotary modules are attributes of the decoder, such as rotary_emb. "
+            "Run it without patch()."
+        )
+    return list(found.values())
 
 
 def refuse_recomputation(
