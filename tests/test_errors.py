@@ -5,15 +5,20 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from support.families import FAMILIES, Family, text
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import tokencomp
+from benchmarks.conformance.variants import variants
 from tokencomp import Plan, Stage, errors, make_reducer
 from tokencomp.adapters.registry import adapter_for
+from tokencomp.conformance.build import tiny_model
+from tokencomp.conformance.prompts import Prompts
 
 FAMILY_NAMES = ["internvl", "qwen2_vl"]
 
@@ -220,6 +225,32 @@ def test_already_compressed(family: Family) -> None:
     body.get_image_features = lambda *a, **k: None
     with pytest.raises(errors.AlreadyCompressedError, match="get_image_features"):
         tokencomp.patch(model)
+
+
+def test_a_model_that_prunes_videos_itself() -> None:
+    """Images are compressed all the same, and videos once the model no longer prunes them."""
+    tiny = tiny_model(
+        transformers.NemotronH_Omni_Reasoning_V3,
+        CONFIG_MAPPING["nemotron_h_omni"](video_pruning_rate=0.7),
+        variants("nemotron_h_omni")[0],
+    )
+    model, prompts = tiny.whole, Prompts(tiny)
+    features = torch.randn(1, 24, tiny.text_config.hidden_size)
+    outputs = SimpleNamespace(
+        pooler_output=[features[0]], last_hidden_state=torch.zeros(1, 4, 6, 1)
+    )
+    ids = torch.tensor([[130, *[prompts.image_id] * 24, 131]])
+    video = {"input_ids": ids, "mm_encoder_outputs": {"video": outputs}}
+    with tokencomp.patch(model, 0.5, reducer="uniform") as handle, torch.no_grad():
+        prompts.forward(prompts.inputs([0]))
+        assert handle.stats.ratio > 0.4
+        with pytest.raises(
+            errors.AlreadyCompressedError, match=r"Set model\.video_pruning_rate = 0"
+        ):
+            model(**video)
+        model.video_pruning_rate = 0
+        model(**video)
+        assert handle.stats.tokens_before == [24]
 
 
 def test_shortened_behind_our_back(family: Family) -> None:

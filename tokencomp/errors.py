@@ -30,6 +30,10 @@ class FrameChoiceWarning(UserWarning):
     """Frames that a policy did not choose, that replace damaged ones, or that are shown twice."""
 
 
+class RestWarning(UserWarning):
+    """A patch that drops tokens which `rest="auto"` would merge, because this model cannot."""
+
+
 class PrefillWarning(UserWarning):
     """A prompt that runs in one pass although `prefill_chunk_size` was given."""
 

@@ -22,6 +22,7 @@ from tokencomp.engine.tower.signals import check_signals
 from tokencomp.errors import OptionError, UnsupportedModelError
 from tokencomp.method import MethodSpec, resolve_auto
 from tokencomp.plan.plan import Plan
+from tokencomp.plan.reducer import label
 from tokencomp.plan.stages import Rest, Stage
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.plan_json import PlanLike, as_plan
@@ -236,7 +237,7 @@ class Handle:
         asked = "plan" if spec.plan is not None else spec.asked
         places = _places(self.plan.stages)
         if tower := self.plan.tower:
-            places.insert(0, f"{tower.reducer.name} before tower block {tower.block}")
+            places.insert(0, f"{label(tower.reducer)} before tower block {tower.block}")
         how = f" ({', '.join(places)})" if places else ""
         state = self.stats if self._active else "removed"
         return f"<tokencomp.Handle {family}, {asked}{how}: {state}>"
@@ -248,7 +249,7 @@ def _places(stages: Sequence[Stage]) -> list[str]:
     words = {"merge": ", merging the rest,", "auto": ", merging the rest of images,"}
     for stage in stages:
         merging = words[stage.rest] if stage.merges_some else ""
-        by_name.setdefault(f"{stage.reducer.name}{merging}", []).append(stage.layer)
+        by_name.setdefault(f"{label(stage.reducer)}{merging}", []).append(stage.layer)
     places = []
     for name, layers in by_name.items():
         entry, later = layers[0] == 0, [str(layer) for layer in layers if layer]

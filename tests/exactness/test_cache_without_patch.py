@@ -11,7 +11,7 @@ import torch
 from support import backends, kinds, oracle, plans
 from support.caches import static_cache
 from support.families import FAMILIES, Family, text
-from support.family.hybrid import HYBRID
+from support.family.hybrid import HYBRID, with_window
 from torch import Tensor
 
 import tokencomp
@@ -128,6 +128,33 @@ def test_a_crop_ends_where_tokens_have_left(rest: Any) -> None:
             cache.crop(-(inputs["input_ids"].shape[1] - 5))
     torch.testing.assert_close(again, out.logits[:, -3:], atol=1e-5, rtol=1e-5)
     assert physical_length(first_layer(cache)) == held
+
+
+@pytest.mark.parametrize("rest", ["drop", "merge"])
+@pytest.mark.parametrize("name", ["qwen2_vl", "gemma3"])
+def test_a_crop_reaches_into_padding(name: str, rest: Any) -> None:
+    """All text of the shorter sample leaves, and text that passes the window of Gemma 3 follows."""
+    family = {**FAMILIES, **HYBRID}[name]
+    image, more, new = family.image(0), text(9, 3), torch.tensor([text(14, 8), text(14, 9)])
+    inputs = family.batch([[text(3), image, more], [text(4, 5)]])
+    left = inputs["input_ids"].shape[1] - 6
+    model, ones = with_window(family, left + 8), torch.ones_like(new)
+    with tokencomp.patch(model, 0.5, reducer="kcentre", rest=rest) as handle, torch.no_grad():
+        positions = family.positions(model, inputs)
+        cache = oracle.cache_of(model(**inputs, position_ids=positions, use_cache=True))
+        masks = [m[:1, :left] for m in oracle.kept_columns(handle, inputs, family.layers)]
+        cache.crop(-6)
+        turn = {
+            "input_ids": new,
+            "attention_mask": torch.cat([inputs["attention_mask"][:, :left], ones], 1),
+            "position_ids": positions[..., left - 1 : left] + torch.arange(1, 15),
+        }
+        found = model(**turn, past_key_values=cache, use_cache=True).logits
+    merged = None if rest == "drop" else oracle.Merged(handle)
+    short = family.batch([[text(3), image, more[:-6]]])
+    expected = kinds.expected_logits(model, family, short, masks, new[:1], merged)[:, left:]
+    alone = model(new[1:], use_cache=False).logits  # of the shorter sample nothing is left
+    assert (found - torch.cat([expected.float(), alone])).abs().max() < 5e-5
 
 
 def test_a_crop_removes_whole_tokens_of_an_image_whose_rest_is_merged() -> None:

@@ -10,7 +10,8 @@ from support import oracle, plans
 from support.families import CORE, Family, text
 
 import tokencomp
-from tokencomp import Plan, Stage, make_reducer
+from tokencomp import Plan, Reduction, Stage, VisualTokens, make_reducer
+from tokencomp.engine.stage.stage_input import keep_last
 
 FAMILY_NAMES = (*CORE, "llava")
 REDUCERS = [
@@ -78,6 +79,17 @@ def test_the_count_stays_exact(family: Family) -> None:
         ends = handle.stats.tokens_after
         model(**longer, use_cache=False)
         assert ends == handle.stats.tokens_after
+
+
+def test_the_last_kept_patch_makes_room() -> None:
+    """Not a special token, and not another patch; the last token keeps its size."""
+    special = torch.tensor([False, False, True, False, False])
+    sizes = torch.tensor([2.0, 3.0, 1.0, 4.0, 5.0])
+    tokens = VisualTokens(torch.arange(10.0).view(5, 2), (1, 2, 2), special, sizes=sizes)
+    before = Reduction(torch.tensor([0, 1, 2]), torch.zeros(3, 2), torch.tensor([6.0, 3.0, 1.0]))
+    after = keep_last(before, tokens)
+    assert after.keep.tolist() == [0, 2, 4] and after.sizes.tolist() == [6.0, 1.0, 5.0]
+    assert after.merged.tolist() == [[0.0, 0.0], [0.0, 0.0], [8.0, 9.0]]
 
 
 @pytest.mark.parametrize("reducer", [pytest.param(plans.RELEVANT, id="condiv"), "uniform", "prune"])

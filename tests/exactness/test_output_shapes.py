@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from support import oracle, plans
+from support import kinds, oracle, plans
 from support.families import CORE, Family, text
+from support.family.hybrid import HYBRID
 from transformers import StaticCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -49,6 +50,30 @@ def test_maps_are_those_of_the_masked_run(family: Family, name: str) -> None:
         hidden = got.hidden_states[layer + 1], full.hidden_states[layer + 1]
         torch.testing.assert_close(hidden[0][mask], hidden[1][mask], atol=1e-4, rtol=1e-4)
     assert torch.equal(got.attentions[-1], oracle.repeated_maps(got.attentions[-1], masks[-1]))
+
+
+@pytest.mark.parametrize("rest", ["drop", "merge"])
+def test_maps_of_a_step_in_a_window(rest: Any) -> None:
+    """Layers with a window have maps of what their cache holds without a patch."""
+    family = HYBRID["gemma3"]
+    model, inputs = family.build("eager"), family.batch([[text(3), family.image(0), text(4, 3)]])
+    options = {"use_cache": True, "output_attentions": True}
+    step = {"input_ids": torch.tensor([[7]])}
+
+    with torch.no_grad():
+        with tokencomp.patch(model, 0.5, reducer="kcentre", rest=rest) as handle:
+            cache = oracle.cache_of(model(**inputs, use_cache=True))
+            found = model(**step, past_key_values=cache, **options).attentions
+            masks = oracle.kept_columns(handle, inputs, family.layers)
+        with kinds.hidden_columns(family.decoder(model), masks):
+            cache = oracle.cache_of(model(**inputs, use_cache=True))
+        seen = [torch.cat([mask, torch.ones(1, 1).bool()], 1) for mask in masks]
+        with kinds.hidden_columns(family.decoder(model), seen):
+            hidden = model(**step, past_key_values=cache, **options).attentions
+    for own, expected in zip(found, hidden, strict=True):
+        assert own.shape == expected.shape
+        if rest == "drop":
+            assert (own - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("name", ["entry", "both"])

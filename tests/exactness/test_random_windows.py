@@ -15,7 +15,7 @@ import torch
 import transformers
 from support import kinds, oracle
 from support.families import EOS, IMAGE, PAD, VOCAB, Family, text
-from support.family.hybrid import HYBRID
+from support.family.hybrid import HYBRID, with_window
 from support.family.llava import Llava
 from support.family.mistral import Mistral3
 from support.family.qwen import Qwen2VL, text_config
@@ -74,16 +74,6 @@ if "mistral3" in STRUCTURAL:
 WINDOWED |= {name: HYBRID[name] for name in ("gemma3", "gemma4") if name in HYBRID}
 # Its later layers share keys, so that it takes no stages there.
 EVERY = WINDOWED | {name: HYBRID[name] for name in ("gemma4_e",) if name in HYBRID}
-
-
-def with_window(family: Family, window: int) -> torch.nn.Module:
-    """A model of a family whose layers with a window all have this one."""
-    model = family.build()
-    for module in family.decoder(model).modules():
-        for owner in (module, getattr(module, "config", None)):
-            if getattr(owner, "sliding_window", None):
-                owner.sliding_window = window
-    return model
 
 
 def random_rows(family: Family, dice: random.Random) -> list[list[Any]]:

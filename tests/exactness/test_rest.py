@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import matrix, oracle
+from support import matrix, oracle, plans
 from support.families import FAMILIES, Family, text
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -372,7 +372,9 @@ def test_what_says_so() -> None:
         model(**inputs)
         assert "kcentre, merging the rest, at entry" in repr(handle)
         (stage,) = tokencomp.plan_to_json(handle.plan)
-    stats = handle.stats
+        stats = handle.stats
+        handle.set(plan=Plan((Stage(0, 0.5, plans.Ragged(), rest="merge"),)))  # without a name
+        assert "(Ragged, merging the rest, at entry)" in repr(handle)
     assert stage["rest"] == "merge"
     assert "the rest merged" in str(stats) and "merged" not in str(plain)
     assert stats.summary()["merged_from"] == 0 and "merged_from" not in plain.summary()

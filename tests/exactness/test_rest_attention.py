@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from support import oracle
+from support import kinds, oracle
+from support.families import EOS, PAD, VOCAB, text
+from support.family.llava import Llava
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import tokencomp
@@ -76,3 +78,29 @@ def test_attention_by_another_name() -> None:
     logits = logits.masked_fill(~torch.ones(logits.shape[-2:]).tril().bool(), -torch.inf)
     expected = attn.o_proj(torch.einsum("bhqk,bkhd->bqhd", logits.softmax(-1), v).flatten(2))
     assert (found - expected).abs().max() < 1e-5
+
+
+class LlavaJetMoe(Llava):
+    """Its attention calls `view` on what the backend returns."""
+
+    def config(self) -> Any:
+        config = super().config()
+        config.text_config = transformers.JetMoeConfig(
+            vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
+            num_key_value_heads=2, kv_channels=16, num_local_experts=4, num_experts_per_tok=2,
+            bos_token_id=1, eos_token_id=EOS, pad_token_id=PAD,
+        )  # fmt: skip
+        return config
+
+
+@torch.no_grad()
+def test_what_attention_returns_is_contiguous() -> None:
+    family = LlavaJetMoe()
+    model = family.build()
+    inputs = family.batch([[text(3), family.image(0), text(4, 3)]])
+    with tokencomp.patch(model, 0.75, reducer="kcentre", rest="merge") as handle:
+        found = model(**inputs, use_cache=False).logits[:, -1]
+        masks = oracle.kept_columns(handle, inputs, family.layers)
+    merged, none = oracle.Merged(handle), torch.zeros(1, 0, dtype=torch.long)
+    expected = kinds.expected_logits(model, family, inputs, masks, none, merged)[:, -1]
+    assert (found - expected).abs().max() < 5e-5

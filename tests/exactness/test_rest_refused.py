@@ -12,7 +12,7 @@ from support.families import FAMILIES, text
 
 import tokencomp
 from tokencomp import Plan, Stage, make_reducer
-from tokencomp.errors import OptionError, UnsupportedModelError
+from tokencomp.errors import OptionError, RestWarning, UnsupportedModelError
 
 MERGERS = [c for c in matrix.cases() if make_reducer(c[0], **c[1]).merges]
 FAMILY = FAMILIES["qwen2_vl"]
@@ -30,8 +30,8 @@ def test_reducers_that_merge_by_themselves_are_refused(case: matrix.Case) -> Non
         tokencomp.patch(FAMILY.build(), 0.5, reducer=case[0], rest="merge", **case[1])
 
 
-def test_attention_that_takes_no_weights_is_refused() -> None:
-    """It computes by itself, so that no check of its parts could know."""
+def test_attention_that_takes_no_weights() -> None:
+    """As of remote code: merging is refused, and the default drops and says so."""
     model, inputs = FAMILY.build("sdpa"), prompt()
     attention = FAMILY.decoder(model).layers[1].self_attn
     attention.forward = lambda hidden_states, **_: (torch.zeros_like(hidden_states), None)
@@ -40,6 +40,12 @@ def test_attention_that_takes_no_weights_is_refused() -> None:
         pytest.raises(UnsupportedModelError, match=r"layers \[1\] of .* not asked"),
     ):
         model(**inputs)
+    with tokencomp.patch(model, 0.8, rest="drop"):
+        expected = model(**inputs).logits
+    with pytest.warns(RestWarning, match=r"drops here\. .* not reach the attention of"):
+        handle = tokencomp.patch(model, 0.8)
+    assert torch.equal(model(**inputs).logits, expected)
+    assert handle.stats.merged_from is None
 
 
 def test_refused() -> None:

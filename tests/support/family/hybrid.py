@@ -279,3 +279,13 @@ HYBRID: dict[str, Family] = {
     )
     if model_type in verified_types()
 }
+
+
+def with_window(family: Family, window: int) -> torch.nn.Module:
+    """A model of a family whose layers with a window all have this one."""
+    model = family.build()
+    for module in family.decoder(model).modules():
+        for owner in (module, getattr(module, "config", None)):
+            if getattr(owner, "sliding_window", None):
+                owner.sliding_window = window
+    return model

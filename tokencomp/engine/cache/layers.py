@@ -172,19 +172,28 @@ class CompressedDynamicLayer(CompressedLayer, DynamicLayer):
         """
         rows = self.rows + length if length <= 0 else length - self.dropped
         rows = min(max(rows, 0), self.rows)
-        known = self.columns
-        if known is not None and rows < known.shape[1]:
-            # Rows of a merged token have one column, and some of them may be left before the cut.
-            shared = rows > 0 and bool((known[:, rows - 1] == known[:, rows]).any())
-            if shared or bool((known[:, rows:].diff(dim=1) != 1).any()):
-                raise UnsupportedCacheError(
-                    f"crop({length}) reaches into media of which tokens have left. Crop only what "
-                    "follows the last image or video, or start the conversation again."
-                )
+        if self._cuts_media(rows):
+            raise UnsupportedCacheError(
+                f"crop({length}) reaches into media of which tokens have left. Crop only what "
+                "follows the last image or video, or start the conversation again."
+            )
         if isinstance(self, STATES):
             STATES.crop(self, length)
         self._cut(rows)
         self._change(lambda t: t[:, :rows])
+
+    def _cuts_media(self, rows: int) -> bool:
+        """Whether tokens have left, or are merged, among what stands behind the first `rows`."""
+        if self.columns is None or rows >= self.columns.shape[1]:
+            return False
+        first, valid = max(rows - 1, 0), self.valid
+        steps = self.columns[:, first:].diff(dim=1)
+        wrong = steps != 1
+        if rows > 0:  # a merged token has one column for several rows, of which some may be left
+            wrong[:, :1] = steps[:, :1] == 0
+        if valid is not None:
+            wrong &= valid[:, first : first + wrong.shape[1]].to(wrong.device)
+        return bool(wrong.any())
 
     def _cut(self, rows: int) -> None:
         """Keep the first `rows` rows."""

@@ -247,7 +247,7 @@ class DecoderHooks(CallHooks):
             check_entered(forward.segments, module)
         cache = compat.get_cache(kwargs, out)
         if getattr(out, "attentions", None) is not None:
-            out.attentions = restore_maps(out.attentions, forward.segments, forward.width)
+            out.attentions = restore_maps(out.attentions, forward, getattr(cache, "layers", ()))
         if not forward.compresses:
             extend_valid(forward, cache)
             return out

@@ -53,6 +53,12 @@ def read_prompt(
     kinds, x, mask = state.kinds, arguments["inputs_embeds"], arguments.get("attention_mask")
     assert kinds is not None
     if x.shape[:2] != kinds.shape:
+        if rate := getattr(adapter.top, "video_pruning_rate", 0):
+            raise AlreadyCompressedError(
+                f"{type(adapter.top).__name__} drops video tokens itself (video_pruning_rate="
+                f"{rate}). Set model.video_pruning_rate = 0, or run prompts with videos under "
+                "handle.disabled(). Images are compressed in any case."
+            )
         raise AlreadyCompressedError(
             f"the decoder got {tuple(x.shape[:2])} tokens for a prompt of "
             f"{tuple(kinds.shape)}: something else already shortened it. Undo the other "

@@ -33,7 +33,7 @@ def refuse_foreign(model: nn.Module) -> None:
     changes = [
         name
         for name in ("fastv_config", "use_fast_v", "video_pruning_rate", "image_pruning_rate")
-        if getattr(config, name, None)
+        if getattr(config, name, None) and not hasattr(model, name)  # else the model's own
     ]
     changes += [name for name in ("_info", "_tome_info") if name in model.__dict__]
     for name in ("get_image_features", "get_video_features", "forward"):

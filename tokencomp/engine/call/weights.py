@@ -8,6 +8,7 @@ what checkpoints a layer gets a function that brings its call along, if it is tr
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -21,9 +22,10 @@ from tokencomp.engine.scores.proportional import (
     ProportionalAttention,
     attention_modules,
     extra_dims,
+    reads_backend,
 )
 from tokencomp.engine.stage.forward import ForwardPass
-from tokencomp.errors import OptionError, UnsupportedModelError
+from tokencomp.errors import OptionError, RestWarning, UnsupportedModelError
 from tokencomp.plan.plan import Plan
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.checkpointing import checkpoint_functions
@@ -139,8 +141,8 @@ class RowWeights(CallHooks):
 def merging_where_possible(plan: Plan, adapter: Adapter, compact: bool) -> Plan:
     """The plan, whose stages with rest="auto" drop where the model or positions cannot merge well.
 
-    FlashAttention takes heads of at most 256 dimensions, and weights need some of them. A stage
-    with rest="merge" is refused beside attention that weights do not reach, or compact positions.
+    A stage with rest="merge" is refused beside attention that weights do not reach, or compact
+    positions. Where rest="auto" drops, a `RestWarning` says why.
     """
     asked = any(stage.rest == "merge" for stage in plan.stages)
     try:
@@ -151,10 +153,33 @@ def merging_where_possible(plan: Plan, adapter: Adapter, compact: bool) -> Plan:
                 "the tokens that they stand for, and compact positions count rows. Use "
                 "positions='original', or rest='drop'."
             )
-    except (UnsupportedModelError, OptionError):
+        if not asked:
+            _check_attention(modules)
+    except (UnsupportedModelError, OptionError) as error:
         if asked:
             raise
+        warnings.warn(f"rest='auto' drops here. {error}", RestWarning, stacklevel=5)
         return plan.with_rest("drop")
+    return plan
+
+
+def _check_attention(modules: list[Any]) -> None:
+    """Refuse attention that certainly or possibly takes no weights.
+
+    Raises
+    ------
+    UnsupportedModelError
+        Attention computes everything by itself, or FlashAttention, which takes heads of at most 256
+        dimensions, has no room for weights.
+    """
+    if deaf := sorted({type(m).__name__ for m in modules if not reads_backend(m)}):
+        raise UnsupportedModelError(
+            "rest='merge': the weights of merged tokens do not reach the attention of "
+            f"{' and '.join(deaf)}, which does not call the attention backend that its config names. Use rest='drop'."
+        )
     dims = {int(getattr(module, "head_dim", 0)) for module in modules}
-    fits = all(dim + extra_dims(dim) <= MOST_DIMS for dim in dims)
-    return plan if asked or fits else plan.with_rest("drop")
+    if any(dim + extra_dims(dim) > MOST_DIMS for dim in dims):
+        raise UnsupportedModelError(
+            f"rest='merge': heads of {max(dims)} dimensions have no room for weights under "
+            f"FlashAttention, which takes {MOST_DIMS}. Use rest='drop'."
+        )

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from tokencomp.engine.rows.layout import RowLayout
 
@@ -91,12 +92,22 @@ def restore_map(weights: Tensor, segment: Any, width: int) -> Tensor:
     return split.transpose(1, 2)
 
 
-def restore_maps(maps: Any, segments: Sequence[Any], width: int) -> Any:
-    """`restore_map` for the attention maps of all decoder layers; a layer may have None."""
-    full = []
-    for layer, weights in enumerate(maps):
-        segment = next(s for s in segments if s.first <= layer < s.stop)
-        full.append(None if weights is None else restore_map(weights, segment, width))
+def restore_maps(maps: Any, forward: Any, layers: Sequence[Any]) -> Any:
+    """`restore_map` for the attention maps of all decoder layers; a layer may have None.
+
+    `layers` are those of the KV cache. One with a window holds the last columns of earlier calls
+    alone, and maps of its layers begin with these, as without a patch.
+    """
+    width, windows, full = forward.width, forward.windows, []
+    cut = any(isinstance(layer, DynamicSlidingWindowLayer) for layer in layers)
+    for i, weights in enumerate(maps):
+        segment = forward.segment_of(i)
+        size = windows.sizes.get(windows.kinds[i].name) if cut else None
+        if weights is not None:
+            weights = restore_map(weights, segment, width)
+        if weights is not None and size is not None:
+            weights = weights[..., -(min(segment.logical, size - 1) + width) :]
+        full.append(weights)
     return tuple(full)
 
 

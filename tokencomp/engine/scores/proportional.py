@@ -9,6 +9,7 @@ cache holds plain keys.
 
 from __future__ import annotations
 
+import inspect
 import math
 import threading
 from collections.abc import Callable, Iterable
@@ -144,6 +145,21 @@ def attention_modules(layers: Iterable[nn.Module]) -> list[Any]:
     return found
 
 
+def reads_backend(module: Any) -> bool:
+    """Whether the code of an attention module reads the backend that its config names.
+
+    Attention of remote code may compute everything by itself, and then no weights reach it.
+    """
+    owners = [vars(module), *map(vars, type(module).__mro__)]
+    for forward in (owner["forward"] for owner in owners if "forward" in owner):
+        names = getattr(getattr(inspect.unwrap(forward), "__code__", None), "co_names", ())
+        if "_attn_implementation" in names:
+            return True
+        if "super" not in names:
+            return False
+    return False
+
+
 def attend(
     module: Any,
     query: Tensor,
@@ -168,7 +184,7 @@ def attend(
         scaling = scale
     backend = compat.attention_function(module, plain.config)
     out, weights = backend(plain, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    return out if more is None else out[..., :dim], weights
+    return out if more is None else out[..., :dim].contiguous(), weights
 
 
 def further(query: Tensor, key: Tensor, sizes: Tensor, scaling: float) -> Further:

@@ -240,5 +240,6 @@ def keep_last(reduction: Reduction, tokens: VisualTokens) -> Reduction:
     if merged is not None:
         merged = torch.cat([merged[rest], tokens.features[last:].to(merged)])
     if sizes is not None:
-        sizes = torch.cat([sizes[rest], sizes.new_ones(1)])
+        own = sizes.new_ones(1) if tokens.sizes is None else tokens.sizes[last:].to(sizes)
+        sizes = torch.cat([sizes[rest], own])
     return Reduction(torch.cat([keep[rest], end]), merged, sizes)
