@@ -175,7 +175,8 @@ def _check_attention(modules: list[Any]) -> None:
     if deaf := sorted({type(m).__name__ for m in modules if not reads_backend(m)}):
         raise UnsupportedModelError(
             "rest='merge': the weights of merged tokens do not reach the attention of "
-            f"{' and '.join(deaf)}, which does not call the attention backend that its config names. Use rest='drop'."
+            f"{' and '.join(deaf)}, which does not call the backend that its config names. Use "
+            "rest='drop'."
         )
     dims = {int(getattr(module, "head_dim", 0)) for module in modules}
     if any(dim + extra_dims(dim) > MOST_DIMS for dim in dims):
