@@ -17,7 +17,10 @@ from support.families import FAMILIES, text
 
 import tokencomp
 from tokencomp import Plan, Reducer, Stage, errors, make_reducer
+from tokencomp.plan.amounts import Amount
 from tokencomp.plan.counts import frame_budgets
+from tokencomp.plan.plan import LEAST
+from tokencomp.plan.solved import by_item
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.spans import VisualSpan, VisualTokens
 
@@ -137,6 +140,40 @@ def test_early_stages_pay_for_special_tokens_that_stay(
         now = left.get(layer, now)
         seen += now
     assert abs(seen / (288 * layers) - (1 - ratio)) < 1 / 288
+    ends = [*(s.layer for s in plan.stages[1:]), layers]
+    weights = [end - s.layer for end, s in zip(ends, plan.stages, strict=True)]
+
+    def missed(kept: list[int]) -> float:
+        pairs = zip(weights, kept, plan.stages, strict=True)
+        return abs(sum(n * (k - 288 * s.fraction) for n, k, s in pairs))
+
+    # Every step from what must stay to what the fractions say, tried one by one.
+    most = plan._falling(span, [s.fraction for s in plan.stages])
+    least = plan._falling(span, [min(s.fraction, LEAST) for s in plan.stages])
+    steps = max(k - m for k, m in zip(most, least, strict=True))
+    tried = [
+        [m + ((k - m) * i + steps // 2) // max(1, steps) for k, m in zip(most, least, strict=True)]
+        for i in range(steps + 1)
+    ]
+    if counts != most:
+        assert missed(counts) == pytest.approx(min(map(missed, tried)))
+
+
+class Later(Reducer):
+    """Cuts before layer 2 at ratios in steps of 0.02, and before layer 3 at others."""
+
+    def plan(self, ratio: float, num_layers: int) -> Plan:
+        layer = 2 if math.isclose(ratio * 50, round(ratio * 50)) else 3
+        seen = (num_layers * (1 - ratio) - layer) / (num_layers - layer)
+        return Plan((Stage(layer, max(seen, 0.0), make_reducer("uniform")),))
+
+
+@pytest.mark.parametrize("left", [0.84, 0.85])
+def test_a_step_of_a_schedule_between_stages_is_spread(left: float) -> None:
+    """Stages stand where probed ratios have them; an item of another ratio keeps its average."""
+    (stage,) = by_item(Amount(1), Later(), 4, 1).stages
+    assert stage.layer == 2 and stage.share is not None
+    assert (2 + 2 * stage.share(left)) / 4 == pytest.approx(left)
 
 
 def test_a_missed_ratio_is_told_once() -> None:

@@ -76,7 +76,7 @@ def test_generation_beyond_a_window_that_no_layer_reads_is_refused() -> None:
     assert inputs["input_ids"].shape[1] < 28
     tokencomp.patch(model, 0.5)
     oracle.generate(model, inputs, 2)
-    with pytest.raises(UnsupportedModelError, match="28 tokens"):
+    with pytest.raises(UnsupportedModelError, match="has 28 tokens"):
         oracle.generate(model, inputs, 8)
 
 
@@ -141,6 +141,34 @@ def test_queries_that_are_scaled_by_row_are_refused() -> None:
     message = "scale queries by the number of their"
     with tokencomp.patch(model, 0.5), pytest.raises(RowIndexedAttentionError, match=message):
         model(**inputs)
+
+
+class Chunked(Llava):
+    """LLaVA on the text model of Llama 4: three layers of four see chunks of eight tokens."""
+
+    def config(self) -> Any:
+        config = super().config()
+        config.text_config = transformers.Llama4TextConfig(
+            vocab_size=VOCAB, hidden_size=64, intermediate_size=96, intermediate_size_mlp=96,
+            num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+            num_local_experts=2, num_experts_per_tok=1, attention_chunk_size=8,
+            attn_temperature_tuning=False, bos_token_id=1, eos_token_id=EOS, pad_token_id=PAD,
+        )  # fmt: skip
+        return config
+
+
+def test_chunks_begin_at_the_first_token_of_every_sample() -> None:
+    """Behind padding that is no multiple of a chunk."""
+    family = Chunked()
+    model, steps = family.build(), 10
+    inputs = family.batch([[text(3), family.image(), text(5, 2)], [text(2), family.image()]])
+    width = inputs["input_ids"].shape[1]
+    with tokencomp.patch(model, 0.5, reducer="uniform") as handle, torch.no_grad():
+        out = oracle.generate(model, inputs, steps)
+        masks = oracle.kept_columns(handle, inputs, family.layers)
+    expected = kinds.expected_logits(model, family, inputs, masks, out.sequences[:, width:-1])
+    logits = torch.stack(out.logits, 1)
+    torch.testing.assert_close(logits, expected[:, width - 1 :], atol=5e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("between", [False, True])

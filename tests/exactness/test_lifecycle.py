@@ -71,6 +71,8 @@ def test_context_manager_disabled_and_set(family: Family) -> None:
         assert handle.stats.ratio == pytest.approx(0.5, abs=0.05)
         with handle.disabled():
             assert torch.equal(model(**inputs).logits, plain)
+        with pytest.raises(ZeroDivisionError), handle.disabled():
+            1 / 0  # noqa: B018
         assert torch.equal(model(**inputs).logits, half)
         handle.set(ratio=0.8)
         model(**inputs)

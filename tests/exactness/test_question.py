@@ -59,7 +59,7 @@ def test_the_last_turn_asks(family: Family) -> None:
     labels = torch.full_like(inputs["input_ids"], -100)
     labels[:, -15:-11] = inputs["input_ids"][:, -15:-11]  # the answer of the first turn
     labels[:, -5:] = inputs["input_ids"][:, -5:]
-    with torch.no_grad(), tokencomp.patch(model, 0.6) as handle:
+    with torch.no_grad(), tokencomp.patch(model, 0.6, reducer=plans.RELEVANT) as handle:
         model(**history, use_cache=False)
         expected = kept(handle, 1)
         model(**inputs, labels=labels, use_cache=False)
@@ -122,7 +122,7 @@ def test_arguments_by_place(family: Family) -> None:
     """Labels count however they are handed over."""
     model = family.build()
     question = family.batch([[family.image(1), text(5, 4)]])
-    with torch.no_grad(), tokencomp.patch(model, 0.6) as handle:
+    with torch.no_grad(), tokencomp.patch(model, 0.6, reducer=plans.RELEVANT) as handle:
         model(**question, use_cache=False)
         expected = kept(handle, 1)
         inputs = with_answers(question, torch.tensor([text(6, 20)]), family)

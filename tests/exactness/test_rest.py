@@ -104,6 +104,9 @@ def test_auto_drops_where_little_stays() -> None:
             steps[rest].append(model(**video).logits)
             assert handle.stats.merged_from is None
     assert all(map(torch.equal, steps["auto"], steps["drop"]))
+    with tokencomp.patch(model, 0.9, reducer="kcentre", rest="auto") as handle:
+        model(**image)
+        assert handle.stats.merged_from == 0  # up to a ratio of 0.9, which it includes
     with tokencomp.patch(model, budget=8, reducer="kcentre", rest="auto") as handle:
         model(**image)
         assert handle.stats.merged_from == 0

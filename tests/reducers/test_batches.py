@@ -96,3 +96,15 @@ def test_a_subclass_that_overrides_one_span_alone_is_asked_span_by_span() -> Non
 
     spans = [VisualTokens(torch.randn(n, 3), (1, 1, n), torch.zeros(n).bool()) for n in (4, 6)]
     assert reduced(FirstRows(), matrix.joined(spans), [2, 3]).keep.tolist() == [0, 1, 4, 5, 6]
+
+
+def test_spans_of_which_some_merge() -> None:
+    """The others keep the features and sizes that they had."""
+    sizes, none = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.zeros(4, dtype=torch.bool)
+    tokens = VisualTokens(torch.arange(4.0)[:, None], (1, 1, 4), none, sizes=sizes)
+    rows = torch.tensor([1, 3])
+    merging = Reduction(rows, torch.tensor([[7.0], [8.0]]), torch.tensor([3.0, 7.0]))
+    joined = Reduction.join([Reduction(rows), merging], matrix.joined([tokens, tokens]))
+    assert joined.keep.tolist() == [1, 3, 5, 7]
+    assert joined.merged.flatten().tolist() == [1.0, 3.0, 7.0, 8.0]
+    assert joined.sizes.tolist() == [2.0, 4.0, 3.0, 7.0]

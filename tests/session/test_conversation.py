@@ -166,11 +166,13 @@ def test_150_chunks_at_constant_rows(policy: str) -> None:
     assert difference(logits, expected) < 1e-5
 
 
+@pytest.mark.parametrize("reducer", ["kcentre", "timechat"])
 @pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_5"])
-def test_a_mark_forgets_what_came_after(name: str) -> None:
+def test_a_mark_forgets_what_came_after(name: str, reducer: str) -> None:
+    """Frames too, with which `timechat` compares those that follow."""
     family = ALL[name]
     model, parts = family.build(), parts_of(family)
-    tokencomp.patch(model, 0.5, reducer="kcentre")
+    tokencomp.patch(model, 0.5, reducer=reducer)
     conversation = Conversation(model, None, "oldest")
     for row in parts[:3]:
         conversation.add(part(family, row))
