@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import concurrent.futures
+import json
 import re
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,14 @@ import pytest
 pytest.importorskip("starlette")
 openai = pytest.importorskip("openai")
 
+from support.console import run  # noqa: E402
 from support.matrix import small_weights  # noqa: E402
 from support.serving import hf_reference, http  # noqa: E402
 from support.serving.http import QUESTION, ask  # noqa: E402
 
+from tokencomp.serving.hf.engine import Engine  # noqa: E402
+from tokencomp.serving.hf.metrics import Metrics  # noqa: E402
+from tokencomp.serving.spec import ServerOptions  # noqa: E402
 from tokencomp.trained.cards import model_card  # noqa: E402
 
 
@@ -28,110 +34,79 @@ def expected(folder: Any, urls: list[str], spec: dict[str, Any]) -> tuple[str, i
     return text, n - before + after[0], before, sum(after) / len(after)
 
 
-@pytest.mark.parametrize("reducer", ["uniform", "fastv"])
-@pytest.mark.parametrize("ratio", [0.3, 0.5])
-def test_equals_a_direct_call(hf_server: Any, reducer: str, ratio: float) -> None:
+IMAGE, WIDE, VIDEO = http.image_url(1), http.image_url(3, 168, 280), http.video_url(2)
+ANY = ([IMAGE], [VIDEO], [IMAGE, WIDE], [IMAGE, VIDEO])
+TOWER = {"ratio": 0.75, "tower_ratio": 0.5, "tower_reducer": "random"}
+
+
+@pytest.mark.parametrize(
+    ("options", "media"),
+    [
+        ({"reducer": "uniform", "ratio": 0.3}, ANY),
+        ({"reducer": "fastv", "ratio": 0.5}, ANY),
+        ({"reducer": "uniform", "budget": 12}, ([IMAGE, WIDE],)),  # tokens of each image
+        ({"reducer": "fastv", "budget": 12}, ([IMAGE, WIDE],)),
+        ({"reducer": "uniform", "ratio": {"image": 0.25, "video": 0.75}}, ([IMAGE, VIDEO],)),
+        ({"reducer": "uniform", **TOWER}, ([IMAGE],)),
+        ({"reducer": "uniform", "ratio": 0.75}, ([IMAGE],)),  # after a request with a tower stage
+    ],
+)
+def test_equals_a_direct_call(hf_server: Any, options: dict[str, Any], media: Any) -> None:
     _, client, folder, _ = hf_server
-    spec = {"reducer": reducer, "ratio": ratio}
-    image, video = http.image_url(1), http.video_url(2)
-    for urls in ([image], [video], [image, http.image_url(3, 168, 280)], [image, video]):
-        answer = ask(client, *urls, tokencomp=spec)
-        text, prompt, before, after = expected(folder, urls, spec)
+    for urls in media:
+        answer = ask(client, *urls, tokencomp=options)
+        text, prompt, before, after = expected(folder, urls, options)
         assert answer.choices[0].message.content == text
         assert answer.usage.prompt_tokens == prompt
         usage = answer.usage.model_extra["tokencomp"]
         assert usage["visual_tokens_before"] == before
         assert usage["visual_tokens_after"] == pytest.approx(after)
         assert usage["ratio"] == pytest.approx(1 - after / before)
+        assert "budget" not in options or before > 24 >= after
 
 
-def test_a_budget_equals_a_direct_call(hf_server: Any) -> None:
-    """At most so many tokens of each of two images of different size."""
+def test_low_detail_equals_a_direct_call(hf_server: Any) -> None:
     _, client, folder, _ = hf_server
-    urls = [http.image_url(1), http.image_url(3, 168, 280)]
-    for reducer in ("uniform", "fastv"):
-        spec = {"reducer": reducer, "budget": 12}
-        answer = ask(client, *urls, tokencomp=spec)
-        text, prompt, before, after = expected(folder, urls, spec)
-        assert (answer.choices[0].message.content, answer.usage.prompt_tokens) == (text, prompt)
-        usage = answer.usage.model_extra["tokencomp"]
-        assert usage["visual_tokens_after"] == pytest.approx(after)
-        assert usage["visual_tokens_before"] == before > 24 >= after
-
-
-def test_ratios_by_kind_and_low_detail_equal_direct_calls(hf_server: Any) -> None:
-    _, client, folder, _ = hf_server
-    urls, kinds = [http.image_url(1), http.video_url(2)], {"image": 0.25, "video": 0.75}
-    answer = ask(client, *urls, tokencomp={"ratio": kinds, "reducer": "uniform"})
-    text, prompt, _, after = expected(folder, urls, {"ratio": kinds, "reducer": "uniform"})
-    assert (answer.choices[0].message.content, answer.usage.prompt_tokens) == (text, prompt)
-    assert answer.usage.model_extra["tokencomp"]["visual_tokens_after"] == after
-    messages = http.messages(QUESTION, urls[0])
+    messages = http.messages(QUESTION, IMAGE)
     messages[0]["content"][0]["image_url"]["detail"] = "low"
     body = {"model": "tiny", "messages": messages, "max_tokens": 8, "temperature": 0}
     answer = client.chat.completions.create(**body)
     spec = {"ratio": 0.75, "reducer": "kcentre", "rest": "auto"}
-    text, prompt, *_ = expected(folder, urls[:1], spec)
+    text, prompt, *_ = expected(folder, [IMAGE], spec)
     assert (answer.choices[0].message.content, answer.usage.prompt_tokens) == (text, prompt)
 
 
-def test_a_request_may_have_a_stage_in_the_vision_tower(hf_server: Any) -> None:
-    _, client, folder, _ = hf_server
-    url, spec = http.image_url(1), {"reducer": "uniform", "ratio": 0.75}
-    tower = {**spec, "tower_ratio": 0.5, "tower_reducer": "random"}
-    texts = []
-    for options in (tower, spec):
-        answer = ask(client, url, tokencomp=options)
-        text, prompt, before, after = expected(folder, [url], options)
-        assert answer.choices[0].message.content == text
-        assert answer.usage.prompt_tokens == prompt
-        usage = answer.usage.model_extra["tokencomp"]
-        assert (usage["visual_tokens_before"], usage["visual_tokens_after"]) == (before, after)
-        assert isinstance(usage["visual_tokens_after"], int)
-        texts.append(text)
-    assert texts[0] != texts[1]  # the test can fail
-
-
-def test_the_default_may_have_a_stage_in_the_vision_tower(tiny_folder: Any) -> None:
-    from tokencomp.serving.hf.engine import Engine
-    from tokencomp.serving.hf.metrics import Metrics
-    from tokencomp.serving.spec import ServerOptions
-
-    options = ServerOptions.parse({"ratio": 0.75, "tower_ratio": 0.5}, engine="hf")
+@pytest.mark.parametrize(
+    ("default", "request_options", "tower", "rest"),
+    [
+        ({"ratio": 0.75, "tower_ratio": 0.5}, None, 0.5, "auto"),
+        ({"ratio": 0.75, "tower_ratio": 0.5}, {"tower_ratio": 0.25}, 0.75, "auto"),
+        (
+            {"ratio": 0.75, "tower_ratio": 0.5},
+            {"ratio": 0.4},
+            0.6,
+            "",
+        ),  # all of it in the tower
+        ({"ratio": 0.75, "tower_ratio": 0.5}, {"tower_ratio": 0}, 1, "auto"),
+        ({"ratio": 0.5}, {"rest": "merge"}, 1, "merge"),
+        ({"ratio": 0.5}, {"rest": "drop"}, 1, "drop"),
+        ({"ratio": 0.5}, {"reducer": "uniform"}, 1, "drop"),  # only the default merges by itself
+        ({"ratio": 0.5}, {"reducer": "merge"}, 1, "drop"),
+    ],
+)
+def test_a_request_changes_the_default(
+    tiny_folder: Any, default: Any, request_options: Any, tower: float, rest: str
+) -> None:
+    """Whatever the request before it set."""
+    options = ServerOptions.parse(default, engine="hf")
     engine = Engine(*hf_reference.load(tiny_folder("qwen2_vl")), options, Metrics())
     try:
-        for request, fraction in (
-            (None, 0.5),
-            ({"tower_ratio": 0.25}, 0.75),
-            ({"ratio": 0.4}, 0.6),
-            ({"tower_ratio": 0}, 1),
-        ):
-            with engine._compressed(options.resolve(request, engine="hf")):
-                tower = engine._handle.plan.tower
-                assert (tower.fraction if tower else 1) == pytest.approx(fraction)
-    finally:
-        engine.close()
-
-
-def test_what_happens_to_the_rest_is_that_of_the_request(tiny_folder: Any) -> None:
-    """Whatever the request before it said; other reducers than the default drop."""
-    from tokencomp.serving.hf.engine import Engine
-    from tokencomp.serving.hf.metrics import Metrics
-    from tokencomp.serving.spec import ServerOptions
-
-    options = ServerOptions.parse({"ratio": 0.5}, engine="hf")
-    engine = Engine(*hf_reference.load(tiny_folder("qwen2_vl")), options, Metrics())
-    try:
-        for request, rest in (
-            (None, "auto"),
-            ({"rest": "merge"}, "merge"),
-            ({"reducer": "uniform"}, "drop"),
-            ({"ratio": 0.25}, "auto"),
-            ({"rest": "drop"}, "drop"),
-            ({"reducer": "merge"}, "drop"),
-        ):
-            with engine._compressed(options.resolve(request, engine="hf")):
-                assert [stage.rest for stage in engine._handle.plan.stages] == [rest]
+        for before in ({"rest": "merge", "tower_ratio": 0.1, "ratio": 0.2}, {"reducer": "uniform"}):
+            for request in (before, request_options):
+                with engine._compressed(options.resolve(request, engine="hf")):
+                    plan = engine._handle.plan
+            assert (plan.tower.fraction if plan.tower else 1) == pytest.approx(tower)
+            assert [stage.rest for stage in plan.stages] == ([rest] if rest else [])
     finally:
         engine.close()
 
@@ -342,3 +317,118 @@ def test_the_clients_of_the_documentation(hf_server: Any, tmp_path: Any) -> None
             arguments, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True
         )
         assert re.search("visual_tokens_after.: 16", answer.stdout.replace(":16", ": 16"))
+
+
+# -- refusals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--reducer", "selector"], "needs trained weights"),
+        (["--port", "PORT"], "cannot listen at 127.0.0.1:"),
+    ],
+)
+def test_server_that_cannot_serve_does_not_start(
+    tiny_folder: Any, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as occupied:
+        occupied.bind(("127.0.0.1", 0))
+        occupied.listen()
+        port = str(occupied.getsockname()[1])
+        args = [port if a == "PORT" else a for a in arguments]
+        assert run("serve", "--model", tiny_folder("qwen2_vl"), *args) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_client_that_disconnects_while_it_sends(hf_server: Any) -> None:
+    url, _, _, root = hf_server
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as client:
+        client.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"
+        )
+        time.sleep(0.5)
+    time.sleep(0.5)
+    assert http.get(url + "/health")[0] == 200
+    assert "Traceback" not in (root / "log").read_text()
+
+
+def bad_media(root: Any) -> list[str]:
+    good = http.image_url(1)
+    return [
+        *http.outside(root / "media", root / "secret.png"), "https://example.com/x.png",
+        f"file://{root}/media/none.png",
+        "data:image/png,abc", "data:image/png;base64,????", "data:image/png;base64,aGVsbG8=",
+        good[: len(good) // 2], "data:video/mp4;base64,aGVsbG8=", "data:video/jpeg;base64,aGVsbG8=",
+        "data:video/mp4;base64,I0VYVE0zVQojRVhULVgtTUVESUE6VVJJPSJmaWxlOi8vL2V0Yy9wYXNzd2QiCg==",
+        "data:image/svg+xml;base64,PHN2Zy8+", http.image_url(1, 4, 4000),
+    ]  # fmt: skip
+
+
+def test_malformed_requests_get_4xx_and_the_server_continues(hf_server: Any) -> None:
+    url, client, _, root = hf_server
+    with http.unreached_urls() as remote:
+        for bad in [*remote, *bad_media(root)]:
+            with pytest.raises(openai.APIStatusError) as error:
+                ask(client, bad)
+            assert 400 <= error.value.status_code < 500, bad
+            assert "passwd" not in str(error.value) and "secret" not in str(error.value)
+    image = http.image_url(1)
+    for options in (
+        {"ratio": 2},
+        {"ratio": "x"},
+        {"ratio": {"audio": 0.5}},
+        {"ratio": 0.5, "reducer": "kcentre", "options": {"thumb": 1}},
+        {"reducer": "none"},
+        {"rate": 0.5},
+        {"ratio": 0.99},
+        {"tower_ratio": 0.9},
+        {"tower_reducer": "none"},
+        {"tower_reducer": "fastv"},
+    ):
+        with pytest.raises(openai.BadRequestError):
+            ask(client, image, tokencomp=options)
+    for more in ({"n": 17}, {"top_logprobs": 3}, {"max_tokens": 0}, {"stop": 3}, {"n": 0}):
+        with pytest.raises(openai.BadRequestError):
+            ask(client, image, **more)
+    chat = {"model": "tiny", "messages": http.messages(QUESTION, image), "max_tokens": 2}
+    for name, value in (
+        ("top_k", -2), ("frequency_penalty", 2.5), ("presence_penalty", -3), ("min_p", 2),
+        ("logit_bias", {"5": 1}), ("min_tokens", 3), ("tool_choice", "required"),
+        ("mm_processor_kwargs", {"max_pixels": 10**9}), ("anything", "else"),
+    ):  # fmt: skip
+        with pytest.raises(openai.BadRequestError, match=name):
+            client.chat.completions.create(**chat, extra_body={name: value})
+    client.chat.completions.create(**chat, frequency_penalty=0, user="me", tool_choice="none")
+    for weights in ("/etc/passwd", "/etc/none"):
+        with pytest.raises(openai.BadRequestError) as error:
+            options = {"reducer": "selector", "options": {"weights": weights}}
+            ask(client, image, tokencomp=options)
+        assert "/etc" not in str(error.value)
+    for part, reason in (
+        ({"type": "image_url", "image_url": image}, 'expected an object {"url": ...}'),
+        ({"type": "input_image", "image_url": {"url": image}}, "content.0.type"),
+        ({"type": "text", "text": 3}, "content.0.text"),
+    ):
+        body = {"model": "tiny", "messages": [{"role": "user", "content": [part]}]}
+        status, text = http.get(url + "/v1/chat/completions", body)
+        assert status == 400 and reason in json.loads(text)["error"]["message"], text
+    off: Any = {"n": None, "stream": None, "response_format": {"type": "text"}}
+    off |= {"modalities": ["text"], "temperature": 1e-40}
+    turns = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": "Hello."},
+        {"role": "assistant", "content": None},
+        *chat["messages"],
+    ]
+    assert client.chat.completions.create(**{**chat, "messages": turns}, **off).choices
+    with pytest.raises(openai.BadRequestError, match="no trained weights"):
+        ask(client, image, tokencomp={"reducer": "selector"})
+    with pytest.raises(openai.BadRequestError, match="tokens before compression"):
+        ask(client, image, text="What " * 1200)
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="other", messages=http.messages("x"))
+    assert ask(client, image).choices[0].message.content
+    assert http.get(url + "/health")[0] == 200
+    assert http.metric(url, "tokencomp_requests_total") > 20
