@@ -150,7 +150,8 @@ def spread(results: Results, label: str, kind: str = "both") -> str:
     """What the worst and the best seed of `random` keep; "" of other methods."""
     families = None if kind == "all" else results.learned
     places, full = results.select(kind, families), sum(results.scores(FULL, kind, families))
-    kept = [sum(scores[i] for i in places) / full for scores in results.seeds.get(label, ())]
+    seeds = results.seeds.get(label, ()) if full else ()  # nothing is kept of no right answer
+    kept = [sum(scores[i] for i in places) / full for scores in seeds]
     return f", seeds {min(kept):.1%} to {max(kept):.1%}" if kept else ""
 
 
