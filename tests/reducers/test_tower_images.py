@@ -10,6 +10,7 @@ from support import matrix
 from support.tower_loops import Rows, best, check, cosine, kept, mean, rows_of
 
 from tokencomp import VisualTokens, make_reducer
+from tokencomp.plan.reducer import reduced
 from tokencomp.reducers.hiprune import MIDDLE
 from tokencomp.tokens.signals import TOWER_ATTENTION, TOWER_KEYS
 
@@ -64,6 +65,22 @@ def test_hiprune(grid: tuple[int, int, int], keep: int) -> None:
         chosen |= {min(max(j, 0), n - 1) for j in (i, i - 1, i + 1, i - w, i + w)}
     others = {i: a for i, a in enumerate(last) if i not in chosen}
     assert kept("hiprune", given, [*chosen, *best(others, keep - len(chosen))])
+
+
+def test_hiprune_takes_no_neighbours_from_the_next_picture() -> None:
+    """The anchor of a picture is in its last row."""
+    spans = [matrix.tokens((1, 8, 8), seed=seed) for seed in range(2)]
+    for given in spans:
+        given.tower[MIDDLE][59], given.tower[TOWER_ATTENTION][3] = 2.0, -1.0
+    alone = [make_reducer("hiprune").reduce(given, 26).keep for given in spans]
+    kept = reduced(make_reducer("hiprune"), matrix.joined(spans), [26, 26]).keep
+    assert kept.tolist() == [*alone[0].tolist(), *(alone[1] + 64).tolist()]
+
+
+def test_hiprune_reads_the_block_of_the_release() -> None:
+    """The sixteenth of 32 blocks; towers of any depth have one."""
+    assert MIDDLE.place(32) == 15
+    assert all(MIDDLE.place(n) is not None for n in range(1, 64))
 
 
 def test_hiprune_counts_places_where_tokens_are_missing() -> None:

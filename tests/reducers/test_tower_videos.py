@@ -154,32 +154,69 @@ def turned(row: Vector, at: tuple[int, int, int]) -> Vector:
     return out
 
 
+def shared(weights: list[int], rooms: list[int], total: int) -> list[int]:
+    """Largest remainders; what a full group cannot hold the others get, one after the other."""
+    counts = [min(*both) for both in zip(largest_remainders(weights, total), rooms, strict=True)]
+    shares = [total * w / sum(weights) for w in weights]
+    order = sorted(range(len(counts)), key=lambda i: (int(shares[i]) - shares[i], i))
+    while sum(counts) < total:
+        for i in order:
+            counts[i] += counts[i] < rooms[i] and sum(counts) < total
+    return counts
+
+
 @every_clip
+@pytest.mark.parametrize("context", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("share", [0.15, 0.4, 0.9])
-def test_tango(grid: tuple[int, int, int], share: float) -> None:
+def test_tango(grid: tuple[int, int, int], share: float, context: float) -> None:
     given = clip(grid)
     x, attention = rows_of(given)
     (t, h, w), n = grid, grid[1] * grid[2]
     keep = round(share * t * n)
-    groups = []
-    for frames, places in still(x, n, keep):
-        if places:
-            groups.append([([f * n + i for f in frames]) for i in places])
-        others = [i for i in range(n) if i not in places]
-        groups += [[[f * n + i] for i in others] for f in frames if others]
+    windows = still(x, n, keep)
+    rooms = [len(fs) * n - (len(fs) - 1) * len(places) for fs, places in windows]
+    budgets = shared([len(fs) for fs, _ in windows], rooms, keep)
     rows: Rows = []
-    for group, count in zip(groups, largest_remainders([*map(len, groups)], keep), strict=True):
-        values = [mean([x[i] for i in own]) for own in group]
-        saliency = [sum(attention[i] for i in own) / len(own) for own in group]
-        candidates = best(dict(enumerate(saliency)), min(len(group), int(1.5 * count)))
-        places = [(i // (h * w), i // w % h, i % w) for i in (group[c][0] for c in candidates)]
-        seen = [turned(values[c], at) for c, at in zip(candidates, places, strict=True)]
-        labels = peaks(seen, count, 7, tango=True)[1] if count else []
-        for number in range(count):
-            own = [c for c, label in zip(candidates, labels, strict=True) if label == number]
-            (c,) = best({c: saliency[c] for c in own}, 1)
-            rows.append((group[c][0], values[c], float(len(group[c]))))
-    check(make_reducer("tango").reduce(given, keep + 2), given, rows)
+
+    def seen(own: list[int]) -> Vector:
+        first = own[0]
+        return turned(x[first], (first // (h * w), first // w % h, first % w))
+
+    for (frames, places), budget in zip(windows, budgets, strict=True):
+        moving = [i for i in range(n) if i not in places]
+        groups = [[[f * n + i for f in frames] for i in places]]
+        groups += [[[f * n + i] for i in moving] for f in frames]
+        counts = largest_remainders([*map(len, groups)], budget)
+        pools = [(groups[:1], counts[:1]), (groups[1:], counts[1:])]
+        for pool, number_of in pools:
+            left, clusters = [], 0
+            for group, count in zip(pool, number_of, strict=True):
+                few = math.floor(count * (1 - context) + 1e-6)
+                clusters += count - few
+                saliency = [sum(attention[i] for i in own) / len(own) for own in group]
+                candidates = best(dict(enumerate(saliency)), min(len(group), int(1.5 * few)))
+                labels = peaks([seen(group[c]) for c in candidates], few, 7, True)[1] if few else []
+                chosen = []
+                for number in range(few):
+                    own = [
+                        c for c, label in zip(candidates, labels, strict=True) if label == number
+                    ]
+                    chosen += best({c: saliency[c] for c in own}, 1)
+                rows += [
+                    (group[c][0], mean([x[i] for i in group[c]]), len(group[c])) for c in chosen
+                ]
+                left += [own for c, own in enumerate(group) if c not in chosen]
+            if not clusters:
+                continue
+            centres, labels = peaks([seen(own) for own in left], clusters, 7, True)
+            for number, c in enumerate(centres):
+                inside = [own for own, label in zip(left, labels, strict=True) if label == number]
+                values = [mean([x[i] for i in own]) for own in inside]
+                centre = mean([x[i] for i in left[c]])
+                value = mix(max(0.6, 1 / len(inside)), centre, mean(values))
+                rows.append((left[c][0], value, sum(map(len, inside))))
+    got = make_reducer("tango", context=context).reduce(given, keep + 2)
+    check(got, given, [(place, value, float(size)) for place, value, size in rows])
 
 
 @every_clip

@@ -9,18 +9,19 @@ import torch
 from torch import Tensor
 
 from tokencomp.reducers._batch import best_rows, finite_values, tower_signal
+from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.reducers.score import ChoosingReducer
 from tokencomp.tokens.patches import Patches
 from tokencomp.tokens.signals import TOWER_ATTENTION, TowerSignal
 
 ANCHORS = 0.1 / 5  # share of the budget, before their neighbours
-MIDDLE = TowerSignal("attention", 0.5)
+MIDDLE = TowerSignal("attention", 15 / 32)
 
 
 @register_reducer("hiprune")
 @dataclass(frozen=True)
-class HiPrune(ChoosingReducer):
+class HiPrune(ChoosingReducer, Published):
     """Anchors of a middle block with their neighbours, then what the last block attends to.
 
     HiPrune (arXiv 2508.00553). round(0.02 · K) anchors are the tokens with the largest attention in
@@ -32,11 +33,13 @@ class HiPrune(ChoosingReducer):
     -----
     Exactly K tokens stay. On Qwen the release marks chosen tokens by subtracting 1 from an
     attention that may exceed 1, so that it chooses some twice and keeps fewer than K. The middle is
-    the block at half of the depth, as in the release for Qwen2.5-VL (16 of 32); for LLaVA it takes
-    block 9 of 24. Towers with a class token are read by its attention, in the release by that of
-    all rows. Neighbours at the edge wrap into the next row, as in the release.
+    the sixteenth of 32 blocks, as in the release for Qwen2.5-VL, and block ⌊15/32 · n⌋, counted
+    from 0, of n others; for LLaVA the release takes the ninth of 24. Towers with a class token are
+    read by its attention, in the release by that of all rows. Neighbours at the edge wrap into the
+    next row, as in the release.
     """
 
+    revision = 2  # 1: one block later
     summary = "attention of a middle and the last block of the tower (HiPrune 2508.00553)"
     grid = "known"
     needs = frozenset({MIDDLE, TOWER_ATTENTION})
