@@ -154,6 +154,7 @@ def test_demo_in_short_answers_the_packaged_questions(folder, tmp_path, monkeypa
         (["tune", "--tokens", "64", "--frames", "8,best"], "names no frame policy"),
         (["serve", "--frames", "1fps"], "a server needs a number"),
         (["demo", "--model", "some/model"], "--image FILE"),
+        (["demo", "--model", "./nowhere"], "'./nowhere': no such folder"),
         (["demo", "--set", "weighted"], "NAME=VALUE"),
         (["demo", "--set", "power=2", "--set", "power =3"], "'power =3': power is set twice"),
         (["demo", "--device", "gpu"], "allowed: .auto., .cpu., .cuda."),

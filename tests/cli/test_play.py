@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -81,6 +82,14 @@ def test_what_cannot_be_answered_is_said(play: Playground, tmp_path: Path) -> No
 def test_a_missing_package_is_named(play: Playground, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(MissingDependencyError, match=r"needs gradio.*\.\[play\]"):
+        build(play)
+
+
+def test_an_old_gradio_is_named(play: Playground, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = ModuleType("gradio")
+    monkeypatch.setattr(old, "__version__", "4.44.1", raising=False)
+    monkeypatch.setitem(sys.modules, "gradio", old)
+    with pytest.raises(MissingDependencyError, match=r"gradio 4\.44\.1.*\.\[play\]"):
         build(play)
 
 

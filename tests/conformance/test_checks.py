@@ -330,11 +330,18 @@ def test_models_without_a_causal_decoder_are_refused(model_type: str, mechanism:
         compress(tiny(model_type).model, Plan())
 
 
-@pytest.mark.parametrize("model_type", ["kosmos-2", "kosmos-2.5"])
-def test_models_without_a_placeholder_are_refused(model_type: str) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "mechanism"),
+    [
+        ("kosmos-2", "learned queries, whose places"),
+        ("kosmos-2.5", "learned queries, whose places"),
+        ("phi4_multimodal", "puts features into its embeddings itself"),
+    ],
+)
+def test_models_without_a_placeholder_are_refused(model_type: str, mechanism: str) -> None:
     model_class = getattr(transformers, model_classes()[model_type])
     model = build.bare_model(model_class, CONFIG_MAPPING[model_type]())
-    with pytest.raises(NoPlaceholderError, match="learned queries, whose places"):
+    with pytest.raises(NoPlaceholderError, match=mechanism):
         compress(model, Plan())
 
 

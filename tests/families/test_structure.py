@@ -10,6 +10,7 @@ from support import oracle, plans
 from support.families import IMAGE, START, text
 from support.family.llava import LlavaOnevision
 from support.family.mistral import Mistral3
+from support.family.qwen import Qwen2VL
 from support.family.structural import STRUCTURAL
 
 import tokencomp
@@ -121,12 +122,25 @@ def test_features_in_place_have_no_sizes_of_another_prompt() -> None:
         assert not any(s.grid_known for s in handle.stats.spans[0])
 
 
+def tiny_clip() -> dict[str, dict[str, int]]:
+    sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    return {
+        "text_config": {**sizes, "vocab_size": 8},
+        "vision_config": {**sizes, "image_size": 8, "patch_size": 4},
+    }
+
+
 def test_refusals_name_the_reason() -> None:
     llama = transformers.LlamaConfig(
         vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
     )
     with pytest.raises(NoPlaceholderError, match="no placeholder"):
         tokencomp.patch(transformers.LlamaForCausalLM(llama))
+    clip = transformers.CLIPModel(transformers.CLIPConfig(**tiny_clip()))
+    family = Qwen2VL()
+    for model in (clip, clip.vision_model, family.build().model.visual):
+        with pytest.raises(NoDecoderError, match="no text decoder"):
+            tokencomp.patch(model)
     t5 = transformers.T5Config(
         vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0
     )

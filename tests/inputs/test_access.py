@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -14,6 +15,7 @@ from tokencomp.errors import MediaError
 from tokencomp.inputs.images import load_image
 from tokencomp.inputs.media import is_video, load_media
 from tokencomp.inputs.questions import Example, has_video
+from tokencomp.inputs.sounds import load_sound
 
 av = pytest.importorskip("av")
 
@@ -52,6 +54,14 @@ def test_the_missing_permission_is_named(media: Path, name: str, what: str) -> N
 def test_names_that_no_file_has(name: str) -> None:
     with pytest.raises(MediaError, match="no such file"):
         load_media(name)
+
+
+@pytest.mark.parametrize("load", [load_media, load_sound])
+@pytest.mark.parametrize("kind", [str, Path])
+def test_addresses_are_not_read(load: Any, kind: Any) -> None:
+    """A path has lost one of the slashes."""
+    with pytest.raises(MediaError, match=r"https://host/a\.wav: URLs are not read"):
+        load(kind("https://host/a.wav"))
 
 
 def test_pictures_and_frames_of_folders(media: Path) -> None:

@@ -120,6 +120,9 @@ def test_files_must_be_utf8(tmp_path: Path) -> None:
     file.write_bytes(text.encode("latin-1"))
     with pytest.raises(OptionError, match="UTF-8"):
         questions(str(tmp_path), "image", 4)
+    file.write_bytes(b"\x89PNG\r\n\x1a\n\0")
+    with pytest.raises(OptionError, match="no text"):
+        questions(str(tmp_path), "image", 4)
     file.write_bytes(text.encode("utf-8-sig"))
     assert "größe" in questions(str(tmp_path), "image", 4)[0].prompt
 

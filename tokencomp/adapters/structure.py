@@ -137,7 +137,10 @@ def _owners_of_embeddings(top: Any) -> Iterator[Any]:
     """Modules with layers that own the table of input embeddings (remote code)."""
     if not hasattr(top, "get_input_embeddings"):
         return
-    table = top.get_input_embeddings()
+    try:
+        table = top.get_input_embeddings()
+    except NotImplementedError:  # a tower, or a pair of towers
+        return
     for module in top.modules():
         owns = any(child is table for child in module.children())
         if owns and isinstance(getattr(module, "layers", None), nn.ModuleList):
@@ -191,12 +194,26 @@ def find_placeholders(parts: Parts) -> dict[int, int]:
         if token is not None:
             ids.setdefault(token, CODES[kind])
     if not ids:
+        _refuse_own_placeholders(parts)
         raise NoPlaceholderError(
             f"the config of {type(parts.top).__name__} names no placeholder of images, videos or "
             f"audio ({', '.join(name for names in IDS.values() for name in names)}), so nothing "
             "tells which tokens of a prompt are features."
         )
     return ids
+
+
+def _refuse_own_placeholders(parts: Parts) -> None:
+    """Refuse a decoder that puts features into its own embeddings (Phi-4-multimodal)."""
+    config, name = parts.top.config, type(parts.top).__name__
+    inner = [getattr(config, f"{kind}_config", None) for kind in ("vision", "audio")]
+    named = any(hasattr(own, field) for own in inner for names in IDS.values() for field in names)
+    if named and any(feature_kind(argument) for argument in parameters_of(parts.decoder)):
+        raise NoPlaceholderError(
+            f"the decoder of {name} takes pixels, and puts features into its embeddings itself, at "
+            "placeholders that only its towers' configs name: out of reach of patch(). Run it "
+            "without patch()."
+        )
 
 
 def mrope_rows(parts: Parts) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 from tokencomp.cli._demo import packaged_questions
 from tokencomp.cli._showcase import answer_prompt, prompt, time_prefill
-from tokencomp.errors import TokenCompError, missing_package
+from tokencomp.errors import MissingDependencyError, TokenCompError, install, missing_package
 from tokencomp.evaluation.environment import public_name
 from tokencomp.evaluation.settings import Setting
 from tokencomp.evaluation.timing import Split
@@ -21,6 +21,7 @@ from tokencomp.plan.stages import Rest
 from tokencomp.reducers.registry import available_reducers
 
 HEAD = ("", "without", "with compression")
+OLDEST_GRADIO = (5, 9)
 TIMING_SECONDS = 2.0
 RESTS: dict[str, Rest | None] = {"as usual": None, "merge": "merge", "drop": "drop"}
 REST = "Tokens that do not stay (usually auto merges those of pictures, other methods drop)"
@@ -82,6 +83,12 @@ def build(play: Playground) -> Any:
         import gradio as gr
     except ModuleNotFoundError as error:
         raise missing_package(error) or error from None
+    except ImportError as error:  # an old one does not load beside new packages
+        raise MissingDependencyError(
+            f"the installed gradio does not load ({error}): {install('play')}."
+        ) from error
+    if tuple(map(int, gr.__version__.split(".")[:2])) < OLDEST_GRADIO:
+        raise MissingDependencyError(f"gradio {gr.__version__} is too old: {install('play')}.")
 
     def ask(*values: Any) -> Any:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,14 @@ def no_permission(path: str | Path) -> MediaError:
         f"{path}: no permission to read it. Change the permissions of the file and its folders, "
         "e.g. chmod +rX."
     )
+
+
+def missing(path: str | Path, what: str) -> MediaError:
+    """The error about a path that nothing has; a `Path` holds one slash of an address."""
+    if address := re.match(r"([A-Za-z][\w+.-]+):/+(.*)", str(path)):
+        name = "://".join(address.groups())
+        return MediaError(f"{name}: URLs are not read. Download the file, and give its path.")
+    return MediaError(f"{path}: no such file. Give the path of a local {what}.")
 
 
 def exists(path: Path) -> bool:

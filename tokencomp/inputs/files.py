@@ -139,9 +139,12 @@ def questions_bytes(file: Path) -> bytes:
 
 def _text(file: Path) -> str:
     try:
-        text = questions_bytes(file).decode("utf-8-sig")
+        text = (data := questions_bytes(file)).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise OptionError(f"{file} is not UTF-8 text ({error}). Save it as UTF-8.") from error
+        fix = f"({error}). Save it as UTF-8."
+        if b"\0" in data:
+            fix = f"but no text. Give a file of JSON Lines, one object {FIELDS} per line."
+        raise OptionError(f"{file} is not UTF-8 text {fix}") from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

@@ -76,16 +76,6 @@ def load_model(
     from tokencomp.adapters.registry import adapter_for
 
     path = resolve(name)
-    if path.startswith((".", "/", "~")):  # no hub id does
-        folder = Path(path).expanduser()
-        if folder.is_file():
-            raise UnsupportedModelError(
-                f"model {path!r} is a file. Give the folder in the Hugging Face layout, with "
-                "config.json and *.safetensors."
-            )
-        if not folder.is_dir():
-            raise UnsupportedModelError(f"model {path!r}: no such folder.")
-        path = str(folder)
     device = pick_device(device)
     torch_dtype = pick_dtype(dtype, device)
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tokencomp.errors import FrameChoiceWarning, MediaError, OptionError
-from tokencomp.inputs.access import check_readable, exists, readable
+from tokencomp.inputs.access import check_readable, exists, missing, readable
 from tokencomp.inputs.clips import AnimationClip, Clip, FileClip, FolderClip
 from tokencomp.inputs.clock import part
 from tokencomp.inputs.frames import Frames, Policy, frame_policy
@@ -107,7 +107,7 @@ def load_media(
 def _check_file(path: Path) -> None:
     """Refuse a path that holds nothing, may have no end, or may not be read."""
     if not exists(path):
-        raise MediaError(f"{path}: no such file. Give the path of a local image or video.")
+        raise missing(path, "image or video")
     if not (path.is_file() or path.is_dir()):
         raise MediaError(f"{path}: a device or a pipe, which may have no end. Save it as a file.")
     if path.is_file() and path.stat().st_size == 0:

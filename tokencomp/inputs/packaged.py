@@ -5,7 +5,12 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from tokencomp.errors import INSTALL, MissingDependencyError, unknown_name
+from tokencomp.errors import (
+    INSTALL,
+    MissingDependencyError,
+    UnsupportedModelError,
+    unknown_name,
+)
 
 DEFAULT_MODEL = "tiny-qwen3-vl-hard"
 CHECKOUT = Path(__file__).parents[2] / "zoo" / "tokencomp_zoo"
@@ -45,13 +50,28 @@ def model_path(name: str) -> Path:
 
 
 def resolve(name_or_path: str | Path) -> str:
-    """An embedded model's folder for its name; anything else (path, hub id) unchanged.
+    """The folder of a model: that of an embedded one, or a path; a hub id is left as it is.
 
     A bare name that looks like an embedded model but is none raises instead of going to the hub.
+
+    Raises
+    ------
+    UnsupportedModelError
+        A path that no folder has.
     """
     name = str(name_or_path)
     if name in available_models():
         return str(model_path(name))
     if name.startswith("tiny-") and "/" not in name and not Path(name).exists():
         model_path(name)
-    return name
+    if not name.startswith((".", "/", "~")):  # no hub id does
+        return name
+    folder = Path(name).expanduser()
+    if folder.is_file():
+        raise UnsupportedModelError(
+            f"model {name!r} is a file. Give the folder in the Hugging Face layout, with "
+            "config.json and *.safetensors."
+        )
+    if not folder.is_dir():
+        raise UnsupportedModelError(f"model {name!r}: no such folder.")
+    return str(folder)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from tokencomp.errors import MediaError, MissingDependencyError, install
-from tokencomp.inputs.access import check_readable, exists, readable
+from tokencomp.inputs.access import check_readable, exists, missing, readable
 
 RATE = 16_000
 """Samples per second: that of Whisper's spectrograms, which models that listen read."""
@@ -35,7 +35,7 @@ def load_sound(path: str | Path) -> np.ndarray:
         raise MissingDependencyError(f"reading sounds needs PyAV: {install('media')}.") from None
     with readable(path):
         if not exists(Path(path)) or not Path(path).is_file():
-            raise MediaError(f"{path}: no such file. Give the path of a local sound.")
+            raise missing(path, "sound")
         check_readable(Path(path))
     resampler = av.AudioResampler(format="fltp", rate=RATE)
     try:

@@ -14,10 +14,10 @@ class SparseVLM(Preset):
     """Preset of SparseVLM's second version (arXiv 2410.04417): three cuts by raters' attention.
 
     Raters are the text tokens after the last span that the visual tokens resemble most, by raw
-    products of input embeddings (`tokencomp.engine.scores.raters`). Tokens stay by the raters'
-    attention, mean over heads and raters, in the layer before each cut. The cuts come behind layers
-    2, 6 and 15 of 32, scaled to the depth, and leave 300, 200 and 118 of 576 tokens; the same
-    shape is scaled for other ratios (ours).
+    products of input embeddings. Tokens stay by the raters' attention, mean over heads and raters,
+    in the layer before each cut. The cuts come behind layers 2, 6 and 15 of 32, scaled to the
+    depth, and leave 300, 200 and 118 of 576 tokens; the same shape is scaled for other ratios
+    (ours).
 
     Notes
     -----

@@ -52,9 +52,9 @@ class Tango(PatchReducer):
     theirs by their number of rows. The release rounds up each part; here largest remainders give
     the exact sum, and what a window cannot hold the others get. Frames are numbered, where the
     release takes seconds. The release writes the means of clusters to each other's places; here
-    each has the place of its centre. At 10 % its scripts cut windows at a threshold of 0.65. The attention is
-    that of the last block, for LLaVA that of SigLIP's pooling head in the release, which Hugging
-    Face does not load.
+    each has the place of its centre. At 10 % its scripts cut windows at a threshold of 0.65. The
+    attention is that of the last block, for LLaVA that of SigLIP's pooling head in the release,
+    which Hugging Face does not load.
     """
 
     context: float = 0.4

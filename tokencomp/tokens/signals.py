@@ -33,7 +33,7 @@ class Attention(Signal):
     rows
         Query rows whose attention counts: "last" (the last prompt token), "text" (text tokens
         after the span), "raters" (those after the last span that the visual tokens resemble most,
-        see `tokencomp.engine.scores.raters`), "all" (every token: column sums of the whole causal
+        see `tokencomp.reducers.sparsevlm`), "all" (every token: column sums of the whole causal
         map), "none" (no row: the score of a token is the length of its own key, the sum of
         absolute values over all heads before rotation, and so for the text in
         `VisualTokens.query_scores`).
