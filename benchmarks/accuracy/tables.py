@@ -52,9 +52,14 @@ def cell(value: Retention | None, interval: bool = True) -> str:
     return str(value) if interval else f"{value.value:.1%}"
 
 
+EARLIER = ("Tango()", "HiPrune()")
+"""Stored methods whose reducer follows another rule today, see METHODS.md."""
+
+
 def name(setting: dict[str, Any], default: str) -> str:
     """Reducer and options; bold for the default."""
     options = ", ".join(f"{k}={v}" for k, v in setting["options"].items())
+    options += "(earlier rule)" if setting.get("method") in EARLIER else ""
     bold = setting["reducer"] == default and not options
     return f"**{setting['reducer']}**" if bold else f"{setting['reducer']} {options}".strip()
 

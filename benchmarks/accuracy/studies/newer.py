@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks import publishing
 from benchmarks.accuracy.store import ACCURACY, Results
+from benchmarks.accuracy.tables import EARLIER
 from tokencomp.evaluation.metrics import difference
 
 MODEL = "tiny-qwen3-vl"
@@ -28,7 +29,8 @@ The default was chosen on these questions, which favours it. A row of `random` i
 def method(setting: dict[str, Any]) -> str:
     """The reducer with its options, as Python has them."""
     options = "".join(f", {k}={v!r}" for k, v in sorted(setting["options"].items()))
-    return f"`{setting['reducer']}{options}`"
+    earlier = " (earlier rule)" if setting.get("method") in EARLIER else ""
+    return f"`{setting['reducer']}{options}`{earlier}"
 
 
 def rows(results: Results, default: str) -> list[list[str]]:
