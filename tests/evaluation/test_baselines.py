@@ -106,7 +106,7 @@ def test_specks_are_not_pictures() -> None:
     assert towers.shrink(image, 0.5) is image
 
 
-@pytest.mark.parametrize("frames, ratio", [(8, 0.5), (8, 0.9), (7, 0.75), (16, 0.6)])
+@pytest.mark.parametrize("frames, ratio", [(8, 0.5), (8, 0.9), (8, 0.625), (7, 0.75), (16, 0.6)])
 def test_of_as_many_tokens_most_frames(frames: int, ratio: float) -> None:
     """Frames count in pairs: an odd one could have had a companion for nothing."""
     equal = Made(lambda w, h: 10, "fewer_frames", pair=2)

@@ -41,6 +41,14 @@ def test_bootstrap_interval_is_that_of_all_resamples(compressed, full):
     assert low <= found.value <= high
 
 
+@pytest.mark.parametrize("statistic", [retention, difference])
+def test_the_seed_draws_the_resamples(statistic):
+    rng = np.random.default_rng(0)
+    first, second = rng.random(200), rng.random(200)
+    found = [statistic(first, second, resamples=100, seed=seed) for seed in (1, 1, 2)]
+    assert found[0].low == found[1].low != found[2].low
+
+
 def test_interval_is_paired():
     """Equal scores but for one item: nearly all resamples have 49 of 50, however they scatter."""
     scores = np.random.default_rng(0).random(50).round()

@@ -40,6 +40,8 @@ def runs(tmp_path):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         for row in rows:
             row["prediction"] = str(rng.choice(["red", "blue "]))
+        if name == "downscale":  # it never answered the first question
+            rows[0] = {"id": rows[0]["id"], "family": "a", "error": "too large"}
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         kept = {row["id"]: row for row in rows if "error" not in row}
         said[name + seed, ratio] = kept
@@ -62,7 +64,7 @@ def test_columns_equal_brute_force(runs):
     luck = sum(a[i]["correct"] + b[i]["correct"] for i in ITEMS) / (2 * n)
     assert ours.random.value == pytest.approx(sum(aim[i]["correct"] for i in ITEMS) / n - luck)
     assert ours.seeds == 2
-    blurred = [i for i in ITEMS if not small[i]["correct"]]
+    blurred = [i for i in ITEMS if i in small and not small[i]["correct"]]
     assert ours.detail_items == len(blurred)
     assert ours.detail == pytest.approx(sum(aim[i]["correct"] for i in blurred) / len(blurred))
     same = [aim[i]["prediction"].strip() == full[i]["prediction"].strip() for i in ITEMS]
@@ -143,13 +145,13 @@ def test_losses_are_the_groups_that_score_lower(runs):
     found = {(loss.family, loss.rival) for loss in losses(every)}
     expected = set()
     for group, name in product("ab", ("random", "downscale")):
-        ids = [i for i in ITEMS if i[0] == group]
-        own = sum(said["aim", 0.5][i]["correct"] for i in ids)
         tables = (
             [said[k, 0.5] for k in ("random", "random-1")]
             if name == "random"
             else [said[name, 0.5]]
         )
+        ids = [i for i in ITEMS if i[0] == group and all(i in table for table in tables)]
+        own = sum(said["aim", 0.5][i]["correct"] for i in ids)
         if own < sum(t[i]["correct"] for t in tables for i in ids) / len(tables):
             expected.add((group, name))
     assert found == expected and expected

@@ -77,9 +77,12 @@ def test_decoding_reads_the_rows_that_were_kept(loaded, examples):
     d, f, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
     inputs = build_inputs(processor, [examples[0].load(8)], [examples[0].prompt])
     visual = record["visual_tokens"]
-    kept = inputs["input_ids"].shape[1] - visual + visual // 4
-    linear, pairs = 2 * (4 * d * d + 3 * d * f), kept + 1
-    assert record["decode_flops"] == layers * (linear + 4 * d * pairs)
+    full = inputs["input_ids"].shape[1]
+    linear, kept = 2 * (4 * d * d + 3 * d * f), full - visual + visual // 4
+    assert record["decode_flops"] == layers * (linear + 4 * d * (kept + 1))
+    merging = Setting("kcentre", 0.75, rest="merge")  # a row for every token that one stands for
+    (record,) = sweep(*loaded, examples[:1], [merging], **HOW)[merging].records
+    assert record["decode_flops"] == layers * (linear + 4 * d * (full + 1))
 
 
 def test_costs_are_those_of_the_shapes(loaded, examples):

@@ -12,6 +12,7 @@ from support.families import CORE, FAMILIES, VIDEO, Family, text
 from torch import Tensor, nn
 
 import tokencomp
+from tokencomp.adapters.qwen import kinds_from_grids
 from tokencomp.errors import NoVisualInputError, OptionError, UncompressedWarning
 
 FAMILY_NAMES = CORE
@@ -107,6 +108,16 @@ def test_compressed_where_grids_tell_the_places(name: str) -> None:
         expected = [(handle.stats.spans[b], handle.stats.kept(b)) for b in range(2)]
         model(**given, **grids)
         assert [(handle.stats.spans[b], handle.stats.kept(b)) for b in range(2)] == expected
+
+
+def test_grids_tell_the_places_where_media_meet_and_a_prompt_ends_in_one() -> None:
+    """Two images without a word before, between and behind them."""
+    raster = [torch.cartesian_prod(*map(torch.arange, (1, 2, 3))).T] * 2
+    positions = torch.cat([raster[0], raster[1] + 3], 1)
+    for count in (1, 2):
+        given = positions[:, None, : 6 * count]
+        kinds = kinds_from_grids(given, {"image": [(1, 2, 3)] * count})
+        assert kinds is not None and kinds.tolist() == [[1] * 6 * count]
 
 
 @pytest.mark.parametrize("missing", ["places", "pixels"])

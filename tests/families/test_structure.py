@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +20,7 @@ import tokencomp
 from tokencomp.adapters.call import Call
 from tokencomp.adapters.encoded import per_medium, sizes_in, token_counts
 from tokencomp.adapters.registry import adapter_for
-from tokencomp.adapters.spans import Medium, cut_media, grid_from_size
+from tokencomp.adapters.spans import Medium, _joined, cut_media, grid_from_size
 from tokencomp.adapters.structural import StructuralAdapter
 from tokencomp.adapters.structure import find_parts
 from tokencomp.errors import (
@@ -168,6 +171,16 @@ def test_media_are_cut_out_of_runs() -> None:
     mixed = cut_media([[(0, 2, "audio"), (3, 5, "image"), (5, 9, "audio")]], {"image": [2]})
     assert [m.kind for m in mixed[0]] == ["audio", "image", "audio"]
     assert cut_media([[(0, 2, "video"), (2, 4, "audio")]], {"video": [4], "audio": [2]}) is None
+
+
+def test_line_breaks_are_everywhere_the_same_token() -> None:
+    """Other single tokens between runs are text, which belongs to no picture."""
+    medium = Medium("image", [(0, 2), (3, 5), (6, 8)])
+    tokens = torch.tensor([[0, 1, 9, 2, 3, 9, 4, 5], [0, 1, 9, 2, 3, 8, 4, 5]])
+    call: Any = SimpleNamespace(embeds=torch.eye(10)[tokens], raster=lambda *place: None)
+    broken = _joined(medium, 0, call, lambda: None)
+    assert broken is not None and (broken.grid, broken.special) == ((1, 3, 2), (2, 5))
+    assert _joined(medium, 1, call, lambda: None) is None
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from support.trained import tiny
 from tokencomp.errors import FrameRateWarning, MediaError
 from tokencomp.evaluation.baselines import EqualTokens
 from tokencomp.inputs import media
-from tokencomp.inputs.frame_times import reads_times
+from tokencomp.inputs.frame_times import frame_times, reads_times
 from tokencomp.inputs.prompts import build_inputs, chat_inputs, media_chat
 from tokencomp.inputs.video import Video, with_frames
 from tokencomp.serving.limits import Limits
@@ -83,6 +83,22 @@ def test_the_server_says_the_same_as_a_file(processor, clip):
     chat = media_chat([frames], QUESTION)
     ours = chat_inputs(processor, [chat], [], [frames], [sampling])
     assert_same(ours, by_hand(processor, clip)[0])
+
+
+def test_a_single_frame_is_shown_twice_at_its_time(processor, clip):
+    from transformers.video_utils import VideoMetadata
+
+    (frame,) = media.load_media(clip, 1)
+    times = frame_times(processor, [Video([frame], FPS, indices=[13]).sampling])
+    assert times["video_metadata"][0]["frames_indices"] == [13, 13]  # one for every frame shown
+    ours = build_inputs(processor, [[Video([frame], FPS, indices=[13])]], [QUESTION])
+    known = VideoMetadata(total_num_frames=14, fps=FPS, frames_indices=[13, 13])
+    text = processor.apply_chat_template(
+        media_chat([[frame]], QUESTION), add_generation_prompt=True, tokenize=False
+    )
+    more = {"video_metadata": [known], "do_sample_frames": False, "return_tensors": "pt"}
+    assert_same(ours, processor(text=[text], videos=[np.stack([frame, frame])], **more))
+    assert f"<{13 / FPS:.1f} seconds>" in processor.tokenizer.decode(ours["input_ids"][0])
 
 
 def test_lists_without_a_rate_are_warned_about(processor, clip):

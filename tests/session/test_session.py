@@ -113,7 +113,10 @@ def test_a_session_equals_one_prompt(
     assert session.ask(question) == answer  # the same words, and the same numbers
     assert torch.equal(record.logits[forgotten], first)
     del record.calls[4:], record.logits[4:]
-    assert session.ask(question, keep=True) == answer
+    limit = (
+        {} if ratio is None else {"max_new_tokens": len(processor.tokenizer(answer)["input_ids"])}
+    )
+    assert session.ask(question, keep=True, **limit) == answer  # once as long as is allowed
     session.say("And this?").append(frames[0])
     assert session.ask("What is there?", max_new_tokens=1)
     inputs, last = record.one_prompt(), record.logits[-1]
