@@ -106,7 +106,7 @@ def facility(x: Tensor) -> Tensor:
     """The last span has five rows four times, but for rounding, and more choices."""
     x, w = unit(x), x[:, 0].abs()
     x, w = (torch.cat([t[:33], t[33:38].repeat(4, *[1] * (t.dim() - 1))]) for t in (x, w))
-    x = x * (1 + 2e-7 * (torch.arange(53, device=x.device) * 7 % 5))[:, None]
+    x = x * (1 + 2e-7 * (torch.arange(53, device=x.device) * 7 % 4))[:, None]
     return kernels.facility_select(x, [12, 0, 9], w, spans=[33, 0, 20])
 
 
@@ -144,6 +144,7 @@ CASES = {
     "maxmin_select, no weights": Case((113, 40), lambda x: maxmin(x, weights=None)),
     "maxmin_select, given": Case((113, 40), lambda x: given(x, 2)),
     "maxmin_select, isolated": Case((113, 40), lambda x: maxmin(x, start="isolated")),
+    "maxmin_select, pairs": Case((40, 40), lambda x: kernels.maxmin_select(unit(x), 1, spans=2)),
     "maxmin_select, rms": Case((113, 9), lambda x: maxmin(x, metric="rms", margin=x[:3, 0].abs())),
     "maxmin_select, rounds": Case(
         (113, 40), lambda x: given(x, 40), (("MAX_GRAM_ROWS", 50), ("CANDIDATES", 8))
@@ -155,7 +156,9 @@ CASES = {
     ),
     "maxmin_select, rounds of ties": Case(
         (113, 40),
-        lambda x: maxmin(x[:12].repeat(10, 1)[:113], weights=None),
+        lambda x: maxmin(
+            torch.eye(12, 40, device=x.device).repeat_interleave(10, 0)[:113], weights=None
+        ),
         (("MAX_GRAM_ROWS", 50), ("CANDIDATES", 8)),
     ),
     "mean_distance": Case((53, 70), lambda x: kernels.mean_distance(x + 0.3, spans=[33, 0, 20])),

@@ -16,8 +16,7 @@ from tokencomp.reducers.plan_json import plan_from_json, plan_to_json
 from tokencomp.serving.servable import serving_safe
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])
-@pytest.mark.parametrize("ratio", [0.2, 0.5, 0.8, 0.95])
+@pytest.mark.parametrize(("share", "ratio"), [(0.0, 0.5), (0.3, 0.95), (1.0, 0.8)])
 def test_profile_is_a_product(share: float, ratio: float) -> None:
     """Every layer sees what entry leaves times what the layer reducer alone would leave."""
     plan = make_reducer("merge+pyramiddrop", share=share).plan(ratio, 28)
@@ -35,10 +34,10 @@ def test_options_find_their_part() -> None:
     assert made.name == "merge+prune" and not serving_safe(made)
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
+def test_refused() -> None:
+    for name, options, message in (
         ("prune+merge", {}, "does not act at decoder entry"),
+        ("adsc+prune", {}, "does not act at decoder entry"),
         ("merge+condiv", {}, "does not act between layers"),
         ("+prune", {}, "two different parts"),
         ("merge+merge", {}, "two different parts"),
@@ -46,13 +45,10 @@ def test_options_find_their_part() -> None:
         ("merge+prune", {"share": 1.5}, "share=1.5; allowed: a number from 0 to 1"),
         ("merge+prune", {"fastv.score": 1}, "no part 'fastv'"),
         ("merge+prune", {"merge.score": "last_query"}, "has no option 'score'"),
-        ("adsc+prune", {}, "does not act at decoder entry"),
         ("random+prune", {"seeds": 3}, "neither part"),
-    ],
-)
-def test_refused(name: str, options: dict[str, object], message: str) -> None:
-    with pytest.raises(OptionError, match=message):
-        make_reducer(name, **options)
+    ):
+        with pytest.raises(OptionError, match=message):
+            make_reducer(name, **options)
 
 
 def test_unknown_part() -> None:
@@ -71,31 +67,20 @@ def test_plans_as_json() -> None:
     assert plan_from_json(json.loads(json.dumps(plan_to_json(numbers)))) == short
 
 
-@pytest.mark.parametrize(
-    "stage",
-    [
-        {"layer": 1},
-        {"layer": 1, "fraction": 1, "reducer": "merge", "k": 2},
-        {"layer": "a", "fraction": 0.5, "reducer": "merge"},
-        {"layer": 1.9, "fraction": 0.5, "reducer": "merge"},
-        {"layer": True, "fraction": 0.5, "reducer": "merge"},
-        {"layer": 0, "fraction": "0.5", "reducer": "merge"},
-        {"layer": 0, "fraction": float("nan"), "reducer": "merge"},
-        {"layer": 0, "fraction": 0.5, "reducer": 3},
-        {"layer": 0, "fraction": 0.5, "reducer": "merge", "options": None},
-        {"layer": 0, "fraction": 0.5, "reducer": "merge", "options": {1: 2}},
-        7,
-    ],
-)
-def test_bad_json(stage: object) -> None:
-    with pytest.raises(PlanError, match="stage 0"):
-        plan_from_json([stage])
-
-
-@pytest.mark.parametrize("plan", [None, {}, "merge", 3])
-def test_a_plan_is_a_list(plan: object) -> None:
-    with pytest.raises(PlanError, match="list of stages"):
-        plan_from_json(plan)
+def test_bad_json() -> None:
+    good = {"layer": 1, "fraction": 0.5, "reducer": "merge"}
+    for change in (
+        {"k": 2}, {"layer": "a"}, {"layer": 1.9}, {"layer": True}, {"fraction": "0.5"},
+        {"fraction": float("nan")}, {"reducer": 3}, {"options": None}, {"options": {1: 2}},
+    ):  # fmt: skip
+        with pytest.raises(PlanError, match="stage 0"):
+            plan_from_json([{**good, **change}])
+    for stage in ({"layer": 1}, 7):
+        with pytest.raises(PlanError, match="stage 0"):
+            plan_from_json([stage])
+    for plan in (None, {}, "merge", 3):
+        with pytest.raises(PlanError, match="list of stages"):
+            plan_from_json(plan)
 
 
 def test_parts_are_reducers() -> None:

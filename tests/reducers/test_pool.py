@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from support import matrix
-from support.families import Family
+from support.families import FAMILIES
 
 import tokencomp
 from tokencomp import make_reducer
@@ -24,32 +24,30 @@ def half_up(values: range) -> int:
     return math.floor(sum(values) / len(values) + 0.5)
 
 
-@pytest.mark.parametrize("keep", [1, 2, 4, 6, 7, 12, 13, 16, 31])
 @pytest.mark.parametrize("special", [0, 2])
 @pytest.mark.parametrize(
     ("position", "place"), [("mean", half_up), ("first", min), (None, half_up)]
 )
-def test_image(
-    keep: int, special: int, position: str | None, place: Callable[[range], int]
-) -> None:
+def test_image(special: int, position: str | None, place: Callable[[range], int]) -> None:
     """Every token is the mean of its cell; it stands at its rounded mean place, or its first."""
     h, w = 6, 8
     given = matrix.tokens((1, h, w), special)
-    got = make_reducer("pool", position=position).reduce(given, keep + special)
     places = [i for i in range(len(given)) if not given.special[i]]
     x = given.features[places].view(h, w, -1)
-    widths = line_widths(keep, h, w)
-    at = []
-    for i, n in enumerate(widths):
-        rows = span(i, len(widths), h)
-        for j in range(n):
-            columns = span(j, n, w)
-            at.append(places[place(rows) * w + place(columns)])
-            cell = torch.stack([x[r, c] for r in rows for c in columns]).mean(0)
-            mine = got.keep.tolist().index(at[-1])
-            assert (got.merged[mine] - cell).abs().max() < 1e-5
-    patches = [k for k in got.keep.tolist() if not given.special[k]]
-    assert patches == at == sorted(set(at))
+    for keep in (1, 2, 4, 6, 7, 12, 13, 16, 31):
+        got = make_reducer("pool", position=position).reduce(given, keep + special)
+        widths = line_widths(keep, h, w)
+        at = []
+        for i, n in enumerate(widths):
+            rows = span(i, len(widths), h)
+            for j in range(n):
+                columns = span(j, n, w)
+                at.append(places[place(rows) * w + place(columns)])
+                cell = torch.stack([x[r, c] for r in rows for c in columns]).mean(0)
+                mine = got.keep.tolist().index(at[-1])
+                assert (got.merged[mine] - cell).abs().max() < 1e-5
+        patches = [k for k in got.keep.tolist() if not given.special[k]]
+        assert patches == at == sorted(set(at))
 
 
 def nearest(frames: int, budget: int, square: float) -> int:
@@ -61,18 +59,17 @@ def nearest(frames: int, budget: int, square: float) -> int:
     return min(sizes, key=lambda group: (sizes[group], group))
 
 
-@pytest.mark.parametrize("tokens", range(1, 49))
-def test_lines(tokens: int) -> None:
-    widths = line_widths(tokens, 6, 8)
-    assert sum(widths) == tokens
-    assert max(widths) - min(widths) <= 1
-    assert len(widths) <= 6 and max(widths) <= 8
-    if tokens in (12, 48):  # an even grid of the frame's own shape exists
-        assert widths == {12: [4] * 3, 48: [8] * 6}[tokens]
+def test_lines() -> None:
+    for tokens in range(1, 49):
+        widths = line_widths(tokens, 6, 8)
+        assert sum(widths) == tokens
+        assert max(widths) - min(widths) <= 1
+        assert len(widths) <= 6 and max(widths) <= 8
+        if tokens in (12, 48):  # an even grid of the frame's own shape exists
+            assert widths == {12: [4] * 3, 48: [8] * 6}[tokens]
 
 
-@pytest.mark.parametrize("frames", [1, 2, 3, 7, 8, 16, 33])
-@pytest.mark.parametrize("stride", [1.5, 2.0, 3.0])
+@pytest.mark.parametrize(("frames", "stride"), [(1, 2.0), (3, 1.5), (8, 2.0), (33, 3.0)])
 def test_frame_quota(frames: int, stride: float) -> None:
     """Exact sums, even parts; first frames are whole as far as the stride of the others allows."""
     reducer, square = make_reducer("pool", stride=stride), stride**2
@@ -90,49 +87,38 @@ def test_frame_quota(frames: int, stride: float) -> None:
             assert sum(fine) / len(fine) + 1 >= max(coarse)
 
 
-@pytest.mark.parametrize("frames", [1, 2, 3, 7, 8, 16, 33])
-def test_plain_pooling(frames: int) -> None:
-    for budget in range(1, frames * 16 + 1):
-        quota = make_reducer("pool", stride=1.0).frame_quota(frames, 16, budget)
+def test_plain_pooling_and_the_last_frames_to_go() -> None:
+    """Even shares without a stride; with one, first frames of groups stay longest."""
+    for budget in range(1, 7 * 16 + 1):
+        quota = make_reducer("pool", stride=1.0).frame_quota(7, 16, budget)
         assert sum(quota) == budget and max(quota) - min(quota) <= 1
+    for budget in (1, 2, 5, 15):
+        quota = make_reducer("pool").frame_quota(16, 64, budget)
+        assert sum(quota[::8]) == min(budget, 2) and max(quota) == 1
 
 
-@pytest.mark.parametrize("budget", [1, 2, 5, 15])
-def test_the_last_frames_to_go_are_first_ones(budget: int) -> None:
-    quota = make_reducer("pool").frame_quota(16, 64, budget)
-    assert sum(quota[::8]) == min(budget, 2) and max(quota) == 1
+def test_first_frames_stay_whole() -> None:
+    """At the budgets of the figure, and groups of four: one whole frame, three of half the side."""
+    for frames, fraction, group in ((16, 0.4375, 4), (16, 0.625, 2), (8, 0.4375, 4)):
+        quota = make_reducer("pool").frame_quota(frames, 196, round(frames * 196 * fraction))
+        assert quota == [196 if f % group == 0 else 49 for f in range(frames)]
 
 
-@pytest.mark.parametrize(("fraction", "group"), [(0.4375, 4), (0.625, 2)])
-def test_first_frames_stay_whole(fraction: float, group: int) -> None:
-    """At the budgets of the figure."""
-    quota = make_reducer("pool").frame_quota(16, 196, round(16 * 196 * fraction))
-    assert quota == [196 if f % group == 0 else 49 for f in range(16)]
-
-
-def test_published_shape() -> None:
-    """Groups of four: one whole frame, three of half the side."""
-    quota = make_reducer("pool").frame_quota(8, 196, 2 * (196 + 3 * 49))
-    assert quota == [196, 49, 49, 49] * 2
-
-
-def test_positions_follow_the_model(family: Family) -> None:
+@pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision"])
+def test_positions_follow_the_model(name: str) -> None:
+    family = FAMILIES[name]
     with tokencomp.patch(family.build(), 0.75, reducer="pool") as handle:
         assert handle.plan.stages[0].reducer.position == (None if family.mrope else "first")
         handle.set(position="mean")
         assert handle.plan.stages[0].reducer.position == "mean"
 
 
-def test_video_frames_do_not_mix() -> None:
+def test_video_frames_do_not_mix_and_whole_ones_stay_to_the_bit() -> None:
     given = matrix.tokens((4, 4, 4))
-    given.features = torch.arange(4).repeat_interleave(16)[:, None].expand(64, 12).float()
+    frame = torch.arange(4).repeat_interleave(16)[:, None]
+    given.features[:, :1] = frame.float()
     got = make_reducer("pool").reduce(given, 28)
     assert torch.equal(got.merged[:, 0], (got.keep // 16).float())
     assert got.sizes.sum() == pytest.approx(64)
-
-
-def test_whole_frames_stay_to_the_bit() -> None:
-    given = matrix.tokens((4, 4, 4))
-    got = make_reducer("pool").reduce(given, 28)
     assert got.keep[:16].tolist() == list(range(16))
     assert torch.equal(got.merged[:16], given.features[:16])
