@@ -52,21 +52,20 @@ def reference(kind: str, w: dict[str, Tensor], x: Tensor) -> Tensor:
     return linear(F.gelu(linear(x, 2)), 4)
 
 
-@pytest.mark.parametrize("side", [1, 4, 6, 7, 8])
 @pytest.mark.parametrize(
     "kind", ["mlp_downsample", "mlp_downsample_2x2_fix", "mlp_downsample_3x3_fix", "mlp2x_gelu"]
 )
-def test_reference(kind: str, side: int) -> None:
+def test_reference(kind: str) -> None:
     state = projector_state(kind, VISION, HIDDEN)
     projector = VilaProjector(kind, VISION, HIDDEN)
     projector.load_state_dict(state)
-    x = torch.randn(3, side * side, VISION)
-    expected = torch.stack([reference(kind, state, image) for image in x])
-    torch.testing.assert_close(projector(x), expected, atol=1e-5, rtol=1e-5)
-    assert tokens_per_side(kind, side) ** 2 == expected.shape[1]
+    for side in (1, 4, 6, 7, 8):
+        x = torch.randn(3, side * side, VISION)
+        expected = torch.stack([reference(kind, state, image) for image in x])
+        torch.testing.assert_close(projector(x), expected, atol=1e-5, rtol=1e-5)
+        assert tokens_per_side(kind, side) ** 2 == expected.shape[1]
 
 
-@pytest.mark.parametrize("kind", ["resampler", "mlp0x_gelu", "mlp_downsample_3x3_s2", ""])
-def test_unknown_projector_types_are_refused(kind: str) -> None:
+def test_unknown_projector_types_are_refused() -> None:
     with pytest.raises(CheckpointError, match="mlp_downsample_2x2_fix"):
-        VilaProjector(kind, VISION, HIDDEN)
+        VilaProjector("mlp_downsample_3x3_s2", VISION, HIDDEN)

@@ -25,14 +25,14 @@ def projector(**changes: object) -> CCAMProjector:
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("frames", [1, 2, 4, 6, 7, 13])
-def test_equals_the_dense_masked_reference(frames: int, causal: bool) -> None:
+def test_equals_the_dense_masked_reference(causal: bool) -> None:
     """F dividing Q, not dividing it, above it, and one image."""
     made = projector(causal=causal)
-    x = torch.randn(2, frames * 5, 10, dtype=torch.float64)
-    got = made(x, frames)
-    for b in range(2):
-        torch.testing.assert_close(got[b], dense(made, x[b], frames), atol=1e-10, rtol=1e-8)
+    for frames in (1, 2, 4, 6, 7, 13):
+        x = torch.randn(2, frames * 5, 10, dtype=torch.float64)
+        got = made(x, frames)
+        for b in range(2):
+            torch.testing.assert_close(got[b], dense(made, x[b], frames), atol=1e-10, rtol=1e-8)
 
 
 def test_gradients_equal_the_dense_reference() -> None:
@@ -53,15 +53,6 @@ def test_places_are_added_to_keys_frame_by_frame() -> None:
     for grid in (None, (2, 4)):
         with pytest.raises(OptionError, match="spatial"):
             made(x, 3, grid)
-
-
-def test_only_earlier_frames_reach_a_query() -> None:
-    made = projector()
-    x = torch.randn(1, 6 * 4, 10, dtype=torch.float64, requires_grad=True)
-    for query in range(6):
-        (grad,) = torch.autograd.grad(made(x, 6)[0, query].sum(), x)
-        touched = grad.view(6, 4, 10).abs().sum((1, 2)) > 0
-        assert touched.tolist() == [f <= query for f in range(6)]
 
 
 def test_the_defaults_are_the_published_configuration() -> None:

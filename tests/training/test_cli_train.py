@@ -33,6 +33,7 @@ def run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
     return code, captured.out, captured.err
 
 
+@pytest.mark.long
 def test_each_command_trains_and_says_how_to_use_the_result(
     folder: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -53,6 +54,7 @@ def test_each_command_trains_and_says_how_to_use_the_result(
         assert command != "selector" or card["config"]["target"] == other
 
 
+@pytest.mark.long
 def test_a_selector_of_features_is_trained_for_servers(
     tiny: Any, folder: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -57,12 +57,11 @@ def test_losses_under_a_patch_see_full_length_labels(family: Family) -> None:
     assert grads[0].abs().sum() > 0
 
 
-@pytest.mark.parametrize("answers", [[[9, 8, 7, 6], [5]], [[9], [5, 4]]])
-def test_answers_of_any_length_do_not_vote(family: Family, answers: list[list[int]]) -> None:
+def test_answers_of_any_length_do_not_vote(family: Family) -> None:
     """In training every sample keeps what the prompt alone keeps, however long the others are."""
     model = family.build()
     inputs = family.batch([[family.image(), text(6)], [text(3), family.image(1), text(6, seed=2)]])
-    forced, labels = append(inputs, answers)
+    forced, labels = append(inputs, [[9, 8, 7, 6], [5]])
     for reducer in ("aim", "fastv", "adsc"):
         with tokencomp.patch(model, 0.6, reducer=reducer) as handle, torch.no_grad():
             model(**inputs, use_cache=False)
@@ -150,12 +149,12 @@ def test_slow_steps_are_saved_by_the_clock(
     assert torch.load(file)["step"] == 2
 
 
-@pytest.mark.parametrize("junk", [b"", b"junk", b"PK\x03\x04"], ids=["empty", "text", "cut"])
-def test_junk_checkpoints_are_named(tiny: Any, data: str, tmp_path: Path, junk: bytes) -> None:
+def test_junk_checkpoints_are_named(tiny: Any, data: str, tmp_path: Path) -> None:
     file = tmp_path / "checkpoint.pt"
-    file.write_bytes(junk)
-    with pytest.raises(OptionError, match="no checkpoint"):
-        loop(tiny, data, file, Scale())
+    for junk in (b"", b"junk", b"PK\x03\x04"):
+        file.write_bytes(junk)
+        with pytest.raises(OptionError, match="no checkpoint"):
+            loop(tiny, data, file, Scale())
     torch.save([1], file)
     with pytest.raises(OptionError, match="no checkpoint"):
         loop(tiny, data, file, Scale())
@@ -168,7 +167,7 @@ def test_an_output_that_is_a_file_is_refused_at_once(tiny: Any, data: str, tmp_p
             loop(tiny, data, folder / "checkpoint.pt", Scale())
 
 
-@pytest.mark.parametrize("rate", [-1.0, 0.0, float("nan"), float("inf"), 1e25])
-def test_useless_learning_rates_are_refused(rate: float) -> None:
-    with pytest.raises(OptionError, match="learning_rate"):
-        LoopConfig(learning_rate=rate)
+def test_useless_learning_rates_are_refused() -> None:
+    for rate in (-1.0, 0.0, float("nan"), float("inf"), 1e25):
+        with pytest.raises(OptionError, match="learning_rate"):
+            LoopConfig(learning_rate=rate)

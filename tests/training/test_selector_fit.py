@@ -34,6 +34,7 @@ def test_targets_zero_the_lowest_half_and_sum_to_one() -> None:
         torch.testing.assert_close(target, torch.tensor(reference))
 
 
+@pytest.mark.long
 def test_training_finds_a_pattern_that_the_raw_row_does_not_show() -> None:
     """Relevance sits right of the attention peak: the raw row misses it, the network learns it."""
     generator = torch.Generator().manual_seed(0)
@@ -52,6 +53,7 @@ def test_training_finds_a_pattern_that_the_raw_row_does_not_show() -> None:
     assert found["selector"] > 0.95 and found["attention"] < 0.5 and found["oracle"] == 1.0
 
 
+@pytest.mark.long
 def test_training_finds_the_tokens_whose_features_tell() -> None:
     """Relevance sits where one of eight channels is high, in any scale and number of tokens."""
     generator = torch.Generator().manual_seed(0)

@@ -62,6 +62,7 @@ def test_a_second_run_reads_labels_and_checkpoint(
         train_selector(*tiny, data, trained.parent, replace(SELECTOR, answers="given"))
 
 
+@pytest.mark.long
 def test_a_killed_run_goes_on_after_the_last_batch(
     trained: Path, tiny: Any, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

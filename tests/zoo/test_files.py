@@ -50,13 +50,13 @@ def test_no_decoder(clip, monkeypatch, decoder):
         media.load_media(clip[1], decoder=decoder)
 
 
-@pytest.mark.parametrize(("total", "frames"), [(32, 8), (33, 8), (7, 8), (1, 8), (100, 3), (8, 8)])
-def test_frame_indices(total, frames):
-    got = frame_indices(total, frames)
-    assert len(got) == min(total, frames) and got == sorted(set(got))
-    assert all(0 <= k < total for k in got)
-    if total >= frames:  # one index in each equal part
-        assert [int(k * frames // total) for k in got] == list(range(frames))
+def test_frame_indices():
+    for total, frames in ((32, 8), (33, 8), (7, 8), (1, 8), (100, 3), (8, 8)):
+        got = frame_indices(total, frames)
+        assert len(got) == min(total, frames) and got == sorted(set(got))
+        assert all(0 <= k < total for k in got)
+        if total >= frames:  # one index in each equal part
+            assert [int(k * frames // total) for k in got] == list(range(frames))
 
 
 def test_bad_files(tmp_path, clip):

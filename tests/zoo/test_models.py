@@ -9,7 +9,7 @@ from recipes.tiny.card import render_card
 from recipes.tiny.evaluate import by_family, evaluate
 from recipes.tiny.families import family
 from tokencomp import zoo
-from tokencomp.errors import UnknownNameError
+from tokencomp.errors import UnknownNameError, UnsupportedModelError
 from tokencomp.inputs.media import load_media
 from tokencomp.inputs.packaged import DEFAULT_MODEL
 from tokencomp.inputs.prompts import build_inputs, generate
@@ -99,6 +99,7 @@ def test_multiple_choice_in_a_padded_batch_equals_singles(loaded):
         assert all(option_letter(text) in tuple("ABCD") for text in together)
 
 
+@mostly_long
 def test_chat_template_tokenises_media(loaded):
     """apply_chat_template(tokenize=True) with media parts, several turns, left padding."""
     name, model, processor = loaded
@@ -139,6 +140,7 @@ def test_chat_template_tokenises_media(loaded):
     assert len(processor(text=[text], videos=[clip.video()])["input_ids"][0]) > 256
 
 
+@mostly_long
 def test_token_counts(loaded):
     name, _, processor = loaded
     if takes(name, "video"):
@@ -166,6 +168,7 @@ def test_card_is_generated_and_bars_hold(loaded):
     assert size < 8.5e6  # with the trained selector and projector
 
 
+@mostly_long
 def test_samples_are_answered(loaded):
     name, model, processor = loaded
     rows = json.loads((zoo.SAMPLES / "questions.json").read_text())
@@ -189,7 +192,8 @@ def test_samples_are_answered(loaded):
 def test_names():
     assert zoo.resolve("tiny-qwen2-vl") == str(zoo.model_path("tiny-qwen2-vl"))
     assert zoo.resolve("Qwen/Qwen2-VL-2B-Instruct") == "Qwen/Qwen2-VL-2B-Instruct"
-    assert zoo.resolve("/some/folder") == "/some/folder"
+    with pytest.raises(UnsupportedModelError, match="no such folder"):
+        zoo.resolve("/some/folder")
     for call in (zoo.model_path, zoo.load, zoo.resolve):
         with pytest.raises(UnknownNameError, match="tiny-qwen2-vl"):
             call("tiny-qwen2vl")
