@@ -60,7 +60,12 @@ def test_divprune(grid: tuple[int, int, int], keep: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("grid", "power", "margin"), [(GRIDS[0], 0.5, 0.1), (GRIDS[1], 1.0, 2.0), (GRIDS[2], 2.0, 0.0)]
+    ("grid", "power", "margin"),
+    [
+        (GRIDS[0], 2.0, 0.1),
+        (GRIDS[1], 1.0, 2.0),
+        (GRIDS[2], 0.5, 0.0),
+    ],
 )
 def test_condiv(grid: tuple[int, int, int], power: float, margin: float) -> None:
     given = matrix.tokens(grid, special=2)

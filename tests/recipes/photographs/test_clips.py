@@ -55,7 +55,10 @@ def answer_from_pixels(one: ClipItem) -> str:
     return answer
 
 
-@pytest.mark.parametrize("group", CLIP_FAMILIES)
+@pytest.mark.parametrize(
+    "group",
+    [pytest.param(n, marks=[pytest.mark.long] * (i > 1)) for i, n in enumerate(CLIP_FAMILIES)],
+)
 def test_answers_follow_from_the_pixels(group: str) -> None:
     answers = set()
     for one in clip_items(Drawings(), "test", 5, (group,), SECONDS):

@@ -53,7 +53,12 @@ def answer_from_pixels(family: str, text: str, pixels: np.ndarray) -> str:
     return answer
 
 
-@pytest.mark.parametrize("group", [f for f in FAMILIES if f != "reading"])
+ASKED = [f for f in FAMILIES if f != "reading"]
+
+
+@pytest.mark.parametrize(
+    "group", [pytest.param(n, marks=[pytest.mark.long] * (i > 1)) for i, n in enumerate(ASKED)]
+)
 def test_answers_follow_from_the_pixels(group: str) -> None:
     answers = set()
     for one in items(Drawings(), "test", 25, (group,)):

@@ -34,6 +34,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return build_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
+@pytest.mark.long
 def test_training_goes_on_where_it_stopped(tmp_path: Path, tokenizer: Any) -> None:
     weights = []
     for name, stops in (("whole", (None,)), ("parts", (1, 3, None))):

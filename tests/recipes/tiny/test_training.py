@@ -51,7 +51,13 @@ class Setup:
         self.made = made
 
 
-@pytest.fixture(scope="module", params=sorted(FAMILIES))
+PLAIN = ("tiny-qwen3-vl-hard", "tiny-vila")  # the default, and a decoder of another kind
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(n, marks=[pytest.mark.long] * (n not in PLAIN)) for n in sorted(FAMILIES)],
+)
 def setup(request, tmp_path_factory):
     return Setup(request.param, tmp_path_factory.mktemp(request.param))
 
