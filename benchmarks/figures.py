@@ -26,6 +26,7 @@ from benchmarks.gpu.contribution import Row
 from benchmarks.gpu.recompute import runs_of
 from benchmarks.models.prefill import FOLDER as MODELS
 from benchmarks.publishing import read_lines, table
+from benchmarks.stored import read_stored, today
 from tokencomp.evaluation.environment import git
 from tokencomp.pages.measured import kind_of, method_of
 
@@ -45,19 +46,19 @@ ENGINE = (
     ),
 )
 REDUCERS = {
-    "auto": ("auto", "kcentre", "condiv", "uniform", "_pixels"),
+    "auto": ("auto", "kcenter", "condiv", "uniform", "_pixels"),
     "condiv": ("condiv",),
     "random": ("random",),
 }
 METHODS: dict[str, tuple[str, dict[str, Any], str]] = {
     "default": ("auto", {}, "the default method"),
-    "drop": ("auto", {"rest": "drop"}, '`rest="drop"`'),
+    "drop": ("auto", {"merge": False}, "`merge=False`"),
     "random": ("random", {}, "`random` dropping, mean of three seeds"),
 }
 """Reducer, options, and how a row calls the method."""
 LABELS = {
     "default": ("auto-{}",),
-    "drop": ("auto-{}-rest=drop",),
+    "drop": ("auto-{}-merge=False",),
     "random": ("random-{}", "random-{}-seed=1", "random-{}-seed=2"),
 }
 """What the stored answers of the tiny Qwen3-VL are called, one label per seed."""
@@ -134,7 +135,7 @@ def _speed() -> list[Figure]:
     rows: list[Figure] = []
     names = {
         ("image", "auto"): "image of 4,096 tokens",
-        ("image", "auto rest=drop"): 'the same with `rest="drop"`',
+        ("image", "auto merge=False"): "the same with `merge=False`",
         ("video", "auto"): "video of 4,096 tokens",
     }
     cases = speed_records()
@@ -155,7 +156,7 @@ def _speed() -> list[Figure]:
 def speed_records() -> dict[tuple[str, str], dict[float, dict[str, Any]]]:
     """Records of Qwen2-VL-2B with 4,096 visual tokens, by media and method, then by ratio."""
     cases: dict[tuple[str, str], dict[float, dict[str, Any]]] = {}
-    for r in read_lines(MODELS / "prefill.jsonl"):
+    for r in today(read_lines(MODELS / "prefill.jsonl")):
         if (r["model"], r["tokens"]) == ("qwen2-vl-2b", 4096):
             cases.setdefault((kind_of(r), method_of(r)), {})[r["ratio"]] = r
     return cases
@@ -197,7 +198,7 @@ def _accuracy() -> list[Figure]:
 
 
 def _photographs() -> list[Figure]:
-    stored = json.loads((ROOT / "benchmarks" / "real" / "results.json").read_text())
+    stored = read_stored(ROOT / "benchmarks" / "real" / "results.json")
     known = [Row.model_validate(row) for row in stored["rows"]]
     runs, rows = runs_of(known, PackedAnswers.from_json(stored["answers"])), []
     for reducer, options, text in METHODS.values():

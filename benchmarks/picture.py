@@ -49,7 +49,7 @@ def curve(axes: Any, results: Results) -> None:
     """Retention with its 95 % interval, for the default, merging or not, and the baselines."""
     rows = [
         (results.default, "", f"{DEFAULT_REDUCER}, the default", "#2563eb"),
-        (results.default, "-rest=drop", f'{DEFAULT_REDUCER}, rest="drop"', "#16a34a"),
+        (results.default, "-merge=False", f"{DEFAULT_REDUCER}, merge=False", "#16a34a"),
         *((name, "", name, COLORS[name]) for name in BASELINES),
     ]
     for name, options, label, color in rows:

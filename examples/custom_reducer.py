@@ -39,7 +39,7 @@ prompt = processor.apply_chat_template(
 inputs = processor(
     text=[prompt], images=[load_media(zoo.SAMPLES / item["media"])], return_tensors="pt"
 )
-for reducer in ("loudest", "merge", "prune"):
+for reducer in ("loudest", "bipartite", "prune"):
     with tokencomp.patch(model, ratio=0.75, reducer=reducer) as handle:
         out = model.generate(**inputs, max_new_tokens=4)
     text = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], True)[0].strip()

@@ -46,7 +46,7 @@ args = parser.parse_args()
 model, processor = zoo.load("tiny-qwen3-vl")
 asked = right = 0
 with (
-    tokencomp.patch(model, args.ratio, reducer="kcentre"),
+    tokencomp.patch(model, args.ratio, reducer="kcenter"),
     tokencomp.Session(model, processor, budget=args.budget) as session,
 ):
     print("  time    tokens seen   rows held   question and answer")

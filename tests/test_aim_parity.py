@@ -11,7 +11,7 @@ from support import plans
 from support.families import Family, text
 
 import tokencomp
-from tokencomp.reducers.merge import Merge
+from tokencomp.reducers.bipartite import Bipartite
 from tokencomp.tokens.spans import VisualTokens
 
 
@@ -51,7 +51,7 @@ def test_merge(grid: tuple[int, int, int], keep: int) -> None:
     t, h, w = grid
     x = torch.randn(t * h * w, 6, dtype=torch.float64)
     tokens = VisualTokens(x, grid, torch.zeros(t * h * w, dtype=torch.bool))
-    out = Merge(weighted=False).reduce(tokens, keep)
+    out = Bipartite(weighted=False).reduce(tokens, keep)
     expected = []
     for frame in range(t):
         first = frame * h * w
@@ -66,7 +66,7 @@ def test_weighted_merge_preserves_the_sum() -> None:
     """Size-weighted means carry the mass of every original token exactly once."""
     x = torch.randn(4 * 36, 5, dtype=torch.float64)
     tokens = VisualTokens(x, (4, 6, 6), torch.zeros(144, dtype=torch.bool))
-    out = Merge().reduce(tokens, 22)
+    out = Bipartite().reduce(tokens, 22)
     assert out.sizes.sum() == 144
     torch.testing.assert_close((out.merged * out.sizes[:, None].double()).sum(0), x.sum(0))
 

@@ -34,16 +34,16 @@ def test_ratio(family: Family, ratio: object) -> None:
 
 
 def test_unknown_reducer_names_close_matches(family: Family) -> None:
-    with pytest.raises(errors.UnknownNameError, match="'merge'"):
-        tokencomp.patch(family.build(), 0.5, reducer="mrege")
+    with pytest.raises(errors.UnknownNameError, match="'bipartite'"):
+        tokencomp.patch(family.build(), 0.5, reducer="bipartit")
 
 
 @pytest.mark.parametrize(
     ("name", "meant"),
     [
-        ("mrege", "merge"),
-        ("KCentre", "kcentre"),
-        ("kcenter", "kcentre"),
+        ("bipartit", "bipartite"),
+        ("KCenter", "kcenter"),
+        ("kcentr", "kcenter"),
         ("pyramid", "pyramiddrop"),
     ]
     + [(far, "") for far in ("nothing", "none", "topk", "foo", "cluster")],
@@ -56,11 +56,11 @@ def test_only_near_misses_are_suggested(name: str, meant: str) -> None:
 
 def test_unknown_option_and_choice(family: Family) -> None:
     with pytest.raises(errors.OptionError, match="weighted"):
-        tokencomp.patch(family.build(), 0.5, reducer="merge", wheighted=True)
+        tokencomp.patch(family.build(), 0.5, reducer="bipartite", wheighted=True)
     with pytest.raises(errors.OptionError, match="pagerank"):
         tokencomp.patch(family.build(), 0.5, reducer="prune", score="pagernak")
     with pytest.raises(errors.OptionError, match="ready"):
-        tokencomp.patch(family.build(), 0.5, reducer=make_reducer("merge"), weighted=True)
+        tokencomp.patch(family.build(), 0.5, reducer=make_reducer("bipartite"), weighted=True)
 
 
 def test_a_bad_request_keeps_the_earlier_patch(family: Family) -> None:
@@ -75,8 +75,8 @@ def test_a_bad_request_keeps_the_earlier_patch(family: Family) -> None:
         tokencomp.patch(model, 0.9, reducer="uniform", extend_context=-1)
     attention = family.decoder(model).layers[-1].self_attn
     config, attention.config = attention.config, None
-    with pytest.raises(errors.UnsupportedModelError, match="rest='merge'"):
-        tokencomp.patch(model, 0.9, reducer="kcentre", rest="merge")
+    with pytest.raises(errors.UnsupportedModelError, match="merge=True"):
+        tokencomp.patch(model, 0.9, reducer="kcenter", merge=True)
     attention.config = config
     assert torch.equal(model(**inputs).logits, expected)
 
@@ -112,7 +112,7 @@ def test_a_failed_install_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(type(adapter_for(model)), "install", fail)
     with pytest.raises(RuntimeError, match="say"):
-        tokencomp.patch(model, 0.5, reducer="kcentre", rest="merge", extend_context=True)
+        tokencomp.patch(model, 0.5, reducer="kcenter", merge=True, extend_context=True)
     assert before == [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()]
     for layer in model.model.language_model.layers:
         assert isinstance(layer.self_attn.config, transformers.PretrainedConfig)

@@ -43,10 +43,10 @@ def test_a_handle_says_what_was_asked_for_and_what_happened(loaded, inputs):
     placeholder = model.config.image_token_id
     visual = int((inputs["input_ids"] == placeholder).sum())
     layers = model.config.get_text_config().num_hidden_layers
-    with tokencomp.patch(model, 0.75, reducer="kcentre") as handle, torch.no_grad():
-        assert "ratio 0.75 (kcentre at entry): no prompt" in repr(handle)
+    with tokencomp.patch(model, 0.75, reducer="kcenter") as handle, torch.no_grad():
+        assert "ratio 0.75 (kcenter at entry): no prompt" in repr(handle)
         model(**inputs)
-        assert f"ratio 0.75 (kcentre at entry): {visual} → {visual // 4} visual tokens" in repr(
+        assert f"ratio 0.75 (kcenter at entry): {visual} → {visual // 4} visual tokens" in repr(
             handle
         )
         stats = handle.stats
@@ -55,10 +55,10 @@ def test_a_handle_says_what_was_asked_for_and_what_happened(loaded, inputs):
         assert 25 < work < 90 and str(stats) in repr(handle) and len(repr(stats)) < 120
         handle.set(ratio={"image": "0.5"})
         model(**inputs)
-        assert f"ratio image=0.5 (kcentre at entry): {visual} → {visual // 2}" in repr(handle)
+        assert f"ratio image=0.5 (kcenter at entry): {visual} → {visual // 2}" in repr(handle)
         handle.set(budget=8)
         model(**inputs)
-        assert f"budget=8 (kcentre at entry): {visual} → 8 visual tokens" in repr(handle)
+        assert f"budget=8 (kcenter at entry): {visual} → 8 visual tokens" in repr(handle)
         plan = [{"layer": k, "fraction": 1 - k / 4, "reducer": "prune"} for k in (1, 2)]
         handle.set(plan=plan)
         model(**inputs)
@@ -88,7 +88,7 @@ def test_stats_of_a_prompt_of_text_are_empty(loaded, inputs):
         ({"max_tokens": 512}, "Did you mean budget?"),
         ({"method": "divprune"}, "Did you mean reducer?"),
         ({"postions": "compact"}, "Did you mean positions?"),
-        ({"rst": "merge"}, "Did you mean rest?"),
+        ({"merg": True}, "Did you mean merge?"),
         ({"zzz": 1}, "has no option 'zzz'. It has: "),
     ],
 )

@@ -17,7 +17,7 @@ from support.families import FAMILIES, text
 
 import tokencomp
 from tokencomp import Plan, Reducer, Stage, errors, make_reducer
-from tokencomp.plan.amounts import Amount
+from tokencomp.plan.budgets import Budget
 from tokencomp.plan.counts import frame_budgets
 from tokencomp.plan.plan import LEAST
 from tokencomp.plan.solved import by_item
@@ -29,20 +29,20 @@ def test_plans_as_json_and_files(tmp_path: Path) -> None:
     """A plan, its JSON form and a file of it are one request, in `patch` and in `Handle.set`."""
     model, file = FAMILIES["qwen2_vl"].build(), tmp_path / "plan.json"
     stages = [
-        {"layer": 0, "fraction": 0.5, "reducer": "merge", "options": {"weighted": False}},
+        {"layer": 0, "fraction": 0.5, "reducer": "bipartite", "options": {"weighted": False}},
         {"layer": 2, "fraction": 0.25, "reducer": "prune"},
     ]
     file.write_text(json.dumps(stages))
-    merge = make_reducer("merge", weighted=False)
+    merge = make_reducer("bipartite", weighted=False)
     plan = Plan((Stage(0, 0.5, merge), Stage(2, 0.25, make_reducer("prune"))))
     assert tokencomp.plan_from_json(tokencomp.plan_to_json(plan)) == plan
     for given in (plan, stages, file, str(file)):
         handle = tokencomp.patch(model, 0.9, reducer="uniform").set(plan=given)
         assert handle.plan == tokencomp.patch(model, plan=given).plan == plan
-    with pytest.raises(errors.OptionError, match="reducer='merge'"):
-        tokencomp.patch(model, plan=stages, reducer="merge")
+    with pytest.raises(errors.OptionError, match="reducer='bipartite'"):
+        tokencomp.patch(model, plan=stages, reducer="bipartite")
     file.write_text("[{]")
-    for wrong in (file, tmp_path / "none.json", tmp_path, "merge"):
+    for wrong in (file, tmp_path / "none.json", tmp_path, "bipartite"):
         with pytest.raises(errors.PlanError, match="plan file"):
             tokencomp.patch(model, plan=wrong)
 
@@ -50,13 +50,13 @@ def test_plans_as_json_and_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("stage", "message"),
     [
-        ((0, math.nan, "merge"), "fraction=nan; expected a finite number"),
-        ((0, "0.5", "merge"), "fraction='0.5'"),
-        ((1.5, 0.5, "merge"), "layer=1.5; expected an integer"),
-        ((True, 0.5, "merge"), "layer=True"),
+        ((0, math.nan, "bipartite"), "fraction=nan; expected a finite number"),
+        ((0, "0.5", "bipartite"), "fraction='0.5'"),
+        ((1.5, 0.5, "bipartite"), "layer=1.5; expected an integer"),
+        ((True, 0.5, "bipartite"), "layer=True"),
         ((0, 0.5, "aim"), "'aim' only plans the steps of others"),
         ((0, 0.5, "fastv"), "'fastv' only plans"),
-        ((0, 0.5, "merge+prune"), r"'merge\+prune' only plans"),
+        ((0, 0.5, "bipartite+prune"), r"'bipartite\+prune' only plans"),
     ],
 )
 def test_bad_stages(stage: tuple, message: str) -> None:
@@ -78,11 +78,11 @@ def test_what_was_trained_for_the_entry_stays_there(name: str) -> None:
 
 
 def test_a_plan_is_made_of_stages_and_a_stage_of_a_reducer() -> None:
-    for wrong in ("merge", None, type(make_reducer("merge"))):
+    for wrong in ("bipartite", None, type(make_reducer("bipartite"))):
         with pytest.raises(errors.PlanError, match="make_reducer"):
             Stage(0, 0.5, wrong)
-    stage = Stage(0, 0.5, make_reducer("merge"))
-    for wrong in (stage, None, [{"layer": 0, "fraction": 0.5, "reducer": "merge"}]):
+    stage = Stage(0, 0.5, make_reducer("bipartite"))
+    for wrong in (stage, None, [{"layer": 0, "fraction": 0.5, "reducer": "bipartite"}]):
         with pytest.raises(errors.PlanError, match="Stage objects"):
             Plan(wrong)
     assert Plan([stage]) == Plan((stage,))
@@ -105,16 +105,16 @@ def test_a_plan_that_could_not_be_read_again() -> None:
 
 def test_an_option_called_like_a_parameter() -> None:
     model = FAMILIES["qwen2_vl"].build()
-    for reducer in ("merge", "merge+prune"):
+    for reducer in ("bipartite", "bipartite+prune"):
         with pytest.raises(errors.OptionError, match="'name'"):
             tokencomp.patch(model, 0.5, reducer=reducer, name="x")
     with pytest.raises(errors.OptionError, match="'name'"):
-        tokencomp.patch(model, 0.5).set(reducer="merge", name="x")
-    stage = {"layer": 0, "fraction": 0.5, "reducer": "merge", "options": {"name": "x"}}
+        tokencomp.patch(model, 0.5).set(reducer="bipartite", name="x")
+    stage = {"layer": 0, "fraction": 0.5, "reducer": "bipartite", "options": {"name": "x"}}
     with pytest.raises(errors.OptionError, match="'name'"):
         tokencomp.patch(model, plan=[stage])
-    with pytest.raises(errors.UnknownNameError, match="merge"):
-        tokencomp.patch(model, 0.5, reducer=["merge"])
+    with pytest.raises(errors.UnknownNameError, match="bipartite"):
+        tokencomp.patch(model, 0.5, reducer=["bipartite"])
 
 
 GRID, BREAKS = (1, 16, 17), tuple(range(17, 288, 18))  # an image of 272 patches and 16 line breaks
@@ -123,7 +123,7 @@ GRID, BREAKS = (1, 16, 17), tuple(range(17, 288, 18))  # an image of 272 patches
 @pytest.mark.parametrize("layers", [6, 28])
 @pytest.mark.parametrize("ratio", [0.5, 0.75, 0.9])
 @pytest.mark.parametrize(
-    "name", ["adsc", "pyramiddrop", "merge+adsc", "condiv+fastv", "fastv", "prune", "aim"]
+    "name", ["adsc", "pyramiddrop", "bipartite+adsc", "condiv+fastv", "fastv", "prune", "aim"]
 )
 def test_early_stages_pay_for_special_tokens_that_stay(
     name: str, ratio: float, layers: int
@@ -171,7 +171,7 @@ class Later(Reducer):
 @pytest.mark.parametrize("left", [0.84, 0.85])
 def test_a_step_of_a_schedule_between_stages_is_spread(left: float) -> None:
     """Stages stand where probed ratios have them; an item of another ratio keeps its average."""
-    (stage,) = by_item(Amount(1), Later(), 4, 1).stages
+    (stage,) = by_item(Budget(1), Later(), 4, 1).stages
     assert stage.layer == 2 and stage.share is not None
     assert (2 + 2 * stage.share(left)) / 4 == pytest.approx(left)
 
@@ -222,7 +222,7 @@ def test_what_cannot_be_met_keeps_the_special_tokens_and_one_patch() -> None:
     span = VisualSpan(0, 288, GRID, special=BREAKS)
     assert set(make_reducer("adsc").plan(0.95, 6).counts(span, 6)) == {17}
     plain = VisualSpan(0, 64, (1, 8, 8))
-    plan = Plan((Stage(0, 0.5, make_reducer("merge")), Stage(3, 0.25, make_reducer("prune"))))
+    plan = Plan((Stage(0, 0.5, make_reducer("bipartite")), Stage(3, 0.25, make_reducer("prune"))))
     assert plan.counts(plain, 6) == [32, 16]
 
 

@@ -49,11 +49,11 @@ def below(link: str, text: str) -> list[float]:
 
 
 RATIOS = (0.5, 0.75, 0.9)
-DEFAULT, DROP, RANDOM = "with the default method", 'with `rest="drop"`', "with `random` dropping"
+DEFAULT, DROP, RANDOM = "with the default method", "with `merge=False`", "with `random` dropping"
 
 
 @pytest.mark.parametrize(
-    ("media", "method"), [("video", "auto"), ("image", "auto"), ("image", "auto rest=drop")]
+    ("media", "method"), [("video", "auto"), ("image", "auto"), ("image", "auto merge=False")]
 )
 def test_the_speed_is_the_measured_one(media: str, method: str) -> None:
     page, speed = "benchmarks/models/prefill.md", prefill_speed()
@@ -63,7 +63,7 @@ def test_the_speed_is_the_measured_one(media: str, method: str) -> None:
         method = "condiv"  # until the default is measured
     if (media, method) not in known:
         pytest.skip("not measured yet")
-    text = DROP if "drop" in method else f"{media} of 4,096 tokens"
+    text = DROP if "merge=False" in method else f"{media} of 4,096 tokens"
     assert below(page, text) == [round(value, 1) for value in known[media, method]]
 
 
@@ -80,7 +80,7 @@ def percent(cell: str) -> float:
 
 def test_the_accuracy_kept_is_that_of_the_page() -> None:
     page = "benchmarks/accuracy/summary.md"
-    methods = {DEFAULT: "**auto**", DROP: "auto rest=drop", RANDOM: "random (3 seeds)"}
+    methods = {DEFAULT: "**auto**", DROP: "auto merge=False", RANDOM: "random (3 seeds)"}
     for text, label in methods.items():
         cells = pages_row(page, f"| {label} |")[1:4]
         assert below(page, text) == [percent(cell) for cell in cells]
@@ -90,7 +90,7 @@ def test_the_answers_about_photographs_are_those_of_the_page() -> None:
     page = "benchmarks/real/README.md"
     full = percent(pages_row(page, "| full | 0 |")[5])
     assert f"({full}% without compression)" in README
-    methods = {DEFAULT: "auto", DROP: "auto rest=drop", RANDOM: "random (3 seeds)"}
+    methods = {DEFAULT: "auto", DROP: "auto merge=False", RANDOM: "random (3 seeds)"}
     for text, label in methods.items():
         cells = [pages_row(page, f"| {label} | {ratio} |")[5] for ratio in RATIOS]
         assert below(page, text) == [percent(cell) for cell in cells]
@@ -150,7 +150,7 @@ ENGINE, OTHER, PAGE = "tokencomp/engine/a.py", "tokencomp/reducers/tango.py", "b
     [
         ([OTHER, PAGE], {}, ""),
         ([PAGE, ENGINE], {}, "changed since"),
-        (["tokencomp/reducers/kcentre.py"], {}, "changed since"),
+        (["tokencomp/reducers/kcenter.py"], {}, "changed since"),
         (["tokencomp/reducers/condiv.py"], {}, "changed since"),
         ([ENGINE, PAGE], {"asked": 308, "different": 0}, ""),
         ([ENGINE, PAGE], {"asked": 308, "different": 1}, "1 of 308"),

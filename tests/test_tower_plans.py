@@ -50,7 +50,7 @@ def test_a_part_never_keeps_more_than_its_bound(fraction: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "reducer", ["condiv", "fastv", "pyramiddrop", "aim", "merge+prune", "adsc"]
+    "reducer", ["condiv", "fastv", "pyramiddrop", "aim", "bipartite+prune", "adsc"]
 )
 @pytest.mark.parametrize("ratio", [0.4, 0.6, 0.75, 0.9])
 def test_the_ratio_of_the_decoder_stays(reducer: str, ratio: float) -> None:
@@ -75,11 +75,11 @@ def test_auto_keeps_more_than_the_decoder_will_see() -> None:
 
 
 def test_json() -> None:
-    stage = {"layer": 0, "fraction": 0.25, "reducer": "merge"}
-    data = [{"tower": 0, "fraction": 0.4, "reducer": "kcentre", "options": {"thumb": 2}}, stage]
+    stage = {"layer": 0, "fraction": 0.25, "reducer": "bipartite"}
+    data = [{"tower": 0, "fraction": 0.4, "reducer": "kcenter", "options": {"pool": 2}}, stage]
     plan = plan_from_json(data)
-    assert plan.tower == TowerStage(0, 0.4, make_reducer("kcentre", thumb=2))
-    assert plan.stages == (Stage(0, 0.25, make_reducer("merge")),)
+    assert plan.tower == TowerStage(0, 0.4, make_reducer("kcenter", pool=2))
+    assert plan.stages == (Stage(0, 0.25, make_reducer("bipartite")),)
     assert plan_from_json(plan_to_json(plan)) == plan
     with pytest.raises(PlanError, match="stage 1"):  # the tower comes first
         plan_from_json(data[::-1])
@@ -92,10 +92,10 @@ def test_json() -> None:
         (dict(tower_ratio=0.8), PlanError, "ratio=0.5"),
         (dict(ratio=0.5, tower_ratio=1.0), RatioError, "tower_ratio=1.0"),
         (dict(ratio=0.5, tower_ratio="most"), RatioError, "tower_ratio='most'"),
-        (dict(ratio=0.5, tower_ratio=0.2, tower_reducer="merge"), PlanError, "merges"),
+        (dict(ratio=0.5, tower_ratio=0.2, tower_reducer="bipartite"), PlanError, "merges"),
         (dict(ratio=0.5, tower_ratio=0.2, tower_reducer="condiv"), PlanError, "question"),
         (dict(ratio=0.5, tower_ratio=0.2, tower_reducer="fastv"), PlanError, "plans the steps"),
-        (dict(ratio=0.5, tower_ratio=0.2, tower_reducer="kcenter"), LookupError, "kcentre"),
+        (dict(ratio=0.5, tower_ratio=0.2, tower_reducer="kcentr"), LookupError, "kcenter"),
         (dict(ratio=0.5, tower_ratio=0.2, reducer="evs"), PlanError, "the tower stage leaves 0.8"),
         (dict(ratio=0.5, tower_ratio=0.2, reducer="vidcom2"), PlanError, "whole grid"),
         (dict(plan=[], tower_ratio=0.2), OptionError, "tower_ratio=0.2"),

@@ -30,8 +30,8 @@ class FrameChoiceWarning(UserWarning):
     """Frames that a policy did not choose, that replace damaged ones, or that are shown twice."""
 
 
-class RestWarning(UserWarning):
-    """A patch that drops tokens which `rest="auto"` would merge, because this model cannot."""
+class MergeWarning(UserWarning):
+    """A patch that drops tokens which `merge="auto"` would merge, because this model cannot."""
 
 
 class PrefillWarning(UserWarning):

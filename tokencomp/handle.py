@@ -12,18 +12,18 @@ from torch import nn
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine.call.gate import CallGate
 from tokencomp.engine.call.hooks import Hooks
-from tokencomp.engine.call.layer_stages import check_entry, check_kinds, check_layer_stages
+from tokencomp.engine.call.layer_stages import check_entry, check_layer_stages, check_modalities
 from tokencomp.engine.call.weights import merging_where_possible
 from tokencomp.engine.context.visual_window import VisualContext, extend_visual_context, is_extended
 from tokencomp.engine.count.stats import Stats
-from tokencomp.engine.scores.tap import attention_of
+from tokencomp.engine.scores.capture import attention_of
 from tokencomp.engine.tower.choice import check_tower_stage
 from tokencomp.engine.tower.signals import check_signals
 from tokencomp.errors import OptionError, UnsupportedModelError
 from tokencomp.method import MethodSpec, resolve_auto
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.reducer import label
-from tokencomp.plan.stages import Rest, Stage
+from tokencomp.plan.stages import Merging, Stage
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.plan_json import PlanLike, as_plan
 from tokencomp.trained.cards import model_facts
@@ -48,15 +48,15 @@ def make_plan(spec: MethodSpec, adapter: Adapter, compact: bool = False) -> Plan
             reducer = resolve_auto("auto")
         except UnsupportedModelError:
             reducer = resolve_auto("auto", scored=False)
-        spec = replace(spec, reducer=reducer, rest=spec.rest_in_force)
+        spec = replace(spec, reducer=reducer, merge=spec.merge_in_force)
     num_layers = len(adapter.layers)
     plan = spec.stages(num_layers, adapter.first_layer_stage)
     plan.check(num_layers, adapter.first_layer_stage)
-    check_kinds(plan, adapter)
+    check_modalities(plan, adapter)
     check_entry(plan, adapter)
     check_layer_stages(plan, adapter)
     check_signals(plan, adapter)
-    if plan.merges_rest:
+    if plan.may_merge:
         plan = merging_where_possible(plan, adapter, compact)
     return check_tower_stage(plan, adapter).bind(model_facts(adapter))
 
@@ -77,7 +77,7 @@ class Handle:
         self._start()
 
     @property
-    def _changes(self) -> contextlib.AbstractContextManager[Any]:
+    def _lock(self) -> contextlib.AbstractContextManager[Any]:
         """A block in which no call runs; raises `ModelInUseError` where one does."""
         return CallGate.of(self._hooks.adapter.model).change()
 
@@ -87,7 +87,7 @@ class Handle:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        with self._changes:
+        with self._lock:
             earlier = self._earlier if self._active else None
             self.remove()
             if earlier is not None and earlier.suspended:
@@ -95,7 +95,7 @@ class Handle:
 
     def remove(self) -> None:
         """Restore the model, see `unpatch`. Safe to call twice."""
-        with self._changes:
+        with self._lock:
             self._stop()
             self.suspended, self._earlier = False, None
 
@@ -109,7 +109,7 @@ class Handle:
 
     def suspend(self) -> None:
         """Restore the model, until `resume` or `remove` is called."""
-        with self._changes:
+        with self._lock:
             if self._context is not None and not self._context.in_force:
                 self._context = None  # undone, or replaced by another extension: not ours any more
             self._stop()
@@ -119,7 +119,7 @@ class Handle:
 
     def resume(self) -> None:
         """Patch the model again after `suspend`; the plan stays the same."""
-        with self._changes:
+        with self._lock:
             adapter, context = self._hooks.adapter, self._context
             if context is not None:
                 free = not is_extended(adapter)
@@ -163,7 +163,7 @@ class Handle:
         plan: PlanLike | None = None,
         tower_ratio: float | Literal["auto"] | None = None,
         tower_reducer: str | Reducer | None = None,
-        rest: Rest | None = None,
+        merge: Merging | None = None,
         **options: Any,
     ) -> Handle:
         """Change ratios, reducers or options in place; arguments left out keep their values.
@@ -180,11 +180,11 @@ class Handle:
                 f"tokencomp.patch(model, ..., {fixed[0]}={options[fixed[0]]!r}) again."
             )
         given: dict[str, Any] = {
-            "ratio": ratio, "budget": budget, "reducer": reducer, "rest": rest,
+            "ratio": ratio, "budget": budget, "reducer": reducer, "merge": merge,
             "tower_ratio": tower_ratio, "tower_reducer": tower_reducer,
             "plan": None if plan is None else as_plan(plan),
         }  # fmt: skip
-        with self._changes:
+        with self._lock:
             self._check_active()
             spec = self._spec.changed(options, **given)
             new_plan = make_plan(spec, self._hooks.adapter, self.compact)
@@ -244,11 +244,11 @@ class Handle:
 
 
 def _places(stages: Sequence[Stage]) -> list[str]:
-    """Which reducers act where, e.g. "merge at entry", "prune before layers 4, 8"."""
+    """Which reducers act where, e.g. "bipartite at entry", "prune before layers 4, 8"."""
     by_name: dict[str, list[int]] = {}
-    words = {"merge": ", merging the rest,", "auto": ", merging the rest of images,"}
+    words = {True: ", merging the rest,", "auto": ", merging the rest of images,"}
     for stage in stages:
-        merging = words[stage.rest] if stage.merges_some else ""
+        merging = words[stage.merge] if stage.merges_some else ""
         by_name.setdefault(f"{label(stage.reducer)}{merging}", []).append(stage.layer)
     places = []
     for name, layers in by_name.items():

@@ -13,19 +13,19 @@ from functools import cached_property
 from typing import Any, Literal
 
 from tokencomp.errors import OptionError, PlanError, RatioError
-from tokencomp.plan.amounts import Amount, check_one_amount, ratio_text
+from tokencomp.plan.budgets import Budget, check_one_amount, ratio_text
 from tokencomp.plan.counts import check_ratio
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.profiles import behind, not_before
-from tokencomp.plan.solved import by_item, by_kind
-from tokencomp.plan.stages import MEDIA, Rest, TowerStage, check_rest
+from tokencomp.plan.solved import by_item, by_modality
+from tokencomp.plan.stages import MEDIA, Merging, TowerStage, check_merge
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import check_members, make_reducer, options_of
 from tokencomp.validation import check_effect
 
-DEFAULT_REDUCER = "auto"  # kcentre on images, condiv on videos, uniform on audio
-DEFAULT_SERVED_REDUCER = "kcentre"  # ignores the question, so media caches serve every question
-DEFAULT_TOWER_REDUCER = "kcentre"
+DEFAULT_REDUCER = "auto"  # kcenter on images, condiv on videos, uniform on audio
+DEFAULT_SERVED_REDUCER = "kcenter"  # ignores the question, so media caches serve every question
+DEFAULT_TOWER_REDUCER = "kcenter"
 # tower_ratio="auto" keeps this many times the cells that the decoder will see, so that its reducer,
 # which may know the question, still has something to choose from.
 TOWER_SLACK = 1.6
@@ -58,9 +58,9 @@ class MethodSpec:
     options
         Options of the named reducer, as a dict.
     ratio
-        A number; 0 is off. A mapping from kinds of media to ratios goes to `ratios`.
+        A number; 0 is off. A mapping from modalities to ratios goes to `ratios`.
     ratios
-        Ratios by kind of media, in place of `ratio`; kinds that are not named stay whole.
+        Ratios by modality, in place of `ratio`; modalities that are not named stay whole.
     carried
         Names of fields that an earlier setting left behind (`changed`). They may wait for another
         ratio; any other field that has no effect is refused.
@@ -76,7 +76,7 @@ class MethodSpec:
     ratio: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
     plan: Plan | None = None
-    rest: Rest | None = None
+    merge: Merging | None = None
     tower_ratio: float | Literal["auto"] = 0.0
     tower_reducer: str | Reducer = "auto"
     ratios: dict[str, float] = field(default_factory=dict)
@@ -84,9 +84,9 @@ class MethodSpec:
     carried: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if isinstance(self.ratio, Mapping):  # by kind of media
+        if isinstance(self.ratio, Mapping):  # by modality
             if not self.ratio:
-                raise RatioError(f"ratio={{}}: names no kind of media. Use {', '.join(MEDIA)}.")
+                raise RatioError(f"ratio={{}}: names no modality. Use {', '.join(MEDIA)}.")
             object.__setattr__(self, "ratios", dict(self.ratio))
             object.__setattr__(self, "ratio", 0.0)
         self._check_ratios()
@@ -98,7 +98,7 @@ class MethodSpec:
         if self.plan is not None:
             self._check_plan(self.plan)
         reducer = self.built_reducer if self.plan is None and self.names_reducer else None
-        check_rest(self.rest_in_force, reducer)
+        check_merge(self.merge_in_force, reducer)
         if self.plan is None:
             self._check_tower()
 
@@ -106,7 +106,7 @@ class MethodSpec:
         """Refuse what stands beside a plan, and reducers of its stages that cannot be combined."""
         usual: dict[str, tuple[Any, ...]] = {
             "reducer": ("auto",), "tower_ratio": (0.0,), "tower_reducer": ("auto",),
-            "rest": (None, "drop"),
+            "merge": (None, False),
         }  # fmt: skip
         beside = {name: getattr(self, name) for name in usual}
         beside = {name: v for name, v in beside.items() if v not in usual[name]} | self.options
@@ -121,19 +121,19 @@ class MethodSpec:
             check_members(one)
 
     def _check_ratios(self) -> None:
-        """Check the ratios by kind of media."""
-        for kind in self.ratios:
-            if kind not in MEDIA:
+        """Check the ratios by modality."""
+        for modality in self.ratios:
+            if modality not in MEDIA:
                 raise RatioError(
-                    f"ratio={self.ratios!r}: {kind!r} is no kind of media. Use {', '.join(MEDIA)}."
+                    f"ratio={self.ratios!r}: {modality!r} is no modality. Use {', '.join(MEDIA)}."
                 )
-        kinds = (k for k in MEDIA if k in self.ratios)  # one spelling of one setting
-        checked = {k: check_ratio(self.ratios[k], f"ratio of {k}") for k in kinds}
+        modalities = (k for k in MEDIA if k in self.ratios)  # one spelling of one setting
+        checked = {k: check_ratio(self.ratios[k], f"ratio of {k}") for k in modalities}
         object.__setattr__(self, "ratios", checked)
         if self.ratios and (self.plan is not None or self.tower_ratio):
             raise OptionError(
-                f"ratio={self.ratios!r} beside a plan or tower_ratio, which know no kinds. "
-                'Give the stages of a plan fractions by kind ("by_kind"), or leave one out.'
+                f"ratio={self.ratios!r} beside a plan or tower_ratio, which know no modalities. "
+                'Give the stages of a plan fractions by modality ("by_modality"), or leave one out.'
             )
 
     def _check_amount(self) -> None:
@@ -144,16 +144,16 @@ class MethodSpec:
             check_one_amount(self.ratios or self.ratio, self.budget)
         if self.plan is not None or self.tower_ratio:
             raise OptionError(
-                f"{self.amount} together with a plan or tower_ratio, whose fractions are the same "
-                "for all items. Leave one out."
+                f"{self.built_budget} together with a plan or tower_ratio, whose fractions are the "
+                "same for all items. Leave one out."
             )
 
     def _check_tower(self) -> None:
         """Refuse what the tower stage cannot do, whichever model the spec is for."""
         dropped = self.dropped_cells
-        idle = {} if self.tower_ratio else {"tower_reducer": "with tower_ratio=0"}
+        unused = {} if self.tower_ratio else {"tower_reducer": "with tower_ratio=0"}
         if self.off:
-            idle["tower_ratio"] = "at ratio=0"
+            unused["tower_ratio"] = "at ratio=0"
         if dropped > self.ratio:
             raise PlanError(
                 f"tower_ratio={dropped:g} leaves {1 - dropped:.3g} of the visual tokens, but "
@@ -162,7 +162,7 @@ class MethodSpec:
             )
         if self.tower_reducer != "auto" or dropped:
             TowerStage(0, 1.0 - dropped, self.built_tower_reducer)
-        waiting = {name: why for name, why in idle.items() if name not in self.carried}
+        waiting = {name: why for name, why in unused.items() if name not in self.carried}
         check_effect("method spec", self, waiting)
 
     @property
@@ -179,14 +179,14 @@ class MethodSpec:
         return make_reducer(name)
 
     @property
-    def rest_in_force(self) -> Rest:
-        """`rest`, or what stands for None."""
-        return self.usual_rest if self.rest is None else self.rest
+    def merge_in_force(self) -> Merging:
+        """`merge`, or what None means."""
+        return self.usual_merge if self.merge is None else self.merge
 
     @property
-    def usual_rest(self) -> Rest:
-        """What `rest=None` means: "auto" for the default reducer and "drop" for every other."""
-        return "auto" if self.reducer == DEFAULT_REDUCER and self.plan is None else "drop"
+    def usual_merge(self) -> Merging:
+        """What `merge=None` means: "auto" for the default reducer and False for every other."""
+        return "auto" if self.reducer == DEFAULT_REDUCER and self.plan is None else False
 
     @property
     def names_reducer(self) -> bool:
@@ -201,7 +201,7 @@ class MethodSpec:
     @property
     def off(self) -> bool:
         """Whether the ratio is 0 for all media."""
-        own = self.plan is not None and any(stage.amount for stage in self.plan.stages)
+        own = self.plan is not None and any(stage.budget for stage in self.plan.stages)
         return self.budget is None and not own and not any((self.ratio, *self.ratios.values()))
 
     @property
@@ -220,14 +220,14 @@ class MethodSpec:
     @property
     def asked(self) -> str:
         """What was asked for, in words: "ratio 0.75", or "budget=512"."""
-        return f"ratio {self.shown_ratio}" if self.amount is None else str(self.amount)
+        return f"ratio {self.shown_ratio}" if self.built_budget is None else str(self.built_budget)
 
     @property
     def written_ratio(self) -> float | dict[str, float] | str:
         """What stands for the ratio in stored runs: numbers, or a budget in words."""
-        if self.plan is not None and any(stage.amount for stage in self.plan.stages):
+        if self.plan is not None and any(stage.budget for stage in self.plan.stages):
             return "budgets"
-        return (self.ratios or self.ratio) if self.amount is None else str(self.amount)
+        return (self.ratios or self.ratio) if self.built_budget is None else str(self.built_budget)
 
     @property
     def requested(self) -> dict[str, Any]:
@@ -237,9 +237,9 @@ class MethodSpec:
         return {"ratio": self.ratios or self.ratio}
 
     @cached_property
-    def amount(self) -> Amount | None:
+    def built_budget(self) -> Budget | None:
         """The checked budget; None: there is a ratio."""
-        return None if self.budget is None else Amount.of(self.budget)
+        return None if self.budget is None else Budget.of(self.budget)
 
     @cached_property
     def _plans(self) -> dict[tuple[int, int], Plan]:
@@ -260,11 +260,11 @@ class MethodSpec:
                 tower = TowerStage(0, 1.0 - self.dropped_cells, self.built_tower_reducer)
                 plan = behind(plan, tower, num_layers)
             if self.ratios:
-                plan = by_kind(self.ratios, self.built_reducer, num_layers, first_layer_stage)
-            if self.amount is not None:
-                plan = by_item(self.amount, self.built_reducer, num_layers, first_layer_stage)
-            rest = self.rest_in_force
-            self._plans[key] = plan if rest == "drop" else plan.with_rest(rest)
+                plan = by_modality(self.ratios, self.built_reducer, num_layers, first_layer_stage)
+            if self.built_budget is not None:
+                plan = by_item(self.built_budget, self.built_reducer, num_layers, first_layer_stage)
+            merge = self.merge_in_force
+            self._plans[key] = plan.with_merge(merge) if merge else plan
         return self._plans[key]
 
     def changed(self, options: dict[str, Any], **arguments: Any) -> MethodSpec:
@@ -283,7 +283,7 @@ class MethodSpec:
         if plan is not None:
             return MethodSpec(ratio=self.ratio, options=options, plan=plan, **given)
         amount = {"ratio": 0.0, "budget": None, **(asked or self.requested)}
-        given = {**amount, "rest": self.rest, **tower, **given}
+        given = {**amount, "merge": self.merge, **tower, **given}
         if "reducer" in given:
             return MethodSpec(options=options, **given)
         given |= {"ratios": {}, "options": {**self.options, **options}}
@@ -299,11 +299,16 @@ class MethodSpec:
             tower = self.built_tower_reducer
             own = {"ratio": self.dropped_cells, "reducer": tower.name, "options": options_of(tower)}
             plain["tower"] = own
-        rest = self.rest_in_force
-        return plain if rest == "drop" else {**plain, "rest": rest}
+        merge = self.merge_in_force
+        return {**plain, "merge": merge} if merge else plain
 
     def __hash__(self) -> int:
         options = json.dumps(self.options, sort_keys=True, default=str)
-        asked = self.ratio, tuple(sorted(self.ratios.items())), self.amount, self.rest_in_force
+        asked = (
+            self.ratio,
+            tuple(sorted(self.ratios.items())),
+            self.built_budget,
+            self.merge_in_force,
+        )
         tower = self.tower_ratio, self.tower_reducer
         return hash((self.reducer, options, self.plan, *asked, *tower))

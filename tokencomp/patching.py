@@ -24,8 +24,8 @@ from tokencomp.engine.context.visual_window import (
 from tokencomp.errors import AlreadyCompressedError, OptionError, PlanError
 from tokencomp.handle import Handle, handle_of, make_plan
 from tokencomp.method import MethodSpec
-from tokencomp.plan.amounts import check_one_amount
-from tokencomp.plan.stages import Rest
+from tokencomp.plan.budgets import check_one_amount
+from tokencomp.plan.stages import Merging
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.plan_json import PlanLike, as_plan
 from tokencomp.validation import check_choice
@@ -38,7 +38,7 @@ def patch(
     budget: int | Mapping[str, int] | None = None,
     reducer: str | Reducer = "auto",
     plan: PlanLike | None = None,
-    rest: Rest | None = None,
+    merge: Merging | None = None,
     tower_ratio: float | Literal["auto"] = 0.0,
     tower_reducer: str | Reducer = "auto",
     strict: bool = False,
@@ -58,7 +58,7 @@ def patch(
     ratio
         Fraction of visual-token work removed from the LLM, in [0, 1): 1 - mean over decoder layers
         of visual tokens seen / visual tokens of the prompt. 0 = off. None: 0.5, or what `plan` has.
-        A mapping gives ratios by kind of media, `{"video": 0.75, "audio": 0.5}`; kinds that it does
+        A mapping gives ratios by modality, `{"video": 0.75, "audio": 0.5}`; modalities that it does
         not name stay whole.
     budget
         In place of `ratio`: at most so many visual tokens of every item, so its ratio is
@@ -66,22 +66,21 @@ def patch(
         `{"prompt": 4096}` is a budget of all items of a prompt together, which have one ratio.
         Every item keeps at least one token, and special tokens stay, as at any ratio.
     reducer
-        A name from `tokencomp.available_reducers()`, or a `Reducer`. "auto": kcentre on images,
-        condiv on videos and uniform on audio; kcentre on all media if the first decoder layer has
+        A name from `tokencomp.available_reducers()`, or a `Reducer`. "auto": kcenter on images,
+        condiv on videos and uniform on audio; kcenter on all media if the first decoder layer has
         no attention that could score tokens.
     plan
         Explicit stages, instead of `ratio`, `reducer` and options: a `Plan`, its JSON form
-        `[{"layer": 0, "fraction": 0.5, "reducer": "merge"}, ...]` (see `plan_to_json`), or the
+        `[{"layer": 0, "fraction": 0.5, "reducer": "bipartite"}, ...]` (see `plan_to_json`), or the
         path of a JSON file. A first stage with "tower" instead of "layer" acts in the vision tower.
-    rest
-        What happens to the tokens that the reducer does not keep. "drop": they leave. "merge": each
-        is merged into the kept token nearest to it (by cosine), which becomes the mean and weighs
-        in attention as much as the tokens it stands for: your attention backend adds the log of
-        their number to the logits of the prompt, on a few more head dimensions, and the cache holds
-        it that many times. Special tokens stay as they are, and what a tower stage drops is gone
-        before. Scores for later stages are taken without. "auto": merges in images of which at
-        least a tenth stays, if the model can, and drops everything else. None: "auto" for the
-        default reducer, "drop" for every other.
+    merge
+        False: tokens that the reducer does not keep are dropped. True: they are averaged into
+        their most similar kept token (as in ToMe). During prefill a merged token gets an attention
+        bias of log(n) for the n tokens it stands for; in the KV cache it is stored n times, so that
+        decoding needs no bias. Special tokens stay as they are, what a tower stage drops is not
+        merged, and scores for later stages are taken without the bias. "auto": merges in images of
+        which at least a tenth stays, if the model can, and drops everywhere else. None: "auto" for
+        the default reducer, False for every other.
     tower_ratio
         Fraction of the vision tower's work to remove, in [0, `ratio`]: the patches of this share of
         the visual tokens leave before the first block of the tower, and the decoder never gets
@@ -132,8 +131,8 @@ def patch(
     ------
     RatioError, UnknownNameError, OptionError
         A bad ratio, budget, reducer name, reducer option or `positions`; two of ratio, budget and
-        plan; a plan together with a reducer, options or `rest`; a budget together with a tower
-        ratio; rest="merge" for a reducer that merges by itself.
+        plan; a plan together with a reducer, options or `merge`; a budget together with a tower
+        ratio; merge=True for a reducer that merges by itself.
     PlanError
         A plan that cannot be read, or not be executed on this model; a tower ratio above the ratio;
         a reducer that cannot act in the tower.
@@ -141,7 +140,7 @@ def patch(
         The model's type has never passed conformance, and `verify` is False or fails.
     UnsupportedModelError
         No adapter serves the model, its vision tower has no known cells (`tower_ratio`), or
-        nothing can add weights to its attention (`rest="merge"`).
+        nothing can add weights to its attention (`merge=True`).
     AlreadyCompressedError
         The model carries another method's changes, or it is the body of a patched model, or the
         model around a patched body.
@@ -160,7 +159,7 @@ def patch(
         reducer,
         options=options,
         plan=None if plan is None else as_plan(plan),
-        rest=rest,
+        merge=merge,
         tower_ratio=tower_ratio,
         tower_reducer=tower_reducer,
         **asked,
@@ -179,7 +178,7 @@ def _checked(model: nn.Module, spec: MethodSpec) -> Iterator[None]:
             raise PlanError(
                 f"stages at layers {[s.layer for s in stages]}: a tiny model with the config of "
                 f"this one is exact at entry only ({result.reason}). Use a reducer that acts "
-                "there, such as 'condiv', 'divprune' or 'merge'."
+                "there, such as 'condiv', 'divprune' or 'bipartite'."
             )
         yield
 

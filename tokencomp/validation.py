@@ -80,13 +80,15 @@ def describe_type(hint: Any) -> str:
     return "None" if hint is NoneType else PLAIN.get(hint, str(hint))
 
 
-def check_effect(owner: str, options: Any, idle: Mapping[str, str]) -> None:
+def check_effect(owner: str, options: Any, unused: Mapping[str, str]) -> None:
     """Raise `OptionError` if an option of the dataclass object `options` is set without effect.
 
-    `idle` has the fields that have none, and why. A field at its default counts as not set.
+    `unused` has the fields that have none, and why. A field at its default counts as not set.
     """
-    defaults = {field.name: field.default for field in dataclasses.fields(options)} if idle else {}
-    for name, reason in idle.items():
+    defaults = (
+        {field.name: field.default for field in dataclasses.fields(options)} if unused else {}
+    )
+    for name, reason in unused.items():
         if (value := getattr(options, name)) != defaults[name]:
             raise OptionError(f"{owner}: {name}={value!r} has no effect {reason}. Leave it out.")
 

@@ -3,7 +3,7 @@
 A file has the manifest of the sweep, then
 
 shared
-    Costs of a setting, or of one kind of media. Many settings cost the same, so that they name
+    Costs of a setting, or of one modality. Many settings cost the same, so that they name
     them by number.
 settings
     By label; `answers` has the packed bits `correct` and `agrees`, from which it follows how many
@@ -22,6 +22,7 @@ from typing import Any
 
 from benchmarks.accuracy.packed import PARTS, unpack
 from benchmarks.publishing import write
+from benchmarks.stored import read_stored
 
 COSTS = ("achieved_ratio", "flops", "kv_bytes", "achieved")
 COUNTED = ("items", "failed", "accuracy")  # of a setting: all are answered
@@ -62,7 +63,7 @@ def write_sweep(path: Path, manifest: Mapping[str, Any], answers: Mapping[str, A
 
 def read_sweep(path: Path) -> dict[str, Any]:
     """The manifest of a sweep, with `answers` as `PackedAnswers.to_json` gives them."""
-    stored = json.loads(path.read_text(encoding="utf-8"))
+    stored = read_stored(path)
     if "shared" not in stored:  # as older checkouts wrote them
         return stored
     shared, questions = stored.pop("shared"), stored.pop("questions")

@@ -29,6 +29,7 @@ from benchmarks.accuracy.tables import (
     work_table,
 )
 from benchmarks.publishing import MARK, provenance
+from benchmarks.stored import NOTE
 from tokencomp.cli import one_message
 from tokencomp.evaluation.settings import DOWNSCALE, FULL
 from tokencomp.pages.plots import COLORS, Point, lines
@@ -221,7 +222,7 @@ def head(results: Path) -> str:
     methods = os.path.relpath(ACCURACY / "METHODS.md", page_folder(results))
     index = os.path.relpath(ACCURACY.parent / "README.md", page_folder(results))
     links = f"[Methods and columns]({methods}). [All benchmark pages]({index})."
-    return f"# {title}\n\n{text} The commands stand below, per model. {links}"
+    return f"# {title}\n\n{text} The commands stand below, per model. {NOTE} {links}"
 
 
 def text(results: Path) -> str:

@@ -35,7 +35,7 @@ from tokencomp.errors import OptionError, TokenCompError, UnknownNameError
 from tokencomp.evaluation.baselines import has_budget
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.runs import EvalRun
-from tokencomp.evaluation.settings import DOWNSCALE, INPUT_BASELINES, NATIVE, REST, Setting
+from tokencomp.evaluation.settings import DOWNSCALE, INPUT_BASELINES, MERGE, NATIVE, Setting
 from tokencomp.inputs.questions import Example
 from tokencomp.method import DEFAULT_REDUCER
 from tokencomp.pages.lost import LostItem, draw_lost
@@ -52,15 +52,15 @@ TOWERS = ("visual", "vision_tower", "vision_model", "audio_tower")
 LOST_RATIOS, LOST_PER_KIND, LOST_SIDE = (0.75, 0.9), 2, 128
 LEFT_OUT = ("ccam",)  # it always returns the same token count
 VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
-    "auto": ({}, {REST: "drop"}),
+    "auto": ({}, {MERGE: False}),
     "random": ({}, {"seed": 1}, {"seed": 2}),
     "cdpruner": ({}, {"relevance": "attention"}),
     "pool": ({}, {"stride": 1.0}),
-    "scope": ({}, {"saliency": "none"}, {"saliency": "none", REST: "merge"}),
+    "scope": ({}, {"saliency": "none"}, {"saliency": "none", MERGE: True}),
     "mmtok": ({}, {"cover": "picture"}),
     "flashvid": ({}, {"event": True}),
-    "kcentre": ({}, {REST: "merge"}),
-    "selector": ({}, {"pick": "mmr"}, {"pick": "mmr", REST: "merge"}),
+    "kcenter": ({}, {MERGE: True}),
+    "selector": ({}, {"pick": "mmr"}, {"pick": "mmr", MERGE: True}),
 }
 
 

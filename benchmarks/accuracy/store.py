@@ -26,7 +26,7 @@ RESULTS = ACCURACY / "results"
 LOST = "lost"
 """Folder beside the results with pictures of what the default loses."""
 STORED_DEFAULT = "condiv"
-"""What results of release 0.1 call the default, whose condiv was a k-centre on images."""
+"""What results of release 0.1 call the default, whose condiv was a k-center on images."""
 KINDS = ("images", "videos")
 BARS = {0.5: 0.97, 0.75: 0.97, 0.9: 0.94, 0.95: 0.80}
 """Retention that the default has to reach, on images and on videos of every model."""
@@ -147,8 +147,8 @@ class Results:
     def reached(self, label: str, kind: str) -> float:
         """Achieved ratio on images, on videos, or the smaller of the two."""
         setting = self.settings[label]
-        by_kind = setting.get("achieved", {})
-        return by_kind.get(kind, min([*by_kind.values(), setting["achieved_ratio"]]))
+        by_modality = setting.get("achieved", {})
+        return by_modality.get(kind, min([*by_modality.values(), setting["achieved_ratio"]]))
 
 
 def learned_families(validation: dict[str, Any]) -> tuple[str, ...]:

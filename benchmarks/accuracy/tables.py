@@ -83,18 +83,18 @@ def ratio_table(results: Results, ratio: float, default: str) -> str:
         flops = setting["flops"] / results.settings[FULL]["flops"]
         cells = [cell(kept(results, label, kind)) for kind in (*KINDS, "both", "all")]
         cells[2] += spread(results, label)
-        by_kind = [f"{results.reached(label, k):.3f}" for k in KINDS]
+        by_modality = [f"{results.reached(label, k):.3f}" for k in KINDS]
         at_ratio = reaches(results, label, "both")
-        achieved = f"{setting['achieved_ratio']:.3f}" if at_ratio else " / ".join(by_kind)
+        achieved = f"{setting['achieved_ratio']:.3f}" if at_ratio else " / ".join(by_modality)
         p = [against(results, label, f"{base}-{ratio:g}") for base in ("random", default)]
-        note = moved(results, setting)
+        note = deviation(results, setting)
         notes += [f"{name(setting, default)} {note}"] if note else []
         method = name_of(results, label, default)
         rows.append([method, *cells, *p, achieved, f"{flops:.0%}"])
     return table(head, rows) + (f"\n\n† {'; '.join(notes)}." if notes else "")
 
 
-def moved(results: Results, setting: dict[str, Any]) -> str:
+def deviation(results: Results, setting: dict[str, Any]) -> str:
     """How the method departs from its paper on this model; "" where it does not.
 
     Of a method with options that only an earlier release had, that it has.
@@ -106,7 +106,7 @@ def moved(results: Results, setting: dict[str, Any]) -> str:
     decoded = max((run.get("frames", 0) for run in results.manifest["runs"]), default=0)
     known = steps(model, decoded) if "videos" in results.kinds else 0
     try:
-        return Setting(setting["reducer"], setting["ratio"], setting["options"]).moved(
+        return Setting(setting["reducer"], setting["ratio"], setting["options"]).deviation(
             layers, known
         )
     except TokenCompError:
@@ -148,7 +148,7 @@ def name_of(results: Results, label: str, default: str) -> str:
     """The method of a label, marked where it departs from its paper."""
     setting = results.settings[label]
     many = f" ({len(results.seeds[label])} seeds)" if label in results.seeds else ""
-    return name(setting, default) + many + ("†" if moved(results, setting) else "")
+    return name(setting, default) + many + ("†" if deviation(results, setting) else "")
 
 
 def spread(results: Results, label: str, kind: str = "both") -> str:
@@ -209,7 +209,7 @@ def work_table(results: Results, ratio: float, default: str) -> str:
 
 
 def _work_cells(work: dict[str, Any], full: dict[str, Any] | None) -> list[str]:
-    """One cell per part, the kinds of media in order; one value where all are equal."""
+    """One cell per part, the modalities in order; one value where all are equal."""
     cells = []
     for part in PARTS:
         values = [work_cell(work[k], part, full and full.get(k)) for k in KINDS if k in work]

@@ -29,7 +29,7 @@ QWEN4 = {
 
 VARIANTS: dict[str, Variant | tuple[Variant, ...]] = {
     **WITHOUT_TEXT,
-    # Checkpoints have kinds of layers that the default config does not.
+    # Checkpoints have layer types that the default config does not.
     "step3p7": Variant(text={"layer_types": [FULL, SLIDING] * 2, "sliding_window": 8}),
     # transformers clips the time steps of Mamba-2 from below in the prefill, and not in decoding:
     # logits differ by 1e-3 without any compression.

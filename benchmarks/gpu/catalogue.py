@@ -10,7 +10,7 @@ from tokencomp.errors import UnknownNameError
 from tokencomp.inputs.packaged import DEFAULT_MODEL
 
 IMAGE_METHODS = ("uniform", "fastv", "divprune", "cdpruner", "condiv")
-VIDEO_METHODS = ("uniform", "vidcom2", "divprune", "merge", "condiv")
+VIDEO_METHODS = ("uniform", "vidcom2", "divprune", "bipartite", "condiv")
 
 
 @dataclass(frozen=True)

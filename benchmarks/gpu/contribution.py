@@ -24,7 +24,7 @@ from benchmarks.gpu.catalogue import LOADS, TABLES
 from benchmarks.gpu.result_file import FORMAT, Origin, Strict
 from benchmarks.gpu.serving_file import ServingFile
 from tokencomp.errors import OptionError
-from tokencomp.evaluation.comparable import find_runs
+from tokencomp.evaluation.group_runs import find_runs
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import FULL
 

@@ -47,7 +47,7 @@ def parts(model: str | None, folder: Path) -> tuple[Part, ...]:
     small = ("--layers", "1", "--vision-layers", "1", "--device", "cpu", "--rounds", "1")
     small = (*small, "--ratio", "0.75")
     gpu = ("--device", "cuda", "--dtype", "bfloat16")
-    methods = ("--reducer", "auto,merge,pyramiddrop", "--ratio", "0.5,0.75,0.9")
+    methods = ("--reducer", "auto,bipartite,pyramiddrop", "--ratio", "0.5,0.75,0.9")
     files = {name: str(folder / name) for name in ("prefill", "tower", "accuracy", "serving")}
     decoded, held = (("-o", str(folder / name / "profile.json")) for name in ("decode", "memory"))
     prefill = (*PYTHON, "benchmarks.gpu.prefill", "--out", files["prefill"])

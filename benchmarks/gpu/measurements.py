@@ -17,17 +17,16 @@ from torch import Tensor
 import tokencomp
 from benchmarks.gpu.prompts import TEXT_AFTER, TEXT_BEFORE, Prompt, inputs_of, text_of
 
-MERGED = ", rest merged"  # of a name: what it does not keep is merged, with weights
-REDUCERS = ("uniform", "merge", "kcentre", "kcentre" + MERGED, "condiv", "aim")
+MERGED = ", merged"  # of a name: what it does not keep is merged, with weights
+REDUCERS = ("uniform", "bipartite", "kcenter", "kcenter" + MERGED, "condiv", "aim")
 RATIOS = (0.5, 0.75, 0.9)
 # Reducers that compare attention backends: three at entry, one between layers.
-COMPARED = ("condiv", "merge", "kcentre" + MERGED, "aim")
+COMPARED = ("condiv", "bipartite", "kcenter" + MERGED, "aim")
 
 
 def method(name: str) -> dict[str, Any]:
     """Options of `patch` for a name."""
-    rest = "merge" if name.endswith(MERGED) else "drop"
-    return {"reducer": name.removesuffix(MERGED), "rest": rest}
+    return {"reducer": name.removesuffix(MERGED), "merge": name.endswith(MERGED)}
 
 
 def seconds(call: Callable[[], Any], device: torch.device) -> float:

@@ -17,8 +17,8 @@ from benchmarks.gpu.catalogue import LOADS, TABLES, LoadTable, Table
 from benchmarks.gpu.contribution import Contribution, Row, read, schema
 from benchmarks.gpu.hour_file import MANIFEST, HourFile, hours_page, read_hour
 from benchmarks.gpu.serving_file import ServingFile
+from tokencomp.evaluation.comparisons import comparisons, losses
 from tokencomp.evaluation.metrics import Difference
-from tokencomp.evaluation.rivals import losses, rivals
 from tokencomp.evaluation.runs import EvalRun, averaged
 
 ROOT = Path(__file__).resolve().parents[2] / "results"
@@ -107,7 +107,7 @@ def table_lines(runs: Sequence[EvalRun]) -> list[str]:
         row, spread = run.manifest["row"], ""
         if run.seeds:
             spread = f", seeds {min(run.seeds):.1%} to {max(run.seeds):.1%}"
-        against = rivals(run, runs)
+        against = comparisons(run, runs)
         detail = "–"
         if against.detail is not None:
             detail = f"{against.detail:.0%} of {against.detail_items}"

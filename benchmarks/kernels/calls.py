@@ -35,7 +35,7 @@ REDUCERS = (
     "uniform",
     "random",
     "divprune",
-    "merge",
+    "bipartite",
     "auto",
     "cdpruner",
     "pool",

@@ -1,4 +1,4 @@
-"""What `rest="merge"` costs beside dropping, and what else could carry the weights of merged rows.
+"""What `merge=True` costs beside dropping, and what else could carry the weights of merged rows.
 
     python -m benchmarks.kernels.weights [--report] [--out DIR]
 
@@ -28,13 +28,13 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 import tokencomp
 from benchmarks import publishing
 from benchmarks.kernels.calls import RATIO, counted, prefill, prompt, tiny_model
+from benchmarks.stored import NOTE, today
 from tokencomp.engine.count.flops import DecoderShape
-from tokencomp.engine.scores.proportional import extra_dims, further, widen
-from tokencomp.plan.stages import Rest
+from tokencomp.engine.scores.proportional import bias_dims, extra_dims, widen
 
 FOLDER = Path(__file__).parent
-REDUCERS = ("kcentre", "fastv")
-KINDS: tuple[Rest, ...] = ("drop", "merge")
+REDUCERS = ("kcenter", "fastv")
+ARMS = {"drop": False, "merge": True}
 SHAPES = {
     "Qwen2.5-VL 7B": DecoderShape(28, 3584, 18944, 28, 4, 128),
     "Qwen3-VL 8B": DecoderShape(36, 4096, 12288, 32, 8, 128),
@@ -53,16 +53,16 @@ def step(model: Any, inputs: dict[str, Tensor]) -> Callable[[], Any]:
     return lambda: model(input_ids=torch.tensor([[7]]), past_key_values=cache)
 
 
-def calls(reducer: str, rest: Rest) -> dict[str, Any]:
+def calls(reducer: str, merge: bool) -> dict[str, Any]:
     """Calls and reads that a patch adds to a prefill of four images, and to a decode step."""
     model, inputs = tiny_model(), prompt(1, 4)
     plain = counted(prefill(model, inputs)), counted(step(model, inputs))
-    with tokencomp.patch(model, RATIO, reducer=reducer, rest=rest):
+    with tokencomp.patch(model, RATIO, reducer=reducer, merge=merge):
         found = counted(prefill(model, inputs)), counted(step(model, inputs))
     pairs = zip(found, plain, strict=True)
     added = [(a.calls - b.calls, a.reads - b.reads) for a, b in pairs]
     own = [one.calls for one in plain]
-    return {"reducer": reducer, "rest": rest, "prefill": added[0], "step": added[1], "own": own}
+    return {"reducer": reducer, "merge": merge, "prefill": added[0], "step": added[1], "own": own}
 
 
 def steps() -> dict[str, list[float]]:
@@ -73,8 +73,10 @@ def steps() -> dict[str, list[float]]:
     model, inputs = tiny_model(), prompt(1, 4)
     found: dict[str, list[float]] = {}
     for _ in range(ROUNDS):
-        for kind in (ALONE, *KINDS):
-            patched = nullcontext() if kind == ALONE else tokencomp.patch(model, RATIO, rest=kind)
+        for kind in (ALONE, *ARMS):
+            patched = (
+                nullcontext() if kind == ALONE else tokencomp.patch(model, RATIO, merge=ARMS[kind])
+            )
             with patched, torch.no_grad():
                 call = step(model, inputs)
                 before = time.process_time()
@@ -88,9 +90,9 @@ def steps() -> dict[str, list[float]]:
 def flops(name: str, rows: int) -> dict[str, Any]:
     """Share of the work of a prefill, and of attention alone, that weights add."""
     shape = SHAPES[name]
-    drop, merge = (shape.layer_flops(rows, 0, None, weighted) for weighted in (False, True))
+    dropped, merged = (shape.layer_flops(rows, 0, None, weighted) for weighted in (False, True))
     attention = extra_dims(shape.head_dim) / shape.head_dim
-    return {"model": name, "rows": rows, "attention": attention, "prefill": merge / drop - 1}
+    return {"model": name, "rows": rows, "attention": attention, "prefill": merged / dropped - 1}
 
 
 def carriers() -> dict[str, Callable[[], Tensor]]:
@@ -100,7 +102,7 @@ def carriers() -> dict[str, Callable[[], Tensor]]:
     k, v = (torch.randn(1, KV_HEADS, ROWS, DIM, generator=g) for _ in range(2))
     sizes = torch.randint(1, 9, (1, ROWS), generator=g).float()
     scale = DIM**-0.5
-    more = further(q, k, sizes, scale)  # once for all layers of a call
+    more = bias_dims(q, k, sizes, scale)  # once for all layers of a call
     seen = torch.ones(ROWS, ROWS, dtype=torch.bool).tril()
     groups = HEADS // KV_HEADS
 
@@ -141,7 +143,7 @@ def timed() -> dict[str, float]:
 
 INTRO = """# What merging with weights costs
 
-Made by `python -m benchmarks.kernels.weights`. `rest="merge"` adds the logarithm of a number to the
+Made by `python -m benchmarks.kernels.weights`. `merge=True` adds the logarithm of a number to the
 attention logits of every merged row. [Reducers](../../docs/methods.md) says what it is for.
 
 While a prompt is read, a few further head dimensions carry it under every backend. The kernel stays
@@ -162,8 +164,8 @@ through transformers, which builds its own, and is not timed here."""
 def markdown(data: dict[str, Any]) -> str:
     """The page."""
     rows = [
-        [r["reducer"], r["rest"], *(f"{c} + {n}" for c, n in (r["prefill"], r["step"]))]
-        for r in data["calls"]
+        [r["reducer"], str(r["merge"]), *(f"{c} + {n}" for c, n in (r["prefill"], r["step"]))]
+        for r in today(data["calls"])
     ]
     work = [
         [r["model"], str(r["rows"]), f"{r['attention']:.1%}", f"{r['prefill']:.2%}"]
@@ -181,15 +183,16 @@ def markdown(data: dict[str, Any]) -> str:
     return "\n\n".join(
         [
             INTRO,
+            NOTE,
             "## Calls + host reads that a patch adds\n\nFour images, ratio "
             f"{RATIO}, a tiny Qwen2-VL of 8 layers. Alone it makes {own[0]} calls in a prefill "
             f"and {own[1]} in a decode step.",
-            table(["reducer", "rest", "prefill", "decode step"], rows),
+            table(["reducer", "merge", "prefill", "decode step"], rows),
             "## A decode step where calls take the time\n\nThe same model and prompt, the "
             f"default reducer: milliseconds, the least of {ROUNDS} rounds of {TOKENS} tokens, "
             "and the median of the rounds against the model alone. Layers of a few thousand "
             "weights have next to no work, as on a GPU that waits for its next call.",
-            table(["rest", "ms", "against no patch"], decoding),
+            table(["", "ms", "against no patch"], decoding),
             "## FLOPs that weights add\n\nOf scores and sums of attention, and of a prefill.",
             table(["model", "rows left", "attention", "prefill"], work),
             f"## One attention call on a CPU\n\nMilliseconds of one thread; {HEADS} heads, "
@@ -216,7 +219,7 @@ def main() -> int:
             **facts,
             "date": publishing.environment()["date"],
             "machine": f"torch {torch.__version__}.",
-            "calls": [calls(r, rest) for r in REDUCERS for rest in KINDS],
+            "calls": [calls(r, merge) for r in REDUCERS for merge in ARMS.values()],
             "flops": [flops(name, rows) for name in SHAPES for rows in LENGTHS],
             "steps": steps(),
             "time": timed(),

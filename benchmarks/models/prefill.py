@@ -36,7 +36,8 @@ import tokencomp
 from benchmarks import publishing
 from benchmarks.models import shapes
 from benchmarks.publishing import environment, provenance, read_lines
-from tokencomp.method import Rest
+from benchmarks.stored import NOTE, today
+from tokencomp.method import Merging
 from tokencomp.pages import measured
 from tokencomp.pages.measured import kind_of, method_of
 from tokencomp.storage import write_lines
@@ -46,14 +47,14 @@ TEXT_BEFORE, TEXT_AFTER = 16, 48
 RATIOS = (0.5, 0.75, 0.9)
 KINDS = {"llava-onevision-0.5b": ("video",), "qwen2-vl-2b": ("image", "video")}
 """By model, the media that it is given."""
-Method = tuple[str, Rest]
+Method = tuple[str, Merging]
 """A reducer, and what happens to the rest; "auto", as by default, merges it on images."""
-Case = tuple[str, Rest, float]
+Case = tuple[str, Merging, float]
 DEFAULT: dict[str, tuple[Method, ...]] = {
-    "image": (("auto", "auto"), ("auto", "drop")),
+    "image": (("auto", "auto"), ("auto", False)),
     "video": (("auto", "auto"),),
 }
-OTHERS: tuple[Method, ...] = (("uniform", "drop"), ("merge", "drop"), ("aim", "drop"))
+OTHERS: tuple[Method, ...] = (("uniform", False), ("bipartite", False), ("aim", False))
 
 
 @dataclass(frozen=True)
@@ -171,8 +172,8 @@ def measure(piece: Piece, dtype: torch.dtype) -> Iterator[list[dict[str, Any]]]:
                     short = text_only(round(visual * (1 - ratio)))
                     native[ratio].append(prefill(model, short))
             for case in cases:
-                reducer, rest, ratio = case
-                handle.set(ratio=ratio, reducer=reducer, rest=rest)
+                reducer, merge, ratio = case
+                handle.set(ratio=ratio, reducer=reducer, merge=merge)
                 if repeat == 0 and piece.extras:
                     peaks[case] = peak_of(model, inputs)
                 seconds[case].append(prefill(model, inputs))
@@ -199,7 +200,7 @@ def record(piece: Piece, case: Case, dtype: torch.dtype, stats: Any) -> dict[str
         "visual_tokens": stats.tokens_before[0],
         "text_tokens": TEXT_BEFORE + TEXT_AFTER,
         "reducer": case[0],
-        "rest": case[1],
+        "merge": case[1],
         "ratio": case[2],
         "achieved_ratio": round(stats.ratio, 4),
         "kv_bytes_full": stats.kv_bytes_before,
@@ -241,12 +242,13 @@ run's; a cache with merged tokens keeps its size. [All benchmark pages](../READM
 
 def page(records: list[dict[str, Any]]) -> str:
     """Everything as a Markdown page."""
+    records = today(records)
     sources = dict.fromkeys(f"- {r['dtype']}: {provenance(r['environment'])}" for r in records)
     parts = [
         "# LLM prefill",
         LEGEND.replace("\n", " "),
         table(records),
-        "Made by:",
+        f"{NOTE} Made by:",
         "\n".join(sources),
     ]
     return "\n\n".join(parts) + "\n"

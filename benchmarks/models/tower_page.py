@@ -21,7 +21,7 @@ LABELS = {
 }
 PREAMBLE = f"""# The vision tower with fewer patches
 
-Real shapes with random weights. Patches leave before block 0 of the tower, chosen by k-centre on
+Real shapes with random weights. Patches leave before block 0 of the tower, chosen by k-center on
 pixels; the decoder keeps {1 - RATIO:g} of the visual tokens with the default reducer. Times of one
 CPU thread are processor time, those of several are elapsed time. The speed-up of a whole model is
 the median over rounds, each of which runs all variants, with the smallest and the largest of them

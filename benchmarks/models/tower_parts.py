@@ -14,7 +14,7 @@ from PIL import Image
 from benchmarks.models import shapes
 from benchmarks.models.shapes import SHAPES
 from tokencomp.adapters.registry import adapter_for
-from tokencomp.reducers.kcentre import KCentre
+from tokencomp.reducers.kcenter import KCenter
 from tokencomp.tokens.reduction import Reduction
 from tokencomp.tokens.spans import SpanBatch
 from tokencomp.torchlib.hooks import Hooked
@@ -26,8 +26,8 @@ VISION = {"qwen2_vl": 32, "llava_onevision": 26}
 
 
 @dataclass(frozen=True, eq=False)
-class Timed(KCentre):
-    """k-centre that adds up what choosing costs."""
+class Timed(KCenter):
+    """k-center that adds up what choosing costs."""
 
     clock: Any = None
     spent: Any = None

@@ -9,7 +9,6 @@ the results, and those of a former model in candidates.json, which is not asked 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from benchmarks.gpu.recompute import runs_of
 from benchmarks.real.page import HERE, accuracy
 from benchmarks.real.page import RESULTS as TEST_RESULTS
 from benchmarks.real.run import packed
+from benchmarks.stored import NOTE, read_stored
 from recipes.photographs.build import FOLDER
 from recipes.photographs.items import LETTERS, StampItem, items
 from recipes.photographs.sources import TUXPAINT, Photos
@@ -34,18 +34,18 @@ from tokencomp.errors import OptionError
 from tokencomp.evaluation.metrics import difference
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.runs import EvalRun, paired_scores
-from tokencomp.evaluation.settings import FULL, RANDOM, REST, Setting, label_of
+from tokencomp.evaluation.settings import FULL, MERGE, RANDOM, Setting, label_of
 from tokencomp.storage import write_text
 
 FORMER, RESULTS = HERE / "candidates.json", HERE / "merging.json"
 MODEL = "real-fastvlm"
 CANDIDATES: list[tuple[str, dict[str, Any]]] = [
-    ("kcentre", {}),
-    ("kcentre", {REST: "merge"}),
+    ("kcenter", {}),
+    ("kcenter", {MERGE: True}),
     ("scope", {"saliency": "none"}),
-    ("scope", {"saliency": "none", REST: "merge"}),
+    ("scope", {"saliency": "none", MERGE: True}),
 ]
-"""Needs neither training nor attention of the decoder; `kcentre` is the default on images."""
+"""Needs neither training nor attention of the decoder; `kcenter` is the default on images."""
 RATIOS = (0.5, 0.75, 0.9, 0.95)
 HEAD = """# {title} on photographs
 
@@ -66,13 +66,13 @@ TITLES = {
 
 def learned() -> list[str]:
     """Families that the published results call learned, by validation questions, in words."""
-    names: list[str] = json.loads(TEST_RESULTS.read_text())["learned"]
+    names: list[str] = read_stored(TEST_RESULTS)["learned"]
     return [name for name in names if name != LETTERS]
 
 
 @dataclass(frozen=True)
 class OneKind(Results):
-    """Results whose questions are all about one kind of media, which counts as "images"."""
+    """Results whose questions are all about one modality, which counts as "images"."""
 
     def select(self, kind: str, families: Iterable[str] | None = None) -> list[int]:
         allowed = None if families is None else {*families}
@@ -82,7 +82,7 @@ class OneKind(Results):
 
 def photographs(path: Path = FORMER) -> OneKind:
     """The stored answers, in the form of those of the embedded models."""
-    stored = json.loads(path.read_text())
+    stored = read_stored(path)
     return as_results(stored, MODEL if path == FORMER else f"{MODEL}-448", stored["about"])
 
 
@@ -127,8 +127,8 @@ def page(results: dict[str, Any], path: Path = RESULTS) -> str:
     families = sorted({record["family"] for record in full.records})
     text = [f"{name} {accuracy(full, name):.0%}" for name in families]
     about = (
-        f"- {publishing.provenance(results['about'])}\n- {len(full.records)} questions; the full "
-        f"model answers {full.mean('correct'):.1%}: {', '.join(text)}."
+        f"- {publishing.provenance(results['about'])}\n- {NOTE}\n- {len(full.records)} questions; "
+        f"the full model answers {full.mean('correct'):.1%}: {', '.join(text)}."
     )
     title, before = TITLES.get(path, TITLES[RESULTS])
     head_text = HEAD.format(title=title, before=before)
@@ -169,7 +169,7 @@ def main() -> None:
     if not args.out.exists():
         raise OptionError(f"there is no {args.out}. Run without --report first.")
     for path in (args.out, *([FORMER] if args.out == RESULTS else [])):
-        text = page(json.loads(path.read_text()), path)
+        text = page(read_stored(path), path)
         print(write_text(path.with_suffix(".md"), text))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from benchmarks.accuracy.store import STORED_DEFAULT
 from benchmarks.gpu.contribution import Row
 from benchmarks.gpu.recompute import losing, runs_of, table_lines
 from benchmarks.publishing import MARK, provenance, table
+from benchmarks.stored import NOTE, read_stored
 from recipes.photographs.items import LETTERS
 from recipes.photographs.sources import FURTHER, NAMES
 from tokencomp.evaluation.metrics import difference
@@ -106,6 +106,7 @@ def _training(results: dict[str, Any]) -> str:
   {provenance(training)}.
 - Running shares of right answers on training pictures at the end: {scores}. No picture repeats.
 - Answers: {provenance(about)}.{mark}
+- {NOTE}
 - {results["per_family"]} questions of each family; greedy decoding in
   {results["identity"]["dtype"]}.{letters}
 """
@@ -163,13 +164,13 @@ def accuracy(run: EvalRun, family: str) -> float:
 
 
 def _moved(results: dict[str, Any]) -> str:
-    moved = [f"{label} {how}" for label, how in results["moved"].items()]
-    return f"\nThe depth of the decoder moves cuts: {'; '.join(moved)}.\n" if moved else ""
+    deviation = [f"{label} {how}" for label, how in results["deviation"].items()]
+    return f"\nThe depth of the decoder moves cuts: {'; '.join(deviation)}.\n" if deviation else ""
 
 
 def write_page(results: Path, page_path: Path, head: str = HEAD) -> Path:
     """Write the page; without a result file it says that there is none."""
     text = f"{head}\nThere are no results yet.\n"
     if results.exists():
-        text = page(json.loads(results.read_text()), head)
+        text = page(read_stored(results), head)
     return write_text(page_path, text.rstrip() + "\n")

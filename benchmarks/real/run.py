@@ -37,16 +37,16 @@ from tokencomp.cli import one_message
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.runs import EvalRun
-from tokencomp.evaluation.settings import DOWNSCALE, FULL, RANDOM, REST, Setting
+from tokencomp.evaluation.settings import DOWNSCALE, FULL, MERGE, RANDOM, Setting
 from tokencomp.inputs.questions import Example
 from tokencomp.pages.lost import LostItem, draw_lost
 
 RATIOS = (0.5, 0.75, 0.9)
-METHODS = ("uniform", DOWNSCALE, "auto", "scope", "divprune", "cdpruner", "merge", "fastv")
+METHODS = ("uniform", DOWNSCALE, "auto", "scope", "divprune", "cdpruner", "bipartite", "fastv")
 """Many others read the attention of the tower, which this one has not."""
 VARIANTS: dict[str, tuple[dict[str, Any], ...]] = {
-    "auto": ({}, {REST: "drop"}),
-    "scope": ({"saliency": "none", REST: "merge"},),
+    "auto": ({}, {MERGE: False}),
+    "scope": ({"saliency": "none", MERGE: True},),
 }
 SEEDS = (0, 1, 2)
 LOST_RATIO = 0.75
@@ -134,7 +134,9 @@ def answer(
         "learned": learned,
         "scores": scores,
         "blind": guess,
-        "moved": {s.label: r.manifest["moved"] for s, r in done.items() if r.manifest["moved"]},
+        "deviation": {
+            s.label: r.manifest["deviation"] for s, r in done.items() if r.manifest["deviation"]
+        },
         "identity": {k: manifest["identity"][k] for k in ("weights", "dtype", "seed")},
         **packed(done, args.frames),
     }

@@ -6,7 +6,7 @@ from typing import Any
 
 from benchmarks.accuracy.studies.ranking import Candidate, answered, choice_table, rank, title
 from benchmarks.real.candidates import as_results
-from tokencomp.evaluation.settings import DOWNSCALE, FULL, RANDOM, REST
+from tokencomp.evaluation.settings import DOWNSCALE, FULL, MERGE, RANDOM
 from tokencomp.reducers.registry import make_reducer
 
 NO_CANDIDATES = (FULL, RANDOM, DOWNSCALE, "auto")
@@ -42,7 +42,7 @@ def candidate(row: dict[str, Any]) -> Candidate:
 
 def merges(one: Candidate) -> bool:
     name, options = one
-    return options.get(REST) == "merge" or make_reducer(name).merges
+    return options.get(MERGE) is True or make_reducer(name).merges
 
 
 def chosen(rows: list[dict[str, Any]]) -> Candidate:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from benchmarks.gpu.recompute import losing, runs_of, table_lines
 from benchmarks.publishing import MARK, provenance
 from benchmarks.real.page import families_table, methods_by_family
 from benchmarks.sounds.choice import choice_lines
+from benchmarks.stored import NOTE, read_stored
 from recipes.sounds.model import TOKENS
 from recipes.sounds.scenes import COUNTS, NAMES, SECONDS
 from tokencomp.storage import write_text
@@ -60,7 +60,7 @@ def page(results: dict[str, Any]) -> str:
 - {results["per_family"]} questions of each family and split; greedy decoding in
   {results["identity"]["dtype"]}.
 """
-    parts = [HEAD, run, families_table(results), *choice_lines(results)]
+    parts = [HEAD, run, NOTE, families_table(results), *choice_lines(results)]
     for split, note in (("validation", "choices are made on these"), ("test", "none is")):
         rows = [Row.model_validate(row) for row in results[split]["rows"]]
         runs = runs_of(rows, PackedAnswers.from_json(results[split]["answers"]))
@@ -73,5 +73,5 @@ def write_page(results: Path, page_path: Path) -> Path:
     """Write the page; without a result file it says that there is none."""
     text = f"{HEAD}\nThere are no results yet.\n"
     if results.exists():
-        text = page(json.loads(results.read_text()))
+        text = page(read_stored(results))
     return write_text(page_path, text.rstrip() + "\n")

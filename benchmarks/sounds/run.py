@@ -28,20 +28,20 @@ from recipes.tiny.evaluate import blind_guess
 from tokencomp.cli import one_message
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.runner import sweep
-from tokencomp.evaluation.settings import DOWNSCALE, RANDOM, REST, Setting
+from tokencomp.evaluation.settings import DOWNSCALE, MERGE, RANDOM, Setting
 
 METHODS: list[tuple[str, dict[str, Any]]] = [
     ("uniform", {}),
     (DOWNSCALE, {}),
-    ("uniform", {REST: "merge"}),
+    ("uniform", {MERGE: True}),
     ("auto", {}),
     ("condiv", {}),
     ("condiv", {"power": 0.35}),
-    ("kcentre", {}),
-    ("kcentre", {REST: "merge"}),
-    ("scope", {"saliency": "none", REST: "merge"}),
+    ("kcenter", {}),
+    ("kcenter", {MERGE: True}),
+    ("scope", {"saliency": "none", MERGE: True}),
     ("fusion", {}),
-    ("merge", {}),
+    ("bipartite", {}),
     ("divprune", {}),
     ("cdpruner", {}),
     ("fastv", {}),

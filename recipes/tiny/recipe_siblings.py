@@ -30,7 +30,7 @@ def _shows_words(source: Source) -> bool:
 
 
 def _shortened(steps: dict[str, int], media: tuple[str, ...]) -> tuple[Stage, ...]:
-    """The stages of `DEEP` that are named, with their numbers of steps, for a kind of media.
+    """The stages of `DEEP` that are named, with their numbers of steps, for a modality.
 
     Questions with options become questions that one word answers. The last stage has no words on
     pictures, which these models do not learn.

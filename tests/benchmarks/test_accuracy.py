@@ -31,11 +31,11 @@ def test_learned_is_decided_by_validation_and_the_blind_guess(unpublished: Path)
 
 
 def test_tables(unpublished: Path) -> None:
-    results = results_of(unpublished, {**SHARES, "condiv-0.9": 0.6, "merge-0.9": 0.2})
+    results = results_of(unpublished, {**SHARES, "condiv-0.9": 0.6, "bipartite-0.9": 0.2})
     assert tables.kept(results, "condiv-0.9", "images").value == pytest.approx(24 / 28)
     rows = tables.ratio_table(results, 0.9, "condiv").splitlines()[2:]
     names = [row.split("|")[1].strip() for row in rows]
-    assert names == ["random", "uniform", "downscale", "**condiv**", "merge"]
+    assert names == ["random", "uniform", "downscale", "**condiv**", "bipartite"]
     assert "+" in rows[3].split("|")[6] and "−" in rows[4].split("|")[6]
     against = [row.split("|")[7].strip() for row in rows]  # 20, 8, 4 and 32 only one got right
     assert against == ["1.9e-06 −", "0.0078 −", "0.12", "", "4.7e-10 −"]
@@ -141,23 +141,23 @@ def test_summary_has_methods_by_ratios_over_learned_families(unpublished: Path) 
 
 def test_a_later_run_is_merged_into_the_stored_results(tmp_path: Path) -> None:
     first = store.collected(
-        sweep_runs({"full": [True, True], "merge-0.5": [True, False]}), "m", "test"
+        sweep_runs({"full": [True, True], "bipartite-0.5": [True, False]}), "m", "test"
     )
     later = sweep_runs({"full": [True, True], "random-0.5": [False, True]}, seed=1)
     both = store.merged(first, store.collected(later, "m", "test"))
     both.write(tmp_path)
     both = Results.read(tmp_path, "test")
-    assert both.answers.correct == {"full": [1, 1], "merge-0.5": [1, 0], "random-0.5": [0, 1]}
-    assert both.answers.agrees == {"full": [1, 1], "merge-0.5": [1, 0], "random-0.5": [0, 1]}
+    assert both.answers.correct == {"full": [1, 1], "bipartite-0.5": [1, 0], "random-0.5": [0, 1]}
+    assert both.answers.agrees == {"full": [1, 1], "bipartite-0.5": [1, 0], "random-0.5": [0, 1]}
     assert [one["seed"] for one in both.manifest["runs"]] == [0, 1]
     assert {k: s["run"] for k, s in both.settings.items()} == {
-        "full": 1, "merge-0.5": 0, "random-0.5": 1,
+        "full": 1, "bipartite-0.5": 0, "random-0.5": 1,
     }  # fmt: skip
     assert both.settings["random-0.5"]["achieved"] == {"images": 0.5}
     assert not any("seconds" in s for s in both.settings.values())
-    again = sweep_runs({"full": [True, True], "merge-0.5": [False, False]}, seed=2)
+    again = sweep_runs({"full": [True, True], "bipartite-0.5": [False, False]}, seed=2)
     newest = store.merged(both, store.collected(again, "m", "test"))
-    assert newest.answers.correct["merge-0.5"] == [0, 0]
+    assert newest.answers.correct["bipartite-0.5"] == [0, 0]
     assert [one["seed"] for one in newest.manifest["runs"]] == [1, 2]  # nothing is left of run 0
 
 
@@ -200,10 +200,10 @@ def test_methods_that_a_model_refuses_are_left_out_with_the_reason() -> None:
     assert all("attention" in reason for reason in refused.values())
 
 
-def test_the_default_of_a_model_that_refuses_condiv_is_kcentre(unpublished: Path) -> None:
-    results = results_of(unpublished, {**SHARES, "kcentre-0.9": 0.6})
-    assert results.default == "kcentre"
-    assert "**kcentre**" in report.write_report(unpublished).read_text()
+def test_the_default_of_a_model_that_refuses_condiv_is_kcenter(unpublished: Path) -> None:
+    results = results_of(unpublished, {**SHARES, "kcenter-0.9": 0.6})
+    assert results.default == "kcenter"
+    assert "**kcenter**" in report.write_report(unpublished).read_text()
     assert results_of(unpublished, {**SHARES, "condiv-0.9": 0.6}).default == "condiv"
 
 

@@ -102,7 +102,7 @@ def test_nothing_of_ours_runs_at_ratio_0(model: Any) -> None:
     assert not step_functions(model, OFF)
 
 
-@pytest.mark.parametrize("reducer", ("auto", "merge", "fastv", "pyramiddrop"))
+@pytest.mark.parametrize("reducer", ("auto", "bipartite", "fastv", "pyramiddrop"))
 def test_a_decode_step_runs_no_python_per_layer(model: Any, deep: Any, reducer: str) -> None:
     """Neither entry plans nor layer plans do; these reducers have as many stages in both models."""
     steps = [step_functions(m, reducer) for m in (deep, model)]

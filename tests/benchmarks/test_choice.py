@@ -23,7 +23,7 @@ from tokencomp import make_reducer
 from tokencomp.evaluation.settings import Setting
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "accuracy"
-CHOICES = (("condiv", 0.675), ("merge", 0.65), ("random", 0.3))
+CHOICES = (("condiv", 0.675), ("bipartite", 0.65), ("random", 0.3))
 
 
 def choices(folder: Path, names: tuple[str, ...]) -> None:
@@ -41,7 +41,7 @@ def test_choice(unpublished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = read_all(unpublished, "validation")
     assert [one.manifest["model"] for one in results] == ["a", "b"]
     rows = choose.rank(results, candidates)
-    assert [r["reducer"] for r in rows] == ["condiv", "merge", "random"]
+    assert [r["reducer"] for r in rows] == ["condiv", "bipartite", "random"]
     assert [r["score"] for r in rows] == pytest.approx([27 / 28, 26 / 28, 12 / 28])
     assert rows[0]["tied"] and not rows[2]["tied"]
     choose.write_choice(results, unpublished)
@@ -57,40 +57,42 @@ def test_a_candidate_for_images_and_one_for_videos(unpublished: Path) -> None:
     """Cells of images count the answers of the one, cells of videos those of the other."""
     choices(unpublished, ("a",))
     results = read_all(unpublished, "validation")
-    joined = ranking.by_kind(("merge", {}), ("random", {}))
-    rows = {r["reducer"]: r for r in ranking.rank(results, [joined, ("merge", {}), ("random", {})])}
+    joined = ranking.by_modality(("bipartite", {}), ("random", {}))
+    rows = {
+        r["reducer"]: r for r in ranking.rank(results, [joined, ("bipartite", {}), ("random", {})])
+    }
     for at, (_, _, kind) in enumerate(ranking.keys(results)):
-        other = rows["merge" if kind == "images" else "random"]
-        assert rows[ranking.BY_KIND]["cells"][at] == other["cells"][at]
+        other = rows["bipartite" if kind == "images" else "random"]
+        assert rows[ranking.BY_MODALITY]["cells"][at] == other["cells"][at]
     assert choose.title(joined) == "merge on images, random on videos"
-    assert {s.reducer for s in ranking.settings(joined)} == {"merge", "random"}
+    assert {s.reducer for s in ranking.settings(joined)} == {"bipartite", "random"}
     del results[0].settings["random-0.9"]
-    assert ranking.answered(results, ("merge", {})) and not ranking.answered(results, joined)
+    assert ranking.answered(results, ("bipartite", {})) and not ranking.answered(results, joined)
 
 
 @pytest.mark.parametrize(
     ("rows", "best"),
     [
-        ([("condiv", {"power": 2.0}, 0.99, 0.01), ("merge", {}, 0.98, 0.02)], "merge"),
-        ([("condiv", {"power": 2.0}, 0.99, 0.02), ("merge", {}, 0.98, 0.02)], "condiv"),
-        ([("merge", {}, 0.99, 0.02), (*choose.PREVIOUS, 0.9, 0.02)], None),
+        ([("condiv", {"power": 2.0}, 0.99, 0.01), ("bipartite", {}, 0.98, 0.02)], "bipartite"),
+        ([("condiv", {"power": 2.0}, 0.99, 0.02), ("bipartite", {}, 0.98, 0.02)], "condiv"),
+        ([("bipartite", {}, 0.99, 0.02), (*choose.PREVIOUS, 0.9, 0.02)], None),
     ],
     ids=["points to spare", "then the score", "but the previous default stays"],
 )
 def test_what_decides_between_tied_candidates(rows: Any, best: str | None) -> None:
     keys = ("reducer", "options", "score", "spare")
     tied = [dict(zip(keys, row, strict=True)) for row in rows]
-    assert max(tied, key=choose.preference)["reducer"] == (best or ranking.BY_KIND)
+    assert max(tied, key=choose.preference)["reducer"] == (best or ranking.BY_MODALITY)
 
 
 def test_what_the_rule_would_choose_with_merging() -> None:
     """Named where it is tied and has more to spare; otherwise there is nothing to say."""
-    default = {"reducer": "kcentre", "options": {}, "score": 0.99, "spare": 0.01, "tied": True}
-    merged = {"reducer": "merge", "options": {}, "score": 0.98, "spare": 0.02, "tied": True}
-    (said,) = choose.by_the_rule([default, merged], ("kcentre", {}))
-    assert "**merge**" in said and "kcentre" not in said
+    default = {"reducer": "kcenter", "options": {}, "score": 0.99, "spare": 0.01, "tied": True}
+    merged = {"reducer": "bipartite", "options": {}, "score": 0.98, "spare": 0.02, "tied": True}
+    (said,) = choose.by_the_rule([default, merged], ("kcenter", {}))
+    assert "**merge**" in said and "kcenter" not in said
     for fewer in ({"tied": False}, {"spare": 0.0}):
-        assert choose.by_the_rule([default, {**merged, **fewer}], ("kcentre", {})) == []
+        assert choose.by_the_rule([default, {**merged, **fewer}], ("kcenter", {})) == []
 
 
 def test_the_default_asked_again_with_merging(unpublished: Path) -> None:
@@ -108,18 +110,18 @@ def test_the_default_asked_again_with_merging(unpublished: Path) -> None:
     assert models == "Of a."
     first, second = table.splitlines()[2:4]
     assert first.startswith("| **condiv** | 96.4% |") and "| 92.9% |" in second
-    assert table.count("rest=merge") > 2
+    assert table.count("merge=True") > 2
     assert choose.ranked(results[1:], [("condiv", {}), *choose.AGAINST]) == []
 
 
 def test_points_to_spare_are_those_above_the_bar_of_the_ratio(unpublished: Path) -> None:
     """At 0.95 nothing is kept beyond the bar of 80 %, which is still more to spare than at 0.5."""
     shares = dict(zip(RATIOS, (0.68, 0.7, 0.7, 0.7), strict=True))
-    labels = {Setting("merge", ratio).label: share for ratio, share in shares.items()}
+    labels = {Setting("bipartite", ratio).label: share for ratio, share in shares.items()}
     write_results(unpublished, {"full": 0.7, **labels}, "validation", "a")
     results = read_all(unpublished, "validation")
-    (row,) = ranking.rank(results, [("merge", {})])
-    kept = [tables.kept(results[0], "merge-0.5", kind).value for kind in ("images", "videos")]
+    (row,) = ranking.rank(results, [("bipartite", {})])
+    kept = [tables.kept(results[0], "bipartite-0.5", kind).value for kind in ("images", "videos")]
     assert row["spare"] == pytest.approx(min(0.03, min(kept) - 0.97))
 
 
@@ -165,11 +167,11 @@ def test_auto_is_the_recorded_choice() -> None:
     for options in ({}, {"reducer": "auto"}):
         with tokencomp.patch(family.build(), 0.5, **options) as handle:
             (stage,) = handle.plan.stages
-            assert stage.rest == "auto"  # decided apart, see the last sentences of choice.md
+            assert stage.merge == "auto"  # decided apart, see the last sentences of choice.md
     for kind, grid in (("images", (1, 8, 8)), ("videos", (6, 4, 4))):
         name, chosen = ranking.part((stored["reducer"], stored["options"]), kind, 0.5)
         for seed in range(5):
-            tokens = dataclasses.replace(matrix.tokens(grid, seed=seed), kind=kind[:-1])
+            tokens = dataclasses.replace(matrix.tokens(grid, seed=seed), modality=kind[:-1])
             kept = [
                 one.reduce(tokens, 20).keep for one in (stage.reducer, make_reducer(name, **chosen))
             ]
@@ -198,7 +200,7 @@ def test_two_candidates_over_groups_of_models(unpublished: Path) -> None:
     choices(unpublished, ("a", "b", "c"))
     a, b, c = read_all(unpublished, "validation")
     found = ranking.compare(
-        [([a, b], ("merge", {}), ("condiv", {})), ([c], ("random", {}), ("merge", {}))]
+        [([a, b], ("bipartite", {}), ("condiv", {})), ([c], ("random", {}), ("bipartite", {}))]
     )
     assert found["cells"] == 3 * len(RATIOS) * len(store.KINDS)
     first, second = (2 * 26 + 12) / (3 * 28), (2 * 27 + 26) / (3 * 28)

@@ -55,7 +55,7 @@ def test_a_dry_run_takes_every_step_once(
 def test_overhead_is_what_a_short_text_does_not_cost() -> None:
     stats = SimpleNamespace(flops_before=30, flops_after=10, ratio=0.5)
     times = [4.0, 5.0, 6.0], [2.0, 2.0, 9.0], [1.0, 1.5, 1.5]
-    record = measurements._record(("merge", 0.5), Prompt(2, (1, 4, 4)), *times, stats)
+    record = measurements._record(("bipartite", 0.5), Prompt(2, (1, 4, 4)), *times, stats)
     assert (record["overhead"], record["speedup"]) == (0.1, 2.5)
     off = measurements._record(("ratio 0", 0.0), Prompt(2, (1, 4, 4)), *times[:2], [], stats)
     assert off["overhead"] == -0.6

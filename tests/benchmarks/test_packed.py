@@ -14,7 +14,7 @@ from tokencomp.evaluation.runs import EvalRun
 
 def records(ids: list[tuple[str, int]], seed: int = 0) -> list[dict[str, Any]]:
     draw = random.Random(seed)
-    labels = ("full", "merge-0.5", "random-0.5")
+    labels = ("full", "bipartite-0.5", "random-0.5")
     return [
         {
             "id": f"test-{family}-{i:05d}",

@@ -26,7 +26,7 @@ def test_a_run_that_ends_early_leaves_its_repeats(
 ) -> None:
     """The page is that of the file; another run replaces the records of its models alone."""
     out = tmp_path / "quick.jsonl"
-    methods = (("aim", "drop"), ("merge", "drop"))
+    methods = (("aim", False), ("bipartite", False))
     shape = Shape("llava_onevision", 32, 32, 8, 2, 1)
     monkeypatch.setitem(shapes.SHAPES, NAME, shape)
     monkeypatch.setattr(prefill, "KINDS", {NAME: ("video",)})
@@ -45,7 +45,7 @@ def test_a_run_that_ends_early_leaves_its_repeats(
     with pytest.raises(KeyboardInterrupt):
         run(monkeypatch, out)
     records = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [(r["reducer"], r["rest"]) for r in records] == list(methods)
+    assert [(r["reducer"], r["merge"]) for r in records] == list(methods)
     assert all(len(r["seconds_compressed"]) == 1 for r in records)
     assert [r["seconds_compressed"][0] for r in records] == runs[1:3]
     assert records[0]["speedup"] == round(runs[0] / runs[1], 3)
@@ -59,12 +59,12 @@ def test_a_run_that_ends_early_leaves_its_repeats(
 def test_an_image_is_merged_by_default_and_dropped_on_request() -> None:
     """The cache of merged tokens keeps its size."""
     shape = Shape("qwen2_vl", 256, 64, 2, 2, 1)  # heads as wide as the real ones
-    methods = (*prefill.DEFAULT["image"], ("uniform", "drop"))
+    methods = (*prefill.DEFAULT["image"], ("uniform", False))
     piece = prefill.Piece("qwen-tiny", "image", 256, methods, (0.5, 0.75), 1, False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(shapes.SHAPES, "qwen-tiny", shape)
         (records,) = prefill.measure(piece, torch.float32)
-    assert [prefill.method_of(r) for r in records[::2]] == ["auto", "auto rest=drop", "uniform"]
+    assert [prefill.method_of(r) for r in records[::2]] == ["auto", "auto merge=False", "uniform"]
     assert {r["kind"] for r in records} == {"image"}
     kept = [r["kv_bytes_compressed"] / r["kv_bytes_full"] for r in records]
     prompt = 256 + prefill.TEXT_BEFORE + prefill.TEXT_AFTER

@@ -11,6 +11,7 @@ from support.photographs import Drawings, toy
 
 from benchmarks.gpu.recompute import losing
 from benchmarks.real import candidates, clip_answers, page, run
+from benchmarks.stored import read_stored
 from recipes.photographs.items import items
 from recipes.photographs.model import build_processor
 from tokencomp.evaluation.runs import EvalRun
@@ -44,7 +45,7 @@ def test_toy_run_makes_a_page(
     assert by_label["auto at 0.75"]["reached"] == pytest.approx(0.75, abs=0.01)
     assert by_label["downscale at 0.75"]["visual_tokens"] == 49  # of 196
     assert len(by_label) == 1 + 3 + 5
-    assert {"auto rest=drop at 0.75", "scope rest=merge saliency=none at 0.75"} < set(by_label)
+    assert {"auto merge=False at 0.75", "scope merge=True saliency=none at 0.75"} < set(by_label)
     assert "| auto | 0.75 |" in text and "random (3 seeds)" in text and "random seed" not in text
     for one in run.draw(model, build_processor(tokenizer), Drawings(), args, tmp_path):
         (picture,) = (tmp_path / "lost").rglob(one.picture)
@@ -81,29 +82,29 @@ def test_candidates_stand_on_a_page_with_their_difference_to_random(tmp_path: Pa
     }  # fmt: skip
     text = candidates.page({"about": about, **results})
     rows = {r.split(" | ")[0].strip("| "): r for r in text.splitlines() if r.startswith("| ")}
-    lines = (tmp_path / "kcentre-0.75" / "records.jsonl").read_text().splitlines()
+    lines = (tmp_path / "kcenter-0.75" / "records.jsonl").read_text().splitlines()
     share = sum(json.loads(line)["correct"] for line in lines) / len(asked)
-    assert rows["kcentre"].split(" | ")[2].startswith(f"{share:.1%}, ")
+    assert rows["kcenter"].split(" | ")[2].startswith(f"{share:.1%}, ")
     names = {f"{name} {', '.join(f'{k}={v}' for k, v in options.items())}".strip()
              for name, options in [("random", {}), *candidates.CANDIDATES]}  # fmt: skip
     assert names < {*rows} and "4 questions" in text
     (tmp_path / "stored.json").write_text(json.dumps({"about": about, **results}))
     stored = candidates.photographs(tmp_path / "stored.json")
     assert stored.select("videos") == [] and stored.learned == ("half", "count")
-    assert sum(stored.scores("kcentre-0.75", "images")) == round(share * len(asked))
+    assert sum(stored.scores("kcenter-0.75", "images")) == round(share * len(asked))
     assert len(stored.scores("full", "images", ["half"])) == 2
 
 
 @pytest.mark.long
 def test_published_pages_are_those_of_their_results() -> None:
     for path in (candidates.FORMER, candidates.RESULTS):
-        text = candidates.page(json.loads(path.read_text()), path)
+        text = candidates.page(read_stored(path), path)
         assert path.with_suffix(".md").read_text().rstrip() == text.rstrip(), path
     for path, own, head in (
         (page.RESULTS, page.PAGE, page.HEAD),
         (clip_answers.RESULTS, clip_answers.RESULTS.with_suffix(".md"), clip_answers.HEAD),
     ):
-        text = page.page(json.loads(path.read_text()), head)
+        text = page.page(read_stored(path), head)
         assert own.read_text().rstrip() == text.rstrip(), path
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from benchmarks.sounds import page, run
+from benchmarks.stored import read_stored
 from recipes.sounds.model import TOKENS, build, build_processor, build_tokenizer
 from tokencomp.storage import write_json
 
@@ -36,5 +36,5 @@ def test_toy_run_makes_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.long
 def test_published_page_is_that_of_its_results() -> None:
-    text = page.page(json.loads(page.RESULTS.read_text()))
+    text = page.page(read_stored(page.RESULTS))
     assert page.PAGE.read_text().rstrip() == text.rstrip()

@@ -35,13 +35,13 @@ def test_verdicts_of_the_study() -> None:
         return [1] * count + [0] * (100 - count)
 
     answers = {"full@0": rights(100), "entry only@0": rights(100)}
-    answers |= {"kcentre@0.5": rights(96), "kcentre@0.6": rights(95), "kcentre@0.75": rights(93)}
+    answers |= {"kcenter@0.5": rights(96), "kcenter@0.6": rights(95), "kcenter@0.75": rights(93)}
     answers |= {"downscale@0.5": rights(80), "downscale@0.75": rights(93)}
     said = "\n".join(tower_page.verdicts(answers))
     assert "at 0.5 keeps 96.0% of entry only: it misses 97%" in said
     assert "at 0.75 keeps 93.0% of entry only: it meets 92%" in said
-    assert "k-centre at 0.5 is above downscale at 0.5: +16.0 points" in said
-    assert "k-centre at 0.75 is not different from downscale at 0.75: +0.0 points" in said
+    assert "k-center at 0.5 is above downscale at 0.5: +16.0 points" in said
+    assert "k-center at 0.75 is not different from downscale at 0.75: +0.0 points" in said
     assert said in tower_page.page({"qwen-images": entry(answers, ["count"])})
 
 
@@ -62,17 +62,17 @@ def entry(answers: dict[str, list[int]], families: list[str]) -> dict[str, Any]:
 
 
 def test_families_of_the_study() -> None:
-    """One family is answered by all rows; of others, k-centre loses what fewer pixels keep.
+    """One family is answered by all rows; of others, k-center loses what fewer pixels keep.
 
     tiny-qwen2-vl has not learned to count actions.
     """
     good, half = [1] * 150, [1] * 50 + [0] * 100
-    answers = {"full@0": good, "entry only@0": good, "kcentre@0.5": half, "kcentre@0.6": half}
-    answers |= {"kcentre@0.75": half, "downscale@0.75": good, "fewer_frames@0.75": half}
+    answers = {"full@0": good, "entry only@0": good, "kcenter@0.5": half, "kcenter@0.6": half}
+    answers |= {"kcenter@0.75": half, "downscale@0.75": good, "fewer_frames@0.75": half}
     stored = entry(answers, ["count", "needle", "action_count"])
     text = tower_page.page({"qwen-hard-videos": {**stored, "vivid": [0, 1] * 75}})
     # Of 50 questions, 7.1 % may be otherwise where none is.
-    assert "| kcentre | 0.5 | 100.0%, +0.0 [-7.1, +7.1] | 0.0%, -100.0 [-100.0, -92.9] |" in text
+    assert "| kcenter | 0.5 | 100.0%, +0.0 [-7.1, +7.1] | 0.0%, -100.0 [-100.0, -92.9] |" in text
     assert "commit abc (**uncommitted code**)" in text
     assert "| what the tower sees | tower ratio | count | needle | action_count | panning |" in text
     assert "not among these: action_count (100%, a blind guess 50%): 0.75 against downs" in text
@@ -219,10 +219,10 @@ def test_variants_without_their_change_are_k_centre(tmp_path: Path) -> None:
     x = torch.rand(48, 27, generator=torch.Generator().manual_seed(0))
     span = VisualTokens(x, (1, 6, 8), torch.zeros(48, dtype=torch.bool), pixels=(1, 3, 3))
     batch = SpanBatch.of(span)
-    expected = reduced(make_reducer("kcentre", thumb=1), batch, [9]).keep.tolist()
-    plain = tower_variants.Places(thumb=1, weight=0.0), tower_variants.Outstanding(1, share=0.1)
+    expected = reduced(make_reducer("kcenter", pool=1), batch, [9]).keep.tolist()
+    plain = tower_variants.Places(pool=1, weight=0.0), tower_variants.Outstanding(1, share=0.1)
     assert [reduced(reducer, batch, [9]).keep.tolist() for reducer in plain] == [expected] * 2
-    changed = tower_variants.Places(thumb=1, weight=5.0), tower_variants.Outstanding(1, share=0.5)
+    changed = tower_variants.Places(pool=1, weight=5.0), tower_variants.Outstanding(1, share=0.5)
     for reducer in changed:
         kept = reduced(reducer, batch, [9]).keep.tolist()
         assert len(kept) == 9 and kept == sorted(set(kept)) != expected

@@ -25,7 +25,7 @@ def test_list_is_generated_from_the_registries(capsys):
     names = {row["name"] for row in printed["reducers"]}
     assert names == {*available_reducers(), "downscale", "fewer_frames", "native"}
     assert {t for row in printed["models"] for t in row["model_types"]} == set(available_models())
-    merge = next(r for r in printed["reducers"] if r["name"] == "merge")
+    merge = next(r for r in printed["reducers"] if r["name"] == "bipartite")
     assert merge["options"]["weighted"] is True and merge["stage"] == "entry"
     assert next(r for r in printed["reducers"] if r["name"] == "aim")["stage"] == "entry + layers"
     scope = next(r for r in printed["reducers"] if r["name"] == "scope")
@@ -145,7 +145,7 @@ def test_demo_in_short_answers_the_packaged_questions(folder, tmp_path, monkeypa
     "args, message",
     [
         (["demo", "--ratio", "1.5"], r"\[0, 1\)"),
-        (["demo", "--reducer", "mrge"], "Did you mean 'merge'"),
+        (["demo", "--reducer", "bipartit"], "Did you mean 'bipartite'"),
         (["inspect", "--image", "nowhere.png"], "no such file"),
         (["inspect", "--image", "x.png", "--frames", "best"], "names no frame policy"),
         (["inspect", "--image", "x.png", "--frames", "0"], "at least 1 frame"),

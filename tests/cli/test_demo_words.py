@@ -29,8 +29,8 @@ from tokencomp.zoo.shapesqa.items import item
 def _row(name, ratio, per_layer, flops, accuracy):
     setting = Setting(name, ratio) if ratio else Setting()
     split = Split(*[0.0] * len(Split.__dataclass_fields__))
-    moved = setting.moved(len(per_layer))
-    return Row(setting, per_layer, ratio, flops, flops, split, 1.0, accuracy, moved=moved)
+    deviation = setting.deviation(len(per_layer))
+    return Row(setting, per_layer, ratio, flops, flops, split, 1.0, accuracy, deviation=deviation)
 
 
 def test_sentences_say_what_was_kept_and_what_it_cost():

@@ -1,4 +1,4 @@
-"""--reducer, --plan, --set and --rest: what the commands ask `patch` for."""
+"""--reducer, --plan, --set and --merge: what the commands ask `patch` for."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHORT = {"inspect": ("--max-new-tokens", 2), "profile": ("--rounds", 1)}
 COMPOSED = {"weighted": False, "share": 0.7, "prune.score": "last_query"}
 SETS = [f"--set={name}={json.dumps(value)}" for name, value in COMPOSED.items()]
 STAGES = [
-    {"layer": 0, "fraction": 0.5, "reducer": "merge", "options": {"weighted": False}},
+    {"layer": 0, "fraction": 0.5, "reducer": "bipartite", "options": {"weighted": False}},
     {"layer": 3, "fraction": 0.25, "reducer": "uniform", "options": {}},
 ]
 
@@ -62,7 +62,7 @@ def ask(command: str, folder: Path, tmp_path: Path, *args: object) -> int:
 
 
 @commands("inspect")
-def test_ratios_by_kind_of_media(command, folder, tmp_path, specs, capsys):
+def test_ratios_by_modality_of_media(command, folder, tmp_path, specs, capsys):
     ratio = "0.5;image=0.75,video=0.5"
     assert ask(command, folder, tmp_path, "-r", "divprune", "--ratio", ratio) == 0
     ratio_texts = list(dict.fromkeys(spec.shown_ratio for spec, _ in specs))
@@ -76,10 +76,10 @@ def test_ratios_by_kind_of_media(command, folder, tmp_path, specs, capsys):
 @commands("inspect")
 def test_every_reducer_has_options_of_its_own(command, folder, tmp_path, specs, capsys):
     """--set is for all that are named; a reducer's own options come first."""
-    named = "condiv(power=0.5, margin=0.1),kcentre,condiv"
+    named = "condiv(power=0.5, margin=0.1),kcenter,condiv"
     assert ask(command, folder, tmp_path, "-r", named, "--ratio", "0.5") == 0
     found = {(str(spec.reducer), *sorted(spec.options.items())) for spec, _ in specs}
-    assert found == {("condiv", ("margin", 0.1), ("power", 0.5)), ("kcentre",), ("condiv",)}
+    assert found == {("condiv", ("margin", 0.1), ("power", 0.5)), ("kcenter",), ("condiv",)}
     specs.clear()
     named = ("-r", "condiv(power=0.5),condiv", "--set", "power=2", "--ratio", "0.5")
     assert ask(command, folder, tmp_path, *named) == 0
@@ -128,9 +128,9 @@ def test_texts_of_ratios(text, settings):
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [
-        ("0.5,video=0.75", OptionError, "numbers and kinds of media in one setting"),
+        ("0.5,video=0.75", OptionError, "numbers and modalities in one setting"),
         ("video=0.5,video=0.6", OptionError, "gives video twice"),
-        ("sound=0.5", RatioError, "'sound' is no kind of media. Use image, video, audio"),
+        ("sound=0.5", RatioError, "'sound' is no modality. Use image, video, audio"),
         ("video=1.5", RatioError, "ratio of video='1.5': expected a number in"),
         ("video=", RatioError, "ratio of video=''"),
         ("0.5;", OptionError, "expected one or more names"),
@@ -141,11 +141,11 @@ def test_bad_texts_of_ratios(text, error, message):
         ratios(text)
 
 
-def test_ratios_by_kind_where_one_number_counts(capsys):
+def test_ratios_by_modality_where_one_number_counts(capsys):
     """Servers and the search for a budget have one ratio; so have input baselines."""
     for command in (("serve",), ("tune", "--tokens", "9")):
         assert run(*command, "--ratio", "video=0.5") == 2
-        assert "takes one number for all kinds of media" in capsys.readouterr().err
+        assert "takes one number for all modalities" in capsys.readouterr().err
     with pytest.raises(OptionError, match="makes all media smaller by one ratio"):
         Setting("downscale", {"video": 0.5})
 
@@ -154,21 +154,21 @@ def test_ratios_by_kind_where_one_number_counts(capsys):
 def test_a_composition(command, folder, tmp_path, specs, capsys):
     code = ask(
         command, folder, tmp_path,
-        "-r", "merge+prune", "--ratio", "0.6", *SETS,
+        "-r", "bipartite+prune", "--ratio", "0.6", *SETS,
     )  # fmt: skip
-    assert code == 0 and "merge+prune" in capsys.readouterr().out
-    stages = tokencomp.make_reducer("merge+prune", **COMPOSED).plan(0.6, 6)
-    setting = Setting("merge+prune", 0.6, COMPOSED)
+    assert code == 0 and "bipartite+prune" in capsys.readouterr().out
+    stages = tokencomp.make_reducer("bipartite+prune", **COMPOSED).plan(0.6, 6)
+    setting = Setting("bipartite+prune", 0.6, COMPOSED)
     assert specs and all(call == (setting, stages) for call in specs)
 
 
 @commands("inspect")
 def test_the_rest(command, folder, tmp_path, specs, capsys):
-    args = ("-r", "kcentre", "--ratio", "0.5", "--rest", "merge")
+    args = ("-r", "kcenter", "--ratio", "0.5", "--merge")
     assert ask(command, folder, tmp_path, *args) == 0
-    assert "kcentre" in capsys.readouterr().out
-    stage = Stage(0, 0.5, tokencomp.make_reducer("kcentre"), rest="merge")
-    setting, stages = Setting("kcentre", 0.5, {"rest": "merge"}), Plan((stage,))
+    assert "kcenter" in capsys.readouterr().out
+    stage = Stage(0, 0.5, tokencomp.make_reducer("kcenter"), merge=True)
+    setting, stages = Setting("kcenter", 0.5, {"merge": True}), Plan((stage,))
     assert specs and all(call == (setting, stages) for call in specs)
 
 
@@ -204,7 +204,7 @@ def test_eval(merging, folder, tmp_path, file, monkeypatch):
     monkeypatch.setattr(benchmarks, "run_setting", run_setting)
     monkeypatch.setattr("tokencomp.cli.eval._print", lambda *args: None)
     uniform = {"reducer": "uniform", "options": {}}
-    stored = [{**stage, **uniform, "rest": "merge"} for stage in STAGES] if merging else STAGES
+    stored = [{**stage, **uniform, "merge": True} for stage in STAGES] if merging else STAGES
     file.write_text(json.dumps(stored))
     assert run("eval", "--model", folder, "--plan", file, "-o", tmp_path / "runs") == 0
     (full, _), (random, _), *others, (even, _), (small, _), (plan, name) = calls
@@ -214,15 +214,15 @@ def test_eval(merging, folder, tmp_path, file, monkeypatch):
     assert even == Setting("uniform", 0.625)
     stages = tokencomp.plan_from_json(stored)
     assert plan.ratio == 0.625 and name == "plan-0.625"
-    assert plan.plan == stages and stages.merges_rest is merging
+    assert plan.plan == stages and stages.may_merge is merging
     calls.clear()
-    args = ("-r", "merge+prune", "--ratio", "0.5", "--set", "share=0.7", "--no-baselines")
+    args = ("-r", "bipartite+prune", "--ratio", "0.5", "--set", "share=0.7", "--no-baselines")
     assert run("eval", "--model", folder, *args, "-o", tmp_path / "runs") == 0
-    assert [s for s, _ in calls] == [Setting(), Setting("merge+prune", 0.5, {"share": 0.7})]
+    assert [s for s, _ in calls] == [Setting(), Setting("bipartite+prune", 0.5, {"share": 0.7})]
 
 
 def test_all_reducers_that_fit(folder, tmp_path, monkeypatch, capsys):
-    """Every registered one at every ratio, but for those that this model or --rest refuses."""
+    """Every registered one at every ratio, but for those that this model or --merge refuses."""
     calls = []
     monkeypatch.setattr(benchmarks, "check_installed", lambda: None)
     monkeypatch.setattr(benchmarks, "find_tasks", lambda *args: [])
@@ -241,9 +241,9 @@ def test_all_reducers_that_fit(folder, tmp_path, monkeypatch, capsys):
     assert len(active) == 2 * len(names - {"downscale", "full"})
     assert len([s for s in calls if s.reducer == "random"]) == 2 * 3
     calls.clear()
-    assert run(*given, "--ratio", "0.5", "--rest", "merge", "--no-baselines") == 0
+    assert run(*given, "--ratio", "0.5", "--merge", "--no-baselines") == 0
     merging = {s.reducer for s in calls}
-    assert "divprune" in merging and merging.isdisjoint({"merge", "pool", "fusion"})
+    assert "divprune" in merging and merging.isdisjoint({"bipartite", "pool", "fusion"})
     assert run(*given, "--set", "seed=1") == 2
     assert "condiv(power=2)" in capsys.readouterr().err
     assert run(*given[:-1], "all,ccam") == 2
@@ -254,28 +254,28 @@ TUNE = ("tune", "--tokens", 64, "--items", 1, "--families", "needle", "--frames"
 
 def test_tune_with_a_composition(folder, tmp_path):
     out = tmp_path / "tuned.json"
-    code = run(*TUNE, "--model", folder, "-r", "merge+prune", "--ratio", "0.5", "-o", out)
+    code = run(*TUNE, "--model", folder, "-r", "bipartite+prune", "--ratio", "0.5", "-o", out)
     found = json.loads(out.read_text())["candidates"]
-    assert code == 0 and {c["reducer"] for c in found} == {"merge+prune"}
+    assert code == 0 and {c["reducer"] for c in found} == {"bipartite+prune"}
     assert all(c["tokens"] == pytest.approx(64, abs=2) for c in found)
 
 
 def test_tune_with_the_rest(folder, monkeypatch):
     calls = []
     monkeypatch.setattr(tuning, "search", lambda m, p, q, found, **how: calls.extend(found) or [])
-    given = ("-r", "kcentre", "--ratio", "0.5", "--rest", "merge", "--json")
+    given = ("-r", "kcenter", "--ratio", "0.5", "--merge", "--json")
     assert run(*TUNE, "--model", folder, *given) == 0
     active = [c.setting for c in calls if c.setting.active]
-    assert active and all(s.rest == "merge" and s.reducer == "kcentre" for s in active)
+    assert active and all(s.merge is True and s.reducer == "kcenter" for s in active)
 
 
 @pytest.mark.parametrize("command", ["inspect", "profile", "demo", "eval", "tune"])
 @pytest.mark.parametrize(
     ("reducer", "message"),
     [
-        ("prune+merge", "'prune' does not act at decoder entry"),
-        ("merg+prune", "Did you mean 'merge'"),
-        ("merge+downscale", "unknown reducer 'downscale'"),
+        ("prune+bipartite", "'prune' does not act at decoder entry"),
+        ("bipartit+prune", "Did you mean 'bipartite'"),
+        ("bipartite+downscale", "unknown reducer 'downscale'"),
     ],
 )
 def test_parts_that_do_not_go_together(command, reducer, message, capsys):
@@ -288,15 +288,14 @@ def test_parts_that_do_not_go_together(command, reducer, message, capsys):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--plan", "FILE", "-r", "merge"], "--reducer: no effect with --plan"),
+        (["--plan", "FILE", "-r", "bipartite"], "--reducer: no effect with --plan"),
         (["--plan", "FILE", "--ratio", "0.5", "--set", "a=1"], "--ratio, --set: no effect with"),
         (["--plan", "nowhere.json"], "plan file 'nowhere.json'"),
-        (["-r", "merge", "--set", "name=x"], "no option 'name'"),
-        (["-r", "merge", "--set", "reducers=x"], "no option 'reducers'"),
-        (["-r", "merge", "--set", "plan=x"], "no option 'plan'"),
-        (["--rest", "merge", "-r", "pool"], "'pool' merges tokens by itself"),
-        (["--rest", "keep"], "rest='keep'; allowed: 'drop', 'merge'"),
-        (["--plan", "FILE", "--rest", "merge"], "--rest: no effect with --plan"),
+        (["-r", "bipartite", "--set", "name=x"], "no option 'name'"),
+        (["-r", "bipartite", "--set", "reducers=x"], "no option 'reducers'"),
+        (["-r", "bipartite", "--set", "plan=x"], "no option 'plan'"),
+        (["--merge", "-r", "pool"], "'pool' merges tokens by itself"),
+        (["--plan", "FILE", "--merge"], "--merge: no effect with --plan"),
     ],
 )
 def test_mistakes(command, args, message, file, capsys):
@@ -307,19 +306,19 @@ def test_mistakes(command, args, message, file, capsys):
 
 def test_a_plan_of_a_deeper_model(folder, tmp_path, file, capsys):
     """Its stage lies outside: without a check, the model would run uncompressed as a "plan"."""
-    file.write_text(json.dumps([{"layer": 9, "fraction": 0.5, "reducer": "merge"}]))
+    file.write_text(json.dumps([{"layer": 9, "fraction": 0.5, "reducer": "bipartite"}]))
     assert ask("inspect", folder, tmp_path, "--plan", file) == 2
     assert "6 layers" in capsys.readouterr().err
 
 
 def test_settings_refuse_what_patch_would(loaded):
     uniform = [{"layer": 0, "fraction": 0.5, "reducer": "uniform"}]
-    more = {"rest": "merge"}
+    more = {"merge": True}
     for reducer, options in (
         ("plan", {"plan": uniform, **more}),
         ("plan", {"plan": uniform, "seed": 1}),
         ("plan", {}),
-        ("merge", more),
+        ("bipartite", more),
         ("downscale", more),
     ):
         with pytest.raises(tokencomp.TokenCompError):
@@ -328,5 +327,5 @@ def test_settings_refuse_what_patch_would(loaded):
 
 def test_load_model_is_not_needed_for_mistakes(monkeypatch, file, capsys):
     monkeypatch.setattr(loading, "load_model", None)
-    assert run("inspect", "--image", IMAGE, "--plan", file, "-r", "merge") == 2
-    assert run("eval", "-r", "prune+merge") == 2
+    assert run("inspect", "--image", IMAGE, "--plan", file, "-r", "bipartite") == 2
+    assert run("eval", "-r", "prune+bipartite") == 2

@@ -16,11 +16,11 @@ from support.console import run
 from tokencomp.cli._fitted import print_beside, print_fitted
 from tokencomp.cli.profile import LINES, show
 
-PLAN = [{"layer": 0, "fraction": 0.5, "reducer": "kcentre"}, {"layer": 4, "fraction": 0.25}]
+PLAN = [{"layer": 0, "fraction": 0.5, "reducer": "kcenter"}, {"layer": 4, "fraction": 0.25}]
 SCORES = {f"a{k}": int(k % 3 > 0) for k in range(9)}
 METHODS = [
-    ("condiv", 0.75, {"power": 0.3, "rest": "merge"}),
-    ("kcentre", 0.75, {"tower_ratio": 0.5, "tower_reducer": "uniform"}),
+    ("condiv", 0.75, {"power": 0.3, "merge": True}),
+    ("kcenter", 0.75, {"tower_ratio": 0.5, "tower_reducer": "uniform"}),
     ("auto", {"image": 0.5, "video": 0.9}, {}),
     ("auto", "budget=prompt=40", {}),
     ("plan", 0.65625, {"plan": PLAN}),
@@ -68,9 +68,9 @@ def test_no_number_of_a_report_is_cut(runs, tmp_path, capsys):
             points = (100 * float(row[f"against_full{end}"]) for end in ("_low", "_high"))
             assert "[{:+.0f}, {:+.0f}]".format(*points) in out
     assert [row["retention_low"] for row in rows].count("") == 1  # of the full model
-    assert {"plan", "condiv power=0.3 rest=merge"} <= {row["method"] for row in rows}
+    assert {"plan", "condiv merge=True power=0.3"} <= {row["method"] for row in rows}
     for text in (out, files[1].read_text(), re.sub("<[^>]*>", "", page.read_text())):
-        assert "fraction" not in text and "kcentre" in text
+        assert "fraction" not in text and "kcenter" in text
 
 
 def test_columns_that_do_not_fit_are_named():

@@ -36,7 +36,7 @@ def sample() -> str:
 def test_the_answer_without_compression_is_the_models_own(play: Playground) -> None:
     inputs = build_inputs(play.processor, [[load_media(sample())]], [QUESTION])
     plain = generate(play.model, play.processor, to_model(inputs, play.model), 64)[0]
-    full, own, rows, pictures = play.ask(sample(), None, QUESTION, "kcentre", 0.75, 0.0, "as usual")
+    full, own, rows, pictures = play.ask(sample(), None, QUESTION, "kcenter", 0.75, 0.0, "as usual")
     assert (full, own) == (plain, "square")
     layers = play.model.config.text_config.num_hidden_layers
     assert rows[0] == ["visual tokens per layer", f"64×{layers}", f"16×{layers}"]
@@ -47,24 +47,24 @@ def test_the_answer_without_compression_is_the_models_own(play: Playground) -> N
 
 
 def test_merging_and_the_tower_reach_the_model(play: Playground) -> None:
-    rows = play.ask(sample(), None, QUESTION, "kcentre", 0.75, 0.5, "drop")[2]
-    plain = play.ask(sample(), None, QUESTION, "kcentre", 0.75, 0.0, "merge")[2]
+    rows = play.ask(sample(), None, QUESTION, "kcenter", 0.75, 0.5, "drop")[2]
+    plain = play.ask(sample(), None, QUESTION, "kcenter", 0.75, 0.0, "merge")[2]
     assert rows[0] == plain[0]
 
 
 @pytest.mark.parametrize(
-    ("method", "rest", "merged"),
+    ("method", "merge", "merged"),
     [
         ("auto", "as usual", True),
         ("auto", "drop", False),
-        ("kcentre", "as usual", False),
-        ("kcentre", "merge", True),
+        ("kcenter", "as usual", False),
+        ("kcenter", "merge", True),
     ],
 )
 def test_the_default_merges_as_everywhere(
-    play: Playground, method: str, rest: str, merged: bool
+    play: Playground, method: str, merge: str, merged: bool
 ) -> None:
-    rows = play.ask(sample(), None, QUESTION, method, 0.75, 0.0, rest)[2]
+    rows = play.ask(sample(), None, QUESTION, method, 0.75, 0.0, merge)[2]
     (cell,) = (row[2] for row in rows if row[0] == "KV cache")
     assert (cell == "100%, merged tokens repeated") is merged, cell
 

@@ -121,9 +121,12 @@ def test_inspect_shows_what_the_tower_never_saw(folder, tmp_path):
     [
         (("--ratio", "0.5", "--tower-ratio", "0.6"), "tower_ratio=0.6"),
         (("--ratio", "0.5", "--tower-ratio", "x"), "tower_ratio='x'"),
-        (("--ratio", "0.5", "--tower-ratio", "0.2", "--tower-reducer", "merge"), "merges tokens"),
-        (("--ratio", "0.5", "--tower-reducer", "kcentre"), "no effect with --tower-ratio 0"),
-        (("--ratio", "0.5", "-r", "kcentre", "--set", "thumb=1"), "thumb=1 has no effect in this"),
+        (
+            ("--ratio", "0.5", "--tower-ratio", "0.2", "--tower-reducer", "bipartite"),
+            "merges tokens",
+        ),
+        (("--ratio", "0.5", "--tower-reducer", "kcenter"), "no effect with --tower-ratio 0"),
+        (("--ratio", "0.5", "-r", "kcenter", "--set", "pool=1"), "pool=1 has no effect in this"),
         (
             ("--ratio", "0.5", "-r", "prune", "--set", "schedule=fastv", "--set", "start=0.2"),
             "start=0.2 has no effect with schedule='fastv'",

@@ -17,7 +17,7 @@ from tokencomp.zoo import SAMPLES
 IMAGE = next(SAMPLES.glob("*.jpg"))
 OPTIONS = ("-r", "uniform", "--ratio", "0.75", "--tower-ratio", "auto", "--tower-reducer", "random")
 STAGES = [
-    {"tower": 0, "fraction": 0.5, "reducer": "kcentre", "options": {"thumb": 2}},
+    {"tower": 0, "fraction": 0.5, "reducer": "kcenter", "options": {"pool": 2}},
     {"layer": 0, "fraction": 0.25, "reducer": "uniform", "options": {}},
 ]
 

@@ -71,7 +71,7 @@ def test_served_types_are_exact(model_type: str) -> None:
         ("sparsevlm", {}),
         ("mmtok", {}),
         ("random", {"at": 0.5}),
-        ("kcentre+sparsevlm", {}),
+        ("kcenter+sparsevlm", {}),
     ],
 )
 @pytest.mark.parametrize("model_type", ["qwen2_vl", "glm4v_moe", "dots3_note", "mistral_large4"])

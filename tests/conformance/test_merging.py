@@ -34,8 +34,8 @@ def test_decode_steps_equal_prompts_without_a_cache(model_type: str) -> None:
         prompts = Prompts(tiny)
         if prompts.medium == "audio":
             pytest.skip("sounds are not merged")
-        with tokencomp.patch(tiny.whole, 0.6, reducer="kcentre", rest="auto") as handle:
-            if not handle.plan.merges_rest:
+        with tokencomp.patch(tiny.whole, 0.6, reducer="kcenter", merge="auto") as handle:
+            if not handle.plan.may_merge:
                 pytest.skip("its attention takes no weights")
             for rows in ([0], [0, 1]):
                 words, logits = prompts.generate(prompts.inputs(rows), STEPS)

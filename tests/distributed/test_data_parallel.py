@@ -23,7 +23,7 @@ WAYS = [
     ("fsdp2", "condiv", "wrap"),
     ("fsdp2", "pyramiddrop", "wrap"),
     ("fsdp2", "prune", "patch"),
-    ("fsdp2-attention", "kcentre", "wrap"),
+    ("fsdp2-attention", "kcenter", "wrap"),
     ("fsdp2-attention", "prune", "patch"),
     ("fsdp2-attention", "prune", "wrap"),
     ("fsdp1", "condiv", "wrap"),

@@ -14,7 +14,7 @@ import tokencomp
 from tokencomp import Plan, Reduction, Stage, make_reducer
 from tokencomp.engine.rows.compaction import Selection, compact, take
 from tokencomp.engine.rows.layout import (
-    LiveSpan,
+    KeptSpan,
     PromptColumns,
     RowLayout,
     full_layout,
@@ -90,7 +90,7 @@ def test_a_frame_moves_as_a_whole() -> None:
             return [value]
         if isinstance(value, (list, tuple)):
             return [t for item in value for t in tensors(item)]
-        if isinstance(value, (RowLayout, LiveSpan)):
+        if isinstance(value, (RowLayout, KeptSpan)):
             return [t for item in vars(value).values() for t in tensors(item)]
         return []
 

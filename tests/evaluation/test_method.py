@@ -66,7 +66,7 @@ def test_each_setting_has_one_handle(loaded: Any) -> None:
     model = loaded[0]
     clean = hooks(model)
     first, second = Setting("uniform", 0.5), Setting("divprune", 0.9)
-    with tokencomp.patch(model, 0.25, reducer="merge") as outer:
+    with tokencomp.patch(model, 0.25, reducer="bipartite") as outer:
         inside = hooks(model)
         with PatchedModels({"": model}) as patches:
             assert hooks(model) == clean
@@ -88,7 +88,7 @@ def test_check_says_what_patch_would_and_leaves_the_model_alone(loaded: Any) -> 
     patching.check(model, MethodSpec("uniform", 0.5))
     with pytest.raises(WeightsError, match="tokencomp train ccam"):
         patching.check(model, MethodSpec("ccam", 0.5))
-    late = tokencomp.plan_from_json([{"layer": 99, "fraction": 0.5, "reducer": "merge"}])
+    late = tokencomp.plan_from_json([{"layer": 99, "fraction": 0.5, "reducer": "bipartite"}])
     with pytest.raises(tokencomp.TokenCompError, match="decoder has 6 layers"):
         patching.check(model, MethodSpec(plan=late))
     assert hooks(model) == clean and handle_of(model) is None
@@ -97,29 +97,31 @@ def test_check_says_what_patch_would_and_leaves_the_model_alone(loaded: Any) -> 
 def test_auto_depends_on_the_engine_alone() -> None:
     assert resolve_auto("auto") == DEFAULT_REDUCER != DEFAULT_SERVED_REDUCER
     assert resolve_auto("auto", "server") == DEFAULT_SERVED_REDUCER
-    assert resolve_auto("merge", "server") == "merge"
+    assert resolve_auto("bipartite", "server") == "bipartite"
     reducer = Uniform()
     assert resolve_auto(reducer, "server") is reducer
-    assert resolve_auto("auto", scored=False) == "kcentre"
-    assert "Auto(image=KCentre(" in repr(MethodSpec("auto", 0.5).stages(28, 1))
+    assert resolve_auto("auto", scored=False) == "kcenter"
+    assert "Auto(image=KCenter(" in repr(MethodSpec("auto", 0.5).stages(28, 1))
 
 
 def test_specs_are_equal_by_their_fields() -> None:
     options = {"weighted": False}
-    assert MethodSpec("merge", 0.5, options) == MethodSpec("merge", 0.5, dict(options))
-    assert hash(MethodSpec("merge", 0.5, options)) == hash(MethodSpec("merge", 0.5, dict(options)))
-    assert Setting("merge", 0.5, name="a") != Setting("merge", 0.5, name="b")
-    assert MethodSpec("merge", 0.0).describe() == MethodSpec().describe() == {"ratio": 0.0}
+    assert MethodSpec("bipartite", 0.5, options) == MethodSpec("bipartite", 0.5, dict(options))
+    assert hash(MethodSpec("bipartite", 0.5, options)) == hash(
+        MethodSpec("bipartite", 0.5, dict(options))
+    )
+    assert Setting("bipartite", 0.5, name="a") != Setting("bipartite", 0.5, name="b")
+    assert MethodSpec("bipartite", 0.0).describe() == MethodSpec().describe() == {"ratio": 0.0}
 
 
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        (("mergee", 0.5), UnknownNameError),
+        (("bipartitee", 0.5), UnknownNameError),
         (("uniform", 0.5, {"seed": 1}), OptionError),
-        (("merge", 1.0), tokencomp.TokenCompError),
-        (("merge", 0.5, {}, tokencomp.Plan()), OptionError),
-        (("uniform", 0.5, {}, None, True), OptionError),
+        (("bipartite", 1.0), tokencomp.TokenCompError),
+        (("bipartite", 0.5, {}, tokencomp.Plan()), OptionError),
+        (("uniform", 0.5, {}, None, "keep"), OptionError),
     ],
 )
 def test_a_spec_is_validated_when_it_is_made(arguments: Any, error: type[Exception]) -> None:

@@ -57,7 +57,7 @@ def test_every_baseline_answers_and_the_report_has_intervals(questions, evaluate
     }
     assert table["full", None]["accuracy"] == pytest.approx(2 / 3)
     assert table["condiv", None]["retention"]["items"] == 3
-    assert table["condiv", None]["rivals"]["seeds"] == 3
+    assert table["condiv", None]["comparisons"]["seeds"] == 3
 
 
 def test_a_limit_shows_the_items_of_this_call(questions, evaluate, tmp_path, capsys):

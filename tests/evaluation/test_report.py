@@ -139,7 +139,7 @@ def test_items_that_all_agree_have_an_interval_with_a_width(tmp_path, capsys):
     given = (tmp_path / "r", "-o", page, "--table", files[0], "--table", files[1])
     _, aim = shown(capsys, *given)
     assert aim["retention"]["low"] == pytest.approx(0.158, abs=1e-3)
-    assert aim["rivals"]["full"]["high"] == pytest.approx(0.842, abs=1e-3)
+    assert aim["comparisons"]["full"]["high"] == pytest.approx(0.842, abs=1e-3)
     content = " ".join(page.read_text().split())
     assert "<td>100.0 %</td><td>16–100</td>" in content
     assert "+0.0 <small>-84…+84</small>" in content
@@ -221,7 +221,7 @@ def test_one_folder_by_two_names_is_one_run(runs, tmp_path, capsys, monkeypatch)
     monkeypatch.chdir(tmp_path)
     once = shown(capsys, runs, "-o", page)
     assert shown(capsys, "runs", runs, tmp_path / "link", "runs/aim-0.5", "-o", page) == once
-    assert [row["rivals"]["seeds"] for row in once] == [0, 0, 1]
+    assert [row["comparisons"]["seeds"] for row in once] == [0, 0, 1]
 
 
 def test_runs_of_one_setting_give_their_items_to_one_row(runs, tmp_path, capsys):

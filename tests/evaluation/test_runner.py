@@ -80,7 +80,7 @@ def test_decoding_reads_the_rows_that_were_kept(loaded, examples):
     full = inputs["input_ids"].shape[1]
     linear, kept = 2 * (4 * d * d + 3 * d * f), full - visual + visual // 4
     assert record["decode_flops"] == layers * (linear + 4 * d * (kept + 1))
-    merging = Setting("kcentre", 0.75, rest="merge")  # a row for every token that one stands for
+    merging = Setting("kcenter", 0.75, merge=True)  # a row for every token that one stands for
     (record,) = sweep(*loaded, examples[:1], [merging], **HOW)[merging].records
     assert record["decode_flops"] == layers * (linear + 4 * d * (full + 1))
 
@@ -324,7 +324,7 @@ def test_two_processes_share_the_items(loaded, examples, tmp_path, monkeypatch):
     assert sorted(r["id"] for r in read_records(tmp_path)) == sorted(e.id for e in examples)
 
 
-def test_ratios_by_kind_have_one_order():
+def test_ratios_by_modality_have_one_order():
     ratios = {"image": 0.5, "video": 0.9}
     one, other = (Setting("uniform", r) for r in (ratios, dict(reversed(ratios.items()))))
     assert one == other and one.label == other.label == "uniform-image=0.5,video=0.9"
@@ -332,8 +332,8 @@ def test_ratios_by_kind_have_one_order():
 
 
 def test_settings_refuse_what_makes_no_sense():
-    with pytest.raises(UnknownNameError, match="merge"):
-        Setting("mergee", 0.5)
+    with pytest.raises(UnknownNameError, match="bipartite"):
+        Setting("bipartitee", 0.5)
     with pytest.raises(OptionError, match="no option"):
         Setting("uniform", 0.5, {"seed": 1})
     with pytest.raises(OptionError, match="no options"):

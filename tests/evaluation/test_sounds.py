@@ -14,7 +14,7 @@ from support.console import run
 from recipes.sounds.model import TOKENS, build, build_tokenizer, load, save
 from tokencomp.errors import MediaError
 from tokencomp.inputs.prompts import build_inputs
-from tokencomp.inputs.questions import Example, media_kind
+from tokencomp.inputs.questions import Example, modality_of
 from tokencomp.inputs.sounds import RATE, load_sound
 
 
@@ -38,7 +38,7 @@ def test_files_of_any_rate_become_mono_at_16_khz(tmp_path: Path, rate: int) -> N
     path = write_wav(tmp_path / "two.wav", np.stack([left, 0 * left], 1), rate)
     samples = load_sound(path)
     assert samples.dtype == np.float32 and abs(len(samples) - RATE / 2) <= 32
-    assert media_kind(samples) == "audio"
+    assert modality_of(samples) == "audio"
     inner = slice(200, len(samples) - 200)  # filters ring at both ends
     np.testing.assert_allclose(samples[inner], tone(RATE, 1)[: len(samples)][inner] / 2, atol=0.01)
 

@@ -38,7 +38,7 @@ def test_every_question_and_span_draws_as_often_everywhere() -> None:
 
 
 def test_only_random_gets_subsets() -> None:
-    assert per_question(Setting("merge", 0.5, {"weighted": False}), ["a"]) is None
+    assert per_question(Setting("bipartite", 0.5, {"weighted": False}), ["a"]) is None
     assert per_question(Setting(), ["a"]) is None
     subsets = per_question(Setting("random", 0.5, {"seed": 3}), ["a"])
     assert subsets == Subsets(seed=3, names=("a",))

@@ -178,9 +178,9 @@ def test_weights_in_a_window(backend: str, between: bool) -> None:
     family = Windowed(transformers.MistralConfig, 12)
     model, steps = family.build(backend), 14
     inputs = family.batch([[text(3), family.image(), text(5, 2)], [text(9)]])
-    width, kcentre = inputs["input_ids"].shape[1], make_reducer("kcentre")
-    stages = [Stage(0, 0.5, kcentre, rest="merge")]
-    stages += [Stage(2, 0.2, kcentre, rest="merge")] * between
+    width, kcenter = inputs["input_ids"].shape[1], make_reducer("kcenter")
+    stages = [Stage(0, 0.5, kcenter, merge=True)]
+    stages += [Stage(2, 0.2, kcenter, merge=True)] * between
     with tokencomp.patch(model, plan=Plan(tuple(stages))) as handle, torch.no_grad():
         out = oracle.generate(model, inputs, steps)
         masks = oracle.kept_columns(handle, inputs, family.layers)

@@ -22,7 +22,7 @@ EARS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("reducer", ["uniform", "condiv", "divprune", "merge"])
+@pytest.mark.parametrize("reducer", ["uniform", "condiv", "divprune", "bipartite"])
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.long) if "qwen3" in n else n for n in EARS]
 )
@@ -46,9 +46,9 @@ def test_dropping_equals_masking(name: str, reducer: str) -> None:
         [(12, 1, 1), (12, 1, 1)],
         [],
     ]
-    assert {s.kind for row in stats.spans for s in row} == {"audio"}
+    assert {s.modality for row in stats.spans for s in row} == {"audio"}
     assert stats.tokens_after[1] == [12] * 4
-    if reducer == "merge":  # kept rows hold means of others
+    if reducer == "bipartite":  # kept rows hold means of others
         return
     length = inputs["input_ids"].shape[1]
     new = out.sequences[:, length:]
@@ -57,7 +57,7 @@ def test_dropping_equals_masking(name: str, reducer: str) -> None:
         assert (logits - expected[:, length - 1 + step]).abs().max() < 1e-5, f"step {step}"
 
 
-def test_ratios_by_kind() -> None:
+def test_ratios_by_modality() -> None:
     """Of an image, a video and a clip; as a mapping, and as stages."""
     family = EARS["qwen2_5_omni_thinker"]
     model = family.build()
@@ -66,13 +66,13 @@ def test_ratios_by_kind() -> None:
     for item in media:
         row += [item, text(2)]
     inputs = family.batch([row])
-    by_kind = {"video": 0.75, "audio": 0.5}
+    by_modality = {"video": 0.75, "audio": 0.5}
     plan = Plan((Stage(0, 1.0, make_reducer("uniform"), (("video", 0.25), ("audio", 0.5))),))
-    for options in ({"ratio": by_kind, "reducer": "uniform"}, {"plan": plan}):
+    for options in ({"ratio": by_modality, "reducer": "uniform"}, {"plan": plan}):
         with torch.no_grad(), tokencomp.patch(model, **options) as handle:
             model(**inputs)
             stats = handle.stats
-            assert [(s.kind, s.visual) for s in stats.spans[0]] == [
+            assert [(s.modality, s.visual) for s in stats.spans[0]] == [
                 ("image", 16), ("video", 16), ("audio", 12),
             ]  # fmt: skip
             assert stats.counts[0] == [[16], [4], [6]]
@@ -88,21 +88,21 @@ def test_ratios_by_kind() -> None:
 def test_a_plan_with_kinds_survives_json() -> None:
     plan = Plan((Stage(0, 0.5, make_reducer("uniform"), (("video", 0.25),)),))
     data = plan_to_json(plan)
-    assert data[0]["by_kind"] == {"video": 0.25}
+    assert data[0]["by_modality"] == {"video": 0.25}
     assert plan_from_json(data) == plan
     assert plan.ratio(4) == 0.5 and plan.ratio(4, "video") == 0.75
     assert hash(plan) == hash(plan_from_json(data))
 
 
-def test_bad_ratios_by_kind() -> None:
+def test_bad_ratios_by_modality() -> None:
     model = EARS["qwen2_audio"].build()
-    with pytest.raises(RatioError, match="'sound' is no kind"):
+    with pytest.raises(RatioError, match="'sound' is no modality"):
         tokencomp.patch(model, {"sound": 0.5})
     with pytest.raises(RatioError, match="ratio of audio"):
         tokencomp.patch(model, {"audio": 1.5})
     with pytest.raises(OptionError, match="tower_ratio"):
         tokencomp.patch(model, {"audio": 0.5}, tower_ratio=0.2)
-    with pytest.raises(PlanError, match="by_kind"):
+    with pytest.raises(PlanError, match="by_modality"):
         Stage(0, 0.5, make_reducer("uniform"), (("sound", 0.5),))
     stages = (
         Stage(0, 0.5, make_reducer("uniform"), (("audio", 0.25),)),

@@ -31,8 +31,8 @@ SETTINGS: dict[str, Callable[[Family], dict[str, Any]]] = {
     "compact": lambda f: {"ratio": 0.5, "reducer": "uniform", "positions": "compact"},
     "weights": lambda f: {
         "ratio": 0.6,
-        "reducer": "kcentre",
-        "rest": "merge",
+        "reducer": "kcenter",
+        "merge": True,
     },
     "tower": lambda f: {
         "plan": Plan((Stage(0, 0.4, UNIFORM),), TowerStage(0, 0.6, make_reducer("random")))

@@ -122,7 +122,7 @@ def test_page_vectors(build: Any) -> None:
     family = type("Inner", (Family,), {"decoder": lambda self, model: decoder})()
     with torch.no_grad():
         plain, clean = model(**inputs).embeddings, hooks_of(model)
-        with tokencomp.patch(model, 0.5, reducer="kcentre", strict=True) as handle:
+        with tokencomp.patch(model, 0.5, reducer="kcenter", strict=True) as handle:
             found = [model(**inputs).embeddings, model.forward(**inputs).embeddings]
             masks = oracle.kept_columns(handle, inputs, len(decoder.layers))
             assert handle.stats.ratio == pytest.approx(0.5, abs=0.05)

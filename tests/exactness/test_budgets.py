@@ -17,10 +17,10 @@ from tokencomp.errors import OptionError, PlanError, RatioError
 BUDGET = 6
 SHORT = ("qwen2_vl", "llava_onevision")
 SETTINGS: list[dict[str, Any]] = [
-    {"budget": BUDGET, "reducer": "kcentre"},
+    {"budget": BUDGET, "reducer": "kcenter"},
     {"budget": BUDGET, "reducer": "condiv"},
     {"budget": BUDGET, "reducer": "pyramiddrop"},
-    {"budget": {"prompt": 14}, "reducer": "kcentre"},
+    {"budget": {"prompt": 14}, "reducer": "kcenter"},
     {"budget": {"prompt": 14}, "reducer": "fastv"},
 ]
 
@@ -76,7 +76,7 @@ def test_dropping_equals_masking(name: str, setting: dict[str, Any]) -> None:
 
 
 @pytest.mark.thin(2)
-@pytest.mark.parametrize("reducer", ["kcentre", "fastv", "pyramiddrop", "aim", "merge+prune"])
+@pytest.mark.parametrize("reducer", ["kcenter", "fastv", "pyramiddrop", "aim", "bipartite+prune"])
 @pytest.mark.parametrize("budget", [4, 6, 13, 1000])
 def test_no_item_is_above_its_budget(reducer: str, budget: int) -> None:
     """On average over the layers; and less than one token per stage below it."""
@@ -119,7 +119,7 @@ def test_what_an_item_keeps_does_not_depend_on_its_prompt() -> None:
     first = [text(3), family.image(0), text(4)]
     kept = []
     for row in (first, [*first, family.image(2), text(3)]):
-        with torch.no_grad(), tokencomp.patch(model, reducer="kcentre", budget=5) as handle:
+        with torch.no_grad(), tokencomp.patch(model, reducer="kcenter", budget=5) as handle:
             model(**family.batch([row]))
             kept.append(handle.stats.kept(0)[0][0])
     assert kept[0] == kept[1] and len(kept[0]) == 5
@@ -156,7 +156,7 @@ def test_a_plan_with_budgets_survives_json() -> None:
         model(**inputs)
         for size, left, _ in by_item(handle.stats, 0):
             assert left == [min(size, 9), min(size, 4)]
-        handle.set(reducer="kcentre", budget=7)
+        handle.set(reducer="kcenter", budget=7)
         assert plan_to_json(handle.plan)[0]["budget"] == 7
         handle.set(reducer="fastv", budget=7)
         with pytest.raises(PlanError, match="schedule solved"):
@@ -199,7 +199,7 @@ def test_set_changes_the_amount() -> None:
         for change, expected in (
             ({}, [4, 4, 4]),
             ({"budget": 9}, [9, 8, 9]),
-            ({"reducer": "kcentre"}, [9, 8, 9]),
+            ({"reducer": "kcenter"}, [9, 8, 9]),
             ({"ratio": 0.5}, [8, 4, 8]),
             ({"budget": {"prompt": 20}}, [8, 4, 7]),
             ({"budget": 4}, [4, 4, 4]),
@@ -249,7 +249,7 @@ def test_what_loses_nothing_is_not_called_merged(setting: dict[str, Any]) -> Non
     """Nothing leaves, or all that leaves is dropped: more than a tenth of it must stay."""
     family = FAMILIES["qwen2_vl"]
     model, inputs = family.build(), ragged(family)
-    with tokencomp.patch(model, **setting, reducer="kcentre", rest="auto") as handle:
+    with tokencomp.patch(model, **setting, reducer="kcenter", merge="auto") as handle:
         with torch.no_grad():
             model(**inputs)
         stats = handle.stats

@@ -24,7 +24,7 @@ MASKED_BY_BODY = sorted(HYBRID.keys() & {"gemma3", "gemma4", "inkling_mm_model"}
 SETTINGS: dict[str, dict[str, Any]] = {
     "entry": {"plan": plans.make("entry", 4)},
     "layers": {"plan": plans.make("layer", 4)},
-    "merged": {"ratio": 0.5, "reducer": "kcentre", "rest": "merge"},
+    "merged": {"ratio": 0.5, "reducer": "kcenter", "merge": True},
 }
 GONE = "that patch is gone"
 
@@ -111,13 +111,13 @@ def test_a_patch_at_ratio_0_goes_on_with_its_caches(name: str, setting: str) -> 
     torch.testing.assert_close(found, chat.expected(), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("rest", ["drop", "merge"])
-def test_a_crop_ends_where_tokens_have_left(rest: Any) -> None:
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_crop_ends_where_tokens_have_left(merge: Any) -> None:
     """Text behind media leaves and comes again; media of which tokens have left do not."""
     family = FAMILIES["qwen2_vl"]
     model, inputs = family.build(), family.batch(rows(family, 1))
     positions = family.positions(model, inputs)
-    with tokencomp.patch(model, 0.5, reducer="uniform", rest=rest), torch.no_grad():
+    with tokencomp.patch(model, 0.5, reducer="uniform", merge=merge), torch.no_grad():
         out = model(**inputs, position_ids=positions, use_cache=True)
         cache, name = oracle.cache_of(out), oracle.cache_name(out)
         cache.crop(-3)
@@ -130,16 +130,16 @@ def test_a_crop_ends_where_tokens_have_left(rest: Any) -> None:
     assert physical_length(first_layer(cache)) == held
 
 
-@pytest.mark.parametrize("rest", ["drop", "merge"])
+@pytest.mark.parametrize("merge", [False, True])
 @pytest.mark.parametrize("name", ["qwen2_vl", "gemma3"])
-def test_a_crop_reaches_into_padding(name: str, rest: Any) -> None:
+def test_a_crop_reaches_into_padding(name: str, merge: Any) -> None:
     """All text of the shorter sample leaves, and text that passes the window of Gemma 3 follows."""
     family = {**FAMILIES, **HYBRID}[name]
     image, more, new = family.image(0), text(9, 3), torch.tensor([text(14, 8), text(14, 9)])
     inputs = family.batch([[text(3), image, more], [text(4, 5)]])
     left = inputs["input_ids"].shape[1] - 6
     model, ones = with_window(family, left + 8), torch.ones_like(new)
-    with tokencomp.patch(model, 0.5, reducer="kcentre", rest=rest) as handle, torch.no_grad():
+    with tokencomp.patch(model, 0.5, reducer="kcenter", merge=merge) as handle, torch.no_grad():
         positions = family.positions(model, inputs)
         cache = oracle.cache_of(model(**inputs, position_ids=positions, use_cache=True))
         masks = [m[:1, :left] for m in oracle.kept_columns(handle, inputs, family.layers)]
@@ -150,7 +150,7 @@ def test_a_crop_reaches_into_padding(name: str, rest: Any) -> None:
             "position_ids": positions[..., left - 1 : left] + torch.arange(1, 15),
         }
         found = model(**turn, past_key_values=cache, use_cache=True).logits
-    merged = None if rest == "drop" else oracle.Merged(handle)
+    merged = None if not merge else oracle.Merged(handle)
     short = family.batch([[text(3), image, more[:-6]]])
     expected = kinds.expected_logits(model, family, short, masks, new[:1], merged)[:, left:]
     alone = model(new[1:], use_cache=False).logits  # of the shorter sample nothing is left
@@ -161,7 +161,7 @@ def test_a_crop_removes_whole_tokens_of_an_image_whose_rest_is_merged() -> None:
     """It may end in the image where all tokens behind it are kept, each for itself alone."""
     family = FAMILIES["qwen2_vl"]
     model, inputs = family.build(), family.batch(rows(family, 1))
-    with tokencomp.patch(model, 0.5, reducer="uniform", rest="merge") as handle, torch.no_grad():
+    with tokencomp.patch(model, 0.5, reducer="uniform", merge=True) as handle, torch.no_grad():
         cache = oracle.cache_of(model(**inputs, use_cache=True))
         kept = oracle.kept_columns(handle, inputs, family.layers)[0][0]
     (span,) = handle.stats.spans[0]

@@ -61,13 +61,13 @@ def test_static_beams(family: Family) -> None:
     assert torch.equal(static.sequences, dynamic.sequences)
 
 
-@pytest.mark.parametrize("option", ["compact", "rest"])
+@pytest.mark.parametrize("option", ["compact", "merge"])
 def test_static_with_options(option: str) -> None:
     family = FAMILIES["llava_onevision"]
     model, inputs = family.build(), ragged(family)
     options: dict[str, Any] = {"positions": "compact", "reducer": "uniform"}
-    if option == "rest":
-        options = {"rest": "merge", "reducer": "kcentre"}
+    if option == "merge":
+        options = {"merge": True, "reducer": "kcenter"}
     with tokencomp.patch(model, 0.5, **options):
         static = oracle.generate(model, inputs, cache_implementation="static")
         dynamic = oracle.generate(model, inputs)

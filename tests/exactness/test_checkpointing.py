@@ -68,7 +68,7 @@ def wrap_all(model: nn.Module, kind: type, reentrant: bool) -> None:
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("part", ["layers", "attention"])
 @pytest.mark.parametrize("order", ["wrap", "patch", "unpatch"])
-@pytest.mark.parametrize("options", [{}, {"reducer": "fastv", "rest": "merge"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"reducer": "fastv", "merge": True}], ids=str)
 def test_wrapped_layers(options: dict[str, Any], order: str, part: str, reentrant: bool) -> None:
     """Wrapped before the patch or behind it; the patch may end before the backward pass."""
     plain = FAMILY.build().train()

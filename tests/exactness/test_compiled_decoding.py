@@ -42,7 +42,7 @@ def test_merged_tokens_on_a_static_cache(family: Family) -> None:
     if family.name == "kimi_k25":
         pytest.skip("torch has no float64 for its experts")
     model, inputs = family.build(), ragged(family)
-    with tokencomp.patch(model, 0.6, reducer="kcentre", rest="merge") as handle:
+    with tokencomp.patch(model, 0.6, reducer="kcenter", merge=True) as handle:
         options = {"cache_implementation": "static", "compile_config": compiled(model)}
         out = oracle.generate(model, inputs, STEPS, **options)
         masks = oracle.kept_columns(handle, inputs, family.layers)

@@ -23,11 +23,11 @@ import tokencomp
 from tokencomp import Plan, Stage, make_reducer
 
 STEPS = 4
-KCENTRE = make_reducer("kcentre")
+KCENTER = make_reducer("kcenter")
 PLANS = {
-    "entry": Plan((Stage(0, 0.25, KCENTRE, rest="merge"),)),
-    "layer": Plan((Stage(2, 0.25, KCENTRE, rest="merge"),)),
-    "both": Plan((Stage(0, 0.5, KCENTRE, rest="merge"), Stage(3, 0.2, KCENTRE, rest="merge"))),
+    "entry": Plan((Stage(0, 0.25, KCENTER, merge=True),)),
+    "layer": Plan((Stage(2, 0.25, KCENTER, merge=True),)),
+    "both": Plan((Stage(0, 0.5, KCENTER, merge=True), Stage(3, 0.2, KCENTER, merge=True))),
 }
 
 

@@ -34,7 +34,7 @@ def test_direct_calls_are_compressed(family: Family) -> None:
             assert handle.stats.ratio > 0.3
             torch.testing.assert_close(found, wanted, atol=1e-6, rtol=0)
     assert hooks_of(model) == clean and "forward" not in vars(body)
-    if family.name not in HYBRID:  # their oracle is in test_layer_kinds.py
+    if family.name not in HYBRID:  # their oracle is in test_layer_types.py
         full = oracle.masked_logits(model, family, inputs, masks)
         seen = masks[-1]
         torch.testing.assert_close(expected[seen], full[seen], atol=1e-5, rtol=1e-5)

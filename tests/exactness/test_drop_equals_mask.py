@@ -48,7 +48,7 @@ def test_adjacent_videos(name: str) -> None:
         [text(2), family.video(4), text(9, 3)],
     ]
     model, inputs = family.build(), family.batch(rows)
-    with tokencomp.patch(model, 0.6, reducer="kcentre") as handle, torch.no_grad():
+    with tokencomp.patch(model, 0.6, reducer="kcenter") as handle, torch.no_grad():
         logits = model(**inputs, use_cache=False).logits
         masks = oracle.kept_columns(handle, inputs, family.layers)
         assert handle.stats is not None
@@ -109,11 +109,11 @@ def test_labels(family: Family) -> None:
 def test_merged_features(family: Family) -> None:
     """A merging reducer equals the masked run whose kept embeddings were replaced."""
     model, inputs = family.build(), prompts(family)
-    with tokencomp.patch(model, 0.6, reducer="merge") as handle:
+    with tokencomp.patch(model, 0.6, reducer="bipartite") as handle:
         out = oracle.generate(model, inputs)
         masks, stats = oracle.kept_columns(handle, inputs, family.layers), handle.stats
         spans, kept = stats.spans, [stats.kept(b)[0] for b in range(3)]
-    length, reducer = inputs["input_ids"].shape[1], tokencomp.make_reducer("merge")
+    length, reducer = inputs["input_ids"].shape[1], tokencomp.make_reducer("bipartite")
 
     def replace(module, args, kwargs):
         x = kwargs["inputs_embeds"].clone()

@@ -12,7 +12,7 @@ from support.families import CORE, FAMILIES, VIDEO, Family, text
 from torch import Tensor, nn
 
 import tokencomp
-from tokencomp.adapters.qwen import kinds_from_grids
+from tokencomp.adapters.qwen import modalities_from_grids
 from tokencomp.errors import NoVisualInputError, OptionError, UncompressedWarning
 
 FAMILY_NAMES = CORE
@@ -116,7 +116,7 @@ def test_grids_tell_the_places_where_media_meet_and_a_prompt_ends_in_one() -> No
     positions = torch.cat([raster[0], raster[1] + 3], 1)
     for count in (1, 2):
         given = positions[:, None, : 6 * count]
-        kinds = kinds_from_grids(given, {"image": [(1, 2, 3)] * count})
+        kinds = modalities_from_grids(given, {"image": [(1, 2, 3)] * count})
         assert kinds is not None and kinds.tolist() == [[1] * 6 * count]
 
 
@@ -157,7 +157,7 @@ def test_a_placeholder_without_features_is_text(name: str) -> None:
         inputs["mm_token_type_ids"] = (inputs["input_ids"] == 150).int()
     with torch.no_grad(), tokencomp.patch(model, 0.5, reducer="uniform") as handle:
         model(**inputs)
-        assert [span.kind for span in handle.stats.spans[0]] == ["image"] * len(
+        assert [span.modality for span in handle.stats.spans[0]] == ["image"] * len(
             handle.stats.spans[0]
         )
         out = model.generate(**inputs, max_new_tokens=3)

@@ -127,7 +127,7 @@ def test_second_image_on_reused_cache(family: Family, name: str) -> None:
     """Turn 2 brings its own image: it is compressed on top of a compressed cache."""
     plans.skip_refused(family, name)
     if family.name in HYBRID:
-        pytest.skip("test_layer_kinds.py has it")
+        pytest.skip("test_layer_types.py has it")
     plan = plans.make(name, family.layers)
     assert turns.image_in_second_turn(family, family.build(), plan) < 1e-5
 
@@ -155,7 +155,7 @@ def test_chunked_second_turn(family: Family, name: str) -> None:
     """Several tokens at once on a compressed, ragged cache."""
     plans.skip_refused(family, name)
     if family.name in HYBRID:
-        pytest.skip("test_layer_kinds.py has it")
+        pytest.skip("test_layer_types.py has it")
     model, inputs = family.build(), family.batch(rows(family))
     extra = torch.tensor([text(5, 20 + b) for b in range(3)])
     with tokencomp.patch(model, plan=plans.make(name, family.layers)) as handle, torch.no_grad():
@@ -218,7 +218,7 @@ def test_kv_bytes(family: Family, name: str) -> None:
     """An unpadded cache holds the kept tokens of every layer, to the byte."""
     plans.skip_refused(family, name)
     if family.name in HYBRID or family.name == "kimi_k25":
-        pytest.skip("keys and values of its layers have several sizes, see test_layer_kinds.py")
+        pytest.skip("keys and values of its layers have several sizes, see test_layer_types.py")
     model, data = family.build(), rows(family)[1]
     with tokencomp.patch(model, plan=plans.make(name, family.layers)) as handle, torch.no_grad():
         out = model(**family.batch([data]), use_cache=True)

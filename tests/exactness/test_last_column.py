@@ -19,7 +19,7 @@ REDUCERS = [
     "prune",
     pytest.param(plans.RELEVANT, id="condiv"),
     "divprune",
-    "merge",
+    "bipartite",
     "random",
     "uniform",
     "fastv",

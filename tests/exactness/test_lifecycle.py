@@ -237,7 +237,7 @@ def test_peft(family: Family, name: str) -> None:
     assert (torch.stack(out.logits, 1) - expected).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("reducer", ["prune", "merge+prune"])
+@pytest.mark.parametrize("reducer", ["prune", "bipartite+prune"])
 def test_a_lora_added_behind_the_first_prompt(reducer: str) -> None:
     """Scores are those of a model that had its LoRA before it was patched."""
     peft = pytest.importorskip("peft")

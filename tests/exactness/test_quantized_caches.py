@@ -140,7 +140,7 @@ def test_merged_rows(family: Family, backend: str) -> None:
     """They are rounded as those of a cache to which a row is written for every token."""
     model, inputs = family.build(), single(family)
     cache, length = quantized_cache(backend, model), inputs["input_ids"].shape[1]
-    with tokencomp.patch(model, 0.75, reducer="kcentre", rest="merge"), torch.no_grad():
+    with tokencomp.patch(model, 0.75, reducer="kcenter", merge=True), torch.no_grad():
         out = oracle.generate(model, inputs, STEPS, past_key_values=cache)
         exact = oracle.cache_of(model(**inputs, use_cache=True))
     rows = KeptRows(model, family, quantized_cache(backend, model))

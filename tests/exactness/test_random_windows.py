@@ -96,8 +96,8 @@ def random_setting(family: Family, dice: random.Random) -> dict[str, Any]:
     """A ratio for all media or by kind, at entry or between layers, with and without scores."""
     name = dice.choice(["uniform", "condiv", "fastv", "staged", "merging", "merging", *NEWER])
     if name == "merging":
-        reducer, rest = dice.choice(["uniform", "kcentre"]), dice.choice(["merge", "auto"])
-        return {"ratio": dice.choice([0.5, 0.75]), "reducer": reducer, "rest": rest}
+        reducer, merge = dice.choice(["uniform", "kcenter"]), dice.choice([True, "auto"])
+        return {"ratio": dice.choice([0.5, 0.75]), "reducer": reducer, "merge": merge}
     if name in NEWER:
         options = {"at": dice.choice([0.5, 0.75])} if name.endswith("random") else {}
         return {"ratio": dice.choice([0.25, 0.5, 0.75]), "reducer": name, **options}
@@ -125,9 +125,9 @@ def check(
         masks = oracle.kept_columns(handle, inputs, family.layers)
         with handle.disabled():
             plain = model(**inputs).logits[:, -1]
-    merged, rest = None, setting.get("rest", "drop")
-    if rest != "drop":
-        merged = oracle.Merged(handle, frozenset({"image"}) if rest == "auto" else None)
+    merged, merge = None, setting.get("merge", False)
+    if merge:
+        merged = oracle.Merged(handle, frozenset({"image"}) if merge == "auto" else None)
     new = out.sequences[:, width:-1]
     expected = kinds.expected_logits(model, family, inputs, masks, new, merged)[:, width - 1 :]
     found = torch.stack(out.logits, 1).to(expected)
@@ -176,10 +176,10 @@ def test_every_window(name: str, reducer: str) -> None:
 
 @pytest.mark.filterwarnings("ignore::tokencomp.errors.RatioWarning")
 @pytest.mark.parametrize("name", EVERY)
-@pytest.mark.parametrize("rest", ["drop", "merge"])
+@pytest.mark.parametrize("merge", [False, True])
 @pytest.mark.parametrize("longest", ["text", "image"])
 def test_a_longer_row_hides_neither_gaps_nor_repetitions(
-    name: str, rest: str, longest: str
+    name: str, merge: Any, longest: str
 ) -> None:
     """The longest row, which loses nothing or merges less, keeps the batch as wide as it was.
 
@@ -191,4 +191,4 @@ def test_a_longer_row_hides_neither_gaps_nor_repetitions(
         other = [text(20, 5), family.image(1), text(9, 7)]
     inputs = family.batch([[text(3), family.image(0), text(4, 2)], other])
     model = with_window(family, inputs["input_ids"].shape[1] + 4)
-    check(model, family, inputs, 28, ratio=0.9, reducer="kcentre", rest=rest)
+    check(model, family, inputs, 28, ratio=0.9, reducer="kcenter", merge=merge)

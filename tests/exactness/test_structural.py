@@ -77,7 +77,7 @@ def test_ratio_zero_changes_nothing(served: Family) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("reducer", [pytest.param(plans.RELEVANT, id="condiv"), "merge"])
+@pytest.mark.parametrize("reducer", [pytest.param(plans.RELEVANT, id="condiv"), "bipartite"])
 def test_batch_beams_and_drafts(served: Family, reducer: Any) -> None:
     """Beams of a batch are those of its rows; drafts of assisted decoding change nothing."""
     model = served.build()
@@ -125,7 +125,7 @@ def test_videos_with_times_between_frames(name: str) -> None:
     with tokencomp.patch(model, 0.5, reducer="uniform") as handle:
         out = oracle.generate(model, inputs, suppress_tokens=[IMAGE, VIDEO])
         masks = oracle.kept_columns(handle, inputs, family.layers)
-        spans = [[(s.kind, s.grid, s.text) for s in row] for row in handle.stats.spans]
+        spans = [[(s.modality, s.grid, s.text) for s in row] for row in handle.stats.spans]
         assert handle.stats.tokens_after == [[8] * 4] * 2
     joined = [("video", (2, 2, 4), (8, 9, 10))]
     assert spans == [joined if name == "glm4v" else [("video", (1, 2, 4), ())] * 2] * 2

@@ -15,7 +15,7 @@ from tokencomp import Plan, Stage, TowerStage, make_reducer
 ROUNDING = 2e-7  # relative
 
 
-@pytest.mark.parametrize("reducer", ["kcentre", "divprune"])
+@pytest.mark.parametrize("reducer", ["kcenter", "divprune"])
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl", "internvl"])
 def test_the_first_of_two_tokens_stays(name: str, reducer: str) -> None:
     """The tower leaves two tokens of an image, each as far from the other, and one is kept.

@@ -165,7 +165,7 @@ def test_prefill_and_decode_of_qwen35(name: str) -> None:
     with tokencomp.patch(model, plan=plan) as handle:
         out = oracle.generate(model, inputs, 4)
         masks = oracle.kept_columns(handle, inputs, family.layers)
-        spans = [(s.kind, s.grid, len(s.text)) for row in handle.stats.spans for s in row]
+        spans = [(s.modality, s.grid, len(s.text)) for row in handle.stats.spans for s in row]
         with torch.no_grad():
             forward = model(**inputs).logits[:, -1]
     video = ("video", (2, 2, 4), 5)
@@ -180,7 +180,7 @@ def test_prefill_and_decode_of_qwen35(name: str) -> None:
 
 def whole(family: Family) -> Plan:
     """Cells before block 0, then an entry stage."""
-    return Plan((Stage(0, 0.4, RANDOM),), TowerStage(0, 0.6, make_reducer("kcentre")))
+    return Plan((Stage(0, 0.4, RANDOM),), TowerStage(0, 0.6, make_reducer("kcenter")))
 
 
 def test_batch_equals_singles_with_beams(family: Family) -> None:

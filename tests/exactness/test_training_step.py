@@ -33,7 +33,14 @@ def step(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.thin(3)
 @pytest.mark.parametrize(
     "reducer",
-    [pytest.param(plans.RELEVANT, id="condiv"), "merge", "prune", "fastv", "adsc", "condiv+prune"],
+    [
+        pytest.param(plans.RELEVANT, id="condiv"),
+        "bipartite",
+        "prune",
+        "fastv",
+        "adsc",
+        "condiv+prune",
+    ],
 )
 def test_gradient_checkpointing(family: Family, reducer: Any) -> None:
     """The same gradients as without; scores of a layer are not recorded in its first pass alone."""
@@ -55,7 +62,7 @@ def test_gradient_checkpointing(family: Family, reducer: Any) -> None:
 
 @pytest.mark.thin(2)
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("reducer", ["kcentre", "fastv", "kcentre+fastv"])
+@pytest.mark.parametrize("reducer", ["kcenter", "fastv", "kcenter+fastv"])
 @pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision"])
 def test_checkpointed_layers_know_the_weights(name: str, reducer: str, reentrant: bool) -> None:
     """Also when another prompt has run before the backward pass, and after a later patch."""
@@ -71,7 +78,7 @@ def test_checkpointed_layers_know_the_weights(name: str, reducer: str, reentrant
         sum(losses).backward()
         return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
-    with tokencomp.patch(model, 0.5, reducer=reducer, rest="merge") as handle:
+    with tokencomp.patch(model, 0.5, reducer=reducer, merge=True) as handle:
         expected = step(model, inputs), both()
         before = [m.__dict__.get("_gradient_checkpointing_func") for m in model.modules()]
         assert not any(before)
@@ -100,26 +107,28 @@ def test_a_backward_pass_behind_the_patch(end: str, reentrant: bool) -> None:
     family = FAMILIES["qwen2_vl"]
     model = family.build().train()
     inputs = family.batch([[text(3), family.image(), text(5, 2)], [text(9)]])
-    with tokencomp.patch(model, 0.5, reducer="kcentre", rest="merge"):
+    with tokencomp.patch(model, 0.5, reducer="kcenter", merge=True):
         expected = step(model, inputs)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     labels = torch.full_like(inputs["input_ids"], -100)
     labels[:, -4:] = inputs["input_ids"][:, -4:]
     model.zero_grad(set_to_none=True)
-    handle = tokencomp.patch(model, 0.5, reducer="kcentre", rest="merge")
+    handle = tokencomp.patch(model, 0.5, reducer="kcenter", merge=True)
     loss = model(**inputs, labels=labels).loss
     if end == "unpatch":
         handle.remove()
     elif end == "set":
         handle.set(ratio=0)
     else:
-        tokencomp.patch(model, 0.25, reducer="kcentre")
+        tokencomp.patch(model, 0.25, reducer="kcenter")
     loss.backward()
     for name, parameter in model.named_parameters():
         if name in expected:
             torch.testing.assert_close(parameter.grad, expected[name], msg=name)
     tokencomp.unpatch(model)
-    assert not any(hasattr(m.__dict__.get("config"), "tokencomp_further") for m in model.modules())
+    assert not any(
+        hasattr(m.__dict__.get("config"), "tokencomp_bias_dims") for m in model.modules()
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +151,9 @@ class Spy(tokencomp.Reducer):
 
 
 @pytest.mark.thin(3)
-@pytest.mark.parametrize("reducer", ["condiv", "divprune", "cdpruner", "merge", "vidcom2", "prune"])
+@pytest.mark.parametrize(
+    "reducer", ["condiv", "divprune", "cdpruner", "bipartite", "vidcom2", "prune"]
+)
 @pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision", "vila"])
 def test_autocast(name: str, reducer: str) -> None:
     """Reducers score in fp32 there too, and dropping equals masking up to bf16."""

@@ -26,7 +26,7 @@ def spans(name: str, *media: Media, before: int = 3) -> list[VisualSpan]:
 
 
 def brief(found: list[VisualSpan]) -> list[tuple[Any, ...]]:
-    return [(s.start, s.length, s.grid, s.kind) for s in found]
+    return [(s.start, s.length, s.grid, s.modality) for s in found]
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import tokencomp
 from tokencomp.adapters.base import ENCODED
-from tokencomp.tokens.spans import Kind, VisualSpan
+from tokencomp.tokens.spans import Modality, VisualSpan
 
 OWN_SPANS = ("llava_next", "llava_next_video", "llava_onevision", "vila")
 FAMILY_NAMES = [name for name in FAMILIES if name not in OWN_SPANS]
@@ -32,11 +32,11 @@ TILE = (1, 4, 4)  # of every family without grids
 Row = list[Any]
 
 
-def media_of(inputs: dict[str, Tensor]) -> list[tuple[int, Kind, tuple[int, int, int]]]:
+def media_of(inputs: dict[str, Tensor]) -> list[tuple[int, Modality, tuple[int, int, int]]]:
     """Placeholder id, kind and grid in tokens of what one `Media` brings, in order."""
     if "pixel_values" in inputs and "image_grid_thw" not in inputs:
         return [(IMAGE, "image", TILE)] * len(inputs["pixel_values"])
-    found: list[tuple[int, Kind, tuple[int, int, int]]] = []
+    found: list[tuple[int, Modality, tuple[int, int, int]]] = []
     for token, kind in ((IMAGE, "image"), (VIDEO, "video")):
         for t, h, w in inputs.get(f"{kind}_grid_thw", torch.zeros(0, 3)).tolist():
             found.append((token, kind, (t, h // 2, w // 2)))  # type: ignore[arg-type]

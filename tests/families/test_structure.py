@@ -169,7 +169,7 @@ def test_media_are_cut_out_of_runs() -> None:
     assert cut_media(rows, {"image": [2, 4, 3, 7]}) is None
     assert cut_media(rows, {"image": [2, 4, 3, 8, 1]}) is None
     mixed = cut_media([[(0, 2, "audio"), (3, 5, "image"), (5, 9, "audio")]], {"image": [2]})
-    assert [m.kind for m in mixed[0]] == ["audio", "image", "audio"]
+    assert [m.modality for m in mixed[0]] == ["audio", "image", "audio"]
     assert cut_media([[(0, 2, "video"), (2, 4, "audio")]], {"video": [4], "audio": [2]}) is None
 
 

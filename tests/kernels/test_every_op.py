@@ -329,7 +329,7 @@ HUGE: dict[str, Callable[[], object]] = {
         [huge(1, 2**11, 1, 1)], huge(1, 2**20, dtype=torch.int64), 2
     ),
     "maxmin": lambda: kernels.maxmin_select(huge(MANY, 1), 1),
-    "merge": lambda: kernels.merge_rows(huge(MANY, 1), INDEX, INDEX),
+    "bipartite": lambda: kernels.merge_rows(huge(MANY, 1), INDEX, INDEX),
     "nearest": lambda: kernels.nearest_previous_frame(huge(MANY, 1, 1, 1)),
 }
 

@@ -30,7 +30,7 @@ import tokencomp.mlx  # after the processors of transformers are loaded
 from tokencomp.plan.reducer import reduced
 from tokencomp.tokens.spans import SpanBatch
 
-REDUCERS = ("kcentre", "divprune", "vidcom2", "uniform", "random", "merge")
+REDUCERS = ("kcenter", "divprune", "vidcom2", "uniform", "random", "bipartite")
 
 
 def features(both: Any, asked: Any) -> Any:
@@ -58,7 +58,7 @@ def test_rows_and_tokens_of_transformers(name: str, media: str) -> None:
     allowed = 5e-3 if "qwen3-5" in name else 1e-4  # its linear layers differ that much anyway
     chosen = set()
     for reducer in REDUCERS:
-        tokens, chunks = (4, (16, None)) if reducer == "kcentre" else (1, (None,))
+        tokens, chunks = (4, (16, None)) if reducer == "kcenter" else (1, (None,))
         options = {"reducer": reducer, "positions": positions}
         with tokencomp.patch(both.reference, 0.6, **options) as theirs, torch.no_grad():
             expected = both.reference(**asked.inputs).logits[0, -1].log_softmax(0).numpy()
@@ -125,7 +125,7 @@ def test_budgets_are_those_of_transformers(name: str, media: str) -> None:
     for budget in (1, 21, 1000):
         with (
             tokencomp.patch(
-                both.reference, budget=budget, reducer="kcentre", positions=positions
+                both.reference, budget=budget, reducer="kcenter", positions=positions
             ) as theirs,
             torch.no_grad(),
         ):
@@ -134,7 +134,7 @@ def test_budgets_are_those_of_transformers(name: str, media: str) -> None:
         with tokencomp.mlx.patch(both.model, budget=budget) as handle:
             features(both, asked)
         assert handle.columns.tolist() == rows.tolist()
-        assert f"budget {budget}, kcentre" in repr(handle)
+        assert f"budget {budget}, kcenter" in repr(handle)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -170,10 +170,10 @@ def test_what_cannot_be_compressed_is_refused() -> None:
     for options in wrong_amounts:
         with pytest.raises(OptionError):
             tokencomp.mlx.patch(model, **options)
-    with pytest.raises(UnknownNameError, match="kcentre"):
-        tokencomp.mlx.patch(model, 0.5, "kcenter")
+    with pytest.raises(UnknownNameError, match="kcenter"):
+        tokencomp.mlx.patch(model, 0.5, "kcentr")
     with pytest.raises(OptionError, match="no option 'seed'"):
-        tokencomp.mlx.patch(model, 0.5, "kcentre", seed=1)
+        tokencomp.mlx.patch(model, 0.5, "kcenter", seed=1)
     with pytest.raises(OptionError, match="cannot run inside an engine"):
         tokencomp.mlx.patch(model, 0.5, "fastv")
     with pytest.raises(UnsupportedModelError, match=r"tokencomp\.patch"):
@@ -222,7 +222,7 @@ def test_no_torch_is_imported() -> None:
         "from tokencomp.mlx.selection import SELECT\n"
         "x = mx.random.normal((12, 8))\n"
         "print([len(f(x, (1, 3, 4), 5)) for f in SELECT.values()])\n"
-        "try: ChosenMethod(0.5, 'merge')\n"
+        "try: ChosenMethod(0.5, 'bipartite')\n"
         "except MissingDependencyError as error: print(error)\n"
         "from tokencomp.cli import main\n"
         "sys.argv = 'tokencomp serve --engine mlx -- --draft-model=x'.split()\n"

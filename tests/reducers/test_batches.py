@@ -28,7 +28,7 @@ def without(tokens: VisualTokens, places: list[int]) -> VisualTokens:
     values: dict[str, Any] = {name: getattr(tokens, name) for name in names}
     values = {name: None if v is None else v[left] for name, v in values.items()}
     values["tower"] = {signal: v[left] for signal, v in tokens.tower.items()}
-    same = ("grid", "query", "query_scores", "norm", "kind")
+    same = ("grid", "query", "query_scores", "norm", "modality")
     values |= {name: getattr(tokens, name) for name in same}
     return VisualTokens(index=left.nonzero()[:, 0], **values)
 

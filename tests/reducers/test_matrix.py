@@ -142,12 +142,16 @@ def test_options_of_another_type_or_range() -> None:
     for name, options, message in (
         ("random", {"seed": True}, "seed=True; expected an integer"),
         ("random", {"seed": -1}, "a number from 0 to 9223372036854775807"),
-        ("merge", {"weighted": "x"}, "weighted='x'; expected true or false"),
+        ("bipartite", {"weighted": "x"}, "weighted='x'; expected true or false"),
         ("pool", {"stride": math.inf}, "stride=inf; expected a finite number"),
-        ("kcentre", {"thumb": 0}, "thumb=0; allowed: a number from 1 to 64"),
+        ("kcenter", {"pool": 0}, "pool=0; allowed: a number from 1 to 64"),
         ("aim", {"start": 0.8}, "0 ≤ start < stop ≤ 1"),
-        ("merge+prune", {"share": "x"}, r"merge\+prune: share='x'; expected a finite number"),
-        ("merge+prune", {"start": "x"}, "prune: start='x'; expected a finite number"),
+        (
+            "bipartite+prune",
+            {"share": "x"},
+            r"bipartite\+prune: share='x'; expected a finite number",
+        ),
+        ("bipartite+prune", {"start": "x"}, "prune: start='x'; expected a finite number"),
         ("condiv", {"margin": -0.1}, "margin=-0.1; allowed"),
         ("cdpruner", {"relevance": "magic"}, "relevance='magic'; expected 'query' or"),
     ):

@@ -99,7 +99,7 @@ def test_vcast_counts_frames_by_what_is_left_of_them() -> None:
     given = matrix.tokens((4, 3, 4))
     left = [*range(12), *range(24, 27), *range(36, 48)]
     part = VisualTokens(
-        given.features[left], given.grid, given.special[left], torch.tensor(left), kind="video"
+        given.features[left], given.grid, given.special[left], torch.tensor(left), modality="video"
     )
     kept = make_reducer("vcast").reduce(part, 20).keep
     frames = [sum(a <= left[i] < a + 12 for i in kept.tolist()) for a in (0, 12, 24, 36)]
@@ -231,14 +231,14 @@ def test_dycoke_beyond_its_rule() -> None:
     kept = reducer.reduce(matrix.tokens((8, 3, 4)), 6).keep.tolist()
     assert kept == [2, 6, 10, 48 + 2, 48 + 6, 48 + 10]
     assert reducer.reduce(matrix.tokens((1, 3, 4)), 3).keep.tolist() == [2, 6, 10]
-    assert reducer.moved(0.8, 28) and not reducer.moved(0.75, 28)
+    assert reducer.deviation(0.8, 28) and not reducer.deviation(0.75, 28)
 
 
 @pytest.mark.parametrize("keep", [29, 15, 7, 1])
 def test_fusion(keep: int) -> None:
     """Runs of similar neighbours, round by round; rows that stand for several tokens weigh more."""
     given = matrix.tokens((30, 1, 1), special=2)
-    given.kind, given.sizes = "audio", 1.0 + torch.arange(32.0) % 3
+    given.modality, given.sizes = "audio", 1.0 + torch.arange(32.0) % 3
     places, x = patches_of(given)
     runs = [(p, v, float(given.sizes[p])) for p, v in zip(places, x, strict=True)]
     while len(runs) > keep:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support import matrix
-from support.max_min import k_centre
+from support.max_min import k_center
 
 from tokencomp import VisualTokens, make_reducer
 from tokencomp.errors import ScoreError
@@ -95,9 +95,9 @@ def test_the_margin_keeps_like_things_before_the_background() -> None:
 def test_the_default_chooses_by_the_kind_of_media() -> None:
     """Spans of one batch are reduced by methods of their own; only videos have relevance."""
     (signal,) = make_reducer("auto").needs
-    assert signal == Attention("text", kinds=frozenset({"video"}))
+    assert signal == Attention("text", modalities=frozenset({"video"}))
     spans = [
-        dataclasses.replace(matrix.tokens((t, 4, 4), special=1, seed=seed), kind=kind)
+        dataclasses.replace(matrix.tokens((t, 4, 4), special=1, seed=seed), modality=kind)
         for seed, (t, kind) in enumerate([(1, "image"), (2, "video"), (1, "audio")])
     ]
     got = make_reducer("auto").reduce_batch(matrix.joined(spans), [9, 12, 7])
@@ -107,9 +107,9 @@ def test_the_default_chooses_by_the_kind_of_media() -> None:
         most = max(float(span.scores[p]) for p in places)
         weights = [max(float(span.scores[p]) / most, 1e-3) for p in places]
         own = farthest_first(x, weights.index(max(weights)), weights, keep - 1, 0.2)
-        if span.kind == "image":
-            own = k_centre(torch.tensor(x, dtype=torch.float64), keep - 1)
-        if span.kind == "audio":
+        if span.modality == "image":
+            own = k_center(torch.tensor(x, dtype=torch.float64), keep - 1)
+        if span.modality == "audio":
             own = [int((i + 0.5) * len(x) / (keep - 1)) for i in range(keep - 1)]
         special = span.special.nonzero()[:, 0].tolist()
         expected += [start + p for p in sorted([*(places[i] for i in own), *special])]

@@ -21,8 +21,8 @@ from tokencomp.adapters.registry import available_models, register_adapter
 from tokencomp.errors import NameTakenError, OptionError, PluginWarning, UnknownNameError
 from tokencomp.plan.stages import TowerStage
 from tokencomp.reducers import Patches, ScoreReducer, registry
+from tokencomp.reducers.bipartite import Bipartite
 from tokencomp.reducers.compose import Compose
-from tokencomp.reducers.merge import Merge
 from tokencomp.reducers.published import Published
 from tokencomp.reducers.uniform import Uniform
 from tokencomp.serving.servable import check_name, serving_safe
@@ -47,9 +47,11 @@ class SpanBySpan(ScoreReducer):
 
 
 def test_a_taken_name_is_refused() -> None:
-    with pytest.raises(NameTakenError, match=r"reducer 'merge'.*merge\.Merge.*override=True"):
-        tokencomp.register_reducer("merge")(UserReducer)
-    assert tokencomp.available_reducers()["merge"] is Merge
+    with pytest.raises(
+        NameTakenError, match=r"reducer 'bipartite'.*bipartite\.Bipartite.*override=True"
+    ):
+        tokencomp.register_reducer("bipartite")(UserReducer)
+    assert tokencomp.available_reducers()["bipartite"] is Bipartite
     assert UserReducer.name == "uniform"
 
 
@@ -59,20 +61,20 @@ def test_a_taken_name_is_refused_before_anything_is_loaded() -> None:
 import tokencomp
 from tokencomp.errors import NameTakenError
 try:
-    @tokencomp.register_reducer("merge")
+    @tokencomp.register_reducer("bipartite")
     class UserReducer(tokencomp.Reducer):
         pass
 except NameTakenError:
-    print(tokencomp.available_reducers()["merge"].__module__)
+    print(tokencomp.available_reducers()["bipartite"].__module__)
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "tokencomp.reducers.merge"
+    assert out.stdout.strip() == "tokencomp.reducers.bipartite"
 
 
 def test_override_replaces_a_reducer() -> None:
-    tokencomp.register_reducer("merge", override=True)(UserReducer)
-    assert tokencomp.available_reducers()["merge"] is UserReducer
-    assert isinstance(tokencomp.make_reducer("merge"), UserReducer)
+    tokencomp.register_reducer("bipartite", override=True)(UserReducer)
+    assert tokencomp.available_reducers()["bipartite"] is UserReducer
+    assert isinstance(tokencomp.make_reducer("bipartite"), UserReducer)
 
 
 @pytest.mark.parametrize(
@@ -80,10 +82,10 @@ def test_override_replaces_a_reducer() -> None:
     [
         ("whole_spans", True, 'grid = "whole"'),
         ("needs_grid", property(lambda self: True), 'grid = "known"'),
-        ("needs_for", lambda self, kinds: self.needs, "Attention(kinds=...)"),
+        ("needs_for", lambda self, kinds: self.needs, "Attention(modalities=...)"),
         ("serving_safe", True, "computed"),
         ("revision", 2, "tokencomp.reducers.Published"),
-        ("moved", lambda self, ratio, num_layers: "", "tokencomp.reducers.Published"),
+        ("deviation", lambda self, ratio, num_layers: "", "tokencomp.reducers.Published"),
         ("published_layers", lambda self, layers: (2,), "tokencomp.reducers.Published"),
     ],
 )
@@ -163,7 +165,7 @@ from tokencomp.reducers.uniform import Uniform
 class First(Uniform): pass
 @tokencomp.register_reducer("second")
 class Second(Uniform): pass
-assert "merge" in tokencomp.available_reducers()  # plugins may use the registry
+assert "bipartite" in tokencomp.available_reducers()  # plugins may use the registry
 """
     install(tmp_path, monkeypatch, "first = plugin_reducers:First\nall = plugin_reducers", source)
     with warnings.catch_warnings():
@@ -178,7 +180,7 @@ assert "merge" in tokencomp.available_reducers()  # plugins may use the registry
     [
         ("bad = plugin_reducers:Missing", "AttributeError"),
         ("bad = no_such_module", "ModuleNotFoundError"),
-        ("merge = plugin_reducers:Good", "NameTakenError"),
+        ("bipartite = plugin_reducers:Good", "NameTakenError"),
     ],
 )
 def test_a_broken_plugin_is_named_and_the_rest_works(
@@ -189,7 +191,7 @@ def test_a_broken_plugin_is_named_and_the_rest_works(
     name = entry.split()[0]
     with pytest.warns(PluginWarning, match=rf"plugin '{name}'.*plugins.*{reason}"):
         names = tokencomp.available_reducers()
-    assert names["good"].__name__ == "Good" and names["merge"] is Merge
+    assert names["good"].__name__ == "Good" and names["bipartite"] is Bipartite
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tokencomp.available_reducers()
@@ -201,7 +203,7 @@ def test_what_servers_can_run_is_computed() -> None:
     assert safe == {name for name in tokencomp.available_reducers() if row(name).served}
     assert serving_safe(SpanBySpan()) and not serving_safe(UserReducer())
     assert serving_safe(tokencomp.make_reducer("condiv", power=0.0))
-    assert not serving_safe(tokencomp.make_reducer("merge+adsc"))
+    assert not serving_safe(tokencomp.make_reducer("bipartite+adsc"))
     assert serving_safe(tokencomp.make_reducer("selector", input="features"))
     assert not serving_safe(tokencomp.make_reducer("selector", input="attention"))
 

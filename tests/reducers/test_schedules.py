@@ -43,7 +43,7 @@ def test_a_late_baseline_cuts_once_at_its_depth(name: str) -> None:
     reducer = make_reducer(name, at=20 / 28)
     (cut,) = reducer.plan(0.2, 28).stages
     assert (cut.layer, cut.fraction) == (20, pytest.approx(1 - 0.2 * 28 / 8))
-    assert not serving_safe(reducer) and not reducer.moved(0.2, 28)
+    assert not serving_safe(reducer) and not reducer.deviation(0.2, 28)
     both = make_reducer(f"condiv+{name}", at=20 / 28, share=0.8)
     stages = both.plan(0.5, 28).stages
     assert [s.layer for s in stages] == [0, 20] and both.plan(0.5, 28).ratio(28) == pytest.approx(
@@ -55,9 +55,9 @@ def test_a_late_baseline_cuts_once_at_its_depth(name: str) -> None:
 def test_a_cut_that_cannot_meet_the_ratio_is_earlier_and_marked() -> None:
     late = make_reducer("random", at=0.9)
     (cut,) = late.plan(0.5, 28).stages
-    assert cut.layer == 13 and "before layer 13" in late.moved(0.5, 28)
+    assert cut.layer == 13 and "before layer 13" in late.deviation(0.5, 28)
     both = make_reducer("divprune+random", at=0.9)
-    assert both.moved(0.75, 28) and not both.moved(0.05, 28)
+    assert both.deviation(0.75, 28) and not both.deviation(0.05, 28)
     with pytest.raises(OptionError, match="give random and uniform a depth"):
         make_reducer("divprune+random")
     with pytest.raises(OptionError, match=r"at=1\.0; allowed: a number from 0"):
@@ -70,5 +70,5 @@ def test_sparsevlm_at_its_published_ratio() -> None:
     ratio = 1 - sum(seen) / 32 / 576
     reducer = make_reducer("sparsevlm")
     assert reducer.plan(ratio, 32).fractions(32) == pytest.approx([n / 576 for n in seen])
-    assert not reducer.moved(ratio, 32) and reducer.moved(0.9, 32)
+    assert not reducer.deviation(ratio, 32) and reducer.deviation(0.9, 32)
     assert all(s.reducer.score == "rater_query" for s in reducer.plan(ratio, 32).stages)

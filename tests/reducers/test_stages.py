@@ -72,7 +72,10 @@ def test_merging_after_another_stage(name: str, first: str) -> None:
     family = FAMILIES[name]
     model, layer = family.build(), family.layers - 1
     inputs = family.batch([[text(3), family.video(8), text(9, 3)]])
-    entry, merging = Stage(0, 0.5, make_reducer(first)), Stage(layer, 0.3, make_reducer("merge"))
+    entry, merging = (
+        Stage(0, 0.5, make_reducer(first)),
+        Stage(layer, 0.3, make_reducer("bipartite")),
+    )
     found = []
     for plan in (Plan((entry,)), Plan((entry, merging))):
         with (

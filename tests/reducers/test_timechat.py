@@ -22,7 +22,7 @@ def tokens(grid: Grid, frame: Tensor | None) -> VisualTokens:
     t, h, w = grid
     features = torch.randn(t * h * w, 6)
     special = torch.zeros(t * h * w, dtype=torch.bool)
-    return VisualTokens(features, grid, special, kind="video", frame=frame)
+    return VisualTokens(features, grid, special, modality="video", frame=frame)
 
 
 def by_loops(given: VisualTokens, keep: int) -> list[int]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from support import tower
 from support.families import FAMILIES, text
-from support.max_min import k_centre, rms
+from support.max_min import k_center, rms
 from torch import Tensor
 from transformers import Qwen2VLVideoProcessor
 
@@ -23,46 +23,52 @@ def span(
     x: Tensor, grid: tuple[int, int, int], pixels: tuple[int, int, int] | None = None
 ) -> VisualTokens:
     special = torch.zeros(len(x), dtype=torch.bool)
-    return VisualTokens(x, grid, special, kind="video" if grid[0] > 1 else "image", pixels=pixels)
+    return VisualTokens(
+        x, grid, special, modality="video" if grid[0] > 1 else "image", pixels=pixels
+    )
 
 
-def naive_looks(
-    x: Tensor, grid: tuple[int, int, int], thumb: int, contrast: float, change: float
+def naive_descriptor(
+    x: Tensor, grid: tuple[int, int, int], pool: int, std_weight: float, temporal_weight: float
 ) -> Tensor:
-    """What k-centre compares, one square at a time: cells (n, patches, 3, frames, side, side)."""
+    """What k-center compares, one square at a time: cells (n, patches, 3, frames, side, side)."""
     _, patches, channels, frames, side, _ = x.shape
     rows = []
     for number, cell in enumerate(x):
-        means = torch.zeros(patches, channels, frames, side // thumb, side // thumb)
+        means = torch.zeros(patches, channels, frames, side // pool, side // pool)
         deviations = torch.zeros_like(means)
         for at in itertools.product(*map(range, means.shape)):
-            top, left = at[3] * thumb, at[4] * thumb
-            square = cell[at[:3]][top : top + thumb, left : left + thumb]
+            top, left = at[3] * pool, at[4] * pool
+            square = cell[at[:3]][top : top + pool, left : left + pool]
             means[at] = square.mean()
             deviations[at] = square.std(correction=0)
         steps = [rms(means[:, :, i], means[:, :, i + 1]) ** 2 for i in range(frames - 1)]
         moved = math.sqrt(sum(steps) / max(1, len(steps)))
         angle = number // (grid[1] * grid[2]) * math.pi * (3 - math.sqrt(5))
-        place = [change * moved * f(angle) / math.sqrt(2) for f in (math.cos, math.sin)]
-        columns = torch.cat([means.flatten(), contrast * deviations.flatten()])
+        place = [temporal_weight * moved * f(angle) / math.sqrt(2) for f in (math.cos, math.sin)]
+        columns = torch.cat([means.flatten(), std_weight * deviations.flatten()])
         rows.append(torch.cat([columns / math.sqrt(means.numel()), torch.tensor(place)]))
     return torch.stack(rows)
 
 
 @pytest.mark.parametrize(
-    ("thumb", "contrast", "change", "frames"),
+    ("pool", "std_weight", "temporal_weight", "frames"),
     [(1, 0.0, 0.0, 2), (2, 1.0, 0.0, 1), (4, 2.0, 1.0, 3), (1, 2.0, 1.5, 2)],
 )
-def test_kcentre_compares_averages_contrast_and_change(
-    thumb: int, contrast: float, change: float, frames: int
+def test_kcenter_compares_averages_contrast_and_change(
+    pool: int, std_weight: float, temporal_weight: float, frames: int
 ) -> None:
     """Twelve cells of two patches with three channels of 4×4 pixels each, in three steps."""
     torch.manual_seed(1)
     x, grid = torch.randn(12, 2, 3, frames, 4, 4), (3, 2, 2)
     x[:, :, :, 1:] = x[:, :, :, :1] + torch.rand(12, 1, 1, 1, 1, 1) * x[:, :, :, 1:]
-    reducer = make_reducer("kcentre", thumb=thumb, contrast=contrast, change=change)
+    reducer = make_reducer(
+        "kcenter", pool=pool, std_weight=std_weight, temporal_weight=temporal_weight
+    )
     kept = reducer.reduce(span(x.flatten(1), grid, (frames, 4, 4)), 5).keep
-    assert kept.tolist() == k_centre(naive_looks(x, grid, thumb, contrast, change), 5)
+    assert kept.tolist() == k_center(
+        naive_descriptor(x, grid, pool, std_weight, temporal_weight), 5
+    )
 
 
 def test_letters_stand_out_from_a_surface_of_their_mean_colour() -> None:
@@ -72,8 +78,8 @@ def test_letters_stand_out_from_a_surface_of_their_mean_colour() -> None:
     grey[4] += strokes
     grey[7] += strokes[:, None]
     seen = span(grey.flatten(1), (1, 3, 4), (1, 4, 4))
-    assert {4, 7}.isdisjoint(make_reducer("kcentre", contrast=0).reduce(seen, 3).keep.tolist())
-    assert make_reducer("kcentre").reduce(seen, 1).keep.tolist() in ([4], [7])
+    assert {4, 7}.isdisjoint(make_reducer("kcenter", std_weight=0).reduce(seen, 3).keep.tolist())
+    assert make_reducer("kcenter").reduce(seen, 1).keep.tolist() in ([4], [7])
 
 
 def test_a_thing_that_blinks_stays_in_every_step() -> None:
@@ -84,8 +90,8 @@ def test_a_thing_that_blinks_stays_in_every_step() -> None:
         x[step, 1, :, 1] = 1.0
     seen = span(x.flatten(0, 1).flatten(1), (5, 2, 2), (2, 4, 4))
     flashes = {1, 9, 13}
-    assert flashes <= set(make_reducer("kcentre").reduce(seen, 4).keep.tolist())
-    once = set(make_reducer("kcentre", change=0).reduce(seen, 4).keep.tolist())
+    assert flashes <= set(make_reducer("kcenter").reduce(seen, 4).keep.tolist())
+    once = set(make_reducer("kcenter", temporal_weight=0).reduce(seen, 4).keep.tolist())
     assert len(flashes & once) == 1
 
 
@@ -93,7 +99,7 @@ def test_what_does_not_change_needs_no_second_step() -> None:
     """A still video: as many cells as it has places are those of one step's looks."""
     torch.manual_seed(8)
     x = torch.randn(1, 6, 3, 1, 4, 4).repeat(4, 1, 1, 2, 1, 1)
-    kept = make_reducer("kcentre").reduce(span(x.flatten(0, 1).flatten(1), (4, 2, 3), (2, 4, 4)), 6)
+    kept = make_reducer("kcenter").reduce(span(x.flatten(0, 1).flatten(1), (4, 2, 3), (2, 4, 4)), 6)
     assert sorted(int(i) % 6 for i in kept.keep) == list(range(6))
 
 
@@ -109,7 +115,7 @@ def test_patches_of_the_qwen_processor_hold_frames_side_by_side() -> None:
     clip[1::2] = 255
     made = processor(videos=[clip], return_tensors="pt")
     call = EncoderCall(made["pixel_values_videos"], made["video_grid_thw"], "video")
-    pixels = adapter.tower_layout().cells(call, TowerStage(0, 0.5, make_reducer("kcentre"))).pixels
+    pixels = adapter.tower_layout().cells(call, TowerStage(0, 0.5, make_reducer("kcenter"))).pixels
     assert pixels.shape[1:3] == (3, 2)
     assert float(pixels[:, :, 0].amax()) == 0 and float(pixels[:, :, 1].amin()) == 1
 
@@ -120,7 +126,7 @@ def test_copies_leave_first() -> None:
     which = torch.cat([torch.arange(11), torch.randint(11, (29,))])[torch.randperm(40)]
     x = torch.randn(11, 48)[which]
     for keep in (11, 20, 39):
-        kept = make_reducer("kcentre", thumb=1).reduce(span(x, (1, 5, 8), (1, 4, 4)), keep).keep
+        kept = make_reducer("kcenter", pool=1).reduce(span(x, (1, 5, 8), (1, 4, 4)), keep).keep
         assert len(kept) == keep and set(which[kept].tolist()) == set(range(11))
 
 
@@ -145,7 +151,7 @@ def test_runlength_keeps_what_changed() -> None:
     reducer = make_reducer("runlength")
     kept = reducer.reduce(span(frames.flatten(0, 1), (5, 2, 3)), 8).keep
     first, later = kept[kept < places], kept[kept >= places]
-    assert first.tolist() == k_centre(frames[0], 4) and len(later) == 4
+    assert first.tolist() == k_center(frames[0], 4) and len(later) == 4
     own = {(int(i) // places, int(i) % places) for i in later}
     # Only at the distance of two frames of a place can another threshold make a difference.
     pairs = itertools.combinations(frames, 2)
@@ -164,7 +170,7 @@ def test_a_small_budget_is_not_all_first_frame() -> None:
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("divprune", {}), ("condiv", {"power": 0.0}), ("kcentre", {}), ("uniform", {})],
+    [("divprune", {}), ("condiv", {"power": 0.0}), ("kcenter", {}), ("uniform", {})],
 )
 def test_reducers_at_later_blocks_see_mean_hidden_states(name: str, options: dict) -> None:
     """Any reducer that reads the picture alone chooses cells before block 1 of the tower."""

@@ -55,7 +55,13 @@ class Question:
 def questions() -> list[Question]:
     image, wide, video = http.image_url(1, 112, 112), http.image_url(2, 168, 84), http.video_url(3)
     media = [(image,), (image, wide), (), (video,), (http.mp4_url(4),), (wide, video)]
-    settings = [("uniform", 0.5), ("divprune", 0.75), ("fastv", 0.5), ("condiv", 0.9), ("merge", 0)]
+    settings = [
+        ("uniform", 0.5),
+        ("divprune", 0.75),
+        ("fastv", 0.5),
+        ("condiv", 0.9),
+        ("bipartite", 0),
+    ]
     return [
         Question(urls, f"What color is shape {i}?", *settings[(i + j) % len(settings)], 1 + j / 5)
         for i, urls in enumerate(media)

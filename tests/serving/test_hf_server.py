@@ -71,13 +71,13 @@ def test_low_detail_equals_a_direct_call(hf_server: Any) -> None:
     messages[0]["content"][0]["image_url"]["detail"] = "low"
     body = {"model": "tiny", "messages": messages, "max_tokens": 8, "temperature": 0}
     answer = client.chat.completions.create(**body)
-    spec = {"ratio": 0.75, "reducer": "kcentre", "rest": "auto"}
+    spec = {"ratio": 0.75, "reducer": "kcenter", "merge": "auto"}
     text, prompt, *_ = expected(folder, [IMAGE], spec)
     assert (answer.choices[0].message.content, answer.usage.prompt_tokens) == (text, prompt)
 
 
 @pytest.mark.parametrize(
-    ("default", "request_options", "tower", "rest"),
+    ("default", "request_options", "tower", "merge"),
     [
         ({"ratio": 0.75, "tower_ratio": 0.5}, None, 0.5, "auto"),
         ({"ratio": 0.75, "tower_ratio": 0.5}, {"tower_ratio": 0.25}, 0.75, "auto"),
@@ -85,28 +85,28 @@ def test_low_detail_equals_a_direct_call(hf_server: Any) -> None:
             {"ratio": 0.75, "tower_ratio": 0.5},
             {"ratio": 0.4},
             0.6,
-            "",
+            None,
         ),  # all of it in the tower
         ({"ratio": 0.75, "tower_ratio": 0.5}, {"tower_ratio": 0}, 1, "auto"),
-        ({"ratio": 0.5}, {"rest": "merge"}, 1, "merge"),
-        ({"ratio": 0.5}, {"rest": "drop"}, 1, "drop"),
-        ({"ratio": 0.5}, {"reducer": "uniform"}, 1, "drop"),  # only the default merges by itself
-        ({"ratio": 0.5}, {"reducer": "merge"}, 1, "drop"),
+        ({"ratio": 0.5}, {"merge": True}, 1, True),
+        ({"ratio": 0.5}, {"merge": False}, 1, False),
+        ({"ratio": 0.5}, {"reducer": "uniform"}, 1, False),  # only the default merges by itself
+        ({"ratio": 0.5}, {"reducer": "bipartite"}, 1, False),
     ],
 )
 def test_a_request_changes_the_default(
-    tiny_folder: Any, default: Any, request_options: Any, tower: float, rest: str
+    tiny_folder: Any, default: Any, request_options: Any, tower: float, merge: Any
 ) -> None:
     """Whatever the request before it set."""
     options = ServerOptions.parse(default, engine="hf")
     engine = Engine(*hf_reference.load(tiny_folder("qwen2_vl")), options, Metrics())
     try:
-        for before in ({"rest": "merge", "tower_ratio": 0.1, "ratio": 0.2}, {"reducer": "uniform"}):
+        for before in ({"merge": True, "tower_ratio": 0.1, "ratio": 0.2}, {"reducer": "uniform"}):
             for request in (before, request_options):
                 with engine._compressed(options.resolve(request, engine="hf")):
                     plan = engine._handle.plan
             assert (plan.tower.fraction if plan.tower else 1) == pytest.approx(tower)
-            assert [stage.rest for stage in plan.stages] == ([rest] if rest else [])
+            assert [stage.merge for stage in plan.stages] == ([] if merge is None else [merge])
     finally:
         engine.close()
 
@@ -135,7 +135,7 @@ def test_server_default_and_ratio_zero(hf_server: Any) -> None:
     _, client, folder, _ = hf_server
     url = http.image_url(1)
     default, off = ask(client, url), ask(client, url, tokencomp={"ratio": 0})
-    spec = {"reducer": "kcentre", "ratio": 0.5, "rest": "auto"}
+    spec = {"reducer": "kcenter", "ratio": 0.5, "merge": "auto"}
     text, prompt, before, _ = expected(folder, [url], spec)
     assert (default.choices[0].message.content, default.usage.prompt_tokens) == (text, prompt)
     assert off.usage.prompt_tokens == prompt + before // 2
@@ -226,7 +226,7 @@ def test_metrics_count_tokens(hf_server: Any) -> None:
     assert 0 < new[5] < new[2] < seconds  # the first token, the end of the answer, its arrival
     assert new[2] - new[5] == pytest.approx(new[4] * (answer.usage.completion_tokens - 1))
     assert http.metric(url, "tokencomp_requests_running") == 0
-    _, _, before, after = expected(folder, [media], {"reducer": "kcentre", "ratio": 0.75})
+    _, _, before, after = expected(folder, [media], {"reducer": "kcenter", "ratio": 0.75})
     increase = [http.metric(url, n) - s for n, s in zip(names, start, strict=True)]
     assert increase == [before, after]
     assert http.metric(url, "tokencomp_reduce_seconds_total") > 0
@@ -240,7 +240,7 @@ def test_metrics_count_tokens(hf_server: Any) -> None:
 def test_the_log_says_what_is_served_and_what_each_request_cost(hf_server: Any) -> None:
     _, client, _, root = hf_server
     answer = ask(
-        client, http.image_url(6), tokencomp={"ratio": 0.75, "reducer": "merge"},
+        client, http.image_url(6), tokencomp={"ratio": 0.75, "reducer": "bipartite"},
         extra_headers={"X-Request-Id": "line-of-the-log"},
     )  # fmt: skip
     assert answer.id == "chatcmpl-line-of-the-log"
@@ -250,11 +250,11 @@ def test_the_log_says_what_is_served_and_what_each_request_cost(hf_server: Any) 
         time.sleep(0.05)
     (line,) = (line for line in text.splitlines() if "line-of-the-log" in line)
     assert re.search(r"POST /v1/chat/completions 200 \d+\.\d{3}s id=line-of-the-log ", line)
-    words = f"reducer=merge ratio=0.75 prompt={answer.usage.prompt_tokens} visual=64->16"
+    words = f"reducer=bipartite ratio=0.75 prompt={answer.usage.prompt_tokens} visual=64->16"
     assert line.endswith(f"{words} generated={answer.usage.completion_tokens}")
     for part in (
         "serving 'tiny' (Qwen2VLForConditionalGeneration) on cpu in float32",
-        "reducer kcentre, ratio 0.5, ratio of requests up to 0.95",
+        "reducer kcenter, ratio 0.5, ratio of requests up to 0.95",
         "limits: 1024 tokens, 8 requests per batch, 256 waiting",
         f"files {root / 'media'}",
         "API key off; host names localhost; shutdown within 60 s",
@@ -379,7 +379,7 @@ def test_malformed_requests_get_4xx_and_the_server_continues(hf_server: Any) -> 
         {"ratio": 2},
         {"ratio": "x"},
         {"ratio": {"audio": 0.5}},
-        {"ratio": 0.5, "reducer": "kcentre", "options": {"thumb": 1}},
+        {"ratio": 0.5, "reducer": "kcenter", "options": {"pool": 1}},
         {"reducer": "none"},
         {"rate": 0.5},
         {"ratio": 0.99},

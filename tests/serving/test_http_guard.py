@@ -157,7 +157,7 @@ def test_the_server_says_what_it_is() -> None:
         "'a/b': this server has 'tiny'" in error(app.get("/v1/models/a/b", headers=key))["message"]
     )
     page = app.get("/", headers=key).text
-    assert "tiny" in page and '"ratio": 0.5' in page and "kcentre" in page
+    assert "tiny" in page and '"ratio": 0.5' in page and "kcenter" in page
     words = shlex.split(page.splitlines()[-1])
     assert words[1] == "http://testserver/v1/chat/completions"
     read_request(words[-1].encode())

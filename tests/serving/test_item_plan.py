@@ -63,7 +63,7 @@ def test_each_kind_of_media_has_its_ratio(name: str) -> None:
     for kind, ratio in (("image", 0.9), ("video", 0.4)):
         alone = ItemPlan.make(spans_of(kind), MethodSpec(name, ratio))
         assert ItemPlan.make(spans_of(kind), spec) == alone
-        assert alone.kind == kind
+        assert alone.modality == kind
     whole = ItemPlan.make(spans_of("image"), MethodSpec(name, {"video": 0.4}))
     assert whole.keep == tuple(len(special_by_loops(*span)) for span in SPANS)
     x = torch.randn(whole.full, 16)
@@ -88,7 +88,7 @@ def test_both_backends_count_and_reduce_alike(name: str, ratio: float) -> None:
         assert reducer.plan(ratio, 4).counts(span, 4) == [keep]
         part = x[start : start + length]
         if keep < length:
-            done = reducer.reduce(VisualTokens(part, grid, special, kind="video"), keep)
+            done = reducer.reduce(VisualTokens(part, grid, special, modality="video"), keep)
             want = part[done.keep] if done.merged is None else done.merged
             assert torch.equal(rows[at : at + keep], want)
             assert torch.equal(index[at : at + keep], done.keep + start)
@@ -135,7 +135,7 @@ def test_plans_travel_unchanged() -> None:
         reduce_item(plan, torch.zeros(plan.full + 1, 4))
 
 
-@pytest.mark.parametrize("name", ["uniform", "divprune", "merge"])
+@pytest.mark.parametrize("name", ["uniform", "divprune", "bipartite"])
 def test_behind_a_tower_stage_the_entry_sees_what_the_tower_left(name: str) -> None:
     """Rows that the tower dropped are NaN; counts and rows are those of the stages' reducers."""
     grid = (2, 5, 6)
@@ -147,7 +147,7 @@ def test_behind_a_tower_stage_the_entry_sees_what_the_tower_left(name: str) -> N
     x = torch.full((60, 8), torch.nan)
     x[present] = torch.randn(30, 8)
     tokens = VisualTokens(
-        x[present], grid, torch.zeros(30, dtype=torch.bool), present, kind="video"
+        x[present], grid, torch.zeros(30, dtype=torch.bool), present, modality="video"
     )
     reducer = make_reducer(name)
     done = reducer.reduce(tokens, 15)
@@ -183,7 +183,7 @@ def test_trained_weights_are_checked_where_items_are_planned_and_read_once(tmp_p
     spec = ServerOptions.parse(asked, "vllm").default
     plan = ItemPlan.make([span_of("video", (4, 3, 3), "end")], spec, 5, facts)
     x = torch.randn(37, facts.hidden_size, generator=torch.Generator().manual_seed(3))
-    tokens = VisualTokens(x, (4, 3, 3), torch.arange(37) == 36, kind="video")
+    tokens = VisualTokens(x, (4, 3, 3), torch.arange(37) == 36, modality="video")
     want = make_reducer("selector", **options | {"weights": str(file)}).reduce(tokens, plan.kept)
     sent = ItemPlan.from_tensor(plan.to_tensor())
     assert reduce_item(sent, x)[1].tolist() == want.keep.tolist()
@@ -223,7 +223,7 @@ def test_pooled_tokens_have_the_positions_of_the_patched_model(extent: int, posi
     spec = MethodSpec(make_reducer("pool"), 0.5)
     plan = ItemPlan.make([span_of("image", grid, "rows")], spec, extent)
     x = torch.randn(len(mask), 8)
-    tokens = VisualTokens(x, grid, mask, kind="image")
+    tokens = VisualTokens(x, grid, mask, modality="image")
     expected = make_reducer("pool", position=position).reduce(tokens, plan.keep[0])
     rows, kept = reduce_item(plan, x)
     other = make_reducer("pool", position="mean" if extent == 0 else "first")
@@ -258,5 +258,5 @@ def test_no_pixels_make_the_stage_in_the_tower_fail(scale: str, kind: str) -> No
         seen.append((name, bool(reports)))
     blind = {"random", "uniform"}
     assert {name for name, failed in seen if failed} <= {name for name, _ in seen} - blind
-    assert {"kcentre", "divprune", "runlength"} <= {name for name, _ in seen}
+    assert {"kcenter", "divprune", "runlength"} <= {name for name, _ in seen}
     assert any(failed for _, failed in seen) == (scale == "overflow")

@@ -61,7 +61,7 @@ def split(total: int, size: int) -> list[int]:
     return [min(size, total - start) for start in range(0, total, size)]
 
 
-CASES = [("qwen2_vl", media, name) for media in MEDIA for name in ("divprune", "merge")]
+CASES = [("qwen2_vl", media, name) for media in MEDIA for name in ("divprune", "bipartite")]
 CASES += [("qwen3_vl", media, "divprune") for media in MEDIA]
 CASES += [("qwen2_vl", media, "uniform") for media in MEDIA]  # at a budget
 CASES += [(name, MEDIA[3], "selector") for name in ("qwen2_vl", "qwen3_vl")]  # of features
@@ -97,7 +97,7 @@ def test_equals_the_patched_model(
     # The tower may see other batches in chunks, so rows differ by rounding.
     torch.testing.assert_close(x, chunked[0], atol=1e-5, rtol=1e-5)
     assert torch.equal(positions, chunked[1])
-    if reducer != "merge":  # whose rows have positions of their own
+    if reducer != "bipartite":  # whose rows have positions of their own
         assert torch.equal(positions, true[:, want["kept"]])
     more = {}
     if deepstack is not None:

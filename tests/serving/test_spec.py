@@ -32,7 +32,7 @@ def test_request_options_override_the_server_default() -> None:
             server.resolve(wrong)
 
 
-def test_ratios_by_kind_of_media() -> None:
+def test_ratios_by_modality_of_media() -> None:
     server = ServerOptions.parse({"ratio": 0.5, "max_ratio": 0.8}, "hf")
     spec = server.resolve({"ratio": {"image": "0.5", "video": 0.75}}, "hf")
     assert spec.ratios == {"image": 0.5, "video": 0.75} and spec.shown_ratio
@@ -86,7 +86,7 @@ def test_only_the_operator_may_set_paths() -> None:
     options = {"reducer": "selector", "ratio": 0.5, "options": {"weights": "somewhere"}}
     server = ServerOptions.parse(options, "hf")
     assert server.resolve({"ratio": 0.6}, "hf").describe()["options"]["weights"] == "somewhere"
-    composed = {"reducer": "merge+prune", "options": {"prune.weights": "/etc/passwd"}}
+    composed = {"reducer": "bipartite+prune", "options": {"prune.weights": "/etc/passwd"}}
     for wrong in (options, {"options": {"weights": None}}, composed):
         with pytest.raises(OptionError, match="operator"):
             server.resolve(wrong, "hf")
@@ -97,7 +97,7 @@ def test_only_the_operator_may_set_paths() -> None:
     [
         {"options": {"seed": "x"}, "reducer": "random"},
         {"options": {"seed": 1e30}, "reducer": "random"},
-        {"options": {"weighted": "x"}, "reducer": "merge"},
+        {"options": {"weighted": "x"}, "reducer": "bipartite"},
         {"options": {"stride": 1e300}, "reducer": "pool"},
         {"options": {"group": float("nan")}, "reducer": "pool"},
         {"reducer": "nothing"}, {"reducer": 3}, {"rate": 0.5}, {"options": [1]}, "{", "3", [1],
@@ -112,9 +112,9 @@ def test_bad_request_options(wrong: Any) -> None:
 def test_the_default_can_be_served() -> None:
     for options in ({"ratio": 0.5}, {"ratio": 0.5, "reducer": "auto"}):
         for engine in ("vllm", "hf"):
-            assert ServerOptions.parse(options, engine).default.describe()["reducer"] == "kcentre"
-        assert ServerOptions().resolve(options).describe()["reducer"] == "kcentre"
-    assert "kcentre" in SERVABLE
+            assert ServerOptions.parse(options, engine).default.describe()["reducer"] == "kcenter"
+        assert ServerOptions().resolve(options).describe()["reducer"] == "kcenter"
+    assert "kcenter" in SERVABLE
 
 
 def test_fixed_servers_refuse_request_options() -> None:
@@ -139,18 +139,18 @@ def test_refused_reducers_are_answered_with_those_that_can_run() -> None:
 @pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_merging_the_rest_is_for_our_server_alone(engine: str) -> None:
     """Said by name; whether the operator or a request asks for it."""
-    asked = {"ratio": 0.5, "rest": "merge"}
-    assert ServerOptions.parse({"ratio": 0.5}, engine).default.rest_in_force == "drop"
-    assert ServerOptions.parse(asked, "hf").default.rest == "merge"
-    assert ServerOptions.parse({"ratio": 0.5}, "hf").resolve(asked, "hf").rest == "merge"
-    assert ServerOptions.parse(asked, "hf").resolve({"rest": "drop"}, "hf").rest == "drop"
-    own = ServerOptions.parse(asked, "hf").resolve({"reducer": "merge"}, "hf")
-    assert own.rest_in_force == "drop"  # it merges by itself, and the request names no rest
+    asked = {"ratio": 0.5, "merge": True}
+    assert ServerOptions.parse({"ratio": 0.5}, engine).default.merge_in_force is False
+    assert ServerOptions.parse(asked, "hf").default.merge is True
+    assert ServerOptions.parse({"ratio": 0.5}, "hf").resolve(asked, "hf").merge is True
+    assert ServerOptions.parse(asked, "hf").resolve({"merge": False}, "hf").merge is False
+    own = ServerOptions.parse(asked, "hf").resolve({"reducer": "bipartite"}, "hf")
+    assert own.merge_in_force is False  # it merges by itself, and the request names no rest
     for resolve in (ServerOptions.parse, ServerOptions.parse({"ratio": 0.5}, engine).resolve):
-        with pytest.raises(OptionError, match=r"rest='merge': .* no weights for the rows"):
+        with pytest.raises(OptionError, match=r"merge=true: .* no weights for the rows"):
             resolve(asked, engine)
-    with pytest.raises(OptionError, match="rest='some'; allowed"):
-        ServerOptions.parse({"ratio": 0.5, "rest": "some"}, "hf")
+    with pytest.raises(OptionError, match="merge='some'; allowed"):
+        ServerOptions.parse({"ratio": 0.5, "merge": "some"}, "hf")
 
 
 @pytest.mark.parametrize("name", ["nothing", "orcle", "orcle+prune", "", "+", 3, None, [], {}])

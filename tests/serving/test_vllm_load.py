@@ -21,7 +21,7 @@ pytestmark = [
 ]
 
 SETTINGS = [
-    {"reducer": "divprune", "ratio": 0.75}, {"ratio": 0}, {"reducer": "merge", "ratio": 0.5},
+    {"reducer": "divprune", "ratio": 0.75}, {"ratio": 0}, {"reducer": "bipartite", "ratio": 0.5},
     {"reducer": "uniform", "ratio": 0.9}, {"ratio": 0.75, "tower_ratio": 0.5}, {"ratio": 2},
 ]  # fmt: skip
 WARM_UP, ROUND, MOST_ROUNDS = 2500, 500, 8

@@ -47,7 +47,7 @@ def test_qwen3_vl_moe(tiny_folder: Any, run_engine: Any) -> None:
     folder = tiny_folder("qwen3_vl_moe")
     jobs = [
         cases.job("qwen3_vl_moe", [cases.IMAGE], 0.5, reducer="divprune"),
-        cases.job("qwen3_vl_moe", [cases.VIDEO, cases.OTHER], 0.7, reducer="merge"),
+        cases.job("qwen3_vl_moe", [cases.VIDEO, cases.OTHER], 0.7, reducer="bipartite"),
     ]
     results = run_engine(folder, [[job] for job in jobs])
     check(results, jobs, folder, "qwen3_vl_moe")

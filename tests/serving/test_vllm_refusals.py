@@ -221,7 +221,7 @@ def test_vision_batches_are_limited_by_uncompressed_rows() -> None:
 
 
 def test_items_with_other_stages_in_the_tower_have_calls_of_their_own() -> None:
-    towers = [None, None, (0.5, "kcentre", "{}"), (0.5, "kcentre", "{}"), (0.4, "random", "{}")]
+    towers = [None, None, (0.5, "kcenter", "{}"), (0.5, "kcenter", "{}"), (0.4, "random", "{}")]
     assert list(batches([1] * 5, 100, towers)) == [(0, 2), (2, 4), (4, 5)]
     assert list(batches([3] * 5, 3, towers)) == [(i, i + 1) for i in range(5)]
 

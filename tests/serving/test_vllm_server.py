@@ -83,7 +83,7 @@ def test_the_server_says_what_it_serves(served: Any) -> None:
         client.with_options(api_key="wrong").models.retrieve("tiny")
 
 
-@pytest.mark.parametrize("reducer", ["divprune", "merge"])
+@pytest.mark.parametrize("reducer", ["divprune", "bipartite"])
 def test_equals_the_patched_model_over_http(served: Any, reducer: str) -> None:
     _, client, folder, _ = served
     spec = {"reducer": reducer, "ratio": 0.6}
@@ -111,7 +111,7 @@ def test_long_video_files_have_as_many_tokens_as_on_transformers(served: Any) ->
 def test_server_default(served: Any) -> None:
     _, client, folder, _ = served
     url = http.image_url(1)
-    text, prompt, _ = expected(folder, [url], {"reducer": "kcentre", "ratio": 0.5})
+    text, prompt, _ = expected(folder, [url], {"reducer": "kcenter", "ratio": 0.5})
     answer = ask(client, url)
     assert (answer.choices[0].message.content, answer.usage.prompt_tokens) == (text, prompt)
 
@@ -151,7 +151,7 @@ def test_images_and_videos_have_ratios_of_their_own(served: Any) -> None:
         model="tiny", messages=[message], max_tokens=8, temperature=0,
         extra_body={"ignore_eos": True},
     )  # fmt: skip
-    text, prompt, _ = expected(folder, [image], {"reducer": "kcentre", "ratio": 0.9})
+    text, prompt, _ = expected(folder, [image], {"reducer": "kcenter", "ratio": 0.9})
     assert (answer.choices[0].message.content, answer.usage.prompt_tokens) == (text, prompt)
 
 

@@ -65,7 +65,7 @@ def test_parts_equal_one_prompt(name: str, ratio: float | None) -> None:
     family = ALL[name]
     model, parts = family.build(), parts_of(family)
     if ratio is not None:
-        tokencomp.patch(model, ratio, reducer="kcentre")
+        tokencomp.patch(model, ratio, reducer="kcenter")
     conversation = Conversation(model, None, "oldest")
     for row in parts:
         logits = conversation.add(part(family, row))
@@ -81,21 +81,21 @@ def test_a_budget_drops_what_the_default_would_merge(name: str) -> None:
     family = FAMILIES[name]
     model, parts = family.build(), parts_of(family)
 
-    def talk(budget: int | None, rest: Any) -> tuple[Tensor, int]:
-        tokencomp.patch(model, 0.5, reducer="kcentre", rest=rest)
+    def talk(budget: int | None, merge: Any) -> tuple[Tensor, int]:
+        tokencomp.patch(model, 0.5, reducer="kcenter", merge=merge)
         conversation = Conversation(model, budget, "oldest")
         for row in parts:
             logits = conversation.add(part(family, row))
             assert budget is None or len(conversation._held or ()) == conversation.rows
         return logits, conversation.rows
 
-    (dropped, few), (default, rows) = talk(1000, "drop"), talk(1000, "auto")
+    (dropped, few), (default, rows) = talk(1000, False), talk(1000, "auto")
     assert rows == few and torch.equal(default, dropped)
     merged, many = talk(None, "auto")
     assert many > few and difference(merged, dropped) > 1e-4
     assert difference(merged, one_prompt(model, family, parts)) < 1e-5
-    with pytest.raises(OptionError, match="rest='merge' in a session with a budget"):
-        talk(1000, "merge")
+    with pytest.raises(OptionError, match="merge=True in a session with a budget"):
+        talk(1000, True)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -123,8 +123,8 @@ def test_eviction_equals_a_staircase_mask(name: str, setting: Any) -> None:
     model, parts, log = family.build(), parts_of(family), staircase.Log()
     if setting is not None:
         both = {"plan": plans.make("both", 4)}
-        kcentre = {"ratio": setting, "reducer": "kcentre"}
-        handle = tokencomp.patch(model, **(both if setting == "both" else kcentre))
+        kcenter = {"ratio": setting, "reducer": "kcenter"}
+        handle = tokencomp.patch(model, **(both if setting == "both" else kcenter))
     conversation = Conversation(model, None, "oldest")
     for i, row in enumerate(parts):
         logits = conversation.add(part(family, row))
@@ -147,7 +147,7 @@ def test_150_chunks_at_constant_rows(policy: str) -> None:
     """Rows never exceed the budget between calls, and the last answer is that of the staircase."""
     family, budget, log, parts = FAMILIES["qwen3_vl"], 120, staircase.Log(), []
     model = family.build()
-    handle = tokencomp.patch(model, 0.5, reducer="kcentre")
+    handle = tokencomp.patch(model, 0.5, reducer="kcenter")
     conversation = Conversation(model, budget, policy)
     torch.manual_seed(5)
     for i in range(150):
@@ -166,7 +166,7 @@ def test_150_chunks_at_constant_rows(policy: str) -> None:
     assert difference(logits, expected) < 1e-5
 
 
-@pytest.mark.parametrize("reducer", ["kcentre", "timechat"])
+@pytest.mark.parametrize("reducer", ["kcenter", "timechat"])
 @pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_5"])
 def test_a_mark_forgets_what_came_after(name: str, reducer: str) -> None:
     """Frames too, with which `timechat` compares those that follow."""
@@ -190,7 +190,7 @@ def test_nothing_is_lost_by_a_failure(name: str) -> None:
     """A part that fails in the last layer leaves the conversation as it was."""
     family = ALL[name]
     model, parts = family.build(), parts_of(family)
-    tokencomp.patch(model, 0.5, reducer="kcentre")
+    tokencomp.patch(model, 0.5, reducer="kcenter")
     conversation = Conversation(model, None, "oldest")
     layer = family.decoder(model).layers[-1]
     for i, row in enumerate(parts):
@@ -227,7 +227,7 @@ def test_eviction_is_refused_where_queries_count_rows() -> None:
 
 
 def test_images_that_see_themselves_are_refused() -> None:
-    """transformers lets no image of a later turn see all of itself, see test_layer_kinds.py."""
+    """transformers lets no image of a later turn see all of itself, see test_layer_types.py."""
     family = HYBRID["gemma3"]
     conversation = Conversation(family.build(), None, "oldest")
     conversation.add(part(family, [text(4, 1)]))
@@ -240,7 +240,7 @@ def test_ragged_caches_are_refused() -> None:
     family = FAMILIES["qwen2_vl"]
     model = family.build()
     rows = [[text(3), family.image(0), text(4)], [text(3), family.image(1), text(4)]]
-    with tokencomp.patch(model, 0.5, reducer="kcentre"), torch.no_grad():
+    with tokencomp.patch(model, 0.5, reducer="kcenter"), torch.no_grad():
         out = model(**family.batch(rows), use_cache=True)
         cache = getattr(out, "cache", None) or out.past_key_values
         with pytest.raises(UnsupportedCacheError, match="different rows"):

@@ -28,7 +28,7 @@ from tokencomp.inputs.media import load_media
 from tokencomp.inputs.prompts import build_inputs
 from tokencomp.inputs.video import Video
 
-KCENTRE = {"reducer": "kcentre"}
+KCENTER = {"reducer": "kcenter"}
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_a_session_equals_one_prompt(
     model, processor = loaded
     frames, question, answer = clip
     if ratio is not None:
-        tokencomp.patch(model, ratio, **KCENTRE)
+        tokencomp.patch(model, ratio, **KCENTER)
     session = tokencomp.Session(model, processor)
     for i in range(0, 8, 2):
         session.append(frames[i : i + 2], seconds=0.5)
@@ -164,7 +164,7 @@ def test_vila(clip: Any) -> None:
     frames, question, _ = clip
     whole = build_inputs(processor, [[frames[0], frames]], [question])
     record = Record(model)
-    with tokencomp.patch(model, 0.5, **KCENTRE), torch.no_grad():
+    with tokencomp.patch(model, 0.5, **KCENTER), torch.no_grad():
         session = tokencomp.Session(model, processor).append(frames[0]).append(frames)
         session.ask(question)
         parts, logits = [call["input_ids"] for call in record.calls], record.logits[:3]
@@ -194,7 +194,7 @@ def test_a_session_leaves_no_trace(loaded: tuple[Any, Any], clip: Any, record: R
 
 def test_rows_stay_in_the_budget(loaded: tuple[Any, Any], clip: Any, record: Record) -> None:
     model, processor = loaded
-    tokencomp.patch(model, 0.5, **KCENTRE)
+    tokencomp.patch(model, 0.5, **KCENTER)
     session = tokencomp.Session(model, processor, budget=100, policy="redundant")
     for i in range(12):
         session.append(clip[0][i % 4 * 2 :][:2], seconds=0.5)
@@ -272,7 +272,7 @@ def test_bad_input_loses_nothing(loaded: tuple[Any, Any], clip: Any, record: Rec
 
 def test_an_error_names_the_rows_after_compression(loaded: Any, clip: Any, record: Record) -> None:
     model, processor = loaded
-    tokencomp.patch(model, 0.5, **KCENTRE)
+    tokencomp.patch(model, 0.5, **KCENTER)
     with (
         tokencomp.Session(model, processor, budget=60) as session,
         pytest.raises(SessionError, match=r"a chunk of \d+ tokens \(\d+ rows after compression\)"),
@@ -284,7 +284,7 @@ def test_a_second_session_of_a_patched_model(loaded: Any, clip: Any, record: Rec
     model, processor = loaded
     first = tokencomp.Session(model, processor)
     second = tokencomp.Session(model, processor)  # a model without a patch serves many
-    tokencomp.patch(model, 0.5, **KCENTRE)
+    tokencomp.patch(model, 0.5, **KCENTER)
     with pytest.raises(SessionError, match="other session of it is open"):
         second.append(clip[0][0])
     with pytest.raises(SessionError, match="Close the other one"):
@@ -301,7 +301,7 @@ def test_a_second_session_of_a_patched_model(loaded: Any, clip: Any, record: Rec
 def test_reducers_that_read_questions(
     loaded: Any, clip: Any, record: Record, options: dict[str, Any]
 ) -> None:
-    """ "auto" is condiv on videos, which reads the question, and kcentre on images."""
+    """ "auto" is condiv on videos, which reads the question, and kcenter on images."""
     model, processor = loaded
     tokencomp.patch(model, 0.5, **options)
     with tokencomp.Session(model, processor) as session:
@@ -315,7 +315,7 @@ def test_reducers_that_read_questions(
 def test_a_budget_of_a_whole_prompt(loaded: Any, clip: Any, record: Record) -> None:
     """The rows of earlier images are in the cache when a later one comes."""
     model, processor = loaded
-    handle = tokencomp.patch(model, reducer="kcentre", budget={"prompt": 40})
+    handle = tokencomp.patch(model, reducer="kcenter", budget={"prompt": 40})
     with tokencomp.Session(model, processor) as session:
         session.say("Look.")
         tokens = session.tokens
@@ -329,7 +329,7 @@ def test_a_budget_of_a_whole_prompt(loaded: Any, clip: Any, record: Record) -> N
 def test_compact_positions(loaded: Any, clip: Any) -> None:
     model, processor = zoo.load("tiny-llava-onevision")
     with (
-        tokencomp.patch(model, 0.5, positions="compact", **KCENTRE),
+        tokencomp.patch(model, 0.5, positions="compact", **KCENTER),
         tokencomp.Session(model, processor) as session,
         pytest.raises(OptionError, match='positions="compact"'),
     ):

@@ -86,9 +86,9 @@ ROWS = {
     "fusion": Row(served=True),
     "hiprune": Row(ties=True),
     "holitom": Row(ties=True),
-    "kcentre": Row(served=True),
+    "kcenter": Row(served=True),
     "mmtok": Row(({}, {"cover": "picture"}), ties=True),
-    "merge": Row(({}, {"weighted": False}), served=True),
+    "bipartite": Row(({}, {"weighted": False}), served=True),
     "pool": Row(({}, {"stride": 1.0}), served=True),
     "prune": Row(({}, {"score": "last_query", "schedule": "pyramid"}), ties=True),
     "random": Row(({}, {"seed": 7}, {"at": 0.5}), blind=True, served=True),
@@ -108,7 +108,7 @@ ROWS = {
 }
 
 COMPOSITIONS = [
-    ("merge+prune", {}),
+    ("bipartite+prune", {}),
     ("condiv+fastv", {"share": 0.7, "condiv.power": 1.0}),
     ("pool+adsc", {}),
     ("divprune+random", {"at": 0.7}),
@@ -169,7 +169,7 @@ def tokens(
         query_scores=torch.rand(5, generator=g),
         norm=weighted_channels,
         tower={signal: signal_of(signal, n, g) for signal in TOWER},
-        kind="video" if grid[0] > 1 else "image",
+        modality="video" if grid[0] > 1 else "image",
     )
 
 
@@ -197,7 +197,7 @@ def joined(spans: list[VisualTokens]) -> SpanBatch:
         features=features,
         lengths=[len(t) for t in spans],
         grids=[t.grid for t in spans],
-        kinds=[t.kind for t in spans],
+        modalities=[t.modality for t in spans],
         fixed=[int(t.special.sum()) for t in spans],
         special=cat("special"),
         index=torch.cat([t.offsets for t in spans]) if missing else None,

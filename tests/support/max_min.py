@@ -26,8 +26,8 @@ def rms(a: Tensor, b: Tensor) -> float:
     return float((a - b).square().mean().sqrt())
 
 
-def k_centre(x: Tensor, keep: int) -> list[int]:
-    """Rows of a greedy k-centre, ascending, one distance at a time."""
+def k_center(x: Tensor, keep: int) -> list[int]:
+    """Rows of a greedy k-center, ascending, one distance at a time."""
     centre = x.mean(0)
     chosen = [max(range(len(x)), key=lambda i: (rms(x[i], centre), -i))]
     while len(chosen) < keep:

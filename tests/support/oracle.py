@@ -50,16 +50,16 @@ class Merged:
 
     A column that leaves is added to the kept patch of its span with the largest cosine, which
     becomes the mean weighted by sizes. Attention logits gain the logarithm of the size. With
-    `kinds`, stages merge in spans of these kinds alone.
+    `modalities`, stages merge in spans of these kinds alone.
     """
 
-    def __init__(self, handle: Any, kinds: frozenset[str] | None = None) -> None:
+    def __init__(self, handle: Any, modalities: frozenset[str] | None = None) -> None:
         stats, stages = handle.stats, handle.plan.stages
         rows = range(len(stats.spans))
         self.spans, self.kept = stats.spans, [stats.kept(b) for b in rows]
         self.stages = {s.layer: i for i, s in enumerate(stages)}
-        self.merging = {s.layer for s in stages if s.rest == "merge" or kinds}
-        self.kinds = kinds
+        self.merging = {s.layer for s in stages if s.merge is True or modalities}
+        self.modalities = modalities
         self.left = [stats.tower_kept(b) for b in rows]
         self.sizes = torch.ones(0)  # of all columns, (B, L)
 
@@ -71,7 +71,9 @@ class Merged:
                 for j, span in enumerate(row):
                     kept = self.kept[b][self.stages[layer]][j]
                     special = [*span.special, *span.text]
-                    if layer in self.merging and (self.kinds is None or span.kind in self.kinds):
+                    if layer in self.merging and (
+                        self.modalities is None or span.modality in self.modalities
+                    ):
                         self._merge(b, span.start, self.left[b][j], kept, special, x)
                     self.left[b][j] = kept
         return x, self.sizes.log()

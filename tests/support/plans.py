@@ -75,7 +75,7 @@ UNSCORED = {
 
 
 def skip_refused(family: Family, name: str) -> None:
-    """Skip the plans that a family refuses; that it does is tested in test_layer_kinds.py."""
+    """Skip the plans that a family refuses; that it does is tested in test_layer_types.py."""
     stages = [stage.layer for stage in make(name, family.layers).layer_stages]
     if name in SCORED and family.name in UNSCORED:
         pytest.skip(UNSCORED[family.name])

@@ -25,7 +25,7 @@ def tokens(
         grid=grid,
         special=mask,
         index=None if index is None else torch.tensor(index),
-        kind="video",
+        modality="video",
     )
 
 

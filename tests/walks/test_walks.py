@@ -79,7 +79,7 @@ def test_a_visitor_looks_at_the_demo_and_at_her_own_files(desk: Desk) -> None:
     own = ("--model", MODEL, "--image", "street.jpg", "--question", "What color is the circle?")
     assert "orange" in desk.run("inspect", *own)
     clip = ("--model", MODEL, "--video", "clip.mp4", "--question", "What color is the diamond?")
-    assert "purple" in desk.run("inspect", *clip, "--reducer", "kcentre", "--ratio", "0.5")
+    assert "purple" in desk.run("inspect", *clip, "--reducer", "kcenter", "--ratio", "0.5")
     refused = desk.run("inspect", "--model", "./street.jpg", "--image", "street.jpg", fails=2)
     assert "is a file" in refused
     Image.new("1", (14_000, 14_000)).save(desk.folder / "huge.png")

@@ -29,7 +29,7 @@ MODELS = zoo.available_models()
 
 
 def takes(name, kind):
-    """Whether the processor of a packaged model takes this kind of media."""
+    """Whether the processor of a packaged model takes this modality."""
     return kind in family(name).kinds
 
 

@@ -8,12 +8,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tokencomp.adapters.call import CODES, KINDS, Call, TowerCall
+from tokencomp.adapters.call import CODES, MODALITIES, Call, TowerCall
 from tokencomp.adapters.row_scales import row_scales
 from tokencomp.adapters.structure import (
     Parts,
     deepstack_layers,
-    feature_kind,
+    feature_modality,
     find_parts,
     find_placeholders,
     mrope_rows,
@@ -129,15 +129,17 @@ class Adapter:
         """
         if self.rotary is None:
             return None
-        kind = self.rotary_kind(layer)
-        return self.rotary(x, positions, **({} if kind is None else {"layer_type": kind}))
+        layer_type = self.rotary_layer_type(layer)
+        return self.rotary(
+            x, positions, **({} if layer_type is None else {"layer_type": layer_type})
+        )
 
-    def rotary_kind(self, layer: int) -> str | None:
-        """The kind of layer whose rotary tables `layer` takes; None if all kinds share them."""
+    def rotary_layer_type(self, layer: int) -> str | None:
+        """The layer type whose rotary tables `layer` takes; None if all types share them."""
         if self.rotary is None or "layer_type" not in parameters_of(self.rotary):
             return None
-        kind: str = self.text_config.layer_types[layer]
-        return kind
+        layer_type: str = self.text_config.layer_types[layer]
+        return layer_type
 
     @property
     def first_layer_stage(self) -> int:
@@ -171,14 +173,14 @@ class Adapter:
         """Whether the first row of every picture in the tower is no patch."""
         return False
 
-    def tower_tokens(self, values: Tensor, kind: str, call: TowerCall) -> Tensor:
+    def tower_tokens(self, values: Tensor, modality: str, call: TowerCall) -> Tensor:
         """Values of patches → values of the visual tokens they become, (tokens, d), in order.
 
         Parameters
         ----------
         values
             As the tower holds them, one row per patch, see `TowerCall.values`.
-        kind
+        modality
             "image" or "video".
         call
             The call that computed them.
@@ -201,25 +203,29 @@ class Adapter:
     def media(self) -> set[str]:
         """Kinds of media that the model takes: those with placeholders or arguments."""
         arguments = (*parameters_of(self.top), *parameters_of(self.body))
-        kinds = {kind for kind in map(feature_kind, arguments) if kind is not None}
-        return {KINDS[code] for code in self.placeholders.values()} | kinds
+        modalities = {
+            modality for modality in map(feature_modality, arguments) if modality is not None
+        }
+        return {MODALITIES[code] for code in self.placeholders.values()} | modalities
 
-    def feature_kinds(self, inputs: Mapping[str, Any]) -> set[int]:
+    def feature_modalities(self, inputs: Mapping[str, Any]) -> set[int]:
         """Kinds (1, 2, 3) of the features or pixels among arguments of `body` or a prefill."""
-        names = {feature_kind(name) for name, value in inputs.items() if value is not None}
-        kinds = {CODES[kind] for kind in names if kind is not None}
+        names = {feature_modality(name) for name, value in inputs.items() if value is not None}
+        modalities = {CODES[modality] for modality in names if modality is not None}
         encoded = inputs.get(ENCODED)
         if isinstance(encoded, Mapping):
-            kinds |= {code for code, name in KINDS.items() if encoded.get(name) is not None}
+            modalities |= {
+                code for code, name in MODALITIES.items() if encoded.get(name) is not None
+            }
         elif encoded is not None:
-            kinds |= set(KINDS)
-        return kinds
+            modalities |= set(MODALITIES)
+        return modalities
 
     def encodes(self, inputs: Mapping[str, Any]) -> bool:
         """Whether a call with these arguments encodes its media itself."""
-        return inputs.get(ENCODED) is None and bool(self.feature_kinds(inputs))
+        return inputs.get(ENCODED) is None and bool(self.feature_modalities(inputs))
 
-    def kinds(self, inputs: Mapping[str, Any]) -> Tensor | None:
+    def modalities(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """Where the features of a call of `body` go.
 
         A placeholder counts only if the call has features of its kind: the same id in the text of a
@@ -236,41 +242,41 @@ class Adapter:
         Tensor of int8, shape (B, L), or None
             0 text, 1 image, 2 video, 3 audio. None if the call carries no features.
         """
-        features = self.feature_kinds(inputs)
+        features = self.feature_modalities(inputs)
         if not features:
             embeds = inputs.get("inputs_embeds")
-            return None if embeds is None else self.kinds_in_place(inputs)
+            return None if embeds is None else self.modalities_in_place(inputs)
         ids: Tensor | None = inputs.get("input_ids")
         source: Tensor = inputs["inputs_embeds"] if ids is None else ids
-        kinds = torch.zeros(source.shape[:2], dtype=torch.int8, device=source.device)
+        modalities = torch.zeros(source.shape[:2], dtype=torch.int8, device=source.device)
         columns = {}
-        for token, kind in self.placeholders.items():
+        for token, modality in self.placeholders.items():
             if ids is not None:
-                columns[kind] = ids == token
+                columns[modality] = ids == token
             else:
                 table = self.model.get_input_embeddings()
                 placeholder = table(torch.tensor(token, device=source.device))
-                columns[kind] = (source == placeholder).all(-1)
+                columns[modality] = (source == placeholder).all(-1)
         if 2 in features and not (2 in columns and bool(columns[2].any())):
-            columns[2] = columns.get(1, torch.zeros_like(kinds, dtype=torch.bool))
-        for kind in features & set(columns):
-            kinds.masked_fill_(columns[kind], kind)
-        return kinds
+            columns[2] = columns.get(1, torch.zeros_like(modalities, dtype=torch.bool))
+        for modality in features & set(columns):
+            modalities.masked_fill_(columns[modality], modality)
+        return modalities
 
-    def kinds_in_place(self, inputs: Mapping[str, Any]) -> Tensor | None:
+    def modalities_in_place(self, inputs: Mapping[str, Any]) -> Tensor | None:
         """Kinds (B, L) of features that already stand in `inputs_embeds`; None if unknown."""
         embeds, types = inputs.get("inputs_embeds"), inputs.get(TYPES)
         if embeds is None or types is None or inputs.get("input_ids") is not None:
             return None
         if types.shape != embeds.shape[:2] or not bool(types.any()):
             return None
-        kinds: Tensor = types.to(torch.int8)
-        return kinds
+        modalities: Tensor = types.to(torch.int8)
+        return modalities
 
     def hides_features(self, inputs: Mapping[str, Any]) -> bool:
         """Whether `inputs_embeds` may hold features at unknown columns."""
         embeds = inputs.get("inputs_embeds") is not None and inputs.get("input_ids") is None
-        return embeds and inputs.get(TYPES) is None and self.kinds_in_place(inputs) is None
+        return embeds and inputs.get(TYPES) is None and self.modalities_in_place(inputs) is None
 
     def has_placeholders(self, inputs: Mapping[str, Any]) -> bool:
         """Whether `input_ids` hold placeholders of media."""
@@ -286,7 +292,7 @@ class Adapter:
         SpanError
             A run of visual tokens does not have the shape this family produces.
         """
-        return [self.row_spans(call, b) for b in range(call.kinds.shape[0])]
+        return [self.row_spans(call, b) for b in range(call.modalities.shape[0])]
 
     def row_spans(self, call: Call, row: int) -> list[VisualSpan]:
         """Visual spans of one sample."""

@@ -12,11 +12,11 @@ import numpy as np
 from torch import Tensor, nn
 
 from tokencomp.tokens.signals import Signal
-from tokencomp.tokens.spans import Grid, Kind
+from tokencomp.tokens.spans import Grid, Modality
 from tokencomp.tokens.stacks import HostIndex
 
-KINDS: dict[int, Kind] = {1: "image", 2: "video", 3: "audio"}
-CODES: dict[Kind, int] = {kind: code for code, kind in KINDS.items()}
+MODALITIES: dict[int, Modality] = {1: "image", 2: "video", 3: "audio"}
+CODES: dict[Modality, int] = {modality: code for code, modality in MODALITIES.items()}
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Call:
 
     Attributes
     ----------
-    kinds : Tensor of int8 on the CPU, shape (B, L)
+    modalities : Tensor of int8 on the CPU, shape (B, L)
         0 text, 1 image placeholder, 2 video placeholder, 3 audio placeholder.
     embeds : Tensor, shape (B, L, d)
         Decoder input, features in place.
@@ -37,7 +37,7 @@ class Call:
         Arguments of that module's call by name.
     """
 
-    kinds: Tensor
+    modalities: Tensor
     embeds: Tensor
     positions: np.ndarray[Any, Any] | None
     body: nn.Module
@@ -45,15 +45,15 @@ class Call:
     _rasters: dict[tuple[int, int, int], Grid | None] = field(default_factory=dict, init=False)
 
     @functools.cached_property
-    def runs(self) -> list[list[tuple[int, int, Kind]]]:
+    def runs(self) -> list[list[tuple[int, int, Modality]]]:
         """(start, stop, kind) of every run of equal placeholders, per sample."""
         rows = []
-        for codes in self.kinds.numpy().tolist():
+        for codes in self.modalities.numpy().tolist():
             runs, start = [], 0
             for code, group in groupby(codes):
                 stop = start + sum(1 for _ in group)
                 if code:
-                    runs.append((start, stop, KINDS[code]))
+                    runs.append((start, stop, MODALITIES[code]))
                 start = stop
             rows.append(runs)
         return rows

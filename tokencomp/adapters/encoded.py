@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tokencomp.adapters.call import CODES
-from tokencomp.tokens.spans import Kind
+from tokencomp.tokens.spans import Modality
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.replace import MethodReplacement
 
@@ -56,17 +56,21 @@ class EncodedMedia(threading.local):
     """
 
     def __init__(self) -> None:
-        self.latest: dict[Kind, Encoding] = {}
+        self.latest: dict[Modality, Encoding] = {}
         self._running = False
 
     def watch(self, body: Any) -> list[MethodReplacement]:
         """Replace the encoding methods of `body` by ones that note their calls."""
         return [
-            MethodReplacement(body, METHODS.format(kind), functools.partial(self._call, kind))
-            for kind in CODES
+            MethodReplacement(
+                body, METHODS.format(modality), functools.partial(self._call, modality)
+            )
+            for modality in CODES
         ]
 
-    def _call(self, kind: Kind, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _call(
+        self, modality: Modality, original: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
         if self._running:  # videos that are encoded as images (Qwen3.5) are no images
             return original(*args, **kwargs)
         self._running = True
@@ -74,17 +78,17 @@ class EncodedMedia(threading.local):
             out = original(*args, **kwargs)
         finally:
             self._running = False
-        self._note(kind, [*args, *kwargs.values()], out)
+        self._note(modality, [*args, *kwargs.values()], out)
         return out
 
     @compat.not_compiled
-    def _note(self, kind: Kind, arguments: list[Any], out: Any) -> None:
+    def _note(self, modality: Modality, arguments: list[Any], out: Any) -> None:
         last = getattr(out, "last_hidden_state", None)
         tables = [argument for argument in arguments if _may_be_table(argument)]
         encoding = Encoding(token_counts(features_of(out)), tables)
         if isinstance(last, Tensor) and last.ndim == 4:
             encoding.map = last.shape[-2], last.shape[-1]
-        self.latest[kind] = encoding
+        self.latest[modality] = encoding
 
 
 def features_of(out: Any) -> Any:

@@ -52,9 +52,9 @@ class LlavaNextAdapter(TileAdapter):
     def tower_layout(self) -> DenseTower:
         return _tower(self, MosaicTower, body=self.body)
 
-    def tower_tokens(self, values: Tensor, kind: str, call: TowerCall) -> Tensor:
+    def tower_tokens(self, values: Tensor, modality: str, call: TowerCall) -> Tensor:
         patches = self.tile_patches(values)
-        if kind == "video":
+        if modality == "video":
             return self._pooled(patches).flatten(0, 1)
         if call.packing is None:
             return patches.flatten(0, 1)
@@ -69,8 +69,8 @@ class LlavaNextAdapter(TileAdapter):
 
     def row_spans(self, call: Call, row: int) -> list[VisualSpan]:
         spans: list[VisualSpan] = []
-        for start, stop, kind in call.runs[row]:
-            if kind == "video":
+        for start, stop, modality in call.runs[row]:
+            if modality == "video":
                 spans += self._video(start, stop, row, call)
             else:
                 newline = _packed(self.body.image_newline).to(call.embeds)

@@ -33,7 +33,7 @@ class Qwen2VLAdapter(StructuralAdapter):
     def tower(self) -> Any:
         return self.body.visual
 
-    def tower_tokens(self, values: Tensor, kind: str, call: TowerCall) -> Tensor:
+    def tower_tokens(self, values: Tensor, modality: str, call: TowerCall) -> Tensor:
         unit = self.model.config.vision_config.spatial_merge_size**2
         cells: Tensor = values[0].unflatten(0, (-1, unit))
         return cells.mean(1)
@@ -41,22 +41,22 @@ class Qwen2VLAdapter(StructuralAdapter):
     def tower_layout(self) -> PackedTower:
         return PackedTower(self.tower, self.model.config.vision_config.patch_size)
 
-    def kinds_in_place(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        kinds, positions = super().kinds_in_place(inputs), inputs.get("position_ids")
-        if kinds is not None or inputs.get("inputs_embeds") is None or positions is None:
-            return kinds
-        grids = {kind: self._token_grids(inputs, kind) for kind in ("image", "video")}
-        return kinds_from_grids(positions.cpu(), grids) if positions.ndim == 3 else None
+    def modalities_in_place(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        modalities, positions = super().modalities_in_place(inputs), inputs.get("position_ids")
+        if modalities is not None or inputs.get("inputs_embeds") is None or positions is None:
+            return modalities
+        grids = {modality: self._token_grids(inputs, modality) for modality in ("image", "video")}
+        return modalities_from_grids(positions.cpu(), grids) if positions.ndim == 3 else None
 
-    def _token_grids(self, inputs: Mapping[str, Any], kind: str) -> list[Grid]:
+    def _token_grids(self, inputs: Mapping[str, Any], modality: str) -> list[Grid]:
         """Grids (t, h, w) in tokens of all images or videos of a batch, in order."""
-        grids = inputs.get(f"{kind}_grid_thw")
+        grids = inputs.get(f"{modality}_grid_thw")
         side = self.model.config.vision_config.spatial_merge_size
         rows = [] if grids is None else grids.tolist()
         return [(t, h // side, w // side) for t, h, w in rows]
 
     def spans(self, call: Call) -> list[list[VisualSpan]]:
-        for row in range(call.kinds.shape[0]):
+        for row in range(call.modalities.shape[0]):
             for start, stop, _ in call.runs[row]:
                 if call.raster(row, start, stop) is None:
                     raise SpanError(
@@ -69,7 +69,7 @@ class Qwen2VLAdapter(StructuralAdapter):
         return super().spans(call)
 
 
-def kinds_from_grids(positions: Tensor, grids: dict[str, list[Grid]]) -> Tensor | None:
+def modalities_from_grids(positions: Tensor, grids: dict[str, list[Grid]]) -> Tensor | None:
     """Where the media of known grids stand, according to their M-RoPE positions.
 
     Parameters
@@ -84,22 +84,22 @@ def kinds_from_grids(positions: Tensor, grids: dict[str, list[Grid]]) -> Tensor 
     Tensor of int8, shape (B, L), or None
         0 text, 1 image, 2 video. None if a grid matches nowhere, or there is none.
     """
-    pending = {kind: list(rows) for kind, rows in grids.items() if rows}
+    pending = {modality: list(rows) for modality, rows in grids.items() if rows}
     if not pending:
         return None
-    kinds = torch.zeros(positions.shape[1:], dtype=torch.int8)
-    for b in range(kinds.shape[0]):
+    modalities = torch.zeros(positions.shape[1:], dtype=torch.int8)
+    for b in range(modalities.shape[0]):
         cursor = 0
         while True:
             starts = {k: _raster_start(positions[-3:, b], cursor, g[0]) for k, g in pending.items()}
-            starts = {kind: start for kind, start in starts.items() if start >= 0}
+            starts = {modality: start for modality, start in starts.items() if start >= 0}
             if not starts:
                 break
-            kind = min(starts, key=starts.__getitem__)
-            cursor = starts[kind] + math.prod(pending[kind].pop(0))
-            kinds[b, starts[kind] : cursor] = 1 if kind == "image" else 2
+            modality = min(starts, key=starts.__getitem__)
+            cursor = starts[modality] + math.prod(pending[modality].pop(0))
+            modalities[b, starts[modality] : cursor] = 1 if modality == "image" else 2
             pending = {k: g for k, g in pending.items() if g}
-    return None if pending else kinds
+    return None if pending else modalities
 
 
 def _raster_start(positions: Tensor, cursor: int, grid: Grid) -> int:
@@ -131,9 +131,9 @@ class Qwen25VLAdapter(Qwen2VLAdapter):
         order = functools.partial(compat.window_order, self.tower)
         return PackedTower(self.tower, self.model.config.vision_config.patch_size, order)
 
-    def tower_tokens(self, values: Tensor, kind: str, call: TowerCall) -> Tensor:
+    def tower_tokens(self, values: Tensor, modality: str, call: TowerCall) -> Tensor:
         order = compat.window_order(self.tower, call.grids).to(values.device)
-        return super().tower_tokens(values, kind, call)[order.argsort()]
+        return super().tower_tokens(values, modality, call)[order.argsort()]
 
 
 @register_adapter
@@ -148,6 +148,6 @@ class Qwen3VLAdapter(Qwen2VLAdapter):
     family = "Qwen3-VL"
     model_types = ("qwen3_vl", "qwen3_vl_moe")
 
-    def _token_grids(self, inputs: Mapping[str, Any], kind: str) -> list[Grid]:
-        grids = super()._token_grids(inputs, kind)
+    def _token_grids(self, inputs: Mapping[str, Any], modality: str) -> list[Grid]:
+        grids = super()._token_grids(inputs, modality)
         return [(1, h, w) for t, h, w in grids for _ in range(t)]  # text stands between frames

@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from tokencomp.adapters.call import Call
-from tokencomp.tokens.spans import Grid, Kind, VisualSpan
+from tokencomp.tokens.spans import Grid, Modality, VisualSpan
 
-Run = tuple[int, int, Kind]
+Run = tuple[int, int, Modality]
 Size = tuple[int, int, int]
 GivenSize = Callable[[], Size | None]
 
@@ -27,7 +27,7 @@ GivenSize = Callable[[], Size | None]
 class Medium:
     """One image, video or clip (or a tile of one): where its placeholders stand in a sample."""
 
-    kind: Kind
+    modality: Modality
     pieces: list[tuple[int, int]]
 
     @property
@@ -37,7 +37,7 @@ class Medium:
 
 
 def cut_media(
-    rows: Sequence[list[Run]], lengths: dict[Kind, list[int]]
+    rows: Sequence[list[Run]], lengths: dict[Modality, list[int]]
 ) -> list[list[Medium]] | None:
     """Media of every sample from the token counts of what was encoded, in the order of the batch.
 
@@ -51,7 +51,9 @@ def cut_media(
     list per sample of list of Medium, or None
         None if the counts are not those of the runs, or media of two kinds interleave.
     """
-    pending = {kind: deque(n for n in counts if n) for kind, counts in lengths.items() if counts}
+    pending = {
+        modality: deque(n for n in counts if n) for modality, counts in lengths.items() if counts
+    }
     media = []
     for runs in rows:
         own = _cut_row(runs, pending)
@@ -61,20 +63,20 @@ def cut_media(
     return None if any(pending.values()) else media
 
 
-def _cut_row(runs: list[Run], pending: dict[Kind, deque[int]]) -> list[Medium] | None:
+def _cut_row(runs: list[Run], pending: dict[Modality, deque[int]]) -> list[Medium] | None:
     media: list[Medium] = []
     missing = 0
-    for start, stop, kind in runs:
-        if kind not in pending and not missing:
-            media.append(Medium(kind, [(start, stop)]))
+    for start, stop, modality in runs:
+        if modality not in pending and not missing:
+            media.append(Medium(modality, [(start, stop)]))
             continue
         while start < stop:
             if not missing:
-                if not pending[kind]:
+                if not pending[modality]:
                     return None
-                missing = pending[kind].popleft()
-                media.append(Medium(kind, []))
-            elif media[-1].kind != kind:
+                missing = pending[modality].popleft()
+                media.append(Medium(modality, []))
+            elif media[-1].modality != modality:
                 return None
             taken = min(missing, stop - start)
             media[-1].pieces.append((start, start + taken))
@@ -94,7 +96,7 @@ def span_of(
     fallback
         Gives the grid of a medium whose grid no argument of the call gives, or None.
     """
-    if medium.kind == "audio":
+    if medium.modality == "audio":
         item = medium.pieces[0][0]
         spans = [_span(a, b, "audio", (b - a, 1, 1)) for a, b in medium.pieces]
         return [replace(span, item=item) for span in spans]
@@ -102,22 +104,22 @@ def span_of(
         start, stop = medium.pieces[0]
         grid = call.raster(row, start, stop)
         grid = grid or grid_from_size(size(), stop - start) or fallback()
-        return [_span(start, stop, medium.kind, grid)]
+        return [_span(start, stop, medium.modality, grid)]
     joined = _joined(medium, row, call, size)
     if joined is not None:
         return [joined]
     item = medium.pieces[0][0]
     grids = [call.raster(row, a, b) for a, b in medium.pieces]
     return [
-        replace(_span(a, b, medium.kind, grid or fallback()), item=item)
+        replace(_span(a, b, medium.modality, grid or fallback()), item=item)
         for (a, b), grid in zip(medium.pieces, grids, strict=True)
     ]
 
 
-def _span(start: int, stop: int, kind: Kind, grid: Grid | None) -> VisualSpan:
+def _span(start: int, stop: int, modality: Modality, grid: Grid | None) -> VisualSpan:
     known = grid is not None and math.prod(grid) == stop - start
     shape = grid if known and grid is not None else (1, 1, stop - start)
-    return VisualSpan(start, stop - start, shape, kind, grid_known=known)
+    return VisualSpan(start, stop - start, shape, modality, grid_known=known)
 
 
 def _joined(medium: Medium, row: int, call: Call, size: GivenSize) -> VisualSpan | None:
@@ -136,8 +138,8 @@ def _joined(medium: Medium, row: int, call: Call, size: GivenSize) -> VisualSpan
     if _line_breaks(call.embeds[row], gaps):
         grid = grid_from_size(size(), medium.count)
         if grid is None or (grid[1], grid[2]) == (n, length):
-            return VisualSpan(start, stop - start, (1, n, length), medium.kind, special=offsets)
-    if medium.kind != "video":
+            return VisualSpan(start, stop - start, (1, n, length), medium.modality, special=offsets)
+    if medium.modality != "video":
         return None
     frame = call.raster(row, *pieces[0])
     if frame is None:
@@ -145,7 +147,7 @@ def _joined(medium: Medium, row: int, call: Call, size: GivenSize) -> VisualSpan
         frame = (1, *whole[1:]) if whole is not None and whole[0] == n else None
     known = frame is not None and math.prod(frame) == length
     grid = (n, frame[1], frame[2]) if known and frame is not None else (n, 1, length)
-    return VisualSpan(start, stop - start, grid, medium.kind, text=offsets, grid_known=known)
+    return VisualSpan(start, stop - start, grid, medium.modality, text=offsets, grid_known=known)
 
 
 def _line_breaks(embeds: Tensor, gaps: list[tuple[int, int]]) -> bool:

@@ -17,7 +17,7 @@ from tokencomp.adapters.spans import Medium, Size, cut_media, span_of, square
 from tokencomp.adapters.structure import square_side
 from tokencomp.adapters.towers.base import Tower
 from tokencomp.adapters.towers.packed import PackedTower
-from tokencomp.tokens.spans import Kind, VisualSpan
+from tokencomp.tokens.spans import Modality, VisualSpan
 from tokencomp.torchlib.hooks import Hooked
 
 PACKED = ("qwen3_5", "qwen3_5_moe")
@@ -57,42 +57,42 @@ class StructuralAdapter(Adapter, Hooked):
         self._encoded.latest = {}
 
     def spans(self, call: Call) -> list[list[VisualSpan]]:
-        kinds: set[Kind] = {kind for runs in call.runs for _, _, kind in runs}
-        encodings = {kind: self.encoding(kind, call) for kind in kinds}
-        media = cut_media(call.runs, {kind: e.lengths for kind, e in encodings.items()})
+        modalities: set[Modality] = {modality for runs in call.runs for _, _, modality in runs}
+        encodings = {modality: self.encoding(modality, call) for modality in modalities}
+        media = cut_media(call.runs, {modality: e.lengths for modality, e in encodings.items()})
         if media is None:
-            media = [[Medium(kind, [(a, b)]) for a, b, kind in runs] for runs in call.runs]
+            media = [[Medium(modality, [(a, b)]) for a, b, modality in runs] for runs in call.runs]
         sizes = {
-            kind: functools.cache(partial(sizes_of, e, kind, media))
-            for kind, e in encodings.items()
+            modality: functools.cache(partial(sizes_of, e, modality, media))
+            for modality, e in encodings.items()
         }
-        numbers = {kind: itertools.count() for kind in kinds}
+        numbers = {modality: itertools.count() for modality in modalities}
         spans: list[list[VisualSpan]] = [[] for _ in media]
         for b, row in enumerate(media):
             for medium in row:
-                size = partial(_nth, sizes[medium.kind], next(numbers[medium.kind]))
-                fallback = partial(self._fallback, medium, encodings[medium.kind])
+                size = partial(_nth, sizes[medium.modality], next(numbers[medium.modality]))
+                fallback = partial(self._fallback, medium, encodings[medium.modality])
                 spans[b] += span_of(medium, b, call, size, fallback)
         return spans
 
-    def encoding(self, kind: Kind, call: Call) -> Encoding:
+    def encoding(self, modality: Modality, call: Call) -> Encoding:
         """What is known of the media of a kind that a call brings.
 
         What was encoded last belongs to a call with pixels or encoded features. Features that
         stand in `inputs_embeds` may come from anywhere.
         """
-        latest = self._encoded.latest.get(kind)
-        if latest is None or not self.feature_kinds(call.inputs):
-            latest = self.described(kind, call)
+        latest = self._encoded.latest.get(modality)
+        if latest is None or not self.feature_modalities(call.inputs):
+            latest = self.described(modality, call)
         handed = call.inputs.get(ENCODED)
-        if not isinstance(handed, Mapping) or handed.get(kind) is None:
+        if not isinstance(handed, Mapping) or handed.get(modality) is None:
             return latest
-        lengths = token_counts(features_of(handed[kind]))
+        lengths = token_counts(features_of(handed[modality]))
         return replace(latest, lengths=lengths) if lengths else latest
 
-    def described(self, kind: Kind, call: Call) -> Encoding:
+    def described(self, modality: Modality, call: Call) -> Encoding:
         """What the arguments of a call say of media that the body did not encode."""
-        grids = call.inputs.get(f"{kind}_grid_thw")  # (t, h, w) in patches
+        grids = call.inputs.get(f"{modality}_grid_thw")  # (t, h, w) in patches
         side = getattr(getattr(self.config, "vision_config", None), "spatial_merge_size", None)
         if grids is None or side is None:
             return Encoding()
@@ -112,14 +112,14 @@ class StructuralAdapter(Adapter, Hooked):
         return image // patch if image and patch else None
 
 
-def sizes_of(encoding: Encoding, kind: Kind, media: list[list[Medium]]) -> list[Size]:
+def sizes_of(encoding: Encoding, modality: Modality, media: list[list[Medium]]) -> list[Size]:
     """Sizes of all media of a kind, in the order of the batch; empty where unknown.
 
     Beam search repeats the rows of a batch after the media were encoded, one copy of a row after
     the other.
     """
     known, order, cursor = encoding.sizes, [], 0
-    counts = [sum(medium.kind == kind for medium in row) for row in media]
+    counts = [sum(medium.modality == modality for medium in row) for row in media]
     copies, rest = divmod(sum(counts), len(known) or 1)
     if not known or rest or len(counts) % copies:
         return []

@@ -12,10 +12,10 @@ from torch import nn
 
 from tokencomp.adapters.call import CODES
 from tokencomp.errors import NoDecoderError, NoPlaceholderError
-from tokencomp.tokens.spans import Kind
+from tokencomp.tokens.spans import Modality
 
 # Names of placeholder ids in configs, by what stands behind them; the first that exists counts.
-IDS: dict[Kind, tuple[str, ...]] = {
+IDS: dict[Modality, tuple[str, ...]] = {
     "image": (
         "image_token_id",
         "image_token_index",
@@ -79,7 +79,7 @@ def find_parts(model: Any) -> Parts:
     body = _body(top, decoder)
     if hasattr(top, "generate"):
         return Parts(top, body, decoder)
-    takes_media = any(feature_kind(name) for name in parameters_of(body))
+    takes_media = any(feature_modality(name) for name in parameters_of(body))
     if not takes_media or type(body.config) is not type(top.config):  # it has more than a body
         raise NoDecoderError(
             f"{type(model).__name__} does not generate text. Pass the whole model, such as its "
@@ -153,7 +153,7 @@ def _body(top: Any, decoder: Any) -> Any:
     names = path.split(".")[:-1]
     for depth in range(len(names), 0, -1):
         module = top.get_submodule(".".join(names[:depth]))
-        if any(feature_kind(name) for name in parameters_of(module)):
+        if any(feature_modality(name) for name in parameters_of(module)):
             return module
     return top
 
@@ -167,8 +167,8 @@ def parameters_of(module: Any) -> Mapping[str, inspect.Parameter]:
 
 
 @functools.cache
-def feature_kind(name: str) -> Kind | None:
-    """Which kind of media an argument of a body or a prefill brings, by its name; None: none."""
+def feature_modality(name: str) -> Modality | None:
+    """Which modality an argument of a body or a prefill brings, by its name; None: none."""
     if "pixel_values" in name or name == "image_patches":
         return "video" if "video" in name else "image"
     if name in ("input_features", "input_values", "audio_values", "audio_input_ids"):
@@ -187,12 +187,12 @@ def find_placeholders(parts: Parts) -> dict[int, int]:
         The config names no placeholder.
     """
     ids: dict[int, int] = {}
-    for kind, names in IDS.items():
+    for modality, names in IDS.items():
         sources = ((source, name) for name in names for source in (parts.top.config, parts.body))
         values = (getattr(source, name, None) for source, name in sources)
         token = next((value for value in values if isinstance(value, int)), None)
         if token is not None:
-            ids.setdefault(token, CODES[kind])
+            ids.setdefault(token, CODES[modality])
     if not ids:
         _refuse_own_placeholders(parts)
         raise NoPlaceholderError(
@@ -206,9 +206,9 @@ def find_placeholders(parts: Parts) -> dict[int, int]:
 def _refuse_own_placeholders(parts: Parts) -> None:
     """Refuse a decoder that puts features into its own embeddings (Phi-4-multimodal)."""
     config, name = parts.top.config, type(parts.top).__name__
-    inner = [getattr(config, f"{kind}_config", None) for kind in ("vision", "audio")]
+    inner = [getattr(config, f"{modality}_config", None) for modality in ("vision", "audio")]
     named = any(hasattr(own, field) for own in inner for names in IDS.values() for field in names)
-    if named and any(feature_kind(argument) for argument in parameters_of(parts.decoder)):
+    if named and any(feature_modality(argument) for argument in parameters_of(parts.decoder)):
         raise NoPlaceholderError(
             f"the decoder of {name} takes pixels, and puts features into its embeddings itself, at "
             "placeholders that only its towers' configs name: out of reach of patch(). Run it "

@@ -17,7 +17,7 @@ from tokencomp.adapters.structural import StructuralAdapter
 from tokencomp.adapters.towers.base import Tower
 from tokencomp.adapters.towers.dense import DenseTower, squares
 from tokencomp.errors import SpanError
-from tokencomp.tokens.spans import Kind, VisualSpan
+from tokencomp.tokens.spans import Modality, VisualSpan
 
 
 class TileAdapter(StructuralAdapter):
@@ -42,7 +42,7 @@ class TileAdapter(StructuralAdapter):
         """(tiles, rows of the tower, d) → (tiles, patches, d)."""
         return values[:, 1:] if self.class_token else values
 
-    def tower_tokens(self, values: Tensor, kind: str, call: TowerCall) -> Tensor:
+    def tower_tokens(self, values: Tensor, modality: str, call: TowerCall) -> Tensor:
         patches, side = self.tile_patches(values), self.patches_per_side
         grid = patches.unflatten(1, (side, side))
         return block_means(grid, side // self.tile_side).flatten(0, 2)
@@ -82,10 +82,10 @@ class TileAdapter(StructuralAdapter):
             rows[b] = [replace(span, item=first) for span, first in zip(row, firsts, strict=True)]
         return rows
 
-    def described(self, kind: Kind, call: Call) -> Encoding:
+    def described(self, modality: Modality, call: Call) -> Encoding:
         """All tiles have equally many tokens, wherever their features come from."""
         tile = self.tile_side**2
-        return Encoding([tile] * (int((call.kinds == CODES[kind]).sum()) // tile))
+        return Encoding([tile] * (int((call.modalities == CODES[modality]).sum()) // tile))
 
 
 def shrunk(side: int, factor: float) -> int:

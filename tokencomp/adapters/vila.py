@@ -41,12 +41,12 @@ class VilaAdapter(Adapter):
     def find_parts(self, model: Any) -> Parts:
         return Parts(model, model, model.llm.model)
 
-    def tower_tokens(self, values: Tensor, kind: str, call: TowerCall) -> Tensor:
+    def tower_tokens(self, values: Tensor, modality: str, call: TowerCall) -> Tensor:
         projector, side = self.model.mm_projector, round(values.shape[1] ** 0.5)
         grid = block_means(values.unflatten(1, (side, side)), projector.factor)
         if projector.order == "columns":
             grid = grid.transpose(1, 2)
-        t, h, w = self._pool if kind == "video" else (1, 1, 1)
+        t, h, w = self._pool if modality == "video" else (1, 1, 1)
         pooled: Tensor = grid.unflatten(2, (-1, w)).unflatten(1, (-1, h)).unflatten(0, (-1, t))
         return pooled.mean(dim=(1, 3, 5)).flatten(0, 2)
 
@@ -71,7 +71,7 @@ class VilaAdapter(Adapter):
         frames = call.inputs.get("video_frames")
         lengths = iter([] if frames is None else [n // self._pool[0] for n in frames.tolist()])
         rows = []
-        for row in range(call.kinds.shape[0]):
+        for row in range(call.modalities.shape[0]):
             runs, spans = call.runs[row], []
             while runs:
                 n = 1 if runs[0][2] == "image" else next(lengths, len(runs))
@@ -88,15 +88,15 @@ class VilaAdapter(Adapter):
     def _span(self, runs: list[Any], call: Call, row: int, n: int) -> VisualSpan:
         """One image, or the frames of one video, with their separators."""
         config, side = self.model.config, self.model.config.side
-        kind = runs[0][2]
-        _, h, w = self._pool if kind == "video" else (1, 1, 1)
+        modality = runs[0][2]
+        _, h, w = self._pool if modality == "video" else (1, 1, 1)
         grid = (n, side // h, side // w)
         if len(runs) != n or any(b - a != grid[1] * grid[2] for a, b, _ in runs):
             raise SpanError(
-                f"sample {row}: {kind} tokens from {runs[0][0]} on are not {n} squares of "
+                f"sample {row}: {modality} tokens from {runs[0][0]} on are not {n} squares of "
                 f"{grid[1]}×{grid[2]} tokens. Make input_ids and pixels with VilaProcessor."
             )
-        before, after = config.video_ends if kind == "video" else config.image_ends
+        before, after = config.video_ends if modality == "video" else config.image_ends
         start, stop = runs[0][0] - len(before), runs[-1][1] + len(after)
         special: list[int] = []
         cursor = start
@@ -104,9 +104,9 @@ class VilaAdapter(Adapter):
             special += range(cursor - start, a - start)
             cursor = b
         special += range(cursor - start, stop - start)
-        if len(special) != n * (len(before) + len(after)) or stop > call.kinds.shape[1]:
+        if len(special) != n * (len(before) + len(after)) or stop > call.modalities.shape[1]:
             raise SpanError(
-                f"sample {row}: {kind} tokens from {runs[0][0]} on lack their separators. Make "
+                f"sample {row}: {modality} tokens from {runs[0][0]} on lack their separators. Make "
                 "input_ids with VilaProcessor."
             )
-        return VisualSpan(start, stop - start, grid, kind, special=tuple(special))
+        return VisualSpan(start, stop - start, grid, modality, special=tuple(special))

@@ -10,8 +10,8 @@ from typing import Any
 
 from tokencomp.cli._showcase import answer_prompt, time_prefill
 from tokencomp.evaluation.batches import Answerer
+from tokencomp.evaluation.comparisons import paired_tests
 from tokencomp.evaluation.environment import environment
-from tokencomp.evaluation.rivals import paired_tests
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import FULL, RANDOM, Setting
@@ -100,8 +100,10 @@ def _rows(
             split=splits[setting],
             prefill_ratio=splits[setting].llm / splits[Setting()].llm,
             accuracy=run.mean("correct"),
-            by_kind={kind: EvalRun(setting, own).mean("correct") for kind, own in kinds.items()},
-            moved=setting.moved(len(per_layer)),
+            by_modality={
+                kind: EvalRun(setting, own).mean("correct") for kind, own in kinds.items()
+            },
+            deviation=setting.deviation(len(per_layer)),
             **({} if setting.off else paired_tests(run, list(runs.values()))),
         )
         rows.append(row)

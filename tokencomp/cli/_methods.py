@@ -16,7 +16,7 @@ ALL = "all"
 
 
 def known(name: str) -> str:
-    """The name of a reducer or a baseline, such as "auto" or "merge+prune"; it is checked."""
+    """The name of a reducer or a baseline, such as "auto" or "bipartite+prune"; it is checked."""
     from tokencomp.errors import unknown_name
     from tokencomp.evaluation.settings import INPUT_BASELINES
     from tokencomp.reducers.registry import available_reducers, make_reducer
@@ -56,7 +56,7 @@ def settings(context: typer.Context, chosen: opt.MethodOptions) -> Settings:
         settings = list(dict.fromkeys(itertools.chain(*found)))
         return lambda model: checked(settings, model)
     fix = "the stages in the file have reducers, fractions and options of their own"
-    names = ("reducer", "ratio", "budget", "options", "rest", "tower_ratio", "tower_reducer")
+    names = ("reducer", "ratio", "budget", "options", "merge", "tower_ratio", "tower_reducer")
     opt.refuse_options(context, names, "--plan", fix)
     stages = as_plan(chosen.plan)
     return lambda model: checked(planned(stages, model), model)

@@ -33,7 +33,7 @@ Reducers = Annotated[
         "--reducer",
         "-r",
         help="Reducers, separated by commas (tokencomp list), with options of their own as in "
-        "'condiv(power=2),kcentre'. In demo, eval, inspect and profile "
+        "'condiv(power=2),kcenter'. In demo, eval, inspect and profile "
         "all: every one that fits the model.",
     ),
 ]
@@ -41,7 +41,7 @@ Ratios = Annotated[
     str,
     typer.Option(
         "--ratio",
-        help="Ratios in [0, 1), separated by commas; 0 = off. Or one per kind of media, such as "
+        help="Ratios in [0, 1), separated by commas; 0 = off. Or one per modality, such as "
         "video=0.75,audio=0.5; several of these are separated by semicolons.",
     ),
 ]
@@ -63,13 +63,13 @@ PlanFile = Annotated[
         "--plan", help="JSON file with explicit stages, instead of --reducer, --ratio and --set."
     ),
 ]
-Rest = Annotated[
-    str | None,
+MergeFlag = Annotated[
+    bool | None,
     typer.Option(
-        "--rest",
-        help='What happens to tokens that do not stay: "drop", or "merge" into the nearest that '
-        'does, which then weighs as much as the tokens it stands for. "auto" merges in images of '
-        "which at least a tenth stays, as the default does. Without it, other reducers drop.",
+        "--merge/--no-merge",
+        help="Average tokens that do not stay into the nearest kept one, which then weighs as much "
+        "as the tokens it stands for, or drop them. Without either, the default reducer merges in "
+        "images of which at least a tenth stays, and other reducers drop.",
     ),
 ]
 TowerRatio = Annotated[
@@ -101,9 +101,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables
 
 @dataclasses.dataclass(frozen=True)
 class StageOptions:
-    """What a stage does with the rest, and the stage in the vision tower."""
+    """Whether a stage merges, and the stage in the vision tower."""
 
-    rest: Rest = None
+    merge: MergeFlag = None
     tower_ratio: TowerRatio = "0"
     tower_reducer: TowerReducer = "auto"
 
@@ -114,10 +114,10 @@ class StageOptions:
 
         ratio: Any = self.tower_ratio
         ratio = ratio if ratio == "auto" else check_ratio(ratio, "tower_ratio")
-        rest = {} if self.rest is None else {"rest": self.rest}
+        merge = {} if self.merge is None else {"merge": self.merge}
         amount = {} if ratio == 0.0 else {"tower_ratio": ratio}
         reducer = {} if self.tower_reducer == "auto" else {"tower_reducer": self.tower_reducer}
-        return {**rest, **amount, **reducer}
+        return {**merge, **amount, **reducer}
 
 
 @dataclasses.dataclass(frozen=True)

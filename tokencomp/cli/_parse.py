@@ -19,7 +19,7 @@ def names(text: str) -> list[str]:
 
 
 def methods(text: str) -> list[tuple[str, dict[str, Any]]]:
-    """ "condiv(power=2),merge" → [("condiv", {"power": 2}), ("merge", {})], duplicates removed."""
+    """ "condiv(power=2),bipartite" → [("condiv", {"power": 2}), ("bipartite", {})], once each."""
     found: list[tuple[str, dict[str, Any]]] = []
     for part in names(text) if "(" not in text else re.split(r",(?![^(]*\))", text):
         match = re.fullmatch(r"\s*([^()\s]+)\s*(?:\(([^()]*)\))?\s*", part)
@@ -42,10 +42,10 @@ def ratios(text: str) -> list[float | dict[str, float]]:
         named = [piece for piece in pieces if "=" in piece]
         if named and len(named) < len(pieces):
             raise OptionError(
-                f"--ratio {part.strip()!r}: numbers and kinds of media in one setting. Separate "
+                f"--ratio {part.strip()!r}: numbers and modalities in one setting. Separate "
                 "settings with a semicolon, e.g. --ratio '0.5;video=0.75,audio=0.5'."
             )
-        own: list[float | dict[str, float]] = [_by_kind(named)] if named else []
+        own: list[float | dict[str, float]] = [_by_modality(named)] if named else []
         own += [check_ratio(piece) for piece in pieces if piece not in named]
         settings += [ratio for i, ratio in enumerate(own) if ratio not in (*settings, *own[:i])]
     return settings
@@ -53,45 +53,43 @@ def ratios(text: str) -> list[float | dict[str, float]]:
 
 def budgets(text: str) -> list[int | dict[str, int]]:
     """ "512,prompt=4096" → [512, {"prompt": 4096}]."""
-    from tokencomp.plan.amounts import Amount
+    from tokencomp.plan.budgets import Budget
 
     found: list[int | dict[str, int]] = []
     for piece in names(text):
         name, mark, value = piece.rpartition("=")
         number: Any = int(value) if value.strip().isdecimal() else value
         found.append({name.strip(): number} if mark else number)
-        Amount.of(found[-1])
+        Budget.of(found[-1])
     return found
 
 
-def _by_kind(pairs: list[str]) -> dict[str, float]:
+def _by_modality(pairs: list[str]) -> dict[str, float]:
     """["video=0.75", "audio=0.5"] → {"video": 0.75, "audio": 0.5}."""
     from tokencomp.errors import RatioError
     from tokencomp.plan.counts import check_ratio
     from tokencomp.plan.stages import MEDIA
 
-    by_kind: dict[str, float] = {}
+    by_modality: dict[str, float] = {}
     for pair in pairs:
         kind, value = (side.strip() for side in pair.split("=", 1))
         if kind not in MEDIA:
-            raise RatioError(
-                f"--ratio {pair!r}: {kind!r} is no kind of media. Use {', '.join(MEDIA)}."
-            )
-        if kind in by_kind:
+            raise RatioError(f"--ratio {pair!r}: {kind!r} is no modality. Use {', '.join(MEDIA)}.")
+        if kind in by_modality:
             raise OptionError(
                 f"--ratio gives {kind} twice in one setting. Separate settings with a semicolon, "
-                f"e.g. --ratio '{kind}={by_kind[kind]:g};{pair}'."
+                f"e.g. --ratio '{kind}={by_modality[kind]:g};{pair}'."
             )
-        by_kind[kind] = check_ratio(value, f"ratio of {kind}")
-    return by_kind
+        by_modality[kind] = check_ratio(value, f"ratio of {kind}")
+    return by_modality
 
 
 def numbers(chosen: Sequence[float | dict[str, float]], command: str) -> list[float]:
-    """Ratios of a command that takes no ratios by kind of media; raise `OptionError` for those."""
+    """Ratios of a command that takes no ratios by modality; raise `OptionError` for those."""
     for ratio in chosen:
         if not isinstance(ratio, float):
             raise OptionError(
-                f"--ratio {ratio}: {command} takes one number for all kinds of media. Ratios by "
+                f"--ratio {ratio}: {command} takes one number for all modalities. Ratios by "
                 "kind work in demo, eval, inspect and profile, and in tokencomp.patch."
             )
     return [ratio for ratio in chosen if isinstance(ratio, float)]

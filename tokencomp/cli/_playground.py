@@ -17,14 +17,14 @@ from tokencomp.inputs.packaged import zoo_folder
 from tokencomp.inputs.scorer import with_scorer
 from tokencomp.pages.html import compact
 from tokencomp.pages.pictures import plain_tiles, strip
-from tokencomp.plan.stages import Rest
+from tokencomp.plan.stages import Merging
 from tokencomp.reducers.registry import available_reducers
 
 HEAD = ("", "without", "with compression")
 OLDEST_GRADIO = (5, 9)
 TIMING_SECONDS = 2.0
-RESTS: dict[str, Rest | None] = {"as usual": None, "merge": "merge", "drop": "drop"}
-REST = "Tokens that do not stay (usually auto merges those of pictures, other methods drop)"
+CHOICES: dict[str, Merging | None] = {"as usual": None, "merge": True, "drop": False}
+LABEL = "Tokens that do not stay (usually auto merges those of pictures, other methods drop)"
 NOTHING = "Drop a picture or a clip first."
 
 
@@ -45,14 +45,14 @@ class Playground:
         method: str,
         ratio: float,
         tower_ratio: float,
-        rest: str,
+        merge: str,
     ) -> tuple[str, str, list[list[str]], list[Any]]:
         """Both answers, a table of what they cost, and pictures of what the model sees."""
         paths = [path for path in (image, video) if path]
         if not paths:
             raise TokenCompError(NOTHING)
         media = [load_media(path, self.frames, question=question) for path in paths]
-        setting = Setting(method, ratio, tower_ratio=tower_ratio, rest=RESTS[rest])
+        setting = Setting(method, ratio, tower_ratio=tower_ratio, merge=CHOICES[merge])
         settings, row = [Setting(), setting], prompt(media, question)
         full, own = answer_prompt(self.model, self.processor, row, settings)
         times = time_prefill(self.model, self.processor, [row], settings, TIMING_SECONDS)
@@ -114,7 +114,7 @@ def build(play: Playground) -> Any:
                 tower = gr.Slider(
                     0, 0.95, 0, step=0.05, label="Ratio that leaves before the vision tower"
                 )
-                rest = gr.Radio(list(RESTS), value=next(iter(RESTS)), label=REST)
+                merge = gr.Radio(list(CHOICES), value=next(iter(CHOICES)), label=LABEL)
                 button = gr.Button("Ask", variant="primary")
             with gr.Column(scale=2):
                 with gr.Row():
@@ -122,7 +122,7 @@ def build(play: Playground) -> Any:
                     own = gr.Textbox(label="Answer with compression")
                 costs = gr.Dataframe(headers=list(HEAD), label="Cost", interactive=False)
                 pictures = gr.Gallery(label="What the model sees", columns=2, object_fit="contain")
-        inputs = [image, video, question, method, ratio, tower, rest]
+        inputs = [image, video, question, method, ratio, tower, merge]
         button.click(ask, inputs, [full, own, costs, pictures])
         if rows := _samples():
             gr.Examples(rows, [image, video, question], label="Embedded samples")

@@ -10,7 +10,7 @@ from tokencomp.evaluation.profiler import time_prefills
 from tokencomp.evaluation.settings import Setting
 from tokencomp.evaluation.timing import Split
 from tokencomp.inputs.prompts import to_model
-from tokencomp.inputs.questions import Example, media_kind
+from tokencomp.inputs.questions import Example, modality_of
 from tokencomp.pages.demo import Answer
 from tokencomp.pages.pictures import kept_tiles, plain_tiles, strip
 
@@ -46,7 +46,7 @@ def _pictures(
             stages.append((layer, [strip(t) for _, t in kept_tiles(media, stats, layer)]))
     else:
         drawn = [(m, plain_tiles(m)) for m in shrunk]
-    clips = [t for m, t in drawn if media_kind(m) == "video"]
+    clips = [t for m, t in drawn if modality_of(m) == "video"]
     return [strip(t) for _, t in drawn], stages, clips
 
 

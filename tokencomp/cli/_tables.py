@@ -34,7 +34,7 @@ PAGE = "The page of `tokencomp report` has all columns."
 
 
 def _named(line: Any) -> tuple[str, str]:
-    """Method and ratio of a line; ratios by kind of media may wrap behind their commas."""
+    """Method and ratio of a line; ratios by modality may wrap behind their commas."""
     return line.label, line.run.shown_ratio.replace(",", ", ")
 
 
@@ -64,21 +64,28 @@ def print_lines(console: Any, lines: Sequence[Any]) -> None:
             console.print(
                 f"{line.label} at {line.run.shown_ratio}: accuracies of {low} to {high} %."
             )
-        if line.moved:
-            console.print(f"† {line.run.label} at {line.run.shown_ratio} {line.moved}.")
+        if line.deviation:
+            console.print(f"† {line.run.label} at {line.run.shown_ratio} {line.deviation}.")
 
 
 def _print_rivals(console: Any, lines: Sequence[Any]) -> None:
-    seeds = max(line.rivals.seeds for line in lines)
+    seeds = max(line.comparisons.seeds for line in lines)
     title = "\nDifferences in points, 95 % intervals"
     title += f"; random: mean of {seeds} seeds" if seeds else ""
     names = (*NAMES, "vs full", "vs random", "vs downscale", "its failures", "as full")
     rows = [
         (
             *_named(line),
-            *(_points(d) for d in (line.rivals.full, line.rivals.random, line.rivals.downscale)),
-            _detail(line.rivals),
-            "–" if line.rivals.agreement is None else f"{line.rivals.agreement:.0%}",
+            *(
+                _points(d)
+                for d in (
+                    line.comparisons.full,
+                    line.comparisons.random,
+                    line.comparisons.downscale,
+                )
+            ),
+            _detail(line.comparisons),
+            "–" if line.comparisons.agreement is None else f"{line.comparisons.agreement:.0%}",
         )
         for line in lines
     ]
@@ -91,8 +98,12 @@ def _print_rivals(console: Any, lines: Sequence[Any]) -> None:
     print_fitted(console, names, rows, least=least, **how)
 
 
-def _detail(rivals: Any) -> str:
-    return "–" if rivals.detail is None else f"{rivals.detail:.0%}\nof {rivals.detail_items}"
+def _detail(comparisons: Any) -> str:
+    return (
+        "–"
+        if comparisons.detail is None
+        else f"{comparisons.detail:.0%}\nof {comparisons.detail_items}"
+    )
 
 
 def _print_work(console: Any, lines: Sequence[Any]) -> None:

@@ -132,7 +132,7 @@ def _check_answers(folders: list[Path]) -> None:
 def _print(console: Any, folders: list[Path], ids: set[str] | None) -> None:
     """The table of the items that were asked now: folders may hold answers to more."""
     from tokencomp.cli._tables import print_lines
-    from tokencomp.evaluation.comparable import find_runs
+    from tokencomp.evaluation.group_runs import find_runs
     from tokencomp.pages import report
 
     print_lines(console, report.lines(find_runs(folders, ids)))

@@ -113,7 +113,7 @@ def show(report: dict[str, Any]) -> None:
 
     from tokencomp.cli._fitted import print_beside
     from tokencomp.pages.html import compact, si
-    from tokencomp.plan.amounts import ratio_text
+    from tokencomp.plan.budgets import ratio_text
 
     console, rows = Console(), report["rows"]
     texts: dict[str, Callable[[Any], str]] = {

@@ -24,7 +24,7 @@ def command(
     as_json: opt.Json = False,
 ) -> None:
     """Retention with paired intervals, McNemar against random, plots and pictures in one file."""
-    from tokencomp.evaluation.comparable import find_runs
+    from tokencomp.evaluation.group_runs import find_runs
     from tokencomp.pages import report
     from tokencomp.pages import table_file as files
 

@@ -28,7 +28,7 @@ def command(
     ] = None,
     reducer: Annotated[
         str,
-        typer.Option("--reducer", "-r", help="Default reducer (tokencomp list); auto is kcentre."),
+        typer.Option("--reducer", "-r", help="Default reducer (tokencomp list); auto is kcenter."),
     ] = "auto",
     set_: opt.Set = None,
     engine: Annotated[str, typer.Option("--engine", help='"hf", "vllm" or "mlx".')] = "hf",

@@ -1,6 +1,6 @@
 """Tiny text configs of any model type: a given config with every size replaced by a small one.
 
-What makes a type special stays as the config has it: kinds of layers, rotary tables, gates,
+What makes a type special stays as the config has it: layer types, rotary tables, gates,
 normalizations, routing. Only widths, counts and windows shrink, by the name of their field.
 """
 

@@ -13,7 +13,7 @@ from PIL import Image
 from tokencomp.errors import MediaError, OptionError
 from tokencomp.inputs.frames import frame_indices
 from tokencomp.inputs.prompts import build_inputs
-from tokencomp.inputs.questions import media_kind
+from tokencomp.inputs.questions import modality_of
 from tokencomp.inputs.video import with_frames
 from tokencomp.plan.counts import keep_count
 
@@ -67,9 +67,9 @@ class EqualTokens:
 
         Sounds are played faster.
         """
-        if media_kind(media) == "audio":
+        if modality_of(media) == "audio":
             return faster(media, 1 - ratio)
-        is_video = media_kind(media) == "video"
+        is_video = modality_of(media) == "video"
         size = (media[0] if is_video else media).size
         key = (is_video, size, len(media) if is_video else 1, ratio)
         if key not in self._shrinkers:

@@ -20,7 +20,7 @@ from tokencomp.evaluation.settings import NATIVE, Setting
 from tokencomp.evaluation.timing import interleaved, prefill_split
 from tokencomp.evaluation.work import vision_work
 from tokencomp.inputs.prompts import build_inputs, generate, to_model
-from tokencomp.inputs.questions import Example, media_kind
+from tokencomp.inputs.questions import Example, modality_of
 
 if TYPE_CHECKING:
     from tokencomp.engine.count.stats import Stats
@@ -212,8 +212,10 @@ class Answerer:
 
 def kind_of(row: Loaded) -> str:
     """The first of "video", "image" and "audio" that is among the media of a question, or ""."""
-    kinds = {media_kind(media) for media in row[1]}
-    return next((kind for kind in ("video", "image", "audio") if kind in kinds), "")
+    modalities = {modality_of(media) for media in row[1]}
+    return next(
+        (modality for modality in ("video", "image", "audio") if modality in modalities), ""
+    )
 
 
 def _record(row: Loaded, text: str, seconds: float, cost: Cost) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def sweep(
         the manifest keeps the result under "times".
     work
         Whether the work of the first answer about an image, and of the first about a video, is
-        counted in parts; the manifest keeps it under "work", by the kind of media.
+        counted in parts; the manifest keeps it under "work", by the modality.
 
     Returns
     -------
@@ -361,8 +361,8 @@ class _Sweep:
             "finished": finished,
         }
         for ours in self.asked:
-            moved = ours.setting.moved(self.layers, self.steps)
-            manifest = {"identity": ours.identity, **facts, "moved": moved}
+            deviation = ours.setting.deviation(self.layers, self.steps)
+            manifest = {"identity": ours.identity, **facts, "deviation": deviation}
             manifest |= {"times": ours.times} if ours.times else {}
             manifest |= {"work": ours.work} if ours.work else {}
             if finished:

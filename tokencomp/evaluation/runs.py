@@ -19,7 +19,7 @@ from tokencomp.evaluation.settings import (
     Setting,
 )
 from tokencomp.evaluation.store import MANIFEST, read_records
-from tokencomp.plan.amounts import ratio_text
+from tokencomp.plan.budgets import ratio_text
 from tokencomp.storage import read_object
 
 FIRST = (FULL, RANDOM, UNIFORM, DOWNSCALE, FEWER_FRAMES, NATIVE)
@@ -98,7 +98,7 @@ class EvalRun:
 
     @property
     def ratio(self) -> float | dict[str, float] | str:
-        """As requested: a number, numbers by kind of media, or a budget in words."""
+        """As requested: a number, numbers by modality, or a budget in words."""
         return self.identity["ratio"]
 
     @property

@@ -12,13 +12,13 @@ from tokencomp.method import MethodSpec
 from tokencomp.plan.plan import Plan
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.plan_json import plan_from_json, plan_to_json
-from tokencomp.reducers.published import moved, revision
+from tokencomp.reducers.published import deviation, revision
 
 FULL = "full"
 PLAN = "plan"
 RANDOM = "random"
 UNIFORM = "uniform"
-REST = "rest"
+MERGE = "merge"
 TOWER = ("tower_ratio", "tower_reducer")
 BUDGET = "budget"
 DOWNSCALE = "downscale"
@@ -43,7 +43,7 @@ class Setting(MethodSpec):
     ratio
         In [0, 1); every method at 0 is the full model.
     options
-        Options of the reducer. `rest`, `tower_ratio`, `tower_reducer`, and for "plan" its stages
+        Options of the reducer. `merge`, `tower_ratio`, `tower_reducer`, and for "plan" its stages
         in JSON form as `plan`, may stand among them and are moved to the fields of these names.
     name
         Row label; by default the name of the reducer, or "plan".
@@ -67,7 +67,7 @@ class Setting(MethodSpec):
                 f"options={self.options}."
             )
         options = dict(self.options)
-        for field in (REST, BUDGET, *TOWER):
+        for field in (MERGE, BUDGET, *TOWER):
             self._assign(**{field: options.pop(field, getattr(self, field))})
         self._assign(options=options)
         if self.reducer == PLAN or self.plan is not None:
@@ -75,7 +75,7 @@ class Setting(MethodSpec):
         if self.input_baseline and self.written_options:
             raise OptionError(f"{self.reducer!r} has no options; got {self.written_options}.")
         super().__post_init__()
-        if self.input_baseline and (self.amount is not None or self.ratios):
+        if self.input_baseline and (self.built_budget is not None or self.ratios):
             raise OptionError(
                 f"{self.reducer!r} makes all media smaller by one ratio; got {self.shown_ratio}. "
                 "Give it a number, or leave it out."
@@ -83,7 +83,7 @@ class Setting(MethodSpec):
         if not self.name:
             self._assign(name=FULL if self.off else self._reducer_name())
         if self.off:
-            self._assign(ratios={}, reducer=FULL, options={}, plan=None, rest=None)
+            self._assign(ratios={}, reducer=FULL, options={}, plan=None, merge=None)
             self._assign(tower_ratio=0.0, tower_reducer="auto")
 
     def _assign(self, **values: Any) -> None:
@@ -121,10 +121,10 @@ class Setting(MethodSpec):
 
     @property
     def written_options(self) -> dict[str, Any]:
-        """All options in their JSON form, a plan and `rest` included."""
+        """All options in their JSON form, a plan and `merge` included."""
         plan = {} if self.plan is None else {"plan": plan_to_json(self.plan)}
-        rest = {} if self.rest_in_force == self.usual_rest else {REST: self.rest}
-        return {**plan, **self.options, **rest, **self._written_tower}
+        merge = {} if self.merge_in_force == self.usual_merge else {MERGE: self.merge}
+        return {**plan, **self.options, **merge, **self._written_tower}
 
     @property
     def _written_tower(self) -> dict[str, Any]:
@@ -148,18 +148,18 @@ class Setting(MethodSpec):
         again = f", revision {number}" if number > 1 else ""
         subsets = ", a subset per question" if self.reducer == RANDOM else ""
         tower = f", behind {self.built_tower_reducer!r}" if self.dropped_cells else ""
-        rest = {"merge": ", merging the rest", "auto": ", merging the rest of images"}
-        return f"{reducer!r}{again}{subsets}{rest.get(self.rest_in_force, '')}{tower}"
+        merge = {True: ", merging the rest", "auto": ", merging the rest of images"}
+        return f"{reducer!r}{again}{subsets}{merge.get(self.merge_in_force, '')}{tower}"
 
-    def moved(self, layers: int, frames: int = 0) -> str:
+    def deviation(self, layers: int, frames: int = 0) -> str:
         """How the method departs from its paper, in words; "" if it does not.
 
         The depth of a decoder of so many `layers` may move cuts; `frames` are those of
-        `Published.moved`.
+        `Published.deviation`.
         """
-        if not self.active or self.plan is not None or self.ratios or self.amount is not None:
+        if not self.active or self.plan is not None or self.ratios or self.built_budget is not None:
             return ""
-        return moved(self.built_reducer, self.ratio, layers, frames)
+        return deviation(self.built_reducer, self.ratio, layers, frames)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -200,7 +200,7 @@ def grid(
     asked += [
         {"ratio": r} for r in ratios if (any(r.values()) if isinstance(r, Mapping) else r > 0)
     ]
-    media = {name: value for name, value in options.items() if name not in (REST, *TOWER)}
+    media = {name: value for name, value in options.items() if name not in (MERGE, *TOWER)}
     each = {name: media if name in INPUT_BASELINES else options for name in reducers}
     return [
         Setting(),

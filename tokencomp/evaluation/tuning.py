@@ -20,7 +20,7 @@ from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import INPUT_BASELINES, Setting
 from tokencomp.inputs.frames import Frames
-from tokencomp.inputs.questions import Example, has_video, media_kind
+from tokencomp.inputs.questions import Example, has_video, modality_of
 from tokencomp.inputs.scorer import with_scorer
 from tokencomp.plan.counts import MAX_RATIO
 
@@ -44,7 +44,7 @@ def _scaled(media: Any, scale: float) -> Any:
     """Pictures with sides of this scale, and sounds in this share of their time."""
     if scale == 1.0:
         return media
-    if media_kind(media) == "audio":
+    if modality_of(media) == "audio":
         return faster(media, scale)
     size = (media[0] if isinstance(media, list) else media).size
     return Resize(size, scale)(media)

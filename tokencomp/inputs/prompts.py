@@ -14,7 +14,7 @@ from torch import Tensor
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import MediaError, OptionError
 from tokencomp.inputs.frame_times import frame_times, whole_steps
-from tokencomp.inputs.questions import frames_apart, media_kind
+from tokencomp.inputs.questions import frames_apart, modality_of
 from tokencomp.inputs.sounds import RATE
 from tokencomp.inputs.video import Sampling, sampling_of
 
@@ -32,7 +32,7 @@ def media_chat(media: Sequence[Any], prompt: str) -> Chat:
     A prompt with as many marks `<image>` as there are images, and no video, has every image at its
     mark. Other marks are taken out: processors read them as images that are missing.
     """
-    shown = [{"type": media_kind(m)} for m in media]
+    shown = [{"type": modality_of(m)} for m in media]
     texts = prompt.split(MARK) if media else [prompt]
     content: list[dict[str, Any]] = [*shown, {"type": "text", "text": "".join(texts)}]
     if len(texts) == len(shown) + 1 and {"type": "video"} not in shown:
@@ -144,14 +144,14 @@ def build_inputs(
         The processor refuses them, or a video has no frames, or frames of several sizes.
     """
     _check_rows(media, prompts)
-    if any(media_kind(one) == "video" for row in media for one in row):
+    if any(modality_of(one) == "video" for row in media for one in row):
         media = media if takes_videos(processor) else [frames_apart(row) for row in media]
     chats = [media_chat(m, p) for m, p in zip(media, prompts, strict=True)]
     flat = [one for row in media for one in row]
-    images = [m for m in flat if media_kind(m) == "image"]
-    clips = [m for m in flat if media_kind(m) == "video"]
+    images = [m for m in flat if modality_of(m) == "image"]
+    clips = [m for m in flat if modality_of(m) == "video"]
     videos = [stacked(m) for m in clips]
-    sounds = [m for m in flat if media_kind(m) == "audio"]
+    sounds = [m for m in flat if modality_of(m) == "audio"]
     try:
         samplings = [*map(sampling_of, clips)]
         return chat_inputs(processor, chats, images, videos, samplings, sounds=sounds)

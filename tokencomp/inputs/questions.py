@@ -164,7 +164,7 @@ def _is_mark(character: str) -> bool:
     return unicodedata.category(character) in ("Mn", "Mc")
 
 
-def media_kind(media: Media) -> Literal["image", "video", "audio"]:
+def modality_of(media: Media) -> Literal["image", "video", "audio"]:
     """ "video" for a list or an array of frames, "audio" for an array (n,), else "image"."""
     axes = media.ndim if isinstance(media, np.ndarray) else 0
     if axes == 1:
@@ -175,5 +175,5 @@ def media_kind(media: Media) -> Literal["image", "video", "audio"]:
 
 def frames_apart(media: Sequence[Media]) -> list[Any]:
     """The media with the frames of every video in its place, as images."""
-    groups: Iterable[Any] = (one if media_kind(one) == "video" else [one] for one in media)
+    groups: Iterable[Any] = (one if modality_of(one) == "video" else [one] for one in media)
     return [one for group in groups for one in group]

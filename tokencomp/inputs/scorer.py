@@ -45,9 +45,9 @@ class EmbeddingScorer:
         media = [[frame] for frame in frames]
         inputs = to_model(build_inputs(self.processor, media, [question] * len(media)), self.model)
         rows = self._embeddings(inputs).float()
-        kinds = self.adapter.kinds(inputs)
-        assert kinds is not None  # each row has a frame
-        visual = kinds > 0
+        modalities = self.adapter.modalities(inputs)
+        assert modalities is not None  # each row has a frame
+        visual = modalities > 0
         text = inputs["attention_mask"].bool() & ~visual
         rows = torch.nn.functional.normalize(rows, dim=-1)
         mean = (rows * text[..., None]).sum(1, keepdim=True)

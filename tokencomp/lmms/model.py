@@ -162,7 +162,7 @@ class TokenComp(lmms):
         """Keep the latest manifest, but carry over an earlier out-of-memory flag.
 
         The smallest batch size of all manifests is kept with it, and the first count of work for
-        every kind of media.
+        every modality.
         """
         before = self.run_manifest or manifest
         halved = before["batch_halved_by_oom"] or manifest["batch_halved_by_oom"]

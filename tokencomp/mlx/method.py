@@ -15,7 +15,7 @@ import numpy as np
 from tokencomp.errors import MissingDependencyError, OptionError
 from tokencomp.mlx.selection import SELECT
 from tokencomp.mlx.spans import Span
-from tokencomp.plan.amounts import Amount, Place
+from tokencomp.plan.budgets import Budget, Place
 from tokencomp.plan.counts import check_ratio, keep_count
 
 
@@ -45,13 +45,13 @@ class ChosenMethod:
             raise OptionError(
                 f"ratio={self.ratio!r} together with budget={self.budget!r}: give one."
             )
-        elif Amount.of(self.budget).whole_prompt:
+        elif Budget.of(self.budget).whole_prompt:
             raise OptionError(
                 f"budget={self.budget!r}: tokencomp.mlx has budgets of single images and videos. "
                 "Give a number."
             )
         if not isinstance(self.reducer, str):
-            raise OptionError(f"reducer={self.reducer!r}: expected a name, such as 'kcentre'.")
+            raise OptionError(f"reducer={self.reducer!r}: expected a name, such as 'kcenter'.")
         self.torch_reducer  # noqa: B018  # refuses what cannot run, before any prompt
 
     @property
@@ -68,12 +68,12 @@ class ChosenMethod:
         """Fraction that stays of a span."""
         if self.budget is None:
             return 1 - (self.ratio or 0.0)
-        amount = Amount.of(self.budget)
-        return amount.of_part(amount.left(place), place)
+        budget = Budget.of(self.budget)
+        return budget.of_part(budget.left(place), place)
 
     @property
     def name(self) -> str:
-        return "kcentre" if self.reducer == "auto" else self.reducer
+        return "kcenter" if self.reducer == "auto" else self.reducer
 
     @functools.cached_property
     def torch_reducer(self) -> Any:
@@ -127,8 +127,8 @@ class ChosenMethod:
 
         rows = torch.from_numpy(np.array(x.astype(mx.float32)))
         special = torch.from_numpy(span.special.copy())
-        kind: Any = span.kind
-        batch = SpanBatch.of(VisualTokens(rows, span.grid, special, kind=kind))
+        modality: Any = span.modality
+        batch = SpanBatch.of(VisualTokens(rows, span.grid, special, modality=modality))
         result = reduced(self.torch_reducer, batch, [keep])
         merged = result.merged
         own = None if merged is None else mx.array(merged.float().numpy()).astype(x.dtype)

@@ -23,7 +23,7 @@ from mlx_vlm.models.base import InputEmbeddingsFeatures
 from tokencomp.errors import OptionError, UnsupportedCacheError, UnsupportedModelError
 from tokencomp.mlx.method import ChosenMethod
 from tokencomp.mlx.spans import Span, find_spans
-from tokencomp.plan.amounts import places
+from tokencomp.plan.budgets import places
 from tokencomp.torchlib.replace import Installed, MethodReplacement
 
 ATTRIBUTE = "_tokencomp_handle"
@@ -72,7 +72,7 @@ def patch(
     budget
         In place of `ratio`: at most so many visual tokens of every image and video stay.
     reducer
-        "kcentre" (which "auto" is), "divprune", "vidcom2", "uniform" and "random" need MLX alone.
+        "kcenter" (which "auto" is), "divprune", "vidcom2", "uniform" and "random" need MLX alone.
         Others that depend on features alone run through torch, if it is installed.
     **options
         Options of the reducer.

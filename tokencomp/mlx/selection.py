@@ -24,7 +24,7 @@ CHUNK = 1024  # rows of a table of distances that are computed at once
 STEPS = 64  # choices between two evaluations, which keep the graph small
 
 
-def kcentre(x: mx.array, grid: Grid, keep: int) -> np.ndarray:
+def kcenter(x: mx.array, grid: Grid, keep: int) -> np.ndarray:
     """Farthest-point choice by root mean square, from the row farthest from the mean."""
     x = finite(x)
     start = _first_best(((x - x.mean(0)) ** 2).sum(1))
@@ -79,7 +79,7 @@ def random(x: mx.array, grid: Grid, keep: int, seed: int = 0) -> np.ndarray:
     return np.sort(np.argsort(-bits.astype(np.int64), kind="stable")[:keep])
 
 
-SELECT: dict[str, Select] = {f.__name__: f for f in (kcentre, divprune, vidcom2, uniform, random)}
+SELECT: dict[str, Select] = {f.__name__: f for f in (kcenter, divprune, vidcom2, uniform, random)}
 
 
 def finite(x: mx.array) -> mx.array:

@@ -13,7 +13,7 @@ import numpy as np
 from tokencomp.errors import SpanError
 
 Grid = tuple[int, int, int]
-KINDS = ("image", "video")
+MODALITIES = ("image", "video")
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Span:
 
     Attributes
     ----------
-    kind
+    modality
         "image" or "video".
     grid
         (t, h, w) in tokens.
@@ -34,7 +34,7 @@ class Span:
         The same for all spans of one image or video.
     """
 
-    kind: str
+    modality: str
     grid: Grid
     columns: np.ndarray
     special: np.ndarray
@@ -55,49 +55,49 @@ def find_spans(
     name: pixels and grids.
     """
     spans: list[Span] = []
-    for kind in KINDS:
-        name = "pixel_values" if kind == "image" else "pixel_values_videos"
-        grids = inputs.get(f"{kind}_grid_thw")
+    for modality in MODALITIES:
+        name = "pixel_values" if modality == "image" else "pixel_values_videos"
+        grids = inputs.get(f"{modality}_grid_thw")
         if grids is None and inputs.get(name) is None:
             continue  # the id of a placeholder in a text is text
-        columns = np.flatnonzero(ids == placeholder(model.config, kind))
+        columns = np.flatnonzero(ids == placeholder(model.config, modality))
         if grids is not None:
-            spans += _by_grids(model, kind, columns, np.array(grids))
+            spans += _by_grids(model, modality, columns, np.array(grids))
             continue
         for run in np.split(columns, np.flatnonzero(np.diff(columns) > 1) + 1):
-            spans += _tiles(model, kind, run, embeds) if len(run) else []
+            spans += _tiles(model, modality, run, embeds) if len(run) else []
     return sorted(spans, key=lambda span: int(span.columns[0]))
 
 
-def placeholder(config: Any, kind: str) -> int | None:
+def placeholder(config: Any, modality: str) -> int | None:
     """Id of the token that stands for features of images or videos; None: there is none."""
-    for name in (f"{kind}_token_id", f"{kind}_token_index"):
+    for name in (f"{modality}_token_id", f"{modality}_token_index"):
         if getattr(config, name, None) is not None:
             return int(getattr(config, name))
     return None
 
 
-def _by_grids(model: Any, kind: str, columns: np.ndarray, grids: np.ndarray) -> list[Span]:
+def _by_grids(model: Any, modality: str, columns: np.ndarray, grids: np.ndarray) -> list[Span]:
     """Spans of the Qwen families, whose grids are known, in patches."""
     side = model.config.vision_config.spatial_merge_size
     sizes = [(int(t), int(h) // side, int(w) // side) for t, h, w in grids]
     ends = np.cumsum([math.prod(size) for size in sizes])
     if not len(ends) or ends[-1] != len(columns):
         raise SpanError(
-            f"{len(columns)} placeholders of {kind}s for grids of {sizes}: expected one for every "
-            "token. Make the prompt with the processor of the model."
+            f"{len(columns)} placeholders of {modality}s for grids of {sizes}: expected one for "
+            "every token. Make the prompt with the processor of the model."
         )
     return [
-        Span(kind, size, part, np.zeros(len(part), dtype=bool), item=int(part[0]))
+        Span(modality, size, part, np.zeros(len(part), dtype=bool), item=int(part[0]))
         for size, part in zip(sizes, np.split(columns, ends[:-1]), strict=True)
     ]
 
 
-def _tiles(model: Any, kind: str, run: np.ndarray, embeds: mx.array) -> list[Span]:
+def _tiles(model: Any, modality: str, run: np.ndarray, embeds: mx.array) -> list[Span]:
     """Spans of an image or video of LLaVA: tiles of a known side, and a mosaic with line breaks."""
     vision, n = model.config.vision_config, len(run)
     side = vision.image_size // vision.patch_size
-    frame = (math.ceil(side / 2) if kind == "video" else side) ** 2
+    frame = (math.ceil(side / 2) if modality == "video" else side) ** 2
     newline = getattr(model, "image_newline", None)
     if newline is None:
         breaks = np.zeros(n, dtype=bool)
@@ -107,17 +107,21 @@ def _tiles(model: Any, kind: str, run: np.ndarray, embeds: mx.array) -> list[Spa
     count, at = int(breaks.sum()), np.flatnonzero(breaks)
     frames, rest = divmod(n, frame)
     item = int(run[0])
-    base = Span(kind, (1, side, side), run[:frame], breaks[:frame], item)
-    if rest == count and not breaks[: frames * frame].any() and (frames == 1 or kind == "video"):
+    base = Span(modality, (1, side, side), run[:frame], breaks[:frame], item)
+    if (
+        rest == count
+        and not breaks[: frames * frame].any()
+        and (frames == 1 or modality == "video")
+    ):
         height = math.isqrt(frame)
         return [replace(base, grid=(frames, height, height), columns=run, special=breaks)]
-    if kind == "image" and count and (n - frame) % count == 0:
+    if modality == "image" and count and (n - frame) % count == 0:
         width = (n - frame) // count
         if np.array_equal(at, frame + width * np.arange(1, count + 1) - 1):
             grid = (1, count, width - 1)
-            return [base, Span(kind, grid, run[frame:], breaks[frame:], item)]
+            return [base, Span(modality, grid, run[frame:], breaks[frame:], item)]
     raise SpanError(
-        f"{n} {kind} tokens from column {run[0]} on are no single {kind} of {frame} tokens"
-        f"{' per frame' if kind == 'video' else ' and rows that end in a line break'}. Put text "
-        f"between two {kind}s."
+        f"{n} {modality} tokens from column {run[0]} on are no single {modality} of {frame} tokens"
+        f"{' per frame' if modality == 'video' else ' and rows that end in a line break'}. Put "
+        f"text between two {modality}s."
     )

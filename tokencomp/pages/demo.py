@@ -31,15 +31,15 @@ class Row:
     split: Split
     prefill_ratio: float
     accuracy: float
-    by_kind: dict[str, float] = field(default_factory=dict)
+    by_modality: dict[str, float] = field(default_factory=dict)
     retention: Retention | None = None
     against_random: McNemar | None = None
-    moved: str = ""
+    deviation: str = ""
 
     @property
     def label(self) -> str:
         """The method, marked where its cuts are not where its paper has them."""
-        return self.setting.name + ("†" if self.moved else "")
+        return self.setting.name + ("†" if self.deviation else "")
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,8 @@ class Demo:
     @property
     def moves(self) -> list[str]:
         """Which methods the ratio moves in a decoder of this depth, and how."""
-        rows = [row for row in self.rows if row.moved]
-        return [f"† {r.setting.name} at {r.setting.shown_ratio} {r.moved}." for r in rows]
+        rows = [row for row in self.rows if row.deviation]
+        return [f"† {r.setting.name} at {r.setting.shown_ratio} {r.deviation}." for r in rows]
 
 
 def saved(setting: Setting, cost: Row | Cost, full: Row | Cost) -> str:

@@ -21,7 +21,7 @@ PREFILL = Path(__file__).with_name("prefill.jsonl")
 class PrefillSpeed:
     """How many times as fast the LLM prefill is with compression, a column per ratio.
 
-    A row has the name of a shape, the kind of media, visual tokens, the method, and one value per
+    A row has the name of a shape, the modality, visual tokens, the method, and one value per
     ratio (None: not measured). `where` says hardware, versions and dates.
     """
 
@@ -37,16 +37,27 @@ def kind_of(record: Mapping[str, Any]) -> str:
 
 def method_of(record: Mapping[str, Any]) -> str:
     """The reducer as it was called when it was measured, and what differs from its default."""
-    dropped = record["reducer"] == DEFAULT_REDUCER and record["rest"] == "drop"
-    return record["reducer"] + (" rest=drop" if dropped else "")
+    merge = record.get("merge", record.get("rest"))  # as older records say it
+    dropped = record["reducer"] == DEFAULT_REDUCER and merge in (False, "drop")
+    return record["reducer"] + (" merge=False" if dropped else "")
 
 
 def keep(records: Iterable[Mapping[str, Any]], file: Path = PREFILL) -> None:
     """Write what `prefill_speed` reads of the results with the default reducer, if any."""
-    names = ("model", "kind", "visual_tokens", "reducer", "rest", "ratio", "speedup", "dtype")
+    names = (
+        "model",
+        "kind",
+        "visual_tokens",
+        "reducer",
+        "rest",
+        "merge",
+        "ratio",
+        "speedup",
+        "dtype",
+    )
     own = [r for r in records if r["reducer"] == DEFAULT_REDUCER]
     if own:
-        write_lines(file, [{n: r[n] for n in (*names, "environment")} for r in own])
+        write_lines(file, [{n: r[n] for n in (*names, "environment") if n in r} for r in own])
 
 
 def prefill_speed(file: Path = PREFILL) -> PrefillSpeed | None:

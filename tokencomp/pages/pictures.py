@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from tokencomp.inputs.questions import frames_apart, media_kind
+from tokencomp.inputs.questions import frames_apart, modality_of
 from tokencomp.storage import keeping, replace_file
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def frames_of(media: Any, t: int) -> tuple[list[Image.Image], list[int]]:
 
     Several frames may share a position: what is kept of it is kept of all of them.
     """
-    if media_kind(media) == "image":
+    if modality_of(media) == "image":
         return [media] * t, [*range(t)]
     if len(media) < t:
         return [media[min(k * len(media) // t, len(media) - 1)] for k in range(t)], [*range(t)]
@@ -130,7 +130,7 @@ def tiles(media: Any, shares: Sequence[np.ndarray], side: int = SIDE) -> list[Im
 
 def plain_tiles(media: Any) -> list[Image.Image]:
     """An image, or frames of a video, evenly spaced, without overlay."""
-    frames = [media] if media_kind(media) == "image" else media
+    frames = [media] if modality_of(media) == "image" else media
     return [_fit(frames[k], SIDE) for k in _shown(frames)]
 
 
@@ -153,7 +153,7 @@ def _fit(image: Image.Image, side: int) -> Image.Image:
 
 def as_taken(media: Sequence[Any], spans: Sequence[VisualSpan]) -> list[Any]:
     """The media as a model has taken them: frames are images where it takes no videos."""
-    apart = len(spans) > len(media) and all(span.kind == "image" for span in spans)
+    apart = len(spans) > len(media) and all(span.modality == "image" for span in spans)
     return frames_apart(media) if apart else [*media]
 
 
@@ -177,7 +177,7 @@ def save_kept(folder: Path, example: Example, media: Sequence[Any], stats: Stats
     path = folder / KEPT
     if read_picture(path) or not media or not stats.spans[0]:
         return
-    if any(media_kind(one) == "audio" for one in media):
+    if any(modality_of(one) == "audio" for one in media):
         return
     comment = f"{example.id}: {example.prompt}".encode()
     save_picture(kept_picture(media, stats), path, comment=comment)

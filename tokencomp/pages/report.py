@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from tokencomp.errors import OptionError
+from tokencomp.evaluation.comparisons import Comparisons, comparisons, losses, paired_tests
 from tokencomp.evaluation.cost import PARTS
 from tokencomp.evaluation.metrics import McNemar, Paired, Retention
-from tokencomp.evaluation.rivals import Rivals, losses, paired_tests, rivals
 from tokencomp.evaluation.runs import IDENTITY, EvalRun, averaged
 from tokencomp.evaluation.settings import FULL
 from tokencomp.pages.html import render, si
@@ -29,21 +29,21 @@ class Line:
     accuracy: float
     retention: Retention | None = None
     against_random: McNemar | None = None
-    rivals: Rivals = field(default_factory=Rivals)
+    comparisons: Comparisons = field(default_factory=Comparisons)
     families: dict[str, float] = field(default_factory=dict)
     flops: float = 1.0
     kv_bytes: float = 1.0
     seconds: float = float("nan")
 
     @property
-    def moved(self) -> str:
+    def deviation(self) -> str:
         """How this decoder's depth moves the method's cuts; "" where it does not."""
-        return self.run.manifest.get("moved", "")
+        return self.run.manifest.get("deviation", "")
 
     @property
     def pairs(self) -> dict[str, Paired | None]:
         """Its retention, and its differences to the full model and the baselines."""
-        own = {name: getattr(self.rivals, name) for name in ("full", "random", "downscale")}
+        own = {name: getattr(self.comparisons, name) for name in ("full", "random", "downscale")}
         return {"retention": self.retention, **own}
 
     @property
@@ -54,7 +54,7 @@ class Line:
     @property
     def label(self) -> str:
         """The method, with a mark where its cuts are not where its paper has them."""
-        return self.run.label + ("†" if self.moved else "")
+        return self.run.label + ("†" if self.deviation else "")
 
 
 def lines(runs: Sequence[EvalRun]) -> list[Line]:
@@ -77,7 +77,7 @@ def _line(run: EvalRun, full: EvalRun, runs: Sequence[EvalRun]) -> Line:
             for f in sorted(families)
         },
         **{name: _share(run, full, name) for name in ("flops", "kv_bytes", "seconds")},
-        "rivals": rivals(run, runs),
+        "comparisons": comparisons(run, runs),
     }
     if run is not full and (run.answered or not full.answered):
         values |= paired_tests(run, runs)
@@ -119,8 +119,8 @@ def write(table: Sequence[Line], path: Path) -> Path:
         uneven=len({frozenset(line.run.scores) for line in table}) > 1,
         left_out=max(line.run.left_out for line in table),
         losses=losses([line.run for line in table]),
-        compared=any(line.rivals.random or line.rivals.downscale for line in table),
-        moved=[line for line in table if line.moved],
+        compared=any(line.comparisons.random or line.comparisons.downscale for line in table),
+        deviation=[line for line in table if line.deviation],
         timed=[line for line in table if "times" in line.run.manifest],
         work=work_tables(table),
         work_parts=PARTS,
@@ -148,7 +148,7 @@ def _lost(table: Sequence[Line]) -> list[dict[str, Any]]:
 
 
 def work_tables(table: Sequence[Line]) -> dict[str, list[tuple[Line, list[str]]]]:
-    """By kind of media: every counted line, and a cell for each of `PARTS`.
+    """By modality: every counted line, and a cell for each of `PARTS`.
 
     The full model's cells are amounts, the others shares of them; the reducer's is a share of the
     full model's prefill.

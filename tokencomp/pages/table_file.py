@@ -55,12 +55,12 @@ def _row(line: Line) -> dict[str, Any]:
         "flops": line.flops,
         "kv_bytes": line.kv_bytes,
     }
-    rivals = line.rivals
+    comparisons = line.comparisons
     for name, pair in (
         ("retention", line.retention),
-        ("against_full", rivals.full),
-        ("against_random", rivals.random),
-        ("against_downscale", rivals.downscale),
+        ("against_full", comparisons.full),
+        ("against_random", comparisons.random),
+        ("against_downscale", comparisons.downscale),
     ):
         for part, end in (("value", ""), ("low", "_low"), ("high", "_high")):
             row[name + end] = "" if pair is None else getattr(pair, part)
@@ -75,7 +75,7 @@ def as_latex(table: Sequence[Line]) -> str:
             str(line.run.shown_ratio),
             f"{line.accuracy:.1%}" if line.run.answered else "--",
             "--" if line.retention is None else str(line.retention),
-            "--" if line.rivals.random is None else str(line.rivals.random),
+            "--" if line.comparisons.random is None else str(line.comparisons.random),
             f"{line.flops:.0%}" if line.run.answered else "--",
         )
         for line in table
@@ -104,8 +104,8 @@ def as_json(table: Sequence[Line]) -> str:
             "flops": line.flops,
             "kv_bytes": line.kv_bytes,
             "families": line.families,
-            "rivals": {**asdict(line.rivals), **pairs},
-            "moved": line.moved,
+            "comparisons": {**asdict(line.comparisons), **pairs},
+            "deviation": line.deviation,
             "times": line.run.manifest.get("times"),
             "work": line.run.manifest.get("work"),
         }

@@ -13,9 +13,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from tokencomp.errors import OptionError, PlanError
-from tokencomp.plan.amounts import Place
+from tokencomp.plan.budgets import Place
 from tokencomp.plan.reducer import StageReducer
-from tokencomp.plan.stages import Rest, Stage, TowerStage
+from tokencomp.plan.stages import Merging, Stage, TowerStage
 
 if TYPE_CHECKING:
     from tokencomp.tokens.signals import Signal
@@ -42,7 +42,7 @@ class Plan:
         Objects that are not stages; another order; or a reducer that acts on whole spans only,
         after a stage that drops tokens.
     OptionError
-        A stage that merges the rest beside a reducer that merges by itself.
+        A stage that merges beside a reducer that merges by itself.
     """
 
     stages: tuple[Stage, ...] = ()
@@ -56,25 +56,25 @@ class Plan:
                 "patch(plan=...) or plan_from_json."
             )
         object.__setattr__(self, "stages", tuple(stages))
-        for kind in {kind for s in self.stages for kind, _ in s.by_kind}:
-            self._check_fractions(kind)
+        for modality in {modality for s in self.stages for modality, _ in s.by_modality}:
+            self._check_fractions(modality)
         self._check_fractions(None)
         mergers = [s.reducer.name for s in self.stages if s.reducer.merges]
-        if self.merges_rest and mergers:
+        if self.may_merge and mergers:
             raise OptionError(
-                f"rest='merge' beside {mergers[0]!r}, which merges tokens by itself: its tokens "
+                f"merge=True beside {mergers[0]!r}, which merges tokens by itself: its tokens "
                 "have no weights. Merge in one of the two ways."
             )
-        budgets = [s.amount.tokens for s in self.stages if s.amount]
+        budgets = [s.budget.tokens for s in self.stages if s.budget]
         fixed = all(s.share is None for s in self.stages)
         if fixed and budgets != sorted(budgets, reverse=True):
             raise PlanError(f"stage budgets {budgets}: expected numbers that do not grow.")
 
-    def _check_fractions(self, kind: str | None) -> None:
-        """Raise `PlanError` if the stages are in another order, for one kind of media."""
+    def _check_fractions(self, modality: str | None) -> None:
+        """Raise `PlanError` if the stages are in another order, for one modality."""
         layers = [s.layer for s in self.stages]
         before = [("the tower stage", self.tower.fraction)] if self.tower else []
-        before += [(f"the stage at layer {s.layer}", s.fraction_of(kind)) for s in self.stages]
+        before += [(f"the stage at layer {s.layer}", s.fraction_of(modality)) for s in self.stages]
         fractions = [1.0, *(fraction for _, fraction in before)]
         if layers != sorted(set(layers)) or any(layer < 0 for layer in layers):
             raise PlanError(f"stage layers {layers}: expected ascending, distinct, from 0 on.")
@@ -86,7 +86,7 @@ class Plan:
         later = self.stages if self.tower else self.stages[1:]
         for (name, fraction), stage in zip(before, later, strict=False):
             # What a budget leaves depends on the item, so it may be less than all.
-            cut = fraction < 1 or any(s.amount for s in self.stages if s.layer < stage.layer)
+            cut = fraction < 1 or any(s.budget for s in self.stages if s.layer < stage.layer)
             if stage.reducer.grid == "whole" and cut:
                 fix = "Make it the first stage"
                 if self.tower:
@@ -104,17 +104,17 @@ class Plan:
     @cached_property
     def has_budget(self) -> bool:
         """Whether the fraction that stays of an item depends on its size, or on its prompt's."""
-        return any(s.amount is not None for s in self.stages)
+        return any(s.budget is not None for s in self.stages)
 
     @cached_property
-    def merges_rest(self) -> bool:
+    def may_merge(self) -> bool:
         """Whether a stage may merge tokens that do not stay into kept ones."""
         return any(s.merges_some for s in self.stages)
 
     @cached_property
     def dropping(self) -> Plan:
         """This plan, in which what does not stay is dropped."""
-        return self.with_rest("drop") if self.merges_rest else self
+        return self.with_merge(False) if self.may_merge else self
 
     @cached_property
     def needs(self) -> frozenset[Signal]:
@@ -131,23 +131,25 @@ class Plan:
         return tuple(s for s in self.stages if s.layer > 0)
 
     def fractions(
-        self, num_layers: int, kind: str | None = None, place: Place | None = None
+        self, num_layers: int, modality: str | None = None, place: Place | None = None
     ) -> list[float]:
-        """Fraction of the tokens of a kind of media seen by each of `num_layers` decoder layers.
+        """Fraction of the tokens of a modality seen by each of `num_layers` decoder layers.
 
-        None: of kinds to which the stages give no fraction of their own. `place` says which item
-        of a prompt it is, for plans that treat every item by itself.
+        None: of modalities to which the stages give no fraction of their own. `place` says which
+        item of a prompt it is, for plans that treat every item by itself.
         """
         current = self.tower.fraction if self.tower else 1.0
-        seen, stages = [], {s.layer: s.fraction_of(kind, place) for s in self.stages}
+        seen, stages = [], {s.layer: s.fraction_of(modality, place) for s in self.stages}
         for layer in range(num_layers):
             current = stages.get(layer, current)
             seen.append(current)
         return seen
 
-    def ratio(self, num_layers: int, kind: str | None = None, place: Place | None = None) -> float:
+    def ratio(
+        self, num_layers: int, modality: str | None = None, place: Place | None = None
+    ) -> float:
         """1 - mean over layers of the fraction seen: the ratio before rounding to tokens."""
-        return 1.0 - sum(self.fractions(num_layers, kind, place)) / num_layers
+        return 1.0 - sum(self.fractions(num_layers, modality, place)) / num_layers
 
     def check(self, num_layers: int, first: int = 1) -> None:
         """Raise `PlanError` if a stage lies outside the decoder, or between layers before `first`.
@@ -176,10 +178,10 @@ class Plan:
         the plan is met (ours). `place` says which item of a prompt it is, for plans that treat
         every item by itself.
         """
-        fractions = [s.fraction_of(span.kind, place) for s in self.stages]
+        fractions = [s.fraction_of(span.modality, place) for s in self.stages]
         if place is not None:
             pairs = zip(self.stages, fractions, strict=True)
-            fractions = [s.amount.of_part(f, place) if s.amount else f for s, f in pairs]
+            fractions = [s.budget.of_part(f, place) if s.budget else f for s, f in pairs]
         kept = self._falling(span, fractions)
         target = [span.visual * f for f in fractions]
         if all(k <= t + 0.5 for k, t in zip(kept, target, strict=True)):
@@ -209,7 +211,7 @@ class Plan:
 
     def entering(self, span: VisualSpan) -> int:
         """Visual tokens of `span` that reach the decoder: all, or those that leave the tower."""
-        return self.tower.tokens(span) if self.tower and span.kind != "audio" else span.visual
+        return self.tower.tokens(span) if self.tower and span.modality != "audio" else span.visual
 
     def merging(
         self, span: VisualSpan, counts: list[int], place: Place | None = None
@@ -217,7 +219,7 @@ class Plan:
         """The first stage that merges tokens of a span of which `counts` are left; or None."""
         before = self.entering(span)
         for stage, count in zip(self.stages, counts, strict=True):
-            if count < before and stage.merges(span.kind, place):
+            if count < before and stage.merges(span.modality, place):
                 return stage
             before = count
         return None
@@ -235,15 +237,15 @@ class Plan:
             tower = replace(tower, reducer=tower.reducer.bind(facts))
         return Plan(tuple(replace(s, reducer=s.reducer.bind(facts)) for s in self.stages), tower)
 
-    def with_rest(self, rest: Rest) -> Plan:
-        """The same stages with another `rest`.
+    def with_merge(self, merge: Merging) -> Plan:
+        """The same stages with another `merge`.
 
         Raises
         ------
         OptionError
             A reducer merges tokens by itself.
         """
-        return Plan(tuple(replace(s, rest=rest) for s in self.stages), self.tower)
+        return Plan(tuple(replace(s, merge=merge) for s in self.stages), self.tower)
 
 
 def from_profile(profile: list[float], reducer: StageReducer) -> Plan:

@@ -49,7 +49,7 @@ class StageReducer(ABC):  # noqa: B024  # classes below it have abstract methods
         """Whether it reads the input of the first layer alone, as its weights do, for example."""
         return False
 
-    def idle(self, pixels: bool) -> dict[str, str]:
+    def unused_options(self, pixels: bool) -> dict[str, str]:
         """Options that have no effect beside the others, by name, and why.
 
         Parameters

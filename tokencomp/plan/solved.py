@@ -1,4 +1,4 @@
-"""Plans whose stages leave of every item, or kind of media, what a method leaves at its ratio."""
+"""Plans whose stages leave of every item, or modality, what a method leaves at its ratio."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from tokencomp.plan.amounts import Amount
+from tokencomp.plan.budgets import Budget
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.profiles import not_before
 from tokencomp.plan.reducer import StageReducer
@@ -23,7 +23,7 @@ class Planner(Protocol):
     def plan(self, ratio: float, num_layers: int) -> Plan: ...
 
 
-def by_item(amount: Amount, method: Planner, num_layers: int, first: int) -> Plan:
+def by_item(budget: Budget, method: Planner, num_layers: int, first: int) -> Plan:
     """The plan that gives every item the schedule of its own ratio.
 
     Hooks are installed before it is known how large an item is, so the plan has a stage before
@@ -41,23 +41,23 @@ def by_item(amount: Amount, method: Planner, num_layers: int, first: int) -> Pla
         reducers |= {s.layer: s.reducer for s in schedule.plan(1.0 - ratio).stages}
     layers = sorted(reducers)
     if layers == [0]:
-        return Plan((Stage(0, 1.0, reducers[0], amount=amount),))
+        return Plan((Stage(0, 1.0, reducers[0], budget=budget),))
     ends = [*layers[1:], num_layers]
     return Plan(
         tuple(
-            Stage(a, 1.0, reducers[a], amount=amount, share=Share(schedule, a, b))
+            Stage(a, 1.0, reducers[a], budget=budget, share=Share(schedule, a, b))
             for a, b in zip(layers, ends, strict=True)
         )
     )
 
 
-def by_kind(ratios: Mapping[str, float], method: Planner, num_layers: int, first: int) -> Plan:
-    """The stages of all kinds of media in one plan; kinds without a ratio see every layer."""
+def by_modality(ratios: Mapping[str, float], method: Planner, num_layers: int, first: int) -> Plan:
+    """The stages of all modalities in one plan; modalities without a ratio see every layer."""
     plans = {
-        kind: not_before(method.plan(ratio, num_layers), first, num_layers)
-        for kind, ratio in ratios.items()
+        modality: not_before(method.plan(ratio, num_layers), first, num_layers)
+        for modality, ratio in ratios.items()
     }
-    profiles = {kind: plan.fractions(num_layers) for kind, plan in plans.items()}
+    profiles = {modality: plan.fractions(num_layers) for modality, plan in plans.items()}
     reducers = {s.layer: s.reducer for plan in plans.values() for s in plan.stages}
     return Plan(
         tuple(

@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 from tokencomp.errors import OptionError, PlanError
-from tokencomp.plan.amounts import Amount, Place
+from tokencomp.plan.budgets import Budget, Place
 from tokencomp.plan.counts import keep_count, split_evenly
 from tokencomp.plan.reducer import StageReducer, counts_itself, only_plans
 from tokencomp.validation import check_effect, describe_type, fits
@@ -19,10 +19,9 @@ if TYPE_CHECKING:
     from tokencomp.tokens.spans import Grid, VisualSpan
 
 MEDIA = ("image", "video", "audio")
-Rest = Literal["drop", "merge", "auto"]
-RESTS: tuple[Rest, ...] = get_args(Rest)
+Merging = bool | Literal["auto"]
 LEAST_MERGED = 0.1
-"""Fraction below which rest="auto" drops: a mean of more than ten tokens says too little."""
+"""Fraction below which merge="auto" drops: a mean of more than ten tokens says too little."""
 
 
 @dataclass(frozen=True)
@@ -37,45 +36,46 @@ class Stage:
         Relative to the *uncompressed* prompt, not to what an earlier stage has left.
     reducer
         The reducer that chooses the tokens.
-    by_kind
-        Fractions of kinds of media ("image", "video", "audio") that differ from `fraction`, as
+    by_modality
+        Fractions of modalities ("image", "video", "audio") that differ from `fraction`, as
         sorted pairs.
-    amount
+    budget
         What stays of every item, in place of `fraction`: a budget in tokens, for example.
     share
         From the fraction of an item that all layers see on average to the one from `layer` on;
         None: the same.
-    rest
-        What happens to the tokens that do not stay: "drop", or "merge": each is merged into the
-        kept token nearest to it, which then weighs as much as the tokens it stands for. Where no
-        token of a span stays, all are dropped. "auto" merges in images of which at least a tenth
-        stays, and drops elsewhere.
+    merge
+        Whether tokens that do not stay are averaged into the kept token nearest to them, which
+        then weighs as much as the tokens it stands for, or dropped (False). Where no token of a
+        span stays, all are dropped. "auto" merges in images of which at least a tenth stays, and
+        drops elsewhere.
 
     Raises
     ------
     PlanError
-        A layer or fraction of another type; an unknown kind; something that is not a reducer; a
+        A layer or fraction of another type; an unknown modality; something that is not a reducer; a
         reducer that only plans the steps of others (a preset or a composition); or a stage between
         layers for a reducer that was trained for the entry.
     OptionError
-        An option of the reducer that has no effect there; another `rest`, or "merge" for a reducer
-        that merges by itself.
+        An option of the reducer that has no effect there; another merge, or True for a reducer that
+        merges by itself.
     """
 
     layer: int
     fraction: float
     reducer: StageReducer
-    by_kind: tuple[tuple[str, float], ...] = ()
-    amount: Amount | None = None
+    by_modality: tuple[tuple[str, float], ...] = ()
+    budget: Budget | None = None
     share: Callable[[float], float] | None = None
-    rest: Rest = "drop"
+    merge: Merging = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "by_kind", tuple(sorted(dict(self.by_kind).items())))
-        unknown = [k for k, f in self.by_kind if k not in MEDIA or not fits(f, float)]
+        object.__setattr__(self, "by_modality", tuple(sorted(dict(self.by_modality).items())))
+        unknown = [k for k, f in self.by_modality if k not in MEDIA or not fits(f, float)]
         if unknown:
             raise PlanError(
-                f"stage: by_kind={dict(self.by_kind)!r}; expected fractions of {', '.join(MEDIA)}."
+                f"stage: by_modality={dict(self.by_modality)!r}; expected fractions of "
+                f"{', '.join(MEDIA)}."
             )
         for name, hint in {"layer": int, "fraction": float}.items():
             if not fits(value := getattr(self, name), hint):
@@ -83,41 +83,41 @@ class Stage:
         if not isinstance(self.reducer, StageReducer):
             raise PlanError(
                 f"stage: reducer={self.reducer!r}; expected a reducer. Build it with "
-                'make_reducer, e.g. make_reducer("merge").'
+                'make_reducer, e.g. make_reducer("bipartite").'
             )
         if only_plans(self.reducer):
             raise PlanError(
                 f"stage: reducer {self.reducer.name!r} only plans the steps of others. Give it to "
                 "patch(reducer=...), or use the stages that its plan(ratio, num_layers) makes."
             )
-        check_effect(self.reducer.name, self.reducer, self.reducer.idle(pixels=False))
-        check_rest(self.rest, self.reducer)
+        check_effect(self.reducer.name, self.reducer, self.reducer.unused_options(pixels=False))
+        check_merge(self.merge, self.reducer)
         if self.layer > 0 and self.reducer.entry_only:
             raise PlanError(
                 f"stage at layer {self.layer}: reducer {self.reducer.name!r} reads what stands "
                 "before the first layer. Move the stage to layer 0, or take another reducer."
             )
 
-    def fraction_of(self, kind: str | None, place: Place | None = None) -> float:
-        """The fraction of a kind of media; None: of kinds without one of their own.
+    def fraction_of(self, modality: str | None, place: Place | None = None) -> float:
+        """The fraction of a modality; None: of modalities without one of their own.
 
         `place` says which item of a prompt it is, for stages with an amount of their own.
         """
-        if self.amount is not None and place is not None:
-            left = self.amount.left(place)
+        if self.budget is not None and place is not None:
+            left = self.budget.left(place)
             return left if self.share is None else self.share(left)
-        return dict(self.by_kind).get(kind, self.fraction) if kind else self.fraction
+        return dict(self.by_modality).get(modality, self.fraction) if modality else self.fraction
 
-    def merges(self, kind: str, place: Place | None = None) -> bool:
-        """Whether it merges what does not stay of an item; `kind` and `place` as `fraction_of`."""
-        if self.rest != "auto":
-            return self.rest == "merge"
-        return kind == "image" and self.fraction_of(kind, place) >= LEAST_MERGED - 1e-9
+    def merges(self, modality: str, place: Place | None = None) -> bool:
+        """Whether it merges what does not stay of an item; arguments as of `fraction_of`."""
+        if self.merge != "auto":
+            return bool(self.merge)
+        return modality == "image" and self.fraction_of(modality, place) >= LEAST_MERGED - 1e-9
 
     @property
     def merges_some(self) -> bool:
         """Whether it may merge what does not stay of some item."""
-        return self.merges("image") or (self.rest == "auto" and self.amount is not None)
+        return self.merges("image") or (self.merge == "auto" and self.budget is not None)
 
     @cached_property
     def needs(self) -> frozenset[Signal]:
@@ -126,8 +126,8 @@ class Stage:
 
     @property
     def most(self) -> float:
-        """The largest fraction that the stage leaves of any kind."""
-        return max(self.fraction, *(f for _, f in self.by_kind), 0.0)
+        """The largest fraction that the stage leaves of any modality."""
+        return max(self.fraction, *(f for _, f in self.by_modality), 0.0)
 
 
 @dataclass(frozen=True)
@@ -175,15 +175,17 @@ class TowerStage:
         if not isinstance(self.reducer, StageReducer):
             raise PlanError(
                 f"tower stage: reducer={self.reducer!r}; expected a reducer. Build it with "
-                'make_reducer, e.g. make_reducer("kcentre").'
+                'make_reducer, e.g. make_reducer("kcenter").'
             )
         if fault := _unfit_for_tower(self.reducer):
             raise PlanError(
                 f"tower stage: reducer {self.reducer.name!r} {fault}. Use a reducer that looks at "
-                "the picture alone, such as 'kcentre', 'runlength', 'uniform' or 'random'."
+                "the picture alone, such as 'kcenter', 'runlength', 'uniform' or 'random'."
             )
 
-        check_effect(self.reducer.name, self.reducer, self.reducer.idle(pixels=self.block == 0))
+        check_effect(
+            self.reducer.name, self.reducer, self.reducer.unused_options(pixels=self.block == 0)
+        )
 
     def cells(self, grids: list[Grid]) -> list[int]:
         """Cells that stay of parts that share one budget, in proportion to their size.
@@ -207,20 +209,21 @@ class TowerStage:
         return parts * self.cells([grid])[0] + len(span.special)
 
 
-def check_rest(rest: str, reducer: StageReducer | None) -> None:
+def check_merge(merge: Any, reducer: StageReducer | None) -> None:
     """Check what is to happen to the tokens that `reducer` does not keep.
 
     Raises
     ------
     OptionError
-        Another value, or "merge" or "auto" for a reducer that merges tokens by itself.
+        Another value, or True or "auto" for a reducer that merges tokens by itself.
     """
-    if rest not in RESTS:
-        raise OptionError(f"rest={rest!r}; allowed: {', '.join(map(repr, RESTS))}.")
-    if rest != "drop" and reducer is not None and reducer.merges:
+    if not fits(merge, Merging):
+        raise OptionError(f"merge={merge!r}; allowed: True, False, 'auto'.")
+    if merge and reducer is not None and reducer.merges:
         raise OptionError(
-            f"rest={rest!r}: {reducer.name!r} merges tokens by itself, so it leaves none to merge. "
-            "Leave rest out, or take a reducer that keeps tokens as they are, such as 'kcentre'."
+            f"merge={merge!r}: {reducer.name!r} merges tokens by itself, so it leaves none to "
+            "merge. Leave merge out, or take a reducer that keeps tokens as they are, such as "
+            "'kcenter'."
         )
 
 

@@ -12,20 +12,22 @@ from tokencomp.reducers._batch import finite_features
 from tokencomp.tokens.patches import Patches
 
 TURN = math.pi * (3 - math.sqrt(5))
-"""The golden angle, in radians: its multiples never meet again, see `looks`."""
+"""The golden angle, in radians: its multiples never meet again, see `descriptor`."""
 NO_PIXELS = "in this stage, which compares features; pixels are seen before block 0 of the tower"
-"""Why options about pixels are idle (`Reducer.idle`)."""
+"""Why options about pixels are idle (`Reducer.unused_options`)."""
 
 
-def looks(patches: Patches, thumb: int, contrast: float = 0.0, change: float = 0.0) -> Tensor:
+def descriptor(
+    patches: Patches, pool: int, std_weight: float = 0.0, temporal_weight: float = 0.0
+) -> Tensor:
     """What patches look like, float32, shape (n, d).
 
     In the vision tower before its first block these are the pixels of a cell, averaged over squares
-    of `thumb` × `thumb` inside of every patch, with the contrast inside of squares and with what
+    of `pool` × `pool` inside of every patch, with the contrast inside of squares and with what
     changes; everywhere else the features themselves. The mean square of the difference of two rows
     of pixels is proportional to
 
-        |Δm|² + contrast² · |Δs|² + change² · |Δp|²
+        |Δm|² + std_weight² · |Δs|² + temporal_weight² · |Δp|²
 
     with the means m and standard deviations s of the pixels of a square, both as mean squares over
     squares, channels and frames. A cell with the change c, the root mean square difference of the
@@ -45,27 +47,27 @@ def looks(patches: Patches, thumb: int, contrast: float = 0.0, change: float = 0
     if pixels is None:
         return x
     pictures = x.view(len(x), -1, *pixels[1:])  # (n, pictures, height, width)
-    means = _averages(pictures, thumb)
+    means = _averages(pictures, pool)
     columns = [means.flatten(1)]
-    if contrast and thumb > 1:
+    if std_weight and pool > 1:
         # Relative to the mean of a patch, so that the difference of squares loses no digits.
         centre = pictures.mean((2, 3), keepdim=True)
-        squares = _averages((pictures - centre).square(), thumb)
+        squares = _averages((pictures - centre).square(), pool)
         deviations = (squares - (means - centre).square()).clamp_(min=0).sqrt_()
-        columns.append(contrast * deviations.flatten(1))
-    if change and pixels[0] > 1:
+        columns.append(std_weight * deviations.flatten(1))
+    if temporal_weight and pixels[0] > 1:
         frames = means.view(len(x), -1, pixels[0], *means.shape[2:])
         changes = frames.diff(dim=2).square().mean((1, 2, 3, 4)).sqrt()
-        scale = change * math.sqrt(columns[0].shape[1] / 2)
+        scale = temporal_weight * math.sqrt(columns[0].shape[1] / 2)
         columns.append(scale * changes[:, None] * _steps(patches))
     return torch.cat(columns, 1)
 
 
-def _averages(pictures: Tensor, thumb: int) -> Tensor:
-    """Means over squares of `thumb` × `thumb` pixels, shape (n, pictures, height', width')."""
-    if thumb == 1:
+def _averages(pictures: Tensor, pool: int) -> Tensor:
+    """Means over squares of `pool` × `pool` pixels, shape (n, pictures, height', width')."""
+    if pool == 1:
         return pictures
-    height, width = (max(1, round(side / thumb)) for side in pictures.shape[2:])
+    height, width = (max(1, round(side / pool)) for side in pictures.shape[2:])
     return torch.nn.functional.adaptive_avg_pool2d(pictures, (height, width))
 
 

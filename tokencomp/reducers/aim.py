@@ -8,7 +8,7 @@ from tokencomp.plan.counts import check_ratio
 from tokencomp.plan.plan import Plan, from_profile
 from tokencomp.plan.schedules import aim, check_ramp, natural_aim
 from tokencomp.plan.stages import Stage
-from tokencomp.reducers.merge import Merge
+from tokencomp.reducers.bipartite import Bipartite
 from tokencomp.reducers.prune import Prune
 from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import register_reducer
@@ -27,7 +27,7 @@ class Aim(Published):
     Attributes
     ----------
     weighted
-        As in `merge`.
+        As in `bipartite`.
     start, stop
         The ramp as fractions of the depth; published: 14/28 … 22/28 for video, 13/32 … 21/32 for
         images.
@@ -53,7 +53,7 @@ class Aim(Published):
             return from_profile(aim(num_layers, target, self.start, self.stop), Prune())
         entry = target / mean
         prune = from_profile([entry * f for f in natural], Prune()).stages
-        merge = Stage(0, entry, Merge(self.weighted))
+        merge = Stage(0, entry, Bipartite(self.weighted))
         return Plan((merge, *(s for s in prune if s.layer > 0)))
 
     def published_layers(self, num_layers: int) -> tuple[int, ...]:

@@ -22,13 +22,13 @@ class Reducer(StageReducer):
     launch per step; either gives the other. What is chosen in a span must not depend on the other
     spans. One that acts between layers overrides `plan`. Options must fit their annotations; a
     `__post_init__` that checks more calls `super().__post_init__()`; options that others make
-    useless belong into `idle`, so that nobody sets them in vain. What is always true of a
+    useless belong into `unused_options`, so that nobody sets them in vain. What is always true of a
     method is a class attribute (`merges = True`); what depends on an option is a property.
 
-    Twelve members are all: `name`, `summary`; `needs`, `merges`, `grid`, `entry_only`, `idle`;
-    `plan`, `keep_count`, `bind`; `reduce`, `reduce_batch`. What else one may ask about a reducer
-    stands beside it: in `tokencomp.plan.reducer`, and `options_of`. `Published` adds what tables
-    and stored answers say of a method that has a paper.
+    Twelve members are all: `name`, `summary`; `needs`, `merges`, `grid`, `entry_only`,
+    `unused_options`; `plan`, `keep_count`, `bind`; `reduce`, `reduce_batch`. What else one may ask
+    about a reducer stands beside it: in `tokencomp.plan.reducer`, and `options_of`. `Published`
+    adds what tables and stored answers say of a method that has a paper.
 
     Attributes
     ----------
@@ -42,7 +42,7 @@ class Reducer(StageReducer):
 
     def __post_init__(self) -> None:
         check_types(label(self), self)
-        check_effect(label(self), self, self.idle(pixels=True))
+        check_effect(label(self), self, self.unused_options(pixels=True))
 
     def plan(self, ratio: float, num_layers: int) -> Plan:
         """Stages that remove `ratio` of the visual-token work of a `num_layers` decoder."""

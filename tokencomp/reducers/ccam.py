@@ -127,7 +127,7 @@ class Ccam(PatchReducer):
         count = self.queries() + len(span.special)
         if span.visual < count:
             raise SpanError(
-                f"{span.kind} of {span.visual} visual tokens: smaller than the {count} that "
+                f"{span.modality} of {span.visual} visual tokens: smaller than the {count} that "
                 "the ccam projector makes of it. Use larger media, or a projector with fewer "
                 "queries."
             )

@@ -11,7 +11,7 @@ from tokencomp.plan.counts import check_ratio
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.stages import Stage
 from tokencomp.reducers.base import Reducer
-from tokencomp.reducers.published import Published, moved, revision
+from tokencomp.reducers.published import Published, deviation, revision
 from tokencomp.tokens.spans import ModelFacts
 from tokencomp.validation import check_range
 
@@ -22,7 +22,7 @@ PROBE = (0.5, 32)  # ratio and number of layers at which the stages of a part ar
 class Compose(Published):
     """An entry reducer, then a layer reducer on what that leaves; together they meet the ratio.
 
-    `make_reducer("merge+prune", share=0.7, **{"prune.score": "last_query"})`
+    `make_reducer("bipartite+prune", share=0.7, **{"prune.score": "last_query"})`
 
     Attributes
     ----------
@@ -49,7 +49,7 @@ class Compose(Published):
         if not _acts(self.entry, at_entry=True):
             raise OptionError(
                 f"{self.name}: {self.entry.name!r} does not act at decoder entry, so it cannot "
-                "come first. Name an entry reducer first, such as merge, condiv or pool."
+                "come first. Name an entry reducer first, such as bipartite, condiv or pool."
             )
         if not _acts(self.layer, at_entry=False):
             raise OptionError(
@@ -82,11 +82,11 @@ class Compose(Published):
         scaled = [Stage(s.layer, first * s.fraction, s.reducer) for s in later if s.layer > 0]
         return Plan((*entry, *scaled))
 
-    def moved(self, ratio: float, num_layers: int, frames: int = 0) -> str:
+    def deviation(self, ratio: float, num_layers: int, frames: int = 0) -> str:
         first, rest = self._parts(ratio)
         parts = (
-            moved(self.entry, 1.0 - first, num_layers, frames),
-            moved(self.layer, rest, num_layers, frames),
+            deviation(self.entry, 1.0 - first, num_layers, frames),
+            deviation(self.layer, rest, num_layers, frames),
         )
         return "; ".join(part for part in parts if part)
 
@@ -111,7 +111,7 @@ def part_names(name: str) -> list[str]:
     if len(names) != 2 or names[0] == names[1] or not all(names):
         raise OptionError(
             f"reducer {name!r}: a composition has two different parts, an entry reducer and a "
-            'layer reducer, e.g. "merge+prune".'
+            'layer reducer, e.g. "bipartite+prune".'
         )
     return names
 

@@ -43,7 +43,7 @@ class ConDiv(ChoosingReducer, Published):
     power: float = 1.0
     margin: float = 0.2
 
-    revision = 3  # since then it is the same on all kinds of media
+    revision = 3  # since then it is the same on all modalities
     summary = "greedy: relevance × diversity (ours)"
 
     def __post_init__(self) -> None:
@@ -51,7 +51,7 @@ class ConDiv(ChoosingReducer, Published):
         check_range("condiv", "power", self.power, 0, 8)
         check_range("condiv", "margin", self.margin, 0, 8)
 
-    def idle(self, pixels: bool) -> dict[str, str]:
+    def unused_options(self, pixels: bool) -> dict[str, str]:
         why = "with power=0, which makes all tokens equally relevant"
         return {} if self.power else {"margin": why}
 

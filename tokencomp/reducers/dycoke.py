@@ -44,7 +44,7 @@ class DyCoke(ChoosingReducer, Published):
     summary = "drop what repeats in groups of four frames, first stage (DyCoke 2411.15024)"
     grid = "whole"
 
-    def moved(self, ratio: float, num_layers: int, frames: int = 0) -> str:
+    def deviation(self, ratio: float, num_layers: int, frames: int = 0) -> str:
         if ratio <= LARGEST:
             return ""
         return f"thins out the first frames of groups; the paper's rule removes at most {LARGEST}"

@@ -38,7 +38,7 @@ class EVS(ChoosingReducer, Published):
     summary = "drop tokens unchanged since the previous frame (EVS 2510.14624)"
     grid = "whole"
 
-    def moved(self, ratio: float, num_layers: int, frames: int = 0) -> str:
+    def deviation(self, ratio: float, num_layers: int, frames: int = 0) -> str:
         if (1.0 - ratio) * frames > 1.0 - 1e-6 or not frames:
             return ""
         return f"keeps less than one of {frames} frames; the paper's rule keeps the first one whole"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tokencomp.errors import PlanError
-from tokencomp.plan.amounts import Amount
+from tokencomp.plan.budgets import Budget
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.stages import Stage, TowerStage
 from tokencomp.reducers.registry import make_reducer, options_of
@@ -43,8 +43,12 @@ def plan_to_json(plan: Plan) -> list[dict[str, Any]]:
             **_size(s),
             "reducer": s.reducer.name,
             "options": options_of(s.reducer),
-            **({"by_kind": dict(s.by_kind)} if isinstance(s, Stage) and s.by_kind else {}),
-            **({"rest": s.rest} if isinstance(s, Stage) and s.rest != "drop" else {}),
+            **(
+                {"by_modality": dict(s.by_modality)}
+                if isinstance(s, Stage) and s.by_modality
+                else {}
+            ),
+            **({"merge": s.merge} if isinstance(s, Stage) and s.merge else {}),
         }
         for s in stages
     ]
@@ -52,13 +56,13 @@ def plan_to_json(plan: Plan) -> list[dict[str, Any]]:
 
 def _size(stage: Stage | TowerStage) -> dict[str, Any]:
     """The fraction or the budget of a stage."""
-    amount = stage.amount if isinstance(stage, Stage) else None
-    if amount is None:
+    budget = stage.budget if isinstance(stage, Stage) else None
+    if budget is None:
         return {"fraction": float(stage.fraction)}
-    if isinstance(stage, Stage) and not amount.whole_prompt and stage.share is None:
-        return {"budget": amount.tokens}
+    if isinstance(stage, Stage) and not budget.whole_prompt and stage.share is None:
+        return {"budget": budget.tokens}
     raise PlanError(
-        f"a stage with {amount} depends on all items of a prompt, or on a schedule solved for each "
+        f"a stage with {budget} depends on all items of a prompt, or on a schedule solved for each "
         "of them. Write down the reducer and its ratio or budget instead of the plan."
     )
 
@@ -82,8 +86,9 @@ def plan_from_json(data: list[dict[str, Any]]) -> Plan:
             raise PlanError(
                 f"stage {i} of the plan is {item!r}; expected an object with layer (an integer), "
                 "fraction (a number), reducer (a name) and, if needed, options (an object), "
-                "by_kind (fractions of kinds of media that differ) and rest (drop or merge), e.g. "
-                '{"layer": 0, "fraction": 0.5, "reducer": "merge"}. A stage at a layer may have '
+                "by_modality (fractions of modalities that differ) and merge (true or false), e.g. "
+                '{"layer": 0, "fraction": 0.5, "reducer": "bipartite"}. A stage at a layer may '
+                "have "
                 "budget (visual tokens left of every item) instead of fraction. The first may have "
                 "tower (a block of the vision tower) instead of layer."
             )
@@ -91,11 +96,11 @@ def plan_from_json(data: list[dict[str, Any]]) -> Plan:
         if "tower" in item:
             tower = TowerStage(item["tower"], float(item["fraction"]), reducer)
         else:
-            kinds = tuple(item.get("by_kind", {}).items())
-            amount = Amount.of(item["budget"]) if "budget" in item else None
+            fractions = tuple(item.get("by_modality", {}).items())
+            budget = Budget.of(item["budget"]) if "budget" in item else None
             fraction = float(item.get("fraction", 1.0))
-            rest = item.get("rest", "drop")
-            stages.append(Stage(item["layer"], fraction, reducer, kinds, amount, rest=rest))
+            merge = item.get("merge", False)
+            stages.append(Stage(item["layer"], fraction, reducer, fractions, budget, merge=merge))
     return Plan(tuple(stages), tower)
 
 
@@ -103,16 +108,16 @@ def _is_stage(item: Any, place: str) -> bool:
     """Whether `item` describes a stage before a "layer", or before a block of the "tower"."""
     if not isinstance(item, dict):
         return False
-    budget = place == "layer" and "budget" in item  # `Amount` says what is wrong with its value
+    budget = place == "layer" and "budget" in item  # `Budget` says what is wrong with its value
     size = {"budget": object} if budget else {"fraction": float}
     hints: dict[str, Any] = {place: int, **size, "reducer": str}
-    further = {"options"} if place == "tower" else {"options", "rest"}
-    further |= {"by_kind"} if place == "layer" and not budget else set()
+    further = {"options"} if place == "tower" else {"options", "merge"}
+    further |= {"by_modality"} if place == "layer" and not budget else set()
     options = item.get("options", {})
     return (
         set(item) - further == set(hints)
         and all(fits(item[key], hint) for key, hint in hints.items())
-        and isinstance(item.get("by_kind", {}), dict)
+        and isinstance(item.get("by_modality", {}), dict)
         and isinstance(options, dict)
         and all(isinstance(key, str) for key in options)
     )

@@ -69,7 +69,7 @@ class Prune(ScoreReducer, Published):
         super().__post_init__()
         check_ramp("prune", self.start, self.stop)
 
-    def idle(self, pixels: bool) -> dict[str, str]:
+    def unused_options(self, pixels: bool) -> dict[str, str]:
         why = f"with schedule={self.schedule!r}, which has no ramp"
         return {} if self.schedule == "aim" else dict.fromkeys(("start", "stop"), why)
 

@@ -23,11 +23,11 @@ class Published(Reducer):
     def published_layers(self, num_layers: int) -> tuple[int, ...]:
         """Layers before which the paper's own schedule cuts; () for methods without one.
 
-        A ratio that this schedule cannot reach moves or adds cuts: see `moved`.
+        A ratio that this schedule cannot reach moves or adds cuts: see `deviation`.
         """
         return ()
 
-    def moved(self, ratio: float, num_layers: int, frames: int = 0) -> str:
+    def deviation(self, ratio: float, num_layers: int, frames: int = 0) -> str:
         """How the plan for `ratio` departs from the paper's rule, in words; "" if it does not.
 
         Parameters
@@ -48,8 +48,8 @@ def revision(reducer: StageReducer) -> int:
     return reducer.revision if isinstance(reducer, Published) else 1
 
 
-def moved(reducer: StageReducer, ratio: float, num_layers: int, frames: int = 0) -> str:
-    """`Published.moved`; "" for other reducers."""
+def deviation(reducer: StageReducer, ratio: float, num_layers: int, frames: int = 0) -> str:
+    """`Published.deviation`; "" for other reducers."""
     if isinstance(reducer, Published):
-        return reducer.moved(ratio, num_layers, frames)
+        return reducer.deviation(ratio, num_layers, frames)
     return ""

@@ -28,7 +28,7 @@ GROUP = "tokencomp.reducers"
 # Arguments of `patch` and `Handle.set` that stand beside the options of a reducer.
 ARGUMENTS = (
     "ratio", "budget", "reducer", "plan", "tower_ratio", "tower_reducer", "strict",
-    "positions", "extend_context", "rest", "verify",
+    "positions", "extend_context", "merge", "verify",
 )  # fmt: skip
 KEPT_SHARE = ("keep", "keep_ratio", "keep_rate", "retention", "fraction")
 SYNONYMS = {
@@ -41,11 +41,11 @@ SYNONYMS = {
 FORMER = {
     "whole_spans": 'grid = "whole"',
     "needs_grid": 'grid = "known"',
-    "needs_for": "Attention(kinds=...) among `needs`",
+    "needs_for": "Attention(modalities=...) among `needs`",
     "serving_safe": "nothing, it is computed from the plan, the signals and the counts",
 }
 """What reducers once said of themselves and nothing reads any more, and what to write instead."""
-OF_PUBLISHED = ("revision", "moved", "published_layers")
+OF_PUBLISHED = ("revision", "deviation", "published_layers")
 
 R = TypeVar("R", bound=type[Reducer])
 _REGISTRY: dict[str, type[Reducer]] = {}
@@ -157,7 +157,7 @@ def available_reducers() -> dict[str, type[Reducer]]:
 
 
 def make_reducer(name: str | Reducer, /, **options: Any) -> Reducer:
-    """Build a reducer from its registry name and options; "merge+prune" composes two.
+    """Build a reducer from its registry name and options; "bipartite+prune" composes two.
 
     Raises
     ------

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokencomp.reducers._batch import best_rows
-from tokencomp.reducers._pixels import NO_PIXELS, looks
+from tokencomp.reducers._pixels import NO_PIXELS, descriptor
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.reducers.score import ChoosingReducer
 from tokencomp.tokens.patches import Patches
@@ -27,20 +27,20 @@ class RunLength(ChoosingReducer):
 
     As in RLT (arXiv 2411.05222), but every distance is taken to the token last *kept* at the place,
     so that slow changes add up, and the threshold is the one that meets the budget: counts stay
-    exact. The first frame gets at most half of the budget, by k-centre, because with small budgets
+    exact. The first frame gets at most half of the budget, by k-center, because with small budgets
     a whole first frame would be all (ours).
 
-    k-centre chooses the tokens of an image, and those of single video frames in vision towers that
+    k-center chooses the tokens of an image, and those of single video frames in vision towers that
     take frames one by one (LLaVA, InternVL, SmolVLM and VILA). Distances are those of averages of
     pixels, without contrast and change.
 
     Attributes
     ----------
-    thumb : int
-        See `kcentre`.
+    pool : int
+        See `kcenter`.
     """
 
-    thumb: int = 4
+    pool: int = 4
 
     summary = (
         "drop tokens that look like the last kept one at their place (RLT 2411.05222, exact count)"
@@ -49,15 +49,15 @@ class RunLength(ChoosingReducer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range(self.name, "thumb", self.thumb, 1, 64)
+        check_range(self.name, "pool", self.pool, 1, 64)
 
-    def idle(self, pixels: bool) -> dict[str, str]:
-        return {} if pixels else {"thumb": NO_PIXELS}
+    def unused_options(self, pixels: bool) -> dict[str, str]:
+        return {} if pixels else {"pool": NO_PIXELS}
 
     def chosen(self, patches: Patches) -> Tensor:
         from tokencomp.kernels import maxmin_select
 
-        x, grids = looks(patches, self.thumb), patches.batch.grids
+        x, grids = descriptor(patches, self.pool), patches.batch.grids
         heads = [h * w for _, h, w in grids]
         rows = [np.arange(at, at + n) for at, n in zip(patches.starts, heads, strict=True)]
         first = None if heads == patches.lengths else patches.table(np.concatenate(rows))

@@ -189,7 +189,7 @@ class Selector(ChoosingReducer):
     tokens. For it, that layer's input norm, q, k and rotary embedding run before the decoder does;
     the attention backend is not changed. A network that was trained with `--input features` (ours)
     reads the projected visual features instead, and no question: it needs nothing of the decoder,
-    so that servers can run it. On images it is level with `kcentre`, which needs no training, on
+    so that servers can run it. On images it is level with `kcenter`, which needs no training, on
     the tiny Qwen2-VL, and with `pick="top"` behind the attention at 0.9
     (`benchmarks/accuracy/selector_features.md`). No weights of this kind ship.
 

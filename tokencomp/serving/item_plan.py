@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tokencomp import __version__
 from tokencomp.method import MethodSpec
-from tokencomp.plan.amounts import places
+from tokencomp.plan.budgets import places
 from tokencomp.plan.reducer import StageReducer
 from tokencomp.plan.stages import TowerStage
 from tokencomp.reducers.base import Reducer
@@ -56,10 +56,10 @@ def _weights_of(reducer: StageReducer) -> str:
     return " ".join(content_hash(Path(file)) for file in files)
 
 
-def item_span(kind: Any, grid: Grid, special: Iterable[int] = ()) -> VisualSpan:
+def item_span(modality: Any, grid: Grid, special: Iterable[int] = ()) -> VisualSpan:
     """A span of an item: its (t, h, w) after the projector, offsets of tokens without a patch."""
     offsets = tuple(special)
-    return VisualSpan(0, math.prod(grid) + len(offsets), grid, kind, offsets, item=0)
+    return VisualSpan(0, math.prod(grid) + len(offsets), grid, modality, offsets, item=0)
 
 
 class ItemSize(NamedTuple):
@@ -130,9 +130,9 @@ class ItemPlan:
         return cls(tuple(spans), keep, name, options, extent, tower, weights)
 
     @property
-    def kind(self) -> Any:
+    def modality(self) -> Any:
         """What its spans are, "image" or "video"."""
-        return self.spans[0].kind
+        return self.spans[0].modality
 
     @property
     def full(self) -> int:
@@ -172,15 +172,15 @@ class ItemPlan:
         """The plan as bytes of JSON: a uint8 tensor that every transport carries unchanged."""
         spans = [[s.grid, s.special] for s in self.spans]
         reducer = [self.reducer, self.options, self.extent, self.tower, self.weights]
-        plan = [self.kind, spans, self.keep, *reducer]
+        plan = [self.modality, spans, self.keep, *reducer]
         return torch.frombuffer(bytearray(json.dumps(plan).encode()), dtype=torch.uint8)
 
     @classmethod
     def from_tensor(cls, data: Tensor) -> ItemPlan:
         """Read back what `to_tensor` wrote."""
         values = json.loads(bytes(data.tolist()).decode())
-        kind, spans, keep, reducer, options, extent, tower, weights = values
-        own = tuple(item_span(kind, tuple(grid), special) for grid, special in spans)
+        modality, spans, keep, reducer, options, extent, tower, weights = values
+        own = tuple(item_span(modality, tuple(grid), special) for grid, special in spans)
         tower = tuple(tower) if tower else None
         return cls(own, tuple(keep), reducer, options, extent, tower, weights)
 

@@ -67,7 +67,7 @@ def _reduce_span(
         features, special = features[present], special[present]
     kept = torch.arange(keep, device=features.device)
     if keep < len(features):
-        tokens = VisualTokens(features, span.grid, special, present, kind=span.kind)
+        tokens = VisualTokens(features, span.grid, special, present, modality=span.modality)
         result = reduced(reducer, SpanBatch.of(tokens), [keep])
         kept = result.keep
         features = features[kept] if result.merged is None else result.merged.to(features)

@@ -10,16 +10,16 @@ from typing import Any
 
 from tokencomp.errors import OptionError, RatioError
 from tokencomp.method import MethodSpec, resolve_auto
-from tokencomp.plan.amounts import Amount, check_one_amount
+from tokencomp.plan.budgets import Budget, check_one_amount
 from tokencomp.plan.counts import MAX_RATIO, check_ratio
-from tokencomp.plan.stages import Rest
+from tokencomp.plan.stages import Merging
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import make_reducer, options_of
 from tokencomp.serving.servable import check_name, check_servable
 
 TOWER_KEYS = ("tower_ratio", "tower_reducer")
 AMOUNTS = ("ratio", "budget")
-REQUEST_KEYS = ("reducer", *AMOUNTS, "options", "rest", *TOWER_KEYS)
+REQUEST_KEYS = ("reducer", *AMOUNTS, "options", "merge", *TOWER_KEYS)
 OPERATOR_OPTIONS = ("weights",)  # paths: what they name, and whether it exists, is not for clients
 SERVER_KEYS = (*REQUEST_KEYS, "max_ratio", "low_detail_ratio", "per_request", "only_own")
 
@@ -95,7 +95,7 @@ class ServerOptions:
         """
         if ("video_url", "low") in details:
             raise OptionError('detail "low" is for images. Set a ratio for videos.')
-        low = [detail == "low" for kind, detail in details if kind == "image_url"]
+        low = [detail == "low" for modality, detail in details if modality == "image_url"]
         if not any(low):
             return None
         if not all(low):
@@ -106,14 +106,14 @@ class ServerOptions:
             )
         ratio: Any = self.low_detail_ratio
         if len(low) < len(details):
-            if self.default.amount is not None:
+            if self.default.built_budget is not None:
                 raise OptionError(
                     'detail "low" beside a video: the default of this server is '
-                    f"{self.default.amount}, which videos cannot have beside a ratio of images. "
-                    "Send them apart."
+                    f"{self.default.built_budget}, which videos cannot have beside a ratio of "
+                    "images. Send them apart."
                 )
             ratio = {"image": ratio, "video": self.default.ratio}
-        asked = {"ratio": ratio, "rest": self.default.rest}
+        asked = {"ratio": ratio, "merge": self.default.merge}
         return self._with_tower(self._reducer({}), asked, {})
 
     def resolve(self, request: Any, engine: str = "vllm") -> MethodSpec:
@@ -150,16 +150,18 @@ class ServerOptions:
         if "ratio" in asked:
             asked["ratio"] = self._checked_ratio(asked["ratio"], engine)
         reducer = self._reducer(values)
-        rest = values.get("rest") or self._usual_rest(values, reducer)
-        if engine != "hf" and rest == "auto":
-            rest = "drop"
-        if engine != "hf" and rest == "merge":
+        merge = values.get("merge")
+        if merge is None:
+            merge = self._usual_merge(values, reducer)
+        if engine != "hf" and merge == "auto":
+            merge = False
+        if engine != "hf" and merge:
             raise OptionError(
-                "rest='merge': merged tokens weigh as much as the tokens they stand for, and the "
+                "merge=true: merged tokens weigh as much as the tokens they stand for, and the "
                 "attention of vLLM and SGLang has no weights for the rows of its cache. Leave it "
                 "out, or serve with `--engine hf`."
             )
-        asked["rest"] = rest
+        asked["merge"] = merge
         tower = [key for key in TOWER_KEYS if values.get(key)]
         if engine == "sglang" and tower:
             raise OptionError(
@@ -174,8 +176,8 @@ class ServerOptions:
             spec.stages(num_layers=1, first_layer_stage=1)  # raises if they do not fit together
         return spec
 
-    def _usual_rest(self, values: Mapping[str, Any], reducer: Reducer) -> Rest | None:
-        """What happens to the rest where a request does not say: as the default, or as `patch`.
+    def _usual_merge(self, values: Mapping[str, Any], reducer: Reducer) -> Merging | None:
+        """Whether to merge where a request does not say: as the default, or as `patch`.
 
         The library's default merges in images. A request for another reducer drops, unless the
         operator merges everywhere; one that merges tokens by itself leaves none.
@@ -183,16 +185,18 @@ class ServerOptions:
         if reducer.merges:
             return None
         usual = values.get("reducer") in (None, "auto")
-        if self.default.rest is None and usual and self.default.reducer == "auto":
+        if self.default.merge is None and usual and self.default.reducer == "auto":
             return "auto"
-        return self.default.rest if usual or self.default.rest != "auto" else None
+        return self.default.merge if usual or self.default.merge != "auto" else None
 
     def _checked_ratio(self, ratio: Any, engine: str) -> Any:
-        """A ratio, or ratios by kind of media, within the bound of the server."""
+        """A ratio, or ratios by modality, within the bound of the server."""
         if isinstance(ratio, Mapping) and engine == "sglang":
-            raise OptionError(f"ratio={ratio!r}: the SGLang plugin has no ratios by kind of media.")
-        by_kind = ratio if isinstance(ratio, Mapping) else {"": ratio}
-        checked = {k: check_ratio(v, f"ratio of {k}" if k else "ratio") for k, v in by_kind.items()}
+            raise OptionError(f"ratio={ratio!r}: the SGLang plugin has no ratios by modality.")
+        by_modality = ratio if isinstance(ratio, Mapping) else {"": ratio}
+        checked = {
+            k: check_ratio(v, f"ratio of {k}" if k else "ratio") for k, v in by_modality.items()
+        }
         if (largest := max(checked.values(), default=0.0)) > self.max_ratio:
             raise RatioError(
                 f"ratio={largest}: this server allows ratios from 0 to {self.max_ratio}."
@@ -204,8 +208,8 @@ class ServerOptions:
     ) -> MethodSpec:
         """The spec with the stage in the vision tower of a request, else that of the default.
 
-        `asked` has a "ratio", which is a number or a mapping from kinds of media to numbers, or a
-        "budget"; and perhaps `rest`.
+        `asked` has a "ratio", which is a number or a mapping from modalities to numbers, or a
+        "budget"; and perhaps `merge`.
 
         The default's stage is for the default's ratio; a request for a lower one gets as much of
         it as that allows, down to none.
@@ -240,7 +244,7 @@ class ServerOptions:
 
 def _check_budget(budget: Any) -> None:
     """Raise `RatioError` for a bad budget, or `OptionError` for one of a whole prompt."""
-    if Amount.of(budget).whole_prompt:
+    if Budget.of(budget).whole_prompt:
         raise OptionError(
             f"budget={budget!r}: servers treat every image and clip by itself, so that caches stay "
             "valid. Give a number, which is for each of them."

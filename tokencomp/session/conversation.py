@@ -121,14 +121,16 @@ class Conversation:
             )
         device = self.adapter.decoder.embed_tokens.weight.device
         inputs = {k: v.to(device) for k, v in inputs.items() if isinstance(v, Tensor)}
-        kinds = self.adapter.kinds(inputs) if self.adapter.feature_kinds(inputs) else None
+        modalities = (
+            self.adapter.modalities(inputs) if self.adapter.feature_modalities(inputs) else None
+        )
         handle = handle_of(self.adapter.model)
-        check_patch(handle, kinds, self.budget)
-        if kinds is None and kept:
+        check_patch(handle, modalities, self.budget)
+        if modalities is None and kept:
             self.check_text(ids.shape[1])
-        positions, following = self.positions.of(inputs, kinds)
+        positions, following = self.positions.of(inputs, modalities)
         appearance = self.budget is not None and self.policy == "redundant"
-        watch = Watch(self.adapter, inputs, kinds, positions, self.check_chunk, appearance)
+        watch = Watch(self.adapter, inputs, modalities, positions, self.check_chunk, appearance)
         with watch, run_within(handle, self.budget):
             out = self.model(
                 **inputs, **self._options, position_ids=positions, use_cache=True,
@@ -138,7 +140,7 @@ class Conversation:
         if self.budget is not None and kept:
             self._note(n, watch)
         self.positions.following, self.tokens = following, self.tokens + n
-        self.items += kinds is not None
+        self.items += modalities is not None
         logits: Tensor = out.logits[:, -1]
         return logits
 

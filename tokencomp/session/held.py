@@ -98,7 +98,7 @@ class PatchPlaces:
             patches = (~span.special_mask()).nonzero()[:, 0]
             if not span.grid_known or len(patches) != t * h * w:
                 continue
-            key = (span.kind, h, w, part)
+            key = (span.modality, h, w, part)
             if key not in self._first:
                 self._first[key], self._next = self._next, self._next + h * w
             places[span.start + patches] = self._first[key] + torch.arange(h * w).repeat(t)

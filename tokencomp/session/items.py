@@ -126,10 +126,10 @@ def warn_of_repeated(processor: Any, frames: Sequence[Any], inputs: dict[str, Te
 
 
 def item_inputs(
-    processor: Any, text: str, kind: str, medium: Any, sampling: Sampling | None
+    processor: Any, text: str, modality: str, medium: Any, sampling: Sampling | None
 ) -> dict[str, Tensor]:
     """Arguments of the model for one item and the text around it, by name."""
-    images, videos = ([], [medium]) if kind == "video" else ([medium], [])
+    images, videos = ([], [medium]) if modality == "video" else ([medium], [])
     samplings = [] if sampling is None else [sampling]
     try:
         inputs = chat_inputs(
@@ -137,5 +137,7 @@ def item_inputs(
         )
     except ValueError as error:
         size = getattr(medium, "shape", None) or medium.size
-        raise MediaError(f"the model's processor refuses this {kind} of {size}: {error}") from error
+        raise MediaError(
+            f"the model's processor refuses this {modality} of {size}: {error}"
+        ) from error
     return {k: v for k, v in inputs.items() if isinstance(v, Tensor) and k != "attention_mask"}

@@ -8,18 +8,18 @@ from contextlib import AbstractContextManager
 
 from torch import Tensor
 
-from tokencomp.adapters.call import KINDS
+from tokencomp.adapters.call import MODALITIES
 from tokencomp.errors import OptionError
 from tokencomp.handle import Handle
-from tokencomp.plan.amounts import places
+from tokencomp.plan.budgets import places
 from tokencomp.tokens.signals import Attention
 from tokencomp.tokens.spans import VisualSpan
 
 
-def check_patch(handle: Handle | None, kinds: Tensor | None, budget: int | None) -> None:
+def check_patch(handle: Handle | None, modalities: Tensor | None, budget: int | None) -> None:
     """Refuse a patch under which later parts would not equal one prompt, or could not leave.
 
-    `kinds` are those of the part that comes next, see `Adapter.kinds`; None for text.
+    `modalities` are those of the part that comes next, see `Adapter.modalities`; None for text.
     """
     if handle is None or not handle.compresses:
         return
@@ -28,29 +28,33 @@ def check_patch(handle: Handle | None, kinds: Tensor | None, budget: int | None)
             'the patch has positions="compact", which are counted again for every part. A session '
             'needs positions="original" (the default of patch).'
         )
-    names = [] if kinds is None else [KINDS[int(code)] for code in kinds.unique() if code]
+    names = (
+        []
+        if modalities is None
+        else [MODALITIES[int(code)] for code in modalities.unique() if code]
+    )
     for stage in handle.plan.stages:
-        if budget is not None and stage.rest == "merge":
+        if budget is not None and stage.merge is True:
             raise OptionError(
-                "rest='merge' in a session with a budget: the cache holds a merged token as often "
+                "merge=True in a session with a budget: the cache holds a merged token as often "
                 "as the tokens that it stands for, so that merging leaves no room in it. Patch "
-                "with rest='drop', or open the session with budget=None."
+                "with merge=False, or open the session with budget=None."
             )
-        if names and stage.amount is not None and stage.amount.whole_prompt:
+        if names and stage.budget is not None and stage.budget.whole_prompt:
             raise OptionError(
-                f"the patch has {stage.amount}, so what stays of an image depends on the others of "
+                f"the patch has {stage.budget}, so what stays of an image depends on the others of "
                 "its prompt. A session compresses every part when it comes, and never again. Take "
                 "one ratio or a budget per image: tokencomp.patch(model, budget=512). Older images "
                 "leave by Session(..., budget=16_384)."
             )
         for signal in stage.reducer.needs if names else ():
-            attends = isinstance(signal, Attention) and not signal.kinds.isdisjoint(names)
+            attends = isinstance(signal, Attention) and not signal.modalities.isdisjoint(names)
             if attends or signal.source == "query":
                 raise OptionError(
                     f"reducer {stage.reducer.name!r} chooses visual tokens by the text behind "
                     "them, and a session does not know the questions yet when it compresses. Take "
                     "one that reads the media alone: tokencomp.patch(model, ratio, "
-                    "reducer='kcentre')."
+                    "reducer='kcenter')."
                 )
 
 

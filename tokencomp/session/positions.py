@@ -20,7 +20,7 @@ class Positions:
 
     A model with several rows of positions (M-RoPE) computes those of one part from 0 on. They are
     moved behind the largest position so far, as the model does with what follows an image. That
-    this gives the positions of one prompt is checked once per kind of media, on a part that is
+    this gives the positions of one prompt is checked once per modality, on a part that is
     put twice into one prompt.
 
     Attributes
@@ -41,37 +41,37 @@ class Positions:
                 "could not place its later turns. Give the whole conversation as one prompt."
             )
 
-    def of(self, inputs: Mapping[str, Tensor], kinds: Tensor | None) -> tuple[Tensor, int]:
+    def of(self, inputs: Mapping[str, Tensor], modalities: Tensor | None) -> tuple[Tensor, int]:
         """Positions of a part, and the position that follows it.
 
         They are int64 (3, 1, n) for M-RoPE, else (1, n). The arguments of the model are those of
-        one sample; `kinds` (1, n) are as in `Adapter.kinds`, and None for text.
+        one sample; `modalities` (1, n) are as in `Adapter.modalities`, and None for text.
         """
         ids = inputs["input_ids"]
         own = torch.arange(ids.shape[1], device=ids.device)[None]
         if self._adapter.mrope:
             own = own.expand(3, 1, -1)
-            if kinds is not None:
-                own = self._local(inputs, kinds)
-                self._check(inputs, kinds, own)
+            if modalities is not None:
+                own = self._local(inputs, modalities)
+                self._check(inputs, modalities, own)
         moved = own + self.following
         return moved, int(moved.max()) + 1
 
-    def _local(self, inputs: Mapping[str, Tensor], kinds: Tensor, copies: int = 1) -> Tensor:
+    def _local(self, inputs: Mapping[str, Tensor], modalities: Tensor, copies: int = 1) -> Tensor:
         """Positions from 0 on of a part that is put into one prompt `copies` times."""
         body = self._adapter.body
         names = inspect.signature(body.get_rope_index).parameters
         grids = {k: v for k, v in inputs.items() if k in names and k not in ALONG}
         grids = {k: torch.cat([v] * copies) for k, v in grids.items()}
-        types = inputs.get("mm_token_type_ids", kinds.int())
+        types = inputs.get("mm_token_type_ids", modalities.int())
         ids, types = (torch.cat([t] * copies, 1) for t in (inputs["input_ids"], types))
         return compat.rope_index(body, ids, types, **grids)
 
-    def _check(self, inputs: Mapping[str, Tensor], kinds: Tensor, own: Tensor) -> None:
-        new = {int(code) for code in kinds.unique() if code} - self._checked
+    def _check(self, inputs: Mapping[str, Tensor], modalities: Tensor, own: Tensor) -> None:
+        new = {int(code) for code in modalities.unique() if code} - self._checked
         if not new:
             return
-        twice = self._local(inputs, kinds, copies=2)
+        twice = self._local(inputs, modalities, copies=2)
         if not torch.equal(twice, torch.cat([own, own + own.max() + 1], -1)):
             raise UnsupportedModelError(
                 f"{type(self._adapter.body).__name__} does not place what follows an image or "

@@ -14,7 +14,7 @@ from tokencomp.handle import handle_of
 from tokencomp.inputs.frame_times import reads_times
 from tokencomp.inputs.images import as_image
 from tokencomp.inputs.prompts import stacked
-from tokencomp.inputs.questions import media_kind
+from tokencomp.inputs.questions import modality_of
 from tokencomp.session.conversation import Conversation, join
 from tokencomp.session.items import FrameClock, item_inputs, warn_of_repeated
 from tokencomp.session.turns import Turns
@@ -34,7 +34,7 @@ class Session:
     ----------
     model
         A Hugging Face multimodal model, patched or not. A patch must choose tokens by the media
-        alone (`reducer="kcentre"`): questions come later. One session at a time per patched model.
+        alone (`reducer="kcenter"`): questions come later. One session at a time per patched model.
     processor
         Its processor, with a chat template.
     budget
@@ -58,7 +58,7 @@ class Session:
 
     Examples
     --------
-    >>> tokencomp.patch(model, 0.75, reducer="kcentre")              # doctest: +SKIP
+    >>> tokencomp.patch(model, 0.75, reducer="kcenter")              # doctest: +SKIP
     >>> session = tokencomp.Session(model, processor)                # doctest: +SKIP
     >>> session.append(frames, seconds=0.5)                          # doctest: +SKIP
     >>> session.ask("What happens?")                                 # doctest: +SKIP
@@ -145,23 +145,23 @@ class Session:
             whole step: its processor shows the last frame again.
         """
         self._check_open()
-        kind, times = media_kind(media), None
-        if kind == "image" and seconds is not None:
+        modality, times = modality_of(media), None
+        if modality == "image" and seconds is not None:
             raise OptionError(
                 f"append(image, seconds={seconds!r}): times belong to frames. Leave seconds out, "
                 "or give the image as a list of one frame."
             )
-        if kind == "video":
+        if modality == "video":
             medium: Any = stacked([as_image(frame, "append") for frame in media])
             times = self._clock.times(media, seconds, reads_times(self._processor))
         else:
             medium = as_image(media, "append")
-        piece = self._pieces.setdefault(kind, self._turns.media(kind))
+        piece = self._pieces.setdefault(modality, self._turns.media(modality))
         sampling = None if times is None else self._clock.sampling(times)
-        inputs = item_inputs(self._processor, piece, kind, medium, sampling)
+        inputs = item_inputs(self._processor, piece, modality, medium, sampling)
         self._add(inputs)
         self._clock.advance(times)
-        if kind == "video":
+        if modality == "video":
             warn_of_repeated(self._processor, medium, inputs)
         return self
 

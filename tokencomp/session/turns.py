@@ -54,18 +54,18 @@ class Turns:
         """Ids of text in a user turn, as the template writes it."""
         return self.ids(self._before + text + self._after)
 
-    def media(self, kind: str) -> str:
+    def media(self, modality: str) -> str:
         """What stands in a prompt for one "image" or "video"."""
-        piece = self._between(self._render({"type": kind}), kind)
+        piece = self._between(self._render({"type": modality}), modality)
         if not piece:
             raise UnsupportedModelError(
-                f"the chat template writes nothing for a {kind}, so the model takes none. Append "
-                "its frames as images, one by one, if it takes images."
+                f"the chat template writes nothing for a {modality}, so the model takes none. "
+                "Append its frames as images, one by one, if it takes images."
             )
-        twice = self._between(self._render({"type": kind}, {"type": kind}), kind)
-        mixed = self._between(self._render({"type": kind}, _text(A)), kind)
+        twice = self._between(self._render({"type": modality}, {"type": modality}), modality)
+        mixed = self._between(self._render({"type": modality}, _text(A)), modality)
         if twice != piece + piece or mixed != piece + self._before + A + self._after:
-            raise self._uneven(f"a {kind}")
+            raise self._uneven(f"a {modality}")
         return piece
 
     def _render(self, *content: dict[str, str], answer: str = "", later: Any = None) -> str:

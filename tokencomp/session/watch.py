@@ -16,28 +16,28 @@ from tokencomp.tokens.spans import VisualSpan, numbered
 class Watch:
     """Reads the input of the decoder in one call: its spans, and the features of its patches.
 
-    It runs before the hooks of a patch, which then shorten this input. For text, where `kinds` is
-    None, it does nothing; else they are as in `Adapter.kinds`, and `positions` are (3, 1, n) for
-    M-RoPE, else (1, n). `check` is called with the spans and the number of columns before the
-    decoder runs, and may refuse. With `appearance`, features (n, d) are kept.
+    It runs before the hooks of a patch, which then shorten this input. For text, where `modalities`
+    is None, it does nothing; else they are as in `Adapter.modalities`, and `positions` are (3, 1,
+    n) for M-RoPE, else (1, n). `check` is called with the spans and the number of columns before
+    the decoder runs, and may refuse. With `appearance`, features (n, d) are kept.
     """
 
     def __init__(
         self,
         adapter: Adapter,
         inputs: Mapping[str, Tensor],
-        kinds: Tensor | None,
+        modalities: Tensor | None,
         positions: Tensor,
         check: Callable[[Sequence[VisualSpan], int], None],
         appearance: bool,
     ) -> None:
-        self._adapter, self._inputs, self._kinds = adapter, inputs, kinds
+        self._adapter, self._inputs, self._modalities = adapter, inputs, modalities
         self._positions, self._check, self._wanted = positions, check, appearance
         self.spans: list[VisualSpan] | None = None
         self.appearance: Tensor | None = None
 
     def __enter__(self) -> Watch:
-        if self._kinds is not None:
+        if self._modalities is not None:
             self._adapter.install()
             self._hook = self._adapter.decoder.register_forward_pre_hook(
                 self._look, with_kwargs=True, prepend=True
@@ -45,7 +45,7 @@ class Watch:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._kinds is not None:
+        if self._modalities is not None:
             self._hook.remove()
             self._adapter.uninstall()
 
@@ -59,13 +59,13 @@ class Watch:
                 "prompt. Give the whole conversation as one prompt, or take a causal model such as "
                 "Qwen3-VL."
             )
-        if embeds is None or self._kinds is None:
+        if embeds is None or self._modalities is None:
             raise UnsupportedModelError(
                 f"the decoder of {name} fills in the media itself, so a session cannot tell what "
                 "its rows are. Give the whole conversation as one prompt."
             )
         rows = self._positions.cpu().numpy() if self._adapter.mrope else None
-        call = Call(self._kinds.cpu(), embeds, rows, self._adapter.body, self._inputs)
+        call = Call(self._modalities.cpu(), embeds, rows, self._adapter.body, self._inputs)
         self.spans = numbered(self._adapter.spans(call)[0])
         self._check(self.spans, embeds.shape[1])
         if self._wanted:

@@ -46,7 +46,7 @@ class Attention(Signal):
     layer
         "previous": the attention map of the layer before the stage (of layer 0 at entry, where
         there is none). "next": that of the layer after the stage, as if it ran on all tokens.
-    kinds
+    modalities
         Media that call for it at entry: prompts without any of them are not scored.
     """
 
@@ -56,7 +56,7 @@ class Attention(Signal):
     temperature: float = 1.0
     heads: Literal["mean", "rms"] = "mean"
     layer: Literal["previous", "next"] = "previous"
-    kinds: frozenset[str] = frozenset({"image", "video", "audio"})
+    modalities: frozenset[str] = frozenset({"image", "video", "audio"})
 
 
 @dataclass(frozen=True)

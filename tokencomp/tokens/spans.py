@@ -15,7 +15,7 @@ from torch import Tensor
 from tokencomp.tokens.signals import Signal
 
 Grid = tuple[int, int, int]
-Kind = Literal["image", "video", "audio"]
+Modality = Literal["image", "video", "audio"]
 Norm = Callable[[Tensor], Tensor]
 CPU = torch.device("cpu")
 
@@ -32,7 +32,7 @@ class VisualSpan:
         Columns `start … start + length - 1` of the uncompressed sequence of this forward call.
     grid
         (t, h, w) after the projector; `t * h * w + len(special) + len(text) == length`.
-    kind
+    modality
         "image", "video" or "audio".
     special
         Offsets inside the span of tokens that carry no patch (line breaks, separators). They are
@@ -52,7 +52,7 @@ class VisualSpan:
     start: int
     length: int
     grid: Grid
-    kind: Kind = "image"
+    modality: Modality = "image"
     special: tuple[int, ...] = ()
     text: tuple[int, ...] = ()
     grid_known: bool = True
@@ -120,7 +120,7 @@ class VisualTokens:
     frame : Tensor, shape (h · w, d), or None
         The last frame of this shape before the span, also of an earlier turn on the same cache, if
         the reducer needs `FRAMES`.
-    kind
+    modality
         "image", "video" or "audio".
     sizes : Tensor of float32, shape (n,), or None
         How many original tokens every row stands for; None: one each.
@@ -145,7 +145,7 @@ class VisualTokens:
     query_scores: Tensor | None = None
     norm: Norm | None = None
     frame: Tensor | None = None
-    kind: Kind = "image"
+    modality: Modality = "image"
     sizes: Tensor | None = None
     tower: dict[Signal, Tensor] = field(default_factory=dict)
     pixels: tuple[int, int, int] | None = None
@@ -174,7 +174,7 @@ class SpanBatch:
     features : Tensor, shape (n, d)
     lengths
         Tokens of every span; n in all.
-    grids, kinds, places
+    grids, modalities, places
         As in `VisualTokens`, one per span.
     fixed
         Special tokens of every span.
@@ -198,7 +198,7 @@ class SpanBatch:
     features: Tensor
     lengths: list[int]
     grids: list[Grid]
-    kinds: list[Kind]
+    modalities: list[Modality]
     fixed: list[int]
     special: Tensor | None = None
     index: Tensor | None = None
@@ -223,7 +223,7 @@ class SpanBatch:
             features=tokens.features,
             lengths=[len(tokens)],
             grids=[tokens.grid],
-            kinds=[tokens.kind],
+            modalities=[tokens.modality],
             fixed=[fixed],
             special=tokens.special if fixed else None,
             index=tokens.index,
@@ -256,7 +256,7 @@ class SpanBatch:
                 query_scores=None if self.query_scores is None else self.query_scores[number],
                 norm=self.norm,
                 frame=None if self.frames is None else self.frames[number],
-                kind=self.kinds[number],
+                modality=self.modalities[number],
                 pixels=self.pixels,
                 place=self.places[number] if self.places else (0, 0),
             )

@@ -167,8 +167,8 @@ def attention_function(module: nn.Module, config: Any) -> Callable[..., Any]:
         code = file_with(type(module), wanted)
     if code is None:
         raise UnsupportedModelError(
-            f"rest='merge': no {wanted} is defined beside {type(module).__name__} or its bases, so "
-            "the weights of merged tokens cannot reach its attention. Use rest='drop'."
+            f"merge=True: no {wanted} is defined beside {type(module).__name__} or its bases, so "
+            "the weights of merged tokens cannot reach its attention. Use merge=False."
         )
     found = getattr(code, wanted)
     function: Callable[..., Any] = found if name == "eager" else found[name]
@@ -204,15 +204,15 @@ def window_order(tower: Any, grids: Tensor) -> Tensor:
     return get_vision_window_index(grids, **sizes)[0]
 
 
-def rope_index(body: Any, ids: Tensor, kinds: Tensor, **grids: Tensor) -> Tensor:
+def rope_index(body: Any, ids: Tensor, modalities: Tensor, **grids: Tensor) -> Tensor:
     """M-RoPE positions (3, B, L) by the model's own `get_rope_index`.
 
     Parameters
     ----------
-    ids, kinds : Tensor, shape (B, L)
+    ids, modalities : Tensor, shape (B, L)
         Token ids, and 0 text, 1 image, 2 video (an argument of most models).
     """
     get_rope_index: Callable[..., tuple[Tensor, Tensor]] = body.get_rope_index
     if "mm_token_type_ids" in inspect.signature(get_rope_index).parameters:
-        grids["mm_token_type_ids"] = kinds
+        grids["mm_token_type_ids"] = modalities
     return get_rope_index(ids, **grids)[0]

@@ -105,8 +105,8 @@ def _spans_of(captured: Capture, call: dict[str, Any]) -> Callable[..., None]:
         ids, x, positions = call["input_ids"], named["inputs_embeds"], named.get("position_ids")
         if x.shape[1] != ids.shape[1]:
             raise OptionError(PATCHED)
-        kinds = captured.adapter.kinds(call)
-        if kinds is None:
+        modalities = captured.adapter.modalities(call)
+        if modalities is None:
             raise OptionError("this batch has no image or video, so no token has a relevance.")
         rows = None
         if captured.adapter.mrope and positions is not None:
@@ -117,7 +117,7 @@ def _spans_of(captured: Capture, call: dict[str, Any]) -> Callable[..., None]:
             raise PaddingError("training reads left-padded batches: set padding_side = 'left'.")
         captured.lengths = real.sum(1).tolist()
         captured.spans = captured.adapter.spans(
-            Call(kinds.cpu(), x, rows, captured.adapter.body, call)
+            Call(modalities.cpu(), x, rows, captured.adapter.body, call)
         )
 
     return hook

@@ -15,7 +15,7 @@ from tokencomp.engine.rows.prompts import IGNORED
 from tokencomp.errors import OptionError, unknown_name
 from tokencomp.inputs.files import EMBEDDED, FileQuestions, questions_bytes, questions_file
 from tokencomp.inputs.prompts import build_inputs, to_model
-from tokencomp.inputs.questions import Deferred, Example, media_kind
+from tokencomp.inputs.questions import Deferred, Example, modality_of
 from tokencomp.validation import check_choice
 
 
@@ -138,7 +138,7 @@ def load_batch(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Prompts of a batch, left-padded, and the answers."""
     media = [e.load(frames) for e in examples]
-    kinds = {media_kind(m) for row in media for m in row}
+    kinds = {modality_of(m) for row in media for m in row}
     if not kinds:
         raise OptionError(f"question {examples[0].id!r} has no image or video to compress.")
     inputs = build_inputs(processor, media, [e.prompt for e in examples])

@@ -22,7 +22,7 @@ from benchmarks.accuracy.store import RESULTS, Results, read_all
 from benchmarks.accuracy.studies.ranking import (
     Candidate,
     answered,
-    by_kind,
+    by_modality,
     by_ratio,
     choice_table,
     compare,
@@ -32,8 +32,9 @@ from benchmarks.accuracy.studies.ranking import (
     title,
 )
 from benchmarks.real import candidates as real
+from benchmarks.stored import NOTE
 from tokencomp.cli import one_message
-from tokencomp.evaluation.settings import REST, Setting
+from tokencomp.evaluation.settings import MERGE, Setting
 from tokencomp.storage import write_text
 from tokencomp.zoo import available_models
 from tokencomp.zoo.shapesqa.items import FRAMES
@@ -48,10 +49,10 @@ The [decision record](../../docs/decisions/0001-default-reducer.md) explains the
 came about; [methods](METHODS.md) explains the rest."""
 
 WITH_MERGING = """Every other token is merged into the kept one that it resembles most, which then
-counts in attention as often as the tokens it stands for: `rest="merge"`, which release 0.1 wrote as
+counts in attention as often as the tokens it stands for: `merge=True`, which release 0.1 wrote as
 `merge_rest=-1.0, proportional_attention=True`; without the latter, means have no weights. First
 come the default and merging on images or on all media. Then, of the embedded models alone (the
-model of photographs was not at hand), a k-centre on all media, facility location (`scope` with
+model of photographs was not at hand), a k-center on all media, facility location (`scope` with
 `saliency="none"`), and marginal relevance on the trained selector. The [decision
 record](../../docs/decisions/0001-default-reducer.md) says why none of them is the default, even
 where the rule alone would choose it."""
@@ -59,38 +60,38 @@ where the rule alone would choose it."""
 OTHERS = """Four models take no part in the choice: tiny-gemma3 sees images alone, the first layer
 of tiny-qwen3-5 has no attention to score with, and the others came after it. They were asked for
 what needs neither training nor attention of the decoder; tiny-gemma3 and tiny-qwen3-vl-hard, which
-have attention, for `condiv` too. On images `kcentre` is their default."""
+have attention, for `condiv` too. On images `kcenter` is their default."""
 
 VIDEOS: Candidate = ("condiv", {"power": 1.0, "margin": 0.2})
 IMAGES: Candidate = ("condiv", {"power": 0.35, "margin": 0.2})
-PREVIOUS = by_kind(IMAGES, VIDEOS)  # the default before, which stays where candidates are equal
+PREVIOUS = by_modality(IMAGES, VIDEOS)  # the default before, which stays where candidates are equal
 CANDIDATES: list[Candidate] = [
     *(("condiv", {"power": p, "margin": 0.2}) for p in (0.35, 0.5, 1.0)),
     ("condiv", {"power": 0.5, "margin": 0.5}),
-    *(by_kind(images, VIDEOS) for images in (IMAGES, ("kcentre", {}), ("merge", {}))),
+    *(by_modality(images, VIDEOS) for images in (IMAGES, ("kcenter", {}), ("bipartite", {}))),
     ("cdpruner", {"relevance": "attention"}),
-    *((name, {}) for name in ("divprune", "kcentre", "merge", "random", "uniform")),
+    *((name, {}) for name in ("divprune", "kcenter", "bipartite", "random", "uniform")),
 ]
 UNWEIGHTED: Candidate = ("condiv", {"merge_rest": -1.0})
 WEIGHTED: Candidate = ("condiv", {"merge_rest": -1.0, "proportional_attention": True})
-"""The default with `rest="merge"`, as release 0.1 wrote it; stored results, never run again."""
-MERGED = [two for one in (UNWEIGHTED, WEIGHTED) for two in (by_kind(one, VIDEOS), one)]
-LOCATION: Candidate = ("scope", {"saliency": "none", REST: "merge"})
+"""The default with `merge=True`, as release 0.1 wrote it; stored results, never run again."""
+MERGED = [two for one in (UNWEIGHTED, WEIGHTED) for two in (by_modality(one, VIDEOS), one)]
+LOCATION: Candidate = ("scope", {"saliency": "none", MERGE: True})
 ASKED = [
     *real.CANDIDATES,
     ("selector", {"pick": "mmr"}),
-    ("selector", {"pick": "mmr", REST: "merge"}),
+    ("selector", {"pick": "mmr", MERGE: True}),
 ]
 """What `studies.merging` asks; with what is stored already it makes a table."""
 AGAINST = [
-    *(by_kind(one, VIDEOS) for one in (WEIGHTED, LOCATION)),
-    by_kind(LOCATION, WEIGHTED),
+    *(by_modality(one, VIDEOS) for one in (WEIGHTED, LOCATION)),
+    by_modality(LOCATION, WEIGHTED),
     WEIGHTED,
     *ASKED,
 ]
 LEFT_OUT = ("tiny-gemma3", "tiny-qwen3-5", "tiny-qwen3-vl-hard", "real-fastvlm-448")
 """Models that take no part in the choice, and which `studies.merging` asks about merging alone."""
-SCORED: list[Candidate] = [VIDEOS, ("condiv", {**VIDEOS[1], REST: "merge"})]
+SCORED: list[Candidate] = [VIDEOS, ("condiv", {**VIDEOS[1], MERGE: True})]
 """Asked of those of them that have attention in their first layer."""
 QUESTION_FAMILIES = (
     "attribute", "existence", "count", "small_object", "needle", "video_existence", "action_count",
@@ -123,6 +124,7 @@ def write_choice(results: list[Results], folder: Path) -> dict[str, Any]:
         "# Candidates for the default reducer",
         "Made by `python -m benchmarks.accuracy.studies.choose`.",
         INTRO,
+        NOTE,
         f"Chosen: **{title(default)}**.",
         *([f"Without results yet: {'; '.join(waiting)}."] if waiting else []),
         choice_table(rows, default, results),
@@ -133,7 +135,7 @@ def write_choice(results: list[Results], folder: Path) -> dict[str, Any]:
         "## Merging on four more models",
         OTHERS,
         *ranked(others, real.CANDIDATES),
-        *ranked(others, [by_kind(one, VIDEOS) for one in real.CANDIDATES] + SCORED),
+        *ranked(others, [by_modality(one, VIDEOS) for one in real.CANDIDATES] + SCORED),
         *over_all(results, others),
     ]
     for one in [*results, *others]:
@@ -171,15 +173,15 @@ def against_merging(
 ) -> list[str]:
     """Dropping against merging on images; `limited`: up to 0.9 alone."""
     dropping, merging = real.CANDIDATES[:2]
-    default, scored = by_kind(dropping, VIDEOS), [r for r in others if answered([r], VIDEOS)]
+    default, scored = by_modality(dropping, VIDEOS), [r for r in others if answered([r], VIDEOS)]
 
     def images(merged: Candidate) -> Candidate:
         return by_ratio(merged, dropping) if limited else merged
 
     groups = [
-        (results, default, by_kind(images(WEIGHTED), VIDEOS)),
-        (scored, default, by_kind(images(merging), VIDEOS)),
-        ([r for r in others if r not in scored], dropping, by_kind(images(merging), dropping)),
+        (results, default, by_modality(images(WEIGHTED), VIDEOS)),
+        (scored, default, by_modality(images(merging), VIDEOS)),
+        ([r for r in others if r not in scored], dropping, by_modality(images(merging), dropping)),
     ]
     if not others or not all(answered(some, one) for some, *pair in groups for one in pair):
         return []

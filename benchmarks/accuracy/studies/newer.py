@@ -14,10 +14,11 @@ from typing import Any
 from benchmarks import publishing
 from benchmarks.accuracy.store import ACCURACY, Results
 from benchmarks.accuracy.tables import EARLIER
+from benchmarks.stored import NOTE
 from tokencomp.evaluation.metrics import difference
 
 MODEL = "tiny-qwen3-vl"
-SETS = {"newer": ("images", "kcentre"), "newer-videos": ("videos", "auto")}
+SETS = {"newer": ("images", "kcenter"), "newer-videos": ("videos", "auto")}
 """Folder: what the questions are about, and the label of the default."""
 HEAD = """# First accuracy of the newer methods
 
@@ -53,7 +54,7 @@ def rows(results: Results, default: str) -> list[list[str]]:
 
 def page() -> str:
     """Both tables, and the commands that answered the questions."""
-    parts = [HEAD]
+    parts = [HEAD, NOTE]
     for folder, (kind, default) in SETS.items():
         results = Results.read(ACCURACY / folder / MODEL, "validation")
         parts += [

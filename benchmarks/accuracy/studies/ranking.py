@@ -15,13 +15,13 @@ from tokencomp.evaluation.settings import FULL, Setting, label_of
 
 Candidate = tuple[str, dict[str, Any]]
 """A reducer with its options; or candidates for images and videos, or for low and high ratios."""
-BY_KIND, BY_RATIO = "by kind", "by ratio"
+BY_MODALITY, BY_RATIO = "by kind", "by ratio"
 DRAWS = 4000
 
 
-def by_kind(images: Candidate, videos: Candidate) -> Candidate:
+def by_modality(images: Candidate, videos: Candidate) -> Candidate:
     """One candidate for questions about images, another for those about videos."""
-    return BY_KIND, {"images": list(images), "videos": list(videos)}
+    return BY_MODALITY, {"images": list(images), "videos": list(videos)}
 
 
 def by_ratio(low: Candidate, high: Candidate) -> Candidate:
@@ -32,7 +32,7 @@ def by_ratio(low: Candidate, high: Candidate) -> Candidate:
 def part(candidate: Candidate, kind: str, ratio: float) -> Candidate:
     """What answers the questions of a kind at a ratio."""
     name, options = candidate
-    if name == BY_KIND:
+    if name == BY_MODALITY:
         return part(options[kind], kind, ratio)
     if name == BY_RATIO:
         return part(options["high" if ratio > 0.9 else "low"], kind, ratio)
@@ -47,7 +47,7 @@ def settings(candidate: Candidate) -> list[Setting]:
 
 
 def answered(results: list[Results], candidate: Candidate) -> bool:
-    """Whether every model has results at every ratio, on the kinds of media that it was asked."""
+    """Whether every model has results at every ratio, on the modalities that it was asked."""
     return all(label(candidate, *key[1:]) in results[key[0]].settings for key in keys(results))
 
 
@@ -145,7 +145,7 @@ def compare(groups: list[tuple[list[Results], Candidate, Candidate]]) -> dict[st
 
 
 def title(candidate: Candidate) -> str:
-    if candidate[0] == BY_KIND:
+    if candidate[0] == BY_MODALITY:
         return ", ".join(f"{title(one)} on {kind}" for kind, one in candidate[1].items())
     if candidate[0] == BY_RATIO:
         return f"{title(candidate[1]['low'])} up to 0.9, {title(candidate[1]['high'])} above"
@@ -153,7 +153,7 @@ def title(candidate: Candidate) -> str:
 
 
 def choice_table(rows: list[dict[str, Any]], chosen: Candidate, results: list[Results]) -> str:
-    """Columns by kind of media and ratio; by ratio where all questions have one kind."""
+    """Columns by modality and ratio; by ratio where all questions have one kind."""
     cells = [(ratio, kind) for _, ratio, kind in keys(results)]
     kinds = [kind for kind in KINDS if kind in {own for _, own in cells}]
     columns = list(itertools.product(RATIOS, kinds))

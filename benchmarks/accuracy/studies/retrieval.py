@@ -12,7 +12,6 @@ that of all tokens.
 from __future__ import annotations
 
 import contextlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import Tensor
 import tokencomp
 from benchmarks import publishing
 from benchmarks.publishing import environment, provenance
+from benchmarks.stored import read_stored
 from tokencomp import zoo
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.evaluation.baselines import EqualTokens
@@ -32,7 +32,7 @@ from tokencomp.zoo.shapesqa.scenes import COLORS, SHAPES
 
 OUT = Path(__file__).parents[1] / "retrieval.json"
 MODEL, PICTURES, QUERIES, BATCH = "tiny-qwen3-vl", 32, 8, 16
-RATIOS, METHODS = (0.75, 0.9), ("kcentre", "random", "downscale")
+RATIOS, METHODS = (0.75, 0.9), ("kcenter", "random", "downscale")
 
 
 class Pictures:
@@ -176,7 +176,7 @@ def main() -> None:
         facts = publishing.published_from(args.out, args.allow_dirty)
         report = {"environment": {**environment(), **facts}, "rows": measure()}
         publishing.write(args.out, report)
-    args.out.with_suffix(".md").write_text(page(json.loads(args.out.read_text())))
+    args.out.with_suffix(".md").write_text(page(read_stored(args.out)))
 
 
 if __name__ == "__main__":

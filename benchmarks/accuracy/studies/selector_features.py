@@ -25,13 +25,13 @@ from tokencomp.training.data import ShapesQuestions
 from tokencomp.training.selector.train import RATIOS
 
 NAME, DIVERSE = "selector of features", "selector of features, mmr"
-OTHERS = ("selector", "auto", "kcentre", "random")
+OTHERS = ("selector", "auto", "kcenter", "random")
 RIVALS = dict.fromkeys((NAME, DIVERSE), (*OTHERS, "uniform"))
 
 WHY = """## What it is worth
 
 The network sees no question, so it can only learn what questions tend to be about. In these images
-that is what is drawn on a background, and `kcentre` (`auto` on images) finds this without training:
+that is what is drawn on a background, and `kcenter` (`auto` on images) finds this without training:
 no paired test finds a difference. The tokens of largest importance alone are behind the selector
 of attention at 0.9; with marginal relevance (mmr) they are not, perhaps because copies of one thing
 then leave. On clips, short and with four times the tokens, every rival but the baselines answers

@@ -126,7 +126,7 @@ def part(video: Video, start: int, stop: int) -> Video:
 def measure(way: Way, model: Any, processor: Any, found: list[Item]) -> dict[str, Any]:
     """Right answers and rows by age of the stream, and the tokens that the decoder ran."""
     patched = (
-        tokencomp.patch(model, way.ratio, reducer="kcentre")
+        tokencomp.patch(model, way.ratio, reducer="kcenter")
         if way.ratio
         else contextlib.nullcontext()
     )

@@ -2,7 +2,7 @@
 
     python -m benchmarks.accuracy.studies.tower                       # what is missing of all sets
     python -m benchmarks.accuracy.studies.tower --sets qwen-images --again
-    python -m benchmarks.accuracy.studies.tower --rows kcentre --again # after a change of a method
+    python -m benchmarks.accuracy.studies.tower --rows kcenter --again # after a change of a method
     python -m benchmarks.accuracy.studies.tower --report              # only rebuilds the page
 
 writes tower.json (which questions every row answers correctly, and provenance) and tower.md. All
@@ -54,8 +54,8 @@ QWEN3, QWEN = "tiny-qwen3-vl", "tiny-qwen2-vl"
 ONEVISION, VILA = "tiny-llava-onevision", "tiny-vila"
 SIDES = {ONEVISION: (144, 128, 96), VILA: (192, 160, 128)}
 """Pixels per side of smaller pictures, for towers that take pictures of one size."""
-STILLS = ("kcentre", "random", "uniform")
-CLIPS = ("kcentre", "runlength", "random", "uniform")
+STILLS = ("kcenter", "random", "uniform")
+CLIPS = ("kcenter", "runlength", "random", "uniform")
 SINGLE = tuple(name for name in CLIPS if name != "runlength")  # sees frames one by one there
 BOTH = (DOWNSCALE, FEWER_FRAMES)
 

@@ -7,18 +7,18 @@ the keys "NAME@TOWER RATIO".
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from benchmarks import publishing
 from benchmarks.accuracy.packed import PackedAnswers, pack, unpack
+from benchmarks.stored import read_stored
 from tokencomp.evaluation.settings import DOWNSCALE, FEWER_FRAMES
 
 DISTANCE = "tower_distance.json"
 """Where `benchmarks.accuracy.studies.tower_distance` keeps its answers."""
 FULL, CEILING = "full@0", "entry only@0"
-CHOSEN = ("kcentre", "runlength", "keyframes", "random", "uniform")
+CHOSEN = ("kcenter", "runlength", "keyframes", "random", "uniform")
 """Methods in the tower; keyframes has stored rows alone, see the head of the page."""
 SMALLER = (DOWNSCALE, FEWER_FRAMES)
 ORDER = ("full", "entry only", "random at entry", *CHOSEN, *SMALLER)
@@ -40,7 +40,7 @@ def read(path: Path) -> Sets:
     """
     if not path.exists():
         return {}
-    sets: Sets = json.loads(path.read_text(encoding="utf-8"))["sets"]
+    sets: Sets = read_stored(path)["sets"]
     for entry in sets.values():
         entry["answers"] = PackedAnswers.from_json(entry["answers"])
         count = len(entry["answers"].questions)

@@ -1,11 +1,11 @@
-"""What k-centre compares before the vision tower: chosen on validation questions.
+"""What k-center compares before the vision tower: chosen on validation questions.
 
     python -m benchmarks.accuracy.studies.tower_distance      # about five minutes of one core
 
 writes tower_distance.json; `python -m benchmarks.accuracy.studies.tower --report` puts the table at
 the end of its page. The questions are validation questions of the families of the study's sets.
 
-k-centre covers a cell by another one that looks like it. Averages of pixels make letters look like
+k-center covers a cell by another one that looks like it. Averages of pixels make letters look like
 the plain surface around them, and a thing that blinks looks the same each time. The rows of the
 table add the contrast that averages hide, and the change within a cell, with other weights.
 """
@@ -13,7 +13,6 @@ table add the contrast that averages hide, and the change within a cell, with ot
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from benchmarks.accuracy.studies.tower import SETS, Questions
 from benchmarks.accuracy.studies.tower_book import DISTANCE
 from benchmarks.accuracy.studies.tower_page import ENTRY, RATIO
 from benchmarks.publishing import environment
+from benchmarks.stored import read_stored
 from tokencomp import make_reducer
 from tokencomp.cli import one_message
 from tokencomp.evaluation.runner import sweep
@@ -41,7 +41,7 @@ def settings() -> dict[str, Setting]:
     rows = {"entry only@0": Setting(ENTRY, RATIO)}
     for tower in TOWER:
         for contrast, change in WEIGHTS:
-            reducer = make_reducer("kcentre", contrast=contrast, change=change)
+            reducer = make_reducer("kcenter", std_weight=contrast, temporal_weight=change)
             key = f"{contrast:g}, {change:g}@{tower:g}"
             options = {"tower_ratio": tower, "tower_reducer": reducer}
             rows[key] = Setting(ENTRY, RATIO, options, name=key)
@@ -59,7 +59,7 @@ def run_set(name: str, args: argparse.Namespace, path: Path) -> None:
         **questions.options,
     )  # fmt: skip
     answers = PackedAnswers.of({key: runs[setting] for key, setting in rows.items()}, None)
-    stored: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {"sets": {}}
+    stored: dict[str, Any] = read_stored(path) if path.exists() else {"sets": {}}
     stored["sets"][name] = {
         **{fact: questions.facts[fact] for fact in ("model", "weights", "split")},
         "provenance": {**environment(), **facts}, "answers": answers.to_json(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,14 @@ from benchmarks.accuracy.compact import read_sweep
 from benchmarks.accuracy.packed import PackedAnswers
 from benchmarks.accuracy.store import RESULTS, learned_families
 from benchmarks.accuracy.studies.tower_book import CEILING, FULL, SMALLER, Sets
+from benchmarks.stored import NOTE, read_stored
 from tokencomp.evaluation.metrics import difference, retention
 
 RATIO, ENTRY = 0.75, "condiv"
 TOWER = (0.5, 0.6, 0.75)
 SEEN = ("what the tower sees", "tower ratio")
 BARS = {0.5: 0.97, 0.75: 0.92}
-"""Share of the accuracy of entry only that k-centre should keep at these tower ratios."""
+"""Share of the accuracy of entry only that k-center should keep at these tower ratios."""
 PREAMBLE = f"""# Patches dropped before the vision tower
 
 Accuracy on ShapesQA with the embedded models, at decoder ratio {RATIO} with `{ENTRY}` at entry in
@@ -34,7 +34,7 @@ the validation split, as on the page of [all methods](summary.md). [All benchmar
 pages](../README.md).
 
 `keyframes` chose whole frames by thumbnails. It is no longer part of tokencomp: on five of the
-seven sets of videos it kept less than k-centre at every tower ratio, as its rows show.
+seven sets of videos it kept less than k-center at every tower ratio, as its rows show.
 """
 
 Answers = dict[str, list[int]]
@@ -42,7 +42,7 @@ Answers = dict[str, list[int]]
 
 def page(sets: Sets) -> str:
     """The page of all sets."""
-    lines = [PREAMBLE]
+    lines = [PREAMBLE, NOTE, ""]
     for name, entry in sets.items():
         answers = entry["answers"].correct
         families = dict.fromkeys(entry["answers"].questions.families)
@@ -77,27 +77,27 @@ def _table(answers: Answers) -> str:
 
 
 def verdicts(answers: Answers) -> list[str]:
-    """Whether k-centre meets its bars, and beats fewer pixels or frames at no more tower work."""
+    """Whether k-center meets its bars, and beats fewer pixels or frames at no more tower work."""
     ceiling, sentences = sum(answers[CEILING]), []
     for tower, bar in BARS.items():
-        kept = sum(answers[f"kcentre@{tower:g}"]) / ceiling
+        kept = sum(answers[f"kcenter@{tower:g}"]) / ceiling
         verb = "meets" if kept >= bar else "misses"
         sentences.append(
-            f"- k-centre at {tower:g} keeps {kept:.1%} of entry only: it {verb} {bar:.0%}."
+            f"- k-center at {tower:g} keeps {kept:.1%} of entry only: it {verb} {bar:.0%}."
         )
     for key, rival, gap in _duels(answers):
         verb = "above" if gap.low > 0 else "below" if gap.high < 0 else "not different from"
-        sentences.append(f"- k-centre at {key} is {verb} {rival}: {_points(gap)}.")
+        sentences.append(f"- k-center at {key} is {verb} {rival}: {_points(gap)}.")
     return sentences
 
 
 def _duels(answers: Answers) -> Iterator[tuple[str, str, Any]]:
-    """k-centre against smaller media, at a tower ratio that is no less than theirs."""
+    """k-center against smaller media, at a tower ratio that is no less than theirs."""
     for key, values in answers.items():
         row, _, tower = key.rpartition("@")
         if row in SMALLER:
             ours = next((t for t in TOWER if t >= float(tower) - 0.005), TOWER[-1])
-            gap = difference(answers[f"kcentre@{ours:g}"], values)
+            gap = difference(answers[f"kcenter@{ours:g}"], values)
             yield f"{ours:g}", f"{row} at {tower}", gap
 
 
@@ -140,7 +140,7 @@ def _learned(model: str) -> tuple[str, ...]:
 
 
 def _losses(entry: dict[str, Any], answers: Answers) -> list[str]:
-    """In which learned families k-centre is not above smaller media, and which are not learned."""
+    """In which learned families k-center is not above smaller media, and which are not learned."""
     unlearned, beaten, open_, clear = [], [], [], 0
     learned, blind = _learned(entry["model"]), entry["blind"]
     for title, rows in _groups(entry).items():
@@ -158,27 +158,28 @@ def _losses(entry: dict[str, Any], answers: Answers) -> list[str]:
             clear += gap.low > 0
             if gap.low <= 0:
                 (beaten if gap.value < 0 else open_).append(line)
-    lines = [f"- By family, k-centre is above smaller media outside of the interval {clear} times."]
+    lines = [f"- By family, k-center is above smaller media outside of the interval {clear} times."]
     lines += [f"- No difference outside of the interval: {'; '.join(open_)}."] if open_ else []
     lines += [f"- The point estimate is below them: {'; '.join(beaten)}."] if beaten else []
     return lines + unlearned
 
 
 def distances(path: Path) -> list[str]:
-    """What k-centre keeps with other distances, on validation questions; empty without results."""
+    """What k-center keeps with other distances, on validation questions; empty without results."""
     if not path.exists():
         return []
-    sets: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["sets"]
+    sets: dict[str, Any] = read_stored(path)["sets"]
     books = {name: PackedAnswers.from_json(entry["answers"]) for name, entry in sets.items()}
     rows = [key for key in next(iter(books.values())).correct if key != CEILING]
     lines = [
-        "## What k-centre compares", "",
+        "## What k-center compares", "",
         "Validation questions, decoder ratio 0.75: share of the accuracy of entry only that "
-        "k-centre keeps with other weights of contrast and change (`contrast=`, `change=`; 0 and 0 "
-        "compare averages of pixels alone). Questions of a set in brackets. The default, 1 and 1, "
-        "has the largest mean over the sets at 0.75. In the decoder, condiv had its power of that "
-        "time, 1.0, on images too, and kept fewer words. Averages alone are ahead of it at 0.75 on "
-        "the videos of LLaVA-OneVision and on hard videos, by one or two questions of a set.", "",
+        "k-center keeps with other weights of contrast and change (`std_weight=`, "
+        "`temporal_weight=`; 0 and 0 compare averages of pixels alone). Questions of a set in "
+        "brackets. The default, 1 and 1, has the largest mean over the sets at 0.75. In the "
+        "decoder, condiv had its power of that time, 1.0, on images too, and kept fewer words. "
+        "Averages alone are ahead of it at 0.75 on the videos of LLaVA-OneVision and on hard "
+        "videos, by one or two questions of a set.", "",
     ]  # fmt: skip
     table = []
     for key in rows:
@@ -208,31 +209,31 @@ def _moved(books: dict[str, PackedAnswers], rows: Sequence[str]) -> list[str]:
 
 
 NOTES: dict[str, str] = {
-    "qwen-images": "Small objects cost k-centre most. A likely reason: its thumbnails average over "
+    "qwen-images": "Small objects cost k-center most. A likely reason: its thumbnails average over "
     "4 × 4 pixels inside of every patch, so an object of a few pixels changes the look of its cell "
     "little, and cells with the edges of large objects go first. Fewer pixels lose more there. "
     "Counting is the family in which fewer pixels do as well: what it loses, it loses at the entry "
-    "of the decoder (see the variants of k-centre below).",
-    "qwen-videos": "What k-centre loses is in `needle`, objects that are seen in few frames, for "
+    "of the decoder (see the variants of k-center below).",
+    "qwen-videos": "What k-center loses is in `needle`, objects that are seen in few frames, for "
     "the same likely reason as small objects in images. Fewer pixels and frames lose more.",
     "onevision-images": "In counting, which this model has hardly learned, fewer pixels do as well "
-    "as k-centre, or better. A likely reason: the objects to be counted are large, and a tower "
+    "as k-center, or better. A likely reason: the objects to be counted are large, and a tower "
     "that sees all of the picture at a lower resolution misses none of them. Against entry only, "
-    "k-centre loses nothing.",
+    "k-center loses nothing.",
     "onevision-hard-videos": "A background that moves makes all places change, and cells with its "
-    "texture compete with those of objects. At 0.75 k-centre therefore loses more than on usual "
+    "texture compete with those of objects. At 0.75 k-center therefore loses more than on usual "
     "videos, where the background is the same in all frames, and misses the bar by one question. "
     "That is the likely reason; fewer pixels and fewer frames lose more.",
-    "qwen3-images": "What k-centre loses at 0.75 is in words, places and small objects. A likely "
+    "qwen3-images": "What k-center loses at 0.75 is in words, places and small objects. A likely "
     "reason: an object of few pixels changes the look of its cell little, and cells with the edges "
-    "of large objects go first. A word needs most of its letters, and k-centre does not know that "
+    "of large objects go first. A word needs most of its letters, and k-center does not know that "
     "cells belong together.",
     "qwen3-videos": "Repeated flashes stay because changes count. An object that appears again in "
-    "the same place looks the same, and with averages alone k-centre lets go what looks the same "
-    "as something that it keeps (see what k-centre compares). keyframes did that with whole "
+    "the same place looks the same, and with averages alone k-center lets go what looks the same "
+    "as something that it keeps (see what k-center compares). keyframes did that with whole "
     "frames.",
-    "vila-videos": "k-centre misses both bars by one question each. It loses objects that are seen "
-    "in few frames. A likely reason: this tower takes frames one by one, so k-centre has to keep "
+    "vila-videos": "k-center misses both bars by one question each. It loses objects that are seen "
+    "in few frames. A likely reason: this tower takes frames one by one, so k-center has to keep "
     "an equal share of every frame, also of those that show nothing new. keyframes dropped such "
     "frames whole and kept more of the others: 98.2% of entry only at 0.5 and at 0.75.",
 }

@@ -16,6 +16,7 @@ from benchmarks.accuracy.packed import PackedAnswers
 from benchmarks.accuracy.store import ACCURACY
 from benchmarks.accuracy.studies.trained_page import Rivals, compared, markdown
 from benchmarks.publishing import environment
+from benchmarks.stored import read_stored
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.baselines import EqualTokens
@@ -171,7 +172,7 @@ class StudyTables:
 
     def _read(self) -> None:
         file, args = self.args.output / f"{self.name}.json", self.args
-        self.tables = json.loads(file.read_text())["tables"]
+        self.tables = read_stored(file)["tables"]
         if self.sets:  # drop sets that the script no longer has
             self.tables = {n: t for n, t in self.tables.items() if n in args.every}
         for title, table in self.tables.items():
@@ -224,12 +225,13 @@ class StudyTables:
         self.answers[title] = answers
 
     def write(self, notes: str = "") -> None:
-        """Both files, `notes` at the end of the page."""
+        """The page, with `notes` at its end, and new results."""
         for title, table in self.tables.items():
             table["rows"] = compared(table["rows"], self.answers[title], self.rivals)
         page = markdown(self.name, self.tables) + (f"\n{notes}\n" if notes else "")
         stored = {t: {**v, "answers": self.answers[t].to_json()} for t, v in self.tables.items()}
         folder = self.args.output
-        publishing.write(folder / f"{self.name}.json", {"tables": stored})
+        if self.sets:  # stored results keep the names under which they were measured
+            publishing.write(folder / f"{self.name}.json", {"tables": stored})
         write_text(folder / f"{self.name}.md", page)
         print(page)

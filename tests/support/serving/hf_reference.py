@@ -61,7 +61,7 @@ def answer(folder: Path, job: dict[str, Any], positions: str = "original") -> di
         tower = {name: spec[name] for name in ("tower_ratio", "tower_reducer") if name in spec}
         handle = tokencomp.patch(
             model, spec.get("ratio"), budget=spec.get("budget"),
-            reducer=spec.get("reducer", "kcentre"), positions=positions, **tower,
+            reducer=spec.get("reducer", "kcenter"), positions=positions, **tower,
             **spec.get("options", {}),
         )  # fmt: skip
     try:

@@ -19,7 +19,7 @@ from tokencomp.errors import PlanError, UnsupportedModelError
 from tokencomp.plan.stages import TowerStage
 from tokencomp.tokens.spans import Grid
 
-Kind = Literal["image", "video"]
+Modality = Literal["image", "video"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class EncoderCall:
         First argument of the tower: (patches, values) if packed, else (pictures, 3, H, W).
     grids : Tensor of int64, shape (media, 3), or None
         (t, h, w) in patches, for packed towers.
-    kind
+    modality
         What is encoded: "video" if the method of the body that called the tower encodes videos.
     arguments
         Arguments of that method by name; empty if the tower was called without it.
@@ -40,7 +40,7 @@ class EncoderCall:
 
     pixels: Tensor
     grids: Tensor | None = None
-    kind: Kind = "image"
+    modality: Modality = "image"
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -68,7 +68,7 @@ class Cells:
     pixels: Tensor
     members: Tensor
     parts: list[list[Grid]]
-    kind: Kind
+    modality: Modality
     pictures: int = 0
     rows: int = 0
     order: Tensor | None = None

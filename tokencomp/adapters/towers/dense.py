@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokencomp.adapters.towers.base import Cells, EncoderCall, Kind, Tower
+from tokencomp.adapters.towers.base import Cells, EncoderCall, Modality, Tower
 from tokencomp.errors import OptionError, SpanError, UnsupportedModelError
 from tokencomp.plan.stages import TowerStage
 from tokencomp.tokens.spans import Grid
@@ -47,7 +47,7 @@ class DenseTower(Tower):
     ) -> None:
         blocks = dense_blocks(module)
         self.layer, self.pooled_frames = layer, pooled_frames
-        self._projected: Kind | None = None if projects_tokens else "image"
+        self._projected: Modality | None = None if projects_tokens else "image"
         self.indices = [
             i + len(blocks) + 1 if i < 0 else i
             for i in ([layer] if isinstance(layer, int) else layer)
@@ -55,14 +55,14 @@ class DenseTower(Tower):
         used, restorers = max(self.indices), [restorer or module]
         ends = blocks[:used], blocks[used:]
         super().__init__(module, *ends, restorers, [projector], owner, methods)
-        self.tables: dict[Kind, Tensor] = {
+        self.tables: dict[Modality, Tensor] = {
             "image": image,
             "video": image if video is None else video,
         }
 
-    def projected(self, kind: Kind) -> int:
+    def projected(self, modality: Modality) -> int:
         """Rows that the projector gets of one whole picture or frame."""
-        return len(self.tables[self._projected or kind])
+        return len(self.tables[self._projected or modality])
 
     def missing_tokens(self, missing: Tensor, count: int) -> Tensor:
         """Which tokens of a projector's output read a missing row of its input.
@@ -92,7 +92,7 @@ class DenseTower(Tower):
 
     def cells(self, call: EncoderCall, stage: TowerStage) -> Cells:
         self._check_call(call)
-        table, t = self.tables[call.kind], self.pooled_frames if call.kind == "video" else 1
+        table, t = self.tables[call.modality], self.pooled_frames if call.modality == "video" else 1
         pixels, count = self.patches(call.pixels), len(call.pixels)
         per_picture = len(pixels) // max(count, 1)
         if int(table.max()) + 1 > per_picture or count % t:
@@ -108,7 +108,7 @@ class DenseTower(Tower):
         parts: list[list[Grid]] = [[(1, side, side)]] * (count // t)
         (keep,) = stage.cells([(1, side, side)])
         rows = min(per_picture, table.shape[1] * keep)
-        return Cells(pixels, members.flatten(0, 1), parts, call.kind, count, rows)
+        return Cells(pixels, members.flatten(0, 1), parts, call.modality, count, rows)
 
     def patches(self, pixels: Tensor) -> Tensor:
         """Pixels (pictures, channels, H, W) → (pictures · patches, channels, 1, height, width)."""

@@ -27,7 +27,7 @@ class MosaicTower(DenseTower):
         self.body = body
 
     def cells(self, call: EncoderCall, stage: TowerStage) -> Cells:
-        if call.kind == "video":
+        if call.modality == "video":
             return super().cells(call, stage)
         self._check_call(call)
         pixels, table = self.patches(call.pixels), self.tables["image"]
@@ -52,7 +52,7 @@ class MosaicTower(DenseTower):
         # image. The bound is what every tile of the batch gets, whatever stands beside it.
         rows = max(stage.cells([(1, side, side)])[0], stage.most(per_picture))
         numbers = torch.cat(members)[:, None].to(pixels.device)
-        return Cells(pixels, numbers, parts, call.kind, first, rows)
+        return Cells(pixels, numbers, parts, call.modality, first, rows)
 
     def _images(self, call: EncoderCall) -> list[tuple[list[int], int]]:
         """(height, width) and number of tiles of every image of a call."""

@@ -53,4 +53,4 @@ class PackedTower(Tower):
         order = None if order is None else order.to(members.device)
         size = self.patch_size
         pixels = call.pixels.view(len(call.pixels), CHANNELS, -1, size, size)
-        return Cells(pixels, members, [[grid] for grid in grids], call.kind, order=order)
+        return Cells(pixels, members, [[grid] for grid in grids], call.modality, order=order)

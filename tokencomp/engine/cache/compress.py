@@ -82,7 +82,7 @@ def check_cache(cache: Any, between_layers: bool = False) -> None:
             f"{type(cache).__name__} holds {'offloaded ' * offloaded}{_names(kinds)}, and this "
             "plan drops tokens between decoder layers, which needs plain DynamicLayer rows on the "
             "device. Use the default cache, or a plan with an entry stage alone (reducers such as "
-            "'condiv', 'divprune' or 'merge')."
+            "'condiv', 'divprune' or 'bipartite')."
         )
 
 
@@ -167,13 +167,13 @@ def compact_cache(forward: ForwardPass, cache: Any, owner: CacheOwner) -> Any:
 
 def _note_owner(forward: ForwardPass, layers: list[Any], owner: CacheOwner) -> None:
     """Let the layers of a cache know the patch, and up to which length a step needs no mask."""
-    heads, windows = segment_heads(layers), forward.windows
-    masked = owner.compact or windows.relative or windows.cut_later_turns
+    heads, layer_types = segment_heads(layers), forward.layer_types
+    masked = owner.compact or layer_types.relative or layer_types.cut_later_turns
     masked |= any(head._valid is not None for head in heads)
     masked |= flash_on_static(forward.adapter.text_config, heads[0])
-    masked |= windows.rows_kept(layers) is not None or windows.masks_single_tokens
+    masked |= layer_types.rows_kept(layers) is not None or layer_types.masks_single_tokens
     # transformers leaves a mask out only below the window, so that at the window it is ours too.
-    below = 0.0 if masked else windows.smallest - 1
+    below = 0.0 if masked else layer_types.smallest - 1
     for layer in filled(layers):
         layer.owner, layer.seen_below = owner, below
 

@@ -21,8 +21,8 @@ from tokencomp.adapters.base import Adapter
 from tokencomp.engine.cache.compress import compress_layer
 from tokencomp.engine.cache.layers import WHOLE, CompressedLayer
 from tokencomp.engine.cache.rows import HOLDS_ROWS, filled, physical_length
-from tokencomp.engine.kinds.registry import Indexed
-from tokencomp.engine.kinds.windows import Windows
+from tokencomp.engine.layer_types.registry import Indexed
+from tokencomp.engine.layer_types.types import LayerTypes
 from tokencomp.engine.rows.outputs import cached_columns
 from tokencomp.errors import OptionError, UnsupportedCacheError, UnsupportedModelError
 from tokencomp.torchlib.cache_classes import STATES
@@ -50,18 +50,18 @@ def check_eviction(adapter: Adapter) -> None:
         A layer keeps a state, a window of rows, or an indexer, or attention depends on the number
         or the distance of rows.
     """
-    windows = Windows.of(adapter.decoder)
+    layer_types = LayerTypes.of(adapter.decoder)
     reasons = {
         "layers of linear attention or convolution, whose state cannot forget a token": (
-            windows.linear
+            layer_types.linear
         ),
         "layers with an attention window, whose cache has let rows go already": bool(
-            windows.sizes or windows.cut or windows.cut_later_turns
+            layer_types.sizes or layer_types.cut or layer_types.cut_later_turns
         ),
         "layers with an indexer, which holds rows of its own": any(
-            isinstance(kind, Indexed) for kind in windows.kinds
+            isinstance(kind, Indexed) for kind in layer_types.types
         ),
-        "attention with a bias by distance": windows.relative,
+        "attention with a bias by distance": layer_types.relative,
         "queries that are scaled by the number of their row": bool(adapter.row_scales),
     }
     found = [reason for reason, holds in reasons.items() if holds]

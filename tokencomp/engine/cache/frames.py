@@ -41,7 +41,7 @@ def compared_frames(x: Tensor, layout: RowLayout, cache: Any) -> list[list[Tenso
         for live in row:
             part, item = (part + 1 if live.span.item == item else 0), live.span.item
             _, h, w = live.span.grid
-            shape = (live.span.kind, h, w, part)
+            shape = (live.span.modality, h, w, part)
             frames.append(latest[b].get(shape))
             if live.whole and live.span.grid_known:
                 patches = (~live.span.special_mask()).nonzero()[-h * w :, 0]

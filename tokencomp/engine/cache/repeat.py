@@ -90,9 +90,9 @@ def _repeat_in_place(layer: Any, index: Tensor, before: int) -> None:
     held, rows = physical_length(layer), before + index.shape[1]
     if rows > layer.max_cache_len:
         raise UnsupportedCacheError(
-            f"rest='merge' repeats merged rows in the cache, so that it has {rows} rows, and this "
+            f"merge=True repeats merged rows in the cache, so that it has {rows} rows, and this "
             f"static cache can hold {layer.max_cache_len}. Give it room for every token of the "
-            "prompt, or use rest='drop'."
+            "prompt, or use merge=False."
         )
     pair = layer.keys, layer.values
     for x, new in zip(pair, _taken([x[..., before:held, :] for x in pair], index), strict=True):

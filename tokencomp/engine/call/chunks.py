@@ -61,7 +61,7 @@ class ChunkedPrefill(Hooked):
     ) -> Any:
         size = getattr(generation_config, "prefill_chunk_size", None)
         original = functools.partial(original, input_ids)
-        media = size is not None and self.adapter.feature_kinds(model_kwargs)
+        media = size is not None and self.adapter.feature_modalities(model_kwargs)
         # transformers refuses to chunk without a cache
         if not (media and self.active()) or compat.get_cache(model_kwargs) is None:
             return original(generation_config, model_kwargs, *args, **kwargs)

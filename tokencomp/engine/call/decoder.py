@@ -32,7 +32,7 @@ from tokencomp.engine.call.state import CallHooks, CallState, RunningCalls
 from tokencomp.engine.call.weights import RowWeights
 from tokencomp.engine.count.collect import MissedRatios, collect
 from tokencomp.engine.count.stats import Stats
-from tokencomp.engine.kinds.prepared_mask import split_mask
+from tokencomp.engine.layer_types.prepared_mask import split_mask
 from tokencomp.engine.rows.outputs import restore_maps, restore_states
 from tokencomp.engine.stage.segments import check_entered
 from tokencomp.engine.stage.survivors import refuse_missing
@@ -121,7 +121,7 @@ class DecoderHooks(CallHooks):
         Elsewhere there is nothing to do, or Dynamo traces what is done to the decoder. The call is
         one of the model, its body or its decoder.
         """
-        if self.calls.state.kinds is not None:
+        if self.calls.state.modalities is not None:
             return True
         arguments = compat.bind(module, args, kwargs)
         return not self._later.traceable(arguments, self.plan.active)
@@ -152,7 +152,7 @@ class DecoderHooks(CallHooks):
         """
         state, cache = self.calls.state, compat.get_cache(arguments)
         try:
-            media = state.kinds is not None and state.kinds.numpy().any()
+            media = state.modalities is not None and state.modalities.numpy().any()
         except RuntimeError:  # of a tensor without values
             raise UnsupportedModelError(TRACED) from None
         if media:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokencomp.adapters.base import ENCODED
-from tokencomp.adapters.structure import feature_kind
+from tokencomp.adapters.structure import feature_modality
 from tokencomp.errors import UnsupportedModelError
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.views import shallow_copy
@@ -56,6 +56,6 @@ def with_embeddings(decoder: nn.Module, arguments: dict[str, Any]) -> dict[str, 
             f"{type(decoder).__name__} puts features in place itself, and its layers are not run "
             "in order, so nothing can leave before them. Run it without patch()."
         )
-    media = {name for name in arguments if feature_kind(name) is not None} | {ENCODED}
+    media = {name for name in arguments if feature_modality(name) is not None} | {ENCODED}
     rest = {name: None if name in media else value for name, value in arguments.items()}
     return {**rest, "input_ids": None, "inputs_embeds": hidden}

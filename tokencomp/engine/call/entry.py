@@ -12,7 +12,7 @@ from torch import Tensor
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.structure import scales_queries
 from tokencomp.engine.cache.rows import first_layer
-from tokencomp.engine.kinds.windows import check_windows
+from tokencomp.engine.layer_types.types import check_windows
 from tokencomp.engine.rows.arguments import gather_arguments, sequence_lengths, text_positions
 from tokencomp.engine.stage.forward import ForwardPass
 from tokencomp.errors import (
@@ -57,13 +57,13 @@ def enter_prompt(
     # A decode step on a static cache reads no length on the host, so its whole length counts.
     room = getattr(layer, "max_cache_len", 0)
     before = first.logical
-    if first.physical and forward.windows.cut_later_turns:
+    if first.physical and forward.layer_types.cut_later_turns:
         name, window = type(adapter.decoder).__name__, layer.sliding_window
         raise UnsupportedCacheError(LATER_MEDIA.format(name, window))
     check = functools.partial(
         check_windows,
         adapter.decoder,
-        forward.windows,
+        forward.layer_types,
         by_column=forward.by_column,
         packed=forward.layout.packed,
         layers=getattr(cache, "layers", ()),
@@ -87,12 +87,12 @@ def enter_prompt(
         positions = _compact_positions(forward, valid, x)
         check(length := max(first.physical + x.shape[1], room))
     own_ids = _set_positions(forward, arguments, positions)
-    if valid is not None and first.physical and forward.windows.linear:
+    if valid is not None and first.physical and forward.layer_types.linear:
         raise UnsupportedCacheError(RAGGED_TURN)
     if own_ids and valid is None:  # with a mask, transformers looks for no packed prompts
         valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
     source = None
-    if forward.prepared is not None or not forward.windows.plain:
+    if forward.prepared is not None or not forward.layer_types.plain:
         source = forward.mask_source(valid, cache)
     if source is not None and source.explicit(first, length):
         arguments["attention_mask"] = source.decoder_mask(first, x)
@@ -107,7 +107,7 @@ def _check_prepared(forward: ForwardPass, length: int) -> None:
     Its masks let the tokens of an image see each other, which nothing could build again, and their
     windows count columns of the uncompressed sequence of `length` tokens.
     """
-    size = forward.windows.smallest
+    size = forward.layer_types.smallest
     if forward.prepared is not None and length > size:
         body = type(forward.adapter.body).__name__
         raise OptionError(

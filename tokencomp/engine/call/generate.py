@@ -85,7 +85,7 @@ class GenerateCalls(Hooked):
 
     def _check(self, inputs: Sequence[Sequence[int]], kwargs: dict[str, Any]) -> None:
         """Refuse requests that ask for media, which transformers would leave out."""
-        if self.adapter.feature_kinds(kwargs):
+        if self.adapter.feature_modalities(kwargs):
             raise UnsupportedCacheError(
                 "continuous batching takes token ids alone, and this call brings images or videos, "
                 f"which the model would never see. {FIX}"

@@ -29,8 +29,8 @@ from tokencomp.engine.call.later import begins_prompt
 from tokencomp.engine.call.refusals import FeaturelessPrompts, refuse_recomputation
 from tokencomp.engine.call.state import CallHooks, RunningCalls
 from tokencomp.engine.count.stats import Stats
-from tokencomp.engine.kinds.relative import RelativePositions
-from tokencomp.engine.kinds.windows import Windows
+from tokencomp.engine.layer_types.relative import RelativePositions
+from tokencomp.engine.layer_types.types import LayerTypes
 from tokencomp.errors import UnsupportedModelError
 from tokencomp.plan.plan import Plan
 from tokencomp.torchlib import compat
@@ -62,7 +62,7 @@ class Hooks(CallHooks):
         strict: bool,
         compact_positions: bool = False,
     ) -> None:
-        Windows.of(adapter.decoder)  # refuses kinds of layers that are not known
+        LayerTypes.of(adapter.decoder)  # refuses layer types that are not known
         super().__init__(adapter, RunningCalls())
         calls, self.compact_positions = self.calls, compact_positions
         self.gate = CallGate.of(adapter.model)
@@ -215,24 +215,24 @@ class Hooks(CallHooks):
         arguments, state = compat.bind(module, args, kwargs), self.calls.state
         state.in_body, state.body_mask = True, arguments.get("attention_mask")
         state.forward = None
-        state.inputs = state.kinds = None
+        state.inputs = state.modalities = None
         if not self.decoder.compresses():
             state.inputs = arguments
             return
         if state.types is not None:
             arguments = with_types(arguments, state.types)
-        kinds = self.adapter.kinds(arguments)
-        if kinds is not None:
+        modalities = self.adapter.modalities(arguments)
+        if modalities is not None:
             noted = state.labels is not None or state.drafts  # they say where the question ends
             if state.records and noted:
                 refuse_recomputation(self.adapter.top, "its labels")
             state.records = torch.is_grad_enabled()
-            state.inputs, state.kinds = arguments, kinds.cpu()
+            state.inputs, state.modalities = arguments, modalities.cpu()
         elif begins_prompt(arguments):
             self.decoder.stats = None  # not those of another prompt
             self._featureless.meet(arguments)
 
     def _forget_prompt(self, *call: Any) -> None:
         state = self.calls.state
-        state.kinds = state.inputs = state.forward = state.body_mask = None
+        state.modalities = state.inputs = state.forward = state.body_mask = None
         state.in_body = False

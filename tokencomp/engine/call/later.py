@@ -19,9 +19,9 @@ from tokencomp.engine.cache.layers import CompressedLayer
 from tokencomp.engine.cache.rows import first_layer, flash_on_static, segment_heads
 from tokencomp.engine.cache.static import CompressedStaticLayer
 from tokencomp.engine.call.state import RunningCalls
-from tokencomp.engine.kinds import mask_compat
-from tokencomp.engine.kinds.prepared_mask import read_mask
-from tokencomp.engine.kinds.windows import Windows, check_windows
+from tokencomp.engine.layer_types import mask_compat
+from tokencomp.engine.layer_types.prepared_mask import read_mask
+from tokencomp.engine.layer_types.types import LayerTypes, check_windows
 from tokencomp.engine.rows.layout import RowLayout
 from tokencomp.engine.stage.forward import ForwardPass
 from tokencomp.engine.stage.segments import Segment
@@ -57,7 +57,7 @@ class LaterTokens:
         layer = first_layer(compat.get_cache(inputs))
         if not isinstance(layer, CompressedStaticLayer):
             return not stages and not isinstance(layer, CompressedLayer)
-        return _columns(inputs) == 1 and not self.adapter.feature_kinds(inputs)
+        return _columns(inputs) == 1 and not self.adapter.feature_modalities(inputs)
 
     def prepare(self, kwargs: dict[str, Any], layers: list[Any], first: Any) -> None:
         """Set the mask (and compact positions) of a call in place.
@@ -112,9 +112,9 @@ class LaterTokens:
         """
         x, n = kwargs["inputs_embeds"], kwargs["inputs_embeds"].shape[1]
         past = layer.rows if self.compact_positions else layer.get_seq_length()
-        windows, total = Windows.of(self.adapter.decoder, served=True), int(past) + n
+        layer_types, total = LayerTypes.of(self.adapter.decoder, served=True), int(past) + n
         by_column = not self.compact_positions
-        check_windows(self.adapter.decoder, windows, total, by_column)
+        check_windows(self.adapter.decoder, layer_types, total, by_column)
         new, prepared = None, None  # a single token is never padding, nor a part of a picture
         if n > 1:
             new, prepared = self._columns_of_call(kwargs, n, layer)
@@ -124,15 +124,15 @@ class LaterTokens:
         # One token attends to every row, so without padding it needs no mask.
         maskless = maskless and all(layer.valid is None for layer in segment_heads(layers))
         # transformers leaves a mask out only below the window, so at the window it is ours too.
-        plain = not (windows.masks_single_tokens or windows.relative)
-        if maskless and total < windows.smallest and plain:
+        plain = not (layer_types.masks_single_tokens or layer_types.relative)
+        if maskless and total < layer_types.smallest and plain:
             kwargs["attention_mask"] = None
             return
         forward = ForwardPass.continuation(self.adapter, layers, new, n)
         forward.by_column, forward.prepared = by_column, prepared
         source, first = forward.mask_source(new, compat.get_cache(kwargs)), forward.segments[0]
         explicit = source.explicit(first, total)
-        if maskless and not explicit and len(forward.segments) == 1 and not windows.relative:
+        if maskless and not explicit and len(forward.segments) == 1 and not layer_types.relative:
             kwargs["attention_mask"] = None
             return
         if len(forward.segments) > 1 and "logits_to_keep" in kwargs:

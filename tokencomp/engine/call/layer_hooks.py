@@ -12,7 +12,7 @@ from tokencomp.adapters.base import Adapter
 from tokencomp.engine.call.layer_stages import scored_stages
 from tokencomp.engine.call.refusals import refuse_recomputation
 from tokencomp.engine.call.state import CallHooks, RunningCalls
-from tokencomp.engine.scores.tap import attention_of
+from tokencomp.engine.scores.capture import attention_of
 from tokencomp.engine.stage.layer_calls import before_layer
 from tokencomp.plan.plan import Plan
 from tokencomp.tokens.signals import Attention

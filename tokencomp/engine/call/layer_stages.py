@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.engine.kinds.windows import Windows
-from tokencomp.engine.scores.tap import attention_of
+from tokencomp.engine.layer_types.types import LayerTypes
+from tokencomp.engine.scores.capture import attention_of
 from tokencomp.errors import PlanError, UnsupportedModelError
 from tokencomp.plan.plan import Plan
 from tokencomp.tokens.signals import Attention
@@ -26,7 +26,7 @@ ENTRY_ONLY = {
     "n_layers_per_attn_res_block": (0, "its layers read the states of blocks before them, too"),
     "indexer_compress_ratio": (1, "its indexer pools blocks of rows"),
 }
-FIX = "Use a reducer that acts at entry, such as 'condiv', 'divprune' or 'merge'."
+FIX = "Use a reducer that acts at entry, such as 'condiv', 'divprune' or 'bipartite'."
 
 
 def check_entry(plan: Plan, adapter: Adapter) -> None:
@@ -65,18 +65,18 @@ def _entry_only(decoder: Any) -> list[str]:
     ]
 
 
-def check_kinds(plan: Plan, adapter: Adapter) -> None:
-    """Refuse fractions of kinds of media that the model does not take.
+def check_modalities(plan: Plan, adapter: Adapter) -> None:
+    """Refuse fractions of modalities that the model does not take.
 
     Raises
     ------
     PlanError
         A stage would treat such a kind in a way of its own, to no effect.
     """
-    kinds = {kind for s in plan.stages for kind, f in s.by_kind if f != s.fraction}
-    if kinds and (idle := kinds - adapter.media):
+    modalities = {modality for s in plan.stages for modality, f in s.by_modality if f != s.fraction}
+    if modalities and (unused := modalities - adapter.media):
         raise PlanError(
-            f"a ratio of {', '.join(sorted(idle))} has no effect: {adapter.family} takes "
+            f"a ratio of {', '.join(sorted(unused))} has no effect: {adapter.family} takes "
             f"{' and '.join(sorted(adapter.media))} only. Leave it out. (Where frames of a video "
             "stand at placeholders of images, they count as images.)"
         )
@@ -140,11 +140,11 @@ def scored_stages(plan: Plan, adapter: Adapter) -> Iterator[tuple[int, int, Atte
     PlanError
         No layer before a stage has attention.
     """
-    windows = Windows.of(adapter.decoder)
+    layer_types = LayerTypes.of(adapter.decoder)
     for stage in plan.layer_stages:
         for signal in stage.needs if stage.most > 0 else ():
             if isinstance(signal, Attention) and _scored_before(signal, adapter, stage.layer):
-                yield stage.layer, _scored_layer(windows, plan, stage.layer), signal
+                yield stage.layer, _scored_layer(layer_types, plan, stage.layer), signal
 
 
 def _scored_before(signal: Attention, adapter: Adapter, stage: int) -> bool:
@@ -161,7 +161,7 @@ def _scored_before(signal: Attention, adapter: Adapter, stage: int) -> bool:
     return False
 
 
-def _scored_layer(windows: Windows, plan: Plan, stage: int) -> int:
+def _scored_layer(layer_types: LayerTypes, plan: Plan, stage: int) -> int:
     """The layer whose attention scores tokens for the stage before layer `stage`.
 
     It is the last one before the stage, and behind the stage before, whose queries see all tokens;
@@ -174,14 +174,14 @@ def _scored_layer(windows: Windows, plan: Plan, stage: int) -> int:
     PlanError
         No layer before the stage has attention.
     """
-    kinds = windows.kinds
+    types = layer_types.types
     behind = max((s.layer for s in plan.stages if s.layer < stage), default=0)
     for first in (behind, 0):
-        scoring = [i for i in range(first, stage) if kinds[i].attends]
-        whole = [i for i in scoring if kinds[i].window_field is None]
+        scoring = [i for i in range(first, stage) if types[i].attends]
+        whole = [i for i in scoring if types[i].window_field is None]
         if scoring:
             return (whole or scoring)[-1]
-    scored = (i for i, kind in enumerate(kinds) if kind.attends)
+    scored = (i for i, one in enumerate(types) if one.attends)
     raise PlanError(
         f"a stage at layer {stage} is to be scored by the attention of a layer before it, but none "
         f"of the layers 0 to {stage - 1} has attention. The first that has is layer "

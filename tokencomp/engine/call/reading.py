@@ -41,7 +41,7 @@ def read_prompt(
     arguments
         Arguments of the decoder by name, with the 2-D mask of padding as `attention_mask`.
     state
-        What the calls around it said; its `kinds` are known.
+        What the calls around it said; its `modalities` are known.
 
     Returns
     -------
@@ -50,9 +50,13 @@ def read_prompt(
     Tensor of int64
         Positions of the uncompressed call, (3, B, L) for M-RoPE, else (B, L).
     """
-    kinds, x, mask = state.kinds, arguments["inputs_embeds"], arguments.get("attention_mask")
-    assert kinds is not None
-    if x.shape[:2] != kinds.shape:
+    modalities, x, mask = (
+        state.modalities,
+        arguments["inputs_embeds"],
+        arguments.get("attention_mask"),
+    )
+    assert modalities is not None
+    if x.shape[:2] != modalities.shape:
         if rate := getattr(adapter.top, "video_pruning_rate", 0):
             raise AlreadyCompressedError(
                 f"{type(adapter.top).__name__} drops video tokens itself (video_pruning_rate="
@@ -61,7 +65,7 @@ def read_prompt(
             )
         raise AlreadyCompressedError(
             f"the decoder got {tuple(x.shape[:2])} tokens for a prompt of "
-            f"{tuple(kinds.shape)}: something else already shortened it. Undo the other "
+            f"{tuple(modalities.shape)}: something else already shortened it. Undo the other "
             "method before patch()."
         )
     if plan.layer_stages and compat.recomputed(adapter.layers[0]):
@@ -69,7 +73,7 @@ def read_prompt(
     past = int(cache.get_seq_length()) if cache is not None else 0
     positions, text = read_positions(adapter, arguments, past)
     rows = positions[-3:].cpu().numpy() if adapter.mrope else None
-    found = adapter.spans(Call(kinds, x, rows, adapter.body, state.inputs or {}))
+    found = adapter.spans(Call(modalities, x, rows, adapter.body, state.inputs or {}))
     spans = [numbered(row) for row in found]
     unknown = [span for row in spans for span in row if not span.grid_known]
     if unknown:
@@ -127,13 +131,13 @@ def check_grids(plan: Plan, spans: list[VisualSpan]) -> None:
     for span, stage in itertools.product(spans, plan.stages):
         if stage.reducer.grid == "any":
             continue
-        if stage.amount is None and stage.fraction_of(span.kind) == 1:
+        if stage.budget is None and stage.fraction_of(span.modality) == 1:
             continue
         raise UnknownGridError(
-            f"reducer {stage.reducer.name!r} reads places in the grid of an {span.kind}, but "
+            f"reducer {stage.reducer.name!r} reads places in the grid of an {span.modality}, but "
             f"nothing tells how the {span.length} tokens from column {span.start} on lie "
             "in the picture. Use a reducer that reads features alone, such as 'condiv', "
-            "'divprune', 'merge' or 'uniform'."
+            "'divprune', 'bipartite' or 'uniform'."
         )
 
 

@@ -40,8 +40,8 @@ class CallState:
         From the body: whether it is running.
     inputs
         From the body: its arguments by name.
-    kinds : Tensor of int8 on the CPU, shape (B, L), or None
-        From the body: the kind of feature in every column, see `Adapter.kinds`.
+    modalities : Tensor of int8 on the CPU, shape (B, L), or None
+        From the body: the kind of feature in every column, see `Adapter.modalities`.
     body_mask
         From the body: its `attention_mask`.
     forward
@@ -68,7 +68,7 @@ class CallState:
     records: bool = False
     in_body: bool = False
     inputs: dict[str, Any] | None = None
-    kinds: Tensor | None = None
+    modalities: Tensor | None = None
     body_mask: Any = None
     forward: ForwardPass | None = None
     recomputed: ForwardPass | None = None

@@ -25,7 +25,7 @@ from tokencomp.engine.scores.proportional import (
     reads_backend,
 )
 from tokencomp.engine.stage.forward import ForwardPass
-from tokencomp.errors import OptionError, RestWarning, UnsupportedModelError
+from tokencomp.errors import MergeWarning, OptionError, UnsupportedModelError
 from tokencomp.plan.plan import Plan
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.checkpointing import checkpoint_functions
@@ -105,10 +105,10 @@ class RowWeights(CallHooks):
         missing = {i for i in missing if forward.weights(forward.segment_of(i)) is not None}
         if missing:
             raise UnsupportedModelError(
-                f"rest='merge': the attention of layers {sorted(missing)} of "
+                f"merge=True: the attention of layers {sorted(missing)} of "
                 f"{type(self.adapter.decoder).__name__} has not asked for the weights of merged "
                 "tokens, because it does not call the backend that its config names. Use "
-                "rest='drop'."
+                "merge=False."
             )
 
     def end(self) -> None:
@@ -133,33 +133,33 @@ class RowWeights(CallHooks):
         if sizes is not None and state.records and state.recomputed is None:
             # Without gradients is the first run of reentrant checkpointing, whoever implements it.
             first, lost = not torch.is_grad_enabled(), "the weights of merged tokens"
-            refuse_recomputation(self.adapter.decoder, lost, ", or use rest='drop'", first)
+            refuse_recomputation(self.adapter.decoder, lost, ", or use merge=False", first)
         gone = rows - keys if forward.chunk is None else 0  # a chunk has the first rows alone
         return sizes if sizes is None or gone <= 0 else sizes[:, gone:]
 
 
 def merging_where_possible(plan: Plan, adapter: Adapter, compact: bool) -> Plan:
-    """The plan, whose stages with rest="auto" drop where the model or positions cannot merge well.
+    """The plan, whose stages with merge="auto" drop where the model or positions cannot merge well.
 
-    A stage with rest="merge" is refused beside attention that weights do not reach, or compact
-    positions. Where rest="auto" drops, a `RestWarning` says why.
+    A stage with merge=True is refused beside attention that weights do not reach, or compact
+    positions. Where merge="auto" drops, a `MergeWarning` says why.
     """
-    asked = any(stage.rest == "merge" for stage in plan.stages)
+    asked = any(stage.merge is True for stage in plan.stages)
     try:
         modules = attention_modules(adapter.layers)
         if compact:
             raise OptionError(
-                "rest='merge' with positions='compact': merged rows stand in the cache as often as "
+                "merge=True with positions='compact': merged rows stand in the cache as often as "
                 "the tokens that they stand for, and compact positions count rows. Use "
-                "positions='original', or rest='drop'."
+                "positions='original', or merge=False."
             )
         if not asked:
             _check_attention(modules)
     except (UnsupportedModelError, OptionError) as error:
         if asked:
             raise
-        warnings.warn(f"rest='auto' drops here. {error}", RestWarning, stacklevel=5)
-        return plan.with_rest("drop")
+        warnings.warn(f"merge='auto' drops here. {error}", MergeWarning, stacklevel=5)
+        return plan.with_merge(False)
     return plan
 
 
@@ -174,13 +174,13 @@ def _check_attention(modules: list[Any]) -> None:
     """
     if deaf := sorted({type(m).__name__ for m in modules if not reads_backend(m)}):
         raise UnsupportedModelError(
-            "rest='merge': the weights of merged tokens do not reach the attention of "
+            "merge=True: the weights of merged tokens do not reach the attention of "
             f"{' and '.join(deaf)}, which does not call the backend that its config names. Use "
-            "rest='drop'."
+            "merge=False."
         )
     dims = {int(getattr(module, "head_dim", 0)) for module in modules}
     if any(dim + extra_dims(dim) > MOST_DIMS for dim in dims):
         raise UnsupportedModelError(
-            f"rest='merge': heads of {max(dims)} dimensions have no room for weights under "
-            f"FlashAttention, which takes {MOST_DIMS}. Use rest='drop'."
+            f"merge=True: heads of {max(dims)} dimensions have no room for weights under "
+            f"FlashAttention, which takes {MOST_DIMS}. Use merge=False."
         )

@@ -87,8 +87,8 @@ class VisualContext(Installed):
         A forward pre-hook of the body.
         """
         named = compat.bind(module, args, kwargs)
-        kinds = self._adapter.kinds(named)
-        new = [] if kinds is None else (kinds != 0).sum(1).tolist()
+        modalities = self._adapter.modalities(named)
+        new = [] if modalities is None else (modalities != 0).sum(1).tolist()
         past, most = held(compat.get_cache(named)), max(new, default=0)
         self._local.total = past + most
         if most and past + most > self.target_tokens:
@@ -155,10 +155,10 @@ def extend_visual_context(
             raise OptionError(f"{name}={value!r}: expected a whole number of visual tokens, ≥ 1.")
     adapter = adapter_for(model)
     rotary: Any = adapter.rotary
-    kind = getattr(rotary, "rope_type", "default")
-    if kind not in ("default", "mrope"):
+    modality = getattr(rotary, "rope_type", "default")
+    if modality not in ("default", "mrope"):
         raise UnsupportedModelError(
-            f"the decoder's rotary embedding is already scaled (rope_type={kind!r}). Load the "
+            f"the decoder's rotary embedding is already scaled (rope_type={modality!r}). Load the "
             "model without rope scaling to extend its visual window."
         )
     base = rope_base(adapter.text_config)

@@ -69,7 +69,7 @@ class MissedRatios:
         if plan is not self._plan or len(self._seen) > REMEMBERED:
             self._plan, self._seen = plan, set()
         media = [
-            [(s.kind, s.length, len(s.special), len(s.text), s.item) for s in row]
+            [(s.modality, s.length, len(s.special), len(s.text), s.item) for s in row]
             for row in stats.spans
         ]
         seen = f"{media} {stats.counts}"
@@ -87,7 +87,9 @@ class MissedRatios:
         if not before or abs(planned - achieved) <= max(0.05 * (1 - planned), spans / before):
             return
         own = [counts_itself(s.reducer) for s in plan.stages]
-        stages = [(s.layer, s.fraction, s.by_kind, s.amount, s.reducer.name) for s in plan.stages]
+        stages = [
+            (s.layer, s.fraction, s.by_modality, s.budget, s.reducer.name) for s in plan.stages
+        ]
         name = f"{stages}{plan.tower and plan.tower.fraction}"
         if name in self._warned or (own and all(own)):
             return
@@ -112,6 +114,6 @@ def _reason(stats: Stats, own: list[bool]) -> str:
     if most.special and stats.ratio < stats.requested_ratio and not any(own):
         return (
             f"special tokens, such as line breaks, always stay, {len(most.special)} of "
-            f"{most.visual} in one {most.kind}"
+            f"{most.visual} in one {most.modality}"
         )
     return "a reducer of this plan leaves a number of tokens of its own"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from tokencomp.engine.kinds.registry import FULL, KINDS
+from tokencomp.engine.layer_types.registry import FULL, LAYER_TYPES
 from tokencomp.engine.scores.proportional import extra_dims
 from tokencomp.torchlib import compat
 
@@ -41,18 +41,18 @@ class DecoderShape:
     def from_config(cls, config: Any, itemsize: int = 2) -> DecoderShape:
         """Sizes of a transformers text config."""
         count = config.num_hidden_layers
-        kinds = list(getattr(config, "layer_types", None) or ())[:count]
+        types = list(getattr(config, "layer_types", None) or ())[:count]
         per_layer = compat.layer_configs(config)
         first = cls._of_layer(per_layer[0], count, itemsize)
-        if len(set(kinds)) < 2 and not (kinds and KINDS.get(kinds[0], FULL).window_field):
+        if len(set(types)) < 2 and not (types and LAYER_TYPES.get(types[0], FULL).window_field):
             return first
         shared = compat.kv_sharing_modes(config) or ["store"] * count
         own = []
-        for name, mode, layer in zip(kinds, shared, per_layer, strict=False):
+        for name, mode, layer in zip(types, shared, per_layer, strict=False):
             shape = cls._of_layer(layer, 1, itemsize, "swa_" if name == "hybrid_sliding" else "")
-            kind = KINDS.get(name, FULL)
-            reach = getattr(layer, kind.window_field or "", None) if kind.attends else 0
-            stored = shape.stored if kind.attends and not str(mode).startswith("reuse") else 0
+            layer_type = LAYER_TYPES.get(name, FULL)
+            reach = getattr(layer, layer_type.window_field or "", None) if layer_type.attends else 0
+            stored = shape.stored if layer_type.attends and not str(mode).startswith("reuse") else 0
             own.append(replace(shape, reach=reach, stored=stored))
         return replace(first, own=tuple(own))
 
@@ -88,7 +88,7 @@ class DecoderShape:
 
         Causal attention counts the visible half: 4 · heads · head_dim per (query, key) pair. The
         mixer of a linear layer counts as much as the projections of attention. `weighted` rows
-        take a few more dimensions per head to attention (`rest="merge"`).
+        take a few more dimensions per head to attention (`merge=True`).
         """
         shape = self.layer(layer)
         pairs, reach = tokens * past + tokens * (tokens + 1) // 2, shape.reach

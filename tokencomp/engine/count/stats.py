@@ -14,7 +14,7 @@ from tokencomp.engine.count.flops import DecoderShape
 from tokencomp.engine.rows.layout import RowLayout
 from tokencomp.engine.tower.flops import TowerCost
 from tokencomp.errors import OptionError
-from tokencomp.plan.amounts import Place
+from tokencomp.plan.budgets import Place
 from tokencomp.plan.plan import Plan
 from tokencomp.tokens.spans import VisualSpan
 
@@ -117,7 +117,7 @@ class Stats:
         for row, places in zip(self.spans, self._places, strict=True):
             for span, place in zip(row, places, strict=True):
                 before += span.visual
-                removed += span.visual * plan.ratio(layers, span.kind, place)
+                removed += span.visual * plan.ratio(layers, span.modality, place)
         return removed / max(1, before)
 
     def __bool__(self) -> bool:
@@ -318,9 +318,9 @@ class Stats:
 
 def _offsets(layout: RowLayout, sample: int) -> list[list[int]]:
     """Offsets inside their span of the tokens that are left of every span of a sample."""
-    lives = layout.spans[sample]
-    rows = [layout.index_of(sample, live) for live in lives]
-    pairs = zip(lives, rows, strict=True)
+    kept_spans = layout.spans[sample]
+    rows = [layout.index_of(sample, live) for live in kept_spans]
+    pairs = zip(kept_spans, rows, strict=True)
     return [list(range(live.count)) if i is None else i.tolist() for live, i in pairs]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokencomp.engine.rows.layout import LiveSpan, PromptColumns, RowLayout
+from tokencomp.engine.rows.layout import KeptSpan, PromptColumns, RowLayout
 from tokencomp.tokens.reduction import Reduction
 
 
@@ -73,7 +73,7 @@ def compact(
             text = old.start - cursor
             table[b, at : at + text] = np.arange(cursor, old.start)
             at += text
-            moved.append(LiveSpan(old.span, at, count))
+            moved.append(KeptSpan(old.span, at, count))
             if (b, j) in chosen:
                 columns.append(np.arange(old.start, old.stop))
                 places.append(np.arange(at, at + count) + b * width)
@@ -101,7 +101,7 @@ def compact(
 
 
 def _shrunk(
-    layout: RowLayout, sample: int, after: list[LiveSpan], shift: int
+    layout: RowLayout, sample: int, after: list[KeptSpan], shift: int
 ) -> list[PromptColumns]:
     """The prompts of a row whose spans shrank to `after`, behind `shift` columns of padding."""
     first = layout.width - layout.lengths[sample]

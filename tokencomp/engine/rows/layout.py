@@ -17,7 +17,7 @@ from tokencomp.tokens.spans import VisualSpan
 
 
 @dataclass(frozen=True)
-class LiveSpan:
+class KeptSpan:
     """What is left of a span: `count` tokens from column `start`."""
 
     span: VisualSpan
@@ -53,7 +53,7 @@ class PromptColumns:
     stop: int
     question_stop: int
 
-    def holds(self, live: LiveSpan) -> bool:
+    def holds(self, live: KeptSpan) -> bool:
         """Whether a live span belongs to this prompt."""
         return self.start <= live.start < self.stop
 
@@ -83,7 +83,7 @@ class RowLayout:
 
     width: int
     lengths: list[int]
-    spans: list[list[LiveSpan]]
+    spans: list[list[KeptSpan]]
     origin: Tensor | None = None
     sizes: Tensor | None = None
     prompts: list[list[PromptColumns]] = field(default_factory=list)
@@ -91,20 +91,20 @@ class RowLayout:
     _valid: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
-    def kinds(self) -> set[str]:
+    def modalities(self) -> set[str]:
         """Kinds of media among the live spans."""
-        return {live.span.kind for row in self.spans for live in row}
+        return {live.span.modality for row in self.spans for live in row}
 
     @cached_property
     def packed(self) -> bool:
         """Whether a row holds more than one prompt."""
         return any(len(row) > 1 for row in self.prompts)
 
-    def prompt_of(self, sample: int, live: LiveSpan) -> PromptColumns:
+    def prompt_of(self, sample: int, live: KeptSpan) -> PromptColumns:
         """The prompt that a live span of row `sample` belongs to."""
         return next(p for p in self.prompts[sample] if p.holds(live))
 
-    def spans_of(self, sample: int, prompt: PromptColumns) -> list[LiveSpan]:
+    def spans_of(self, sample: int, prompt: PromptColumns) -> list[KeptSpan]:
         """The live spans of a prompt of row `sample`, in order."""
         return [live for live in self.spans[sample] if prompt.holds(live)]
 
@@ -113,7 +113,7 @@ class RowLayout:
         first = max((live.stop for live in self.spans_of(sample, prompt)), default=prompt.start)
         return slice(first, prompt.question_stop)
 
-    def ends_question(self, sample: int, live: LiveSpan) -> bool:
+    def ends_question(self, sample: int, live: KeptSpan) -> bool:
         """Whether a question ends in a span, so that its last column predicts the next token."""
         return live.stop == self.prompt_of(sample, live).question_stop
 
@@ -123,7 +123,7 @@ class RowLayout:
         origin, sizes, raters = (None if t is None else t.to(device) for t in tensors)
         return replace(self, origin=origin, sizes=sizes, raters=raters)
 
-    def index_of(self, sample: int, live: LiveSpan) -> Tensor | None:
+    def index_of(self, sample: int, live: KeptSpan) -> Tensor | None:
         """Offsets in its span of what is left of it, int64, shape (count,); None: all of them."""
         if live.whole or self.origin is None:
             return None
@@ -147,7 +147,7 @@ def full_layout(
     prompts: list[list[PromptColumns]] | None = None,
 ) -> RowLayout:
     """The layout of an uncompressed, left-padded call, by default of one prompt per row."""
-    live = [[LiveSpan(s, s.start, s.length) for s in row] for row in spans]
+    live = [[KeptSpan(s, s.start, s.length) for s in row] for row in spans]
     if prompts is None:
         prompts = [[PromptColumns(width - n, width, width)] for n in lengths]
     return RowLayout(width, lengths, live, prompts=prompts)

@@ -98,11 +98,11 @@ def restore_maps(maps: Any, forward: Any, layers: Sequence[Any]) -> Any:
     `layers` are those of the KV cache. One with a window holds the last columns of earlier calls
     alone, and maps of its layers begin with these, as without a patch.
     """
-    width, windows, full = forward.width, forward.windows, []
+    width, layer_types, full = forward.width, forward.layer_types, []
     cut = any(isinstance(layer, DynamicSlidingWindowLayer) for layer in layers)
     for i, weights in enumerate(maps):
         segment = forward.segment_of(i)
-        size = windows.sizes.get(windows.kinds[i].name) if cut else None
+        size = layer_types.sizes.get(layer_types.types[i].name) if cut else None
         if weights is not None:
             weights = restore_map(weights, segment, width)
         if weights is not None and size is not None:

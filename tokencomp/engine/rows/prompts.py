@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tokencomp.engine.rows.layout import LiveSpan, PromptColumns, RowLayout
+from tokencomp.engine.rows.layout import KeptSpan, PromptColumns, RowLayout
 from tokencomp.errors import PaddingError
 from tokencomp.tokens.spans import VisualSpan
 
@@ -62,7 +62,7 @@ def aligned_layout(
     for b, row in enumerate(spans):
         for span in row:
             _check_visible(real[b, span.start : span.stop], b, span)
-        live.append([LiveSpan(s, place[b][s.start], s.length) for s in row])
+        live.append([KeptSpan(s, place[b][s.start], s.length) for s in row])
     moved = [
         [
             PromptColumns(at[p.start], at[p.stop], at[p.question_stop])
@@ -82,8 +82,8 @@ def _check_visible(real: Tensor, sample: int, span: VisualSpan) -> None:
     if hidden:
         raise PaddingError(
             f"sample {sample}: attention_mask hides {hidden} of the {span.length} tokens of the "
-            f"{span.kind} that begins at column {span.start}. It may hide padding and text; give "
-            "whole images and videos, or leave them out of the prompt."
+            f"{span.modality} that begins at column {span.start}. It may hide padding and text; "
+            "give whole images and videos, or leave them out of the prompt."
         )
 
 

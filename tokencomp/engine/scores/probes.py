@@ -1,10 +1,10 @@
 """Attention scores without touching the model's attention backend.
 
-The query rows that vote are recomputed from the layer's own input (`tokencomp.engine.scores.tap`);
-keys come from the KV cache. Softmax columns are summed by `tokencomp.kernels.attention_colsum`: no
-rows × keys tensor exists. A sliding window of the layer is left out, and so is what its indexer
-would choose: the scores say what attention each token would receive if the whole prompt were
-visible.
+The query rows that vote are recomputed from the layer's own input
+(`tokencomp.engine.scores.capture`); keys come from the KV cache. Softmax columns are summed by
+`tokencomp.kernels.attention_colsum`: no rows × keys tensor exists. A sliding window of the layer is
+left out, and so is what its indexer would choose: the scores say what attention each token would
+receive if the whole prompt were visible.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from torch import Tensor
 from tokencomp.engine.cache.rows import is_reference, keeps_window, physical_length
 from tokencomp.engine.rows.compaction import move_tables
 from tokencomp.engine.rows.layout import RowLayout
+from tokencomp.engine.scores.capture import attention_of
 from tokencomp.engine.scores.parallel import gather_heads, unsharded
 from tokencomp.engine.scores.queries_keys import Probe, questions_of, with_past
-from tokencomp.engine.scores.tap import attention_of
 from tokencomp.tokens.signals import Attention
 from tokencomp.tokens.stacks import HostIndex
 from tokencomp.torchlib import compat
@@ -148,12 +148,12 @@ def _span_scores(
     moved = move_tables(host, probe.device)
     chosen = None if every else moved["voting"].view(index.shape)
     if keys is None:
-        tapped = probe.queries_and_keys(chosen, cached, past)
+        captured = probe.queries_and_keys(chosen, cached, past)
     else:
-        tapped = probe.queries(chosen)
+        captured = probe.queries(chosen)
         own = probe.columns(keys[..., past:, :] if past else keys)
-        tapped.key = with_past(cached, past, probe.questions[0].sample, own)
-    k, offset = tapped.key, tapped.key.shape[2] - probe.width
+        captured.key = with_past(cached, past, probe.questions[0].sample, own)
+    k, offset = captured.key, captured.key.shape[2] - probe.width
     if signal.iterations > 1 and offset:
         # PageRank needs a query for every key; those of earlier turns are gone.
         k, offset = k[:, :, offset:], 0
@@ -162,13 +162,13 @@ def _span_scores(
     for rows, table in zip(passes, tables, strict=True):
         part = slice(at, at + table.shape[1])
         whole = len(tables) == 1
-        query = tapped.query if whole else tapped.query[:, :, part]
+        query = captured.query if whole else captured.query[:, :, part]
         seen = visible if whole else visible[:, :, part]
         weights = None
         if rows == "raters" and raters is not None and chosen is not None:
             own = probe.of_samples(raters).to(k.device)
             weights = own.gather(1, chosen[:, part].to(k.device) + probe.first)
-        sums.append(_column_sums(probe, query, k, seen, tapped.scaling, signal, weights))
+        sums.append(_column_sums(probe, query, k, seen, captured.scaling, signal, weights))
         at = part.stop
     sums = [s[..., offset:] if offset else s for s in sums]
     flat = (torch.cat(sums) if len(sums) > 1 else sums[0]).flatten()

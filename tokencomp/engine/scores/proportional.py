@@ -28,8 +28,8 @@ MULTIPLE = 8  # FlashAttention requires head dimensions that are multiples of 8
 SizesOf = Callable[[int, int], Tensor | None]
 
 
-class Further(NamedTuple):
-    """Further dimensions of attention heads, see `further`."""
+class BiasDims(NamedTuple):
+    """Further dimensions of attention heads, see `bias_dims`."""
 
     of_queries: Tensor
     of_keys: Tensor
@@ -72,7 +72,7 @@ class ProportionalAttention:
             self._modules = attention_modules(self._layers)
             for module in self._modules:
                 module.config = AttributeView(
-                    module.config, _attn_implementation=NAME, tokencomp_further=self._further
+                    module.config, _attn_implementation=NAME, tokencomp_bias_dims=self._bias_dims
                 )
 
     def leave(self) -> None:
@@ -95,7 +95,7 @@ class ProportionalAttention:
         self._modules, self._last = [], (None, None, None)
 
     @compat.not_compiled
-    def _further(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> Further | None:
+    def _bias_dims(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> BiasDims | None:
         """The further dimensions of an attention call; None where all rows stand for one token.
 
         The layers of a call mostly have the same sizes, and then share them.
@@ -106,9 +106,9 @@ class ProportionalAttention:
         case = key.shape[-2], query.shape[-1], query.dtype, key.dtype, key.device, scaling
         of, known, found = self._last  # one tuple, so that threads do not mix theirs
         if of is not sizes or known != case:
-            found = further(query, key, sizes, scaling)
+            found = bias_dims(query, key, sizes, scaling)
             self._last = sizes, case, found
-        own: Further = found
+        own: BiasDims = found
         return own
 
 
@@ -127,20 +127,20 @@ def attention_modules(layers: Iterable[nn.Module]) -> list[Any]:
     if not found or any(getattr(m, "indexer", None) for m in found):
         names = " and ".join(sorted({type(m).__name__ for m in found or modules}))
         raise UnsupportedModelError(
-            f"rest='merge': the weights of merged tokens do not reach the attention of {names}. "
-            "Use rest='drop'."
+            f"merge=True: the weights of merged tokens do not reach the attention of {names}. "
+            "Use merge=False."
         )
     for module in found:
         if getattr(module, "attn_logit_softcapping", None):
             raise UnsupportedModelError(
-                f"rest='merge': {type(module).__name__} caps its attention logits "
+                f"merge=True: {type(module).__name__} caps its attention logits "
                 "(attn_logit_softcapping of its config), and the weights of merged tokens would be "
-                "capped with them. Use rest='drop'."
+                "capped with them. Use merge=False."
             )
         if getattr(module, "config", None) is None:
             raise UnsupportedModelError(
-                f"rest='merge': {type(module).__name__} has no config that names its attention "
-                "backend, so the weights of merged tokens cannot reach it. Use rest='drop'."
+                f"merge=True: {type(module).__name__} has no config that names its attention "
+                "backend, so the weights of merged tokens cannot reach it. Use merge=False."
             )
     return found
 
@@ -178,7 +178,7 @@ def attend(
     scale, dim = query.shape[-1] ** -0.5 if scaling is None else scaling, value.shape[-1]
     if isinstance(config, AttributeView):  # else it has left since, with another thread's prompt
         plain = AttributeView(module, config=config.tokencomp_original)
-        more = config.tokencomp_further(module.layer_idx, query, key, scale)
+        more = config.tokencomp_bias_dims(module.layer_idx, query, key, scale)
     if more is not None:
         query, key, value = widen(query, key, value, more)
         scaling = scale
@@ -187,7 +187,7 @@ def attend(
     return out if more is None else out[..., :dim].contiguous(), weights
 
 
-def further(query: Tensor, key: Tensor, sizes: Tensor, scaling: float) -> Further:
+def bias_dims(query: Tensor, key: Tensor, sizes: Tensor, scaling: float) -> BiasDims:
     """Dimensions by which scaling · q·k grows by the log(size) of every key.
 
     The head dimension grows to the next multiple of 8 that has two more dimensions. The first holds
@@ -214,11 +214,11 @@ def further(query: Tensor, key: Tensor, sizes: Tensor, scaling: float) -> Furthe
     of_keys[:, 0, :, 0], of_keys[:, 0, :, 1] = high, log_sizes - high.float()
     of_queries = query.new_zeros(extra)
     of_queries[:2] = factor
-    return Further(of_queries, of_keys)
+    return BiasDims(of_queries, of_keys)
 
 
 def widen(
-    query: Tensor, key: Tensor, value: Tensor, more: Further
+    query: Tensor, key: Tensor, value: Tensor, more: BiasDims
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Add further dimensions to queries and keys, and zeros to values.
 

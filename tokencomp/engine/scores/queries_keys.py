@@ -12,8 +12,8 @@ from torch import Tensor
 from tokencomp.engine.cache.rows import stored
 from tokencomp.engine.rows.arguments import each
 from tokencomp.engine.rows.compaction import take
-from tokencomp.engine.rows.layout import LiveSpan, RowLayout
-from tokencomp.engine.scores.tap import Past, Tapped, tap
+from tokencomp.engine.rows.layout import KeptSpan, RowLayout
+from tokencomp.engine.scores.capture import Captured, Past, capture_qk
 from tokencomp.torchlib import compat
 
 # Arguments of a layer that a probe leaves out: it knows what is padding.
@@ -27,7 +27,7 @@ class QuestionColumns:
     sample: int
     first: int
     stop: int
-    spans: list[LiveSpan]
+    spans: list[KeptSpan]
 
     @property
     def text(self) -> list[int]:
@@ -105,12 +105,12 @@ class Probe:
             return keys
         return keys.narrow(2, self.first, self.width)
 
-    def queries(self, rows: Tensor | None) -> Tapped:
+    def queries(self, rows: Tensor | None) -> Captured:
         """Queries (S, heads, R, d) of some rows (S, R), or of all; the factor of their product."""
         projected = self._projected if rows is None else None
-        return self._tap(rows, ("k_proj", "v_proj"), projected)
+        return self._capture(rows, ("k_proj", "v_proj"), projected)
 
-    def queries_and_keys(self, rows: Tensor | None, cached: Any, past: int) -> Tapped:
+    def queries_and_keys(self, rows: Tensor | None, cached: Any, past: int) -> Captured:
         """`queries`, and keys of all tokens; of one sample behind those of earlier turns."""
         from tokencomp.kernels import gather_rows
 
@@ -121,9 +121,9 @@ class Probe:
         caches = {} if earlier is None else dict.fromkeys(compat.CACHE_NAMES, earlier)
         arguments = {**self._arguments, **caches}
         call = self.root, self.attn, self._hidden, arguments, ("v_proj",), rows
-        tapped = tap(*call, samples=self._part)
-        query = tapped.query if rows is None else gather_rows([tapped.query], rows, 2, 0)[0]
-        return Tapped(query, with_past(cached, past, sample, tapped.key), tapped.scaling)
+        captured = capture_qk(*call, samples=self._part)
+        query = captured.query if rows is None else gather_rows([captured.query], rows, 2, 0)[0]
+        return Captured(query, with_past(cached, past, sample, captured.key), captured.scaling)
 
     def unrotated_keys(self) -> Tensor:
         """Keys (S, kv heads, width, D) of all tokens before the rotary embedding."""
@@ -135,7 +135,7 @@ class Probe:
             arguments["position_embeddings"] = torch.ones_like(cos), torch.zeros_like(sin)
         skipped = ("q_proj", "v_proj")
         call = self.root, self.attn, self._hidden, arguments, skipped
-        return tap(*call, samples=self._part).key
+        return capture_qk(*call, samples=self._part).key
 
     def caches_keys(self, keys: Tensor) -> bool:
         """Whether a cache of these rows holds the keys that attention reads.
@@ -146,12 +146,12 @@ class Probe:
         if getattr(config, "kv_lora_rank", None) is None:
             return True
         row = torch.zeros(len(self._hidden), 1, dtype=torch.int64, device=self._hidden.device)
-        key = self._tap(row, ("q_proj",)).key
+        key = self._capture(row, ("q_proj",)).key
         return (keys.shape[1], keys.shape[-1]) == (key.shape[1], key.shape[-1])
 
-    def _tap(
+    def _capture(
         self, rows: Tensor | None, skipped: tuple[str, ...], projected: Tensor | None = None
-    ) -> Tapped:
+    ) -> Captured:
         hidden, arguments = self._hidden, self._arguments
         if rows is not None:
             hidden = _rows_of(hidden, rows, self.width, False)
@@ -160,7 +160,7 @@ class Probe:
                 for name, value in arguments.items()
             }
         call = self.root, self.attn, hidden, arguments, skipped
-        return tap(*call, projected=projected, samples=self._part)
+        return capture_qk(*call, projected=projected, samples=self._part)
 
 
 def _of_samples(value: Any, probe: Probe, width: int, tables: bool) -> Any:

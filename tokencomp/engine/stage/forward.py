@@ -12,8 +12,8 @@ from torch import Tensor
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine.cache.frames import compared_frames
-from tokencomp.engine.kinds.masks import MaskSource
-from tokencomp.engine.kinds.windows import Windows
+from tokencomp.engine.layer_types.masks import MaskSource
+from tokencomp.engine.layer_types.types import LayerTypes
 from tokencomp.engine.rows.arguments import sequence_dim, table_parts
 from tokencomp.engine.rows.compaction import Selection, compact, take
 from tokencomp.engine.rows.layout import RowLayout
@@ -22,7 +22,7 @@ from tokencomp.engine.stage.stage_input import StageInput
 from tokencomp.engine.stage.stage_scores import StageScores, rater_weights
 from tokencomp.engine.stage.survivors import surviving_rows
 from tokencomp.engine.tower.flops import TowerCost
-from tokencomp.plan.amounts import Place, packed_places
+from tokencomp.plan.budgets import Place, packed_places
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.stages import Stage
 from tokencomp.tokens.signals import FRAMES, NORM, Attention, Signal
@@ -57,10 +57,10 @@ class ForwardPass:
         True positions (B, n) for decoders with one position per token.
     tables
         Rotary tables of the columns that the entry stage leaves, where it has computed them, by
-        the kind of layer that they are for (None: all).
+        the layer type that they are for (None: all).
     scores
         Attention scores for stages that have not run yet; None where no reducer reads any.
-    windows
+    layer_types
         Kinds of the decoder layers, and their attention windows.
     by_column
         Whether windows are measured in columns of the uncompressed sequence, not in rows.
@@ -119,12 +119,12 @@ class ForwardPass:
         self.survivors: RowLayout | None = None
         scored = any(isinstance(signal, Attention) for signal in plan.needs)
         self.scores = StageScores(adapter.layers) if scored else None
-        self.merges = plan.merges_rest and any(
+        self.merges = plan.may_merge and any(
             plan.merging(*item)
             for rows in zip(spans, self.counts, self.places, strict=True)
             for item in zip(*rows, strict=True)
         )
-        self.windows = Windows.of(adapter.decoder, served=True)
+        self.layer_types = LayerTypes.of(adapter.decoder, served=True)
         self.by_column = True
         self.prepared: Any = None
         self.new: Tensor | None = None
@@ -186,8 +186,8 @@ class ForwardPass:
             with self.timed():
                 x, positions, *parts = self.reduce(stage, [x, positions, *parts], dims)
             if parts:
-                kind = self.adapter.rotary_kind(layer=0)
-                self.tables[kind] = tuple(parts) if isinstance(tables, tuple) else parts[0]
+                modality = self.adapter.rotary_layer_type(layer=0)
+                self.tables[modality] = tuple(parts) if isinstance(tables, tuple) else parts[0]
         self.segments[0].layout = self.layout
         return x, positions, self.layout.origin
 
@@ -195,7 +195,7 @@ class ForwardPass:
         """Score the tokens for the entry stage; gives the rotary tables that this takes."""
         tables = None
         for signal in stage.needs:
-            if isinstance(signal, Attention) and signal.kinds & self.layout.kinds:
+            if isinstance(signal, Attention) and signal.modalities & self.layout.modalities:
                 if tables is None:
                     tables = self.adapter.rotary_tables(x, positions, layer=0)
                 ids = None if self.adapter.mrope else positions
@@ -251,15 +251,15 @@ class ForwardPass:
     def mask_source(self, new: Tensor | None, cache: Any) -> MaskSource:
         """What the masks of this call are built from; `new` is False at padding, (B, n)."""
         layers = list(getattr(cache, "layers", None) or ())
-        config, windows, own = self.adapter.text_config, self.windows, self.prepared
-        return MaskSource(config, windows, layers, new, own, self.by_column, self.starts())
+        config, layer_types, own = self.adapter.text_config, self.layer_types, self.prepared
+        return MaskSource(config, layer_types, layers, new, own, self.by_column, self.starts())
 
     def starts(self) -> Tensor | None:
         """First real column of every sample in the whole sequence, int64 (B,).
 
         None: unknown, or no window is counted from there.
         """
-        if not self.windows.count_from_start:
+        if not self.layer_types.count_from_start:
             return None
         first = self.segments[0]
         if first.starts is not None or not self.compresses:

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from tokencomp.engine.kinds.registry import CONVOLUTION, LayerKind
+from tokencomp.engine.layer_types.registry import CONVOLUTION, LayerType
 from tokencomp.engine.rows.arguments import (
     SET_APART,
     gather_arguments,
@@ -47,15 +47,15 @@ def before_layer(
     hidden = args[0] if args else kwargs["hidden_states"]
     if not segment.ready:
         hidden = _enter(forward, segment, hidden, kwargs)
-    kind, cache = forward.windows.kinds[i], compat.get_cache(kwargs)
+    layer_type, cache = forward.layer_types.types[i], compat.get_cache(kwargs)
     kwargs.update(_column_arguments(segment, kwargs, forward.segments[0].layout.width))
-    kwargs["attention_mask"] = _mask(forward, segment, kind, hidden, cache)
+    kwargs["attention_mask"] = _mask(forward, segment, layer_type, hidden, cache)
     if "conv_mask" in kwargs:
         kwargs["conv_mask"] = _mask(forward, segment, CONVOLUTION, hidden, cache)
     kwargs["position_ids"] = _positions(forward, segment, kwargs)
     kwargs.update(segment.lengths)
     if "position_embeddings" in kwargs:
-        kwargs["position_embeddings"] = _tables(segment, kind.name, kwargs, hidden.device)
+        kwargs["position_embeddings"] = _tables(segment, layer_type.name, kwargs, hidden.device)
     if args:
         return (hidden,), kwargs
     kwargs["hidden_states"] = hidden
@@ -91,8 +91,8 @@ def _run_stage(
 ) -> Tensor:
     """Apply the stage before a segment to the hidden states (B, n, d) and its rotary tables."""
     stage: Any = segment.stage
-    kind, device = forward.windows.kinds[segment.first].name, hidden.device
-    tables = _tables(previous, kind, kwargs, device)
+    layer_type, device = forward.layer_types.types[segment.first].name, hidden.device
+    tables = _tables(previous, layer_type, kwargs, device)
     scores = forward.scores
     for signal in stage.needs:
         if not isinstance(signal, Attention) or signal.layer != "next" or scores is None:
@@ -109,7 +109,7 @@ def _run_stage(
     dims = [1, 1, *map(sequence_dim, parts)]
     with forward.timed():
         hidden, segment.index, *parts = forward.reduce(stage, [hidden, index, *parts], dims)
-    segment.tables[kind] = parts
+    segment.tables[layer_type] = parts
     return hidden
 
 
@@ -134,15 +134,15 @@ def _positions(forward: ForwardPass, segment: Segment, kwargs: Mapping[str, Any]
 
 
 def _mask(
-    forward: ForwardPass, segment: Segment, kind: LayerKind, hidden: Tensor, cache: Any
+    forward: ForwardPass, segment: Segment, layer_type: LayerType, hidden: Tensor, cache: Any
 ) -> Any:
     """The mask of the layers of one kind in a segment, made once for all of them."""
-    if kind.name not in segment.masks:
+    if layer_type.name not in segment.masks:
         new = segment.layout.valid(hidden.device) if forward.compresses else forward.new
         source = forward.mask_source(new, cache)
         text = segment.text_positions
-        segment.masks[kind.name] = kind.mask(source, segment, hidden, text)
-    return segment.masks[kind.name]
+        segment.masks[layer_type.name] = layer_type.mask(source, segment, hidden, text)
+    return segment.masks[layer_type.name]
 
 
 def _column_arguments(segment: Segment, kwargs: Mapping[str, Any], width: int) -> dict[str, Any]:
@@ -166,17 +166,19 @@ def _column_arguments(segment: Segment, kwargs: Mapping[str, Any], width: int) -
     return others
 
 
-def _tables(segment: Segment, kind: str, kwargs: Mapping[str, Any], device: torch.device) -> Any:
-    """Rotary tables of a layer of `kind` that is called with `kwargs`, for rows of `segment`.
+def _tables(
+    segment: Segment, layer_type: str, kwargs: Mapping[str, Any], device: torch.device
+) -> Any:
+    """Rotary tables of a layer of `layer_type` that is called with `kwargs`, for rows of `segment`.
 
-    Kinds of layers may have tables of their own, and some have none.
+    Layer types may have tables of their own, and some have none.
     """
     tables = kwargs.get("position_embeddings")
     if tables is None or segment.index is None:
         return tables
-    if not segment.tables.get(kind):
+    if not segment.tables.get(layer_type):
         parts = [t.to(device) for t in table_parts(tables)]
         index, valid = segment.index.to(device), segment.layout.valid(device)
-        segment.tables[kind] = take(parts, index, [*map(sequence_dim, parts)], valid)
-    moved = tuple(t.to(device) for t in segment.tables[kind])
+        segment.tables[layer_type] = take(parts, index, [*map(sequence_dim, parts)], valid)
+    moved = tuple(t.to(device) for t in segment.tables[layer_type])
     return moved if isinstance(tables, tuple) else moved[0]

@@ -1,4 +1,4 @@
-"""Merging of the patches that a stage does not keep into those that it keeps (`rest="merge"`)."""
+"""Merging of the patches that a stage does not keep into those that it keeps (`merge=True`)."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def merge_rest(
 
     if reduction.merged is not None or reduction.sizes is not None:
         raise OptionError(
-            f"rest='merge': {reducer!r} returns features or sizes of its own, so there are no "
-            "tokens left to merge. Leave rest out; a reducer that merges should say so "
+            f"merge=True: {reducer!r} returns features or sizes of its own, so there are no "
+            "tokens left to merge. Leave merge out; a reducer that merges should say so "
             "(`merges = True`)."
         )
     patches = Patches.of(batch, keeps)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokencomp.engine.cache.layers import CompressedLayer
 from tokencomp.engine.cache.rows import first_layer, flash_on_static, physical_length
-from tokencomp.engine.kinds import mask_compat
+from tokencomp.engine.layer_types import mask_compat
 from tokencomp.engine.rows.layout import RowLayout
 from tokencomp.engine.rows.outputs import cached_columns
 from tokencomp.errors import UnsupportedModelError

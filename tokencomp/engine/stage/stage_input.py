@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tokencomp.engine.rows.compaction import Selection, move_tables
 from tokencomp.engine.rows.layout import RowLayout, text_values
 from tokencomp.engine.stage.merging import merge_rest
-from tokencomp.plan.amounts import Place
+from tokencomp.plan.budgets import Place
 from tokencomp.plan.reducer import reduced
 from tokencomp.plan.stages import Stage
 from tokencomp.tokens.reduction import Reduction
@@ -112,8 +112,8 @@ class StageInput:
                 keeps[b][j] = part.keep.numel()
                 counts[b][j][order] = keeps[b][j] - len(spans[b][j].span.text)
         merging = []
-        if stage.rest != "drop":
-            merging = [stage.merges(spans[b][j].span.kind, places[b][j]) for b, j in chosen]
+        if stage.merge:
+            merging = [stage.merges(spans[b][j].span.modality, places[b][j]) for b, j in chosen]
         if any(merging):
             numbers = [keeps[b][j] for b, j in chosen]
             with checked():  # targets come from tables of the host
@@ -145,25 +145,25 @@ class StageInput:
 
         The tables that it needs are built on the host and moved to the device together.
         """
-        lives = [self.layout.spans[b][j] for b, j in chosen]
-        fixed = [len(live.span.special) + len(live.span.text) for live in lives]
+        kept_spans = [self.layout.spans[b][j] for b, j in chosen]
+        fixed = [len(live.span.special) + len(live.span.text) for live in kept_spans]
         rows = [
             np.arange(live.start, live.stop) + b * self.layout.width
-            for live, (b, _) in zip(lives, chosen, strict=True)
+            for live, (b, _) in zip(kept_spans, chosen, strict=True)
         ]
         tables: dict[str, Any] = {}
         first, last = rows[0][0], rows[-1][-1] + 1
         neighbours = last - first == sum(map(len, rows))
-        missing = self.layout.origin is not None and any(not live.whole for live in lives)
-        lengths, sizes = [live.count for live in lives], self.layout.sizes
+        missing = self.layout.origin is not None and any(not live.whole for live in kept_spans)
+        lengths, sizes = [live.count for live in kept_spans], self.layout.sizes
         if not neighbours or missing or sizes is not None:
             tables["columns"] = np.concatenate(rows)
         if missing:
-            whole = [live.span.length for live in lives]
-            tables["start"] = np.repeat([live.span.start for live in lives], lengths)
+            whole = [live.span.length for live in kept_spans]
+            tables["start"] = np.repeat([live.span.start for live in kept_spans], lengths)
             tables["before"] = np.repeat(np.cumsum(whole) - whole, lengths)
         if any(fixed):
-            tables["special"] = np.concatenate([live.span.fixed_mask() for live in lives])
+            tables["special"] = np.concatenate([live.span.fixed_mask() for live in kept_spans])
         scores, needs = self.scores, stage.needs
         # Spans that keep all of their tokens have scores, but are not in the batch.
         if scores is not None and len(scores) > sum(lengths):
@@ -186,8 +186,8 @@ class StageInput:
         batch = SpanBatch(
             features=flat[first:last] if neighbours else flat.index_select(0, moved["columns"]),
             lengths=lengths,
-            grids=[live.span.grid for live in lives],
-            kinds=[live.span.kind for live in lives],
+            grids=[live.span.grid for live in kept_spans],
+            modalities=[live.span.modality for live in kept_spans],
             fixed=fixed,
             special=special,
             index=index,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tokencomp.engine.rows.compaction import Selection
-from tokencomp.engine.rows.layout import LiveSpan, RowLayout
+from tokencomp.engine.rows.layout import KeptSpan, RowLayout
 from tokencomp.errors import SpanError
 from tokencomp.plan.plan import Plan
 from tokencomp.tokens.reduction import Reduction
@@ -30,7 +30,7 @@ def surviving_rows(x: Tensor, layout: RowLayout, plan: Plan) -> Selection:
             _check(present, live, plan, b)
             if not present[-1] and layout.ends_question(b, live):
                 raise SpanError(
-                    f"the question of sample {b} ends in the {live.span.kind} at "
+                    f"the question of sample {b} ends in the {live.span.modality} at "
                     f"{live.span.start}, whose last token the vision tower has dropped. Put "
                     "text behind it, or use tower_ratio=0."
                 )
@@ -48,14 +48,14 @@ def surviving_rows(x: Tensor, layout: RowLayout, plan: Plan) -> Selection:
     return Selection(counts, chosen, Reduction(torch.cat(rows)) if rows else None)
 
 
-def _check(present: Tensor, live: LiveSpan, plan: Plan, sample: int) -> None:
+def _check(present: Tensor, live: KeptSpan, plan: Plan, sample: int) -> None:
     """Compare the tokens that are left of a span with the count of the tower stage."""
     count, expected = int(present.sum()), plan.entering(live.span) + len(live.span.text)
     if count == expected:
         return
     dropped = plan.tower.fraction if plan.tower else 1.0
     raise SpanError(
-        f"the {live.span.kind} at {live.span.start} of sample {sample} has {count} of its "
+        f"the {live.span.modality} at {live.span.start} of sample {sample} has {count} of its "
         f"{len(present)} tokens, but the tower stage, which keeps {dropped:g}, leaves {expected}. "
         "Features that were computed elsewhere, without the patch or under another tower_ratio, "
         "cannot be used: pass pixels, or use tower_ratio=0."

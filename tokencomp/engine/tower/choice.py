@@ -64,7 +64,7 @@ def chosen_cells(
                 features=_cell_values(values, cells.members[rows], pixels is not None),
                 lengths=[lengths[i] for i in some],
                 grids=[grids[i] for i in some],
-                kinds=[cells.kind for _ in some],
+                modalities=[cells.modality for _ in some],
                 fixed=[0 for _ in some],
                 pixels=pixels,
             )

@@ -76,5 +76,5 @@ class TowerHooks:
                 )
             forward.tower = self.probe.collect(forward.spans)
         if self.drop is not None:
-            media = {s.kind for row in forward.spans for s in row} - {"audio"}
+            media = {s.modality for row in forward.spans for s in row} - {"audio"}
             forward.tower_costs = self.drop.collect(len(media))

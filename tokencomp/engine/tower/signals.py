@@ -150,12 +150,14 @@ class TowerProbe(Hooked):
             The tower was not called for this prompt (the caller passed features instead of
             pixels), or it was called for other media.
         """
-        kinds = [k for k in ("image", "video") if any(s.kind == k for row in spans for s in row)]
+        modalities = [
+            k for k in ("image", "video") if any(s.modality == k for row in spans for s in row)
+        ]
         # The tower runs once for all images and then once for all videos. An earlier call belongs
         # to another prompt, which never reached the decoder.
-        calls = list(self._recorded.calls)[len(self._recorded.calls) - len(kinds) :]
+        calls = list(self._recorded.calls)[len(self._recorded.calls) - len(modalities) :]
         self._recorded.calls.clear()
-        if len(calls) < len(kinds):
+        if len(calls) < len(modalities):
             raise SpanError(
                 "the reducer reads the vision tower's attention, but the tower did not run for "
                 "this prompt. Pass pixels, not precomputed features, or use another signal."
@@ -163,12 +165,12 @@ class TowerProbe(Hooked):
         values: dict[Signal, list[list[Tensor]]] = {}
         for name in self.signals:
             tokens = {
-                kind: self.adapter.tower_tokens(call.values[name], kind, call)
-                for kind, call in zip(kinds, calls, strict=True)
+                modality: self.adapter.tower_tokens(call.values[name], modality, call)
+                for modality, call in zip(modalities, calls, strict=True)
             }
-            for kind, table in tokens.items():
+            for modality, table in tokens.items():
                 keys = name.part == "keys"
-                tokens[kind] = table.unflatten(-1, (self._heads, -1)) if keys else table[:, 0]
+                tokens[modality] = table.unflatten(-1, (self._heads, -1)) if keys else table[:, 0]
             values[name] = _spread(spans, tokens)
         return values
 
@@ -205,10 +207,15 @@ def _spread(spans: list[list[VisualSpan]], tokens: dict[str, Tensor]) -> list[li
     be a whole number and the same for images and videos.
     """
     total = {
-        kind: sum(s.grid[0] * s.grid[1] * s.grid[2] for row in spans for s in row if s.kind == kind)
-        for kind in tokens
+        modality: sum(
+            s.grid[0] * s.grid[1] * s.grid[2]
+            for row in spans
+            for s in row
+            if s.modality == modality
+        )
+        for modality in tokens
     }
-    copies = {kind: n / max(len(tokens[kind]), 1) for kind, n in total.items()}
+    copies = {modality: n / max(len(tokens[modality]), 1) for modality, n in total.items()}
     times = next(iter(copies.values()), 1.0)
     if times != int(times) or len(spans) % int(times or 1) or len(set(copies.values())) > 1:
         counts = [f"{len(tokens[k])} {k} patches for {n} tokens" for k, n in total.items()]
@@ -218,10 +225,10 @@ def _spread(spans: list[list[VisualSpan]], tokens: dict[str, Tensor]) -> list[li
             "tower's attention."
         )
     rows, parts = spans[:: int(times) or 1], dict[str, Iterator[Tensor]]()
-    for kind, values in tokens.items():
-        own = [span for row in rows for span in row if span.kind == kind]
-        parts[kind] = iter(_of_tokens(values, own).split([span.length for span in own]))
-    tables = [[next(parts[span.kind]) for span in row] for row in rows]
+    for modality, values in tokens.items():
+        own = [span for row in rows for span in row if span.modality == modality]
+        parts[modality] = iter(_of_tokens(values, own).split([span.length for span in own]))
+    tables = [[next(parts[span.modality]) for span in row] for row in rows]
     return [row for row in tables for _ in range(int(times) or 1)]
 
 

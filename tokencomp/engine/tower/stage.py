@@ -44,7 +44,7 @@ from tokencomp.torchlib.replace import MethodReplacement
 class _Local(threading.local):
     """What runs in this thread: arguments of the encoding method, and the call of the tower."""
 
-    kind: Any = "image"
+    modality: Any = "image"
     arguments: Any = None
     cells: Cells | None = None
     rows: TowerRows | None = None
@@ -105,16 +105,18 @@ class TowerDrop(Hooked):
 
     # -- around the tower -----------------------------------------------------------------------
 
-    def _encode(self, kind: str, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _encode(
+        self, modality: str, original: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
         """Call a method of the body that encodes media, and note its arguments."""
         local = self._local
-        earlier = local.kind, local.arguments
+        earlier = local.modality, local.arguments
         bound = inspect.signature(original).bind_partial(*args, **kwargs).arguments
-        local.kind, local.arguments = kind, {**bound, **bound.get("kwargs", {})}
+        local.modality, local.arguments = modality, {**bound, **bound.get("kwargs", {})}
         try:
             return original(*args, **kwargs)
         finally:
-            local.kind, local.arguments = earlier
+            local.modality, local.arguments = earlier
 
     @compat.not_compiled
     def _begin(self, tower: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -127,7 +129,7 @@ class TowerDrop(Hooked):
         arguments = compat.bind(tower, args, kwargs)
         pixels = next(arguments[n] for n in ("pixel_values", "hidden_states") if n in arguments)
         grids = arguments.get("grid_thw")
-        call = EncoderCall(pixels, grids, local.kind, local.arguments or {})
+        call = EncoderCall(pixels, grids, local.modality, local.arguments or {})
         local.cells = self.layout.cells(call, self.stage)
         local.cost = TowerCost(self.shape)
         if self.stage.block == 0:
@@ -165,7 +167,9 @@ class TowerDrop(Hooked):
         """Count the rows that go through the projectors."""
         layout, cells = self.layout, rows.cells
         if isinstance(layout, DenseTower):
-            cost.tokens_before = cost.tokens_after = cells.pictures * layout.projected(cells.kind)
+            cost.tokens_before = cost.tokens_after = cells.pictures * layout.projected(
+                cells.modality
+            )
             if self._projector_restores:  # so it gets what the tower leaves
                 cost.tokens_after = len(rows.index) * cells.rows
         else:

@@ -208,7 +208,7 @@ class PromptText:
                 Counter(self._tokens(self.render([{"role": "user", "content": content}])))
                 for content in ([text], [{"type": kind}, text])
             )
-        except RequestError:  # a model without this kind of media
+        except RequestError:  # a model without this modality
             return Counter()
         return Counter({t: n for t, n in (marked - plain).items() if t in self._added})
 

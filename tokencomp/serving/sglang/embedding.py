@@ -69,10 +69,12 @@ class Compressing:
         width = rows.shape[-1] // (self.levels + 2)
         return rows[:, :width], rows[:, width:]
 
-    def _features(self, items: list[Any], encode: Callable[..., Any], kind: str) -> list[Tensor]:
+    def _features(
+        self, items: list[Any], encode: Callable[..., Any], modality: str
+    ) -> list[Tensor]:
         """Run the vision tower on batches of limited size and reduce every item to its plan."""
         merge = self._model.config.vision_config.spatial_merge_size
-        grids = [item.model_specific_data[f"{kind}_grid_thw"] for item in items]
+        grids = [item.model_specific_data[f"{modality}_grid_thw"] for item in items]
         sizes = [int(grid.prod(-1).sum()) // merge**2 for grid in grids]
         outputs: list[Tensor] = []
         for first, stop in batches(sizes, ROW_BUDGET):

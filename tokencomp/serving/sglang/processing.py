@@ -95,7 +95,7 @@ def compress(output: Any, spec: MethodSpec, merge: int, facts: ModelFacts | None
     positions = output.mrope_positions.clone()
     items = []
     for item in output.mm_items:
-        kind, grid = _grid(item, merge)
+        modality, grid = _grid(item, merge)
         # Frames of a video may have text between them. How many tokens of a frame stay depends on
         # the pixels, so all tokens from the first frame to the last become placeholders.
         start, stop = item.offsets[0][0], item.offsets[-1][1] + 1
@@ -105,7 +105,7 @@ def compress(output: Any, spec: MethodSpec, merge: int, facts: ModelFacts | None
         extent = int(offsets.max()) + 1
         if extent > MAX_OFFSET:
             raise OptionError(f"one of the media spans more than {MAX_OFFSET} positions.")
-        plan = ItemPlan.make([item_span(kind, grid)], spec, extent, facts)
+        plan = ItemPlan.make([item_span(modality, grid)], spec, extent, facts)
         if plan.full != int((text < 0).sum()):
             raise RuntimeError(f"{int((text < 0).sum())} placeholders for a grid of {grid}")
         if plan.kept == plan.full:
@@ -129,14 +129,15 @@ def _grid(item: Any, merge: int) -> tuple[str, tuple[int, int, int]]:
     """Return kind and token grid (t, h, w) of an item."""
     if not (item.is_image() or item.is_video()):
         raise OptionError("audio beside images or videos cannot be compressed in SGLang.")
-    kind = "image" if item.is_image() else "video"
-    grid = item.model_specific_data.get(f"{kind}_grid_thw")
+    modality = "image" if item.is_image() else "video"
+    grid = item.model_specific_data.get(f"{modality}_grid_thw")
     if item.precomputed_embeddings is not None or grid is None or len(grid) != 1:
         raise OptionError(
-            f'a precomputed {kind} cannot be compressed; send pixels, or request {{"ratio": 0}}.'
+            f"a precomputed {modality} cannot be compressed; send pixels, or request "
+            f'{{"ratio": 0}}.'
         )
     t, h, w = (int(n) for n in grid[0])
-    return kind, (t, h // merge, w // merge)
+    return modality, (t, h // merge, w // merge)
 
 
 def _text(ids: list[int], spans: list[tuple[int, int]]) -> torch.Tensor:

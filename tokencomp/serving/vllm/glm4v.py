@@ -54,13 +54,13 @@ class Model(mrope.Model):
 
         Rows of a compressed item are at the base of their frame.
         """
-        kind, place = feature.modality, feature.mm_position
+        modality, place = feature.modality, feature.mm_position
         merge = self.config.vision_config.spatial_merge_size
-        t, h, w = feature.data[f"{kind}_grid_thw"].data.tolist()
+        t, h, w = feature.data[f"{modality}_grid_thw"].data.tolist()
         frame, side = grid_offsets((1, h // merge, w // merge), 1.0), max(h, w) // merge
         counts, inside = [frame.shape[1]] * t, np.tile(frame, t)
-        if field_name(kind) in feature.data:
-            plan = ItemPlan.from_tensor(feature.data[field_name(kind)].data)
+        if field_name(modality) in feature.data:
+            plan = ItemPlan.from_tensor(feature.data[field_name(modality)].data)
             if plan.kept < plan.full:
                 counts, inside = list(plan.keep), np.zeros((3, plan.kept), dtype=np.int64)
         media = np.ones(place.length, dtype=bool)

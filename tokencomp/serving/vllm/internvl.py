@@ -35,5 +35,5 @@ class Model(CompressingModel):
 
     def pixel_rows(self, kwargs: Mapping[str, Any]) -> list[int]:
         """See `CompressingModel.pixel_rows`."""
-        kind = "image" if "image_num_patches" in kwargs else "video"
-        return kwargs[f"{kind}_num_patches"].tolist()
+        modality = "image" if "image_num_patches" in kwargs else "video"
+        return kwargs[f"{modality}_num_patches"].tolist()

@@ -18,7 +18,7 @@ from tokencomp.serving.item_plan import ItemPlan, field_name
 from tokencomp.serving.item_rows import batches, reduce_rows
 from tokencomp.serving.vllm.checks import check_engine
 from tokencomp.serving.vllm.metrics import count_nonfinite, timed
-from tokencomp.serving.vllm.processing import KINDS, server_options
+from tokencomp.serving.vllm.processing import MODALITIES, server_options
 from tokencomp.serving.vllm.tower import EngineTower
 
 logger = init_logger("vllm.tokencomp")
@@ -107,7 +107,7 @@ class CompressingModel:
 
     def embed_multimodal(self, **kwargs: Any) -> Any:
         """Run the vision tower on batches of limited size and reduce every item to its plan."""
-        plan_fields = [kwargs.pop(field_name(m)) for m in KINDS if field_name(m) in kwargs]
+        plan_fields = [kwargs.pop(field_name(m)) for m in MODALITIES if field_name(m) in kwargs]
         if not plan_fields:
             return finite(super().embed_multimodal(**kwargs))  # type: ignore[misc]  # of vLLM's class
         plans = [ItemPlan.from_tensor(data) for data in plan_fields[0]]

@@ -72,8 +72,8 @@ class Model(CompressingModel):
 
     def pixel_rows(self, kwargs: Mapping[str, Any]) -> list[int]:
         """See `CompressingModel.pixel_rows`."""
-        kind = "image" if "image_grid_thw" in kwargs else "video"
-        return kwargs[f"{kind}_grid_thw"].prod(-1).tolist()
+        modality = "image" if "image_grid_thw" in kwargs else "video"
+        return kwargs[f"{modality}_grid_thw"].prod(-1).tolist()
 
     def finish_item(
         self, plan: ItemPlan, rows: Tensor, index: Tensor, kwargs: Mapping[str, Any], item: int
@@ -81,7 +81,7 @@ class Model(CompressingModel):
         """Append the offsets of the kept rows; an item that kept all rows needs none."""
         if rows.shape[0] == plan.full:
             return rows
-        factor = time_factor(self.config, plan.kind, kwargs, item)
+        factor = time_factor(self.config, plan.modality, kwargs, item)
         offsets = torch.from_numpy(grid_offsets(plan.spans[0].grid, factor))
         return with_offsets(rows, offsets[:, index.cpu()])
 

@@ -14,12 +14,12 @@ from tokencomp.tokens.spans import VisualSpan
 TABLE_FACTOR = 4  # rotary tables have this many times the model's positions
 
 
-def time_factor(config: Any, kind: str, inputs: Mapping[str, Any], item: int) -> float:
+def time_factor(config: Any, modality: str, inputs: Mapping[str, Any], item: int) -> float:
     """Return the positions between two frames of an item, other than 1 in videos of Qwen2.5-VL.
 
     `inputs` are the processor's outputs for all items of that kind.
     """
-    if kind == "image":
+    if modality == "image":
         return 1.0
     per_second = getattr(config.vision_config, "tokens_per_second", 1.0)
     seconds = inputs.get("second_per_grid_ts")

@@ -30,7 +30,7 @@ from tokencomp.serving.vllm.metrics import count_request, item_sizes
 from tokencomp.tokens.spans import VisualSpan
 
 logger = init_logger("vllm.tokencomp")
-KINDS = ("image", "video")
+MODALITIES = ("image", "video")
 OFF = MethodSpec()
 REMEMBERED = 16384  # sizes of media that may come from a cache
 
@@ -91,7 +91,7 @@ class CompressingProcessor:
         media = [True] * len(ids) if is_embed is None else is_embed(ids).tolist()
         if sum(media) != plan.full:
             raise RuntimeError(
-                f"{plan.kind}: the engine expects {sum(media)} tokens, the plan {plan.full}"
+                f"{plan.modality}: the engine expects {sum(media)} tokens, the plan {plan.full}"
             )
         kept = ([i < keep for i in range(span.length)] for span, keep in plan.counted)
         stays = iter([stay for span in kept for stay in span])
@@ -182,7 +182,7 @@ class CompressingProcessor:
         data = super()._apply_hf_processor_main(  # type: ignore[misc]  # of vLLM's class
             mm_items=mm_items, hf_kwargs=self._plain(hf_kwargs)
         )
-        for modality in KINDS:
+        for modality in MODALITIES:
             if not spec.active or modality not in mm_items or not len(mm_items[modality]):
                 continue
             items = mm_items[modality]
@@ -209,7 +209,7 @@ class CompressingProcessor:
                 hf_inputs, self._plain(hf_processor_mm_kwargs)
             )
         )
-        for modality in KINDS:
+        for modality in MODALITIES:
             if field_name(modality) in hf_inputs:
                 fields[field_name(modality)] = MultiModalFieldConfig.batched(
                     modality, keep_on_cpu=True
@@ -225,7 +225,9 @@ class CompressingProcessor:
             hf_processor_mm_kwargs=self._plain(hf_processor_mm_kwargs),
             out_mm_kwargs=out_mm_kwargs,
         )
-        return [self._shortened(u, out_mm_kwargs) if u.modality in KINDS else u for u in updates]
+        return [
+            self._shortened(u, out_mm_kwargs) if u.modality in MODALITIES else u for u in updates
+        ]
 
     def _shortened(self, update: Any, out_mm_kwargs: Any) -> Any:
         """Return the update with as many placeholders as the item's plan keeps."""

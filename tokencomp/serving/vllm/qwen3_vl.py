@@ -51,7 +51,7 @@ class Processor(mrope.Processor):
 
         All of its tokens are placeholders, as the model needs to know which tokens get rows.
         """
-        if plan.kind == "image":
+        if plan.modality == "image":
             return super().shorten(tokens, plan)
         if plan.kept == plan.full:
             return tokens
@@ -100,7 +100,7 @@ class Model(mrope.Model):
         self, plan: ItemPlan, rows: Tensor, index: Tensor, kwargs: Mapping[str, Any], item: int
     ) -> Tensor:
         """Insert the text between the frames and append the offsets of all rows."""
-        if plan.kind == "image" or rows.shape[0] == plan.full:
+        if plan.modality == "image" or rows.shape[0] == plan.full:
             return super().finish_item(plan, rows, index, kwargs, item)
         stamps, (t, h, w) = kwargs["timestamps"][item], plan.spans[0].grid
         index = index.cpu()

@@ -79,7 +79,7 @@ class EngineTower:
         grids = grid_thw.tolist() if isinstance(grid_thw, Tensor) else list(grid_thw)
         x = x.to(tower.device)
         pixels = torch.nan_to_num(tower.input_norm(x, tower.dtype))
-        call = EncoderCall(pixels, torch.as_tensor(grids), plan.kind)
+        call = EncoderCall(pixels, torch.as_tensor(grids), plan.modality)
         cells = self.layout.cells(call, plan.tower_stage)
         kept = kept_cells(cells, plan, self.report)
         metadata = shorter(tower.prepare_encoder_metadata(grids), cells, kept)

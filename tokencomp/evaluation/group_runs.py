@@ -37,10 +37,10 @@ def find_runs(paths: Sequence[Path], ids: Collection[str] | None = None) -> list
     if ids is not None:
         for run in runs:
             run.records = [r for r in run.records if r["id"] in ids]
-    return sorted(one_table(runs), key=_order)
+    return sorted(group_runs(runs), key=_order)
 
 
-def one_table(runs: Sequence[EvalRun]) -> list[EvalRun]:
+def group_runs(runs: Sequence[EvalRun]) -> list[EvalRun]:
     """The runs as rows of one table; runs of one setting become one row, with the items of all.
 
     Items that are not in all rows are left out, and the rows say how many these were.

@@ -21,10 +21,10 @@ ALONE = [
     ("prune", {"schedule": "fastv", "start": 0.2}, "start=0.2 has no effect with schedule"),
 ]
 PIXELS = [
-    ("kcentre", {"thumb": 1}),
-    ("kcentre", {"contrast": 5.0}),
-    ("kcentre", {"change": 0.0}),
-    ("runlength", {"thumb": 1}),
+    ("kcenter", {"pool": 1}),
+    ("kcenter", {"std_weight": 5.0}),
+    ("kcenter", {"temporal_weight": 0.0}),
+    ("runlength", {"pool": 1}),
 ]
 
 
@@ -126,7 +126,7 @@ def test_kinds_of_media_that_the_model_does_not_take() -> None:
     with pytest.raises(PlanError, match="video has no effect: InternVL takes image only"):
         tokencomp.patch(FAMILIES["internvl"].build(), {"video": 0.5})
     handle = tokencomp.patch(model, {"image": 0.5, "audio": 0.0}, reducer="uniform")
-    with pytest.raises(RatioError, match="names no kind of media"):
+    with pytest.raises(RatioError, match="names no modality"):
         handle.set(ratio={})
-    with pytest.raises(RatioError, match="names no kind of media"):
+    with pytest.raises(RatioError, match="names no modality"):
         MethodSpec("uniform", {})  # type: ignore[arg-type]

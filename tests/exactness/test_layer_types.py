@@ -10,7 +10,7 @@ from support.family import hybrid
 from support.family.hybrid import HYBRID
 
 import tokencomp
-from tokencomp.engine.kinds.windows import Windows
+from tokencomp.engine.layer_types.types import LayerTypes
 from tokencomp.errors import (
     OptionError,
     PlanError,
@@ -73,16 +73,16 @@ def test_auto_does_not_need_attention_that_the_first_layer_lacks(family: Family)
     linear = family.name in ("lfm2_vl", "minicpmv4_6", "qwen3_5", UNSCORED)
     with tokencomp.patch(model, 0.5) as handle, torch.no_grad():
         model(**ragged(family))
-        assert handle.plan.entry.reducer.name == ("kcentre" if linear else "auto")
+        assert handle.plan.entry.reducer.name == ("kcenter" if linear else "auto")
         assert handle.stats.ratio > 0.3
         handle.set(ratio=0.25)
-        assert handle.plan.entry.reducer.name == ("kcentre" if linear else "auto")
+        assert handle.plan.entry.reducer.name == ("kcenter" if linear else "auto")
     if linear:
         with pytest.raises(PlanError, match="first decoder layer"):
             tokencomp.patch(model, 0.5, reducer="condiv")
 
 
-@pytest.mark.parametrize("name", ["uniform", pytest.param("merge", marks=pytest.mark.long)])
+@pytest.mark.parametrize("name", ["uniform", pytest.param("bipartite", marks=pytest.mark.long)])
 def test_batch_equals_single_rows(family: Family, name: str) -> None:
     """Without padding too: one mask that is None becomes ragged where counts differ."""
     model = family.build()
@@ -163,9 +163,9 @@ def test_videos(family: Family) -> None:
         out = oracle.generate(model, inputs, 4, suppress_tokens=[*range(IMAGE, IMAGE + 5)])
         masks = oracle.kept_columns(handle, inputs, family.layers)
         spans = [s for row in handle.stats.spans for s in row]
-    assert [s.kind for s in spans if s.kind == "image"] == ["image"]
+    assert [s.modality for s in spans if s.modality == "image"] == ["image"]
     _, rows, columns = spans[-1].grid  # two frames of two videos
-    assert sum(s.visual for s in spans if s.kind == "video") == 4 * rows * columns
+    assert sum(s.visual for s in spans if s.modality == "video") == 4 * rows * columns
     assert all(s.grid_known for s in spans)
     expected = kinds.expected_logits(model, family, inputs, masks, out.sequences[:, width:-1])
     assert difference(torch.stack(out.logits, 1), expected[:, width - 1 :]) < 5e-5
@@ -185,7 +185,7 @@ def test_stats_count_keys_and_values(family: Family) -> None:
 
 def test_a_ragged_turn_is_refused_beside_linear_layers(family: Family) -> None:
     model, inputs = family.build(), ragged(family)
-    if not Windows.of(family.decoder(model)).linear:
+    if not LayerTypes.of(family.decoder(model)).linear:
         pytest.skip("no linear layers")
     with tokencomp.patch(model, plan=ENTRY), torch.no_grad():
         out = model(**inputs, use_cache=True)
@@ -227,9 +227,9 @@ def test_scores_of_the_nearest_full_layer(family: Family) -> None:
     if family.name in ("gemma4_e", UNSCORED):
         pytest.skip("its stages stand before the first full layer, or it has no scores")
     model = family.build("eager")
-    kinds_of_layers = [kind.name for kind in Windows.of(family.decoder(model)).kinds]
-    scored = kinds_of_layers.index("full_attention")
-    stage = scored + (2 if kinds_of_layers[scored + 1] != "full_attention" else 1)
+    layer_types = [one.name for one in LayerTypes.of(family.decoder(model)).types]
+    scored = layer_types.index("full_attention")
+    stage = scored + (2 if layer_types[scored + 1] != "full_attention" else 1)
     inputs = family.batch([[text(3), family.image(0), text(5, 3)]])
     visual = (inputs["input_ids"][0] == IMAGE).nonzero()[:, 0]
     with torch.no_grad():
@@ -250,7 +250,7 @@ def test_scores_of_the_nearest_full_layer(family: Family) -> None:
 def test_two_stages_behind_one_layer_with_attention(family: Family) -> None:
     """The second goes by what the first went by, as far as it is left."""
     model = family.build("eager")
-    if not Windows.of(family.decoder(model)).linear or family.name == UNSCORED:
+    if not LayerTypes.of(family.decoder(model)).linear or family.name == UNSCORED:
         pytest.skip("every layer has attention, or none has scores")
     inputs = family.batch([[text(3), family.image(0), text(5, 3)]])
     visual = (inputs["input_ids"][0] == IMAGE).nonzero()[:, 0]
@@ -278,7 +278,7 @@ def test_weights_of_merged_rows(name: str) -> None:
     family = HYBRID[name]
     model, inputs, steps = family.build(), ragged(family), 12
     width = inputs["input_ids"].shape[1]
-    with tokencomp.patch(model, 0.6, reducer="kcentre", rest="merge") as handle:
+    with tokencomp.patch(model, 0.6, reducer="kcenter", merge=True) as handle:
         out = oracle.generate(model, inputs, steps, suppress_tokens=[*range(IMAGE, IMAGE + 5)])
         masks = oracle.kept_columns(handle, inputs, family.layers)
     merged, new = oracle.Merged(handle), out.sequences[:, width:-1]
@@ -295,7 +295,7 @@ def test_reducers_by_name(family: Family, reducer: str) -> None:
     between = reducer in ("prune", "pyramiddrop")
     if between and family.name in ("gemma4_e", UNSCORED):
         pytest.skip("its last layers read the keys of the first, or it has no scores")
-    if reducer == "condiv" and Windows.of(family.decoder(family.build())).linear:
+    if reducer == "condiv" and LayerTypes.of(family.decoder(family.build())).linear:
         pytest.skip("its first layer has no attention")
     model, inputs = family.build(), ragged(family)
     width = inputs["input_ids"].shape[1]
@@ -311,7 +311,7 @@ def test_stages_that_nothing_can_score_are_refused(family: Family) -> None:
     """No layer before the second has attention, where the first one is linear."""
     model, reducer = family.build(), plans.TextTop()
     plan = tokencomp.Plan((tokencomp.Stage(1, 0.25, reducer),))
-    if not Windows.of(family.decoder(model)).linear:
+    if not LayerTypes.of(family.decoder(model)).linear:
         with tokencomp.patch(model, plan=plan) as handle, torch.no_grad():
             model(**ragged(family))  # keys that the window has cut from the cache are read too
             assert handle.stats.ratio > 0.4
@@ -319,7 +319,7 @@ def test_stages_that_nothing_can_score_are_refused(family: Family) -> None:
     why = "a bias by distance" if family.name == UNSCORED else "none of the layers 0 to 0 has"
     with pytest.raises(PlanError, match=why):
         tokencomp.patch(model, plan=plan)
-    images = tokencomp.Plan((tokencomp.Stage(1, 0.0, reducer, by_kind=(("image", 0.25),)),))
+    images = tokencomp.Plan((tokencomp.Stage(1, 0.0, reducer, by_modality=(("image", 0.25),)),))
     with tokencomp.patch(model, plan=ENTRY) as handle:
         with pytest.raises(PlanError, match=why):
             handle.set(plan=images)

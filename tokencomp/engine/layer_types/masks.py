@@ -1,6 +1,6 @@
-"""The attention mask of every kind of decoder layer, for a sequence from which tokens have left.
+"""The attention mask of every layer type, for a sequence from which tokens have left.
 
-transformers makes one mask per kind of layer and knows rows only. Here a sliding or chunked window
+transformers makes one mask per layer type and knows rows only. Here a sliding or chunked window
 is measured in the columns of the uncompressed prompt, as long as the rotary embedding uses them
 too. Dropping a token then equals masking it: no other token comes into the window in its place.
 Masks that the body of a model has prepared, which let the tokens of an image see each other, are
@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from tokencomp.engine.cache.rows import keeps_window
-from tokencomp.engine.kinds import mask_compat
-from tokencomp.engine.kinds.registry import CONVOLUTION, LayerKind
-from tokencomp.engine.kinds.windows import Windows
+from tokencomp.engine.layer_types import mask_compat
+from tokencomp.engine.layer_types.registry import CONVOLUTION, LayerType
+from tokencomp.engine.layer_types.types import LayerTypes
 from tokencomp.engine.stage.segments import Segment
 
 
@@ -38,7 +38,7 @@ class MaskSource:
     ----------
     config
         Config of the decoder.
-    windows
+    layer_types
         The windows of its layers.
     layers
         Layers of the KV cache; empty where there is none.
@@ -46,7 +46,7 @@ class MaskSource:
         False at padding among the columns of this call.
     prepared
         The mask that the body has prepared for the uncompressed call: one of (B, 1, L, columns), a
-        tensor or blocks of FlexAttention, or a mapping from kinds of layers to such masks; None:
+        tensor or blocks of FlexAttention, or a mapping from layer types to such masks; None:
         plain causal attention.
     by_column
         Whether windows are measured in columns of the uncompressed sequence, not in rows.
@@ -55,7 +55,7 @@ class MaskSource:
     """
 
     config: Any
-    windows: Windows
+    layer_types: LayerTypes
     layers: list[Any]
     new: Tensor | None
     prepared: Any
@@ -72,56 +72,62 @@ class MaskSource:
         """
         if self.prepared is not None:
             return True
-        return any(kind.misplaced(self, segment, total) for kind in set(self.windows.kinds))
+        return any(
+            layer_type.misplaced(self, segment, total) for layer_type in set(self.layer_types.types)
+        )
 
     def decoder_mask(self, segment: Segment, x: Tensor) -> Any:
-        """What the decoder takes as `attention_mask`, with the masks of all kinds of layers."""
-        kinds = set(self.windows.kinds[segment.first : segment.stop])
+        """What the decoder takes as `attention_mask`, with the masks of all layer types."""
+        types = set(self.layer_types.types[segment.first : segment.stop])
         masks = {
-            kind.name: kind.mask(self, segment, x, None) if kind in kinds else None
-            for kind in dict.fromkeys(self.windows.kinds)
+            layer_type.name: layer_type.mask(self, segment, x, None)
+            if layer_type in types
+            else None
+            for layer_type in dict.fromkeys(self.layer_types.types)
         }
-        if self.windows.convolves:
+        if self.layer_types.convolves:
             masks[CONVOLUTION.name] = CONVOLUTION.mask(self, segment, x, None)
         # Decoders without kinds in their config pass one mask on to all layers.
-        if isinstance(self.prepared, Mapping) or (self.prepared is None and self.windows.named):
+        if isinstance(self.prepared, Mapping) or (self.prepared is None and self.layer_types.named):
             return masks
-        return masks[self.windows.kinds[segment.first].name]
+        return masks[self.layer_types.types[segment.first].name]
 
     def attention_mask(
-        self, kind: LayerKind, segment: Segment, x: Tensor, text: Tensor | None
+        self, layer_type: LayerType, segment: Segment, x: Tensor, text: Tensor | None
     ) -> Any:
         """What the queries of a segment see: prepared or causal, real, and in their window."""
-        held = self._held(kind, segment)
+        held = self._held(layer_type, segment)
         offset = segment.logical - held  # logical column of the first row that is held
         view = mask_compat.MaskView(held, offset)
         new = None if text is not None else self.new
         padding = segment.padding_mask(new, x.shape[0], x.device)
-        window = self._window(kind, segment, x)
+        window = self._window(layer_type, segment, x)
         block = self.prepared
         if isinstance(block, Mapping):
-            block = block.get(kind.name)
+            block = block.get(layer_type.name)
         if block is not None:
             return self._with_block(block, segment, x, padding, window, held, offset)
         return mask_compat.causal_mask(
-            self.config, x, padding, view, text, window, kind.skips_masks
+            self.config, x, padding, view, text, window, layer_type.skips_masks
         )
 
-    def _held(self, kind: LayerKind, segment: Segment) -> int:
+    def _held(self, layer_type: LayerType, segment: Segment) -> int:
         """Rows of earlier calls that the keys of these layers begin with."""
-        if kind.name not in self.windows.sizes:
+        if layer_type.name not in self.layer_types.sizes:
             return segment.physical
-        pairs = [*zip(self.layers, self.windows.kinds, strict=False)]
+        pairs = [*zip(self.layers, self.layer_types.types, strict=False)]
         # A segment whose layers have no cache of their own reads that of earlier ones.
         for part in (pairs[segment.first : segment.stop], pairs[: segment.first][::-1], pairs):
             for layer, own in part:
-                if own == kind and keeps_window(layer):
+                if own == layer_type and keeps_window(layer):
                     return min(segment.physical, int(layer.sliding_window) - 1)
         return segment.physical
 
-    def _window(self, kind: LayerKind, segment: Segment, x: Tensor) -> Callable[..., Any] | None:
+    def _window(
+        self, layer_type: LayerType, segment: Segment, x: Tensor
+    ) -> Callable[..., Any] | None:
         """Whether a key lies in the window of a query, as a function for transformers' masks."""
-        size = self.windows.sizes.get(kind.name)
+        size = self.layer_types.sizes.get(layer_type.name)
         if size is None or segment.logical + segment.span_of_call <= size:
             return None
         columns = segment.columns(x.shape[0], x.device) if self.by_column else None
@@ -133,7 +139,7 @@ class MaskSource:
 
         def within(sample: Any, head: Any, query: Any, key: Any) -> Any:
             query, key = place(sample, query), place(sample, key)
-            return kind.visible(query, key, size, starts[sample])
+            return layer_type.visible(query, key, size, starts[sample])
 
         return within
 

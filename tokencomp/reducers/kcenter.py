@@ -1,4 +1,4 @@
-"""Greedy k-centre: the default in the vision tower. Ours."""
+"""Greedy k-center: the default in the vision tower. Ours."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tokencomp.reducers._pixels import NO_PIXELS, looks
+from tokencomp.reducers._pixels import NO_PIXELS, descriptor
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.reducers.score import ChoosingReducer
 from tokencomp.tokens.patches import Patches
 from tokencomp.validation import check_range
 
 
-@register_reducer("kcentre")
+@register_reducer("kcenter")
 @dataclass(frozen=True)
-class KCentre(ChoosingReducer):
-    """Greedy k-centre by the root mean square of differences (Gonzalez 1985; use here ours).
+class KCenter(ChoosingReducer):
+    """Greedy k-center by the root mean square of differences (Gonzalez 1985; use here ours).
 
     The first token is the one farthest from the mean, and every next one the farthest from all
     chosen so far. What is everywhere alike, such as a background, therefore needs few tokens. The
     distance keeps brightness, which a cosine on pixels would lose. Exact copies of a chosen token
     come last: while the budget exceeds the number of different cells, a document or screen loses
-    only copies (the regime of PixelPrune, arXiv 2604.00886), with `thumb=1` to the pixel.
+    only copies (the regime of PixelPrune, arXiv 2604.00886), with `pool=1` to the pixel.
 
     In the vision tower before its first block, cells are compared by averages of pixels, by the
     contrast that averages hide, and by what changes within a cell. Letters are strokes of few
@@ -36,39 +36,39 @@ class KCentre(ChoosingReducer):
 
     Attributes
     ----------
-    thumb : int
+    pool : int
         In the vision tower before its first block, pixels are averaged over squares of this side
         inside of every patch before they are compared: 4 takes a sixteenth of the work, and is
         robust to shifts by a pixel and to noise of codecs. 1 compares all pixels. Elsewhere
         features are compared as they are.
-    contrast : float
+    std_weight : float
         How much the standard deviation of the pixels in such a square counts relative to their
         average; 0: not at all. With 1, and normally distributed pixels, the distance is that of
         two distributions (Wasserstein-2). A square of one pixel has no contrast.
-    change : float
+    temporal_weight : float
         In towers that read several frames into one cell (the Qwen families): how much the change
         from frame to frame of a cell sets it apart from cells that look and change alike in other
-        steps of the video; 0: not at all. See `tokencomp.reducers._pixels.looks`.
+        steps of the video; 0: not at all. See `tokencomp.reducers._pixels.descriptor`.
     """
 
-    thumb: int = 4
-    contrast: float = 1.0
-    change: float = 1.0
+    pool: int = 4
+    std_weight: float = 1.0
+    temporal_weight: float = 1.0
 
-    summary = "greedy k-centre by appearance (Gonzalez 1985), default in the vision tower"
+    summary = "greedy k-center by appearance (Gonzalez 1985), default in the vision tower"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range(self.name, "thumb", self.thumb, 1, 64)
-        check_range(self.name, "contrast", self.contrast, 0, 16)
-        check_range(self.name, "change", self.change, 0, 16)
+        check_range(self.name, "pool", self.pool, 1, 64)
+        check_range(self.name, "std_weight", self.std_weight, 0, 16)
+        check_range(self.name, "temporal_weight", self.temporal_weight, 0, 16)
 
-    def idle(self, pixels: bool) -> dict[str, str]:
-        return {} if pixels else dict.fromkeys(("thumb", "contrast", "change"), NO_PIXELS)
+    def unused_options(self, pixels: bool) -> dict[str, str]:
+        return {} if pixels else dict.fromkeys(("pool", "std_weight", "temporal_weight"), NO_PIXELS)
 
     def chosen(self, patches: Patches) -> Tensor:
         from tokencomp.kernels import maxmin_select
 
-        x = looks(patches, self.thumb, self.contrast, self.change)
+        x = descriptor(patches, self.pool, self.std_weight, self.temporal_weight)
         chosen: Tensor = maxmin_select(x, patches.budgets, spans=patches.lengths, metric="rms")
         return chosen

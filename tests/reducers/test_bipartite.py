@@ -19,7 +19,7 @@ def left_over(grid: tuple[int, int, int], special: tuple[int, ...], seed: int) -
     index = torch.tensor(sorted([*chosen, *special]))
     mask = torch.tensor([o in special for o in index.tolist()])
     x = torch.randn(len(index), 6, generator=torch.Generator().manual_seed(seed))
-    return VisualTokens(x, grid, mask, index=index, kind="video")
+    return VisualTokens(x, grid, mask, index=index, modality="video")
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_uneven_frames(grid: tuple[int, int, int], special: tuple[int, ...], see
     assert len({len(f) for f in frames}) > 1
     for keep in range(rigid + 1, len(live)):
         expected = merge_loops.merge(frames, keep - rigid)
-        got = make_reducer("merge").reduce(given, keep)
+        got = make_reducer("bipartite").reduce(given, keep)
         assert len(got.keep) == keep
         patch = ~given.special[got.keep]
         assert given.offsets[got.keep][patch].tolist() == [row.place for row in expected]
@@ -58,7 +58,7 @@ def test_scores_in_the_models_dtype_would_merge_others(dtype: torch.dtype) -> No
     unit = torch.nn.functional.normalize(given.features, dim=1)
     rough = (unit[::2] @ unit[1::2].T).amax(1).sort(descending=True, stable=True).indices[:86] * 2
     assert sorted(set(range(256)) - set(rough.tolist())) != expected
-    assert make_reducer("merge").reduce(given, 170).keep.tolist() == expected
+    assert make_reducer("bipartite").reduce(given, 170).keep.tolist() == expected
 
 
 EVEN = [1, 3, 5, 7, 8, 9, 11, 13, 15, 16, 17, 18, 19]  # 4 and 3 of 5 even places leave
@@ -66,16 +66,16 @@ EVEN = [1, 3, 5, 7, 8, 9, 11, 13, 15, 16, 17, 18, 19]  # 4 and 3 of 5 even place
 
 @pytest.mark.parametrize(
     ("name", "kept"),
-    [("evs", [*range(13)]), ("vidcom2", [*range(7), *range(10, 16)]), ("merge", EVEN)],
+    [("evs", [*range(13)]), ("vidcom2", [*range(7), *range(10, 16)]), ("bipartite", EVEN)],
 )
 def test_equal_tokens(name: str, kept: list[int]) -> None:
-    """Ties go to the lower index in every frame: it stays, or, in `merge`, it leaves first."""
+    """Ties go to the lower index in every frame: it stays, or, in `bipartite`, it leaves first."""
     given = matrix.tokens((2, 2, 5))
     given.features = torch.ones_like(given.features)
     assert make_reducer(name).reduce(given, 13).keep.tolist() == kept
 
 
-@pytest.mark.parametrize("name", ["divprune", "evs", "merge", "vidcom2"])
+@pytest.mark.parametrize("name", ["divprune", "evs", "bipartite", "vidcom2"])
 def test_large_finite_features_in_fp16(name: str) -> None:
     """Finite features whose norms overflow fp16 are chosen from like their fp32 copies."""
     given, wide = (matrix.tokens((3, 2, 4), dim=1024) for _ in range(2))

@@ -1,4 +1,4 @@
-"""`rest="merge"` equals a dense float64 run that merges in loops and adds log(size) to logits."""
+"""`merge=True` equals a dense float64 run that merges in loops and adds log(size) to logits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tokencomp.engine.scores.proportional import extra_dims
 KEEPERS = [c for c in matrix.cases() if not make_reducer(c[0], **c[1]).merges]
 FAMILY_NAMES = sorted(set(FAMILIES) - {"qwen3_vl_moe"})  # torch has no float64 for its experts
 two_families = pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision"])
-KCENTRE = make_reducer("kcentre")
+KCENTER = make_reducer("kcenter")
 
 
 def rows(family: Family) -> list[list[Any]]:
@@ -35,9 +35,9 @@ def rows(family: Family) -> list[list[Any]]:
 
 
 def patched(
-    model: nn.Module, ratio: float = 0.8, reducer: str = "kcentre", **options: Any
+    model: nn.Module, ratio: float = 0.8, reducer: str = "kcenter", **options: Any
 ) -> tokencomp.Handle:
-    return tokencomp.patch(model, ratio, reducer=reducer, rest="merge", **options)
+    return tokencomp.patch(model, ratio, reducer=reducer, merge=True, **options)
 
 
 def check_dense(
@@ -85,8 +85,8 @@ def test_every_reducer_that_keeps_tokens(case: matrix.Case, name: str) -> None:
 def test_auto_merges_in_images(family: Family) -> None:
     """Of a batch with videos too, which lose theirs."""
     model = family.build()
-    handle = tokencomp.patch(model, 0.8, reducer="kcentre", rest="auto")
-    assert "kcentre, merging the rest of images, at entry" in repr(handle)
+    handle = tokencomp.patch(model, 0.8, reducer="kcenter", merge="auto")
+    assert "kcenter, merging the rest of images, at entry" in repr(handle)
     check_dense(model, family, handle, 4, frozenset({"image"}))
 
 
@@ -96,18 +96,18 @@ def test_auto_drops_where_little_stays() -> None:
     model, steps = family.build(), {}
     video = family.batch([[family.video(4), text(3, 4)]])
     image = family.batch([[family.image(0), text(3, 4)]])
-    for rest in ("auto", "drop"):
-        with tokencomp.patch(model, 0.92, reducer="kcentre", rest=rest) as handle:
-            steps[rest] = [model(**image).logits]
+    for merge in ("auto", False):
+        with tokencomp.patch(model, 0.92, reducer="kcenter", merge=merge) as handle:
+            steps[merge] = [model(**image).logits]
             assert handle.stats.merged_from is None
             handle.set(ratio=0.8)
-            steps[rest].append(model(**video).logits)
+            steps[merge].append(model(**video).logits)
             assert handle.stats.merged_from is None
-    assert all(map(torch.equal, steps["auto"], steps["drop"]))
-    with tokencomp.patch(model, 0.9, reducer="kcentre", rest="auto") as handle:
+    assert all(map(torch.equal, steps["auto"], steps[False]))
+    with tokencomp.patch(model, 0.9, reducer="kcenter", merge="auto") as handle:
         model(**image)
         assert handle.stats.merged_from == 0  # up to a ratio of 0.9, which it includes
-    with tokencomp.patch(model, budget=8, reducer="kcentre", rest="auto") as handle:
+    with tokencomp.patch(model, budget=8, reducer="kcenter", merge="auto") as handle:
         model(**image)
         assert handle.stats.merged_from == 0
         handle.set(budget=1)
@@ -117,8 +117,8 @@ def test_auto_drops_where_little_stays() -> None:
 
 def test_auto_drops_where_positions_are_compact() -> None:
     model = FAMILIES["internvl"].build()
-    handle = tokencomp.patch(model, 0.5, reducer="kcentre", rest="auto", positions="compact")
-    assert not handle.plan.merges_rest
+    handle = tokencomp.patch(model, 0.5, reducer="kcenter", merge="auto", positions="compact")
+    assert not handle.plan.may_merge
 
 
 @two_families
@@ -126,7 +126,7 @@ def test_two_stages(name: str) -> None:
     """Merging again between layers starts from the sizes that merging at entry left."""
     family = FAMILIES[name]
     model = family.build()
-    plan = Plan((Stage(0, 0.5, KCENTRE, rest="merge"), Stage(2, 0.25, KCENTRE, rest="merge")))
+    plan = Plan((Stage(0, 0.5, KCENTER, merge=True), Stage(2, 0.25, KCENTER, merge=True)))
     check_dense(model, family, tokencomp.patch(model, plan=plan))
 
 
@@ -135,9 +135,9 @@ def test_rest_of_one_stage(name: str) -> None:
     """Each stage has its own; merged rows that a later one drops are gone with their weight."""
     family = FAMILIES[name]
     model = family.build()
-    plan = Plan((Stage(0, 0.5, KCENTRE, rest="merge"), Stage(2, 0.25, make_reducer("uniform"))))
+    plan = Plan((Stage(0, 0.5, KCENTER, merge=True), Stage(2, 0.25, make_reducer("uniform"))))
     check_dense(model, family, tokencomp.patch(model, plan=plan))
-    plan = Plan((Stage(0, 0.5, KCENTRE), Stage(2, 0.1, make_reducer("uniform"), rest="merge")))
+    plan = Plan((Stage(0, 0.5, KCENTER), Stage(2, 0.1, make_reducer("uniform"), merge=True)))
     check_dense(model, family, tokencomp.patch(model, plan=plan))
 
 
@@ -222,7 +222,7 @@ def test_a_cache_keeps_its_weights_at_ratio_0(name: str) -> None:
     with patched(model) as handle:
         expected = oracle.generate(model, inputs)
         later = oracle.cache_of(model(**inputs, use_cache=True))
-        handle.set(ratio=0.0, rest="drop")
+        handle.set(ratio=0.0, merge=False)
         check(later)
 
 
@@ -232,10 +232,10 @@ def test_what_merges_by_itself_has_no_weights(cache: str) -> None:
     family = FAMILIES["llava_onevision"]
     model, inputs = family.build(), family.batch(rows(family))
     how = {} if cache == "dynamic" else {"cache_implementation": cache}
-    with tokencomp.patch(model, 0.8, reducer="merge"):
+    with tokencomp.patch(model, 0.8, reducer="bipartite"):
         expected = oracle.generate(model, inputs, **how)
     with patched(model) as handle:
-        handle.set(reducer="merge", rest="drop")
+        handle.set(reducer="bipartite", merge=False)
         got = oracle.generate(model, inputs, **how)
     assert all((a - b).abs().max() < 1e-5 for a, b in zip(got.logits, expected.logits, strict=True))
 
@@ -259,8 +259,8 @@ def test_the_cache_holds_a_row_for_every_token(name: str) -> None:
     model = family.build()
     inputs = family.batch(rows(family)[:1])
     uniform = make_reducer("uniform")
-    plan = Plan((Stage(0, 0.5, KCENTRE, rest="merge"), Stage(2, 0.25, uniform)))
-    for setting in ({"ratio": 0.8, "reducer": "kcentre", "rest": "merge"}, {"plan": plan}):
+    plan = Plan((Stage(0, 0.5, KCENTER, merge=True), Stage(2, 0.25, uniform)))
+    for setting in ({"ratio": 0.8, "reducer": "kcenter", "merge": True}, {"plan": plan}):
         with tokencomp.patch(model, **setting) as handle:
             out = model(**inputs, use_cache=True)
         layers = oracle.cache_of(out).layers
@@ -368,17 +368,17 @@ def test_what_says_so() -> None:
     """Handle, stats, FLOPs (a few more dimensions per head), the JSON form of the plan."""
     family = FAMILIES["qwen2_vl"]
     model, inputs = family.build(), family.batch(rows(family)[:1])
-    with tokencomp.patch(model, 0.8, reducer="kcentre") as handle:
+    with tokencomp.patch(model, 0.8, reducer="kcenter") as handle:
         model(**inputs)
     plain = handle.stats
     with patched(model) as handle:
         model(**inputs)
-        assert "kcentre, merging the rest, at entry" in repr(handle)
+        assert "kcenter, merging the rest, at entry" in repr(handle)
         (stage,) = tokencomp.plan_to_json(handle.plan)
         stats = handle.stats
-        handle.set(plan=Plan((Stage(0, 0.5, plans.Ragged(), rest="merge"),)))  # without a name
+        handle.set(plan=Plan((Stage(0, 0.5, plans.Ragged(), merge=True),)))  # without a name
         assert "(Ragged, merging the rest, at entry)" in repr(handle)
-    assert stage["rest"] == "merge"
+    assert stage["merge"] is True
     assert "the rest merged" in str(stats) and "merged" not in str(plain)
     assert stats.summary()["merged_from"] == 0 and "merged_from" not in plain.summary()
     shape, left = stats.shape, stats.lengths[0] - stats.tokens_before[0] + stats.tokens_after[0][0]

@@ -10,8 +10,8 @@ import transformers
 from torch import Tensor, nn
 
 from tokencomp.engine.rows.layout import full_layout
+from tokencomp.engine.scores.capture import attention_of, capture_qk
 from tokencomp.engine.scores.probes import input_scores, layer_scores
-from tokencomp.engine.scores.tap import attention_of, tap
 from tokencomp.errors import UnsupportedModelError
 from tokencomp.tokens.signals import Attention
 from tokencomp.tokens.spans import VisualSpan
@@ -99,9 +99,9 @@ def test_weights_are_those_of_eager_attention(name: str) -> None:
     before = vars(attn.config).copy()
     left_out = ("hidden_states", "attention_mask", *CACHE_NAMES)
     arguments = {k: v for k, v in kwargs.items() if k not in left_out}
-    whole = tap(attn, attn, kwargs["hidden_states"], arguments)
-    q = tap(attn, attn, kwargs["hidden_states"], arguments, ("k_proj", "v_proj")).query
-    k = tap(attn, attn, kwargs["hidden_states"], arguments, ("q_proj", "v_proj")).key
+    whole = capture_qk(attn, attn, kwargs["hidden_states"], arguments)
+    q = capture_qk(attn, attn, kwargs["hidden_states"], arguments, ("k_proj", "v_proj")).query
+    k = capture_qk(attn, attn, kwargs["hidden_states"], arguments, ("q_proj", "v_proj")).key
     assert torch.equal(q, whole.query) and torch.equal(k, whole.key)
     logits = q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT * whole.scaling
     logits = logits.masked_fill(~torch.ones(14, 14).tril().bool(), -torch.inf)
@@ -165,4 +165,4 @@ def test_logits_that_scores_do_not_know_are_refused() -> None:
     attn, kwargs, _ = run(model, torch.randn(1, 5, 64))
     arguments = {"position_embeddings": kwargs.get("position_embeddings")}
     with pytest.raises(UnsupportedModelError, match="softcap"):
-        tap(attn, attn, kwargs["hidden_states"], arguments)
+        capture_qk(attn, attn, kwargs["hidden_states"], arguments)

@@ -5,7 +5,7 @@ backend. Projections, norms, rotary embeddings, scales, gates and latent project
 the module's own, whatever its family, and neither the module nor its config changes.
 
     module ─ shallow copy ─ q_proj, k_proj ─ norms ─ RoPE ─ backend(query, key, …)
-                                                                │ `_tap` raises `Tapped`
+                                                                │ `_capture` raises `Captured`
     caller ◄────────────────────────────────────────────────────┘ with query, key and scaling
 
 The exception ends the copy's call before attention is computed, because nobody reads its output.
@@ -28,7 +28,7 @@ from tokencomp.errors import UnsupportedModelError
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.views import AttributeView, shallow_copy
 
-NAME = "tokencomp_tap"
+NAME = "tokencomp_capture"
 FIX = "Use a reducer without attention, such as 'divprune'."
 CHOICE = "prev_topk_indices"  # what the indexer of an earlier layer has chosen (GLM, Mistral)
 SHARED = "shared_kv_states"  # keys and values of one layer that others read (Gemma 4)
@@ -37,7 +37,7 @@ OTHER_LOGITS = ("softcap", "s_aux", "sinks", "position_bias")
 
 
 @dataclass
-class Tapped(Exception):
+class Captured(Exception):
     """Queries (S, heads, n, d), keys (S, kv heads, N, d), and the factor of their product."""
 
     query: Tensor
@@ -45,7 +45,7 @@ class Tapped(Exception):
     scaling: float
 
 
-def _tap(
+def _capture(
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -61,7 +61,7 @@ def _tap(
             f"{type(module).__name__} changes attention logits by {', '.join(other)}, which "
             f"scores do not know. {FIX}"
         )
-    raise Tapped(query, key, query.shape[-1] ** -0.5 if scaling is None else float(scaling))
+    raise Captured(query, key, query.shape[-1] ** -0.5 if scaling is None else float(scaling))
 
 
 def _zeros(width: int, x: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ def attention_of(layer: nn.Module) -> Any:
     )
 
 
-def tap(
+def capture_qk(
     root: Any,
     attn: Any,
     hidden: Tensor,
@@ -140,7 +140,7 @@ def tap(
     rows: Tensor | None = None,
     projected: Tensor | None = None,
     samples: tuple[int, slice | Tensor] | None = None,
-) -> Tapped:
+) -> Captured:
     """Queries and keys that `root`, called with `hidden` (S, n, d), computes in `attn`.
 
     Parameters
@@ -163,7 +163,7 @@ def tap(
     UnsupportedModelError
         The module does not call a backend that its config names, or changes logits in other ways.
     """
-    compat.register_attention(NAME, _tap)
+    compat.register_attention(NAME, _capture)
     clone = shallow_copy(attn)
     clone.config = AttributeView(attn.config, _attn_implementation=NAME)
     stand_ins: dict[str, partial[Any]] = {}
@@ -199,8 +199,8 @@ def tap(
         clone.__dict__[name] = function
     try:
         type(run).forward(run, **compat.accepted(run, {"hidden_states": hidden, **call}))
-    except Tapped as tapped:
-        return tapped.with_traceback(None)  # its frames hold all tensors of the call
+    except Captured as captured:
+        return captured.with_traceback(None)  # its frames hold all tensors of the call
     raise UnsupportedModelError(
         f"{type(attn).__name__} does not call the attention backend that its config names, so its "
         f"queries and keys are unknown. {FIX}"

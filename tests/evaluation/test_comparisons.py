@@ -9,9 +9,9 @@ from evaluation.test_report import write_run
 from support.console import run
 
 from tokencomp.errors import OptionError
-from tokencomp.evaluation.comparable import find_runs
+from tokencomp.evaluation.comparisons import comparisons, losses, paired_tests
+from tokencomp.evaluation.group_runs import find_runs
 from tokencomp.evaluation.metrics import difference
-from tokencomp.evaluation.rivals import losses, paired_tests, rivals
 from tokencomp.pages.report import lines as find_lines
 from tokencomp.reducers.registry import make_reducer
 
@@ -54,7 +54,7 @@ def _find(every, name, ratio):
 
 def test_columns_equal_brute_force(runs):
     every, said = runs
-    ours = rivals(_find(every, "aim", 0.5), every)
+    ours = comparisons(_find(every, "aim", 0.5), every)
     aim, full, small = said["aim", 0.5], said["full", 0.0], said["downscale", 0.5]
     a, b = said["random", 0.5], said["random-1", 0.5]
     n = len(ITEMS)
@@ -73,26 +73,26 @@ def test_columns_equal_brute_force(runs):
 
 def test_baselines_are_not_compared_with_themselves(runs):
     every, _ = runs
-    one = rivals(_find(every, "random", 0.5), every)
+    one = comparisons(_find(every, "random", 0.5), every)
     assert one.random is None and one.downscale is not None
-    other = rivals(_find(every, "downscale", 0.5), every)
+    other = comparisons(_find(every, "downscale", 0.5), every)
     assert other.downscale is None and other.detail == 0.0
-    assert rivals(_find(every, "random", 0.9), every).downscale is None
+    assert comparisons(_find(every, "random", 0.9), every).downscale is None
 
 
 def test_a_baseline_with_options_of_a_method_is_a_method(tmp_path):
-    """Seeds of random: 1 of 4 and 3 of 4, so ½; with rest=merge 4 of 4, which would make it ⅔."""
+    """Seeds of random: 1 of 4 and 3 of 4, so ½; with merge=True 4 of 4, which would make it ⅔."""
     said = {"full": "1111", "random": "1000", "random-1": "1110", "random-m": "1111", "aim": "1100"}
-    options = {"random-1": {"seed": 1}, "random-m": {"rest": "merge"}}
+    options = {"random-1": {"seed": 1}, "random-m": {"merge": True}}
     for name, marks in said.items():
         scores = dict(zip(("a1", "a2", "a3", "a4"), map(int, marks), strict=True))
         reducer, own = name.partition("-")[0], options.get(name, {})
         write_run(tmp_path / name, reducer, 0.5 * (name != "full"), scores, options=own)
     every = find_runs([tmp_path / name for name in said])
-    aim = rivals(_find(every, "aim", 0.5), every)
+    aim = comparisons(_find(every, "aim", 0.5), every)
     assert (aim.seeds, aim.random.value) == (2, 0.0)
-    (merging,) = (r for r in every if r.label == "random rest=merge")
-    assert rivals(merging, every).random.value == 0.5
+    (merging,) = (r for r in every if r.label == "random merge=True")
+    assert comparisons(merging, every).random.value == 0.5
     assert [(loss.label, loss.rival) for loss in losses(every)] == []
 
 
@@ -120,7 +120,11 @@ def test_random_is_one_row_however_many_seeds_it_has(tmp_path, capsys):
     assert "random seed" not in content
     _, line, aim = find_lines(every)
     assert (line.label, line.accuracy, line.seeds) == ("random (2 seeds)", 0.5, (0.25, 0.75))
-    assert (line.retention.value, aim.rivals.random.value, aim.rivals.seeds) == (0.5, -0.25, 2)
+    assert (line.retention.value, aim.comparisons.random.value, aim.comparisons.seeds) == (
+        0.5,
+        -0.25,
+        2,
+    )
     assert [r["correct"] for r in line.run.answered] == [1, 0.5, 0.5, 0]
     out = capsys.readouterr().out
     assert "random (2 seeds)" in out and "of 25 to 75 %" in out
@@ -137,7 +141,7 @@ def test_a_baseline_that_failed_on_all_items_is_compared_with_nothing(tmp_path, 
     assert run("report", tmp_path / "r", "-o", tmp_path / "p.html", "--json") == 0
     _, random, aim = json.loads(capsys.readouterr().out)
     assert (random["items"], random["failed"], aim["retention"]["value"]) == (0, 3, 1.0)
-    assert aim["against_random"] is None and aim["rivals"]["random"] is None
+    assert aim["against_random"] is None and aim["comparisons"]["random"] is None
 
 
 def test_losses_are_the_groups_that_score_lower(runs):
@@ -178,7 +182,7 @@ def test_report_shows_the_columns(runs, tmp_path, capsys):
     page = tmp_path / "page.html"
     assert run("report", *sorted({one.path for one in every}), "-o", page) == 0
     out = capsys.readouterr().out
-    aim = rivals(_find(every, "aim", 0.5), every)
+    aim = comparisons(_find(every, "aim", 0.5), every)
     (row,) = [line for line in out.splitlines() if line.startswith("aim ") and "+" in line]
     assert f" {aim.detail:.0%} " in row and f" of {aim.detail_items} " in out
     assert "mean of 2 seeds" in out
@@ -201,7 +205,7 @@ def test_report_shows_the_columns(runs, tmp_path, capsys):
     ],
 )
 def test_moved_methods_say_so(name, ratio, layers, first):
-    note = make_reducer(name).moved(ratio, layers)
+    note = make_reducer(name).deviation(ratio, layers)
     assert (note == "") is (first is None), note
     if first is not None:
         assert note.startswith(f"cuts before layer {first}")
@@ -210,7 +214,11 @@ def test_moved_methods_say_so(name, ratio, layers, first):
 def test_evs_below_one_frame_says_so():
     """Below one frame the published rule keeps more than was asked for; ours keeps half of one."""
     evs = make_reducer("evs")
-    assert not evs.moved(0.75, 6, 4) and not evs.moved(0.9, 6) and not evs.moved(0.9, 6, 16)
-    assert "one of 4 frames" in evs.moved(0.76, 6, 4)
+    assert (
+        not evs.deviation(0.75, 6, 4)
+        and not evs.deviation(0.9, 6)
+        and not evs.deviation(0.9, 6, 16)
+    )
+    assert "one of 4 frames" in evs.deviation(0.76, 6, 4)
     both = make_reducer("evs+fastv", share=1.0)
-    assert "one of 4 frames" in both.moved(0.9, 28, 4) and not both.moved(0.7, 28, 4)
+    assert "one of 4 frames" in both.deviation(0.9, 28, 4) and not both.deviation(0.7, 28, 4)

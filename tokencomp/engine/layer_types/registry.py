@@ -1,4 +1,4 @@
-"""Kinds of decoder layers: what each means for masks, windows and scores; all by name."""
+"""Layer types: what each means for masks, windows and scores; all by name."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from tokencomp.engine.cache.rows import REFERENCE, first_layer
-from tokencomp.engine.kinds import mask_compat
+from tokencomp.engine.layer_types import mask_compat
 from tokencomp.engine.stage.segments import Segment
 
 
 @dataclass(frozen=True)
-class LayerKind:
-    """A kind of decoder layer; this one attends to all tokens before it.
+class LayerType:
+    """A layer type; this one attends to all tokens before it.
 
     A new kind is a subclass and a row in `ROWS`.
 
@@ -70,12 +70,12 @@ class LayerKind:
         return source.attention_mask(self, segment, x, text)
 
 
-class Windowed(LayerKind):
+class Windowed(LayerType):
     """Layers whose queries see a window, whose size the config gives."""
 
     def exceeded(self, source: Any, total: int) -> bool:
         """Whether a layer would not see all of a sequence of `total` tokens."""
-        size = source.windows.sizes.get(self.name)
+        size = source.layer_types.sizes.get(self.name)
         return size is not None and total > size
 
 
@@ -92,7 +92,7 @@ class Sliding(Windowed):
         """Whether a column has left the window of a query: transformers counts rows."""
         if not source.by_column or not self.exceeded(source, total):
             return False
-        return segment.gaps_within(source.windows.sizes[self.name])
+        return segment.gaps_within(source.layer_types.sizes[self.name])
 
 
 class Chunked(Windowed):
@@ -110,14 +110,14 @@ class Chunked(Windowed):
         return self.exceeded(source, total) and segment.gaps
 
 
-class Indexed(LayerKind):
+class Indexed(LayerType):
     """Queries see the rows that an indexer chooses, which adds its choice to a mask (DeepSeek)."""
 
     skips_masks = False
     masks_single_tokens = True
 
 
-class Reference(LayerKind):
+class Reference(LayerType):
     """Layers that see all of the first prompt, and a window of what follows (Unlimited-OCR).
 
     Only that window slides, and no column is missing among its rows. Media of later calls are
@@ -149,7 +149,7 @@ class Reference(LayerKind):
         return mask_compat.backend_mask(source.config, visible, x)
 
 
-class Mixing(LayerKind):
+class Mixing(LayerType):
     """No attention: MLPs or experts alone. A token that leaves is not in the sequence at all."""
 
     attends = False
@@ -163,7 +163,7 @@ class State(Mixing):
         return None if source.new is None else source.new.to(x.device)
 
 
-FULL = LayerKind("full_attention")
+FULL = LayerType("full_attention")
 SLIDING = Sliding("sliding_attention")
 CONVOLUTION = State("linear_attention")  # under whose name decoders take the mask of convolutions
 ROWS = (
@@ -179,4 +179,7 @@ ROWS = (
 )
 # Attention whose keys and values run through short convolutions: what its masks are those of.
 CONVOLVING = {"hybrid": FULL, "hybrid_sliding": SLIDING}
-KINDS: dict[str, LayerKind] = {**{kind.name: kind for kind in ROWS}, **CONVOLVING}
+LAYER_TYPES: dict[str, LayerType] = {
+    **{layer_type.name: layer_type for layer_type in ROWS},
+    **CONVOLVING,
+}

@@ -74,7 +74,7 @@ def packed_places(spans: Sequence[Part], prompts: Sequence[tuple[int, list[int]]
 
 
 @dataclass(frozen=True)
-class Amount:
+class Budget:
     """A budget in visual tokens, as a mean over the decoder layers.
 
     Attributes
@@ -93,7 +93,7 @@ class Amount:
         return f"budget={f'{PROMPT}=' if self.whole_prompt else ''}{self.tokens}"
 
     @classmethod
-    def of(cls, budget: Any) -> Amount:
+    def of(cls, budget: Any) -> Budget:
         """The budget that `budget=512` or `budget={"prompt": 4096}` asks for.
 
         Raises
@@ -129,9 +129,9 @@ class Amount:
 
 
 def ratio_text(ratio: Any) -> str:
-    """A ratio, or ratios by kind of media, as the command line takes them."""
+    """A ratio, or ratios by modality, as the command line takes them."""
     if isinstance(ratio, Mapping):
-        return ",".join(f"{kind}={value:g}" for kind, value in ratio.items())
+        return ",".join(f"{modality}={value:g}" for modality, value in ratio.items())
     return ratio if isinstance(ratio, str) else f"{ratio:g}"
 
 

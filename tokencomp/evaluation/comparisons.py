@@ -16,7 +16,7 @@ from tokencomp.evaluation.settings import DOWNSCALE, FULL, RANDOM
 
 
 @dataclass(frozen=True)
-class Rivals:
+class Comparisons:
     """One run against the full model, `random` and downscaling.
 
     Attributes
@@ -60,15 +60,15 @@ class Loss:
     test: McNemar
 
 
-def rivals(run: EvalRun, runs: Sequence[EvalRun]) -> Rivals:
+def comparisons(run: EvalRun, runs: Sequence[EvalRun]) -> Comparisons:
     """The comparisons of `run`; `runs` holds it, the full model and any baselines."""
     full = next(r for r in runs if r.identity["reducer"] == FULL)
     if run is full:
-        return Rivals()
+        return Comparisons()
     random = _at(RANDOM, run.ratio, runs) if not _is(RANDOM, run) else []
     small = _at(DOWNSCALE, run.ratio, runs) if not _is(DOWNSCALE, run) else []
     detail = _detail(run, _at(DOWNSCALE, run.ratio, runs))
-    return Rivals(
+    return Comparisons(
         full=_against(run, [full]),
         random=_against(run, random),
         downscale=_against(run, small),

@@ -17,9 +17,9 @@ from tokencomp.tokens.patches import Patches, rows_where
 from tokencomp.tokens.reduction import Reduction
 
 
-@register_reducer("merge")
+@register_reducer("bipartite")
 @dataclass(frozen=True)
-class Merge(PatchReducer):
+class Bipartite(PatchReducer):
     """Merge the most similar tokens of every frame until the budget is met.
 
     One step, per frame: tokens at even places look for their most similar token at an odd place

@@ -15,8 +15,8 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import StaticLayer
 
 from tokencomp.engine.cache.rows import first_layer, physical_length
-from tokencomp.engine.kinds import mask_compat
-from tokencomp.engine.kinds.registry import FULL, KINDS
+from tokencomp.engine.layer_types import mask_compat
+from tokencomp.engine.layer_types.registry import FULL, LAYER_TYPES
 from tokencomp.errors import UnsupportedCacheError
 
 
@@ -55,7 +55,7 @@ def read_mask(mask: Any, body_mask: Any, queries: int, past: int) -> tuple[Tenso
     -------
     padding : Tensor, shape (B, past + queries), or None
         The 2-D mask; None where every column is real.
-    prepared : mask (B, heads, L, columns), mapping from kinds of layers to such masks, or None
+    prepared : mask (B, heads, L, columns), mapping from layer types to such masks, or None
         None, also for a kind: plain causal attention. It is all that FlashAttention can do, for
         which a body has nothing else to prepare.
     """
@@ -66,7 +66,7 @@ def read_mask(mask: Any, body_mask: Any, queries: int, past: int) -> tuple[Tenso
         return padding_of(mask, queries, past), None
     if not isinstance(mask, Mapping):
         return body_mask, mask
-    dense = {kind: own if _dense(own) else None for kind, own in mask.items()}
+    dense = {layer_type: own if _dense(own) else None for layer_type, own in mask.items()}
     return body_mask, dense if any(own is not None for own in dense.values()) else None
 
 
@@ -82,7 +82,7 @@ def padding_of(mask: Any, queries: int, past: int) -> Tensor | None:
     ----------
     mask
         What a decoder takes as `attention_mask`: None, a 2-D mask, a mask (B, 1, queries, columns)
-        of bool or of numbers that are added to logits, or a mapping from kinds of layers to those.
+        of bool or of numbers that are added to logits, or a mapping from layer types to those.
     queries
         Columns of the call.
     past
@@ -98,7 +98,9 @@ def padding_of(mask: Any, queries: int, past: int) -> Tensor | None:
         The mask hides more than padding and what is to come.
     """
     if isinstance(mask, Mapping):
-        attention = {k: m for k, m in mask.items() if k not in KINDS or KINDS[k].attends}
+        attention = {
+            k: m for k, m in mask.items() if k not in LAYER_TYPES or LAYER_TYPES[k].attends
+        }
         if set(attention) != {FULL.name}:
             raise _refusal(f"a mask for each of {', '.join(sorted(mask))}")
         mask = mask[FULL.name]

@@ -1,4 +1,4 @@
-"""How attention gets the weights of `rest="merge"`, in modules of several kinds."""
+"""How attention gets the weights of `merge=True`, in modules of several kinds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.conformance.run import model_classes
 from benchmarks.conformance.variants import variants
 from tokencomp.conformance.build import tiny_model
 from tokencomp.conformance.prompts import Prompts
-from tokencomp.engine.scores.proportional import further, widen
+from tokencomp.engine.scores.proportional import bias_dims, widen
 from tokencomp.errors import UnsupportedModelError
 
 
@@ -30,7 +30,7 @@ def test_widened_product(dim: int, dtype: torch.dtype) -> None:
     k, v = (torch.randn(2, 2, 9, dim, generator=g).to(dtype) for _ in range(2))
     sizes = torch.randint(1, 400, (2, 7), generator=g).float()
     scaling = dim**-0.5
-    wide_q, wide_k, wide_v = widen(q, k, v, further(q, k, sizes, scaling))
+    wide_q, wide_k, wide_v = widen(q, k, v, bias_dims(q, k, sizes, scaling))
     assert wide_q.shape[-1] == wide_k.shape[-1] == wide_v.shape[-1] == dim + 8
     assert torch.equal(wide_v[..., :dim], v) and not wide_v[..., dim:].any()
     repeated = wide_k.repeat_interleave(2, 1).double()
@@ -50,9 +50,9 @@ def tiny(model_type: str) -> Any:
 def test_attention_with_an_indexer_is_refused(model_type: str) -> None:
     """It masks what its indexer has not chosen under the names of known backends alone."""
     with pytest.raises(UnsupportedModelError, match="do not reach the attention of"):
-        tokencomp.patch(tiny(model_type).model, 0.5, reducer="kcentre", rest="merge")
-    handle = tokencomp.patch(tiny(model_type).model, 0.5, reducer="kcentre", rest="auto")
-    assert not handle.plan.merges_rest
+        tokencomp.patch(tiny(model_type).model, 0.5, reducer="kcenter", merge=True)
+    handle = tokencomp.patch(tiny(model_type).model, 0.5, reducer="kcenter", merge="auto")
+    assert not handle.plan.may_merge
 
 
 @torch.no_grad()
@@ -63,7 +63,7 @@ def test_attention_by_another_name() -> None:
     attn = next(m for m in model.decoder.modules() if type(m).__name__ == "NemotronHAttention")
     seen: list[Any] = []
     attn.register_forward_hook(lambda *call: seen.append((call[2], call[3])), with_kwargs=True)
-    with tokencomp.patch(model.whole, 0.5, reducer="kcentre", rest="merge"):
+    with tokencomp.patch(model.whole, 0.5, reducer="kcenter", merge=True):
         out = prompts.forward(prompts.inputs([0]))
     (kwargs, (found, _)), layer = seen[-1], oracle.cache_of(out).layers[attn.layer_idx]
     _, counts = layer.columns[0].unique_consecutive(return_counts=True)
@@ -98,7 +98,7 @@ def test_what_attention_returns_is_contiguous() -> None:
     family = LlavaJetMoe()
     model = family.build()
     inputs = family.batch([[text(3), family.image(0), text(4, 3)]])
-    with tokencomp.patch(model, 0.75, reducer="kcentre", rest="merge") as handle:
+    with tokencomp.patch(model, 0.75, reducer="kcenter", merge=True) as handle:
         found = model(**inputs, use_cache=False).logits[:, -1]
         masks = oracle.kept_columns(handle, inputs, family.layers)
     merged, none = oracle.Merged(handle), torch.zeros(1, 0, dtype=torch.long)
