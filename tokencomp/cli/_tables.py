@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tokencomp.cli._fitted import NAMES, print_fitted
 from tokencomp.evaluation.metrics import Difference, Retention
 
 COLUMNS = 6
-"""Settings whose scores fit into a terminal."""
+"""Settings whose scores are printed next to each other; the page of a report has all."""
+NAMES = ("method", "ratio")
+"""Columns that wrap where a caller does not name others."""
 
 
 def retained(retention: Retention | None) -> str:
@@ -30,7 +31,39 @@ def table(*names: str, gap: int = 2, title: str | None = None, **column: Any) ->
     return shown
 
 
-PAGE = "The page of `tokencomp report` has all columns."
+def print_table(
+    console: Any,
+    names: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    *,
+    wrapped: Sequence[str] = NAMES,
+    gap: int = 2,
+    title: str | None = None,
+    caption: str = "",
+    justify: Any = "left",
+) -> None:
+    """Print a table; columns of `wrapped` break between words.
+
+    No number is cut: where they need more room than the terminal has, its lines wrap.
+    """
+    from rich.measure import Measurement
+
+    shown = table(gap=gap, title=title)
+    for name in names:
+        wraps = name in wrapped
+        side = "left" if wraps else justify
+        shown.add_column(name, no_wrap=not wraps, overflow="fold", justify=side)
+    for row in rows:
+        shown.add_row(*row)
+    unbounded = console.options.update(max_width=MOST)
+    needed = Measurement.get(console, unbounded, shown).minimum
+    console.print(shown, width=max(needed, console.width), crop=False, soft_wrap=False)
+    if caption:
+        console.print(f"[dim italic]{caption}[/]")
+
+
+MOST = 10_000
+"""Characters that no table needs in a line."""
 
 
 def _named(line: Any) -> tuple[str, str]:
@@ -53,7 +86,7 @@ def print_lines(console: Any, lines: Sequence[Any]) -> None:
             )
         )
     names = (*NAMES, "reached", "items", "accuracy", "retention")
-    print_fitted(console, names, rows, least=("reached", "items"), elsewhere=PAGE)
+    print_table(console, names, rows)
     if len(lines) > 1:
         _print_rivals(console, lines[1:])
     _print_work(console, lines)
@@ -93,9 +126,7 @@ def _print_rivals(console: Any, lines: Sequence[Any]) -> None:
         "its failures: accuracy on the items that downscaling gets wrong. as full: the same answer "
         "as the full model, right or wrong."
     )
-    least = ("as full", "its failures", "vs downscale")
-    how: dict[str, Any] = {"gap": 1, "title": title, "caption": caption, "elsewhere": PAGE}
-    print_fitted(console, names, rows, least=least, **how)
+    print_table(console, names, rows, gap=1, title=title, caption=caption)
 
 
 def _detail(comparisons: Any) -> str:
@@ -114,12 +145,10 @@ def _print_work(console: Any, lines: Sequence[Any]) -> None:
     titles = {"decode": "decode per token", "kv_bytes": "KV bytes"}
     names = (*NAMES, *(titles.get(name, name) for name in PARTS))
     for kind, rows in work_tables(lines).items():
-        print_fitted(
+        print_table(
             console,
             names,
             [(*_named(line), *cells) for line, cells in rows],
-            least=("projector", "reduce", "tower"),
-            elsewhere=PAGE,
             gap=1,
             title=f"\nWork of the first {kind}: the full model's, and shares of it",
             caption="FLOPs; reduce: the method's own work as a share of the full prefill.",
@@ -133,13 +162,11 @@ def _print_scores(console: Any, lines: Sequence[Any]) -> None:
     rows = score_rows(lines) if len(lines) <= COLUMNS else []
     if rows:
         labels = [" ".join(_named(line)) if line.run.ratio else line.label for line in lines]
-        print_fitted(
+        print_table(
             console,
             ("task", *labels),
             [(name, *cells) for name, cells in rows],
             wrapped=("task",),
-            least=labels[::-1],
-            elsewhere=PAGE,
             title="\nlmms-eval's scores",
             justify="right",
         )

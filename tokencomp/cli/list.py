@@ -73,26 +73,24 @@ def _short(value: Any) -> str:
 def _print_models(console: Any, rows: list[dict[str, Any]]) -> None:
     from rich.text import Text
 
-    from tokencomp.cli._fitted import print_fitted
+    from tokencomp.cli import _tables
 
-    names = ("family", "model_type", "positions", "stages", "signals", "transformers")
+    names = ("family", "model_type", "stages", "transformers")
     cells = []
     for row in rows:
         own = "".join(f"\n[dim]{name}[/]" for name in row["embedded"])
         family = Text.from_markup(f"[bold]{row['family']}[/]{own}")
-        lists = (", ".join(row[key]) for key in ("stages", "signals", "transformers"))
-        cells.append((family, ", ".join(row["model_types"]), row["positions"], *lists))
-    caption = "transformers: releases that the exactness tests run on. Below a family: the "
-    print_fitted(
+        lists = (", ".join(row[key]) for key in ("model_types", "stages", "transformers"))
+        cells.append((family, *lists))
+    caption = "transformers: releases that the exactness tests run on. --json has positions and "
+    _tables.print_table(
         console,
         names,
         cells,
-        wrapped=names,
-        least=("positions", "signals"),
-        elsewhere="--json has it.",
+        wrapped=names[1:],
         gap=1,
         title="Models",
-        caption=caption + "embedded model.",
+        caption=caption + "signals. Below a family: the embedded model.",
     )
 
 

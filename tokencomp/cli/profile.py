@@ -32,6 +32,8 @@ LINES = (
     ("in all, times as fast", "total_speedup", "{:.2f}×"),
 )
 """Lines of the table: name, key of the row, and the form of its value."""
+BLOCK = 3
+"""Settings next to the full model in one table."""
 
 
 @opt.flat
@@ -111,7 +113,7 @@ def show(report: dict[str, Any]) -> None:
     """Print a report as a table."""
     from rich.console import Console
 
-    from tokencomp.cli._fitted import print_beside
+    from tokencomp.cli._tables import print_table
     from tokencomp.pages.html import compact, si
     from tokencomp.plan.budgets import ratio_text
 
@@ -131,7 +133,13 @@ def show(report: dict[str, Any]) -> None:
         ]
         for row in rows
     ]
-    print_beside(console, names, columns, title=report["model"], wrapped=("tokens per layer",))
+    full, others = columns[0], columns[1:]
+    for start in range(0, max(len(others), 1), BLOCK):  # the full model, and some settings
+        block = [full, *others[start : start + BLOCK]]
+        cells = list(zip(names, *block, strict=True))
+        title = report["model"] if start == 0 else None
+        heads = cells[0]
+        print_table(console, heads, cells[1:], wrapped=heads, title=title, justify="right")
     if report["file"]:
         parts = (f"{name[:-6]} {1e3 * s:.1f} ms" for name, s in report["file"].items())
         console.print(f"Before the model, of CPU time: {', '.join(parts)}.")

@@ -134,7 +134,7 @@ def _print(
     from rich.console import Console
     from rich.text import Text
 
-    from tokencomp.cli._fitted import print_fitted
+    from tokencomp.cli._tables import print_table
 
     console = Console()
     if not front:
@@ -157,8 +157,7 @@ def _print(
         )
         for c in measured
     ]
-    least = ("n", "ms/answer")
-    print_fitted(console, ("", *names), rows, least=least, elsewhere="--json has it.", gap=1)
+    print_table(console, ("", *names), rows, gap=1)
     best = max(front, key=lambda c: c.accuracy)
     method = f"{best.setting.name} at {best.setting.ratio:.3g}"
     console.print(
