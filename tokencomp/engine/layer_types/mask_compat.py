@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -69,9 +68,7 @@ def causal_mask(
     mask: Tensor | None,
     view: MaskView,
     text: Tensor | None = None,
-    within: Callable[..., Any] | None = None,
     skip: bool = True,
-    beside: Callable[..., Any] | None = None,
 ) -> Any:
     """Transformers' own causal mask for one layer, whatever the attention backend.
 
@@ -82,13 +79,8 @@ def causal_mask(
     mask : Tensor of bool, shape (B, dropped + physical + q), or None
     text : Tensor of int64, shape (B, q), or None
         Positions that begin again in every prompt of a packed row; there is no cache then.
-    within
-        Function of sample, head, query and key, as indices of logical columns, that says which
-        keys a query may see beside being causal; None: all.
     skip
         Whether the result may be None where plain causal attention is right.
-    beside
-        The same as `within`, for keys that a query may see beside the causal ones; None: none.
     """
     from transformers.masking_utils import create_causal_mask
 
@@ -96,10 +88,6 @@ def causal_mask(
     call: dict[str, Any] = {"config": config, "inputs_embeds": hidden, "attention_mask": mask}
     call["cache" if "cache" in names else "past_key_values"] = view if text is None else None
     call["position_ids"] = text
-    if within is not None:
-        call["and_mask_function"] = within
-    if beside is not None:
-        call["or_mask_function"] = beside
     if "allow_is_causal_skip" in names:
         call["allow_is_causal_skip"] = skip
     return create_causal_mask(**call)
@@ -122,9 +110,9 @@ def check_flash_on_static() -> None:
 def backend_mask(config: Any, visible: Tensor, x: Tensor) -> Any:
     """A mask of bool (B, 1, n, columns) as the attention backend takes it.
 
-    Numbers for eager attention, blocks for FlexAttention, and the columns that are no padding
-    (B, columns) for FlashAttention, which can hide nothing else. For a backend of the user's own,
-    what the function makes that is registered for its masks.
+    Bools for SDPA, numbers for eager attention, blocks for FlexAttention, and the columns that are
+    no padding (B, columns) for FlashAttention, which can hide nothing else. Backends with other
+    masks are refused.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 
@@ -143,19 +131,13 @@ def backend_mask(config: Any, visible: Tensor, x: Tensor) -> Any:
     if make is sdpa_mask:
         return visible
     if make is not eager_mask:
-        return _registered_mask(config, visible, x)
+        raise UnsupportedModelError(
+            f"the attention backend {backend!r} is not supported, because the form of its masks is "
+            'not known. Use attn_implementation="sdpa", "eager", "flex_attention" or '
+            '"flash_attention_2".'
+        )
     hidden = torch.full((), torch.finfo(x.dtype).min, dtype=x.dtype, device=visible.device)
     return torch.where(visible, hidden.new_zeros(()), hidden)
-
-
-def _registered_mask(config: Any, visible: Tensor, x: Tensor) -> Any:
-    """A mask of bool (B, 1, n, columns) as transformers makes it for the backend."""
-    past = visible.shape[-1] - x.shape[1]
-
-    def shown(sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return visible[sample, 0, query - past, key]
-
-    return causal_mask(config, x, None, MaskView(past), within=shown, beside=shown)
 
 
 def only_padding(visible: Tensor, padding: Tensor, past: int) -> bool:
