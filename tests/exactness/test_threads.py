@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -28,36 +29,24 @@ def test_set_while_others_call(name: str) -> None:
     family = FAMILIES[name]
     model = family.build()
     inputs = family.batch([[text(3), family.image(0), text(9, 3)]])
-    expected, results, errors = [], [], []
-    with torch.no_grad(), tokencomp.patch(model, 0.5) as handle:
+
+    @torch.no_grad()
+    def call() -> torch.Tensor:
+        return model(**inputs, use_cache=False).logits
+
+    expected, results = [], []
+    with tokencomp.patch(model, 0.5) as handle, ThreadPoolExecutor(3) as pool:
         for setting in SETTINGS:
             handle.set(**setting)
-            expected.append(model(**inputs, use_cache=False).logits)
-        stop = threading.Event()
-
-        def call() -> None:
-            try:
-                while not stop.is_set():
-                    time.sleep(0.001)  # between the calls of all threads a change may come
-                    with torch.no_grad():
-                        results.append(model(**inputs, use_cache=False).logits)
-            except Exception as error:
-                errors.append(error)
-
-        threads = [threading.Thread(target=call) for _ in range(3)]
-        for thread in threads:
-            thread.start()
-        changes = 0
-        while (len(results) < 60 or changes < 20) and not errors:  # a busy machine runs one side
-            with contextlib.suppress(ModelInUseError):
-                handle.set(**SETTINGS[changes % len(SETTINGS)])
-                changes += 1
-        stop.set()
-        for thread in threads:
-            thread.join()
-    for error in errors:
-        raise error  # with the lines of its own thread
-    assert len(results) >= 60 and changes >= 20
+            expected.append(call())
+        for number in range(8):
+            running = [pool.submit(call) for _ in range(6)]
+            while not all(one.done() for one in running):
+                with contextlib.suppress(ModelInUseError):
+                    handle.set(**SETTINGS[number % len(SETTINGS)])
+                time.sleep(0.001)
+            results += [one.result() for one in running]
+            handle.set(**SETTINGS[(number + 1) % len(SETTINGS)])
     for logits in results:
         assert any(torch.allclose(logits, other, atol=1e-5) for other in expected)
 

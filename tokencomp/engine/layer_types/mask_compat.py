@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -68,6 +69,7 @@ def causal_mask(
     mask: Tensor | None,
     view: MaskView,
     text: Tensor | None = None,
+    within: Callable[..., Any] | None = None,
     skip: bool = True,
 ) -> Any:
     """Transformers' own causal mask for one layer, whatever the attention backend.
@@ -79,6 +81,9 @@ def causal_mask(
     mask : Tensor of bool, shape (B, dropped + physical + q), or None
     text : Tensor of int64, shape (B, q), or None
         Positions that begin again in every prompt of a packed row; there is no cache then.
+    within
+        Function of sample, head, query and key, as indices of logical columns, that says which
+        keys a query may see besides being causal; None: all.
     skip
         Whether the result may be None where plain causal attention is right.
     """
@@ -88,6 +93,8 @@ def causal_mask(
     call: dict[str, Any] = {"config": config, "inputs_embeds": hidden, "attention_mask": mask}
     call["cache" if "cache" in names else "past_key_values"] = view if text is None else None
     call["position_ids"] = text
+    if within is not None:
+        call["and_mask_function"] = within
     if "allow_is_causal_skip" in names:
         call["allow_is_causal_skip"] = skip
     return create_causal_mask(**call)
