@@ -68,6 +68,10 @@ def _only_wrapped(module: Any) -> bool:
     return "_old_forward" in own
 
 
+CHECKPOINTED = "_checkpoint_wrapped_module."
+"""Before the names of modules within torch's `CheckpointWrapper`."""
+
+
 def rotary_modules(decoder: nn.Module) -> list[nn.Module]:
     """The modules of a decoder that make rotary tables, known by their inverse frequencies.
 
@@ -82,7 +86,7 @@ def rotary_modules(decoder: nn.Module) -> list[nn.Module]:
         for name, module in decoder.named_modules()
         if any("inv_freq" in buffer for buffer, _ in module.named_buffers(recurse=False))
     }
-    if nested := [name for name in found if "." in name]:
+    if nested := [name for name in found if "." in name.removeprefix(CHECKPOINTED)]:
         raise UnsupportedModelError(
             f"the layers of {type(decoder).__name__} take rotary tables of {nested[0]}. Served are "
             "text decoders whose rotary modules are attributes of the decoder, such as rotary_emb. "
