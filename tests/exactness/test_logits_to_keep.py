@@ -49,6 +49,8 @@ def test_columns_are_those_of_the_masked_run(family: Family, single: bool, layer
     for k, logits, shape in zip(counts, found, plain, strict=True):
         assert logits.shape == shape
         columns = slice(-k, None) if isinstance(k, int) else k
+        if shape[1] == width:  # the model ignores the argument (MiniCPM-V 4.6)
+            columns = slice(None)
         left = masks[-1][:, columns]
         own = expected[:, columns][left]
         torch.testing.assert_close(logits[left], own, atol=5e-5, rtol=1e-5)
@@ -58,12 +60,11 @@ def test_generate_asks_for_one_column(family: Family) -> None:
     """As without a patch, the head of a language model has one row of every sample."""
     model, inputs, seen = family.build(), ragged(family), []
     head = model.get_output_embeddings()
-    with (
-        head.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[:2])),
-        tokencomp.patch(model, 0.5, reducer="uniform"),
-    ):
+    with head.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[:2])):
         oracle.generate(model, inputs, 2)
-    assert seen == [(3, 1), (3, 1)]
+        with tokencomp.patch(model, 0.5, reducer="uniform"):
+            oracle.generate(model, inputs, 2)
+    assert seen[:2] == seen[2:] and seen[1] == (3, 1)
 
 
 @pytest.mark.skipif("gemma4_e" not in HYBRID, reason="the release has no Gemma 4")
