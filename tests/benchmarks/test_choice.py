@@ -64,7 +64,7 @@ def test_a_candidate_for_images_and_one_for_videos(unpublished: Path) -> None:
     for at, (_, _, kind) in enumerate(ranking.keys(results)):
         other = rows["bipartite" if kind == "images" else "random"]
         assert rows[ranking.BY_MODALITY]["cells"][at] == other["cells"][at]
-    assert choose.title(joined) == "merge on images, random on videos"
+    assert choose.title(joined) == "bipartite on images, random on videos"
     assert {s.reducer for s in ranking.settings(joined)} == {"bipartite", "random"}
     del results[0].settings["random-0.9"]
     assert ranking.answered(results, ("bipartite", {})) and not ranking.answered(results, joined)
@@ -90,7 +90,7 @@ def test_what_the_rule_would_choose_with_merging() -> None:
     default = {"reducer": "kcenter", "options": {}, "score": 0.99, "spare": 0.01, "tied": True}
     merged = {"reducer": "bipartite", "options": {}, "score": 0.98, "spare": 0.02, "tied": True}
     (said,) = choose.by_the_rule([default, merged], ("kcenter", {}))
-    assert "**merge**" in said and "kcenter" not in said
+    assert "**bipartite**" in said and "kcenter" not in said
     for fewer in ({"tied": False}, {"spare": 0.0}):
         assert choose.by_the_rule([default, {**merged, **fewer}], ("kcenter", {})) == []
 
