@@ -63,6 +63,11 @@ def _entry(key: str, value: Any) -> tuple[str, Any]:
         return key, value
     if key == OPTION[0] and value in (*VALUES,):
         return OPTION[1], VALUES[value]
+    if key == OPTION[1] and (value in (None, "auto") or isinstance(value, bool)):
+        return (
+            key,
+            value,
+        )  # the option in a newer file, not the reducer of that name in an older one
     return _text(key), today(value)
 
 

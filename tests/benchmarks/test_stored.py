@@ -39,3 +39,9 @@ def test_values_and_commands() -> None:
         "environment": {"command": "run.py --reducers kcentre"},
         "rows": ["scope merge=True saliency=none at 0.9"],
     }  # fmt: skip
+
+
+def test_options_of_newer_files_stay() -> None:
+    """`merge` is a reducer in older files and an option in newer ones."""
+    new = {"reducer": "auto", "merge": False}
+    assert today([new, {"merge": 0.5}]) == [new, {"bipartite": 0.5}]
