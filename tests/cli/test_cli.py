@@ -37,14 +37,6 @@ def test_list_is_generated_from_the_registries(capsys):
     assert axes["Qwen2-VL"] == axes["Qwen3-VL"] == "M-RoPE" and axes["LLaVA-1.5"] == "1-D"
 
 
-def test_list_prints_every_reducer(capsys):
-    from tokencomp import available_reducers
-
-    assert run("list", "reducers") == 0
-    out = capsys.readouterr().out
-    assert all(re.search(rf"^{re.escape(name)}\b", out, re.M) for name in available_reducers())
-
-
 @pytest.mark.parametrize("place", ["release", pytest.param("checkout", marks=pytest.mark.long)])
 def test_the_list_of_a_release_needs_no_torch(place, tmp_path):
     """A wheel brings the rows as a file; a checkout asks its registries, whatever lies there."""
@@ -81,25 +73,6 @@ def test_doctor_proves_that_layers_saw_fewer_tokens(folder, capsys):
     assert checks["uniform: layers see fewer tokens"]["detail"].endswith("ratio 0.500")
     assert checks["prune: equals the masked run"]["ok"] is True
     assert printed["facts"]["torch"] == torch.__version__
-
-
-def test_doctor_says_that_own_questions_need_no_extra(monkeypatch):
-    from tokencomp.cli import _doctor
-
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    for name in ("_transformers", "_kernels", "_gpu", "_video", "_mlx"):
-        monkeypatch.setattr(_doctor, name, lambda: _doctor.Finding("another", True, ""))
-    (found,) = (c for c in _doctor.environment_checks() if c.name == "extra [eval]")
-    assert found.detail.startswith("tokencomp eval --tasks (not --data FILE) needs pip")
-
-
-def test_a_dtype_that_is_none_is_the_mistake_that_is_named(folder, capsys):
-    from tokencomp.zoo import SAMPLES
-
-    image = next(SAMPLES.glob("*.jpg"))
-    assert run("inspect", "--model", folder, "--image", image, "--dtype", "int8") == 2
-    err = " ".join(capsys.readouterr().err.split())
-    assert err.startswith("error: dtype 'int8'; allowed: auto,") and "multimodal" not in err
 
 
 def test_doctor_says_what_is_broken(folder, capsys, monkeypatch):
@@ -177,27 +150,6 @@ def test_mistakes_end_in_one_clean_message(args, message, capsys):
     err = capsys.readouterr().err
     assert re.search(message, err) and "Traceback" not in err
     assert err.startswith("error: ")
-
-
-def test_what_a_processor_refuses_is_one_message(tmp_path, capsys):
-    file = tmp_path / "thin.png"
-    Image.new("RGB", (1, 300)).save(file)
-    for command in ("inspect", "profile"):
-        assert run(command, "-i", file, "-o", tmp_path / "out.html") == 2
-        err = capsys.readouterr().err
-        assert "refuses the prompt (1×300; 0 videos)" in err and "Traceback" not in err
-
-
-def test_results_that_cannot_be_written(folder, tmp_path, capsys):
-    from tokencomp.zoo import SAMPLES
-
-    file, questions = tmp_path / "file", tmp_path / "questions.jsonl"
-    file.touch()
-    asked = json.loads((SAMPLES / "questions.json").read_text())[0]
-    questions.write_text(json.dumps({**asked, "media": str(SAMPLES / asked["media"])}))
-    args = ("-r", "uniform", "--ratio", "0.5", "--no-baselines", "-o", file)
-    assert run("eval", "-m", folder, "--data", questions, *args) == 2
-    assert "cannot write results to" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "ascii"])

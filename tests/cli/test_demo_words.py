@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -14,51 +13,12 @@ from PIL import Image
 import tokencomp
 from tokencomp import zoo
 from tokencomp.cli._demo import packaged_questions, samples
-from tokencomp.evaluation.cost import Cost
-from tokencomp.evaluation.environment import environment
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import Setting
-from tokencomp.evaluation.timing import Split
 from tokencomp.inputs.prompts import build_inputs
-from tokencomp.pages.demo import Demo, Row, saved
 from tokencomp.pages.measured import prefill_speed
 from tokencomp.pages.pictures import animation_uri, strip, survival, tiles
 from tokencomp.zoo.shapesqa.items import item
-
-
-def _row(name, ratio, per_layer, flops, accuracy):
-    setting = Setting(name, ratio) if ratio else Setting()
-    split = Split(*[0.0] * len(Split.__dataclass_fields__))
-    deviation = setting.deviation(len(per_layer))
-    return Row(setting, per_layer, ratio, flops, flops, split, 1.0, accuracy, deviation=deviation)
-
-
-def test_sentences_say_what_was_kept_and_what_it_cost():
-    rows = [
-        _row("full", 0.0, [200, 200, 200, 200], 1000.0, 0.9),
-        _row("random", 0.75, [50, 50, 50, 50], 400.0, 0.5),
-        _row("fastv", 0.5, [200, 200, 0, 0], 600.0, 0.8),
-        _row("fastv", 0.75, [50, 50, 50, 50], 400.0, 0.7),
-    ]
-    demo = Demo("m", {}, rows, [], items=40, failed=0)
-    assert "a video as 200 visual tokens" in demo.opening and "what fastv keeps" in demo.opening
-    half, quarter = demo.sentences
-    assert "100 of 200 visual tokens" in half and "60% of the decoder's work" in half
-    assert "80% of 40 answers" in half and "compression 90%" in half and "random" not in half
-    assert "50 of 200 visual tokens" in quarter and "at random 50%" in quarter
-    notes = demo.moves  # four layers: nothing would be left after layer 2
-    assert "fastv at 0.5 cuts before layer 1" in notes[0] and "schedule: 2" in notes[0]
-    assert "fastv at 0.75 cuts before layer 0" in notes[1] and len(notes) == 2
-
-
-def test_merged_tokens_are_called_merged():
-    """The cache keeps its size; of an image of which all tokens are dropped it does not."""
-    full = Cost(64, [64, 64], 1000, 100)
-    merging, dropping = Cost(64, [16, 16], 400, 100), Cost(64, [16, 16], 400, 40)
-    merged, dropped = (saved(Setting("auto", 0.75), cost, full) for cost in (merging, dropping))
-    assert "sees 16 of 64 visual tokens on average, the rest merged into them." in merged
-    assert "100% of its cache, in which merged tokens are repeated." in merged
-    assert "merged" not in dropped and "40% of its cache." in dropped
 
 
 @pytest.mark.parametrize(
@@ -91,24 +51,6 @@ def test_questions_are_shown_that_random_gets_wrong(random, auto, first, second)
     shown = samples(runs, list(runs))
     assert len(shown) == len(by_file)
     assert one[first] in shown and other[second] in shown
-
-
-def test_a_copy_without_measured_times_says_where_they_are(tmp_path, monkeypatch, capsys):
-    from rich.console import Console
-
-    from tokencomp.cli.demo import _print
-    from tokencomp.pages import demo as page
-    from tokencomp.pages import measured
-
-    monkeypatch.setattr(measured.prefill_speed, "__defaults__", (tmp_path / "none",))
-    rows = [_row("full", 0.0, [8, 8], 10.0, 1.0), _row("uniform", 0.5, [4, 4], 6.0, 1.0)]
-    facts = {**environment(), "family": "F", "parameters": 9, "layers": 2, "dtype": "float32"}
-    demo = Demo("m", facts, rows, [], items=1, failed=0)
-    _print(Console(), demo)
-    assert "benchmarks/models/prefill.md in the repository" in capsys.readouterr().out
-    content = page.write(demo, tmp_path / "page.html").read_text()
-    assert "comes without the measured times" in content
-    assert not re.search(r'(src|href)="(?!data:|#)', content), "the page loads nothing"
 
 
 @pytest.mark.parametrize("count", [4, 8])

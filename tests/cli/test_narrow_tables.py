@@ -10,8 +10,6 @@ import pytest
 from evaluation.test_report import write_run
 from support.console import run
 
-from tokencomp.cli.profile import LINES, show
-
 PLAN = [{"layer": 0, "fraction": 0.5, "reducer": "kcenter"}, {"layer": 4, "fraction": 0.25}]
 SCORES = {f"a{k}": int(k % 3 > 0) for k in range(9)}
 METHODS = [
@@ -60,33 +58,3 @@ def test_no_number_of_a_report_is_cut(runs, tmp_path, capsys):
     assert {"plan", "condiv merge=True power=0.3"} <= {row["method"] for row in rows}
     for text in (out, files[1].read_text(), re.sub("<[^>]*>", "", page.read_text())):
         assert "fraction" not in text and "kcenter" in text
-
-
-def test_names_of_models_are_whole(capsys):
-    assert run("list", "models") == 0
-    words = capsys.readouterr().out.split()
-    assert {"LLaVA-NeXT-Video", "llava_next_video", "tiny-llava-onevision"} <= {*words}
-
-
-def test_the_total_of_a_profile_says_what_it_leaves_out(capsys):
-    """200 + 50 + 150 ms, without the 900 ms of the row above them."""
-    row = {key: 0.0 for _, key, _ in LINES} | {"reducer": "full", "ratio": 0}
-    row |= {"preprocess_s": 0.9, "vision_s": 0.2, "reduce_s": 0.05, "prefill_s": 0.15}
-    row |= {"total_s": 0.4, "tokens_per_layer": [64]}
-    hardware = {"gpus": ["a GPU"], "cpu": "", "threads": 1}
-    show({"model": "tiny", "rows": [row], "file": None, "hardware": hardware})
-    assert re.search(r"total after preprocess +400\.0 ms", capsys.readouterr().out)
-
-
-def test_a_profile_of_many_methods_fits(capsys):
-    values = {key: 0.123 for _, key, _ in LINES} | {"tower_ratio": 0.0, "peak_bytes": None}
-    rows = [
-        {"reducer": f"method{k}", "ratio": 0.75, **values, "tokens_per_layer": [*range(64, 36, -1)]}
-        for k in range(20)
-    ]
-    hardware = {"gpus": ["a GPU"], "cpu": "", "threads": 1}
-    show({"model": "tiny", "rows": rows, "file": None, "hardware": hardware})
-    out = capsys.readouterr().out
-    assert "…" not in out
-    assert {f"method{k}" for k in range(20)} == {*re.findall(r"method\d+", out)}
-    assert "tower ratio reached" not in out and out.count("123.0 ms") >= 20 * 6

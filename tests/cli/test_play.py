@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 from support.serving import http
 
-from tokencomp.cli._playground import NOTHING, Playground, build
-from tokencomp.errors import MediaError, MissingDependencyError, TokenCompError
+from tokencomp.cli._playground import NOTHING, Playground
+from tokencomp.errors import MediaError, TokenCompError
 from tokencomp.inputs.loading import load_model
 from tokencomp.inputs.media import load_media
 from tokencomp.inputs.packaged import DEFAULT_MODEL, zoo_part
@@ -46,12 +44,6 @@ def test_the_answer_without_compression_is_the_models_own(play: Playground) -> N
     assert not hasattr(play.model, "_tokencomp_handle")
 
 
-def test_merging_and_the_tower_reach_the_model(play: Playground) -> None:
-    rows = play.ask(sample(), None, QUESTION, "kcenter", 0.75, 0.5, "drop")[2]
-    plain = play.ask(sample(), None, QUESTION, "kcenter", 0.75, 0.0, "merge")[2]
-    assert rows[0] == plain[0]
-
-
 @pytest.mark.parametrize(
     ("method", "merge", "merged"),
     [
@@ -77,20 +69,6 @@ def test_what_cannot_be_answered_is_said(play: Playground, tmp_path: Path) -> No
         play.ask(str(tmp_path / "broken.jpg"), None, QUESTION, "auto", 0.5, 0.0, "as usual")
     with pytest.raises(TokenCompError, match="tower_ratio"):
         play.ask(sample(), None, QUESTION, "auto", 0.25, 0.5, "as usual")
-
-
-def test_a_missing_package_is_named(play: Playground, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(MissingDependencyError, match=r"needs gradio.*\.\[play\]"):
-        build(play)
-
-
-def test_an_old_gradio_is_named(play: Playground, monkeypatch: pytest.MonkeyPatch) -> None:
-    old = ModuleType("gradio")
-    monkeypatch.setattr(old, "__version__", "4.44.1", raising=False)
-    monkeypatch.setitem(sys.modules, "gradio", old)
-    with pytest.raises(MissingDependencyError, match=r"gradio 4\.44\.1.*\.\[play\]"):
-        build(play)
 
 
 @pytest.fixture

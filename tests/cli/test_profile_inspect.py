@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 
 import numpy as np
 import pytest
@@ -53,17 +52,6 @@ def test_inspect_shows_what_is_kept(folder, tmp_path, capsys):
     assert (kept == wanted.reshape(8, 8)).all()
 
 
-def test_inspect_page_has_a_picture_per_stage(folder, tmp_path, capsys):
-    page = tmp_path / "page.html"
-    code = run(
-        "inspect", "--model", folder, "--image", IMAGE, "-q", "What color is the circle?",
-        "-r", "prune", "--ratio", "0.5", "-o", page, "--max-new-tokens", 2,
-    )  # fmt: skip
-    assert code == 0
-    content = page.read_text()
-    assert "from layer 1 on" in content and not re.search(r'(src|href)="(?!data:|#)', content)
-
-
 def test_inspect_of_a_video(folder, tmp_path, capsys):
     page = tmp_path / "page.html"
     code = run(
@@ -74,30 +62,6 @@ def test_inspect_of_a_video(folder, tmp_path, capsys):
     out = capsys.readouterr().out
     assert code == 0 and "256×6" in out and "128×6" in out
     assert VIDEO.name in page.read_text()
-
-
-@pytest.mark.parametrize(
-    "args, message",
-    [
-        (["profile"], "nothing to look at"),
-        (["inspect"], "nothing to look at"),
-    ],
-)
-def test_mistakes(args, message, capsys):
-    assert run(*args) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_profile_of_the_vision_tower(folder, capsys):
-    """The bar of all steps goes to standard error; the table has the ratio of the tower."""
-    code = run(
-        "profile", "--model", folder, "--image", IMAGE, "--reducer", "uniform", "--ratio", "0.75",
-        "--tower-ratio", "0.5", "--rounds", 1,
-    )  # fmt: skip
-    out = capsys.readouterr()
-    assert code == 0 and "tower ratio reached" in out.out and "0.500" in out.out
-    assert "Before the model, of CPU time: open " in out.out
-    assert " 6/6 " in out.err and "6/6" not in out.out
 
 
 def test_inspect_shows_what_the_tower_never_saw(folder, tmp_path):
@@ -137,28 +101,3 @@ def test_inspect_shows_what_the_tower_never_saw(folder, tmp_path):
 def test_bad_options(folder, capsys, options, message):
     assert run("inspect", "--model", folder, "--image", IMAGE, *options) != 0
     assert message in " ".join(capsys.readouterr().err.split())
-
-
-def test_inspect_says_in_words_what_was_kept():
-    from types import SimpleNamespace
-
-    from tokencomp.cli.inspect import in_words
-    from tokencomp.method import MethodSpec
-
-    def answer(name, ratio, layers, text, **spec):
-        cost = SimpleNamespace(per_layer=layers, flops=sum(layers), kv_bytes=2 * sum(layers))
-        return SimpleNamespace(
-            setting=SimpleNamespace(name=name, asked=MethodSpec(name, ratio, **spec).asked),
-            cost=cost,
-            text=text,
-        )
-
-    full = answer("uniform", 0.0, [64, 64], "red")
-    words = in_words(answer("prune", 0.75, [32, 0], "red "), full)
-    assert "prune at ratio 0.75: a decoder layer sees 16 of 64 visual tokens" in words
-    assert "25% of the decoder's work" in words and words.endswith("The answer stays the same.")
-    words = in_words(answer("prune", 0.0, [32, 0], "red ", budget=16), full)
-    assert "prune at budget=16: a decoder layer sees 16" in words
-    assert in_words(answer("prune", 0.75, [32, 0], "blue"), full).endswith(
-        "The answer differs from that of the full model."
-    )

@@ -129,9 +129,8 @@ def test_answers_end_at_a_limit_that_runs_do_not_mix(questions, evaluate, tmp_pa
     assert "max_new_tokens: 16 and 4" in capsys.readouterr().err.replace("\n", " ")
 
 
-@pytest.mark.parametrize("command", ["eval", "tune"])
 def test_questions_that_no_answer_within_the_limit_can_meet(
-    questions, loaded, folder, tmp_path, command, capsys
+    questions, loaded, evaluate, tmp_path, capsys
 ):
     """One word of the tokenizer per token: 17 and 20 of them, and other answers that are short."""
     words = " ".join(["red"] * 20)
@@ -140,32 +139,22 @@ def test_questions_that_no_answer_within_the_limit_can_meet(
     answers = [["red", words], f"B. {words}", words[:-12], words]
     rows = [{**line, "answer": one, "id": f"number {k}"} for k, one in enumerate(answers)]
     questions[0].write_text("".join(json.dumps(row) + "\n" for row in rows))
-    budget = ("--tokens", 64, "--frames", 4) if command == "tune" else ("-o", tmp_path / "runs")
-    known = ("--data", questions[0], "--model", folder, *budget)
-    assert run(command, *known) == 2
+    assert evaluate("-r", "uniform") == 2
     said = capsys.readouterr().err.replace("\n", " ")
-    assert "question 'number 2': its shortest right answer has 17 tokens, and a" in said
-    assert "ends after 16. Give --max-new-tokens 20, which fits all questions" in said
+    assert "'number 2'" in said and "--max-new-tokens 20" in said
     assert not (tmp_path / "runs").exists()
-    assert run(command, *known, "--max-new-tokens", 19) == 2
-    assert "question 'number 3': its shortest right answer has 20" in capsys.readouterr().err
-
-
-def test_tasks_have_limits_of_their_own(folder, capsys):
-    assert run("eval", "--tasks", "mvbench", "--model", folder, "--max-new-tokens", 32) == 2
-    assert "--max-new-tokens: no effect with tasks" in capsys.readouterr().err
+    assert evaluate("-r", "uniform", "--max-new-tokens", 19) == 2
+    assert "'number 3'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    "name, message",
+    ("name", "message"),
     [
-        ("questions.csv", "questions.csv': no such file. Expected 'shapesqa', a JSON Lines file"),
-        ("more/questions", "more/questions: no such folder. Expected a .jsonl file with your"),
-        (
-            "empty",
-            "empty: the folder has neither questions.jsonl, with your questions, nor <owner>",
-        ),
-        ("table.csv", "table.csv, line 1: expected a JSON object with question, answer and media"),
+        ("questions.csv", "no such file"),
+        ("more/questions", "no such folder"),
+        ("empty", "neither questions.jsonl, with your questions, nor"),
+        ("table.csv", "line 1: expected a JSON object with question, answer and media"),
+        ("blank.jsonl", "is empty: expected one JSON object per line"),
     ],
 )
 def test_paths_that_hold_no_questions_say_so_before_tasks_are_looked_for(
@@ -174,45 +163,27 @@ def test_paths_that_hold_no_questions_say_so_before_tasks_are_looked_for(
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "a.png").touch()
     (tmp_path / "table.csv").write_text("question,answer,media\n")
+    (tmp_path / "blank.jsonl").write_text("\n")
     assert run("eval", "--data", tmp_path / name, "--model", folder) == 2
     assert message in capsys.readouterr().err.replace("\n", " ")
 
 
 @pytest.mark.parametrize(
-    "line, message",
+    ("line", "message"),
     [
-        ("not json", "answer and media; this line is not JSON (Expecting value"),
-        ('{"question": "q", "media": "m.png"}', "'answer' is missing (it has question, media)"),
-        ('["q", "a", "m.png"]', "answer and media, one per line; got a list"),
-        ('{"question": null, "answer": "a", "media": "m.png"}', "line 3: the question is empty"),
-        ('{"question": "q", "answer": [], "media": "m.png"}', "line 3: the answer is empty"),
+        ("not json", "this line is not JSON"),
+        ('{"question": "q", "media": "m.png"}', "'answer' is missing"),
+        ('["q", "a", "m.png"]', "got a list"),
+        ('{"question": null, "answer": "a", "media": "m.png"}', "the question is empty"),
         ('{"question": "q", "answer": ["a", " "], "media": "m.png"}', "the answer is empty"),
-        (
-            '{"question": "q", "answer": [["a"]], "media": "m.png"}',
-            "a list inside. Give a text, or",
-        ),
-        ('{"question": ["q"], "answer": "a", "media": "m.png"}', "a list inside. Give a text."),
+        ('{"question": "q", "answer": [["a"]], "media": "m.png"}', "a list inside"),
         ('{"question": "q", "answer": "a", "media": "no.png"}', "no.png does not exist"),
-        ('{"question": "q", "answer": "a", "media": []}', "line 3: there is no image or video"),
+        ('{"question": "q", "answer": "a", "media": []}', "there is no image or video"),
     ],
 )
 def test_a_bad_line_is_one_message_with_its_number(questions, evaluate, line, message, capsys):
     first, blank, *_ = questions[0].read_text().split("\n")
     questions[0].write_text(f"{first}\n{blank}\n{line}\n")
     assert evaluate() == 2
-    err = capsys.readouterr().err
-    assert message in err.replace("\n", " ") and "my.jsonl, line 3" in err and len(err) < 600
-
-
-def test_files_that_are_missing_or_empty_and_tasks_beside_a_file(questions, evaluate, capsys):
-    assert evaluate("--tasks", "mvbench") == 2
-    assert "--tasks: no effect with --data" in capsys.readouterr().err
-    questions[0].write_text("\n")
-    assert evaluate() == 2
-    assert "is empty: expected one JSON object per line" in capsys.readouterr().err
-    questions[0].unlink()
-    assert evaluate() == 2
-    assert "no such file. Expected 'shapesqa', a JSON Lines file" in capsys.readouterr().err
-    questions[0].mkdir()
-    assert evaluate() == 2
-    assert "my.jsonl': expected 'shapesqa'" in capsys.readouterr().err
+    err = capsys.readouterr().err.replace("\n", " ")
+    assert message in err and "my.jsonl, line 3" in err

@@ -17,6 +17,7 @@ from tokencomp.errors import OptionError
 from tokencomp.evaluation import Example, evaluate
 from tokencomp.evaluation.environment import git
 from tokencomp.evaluation.store import read_records
+from tokencomp.reducers.random import Random
 
 
 def test_resumes_where_it_was_killed(loaded, examples, tmp_path, monkeypatch):
@@ -110,37 +111,6 @@ def test_items_and_batches_that_make_no_sense_are_refused(tmp_path, ids, size, m
     assert not (tmp_path / "o").exists()
 
 
-def test_a_run_without_answers_leaves_no_folder(loaded, examples, tmp_path, monkeypatch):
-    from tokencomp.evaluation import batches
-
-    def dies(*args):
-        raise KeyboardInterrupt
-
-    evaluate(*loaded, examples[:1], "uniform", 0.5, tmp_path / "runs" / "other", **HOW)
-    monkeypatch.setattr(batches, "generate", dies)
-    for folder in ("new/uniform", "runs/uniform"):
-        with pytest.raises(KeyboardInterrupt):
-            evaluate(*loaded, examples[:1], "uniform", 0.5, tmp_path / folder, **HOW)
-    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
-    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["other"]
-
-
-def test_a_folder_of_another_run_is_refused(loaded, examples, tmp_path):
-    evaluate(*loaded, examples[:1], "uniform", 0.5, tmp_path, **HOW)
-    with pytest.raises(OptionError, match=r"ratio: 0.5 there, 0.75 now"):
-        evaluate(*loaded, examples[:1], "uniform", 0.75, tmp_path, **HOW)
-
-
-def test_answers_of_another_default_do_not_count(loaded, examples, tmp_path, monkeypatch):
-    """The options given are the same, what they stand for is not: another release, say."""
-    from tokencomp.reducers.registry import make_reducer
-
-    evaluate(*loaded, examples[:1], "random", 0.5, tmp_path, **HOW)
-    monkeypatch.setattr(type(make_reducer("random")).__init__, "__defaults__", (3,))
-    with pytest.raises(OptionError, match="differs in method"):
-        evaluate(*loaded, examples[:1], "random", 0.5, tmp_path, **HOW)
-
-
 def test_a_full_disk_is_one_message_and_loses_no_answer(loaded, examples, tmp_path):
     """The last batch does not fit into the file; the same call goes on behind it."""
     items = [replace(e, id=f"{k}/{e.id}") for k in range(4) for e in examples[:3]]
@@ -177,23 +147,41 @@ def test_looking_at_the_commit_leaves_the_index_of_the_checkout(tmp_path):
     assert index.read_bytes() != before
 
 
-@pytest.mark.parametrize("part", ["visual.blocks.0.attn.proj", "layers.1.mlp.down_proj"])
-def test_answers_of_other_weights_do_not_count(loaded, examples, tmp_path, part):
-    """Whatever part of the model was trained in between."""
-    evaluate(*loaded, examples[:1], "uniform", 0.5, tmp_path, **HOW)
-    weight = next(p for n, p in loaded[0].named_parameters() if n.endswith(f"{part}.weight"))
-    before = weight.detach().clone()
-    weight.data += 0.01
-    try:
-        with pytest.raises(OptionError, match="differs in weights"):
-            evaluate(*loaded, examples[:1], "uniform", 0.5, tmp_path, **HOW)
-    finally:
-        weight.data.copy_(before)
+def _other_weights(model, processor, patch):
+    weight = next(p for n, p in model.named_parameters() if n.endswith("1.mlp.down_proj.weight"))
+    patch.setattr(weight, "data", weight.data + 0.01)
 
 
-def test_answers_at_another_resolution_do_not_count(loaded, examples, tmp_path, monkeypatch):
-    evaluate(*loaded, examples[:1], "uniform", 0.5, tmp_path, **HOW)
-    images = loaded[1].image_processor
-    monkeypatch.setattr(images, "size", {**dict(images.size), "longest_edge": 56 * 56})
-    with pytest.raises(OptionError, match="differs in pixels"):
-        evaluate(*loaded, examples[:1], "uniform", 0.5, tmp_path, **HOW)
+def _other_tower(model, processor, patch):
+    weight = next(p for n, p in model.named_parameters() if n.endswith("0.attn.proj.weight"))
+    patch.setattr(weight, "data", weight.data + 0.01)
+
+
+def _other_resolution(model, processor, patch):
+    images = processor.image_processor
+    patch.setattr(images, "size", {**dict(images.size), "longest_edge": 56 * 56})
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (lambda *_: 0.75, "ratio: 0.5 there, 0.75 now"),
+        (_other_weights, "differs in weights"),
+        (_other_tower, "differs in weights"),
+        (_other_resolution, "differs in pixels"),
+        (lambda m, p, patch: patch.setattr(Random, "revision", 2), "differs in method"),
+        (
+            lambda m, p, patch: patch.setattr(Random.__init__, "__defaults__", (3,)),
+            "differs in method",
+        ),
+    ],
+    ids=["ratio", "weights", "weights of the tower", "resolution", "rule", "default of an option"],
+)
+def test_answers_of_another_run_do_not_count(
+    loaded, examples, tmp_path, monkeypatch, changed, message
+):
+    """Another release may give the same options another meaning."""
+    evaluate(*loaded, examples[:1], "random", 0.5, tmp_path, **HOW)
+    ratio = changed(*loaded, monkeypatch) or 0.5
+    with pytest.raises(OptionError, match=message):
+        evaluate(*loaded, examples[:1], "random", ratio, tmp_path, **HOW)

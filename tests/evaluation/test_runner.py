@@ -103,19 +103,6 @@ def test_costs_are_those_of_the_shapes(loaded, examples):
         assert record["kv_bytes"] == layers * n * 2 * d * 4
 
 
-def test_bad_media_are_recorded_and_the_rest_goes_on(loaded, examples, tmp_path):
-    broken, empty = tmp_path / "broken.mp4", tmp_path / "empty.mp4"
-    broken.write_bytes(b"not a video at all" * 50)
-    empty.touch()
-    bad = [Example(p.stem, "?", "x", (p,)) for p in (broken, empty, tmp_path / "gone.png")]
-    run = evaluate(*loaded, [bad[0], examples[0], *bad[1:]], "uniform", 0.5, tmp_path / "r", **HOW)
-    assert [r["id"] for r in run.answered] == [examples[0].id]
-    reasons = {r["id"]: r["error"] for r in run.failed}
-    assert set(reasons) == {"broken", "empty", "gone"}
-    assert "empty" in reasons["empty"] and "no such file" in reasons["gone"]
-    assert run.manifest["summary"]["failed"] == 3
-
-
 @dataclass(frozen=True)
 class Refuses(Uniform):
     """A reducer that takes no prompt of a model."""
@@ -158,15 +145,18 @@ def test_a_command_fails_if_a_setting_answers_nothing(
     assert "no question could be answered" in said.err and "of no grid" in said.err
 
 
-def test_media_that_the_processor_refuses_are_recorded(loaded, examples, tmp_path):
-    """Qwen2-VL takes no picture that is more than 200 times as wide as high."""
+def test_media_that_cannot_be_read_are_recorded_and_the_rest_goes_on(loaded, examples, tmp_path):
+    """Qwen2-VL takes no picture that is more than 200 times as wide as high, for one."""
     Image.new("RGB", (2500, 8)).save(tmp_path / "wide.png")
-    wide = Example("wide", "?", "x", (str(tmp_path / "wide.png"),))
-    items = [examples[0], wide, *examples[1:]]
+    (tmp_path / "broken.mp4").write_bytes(b"not a video at all" * 50)
+    reasons = {"wide.png": "200", "broken.mp4": "", "gone.png": "no such file"}
+    bad = [Example(name, "?", "x", (str(tmp_path / name),)) for name in reasons]
+    items = [examples[0], *bad, *examples[1:]]
     settings = grid(["uniform", "downscale"], [0.5])
     for setting, run in sweep(*loaded, items, settings, tmp_path / "r", **HOW).items():
-        assert [(r["id"], "200" in r["error"]) for r in run.failed] == [("wide", True)]
-        assert run.manifest["summary"]["failed"] == 1
+        assert [r["id"] for r in run.failed] == [*reasons]
+        assert all(reasons[r["id"]] in r["error"] for r in run.failed)
+        assert run.manifest["summary"]["failed"] == 3
         reducer = "uniform" if setting.name == "uniform" else None
         said = {r["id"]: r["prediction"] for r in run.answered}
         if setting.name != "downscale":
@@ -200,19 +190,6 @@ def test_an_item_that_a_method_refuses_fails_under_it_alone(loaded, examples, tm
     assert [r["prediction"] for r in full.records] == [one_by_one(loaded, e) for e in items]
 
 
-def test_a_method_that_answers_nothing_leaves_the_report(loaded, examples, tmp_path, capsys):
-    settings = [*grid(["uniform"], [0.5]), Setting(Demanding(least=999), 0.5, name="demanding")]
-    sweep(*loaded, examples[:2], settings, tmp_path / "r", **HOW)
-    files = ["-o", tmp_path / "page.html", "--table", tmp_path / "t.csv"]
-    assert command("report", tmp_path / "r", *files) == 0
-    page, rows = (tmp_path / "page.html").read_text(), (tmp_path / "t.csv").read_text().splitlines()
-    assert "64 tokens are too few" in page
-    assert "nan" not in page and "nan" not in capsys.readouterr().out
-    counts = {cells[0]: cells[3:6] for cells in (row.split(",") for row in rows[1:])}
-    assert counts["demanding"] == ["0", "2", ""]
-    assert counts["full"][:2] == counts["uniform"][:2] == ["2", "0"]
-
-
 def test_an_error_of_the_setting_ends_the_run(loaded, examples):
     with pytest.raises(WeightsError, match="trained weights"):
         evaluate(*loaded, examples[:1], "ccam", 0.5, **HOW)
@@ -240,23 +217,6 @@ def test_a_batch_that_is_refused_is_asked_one_by_one(loaded, examples, monkeypat
         evaluate(*loaded, examples, "uniform", 0.5, **HOW)
 
 
-def test_batch_halves_when_memory_runs_out(loaded, examples, monkeypatch):
-    from tokencomp.evaluation import batches
-
-    real = batches.generate
-
-    def small(model, processor, inputs, n):
-        if inputs["input_ids"].shape[0] > 2:
-            raise torch.OutOfMemoryError("pretend")
-        return real(model, processor, inputs, n)
-
-    expected = evaluate(*loaded, examples, "uniform", 0.5, batch_size=2, **HOW)
-    monkeypatch.setattr(batches, "generate", small)
-    run = evaluate(*loaded, examples, "uniform", 0.5, batch_size=8, **HOW)
-    assert [r["prediction"] for r in run.records] == [r["prediction"] for r in expected.records]
-    assert run.manifest["batch_size"] == 2 and run.manifest["batch_halved_by_oom"] is True
-
-
 def test_an_item_too_large_for_memory_fails_alone(loaded, examples, monkeypatch):
     """Videos never fit: they are recorded with the reason, images are answered."""
     from tokencomp.evaluation import batches
@@ -264,12 +224,15 @@ def test_an_item_too_large_for_memory_fails_alone(loaded, examples, monkeypatch)
     real = batches.generate
 
     def small(model, processor, inputs, n):
-        if "pixel_values_videos" in inputs:
+        if "pixel_values_videos" in inputs or inputs["input_ids"].shape[0] > 2:
             raise torch.OutOfMemoryError("pretend")
         return real(model, processor, inputs, n)
 
+    expected = evaluate(*loaded, examples, "uniform", 0.5, batch_size=2, **HOW)
     monkeypatch.setattr(batches, "generate", small)
     run = evaluate(*loaded, examples, "uniform", 0.5, batch_size=8, **HOW)
+    answers = [{r["id"]: r["prediction"] for r in one.answered} for one in (expected, run)]
+    assert answers[1].items() <= answers[0].items()
     video = {e.id for e in examples if e.media[0].suffix == ".mp4"}
     assert {r["id"] for r in run.failed} == video and len(run.answered) == len(examples) - 2
     assert all("memory" in r["error"] for r in run.failed)
@@ -285,14 +248,6 @@ def test_equal_token_baselines_come_near_the_budget(loaded, examples, baseline):
         assert abs(record["per_layer"][0] - wanted) <= max(2, wanted // 8)
 
 
-def test_the_model_is_left_unpatched(loaded, examples):
-    model = loaded[0]
-    before = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-    sweep(*loaded, examples[:1], grid(["aim", "downscale"], [0.5]), **HOW)
-    after = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-    assert before == after
-
-
 def test_a_patch_of_the_model_waits_outside(loaded, examples):
     """What "full" says is said by the whole model, and the patch is there again afterwards."""
     settings = grid(["uniform"], [0.9])
@@ -303,15 +258,6 @@ def test_a_patch_of_the_model_waits_outside(loaded, examples):
     predictions = [[(r["prediction"], r["ratio"]) for r in run.records] for run in runs.values()]
     plain = [[(r["prediction"], r["ratio"]) for r in run.records] for run in expected.values()]
     assert predictions == plain
-
-
-def test_another_rule_of_the_same_options_is_another_run(loaded, examples, tmp_path, monkeypatch):
-    from tokencomp.reducers.uniform import Uniform
-
-    evaluate(*loaded, examples[:1], "uniform", 0.5, tmp_path / "run", **HOW)
-    monkeypatch.setattr(Uniform, "revision", 2)
-    with pytest.raises(OptionError, match="differs in method"):
-        evaluate(*loaded, examples[:1], "uniform", 0.5, tmp_path / "run", **HOW)
 
 
 def test_two_processes_share_the_items(loaded, examples, tmp_path, monkeypatch):
@@ -358,10 +304,3 @@ def test_settings_refuse_what_makes_no_sense():
 )
 def test_what_counts_as_right(answer, said, right):
     assert Example("", "", answer).correct(said) is right
-
-
-def test_records_are_plain_json(loaded, examples, tmp_path):
-    evaluate(*loaded, examples[:1], "aim", 0.5, tmp_path, **HOW)
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    assert manifest["identity"]["reducer"] == "aim"
-    assert {"torch", "transformers", "tokencomp"} <= set(manifest["versions"])

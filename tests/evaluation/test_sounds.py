@@ -90,28 +90,6 @@ def test_command_asks_about_sound_files(tmp_path: Path, capsys: pytest.CaptureFi
     assert run("report", tmp_path / "runs", "-o", tmp_path / "page.html") == 0
 
 
-def test_tune_plays_sounds_faster(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """A scale is a share of the time, and tokens follow the time: 8 and 4 seconds, or half."""
-    torch.manual_seed(0)
-    tokenizer = build_tokenizer(tmp_path / "tokenizer")
-    save(build(tokenizer), tokenizer, tmp_path / "model")
-    lines = []
-    for name, seconds in (("long", 8.0), ("short", 4.0)):
-        write_wav(tmp_path / f"{name}.wav", tone(RATE, seconds)[:, None], RATE)
-        lines.append({"question": "Is there a beep?", "answer": "yes", "media": f"{name}.wav"})
-    file = tmp_path / "questions.jsonl"
-    file.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    known = ("--data", file, "--model", tmp_path / "model", "--device", "cpu", "--latency", 1e9)
-    grid = ("--scale", "1,0.5", "--ratio", "0.5", "-r", "uniform")
-    assert run("tune", *known, *grid, "--json") == 0
-    found = json.loads(capsys.readouterr().out)["candidates"]
-    tokens = {(c["scale"], c["ratio"]): c["tokens"] for c in found}
-    whole = 0.75 * TOKENS
-    wanted = {(s, r): whole * s * (1 - r) for s in (1.0, 0.5) for r in (0.0, 0.5)}
-    assert tokens == pytest.approx(wanted, abs=1)
-    assert all(c["items"] == 2 for c in found)
-
-
 def test_models_that_do_not_listen_refuse_sounds(loaded) -> None:
     """Their processors would leave the sound out, and the model would answer without it."""
     with pytest.raises(MediaError, match="takes no sounds"):

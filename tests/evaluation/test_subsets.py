@@ -11,7 +11,6 @@ import torch
 import tokencomp
 from tokencomp.evaluation import Setting, batches, patches, sweep
 from tokencomp.evaluation.patches import Subsets, per_question
-from tokencomp.reducers.random import Random
 from tokencomp.tokens.spans import VisualTokens
 from tokencomp.training.measure import Measurement
 
@@ -82,8 +81,3 @@ def test_batches_halves_and_resumption_change_nothing(loaded, examples, seen, tm
     measured = Measurement({"": loaded[0]}, loaded[1], batch=len(images), max_new_tokens=2)
     measured.run(images, [RANDOM])
     assert seen == first
-
-
-def test_outside_of_an_evaluation_it_is_the_reducer_itself(loaded) -> None:
-    with patches.patched(loaded[0], RANDOM) as handle:
-        assert type(handle.plan.stages[0].reducer) is Random

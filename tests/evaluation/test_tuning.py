@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import random
@@ -13,7 +12,6 @@ from support.console import run
 
 from tokencomp.errors import MediaError, OptionError
 from tokencomp.evaluation import Example, Setting, tuning
-from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.tuning import Candidate, candidates, pareto
 from tokencomp.inputs.files import FileQuestions
 
@@ -97,39 +95,6 @@ def test_pareto_front_by_brute_force():
     assert {(c.tokens, c.accuracy) for c in pareto([refused, *points])} == best
 
 
-def test_candidates_take_turns(monkeypatch):
-    """Every batch is answered under all candidates before the next; the warm-up is not counted."""
-    calls = []
-
-    def pretend(model, processor, batch, settings, *, frames, **how):
-        calls.append(([e.id for e in batch], frames))
-        cost = {"correct": True, "seconds": 2.0, "per_layer": [3, 5]}
-        return {s: EvalRun(s, [{"id": e.id, **cost} for e in batch]) for s in settings}
-
-    monkeypatch.setattr(tuning, "sweep", pretend)
-    items = [Example(str(k), "?", "x") for k in range(5)]
-    given = [Candidate(n, 1.0, Setting()) for n in (4, 8)]
-    found = tuning.search(None, None, items, given, batch_size=2)
-    batches = [["0", "1"], ["2", "3"], ["4"]]
-    turns = [(b, n) for b in batches for n in (4, 8)]
-    assert calls == [(["0", "1"], 4), (["0", "1"], 8), *turns]
-    assert [(c.items, c.seconds, c.tokens) for c in found] == [(5, 2.0, 4.0)] * 2
-
-
-@pytest.mark.parametrize("limit", [None, 3])
-def test_answers_end_at_the_limit(monkeypatch, limit):
-    seen = set()
-
-    def pretend(model, processor, batch, settings, *, max_new_tokens, **how):
-        seen.add(max_new_tokens)
-        return {s: EvalRun(s) for s in settings}
-
-    monkeypatch.setattr(tuning, "sweep", pretend)
-    how = {} if limit is None else {"max_new_tokens": limit}
-    tuning.search(None, None, [Example("0", "?", "x")], [Candidate(4, 1.0, Setting())], **how)
-    assert seen == {limit or 16}
-
-
 def test_tune_stays_within_the_budget(folder, tmp_path, capsys):
     out = tmp_path / "tuned.json"
     code = run(
@@ -144,18 +109,6 @@ def test_tune_stays_within_the_budget(folder, tmp_path, capsys):
     assert any(c["pareto"] for c in stored["candidates"])
 
 
-def test_settings_that_cost_more_than_estimated_are_not_recommended(folder, monkeypatch, capsys):
-    def search(model, processor, items, given, **how):
-        return [dataclasses.replace(c, tokens=65.0, accuracy=1.0, items=1) for c in given]
-
-    monkeypatch.setattr(tuning, "search", search)
-    code = run(
-        "tune", "--tokens", 64, "--model", folder, "--items", 1, "--families", "needle",
-        "--frames", "4", "--scale", "1", "-r", "uniform", "--ratio", "0.5",
-    )  # fmt: skip
-    assert code == 1 and "Nothing answered within 64 tokens" in capsys.readouterr().out
-
-
 def test_examples_from_a_file(tmp_path):
     file, media = tmp_path / "q.jsonl", tmp_path / "a.png"
     media.touch()
@@ -167,11 +120,6 @@ def test_examples_from_a_file(tmp_path):
         FileQuestions(file)
 
 
-def test_tune_refuses_files_without_questions(folder, tmp_path, capsys):
-    assert run("tune", "--tokens", 64, "--model", folder, "--data", tmp_path / "none.jsonl") == 2
-    assert "JSON Lines file" in capsys.readouterr().err
-
-
 def test_default_families_are_those_that_the_default_model_has_learned():
     """25 points above a blind guess, as its card has it."""
     from tokencomp.cli.tune import VIDEO_FAMILIES
@@ -180,17 +128,3 @@ def test_default_families_are_those_that_the_default_model_has_learned():
     card = metrics("tiny-qwen2-vl")
     for family in VIDEO_FAMILIES.split(","):
         assert card["test"]["free"][family]["accuracy"] >= card["blind"][family] + 0.25
-
-
-@pytest.mark.parametrize(
-    "args, message",
-    [
-        ([], "give a budget"),
-        (["--tokens", "9", "--frames", "2.5"], "names no frame policy"),
-        (["--tokens", "9", "--scale", "1,nan"], "expected positive numbers"),
-        (["--tokens", "9", "--scale", "inf"], "expected positive numbers"),
-    ],
-)
-def test_mistakes(args, message, capsys):
-    assert run("tune", *args) == 2
-    assert message in capsys.readouterr().err
