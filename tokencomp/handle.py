@@ -223,7 +223,9 @@ class Handle:
         """Counts of the last compressed prompt, in whichever thread it ran.
 
         Before the first, after `set`, and after a prompt without visual input they are empty, and
-        `bool(handle.stats)` is False. Prompts under `disabled()` change nothing.
+        `bool(handle.stats)` is False. Prompts under `disabled()` change nothing. The
+        `requested_ratio` is 0 then, too, because a budget or a ratio by modality comes to one only
+        for given media; `repr(handle)` says what was asked for.
 
         At ratio 0 they stay empty, because nothing of ours runs there.
         `tokencomp.inputs.prompts.prompt_lengths(model, inputs)` counts the tokens of a prompt.

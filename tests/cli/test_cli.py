@@ -100,11 +100,9 @@ def test_demo_in_short_answers_the_packaged_questions(folder, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     assert run("demo", "--model", folder) == 0
     out = capsys.readouterr().out
-    rows = [
-        line.split()[:2] for line in out.splitlines() if re.match(r"(full|random|auto) +0", line)
-    ]
-    assert rows == [["full", "0"], ["random", "0.75"], ["auto", "0.75"]]
-    assert f"{len(asked)} questions, 3 settings" in out and "tokencomp demo --reducer all" in out
+    rows = re.findall(r"^(full|random \(3 seeds\)|auto) +(0\S*)", out, re.M)
+    assert rows == [("full", "0"), ("random (3 seeds)", "0.75"), ("auto", "0.75")]
+    assert f"{len(asked)} questions, 5 settings" in out and "tokencomp demo --reducer all" in out
     assert "as fast" in out and "toy" in out and "AMD EPYC" in out
     page = (tmp_path / "tokencomp-demo.html").read_text()
     assert page.count("<svg") == 1 and "data:image/jpeg;base64," in page

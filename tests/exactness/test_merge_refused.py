@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from support.families import FAMILIES, text
 
 import tokencomp
 from tokencomp import Plan, Stage, make_reducer
+from tokencomp.engine.call import weights
 from tokencomp.errors import MergeWarning, OptionError, UnsupportedModelError
 
 MERGERS = [c for c in matrix.cases() if make_reducer(c[0], **c[1]).merges]
@@ -31,7 +33,8 @@ def test_reducers_that_merge_by_themselves_are_refused(case: matrix.Case) -> Non
 
 
 def test_attention_that_takes_no_weights() -> None:
-    """As of remote code: merging is refused, and the default drops and says so."""
+    """As of remote code: merging is refused, and the default drops and says so, once."""
+    weights._warn_once.cache_clear()
     model, inputs = FAMILY.build("sdpa"), prompt()
     attention = FAMILY.decoder(model).layers[1].self_attn
     attention.forward = lambda hidden_states, **_: (torch.zeros_like(hidden_states), None)
@@ -46,6 +49,9 @@ def test_attention_that_takes_no_weights() -> None:
         handle = tokencomp.patch(model, 0.8)
     assert torch.equal(model(**inputs).logits, expected)
     assert handle.stats.merged_from is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokencomp.patch(model, 0.8)
 
 
 def test_refused() -> None:

@@ -42,6 +42,8 @@ class UserReducer(Uniform):
 
 
 class SpanBySpan(ScoreReducer):
+    """It could remember items, or read a clock: nobody but its author knows."""
+
     def scores(self, patches: Patches) -> torch.Tensor:
         return patches.features[:, 0]
 
@@ -83,7 +85,7 @@ def test_override_replaces_a_reducer() -> None:
         ("whole_spans", True, 'grid = "whole"'),
         ("needs_grid", property(lambda self: True), 'grid = "known"'),
         ("needs_for", lambda self, kinds: self.needs, "Attention(modalities=...)"),
-        ("serving_safe", True, "computed"),
+        ("serving_safe", True, "per_item = True"),
         ("revision", 2, "tokencomp.reducers.Published"),
         ("deviation", lambda self, ratio, num_layers: "", "tokencomp.reducers.Published"),
         ("published_layers", lambda self, layers: (2,), "tokencomp.reducers.Published"),
@@ -198,10 +200,11 @@ def test_a_broken_plugin_is_named_and_the_rest_works(
 
 
 def test_what_servers_can_run_is_computed() -> None:
-    """A reducer declares nothing: signals, later stages and counts of its own exclude it."""
+    """Signals, later stages and counts of its own exclude it; others' need their author's word."""
     safe = {n for n, cls in tokencomp.available_reducers().items() if serving_safe(cls())}
     assert safe == {name for name in tokencomp.available_reducers() if row(name).served}
-    assert serving_safe(SpanBySpan()) and not serving_safe(UserReducer())
+    said = [type("Said", (kind,), {"per_item": True}) for kind in (SpanBySpan, UserReducer)]
+    assert [serving_safe(kind()) for kind in (SpanBySpan, UserReducer, *said)] == [0, 0, 1, 1]
     assert serving_safe(tokencomp.make_reducer("condiv", power=0.0))
     assert not serving_safe(tokencomp.make_reducer("bipartite+adsc"))
     assert serving_safe(tokencomp.make_reducer("selector", input="features"))

@@ -101,18 +101,16 @@ def command(
 
 def _with_baselines(settings: list[Any], seeds: int, native: bool = False) -> list[Any]:
     """The full model, the baselines at the same ratios, then the requested settings."""
-    from tokencomp.evaluation.settings import DOWNSCALE, NATIVE, RANDOM, UNIFORM, Setting, grid
+    from tokencomp.evaluation.settings import DOWNSCALE, NATIVE, RANDOM, UNIFORM, grid, seeded
 
     at = [s.requested for s in settings if not s.off]
     ratios: list[Any] = [asked["ratio"] for asked in at if "ratio" in asked]
     numbers = [r for r in ratios if isinstance(r, float)]  # all that an input baseline takes
     budgets = [asked["budget"] for asked in at if "budget" in asked]
-    more = [
-        Setting(RANDOM, options={"seed": seed}, **asked) for seed in range(1, seeds) for asked in at
-    ]
     small = grid([DOWNSCALE, NATIVE] if native else [DOWNSCALE], numbers)
     same = {name: grid([name], ratios, budgets) for name in (RANDOM, UNIFORM)}
-    return list(dict.fromkeys([*same[RANDOM], *more, *same[UNIFORM], *small, *settings]))
+    random = seeded(same[RANDOM], seeds)
+    return list(dict.fromkeys([*random, *same[UNIFORM], *small, *settings]))
 
 
 def _check_answers(folders: list[Path]) -> None:

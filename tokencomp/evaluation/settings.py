@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tokencomp.adapters.registry import adapter_for
@@ -206,6 +206,13 @@ def grid(
         Setting(),
         *(Setting(name, options=own, **a) for name, own in each.items() for a in asked),
     ]
+
+
+def seeded(settings: Sequence[Setting], seeds: int) -> list[Setting]:
+    """The settings, and `random` among them under every further seed, 1 to `seeds` - 1."""
+    random = [s for s in settings if s.name == RANDOM and not s.written_options]
+    more = [replace(s, options={"seed": seed}) for seed in range(1, seeds) for s in random]
+    return list(dict.fromkeys([*settings, *more]))
 
 
 def planned(plan: Plan, model: Any, **options: Any) -> list[Setting]:

@@ -35,11 +35,13 @@ class Row:
     retention: Retention | None = None
     against_random: McNemar | None = None
     deviation: str = ""
+    seeds: int = 0
 
     @property
     def label(self) -> str:
-        """The method, marked where its cuts are not where its paper has them."""
-        return self.setting.name + ("†" if self.deviation else "")
+        """The method and its seeds, marked where its cuts are not where its paper has them."""
+        seeds = f" ({self.seeds} seeds)" if self.seeds else ""
+        return self.setting.name + seeds + ("†" if self.deviation else "")
 
 
 @dataclass(frozen=True)

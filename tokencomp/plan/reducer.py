@@ -129,11 +129,6 @@ def only_plans(reducer: StageReducer) -> bool:
     return _step(type(reducer)) is None
 
 
-def sees_batches(reducer: StageReducer) -> bool:
-    """Whether it gets all spans of a call at once, not one at a time."""
-    return _step(type(reducer)) == "reduce_batch" and getattr(reducer, "batched", True)
-
-
 def counts_itself(reducer: StageReducer) -> bool:
     """Whether it leaves a fixed number of tokens, whatever the ratio."""
     return type(reducer).keep_count is not StageReducer.keep_count

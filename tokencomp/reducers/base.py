@@ -25,10 +25,10 @@ class Reducer(StageReducer):
     useless belong into `unused_options`, so that nobody sets them in vain. What is always true of a
     method is a class attribute (`merges = True`); what depends on an option is a property.
 
-    Twelve members are all: `name`, `summary`; `needs`, `merges`, `grid`, `entry_only`,
-    `unused_options`; `plan`, `keep_count`, `bind`; `reduce`, `reduce_batch`. What else one may ask
-    about a reducer stands beside it: in `tokencomp.plan.reducer`, and `options_of`. `Published`
-    adds what tables and stored answers say of a method that has a paper.
+    Thirteen members are all: `name`, `summary`, `per_item`; `needs`, `merges`, `grid`,
+    `entry_only`, `unused_options`; `plan`, `keep_count`, `bind`; `reduce`, `reduce_batch`. What
+    else one may ask about a reducer stands beside it: in `tokencomp.plan.reducer`, and
+    `options_of`. `Published` adds what tables and stored answers say of a method that has a paper.
 
     Attributes
     ----------
@@ -36,9 +36,14 @@ class Reducer(StageReducer):
         Registry name.
     summary
         One line for `tokencomp list`, with the source.
+    per_item
+        True: what is kept of a media item depends on that item, its budget and the options alone.
+        The author of a class outside of this package says so to let servers run it, which share
+        cached items between requests.
     """
 
     summary: ClassVar[str] = ""
+    per_item: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_types(label(self), self)

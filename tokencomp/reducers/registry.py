@@ -42,7 +42,7 @@ FORMER = {
     "whole_spans": 'grid = "whole"',
     "needs_grid": 'grid = "known"',
     "needs_for": "Attention(modalities=...) among `needs`",
-    "serving_safe": "nothing, it is computed from the plan, the signals and the counts",
+    "serving_safe": "per_item = True if what is kept of an item depends on that item alone",
 }
 """What reducers once said of themselves and nothing reads any more, and what to write instead."""
 OF_PUBLISHED = ("revision", "deviation", "published_layers")

@@ -9,7 +9,6 @@ newer-videos; the commands are on the page.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from benchmarks import publishing
 from benchmarks.accuracy.store import ACCURACY, Results
@@ -24,20 +23,22 @@ HEAD = """# First accuracy of the newer methods
 
 Made by `python -m benchmarks.accuracy.studies.newer`. The tiny Qwen3-VL on validation questions:
 accuracy kept, and the paired difference from the default in points (95 % by bootstrap).
-The default was chosen on these questions, which favours it. A row of `random` is one seed."""
+The default was chosen on these questions, which favours it. `random` is the mean of its seeds."""
 
 
-def method(setting: dict[str, Any]) -> str:
+def method(results: Results, label: str) -> str:
     """The reducer with its options, as Python has them."""
+    setting = results.settings[label]
     options = "".join(f", {k}={v!r}" for k, v in sorted(setting["options"].items()))
     earlier = " (earlier rule)" if setting.get("method") in EARLIER else ""
-    return f"`{setting['reducer']}{options}`{earlier}"
+    seeds = f" ({len(results.seeds[label])} seeds)" if label in results.seeds else ""
+    return f"`{setting['reducer']}{options}`{seeds}{earlier}"
 
 
 def rows(results: Results, default: str) -> list[list[str]]:
     """The best at the lowest ratio first."""
     full = sum(results.scores("full"))
-    found: dict[str, dict[float, tuple[int, str]]] = {}
+    found: dict[str, dict[float, tuple[float, str]]] = {}
     for label, setting in results.settings.items():
         if not setting["ratio"]:
             continue
@@ -47,7 +48,7 @@ def rows(results: Results, default: str) -> list[list[str]]:
             gap = difference(scores, results.scores(f"{default}-{setting['ratio']:g}"))
             value, low, high = (100 * x for x in (gap.value, gap.low, gap.high))
             text += f", {value:+.1f} [{low:+.1f}, {high:+.1f}]"
-        found.setdefault(method(setting), {})[setting["ratio"]] = (sum(scores), text)
+        found.setdefault(method(results, label), {})[setting["ratio"]] = (sum(scores), text)
     order = sorted(found, key=lambda name: -found[name][results.ratios[0]][0])
     return [[name, *(found[name][r][1] for r in results.ratios)] for name in order]
 
@@ -56,7 +57,7 @@ def page() -> str:
     """Both tables, and the commands that answered the questions."""
     parts = [HEAD, NOTE]
     for folder, (kind, default) in SETS.items():
-        results = Results.read(ACCURACY / folder / MODEL, "validation")
+        results = Results.read(ACCURACY / folder / MODEL, "validation").averaged()
         parts += [
             f"## {len(results.answers.questions)} questions about {kind}: "
             + ", ".join(results.families),

@@ -8,6 +8,7 @@ what checkpoints a layer gets a function that brings its call along, if it is tr
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -142,7 +143,7 @@ def merging_where_possible(plan: Plan, adapter: Adapter, compact: bool) -> Plan:
     """The plan, whose stages with merge="auto" drop where the model or positions cannot merge well.
 
     A stage with merge=True is refused beside attention that weights do not reach, or compact
-    positions. Where merge="auto" drops, a `MergeWarning` says why.
+    positions. Where merge="auto" drops, a `MergeWarning` says why, once per model class.
     """
     asked = any(stage.merge is True for stage in plan.stages)
     try:
@@ -158,9 +159,15 @@ def merging_where_possible(plan: Plan, adapter: Adapter, compact: bool) -> Plan:
     except (UnsupportedModelError, OptionError) as error:
         if asked:
             raise
-        warnings.warn(f"merge='auto' drops here. {error}", MergeWarning, stacklevel=5)
+        _warn_once(type(adapter.model).__qualname__, str(error))
         return plan.with_merge(False)
     return plan
+
+
+@functools.cache
+def _warn_once(model_class: str, reason: str) -> None:
+    """Say once per model class and process that it cannot merge: every default `patch` asks."""
+    warnings.warn(f"merge='auto' drops here. {reason}", MergeWarning, stacklevel=6)
 
 
 def _check_attention(modules: list[Any]) -> None:
