@@ -7,15 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import plans
 from support.accuracy import BLIND, SHARES, sweep_runs, write_results
 from support.family.hybrid import HYBRID
 from torch import nn
 
-from benchmarks.accuracy import report, run, store, summary, tables
+from benchmarks.accuracy import report, run, store, tables
 from benchmarks.accuracy.store import Results
-from tokencomp.errors import OptionError, UnknownNameError
-from tokencomp.evaluation.settings import Setting
+from tokencomp.errors import OptionError
 
 
 def results_of(folder: Path, shares: dict[str, float], **more) -> Results:
@@ -69,25 +67,6 @@ def test_differences_to_the_baselines_by_plain_counting(unpublished: Path) -> No
     assert same == "90.0%"  # 24 of 28 answers are right in both, 12 wrong in both: 36 of 40
 
 
-def test_work_and_lost_items_stand_on_the_page(unpublished: Path) -> None:
-    full = {"tower": 1000, "projector": 100, "reduce": 0, "prefill": 400, "decode": 10}
-    full |= {"kv_bytes": 2048}
-    less = {**full, "reduce": 2, "prefill": 100, "decode": 5, "kv_bytes": 512}
-    results = results_of(unpublished, {**SHARES, "condiv-0.9": 0.6})
-    results.settings["full"]["work"] = {"images": full, "videos": full}
-    results.settings["condiv-0.9"]["work"] = {"images": less, "videos": {**less, "tower": 500}}
-    item = store.LostItem("test-attribute-00001", "image", "What?", "red", "red", "blue", "x.jpg")
-    store.add_lost(results, {"condiv-0.9": [item]})
-    head, _, amounts, shares = tables.work_table(results, 0.9, "condiv").splitlines()
-    assert head.count("|") == 8 and amounts.split("|")[2].strip() == "1 k"
-    cells = [c.strip() for c in shares.split("|")[2:-1]]
-    assert cells == ["100% / 50%", "100%", "0.5%", "25%", "50%", "25%"]
-    section = report.section(results, "condiv", "pictures")
-    assert "| blue | ![what was kept](pictures/made-up/lost/x.jpg) |" in section
-    del results.settings["full"]["work"]
-    assert tables.work_table(results, 0.9, "condiv") == ""
-
-
 def test_losses_per_family_by_plain_counting(unpublished: Path) -> None:
     shares = {**SHARES, "condiv-0.9": 0.6}
     results = results_of(unpublished, shares, bonus={("position", "random-0.9"): 1.0})
@@ -105,38 +84,6 @@ def test_losses_per_family_by_plain_counting(unpublished: Path) -> None:
     pairs = [re.search(r"in (\d+) of (\d+) comparisons", line).groups() for line in lines]
     assert [sum(map(int, column)) for column in zip(*pairs, strict=True)] == [4, 9]
     assert all("of them the default is also below the full model" in line for line in lines)
-
-
-def test_smaller_media_of_too_many_tokens_are_no_baseline_on_that_kind(unpublished: Path) -> None:
-    results = results_of(unpublished, {**SHARES, "condiv-0.9": 0.6})
-    results.settings["downscale-0.9"]["achieved"] = {"images": 0.0, "videos": 0.88}
-    cells = tables.ratio_table(results, 0.9, "condiv").splitlines()[4].split("|")
-    assert [c.strip() for c in cells[2:6]] == ["–", cells[3].strip(), "–", "–"]
-    assert cells[3].strip().startswith("92.9%") and "0.000 / 0.880" in cells[8]
-    lines = "\n".join(report.bars(results, "condiv"))
-    assert "no baseline on images: it drops 0.00 instead of 0.9" in lines
-    assert "videos: below downscale" in lines and "images: below downscale" not in lines
-
-
-def test_one_family_alone_can_be_reported(unpublished: Path) -> None:
-    results_of(unpublished, {**SHARES, "condiv-0.9": 0.6}, families=("attribute",))
-    text = report.write_report(unpublished).read_text()
-    assert "made-up-images.svg" in text and "made-up-videos.svg" not in text
-
-
-def test_summary_has_methods_by_ratios_over_learned_families(unpublished: Path) -> None:
-    for name in (summary.MAIN, "other"):
-        write_results(unpublished, {"full": 0.7}, "validation", name)
-        shares = {**SHARES, "condiv-0.9": 0.6, "selector-0.9": 0.65}
-        write_results(unpublished, shares, "test", name)
-    every = store.read_all(unpublished)
-    first, second = summary.summary(every).split("\n\n")[3:6:2]
-    rows = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in first.splitlines()}
-    methods = ["selector (trained)", "**condiv**", "random", "uniform", "downscale"]
-    assert list(rows)[2:] == [*methods, "FLOPs left (LLM, text included)"]
-    assert rows["**condiv**"].startswith("85.7% [") and rows["random"].startswith("50.0% [")
-    assert rows["uniform"] == "71.4%"
-    assert second.count("| other |") == 4 and "selector" not in second
 
 
 def test_a_later_run_is_merged_into_the_stored_results(tmp_path: Path) -> None:
@@ -178,19 +125,6 @@ def test_other_weights_and_other_items_are_not_merged(tmp_path: Path) -> None:
         run.check_items(tmp_path, "test", ["0"])
 
 
-def test_settings_of_a_run() -> None:
-    labels = [s.label for s in run.settings(["downscale", "cdpruner"], [0.5])]
-    attention = "cdpruner-0.5-relevance=attention"
-    assert labels == ["full", "downscale-0.5", "cdpruner-0.5", attention]
-    with pytest.raises(UnknownNameError):
-        run.usable(None, [Setting("condvi", 0.5)])
-    runs_anywhere = run.settings(["downscale"], [0.5])
-    assert run.usable(None, runs_anywhere) == (runs_anywhere, {})
-    watching = Setting(plans.TowerTop(), 0.5)
-    grid = [Setting(), Setting("condiv", 0.5), Setting("downscale", 0.5), watching]
-    assert [run.watches_tower(s) for s in grid] == [False, False, False, True]
-
-
 def test_methods_that_a_model_refuses_are_left_out_with_the_reason() -> None:
     """The first layer of Qwen3.5 has no attention that could score tokens at entry."""
     model = HYBRID["qwen3_5"].build()
@@ -198,13 +132,6 @@ def test_methods_that_a_model_refuses_are_left_out_with_the_reason() -> None:
     assert [setting.label for setting in ready] == ["full", "divprune-0.5", "cdpruner-0.5"]
     assert [*refused] == ["condiv-0.5", "cdpruner-0.5-relevance=attention"]
     assert all("attention" in reason for reason in refused.values())
-
-
-def test_the_default_of_a_model_that_refuses_condiv_is_kcenter(unpublished: Path) -> None:
-    results = results_of(unpublished, {**SHARES, "kcenter-0.9": 0.6})
-    assert results.default == "kcenter"
-    assert "**kcenter**" in report.write_report(unpublished).read_text()
-    assert results_of(unpublished, {**SHARES, "condiv-0.9": 0.6}).default == "condiv"
 
 
 def test_tower_runs_once_per_input() -> None:
@@ -228,10 +155,3 @@ def test_tower_runs_once_per_input() -> None:
         assert torch.equal(first, model.visual(pixel_values=plain)) and len(count) == 4
     assert len(calls) == 6
     assert torch.equal(original(plain), first)
-
-
-def test_a_later_run_asks_the_families_of_the_stored_results(unpublished: Path) -> None:
-    results_of(unpublished, SHARES, families=("needle", "attribute"))
-    folder = next(path.parent for path in unpublished.rglob("test.json"))
-    assert run.stored_families(folder, "test") == ["needle", "attribute"]
-    assert run.stored_families(unpublished / "other", "test") == list(run.FAMILIES)

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 
 from benchmarks.serving import agents
-
-DOCS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.mark.parametrize("name", agents.POLICIES)
@@ -30,12 +25,3 @@ def test_counts_equal_a_cache_of_single_tokens(name: str, monkeypatch: pytest.Mo
         every += len(tokens)
     found = agents.count(policy, 12)
     assert (found["prefilled"], found["uncached"]) == (total, every)
-
-
-def test_pages_have_the_stored_counts() -> None:
-    report = json.loads(agents.OUT.read_text())
-    rows = {row.pop("policy"): row for row in report["rows"]}
-    assert rows == {name: agents.count(policy) for name, policy in agents.POLICIES.items()}
-    report = json.loads(agents.OUT.read_text())
-    assert agents.OUT.with_suffix(".md").read_text() == agents.page(report)
-    assert agents.table(report) in (DOCS / "agents.md").read_text()

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.accuracy import BLIND, ITEMS, SHARES, write_results
+from support.accuracy import SHARES, write_results
 
-from benchmarks.accuracy import report
 from benchmarks.accuracy.store import read_all
 from benchmarks.accuracy.studies import baselines
 
@@ -51,25 +50,6 @@ def test_page_by_plain_counting(unpublished: Path) -> None:
     ]
 
 
-def test_the_largest_question_sets_count(unpublished: Path) -> None:
-    write_results(unpublished / "more", {**SHARES, "condiv-0.9": 0.6})
-    write_results(unpublished / "few", {**SHARES, "condiv-0.9": 0.3}, items=ITEMS - 1)
-    every = [one for part in ("few", "more") for one in read_all(unpublished / part)]
-    for order in (every, every[::-1]):
-        best = baselines.largest(order)
-        assert list(best) == [("made-up", family) for family in sorted(BLIND)]
-        assert all(len(one.scores("full", families=[f])) == ITEMS for (_, f), one in best.items())
-
-
-@pytest.mark.long
-def test_published_pages_are_those_of_the_published_results() -> None:
-    every = baselines.read()
-    assert (FOLDER / "baselines.md").read_text() == baselines.page(every)
-    main = read_all(FOLDER / "results")
-    expected_pairs = {(one.manifest["model"], family) for one in main for family in one.families}
-    assert {*baselines.largest(every)} == expected_pairs
-
-
 def test_the_results_in_short_say_what_the_page_says() -> None:
     page, short = ((FOLDER / n).read_text() for n in ("baselines.md", "../../docs/evaluation.md"))
     match = re.search(
@@ -94,16 +74,3 @@ def test_the_table_of_the_results_in_short_is_part_of_the_summary() -> None:
     start = short.index(next(line for line in summary if line.startswith("| method")))
     rows = [*itertools.takewhile(lambda line: line.startswith("|"), short[start:])]
     assert 4 < len(rows) <= 10 and [row for row in rows if row not in summary] == []
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("name", ["unseen", "counting", "chance", "hard", "long"])
-def test_published_parts_are_those_of_their_results(name: str) -> None:
-    folder = FOLDER / name
-    assert (folder / "README.md").read_text() == report.text(folder)
-    shown = {
-        f"{one.manifest['model']}-{kind}.svg"
-        for one in read_all(folder)
-        for kind in report.plotted(one)
-    }
-    assert {path.name for path in folder.glob("*.svg")} == shown

@@ -58,35 +58,6 @@ def test_every_end_is_noted_and_only_what_is_missing_runs_again(
     assert set(statuses(tmp_path).values()) == {"done"}
 
 
-def test_parts_done_after_one_that_failed_stay_in_the_manifest(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    chosen = [script("bad"), script("good")]
-    monkeypatch.setattr(hour, "parts", lambda model, folder: tuple(chosen))
-    hour.hour(None, tmp_path, rehearse=True)
-    chosen[0] = Part("bad", "?", 1, script("good").command, script("good").command)
-    for _ in range(2):  # the second call has nothing to do
-        file = hour.hour(None, tmp_path, rehearse=True)
-        assert [(one.name, one.status) for one in file.parts] == [("bad", "done"), ("good", "done")]
-        assert [*statuses(tmp_path)] == ["bad", "good"]
-
-
-@pytest.mark.usefixtures("three")
-def test_another_model_is_refused(tmp_path: Path) -> None:
-    hour.main(["--rehearse", "--out", str(tmp_path)])
-    with pytest.raises(OptionError, match=r"of model random weights, and this one has m\."):
-        hour.hour("folder/m", tmp_path, rehearse=True)
-
-
-def test_parts_with_real_weights_are_left_out_without_them(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(hour, "parts", lambda model, folder: (script("bad", needs_model=True),))
-    monkeypatch.setattr(hour, "environment", _clean)
-    assert hour.hour(None, tmp_path, rehearse=False).parts[0].status == "left out"
-    assert hour.hour("m", tmp_path / "other", rehearse=False).parts[0].status == "failed"
-
-
 def _clean() -> dict[str, Any]:
     facts = {"date": "2026-11-28", "versions": {"torch": "2"}, "hardware": {"gpus": ["H100"]}}
     return {**facts, "commit": "0" * 40}
@@ -105,16 +76,6 @@ def test_a_result_comes_into_the_page_and_a_rehearsal_does_not(
     hour.hour("models/m", tmp_path / "hour/cpu", rehearse=True)
     with pytest.raises(OptionError, match="a rehearsal measures nothing"):
         recompute.main(["--results", str(tmp_path)])
-
-
-def test_an_hour_needs_a_gpu_or_a_folder(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(hour.torch.cuda, "is_available", lambda: False)
-    for arguments, message in (([], "no GPU is present"), (["--rehearse"], "measures nothing")):
-        with pytest.raises(SystemExit):
-            hour.main(arguments)
-        assert message in capsys.readouterr().err
 
 
 def test_limits_fit_into_an_hour() -> None:

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.accuracy.studies import newer
-
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
     path
@@ -54,10 +52,6 @@ def test_the_methods_name_every_study_that_is_a_command() -> None:
     named = set(re.findall(r"\w+", (folder / "METHODS.md").read_text()))
     studies = {p.stem for p in folder.glob("studies/*.py") if "__main__" in p.read_text()}
     assert len(studies) > 10 and studies - named == set()
-
-
-def test_the_page_of_newer_methods_is_that_of_the_stored_answers() -> None:
-    assert newer.page() == (ROOT / "benchmarks/accuracy/newer.md").read_text()
 
 
 def test_the_evidence_stays_small() -> None:

@@ -116,24 +116,6 @@ def test_the_table_follows_from_the_times(tmp_path: Path) -> None:
     assert "| 8 | 0.75 | 20 | 0 | 105 |" in (tmp_path / "tables.md").read_text()
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda f: f["loads"].pop(0), "ratio 0 is missing"),
-        (lambda f: f["loads"][1].update(ratio=0.0), "stands twice"),
-        (lambda f: f["loads"][1]["requests"][0].update(error="x"), "times or an error"),
-        (lambda f: f["about"].update(commit="dirty"), "commit"),
-    ],
-)
-def test_damaged_files_are_refused(tmp_path: Path, change, message: str) -> None:
-    file = made_up()
-    change(file)
-    path = tmp_path / "x.json"
-    path.write_text(json.dumps(file))
-    with pytest.raises(OptionError, match=message):
-        read(path)
-
-
 @pytest.mark.long
 def test_the_trial_serves_the_embedded_model(tmp_path: Path, capsys) -> None:
     """The command of the table, with the server that runs on any machine."""

@@ -11,7 +11,6 @@ import tokencomp
 from benchmarks.models import profile_shape
 from benchmarks.models.shapes import SHAPES, accepted, build
 from tokencomp.adapters.registry import adapter_for
-from tokencomp.errors import OptionError, UnknownNameError
 
 SMALL = ["llava-onevision-0.5b", "qwen2-vl-2b", "qwen2.5-vl-3b", "qwen3-vl-2b", "nvila-lite-2b"]
 
@@ -46,11 +45,6 @@ def test_named_shapes_are_compressed(name: str) -> None:
     assert after == [before // 2] * 2
 
 
-def test_unknown_shape() -> None:
-    with pytest.raises(UnknownNameError, match=r"llava-onevision-0.5b"):
-        build("llava-onevision-0.5", 100)
-
-
 @pytest.mark.long
 def test_profile_of_a_shape(tmp_path: Path) -> None:
     file = tmp_path / "profile.json"
@@ -64,8 +58,3 @@ def test_profile_of_a_shape(tmp_path: Path) -> None:
     assert content["rows"][0]["tokens_per_layer"] == [197]
     assert content["rows"][0]["kv_bytes"] == (197 + 64) * 2 * 2 * 64 * 4
     assert content["rows"][0]["preprocess_s"] is None
-
-
-def test_a_shape_has_no_media_to_shrink() -> None:
-    with pytest.raises(OptionError, match="before the processor"):
-        profile_shape.main(["qwen2-vl-2b", "--reducer", "downscale"])

@@ -85,12 +85,6 @@ def test_tables_follow_from_the_bits(sent: Path) -> None:
     assert recompute.main(["--results", str(sent), "--check"]) == 1
 
 
-def test_stored_tables_are_what_the_stored_files_give() -> None:
-    assert recompute.main(["--check"]) == 0
-    for path in recompute.ROOT.glob("*/*.json"):
-        assert read(path).table == path.parent.name
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -109,18 +103,6 @@ def test_damaged_files_are_refused(sent: Path, change, message: str) -> None:
     path.write_text(json.dumps(file))
     with pytest.raises(OptionError, match=message):
         read(path)
-
-
-def test_uncommitted_code_gives_no_file(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="uncommitted"):
-        collect(NAME, [write_runs(tmp_path, commit=COMMIT + "+dirty")])
-
-
-def test_steps_of_several_frame_counts_stand_in_one_file(tmp_path: Path) -> None:
-    steps = [write_runs(tmp_path / str(n), frames=n) for n in (64, 128)]
-    file = collect("lvbench-matched-tokens", steps)
-    assert [row.frames for row in file.rows] == [64] * 5 + [128] * 5
-    assert file.rows[5].label == "full, 128 frames"
 
 
 def test_every_table_has_baselines_and_hours() -> None:

@@ -14,35 +14,13 @@ from support.families import FAMILIES
 
 from benchmarks.accuracy.packed import PackedAnswers, Questions
 from benchmarks.accuracy.studies import tower as study
-from benchmarks.accuracy.studies import tower_book, tower_page, tower_sizes, tower_variants
+from benchmarks.accuracy.studies import tower_book, tower_sizes
 from benchmarks.models import tower, tower_alone
-from benchmarks.models.tower_page import page as page_of_times
-from tokencomp import VisualTokens, make_reducer
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.environment import environment
-from tokencomp.evaluation.metrics import difference
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.inputs.loading import load_model
 from tokencomp.inputs.prompts import build_inputs, prompt_lengths
-from tokencomp.plan.reducer import reduced
-from tokencomp.tokens.spans import SpanBatch
-
-
-def test_verdicts_of_the_study() -> None:
-    """96 of 100 against a ceiling of 100: below the first bar, above the second."""
-
-    def rights(count: int) -> list[int]:
-        return [1] * count + [0] * (100 - count)
-
-    answers = {"full@0": rights(100), "entry only@0": rights(100)}
-    answers |= {"kcenter@0.5": rights(96), "kcenter@0.6": rights(95), "kcenter@0.75": rights(93)}
-    answers |= {"downscale@0.5": rights(80), "downscale@0.75": rights(93)}
-    said = "\n".join(tower_page.verdicts(answers))
-    assert "at 0.5 keeps 96.0% of entry only: it misses 97%" in said
-    assert "at 0.75 keeps 93.0% of entry only: it meets 92%" in said
-    assert "k-center at 0.5 is above downscale at 0.5: +16.0 points" in said
-    assert "k-center at 0.75 is not different from downscale at 0.75: +0.0 points" in said
-    assert said in tower_page.page({"qwen-images": entry(answers, ["count"])})
 
 
 def entry(answers: dict[str, list[int]], families: list[str]) -> dict[str, Any]:
@@ -59,24 +37,6 @@ def entry(answers: dict[str, list[int]], families: list[str]) -> dict[str, Any]:
         "blind": dict.fromkeys(families, 0.5),
         "provenance": {**environment(), "commit": "abc+dirty"},
     }  # fmt: skip
-
-
-def test_families_of_the_study() -> None:
-    """One family is answered by all rows; of others, k-center loses what fewer pixels keep.
-
-    tiny-qwen2-vl has not learned to count actions.
-    """
-    good, half = [1] * 150, [1] * 50 + [0] * 100
-    answers = {"full@0": good, "entry only@0": good, "kcenter@0.5": half, "kcenter@0.6": half}
-    answers |= {"kcenter@0.75": half, "downscale@0.75": good, "fewer_frames@0.75": half}
-    stored = entry(answers, ["count", "needle", "action_count"])
-    text = tower_page.page({"qwen-hard-videos": {**stored, "vivid": [0, 1] * 75}})
-    # Of 50 questions, 7.1 % may be otherwise where none is.
-    assert "| kcenter | 0.5 | 100.0%, +0.0 [-7.1, +7.1] | 0.0%, -100.0 [-100.0, -92.9] |" in text
-    assert "commit abc (**uncommitted code**)" in text
-    assert "| what the tower sees | tower ratio | count | needle | action_count | panning |" in text
-    assert "not among these: action_count (100%, a blind guess 50%): 0.75 against downs" in text
-    assert "below them: needle: 0.75 against downscale at 0.75, -100.0 points" in text
 
 
 def test_stored_sets_are_packed(tmp_path: Path) -> None:
@@ -155,29 +115,6 @@ def test_smaller_towers(name: str) -> None:
     assert tokens[size] < 0.35 * tokens[side]
 
 
-def test_intervals_are_paired() -> None:
-    """Answers that are equal but for one differ by little, whichever questions are drawn."""
-    near = difference([1, 0, 1, 1] * 25, [0, 0, 1, 1] + [1, 0, 1, 1] * 24)
-    assert near.value == pytest.approx(0.01) and (near.low, near.high < 0.04) == (0.0, True)
-    half = difference([1] * 50 + [0] * 50, [0] * 100)
-    assert half.value == pytest.approx(0.5) and 0.35 < half.low < 0.45 < 0.55 < half.high < 0.65
-
-
-def test_the_page_of_times() -> None:
-    parts = dict.fromkeys(("preprocess", "tower", "choose", "rest", "reduce", "prefill"), 1.0)
-    record = {
-        "case": "qwen-image", "tokens": 1024, "machine": "here", "rounds": 2,
-        "pairs": {"full": [1.0, 1.0], "both": [3.9, 4.1]},
-        "parts": {"full": {**parts, "total": 12.0}, "both": {**parts, "total": 3.0}},
-        "speedup": {"full": 1.0, "both": 4.0},
-        "provenance": {**environment(), "commit": "2750d9876537d92e9b4bcbb877190ea096b57b11"},
-    }  # fmt: skip
-    text = page_of_times([record])
-    assert "| 12.00 s | 1.00× [1.00, 1.00] | 2 | here |" in text
-    assert "| 3.00 s | 4.00× [3.90, 4.10] | 2 | here |" in text
-    assert "commit 2750d9876537 (**commit not in the repository**)" in text
-
-
 def test_towers_alone_go_on_where_they_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,54 +150,9 @@ def test_towers_alone_go_on_where_they_stopped(
     assert (tmp_path / "tower.md").read_text().count("| tower of Qwen2-VL-2B and 7B") == 4
 
 
-def test_variants_without_their_change_are_k_centre(tmp_path: Path) -> None:
-    """Places of weight 0 and a share too small for one cell change nothing; without a file, no
-    table is written."""
-    x = torch.rand(48, 27, generator=torch.Generator().manual_seed(0))
-    span = VisualTokens(x, (1, 6, 8), torch.zeros(48, dtype=torch.bool), pixels=(1, 3, 3))
-    batch = SpanBatch.of(span)
-    expected = reduced(make_reducer("kcenter", pool=1), batch, [9]).keep.tolist()
-    plain = tower_variants.Places(pool=1, weight=0.0), tower_variants.Outstanding(1, share=0.1)
-    assert [reduced(reducer, batch, [9]).keep.tolist() for reducer in plain] == [expected] * 2
-    changed = tower_variants.Places(pool=1, weight=5.0), tower_variants.Outstanding(1, share=0.5)
-    for reducer in changed:
-        kept = reduced(reducer, batch, [9]).keep.tolist()
-        assert len(kept) == 9 and kept == sorted(set(kept)) != expected
-    assert tower_variants.section(tmp_path / tower_variants.NAME) == []
-
-
-def test_distances_are_compared_by_set(tmp_path: Path) -> None:
-    """One column per set, one row per weights and tower ratio; reading is named on its own."""
-    path = tmp_path / tower_book.DISTANCE
-    assert tower_page.distances(path) == []
-    names = ["qwen3-images", "qwen-images"]
-    families = ("count", "count", "reading", "reading")
-    questions = Questions(tuple("abcd"), families, tuple("1234"), "digest")
-    right = {"entry only@0": [1, 1, 1, 1], "0, 0@0.75": [1, 1, 0, 0], "2, 1@0.75": [1, 1, 1, 0]}
-    answers = PackedAnswers(questions, right).to_json()
-    path.write_text(json.dumps({"sets": {name: {"answers": answers} for name in names}}))
-    text = "\n".join(tower_page.distances(path))
-    assert "| contrast, change | tower ratio | qwen3-images (4) | qwen-images (4) |" in text
-    assert "| 0, 0 | 0.75 | 50.0% | 50.0% |" in text and "| 2, 1 | 0.75 | 75.0% | 75.0% |" in text
-    reading = "- reading (2): entry only 100.0%; 0, 0 at 0.75: 0.0%; 2, 1 at 0.75: 50.0%."
-    assert reading in text and "action_count" not in text
-
-
 def _square() -> dict[str, torch.Tensor]:
     """A picture of 16 x 16 patches for the tiny Qwen2-VL."""
     return {"pixel_values": torch.randn(256, 96), "image_grid_thw": torch.tensor([[1, 16, 16]])}
-
-
-def test_rows_of_another_machine_are_not_compared() -> None:
-    def row(ratio: float, seconds: float, cpu: str) -> dict[str, object]:
-        return {
-            "case": "qwen-tower", "tower_ratio": ratio, "seconds": [seconds], "choose_s": [0.1],
-            "flop_limit": 2.0, "machine": "one thread", "provenance": {"hardware": cpu},
-        }  # fmt: skip
-
-    rows = [row(0.0, 8.0, "a"), row(0.5, 4.0, "a"), row(0.6, 4.0, "b")]
-    (pair,) = tower_alone.compared(rows)
-    assert (pair["tower_ratio"], pair["speedup"], pair["full_s"]) == (0.5, 2.0, 8.0)
 
 
 def test_an_unanswered_question_stops_the_study() -> None:

@@ -1,0 +1,220 @@
+"""The scripts of the benchmarks take all their steps on tiny models, and stop and go on."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support.photographs import Drawings, toy
+
+from benchmarks.accuracy.studies import retrieval, session
+from benchmarks.gpu import measurements
+from benchmarks.gpu import prefill as gpu_prefill
+from benchmarks.models import prefill, shapes
+from benchmarks.models.architectures import Shape
+from benchmarks.real import candidates, clip_answers, clips, page, run
+from benchmarks.sounds import page as sounds_page
+from benchmarks.sounds import run as sounds
+from recipes.photographs.clip_questions import CLIP_FAMILIES
+from recipes.photographs.items import items
+from recipes.photographs.model import build_processor
+from recipes.sounds import model as listener
+from tokencomp import zoo
+from tokencomp.inputs.files import FileQuestions
+from tokencomp.storage import write_json
+
+ROOT = Path(__file__).parents[2]
+FACTS = {
+    "command": "x", "date": "2026-01-01", "commit": "0" * 40, "versions": {},
+    "hardware": {"cpu": "x", "threads": 1}, "finished": True, "stages": {"names": 1},
+    "share": 1.0, "seconds": 1, "training_scores": {}, "trained_parameters": 1, "parameters": 1,
+}  # fmt: skip
+
+
+def test_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every method reaches its ratio, and the page and the pictures of lost answers appear."""
+    monkeypatch.setattr(run, "MARGIN", -1.0)
+    model, tokenizer = toy()
+    processor = build_processor(tokenizer)
+    args = argparse.Namespace(
+        per_family=2, batch=18, frames=1,
+        methods=("uniform", "downscale", "auto", "scope"), ratios=(0.75,),
+    )  # fmt: skip
+    pairs = {split: run.item_examples(Drawings(), split, 2) for split in ("validation", "test")}
+    results = run.answer(model.eval(), processor, pairs, args, tmp_path)
+    path = write_json(tmp_path / "r.json", {"about": FACTS, "training": FACTS, **results})
+    text = page.write_page(path, tmp_path / "r.md").read_text()
+    by_label = {row["label"]: row for row in results["rows"]}
+    assert by_label["auto at 0.75"]["reached"] == pytest.approx(0.75, abs=0.01)
+    assert by_label["downscale at 0.75"]["visual_tokens"] == 49  # of 196
+    assert len(by_label) == 1 + 3 + 5
+    assert {"auto merge=False at 0.75", "scope merge=True saliency=none at 0.75"} < set(by_label)
+    assert "| auto | 0.75 |" in text
+    for one in run.draw(model, processor, Drawings(), args, tmp_path):
+        (picture,) = (tmp_path / "lost").rglob(one.picture)
+        assert picture.stat().st_size and one.full == one.answer != one.compressed
+
+
+def test_clips_of_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frames are pictures of one prompt; what a method keeps is its share of all of them."""
+    monkeypatch.setattr(run, "MARGIN", -1.0)
+    monkeypatch.setattr(clip_answers, "SIZE", 128)
+    model, tokenizer = toy()
+    args = argparse.Namespace(
+        per_family=1, batch=2, frames=4, methods=("fewer_frames", "auto"), ratios=(0.5,)
+    )
+    pairs = clip_answers.clip_pairs(Drawings(), 1, tmp_path)
+    results = run.answer(model.eval(), build_processor(tokenizer), pairs, args, tmp_path / "runs")
+    rows = {row["label"]: row for row in results["rows"]}
+    full = rows["full"]["visual_tokens"]
+    assert full % 4 == 0 and all(row["frames"] == 4 for row in rows.values())
+    for label in ("fewer_frames at 0.5", "auto at 0.5", "random seed=1 at 0.5"):
+        assert rows[label]["visual_tokens"] == full / 2, label
+
+
+def test_candidates_on_photographs(tmp_path: Path) -> None:
+    """The numbers of the page are counted again from the answers on disk."""
+    model, tokenizer = toy()
+    asked = [*items(Drawings(), "validation", 2, ("half", "count"))]
+    results = candidates.answer(model.eval(), build_processor(tokenizer), asked, 4, tmp_path)
+    text = candidates.page({"about": FACTS, **results})
+    rows = {r.split(" | ")[0].strip("| "): r for r in text.splitlines() if r.startswith("| ")}
+    lines = (tmp_path / "kcenter-0.75" / "records.jsonl").read_text().splitlines()
+    share = sum(json.loads(line)["correct"] for line in lines) / len(asked)
+    assert rows["kcenter"].split(" | ")[2].startswith(f"{share:.1%}, ")
+    (tmp_path / "stored.json").write_text(json.dumps({"about": FACTS, **results}))
+    stored = candidates.photographs(tmp_path / "stored.json")
+    assert stored.learned == ("half", "count")
+    assert sum(stored.scores("kcenter-0.75", "images")) == round(share * len(asked))
+
+
+def test_policies_for_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A policy that takes the first frame sees nothing; one that takes all sees everything."""
+    path = clips.write_questions(Drawings(), tmp_path, "test", 1, 10.0, 32)
+    examples = FileQuestions(path)
+    assert [one.family for one in examples] == [*CLIP_FAMILIES]
+    assert all(f"\n{one.answer}. " in one.prompt for one in examples)
+    assert all(len(video) == 8 for one in examples for video in one.load(8))
+    monkeypatch.setattr(
+        clips, "stream_choice", lambda index, n: ([*range(index.total)], "stream: 1 bursts")
+    )
+    monkeypatch.setattr(clips, "frame_indices", lambda total, count: [0])
+    rows = clips.measure(Drawings(), "validation", 1, 32)
+    text = clips.page({**FACTS, "split": "validation", "rows": rows})
+    assert "| all | any | 3 | 0 / 3 | 0 / 3 | 0 / 3 |" in text and "stream 3" in text
+
+
+def test_sounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every method reaches its ratio on clips; faster clips have as few tokens."""
+    monkeypatch.setattr(sounds, "MARGIN", -1.0)
+    tokenizer = listener.build_tokenizer(tmp_path)
+    model, processor = listener.build(tokenizer).eval(), listener.build_processor(tokenizer)
+    results = sounds.answer(model, processor, 1, 6, tmp_path / "runs", sounds.settings((0.75,)))
+    path = write_json(tmp_path / "r.json", {"about": FACTS, "training": FACTS, **results})
+    assert "| fusion | 0.75 |" in sounds_page.write_page(path, tmp_path / "r.md").read_text()
+    for split in ("validation", "test"):
+        rows = {row["label"]: row for row in results[split]["rows"]}
+        assert len(rows) == 1 + 3 + len(sounds.METHODS)
+        assert rows.pop("full")["visual_tokens"] == listener.TOKENS
+        for label, row in rows.items():
+            assert row["reached"] == pytest.approx(0.75, abs=0.01), label
+
+
+@pytest.mark.long
+def test_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sessions and prompts of a stream of 8 frames agree where both hold all of it."""
+    for stream in itertools.islice(session.streams(), 5):
+        assert max(stream.evidence.frames) < session.EARLY < session.ASKED[1]
+    monkeypatch.setattr(session, "FRAMES", 8)
+    monkeypatch.setattr(session, "ASKED", (4, 8))
+    model, processor = zoo.load(session.MODEL)
+    found = [session.item(session.SPLIT, session.FAMILY, 0)]
+    rows = [session.measure(way, model, processor, found) for way in session.WAYS[:3]]
+    assert [row["frames"] for row in rows] == [[4, 8]] * 3
+    assert rows[0]["right"] == rows[2]["right"]
+    assert rows[1]["rows"][1] < rows[0]["rows"][1] and rows[2]["rows"][1] < rows[0]["rows"][1]
+
+
+def test_rankings_by_hand() -> None:
+    """Relevant pictures at places 1 and 3 of four: (1/1 + 2/3) / 2; neighbours by a loop."""
+    scores = torch.tensor([0.1, 0.9, 0.5, -1.0])
+    assert retrieval.average_precision(scores, [True, True, False, False]) == pytest.approx(5 / 6)
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.nn.functional.normalize(torch.randn(9, 4, generator=generator))
+    changed = torch.nn.functional.normalize(whole + torch.randn(9, 4, generator=generator))
+
+    def closest(x: torch.Tensor, i: int) -> set[int]:
+        others = sorted((j for j in range(9) if j != i), key=lambda j: -float(x[i] @ x[j]))
+        return set(others[:3])
+
+    found = retrieval.agreement(changed, whole, 3)
+    same = [len(closest(changed, i) & closest(whole, i)) / 3 for i in range(9)]
+    itself = [max(range(9), key=lambda j: float(changed[i] @ whole[j])) == i for i in range(9)]
+    assert found["neighbours"] == pytest.approx(sum(same) / 9)
+    assert found["self"] == pytest.approx(sum(itself) / 9)
+
+
+def test_prefill_of_real_shapes() -> None:
+    """By default an image is merged, and the cache of merged tokens keeps its size."""
+    shape = Shape("qwen2_vl", 256, 64, 2, 2, 1)  # heads as wide as the real ones
+    methods = (*prefill.DEFAULT["image"], ("uniform", False))
+    piece = prefill.Piece("qwen-tiny", "image", 256, methods, (0.5, 0.75), 1, False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(shapes.SHAPES, "qwen-tiny", shape)
+        (records,) = prefill.measure(piece, torch.float32)
+    assert [prefill.method_of(r) for r in records[::2]] == ["auto", "auto merge=False", "uniform"]
+    assert {r["kind"] for r in records} == {"image"}
+    kept = [r["kv_bytes_compressed"] / r["kv_bytes_full"] for r in records]
+    prompt = 256 + prefill.TEXT_BEFORE + prefill.TEXT_AFTER
+    assert kept == pytest.approx([1, 1, *[(prompt - 128) / prompt, (prompt - 192) / prompt] * 2])
+
+
+def test_prefill_on_a_gpu_takes_every_step_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measurements, "REDUCERS", ("uniform", "condiv"))
+    monkeypatch.setattr(measurements, "COMPARED", ("condiv",))
+    monkeypatch.setattr(measurements, "RATIOS", (0.5,))
+    arguments = ["--dry-run", "--out", str(tmp_path)]
+    assert gpu_prefill.main(arguments) == 0
+    (path,) = tmp_path.glob("*.jsonl")
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    steps = list(dict.fromkeys(r["step"] for r in records))
+    assert steps == capsys.readouterr().out.splitlines()
+    times = [r for r in records if r["step"] == "prefill, tiny, 2 images"]
+    assert [(r["reducer"], r["achieved_ratio"], r["flop_limit"] > 1.2) for r in times] == [
+        ("ratio 0", 0.0, False), ("uniform", 0.5, True), ("condiv", 0.5, True),
+    ]  # fmt: skip
+    agreement = [r for r in records if r["step"].startswith("backends")]
+    assert all(r["same_tokens_kept"] and r["same_next_token"] for r in agreement)
+    # An interruption in the third step: the second run takes this step and what follows.
+    kept = [r for r in records if r["step"] in steps[:2]]
+    path.write_text("".join(json.dumps(r) + "\n" for r in kept))
+    assert gpu_prefill.main(arguments) == 0
+    assert capsys.readouterr().out.splitlines() == steps[2:]
+    again = [json.loads(line) for line in path.read_text().splitlines()]
+    assert again[: len(kept)] == kept
+    assert list(dict.fromkeys(r["step"] for r in again)) == steps
+
+
+@pytest.mark.long
+def test_kernels(tmp_path: Path) -> None:
+    """One line per case and provider."""
+    out, ops = tmp_path / "cpu.jsonl", ["topk_stable", "gather_rows"]
+    command = ["-m", "benchmarks.kernels.run", "--scale", "0.01", "--repeats", "1", "--ops", *ops]
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([sys.executable, *command, "--out", str(out)], cwd=ROOT, env=env, check=True)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {(r["op"], r["provider"]) for r in rows} == {
+        (op, provider) for op in ops for provider in ("naive", "eager", "compile")
+    }
+    for row in (r for r in rows if "failed" not in r):  # compile needs a C++ compiler
+        assert 0 < row["p20_s"] <= row["median_s"] <= row["p80_s"]
+        assert row["bytes_per_s"] == pytest.approx(row["bytes"] / row["median_s"])
