@@ -25,16 +25,6 @@ def ramp(stretched: torch.Tensor, base: float) -> tuple[int, int]:
     return changed - 1, next(i for i, f in enumerate(factors) if f < factors[-1] * (1 + 1e-5))
 
 
-def test_ramp_of_qwen2() -> None:
-    """The ramp lies between 32 turns and 1 turn in 6272 positions: pairs 15 … 32 of Qwen2's 64."""
-    stretched, _ = yarn(1e6, 128, VISUAL_WINDOW, 4.0)
-    assert ramp(stretched, 1e6) == (15, 32)
-    stretched = stretched * 1e6 ** (torch.arange(0, 128, 2) / 128)
-    assert torch.allclose(stretched[:16], torch.ones(16))
-    assert torch.allclose(stretched[32:], torch.full((32,), 0.25))
-    assert (stretched[15:33].diff() < 0).all()
-
-
 def reference(base: float, dim: int, window: int, factor: float) -> tuple[torch.Tensor, float]:
     """Frequencies and attention factor by the formula of the paper (arXiv 2309.00071)."""
 
@@ -82,16 +72,6 @@ def test_model_uses_scaled_frequencies_until_unpatch(family: Family) -> None:
     assert rotary.inv_freq is before and rotary.attention_scaling == scaling
     assert set(model.state_dict()) == state
     context.remove()
-
-
-def test_short_targets_change_nothing(family: Family) -> None:
-    model = family.build()
-    rotary = family.decoder(model).rotary_emb
-    before = rotary.inv_freq.clone()
-    with tokencomp.extend_visual_context(model, 100, window=200) as context:
-        assert context.factor == 1.0
-        assert torch.allclose(rotary.inv_freq, before)
-        assert rotary.attention_scaling == 1.0
 
 
 def test_repeated_extension_and_extension_with_patch(family: Family) -> None:

@@ -38,22 +38,6 @@ def test_unknown_reducer_names_close_matches(family: Family) -> None:
         tokencomp.patch(family.build(), 0.5, reducer="bipartit")
 
 
-@pytest.mark.parametrize(
-    ("name", "meant"),
-    [
-        ("bipartit", "bipartite"),
-        ("KCenter", "kcenter"),
-        ("kcentr", "kcenter"),
-        ("pyramid", "pyramiddrop"),
-    ]
-    + [(far, "") for far in ("nothing", "none", "topk", "foo", "cluster")],
-)
-def test_only_near_misses_are_suggested(name: str, meant: str) -> None:
-    message = str(errors.unknown_name("reducer", name, tokencomp.available_reducers()))
-    said = message.partition(" Available:")[0]
-    assert said == f"unknown reducer {name!r}." + (f" Did you mean {meant!r}?" if meant else "")
-
-
 def test_unknown_option_and_choice(family: Family) -> None:
     with pytest.raises(errors.OptionError, match="weighted"):
         tokencomp.patch(family.build(), 0.5, reducer="bipartite", wheighted=True)
@@ -208,11 +192,6 @@ def test_what_a_handle_cannot_do(family: Family) -> None:
     for wrong in (None, "model"):
         with pytest.raises(errors.OptionError, match="expected a model"):
             tokencomp.unpatch(wrong)
-
-
-def test_a_class_instead_of_a_reducer(family: Family) -> None:
-    with pytest.raises(errors.OptionError, match=r"reducer=ConDiv\(\.\.\.\)"):
-        tokencomp.patch(family.build(), 0.5, reducer=type(make_reducer("condiv")))
 
 
 def test_already_compressed(family: Family) -> None:

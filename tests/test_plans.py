@@ -7,7 +7,6 @@ import json
 import math
 import random
 import warnings
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -21,8 +20,7 @@ from tokencomp.plan.budgets import Budget
 from tokencomp.plan.counts import frame_budgets
 from tokencomp.plan.plan import LEAST
 from tokencomp.plan.solved import by_item
-from tokencomp.tokens.reduction import Reduction
-from tokencomp.tokens.spans import VisualSpan, VisualTokens
+from tokencomp.tokens.spans import VisualSpan
 
 
 def test_plans_as_json_and_files(tmp_path: Path) -> None:
@@ -88,19 +86,6 @@ def test_a_plan_is_made_of_stages_and_a_stage_of_a_reducer() -> None:
     assert Plan([stage]) == Plan((stage,))
     with pytest.raises(errors.PlanError, match=r"fractions \[1\.5\]"):
         Plan((Stage(0, 1.5, stage.reducer),))
-
-
-@dataclass(frozen=True)
-class Nameless(Reducer):
-    """Not registered."""
-
-    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
-        return Reduction(tokens.offsets[:keep])
-
-
-def test_a_plan_that_could_not_be_read_again() -> None:
-    with pytest.raises(errors.PlanError, match="Nameless has no name"):
-        tokencomp.plan_to_json(Plan((Stage(0, 0.5, Nameless()),)))
 
 
 def test_an_option_called_like_a_parameter() -> None:

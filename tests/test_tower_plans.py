@@ -10,7 +10,7 @@ import torch
 from support.families import FAMILIES, text
 
 import tokencomp
-from tokencomp import Plan, Stage, TowerStage, make_reducer, plan_from_json, plan_to_json
+from tokencomp import Stage, TowerStage, make_reducer, plan_from_json, plan_to_json
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.llava import LlavaAdapter
 from tokencomp.errors import (
@@ -22,7 +22,6 @@ from tokencomp.errors import (
     UnsupportedModelError,
 )
 from tokencomp.method import MethodSpec
-from tokencomp.plan.counts import split_evenly
 from tokencomp.tokens.spans import VisualSpan
 
 UNIFORM = make_reducer("uniform")
@@ -201,8 +200,3 @@ def test_families_without_cells() -> None:
 
     with pytest.raises(UnsupportedModelError, match=reason):
         Unknown(FAMILIES["llava"].build()).tower_layout()
-
-
-def test_split() -> None:
-    assert split_evenly(7, [3, 3, 3]) == [2, 2, 3]
-    assert Plan((), TowerStage(0, 0.5, UNIFORM)).active

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu import recompute, tables
-from benchmarks.gpu.catalogue import TABLES
+from benchmarks.gpu import recompute
 from benchmarks.gpu.contribution import collect, read
-from tokencomp.errors import OptionError, UnknownNameError
+from tokencomp.errors import OptionError
 from tokencomp.evaluation.metrics import difference
 
 NAME = "images-qwen2.5-vl-7b"
@@ -80,9 +79,6 @@ def test_tables_follow_from_the_bits(sent: Path) -> None:
     assert cells["vs downscale"] == str(difference(own, SCORES["downscale"][0]))
     assert cells["where downscale fails"] == "67% of 3"  # items 1, 2 and 3: right, wrong, right
     assert cells["same answer as full"] == "67%" and cells["FLOPs"] == "25%"
-    assert recompute.main(["--results", str(sent), "--check"]) == 0
-    (sent / "tables.md").write_text("edited by hand")
-    assert recompute.main(["--results", str(sent), "--check"]) == 1
 
 
 @pytest.mark.parametrize(
@@ -90,10 +86,7 @@ def test_tables_follow_from_the_bits(sent: Path) -> None:
     [
         (lambda f: f["about"].update(commit="0" * 40 + "+dirty"), "commit"),
         (lambda f: f["rows"].pop(), "different settings"),
-        (lambda f: f["rows"][1].update(ratio=1.5), "ratio"),
         (lambda f: f["answers"]["correct"].update(full="AAAAAAAA"), "packed bits"),
-        (lambda f: f.update(table="mine"), "none of"),
-        (lambda f: f.update(host="h"), "host"),
     ],
 )
 def test_damaged_files_are_refused(sent: Path, change, message: str) -> None:
@@ -103,12 +96,3 @@ def test_damaged_files_are_refused(sent: Path, change, message: str) -> None:
     path.write_text(json.dumps(file))
     with pytest.raises(OptionError, match=message):
         read(path)
-
-
-def test_every_table_has_baselines_and_hours() -> None:
-    for table in TABLES.values():
-        commands = table.commands("runs")
-        assert len(commands) == len(table.steps) and table.hours > 0
-        assert all(line[0] == "eval" and table.model in line for line in commands)
-    with pytest.raises(UnknownNameError, match=NAME):
-        tables.table("mine")

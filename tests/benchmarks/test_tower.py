@@ -12,48 +12,13 @@ import torch
 from PIL import Image
 from support.families import FAMILIES
 
-from benchmarks.accuracy.packed import PackedAnswers, Questions
 from benchmarks.accuracy.studies import tower as study
 from benchmarks.accuracy.studies import tower_book, tower_sizes
 from benchmarks.models import tower, tower_alone
 from tokencomp.errors import OptionError
-from tokencomp.evaluation.environment import environment
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.inputs.loading import load_model
 from tokencomp.inputs.prompts import build_inputs, prompt_lengths
-
-
-def entry(answers: dict[str, list[int]], families: list[str]) -> dict[str, Any]:
-    """A stored set whose questions are split evenly among `families`."""
-    each = len(answers["full@0"]) // len(families)
-    records = [
-        {"id": f"test-{family}-{i:05d}", "family": family, "answer": "1"}
-        for family in families
-        for i in range(each)
-    ]
-    packed = PackedAnswers(Questions.of(records), answers)
-    return {
-        "model": study.QWEN, "weights": "w", "split": "test", "vivid": [], "answers": packed,
-        "blind": dict.fromkeys(families, 0.5),
-        "provenance": {**environment(), "commit": "abc+dirty"},
-    }  # fmt: skip
-
-
-def test_stored_sets_are_packed(tmp_path: Path) -> None:
-    """What is read is what was written, and later rows stand in the order of the table."""
-    answers = {"full@0": [1, 1, 0, 1], "entry only@0": [1, 0, 0, 1], "random@0.5": [0, 0, 0, 1]}
-    stored = {**entry(answers, ["count", "needle"]), "vivid": [0, 1, 1, 0]}
-    more = PackedAnswers(stored["answers"].questions, {"runlength@0.75": [1, 0, 1, 0]})
-    grown = tower_book.with_rows(stored, more, {"commit": "c"})
-    tower_book.write(tmp_path / "tower.json", {"set": grown})
-    (back,) = tower_book.read(tmp_path / "tower.json").values()
-    assert back == grown and back["commits"] == ["c"] and "commits" not in stored
-    expected = ["full@0", "entry only@0", "runlength@0.75", "random@0.5"]
-    assert list(back["answers"].correct) == expected
-    assert back["answers"].correct["runlength@0.75"] == [1, 0, 1, 0]
-    other = entry({"full@0": [1, 1]}, ["count", "needle"])["answers"]
-    with pytest.raises(OptionError, match="questions differ"):
-        tower_book.with_rows(stored, other, {"commit": "c"})
 
 
 def test_a_set_is_answered_row_by_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,35 +80,15 @@ def test_smaller_towers(name: str) -> None:
     assert tokens[size] < 0.35 * tokens[side]
 
 
-def test_towers_alone_go_on_where_they_stopped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A run that ends after two rows measures the other three when it is started again."""
-    measured: list[float] = []
-    run = tower_alone.TowerCase.run
-
-    def counted(self: tower_alone.TowerCase, ratio: float) -> tuple[float, float, float]:
-        if len(measured) == 3:  # one to warm up, and two rows
-            measured.append(-1.0)
-            raise KeyboardInterrupt
-        measured.append(ratio)
-        return run(self, ratio)
-
+def test_towers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One block of width 32 on n patches and the merger, which reads four patches at a time."""
     monkeypatch.setattr(tower_alone, "build", lambda *_, **__: FAMILIES["qwen2_vl"].build())
     monkeypatch.setattr(tower_alone, "qwen_inputs", lambda *_: {"inputs": _square()})
-    monkeypatch.setattr(tower_alone.TowerCase, "run", counted)
     command = ["tower", "--towers", "--cases", "qwen-tower", "--output", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", command)
-    with pytest.raises(KeyboardInterrupt):
-        tower.main()
     tower.main()
-    last = tower_alone.TOWER_RATIOS[-1]
-    assert measured == [last, 0.0, 0.25, -1.0, last, 0.5, 0.6, 0.75]
-    tower.main()
-    assert len(measured) == 8
     rows = [json.loads(line) for line in (tmp_path / "tower.jsonl").read_text().splitlines()]
     assert [r["tower_ratio"] for r in rows] == list(tower_alone.TOWER_RATIOS)
-    # One block of width 32 on n patches and the merger, which reads four patches at a time.
     linear = 2 * (32 * 96 + 32 * 32 + 2 * 32 * 64)
     flops = [n * linear + 4 * 32 * n * n + n // 4 * 2 * (128 * 128 + 128 * 64) for n in (256, 128)]
     assert rows[2]["flop_limit"] == pytest.approx(flops[0] / flops[1])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import signal
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import tokencomp
 from benchmarks.conformance.__main__ import main
-from benchmarks.conformance.run import TimeLimitError, _time_limit, compress, model_classes
+from benchmarks.conformance.run import compress, model_classes
 from benchmarks.conformance.variants import variants
 from tokencomp.conformance import build
 from tokencomp.conformance.build import TinyModel, tiny_model
@@ -83,14 +82,6 @@ def test_other_signals_and_late_stages_are_exact(
     checks = Checks(model, Prompts(model), compress, {})
     checks.scored(name, **options)
     assert checks.errors[name] < 5e-5
-
-
-def test_the_norm_behind_the_last_layer_has_another_name_in_lfm2() -> None:
-    """DART compares hidden states behind that norm."""
-    model = tiny("lfm2_vl")
-    checks = Checks(model, Prompts(model), compress, {})
-    checks.scored("dart")
-    assert checks.errors["dart"] < 5e-5
 
 
 @pytest.mark.parametrize(
@@ -221,13 +212,6 @@ def test_linear_mixers_of_the_reference_see_the_rows_that_are_left() -> None:
     assert not full[:, [1, 4]].any()
 
 
-def test_tiny_configs_of_one_kind_have_the_first_layers() -> None:
-    """Which differ in what a config says by layer: the last of these does not rotate."""
-    config = tiny_text_config(CONFIG_MAPPING["mistral_large4"]().get_text_config())
-    assert config.layer_types == ["indexed_attention"] * 4
-    assert config.kv_source_layers == [0, 1, 2, 3] and config.no_rope_layers == [1, 1, 1, 0]
-
-
 def test_tiny_configs_keep_every_kind_of_layer() -> None:
     config = tiny_text_config(CONFIG_MAPPING["gemma3"]().get_text_config())
     assert config.layer_types == ["sliding_attention", "full_attention"] * 2
@@ -242,12 +226,6 @@ def test_layers_that_differ_get_small_sizes_too() -> None:
     assert len(kinds) == 2 * len(set(kinds)) == 6
 
 
-def test_a_decoder_that_keeps_its_size_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "LARGEST", 1000)
-    with pytest.raises(build.BuildError, match="LlamaModel has 0 million parameters in spite of"):
-        tiny("llava")
-
-
 def test_a_model_that_reads_no_media_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """As Emu3 of transformers 5.13, whose forward loses the pixels."""
     model, own = tiny("llava"), transformers.LlavaForConditionalGeneration.forward
@@ -258,13 +236,6 @@ def test_a_model_that_reads_no_media_is_named(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(transformers.LlavaForConditionalGeneration, "forward", forward)
     with pytest.raises(build.BuildError, match="never encodes the media of a call"):
-        Prompts(model)
-
-
-def test_a_model_that_fails_by_itself_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny("llava")
-    monkeypatch.setattr(type(model.decoder), "forward", lambda *args, **kwargs: 1 / 0)
-    with pytest.raises(build.BuildError, match="fails by itself, on a prompt of words: ZeroDiv"):
         Prompts(model)
 
 
@@ -372,10 +343,3 @@ def test_weights_outside_the_decoder_are_empty() -> None:
     rest = [p for p in model.model.visual.parameters() if id(p) not in decoder]
     assert rest and not any(p.numel() for p in rest)
     assert isinstance(model.lm_head, nn.Linear) and model.lm_head.weight.abs().max() > 0
-
-
-@pytest.mark.skipif(not hasattr(signal, "SIGPROF"), reason="the system has no such timer")
-def test_a_type_that_does_not_end_is_left() -> None:
-    with pytest.raises(TimeLimitError, match="not finished after"), _time_limit(1):
-        while True:
-            sum(range(100))

@@ -96,16 +96,6 @@ def test_media_of_a_fixed_number_of_tokens_are_not_blurred_for_nothing() -> None
     assert len(fixed.shrink([image] * 8, 0.75)) == 2
 
 
-def test_specks_are_not_pictures() -> None:
-    """Tilings give a speck fewer tokens by rounding; it shows nothing, so it is no way."""
-
-    def tiles(width: int, height: int) -> int:
-        return 100 if width * height < 30 else 300
-
-    image, towers = Image.new("RGB", (224, 224)), Made(tiles)
-    assert towers.shrink(image, 0.5) is image
-
-
 @pytest.mark.parametrize("frames, ratio", [(8, 0.5), (8, 0.9), (8, 0.625), (7, 0.75), (16, 0.6)])
 def test_of_as_many_tokens_most_frames(frames: int, ratio: float) -> None:
     """Frames count in pairs: an odd one could have had a companion for nothing."""

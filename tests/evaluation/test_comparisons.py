@@ -6,7 +6,6 @@ from itertools import product
 import numpy as np
 import pytest
 from evaluation.test_report import write_run
-from support.console import run
 
 from tokencomp.evaluation.comparisons import comparisons, losses, paired_tests
 from tokencomp.evaluation.group_runs import find_runs
@@ -119,20 +118,6 @@ def test_random_is_one_row_however_many_seeds_it_has(tmp_path):
         2,
     )
     assert [r["correct"] for r in line.run.answered] == [1, 0.5, 0.5, 0]
-
-
-def test_a_baseline_that_failed_on_all_items_is_compared_with_nothing(tmp_path, capsys):
-    for name, ratio in (("full", 0.0), ("random", 0.5), ("aim", 0.5)):
-        folder = write_run(tmp_path / "r", name, ratio, {"a1": 1, "a2": 1})
-        if name == "random":
-            path = folder / "records.jsonl"
-            rows = [json.loads(line) for line in path.read_text().splitlines()]
-            failed = [{"id": r["id"], "family": "a", "error": "out of memory"} for r in rows]
-            path.write_text("".join(json.dumps(row) + "\n" for row in failed))
-    assert run("report", tmp_path / "r", "-o", tmp_path / "p.html", "--json") == 0
-    _, random, aim = json.loads(capsys.readouterr().out)
-    assert (random["items"], random["failed"], aim["retention"]["value"]) == (0, 3, 1.0)
-    assert aim["against_random"] is None and aim["comparisons"]["random"] is None
 
 
 def test_losses_are_the_groups_that_score_lower(runs):

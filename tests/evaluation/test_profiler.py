@@ -13,7 +13,6 @@ from tokencomp.evaluation.timing import Split, interleaved, prefill_split
 from tokencomp.evaluation.work import FlopClock
 from tokencomp.inputs.prompts import build_inputs
 from tokencomp.reducers.base import Reducer
-from tokencomp.reducers.prune import Prune
 from tokencomp.reducers.uniform import Uniform
 
 
@@ -69,14 +68,6 @@ def test_time_is_booked_where_it_is_spent(loaded, inputs, monkeypatch):
         for hook in hooks:
             hook.remove()
     assert split == Split(vision=4, reduce=0.5, prefill=2, total=6.5)
-
-
-def test_layer_stages_count_as_reducing(loaded, inputs, monkeypatch):
-    hand = Hand()
-    calls = slow_reducer(Prune, hand, 0.5, monkeypatch)
-    with tokencomp.patch(loaded[0], 0.5, reducer="prune"):
-        split = prefill_split(loaded[0], inputs, hand)
-    assert calls and split == Split(0, 0.5 * len(calls), 0, 0.5 * len(calls))
 
 
 def test_an_unpatched_model_spends_nothing_on_reducing(loaded, inputs):

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from support.clips import pictures, write_clip
 
 from tokencomp.inputs import clock
-from tokencomp.inputs.clock import PARTS, file_times, part
-from tokencomp.inputs.media import load_media
+from tokencomp.inputs.clock import file_times, part
 
 
 def test_inner_parts_do_not_count_outside(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,13 +28,3 @@ def test_inner_parts_do_not_count_outside(monkeypatch: pytest.MonkeyPatch) -> No
     with part("open"):  # outside of `file_times` nothing is counted
         work(1)
     assert parts["open"] == 0
-
-
-def test_a_clip_has_all_parts(tmp_path, monkeypatch):
-    pytest.importorskip("av")
-    path = write_clip(tmp_path, "h264", pictures(48))
-    ticks = iter(range(10**6))
-    monkeypatch.setattr(clock.time, "process_time", lambda: next(ticks))
-    with file_times() as parts:
-        load_media(path, "stream:4", size=48)
-    assert all(parts[name] > 0 for name in PARTS)

@@ -10,7 +10,7 @@ from support.clips import pictures, write_clip
 
 from tokencomp.inputs.focus import focus
 from tokencomp.inputs.frames import Scored, frame_policy
-from tokencomp.inputs.media import load_media, open_clip
+from tokencomp.inputs.media import load_media
 
 pytest.importorskip("av")
 
@@ -102,19 +102,6 @@ def test_focus_is_the_published_method(fps, count):
         assert len({*first, *second}) == len(first) + len(second) <= total
 
 
-def test_it_finds_a_moment_and_scores_few_frames():
-    scores = np.zeros(24 * 600)
-    scores[24 * 400 : 24 * 408] = 1.0  # eight seconds of ten minutes
-    asked = []
-
-    def score(places):
-        asked.extend(places)
-        return {p: float(scores[p]) for p in places}
-
-    taken = focus(score, len(scores), 24.0, 8)
-    assert scores[taken].any() and len(asked) < 300  # one per second would be 600
-
-
 @pytest.mark.parametrize(("total", "count"), [(1, 1), (5, 8), (9, 8), (12, 11), (40, 39)])
 def test_short_clips(total, count):
     taken = focus(lambda places: dict.fromkeys(places, 0.5), total, 24.0, count)
@@ -144,26 +131,3 @@ def test_chosen_frames_of_a_file(tmp_path):
     for place, frame in zip(video.sampling.indices, video, strict=True):
         assert np.array_equal(np.asarray(frame), np.asarray(whole[place]))
     assert load_media(clip, policy).sampling == video.sampling
-
-
-@pytest.mark.parametrize("total", [9, 24, 31, 32, 40])
-@pytest.mark.parametrize("name", ["h264", "gif"])
-def test_short_files_of_which_the_first_round_may_score_all(tmp_path, name, total):
-    """Of 24 frames, each of 8 parts of 3 is scored whole, and none is left for a second round."""
-    clip = write_clip(tmp_path, name, pictures(total))
-    asked = []
-
-    def scorer(frames, question):
-        asked.append(len(frames))
-        return [float(np.asarray(frame)[..., 0].mean()) for frame in frames]
-
-    whole = load_media(clip, total)
-    scores = [float(np.asarray(frame)[..., 0].mean()) for frame in whole]
-    video = load_media(clip, Scored(8, scorer, "focus"))
-    assert [*video.sampling.indices] == by_loops(scores, whole.sampling.fps or 1.0, 8)
-    assert len(video) == 8 and 0 not in asked and sum(asked) <= total
-
-
-def test_a_file_of_which_nothing_is_asked_is_not_damaged(tmp_path):
-    with open_clip(write_clip(tmp_path, "h264", pictures(8))) as clip:
-        assert clip.read([], None) == {}

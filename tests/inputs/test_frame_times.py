@@ -12,7 +12,7 @@ from support.trained import tiny
 from tokencomp.errors import FrameRateWarning, MediaError
 from tokencomp.evaluation.baselines import EqualTokens
 from tokencomp.inputs import media
-from tokencomp.inputs.frame_times import frame_times, reads_times
+from tokencomp.inputs.frame_times import frame_times
 from tokencomp.inputs.prompts import build_inputs, chat_inputs, media_chat
 from tokencomp.inputs.video import Video, with_frames
 from tokencomp.serving.limits import Limits
@@ -123,22 +123,6 @@ def test_shrunk_videos_keep_their_times(processor, clip):
     fewer = shrink(video, 0.5)
     assert [video.sampling.indices[i] for i in (1, 3, 5, 7)] == [*fewer.sampling.indices]
     assert fewer.sampling.fps == FPS and fewer.sampling.total == 32
-
-
-def test_other_processors_are_left_alone(tmp_path):
-    processor = tiny(tmp_path)[1]
-    frames = [Image.new("RGB", (56, 56))] * 4
-    assert not reads_times(processor)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", FrameRateWarning)
-        build_inputs(processor, [[frames]], [QUESTION])
-
-
-def test_animations_know_their_rate(tmp_path):
-    frames = [Image.new("RGB", (32, 32), (20 * k, 0, 0)) for k in range(6)]
-    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=250)
-    sampling = media.load_media(tmp_path / "a.gif", 3).sampling
-    assert (sampling.fps, sampling.indices, sampling.total) == (4.0, (1, 3, 5), 6)
 
 
 @pytest.mark.parametrize("wrong", [{"fps": 0}, {"indices": [1]}, {"indices": [2, 1]}])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,9 +76,6 @@ def test_frames_that_make_no_video_are_one_message(clip, said):
         ([RED], ["What?"]),
         ([[RED]], "What?"),
         ([[RED]], ["What?", "Where?"]),
-        ([[RED]], [None]),
-        ([], []),
-        (None, ["What?"]),
     ],
 )
 def test_rows_are_lists_of_media_with_a_text_each(media, prompts):
@@ -93,14 +89,6 @@ def test_rows_are_lists_of_media_with_a_text_each(media, prompts):
 def test_a_video_has_a_place_in_the_prompts_of_models_that_take_one():
     taken = {name: takes_videos(zoo.load(name)[1]) for name in zoo.available_models()}
     assert [name for name, takes in taken.items() if not takes] == ["tiny-gemma3"]
-
-
-def test_a_template_that_writes_an_image_for_a_video_takes_none():
-    def render(chat, **options):
-        parts = [part for message in chat for part in message["content"]]
-        return "".join(part.get("text", "<image>") for part in parts)
-
-    assert not takes_videos(SimpleNamespace(apply_chat_template=render))
 
 
 def test_pictures_show_the_frames_as_the_model_took_them():

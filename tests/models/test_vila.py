@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from support.family import vila_folder
 from torch import Tensor
 
-import tokencomp
 from tokencomp.errors import CheckpointError, SpanError
 from tokencomp.models import VilaForConditionalGeneration, VilaProcessor, register_auto_classes
 
@@ -123,22 +122,6 @@ def test_round_trip(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(model(**inputs).logits, again(**same).logits)
 
 
-def test_changed_settings_are_saved(folder: Path, tmp_path: Path) -> None:
-    model, _ = load(folder)
-    model.config.num_video_frames = 2
-    model.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["num_video_frames"] == 2
-
-
-def test_old_weights_file(tmp_path: Path) -> None:
-    where = vila_folder.write(tmp_path / "m") / "mm_projector"
-    state = load_file(where / "model.safetensors")
-    (where / "model.safetensors").unlink()
-    torch.save(state, where / "pytorch_model.bin")
-    model = VilaForConditionalGeneration.from_pretrained(where.parent)
-    assert torch.equal(model.mm_projector.state_dict()["layers.1.weight"], state["layers.1.weight"])
-
-
 def test_auto_classes(folder: Path) -> None:
     import transformers
 
@@ -149,19 +132,6 @@ def test_auto_classes(folder: Path) -> None:
     assert model.config.num_video_frames == 4
     processor = transformers.AutoProcessor.from_pretrained(folder)
     assert isinstance(processor, VilaProcessor)
-
-
-def test_loads_by_name(folder: Path) -> None:
-    """The loader of the commands loads this folder, and the model answers questions."""
-    from tokencomp.inputs.loading import load_model
-    from tokencomp.inputs.prompts import build_inputs
-
-    model, processor = load_model(str(folder), device="cpu", dtype="float32")
-    media = [[picture(0)], [[picture(1), picture(2)]]]
-    inputs = build_inputs(processor, media, ["What?", "And this?"])
-    with tokencomp.patch(model, 0.5) as handle:
-        model.generate(**inputs, max_new_tokens=2)
-        assert handle.stats.tokens_before == [17, 34]
 
 
 def test_pooled_video(tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from support.family import vila_folder
 
-from tokencomp.errors import CheckpointError, MediaError, OptionError
+from tokencomp.errors import MediaError, OptionError
 from tokencomp.models import VilaProcessor
-from tokencomp.models.vila.images import even, tile_grid
+from tokencomp.models.vila.images import tile_grid
 
 
 def processor(tmp_path: Path, **root: object) -> VilaProcessor:
@@ -72,14 +72,6 @@ def test_options_have_an_effect_or_are_refused(tmp_path: Path) -> None:
             vila("hi", **{name: value})
 
 
-def test_no_template(tmp_path: Path) -> None:
-    vila = processor(tmp_path, chat_template=None)
-    with pytest.raises(CheckpointError, match="vicuna_v1"):
-        vila.apply_chat_template([{"role": "user", "content": "hi"}])
-    with pytest.raises(CheckpointError, match="'unheard'"):
-        processor(tmp_path / "x", chat_template="unheard")
-
-
 def test_evenly_spaced_frames(tmp_path: Path) -> None:
     vila = processor(tmp_path)
     video = np.stack([np.full((28, 28, 3), 10 * i, np.uint8) for i in range(10)])
@@ -89,13 +81,6 @@ def test_evenly_spaced_frames(tmp_path: Path) -> None:
     assert shades == [0, 30, 60, 90]
     assert vila("<vila/video>", videos=[video], num_frames=2)["video_frames"].tolist() == [2]
     assert vila("<vila/video>", videos=[video[:3]])["video_frames"].tolist() == [3]
-
-
-def test_even() -> None:
-    for total, limit, expected in (
-        (1, 8, [0]), (9, 3, [0, 4, 8]), (10, 4, [0, 3, 6, 9]), (5, 1, [0]), (3, 3, [0, 1, 2])
-    ):  # fmt: skip
-        assert even(total, limit) == expected
 
 
 def test_tiles(tmp_path: Path) -> None:

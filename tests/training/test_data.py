@@ -13,7 +13,6 @@ from support.trained import write_data
 
 from tokencomp.engine.rows.prompts import IGNORED
 from tokencomp.errors import OptionError, UnknownNameError
-from tokencomp.inputs.questions import Example
 from tokencomp.training.data import (
     answer_ids,
     append,
@@ -95,25 +94,6 @@ def test_one_large_group_is_trained_on(tmp_path: Path) -> None:
         questions(str(folder), "image", 9)
 
 
-def test_media_may_lie_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Absolute paths inside and outside a folder that is named relative to the current one."""
-    media = write_data(tmp_path / "media", 40)
-    paths = [str(media / f"{i}.png") for i in range(40)]
-    (tmp_path / "data").mkdir()
-    ask(tmp_path / "data" / "questions.jsonl", paths)
-    ask(media / "questions.jsonl", paths)
-    monkeypatch.chdir(tmp_path)
-    for data in ("data", "media", media):
-        train, held = (pictures(data, purpose) for purpose in ("train", "validation"))
-        assert len(held) == 2 and not train & held
-
-
-def test_the_split_survives_a_move(tmp_path: Path) -> None:
-    here, there = (write_data(tmp_path / name, 60) for name in ("here", "there"))
-    names = [{path.name for path in pictures(folder, "validation")} for folder in (here, there)]
-    assert names[0] == names[1]
-
-
 def test_files_must_be_utf8(tmp_path: Path) -> None:
     file = write_data(tmp_path) / "questions.jsonl"
     text = file.read_text().replace("color", "größe")
@@ -147,28 +127,3 @@ def test_orders_are_whole_passes_that_the_seed_decides() -> None:
     assert sorted(first[:5]) == sorted(first[5:]) == [0, 1, 2, 3, 4]
     assert first == list(itertools.islice(order(5, seed=1), 10))
     assert first != list(itertools.islice(order(5, seed=2), 10))
-
-
-def test_broken_files_are_refused(tmp_path: Path) -> None:
-    for line, message in (
-        ("{", "expected a JSON object"),
-        ('{"question": "a", "answer": "b"}', "'media'"),
-        ('{"question": "a", "media": "x"}', "'answer'"),
-        ('{"question": "a", "answer": " ", "media": "x"}', "the answer is empty"),
-        ('{"question": "a", "answer": null, "media": "x"}', "the answer is empty"),
-        ('{"question": "a", "answer": "b", "media": "x"}', "x does not exist"),
-        ('{"question": "a", "answer": "b", "media": []}', "no image or video"),
-        ("", "is empty: expected one JSON object per line"),
-    ):
-        (tmp_path / "questions.jsonl").write_text(line + "\n")
-        with pytest.raises(OptionError, match=message):
-            questions(str(tmp_path), "image", 4)
-
-
-def test_missing_data_and_text_only_questions_are_refused(tmp_path: Path, tiny: Any) -> None:
-    with pytest.raises(OptionError, match=r"questions\.jsonl"):
-        questions(str(tmp_path / "none"), "image", 4)
-    with pytest.raises(OptionError, match="kind"):
-        questions("shapesqa", "audio", 4)
-    with pytest.raises(OptionError, match="no image or video"):
-        load_batch([Example("1", "What?", "red")], tiny[1], 8)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,23 +131,6 @@ def test_randomness_and_seconds_survive_a_kill(tiny: Any, data: str, tmp_path: P
     assert again.history == whole.history and again.seconds >= 3 * 0.05
 
 
-def test_slow_steps_are_saved_by_the_clock(
-    tiny: Any, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tokencomp.training.steps.SAVE_SECONDS", 0.0)
-    module, file = Scale(), tmp_path / "one.pt"
-
-    def loss(inputs: dict[str, Any], labels: Tensor) -> Tensor:
-        if made.step == 2:
-            raise KeyboardInterrupt
-        return module.weight * 1.0
-
-    made = loop(tiny, data, file, module, loss, replace(SMALL, save_every=100))
-    with pytest.raises(KeyboardInterrupt):
-        made.run()
-    assert torch.load(file)["step"] == 2
-
-
 def test_junk_checkpoints_are_named(tiny: Any, data: str, tmp_path: Path) -> None:
     file = tmp_path / "checkpoint.pt"
     for junk in (b"", b"junk", b"PK\x03\x04"):
@@ -158,16 +140,3 @@ def test_junk_checkpoints_are_named(tiny: Any, data: str, tmp_path: Path) -> Non
     torch.save([1], file)
     with pytest.raises(OptionError, match="no checkpoint"):
         loop(tiny, data, file, Scale())
-
-
-def test_an_output_that_is_a_file_is_refused_at_once(tiny: Any, data: str, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    for folder in (tmp_path / "file", tmp_path / "file" / "deeper"):
-        with pytest.raises(OptionError, match="is not a folder"):
-            loop(tiny, data, folder / "checkpoint.pt", Scale())
-
-
-def test_useless_learning_rates_are_refused() -> None:
-    for rate in (-1.0, 0.0, float("nan"), float("inf"), 1e25):
-        with pytest.raises(OptionError, match="learning_rate"):
-            LoopConfig(learning_rate=rate)

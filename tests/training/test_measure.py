@@ -5,17 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 
-from benchmarks.accuracy.studies import oracle as study
-from tokencomp.evaluation import Setting, batches
-from tokencomp.evaluation.oracle import Oracle
+from tokencomp.evaluation import batches
 from tokencomp.inputs.questions import Example
-from tokencomp.training.data import answer_ids, append, load_batch, questions
+from tokencomp.training.data import answer_ids, questions
 from tokencomp.training.measure import Measurement, longest_answer
-from tokencomp.training.relevance import relevance
 
-TARGETS = ("logit", "logprob")
 LONG = "red circle on the left of the blue square"
 
 
@@ -49,30 +44,3 @@ def test_the_longest_answer_is_that_of_all_parts(tiny: Any) -> None:
     source = questions("shapesqa", "both", 40, "validation")
     ids = answer_ids(tiny[1], tiny[0], [source[i].answer for i in range(40)], end=True)
     assert longest_answer(tiny[1], tiny[0], source) == max(map(len, ids))
-
-
-@pytest.mark.parametrize("target", TARGETS)
-def test_the_oracle_is_told_the_relevance_of_the_target(
-    tiny: Any, data: str, monkeypatch: pytest.MonkeyPatch, target: Any
-) -> None:
-    """Of the model's own answer."""
-    (model, processor), relevances = tiny, []
-
-    def spy(*args: Any) -> Any:
-        relevances.append(relevance(*args))
-        return relevances[-1]
-
-    monkeypatch.setattr(study, "relevance", spy)
-    measured = Measurement({"": model}, processor, around=study.OracleTruth(model, processor))
-    ways = [Setting(Oracle(), ratio, name=str(ratio), target=target) for ratio in (0.5, 0.75)]
-    others = [Setting(Oracle(), 0.5, name=t, target=t) for t in TARGETS if t != target]
-    measured.run(examples_with(data, "red"), [*ways, *others])
-    inputs, _ = load_batch(examples_with(data, "red"), processor, 8)
-    answer = measured.runs["full@0"].records[0]["prediction"] or "?"
-    forced, labels = append(inputs, answer_ids(processor, model, [answer], end=False))
-    expected = relevance(model, forced, labels, target)
-    assert len(relevances) == 2 and torch.equal(relevances[0][0][0], expected[0][0])
-    other = relevance(model, forced, labels, others[0].name)
-    assert torch.equal(relevances[1][0][0], other[0][0]) and not torch.equal(
-        other[0][0], expected[0][0]
-    )

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tokencomp.errors import MediaError, MissingDependencyError, OptionError
+from tokencomp.errors import MediaError, MissingDependencyError
 from tokencomp.inputs import images, media
-from tokencomp.inputs.frames import frame_indices
 from tokencomp.zoo.shapesqa import layouts
 from tokencomp.zoo.shapesqa.items import item, items
 from tokencomp.zoo.shapesqa.render import render, write_mp4
@@ -50,15 +49,6 @@ def test_no_decoder(clip, monkeypatch, decoder):
         media.load_media(clip[1], decoder=decoder)
 
 
-def test_frame_indices():
-    for total, frames in ((32, 8), (33, 8), (7, 8), (1, 8), (100, 3), (8, 8)):
-        got = frame_indices(total, frames)
-        assert len(got) == min(total, frames) and got == sorted(set(got))
-        assert all(0 <= k < total for k in got)
-        if total >= frames:  # one index in each equal part
-            assert [int(k * frames // total) for k in got] == list(range(frames))
-
-
 def test_bad_files(tmp_path, clip):
     with pytest.raises(MediaError, match="no such file"):
         media.load_media(tmp_path / "nothing.png")
@@ -78,27 +68,6 @@ def test_bad_files(tmp_path, clip):
     image.write_bytes(image.read_bytes()[:700])
     with pytest.raises(MediaError, match="damaged"):
         media.load_media(image)
-
-
-@pytest.mark.parametrize("frames", [0, -3, 2.5, True])
-def test_bad_frame_counts(clip, frames):
-    with pytest.raises(
-        OptionError, match="at least 1 frame" if frames in (0, -3) else "expected 8"
-    ):
-        media.load_media(clip[1], frames)
-
-
-def test_video_without_frames(tmp_path):
-    av = pytest.importorskip("av")
-    path = tmp_path / "sound.mp4"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("aac", rate=16000)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
-        frame.sample_rate = 16000
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-    with pytest.raises(MediaError, match=r"sound\.mp4"):
-        media.load_media(path)
 
 
 def test_folders_animations_and_modes(tmp_path):

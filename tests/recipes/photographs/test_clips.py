@@ -71,13 +71,6 @@ def test_answers_follow_from_the_pixels(group: str) -> None:
     assert len(answers) > 1
 
 
-def test_evidence_is_the_frames_that_show_the_answer() -> None:
-    for one in clip_items(Drawings(), "test", 4, ("moment",), SECONDS):
-        frames = seen(one)
-        assert one.evidence == {k for k, boxes in enumerate(frames) if one.answer in boxes}
-        assert len(frames) == SECONDS * RATE and 1 <= len(one.evidence) <= RATE
-
-
 @pytest.mark.parametrize("camera", [*CAMERAS, STILL])
 def test_visible_things_are_whole_in_every_frame(camera: str) -> None:
     """No thing is cut by the border: its area stays in proportion to that of the view."""

@@ -7,14 +7,6 @@ import torch
 from torch.nn import functional as F
 
 from recipes.photographs.model import mapped
-from tokencomp.errors import OptionError
-
-
-def test_weights_of_another_network_are_refused() -> None:
-    one = {"a.weight": torch.zeros(2, 3), "a.bias": torch.ones(2)}
-    assert mapped(one, {"x.w": torch.empty(2, 3), "x.b": torch.empty(2)})["x.b"].sum() == 2
-    with pytest.raises(OptionError, match=r"a\.bias and x\.b"):
-        mapped(one, {"x.w": torch.empty(2, 3), "x.b": torch.empty(3)})
 
 
 def plain_tower(weights: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from itertools import chain, groupby
-from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 from support.photographs import COLORS, Drawings
 
 from recipes.photographs.items import items
 from recipes.photographs.questions import COUNTS, FAMILIES
 from recipes.photographs.scenes import SIZE, cell_letters, render, sample_words
-from recipes.photographs.sources import Photos, missing
-from tokencomp.errors import OptionError
 
 
 def boxes(pixels: np.ndarray) -> dict[str, tuple[float, float, float]]:
@@ -103,58 +99,3 @@ def test_splits_share_no_scene() -> None:
         for split in ("train", "validation", "test")
     ]
     assert not scenes[0] & scenes[1] | scenes[1] & scenes[2] | scenes[0] & scenes[2]
-
-
-def test_photographs_are_stamps_with_a_name_as_caption(tmp_path: Path) -> None:
-    """No drawings, no longer captions, nothing tiny; every background is in one split."""
-    stamps, templates = tmp_path / "stamps" / "animals", tmp_path / "templates"
-    scenery = tmp_path / "scenery"
-    for folder in (stamps, stamps / "cartoon", templates, scenery):
-        folder.mkdir(parents=True)
-    for name, side, text in (
-        ("a", 60, "A fox."), ("b", 60, "A red fox."), ("c", 20, "A fox."), ("d", 60, "A fox."),
-        ("e", 60, "An owl\nfr.utf8=Un hibou"), ("cartoon/f", 60, "A fox."),
-    ):  # fmt: skip
-        Image.new("RGBA", (side, side), (9, 9, 9, 255)).save(stamps / f"{name}.png")
-        (stamps / f"{name}.txt").write_text(text)
-    (stamps / "d.svg").touch()
-    for number in range(5):
-        Image.new("RGB", (30, 30)).save(templates / f"{number}.jpg")
-        Image.new("RGB", (30, 30)).save(scenery / f"n{number}.jpg")
-    Image.new("RGB", (30, 30)).save(tmp_path / "more.jpg")
-    more = (f"{tmp_path.name}/*.jpg",)
-    photos = Photos(tmp_path, scenery, more, ("fox", "owl"))
-    assert photos.files == {"fox": (stamps / "a.png",), "owl": (stamps / "e.png",)}
-    split = {k: [p.stem for p in photos.background_files(k)] for k in photos.landscapes}
-    assert split == {
-        "train": ["0", "1", "2", "n0", "n1", "n2", "more"],
-        "validation": ["3", "n3"],
-        "test": ["4", "n4"],
-    }
-    with pytest.raises(OptionError, match=r"photograph of koala .*apt-get install"):
-        _ = Photos(tmp_path, scenery, more, ("koala",)).files
-    with pytest.raises(OptionError, match=r"none/\* names no file.*apt-get install"):
-        _ = Photos(tmp_path, scenery, ("none/*",)).further
-
-
-def test_of_several_photographs_the_last_is_for_tests_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Those of `FURTHER` count too, and a thing with one photograph has it in every split."""
-    monkeypatch.setattr("recipes.photographs.sources.FURTHER", {"fox": ("red", "absent")})
-    (tmp_path / "stamps").mkdir()
-    for name, text in (("fox", "A fox."), ("red", "A red fox."), ("owl", "An owl.")):
-        Image.new("RGBA", (60, 60), (9, 9, 9, 255)).save(tmp_path / "stamps" / f"{name}.png")
-        (tmp_path / "stamps" / f"{name}.txt").write_text(text)
-    photos = Photos(tmp_path, tmp_path, names=("fox", "owl"))
-    shown = {
-        split: [[photos.files[n][k].stem for k in photos.numbers(n, split)] for n in photos.names]
-        for split in ("train", "validation", "test")
-    }
-    assert shown["train"] == shown["validation"] == [["fox"], ["owl"]]
-    assert shown["test"] == [["red"], ["owl"]]
-
-
-def test_missing_packages_are_named_with_their_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "gguf" else name)
-    assert missing() == ['pip install -e ".[real]"   # gguf']

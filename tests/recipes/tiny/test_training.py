@@ -5,15 +5,12 @@ import pytest
 import torch
 
 from recipes.packing import Packer, attention_mask
-from recipes.tiny.batches import BatchMaker, Source
+from recipes.tiny.batches import Source
 from recipes.tiny.export import export
 from recipes.tiny.families import FAMILIES, family
-from recipes.tiny.labels import cell_labels
 from recipes.tiny.recipes import Stage
 from recipes.tiny.tokenizer import load_tokenizer, write_tokenizer
 from recipes.tiny.trainer import TinyTrainer
-from tokencomp.engine.rows.prompts import IGNORED
-from tokencomp.errors import UnknownNameError
 from tokencomp.models import register_auto_classes
 from tokencomp.zoo.shapesqa.items import item
 
@@ -140,46 +137,10 @@ def test_dialog_packs_are_plain_chats(setup):
     assert torch.allclose(ours, logits, atol=2e-4)
 
 
-def test_attention_mask_by_hand():
-    mask = attention_mask(torch.tensor([[0, 0, 1, 1, 2, -1]]))[0, 0].int().tolist()
-    assert mask == [
-        [1, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0],
-        [1, 1, 1, 1, 0, 0],
-        [1, 1, 0, 0, 1, 0],
-        [1, 1, 0, 0, 0, 1],
-    ]
-
-
-def test_tokenizer_takes_any_text(setup):
-    for text in ["Zürich 日本 🟥 x_9\n\n  tab\t", "What color is the circle?", "(A) red", ""]:
-        for tokenizer in (setup.tokenizer, setup.processor.tokenizer):
-            assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    one = [setup.tokenizer(word)["input_ids"] for word in ("red", " red", "yes", "4", "circle")]
-    assert all(len(ids) == 1 for ids in one)
-
-
 def test_export_is_what_was_trained(setup):
     theirs = setup.model.state_dict()
     for name, value in setup.made.state_dict().items():
         assert torch.equal(value.half().float(), theirs[name].float()), name
-
-
-def test_cell_labels_by_hand():
-    from tokencomp.zoo.shapesqa.scenes import COLORS, Scene, Thing
-
-    things = (
-        Thing("square", "red", 28, 28, 0),
-        Thing("square", "blue", 20, 60, 60, visible=((1.0, 2.0),)),
-    )
-    labels = cell_labels(Scene(112, 112, 2, things), 0.0, 28)
-    assert labels["words"][0, 1, 0] == COLORS.index("red") + 1
-    assert (labels["words"][..., 0] > 0).sum() == 1
-    assert labels["mask"][0, 1].mean() > 0.8 and labels["mask"][2, 2].sum() == 0
-    assert labels["box"][0, 1].tolist() == [0.0, 0.0, 1.0, 1.0, 1.0]
-    later = cell_labels(Scene(112, 112, 2, things), 1.0, 28)
-    assert later["words"][2, 2, 0] == COLORS.index("blue") + 1
 
 
 TINY = (
@@ -221,20 +182,3 @@ def test_interrupted_and_resumed_run_ends_with_the_same_weights(tmp_path, cut):
         assert torch.equal(value, resumed.model.state_dict()[name]), name
     moved = [k for k, v in whole.model.state_dict().items() if not torch.equal(v, start[k])]
     assert len(moved) == len(start)  # every parameter was trained
-
-
-def test_batches_depend_on_seed_stage_and_step_only(setup):
-    def batch(seed, stage, step):
-        source = Source("questions", "image", batch=2, room=80)
-        return BatchMaker(setup.packer, seed, 28).make(stage, step, source)
-
-    first, again = batch(0, 1, 5), batch(0, 1, 5)
-    assert all(np.array_equal(first[k], again[k]) for k in ("ids", "labels", "frames"))
-    for other in (batch(1, 1, 5), batch(0, 2, 5), batch(0, 1, 6)):
-        assert not np.array_equal(first["frames"], other["frames"])
-    assert (first["labels"] != IGNORED).sum() == (first["which"] >= 0).sum() > 0
-
-
-def test_unknown_builder():
-    with pytest.raises(UnknownNameError, match="tiny-qwen2-vl"):
-        family("tiny-qwen3")

@@ -4,15 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from recipes.tiny.export import export
 from recipes.tiny.families import family
-from recipes.tiny.recipes import RECIPES
 from recipes.tiny.tokenizer import load_tokenizer
-from recipes.tiny.train import app, copy_weights, finished, fit_positions, stages_from, warm_start
-from tokencomp.errors import CheckpointError, UnknownNameError
-from tokencomp.inputs import packaged
+from recipes.tiny.train import copy_weights, finished, fit_positions, warm_start
+from tokencomp.errors import CheckpointError
 from tokencomp.storage import write_json
 
 
@@ -41,14 +38,6 @@ def test_shared_parts_are_copied(tmp_path):
         assert torch.equal(value, before[name]), name
 
 
-def test_vocabularies_agree(tmp_path):
-    """One embedding table serves both, the video placeholder included."""
-    other, vila = (_made(n, tmp_path / n) for n in ("tiny-llava-onevision", "tiny-vila"))
-    ids = {**other.tokenizer.get_vocab()}
-    ids["<vila/video>"] = ids.pop("<video>")
-    assert vila.tokenizer.get_vocab() == ids
-
-
 def test_positions_are_interpolated():
     """Row, column and a constant: each table entry goes where its patch is in the new grid."""
     rows, columns = torch.meshgrid(torch.arange(12.0), torch.arange(12.0), indexing="ij")
@@ -61,13 +50,6 @@ def test_positions_are_interpolated():
     assert torch.allclose(got[2:12, 2:12, 0], places[2:12, None].expand(10, 10), atol=0.05)
     assert torch.allclose(got[2:12, 2:12, 1], places[None, 2:12].expand(10, 10), atol=0.05)
     assert torch.allclose(got[..., 2], torch.tensor(3.0))
-
-
-def test_missing_source_names_the_fix(tmp_path, monkeypatch):
-    monkeypatch.setattr(packaged, "available_models", list)
-    new = _made("tiny-vila", tmp_path)
-    with pytest.raises(CheckpointError, match=r"recipes\.tiny\.train tiny-llava-onevision"):
-        warm_start(new.model, "tiny-vila", "tiny-llava-onevision")
 
 
 def test_training_goes_on_from_the_weights_of_a_finished_model(tmp_path):
@@ -88,21 +70,3 @@ def test_training_goes_on_from_the_weights_of_a_finished_model(tmp_path):
     other = _made("tiny-llava-onevision", tmp_path / "other")
     with pytest.raises(CheckpointError, match="do not fit"):
         copy_weights(other.model, str(folder))
-
-
-def test_a_recipe_can_start_at_a_stage():
-    stages = RECIPES["tiny-gemma3"]
-    assert stages_from(stages, None) == stages
-    rest = [stage.name for stage in stages_from(stages, "balance")]
-    assert rest == ["balance", "finish", "tallies"]
-    with pytest.raises(UnknownNameError, match=r"no stage 'polish'.*'finish'"):
-        stages_from(stages, "polish")
-
-
-@pytest.mark.parametrize(("start", "stage"), [("nothing", "finish"), ("tiny-gemma3", "polish")])
-def test_a_wrong_name_leaves_no_folder_behind(tmp_path, start, stage):
-    out, start = tmp_path / "out", str(tmp_path / start) if start == "nothing" else start
-    command = ["tiny-gemma3", "--out", str(out), "--from-stage", stage, "--start", start]
-    result = CliRunner().invoke(app, command)
-    assert result.exit_code == 2 and "error: " in result.output
-    assert not out.exists()
