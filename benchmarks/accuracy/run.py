@@ -29,6 +29,7 @@ from benchmarks import publishing
 from benchmarks.accuracy.report import write_report
 from benchmarks.accuracy.store import LOST, RESULTS, Results, add_lost, collected, merged
 from benchmarks.accuracy.summary import MAIN
+from benchmarks.accuracy.work import work_parts
 from tokencomp import available_reducers, make_reducer
 from tokencomp.cli import one_message
 from tokencomp.errors import OptionError, TokenCompError, UnknownNameError
@@ -167,12 +168,14 @@ def answer_all(
     check_items(folder, split, (item.id for item in questions))
     examples = shapesqa(questions, args.out / "media" / split)
     model, processor = load(name)
-    options = {"batch_size": args.batch, "frames": args.frames, "name": name, "work": True}
+    options = {"batch_size": args.batch, "frames": args.frames, "name": name}
     groups = [[s for s in grid if watches_tower(s) is watches] for watches in (False, True)]
     with tower_once(model):
         runs = sweep(model, processor, examples, groups[0], unfinished, **options)
     if groups[1]:
         runs |= sweep(model, processor, examples, groups[1], unfinished, **options)
+    for setting, parts in work_parts(model, processor, runs, examples, args.frames).items():
+        runs[setting].manifest["work"] = parts
     results = collected(runs, name, split, facts)
     if name == MAIN:  # pictures take much space: those of one model have to do
         add_lost(results, draw_default(model, processor, runs, examples, folder / LOST))

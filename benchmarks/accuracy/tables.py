@@ -11,11 +11,10 @@ from typing import Any
 
 from benchmarks import publishing
 from benchmarks.accuracy.store import KINDS, LOST, Results, kind_of
+from benchmarks.accuracy.work import PARTS, work_cell
 from tokencomp.errors import TokenCompError
-from tokencomp.evaluation.cost import PARTS
 from tokencomp.evaluation.metrics import McNemar, Retention, difference, mcnemar, retention
 from tokencomp.evaluation.settings import DOWNSCALE, FULL, Setting
-from tokencomp.pages.report import work_cell
 from tokencomp.zoo import available_models, metrics, model_path
 
 BASELINES = ("random", "uniform", DOWNSCALE)

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from support.embedded import examples, folder, loaded
 
 from benchmarks.accuracy import report, store
+
+__all__ = ["examples", "folder", "loaded", "unpublished"]
 
 
 @pytest.fixture

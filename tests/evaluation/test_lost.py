@@ -28,7 +28,7 @@ def test_lost_items_stand_in_their_natural_order():
 def test_pictures_of_images_and_videos_are_drawn_and_reported(loaded, examples, tmp_path, capsys):
     """Untrained models answer all alike, so the scores are written by hand."""
     setting = Setting("uniform", 0.75)
-    runs = sweep(*loaded, examples, [Setting(), setting], tmp_path, max_new_tokens=2, work=True)
+    runs = sweep(*loaded, examples, [Setting(), setting], tmp_path, max_new_tokens=2)
     for one in runs.values():
         for record in one.records:
             record["correct"] = one.setting.off

@@ -50,7 +50,7 @@ def test_resumes_where_it_was_killed(loaded, examples, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "cut" / "manifest.json").read_text())["finished"] is True
 
 
-def test_only_questions_about_changed_files_are_asked_again(loaded, examples, tmp_path):
+def test_only_failed_questions_are_asked_again(loaded, examples, tmp_path):
     copies = [Path(shutil.copy(e.media[0], tmp_path)) for e in examples]
     items = [replace(e, media=(copy,)) for e, copy in zip(examples, copies, strict=True)]
 
@@ -59,45 +59,33 @@ def test_only_questions_about_changed_files_are_asked_again(loaded, examples, tm
         assert read_records(tmp_path / "run") == run.records
         return [r.get("prediction", r.get("error")) for r in run.records]
 
-    ask()
+    copies[0].write_bytes(b"no picture")
+    assert "neither an image" in ask()[0]
     file = tmp_path / "run" / "records.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     file.write_text("".join(json.dumps({**r, "prediction": "kept"}) + "\n" for r in rows))
+    shutil.copy(examples[0].media[0], copies[0])
     copies[2].touch()
-    assert ask() == ["kept"] * 5
-    shutil.copy(copies[1], copies[0])
-    new, other = one_by_one(loaded, items[0], "uniform", 0.5), ["kept"] * 4
-    assert ask() == ask() == [new, *other]
-    copies[0].write_bytes(b"no picture")
-    error, *kept = ask()
-    assert "neither an image" in error and kept == other
-    shutil.copy(examples[0].media[0], copies[0])  # as at first, but the last answer counts
-    assert ask() == [one_by_one(loaded, examples[0], "uniform", 0.5), *other]
-    file.rename(tmp_path / "run" / "records.1.jsonl")  # of another process, read first
-    file.write_text(json.dumps({**rows[0], "prediction": "old"}) + "\n")
-    assert "old" not in ask()
+    assert ask() == [one_by_one(loaded, items[0], "uniform", 0.5), *["kept"] * 4]
 
 
-def test_answers_to_other_questions_of_the_same_id_do_not_count(loaded, examples, tmp_path):
-    """An untrained model says what it says; that counts as right once it is the right answer."""
-    first = Example("0", examples[0].prompt, "never said", examples[0].media)
-    second = replace(first, prompt="Is there a blue star?")
-
-    def ask(example):
-        (record,) = evaluate(*loaded, [example], out_dir=tmp_path / "o", **HOW).records
-        assert read_records(tmp_path / "o") == [record]
-        return record["prompt"], record["prediction"], record["correct"]
-
-    said = [one_by_one(loaded, example) for example in (first, second)]
-    assert ask(first) == (first.prompt, said[0], False)
-    assert ask(second) == (second.prompt, said[1], False)
-    assert ask(replace(second, answer=said[1])) == (second.prompt, said[1], True)
-    assert ask(replace(second, also=(said[1],))) == (second.prompt, said[1], True)
-    assert ask(first) == (first.prompt, said[0], False)
-    lines = (tmp_path / "o/records.jsonl").read_text().splitlines()
-    assert len(lines) == 5 and json.loads(lines[-1])["again"] == 4
-    ask(first)
-    assert (tmp_path / "o/records.jsonl").read_text().splitlines() == lines
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [("prompt", "words"), ("answer", "right answer"), ("also", "right answer"), ("media", "pict")],
+)
+def test_a_folder_with_answers_to_other_questions_is_refused(
+    loaded, examples, tmp_path, field, words
+):
+    """Another question under the same id, or another picture under the same name."""
+    picture = Path(shutil.copy(examples[0].media[0], tmp_path / "a.png"))
+    example = Example("0", examples[0].prompt, "never said", (picture,))
+    evaluate(*loaded, [example], out_dir=tmp_path / "o", **HOW)
+    if field == "media":
+        shutil.copy(examples[1].media[0], picture)
+    else:
+        example = replace(example, **{field: ("red",) if field == "also" else "red"})
+    with pytest.raises(OptionError, match=rf"the {words}.* of question '0' are not those"):
+        evaluate(*loaded, [example], out_dir=tmp_path / "o", **HOW)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 from tokencomp.cli import _parse as parse
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.environment import process_rank, public_name
+from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import RANDOM, Setting
 from tokencomp.inputs.files import FileQuestions
 
@@ -37,7 +38,7 @@ def run_questions(
     frames: int | str,
     batch_size: int,
     max_new_tokens: int,
-) -> None:
+) -> list[EvalRun]:
     """Answer the questions under every setting, and draw what compression loses."""
     from tokencomp.evaluation.runner import sweep
     from tokencomp.pages.lost import draw_lost, write_lost
@@ -51,6 +52,7 @@ def run_questions(
         if full and setting.active and setting.name != RANDOM and process_rank()[0] == 0:
             out = folders[setting]
             write_lost(out, draw_lost(*loaded, run, runs[full], by_id, out, frames=frames))
+    return list(runs.values())
 
 
 def tasks_in(
@@ -81,11 +83,16 @@ def run_tasks(
     folders: Folders,
     console: Any,
     **how: Any,
-) -> None:
-    """Run tasks of lmms-eval under one setting after the other; `how` as in `run_setting`."""
+) -> list[EvalRun]:
+    """Run tasks of lmms-eval under one setting after the other; `how` as in `run_setting`.
+
+    The runs are those of all processes, so that the first process alone returns any.
+    """
+    from tokencomp.evaluation.group_runs import find_runs
     from tokencomp.lmms.tasks import run_setting
 
     full = next((out for s, out in folders.items() if s.off), None)
     for k, (setting, out) in enumerate(folders.items()):
         console.print(f"[dim]{k + 1}/{len(folders)}[/] {setting.label}")
         run_setting(loaded, name, tasks, setting, out, full=full, **how)
+    return find_runs(list(folders.values())) if process_rank()[0] == 0 else []

@@ -89,7 +89,6 @@ def print_lines(console: Any, lines: Sequence[Any]) -> None:
     print_table(console, names, rows)
     if len(lines) > 1:
         _print_rivals(console, lines[1:])
-    _print_work(console, lines)
     _print_scores(console, lines)
     for line in lines:
         if line.seeds:
@@ -135,24 +134,6 @@ def _detail(comparisons: Any) -> str:
         if comparisons.detail is None
         else f"{comparisons.detail:.0%}\nof {comparisons.detail_items}"
     )
-
-
-def _print_work(console: Any, lines: Sequence[Any]) -> None:
-    """Where the work of the first image and of the first video goes."""
-    from tokencomp.evaluation.cost import PARTS
-    from tokencomp.pages.report import work_tables
-
-    titles = {"decode": "decode per token", "kv_bytes": "KV bytes"}
-    names = (*NAMES, *(titles.get(name, name) for name in PARTS))
-    for kind, rows in work_tables(lines).items():
-        print_table(
-            console,
-            names,
-            [(*_named(line), *cells) for line, cells in rows],
-            gap=1,
-            title=f"\nWork of the first {kind}: the full model's, and shares of it",
-            caption="FLOPs; reduce: the method's own work as a share of the full prefill.",
-        )
 
 
 def _print_scores(console: Any, lines: Sequence[Any]) -> None:

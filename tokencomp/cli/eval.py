@@ -65,8 +65,10 @@ def command(
     from rich.console import Console
 
     from tokencomp.cli._eval import questions_in, run_questions, run_tasks, tasks_in
+    from tokencomp.cli._tables import print_lines
     from tokencomp.evaluation.baselines import has_budget
     from tokencomp.evaluation.environment import process_rank
+    from tokencomp.pages import report
 
     console = Console(quiet=process_rank()[0] > 0)  # one process speaks for all
     questions = questions_in(data, limit)
@@ -88,14 +90,13 @@ def command(
         how: dict[str, Any] = {"frames": chosen_frames, "batch_size": batch_size}
         if questions is not None:
             how["max_new_tokens"] = max_new_tokens
-            run_questions(loaded, source.model, questions, folders, **how)
+            runs = run_questions(loaded, source.model, questions, folders, **how)
         else:
             how["limit"] = limit
-            run_tasks(loaded, source.model, found, folders, console, **how)
+            runs = run_tasks(loaded, source.model, found, folders, console, **how)
     if not console.quiet:
-        ids = None if questions is None else {example.id for example in questions}
-        _print(console, list(folders.values()), ids)
-    _check_answers(list(folders.values()))
+        print_lines(console, report.lines(runs))
+    _check_answers(runs)
     console.print(f"\nRun folders: [bold]{output}[/]. Next: tokencomp report {output}/*")
 
 
@@ -113,24 +114,13 @@ def _with_baselines(settings: list[Any], seeds: int, native: bool = False) -> li
     return list(dict.fromkeys([*random, *same[UNIFORM], *small, *settings]))
 
 
-def _check_answers(folders: list[Path]) -> None:
+def _check_answers(runs: list[Any]) -> None:
     """Raise `OptionError` where a setting could not answer anything, so that the command fails."""
     from tokencomp.errors import OptionError
-    from tokencomp.evaluation.store import read_records
 
-    for folder in folders:
-        records = read_records(folder)
-        if records and all(r.get("error") for r in records):
+    for run in runs:
+        if run.records and not run.answered:
             raise OptionError(
-                f"{folder.name}: no question could be answered. The first one: "
-                f"{records[0]['error']}"
+                f"{run.path.name}: no question could be answered. The first one: "
+                f"{run.records[0]['error']}"
             )
-
-
-def _print(console: Any, folders: list[Path], ids: set[str] | None) -> None:
-    """The table of the items that were asked now: folders may hold answers to more."""
-    from tokencomp.cli._tables import print_lines
-    from tokencomp.evaluation.group_runs import find_runs
-    from tokencomp.pages import report
-
-    print_lines(console, report.lines(find_runs(folders, ids)))

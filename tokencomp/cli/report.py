@@ -43,7 +43,4 @@ def command(
 
     console = Console()
     print_lines(console, table)
-    left_out = max(line.run.left_out for line in table)
-    if left_out:
-        console.print(f"\nLeft out: items that not all runs have, up to {left_out} of one run.")
     console.print(f"\nReport: [bold]{output}[/]")

@@ -13,7 +13,6 @@ _LAZY = {
     "Example": "tokencomp.inputs.questions",
     "shapesqa": "tokencomp.zoo.shapesqa.examples",
     "EvalRun": "tokencomp.evaluation.runs",
-    "Run": "tokencomp.evaluation.runs",  # the name of EvalRun in 0.1.0
     "evaluate": "tokencomp.evaluation.runner",
     "sweep": "tokencomp.evaluation.runner",
     "Setting": "tokencomp.evaluation.settings",
@@ -25,7 +24,6 @@ _LAZY = {
 __all__ = [
     "EvalRun",
     "Example",
-    "Run",
     "Setting",
     "evaluate",
     "grid",
@@ -38,7 +36,7 @@ __all__ = [
 if TYPE_CHECKING:
     from tokencomp.evaluation.metrics import mcnemar, retention
     from tokencomp.evaluation.runner import evaluate, sweep
-    from tokencomp.evaluation.runs import EvalRun, Run
+    from tokencomp.evaluation.runs import EvalRun
     from tokencomp.evaluation.settings import Setting, grid
     from tokencomp.inputs.questions import Example
     from tokencomp.zoo.shapesqa.examples import shapesqa

@@ -15,10 +15,7 @@ from tokencomp.errors import MediaError, ScoreError, SpanError
 from tokencomp.evaluation.baselines import EqualTokens, native_budget
 from tokencomp.evaluation.cost import Cost, prefill_costs
 from tokencomp.evaluation.patches import PatchedModels
-from tokencomp.evaluation.profiler import decode_seconds
 from tokencomp.evaluation.settings import NATIVE, Setting
-from tokencomp.evaluation.timing import interleaved, prefill_split
-from tokencomp.evaluation.work import vision_work
 from tokencomp.inputs.prompts import build_inputs, generate, to_model
 from tokencomp.inputs.questions import Example, modality_of
 
@@ -31,8 +28,6 @@ Answers = dict[Setting, list[str]]
 Around = Callable[[Setting, dict[str, Any], Answers], AbstractContextManager[Any]]
 """Setting, inputs of a batch, and its answers so far → context in which the model answers."""
 
-ROUNDS, DECODED = 3, 4
-"""How often the parts of an answer are timed, and tokens over which decoding is averaged."""
 TOO_LARGE = "out of GPU memory with this item alone; give fewer frames or smaller media"
 OF_AN_ITEM = (MediaError, SpanError, ScoreError)
 """Errors by which an item fails: the processor refuses its media, or the method what they become.
@@ -52,17 +47,6 @@ class Batch:
     costs: list[Cost]
     seconds: float
     stats: Stats | None
-
-
-@dataclass(frozen=True)
-class TimeParts:
-    """Seconds of one answer: of the processor, of the parts of a `Split`, of one further token."""
-
-    preprocess: float
-    vision: float
-    reduce: float
-    prefill: float
-    decode: float
 
 
 class Answerer:
@@ -153,42 +137,6 @@ class Answerer:
             for row, text, cost in zip(rows, texts, costs, strict=True)
         ]
         return Batch(records, costs, seconds, stats)
-
-    def time_parts(self, setting: Setting, row: Loaded) -> dict[str, dict[str, float]]:
-        """Where the time of one answer goes: medians, A B A B in one process.
-
-        Under "setting" and "full" (the full model): the seconds of `TimeParts`.
-        """
-        model, names = self.models[setting.variant], [row[0].id]
-
-        def once(one: Setting) -> Callable[[], TimeParts]:
-            def run() -> TimeParts:
-                start = time.perf_counter()
-                inputs = self.inputs([row], one)
-                preprocess = time.perf_counter() - start
-                inputs = to_model(inputs, model)
-                with self.patches.applied(one, names):
-                    split = prefill_split(model, inputs)
-                    decode = decode_seconds(model, inputs, DECODED)
-                return TimeParts(preprocess, split.vision, split.reduce, split.prefill, decode)
-
-            return run
-
-        measured = interleaved({"setting": once(setting), "full": once(Setting())}, ROUNDS)
-        return {name: vars(parts) for name, parts in measured.items()}
-
-    def work_parts(self, setting: Setting, row: Loaded) -> dict[str, int | None]:
-        """Where the work of one answer goes: `tokencomp.evaluation.cost.PARTS`.
-
-        `decode` is one further token. A projector that the family does not name is None.
-        """
-        model = self.models[setting.variant]
-        inputs = to_model(self.inputs([row], setting), model)
-        with self.patches.applied(setting, [row[0].id]) as handle:
-            counted = vision_work(model, inputs)
-            (cost,) = self._costs(setting, handle.stats if handle else None, inputs, [row])
-        decoder = {"prefill": cost.flops, "decode": cost.decode_flops, "kv_bytes": cost.kv_bytes}
-        return {**vars(counted), **decoder}
 
     def prefill(self, setting: Setting, rows: Sequence[Loaded]) -> tuple[Stats | None, list[Cost]]:
         """`stats` of the prefill of a batch, as in `Batch`, and what each row costs."""

@@ -1,4 +1,4 @@
-"""What each sample costs: visual tokens per layer, FLOPs and KV bytes of the LLM, and its parts."""
+"""What each sample costs: visual tokens per layer, FLOPs and KV bytes of the LLM."""
 
 from __future__ import annotations
 
@@ -33,10 +33,6 @@ class Cost:
 
     def record(self) -> dict[str, Any]:
         return {**asdict(self), "ratio": self.ratio}
-
-
-PARTS = ("tower", "projector", "reduce", "prefill", "decode", "kv_bytes")
-"""Where the work of one answer goes: FLOPs, but for the bytes of keys and values."""
 
 
 def _cost(

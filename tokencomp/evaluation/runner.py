@@ -25,7 +25,6 @@ from tokencomp.evaluation.batches import (
     Batch,
     Loaded,
     failed,
-    kind_of,
     right_answers,
 )
 from tokencomp.evaluation.environment import environment, model_identity, process_rank
@@ -75,8 +74,6 @@ def sweep(
     shard: bool = True,
     around: Around | None = None,
     draw: Draw | None = None,
-    times: bool = False,
-    work: bool = False,
 ) -> dict[Setting, EvalRun]:
     """Evaluate several settings; every batch is decoded and preprocessed once for all of them.
 
@@ -120,12 +117,6 @@ def sweep(
     draw
         Called by the first process with the first question of every compressed batch, to keep a
         picture in the run folder: `tokencomp.pages.pictures.save_kept` draws what reports show.
-    times
-        Whether the first answer of each setting is timed in parts, in turn with the full model;
-        the manifest keeps the result under "times".
-    work
-        Whether the work of the first answer about an image, and of the first about a video, is
-        counted in parts; the manifest keeps it under "work", by the modality.
 
     Returns
     -------
@@ -160,7 +151,7 @@ def sweep(
                 store = AnswerStore(path, identity, process_rank()[0], question)
             asked.append(_Asked(setting, identity, store))
         one = _Sweep(answerer, asked, items, with_scorer(frames, answerer.plain, processor))
-        one.batch_size, one.draw, one.timed, one.counted = batch_size, draw, times, work
+        one.batch_size, one.draw = batch_size, draw
         one.run(progress, shard)
     except BaseException:
         for ours in reversed(asked):
@@ -204,9 +195,6 @@ class _Asked:
         self.run = EvalRun(setting, path=None if store is None else store.path)
         self.done = set() if store is None else store.done()
         self.answered, self.failures, self.reason = bool(self.done), 0, ""
-        manifest = {} if store is None else store.manifest
-        self.times: dict[str, Any] = manifest.get("times", {})
-        self.work: dict[str, Any] = manifest.get("work", {})
         self.seconds = 0.0
 
     def fail(self, example: Example, reason: str) -> None:
@@ -242,7 +230,6 @@ class _Sweep:
 
     batch_size, halved = 16, False
     draw: Draw | None = None
-    timed = counted = False
 
     def __init__(
         self, answerer: Answerer, asked: list[_Asked], items: Sequence[Example], frames: Frames
@@ -334,23 +321,15 @@ class _Sweep:
             torch.cuda.empty_cache()
 
     def _keep(self, ours: _Asked, rows: list[Loaded], batch: Batch) -> None:
-        setting, ours.answered = ours.setting, True
+        ours.answered = True
         ours.seconds += batch.seconds
         if not isinstance(self.answerer.how["frames"], int):
             for (_, media), record in zip(rows, batch.records, strict=True):
                 videos = [m.sampling for m in media if hasattr(m, "sampling")]
                 record["frames"] = [[s.rule, *s.indices] for s in videos]
         ours.write(batch.records)
-        if self.rank:
-            return
-        if self.draw and ours.store is not None and batch.stats:
+        if self.rank == 0 and self.draw and ours.store is not None and batch.stats:
             self.draw(ours.store.path, *rows[0], batch.stats)
-        if self.timed and not ours.times:
-            ours.times = self.answerer.time_parts(setting, rows[0])
-        for row in rows if self.counted else ():
-            kind = kind_of(row)
-            if kind and kind not in ours.work:
-                ours.work[kind] = self.answerer.work_parts(setting, row)
 
     def _write_manifests(self, finished: bool) -> None:
         facts = {
@@ -363,8 +342,6 @@ class _Sweep:
         for ours in self.asked:
             deviation = ours.setting.deviation(self.layers, self.steps)
             manifest = {"identity": ours.identity, **facts, "deviation": deviation}
-            manifest |= {"times": ours.times} if ours.times else {}
-            manifest |= {"work": ours.work} if ours.work else {}
             if finished:
                 manifest |= {"seconds": round(ours.seconds, 3), "summary": ours.run.summary()}
             ours.run.manifest = manifest

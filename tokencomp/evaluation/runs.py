@@ -42,8 +42,6 @@ class EvalRun:
         What the numbers depend on.
     path
         The run folder, if there is one.
-    left_out
-        How many of its items are left out of a table, because other runs of the table lack them.
     seeds
         Accuracy of every seed, of a run that is the mean of several; see `averaged`.
     """
@@ -52,7 +50,6 @@ class EvalRun:
     records: list[dict[str, Any]] = field(default_factory=list)
     manifest: dict[str, Any] = field(default_factory=dict)
     path: Path | None = None
-    left_out: int = 0
     seeds: tuple[float, ...] = ()
 
     @classmethod
@@ -136,10 +133,6 @@ class EvalRun:
         fields = {"accuracy": "correct", "achieved_ratio": "ratio", "flops": "flops"}
         means = {k: self.mean(v) for k, v in {**fields, "kv_bytes": "kv_bytes"}.items()}
         return {"items": len(self.answered), "failed": len(self.failed), **means}
-
-
-Run = EvalRun
-"""The name of `EvalRun` in release 0.1.0."""
 
 
 def averaged(runs: Sequence[EvalRun]) -> list[EvalRun]:

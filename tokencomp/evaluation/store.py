@@ -22,7 +22,7 @@ class AnswerStore:
     The folder is created when missing. It may hold an unfinished run of the same identity: what the
     answers depend on (model, setting, frames, ...), in plain types. Every process, of its own
     `rank` under `accelerate launch`, writes a file of its own. `question` gives what is asked under
-    an id, `ASKED` of it or less, "" for unknown: answers to what has changed since do not count.
+    an id, `ASKED` of it or less, "" for unknown; answers to other questions are refused.
     """
 
     def __init__(
@@ -50,6 +50,7 @@ class AnswerStore:
         _drop_partial_line(self.file)
         self._records: dict[str, dict[str, Any]] = {}
         self.refresh()
+        self._check_questions()
 
     def refresh(self) -> None:
         """Read the folder again, for records that other processes have added."""
@@ -62,12 +63,19 @@ class AnswerStore:
         return list(self._records.values())
 
     def done(self) -> set[str]:
-        """Ids of the answered items. Items that failed, or have changed, are tried once more."""
-        return {r["id"] for r in self.records if not r.get("error") and not self._changed(r)}
+        """Ids of the answered items. Items that failed are tried once more."""
+        return {r["id"] for r in self.records if not r.get("error")}
 
-    def _changed(self, record: dict[str, Any]) -> bool:
-        now = self._question(record["id"]) if record else {}
-        return any(now.get(k, "") not in ("", record[k]) for k in ASKED if k in record)
+    def _check_questions(self) -> None:
+        """Raise `OptionError` where a question has changed since it was answered."""
+        for record in self.records:
+            now = {} if record.get("error") else self._question(record["id"])
+            for name, words in ASKED.items():
+                if name in record and now.get(name, "") not in ("", record[name]):
+                    raise OptionError(
+                        f"{self.path}: the {words} of question {record['id']!r} are not those that "
+                        "were asked there. Give another --output folder, or remove this one."
+                    )
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
         """Add records and hand them to the operating system at once.
@@ -79,10 +87,8 @@ class AnswerStore:
         """
         records = list(records)
         for record in records:
-            old = self._records.get(record["id"], {})
-            again = old.get("again", 0) + self._changed(old)
             held = "" if record.get("error") else self._question(record["id"]).get("media", "")
-            record |= {k: v for k, v in (("media", held), ("again", again)) if v}
+            record |= {"media": held} if held else {}
         lines = "".join(json.dumps(r) + "\n" for r in records)
         try:
             with keeping(self.path), self.file.open("a") as file:
@@ -113,14 +119,9 @@ class AnswerStore:
 
 
 def _merge(known: dict[str, dict[str, Any]], records: Iterable[dict[str, Any]]) -> None:
-    """Of an item's records the first without an error counts, else the last.
-
-    A record with a higher count "again" replaces earlier ones, whose question has changed since.
-    """
+    """Of an item's records the first without an error counts, else the last."""
     for record in records:
-        old = known.get(record["id"], {"error": "not asked"})
-        newer = record.get("again", 0) - old.get("again", 0)
-        if newer > 0 or (newer == 0 and old.get("error")):
+        if known.get(record["id"], {"error": "not asked"}).get("error"):
             known[record["id"]] = record
 
 

@@ -138,8 +138,6 @@ class TokenComp(lmms):
                 name=self.name,
                 shard=False,
                 draw=save_kept,
-                times=True,
-                work=True,
             )[self.setting]
             self._note(run.manifest)
             for record in run.records:
@@ -161,16 +159,12 @@ class TokenComp(lmms):
     def _note(self, manifest: dict[str, Any]) -> None:
         """Keep the latest manifest, but carry over an earlier out-of-memory flag.
 
-        The smallest batch size of all manifests is kept with it, and the first count of work for
-        every modality.
+        The smallest batch size of all manifests is kept with it.
         """
         before = self.run_manifest or manifest
         halved = before["batch_halved_by_oom"] or manifest["batch_halved_by_oom"]
         size = min(before["batch_size"], manifest["batch_size"])
-        work = {**manifest.get("work", {}), **before.get("work", {})}
-        self.run_manifest = {
-            **manifest, "batch_halved_by_oom": halved, "batch_size": size, "work": work,
-        }  # fmt: skip
+        self.run_manifest = {**manifest, "batch_halved_by_oom": halved, "batch_size": size}
 
     def _examples(self, requests: list[Instance]) -> Iterator[tuple[int, Example, tuple[str, ...]]]:
         """Every item once: lmms-eval fills the shorter shares with copies of their last item."""

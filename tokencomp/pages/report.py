@@ -10,11 +10,10 @@ from typing import Any
 
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.comparisons import Comparisons, comparisons, losses, paired_tests
-from tokencomp.evaluation.cost import PARTS
 from tokencomp.evaluation.metrics import McNemar, Paired, Retention
 from tokencomp.evaluation.runs import IDENTITY, EvalRun, averaged
 from tokencomp.evaluation.settings import FULL
-from tokencomp.pages.html import render, si
+from tokencomp.pages.html import render
 from tokencomp.pages.lost import lost_ids, read_lost
 from tokencomp.pages.pictures import KEPT, data_uri, read_picture
 from tokencomp.pages.plots import Point, accuracy_point
@@ -117,13 +116,9 @@ def write(table: Sequence[Line], path: Path) -> Path:
         versions=_different_versions([line.run for line in table]),
         failed=_failed(table),
         uneven=len({frozenset(line.run.scores) for line in table}) > 1,
-        left_out=max(line.run.left_out for line in table),
         losses=losses([line.run for line in table]),
         compared=any(line.comparisons.random or line.comparisons.downscale for line in table),
         deviation=[line for line in table if line.deviation],
-        timed=[line for line in table if "times" in line.run.manifest],
-        work=work_tables(table),
-        work_parts=PARTS,
         lost=_lost(table),
     )
 
@@ -145,35 +140,6 @@ def _lost(table: Sequence[Line]) -> list[dict[str, Any]]:
             {"line": line, "count": len(lost_ids(line.run, full)), "of": right, "cards": cards}
         )
     return shown
-
-
-def work_tables(table: Sequence[Line]) -> dict[str, list[tuple[Line, list[str]]]]:
-    """By modality: every counted line, and a cell for each of `PARTS`.
-
-    The full model's cells are amounts, the others shares of them; the reducer's is a share of the
-    full model's prefill.
-    """
-    full = table[0].run.manifest.get("work", {})
-    return {
-        kind: [
-            (line, [work_cell(work[kind], p, None if line is table[0] else base) for p in PARTS])
-            for line in table
-            if kind in (work := line.run.manifest.get("work", {}))
-        ]
-        for kind, base in full.items()
-    }
-
-
-def work_cell(work: dict[str, Any], part: str, full: dict[str, Any] | None) -> str:
-    """One part of the work as text: an amount, or a share of the full model's if there is one."""
-    value = work.get(part)
-    base = None if full is None else full.get("prefill" if part == "reduce" else part)
-    if value is None:
-        return "–"
-    if full is None or not base:
-        return si(value, "B" if part == "kv_bytes" else "")
-    share = value / base
-    return f"{share:.1%}" if 0 < share < 0.1 else f"{share:.0%}"
 
 
 def score_rows(table: Sequence[Line]) -> list[tuple[str, list[str]]]:

@@ -95,7 +95,6 @@ def as_json(table: Sequence[Line]) -> str:
             **{k: line.run.identity[k] for k in IDENTITY},
             "items": len(line.run.answered),
             "failed": len(line.run.failed),
-            "left_out": line.run.left_out,
             "seeds": line.run.seeds,
             "achieved_ratio": line.run.mean("ratio"),
             "accuracy": line.accuracy,
@@ -106,8 +105,6 @@ def as_json(table: Sequence[Line]) -> str:
             "families": line.families,
             "comparisons": {**asdict(line.comparisons), **pairs},
             "deviation": line.deviation,
-            "times": line.run.manifest.get("times"),
-            "work": line.run.manifest.get("work"),
         }
         rows.append(row)
     return json.dumps(finite(rows), indent=2)

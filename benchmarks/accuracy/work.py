@@ -1,21 +1,29 @@
-"""FLOPs of the parts of one answer: vision tower, projector, reducer, decoder."""
+"""Where the work of one answer goes: FLOPs of tower, projector, reducer and decoder, KV bytes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tokencomp.kernels import dispatch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import TokenCompError
+from tokencomp.evaluation.batches import Answerer, Loaded, kind_of
+from tokencomp.evaluation.cost import prefill_costs
+from tokencomp.evaluation.settings import Setting
 from tokencomp.evaluation.timing import prefill_split
-from tokencomp.kernels import dispatch
+from tokencomp.inputs.prompts import to_model
+from tokencomp.inputs.questions import Example
+from tokencomp.pages.html import si
 from tokencomp.torchlib.hooks import Hooked
 
+PARTS = ("tower", "projector", "reduce", "prefill", "decode", "kv_bytes")
+"""FLOPs, but for the bytes of keys and values; `decode` is one further token."""
 # PyTorch's own formulas for these fail on fewer key than query heads in older releases, and it has
 # none for CPUs.
 SDPA = (
@@ -75,6 +83,50 @@ class FlopClock(FlopCounterMode):
 
     def finish(self) -> None:
         """Nothing to wait for."""
+
+
+def work_parts(
+    model: Any,
+    processor: Any,
+    settings: Iterable[Setting],
+    examples: Sequence[Example],
+    frames: int,
+) -> dict[Setting, dict[str, dict[str, int | None]]]:
+    """By setting and modality: `PARTS` of the first answer about an image, and about a video.
+
+    A projector that the family does not name is None.
+    """
+    answerer, rows = Answerer({"": model}, processor, {}), dict[str, Loaded]()
+    for example in examples:
+        row = (example, example.load(frames))
+        rows.setdefault(kind_of(row), row)
+    with answerer.patches:
+        return {
+            setting: {kind: _parts(answerer, setting, row) for kind, row in rows.items()}
+            for setting in settings
+        }
+
+
+def _parts(answerer: Answerer, setting: Setting, row: Loaded) -> dict[str, int | None]:
+    model = answerer.plain
+    inputs = to_model(answerer.inputs([row], setting), model)
+    with answerer.patches.applied(setting, [row[0].id]) as handle:
+        counted = vision_work(model, inputs)
+        (cost,) = prefill_costs(model, inputs, handle.stats if handle else None)
+    decoder = {"prefill": cost.flops, "decode": cost.decode_flops, "kv_bytes": cost.kv_bytes}
+    return {**vars(counted), **decoder}
+
+
+def work_cell(work: dict[str, Any], part: str, full: dict[str, Any] | None) -> str:
+    """One part of the work as text: an amount, or a share of the full model's if there is one."""
+    value = work.get(part)
+    base = None if full is None else full.get("prefill" if part == "reduce" else part)
+    if value is None:
+        return "–"
+    if full is None or not base:
+        return si(value, "B" if part == "kv_bytes" else "")
+    share = value / base
+    return f"{share:.1%}" if 0 < share < 0.1 else f"{share:.0%}"
 
 
 def vision_work(model: Any, inputs: dict[str, Any]) -> VisionWork:

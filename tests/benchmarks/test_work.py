@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
+from support.answers import HOW
 
 import tokencomp
-from tokencomp.evaluation.work import _sees_attention, vision_work
+from benchmarks.accuracy.work import FlopClock, _sees_attention, vision_work, work_parts
+from tokencomp.evaluation import Setting, grid, sweep
+from tokencomp.evaluation.timing import prefill_split
 from tokencomp.inputs.prompts import build_inputs
 
 
@@ -72,3 +77,28 @@ def test_reducing_counts_the_keys_of_a_reducer_that_reads_attention(loaded, inpu
     text = model.config.get_text_config()
     width = text.hidden_size // text.num_attention_heads * text.num_key_value_heads
     assert work.reduce >= 2 * tokens * text.hidden_size * width
+
+
+def test_parts_of_the_first_image_and_the_first_video(loaded, examples):
+    """The decoder's are those of the answers; only smaller media make less work of the tower."""
+    settings = grid(["uniform", "downscale"], [0.75])
+    runs = sweep(*loaded, examples, settings, **HOW)
+    work, full = work_parts(*loaded, settings, examples, 8), Setting()
+    is_video = [e.media[0].suffix == ".mp4" for e in examples]
+    for setting, kind in itertools.product(settings, ("image", "video")):
+        record = runs[setting].records[is_video.index(kind == "video")]
+        parts, whole = work[setting][kind], work[full][kind]
+        expected = (record["flops"], record["decode_flops"], record["kv_bytes"])
+        assert (parts["prefill"], parts["decode"], parts["kv_bytes"]) == expected
+        for part in ("tower", "projector"):
+            assert (parts[part] < whole[part]) is (setting.reducer == "downscale")
+
+
+def test_an_unpatched_model_spends_nothing_on_reducing(loaded, inputs):
+    """In floating-point operations, which do not depend on what else the machine does."""
+    for ratio in (0.0, 0.5):
+        with tokencomp.patch(loaded[0], ratio, reducer="divprune"), FlopClock() as clock:
+            split = prefill_split(loaded[0], inputs, clock)
+        assert (split.reduce > 0) == (ratio > 0) and split.prefill > 0
+    with FlopClock() as clock:
+        assert prefill_split(loaded[0], inputs, clock).reduce == 0
