@@ -24,11 +24,11 @@ from benchmarks.accuracy.summary import MAIN
 from benchmarks.accuracy.tables import kept
 from benchmarks.gpu.contribution import Row
 from benchmarks.gpu.recompute import runs_of
+from benchmarks.models.measured import kind_of, method_of
 from benchmarks.models.prefill import FOLDER as MODELS
 from benchmarks.publishing import read_lines, table
 from benchmarks.stored import read_stored, today
 from tokencomp.evaluation.environment import git
-from tokencomp.pages.measured import kind_of, method_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RATIOS = (0.5, 0.75, 0.9)

@@ -35,11 +35,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 import tokencomp
 from benchmarks import publishing
 from benchmarks.models import shapes
+from benchmarks.models.measured import kind_of, method_of
 from benchmarks.publishing import environment, provenance, read_lines
 from benchmarks.stored import NOTE, today
 from tokencomp.method import Merging
-from tokencomp.pages import measured
-from tokencomp.pages.measured import kind_of, method_of
 from tokencomp.storage import write_lines
 
 FOLDER = Path(__file__).parent
@@ -312,10 +311,8 @@ def key(r: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def publish(out: Path, records: list[dict[str, Any]]) -> None:
-    """Write the page of the results and, of the full ones, the part that the package shows."""
+    """Write the page of the results."""
     out.with_suffix(".md").write_text(page(records))
-    if out == FOLDER / "prefill.jsonl":
-        measured.keep(records)
 
 
 def main() -> None:

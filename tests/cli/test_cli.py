@@ -10,7 +10,6 @@ import sys
 
 import pytest
 import torch
-from PIL import Image
 from support.console import run
 
 from tokencomp.cli import _catalogue
@@ -103,13 +102,12 @@ def test_demo_in_short_answers_the_packaged_questions(folder, tmp_path, monkeypa
     rows = re.findall(r"^(full|random \(3 seeds\)|auto) +(0\S*)", out, re.M)
     assert rows == [("full", "0"), ("random (3 seeds)", "0.75"), ("auto", "0.75")]
     assert f"{len(asked)} questions, 5 settings" in out and "tokencomp demo --reducer all" in out
-    assert "as fast" in out and "toy" in out and "AMD EPYC" in out
     page = (tmp_path / "tokencomp-demo.html").read_text()
     assert page.count("<svg") == 1 and "data:image/jpeg;base64," in page
     assert not re.search(r'(src|href)="(?!data:|#)', page), "the page loads nothing"
-    assert "Time on real shapes" in page and "AMD EPYC" in page
-    with Image.open(tmp_path / "tokencomp-demo.png") as sheet:
-        assert sheet.width > 8 * 224 and sheet.height > len({r["media"] for r in asked}) * 224
+
+
+TUNE = ("tune", "--data", "x.jsonl", "--tokens")
 
 
 @pytest.mark.parametrize(
@@ -122,7 +120,7 @@ def test_demo_in_short_answers_the_packaged_questions(folder, tmp_path, monkeypa
         (["inspect", "--image", "x.png", "--frames", "0"], "at least 1 frame"),
         (["inspect", "--image", "x.png", "--frames=-1fps"], "at least 1 frame"),
         (["eval", "--frames", "scorer:best:8"], "use one of aks"),
-        (["tune", "--tokens", "64", "--frames", "8,best"], "names no frame policy"),
+        ([*TUNE, "64", "--frames", "8,best"], "names no frame policy"),
         (["serve", "--frames", "1fps"], "a server needs a number"),
         (["demo", "--model", "some/model"], "--image FILE"),
         (["demo", "--model", "./nowhere"], "'./nowhere': no such folder"),
@@ -133,10 +131,8 @@ def test_demo_in_short_answers_the_packaged_questions(folder, tmp_path, monkeypa
         (["demo", "--reducer", "uniform", "--set", "seed=1"], "no option 'seed'"),
         (["list", "reducer"], "Did you mean 'reducers'"),
         (["demo", "--output", "/dev/null/x.html"], "cannot write /dev/null/x.html"),
-        (["demo", "--output", "no/kept.png"], "name a page, such as no/kept.html"),
-        (["tune", "--tokens", "64", "-o", "/dev/null/x.json"], "cannot write /dev/null/x.json"),
-        (["tune", "--tokens", "-5"], "--tokens -5: expected a positive number"),
-        (["tune", "--tokens", "9", "--data", "x.jsonl", "--items", "3"], "--items: no effect with"),
+        ([*TUNE, "64"], "x.jsonl"),
+        ([*TUNE, "-5"], "--tokens -5: expected a positive number"),
         (["inspect", "-i", "x.png", "-o", "x.gif"], r"x.gif: the name must end in one of .html"),
         (["serve", "--engine", "vllm", "--max-batch", "2"], "--max-batch: no effect with"),
         (["serve", "--ratio", "0.5", "--max-ratio", "0.2"], "ratio=0.5 is above max_ratio=0.2"),

@@ -2,8 +2,6 @@
 
 import base64
 import io
-import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +14,6 @@ from tokencomp.cli._demo import packaged_questions, samples
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import Setting
 from tokencomp.inputs.prompts import build_inputs
-from tokencomp.pages.measured import prefill_speed
 from tokencomp.pages.pictures import animation_uri, strip, survival, tiles
 from tokencomp.zoo.shapesqa.items import item
 
@@ -90,21 +87,3 @@ def test_frames_that_share_a_position_have_the_same_patches():
     share[2] = 1
     light = [np.asarray(tile).mean() for tile in tiles(media, [share], 56)]
     assert [k for k, mean in enumerate(light) if mean > 150] == [4, 5]
-
-
-def test_times_of_real_shapes_are_those_of_the_result_file(tmp_path):
-    file = Path(__file__).parents[2] / "benchmarks" / "models" / "prefill.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    (known,) = [
-        r["speedup"]
-        for r in lines
-        if (r["model"], r["visual_tokens"], r["reducer"], r["ratio"])
-        == ("qwen2-vl-2b", 4096, "merge", 0.75)
-    ]
-    speed = prefill_speed(file)
-    (row,) = [one[-1] for one in speed.rows if one[:4] == ("qwen2-vl-2b", "video", 4096, "merge")]
-    assert row[speed.ratios.index(0.75)] == known > 1
-    assert lines[-1]["environment"]["hardware"]["cpu"] in speed.where
-    packaged = prefill_speed()  # a part of what was measured
-    assert packaged.rows and all(one in speed.rows for one in packaged.rows)
-    assert prefill_speed(tmp_path / "none.jsonl") is None

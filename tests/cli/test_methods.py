@@ -78,8 +78,8 @@ def file(tmp_path: Path) -> Path:
 
 
 def ask(command: str, folder: Path, tmp_path: Path, *args: object) -> int:
-    output = tmp_path / ("out.json" if command == "profile" else "out.html")
-    given = ("--model", folder, "--image", IMAGE, *SHORT[command], "-o", output)
+    output = () if command == "profile" else ("-o", tmp_path / "out.html")
+    given = ("--model", folder, "--image", IMAGE, *SHORT[command], *output)
     return run(command, *given, *args)
 
 
@@ -166,11 +166,13 @@ def test_eval_has_baselines_of_the_ratio_of_a_plan(folder, tmp_path, file, evalu
 
 
 TOWER_OPTIONS = ("-r", "uniform", "--tower-ratio", "auto", "--tower-reducer", "random")
-TUNE = ("tune", "--tokens", 64, "--items", 1, "--families", "needle", "--frames", 4, "--scale", 1)
 
 
 def test_eval_and_tune_pass_all_parts_of_a_method_on(folder, tmp_path, evaluated, tried):
-    out = ("-o", tmp_path / "runs")
+    out, questions = ("-o", tmp_path / "runs"), tmp_path / "questions.jsonl"
+    line = {"question": "What?", "answer": "red", "media": str(IMAGE)}
+    questions.write_text(json.dumps(line))
+    tune = ("tune", "--model", folder, "--data", questions, "--tokens", 64, "--scale", 1)
     composed = ("-r", "bipartite+prune", "--ratio", "0.5", "--set", "share=0.7")
     assert run("eval", "--model", folder, *composed, "--no-baselines", *out) == 0
     assert evaluated == [Setting(), Setting("bipartite+prune", 0.5, {"share": 0.7})]
@@ -180,10 +182,10 @@ def test_eval_and_tune_pass_all_parts_of_a_method_on(folder, tmp_path, evaluated
     assert evaluated[0].dropped_cells == 0
     assert evaluated[1].dropped_cells == pytest.approx(0.6)
     assert evaluated[1].tower_reducer == "random"
-    assert run(*TUNE, "--model", folder, *given, "--json") == 0
+    assert run(*tune, *given, "--json") == 0
     assert tried and all((s.tower_ratio, s.tower_reducer) == ("auto", "random") for s in tried)
     tried.clear()
-    assert run(*TUNE, "--model", folder, "-r", "kcenter", "--ratio", "0.5", "--merge") in (0, 1)
+    assert run(*tune, "-r", "kcenter", "--ratio", "0.5", "--merge") in (0, 1)
     assert tried and all(s.merge is True and s.reducer == "kcenter" for s in tried)
 
 
@@ -237,7 +239,10 @@ def test_bad_texts_of_ratios(text, error, message):
     ("args", "message"),
     [
         (["serve", "--ratio", "video=0.5"], "takes one number for all modalities"),
-        (["tune", "--tokens", "9", "--ratio", "video=0.5"], "takes one number for all"),
+        (
+            ["tune", "--data", "x.jsonl", "--tokens", "9", "--ratio", "video=0.5"],
+            "takes one number for all",
+        ),
         (["serve", "--budget", "16", "--ratio", "0.5"], "--ratio: no effect with --budget"),
         (["inspect", "--budget", "16", "--ratio", "0.5"], "--ratio: no effect with --budget"),
         (["inspect", "--budget", "1.5"], "budget"),

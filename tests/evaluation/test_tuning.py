@@ -85,15 +85,17 @@ def test_pareto_front_by_brute_force():
     assert {(c.tokens, c.accuracy) for c in pareto([refused, *points])} == best
 
 
-def test_tune_stays_within_the_budget(folder, tmp_path, capsys):
-    out = tmp_path / "tuned.json"
-    code = run(
-        "tune", "--tokens", 64, "--model", folder, "--items", 1, "--families", "needle",
-        "--frames", "4", "--scale", "1,0.5", "-r", "uniform", "--ratio", "0.5", "-o", out,
-        "--max-new-tokens", 5,
+def test_tune_stays_within_the_budget(folder, examples, tmp_path, capsys):
+    file = tmp_path / "questions.jsonl"
+    rows = [{"question": e.prompt, "answer": e.answer, "media": str(e.media[0])} for e in examples]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tune = (
+        "tune", "--tokens", 64, "--model", folder, "--data", file, "--frames", "4",
+        "--scale", "1,0.5", "-r", "uniform", "--ratio", "0.5", "--max-new-tokens", 5,
     )  # fmt: skip
-    stored = json.loads(out.read_text())
-    assert code == 0 and "Pareto front" in capsys.readouterr().out
+    assert run(*tune) == 0 and "Pareto front" in capsys.readouterr().out
+    assert run(*tune, "--json") == 0
+    stored = json.loads(capsys.readouterr().out)
     assert stored["max_new_tokens"] == 5
     assert stored["candidates"] and all(c["tokens"] <= 64 for c in stored["candidates"])
     assert any(c["pareto"] for c in stored["candidates"])

@@ -233,19 +233,10 @@ def refuse_options(context: typer.Context, options: Sequence[str], where: str, f
         raise OptionError(f"{', '.join(useless)}: no effect with {where}; {fix}.")
 
 
-def check_output(path: Path | None) -> None:
+def check_output(path: Path) -> None:
     """Raise `OptionError` before the work starts if `path` cannot be written."""
-    if path is None:
-        return
     with writing(path):
         existed = path.exists()
         path.open("a").close()
         if not existed:
             path.unlink()
-
-
-def write(path: Path | None, text: str) -> None:
-    """Write an output file, if `path` names one. Raises `OptionError`."""
-    if path is not None:
-        with writing(path):
-            path.write_text(text, encoding="utf-8")

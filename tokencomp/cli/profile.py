@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -43,7 +42,6 @@ def command(
     source: opt.Source,
     files: opt.Files,
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds after a warm-up.")] = 5,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON here.")] = None,
     as_json: opt.Json = False,
 ) -> None:
     """Split a prompt's time: file, preprocess, vision tower, reduce, LLM prefill, decode per token.
@@ -52,7 +50,6 @@ def command(
     bytes, FLOPs, and the fraction reached of the speed-up that FLOPs allow.
     """
     settings_of = settings(context, method)
-    opt.check_output(output)
     from tokencomp.evaluation.environment import public_name
     from tokencomp.inputs.clock import file_times
 
@@ -65,7 +62,6 @@ def command(
         typer.echo(json.dumps(report, indent=2))
     else:
         show(report)
-    opt.write(output, json.dumps(report, indent=2) + "\n")  # last: a full disk loses no result
 
 
 def _variants(

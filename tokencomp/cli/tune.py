@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,26 +11,20 @@ from tokencomp.cli import _options as opt
 from tokencomp.cli import _parse as parse
 from tokencomp.cli._methods import known
 
-VIDEO_FAMILIES = "needle,video_existence"  # on the others the embedded models guess
-
 
 @opt.flat
 def command(
-    context: typer.Context,
     method: opt.StageOptions,
     source: opt.Source,
+    data: Annotated[
+        Path, typer.Option(help="Your questions: JSON Lines with question, answer and media.")
+    ],
     tokens: Annotated[
         float | None, typer.Option(help="Visual tokens per item and decoder layer, at most.")
     ] = None,
     latency: Annotated[
         float | None, typer.Option(help="Milliseconds of model time per answer, at most.")
     ] = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(help="JSON Lines with question, answer, media. Default: ShapesQA validation."),
-    ] = None,
-    items: Annotated[int, typer.Option(min=1, help="ShapesQA questions per family.")] = 12,
-    families: Annotated[str, typer.Option(help="ShapesQA families.")] = VIDEO_FAMILIES,
     frames: Annotated[
         str, typer.Option(help="Frames per video to try, each as in `eval`.")
     ] = "4,8,16",
@@ -44,13 +37,12 @@ def command(
     ] = "0.5,0.75,0.9",
     batch_size: opt.BatchSize = 8,
     max_new_tokens: opt.MaxNewTokens = 16,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write JSON here.")] = None,
     as_json: opt.Json = False,
 ) -> None:
-    """Search frames × pixels × reducer × ratio for the best validation accuracy at a budget.
+    """Search frames × pixels × reducer × ratio for the best accuracy at a budget.
 
-    Every combination within --tokens is measured; the worse half is dropped after a third of the
-    questions. Prints the Pareto front of accuracy against tokens (or time, with --latency).
+    Every combination within --tokens is measured. Prints the Pareto front of accuracy against
+    tokens (or time, with --latency).
     """
     from tokencomp.errors import OptionError
     from tokencomp.inputs.frames import plain_frames
@@ -60,9 +52,6 @@ def command(
     for name, budget in (("tokens", tokens), ("latency", latency)):
         if budget is not None and not budget > 0:
             raise OptionError(f"--{name} {budget:g}: expected a positive number.")
-    if data is not None:
-        fix = "the file decides which questions there are"
-        opt.refuse_options(context, ("items", "families"), "--data", fix)
     grid: dict[str, Any] = {
         "frames": [plain_frames(one) for one in parse.names(frames)],
         "scales": _numbers("scale", scale),
@@ -71,22 +60,16 @@ def command(
         "tokens": tokens,
         "options": method.stages,
     }
-    opt.check_output(output)
     from tokencomp.evaluation import tuning
     from tokencomp.evaluation.environment import environment
     from tokencomp.inputs.files import FileQuestions
 
-    loaded = source.loaded
-    with tempfile.TemporaryDirectory() as folder:
-        if data is None:
-            questions = _shapesqa(parse.names(families), items, folder)
-        else:
-            own = FileQuestions(data)
-            own.check_answers(loaded[1], max_new_tokens)
-            questions = list(own)
-        candidates = tuning.candidates(*loaded, questions, **grid)
-        how: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
-        measured = tuning.search(*loaded, questions, candidates, **how)
+    file = FileQuestions(data)
+    loaded, questions = source.loaded, list(file)
+    file.check_answers(loaded[1], max_new_tokens)
+    candidates = tuning.candidates(*loaded, questions, **grid)
+    how: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    measured = tuning.search(*loaded, questions, candidates, **how)
     within = tuning.within(measured, tokens, None if latency is None else latency / 1e3)
     cost = "tokens" if latency is None else "seconds"
     facts = {
@@ -95,19 +78,10 @@ def command(
         "max_new_tokens": max_new_tokens,
         **environment(),
     }
-    text = tuning.as_json(within, cost, facts)
     if as_json:
-        typer.echo(text)
-    opt.write(output, text)
-    if not as_json:
+        typer.echo(tuning.as_json(within, cost, facts))
+    else:
         _print(within, tuning.pareto(within, cost), tokens, latency)
-
-
-def _shapesqa(families: list[str], count: int, folder: str) -> list[Any]:
-    from tokencomp.evaluation import shapesqa
-    from tokencomp.zoo.shapesqa.items import items
-
-    return shapesqa(items("validation", count, tuple(families)), folder)
 
 
 def _numbers(name: str, text: str) -> list[float]:
@@ -122,17 +96,10 @@ def _numbers(name: str, text: str) -> list[float]:
     return numbers
 
 
-def _mark(candidate: Any, front: list[Any]) -> str:
-    if candidate in front:
-        return "[green]●[/]"
-    return "[dim]dropped[/]" if candidate.screened else ""
-
-
 def _print(
     measured: list[Any], front: list[Any], tokens: float | None, latency: float | None
 ) -> None:
     from rich.console import Console
-    from rich.text import Text
 
     from tokencomp.cli._tables import print_table
 
@@ -145,7 +112,7 @@ def _print(
     names = ("frames", "scale", "method", "ratio", "tokens", "ms/answer", "accuracy", "n")
     rows = [
         (
-            Text.from_markup(_mark(c, front)),
+            "●" if c in front else "",
             str(c.frames),
             f"{c.scale:g}",
             c.setting.name,

@@ -6,7 +6,6 @@ Choose on validation data; report on test data (`tokencomp eval`).
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 from collections.abc import Mapping, Sequence
@@ -24,8 +23,6 @@ from tokencomp.inputs.questions import Example, has_video, modality_of
 from tokencomp.inputs.scorer import with_scorer
 from tokencomp.plan.counts import MAX_RATIO
 
-SCREENED = 1 / 3
-KEPT = 0.5
 ROUNDED = 1.005
 """Tokens are whole, so that a mean over items may end just above a budget."""
 
@@ -57,7 +54,6 @@ class Candidate:
     It has so many `frames` per video, pictures whose side is `scale` of the original, and a reducer
     with its ratio. `tokens` are visual tokens per item that a decoder layer sees (mean over layers
     and items), `seconds` the model's time per answer, and `accuracy` is over `items` answered ones.
-    A `screened` candidate was dropped after the first share of the items.
     """
 
     frames: int | str
@@ -67,12 +63,6 @@ class Candidate:
     seconds: float = 0.0
     accuracy: float = 0.0
     items: int = 0
-    screened: bool = False
-
-    @property
-    def key(self) -> tuple[int | str, float, Setting]:
-        """What tells candidates apart, without the measurements."""
-        return self.frames, self.scale, self.setting
 
 
 def candidates(
@@ -156,53 +146,20 @@ def search(
     max_new_tokens: int = 16,
     name: str = "",
 ) -> list[Candidate]:
-    """Measure the candidates in turn; the worse half is dropped after a third of the items.
+    """Measure the candidates in turn, batch by batch: slow moments of a machine affect all equally.
 
-    Those of the best accuracy come first, and dropped ones at the end. Answers end after
-    `max_new_tokens`.
-    """
-    how: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
-    how |= {"name": name, "progress": False}
-    measure = functools.partial(_measure, model, processor, how)
-    first = items[:: round(1 / SCREENED)] if len(candidates) > 4 else list(items)
-    measure(first[:batch_size], candidates)  # warm-up, whose results are discarded
-    runs = measure(first, candidates)
-    measured = sorted((_result(c, runs[c]) for c in candidates), key=_better)
-    if len(first) == len(items):
-        return measured
-    count = max(4, round(len(measured) * KEPT))
-    screened = [replace(c, screened=True) for c in measured[count:]]
-    rest = [e for k, e in enumerate(items) if k % round(1 / SCREENED)]
-    best = {m.key for m in measured[:count]}
-    remaining = [c for c in candidates if c.key in best]
-    more = measure(rest, remaining)
-    for c in remaining:
-        runs[c].records += more[c].records
-    return [*sorted((_result(c, runs[c]) for c in remaining), key=_better), *screened]
-
-
-def _better(c: Candidate) -> tuple[float, float]:
-    return -c.accuracy, c.tokens
-
-
-def _measure(
-    model: Any,
-    processor: Any,
-    how: dict[str, Any],
-    items: Sequence[Example],
-    candidates: Sequence[Candidate],
-) -> dict[Candidate, EvalRun]:
-    """Interleave candidates batch by batch, so that temporary slowdowns affect all of them equally.
-
-    Candidates of one frames × scale share decoding and preprocessing.
+    Candidates of one frames × scale share decoding and preprocessing. The best come first. Answers
+    end after `max_new_tokens`.
     """
     from tqdm.auto import tqdm
 
+    how: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    how |= {"name": name, "progress": False}
     runs = {c: EvalRun(c.setting) for c in candidates}
     groups = list(dict.fromkeys((c.frames, c.scale) for c in candidates))
-    size = how["batch_size"]
-    batches = [items[k : k + size] for k in range(0, len(items), size)]
-    for batch, (frames, scale) in tqdm(list(itertools.product(batches, groups)), desc="measuring"):
+    batches = [items[k : k + batch_size] for k in range(0, len(items), batch_size)]
+    rounds = [*itertools.product(batches[:1], groups), *itertools.product(batches, groups)]
+    for number, (batch, (frames, scale)) in enumerate(tqdm(rounds, desc="measuring")):
         group = [c for c in candidates if (c.frames, c.scale) == (frames, scale)]
         scaled = [
             Scaled(e.id, e.prompt, e.answer, e.media, e.family, also=e.also, scale=scale)
@@ -210,9 +167,10 @@ def _measure(
         ]
         settings = [c.setting for c in group]
         answered = sweep(model, processor, scaled, settings, frames=frames, **how)
-        for c in group:
+        for c in group if number >= len(groups) else ():  # the first round is to warm up
             runs[c].records += answered[c.setting].records
-    return runs
+    measured = [_result(c, runs[c]) for c in candidates]
+    return sorted(measured, key=lambda c: (-c.accuracy, c.tokens))
 
 
 def _result(c: Candidate, run: EvalRun) -> Candidate:
@@ -244,7 +202,7 @@ def pareto(measured: Sequence[Candidate], cost: str = "tokens") -> list[Candidat
 
     The cost is in "tokens" or "seconds". Those that answered no question take no part.
     """
-    full = [c for c in measured if not c.screened and c.items]
+    full = [c for c in measured if c.items]
     front: list[Candidate] = []
     for c in sorted(full, key=lambda c: (getattr(c, cost), -c.accuracy)):
         if not front or c.accuracy > front[-1].accuracy:
@@ -254,10 +212,10 @@ def pareto(measured: Sequence[Candidate], cost: str = "tokens") -> list[Candidat
 
 def as_json(measured: Sequence[Candidate], cost: str, facts: dict[str, Any]) -> str:
     """Budget, environment and all candidates as JSON text."""
-    front = {c.key for c in pareto(measured, cost)}
+    front = pareto(measured, cost)
     rows = []
     for c in measured:
         row = {k: v for k, v in vars(c).items() if k != "setting"}
-        row |= {"reducer": c.setting.name, "ratio": c.setting.ratio, "pareto": c.key in front}
+        row |= {"reducer": c.setting.name, "ratio": c.setting.ratio, "pareto": c in front}
         rows.append(row)
     return json.dumps({**facts, "candidates": rows}, indent=2) + "\n"

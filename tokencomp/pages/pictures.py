@@ -91,17 +91,6 @@ def strip(images: Sequence[Image.Image], columns: int = 4) -> Image.Image:
     return sheet
 
 
-def stacked(images: Sequence[Image.Image], across: bool = False, gap: int = 12) -> Image.Image:
-    """Pictures of any size on white, under each other or (`across`) side by side."""
-    length = sum(i.width if across else i.height for i in images) + gap * (len(images) - 1)
-    width = max(i.height if across else i.width for i in images)
-    sheet, at = Image.new("RGB", (length, width) if across else (width, length), "white"), 0
-    for image in images:
-        sheet.paste(image, (at, 0) if across else (0, at))
-        at += (image.width if across else image.height) + gap
-    return sheet
-
-
 def frames_of(media: Any, t: int) -> tuple[list[Image.Image], list[int]]:
     """The pictures of a span, and the temporal position (0 to t - 1) that each belongs to.
 

@@ -105,7 +105,7 @@ def write(table: Sequence[Line], path: Path) -> Path:
         table=table,
         families=sorted({f for line in table for f in line.families}),
         scores=score_rows(table),
-        plots=_plots(table),
+        plots=plots(table),
         pictures=_pictures(table),
         facts=first.manifest,
         identity={
@@ -118,7 +118,6 @@ def write(table: Sequence[Line], path: Path) -> Path:
         uneven=len({frozenset(line.run.scores) for line in table}) > 1,
         losses=losses([line.run for line in table]),
         compared=any(line.comparisons.random or line.comparisons.downscale for line in table),
-        deviation=[line for line in table if line.deviation],
         lost=_lost(table),
     )
 
@@ -156,7 +155,8 @@ def _number(value: float | None) -> str:
     return "–" if value is None or value != value else f"{value:.2f}"
 
 
-def _plots(table: Sequence[Line]) -> list[str]:
+def plots(table: Sequence[Line]) -> list[str]:
+    """Accuracy by ratio, and by the time of an answer where it was measured, as `<svg>`."""
     full = table[0]
     by_ratio: dict[str, list[Point]] = {}
     by_time: dict[str, list[Point]] = {}
