@@ -35,8 +35,7 @@ site:  ## build the site into build/site; needs the extra [docs]
 
 release:  ## build both wheels and the sdists into dist/, check them, run the demo of a fresh environment
 	rm -rf dist build zoo/build
-	trap 'rm -f tokencomp/cli/catalogue.json' EXIT; \
-	  $(PYTHON) -m tokencomp.cli._catalogue && $(PYTHON) -m build --outdir dist .
+	$(PYTHON) -m build --outdir dist .
 	$(PYTHON) -m build --outdir dist zoo
 	$(PYTHON) -m twine check --strict dist/*
 	$(PYTHON) -m venv dist/fresh

@@ -12,9 +12,6 @@ import pytest
 import torch
 from support.console import run
 
-from tokencomp.cli import _catalogue
-from tokencomp.cli._catalogue import MAKERS
-
 
 def test_list_is_generated_from_the_registries(capsys):
     from tokencomp import available_models, available_reducers
@@ -34,35 +31,6 @@ def test_list_is_generated_from_the_registries(capsys):
     assert len(qwen["transformers"]) > 1 and "tiny-qwen2-vl" in qwen["embedded"]
     axes = {row["family"]: row["positions"] for row in printed["models"]}
     assert axes["Qwen2-VL"] == axes["Qwen3-VL"] == "M-RoPE" and axes["LLaVA-1.5"] == "1-D"
-
-
-@pytest.mark.parametrize("place", ["release", pytest.param("checkout", marks=pytest.mark.long)])
-def test_the_list_of_a_release_needs_no_torch(place, tmp_path):
-    """A wheel brings the rows as a file; a checkout asks its registries, whatever lies there."""
-    made = json.loads(json.dumps({what: make() for what, make in MAKERS.items()}))
-    changed = {**made, "reducers": made["reducers"][1:]}
-    file = tmp_path / "catalogue.json"
-    file.write_text(json.dumps(changed))
-    code = f"""
-import sys
-from pathlib import Path
-from tokencomp.cli import _catalogue, main
-_catalogue.FILE, _catalogue.CHECKOUT = Path({str(file)!r}), Path(sys.argv[1])
-try:
-    main(["list", "--json"])
-finally:
-    print(sorted({{"torch", "transformers"}} & {{*sys.modules}}), file=sys.stderr)
-"""
-    checkout, known, loaded = {
-        "release": (tmp_path / "none", changed, []),
-        "checkout": (_catalogue.CHECKOUT, made, ["torch", "transformers"]),
-    }[place]
-    done = subprocess.run([sys.executable, "-c", code, checkout], capture_output=True, text=True)
-    assert done.stderr.splitlines()[-1] == str(loaded)
-    listed = json.loads(done.stdout)
-    assert listed["reducers"] == known["reducers"] and listed["types"]["types"]
-    without = [{k: v for k, v in row.items() if k != "embedded"} for row in listed["models"]]
-    assert without == known["models"]
 
 
 def test_doctor_proves_that_layers_saw_fewer_tokens(folder, capsys):

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from support.console import run
 
+from tokencomp.evaluation.group_runs import find_runs
 from tokencomp.inputs.prompts import build_inputs, generate
+from tokencomp.pages.report import lines
 
 SETTINGS = ("full", "random-0.75", "random-0.75-seed=1", "random-0.75-seed=2", "uniform-0.75",
             "downscale-0.75", "condiv-0.75")  # fmt: skip
@@ -50,14 +52,10 @@ def test_every_baseline_answers_and_the_report_has_intervals(questions, evaluate
     for name in SETTINGS[1:]:
         assert all(abs(r["ratio"] - 0.75) < 0.1 for r in records(tmp_path / "runs" / name)), name
     capsys.readouterr()
-    page = tmp_path / "page.html"
-    assert run("report", tmp_path / "runs", "-o", page, "--json") == 0
-    table = {
-        (r["reducer"], r["options"].get("seed")): r for r in json.loads(capsys.readouterr().out)
-    }
-    assert table["full", None]["accuracy"] == pytest.approx(2 / 3)
-    assert table["condiv", None]["retention"]["items"] == 3
-    assert table["condiv", None]["comparisons"]["seeds"] == 3
+    table = {line.run.label: line for line in lines(find_runs([tmp_path / "runs"]))}
+    assert table["full"].accuracy == pytest.approx(2 / 3)
+    assert table["condiv"].retention.items == 3
+    assert table["condiv"].comparisons.seeds == 3
 
 
 def test_a_limit_shows_the_items_of_this_call(questions, evaluate, tmp_path, capsys):
@@ -85,10 +83,9 @@ def test_budgets_stand_beside_ratios(questions, evaluate, folder, tmp_path, caps
     for n in (9, 32):
         rows = [records(runs / f"{name}-budget={n}") for name in ("random", "uniform")]
         assert [r["ratio"] for r in rows[0]] == [r["ratio"] for r in rows[1]]
-    capsys.readouterr()
-    assert run("report", runs, "-o", tmp_path / "page.html", "--json") == 0
-    rows = [r for r in json.loads(capsys.readouterr().out) if r["reducer"] == "uniform"]
-    assert [r["ratio"] for r in rows] == [0.75, "budget=9", "budget=32"]
+    assert run("report", runs, "-o", tmp_path / "page.html") == 0
+    table = find_runs([runs])
+    assert [r.ratio for r in table if r.label == "uniform"] == [0.75, "budget=9", "budget=32"]
 
 
 def test_finished_answers_are_kept_and_other_questions_are_refused(

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from support.console import run
 
-from tokencomp.evaluation import Example, evaluate, grid, mcnemar, retention, sweep
-from tokencomp.pages.pictures import save_kept
+from tokencomp.evaluation import Example, evaluate, mcnemar, retention
+from tokencomp.evaluation.group_runs import find_runs
+from tokencomp.evaluation.metrics import McNemar
+from tokencomp.pages.report import Line, lines
 
 IDENTITY = {"model": "m", "dtype": "float32", "frames": 8}
 
@@ -47,18 +49,21 @@ def runs(tmp_path) -> Path:
     return root
 
 
-def test_table_is_paired_by_item(runs, tmp_path, capsys):
-    page = tmp_path / "r.html"
-    assert run("report", runs, "-o", page, "--json") == 0
-    full, random, aim = json.loads(capsys.readouterr().out)
-    assert (full["accuracy"], random["accuracy"], aim["accuracy"]) == (5 / 6, 2 / 6, 5 / 6)
+def rows(*folders: Path) -> list[Line]:
+    """The table of `tokencomp report`."""
+    return lines(find_runs(folders))
+
+
+def test_table_is_paired_by_item(runs):
+    full, random, aim = rows(runs)
+    assert (full.accuracy, random.accuracy, aim.accuracy) == (5 / 6, 2 / 6, 5 / 6)
     order = [1, 1, 0, 1, 1, 1], [1, 1, 1, 0, 1, 1]
     expected = retention(*order)
-    assert aim["retention"]["value"] == expected.value == 1.0
+    assert aim.retention.value == expected.value == 1.0
     found = mcnemar([1, 1, 0, 1, 1, 1], [0, 1, 0, 0, 0, 1])
-    assert aim["against_random"] == {"wins": 3, "losses": 0, "p": found.p} and found.p == 0.25
-    assert aim["families"] == {"a": 2 / 3, "b": 1.0}
-    assert aim["failed"] == 1 and aim["flops"] == 0.5
+    assert aim.against_random == McNemar(3, 0, found.p) and found.p == 0.25
+    assert aim.families == {"a": 2 / 3, "b": 1.0}
+    assert len(aim.run.failed) == 1 and aim.flops == 0.5
 
 
 def test_the_table_as_files_holds_the_same_numbers(runs, tmp_path, capsys):
@@ -86,15 +91,12 @@ def strict(text: str) -> object:
     return json.loads(text, parse_constant=refuse)
 
 
-def test_what_has_no_value_is_null_in_json_and_a_dash_in_tables(tmp_path, capsys):
+def test_what_has_no_value_is_a_dash_in_tables(tmp_path):
     """The full model answers nothing right, so that no share of it can be kept."""
     root, page, file = tmp_path / "r", tmp_path / "p.html", tmp_path / "t.tex"
     write_run(root, "full", 0.0, {"a1": 0, "a2": 0})
     write_run(root, "aim", 0.5, {"a1": 1, "a2": 0})
-    assert run("report", root, "-o", page, "--json", "--table", file) == 0
-    full, aim = strict(capsys.readouterr().out)
-    assert aim["retention"] == {"value": None, "low": None, "high": None, "items": 2}
-    assert (aim["accuracy"], full["accuracy"]) == (0.5, 0.0)
+    assert run("report", root, "-o", page, "--table", file) == 0
     assert r"aim & 0.5 & 50.0\% & -- & -- & 50\% \\" in file.read_text().splitlines()
     assert not re.search(r"\bnan\b", re.sub("<svg.*?</svg>", "", page.read_text(), flags=re.S))
 
@@ -107,12 +109,7 @@ def test_the_manifest_of_a_run_without_answers_is_json(loaded, tmp_path):
     assert summary == {"items": 0, "failed": 1, **dict.fromkeys(means)}
 
 
-def shown(capsys, *args) -> list[dict]:
-    assert run("report", *args, "--json") == 0
-    return json.loads(capsys.readouterr().out)
-
-
-def test_rows_and_shares_are_of_the_same_items(tmp_path, capsys):
+def test_rows_and_shares_are_of_the_same_items(tmp_path):
     """The full model works 100 on a1 and 300 on a2; aim 30 on a1 and 90 on a2.
 
     Shares are 120 of 400 and not 60 of 300. Where a2 fails under aim, 30 of 100 are left.
@@ -120,31 +117,30 @@ def test_rows_and_shares_are_of_the_same_items(tmp_path, capsys):
 
     def put(name, ratio, scores, flops, failed=()):
         folder = write_run(tmp_path / "r", name, ratio, scores)
-        rows = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
-        costs = [{**row, "flops": n} for row, n in zip(rows, flops, strict=False)]
+        read = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+        costs = [{**row, "flops": n} for row, n in zip(read, flops, strict=False)]
         costs = [{"id": r["id"], "error": "big"} if r["id"] in failed else r for r in costs]
-        lines = [json.dumps(row) + "\n" for row in [*costs, rows[-1]]]
-        (folder / "records.jsonl").write_text("".join(lines))
+        text = [json.dumps(row) + "\n" for row in [*costs, read[-1]]]
+        (folder / "records.jsonl").write_text("".join(text))
         return folder
 
-    page = tmp_path / "p.html"
     whole = put("full", 0.0, {"a1": 1, "a2": 1}, [100, 300])
     part = put("aim", 0.5, {"a1": 1, "a2": 0}, [30, 90])
-    full, aim = shown(capsys, whole, part, "-o", page)
-    assert (full["items"], full["accuracy"]) == (2, 1.0)
-    assert (aim["flops"], aim["kv_bytes"], aim["accuracy"]) == (0.3, 1.0, 0.5)
+    full, aim = rows(whole, part)
+    assert (len(full.run.answered), full.accuracy) == (2, 1.0)
+    assert (aim.flops, aim.kv_bytes, aim.accuracy) == (0.3, 1.0, 0.5)
     gone = put("prune", 0.5, {"a1": 1, "a2": 0}, [30, 90], failed=("a2",))
-    *_, prune = shown(capsys, whole, gone, "-o", page)
-    assert (prune["flops"], prune["items"], prune["failed"]) == (0.3, 1, 2)
+    *_, prune = rows(whole, gone)
+    assert (prune.flops, len(prune.run.answered), len(prune.run.failed)) == (0.3, 1, 2)
 
 
-def test_one_folder_by_two_names_is_one_run(runs, tmp_path, capsys, monkeypatch):
-    page = tmp_path / "r.html"
+def test_one_folder_by_two_names_is_one_run(runs, tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(runs)
     monkeypatch.chdir(tmp_path)
-    once = shown(capsys, runs, "-o", page)
-    assert shown(capsys, "runs", runs, tmp_path / "link", "runs/aim-0.5", "-o", page) == once
-    assert [row["comparisons"]["seeds"] for row in once] == [0, 0, 1]
+    once = rows(runs)
+    again = rows(Path("runs"), runs, tmp_path / "link", Path("runs/aim-0.5"))
+    assert [line.label for line in again] == [line.label for line in once]
+    assert [line.comparisons.seeds for line in again] == [0, 0, 1]
 
 
 def edit_records(folder: Path, **fields: object) -> None:
@@ -218,12 +214,3 @@ def test_runs_that_cannot_be_compared_are_refused(runs, tmp_path, capsys, case):
     damage(runs)
     assert run("report", runs, "-o", tmp_path / "x.html") == 2
     assert message in " ".join(capsys.readouterr().err.split())
-
-
-def test_report_of_real_runs_shows_kept_patches(loaded, examples, tmp_path):
-    settings = grid(["random", "aim"], [0.75])
-    how = {"max_new_tokens": 2, "progress": False, "draw": save_kept}
-    sweep(*loaded, examples[:2], settings, tmp_path, **how)
-    page = tmp_path / "r.html"
-    assert run("report", tmp_path, "-o", page) == 0
-    assert page.read_text().count("data:image/jpeg;base64,") == 2

@@ -10,9 +10,9 @@ import torch
 from support.families import Family, text
 
 import tokencomp
+from benchmarks.accuracy.studies.oracle import Oracle, truth
 from tokencomp import VisualTokens, make_reducer
 from tokencomp.errors import ScoreError
-from tokencomp.evaluation.oracle import Oracle, truth
 from tokencomp.reducers.selector import SelectorNet, load_selector
 from tokencomp.tokens.signals import Attention
 from tokencomp.training.capture import capture

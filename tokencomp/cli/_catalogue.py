@@ -1,34 +1,11 @@
-"""What `tokencomp list` shows: what the registries know of reducers and models.
-
-    python -m tokencomp.cli._catalogue    # writes it to a file; `make release` does
-
-The wheels of a release have that file, so that names need neither torch nor transformers. In a
-checkout, where plugins bring reducers, and where torch is loaded anyway, the registries are asked.
-"""
+"""What `tokencomp list` shows: what the registries know of reducers and models."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from importlib import metadata
-from pathlib import Path
 from typing import Any
-
-from tokencomp.storage import write_json
-
-FILE = Path(__file__).with_name("catalogue.json")
-CHECKOUT = Path(__file__).parents[2] / "pyproject.toml"
-PLUGINS = "tokencomp.reducers"
-WHAT = ("reducers", "models")
-
-
-def rows(what: str) -> list[dict[str, Any]]:
-    """The reducers or the models, from the file if it can be trusted to have all of them."""
-    asks = CHECKOUT.exists() or "torch" in sys.modules or metadata.entry_points(group=PLUGINS)
-    if asks or not FILE.exists():
-        return MAKERS[what]()
-    return list(json.loads(FILE.read_text(encoding="utf-8"))[what])
 
 
 def reducers() -> list[dict[str, Any]]:
@@ -144,7 +121,4 @@ def _model_type(name: str) -> str:
     return str(json.loads((model_path(name) / "config.json").read_text()).get("model_type"))
 
 
-MAKERS = {"reducers": reducers, "models": models}
-
-if __name__ == "__main__":
-    write_json(FILE, {what: make() for what, make in MAKERS.items()})
+WHAT = {"reducers": reducers, "models": models}

@@ -42,10 +42,9 @@ def run_questions(
     """Answer the questions under every setting, and draw what compression loses."""
     from tokencomp.evaluation.runner import sweep
     from tokencomp.pages.lost import draw_lost, write_lost
-    from tokencomp.pages.pictures import save_kept
 
     how: dict[str, Any] = {"name": public_name(name), "data": questions.label, "frames": frames}
-    how |= {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "draw": save_kept}
+    how |= {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
     runs = sweep(*loaded, questions, list(folders), dict(folders), **how)
     by_id, full = {e.id: e for e in questions}, next((s for s in folders if s.off), None)
     for setting, run in runs.items():

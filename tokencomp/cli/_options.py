@@ -217,18 +217,14 @@ def flat(command: Any = None, /, **defaults: Any) -> Any:
     return call
 
 
-def given(context: typer.Context, name: str) -> bool:
-    """Whether a parameter of the command was given on the command line."""
-    return getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
-
-
 def refuse_options(context: typer.Context, options: Sequence[str], where: str, fix: str) -> None:
     """Raise `OptionError` for parameters that were given and would have no effect.
 
     `where` makes them ineffective, e.g. "--engine vllm"; `fix` is what to do instead.
     """
     flags = {str(p.name): p.opts[0] for p in context.command.params}
-    useless = [flags[name] for name in options if given(context, name)]
+    sources = {name: getattr(context.get_parameter_source(name), "name", "") for name in options}
+    useless = [flags[name] for name in options if sources[name] == "COMMANDLINE"]
     if useless:
         raise OptionError(f"{', '.join(useless)}: no effect with {where}; {fix}.")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
@@ -15,7 +15,6 @@ def command(
     model: opt.Model = DEFAULT_MODEL,
     device: opt.Device = "cpu",
     as_json: opt.Json = False,
-    quick: Annotated[bool, typer.Option("--quick", help="Leave out the live self-check.")] = False,
 ) -> None:
     """Check versions, attention backend, kernels and GPU, and compress a real prompt.
 
@@ -24,9 +23,7 @@ def command(
     from tokencomp.cli._doctor import environment_checks, facts, model_checks
 
     report: dict[str, Any] = {"facts": facts()}
-    checks = environment_checks()
-    if not quick:
-        checks += model_checks(model, device)
+    checks = [*environment_checks(), *model_checks(model, device)]
     report["checks"] = [vars(c) for c in checks]
     report["ok"] = all(c.ok is not False for c in checks)
     if as_json:

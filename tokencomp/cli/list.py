@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from tokencomp.cli import _options as opt
-from tokencomp.cli._catalogue import WHAT, rows, types, with_embedded
+from tokencomp.cli._catalogue import WHAT, types, with_embedded
 
 
 def command(
@@ -21,7 +21,7 @@ def command(
 
     if what not in ("all", *WHAT):
         raise unknown_name("list", what, ("all", *WHAT))
-    listed: dict[str, Any] = {name: rows(name) for name in WHAT if what in ("all", name)}
+    listed: dict[str, Any] = {name: rows() for name, rows in WHAT.items() if what in ("all", name)}
     if "models" in listed:
         listed["models"] = with_embedded(listed["models"])
         listed["types"] = types()

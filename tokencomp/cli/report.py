@@ -7,8 +7,6 @@ from typing import Annotated
 
 import typer
 
-from tokencomp.cli import _options as opt
-
 
 def command(
     runs: Annotated[
@@ -21,7 +19,6 @@ def command(
         list[Path] | None,
         typer.Option("--table", help="Also write the table: a .csv or .tex file; may be repeated."),
     ] = None,
-    as_json: opt.Json = False,
 ) -> None:
     """Retention with paired intervals, McNemar against random, plots and pictures in one file."""
     from tokencomp.evaluation.group_runs import find_runs
@@ -34,9 +31,6 @@ def command(
     report.write(table, output)
     for file in table_files or ():
         files.write_table(table, file)
-    if as_json:
-        typer.echo(files.as_json(table))
-        return
     from rich.console import Console
 
     from tokencomp.cli._tables import print_lines

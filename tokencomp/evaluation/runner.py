@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,6 @@ from tokencomp.inputs.frames import Frames, plain_frames
 from tokencomp.inputs.questions import Example, has_video
 from tokencomp.inputs.scorer import with_scorer
 from tokencomp.torchlib.compat import attention_implementation
-
-Draw = Callable[[Path, Example, list[Any], Any], None]
-"""Run folder, a question, its media, and `handle.stats` of a batch that begins with it."""
 
 
 def evaluate(
@@ -73,7 +70,6 @@ def sweep(
     progress: bool | str = True,
     shard: bool = True,
     around: Around | None = None,
-    draw: Draw | None = None,
 ) -> dict[Setting, EvalRun]:
     """Evaluate several settings; every batch is decoded and preprocessed once for all of them.
 
@@ -114,9 +110,6 @@ def sweep(
     around
         Called before every batch of every setting; the model answers inside the context manager
         that it returns.
-    draw
-        Called by the first process with the first question of every compressed batch, to keep a
-        picture in the run folder: `tokencomp.pages.pictures.save_kept` draws what reports show.
 
     Returns
     -------
@@ -151,7 +144,7 @@ def sweep(
                 store = AnswerStore(path, identity, process_rank()[0], question)
             asked.append(_Asked(setting, identity, store))
         one = _Sweep(answerer, asked, items, with_scorer(frames, answerer.plain, processor))
-        one.batch_size, one.draw = batch_size, draw
+        one.batch_size = batch_size
         one.run(progress, shard)
     except BaseException:
         for ours in reversed(asked):
@@ -229,7 +222,6 @@ class _Sweep:
     """One call of `sweep`."""
 
     batch_size, halved = 16, False
-    draw: Draw | None = None
 
     def __init__(
         self, answerer: Answerer, asked: list[_Asked], items: Sequence[Example], frames: Frames
@@ -328,8 +320,6 @@ class _Sweep:
                 videos = [m.sampling for m in media if hasattr(m, "sampling")]
                 record["frames"] = [[s.rule, *s.indices] for s in videos]
         ours.write(batch.records)
-        if self.rank == 0 and self.draw and ours.store is not None and batch.stats:
-            self.draw(ours.store.path, *rows[0], batch.stats)
 
     def _write_manifests(self, finished: bool) -> None:
         facts = {

@@ -49,14 +49,11 @@ class Setting(MethodSpec):
         Row label; by default the name of the reducer, or "plan".
     variant
         Which of several models answers, see `sweep`.
-    target
-        What of the answer the reducer `oracle` explains: "logit" or "logprob".
     """
 
     reducer: str | Reducer = FULL
     name: str = ""
     variant: str = ""
-    target: str = ""
 
     def __post_init__(self) -> None:
         asked = self.ratio or self.options or self.budget is not None

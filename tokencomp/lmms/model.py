@@ -23,7 +23,6 @@ from tokencomp.evaluation.store import read_records
 from tokencomp.inputs.frames import plain_frames
 from tokencomp.inputs.packaged import DEFAULT_MODEL
 from tokencomp.inputs.questions import Deferred, Example, Media
-from tokencomp.pages.pictures import save_kept
 
 ANSWERS = "answers-"
 
@@ -137,7 +136,6 @@ class TokenComp(lmms):
                 max_new_tokens=limit,
                 name=self.name,
                 shard=False,
-                draw=save_kept,
             )[self.setting]
             self._note(run.manifest)
             for record in run.records:

@@ -20,7 +20,6 @@ from tokencomp.storage import keeping, replace_file
 
 if TYPE_CHECKING:
     from tokencomp.engine.count.stats import Stats
-    from tokencomp.inputs.questions import Example
     from tokencomp.tokens.spans import VisualSpan
 
 DIM = 0.16
@@ -32,8 +31,6 @@ LINE = (70, 76, 96)
 SIDE = 224
 MAX_FRAMES = 8
 MAX_MEDIA = 4
-KEPT = "kept.jpg"
-"""The picture in a run folder that `tokencomp report` shows."""
 
 
 def survival(stats: Stats, layer: int | None = None) -> list[np.ndarray]:
@@ -157,37 +154,12 @@ def group_spans(spans: Sequence[VisualSpan], media: Sequence[Any]) -> list[list[
     return groups
 
 
-def save_kept(folder: Path, example: Example, media: Sequence[Any], stats: Stats) -> None:
-    """Keep one picture per run folder: which patches of a question's media the layers saw.
-
-    A picture that the folder has already stays if it can be read, and sounds have none. The
-    question is the first row of the batch that `stats` are of; its media are decoded.
-    """
-    path = folder / KEPT
-    if read_picture(path) or not media or not stats.spans[0]:
-        return
-    if any(modality_of(one) == "audio" for one in media):
-        return
-    comment = f"{example.id}: {example.prompt}".encode()
-    save_picture(kept_picture(media, stats), path, comment=comment)
-
-
 def save_picture(image: Image.Image, path: Path, **how: Any) -> None:
     """Write a JPEG to a run folder, atomically; `how` is for Pillow. Raises `OptionError`."""
     buffer = io.BytesIO()  # Pillow itself does not see that a file takes only a part
     image.save(buffer, "JPEG", **how)
     with keeping(path.parent):
         replace_file(path, lambda part: part.write_bytes(buffer.getvalue()))
-
-
-def read_picture(path: Path) -> tuple[Image.Image, str] | None:
-    """A picture in a run folder and its comment; None if it is missing or cannot be read."""
-    try:
-        with Image.open(path) as image:
-            about = image.info.get("comment", b"").decode(errors="replace")
-            return image.convert("RGB"), about
-    except (OSError, SyntaxError, ValueError):  # Pillow raises all of them for damaged files
-        return None
 
 
 def kept_picture(media: Sequence[Any], stats: Stats, side: int = SIDE) -> Image.Image:
@@ -220,6 +192,15 @@ def data_uri(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=86)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def file_uri(path: Path) -> str:
+    """A picture in a run folder as a `data:` address; "" if it is missing or cannot be read."""
+    try:
+        with Image.open(path) as image:
+            return data_uri(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError):  # Pillow raises all of them for damaged files
+        return ""
 
 
 def animation_uri(images: Sequence[Image.Image]) -> str:

@@ -42,7 +42,6 @@ def lines(
     x: str,
     y: str,
     reference: float | None = None,
-    diagonal: bool = False,
 ) -> str:
     """One line per series, baselines dashed and grey; returns an `<svg>` element.
 
@@ -57,10 +56,8 @@ def lines(
         Axis labels.
     reference
         y of a horizontal line, the full model.
-    diagonal
-        Draw y = x, the limit of arithmetic.
     """
-    if not diagonal and series and all(len(points) == 1 for points in series.values()):
+    if series and all(len(points) == 1 for points in series.values()):
         return _rows({name: points[0] for name, points in series.items()}, y, reference)
     figure, axes = _axes(3.5)
     for (name, points), color in zip(series.items(), _colors(series), strict=True):
@@ -69,11 +66,6 @@ def lines(
         axes.axhline(reference, color="#111827", linewidth=1, zorder=1)
         place: Any = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
         axes.annotate("full model", (0.01, reference), xytext=(0, 3), fontsize=9, **place)
-    if diagonal:
-        axes.axline((0, 0), slope=1, color="#111827", linewidth=1, zorder=1)
-        axes.set_xlim(0, None)
-        axes.set_ylim(0, None)
-        _in_percent(axes.xaxis)
     _in_percent(axes.yaxis)
     axes.set(xlabel=x, ylabel=y)
     axes.grid(alpha=0.25)

@@ -10,12 +10,12 @@ from typing import Any
 
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.comparisons import Comparisons, comparisons, losses, paired_tests
-from tokencomp.evaluation.metrics import McNemar, Paired, Retention
+from tokencomp.evaluation.metrics import McNemar, Retention
 from tokencomp.evaluation.runs import IDENTITY, EvalRun, averaged
 from tokencomp.evaluation.settings import FULL
 from tokencomp.pages.html import render
 from tokencomp.pages.lost import lost_ids, read_lost
-from tokencomp.pages.pictures import KEPT, data_uri, read_picture
+from tokencomp.pages.pictures import file_uri
 from tokencomp.pages.plots import Point, accuracy_point
 from tokencomp.pages.plots import lines as draw
 
@@ -38,12 +38,6 @@ class Line:
     def deviation(self) -> str:
         """How this decoder's depth moves the method's cuts; "" where it does not."""
         return self.run.manifest.get("deviation", "")
-
-    @property
-    def pairs(self) -> dict[str, Paired | None]:
-        """Its retention, and its differences to the full model and the baselines."""
-        own = {name: getattr(self.comparisons, name) for name in ("full", "random", "downscale")}
-        return {"retention": self.retention, **own}
 
     @property
     def seeds(self) -> tuple[float, float] | None:
@@ -106,7 +100,6 @@ def write(table: Sequence[Line], path: Path) -> Path:
         families=sorted({f for line in table for f in line.families}),
         scores=score_rows(table),
         plots=plots(table),
-        pictures=_pictures(table),
         facts=first.manifest,
         identity={
             k: json.dumps(v) if isinstance(v, dict) else v
@@ -130,10 +123,7 @@ def _lost(table: Sequence[Line]) -> list[dict[str, Any]]:
         items = [] if folder is None else read_lost(folder)
         if folder is None or not items:
             continue
-        cards = []
-        for item in items:
-            uri, about = _uri(folder / item.picture)
-            cards.append({"item": item, "uri": uri, "about": "" if uri else about})
+        cards = [{"item": item, "uri": file_uri(folder / item.picture)} for item in items]
         right = sum(score >= 0.5 for score in full.scores.values())
         shown.append(
             {"line": line, "count": len(lost_ids(line.run, full)), "of": right, "cards": cards}
@@ -175,25 +165,6 @@ def plots(table: Sequence[Line]) -> list[str]:
     if by_time:
         figures.append(draw(by_time, x="time per answer against the full model", **shared))
     return figures
-
-
-def _uri(file: Path) -> tuple[str, str]:
-    """A picture as a `data:` address, "" if it cannot be read; and what its comment says."""
-    picture = read_picture(file)
-    if picture is None:
-        return "", f"{file.name} is missing or damaged"
-    return data_uri(picture[0]), picture[1]
-
-
-def _pictures(table: Sequence[Line]) -> list[dict[str, Any]]:
-    pictures = []
-    for line in table:
-        assert line.run.path is not None
-        file = next(iter(sorted(line.run.path.rglob(KEPT))), None)
-        if file is not None:
-            uri, about = _uri(file)
-            pictures.append({"line": line, "uri": uri, "about": about})
-    return pictures
 
 
 def _different_versions(runs: Sequence[EvalRun]) -> list[str]:

@@ -1,19 +1,16 @@
-"""The table of a report as text: CSV and JSON for programs, LaTeX for papers."""
+"""The table of a report as text: CSV for programs, LaTeX for papers."""
 
 from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from tokencomp.errors import OptionError
-from tokencomp.evaluation.runs import IDENTITY
 from tokencomp.pages.report import Line
-from tokencomp.storage import finite, write_text, writing
+from tokencomp.storage import write_text, writing
 
 LATEX = str.maketrans(
     {c: f"\\{c}" for c in "_%&#$"} | {"†": r"$^\dagger$", "<": "$<$", "→": r"$\to$", "–": "--"}
@@ -84,27 +81,3 @@ def as_latex(table: Sequence[Line]) -> str:
     lines = [" & ".join(cell.translate(LATEX) for cell in row) + r" \\" for row in (head, *rows)]
     body = [r"\begin{tabular}{lrrrrr}", r"\toprule", lines[0], r"\midrule", *lines[1:]]
     return "\n".join([*body, r"\bottomrule", r"\end{tabular}", ""])
-
-
-def as_json(table: Sequence[Line]) -> str:
-    """The table for programs."""
-    rows = []
-    for line in table:
-        pairs = {name: pair and vars(pair) for name, pair in line.pairs.items()}
-        row = {
-            **{k: line.run.identity[k] for k in IDENTITY},
-            "items": len(line.run.answered),
-            "failed": len(line.run.failed),
-            "seeds": line.run.seeds,
-            "achieved_ratio": line.run.mean("ratio"),
-            "accuracy": line.accuracy,
-            "retention": pairs.pop("retention"),
-            "against_random": vars(line.against_random) if line.against_random else None,
-            "flops": line.flops,
-            "kv_bytes": line.kv_bytes,
-            "families": line.families,
-            "comparisons": {**asdict(line.comparisons), **pairs},
-            "deviation": line.deviation,
-        }
-        rows.append(row)
-    return json.dumps(finite(rows), indent=2)

@@ -2,15 +2,67 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
 
+from torch import Tensor
+
+from tokencomp.errors import ScoreError
 from tokencomp.evaluation.batches import Answers
-from tokencomp.evaluation.oracle import Oracle, truth
 from tokencomp.evaluation.settings import Setting
 from tokencomp.patching import unpatched
+from tokencomp.reducers._batch import top_k
+from tokencomp.reducers.base import Reducer
+from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.spans import VisualTokens
 from tokencomp.training.data import answered
 from tokencomp.training.relevance import TARGET, Target, relevance
+
+_TRUTH: ContextVar[Iterator[Tensor] | None] = ContextVar("tokencomp_oracle", default=None)
+
+
+@contextlib.contextmanager
+def truth(relevance: list[list[Tensor]]) -> Iterator[None]:
+    """Hand the relevance of the next prefill to `oracle`.
+
+    Per sample, per span: float (span.length,), as `tokencomp.training.relevance.relevance` returns
+    it.
+    """
+    token = _TRUTH.set(iter([span for row in relevance for span in row]))
+    try:
+        yield
+    finally:
+        _TRUTH.reset(token)
+
+
+@dataclass(frozen=True)
+class Oracle(Reducer):
+    """Keep the tokens that the right answer depends on most (labels of arXiv 2506.01097).
+
+    It must know the answer before the prompt is read, so it is not a method to use but the upper
+    bound for `selector`, and has no name in the registry: `patch(model, reducer=Oracle())`. Call
+    the model inside `with truth(relevance): ...`. `target` is what of the answer is explained.
+    """
+
+    target: Target = TARGET
+    name = "oracle"
+    summary = "upper bound of selector, for evaluation: needs the answer (2506.01097)"
+
+    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
+        spans = _TRUTH.get() or iter(())
+        # Spans that are kept whole do not reach this function, so their relevance is skipped.
+        scores = next((s for s in spans if s.shape[0] == len(tokens)), None)
+        if scores is None:
+            raise ScoreError(
+                "oracle has no relevance for this span. Compute it with "
+                "tokencomp.training.relevance.relevance(model, inputs, labels) and call the model "
+                "inside `with truth(relevance): ...`."
+            )
+        return Reduction(top_k(scores.to(tokens.features.device), tokens.special, keep))
 
 
 class OracleTruth:
@@ -28,7 +80,7 @@ class OracleTruth:
             return nullcontext()
         if inputs is not self._batch:
             self._batch, self._relevance = inputs, {}
-        target = cast(Target, setting.target or TARGET)
+        target = setting.reducer.target
         if target not in self._relevance:
             self._relevance[target] = self._explain(inputs, answers[Setting()], target)
         return truth(self._relevance[target])
@@ -42,7 +94,7 @@ class OracleTruth:
 
 def oracle(ratio: float, target: Target) -> Setting:
     """The oracle at a ratio, which keeps the tokens of the largest relevance for this target."""
-    return Setting(Oracle(), ratio, name=oracle_name(target), target=target)
+    return Setting(Oracle(target), ratio, name=oracle_name(target))
 
 
 def oracle_name(target: Target) -> str:

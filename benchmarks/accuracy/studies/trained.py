@@ -27,7 +27,6 @@ from tokencomp.inputs.questions import Example
 from tokencomp.reducers.base import Reducer
 from tokencomp.storage import write_text
 from tokencomp.training.measure import Measurement
-from tokencomp.training.relevance import TARGET, Target
 
 REFERENCE = f"{FULL}@0"
 """Label of the uncompressed model's answers."""
@@ -55,12 +54,11 @@ def named(
     reducer: str | Reducer | None = None,
     options: dict[str, Any] | None = None,
     variant: str = "",
-    target: Target = TARGET,
 ) -> Setting:
     """A setting by the name of its row; without a reducer, the one that the row is named after."""
     method = (reducer or name) if ratio else FULL
     chosen = options if ratio and options else {}
-    return Setting(method, ratio, chosen, name=name, variant=variant, target=target)
+    return Setting(method, ratio, chosen, name=name, variant=variant)
 
 
 class Shrunk(Sequence[Example]):
