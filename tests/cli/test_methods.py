@@ -53,7 +53,8 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[Setting]:
     monkeypatch.setattr(benchmarks, "check_installed", lambda: None)
     monkeypatch.setattr(benchmarks, "find_tasks", lambda *args: [])
     monkeypatch.setattr(benchmarks, "run_setting", lambda a, b, c, s, *d, **e: calls.append(s))
-    monkeypatch.setattr("tokencomp.cli.eval._print", lambda *args: None)
+    monkeypatch.setattr("tokencomp.evaluation.group_runs.find_runs", lambda folders: [])
+    monkeypatch.setattr("tokencomp.pages.report.lines", lambda runs: [])
     return calls
 
 

@@ -20,17 +20,6 @@ def retained(retention: Retention | None) -> str:
     return f"{retention.value:.1%} [{retention.low:.0%}, {retention.high:.0%}]"
 
 
-def table(*names: str, gap: int = 2, title: str | None = None, **column: Any) -> Any:
-    """A table without lines, whose columns do not wrap unless `column` says how they do."""
-    from rich.table import Table
-
-    shown = Table(box=None, padding=(0, gap, 0, 0), title=title, title_justify="left")
-    shown.caption_justify = "left"
-    for name in names:
-        shown.add_column(name, **(column or {"no_wrap": True}))
-    return shown
-
-
 def print_table(
     console: Any,
     names: Sequence[str],
@@ -42,16 +31,17 @@ def print_table(
     caption: str = "",
     justify: Any = "left",
 ) -> None:
-    """Print a table; columns of `wrapped` break between words.
+    """Print a table without lines; columns of `wrapped` break between words.
 
     No number is cut: where they need more room than the terminal has, its lines wrap.
     """
     from rich.measure import Measurement
+    from rich.table import Table
 
-    shown = table(gap=gap, title=title)
+    shown = Table(box=None, padding=(0, gap, 0, 0), title=title, title_justify="left")
     for name in names:
         wraps = name in wrapped
-        side = "left" if wraps else justify
+        side: Any = "left" if wraps else justify
         shown.add_column(name, no_wrap=not wraps, overflow="fold", justify=side)
     for row in rows:
         shown.add_row(*row)

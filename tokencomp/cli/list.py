@@ -49,19 +49,16 @@ def _print_reducers(console: Any, rows: list[dict[str, Any]]) -> None:
 def _print_table(console: Any, title: str, rows: list[dict[str, Any]]) -> None:
     from rich.markup import escape
 
-    from tokencomp.cli import _tables
+    from tokencomp.cli._tables import print_table
 
-    table = _tables.table(title=title)
-    for name in ("name", "stage", "vLLM", "what it does, and its options"):
-        width = 14 if name == "vLLM" else None
-        table.add_column(name, overflow="fold", no_wrap=name in ("name", "stage"), max_width=width)
+    names, cells = ("name", "stage", "vLLM", "what it does, and its options"), []
     for row in rows:
         name = f"[bold]{row['name']}[/]" + (" (default)" if row["default"] else "")
         options = ", ".join(f"{k}={_short(v)}" for k, v in row["options"].items())
         safe = "yes" if row["serving_safe"] else row["serving_safe_with"] or "–"
         about = escape(row["summary"]) + (f"\n[dim]{escape(options)}[/]" if options else "")
-        table.add_row(name, row["stage"], safe, about)
-    console.print(table)
+        cells.append((name, row["stage"], safe, about))
+    print_table(console, names, cells, wrapped=names[2:], title=title)
 
 
 def _short(value: Any) -> str:
@@ -73,7 +70,7 @@ def _short(value: Any) -> str:
 def _print_models(console: Any, rows: list[dict[str, Any]]) -> None:
     from rich.text import Text
 
-    from tokencomp.cli import _tables
+    from tokencomp.cli._tables import print_table
 
     names = ("family", "model_type", "stages", "transformers")
     cells = []
@@ -83,7 +80,7 @@ def _print_models(console: Any, rows: list[dict[str, Any]]) -> None:
         lists = (", ".join(row[key]) for key in ("model_types", "stages", "transformers"))
         cells.append((family, *lists))
     caption = "transformers: releases that the exactness tests run on. --json has positions and "
-    _tables.print_table(
+    print_table(
         console,
         names,
         cells,

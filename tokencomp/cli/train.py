@@ -164,19 +164,18 @@ def _report(card: Path, use: str) -> None:
 
     from rich.console import Console
 
-    from tokencomp.cli._tables import retained, table
+    from tokencomp.cli._tables import print_table, retained
     from tokencomp.evaluation.metrics import Retention
 
     console = Console()
     rows = json.loads(card.read_text()).get("accuracy") or []
     if rows:
-        names = ("method", "kind", "ratio", "accuracy", "retention")
-        shown = table(*names, title="held-out questions")
+        names, cells = ("method", "kind", "ratio", "accuracy", "retention"), []
         for row in rows:
             kept = row.get("retention")
             low, high = row.get("interval") or (0.0, 0.0)
             interval = None if kept is None else Retention(kept, low, high, items=0)
             ratio, accuracy = f"{row['ratio']:.2f}", f"{row['accuracy']:.1%}"
-            shown.add_row(row["name"], row.get("kind", ""), ratio, accuracy, retained(interval))
-        console.print(shown)
+            cells.append((row["name"], row.get("kind", ""), ratio, accuracy, retained(interval)))
+        print_table(console, names, cells, title="held-out questions")
     console.print(f"Saved {card.parent}. Use it: {use}", highlight=False, markup=False)
