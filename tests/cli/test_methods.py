@@ -55,6 +55,7 @@ def evaluated(monkeypatch: pytest.MonkeyPatch) -> list[Setting]:
     monkeypatch.setattr(benchmarks, "run_setting", lambda a, b, c, s, *d, **e: calls.append(s))
     monkeypatch.setattr("tokencomp.evaluation.group_runs.find_runs", lambda folders: [])
     monkeypatch.setattr("tokencomp.pages.report.lines", lambda runs: [])
+    monkeypatch.setattr("tokencomp.cli._tables.print_lines", lambda console, table: None)
     return calls
 
 
