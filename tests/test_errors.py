@@ -33,20 +33,6 @@ def test_ratio(family: Family, ratio: object) -> None:
         tokencomp.patch(family.build(), ratio)
 
 
-def test_unknown_reducer_names_close_matches(family: Family) -> None:
-    with pytest.raises(errors.UnknownNameError, match="'bipartite'"):
-        tokencomp.patch(family.build(), 0.5, reducer="bipartit")
-
-
-def test_unknown_option_and_choice(family: Family) -> None:
-    with pytest.raises(errors.OptionError, match="weighted"):
-        tokencomp.patch(family.build(), 0.5, reducer="bipartite", wheighted=True)
-    with pytest.raises(errors.OptionError, match="pagerank"):
-        tokencomp.patch(family.build(), 0.5, reducer="prune", score="pagernak")
-    with pytest.raises(errors.OptionError, match="ready"):
-        tokencomp.patch(family.build(), 0.5, reducer=make_reducer("bipartite"), weighted=True)
-
-
 def test_a_bad_request_keeps_the_earlier_patch(family: Family) -> None:
     model, inputs = family.build(), prompt(family)
     handle = tokencomp.patch(model, 0.5, reducer="uniform")

@@ -75,33 +75,6 @@ def test_what_was_trained_for_the_entry_stays_there(name: str) -> None:
     Stage(2, 0.5, make_reducer("condiv"))
 
 
-def test_a_plan_is_made_of_stages_and_a_stage_of_a_reducer() -> None:
-    for wrong in ("bipartite", None, type(make_reducer("bipartite"))):
-        with pytest.raises(errors.PlanError, match="make_reducer"):
-            Stage(0, 0.5, wrong)
-    stage = Stage(0, 0.5, make_reducer("bipartite"))
-    for wrong in (stage, None, [{"layer": 0, "fraction": 0.5, "reducer": "bipartite"}]):
-        with pytest.raises(errors.PlanError, match="Stage objects"):
-            Plan(wrong)
-    assert Plan([stage]) == Plan((stage,))
-    with pytest.raises(errors.PlanError, match=r"fractions \[1\.5\]"):
-        Plan((Stage(0, 1.5, stage.reducer),))
-
-
-def test_an_option_called_like_a_parameter() -> None:
-    model = FAMILIES["qwen2_vl"].build()
-    for reducer in ("bipartite", "bipartite+prune"):
-        with pytest.raises(errors.OptionError, match="'name'"):
-            tokencomp.patch(model, 0.5, reducer=reducer, name="x")
-    with pytest.raises(errors.OptionError, match="'name'"):
-        tokencomp.patch(model, 0.5).set(reducer="bipartite", name="x")
-    stage = {"layer": 0, "fraction": 0.5, "reducer": "bipartite", "options": {"name": "x"}}
-    with pytest.raises(errors.OptionError, match="'name'"):
-        tokencomp.patch(model, plan=[stage])
-    with pytest.raises(errors.UnknownNameError, match="bipartite"):
-        tokencomp.patch(model, 0.5, reducer=["bipartite"])
-
-
 GRID, BREAKS = (1, 16, 17), tuple(range(17, 288, 18))  # an image of 272 patches and 16 line breaks
 
 

@@ -11,15 +11,12 @@ from support.families import FAMILIES, text
 
 import tokencomp
 from tokencomp import Stage, TowerStage, make_reducer, plan_from_json, plan_to_json
-from tokencomp.adapters.base import Adapter
-from tokencomp.adapters.llava import LlavaAdapter
 from tokencomp.errors import (
     OptionError,
     PlanError,
     RatioError,
     RatioWarning,
     SpanError,
-    UnsupportedModelError,
 )
 from tokencomp.method import MethodSpec
 from tokencomp.tokens.spans import VisualSpan
@@ -190,13 +187,3 @@ def test_layers_of_a_call_must_be_those_of_the_config() -> None:
         pytest.raises(OptionError, match="vision_feature_layer=-1 in a call"),
     ):
         model(**inputs, vision_feature_layer=-1)
-
-
-def test_families_without_cells() -> None:
-    reason = "LLaVA-1.5 has no tower stage, because .* is not known"
-
-    class Unknown(LlavaAdapter):
-        tower_layout = Adapter.tower_layout
-
-    with pytest.raises(UnsupportedModelError, match=reason):
-        Unknown(FAMILIES["llava"].build()).tower_layout()

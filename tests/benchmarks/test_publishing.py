@@ -30,16 +30,13 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def test_committed_code_may_publish(checkout: Path) -> None:
+    """Also where results have changed: a run that was stopped goes on."""
+    (checkout / "benchmarks" / "results.json").write_text("[]\n")
     facts = published_from(checkout / "benchmarks", False, checkout)
     head = subprocess.run(
         ["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True
     ).stdout.strip()
     assert facts == {"commit": head}
-
-
-def test_changed_results_do_not_stop_a_run_that_goes_on(checkout: Path) -> None:
-    (checkout / "benchmarks" / "results.json").write_text("[]\n")
-    assert MARK not in published_from(checkout / "benchmarks", False, checkout)
 
 
 def test_changed_code_is_refused_or_marked(checkout: Path) -> None:
@@ -50,13 +47,6 @@ def test_changed_code_is_refused_or_marked(checkout: Path) -> None:
     assert facts[MARK] is False and facts["commit"].endswith("+dirty")
     facts = published_from(checkout.parent / "trial", False, checkout)  # is never published
     assert facts[MARK] is False
-
-
-def test_without_git_the_commit_is_unknown(tmp_path: Path) -> None:
-    (tmp_path / "benchmarks").mkdir()
-    with pytest.raises(OptionError, match="no known commit"):
-        published_from(tmp_path / "benchmarks", False, tmp_path)
-    assert published_from(tmp_path / "benchmarks", True, tmp_path) == {"commit": None, MARK: False}
 
 
 def test_nothing_that_is_marked_is_in_the_repository() -> None:

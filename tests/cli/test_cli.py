@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import subprocess
 import sys
 
 import pytest
@@ -52,13 +51,6 @@ def test_doctor_says_what_is_broken(folder, capsys, monkeypatch):
     assert "broken" in out and "uncompressed" in out
 
 
-def test_doctor_without_a_model_is_broken(tmp_path, capsys):
-    assert run("doctor", "--model", tmp_path, "--json") == 1
-    printed = json.loads(capsys.readouterr().out)
-    assert printed["ok"] is False
-    assert "cannot be loaded" in printed["checks"][-1]["detail"]
-
-
 @pytest.mark.long
 def test_demo_in_short_answers_the_packaged_questions(folder, tmp_path, monkeypatch, capsys):
     from tokencomp.zoo import SAMPLES
@@ -86,9 +78,7 @@ TUNE = ("tune", "--data", "x.jsonl", "--tokens")
         (["inspect", "--image", "nowhere.png"], "no such file"),
         (["inspect", "--image", "x.png", "--frames", "best"], "names no frame policy"),
         (["inspect", "--image", "x.png", "--frames", "0"], "at least 1 frame"),
-        (["inspect", "--image", "x.png", "--frames=-1fps"], "at least 1 frame"),
         (["eval", "--frames", "scorer:best:8"], "use one of aks"),
-        ([*TUNE, "64", "--frames", "8,best"], "names no frame policy"),
         (["serve", "--frames", "1fps"], "a server needs a number"),
         (["demo", "--model", "some/model"], "--image FILE"),
         (["demo", "--model", "./nowhere"], "'./nowhere': no such folder"),
@@ -96,7 +86,6 @@ TUNE = ("tune", "--data", "x.jsonl", "--tokens")
         (["demo", "--set", "power=2", "--set", "power =3"], "'power =3': power is set twice"),
         (["demo", "--device", "gpu"], "allowed: .auto., .cpu., .cuda."),
         (["demo", "--dtype", "fp8"], "allowed: auto, float32, bfloat16, float16"),
-        (["demo", "--reducer", "uniform", "--set", "seed=1"], "no option 'seed'"),
         (["list", "reducer"], "Did you mean 'reducers'"),
         (["demo", "--output", "/dev/null/x.html"], "cannot write /dev/null/x.html"),
         ([*TUNE, "64"], "x.jsonl"),
@@ -114,7 +103,7 @@ def test_mistakes_end_in_one_clean_message(args, message, capsys):
     assert err.startswith("error: ")
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "ascii"])
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
 def test_consoles_that_lack_signs(encoding, monkeypatch):
     written, errors = io.BytesIO(), io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding))
@@ -123,12 +112,6 @@ def test_consoles_that_lack_signs(encoding, monkeypatch):
     sys.stdout.flush()
     assert b"condiv" in written.getvalue()
     assert not errors.getvalue()
-
-
-def test_the_command_starts_quickly_and_imports_no_torch():
-    code = "import sys, tokencomp.cli._app as a; a.build_app(); print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
 
 
 def test_tasks_without_lmms_eval_end_before_anything_is_rendered(monkeypatch, capsys):

@@ -6,15 +6,14 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from support.trained import tiny
 
-from tokencomp.errors import FrameRateWarning, MediaError
+from tokencomp.errors import FrameRateWarning
 from tokencomp.evaluation.baselines import EqualTokens
 from tokencomp.inputs import media
 from tokencomp.inputs.frame_times import frame_times
 from tokencomp.inputs.prompts import build_inputs, chat_inputs, media_chat
-from tokencomp.inputs.video import Video, with_frames
+from tokencomp.inputs.video import Video
 from tokencomp.serving.limits import Limits
 from tokencomp.serving.video import load_video
 from tokencomp.zoo.shapesqa.items import item
@@ -123,11 +122,3 @@ def test_shrunk_videos_keep_their_times(processor, clip):
     fewer = shrink(video, 0.5)
     assert [video.sampling.indices[i] for i in (1, 3, 5, 7)] == [*fewer.sampling.indices]
     assert fewer.sampling.fps == FPS and fewer.sampling.total == 32
-
-
-@pytest.mark.parametrize("wrong", [{"fps": 0}, {"indices": [1]}, {"indices": [2, 1]}])
-def test_impossible_times_are_refused(wrong):
-    frames = [Image.new("RGB", (8, 8))] * 2
-    with pytest.raises(MediaError, match=next(iter(wrong))):
-        Video(frames, **wrong)
-    assert with_frames(frames, frames).sampling.fps is None

@@ -11,8 +11,6 @@ from PIL import Image
 from tokencomp import zoo
 from tokencomp.errors import MediaError, OptionError
 from tokencomp.inputs.prompts import build_inputs, media_chat, takes_videos
-from tokencomp.pages.pictures import as_taken
-from tokencomp.tokens.spans import VisualSpan
 
 RED, BLUE = (Image.new("RGB", (56, 56), colour) for colour in ("red", "blue"))
 
@@ -89,13 +87,3 @@ def test_rows_are_lists_of_media_with_a_text_each(media, prompts):
 def test_a_video_has_a_place_in_the_prompts_of_models_that_take_one():
     taken = {name: takes_videos(zoo.load(name)[1]) for name in zoo.available_models()}
     assert [name for name, takes in taken.items() if not takes] == ["tiny-gemma3"]
-
-
-def test_pictures_show_the_frames_as_the_model_took_them():
-    apart = [VisualSpan(4 * k, 4, (1, 2, 2)) for k in range(3)]
-    together = [VisualSpan(0, 12, (3, 2, 2), "video")]
-    tiles = [VisualSpan(4 * k, 4, (1, 2, 2), item=0) for k in range(2)]
-    clip = [RED, BLUE, RED]
-    assert as_taken([clip], apart) == clip
-    assert as_taken([clip], together) == [clip]
-    assert as_taken([RED], tiles) == [RED]

@@ -12,7 +12,6 @@ from support.family import vila_folder
 
 from tokencomp.errors import MediaError, OptionError
 from tokencomp.models import VilaProcessor
-from tokencomp.models.vila.images import tile_grid
 
 
 def processor(tmp_path: Path, **root: object) -> VilaProcessor:
@@ -97,14 +96,6 @@ def test_tiles(tmp_path: Path) -> None:
     assert ids == ([image] * 16 + newline * 2) * 3 + vila.tokenizer("?").input_ids
     two = vila("<image><image>", images=[wide, wide])  # only a single image is tiled
     assert len(two["pixel_values"]) == 2
-
-
-def test_tile_grid() -> None:
-    for size, most, expected in (
-        ((100, 100), 12, (1, 1)), ((800, 800), 12, (3, 3)), ((300, 100), 12, (3, 1)),
-        ((100, 400), 6, (1, 4)), ((200, 100), 1, (1, 1)),
-    ):  # fmt: skip
-        assert tile_grid(*size, side=200, least=1, most=most) == expected
 
 
 def test_pad(tmp_path: Path) -> None:

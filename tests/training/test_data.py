@@ -84,16 +84,6 @@ def test_pictures_that_questions_share_stay_on_one_side(tmp_path: Path) -> None:
     assert train | held == {(folder / name).resolve() for name in names}
 
 
-def test_one_large_group_is_trained_on(tmp_path: Path) -> None:
-    """A picture beside every other one ties them together; a single other is held out."""
-    folder = write_data(tmp_path, 40)
-    ask(folder / "questions.jsonl", [*([f"{i}.png", "0.png"] for i in range(1, 39)), "39.png"])
-    assert pictures(folder, "validation") == {(folder / "39.png").resolve()}
-    ask(folder / "questions.jsonl", [[f"{i}.png", "0.png"] for i in range(1, 39)])
-    with pytest.raises(OptionError, match="count as one"):
-        questions(str(folder), "image", 9)
-
-
 def test_files_must_be_utf8(tmp_path: Path) -> None:
     file = write_data(tmp_path) / "questions.jsonl"
     text = file.read_text().replace("color", "größe")

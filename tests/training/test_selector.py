@@ -13,7 +13,7 @@ import tokencomp
 from benchmarks.accuracy.studies.oracle import Oracle, truth
 from tokencomp import VisualTokens, make_reducer
 from tokencomp.errors import ScoreError
-from tokencomp.reducers.selector import SelectorNet, load_selector
+from tokencomp.reducers.selector import load_selector
 from tokencomp.tokens.signals import Attention
 from tokencomp.training.capture import capture
 from tokencomp.training.data import load_batch, questions
@@ -44,17 +44,6 @@ def _spans(model: Any, inputs: Any, stop: int) -> list[tuple[int, int, list[int]
         voters = [i for i in range(span.stop, stop) if i not in visual]
         found.append((span.start, span.stop, voters))
     return found
-
-
-def test_network_takes_any_length_and_ignores_the_scale_of_a_row() -> None:
-    net = SelectorNet().eval()
-    assert [m.out_channels for m in net.layers if m.__class__.__name__ == "Conv1d"][1::2] == [
-        32, 64, 128, 256, 512,
-    ]  # fmt: skip
-    for n in (1, 5, 64, 4000):
-        row = torch.rand(2, n)
-        assert net(row).shape == (2, n)
-        torch.testing.assert_close(net(row), net(row / 1000), atol=1e-3, rtol=1e-3)
 
 
 def test_the_reducer_follows_the_network(trained: Path, tiny: Any, data: str) -> None:

@@ -90,17 +90,6 @@ def test_padding_is_no_data(features: int) -> None:
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-3)
 
 
-@pytest.mark.parametrize("features", [0, 7])
-def test_padding_changes_nothing_in_evaluation(features: int) -> None:
-    net = SelectorNet((6, 4), features).train()
-    net(pairs(240, features=features)[0][0][None])  # running statistics
-    net.eval()
-    spans = targets(pairs(*LENGTHS, features=features), 0.5)
-    rows, _, real = selector_fit._padded(spans, net)
-    for got, (row, _) in zip(net(rows, real), spans, strict=True):
-        torch.testing.assert_close(got[: len(row)], net(row[None])[0])
-
-
 def test_what_teaches_nothing_is_left_out() -> None:
     """Single tokens and spans without relevance beside good spans: as if they were not there."""
     good, held = pairs(6, 8, 8), pairs(7)
@@ -164,15 +153,3 @@ def test_a_killed_run_ends_with_the_same_network(
     again, seconds = run("killed")
     assert all(torch.equal(v, again[k]) for k, v in whole.items())
     assert state["epoch"] == 3 and seconds > 1000
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_network_is_trained_where_it_is_told() -> None:
-    train, held, config = pairs(*range(4, 24)), pairs(9, 12), SelectorConfig(epochs=2)
-    expected, _ = fit(train, held, config, channels=(4, 4))
-    got, _ = fit(train, held, config, channels=(4, 4), device="cuda")
-    for key, value in got.state_dict().items():
-        assert value.is_cuda
-        torch.testing.assert_close(value.cpu(), expected.state_dict()[key], atol=1e-4, rtol=1e-3)
-    assert agreement(got, held)["0.5"]["oracle"] > 0

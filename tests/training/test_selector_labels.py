@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from support.trained import SELECTOR, broken, write_data
 
 from tokencomp.errors import MediaError, OptionError, ScoreError
@@ -46,26 +45,6 @@ def test_a_second_run_reads_labels_and_checkpoint(
     assert train_selector(*tiny, data, trained.parent, SELECTOR).read_bytes() == before
     with pytest.raises(OptionError, match="answers"):
         train_selector(*tiny, data, trained.parent, replace(SELECTOR, answers="given"))
-
-
-@pytest.mark.long
-def test_a_killed_run_goes_on_after_the_last_batch(
-    trained: Path, tiny: Any, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real, calls = selector_labels.explain_batch, []
-
-    def dies(*args: Any) -> Any:
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(selector_labels, "explain_batch", dies)
-    with pytest.raises(KeyboardInterrupt):
-        train_selector(*tiny, data, tmp_path, SELECTOR)
-    got = load_file(train_selector(*tiny, data, tmp_path, SELECTOR))
-    assert len(calls) == 4  # two of six questions in threes, one of three, and the killed one
-    assert all(torch.equal(got[k], v) for k, v in load_file(trained).items())
 
 
 def test_labels_of_other_data_are_refused(

@@ -37,13 +37,6 @@ def test_every_packaged_model_but_the_siblings_has_them() -> None:
     assert set(SHIPPED) == {(n, kind) for n in names for kind in KINDS}
 
 
-def test_a_model_without_them_says_how_to_train() -> None:
-    model, _ = zoo.load("tiny-gemma3")
-    for kind in KINDS:
-        with pytest.raises(WeightsError, match=f"tokencomp train {kind}"):
-            tokencomp.patch(model, 0.5, reducer=kind)
-
-
 @every_file
 def test_found_without_a_path_and_runs(name: str, kind: str) -> None:
     """On images and videos, with fewer tokens and finite logits."""

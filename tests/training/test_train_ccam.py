@@ -183,30 +183,6 @@ def test_media_of_no_more_tokens_than_queries(
         model(**inputs)
 
 
-@pytest.mark.long
-def test_a_killed_run_ends_with_the_same_weights(
-    trained: Path, tiny: Any, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import tokencomp.training.ccam as module
-
-    real, calls = module.answer_loss, []
-
-    def dies(*args: Any) -> torch.Tensor:
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(module, "answer_loss", dies)
-    with pytest.raises(KeyboardInterrupt):
-        train_ccam(*tiny, data, tmp_path, SMALL)
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
-    monkeypatch.setattr(module, "answer_loss", real)
-    again = CCAMProjector.load(train_ccam(*tiny, data, tmp_path, SMALL)).state_dict()
-    for key, value in CCAMProjector.load(trained).state_dict().items():
-        torch.testing.assert_close(again[key], value)
-
-
 def test_gradients_pass_the_patched_model(tiny: Any, data: str) -> None:
     """The loss through the frozen model pulls on every part of the projector."""
     from tokencomp.training.data import answer_ids, append

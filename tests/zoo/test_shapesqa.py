@@ -2,7 +2,6 @@
 
 import re
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -206,19 +205,3 @@ def test_objects_stay_inside_and_never_overlap(kind):
                 assert left >= 0 and top >= 0 and right <= scene.width and bottom <= scene.height
                 cover[top:bottom, left:right] += 1
             assert cover.max(initial=0) <= 1
-
-
-def test_a_stopped_run_leaves_no_part_of_a_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Existing files are used again, so half of a video would be taken for all of it."""
-    from tokencomp.zoo.shapesqa import layouts
-
-    def stopped(scene: object, path: Path) -> None:
-        path.write_bytes(b"half")
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(layouts, "write_mp4", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        layouts.write_media(layouts.item("validation", "needle", 0), tmp_path)
-    assert list(tmp_path.iterdir()) == []

@@ -121,22 +121,6 @@ def _run(setup, row, pixels, kind):
         return setup.family.hidden(setup.model, inputs)
 
 
-def test_dialog_packs_are_plain_chats(setup):
-    one = item("train", "count", 2)
-    prompts, answers = [one.question, "Is there a red circle?"], [one.answer, "no"]
-    segments = [setup.packer.segment("image", *turn) for turn in zip(prompts, answers, strict=True)]
-    row = setup.packer.pack("image", (1, 224, 224), segments, 500, dialog=True)
-    inputs = _inputs(setup, one, prompts, answers[:1])
-    n = inputs["input_ids"].shape[1]
-    assert row["ids"][:n].tolist() == inputs["input_ids"][0].tolist()
-    assert row["labels"][n - 1] == setup.packer._ids("no")[0]
-    hidden = _run(setup, row, torch.from_numpy(one.pixels())[None], "image")
-    with torch.no_grad():
-        logits = setup.model(**inputs).logits[0, -1]
-    ours = setup.model.get_output_embeddings()(hidden[0, n - 1])
-    assert torch.allclose(ours, logits, atol=2e-4)
-
-
 def test_export_is_what_was_trained(setup):
     theirs = setup.model.state_dict()
     for name, value in setup.made.state_dict().items():

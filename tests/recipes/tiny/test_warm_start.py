@@ -2,15 +2,12 @@
 
 from types import SimpleNamespace
 
-import pytest
 import torch
 
 from recipes.tiny.export import export
 from recipes.tiny.families import family
 from recipes.tiny.tokenizer import load_tokenizer
-from recipes.tiny.train import copy_weights, finished, fit_positions, warm_start
-from tokencomp.errors import CheckpointError
-from tokencomp.storage import write_json
+from recipes.tiny.train import fit_positions, warm_start
 
 
 def _made(name, folder):
@@ -50,23 +47,3 @@ def test_positions_are_interpolated():
     assert torch.allclose(got[2:12, 2:12, 0], places[2:12, None].expand(10, 10), atol=0.05)
     assert torch.allclose(got[2:12, 2:12, 1], places[None, 2:12].expand(10, 10), atol=0.05)
     assert torch.allclose(got[..., 2], torch.tensor(3.0))
-
-
-def test_training_goes_on_from_the_weights_of_a_finished_model(tmp_path):
-    source = _made("tiny-gemma3", tmp_path / "source")
-    folder = export(source.model, source.arch, tmp_path / "export")
-    with pytest.raises(CheckpointError, match=r"has no metrics\.json"):
-        finished(str(folder))
-    write_json(folder / "metrics.json", {"training": {"steps": 7, "seconds": 2.5, "seed": 0}})
-    assert finished(str(folder)) == {"steps": 7, "seconds": 2.5}
-    new = _made("tiny-gemma3", tmp_path / "new")
-    with torch.no_grad():
-        for parameter in new.model.parameters():
-            parameter.zero_()
-    copy_weights(new.model, str(folder))
-    theirs = source.model.state_dict()
-    for name, value in new.model.state_dict().items():
-        assert torch.equal(value, theirs[name].half().float()), name
-    other = _made("tiny-llava-onevision", tmp_path / "other")
-    with pytest.raises(CheckpointError, match="do not fit"):
-        copy_weights(other.model, str(folder))
