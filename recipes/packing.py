@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tokencomp.engine.rows.prompts import IGNORED
+from tokencomp.engine.prompt import IGNORED
 
 MARK = "\x1f"  # stands for user text while the chat template is taken apart
 

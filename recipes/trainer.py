@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from recipes.packing import attention_mask
-from tokencomp.engine.rows.prompts import IGNORED
+from tokencomp.engine.prompt import IGNORED
 from tokencomp.training.steps import RunningScores, Steps
 
 

@@ -11,7 +11,7 @@ import torch
 from support.families import FAMILIES, Family, text
 
 import tokencomp
-from tokencomp.engine.context.visual_window import VISUAL_WINDOW, yarn
+from tokencomp.engine.context import VISUAL_WINDOW, yarn
 from tokencomp.errors import CopyError, OptionError, UnsupportedModelError
 
 FAMILY_NAMES = ["internvl", "qwen2_vl"]

@@ -24,7 +24,7 @@ _LAZY = {
     "unpatch": "tokencomp.patching",
     "Handle": "tokencomp.handle",
     "Session": "tokencomp.session.session",
-    "extend_visual_context": "tokencomp.engine.context.visual_window",
+    "extend_visual_context": "tokencomp.engine.context",
     "Plan": "tokencomp.plan.plan",
     "Stage": "tokencomp.plan.stages",
     "TowerStage": "tokencomp.plan.stages",
@@ -64,7 +64,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from tokencomp.adapters.registry import available_models
-    from tokencomp.engine.context.visual_window import extend_visual_context
+    from tokencomp.engine.context import extend_visual_context
     from tokencomp.errors import TokenCompError
     from tokencomp.handle import Handle
     from tokencomp.patching import patch, unpatch

@@ -10,15 +10,14 @@ from typing import Any, Literal
 from torch import nn
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.engine.call.gate import CallGate
-from tokencomp.engine.call.hooks import Hooks
-from tokencomp.engine.call.layer_stages import check_entry, check_layer_stages, check_modalities
-from tokencomp.engine.call.weights import merging_where_possible
-from tokencomp.engine.context.visual_window import VisualContext, extend_visual_context, is_extended
-from tokencomp.engine.count.stats import Stats
-from tokencomp.engine.scores.capture import attention_of
-from tokencomp.engine.tower.choice import check_tower_stage
+from tokencomp.engine.capture import attention_of
+from tokencomp.engine.checks import check_plan
+from tokencomp.engine.context import VisualContext, extend_visual_context, is_extended
+from tokencomp.engine.hooks import CallGate, Hooks
+from tokencomp.engine.stats import Stats
 from tokencomp.engine.tower.signals import check_signals
+from tokencomp.engine.tower.stage import check_tower_stage
+from tokencomp.engine.weights import merging_where_possible
 from tokencomp.errors import OptionError, UnsupportedModelError
 from tokencomp.method import MethodSpec, resolve_auto
 from tokencomp.plan.plan import Plan
@@ -52,9 +51,7 @@ def make_plan(spec: MethodSpec, adapter: Adapter, compact: bool = False) -> Plan
     num_layers = len(adapter.layers)
     plan = spec.stages(num_layers, adapter.first_layer_stage)
     plan.check(num_layers, adapter.first_layer_stage)
-    check_modalities(plan, adapter)
-    check_entry(plan, adapter)
-    check_layer_stages(plan, adapter)
+    check_plan(plan, adapter)
     check_signals(plan, adapter)
     if plan.may_merge:
         plan = merging_where_possible(plan, adapter, compact)

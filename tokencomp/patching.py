@@ -12,15 +12,14 @@ from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.registry import adapter_for, unwrap
 from tokencomp.adapters.verified import unverified_accepted
 from tokencomp.conformance.verify import verify_model
-from tokencomp.engine.call.gate import CallGate
-from tokencomp.engine.call.hooks import Hooks
-from tokencomp.engine.call.refusals import refuse_foreign
-from tokencomp.engine.call.state import CallHooks
-from tokencomp.engine.context.visual_window import (
+from tokencomp.engine.call import CallHooks
+from tokencomp.engine.checks import refuse_foreign
+from tokencomp.engine.context import (
     VISUAL_WINDOW,
     extend_visual_context,
     restore_visual_context,
 )
+from tokencomp.engine.hooks import CallGate, Hooks
 from tokencomp.errors import AlreadyCompressedError, OptionError, PlanError
 from tokencomp.handle import Handle, handle_of, make_plan
 from tokencomp.method import MethodSpec

@@ -29,8 +29,8 @@ import tokencomp
 from benchmarks import publishing
 from benchmarks.kernels.calls import RATIO, counted, prefill, prompt, tiny_model
 from benchmarks.stored import NOTE, today
-from tokencomp.engine.count.flops import DecoderShape
-from tokencomp.engine.scores.proportional import bias_dims, extra_dims, widen
+from tokencomp.engine.stats import DecoderShape
+from tokencomp.engine.weights import bias_dims, extra_dims, widen
 
 FOLDER = Path(__file__).parent
 REDUCERS = ("kcenter", "fastv")

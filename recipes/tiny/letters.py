@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from recipes.packing import Packer
-from tokencomp.engine.rows.prompts import IGNORED
+from tokencomp.engine.prompt import IGNORED
 from tokencomp.zoo.shapesqa.lettering import WORDS
 from tokencomp.zoo.shapesqa.prompt_forms import LETTERS, letter, mlvu_prompt, mvbench_prompt
 from tokencomp.zoo.shapesqa.questions import Question

@@ -18,7 +18,7 @@ from recipes.tiny.losses import PAIRS, Heads
 from recipes.tiny.muon import optimizers
 from recipes.tiny.stage import Stage
 from recipes.trainer import Trainer, text_inputs
-from tokencomp.engine.rows.prompts import IGNORED
+from tokencomp.engine.prompt import IGNORED
 from tokencomp.zoo.shapesqa.items import stream
 from tokencomp.zoo.shapesqa.prompt_forms import LETTERS
 

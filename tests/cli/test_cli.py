@@ -43,7 +43,7 @@ def test_doctor_proves_that_layers_saw_fewer_tokens(folder, capsys):
 
 def test_doctor_says_what_is_broken(folder, capsys, monkeypatch):
     """A patch that does nothing must be found out."""
-    from tokencomp.engine.call import hooks
+    from tokencomp.engine import hooks
 
     monkeypatch.setattr(hooks.Hooks, "install", lambda self: None)
     assert run("doctor", "--model", folder) == 1

@@ -9,9 +9,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from tokencomp.engine.rows.layout import full_layout
-from tokencomp.engine.scores.capture import attention_of, capture_qk
-from tokencomp.engine.scores.probes import input_scores, layer_scores
+from tokencomp.engine.capture import attention_of, capture_qk
+from tokencomp.engine.rowmap import RowMap
+from tokencomp.engine.scores import input_scores, layer_scores
 from tokencomp.errors import UnsupportedModelError
 from tokencomp.tokens.signals import Attention
 from tokencomp.tokens.spans import VisualSpan
@@ -119,7 +119,7 @@ def test_scores_behind_an_earlier_turn(name: str) -> None:
     _, _, dense = run(model, x)
     span = VisualSpan(3, 5, (1, 1, 5))
     expected = dense[0, :, past + 8 :, past + 3 : past + 8].mean((0, 1))
-    layout = full_layout(14, [14], [[span]])
+    layout = RowMap.of_prompt(14, [14], [[span]])
     cache = transformers.DynamicCache(config=model.config)
     run(model, x[:, :past], cache)
     inputs: dict[str, Any] = {}
@@ -149,7 +149,7 @@ def test_only_the_voting_rows_are_projected(monkeypatch: pytest.MonkeyPatch) -> 
             rows[name] += args[0].shape[1]
 
         getattr(layer.self_attn, name).register_forward_hook(count)
-    layout = full_layout(14, [14], [[VisualSpan(3, 5, (1, 1, 5))]])
+    layout = RowMap.of_prompt(14, [14], [[VisualSpan(3, 5, (1, 1, 5))]])
     tables = {"position_embeddings": model.rotary_emb(x, torch.arange(14)[None])}
     input_scores(layer, x, tables, Attention("text"), layout)
     assert rows == {"q_proj": 6, "k_proj": 14, "v_proj": 0, "o_proj": 0}

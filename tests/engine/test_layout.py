@@ -12,14 +12,8 @@ from torch import Tensor
 
 import tokencomp
 from tokencomp import Plan, Reduction, Stage, make_reducer
-from tokencomp.engine.rows.compaction import Selection, compact, take
-from tokencomp.engine.rows.layout import (
-    KeptSpan,
-    PromptColumns,
-    RowLayout,
-    full_layout,
-    text_values,
-)
+from tokencomp.engine.gather import take
+from tokencomp.engine.rowmap import KeptSpan, Prompt, RowMap, text_values
 from tokencomp.tokens.spans import VisualSpan
 
 
@@ -83,36 +77,36 @@ def test_one_launch_per_stage(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_frame_moves_as_a_whole() -> None:
-    """No tensor of a layout, its spans included, stays on the device of the stage before."""
+    """No tensor of a map, its spans included, stays on the device of the stage before."""
 
     def tensors(value: object) -> list[Tensor]:
         if isinstance(value, Tensor):
             return [value]
         if isinstance(value, (list, tuple)):
             return [t for item in value for t in tensors(item)]
-        if isinstance(value, (RowLayout, KeptSpan)):
+        if isinstance(value, (RowMap, KeptSpan)):
             return [t for item in vars(value).values() for t in tensors(item)]
         return []
 
     span = VisualSpan(1, 4, (1, 2, 2))
     keep = Reduction(torch.tensor([0, 2]), sizes=torch.tensor([2.0, 2.0]))
-    selection = Selection([[2]], [(0, 0)], keep)
-    layout, *_ = compact(full_layout(6, [6], [[span]]), selection, torch.device("cpu"))
-    moved = layout.to(torch.device("meta"))
-    assert len(tensors(moved)) == len(tensors(layout)) == 2
-    assert all(t.is_meta for t in tensors(moved)) and not any(t.is_meta for t in tensors(layout))
+    before = RowMap.of_prompt(6, [6], [[span]])
+    rows, *_ = before.keep([[2]], [(0, 0)], keep, torch.device("cpu"))
+    moved = rows.to(torch.device("meta"))
+    assert len(tensors(moved)) == len(tensors(rows)) == 2
+    assert all(t.is_meta for t in tensors(moved)) and not any(t.is_meta for t in tensors(rows))
 
 
 def test_text_of_packed_prompts() -> None:
     """Rows of one, two and no prompts; a prompt without an image is text as a whole."""
     span = VisualSpan(start=2, length=4, grid=(1, 2, 2))
     prompts = [
-        [PromptColumns(1, 12, 9)],
-        [PromptColumns(0, 8, 8), PromptColumns(8, 12, 11)],
+        [Prompt(1, 12, 9)],
+        [Prompt(0, 8, 8), Prompt(8, 12, 11)],
         [],
     ]
-    layout = full_layout(12, [11, 12, 0], [[span], [span], []], prompts)
+    rows = RowMap.of_prompt(12, [11, 12, 0], [[span], [span], []], prompts)
     x = torch.arange(36.0).view(3, 12, 1)
     want = [[[6, 7, 8]], [[18, 19], [20, 21, 22]], []]
-    got = [[text.flatten().tolist() for text in row] for row in text_values(x, layout)]
+    got = [[text.flatten().tolist() for text in row] for row in text_values(x, rows)]
     assert got == want

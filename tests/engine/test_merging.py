@@ -7,7 +7,7 @@ import torch
 from support import matrix
 
 from tokencomp import Reduction
-from tokencomp.engine.stage import merging
+from tokencomp.engine.weights import merge_rest
 from tokencomp.tokens import nearest
 
 
@@ -45,7 +45,7 @@ def test_every_patch_goes_to_the_nearest_kept_one(
             expected[start + k] = mean, float(weights.sum())
     keeps = [b + special for b in budgets]
     every = [True] * len(keeps)
-    got = merging.merge_rest(batch, Reduction(torch.tensor(rows)), keeps, every, "x")
+    got = merge_rest(batch, Reduction(torch.tensor(rows)), keeps, every, "x")
     assert got.keep.tolist() == rows == sorted(expected)
     assert (got.merged - torch.stack([expected[r][0] for r in rows])).abs().max() < 1e-5
     assert got.sizes.tolist() == [expected[r][1] for r in rows]
@@ -61,7 +61,7 @@ def test_of_equal_patches_the_first_takes_the_rest() -> None:
     given = matrix.tokens((1, 2, 4))
     given.features[:] = given.features[0]
     rows = Reduction(torch.tensor([2, 5, 6]))
-    got = merging.merge_rest(matrix.joined([given]), rows, [3], [True], "x")
+    got = merge_rest(matrix.joined([given]), rows, [3], [True], "x")
     assert got.sizes.tolist() == [6, 1, 1]
 
 
@@ -69,10 +69,8 @@ def test_spans_that_do_not_merge_lose_their_patches() -> None:
     one, other = matrix.tokens((1, 2, 4)), matrix.tokens((1, 2, 4), seed=1)
     batch = matrix.joined([one, other])
     rows = Reduction(torch.tensor([2, 5, 8, 11]))
-    got = merging.merge_rest(batch, rows, [2, 2], [False, True], "x")
+    got = merge_rest(batch, rows, [2, 2], [False, True], "x")
     assert torch.equal(got.merged[:2], one.features[[2, 5]])
     assert got.sizes[:2].tolist() == [1, 1] and got.sizes[2:].sum() == 8
-    alone = merging.merge_rest(
-        matrix.joined([other]), Reduction(torch.tensor([0, 3])), [2], [True], "x"
-    )
+    alone = merge_rest(matrix.joined([other]), Reduction(torch.tensor([0, 3])), [2], [True], "x")
     assert torch.equal(got.merged[2:], alone.merged)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaModel
 
-from tokencomp.engine.rows.layout import PromptColumns, full_layout
-from tokencomp.engine.scores.probes import input_scores
-from tokencomp.engine.stage.stage_scores import rater_weights
+from tokencomp.engine.cache_special import compress_layer
+from tokencomp.engine.rowmap import Prompt, RowMap
+from tokencomp.engine.scores import input_scores, rater_weights
 from tokencomp.tokens.signals import Attention
 from tokencomp.tokens.spans import VisualSpan
 
@@ -49,12 +49,12 @@ def scores(
     if cache is not None:
         first = {"inputs_embeds": x[:, :PAST], "position_ids": positions[:, :PAST]}
         model(**first, attention_mask=mask[:, :PAST], past_key_values=cache)
-        cache.layers[0].valid = mask[:, :PAST].bool()
+        compress_layer(cache.layers[0], RowMap(PAST, real=mask[:, :PAST].bool()), False)
     tables = {"position_embeddings": model.rotary_emb(x[:, PAST:], positions[:, PAST:])}
-    prompts = [[PromptColumns(WIDTH - n, WIDTH, WIDTH - DRAFT)] for n in LENGTHS]
-    layout = full_layout(WIDTH, LENGTHS, spans(), prompts)
-    layout.raters = rater_weights(x[:, PAST:], layout)
-    flat = input_scores(model.layers[0], x[:, PAST:], tables, signal, layout, cache)
+    prompts = [[Prompt(WIDTH - n, WIDTH, WIDTH - DRAFT)] for n in LENGTHS]
+    rows = RowMap.of_prompt(WIDTH, LENGTHS, spans(), prompts)
+    weights = rater_weights(x[:, PAST:], rows)
+    flat = input_scores(model.layers[0], x[:, PAST:], tables, signal, rows, cache, raters=weights)
     parts = iter(flat.split([span.length for row in spans() for span in row]))
     return [[next(parts) for _ in row] for row in spans()]
 

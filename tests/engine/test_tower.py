@@ -20,7 +20,7 @@ from torch import Tensor
 import tokencomp
 from tokencomp import Reducer, Reduction, VisualTokens, make_reducer
 from tokencomp.adapters.registry import adapter_for
-from tokencomp.engine.tower.attention import attention_blocks
+from tokencomp.engine.tower.signals import attention_blocks
 from tokencomp.errors import OptionError, SpanError
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.stages import Stage, TowerStage

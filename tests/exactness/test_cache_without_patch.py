@@ -15,7 +15,7 @@ from support.family.hybrid import HYBRID, with_window
 from torch import Tensor
 
 import tokencomp
-from tokencomp.engine.cache.rows import first_layer, physical_length
+from tokencomp.engine.cache import first_layer, physical_length
 from tokencomp.errors import UnsupportedCacheError
 
 NAMES = ["qwen2_vl", "qwen3_vl", "llava_onevision", "internvl"]

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import StaticLayer
 
 import tokencomp
-from tokencomp.engine.cache.static import CompressedStaticLayer
+from tokencomp.engine.cache_special import CompressedStaticLayer
 from tokencomp.errors import UnsupportedCacheError
 
 FAMILY_NAMES = CORE

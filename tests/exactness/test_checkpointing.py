@@ -118,11 +118,6 @@ def reentrant_attention(model: Any) -> None:
         replace_forward(layer.self_attn, without_gradients)
 
 
-def wrap_layers_with_hooks(model: Any) -> None:
-    loss_of(model)
-    wrap(model, "layers", False)
-
-
 def wrap_decoder(model: Any) -> None:
     model.model.language_model = checkpoint_wrapper(model.model.language_model)
 
@@ -149,7 +144,6 @@ def test_a_wrapped_decoder() -> None:
         ("auto", checkpoint_layers, "weights of merged tokens"),
         ("auto", checkpoint_attention, "weights of merged tokens"),
         ("auto", reentrant_attention, "weights of merged tokens"),
-        ("fastv", wrap_layers_with_hooks, "stages between layers"),
         ("fastv", wrap_decoder, "places of its media"),
         ("condiv", wrap_decoder, "places of its media"),
         ("fastv", wrap_body, "its labels"),

@@ -37,7 +37,7 @@ def test_decoding_is_one_graph(family: Family) -> None:
             masks = oracle.kept_columns(handle, inputs, family.layers)
             assert torch.equal(out.sequences, expected.sequences)
             assert graphs() == 1 and not breaks()
-            dropped.add(cache.layers[0].dropped)
+            dropped.add(cache.layers[0].row_map.dropped)
     assert len(dropped) > 1
     new = out.sequences[:, -8:-1]
     logits = oracle.masked_logits(model, family, inputs, masks, new)[:, -8:]

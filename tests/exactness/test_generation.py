@@ -14,7 +14,7 @@ from support.family.structural import STRUCTURAL
 from transformers import TextIteratorStreamer
 
 import tokencomp
-from tokencomp.engine.cache.layers import CompressedLayer
+from tokencomp.engine.cache import CompressedLayer
 
 LONG_FAMILIES = sorted({**STRUCTURAL, **HYBRID})
 FAMILY_NAMES = [*sorted(FAMILIES), *LONG_FAMILIES]

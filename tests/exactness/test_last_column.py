@@ -11,7 +11,7 @@ from support.families import CORE, Family, text
 
 import tokencomp
 from tokencomp import Plan, Reduction, Stage, VisualTokens, make_reducer
-from tokencomp.engine.stage.stage_input import keep_last
+from tokencomp.engine.choose import keep_last
 
 FAMILY_NAMES = (*CORE, "llava")
 REDUCERS = [

@@ -10,7 +10,7 @@ from support.family import hybrid
 from support.family.hybrid import HYBRID
 
 import tokencomp
-from tokencomp.engine.layer_types.types import LayerTypes
+from tokencomp.engine.layer_types import LayerTypes
 from tokencomp.errors import (
     OptionError,
     PlanError,

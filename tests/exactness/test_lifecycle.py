@@ -17,8 +17,7 @@ from support.hooks import hooks_of, prompt
 from transformers.cache_utils import DynamicLayer
 
 import tokencomp
-from tokencomp.engine.rows.layout import RowLayout
-from tokencomp.engine.stage import stage_scores
+from tokencomp.engine import scores as engine_scores
 from tokencomp.errors import AlreadyCompressedError, CopyError
 
 
@@ -335,25 +334,15 @@ def test_reduce_seconds_has_the_scores(name: str, monkeypatch: pytest.MonkeyPatc
     """By a clock that only scoring moves."""
     family, clock = FAMILIES["qwen2_vl"], [0.0]
     scores = {"entry": "input_scores", "layer": "layer_scores"}[name]
-    real = getattr(stage_scores, scores)
+    real = getattr(engine_scores, scores)
 
     def slow(*args: object) -> object:
         clock[0] += 5.0
         return real(*args)
 
-    monkeypatch.setattr(stage_scores, scores, slow)
+    monkeypatch.setattr(engine_scores, scores, slow)
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
     model, reducer = family.build(), {"entry": "condiv", "layer": "fastv"}[name]
     with tokencomp.patch(model, 0.5, reducer=reducer) as handle:
         model(**prompt(family))
         assert handle.stats.reduce_seconds == 5.0
-
-
-def test_every_stage_moves_the_frame(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Decoder layers may lie on several devices: what a stage reads follows the hidden states."""
-    moved, real = [], RowLayout.to
-    monkeypatch.setattr(RowLayout, "to", lambda self, d: moved.append(d) or real(self, d))
-    model = family.build()
-    with tokencomp.patch(model, plan=plans.make("attention", family.layers)) as handle:
-        model(**prompt(family))
-        assert moved == [torch.device("cpu")] * len(handle.plan.stages)

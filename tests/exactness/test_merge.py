@@ -16,7 +16,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 import tokencomp
 from tokencomp import Plan, Stage, make_reducer
-from tokencomp.engine.scores.proportional import extra_dims
+from tokencomp.engine.weights import extra_dims
 
 KEEPERS = [c for c in matrix.cases() if not make_reducer(c[0], **c[1]).merges]
 FAMILY_NAMES = sorted(set(FAMILIES) - {"qwen3_vl_moe"})  # torch has no float64 for its experts

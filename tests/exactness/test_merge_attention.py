@@ -17,7 +17,7 @@ from benchmarks.conformance.run import model_classes
 from benchmarks.conformance.variants import variants
 from tokencomp.conformance.build import tiny_model
 from tokencomp.conformance.prompts import Prompts
-from tokencomp.engine.scores.proportional import bias_dims, widen
+from tokencomp.engine.weights import bias_dims, widen
 from tokencomp.errors import UnsupportedModelError
 
 
@@ -66,7 +66,7 @@ def test_attention_by_another_name() -> None:
     with tokencomp.patch(model.whole, 0.5, reducer="kcenter", merge=True):
         out = prompts.forward(prompts.inputs([0]))
     (kwargs, (found, _)), layer = seen[-1], oracle.cache_of(out).layers[attn.layer_idx]
-    _, counts = layer.columns[0].unique_consecutive(return_counts=True)
+    _, counts = layer.row_map.columns[0].unique_consecutive(return_counts=True)
     x, sizes = kwargs["hidden_states"], counts[None].float()
     assert sizes.max() > 2
     q, k, v = (

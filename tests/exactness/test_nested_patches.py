@@ -11,8 +11,8 @@ from support.families import FAMILIES, Family
 from support.hooks import hooks_of, prompt
 
 import tokencomp
-from tokencomp.engine.call.hooks import Hooks
-from tokencomp.engine.context.visual_window import restore_visual_context
+from tokencomp.engine.context import restore_visual_context
+from tokencomp.engine.hooks import Hooks
 
 
 def test_a_block_brings_back_what_it_replaced(family: Family) -> None:

@@ -11,7 +11,7 @@ from support.families import CORE, Family, text
 from torch import Tensor, nn
 
 import tokencomp
-from tokencomp.engine.rows.prompts import answer_start, packed_starts, starts_from_lengths
+from tokencomp.engine.prompt import answer_start, packed_starts, starts_from_lengths
 
 FAMILY_NAMES = CORE
 REDUCERS = [pytest.param(plans.RELEVANT, id="condiv"), "cdpruner", "fastv", "prune", "aim"]

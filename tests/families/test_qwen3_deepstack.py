@@ -9,7 +9,7 @@ from support.family.qwen import Qwen3VL
 
 import tokencomp
 from tokencomp import Plan, Stage, make_reducer
-from tokencomp.engine.rows.arguments import gather_arguments
+from tokencomp.engine.gather import gather_arguments
 from tokencomp.errors import PlanError
 from tokencomp.plan.profiles import not_before
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from recipes.trainer import Trainer
-from tokencomp.engine.rows.prompts import IGNORED
+from tokencomp.engine.prompt import IGNORED
 from tokencomp.training.steps import RunningScores
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 import tokencomp
 from tokencomp import Plan, Stage, VisualTokens, make_reducer
-from tokencomp.engine.cache.frames import compared_frames
-from tokencomp.engine.rows.layout import full_layout
+from tokencomp.engine.choose import compared_frames
+from tokencomp.engine.rowmap import RowMap
 from tokencomp.errors import PlanError
 from tokencomp.tokens.spans import Grid, VisualSpan
 
@@ -62,27 +62,27 @@ def test_frames_are_those_of_the_same_shape_before() -> None:
     """In a call, over calls, and apart from copies and other batches."""
     cache, x = SimpleNamespace(), torch.arange(40.0)[None, :, None]
     spans = [span(1, (2, 2, 2), 0), span(12, (1, 1, 3), 1), span(20, (2, 2, 2), 2, special=(4,))]
-    first = compared_frames(x, full_layout(40, [40], [spans], []), cache)[0]
+    first = compared_frames(x, RowMap.of_prompt(40, [40], [spans], []), cache)[0]
     assert first[:2] == [None, None]
     assert first[2][:, 0].tolist() == [5, 6, 7, 8]
     other = copy.deepcopy(cache)
-    later = compared_frames(x + 100, full_layout(40, [40], [spans[:2]], []), cache)[0]
+    later = compared_frames(x + 100, RowMap.of_prompt(40, [40], [spans[:2]], []), cache)[0]
     assert later[0][:, 0].tolist() == [25, 26, 27, 28]
     assert later[1][:, 0].tolist() == [12, 13, 14]
-    again = compared_frames(x, full_layout(40, [40], [spans[:1]], []), other)[0]
+    again = compared_frames(x, RowMap.of_prompt(40, [40], [spans[:1]], []), other)[0]
     assert again[0][:, 0].tolist() == [25, 26, 27, 28]
     two = compared_frames(
-        x.expand(2, -1, -1), full_layout(40, [40, 40], [spans[:1]] * 2, []), cache
+        x.expand(2, -1, -1), RowMap.of_prompt(40, [40, 40], [spans[:1]] * 2, []), cache
     )
     assert two == [[None], [None]]
-    assert compared_frames(x, full_layout(40, [40], [spans[:1]], []), None) == [[None]]
+    assert compared_frames(x, RowMap.of_prompt(40, [40], [spans[:1]], []), None) == [[None]]
 
 
 def test_tiles_are_compared_with_the_same_tile() -> None:
     cache, x = SimpleNamespace(), torch.arange(20.0)[None, :, None]
     tiles = [span(0, (1, 1, 3), 0), span(5, (1, 1, 3), 0)]
-    compared_frames(x, full_layout(20, [20], [tiles], []), cache)
-    found = compared_frames(x, full_layout(20, [20], [tiles], []), cache)[0]
+    compared_frames(x, RowMap.of_prompt(20, [20], [tiles], []), cache)
+    found = compared_frames(x, RowMap.of_prompt(20, [20], [tiles], []), cache)[0]
     assert [frame[:, 0].tolist() for frame in found] == [[0, 1, 2], [5, 6, 7]]
 
 

@@ -12,7 +12,6 @@ from support.family.hybrid import HYBRID
 from torch import Tensor, nn
 
 import tokencomp
-from tokencomp.engine.cache.evict import evict, held_columns
 from tokencomp.errors import (
     OptionError,
     SessionError,
@@ -20,6 +19,7 @@ from tokencomp.errors import (
     UnsupportedModelError,
 )
 from tokencomp.session.conversation import Conversation
+from tokencomp.session.evict import evict, held_columns
 
 ALL = {**FAMILIES, **HYBRID}
 NAMES = ("qwen2_vl", "qwen3_vl", "qwen3_5", "llava_onevision")

@@ -8,8 +8,9 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from tokencomp.engine.cache.compress import compress_layer
-from tokencomp.engine.cache.evict import evict, held_columns
+from tokencomp.engine.cache_special import compress_layer
+from tokencomp.engine.rowmap import RowMap
+from tokencomp.session.evict import evict, held_columns
 from tokencomp.session.held import NOWHERE, TEXT, Held, PatchPlaces, oldest, redundant
 from tokencomp.tokens.spans import VisualSpan
 
@@ -113,8 +114,7 @@ def filled_cache(columns: list[int]) -> DynamicCache:
     known = None if columns == [*range(n)] else torch.tensor([columns])
     for layer in cache.layers:
         if known is not None:
-            compress_layer(layer, columns[-1] + 1 - n, None, False, known)
-            layer.owner = None
+            compress_layer(layer, RowMap(n, columns[-1] + 1 - n, known), False)
     return cache
 
 

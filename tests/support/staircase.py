@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from support.families import Family
-from tokencomp.engine.cache.evict import held_columns
+from tokencomp.session.evict import held_columns
 
 NEVER, DROPPED = 1 << 40, -1
 

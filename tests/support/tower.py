@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from support.families import Family
 from tokencomp.adapters.registry import adapter_for
-from tokencomp.engine.tower.attention import attention_blocks
+from tokencomp.engine.tower.signals import attention_blocks
 
 LOUD = 6
 

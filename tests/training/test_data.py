@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.trained import write_data
 
-from tokencomp.engine.rows.prompts import IGNORED
+from tokencomp.engine.prompt import IGNORED
 from tokencomp.errors import OptionError, UnknownNameError
 from tokencomp.training.data import (
     answer_ids,

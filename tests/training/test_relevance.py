@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tokencomp import Plan, Stage, make_reducer, patch
 from tokencomp.adapters.registry import adapter_for
-from tokencomp.engine.rows.prompts import IGNORED
+from tokencomp.engine.prompt import IGNORED
 from tokencomp.errors import OptionError
 from tokencomp.training.relevance import explain, relevance
 

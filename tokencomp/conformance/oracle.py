@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokencomp.engine.count.stats import Stats
+from tokencomp.engine.stats import Stats
 from tokencomp.plan.plan import Plan
 from tokencomp.torchlib.compat import CACHE_NAMES, bind
 

@@ -1,1 +1,39 @@
-"""What happens between `patch()` and the tensors: hooks, forward pass, row layout, cache."""
+"""The engine: what happens to a prompt between the caller and the decoder layers.
+
+    generate ─ body ─► read ──► plan ──► score ──► choose ──► gather ──► layers ──► restore
+                       │        │        │         │          │          │          │
+    arguments          Call,    counts   attention rows and   RowMap',   masks of   output of
+    + modalities       RowMap   of spans scores    weights    arguments  layer      full length,
+                                ▲                             of rows    types      cache: RowMap'
+                                └────────────── again before a stage between layers ──┘
+
+The order of the passes is in `decoder.py`. Each pass is a module: `prompt.py` (read), `call.py`
+(counts of the plan), `scores.py` and `choose.py`, `gather.py`, `layers.py` with `masks.py`, and
+`restore.py`. `later.py` has the calls after the prompt. `checks.py` lists what is refused before
+anything runs. Merging with weights is `weights.py`, and the stage in the vision tower `tower/`.
+
+Five data classes: `VisualSpan` (an image in the prompt), `RowMap` (which column every row holds),
+`SpanBatch` (what a reducer sees), `Reduction` (what it keeps), and `Call` (one decoder call).
+
+Four coordinates, each with one name:
+
+    column  place in the uncompressed sequence, over all calls and with padding. Positions, windows
+            and the length of a cache count columns.
+    row     place in what is held: hidden states of this call, or a cache layer. `RowMap.columns` is
+            the column of every row. A flat row is sample · rows + row.
+    patch   visual token of a span, without its special tokens and the text between frames. Reducers
+            choose patches (`tokencomp.tokens.patches`).
+    cell    the patches of the vision tower that one visual token reads (`tower/`).
+
+A padded second turn, of which sample 0 keeps two of four visual tokens (v) and sample 1 all four:
+
+    columns of both turns   0 1 2 3 4 5 | 6 7 8 9 10 11
+    sample 0                t v v v v t | t t t t t  t
+    rows after the stage    · · 0 1 4 5 |                 rows 6, dropped 0: the longest sample
+    sample 1                t v v v v t | · · · t t  t    has lost nothing
+    rows after the stage    0 1 2 3 4 5 |
+
+The cache layers hold the map of the first turn (`current_map`: columns, and `mask` False at the two
+padding rows of sample 0). The segments of the second call take it as `past` and the new rows as
+`new`; `Masks` joins them: `_padding` for what is real, `_window` for what is near, by column.
+"""

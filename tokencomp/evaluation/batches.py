@@ -20,7 +20,7 @@ from tokencomp.inputs.prompts import build_inputs, generate, to_model
 from tokencomp.inputs.questions import Example, modality_of
 
 if TYPE_CHECKING:
-    from tokencomp.engine.count.stats import Stats
+    from tokencomp.engine.stats import Stats
 
 Loaded = tuple[Example, list[Any]]
 """A question and its media, decoded."""

@@ -6,8 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tokencomp.adapters.registry import adapter_for
-from tokencomp.engine.count.flops import DecoderShape
-from tokencomp.engine.count.stats import Stats
+from tokencomp.engine.stats import DecoderShape, Stats
 from tokencomp.inputs.prompts import prompt_lengths
 
 

@@ -19,7 +19,7 @@ from tokencomp.inputs.questions import frames_apart, modality_of
 from tokencomp.storage import keeping, replace_file
 
 if TYPE_CHECKING:
-    from tokencomp.engine.count.stats import Stats
+    from tokencomp.engine.stats import Stats
     from tokencomp.tokens.spans import VisualSpan
 
 DIM = 0.16

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.call import Call
 from tokencomp.adapters.registry import adapter_for
-from tokencomp.engine.rows.layout import full_layout
-from tokencomp.engine.rows.prompts import build_prompts, left_padded, real_columns
-from tokencomp.engine.scores.probes import input_scores
+from tokencomp.engine.prompt import build_prompts, left_padded, real_columns
+from tokencomp.engine.rowmap import RowMap
+from tokencomp.engine.scores import input_scores
 from tokencomp.errors import OptionError, PaddingError
 from tokencomp.tokens.signals import Attention
 from tokencomp.tokens.spans import VisualSpan
@@ -60,9 +60,9 @@ class Capture:
         columns = torch.arange(self.width)[None]
         real = columns >= self.width - torch.tensor(self.lengths)[:, None]
         prompts = build_prompts(real, self.spans, generated=answer)
-        layout = full_layout(self.width, self.lengths, self.spans, prompts)
+        rows = RowMap.of_prompt(self.width, self.lengths, self.spans, prompts)
         layer, signal = self.adapter.layers[0], Attention("text")
-        scores = input_scores(layer, self.inputs[0], tables, signal, layout)
+        scores = input_scores(layer, self.inputs[0], tables, signal, rows)
         parts = iter(scores.split([span.length for row in self.spans for span in row]))
         return [[next(parts) for _ in row] for row in self.spans]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset
 
-from tokencomp.engine.rows.prompts import IGNORED
+from tokencomp.engine.prompt import IGNORED
 from tokencomp.errors import OptionError, unknown_name
 from tokencomp.inputs.files import EMBEDDED, FileQuestions, questions_bytes, questions_file
 from tokencomp.inputs.prompts import build_inputs, to_model

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokencomp.engine.rows.prompts import IGNORED
+from tokencomp.engine.prompt import IGNORED
 from tokencomp.errors import OptionError
 from tokencomp.inputs.questions import Example
 from tokencomp.training.data import answered, batches, data_identity, load_batch

@@ -26,7 +26,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from tokencomp.engine.rows.prompts import IGNORED
+from tokencomp.engine.prompt import IGNORED
 from tokencomp.errors import OptionError, UnsupportedModelError
 from tokencomp.training.capture import Capture, capture, eager_attention
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokencomp.adapters.towers.base import Tower
-from tokencomp.engine.tower.attention import attention_blocks
+from tokencomp.engine.tower.signals import attention_blocks
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from tokencomp.adapters.towers.base import Cells
-from tokencomp.engine.layer_types.mask_compat import block_mask, visible_columns
 from tokencomp.engine.tower.flops import TowerCost
+from tokencomp.torchlib.masks import block_mask, visible_columns
 
 
 class TowerRows(ABC):

@@ -5,7 +5,7 @@ tokens (or of the tower, where that module needs the whole picture) gets its ful
 because the model fills placeholders by number. Rows that were dropped are NaN, "not computed": NaN
 passes through every later resampling, marks exactly the tokens that read a dropped patch, needs no
 table beside the features, and makes the output NaN if something bypasses the entry of the decoder,
-where these tokens leave (`tokencomp.engine.stage.forward`).
+where these tokens leave (`tokencomp.engine.call`).
 
     patches        0    1    2    3    4    5    6    7
     blocks ≥ k     0    1              4    5              fewer rows
@@ -18,10 +18,14 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
+import math
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -30,15 +34,97 @@ from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.towers.base import Cells, EncoderCall, Tower
 from tokencomp.adapters.towers.dense import DenseTower
 from tokencomp.adapters.towers.packed import PackedTower
-from tokencomp.engine.tower.choice import chosen_cells, patch_values
+from tokencomp.engine.call import Call
 from tokencomp.engine.tower.flops import TowerCost, TowerShape
 from tokencomp.engine.tower.rows import PackedRows, TowerRows, equal_bounds, rows_of
+from tokencomp.engine.tower.signals import TowerProbe, check_signals
 from tokencomp.errors import OptionError
+from tokencomp.plan.plan import Plan
+from tokencomp.plan.reducer import reduced
 from tokencomp.plan.stages import TowerStage
+from tokencomp.tokens.spans import SpanBatch
+from tokencomp.tokens.stacks import rows_of as rows_of_runs
+from tokencomp.tokens.stacks import starts_of
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.checkpointing import checkpointed_since
 from tokencomp.torchlib.hooks import Hooked
 from tokencomp.torchlib.replace import MethodReplacement
+
+
+def check_tower_stage(plan: Plan, adapter: Adapter) -> Plan:
+    """The plan with what its tower stage must know of the model.
+
+    Refused are families that do not say which patches a visual token reads.
+    """
+    if plan.tower is None:
+        return plan
+    layout, stage = adapter.tower_layout(), plan.tower
+    layout.check(stage, adapter.family)
+    return Plan(plan.stages, replace(stage, frames_apart=layout.frames_apart))
+
+
+@torch.no_grad()
+def chosen_cells(
+    cells: Cells, stage: TowerStage, values: Tensor, pixels: tuple[int, int, int] | None = None
+) -> Tensor:
+    """Numbers of the cells that stay, int64, shape (kept cells,), in no certain order.
+
+    Parameters
+    ----------
+    values : Tensor, shape (patches, d)
+        Pixels or hidden states of the patches, in the order of the tower's input.
+    pixels
+        (frames, height, width) of a patch, if the values are pixels.
+    """
+    from tokencomp.kernels.dispatch import no_autocast
+
+    grids = list(itertools.chain.from_iterable(cells.parts))
+    keeps = list(itertools.chain.from_iterable(map(stage.cells, cells.parts)))
+    lengths = [math.prod(grid) for grid in grids]
+    ends = starts_of(lengths)
+
+    def cells_of(parts: list[int]) -> Tensor:
+        return torch.from_numpy(rows_of_runs(ends, parts)).to(values.device)
+
+    # The reducer does not see parts of which all cells stay, or none.
+    whole = [i for i, length in enumerate(lengths) if keeps[i] == length]
+    some = [i for i, length in enumerate(lengths) if 0 < keeps[i] < length]
+    chosen = [cells_of(whole)] if whole else []
+    if some:
+        rows = cells_of(some)
+        with no_autocast(values):
+            batch = SpanBatch(
+                features=_cell_values(values, cells.members[rows], pixels is not None),
+                lengths=[lengths[i] for i in some],
+                grids=[grids[i] for i in some],
+                modalities=[cells.modality for _ in some],
+                fixed=[0 for _ in some],
+                pixels=pixels,
+            )
+            reduction = reduced(stage.reducer, batch, [keeps[i] for i in some])
+        chosen.append(rows[reduction.keep])
+    return torch.cat(chosen)
+
+
+def patch_values(cells: Cells, hidden: Tensor) -> Tensor:
+    """Hidden states (patches, d) of a block's input, in the order of the tower's input."""
+    if cells.pictures:
+        per_picture = len(cells.pixels) // cells.pictures
+        return hidden[:, hidden.shape[1] - per_picture :].flatten(0, 1)
+    if cells.order is None:
+        return hidden
+    by_cell = hidden.view(len(cells.members), -1, hidden.shape[-1])
+    return by_cell[cells.order.argsort()].flatten(0, 1)
+
+
+def _cell_values(values: Tensor, members: Tensor, apart: bool) -> Tensor:
+    """Values (patches, d) of cells, float32: those of all patches side by side, or their mean."""
+    present = (members >= 0)[..., None]
+    x = values[members.clamp(min=0)].float().masked_fill_(~present, 0)
+    return x.flatten(1) if apart else x.sum(1) / present.sum(1)
+
+
+# -- dropping patches ----------------------------------------------------------------------------
 
 
 class _Local(threading.local):
@@ -252,3 +338,71 @@ class TowerDrop(Hooked):
         missing = x.isnan().any(-1)
         out = original(x.masked_fill(missing[..., None], 0.0), *args)
         return out.masked_fill(layout.missing_tokens(missing, out.shape[1])[..., None], torch.nan)
+
+
+# -- what a plan needs in the tower --------------------------------------------------------------
+
+
+# Bodies that have had a tower stage: their features may come later, with tokens missing.
+_HAD_STAGE: WeakSet[nn.Module] = WeakSet()
+
+
+class TowerHooks:
+    """Installs and removes them, and gives a prompt what was noted in the calls of the tower.
+
+    Parameters
+    ----------
+    off
+        Whether compression is off in the calling thread.
+
+    Attributes
+    ----------
+    had_stage
+        Whether features may come in which a stage has left tokens out.
+    """
+
+    def __init__(self, adapter: Adapter, off: Callable[[], bool]) -> None:
+        self.adapter, self.off = adapter, off
+        self.drop: TowerDrop | None = None
+        self.probe: TowerProbe | None = None
+        self.had_stage = adapter.body in _HAD_STAGE
+
+    def install(self, plan: Plan) -> None:
+        """Hook what `plan` needs."""
+        if plan.tower is not None:  # before the probe, which reads rows that are left
+            _HAD_STAGE.add(self.adapter.body)
+            self.had_stage = True
+            self.drop = TowerDrop(self.adapter, plan.tower, self.off)
+            self.drop.install()
+        signals = check_signals(plan, self.adapter)
+        if signals:
+            full = self.drop.full_length if self.drop else None
+            self.probe = TowerProbe(self.adapter, signals, self.off, full)
+            self.probe.install()
+
+    def remove(self) -> None:
+        """Undo `install`; safe to call twice."""
+        for part in (self.drop, self.probe):
+            if part is not None:
+                part.remove()
+        self.drop = self.probe = None
+
+    def collect(self, call: Call, inputs: Mapping[str, Any]) -> None:
+        """Give a call what was noted for its prompt.
+
+        Raises
+        ------
+        OptionError
+            The call, whose `inputs` these are, chose another layer of the tower than its config.
+        """
+        if self.probe is not None:
+            layer, own = inputs.get("vision_feature_layer"), self.adapter.feature_layer
+            if layer is not None and layer != own:
+                raise OptionError(
+                    f"vision_feature_layer={layer!r} in a call, but the config has {own!r}, whose "
+                    "blocks the reducer reads. Change the config before patch()."
+                )
+            call.tower = self.probe.collect(call.spans)
+        if self.drop is not None:
+            media = {s.modality for row in call.spans for s in row} - {"audio"}
+            call.tower_costs = self.drop.collect(len(media))

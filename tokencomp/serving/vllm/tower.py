@@ -18,8 +18,8 @@ from torch import Tensor
 
 from tokencomp.adapters.towers.base import Cells, EncoderCall
 from tokencomp.adapters.towers.packed import PackedTower
-from tokencomp.engine.tower.choice import chosen_cells
 from tokencomp.engine.tower.rows import PackedRows
+from tokencomp.engine.tower.stage import chosen_cells
 from tokencomp.errors import TokenCompError
 from tokencomp.reducers.uniform import Uniform
 from tokencomp.serving.item_plan import ItemPlan

@@ -1,0 +1,358 @@
+"""KV cache layers of a compressed prompt: they hold fewer rows than the sequence has columns.
+
+A prompt of eight tokens of which three were dropped:
+
+    columns of the prompt    0  1  2  3  4  5  6  7
+    rows that are held       0  1        4     6  7
+    get_seq_length()  8      the column of the next token
+    rows              5      what there is to attend to
+    row_map                  which column each row holds, see `tokencomp.engine.rowmap`
+
+The caller owns the cache, and other objects may hold the layer. A layer therefore stays the same
+object, and only its class changes: `compress_layer` makes a `DynamicLayer` a
+`CompressedDynamicLayer`, which inherits from it and overrides the two lengths, and `reset` makes
+it a `DynamicLayer` again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import (
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+)
+
+from tokencomp.engine.rowmap import RowMap
+from tokencomp.errors import UnsupportedCacheError
+from tokencomp.torchlib import compat
+from tokencomp.torchlib.cache_classes import INDEXED, QUANTIZED, STATES
+
+REFERENCE = "reference_sliding_attention"
+# Cache layers that hold keys and values, one row per token. Layers of linear attention and of short
+# convolutions hold a state instead, which has no token axis. Layers without a cache of their own
+# (experts alone, or keys shared with another layer) hold nothing.
+HOLDS_ROWS = CacheLayerMixin
+
+
+def keeps_window(layer: Any) -> bool:
+    """Whether a cache layer keeps no more rows than a sliding window needs."""
+    return isinstance(layer, DynamicSlidingWindowLayer)
+
+
+def is_reference(kind: type) -> bool:
+    """Whether cache layers of a class keep all rows of the prompt, and a window of later ones."""
+    own = getattr(kind, "_layer_type", None)
+    return own == REFERENCE and not issubclass(kind, StaticLayer)
+
+
+def filled(layers: Iterable[Any]) -> list[Any]:
+    """Cache layers that already hold rows. A decoder may leave some layers of its cache unused."""
+    return [x for x in layers if isinstance(x, HOLDS_ROWS) and x.is_initialized]
+
+
+def first_layer(cache: Any, start: int = 0) -> Any:
+    """The first layer from `start` on that holds rows, or None.
+
+    Parameters
+    ----------
+    cache
+        A KV cache, its layers, or None.
+    """
+    layers = cache if isinstance(cache, (list, tuple)) else getattr(cache, "layers", None)
+    for layer in (layers or ())[start:]:  # no frame per layer, as every token passes here
+        if isinstance(layer, HOLDS_ROWS):
+            return layer
+    return None
+
+
+def physical_length(layer: Any) -> int:
+    """Rows written to a cache layer, and held unless it has a sliding window."""
+    if isinstance(layer, StaticLayer):
+        if not layer.is_initialized:
+            return 0
+        counted = getattr(layer, "cumulative_length", None)
+        return int(StaticLayer.get_seq_length(layer) if counted is None else counted)
+    if getattr(layer, "_layer_type", None) == REFERENCE:
+        return int(layer.prefill_cumulative_length + layer.cumulative_length)
+    if isinstance(layer, (QUANTIZED, DynamicSlidingWindowLayer)):
+        return layer.cumulative_length
+    keys = getattr(layer, "keys", None)
+    return keys.shape[-2] if keys is not None and keys.numel() else 0
+
+
+def stored(layer: Any, name: Literal["keys", "values"]) -> Tensor:
+    """What a layer holds of its rows, (B, kv heads, rows or more, d); the first are used."""
+    rows: Tensor = getattr(layer, name)
+    if not isinstance(layer, QUANTIZED):
+        return rows
+    first: Tensor = layer._dequantize(getattr(layer, f"_quantized_{name}"))
+    if getattr(layer, "_pending_beam_idx", None) is not None:
+        first = first.index_select(0, layer._pending_beam_idx.to(first.device))
+    return torch.cat([first, rows], dim=-2) if rows.numel() else first
+
+
+def flash_on_static(config: Any, layer: Any) -> bool:
+    """Whether FlashAttention gets all rows that a cache layer can hold, unwritten ones too.
+
+    It has no other mask, but leaves out what lies behind the last column of a 2-D one.
+    """
+    return isinstance(layer, StaticLayer) and "flash" in compat.attention_implementation(config)
+
+
+# -- compressed layers --------------------------------------------------------------------------
+
+
+class CacheOwner:
+    """Says whether the patch that compressed a cache is installed; copies of the cache share it.
+
+    Attributes
+    ----------
+    compact
+        Whether positions count the kept tokens only.
+    active
+        Whether the hooks of the patch are installed.
+    types
+        `LayerTypes` of the decoder, as of the last prompt; None before the first.
+    """
+
+    def __init__(self, compact: bool) -> None:
+        self.compact, self.active = compact, False
+        self.types: Any = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CacheOwner:
+        return self
+
+    def __reduce__(self) -> Any:  # a cache that is loaded from a file has no patch
+        return CacheOwner, (self.compact,)
+
+
+PATCH_GONE = (
+    "this cache holds a prompt that a patch has compressed, and that patch is gone: removed, "
+    "replaced, suspended, or of another process. Keep the patch while you use its caches "
+    "(handle.set changes it in place), or start the conversation again."
+)
+
+
+# Python lets an object change its class only to one of the same memory layout. A base class other
+# than CacheLayerMixin would have another layout.
+class CompressedLayer(CacheLayerMixin):
+    """What every compressed layer adds to the transformers class from which it is built.
+
+    Transformers reads two numbers from a cache layer: how far the sequence has come (positions,
+    how many prompt tokens are new, where to crop) and how many rows there are to attend to. For a
+    compressed layer these differ by `row_map.dropped`. An existing layer becomes one by
+    `compress_layer`; `reset` turns it back into what it was.
+
+    Attributes
+    ----------
+    plain : type
+        The transformers class of the layer before compression.
+    row_map : RowMap
+        Columns, padding and starts of its rows, as of the last call that changed them. Rows that
+        were written since are real and follow without a gap; `current_map` counts them.
+    starts_segment : bool
+        True where this layer holds other rows than the layer before it.
+    owner : CacheOwner or None
+        The patch that has compressed the cache; None: rows were evicted, without a patch.
+    """
+
+    plain: ClassVar[type]
+    row_map: RowMap
+    starts_segment: bool
+    owner: CacheOwner | None
+    keys: Any  # for transformers they may be None; what is called here has rows
+    values: Any
+
+    @property
+    def rows(self) -> int:
+        """Rows held (read from the device for a static layer)."""
+        return physical_length(self)
+
+    @property
+    def current_map(self) -> RowMap:
+        """`row_map` with the rows that were written since."""
+        return replace(self.row_map, rows=self.rows)
+
+    def get_seq_length(self, *args: Any) -> Any:
+        """Length of the uncompressed sequence."""
+        rows = physical_length(self)
+        return rows + self.row_map.dropped if rows else 0
+
+    def get_mask_sizes(self, query: int) -> tuple[int, int]:
+        """Rows after a write of `query` rows, and how many columns were dropped."""
+        self.check_patch()
+        return physical_length(self) + query, self.row_map.dropped
+
+    def note_padding(self, real: Tensor | None) -> None:
+        """Take the mask of all rows, after a call that wrote padding rows."""
+        self.row_map.real = real
+
+    def check_patch(self) -> None:
+        """Refuse a decoder call without the patch that has compressed the cache.
+
+        transformers asks before it runs a layer, and once per call, so that a decode step runs no
+        Python of ours per layer.
+        """
+        if self.owner is not None and not self.owner.active:
+            raise UnsupportedCacheError(PATCH_GONE)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Follow the beams."""
+        super().reorder_cache(beam_idx)
+        self.row_map = self.row_map.select(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sample."""
+        super().batch_repeat_interleave(repeats)  # type: ignore[misc]  # the other base has it
+        self.row_map = self.row_map.select(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some samples."""
+        super().batch_select_indices(indices)  # type: ignore[misc]  # the other base has it
+        self.row_map = self.row_map.select(lambda t: t[indices])
+
+    def reset(self) -> None:
+        """Forget every row and become a plain layer again."""
+        super().reset()
+        self._forget()
+
+    def _forget(self) -> None:
+        del self.row_map, self.starts_segment, self.owner
+        self.__class__ = self.plain
+
+
+class CompressedDynamicLayer(CompressedLayer, DynamicLayer):
+    """A `DynamicLayer` from which rows have been left out."""
+
+    plain: ClassVar[type] = DynamicLayer
+
+    def crop(self, length: int) -> None:
+        """Remove `-length` rows, or (transformers < 5.14) cut to `length` logical tokens.
+
+        A layer that also holds states goes back as many.
+
+        Raises
+        ------
+        UnsupportedCacheError
+            Tokens have left among those to be removed, or are merged, so that rows are not tokens.
+        """
+        rows = self.rows + length if length <= 0 else length - self.row_map.dropped
+        rows = min(max(rows, 0), self.rows)
+        if self._cuts_media(rows):
+            raise UnsupportedCacheError(
+                f"crop({length}) reaches into media of which tokens have left. Crop only what "
+                "follows the last image or video, or start the conversation again."
+            )
+        if isinstance(self, STATES):
+            STATES.crop(self, length)
+        self._cut(rows)
+        self.row_map = self.row_map.cut(rows)
+
+    def _cuts_media(self, rows: int) -> bool:
+        """Whether tokens after the first `rows` rows were dropped or merged."""
+        columns = self.row_map.columns
+        if columns is None or rows >= columns.shape[1]:
+            return False
+        first, real = max(rows - 1, 0), self.current_map.mask()
+        steps = columns[:, first:].diff(dim=1)
+        wrong = steps != 1
+        if rows > 0:  # a merged token has one column for several rows, of which some may be left
+            wrong[:, :1] = steps[:, :1] == 0
+        if real is not None:
+            wrong &= real[:, first : first + wrong.shape[1]].to(wrong.device)
+        return bool(wrong.any())
+
+    def _cut(self, rows: int) -> None:
+        """Keep the first `rows` rows."""
+        self.keys, self.values = self.keys[..., :rows, :], self.values[..., :rows, :]
+
+    def reset(self) -> None:
+        """Drop the rows (old releases would only set them to 0) and become a plain layer."""
+        super().reset()
+        self.keys = self.values = None
+        self.is_initialized = False
+
+
+WHOLE = frozenset({DynamicLayer, CompressedDynamicLayer})
+"""Cache layers that hold every row, and nothing beside rows: any row can leave."""
+
+
+class CompressedSlidingLayer(CompressedDynamicLayer, DynamicSlidingWindowLayer):
+    """A `DynamicSlidingWindowLayer` whose prompt was compressed.
+
+    It keeps the last `sliding_window - 1` rows, as before; `rows` and `row_map` count all rows that
+    were written (`cumulative_length`). Invariant, per sample:
+
+        every column within a window of the next token is in a row that the layer still holds.
+
+    Dropping makes it hold: rows that are a window apart are at least a window of columns apart.
+    Rows of merged tokens are repeated, and a repeated row has the column of the row before it. So
+    `sliding_window` is raised by the largest number of repetitions of any sample (`widened`). The
+    mask hides the rows that the layer holds beyond the window.
+
+    Attributes
+    ----------
+    widened : int
+        By how much `sliding_window` was raised; absent: by nothing.
+    """
+
+    plain = DynamicSlidingWindowLayer
+
+    @property
+    def held(self) -> int:
+        """Rows of earlier calls that attention gets: the last of those that were written."""
+        return min(self.rows, int(self.sliding_window) - 1)
+
+    def get_seq_length(self, *args: Any) -> Any:
+        """Length of the uncompressed sequence."""
+        return self.cumulative_length + self.row_map.dropped if self.cumulative_length else 0
+
+    def get_mask_sizes(self, query: int) -> tuple[int, int]:
+        """Rows that a write of `query` returns, and the number of the first, counted by column."""
+        self.check_patch()
+        return self.held + query, self.rows - self.held + self.row_map.dropped
+
+    def _forget(self) -> None:
+        self.sliding_window -= vars(self).pop("widened", 0)
+        super()._forget()
+
+    def _cut(self, rows: int) -> None:
+        removed, limit = self.rows - rows, self.sliding_window - 1
+        held = self.keys.shape[-2]
+        if held - removed < min(rows, limit):
+            raise RuntimeError(
+                f"{removed} rows cannot be removed from a sliding window of {self.sliding_window} "
+                "that no longer holds the rows before them. Assisted decoding lets the cache "
+                "record them (activate_past_recording)."
+            )
+        kept = slice(max(held - removed - limit, 0), held - removed)
+        self.keys, self.values = self.keys[..., kept, :], self.values[..., kept, :]
+        self.cumulative_length = rows
+
+
+def widen_window(layer: Any, repetitions: int) -> None:
+    """Let a layer with a window hold as many more rows, see `CompressedSlidingLayer`."""
+    layer.sliding_window += repetitions
+    layer.widened = getattr(layer, "widened", 0) + repetitions
+
+
+class CompressedIndexedLayer(CompressedDynamicLayer, INDEXED):  # type: ignore[misc]  # older releases lack it
+    """A layer of sparse attention: the keys of its indexer have the same rows."""
+
+    plain = INDEXED
+    indexer_keys: Tensor | None
+    indexer_position_ids: Tensor | None
+
+    def _cut(self, rows: int) -> None:
+        super()._cut(rows)
+        if self.indexer_keys is not None:
+            self.indexer_keys = self.indexer_keys[:, :rows]
+        if self.indexer_position_ids is not None:
+            self.indexer_position_ids = self.indexer_position_ids[..., :rows]

@@ -1,0 +1,406 @@
+"""One call of the decoder: what was noted before it, its prompt, and the segments of its layers.
+
+A stage splits the decoder: the layers of a *segment* see the same rows, and those of the next
+segment see fewer. Every segment has two maps, of the rows of earlier calls (`past`) and of this one
+(`new`):
+
+    stages before layers 0 and 3       segment 0: layers 0 … 2     segment 1: layers 3 … 7
+    rows of earlier calls (cache)      past: 40 rows of 60         past: 25 rows of 60
+    rows of this call                  new: 50 rows of 100         new: 20 rows of 100
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokencomp.adapters.base import Adapter
+from tokencomp.engine.cache import CompressedLayer, first_layer, physical_length
+from tokencomp.engine.layer_types import LayerTypes
+from tokencomp.engine.rowmap import RowMap, joined_columns, joined_mask
+from tokencomp.errors import copy_error
+from tokencomp.plan.budgets import Place, packed_places
+from tokencomp.plan.plan import Plan
+from tokencomp.plan.stages import Stage
+from tokencomp.tokens.signals import Signal
+from tokencomp.tokens.spans import VisualSpan
+from tokencomp.torchlib.hooks import Hooked
+
+
+@dataclass
+class Segment:
+    """Layers `first … stop - 1`, which see the same rows, of this call and of earlier ones.
+
+    Attributes
+    ----------
+    past
+        The rows that their cache layers hold at the start of the call.
+    new
+        The rows of this call. Of a segment after a stage: known once the stage has run.
+    stage
+        The stage before layer `first`, or None.
+    index : Tensor of int64, shape (B, rows), or None
+        Row of segment 0 that each new row was; None: the same. The arguments of the decoder follow
+        the rows of segment 0.
+    masks, tables
+        By layer type: what its layers take as `attention_mask`, and their rotary tables. Empty in
+        segment 0, for which the decoder prepares them.
+    text_positions, lengths
+        What they take as `position_ids`, and as lengths of packed prompts (`cu_seq_lens_*`).
+    ready
+        Whether layer `first` has been entered.
+    """
+
+    first: int
+    stop: int
+    past: RowMap
+    new: RowMap
+    stage: Stage | None = None
+    index: Tensor | None = None
+    masks: dict[str, Any] = field(default_factory=dict)
+    tables: dict[str, Any] = field(default_factory=dict)
+    text_positions: Tensor | None = None
+    lengths: dict[str, Any] = field(default_factory=dict)
+    ready: bool = False
+
+    def columns(self, batch: int, device: torch.device) -> Tensor | None:
+        """Column of every row, cached or new, (B, rows); None: row i is column i."""
+        return joined_columns(self.past, self.new, batch, device)
+
+    def mask(self, device: torch.device | None = None) -> Tensor | None:
+        """False at padding rows, cached or new, (B, rows); None: all are real."""
+        return joined_mask(self.past, self.new.mask(device), self.new.rows, device)
+
+    @property
+    def gaps(self) -> bool:
+        """Whether a sample may have lost a token, in this call or an earlier one."""
+        return self.new.columns is not None or self.past.columns is not None
+
+    def gap_within(self, rows: int) -> bool:
+        """Whether a column may be missing among the last `rows` rows of any query."""
+        return self.new.columns is not None or self.past.gap_within(rows)
+
+    def weights(self) -> Tensor | None:
+        """Tokens that the first rows, cached and new, stand for, (B, m); None: one each.
+
+        Cached rows are repeated as often as they weigh, so that each of them weighs 1.
+        """
+        new = self.new.weights
+        if new is None or not self.past.rows:
+            return new
+        return torch.cat([new.new_ones(new.shape[0], self.past.rows), new], dim=1)
+
+    def contiguous_positions(self, mask: Tensor | None, x: Tensor) -> Tensor:
+        """Positions (B, n) of the new rows that count real rows alone; x is (B, n, d)."""
+        if mask is None:
+            mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
+        counts, before = mask.long().cumsum(1) - 1, self.past.mask(x.device)
+        counts += self.past.rows if before is None else before.sum(1, keepdim=True)
+        return counts.clamp(min=0)
+
+
+def build_segments(
+    plan: Plan, total: int, layers: Sequence[Any], mask: Tensor | None, new: RowMap
+) -> list[Segment]:
+    """Split a decoder of `total` layers at the stages of the plan and of earlier calls.
+
+    Parameters
+    ----------
+    layers
+        Of the KV cache.
+    mask : Tensor, shape (B, past + L), or None
+        Padding of the call. Compressed cache layers know their padding themselves.
+    new
+        The rows of the call, before any stage.
+    """
+    stages = {s.layer: s for s in plan.stages}
+    earlier = {i for i, layer in enumerate(layers) if getattr(layer, "starts_segment", False)}
+    starts = sorted({0, *stages, *earlier})
+    segments = []
+    for first, stop in zip(starts, [*starts[1:], total], strict=True):
+        # Where only linear layers see some rows, the next layer with rows tells how many.
+        layer = first_layer(layers, first)
+        if isinstance(layer, CompressedLayer):
+            past = layer.current_map
+        else:
+            past = RowMap(0 if layer is None else physical_length(layer))
+            if mask is not None and past.rows:
+                real = mask[:, : past.rows].bool()
+                past.real = None if bool(real.all()) else real
+        segments.append(Segment(first, stop, past, new, stages.get(first)))
+    return segments
+
+
+@dataclass
+class Noted:
+    """What the hooks around the decoder note of a call, before the decoder runs.
+
+    Attributes
+    ----------
+    columns
+        From `generate`: columns of its prompt; None outside of it.
+    encodes
+        From `generate`: whether it encodes the media of the prompt.
+    types : Tensor of int, shape (B, L), or None
+        From `generate`: modality of every feature in `inputs_embeds`, where the model takes none.
+    chunk
+        From `generate`: columns per chunk of a chunked prefill; None: one pass.
+    labels
+        From the model: labels of a training call, or None.
+    logits
+        From the model: last columns whose logits the call returns; 0: all.
+    drafts
+        From the model: speculative tokens at the end of the call.
+    grad
+        Whether autograd was on when the model, the body or the decoder was entered last.
+    in_body
+        From the body: whether it is running.
+    inputs
+        From the body: its arguments by name.
+    modalities : Tensor of int8 on the CPU, shape (B, L), or None
+        From the body: modality of the feature in every column, see `Adapter.modalities`.
+    mask
+        From the body: its `attention_mask`.
+    """
+
+    columns: int | None = None
+    encodes: bool = False
+    types: Tensor | None = None
+    chunk: int | None = None
+    labels: Tensor | None = None
+    logits: int = 0
+    drafts: int = 0
+    grad: bool = False
+    in_body: bool = False
+    inputs: dict[str, Any] | None = None
+    modalities: Tensor | None = None
+    mask: Any = None
+
+
+@dataclass(eq=False)
+class Call:
+    """One decoder call on compressed rows: a prompt with media, or later tokens on its cache.
+
+    Attributes
+    ----------
+    plan, spans
+        Of a prompt: the plan, and the spans of every sample. Empty for later tokens.
+    width
+        Columns of the call in the caller's batch.
+    segments
+        Of the decoder layers; at least one.
+    map
+        The rows after the latest stage.
+    cache
+        The KV cache of the call, or None.
+    by_column
+        Whether windows are measured in columns, not in rows (`positions="compact"`).
+    prepared
+        The mask that the body prepared for the uncompressed call, see `Masks`.
+    layer_types
+        Types of the decoder layers, and their attention windows.
+    counts
+        Per sample, per span: visual tokens that are kept after each stage.
+    places
+        Per sample, per span: sizes that a budget divides; None without one.
+    merges
+        Whether a stage merges tokens of a span of this call.
+    tail
+        Last columns of the call that no stage moves.
+    scores
+        Attention scores for stages that have not run yet; None where no reducer reads any.
+    tower, tower_costs
+        Signals of the vision tower by span, and the work of its calls, see `TowerHooks.collect`.
+    rotary
+        True positions (B, n), for decoders with one position per token.
+    kept
+        The map after each stage.
+    survivors
+        The map after a stage in the vision tower.
+    weighed
+        Decoder layers whose attention has asked for weights.
+    bias_dims
+        What attention has got, by the case, see `RowWeights`.
+    repeated
+        By the first layer of a segment: the rows that it caches of every sample, where rows of
+        merged tokens were repeated.
+    chunk, earlier
+        Columns per chunk of a chunked prefill, and hidden states of the chunks that have run.
+    stage_seconds
+        Host time of the stages.
+    """
+
+    adapter: Adapter
+    plan: Plan
+    spans: list[list[VisualSpan]]
+    width: int
+    segments: list[Segment]
+    map: RowMap
+    cache: Any = None
+    by_column: bool = True
+    prepared: Any = None
+    layer_types: LayerTypes = field(init=False)
+    counts: list[list[list[int]]] = field(default_factory=list)
+    places: list[list[Place | None]] = field(default_factory=list)
+    merges: bool = False
+    tail: int = 0
+    scores: Any = None
+    tower: dict[Signal, list[list[Tensor]]] = field(default_factory=dict)
+    tower_costs: list[Any] = field(default_factory=list)
+    rotary: Tensor | None = None
+    kept: list[RowMap] = field(default_factory=list)
+    survivors: RowMap | None = None
+    weighed: set[int] = field(default_factory=set)
+    bias_dims: dict[Any, Any] = field(default_factory=dict)
+    repeated: dict[int, list[int]] = field(default_factory=dict)
+    chunk: int | None = None
+    earlier: list[Tensor] = field(default_factory=list)
+    stage_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.layer_types = LayerTypes.of(self.adapter.decoder, served=True)
+        self.first_map = self.map
+        if self.spans:
+            self._count()
+
+    def _count(self) -> None:
+        """The pass `plan`: from the fractions of the stages to counts for every span."""
+        plan, layers = self.plan, len(self.adapter.layers)
+        self.places = [[None] * len(sample) for sample in self.spans]
+        if plan.has_budget:
+            pairs = zip(self.spans, self.prompts, strict=False)
+            self.places = [list(packed_places(row, prompts)) for row, prompts in pairs]
+        self.counts = [
+            [plan.counts(span, layers, place) for span, place in zip(row, own, strict=True)]
+            for row, own in zip(self.spans, self.places, strict=True)
+        ]
+        self.merges = plan.may_merge and any(
+            plan.merging(*item)
+            for rows in zip(self.spans, self.counts, self.places, strict=True)
+            for item in zip(*rows, strict=True)
+        )
+        if self.map.columns is None:  # else the last columns of the caller may be padding
+            self.tail = min((self.width - row[-1].stop for row in self.spans if row), default=0)
+
+    @property
+    def compresses(self) -> bool:
+        """True for a prompt with visual tokens, False for later tokens."""
+        return bool(self.spans)
+
+    @property
+    def prompts(self) -> list[list[tuple[int, list[int]]]]:
+        """Per sample, per prompt packed into it: its tokens, and numbers of its spans."""
+        rows = self.first_map
+        return [
+            [(p.stop - p.start, [j for j, s in enumerate(kept) if p.holds(s)]) for p in prompts]
+            for prompts, kept in zip(rows.prompts, rows.spans, strict=False)
+        ]
+
+    def segment_of(self, layer: int) -> Segment:
+        """The segment that decoder layer `layer` belongs to."""
+        return next(s for s in self.segments if s.first <= layer < s.stop)
+
+    def weights(self, segment: Segment) -> Tensor | None:
+        """Tokens that the first rows of a segment weigh as much as, (B, m); None: one each.
+
+        Rows of reducers that merge by themselves weigh as much as others.
+        """
+        return segment.weights() if self.merges else None
+
+    def length_after(self) -> int:
+        """Tokens of the sequence after this call as positions count them: columns, or rows.
+
+        Of a static cache it is at least its whole length, because no decode step reads its length
+        on the host.
+        """
+        past = self.segments[0].past
+        length = past.length + self.width if self.by_column else past.rows + self.map.rows
+        return max(length, getattr(first_layer(self.cache), "max_cache_len", 0))
+
+    def first_columns(self) -> Tensor | None:
+        """First real column of every sample in the whole sequence, int64 (B,).
+
+        None: not known, or no window is counted from there.
+        """
+        if not self.layer_types.count_from_start:
+            return None
+        past = self.segments[0].past
+        if past.starts is not None or not self.compresses:
+            return past.starts
+        if past.rows:
+            real = past.mask()
+            return None if real is None else (real.cumsum(1) == 0).sum(1)
+        return self.map.first_column()
+
+    @contextlib.contextmanager
+    def timed(self) -> Iterator[None]:
+        """Count the time that the block takes as that of the stages."""
+        started = time.perf_counter()
+        yield
+        self.stage_seconds += time.perf_counter() - started
+
+
+class ThreadState:
+    """What a thread that uses a patched model is doing.
+
+    Attributes
+    ----------
+    noted
+        Of the running call of the model.
+    call
+        The running decoder call, where its rows, masks or positions are not the caller's.
+    recomputed
+        The call whose checkpointed layer runs once more in a backward pass.
+    weighs
+        Whether attention is widened for a prompt of this thread.
+    disabled
+        How often this thread is inside of `Handle.disabled()`.
+    drops
+        From a session with a budget: whether nothing is merged.
+    entered
+        Modules whose hooks have begun a call that their `forward` has not.
+    """
+
+    def __init__(self) -> None:
+        self.noted = Noted()
+        self.call: Call | None = None
+        self.recomputed: Call | None = None
+        self.weighs, self.disabled, self.drops = False, 0, False
+        self.entered: set[int] = set()
+
+
+class RunningCalls(threading.local):
+    """The state of every thread that uses a patched model; each thread has another `state`.
+
+    No attribute of the class is called `state`, so that Dynamo reads and guards that of the thread.
+    """
+
+    def __init__(self) -> None:
+        self.state = ThreadState()
+
+
+class CallHooks(Hooked):
+    """Hooks that read what is known of the running call.
+
+    Parameters
+    ----------
+    calls
+        The state of every thread.
+    """
+
+    def __init__(self, adapter: Adapter, calls: RunningCalls) -> None:
+        self.adapter, self.calls = adapter, calls
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise copy_error(type(self.adapter.model).__name__)
+
+    def _has_call(self, module: nn.Module, args: Any, kwargs: Any) -> bool:
+        """Whether the decoder runs a call whose rows, masks or positions are not the caller's."""
+        return self.calls.state.call is not None

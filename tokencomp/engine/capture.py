@@ -1,0 +1,395 @@
+"""Queries and keys of any attention module, as its own code hands them to the attention backend.
+
+A shallow copy of the module, whose config names a backend of ours, runs up to the call of that
+backend. Projections, norms, rotary embeddings, scales, gates and latent projections are therefore
+the module's own, whatever its family, and neither the module nor its config changes.
+
+    module ─ shallow copy ─ q_proj, k_proj ─ norms ─ RoPE ─ backend(query, key, …)
+                                                                │ `_capture` raises `Captured`
+    caller ◄────────────────────────────────────────────────────┘ with query, key and scaling
+
+The exception ends the copy's call before attention is computed, because nobody reads its output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokencomp.adapters.structure import parameters_of
+from tokencomp.engine.cache import CompressedLayer, stored
+from tokencomp.engine.gather import each, take
+from tokencomp.engine.rowmap import KeptSpan, RowMap
+from tokencomp.errors import UnsupportedModelError
+from tokencomp.torchlib import compat
+from tokencomp.torchlib.parallel import tensor_parallel_group, unwrapped
+from tokencomp.torchlib.views import AttributeView, shallow_copy
+
+NAME = "tokencomp_capture"
+FIX = "Use a reducer without attention, such as 'divprune'."
+CHOICE = "prev_topk_indices"  # what the indexer of an earlier layer has chosen (GLM, Mistral)
+SHARED = "shared_kv_states"  # keys and values of one layer that others read (Gemma 4)
+# What changes the logits beyond scale and RoPE, as transformers passes it to a backend.
+OTHER_LOGITS = ("softcap", "s_aux", "sinks", "position_bias")
+
+
+@dataclass
+class Captured(Exception):
+    """Queries (S, heads, n, d), keys (S, kv heads, N, d), and the factor of their product."""
+
+    query: Tensor
+    key: Tensor
+    scaling: float
+
+
+def _capture(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> Any:
+    """End the call with what a backend gets, in place of attention."""
+    other = [name for name in OTHER_LOGITS if kwargs.get(name) is not None]
+    if other:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} changes attention logits by {', '.join(other)}, which "
+            f"scores do not know. {FIX}"
+        )
+    raise Captured(query, key, query.shape[-1] ** -0.5 if scaling is None else float(scaling))
+
+
+def _zeros(width: int, x: Tensor) -> Tensor:
+    """In place of a projection whose result is not needed; only its width is."""
+    return x.new_zeros(*x.shape[:-1], width)
+
+
+def _some_rows(projection: Callable[[Tensor], Tensor], rows: Tensor, x: Tensor) -> Tensor:
+    """A projection of `rows` (S, R) of its input alone; the other rows of the output are zeros."""
+    out = projection(take([x], rows, [1])[0])
+    index = rows[..., None].expand_as(out)
+    return out.new_zeros(*x.shape[:2], out.shape[-1]).scatter_(1, index, out)
+
+
+def _whole_batch(projection: nn.Module, batch: int, samples: slice | Tensor, x: Tensor) -> Tensor:
+    """A projection of `samples` of a batch, called with zeros in place of the other samples."""
+    whole = x.new_zeros(batch, *x.shape[1:])
+    whole[samples] = x
+    out: Tensor = projection(whole)[samples]
+    return out
+
+
+def _takes_more(module: nn.Module) -> bool:
+    """Whether hooks hand further arguments to a module, as PEFT hands every sample's adapter."""
+    return any(m._forward_pre_hooks_with_kwargs for m in module.modules())
+
+
+def _constant(result: Any, *args: Any, **kwargs: Any) -> Any:
+    """In place of an indexer: it chooses nothing."""
+    return result
+
+
+class Past:
+    """A cache that holds the rows of one sample in one layer, and forgets what is written to it."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        self.keys, self.values = keys, values
+
+    def get_seq_length(self, *args: Any) -> int:
+        """Rows held."""
+        return self.keys.shape[-2]
+
+    def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The rows held, followed by new ones."""
+        return torch.cat([self.keys, key], dim=-2), torch.cat([self.values, value], dim=-2)
+
+
+def attention_of(layer: nn.Module) -> Any:
+    """The attention module of a decoder layer.
+
+    Raises
+    ------
+    UnsupportedModelError
+        The layer has none, as layers with a recurrence do, or one whose logits have a bias.
+    """
+    for name, child in unwrapped(layer).named_children():
+        named = any(part in name for part in ("attn", "attention", "mixer"))
+        if named and hasattr(unwrapped(child), "scaling"):
+            if hasattr(unwrapped(child), "rel_extent"):
+                raise UnsupportedModelError(
+                    f"{type(unwrapped(child)).__name__} adds a bias by distance to its attention "
+                    f"logits, which scores do not know. {FIX}"
+                )
+            return unwrapped(child)
+    raise UnsupportedModelError(
+        f"{type(layer).__name__} has no attention module that scores could be read from. {FIX}"
+    )
+
+
+def capture_qk(
+    root: Any,
+    attn: Any,
+    hidden: Tensor,
+    arguments: Mapping[str, Any],
+    skipped: Iterable[str] = (),
+    rows: Tensor | None = None,
+    samples: tuple[int, slice | Tensor] | None = None,
+) -> Captured:
+    """Queries and keys that `root`, called with `hidden` (S, n, d), computes in `attn`.
+
+    Parameters
+    ----------
+    root
+        `attn` itself, or the decoder layer around it.
+    arguments
+        Further arguments of the call, for these n columns.
+    skipped
+        Names of projections in `attn` whose results are not needed.
+    rows : Tensor of int64, shape (S, R), or None
+        Rows whose queries are needed; those of the others may be zeros. None: all.
+    samples
+        Samples in the model's batch, and those of them that `hidden` holds; None: all of them.
+
+    Raises
+    ------
+    UnsupportedModelError
+        The module does not call a backend that its config names, or changes logits in other ways.
+    """
+    compat.register_attention(NAME, _capture)
+    clone = shallow_copy(attn)
+    clone.config = AttributeView(attn.config, _attn_implementation=NAME)
+    stand_ins: dict[str, partial[Any]] = {}
+    if samples is not None:
+        for name, child in attn.named_children():
+            if _takes_more(child):
+                stand_ins[name] = partial(_whole_batch, child, *samples)
+    if tensor_parallel_group(attn) is None:  # else a rank's width is not the module's
+        for name in skipped:
+            width = getattr(getattr(attn, name, None), "out_features", None)
+            if isinstance(width, int):
+                stand_ins[name] = partial(_zeros, width)
+    if rows is not None and isinstance(getattr(attn, "q_proj", None), nn.Module):
+        stand_ins["q_proj"] = partial(_some_rows, stand_ins.get("q_proj", attn.q_proj), rows)
+    run = clone
+    if root is not attn:
+        run = shallow_copy(unwrapped(root))
+        name = next(name for name, child in run.named_children() if unwrapped(child) is attn)
+        run._modules[name] = clone
+    call = {"attention_mask": None, **arguments}
+    if getattr(attn, "indexer", None) is not None:  # its mask is read in front of the call
+        stand_ins["indexer"] = partial(_constant, None)  # it changes neither queries nor keys
+        call["attention_mask"] = hidden.new_ones(1, 1, 1, 1, dtype=torch.bool)
+    if CHOICE in parameters_of(run) and call.get(CHOICE) is None:
+        call[CHOICE] = hidden.new_zeros(1, 1, 1, dtype=torch.int32)
+    if SHARED in parameters_of(run):  # a layer may write to it, and then later ones would read that
+        call[SHARED] = dict(arguments.get(SHARED) or {})
+    # Functions stand as attributes: torch's counter of FLOPs expects modules alone in `_modules`.
+    for name, function in stand_ins.items():
+        clone._modules.pop(name, None)
+        clone.__dict__[name] = function
+    try:
+        type(run).forward(run, **compat.accepted(run, {"hidden_states": hidden, **call}))
+    except Captured as captured:
+        return captured.with_traceback(None)  # its frames hold all tensors of the call
+    raise UnsupportedModelError(
+        f"{type(attn).__name__} does not call the attention backend that its config names, so its "
+        f"queries and keys are unknown. {FIX}"
+    )
+
+
+# -- the tokens of questions at a layer -----------------------------------------------------------
+
+# Arguments of a layer that a probe leaves out: it knows what is padding.
+LEFT_OUT = ("hidden_states", "attention_mask", "cache_position", *compat.CACHE_NAMES)
+
+
+@dataclass
+class Question:
+    """The rows `first … stop - 1` of a prompt up to the end of its question, and its spans."""
+
+    sample: int
+    first: int
+    stop: int
+    spans: list[KeptSpan]
+
+    @property
+    def text(self) -> list[int]:
+        """Rows of text after the start of the first span."""
+        visual = {c for s in self.spans for c in range(s.start, s.stop)}
+        return [c for c in range(self.spans[0].start, self.stop) if c not in visual]
+
+
+def questions_of(rows: RowMap) -> list[Question]:
+    """The questions of all prompts with spans, in order."""
+    return [
+        Question(b, prompt.start, prompt.question_stop, spans)
+        for b, prompts in enumerate(rows.prompts)
+        for prompt in prompts
+        if (spans := rows.spans_of(b, prompt))
+    ]
+
+
+class Probe:
+    """The tokens of some questions at a layer, at most one question of every sample.
+
+    Parameters
+    ----------
+    hidden : Tensor, shape (B, n, d)
+        Input of the layer.
+
+    Attributes
+    ----------
+    first, width
+        The first row that one of the questions has, and the number of rows up to the last one.
+    """
+
+    def __init__(
+        self,
+        root: Any,
+        attn: Any,
+        hidden: Tensor,
+        arguments: Mapping[str, Any],
+        questions: list[Question],
+    ) -> None:
+        self.root, self.attn, self.questions = root, attn, questions
+        self.first = min(q.first for q in questions)
+        self.width = max(q.stop for q in questions) - self.first
+        samples = [q.sample for q in questions]
+        # One sample is a view, and all samples need no choice.
+        self.samples: slice | Tensor | None = slice(samples[0], samples[0] + 1)
+        if samples == list(range(len(hidden))):
+            self.samples = None
+        elif len(samples) > 1:
+            self.samples = torch.tensor(samples, device=hidden.device)
+        self._part = None if self.samples is None else (len(hidden), self.samples)
+        self._hidden: Tensor = _of_samples(hidden, self, hidden.shape[1], False)
+        self._arguments = {
+            name: _of_samples(value, self, hidden.shape[1], "embeddings" in name)
+            for name, value in arguments.items()
+            if name not in LEFT_OUT
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return self._hidden.device
+
+    def of_samples(self, values: Tensor) -> Tensor:
+        """The rows of values (B, …) that belong to the samples of these questions."""
+        if self.samples is None or isinstance(self.samples, slice):
+            return values if self.samples is None else values[self.samples]
+        return values[self.samples.to(values.device)]
+
+    def columns(self, keys: Tensor) -> Tensor:
+        """The part (S, kv heads, width, D) of keys (B, kv heads, n, D) that belongs to these."""
+        keys = keys if self.samples is None else keys[self.samples]
+        if keys.shape[2] == self.width:
+            return keys
+        return keys.narrow(2, self.first, self.width)
+
+    def queries(self, rows: Tensor | None) -> Captured:
+        """Queries (S, heads, R, d) of some rows (S, R), or of all; the factor of their product."""
+        return self._capture(rows, ("k_proj", "v_proj"))
+
+    def queries_and_keys(self, rows: Tensor | None, cached: Any, past: int) -> Captured:
+        """`queries`, and keys of all tokens; of one sample after those of earlier turns."""
+        from tokencomp.kernels import gather_rows
+
+        sample, earlier = self.questions[0].sample, None
+        if past and not self.caches_keys(stored(cached, "keys")):
+            both = (_earlier(cached, x, past, sample) for x in (cached.keys, cached.values))
+            earlier, past = Past(*both), 0
+        caches = {} if earlier is None else dict.fromkeys(compat.CACHE_NAMES, earlier)
+        arguments = {**self._arguments, **caches}
+        call = self.root, self.attn, self._hidden, arguments, ("v_proj",), rows
+        captured = capture_qk(*call, samples=self._part)
+        query = captured.query if rows is None else gather_rows([captured.query], rows, 2, 0)[0]
+        return Captured(query, with_past(cached, past, sample, captured.key), captured.scaling)
+
+    def unrotated_keys(self) -> Tensor:
+        """Keys (S, kv heads, width, D) of all tokens before the rotary embedding."""
+        arguments, tables = dict(self._arguments), self._arguments.get("position_embeddings")
+        if isinstance(tables, Tensor):  # complex factors
+            arguments["position_embeddings"] = torch.ones_like(tables)
+        elif tables is not None:
+            cos, sin = tables
+            arguments["position_embeddings"] = torch.ones_like(cos), torch.zeros_like(sin)
+        skipped = ("q_proj", "v_proj")
+        call = self.root, self.attn, self._hidden, arguments, skipped
+        return capture_qk(*call, samples=self._part).key
+
+    def caches_keys(self, keys: Tensor) -> bool:
+        """Whether a cache of these rows holds the keys that attention reads.
+
+        Latent attention may cache what keys are computed from. Its keys have another shape.
+        """
+        config = compat.layer_config(self.attn.config, self.attn.layer_idx)
+        if getattr(config, "kv_lora_rank", None) is None:
+            return True
+        row = torch.zeros(len(self._hidden), 1, dtype=torch.int64, device=self._hidden.device)
+        key = self._capture(row, ("q_proj",)).key
+        return (keys.shape[1], keys.shape[-1]) == (key.shape[1], key.shape[-1])
+
+    def _capture(self, rows: Tensor | None, skipped: tuple[str, ...]) -> Captured:
+        hidden, arguments = self._hidden, self._arguments
+        if rows is not None:
+            hidden = _rows_of(hidden, rows, self.width, False)
+            arguments = {
+                name: _rows_of(value, rows, self.width, "embeddings" in name)
+                for name, value in arguments.items()
+            }
+        call = self.root, self.attn, hidden, arguments, skipped
+        return capture_qk(*call, samples=self._part)
+
+
+def _of_samples(value: Any, probe: Probe, width: int, tables: bool) -> Any:
+    """What belongs to the samples and columns of a probe; a batch axis of 1 is shared by all.
+
+    Parameters
+    ----------
+    tables
+        Whether tensors in `value` are rotary tables, (B, n, d) or (3, B, n, d); others are
+        (B, n, …) if they follow the columns.
+    """
+    if isinstance(value, Tensor):
+        batch = value.ndim - 3 if tables else 0
+        if value.ndim < 2 or value.shape[batch + 1] != width:
+            return value
+        if value.shape[batch] > 1 and probe.samples is not None:
+            value = value[(slice(None),) * batch + (probe.samples,)]
+        if probe.width == width:
+            return value
+        return value.narrow(batch + 1, probe.first, probe.width)
+    return each(value, lambda item: _of_samples(item, probe, width, tables))
+
+
+def _rows_of(value: Any, rows: Tensor, width: int, tables: bool) -> Any:
+    """Columns `rows` (S, R) of what `_of_samples` returned."""
+    if isinstance(value, Tensor):
+        axis = value.ndim - 2 if tables else 1
+        if value.ndim < 2 or value.shape[axis] != width:
+            return value
+        return take([value], rows.to(value.device), [axis])[0]
+    return each(value, lambda item: _rows_of(item, rows, width, tables))
+
+
+def _earlier(cached: Any, rows: Tensor, past: int, sample: int) -> Tensor:
+    """The first `past` rows of one sample, real ones only, of a cache layer's keys or values."""
+    held = min(past, rows.shape[2])  # a sliding window keeps the last rows alone
+    old = rows[sample : sample + 1, :, :held]
+    real = cached.current_map.mask(old.device) if isinstance(cached, CompressedLayer) else None
+    return old if real is None else old[:, :, real[sample, past - held : past]]
+
+
+def with_past(cached: Any, past: int, sample: int, current: Tensor) -> Tensor:
+    """Keys of earlier turns (real rows only) of one sample in front of its own `current`."""
+    if past == 0:
+        return current
+    earlier = _earlier(cached, stored(cached, "keys"), past, sample)
+    return torch.cat([earlier.to(current.device), current], dim=2)

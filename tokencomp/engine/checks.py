@@ -1,0 +1,582 @@
+"""What is refused, and why: when a model is patched, before a prompt runs, and while it runs.
+
+`PLAN_CHECKS` and `PROMPT_CHECKS` are the lists; each is evaluated as a whole before anything is
+changed or computed. The functions after them refuse what only the running call shows.
+"""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.cache_utils import StaticLayer
+
+from tokencomp.adapters.base import Adapter
+from tokencomp.engine.cache import first_layer, is_reference
+from tokencomp.engine.cache_special import DYNAMIC
+from tokencomp.engine.call import Call, Segment
+from tokencomp.engine.capture import attention_of
+from tokencomp.engine.layer_types import LayerTypes
+from tokencomp.errors import (
+    AlreadyCompressedError,
+    NoVisualInputError,
+    OptionError,
+    PlanError,
+    RowIndexedAttentionError,
+    SpanError,
+    UncompressedWarning,
+    UnknownGridError,
+    UnsupportedCacheError,
+    UnsupportedModelError,
+)
+from tokencomp.plan.plan import Plan
+from tokencomp.tokens.signals import Attention
+from tokencomp.torchlib import compat
+from tokencomp.torchlib.cache_classes import QUANTIZED, WITHOUT_ROWS
+from tokencomp.torchlib.checkpointing import checkpointed_since
+from tokencomp.torchlib.replace import MethodReplacement
+
+TRACED = (
+    "a prompt with media was traced (torch.export, torch.jit.trace, torch.func). Which tokens it "
+    "keeps follows from their values, so that no trace holds for other prompts. Use torch.compile, "
+    "or trace under handle.disabled()."
+)
+PREPARED = "_original_forward"  # Accelerator.prepare keeps here what mixed precision wraps
+
+STREAMS = "its hidden states have several streams"
+# Why the first layer of such a decoder cannot score tokens at entry either.
+UNSCORED = {
+    STREAMS: "takes hidden states of several streams, made of the embeddings after that stage",
+}
+# Options of text configs: above this number, no token can be dropped between layers.
+ENTRY_ONLY = {
+    "altup_num_inputs": (1, STREAMS),
+    "hc_mult": (1, STREAMS),
+    "n_layers_per_attn_res_block": (0, "its layers read the states of blocks before them, too"),
+    "indexer_compress_ratio": (1, "its indexer pools blocks of rows"),
+}
+FIX = "Use a reducer that acts at entry, such as 'condiv', 'divprune' or 'bipartite'."
+
+
+# -- before a model is patched ------------------------------------------------------------------
+
+
+def refuse_foreign(model: nn.Module) -> None:
+    """Raise `AlreadyCompressedError` if another compression method has changed the model."""
+    config = getattr(model, "config", None)
+    changes = [
+        name
+        for name in ("fastv_config", "use_fast_v", "video_pruning_rate", "image_pruning_rate")
+        if getattr(config, name, None) and not hasattr(model, name)  # else the model's own
+    ]
+    changes += [name for name in ("_info", "_tome_info") if name in model.__dict__]
+    for name in ("get_image_features", "get_video_features", "forward"):
+        for module in (model, getattr(model, "model", None)):
+            own = getattr(module, "__dict__", {})
+            if name not in own or MethodReplacement.replaces(own[name]):
+                continue
+            if not (name == "forward" and _only_wrapped(module)):
+                changes.append(f"{type(module).__name__}.{name} replaced")
+    if changes:
+        raise AlreadyCompressedError(
+            f"{type(model).__name__} carries another method's changes ({', '.join(changes)}). "
+            "Load a fresh model, or undo the other method first."
+        )
+
+
+def _only_wrapped(module: Any) -> bool:
+    """Whether `module.forward` was replaced by accelerate, or by torch.compile of the original.
+
+    What accelerate has unwrapped may be the original without its decorators.
+    """
+    own = module.__dict__
+    originals: list[Any] = [type(module).forward]
+    while (inner := getattr(originals[-1], "__wrapped__", None)) is not None:
+        originals.append(inner)
+    forward = getattr(own["forward"], "_torchdynamo_orig_callable", None) or own["forward"]
+    while forward is not None:
+        original = getattr(forward, "__func__", forward) in originals
+        if original or MethodReplacement.replaces(forward):
+            return True
+        forward = getattr(forward, "__wrapped__", None) if PREPARED in own else None
+    return "_old_forward" in own
+
+
+CHECKPOINTED = "_checkpoint_wrapped_module."
+"""Before the names of modules within torch's `CheckpointWrapper`."""
+
+
+def rotary_modules(decoder: nn.Module) -> list[nn.Module]:
+    """The modules of a decoder that make rotary tables, known by their inverse frequencies.
+
+    Raises
+    ------
+    UnsupportedModelError
+        A layer, or a list with one for every layer, holds such a module. The tables of layers would
+        have to be looked up one by one.
+    """
+    found = {
+        name: module
+        for name, module in decoder.named_modules()
+        if any("inv_freq" in buffer for buffer, _ in module.named_buffers(recurse=False))
+    }
+    if nested := [name for name in found if "." in name.removeprefix(CHECKPOINTED)]:
+        raise UnsupportedModelError(
+            f"the layers of {type(decoder).__name__} take rotary tables of {nested[0]}. Served are "
+            "text decoders whose rotary modules are attributes of the decoder, such as rotary_emb. "
+            "Run it without patch()."
+        )
+    return list(found.values())
+
+
+def check_entry(plan: Plan, adapter: Adapter) -> None:
+    """Refuse an entry stage whose reducer reads attention that the first layer does not have.
+
+    Raises
+    ------
+    PlanError
+        Tokens would be scored by layer 0, which is a layer of linear attention, for example, or
+        takes what `UNSCORED` names.
+    """
+    entry = plan.entry
+    if entry is None or not any(isinstance(signal, Attention) for signal in entry.needs):
+        return
+    try:
+        why = [UNSCORED[r] for r in _entry_only(adapter.decoder) if r in UNSCORED]
+        if why:
+            raise UnsupportedModelError(
+                f"{type(adapter.layers[0]).__name__} {why[0]}. Use a reducer without attention, "
+                "such as 'divprune'."
+            )
+        attention_of(adapter.layers[0])
+    except UnsupportedModelError as error:
+        raise PlanError(
+            f"reducer {entry.reducer.name!r} scores tokens at entry by the attention of the "
+            f"first decoder layer: {error}"
+        ) from None
+
+
+def _entry_only(decoder: Any) -> list[str]:
+    """Why tokens cannot leave between the layers of a decoder; empty if they can."""
+    return [
+        reason
+        for name, (limit, reason) in ENTRY_ONLY.items()
+        if any((value or 0) > limit for value in compat.layer_values(decoder.config, name))
+    ]
+
+
+def check_modalities(plan: Plan, adapter: Adapter) -> None:
+    """Refuse fractions of modalities that the model does not take.
+
+    Raises
+    ------
+    PlanError
+        A ratio of such a modality has no effect.
+    """
+    modalities = {modality for s in plan.stages for modality, f in s.by_modality if f != s.fraction}
+    if modalities and (unused := modalities - adapter.media):
+        raise PlanError(
+            f"a ratio of {', '.join(sorted(unused))} has no effect: {adapter.family} takes "
+            f"{' and '.join(sorted(adapter.media))} only. Leave it out. (Where frames of a video "
+            "stand at placeholders of images, they count as images.)"
+        )
+
+
+def check_layer_stages(plan: Plan, adapter: Adapter) -> None:
+    """Refuse stages between layers that the decoder does not allow, or that nothing can score.
+
+    Raises
+    ------
+    PlanError
+        The model is served at entry only, a later layer reads the keys of one before a stage, or
+        its choice of rows, or no layer before a stage has attention that could score for it.
+    """
+    decoder, layers = adapter.decoder, [stage.layer for stage in plan.layer_stages]
+    if not layers:
+        return
+    if not adapter.layer_stages:
+        raise PlanError(
+            f"stages at layers {layers}: {adapter.family} is served at entry only. {FIX}"
+        )
+    why = _entry_only(decoder)
+    if why:
+        raise PlanError(
+            f"stages at layers {layers}: {type(decoder).__name__} is served at entry only, because "
+            f"{why[0]}. {FIX}"
+        )
+    choosers = list(getattr(decoder.config, "indexer_types", None) or ())
+    follow = [layer for layer in layers if choosers[layer : layer + 1] == ["shared"]]
+    if follow:
+        raise PlanError(
+            f"stages at layers {follow}: these layers of {type(decoder).__name__} attend to the "
+            "rows that the indexer of a layer before has chosen, by number, and must hold the same "
+            'rows. Choose layers whose entry in indexer_types of the config is "full", or a '
+            "reducer that acts at entry."
+        )
+    modes = compat.kv_sharing_modes(decoder.config)
+    shared = any(str(mode).startswith("reuse") for mode in modes)
+    last = modes.index("store") if shared else len(decoder.layers)
+    late = [layer for layer in layers if layer > last]
+    if late:
+        raise PlanError(
+            f"stages at layers {late}: later layers of {type(decoder).__name__} read the keys of "
+            f"layer {last}, and must hold the same tokens. Choose layers up to {last}, or a "
+            "reducer that acts at entry."
+        )
+    for stage, layer, _ in scored_stages(plan, adapter):
+        try:
+            attention_of(adapter.layers[layer])
+        except UnsupportedModelError as error:
+            raise PlanError(
+                f"a stage at layer {stage} is to be scored by layer {layer}: {error}"
+            ) from None
+
+
+def scored_stages(plan: Plan, adapter: Adapter) -> Iterator[tuple[int, int, Attention]]:
+    """Stages that a layer before them scores for: layer of the stage, that layer, and the signal.
+
+    Raises
+    ------
+    PlanError
+        No layer before a stage has attention.
+    """
+    layer_types = LayerTypes.of(adapter.decoder)
+    for stage in plan.layer_stages:
+        for signal in stage.needs if stage.most > 0 else ():
+            if isinstance(signal, Attention) and _scored_before(signal, adapter, stage.layer):
+                yield stage.layer, _scored_layer(layer_types, plan, stage.layer), signal
+
+
+def _scored_before(signal: Attention, adapter: Adapter, stage: int) -> bool:
+    """Whether a layer before the stage scores for it, and not layer `stage` itself.
+
+    That is so where the signal says it, and where layer `stage` has no attention.
+    """
+    if signal.layer == "previous":
+        return True
+    try:
+        attention_of(adapter.layers[stage])
+    except UnsupportedModelError:
+        return True
+    return False
+
+
+def _scored_layer(layer_types: LayerTypes, plan: Plan, stage: int) -> int:
+    """The layer whose attention scores tokens for the stage before layer `stage`.
+
+    It is the last one before the stage, and behind the stage before, whose queries see all tokens;
+    where there is none, the last with a window, whose scores say what attention each token would
+    receive if all were visible. Layers of linear attention have no scores: where nothing else lies
+    between two stages, the second goes by a layer before the first, too.
+
+    Raises
+    ------
+    PlanError
+        No layer before the stage has attention.
+    """
+    types = layer_types.types
+    behind = max((s.layer for s in plan.stages if s.layer < stage), default=0)
+    for first in (behind, 0):
+        scoring = [i for i in range(first, stage) if types[i].attends]
+        whole = [i for i in scoring if types[i].window_field is None]
+        if scoring:
+            return (whole or scoring)[-1]
+    scored = (i for i, one in enumerate(types) if one.attends)
+    raise PlanError(
+        f"a stage at layer {stage} is to be scored by the attention of a layer before it, but none "
+        f"of the layers 0 to {stage - 1} has attention. The first that has is layer "
+        f"{next(scored, None)}. Choose layers behind it, or a reducer without attention, such as "
+        "'divprune'."
+    )
+
+
+# -- before a prompt runs -----------------------------------------------------------------------
+
+
+def check_later_media(call: Call) -> None:
+    """Refuse media of a later turn where layers keep only the first prompt whole."""
+    if call.segments[0].past.rows and call.layer_types.cut_later_turns:
+        name = type(call.adapter.decoder).__name__
+        window = first_layer(call.cache).sliding_window
+        raise UnsupportedCacheError(
+            f"a later turn brings media. {name} keeps only a window of {window} tokens of every "
+            "turn after the first, so they would be cut. Give the whole conversation as one "
+            "prompt, whose tokens are all seen."
+        )
+
+
+def check_prepared(call: Call) -> None:
+    """Refuse compact positions where the body of the model has already applied a window.
+
+    Its masks let the tokens of an image see each other, which nothing could build again, and their
+    windows count columns.
+    """
+    size, length = call.layer_types.smallest, call.segments[0].past.length + call.width
+    if not call.by_column and call.prepared is not None and length > size:
+        body = type(call.adapter.body).__name__
+        raise OptionError(
+            f'positions="compact" does not work here: {body} builds sliding-window masks ({size}) '
+            f"from uncompressed positions, of which there are {length}. Use "
+            'positions="original" (the default).'
+        )
+
+
+def check_column_windows(call: Call) -> None:
+    """`check_windows` where windows count columns, which no stage changes."""
+    if call.by_column:
+        check_windows(call)
+
+
+def check_temperature(call: Call) -> None:
+    """Refuse prompts in which layers scale queries by their row, see `Adapter.row_scales`."""
+    length = call.segments[0].past.length + call.width
+    for name, limit in call.adapter.row_scales.items():
+        if limit and length >= limit:
+            raise RowIndexedAttentionError(
+                f"the prompt has {length} tokens, and layers of "
+                f"{type(call.adapter.decoder).__name__} scale queries by the number of their row "
+                f"from {limit:g} on ({name}), so that dropping would not equal masking. Give a "
+                "shorter prompt, or turn compression off with handle.disabled()."
+            )
+
+
+def check_recomputation(call: Call) -> None:
+    """Refuse stages between layers where the backward pass would run them once more."""
+    if not call.plan.layer_stages or not compat.recomputed(call.adapter.layers[0]):
+        return
+    if compat.recomputes_hooks():
+        raise OptionError(
+            "gradient checkpointing with tokens dropped between layers: this transformers release "
+            "would drop them again in the backward pass. Use transformers >= 5.23, an entry "
+            "reducer, or model.gradient_checkpointing_disable()."
+        )
+
+
+def check_grids(call: Call) -> None:
+    """Refuse spans of unknown grid where a reducer of the plan reads places in it."""
+    unknown = [span for row in call.spans for span in row if not span.grid_known]
+    for span, stage in itertools.product(unknown, call.plan.stages):
+        if stage.reducer.grid == "any":
+            continue
+        if stage.budget is None and stage.fraction_of(span.modality) == 1:
+            continue
+        raise UnknownGridError(
+            f"reducer {stage.reducer.name!r} reads places in the grid of an {span.modality}, but "
+            f"nothing tells how the {span.length} tokens from column {span.start} on lie "
+            "in the picture. Use a reducer that reads features alone, such as 'condiv', "
+            "'divprune', 'bipartite' or 'uniform'."
+        )
+
+
+def check_windows(call: Call) -> None:
+    """Refuse a compressed sequence whose windows the model would apply wrongly."""
+    layer_types, decoder, length = call.layer_types, call.adapter.decoder, call.length_after()
+    layers = getattr(call.cache, "layers", None) or ()
+    cut = layer_types.rows_kept(layers)
+    if cut is not None and length >= cut:
+        raise UnsupportedModelError(
+            f"the sequence has {length} tokens, and the cache keeps the last {cut} only "
+            f"(sliding_window={cut} of the config or of the cache), although layers attend to all. "
+            f"Give fewer than {cut} tokens in all, turn compression off with handle.disabled(), or "
+            "set model.config.get_text_config().sliding_window = None and pass no cache."
+        )
+    if length <= layer_types.smallest:
+        return
+    backend = compat.attention_implementation(decoder.config)
+    if call.by_column and "flash" in backend:
+        raise UnsupportedModelError(
+            f"the sequence has {length} tokens and {type(decoder).__name__} layers with a window "
+            f"of {layer_types.smallest}. The backend {backend} counts the window in rows, "
+            'of which there are fewer than positions now. Use attn_implementation="sdpa", or '
+            'patch(..., positions="compact").'
+        )
+    if call.map.packed:
+        raise UnsupportedModelError(
+            f"rows hold several prompts and {length} tokens, more than the attention window of "
+            f"{layer_types.smallest}. Give one prompt per row, or turn compression off "
+            "with handle.disabled()."
+        )
+
+
+PLAN_CHECKS = (check_modalities, check_entry, check_layer_stages)
+PROMPT_CHECKS = (
+    check_recomputation,
+    check_grids,
+    check_later_media,
+    check_prepared,
+    check_column_windows,
+    check_temperature,
+)
+
+
+def check_plan(plan: Plan, adapter: Adapter) -> None:
+    """Refuse a plan that the model cannot follow (`PlanError`), before it is patched."""
+    for check in PLAN_CHECKS:
+        check(plan, adapter)
+
+
+def check_prompt(call: Call) -> None:
+    """Refuse a prompt that could not be compressed exactly, before anything is computed."""
+    for check in PROMPT_CHECKS:
+        check(call)
+
+
+def check_cache(cache: Any, between_layers: bool = False) -> None:
+    """Refuse a cache to which no compressed prompt can be written.
+
+    With `between_layers`, tokens leave between layers, so that these hold different rows.
+    """
+    if cache is None:
+        return
+    layers = getattr(cache, "layers", None)
+    if layers is None:
+        raise UnsupportedCacheError(
+            f"{type(cache).__name__}: continuous batching and legacy caches hold rows that cannot "
+            "differ per layer. Use generate() with a DynamicCache (the default)."
+        )
+    replicate = getattr(cache, "layer_class_to_replicate", None)
+    kinds = {getattr(layer, "plain", type(layer)) for layer in layers}
+    kinds |= {replicate} if replicate else set()
+    quantized = {k for k in kinds if issubclass(k, QUANTIZED)}
+    # Whatever leaves the prompt, the state of layers without rows stays right.
+    kinds -= WITHOUT_ROWS
+    special = kinds - DYNAMIC - {StaticLayer} - quantized
+    wrong = {kind for kind in special if not is_reference(kind)}
+    if wrong:
+        raise UnsupportedCacheError(
+            f"{type(cache).__name__} holds {_names(wrong)}; compressed prompts need layers that "
+            "keep every row: DynamicLayer, StaticLayer or quantized layers. Drop "
+            "cache_implementation=..., or turn compression off with handle.disabled()."
+        )
+    offloaded = getattr(cache, "offloading", False)
+    if between_layers and (offloaded or kinds - DYNAMIC - special):
+        raise UnsupportedCacheError(
+            f"{type(cache).__name__} holds {'offloaded ' * offloaded}{_names(kinds)}, and this "
+            "plan drops tokens between decoder layers, which needs plain DynamicLayer rows on the "
+            "device. Use the default cache, or a plan with an entry stage alone (reducers such as "
+            "'condiv', 'divprune' or 'bipartite')."
+        )
+
+
+def _names(kinds: set[type]) -> str:
+    return ", ".join(sorted(kind.__name__ for kind in kinds))
+
+
+# -- while a prompt runs ------------------------------------------------------------------------
+
+
+def check_ragged_turn(call: Call, mask: Tensor | None) -> None:
+    """Refuse padding between the turns of layers with a state; `mask` is False at padding."""
+    if mask is not None and call.segments[0].past.rows and call.layer_types.linear:
+        raise UnsupportedCacheError(
+            "a later turn brings media, and its samples keep different numbers of tokens. Layers "
+            "of linear attention or convolution would take the padding between the turns for "
+            "tokens, as they do without compression. Give turns of equal size, one sample at a "
+            "time, or the whole conversation as one prompt."
+        )
+
+
+def refuse_recomputation(
+    module: nn.Module, lost: str, fix: str = "", certain: bool = False
+) -> None:
+    """Raise if gradient checkpointing will run this code again after `lost` is gone.
+
+    Parameters
+    ----------
+    module
+        Its call is running. What checkpoints it as a whole runs it again as a whole.
+    certain
+        Whether it is certain that the code will run once more; else that is looked up.
+
+    Raises
+    ------
+    OptionError
+        Something within the call of `module` checkpoints the code that calls this function.
+    """
+    if certain or checkpointed_since(module):
+        raise OptionError(
+            f"activation checkpointing within {type(module).__name__}: the backward pass would "
+            f"run a part of it once more without {lost}, and give other gradients. Checkpoint its "
+            f"decoder layers with model.gradient_checkpointing_enable(){fix}."
+        )
+
+
+def check_entered(segments: Sequence[Segment], decoder: Any) -> None:
+    """Refuse the output of a call whose layers have run without the hooks that they need.
+
+    Tokens have not left then, or layers had the mask of other rows.
+    """
+    last = getattr(decoder.config, "num_hidden_layers", len(decoder.layers))
+    late = [s.first for s in segments if not s.ready and 0 < s.first < last]
+    if late:
+        raise UnsupportedModelError(
+            f"the layers {late} of {type(decoder).__name__} have run without the hooks that drop "
+            "tokens before them. The usual reason is that torch.compile runs what it has compiled "
+            "before the hooks were there. Call torch.compiler.reset() and run the prompt again, or "
+            "compile the model itself in place of its layers."
+        )
+
+
+def refuse_missing(x: Tensor) -> None:
+    """Refuse embeddings (B, n, d) of a call without a tower stage, if tokens are missing.
+
+    A stage in the vision tower has dropped tokens that would now be in the prompt.
+    """
+    missing = int(x.isnan().any(-1).sum())
+    if missing:
+        raise SpanError(
+            f"{missing} visual tokens were dropped in the vision tower, but this prompt runs "
+            "without a tower stage (the handle is disabled or has changed since, or the places of "
+            "features are unknown). Encode and read the media under the same setting: pass pixels."
+        )
+
+
+class FeaturelessPrompts:
+    """Lets prompts that bring no features run uncompressed, or refuses them.
+
+    Parameters
+    ----------
+    strict
+        Whether they are refused.
+    """
+
+    def __init__(self, adapter: Adapter, strict: bool) -> None:
+        self.adapter, self.strict = adapter, strict
+        self._warned = False
+
+    def meet(self, arguments: Mapping[str, Any]) -> None:
+        """Warn, once per patch, that a prompt with media runs uncompressed, and why.
+
+        Raises
+        ------
+        NoVisualInputError
+            `strict=True`: a prompt must bring features.
+        """
+        if self.strict:
+            raise NoVisualInputError(
+                "strict=True and this prompt brings no image or video, so nothing can be "
+                "compressed. Pass pixel_values / pixel_values_videos; with inputs_embeds that "
+                "hold features pass mm_token_type_ids (0 text, 1 image, 2 video) too; or use "
+                "patch(..., strict=False)."
+            )
+        if self._warned:
+            return
+        why = ""
+        if self.adapter.hides_features(arguments):
+            why = (
+                "a prompt came as inputs_embeds without pixels. If it already holds image or "
+                "video features, they run uncompressed, because their columns are unknown. "
+                "Pass mm_token_type_ids (0 text, 1 image, 2 video) with it."
+            )
+        elif self.adapter.has_placeholders(arguments):
+            why = (
+                "a prompt has placeholders of media and no pixels. The model reads them as text, "
+                "and nothing is compressed. Pass all that the processor returns: model(**inputs)."
+            )
+        if why:
+            self._warned = True
+            message = f"{why} This warning appears once per patch."
+            warnings.warn(message, UncompressedWarning, stacklevel=2)

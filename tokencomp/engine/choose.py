@@ -1,0 +1,424 @@
+"""The passes `score` and `choose`: a stage hands its tokens to a reducer and keeps what it chooses.
+
+`enter` runs the stages before the first decoder layer, and `run_stage` one stage anywhere:
+
+    x, map ─► score ─► tokens_of ─► reducer ─► keep_last ─► merge_rest ─► keep ─► x', map'
+              (what    (all spans   (`Kept`)   (a question   (merge=True)  (`RowMap.keep`,
+              it needs) as a batch)            ends in it)                 gathered by `take`)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokencomp.engine.call import Call
+from tokencomp.engine.gather import take
+from tokencomp.engine.rowmap import KeptSpan, RowMap, move_tables, text_values
+from tokencomp.engine.scores import StageScores, rater_weights
+from tokencomp.engine.weights import merge_rest
+from tokencomp.errors import SpanError
+from tokencomp.plan.plan import Plan
+from tokencomp.plan.reducer import reduced
+from tokencomp.plan.stages import Stage
+from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.signals import FRAMES, NORM, QUERY, Attention, TowerSignal
+from tokencomp.tokens.spans import SpanBatch, VisualTokens
+from tokencomp.tokens.stacks import rows_of, starts_of
+
+Chosen = list[tuple[int, int]]  # (sample, span) of the spans from which a reducer chooses
+FRAMES_SHOWN = "_tokencomp_frames"  # attribute of a KV cache
+Shape = tuple[str, int, int, int]  # modality, height, width, number of the span in its item
+
+# -- stages -------------------------------------------------------------------------------------
+
+
+def enter(call: Call, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Run what comes before the first decoder layer, on x (B, L, d) and positions (…, B, L).
+
+    Returns
+    -------
+    x, positions
+        Of the n rows that are kept.
+    columns : Tensor of int64, shape (B, n), or None
+        Column of the caller's batch of every row; None if all rows are in place.
+    """
+    columns, needs = call.map.columns, call.plan.needs
+    if columns is not None:  # not left-padded: align the real columns first
+        call.map = call.map.to(x.device)
+        tensors = [x, positions.to(x.device)]
+        x, positions = take(tensors, columns.to(x.device), [1, -1], call.map.mask(x.device))
+    if call.plan.tower is not None:  # before anything scores what is not there
+        with call.timed():
+            survivors = surviving_rows(x, call.map, call.plan)
+            x, positions = _keep(call, *survivors, [x, positions], [1, -1])
+            call.survivors = call.map
+    if any(isinstance(signal, Attention) for signal in needs):
+        call.scores = StageScores(call.adapter.layers)
+        if any(isinstance(s, Attention) and s.rows == "raters" for s in needs):
+            call.scores.raters = rater_weights(x, call.map)
+    if call.plan.entry is not None:
+        _score_entry(call, call.plan.entry, x, positions)
+        with call.timed():
+            x, positions = run_stage(call, call.plan.entry, [x, positions], [1, -1])
+    call.segments[0].new = call.map
+    return x, positions, call.map.columns
+
+
+def _score_entry(call: Call, stage: Stage, x: Tensor, positions: Tensor) -> None:
+    """Score the tokens for the entry stage by the first decoder layer, if its reducer asks."""
+    signals = [s for s in stage.needs if isinstance(s, Attention)]
+    signals = [s for s in signals if s.modalities & call.map.modalities]
+    if signals:
+        tables = call.adapter.rotary_tables(x, positions, layer=0)
+        ids = None if call.adapter.mrope else positions
+        arguments = {"position_embeddings": tables, "position_ids": ids}
+        with call.timed():
+            for signal in signals:
+                call.scores.of_input(0, x, arguments, signal, call.map, call.cache)
+
+
+def run_stage(call: Call, stage: Stage, tensors: list[Tensor], dims: list[int]) -> list[Tensor]:
+    """Run a stage: the first of `tensors` is x (B, n, d), the others follow its rows."""
+    from tokencomp.kernels.dispatch import no_autocast
+
+    x = tensors[0]
+    with no_autocast(x):
+        if stage.layer:  # layers may be on several devices
+            call.map = call.map.to(x.device)
+        counts, chosen, kept = choose(call, stage, x)
+        tensors = _keep(call, counts, chosen, kept, tensors, dims)
+        call.kept.append(call.map)
+    return tensors
+
+
+def _keep(
+    call: Call,
+    counts: list[list[int]],
+    chosen: Chosen,
+    kept: Reduction | None,
+    tensors: list[Tensor],
+    dims: list[int],
+) -> list[Tensor]:
+    """Put the map after a choice in force, and take its rows of all tensors."""
+    device, before = tensors[0].device, call.map
+    call.map, index, flat = before.keep(counts, chosen, kept, device)
+    if call.scores is not None:
+        call.scores.follow(before, call.map, index, device)
+    tensors = take([t.to(device) for t in tensors], index, dims, call.map.mask(device))
+    if kept is not None and kept.merged is not None and flat is not None:
+        # in place on the gathered rows
+        tensors[0].flatten(0, 1).index_copy_(0, flat, kept.merged.to(tensors[0]))
+    return tensors
+
+
+# -- the choice ---------------------------------------------------------------------------------
+
+
+def choose(call: Call, stage: Stage, x: Tensor) -> tuple[list[list[int]], Chosen, Reduction | None]:
+    """Which tokens of every span are kept, by the reducer of a stage.
+
+    Returns
+    -------
+    counts
+        Per sample, per span: tokens that are kept, text between the frames of a video included.
+    chosen
+        The spans from which the reducer chose some tokens, but not all.
+    kept
+        What it chose, over all of these spans one after the other; None if there are none.
+    """
+    from tokencomp.kernels.dispatch import checked
+
+    rows, order = call.map, call.plan.stages.index(stage)
+    # The plan counts visual tokens. Text between the frames of a video is part of its span and is
+    # always kept, so it is added.
+    counts = [
+        [call.counts[b][j][order] + len(kept.span.text) for j, kept in enumerate(spans)]
+        for b, spans in enumerate(rows.spans)
+    ]
+    chosen = [
+        (b, j)
+        for b, spans in enumerate(rows.spans)
+        for j, kept in enumerate(spans)
+        if counts[b][j] < kept.count and (counts[b][j] or rows.ends_question(b, kept))
+    ]
+    scores = texts = None
+    if call.scores is not None:
+        scores, texts = call.scores.pop(stage.layer, x.device)
+    frames = compared_frames(x, rows, call.cache) if FRAMES in stage.needs else None
+    if not chosen:  # no reducer is needed where all tokens are kept, or none
+        return counts, [], None
+    tokens = tokens_of(call, stage, x, chosen, scores, texts)
+    if frames is not None:
+        tokens.frames = [frames[b][j] for b, j in chosen]
+    keeps = [counts[b][j] for b, j in chosen]
+    visual = [call.counts[b][j][order] for b, j in chosen]
+    kept = reduced(stage.reducer, tokens, keeps) if all(visual) else None
+    if kept is None:
+        kept = _in_parts(rows, stage, tokens, keeps, visual, chosen)
+    ends = [rows.ends_question(b, rows.spans[b][j]) for b, j in chosen]
+    if any(ends):
+        kept = _keep_ends(kept, tokens, keeps, ends)
+        for (b, j), keep in zip(chosen, keeps, strict=True):
+            counts[b][j] = keep
+            call.counts[b][j][order] = keep - len(rows.spans[b][j].span.text)
+    merging = []
+    if stage.merge:
+        merging = [
+            stage.merges(rows.spans[b][j].span.modality, call.places[b][j]) for b, j in chosen
+        ]
+    if any(merging):
+        with checked():  # targets come from tables of the host
+            kept = merge_rest(tokens, kept, keeps, merging, stage.reducer.name)
+    return counts, chosen, kept
+
+
+def _in_parts(
+    rows: RowMap,
+    stage: Stage,
+    batch: SpanBatch,
+    keeps: list[int],
+    visual: list[int],
+    chosen: Chosen,
+) -> Reduction:
+    """What is kept of every span, one by one: text alone where no visual token is kept."""
+    parts: list[Reduction] = []
+    for tokens, keep, count, (b, j) in zip(batch.spans(), keeps, visual, chosen, strict=True):
+        if count:
+            parts.append(reduced(stage.reducer, SpanBatch.of(tokens), [keep]))
+        else:
+            text = rows.spans[b][j].span.text_mask(tokens.features.device)
+            text = text if tokens.index is None else text[tokens.index]
+            parts.append(Reduction(text.nonzero()[:, 0]))
+    return Reduction.join(parts, batch)
+
+
+def _keep_ends(
+    kept: Reduction, batch: SpanBatch, keeps: list[int], ends: Sequence[bool]
+) -> Reduction:
+    """Keep the last token of every span that ends a question; `keeps` changes in place.
+
+    The next token is predicted from the last row of a question, so that row is never dropped.
+    """
+    parts = kept.split(batch, keeps)
+    for i, (tokens, end) in enumerate(zip(batch.spans(), ends, strict=True)):
+        if end:
+            parts[i] = keep_last(parts[i], tokens)
+            keeps[i] = parts[i].keep.numel()
+    return Reduction.join(parts, batch)
+
+
+def keep_last(kept: Reduction, tokens: VisualTokens) -> Reduction:
+    """Exchange the last kept patch for the last token of a span.
+
+    Where only text and special tokens are kept, one more token is.
+    """
+    keep, last = kept.keep, len(tokens) - 1
+    if keep.numel() and int(keep[-1]) == last:
+        return kept
+    patches = (~tokens.special[keep]).nonzero()[:, 0]
+    rest = torch.ones_like(keep, dtype=torch.bool)
+    rest[patches[-1:]] = False
+    merged, sizes = kept.merged, kept.sizes
+    if merged is not None:
+        merged = torch.cat([merged[rest], tokens.features[last:].to(merged)])
+    if sizes is not None:
+        weight = sizes.new_ones(1) if tokens.sizes is None else tokens.sizes[last:].to(sizes)
+        sizes = torch.cat([sizes[rest], weight])
+    return Reduction(torch.cat([keep[rest], keep.new_tensor([last])]), merged, sizes)
+
+
+# -- what the reducer sees ----------------------------------------------------------------------
+
+
+def tokens_of(
+    call: Call,
+    stage: Stage,
+    x: Tensor,
+    chosen: Chosen,
+    scores: Tensor | None,
+    texts: list[list[Tensor]] | None,
+) -> SpanBatch:
+    """What the reducer of a stage sees of the spans `chosen`.
+
+    The tables that it needs are built on the host and moved to the device together.
+
+    Parameters
+    ----------
+    x : Tensor, shape (B, n, d)
+        Hidden states of all rows.
+    scores : Tensor of float32, shape (kept visual tokens,), or None
+        Attention scores of the tokens of all spans of all samples, one after the other.
+    texts
+        Per sample, per prompt: key lengths of the text after the last span, (m,), or None.
+    """
+    rows, needs = call.map, stage.needs
+    spans = [rows.spans[b][j] for b, j in chosen]
+    lengths, fixed = [s.count for s in spans], [len(s.span.special + s.span.text) for s in spans]
+    numbers = [
+        np.arange(s.start, s.stop) + b * rows.rows for s, (b, _) in zip(spans, chosen, strict=True)
+    ]
+    first, stop = numbers[0][0], numbers[-1][-1] + 1
+    adjacent = stop - first == sum(lengths)
+    missing = rows.columns is not None and any(not s.whole for s in spans)
+    tables: dict[str, Any] = {}
+    if not adjacent or missing or rows.weights is not None:
+        tables["rows"] = np.concatenate(numbers)
+    if missing:
+        whole = [s.span.length for s in spans]
+        tables["start"] = np.repeat([s.span.start for s in spans], lengths)
+        tables["before"] = np.repeat(np.cumsum(whole) - whole, lengths)
+    if any(fixed):
+        tables["special"] = np.concatenate([s.span.fixed_mask() for s in spans])
+    # Spans that keep all of their tokens have scores, but the reducer does not see them.
+    if scores is not None and len(scores) > sum(lengths):
+        tables["scored"] = _scored_rows(rows, chosen)
+    moved = move_tables(tables, x.device)
+    index, full = None, None
+    if rows.columns is not None and missing:
+        index = rows.columns.flatten().index_select(0, moved["rows"]) - moved["start"]
+        full = index + moved["before"]  # number among all tokens of these spans
+    special, flat = moved.get("special"), x.flatten(0, 1)
+    if special is not None:
+        special = (special if full is None else special.index_select(0, full)).bool()
+    if scores is not None and "scored" in moved:
+        scores = scores.index_select(0, moved["scored"])
+    weights = rows.weights
+    return SpanBatch(
+        features=flat[first:stop] if adjacent else flat.index_select(0, moved["rows"]),
+        lengths=lengths,
+        grids=[s.span.grid for s in spans],
+        modalities=[s.span.modality for s in spans],
+        fixed=fixed,
+        special=special,
+        index=index,
+        scores=scores,
+        sizes=None if weights is None else weights.flatten().index_select(0, moved["rows"]),
+        queries=_of_prompts(rows, text_values(x, rows), chosen, x) if QUERY in needs else None,
+        query_scores=None if texts is None else _of_prompts(rows, texts, chosen, x),
+        norm=call.adapter.final_norm if NORM in needs else None,
+        places=chosen,
+        tower={
+            signal: _tower_values(call, signal, chosen, full, x)
+            for signal in needs
+            if isinstance(signal, TowerSignal)
+        },
+    )
+
+
+def _scored_rows(rows: RowMap, chosen: Chosen) -> np.ndarray[Any, Any]:
+    """Numbers of the tokens of the spans `chosen` among the kept tokens of all spans."""
+    starts = starts_of([s.count for spans in rows.spans for s in spans])
+    before = starts_of([len(spans) for spans in rows.spans])  # spans of earlier samples
+    return rows_of(starts, [before[b] + j for b, j in chosen])
+
+
+def _tower_values(
+    call: Call, signal: TowerSignal, chosen: Chosen, full: Tensor | None, x: Tensor
+) -> Tensor:
+    """A signal of the vision tower for the tokens that are kept of the spans `chosen`."""
+    values = torch.cat([call.tower[signal][b][j] for b, j in chosen]).to(x.device)
+    return values if full is None else values.index_select(0, full)
+
+
+def _of_prompts(rows: RowMap, texts: list[list[Tensor]], chosen: Chosen, x: Tensor) -> list[Tensor]:
+    """Values of the text of its prompt for every span; spans of a prompt share one tensor."""
+    moved = [[text.to(x.device) for text in sample] for sample in texts]
+    owners = [(b, rows.prompt_of(b, rows.spans[b][j])) for b, j in chosen]
+    return [moved[b][rows.prompts[b].index(prompt)] for b, prompt in owners]
+
+
+def compared_frames(x: Tensor, rows: RowMap, cache: Any) -> list[list[Tensor | None]]:
+    """The last frame of the same shape before every span; the cache then has the latest ones.
+
+    Frames go with the cache, so that they belong to one conversation, and its copy has them too.
+
+    Parameters
+    ----------
+    x : Tensor, shape (B, n, d)
+        Input of the first decoder layer, of all tokens of the call.
+    cache
+        The KV cache of the call, or None: nothing is known of earlier calls then.
+
+    Returns
+    -------
+    list per sample of list per span of Tensor, shape (height · width, d), or None
+        None where no frame of this shape came before.
+    """
+    known: list[dict[Shape, Tensor]] = getattr(cache, FRAMES_SHOWN, None) or []
+    if len(known) != len(rows.spans):  # another batch
+        known = [{} for _ in rows.spans]
+    found, latest = [], [dict(frames) for frames in known]
+    for b, spans in enumerate(rows.spans):
+        frames, part, item = [], 0, None
+        for kept in spans:
+            part, item = (part + 1 if kept.span.item == item else 0), kept.span.item
+            _, h, w = kept.span.grid
+            shape = (kept.span.modality, h, w, part)
+            frames.append(latest[b].get(shape))
+            if kept.whole and kept.span.grid_known:
+                patches = (~kept.span.special_mask()).nonzero()[-h * w :, 0]
+                latest[b][shape] = x[b, kept.start + patches.to(x.device)].detach()
+        found.append(frames)
+    if cache is not None:
+        setattr(cache, FRAMES_SHOWN, latest)
+    return found
+
+
+# -- the stage in the vision tower --------------------------------------------------------------
+
+
+def surviving_rows(
+    x: Tensor, rows: RowMap, plan: Plan
+) -> tuple[list[list[int]], Chosen, Reduction | None]:
+    """What the tower stage of `plan` has kept of every span, special tokens and text included.
+
+    The embeddings x (B, n, d) are NaN where the tower computed nothing. Refused are other tokens
+    than the stage drops; and a question that ends in such a token, so that there is no row that the
+    next token could be predicted from. Gives the same as `choose`.
+    """
+    alive = ~x.isnan().any(-1).cpu()  # the only time that the host waits for the device
+    real = rows.mask(torch.device("cpu"))
+    missing = int((~alive if real is None else ~alive & real).sum())
+    counts, chosen, kept_rows, first = [], [], [], 0
+    for b, spans in enumerate(rows.spans):
+        counts.append([0] * len(spans))
+        for j, kept in enumerate(spans):
+            present = alive[b, kept.start : kept.stop]
+            _check_survivors(present, kept, plan, b)
+            if not present[-1] and rows.ends_question(b, kept):
+                raise SpanError(
+                    f"the question of sample {b} ends in the {kept.span.modality} at "
+                    f"{kept.span.start}, whose last token the vision tower has dropped. Put "
+                    "text after it, or use tower_ratio=0."
+                )
+            missing -= int((~present).sum())
+            counts[b][j] = int(present.sum())
+            if counts[b][j] < kept.count:
+                chosen.append((b, j))
+                kept_rows.append(present.nonzero()[:, 0] + first)
+                first += kept.count
+    if missing:
+        raise SpanError(
+            f"{missing} embeddings outside of the known images and videos are NaN. Pass all of "
+            "input_ids, pixels and grids as the processor returns them."
+        )
+    return counts, chosen, Reduction(torch.cat(kept_rows)) if kept_rows else None
+
+
+def _check_survivors(present: Tensor, kept: KeptSpan, plan: Plan, sample: int) -> None:
+    """Compare the tokens that are present of a span with the count of the tower stage."""
+    count, expected = int(present.sum()), plan.entering(kept.span) + len(kept.span.text)
+    if count == expected:
+        return
+    fraction = plan.tower.fraction if plan.tower else 1.0
+    raise SpanError(
+        f"the {kept.span.modality} at {kept.span.start} of sample {sample} has {count} of its "
+        f"{len(present)} tokens, but the tower stage, which keeps {fraction:g}, leaves {expected}. "
+        "Features that were computed elsewhere, without the patch or under another tower_ratio, "
+        "cannot be used: pass pixels, or use tower_ratio=0."
+    )

@@ -1,0 +1,417 @@
+"""The hooks of a patched model: what is installed, when, and what they note of a call.
+
+generate
+    Notes where the prompt ends, and counts as one call; `generate_batch` is refused.
+top
+    Notes `labels` and `logits_to_keep`, which say whether the output must have full length.
+body
+    Notes where visual placeholders are, if the call carries visual features.
+decoder
+    Compresses, see `tokencomp.engine.decoder`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from tokencomp.adapters.base import TYPES, Adapter
+from tokencomp.adapters.registry import DATA_PARALLEL
+from tokencomp.adapters.structure import parameters_of
+from tokencomp.engine.cache import CacheOwner
+from tokencomp.engine.call import CallHooks, RunningCalls
+from tokencomp.engine.checks import FeaturelessPrompts, refuse_recomputation
+from tokencomp.engine.decoder import DecoderHooks
+from tokencomp.engine.later import ChunkedPrefill, begins_prompt
+from tokencomp.engine.layer_types import LayerTypes
+from tokencomp.engine.layers import RelativePositions
+from tokencomp.engine.stats import Stats
+from tokencomp.errors import (
+    ModelInUseError,
+    NoVisualInputError,
+    OptionError,
+    UnsupportedCacheError,
+    UnsupportedModelError,
+)
+from tokencomp.plan.plan import Plan
+from tokencomp.torchlib import compat
+from tokencomp.torchlib.hooks import Hooked, forget_compiled
+from tokencomp.torchlib.replace import MethodReplacement
+
+_GATES: WeakKeyDictionary[nn.Module, CallGate] = WeakKeyDictionary()
+_CREATING = threading.Lock()
+
+
+class CallGate:
+    """Lets many threads call a patched model, and refuses to change its patch meanwhile.
+
+    A model without hooks is not counted, so the first `patch` cannot see a call that is running.
+    That call stays uncompressed as far as it has come.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()  # a change may be part of another change
+        self._running = 0
+
+    @classmethod
+    def of(cls, model: nn.Module) -> CallGate:
+        """The gate of a model (without wrappers); all patches of the model share it."""
+        with _CREATING:
+            return _GATES.setdefault(model, cls())
+
+    @contextlib.contextmanager
+    def change(self) -> Iterator[None]:
+        """Change the patch in the block; calls that begin meanwhile wait for its end.
+
+        Raises
+        ------
+        ModelInUseError
+            A call is running, in this thread or another one.
+        """
+        with self._lock:
+            if self._running:
+                raise ModelInUseError(
+                    f"patch, set and unpatch change a model, and {self._running} of its calls are "
+                    "running. Wait until they have returned, or use handle.disabled() to run a "
+                    "prompt of one thread uncompressed."
+                )
+            yield
+
+    @contextlib.contextmanager
+    def call(self) -> Iterator[None]:
+        """Count a call that runs in the block."""
+        with self._lock:
+            self._running += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._running -= 1
+
+
+BATCH_FIX = "Use model.generate(...), one prompt or a padded batch at a time, or handle.disabled()."
+
+
+class GenerateCalls(Hooked):
+    """Notes what the running `generate` was called with, and looks at requests of `generate_batch`.
+
+    `generate` calls the model with the prompt and whatever it has drafted or generated since; only
+    its caller knows where one ends and the other begins. It encodes media before it calls the
+    model, so it is counted as one call: features of one setting must not meet the plan of
+    another. `generate` is therefore replaced by one that calls the original.
+
+    Transformers takes token ids alone in continuous batching (`generate_batch`) and runs them in
+    another thread, where an error only ends the request. Text runs there as without a patch.
+    What cannot be served is refused before the thread starts.
+
+    Parameters
+    ----------
+    active
+        Whether prompts with media are compressed in the calling thread.
+    strict
+        Whether prompts without media are refused.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        gate: CallGate,
+        calls: RunningCalls,
+        active: Callable[[], bool],
+        strict: bool,
+    ) -> None:
+        self.adapter, self.gate, self.calls = adapter, gate, calls
+        self.active, self.strict = active, strict
+
+    def install(self) -> None:
+        """Replace both methods of the model, where it has them."""
+        top = self.adapter.top
+        self._handles += [
+            MethodReplacement(top, "generate", self._generate),
+            MethodReplacement(top, "generate_batch", self._generate_batch),
+        ]
+
+    def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        noted = self.calls.state.noted
+        earlier = noted.columns, noted.encodes, noted.types
+        noted.columns, noted.encodes = prompt_columns(args, kwargs), self.adapter.encodes(kwargs)
+        noted.types = None
+        if TYPES in kwargs and TYPES not in parameters_of(self.adapter.top):
+            noted.types = kwargs.pop(TYPES)  # transformers would refuse it
+        try:
+            if noted.types is not None:
+                _check_types(noted.types, kwargs.get("inputs_embeds"))
+            with self.gate.call():
+                return original(*args, **kwargs)
+        finally:
+            noted.columns, noted.encodes, noted.types = earlier
+
+    def _generate_batch(
+        self,
+        original: Callable[..., Any],
+        inputs: Sequence[Sequence[int]],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if self.active():
+            self._check(inputs, kwargs)
+        return original(inputs, *args, **kwargs)
+
+    def _check(self, inputs: Sequence[Sequence[int]], kwargs: dict[str, Any]) -> None:
+        """Refuse requests that ask for media, which transformers would leave out."""
+        if self.adapter.feature_modalities(kwargs):
+            raise UnsupportedCacheError(
+                "continuous batching takes token ids alone, and this call brings images or videos, "
+                f"which the model would never see. {BATCH_FIX}"
+            )
+        names = self.adapter.placeholders
+        for i, prompt in enumerate(inputs):
+            count = sum(token in names for token in prompt)
+            if count:
+                raise UnsupportedCacheError(
+                    f"prompt {i} has {count} placeholders of images or videos, and continuous "
+                    f"batching takes token ids alone, so no media would fill them. {BATCH_FIX}"
+                )
+        if self.strict:
+            raise NoVisualInputError(
+                "strict=True, and continuous batching takes token ids alone, so that no prompt "
+                "brings an image or video. Use model.generate(...), or patch(..., strict=False)."
+            )
+
+
+def _check_types(types: Tensor, embeds: Tensor | None) -> None:
+    """Refuse kinds of features that are not those of `inputs_embeds`, column by column."""
+    if embeds is not None and types.shape != embeds.shape[:2]:
+        raise OptionError(
+            f"{TYPES} of shape {tuple(types.shape)} beside inputs_embeds of shape "
+            f"{tuple(embeds.shape)}: expected one number per column, {tuple(embeds.shape[:2])}."
+        )
+
+
+def with_types(arguments: dict[str, Any], types: Tensor) -> dict[str, Any]:
+    """Arguments of a call of the body, beside the kinds of features in its `inputs_embeds`.
+
+    `types` (B, L) has the rows of the caller of `generate`, which repeats rows for beams, and all
+    columns, of which the body gets those that are not in the cache yet.
+    """
+    embeds = arguments.get("inputs_embeds")
+    if embeds is None or arguments.get("input_ids") is not None:
+        return arguments
+    rows = types.repeat_interleave(embeds.shape[0] // types.shape[0], 0)
+    return {**arguments, TYPES: rows[:, -embeds.shape[1] :]}
+
+
+def prompt_columns(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+    """Columns of the prompt that `generate` was called with, or None if they do not show it."""
+    for name in ("inputs_embeds", "input_ids", "inputs"):
+        if isinstance(kwargs.get(name), Tensor):
+            return int(kwargs[name].shape[1])
+    return int(args[0].shape[1]) if args and isinstance(args[0], Tensor) else None
+
+
+class Hooks(CallHooks):
+    """Installs and removes the hooks of one patched model.
+
+    What belongs to a running call lives in thread-local storage; `stats` is shared: the counts of
+    the prefill that ended last, in whichever thread. Dynamo cannot trace what the hooks do, so they
+    run between the graphs of a compiled model.
+
+    A plan without stages has no hooks, unless what an earlier plan has left may still come.
+
+    Parameters
+    ----------
+    strict
+        Whether prompts without media are refused.
+    compact_positions
+        Whether positions count the kept tokens only.
+    """
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        plan: Plan,
+        strict: bool,
+        compact_positions: bool = False,
+    ) -> None:
+        LayerTypes.of(adapter.decoder)  # refuses layer types that are not known
+        super().__init__(adapter, RunningCalls())
+        calls, self.compact_positions = self.calls, compact_positions
+        self.gate = CallGate.of(adapter.model)
+        self._owner, self._compressed = CacheOwner(compact_positions), False
+        prefill = ChunkedPrefill(adapter, calls, self._compresses)
+        self._featureless = FeaturelessPrompts(adapter, strict)
+        known = self._owner, prefill, self._featureless
+        self.decoder = DecoderHooks(adapter, calls, plan, *known)
+        generate = GenerateCalls(adapter, self.gate, calls, self._compresses, strict)
+        relative = RelativePositions(adapter, calls)
+        self._parts: list[Any] = [self.decoder, relative, prefill, generate]
+        # The thinkers of Qwen-Omni swallow the argument and return all logits.
+        self._slices = "logits_to_keep" in parameters_of(adapter.top)
+
+    # -- installation ---------------------------------------------------------------------------
+
+    def install(self) -> None:
+        """Put the plan in force; no call may be running."""
+        if self._needed():
+            self._hook()
+
+    def change(self, plan: Plan) -> None:
+        """Put another plan in force; no call may be running."""
+        self.decoder.change(plan)
+        if not self._needed():
+            self.remove()
+        elif self._handles:
+            self.decoder.put_in_force()
+            forget_compiled()
+        else:
+            self._hook()
+
+    def _needed(self) -> bool:
+        """Whether anything must be done to calls: to prompts, or to what earlier plans have left.
+
+        Those are caches that this patch has compressed, and features with tokens missing.
+        """
+        self._compressed |= self.plan.active
+        return self._compressed or self.decoder.tower.had_stage
+
+    def _hook(self) -> None:
+        top, body, apart = self.adapter.top, self.adapter.body, self.decoder.apart
+        for module in dict.fromkeys((top, body)):
+            self._count_calls(module)
+        self._before(top, self._note_call, self._is_original)
+        self._after(top, self._forget_call, traced=apart, always_call=True)
+        self._before(body, self._note_prompt, traced=apart)
+        self._after(body, self._forget_prompt, traced=apart, always_call=True)
+        for part in (*self._parts, self.adapter):
+            part.install()
+        forget_compiled()
+        self._owner.active = True
+
+    def remove(self) -> None:
+        """Undo `install`, while no call is running; safe to call twice."""
+        if not self._handles:
+            return
+        self._owner.active = False
+        super().remove()
+        for part in reversed(self._parts):
+            part.remove()
+        self.adapter.uninstall()
+        forget_compiled()
+
+    # -- running calls --------------------------------------------------------------------------
+
+    def _count_calls(self, module: nn.Module) -> None:
+        """Count the calls of a module, and send a direct call of its `forward` through its hooks.
+
+        torch runs hooks for `module(...)` alone. A hook notes that it has run, so a `forward`
+        without such a note is a direct call. None of this is traced by Dynamo.
+        """
+        self._handles += [
+            module.register_forward_pre_hook(self._begin),
+            module.register_forward_hook(self._end, always_call=True),
+            MethodReplacement(module, "forward", functools.partial(self._forward, module)),
+        ]
+
+    def _begin(self, module: nn.Module, args: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.calls.state.entered.add(id(module))
+
+    def _end(self, module: nn.Module, args: Any, out: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.calls.state.entered.discard(id(module))
+
+    def _forward(
+        self, module: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        if torch.compiler.is_compiling():
+            return original(*args, **kwargs)
+        entered = self.calls.state.entered
+        if id(module) not in entered:
+            return module(*args, **kwargs)
+        entered.discard(id(module))
+        with self.gate.call():
+            return original(*args, **kwargs)
+
+    # -- state ----------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> Plan:
+        """The plan in force."""
+        return self.decoder.plan
+
+    @property
+    def stats(self) -> Stats | None:
+        """Counts of the compressed prefill that ended last; None where there are none."""
+        return self.decoder.stats
+
+    @property
+    def disabled(self) -> bool:
+        """Whether compression is off in this thread."""
+        return self.decoder.is_off()
+
+    def disable(self, by: int) -> None:
+        """Count calls of `Handle.disabled()` in this thread up or down."""
+        self.calls.state.disabled += by
+
+    def drop(self, drops: bool) -> None:
+        """Whether prompts of this thread drop what their plan would merge."""
+        self.calls.state.drops = drops
+
+    def _compresses(self) -> bool:
+        return self.decoder.compresses()
+
+    # -- top and body ---------------------------------------------------------------------------
+
+    def _is_original(self, module: nn.Module, args: Any, kwargs: Any) -> bool:
+        """Refuse copies of the model, and say whether its call is prepared between graphs."""
+        if getattr(module, "_is_replica", False):  # DataParallel has made it
+            raise UnsupportedModelError(DATA_PARALLEL)
+        return not torch.compiler.is_compiling() or self.decoder.apart(module, args, kwargs)
+
+    def _note_call(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Note the labels, and which logits the call must return."""
+        arguments, noted = compat.bind(module, args, kwargs), self.calls.state.noted
+        keep, labels = arguments.get("logits_to_keep", 0), arguments.get("labels")
+        if labels is not None or not isinstance(keep, int):
+            keep = 0
+        noted.grad = torch.is_grad_enabled()
+        noted.labels, noted.logits = labels, keep if self._slices else 0
+        noted.drafts = max(keep - 1, 0)  # assisted decoding: speculative tokens at the end
+
+    def _forget_call(self, *call: Any) -> None:
+        noted = self.calls.state.noted
+        noted.labels, noted.logits, noted.drafts = None, 0, 0
+
+    def _note_prompt(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Note where the visual features of a call go."""
+        arguments, state = compat.bind(module, args, kwargs), self.calls.state
+        noted, state.call = state.noted, None
+        noted.in_body, noted.mask = True, arguments.get("attention_mask")
+        noted.inputs = noted.modalities = None
+        if not self.decoder.compresses():
+            noted.inputs = arguments
+            return
+        if noted.types is not None:
+            arguments = with_types(arguments, noted.types)
+        modalities = self.adapter.modalities(arguments)
+        if modalities is not None:
+            # Labels and drafts say where the question ends.
+            if noted.grad and (noted.labels is not None or noted.drafts):
+                refuse_recomputation(self.adapter.top, "its labels")
+            noted.grad = torch.is_grad_enabled()
+            noted.inputs, noted.modalities = arguments, modalities.cpu()
+        elif begins_prompt(arguments):
+            self.decoder.stats = None  # not those of another prompt
+            self._featureless.meet(arguments)
+
+    def _forget_prompt(self, *call: Any) -> None:
+        noted, self.calls.state.call = self.calls.state.noted, None
+        noted.modalities = noted.inputs = noted.mask = None
+        noted.in_body = False

@@ -1,0 +1,300 @@
+"""Decoder calls on a cache that holds a compressed prompt, and prompts that are read in chunks.
+
+Where rows are and how long the sequence is, the cache layers know (`tokencomp.engine.cache`). Later
+tokens only need the right mask:
+
+    one token, no padding, no window     no mask: it attends to every row
+    one token on a static cache          a mask of constant shape, without a host read
+    anything else                        `Masks` of a `Call`, segment by segment
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicSlidingWindowLayer, StaticLayer
+
+from tokencomp.adapters.base import Adapter
+from tokencomp.engine.cache import CompressedLayer, first_layer, flash_on_static
+from tokencomp.engine.cache_special import CompressedStaticLayer
+from tokencomp.engine.call import Call, RunningCalls, build_segments
+from tokencomp.engine.checks import check_windows
+from tokencomp.engine.gather import gather_arguments
+from tokencomp.engine.masks import Masks, read_mask
+from tokencomp.engine.rowmap import RowMap
+from tokencomp.errors import PrefillWarning
+from tokencomp.plan.plan import Plan
+from tokencomp.torchlib import compat
+from tokencomp.torchlib.hooks import Hooked
+from tokencomp.torchlib.masks import MaskView, causal_mask, mask_parameters
+from tokencomp.torchlib.replace import MethodReplacement
+
+MASKLESS = re.compile("sdpa|flash")  # backends that take None where a token attends to all
+PREFILL = "_prefill"  # the method of transformers' generation that runs it
+
+
+class LaterTokens:
+    """Arguments of decoder calls whose cache holds a compressed prompt.
+
+    Parameters
+    ----------
+    calls
+        Gets the running call, if its layers need more than a mask.
+    compact
+        Whether positions count the kept tokens only.
+    """
+
+    def __init__(self, adapter: Adapter, calls: RunningCalls, compact: bool) -> None:
+        self.adapter, self.calls, self.compact = adapter, calls, compact
+        mask_parameters()  # before a step is compiled
+
+    def traceable(self, inputs: Mapping[str, Any], stages: bool) -> bool:
+        """Whether torch.compile can trace our part of a call: tensor operations, or nothing.
+
+        True in a decode step on a static cache, and without `stages` on every cache that is not
+        compressed. Everything that this method reads is a constant to Dynamo.
+        `inputs` are arguments of the model, its body or its decoder.
+        """
+        if not torch.compiler.is_compiling():
+            return False
+        layer = first_layer(compat.get_cache(inputs))
+        if not isinstance(layer, CompressedStaticLayer):
+            return not stages and not isinstance(layer, CompressedLayer)
+        return _columns(inputs) == 1 and not self.adapter.feature_modalities(inputs)
+
+    def prepare(self, kwargs: dict[str, Any], layers: list[Any], first: Any) -> None:
+        """Set the mask (and compact positions) of a call in place.
+
+        `first` is the first of the cache's layers that holds rows.
+        """
+        if kwargs.get("inputs_embeds") is None:
+            kwargs["inputs_embeds"] = self.adapter.decoder.embed_tokens(kwargs["input_ids"])
+            kwargs["input_ids"] = None
+        first.check_patch()
+        single = kwargs["inputs_embeds"].shape[1] == 1
+        if single and isinstance(first, CompressedStaticLayer):
+            self._static_step(kwargs, first)
+            return
+        positions = kwargs.get("position_ids")
+        # A row before those that the rotary embedding reads counts text tokens.
+        rows = self.adapter.mrope_rows
+        if rows and positions is not None and positions.ndim == 3 and len(positions) > rows:
+            kwargs["position_ids"] = positions[-rows:]
+        if single and self._attends_to_all(layers, first):
+            kwargs["attention_mask"] = None
+        else:
+            self._continue(kwargs, layers, first)
+
+    def _attends_to_all(self, layers: list[Any], first: Any) -> bool:
+        """Whether one token attends to every row, and the backend then needs no mask."""
+        backend = compat.attention_implementation(self.adapter.text_config)
+        types = None if first.owner is None else first.owner.types
+        if self.compact or types is None or MASKLESS.search(backend) is None:
+            return False
+        for layer in layers:  # no frame per layer, as every token passes here
+            if isinstance(layer, CompressedLayer) and layer.row_map.real is not None:
+                return False
+            if types.plain and isinstance(layer, DynamicSlidingWindowLayer):
+                return False
+        # transformers leaves a mask out only below the window, so at the window it is ours too.
+        return bool(types.unmasked and first.get_seq_length() + 1 < types.smallest)
+
+    def _static_step(self, kwargs: dict[str, Any], layer: Any) -> None:
+        """Prepare one token on a static cache, without a host read and with constant shapes.
+
+        As long as the cache has no padding, transformers' mask is right: it takes the columns of
+        the first row and of the token from the cache. With padding, a mask over the
+        whole length of the layer is built, from which `MaskView.written` hides unwritten rows.
+        FlashAttention always gets one, of two axes.
+        """
+        x, config = kwargs["inputs_embeds"], self.adapter.text_config
+        if flash_on_static(config, layer):
+            kwargs["attention_mask"] = layer.written_rows(x.shape[0])
+        elif layer.row_map.real is not None:
+            view = MaskView(layer.max_cache_len, written=layer.cumulative_length)
+            kwargs["attention_mask"] = causal_mask(config, x, layer.row_map.real, view)
+        if self.compact:
+            kwargs["position_ids"] = layer.real_rows().expand(x.shape[0], 1)
+
+    def _continue(self, kwargs: dict[str, Any], layers: list[Any], first: Any) -> None:
+        """Any number of tokens, padded or not, on layers that hold the same rows or other ones."""
+        x, cache = kwargs["inputs_embeds"], compat.get_cache(kwargs)
+        n, new, prepared = x.shape[1], None, None
+        if n > 1:  # a single token is never padding, nor a part of a picture
+            new, prepared = self._columns_of_call(kwargs, n, first)
+        rows = RowMap(n, real=new)
+        segments = build_segments(Plan(), len(layers), layers, None, rows)
+        call = Call(self.adapter, Plan(), [], n, segments, rows, cache)
+        call.by_column, call.prepared = not self.compact, prepared
+        check_windows(call)
+        if self.compact:
+            kwargs["position_ids"] = segments[0].contiguous_positions(new, x)
+        if len(segments) > 1 and "logits_to_keep" in kwargs:
+            kwargs["logits_to_keep"] = 0  # layers with shared keys would get the last rows alone
+        kwargs["attention_mask"] = Masks(call, new, layers).decoder_mask(x)
+        self.calls.state.call = call
+
+    def _columns_of_call(
+        self, kwargs: Mapping[str, Any], n: int, layer: Any
+    ) -> tuple[Tensor | None, Any]:
+        """Which of the `n` columns of a call are real, and what the body prepared for them."""
+        body = self.calls.state.noted.mask
+        mask, prepared = read_mask(kwargs.get("attention_mask"), body, n, layer.rows)
+        new = None if mask is None else mask[:, -n:].bool()
+        return (None if new is None or bool(new.all()) else new), prepared
+
+
+def _columns(inputs: Mapping[str, Any]) -> int:
+    """Columns of a call; 0 where its arguments do not say."""
+    for name in ("input_ids", "inputs_embeds"):
+        if inputs.get(name) is not None:
+            return int(inputs[name].shape[1])
+    return 0
+
+
+def begins_prompt(inputs: Mapping[str, Any]) -> bool:
+    """Whether a call is the first of its prompt: its cache is empty, or it has none.
+
+    False for continuous batching, where a call mixes prompts and later tokens; and for one token
+    on a static cache, whose length is on the device, where reading it would wait for every token.
+    """
+    cache = compat.get_cache(inputs)
+    if cache is None:
+        return True
+    if isinstance(first_layer(cache), StaticLayer) and _columns(inputs) == 1:
+        return False
+    return hasattr(cache, "get_seq_length") and not int(cache.get_seq_length())
+
+
+# -- chunked prefill -----------------------------------------------------------------------------
+
+
+class ChunkedPrefill(Hooked):
+    """Takes `prefill_chunk_size` from `generate` and applies it after the entry stage.
+
+    Transformers would cut the prompt before the model, so that a chunk boundary could cut a span,
+    and a reducer would not see the question. Here the vision tower and the entry stage see the
+    whole prompt once, and the decoder takes the rows that are kept in chunks: what grows with the
+    square of the prompt, or with the width of the MLP, is bounded by the chunk.
+
+    Text-only prompts, and every prompt while nothing is compressed, are chunked by transformers.
+    Releases without the method that is replaced do not chunk prompts with media.
+
+    Parameters
+    ----------
+    calls
+        Gets `chunk` while `generate` runs a prefill.
+    active
+        Whether prompts with media are compressed in the calling thread.
+    """
+
+    def __init__(self, adapter: Adapter, calls: RunningCalls, active: Callable[[], bool]) -> None:
+        self.adapter, self.calls, self.active = adapter, calls, active
+
+    def install(self) -> None:
+        """Replace `model._prefill`, where the release has it."""
+        self._handles.append(MethodReplacement(self.adapter.top, PREFILL, self._prefill))
+
+    def _prefill(
+        self,
+        original: Callable[..., Any],
+        input_ids: Any,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        size = getattr(generation_config, "prefill_chunk_size", None)
+        original = functools.partial(original, input_ids)
+        media = size is not None and self.adapter.feature_modalities(model_kwargs)
+        # transformers refuses to chunk without a cache
+        if not (media and self.active()) or compat.get_cache(model_kwargs) is None:
+            return original(generation_config, model_kwargs, *args, **kwargs)
+        whole = copy.copy(generation_config)
+        whole.prefill_chunk_size = None
+        noted = self.calls.state.noted
+        noted.chunk = size
+        for option in ("output_hidden_states", "output_attentions"):
+            if getattr(generation_config, option, False):
+                _one_pass(size, f"{option}=True needs every column of one pass")
+                noted.chunk = None
+        try:
+            return original(whole, model_kwargs, *args, **kwargs)
+        finally:
+            noted.chunk = None
+
+    def advance(
+        self, decoder: nn.Module, kwargs: dict[str, Any], call: Call, logits: int
+    ) -> dict[str, Any]:
+        """Run all chunks of a compressed prefill but the last; the caller's call is the last.
+
+        Parameters
+        ----------
+        kwargs
+            Arguments of the decoder for the whole compressed prompt.
+        call
+            Gets `chunk`, and `earlier`: hidden states of the chunks that have run, where the call
+            must return them.
+        logits
+            Last columns that the call must return; 0: all.
+
+        Returns
+        -------
+        dict
+            Arguments of the last chunk.
+        """
+        size, width = self.calls.state.noted.chunk, call.map.rows
+        if size is None or width <= size:
+            return kwargs
+        if len(call.segments) > 1:
+            _one_pass(size, "this plan drops tokens between decoder layers, which need all rows")
+            return kwargs
+        mask = kwargs.get("attention_mask")
+        if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+            _one_pass(size, "the masks of windows or image blocks are made for the whole prompt")
+            return kwargs
+        rotary, call.chunk = call.rotary, size
+        last = (width - 1) // size * size  # first row of the last chunk
+        needed = not 0 < logits <= min(call.tail, width - last)
+
+        def chunk(start: int, stop: int) -> dict[str, Any]:
+            call.rotary = None if rotary is None else rotary[:, start:stop]
+            return _chunk(kwargs, start, stop)
+
+        for start in range(0, last, size):
+            out = decoder.forward(**chunk(start, start + size))
+            if needed:
+                call.earlier.append(out[0])
+        return chunk(last, width)
+
+
+def _chunk(kwargs: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
+    """Arguments of the decoder for rows `start … stop - 1`."""
+    x, mask, chunk = kwargs["inputs_embeds"], kwargs.get("attention_mask"), dict(kwargs)
+    batch, width = x.shape[:2]
+    chunk["inputs_embeds"] = x[:, start:stop]
+    chunk["position_ids"] = kwargs["position_ids"][..., start:stop]
+    if mask is not None:
+        chunk["attention_mask"] = mask[:, : mask.shape[1] - (width - stop)]
+    if kwargs.get("cache_position") is not None:
+        chunk["cache_position"] = kwargs["cache_position"][start:stop]
+    index = torch.arange(start, stop, device=x.device).expand(batch, -1)
+    gather_arguments(chunk, index, None, width)
+    return chunk
+
+
+def _one_pass(size: Any, why: str) -> None:
+    """Warn that a prompt is not chunked."""
+    warnings.warn(
+        f"prefill_chunk_size={size} is not applied to a prompt with media: {why}. The prompt runs "
+        "in one pass. Use an entry reducer, or leave the option out.",
+        PrefillWarning,
+        stacklevel=3,
+    )

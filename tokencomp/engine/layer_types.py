@@ -1,0 +1,358 @@
+"""Layer types: what each means for masks, windows and scores; and those of a decoder's layers.
+
+A new attention kind is a subclass of `LayerType` and a row in `ROWS`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from tokencomp.engine.cache import REFERENCE, first_layer
+from tokencomp.errors import RowIndexedAttentionError, UnsupportedModelError
+from tokencomp.torchlib import compat
+from tokencomp.torchlib.masks import backend_mask
+
+
+@dataclass(frozen=True)
+class LayerType:
+    """A layer type; this one attends to all tokens before it.
+
+    A new kind is a subclass and a row in `ROWS`.
+
+    Attributes
+    ----------
+    name
+        As transformers' configs name it, and as decoders find its mask.
+    window_field
+        Field of the text config with the size of its window, in tokens.
+    attends
+        Whether it has queries and keys, one row per token, so that its attention can score tokens.
+    counts_from_start
+        Whether windows are counted from the first real column of every sample.
+    skips_masks
+        Whether transformers may leave out a mask that hides nothing.
+    masks_single_tokens
+        Whether the decoder builds a mask for a single token, too.
+    cuts_later_turns
+        Whether only the first prompt is kept whole, so that later media cannot be served.
+    """
+
+    name: str
+    window_field: ClassVar[str | None] = None
+    attends: ClassVar[bool] = True
+    counts_from_start: ClassVar[bool] = False
+    skips_masks: ClassVar[bool] = True
+    masks_single_tokens: ClassVar[bool] = False
+    cuts_later_turns: ClassVar[bool] = False
+
+    def visible(self, query: Any, key: Any, size: int, start: Any) -> Any:
+        """Whether a window of `size` tokens shows a query a key before it; both are columns.
+
+        Without a window it always does. `start` is the first real column of the sample.
+        """
+        return True
+
+    def misplaced(self, masks: Any, segment: Any, total: int) -> bool:
+        """Whether the mask that the decoder builds from a 2-D mask of rows would be wrong.
+
+        `masks` are the `Masks` of the call, and `total` counts the columns after it.
+        """
+        return False
+
+    def mask(self, masks: Any, segment: Any, x: Tensor, text: Tensor | None) -> Any:
+        """The mask of these layers in a segment.
+
+        `masks` are the `Masks` of the call, and x (B, n, d) is read for its shape, dtype and
+        device. `text` are positions (B, n) that begin again in every packed prompt; there is no
+        cache then.
+        """
+        return masks.attention_mask(self, segment, x, text)
+
+
+class Windowed(LayerType):
+    """Layers whose queries see a window, whose size the config gives."""
+
+    def exceeded(self, masks: Any, total: int) -> bool:
+        """Whether a layer would not see all of a sequence of `total` tokens."""
+        size = masks.call.layer_types.sizes.get(self.name)
+        return size is not None and total > size
+
+
+class Sliding(Windowed):
+    """Queries see the last `size` columns, including the one of the query."""
+
+    window_field = "sliding_window"
+
+    def visible(self, query: Any, key: Any, size: int, start: Any) -> Any:
+        """Whether fewer than `size` columns lie between them."""
+        return key > query - size
+
+    def misplaced(self, masks: Any, segment: Any, total: int) -> bool:
+        """Whether a column has left the window of a query: transformers counts rows."""
+        if not masks.call.by_column or not self.exceeded(masks, total):
+            return False
+        return bool(segment.gap_within(masks.call.layer_types.sizes[self.name] - 1))
+
+
+class Chunked(Windowed):
+    """Queries see the chunk of `size` columns that they are in (Llama 4)."""
+
+    window_field = "attention_chunk_size"
+    counts_from_start = True
+
+    def visible(self, query: Any, key: Any, size: int, start: Any) -> Any:
+        """Whether both lie in one chunk."""
+        return (key - start) // size == (query - start) // size
+
+    def misplaced(self, masks: Any, segment: Any, total: int) -> bool:
+        """Whether columns are missing: transformers counts chunks from logical columns."""
+        return self.exceeded(masks, total) and segment.gaps
+
+
+class Indexed(LayerType):
+    """Queries see the rows that an indexer chooses, which adds its choice to a mask (DeepSeek)."""
+
+    skips_masks = False
+    masks_single_tokens = True
+
+
+class Reference(LayerType):
+    """Layers that see all of the first prompt, and a window of what follows (Unlimited-OCR).
+
+    Only that window slides, and no column is missing among its rows. Media of later calls are
+    refused, see `tokencomp.engine.decoder`.
+    """
+
+    masks_single_tokens = True
+    cuts_later_turns = True
+
+    def misplaced(self, masks: Any, segment: Any, total: int) -> bool:
+        """Whether rows are padded: transformers looks up padding by shifted columns."""
+        return bool(segment.past.rows) and segment.past.mask() is not None
+
+    def mask(self, masks: Any, segment: Any, x: Tensor, text: Tensor | None) -> Any:
+        """All rows of the prompt, and a window of the later ones."""
+        if not segment.past.rows:
+            return super().mask(masks, segment, x, text)
+        layer = first_layer(masks.layers, segment.first)
+        evicted = max(layer.cumulative_length - layer.sliding_window + 1, 0)
+        rows = torch.arange(segment.past.rows + x.shape[1], device=x.device)
+        prompt = rows < layer.prefill_length
+        rows = rows[prompt | (rows >= layer.prefill_cumulative_length + evicted)]
+        new = rows[-x.shape[1] :, None]
+        near = (rows > new - layer.sliding_window) | (rows < layer.prefill_length)
+        visible = (near & (rows <= new)).expand(x.shape[0], 1, -1, -1)
+        valid = segment.mask(x.device)
+        if valid is not None:
+            visible = visible & valid[:, None, None, rows]
+        return backend_mask(masks.config, visible, x)
+
+
+class Mixing(LayerType):
+    """No attention: MLPs or experts alone. A token that leaves is not in the sequence at all."""
+
+    attends = False
+
+
+class State(Mixing):
+    """Linear attention or short convolutions: a state of constant size, and a mask of padding."""
+
+    def mask(self, masks: Any, segment: Any, x: Tensor, text: Tensor | None) -> Any:
+        """False at padding, (B, n), or None where there is none."""
+        return None if masks.new is None else masks.new.to(x.device)
+
+
+FULL = LayerType("full_attention")
+SLIDING = Sliding("sliding_attention")
+CONVOLUTION = State("linear_attention")  # under whose name decoders take the mask of convolutions
+ROWS = (
+    FULL,
+    SLIDING,
+    CONVOLUTION,
+    Chunked("chunked_attention"),
+    Indexed("indexed_attention"),
+    Reference(REFERENCE),
+    State("conv"),
+    Mixing("moe"),
+    Mixing("mlp"),
+)
+# Attention whose keys and values run through short convolutions has the masks of these types.
+CONVOLVING = {"hybrid": FULL, "hybrid_sliding": SLIDING}
+LAYER_TYPES: dict[str, LayerType] = {
+    **{layer_type.name: layer_type for layer_type in ROWS},
+    **CONVOLVING,
+}
+
+
+# -- the layer types of a decoder -----------------------------------------------------------------
+
+# Fields of configs that let attention depend on the numbers of rows, where they are above 1.
+BY_ROW = {
+    "index_kpool": "an indexer scores pools of {} consecutive rows",
+    "indexer_compress_ratio": "an indexer scores groups of {} consecutive rows",
+    "index_block_size": "sparse layers choose blocks of {} consecutive rows",
+}
+BLOCKS = "minimax_m3_sparse"
+
+
+@dataclass(frozen=True)
+class LayerTypes:
+    """Kinds of the decoder layers, and the windows among them.
+
+    Attributes
+    ----------
+    types
+        Of every layer.
+    sizes
+        By the name of a kind: tokens that a query sees at most, itself included, or tokens per
+        chunk.
+    named
+        Whether the config names the kinds, so that the decoder takes a mask for each.
+    cut
+        Rows that a default cache keeps although no layer has a window (a `sliding_window` that
+        layers like those of Llama do not read); None: all.
+    convolves
+        Whether layers with attention also hold short convolutions, which take a mask of their own.
+    relative
+        Whether attention has a bias by distance, see `RelativePositions`.
+    """
+
+    types: tuple[LayerType, ...]
+    sizes: Mapping[str, int]
+    named: bool
+    cut: int | None = None
+    convolves: bool = False
+    relative: bool = False
+
+    @classmethod
+    def of(cls, decoder: Any, served: bool = False) -> LayerTypes:
+        """The windows of a decoder.
+
+        The config is read in every call, because the sizes in it may change. Layers that are known
+        to be `served`, because the patch has checked them before, are not checked again.
+        """
+        config, cut = decoder.config, None
+        names = tuple(getattr(config, "layer_types", None) or ())[: len(decoder.layers)]
+        if not served:
+            _refuse_types(decoder, names)
+        types = names
+        if not names:
+            # Some decoders whose config names no kinds (Mistral) apply `sliding_window`, others
+            # (Llama) only let the cache read it. The former import the factory of such masks.
+            factory, size = "create_sliding_window_causal_mask", _size(config, SLIDING)
+            applies = size is not None and compat.file_with(type(decoder), factory) is not None
+            types = (SLIDING.name if applies else FULL.name,) * len(decoder.layers)
+            cut = None if applies else size
+        windowed = [k for k in map(LAYER_TYPES.__getitem__, dict.fromkeys(types)) if k.window_field]
+        sizes = tuple([(layer_type.name, _size(config, layer_type)) for layer_type in windowed])
+        relative = isinstance(getattr(config, "rel_extent", None), int)
+        return _layer_types(types, sizes, bool(names), cut, relative)
+
+    @cached_property
+    def smallest(self) -> float:
+        """The size of the smallest window: all layers see the whole of sequences up to this."""
+        return min(self.sizes.values(), default=math.inf)
+
+    def rows_kept(self, layers: Sequence[Any]) -> int | None:
+        """Rows that a cache keeps of decoder layers that attend to all; None: all of them."""
+        pairs = zip(layers, self.types, strict=False)
+        cuts = [
+            layer.sliding_window - getattr(layer, "widened", 0)
+            for layer, layer_type in pairs
+            if layer_type is FULL and isinstance(layer, DynamicSlidingWindowLayer)
+        ]
+        return min(cuts) if cuts else self.cut
+
+    @cached_property
+    def plain(self) -> bool:
+        """Whether every layer attends to all tokens before it."""
+        return set(self.types) == {FULL}
+
+    @cached_property
+    def unmasked(self) -> bool:
+        """Whether one token needs no mask as long as no window is exceeded."""
+        masked = self.masks_single_tokens or self.relative or self.cut_later_turns
+        return not masked and self.cut is None
+
+    @cached_property
+    def linear(self) -> bool:
+        """Whether a layer keeps a state, instead of rows or beside them."""
+        return self.convolves or any(isinstance(layer_type, State) for layer_type in self.types)
+
+    @cached_property
+    def count_from_start(self) -> bool:
+        """Whether a window is counted from the first real column of every sample."""
+        return any(
+            layer_type.counts_from_start
+            for layer_type in self.types
+            if layer_type.name in self.sizes
+        )
+
+    @cached_property
+    def masks_single_tokens(self) -> bool:
+        """Whether the decoder builds a mask for a single token, too."""
+        return any(layer_type.masks_single_tokens for layer_type in self.types)
+
+    @cached_property
+    def cut_later_turns(self) -> bool:
+        """Whether a layer keeps only the first prompt whole."""
+        return any(layer_type.cuts_later_turns for layer_type in self.types)
+
+
+@functools.lru_cache(maxsize=64)  # what follows from the kinds is computed once
+def _layer_types(
+    names: tuple[str, ...],
+    sizes: tuple[tuple[str, int | None], ...],
+    named: bool,
+    cut: int | None,
+    relative: bool,
+) -> LayerTypes:
+    types = tuple(LAYER_TYPES[name] for name in names)
+    own = {name: int(size) for name, size in sizes if size}
+    return LayerTypes(types, own, named, cut, not CONVOLVING.keys().isdisjoint(names), relative)
+
+
+def _size(config: Any, layer_type: LayerType) -> int | None:
+    """The one size of all windows of a kind with a window; None: the config gives none."""
+    if layer_type is SLIDING and getattr(config, "use_sliding_window", True) is False:
+        return None
+    field = str(layer_type.window_field)
+    found: set[int] = {size for size in compat.layer_values(config, field) if size}
+    if len(found) > 1:
+        sizes = ", ".join(map(str, sorted(found)))
+        raise UnsupportedModelError(
+            f"{field} of the layers is {sizes}. Served are decoders whose windows have "
+            "one size. Run it without patch()."
+        )
+    return found.pop() if found else None
+
+
+def _refuse_types(decoder: Any, types: Sequence[str]) -> None:
+    """Refuse unknown layer types, and attention that a drop would change for other tokens."""
+    for name, reason in BY_ROW.items():
+        values = [v for v in compat.layer_values(decoder.config, name) if isinstance(v, int)]
+        value = max(values, default=0)
+        if value <= 1:
+            continue
+        if name == "index_block_size" and BLOCKS not in types:
+            continue
+        raise RowIndexedAttentionError(
+            f"{type(decoder).__name__}: {reason.format(value)} ({name} of its config), so that "
+            "dropping a token would not equal masking it: the rows behind it would count "
+            "differently. Run it without patch()."
+        )
+    if unknown := sorted(set(types) - set(LAYER_TYPES)):
+        raise UnsupportedModelError(
+            f"{type(decoder).__name__} has {', '.join(unknown)} layers, for "
+            "which it is not checked that dropping a token equals masking it. Served are "
+            f"{', '.join(sorted(LAYER_TYPES))}. Run it without patch()."
+        )

@@ -1,0 +1,340 @@
+"""The pass `layers`: what the decoder layers of a segment get, and the hooks that hand it to them.
+
+The decoder prepares masks, positions and rotary tables for the rows of segment 0. A layer of a
+later segment gets those of its rows; the first of them runs the stage before it:
+
+    hidden states ─► [stage] ─► rows, mask, positions, tables, per-row arguments ─► layer
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from tokencomp.adapters.base import Adapter
+from tokencomp.adapters.structure import parameters_of
+from tokencomp.engine.call import Call, CallHooks, RunningCalls, Segment
+from tokencomp.engine.capture import attention_of
+from tokencomp.engine.checks import refuse_recomputation, scored_stages
+from tokencomp.engine.choose import run_stage
+from tokencomp.engine.gather import (
+    SET_APART,
+    gather_arguments,
+    sequence_dim,
+    sequence_lengths,
+    table_parts,
+    take,
+    text_positions,
+)
+from tokencomp.engine.layer_types import CONVOLUTION, LayerType
+from tokencomp.engine.masks import Masks
+from tokencomp.errors import RowIndexedAttentionError
+from tokencomp.plan.plan import Plan
+from tokencomp.tokens.signals import Attention
+from tokencomp.torchlib import compat
+from tokencomp.torchlib.hooks import Hooked
+from tokencomp.torchlib.replace import MethodReplacement
+
+# Arguments that `_positions`, `_tables` and the masks of a segment provide.
+APART = {"hidden_states", "position_embeddings", *SET_APART} - {"input_ids"}
+DISTANCE = "relative_distance"  # argument of decoder layers, int64 (queries, keys)
+POSITIONS = ("query_positions", "key_positions")  # of the module of a bias, int64 (n,)
+
+
+class LayerHooks(CallHooks):
+    """Hooks on the layers, for calls in which they see different rows.
+
+    These are prompts with stages between layers, and later tokens on their caches. In other calls
+    the hooks return at once. They are installed with the first plan that has such stages, and stay,
+    because its caches may outlive it.
+    """
+
+    def __init__(self, adapter: Adapter, calls: RunningCalls) -> None:
+        super().__init__(adapter, calls)
+        self._plan = Plan()
+        self._staged = False
+        self._hooked: list[nn.Module] = []
+        self._scores: list[Any] = []
+
+    def install(self, plan: Plan) -> None:
+        """Serve the calls of a plan, and later tokens on caches of the plans before it."""
+        self._plan, self._staged = plan, self._staged or bool(plan.layer_stages)
+        if self._staged and not self._handles:
+            self._hooked = list(self.adapter.layers)
+            for i, layer in enumerate(self._hooked):
+                # Before the hooks of others, which then see the rows that the layer gets.
+                run = functools.partial(self._layer, i)
+                self._before(layer, run, self._has_call, prepend=True)
+        layers, self._handles = self._handles, []
+        for stage, number, signal in scored_stages(plan, self.adapter):
+            score = functools.partial(self._score, stage, signal)
+            # Before FSDP2's, which shards the weights of the module once it has run.
+            attn = attention_of(self.adapter.layers[number])
+            self._after(attn, score, self._has_call, prepend=True)
+        self._scores, self._handles = self._handles, layers
+
+    def follow_wrappers(self) -> None:
+        """Move the hooks to what wraps the layers since (`CheckpointWrapper`), before a prompt."""
+        if self._handles and self._hooked != list(self.adapter.layers):
+            self.remove()
+            self.install(self._plan)
+
+    def withdraw(self) -> None:
+        """Undo what `install` did for its plan alone."""
+        for handle in self._scores:
+            handle.remove()
+        self._scores = []
+
+    def remove(self) -> None:
+        """Undo `install`; safe to call twice."""
+        self.withdraw()
+        super().remove()
+
+    def _layer(self, i: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        state = self.calls.state
+        call: Any = state.call
+        if state.noted.grad and call.segment_of(i).first:
+            refuse_recomputation(self.adapter.decoder, "the stages between layers")
+        return before_layer(call, i, args, kwargs)
+
+    def _score(self, stage: int, signal: Any, module: nn.Module, args: Any, *rest: Any) -> None:
+        call: Any = self.calls.state.call
+        if call.compresses:
+            with call.timed():
+                arguments = compat.bind(module, args, rest[0])
+                call.scores.of_call(stage, module, arguments, signal, call.map)
+
+
+def before_layer(
+    call: Call, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Arguments of decoder layer `i`, with rows, rotary tables and mask of its segment.
+
+    Returns
+    -------
+    tuple of args and kwargs, or None
+        None in segment 0, for which the decoder prepares them.
+    """
+    segment = call.segment_of(i)
+    if segment.first == 0:
+        return None
+    if len(args) > 1:
+        args, kwargs = args[:1], compat.bind(call.adapter.layers[i], args, kwargs)
+        kwargs.pop("hidden_states", None)
+    kwargs = dict(kwargs)
+    hidden = args[0] if args else kwargs["hidden_states"]
+    if not segment.ready:
+        hidden = _enter(call, segment, hidden, kwargs)
+    layer_type, cache = call.layer_types.types[i], compat.get_cache(kwargs)
+    kwargs.update(_row_arguments(segment, kwargs, call.segments[0].new.rows))
+    kwargs["attention_mask"] = _mask(call, segment, layer_type, hidden, cache)
+    if "conv_mask" in kwargs:
+        kwargs["conv_mask"] = _mask(call, segment, CONVOLUTION, hidden, cache)
+    kwargs["position_ids"] = _positions(call, segment, kwargs)
+    kwargs.update(segment.lengths)
+    if "position_embeddings" in kwargs:
+        kwargs["position_embeddings"] = _tables(segment, layer_type.name, kwargs, hidden.device)
+    if args:
+        return (hidden,), kwargs
+    kwargs["hidden_states"] = hidden
+    return args, kwargs
+
+
+def _enter(call: Call, segment: Segment, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """First layer of a segment: the stage, if there is one, then what its rows have in common."""
+    previous = call.segments[call.segments.index(segment) - 1]
+    segment.index = previous.index
+    if segment.stage is not None:
+        hidden = _run_stage(call, segment, previous, hidden, kwargs)
+    if call.compresses:
+        segment.new = call.map
+    if segment.new.packed:
+        segment.lengths = sequence_lengths(segment.new, kwargs)
+    if segment.new.packed and compat.get_cache(kwargs) is None:
+        # transformers distinguishes packed prompts by positions that start again, and only
+        # where there is neither a mask nor a cache.
+        segment.text_positions = text_positions(segment.new, hidden.device)
+    segment.ready = True
+    return hidden
+
+
+def _run_stage(
+    call: Call, segment: Segment, previous: Segment, hidden: Tensor, kwargs: dict[str, Any]
+) -> Tensor:
+    """Run the stage before a segment on hidden states (B, n, d) and their rotary tables."""
+    stage: Any = segment.stage
+    layer_type, device = call.layer_types.types[segment.first].name, hidden.device
+    tables = _tables(previous, layer_type, kwargs, device)
+    signals = [s for s in stage.needs if isinstance(s, Attention) and s.layer == "next"]
+    # Another layer has scored for a stage before a layer without attention.
+    if signals and not call.scores.known(segment.first):
+        ids = _positions(call, previous, kwargs)
+        arguments = {"position_embeddings": tables, "position_ids": ids}
+        with call.timed():
+            for signal in signals:
+                cache = compat.get_cache(kwargs)
+                call.scores.of_input(segment.first, hidden, arguments, signal, call.map, cache)
+    index = previous.index
+    if index is None:
+        index = torch.arange(hidden.shape[1], device=device)[None]
+    parts = table_parts(tables)
+    with call.timed():
+        dims = [1, 1, *map(sequence_dim, parts)]
+        hidden, segment.index, *parts = run_stage(call, stage, [hidden, index, *parts], dims)
+    segment.tables[layer_type] = parts
+    return hidden
+
+
+def _positions(call: Call, segment: Segment, kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The `position_ids` of layers of a segment.
+
+    Layers that compute with positions themselves get the positions of the rows that are left. They
+    read none where `rotary` is set, or where the positions are the row of M-RoPE that counts text
+    tokens. Such layers get positions without gaps, because transformers reads a
+    gap as the start of another packed prompt.
+    """
+    adapter, positions = call.adapter, cast(Tensor | None, kwargs.get("position_ids"))
+    reads = adapter.layers_read_positions and call.rotary is None
+    if positions is None or not reads or (adapter.mrope and positions.ndim < 3):
+        return segment.text_positions
+    if segment.index is None:
+        return positions
+    index = segment.index.to(positions.device)
+    axes = positions.shape[:-2]  # M-RoPE has one row per axis in front of the samples
+    positions = positions.expand(*axes, len(index), -1)
+    return positions.gather(-1, index.expand(*axes, -1, -1))
+
+
+def _mask(call: Call, segment: Segment, layer_type: LayerType, hidden: Tensor, cache: Any) -> Any:
+    """The mask of the layers of one type in a segment, made once for all of them."""
+    if layer_type.name not in segment.masks:
+        layers = list(getattr(cache, "layers", None) or ())
+        masks = Masks(call, segment.new.mask(hidden.device), layers)
+        segment.masks[layer_type.name] = masks.layer_mask(layer_type, segment, hidden)
+    return segment.masks[layer_type.name]
+
+
+def _row_arguments(segment: Segment, kwargs: Mapping[str, Any], width: int) -> dict[str, Any]:
+    """Further arguments of a layer that have an entry for each row, such as per-layer inputs.
+
+    `width` are the rows of segment 0.
+    """
+    if segment.index is None:
+        return {}
+    others = {
+        name: value
+        for name, value in kwargs.items()
+        if name not in APART and isinstance(value, Tensor) and value.ndim > 1
+    }
+    if others:
+        mask = segment.new.mask(segment.index.device)
+        gather_arguments(others, segment.index, mask, width)
+    return others
+
+
+def _tables(
+    segment: Segment, layer_type: str, kwargs: Mapping[str, Any], device: torch.device
+) -> Any:
+    """Rotary tables of a layer of `layer_type` that is called with `kwargs`, for rows of `segment`.
+
+    Layer types may have different tables, and some have none.
+    """
+    tables = kwargs.get("position_embeddings")
+    if tables is None or segment.index is None:
+        return tables
+    if not segment.tables.get(layer_type):
+        parts = [t.to(device) for t in table_parts(tables)]
+        index, mask = segment.index.to(device), segment.new.mask(device)
+        segment.tables[layer_type] = take(parts, index, [*map(sequence_dim, parts)], mask)
+    moved = tuple(t.to(device) for t in segment.tables[layer_type])
+    return moved if isinstance(tables, tuple) else moved[0]
+
+
+# -- biases by distance --------------------------------------------------------------------------
+
+
+class RelativePositions(Hooked):
+    """Attention biases by the distance of two tokens, which transformers counts in rows (Inkling).
+
+    After dropping, row distance is smaller than token distance. In a compressed call the bias is
+    computed from columns, so that no distance changes. Under compact positions rows count, as they
+    do for other models. The hooks are where the decoder hands distances to a layer, or positions to
+    the module of its bias.
+
+    Parameters
+    ----------
+    calls
+        The call of every thread (`RunningCalls`).
+
+    Raises
+    ------
+    RowIndexedAttentionError
+        A layer of the decoder has such a bias, and takes neither of the two.
+    """
+
+    def __init__(self, adapter: Adapter, calls: RunningCalls) -> None:
+        self.calls = calls
+        self._layers: dict[int, nn.Module] = {}
+        self._biases: list[tuple[int, nn.Module]] = []
+        extent = getattr(adapter.decoder.config, "rel_extent", None)
+        if not isinstance(extent, int):
+            return
+        for i, layer in enumerate(adapter.layers):
+            biases = [m for m in layer.modules() if set(POSITIONS) <= set(parameters_of(m))]
+            if DISTANCE in parameters_of(layer):
+                self._layers[i] = layer
+            elif biases:
+                self._biases += [(i, module) for module in biases]
+            else:
+                raise RowIndexedAttentionError(
+                    f"{type(layer).__name__}: attention adds a bias by the number of rows between "
+                    f"two tokens, up to {extent} (rel_extent of its config), in a way that is not "
+                    "known, so that dropping a token would not equal masking it. Run it without "
+                    "patch()."
+                )
+
+    def install(self) -> None:
+        """Hook the layers, or the modules of their biases."""
+        for i, layer in self._layers.items():
+            hook = functools.partial(self._layer, i)
+            self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        for i, module in self._biases:
+            bias = functools.partial(self._bias, i)
+            self._handles.append(MethodReplacement(module, "forward", bias))
+
+    @compat.not_compiled
+    def _columns(self, layer: int, batch: int, device: torch.device) -> Tensor | None:
+        """Columns of all rows that layer `layer` has seen, (B, rows); None if rows are right."""
+        call = self.calls.state.call
+        if call is None or not call.by_column:
+            return None
+        columns: Tensor | None = call.segment_of(layer).columns(batch, device)
+        return columns
+
+    def _layer(self, i: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        kwargs = compat.bind(module, args, kwargs)
+        hidden, distance = kwargs["hidden_states"], kwargs[DISTANCE]
+        columns = self._columns(i, hidden.shape[0], hidden.device)
+        if columns is None:
+            return None
+        queries, keys = columns[:, -distance.shape[0] :], columns[:, -distance.shape[1] :]
+        return (), {**kwargs, DISTANCE: (queries[:, :, None] - keys[:, None])[:, None]}
+
+    def _bias(
+        self,
+        i: int,
+        original: Callable[..., Tensor],
+        states: Tensor,
+        query_positions: Tensor,
+        key_positions: Tensor,
+    ) -> Tensor:
+        columns = self._columns(i, states.shape[0], states.device)
+        if columns is None:
+            return original(states, query_positions, key_positions)
+        queries, keys = (columns[:, -len(p) :] for p in (query_positions, key_positions))
+        samples = zip(states.split(1), queries, keys, strict=True)
+        return torch.cat([original(*sample) for sample in samples])

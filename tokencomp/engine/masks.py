@@ -1,0 +1,344 @@
+"""The attention masks of every segment and layer type, for rows of which some were dropped.
+
+transformers makes one mask per layer type and counts rows. Here a sliding or chunked window is
+measured in columns, as long as the rotary embedding uses them too. Dropping a token then equals
+masking it: no other token comes into the window in its place. A window of four columns, seen by the
+last token, when columns 2, 3 and 5 were dropped:
+
+    column of the prompt   0  1  2  3  4  5  6  7
+    kept                   x  x  .  .  x  .  x  x
+    four columns                       x  .  x  x    what this module lets it see: 4, 6, 7
+    four rows                 x        x     x  x    what a window of rows would: 1, 4, 6, 7
+
+Who makes a mask:
+
+    segment 0   `Masks.decoder_mask`: the decoder, from a 2-D mask of padding, where that is right;
+                else we make one per layer type and the decoder passes them on
+    others      `Masks.layer_mask`: we make one per layer type, and hand it to every layer
+    one later token without padding and windows: nobody, it attends to every row
+
+Masks that the body of a model has prepared, which let the tokens of an image see each other, are
+gathered by column and never built again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+from transformers.cache_utils import StaticLayer
+
+from tokencomp.engine.cache import (
+    first_layer,
+    flash_on_static,
+    keeps_window,
+    physical_length,
+)
+from tokencomp.engine.call import Call, Segment
+from tokencomp.engine.layer_types import CONVOLUTION, FULL, LAYER_TYPES, LayerType
+from tokencomp.engine.rowmap import joined_mask
+from tokencomp.errors import UnsupportedCacheError
+from tokencomp.torchlib.masks import (
+    MaskView,
+    backend_mask,
+    causal_mask,
+    check_flash_on_static,
+    only_padding,
+    visible_columns,
+)
+
+
+@dataclass(frozen=True)
+class Masks:
+    """The masks of one decoder call.
+
+    Attributes
+    ----------
+    call
+        Its segments, and the mask that the body has prepared for the uncompressed call
+        (`Call.prepared`): one of (B, 1, L, columns), a tensor or blocks of FlexAttention, or a
+        mapping from layer types to such masks; None: plain causal attention.
+    new : Tensor of bool, shape (B, n), or None
+        False at padding among the rows of this call.
+    layers
+        Layers of the KV cache; empty where there is none.
+    """
+
+    call: Call
+    new: Tensor | None
+    layers: list[Any]
+
+    @property
+    def config(self) -> Any:
+        """Config of the decoder."""
+        return self.call.adapter.text_config
+
+    # -- segment 0 ------------------------------------------------------------------------------
+
+    def _explicit(self) -> bool:
+        """Whether masks that the decoder builds from a 2-D mask of rows would be wrong."""
+        types, first = self.call.layer_types, self.call.segments[0]
+        if self.call.prepared is not None:
+            return True
+        if types.plain:
+            return False
+        length = self.call.length_after()
+        return any(t.misplaced(self, first, length) for t in set(types.types))
+
+    def decoder_mask(self, x: Tensor) -> Any:
+        """What the decoder takes as `attention_mask`; x (B, n, d) are the rows of segment 0."""
+        if self._explicit():
+            return self._by_type(x)
+        first, layer = self.call.segments[0], first_layer(self.layers)
+        if not flash_on_static(self.config, layer):
+            return self._padding(first, self.new, x)
+        # FlashAttention on a static cache takes a mask by row, and also where there is no padding.
+        check_flash_on_static()
+        real, rows = joined_mask(first.past, self.new, first.new.rows), first.past.rows + x.shape[1]
+        if real is None:
+            return torch.ones(x.shape[0], rows, dtype=torch.bool, device=x.device)
+        return real.to(x.device)
+
+    def _by_type(self, x: Tensor) -> Any:
+        """One mask per layer type of segment 0, in the form in which the decoder takes them."""
+        first, types = self.call.segments[0], self.call.layer_types
+        present = set(types.types[first.first : first.stop])
+        masks = {
+            t.name: t.mask(self, first, x, None) if t in present else None
+            for t in dict.fromkeys(types.types)
+        }
+        if types.convolves:
+            masks[CONVOLUTION.name] = CONVOLUTION.mask(self, first, x, None)
+        # Decoders whose config names no layer types pass one mask on to all layers.
+        prepared = self.call.prepared
+        if isinstance(prepared, Mapping) or (prepared is None and types.named):
+            return masks
+        return masks[types.types[first.first].name]
+
+    # -- every segment --------------------------------------------------------------------------
+
+    def layer_mask(self, layer_type: LayerType, segment: Segment, x: Tensor) -> Any:
+        """The mask of the layers of a type in a segment after the first."""
+        return layer_type.mask(self, segment, x, segment.text_positions)
+
+    def attention_mask(
+        self, layer_type: LayerType, segment: Segment, x: Tensor, text: Tensor | None
+    ) -> Any:
+        """What the queries of a segment see: prepared or causal, real, and in their window."""
+        held = self._held(layer_type, segment)
+        offset = segment.past.length - held  # column of the first held row, as transformers counts
+        padding = self._padding(segment, None if text is not None else self.new, x)
+        window = self._window(layer_type, segment, x)
+        block = self.call.prepared
+        if isinstance(block, Mapping):
+            block = block.get(layer_type.name)
+        if block is not None:
+            return self._with_block(block, segment, x, padding, window, held)
+        view, skips = MaskView(held, offset), layer_type.skips_masks
+        return causal_mask(self.config, x, padding, view, text, window, skips)
+
+    def _padding(self, segment: Segment, new: Tensor | None, x: Tensor) -> Tensor | None:
+        """The 2-D mask as transformers counts: as many real columns as were dropped, then rows."""
+        real = joined_mask(segment.past, new, segment.new.rows, x.device)
+        if real is None:
+            return None
+        ones = torch.ones(x.shape[0], segment.past.dropped, dtype=torch.bool, device=x.device)
+        return torch.cat([ones, real.to(x.device)], dim=1)
+
+    def _held(self, layer_type: LayerType, segment: Segment) -> int:
+        """Rows of earlier calls that the keys of these layers begin with."""
+        rows, types = segment.past.rows, self.call.layer_types
+        if layer_type.name not in types.sizes:
+            return rows
+        pairs = [*zip(self.layers, types.types, strict=False)]
+        # A segment whose layers cache nothing reads the keys of earlier ones.
+        for part in (pairs[segment.first : segment.stop], pairs[: segment.first][::-1], pairs):
+            for layer, own in part:
+                if own == layer_type and keeps_window(layer):
+                    return min(rows, int(layer.sliding_window) - 1)
+        return rows
+
+    def _window(
+        self, layer_type: LayerType, segment: Segment, x: Tensor
+    ) -> Callable[..., Any] | None:
+        """Whether a key is in the window of a query, as a function for transformers' masks."""
+        size, past = self.call.layer_types.sizes.get(layer_type.name), segment.past
+        if size is None or past.length + self.call.width <= size:
+            return None
+        by_column = self.call.by_column
+        columns = segment.columns(x.shape[0], x.device) if by_column else None
+        starts = self._starts(segment, x)
+
+        def column(sample: Any, index: Any) -> Any:
+            row = index - past.dropped
+            return row if columns is None else columns[sample, row]
+
+        def within(sample: Any, head: Any, query: Any, key: Any) -> Any:
+            query, key = column(sample, query), column(sample, key)
+            return layer_type.visible(query, key, size, starts[sample])
+
+        return within
+
+    def _starts(self, segment: Segment, x: Tensor) -> Tensor:
+        """First real column (or row, where rows count) of every sample, int64, (B,)."""
+        first, real = self.call.first_columns(), None
+        if self.call.by_column and first is not None:
+            return first.to(x.device)
+        if not self.call.by_column:
+            real = joined_mask(segment.past, self.new, segment.new.rows, x.device)
+        if real is None:
+            return torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
+        return (real.to(x.device).cumsum(1) == 0).sum(1)
+
+    def _with_block(
+        self,
+        block: Any,
+        segment: Segment,
+        x: Tensor,
+        padding: Tensor | None,
+        window: Callable[..., Any] | None,
+        held: int,
+    ) -> Any:
+        """The prepared mask of the columns of this call, after the rows of earlier calls."""
+        (batch, n), past = x.shape[:2], segment.past
+        block = visible_columns(block).expand(batch, -1, -1, -1)
+        block = block[..., block.shape[-1] - block.shape[-2] :]  # columns of this call alone
+        index = segment.new.columns
+        if index is not None:
+            index = index.to(block.device)
+            rows = index[:, None, :, None].expand(-1, block.shape[1], -1, block.shape[-1])
+            block = block.gather(2, rows)
+            keys = index[:, None, None, :].expand(-1, block.shape[1], n, -1)
+            block = block.gather(3, keys)
+        if held:
+            before = torch.ones(batch, block.shape[1], n, held, dtype=torch.bool, device=x.device)
+            if window is not None:
+                device = x.device
+                before &= window(
+                    torch.arange(batch, device=device)[:, None, None, None],
+                    0,
+                    torch.arange(n, device=device)[None, None, :, None] + past.length,
+                    torch.arange(held, device=device) + past.length - held,
+                )
+            block = torch.cat([before, block.to(x.device)], dim=-1)
+        if padding is not None:
+            block = block & padding[:, None, None, -block.shape[-1] :]
+        return backend_mask(self.config, block, x)
+
+
+# -- masks that were prepared before the decoder was called -------------------------------------
+# `generate` prepares the masks of static caches before the model runs, by column of the
+# uncompressed prompt. A compressed prompt needs another one, which transformers builds again from
+# the padding.
+
+
+def split_mask(kwargs: dict[str, Any], cache: Any, body_mask: Any) -> tuple[dict[str, Any], Any]:
+    """Arguments of a prefill with the 2-D mask of padding, and what the body prepared beside it.
+
+    It is for calls whose mask is not 2-D itself; `body_mask` is that of the body, see `read_mask`.
+    A prepared mask is refused beside a cache of constant length.
+    """
+    first, width = first_layer(cache), kwargs["inputs_embeds"].shape[1]
+    past = physical_length(first)
+    padding, prepared = read_mask(kwargs.get("attention_mask"), body_mask, width, past)
+    if prepared is not None and isinstance(first, StaticLayer):
+        raise UnsupportedCacheError(
+            "the model lets tokens of an image see each other, and prepares its masks for a "
+            f"{type(cache).__name__} by column of the uncompressed prompt. Drop "
+            "cache_implementation=..., or turn compression off with handle.disabled()."
+        )
+    return {**kwargs, "attention_mask": padding}, prepared
+
+
+def read_mask(mask: Any, body_mask: Any, queries: int, past: int) -> tuple[Tensor | None, Any]:
+    """The padding of a decoder call, and what the body of the model has prepared beside it.
+
+    Parameters
+    ----------
+    mask
+        The `attention_mask` of the decoder.
+    body_mask
+        That of the body. Where it has more than two axes, or is a mapping, the caller has prepared
+        it, and `padding_of` says what can be done.
+    queries, past
+        See `padding_of`.
+
+    Returns
+    -------
+    padding : Tensor, shape (B, past + queries), or None
+        The 2-D mask; None where every column is real.
+    prepared : mask (B, heads, L, columns), mapping from layer types to such masks, or None
+        None, also for a kind: plain causal attention. It is all that FlashAttention can do, for
+        which a body has nothing else to prepare.
+    """
+    if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
+        return mask, None
+    by_body = isinstance(mask, Mapping) or _dense(mask)
+    if not by_body or isinstance(body_mask, Mapping) or getattr(body_mask, "ndim", 2) != 2:
+        return padding_of(mask, queries, past), None
+    if not isinstance(mask, Mapping):
+        return body_mask, mask
+    dense = {layer_type: own if _dense(own) else None for layer_type, own in mask.items()}
+    return body_mask, dense if any(own is not None for own in dense.values()) else None
+
+
+def _dense(mask: Any) -> bool:
+    """Whether a mask says for every query what it sees."""
+    return isinstance(mask, BlockMask) or (isinstance(mask, Tensor) and mask.ndim == 4)
+
+
+def padding_of(mask: Any, queries: int, past: int) -> Tensor | None:
+    """The 2-D mask (B, past + queries) from which `mask` was prepared.
+
+    Parameters
+    ----------
+    mask
+        What a decoder takes as `attention_mask`: None, a 2-D mask, a mask (B, 1, queries, columns)
+        of bool or of numbers that are added to logits, or a mapping from layer types to those.
+    queries
+        Columns of the call.
+    past
+        Columns before them.
+
+    Returns
+    -------
+    Tensor of bool, or None where every column is real. A 2-D mask comes back as it is.
+
+    Raises
+    ------
+    UnsupportedCacheError
+        The mask hides more than padding and what is to come.
+    """
+    if isinstance(mask, Mapping):
+        attention = {
+            k: m for k, m in mask.items() if k not in LAYER_TYPES or LAYER_TYPES[k].attends
+        }
+        if set(attention) != {FULL.name}:
+            raise _refusal(f"a mask for each of {', '.join(sorted(mask))}")
+        mask = mask[FULL.name]
+    if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
+        return mask
+    if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[-2] != queries:
+        shape = tuple(mask.shape) if hasattr(mask, "shape") else mask
+        raise _refusal(f"a {type(mask).__name__} of shape {shape}")
+    visible = visible_columns(mask)
+    if visible.shape[-1] < past + queries:
+        columns = visible.shape[-1]
+        raise _refusal(f"a mask of {columns} columns for {past + queries} tokens (a short cache)")
+    padding = visible[:, 0, -1, : past + queries]  # the last query sees every real column
+    if not only_padding(visible, padding, past):
+        raise _refusal("a 4-D mask that hides other columns than padding on the left")
+    return padding
+
+
+def _refusal(description: str) -> UnsupportedCacheError:
+    return UnsupportedCacheError(
+        f"attention_mask is {description}, prepared before the decoder was called. A "
+        "compressed prompt needs the 2-D mask of padding, or one that transformers prepared from "
+        "it for a static cache with sdpa or eager attention. Pass the 2-D attention_mask "
+        "of the processor."
+    )

@@ -1,0 +1,428 @@
+"""The map from rows to columns: the one class that knows which tokens are held.
+
+A *column* is a place in the uncompressed sequence, over all calls of a conversation, padding
+included. A *row* is a place in what is held: in the hidden states of a call, or in a cache layer.
+A prompt of eight tokens of which columns 2, 3 and 5 were dropped, and two later tokens:
+
+    column   0  1  2  3  4  5  6  7 | 8  9
+    row      0  1  .  .  2  .  3  4 | 5  6      rows 7, dropped 3, length 10
+    columns  0  1        4     6  7             stored for the first rows; later rows follow on
+
+Samples of a batch have different lengths. Rows are then aligned to the right ("left-padded"), so
+that the last row is the last token of every sample, and `mask` is False at the padding rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.spans import VisualSpan
+
+
+@dataclass(frozen=True)
+class KeptSpan:
+    """What is kept of a span: `count` tokens from row `start`."""
+
+    span: VisualSpan
+    start: int
+    count: int
+
+    @cached_property
+    def stop(self) -> int:
+        """The row after the last one."""
+        return self.start + self.count
+
+    @cached_property
+    def whole(self) -> bool:
+        """Whether no token of the span was dropped."""
+        return self.count == self.span.length
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Rows `start … stop - 1` of a sample: all of it, or one of several prompts packed into it.
+
+    Attributes
+    ----------
+    start, stop
+        Tokens of one prompt attend to each other and to no other prompt of the sample.
+    question_stop
+        The row after the last token of the question. What follows is the answer of a training
+        example, tokens generated so far, or draft tokens of assisted decoding; they follow every
+        visual token and never vote on what is kept.
+    """
+
+    start: int
+    stop: int
+    question_stop: int
+
+    def holds(self, kept: KeptSpan) -> bool:
+        """Whether a span belongs to this prompt."""
+        return self.start <= kept.start < self.stop
+
+
+@dataclass
+class RowMap:
+    """Which column every row holds, and which rows are padding.
+
+    Cache layers, segments of decoder layers and running calls all hold one. That of a call counts
+    columns from the first column of the call; that of a cache counts over all calls.
+
+    Attributes
+    ----------
+    rows : int
+        Rows of every sample, padding rows included.
+    dropped : int
+        Columns minus rows, the same for every sample. It does not say whether a sample lost a
+        token: the longest sample of a batch may have lost nothing.
+    columns : Tensor of int64, shape (B, m), m ≤ rows, or None
+        Column of the first m rows, ascending, 0 at padding; later rows follow without a gap. Rows
+        of a merged token have the same column. None: row i holds column i.
+    real : Tensor of bool, shape (B, m), or None
+        False at padding rows; rows after the first m are real. None: see `lengths`.
+    starts : Tensor of int64, shape (B,), or None
+        First real column of every sample; None: 0, or not known.
+    weights : Tensor of float32, shape (B, rows), or None
+        Number of tokens that every row stands for; None: one each.
+    lengths : list of int
+        Real rows per sample, aligned to the right; empty: given by `real`.
+    spans
+        Kept spans per sample, in order. Only in the map of a prompt.
+    prompts
+        Prompts per sample, in order; together they cover the real rows.
+    """
+
+    rows: int
+    dropped: int = 0
+    columns: Tensor | None = None
+    real: Tensor | None = None
+    starts: Tensor | None = None
+    weights: Tensor | None = None
+    lengths: list[int] = field(default_factory=list)
+    spans: list[list[KeptSpan]] = field(default_factory=list)
+    prompts: list[list[Prompt]] = field(default_factory=list)
+
+    @classmethod
+    def of_prompt(
+        cls,
+        rows: int,
+        lengths: list[int],
+        spans: list[list[VisualSpan]],
+        prompts: list[list[Prompt]] | None = None,
+    ) -> RowMap:
+        """The map of an uncompressed, left-padded call, by default of one prompt per sample."""
+        kept = [[KeptSpan(s, s.start, s.length) for s in sample] for sample in spans]
+        if prompts is None:
+            prompts = [[Prompt(rows - n, rows, rows)] for n in lengths]
+        return cls(rows, lengths=lengths, spans=kept, prompts=prompts)
+
+    # -- rows and columns -----------------------------------------------------------------------
+
+    @property
+    def length(self) -> int:
+        """Columns: what transformers takes for the length of the sequence."""
+        return self.rows + self.dropped
+
+    def mask(self, device: torch.device | None = None) -> Tensor | None:
+        """False at padding rows, bool (B, rows); None where every row is real."""
+        real = self.real
+        if real is None:
+            if all(n == self.rows for n in self.lengths):
+                return None
+            first = self.rows - np.asarray(self.lengths)
+            real = torch.from_numpy(np.arange(self.rows)[None] >= first[:, None])
+        if real.shape[1] < self.rows:
+            real = nn.functional.pad(real, (0, self.rows - real.shape[1]), value=True)
+        self.real = real if device is None else real.to(device)
+        return self.real[:, : self.rows]
+
+    def all_columns(self, batch: int, device: torch.device) -> Tensor:
+        """Column of every row, int64 (B, rows)."""
+        if self.columns is None:
+            return torch.arange(self.rows, device=device).expand(batch, -1)
+        known = self.columns.to(device)
+        if known.shape[1] == self.rows:
+            return known
+        later = torch.arange(known.shape[1], self.rows, device=device) + self.dropped
+        return torch.cat([known, later.expand(batch, -1)], dim=1)
+
+    def first_column(self) -> Tensor:
+        """First real column of every sample of a prompt, int64 (B,) on the CPU."""
+        first = torch.tensor([self.rows - n for n in self.lengths])
+        if self.columns is None:
+            return first
+        return self.columns.cpu().gather(1, first[:, None])[:, 0]
+
+    def gap_within(self, rows: int) -> bool:
+        """Whether a column may be missing among the last `rows` rows."""
+        return self.columns is not None and self.rows - self.columns.shape[1] < rows
+
+    # -- what changes a map ---------------------------------------------------------------------
+
+    def append(self, new: RowMap, batch: int, device: torch.device) -> RowMap:
+        """The map of these rows followed by those of a call, whose columns follow too."""
+        columns = joined_columns(self, new, batch, device)
+        real = joined_mask(self, new.mask(device), new.rows, device)
+        rows, dropped = self.rows + new.rows, self.dropped + new.dropped
+        return RowMap(rows, dropped, columns, real, self.starts)
+
+    def keep_rows(self, rows: Tensor, batch: int) -> RowMap:
+        """The map of some rows (n,) alone, the same of every sample, which are all real."""
+        columns = self.all_columns(batch, rows.device)[:, rows]
+        return RowMap(rows.numel(), self.length - rows.numel(), columns, starts=self.starts)
+
+    def cut(self, rows: int) -> RowMap:
+        """The map of the first `rows` rows."""
+        columns, real = (None if t is None else t[:, :rows] for t in (self.columns, self.real))
+        return replace(self, rows=rows, columns=columns, real=real)
+
+    def select(self, change: Callable[[Tensor], Tensor]) -> RowMap:
+        """The map of other samples: `change` takes tensors (B, …) to those of the new batch."""
+        columns, real, starts = (
+            None if t is None else change(t) for t in (self.columns, self.real, self.starts)
+        )
+        return replace(self, columns=columns, real=real, starts=starts)
+
+    def keep(
+        self, counts: list[list[int]], chosen: list[tuple[int, int]], kept: Reduction | None,
+        device: torch.device,
+    ) -> tuple[RowMap, Tensor, Tensor | None]:  # fmt: skip
+        """The map after a stage, and which rows it keeps.
+
+        The host knows the rows of text and of whole spans. One table holds them, the rows that a
+        reducer chose from, and the places of those that it keeps; it moves to the device once,
+        where the reducer's choice is filled in.
+
+        Parameters
+        ----------
+        counts
+            Per sample, per span: tokens that are kept.
+        chosen
+            (sample, span) of the spans from which a reducer chose some tokens, in order.
+        kept
+            Its choice, over all of these spans one after the other; None if there are none.
+
+        Returns
+        -------
+        RowMap
+        Tensor of int64, shape (B, new rows)
+            Row of this map for every new row; 0 at padding.
+        Tensor of int64, or None
+            Flat number (sample · new rows + row) of the rows that the reducer chose.
+        """
+        lengths = [
+            n - sum(old.count for old in spans) + sum(left)
+            for n, spans, left in zip(self.lengths, self.spans, counts, strict=True)
+        ]
+        rows, some = max(lengths), set(chosen)
+        table = np.zeros((len(lengths), rows), dtype=np.int64)
+        after, sources, targets = [], [], []
+        for b, (spans, left) in enumerate(zip(self.spans, counts, strict=True)):
+            at, cursor, moved = rows - lengths[b], self.rows - self.lengths[b], []
+            for j, (old, count) in enumerate(zip(spans, left, strict=True)):
+                text = old.start - cursor
+                table[b, at : at + text] = np.arange(cursor, old.start)
+                at += text
+                moved.append(KeptSpan(old.span, at, count))
+                if (b, j) in some:
+                    sources.append(np.arange(old.start, old.stop))
+                    targets.append(np.arange(at, at + count) + b * rows)
+                else:
+                    table[b, at : at + count] = np.arange(old.start, old.start + count)
+                at, cursor = at + count, old.stop
+            table[b, at:] = np.arange(cursor, self.rows)
+            after.append(moved)
+        tables, flat = {"index": table.ravel()}, None
+        if kept is not None:
+            tables |= {"flat": np.concatenate(targets), "source": np.concatenate(sources)}
+        moved_tables = move_tables(tables, device)
+        index = moved_tables["index"]
+        if kept is not None:
+            flat, source = moved_tables["flat"], moved_tables["source"]
+            index.index_copy_(0, flat, source.index_select(0, kept.keep.to(device)))
+        index = index.view(table.shape)
+        columns = index if self.columns is None else self.columns.gather(1, index)
+        new = RowMap(
+            rows, self.length - rows, columns, lengths=lengths, spans=after,
+            prompts=[self._shrunk(b, moved, rows - lengths[b]) for b, moved in enumerate(after)],
+        )  # fmt: skip
+        if self.weights is not None or (kept is not None and kept.sizes is not None):
+            new.weights = self._weights_after(new, index, flat, kept)
+        return new, index, flat
+
+    def _shrunk(self, sample: int, after: list[KeptSpan], padding: int) -> list[Prompt]:
+        """The prompts of a sample whose spans shrank to `after`, after `padding` rows."""
+        first = self.rows - self.lengths[sample]
+        pairs = list(zip(self.spans[sample], after, strict=True))
+
+        def moved(row: int) -> int:
+            removed = sum(old.count - new.count for old, new in pairs if old.start < row)
+            return row - first - removed + padding
+
+        prompts = self.prompts[sample]
+        return [Prompt(moved(p.start), moved(p.stop), moved(p.question_stop)) for p in prompts]
+
+    def _weights_after(
+        self, new: RowMap, index: Tensor, flat: Tensor | None, kept: Reduction | None
+    ) -> Tensor:
+        """Weights of the rows of `new`; 1 at padding."""
+        if self.weights is None:
+            weights = torch.ones(index.shape, device=index.device)
+        else:
+            weights, mask = self.weights.gather(1, index), new.mask(index.device)
+            weights = weights if mask is None else weights.masked_fill(~mask, 1.0)
+        if kept is not None and kept.sizes is not None and flat is not None:
+            weights.view(-1).index_copy_(0, flat, kept.sizes.to(weights))
+        return weights
+
+    def repeated(self, device: torch.device) -> tuple[RowMap, Tensor]:
+        """The map whose rows are repeated as often as they weigh, and the row that each repeats.
+
+        Returns
+        -------
+        RowMap
+            Without spans.
+        Tensor of int64, shape (B, new rows)
+            Row of this map, -1 at padding.
+        """
+        weights, mask = self.weights, self.mask(device)
+        assert weights is not None
+        counts = weights.to(device).round().long()
+        ends = (counts if mask is None else counts * mask).cumsum(1)
+        lengths = ends[:, -1].tolist()
+        rows = max(lengths)
+        slots = torch.arange(rows, device=device) - (rows - ends[:, -1:])
+        index = torch.searchsorted(ends, slots, right=True)
+        columns = None if self.columns is None else self.columns.gather(1, index)
+        new = RowMap(rows, self.length - rows, columns, lengths=lengths)
+        return new, index.masked_fill(slots < 0, -1)
+
+    def to(self, device: torch.device) -> RowMap:
+        """This map with its tensors on `device`."""
+        tensors = self.columns, self.real, self.weights
+        columns, real, weights = (None if t is None else t.to(device) for t in tensors)
+        return replace(self, columns=columns, real=real, weights=weights)
+
+    # -- spans and prompts ----------------------------------------------------------------------
+
+    @property
+    def modalities(self) -> set[str]:
+        """Modalities of the spans."""
+        return {kept.span.modality for sample in self.spans for kept in sample}
+
+    @cached_property
+    def packed(self) -> bool:
+        """Whether a sample holds more than one prompt."""
+        return any(len(prompts) > 1 for prompts in self.prompts)
+
+    def prompt_of(self, sample: int, kept: KeptSpan) -> Prompt:
+        """The prompt that a span of a sample belongs to."""
+        return next(p for p in self.prompts[sample] if p.holds(kept))
+
+    def spans_of(self, sample: int, prompt: Prompt) -> list[KeptSpan]:
+        """The spans of a prompt of a sample, in order."""
+        return [kept for kept in self.spans[sample] if prompt.holds(kept)]
+
+    def question_text(self, sample: int, prompt: Prompt) -> slice:
+        """Rows of the question after the last span of a prompt; all of it without spans."""
+        first = max((k.stop for k in self.spans_of(sample, prompt)), default=prompt.start)
+        return slice(first, prompt.question_stop)
+
+    def ends_question(self, sample: int, kept: KeptSpan) -> bool:
+        """Whether a question ends in a span, so that its last row predicts the next token."""
+        return kept.stop == self.prompt_of(sample, kept).question_stop
+
+    def offsets_of(self, sample: int, kept: KeptSpan) -> Tensor | None:
+        """Offsets in a span of its kept tokens, int64 (count,); None: all of them."""
+        if kept.whole or self.columns is None:
+            return None
+        return self.columns[sample, kept.start : kept.stop] - kept.span.start
+
+
+# -- the rows of earlier calls and of this one --------------------------------------------------
+
+
+def joined_columns(past: RowMap, new: RowMap, batch: int, device: torch.device) -> Tensor | None:
+    """Column of every row, of earlier calls and of this one, (B, rows); None: row i is column i."""
+    if past.columns is None and new.columns is None:
+        return None
+    columns = new.all_columns(batch, device)
+    if past.length:
+        columns = columns + past.length
+    return (
+        columns if not past.rows else torch.cat([past.all_columns(batch, device), columns], dim=1)
+    )
+
+
+def joined_mask(
+    past: RowMap, new: Tensor | None, rows: int, device: torch.device | None = None
+) -> Tensor | None:
+    """False at padding rows of earlier calls and of this one, (B, all rows); None: all are real.
+
+    `new` (B, rows) is the mask of the `rows` rows of this call, or None.
+    """
+    before = past.mask(device)
+    if new is None:
+        if before is None:
+            return None
+        new = before.new_ones(len(before), rows)
+    elif before is None:
+        before = new.new_ones(len(new), past.rows)
+    return torch.cat([before.to(new.device), new], dim=1)
+
+
+# -- values by row, by visual token, and by text token ------------------------------------------
+
+
+def visual_rows(rows: RowMap, device: torch.device) -> Tensor:
+    """Flat numbers (sample · rows + row) of all visual tokens that are kept, in order."""
+    numbers = [
+        np.arange(kept.start, kept.stop) + b * rows.rows
+        for b, sample in enumerate(rows.spans)
+        for kept in sample
+    ]
+    return torch.from_numpy(np.concatenate(numbers)).to(device)
+
+
+def visual_values(values: Tensor, rows: RowMap) -> Tensor:
+    """One value per row, (B, rows), as one per kept visual token, (tokens,)."""
+    return values.flatten().index_select(0, visual_rows(rows, values.device))
+
+
+def text_values(values: Tensor, rows: RowMap) -> list[list[Tensor]]:
+    """Values (B, rows, …) of the question after the last span of every prompt of every sample."""
+    stops = []
+    for b, prompts in enumerate(rows.prompts):
+        for text in (rows.question_text(b, prompt) for prompt in prompts):
+            stops += [b * rows.rows + text.start, b * rows.rows + text.stop]
+    sizes = np.diff(stops, prepend=0, append=len(rows.prompts) * rows.rows)
+    texts = iter(values.flatten(0, 1).split(sizes.tolist())[1::2])  # one call for all prompts
+    return [[next(texts) for _ in prompts] for prompts in rows.prompts]
+
+
+def kept_values(values: Tensor, before: RowMap, after: RowMap, index: Tensor) -> Tensor:
+    """One value per visual token, (tokens,), of the tokens that `after` keeps.
+
+    `index` (B, rows of `after`) is the row of `before` of every row of `after`.
+    """
+    table = values.new_zeros(index.shape[0] * before.rows)
+    table[visual_rows(before, values.device)] = values
+    left = table.view(-1, before.rows).gather(1, index).flatten()
+    return left[visual_rows(after, values.device)]
+
+
+def move_tables(tables: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
+    """Tables of integers by name, built on the host, as int64 on a device: one copy moves all."""
+    if not tables:
+        return {}
+    parts = [np.asarray(values, dtype=np.int64) for values in tables.values()]
+    packed = torch.from_numpy(np.concatenate(parts)).to(device)
+    return dict(zip(tables, packed.split([len(part) for part in parts]), strict=True))

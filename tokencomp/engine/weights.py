@@ -1,0 +1,513 @@
+"""Merging with weights: a merged token counts as much as the tokens that it stands for.
+
+A merged token is the mean of n tokens. Proportional attention adds log(n) to its softmax logit
+(ToMe, arXiv 2210.09461), which is the same as n equal keys. All of it is in this file:
+
+    columns of the prompt   0  1  2  3  4  5  6  7
+    rows of the prefill     0  1        4     6  7      weights 1, 4, 1, 1, 1
+    rows in the cache       0  1  1  1  1  4  6  7
+
+1. Stage: `merge_rest` averages what a reducer does not keep into its nearest kept patch.
+2. Prefill: `RowWeights` adds log(n). Queries and keys get a few more dimensions, whose product is
+   the logarithm. SDPA, FlashAttention and eager attention therefore run unchanged and without an
+   additional mask, and the cache holds plain keys.
+3. Cache: `repeat_rows` writes the row of a merged token n times. So a decode step needs no weights,
+   runs no code of ours, and reads as many rows as without a patch.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import StaticLayer
+
+from tokencomp.adapters.base import Adapter
+from tokencomp.engine.cache import keeps_window, physical_length, stored, widen_window
+from tokencomp.engine.call import Call, CallHooks, RunningCalls
+from tokencomp.engine.checks import refuse_recomputation
+from tokencomp.errors import (
+    MergeWarning,
+    OptionError,
+    UnsupportedCacheError,
+    UnsupportedModelError,
+)
+from tokencomp.plan.plan import Plan
+from tokencomp.tokens.nearest import LOST, nearest
+from tokencomp.tokens.patches import Patches
+from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.spans import SpanBatch
+from tokencomp.torchlib import compat
+from tokencomp.torchlib.cache_classes import QUANTIZED
+from tokencomp.torchlib.checkpointing import checkpoint_functions
+from tokencomp.torchlib.replace import MethodReplacement
+from tokencomp.torchlib.views import AttributeView
+
+NAME = "tokencomp_proportional"
+MULTIPLE = 8  # FlashAttention requires head dimensions that are multiples of 8
+MOST_DIMS = 256  # of a head, for FlashAttention
+
+# -- stage --------------------------------------------------------------------------------------
+
+
+def merge_rest(
+    batch: SpanBatch,
+    reduction: Reduction,
+    keeps: Sequence[int],
+    merging: Sequence[bool],
+    reducer: str,
+) -> Reduction:
+    """Merge every patch that leaves into the nearest patch of its span that stays.
+
+    Near is what has a large cosine. Kept patches become means, weighted by the number of tokens
+    that patches already stand for. Special tokens and text between frames stay as they are. Where
+    no patch of a span stays, its patches are dropped.
+
+    Parameters
+    ----------
+    reduction
+        What stays of `batch`: rows alone.
+    keeps
+        Tokens that stay of every span, special ones included.
+    merging
+        Of every span, whether its patches are merged. The others are dropped.
+    reducer
+        The name of the reducer that has chosen them, for the message.
+    """
+    from tokencomp.kernels import merge_rows
+
+    if reduction.merged is not None or reduction.sizes is not None:
+        raise OptionError(
+            f"merge=True: {reducer!r} returns features or sizes of its own, so there are no "
+            "tokens left to merge. Leave merge out; a reducer that merges should say so "
+            "(`merges = True`)."
+        )
+    patches = Patches.of(batch, keeps)
+    if not any(patches.budgets):
+        return reduction
+    chosen = patches.numbers(reduction.keep)
+    x = patches.features
+    target = nearest(patches, x, chosen, patches.budgets)
+    if not all(merging):
+        target = target.where(patches.per_patch([*map(int, merging)]).bool(), LOST)
+    target = target.index_copy(0, chosen, chosen)
+    merged = merge_rows(x, target, chosen, patches.sizes())
+    return patches.replaced(chosen, merged.x, merged.sizes.float())
+
+
+# -- prefill ------------------------------------------------------------------------------------
+
+
+class BiasDims(NamedTuple):
+    """Additional dimensions of attention heads, see `bias_dims`."""
+
+    of_queries: Tensor
+    of_keys: Tensor
+
+
+class RowWeights(CallHooks):
+    """Adds log(weight) in the attention of the prompts that merge.
+
+    Only the `config` attribute of the attention modules changes, while such a prompt runs. It names
+    a function that widens queries, keys and values and then calls the backend of the user. Without
+    weights, as in the calls of other threads, that function does what the backend does.
+
+    The backward pass runs a checkpointed layer once more, when its call is over and another one may
+    have followed. Therefore what checkpoints a layer gets a function that brings the call along, if
+    it is transformers or a `CheckpointWrapper` of torch. Attention that is checkpointed in another
+    way is refused.
+    """
+
+    def __init__(self, adapter: Adapter, calls: RunningCalls) -> None:
+        super().__init__(adapter, calls)
+        self._handles = []  # calls of several threads append to the same list, so it is made here
+        self._modules: list[Any] = []
+        self._lock, self._prompts = threading.Lock(), 0
+
+    def begin(self) -> None:
+        """Widen attention for the prompt that runs in this thread, until `end`."""
+        self.calls.state.weighs = True
+        self._enter()
+        if torch.is_grad_enabled():
+            # Before every prompt, as gradient_checkpointing_enable sets the functions again.
+            for module, name in checkpoint_functions(self.adapter.decoder):
+                if not MethodReplacement.replaces(getattr(module, name)):
+                    replaced = MethodReplacement(module, name, self._checkpoint)
+                    self._handles.append(replaced)
+
+    def end(self) -> None:
+        """Undo `begin` of this thread."""
+        self.calls.state.weighs = False
+        self._exit()
+
+    def remove(self) -> None:
+        """Undo everything; safe to call twice."""
+        super().remove()
+        with self._lock:
+            self._prompts = 0
+            self._restore()
+
+    def _enter(self) -> None:
+        """Let the attention modules use `attend` for one more prompt that runs."""
+        with self._lock:
+            self._prompts += 1
+            if self._modules:
+                return
+            compat.register_attention(NAME, attend)
+            self._modules = attention_modules(self.adapter.layers)
+            for module in self._modules:
+                module.config = AttributeView(
+                    module.config, _attn_implementation=NAME, tokencomp_bias_dims=self._bias_dims
+                )
+
+    def _exit(self) -> None:
+        """Give the modules their original config back, if no other prompt runs."""
+        with self._lock:
+            self._prompts -= 1
+            if not self._prompts:
+                self._restore()
+
+    def _restore(self) -> None:
+        for module in self._modules:
+            if isinstance(getattr(module, "config", None), AttributeView):
+                module.config = module.config.tokencomp_original
+        self._modules = []
+
+    def _checkpoint(
+        self,
+        original: Callable[..., Any],
+        function: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Checkpoint a layer, or a part of it, with a function that brings its call along.
+
+        The patch may be gone when the backward pass runs the layer once more, so that this run
+        widens attention by itself.
+        """
+        call = self.calls.state.recomputed or self.calls.state.call
+        if call is None or not call.merges:
+            return original(function, *args, **kwargs)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            state = self.calls.state  # of the thread of the backward pass, in the second run
+            before, state.recomputed = state.recomputed, call
+            self._enter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._exit()
+                state.recomputed = before
+
+        return original(run, *args, **kwargs)
+
+    @compat.not_compiled
+    def _bias_dims(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> BiasDims | None:
+        """The additional dimensions of an attention call; None where every row weighs 1.
+
+        The layers of a segment share them.
+        """
+        state, rows = self.calls.state, key.shape[-2]
+        call = state.recomputed or state.call
+        if call is None:
+            return None
+        segment = call.segment_of(layer)
+        call.weighed.add(layer)
+        weights = call.weights(segment)
+        if weights is None:
+            return None
+        if state.noted.grad and state.recomputed is None:
+            # Without gradients is the first run of reentrant checkpointing, whoever implements it.
+            first, lost = not torch.is_grad_enabled(), "the weights of merged tokens"
+            refuse_recomputation(self.adapter.decoder, lost, ", or use merge=False", first)
+        case = segment.first, rows, query.shape[-1], query.dtype, key.dtype, key.device, scaling
+        if case not in call.bias_dims:
+            # A window hands the last rows to attention, and a chunk the first ones.
+            gone = segment.past.rows + segment.new.rows - rows if call.chunk is None else 0
+            call.bias_dims[case] = bias_dims(query, key, weights[:, max(gone, 0) :], scaling)
+        found: BiasDims = call.bias_dims[case]
+        return found
+
+    def check(self, call: Call) -> None:
+        """Refuse a prompt whose weights have not reached all of its attention.
+
+        Raises
+        ------
+        UnsupportedModelError
+            Attention of some layers does not call the function that its config names.
+        """
+        wanted = {module.layer_idx for module in attention_modules(self.adapter.layers)}
+        missing = {i for i in wanted - call.weighed if call.weights(call.segment_of(i)) is not None}
+        if missing:
+            raise UnsupportedModelError(
+                f"merge=True: the attention of layers {sorted(missing)} of "
+                f"{type(self.adapter.decoder).__name__} has not asked for the weights of merged "
+                "tokens, because it does not call the backend that its config names. Use "
+                "merge=False."
+            )
+
+
+def attention_modules(layers: Iterable[nn.Module]) -> list[Any]:
+    """The attention modules of decoder layers, whose configs name their backend.
+
+    Raises
+    ------
+    UnsupportedModelError
+        There is none, one has no config, one caps its logits, which would cap weights too, or one
+        has an indexer, which masks what it has not chosen under the backends that it knows alone.
+    """
+    # Wrappers, such as torch.compile's, show the attributes of the module inside as well.
+    modules = [m for layer in layers for m in layer.modules() if "layer_idx" in vars(m)]
+    found: list[Any] = [m for m in modules if hasattr(m, "is_causal")]
+    if not found or any(getattr(m, "indexer", None) for m in found):
+        names = " and ".join(sorted({type(m).__name__ for m in found or modules}))
+        raise UnsupportedModelError(
+            f"merge=True: the weights of merged tokens do not reach the attention of {names}. "
+            "Use merge=False."
+        )
+    for module in found:
+        if getattr(module, "attn_logit_softcapping", None):
+            raise UnsupportedModelError(
+                f"merge=True: {type(module).__name__} caps its attention logits "
+                "(attn_logit_softcapping of its config), and the weights of merged tokens would be "
+                "capped with them. Use merge=False."
+            )
+        if getattr(module, "config", None) is None:
+            raise UnsupportedModelError(
+                f"merge=True: {type(module).__name__} has no config that names its attention "
+                "backend, so the weights of merged tokens cannot reach it. Use merge=False."
+            )
+    return found
+
+
+def reads_backend(module: Any) -> bool:
+    """Whether the code of an attention module reads the backend that its config names.
+
+    Attention of remote code may compute everything by itself, and then no weights reach it.
+    """
+    owners = [vars(module), *map(vars, type(module).__mro__)]
+    for forward in (owner["forward"] for owner in owners if "forward" in owner):
+        names = getattr(getattr(inspect.unwrap(forward), "__code__", None), "co_names", ())
+        if "_attn_implementation" in names:
+            return True
+        if "super" not in names:
+            return False
+    return False
+
+
+def attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Call the user's backend on widened tensors, in place of a patched module's attention.
+
+    It takes queries (B, H, q, d), keys and values (B, kv heads, k, d), and gives (B, q, H, d) and
+    the backend's attention weights or None, as every attention function of transformers.
+    """
+    config, plain, more = module.config, module, None
+    scale, dim = query.shape[-1] ** -0.5 if scaling is None else scaling, value.shape[-1]
+    if isinstance(config, AttributeView):  # else it has left since, with another thread's prompt
+        plain = AttributeView(module, config=config.tokencomp_original)
+        more = config.tokencomp_bias_dims(module.layer_idx, query, key, scale)
+    if more is not None:
+        query, key, value = widen(query, key, value, more)
+        scaling = scale
+    backend = compat.attention_function(module, plain.config)
+    out, weights = backend(plain, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    return out if more is None else out[..., :dim].contiguous(), weights
+
+
+def bias_dims(query: Tensor, key: Tensor, sizes: Tensor, scaling: float) -> BiasDims:
+    """Dimensions by which scaling · q·k grows by the log(size) of every key.
+
+    The head dimension grows to the next multiple of 8 that has two more dimensions. The first holds
+    the logarithm in the dtype of the keys, and the second the part that rounding removed from it.
+
+    Parameters
+    ----------
+    query : Tensor, shape (B, H, q, d)
+    key : Tensor, shape (B, kv heads, k, d)
+    sizes : Tensor of float32, shape (B, m), m ≤ k
+        Number of tokens that each of the first m keys stands for; the other keys stand for one.
+
+    Returns
+    -------
+    BiasDims
+        For every query, (more,), and for every key, (B, 1, k, more), in their dtypes.
+    """
+    rows, extra = key.shape[-2], extra_dims(query.shape[-1])
+    factor = 2.0 ** round(-math.log2(scaling))  # a power of two is exact in every dtype
+    log_sizes = sizes.to(key.device).float().log() / (scaling * factor)
+    log_sizes = nn.functional.pad(log_sizes, (0, rows - log_sizes.shape[1]))
+    high = log_sizes.to(key.dtype)
+    of_keys = key.new_zeros(key.shape[0], 1, rows, extra)
+    of_keys[:, 0, :, 0], of_keys[:, 0, :, 1] = high, log_sizes - high.float()
+    of_queries = query.new_zeros(extra)
+    of_queries[:2] = factor
+    return BiasDims(of_queries, of_keys)
+
+
+def widen(
+    query: Tensor, key: Tensor, value: Tensor, more: BiasDims
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Add dimensions to queries and keys, and zeros to values.
+
+    Some backends require equal head dimensions.
+    """
+    extra = more.of_queries.shape[0]
+    return (
+        torch.cat([query, more.of_queries.expand(*query.shape[:-1], extra)], dim=-1),
+        torch.cat([key, more.of_keys.expand(*key.shape[:-1], extra)], dim=-1),
+        nn.functional.pad(value, (0, query.shape[-1] + extra - value.shape[-1])),
+    )
+
+
+def extra_dims(dim: int) -> int:
+    """Dimensions that heads of `dim` dimensions get for the weights of rows: at least two."""
+    return -(-(dim + 2) // MULTIPLE) * MULTIPLE - dim
+
+
+def merging_where_possible(plan: Plan, adapter: Adapter, compact: bool) -> Plan:
+    """The plan, whose stages with merge="auto" drop where the model or positions cannot merge well.
+
+    A stage with merge=True is refused beside attention that weights do not reach, or compact
+    positions. Where merge="auto" drops, a `MergeWarning` says why, once per model class.
+    """
+    asked = any(stage.merge is True for stage in plan.stages)
+    try:
+        modules = attention_modules(adapter.layers)
+        if compact:
+            raise OptionError(
+                "merge=True with positions='compact': merged rows stand in the cache as often as "
+                "the tokens that they stand for, and compact positions count rows. Use "
+                "positions='original', or merge=False."
+            )
+        if not asked:
+            _check_attention(modules)
+    except (UnsupportedModelError, OptionError) as error:
+        if asked:
+            raise
+        _warn_once(type(adapter.model).__qualname__, str(error))
+        return plan.with_merge(False)
+    return plan
+
+
+@functools.cache
+def _warn_once(model_class: str, reason: str) -> None:
+    """Say once per model class and process that it cannot merge: every default `patch` asks."""
+    warnings.warn(f"merge='auto' drops here. {reason}", MergeWarning, stacklevel=6)
+
+
+def _check_attention(modules: list[Any]) -> None:
+    """Refuse attention that certainly or possibly takes no weights.
+
+    Raises
+    ------
+    UnsupportedModelError
+        Attention computes everything by itself, or FlashAttention, which takes heads of at most 256
+        dimensions, has no room for weights.
+    """
+    if deaf := sorted({type(m).__name__ for m in modules if not reads_backend(m)}):
+        raise UnsupportedModelError(
+            "merge=True: the weights of merged tokens do not reach the attention of "
+            f"{' and '.join(deaf)}, which does not call the backend that its config names. Use "
+            "merge=False."
+        )
+    dims = {int(getattr(module, "head_dim", 0)) for module in modules}
+    if any(dim + extra_dims(dim) > MOST_DIMS for dim in dims):
+        raise UnsupportedModelError(
+            f"merge=True: heads of {max(dims)} dimensions have no room for weights under "
+            f"FlashAttention, which takes {MOST_DIMS}. Use merge=False."
+        )
+
+
+# -- cache --------------------------------------------------------------------------------------
+
+
+def repeat_rows(layer: Any, index: Tensor, before: int) -> None:
+    """Repeat the rows that a prefill has written to a cache layer after the first `before`.
+
+    `index` (B, n) is that of `RowMap.repeated`; 0 is the first row of the prefill.
+    """
+    index = index.to(layer.device)
+    if hasattr(layer, "prefill_keys"):
+        _repeat_for_good(layer, index, before)
+        return
+    if keeps_window(layer):
+        _repeat_in_window(layer, index, before)
+        return
+    if isinstance(layer, StaticLayer):
+        _repeat_in_place(layer, index, before)
+        return
+    rows = _after((stored(layer, "keys"), stored(layer, "values")), index, before)
+    if isinstance(layer, QUANTIZED):
+        layer.is_initialized, layer.cumulative_length = False, 0
+        layer.update(*rows)  # as the prompt was written
+        return
+    layer.keys, layer.values = rows
+
+
+def _after(pair: Sequence[Tensor], index: Tensor, before: int) -> list[Tensor]:
+    """The first rows of keys and values, then rows `index` of those after them."""
+    if not before:
+        return _taken(pair, index)
+    new = _taken([x[..., before:, :] for x in pair], index)
+    return [torch.cat([x[..., :before, :], n], dim=-2) for x, n in zip(pair, new, strict=True)]
+
+
+def _taken(pair: Sequence[Tensor], index: Tensor) -> list[Tensor]:
+    """Rows `index` (B, n) of keys and values (B, heads, rows, d); zeros where it is negative."""
+    from tokencomp.kernels import gather_rows
+
+    rows: list[Tensor] = gather_rows(pair, index, 2, 0, trusted=True)
+    return rows
+
+
+def _repeat_in_place(layer: Any, index: Tensor, before: int) -> None:
+    """Repeat rows of a layer of constant length, whose memory stays where it is."""
+    held, rows = physical_length(layer), before + index.shape[1]
+    if rows > layer.max_cache_len:
+        raise UnsupportedCacheError(
+            f"merge=True repeats merged rows in the cache, so that it has {rows} rows, and this "
+            f"static cache can hold {layer.max_cache_len}. Give it room for every token of the "
+            "prompt, or use merge=False."
+        )
+    pair = layer.keys, layer.values
+    for x, new in zip(pair, _taken([x[..., before:held, :] for x in pair], index), strict=True):
+        x[..., before:rows, :] = new
+    layer.cumulative_length += rows - held
+
+
+def _repeat_for_good(layer: Any, index: Tensor, before: int) -> None:
+    """Repeat rows of a layer that keeps those of the prompt apart from later ones."""
+    pair = layer.prefill_keys, layer.prefill_values
+    layer.prefill_keys, layer.prefill_values = _after(pair, index, before)
+    layer.prefill_cumulative_length = before + index.shape[1]
+    layer.prefill_length = max(layer.prefill_length, layer.prefill_cumulative_length)
+
+
+def _repeat_in_window(layer: Any, index: Tensor, before: int) -> None:
+    """Repeat rows of a layer that holds the last of them alone, and widen its window for that.
+
+    How many rows are repeated follows from each sample alone; see `CompressedSlidingLayer`.
+    """
+    gone = layer.cumulative_length - layer.keys.shape[-2]
+    repetitions = (index[:, 1:] == index[:, :-1]) & (index[:, 1:] >= 0)
+    widen_window(layer, int(repetitions.sum(1).max()))
+    past = torch.arange(before, device=index.device).expand(len(index), -1)
+    rows = torch.cat([past, torch.where(index < 0, index, index + before)], dim=1)
+    layer.cumulative_length = rows.shape[1]
+    rows = rows[:, max(rows.shape[1] - layer.sliding_window + 1, 0) :] - gone
+    layer.keys, layer.values = _taken((layer.keys, layer.values), rows)

@@ -1,0 +1,186 @@
+"""Eviction from a KV cache, and marks to which a conversation can go back.
+
+Rows are evicted for good, and those that are kept keep their positions, so nothing is computed
+again. A later token attends to them as if its mask hid the evicted columns. The oracle is therefore
+a *staircase mask*: in a run of full length, tokens after the eviction do not see the evicted
+columns, tokens before it do.
+
+    token  0  1  2  3  4  5        columns 1 and 2 are evicted after token 3
+      3    x  x  x  x
+      4    x        x  x
+      5    x        x  x  x
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokencomp.adapters.base import Adapter
+from tokencomp.engine.cache import HOLDS_ROWS, WHOLE, CompressedLayer, filled, physical_length
+from tokencomp.engine.cache_special import compress_layer
+from tokencomp.engine.choose import FRAMES_SHOWN
+from tokencomp.engine.layer_types import Indexed, LayerTypes
+from tokencomp.engine.rowmap import RowMap
+from tokencomp.errors import OptionError, UnsupportedCacheError, UnsupportedModelError
+from tokencomp.torchlib.cache_classes import STATES
+
+
+def row_map_of(layer: Any) -> RowMap:
+    """Which column every row of a cache layer holds, whether the layer is compressed or not."""
+    if isinstance(layer, CompressedLayer):
+        return layer.current_map
+    return RowMap(physical_length(layer))
+
+
+def held_columns(layer: Any) -> Tensor:
+    """Column of the uncompressed sequence of every row of a cache layer, int64 (B, rows)."""
+    return row_map_of(layer).all_columns(layer.keys.shape[0], layer.keys.device)
+
+
+def check_eviction(adapter: Adapter) -> None:
+    """Refuse decoders whose later tokens would differ from those under a staircase mask.
+
+    Raises
+    ------
+    UnsupportedModelError
+        A layer keeps a state, a window of rows, or an indexer, or attention depends on the number
+        or the distance of rows.
+    """
+    layer_types = LayerTypes.of(adapter.decoder)
+    reasons = {
+        "layers of linear attention or convolution, whose state cannot forget a token": (
+            layer_types.linear
+        ),
+        "layers with an attention window, whose cache has let rows go already": bool(
+            layer_types.sizes or layer_types.cut or layer_types.cut_later_turns
+        ),
+        "layers with an indexer, which holds rows of its own": any(
+            isinstance(kind, Indexed) for kind in layer_types.types
+        ),
+        "attention with a bias by distance": layer_types.relative,
+        "queries that are scaled by the number of their row": bool(adapter.row_scales),
+    }
+    found = [reason for reason, holds in reasons.items() if holds]
+    if found:
+        raise UnsupportedModelError(
+            f"rows cannot be evicted from the cache of {type(adapter.decoder).__name__}: it has "
+            f"{' and '.join(found)}. Allowed are decoders that attend to every row of the cache in "
+            "every layer. Keep all rows (in a session: budget=None), or take such a model."
+        )
+
+
+def evict(cache: Any, columns: Tensor) -> int:
+    """Let the rows of some columns leave every layer of a cache, in place.
+
+    Layers that hold no row of a column, because it was dropped before, stay as they are there.
+    Call `check_eviction` first: a cache does not show what its decoder does.
+
+    Parameters
+    ----------
+    cache
+        A `DynamicCache`, compressed or not, of one or several equal samples.
+    columns : Tensor of int64, shape (n,)
+        Of the uncompressed sequence, over all calls.
+
+    Returns
+    -------
+    int
+        Rows that left the layer that lost most.
+
+    Raises
+    ------
+    UnsupportedCacheError
+        Layers of another kind, or samples that hold different rows. Nothing has left then.
+    OptionError
+        A layer would be empty. Nothing has left then.
+    """
+    every = getattr(cache, "layers", ())
+    layers = filled(every)
+    rows_or_states = [x for x in every if isinstance(x, (HOLDS_ROWS, STATES))]
+    wrong = sorted({type(x).__name__ for x in rows_or_states if type(x) not in WHOLE})
+    if wrong or not layers:
+        raise UnsupportedCacheError(
+            f"{type(cache).__name__} holds {', '.join(wrong) or 'no rows'}; rows can be evicted "
+            "from DynamicLayer alone. Use a DynamicCache on the device."
+        )
+    stays = [_staying(layer, columns) for layer in layers]
+    if any(rows.numel() == 0 for rows in stays):
+        raise OptionError(
+            f"evicting {columns.numel()} columns would leave no row in a layer. Keep at least one "
+            "that every layer holds, such as the first token."
+        )
+    return max(_keep(layer, rows) for layer, rows in zip(layers, stays, strict=True))
+
+
+def _staying(layer: Any, columns: Tensor) -> Tensor:
+    """Rows of a layer that are kept, int64 (rows,); raises where samples differ."""
+    held, real = held_columns(layer), row_map_of(layer).mask()
+    if real is not None or not bool((held == held[:1]).all()):
+        raise UnsupportedCacheError(
+            f"the {len(held)} samples of this cache hold different rows, so a column is not one "
+            "row of all of them. Evict from caches of one sample, or of equal ones."
+        )
+    return (~torch.isin(held[0], columns.to(held.device))).nonzero()[:, 0]
+
+
+def _keep(layer: Any, rows: Tensor) -> int:
+    """Keep these rows of a layer; returns how many were evicted."""
+    before = row_map_of(layer)
+    evicted = before.rows - rows.numel()
+    if evicted:
+        kept = before.keep_rows(rows, layer.keys.shape[0])
+        layer.keys, layer.values = layer.keys[..., rows, :], layer.values[..., rows, :]
+        compress_layer(layer, kept, False)
+    return evicted
+
+
+class Mark:
+    """What a cache holds now. Only rows may be added before `rewind`; none may be evicted.
+
+    Layers that hold every row are cut to the rows that they had. All others (states of linear
+    layers, windows that have moved on) cannot be cut, so a copy of them is kept: for a hybrid
+    decoder a mark costs its states, not its rows.
+
+    Parameters
+    ----------
+    cache
+        A `DynamicCache`.
+    """
+
+    def __init__(self, cache: Any) -> None:
+        self._cache, self._frames = cache, getattr(cache, FRAMES_SHOWN, None)
+        self._layers = [
+            _Rows(x) if type(x) in WHOLE and x.is_initialized else copy.deepcopy(x)
+            for x in cache.layers
+        ]
+
+    def rewind(self) -> None:
+        """Let the cache hold what it held; to be called once."""
+        layers = self._cache.layers
+        if hasattr(self._cache, FRAMES_SHOWN):
+            setattr(self._cache, FRAMES_SHOWN, self._frames)
+        del layers[len(self._layers) :]  # a cache without a config adds layers as they are written
+        for i, saved in enumerate(self._layers):
+            if isinstance(saved, _Rows):
+                saved.restore(layers[i])
+            else:
+                layers[i] = saved
+
+
+class _Rows:
+    """The attributes of a layer but its tensors of rows, which would keep a second copy alive."""
+
+    def __init__(self, layer: Any) -> None:
+        self.kind, self.rows = type(layer), physical_length(layer)
+        self.rest = {k: v for k, v in vars(layer).items() if k not in ("keys", "values")}
+
+    def restore(self, layer: Any) -> None:
+        """Cut `layer` to the rows it had, and give it the class and the attributes it had."""
+        keys, values = (t[..., : self.rows, :] for t in (layer.keys, layer.values))
+        layer.__class__ = self.kind
+        vars(layer).clear()
+        vars(layer).update(self.rest, keys=keys, values=values)
