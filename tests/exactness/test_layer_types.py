@@ -335,7 +335,7 @@ def test_compact_positions_beside_masks_of_the_body(
     inputs = family.batch([[text(3), family.image(), text(12, 3), family.image(), text(5, 4)]])
     model = family.build("eager")
     handle = tokencomp.patch(model, 0.5, positions="compact")
-    with handle, pytest.raises(OptionError, match="sliding-window masks \(8\) from uncompressed"):
+    with handle, pytest.raises(OptionError, match=r"sliding-window masks \(8\) from uncompressed"):
         model(**inputs)
     monkeypatch.setattr(hybrid, "WINDOW", 64)
     model, embeds = type(family)().build("eager"), []  # models are kept by family
