@@ -15,8 +15,7 @@ from typing import Any
 from benchmarks import publishing
 from benchmarks.accuracy.packed import PackedAnswers
 from benchmarks.accuracy.run import questions_of, tower_once
-from benchmarks.accuracy.store import RESULTS, Results
-from benchmarks.accuracy.summary import MAIN
+from benchmarks.accuracy.store import MAIN, RESULTS, Results
 from benchmarks.figures import CONFIRMED, LABELS, digest, labels
 from tokencomp.cli import one_message
 from tokencomp.evaluation.runner import sweep

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.accuracy.packed import PackedAnswers
-from benchmarks.accuracy.store import RESULTS, Results
-from benchmarks.accuracy.summary import MAIN
+from benchmarks.accuracy.store import MAIN, RESULTS, Results
 from benchmarks.accuracy.tables import kept
 from benchmarks.gpu.contribution import Row
 from benchmarks.gpu.recompute import runs_of
@@ -183,7 +182,7 @@ def _accuracy() -> list[Figure]:
         values = [f"{share.value:.1%}" for share in shares if share]
         runs = [stored.manifest["runs"][stored.settings[k]["run"]] for k in labels(name)]
         head = (
-            f"[accuracy kept](benchmarks/accuracy/summary.md) by the tiny Qwen3-VL with {text}, "
+            f"[accuracy kept](benchmarks/accuracy/README.md) by the tiny Qwen3-VL with {text}, "
             f"{items} questions of {families} kinds"
         )
         known = again["rows"].get(name)

@@ -7,9 +7,11 @@ whose code has uncommitted changes, unless `--allow-dirty` is given, which marks
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import json
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from tokencomp.storage import write_text
 __all__ = [
     "MARK",
     "changed_code",
+    "commits",
+    "csv_text",
     "environment",
     "made_at",
     "parser",
@@ -32,7 +36,7 @@ __all__ = [
 ]
 
 FOLDER = Path(__file__).resolve().parent
-OUTPUTS = (".json", ".jsonl", ".md", ".svg", ".jpg")
+OUTPUTS = (".json", ".jsonl", ".md", ".csv", ".jpg")
 MARK = "publishable"
 LOST = {"2750d987", "59fd6962", "714d7b9e", "9c085507", "a7260a95", "cc934109"}
 """Commits that results name and the repository has not: their branches were rewritten."""
@@ -92,6 +96,27 @@ def table(
     return "\n".join([lines[0], f"|{'|'.join(rules)}|", *lines[1:]])
 
 
+def csv_text(records: Sequence[Mapping[str, Any]]) -> str:
+    """Records as CSV, for pandas: columns in order of appearance, None as an empty cell.
+
+    Floats have four decimals, or three digits where these would show none.
+    """
+    columns = list(dict.fromkeys(name for record in records for name in record))
+    file = io.StringIO()
+    writer = csv.DictWriter(file, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: _short(v) for k, v in record.items()} for record in records)
+    return file.getvalue()
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, dict):
+        return " ".join(f"{k}={v}" for k, v in value.items())
+    if not isinstance(value, float):
+        return value
+    return f"{round(value, 4):g}" if round(value, 4) or not value else f"{value:.2e}"
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Records of a JSON Lines file; none if it does not exist."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -106,6 +131,12 @@ def provenance(facts: dict[str, Any]) -> str:
     listed = ", ".join(f"{n} {installed[n]}" for n in names)
     code = version(facts["commit"])
     return f"`{facts['command']}`; {device}; {listed}; {code}; {facts['date'][:10]}"
+
+
+def commits(runs: Iterable[Mapping[str, Any]]) -> str:
+    """Code and date of several runs; their commands are in the result file."""
+    known = dict.fromkeys(f"{version(run['commit'])}, {run['date'][:10]}" for run in runs)
+    return "; ".join(known)
 
 
 def version(commit: str | None) -> str:

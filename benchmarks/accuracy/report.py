@@ -1,247 +1,189 @@
-"""Pages and plots of the accuracy benchmark, from its result files alone.
+"""The pages of the accuracy benchmark and their data, from its result files alone.
 
-python -m benchmarks.accuracy.report    # → README.md, summary.md, results/*.svg
+python -m benchmarks.accuracy.report    # → README.md, results/MODEL.csv
 python -m benchmarks.accuracy.report --results benchmarks/accuracy/unseen
+
+A page has the default, its variants, the baselines and the best other methods at three ratios. The
+CSV file of a model has every method, ratio and question family.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
+from typing import Any
 
-from benchmarks.accuracy.store import ACCURACY, BARS, KINDS, RESULTS, Results, read_all
-from benchmarks.accuracy.summary import summary
-from benchmarks.accuracy.tables import (
-    BASELINES,
-    compare_families,
-    compared,
-    family_table,
-    kept,
-    loss_table,
-    lost_table,
-    ratio_table,
-    reaches,
-    rivals,
-    rivals_table,
-    work_table,
-)
-from benchmarks.publishing import MARK, provenance
-from benchmarks.stored import NOTE
+from benchmarks.accuracy.store import ACCURACY, LOST, MAIN, RESULTS, Results, read_all
+from benchmarks.accuracy.tables import BASELINES, NONE, earlier, kept, record, table
+from benchmarks.publishing import MARK, csv_text, provenance
 from tokencomp.cli import one_message
-from tokencomp.evaluation.settings import DOWNSCALE, FULL
-from tokencomp.pages.plots import COLORS, Point, lines
+from tokencomp.evaluation.settings import FULL, RANDOM
 
-
-def plot(results: Results, kind: str) -> str:
-    """Retention over ratio as SVG: the default, the best other methods and the baselines."""
-    series: dict[str, list[Point]] = {}
-    for label, setting in results.settings.items():
-        plain = setting["ratio"] and not setting["options"]
-        value = kept(results, label, kind) if plain else None
-        if value is not None:
-            series.setdefault(setting["reducer"], []).append(Point(setting["ratio"], value.value))
-    order = sorted(series, key=lambda n: (n != results.default, -fmean(p.y for p in series[n])))
-    methods = [n for n in order if n not in BASELINES][: len(COLORS)]
-    shown = {n: series[n] for n in (*methods, *(n for n in order if n in BASELINES))}
-    return lines(shown, x="ratio removed", y=f"accuracy kept, {kind}", reference=1.0)
-
-
-def plotted(results: Results) -> list[str]:
-    """Kinds with a learned family: the plots show retention on those."""
-    return [kind for kind in results.kinds if results.select(kind, results.learned)]
-
-
-def bars(results: Results, default: str) -> list[str]:
-    """For every bar of the default reducer, whether it is met."""
-    report = []
-    for ratio, bar in BARS.items():
-        for kind in KINDS:
-            label = f"{default}-{ratio:g}"
-            value = kept(results, label, kind) if label in results.settings else None
-            if value is not None:
-                state = "met" if value.value >= bar else "NOT met"
-                text = f"- ratio {ratio:g}, {kind}: {value.value:.1%}, bar {bar:.0%}: {state}"
-                report.append(text)
-    return report + against_baselines(results, default)
-
-
-def against_baselines(results: Results, default: str) -> list[str]:
-    """Never below a baseline at the same ratio: on images, on videos, on every family."""
-    report, below = out_of_reach(results), False
-    for (ratio, base, *labels), kind in itertools.product(rivals(results, default), KINDS):
-        values = [kept(results, label, kind) for label in labels]
-        if values[0] and values[1] and values[0].value < values[1].value:
-            test, below = compared(results, *labels, kind), True
-            counts = f"{test.wins} items won, {test.losses} lost, p = {test.p:.2g}"
-            report.append(f"- ratio {ratio:g}, {kind}: below {base} ({counts}): NOT met")
-    if not below:
-        report.append("- below no baseline on images or videos at any ratio: met")
-    return report + against_baselines_by_family(results, default)
-
-
-def against_baselines_by_family(results: Results, default: str) -> list[str]:
-    """How often a baseline answered more correctly, and whether the default then lost anything."""
-    report, comparisons = [], compare_families(results, default)
-    for learned, title in ((True, "learned families"), (False, "families not learned")):
-        group = [one for one in comparisons if one.learned is learned]
-        losses = [one for one in group if one.lost]
-        if not group:
-            continue
-        line = (
-            f"- {title}: a baseline answered more questions correctly in {len(losses)} of "
-            f"{len(group)} comparisons"
-        )
-        if losses:
-            worse = sum(one.default < one.full for one in losses)
-            line += f" (smallest p = {min(one.test.p for one in losses):.2g}); in {worse} of "
-            line += "them the default is also below the full model"
-        report.append(line)
-    return report
-
-
-def out_of_reach(results: Results) -> list[str]:
-    """Where smaller media still give the processor too many tokens to be a baseline."""
-    report = []
-    for kind in results.kinds:
-        misses = [
-            f"{results.reached(label, kind):.2f} instead of {setting['ratio']:g}"
-            for label, setting in results.settings.items()
-            if setting["reducer"] == DOWNSCALE and not reaches(results, label, kind)
-        ]
-        if misses:
-            report.append(f"- {DOWNSCALE} is no baseline on {kind}: it drops {', '.join(misses)}")
-    return report
-
-
-def sources(results: Results) -> str:
-    """Provenance of every run; with several runs, which settings came from each of them."""
-    report = []
-    runs = results.manifest["runs"]
-    for number, run in enumerate(runs):
-        reducers = [s["reducer"] for s in results.settings.values() if s["run"] == number]
-        which = f"{', '.join(dict.fromkeys(reducers))}: " if len(runs) > 1 else ""
-        mark = "" if run.get(MARK, True) else " **Not for publication: uncommitted changes.**"
-        report.append(f"- {which}{provenance(run)}.{mark}")
-    return "\n".join(report)
-
-
-def learned_sentence(results: Results) -> str:
-    """Which of the families the model has learned."""
-    groups: dict[bool, list[str]] = {True: [], False: []}
-    for family in results.families:
-        groups[family in results.learned].append(family)
-    titles = {"Learned families": groups[True], "Not learned": groups[False]}
-    return " ".join(f"{k}: {', '.join(names)}." for k, names in titles.items() if names)
-
-
-def section(results: Results, default: str, pictures: str) -> str:
-    """Everything about one model; its plots lie in the folder `pictures`."""
-    m, model = results.manifest, results.manifest["model"]
-    parts = [
-        f"## {model}",
-        f"{m['items']} questions of the {m['split']} split, greedy decoding.",
-        sources(results),
-        learned_sentence(results),
-        "Bars for the default:",
-        "\n".join(bars(results, default)),
-        *(f"![{model}, {kind}]({pictures}/{model}-{kind}.svg)" for kind in plotted(results)),
-    ]
-    for ratio in results.ratios:
-        parts += [f"### {model}, ratio {ratio:g}", ratio_table(results, ratio, default)]
-        parts += further_tables(results, ratio, default, pictures)
-    losses = [one for one in compare_families(results, default) if one.lost]
-    if losses:
-        title = f"### {model}, families where a baseline answered more correctly than the default"
-        parts += [title, loss_table(losses)]
-    shown = [FULL, *(f"{default}-{r:g}" for r in results.ratios), *(f"{b}-0.9" for b in BASELINES)]
-    labels = [label for label in shown if label in results.settings]
-    parts += [f"### {model}, accuracy per question family", family_table(results, labels)]
-    return "\n\n".join(parts)
-
-
-def further_tables(results: Results, ratio: float, default: str, pictures: str) -> list[str]:
-    """Differences to full model and baselines, where the work goes, and what is lost."""
-    tables = {
-        "Against the full model and the baselines:": rivals_table(results, ratio, default),
-        "Where the work goes (images / videos where they differ):": work_table(
-            results, ratio, default
-        ),
-        f"What {default} loses, the first by id:": lost_table(results, ratio, default, pictures),
-    }
-    return [text for pair in tables.items() if pair[1] for text in pair]
-
-
-RUN = "python -m benchmarks.accuracy.run"
-INTROS = {
+RATIOS = (0.5, 0.75, 0.9)
+OTHERS = 8
+"""Methods on a page, besides the default, its variants and the baselines."""
+TRAINED = ("selector",)
+TITLES = {
     "results": (
-        "Accuracy under compression",
-        "Every reducer at four ratios on the embedded models, on the first 60 test questions "
-        f"of every ShapesQA family. `{RUN}` makes this page.",
+        "How much accuracy does each method keep?",
+        "The first 60 test questions of every ShapesQA family, on the embedded models.",
     ),
     "unseen": (
-        "The default on test questions that had no part in any choice",
-        "The default and the baselines on the families that the models have learned: questions "
-        "1500 to 1699 of each family, which nothing was chosen on.",
+        "How good is the default on questions that no choice was made on?",
+        "Test questions 1500 to 1699 of every family that a model has learned. Nothing was chosen "
+        "on them.",
     ),
     "counting": (
-        "Counting",
-        "The default and the baselines on 1500 counting questions, for the two models that have "
-        "not learned to count.",
+        "What happens to counting in models that have not learned to count?",
+        "1500 test questions. The full models are less than 25 points above a blind guess.",
     ),
     "hard": (
-        "Hard scenes",
-        "The default, two reducers beside it and the baselines where cameras pan, objects are "
-        "coloured like their background, crowds are counted and text stands over textures. The "
-        "scenes have seeds of their own in every split.",
+        "What happens in hard scenes?",
+        "Cameras pan, objects have the colours of their background, crowds are counted, and text "
+        "is printed over textures. The scenes have their own seeds in every split.",
     ),
     "long": (
-        "Clips of 64 frames",
-        "The default, other reducers and the baselines on clips of 64 frames, all of which the "
-        "model sees: events of single frames, their order, slow motion, and repeated acts.",
+        "What happens on clips of 64 frames?",
+        "All frames are seen. Questions are about events of single frames, their order, slow "
+        "motion and repeated acts.",
     ),
     "chance": (
-        "Families that the models have not learned",
-        "The default and the baselines on 300 questions of every family on which the full model is "
-        "near a blind guess.",
+        "What happens on question types that a model has not learned?",
+        "300 test questions of every family on which the full model is near a blind guess.",
     ),
 }
+COLUMNS = """Cells: accuracy with compression divided by accuracy without it, on the same questions,
+images and videos together, over the question families that the model has learned (over all families
+where it has learned none). Brackets: paired 95 % intervals. "–": not measured, or a baseline that
+does not get down to the ratio. FLOPs: of the LLM's prefill, text included."""
+
+Method = tuple[str, str]
+"""Reducer, and its options as JSON."""
+
+
+def methods(results: Results) -> dict[Method, dict[float, str]]:
+    """Labels by method and ratio; every other method after the default, the best first."""
+    labels: dict[Method, dict[float, str]] = {}
+    for label, setting in results.settings.items():
+        if setting["ratio"] in RATIOS:
+            method = (setting["reducer"], json.dumps(setting["options"], sort_keys=True))
+            labels.setdefault(method, {})[setting["ratio"]] = label
+    groups: tuple[list[Method], ...] = ([], [], [])
+    for method in labels:
+        is_base = method[0] in BASELINES
+        groups[0 if method[0] == results.default else 2 if is_base else 1].append(method)
+    best: dict[str, Method] = {}  # the best options of a reducer
+    for method in sorted(groups[1], key=lambda m: -right(results, labels[m])):
+        best.setdefault(method[0], method)
+    own = sorted(groups[0], key=lambda m: m[1] != "{}")
+    bases = sorted(groups[2], key=lambda m: BASELINES.index(m[0]))
+    return {m: labels[m] for m in (*own, *[*best.values()][:OTHERS], *bases)}
+
+
+def known(results: Results) -> list[str] | None:
+    """The learned families of these questions, which the table counts; None: all families."""
+    return [family for family in results.learned if family in results.families] or None
+
+
+def right(results: Results, labels: dict[float, str]) -> float:
+    """Right answers of a method at all ratios; less than nothing where one is missing."""
+    if len(labels) < len({*RATIOS} & {*results.ratios}):
+        return -1
+    return sum(sum(results.scores(k, "both", known(results))) for k in labels.values())
+
+
+def line(results: Results, method: Method, labels: dict[float, str], ratios: Any) -> list[str]:
+    """One method: its name, and its retention at every ratio."""
+    reducer, options = method[0], json.loads(method[1])
+    setting = results.settings[next(iter(labels.values()))]
+    text = f"{reducer}{earlier(setting)} " + ", ".join(f"{k}={v}" for k, v in options.items())
+    seeds = max((len(results.seeds.get(k, ())) for k in labels.values()), default=0)
+    name = text.strip() + (" (trained)" if reducer in TRAINED else "")
+    name += f" ({seeds} seeds)" if seeds else ""
+    plain_default = reducer == results.default and not options
+    kind = "both" if known(results) else "all"
+    cells = []
+    for ratio in ratios:
+        value = kept(results, labels[ratio], kind) if ratio in labels else None
+        interval = plain_default or reducer == RANDOM
+        cells.append(NONE if value is None else str(value) if interval else f"{value.value:.1%}")
+    return [f"**{name}**" if plain_default else name, *cells]
+
+
+def overview(results: Results) -> str:
+    """The table of one model."""
+    ratios = [r for r in RATIOS if r in results.ratios]
+    rows = [line(results, m, labels, ratios) for m, labels in methods(results).items()]
+    full = results.settings[FULL]["flops"]
+    work = [results.settings.get(f"{results.default}-{r:g}", {}).get("flops") for r in ratios]
+    rows.append(["FLOPs left", *(f"{w / full:.0%}" if w else NONE for w in work)])
+    return table(["method", *(f"ratio {r:g}" for r in ratios)], rows)
+
+
+def facts(results: Results, data: str) -> str:
+    """What was asked, where every number is, and the runs of the default and the baselines."""
+    scores = results.scores(FULL, "both", known(results))
+    families = ", ".join(known(results) or ["none"])
+    asked = (
+        f"{results.manifest['items']} test questions, {len(scores)} of them in the table, on which "
+        f"the full model is right in {sum(scores) / len(scores):.1%}. Learned families: "
+        f"{families}. [All methods, ratios and families]({data})."
+    )
+    shown = {s["run"] for s in results.settings.values() if s["reducer"] == results.default}
+    runs = [results.manifest["runs"][number] for number in sorted(shown)]
+    mark = "" if all(run.get(MARK, True) for run in runs) else " **Not for publication.**"
+    return f"{asked}{mark}\n\n" + "\n".join(f"- {provenance(run)}" for run in runs)
+
+
+def lost(results: Results, ratio: float, pictures: str) -> str:
+    """What the default loses at a ratio, with pictures; "" where nothing was drawn."""
+    items = results.settings.get(f"{results.default}-{ratio:g}", {}).get("lost", ())
+    folder = f"{pictures}/{results.manifest['model']}/{LOST}"
+    rows = [
+        [f"{ratio:g}", one["question"], one["full"], one["compressed"],
+         f"![what was kept]({folder}/{one['picture']})"]
+        for one in items
+    ]  # fmt: skip
+    head = ["ratio", "question", "full model", "compressed", "what the decoder saw"]
+    return table(head, rows) if rows else ""
 
 
 def page_folder(results: Path) -> Path:
-    """Where the page goes: above the published results, beside all others."""
+    """Where the page goes: above the published results, else into the folder of the results."""
     return results.parent if results == RESULTS else results
 
 
-def head(results: Path) -> str:
-    """Title, what was run, and where the columns are explained."""
+def text(results: Path, every: Sequence[Results]) -> str:
+    """The page on every model with test results; the main model first."""
+    folder = page_folder(results)
     name = "results" if results == RESULTS else results.name
-    title, text = INTROS.get(name, ("Accuracy under compression", f"Results in `{name}`."))
-    methods = os.path.relpath(ACCURACY / "METHODS.md", page_folder(results))
-    index = os.path.relpath(ACCURACY.parent / "README.md", page_folder(results))
-    links = f"[Methods and columns]({methods}). [All benchmark pages]({index})."
-    return f"# {title}\n\n{text} The commands stand below, per model. {NOTE} {links}"
-
-
-def text(results: Path) -> str:
-    """The page on every model with test results."""
-    pictures = os.path.relpath(results, page_folder(results))
-    sections = [section(one, one.default, pictures) for one in read_all(results)]
-    return "\n\n".join([head(results), *sections]) + "\n"
+    title, asked = TITLES.get(name, ("Accuracy under compression", f"Results in `{name}`."))
+    methods_page = os.path.relpath(ACCURACY / "METHODS.md", folder)
+    links = f"[Methods and columns]({methods_page})."
+    parts = [f"# {title}", f"{asked} {COLUMNS.replace(chr(10), ' ')} {links}"]
+    pictures = os.path.relpath(results, folder)
+    ordered = sorted(every, key=lambda one: one.manifest["model"] != MAIN)
+    for one in ordered:
+        model = one.manifest["model"]
+        data = os.path.normpath(f"{pictures}/{model}.csv")
+        parts += [f"## {model}", overview(one), facts(one, data)]
+    drawn = [lost(one, r, pictures) for one in ordered for r in RATIOS]
+    if any(drawn):
+        parts += ["## What the default loses, the first questions by id", *filter(None, drawn)]
+    return "\n\n".join(parts) + "\n"
 
 
 def write_report(results: Path) -> Path:
-    """The page and its plots; of the published results also the summary."""
-    for one in read_all(results):
-        for kind in plotted(one):
-            file = results / f"{one.manifest['model']}-{kind}.svg"
-            file.write_text(plot(one, kind))
+    """The page, and the CSV file of every model."""
+    every = read_all(results)
+    for one in every:
+        rows = csv_text([record(one, label) for label in one.settings])
+        (results / f"{one.manifest['model']}.csv").write_text(rows)
     page = page_folder(results) / "README.md"
-    page.write_text(text(results))
-    if results == RESULTS:
-        (page.parent / "summary.md").write_text(summary(read_all(results)))
+    page.write_text(text(results, every))
     return page
 
 

@@ -1,4 +1,4 @@
-"""Every reducer × ratio × embedded model on ShapesQA: run, tabulate, plot.
+"""Every reducer × ratio × embedded model on ShapesQA: run and tabulate.
 
     python -m benchmarks.accuracy.run                       # test split → results/, README.md
     python -m benchmarks.accuracy.run --split validation    # for choosing, see studies/choose.py
@@ -6,7 +6,7 @@
     python -m benchmarks.accuracy.run --reducers auto --per-family 5 --out try
 
 All settings answer the same questions, greedily, through real JPEG and mp4 files, the processor and
-`generate`. Results are merged into those in `results/` (see store.py), from which tables and plots
+`generate`. Results are merged into those in `results/` (see store.py), from which pages
 are made; a run on other questions needs an --out of its own. A run that was stopped continues from
 the answers in the ignored folder `runs/`.
 """
@@ -27,8 +27,7 @@ import torch
 
 from benchmarks import publishing
 from benchmarks.accuracy.report import write_report
-from benchmarks.accuracy.store import LOST, RESULTS, Results, add_lost, collected, merged
-from benchmarks.accuracy.summary import MAIN
+from benchmarks.accuracy.store import LOST, MAIN, RESULTS, Results, add_lost, collected, merged
 from benchmarks.accuracy.work import work_parts
 from tokencomp import available_reducers, make_reducer
 from tokencomp.cli import one_message

@@ -23,6 +23,8 @@ from tokencomp.zoo.shapesqa.difficulty import is_image_family
 
 ACCURACY = Path(__file__).parent
 RESULTS = ACCURACY / "results"
+MAIN = "tiny-qwen3-vl"
+"""The model of the first tables."""
 LOST = "lost"
 """Folder beside the results with pictures of what the default loses."""
 STORED_DEFAULT = "condiv"

@@ -1,27 +1,26 @@
-"""Tables of the accuracy benchmark, as Markdown."""
+"""What the accuracy benchmark says about one setting, and the rows of its pages and CSV files."""
 
 from __future__ import annotations
 
 import functools
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarks import publishing
-from benchmarks.accuracy.store import KINDS, LOST, Results, kind_of
-from benchmarks.accuracy.work import PARTS, work_cell
+from benchmarks.accuracy.store import KINDS, Results, kind_of
 from tokencomp.errors import TokenCompError
 from tokencomp.evaluation.metrics import McNemar, Retention, difference, mcnemar, retention
-from tokencomp.evaluation.settings import DOWNSCALE, FULL, Setting
+from tokencomp.evaluation.settings import DOWNSCALE, FULL, RANDOM, Setting
 from tokencomp.zoo import available_models, metrics, model_path
 
-BASELINES = ("random", "uniform", DOWNSCALE)
+BASELINES = (RANDOM, "uniform", DOWNSCALE)
 SLACK = 0.05  # of the ratio, for a baseline that cannot reach it exactly
 NONE = "–"
-READING = "reading"
-
+EARLIER = ("Tango()", "HiPrune()")
+"""Stored methods whose reducer follows another rule today, see METHODS.md."""
 
 table = functools.partial(publishing.table, rule=" --- ")
 
@@ -45,52 +44,90 @@ def reaches(results: Results, label: str, kind: str) -> bool:
     return not is_baseline or results.reached(label, kind) >= setting["ratio"] - SLACK
 
 
-def cell(value: Retention | None, interval: bool = True) -> str:
-    if value is None:
-        return NONE
-    return str(value) if interval else f"{value.value:.1%}"
+def earlier(setting: dict[str, Any]) -> str:
+    """A mark of answers by a reducer that has another rule today."""
+    return " (earlier rule)" if setting.get("method") in EARLIER else ""
 
 
-EARLIER = ("Tango()", "HiPrune()")
-"""Stored methods whose reducer follows another rule today, see METHODS.md."""
+def record(results: Results, label: str) -> dict[str, Any]:
+    """One row of the CSV file of a model. Shares are of the full model's amounts.
+
+    `kept_*` is retention with its paired 95 % interval, `vs_*` a difference of accuracy on the
+    learned families, `p_*` an exact McNemar test on them; METHODS.md explains the columns.
+    """
+    setting, full = results.settings[label], results.settings[FULL]
+    run = results.manifest["runs"][setting["run"]]
+    row: dict[str, Any] = {
+        "reducer": setting["reducer"] + earlier(setting),
+        "options": setting["options"],
+        "ratio": setting["ratio"],
+        "seeds": len(results.seeds.get(label, (1,))),
+        "commit": str(run["commit"])[:12] + ("+dirty" if "+" in str(run["commit"]) else ""),
+        "date": run["date"][:10],
+        "achieved_ratio": setting["achieved_ratio"],
+        "flops": setting["flops"] / full["flops"],
+        "departs_from_paper": deviation(results, setting),
+    }
+    for kind in (*KINDS, "both", "all"):
+        share = kept(results, label, kind) if label != FULL else None
+        row |= _interval(f"kept_{kind}", share)
+    row |= _against(results, label)
+    row |= {f"family_{f}": _accuracy(results, label, f) for f in results.families}
+    return row | _work(setting.get("work", {}), full.get("work", {}))
 
 
-def name(setting: dict[str, Any], default: str) -> str:
-    """Reducer and options; bold for the default."""
-    options = ", ".join(f"{k}={v}" for k, v in setting["options"].items())
-    options += "(earlier rule)" if setting.get("method") in EARLIER else ""
-    bold = setting["reducer"] == default and not options
-    return f"**{setting['reducer']}**" if bold else f"{setting['reducer']} {options}".strip()
+def _interval(name: str, value: Any) -> dict[str, float | None]:
+    parts = {"": "value", "_low": "low", "_high": "high"}
+    return {name + end: None if value is None else getattr(value, p) for end, p in parts.items()}
 
 
-def at(results: Results, ratio: float) -> list[str]:
-    """Labels at one ratio: baselines first, then by the number of correct answers."""
-    settings = results.settings
-    labels = [k for k, s in settings.items() if s["ratio"] == ratio]
-    baselines = [k for b in BASELINES for k in labels if settings[k]["reducer"] == b]
-    methods = [k for k in labels if k not in baselines]
-    return baselines + sorted(methods, key=lambda k: (-sum(results.scores(k)), k))
+def _accuracy(results: Results, label: str, family: str) -> float | None:
+    comparable = reaches(results, label, kind_of(family))
+    return results.accuracy(label, family) if comparable else None
 
 
-def ratio_table(results: Results, ratio: float, default: str) -> str:
-    """Retention with paired 95 % intervals, p against random and the default, and cost."""
-    tests = ["p vs random", f"p vs {default}"]
-    head = ["method", *KINDS, "both", "all families", *tests, "achieved ratio", "FLOPs left"]
-    rows, notes = [], []
-    for label in at(results, ratio):
-        setting = results.settings[label]
-        flops = setting["flops"] / results.settings[FULL]["flops"]
-        cells = [cell(kept(results, label, kind)) for kind in (*KINDS, "both", "all")]
-        cells[2] += spread(results, label)
-        by_modality = [f"{results.reached(label, k):.3f}" for k in KINDS]
-        at_ratio = reaches(results, label, "both")
-        achieved = f"{setting['achieved_ratio']:.3f}" if at_ratio else " / ".join(by_modality)
-        p = [against(results, label, f"{base}-{ratio:g}") for base in ("random", default)]
-        note = deviation(results, setting)
-        notes += [f"{name(setting, default)} {note}"] if note else []
-        method = name_of(results, label, default)
-        rows.append([method, *cells, *p, achieved, f"{flops:.0%}"])
-    return table(head, rows) + (f"\n\n† {'; '.join(notes)}." if notes else "")
+def _against(results: Results, label: str) -> dict[str, Any]:
+    """Accuracy on the learned families, and how it compares with other settings there."""
+    scores, ratio = results.scores(label, "both", results.learned), results.settings[label]["ratio"]
+    row: dict[str, Any] = {"accuracy": sum(scores) / len(scores) if scores else None}
+    default = results.default
+    others = {"full": FULL, RANDOM: f"{RANDOM}-{ratio:g}", DOWNSCALE: f"{DOWNSCALE}-{ratio:g}"}
+    others["default"] = f"{default}-{ratio:g}"
+    usable = {
+        name: other
+        for name, other in others.items()
+        if scores and other != label and other in results.settings
+        if all(reaches(results, one, "both") for one in (label, other))
+    }
+    for name in others:
+        gap = None
+        if name in usable:
+            gap = difference(scores, results.scores(usable[name], "both", results.learned))
+        row |= _interval(f"vs_{name}", gap)
+    for name in (RANDOM, "default"):
+        test = compared(results, label, usable[name], "both") if name in usable else None
+        row[f"p_{name}"] = test and test.p
+    if DOWNSCALE in usable:
+        blurred = results.scores(usable[DOWNSCALE], "both", results.learned)
+        detail = [right for right, other in zip(scores, blurred, strict=True) if not other]
+        row["where_downscale_fails"] = sum(detail) / len(detail) if detail else None
+    agrees = results.answers.agrees[label]
+    same = [agrees[i] for i in results.select("both", results.learned)]
+    return row | {"same_answer": sum(same) / len(same) if same else None}
+
+
+def _work(work: dict[str, Any], full: dict[str, Any]) -> dict[str, Any]:
+    """FLOPs and bytes of one answer by part, as shares; of the reducer as a share of the prefill.
+
+    The full model's row has the amounts.
+    """
+    row = {}
+    for kind, parts in work.items():
+        for part, value in parts.items():
+            base = full[kind]["prefill" if part == "reduce" else part]
+            known = value if work is full else value / base if value is not None and base else None
+            row[f"{part}_{kind}"] = known
+    return row
 
 
 def deviation(results: Results, setting: dict[str, Any]) -> str:
@@ -117,130 +154,6 @@ def steps(model: str, frames: int) -> int:
     """Steps in time of a video in an embedded model; towers of Qwen read frames in pairs."""
     vision = json.loads((model_path(model) / "config.json").read_text()).get("vision_config", {})
     return -(-frames // vision.get("temporal_patch_size", 1))
-
-
-def rivals_table(results: Results, ratio: float, default: str) -> str:
-    """Accuracy on the learned families, and differences to full model and baselines.
-
-    Empty where the model has learned none of the families.
-    """
-    if not results.learned:
-        return ""
-    random = f"random-{ratio:g}"
-    small = f"{DOWNSCALE}-{ratio:g}"
-    small_ones = [small] if small in results.settings and reaches(results, small, "both") else []
-    drawn = [random] if random in results.settings else []
-    columns = {"vs full": [FULL], "vs random": drawn, "vs downscale": small_ones}
-    head = ["method", "accuracy", *columns, "where downscale fails", "same answer as full"]
-    reading = [READING] if READING in results.families else []
-    rows = []
-    for label in at(results, ratio):
-        cells = [accuracy_cell(results.scores(label, "both", results.learned))]
-        cells += [versus(results, label, bases) for bases in columns.values()]
-        cells += [detail(results, label, ratio), agreement(results, label)]
-        cells += [f"{results.accuracy(label, name):.0%}" for name in reading]
-        rows.append([name_of(results, label, default), *cells])
-    return table([*head, *reading], rows)
-
-
-def name_of(results: Results, label: str, default: str) -> str:
-    """The method of a label, marked where it departs from its paper."""
-    setting = results.settings[label]
-    many = f" ({len(results.seeds[label])} seeds)" if label in results.seeds else ""
-    return name(setting, default) + many + ("†" if deviation(results, setting) else "")
-
-
-def spread(results: Results, label: str, kind: str = "both") -> str:
-    """What the worst and the best seed of `random` keep; "" of other methods."""
-    families = None if kind == "all" else results.learned
-    places, full = results.select(kind, families), sum(results.scores(FULL, kind, families))
-    seeds = results.seeds.get(label, ()) if full else ()  # nothing is kept of no right answer
-    kept = [sum(scores[i] for i in places) / full for scores in seeds]
-    return f", seeds {min(kept):.1%} to {max(kept):.1%}" if kept else ""
-
-
-def accuracy_cell(scores: Sequence[float]) -> str:
-    return f"{sum(scores) / len(scores):.1%}" if scores else NONE
-
-
-def versus(results: Results, label: str, bases: Sequence[str]) -> str:
-    """Difference to the mean of some baselines in points on the learned families."""
-    scores = results.scores(label, "both", results.learned)
-    if not bases or label in bases or not scores or not reaches(results, label, "both"):
-        return NONE
-    every = [results.scores(base, "both", results.learned) for base in bases]
-    return str(difference(scores, [sum(one) / len(bases) for one in zip(*every, strict=True)]))
-
-
-def detail(results: Results, label: str, ratio: float) -> str:
-    """Accuracy on the questions of the learned families that downscaling gets wrong."""
-    base = f"{DOWNSCALE}-{ratio:g}"
-    if base not in results.settings or not reaches(results, base, "both"):
-        return NONE
-    ours, blurred = (results.scores(k, "both", results.learned) for k in (label, base))
-    scores = [right for right, other in zip(ours, blurred, strict=True) if not other]
-    return f"{sum(scores) / len(scores):.0%} of {len(scores)}" if scores else NONE
-
-
-def agreement(results: Results, label: str) -> str:
-    """Share of the learned families' questions that get the very answer of the full model."""
-    agrees = results.answers.agrees[label]
-    return accuracy_cell([agrees[i] for i in results.select("both", results.learned)])
-
-
-def work_table(results: Results, ratio: float, default: str) -> str:
-    """Where the work of an answer goes, images / videos; "" for results without counts.
-
-    The full model's row has amounts, the other rows have shares of them; the reducer's own work is
-    a share of the full model's prefill.
-    """
-    full = results.settings[FULL].get("work")
-    labels = [label for label in at(results, ratio) if "work" in results.settings[label]]
-    if not full or not labels:
-        return ""
-    titles = {"decode": "decode, per token", "kv_bytes": "KV bytes"}
-    head = ["method", *(titles.get(part, part) for part in PARTS)]
-    rows = [["full", *_work_cells(full, None)]]
-    for label in labels:
-        setting = results.settings[label]
-        rows.append([name_of(results, label, default), *_work_cells(setting["work"], full)])
-    return table(head, rows)
-
-
-def _work_cells(work: dict[str, Any], full: dict[str, Any] | None) -> list[str]:
-    """One cell per part, the modalities in order; one value where all are equal."""
-    cells = []
-    for part in PARTS:
-        values = [work_cell(work[k], part, full and full.get(k)) for k in KINDS if k in work]
-        cells.append(" / ".join(values) if len(set(values)) > 1 else values[0])
-    return cells
-
-
-def lost_table(results: Results, ratio: float, default: str, pictures: str) -> str:
-    """What the default loses at a ratio, with pictures; "" where nothing was drawn."""
-    lost = results.settings.get(f"{default}-{ratio:g}", {}).get("lost", ())
-    rows = [
-        [
-            f"`{item['id']}`",
-            item["question"],
-            item["full"],
-            item["compressed"],
-            f"![what was kept]({pictures}/{results.manifest['model']}/{LOST}/{item['picture']})",
-        ]
-        for item in lost
-    ]
-    head = ["question", "", "full model", "compressed", "what the decoder saw"]
-    return table(head, rows) if rows else ""
-
-
-def against(results: Results, label: str, base: str) -> str:
-    """p of `label` against `base`, + where better, − where worse."""
-    missing = base not in results.settings or not results.scores(label, "both", results.learned)
-    if label == base or missing or not reaches(results, label, "both"):
-        return ""
-    test = compared(results, label, base, "both")
-    sign = "" if test.p >= 0.05 else " +" if test.wins > test.losses else " −"
-    return f"{test.p:.2g}{sign}"
 
 
 def compared(results: Results, label: str, base: str, kind: str) -> McNemar:
@@ -299,32 +212,3 @@ def compare_families(results: Results, default: str) -> list[Comparison]:
             learned = family in results.learned
             comparisons.append(Comparison(family, learned, ratio, base, *accuracies, test))
     return comparisons
-
-
-def loss_table(losses: Sequence[Comparison]) -> str:
-    head = ["family", "learned", "ratio", "baseline", "full", "default", "baseline's"]
-    rows = [
-        [
-            one.family,
-            "yes" if one.learned else "no",
-            f"{one.ratio:g}",
-            one.base,
-            *(f"{a:.0%}" for a in (one.full, one.default, one.baseline)),
-            str(one.test.wins),
-            str(one.test.losses),
-            f"{one.test.p:.2g}",
-        ]
-        for one in sorted(losses, key=lambda x: (x.family, x.ratio))
-    ]
-    return table([*head, "won", "lost", "p"], rows)
-
-
-def family_table(results: Results, labels: Sequence[str]) -> str:
-    """Accuracy per question family."""
-
-    def accuracy(label: str, family: str) -> str:
-        comparable = reaches(results, label, kind_of(family))
-        return f"{results.accuracy(label, family):.0%}" if comparable else NONE
-
-    rows = [[f, *(accuracy(label, f) for label in labels)] for f in results.families]
-    return table(["family", *labels], rows)

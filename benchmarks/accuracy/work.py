@@ -19,7 +19,6 @@ from tokencomp.evaluation.settings import Setting
 from tokencomp.evaluation.timing import prefill_split
 from tokencomp.inputs.prompts import to_model
 from tokencomp.inputs.questions import Example
-from tokencomp.pages.html import si
 from tokencomp.torchlib.hooks import Hooked
 
 PARTS = ("tower", "projector", "reduce", "prefill", "decode", "kv_bytes")
@@ -115,18 +114,6 @@ def _parts(answerer: Answerer, setting: Setting, row: Loaded) -> dict[str, int |
         (cost,) = prefill_costs(model, inputs, handle.stats if handle else None)
     decoder = {"prefill": cost.flops, "decode": cost.decode_flops, "kv_bytes": cost.kv_bytes}
     return {**vars(counted), **decoder}
-
-
-def work_cell(work: dict[str, Any], part: str, full: dict[str, Any] | None) -> str:
-    """One part of the work as text: an amount, or a share of the full model's if there is one."""
-    value = work.get(part)
-    base = None if full is None else full.get("prefill" if part == "reduce" else part)
-    if value is None:
-        return "–"
-    if full is None or not base:
-        return si(value, "B" if part == "kv_bytes" else "")
-    share = value / base
-    return f"{share:.1%}" if 0 < share < 0.1 else f"{share:.0%}"
 
 
 def vision_work(model: Any, inputs: dict[str, Any]) -> VisionWork:

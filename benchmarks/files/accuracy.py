@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from benchmarks import publishing
-from benchmarks.files.accuracy_page import COUNTS, RATIO, page
+from benchmarks.files.accuracy_page import COUNTS, RATIO, page, records
 from benchmarks.files.material import BACKGROUNDS, RATE, X264
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.settings import Setting
@@ -199,7 +199,9 @@ def main() -> None:
         report = {**publishing.environment(), "command": command, **facts}
         report |= {"model": args.model, "split": args.split, "cpu": 0, "rows": []}
         measure(args, report, stored)
-    (args.out / "accuracy.md").write_text(page(json.loads(stored.read_text())))
+    report = json.loads(stored.read_text())
+    (args.out / "accuracy.md").write_text(page(report))
+    (args.out / "accuracy.csv").write_text(publishing.csv_text(records(report)))
 
 
 if __name__ == "__main__":

@@ -206,7 +206,7 @@ def page(report: dict[str, Any]) -> str:
     head = ("file", "frames", "decoder", "taken", "open", "select", "decode", "resize",
             "CPU s (of decoding all)")  # fmt: skip
     return (
-        "# From the file to frames\n\n"
+        "# What do readers and frame policies cost, from a file to frames?\n\n"
         + publishing.provenance(report)
         + "\n\n`open` lists the packets of the file, `select` chooses frames from them, `resize` "
         "converts colours and scales. One thread; other work ran on the machine. Every row is the "

@@ -206,21 +206,31 @@ def in_order(rows: list[Row], setups: list[Setup]) -> list[Row]:
 
 
 def markdown(rows: list[Row]) -> str:
-    """The table, one line per kernel, configuration and architecture."""
+    """The page: one line per kernel, the worst of its configurations."""
+    body = []
+    for name in dict.fromkeys(r.kernel for r in rows):
+        own = [r for r in rows if r.kernel == name]
+        products = all(r.tensor_cores for r in own if r.dtype != "float32")
+        body.append(
+            [
+                *(name, str(len(own)), str(max(r.registers for r in own))),
+                str(max(r.stack for r in own)),
+                f"{max(r.shared for r in own) / 1024:.1f}",
+                str(min(resident_warps(r) for r in own)),
+                "yes" if products else "–",
+                ", ".join(dict.fromkeys(p for r in own for p in r.problems)) or "none",
+            ]
+        )
     head = (
-        "kernel", "configuration", "dtype", "arch", "warps", "registers", "stack bytes",
-        "shared KiB", "warps per SM", "widest load, bits", "tensor cores",
+        "kernel", "compiled", "registers, at most", "stack bytes (spills)", "shared KiB, at most",
+        "warps per SM, at least", "tensor cores in bf16", "problems",
     )  # fmt: skip
-    body = [
-        [
-            *(r.kernel, r.case, r.dtype, r.target),
-            *map(str, (r.warps, r.registers, r.stack)),
-            *(f"{r.shared / 1024:.1f}", str(resident_warps(r)), str(r.load_bits)),
-            "yes" if r.tensor_cores else "-",
-        ]
-        for r in rows
-    ]
-    return publishing.table(head, body) + "\n"
+    targets = ", ".join(dict.fromkeys(r.target for r in rows))
+    return (
+        f"# Do the kernels compile without spills?\n\n{publishing.table(head, body)}\n\n"
+        f"Compiled for {targets} (A100, H100, B200), without a GPU: every configuration is in "
+        "[aot.json](aot.json). `python -m benchmarks.kernels.aot`.\n"
+    )
 
 
 def main() -> int:

@@ -154,25 +154,28 @@ def decode_step(model: Any, reducer: str) -> tuple[int, int]:
     return after.calls - before.calls, after.reads - before.reads
 
 
+SHOWN = ((1, 1), (16, 8))
+"""Images and batch of the cases on the page; calls.json has all."""
+
+
 def markdown(rows: list[Row], steps: dict[str, tuple[int, int]]) -> str:
-    """The table, one line per reducer."""
-    shapes = [(i, b) for b in BATCHES for i in IMAGES]
+    """The page, one line per reducer."""
     by_shape = {(r.reducer, r.images, r.batch): r for r in rows}
-    model = {s: next((r.model_calls for r in rows if (r.images, r.batch) == s), 0) for s in shapes}
-    counted = [f"{i} × {b} ({model[i, b]})" for i, b in shapes]
-    head = ["reducer", "stages", *counted, "decode step"]
-    intro = (
-        f"Calls + host reads added to one prefill, by images × batch (in brackets: calls of the "
-        f"unpatched model), and to one decode step. Ratio {RATIO}, {LAYERS} decoder layers. "
-        "Command: `python -m benchmarks.kernels.calls`."
-    )
     body = []
     for name in dict.fromkeys(r.reducer for r in rows):
-        own = [by_shape[name, i, b] for i, b in shapes if (name, i, b) in by_shape]
+        own = [by_shape[name, i, b] for i, b in SHOWN]
         pairs = [*((r.calls, r.reads) for r in own), steps[name]]
         cells = [f"{calls} + {reads}" for calls, reads in pairs]
         body.append([name, str(own[0].stages), *cells])
-    return f"{intro}\n\n{publishing.table(head, body)}\n"
+    model = [next(r.model_calls for r in rows if (r.images, r.batch) == s) for s in SHOWN]
+    head = ["reducer", "stages", *(f"images × batch: {i} × {b}" for i, b in SHOWN), "decode step"]
+    below = (
+        f"Device calls + host reads that a patch adds to a prefill and to a decode step, at ratio "
+        f"{RATIO} with {LAYERS} decoder layers. The unpatched model has {model[0]} and {model[1]} "
+        "calls. [All shapes](calls.json). `python -m benchmarks.kernels.calls`."
+    )
+    title = "# How many device calls and host reads does a patch add?"
+    return f"{title}\n\n{publishing.table(head, body)}\n\n{below}\n"
 
 
 def main() -> int:

@@ -37,7 +37,7 @@ from benchmarks import publishing
 from benchmarks.models import shapes
 from benchmarks.models.measured import kind_of, method_of
 from benchmarks.publishing import environment, provenance, read_lines
-from benchmarks.stored import NOTE, today
+from benchmarks.stored import today
 from tokencomp.method import Merging
 from tokencomp.storage import write_lines
 
@@ -230,54 +230,79 @@ def speed(
     }
 
 
-LEGEND = """Time of the LLM prefill with compression, compared with the same model without it, with
-random weights and without the vision tower. Speed-up is the ratio of the median times; the brackets
-give its range between the fastest and the slowest pair of runs. The FLOP limit is the FLOPs without
-compression divided by those with it. "Of native" compares with the unpatched model on a text as
-long as the compressed prompt, because a processor works less efficiently on short prompts. "Reduce"
-is the reducer's own time, scoring included. Peak memory and KV cache are shares of the unpatched
-run's; a cache with merged tokens keeps its size. [All benchmark pages](../README.md)."""
+LEGEND = """Random weights, without the vision tower: median time of the unpatched prefill divided
+by that of the patched one. FLOP limit: the same for FLOPs. Reducer: its own time, scoring
+included, as a share of the full prefill. Peak memory and KV cache: shares of the unpatched run's,
+at the highest ratio; a cache with merged tokens keeps its size. [Every case, range of the runs,
+and the time of a text of the compressed length](prefill.csv)."""
+SHOWN = 4000
+"""Visual tokens from which a case is on the page."""
 
 
 def page(records: list[dict[str, Any]]) -> str:
-    """Everything as a Markdown page."""
-    records = today(records)
-    sources = dict.fromkeys(f"- {r['dtype']}: {provenance(r['environment'])}" for r in records)
+    """The longest prompts, by method and ratio."""
+    every = today(records)
+    sources = dict.fromkeys(f"- {r['dtype']}: {provenance(r['environment'])}" for r in every)
+    longest = [r for r in every if r["visual_tokens"] >= SHOWN] or every
     parts = [
-        "# LLM prefill",
+        "# How much faster is the LLM prefill?",
+        overview(longest),
         LEGEND.replace("\n", " "),
-        table(records),
-        f"{NOTE} Made by:",
         "\n".join(sources),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def table(records: list[dict[str, Any]]) -> str:
-    """The records as a Markdown table."""
-    columns = (
-        "model", "media", "visual tokens", "method", "ratio", "runs", "prefill speed-up",
-        "FLOP limit", "of limit", "of native", "reduce / full prefill", "peak memory", "KV cache",
-    )  # fmt: skip
-    rows = []
+def overview(records: list[dict[str, Any]]) -> str:
+    """One row per model, media and method."""
+    found: dict[tuple[Any, ...], dict[float, dict[str, Any]]] = {}
     for r in records:
-        peak = "–"
-        if r["peak_bytes_full"]:
-            peak = f"{100 * r['peak_bytes_compressed'] / r['peak_bytes_full']:.0f} %"
-        kv = r["kv_bytes_compressed"] / r["kv_bytes_full"]
-        full, less = r["seconds_full"], r["seconds_compressed"]
-        spread = f"({min(full) / max(less):.1f}–{max(full) / min(less):.1f})"
-        shares = [f"{100 * r['fraction_of_limit']:.0f} %", "–"]
-        if r["fraction_of_native"]:
-            shares[1] = f"{100 * r['fraction_of_native']:.0f} %"
-        rows.append(
-            [
-                *(r["model"], kind_of(r), str(r["visual_tokens"]), method_of(r), str(r["ratio"])),
-                *(str(len(less)), f"{r['speedup']:.2f}× {spread}", f"{r['flop_limit']:.2f}×"),
-                *(*shares, f"{100 * r['reduce_overhead']:.1f} %", peak, f"{100 * kv:.0f} %"),
-            ]
-        )
-    return publishing.table(columns, rows)
+        case = (r["model"], kind_of(r), str(r["visual_tokens"]), method_of(r))
+        found.setdefault(case, {})[r["ratio"]] = r
+    ratios = sorted({r["ratio"] for r in records})
+    rows = []
+    for case, by_ratio in found.items():
+        last = by_ratio[max(by_ratio)]
+        shares = (last["kv_bytes_compressed"] / last["kv_bytes_full"], peak(last))
+        cells = [f"{by_ratio[q]['speedup']:.1f} ×" if q in by_ratio else "–" for q in ratios]
+        own = max(r["reduce_overhead"] for r in by_ratio.values())
+        rest = [f"{last['flop_limit']:.1f} ×", f"{100 * own:.1f} %"]
+        rest += ["–" if v is None else f"{100 * v:.0f} %" for v in shares]
+        rows.append([*case, *cells, *rest])
+    head = ["model", "media", "visual tokens", "method", *(f"ratio {q:g}" for q in ratios)]
+    limit = f"FLOP limit, {max(ratios):g}"
+    return publishing.table([*head, limit, "reducer, at most", "KV cache", "peak memory"], rows)
+
+
+def peak(r: dict[str, Any]) -> float | None:
+    """Peak memory as a share of the unpatched run's, where it was measured."""
+    full = r["peak_bytes_full"]
+    return float(r["peak_bytes_compressed"] / full) if full else None
+
+
+def rows_of(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the CSV file."""
+    return [
+        {
+            "model": r["model"],
+            "media": kind_of(r),
+            "visual_tokens": r["visual_tokens"],
+            "method": method_of(r),
+            "ratio": r["ratio"],
+            "runs": len(r["seconds_compressed"]),
+            "speedup": r["speedup"],
+            "speedup_low": min(r["seconds_full"]) / max(r["seconds_compressed"]),
+            "speedup_high": max(r["seconds_full"]) / min(r["seconds_compressed"]),
+            "flop_limit": r["flop_limit"],
+            "of_native": r["fraction_of_native"],
+            "reducer_of_prefill": r["reduce_overhead"],
+            "peak_memory": peak(r),
+            "kv_cache": r["kv_bytes_compressed"] / r["kv_bytes_full"],
+            "commit": publishing.version(r["environment"]["commit"]),
+            "date": r["environment"]["date"][:10],
+        }
+        for r in today(records)
+    ]
 
 
 def fastest_dtype() -> torch.dtype:
@@ -313,6 +338,7 @@ def key(r: dict[str, Any]) -> tuple[Any, ...]:
 def publish(out: Path, records: list[dict[str, Any]]) -> None:
     """Write the page of the results."""
     out.with_suffix(".md").write_text(page(records))
+    out.with_suffix(".csv").write_text(publishing.csv_text(rows_of(records)))
 
 
 def main() -> None:
@@ -340,7 +366,7 @@ def main() -> None:
             )
             write_lines(args.out, order)
             publish(args.out, order)
-        print("\n".join(table(own).splitlines()[2:]), flush=True)
+        print("\n".join(overview(own).splitlines()[2:]), flush=True)
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"peak resident memory of this process: {usage / 2**20:.1f} GiB")
 

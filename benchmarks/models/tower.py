@@ -38,7 +38,7 @@ import torch
 import tokencomp
 from benchmarks import publishing
 from benchmarks.models.tower_alone import tower_rows
-from benchmarks.models.tower_page import CASES, RATIO, TOWER_RATIO, page
+from benchmarks.models.tower_page import CASES, RATIO, TOWER_RATIO, page, rows_of
 from benchmarks.models.tower_parts import UNIT, Marks, Timed, build, clock_of, qwen_inputs
 from benchmarks.publishing import environment
 
@@ -147,6 +147,15 @@ def _key(record: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(record.get(name) for name in ("case", "tokens", "tower_ratio", "machine"))
 
 
+def in_order(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records as the page has them."""
+    order = list(CASES)
+    return sorted(
+        records,
+        key=lambda r: (r["machine"], order.index(r["case"]), r.get("tower_ratio", math.nan)),
+    )
+
+
 def main() -> None:
     parser = publishing.parser(__doc__, FOLDER, "--output")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
@@ -197,11 +206,9 @@ def main() -> None:
     for record in fresh(towers, whole, args, records, extra):
         records = [r for r in records if _key(r) != _key(record)] + [record]
         path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
-    order = list(CASES)
-    records.sort(
-        key=lambda r: (r["machine"], order.index(r["case"]), r.get("tower_ratio", math.nan))
-    )
+    records = in_order(records)
     (args.output / "tower.md").write_text(page(records), encoding="utf-8")
+    (args.output / "tower.csv").write_text(publishing.csv_text(rows_of(records)))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Candidates for the default reducer on the validation questions about photographs.
 
     python -m benchmarks.real.candidates            # → merging.json, merging.md
-    python -m benchmarks.real.candidates --report   # both pages from their results alone
+    python -m benchmarks.real.candidates --report   # the page from its results alone
 
 Needs the model of `python -m recipes.photographs.build`. `benchmarks.accuracy.studies.choose` reads
 the results, and those of a former model in candidates.json, which is not asked any more.
@@ -22,10 +22,10 @@ from benchmarks.accuracy.run import tower_once
 from benchmarks.accuracy.store import Results
 from benchmarks.gpu.contribution import Row
 from benchmarks.gpu.recompute import runs_of
-from benchmarks.real.page import HERE, accuracy
+from benchmarks.real.page import HERE
 from benchmarks.real.page import RESULTS as TEST_RESULTS
 from benchmarks.real.run import packed
-from benchmarks.stored import NOTE, read_stored
+from benchmarks.stored import read_stored
 from recipes.photographs.build import FOLDER
 from recipes.photographs.items import LETTERS, StampItem, items
 from recipes.photographs.sources import TUXPAINT, Photos
@@ -47,21 +47,13 @@ CANDIDATES: list[tuple[str, dict[str, Any]]] = [
 ]
 """Needs neither training nor attention of the decoder; `kcenter` is the default on images."""
 RATIOS = (0.5, 0.75, 0.9, 0.95)
-HEAD = """# {title} on photographs
+HEAD = """# Does merging keep more of photographs than dropping?
 
-{before}Validation questions of [this benchmark](README.md), on the families that its model has
-learned. The second number is the difference to random in points, with its paired 95 % interval. The
-[choice of the default](../accuracy/choice.md) counts these answers beside those of the embedded
-models.
+`python -m benchmarks.real.candidates`. Validation questions about [photographs](README.md), on the
+families that the model has learned. Cells: right answers, and the difference to `random` in points
+with its paired 95 % interval. The [choice of the default](../accuracy/choice.md) counts these
+answers together with those of the embedded models.
 """
-TITLES = {
-    FORMER: (
-        "Candidates for the default",
-        "A former model answered, which saw 224 px and 49 visual tokens. The present one was "
-        "asked [about merging](merging.md).\n\n",
-    ),
-    RESULTS: ("Merging", ""),
-}
 
 
 def learned() -> list[str]:
@@ -116,23 +108,20 @@ def answer(
         return packed(sweep(model, processor, examples, grid, folder, **how))
 
 
-def page(results: dict[str, Any], path: Path = RESULTS) -> str:
+def page(results: dict[str, Any]) -> str:
     """Markdown of a result file."""
     rows = [Row.model_validate(row) for row in results["rows"]]
     runs = runs_of(rows, PackedAnswers.from_json(results["answers"]))
     full, by_ratio = runs[0], {r.ratio: r for r in runs if r.identity["reducer"] == RANDOM}
     names = [*dict.fromkeys(_name(run) for run in runs[1:])]
     lines = [[name, *(_cell(runs, by_ratio, name, ratio) for ratio in RATIOS)] for name in names]
-    head = ["candidate", *(f"ratio {ratio:g}" for ratio in RATIOS)]
+    head = ["method", *(f"ratio {ratio:g}" for ratio in RATIOS)]
     families = sorted({record["family"] for record in full.records})
-    text = [f"{name} {accuracy(full, name):.0%}" for name in families]
     about = (
-        f"- {publishing.provenance(results['about'])}\n- {NOTE}\n- {len(full.records)} questions; "
-        f"the full model answers {full.mean('correct'):.1%}: {', '.join(text)}."
+        f"{len(full.records)} questions about {', '.join(families)}; the full model answers "
+        f"{full.mean('correct'):.1%}. {publishing.provenance(results['about'])}."
     )
-    title, before = TITLES.get(path, TITLES[RESULTS])
-    head_text = HEAD.format(title=title, before=before)
-    return "\n".join([head_text, about, "", publishing.table(head, lines), ""])
+    return "\n".join([HEAD, publishing.table(head, lines), "", about, ""])
 
 
 def _name(run: EvalRun) -> str:
@@ -168,9 +157,7 @@ def main() -> None:
         publishing.write(args.out, {"about": {**publishing.environment(), **facts}, **content})
     if not args.out.exists():
         raise OptionError(f"there is no {args.out}. Run without --report first.")
-    for path in (args.out, *([FORMER] if args.out == RESULTS else [])):
-        text = page(read_stored(path), path)
-        print(write_text(path.with_suffix(".md"), text))
+    print(write_text(args.out.with_suffix(".md"), page(read_stored(args.out))))
 
 
 if __name__ == "__main__":

@@ -24,25 +24,15 @@ RESULTS = HERE / "clip_answers.json"
 FAMILIES = ("existence", "appears")
 SIZE, FRAMES, SECONDS = 448, 6, 10.0
 CLIP_METHODS = (*METHODS[:2], FEWER_FRAMES, *METHODS[2:])
-HEAD = f"""# Clips of photographs, and every method
+HEAD = f"""# What happens to clips of photographs?
 
-The [model of photographs](README.md) answers questions about clips of {SECONDS:g} seconds. A
-camera stands still, pans over a photograph or zooms into it, while things appear, move and leave.
-The model takes no videos, so it sees {FRAMES} frames as pictures of {SIZE} px, {FRAMES * 196}
-visual tokens. Every reducer keeps the same share of each picture. The model was trained on single
-pictures, and no clip had a part in its training.
-
-```bash
-python -m recipes.photographs.build   # see the packages that the other page names
-python -m benchmarks.real.clip_answers
-```
-
-- Asked are "Is there an X at any time?" and "Which thing appears and then stays?". Of six
-  validation questions each about what leaves, what comes first, and what is shown for a moment, the
-  model answered 0, 2 and 0: it does not compare pictures. Those families are left out.
-- Splits have their own backgrounds, layouts and acts.
-- `downscale` makes all frames smaller, `fewer_frames` takes fewer of them.
-- Intervals are wide: one model, few questions.
+`python -m benchmarks.real.clip_answers`, with the [model of photographs](README.md). Clips of
+{SECONDS:g} seconds in which a camera stands still, pans or zooms, while things appear, move and
+leave: "Is there an X at any time?" and "Which thing appears and then stays?". The model takes no
+videos, so it sees {FRAMES} frames as pictures, {FRAMES * 196} visual tokens; every reducer keeps
+the same share of each. It was trained on single pictures, does not compare them (other question
+types were left out), and no clip had a part in its training. `downscale` makes all frames smaller,
+`fewer_frames` takes fewer of them. Intervals are wide: one model, few questions.
 """
 
 

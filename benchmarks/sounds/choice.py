@@ -15,7 +15,7 @@ HEAD = """
 
 Retention on the validation questions, by the
 [rule for images and videos](../../docs/decisions/0001-default-reducer.md): of the candidates that
-are tied with the best, the one with most to spare above the bars wins.
+are tied with the best, the one with most points to spare above the bars wins.
 """
 
 
@@ -31,8 +31,8 @@ def choice_lines(results: dict[str, Any]) -> list[str]:
     return [
         HEAD,
         choice_table(rows, best, [asked]),
-        f"\nBy the rule: **{title(chosen(rows))}**. Of the candidates that keep tokens as they "
-        f"are: **{title(best)}**.",
+        f"\nBy the rule: **{title(chosen(rows))}**. Of the candidates that keep tokens "
+        f"unchanged: **{title(best)}**.",
     ]
 
 

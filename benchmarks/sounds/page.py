@@ -5,41 +5,33 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from benchmarks.accuracy.packed import PackedAnswers
-from benchmarks.gpu.contribution import Row
-from benchmarks.gpu.recompute import losing, runs_of, table_lines
-from benchmarks.publishing import MARK, provenance
-from benchmarks.real.page import families_table, methods_by_family
+from benchmarks.publishing import MARK, csv_text, provenance
+from benchmarks.real.page import families_table, overview, read_runs, records
 from benchmarks.sounds.choice import choice_lines
-from benchmarks.stored import NOTE, read_stored
+from benchmarks.stored import read_stored
 from recipes.sounds.model import TOKENS
 from recipes.sounds.scenes import COUNTS, NAMES, SECONDS
 from tokencomp.storage import write_text
 
 HERE = Path(__file__).parent
 RESULTS, PAGE = HERE / "results.json", HERE / "README.md"
-HEAD = f"""# Sounds
+HEAD = f"""# What happens to sounds?
 
-A tiny model that listens answers questions about clips of {SECONDS:.0f} seconds: which of
-{len(NAMES)} kinds of sound are heard, how many, when, and in which order. It is a stock
-`Qwen2AudioForConditionalGeneration` of transformers, trained from scratch on such clips; a clip
-becomes {TOKENS} tokens, 25 per second as in the published model.
+A tiny `Qwen2AudioForConditionalGeneration`, trained from scratch, answers questions about clips of
+{SECONDS:.0f} seconds with {COUNTS[0]} to {COUNTS[1]} sounds of {len(NAMES)} kinds: which are
+heard, how many, when, and in which order. A clip becomes {TOKENS} tokens, 25 per second.
+"""
+BELOW = """
+## How to read this
+
+Most neighbouring tokens resemble each other, and a short sound has three or four tokens. Nothing
+carries over to speech or to a 7B model. One training with one seed. `downscale` plays the clip
+faster, and so higher: the model has never heard such clips.
 
 ```bash
 python -m recipes.sounds.build   # goes on where it stopped
 python -m benchmarks.sounds.run  # makes this page
 ```
-
-## What it can show, and what it cannot
-
-- It can show what a method does to tokens that stand in one line of time, where most neighbours
-  resemble each other and a short sound has three or four tokens.
-- It cannot show what a method does to speech, or to a 7B model.
-- A clip has {COUNTS[0]} to {COUNTS[1]} sounds of 0.15 to 1.3 seconds before faint noise. They
-  never overlap.
-- The answers are from one training with one seed.
-- `downscale` plays the clip faster, and so higher: the model has never heard such clips.
-- Other jobs ran beside the answers. The column of times is rough; those of FLOPs and KV are exact.
 """
 
 
@@ -48,30 +40,31 @@ def page(results: dict[str, Any]) -> str:
     about, training = results["about"], results["training"]
     mark = "" if about.get(MARK, True) else " **Not for publication: uncommitted changes.**"
     stages = ", ".join(f"{name} {steps}" for name, steps in training["stages"].items())
-    end = "The recipe ran to its end" if training["finished"] else "Training was stopped early"
-    scores = ", ".join(f"{name} {value} %" for name, value in training["training_scores"].items())
+    end = "to its end" if training["finished"] else "stopped early"
     run = f"""
-## This run
+## Runs
 
-- Model: `{training["command"]}`; steps by stage: {stages}. {end}, after {training["seconds"]} s;
-  {training["parameters"] / 1e6:.1f} M parameters; {provenance(training)}.
-- Running shares of right answers on training clips at the end: {scores}. No clip repeats.
-- Answers: {provenance(about)}.{mark}
-- {results["per_family"]} questions of each family and split; greedy decoding in
-  {results["identity"]["dtype"]}.
+- Model: {provenance(training)}. Steps: {stages}, {end}, {training["seconds"]} s;
+  {training["parameters"] / 1e6:.1f} M parameters.
+- Answers: {provenance(about)}.{mark} {results["per_family"]} questions of each family and split;
+  greedy decoding in {results["identity"]["dtype"]}.
 """
-    parts = [HEAD, run, NOTE, families_table(results), *choice_lines(results)]
-    for split, note in (("validation", "choices are made on these"), ("test", "none is")):
-        rows = [Row.model_validate(row) for row in results[split]["rows"]]
-        runs = runs_of(rows, PackedAnswers.from_json(results[split]["answers"]))
-        count = len(runs[0].records)
-        parts += [f"\n## Methods, {count} {split} questions ({note})\n", *table_lines(runs)]
-    return "\n".join([*parts, methods_by_family(results, runs), losing(runs)])
+    runs = read_runs(results["test"])
+    asked = (
+        f"\nRight answers to {len(runs[0].records)} test questions of the learned families. All "
+        "methods, intervals, families, FLOPs and KV bytes: [test](test.csv), "
+        "[validation](validation.csv).\n"
+    )
+    choice = choice_lines(results)
+    return "\n".join([HEAD, overview(runs), asked, families_table(results), *choice, run, BELOW])
 
 
 def write_page(results: Path, page_path: Path) -> Path:
-    """Write the page; without a result file it says that there is none."""
+    """Write the page and its CSV files; without a result file it says that there is none."""
     text = f"{HEAD}\nThere are no results yet.\n"
     if results.exists():
-        text = page(read_stored(results))
+        stored = read_stored(results)
+        text = page(stored)
+        for split in ("validation", "test"):
+            write_text(page_path.with_name(f"{split}.csv"), csv_text(records(stored[split])))
     return write_text(page_path, text.rstrip() + "\n")

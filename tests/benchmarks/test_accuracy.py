@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
@@ -28,43 +27,30 @@ def test_learned_is_decided_by_validation_and_the_blind_guess(unpublished: Path)
     assert results.learned == ("attribute", "needle")
 
 
-def test_tables(unpublished: Path) -> None:
+def test_a_record_by_plain_counting(unpublished: Path) -> None:
+    """Two families of 40 questions are learned; a label answers the first ones of each."""
     results = results_of(unpublished, {**SHARES, "condiv-0.9": 0.6, "bipartite-0.9": 0.2})
     assert tables.kept(results, "condiv-0.9", "images").value == pytest.approx(24 / 28)
-    rows = tables.ratio_table(results, 0.9, "condiv").splitlines()[2:]
-    names = [row.split("|")[1].strip() for row in rows]
-    assert names == ["random", "uniform", "downscale", "**condiv**", "bipartite"]
-    assert "+" in rows[3].split("|")[6] and "−" in rows[4].split("|")[6]
-    against = [row.split("|")[7].strip() for row in rows]  # 20, 8, 4 and 32 only one got right
-    assert against == ["1.9e-06 −", "0.0078 −", "0.12", "", "4.7e-10 −"]
-    lines = report.bars(results, "condiv")
-    assert [line for line in lines if "below downscale" in line] == [
-        f"- ratio 0.9, {kind}: below downscale (0 items won, 2 lost, p = 0.5): NOT met"
-        for kind in ("images", "videos")
-    ]
-    assert sum("bar 94%: NOT met" in line for line in lines) == 2
-    text = report.write_report(unpublished).read_text()
-    assert "made-up, ratio 0.9" in text and (unpublished / "made-up-images.svg").exists()
-    assert text == report.write_report(unpublished).read_text()
-    links = re.findall(r"\]\(([^)]+)\)", text)
-    assert len(links) > 3 and [n for n in links if not (unpublished / n).exists()] == []
+    records = {label: tables.record(results, label) for label in results.settings}
+    one = records["condiv-0.9"]
+    assert one["kept_both"] == pytest.approx(24 / 28) and one["kept_both_low"] < one["kept_both"]
+    assert one["accuracy"] == 0.6 and one["vs_full"] == pytest.approx(-0.1)
+    assert one["vs_random"] == pytest.approx(0.25) and one["vs_downscale"] == pytest.approx(-0.05)
+    assert one["where_downscale_fails"] == 0.0  # of the 28 that downscaling gets wrong
+    assert one["same_answer"] == pytest.approx(0.9)  # 24 right in both, 12 wrong in both
+    p = [records[f"{name}-0.9"]["p_default"] for name in ("random", "uniform", "downscale")]
+    assert p == [2 * 0.5**20, 2 * 0.5**8, 0.125] and one["p_default"] is None  # only one got right
+    families = {k: v for k, v in one.items() if k.startswith("family_")}
+    assert families == {f"family_{name}": 0.6 for name in BLIND}
 
 
-def test_differences_to_the_baselines_by_plain_counting(unpublished: Path) -> None:
-    """Two families of 40 questions are learned; a label answers the first ones of each."""
+def test_the_mean_of_the_seeds_is_the_baseline(unpublished: Path) -> None:
+    """60 against the mean of 35 and 45 %."""
     shares = {**SHARES, "random-0.9-seed=1": 0.45, "condiv-0.9": 0.6}
     results = results_of(unpublished, shares).averaged()
-    text = tables.rivals_table(results, 0.9, "condiv").splitlines()
-    rows = {row.split("|")[1].strip(): [c.strip() for c in row.split("|")[2:-1]] for row in text}
-    assert rows["method"][2] == "vs random" and len(text) == 2 + 4
-    accuracy, full, random, small, detail, same = rows["**condiv**"]
-    assert accuracy == "60.0%" and full.startswith("-10.0 [")
-    assert random.startswith("+20.0 [")  # 60 against the mean of 35 and 45 %
-    assert small.startswith("-5.0 [") and detail == "0% of 28"
-    assert rows["random (2 seeds)"][0] == "40.0%"
-    row = next(x for x in tables.ratio_table(results, 0.9, "condiv").splitlines() if "seeds)" in x)
-    assert row.split("|")[4].endswith("], seeds 50.0% to 64.3% ")  # of 70 %
-    assert same == "90.0%"  # 24 of 28 answers are right in both, 12 wrong in both: 36 of 40
+    assert tables.record(results, "condiv-0.9")["vs_random"] == pytest.approx(0.2)
+    random = tables.record(results, "random-0.9")
+    assert random["seeds"] == 2 and random["accuracy"] == pytest.approx(0.4)
 
 
 def test_losses_per_family_by_plain_counting(unpublished: Path) -> None:
@@ -76,14 +62,31 @@ def test_losses_per_family_by_plain_counting(unpublished: Path) -> None:
     expected = {("position", "random"): (0, 16)}  # 24 of 40 right, against all
     expected |= {(family, "downscale"): (0, 2) for family in BLIND}
     assert counts == expected and len(every) == 9
-    row = "| position | no | 0.9 | random | 70% | 60% | 100% | 0 | 16 |"
-    assert row in tables.loss_table(losses)
-    lines = report.bars(results, "condiv")[-2:]
-    assert lines[0].startswith("- learned families: a baseline answered more ")
-    assert lines[1].startswith("- families not learned: a baseline answered more ")
-    pairs = [re.search(r"in (\d+) of (\d+) comparisons", line).groups() for line in lines]
-    assert [sum(map(int, column)) for column in zip(*pairs, strict=True)] == [4, 9]
-    assert all("of them the default is also below the full model" in line for line in lines)
+
+
+def test_smaller_media_of_too_many_tokens_are_no_baseline_on_that_kind(unpublished: Path) -> None:
+    results = results_of(unpublished, {**SHARES, "condiv-0.9": 0.6})
+    results.settings["downscale-0.9"]["achieved"] = {"images": 0.0, "videos": 0.88}
+    small = tables.record(results, "downscale-0.9")
+    assert small["kept_videos"] == pytest.approx(26 / 28)
+    assert [small[f"kept_{kind}"] for kind in ("images", "both", "all")] == [None] * 3
+    assert small["family_attribute"] is None and small["family_needle"] == 0.65
+    assert tables.record(results, "condiv-0.9")["vs_downscale"] is None
+    assert "| downscale | – |" in report.overview(results)
+
+
+def test_the_table_has_the_default_the_best_others_and_the_baselines(unpublished: Path) -> None:
+    """In this order; one row per other reducer, with the options that keep most."""
+    options = {"scope-0.9": 0.3, "scope-0.9-saliency=none": 0.65, "condiv-0.9-merge=False": 0.4}
+    results = results_of(unpublished, {**SHARES, "condiv-0.9": 0.6, **options, "evs-0.9": 0.5})
+    for label in ("scope-0.9-saliency=none", "condiv-0.9-merge=False"):
+        name, _, value = label.split("-")[2].partition("=")
+        results.settings[label]["options"] = {name: value}
+    lines = report.overview(results).splitlines()[2:]
+    rows = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in lines}
+    own, bases = ["**condiv**", "condiv merge=False"], ["random", "uniform", "downscale"]
+    assert [*rows] == [*own, "scope saliency=none", "evs", *bases, "FLOPs left"]
+    assert rows["**condiv**"].startswith("85.7% [") and rows["uniform"] == "71.4%"
 
 
 def test_a_later_run_is_merged_into_the_stored_results(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.accuracy import report, store
+from benchmarks.accuracy import report, store, tables
 from benchmarks.accuracy.studies import (
     adsc,
     baselines,
@@ -25,66 +25,131 @@ from benchmarks.accuracy.studies import (
     selector_features,
     session,
 )
+from benchmarks.accuracy.studies import tower as study_tower
 from benchmarks.files import accuracy_page, clock, stream
-from benchmarks.gpu import page as gpu_page
 from benchmarks.gpu import recompute
 from benchmarks.gpu.contribution import read
-from benchmarks.models import chunked_prefill, prefill
+from benchmarks.kernels import calls
+from benchmarks.models import chunked_prefill, prefill, tower, tower_page
 from benchmarks.peers import run as peers
-from benchmarks.publishing import read_lines
+from benchmarks.publishing import csv_text, made_at, read_lines
 from benchmarks.real import candidates, clip_answers, clips
 from benchmarks.real import page as photographs
 from benchmarks.serving import agents
 from benchmarks.sounds import page as sounds
-from benchmarks.stored import read_stored
+from benchmarks.stored import read_stored, today
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
 ACCURACY = BENCHMARKS / "accuracy"
+Files = dict[str, str]
+"""Text by path below benchmarks/."""
 
 
-def of_file(page: Callable[[Any], str], name: str) -> Callable[[], str]:
-    """The page of a stored JSON file."""
-    return lambda: page(read_stored(BENCHMARKS / name))
+def pages(module: Any, name: str, rows: Callable[[Any], Any] | None = None) -> Files:
+    """The page of a stored JSON file, and with `rows` its CSV file."""
+    stored, files = read_stored(BENCHMARKS / f"{name}.json"), {}
+    files[f"{name}.md"] = module.page(stored)
+    if rows:
+        files[f"{name}.csv"] = csv_text(rows(stored))
+    return files
 
 
-QUICK: dict[str, Callable[[], str]] = {
-    "accuracy/newer.md": newer.page,
-    "accuracy/session.md": of_file(session.page, "accuracy/session.json"),
-    "accuracy/retrieval.md": of_file(retrieval.page, "accuracy/retrieval.json"),
-    "files/accuracy.md": of_file(accuracy_page.page, "files/accuracy.json"),
-    "files/clock.md": of_file(clock.page, "files/clock.json"),
-    "files/stream.md": of_file(stream.page, "files/stream.json"),
-    "gpu/prefill.md": lambda: gpu_page.page(
-        [r for path in sorted((BENCHMARKS / "gpu").glob("*.jsonl")) for r in read_lines(path)]
-    ),
-    "models/chunked_prefill.md": of_file(chunked_prefill.page, "models/chunked_prefill.json"),
-    "models/prefill.md": lambda: prefill.page(read_lines(BENCHMARKS / "models/prefill.jsonl")),
-    "peers/peers.md": of_file(peers.page, "peers/peers.json"),
-    "serving/agents.md": of_file(agents.page, "serving/agents.json"),
+def photographs_page(name: str, page: str, head: str = photographs.HEAD) -> Files:
+    stored, data = read_stored(BENCHMARKS / f"real/{name}.json"), f"{name}.csv"
+    text = photographs.page(stored, head, data)
+    return {f"real/{page}.md": text, f"real/{data}": csv_text(photographs.records(stored))}
+
+
+def newest() -> Files:
+    text, data = newer.page()
+    return {"accuracy/newer.md": text, "accuracy/newer.csv": data}
+
+
+def prefills() -> Files:
+    records = read_lines(BENCHMARKS / "models/prefill.jsonl")
+    data = csv_text(prefill.rows_of(records))
+    return {"models/prefill.md": prefill.page(records), "models/prefill.csv": data}
+
+
+def towers() -> Files:
+    records = tower.in_order(read_lines(BENCHMARKS / "models/tower.jsonl"))
+    data = csv_text(tower_page.rows_of(records))
+    return {"models/tower.md": tower_page.page(records), "models/tower.csv": data}
+
+
+def compared() -> Files:
+    rows = baselines.compared(baselines.read())
+    return {"accuracy/baselines.md": baselines.page(rows), "accuracy/baselines.csv": csv_text(rows)}
+
+
+def margins() -> Files:
+    results = margin.read(ACCURACY / "margin")
+    text, data = margin.page(results), margin.data(results)
+    return {"accuracy/margin.md": text, "accuracy/margin.csv": data}
+
+
+def heard() -> Files:
+    stored = read_stored(BENCHMARKS / "sounds/results.json")
+    splits = ("validation", "test")
+    data = {f"sounds/{k}.csv": csv_text(photographs.records(stored[k])) for k in splits}
+    return {"sounds/README.md": sounds.page(stored), **data}
+
+
+def swept(name: str) -> Files:
+    folder = ACCURACY / name
+    every = store.read_all(folder)
+    files = {
+        f"accuracy/{name}/{one.manifest['model']}.csv": csv_text(
+            [tables.record(one, label) for label in one.settings]
+        )
+        for one in every
+    }
+    if name != "chance":  # its results are part of baselines.md
+        files[f"accuracy/{name}/README.md"] = report.text(folder, every)
+    return files
+
+
+def machine_code() -> Files:
+    content = json.loads((BENCHMARKS / "kernels/calls.json").read_text())
+    rows = [calls.Row(**row) for row in today(content["rows"])]
+    text = calls.markdown(rows, today(content["decode"]))
+    return {"kernels/calls.md": f"{text}\n{made_at(content)}"}
+
+
+QUICK: dict[str, Callable[[], Files]] = {
+    "newer": newest,
+    "session": lambda: pages(session, "accuracy/session"),
+    "retrieval": lambda: pages(retrieval, "accuracy/retrieval"),
+    "accuracy of frames": lambda: pages(accuracy_page, "files/accuracy", accuracy_page.records),
+    "clock": lambda: pages(clock, "files/clock"),
+    "stream": lambda: pages(stream, "files/stream", lambda stored: stored["rows"]),
+    "calls": machine_code,
+    "chunked prefill": lambda: pages(chunked_prefill, "models/chunked_prefill"),
+    "prefill": prefills,
+    "tower": towers,
+    "peers": lambda: pages(peers, "peers/peers"),
+    "agents": lambda: pages(agents, "serving/agents"),
 }
-LONG: dict[str, Callable[[], str]] = {
-    "accuracy/baselines.md": lambda: baselines.page(baselines.read()),
-    "real/README.md": of_file(photographs.page, "real/results.json"),
-    "real/candidates.md": lambda: candidates.page(
-        read_stored(candidates.FORMER), candidates.FORMER
-    ),
-    "real/merging.md": of_file(candidates.page, "real/merging.json"),
-    "real/clip_answers.md": lambda: photographs.page(
-        read_stored(clip_answers.RESULTS), clip_answers.HEAD
-    ),
-    "real/clips.md": of_file(clips.page, "real/clips.json"),
-    "sounds/README.md": of_file(sounds.page, "sounds/results.json"),
+LONG: dict[str, Callable[[], Files]] = {
+    "baselines": compared,
+    "margin": margins,
+    "photographs": lambda: photographs_page("results", "README"),
+    "merging": lambda: pages(candidates, "real/merging"),
+    "clip answers": lambda: photographs_page("clip_answers", "clip_answers", clip_answers.HEAD),
+    "clips": lambda: pages(clips, "real/clips"),
+    "sounds": heard,
     **{
-        f"accuracy/{name}/README.md": lambda name=name: report.text(ACCURACY / name)
+        name: lambda name=name: swept(name)
         for name in ("unseen", "counting", "chance", "hard", "long")
     },
 }
 
 
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(n, marks=pytest.mark.long) for n in LONG)])
-def test_a_page_is_that_of_its_results(name: str) -> None:
-    assert (BENCHMARKS / name).read_text().rstrip() == {**QUICK, **LONG}[name]().rstrip()
+def test_pages_and_data_are_those_of_the_results(name: str) -> None:
+    for file, text in {**QUICK, **LONG}[name]().items():
+        assert (BENCHMARKS / file).read_text().rstrip() == text.rstrip(), file
 
 
 @pytest.mark.long
@@ -96,10 +161,13 @@ def test_pages_of_all_models_are_those_of_their_results(
     for module in (store, report):
         monkeypatch.setattr(module, "RESULTS", copy)
     monkeypatch.setattr(report, "ACCURACY", tmp_path)
+    for file in copy.glob("*.csv"):
+        file.unlink()
     report.write_report(copy)
     choose.write_choice(choose.evidence(copy), tmp_path)
-    (tmp_path / "margin.md").write_text(margin.page(margin.read(ACCURACY / "margin")))
-    for name in ("README.md", "summary.md", "choice.md", "margin.md"):
+    study_tower.write_page(study_tower.ordered(ACCURACY / "tower.json"), tmp_path)
+    names = ("README.md", "choice.md", "choice.csv", "tower.md", "tower.csv")
+    for name in (*names, *(f"results/{file.name}" for file in copy.glob("*.csv"))):
         assert (tmp_path / name).read_text() == (ACCURACY / name).read_text(), name
 
 
@@ -117,8 +185,7 @@ STUDIES = {
     "name", [n if n == "adsc" else pytest.param(n, marks=pytest.mark.long) for n in STUDIES]
 )
 def test_pages_of_trained_methods_are_those_of_their_results(tmp_path: Path, name: str) -> None:
-    for file in (f"{name}.json", f"{name}.md"):
-        (tmp_path / file).write_text((ACCURACY / file).read_text())
+    (tmp_path / f"{name}.json").write_text((ACCURACY / f"{name}.json").read_text())
     study = STUDIES[name]
     args = argparse.Namespace(
         output=tmp_path, sets=[], every=list(study.SETS), split="test", report=True,
@@ -126,7 +193,8 @@ def test_pages_of_trained_methods_are_those_of_their_results(tmp_path: Path, nam
         threads=1,
     )  # fmt: skip
     study.main(args)
-    assert (tmp_path / f"{name}.md").read_text() == (ACCURACY / f"{name}.md").read_text()
+    for file in (f"{name}.md", f"{name}.csv"):
+        assert (tmp_path / file).read_text() == (ACCURACY / file).read_text(), file
 
 
 def test_tables_of_readers_are_what_the_sent_files_give() -> None:

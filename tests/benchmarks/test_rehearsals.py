@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import itertools
 import json
 import os
@@ -56,7 +57,9 @@ def test_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert by_label["downscale at 0.75"]["visual_tokens"] == 49  # of 196
     assert len(by_label) == 1 + 3 + 5
     assert {"auto merge=False at 0.75", "scope merge=True saliency=none at 0.75"} < set(by_label)
-    assert "| auto | 0.75 |" in text
+    rows = {r["method"]: r for r in csv.DictReader((tmp_path / "r.csv").open())}
+    assert rows["downscale"]["visual_tokens"] == "49" and "random (3 seeds)" in rows
+    assert f"| auto | {float(rows['auto']['accuracy']):.1%} |" in text
     for one in run.draw(model, processor, Drawings(), args, tmp_path):
         (picture,) = (tmp_path / "lost").rglob(one.picture)
         assert picture.stat().st_size and one.full == one.answer != one.compressed
@@ -118,7 +121,7 @@ def test_sounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, processor = listener.build(tokenizer).eval(), listener.build_processor(tokenizer)
     results = sounds.answer(model, processor, 1, 6, tmp_path / "runs", sounds.settings((0.75,)))
     path = write_json(tmp_path / "r.json", {"about": FACTS, "training": FACTS, **results})
-    assert "| fusion | 0.75 |" in sounds_page.write_page(path, tmp_path / "r.md").read_text()
+    assert "| fusion | " in sounds_page.write_page(path, tmp_path / "r.md").read_text()
     for split in ("validation", "test"):
         rows = {row["label"]: row for row in results[split]["rows"]}
         assert len(rows) == 1 + 3 + len(sounds.METHODS)

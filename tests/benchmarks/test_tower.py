@@ -26,7 +26,7 @@ def test_a_set_is_answered_row_by_row(tmp_path: Path, monkeypatch: pytest.Monkey
     one = study.QuestionSet(study.QWEN, ("attribute",), 1, ("uniform",), ())
     monkeypatch.setattr(study, "SETS", {"qwen-images": one})
     monkeypatch.setattr(study, "ACCURACY", tmp_path / "folder")
-    monkeypatch.setattr(study, "page", lambda sets: " ".join(sets))
+    monkeypatch.setattr(study, "write_page", lambda sets, folder: None)
     monkeypatch.setattr(sys, "argv", ["tower", "--output", str(tmp_path)])
     settings_run: list[list[str]] = []
     sweep = study.sweep
@@ -92,7 +92,7 @@ def test_towers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     linear = 2 * (32 * 96 + 32 * 32 + 2 * 32 * 64)
     flops = [n * linear + 4 * 32 * n * n + n // 4 * 2 * (128 * 128 + 128 * 64) for n in (256, 128)]
     assert rows[2]["flop_limit"] == pytest.approx(flops[0] / flops[1])
-    assert (tmp_path / "tower.md").read_text().count("| tower of Qwen2-VL-2B and 7B") == 4
+    assert (tmp_path / "tower.csv").read_text().count("tower of Qwen2-VL-2B and 7B") == 4
 
 
 def _square() -> dict[str, torch.Tensor]:

@@ -1,6 +1,6 @@
 """The default against every baseline, family by family, on the largest question sets.
 
-python -m benchmarks.accuracy.studies.baselines    # from unseen/, counting/, chance/ → baselines.md
+python -m benchmarks.accuracy.studies.baselines    # unseen/, counting/, chance/ → baselines.md
 
 The three folders are made by `benchmarks.accuracy.run`; their pages show the commands.
 """
@@ -8,9 +8,11 @@ The three folders are made by `benchmarks.accuracy.run`; their pages show the co
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from benchmarks.accuracy.store import ACCURACY, Results, read_all
 from benchmarks.accuracy.tables import Comparison, compare_families, table
+from benchmarks.publishing import csv_text
 from tokencomp.cli import one_message
 from tokencomp.storage import write_text
 
@@ -46,69 +48,77 @@ def holm(values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def row(cell: Cell, comparisons: Sequence[Comparison]) -> list[str]:
+def records(cell: Cell, comparisons: Sequence[Comparison], holm_p: Sequence[float]) -> list[Any]:
+    """Rows of the CSV file: one comparison each."""
     results, family = cell
-    worst = min(comparisons, key=lambda one: one.default - one.baseline)
-    gap = 100 * (worst.default - worst.baseline)
+    facts = {"model": results.manifest["model"], "family": family, "questions": questions(cell)}
     return [
-        results.manifest["model"],
-        family,
-        "yes" if family in results.learned else "no",
-        str(questions(cell)),
-        f"{worst.full:.1%}",
-        str(len(comparisons)),
-        str(sum(one.default > one.baseline for one in comparisons)),
-        str(sum(one.lost for one in comparisons)),
-        f"{gap:+.1f} ({worst.base}, {worst.ratio:g}; p = {worst.test.p:.2g})",
+        {
+            **facts,
+            "learned": one.learned,
+            "ratio": one.ratio,
+            "baseline": one.base,
+            "full": one.full,
+            "default": one.default,
+            "baseline_accuracy": one.baseline,
+            "only_default_right": one.test.wins,
+            "only_baseline_right": one.test.losses,
+            "p": one.test.p,
+            "p_holm": adjusted,
+        }
+        for one, adjusted in zip(comparisons, holm_p, strict=True)
     ]
 
 
-def verdict(every: Sequence[Comparison]) -> str:
-    """How often the default is better, equal, worse, and how many of these are significant."""
-    adjusted = holm([one.test.p for one in every])
-    significant = [one for one, p in zip(every, adjusted, strict=True) if p < LEVEL]
-    losses = [one for one in every if one.lost]
-    won = sum(one.default > one.baseline for one in every)
-    text = (
-        f"In {len(every)} comparisons the default is better in {won} "
-        f"({sum(not one.lost for one in significant)} significant), equal in "
-        f"{len(every) - won - len(losses)}, and worse in {len(losses)} "
-        f"({sum(one.lost for one in significant)} significant"
-    )
-    if losses:
-        learned, p = sum(one.learned for one in losses), min(one.test.p for one in losses)
-        text += f", {learned} on families that the model has learned"
-        text += f"; smallest p before the correction {p:.2g}"
-    return f"{text})."
+def row(name: str, some: Sequence[dict[str, Any]]) -> list[str]:
+    """How often the default is better, equal and worse, and how often significantly."""
+
+    def count(sign: int, *, significant: bool = False) -> str:
+        gaps = (r["default"] - r["baseline_accuracy"] for r in some)
+        chosen = (r for r, gap in zip(some, gaps, strict=True) if (gap > 0) - (gap < 0) == sign)
+        return str(sum(r["p_holm"] < LEVEL or not significant for r in chosen))
+
+    worse = [r for r in some if r["default"] < r["baseline_accuracy"]]
+    return [
+        *(name, str(len(some)), count(1), count(1, significant=True), count(0)),
+        *(count(-1), count(-1, significant=True), str(sum(r["learned"] for r in worse))),
+    ]
 
 
-HEAD = """# The default against random, uniform and downscale, family by family
+HEAD = """# Is the default ever worse than random, uniform or smaller media?
 
-Made by `python -m benchmarks.accuracy.studies.baselines`. Every embedded model and question family,
-at ratios 0.5, 0.75, 0.9 and 0.95, on the test split, from the largest question sets: [learned
-families](unseen/README.md), [counting](counting/README.md), [families not
-learned](chance/README.md). Nothing was chosen on the first set. The counting set led to a second
-look at [condiv's margin](../../docs/decisions/0002-condiv-margin.md).
-
-A comparison is one family, ratio and baseline, where the baseline gets down to the ratio. Tests are
-exact, two-sided McNemar tests; significant means p < 0.05 after Holm's correction for all
-comparisons on this page. "Worst" is the comparison in which the default has the smallest lead, in
-points of accuracy. Two methods that both lose nothing against the full model differ by single
-questions in either direction. On families at chance there is nothing to lose, and which of two
-methods is better is a coin toss. [Methods](METHODS.md).
+`python -m benchmarks.accuracy.studies.baselines`
 
 """
-COLUMNS = ["model", "family", "learned", "questions", "full", "comparisons", "better", "worse"]
+BELOW = """A comparison is one question family, ratio (0.5, 0.75, 0.9, 0.95) and baseline, where
+the baseline gets down to the ratio; questions are test questions of the largest set that has the
+family: [learned families](unseen/README.md), [counting](counting/README.md), and families that a
+model has not learned (`chance/`). Significant: p < 0.05 in an exact, two-sided McNemar test after
+Holm's correction over all comparisons. [Every comparison](baselines.csv). [Methods](METHODS.md)."""
+COLUMNS = ["model", "comparisons", "better", "significantly", "equal", "worse", "significantly"]
 
 
-def page(every: Iterable[Results]) -> str:
-    rows, compared = [], []
+def compared(every: Iterable[Results]) -> list[dict[str, Any]]:
+    """All comparisons, with p-values that are corrected for their number."""
+    cells, found = [], []
     for (_, family), results in largest(every).items():
         every_family = compare_families(results, results.default)
-        comparisons = [one for one in every_family if one.family == family]
-        compared += comparisons
-        rows.append(row((results, family), comparisons))
-    return f"{HEAD}{verdict(compared)}\n\n{table([*COLUMNS, 'worst'], rows)}\n"
+        cells.append((results, family))
+        found.append([one for one in every_family if one.family == family])
+    adjusted = iter(holm([one.test.p for some in found for one in some]))
+    return [
+        row
+        for cell, some in zip(cells, found, strict=True)
+        for row in records(cell, some, [next(adjusted) for _ in some])
+    ]
+
+
+def page(rows: Sequence[dict[str, Any]]) -> str:
+    models = dict.fromkeys(r["model"] for r in rows)
+    lines = [row(name, [r for r in rows if r["model"] == name]) for name in models]
+    lines.append(row("all", rows))
+    text = table([*COLUMNS, "worse on a learned family"], lines)
+    return f"{HEAD}{text}\n\n{BELOW}\n"
 
 
 def read() -> list[Results]:
@@ -116,8 +126,9 @@ def read() -> list[Results]:
 
 
 def main() -> None:
-    text = page(read())
-    write_text(ACCURACY / "baselines.md", text)
+    rows = compared(read())
+    write_text(ACCURACY / "baselines.md", page(rows))
+    write_text(ACCURACY / "baselines.csv", csv_text(rows))
     print(ACCURACY / "baselines.md")
 
 

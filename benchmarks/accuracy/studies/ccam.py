@@ -32,9 +32,9 @@ FREE = "ccam without mask"
 RIVALS = {"ccam": (FREE, "pool"), FREE: ("pool",)}
 TRAIN = "tokencomp train ccam"
 NOTES = (
-    "The shipped projector has the paper's causal mask. The mask itself gains nothing here: "
-    "without it the projector answers at least as many questions correctly. The sets of 16 and 48 "
-    "frames have a half and a quarter of the questions."
+    "The shipped projector has the paper's causal mask. Without it, the projector answers at least "
+    "as many questions correctly. The sets of 16 and 48 frames have a half and a quarter of the "
+    "questions."
 )
 
 

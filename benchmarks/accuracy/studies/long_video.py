@@ -114,12 +114,10 @@ def main(args: argparse.Namespace) -> None:
 
 
 NOTES = (
-    "The ratios are those that leave as many tokens as 16 frames have. p against random compares "
-    "with `random` without extension. `fewer_frames` is the full model on evenly spaced frames. "
-    "The embedded models were trained by the commands on their cards. Extension can gain more with "
-    "one position per token, where four times the frames are four times the positions. With M-RoPE "
-    "a video takes one position per frame pair, and four times as many are still close to those "
-    "of training. Pooling is plain (`stride=1`) or progressive as published (`pool`)."
+    "Every ratio leaves as many tokens as 16 frames have, the longest video in training. "
+    f"`{FEWER_FRAMES}` is the full model on evenly spaced frames. Extension can gain more with one "
+    "position per token than with M-RoPE, where a video takes one position per frame pair. Pooling "
+    "is plain (`stride=1`) or progressive as published (`pool`)."
 )
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 python -m benchmarks.accuracy.studies.merging --models tiny-qwen2-vl   # runs what is missing
 python -m benchmarks.accuracy.studies.merging --report                 # from the stored results
 
-The answers stand in the last tables of choice.md, beside the stored ones of the default.
+The answers are in the last tables of choice.md, with the stored ones of the default.
 """
 
 from __future__ import annotations

@@ -8,22 +8,23 @@ newer-videos; the commands are on the page.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks import publishing
 from benchmarks.accuracy.store import ACCURACY, Results
 from benchmarks.accuracy.tables import EARLIER
-from benchmarks.stored import NOTE
 from tokencomp.evaluation.metrics import difference
 
 MODEL = "tiny-qwen3-vl"
 SETS = {"newer": ("images", "kcenter"), "newer-videos": ("videos", "auto")}
 """Folder: what the questions are about, and the label of the default."""
-HEAD = """# First accuracy of the newer methods
+HEAD = """# What do the newest methods keep on validation questions?
 
-Made by `python -m benchmarks.accuracy.studies.newer`. The tiny Qwen3-VL on validation questions:
-accuracy kept, and the paired difference from the default in points (95 % by bootstrap).
-The default was chosen on these questions, which favours it. `random` is the mean of its seeds."""
+`python -m benchmarks.accuracy.studies.newer`. Accuracy kept by the tiny Qwen3-VL. The default was
+chosen on these questions, which favours it. `random` is the mean of its seeds. [Differences from
+the default with intervals](newer.csv)."""
 
 
 def method(results: Results, label: str) -> str:
@@ -35,42 +36,49 @@ def method(results: Results, label: str) -> str:
     return f"`{setting['reducer']}{options}`{seeds}{earlier}"
 
 
-def rows(results: Results, default: str) -> list[list[str]]:
-    """The best at the lowest ratio first."""
-    full = sum(results.scores("full"))
-    found: dict[str, dict[float, tuple[float, str]]] = {}
+def records(results: Results, kind: str, default: str) -> list[dict[str, Any]]:
+    """Every setting; the difference to the default in accuracy, with its 95 % interval."""
+    full, rows = sum(results.scores("full")), []
     for label, setting in results.settings.items():
-        if not setting["ratio"]:
-            continue
-        scores = results.scores(label)
-        text = f"{sum(scores) / full:.1%}"
-        if setting["reducer"] != default or setting["options"]:
-            gap = difference(scores, results.scores(f"{default}-{setting['ratio']:g}"))
-            value, low, high = (100 * x for x in (gap.value, gap.low, gap.high))
-            text += f", {value:+.1f} [{low:+.1f}, {high:+.1f}]"
-        found.setdefault(method(results, label), {})[setting["ratio"]] = (sum(scores), text)
-    order = sorted(found, key=lambda name: -found[name][results.ratios[0]][0])
-    return [[name, *(found[name][r][1] for r in results.ratios)] for name in order]
+        if setting["ratio"]:
+            scores, base = results.scores(label), f"{default}-{setting['ratio']:g}"
+            gap = difference(scores, results.scores(base)) if label != base else None
+            facts = {"kind": kind, "method": method(results, label), "ratio": setting["ratio"]}
+            facts |= {"kept": sum(scores) / full}
+            parts = {"vs_default": "value", "low": "low", "high": "high"}
+            rows.append(facts | {k: gap and getattr(gap, v) for k, v in parts.items()})
+    return rows
 
 
-def page() -> str:
-    """Both tables, and the commands that answered the questions."""
-    parts = [HEAD, NOTE]
+def table(rows: Sequence[dict[str, Any]], ratios: Sequence[float]) -> str:
+    """The best at the lowest ratio first."""
+    found = {(r["method"], r["ratio"]): r["kept"] for r in rows}
+    names = dict.fromkeys(r["method"] for r in rows)
+    order = sorted(names, key=lambda name: -found[name, ratios[0]])
+    body = [[name, *(f"{found[name, ratio]:.1%}" for ratio in ratios)] for name in order]
+    return publishing.table(("method", *(f"ratio {r:g}" for r in ratios)), body)
+
+
+def page() -> tuple[str, str]:
+    """The page with both tables and the commands that answered the questions; its CSV file."""
+    parts, every = [HEAD], []
     for folder, (kind, default) in SETS.items():
         results = Results.read(ACCURACY / folder / MODEL, "validation").averaged()
+        rows = records(results, kind, default)
+        families = ", ".join(results.families)
+        every += rows
         parts += [
-            f"## {len(results.answers.questions)} questions about {kind}: "
-            + ", ".join(results.families),
-            publishing.table(
-                ("method", *(f"ratio {r:g}" for r in results.ratios)), rows(results, default)
-            ),
+            f"## {kind.capitalize()}: {len(results.answers.questions)} questions ({families})",
+            table(rows, results.ratios),
             "\n".join(f"- {publishing.provenance(run)}" for run in results.manifest["runs"]),
         ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts) + "\n", publishing.csv_text(every)
 
 
 def main(out: Path = ACCURACY / "newer.md") -> None:
-    out.write_text(page())
+    text, data = page()
+    out.write_text(text)
+    out.with_suffix(".csv").write_text(data)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ Candidate = tuple[str, dict[str, Any]]
 """A reducer with its options; or candidates for images and videos, or for low and high ratios."""
 BY_MODALITY, BY_RATIO = "by kind", "by ratio"
 DRAWS = 4000
+SHOWN = (0.5, 0.75, 0.9)
+"""Ratios of the tables on pages; the CSV files have all."""
 
 
 def by_modality(images: Candidate, videos: Candidate) -> Candidate:
@@ -155,8 +157,8 @@ def title(candidate: Candidate) -> str:
 def choice_table(rows: list[dict[str, Any]], chosen: Candidate, results: list[Results]) -> str:
     """Columns by modality and ratio; by ratio where all questions have one kind."""
     cells = [(ratio, kind) for _, ratio, kind in keys(results)]
-    kinds = [kind for kind in KINDS if kind in {own for _, own in cells}]
-    columns = list(itertools.product(RATIOS, kinds))
+    kinds = [kind for kind in KINDS if kind in {one for _, one in cells}]
+    columns = list(itertools.product(SHOWN, kinds))
     head = ["candidate", "score", "difference to best (95 %)", "to spare"]
     body = []
     for r in rows:
@@ -172,6 +174,27 @@ def choice_table(rows: list[dict[str, Any]], chosen: Candidate, results: list[Re
         )
     names = (f"{'ratio' if len(kinds) == 1 else kind} {ratio:g}" for ratio, kind in columns)
     return table([*head, *names], body)
+
+
+def choice_records(
+    name: str, rows: list[dict[str, Any]], results: list[Results]
+) -> list[dict[str, Any]]:
+    """The rows of a table for its CSV file, one column per model, modality and ratio."""
+    models = [one.manifest["model"] for one in results]
+    columns = [f"{models[i]}_{kind}_{ratio:g}" for i, ratio, kind in keys(results)]
+    return [
+        {
+            "table": name,
+            "candidate": title((r["reducer"], r["options"])),
+            "score": r["score"],
+            "difference_low": r["difference"][0],
+            "difference_high": r["difference"][1],
+            "tied": r["tied"],
+            "spare": r["spare"],
+            **dict(zip(columns, r["cells"], strict=True)),
+        }
+        for r in rows
+    ]
 
 
 def mean_of(values: list[float], cells: list[tuple[float, str]], column: tuple[float, str]) -> str:

@@ -12,13 +12,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Iterable
 from typing import Any
 
-from benchmarks.accuracy.packed import PackedAnswers
 from benchmarks.accuracy.studies.oracle import OracleTruth, oracle, oracle_name
-from benchmarks.accuracy.studies.trained import REFERENCE, StudyTables, measure, parser
-from benchmarks.accuracy.tables import table
+from benchmarks.accuracy.studies.trained import StudyTables, measure, parser
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.cli import one_message
 from tokencomp.evaluation.settings import DOWNSCALE
@@ -35,44 +32,17 @@ RIVALS = {
     "selector": ("attention", LOGIT, LOGPROB, "random", "uniform", DOWNSCALE),
     LOGPROB: (LOGIT, "attention"),
 }
-SHOWN = (LOGIT, LOGPROB, *ORDER[1:])
 SETS: dict[str, dict[str, Any]] = {
     "image": {"families": ("attribute", "small_object", "existence", "count"), "fewer": 1},
     "video": {"families": ("needle",), "fewer": 2},
     "video, 4× the tokens": {"families": ("needle",), "fewer": 4, "frames": 32},
 }
 
-WHY = """The published order is oracle ≥ selector ≥ raw attention row ≥ random. Here the selector
-and the raw row are equal, both are above the oracle, and all are above random. The answers suggest
-three reasons. (1) The raw row leaves no room for improvement: the tiny model answers most questions
-in one hop, from tokens that its first layer already attends to. (2) The target of the explanation
-matters. The paper explains the logit of the answer, that is, what speaks for it; the
-log-probability also explains what speaks against all other answers. With it the oracle is better,
-and on videos equal to the selector. (3) The remaining losses are count questions, and existence
-questions whose answer is "yes", which turn into "no" ("no" needs no token and stays correct). For
-counts, half of the tokens chosen by relevance are worse than a random half. Our interpretation is
-that only positive contributions to the given answer are kept, and one more object contributes
-nothing to a count that already includes it. So the labels are worse than what the selector reads,
-and training on them cannot lift it above the raw row, though it does not fall below it either."""
-
-
-def by_family(sets: Iterable[PackedAnswers], ratio: float) -> list[dict[str, Any]]:
-    """Correct answers per question family at one ratio; existence by its answer."""
-    labels = {"full": REFERENCE, **{name: f"{name}@{ratio:g}" for name in SHOWN}}
-    groups: dict[str, list[dict[str, int]]] = {}
-    for one in sets:
-        if not one.correct.keys() >= {*labels.values()}:  # sets of an older run may lack some
-            continue
-        questions = zip(one.questions.families, one.questions.answers, strict=True)
-        for i, (family, answer) in enumerate(questions):
-            group = f"{family} ({answer})" if family == "existence" else family
-            scores = {name: one.correct[label][i] for name, label in labels.items()}
-            groups.setdefault(group, []).append(scores)
-    return [
-        {"family": family, "ratio": ratio, "items": len(group)}
-        | {name: sum(scores[name] for scores in group) for name in labels}
-        for family, group in sorted(groups.items())
-    ]
+WHY = """The published order is oracle ≥ selector ≥ raw attention ≥ random. Here selector and raw
+attention are equal and above the oracle; all are above random. The tiny model answers most
+questions from tokens that its first layer already attends to, so training has little to add. The
+labels that explain the log-probability of the answer (logprob) are better than those of the paper
+(logit). The losses are in counting and in existence questions whose answer is "yes"."""
 
 
 def order(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
@@ -105,19 +75,8 @@ def main(args: argparse.Namespace) -> None:
         rows, cards = measured.table(methods), {"selector": file.with_suffix(".json")}
         wrong = {"against_the_published_order": order(rows)}
         study.add(name, rows, measured.runs, cards, **wrong)
-        study.write(notes(study.answers.values()))
-    study.write(notes(study.answers.values()))
-
-
-def notes(sets: Iterable[PackedAnswers]) -> str:
-    """The parts of the page below the tables."""
-    columns, every = ("family", "items", "full", *SHOWN), list(sets)
-    parts = ["## The order", WHY.replace("\n", " ")]
-    for ratio in (RATIOS[0], RATIOS[-1]):
-        body = [[str(row[c]) for c in columns] for row in by_family(every, ratio)]
-        title = f"## Correct answers per family at ratio {ratio:g}, all sets"
-        parts += [title, table(columns, body)]
-    return "\n\n".join(parts)
+        study.write(WHY)
+    study.write(WHY)
 
 
 if __name__ == "__main__":

@@ -28,17 +28,10 @@ NAME, DIVERSE = "selector of features", "selector of features, mmr"
 OTHERS = ("selector", "auto", "kcenter", "random")
 RIVALS = dict.fromkeys((NAME, DIVERSE), (*OTHERS, "uniform"))
 
-WHY = """## What it is worth
-
-The network sees no question, so it can only learn what questions tend to be about. In these images
-that is what is drawn on a background, and `kcenter` (`auto` on images) finds this without training:
-no paired test finds a difference. The tokens of largest importance alone are behind the selector
-of attention at 0.9; with marginal relevance (mmr) they are not, perhaps because copies of one thing
-then leave. On clips, short and with four times the tokens, every rival but the baselines answers
-as the full model does. Nothing here is worth a training, so no weights of this kind ship, and the
-default of servers stays.
-
-The number of layers and channels was chosen by the loss on validation labels."""
+WHY = """The network sees no question, so it can only learn what questions tend to be about. In
+these images that is what is drawn on a background, and `kcenter` (`auto` on images) finds this
+without training: no paired test finds a difference. So no weights of this kind ship. Layers and
+channels were chosen by the loss on validation labels."""
 
 
 def methods(weights: str) -> list[Setting]:

@@ -26,9 +26,9 @@ from typing import Any
 from benchmarks import publishing
 from benchmarks.accuracy.packed import PackedAnswers
 from benchmarks.accuracy.store import ACCURACY
-from benchmarks.accuracy.studies import tower_book, tower_variants
+from benchmarks.accuracy.studies import tower_book
 from benchmarks.accuracy.studies.tower_book import CEILING, FULL, IDENTITY, ORDER, row_of
-from benchmarks.accuracy.studies.tower_page import ENTRY, RATIO, TOWER, distances, page
+from benchmarks.accuracy.studies.tower_page import ENTRY, RATIO, TOWER, distances, page, records
 from benchmarks.accuracy.studies.tower_sizes import at_side
 from benchmarks.accuracy.studies.trained import Shrunk
 from benchmarks.publishing import environment
@@ -42,6 +42,7 @@ from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import DOWNSCALE, FEWER_FRAMES, Setting
 from tokencomp.inputs.loading import load_model
 from tokencomp.inputs.questions import Example
+from tokencomp.storage import write_text
 from tokencomp.trained.cards import weights_hash
 from tokencomp.zoo.shapesqa.examples import shapesqa
 from tokencomp.zoo.shapesqa.items import items
@@ -235,11 +236,22 @@ def main() -> None:
     sets = tower_book.read(path)
     for name in () if args.report else args.sets:
         run_set(name, args, sets, path)
-    ordered = {name: sets[name] for name in SETS if name in sets}
-    variants = tower_variants.section(args.output / tower_variants.NAME)
-    compared = distances(args.output / tower_book.DISTANCE)
-    text = "\n".join([page(ordered), *compared, *variants])
-    (args.output / "tower.md").write_text(text, encoding="utf-8")
+    write_page(ordered(path), args.output)
+
+
+def ordered(path: Path) -> tower_book.Sets:
+    """The stored sets, in the order of the page."""
+    sets = tower_book.read(path)
+    return {name: sets[name] for name in SETS if name in sets}
+
+
+def write_page(sets: tower_book.Sets, folder: Path) -> None:
+    """tower.md, tower.csv and, where its answers are stored, tower_distance.csv."""
+    section, rows = distances(folder / tower_book.DISTANCE)
+    write_text(folder / "tower.md", "\n".join(filter(None, [page(sets), section])))
+    write_text(folder / "tower.csv", publishing.csv_text(records(sets)))
+    if rows:
+        write_text(folder / "tower_distance.csv", publishing.csv_text(rows))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 from benchmarks import publishing
 from benchmarks.accuracy.packed import PackedAnswers
 from benchmarks.accuracy.store import ACCURACY
-from benchmarks.accuracy.studies.trained_page import Rivals, compared, markdown
+from benchmarks.accuracy.studies.trained_page import Rivals, compared, markdown, records
 from benchmarks.publishing import environment
 from benchmarks.stored import read_stored
 from tokencomp.adapters.registry import adapter_for
@@ -140,7 +140,7 @@ class StudyTables:
     Parameters
     ----------
     name
-        Of the files: `name`.json (tables and packed answers), `name`.md (page).
+        Of the files: `name`.json (tables and packed answers), `name`.md (page), `name`.csv.
     args
         From `parser`.
     rivals
@@ -223,13 +223,14 @@ class StudyTables:
         self.answers[title] = answers
 
     def write(self, notes: str = "") -> None:
-        """The page, with `notes` at its end, and new results."""
+        """The page with `notes` below its table, its CSV file, and new results."""
         for title, table in self.tables.items():
             table["rows"] = compared(table["rows"], self.answers[title], self.rivals)
-        page = markdown(self.name, self.tables) + (f"\n{notes}\n" if notes else "")
+        page = markdown(self.name, self.tables, notes)
         stored = {t: {**v, "answers": self.answers[t].to_json()} for t, v in self.tables.items()}
         folder = self.args.output
         if self.sets:  # stored results keep the names under which they were measured
             publishing.write(folder / f"{self.name}.json", {"tables": stored})
         write_text(folder / f"{self.name}.md", page)
+        write_text(folder / f"{self.name}.csv", publishing.csv_text(records(self.tables)))
         print(page)

@@ -1,31 +1,26 @@
-"""The page of a trained method: tables, paired tests, provenance, training commands."""
+"""The page and the data of a trained method: retention, provenance, training commands."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.accuracy.packed import PackedAnswers
 from benchmarks.accuracy.tables import NONE, SLACK, table
 from benchmarks.publishing import MARK, provenance
-from tokencomp.evaluation.metrics import Difference, difference, mcnemar
-from tokencomp.evaluation.settings import DOWNSCALE
+from tokencomp.evaluation.metrics import difference, mcnemar
+from tokencomp.evaluation.settings import DOWNSCALE, FULL
 
 Rivals = Mapping[str, tuple[str, ...]]
-COLUMNS = (
-    "method", "ratio", "accuracy", "retention", "p against random", "vs downscale",
-    "where downscale fails", "same answer as full",
-)  # fmt: skip
 TITLES = {
-    "adsc": "ADSC: what training an adapter for compression gains",
-    "selector": "The trained selector against its oracle and the raw attention row",
-    "selector_features": "The trained selector that reads no attention, for servers",
-    "ccam": "The trained ccam projector, by number of frames",
-    "long_video-tiny-qwen2-vl": "Videos longer than in training, with M-RoPE positions",
-    "long_video-tiny-llava-onevision": "Videos longer than in training, with 1-D positions",
+    "adsc": "What does training an adapter for compression (ADSC) gain?",
+    "selector": "Is the trained selector better than raw attention?",
+    "selector_features": "What does a trained selector gain that servers can run?",
+    "ccam": "Is the trained ccam projector better than pooling?",
+    "long_video-tiny-qwen2-vl": "What helps with longer videos than in training? (M-RoPE)",
+    "long_video-tiny-llava-onevision": "What helps with longer videos than in training? (1-D)",
 }
-OUTCOMES = ("better", "worse")
 
 
 def compared(
@@ -81,96 +76,74 @@ def key(name: str, ratio: float) -> str:
     return f"{name}@{ratio:g}"
 
 
-def cells(row: dict[str, Any]) -> list[str]:
-    """A row of a table as text; smaller pictures with too many tokens are no baseline."""
-    low, high = row.get("interval") or (None, None)
-    kept, p = row.get("retention"), row.get("vs_random", {}).get("p")
-    retention = "" if kept is None else f"{kept:.1%} [{low:.1%}, {high:.1%}]"
-    shown = [f"{row['accuracy']:.1%}", retention, "" if p is None else f"{p:.2g}"]
-    gap, (right, count) = row.get("vs_downscale"), row.get("where_downscale_fails", (0, 0))
-    shown += [
-        "" if gap is None else str(Difference(**gap, items=0)),
-        f"{right / count:.0%} of {count}" if count else "",
-        f"{row['agreement']:.0%}" if "agreement" in row else "",
-    ]
-    if row["name"] == DOWNSCALE and not reaches(row):
-        shown = [NONE] * len(shown)
-    return [row["name"], f"{row['ratio']:.3g}", *shown]
-
-
-def tests(tables: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str, dict[str, Any]]]:
-    """Set, row, rival and outcome of every paired test."""
+def records(tables: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of the CSV file; smaller pictures with too many tokens are no baseline."""
+    rows = []
     for title, content in tables.items():
         for row in content["rows"]:
+            low, high = row.get("interval") or (None, None)
+            right, count = row.get("where_downscale_fails", (0, 0))
+            gap = row.get("vs_downscale", {})
+            shown = {
+                "accuracy": row["accuracy"],
+                "retention": row.get("retention"),
+                "retention_low": low,
+                "retention_high": high,
+                "vs_downscale": gap.get("value"),
+                "vs_downscale_low": gap.get("low"),
+                "vs_downscale_high": gap.get("high"),
+                "where_downscale_fails": right / count if count else None,
+                "same_answer": row.get("agreement"),
+                "p_random": row.get("vs_random", {}).get("p"),
+            }
             for rival, test in row.get("against", {}).items():
-                yield title, row, rival, test
+                shown |= {f"{part}_{rival}": test[part] for part in ("wins", "losses", "p")}
+            if row["name"] == DOWNSCALE and not reaches(row):
+                shown = {}
+            asked = {"set": title, "method": row["name"], "ratio": row["ratio"]}
+            rows.append({**asked, "achieved_ratio": row.get("achieved_ratio"), **shown})
+    return rows
 
 
-def paired_row(title: str, row: dict[str, Any], rival: str, test: dict[str, Any]) -> list[str]:
-    counts = [str(test["wins"]), str(test["losses"]), f"{test['p']:.2g}"]
-    return [title, row["name"], f"{row['ratio']:.3g}", rival, *counts, outcome(test)]
+def overview(tables: dict[str, Any]) -> str:
+    """Retention by method, set and ratio; of the full model its accuracy."""
+    every = records(tables)
+    columns = list(dict.fromkeys((r["set"], r["ratio"]) for r in every if r["ratio"]))
+    names = dict.fromkeys(r["method"] for r in every if r["ratio"])
+    found = {(r["method"], r["set"], r["ratio"]): r.get("retention") for r in every}
+    rows = []
+    for name in names:
+        values = [found.get((name, *column)) for column in columns]
+        rows.append([name, *(NONE if v is None else f"{v:.1%}" for v in values)])
+    full = {r["set"]: r["accuracy"] for r in every if (r["method"], r["ratio"]) == (FULL, 0)}
+    rows.append(["full model, accuracy", *(f"{full[title]:.1%}" for title, _ in columns)])
+    return table(["accuracy kept", *(f"{title}, {ratio:.3g}" for title, ratio in columns)], rows)
 
 
-def outcome(test: dict[str, Any]) -> str:
-    if test["p"] >= 0.05:
-        return "no difference"
-    return "better" if test["wins"] > test["losses"] else "worse"
-
-
-def verdicts(tables: dict[str, Any]) -> list[str]:
-    """Per pair of methods, where one is better than the other (p < 0.05)."""
-    pairs: dict[tuple[str, str], dict[str, list[str]]] = {}
-    for title, row, rival, test in tests(tables):
-        outcomes = pairs.setdefault((row["name"], rival), {})
-        text = f"{title} at {row['ratio']:.3g} (p = {test['p']:.2g})"
-        outcomes.setdefault(outcome(test), []).append(text)
-    lines = []
-    for (name, rival), outcomes in pairs.items():
-        clear = [f"{k}: {', '.join(outcomes[k])}" for k in OUTCOMES if k in outcomes]
-        even = len(outcomes.get("no difference", ()))
-        rest = [f"no difference in {even} {'other ' if clear else ''}comparisons"] if even else []
-        lines.append(f"- {name} against {rival}: {'; '.join([*clear, *rest])}.")
-    return lines
-
-
-def markdown(name: str, tables: dict[str, Any]) -> str:
-    """The tables as a page."""
+def markdown(name: str, tables: dict[str, Any], notes: str = "") -> str:
+    """The page: a table, what follows from it, and where every number comes from."""
+    source = next(iter(tables.values()))
     intro = (
-        "Retention is the accuracy divided by the full model's on the same questions, with a "
-        "paired bootstrap 95 % interval; p is an exact McNemar test. `downscale` is the full model "
-        "on smaller pictures or fewer frames with as many tokens; – marks ratios that the "
-        "processor does not reach."
+        f"{source['model']}, {source['split']} split of ShapesQA. Cells: accuracy divided by the "
+        f"full model's on the same questions; columns: question set and ratio. `{DOWNSCALE}` is "
+        "the full model on smaller media of as many tokens; –: not measured, or not reachable. "
+        f"[Intervals, paired tests and baselines]({name}.csv). [Methods](METHODS.md)."
     )
     if any("random" not in content["provenance"] for content in tables.values()):
-        intro += (
-            " On this page, `random` uses one subset for all questions whose media have the same "
-            "grid."
-        )
-    parts = [
-        f"# {TITLES.get(name, name)}",
-        f"{intro} [Methods](METHODS.md).",
-        "\n".join(verdicts(tables)),
-    ]
+        intro += " `random` uses one subset for all questions whose media have the same grid."
+    made = []
     for title, content in tables.items():
-        source = f"{content['model']}, {content['split']} split of ShapesQA"
         facts = content["provenance"]
         mark = "" if facts.get(MARK, True) else " **Not for publication: uncommitted changes.**"
-        parts += [
-            f"## {title}",
-            f"{source}: {', '.join(content['families'])}. {provenance(facts)}.{mark}",
-            table(COLUMNS, [cells(row) for row in content["rows"]]),
-        ]
-    paired = [paired_row(*test) for test in tests(tables)]
-    if paired:
-        head = ["set", "method", "ratio", "against", "won", "lost", "p", "outcome"]
-        parts += ["## Paired tests", table(head, paired)]
-    trained = training(tables)
-    parts += ["## Training", "\n".join(trained)] if trained else []
+        families = ", ".join(content["families"])
+        made.append(f"- {title} ({families}): {provenance(facts)}.{mark}")
+    parts = [f"# {TITLES.get(name, name)}", overview(tables), intro, *([notes] if notes else [])]
+    parts += ["## Runs", "\n".join([*made, *training(tables)])]
     return "\n\n".join(parts) + "\n"
 
 
 def training(tables: dict[str, Any]) -> list[str]:
-    """The training commands of the measured weights; for a lost card, what is known of them."""
+    """How the measured weights were trained; of weights whose card is lost, what is known."""
     lines = []
     for content in tables.values():
         for name, card in content["trained"].items():
@@ -179,7 +152,7 @@ def training(tables: dict[str, Any]) -> list[str]:
             else:
                 time = f"{card['seconds']:.0f} s" if card.get("seconds") else "time not recorded"
                 text = f"`{training_command(card)}` ({time})"
-            lines.append(f"- {name}: {text}.")
+            lines.append(f"- Training of {name}: {text}.")
     return list(dict.fromkeys(lines))
 
 
