@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -164,22 +162,6 @@ def test_paged_cache(family: Family) -> None:
         model(**prompt(family), past_key_values=PagedAttentionCache(), use_cache=True)
 
 
-def test_what_a_handle_cannot_do(family: Family) -> None:
-    model = family.build()
-    handle = tokencomp.patch(model, 0.5)
-    with pytest.raises(errors.OptionError, match=r"patch\(model, ..., positions='compact'\) again"):
-        handle.set(positions="compact")
-    later = tokencomp.patch(model, 0.25)
-    tokencomp.unpatch(handle)
-    later.set(ratio=0.3)  # in force
-    tokencomp.unpatch(later)
-    with pytest.raises(errors.OptionError, match="removed, or replaced"), handle:
-        pass
-    for wrong in (None, "model"):
-        with pytest.raises(errors.OptionError, match="expected a model"):
-            tokencomp.unpatch(wrong)
-
-
 def test_already_compressed(family: Family) -> None:
     model = family.build()
     model.config.video_pruning_rate = 0.5
@@ -249,23 +231,3 @@ def test_nan_features(family: Family) -> None:
         pytest.raises(errors.ScoreError, match="NaN"),
     ):
         model(**inputs)
-
-
-def test_reducers_while_another_thread_loads_them() -> None:
-    code = """
-import importlib, threading
-from tokencomp.reducers import registry
-real, found = importlib.import_module, []
-def slow(name):
-    if not found:
-        found.append(None)
-        thread = threading.Thread(target=lambda: found.append(list(registry.available_reducers())))
-        thread.start()
-        thread.join()
-    return real(name)
-importlib.import_module = slow
-names = list(registry.available_reducers())
-print(found[1:] == [names])
-"""
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert out.stdout.strip() == "True"

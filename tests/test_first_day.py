@@ -17,7 +17,7 @@ from support.embedded import folder, loaded
 from support.family.base import Family
 
 import tokencomp
-from tokencomp.errors import MediaError, OptionError, UnsupportedModelError
+from tokencomp.errors import MediaError, OptionError
 from tokencomp.inputs.media import is_video, load_media
 from tokencomp.inputs.prompts import build_inputs
 from tokencomp.zoo import SAMPLES
@@ -84,16 +84,6 @@ def test_misspelt_arguments(loaded, given, meant):
         tokencomp.patch(model, **given)
     with tokencomp.patch(model, 0.5) as handle, pytest.raises(OptionError, match=re.escape(meant)):
         handle.set(**given)
-
-
-def test_what_is_no_model_says_what_to_pass(loaded):
-    class Pipeline:
-        model = loaded[0]
-
-    with pytest.raises(UnsupportedModelError, match=r"`\.model` of a pipeline"):
-        tokencomp.patch(Pipeline(), 0.5)
-    with pytest.raises(UnsupportedModelError, match="Load 'some/model' first"):
-        tokencomp.patch("some/model", 0.5)
 
 
 def test_a_huge_picture_is_one_message(tmp_path, monkeypatch):

@@ -124,13 +124,6 @@ with tokencomp.patch(model, ratio=0.75) as handle:
     assert done.stdout.startswith("16 → 4 visual tokens"), done.stderr
 
 
-def test_the_command_line_names_its_extra(monkeypatch: Any, capsys: Any) -> None:
-    monkeypatch.setitem(sys.modules, "typer", None)
-    monkeypatch.delitem(sys.modules, "tokencomp.cli._app", raising=False)
-    assert run("--version") == 2
-    assert f"this needs typer, which is not installed: {install('cli')}." in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("name", EXTRAS)
 def test_a_package_that_a_command_lacks(name: str, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setitem(sys.modules, name, None)

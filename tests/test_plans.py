@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import random
@@ -154,34 +153,6 @@ def test_a_missed_ratio_is_told_once() -> None:
     handle.set(ratio=0.95)
     with torch.no_grad(), pytest.warns(errors.RatioWarning, match=r"ratio 0\.95"):
         model(**inputs)
-
-
-def test_a_reducer_with_a_count_of_its_own() -> None:
-    """Alone it promises no ratio; with another one the two were to meet it together."""
-
-    @dataclasses.dataclass(frozen=True)
-    class Four(type(make_reducer("uniform"))):  # type: ignore[misc]
-        def keep_count(self, span: VisualSpan, fraction: float) -> int:
-            return 4
-
-    family = FAMILIES["qwen2_vl"]
-    model, inputs = family.build(), family.batch([[text(3), family.image(0), text(5, 2)]])
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("error")
-        tokencomp.patch(model, 0.9, reducer=Four())
-        model(**inputs)
-    last = Stage(family.layers - 1, 0.1, make_reducer("uniform"))
-    tokencomp.patch(model, plan=Plan((Stage(0, 0.9, Four()), last)))
-    with torch.no_grad(), pytest.warns(errors.RatioWarning, match="a number of tokens of its own"):
-        model(**inputs)
-
-
-def test_what_cannot_be_met_keeps_the_special_tokens_and_one_patch() -> None:
-    span = VisualSpan(0, 288, GRID, special=BREAKS)
-    assert set(make_reducer("adsc").plan(0.95, 6).counts(span, 6)) == {17}
-    plain = VisualSpan(0, 64, (1, 8, 8))
-    plan = Plan((Stage(0, 0.5, make_reducer("bipartite")), Stage(3, 0.25, make_reducer("prune"))))
-    assert plan.counts(plain, 6) == [32, 16]
 
 
 def test_budgets_of_frames_against_exact_fractions() -> None:

@@ -15,8 +15,6 @@ from support.families import FAMILIES
 from benchmarks.accuracy.studies import tower as study
 from benchmarks.accuracy.studies import tower_book, tower_sizes
 from benchmarks.models import tower, tower_alone
-from tokencomp.errors import OptionError
-from tokencomp.evaluation.runs import EvalRun
 from tokencomp.inputs.loading import load_model
 from tokencomp.inputs.prompts import build_inputs, prompt_lengths
 
@@ -98,10 +96,3 @@ def test_towers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def _square() -> dict[str, torch.Tensor]:
     """A picture of 16 x 16 patches for the tiny Qwen2-VL."""
     return {"pixel_values": torch.randn(256, 96), "image_grid_thw": torch.tensor([[1, 16, 16]])}
-
-
-def test_an_unanswered_question_stops_the_study() -> None:
-    """A damaged file is no wrong answer."""
-    rows = [{"id": "a", "family": "count", "error": "cannot be read"}]
-    with pytest.raises(OptionError, match="a was not answered"):
-        study._packed({"full@0": EvalRun(None, rows)})

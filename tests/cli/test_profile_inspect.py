@@ -6,13 +6,18 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from support.console import run
 
+import tokencomp
+from tokencomp import zoo
+from tokencomp.inputs.prompts import build_inputs
+from tokencomp.pages.pictures import survival, tiles
 from tokencomp.zoo import SAMPLES
+from tokencomp.zoo.shapesqa.items import item
 
 VIDEO = next(SAMPLES.glob("*.mp4"))
-IMAGE = next(SAMPLES.glob("*.jpg"))
 
 
 def test_profile_of_a_video(folder, capsys):
@@ -80,24 +85,22 @@ def test_inspect_shows_what_the_tower_never_saw(folder, tmp_path):
     assert (patches.mean(1) > 128).sum() == 16  # seen by the decoder
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--ratio", "0.5", "--tower-ratio", "0.6"), "tower_ratio=0.6"),
-        (("--ratio", "0.5", "--tower-ratio", "x"), "tower_ratio='x'"),
-        (
-            ("--ratio", "0.5", "--tower-ratio", "0.2", "--tower-reducer", "bipartite"),
-            "merges tokens",
-        ),
-        (("--ratio", "0.5", "--tower-reducer", "kcenter"), "no effect with --tower-ratio 0"),
-        (("--ratio", "0.5", "-r", "kcenter", "--set", "pool=1"), "pool=1 has no effect in this"),
-        (
-            ("--ratio", "0.5", "-r", "prune", "--set", "schedule=fastv", "--set", "start=0.2"),
-            "start=0.2 has no effect with schedule='fastv'",
-        ),
-        (("--ratio", "audio=0.5"), "a ratio of audio has no effect"),
-    ],
-)
-def test_bad_options(folder, capsys, options, message):
-    assert run("inspect", "--model", folder, "--image", IMAGE, *options) != 0
-    assert message in " ".join(capsys.readouterr().err.split())
+def test_pictures_leave_out_the_times_between_frames():
+    """Qwen3-VL: the span of a video holds text, which is no patch and always stays."""
+    model, processor = zoo.load("tiny-qwen3-vl")
+    inputs = build_inputs(processor, [[item("test", "needle", 0).video()]], ["?"])
+    with tokencomp.patch(model, 0.75, reducer="uniform") as handle, torch.no_grad():
+        model(**inputs)
+    (share,) = survival(handle.stats)
+    assert share.shape == (4, 8, 8) == handle.stats.spans[0][0].grid
+    assert {*share.ravel()} == {0.0, 1.0} and share.sum() == handle.stats.tokens_after[0][0]
+    assert (survival(handle.stats, 0)[0] == share).all()
+
+
+def test_frames_that_share_a_position_have_the_same_patches():
+    """Eight frames in four positions: frame k is dark unless position k // 2 is kept."""
+    media = [Image.new("RGB", (56, 56), (200, 200, 200)) for _ in range(8)]
+    share = np.zeros((4, 1, 1))
+    share[2] = 1
+    light = [np.asarray(tile).mean() for tile in tiles(media, [share], 56)]
+    assert [k for k, mean in enumerate(light) if mean > 150] == [4, 5]

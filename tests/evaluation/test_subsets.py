@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-import tokencomp
 from tokencomp.evaluation import Setting, batches, patches, sweep
-from tokencomp.evaluation.patches import Subsets, per_question
+from tokencomp.evaluation.patches import Subsets
 from tokencomp.tokens.spans import VisualTokens
 from tokencomp.training.measure import Measurement
 
@@ -34,14 +33,6 @@ def test_every_question_and_span_draws_as_often_everywhere() -> None:
     assert (counts - 5000 * 6 / 64).abs().max() < 5 * (5000 * 6 / 64 * 58 / 64) ** 0.5
     assert kept(Subsets(names=("x", "7")), (1, 0)) == drawn[14]
     assert kept(Subsets(names=("7",), seed=1), (0, 0)) != drawn[14]
-
-
-def test_only_random_gets_subsets() -> None:
-    assert per_question(Setting("bipartite", 0.5, {"weighted": False}), ["a"]) is None
-    assert per_question(Setting(), ["a"]) is None
-    subsets = per_question(Setting("random", 0.5, {"seed": 3}), ["a"])
-    assert subsets == Subsets(seed=3, names=("a",))
-    assert RANDOM.method != repr(tokencomp.make_reducer("random"))
 
 
 @pytest.fixture

@@ -12,8 +12,7 @@ from support.clips import pictures, write_clip
 from support.unprivileged import open_folder, without
 
 from tokencomp.errors import MediaError
-from tokencomp.inputs.images import load_image
-from tokencomp.inputs.media import is_video, load_media
+from tokencomp.inputs.media import load_media
 from tokencomp.inputs.questions import Example, has_video
 from tokencomp.inputs.sounds import load_sound
 
@@ -62,15 +61,3 @@ def test_addresses_are_not_read(load: Any, kind: Any) -> None:
     """A path has lost one of the slashes."""
     with pytest.raises(MediaError, match=r"https://host/a\.wav: URLs are not read"):
         load(kind("https://host/a.wav"))
-
-
-def test_pictures_and_frames_of_folders(media: Path) -> None:
-    with without(media / "a.png"), pytest.raises(MediaError, match=r"a\.png: no permission"):
-        load_image(media / "a.png")
-    with (
-        without(media / "frames" / "1.png"),
-        pytest.raises(MediaError, match=r"frames/1\.png: no permission to read"),
-    ):
-        load_media(media / "frames")
-    with without(media):
-        assert not is_video(media / "frames") and is_video(media / "h264.mp4")

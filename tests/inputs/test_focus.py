@@ -102,12 +102,6 @@ def test_focus_is_the_published_method(fps, count):
         assert len({*first, *second}) == len(first) + len(second) <= total
 
 
-@pytest.mark.parametrize(("total", "count"), [(1, 1), (5, 8), (9, 8), (12, 11), (40, 39)])
-def test_short_clips(total, count):
-    taken = focus(lambda places: dict.fromkeys(places, 0.5), total, 24.0, count)
-    assert len(taken) == min(total, count) and {*taken} <= {*range(total)}
-
-
 def test_frames_that_cannot_be_read_have_no_score():
     taken = focus(lambda places: {p: 0.1 * p for p in places if p < 100}, 400, 24.0, 16)
     assert len(taken) == 16

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from tokencomp import zoo
-from tokencomp.errors import MediaError, OptionError
+from tokencomp.errors import MediaError
 from tokencomp.inputs.prompts import build_inputs, media_chat, takes_videos
 
 RED, BLUE = (Image.new("RGB", (56, 56), colour) for colour in ("red", "blue"))
@@ -66,22 +66,6 @@ def test_frames_that_make_no_video_are_one_message(clip, said):
     _, processor = zoo.load("tiny-qwen2-vl")
     with pytest.raises(MediaError, match=said):
         build_inputs(processor, [[clip]], ["What?"])
-
-
-@pytest.mark.parametrize(
-    ("media", "prompts"),
-    [
-        ([RED], ["What?"]),
-        ([[RED]], "What?"),
-        ([[RED]], ["What?", "Where?"]),
-    ],
-)
-def test_rows_are_lists_of_media_with_a_text_each(media, prompts):
-    _, processor = zoo.load("tiny-qwen2-vl")
-    with pytest.raises(OptionError, match="one list of media and one text per row"):
-        build_inputs(processor, media, prompts)
-    with pytest.raises(MediaError, match=r"'cat\.jpg' is a path\. Read it"):
-        build_inputs(processor, [["cat.jpg"]], ["What?"])
 
 
 def test_a_video_has_a_place_in_the_prompts_of_models_that_take_one():

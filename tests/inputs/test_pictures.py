@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tokencomp.errors import MediaError
 from tokencomp.inputs.media import load_media
 
 
@@ -113,10 +112,3 @@ def test_of_several_pictures_a_photograph_shows_the_first(tmp_path, name, count)
     pages = [read] if isinstance(read, Image.Image) else read
     wanted = np.array([[255, 0, 0], [0, 0, 255]])[:count]
     assert near([page.getpixel((8, 8)) for page in pages], wanted)
-
-
-def test_pages_of_several_sizes_are_no_frames(tmp_path):
-    pages = [Image.new("RGB", size) for size in ((24, 16), (16, 24))]
-    pages[0].save(tmp_path / "scan.tiff", save_all=True, append_images=pages[1:])
-    with pytest.raises(MediaError, match=r"scan\.tiff: frames differ in size .*of their own"):
-        load_media(tmp_path / "scan.tiff")

@@ -9,9 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from tokencomp.inputs.files import FileQuestions
 from tokencomp.inputs.questions import Example
@@ -111,19 +109,6 @@ def test_words_are_graded_as_the_published_answers_were() -> None:
     for answer, said in itertools.product(WORDS, WORDS):
         before = [re.findall(r"\w+", text.lower()) for text in (answer, said)]
         assert Example("", "", answer).correct(said) is (before[0] == before[1]), (answer, said)
-
-
-def test_one_medium_needs_no_tuple(tmp_path: Path) -> None:
-    file, picture = tmp_path / "base.png", Image.new("RGB", (4, 3), "red")
-    picture.save(file)
-    samples = np.zeros(8, np.float32)
-    for alone in (str(file), file, picture, samples):
-        assert Example("", "", "", alone).media == (alone,)  # type: ignore[arg-type]  # as users do
-        assert Example("", "", "", (alone,)).media == (alone,)
-    (read,) = Example("", "", "", str(file)).load(8)  # type: ignore[arg-type]  # as users do
-    assert read.size == (4, 3)
-    assert Example("", "", "", [file, picture]).media == [file, picture]  # type: ignore[arg-type]
-    assert Example("", "", "").media == ()
 
 
 def test_contents_change_with_the_files_alone(tmp_path: Path) -> None:

@@ -37,15 +37,6 @@ def test_frames_are_those_of_pyav(tmp_path, name, frames):
         assert apart.mean() < 1 and apart.max() <= 6, place  # colours are rounded differently
 
 
-def test_variable_rate(tmp_path):
-    times = [k + k // 7 + 3 * (k > 30) for k in range(COUNT)]
-    path = write_clip(tmp_path, "h264", pictures(COUNT), times=times)
-    ours, theirs = (load_media(path, 12, decoder=d) for d in ("pyav", "torchcodec"))
-    assert theirs.sampling == ours.sampling
-    for a, b in zip(ours, theirs, strict=True):
-        assert np.abs(np.asarray(a).astype(int) - np.asarray(b)).mean() < 1
-
-
 def test_size_and_errors(tmp_path):
     path = write_clip(tmp_path, "h264", pictures(COUNT))
     assert {f.size for f in load_media(path, 4, size=48, decoder="torchcodec")} == {(48, 32)}

@@ -18,7 +18,6 @@ from tokencomp.training.data import (
     append,
     batches,
     load_batch,
-    order,
     questions,
 )
 
@@ -84,19 +83,6 @@ def test_pictures_that_questions_share_stay_on_one_side(tmp_path: Path) -> None:
     assert train | held == {(folder / name).resolve() for name in names}
 
 
-def test_files_must_be_utf8(tmp_path: Path) -> None:
-    file = write_data(tmp_path) / "questions.jsonl"
-    text = file.read_text().replace("color", "größe")
-    file.write_bytes(text.encode("latin-1"))
-    with pytest.raises(OptionError, match="UTF-8"):
-        questions(str(tmp_path), "image", 4)
-    file.write_bytes(b"\x89PNG\r\n\x1a\n\0")
-    with pytest.raises(OptionError, match="no text"):
-        questions(str(tmp_path), "image", 4)
-    file.write_bytes(text.encode("utf-8-sig"))
-    assert "größe" in questions(str(tmp_path), "image", 4)[0].prompt
-
-
 def test_embedded_splits_are_disjoint_and_kinds_stay_apart() -> None:
     both = questions("shapesqa", "both", 10)
     assert [e.id.split("-")[1] for e in (both[0], both[9])] == ["attribute", "needle"]
@@ -110,10 +96,3 @@ def test_embedded_splits_are_disjoint_and_kinds_stay_apart() -> None:
             questions("shapesqa:needle,count", kind, 9)
     for chosen in itertools.islice(batches(both, 3, seed=0), 20):
         assert all(i < 5 for i in chosen) or all(i >= 5 for i in chosen)
-
-
-def test_orders_are_whole_passes_that_the_seed_decides() -> None:
-    first = list(itertools.islice(order(5, seed=1), 10))
-    assert sorted(first[:5]) == sorted(first[5:]) == [0, 1, 2, 3, 4]
-    assert first == list(itertools.islice(order(5, seed=1), 10))
-    assert first != list(itertools.islice(order(5, seed=2), 10))

@@ -12,7 +12,7 @@ from support.families import Family, text
 from torch import Tensor, nn
 
 import tokencomp
-from tokencomp.errors import OptionError, ScoreError
+from tokencomp.errors import ScoreError
 from tokencomp.training.data import append, questions
 from tokencomp.training.loop import Loop, LoopConfig, answer_loss
 
@@ -129,14 +129,3 @@ def test_randomness_and_seconds_survive_a_kill(tiny: Any, data: str, tmp_path: P
     again = run("killed")
     assert seen["killed"] == seen["whole"] and len(set(seen["whole"])) == 3
     assert again.history == whole.history and again.seconds >= 3 * 0.05
-
-
-def test_junk_checkpoints_are_named(tiny: Any, data: str, tmp_path: Path) -> None:
-    file = tmp_path / "checkpoint.pt"
-    for junk in (b"", b"junk", b"PK\x03\x04"):
-        file.write_bytes(junk)
-        with pytest.raises(OptionError, match="no checkpoint"):
-            loop(tiny, data, file, Scale())
-    torch.save([1], file)
-    with pytest.raises(OptionError, match="no checkpoint"):
-        loop(tiny, data, file, Scale())

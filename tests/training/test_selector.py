@@ -11,13 +11,10 @@ from support.families import Family, text
 
 import tokencomp
 from benchmarks.accuracy.studies.oracle import Oracle, truth
-from tokencomp import VisualTokens, make_reducer
 from tokencomp.errors import ScoreError
 from tokencomp.reducers.selector import load_selector
-from tokencomp.tokens.signals import Attention
 from tokencomp.training.capture import capture
 from tokencomp.training.data import load_batch, questions
-from tokencomp.training.selector.train import AttentionRow
 
 
 def test_attention_row_equals_the_eager_map_of_layer_zero(family: Family) -> None:
@@ -58,21 +55,6 @@ def test_the_reducer_follows_the_network(trained: Path, tiny: Any, data: str) ->
         model(**inputs)
         assert handle.stats.kept(0)[0][0] == wanted.tolist()
         assert handle.stats.ratio == pytest.approx(5 / 9)
-
-
-def test_special_tokens_stay_and_signals_are_asked_for(trained: Path) -> None:
-    reducer = make_reducer("selector", weights=str(trained))
-    assert reducer.needs == {Attention("text")}
-    special = torch.zeros(12, dtype=torch.bool)
-    special[[5, 11]] = True
-    given = VisualTokens(torch.zeros(12, 4), (1, 2, 5), special, scores=torch.rand(12))
-    kept = reducer.reduce(given, 4).keep.tolist()
-    assert len(kept) == 4 and {5, 11} <= set(kept)
-    for bad in (None, torch.full((12,), torch.inf)):
-        given.scores = bad
-        for one in (reducer, AttentionRow(), make_reducer("prune")):
-            with pytest.raises(ScoreError):
-                one.reduce(given, 4)
 
 
 def test_oracle_keeps_the_relevant_tokens_or_says_what_is_missing(family: Family) -> None:

@@ -84,15 +84,6 @@ def test_media_below_the_number_of_queries_are_refused(family: Family, tmp_path:
         model(**inputs)
 
 
-def test_weights_must_exist_and_fit(family: Family, tmp_path: Path) -> None:
-    model = family.build()
-    with pytest.raises(WeightsError, match="tokencomp train ccam"):
-        tokencomp.patch(model, reducer="ccam")
-    path = saved(model, tmp_path, queries=3)
-    with pytest.raises(WeightsError, match="another checkpoint"):
-        tokencomp.patch(family.build(seed=5), reducer="ccam", weights=str(path))
-
-
 def test_sizes_on_the_card_are_checked(tmp_path: Path) -> None:
     """When the model is patched, not when it runs."""
     model = FAMILIES["qwen2_vl"].build()

@@ -55,24 +55,6 @@ def test_bad_files(tmp_path, clip):
         media.load_media(image)
 
 
-def test_folders_animations_and_modes(tmp_path):
-    frames = item("validation", "order", 0).video()
-    for number, frame in enumerate(frames):
-        frame.save(tmp_path / f"{number:03d}.png")
-    assert np.array_equal(as_array(media.load_media(tmp_path, 8)), as_array(frames))
-    frames[0].resize((60, 60)).save(tmp_path / "000.png")
-    with pytest.raises(MediaError, match="differ in size"):
-        media.load_media(tmp_path, 8)
-    (tmp_path / "none").mkdir()
-    with pytest.raises(MediaError, match="no frame images"):
-        media.load_media(tmp_path / "none")
-    gif = tmp_path / "clip.gif"
-    frames[0].save(gif, save_all=True, append_images=frames[1:])
-    assert len(media.load_media(gif, 4)) == 4
-    Image.new("RGBA", (30, 20), (1, 2, 3, 4)).save(tmp_path / "rgba.png")
-    assert media.load_media(tmp_path / "rgba.png").mode == "RGB"
-
-
 @pytest.mark.parametrize("name", ["deep.png", "deep.tif"])
 def test_sixteen_bits_are_scaled(tmp_path, name):
     """Pillow's own conversion cuts them off at 255: white pictures."""
