@@ -1,0 +1,244 @@
+"""Routes, log and sockets of the server on transformers, and what happens to slow clients."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import shlex
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+pytest.importorskip("starlette")
+from support.serving import doors, http
+from support.serving.doors import CHAT, ask, user
+
+from tokencomp.serving.bind import Bind
+from tokencomp.serving.hf import app as server
+from tokencomp.serving.hf.app import build_app
+from tokencomp.serving.hf.fields import read_request
+from tokencomp.serving.limits import Limits, RequestError
+
+KEY = ("authorization", "Bearer secret")
+
+
+def test_pages_of_other_sites_may_ask_where_a_key_is_needed() -> None:
+    """A browser asks first (CORS), without the key; where none is needed, no page may ask."""
+    asked = [("origin", "https://page.example"), ("access-control-request-method", "POST")]
+    asked.append(("access-control-request-headers", "authorization,content-type"))
+    keyed, free = doors.hf(api_key="secret"), doors.hf()
+    answer = ask(keyed, None, CHAT, "OPTIONS", asked)
+    assert answer.status == 200 and answer.headers["access-control-allow-origin"] == "*"
+    assert "authorization" in answer.headers["access-control-allow-headers"]
+    models = ask(keyed, path="/v1/models", method="GET", headers=[KEY, asked[0]])
+    assert models.status == 200 and models.headers["access-control-allow-origin"] == "*"
+    assert "access-control-allow-origin" not in ask(free, None, CHAT, "OPTIONS", asked).headers
+
+
+@pytest.mark.parametrize(
+    ("path", "method", "room", "status"),
+    [
+        ("/nothing", "GET", None, 404), ("/docs", "GET", None, 404), (CHAT, "GET", None, 405),
+        ("/v1/models/a/b", "GET", None, 404), (CHAT, "POST", RequestError("busy", 503), 503),
+        (CHAT, "POST", OSError("/secret/path"), 500),
+    ],
+)  # fmt: skip
+def test_every_failure_has_an_openai_body(path: str, method: str, room: Any, status: int) -> None:
+    def check_room() -> None:
+        if room is not None:
+            raise room
+
+    app = build_app(doors.engine(check_room=check_room), "tiny", Limits())
+    answer = ask(quiet(app), user("a"), path, method)
+    assert answer.status == status and "secret" not in answer.message
+    assert status != 503 or int(answer.headers["retry-after"]) > 0
+
+
+def quiet(app: Any) -> Any:
+    """Return an application that does not raise what it has answered with 500, as uvicorn does."""
+
+    async def run(*arguments: Any) -> None:
+        with contextlib.suppress(OSError):
+            await app(*arguments)
+
+    return run
+
+
+def test_the_server_says_what_it_is() -> None:
+    """The first page ends with a line that a user can paste."""
+    app = doors.hf(api_key="secret")
+    page = ask(app, path="/", method="GET", headers=[KEY]).content.decode()
+    words = shlex.split(page.splitlines()[-1])
+    assert words[1] == "http://testserver/v1/chat/completions"
+    assert read_request(words[-1].encode())
+
+
+def test_requests_are_logged_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    """With the reason of a refusal, and little of what clients wrote."""
+    engine = doors.engine()
+    app = build_app(engine, "tiny", Limits(), Bind("", api_key="secret"))
+    long = {"messages": [{"role": "user\n" * 10**4}]}
+    with caplog.at_level(logging.INFO, "tokencomp.serving"):
+        ask(app, path="/health", method="GET")
+        assert not caplog.records
+        own = ask(app, path="/v1/models", method="GET", headers=[KEY, ("x-request-id", "job-7")])
+        other = ask(app, long, headers=[KEY, ("x-request-id", "two\twords")])
+        ask(app, path="/v1/models", method="X" * 60_000)
+    assert own.headers["x-request-id"] == "job-7"
+    first, second, third = (record.getMessage() for record in caplog.records)
+    assert "GET /v1/models 200" in first and first.endswith("id=job-7")
+    assert f"POST {CHAT} 400" in second and "reason=" in second
+    assert other.headers["x-request-id"] in second and "words" not in second
+    assert " 401 " in third and "reason=" in third
+    assert all(len(line) < 500 and "\n" not in line for line in (first, second, third))
+    counted = engine.metrics.requests.collect()[0].samples
+    counts = {s.labels["status"]: s.value for s in counted if s.name.endswith("_total")}
+    assert counts == {"200": 1, "400": 1, "401": 1}
+
+
+# -- sockets --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def running(app: Any = None, **bind: Any) -> Iterator[tuple[str, int]]:
+    """Serve an application with uvicorn on a real socket; on leaving, it must end by itself."""
+    address = Bind(port=http.free_port(), **bind)
+    process = server.uvicorn_server(app or build_app(doors.engine(), "tiny", Limits()), address)
+    thread = threading.Thread(target=process.run, daemon=True)
+    thread.start()
+    while not process.started:
+        time.sleep(0.02)
+    try:
+        yield address.host, address.port
+    finally:
+        process.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
+HEAD = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n".encode()
+CHUNKED = b"Transfer-Encoding: chunked\r\n"
+
+
+def answers(address: tuple[str, int], *content: bytes) -> bytes:
+    """Return everything that arrives until the server closes the connection."""
+    result = b""
+    with socket.create_connection(address, timeout=15) as connection:
+        with contextlib.suppress(OSError):  # closed before everything was sent
+            for piece in content:
+                connection.sendall(piece)
+        with contextlib.suppress(ConnectionResetError):
+            while piece := connection.recv(4096):
+                result += piece
+    return result
+
+
+def healthy(address: tuple[str, int]) -> bool:
+    return http.get("http://{}:{}/health".format(*address))[0] == 200
+
+
+def chunks(count: int, size: int) -> bytes:
+    """Return a body of spaces in chunks of `size` bytes."""
+    return (b"%x\r\n%s\r\n" % (size, b" " * size)) * (count // size) + b"0\r\n\r\n"
+
+
+def test_a_body_of_many_small_chunks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk of one byte costs as much as one of a megabyte: 6 seconds per megabyte."""
+    errors: list[Any] = []
+    log = logging.getLogger("uvicorn.error")
+    monkeypatch.setattr(log, "error", lambda *words, **options: errors.append(words))
+    with running() as address:
+        refused, end = b"Invalid HTTP request", b"Connection: close\r\n\r\n"
+        small = answers(address, GET + CHUNKED + end, chunks(10**5, 1))  # nobody reads the body
+        assert small.startswith(b"HTTP/1.1 400 ") or not small  # reset
+        for count, size, words in (
+            (10**5, 1, refused), (10**5, 2, refused), (10**6, 200, b"body: "), (4000, 1, b"body: "),
+        ):  # fmt: skip
+            whole = answers(address, HEAD + CHUNKED + end, chunks(count, size))
+            assert not whole or (whole.startswith(b"HTTP/1.1 400 ") and words in whole)
+        assert healthy(address)
+    assert not errors
+
+
+def test_a_body_with_two_lengths_ends_the_connection() -> None:
+    """A proxy that believes the other header takes the rest for another client's request."""
+    hidden = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with running() as address:
+        for length in (4, len(hidden) + 5):
+            lengths = b"Content-Length: %d\r\n" % length + CHUNKED + b"\r\n"
+            got = answers(address, HEAD + lengths + b"0\r\n\r\n" + hidden)
+            assert got.startswith(b"HTTP/1.1 400 ") and got.count(b"HTTP/1.1 ") == 1
+
+
+def test_slow_clients_are_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not one whose request waited behind another."""
+    monkeypatch.setattr(server, "HEAD_SECONDS", 0.5)
+    app = build_app(doors.engine(), "tiny", Limits(body_seconds=0.5))
+
+    async def slow(scope: Any, *arguments: Any) -> None:
+        if scope["type"] == "http" and scope["path"] == "/version":
+            await asyncio.sleep(1)
+        await app(scope, *arguments)
+
+    with running(slow) as address:
+        assert answers(address) == answers(address, HEAD) == b""
+        assert b" 408 " in answers(address, HEAD + b"Content-Length: 9\r\n\r\n{")
+        half = answers(address, GET + b"\r\nGET ")
+        assert half.startswith(b"HTTP/1.1 200 ") and half.count(b"HTTP/1.1 ") == 1
+        waited = answers(address, GET + b"\r\n", GET.replace(b"health", b"version") + b"\r\n")
+        assert waited.count(b"HTTP/1.1 200 ") == 2
+        assert healthy(address)
+
+
+def test_heads_and_connections_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 4)
+    with running() as address:
+        for flood in (b"".join(b"x-%d: y\r\n" % i for i in range(20_000)), b"x: " + b"y" * 10**6):
+            assert answers(address, GET + flood)[:13] in (b"HTTP/1.1 400 ", b"")
+        with contextlib.ExitStack() as stack:
+            idle = [stack.enter_context(socket.create_connection(address)) for _ in range(4)]
+            # Connections are accepted in order: when this one is served, all four are open.
+            idle[-1].sendall(GET + b"\r\n")
+            assert idle[-1].recv(13) == b"HTTP/1.1 503 "
+        end = time.monotonic() + 20
+        while not healthy(address):  # not all closed yet
+            assert time.monotonic() < end
+
+
+def test_a_half_body_does_not_delay_the_shutdown() -> None:
+    with running(shutdown_timeout=1) as address:
+        connection = socket.create_connection(address, timeout=15)
+        connection.sendall(HEAD + b"Content-Length: 9\r\n\r\n{")
+        with socket.create_connection(address) as other:  # served in order: the first one is open
+            other.sendall(GET + b"\r\n")
+            assert other.recv(13) == b"HTTP/1.1 200 "
+    with connection:
+        assert b" 503 " in connection.recv(4096)
+
+
+@pytest.mark.parametrize("endless", [True, False])
+def test_clients_that_do_not_read_are_disconnected(
+    endless: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "SEND_SECONDS", 0.3)
+    ended = threading.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            piece = {"type": "http.response.body", "body": b"x" * 10**7, "more_body": endless}
+            await send(piece)
+            while (await receive())["type"] != "http.disconnect":
+                await send(piece)
+        finally:
+            ended.set()
+
+    with running(app) as address, socket.create_connection(address) as connection:
+        connection.sendall(GET + b"\r\n")
+        assert ended.wait(10)
