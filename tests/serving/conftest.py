@@ -34,22 +34,6 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return build
 
 
-@pytest.fixture(scope="module")
-def hf_server(tiny_folder: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """URL of a server with transformers, its client, and the folders of model and log."""
-    openai = pytest.importorskip("openai")
-    from support.serving import http
-
-    folder, root = tiny_folder("qwen2_vl"), tmp_path_factory.mktemp("hf")
-    (root / "media").mkdir()
-    arguments = ["--model", folder, "--ratio", 0.5, "--max-batch", 8]
-    arguments += ["--served-model-name", "tiny", "--max-model-len", 1024]
-    arguments += ["--allowed-media-path", root / "media", "--low-detail-ratio", 0.75]
-    with http.server(root / "log", *arguments, OMP_NUM_THREADS="1") as url:
-        client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0, timeout=60)
-        yield url, client, folder, root
-
-
 @pytest.fixture(scope="session")
 def run_engine(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Function that runs jobs in a vLLM engine with its own process, see `vllm_driver`."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import struct
+import zlib
 from collections.abc import Iterable
 from fractions import Fraction
 from typing import Any
@@ -83,3 +85,13 @@ def canvas(side: int, count: int) -> str:
     header = b"GIF89a" + side.to_bytes(2, "little") * 2 + b"\x80\0\0" + bytes(3) + b"\xff" * 3
     dot = b"," + bytes(4) + b"\1\0\1\0\0" + b"\2\2D\1\0"
     return data(header + dot * count + b";", "video/gif")
+
+
+def png(side: int, **parts: bytes) -> str:
+    """Return a PNG file that promises so many pixels, with further parts (eXIf, …)."""
+    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    result = b"\x89PNG\r\n\x1a\n"
+    for name, part in (("IHDR", header), *parts.items(), ("IDAT", zlib.compress(b"\0\0"))):
+        result += struct.pack(">I", len(part)) + name.encode() + part
+        result += struct.pack(">I", zlib.crc32(name.encode() + part))
+    return data(result + struct.pack(">I", 0) + b"IEND" + struct.pack(">I", zlib.crc32(b"IEND")))

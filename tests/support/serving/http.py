@@ -18,10 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from support.serving import media as tiny
+from support.serving.files import encoded
 
 START_SECONDS = 400
 QUESTION = "What color is the circle?"
@@ -144,18 +144,7 @@ def video_url(seed: int, frames: int = 8, width: int = 112, height: int = 84) ->
 
 def mp4_url(seed: int, frames: int = 8) -> str:
     """Return an encoded MP4 file as a data: URL."""
-    import av
-
-    out = io.BytesIO()
-    with av.open(out, "w", format="mp4") as container:
-        stream = container.add_stream("mpeg4", rate=4)
-        stream.width, stream.height, stream.pix_fmt = 112, 84, "yuv420p"
-        for array in tiny.video(seed, frames):
-            for packet in stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(array))):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)
-    return "data:video/mp4;base64," + base64.b64encode(out.getvalue()).decode()
+    return encoded(tiny.video(seed, frames))
 
 
 def _png(image: Image.Image) -> str:
@@ -171,13 +160,3 @@ def messages(text: str, *urls: str) -> list[dict[str, Any]]:
         kind = "video_url" if url.startswith("data:video") else "image_url"
         parts.append({"type": kind, kind: {"url": url}})
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
-
-
-def ask(client: Any, *urls: str, text: str = QUESTION, **more: Any) -> Any:
-    """Return the greedy answer of a server with transformers; `tokencomp` are its options."""
-    options = more.pop("tokencomp", None)
-    body = {} if options is None else {"tokencomp": options}
-    return client.chat.completions.create(
-        model="tiny", messages=messages(text, *urls), max_tokens=more.pop("max_tokens", 8),
-        temperature=0, extra_body=body, **more,
-    )  # fmt: skip

@@ -1,0 +1,379 @@
+"""`tokencomp serve` as a real process on both engines, with a real `openai` client."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("starlette")
+openai = pytest.importorskip("openai")
+
+from support.console import run  # noqa: E402
+from support.serving import hf_reference, http  # noqa: E402
+from support.serving.files import canvas, content, data, png  # noqa: E402
+from support.serving.processes import Served, started  # noqa: E402
+from support.serving.selectors import selector  # noqa: E402
+
+from tokencomp.trained.cards import model_card  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
+IMAGE, WIDE, VIDEO = http.image_url(1), http.image_url(3, 168, 280), http.video_url(2)
+
+
+@pytest.fixture(scope="module", params=["hf", "vllm"])
+def served(
+    request: pytest.FixtureRequest, tiny_folder: Any, tmp_path_factory: Any
+) -> Iterator[Served]:
+    """A server with a low-detail ratio and a media path; that on vLLM has a key."""
+    root = tmp_path_factory.mktemp(request.param)
+    (root / "media").mkdir()
+    arguments = ["--ratio", 0.5, "--low-detail-ratio", 0.9]
+    arguments += ["--allowed-media-path", root / "media"]
+    with started(request.param, tiny_folder("qwen2_vl"), root, *arguments) as server:
+        yield server
+
+
+def expected(
+    served: Served, urls: list[str], spec: dict[str, Any], question: str = http.QUESTION
+) -> tuple[str, int, int]:
+    """Return text, prompt tokens and removed tokens of a direct call of the patched model."""
+    text, n, stats = hf_reference.chat_answer(served.folder, urls, question, spec)
+    removed = stats.tokens_before[0] - stats.tokens_after[0][0]
+    return text.rstrip("\ufffd"), n - removed, removed  # vLLM sends no incomplete character
+
+
+def check(answer: Any, want: tuple[str, int, int]) -> None:
+    text = answer.choices[0].message.content.rstrip("\ufffd")
+    assert (text, answer.usage.prompt_tokens) == want[:2]
+
+
+DEFAULT = {"ratio": 0.5, "reducer": "kcenter", "merge": "auto"}
+EVERY = ([IMAGE], [VIDEO], [http.mp4_url(4)], [IMAGE, WIDE], [IMAGE, VIDEO])
+CASES: dict[str, tuple[Any, Any]] = {  # options of requests, and their media
+    "uniform": ({"reducer": "uniform", "ratio": 0.3}, EVERY),
+    "divprune": ({"reducer": "divprune", "ratio": 0.6}, EVERY),
+    "bipartite": ({"reducer": "bipartite", "ratio": 0.6}, EVERY),
+    "fastv": ({"reducer": "fastv", "ratio": 0.5}, EVERY),
+    "budget": ({"reducer": "uniform", "budget": 12}, ([IMAGE, WIDE],)),  # tokens of each image
+    "fastv budget": ({"reducer": "fastv", "budget": 12}, ([IMAGE, WIDE],)),
+    "by modality": ({"reducer": "divprune", "ratio": {"image": 0.25, "video": 0.75}},
+                    ([IMAGE, VIDEO],)),
+    "tower": ({"reducer": "uniform", "ratio": 0.75, "tower_ratio": 0.5, "tower_reducer": "random"},
+              ([IMAGE],)),
+    "after a tower": ({"reducer": "uniform", "ratio": 0.75}, ([IMAGE],)),
+    "default": (None, ([IMAGE], [VIDEO])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_patched_model(served: Served, name: str) -> None:
+    options, media = CASES[name]
+    if served.engine == "vllm" and "fastv" in name:
+        pytest.skip("no reducer for vLLM")
+    spec = options or (DEFAULT if served.engine == "hf" else {**DEFAULT, "merge": False})
+    for urls in media:
+        answer, plain = served.ask(*urls, tokencomp=options), served.ask(*urls, ratio=0)
+        want = expected(served, urls, spec)
+        check(answer, want)
+        assert plain.usage.prompt_tokens - answer.usage.prompt_tokens == want[2]
+        assert want[2] > 0 or "fastv" in name
+
+
+def test_usage_counts_visual_tokens(served: Served) -> None:
+    """On `--engine hf`, whose reducers may drop between layers."""
+    if served.engine == "vllm":
+        pytest.skip("vLLM's usage has no further fields")
+    for options in ({"ratio": 0.75}, {"reducer": "fastv", "ratio": 0.5}, {"ratio": 0}):
+        _, _, stats = hf_reference.chat_answer(served.folder, [IMAGE], http.QUESTION, options)
+        after = stats.tokens_after[0] if options["ratio"] else [64]
+        usage = served.ask(IMAGE, tokencomp=options).usage.model_extra["tokencomp"]
+        assert usage["visual_tokens_before"] == 64
+        assert usage["visual_tokens_after"] == pytest.approx(sum(after) / len(after))
+        assert usage["ratio"] == pytest.approx(1 - sum(after) / len(after) / 64)
+
+
+def test_low_detail_has_the_ratio_of_the_operator(served: Served) -> None:
+    messages = http.messages(http.QUESTION, IMAGE)
+    messages[0]["content"][0]["image_url"]["detail"] = "low"
+    spec = {**DEFAULT, "ratio": 0.9, "merge": "auto" if served.engine == "hf" else False}
+    check(served.ask(messages=messages), expected(served, [IMAGE], spec))
+
+
+def test_long_video_files_have_as_many_tokens_as_on_transformers(served: Served) -> None:
+    """The texts differ: transformers 5 gives what follows a long video other positions."""
+    spec, url = {"reducer": "uniform", "ratio": 0.6}, http.mp4_url(5, frames=50)
+    answer = served.ask(url, tokencomp=spec)
+    assert answer.usage.prompt_tokens == expected(served, [url], spec)[1]
+
+
+def test_files_below_the_media_path_are_read(served: Served) -> None:
+    url, file = http.mp4_url(3), served.root / "media" / "a clip.mp4"
+    file.write_bytes(content(url))
+    part = {"type": "video_url", "video_url": {"url": file.as_uri()}}
+    chat = [{"role": "user", "content": [part, {"type": "text", "text": http.QUESTION}]}]
+    sent, read = served.ask(url), served.ask(messages=chat)
+    assert read.choices[0].message.content == sent.choices[0].message.content
+    assert read.usage == sent.usage
+
+
+def test_a_trained_selector_of_features_is_the_default(tiny_folder: Any, tmp_path: Path) -> None:
+    """The operator names its weights; images and clips keep what they keep in the patched model."""
+    pytest.importorskip("vllm")
+    folder = tiny_folder("qwen2_vl")
+    options = selector(tmp_path, model_card(hf_reference.load(folder)[0]))
+    words = [word for k, v in options.items() for word in ("--set", f"{k}={v}")]
+    with started("vllm", folder, tmp_path, "--ratio", 0.5, "--reducer", "selector", *words) as it:
+        for urls in ([IMAGE], [VIDEO], [IMAGE, VIDEO]):
+            spec = {"reducer": "selector", "ratio": 0.5, **options}
+            check(it.ask(*urls), expected(it, urls, spec))
+            other = it.ask(*urls, tokencomp={"options": {"pick": "mmr"}, "ratio": 0.75})
+            check(other, expected(it, urls, {**spec, "pick": "mmr", "ratio": 0.75}))
+
+
+def test_the_server_says_what_it_serves(served: Served) -> None:
+    client = served.client
+    page = client.with_options(base_url=served.url).get("/", cast_to=str)
+    assert "serves tiny with" in page and '"ratio": 0.5' in page
+    card, listed = client.models.retrieve("tiny"), next(iter(client.models.list()))
+    assert (card.id, card.max_model_len) == (listed.id, listed.max_model_len) == ("tiny", 8192)
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("other")
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="other", messages=http.messages("x"))
+    assert http.get(served.url + "/version")[0] == (401 if served.key else 200)
+
+
+# -- many requests --------------------------------------------------------------------------------
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_64_mixed_requests_and_none_is_lost(served: Served) -> None:
+    """Each answer is that of the same request alone: whole, or as a stream; some clients hang up.
+
+    They decode at the same time, with penalties and log-probabilities of their own.
+    """
+    images = [http.image_url(seed, 112 + 28 * (seed % 4), 168) for seed in range(5)]
+    media = [[image] for image in images] + [images[:2], [VIDEO], []]
+    specs = [{"reducer": "uniform", "ratio": 0.5}, {"ratio": 0}]
+    specs += [{"reducer": "fastv" if served.engine == "hf" else "divprune", "ratio": 0.75}]
+    kinds = [(m, s, 1 + j / 5) for m in media for j, s in enumerate(specs)]
+    count = f"{served.metrics['batches']}_count"
+
+    def ask(i: int, stream: bool = False) -> Any:
+        m, s, penalty = kinds[i % len(kinds)]
+        more: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
+        return served.ask(
+            *m, tokencomp=s, max_tokens=64, repetition_penalty=penalty, logprobs=penalty != 1,
+            **more if stream else {},
+        )  # fmt: skip
+
+    alone = [ask(i) for i in range(len(kinds))]
+    assert {answer.usage.completion_tokens for answer in alone} == {64}
+    before = http.metric(served.url, count) if served.engine == "hf" else 0
+
+    def answer(i: int) -> bool:
+        want = alone[i % len(kinds)]
+        if i % 2 == 0:
+            got = ask(i)
+            text, usage = got.choices[0].message.content, got.usage
+        else:
+            stream = ask(i, stream=True)
+            if i % 8 == 5:
+                for _ in range(3 + i % 7):
+                    next(iter(stream))
+                stream.close()
+                return True
+            chunks = list(stream)
+            text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+            usage = chunks[-1].usage
+            assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
+        assert text == want.choices[0].message.content, i
+        counts = "prompt_tokens", "completion_tokens"
+        assert [getattr(usage, n) for n in counts] == [getattr(want.usage, n) for n in counts], i
+        return False
+
+    with concurrent.futures.ThreadPoolExecutor(64) as pool:
+        assert sum(pool.map(answer, range(64))) == 8
+    wait_for(lambda: served.idle)
+    if served.engine == "hf":
+        assert http.metric(served.url, count) - before <= 32  # at least 2 per batch
+
+
+def test_an_abandoned_stream_is_aborted(served: Served) -> None:
+    generated = served.metrics["generated"]
+    before = http.metric(served.url, generated)
+    stream = served.ask(IMAGE, stream=True, max_tokens=7000)
+    next(iter(stream))
+    stream.close()
+    assert served.ask(WIDE).choices[0].message.content
+    wait_for(lambda: served.idle)
+    assert http.metric(served.url, generated) - before < 6000
+
+
+def test_metrics_count_tokens(served: Served) -> None:
+    names = [f"tokencomp_visual_tokens_{n}_total" for n in ("before", "after")]
+    media = http.image_url(5)
+    for _ in range(2):  # in vLLM's second request the media come from the cache
+        start = [http.metric(served.url, n) for n in names]
+        served.ask(media, ratio=0.75)
+        increase = [http.metric(served.url, n) - s for n, s in zip(names, start, strict=True)]
+        assert increase == [64, 16]
+    assert http.metric(served.url, "tokencomp_achieved_ratio") == 0.75
+    assert http.metric(served.url, "tokencomp_reduce_seconds_total") > 0
+
+
+def test_times_of_an_answer_are_counted_and_its_line_is_logged(served: Served) -> None:
+    if served.engine == "vllm":
+        pytest.skip("vLLM's own metrics and log")
+    names = ("time_to_first_token_seconds_sum", "end_to_end_seconds_sum",
+             "time_per_output_token_seconds_sum", "end_to_end_seconds_count")  # fmt: skip
+    past, since = [http.metric(served.url, f"tokencomp_{n}") for n in names], time.monotonic()
+    headers = {"X-Request-Id": "line-of-the-log"}
+    answer = served.ask(IMAGE, extra_headers=headers, ratio=0.75)
+    seconds = time.monotonic() - since
+    assert answer.id == "chatcmpl-line-of-the-log"
+    wait_for(lambda: "line-of-the-log" in (served.root / "log").read_text())
+    first, whole, per_token, count = (
+        http.metric(served.url, f"tokencomp_{n}") - p for n, p in zip(names, past, strict=True)
+    )
+    assert count == 1 and 0 < first < whole < seconds
+    assert whole - first == pytest.approx(per_token * (answer.usage.completion_tokens - 1))
+    (line,) = re.findall(".*line-of-the-log.*", (served.root / "log").read_text())
+    assert line.endswith(
+        f"reducer=kcenter ratio=0.75 prompt={answer.usage.prompt_tokens} visual=64->16 generated=8"
+    )
+
+
+# -- clients --------------------------------------------------------------------------------------
+
+
+def test_the_clients_of_the_documentation(served: Served, tmp_path: Path) -> None:
+    if served.engine == "vllm":
+        pytest.skip("they send no key")
+    http.tiny.image(1).save(tmp_path / "image.png")
+    page = (ROOT / "docs" / "serving.md").read_text().replace("http://127.0.0.1:8000", served.url)
+    script = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
+    command = re.search(r"```bash\n(curl .*?)```", page, re.DOTALL)[1]
+    example = [str(ROOT / "examples" / "serve_client.py"), "image.png", "?", "--url"]
+    for arguments, words in (
+        ([sys.executable, "-c", script], "visual_tokens_after.: ?16"),
+        (["bash", "-c", command], "visual_tokens_after.: ?16"),
+        ([sys.executable, *example, served.url + "/v1"], "ratio 0.75: [0-9]+ prompt"),
+    ):
+        answer = subprocess.run(
+            arguments, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True
+        )
+        assert re.search(words, answer.stdout)
+
+
+@pytest.mark.parametrize("arguments", [["--reducer", "selector"], ["--port", "PORT"]])
+def test_a_server_that_cannot_serve_does_not_start(tiny_folder: Any, arguments: list[str]) -> None:
+    """Without trained weights, or where another one listens."""
+    with socket.socket() as occupied:
+        occupied.bind(("127.0.0.1", 0))
+        occupied.listen()
+        port = str(occupied.getsockname()[1])
+        args = [port if a == "PORT" else a for a in arguments]
+        assert run("serve", "--model", tiny_folder("qwen2_vl"), *args) == 2
+
+
+WRONG: list[dict[str, Any]] = [
+    {"ratio": 2}, {"ratio": "x"}, {"ratio": {"film": 0.5}}, {"ratio": 0.99}, {"reducer": "none"},
+    {"reducer": "kcenter", "options": {"pool": 1}}, {"rate": 0.5}, {"reducer": "selector"},
+    {"reducer": "selector", "options": {"weights": "/etc/passwd"}}, {"budget": {"prompt": 8}},
+    {"tower_ratio": 0.9}, {"tower_ratio": 0.4, "tower_reducer": "none"},
+    {"tower_ratio": 0.4, "tower_reducer": "fastv"}, {"ratio": 0.5, "options": "[" * 10**5},
+    {"ratio": 0.5, "options": "1" * 5000},
+]  # fmt: skip
+WRONG_ON = {
+    "hf": [{"ratio": {"audio": 0.5}}],
+    "vllm": [{"reducer": "fastv"}, {"tower_ratio": 0.4, "tower_reducer": "adsc"}],
+}
+
+
+def test_malformed_requests_get_4xx_and_the_server_continues(served: Served) -> None:
+    """What a decoder or the engine itself would have to refuse; the rest is in test_doors."""
+    clip = content(http.mp4_url(1))
+    media = [
+        *http.outside(served.root / "media", served.root / "secret.png"), IMAGE[: len(IMAGE) // 2],
+        data(clip[:-100], "video/mp4"), data(b"hello", "video/mp4"), data(b"hello", "video/jpeg"),
+        IMAGE.replace("data:image/png", "data:video/mp4"), http.image_url(1, 4, 4000),
+        data(b'#EXTM3U\n#EXT-X-MEDIA:URI="file:///etc/passwd"\n', "video/mp4"),
+        png(20_000), canvas(2500, 4000),
+    ]  # fmt: skip
+    with http.unreached_urls() as remote:
+        for bad in [*remote, *media]:
+            with pytest.raises(openai.APIStatusError) as error:
+                served.ask(bad)
+            assert 400 <= error.value.status_code < 500, (bad[:100], error.value)
+            assert "passwd" not in str(error.value) and "secret" not in str(error.value)
+    for options in WRONG + WRONG_ON[served.engine]:
+        with pytest.raises(openai.BadRequestError) as error:
+            served.ask(IMAGE, tokencomp=options)
+        assert "/etc" not in str(error.value)
+    bodies: list[dict[str, Any]] = [{"mm_processor_kwargs": {"max_pixels": 10**9}}, {"n": 0}]
+    bodies += [{"text": "What " * 9000}, {"max_tokens": 0}, {"top_logprobs": 3, "logprobs": False}]
+    for more in bodies:
+        with pytest.raises(openai.BadRequestError):
+            served.ask(IMAGE, **more)
+    assert served.ask(IMAGE).choices[0].message.content
+    assert http.get(served.url + "/health")[0] == 200
+
+
+def test_a_client_may_leave_in_the_middle_of_a_body(served: Served) -> None:
+    """Where it has no key, the answer comes although half of the body never does."""
+    address = "127.0.0.1", int(served.url.rpartition(":")[2])
+    line = b"POST /v1/chat/completions HTTP/1.1\r\n"
+    head = line + b"Host: localhost\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(address, timeout=20) as connection:
+        connection.sendall(head + b"Content-Length: 60000000\r\n\r\n" + b'{"a": [')
+        if served.key:
+            assert connection.recv(100).startswith(b"HTTP/1.1 401")
+    time.sleep(0.5)
+    assert http.get(served.url + "/health")[0] == 200
+    assert served.engine == "vllm" or "Traceback" not in (served.root / "log").read_text()
+
+
+def test_running_requests_end_after_sigterm(served: Served) -> None:
+    """Also those that wait. The last test of this module, as it ends the server."""
+    tokens, before, deadline = 600, served.begun, time.monotonic() + 300
+
+    def stream(i: int) -> str:
+        chunks = list(served.ask(http.image_url(i), max_tokens=tokens, stream=True))
+        return str([c.choices[0].finish_reason for c in chunks if c.choices][-1])
+
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        plain = [pool.submit(served.ask, http.image_url(i), max_tokens=tokens) for i in range(6)]
+        streams = [pool.submit(stream, i) for i in range(6)]
+        while served.begun < before + 12:  # some may have ended before the last is accepted
+            assert time.monotonic() < deadline
+        os.kill(served.process.pid, signal.SIGTERM)
+        assert not all(answer.done() for answer in (*plain, *streams))
+        if served.engine == "vllm":
+            while http.get(served.url + "/health")[0] == 200:
+                assert time.monotonic() < deadline
+            with pytest.raises(openai.APIStatusError) as error:
+                served.ask(http.image_url(9))
+            head = error.value.response.headers
+            assert error.value.status_code == http.get(served.url + "/health")[0] == 503
+            assert head["connection"] == "close" and int(head["retry-after"]) > 0
+        assert {answer.result().usage.completion_tokens for answer in plain} == {tokens}
+        assert {answer.result() for answer in streams} == {"length"}
+    assert served.process.wait(timeout=60) is not None
