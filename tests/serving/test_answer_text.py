@@ -12,9 +12,7 @@ pytest.importorskip("pydantic")
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tokencomp.serving.hf.fields import read_request
 from tokencomp.serving.hf.text import AnswerText, token_bytes
-from tokencomp.serving.limits import RequestError
 
 TEXTS = ("Grüße: 東京 and 🙂🙃, e\u0301 …", "a b  c\n\n\td", "\ud55c\uae00" * 30)
 
@@ -93,13 +91,3 @@ def test_bytes_of_tokens_are_those_of_the_text(tokenizer: Any) -> None:
             tokens = reader.encode(text, add_special_tokens=False)
             parts = [token_bytes(reader, token, reader.decode([token])) for token in tokens]
             assert b"".join(parts) == reader.decode(tokens).encode()
-
-
-@pytest.mark.parametrize("stop", [["a"] * 17, ["a" * 257], "a" * 257])
-def test_stop_lists_are_bounded(stop: Any) -> None:
-    import json
-
-    body = {"messages": [{"role": "user", "content": "a"}], "stop": stop}
-    with pytest.raises(RequestError, match=r"stop: .*at most 16 texts of at most 256"):
-        read_request(json.dumps(body).encode())
-    assert read_request(json.dumps({**body, "stop": ["a"] * 16}).encode()).stops

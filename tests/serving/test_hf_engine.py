@@ -204,3 +204,30 @@ def test_a_seed_does_not_reach_the_next_request(engine: Engine) -> None:
         seeded.append(ask(engine, URLS[:1], **sampled, seed=1)[0])
         free.append(ask(engine, URLS[:1], **sampled)[0])
     assert len(set(seeded)) == 1 and len(set(free)) == 3
+
+
+BOTH = {"ratio": 0.75, "tower_ratio": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("default", "asked", "tower", "merge"),
+    [
+        (BOTH, None, 0.5, "auto"), (BOTH, {"tower_ratio": 0.25}, 0.75, "auto"),
+        (BOTH, {"ratio": 0.4}, 0.6, None),  # all of it in the tower
+        (BOTH, {"tower_ratio": 0}, 1, "auto"), ({"ratio": 0.5}, {"merge": True}, 1, True),
+        ({"ratio": 0.5}, {"merge": False}, 1, False),
+        ({"ratio": 0.5}, {"reducer": "uniform"}, 1, False),  # only the default merges by itself
+        ({"ratio": 0.5}, {"reducer": "bipartite"}, 1, False),
+    ],
+)  # fmt: skip
+def test_a_request_changes_the_default(
+    engine: Engine, default: Any, asked: Any, tower: float, merge: Any
+) -> None:
+    """Whatever the request before it set."""
+    options = ServerOptions.parse(default, engine="hf")
+    for before in ({"merge": True, "tower_ratio": 0.1, "ratio": 0.2}, {"reducer": "uniform"}):
+        for request in (before, asked):
+            with engine._compressed(options.resolve(request, engine="hf")):
+                plan = engine._handle.plan
+        assert (plan.tower.fraction if plan.tower else 1) == pytest.approx(tower)
+        assert [stage.merge for stage in plan.stages] == ([] if merge is None else [merge])

@@ -1,0 +1,84 @@
+"""`positions="compact"` numbers kept tokens like an engine with one position per token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support import oracle
+from support.families import FAMILIES, text
+
+import tokencomp
+from tokencomp.errors import OptionError
+
+OV = FAMILIES["llava_onevision"]
+ROWS = [
+    [text(5), OV.image(1), text(7)],
+    [text(3, 2), OV.video(4), text(4, 3), OV.image(2), text(6, 4)],
+]
+
+
+def embeddings(model: Any, inputs: Any) -> torch.Tensor:
+    """Return the decoder input of an unpatched call, shape (1, L, d)."""
+    seen: dict[str, Any] = {}
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True
+    )
+    model(**inputs)
+    hook.remove()
+    return seen["inputs_embeds"]
+
+
+def greedy(model: Any, x: torch.Tensor, steps: int) -> list[int]:
+    """Return the greedy tokens of a plain decoder on rows x (1, n, d) at positions 0, 1, 2, …"""
+    tokens: list[int] = []
+    for _ in range(steps):
+        hidden = model.model.language_model(inputs_embeds=x).last_hidden_state
+        token = model.lm_head(hidden[:, -1]).argmax(-1)
+        tokens.append(int(token))
+        x = torch.cat([x, model.get_input_embeddings()(token)[:, None]], dim=1)
+    return tokens
+
+
+def generated(model: Any, rows: list[Any]) -> list[list[int]]:
+    inputs = OV.batch(rows)
+    return model.generate(**inputs, max_new_tokens=8)[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_equals_a_plain_decoder_on_the_kept_rows(backend: str) -> None:
+    """Alone and in a ragged batch."""
+    model, expected = OV.build(backend), []
+    for row in ROWS:
+        inputs = OV.batch([row])
+        x = embeddings(model, inputs)
+        with tokencomp.patch(model, 0.6, reducer="uniform", positions="compact") as handle:
+            alone = generated(model, [row])
+            keep = oracle.kept_columns(handle, inputs, OV.layers)[-1][0].bool()
+        expected += [greedy(model, x[:, keep], 8)]
+        assert alone == expected[-1:] and keep.sum() < 0.6 * keep.numel()
+    with tokencomp.patch(model, 0.6, reducer="uniform"):
+        assert generated(model, ROWS) != expected  # original positions
+    with tokencomp.patch(model, 0.6, reducer="uniform", positions="compact"):
+        assert generated(model, ROWS) == expected
+
+
+@torch.no_grad()
+def test_second_turn_on_the_cache_continues_the_positions() -> None:
+    model, second = OV.build(), text(6, 9)
+    inputs = OV.batch([ROWS[0]])
+    x = embeddings(model, OV.batch([[*ROWS[0], second]]))
+    with tokencomp.patch(model, 0.5, reducer="uniform", positions="compact") as handle:
+        cache = model(**inputs, use_cache=True).past_key_values
+        keep = oracle.kept_columns(handle, inputs, OV.layers)[-1][0].bool()
+        logits = model(input_ids=torch.tensor([second]), past_key_values=cache).logits[:, -1]
+    rows = x[:, torch.cat([keep, torch.ones(6, dtype=torch.bool)])]
+    expected = model.lm_head(model.model.language_model(inputs_embeds=rows)[0][:, -1])
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_refused_for_mrope() -> None:
+    with pytest.raises(OptionError):
+        tokencomp.patch(FAMILIES["qwen2_vl"].build(), 0.5, positions="compact")
