@@ -34,12 +34,13 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
 
     def command(
-        *extra: str, bind: Any = Bind(), limits: Any = Limits(), model: Any = QWEN, **options: Any
+        *extra: str, bind: Any = None, limits: Any = None, model: Any = QWEN, **options: Any
     ) -> tuple[list[str], dict[str, str]]:
         config = {"model_type": model[0], "architectures": [model[1]]}
         (tmp_path / "config.json").write_text(json.dumps(config))
         given = {"ratio": 0.5, **options}
-        return launch.vllm_command(str(tmp_path), given, bind, limits, extra)
+        rules = bind or Bind(), limits or Limits()
+        return launch.vllm_command(str(tmp_path), given, *rules, extra)
 
     return command
 

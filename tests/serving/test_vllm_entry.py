@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import make_dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,11 +28,7 @@ class StockProcessor:
         return "stock"
 
 
-@dataclass(frozen=True)
-class Factories:
-    info: Any
-    processor: Any
-    dummy_inputs: Any
+Factories = make_dataclass("Factories", ["info", "processor", "dummy_inputs"], frozen=True)
 
 
 class StockModel(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from support.serving import cases as cases
+from support.serving import cases
 from support.serving.checks import batch, check
 
 MODELS = ("qwen2_vl", "llava_onevision", "qwen3_vl", "internvl")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.serving import cases as cases
+from support.serving import cases, hf_reference
 from support.serving.checks import batch, check
 
 MODELS = ("qwen2_vl", "llava_onevision", "qwen3_vl", "internvl")
@@ -30,10 +30,7 @@ def test_media_split_over_prefill_chunks(model: str, tiny_folder: Any, run_engin
 
 
 def test_qwen2_5_times_between_frames(tiny_folder: Any, run_engine: Any) -> None:
-    from support.serving import hf_reference
-
-    model = "qwen2_5_vl"
-    folder = tiny_folder(model)
+    model, folder = "qwen2_5_vl", tiny_folder("qwen2_5_vl")
     jobs = [cases.job(model, [cases.IMAGE], 0.5), cases.job(model, [cases.VIDEO], 0.5)]
     jobs += [cases.job(model, [cases.VIDEO, cases.OTHER], 0.7, reducer="random")]
     results = run_engine(folder, [[j] for j in jobs] + [batch(jobs, " together")])
@@ -44,13 +41,10 @@ def test_qwen2_5_times_between_frames(tiny_folder: Any, run_engine: Any) -> None
 
 
 def test_qwen3_vl_moe(tiny_folder: Any, run_engine: Any) -> None:
-    folder = tiny_folder("qwen3_vl_moe")
-    jobs = [
-        cases.job("qwen3_vl_moe", [cases.IMAGE], 0.5, reducer="divprune"),
-        cases.job("qwen3_vl_moe", [cases.VIDEO, cases.OTHER], 0.7, reducer="bipartite"),
-    ]
-    results = run_engine(folder, [[job] for job in jobs])
-    check(results, jobs, folder, "qwen3_vl_moe")
+    model, folder = "qwen3_vl_moe", tiny_folder("qwen3_vl_moe")
+    jobs = [cases.job(model, [cases.IMAGE], 0.5, reducer="divprune")]
+    jobs += [cases.job(model, [cases.VIDEO, cases.OTHER], 0.7, reducer="bipartite")]
+    check(run_engine(folder, [[job] for job in jobs]), jobs, folder, model)
 
 
 @pytest.mark.parametrize("model", ["qwen3_5", "qwen3_5_moe"])
@@ -61,8 +55,6 @@ def test_layers_with_linear_attention(model: str, tiny_folder: Any, run_engine: 
     exactly, and the first token's log-probability within the error of bfloat16. Over all prompts,
     it is nearer to the reference than to the uncompressed model.
     """
-    from support.serving import hf_reference
-
     folder = tiny_folder(model)
     media = ([cases.IMAGE], [cases.VIDEO], [cases.OTHER, cases.VIDEO, cases.IMAGE])
     jobs = [cases.job(model, m, 0.75, positions=True) for m in media]
@@ -84,8 +76,6 @@ def test_layers_with_linear_attention(model: str, tiny_folder: Any, run_engine: 
 
 def test_frames_that_are_spans(tiny_folder: Any, run_engine: Any) -> None:
     """GLM-4.1V: every frame keeps its share, and the seconds between frames stay."""
-    from support.serving import hf_reference
-
     folder = tiny_folder("glm4v")
     jobs = [cases.job("glm4v", [m], r) for m in (cases.IMAGE, cases.VIDEO) for r in (0.5, 0.75)]
     # transformers refuses a prompt of images and videos, as both have the same placeholder.
@@ -99,34 +89,6 @@ def test_frames_that_are_spans(tiny_folder: Any, run_engine: Any) -> None:
         check(results, jobs, folder, "glm4v", suffix, hf_reference.answer_of_kept)
 
 
-def test_trained_model_on_real_files(run_engine: Any, tmp_path: Any) -> None:
-    """The packaged model answers ShapesQA with the server's default and with ratios of requests."""
-    from support.serving import hf_reference
-
-    from tokencomp.inputs.prompts import media_chat
-    from tokencomp.zoo import model_path
-    from tokencomp.zoo.shapesqa.examples import shapesqa
-    from tokencomp.zoo.shapesqa.items import items
-
-    folder = model_path("tiny-qwen2-vl")
-    _, processor = hf_reference.load(folder)
-    default = {"reducer": "divprune", "ratio": 0.75}
-    jobs, reference_jobs = [], []
-    for i, example in enumerate(shapesqa(items("test", 1), tmp_path)):
-        loaded = example.load(8)
-        kinds = ["video" if isinstance(m, list) else "image" for m in loaded]
-        media = [[kind, str(path)] for kind, path in zip(kinds, example.media, strict=True)]
-        chat = media_chat(loaded, example.prompt)
-        prompt = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        job = {"name": f"item {i}", "prompt": prompt, "media": media}
-        own = {"tokencomp": {"ratio": 0.9}} if i % 2 else {}
-        jobs.append({**job, **own})
-        reference_jobs.append({**job, "tokencomp": {**default, **own.get("tokencomp", {})}})
-    results = run_engine(folder, [jobs], hf_overrides={"tokencomp": default})
-    check(results, reference_jobs, folder, "qwen2_vl")
-    assert {job["media"][0][0] for job in jobs} == {"image", "video"}
-
-
 # A video of Qwen3-VL and its timestamps must fit into the engine's encoder cache of 4096 rows.
 LONG = [("qwen2_vl", "float32", 640), ("qwen2_vl", "bfloat16", 640), ("qwen3_vl", "float32", 400)]
 
@@ -135,8 +97,6 @@ LONG = [("qwen2_vl", "float32", 640), ("qwen2_vl", "bfloat16", 640), ("qwen3_vl"
 def test_every_position_of_a_long_video(
     model: str, dtype: str, frames: int, tiny_folder: Any, run_engine: Any
 ) -> None:
-    from support.serving import hf_reference
-
     folder = tiny_folder(model)
     video = ["video", 2, frames, 56, 56]
     job = cases.job(model, [video], 0.5, reducer="random", positions=True)

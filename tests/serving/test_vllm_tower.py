@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.serving import cases as cases
+from support.serving import cases, hf_reference
 from support.serving.checks import batch, check
 
 pytest.importorskip("vllm", reason="vllm is not installed")
@@ -44,8 +44,6 @@ TOWERS = [{}, {"tower_ratio": 0.5}, {"tower_ratio": 0.6}, {"tower_ratio": 0.5}, 
 
 
 def compare(results: Any, jobs: Any, folder: Any, model: str, *suffixes: str) -> None:
-    from support.serving import hf_reference
-
     for job in jobs:
         with hf_reference.with_true_positions(folder, job):
             want = hf_reference.answer(folder, job)
@@ -71,8 +69,6 @@ def test_linear_layers_do_not_see_what_the_tower_dropped(tiny_folder: Any, run_e
 
     The patched model takes every frame of a video for a span, so only images can be compared.
     """
-    from support.serving import hf_reference
-
     folder, tower = tiny_folder("qwen3_5"), {"tower_ratio": 0.5, "tower_reducer": "random"}
     media = ([cases.IMAGE], [cases.OTHER, cases.IMAGE])
     jobs = [cases.job("qwen3_5", m, 0.75, positions=True, **tower) for m in media]

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from support.serving import hf_reference
+
 POSITIONS = {"llava_onevision": "compact", "internvl": "compact"}
 
 
@@ -21,8 +23,6 @@ def check(
 
     `reference` is a function of folder and job, by default the patched model.
     """
-    from support.serving import hf_reference
-
     for job in jobs:
         got = results[job["name"] + suffix]
         if reference is not None:
