@@ -57,12 +57,7 @@ def run_engine(tmp_path_factory: pytest.TempPathFactory) -> Any:
             str(results),
         ]
         process = subprocess.run(
-            command,
-            cwd=TESTS,
-            env=env,
-            capture_output=True,
-            text=True,
-            timeout=ENGINE_SECONDS,
+            command, cwd=TESTS, env=env, capture_output=True, text=True, timeout=ENGINE_SECONDS
         )
         assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-6000:]
         return {"log": process.stderr + process.stdout, **json.loads(results.read_text())}

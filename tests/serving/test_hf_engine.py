@@ -95,17 +95,10 @@ def idle(engine: Engine) -> None:
 
 @pytest.mark.parametrize(
     ("error", "status", "words"),
-    [
-        (torch.OutOfMemoryError("no"), 503, "out of memory"),
-        (OSError("/secret"), 500, "OSError"),
-    ],
+    [(torch.OutOfMemoryError("no"), 503, "out of memory"), (OSError("/secret"), 500, "OSError")],
 )
 def test_only_the_request_that_the_model_cannot_run_fails(
-    engine: Engine,
-    error: BaseException,
-    status: int,
-    words: str,
-    monkeypatch: pytest.MonkeyPatch,
+    engine: Engine, error: BaseException, status: int, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone = [ask(engine, [url])[0] for url in URLS]
     emptied: list[int] = []

@@ -24,13 +24,7 @@ from tokencomp.serving.vllm.tower import kept_cells
 from tokencomp.tokens.spans import Grid, ModelFacts, VisualSpan, VisualTokens
 from tokencomp.trained.cards import model_card, model_facts
 
-SPANS = [
-    ((1, 5, 7), ""),
-    ((3, 4, 4), ""),
-    ((1, 6, 5), "rows"),
-    ((4, 3, 3), "end"),
-    ((1, 1, 1), ""),
-]
+SPANS = [((1, 5, 7), ""), ((3, 4, 4), ""), ((1, 6, 5), "rows"), ((4, 3, 3), "end"), ((1, 1, 1), "")]
 
 
 def special_by_loops(grid: Grid, special: str) -> list[bool]:
@@ -48,13 +42,6 @@ def span_of(kind: str, grid: Grid, special: str = "") -> VisualSpan:
 
 def spans_of(kind: str) -> list[VisualSpan]:
     return [span_of(kind, *span) for span in SPANS]
-
-
-@pytest.mark.parametrize(("grid", "special"), SPANS, ids=str)
-def test_special_tokens(grid: Grid, special: str) -> None:
-    span, marks = span_of("image", grid, special), special_by_loops(grid, special)
-    assert span.special_mask().tolist() == marks
-    assert span.length == len(marks)
 
 
 @pytest.mark.parametrize("name", SERVABLE)
@@ -98,31 +85,19 @@ def test_both_backends_count_and_reduce_alike(name: str, ratio: float) -> None:
     assert at == plan.kept == len(rows) == len(index)
 
 
-def test_the_spans_are_those_of_the_adapters() -> None:
-    """An image and a video of LLaVA-OneVision have the spans of the patched model's adapter."""
-    family = families.FAMILIES["llava_onevision"]
-    model = family.build()
-    with tokencomp.patch(model, 0.5, reducer="uniform") as handle:
-        model(**family.batch([[family.image(1), [5], family.video(4)]]))
-        spans = handle.stats.spans[0]
-    own = [
-        span_of("image", (1, 4, 4)),
-        span_of("image", (1, 4, 8), "rows"),
-        span_of("video", (4, 2, 2), "end"),
-    ]
-    assert [dataclasses.replace(span, start=0) for span in spans] == own
-
-
 @pytest.mark.parametrize("budget", [7, 13, 30, 500])
-def test_tiles_share_a_budget_as_on_the_patched_model(budget: int) -> None:
+def test_spans_and_budgets_are_those_of_the_patched_model(budget: int) -> None:
+    """The tiles of an image share its budget."""
     family = families.FAMILIES["llava_onevision"]
     model, spec = family.build(), MethodSpec("uniform", budget=budget)
     with tokencomp.patch(model, reducer="uniform", budget=budget) as handle:
         model(**family.batch([[family.image(1), [5], family.video(4)]]))
         counts = [left for (left,) in handle.stats.counts[0]]
+        spans = [dataclasses.replace(span, start=0) for span in handle.stats.spans[0]]
     tiles = [span_of("image", (1, 4, 4)), span_of("image", (1, 4, 8), "rows")]
-    image = ItemPlan.make(tiles, spec)
-    video = ItemPlan.make([span_of("video", (4, 2, 2), "end")], spec)
+    clip = [span_of("video", (4, 2, 2), "end")]
+    assert spans == tiles + clip
+    image, video = ItemPlan.make(tiles, spec), ItemPlan.make(clip, spec)
     assert [*image.keep, *video.keep] == counts
     assert video.kept == min(budget, 17) and image.kept == min(budget, 52)
 

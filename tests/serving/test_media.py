@@ -290,50 +290,6 @@ def test_refusals_keep_their_status_and_words() -> None:
         assert words[0] == words[1]
 
 
-def box(kind: str, *parts: bytes) -> bytes:
-    """Return a box of an MP4 file."""
-    whole = b"".join(parts)
-    return struct.pack(">I", 8 + len(whole)) + kind.encode() + whole
-
-
-def numbers(*values: int) -> bytes:
-    return struct.pack(f">{len(values)}I", *values)
-
-
-def promising(samples: int) -> bytes:
-    """Return an MP4 file of 700 bytes whose tables say that it has so many samples of one byte."""
-    matrix = numbers(1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
-    sample = box(
-        "mp4v", bytes(6), b"\0\1", bytes(16), struct.pack(">HH", 64, 64), bytes(14), bytes(32),
-        struct.pack(">Hh", 24, -1),
-    )  # fmt: skip
-    tables = [
-        box("stsd", numbers(0, 1), sample), box("stts", numbers(0, 1, samples, 1)),
-        box("stsc", numbers(0, 1, 1, samples, 1)), box("stsz", numbers(0, 1, samples)),
-        box("stco", numbers(0, 1, 8)),
-    ]  # fmt: skip
-    media = box(
-        "mdia", box("mdhd", numbers(0, 0, 0, 1000, 1000), bytes(4)),
-        box("hdlr", numbers(0, 0), b"vide", bytes(14)),
-        box("minf", box("vmhd", bytes(12)), box("stbl", *tables)),
-    )  # fmt: skip
-    track = box("tkhd", numbers(7, 0, 0, 1, 0, 1000), bytes(16), matrix, numbers(64 << 16) * 2)
-    header = box(
-        "mvhd", numbers(0, 0, 0, 1000, 1000, 1 << 16), b"\1\0", bytes(10), matrix, bytes(24),
-        numbers(2),
-    )  # fmt: skip
-    movie = box("moov", header, box("trak", track, media))
-    return box("ftyp", b"isom", bytes(4), b"isom") + movie + box("mdat", bytes(100))
-
-
-def test_a_file_that_promises_many_samples_only_fails_itself() -> None:
-    """Its table takes 700 MB, and ten times as many samples would take ten times as much."""
-    file = promising(20_000_000)
-    assert len(file) < 1000
-    for memory in (256 << 20, 2 << 30):  # in the first, the demuxer cannot make the table
-        refused(400, decode_apart, file, Limits(decode_memory=memory), Deadline(60))
-
-
 def test_frames_that_do_not_fit_into_memory_are_refused() -> None:
     refused(413, decode_apart, CLIP, Limits(decode_memory=1 << 20), Deadline(60))
 

@@ -101,15 +101,6 @@ def test_with_options_an_untested_version_is_refused(
         dispatched._processor_factory.processor(SimpleNamespace(ctx=settings), None)
 
 
-def test_with_options_the_compressing_classes_are_built(dispatched: Any) -> None:
-    from tokencomp.serving.vllm import mrope
-
-    model = entry.compressing(ARCHITECTURE, "Model")
-    assert issubclass(model, (mrope.Model,)) and issubclass(model, StockModel)
-    processor = entry.compressing(ARCHITECTURE, "Processor")
-    assert issubclass(processor, (mrope.Processor,)) and issubclass(processor, StockProcessor)
-
-
 def test_a_conversion_of_the_model_stays_stock_or_is_refused(dispatched: Any) -> None:
     class Embedding(dispatched):
         """What vLLM makes of a model for `--convert embed`."""

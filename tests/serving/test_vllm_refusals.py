@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import pickle
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import make_dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +18,6 @@ import torch
 import vllm
 from cachetools import LRUCache
 from support.serving.cases import SERVABLE
-from support.serving.selectors import selector
 from vllm.config import CUDAGraphMode
 
 from tokencomp.errors import OptionError, RatioError, UnsupportedModelError
@@ -28,13 +26,12 @@ from tokencomp.serving.item_plan import ItemPlan, ItemSize, field_name, item_spa
 from tokencomp.serving.item_rows import batches, reduce_rows
 from tokencomp.serving.offsets import pack_offsets, unpack_offsets
 from tokencomp.serving.spec import ServerOptions
-from tokencomp.serving.vllm import checks, internvl, mrope
+from tokencomp.serving.vllm import checks, internvl, mrope, processing
 from tokencomp.serving.vllm.metrics import count_nonfinite, counters, item_sizes
 from tokencomp.serving.vllm.model import CompressingModel
 from tokencomp.serving.vllm.mrope import lengthen_tables
 from tokencomp.serving.vllm.processing import CompressingProcessor
 from tokencomp.serving.vllm.qwen3_vl import frame_offsets
-from tokencomp.tokens.spans import ModelFacts
 
 
 def config(**changes: Any) -> Any:
@@ -228,32 +225,21 @@ def test_towers_that_cannot_be_shortened(settings: Any, kind: type) -> None:
         processor._check_tower(MethodSpec("uniform", 0.5, tower_ratio=0.4))
 
 
-def test_keys_of_media_know_what_the_trained_weights_are(tmp_path: Path) -> None:
-    """Another training in the same folder gives other keys, and an equal one the same."""
+def test_keys_of_media_are_those_of_their_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They know what trained weights are, see test_item_plan; ratio 0 has the key of vLLM."""
+    monkeypatch.setattr(processing, "cache_key", lambda spec, facts: (spec.ratio, facts))
 
     class Stock:
         def _get_mm_hashes(self, inputs: Any) -> Any:
             return inputs.hf_processor_mm_kwargs
 
-    class Processor(CompressingProcessor, Stock):
-        pass
-
-    @dataclass(frozen=True)
-    class Inputs:
-        hf_processor_mm_kwargs: dict[str, Any]
-
-    card = {"model_type": "any", "num_layers": 2, "hidden_size": 8}
-    processor: Any = object.__new__(Processor)
-    processor._facts = ModelFacts(False, **card)
-    keys = []
-    for sign in (1, 1, -1):
-        options = selector(tmp_path, card, sign, time=len(keys))
-        asked = {"reducer": "selector", "ratio": 0.75, "options": options}
-        processor._options = ServerOptions.parse(asked)
-        processor._latest = "", processor._options.default
-        keys.append(processor._get_mm_hashes(Inputs({"fps": 1})))
-    assert keys[0] == keys[1] != keys[2] and keys[0]["fps"] == 1
-    assert processor._get_mm_hashes(Inputs({"tokencomp": {"ratio": 0}})) == {}
+    processor: Any = object.__new__(type("Processor", (CompressingProcessor, Stock), {}))
+    processor._options, processor._facts = ServerOptions.parse({"ratio": 0.75}), "facts"
+    processor._latest = "", processor._options.default
+    inputs = make_dataclass("Inputs", ["hf_processor_mm_kwargs"])
+    keys = processor._get_mm_hashes(inputs({"fps": 1}))
+    assert keys == {"fps": 1, "tokencomp": (0.75, "facts")}
+    assert processor._get_mm_hashes(inputs({"tokencomp": {"ratio": 0}})) == {}
 
 
 def test_options_of_requests_are_never_mixed_up() -> None:

@@ -19,10 +19,7 @@ VLLM_ENV = {
 }  # fmt: skip
 """Environment of vLLM processes that share the two cores of a test machine."""
 VLLM = ["--enforce-eager", "--dtype", "float32", "--max-model-len", 8192, "--block-size", 32]
-ARGUMENTS = {
-    "hf": ["--max-model-len", 8192],
-    "vllm": ["--", *VLLM, "--max-num-seqs", 16],
-}
+ARGUMENTS = {"hf": ["--max-model-len", 8192], "vllm": ["--", *VLLM, "--max-num-seqs", 16]}
 METRICS = {
     "hf": {
         "running": "tokencomp_requests_running", "waiting": "tokencomp_requests_waiting",

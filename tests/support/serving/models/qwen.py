@@ -12,14 +12,7 @@ import transformers as hf
 from recipes.tiny.export import export
 from recipes.tiny.families import family
 from recipes.tiny.tokenizer import load_tokenizer, write_tokenizer
-from support.serving.models.building import (
-    DECODER,
-    PIXELS,
-    TOWER,
-    sharpen,
-    write,
-    write_weights,
-)
+from support.serving.models.building import DECODER, PIXELS, TOWER, sharpen, write, write_weights
 from tokencomp.storage import write_json
 
 
