@@ -122,15 +122,12 @@ def test_hashes_keep_ratios_apart_and_ratio_zero_is_stock(tiny_folder: Any) -> N
     assert [i.hash for i in same.mm_items] == [i.hash for i in stock.mm_items]
     seen = [item.hash for item in stock.mm_items]
     for spec in (("divprune", 0.5), ("divprune", 0.75), ("uniform", 0.5)):
-        output = compress(processed(folder, job), MethodSpec(*spec), 2)
-        again = compress(processed(folder, job), MethodSpec(*spec), 2)
+        output, again = (compress(processed(folder, job), MethodSpec(*spec), 2) for _ in "ab")
         assert [i.hash for i in output.mm_items] == [i.hash for i in again.mm_items]
         seen += [item.hash for item in output.mm_items]
         for item in output.mm_items:  # what the radix cache compares
-            (start, last) = item.offsets[0]
-            assert output.padded_input_ids[start : last + 1] == item.padding_sequence(
-                last + 1 - start
-            )
+            start, stop = item.offsets[0][0], item.offsets[0][1] + 1
+            assert output.padded_input_ids[start:stop] == item.padding_sequence(stop - start)
         text = [t for t, s in zip(output.input_ids, output.padded_input_ids, strict=True) if t == s]
         pads = hf_reference.load(folder)[0].config.image_token_id
         assert text == [t for t in stock.input_ids if t != pads]
@@ -152,25 +149,18 @@ def test_hashes_know_what_the_trained_weights_are(tiny_folder: Any, tmp_path: Pa
 
 
 @torch.no_grad()
-def test_items_that_lose_nothing_are_stock(tiny_folder: Any) -> None:
-    folder = tiny_folder("qwen2_vl")
-    job = cases.job("qwen2_vl", [cases.OTHER, ["image", 3, 28, 28]], 0.02)
-    _, before = processed(folder, job).mm_items
-    first, after = compress(processed(folder, job), MethodSpec("uniform", 0.02), 2).mm_items
-    assert after.hash == before.hash and PLAN not in after.model_specific_data
-    removed = before.offsets[0][0] - after.offsets[0][0]
-    assert removed == first.model_specific_data["tokencomp_offsets"].shape[1] - (
-        first.offsets[0][1] + 1 - first.offsets[0][0]
-    )
-
-
-def test_a_shared_item_is_not_changed(tiny_folder: Any) -> None:
+def test_items_that_lose_nothing_and_shared_ones_are_stock(tiny_folder: Any) -> None:
     """SGLang's cache of processed images hands the same item to several requests."""
-    output = processed(tiny_folder("qwen2_vl"), cases.job("qwen2_vl", [cases.IMAGE], 0.5))
-    (item,) = output.mm_items
-    before = item.hash, list(item.offsets), set(item.model_specific_data)
-    compress(output, MethodSpec("divprune", 0.5), 2)
-    assert (item.hash, list(item.offsets), set(item.model_specific_data)) == before
+    job = cases.job("qwen2_vl", [cases.OTHER, ["image", 3, 28, 28]], 0.02)
+    stock = processed(tiny_folder("qwen2_vl"), job)
+    before = [(i.hash, list(i.offsets), set(i.model_specific_data)) for i in stock.mm_items]
+    items = list(stock.mm_items)
+    first, last = compress(stock, MethodSpec("uniform", 0.02), 2).mm_items
+    assert [(i.hash, list(i.offsets), set(i.model_specific_data)) for i in items] == before
+    assert last.hash == before[1][0] and PLAN not in last.model_specific_data
+    removed = before[1][1][0][0] - last.offsets[0][0]
+    full = first.model_specific_data["tokencomp_offsets"].shape[1]
+    assert removed == full - (first.offsets[0][1] + 1 - first.offsets[0][0])
 
 
 @torch.no_grad()
@@ -215,32 +205,32 @@ def test_uncompressed_items_and_levels_of_the_model(tiny_folder: Any) -> None:
     assert positions.T.tolist() == [[2, 2 + int(i) // 6, 2 + int(i) % 6] for i in index]
 
 
-def test_what_cannot_be_compressed_is_refused(tiny_folder: Any) -> None:
-    spec = MethodSpec("divprune", 0.5)
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"precomputed_embeddings": torch.zeros(1)}, OptionError),
+        ({"offsets": [(4, 5), (8, 9)]}, RuntimeError), ({"modality": Modality.AUDIO}, OptionError),
+    ],
+    ids=range(3),
+)  # fmt: skip
+def test_what_cannot_be_compressed_is_refused(changes: Any, error: Any, tiny_folder: Any) -> None:
+    output = processed(tiny_folder("qwen2_vl"), cases.job("qwen2_vl", [cases.IMAGE], 0.5))
+    for name, value in changes.items():
+        setattr(output.mm_items[0], name, value)
+    with pytest.raises(error):
+        compress(output, MethodSpec("divprune", 0.5), 2)
 
-    def output(**changes: Any) -> MultimodalProcessorOutput:
-        result = processed(tiny_folder("qwen2_vl"), cases.job("qwen2_vl", [cases.IMAGE], 0.5))
-        for name, value in changes.items():
-            setattr(result.mm_items[0], name, value)
-        return result
 
-    with pytest.raises(OptionError, match="precomputed"):
-        compress(output(precomputed_embeddings=torch.zeros(1)), spec, 2)
-    with pytest.raises(RuntimeError, match="placeholders for a grid"):
-        compress(output(offsets=[(4, 5), (8, 9)]), spec, 2)
-    with pytest.raises(OptionError, match="audio"):
-        compress(output(modality=Modality.AUDIO), spec, 2)
-    model = SimpleNamespace(architectures=[MODELS[0]])
-    check_server(model, SimpleNamespace(speculative_algorithm=None, pp_size=1))
-    for wrong in ({"speculative_algorithm": "EAGLE"}, {"pp_size": 2}):
-        with pytest.raises(UnsupportedModelError, match=next(iter(wrong))):
-            check_server(model, SimpleNamespace(**wrong))
-    for name, reason in (
-        ("Other", "Other in SGLang"),
-        ("NVILAForConditionalGeneration", "code of"),
-    ):
-        with pytest.raises(UnsupportedModelError, match=rf"{reason}.*--engine hf"):
-            check_server(SimpleNamespace(architectures=[name]), SimpleNamespace())
+def test_other_models_and_settings_of_the_server_are_refused() -> None:
+    right = {"speculative_algorithm": None, "pp_size": 1}
+    check_server(SimpleNamespace(architectures=[MODELS[0]]), SimpleNamespace(**right))
+    for name, wrong in (
+        (MODELS[0], {"speculative_algorithm": "EAGLE"}), (MODELS[0], {"pp_size": 2}),
+        ("Other", {}), ("NVILAForConditionalGeneration", {}),
+    ):  # fmt: skip
+        with pytest.raises(UnsupportedModelError):
+            settings = SimpleNamespace(**{**right, **wrong})
+            check_server(SimpleNamespace(architectures=[name]), settings)
 
 
 @torch.no_grad()
