@@ -15,10 +15,9 @@ from support.families import FAMILIES, text
 
 import tokencomp
 from tokencomp import Plan, Reducer, Stage, errors, make_reducer
-from tokencomp.plan.budgets import Budget
-from tokencomp.plan.counts import frame_budgets
+from tokencomp.plan.counts import Budget, frame_budgets
 from tokencomp.plan.plan import LEAST
-from tokencomp.plan.solved import by_item
+from tokencomp.plan.schedules import by_item
 from tokencomp.tokens.spans import VisualSpan
 
 

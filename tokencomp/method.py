@@ -13,11 +13,9 @@ from functools import cached_property
 from typing import Any, Literal
 
 from tokencomp.errors import OptionError, PlanError, RatioError
-from tokencomp.plan.budgets import Budget, check_one_amount, ratio_text
-from tokencomp.plan.counts import check_ratio
+from tokencomp.plan.counts import Budget, check_one_amount, check_ratio, ratio_text
 from tokencomp.plan.plan import Plan
-from tokencomp.plan.profiles import behind, not_before
-from tokencomp.plan.solved import by_item, by_modality
+from tokencomp.plan.schedules import after_tower, by_item, by_modality, not_before
 from tokencomp.plan.stages import MEDIA, Merging, TowerStage, check_merge
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import check_members, make_reducer, options_of
@@ -258,7 +256,7 @@ class MethodSpec:
             plan = not_before(plan, first_layer_stage, num_layers)
             if self.dropped_cells:
                 tower = TowerStage(0, 1.0 - self.dropped_cells, self.built_tower_reducer)
-                plan = behind(plan, tower, num_layers)
+                plan = after_tower(plan, tower, num_layers)
             if self.ratios:
                 plan = by_modality(self.ratios, self.built_reducer, num_layers, first_layer_stage)
             if self.built_budget is not None:

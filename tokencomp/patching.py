@@ -23,7 +23,7 @@ from tokencomp.engine.hooks import CallGate, Hooks
 from tokencomp.errors import AlreadyCompressedError, OptionError, PlanError
 from tokencomp.handle import Handle, handle_of, make_plan
 from tokencomp.method import MethodSpec
-from tokencomp.plan.budgets import check_one_amount
+from tokencomp.plan.counts import check_one_amount
 from tokencomp.plan.stages import Merging
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.plan_json import PlanLike, as_plan

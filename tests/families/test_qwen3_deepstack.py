@@ -11,7 +11,7 @@ import tokencomp
 from tokencomp import Plan, Stage, make_reducer
 from tokencomp.engine.gather import gather_arguments
 from tokencomp.errors import PlanError
-from tokencomp.plan.profiles import not_before
+from tokencomp.plan.schedules import not_before
 
 
 class Deep(Qwen3VL):

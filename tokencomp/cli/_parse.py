@@ -53,7 +53,7 @@ def ratios(text: str) -> list[float | dict[str, float]]:
 
 def budgets(text: str) -> list[int | dict[str, int]]:
     """ "512,prompt=4096" → [512, {"prompt": 4096}]."""
-    from tokencomp.plan.budgets import Budget
+    from tokencomp.plan.counts import Budget
 
     found: list[int | dict[str, int]] = []
     for piece in names(text):

@@ -111,7 +111,7 @@ def show(report: dict[str, Any]) -> None:
 
     from tokencomp.cli._tables import print_table
     from tokencomp.pages.html import compact, si
-    from tokencomp.plan.budgets import ratio_text
+    from tokencomp.plan.counts import ratio_text
 
     console, rows = Console(), report["rows"]
     texts: dict[str, Callable[[Any], str]] = {

@@ -26,7 +26,7 @@ from tokencomp.engine.cache import CompressedLayer, first_layer, physical_length
 from tokencomp.engine.layer_types import LayerTypes
 from tokencomp.engine.rowmap import RowMap, joined_columns, joined_mask
 from tokencomp.errors import copy_error
-from tokencomp.plan.budgets import Place, packed_places
+from tokencomp.plan.counts import Place, packed_places
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.stages import Stage
 from tokencomp.tokens.signals import Signal

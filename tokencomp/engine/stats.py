@@ -18,7 +18,7 @@ from tokencomp.engine.rowmap import RowMap
 from tokencomp.engine.tower.flops import TowerCost
 from tokencomp.engine.weights import extra_dims
 from tokencomp.errors import OptionError, RatioWarning
-from tokencomp.plan.budgets import Place
+from tokencomp.plan.counts import Place
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.reducer import counts_itself
 from tokencomp.tokens.spans import VisualSpan

@@ -19,7 +19,7 @@ from tokencomp.evaluation.settings import (
     Setting,
 )
 from tokencomp.evaluation.store import MANIFEST, read_records
-from tokencomp.plan.budgets import ratio_text
+from tokencomp.plan.counts import ratio_text
 from tokencomp.storage import read_object
 
 FIRST = (FULL, RANDOM, UNIFORM, DOWNSCALE, FEWER_FRAMES, NATIVE)

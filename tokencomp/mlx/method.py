@@ -15,8 +15,7 @@ import numpy as np
 from tokencomp.errors import MissingDependencyError, OptionError
 from tokencomp.mlx.selection import SELECT
 from tokencomp.mlx.spans import Span
-from tokencomp.plan.budgets import Budget, Place
-from tokencomp.plan.counts import check_ratio, keep_count
+from tokencomp.plan.counts import Budget, Place, check_ratio, keep_count
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from mlx_vlm.models.base import InputEmbeddingsFeatures
 from tokencomp.errors import OptionError, UnsupportedCacheError, UnsupportedModelError
 from tokencomp.mlx.method import ChosenMethod
 from tokencomp.mlx.spans import Span, find_spans
-from tokencomp.plan.budgets import places
+from tokencomp.plan.counts import places
 from tokencomp.torchlib.replace import Installed, MethodReplacement
 
 ATTRIBUTE = "_tokencomp_handle"

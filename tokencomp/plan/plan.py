@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from tokencomp.errors import OptionError, PlanError
-from tokencomp.plan.budgets import Place
+from tokencomp.plan.counts import Place
 from tokencomp.plan.reducer import StageReducer
 from tokencomp.plan.stages import Merging, Stage, TowerStage
 

@@ -1,18 +1,29 @@
-"""Layer schedules: the fraction of visual tokens seen by every layer, solved for a budget.
+"""Layer schedules: the fraction of visual tokens that every layer sees, at a given mean.
 
 Each schedule has a natural shape from its paper. For a target below the mean of that shape, the
 same shape prunes earlier (ours); for a target above it, pruning starts later or drops less. The
-mean over layers always equals the target.
+mean over layers always equals the target. `not_before` and `after_tower` fit a plan to a model, or
+to a tower stage, at the same ratio; `by_item` and `by_modality` give every item, or modality, the
+schedule of its ratio.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
 
-from tokencomp.errors import OptionError
+from tokencomp.errors import OptionError, PlanError
+from tokencomp.plan.counts import Budget
+from tokencomp.plan.plan import LEAST, Plan, stages_at_changes
+from tokencomp.plan.reducer import StageReducer
+from tokencomp.plan.stages import Stage, TowerStage
 
 Schedule = Callable[[int, float], list[float]]
+PROBES = tuple(i / 50 for i in range(1, 50))
+"""Ratios at which a method is asked before which layers it cuts."""
+MOST_SOLVED = 1024
 
 
 def early(natural: list[float], target: float) -> list[float]:
@@ -128,7 +139,7 @@ def sparsevlm(num_layers: int, target: float) -> list[float]:
 
 
 def natural_sparsevlm(num_layers: int) -> list[float]:
-    """SparseVLM's published shape: 300, 200 and 118 of 576 behind layers 2, 6 and 15 of 32."""
+    """SparseVLM's published shape: 300, 200 and 118 of 576 after layers 2, 6 and 15 of 32."""
     cuts = {16: 118 / 576, 7: 200 / 576, 3: 300 / 576}
     layers = [layer * 32 // num_layers for layer in range(num_layers)]
     return [next((f for first, f in cuts.items() if at >= first), 1.0) for at in layers]
@@ -146,3 +157,166 @@ SCHEDULES: dict[str, Schedule] = {
     "fastv": fastv,
     "sparsevlm": sparsevlm,
 }
+
+
+# -- the same ratio at other layers --------------------------------------------------------------
+
+
+def not_before(plan: Plan, first: int, num_layers: int) -> Plan:
+    """The plan without a layer stage before `first`, at the same ratio (ours).
+
+    Layers before `first` see the entry fraction, and later layers see less to make up for it.
+    If those would lose more than half of what they see, tokens leave at entry instead.
+    """
+    if not any(0 < s.layer < first for s in plan.stages):
+        return plan
+    reducers = _reducers(plan, plan.stages[0].reducer, num_layers)
+    return stages_at_changes(_delayed(plan.fractions(num_layers), first), reducers)
+
+
+def after_tower(plan: Plan, tower: TowerStage, num_layers: int) -> Plan:
+    """The plan at the same ratio after a tower stage (ours).
+
+    No layer sees more than what leaves the tower; layers that saw less before then see more, by
+    one factor for all of them. If that is not enough, layers that saw nothing see some as well.
+
+    Raises
+    ------
+    PlanError
+        The plan would need more tokens than the tower leaves.
+    """
+    profile, most = plan.fractions(num_layers), tower.fraction
+    total = sum(profile)
+    if total > most * sum(f > 0 for f in profile) + 1e-9:
+        profile = [max(f, LEAST) for f in profile]
+    if total > most * num_layers + 1e-9:
+        raise PlanError(
+            f"the tower leaves {most:g} of the visual tokens, but the decoder is to see "
+            f"{total / num_layers:g} of them on average over its layers. Lower tower_ratio, or "
+            "raise ratio."
+        )
+    # The sum over all layers grows with the factor. At every ratio most / f one more layer
+    # reaches what the tower leaves; between two of these ratios the sum is linear.
+    capped, rest, factor = 0, sorted((f for f in profile if f > 0), reverse=True), 1.0
+    for capped in range(len(rest) + 1):
+        below = sum(rest[capped:])
+        factor = (total - most * capped) / below if below > 0 else 1.0
+        if capped == len(rest) or factor * rest[capped] <= most + 1e-12:
+            break
+    scaled = [min(most, factor * f) for f in profile]
+    changes = stages_at_changes(scaled, _reducers(plan, tower.reducer, num_layers), most)
+    return Plan(changes.stages, tower)
+
+
+def _reducers(plan: Plan, first: StageReducer, num_layers: int) -> list[StageReducer]:
+    """The latest reducer before every layer; `first` before any stage."""
+    by_layer, reducers = {s.layer: s.reducer for s in plan.stages}, [first]
+    for layer in range(num_layers):
+        reducers.append(by_layer.get(layer, reducers[-1]))
+    return reducers[1:]
+
+
+def _delayed(profile: list[float], first: int) -> list[float]:
+    """A profile with the mean of `profile` and no change at layers 1 … first - 1."""
+    head, tail, total = profile[0], profile[first:], sum(profile)
+    later = sum(tail)
+    if later > 0:
+        scale = (total - first * head) / later
+        if scale >= 0.5:
+            return [head] * first + [scale * f for f in tail]
+        scale = total / (first * tail[0] + later)
+        if scale * tail[0] <= 1.0:
+            return [scale * tail[0]] * first + [scale * f for f in tail]
+    return [total / len(profile)] * len(profile)
+
+
+# -- a schedule for every item or modality -------------------------------------------------------
+
+
+class Planner(Protocol):
+    """A reducer that plans, `tokencomp.Reducer`."""
+
+    def plan(self, ratio: float, num_layers: int) -> Plan: ...
+
+
+def by_item(budget: Budget, method: Planner, num_layers: int, first: int) -> Plan:
+    """The plan that gives every item the schedule of its own ratio.
+
+    Hooks are installed before it is known how large an item is, so the plan has a stage before
+    every layer before which the method cuts at some ratio. Where an item's own schedule has none,
+    its count stays the same.
+
+    Parameters
+    ----------
+    first
+        Earliest layer before which the model allows a stage between layers.
+    """
+    schedule = ItemSchedule(method, num_layers, first)
+    reducers: dict[int, StageReducer] = {}
+    for ratio in PROBES:
+        reducers |= {s.layer: s.reducer for s in schedule.plan(1.0 - ratio).stages}
+    layers = sorted(reducers)
+    if layers == [0]:
+        return Plan((Stage(0, 1.0, reducers[0], budget=budget),))
+    ends = [*layers[1:], num_layers]
+    return Plan(
+        tuple(
+            Stage(a, 1.0, reducers[a], budget=budget, share=Share(schedule, a, b))
+            for a, b in zip(layers, ends, strict=True)
+        )
+    )
+
+
+def by_modality(ratios: Mapping[str, float], method: Planner, num_layers: int, first: int) -> Plan:
+    """The stages of all modalities in one plan; modalities without a ratio see every layer."""
+    plans = {
+        modality: not_before(method.plan(ratio, num_layers), first, num_layers)
+        for modality, ratio in ratios.items()
+    }
+    profiles = {modality: plan.fractions(num_layers) for modality, plan in plans.items()}
+    reducers = {s.layer: s.reducer for plan in plans.values() for s in plan.stages}
+    return Plan(
+        tuple(
+            Stage(layer, 1.0, reducer, tuple((k, f[layer]) for k, f in profiles.items()))
+            for layer, reducer in sorted(reducers.items())
+        )
+    )
+
+
+@dataclass(frozen=True)
+class ItemSchedule:
+    """A method's schedule in one decoder, solved once for every ratio that occurs."""
+
+    method: Planner
+    num_layers: int
+    first: int
+    _solved: dict[float, list[float]] = field(default_factory=dict, compare=False, repr=False)
+
+    def plan(self, left: float) -> Plan:
+        """The plan under which all layers see the fraction `left` on average."""
+        plan = self.method.plan(1.0 - left, self.num_layers)
+        return not_before(plan, self.first, self.num_layers)
+
+    def seen(self, left: float) -> list[float]:
+        """Fraction that every layer then sees."""
+        if left not in self._solved:
+            if len(self._solved) > MOST_SOLVED:
+                self._solved.clear()
+            self._solved[left] = self.plan(left).fractions(self.num_layers)
+        return self._solved[left]
+
+
+@dataclass(frozen=True)
+class Share:
+    """From the fraction that all layers see on average to what layers `start … stop - 1` see.
+
+    A step of the schedule between these layers is spread over them, so that the average stays.
+    """
+
+    schedule: ItemSchedule
+    start: int
+    stop: int
+
+    def __call__(self, left: float) -> float:
+        seen = self.schedule.seen(left)[self.start : self.stop]
+        return sum(seen) / len(seen)

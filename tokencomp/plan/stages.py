@@ -9,8 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 from tokencomp.errors import OptionError, PlanError
-from tokencomp.plan.budgets import Budget, Place
-from tokencomp.plan.counts import keep_count, split_evenly
+from tokencomp.plan.counts import Budget, Place, keep_count, split_evenly
 from tokencomp.plan.reducer import StageReducer, counts_itself, only_plans
 from tokencomp.validation import check_effect, describe_type, fits
 

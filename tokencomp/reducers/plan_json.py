@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tokencomp.errors import PlanError
-from tokencomp.plan.budgets import Budget
+from tokencomp.plan.counts import Budget
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.stages import Stage, TowerStage
 from tokencomp.reducers.registry import make_reducer, options_of

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tokencomp import __version__
 from tokencomp.method import MethodSpec
-from tokencomp.plan.budgets import places
+from tokencomp.plan.counts import places
 from tokencomp.plan.reducer import StageReducer
 from tokencomp.plan.stages import TowerStage
 from tokencomp.reducers.base import Reducer

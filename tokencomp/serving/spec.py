@@ -10,8 +10,7 @@ from typing import Any
 
 from tokencomp.errors import OptionError, RatioError
 from tokencomp.method import MethodSpec, resolve_auto
-from tokencomp.plan.budgets import Budget, check_one_amount
-from tokencomp.plan.counts import MAX_RATIO, check_ratio
+from tokencomp.plan.counts import MAX_RATIO, Budget, check_one_amount, check_ratio
 from tokencomp.plan.stages import Merging
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import make_reducer, options_of

@@ -11,7 +11,7 @@ from torch import Tensor
 from tokencomp.adapters.call import MODALITIES
 from tokencomp.errors import OptionError
 from tokencomp.handle import Handle
-from tokencomp.plan.budgets import places
+from tokencomp.plan.counts import places
 from tokencomp.tokens.signals import Attention
 from tokencomp.tokens.spans import VisualSpan
 
