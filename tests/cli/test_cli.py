@@ -12,33 +12,31 @@ import torch
 from support.console import run
 
 
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    """So that no cell of a table wraps."""
+    monkeypatch.setenv("COLUMNS", "400")
+
+
 def test_list_is_generated_from_the_registries(capsys):
     from tokencomp import available_models, available_reducers
 
-    assert run("list", "--json") == 0
-    printed = json.loads(capsys.readouterr().out)
-    names = {row["name"] for row in printed["reducers"]}
-    assert names == {*available_reducers(), "downscale", "fewer_frames", "native"}
-    assert {t for row in printed["models"] for t in row["model_types"]} == set(available_models())
-    merge = next(r for r in printed["reducers"] if r["name"] == "bipartite")
-    assert merge["options"]["weighted"] is True and merge["stage"] == "entry"
-    assert next(r for r in printed["reducers"] if r["name"] == "aim")["stage"] == "entry + layers"
-    scope = next(r for r in printed["reducers"] if r["name"] == "scope")
-    assert not scope["serving_safe"] and scope["serving_safe_with"] == "saliency=none"
-    assert merge["serving_safe"] and merge["serving_safe_with"] == ""
-    qwen = next(r for r in printed["models"] if r["family"] == "Qwen2-VL")
-    assert len(qwen["transformers"]) > 1 and "tiny-qwen2-vl" in qwen["embedded"]
-    axes = {row["family"]: row["positions"] for row in printed["models"]}
-    assert axes["Qwen2-VL"] == axes["Qwen3-VL"] == "M-RoPE" and axes["LLaVA-1.5"] == "1-D"
+    assert run("list") == 0
+    out = capsys.readouterr().out
+    rows = [re.split("  +", line) for line in out.splitlines()]
+    first = {row[0].removesuffix(" (default)"): row for row in rows}
+    assert {*available_reducers(), "downscale", "fewer_frames", "native"} <= {*first}
+    assert first["bipartite"][1:3] == ["entry", "yes"] and first["aim"][1] == "entry + layers"
+    assert first["scope"][2] == "saliency=none" and first["prune"][2] == "–"
+    assert set(available_models()) <= set(re.findall(r"\w+", out.partition("Models")[2]))
+    assert re.search(r"^Qwen2-VL .* 5\.6\.0, .*\ntiny-qwen2-vl ", out, re.M)
 
 
 def test_doctor_proves_that_layers_saw_fewer_tokens(folder, capsys):
-    assert run("doctor", "--model", folder, "--json") == 0
-    printed = json.loads(capsys.readouterr().out)
-    checks = {c["name"]: c for c in printed["checks"]}
-    assert checks["uniform: layers see fewer tokens"]["detail"].endswith("ratio 0.500")
-    assert checks["prune: equals the masked run"]["ok"] is True
-    assert printed["facts"]["torch"] == torch.__version__
+    assert run("doctor", "--model", folder) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"ok +uniform: layers see fewer tokens .* ratio 0\.500", out)
+    assert re.search(r"ok +prune: equals the masked run", out) and torch.__version__ in out
 
 
 def test_doctor_says_what_is_broken(folder, capsys, monkeypatch):
@@ -60,7 +58,7 @@ def test_demo_in_short_answers_the_packaged_questions(folder, tmp_path, monkeypa
     assert run("demo", "--model", folder) == 0
     out = capsys.readouterr().out
     rows = re.findall(r"^(full|random \(3 seeds\)|auto) +(0\S*)", out, re.M)
-    assert rows == [("full", "0"), ("random (3 seeds)", "0.75"), ("auto", "0.75")]
+    assert rows[:3] == [("full", "0"), ("random (3 seeds)", "0.75"), ("auto", "0.75")]
     assert f"{len(asked)} questions, 5 settings" in out and "tokencomp demo --reducer all" in out
     page = (tmp_path / "tokencomp-demo.html").read_text()
     assert page.count("<svg") == 1 and "data:image/jpeg;base64," in page

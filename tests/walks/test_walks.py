@@ -98,7 +98,7 @@ def test_a_researcher_asks_her_own_questions(desk: Desk) -> None:
     desk.run(*report[1:], "--table", "results.csv", "--table", "results.tex")
     assert (desk.folder / "results.tex").read_text().startswith("\\begin{tabular}")
     rows = (desk.folder / "results.csv").read_text().splitlines()
-    assert len(rows) == 1 + 1 + 2 * (2 + 3 + 2)  # head, full, and per ratio all settings
+    assert len(rows) == 1 + 1 + 2 * (2 + 3)  # head, full, and per ratio methods and baselines
     wrong = desk.run("eval", "--model", MODEL, "--data", "none.jsonl", "-o", "other", fails=2)
     assert "none.jsonl" in wrong and not (desk.folder / "other").exists()
 
@@ -141,7 +141,7 @@ def test_an_author_brings_a_method_in_a_package(desk: Desk) -> None:
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 0.1\n")
     (info / "entry_points.txt").write_text(f"[tokencomp.reducers]\n{name} = {module}\n")
-    assert name in {row["name"] for row in json.loads(desk.run("list", "--json"))["reducers"]}
+    assert re.search(rf"^{name} ", desk.run("list", "reducers"), re.MULTILINE)
     own = ("--model", MODEL, "--image", "street.jpg", "--question", "What color is the circle?")
     assert name in desk.run("inspect", *own, "--reducer", name)
 

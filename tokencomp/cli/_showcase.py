@@ -10,7 +10,7 @@ from tokencomp.evaluation.profiler import time_prefills
 from tokencomp.evaluation.settings import Setting
 from tokencomp.evaluation.timing import Split
 from tokencomp.inputs.prompts import to_model
-from tokencomp.inputs.questions import Example, modality_of
+from tokencomp.inputs.questions import Example
 from tokencomp.pages.demo import Answer
 from tokencomp.pages.pictures import kept_tiles, plain_tiles, strip
 
@@ -37,8 +37,8 @@ def answer_prompt(
 
 def _pictures(
     stats: Any, media: Sequence[Any], shrunk: Sequence[Any]
-) -> tuple[list[Any], list[tuple[int, list[Any]]], list[list[Any]]]:
-    """The fields `pictures`, `layers` and `clips` of an answer."""
+) -> tuple[list[Any], list[tuple[int, list[Any]]]]:
+    """The fields `pictures` and `layers` of an answer."""
     stages = []
     if stats and media:
         drawn = kept_tiles(media, stats)
@@ -46,8 +46,7 @@ def _pictures(
             stages.append((layer, [strip(t) for _, t in kept_tiles(media, stats, layer)]))
     else:
         drawn = [(m, plain_tiles(m)) for m in shrunk]
-    clips = [t for m, t in drawn if modality_of(m) == "video"]
-    return [strip(t) for _, t in drawn], stages, clips
+    return [strip(t) for _, t in drawn], stages
 
 
 def time_prefill(

@@ -2,63 +2,63 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
 
-from tokencomp.cli import _options as opt
-from tokencomp.cli._catalogue import WHAT, types, with_embedded
+WHAT = ("all", "reducers", "models")
 
 
 def command(
     what: Annotated[str, typer.Argument(help="reducers, models, or all.")] = "all",
-    as_json: opt.Json = False,
 ) -> None:
     """List reducers with their options, and the models that can be compressed."""
     from tokencomp.errors import unknown_name
 
-    if what not in ("all", *WHAT):
-        raise unknown_name("list", what, ("all", *WHAT))
-    listed: dict[str, Any] = {name: rows() for name, rows in WHAT.items() if what in ("all", name)}
-    if "models" in listed:
-        listed["models"] = with_embedded(listed["models"])
-        listed["types"] = types()
-    if as_json:
-        typer.echo(json.dumps(listed, indent=2))
-        return
+    if what not in WHAT:
+        raise unknown_name("list", what, WHAT)
     from rich.console import Console
 
     console = Console()
-    if "reducers" in listed:
-        _print_reducers(console, listed["reducers"])
-    if "models" in listed:
-        _print_models(console, listed["models"])
-        _print_types(console, listed["types"])
+    if what != "models":
+        _print_reducers(console)
+    if what != "reducers":
+        _print_models(console)
+        _print_types(console)
 
 
-def _print_reducers(console: Any, rows: list[dict[str, Any]]) -> None:
-    inputs = [row for row in rows if row["stage"] == "input"]
-    _print_table(console, "Reducers", [row for row in rows if row not in inputs])
-    console.print('[dim]"auto" is the default. Set options with --set NAME=VALUE.[/]\n')
-    _print_table(console, "Baselines on the input, for eval, demo and profile alone", inputs)
-    console.print()
-
-
-def _print_table(console: Any, title: str, rows: list[dict[str, Any]]) -> None:
+def _print_reducers(console: Any) -> None:
+    """Every registered reducer, then the input baselines of the benchmark commands."""
     from rich.markup import escape
 
     from tokencomp.cli._tables import print_table
+    from tokencomp.evaluation.settings import INPUT_BASELINES
+    from tokencomp.method import DEFAULT_REDUCER
+    from tokencomp.reducers.registry import available_reducers
+    from tokencomp.serving.servable import servable
 
-    names, cells = ("name", "stage", "vLLM", "what it does, and its options"), []
-    for row in rows:
-        name = f"[bold]{row['name']}[/]" + (" (default)" if row["default"] else "")
-        options = ", ".join(f"{k}={_short(v)}" for k, v in row["options"].items())
-        safe = "yes" if row["serving_safe"] else row["serving_safe_with"] or "–"
-        about = escape(row["summary"]) + (f"\n[dim]{escape(options)}[/]" if options else "")
-        cells.append((name, row["stage"], safe, about))
-    print_table(console, names, cells, wrapped=names[2:], title=title)
+    names, safe, rows = ("name", "stage", "vLLM", "what it does, and its options"), servable(), []
+    for name, cls in available_reducers().items():
+        options = ", ".join(f"{f.name}={_default(f)}" for f in dataclasses.fields(cls))
+        about = escape(cls.summary) + (f"\n[dim]{escape(options)}[/]" if options else "")
+        label = f"[bold]{name}[/]" + (" (default)" if name == DEFAULT_REDUCER else "")
+        rows.append((label, _stage(cls), (safe[name] or "yes") if name in safe else "–", about))
+    print_table(console, names, rows, wrapped=names[2:], title="Reducers")
+    console.print('[dim]"auto" is the default. Set options with --set NAME=VALUE.[/]\n')
+    inputs = [(f"[bold]{name}[/]", "input", "–", text) for name, text in INPUT_BASELINES.items()]
+    title = "Baselines on the input, for eval, demo and profile alone"
+    print_table(console, names, inputs, wrapped=names[2:], title=title)
+    console.print()
+
+
+def _default(field: Any) -> str:
+    if field.default is not dataclasses.MISSING:
+        return _short(field.default)
+    made = field.default_factory
+    return "required" if made is dataclasses.MISSING else _short(made())
 
 
 def _short(value: Any) -> str:
@@ -67,37 +67,71 @@ def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _print_models(console: Any, rows: list[dict[str, Any]]) -> None:
+def _stage(cls: Any) -> str:
+    """Where it acts at ratio 0.75 in a 28-layer decoder: entry, layers, or both."""
+    from tokencomp.errors import TokenCompError
+
+    try:
+        plan = cls().plan(0.75, 28)
+    except (TokenCompError, TypeError):  # needs weights or required options
+        return "entry"
+    parts = ["entry"] if plan.entry is not None else []
+    return " + ".join(parts + (["layers"] if plan.layer_stages else []))
+
+
+def _print_models(console: Any) -> None:
+    """Every family: its embedded models, model types, stages, and tested releases."""
     from rich.text import Text
 
+    from tokencomp.adapters.registry import available_models
     from tokencomp.cli._tables import print_table
+    from tokencomp.inputs import packaged
+    from tokencomp.torchlib.compat import tested_with
 
-    names = ("family", "model_type", "stages", "transformers")
-    cells = []
-    for row in rows:
-        own = "".join(f"\n[dim]{name}[/]" for name in row["embedded"])
-        family = Text.from_markup(f"[bold]{row['family']}[/]{own}")
-        lists = (", ".join(row[key]) for key in ("model_types", "stages", "transformers"))
-        cells.append((family, *lists))
-    caption = "transformers: releases that the exactness tests run on. --json has positions and "
-    print_table(
-        console,
-        names,
-        cells,
-        wrapped=names[1:],
-        gap=1,
-        title="Models",
-        caption=caption + "signals. Below a family: the embedded model.",
-    )
+    types: dict[Any, list[str]] = {}
+    for model_type, cls in available_models().items():
+        types.setdefault(cls, []).append(model_type)
+    embedded = {name: _model_type(name) for name in packaged.available_models()}
+    rows = []
+    for cls, names in sorted(types.items(), key=lambda item: item[0].family):
+        own = "".join(f"\n[dim]{name}[/]" for name, kind in embedded.items() if kind in names)
+        releases = {release for name in names for release in tested_with(name)}
+        ordered = sorted(releases, key=lambda release: [int(part) for part in release.split(".")])
+        family = Text.from_markup(f"[bold]{cls.family}[/]{own}")
+        rows.append((family, ", ".join(names), stages(names[0]), ", ".join(ordered)))
+    columns = ("family", "model_type", "stages", "transformers")
+    caption = "transformers: releases with exactness tests. Below a family: the embedded model."
+    print_table(console, columns, rows, wrapped=columns[1:], gap=1, title="Models", caption=caption)
 
 
-def _print_types(console: Any, table: dict[str, Any]) -> None:
-    """The types by status, without what the table of families shows."""
+def stages(model_type: str) -> str:
+    """Where reducers may act with the default config of a model type."""
+    from transformers import AutoConfig
+
+    from tokencomp.adapters.structure import deepstack_layers
+
+    try:
+        first = max(1, deepstack_layers(AutoConfig.for_model(model_type)))
+    except ValueError:  # a class of ours that is not imported yet
+        first = 1
+    return f"entry, layers >= {first}"
+
+
+def _model_type(name: str) -> str:
+    from tokencomp.inputs.packaged import model_path
+
+    return str(json.loads((model_path(name) / "config.json").read_text()).get("model_type"))
+
+
+def _print_types(console: Any) -> None:
+    """All model types by status, from the results that `patch` goes by."""
     from rich.markup import escape
 
-    from tokencomp.adapters.verified import STATUSES, TESTED
+    from tokencomp.adapters.verified import STATUSES, TESTED, load, nearest
 
-    release, installed = table["transformers"], version("transformers")
+    installed = version("transformers")
+    table = load(nearest(installed))
+    release = table["transformers"]
     console.print(f"\n[bold]Conformance on transformers {release}[/]")
     if installed != release:
         console.print(f"transformers {installed} has no results of its own and takes these.")
@@ -106,5 +140,5 @@ def _print_types(console: Any, table: dict[str, Any]) -> None:
         console.print(f"[bold]{status}[/] ({len(names)}): {escape(', '.join(names))}")
     console.print(
         "[dim]Unverified types need patch(..., verify=True), which checks a tiny copy, but for "
-        f"{', '.join(sorted(TESTED))}, tested with a real tower. --json has the reasons.[/]"
+        f"{', '.join(sorted(TESTED))}, tested with a real tower. `patch` says why it refuses.[/]"
     )

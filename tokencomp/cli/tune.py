@@ -20,11 +20,8 @@ def command(
         Path, typer.Option(help="Your questions: JSON Lines with question, answer and media.")
     ],
     tokens: Annotated[
-        float | None, typer.Option(help="Visual tokens per item and decoder layer, at most.")
-    ] = None,
-    latency: Annotated[
-        float | None, typer.Option(help="Milliseconds of model time per answer, at most.")
-    ] = None,
+        float, typer.Option(help="Visual tokens per item and decoder layer, at most.")
+    ],
     frames: Annotated[
         str, typer.Option(help="Frames per video to try, each as in `eval`.")
     ] = "4,8,16",
@@ -42,16 +39,13 @@ def command(
     """Search frames × pixels × reducer × ratio for the best accuracy at a budget.
 
     Every combination within --tokens is measured. Prints the Pareto front of accuracy against
-    tokens (or time, with --latency).
+    tokens.
     """
     from tokencomp.errors import OptionError
     from tokencomp.inputs.frames import plain_frames
 
-    if tokens is None and latency is None:
-        raise OptionError("give a budget: --tokens 128 or --latency 50 (milliseconds per answer).")
-    for name, budget in (("tokens", tokens), ("latency", latency)):
-        if budget is not None and not budget > 0:
-            raise OptionError(f"--{name} {budget:g}: expected a positive number.")
+    if not tokens > 0:
+        raise OptionError(f"--tokens {tokens:g}: expected a positive number.")
     grid: dict[str, Any] = {
         "frames": [plain_frames(one) for one in parse.names(frames)],
         "scales": _numbers("scale", scale),
@@ -70,18 +64,12 @@ def command(
     candidates = tuning.candidates(*loaded, questions, **grid)
     how: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
     measured = tuning.search(*loaded, questions, candidates, **how)
-    within = tuning.within(measured, tokens, None if latency is None else latency / 1e3)
-    cost = "tokens" if latency is None else "seconds"
-    facts = {
-        "model": source.model,
-        "budget": {"tokens": tokens, "latency_ms": latency},
-        "max_new_tokens": max_new_tokens,
-        **environment(),
-    }
+    within = tuning.within(measured, tokens)
     if as_json:
-        typer.echo(tuning.as_json(within, cost, facts))
+        facts = {"model": source.model, "tokens": tokens, "max_new_tokens": max_new_tokens}
+        typer.echo(tuning.as_json(within, {**facts, **environment()}))
     else:
-        _print(within, tuning.pareto(within, cost), tokens, latency)
+        _print(within, tuning.pareto(within), tokens)
 
 
 def _numbers(name: str, text: str) -> list[float]:
@@ -96,18 +84,16 @@ def _numbers(name: str, text: str) -> list[float]:
     return numbers
 
 
-def _print(
-    measured: list[Any], front: list[Any], tokens: float | None, latency: float | None
-) -> None:
+def _print(measured: list[Any], front: list[Any], tokens: float) -> None:
     from rich.console import Console
 
     from tokencomp.cli._tables import print_table
 
     console = Console()
     if not front:
-        budget = "" if tokens is None else f" within {tokens:g} tokens"
-        budget += "" if latency is None else f" within {latency:g} ms"
-        console.print(f"Nothing answered{budget}; give a larger budget or fewer frames.")
+        console.print(
+            f"Nothing answered within {tokens:g} tokens; give a larger budget or fewer frames."
+        )
         raise typer.Exit(1)
     names = ("frames", "scale", "method", "ratio", "tokens", "ms/answer", "accuracy", "n")
     rows = [

@@ -74,7 +74,7 @@ def candidates(
     scales: Sequence[float],
     reducers: Sequence[str],
     ratios: Sequence[float],
-    tokens: float | None,
+    tokens: float,
     options: Mapping[str, Any] | None = None,
 ) -> list[Candidate]:
     """All combinations within the token budget.
@@ -92,9 +92,9 @@ def candidates(
         for k, (full, scale) in enumerate(zip(means, sizes, strict=True)):
             if full in means[:k]:
                 continue
-            exact = [] if tokens is None or full <= tokens else [1.0 - tokens / full]
+            exact = [] if full <= tokens else [1.0 - tokens / full]
             for ratio in sorted({0.0, *ratios, *exact}):
-                fits = tokens is None or full * (1 - ratio) <= tokens * ROUNDED
+                fits = full * (1 - ratio) <= tokens * ROUNDED
                 if fits and ratio <= MAX_RATIO:
                     settings = _settings(reducers, ratio, options or {})
                     fitting += [Candidate(n, scale, s, full * (1 - ratio)) for s in settings]
@@ -185,34 +185,26 @@ def _result(c: Candidate, run: EvalRun) -> Candidate:
     )
 
 
-def within(
-    measured: Sequence[Candidate], tokens: float | None = None, seconds: float | None = None
-) -> list[Candidate]:
-    """Candidates whose measured tokens and seconds per answer are within the budgets."""
-    return [
-        c
-        for c in measured
-        if (tokens is None or c.tokens <= tokens * ROUNDED)
-        and (seconds is None or c.seconds <= seconds)
-    ]
+def within(measured: Sequence[Candidate], tokens: float) -> list[Candidate]:
+    """Candidates whose measured tokens are within the budget."""
+    return [c for c in measured if c.tokens <= tokens * ROUNDED]
 
 
-def pareto(measured: Sequence[Candidate], cost: str = "tokens") -> list[Candidate]:
-    """Candidates that no other one beats at the same or a lower cost, cheapest first.
+def pareto(measured: Sequence[Candidate]) -> list[Candidate]:
+    """Candidates that no other one beats at the same or fewer tokens, fewest first.
 
-    The cost is in "tokens" or "seconds". Those that answered no question take no part.
+    Those that answered no question take no part.
     """
-    full = [c for c in measured if c.items]
     front: list[Candidate] = []
-    for c in sorted(full, key=lambda c: (getattr(c, cost), -c.accuracy)):
+    for c in sorted((c for c in measured if c.items), key=lambda c: (c.tokens, -c.accuracy)):
         if not front or c.accuracy > front[-1].accuracy:
             front.append(c)
     return front
 
 
-def as_json(measured: Sequence[Candidate], cost: str, facts: dict[str, Any]) -> str:
+def as_json(measured: Sequence[Candidate], facts: dict[str, Any]) -> str:
     """Budget, environment and all candidates as JSON text."""
-    front = pareto(measured, cost)
+    front = pareto(measured)
     rows = []
     for c in measured:
         row = {k: v for k, v in vars(c).items() if k != "setting"}

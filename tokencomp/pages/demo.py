@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,7 @@ class Answer:
 
     `pictures` has one sheet per image or video that shows what the decoder layers see of it; the
     media itself where nothing was removed inside the model. `layers` has, per stage, its first
-    layer and such sheets of what remains from there on, and `clips`, per video, the pictures of its
-    sheet, to be shown one after the other.
+    layer and such sheets of what remains from there on.
     """
 
     setting: Setting
@@ -31,7 +30,6 @@ class Answer:
     cost: Cost
     pictures: list[Any]
     layers: list[tuple[int, list[Any]]]
-    clips: list[list[Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

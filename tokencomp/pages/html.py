@@ -14,7 +14,7 @@ def render(template: str, path: str | Path, **values: Any) -> Path:
     """Fill a template and write it to `path`. Text is escaped; SVG is marked as safe there."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    from tokencomp.pages.pictures import animation_uri, data_uri  # need Pillow, `si` does not
+    from tokencomp.pages.pictures import data_uri  # needs Pillow, `si` does not
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
@@ -23,7 +23,7 @@ def render(template: str, path: str | Path, **values: Any) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(si=si, pct=percent, runs=compact, jpeg=data_uri, gif=animation_uri)
+    environment.filters.update(si=si, pct=percent, runs=compact, jpeg=data_uri)
     path = Path(path)
     with writing(path):
         path.write_text(environment.get_template(template).render(**values), encoding="utf-8")

@@ -201,11 +201,3 @@ def file_uri(path: Path) -> str:
             return data_uri(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError):  # Pillow raises all of them for damaged files
         return ""
-
-
-def animation_uri(images: Sequence[Image.Image]) -> str:
-    """Pictures of one size, one after the other in an endless loop, as a `data:` address."""
-    buffer = io.BytesIO()
-    first, *rest = [image.quantize(64) for image in images]
-    first.save(buffer, "GIF", save_all=True, append_images=rest, duration=500, loop=0)
-    return "data:image/gif;base64," + base64.b64encode(buffer.getvalue()).decode()
