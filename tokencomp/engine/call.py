@@ -87,13 +87,14 @@ class Segment:
         """Whether a column may be missing among the last `rows` rows of any query."""
         return self.new.columns is not None or self.past.gap_within(rows)
 
-    def weights(self) -> Tensor | None:
-        """Tokens that the first rows, cached and new, stand for, (B, m); None: one each.
+    def weights(self) -> Tensor:
+        """Tokens that the rows, cached and new, stand for, (B, rows), where new ones were merged.
 
         Cached rows are repeated as often as they weigh, so that each of them weighs 1.
         """
         new = self.new.weights
-        if new is None or not self.past.rows:
+        assert new is not None
+        if not self.past.rows:
             return new
         return torch.cat([new.new_ones(new.shape[0], self.past.rows), new], dim=1)
 
@@ -306,13 +307,6 @@ class Call:
     def segment_of(self, layer: int) -> Segment:
         """The segment that decoder layer `layer` belongs to."""
         return next(s for s in self.segments if s.first <= layer < s.stop)
-
-    def weights(self, segment: Segment) -> Tensor | None:
-        """Tokens that the first rows of a segment weigh as much as, (B, m); None: one each.
-
-        Rows of reducers that merge by themselves weigh as much as others.
-        """
-        return segment.weights() if self.merges else None
 
     def length_after(self) -> int:
         """Tokens of the sequence after this call as positions count them: columns, or rows.

@@ -164,7 +164,11 @@ class RowWeights(CallHooks):
             self._modules = attention_modules(self.adapter.layers)
             for module in self._modules:
                 module.config = AttributeView(
-                    module.config, _attn_implementation=NAME, tokencomp_bias_dims=self._bias_dims
+                    module.config,
+                    _attn_implementation=NAME,
+                    tokencomp_bias_dims=self._bias_dims,
+                    tokencomp_module=AttributeView(module, config=module.config),
+                    tokencomp_backend=compat.attention_function(module, module.config),
                 )
 
     def _exit(self) -> None:
@@ -220,8 +224,7 @@ class RowWeights(CallHooks):
             return None
         segment = call.segment_of(layer)
         call.weighed.add(layer)
-        weights = call.weights(segment)
-        if weights is None:
+        if not call.merges or segment.new.weights is None:
             return None
         if state.noted.grad and state.recomputed is None:
             # Without gradients is the first run of reentrant checkpointing, whoever implements it.
@@ -229,6 +232,7 @@ class RowWeights(CallHooks):
             refuse_recomputation(self.adapter.decoder, lost, ", or use merge=False", first)
         case = segment.first, rows, query.shape[-1], query.dtype, key.dtype, key.device, scaling
         if case not in call.bias_dims:
+            weights = segment.weights()
             # A window hands the last rows to attention, and a chunk the first ones.
             gone = segment.past.rows + segment.new.rows - rows if call.chunk is None else 0
             call.bias_dims[case] = bias_dims(query, key, weights[:, max(gone, 0) :], scaling)
@@ -244,7 +248,8 @@ class RowWeights(CallHooks):
             Attention of some layers does not call the function that its config names.
         """
         wanted = {module.layer_idx for module in attention_modules(self.adapter.layers)}
-        missing = {i for i in wanted - call.weighed if call.weights(call.segment_of(i)) is not None}
+        missing = wanted - call.weighed
+        missing = {i for i in missing if call.segment_of(i).new.weights is not None}
         if missing:
             raise UnsupportedModelError(
                 f"merge=True: the attention of layers {sorted(missing)} of "
@@ -316,15 +321,16 @@ def attend(
     It takes queries (B, H, q, d), keys and values (B, kv heads, k, d), and gives (B, q, H, d) and
     the backend's attention weights or None, as every attention function of transformers.
     """
-    config, plain, more = module.config, module, None
-    scale, dim = query.shape[-1] ** -0.5 if scaling is None else scaling, value.shape[-1]
-    if isinstance(config, AttributeView):  # else it has left since, with another thread's prompt
-        plain = AttributeView(module, config=config.tokencomp_original)
-        more = config.tokencomp_bias_dims(module.layer_idx, query, key, scale)
+    config, scale, dim = module.config, query.shape[-1] ** -0.5, value.shape[-1]
+    if not isinstance(config, AttributeView):  # restored since, with another thread's prompt
+        backend = compat.attention_function(module, config)
+        return backend(module, query, key, value, attention_mask, scaling=scaling, **kwargs)  # type: ignore[no-any-return]
+    scale = scale if scaling is None else scaling
+    more = config.tokencomp_bias_dims(module.layer_idx, query, key, scale)
     if more is not None:
         query, key, value = widen(query, key, value, more)
         scaling = scale
-    backend = compat.attention_function(module, plain.config)
+    plain, backend = config.tokencomp_module, config.tokencomp_backend
     out, weights = backend(plain, query, key, value, attention_mask, scaling=scaling, **kwargs)
     return out if more is None else out[..., :dim].contiguous(), weights
 
