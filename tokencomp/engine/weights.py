@@ -235,7 +235,8 @@ class RowWeights(CallHooks):
             weights = segment.weights()
             # A window hands the last rows to attention, and a chunk the first ones.
             gone = segment.past.rows + segment.new.rows - rows if call.chunk is None else 0
-            call.bias_dims[case] = bias_dims(query, key, weights[:, max(gone, 0) :], scaling)
+            weights = weights[:, gone:] if gone > 0 else weights
+            call.bias_dims[case] = bias_dims(query, key, weights, scaling)
         found: BiasDims = call.bias_dims[case]
         return found
 

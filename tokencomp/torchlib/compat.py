@@ -104,20 +104,6 @@ def kv_sharing_modes(config: Any) -> list[str | None]:
     return modes
 
 
-def layers_compiled(decoder: Any) -> bool:
-    """Whether torch.compile was applied to the forward of a decoder, or to some of its layers.
-
-    Dynamo then traces layers without the hooks on the decoder around them. A loop, because each
-    call of a function would cost more than what it looks at.
-    """
-    if hasattr(decoder.forward, "_torchdynamo_orig_callable"):
-        return True
-    for layer in decoder.layers:
-        if layer._compiled_call_impl is not None or "_orig_mod" in layer._modules:
-            return True
-    return False
-
-
 def recomputed(layer: nn.Module) -> bool:
     """Whether a backward pass would run this decoder layer once more."""
     checkpointed = getattr(layer, "gradient_checkpointing", False) and layer.training
