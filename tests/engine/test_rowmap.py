@@ -40,8 +40,8 @@ def turn(draw: random.Random) -> tuple[RowMap, list[list[int | None]], int, list
     """A prompt of two samples after a stage: its map, columns, length, and weights of its rows."""
     width, spans, left, counts, kept, flat, columns = 30, [], [], [], [], 0, []
     for lengths in (draw.randint(24, 30), 30):
-        first = width - lengths
-        start, n = first + draw.randint(1, 4), draw.randint(6, 12)
+        first, n = width - lengths, draw.randint(8, 16)
+        start = width - n - draw.randint(1, 3)
         keep = sorted(draw.sample(range(n), draw.randint(1, n - 1)))
         spans.append([VisualSpan(start, n, (1, 1, n))])
         left.append(lengths)
@@ -80,7 +80,7 @@ def test_turns(seed: int) -> None:
     check(cache, columns, length)
     later = draw.randint(1, 5)  # written to the cache layer without a call of ours
     cache.rows += later
-    columns = [row + [*range(length, length + later)] for row in columns]
+    columns = [[*row, *range(length, length + later)] for row in columns]
     length += later
     check(cache, columns, length)
     order = [1, 0, 1]

@@ -13,7 +13,7 @@ from support.families import FAMILIES, text
 
 import tokencomp
 from tokencomp import Plan, Stage, make_reducer
-from tokencomp.engine.call import weights
+from tokencomp.engine import weights
 from tokencomp.errors import MergeWarning, OptionError, UnsupportedModelError
 
 MERGERS = [c for c in matrix.cases() if make_reducer(c[0], **c[1]).merges]
