@@ -325,7 +325,8 @@ def attend(
     config, scale, dim = module.config, query.shape[-1] ** -0.5, value.shape[-1]
     if not isinstance(config, AttributeView):  # restored since, with another thread's prompt
         backend = compat.attention_function(module, config)
-        return backend(module, query, key, value, attention_mask, scaling=scaling, **kwargs)  # type: ignore[no-any-return]
+        out, weights = backend(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return out, weights
     scale = scale if scaling is None else scaling
     more = config.tokencomp_bias_dims(module.layer_idx, query, key, scale)
     if more is not None:
