@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -93,6 +95,12 @@ def test_adapters_and_quantized_weights_are_checked() -> None:
     layer = model.model.language_model.layers[0].self_attn
     layer.q_proj = torch.nn.Sequential(layer.q_proj, torch.nn.Identity())
     tokencomp.patch(model, 0.5, verify=True).remove()
+
+
+def test_a_class_typed_into_a_notebook_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "typed", ModuleType("typed"))
+    typed = type("TypedModel", (RemoteModel,), {"__module__": "typed"})
+    tokencomp.patch(tiny_model(typed, RemoteConfig()).model, 0.5, verify=True).remove()
 
 
 @pytest.mark.parametrize("name", ["tiny-qwen3-vl", "tiny-llava-onevision"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from support.answers import HOW, one_by_one
+from support.console import run as command
 
 import tokencomp
 from tokencomp.errors import OptionError, SpanError, UnknownNameError, WeightsError
@@ -86,6 +88,15 @@ def test_after_ten_failures_without_an_answer_nothing_is_tried(loaded, examples,
     settings = [Setting(Refuses(), 0.5, name="refuses"), Setting("uniform", 0.5)]
     refused, fine = sweep(*loaded, items, settings, batch_size=5, **HOW).values()
     assert Refuses.calls == 10 and len(refused.failed) == 15 and len(fine.answered) == 15
+
+
+def test_a_command_fails_if_a_setting_answers_nothing(examples, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(Uniform, "reduce_batch", Refuses.reduce_batch)
+    monkeypatch.setattr(Uniform, "calls", 0, raising=False)
+    line = {"question": "?", "answer": "x", "media": str(examples[0].media[0])}
+    (tmp_path / "q.jsonl").write_text(json.dumps(line))
+    args = ("--model", folder, "--data", tmp_path / "q.jsonl", "-r", "uniform", "--no-baselines")
+    assert command("eval", *args, "-o", tmp_path / "runs") != 0
 
 
 def test_media_that_cannot_be_read_are_recorded_and_the_rest_goes_on(loaded, examples, tmp_path):
@@ -211,6 +222,12 @@ def test_two_processes_share_the_items(loaded, examples, tmp_path, monkeypatch):
     files = sorted(p.name for p in tmp_path.glob("records*.jsonl"))
     assert files == ["records.1.jsonl", "records.jsonl"]
     assert sorted(r["id"] for r in read_records(tmp_path)) == sorted(e.id for e in examples)
+
+
+def test_ratios_by_modality_have_one_order():
+    ratios = {"image": 0.5, "video": 0.9}
+    one, other = (Setting("uniform", r) for r in (ratios, dict(reversed(ratios.items()))))
+    assert one == other and one.label == other.label
 
 
 def test_settings_refuse_what_makes_no_sense():

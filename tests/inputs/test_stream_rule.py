@@ -112,6 +112,18 @@ def test_chosen_frames_are_those_of_loops_over_all_packets(tmp_path, name, count
     )
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_bursts_are_apart(seed):
+    """The strongest first, none within `apart` frames of another, by loops."""
+    rng = np.random.default_rng(seed)
+    strength, apart, found = rng.integers(0, 5, 60) * stream.BURST, 3, []
+    for k in sorted(range(60), key=lambda k: (-strength[k], k)):
+        near = [other for other in found if abs(k - other) <= apart]
+        if len(found) < 8 and strength[k] >= stream.BURST and k > 2 * apart and not near:
+            found.append(k)
+    assert stream._strongest(strength.astype(float), 8, apart) == found
+
+
 @pytest.mark.parametrize("name", ["h264", "hevc", "vp9", "mpeg4"])
 def test_short_events_of_a_quiet_clip_are_seen(tmp_path, name):
     events = {62: 12, 273: 12}
