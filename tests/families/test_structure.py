@@ -17,8 +17,8 @@ from support.family.qwen import Qwen2VL
 from support.family.structural import STRUCTURAL
 
 import tokencomp
-from tokencomp.adapters.call import Call
 from tokencomp.adapters.encoded import per_medium, sizes_in, token_counts
+from tokencomp.adapters.media_call import MediaCall
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.adapters.spans import Medium, _joined, cut_media, grid_from_size
 from tokencomp.adapters.structural import StructuralAdapter
@@ -204,7 +204,7 @@ def test_grid_from_positions() -> None:
     positions = np.stack([np.full(6, 3), 3 + raster // 3, 3 + raster % 3])[:, None]
 
     def grid(positions, start: int):
-        call = Call(torch.zeros(1, 6), torch.zeros(1, 6, 1), positions, torch.nn.Module())
+        call = MediaCall(torch.zeros(1, 6), torch.zeros(1, 6, 1), positions, torch.nn.Module())
         return call.raster(0, start, 6)
 
     assert grid(positions, 0) == (1, 2, 3)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from tokencomp.adapters.call import CODES, MODALITIES, Call, TowerCall
+from tokencomp.adapters.media_call import CODES, MODALITIES, MediaCall, TowerCall
 from tokencomp.adapters.row_scales import row_scales
 from tokencomp.adapters.structure import (
     Parts,
@@ -284,7 +284,7 @@ class Adapter:
         tokens = list(self.placeholders)
         return ids is not None and bool(torch.isin(ids, ids.new_tensor(tokens)).any())
 
-    def spans(self, call: Call) -> list[list[VisualSpan]]:
+    def spans(self, call: MediaCall) -> list[list[VisualSpan]]:
         """Visual spans of every sample, in order.
 
         Raises
@@ -294,7 +294,7 @@ class Adapter:
         """
         return [self.row_spans(call, b) for b in range(call.modalities.shape[0])]
 
-    def row_spans(self, call: Call, row: int) -> list[VisualSpan]:
+    def row_spans(self, call: MediaCall, row: int) -> list[VisualSpan]:
         """Visual spans of one sample."""
         raise SpanError(
             f"{type(self).__name__} must define spans, or row_spans, which spans calls."

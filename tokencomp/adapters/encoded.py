@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokencomp.adapters.call import CODES
+from tokencomp.adapters.media_call import CODES
 from tokencomp.tokens.spans import Modality
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.replace import MethodReplacement

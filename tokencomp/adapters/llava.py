@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokencomp.adapters.base import ENCODED, Adapter
-from tokencomp.adapters.call import Call, TowerCall
+from tokencomp.adapters.media_call import MediaCall, TowerCall
 from tokencomp.adapters.registry import register_adapter
 from tokencomp.adapters.tiles import TileAdapter
 from tokencomp.adapters.towers.dense import DenseTower, bilinear, squares
@@ -67,7 +67,7 @@ class LlavaNextAdapter(TileAdapter):
         """Frames (n, patches, d) → (n, tokens, d)."""
         return patches
 
-    def row_spans(self, call: Call, row: int) -> list[VisualSpan]:
+    def row_spans(self, call: MediaCall, row: int) -> list[VisualSpan]:
         spans: list[VisualSpan] = []
         for start, stop, modality in call.runs[row]:
             if modality == "video":
@@ -78,7 +78,7 @@ class LlavaNextAdapter(TileAdapter):
                 spans += self._images(start, stop, row, [start + int(b) for b in breaks.tolist()])
         return spans
 
-    def _video(self, start: int, stop: int, row: int, call: Call) -> list[VisualSpan]:
+    def _video(self, start: int, stop: int, row: int, call: MediaCall) -> list[VisualSpan]:
         raise SpanError(
             f"{self.family} takes no video, but sample {row} has video tokens. Leave the video out."
         )
@@ -156,7 +156,7 @@ class LlavaNextVideoAdapter(LlavaNextAdapter):
         pooled: Tensor = self.body.vision_resampler(patches)
         return pooled
 
-    def _video(self, start: int, stop: int, row: int, call: Call) -> list[VisualSpan]:
+    def _video(self, start: int, stop: int, row: int, call: MediaCall) -> list[VisualSpan]:
         side = self.tile_side // self.model.config.spatial_pool_stride
         length = _video_length(call, side * side)
         if length == 0 or (stop - start) % length:
@@ -168,7 +168,7 @@ class LlavaNextVideoAdapter(LlavaNextAdapter):
         return [VisualSpan(s, length, grid, "video") for s in range(start, stop, length)]
 
 
-def _video_length(call: Call, frame: int) -> int:
+def _video_length(call: MediaCall, frame: int) -> int:
     """Tokens of each video of the batch (all have the same number of frames of `frame` tokens)."""
     pixels: Tensor | None = call.inputs.get("pixel_values_videos")
     if pixels is not None:
@@ -193,7 +193,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         pooled: Tensor = self.body.apply_pooling(patches)
         return pooled
 
-    def _video(self, start: int, stop: int, row: int, call: Call) -> list[VisualSpan]:
+    def _video(self, start: int, stop: int, row: int, call: MediaCall) -> list[VisualSpan]:
         """Cut a run of adjacent videos; where nothing tells their length, it is one video."""
         side = math.ceil(self.tile_side / 2)
         frame = side * side

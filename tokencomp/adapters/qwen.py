@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tokencomp.adapters.call import Call, TowerCall
+from tokencomp.adapters.media_call import MediaCall, TowerCall
 from tokencomp.adapters.registry import register_adapter
 from tokencomp.adapters.structural import StructuralAdapter
 from tokencomp.adapters.towers.packed import PackedTower
@@ -55,7 +55,7 @@ class Qwen2VLAdapter(StructuralAdapter):
         rows = [] if grids is None else grids.tolist()
         return [(t, h // side, w // side) for t, h, w in rows]
 
-    def spans(self, call: Call) -> list[list[VisualSpan]]:
+    def spans(self, call: MediaCall) -> list[list[VisualSpan]]:
         for row in range(call.modalities.shape[0]):
             for start, stop, _ in call.runs[row]:
                 if call.raster(row, start, stop) is None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from tokencomp.adapters.call import Call
+from tokencomp.adapters.media_call import MediaCall
 from tokencomp.tokens.spans import Grid, Modality, VisualSpan
 
 Run = tuple[int, int, Modality]
@@ -85,7 +85,7 @@ def _cut_row(runs: list[Run], pending: dict[Modality, deque[int]]) -> list[Mediu
 
 
 def span_of(
-    medium: Medium, row: int, call: Call, size: GivenSize, fallback: GivenSize
+    medium: Medium, row: int, call: MediaCall, size: GivenSize, fallback: GivenSize
 ) -> list[VisualSpan]:
     """The spans of one medium: one, or one per piece where text stands between its pieces.
 
@@ -122,7 +122,7 @@ def _span(start: int, stop: int, modality: Modality, grid: Grid | None) -> Visua
     return VisualSpan(start, stop - start, shape, modality, grid_known=known)
 
 
-def _joined(medium: Medium, row: int, call: Call, size: GivenSize) -> VisualSpan | None:
+def _joined(medium: Medium, row: int, call: MediaCall, size: GivenSize) -> VisualSpan | None:
     """Equal pieces with gaps between them as one span, or None.
 
     Rows of a picture have the same single token between them, which is special: a line break.

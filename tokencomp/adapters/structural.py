@@ -11,8 +11,8 @@ from functools import partial
 from torch import nn
 
 from tokencomp.adapters.base import ENCODED, Adapter
-from tokencomp.adapters.call import Call
 from tokencomp.adapters.encoded import EncodedMedia, Encoding, features_of, token_counts
+from tokencomp.adapters.media_call import MediaCall
 from tokencomp.adapters.spans import Medium, Size, cut_media, span_of, square
 from tokencomp.adapters.structure import square_side
 from tokencomp.adapters.towers.base import Tower
@@ -56,7 +56,7 @@ class StructuralAdapter(Adapter, Hooked):
         self.remove()
         self._encoded.latest = {}
 
-    def spans(self, call: Call) -> list[list[VisualSpan]]:
+    def spans(self, call: MediaCall) -> list[list[VisualSpan]]:
         modalities: set[Modality] = {modality for runs in call.runs for _, _, modality in runs}
         encodings = {modality: self.encoding(modality, call) for modality in modalities}
         media = cut_media(call.runs, {modality: e.lengths for modality, e in encodings.items()})
@@ -75,7 +75,7 @@ class StructuralAdapter(Adapter, Hooked):
                 spans[b] += span_of(medium, b, call, size, fallback)
         return spans
 
-    def encoding(self, modality: Modality, call: Call) -> Encoding:
+    def encoding(self, modality: Modality, call: MediaCall) -> Encoding:
         """What is known of the media of a kind that a call brings.
 
         What was encoded last belongs to a call with pixels or encoded features. Features that
@@ -90,7 +90,7 @@ class StructuralAdapter(Adapter, Hooked):
         lengths = token_counts(features_of(handed[modality]))
         return replace(latest, lengths=lengths) if lengths else latest
 
-    def described(self, modality: Modality, call: Call) -> Encoding:
+    def described(self, modality: Modality, call: MediaCall) -> Encoding:
         """What the arguments of a call say of media that the body did not encode."""
         grids = call.inputs.get(f"{modality}_grid_thw")  # (t, h, w) in patches
         side = getattr(getattr(self.config, "vision_config", None), "spatial_merge_size", None)

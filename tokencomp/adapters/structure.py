@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from tokencomp.adapters.call import CODES
+from tokencomp.adapters.media_call import CODES
 from tokencomp.errors import NoDecoderError, NoPlaceholderError
 from tokencomp.tokens.spans import Modality
 

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from tokencomp.adapters.base import block_means
-from tokencomp.adapters.call import CODES, Call, TowerCall
 from tokencomp.adapters.encoded import Encoding
+from tokencomp.adapters.media_call import CODES, MediaCall, TowerCall
 from tokencomp.adapters.registry import register_adapter
 from tokencomp.adapters.structural import StructuralAdapter
 from tokencomp.adapters.towers.base import Tower
@@ -73,7 +73,7 @@ class TileAdapter(StructuralAdapter):
             )
         return self._patches
 
-    def spans(self, call: Call) -> list[list[VisualSpan]]:
+    def spans(self, call: MediaCall) -> list[list[VisualSpan]]:
         """Tiles side by side in one run are one item."""
         rows = super().spans(call)
         for b, row in enumerate(rows):
@@ -82,7 +82,7 @@ class TileAdapter(StructuralAdapter):
             rows[b] = [replace(span, item=first) for span, first in zip(row, firsts, strict=True)]
         return rows
 
-    def described(self, modality: Modality, call: Call) -> Encoding:
+    def described(self, modality: Modality, call: MediaCall) -> Encoding:
         """All tiles have equally many tokens, wherever their features come from."""
         tile = self.tile_side**2
         return Encoding([tile] * (int((call.modalities == CODES[modality]).sum()) // tile))

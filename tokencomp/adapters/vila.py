@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter, block_means
-from tokencomp.adapters.call import Call, TowerCall
+from tokencomp.adapters.media_call import MediaCall, TowerCall
 from tokencomp.adapters.registry import register_adapter
 from tokencomp.adapters.structure import Parts
 from tokencomp.adapters.towers.base import unknown_cells
@@ -67,7 +67,7 @@ class VilaAdapter(Adapter):
             owner=self.model, methods=("encode_videos",), pooled_frames=t,
         )  # fmt: skip
 
-    def spans(self, call: Call) -> list[list[VisualSpan]]:
+    def spans(self, call: MediaCall) -> list[list[VisualSpan]]:
         frames = call.inputs.get("video_frames")
         lengths = iter([] if frames is None else [n // self._pool[0] for n in frames.tolist()])
         rows = []
@@ -85,7 +85,7 @@ class VilaAdapter(Adapter):
         t, h, w = self.model.config.video_pool
         return t, h, w
 
-    def _span(self, runs: list[Any], call: Call, row: int, n: int) -> VisualSpan:
+    def _span(self, runs: list[Any], call: MediaCall, row: int, n: int) -> VisualSpan:
         """One image, or the frames of one video, with their separators."""
         config, side = self.model.config, self.model.config.side
         modality = runs[0][2]

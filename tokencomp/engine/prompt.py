@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters.base import ENCODED, Adapter
-from tokencomp.adapters.call import Call as BodyCall
+from tokencomp.adapters.media_call import MediaCall
 from tokencomp.adapters.structure import feature_modality
 from tokencomp.engine.call import Call, Noted, build_segments
 from tokencomp.engine.rowmap import KeptSpan, Prompt, RowMap
@@ -59,7 +59,7 @@ def read_prompt(
     past = int(cache.get_seq_length()) if cache is not None else 0
     positions, text = read_positions(adapter, arguments, past)
     rows = positions[-3:].cpu().numpy() if adapter.mrope else None
-    found = adapter.spans(BodyCall(modalities, x, rows, adapter.body, noted.inputs or {}))
+    found = adapter.spans(MediaCall(modalities, x, rows, adapter.body, noted.inputs or {}))
     spans = [numbered(row) for row in found]
     row_map = _map(arguments, past, noted, spans, text)
     layers, mask = getattr(cache, "layers", None) or (), arguments.get("attention_mask")

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 
 from torch import Tensor
 
-from tokencomp.adapters.call import MODALITIES
+from tokencomp.adapters.media_call import MODALITIES
 from tokencomp.errors import OptionError
 from tokencomp.handle import Handle
 from tokencomp.plan.counts import places

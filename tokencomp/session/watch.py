@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.adapters.call import Call
+from tokencomp.adapters.media_call import MediaCall
 from tokencomp.errors import UnsupportedModelError
 from tokencomp.tokens.spans import VisualSpan, numbered
 
@@ -65,7 +65,7 @@ class Watch:
                 "its rows are. Give the whole conversation as one prompt."
             )
         rows = self._positions.cpu().numpy() if self._adapter.mrope else None
-        call = Call(self._modalities.cpu(), embeds, rows, self._adapter.body, self._inputs)
+        call = MediaCall(self._modalities.cpu(), embeds, rows, self._adapter.body, self._inputs)
         self.spans = numbered(self._adapter.spans(call)[0])
         self._check(self.spans, embeds.shape[1])
         if self._wanted:

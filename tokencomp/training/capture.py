@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.adapters.call import Call
+from tokencomp.adapters.media_call import MediaCall
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.engine.prompt import build_prompts, left_padded, real_columns
 from tokencomp.engine.rowmap import RowMap
@@ -117,7 +117,7 @@ def _spans_of(captured: Capture, call: dict[str, Any]) -> Callable[..., None]:
             raise PaddingError("training reads left-padded batches: set padding_side = 'left'.")
         captured.lengths = real.sum(1).tolist()
         captured.spans = captured.adapter.spans(
-            Call(modalities.cpu(), x, rows, captured.adapter.body, call)
+            MediaCall(modalities.cpu(), x, rows, captured.adapter.body, call)
         )
 
     return hook

@@ -20,7 +20,7 @@ CODES: dict[Modality, int] = {modality: code for code, modality in MODALITIES.it
 
 
 @dataclass
-class Call:
+class MediaCall:
     """One forward call that carries features of media, as the adapter sees it.
 
     Attributes
