@@ -48,16 +48,14 @@ def run_engine(tmp_path_factory: pytest.TempPathFactory) -> Any:
         results.unlink(missing_ok=True)
         jobs.write_text(json.dumps({"engine": engine, "runs": runs}))
         env = {**os.environ, "TOKENCOMP_VLLM": "on" if plugin else "off"}
-        command = [
-            sys.executable,
-            "-m",
-            "support.serving.vllm_driver",
-            str(model),
-            str(jobs),
-            str(results),
-        ]
+        words = ["-m", "support.serving.vllm_driver", str(model), str(jobs), str(results)]
         process = subprocess.run(
-            command, cwd=TESTS, env=env, capture_output=True, text=True, timeout=ENGINE_SECONDS
+            [sys.executable, *words],
+            cwd=TESTS,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=ENGINE_SECONDS,
         )
         assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-6000:]
         return {"log": process.stderr + process.stdout, **json.loads(results.read_text())}

@@ -38,12 +38,9 @@ def documents(name: str) -> list[dict[str, Any]]:
 
 def commands() -> dict[str, list[str]]:
     """Return the arguments of `tokencomp serve` in every file, values of variables left out."""
-    unit = re.search(r"^ExecStart=\S+ serve (.*)$", text("tokencomp.service"), re.M)
-    container = re.search(r"^CMD (.*)$", text("Dockerfile"), re.M)
-    assert unit and container
     return {
-        "tokencomp.service": unit[1].split(),
-        "Dockerfile": json.loads(container[1]),
+        "tokencomp.service": found(r"^ExecStart=\S+ serve (.*)$", "tokencomp.service").split(),
+        "Dockerfile": json.loads(found(r"^CMD (.*)$", "Dockerfile")),
         "compose.yaml": documents("compose.yaml")[0]["services"]["server"]["command"],
         "kubernetes.yaml": container_of_pod()["args"],
     }
@@ -53,14 +50,18 @@ def text(name: str) -> str:
     return (FOLDER / name).read_text()
 
 
+def found(pattern: str, name: str) -> str:
+    (match,) = re.findall(pattern, text(name), re.M)
+    return match
+
+
 def container_of_pod() -> dict[str, Any]:
-    (container,) = documents("kubernetes.yaml")[0]["spec"]["template"]["spec"]["containers"]
-    return container
+    return documents("kubernetes.yaml")[0]["spec"]["template"]["spec"]["containers"][0]
 
 
 def tool(name: str) -> str:
-    found = shutil.which(name, path=os.pathsep.join([os.environ["PATH"], *map(str, PLACES)]))
-    return found or pytest.skip(f"{name} is not installed")
+    path = shutil.which(name, path=os.pathsep.join([os.environ["PATH"], *map(str, PLACES)]))
+    return path or pytest.skip(f"{name} is not installed")
 
 
 def test_options_exist() -> None:
@@ -84,9 +85,7 @@ def copied() -> list[str]:
 
 def script() -> str:
     """Return the script that the image runs, a path in the repository."""
-    found = re.search(r'^RUN .*/src/(\S+) "\$ENGINE" "\$DEVICE"$', text("Dockerfile"), re.M)
-    assert found
-    return found[1]
+    return found(r'^RUN .*/src/(\S+) "\$ENGINE" "\$DEVICE"$', "Dockerfile")
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="tomllib is new in Python 3.11")
@@ -133,7 +132,7 @@ def test_the_steps_of_the_image_give_a_server(
     monkeypatch.setattr(sys, "executable", str(tmp_path / "venv" / "bin" / "python"))
     with servers.server(tmp_path / "log", *arguments, **env) as url:
         body = {"model": arguments[-1], "messages": servers.messages("?", servers.image_url(1))}
-        assert servers.get(url + "/v1/chat/completions", {**body, "max_tokens": 2}) == 200
+        assert servers.get(url + "/v1/chat/completions", {**body, "max_tokens": 2})[0] == 200
 
 
 # -- containers -------------------------------------------------------------------------------
@@ -165,7 +164,7 @@ def test_the_pod_finds_its_server_and_lets_requests_end() -> None:
     claimed = volumes["data"]["persistentVolumeClaim"]["claimName"]
     assert claimed == claim["metadata"]["name"]
     user = pod["spec"]["securityContext"]["runAsUser"]
-    assert re.search(rf"^USER {user}$", text("Dockerfile"), re.M)
+    assert found(r"^USER (.*)$", "Dockerfile") == str(user)
     (pause,) = (int(word) for word in container["lifecycle"]["preStop"]["exec"]["command"][1:])
     assert pod["spec"]["terminationGracePeriodSeconds"] > pause + Bind.shutdown_timeout
 

@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("pydantic")
 from support.serving import hf_reference, http
+from support.serving.doors import part, user
 from support.serving.prompts import read
 
 from tokencomp.inputs.loading import load_model
@@ -22,8 +23,7 @@ from tokencomp.serving.limits import MAX_MESSAGE, RequestError
 from tokencomp.serving.spec import ServerOptions
 
 LENGTH = 512
-VIDEO = {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}}
-IMAGE = {"type": "image_url", "image_url": {"url": http.image_url(1, 28, 28)}}
+VIDEO, IMAGE = part("data:video/mp4;base64,AAAA"), part(http.image_url(1, 28, 28))
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +31,8 @@ def text(tiny_folder: Any) -> PromptText:
     return PromptText(hf_reference.load(tiny_folder("qwen2_vl"))[1], LENGTH)
 
 
-def user(content: Any, **more: Any) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": content}], **more}
+def said(words: str) -> dict[str, str]:
+    return {"type": "text", "text": words}
 
 
 def prompt(body: Any, text: PromptText) -> Prompt:
@@ -50,8 +50,8 @@ def test_text_that_cannot_fit_is_not_tokenised(
     half = "a " * (longest * LENGTH // 4 + 1)
     for body in (
         user("ab " * 10**6),
-        user([{"type": "text", "text": half}] * 2),
-        user([{"type": "text", "text": ""}] * (LENGTH + 1)),
+        user(*[said(half)] * 2),
+        user(*[said("")] * (LENGTH + 1)),
         {"messages": [{"role": "user", "content": "a"}] * (LENGTH + 1)},
     ):
         with pytest.raises(RequestError, match="cannot fit: this model takes 512 tokens"):
@@ -62,13 +62,12 @@ def test_text_that_cannot_fit_is_not_tokenised(
 
 
 def test_tokens_are_counted_before_media_are_decoded(text: PromptText) -> None:
-    broken = {"type": "image_url", "image_url": {"url": "data:image/png;base64,broken"}}
-    long = {"type": "text", "text": "What " * LENGTH}
+    broken, long = part("data:image/png;base64,broken"), said("What " * LENGTH)
     with pytest.raises(RequestError, match="tokens before compression; this model takes 512"):
-        prompt(user([long, broken]), text)
+        prompt(user(long, broken), text)
     with pytest.raises(RequestError, match="base64"):
-        prompt(user([broken]), text)
-    assert not prompt(user([IMAGE, {"type": "text", "text": "What?"}]), text).alone
+        prompt(user(broken), text)
+    assert not prompt(user(IMAGE, said("What?")), text).alone
 
 
 @pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision"])
@@ -76,8 +75,7 @@ def test_tokens_of_images_are_counted_before_the_processor_runs(
     name: str, tiny_folder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, processor = hf_reference.load(tiny_folder(name))
-    urls = [http.image_url(seed, 112 + 56 * seed, 196) for seed in (1, 2)]
-    body = user([*({"type": "image_url", "image_url": {"url": url}} for url in urls)])
+    body = user(*(part(http.image_url(seed, 112 + 56 * seed, 196)) for seed in (1, 2)))
     loaded = prompt(body, PromptText(processor, 10**5))
     inputs = chat_inputs(processor, [loaded.chat], loaded.images, [])
     ((total, _),) = prompt_lengths(model, inputs)
@@ -118,9 +116,9 @@ def test_a_batch_has_a_limit_of_pixels() -> None:
 @pytest.mark.parametrize("token", ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>"])
 def test_placeholders_in_a_text_are_refused(token: str, text: PromptText) -> None:
     """They would take the media of another request in the batch."""
-    for content in (f"a {token}", [IMAGE, {"type": "text", "text": token}]):
+    for content in ([f"a {token}"], [IMAGE, said(token)]):
         with pytest.raises(RequestError, match="one placeholder per image and video"):
-            prompt(user(content), text)
+            prompt(user(*content), text)
 
 
 @pytest.mark.parametrize("token", ["<image_soft_token>", "<start_of_image>"])
@@ -130,12 +128,12 @@ def test_placeholders_that_the_processor_writes_are_refused(token: str) -> None:
     engine = Engine(*load_model("tiny-gemma3", device="cpu"), options, Metrics())
     engine.close()
     gemma = engine.text
-    assert not prompt(user([IMAGE]), gemma).alone
-    for content in (f"a {token}", [IMAGE, {"type": "text", "text": token}]):
+    assert not prompt(user(IMAGE), gemma).alone
+    for content in ([f"a {token}"], [IMAGE, said(token)]):
         with pytest.raises(RequestError, match="one placeholder per image and video"):
-            prompt(user(content), gemma)
+            prompt(user(*content), gemma)
     with pytest.raises(RequestError, match="takes no videos"):
-        prompt(user([VIDEO]), gemma)
+        prompt(user(VIDEO), gemma)
 
 
 def test_media_that_a_template_leaves_out_are_refused(text: PromptText) -> None:
@@ -144,10 +142,10 @@ def test_media_that_a_template_leaves_out_are_refused(text: PromptText) -> None:
 
     processor = SimpleNamespace(tokenizer=text.tokenizer, apply_chat_template=only_text)
     unmarked = PromptText(processor, LENGTH)
-    assert prompt(user([IMAGE]), unmarked).alone and not prompt(user("a"), unmarked).alone
+    assert prompt(user(IMAGE), unmarked).alone and not prompt(user("a"), unmarked).alone
     unmarked._markers = text._markers
     with pytest.raises(RequestError, match="chat template leaves media of this role out"):
-        prompt(user([IMAGE]), unmarked)
+        prompt(user(IMAGE), unmarked)
 
 
 def fields(**more: Any) -> Any:
@@ -182,7 +180,7 @@ REFUSED: dict[str, Any] = {
     "top logprobs": fields(top_logprobs=3), "many": fields(logprobs=True, top_logprobs=21),
     "function": {"messages": [{"role": "function", "content": "1", "name": "a"}]},
     "old call": {"messages": [{"role": "assistant", "content": "", "function_call": CALLED}]},
-    "size": user([{**IMAGE, "max_pixels": 0}]), "no content": {"messages": [{"role": "user"}]},
+    "size": user({**IMAGE, "max_pixels": 0}), "no content": {"messages": [{"role": "user"}]},
 }  # fmt: skip
 
 
@@ -208,13 +206,11 @@ def test_fields_that_ask_for_what_is_done_anyway_are_taken(text: PromptText) -> 
 
 def test_low_detail_has_the_ratio_of_the_operator(text: PromptText) -> None:
     server = {"ratio": 0.5, "reducer": "uniform", "low_detail_ratio": 0.9, "per_request": False}
-    low, high = (
-        {**IMAGE, "image_url": {**IMAGE["image_url"], "detail": d}} for d in ("low", "high")
-    )
-    video = {"type": "video_url", "video_url": {"url": http.video_url(1, 2, 28, 28)}}
+    low, high = (part(http.image_url(1, 28, 28), detail=d) for d in ("low", "high"))
+    video = part(http.video_url(1, 2, 28, 28))
 
     def spec(*parts: Any, options: Any = server, **more: Any) -> Any:
-        return read(user([*parts], **more), text, ServerOptions.parse(options, "hf")).spec
+        return read(user(*parts, **more), text, ServerOptions.parse(options, "hf")).spec
 
     assert (spec(low, low).ratio, spec(high).ratio, spec(IMAGE).ratio) == (0.9, 0.5, 0.5)
     assert spec(low, video).ratios == {"image": 0.9, "video": 0.5}

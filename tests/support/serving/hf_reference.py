@@ -93,7 +93,7 @@ def _clip(url: str) -> Video:
 
 @torch.no_grad()
 def chat_answer(
-    folder: Path, urls: list[str], question: str, spec: dict[str, Any], ends: Any = None
+    folder: Path, urls: list[str], question: str, spec: dict[str, Any]
 ) -> tuple[str, int, Any]:
     """Return what a server must answer to a user's message with media and a question.
 
@@ -105,13 +105,11 @@ def chat_answer(
         Media as `data:` URLs, and the text behind them.
     spec
         Arguments of `tokencomp.patch`.
-    ends
-        Tokens that end the answer, which has at most 8.
 
     Returns
     -------
     str
-        The greedy answer.
+        The greedy answer of 8 tokens.
     int
         Number of tokens of the uncompressed prompt.
     Stats
@@ -124,7 +122,7 @@ def chat_answer(
     inputs = build_inputs(processor, [media], [question])
     n = inputs["input_ids"].shape[1]
     with tokencomp.patch(model, **spec) as handle:
-        out = model.generate(**inputs, max_new_tokens=8, do_sample=False, eos_token_id=ends)
+        out = model.generate(**inputs, max_new_tokens=8, do_sample=False)
         return processor.tokenizer.decode(out[0, n:], skip_special_tokens=True), n, handle.stats
 
 
@@ -247,10 +245,3 @@ def with_true_positions(folder: Path, job: dict[str, Any]) -> Iterator[None]:
         yield
     finally:
         del model.model.get_rope_index
-
-
-def end_tokens(folder: Path) -> Any:
-    """Return the end tokens of the folder's generation config."""
-    from transformers import GenerationConfig
-
-    return GenerationConfig.from_pretrained(folder).eos_token_id

@@ -34,22 +34,8 @@ def metadata(frames: int) -> dict[str, Any]:
 
 
 def media(descriptions: list[list[Any]]) -> dict[str, list[Any]]:
-    """Return images and videos from `[["image", seed, w, h], ["video", seed, frames, w, h]]`.
-
-    A description may have the path of a file instead of the numbers.
-    """
+    """Return images and videos from `[["image", seed, w, h], ["video", seed, frames, w, h]]`."""
     result: dict[str, list[Any]] = {}
     for kind, *numbers in descriptions:
-        if isinstance(numbers[0], str):
-            result.setdefault(kind, []).append(_from_file(numbers[0]))
-        else:
-            result.setdefault(kind, []).append((image if kind == "image" else video)(*numbers))
+        result.setdefault(kind, []).append((image if kind == "image" else video)(*numbers))
     return result
-
-
-def _from_file(path: str) -> Any:
-    """Load an image, or a video as an array of 8 frames."""
-    from tokencomp.inputs.media import load_media
-
-    loaded = load_media(path, 8)
-    return np.stack([np.asarray(f) for f in loaded]) if isinstance(loaded, list) else loaded
