@@ -15,7 +15,7 @@ pytest.importorskip("starlette")
 import anyio
 from support.serving import doors, http
 from support.serving.doors import CHAT, REACHED, ask, part, user
-from support.serving.files import canvas, data, frames, image, picture
+from support.serving.files import canvas, data, frames, image, picture, png
 
 from tokencomp.serving.hf import prompt
 from tokencomp.serving.limits import Limits
@@ -213,6 +213,7 @@ MEDIA: dict[str, tuple[list[str], int]] = {
     "one": ([GOOD], REACHED), "two": ([GOOD, GOOD], REACHED), "a list": ([PAIR], REACHED),
     "capitals": ([PAIR.replace("video/jpeg", "VIDEO/JPEG")], REACHED),
     "large": ([data(picture(100, 101))], 413), "three": ([GOOD] * 3, 413),
+    "a bomb": ([png(30_000)], 413),
     "a list and one": ([PAIR, GOOD], 413), "a list of four": ([PAIR + PAIR[22:]], 413),
     "a list of 33": ([frames(1, 33)], 413),
     "parameters": ([frames(101, 1).replace(";", ";a=b;", 1)], 413),

@@ -39,15 +39,18 @@ def engine(tiny_folder: Any) -> Iterator[Engine]:
     result.close()
 
 
-def ask(engine: Engine, urls: list[str], **fields: Any) -> list[Any]:
-    """Ask once per image, all at once; return "error" and why, or finish, text and tokens."""
+def ask(engine: Engine, urls: list[str], most: Any = (6,) * 6, **fields: Any) -> list[Any]:
+    """Ask once per image, all at once; return "error" and why, or finish, text and tokens.
+
+    `most` are the largest numbers of tokens of the answers.
+    """
 
     async def run() -> list[Any]:
         loop, jobs = asyncio.get_running_loop(), []
-        for url in urls:
-            body = {"messages": http.messages("What?", url), "max_tokens": 6, "temperature": 0}
+        for url, tokens in zip(urls, most, strict=False):
+            body = {"messages": http.messages("What?", url), "temperature": 0}
             prompt = read({**body, **fields}, engine.text, engine.options)
-            jobs.append(Job(prompt, loop, 6, AnswerText(engine.tokenizer)))
+            jobs.append(Job(prompt, loop, tokens, AnswerText(engine.tokenizer)))
         with engine._wake:  # the engine sees all of them at once
             for job in jobs:
                 engine.submit(job)
@@ -181,9 +184,10 @@ def test_features_that_are_not_finite_are_no_fault_of_the_request(
     assert "NaN or infinite" in str(answer[1]) and "bfloat16" in str(answer[1])
 
 
-def test_an_answer_ends_at_the_length_of_the_model(engine: Engine) -> None:
-    (answer,) = ask(engine, URLS[:1], ignore_eos=True)
-    assert answer == ("length", answer[1], 6)
+def test_an_answer_ends_at_its_length_and_that_of_the_model(engine: Engine) -> None:
+    """Whatever the others in its batch may have."""
+    answers = ask(engine, URLS[:3], (2, 6, 4), ignore_eos=True)
+    assert [a[::2] for a in answers] == [("length", 2), ("length", 6), ("length", 4)]
     prompt = read({"messages": http.messages("What?", URLS[0])}, engine.text)
     inputs = module.build_inputs(engine.model, engine.processor, [prompt])
     engine.max_model_len = inputs["input_ids"].shape[1] + 4

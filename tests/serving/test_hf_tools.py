@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("starlette")
 from starlette.testclient import TestClient
 from support.serving import hf_reference, http
+from support.serving.doors import part
 from support.serving.prompts import read as read_body
 
 from tokencomp.serving.hf.answers import Completion
@@ -36,15 +37,9 @@ BODY = (
 WRITTEN = '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}'
 TEMPLATE = HEAD + BODY.replace("CALLS", WRITTEN)
 FORM = CallForm("CALL: ", "END")
-SCHEMA = {
-    "type": "object",
-    "properties": {
-        "x": {"type": "integer", "minimum": 0, "maximum": 99},
-        "on": {"enum": ["a", "b"]},
-    },
-    "required": ["x", "on"],
-    "additionalProperties": False,
-}
+FIELDS = {"x": {"type": "integer", "minimum": 0, "maximum": 99}, "on": {"enum": ["a", "b"]}}
+SCHEMA = {"type": "object", "properties": FIELDS, "required": [*FIELDS]}
+SCHEMA["additionalProperties"] = False
 CLICK = {"type": "function", "function": {"name": "click", "parameters": SCHEMA}}
 WAIT = {"type": "function", "function": {"name": "wait"}}
 
@@ -124,13 +119,9 @@ def test_tools_calls_and_results_reach_the_chat_template(parts: Any, text: Promp
     call = {"id": "c1", "type": "function",
             "function": {"name": "click", "arguments": '{"x": 1, "on": "a"}'}}  # fmt: skip
     said = {"role": "assistant", "content": None, "tool_calls": [call]}
-    image = {"type": "image_url", "image_url": {"url": http.image_url(2, 56, 56)}}
-    messages = [
-        *body()["messages"],
-        said,
-        {"role": "tool", "tool_call_id": "c1", "content": "done"},
-        {"role": "tool", "tool_call_id": "c1", "content": [image]},
-    ]
+    results = "done", [part(http.image_url(2, 56, 56))]
+    messages = [*body()["messages"], said]
+    messages += [{"role": "tool", "tool_call_id": "c1", "content": result} for result in results]
     made = prompt(text, messages=messages, tools=[CLICK, WAIT])
     call = {**call, "function": {"name": "click", "arguments": {"x": 1, "on": "a"}}}
     chat = [

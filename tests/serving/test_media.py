@@ -135,10 +135,6 @@ def test_a_frame_that_is_larger_than_the_header_says_is_not_decoded(
 # -- images ---------------------------------------------------------------------------------------
 
 
-def test_an_image_of_too_many_pixels_is_too_large_rather_than_damaged() -> None:
-    refused(413, load_image, png(30_000), Limits())
-
-
 def test_images_are_upright_and_their_transparent_parts_white() -> None:
     """What colour they hide must not reach the model."""
     picture, exif, out = Image.new("RGBA", (8, 4), (200, 30, 30, 0)), Image.Exif(), io.BytesIO()

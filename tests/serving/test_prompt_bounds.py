@@ -204,27 +204,6 @@ def test_fields_that_ask_for_what_is_done_anyway_are_taken(text: PromptText) -> 
     assert prompt({**body, "stop": ["a"] * 16}, text).request.n == 1
 
 
-def test_low_detail_has_the_ratio_of_the_operator(text: PromptText) -> None:
-    server = {"ratio": 0.5, "reducer": "uniform", "low_detail_ratio": 0.9, "per_request": False}
-    low, high = (part(http.image_url(1, 28, 28), detail=d) for d in ("low", "high"))
-    video = part(http.video_url(1, 2, 28, 28))
-
-    def spec(*parts: Any, options: Any = server, **more: Any) -> Any:
-        return read(user(*parts, **more), text, ServerOptions.parse(options, "hf")).spec
-
-    assert (spec(low, low).ratio, spec(high).ratio, spec(IMAGE).ratio) == (0.9, 0.5, 0.5)
-    assert spec(low, video).ratios == {"image": 0.9, "video": 0.5}
-    assert spec(low).reducer.name == "uniform"
-    free = {"low_detail_ratio": 0.9}
-    assert spec(low, options=free, tokencomp={"ratio": 0.25}).ratio == 0.25
-
-
-def test_the_setting_may_stand_where_vllm_reads_it(text: PromptText) -> None:
-    half = {"ratio": 0.25, "reducer": "uniform"}
-    for more in ({"tokencomp": half}, {"mm_processor_kwargs": {"tokencomp": half}}):
-        assert prompt(user("a", **more), text).spec.ratio == 0.25
-
-
 def test_names_of_speakers_reach_the_chat_template(text: PromptText) -> None:
     assert "name" not in prompt(user("a"), text).chat[0]
     named = {"messages": [{"role": "user", "content": "a", "name": "Ann"}]}
