@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -139,21 +138,5 @@ def _svg(figure: Any) -> str:
     # A fixed salt, else ids of clip paths are random; text as text, else letters are outlines.
     with rc_context({"svg.hashsalt": "tokencomp", "svg.fonttype": "none"}):
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
-    return _compact(buffer.getvalue())
-
-
-def _compact(svg: str) -> str:
-    """The element alone: tenths of a point, one family of letters, no names of parts."""
-    svg = re.sub(r"\s*<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.S)
-    svg = re.sub(r"font-family: [^;\"]*", "font-family: sans-serif", svg)
-    svg = re.sub(r"(?<![>\d.-])-?\d+\.\d{3,}", lambda found: f"{float(found[0]):.1f}", svg)
-    svg = re.sub(r"<!--.*?-->| transform=\"rotate\(-?0 [^\"]*\"", "", svg)
-    svg = re.sub(r"=\"[^\"]*\"", lambda found: re.sub(r"(?<=\d)\.0(?!\d)", "", found[0]), svg)
-    svg = re.sub(r"\s*\n\s*", "\n", re.sub(r"<g id=\"[^\"]*\"", "<g", svg))
-    lines, kept = [], []
-    for line in svg.split("\n"):  # a group without attributes draws nothing
-        if line.startswith("<g"):
-            kept.append(line != "<g>")
-        if kept.pop() if line == "</g>" else line != "<g>":
-            lines.append(line)
-    return "\n".join(lines)
+    svg = buffer.getvalue()
+    return svg[svg.index("<svg") :]
