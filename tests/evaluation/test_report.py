@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 from support.console import run
 
-from tokencomp.evaluation import Example, evaluate, mcnemar, retention
+from tokencomp.evaluation import Example, Setting, evaluate, mcnemar, retention
+from tokencomp.evaluation.cost import Cost
 from tokencomp.evaluation.group_runs import find_runs
 from tokencomp.evaluation.metrics import McNemar
+from tokencomp.pages.demo import saved
 from tokencomp.pages.report import Line, lines
 
 IDENTITY = {"model": "m", "dtype": "float32", "frames": 8}
@@ -214,3 +216,17 @@ def test_runs_that_cannot_be_compared_are_refused(runs, tmp_path, capsys, case):
     damage(runs)
     assert run("report", runs, "-o", tmp_path / "x.html") == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("kv", "words"),
+    [
+        ((100, 100), "the rest merged into them. That leaves 40% of the decoder's work and 100%"),
+        ((100, 40), "merged into them in 50% of the prompts. That leaves 40% of the"),
+        ((40, 40), "16 of 64 visual tokens on average. That leaves 40% of the decoder's work"),
+    ],
+)
+def test_words_say_where_tokens_are_merged(kv, words):
+    """A merged token is cached as often as the tokens that it stands for, a dropped one never."""
+    costs = [Cost(64, [16, 16], 400, count) for count in kv]
+    assert words in saved(Setting("auto", 0.75), costs, [Cost(64, [64, 64], 1000, 100)] * 2)

@@ -111,11 +111,14 @@ def _print_rivals(console: Any, lines: Sequence[Any]) -> None:
         )
         for line in lines
     ]
-    caption = (
-        "its failures: accuracy on the items that downscaling gets wrong. as full: the same answer "
-        "as the full model, right or wrong."
-    )
-    print_table(console, names, rows, gap=1, title=title, caption=caption)
+    columns = [c for c in zip(names, *rows, strict=True) if c[0] in NAMES or {*c[1:]} != {"–"}]
+    shown, *cells = zip(*columns, strict=True)
+    meaning = {
+        "its failures": "its failures: accuracy on the items that downscaling gets wrong.",
+        "as full": "as full: the same answer as the full model, right or wrong.",
+    }
+    caption = " ".join(text for name, text in meaning.items() if name in shown)
+    print_table(console, shown, cells, gap=1, title=title, caption=caption)
 
 
 def _detail(comparisons: Any) -> str:

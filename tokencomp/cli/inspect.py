@@ -64,7 +64,7 @@ def in_words(answer: Any, full: Any) -> str:
 
     same = answer.text.strip() == full.text.strip()
     change = "stays the same" if same else "differs from that of the full model"
-    return f"{saved(answer.setting, answer.cost, full.cost)} The answer {change}."
+    return f"{saved(answer.setting, [answer.cost], [full.cost])} The answer {change}."
 
 
 def _write(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from tokencomp.evaluation.cost import Cost
-from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import RANDOM, Setting
 from tokencomp.inputs.questions import Example
 from tokencomp.pages.html import render
@@ -82,10 +81,12 @@ class Demo:
         return [self._sentence(line) for line in self.table[1:] if line.run.label == label]
 
     def _sentence(self, line: Line) -> str:
-        full = self.table[0]
-        assert line.run.setting is not None
+        full, setting = self.table[0], line.run.setting
+        assert setting is not None
+        costs, whole = ({r["id"]: _cost(r) for r in one.run.answered} for one in (line, full))
+        both = [name for name in costs if name in whole]
         text = (
-            f"{saved(line.run.setting, mean_cost(line.run), mean_cost(full.run))} "
+            f"{saved(setting, [costs[k] for k in both], [whole[k] for k in both])} "
             f"{line.accuracy:.0%} of {len(line.run.answered)} answers are right; without "
             f"compression {full.accuracy:.0%}"
         )
@@ -99,25 +100,26 @@ class Demo:
         return text + (f", with as many tokens at random {random[0]:.0%}." if random else ".")
 
 
-def mean_cost(run: EvalRun) -> Cost:
-    """What an answer of a run costs on average."""
-    layers = zip(*(r["per_layer"] for r in run.answered), strict=True)
-    seen = [round(statistics.fmean(counts)) for counts in layers]
-    flops, kv_bytes = round(run.mean("flops")), round(run.mean("kv_bytes"))
-    return Cost(round(run.mean("visual_tokens")), seen, flops, kv_bytes)
+def _cost(record: dict[str, Any]) -> Cost:
+    names = ("visual_tokens", "per_layer", "flops", "kv_bytes")
+    return Cost(*(record[name] for name in names))
 
 
-def saved(setting: Setting, cost: Cost, full: Cost) -> str:
-    """What a setting kept and what that costs, beside the full model, in two sentences."""
-    kept, before = (sum(c.per_layer) / len(c.per_layer) for c in (cost, full))
-    merged = kept < before and cost.kv_bytes >= full.kv_bytes
-    rest = ", the rest merged into them" if merged else ""
-    cache = f"{cost.kv_bytes / full.kv_bytes:.0%} of its cache"
-    cache += ", in which merged tokens are repeated" if merged else ""
+def saved(setting: Setting, costs: Sequence[Cost], full: Sequence[Cost]) -> str:
+    """What a setting kept and what that costs, beside the full model on the same prompts."""
+    kept, before = (fmean(fmean(c.per_layer) for c in group) for group in (costs, full))
+    work = sum(c.flops for c in costs) / sum(c.flops for c in full)
+    cache = sum(c.kv_bytes for c in costs) / sum(c.kv_bytes for c in full)
+    merged = fmean(
+        sum(c.per_layer) < sum(f.per_layer) and c.kv_bytes >= f.kv_bytes
+        for c, f in zip(costs, full, strict=True)
+    )
+    where = f" in {merged:.0%} of the prompts" if merged < 1 else ""
     return (
         f"{setting.name} at {setting.asked}: a decoder layer sees {kept:.0f} of {before:.0f} "
-        f"visual tokens on average{rest}. That leaves {cost.flops / full.flops:.0%} of the "
-        f"decoder's work and {cache}."
+        f"visual tokens on average{f', the rest merged into them{where}' if merged else ''}. That "
+        f"leaves {work:.0%} of the decoder's work and {cache:.0%} of its cache"
+        f"{', in which merged tokens are repeated' if merged else ''}."
     )
 
 
