@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
-from support import attention as support
 from support import plans
 from support.families import Family, text
+from torch import Tensor, nn
 
 import tokencomp
 from tokencomp.reducers.bipartite import Bipartite
@@ -92,13 +93,37 @@ def pagerank_reference(
     return [math.sqrt(t / heads) for t in total]
 
 
+def queries_and_keys(
+    model: nn.Module, family: Family, inputs: dict[str, Tensor], layer: int
+) -> tuple[Tensor, Tensor, float]:
+    """Captured where the model's eager attention uses them, rotated.
+
+    q (heads, n, d), k (kv heads, n, d) and the logit scale of sample 0 at a decoder layer."""
+    attn = family.decoder(model).layers[layer].self_attn
+    module = sys.modules[type(attn).__module__]
+    original, found = module.eager_attention_forward, {}
+
+    def spy(mod, query, key, value, *args, **kwargs):
+        if mod is attn:
+            found.update(q=query[0].double(), k=key[0].double(), scale=mod.scaling)
+        return original(mod, query, key, value, *args, **kwargs)
+
+    module.eager_attention_forward = spy
+    try:
+        with torch.no_grad():
+            model(**inputs)
+    finally:
+        module.eager_attention_forward = original
+    return found["q"], found["k"], found["scale"]
+
+
 def test_pagerank_scores(family: Family) -> None:
     """Tokens kept by `prune` are the reference's best, computed from eager q and k."""
     model = family.build("eager")
     image = family.image(0)
     inputs = family.batch([[text(3), image, text(6, 3)]])
     plan = tokencomp.Plan((tokencomp.Stage(2, 0.4, tokencomp.make_reducer("prune")),))
-    q, k, scale = support.queries_and_keys(model, family, inputs, layer=1)
+    q, k, scale = queries_and_keys(model, family, inputs, layer=1)
     scores = pagerank_reference(q, k, scale, 0.1, 5)
     with tokencomp.patch(model, plan=plan) as handle, torch.no_grad():
         model(**inputs)

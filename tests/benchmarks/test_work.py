@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from support.answers import HOW
+from support.embedded import HOW
 
 import tokencomp
 from benchmarks.accuracy.work import FlopClock, _sees_attention, vision_work, work_parts

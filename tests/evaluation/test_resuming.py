@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support.answers import HOW, one_by_one
+from support.embedded import HOW, one_by_one
 
 from tokencomp.errors import OptionError
 from tokencomp.evaluation import Example, evaluate

@@ -10,8 +10,8 @@ from typing import ClassVar
 import pytest
 import torch
 from PIL import Image
-from support.answers import HOW, one_by_one
 from support.console import run as command
+from support.embedded import HOW, one_by_one
 
 import tokencomp
 from tokencomp.errors import OptionError, SpanError, UnknownNameError, WeightsError

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tokencomp.errors import MediaError
 from tokencomp.inputs.media import load_media
 
 
@@ -112,3 +114,16 @@ def test_of_several_pictures_a_photograph_shows_the_first(tmp_path, name, count)
     pages = [read] if isinstance(read, Image.Image) else read
     wanted = np.array([[255, 0, 0], [0, 0, 255]])[:count]
     assert near([page.getpixel((8, 8)) for page in pages], wanted)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0.png", "none.png"])
+def test_names_that_no_file_has(name):
+    with pytest.raises(MediaError, match="no such file"):
+        load_media(name)
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_addresses_are_not_read(kind):
+    """A path has lost one of the slashes."""
+    with pytest.raises(MediaError, match=r"https://host/a\.png: URLs are not read"):
+        load_media(kind("https://host/a.png"))

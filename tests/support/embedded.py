@@ -1,4 +1,7 @@
-"""Fixtures: an embedded architecture as the recipes write it, real processor, random weights."""
+"""An embedded architecture as the recipes write it: real processor, random weights.
+
+Its fixtures, and its answers to one question at a time, an oracle of batches and stored runs.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+
+import tokencomp
+from tokencomp.inputs.prompts import build_inputs
+
+HOW = {"max_new_tokens": 4, "progress": False}
 
 
 @pytest.fixture(scope="session")
@@ -38,3 +46,15 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     media = tmp_path_factory.mktemp("media")
     images = items("validation", 1, ("attribute", "existence", "count"))
     return shapesqa([*images, *items("validation", 1, ("needle", "direction"))], media)
+
+
+def one_by_one(loaded, example, reducer=None, ratio=0.0):
+    """The answer to a single prompt, straight through `generate`."""
+    model, processor = loaded
+    inputs = build_inputs(processor, [example.load(8)], [example.prompt])
+    handle = tokencomp.patch(model, ratio, reducer=reducer) if reducer else None
+    out = model.generate(**inputs, do_sample=False, max_new_tokens=4)
+    if handle is not None:
+        handle.remove()
+    answer = out[0, inputs["input_ids"].shape[1] :]
+    return processor.decode(answer, skip_special_tokens=True).strip()

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import chain, groupby
-
 import numpy as np
 import pytest
 from support.photographs import COLORS, Drawings
 
 from recipes.photographs.items import items
 from recipes.photographs.questions import COUNTS, FAMILIES
-from recipes.photographs.scenes import SIZE, cell_letters, render, sample_words
+from recipes.photographs.scenes import SIZE, render
 
 
 def boxes(pixels: np.ndarray) -> dict[str, tuple[float, float, float]]:
@@ -78,19 +76,6 @@ def test_words_are_drawn_where_no_thing_is() -> None:
         left, top, right, bottom = text.box
         assert left - 2 <= x.min() and x.max() <= right + 2
         assert top - 2 <= y.min() and y.max() <= bottom + 2
-
-
-def test_letters_of_cells_spell_the_words() -> None:
-    """Along the middle of a word its letters come in order; cells without ink have none."""
-    for index in range(5):
-        scene = sample_words(np.random.default_rng(index), Drawings(), "train")
-        grid, inside = cell_letters(scene, 4), 0
-        for text in scene.texts:
-            left, top, right, bottom = text.box
-            row = grid[(top + bottom) // 8][left // 4 : right // 4 + 1]
-            assert [k for k, _ in groupby(row) if k] == [k for k, _ in groupby(text.text)]
-            inside += ((bottom - top) // 4 + 2) * ((right - left) // 4 + 4)
-        assert len(scene.texts) > 4 and 0 < sum(map(bool, chain(*grid))) <= inside
 
 
 def test_splits_share_no_scene() -> None:
