@@ -20,9 +20,10 @@ from tokencomp.engine.tower.stage import check_tower_stage
 from tokencomp.engine.weights import merging_where_possible
 from tokencomp.errors import OptionError, UnsupportedModelError
 from tokencomp.method import MethodSpec, resolve_auto
+from tokencomp.plan.options import in_words
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.reducer import label
-from tokencomp.plan.stages import Merging, Stage
+from tokencomp.plan.stages import Stage
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.plan_json import PlanLike, as_plan
 from tokencomp.trained.cards import model_facts
@@ -47,7 +48,7 @@ def make_plan(spec: MethodSpec, adapter: Adapter, compact: bool = False) -> Plan
             reducer = resolve_auto("auto")
         except UnsupportedModelError:
             reducer = resolve_auto("auto", scored=False)
-        spec = replace(spec, reducer=reducer, merge=spec.merge_in_force)
+        spec = replace(spec, reducer=reducer, **spec.options_in_force)
     num_layers = len(adapter.layers)
     plan = spec.stages(num_layers, adapter.first_layer_stage)
     plan.check(num_layers, adapter.first_layer_stage)
@@ -160,10 +161,11 @@ class Handle:
         plan: PlanLike | None = None,
         tower_ratio: float | Literal["auto"] | None = None,
         tower_reducer: str | Reducer | None = None,
-        merge: Merging | None = None,
         **options: Any,
     ) -> Handle:
         """Change ratios, reducers or options in place; arguments left out keep their values.
+
+        `options` are those of the stages, such as `merge`, and of the reducer, as in `patch`.
 
         A ratio replaces a budget, and the other way round.
 
@@ -177,7 +179,7 @@ class Handle:
                 f"tokencomp.patch(model, ..., {fixed[0]}={options[fixed[0]]!r}) again."
             )
         given: dict[str, Any] = {
-            "ratio": ratio, "budget": budget, "reducer": reducer, "merge": merge,
+            "ratio": ratio, "budget": budget, "reducer": reducer,
             "tower_ratio": tower_ratio, "tower_reducer": tower_reducer,
             "plan": None if plan is None else as_plan(plan),
         }  # fmt: skip
@@ -245,10 +247,12 @@ class Handle:
 def _places(stages: Sequence[Stage]) -> list[str]:
     """Which reducers act where, e.g. "bipartite at entry", "prune before layers 4, 8"."""
     by_name: dict[str, list[int]] = {}
-    words = {True: ", merging the rest,", "auto": ", merging the rest of images,"}
     for stage in stages:
-        merging = words[stage.merge] if stage.merges_some else ""
-        by_name.setdefault(f"{label(stage.reducer)}{merging}", []).append(stage.layer)
+        options = dict(stage.stage_options)
+        if not stage.merges_some:  # "auto", where too little is kept
+            options.pop("merge", None)
+        words = "".join(f", {word}," for word in in_words(options))
+        by_name.setdefault(f"{label(stage.reducer)}{words}", []).append(stage.layer)
     places = []
     for name, layers in by_name.items():
         entry, later = layers[0] == 0, [str(layer) for layer in layers if layer]

@@ -14,9 +14,10 @@ from typing import Any, Literal
 
 from tokencomp.errors import OptionError, PlanError, RatioError
 from tokencomp.plan.counts import Budget, check_one_amount, check_ratio, ratio_text
+from tokencomp.plan.options import OPTIONS, StageOptions, split
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.schedules import after_tower, by_item, by_modality, not_before
-from tokencomp.plan.stages import MEDIA, Merging, TowerStage, check_merge
+from tokencomp.plan.stages import MEDIA, TowerStage
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import check_members, make_reducer, options_of
 from tokencomp.validation import check_effect
@@ -46,7 +47,7 @@ def resolve_auto(
 
 
 @dataclass(frozen=True)
-class MethodSpec:
+class MethodSpec(StageOptions):
     """A method at a ratio. Hashable, and equal to every spec with equal fields.
 
     The fields are arguments of `tokencomp.patch`, which describes them, but for these:
@@ -54,7 +55,8 @@ class MethodSpec:
     Attributes
     ----------
     options
-        Options of the named reducer, as a dict.
+        Options of the named reducer, as a dict. Those of stages among them, such as `merge`, are
+        moved to the fields of these names.
     ratio
         A number; 0 is off. A mapping from modalities to ratios goes to `ratios`.
     ratios
@@ -74,7 +76,6 @@ class MethodSpec:
     ratio: float = 0.0
     options: dict[str, Any] = field(default_factory=dict)
     plan: Plan | None = None
-    merge: Merging | None = None
     tower_ratio: float | Literal["auto"] = 0.0
     tower_reducer: str | Reducer = "auto"
     ratios: dict[str, float] = field(default_factory=dict)
@@ -82,6 +83,9 @@ class MethodSpec:
     carried: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
+        stage, options = split(self.options)
+        for name, value in {**stage, "options": options}.items():
+            object.__setattr__(self, name, value)
         if isinstance(self.ratio, Mapping):  # by modality
             if not self.ratio:
                 raise RatioError(f"ratio={{}}: names no modality. Use {', '.join(MEDIA)}.")
@@ -96,7 +100,7 @@ class MethodSpec:
         if self.plan is not None:
             self._check_plan(self.plan)
         reducer = self.built_reducer if self.plan is None and self.names_reducer else None
-        check_merge(self.merge_in_force, reducer)
+        self.check_options(reducer)
         if self.plan is None:
             self._check_tower()
 
@@ -104,7 +108,7 @@ class MethodSpec:
         """Refuse what stands beside a plan, and reducers of its stages that cannot be combined."""
         usual: dict[str, tuple[Any, ...]] = {
             "reducer": ("auto",), "tower_ratio": (0.0,), "tower_reducer": ("auto",),
-            "merge": (None, False),
+            **{name: (None, known.off) for name, known in OPTIONS.items()},
         }  # fmt: skip
         beside = {name: getattr(self, name) for name in usual}
         beside = {name: v for name, v in beside.items() if v not in usual[name]} | self.options
@@ -177,14 +181,14 @@ class MethodSpec:
         return make_reducer(name)
 
     @property
-    def merge_in_force(self) -> Merging:
-        """`merge`, or what None means."""
-        return self.usual_merge if self.merge is None else self.merge
+    def options_in_force(self) -> dict[str, Any]:
+        return self.usual_options | self.given_options
 
     @property
-    def usual_merge(self) -> Merging:
-        """What `merge=None` means: "auto" for the default reducer and False for every other."""
-        return "auto" if self.reducer == DEFAULT_REDUCER and self.plan is None else False
+    def usual_options(self) -> dict[str, Any]:
+        """What None means for every option of the stages, which depends on the reducer."""
+        reducer = self.reducer if self.plan is None else None
+        return {name: known.meaning(reducer) for name, known in OPTIONS.items()}
 
     @property
     def names_reducer(self) -> bool:
@@ -261,13 +265,14 @@ class MethodSpec:
                 plan = by_modality(self.ratios, self.built_reducer, num_layers, first_layer_stage)
             if self.built_budget is not None:
                 plan = by_item(self.built_budget, self.built_reducer, num_layers, first_layer_stage)
-            merge = self.merge_in_force
-            self._plans[key] = plan.with_merge(merge) if merge else plan
+            on = self.stage_options
+            self._plans[key] = plan.with_options(**on) if on else plan
         return self._plans[key]
 
     def changed(self, options: dict[str, Any], **arguments: Any) -> MethodSpec:
         """The spec after `Handle.set` with these arguments; None and {} change nothing."""
-        given = {name: value for name, value in arguments.items() if value is not None}
+        stage, options = split(options)
+        given = {n: value for n, value in {**arguments, **stage}.items() if value is not None}
         ratio, budget, plan = (given.pop(name, None) for name in ("ratio", "budget", "plan"))
         asked = check_one_amount(ratio, budget, plan)
         planned = plan is None and self.plan is not None and "reducer" not in given
@@ -281,7 +286,7 @@ class MethodSpec:
         if plan is not None:
             return MethodSpec(ratio=self.ratio, options=options, plan=plan, **given)
         amount = {"ratio": 0.0, "budget": None, **(asked or self.requested)}
-        given = {**amount, "merge": self.merge, **tower, **given}
+        given = {**amount, **self.given_options, **tower, **given}
         if "reducer" in given:
             return MethodSpec(options=options, **given)
         given |= {"ratios": {}, "options": {**self.options, **options}}
@@ -297,8 +302,7 @@ class MethodSpec:
             tower = self.built_tower_reducer
             own = {"ratio": self.dropped_cells, "reducer": tower.name, "options": options_of(tower)}
             plain["tower"] = own
-        merge = self.merge_in_force
-        return {**plain, "merge": merge} if merge else plain
+        return {**plain, **self.stage_options}
 
     def __hash__(self) -> int:
         options = json.dumps(self.options, sort_keys=True, default=str)
@@ -306,7 +310,7 @@ class MethodSpec:
             self.ratio,
             tuple(sorted(self.ratios.items())),
             self.built_budget,
-            self.merge_in_force,
+            *self.options_in_force.values(),
         )
         tower = self.tower_ratio, self.tower_reducer
         return hash((self.reducer, options, self.plan, *asked, *tower))

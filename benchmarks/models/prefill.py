@@ -38,7 +38,7 @@ from benchmarks.models import shapes
 from benchmarks.models.measured import kind_of, method_of
 from benchmarks.publishing import environment, provenance, read_lines
 from benchmarks.stored import today
-from tokencomp.method import Merging
+from tokencomp.plan.options import Merging
 from tokencomp.storage import write_lines
 
 FOLDER = Path(__file__).parent

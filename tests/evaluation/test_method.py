@@ -43,7 +43,7 @@ def test_auto_depends_on_the_engine_alone() -> None:
         (("uniform", 0.5, {"seed": 1}), OptionError),
         (("bipartite", 1.0), tokencomp.TokenCompError),
         (("bipartite", 0.5, {}, tokencomp.Plan()), OptionError),
-        (("uniform", 0.5, {}, None, "keep"), OptionError),
+        (("uniform", 0.5, {"merge": "keep"}), OptionError),
     ],
 )
 def test_a_spec_is_validated_when_it_is_made(arguments: Any, error: type[Exception]) -> None:

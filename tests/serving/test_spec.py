@@ -55,8 +55,8 @@ TAKEN: list[tuple[tuple[str, ...], Any, Any, dict[str, Any]]] = [
     (("hf",), {**HALF, "merge": True}, None, {"merge": True}),
     (("hf",), {**HALF, "merge": True}, {"merge": False}, {"merge": False}),
     # It merges by itself, and the request says nothing of merging.
-    (("hf",), {**HALF, "merge": True}, {"reducer": "bipartite"}, {"merge_in_force": False}),
-    (("vllm", "sglang"), HALF, None, {"merge_in_force": False}),
+    (("hf",), {**HALF, "merge": True}, {"reducer": "bipartite"}, {"stage_options": {}}),
+    (("vllm", "sglang"), HALF, None, {"stage_options": {}}),
     (("hf",), {**HALF, **SELECTOR}, {"ratio": 0.6}, {"ratio": 0.6, "weights": "/etc/passwd"}),
     *((("hf",), {**HALF, "reducer": name}, None, {"ratio": 0.5})
       for name in available_reducers() if name != "auto"),

@@ -10,6 +10,7 @@ import typer
 
 from tokencomp.cli import _options as opt
 from tokencomp.cli import _parse as parse
+from tokencomp.plan.options import OPTIONS
 
 Settings = Callable[[Any], list[Any]]
 ALL = "all"
@@ -56,7 +57,7 @@ def settings(context: typer.Context, chosen: opt.MethodOptions) -> Settings:
         settings = list(dict.fromkeys(itertools.chain(*found)))
         return lambda model: checked(settings, model)
     fix = "the stages in the file have reducers, fractions and options of their own"
-    names = ("reducer", "ratio", "budget", "options", "merge", "tower_ratio", "tower_reducer")
+    names = ("reducer", "ratio", "budget", "options", *OPTIONS, "tower_ratio", "tower_reducer")
     opt.refuse_options(context, names, "--plan", fix)
     stages = as_plan(chosen.plan)
     return lambda model: checked(planned(stages, model), model)

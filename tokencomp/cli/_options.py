@@ -7,12 +7,13 @@ import functools
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
 from tokencomp.errors import OptionError
 from tokencomp.inputs.packaged import DEFAULT_MODEL
+from tokencomp.plan.options import OPTIONS, StageOptions, type_of
 from tokencomp.storage import writing
 
 FIRST = ("model", "data", "image", "video", "question", "reducer", "ratio", "budget")
@@ -63,15 +64,6 @@ PlanFile = Annotated[
         "--plan", help="JSON file with explicit stages, instead of --reducer, --ratio and --set."
     ),
 ]
-MergeFlag = Annotated[
-    bool | None,
-    typer.Option(
-        "--merge/--no-merge",
-        help="Average tokens that do not stay into the nearest kept one, which then weighs as much "
-        "as the tokens it stands for, or drop them. Without either, the default reducer merges in "
-        "images of which at least a tenth stays, and other reducers drop.",
-    ),
-]
 TowerRatio = Annotated[
     str,
     typer.Option(
@@ -100,10 +92,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables
 
 
 @dataclasses.dataclass(frozen=True)
-class StageOptions:
-    """Whether a stage merges, and the stage in the vision tower."""
+class StageFlags(StageOptions):
+    """The options of stages, and the stage in the vision tower."""
 
-    merge: MergeFlag = None
     tower_ratio: TowerRatio = "0"
     tower_reducer: TowerReducer = "auto"
 
@@ -114,14 +105,13 @@ class StageOptions:
 
         ratio: Any = self.tower_ratio
         ratio = ratio if ratio == "auto" else check_ratio(ratio, "tower_ratio")
-        merge = {} if self.merge is None else {"merge": self.merge}
         amount = {} if ratio == 0.0 else {"tower_ratio": ratio}
         reducer = {} if self.tower_reducer == "auto" else {"tower_reducer": self.tower_reducer}
-        return {**merge, **amount, **reducer}
+        return {**self.given_options, **amount, **reducer}
 
 
 @dataclasses.dataclass(frozen=True)
-class MethodOptions(StageOptions):
+class MethodOptions(StageFlags):
     """What compresses: reducers at ratios, or a plan."""
 
     reducer: Reducers = "auto"
@@ -178,6 +168,17 @@ class Files:
         return loaded
 
 
+def stage_flags() -> dict[str, Any]:
+    """The options of stages as parameters of typer; True or False has two flags."""
+    flags = {}
+    for name, known in OPTIONS.items():
+        kind, flag = type_of(name), name.replace("_", "-")
+        switch = kind is bool or bool in get_args(kind)
+        given = typer.Option(f"--{flag}/--no-{flag}" if switch else f"--{flag}", help=known.help)
+        flags[name] = Annotated[bool if switch else kind, given]
+    return flags
+
+
 def flat(command: Any = None, /, **defaults: Any) -> Any:
     """Decorate `command` for typer: a parameter that is a dataclass becomes one option per field.
 
@@ -194,7 +195,7 @@ def flat(command: Any = None, /, **defaults: Any) -> Any:
         if name not in groups:
             parameters.append(parameter.replace(annotation=hints[name]))
             continue
-        kinds = get_type_hints(groups[name], include_extras=True)
+        kinds = get_type_hints(groups[name], include_extras=True) | stage_flags()
         fields = inspect.signature(groups[name]).parameters.values()
         parameters += [
             field.replace(

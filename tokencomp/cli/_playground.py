@@ -17,7 +17,7 @@ from tokencomp.inputs.packaged import zoo_folder
 from tokencomp.inputs.scorer import with_scorer
 from tokencomp.pages.html import compact
 from tokencomp.pages.pictures import plain_tiles, strip
-from tokencomp.plan.stages import Merging
+from tokencomp.plan.options import Merging
 from tokencomp.reducers.registry import available_reducers
 
 HEAD = ("", "without", "with compression")

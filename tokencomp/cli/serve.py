@@ -19,7 +19,7 @@ CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 @opt.flat
 def command(
     context: typer.Context,
-    method: opt.StageOptions,
+    method: opt.StageFlags,
     source: opt.Source,
     ratio: Annotated[str, typer.Option("--ratio", help="Default ratio in [0, 1).")] = "0.5",
     budget: Annotated[

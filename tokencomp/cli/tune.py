@@ -14,7 +14,7 @@ from tokencomp.cli._methods import known
 
 @opt.flat
 def command(
-    method: opt.StageOptions,
+    method: opt.StageFlags,
     source: opt.Source,
     data: Annotated[
         Path, typer.Option(help="Your questions: JSON Lines with question, answer and media.")

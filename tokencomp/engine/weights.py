@@ -408,7 +408,7 @@ def merging_where_possible(plan: Plan, adapter: Adapter, compact: bool) -> Plan:
         if asked:
             raise
         _warn_once(type(adapter.model).__qualname__, str(error))
-        return plan.with_merge(False)
+        return plan.with_options(merge=False)
     return plan
 
 

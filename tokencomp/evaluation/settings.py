@@ -9,6 +9,7 @@ from typing import Any
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import OptionError
 from tokencomp.method import MethodSpec
+from tokencomp.plan.options import OPTIONS, in_words
 from tokencomp.plan.plan import Plan
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.plan_json import plan_from_json, plan_to_json
@@ -43,8 +44,9 @@ class Setting(MethodSpec):
     ratio
         In [0, 1); every method at 0 is the full model.
     options
-        Options of the reducer. `merge`, `tower_ratio`, `tower_reducer`, and for "plan" its stages
-        in JSON form as `plan`, may stand among them and are moved to the fields of these names.
+        Options of the reducer. Those of stages (`merge`), `tower_ratio`, `tower_reducer`, and for
+        "plan" its stages in JSON form as `plan`, may stand among them and are moved to the fields
+        of these names.
     name
         Row label; by default the name of the reducer, or "plan".
     variant
@@ -64,7 +66,7 @@ class Setting(MethodSpec):
                 f"options={self.options}."
             )
         options = dict(self.options)
-        for field in (MERGE, BUDGET, *TOWER):
+        for field in (BUDGET, *TOWER, *OPTIONS):
             self._assign(**{field: options.pop(field, getattr(self, field))})
         self._assign(options=options)
         if self.reducer == PLAN or self.plan is not None:
@@ -80,8 +82,8 @@ class Setting(MethodSpec):
         if not self.name:
             self._assign(name=FULL if self.off else self._reducer_name())
         if self.off:
-            self._assign(ratios={}, reducer=FULL, options={}, plan=None, merge=None)
-            self._assign(tower_ratio=0.0, tower_reducer="auto")
+            self._assign(ratios={}, reducer=FULL, options={}, plan=None)
+            self._assign(tower_ratio=0.0, tower_reducer="auto", **dict.fromkeys(OPTIONS))
 
     def _assign(self, **values: Any) -> None:
         """Bring fields into their normal form while the object is being built."""
@@ -118,10 +120,11 @@ class Setting(MethodSpec):
 
     @property
     def written_options(self) -> dict[str, Any]:
-        """All options in their JSON form, a plan and `merge` included."""
+        """All options in their JSON form, a plan and options of the stages included."""
         plan = {} if self.plan is None else {"plan": plan_to_json(self.plan)}
-        merge = {} if self.merge_in_force == self.usual_merge else {MERGE: self.merge}
-        return {**plan, **self.options, **merge, **self._written_tower}
+        usual = self.usual_options
+        stage = {n: value for n, value in self.options_in_force.items() if value != usual[n]}
+        return {**plan, **self.options, **stage, **self._written_tower}
 
     @property
     def _written_tower(self) -> dict[str, Any]:
@@ -145,8 +148,8 @@ class Setting(MethodSpec):
         again = f", revision {number}" if number > 1 else ""
         subsets = ", a subset per question" if self.reducer == RANDOM else ""
         tower = f", behind {self.built_tower_reducer!r}" if self.dropped_cells else ""
-        merge = {True: ", merging the rest", "auto": ", merging the rest of images"}
-        return f"{reducer!r}{again}{subsets}{merge.get(self.merge_in_force, '')}{tower}"
+        stage = "".join(f", {word}" for word in in_words(self.stage_options))
+        return f"{reducer!r}{again}{subsets}{stage}{tower}"
 
     def deviation(self, layers: int, frames: int = 0) -> str:
         """How the method departs from its paper, in words; "" if it does not.
@@ -197,7 +200,7 @@ def grid(
     asked += [
         {"ratio": r} for r in ratios if (any(r.values()) if isinstance(r, Mapping) else r > 0)
     ]
-    media = {name: value for name, value in options.items() if name not in (MERGE, *TOWER)}
+    media = {name: value for name, value in options.items() if name not in (*TOWER, *OPTIONS)}
     each = {name: media if name in INPUT_BASELINES else options for name in reducers}
     return [
         Setting(),

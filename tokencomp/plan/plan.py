@@ -10,12 +10,12 @@ import bisect
 import itertools
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tokencomp.errors import OptionError, PlanError
 from tokencomp.plan.counts import Place
 from tokencomp.plan.reducer import StageReducer
-from tokencomp.plan.stages import Merging, Stage, TowerStage
+from tokencomp.plan.stages import Stage, TowerStage
 
 if TYPE_CHECKING:
     from tokencomp.tokens.signals import Signal
@@ -114,7 +114,7 @@ class Plan:
     @cached_property
     def dropping(self) -> Plan:
         """This plan, in which what does not stay is dropped."""
-        return self.with_merge(False) if self.may_merge else self
+        return self.with_options(merge=False) if self.may_merge else self
 
     @cached_property
     def needs(self) -> frozenset[Signal]:
@@ -237,15 +237,15 @@ class Plan:
             tower = replace(tower, reducer=tower.reducer.bind(facts))
         return Plan(tuple(replace(s, reducer=s.reducer.bind(facts)) for s in self.stages), tower)
 
-    def with_merge(self, merge: Merging) -> Plan:
-        """The same stages with another `merge`.
+    def with_options(self, **options: Any) -> Plan:
+        """The same stages with other values of some options (`StageOptions`).
 
         Raises
         ------
         OptionError
-            A reducer merges tokens by itself.
+            A reducer of the plan does not allow one of them.
         """
-        return Plan(tuple(replace(s, merge=merge) for s in self.stages), self.tower)
+        return Plan(tuple(replace(s, **options) for s in self.stages), self.tower)
 
 
 def from_profile(profile: list[float], reducer: StageReducer) -> Plan:

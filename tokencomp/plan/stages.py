@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
-from tokencomp.errors import OptionError, PlanError
+from tokencomp.errors import PlanError
 from tokencomp.plan.counts import Budget, Place, keep_count, split_evenly
+from tokencomp.plan.options import StageOptions
 from tokencomp.plan.reducer import StageReducer, counts_itself, only_plans
 from tokencomp.validation import check_effect, describe_type, fits
 
@@ -18,13 +19,12 @@ if TYPE_CHECKING:
     from tokencomp.tokens.spans import Grid, VisualSpan
 
 MEDIA = ("image", "video", "audio")
-Merging = bool | Literal["auto"]
 LEAST_MERGED = 0.1
 """Fraction below which merge="auto" drops: a mean of more than ten tokens says too little."""
 
 
 @dataclass(frozen=True)
-class Stage:
+class Stage(StageOptions):
     """From decoder layer `layer` on, `fraction` of the uncompressed visual tokens is left.
 
     Attributes
@@ -43,11 +43,8 @@ class Stage:
     share
         From the fraction of an item that all layers see on average to the one from `layer` on;
         None: the same.
-    merge
-        Whether tokens that do not stay are averaged into the kept token nearest to them, which
-        then weighs as much as the tokens it stands for, or dropped (False). Where no token of a
-        span stays, all are dropped. "auto" merges in images of which at least a tenth stays, and
-        drops elsewhere.
+
+    Its options, such as `merge`, are those of `StageOptions`; they are off where they are left out.
 
     Raises
     ------
@@ -56,8 +53,8 @@ class Stage:
         reducer that only plans the steps of others (a preset or a composition); or a stage between
         layers for a reducer that was trained for the entry.
     OptionError
-        An option of the reducer that has no effect there; another merge, or True for a reducer that
-        merges by itself.
+        An option of the reducer that has no effect there; an option of the stage that is of another
+        type, or that the reducer does not allow.
     """
 
     layer: int
@@ -66,7 +63,6 @@ class Stage:
     by_modality: tuple[tuple[str, float], ...] = ()
     budget: Budget | None = None
     share: Callable[[float], float] | None = None
-    merge: Merging = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "by_modality", tuple(sorted(dict(self.by_modality).items())))
@@ -90,7 +86,9 @@ class Stage:
                 "patch(reducer=...), or use the stages that its plan(ratio, num_layers) makes."
             )
         check_effect(self.reducer.name, self.reducer, self.reducer.unused_options(pixels=False))
-        check_merge(self.merge, self.reducer)
+        for name, value in self.options_in_force.items():
+            object.__setattr__(self, name, value)
+        self.check_options(self.reducer)
         if self.layer > 0 and self.reducer.entry_only:
             raise PlanError(
                 f"stage at layer {self.layer}: reducer {self.reducer.name!r} reads what stands "
@@ -206,24 +204,6 @@ class TowerStage:
         t, h, w = span.grid
         parts, grid = (t, (1, h, w)) if self.frames_apart else (1, span.grid)
         return parts * self.cells([grid])[0] + len(span.special)
-
-
-def check_merge(merge: Any, reducer: StageReducer | None) -> None:
-    """Check what is to happen to the tokens that `reducer` does not keep.
-
-    Raises
-    ------
-    OptionError
-        Another value, or True or "auto" for a reducer that merges tokens by itself.
-    """
-    if not fits(merge, Merging):
-        raise OptionError(f"merge={merge!r}; allowed: True, False, 'auto'.")
-    if merge and reducer is not None and reducer.merges:
-        raise OptionError(
-            f"merge={merge!r}: {reducer.name!r} merges tokens by itself, so it leaves none to "
-            "merge. Leave merge out, or take a reducer that keeps tokens as they are, such as "
-            "'kcenter'."
-        )
 
 
 def _unfit_for_tower(reducer: StageReducer) -> str:

@@ -9,10 +9,11 @@ from typing import Any
 
 from tokencomp.errors import PlanError
 from tokencomp.plan.counts import Budget
+from tokencomp.plan.options import OPTIONS, split, type_of
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.stages import Stage, TowerStage
 from tokencomp.reducers.registry import make_reducer, options_of
-from tokencomp.validation import fits
+from tokencomp.validation import describe_type, fits
 
 PlanLike = Plan | list[dict[str, Any]] | str | PathLike[str]
 
@@ -48,7 +49,7 @@ def plan_to_json(plan: Plan) -> list[dict[str, Any]]:
                 if isinstance(s, Stage) and s.by_modality
                 else {}
             ),
-            **({"merge": s.merge} if isinstance(s, Stage) and s.merge else {}),
+            **(s.stage_options if isinstance(s, Stage) else {}),
         }
         for s in stages
     ]
@@ -86,11 +87,10 @@ def plan_from_json(data: list[dict[str, Any]]) -> Plan:
             raise PlanError(
                 f"stage {i} of the plan is {item!r}; expected an object with layer (an integer), "
                 "fraction (a number), reducer (a name) and, if needed, options (an object), "
-                "by_modality (fractions of modalities that differ) and merge (true or false), e.g. "
-                '{"layer": 0, "fraction": 0.5, "reducer": "bipartite"}. A stage at a layer may '
-                "have "
-                "budget (visual tokens left of every item) instead of fraction. The first may have "
-                "tower (a block of the vision tower) instead of layer."
+                f"by_modality (fractions of modalities that differ) and {_options_in_words()}, "
+                'e.g. {"layer": 0, "fraction": 0.5, "reducer": "bipartite"}. A stage at a layer '
+                "may have budget (visual tokens left of every item) instead of fraction. The first "
+                "may have tower (a block of the vision tower) instead of layer."
             )
         reducer = make_reducer(item["reducer"], **item.get("options", {}))
         if "tower" in item:
@@ -99,9 +99,14 @@ def plan_from_json(data: list[dict[str, Any]]) -> Plan:
             fractions = tuple(item.get("by_modality", {}).items())
             budget = Budget.of(item["budget"]) if "budget" in item else None
             fraction = float(item.get("fraction", 1.0))
-            merge = item.get("merge", False)
-            stages.append(Stage(item["layer"], fraction, reducer, fractions, budget, merge=merge))
+            options, _ = split(item)
+            stages.append(Stage(item["layer"], fraction, reducer, fractions, budget, **options))
     return Plan(tuple(stages), tower)
+
+
+def _options_in_words() -> str:
+    """The options of stages with their types, e.g. "merge (true or false or 'auto')"."""
+    return ", ".join(f"{name} ({describe_type(type_of(name))})" for name in OPTIONS)
 
 
 def _is_stage(item: Any, place: str) -> bool:
@@ -111,7 +116,7 @@ def _is_stage(item: Any, place: str) -> bool:
     budget = place == "layer" and "budget" in item  # `Budget` says what is wrong with its value
     size = {"budget": object} if budget else {"fraction": float}
     hints: dict[str, Any] = {place: int, **size, "reducer": str}
-    further = {"options"} if place == "tower" else {"options", "merge"}
+    further = {"options"} if place == "tower" else {"options", *OPTIONS}
     further |= {"by_modality"} if place == "layer" and not budget else set()
     options = item.get("options", {})
     return (

@@ -17,6 +17,7 @@ from importlib import metadata
 from typing import Any, TypeVar, cast
 
 from tokencomp.errors import OptionError, PluginWarning, check_free, unknown_name
+from tokencomp.plan.options import OPTIONS
 from tokencomp.plan.reducer import StageReducer
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.compose import Compose, assign_options, part_names
@@ -28,7 +29,7 @@ GROUP = "tokencomp.reducers"
 # Arguments of `patch` and `Handle.set` that stand beside the options of a reducer.
 ARGUMENTS = (
     "ratio", "budget", "reducer", "plan", "tower_ratio", "tower_reducer", "strict",
-    "positions", "extend_context", "merge", "verify",
+    "positions", "extend_context", "verify", *OPTIONS,
 )  # fmt: skip
 KEPT_SHARE = ("keep", "keep_ratio", "keep_rate", "retention", "fraction")
 SYNONYMS = {

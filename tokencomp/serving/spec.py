@@ -11,14 +11,14 @@ from typing import Any
 from tokencomp.errors import OptionError, RatioError
 from tokencomp.method import MethodSpec, resolve_auto
 from tokencomp.plan.counts import MAX_RATIO, Budget, check_one_amount, check_ratio
-from tokencomp.plan.stages import Merging
+from tokencomp.plan.options import OPTIONS, check_option
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import make_reducer, options_of
 from tokencomp.serving.servable import check_name, check_servable
 
 TOWER_KEYS = ("tower_ratio", "tower_reducer")
 AMOUNTS = ("ratio", "budget")
-REQUEST_KEYS = ("reducer", *AMOUNTS, "options", "merge", *TOWER_KEYS)
+REQUEST_KEYS = ("reducer", *AMOUNTS, "options", *OPTIONS, *TOWER_KEYS)
 OPERATOR_OPTIONS = ("weights",)  # paths: what they name, and whether it exists, is not for clients
 SERVER_KEYS = (*REQUEST_KEYS, "max_ratio", "low_detail_ratio", "per_request", "only_own")
 
@@ -112,7 +112,7 @@ class ServerOptions:
                     "images. Send them apart."
                 )
             ratio = {"image": ratio, "video": self.default.ratio}
-        asked = {"ratio": ratio, "merge": self.default.merge}
+        asked = {"ratio": ratio, **self.default.given_options}
         return self._with_tower(self._reducer({}), asked, {})
 
     def resolve(self, request: Any, engine: str = "vllm") -> MethodSpec:
@@ -149,18 +149,7 @@ class ServerOptions:
         if "ratio" in asked:
             asked["ratio"] = self._checked_ratio(asked["ratio"], engine)
         reducer = self._reducer(values)
-        merge = values.get("merge")
-        if merge is None:
-            merge = self._usual_merge(values, reducer)
-        if engine != "hf" and merge == "auto":
-            merge = False
-        if engine != "hf" and merge:
-            raise OptionError(
-                "merge=true: merged tokens weigh as much as the tokens they stand for, and the "
-                "attention of vLLM and SGLang has no weights for the rows of its cache. Leave it "
-                "out, or serve with `--engine hf`."
-            )
-        asked["merge"] = merge
+        asked |= {name: self._stage_option(name, values, reducer, engine) for name in OPTIONS}
         tower = [key for key in TOWER_KEYS if values.get(key)]
         if engine == "sglang" and tower:
             raise OptionError(
@@ -175,18 +164,30 @@ class ServerOptions:
             spec.stages(num_layers=1, first_layer_stage=1)  # raises if they do not fit together
         return spec
 
-    def _usual_merge(self, values: Mapping[str, Any], reducer: Reducer) -> Merging | None:
-        """Whether to merge where a request does not say: as the default, or as `patch`.
+    def _stage_option(
+        self, name: str, values: Mapping[str, Any], reducer: Reducer, engine: str
+    ) -> Any:
+        """An option of the stages: of the request, else of the default, else as `patch` (None).
 
-        The library's default merges in images. A request for another reducer drops, unless the
-        operator merges everywhere; one that merges tokens by itself leaves none.
+        The value "auto" of a default belongs to its reducer, and a reducer that does not allow the
+        value of the default goes without. In plugins "auto" is off, and everything else refused.
         """
-        if reducer.merges:
-            return None
-        usual = values.get("reducer") in (None, "auto")
-        if self.default.merge is None and usual and self.default.reducer == "auto":
-            return "auto"
-        return self.default.merge if usual or self.default.merge != "auto" else None
+        known, value = OPTIONS[name], values.get(name)
+        if value is None:
+            usual = values.get("reducer") in (None, "auto")
+            value = getattr(self.default, name)
+            if value is None and usual:
+                value = known.meaning(self.default.reducer)
+            if (value == "auto" and not usual) or not _allowed(name, value, reducer):
+                value = None
+        if engine == "hf" or value is None or value == known.off:
+            return value
+        if value != "auto":
+            raise OptionError(
+                f"{name}={json.dumps(value)}: {known.hf_only}. Leave it out, or serve with "
+                "`--engine hf`."
+            )
+        return known.off
 
     def _checked_ratio(self, ratio: Any, engine: str) -> Any:
         """A ratio, or ratios by modality, within the bound of the server."""
@@ -208,7 +209,7 @@ class ServerOptions:
         """The spec with the stage in the vision tower of a request, else that of the default.
 
         `asked` has a "ratio", which is a number or a mapping from modalities to numbers, or a
-        "budget"; and perhaps `merge`.
+        "budget"; and options of the stages.
 
         The default's stage is for the default's ratio; a request for a lower one gets as much of
         it as that allows, down to none.
@@ -239,6 +240,15 @@ class ServerOptions:
             return make_reducer(name, **options)
         except (TypeError, ValueError, OverflowError) as error:
             raise OptionError(f"reducer {name!r}, options {own_options}: {error}") from None
+
+
+def _allowed(name: str, value: Any, reducer: Reducer) -> bool:
+    """Whether an option of the stages may have a value beside a reducer."""
+    try:
+        check_option(name, value, reducer)
+    except OptionError:
+        return False
+    return True
 
 
 def _check_budget(budget: Any) -> None:

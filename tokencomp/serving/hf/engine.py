@@ -236,7 +236,7 @@ class Engine:
             return self._handle.disabled()
         self._handle.set(
             **spec.requested,
-            reducer=spec.reducer, merge=spec.merge_in_force,
+            reducer=spec.reducer, **spec.options_in_force,
             tower_ratio=spec.tower_ratio, tower_reducer=spec.tower_reducer,
         )  # fmt: skip
         return contextlib.nullcontext()

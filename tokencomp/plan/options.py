@@ -1,0 +1,150 @@
+"""Options of a stage beside its reducer: one field of `StageOptions` each.
+
+`patch`, `Handle.set`, plans and their JSON form, settings of evaluations, servers and the command
+line iterate over these fields. An option is added by its field here and by what it does in the
+engine (CONTRIBUTING.md, "Add an option of a stage").
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from types import NoneType
+from typing import Any, Literal, get_args, get_type_hints
+
+from tokencomp.errors import OptionError
+from tokencomp.plan.reducer import StageReducer
+from tokencomp.validation import choices, describe_type, fits
+
+Merging = bool | Literal["auto"]
+
+
+@dataclass(frozen=True)
+class Option:
+    """What is known of an option besides the annotation of its field.
+
+    Attributes
+    ----------
+    off
+        The value without effect. The JSON form of a plan leaves it out. It is what None means,
+        unless `usual` says otherwise, and all that the plugins for serving engines take.
+    help
+        Its line on the command line.
+    usual
+        From the reducer that was asked for ("auto", or its name) to what None means.
+    check
+        Raises `OptionError` for a value of the right type that is out of range, or that the reducer
+        of the stage does not allow.
+    words
+        Its values in tables and in the repr of a handle; by default "name=value".
+    hf_only
+        Why the plugins for serving engines cannot have it.
+    """
+
+    off: Any
+    help: str
+    usual: Callable[[Any], Any] | None = None
+    check: Callable[[Any, StageReducer], None] | None = None
+    words: Mapping[Any, str] = field(default_factory=dict)
+    hf_only: str = "it acts in the decoder of transformers"
+
+    def meaning(self, reducer: Any) -> Any:
+        """What None means for a reducer that was asked for."""
+        return self.off if self.usual is None else self.usual(reducer)
+
+
+def _check_merge(merge: Merging, reducer: StageReducer) -> None:
+    if merge and reducer.merges:
+        raise OptionError(
+            f"merge={merge!r}: {reducer.name!r} merges tokens by itself, so it leaves none to "
+            "merge. Leave merge out, or take a reducer that keeps tokens as they are, such as "
+            "'kcenter'."
+        )
+
+
+MERGE = Option(
+    off=False,
+    help="Average tokens that do not stay into the nearest kept one, which then weighs as much as "
+    "the tokens it stands for, or drop them. Without either, the default reducer merges in images "
+    "of which at least a tenth stays, and other reducers drop.",
+    usual=lambda reducer: "auto" if reducer == "auto" else False,
+    check=_check_merge,
+    words={True: "merging the rest", "auto": "merging the rest of images"},
+    hf_only="merged tokens weigh as much as the tokens they stand for, and the attention of vLLM "
+    "and SGLang has no weights for the rows of its cache",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageOptions:
+    """The options of a stage. `Stage` and `MethodSpec` derive from it.
+
+    Attributes
+    ----------
+    merge
+        Whether tokens that the reducer does not keep are averaged into the kept token nearest to
+        them, which then weighs as much as the tokens it stands for, or dropped (False). Where no
+        token of a span is kept, all are dropped. "auto" merges in images of which at least a tenth
+        is kept, and drops elsewhere. None in a method: "auto" for the default reducer, else False.
+    """
+
+    merge: Merging | None = field(default=None, metadata={"option": MERGE})
+
+    @property
+    def given_options(self) -> dict[str, Any]:
+        """The options that are not None."""
+        return {name: v for name in OPTIONS if (v := getattr(self, name)) is not None}
+
+    @property
+    def options_in_force(self) -> dict[str, Any]:
+        """All options, with what None means."""
+        return {name: known.off for name, known in OPTIONS.items()} | self.given_options
+
+    @property
+    def stage_options(self) -> dict[str, Any]:
+        """The options that have an effect: the JSON form."""
+        return {n: v for n, v in self.options_in_force.items() if v != OPTIONS[n].off}
+
+    def check_options(self, reducer: StageReducer | None) -> None:
+        """Check the options of a stage with this reducer; None: it is not known.
+
+        Raises
+        ------
+        OptionError
+            A value of another type, or one that `Option.check` refuses.
+        """
+        for name, value in self.options_in_force.items():
+            check_option(name, value, reducer)
+
+
+OPTIONS: dict[str, Option] = {f.name: f.metadata["option"] for f in fields(StageOptions)}
+
+
+def check_option(name: str, value: Any, reducer: StageReducer | None) -> None:
+    """Check one option as `StageOptions.check_options` does."""
+    kind = type_of(name)
+    if not fits(value, kind):
+        values = ["True, False"] * (bool in get_args(kind)) + [repr(c) for c in choices(kind)]
+        allowed = ", ".join(values) or describe_type(kind)
+        raise OptionError(f"{name}={value!r}; allowed: {allowed}.")
+    if reducer is not None and (check := OPTIONS[name].check):
+        check(value, reducer)
+
+
+def type_of(name: str) -> Any:
+    """The annotation of an option without None."""
+    hint = get_type_hints(StageOptions)[name]
+    return functools.reduce(operator.or_, [k for k in get_args(hint) if k is not NoneType])
+
+
+def in_words(options: Mapping[str, Any]) -> list[str]:
+    """Options of a stage as tables and reprs name them, e.g. ["merging the rest"]."""
+    return [OPTIONS[name].words.get(v, f"{name}={v!r}") for name, v in options.items()]
+
+
+def split(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Keyword arguments: the options of stages among them, and those of the reducer."""
+    stage = {name: value for name, value in options.items() if name in OPTIONS}
+    return stage, {name: value for name, value in options.items() if name not in OPTIONS}
