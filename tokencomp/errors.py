@@ -154,6 +154,7 @@ EXTRAS = {
     "jinja2": "cli",
     "matplotlib": "cli",
     "gradio": "play",
+    "decord": "decord",
 }
 """The extra that brings an optional package, by the name under which it is imported."""
 

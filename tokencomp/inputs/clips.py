@@ -21,6 +21,8 @@ from tokencomp.inputs.upright import rgb, scaled_size, shown_size
 
 PICTURES = frozenset([".png", ".jpg", ".jpeg", ".webp", ".bmp"])
 THREADS = 8
+UNSEARCHED = frozenset(["mpegts", "mpeg"])
+"""Containers without an index."""
 
 
 class Clip(ABC):
@@ -54,8 +56,8 @@ class FileClip(Clip):
     Parameters
     ----------
     decoder
-        "pyav", or "torchcodec" with or without a device, see `load_media`. It decodes the chosen
-        frames; the packets are always read with PyAV.
+        "pyav", "decord", or "torchcodec" with or without a device, see `load_media`. It decodes the
+        chosen frames; the packets are always read with PyAV.
     """
 
     def __init__(self, path: Path, decoder: str = "pyav") -> None:
@@ -98,8 +100,11 @@ class FileClip(Clip):
         if not places:
             return found
         with self._readable():
-            if self._decoder == "torchcodec":
-                arrays = _torchcodec_frames(self.path, places, self._device, self.index)
+            if self._decoder != "pyav":
+                if self._decoder == "decord":
+                    arrays = _decord_frames(self.path, places, self.file.format, self.index)
+                else:
+                    arrays = _torchcodec_frames(self.path, places, self._device, self.index)
                 pairs = zip(places, arrays, strict=True)
                 return {place: _shrunk(Image.fromarray(a), size) for place, a in pairs}
             wanted = 0, 0
@@ -146,6 +151,59 @@ def _torchcodec_frames(
         if np.abs(late).max(initial=0.0) > 0.5 / index.fps:
             raise MediaError(f"TorchCodec gives other frames than the chosen ones. Instead, {use}")
     return list(decoded.data.cpu().numpy())
+
+
+def _decord_frames(
+    path: Path, places: Sequence[int], container: str, index: ClipIndex
+) -> list[np.ndarray]:
+    """Frames at some places of a file, uint8 (height, width, 3) each.
+
+    decord 0.6 gives other frames, without an error, where a picture is shown before a key frame and
+    decoded after it (open groups, intra refresh), and in MPEG streams, which have no index.
+    """
+    use = 'use decoder="pyav".'
+    try:
+        import decord
+    except (ImportError, OSError) as error:
+        raise MissingDependencyError(
+            f'decoder="decord" cannot be imported: {install("decord")}, or {use}'
+        ) from error
+    if container in UNSEARCHED or index.packets is None or index.packets.leading:
+        raise MediaError(f"decord gives other frames of such files than the chosen ones. {use}")
+    try:
+        reader = decord.VideoReader(str(path))
+        total, arrays = len(reader), reader.get_batch([*places]).asnumpy()
+    except (decord.DECORDError, IndexError) as error:
+        raise MediaError(f"decord cannot decode the chosen frames. Instead, {use}") from error
+    if total != index.total:
+        raise MediaError(f"decord counts {total} frames, and there are {index.total}. {use}")
+    return list(arrays)
+
+
+class ReaderClip(Clip):
+    """A `decord.VideoReader`, or an object with its methods; its frames are taken as they are."""
+
+    def __init__(self, reader: Any) -> None:
+        self.reader = reader
+
+    @cached_property
+    def index(self) -> ClipIndex:
+        total, rate = len(self.reader), float(self.reader.get_avg_fps())
+        times = np.asarray(self.reader.get_frame_timestamp(range(total)), np.float64)[:, 0]
+        return ClipIndex(total, rate or None, times - times[0], "reader")
+
+    def read(self, places: Sequence[int], size: int | None) -> dict[int, Image.Image]:
+        if not places:
+            return {}
+        batch = self.reader.get_batch([*places])
+        arrays = batch.asnumpy() if hasattr(batch, "asnumpy") else np.asarray(batch)
+        pairs = zip(places, arrays, strict=True)
+        return {place: _shrunk(Image.fromarray(a), size) for place, a in pairs}
+
+
+def is_reader(value: Any) -> bool:
+    """Whether a value is a `decord.VideoReader`, or has its methods."""
+    return all(hasattr(value, n) for n in ("get_batch", "get_frame_timestamp", "get_avg_fps"))
 
 
 class AnimationClip(Clip):

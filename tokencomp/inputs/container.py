@@ -23,7 +23,7 @@ class VideoFile:
     are those of the decoder. `watch` is called without an argument for every packet, and with every
     decoded frame, and may raise. Where the reading is `strict`, errors of the decoder are raised;
     else another frame stands in for a damaged one. `decoded` counts the frames that were decoded so
-    far, and `width` and `height` are those that the header says.
+    far, `width` and `height` are those that the header says, and `format` is the container's name.
     """
 
     def __init__(
@@ -39,6 +39,7 @@ class VideoFile:
         self.decoded = 0
         self._open()
         self.width, self.height = self._stream.width or 0, self._stream.height or 0
+        self.format = str(self._container.format.name)
 
     def _open(self) -> None:
         self._container = self._opened()

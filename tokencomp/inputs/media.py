@@ -9,7 +9,14 @@ from typing import Any
 
 from tokencomp.errors import FrameChoiceWarning, MediaError, OptionError
 from tokencomp.inputs.access import check_readable, exists, missing, readable
-from tokencomp.inputs.clips import AnimationClip, Clip, FileClip, FolderClip
+from tokencomp.inputs.clips import (
+    AnimationClip,
+    Clip,
+    FileClip,
+    FolderClip,
+    ReaderClip,
+    is_reader,
+)
 from tokencomp.inputs.clock import part
 from tokencomp.inputs.frames import Frames, Policy, frame_policy
 from tokencomp.inputs.images import UNREADABLE, Image, load_image
@@ -36,7 +43,7 @@ def is_video(path: str | Path) -> bool:
 
 
 def load_media(
-    path: str | Path,
+    path: str | Path | Any,
     frames: Frames = 8,
     size: int | None = None,
     question: str = "",
@@ -48,7 +55,8 @@ def load_media(
     ----------
     path : str or Path
         An image file, a video file, an animated GIF/WebP, or a folder of frame images in the order
-        of their names, where numbers count as numbers.
+        of their names, where numbers count as numbers. Or a `decord.VideoReader`, whose frames are
+        taken as it gives them.
     frames : int, str or policy
         Which frames of a video are decoded, see `tokencomp.inputs.frames`: a number of evenly
         spaced ones (a shorter video gives all the frames it has), `"1fps"`, `"stream:8"`, or a
@@ -59,8 +67,8 @@ def load_media(
     question : str
         What will be asked; policies with a scorer may read it.
     decoder : str
-        "pyav"; or "torchcodec" or "torchcodec:cuda" where TorchCodec is installed. Both give the
-        same frames, up to rounding of colours.
+        "pyav"; "decord", "torchcodec" or "torchcodec:cuda" where these are installed. All give the
+        same frames, up to rounding of colours; files of which they would give others are refused.
 
     Returns
     -------
@@ -85,14 +93,17 @@ def load_media(
     FrameChoiceWarning
         The stream of the file says nothing, or frames are damaged.
     """
-    path, policy = Path(path), frame_policy(frames)
+    policy = frame_policy(frames)
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
         raise OptionError(f"size={size!r}: give the longest side in pixels, e.g. 448, or None.")
-    if decoder != "pyav" and decoder.partition(":")[0] != "torchcodec":
+    if decoder not in ("pyav", "decord") and decoder.partition(":")[0] != "torchcodec":
         raise OptionError(
-            f"decoder={decoder!r}: use pyav or torchcodec. A device may follow torchcodec alone, "
-            "as in torchcodec:cuda."
+            f"decoder={decoder!r}: use pyav, decord or torchcodec. A device may follow torchcodec "
+            "alone, as in torchcodec:cuda."
         )
+    if is_reader(path):
+        return _load_clip(ReaderClip(path), Path(type(path).__name__), policy, size, question)
+    path = Path(path)
     with readable(path):
         _check_file(path)
     if not is_video(path):

@@ -43,6 +43,12 @@ class Packets:
         return late
 
     @property
+    def leading(self) -> bool:
+        """Whether a frame is shown before a key frame that is decoded before it."""
+        latest = np.maximum.accumulate(self.order)
+        return bool((latest > self.order)[self.keys].any())
+
+    @property
     def starts(self) -> np.ndarray:
         """The key frame from which each frame is decoded: places, int64 (n,), -1 if none."""
         return np.maximum.accumulate(np.where(self.keys, np.arange(len(self.keys)), -1))
