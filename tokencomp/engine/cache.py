@@ -36,8 +36,8 @@ from tokencomp.torchlib.cache_classes import INDEXED, QUANTIZED, STATES
 
 REFERENCE = "reference_sliding_attention"
 # Cache layers that hold keys and values, one row per token. Layers of linear attention and of short
-# convolutions hold a state instead, which has no token axis. Layers without a cache of their own
-# (experts alone, or keys shared with another layer) hold nothing.
+# convolutions hold a state instead, which has no token axis. Layers that cache nothing
+# (experts alone, or keys shared with another layer) hold no rows.
 HOLDS_ROWS = CacheLayerMixin
 
 
@@ -48,8 +48,8 @@ def keeps_window(layer: Any) -> bool:
 
 def is_reference(kind: type) -> bool:
     """Whether cache layers of a class keep all rows of the prompt, and a window of later ones."""
-    own = getattr(kind, "_layer_type", None)
-    return own == REFERENCE and not issubclass(kind, StaticLayer)
+    name = getattr(kind, "_layer_type", None)
+    return name == REFERENCE and not issubclass(kind, StaticLayer)
 
 
 def filled(layers: Iterable[Any]) -> list[Any]:
@@ -101,7 +101,7 @@ def stored(layer: Any, name: Literal["keys", "values"]) -> Tensor:
 def flash_on_static(config: Any, layer: Any) -> bool:
     """Whether FlashAttention gets all rows that a cache layer can hold, unwritten ones too.
 
-    It has no other mask, but leaves out what lies behind the last column of a 2-D one.
+    It has no other mask, but ignores rows after the last column of a 2-D mask.
     """
     return isinstance(layer, StaticLayer) and "flash" in compat.attention_implementation(config)
 
@@ -281,7 +281,7 @@ class CompressedDynamicLayer(CompressedLayer, DynamicLayer):
 
 
 WHOLE = frozenset({DynamicLayer, CompressedDynamicLayer})
-"""Cache layers that hold every row, and nothing beside rows: any row can leave."""
+"""Cache layers that hold every row and nothing else, so that any row can be evicted."""
 
 
 class CompressedSlidingLayer(CompressedDynamicLayer, DynamicSlidingWindowLayer):

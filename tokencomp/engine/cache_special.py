@@ -45,7 +45,7 @@ class CompressedReferenceLayer(CompressedDynamicLayer):
     prefill_length : int
         Rows to be kept for good, as far as they are known before they are written.
     prefill_cumulative_length, cumulative_length : int
-        Rows written that are kept for good, and rows written behind them.
+        Rows written that are kept for good, and rows written after them.
     """
 
     prefill_length: int
@@ -74,14 +74,14 @@ class CompressedReferenceLayer(CompressedDynamicLayer):
 
 @functools.cache
 def compressed_reference(plain: type) -> type:
-    """The compressed class of a model's own class of such layers."""
+    """The compressed class of such a class, which comes with a model."""
     name, kind = f"Compressed{plain.__name__}", vars(plain)["_layer_type"]
     # transformers would use a subclass that is defined with `_layer_type` for all new caches, so
     # the kind is set afterwards.
     members = {"plain": plain, "_layer_type": None}
-    own: Any = type(name, (CompressedReferenceLayer, plain), members)
-    own._layer_type = kind
-    return own  # type: ignore[no-any-return]  # a class
+    compressed: Any = type(name, (CompressedReferenceLayer, plain), members)
+    compressed._layer_type = kind
+    return compressed  # type: ignore[no-any-return]  # a class
 
 
 class CompressedStaticLayer(CompressedLayer, StaticLayer):

@@ -279,8 +279,8 @@ class Call:
             pairs = zip(self.spans, self.prompts, strict=False)
             self.places = [list(packed_places(row, prompts)) for row, prompts in pairs]
         self.counts = [
-            [plan.counts(span, layers, place) for span, place in zip(row, own, strict=True)]
-            for row, own in zip(self.spans, self.places, strict=True)
+            [plan.counts(span, layers, place) for span, place in zip(row, places, strict=True)]
+            for row, places in zip(self.spans, self.places, strict=True)
         ]
         self.merges = plan.may_merge and any(
             plan.merging(*item)

@@ -1,8 +1,8 @@
-"""Queries and keys of any attention module, as its own code hands them to the attention backend.
+"""Queries and keys of any attention module, as its code hands them to the attention backend.
 
 A shallow copy of the module, whose config names a backend of ours, runs up to the call of that
 backend. Projections, norms, rotary embeddings, scales, gates and latent projections are therefore
-the module's own, whatever its family, and neither the module nor its config changes.
+those of the module, whatever its family, and neither the module nor its config changes.
 
     module ─ shallow copy ─ q_proj, k_proj ─ norms ─ RoPE ─ backend(query, key, …)
                                                                 │ `_capture` raises `Captured`
@@ -190,7 +190,7 @@ def capture_qk(
         call[CHOICE] = hidden.new_zeros(1, 1, 1, dtype=torch.int32)
     if SHARED in parameters_of(run):  # a layer may write to it, and then later ones would read that
         call[SHARED] = dict(arguments.get(SHARED) or {})
-    # Functions stand as attributes: torch's counter of FLOPs expects modules alone in `_modules`.
+    # Functions are attributes: torch's counter of FLOPs expects modules alone in `_modules`.
     for name, function in stand_ins.items():
         clone._modules.pop(name, None)
         clone.__dict__[name] = function
@@ -388,7 +388,7 @@ def _earlier(cached: Any, rows: Tensor, past: int, sample: int) -> Tensor:
 
 
 def with_past(cached: Any, past: int, sample: int, current: Tensor) -> Tensor:
-    """Keys of earlier turns (real rows only) of one sample in front of its own `current`."""
+    """Keys of earlier turns (real rows only) of one sample followed by its `current` keys."""
     if past == 0:
         return current
     earlier = _earlier(cached, stored(cached, "keys"), past, sample)

@@ -70,13 +70,13 @@ def refuse_foreign(model: nn.Module) -> None:
     changes = [
         name
         for name in ("fastv_config", "use_fast_v", "video_pruning_rate", "image_pruning_rate")
-        if getattr(config, name, None) and not hasattr(model, name)  # else the model's own
+        if getattr(config, name, None) and not hasattr(model, name)  # else the model has it itself
     ]
     changes += [name for name in ("_info", "_tome_info") if name in model.__dict__]
     for name in ("get_image_features", "get_video_features", "forward"):
         for module in (model, getattr(model, "model", None)):
-            own = getattr(module, "__dict__", {})
-            if name not in own or MethodReplacement.replaces(own[name]):
+            attributes = getattr(module, "__dict__", {})
+            if name not in attributes or MethodReplacement.replaces(attributes[name]):
                 continue
             if not (name == "forward" and _only_wrapped(module)):
                 changes.append(f"{type(module).__name__}.{name} replaced")
@@ -92,17 +92,19 @@ def _only_wrapped(module: Any) -> bool:
 
     What accelerate has unwrapped may be the original without its decorators.
     """
-    own = module.__dict__
+    attributes = module.__dict__
     originals: list[Any] = [type(module).forward]
     while (inner := getattr(originals[-1], "__wrapped__", None)) is not None:
         originals.append(inner)
-    forward = getattr(own["forward"], "_torchdynamo_orig_callable", None) or own["forward"]
+    forward = (
+        getattr(attributes["forward"], "_torchdynamo_orig_callable", None) or attributes["forward"]
+    )
     while forward is not None:
         original = getattr(forward, "__func__", forward) in originals
         if original or MethodReplacement.replaces(forward):
             return True
-        forward = getattr(forward, "__wrapped__", None) if PREPARED in own else None
-    return "_old_forward" in own
+        forward = getattr(forward, "__wrapped__", None) if PREPARED in attributes else None
+    return "_old_forward" in attributes
 
 
 CHECKPOINTED = "_checkpoint_wrapped_module."
@@ -267,10 +269,10 @@ def _scored_before(signal: Attention, adapter: Adapter, stage: int) -> bool:
 def _scored_layer(layer_types: LayerTypes, plan: Plan, stage: int) -> int:
     """The layer whose attention scores tokens for the stage before layer `stage`.
 
-    It is the last one before the stage, and behind the stage before, whose queries see all tokens;
+    It is the last one before the stage, and after the previous stage, whose queries see all tokens;
     where there is none, the last with a window, whose scores say what attention each token would
-    receive if all were visible. Layers of linear attention have no scores: where nothing else lies
-    between two stages, the second goes by a layer before the first, too.
+    receive if all were visible. Layers of linear attention have no scores: where there is nothing
+    else between two stages, the second goes by a layer before the first, too.
 
     Raises
     ------
@@ -278,8 +280,8 @@ def _scored_layer(layer_types: LayerTypes, plan: Plan, stage: int) -> int:
         No layer before the stage has attention.
     """
     types = layer_types.types
-    behind = max((s.layer for s in plan.stages if s.layer < stage), default=0)
-    for first in (behind, 0):
+    previous = max((s.layer for s in plan.stages if s.layer < stage), default=0)
+    for first in (previous, 0):
         scoring = [i for i in range(first, stage) if types[i].attends]
         whole = [i for i in scoring if types[i].window_field is None]
         if scoring:

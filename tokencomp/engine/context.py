@@ -47,10 +47,10 @@ class VisualContext(Installed):
         self._adapter, self._rotary = adapter, adapter.rotary
         self._local = threading.local()
         rotary: Any = self._rotary
-        own, scaling = self._plain = (rotary.inv_freq, rotary.attention_scaling)
-        numbers = base, 2 * own.numel(), window
+        plain, scaling = self._plain = (rotary.inv_freq, rotary.attention_scaling)
+        numbers = base, 2 * plain.numel(), window
         (stretched, attention), (usual, _) = (yarn(*numbers, f) for f in (self.factor, 1.0))
-        rotary.inv_freq = own.float() * (stretched / usual).to(own.device)
+        rotary.inv_freq = plain.float() * (stretched / usual).to(plain.device)
         rotary.attention_scaling = scaling * attention
         setattr(rotary, EXTENSION, self)
         body = adapter.body

@@ -164,7 +164,7 @@ class DecoderHooks(CallHooks):
                 raise UnsupportedModelError(TRACED)
             return self._compress(module, arguments, cache, self.calls.state)
         if not noted.in_body and self.compresses() and begins_prompt(arguments):
-            self._featureless.meet(arguments)  # the decoder was called on its own
+            self._featureless.meet(arguments)  # the decoder was called alone
         if self.tower.had_stage:
             self._refuse_missing(arguments)
         return self._continue(arguments, cache)

@@ -196,7 +196,7 @@ def _check_types(types: Tensor, embeds: Tensor | None) -> None:
 
 
 def with_types(arguments: dict[str, Any], types: Tensor) -> dict[str, Any]:
-    """Arguments of a call of the body, beside the kinds of features in its `inputs_embeds`.
+    """Arguments of a call of the body, with the modalities of the features in its `inputs_embeds`.
 
     `types` (B, L) has the rows of the caller of `generate`, which repeats rows for beams, and all
     columns, of which the body gets those that are not in the cache yet.

@@ -93,7 +93,7 @@ class Sliding(Windowed):
     window_field = "sliding_window"
 
     def visible(self, query: Any, key: Any, size: int, start: Any) -> Any:
-        """Whether fewer than `size` columns lie between them."""
+        """Whether they are fewer than `size` columns apart."""
         return key > query - size
 
     def misplaced(self, masks: Any, segment: Any, total: int) -> bool:
@@ -110,7 +110,7 @@ class Chunked(Windowed):
     counts_from_start = True
 
     def visible(self, query: Any, key: Any, size: int, start: Any) -> Any:
-        """Whether both lie in one chunk."""
+        """Whether both are in one chunk."""
         return (key - start) // size == (query - start) // size
 
     def misplaced(self, masks: Any, segment: Any, total: int) -> bool:
@@ -221,7 +221,7 @@ class LayerTypes:
         Rows that a default cache keeps although no layer has a window (a `sliding_window` that
         layers like those of Llama do not read); None: all.
     convolves
-        Whether layers with attention also hold short convolutions, which take a mask of their own.
+        Whether layers with attention also hold short convolutions, which take another mask.
     relative
         Whether attention has a bias by distance, see `RelativePositions`.
     """
@@ -285,7 +285,7 @@ class LayerTypes:
 
     @cached_property
     def linear(self) -> bool:
-        """Whether a layer keeps a state, instead of rows or beside them."""
+        """Whether a layer keeps a state, instead of rows or in addition."""
         return self.convolves or any(isinstance(layer_type, State) for layer_type in self.types)
 
     @cached_property
@@ -317,8 +317,8 @@ def _layer_types(
     relative: bool,
 ) -> LayerTypes:
     types = tuple(LAYER_TYPES[name] for name in names)
-    own = {name: int(size) for name, size in sizes if size}
-    return LayerTypes(types, own, named, cut, not CONVOLVING.keys().isdisjoint(names), relative)
+    found = {name: int(size) for name, size in sizes if size}
+    return LayerTypes(types, found, named, cut, not CONVOLVING.keys().isdisjoint(names), relative)
 
 
 def _size(config: Any, layer_type: LayerType) -> int | None:

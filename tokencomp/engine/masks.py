@@ -157,8 +157,8 @@ class Masks:
         pairs = [*zip(self.layers, types.types, strict=False)]
         # A segment whose layers cache nothing reads the keys of earlier ones.
         for part in (pairs[segment.first : segment.stop], pairs[: segment.first][::-1], pairs):
-            for layer, own in part:
-                if own == layer_type and keeps_window(layer):
+            for layer, its_type in part:
+                if its_type == layer_type and keeps_window(layer):
                     return min(rows, int(layer.sliding_window) - 1)
         return rows
 
@@ -237,10 +237,10 @@ class Masks:
 
 
 def split_mask(kwargs: dict[str, Any], cache: Any, body_mask: Any) -> tuple[dict[str, Any], Any]:
-    """Arguments of a prefill with the 2-D mask of padding, and what the body prepared beside it.
+    """Arguments of a prefill with the 2-D mask of padding, and what the body prepared from it.
 
     It is for calls whose mask is not 2-D itself; `body_mask` is that of the body, see `read_mask`.
-    A prepared mask is refused beside a cache of constant length.
+    A prepared mask is refused for a cache of constant length.
     """
     first, width = first_layer(cache), kwargs["inputs_embeds"].shape[1]
     past = physical_length(first)
@@ -255,7 +255,7 @@ def split_mask(kwargs: dict[str, Any], cache: Any, body_mask: Any) -> tuple[dict
 
 
 def read_mask(mask: Any, body_mask: Any, queries: int, past: int) -> tuple[Tensor | None, Any]:
-    """The padding of a decoder call, and what the body of the model has prepared beside it.
+    """The padding of a decoder call, and what the body of the model has prepared from it.
 
     Parameters
     ----------
@@ -282,8 +282,8 @@ def read_mask(mask: Any, body_mask: Any, queries: int, past: int) -> tuple[Tenso
         return padding_of(mask, queries, past), None
     if not isinstance(mask, Mapping):
         return body_mask, mask
-    dense = {layer_type: own if _dense(own) else None for layer_type, own in mask.items()}
-    return body_mask, dense if any(own is not None for own in dense.values()) else None
+    dense = {name: one if _dense(one) else None for name, one in mask.items()}
+    return body_mask, dense if any(one is not None for one in dense.values()) else None
 
 
 def _dense(mask: Any) -> bool:

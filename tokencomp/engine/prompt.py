@@ -128,8 +128,8 @@ def read_positions(
     x, positions = arguments["inputs_embeds"], arguments.get("position_ids")
     batch, n = x.shape[:2]
     if positions is None:
-        own = torch.arange(past, past + n, device=x.device)[None]
-        return own.expand(*((adapter.mrope_rows,) if adapter.mrope else ()), batch, -1), None
+        ids = torch.arange(past, past + n, device=x.device)[None]
+        return ids.expand(*((adapter.mrope_rows,) if adapter.mrope else ()), batch, -1), None
     if not adapter.mrope:
         return positions.expand(batch, -1), positions
     if positions.ndim == 2:

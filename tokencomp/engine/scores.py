@@ -1,6 +1,6 @@
 """Attention scores without touching the model's attention backend.
 
-The query rows that vote are recomputed from the layer's own input
+The query rows that vote are recomputed from the input of the layer
 (`tokencomp.engine.capture`); keys come from the KV cache. Softmax columns are summed by
 `tokencomp.kernels.attention_colsum`: no rows × keys tensor exists. A sliding window of the layer is
 left out, and so is what its indexer would choose: the scores say what attention each token would
@@ -105,8 +105,8 @@ def _scores(
 ) -> Tensor:
     """Scores of all spans; `keys` (B, kv heads, past + n, D) are those of the call, if known.
 
-    What a voter sees is a range of keys unless other prompts, or padding of an earlier turn, lie in
-    between. All samples are then scored together, otherwise one by one.
+    What a voter sees is a range of keys unless other prompts, or padding of an earlier turn, are
+    between them. All samples are then scored together, otherwise one by one.
     """
     from tokencomp.kernels.dispatch import checked
 
@@ -122,8 +122,7 @@ def _scores(
         for group in groups:
             probe = Probe(root, attn, hidden, arguments, group)
             known = keys is not None and probe.caches_keys(keys)
-            own = keys if known else None
-            parts.append(_span_scores(probe, signal, cached, past, own, raters))
+            parts.append(_span_scores(probe, signal, cached, past, keys if known else None, raters))
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
@@ -155,8 +154,8 @@ def _span_scores(
         captured = probe.queries_and_keys(chosen, cached, past)
     else:
         captured = probe.queries(chosen)
-        own = probe.columns(keys[..., past:, :] if past else keys)
-        captured.key = with_past(cached, past, probe.questions[0].sample, own)
+        current = probe.columns(keys[..., past:, :] if past else keys)
+        captured.key = with_past(cached, past, probe.questions[0].sample, current)
     k, offset = captured.key, captured.key.shape[2] - probe.width
     if signal.iterations > 1 and offset:
         # PageRank needs a query for every key; those of earlier turns are gone.
@@ -170,8 +169,11 @@ def _span_scores(
         seen = visible if whole else visible[:, :, part]
         weights = None
         if rows == "raters" and raters is not None and chosen is not None:
-            own = probe.of_samples(raters).to(k.device)
-            weights = own.gather(1, chosen[:, part].to(k.device) + probe.first)
+            weights = (
+                probe.of_samples(raters)
+                .to(k.device)
+                .gather(1, chosen[:, part].to(k.device) + probe.first)
+            )
         sums.append(_column_sums(probe, query, k, seen, captured.scaling, signal, weights))
         at = part.stop
     sums = [s[..., offset:] if offset else s for s in sums]
@@ -239,9 +241,9 @@ def _votes(
 
 
 def _visible(probe: Probe, index: HostIndex, offset: int) -> np.ndarray[Any, np.dtype[np.int32]]:
-    """First key, key behind the last, and own key of the voting columns, (3, S, R).
+    """First key, key after the last, and key of the voting rows, (3, S, R).
 
-    Keys of earlier turns, `offset` of them, are all real and come first; behind them, a sample that
+    Keys of earlier turns, `offset` of them, are all real and come first; after them, a sample that
     is shorter than others begins with padding.
     """
     starts = np.asarray([[q.first - probe.first] for q in probe.questions])
@@ -253,12 +255,12 @@ def _visible(probe: Probe, index: HostIndex, offset: int) -> np.ndarray[Any, np.
 def _voting(probe: Probe, votes: list[list[int]], every: bool) -> HostIndex:
     """The columns that vote, (S, R), counted from the probe's first; -1 where there are fewer.
 
-    With `every` column of a question, column i stands at place i.
+    With `every` column of a question, row i is at place i.
     """
     index = np.full((len(votes), probe.width if every else max(map(len, votes))), -1)
     for row, columns in zip(index, votes, strict=True):
-        own = np.asarray(columns, dtype=np.int64) - probe.first
-        row[own if every else slice(len(own))] = own
+        voting = np.asarray(columns, dtype=np.int64) - probe.first
+        row[voting if every else slice(len(voting))] = voting
     return index
 
 

@@ -224,7 +224,7 @@ class Stats:
 
     @property
     def flops_after(self) -> int:
-        """FLOPs of the decoder layers with compression (the reducer's own work not included)."""
+        """FLOPs of the decoder layers with compression (without the work of the reducer)."""
         pasts, count, rows = self.past_rows, self.shape.layer_flops, self._lengths_after()
         first = self.shape.num_layers if self.merged_from is None else self.merged_from
         return sum(count(n, pasts[i], i, i >= first) for row in rows for i, n in enumerate(row))
@@ -453,8 +453,8 @@ class DecoderShape:
     stored
         Numbers that are cached for a token, its keys and values together: none for layers with a
         state of constant size, or with the keys of another layer.
-    own
-        Per layer: its shape, where layers differ; empty where all are alike.
+    per_layer
+        Shape of every layer, where layers differ; empty where all are alike.
     """
 
     num_layers: int
@@ -466,7 +466,7 @@ class DecoderShape:
     itemsize: int = 2
     reach: int | None = None
     stored: int | None = None
-    own: tuple[DecoderShape, ...] = ()
+    per_layer: tuple[DecoderShape, ...] = ()
 
     @classmethod
     def from_config(cls, config: Any, itemsize: int = 2) -> DecoderShape:
@@ -478,21 +478,21 @@ class DecoderShape:
         if len(set(types)) < 2 and not (types and LAYER_TYPES.get(types[0], FULL).window_field):
             return first
         shared = compat.kv_sharing_modes(config) or ["store"] * count
-        own = []
+        shapes = []
         for name, mode, layer in zip(types, shared, per_layer, strict=False):
             shape = cls._of_layer(layer, 1, itemsize, "swa_" if name == "hybrid_sliding" else "")
             layer_type = LAYER_TYPES.get(name, FULL)
             reach = getattr(layer, layer_type.window_field or "", None) if layer_type.attends else 0
             stored = shape.stored if layer_type.attends and not str(mode).startswith("reuse") else 0
-            own.append(replace(shape, reach=reach, stored=stored))
-        return replace(first, own=tuple(own))
+            shapes.append(replace(shape, reach=reach, stored=stored))
+        return replace(first, per_layer=tuple(shapes))
 
     @classmethod
-    def _of_layer(cls, config: Any, count: int, itemsize: int, own: str = "") -> DecoderShape:
-        """`own` is the prefix of the fields that give the heads of such layers."""
-        heads = getattr(config, f"{own}num_attention_heads")
-        kv_heads = getattr(config, f"{own}num_key_value_heads", None) or heads
-        head_dim = getattr(config, f"{own}head_dim", None) or config.hidden_size // heads
+    def _of_layer(cls, config: Any, count: int, itemsize: int, prefix: str = "") -> DecoderShape:
+        """`prefix` is that of the fields that give the heads of such layers."""
+        heads = getattr(config, f"{prefix}num_attention_heads")
+        kv_heads = getattr(config, f"{prefix}num_key_value_heads", None) or heads
+        head_dim = getattr(config, f"{prefix}head_dim", None) or config.hidden_size // heads
         intermediate = getattr(config, "intermediate_size", None)
         if intermediate is None:  # experts alone
             experts = config.num_experts_per_tok * config.moe_intermediate_size
@@ -504,7 +504,7 @@ class DecoderShape:
 
     def layer(self, number: int | None) -> DecoderShape:
         """The shape of one layer; None: of one that is like the first and sees all tokens."""
-        return self.own[number] if self.own and number is not None else self
+        return self.per_layer[number] if self.per_layer and number is not None else self
 
     @property
     def linear_flops_per_token(self) -> int:

@@ -14,7 +14,7 @@ from tokencomp.engine.tower.signals import attention_blocks
 
 @dataclass(frozen=True)
 class TowerShape:
-    """What the FLOPs of a tower depend on, beside the lengths of its sequences.
+    """What the FLOPs of a tower depend on, except for the lengths of its sequences.
 
     A multiplication and an addition count as two FLOPs. Embedding of patches, norms and
     activations are not counted.
@@ -26,7 +26,7 @@ class TowerShape:
     width
         Channels of all heads together.
     unused
-        Blocks behind those in use, which need not run.
+        Blocks after those in use, which need not run.
     token
         FLOPs of the projectors, per row of their input.
     """

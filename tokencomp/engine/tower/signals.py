@@ -99,8 +99,8 @@ def attention_received(
     else:
         ends = torch.stack([cu_seqlens[:-1], cu_seqlens[1:]])
         first, stop = ends.repeat_interleave(cu_seqlens.diff(), 1, output_size=rows)
-        own = torch.arange(rows, device=q.device)
-        visible = torch.stack([first, stop, own])[:, None].int()
+        order = torch.arange(rows, device=q.device)
+        visible = torch.stack([first, stop, order])[:, None].int()
         weights = 1.0 / (stop - first).float()
     q, k = q[:, :rows].transpose(1, 2), k.transpose(1, 2)
     with checked():  # bounds come from the tower
@@ -115,7 +115,7 @@ SOURCES = {
     "query": "the text of the question",
     "attention": "the attention of decoder layers",
     "tower": "the vision tower's attention",
-    "norm": "the norm behind the last decoder layer",
+    "norm": "the norm after the last decoder layer",
     "frames": "the frames before",
 }
 
@@ -304,8 +304,8 @@ def _spread(spans: list[list[VisualSpan]], tokens: dict[str, Tensor]) -> list[li
         )
     rows, parts = spans[:: int(times) or 1], dict[str, Iterator[Tensor]]()
     for modality, values in tokens.items():
-        own = [span for row in rows for span in row if span.modality == modality]
-        parts[modality] = iter(_of_tokens(values, own).split([span.length for span in own]))
+        of_it = [span for row in rows for span in row if span.modality == modality]
+        parts[modality] = iter(_of_tokens(values, of_it).split([span.length for span in of_it]))
     tables = [[next(parts[span.modality]) for span in row] for row in rows]
     return [row for row in tables for _ in range(int(times) or 1)]
 

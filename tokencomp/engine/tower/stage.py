@@ -4,7 +4,7 @@ The tower sees fewer patches from block k on. The output of the module that turn
 tokens (or of the tower, where that module needs the whole picture) gets its full length back,
 because the model fills placeholders by number. Rows that were dropped are NaN, "not computed": NaN
 passes through every later resampling, marks exactly the tokens that read a dropped patch, needs no
-table beside the features, and makes the output NaN if something bypasses the entry of the decoder,
+table next to the features, and makes the output NaN if something bypasses the entry of the decoder,
 where these tokens leave (`tokencomp.engine.call`).
 
     patches        0    1    2    3    4    5    6    7
@@ -329,7 +329,7 @@ class TowerDrop(Hooked):
     def _project(
         self, layout: DenseTower, original: Callable[..., Tensor], x: Tensor, *args: Any
     ) -> Tensor:
-        """Call a projector with zeros for rows of NaN; tokens that read them are NaN behind it.
+        """Call a projector with zeros for rows of NaN; tokens that read them are NaN afterwards.
 
         Gradients of its weights sum over all rows, and NaN times a gradient of 0 is NaN.
         """
@@ -396,11 +396,11 @@ class TowerHooks:
             The call, whose `inputs` these are, chose another layer of the tower than its config.
         """
         if self.probe is not None:
-            layer, own = inputs.get("vision_feature_layer"), self.adapter.feature_layer
-            if layer is not None and layer != own:
+            layer, usual = inputs.get("vision_feature_layer"), self.adapter.feature_layer
+            if layer is not None and layer != usual:
                 raise OptionError(
-                    f"vision_feature_layer={layer!r} in a call, but the config has {own!r}, whose "
-                    "blocks the reducer reads. Change the config before patch()."
+                    f"vision_feature_layer={layer!r} in a call, but the config has {usual!r}, "
+                    "whose blocks the reducer reads. Change the config before patch()."
                 )
             call.tower = self.probe.collect(call.spans)
         if self.drop is not None:
