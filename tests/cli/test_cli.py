@@ -80,8 +80,6 @@ TUNE = ("tune", "--data", "x.jsonl", "--tokens")
         (["serve", "--frames", "1fps"], "a server needs a number"),
         (["demo", "--model", "some/model"], "--image FILE"),
         (["demo", "--model", "./nowhere"], "'./nowhere': no such folder"),
-        (["demo", "--set", "weighted"], "NAME=VALUE"),
-        (["demo", "--set", "power=2", "--set", "power =3"], "'power =3': power is set twice"),
         (["demo", "--device", "gpu"], "allowed: .auto., .cpu., .cuda."),
         (["demo", "--dtype", "fp8"], "allowed: auto, float32, bfloat16, float16"),
         (["list", "reducer"], "Did you mean 'reducers'"),

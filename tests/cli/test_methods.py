@@ -1,4 +1,4 @@
-"""--reducer, --plan, --set and --merge: what the commands ask `patch` for."""
+"""--reducer, --plan and --merge: what the commands ask `patch` for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from support.console import run
 
 import tokencomp
 from tokencomp import Plan, Stage
-from tokencomp.cli._parse import ratios
+from tokencomp.cli._parse import methods, ratios
 from tokencomp.errors import OptionError, RatioError
 from tokencomp.evaluation import Setting, patches, tuning
 from tokencomp.inputs import loading
@@ -20,7 +20,7 @@ from tokencomp.zoo import SAMPLES
 IMAGE = next(SAMPLES.glob("*.jpg"))
 SHORT = {"inspect": ("--max-new-tokens", 2), "profile": ("--rounds", 1)}
 COMPOSED = {"weighted": False, "share": 0.7, "prune.score": "last_query"}
-SETS = [f"--set={name}={json.dumps(value)}" for name, value in COMPOSED.items()]
+WRITTEN = ",".join(f"{name}={json.dumps(value)}" for name, value in COMPOSED.items())
 STAGES = [
     {"layer": 0, "fraction": 0.5, "reducer": "bipartite", "options": {"weighted": False}},
     {"layer": 3, "fraction": 0.25, "reducer": "uniform", "options": {}},
@@ -111,12 +111,8 @@ def asked(specs: list[tuple]) -> set[tuple]:
                 ("condiv", "0.5"),
             },
         ),
-        (  # --set is for all that are named; a reducer's options in brackets come first
-            ("-r", "condiv(power=0.5),condiv", "--set", "power=2", "--ratio", "0.5"),
-            {("condiv", "0.5", ("power", 0.5)), ("condiv", "0.5", ("power", 2))},
-        ),
     ],
-    ids=["by modality", "budgets", "options", "options for all"],
+    ids=["by modality", "budgets", "options"],
 )
 def test_methods_and_ratios_reach_the_patch(folder, tmp_path, specs, args, expected):
     assert ask("inspect", folder, tmp_path, *args) == 0
@@ -128,7 +124,7 @@ def test_methods_and_ratios_reach_the_patch(folder, tmp_path, specs, args, expec
     ("args", "plan"),
     [
         (
-            ("-r", "bipartite+prune", "--ratio", "0.6", *SETS),
+            ("-r", f"bipartite+prune({WRITTEN})", "--ratio", "0.6"),
             lambda: tokencomp.make_reducer("bipartite+prune", **COMPOSED).plan(0.6, 6),
         ),
         (
@@ -175,7 +171,7 @@ def test_eval_and_tune_pass_all_parts_of_a_method_on(folder, tmp_path, evaluated
     line = {"question": "What?", "answer": "red", "media": str(IMAGE)}
     questions.write_text(json.dumps(line))
     tune = ("tune", "--model", folder, "--data", questions, "--tokens", 64, "--scale", 1)
-    composed = ("-r", "bipartite+prune", "--ratio", "0.5", "--set", "share=0.7")
+    composed = ("-r", "bipartite+prune(share=0.7)", "--ratio", "0.5")
     assert run("eval", "--model", folder, *composed, "--no-baselines", *out) == 0
     assert evaluated == [Setting(), Setting("bipartite+prune", 0.5, {"share": 0.7})]
     evaluated.clear()
@@ -223,6 +219,20 @@ def test_texts_of_ratios(text, settings):
 
 
 @pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a(power=2, b.c=x y),b,b", [("a", {"power": 2, "b.c": "x y"}), ("b", {})]),
+        (
+            "a+b(layers=[8, 16],on=false), c()",
+            [("a+b", {"layers": [8, 16], "on": False}), ("c", {})],
+        ),
+    ],
+)
+def test_texts_of_reducers(text, expected):
+    assert methods(text) == expected
+
+
+@pytest.mark.parametrize(
     ("text", "error", "message"),
     [
         ("0.5,video=0.75", OptionError, "numbers and modalities in one setting"),
@@ -250,16 +260,18 @@ def test_bad_texts_of_ratios(text, error, message):
         (["inspect", "--budget", "1.5"], "budget"),
         (["inspect", "--budget", "image=4"], "budget"),
         (["demo", "-r", "condiv(power=2"], ""),
-        (["demo", "-r", "condiv(power)"], ""),
+        (["demo", "-r", "condiv(power)"], "'power' is no OPTION=VALUE"),
+        (["demo", "-r", "condiv(power=2, power =3)"], "power is set twice"),
+        (["serve", "-r", "uniform,random"], "serve takes one reducer, got 2"),
         (["demo", "-r", "prune+bipartite"], "'prune' does not act at decoder entry"),
         (["demo", "-r", "bipartit+prune"], "Did you mean 'bipartite'"),
         (["demo", "-r", "bipartite+downscale"], "unknown reducer 'downscale'"),
         (["eval", "--plan", "FILE", "-r", "bipartite"], "--reducer: no effect with --plan"),
-        (["inspect", "--plan", "FILE", "--ratio", "0.5", "--set", "a=1"], "--ratio, --set: no eff"),
+        (["inspect", "--plan", "FILE", "--ratio", "0.5"], "--ratio: no effect with --plan"),
         (["inspect", "--plan", "FILE", "--merge"], "--merge: no effect with --plan"),
         (["inspect", "--plan", "nowhere.json"], "plan file 'nowhere.json'"),
-        (["inspect", "-r", "bipartite", "--set", "name=x"], "no option 'name'"),
-        (["inspect", "-r", "bipartite", "--set", "plan=x"], "no option 'plan'"),
+        (["inspect", "-r", "bipartite(name=x)"], "no option 'name'"),
+        (["inspect", "-r", "bipartite(plan=x)"], "no option 'plan'"),
         (["inspect", "--merge", "-r", "pool"], "'pool' merges tokens by itself"),
     ],
 )

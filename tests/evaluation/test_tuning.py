@@ -15,7 +15,7 @@ from tokencomp.evaluation import Example, Setting, tuning
 from tokencomp.evaluation.tuning import Candidate, candidates, pareto
 from tokencomp.inputs.files import FileQuestions
 
-GRID = {"frames": [4, 8], "scales": [1.0, 0.5], "reducers": ["uniform"], "ratios": [0.5]}
+GRID = {"frames": [4, 8], "scales": [1.0, 0.5], "reducers": [("uniform", {})], "ratios": [0.5]}
 
 
 def test_candidates_are_all_that_fit(loaded, examples):

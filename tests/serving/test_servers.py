@@ -125,8 +125,8 @@ def test_a_trained_selector_of_features_is_the_default(tiny_folder: Any, tmp_pat
     pytest.importorskip("vllm")
     folder = tiny_folder("qwen2_vl")
     options = selector(tmp_path, model_card(hf_reference.load(folder)[0]))
-    words = [word for k, v in options.items() for word in ("--set", f"{k}={v}")]
-    with started("vllm", folder, tmp_path, "--ratio", 0.5, "--reducer", "selector", *words) as it:
+    reducer = f"selector({','.join(f'{k}={v}' for k, v in options.items())})"
+    with started("vllm", folder, tmp_path, "--ratio", 0.5, "--reducer", reducer) as it:
         for urls in ([IMAGE], [VIDEO], [IMAGE, VIDEO]):
             spec = {"reducer": "selector", "ratio": 0.5, **options}
             check(it.ask(*urls), expected(it, urls, spec))

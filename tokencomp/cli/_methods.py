@@ -1,4 +1,4 @@
-"""From options such as --reducer, --ratio, --tower-ratio, --set and --plan to settings."""
+"""From options such as --reducer, --ratio, --tower-ratio and --plan to settings."""
 
 from __future__ import annotations
 
@@ -43,21 +43,19 @@ def settings(context: typer.Context, chosen: opt.MethodOptions) -> Settings:
         if not chosen.stages.get("tower_ratio"):
             fix = "give the share to remove there, e.g. --tower-ratio auto"
             opt.refuse_options(context, ("tower_reducer",), "--tower-ratio 0", fix)
-        every = {**parse.reducer_options(chosen.options), **chosen.stages}
+        every = chosen.stages
         if chosen.budget is not None:
             opt.refuse_options(context, ("ratio",), "--budget", "leave one out")
             every["budgets"] = parse.budgets(chosen.budget)
         ratios = parse.ratios(chosen.ratio) if chosen.budget is None else []
         methods = parse.methods(chosen.reducer)
         if (ALL, {}) in methods:
-            fix = f"give the reducer its options, e.g. --reducer '{ALL},condiv(power=2)'"
-            opt.refuse_options(context, ("options",), f"--reducer {ALL}", fix)
             return lambda model: fitting(methods, ratios, every, model)
         found = [grid([known(name)], ratios, **{**every, **own}) for name, own in methods]
         settings = list(dict.fromkeys(itertools.chain(*found)))
         return lambda model: checked(settings, model)
     fix = "the stages in the file have reducers, fractions and options of their own"
-    names = ("reducer", "ratio", "budget", "options", *OPTIONS, "tower_ratio", "tower_reducer")
+    names = ("reducer", "ratio", "budget", *OPTIONS, "tower_ratio", "tower_reducer")
     opt.refuse_options(context, names, "--plan", fix)
     stages = as_plan(chosen.plan)
     return lambda model: checked(planned(stages, model), model)

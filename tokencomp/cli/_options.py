@@ -33,7 +33,7 @@ Reducers = Annotated[
     typer.Option(
         "--reducer",
         "-r",
-        help="Reducers, separated by commas (tokencomp list), with options of their own as in "
+        help="Reducers, separated by commas (tokencomp list), with options in brackets as in "
         "'condiv(power=2),kcenter'. In demo, eval, inspect and profile "
         "all: every one that fits the model.",
     ),
@@ -54,14 +54,10 @@ Budgets = Annotated[
         "commas; prompt=4096: of all media of a prompt together.",
     ),
 ]
-Set = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="Option of all reducers; may be repeated."),
-]
 PlanFile = Annotated[
     Path | None,
     typer.Option(
-        "--plan", help="JSON file with explicit stages, instead of --reducer, --ratio and --set."
+        "--plan", help="JSON file with explicit stages, instead of --reducer and --ratio."
     ),
 ]
 TowerRatio = Annotated[
@@ -117,7 +113,6 @@ class MethodOptions(StageFlags):
     reducer: Reducers = "auto"
     ratio: Ratios = "0.5,0.75,0.9"
     budget: Budgets = None
-    options: Set = None
     plan: PlanFile = None
 
 

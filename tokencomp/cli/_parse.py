@@ -27,9 +27,33 @@ def methods(text: str) -> list[tuple[str, dict[str, Any]]]:
             raise OptionError(
                 f"--reducer {part.strip()!r}: expected NAME or NAME(OPTION=VALUE,...)."
             )
-        method = (match[1], reducer_options((match[2] or "").split(",") if match[2] else ()))
+        method = (match[1], _options(match[1], match[2] or ""))
         found += [method] if method not in found else []
     return found
+
+
+def one_method(text: str, command: str) -> tuple[str, dict[str, Any]]:
+    """The reducer of a command that takes one, and its options."""
+    found = methods(text)
+    if len(found) != 1:
+        raise OptionError(f"--reducer {text!r}: {command} takes one reducer, got {len(found)}.")
+    return found[0]
+
+
+def _options(reducer: str, text: str) -> dict[str, Any]:
+    """ "weighted=false, layers=[8,16]" → {"weighted": False, "layers": [8, 16]}."""
+    options: dict[str, Any] = {}
+    for pair in re.split(r",(?![^\[]*\])", text) if text.strip() else ():
+        name, mark, value = (part.strip() for part in pair.partition("="))
+        if not mark or not name:
+            raise OptionError(f"--reducer {reducer}(...): {pair.strip()!r} is no OPTION=VALUE.")
+        if name in options:
+            raise OptionError(f"--reducer {reducer}(...): {name} is set twice. Leave one out.")
+        try:
+            options[name] = json.loads(value)
+        except json.JSONDecodeError:
+            options[name] = value
+    return options
 
 
 def ratios(text: str) -> list[float | dict[str, float]]:
@@ -101,19 +125,3 @@ def one_ratio(text: str, command: str) -> float:
     if len(values) != 1:
         raise OptionError(f"--ratio {text!r}: {command} takes one ratio, got {len(values)}.")
     return values[0]
-
-
-def reducer_options(pairs: Sequence[str] | None) -> dict[str, Any]:
-    """["weighted=false", "schedule=fastv"] → {"weighted": False, "schedule": "fastv"}."""
-    options: dict[str, Any] = {}
-    for pair in pairs or ():
-        name, mark, value = (part.strip() for part in pair.partition("="))
-        if not mark or not name:
-            raise OptionError(f"--set {pair!r}: expected NAME=VALUE, e.g. --set schedule=fastv.")
-        if name in options:
-            raise OptionError(f"--set {pair!r}: {name} is set twice. Leave one out.")
-        try:
-            options[name] = json.loads(value)
-        except json.JSONDecodeError:
-            options[name] = value
-    return options

@@ -28,9 +28,13 @@ def command(
     ] = None,
     reducer: Annotated[
         str,
-        typer.Option("--reducer", "-r", help="Default reducer (tokencomp list); auto is kcenter."),
+        typer.Option(
+            "--reducer",
+            "-r",
+            help="Default reducer (tokencomp list), with options as in 'condiv(power=2)'; auto is "
+            "kcenter.",
+        ),
     ] = "auto",
-    set_: opt.Set = None,
     engine: Annotated[str, typer.Option("--engine", help='"hf", "vllm" or "mlx".')] = "hf",
     host: Annotated[str, typer.Option("--host")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535)] = 8000,
@@ -105,25 +109,28 @@ def command(
 
     if budget is not None:
         opt.refuse_options(context, ("ratio",), "--budget", "leave one out")
+    name, own = parse.one_method(reducer, "serve")
     if engine == "mlx":  # which needs no torch, and the imports below do
         from tokencomp.mlx.serve import run
 
         taken = {"model", "ratio", "budget", "reducer", "engine", "host", "port", "api_key"}
         others = [str(p.name) for p in context.command.params if p.name not in taken]
         opt.refuse_options(context, others, "--engine mlx", MLX_HINT)
+        if own:
+            raise OptionError(f"--reducer {reducer!r}: --engine mlx takes no options of reducers.")
         if api_key:
             os.environ["MLX_VLM_SERVER_API_KEY"] = api_key
         Bind(host, port, api_key).warn_if_open()
         number = None if budget is not None else parse.one_ratio(ratio, "serve")
-        run(resolve(source.model), number, budget, reducer, host, port, context.args)
+        run(resolve(source.model), number, budget, name, host, port, context.args)
         return
     from tokencomp.serving.launch import run_hf, run_vllm
     from tokencomp.serving.limits import Limits
 
     options = {
-        "reducer": reducer,
+        "reducer": name,
         **({"ratio": parse.one_ratio(ratio, "serve")} if budget is None else {"budget": budget}),
-        "options": parse.reducer_options(set_),
+        "options": own,
         **method.stages,
         "per_request": per_request,
         **({} if max_ratio is None else {"max_ratio": max_ratio}),
@@ -153,8 +160,8 @@ def command(
         run_vllm(folder, options, bind, limits, extra)
         return
     if engine != "hf":
-        own = " SGLang has a start of its own: docs/serving.md." if engine == "sglang" else ""
-        raise OptionError(f"--engine {engine!r}: use 'hf', 'vllm' or 'mlx'.{own}")
+        start = " SGLang has a start of its own: docs/serving.md." if engine == "sglang" else ""
+        raise OptionError(f"--engine {engine!r}: use 'hf', 'vllm' or 'mlx'.{start}")
     if context.args:
         raise OptionError(
             f"unknown arguments {' '.join(context.args)} (only vllm and mlx take more)."

@@ -103,7 +103,6 @@ def adsc(
     reducer: Annotated[
         str, typer.Option("--reducer", "-r", help="In force while training.")
     ] = "adsc",
-    option: opt.Set = None,
     rank: Annotated[int, typer.Option("--rank", min=1, help="Of LoRA.")] = 16,
     steps: Steps = 1000,
     learning_rate: Rate = 1e-3,
@@ -111,10 +110,11 @@ def adsc(
     """LoRA on the decoder while tokens leave between its layers (arXiv 2602.12618)."""
     from tokencomp.training.adsc import CARD, AdscConfig, train_adsc
 
+    name, own = parse.one_method(reducer, "train adsc")
     config = AdscConfig(
         schedule=tuple(part.strip() for part in schedule.split(",") if part.strip()),
-        reducer=reducer,
-        options=parse.reducer_options(option),
+        reducer=name,
+        options=own,
         rank=rank,
         alpha=2 * rank,
         steps=steps,

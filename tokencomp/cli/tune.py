@@ -49,7 +49,7 @@ def command(
     grid: dict[str, Any] = {
         "frames": [plain_frames(one) for one in parse.names(frames)],
         "scales": _numbers("scale", scale),
-        "reducers": [known(name) for name in parse.names(reducer)],
+        "reducers": [(known(name), own) for name, own in parse.methods(reducer)],
         "ratios": parse.numbers(parse.ratios(ratio), "tune"),
         "tokens": tokens,
         "options": method.stages,

@@ -72,17 +72,18 @@ def candidates(
     *,
     frames: Sequence[int | str],
     scales: Sequence[float],
-    reducers: Sequence[str],
+    reducers: Sequence[tuple[str, Mapping[str, Any]]],
     ratios: Sequence[float],
     tokens: float,
     options: Mapping[str, Any] | None = None,
 ) -> list[Candidate]:
     """All combinations within the token budget.
 
-    `options` go to every setting, and settings that cannot meet them (a tower ratio above their
-    ratio) are left out. For every frames × scale that costs more than `tokens` uncompressed, each
-    reducer also gets the ratio that meets the budget exactly; scales that do not change the token
-    count are left out, and so are all `frames` but the first where no item is a video.
+    `reducers` are names with options. `options` go to every setting, and settings that cannot meet
+    them (a tower ratio above their ratio) are left out. For every frames × scale that costs more
+    than `tokens` uncompressed, each reducer also gets the ratio that meets the budget exactly;
+    scales that do not change the token count are left out, and so are all `frames` but the first
+    where no item is a video.
     """
     counter = EqualTokens(processor, list(adapter_for(model).placeholders), "downscale")
     sizes = sorted(scales, reverse=True)
@@ -106,14 +107,19 @@ def candidates(
     return fitting
 
 
-def _settings(reducers: Sequence[str], ratio: float, options: Mapping[str, Any]) -> list[Setting]:
-    """Every reducer at a ratio with these options; the full model at 0."""
+def _settings(
+    reducers: Sequence[tuple[str, Mapping[str, Any]]], ratio: float, options: Mapping[str, Any]
+) -> list[Setting]:
+    """Every reducer at a ratio with its options and these; the full model at 0."""
     if not ratio:
         return [Setting()]
     fixed = options.get("tower_ratio", 0.0)
     if fixed != "auto" and fixed > ratio:
         return []
-    return [Setting(r, ratio, {} if r in INPUT_BASELINES else dict(options)) for r in reducers]
+    return [
+        Setting(name, ratio, {**own, **({} if name in INPUT_BASELINES else options)})
+        for name, own in reducers
+    ]
 
 
 def _mean_tokens(
