@@ -28,7 +28,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 import tokencomp
 from benchmarks import publishing
 from benchmarks.kernels.calls import RATIO, counted, prefill, prompt, tiny_model
-from benchmarks.stored import NOTE, today
+from benchmarks.stored import today
 from tokencomp.engine.stats import DecoderShape
 from tokencomp.engine.weights import bias_dims, extra_dims, widen
 
@@ -141,24 +141,14 @@ def timed() -> dict[str, float]:
     return {name: 1e3 * seconds(call) for name, call in found.items()}
 
 
-INTRO = """# What merging with weights costs
-
-Made by `python -m benchmarks.kernels.weights`. `merge=True` adds the logarithm of a number to the
-attention logits of every merged row. [Reducers](../../docs/methods.md) says what it is for.
-
-While a prompt is read, a few further head dimensions carry it under every backend. The kernel stays
-the user's: FlashAttention, SDPA on its fast path, FlexAttention and eager attention run unchanged,
-and nothing of size rows × rows exists.
-
-Afterwards merged rows stand in the cache as often as the tokens that they stand for, which is the
-same for attention. So a decode step has no weights and no call of ours, and it reads as many rows
-as without a patch: merging saves work of the prefill, but neither memory of the cache nor reading
-it. Dropping saves these too.
-
-The two other carriers exist under one backend each. A mask that SDPA adds takes prompts off the
-flash kernel, has a number for every pair of rows, and is rounded to the dtype of the queries, where
-head dimensions carry the rounded part as well. A function of FlexAttention cannot be handed in
-through transformers, which builds its own, and is not timed here."""
+TITLE = "# What does merging with weights cost?"
+BELOW = """`merge=True` adds log(count) to the attention logits of every merged row. During
+prefill, a few additional head dimensions carry it under every attention backend: no kernel is
+replaced and no matrix of rows × rows exists. Afterwards the cache holds a merged row once per
+token that it represents, so a decode step has no weights, no call of ours, and as many rows as
+without a patch. The mask of the last table is the other carrier: it needs SDPA without its flash
+kernel. [What merging is for](../../docs/methods.md#merging). `python -m
+benchmarks.kernels.weights`"""
 
 
 def markdown(data: dict[str, Any]) -> str:
@@ -182,22 +172,22 @@ def markdown(data: dict[str, Any]) -> str:
     table = publishing.table
     return "\n\n".join(
         [
-            INTRO,
-            NOTE,
+            TITLE,
             "## Calls + host reads that a patch adds\n\nFour images, ratio "
-            f"{RATIO}, a tiny Qwen2-VL of 8 layers. Alone it makes {own[0]} calls in a prefill "
-            f"and {own[1]} in a decode step.",
+            f"{RATIO}, a tiny Qwen2-VL of 8 layers. Without a patch it makes {own[0]} calls "
+            f"in a prefill and {own[1]} in a decode step.",
             table(["reducer", "merge", "prefill", "decode step"], rows),
             "## A decode step where calls take the time\n\nThe same model and prompt, the "
             f"default reducer: milliseconds, the least of {ROUNDS} rounds of {TOKENS} tokens, "
-            "and the median of the rounds against the model alone. Layers of a few thousand "
-            "weights have next to no work, as on a GPU that waits for its next call.",
+            "and the median of the rounds against the unpatched model. Layers of a few thousand "
+            "weights have little work, as on a GPU that waits for its next call.",
             table(["", "ms", "against no patch"], decoding),
             "## FLOPs that weights add\n\nOf scores and sums of attention, and of a prefill.",
             table(["model", "rows left", "attention", "prefill"], work),
             f"## One attention call on a CPU\n\nMilliseconds of one thread; {HEADS} heads, "
             f"{KV_HEADS} of keys, {DIM} dimensions, {ROWS} rows, float32. {data['machine']}",
             table(["carrier", "ms"], times),
+            BELOW,
             publishing.made_at(data),
         ]
     )

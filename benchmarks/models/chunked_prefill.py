@@ -90,9 +90,9 @@ def page(report: dict[str, Any]) -> str:
         for r in report["rows"]
     ]
     parts = [
-        "# Chunked prefill of a long video",
-        LEGEND.format(tokens=report["visual_tokens"]).replace("\n", " "),
+        "# How much memory does `prefill_chunk_size` save on a long video?",
         publishing.table(head, rows),
+        LEGEND.format(tokens=report["visual_tokens"]).replace("\n", " "),
         f"Made by: {provenance(report['environment'])}",
     ]
     return "\n\n".join(parts) + "\n"

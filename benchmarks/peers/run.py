@@ -133,7 +133,7 @@ def page(report: dict[str, Any]) -> str:
     versions = ", ".join(f"{k} {v}" for k, v in report["versions"].items())
     outcomes = [Outcome(**one) for one in report["outcomes"]]
     return (
-        "# Other packages on the same model and inputs\n\n"
+        "# Do other packages work on the same model?\n\n"
         f"`python -m benchmarks.peers.run`, {report['date'][:10]}; {versions}.\n\n"
         "Every package is applied to the embedded tiny-qwen2-vl with 64 visual tokens per image. "
         'A package "works" if some decoder layer received fewer rows than without it. '

@@ -108,19 +108,19 @@ def page(report: dict[str, Any]) -> str:
     rules = sorted({r["rule 8"].split(":")[0] for r in rows})
     return "\n".join(
         [
-            f"# Frames of clips of photographs, on {report['split']} clips\n",
-            publishing.provenance(report) + "\n",
-            f"A thing is shown for {MOMENT:g} of {SECONDS} seconds, on a photograph, while others "
-            "come, stay, move and leave. The cells count clips in which a chosen frame shows it: "
-            "even spacing / [the stream](../files/stream.md). Nothing was chosen on these clips. "
-            "They are composed, and encoded as H.264 without cuts, so they say little about "
-            "edited films.\n",
+            '# Does `frames="stream:8"` find short events in clips of photographs?\n',
             publishing.table(head, body) + "\n",
+            f"A thing is shown for {MOMENT:g} of {SECONDS} seconds on a photograph, while others "
+            "appear, move and disappear. Cells: clips in which a chosen frame shows it, even "
+            f"spacing / [the stream](../files/stream.md). {report['split'].capitalize()} clips, on "
+            "which nothing was chosen. They are composed, and encoded as H.264 without cuts, so "
+            "they say little about edited films.\n",
             "Clips where even spacing shows it and the stream does not: "
             + ", ".join(f"{n} at {c} frames" for n, c in zip(kept, COUNTS, strict=True))
             + f", of {len(rows)}. What the rule took these clips for at 8 frames: "
             + ", ".join(f"{rule} {_share(rows, rule)}" for rule in rules)
             + ".\n",
+            publishing.provenance(report) + "\n",
         ]
     )
 

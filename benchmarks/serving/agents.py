@@ -82,12 +82,12 @@ def page(report: dict[str, Any]) -> str:
     case = (
         f"{report['steps']} steps of an agent. Every prompt has the system prompt ({HEAD:,} "
         f"tokens) and, for every step so far, a screenshot ({SCREEN:,} visual tokens) and {TEXT} "
-        "tokens of text. Numbers in the first column are fractions of a screenshot that stay. The "
+        "tokens of text. Numbers in the first column are kept fractions of a screenshot. The "
         "others are counts of tokens, not times: the prefix cache is perfect, or there is none. "
         "[Compression for agents](../../docs/agents.md) says what follows. "
         "[All benchmark pages](../README.md)."
     )
-    parts = ["# When to compress screenshots", case, table(report)]
+    parts = ["# When should an agent compress its screenshots?", case, table(report)]
     return "\n\n".join([*parts, f"Made by: {provenance(report['environment'])}"]) + "\n"
 
 

@@ -44,7 +44,7 @@ def correct(model: Any, processor: Any, examples: list[Any], batch: int) -> list
 
 def table(report: dict[str, Any]) -> str:
     """Markdown."""
-    head = ("reducer", "ratio", *POSITIONS, *(f"{how} alone right" for how in POSITIONS), "p")
+    head = ("reducer", "ratio", *POSITIONS, *(f"only {how} right" for how in POSITIONS), "p")
     rows = []
     for row in report["rows"]:
         both, test = [f"{row[f'accuracy_{how}']:.3f}" for how in POSITIONS], row["mcnemar"]
@@ -54,7 +54,8 @@ def table(report: dict[str, Any]) -> str:
     about = f"{report['model']}, {report['items']} items, {full}"
     source = provenance(report["environment"])
     listed = publishing.table(head, rows, right=len(head) - 1)
-    return f"# Positions of kept tokens\n\n{INTRO}\n\n{about}. {source}.\n\n{listed}\n"
+    title = "# What does renumbering kept tokens cost in accuracy?"
+    return f"{title}\n\n{listed}\n\n{INTRO}\n\n{about}. {source}.\n"
 
 
 def main() -> None:

@@ -39,13 +39,13 @@ ENV = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }  # fmt: skip
-NOTE = """Factors compare with the uncompressed arm of the same engine, or with stock vLLM where the
-engine has none.
+NOTE = """Time to first token and throughput of a random Qwen2.5-VL on one machine. Factors compare
+with the uncompressed arm of the same engine, or with stock vLLM where the engine has none.
 
-vLLM's EVS does not run on CPU without a change: `CPUModelRunner.load_model` never sets the runner's
-`is_multimodal_pruning_enabled`, so the position columns that EVS appends to the embeddings are not
-removed and do not fit the decoder. The engine "flag set" sets it, in this benchmark only. This vLLM
-offers VidCom2 for Qwen3-VL only. [All benchmark pages](../README.md)."""
+vLLM's EVS does not run on CPU without a change: `CPUModelRunner.load_model` never sets the
+runner's `is_multimodal_pruning_enabled`, so the position columns that EVS appends to the
+embeddings are not removed and do not fit the decoder. The engine "flag set" sets it, in this
+benchmark only. This vLLM offers VidCom2 for Qwen3-VL only. [All benchmark pages](../README.md)."""
 COLUMNS = (
     "engine", "arm", "prompt tokens", "first token, CPU ms", "×", "TTFT ms", "requests/s", "×",
 )  # fmt: skip
@@ -117,7 +117,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def page(rows: list[dict[str, Any]]) -> str:
     """The page from the records of one run."""
     setup, facts = rows[-1]["setup"], rows[-1]["environment"]
-    title = f"# Serving with vLLM\n\n{(__doc__ or '').splitlines()[0]}"
+    title = "# How much sooner is the first token with vLLM?"
     return (
         f"{title}\n\n{table(rows)}\n\n{NOTE}\n\nSetup: {json.dumps(setup)}. {provenance(facts)}.\n"
     )

@@ -166,7 +166,8 @@ def page(report: dict[str, Any]) -> str:
         "`downscale` gives pictures of as many tokens. [Embedding](../../docs/embedding.md) has "
         "the calls. [All benchmark pages](../README.md)."
     )
-    parts = ["# Rankings and embeddings", case, publishing.table(head, rows, right=4)]
+    title = "# What happens to rankings and embeddings?"
+    parts = [title, publishing.table(head, rows, right=4), case]
     return "\n\n".join([*parts, f"Made by: {provenance(report['environment'])}"]) + "\n"
 
 

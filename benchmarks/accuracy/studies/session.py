@@ -174,20 +174,21 @@ def page(report: dict[str, Any]) -> str:
     case = (
         f"{n} streams of {FRAMES} frames (ShapesQA, {SPLIT} split, {report['model']}), appended "
         f"{CHUNK} frames at a time. Something flashes within the first {EARLY} frames, other "
-        f"objects stay and move on. The question about it is asked after {', '.join(head)} frames; "
-        f"a session is asked without a trace. Sessions with a budget hold at most {BUDGET} rows of "
-        f"the cache between calls, as many as a prompt with the last {EARLY} frames has."
+        "objects are visible throughout. The question about it is asked after "
+        f"{', '.join(head)} frames; a session is asked without a trace. Sessions with a budget "
+        f"hold at most {BUDGET} rows of the cache between calls, as many as a prompt with the last "
+        f"{EARLY} frames has."
     )
     return "\n\n".join(
         [
-            "# What a session remembers",
+            "# What does a session remember of a stream?",
             case,
             "## Accuracy by length of the stream",
             publishing.table(["way", *(f"{h} frames" for h in head)], accuracy, right=len(head)),
             f"With {n} streams an accuracy near one half is certain to ± {margin:.2f} (95 %).",
             "## Rows, memory and work",
-            "Rows: the most that any stream holds when the question is asked, the question apart "
-            "for sessions. Memory: keys and values of the most rows, in float32. Tokens: what the "
+            "Rows: the most that any stream holds when the question is asked, for sessions without "
+            "the question. Memory: keys and values of the most rows, in float32. Tokens: what the "
             "first decoder layer runs per stream, for frames, questions and answers.",
             publishing.table(
                 ["way", *(f"rows, {h}" for h in head), "memory", "tokens"], cost,
