@@ -13,8 +13,8 @@ from functools import cached_property
 from typing import Any, Literal
 
 from tokencomp.errors import OptionError, PlanError, RatioError
-from tokencomp.plan.counts import Budget, check_one_amount, check_ratio, ratio_text
-from tokencomp.plan.options import OPTIONS, StageOptions, split
+from tokencomp.plan.counts import Budget, check_ratio, ratio_text
+from tokencomp.plan.options import OPTIONS, StageOptions, check_exclusive, one_amount, split
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.schedules import after_tower, by_item, by_modality, not_before
 from tokencomp.plan.stages import MEDIA, TowerStage
@@ -84,71 +84,39 @@ class MethodSpec(StageOptions):
 
     def __post_init__(self) -> None:
         stage, options = split(self.options)
-        for name, value in {**stage, "options": options}.items():
-            object.__setattr__(self, name, value)
-        if isinstance(self.ratio, Mapping):  # by modality
+        self._assign(**stage, options=options)
+        if isinstance(self.ratio, Mapping):
             if not self.ratio:
                 raise RatioError(f"ratio={{}}: names no modality. Use {', '.join(MEDIA)}.")
-            object.__setattr__(self, "ratios", dict(self.ratio))
-            object.__setattr__(self, "ratio", 0.0)
-        self._check_ratios()
-        self._check_amount()
-        object.__setattr__(self, "ratio", check_ratio(self.ratio))
+            self._assign(ratios=self.ratio, ratio=0.0)
+        self._assign(ratios=_checked_ratios(self.ratios), ratio=check_ratio(self.ratio))
         if self.tower_ratio != "auto":
-            value = check_ratio(self.tower_ratio, "tower_ratio")
-            object.__setattr__(self, "tower_ratio", value)
-        if self.plan is not None:
-            self._check_plan(self.plan)
-        reducer = self.built_reducer if self.plan is None and self.names_reducer else None
-        self.check_options(reducer)
+            self._assign(tower_ratio=check_ratio(self.tower_ratio, "tower_ratio"))
+        check_exclusive(self._given)
         if self.plan is None:
+            self.check_options(self.built_reducer if self.names_reducer else None)
             self._check_tower()
-
-    def _check_plan(self, plan: Plan) -> None:
-        """Refuse what stands beside a plan, and reducers of its stages that cannot be combined."""
-        usual: dict[str, tuple[Any, ...]] = {
-            "reducer": ("auto",), "tower_ratio": (0.0,), "tower_reducer": ("auto",),
-            **{name: (None, known.off) for name, known in OPTIONS.items()},
-        }  # fmt: skip
-        beside = {name: getattr(self, name) for name in usual}
-        beside = {name: v for name, v in beside.items() if v not in usual[name]} | self.options
-        if beside:
-            words = ", ".join(f"{name}={value!r}" for name, value in beside.items())
-            raise OptionError(
-                f"plan=... together with {words}: a plan names its reducers, with their options, "
-                "in its stages. Leave out the plan, or everything else."
-            )
-        tower = () if plan.tower is None else (plan.tower.reducer,)
-        for one in (*(stage.reducer for stage in plan.stages), *tower):
-            check_members(one)
-
-    def _check_ratios(self) -> None:
-        """Check the ratios by modality."""
-        for modality in self.ratios:
-            if modality not in MEDIA:
-                raise RatioError(
-                    f"ratio={self.ratios!r}: {modality!r} is no modality. Use {', '.join(MEDIA)}."
-                )
-        modalities = (k for k in MEDIA if k in self.ratios)  # one spelling of one setting
-        checked = {k: check_ratio(self.ratios[k], f"ratio of {k}") for k in modalities}
-        object.__setattr__(self, "ratios", checked)
-        if self.ratios and (self.plan is not None or self.tower_ratio):
-            raise OptionError(
-                f"ratio={self.ratios!r} beside a plan or tower_ratio, which know no modalities. "
-                'Give the stages of a plan fractions by modality ("by_modality"), or leave one out.'
-            )
-
-    def _check_amount(self) -> None:
-        """Check a budget, and that nothing else says how much stays."""
-        if self.budget is None:
             return
-        if self.ratio or self.ratios:
-            check_one_amount(self.ratios or self.ratio, self.budget)
-        if self.plan is not None or self.tower_ratio:
-            raise OptionError(
-                f"{self.built_budget} together with a plan or tower_ratio, whose fractions are the "
-                "same for all items. Leave one out."
-            )
+        tower = () if self.plan.tower is None else (self.plan.tower.reducer,)
+        for reducer in (*(stage.reducer for stage in self.plan.stages), *tower):
+            check_members(reducer)
+
+    def _assign(self, **values: Any) -> None:
+        """Bring fields into their normal form while the object is being built."""
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def _given(self) -> dict[str, Any]:
+        """The arguments that differ from their defaults, for `check_exclusive`."""
+        ratio = 0.0 if self.plan is not None else self.ratio  # that of a plan is only written down
+        values = {
+            "reducer": self.reducer, "ratio": ratio, "ratios": self.ratios, "budget": self.budget,
+            "plan": self.plan, "tower_ratio": self.tower_ratio, "tower_reducer": self.tower_reducer,
+            "options": self.options, **self.stage_options,
+        }  # fmt: skip
+        usual = {"reducer": "auto", "tower_reducer": "auto"}
+        return {name: v for name, v in values.items() if v and v != usual.get(name)}
 
     def _check_tower(self) -> None:
         """Refuse what the tower stage cannot do, whichever model the spec is for."""
@@ -274,7 +242,7 @@ class MethodSpec(StageOptions):
         stage, options = split(options)
         given = {n: value for n, value in {**arguments, **stage}.items() if value is not None}
         ratio, budget, plan = (given.pop(name, None) for name in ("ratio", "budget", "plan"))
-        asked = check_one_amount(ratio, budget, plan)
+        asked = one_amount(ratio, budget, plan)
         planned = plan is None and self.plan is not None and "reducer" not in given
         if planned and (asked or options or given):
             raise OptionError(
@@ -314,3 +282,13 @@ class MethodSpec(StageOptions):
         )
         tower = self.tower_ratio, self.tower_reducer
         return hash((self.reducer, options, self.plan, *asked, *tower))
+
+
+def _checked_ratios(ratios: Mapping[str, Any]) -> dict[str, float]:
+    """Ratios by modality in one order, so that equal settings are equal."""
+    for modality in ratios:
+        if modality not in MEDIA:
+            raise RatioError(
+                f"ratio={dict(ratios)!r}: {modality!r} is no modality. Use {', '.join(MEDIA)}."
+            )
+    return {k: check_ratio(ratios[k], f"ratio of {k}") for k in MEDIA if k in ratios}

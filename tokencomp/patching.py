@@ -23,7 +23,7 @@ from tokencomp.engine.hooks import CallGate, Hooks
 from tokencomp.errors import AlreadyCompressedError, OptionError, PlanError
 from tokencomp.handle import Handle, handle_of, make_plan
 from tokencomp.method import MethodSpec
-from tokencomp.plan.counts import check_one_amount
+from tokencomp.plan.options import one_amount
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.plan_json import PlanLike, as_plan
 from tokencomp.validation import check_choice
@@ -154,7 +154,7 @@ def patch(
     >>> print(handle.stats)
     >>> handle.remove()
     """
-    asked = check_one_amount(ratio, budget, plan) or {"ratio": 0.5}
+    asked = one_amount(ratio, budget, plan) or {"ratio": 0.5}
     spec = MethodSpec(
         reducer,
         options=options,

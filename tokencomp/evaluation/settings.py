@@ -85,15 +85,8 @@ class Setting(MethodSpec):
             self._assign(ratios={}, reducer=FULL, options={}, plan=None)
             self._assign(tower_ratio=0.0, tower_reducer="auto", **dict.fromkeys(OPTIONS))
 
-    def _assign(self, **values: Any) -> None:
-        """Bring fields into their normal form while the object is being built."""
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
-
     def _take_plan(self, options: dict[str, Any]) -> None:
         plan = self.plan if self.plan is not None else plan_from_json(options.pop("plan", None))
-        if options:
-            raise OptionError(f"a plan has its options in its stages; got {options} beside it.")
         reducer = "auto" if self.reducer in (PLAN, FULL) else self.reducer
         self._assign(plan=plan, options=options, reducer=reducer)
 

@@ -16,6 +16,7 @@ from tokencomp.errors import MissingDependencyError, OptionError
 from tokencomp.mlx.selection import SELECT
 from tokencomp.mlx.spans import Span
 from tokencomp.plan.counts import Budget, Place, check_ratio, keep_count
+from tokencomp.plan.options import one_amount
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,9 @@ class ChosenMethod:
     budget: int | None = None
 
     def __post_init__(self) -> None:
+        asked = one_amount(self.ratio, self.budget) or {"ratio": 0.5}
         if self.budget is None:
-            ratio = 0.5 if self.ratio is None else self.ratio
-            object.__setattr__(self, "ratio", check_ratio(ratio))
-        elif self.ratio is not None:
-            raise OptionError(
-                f"ratio={self.ratio!r} together with budget={self.budget!r}: give one."
-            )
+            object.__setattr__(self, "ratio", check_ratio(asked["ratio"]))
         elif Budget.of(self.budget).whole_prompt:
             raise OptionError(
                 f"budget={self.budget!r}: tokencomp.mlx has budgets of single images and videos. "

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from tokencomp.errors import OptionError, PlanError, RatioError
+from tokencomp.errors import PlanError, RatioError
 from tokencomp.validation import fits
 
 MAX_RATIO = 0.95
@@ -227,28 +227,6 @@ def ratio_text(ratio: Any) -> str:
     if isinstance(ratio, Mapping):
         return ",".join(f"{modality}={value:g}" for modality, value in ratio.items())
     return ratio if isinstance(ratio, str) else f"{ratio:g}"
-
-
-def check_one_amount(ratio: Any, budget: Any, plan: Any = None) -> dict[str, Any]:
-    """The one of ratio and budget that is not None, as arguments; {} for none.
-
-    Raises
-    ------
-    OptionError
-        Both, or one of them beside a plan.
-    """
-    given = {k: v for k, v in {"ratio": ratio, "budget": budget}.items() if v is not None}
-    words = [f"{name}={value!r}" for name, value in given.items()]
-    if len(given) > 1:
-        raise OptionError(
-            f"{words[0]} together with {words[1]}: a budget says in tokens what a ratio says as a "
-            "fraction. Leave one out."
-        )
-    if given and plan is not None:
-        raise OptionError(
-            f"plan=... together with {words[0]}: a plan has its own fractions. Leave one out."
-        )
-    return given
 
 
 def _checked(budget: Any) -> int:

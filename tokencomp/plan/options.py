@@ -1,8 +1,8 @@
-"""Options of a stage beside its reducer: one field of `StageOptions` each.
+"""Options of a stage beside its reducer, and which arguments of a method cannot be combined.
 
 `patch`, `Handle.set`, plans and their JSON form, settings of evaluations, servers and the command
-line iterate over these fields. An option is added by its field here and by what it does in the
-engine (CONTRIBUTING.md, "Add an option of a stage").
+line iterate over the fields of `StageOptions`. An option is added by its field here and by what it
+does in the engine (CONTRIBUTING.md, "Add an option of a stage").
 """
 
 from __future__ import annotations
@@ -148,3 +148,43 @@ def split(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Keyword arguments: the options of stages among them, and those of the reducer."""
     stage = {name: value for name, value in options.items() if name in OPTIONS}
     return stage, {name: value for name, value in options.items() if name not in OPTIONS}
+
+
+# One of the first arguments cannot be combined with one of the second, and why. "ratios" is a ratio
+# by modality.
+EXCLUSIVE: tuple[tuple[set[str], set[str], str], ...] = (
+    ({"ratio", "ratios"}, {"budget"}, "a budget says in tokens what a ratio says as a fraction"),
+    ({"plan"}, {"ratio", "ratios", "budget"}, "a plan has its own fractions"),
+    (
+        {"plan"},
+        {"reducer", "options", *OPTIONS, "tower_ratio", "tower_reducer"},
+        "a plan names its reducers, with their options, in its stages",
+    ),
+    ({"tower_ratio"}, {"ratios", "budget"}, "the tower keeps the same fraction of every item"),
+)
+
+
+def check_exclusive(given: Mapping[str, Any]) -> None:
+    """Raise `OptionError` if two of the arguments that were given cannot be combined."""
+    words = {n: f"{'ratio' if n == 'ratios' else n}={value!r}" for n, value in given.items()}
+    if "plan" in given:
+        words["plan"] = "plan=..."
+    for some, others, why in EXCLUSIVE:
+        one, two = ([words[name] for name in words if name in names] for names in (some, others))
+        if one and two:
+            raise OptionError(f"{one[0]} together with {', '.join(two)}: {why}. Leave one out.")
+
+
+def one_amount(ratio: Any, budget: Any, plan: Any = None) -> dict[str, Any]:
+    """The one of ratio and budget that is not None, as an argument; {} for none.
+
+    Raises
+    ------
+    OptionError
+        More than one of the three.
+    """
+    asked = {"ratio": ratio, "budget": budget, "plan": plan}
+    given = {name: value for name, value in asked.items() if value is not None}
+    check_exclusive(given)
+    given.pop("plan", None)
+    return given

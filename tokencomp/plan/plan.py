@@ -248,23 +248,21 @@ class Plan:
         return Plan(tuple(replace(s, **options) for s in self.stages), self.tower)
 
 
-def from_profile(profile: list[float], reducer: StageReducer) -> Plan:
-    """Turn the fraction seen by each layer into a plan with a stage at every change."""
-    return stages_at_changes(profile, [reducer] * len(profile))
-
-
-def stages_at_changes(
-    profile: list[float], reducers: list[StageReducer], current: float = 1.0
+def from_profile(
+    profile: list[float], reducers: StageReducer | list[StageReducer], current: float = 1.0
 ) -> Plan:
-    """A stage at every layer where `profile` falls, with the reducer listed for that layer.
+    """A stage at every layer where the fraction that layers see falls.
 
     Parameters
     ----------
+    reducers
+        One for all stages, or one for every layer.
     current
         Fraction of the tokens before the first layer.
     """
+    each = reducers if isinstance(reducers, list) else [reducers] * len(profile)
     stages = []
-    for layer, (fraction, reducer) in enumerate(zip(profile, reducers, strict=True)):
+    for layer, (fraction, reducer) in enumerate(zip(profile, each, strict=True)):
         if fraction < current - 1e-12:
             stages.append(Stage(layer, max(fraction, 0.0), reducer))
             current = fraction

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Protocol
 
 from tokencomp.errors import OptionError, PlanError
 from tokencomp.plan.counts import Budget
-from tokencomp.plan.plan import LEAST, Plan, stages_at_changes
+from tokencomp.plan.plan import LEAST, Plan, from_profile
 from tokencomp.plan.reducer import StageReducer
 from tokencomp.plan.stages import Stage, TowerStage
 
@@ -171,7 +170,7 @@ def not_before(plan: Plan, first: int, num_layers: int) -> Plan:
     if not any(0 < s.layer < first for s in plan.stages):
         return plan
     reducers = _reducers(plan, plan.stages[0].reducer, num_layers)
-    return stages_at_changes(_delayed(plan.fractions(num_layers), first), reducers)
+    return from_profile(_delayed(plan.fractions(num_layers), first), reducers)
 
 
 def after_tower(plan: Plan, tower: TowerStage, num_layers: int) -> Plan:
@@ -204,7 +203,7 @@ def after_tower(plan: Plan, tower: TowerStage, num_layers: int) -> Plan:
         if capped == len(rest) or factor * rest[capped] <= most + 1e-12:
             break
     scaled = [min(most, factor * f) for f in profile]
-    changes = stages_at_changes(scaled, _reducers(plan, tower.reducer, num_layers), most)
+    changes = from_profile(scaled, _reducers(plan, tower.reducer, num_layers), most)
     return Plan(changes.stages, tower)
 
 
@@ -251,17 +250,27 @@ def by_item(budget: Budget, method: Planner, num_layers: int, first: int) -> Pla
     first
         Earliest layer before which the model allows a stage between layers.
     """
-    schedule = ItemSchedule(method, num_layers, first)
+
+    def plan_of(left: float) -> Plan:
+        """The plan under which all layers see the fraction `left` on average."""
+        return not_before(method.plan(1.0 - left, num_layers), first, num_layers)
+
     reducers: dict[int, StageReducer] = {}
     for ratio in PROBES:
-        reducers |= {s.layer: s.reducer for s in schedule.plan(1.0 - ratio).stages}
+        reducers |= {s.layer: s.reducer for s in plan_of(1.0 - ratio).stages}
     layers = sorted(reducers)
     if layers == [0]:
         return Plan((Stage(0, 1.0, reducers[0], budget=budget),))
+    seen = functools.lru_cache(MOST_SOLVED)(lambda left: plan_of(left).fractions(num_layers))
+
+    def share(start: int, stop: int) -> Callable[[float], float]:
+        """From the average over all layers to that over some, over which a step is spread."""
+        return lambda left: sum(seen(left)[start:stop]) / (stop - start)
+
     ends = [*layers[1:], num_layers]
     return Plan(
         tuple(
-            Stage(a, 1.0, reducers[a], budget=budget, share=Share(schedule, a, b))
+            Stage(a, 1.0, reducers[a], budget=budget, share=share(a, b))
             for a, b in zip(layers, ends, strict=True)
         )
     )
@@ -281,42 +290,3 @@ def by_modality(ratios: Mapping[str, float], method: Planner, num_layers: int, f
             for layer, reducer in sorted(reducers.items())
         )
     )
-
-
-@dataclass(frozen=True)
-class ItemSchedule:
-    """A method's schedule in one decoder, solved once for every ratio that occurs."""
-
-    method: Planner
-    num_layers: int
-    first: int
-    _solved: dict[float, list[float]] = field(default_factory=dict, compare=False, repr=False)
-
-    def plan(self, left: float) -> Plan:
-        """The plan under which all layers see the fraction `left` on average."""
-        plan = self.method.plan(1.0 - left, self.num_layers)
-        return not_before(plan, self.first, self.num_layers)
-
-    def seen(self, left: float) -> list[float]:
-        """Fraction that every layer then sees."""
-        if left not in self._solved:
-            if len(self._solved) > MOST_SOLVED:
-                self._solved.clear()
-            self._solved[left] = self.plan(left).fractions(self.num_layers)
-        return self._solved[left]
-
-
-@dataclass(frozen=True)
-class Share:
-    """From the fraction that all layers see on average to what layers `start … stop - 1` see.
-
-    A step of the schedule between these layers is spread over them, so that the average stays.
-    """
-
-    schedule: ItemSchedule
-    start: int
-    stop: int
-
-    def __call__(self, left: float) -> float:
-        seen = self.schedule.seen(left)[self.start : self.stop]
-        return sum(seen) / len(seen)

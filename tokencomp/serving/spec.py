@@ -10,8 +10,8 @@ from typing import Any
 
 from tokencomp.errors import OptionError, RatioError
 from tokencomp.method import MethodSpec, resolve_auto
-from tokencomp.plan.counts import MAX_RATIO, Budget, check_one_amount, check_ratio
-from tokencomp.plan.options import OPTIONS, check_option
+from tokencomp.plan.counts import MAX_RATIO, Budget, check_ratio
+from tokencomp.plan.options import OPTIONS, check_option, one_amount
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import make_reducer, options_of
 from tokencomp.serving.servable import check_name, check_servable
@@ -142,7 +142,7 @@ class ServerOptions:
 
     def _resolve(self, values: Mapping[str, Any], engine: str) -> MethodSpec:
         asked = {key: values[key] for key in AMOUNTS if key in values}
-        check_one_amount(asked.get("ratio"), asked.get("budget"))
+        one_amount(asked.get("ratio"), asked.get("budget"))
         asked = asked or dict(self.default.requested)
         if "budget" in asked:
             _check_budget(asked["budget"])
