@@ -11,7 +11,7 @@ import pytest
 import torch
 from support import tower
 from support.families import FAMILIES, Family
-from support.hooks import prompt
+from support.prompts import prompt
 from torch import nn
 
 import tokencomp

@@ -1,6 +1,8 @@
 """FlashAttention and FlexAttention give what SDPA gives: on a CPU, with stand-ins for both.
 
 transformers' own code of both paths runs; what stands in for the kernels is `support.backends`.
+FlexAttention measures windows in columns of the uncompressed prompt, as SDPA does. FlashAttention
+counts rows, and knows no blocks of images: it is exact against itself, or refused.
 """
 
 from __future__ import annotations
@@ -10,16 +12,24 @@ from typing import Any
 
 import pytest
 import torch
-from support import backends, kinds, oracle, packed, plans, ways
+import transformers
+from support import backends, oracle, plans, ways
 from support.backends import FLASH, FLEX
-from support.families import FAMILIES, Family
-from support.family.hybrid import HYBRID
+from support.families import FAMILIES, Family, text
+from support.family import hybrid
+from support.family.hybrid import HYBRID, Gemma3
+from support.family.llava import LlavaOn
 from support.family.structural import STRUCTURAL
 from torch import nn
 
 import tokencomp
 from tokencomp import Plan, Stage, TowerStage, make_reducer
-from tokencomp.errors import TokenCompError, UnsupportedCacheError, UnsupportedModelError
+from tokencomp.errors import (
+    OptionError,
+    TokenCompError,
+    UnsupportedCacheError,
+    UnsupportedModelError,
+)
 
 FAMILY_NAMES = sorted({**FAMILIES, **HYBRID, **STRUCTURAL})
 QUICK = {"qwen2_vl", "llava_onevision", "gemma3"}
@@ -29,11 +39,7 @@ SETTINGS: dict[str, Callable[[Family], dict[str, Any]]] = {
     **{name: lambda f, name=name: {"plan": plans.make(name, f.layers)} for name in plans.NAMES},
     "condiv": lambda f: {"ratio": 0.5, "reducer": plans.RELEVANT},
     "compact": lambda f: {"ratio": 0.5, "reducer": "uniform", "positions": "compact"},
-    "weights": lambda f: {
-        "ratio": 0.6,
-        "reducer": "kcenter",
-        "merge": True,
-    },
+    "weights": lambda f: {"ratio": 0.6, "reducer": "kcenter", "merge": True},
     "tower": lambda f: {
         "plan": Plan((Stage(0, 0.4, UNIFORM),), TowerStage(0, 0.6, make_reducer("random")))
     },
@@ -106,17 +112,14 @@ def test_equals_the_masked_run(family: Family, other: str) -> None:
     plan = Plan((Stage(0, 0.5, UNIFORM), Stage(late, 0.25, UNIFORM)))
 
     def run() -> Any:
-        with tokencomp.patch(model, plan=plan) as handle:
-            out = ways.generated(model, inputs)
-            return out, oracle.kept_columns(handle, inputs, family.layers)
+        return oracle.generated(model, family, inputs, ways.STEPS, plan=plan)
 
     if check_refusal(family, other, run):
         return
-    out, masks = run()
-    width = inputs["input_ids"].shape[1]
-    expect = kinds.expected_logits if family.name in HYBRID else oracle.masked_logits
-    expected = expect(family.build(), family, inputs, masks, out.sequences[:, width:-1])
-    assert (torch.stack(out.logits, 1) - expected[:, width - 1 :]).abs().max() < 5e-5
+    _, out, masks = run()
+    expect = oracle.typed_logits if family.name in HYBRID else oracle.masked_logits
+    plain = family.build()
+    assert oracle.deviation(plain, family, inputs, out, masks, expect=expect) < 5e-5
 
 
 @pytest.mark.skipif("glm4v" not in STRUCTURAL, reason="the release has no such model")
@@ -130,23 +133,112 @@ def test_gaps_in_positions_begin_no_prompt(monkeypatch: pytest.MonkeyPatch) -> N
         assert (mine - theirs).abs().max() < 2e-5
 
 
-@pytest.mark.parametrize("name", ["qwen3_vl", "llava_onevision"])
-def test_lengths_of_packed_prompts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """FlashAttention takes the bounds of packed prompts as lengths, where they are given."""
+WINDOW, STEPS = 12, 6
+MISTRAL = LlavaOn(transformers.MistralConfig, sliding_window=WINDOW)
+
+
+class OpenGemma3(Gemma3):
+    """Gemma 3 whose windows hold the whole prompt."""
+
+    def config(self) -> Any:
+        config = super().config()
+        config.text_config.sliding_window = 200
+        return config
+
+
+def turn_of_text(model: nn.Module, family: Family, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a second turn, of several words in every sample."""
+    where = family.positions(model, inputs)
+    out = model(**inputs, position_ids=where, use_cache=True)
+    new = torch.tensor([text(5, 20 + b) for b in range(len(where))])
+    return oracle.later_turn(inputs, where, new, out)
+
+
+@pytest.mark.parametrize("name", ["both", "attention"])
+def test_flex_measures_windows_in_columns(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ragged batch, and more tokens than the window holds."""
+    backends.install(monkeypatch, FLEX)
+    model, inputs = backends.build(MISTRAL, FLEX), ways.ragged(MISTRAL)
+    plan, expect = plans.make(name, MISTRAL.layers), oracle.typed_logits
+    _, out, masks = oracle.generated(model, MISTRAL, inputs, STEPS, plan=plan)
+    assert inputs["input_ids"].shape[1] > 2 * WINDOW
+    plain = MISTRAL.build()
+    assert oracle.deviation(plain, MISTRAL, inputs, out, masks, expect=expect) < 2e-5
+
+
+def test_flash_counts_windows_in_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So it is refused in original positions, and equals SDPA in compact ones."""
     backends.install(monkeypatch, FLASH)
-    family = FAMILIES[name]
-    model, rows = backends.build(family, FLASH), packed.prompts(family)
-    inputs = packed.pack(family, model, rows)
-    lengths = torch.tensor([0, *(family.batch([row])["input_ids"].shape[1] for row in rows)])
-    bounds, longest = lengths.cumsum(0).int(), int(lengths.max())
-    given = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
-    given |= {"max_length_q": longest, "max_length_k": longest}
-    try:
-        model(**inputs, **given, use_cache=False)
-    except TypeError:
-        pytest.skip("the release hands the lengths of prompts to the tower of this model")
+    model, inputs = backends.build(MISTRAL, FLASH), ways.ragged(MISTRAL)
+    with tokencomp.patch(model, 0.5), pytest.raises(UnsupportedModelError, match="in rows"):
+        model(**inputs)
     found = []
-    for own, extra in ((model, given), (family.build(), {})):
-        with tokencomp.patch(own, plan=plans.make("both", family.layers)), torch.no_grad():
-            found.append(own(**inputs, **extra, use_cache=False).logits)
-    assert (found[0] - found[1]).abs().max() < 2e-5
+    for own in (model, MISTRAL.build()):
+        with tokencomp.patch(own, 0.5, reducer="uniform", positions="compact"):
+            found.append(torch.stack(oracle.generate(own, inputs, STEPS).logits))
+    assert oracle.difference(*found) < 2e-5
+
+
+@pytest.mark.parametrize("name", ["both", "attention"])
+def test_flash_on_gemma3_is_exact_against_itself(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the masked run of plain causal layers: FlashAttention sees no blocks of images."""
+    backends.install(monkeypatch, FLASH)
+    family = OpenGemma3()
+    model, inputs = backends.build(family, FLASH), ways.ragged(family)
+    width, plain = inputs["input_ids"].shape[1], family.build()
+    every = [inputs["attention_mask"].bool()] * family.layers
+    with torch.no_grad():
+        causal = oracle.masked_logits(plain, family, inputs, every)[:, -1]
+        assert oracle.difference(model(**inputs).logits[:, -1], causal) < 2e-5
+        assert oracle.difference(plain(**inputs).logits[:2, -1], causal[:2]) > 1e-3
+    plan = plans.make(name, family.layers)
+    _, out, masks = oracle.generated(model, family, inputs, STEPS, plan=plan)
+    assert oracle.deviation(plain, family, inputs, out, masks) < 2e-5
+    with tokencomp.patch(model, plan=plan), torch.no_grad():
+        turn = turn_of_text(model, family, inputs)
+        later = model(**turn).logits
+    expected = oracle.masked_logits(plain, family, inputs, masks, turn["input_ids"])
+    assert oracle.difference(later, expected[:, width:]) < 2e-5
+
+
+@pytest.mark.parametrize("backend", ["eager", FLASH])
+@pytest.mark.parametrize("name", [n for n in ("gemma3", "gemma4") if n in HYBRID])
+def test_compact_positions_in_windows_of_gemma(
+    name: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the unpatched model on the kept embeddings alone; masks that the body made are refused.
+
+    FlashAttention takes no masks of the body.
+    """
+    backends.install(monkeypatch, backend)
+    family = HYBRID[name]
+    inputs = family.batch([[text(3), family.image(), text(12, 3), family.image(), text(5, 4)]])
+    model = backends.build(family, backend)
+    if backend == "eager":
+        refused = pytest.raises(OptionError, match=r"sliding-window masks \(8\) from uncompressed")
+        with tokencomp.patch(model, 0.5, positions="compact"), refused:
+            model(**inputs)
+        monkeypatch.setattr(hybrid, "WINDOW", 64)
+        model = type(family)().build("eager")  # models are kept by family
+    with torch.no_grad():
+        with tokencomp.patch(model, 0.5, reducer="uniform", positions="compact") as handle:
+            found = model(**inputs).logits
+            left = oracle.kept_columns(handle, inputs, family.layers)[-1][0]
+        embeds = oracle.decoder_inputs(model, family, inputs)["inputs_embeds"]
+        columns = ("attention_mask", "token_type_ids", "mm_token_type_ids")
+        short = {k: inputs[k][:, left] for k in columns if k in inputs}
+        expected = model(inputs_embeds=embeds[:, left], **short).logits
+    assert oracle.difference(found[:, left], expected) < 1e-5
+    assert int(left.sum()) < len(left) - 15
+
+
+def test_flex_shows_the_blocks_of_later_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A turn of several words after a compressed Gemma 3 prompt, whose window binds."""
+    backends.install(monkeypatch, FLEX)
+    found, family = [], HYBRID["gemma3"]
+    for model in (backends.build(family, FLEX), family.build()):
+        with tokencomp.patch(model, 0.5, reducer="uniform"), torch.no_grad():
+            found.append(model(**turn_of_text(model, family, ways.ragged(family))).logits)
+    assert oracle.difference(*found) < 2e-5

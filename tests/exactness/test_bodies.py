@@ -1,4 +1,4 @@
-"""Bodies, as AutoModel loads them, and retrieval models: exact, and undone without trace."""
+"""Bodies, as AutoModel loads them, retrieval models, and calls of parts of a model."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import pytest
 import torch
 import transformers
 from support import oracle, plans
-from support.families import FAMILIES, Family, text
-from support.family.base import IMAGE
-from support.hooks import hooks_of, prompt
+from support.families import CORE, FAMILIES, IMAGE, Family, text
+from support.family.hybrid import HYBRID
+from support.family.llava import LlavaOn
+from support.prompts import hooks_of, prompt
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
@@ -28,21 +29,27 @@ from tokencomp.errors import (
     NoDecoderError,
     NoVisualInputError,
     OptionError,
+    UncompressedWarning,
+    UnsupportedModelError,
     UnverifiedModelError,
 )
 
 FAMILY_NAMES = sorted(set(FAMILIES) - {"vila"})  # its one module generates
 
 
-@pytest.mark.parametrize("name", ["entry", "both"])
-def test_states_of_a_body(family: Family, name: str) -> None:
+def test_states_of_a_body(family: Family) -> None:
     """Hidden states are those of the full-length body whose dropped columns are masked."""
     model, inputs = family.build(), prompt(family)
-    body = adapter_for(model).body
+    body, plan = adapter_for(model).body, plans.make("both", family.layers)
     with torch.no_grad():
-        plain = body(**inputs)[0]  # some modules note things at their first call
+        with tokencomp.patch(body, 0) as handle:
+            plain = body(**inputs)[0]  # some modules note things at their first call
+            mask = inputs["attention_mask"]
+            assert torch.equal(handle.stats.pooling_mask(mask), mask)
+            assert handle.stats.ratio == 0 and not handle.stats
         clean = hooks_of(model)
-        with tokencomp.patch(body, plan=plans.make(name, family.layers), strict=True) as handle:
+        assert torch.equal(body(**inputs)[0], plain)
+        with tokencomp.patch(body, plan=plan, strict=True) as handle:
             calls = [body(**inputs)[0], body.forward(**inputs)[0]]
             masks = oracle.kept_columns(handle, inputs, family.layers)
             mask = handle.stats.pooling_mask(inputs["attention_mask"])
@@ -57,17 +64,6 @@ def test_states_of_a_body(family: Family, name: str) -> None:
     assert torch.equal(*calls)
     assert (calls[0] - oracle.repeated(full, masks[-1])).abs().max() < 1e-5
     assert (plain - full)[masks[-1]].abs().max() > 1e-3
-
-
-def test_a_body_at_ratio_zero(family: Family) -> None:
-    body, inputs = adapter_for(family.build()).body, prompt(family)
-    with torch.no_grad():
-        plain = body(**inputs)[0]
-        with tokencomp.patch(body, 0) as handle:
-            assert torch.equal(body(**inputs)[0], plain)
-            mask = inputs["attention_mask"]
-            assert torch.equal(handle.stats.pooling_mask(mask), mask)
-            assert handle.stats.ratio == 0 and not handle.stats
 
 
 def colpali() -> tuple[nn.Module, dict[str, Tensor], Any]:
@@ -92,7 +88,10 @@ def colpali() -> tuple[nn.Module, dict[str, Tensor], Any]:
 
 
 def colqwen2() -> tuple[nn.Module, dict[str, Tensor], Any]:
-    """ColQwen2, which puts the features into the embeddings itself; pages of two sizes."""
+    """ColQwen2, which puts the features into the embeddings itself; pages of two sizes.
+
+    A position is the number of the column.
+    """
     family = FAMILIES["qwen2_vl"]
     inner = family.config().to_dict()
     model = ColQwen2ForRetrieval(ColQwen2Config(vlm_config=inner, embedding_dim=16)).eval()
@@ -103,11 +102,7 @@ def colqwen2() -> tuple[nn.Module, dict[str, Tensor], Any]:
     inputs["pixel_values"] = pad_sequence(list(patches), batch_first=True)
     inputs.pop("mm_token_type_ids", None)
     width = inputs["input_ids"].shape[1]
-    whole = family.model_class()(family.config())
-    positions = family.positions(whole, family.batch(rows))
-    if int(transformers.__version__.split(".")[0]) > 4:  # since then: the number of the column
-        positions = torch.arange(width).expand(3, 2, -1)
-    return model, inputs, positions
+    return model, inputs, torch.arange(width).expand(3, 2, -1)
 
 
 @pytest.mark.parametrize("build", [colpali, colqwen2])
@@ -193,3 +188,78 @@ def test_parts_of_a_greater_model_are_no_body() -> None:
 
     with pytest.raises(NoDecoderError, match="does not generate text"):
         find_parts(Robot())
+
+
+# -- calls of parts --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*CORE, "vila", *sorted(HYBRID)])
+def test_direct_calls_are_compressed(name: str) -> None:
+    """`forward` of the model and of its body run like the modules, with the oracle's logits."""
+    family = {**FAMILIES, **HYBRID}[name]
+    model, inputs = family.build(), prompt(family)
+    if name in HYBRID:
+        inputs = family.batch([[text(3), family.image(0), text(6, 3)]])
+    model(**inputs)
+    body, clean = adapter_for(model).body, hooks_of(model)
+    with tokencomp.patch(model, 0.5, reducer="uniform", strict=True) as handle, torch.no_grad():
+        expected, states = model(**inputs).logits, body(**inputs)[0]
+        masks = oracle.kept_columns(handle, inputs, family.layers)
+        for call, wanted in ((model.forward, expected), (body.forward, states)):
+            handle.set(ratio=0.5)  # forgets the counts
+            out = call(**inputs)
+            found = out.logits if call == model.forward else out[0]
+            assert handle.stats.ratio > 0.3
+            torch.testing.assert_close(found, wanted, atol=1e-6, rtol=0)
+    assert hooks_of(model) == clean
+    expect = oracle.typed_logits if name in HYBRID else oracle.masked_logits
+    full, seen = expect(model, family, inputs, masks), masks[-1]
+    torch.testing.assert_close(expected[seen], full[seen], atol=5e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "llava"])
+def test_a_decoder_called_on_its_own_is_no_silent_door(name: str) -> None:
+    """Features may be in its embeddings, at columns that nobody knows."""
+    family = FAMILIES[name]
+    model = family.build()
+    decoder, embeds = family.decoder(model), torch.randn(1, 9, 64)
+    tokencomp.patch(model, 0.5, strict=True)
+    with pytest.raises(NoVisualInputError, match="strict"):
+        decoder(inputs_embeds=embeds)
+    with tokencomp.patch(model, 0.5) as handle, torch.no_grad():
+        with pytest.warns(UncompressedWarning, match="columns are unknown"):
+            out = decoder(inputs_embeds=embeds, use_cache=True)
+        with handle.disabled():
+            assert torch.equal(decoder(inputs_embeds=embeds)[0], out[0])
+
+
+def test_every_rotary_module_gets_the_original_positions() -> None:
+    """As in Molmo 2, of which some layers take tables of a second module."""
+    family = FAMILIES["llava"]
+    model = family.build()
+    decoder: Any = family.decoder(model)
+    decoder.rotary_emb_second = type(decoder.rotary_emb)(decoder.config)
+    decoder.rotary_emb_second.inv_freq *= 0.5
+
+    def before_decoder(module: Any, args: Any, kwargs: Any) -> None:
+        decoder.positions = kwargs["position_ids"]
+
+    def before_layer(module: Any, args: Any, kwargs: Any) -> Any:
+        tables = decoder.rotary_emb_second(args[0], position_ids=decoder.positions)
+        return args, {**kwargs, "position_embeddings": tables}
+
+    inputs = family.batch([[text(3), family.image(0), text(9, 3)], [text(5)]])
+    with tokencomp.patch(model, 0.5, reducer="uniform") as handle, torch.no_grad():
+        decoder.register_forward_pre_hook(before_decoder, with_kwargs=True)
+        decoder.layers[1].register_forward_pre_hook(before_layer, with_kwargs=True)
+        found = model(**inputs).logits[:, -1]
+        masks = oracle.kept_columns(handle, inputs, family.layers)
+    expected = oracle.masked_logits(model, family, inputs, masks)[:, -1]
+    assert oracle.difference(found, expected) < 1e-5
+
+
+@pytest.mark.skipif(not hasattr(transformers, "GraniteSWAConfig"), reason="a later release")
+def test_rotary_modules_by_layer_are_refused() -> None:
+    model = LlavaOn(transformers.GraniteSWAConfig, attn_implementation="eager").build("eager")
+    with pytest.raises(UnsupportedModelError, match=r"rotary tables of rotary_embs\.0"):
+        tokencomp.patch(model, 0.5)

@@ -1,28 +1,26 @@
-"""Caches other than the default one: static and offloaded; for others see test_quantized_caches."""
+"""Static and offloaded caches, and prompts that the decoder takes in chunks."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from support import oracle
-from support.caches import ENTRY, LAYERS, quantized_cache, ragged, single, static_cache
+from support.caches import ENTRY, LAYERS, quantized_cache, static_cache
 from support.families import CORE, FAMILIES, Family, text
-from torch.utils._python_dispatch import TorchDispatchMode
+from support.family.hybrid import HYBRID
+from support.family.structural import STRUCTURAL
+from support.prompts import ragged, single
 from transformers import DynamicCache
-from transformers.cache_utils import StaticLayer
 
 import tokencomp
-from tokencomp.engine.cache_special import CompressedStaticLayer
-from tokencomp.errors import UnsupportedCacheError
+from tokencomp.errors import PrefillWarning, UnsupportedCacheError
 
 FAMILY_NAMES = CORE
-
-
-def close(a: Any, b: Any) -> bool:
-    return all((x - y).abs().max() < 1e-5 for x, y in zip(a.logits, b.logits, strict=True))
+CHUNK = 7
 
 
 # -- static ----------------------------------------------------------------------------------------
@@ -32,55 +30,52 @@ def close(a: Any, b: Any) -> bool:
 def test_static_equals_masked(family: Family, backend: str) -> None:
     """Against the unpatched, uncached run with masked columns, and the dynamic cache."""
     model, inputs = family.build(backend), ragged(family)
-    with tokencomp.patch(model, plan=ENTRY) as handle:
-        dynamic = oracle.generate(model, inputs)
-        static = oracle.generate(model, inputs, cache_implementation="static")
-        masks = oracle.kept_columns(handle, inputs, family.layers)
-    assert torch.equal(static.sequences, dynamic.sequences) and close(static, dynamic)
-    layers = oracle.cache_of(static).layers
-    assert all(type(layer) is CompressedStaticLayer for layer in layers)
-    new = static.sequences[:, -8:-1]
-    expected = oracle.masked_logits(model, family, inputs, masks, new)[:, -8:]
-    assert (torch.stack(static.logits, 1) - expected).abs().max() < 1e-5
+    static = {"cache_implementation": "static"}
+    _, out, masks = oracle.generated(model, family, inputs, call=static, plan=ENTRY)
+    with tokencomp.patch(model, plan=ENTRY):
+        assert oracle.close(out, oracle.generate(model, inputs))
+        beams = [oracle.generate(model, inputs, num_beams=3, **how) for how in (static, {})]
+    assert torch.equal(beams[0].sequences, beams[1].sequences)
+    assert oracle.deviation(model, family, inputs, out, masks) < 1e-5
 
 
 def test_static_at_ratio_zero_is_untouched(family: Family) -> None:
-    model, inputs = family.build(), ragged(family)
-    expected = oracle.generate(model, inputs, cache_implementation="static")
+    model, inputs, static = family.build(), ragged(family), {"cache_implementation": "static"}
+    expected = oracle.generate(model, inputs, **static)
     with tokencomp.patch(model, 0.0):
-        out = oracle.generate(model, inputs, cache_implementation="static")
-    assert torch.equal(torch.stack(out.logits), torch.stack(expected.logits))
-    assert all(type(layer) is StaticLayer for layer in oracle.cache_of(out).layers)
+        out = oracle.generate(model, inputs, **static)
+    assert oracle.close(out, expected, 1e-30)
+    kinds = [[type(layer) for layer in oracle.cache_of(o).layers] for o in (out, expected)]
+    assert kinds[0] == kinds[1]
 
 
-def test_static_beams(family: Family) -> None:
-    model, inputs = family.build(), ragged(family)
-    with tokencomp.patch(model, plan=ENTRY):
-        static = oracle.generate(model, inputs, num_beams=3, cache_implementation="static")
-        dynamic = oracle.generate(model, inputs, num_beams=3)
-    assert torch.equal(static.sequences, dynamic.sequences)
-
-
-@pytest.mark.parametrize("option", ["compact", "merge"])
-def test_static_with_options(option: str) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"positions": "compact", "reducer": "uniform"},
+        {"merge": True, "reducer": "kcenter"},
+        {"reducer": "bipartite"},
+    ],
+    ids=str,
+)
+def test_static_with_options(options: dict[str, Any]) -> None:
     family = FAMILIES["llava_onevision"]
     model, inputs = family.build(), ragged(family)
-    options: dict[str, Any] = {"positions": "compact", "reducer": "uniform"}
-    if option == "merge":
-        options = {"merge": True, "reducer": "kcenter"}
     with tokencomp.patch(model, 0.5, **options):
         static = oracle.generate(model, inputs, cache_implementation="static")
-        dynamic = oracle.generate(model, inputs)
-    assert torch.equal(static.sequences, dynamic.sequences) and close(static, dynamic)
+        assert oracle.close(static, oracle.generate(model, inputs))
 
 
 def test_static_second_turns(family: Family) -> None:
     """On one cache: an image, then padded text, then another image, then one token."""
     model = family.build()
     a, b = family.image(0), family.image(1)
-    rows = [[[text(3), a, text(5, 3)], [text(2), b, text(3, 4)]]]
-    turns = [[[text(4, 9)], [text(2, 8)]], [[text(2, 5), b, text(2)], [text(3, 5), a, text(2, 6)]]]
-    turns = [*rows, *turns, [[text(1, 3)], [text(1, 4)]]]
+    turns = [
+        [[text(3), a, text(5, 3)], [text(2), b, text(3, 4)]],
+        [[text(4, 9)], [text(2, 8)]],
+        [[text(2, 5), b, text(2)], [text(3, 5), a, text(2, 6)]],
+        [[text(1, 3)], [text(1, 4)]],
+    ]
     with tokencomp.patch(model, plan=ENTRY), torch.no_grad():
         results = []
         for cache in (DynamicCache(), static_cache(model, 192)):
@@ -95,22 +90,25 @@ def test_static_second_turns(family: Family) -> None:
                 logits.append(out.logits[:, -1])
             results.append(torch.stack(logits))
             assert int(cache.get_seq_length()) == start
-    assert (results[0] - results[1]).abs().max() < 1e-5
+    assert oracle.difference(*results) < 1e-5
 
 
 def test_a_static_cache_of_what_is_left_is_long_enough(family: Family) -> None:
     model, inputs = family.build(), single(family)
-    inputs.pop("attention_mask")  # a mask prepared for fewer columns than the prompt is refused
+    unmasked = {
+        k: v for k, v in inputs.items() if k != "attention_mask"
+    }  # one of generate is longer
     with tokencomp.patch(model, plan=ENTRY) as handle, torch.no_grad():
-        dynamic = model(**inputs, use_cache=True).logits[:, -1]
-        kept = sum(sum(row) for row in handle.stats._lengths_after()) // family.layers
+        dynamic = model(**unmasked, use_cache=True).logits[:, -1]
+        kept = int(oracle.kept_columns(handle, inputs, 1)[0].sum())
         cache = static_cache(model, kept)
-        static = model(**inputs, past_key_values=cache, use_cache=True).logits[:, -1]
+        static = model(**unmasked, past_key_values=cache, use_cache=True).logits[:, -1]
     assert kept < inputs["input_ids"].shape[1]
-    assert (static - dynamic).abs().max() < 1e-5
+    assert oracle.difference(static, dynamic) < 1e-5
 
 
 def test_a_reset_static_cache_is_a_plain_one() -> None:
+    """In the same memory, for another batch."""
     family = FAMILIES["qwen2_vl"]
     model = family.build()
     cache = static_cache(model, 128)
@@ -118,12 +116,11 @@ def test_a_reset_static_cache_is_a_plain_one() -> None:
         model(**ragged(family), past_key_values=cache, use_cache=True)
         memory = [layer.keys.data_ptr() for layer in cache.layers]
         cache.reset()
-        assert all(type(layer) is StaticLayer for layer in cache.layers)
         batch = family.batch([[text(3), family.image(1), text(4)]] * 3)
         again = model(**batch, past_key_values=cache, use_cache=True).logits[:, -1]
         assert memory == [layer.keys.data_ptr() for layer in cache.layers]
         fresh = model(**batch, use_cache=True).logits[:, -1]
-    assert (again - fresh).abs().max() < 1e-5
+    assert oracle.difference(again, fresh) < 1e-5
 
 
 def test_prepared_masks(family: Family, backend: str) -> None:
@@ -143,14 +140,14 @@ def test_prepared_masks(family: Family, backend: str) -> None:
         return model(**{**inputs, "attention_mask": mask}, position_ids=positions).logits[:, -1]
 
     with tokencomp.patch(model, plan=ENTRY), torch.no_grad():
-        assert (run(seen) - run(inputs["attention_mask"])).abs().max() < 1e-5
+        assert oracle.difference(run(seen), run(inputs["attention_mask"])) < 1e-5
         calls.clear()
         with pytest.raises(UnsupportedCacheError, match="2-D attention_mask"):
             run(hidden)
     assert not calls
 
 
-# -- offloaded -------------------------------------------------------------------------------------
+# -- offloaded, refused ----------------------------------------------------------------------------
 
 
 class Stream:
@@ -184,10 +181,7 @@ def test_offloaded(family: Family, kind: str, offloaded: Any) -> None:
     with tokencomp.patch(model, plan=ENTRY):
         expected = oracle.generate(model, inputs)
         out = oracle.generate(model, inputs, past_key_values=offloaded(cache))
-    assert torch.equal(out.sequences, expected.sequences) and close(out, expected)
-
-
-# -- refused ---------------------------------------------------------------------------------------
+    assert oracle.close(out, expected)
 
 
 @pytest.mark.thin(2)
@@ -209,42 +203,137 @@ def test_layer_plans_are_refused(family: Family, kind: str, offloaded: Any) -> N
     assert len(calls) == 1
 
 
-# -- what decoding costs ---------------------------------------------------------------------------
+# -- prefill in chunks -----------------------------------------------------------------------------
 
 
-class Operations(TorchDispatchMode):
-    """Names of the operations that run, in order."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
+def chunking(family: Family) -> Any:
+    """A model that can take prompts with media in chunks."""
+    model = family.build()
+    if not hasattr(model, "_expand_multimodal_outputs"):
+        pytest.skip("this transformers cannot chunk prompts with media, patched or not")
+    return model
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_a_decoded_token_costs_no_operation_more(family: Family, kind: str) -> None:
-    """Operations of one step after an entry plan: those of the unpatched model, or fewer."""
-    model, inputs = family.build(), single(family)
-    n = inputs["input_ids"].shape[1]
-    last = family.positions(model, inputs).max() + 1
-    step = {"input_ids": torch.tensor([[5]])}
-    step["position_ids"] = last.expand(3, 1, 1) if family.mrope else last.expand(1, 1)
-    counts = []
-    for plan in (tokencomp.Plan(), ENTRY):
-        cache = DynamicCache() if kind == "dynamic" else static_cache(model, n + 8)
-        with tokencomp.patch(model, plan=plan) as handle, torch.no_grad():
-            if plan is not ENTRY:
-                handle.remove()
-            model(**inputs, past_key_values=cache, use_cache=True)
-            with Operations() as ran:
-                model(**step, past_key_values=cache, use_cache=True)
-            counts.append(ran.names)
-            layers = family.decoder(model).layers
-            assert not any(layer._forward_pre_hooks or layer._forward_hooks for layer in layers)
-    extra = 1 if kind == "static" else 0  # the logical length: rows written + left out
-    assert len(counts[1]) <= len(counts[0]) + extra
-    reads = [names.count("aten._local_scalar_dense.default") for names in counts]
-    assert reads[1] <= reads[0]
+def widths(model: Any, family: Family) -> list[int]:
+    """Filled with the columns that every decoder layer sees in every call."""
+    seen: list[int] = []
+
+    def note(module: Any, args: Any, kwargs: Any) -> None:
+        seen.append((args[0] if args else kwargs["hidden_states"]).shape[1])
+
+    for layer in family.decoder(model).layers:
+        layer.register_forward_pre_hook(note, with_kwargs=True)
+    return seen
+
+
+ONE_PASS = (
+    "gemma3",
+    "gemma4",
+    "gemma4_e",
+    "inkling_mm_model",
+)  # masks of windows or blocks are of the whole prompt
+CHUNKED = [
+    n if n in FAMILIES else pytest.param(n, marks=pytest.mark.long)
+    for n in sorted({*FAMILIES, *HYBRID, *STRUCTURAL} - {*ONE_PASS})
+]
+
+
+@pytest.mark.thin(2)
+@pytest.mark.parametrize("way", ["greedy", "static", "beams"])
+@pytest.mark.parametrize("name", CHUNKED)
+def test_chunks_equal_one_pass(name: str, way: str) -> None:
+    """The decoder takes what is left in chunks; a chunk as wide as the prompt is one pass."""
+    family = {**FAMILIES, **HYBRID, **STRUCTURAL}[name]
+    model, inputs = chunking(family), ragged(family)
+    seen = widths(model, family)
+    options: dict[str, Any] = {"num_beams": 2} if way == "beams" else {}
+    static = {"cache_implementation": "static"} if way == "static" else {}
+    with tokencomp.patch(model, plan=ENTRY) as handle:
+        whole = oracle.generate(model, inputs, prefill_chunk_size=500, **options)
+        assert max(seen) > 2 * CHUNK and handle.stats.prefill_chunk is None
+        seen.clear()
+        chunked = oracle.generate(model, inputs, prefill_chunk_size=CHUNK, **options, **static)
+        assert max(seen) == CHUNK == handle.stats.prefill_chunk
+        masks = oracle.kept_columns(handle, inputs, family.layers) if way == "greedy" else []
+    assert oracle.close(chunked, whole)
+    if masks:
+        expect = oracle.typed_logits if name in HYBRID else oracle.masked_logits
+        assert oracle.deviation(model, family, inputs, chunked, masks, expect=expect) < 5e-5
+
+
+def test_a_later_image_in_chunks(family: Family) -> None:
+    """Onto a cache that already holds a compressed prompt."""
+    if family.mrope:
+        pytest.skip("generate gives a later image on a reused cache no grid of positions")
+    model = chunking(family)
+    first = family.batch([[text(3), family.image(0), text(5, 3)]])
+    turn = family.batch([[text(2), family.image(1), text(4, 8)]])
+    results = []
+    with tokencomp.patch(model, plan=ENTRY) as handle:
+        for options in ({}, {"prefill_chunk_size": CHUNK}):
+            cache = oracle.cache_of(oracle.generate(model, first, 5))
+            ones = torch.ones(1, int(cache.get_seq_length()), dtype=torch.long)
+            mask = torch.cat([ones, turn["attention_mask"]], 1)
+            call = {**turn, "attention_mask": mask, "past_key_values": cache}
+            results.append(oracle.generate(model, call, 6, **options))
+        assert handle.stats.prefill_chunk == CHUNK and handle.stats.past > 0
+    assert oracle.close(*results)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("qwen2_vl", "layers"), ("internvl", "output_hidden_states"), ("gemma3", "a window")],
+)
+def test_what_needs_one_pass_says_so(name: str, why: str) -> None:
+    family = {**FAMILIES, **HYBRID}[name]
+    model, inputs = chunking(family), ragged(family)
+    plan = LAYERS if why == "layers" else ENTRY
+    options = {why: True} if why == "output_hidden_states" else {}
+    with tokencomp.patch(model, plan=plan) as handle:
+        whole = oracle.generate(model, inputs, **options)
+        with pytest.warns(PrefillWarning, match="one pass"):
+            out = oracle.generate(model, inputs, prefill_chunk_size=CHUNK, **options)
+        assert handle.stats.prefill_chunk is None
+    assert oracle.close(out, whole, 1e-30)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "internvl"])
+def test_ratio_zero_is_chunked_by_transformers(name: str) -> None:
+    family = FAMILIES[name]
+    model, inputs = chunking(family), ragged(family)
+    seen = widths(model, family)
+    plain = oracle.generate(model, inputs, prefill_chunk_size=CHUNK)
+    expected = list(seen)
+    for ratio, off in ((0.0, False), (0.5, True)):
+        with tokencomp.patch(model, ratio, reducer="uniform") as handle:
+            seen.clear()
+            with handle.disabled() if off else warnings.catch_warnings():
+                out = oracle.generate(model, inputs, prefill_chunk_size=CHUNK)
+        assert seen == expected and not handle.stats
+        assert oracle.close(out, plain, 1e-30)
+
+
+def test_text_on_a_compressed_static_cache_in_chunks() -> None:
+    """The chunks of a later, padded text turn."""
+    family = FAMILIES["llava_onevision"]
+    model = family.build()
+    first = family.batch([[text(3), family.image(0), text(5, 3)], [text(4), family.image(1)]])
+    more = family.batch([[text(9, 5)], [text(4, 6)]])
+    mask = torch.cat([first["attention_mask"], more["attention_mask"]], 1)
+    start, results = first["input_ids"].shape[1], []
+    with tokencomp.patch(model, plan=ENTRY), torch.no_grad():
+        for size in (9, 4):
+            cache = static_cache(model, 160)
+            model(**first, past_key_values=cache, use_cache=True)
+            for at in range(0, 9, size):
+                ids = more["input_ids"][:, at : at + size]
+                stop = start + at + ids.shape[1]
+                out = model(
+                    input_ids=ids,
+                    attention_mask=mask[:, :stop],
+                    position_ids=torch.arange(start + at, stop)[None].expand(2, -1),
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+            results.append(out.logits[:, -1])
+    assert oracle.difference(*results) < 1e-5

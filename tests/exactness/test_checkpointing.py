@@ -46,6 +46,12 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     return {n.replace(PREFIX, ""): p.grad.clone() for n, p in named if p.grad is not None}
 
 
+def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, msg=name)
+
+
 def wrap(model: nn.Module, part: str, reentrant: bool) -> None:
     """Wrap decoder layers, or their attention, as FSDP's activation checkpointing does."""
     layer = FAMILY.decoder(model).layers[0]
@@ -65,6 +71,7 @@ def wrap_all(model: nn.Module, kind: type, reentrant: bool) -> None:
     )
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("part", ["layers", "attention"])
 @pytest.mark.parametrize("order", ["wrap", "patch", "unpatch"])
@@ -80,17 +87,12 @@ def test_wrapped_layers(options: dict[str, Any], order: str, part: str, reentran
     handle = tokencomp.patch(model, 0.5, **options)
     if order != "wrap":
         wrap(model, part, reentrant)
-    functions = [vars(m).get("checkpoint_fn") for m in model.modules()]
     loss = loss_of(model)
     if order == "unpatch":
         handle.remove()
     got = gradients(model, loss)
     handle.remove()
-    assert got.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(got[name], value, msg=name)
-    after = [vars(m).get("checkpoint_fn") for m in model.modules()]
-    assert all(a is b for a, b in zip(functions, after, strict=True))
+    same(got, expected)
 
 
 def replace_forward(module: Any, run: Callable[..., Any]) -> None:
@@ -108,14 +110,13 @@ def checkpoint_layers(model: Any) -> None:
         replace_forward(layer, functools.partial(checkpoint, use_reentrant=False))
 
 
-def checkpoint_attention(model: Any) -> None:
+def checkpoint_attention(model: Any, run: Any = None) -> None:
     for layer in FAMILY.decoder(model).layers:
-        replace_forward(layer.self_attn, functools.partial(checkpoint, use_reentrant=False))
+        replace_forward(layer.self_attn, run or functools.partial(checkpoint, use_reentrant=False))
 
 
 def reentrant_attention(model: Any) -> None:
-    for layer in FAMILY.decoder(model).layers:
-        replace_forward(layer.self_attn, without_gradients)
+    checkpoint_attention(model, without_gradients)
 
 
 def wrap_decoder(model: Any) -> None:
@@ -180,9 +181,7 @@ def test_wrapped_blocks_of_a_tower(frozen: bool, reentrant: bool) -> None:
             else:
                 found.append(gradients(model, loss_of(model)))
     for got in found[1:]:
-        assert got.keys() == found[0].keys()
-        for name, value in found[0].items():
-            torch.testing.assert_close(got[name], value, msg=name)
+        same(got, found[0])
 
 
 def test_a_checkpointed_body_without_labels() -> None:
@@ -195,6 +194,4 @@ def test_a_checkpointed_body_without_labels() -> None:
                 wrap_body(model)
             out = model(**FAMILY.batch(PROMPTS[1]), use_cache=False).logits
             found.append(gradients(model, out.float().logsumexp(-1).sum()))
-    assert found[0].keys() == found[1].keys()
-    for name, value in found[0].items():
-        torch.testing.assert_close(found[1][name], value, msg=name)
+    same(*found)

@@ -7,79 +7,160 @@ from typing import Any
 import pytest
 import torch
 from support import oracle, plans
-from support.caches import ENTRY, LAYERS, ragged, single, static_cache
-from support.compiled import breaks, compiled, graphs, reset
+from support.caches import ENTRY, LAYERS, static_cache
 from support.families import CORE, FAMILIES, Family, text
+from support.prompts import ragged, single
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.generation.configuration_utils import CompileConfig
 
 import tokencomp
+from tokencomp.errors import AlreadyCompressedError
 
-FAMILY_NAMES = CORE
+FAMILY_NAMES = [*CORE, "smolvlm", "fast_vlm", "glm4v", "kimi_k25"]
+STEPS = 5
 
 pytestmark = pytest.mark.long
 
 
 @pytest.fixture(autouse=True)
 def _fresh() -> None:
-    reset()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
 
 
-def test_decoding_is_one_graph(family: Family) -> None:
-    """No break, and no recompilation for a prompt of another length that loses other tokens."""
+def compiled(model: Any, backend: str = "eager") -> dict[str, Any]:
+    """Options that make `generate` compile on a CPU too; skips where it cannot, unpatched."""
+    config = CompileConfig(fullgraph=True, backend=backend, mode=None, dynamic=False)
+    if not hasattr(config, "_compile_all_devices"):
+        pytest.skip("this release compiles on accelerators alone")
+    config._compile_all_devices = True
+    return {"compile_config": config, "cache_implementation": "static"}
+
+
+def graphs() -> int:
+    """Graphs since the last reset, of which none may have ended early."""
+    assert not torch._dynamo.utils.counters["graph_break"]
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("reducer", ["uniform", pytest.param(plans.RELEVANT, id="condiv")])
+def test_decoding_is_one_graph(family: Family, reducer: Any) -> None:
+    """Also with scores at entry; none is compiled for other prompts that lose other tokens."""
     model = family.build()
-    config = compiled(model)
-    with tokencomp.patch(model, plan=ENTRY) as handle:
-        dropped = set()
+    options, dropped = compiled(model), set()
+    del options["cache_implementation"]
+    with tokencomp.patch(model, 0.6, reducer=reducer) as handle:
         for number in range(3):
             inputs = single(family, number)
-            cache = static_cache(model, 128)
-            out = oracle.generate(model, inputs, past_key_values=cache, compile_config=config)
-            expected = oracle.generate(model, inputs)
+            options["past_key_values"] = static_cache(model, 128)
+            out = oracle.generate(model, inputs, STEPS, **options)
             masks = oracle.kept_columns(handle, inputs, family.layers)
-            assert torch.equal(out.sequences, expected.sequences)
-            assert graphs() == 1 and not breaks()
-            dropped.add(cache.layers[0].row_map.dropped)
+            assert graphs() == 1
+            dropped.add(int((~masks[0]).sum()))
+    assert oracle.deviation(model, family, inputs, out, masks) < 1e-5
     assert len(dropped) > 1
-    new = out.sequences[:, -8:-1]
-    logits = oracle.masked_logits(model, family, inputs, masks, new)[:, -8:]
-    assert (torch.stack(out.logits, 1) - logits).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
-def test_decoding_a_ragged_batch_is_one_graph(family: Family, compiler: str) -> None:
+def test_a_padded_batch_is_one_graph(family: Family, compiler: str) -> None:
     """The mask of a padded cache is made inside the graph, from what the cache layer holds."""
     model, inputs = family.build(), ragged(family)
-    config = compiled(model, compiler)
-    with tokencomp.patch(model, plan=ENTRY):
-        options = {"cache_implementation": "static", "compile_config": config}
-        out = oracle.generate(model, inputs, **options)
-        expected = oracle.generate(model, inputs)
-    assert torch.equal(out.sequences, expected.sequences)
-    assert all((a - b).abs().max() < 1e-5 for a, b in zip(out.logits, expected.logits, strict=True))
-    assert graphs() == 1 and not breaks()
+    call = compiled(model, compiler)
+    _, out, masks = oracle.generated(model, family, inputs, STEPS, call, plan=ENTRY)
+    assert oracle.deviation(model, family, inputs, out, masks) < 1e-5
+    assert graphs() == 1
 
 
-def test_a_step_without_generate() -> None:
-    """torch.compile of the model itself, and tokens that are fed by hand, with a 2-D mask."""
-    family = FAMILIES["llava_onevision"]
+def test_merged_tokens_are_one_graph(family: Family) -> None:
+    """A compiled step knows nothing of weights: rows stand in the cache as often as they count."""
+    if family.name == "kimi_k25":
+        pytest.skip("torch has no float64 for its experts")
     model, inputs = family.build(), ragged(family)
-    n = inputs["input_ids"].shape[1]
-    with tokencomp.patch(model, plan=ENTRY), torch.no_grad():
-        expected = oracle.generate(model, inputs, 6)
-        cache = static_cache(model, n + 6)
-        positions = family.positions(model, inputs)
-        model(**inputs, position_ids=positions, past_key_values=cache, use_cache=True)
-        step = torch.compile(model, fullgraph=True, backend="eager")
-        mask, last = inputs["attention_mask"], positions[:, -1:]
-        for i in range(5):
+    setting = {"ratio": 0.6, "reducer": "kcenter", "merge": True}
+    handle, out, masks = oracle.generated(model, family, inputs, STEPS, compiled(model), **setting)
+    assert oracle.deviation(model, family, inputs, out, masks, oracle.Merged(handle)) < 1e-5
+    assert graphs() == 1
+
+
+class Conversation:
+    """Two turns with an image and the words after each, as calls and as one prompt."""
+
+    def __init__(self, family: Family, model: Any) -> None:
+        torch.manual_seed(3)
+        words, more = text(STEPS, 21), text(STEPS, 22)
+        first = [text(3), family.image(0), text(5, 3)]
+        second = [text(2, 9), family.image(1), text(4, 8)]
+        self.whole = family.batch([[*first, words, *second, more]])
+        self.positions = family.positions(model, self.whole)
+        self.turns: list[tuple[dict[str, Tensor], list[dict[str, Tensor]]]] = []
+        at = 0
+        for turn, later in ((family.batch([first]), words), (family.batch([second]), more)):
+            prompt, calls = self._call(turn, at), []
+            at += turn["input_ids"].shape[1]
+            for word in later:  # nothing of a step changes its shape, so there is no mask
+                positions = self.positions[..., at : at + 1]
+                calls.append({"input_ids": torch.tensor([[word]]), "position_ids": positions})
+                at += 1
+            self.turns.append((prompt, calls))
+
+    def _call(self, inputs: dict[str, Tensor], at: int) -> dict[str, Tensor]:
+        stop = at + inputs["input_ids"].shape[1]
+        mask = torch.ones(1, stop, dtype=torch.long)
+        positions = self.positions[..., at:stop]
+        return {**inputs, "attention_mask": mask, "position_ids": positions}
+
+
+def test_words_after_two_turns(family: Family) -> None:
+    """One graph for each number of tokens that have left, which is known while it is compiled."""
+    model = family.build()
+    conversation = Conversation(family, model)
+    length = conversation.whole["input_ids"].shape[1]
+    cache, logits, kept = static_cache(model, length + 1), [], []
+    with tokencomp.patch(model, plan=ENTRY) as handle, torch.no_grad():
+        step = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
+        for prompt, words in conversation.turns:
+            out = model(**prompt, past_key_values=cache, use_cache=True)
+            logits.append(out.logits[:, -1])
+            prompt = {**prompt, "attention_mask": torch.ones_like(prompt["input_ids"])}
+            kept += [oracle.kept_columns(handle, prompt, 1)[0]]
+            for word in words:
+                logits.append(step(**word, past_key_values=cache, use_cache=True).logits[:, -1])
+            kept.append(torch.ones(1, STEPS, dtype=torch.bool))
+    assert graphs() == 2
+    mask = torch.cat(kept, 1)
+    assert mask.shape[1] == length and int((~kept[0]).sum()) and int((~kept[2]).sum())
+    expected = oracle.masked_logits(model, family, conversation.whole, [mask] * family.layers)
+    ends = [kept[0].shape[1] - 1 + i for i in range(STEPS + 1)]
+    ends += [length - STEPS - 1 + i for i in range(STEPS + 1)]
+    assert oracle.difference(torch.stack(logits, 1), expected[:, ends]) < 1e-5
+
+
+@pytest.mark.parametrize("plan", ["entry", "attention", "vanish"])
+def test_words_by_hand_after_a_padded_batch(family: Family, plan: str) -> None:
+    """Layers hold different rows, and the masks of a padded batch differ by layer.
+
+    After a stage at entry alone the cache is static and a step one graph.
+    """
+    model, inputs = family.build(), ragged(family)
+    n, positions, mask = (
+        inputs["input_ids"].shape[1], family.positions(model, inputs), inputs["attention_mask"],
+    )  # fmt: skip
+    cache = static_cache(model, n + STEPS + 1) if plan == "entry" else DynamicCache()
+    words = torch.tensor([text(STEPS, 30 + i) for i in range(3)])
+    with tokencomp.patch(model, plan=plans.make(plan, family.layers)) as handle, torch.no_grad():
+        call = {"past_key_values": cache, "use_cache": True}
+        logits = [model(**inputs, position_ids=positions, **call).logits[:, -1]]
+        masks = oracle.kept_columns(handle, inputs, family.layers)
+        how = {"fullgraph": True} if plan == "entry" else {"dynamic": True}
+        step = torch.compile(model, backend="eager", **how)
+        later = oracle.following(positions, STEPS)
+        for i in range(STEPS):
             mask = torch.cat([mask, torch.ones(3, 1, dtype=mask.dtype)], 1)
-            logits = step(
-                input_ids=expected.sequences[:, n + i : n + i + 1],
-                attention_mask=mask,
-                position_ids=last + 1 + i,
-                past_key_values=cache,
-                use_cache=True,
-            ).logits
-            assert (logits[:, -1] - expected.logits[i + 1]).abs().max() < 1e-5
+            now = {"attention_mask": mask, "position_ids": later[..., i : i + 1], **call}
+            logits.append(step(input_ids=words[:, i : i + 1], **now).logits[:, -1])
+    expected = oracle.masked_logits(model, family, inputs, masks, words)[:, n - 1 :]
+    assert oracle.difference(torch.stack(logits, 1), expected) < 1e-5
 
 
 def test_fullgraph_at_ratio_zero(family: Family) -> None:
@@ -96,21 +177,29 @@ def test_fullgraph_at_ratio_zero(family: Family) -> None:
             assert torch.equal(positional.logits, expected)
 
 
-def test_hooks_act_after_a_traced_call() -> None:
-    """What was compiled while there was nothing to do is not used where there is."""
+@pytest.mark.parametrize("plan", ["entry", "attention"])
+def test_what_was_compiled_follows_the_patch(plan: str) -> None:
+    """Compiled before the patch, while there is nothing to do, or disabled."""
     family = FAMILIES["llava_onevision"]
-    model = family.build()
-    plain, prompt = family.batch([[text(9)]]), single(family)
-    with tokencomp.patch(model, plan=ENTRY) as handle, torch.no_grad():
-        expected = model(**prompt).logits
-        both = torch.compile(model, backend="eager")
-        with handle.disabled():
-            both(**plain)
-        handle.set(ratio=0.0, reducer="uniform")
-        both(**plain)
-        handle.set(plan=ENTRY)
-        assert (both(**prompt).logits - expected).abs().max() < 1e-5
-        assert handle.stats.ratio > 0.2
+    model, words, prompt = family.build(), family.batch([[text(9)]]), single(family)
+    stages = plans.make(plan, family.layers)
+    both = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        plain = model(**prompt).logits
+        with tokencomp.patch(model, plan=stages):
+            expected = model(**prompt).logits
+        assert torch.equal(both(**prompt).logits, plain)
+        for _ in range(2):
+            with tokencomp.patch(model, plan=stages) as handle:
+                assert oracle.difference(both(**prompt).logits, expected) < 1e-5
+                with handle.disabled():
+                    both(**words)
+                handle.set(ratio=0.0, reducer="uniform")
+                both(**words)
+                handle.set(plan=stages)
+                assert oracle.difference(both(**prompt).logits, expected) < 1e-5
+                assert handle.stats.ratio > 0.1
+            assert torch.equal(both(**prompt).logits, plain)
 
 
 def compile_layers(family: Family, model: Any) -> None:
@@ -130,14 +219,13 @@ def compile_model(family: Family, model: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "early"), [(compile_layers, True), (compile_decoder, False), (compile_model, True)]
 )
-def test_layer_hooks_act_after_calls_without_them(change: Any, early: bool) -> None:
-    """A decode step has removed the hooks, or none was there; then calls are compiled."""
+def test_parts_that_are_compiled_under_a_patch(change: Any, early: bool) -> None:
+    """Before its first prompt, or after a decode step; then other calls are made."""
     family = FAMILIES["llava_onevision"]
-    model = family.build()
-    plain, prompt = family.batch([[text(9)]]), single(family)
+    model, plain, prompt = family.build(), family.batch([[text(9)]]), single(family)
     with torch.no_grad(), tokencomp.patch(model, plan=LAYERS) as handle:
         expected = oracle.generate(model, prompt, 4)
-        if early:  # compiled while there are no hooks
+        if early:
             change(family, model)
             model(**plain)
         oracle.generate(model, prompt, 4)
@@ -150,13 +238,8 @@ def test_layer_hooks_act_after_calls_without_them(change: Any, early: bool) -> N
         assert handle.stats and handle.stats.ratio > 0.1
 
 
-def test_decoding_is_one_graph_with_scores_at_entry(family: Family) -> None:
-    """The rotary module, whose forward is replaced under such plans, breaks no graph."""
-    model, inputs = family.build(), single(family)
-    config = compiled(model)
-    with tokencomp.patch(model, 0.5, reducer=plans.RELEVANT):
-        options = {"cache_implementation": "static", "compile_config": config}
-        out = oracle.generate(model, inputs, **options)
-        expected = oracle.generate(model, inputs)
-    assert torch.equal(out.sequences, expected.sequences)
-    assert graphs() == 1 and not breaks()
+def test_a_compiled_forward_of_others_is_refused() -> None:
+    model = FAMILIES["llava"].build()
+    model.forward = torch.compile(lambda *a, **k: None, backend="eager")
+    with pytest.raises(AlreadyCompressedError, match="forward replaced"):
+        tokencomp.patch(model, 0.5)

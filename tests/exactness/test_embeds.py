@@ -20,17 +20,9 @@ FAMILY_NAMES = CORE
 
 def embedded(family: Family, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """The prompt as embeddings with the features in place, read at the unpatched decoder."""
-    seen: dict[str, Tensor] = {}
-
-    def note(module: nn.Module, args: object, kwargs: dict) -> None:
-        seen.update(inputs_embeds=kwargs["inputs_embeds"])
-
-    hook = family.decoder(model).register_forward_pre_hook(note, with_kwargs=True)
-    with torch.no_grad():
-        model(**inputs)
-    hook.remove()
-    where = family.positions(model, inputs)
-    return {**seen, "attention_mask": inputs["attention_mask"], "position_ids": where}
+    embeds = oracle.decoder_inputs(model, family, inputs)["inputs_embeds"]
+    where = {"position_ids": family.positions(model, inputs)}
+    return {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"], **where}
 
 
 def test_compressed_where_types_tell_the_places(family: Family) -> None:
@@ -44,7 +36,7 @@ def test_compressed_where_types_tell_the_places(family: Family) -> None:
         kept = [handle.stats.kept(b) for b in range(2)]
         got = model(**given, mm_token_type_ids=types).logits
         assert [handle.stats.kept(b) for b in range(2)] == kept and handle.stats.ratio > 0.4
-    if family.name != "qwen3_vl":  # its deepstack features stand beside the embeddings
+    if family.name != "qwen3_vl":  # its deepstack features come beside the embeddings
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 

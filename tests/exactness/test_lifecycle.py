@@ -1,37 +1,48 @@
-"""Patching and unpatching leave no trace; wrappers, dtypes, threads."""
+"""Patching and unpatching leave no trace; a block brings back what it replaced."""
 
 from __future__ import annotations
 
 import copy
 import gc
 import pickle
-import threading
-import time
 import weakref
+from typing import Any
 
 import pytest
 import torch
 from support import oracle, plans
-from support.families import FAMILIES, Family, text
-from support.hooks import hooks_of, prompt
+from support.families import CORE, FAMILIES, Family, text
+from support.prompts import hooks_of, prompt
+from torch import nn
 from transformers.cache_utils import DynamicLayer
 
 import tokencomp
-from tokencomp.engine import scores as engine_scores
-from tokencomp.errors import AlreadyCompressedError, CopyError
+from tokencomp.errors import CopyError
+
+FAMILY_NAMES = CORE
+OFF = {"ratio": 0.0, "reducer": "uniform"}
 
 
-@pytest.mark.thin(3)
-@pytest.mark.parametrize("name", plans.NAMES)
+@pytest.mark.thin(2)
+@pytest.mark.parametrize("name", ["both", "attention", plans.MERGED, "tower", "signals"])
 def test_unpatch_restores_everything(family: Family, name: str) -> None:
+    """Hooks, state dict, config, caches and logits, bit by bit; and while the patch is disabled."""
+    setting = {"tower": {"ratio": 0.5, "tower_ratio": 0.3}}
+    setting["signals"] = {"ratio": 0.5, "reducer": "visionzip"}
+    setting = setting.get(name) or {"plan": plans.make(name, family.layers)}
     model, inputs = family.build(), prompt(family)
     model(**inputs)  # some modules note things at their first call
     before, state = hooks_of(model), {k: v.clone() for k, v in model.state_dict().items()}
-    config = copy.deepcopy(model.config.to_dict())
+    config, held = (
+        copy.deepcopy(model.config.to_dict()),
+        [vars(m).get("config") for m in model.modules()],
+    )
     with torch.no_grad():
         expected = model(**inputs).logits
-        handle = tokencomp.patch(model, plan=plans.make(name, family.layers))
+        handle = tokencomp.patch(model, **setting)
         assert not torch.equal(model(**inputs).logits, expected)
+        with handle.disabled():
+            assert torch.equal(model(**inputs).logits, expected)
         assert model.state_dict().keys() == state.keys()
         assert model.config.to_dict() == config
         handle.remove()
@@ -41,6 +52,8 @@ def test_unpatch_restores_everything(family: Family, name: str) -> None:
     assert torch.equal(out.logits, expected)
     assert all(type(layer) is DynamicLayer for layer in oracle.cache_of(out).layers)
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    now = [vars(m).get("config") for m in model.modules()]
+    assert all(a is b for a, b in zip(now, held, strict=True))
 
 
 def test_patch_twice_is_patch_once(family: Family) -> None:
@@ -68,15 +81,16 @@ def test_context_manager_disabled_and_set(family: Family) -> None:
     with tokencomp.patch(model, 0.5, reducer="uniform") as handle:
         half = model(**inputs).logits
         assert handle.stats.ratio == pytest.approx(0.5, abs=0.05)
-        with handle.disabled():
-            assert torch.equal(model(**inputs).logits, plain)
         with pytest.raises(ZeroDivisionError), handle.disabled():
+            assert torch.equal(model(**inputs).logits, plain)
             1 / 0  # noqa: B018
         assert torch.equal(model(**inputs).logits, half)
         handle.set(ratio=0.8)
         model(**inputs)
         assert handle.stats.ratio > 0.7
-        handle.set(ratio=0.5, reducer="prune", score="last_query")
+        handle.set(ratio=0.5, tower_ratio=0.3)
+        assert not torch.equal(model(**inputs).logits, half)
+        handle.set(ratio=0.5, tower_ratio=0.0, reducer="prune", score="last_query")
         model(**inputs)
         assert handle.plan.layer_stages
         handle.set(reducer="uniform")
@@ -111,31 +125,9 @@ def test_stats_are_of_the_last_prompt(family: Family) -> None:
         assert not handle.stats
 
 
-def test_new_plan_between_turns(family: Family) -> None:
-    """A cache made by a staged plan stays right under a plan without layer stages."""
-    model = family.build()
-    inputs = family.batch([[text(3), family.image(0), text(5, 3)], [family.image(1), text(4, 9)]])
-    extra = torch.tensor([text(3, 20), text(3, 21)])
-    positions = family.positions(model, inputs)
-    last = positions.max(0).values.max(-1).values if positions.ndim == 3 else positions[:, -1]
-    more = last[:, None] + torch.arange(1, 4)
-    with tokencomp.patch(model, plan=plans.make("vanish", family.layers)) as handle:
-        out = model(**inputs, position_ids=positions, use_cache=True)
-        masks = oracle.kept_columns(handle, inputs, family.layers)
-        handle.set(ratio=0.5, reducer="uniform")
-        logits = model(
-            input_ids=extra,
-            attention_mask=torch.cat([inputs["attention_mask"], torch.ones_like(extra)], 1),
-            position_ids=more.expand(3, -1, -1) if family.mrope else more,
-            past_key_values=oracle.cache_of(out),
-            use_cache=True,
-        ).logits
-    tokencomp.unpatch(model)
-    expected = oracle.masked_logits(model, family, inputs, masks, extra)[:, -3:]
-    assert (logits - expected).abs().max() < 1e-5
-
-
-def test_save_pretrained(family: Family, tmp_path) -> None:
+@pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision", "vila"])
+def test_save_pretrained(name: str, tmp_path) -> None:
+    family = FAMILIES[name]
     model, inputs = family.build(), prompt(family)
     model.generation_config.do_sample = None
     expected = model(**inputs).logits
@@ -149,63 +141,45 @@ def test_save_pretrained(family: Family, tmp_path) -> None:
     torch.testing.assert_close(again(**inputs).logits, expected, atol=1e-6, rtol=0)
 
 
-def test_two_models(family: Family) -> None:
+def test_two_models() -> None:
+    family = FAMILIES["qwen2_vl"]
     a, b, inputs = family.build(seed=1), family.build(seed=2), prompt(family)
     expected = []
     for model, ratio in ((a, 0.4), (b, 0.8)):
         with tokencomp.patch(model, ratio, reducer="uniform"):
             expected.append(oracle.generate(model, inputs).sequences)
     with tokencomp.patch(a, 0.4, reducer="uniform"), tokencomp.patch(b, 0.8, reducer="uniform"):
-        assert torch.equal(oracle.generate(a, inputs).sequences, expected[0])
-        assert torch.equal(oracle.generate(b, inputs).sequences, expected[1])
-        assert torch.equal(oracle.generate(a, inputs).sequences, expected[0])
+        for model, wanted in ((a, expected[0]), (b, expected[1]), (a, expected[0])):
+            assert torch.equal(oracle.generate(model, inputs).sequences, wanted)
+
+
+@pytest.mark.parametrize("setting", [{"reducer": "prune"}, {"reducer": "kcenter", "merge": True}])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_error_in_a_call_leaves_no_state(
+    family: Family, error: type[BaseException], setting: dict[str, Any]
+) -> None:
+    """An interrupt from the keyboard skips the hooks that end a call."""
+    model, inputs = family.build(), prompt(family)
+    configs = [vars(m).get("config") for m in model.modules()]
+
+    def fail(*_: object) -> None:
+        raise error("out of memory, say")
+
+    with tokencomp.patch(model, 0.5, **setting) as handle, torch.no_grad():
+        expected = model(**inputs).logits
+        hook = family.decoder(model).layers[-1].register_forward_pre_hook(fail)
+        for call in (model, model.forward, model.generate):
+            with pytest.raises(error):
+                call(**inputs)
+        hook.remove()
+        handle.set(ratio=0.25).set(ratio=0.5)  # no call is in the way
+        assert torch.equal(model.forward(**inputs).logits, expected)
+        assert handle.stats.ratio > 0.3
+    after = [vars(m).get("config") for m in model.modules()]
+    assert all(a is b for a, b in zip(after, configs, strict=True))
 
 
 @pytest.mark.thin(2)
-@pytest.mark.parametrize("name", ["both", "attention"])
-def test_two_threads(family: Family, name: str) -> None:
-    """Forward passes of different prompts on one model, at the same time."""
-    model = family.build()
-    jobs = [
-        family.batch([[text(3), family.image(0), text(6, 3)]]),
-        family.batch([[text(2), family.video(6), text(9, 4)], [family.image(1), text(3)]]),
-    ]
-    places = [family.positions(model, job) for job in jobs]
-    results: dict[int, list[torch.Tensor]] = {0: [], 1: []}
-
-    def work(i: int) -> None:
-        with torch.no_grad():
-            for _ in range(6):
-                results[i].append(model(**jobs[i], position_ids=places[i]).logits)
-
-    with tokencomp.patch(model, plan=plans.make(name, family.layers)), torch.no_grad():
-        expected = [model(**j, position_ids=p).logits for j, p in zip(jobs, places, strict=True)]
-        threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
-        for t in threads:
-            t.start()
-        for t in threads:
-            t.join()
-    for i in (0, 1):
-        assert len(results[i]) == 6
-        assert all((r - expected[i]).abs().max() < 1e-5 for r in results[i])
-
-
-def test_error_in_a_call_leaves_no_state(family: Family) -> None:
-    model, inputs = family.build(), prompt(family)
-    with tokencomp.patch(model, 0.5, reducer="prune"):
-        expected = oracle.generate(model, inputs).sequences
-
-        def fail(*_):
-            raise RuntimeError("out of memory, say")
-
-        hook = family.decoder(model).layers[2].register_forward_pre_hook(fail)
-        with pytest.raises(RuntimeError, match="say"):
-            model(**inputs)
-        hook.remove()
-        assert torch.equal(oracle.generate(model, inputs).sequences, expected)
-
-
-@pytest.mark.thin(3)
 @pytest.mark.parametrize("name", ["both", "attention", "pagerank"])
 def test_bfloat16(family: Family, name: str) -> None:
     model = family.build().to(torch.bfloat16)
@@ -215,68 +189,7 @@ def test_bfloat16(family: Family, name: str) -> None:
         masks = oracle.kept_columns(handle, inputs, family.layers)
     expected = oracle.masked_logits(model, family, inputs, masks)[:, -1].float()
     # bf16 rounds at 2^-8 of the logit; both runs differ only in summation order
-    assert (logits - expected).abs().max() < 0.05 * expected.abs().max()
-
-
-@pytest.mark.thin(2)
-@pytest.mark.parametrize("name", ["both", "attention"])
-def test_peft(family: Family, name: str) -> None:
-    peft = pytest.importorskip("peft")
-    model, inputs = family.build(), prompt(family)
-    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    wrapped = peft.get_peft_model(model, config).eval()
-    with tokencomp.patch(wrapped, plan=plans.make(name, family.layers)) as handle:
-        out = wrapped.generate(
-            **inputs, max_new_tokens=4, return_dict_in_generate=True, output_logits=True
-        )
-        masks = oracle.kept_columns(handle, inputs, family.layers)
-        assert wrapped(**inputs).logits.shape[1] == inputs["input_ids"].shape[1]
-    new = out.sequences[:, -4:-1]
-    expected = oracle.masked_logits(model, family, inputs, masks, new)[:, -4:]
-    assert (torch.stack(out.logits, 1) - expected).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("reducer", ["prune", "bipartite+prune"])
-def test_a_lora_added_behind_the_first_prompt(reducer: str) -> None:
-    """Scores are those of a model that had its LoRA before it was patched."""
-    peft = pytest.importorskip("peft")
-    family = FAMILIES["qwen2_vl"]
-    rows = [[text(3), family.image(0), text(6, 3)], [text(2), family.image(1), text(9, 4)]]
-    inputs = family.batch(rows)
-
-    def run(first: bool) -> tuple[list, torch.Tensor]:
-        model = family.build()
-        if first:
-            handle = tokencomp.patch(model, 0.5, reducer=reducer)
-            model(**inputs)
-        torch.manual_seed(5)
-        config = peft.LoraConfig(target_modules=["q_proj", "k_proj"], init_lora_weights=False)
-        wrapped = peft.get_peft_model(model, config).eval()
-        if not first:
-            handle = tokencomp.patch(wrapped, 0.5, reducer=reducer)
-        with torch.no_grad():
-            logits = wrapped(**inputs).logits
-        return [handle.stats.kept(b) for b in range(2)], logits
-
-    (kept, logits), (expected, own) = run(True), run(False)
-    assert kept == expected
-    assert torch.equal(logits, own)
-
-
-@pytest.mark.thin(2)
-@pytest.mark.parametrize("name", ["both", "attention"])
-def test_accelerate_cpu_offload(family: Family, name: str) -> None:
-    accelerate = pytest.importorskip("accelerate")
-    inputs = prompt(family)
-    with tokencomp.patch(resident := family.build(), plan=plans.make(name, family.layers)):
-        expected = oracle.generate(resident, inputs)
-    model = family.build()
-    accelerate.cpu_offload(family.decoder(model), torch.device("cpu"))
-    assert next(family.decoder(model).layers[1].parameters()).device.type == "meta"
-    with tokencomp.patch(model, plan=plans.make(name, family.layers)):
-        out = oracle.generate(model, inputs)
-    assert torch.equal(out.sequences, expected.sequences)
-    assert torch.equal(torch.stack(out.logits), torch.stack(expected.logits))
+    assert oracle.difference(logits, expected) < 0.05 * expected.abs().max()
 
 
 def test_a_patched_model_can_be_freed(family: Family) -> None:
@@ -293,8 +206,8 @@ def test_copies_of_a_patched_model_are_refused() -> None:
     family = FAMILIES["qwen2_vl"]
     model, inputs = family.build(), prompt(family)
     with tokencomp.patch(model, 0.5, reducer="aim") as handle, torch.no_grad():
-        model(**inputs)  # from here on, layers have hooks as well
-        for part in (model, family.decoder(model), family.decoder(model).layers[1]):
+        model(**inputs)  # from here on, layers may have hooks as well
+        for part in (model, family.decoder(model)):
             with handle.disabled(), pytest.raises(CopyError, match=r"unpatch\(model\) first"):
                 copy.deepcopy(part)
         with pytest.raises(CopyError, match="unpatch"):
@@ -303,46 +216,139 @@ def test_copies_of_a_patched_model_are_refused() -> None:
         assert torch.equal(copy.deepcopy(model)(**inputs).logits, model(**inputs).logits)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("way", ["module", "forward"])
-def test_torch_compile(way: str) -> None:
-    """Hooks run between compiled graphs, whether the module or its forward was compiled."""
-    family = FAMILIES["llava"]
-    model, inputs = family.build(), family.batch([[text(3), family.image(0), text(5, 3)]])
-    plan = plans.make("attention", family.layers)
-    with torch.no_grad(), tokencomp.patch(model, plan=plan):
-        expected = model(**inputs).logits
-    compiled = model
-    if way == "module":
-        compiled = torch.compile(model, backend="eager")
-    else:
-        model.forward = torch.compile(model.forward, backend="eager")
-    with torch.no_grad(), tokencomp.patch(compiled, plan=plan) as handle:
-        torch.testing.assert_close(compiled(**inputs).logits, expected, atol=1e-5, rtol=0)
-        assert handle.stats.ratio > 0.1
+def test_methods_that_others_have_replaced_stay() -> None:
+    """Of `generate` and `forward`, before a patch and after it."""
+    family = FAMILIES["qwen2_vl"]
+    model, inputs = family.build(), prompt(family)
+    before = dict(vars(model))
+    tokencomp.patch(model, 0.5).set(ratio=0.75)
+    tokencomp.patch(model, 0.5)
+    tokencomp.unpatch(model)
+    assert vars(model).keys() == before.keys()
+    model.generate = model.generate  # someone else's wrapper
+    wrapper = vars(model)["generate"]
+    with tokencomp.patch(model, 0.5) as handle:
+        oracle.generate(model, inputs, 2)
+        assert handle.stats.ratio > 0.4
+    assert vars(model)["generate"] is wrapper
+    del model.generate
+    handle = tokencomp.patch(model, 0.5)
+    ours = model.generate
+    later = model.generate = lambda *args, **kwargs: ours(*args, **kwargs)
+    model.generate(**inputs, max_new_tokens=2)
+    assert handle.stats.ratio > 0.4
+    tokencomp.unpatch(model)
+    assert vars(model)["generate"] is later
+    plain = model.generate(**inputs, max_new_tokens=2)
+    del model.generate
+    assert torch.equal(model.generate(**inputs, max_new_tokens=2), plain)
 
 
-def test_a_compiled_foreign_forward_is_refused() -> None:
-    model = FAMILIES["llava"].build()
-    model.forward = torch.compile(lambda *a, **k: None, backend="eager")
-    with pytest.raises(AlreadyCompressedError, match="forward replaced"):
-        tokencomp.patch(model, 0.5)
+# -- a patch that compresses nothing ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["entry", "layer"])
-def test_reduce_seconds_has_the_scores(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock that only scoring moves."""
-    family, clock = FAMILIES["qwen2_vl"], [0.0]
-    scores = {"entry": "input_scores", "layer": "layer_scores"}[name]
-    real = getattr(engine_scores, scores)
+def installed(model: nn.Module) -> list[int]:
+    """Hooks and methods of its own that every module has."""
+    own = ("forward", "generate", "generate_batch", "_prefill")
+    return [
+        len(m._forward_pre_hooks) + len(m._forward_hooks) + sum(name in vars(m) for name in own)
+        for m in model.modules()
+    ]
 
-    def slow(*args: object) -> object:
-        clock[0] += 5.0
-        return real(*args)
 
-    monkeypatch.setattr(engine_scores, scores, slow)
-    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    model, reducer = family.build(), {"entry": "condiv", "layer": "fastv"}[name]
-    with tokencomp.patch(model, 0.5, reducer=reducer) as handle:
-        model(**prompt(family))
-        assert handle.stats.reduce_seconds == 5.0
+@pytest.mark.parametrize("setting", [OFF, {"plan": []}, {**OFF, "strict": True}])
+def test_ratio_zero_installs_nothing(setting: dict[str, Any]) -> None:
+    """Until something is compressed; then hooks stay, because a cache may need them."""
+    family = FAMILIES["qwen2_vl"]
+    model, inputs = family.build(), prompt(family)
+    gc.collect()  # caches of other tests would need hooks
+    expected = oracle.generate(model, inputs, 3)  # modules may hook themselves at their first call
+    clean = installed(model)
+    with tokencomp.patch(model, **setting) as handle:
+        assert installed(model) == clean
+        out = oracle.generate(model, inputs, 3)
+        assert not handle.stats and handle.stats.tokens_before == []
+        handle.set(plan=plans.make("entry", 4))
+        cache = oracle.cache_of(model(**inputs, use_cache=True))
+        handle.set(**(setting if "plan" in setting else OFF))
+        assert installed(model) != clean and cache
+    assert oracle.close(out, expected, 1e-30)
+
+
+# -- a patch on a patched model --------------------------------------------------------------------
+
+
+def test_a_block_brings_back_what_it_replaced(family: Family) -> None:
+    model, inputs = family.build(), prompt(family)
+
+    def logits() -> torch.Tensor:
+        return model(**inputs).logits
+
+    plain = logits()
+    clean = hooks_of(model)
+    with tokencomp.patch(model, 0.5, reducer="uniform", extend_context=1 << 16) as outer:
+        half, hooked = logits(), hooks_of(model)
+        with tokencomp.patch(model, 0.9, reducer="random"):
+            most = logits()
+            with (
+                pytest.raises(ZeroDivisionError),
+                tokencomp.patch(model, 0.75, reducer="uniform"),
+            ):
+                with pytest.raises(tokencomp.TokenCompError, match="replaced"):
+                    outer.set(ratio=0.1)
+                raise ZeroDivisionError
+            assert torch.equal(logits(), most)
+            assert not torch.equal(most, half)
+        assert hooks_of(model) == hooked
+        assert torch.equal(logits(), half)
+        outer.set(ratio=0.3)
+    assert hooks_of(model) == clean
+    assert torch.equal(logits(), plain)
+
+
+@pytest.mark.parametrize("how", ["outer", "inner", "model"])
+def test_a_block_brings_back_nothing_that_was_removed(how: str) -> None:
+    model = FAMILIES["qwen2_vl"].build()
+    clean = hooks_of(model)
+    with tokencomp.patch(model, 0.5) as outer:
+        with tokencomp.patch(model, 0.9) as inner:
+            tokencomp.unpatch({"outer": outer, "inner": inner, "model": model}[how])
+            assert (hooks_of(model) == clean) is (how != "outer")
+        assert hooks_of(model) == clean
+    assert hooks_of(model) == clean
+
+
+@pytest.mark.parametrize("window", ["before", "inside"])
+def test_a_longer_context_of_the_users_own_outlives_the_block(window: str) -> None:
+    """Where it took the place of the outer patch's, or was made in the inner block."""
+    model = FAMILIES["qwen2_vl"].build()
+    rotary = model.model.language_model.rotary_emb
+    plain = rotary.inv_freq.clone()
+    with tokencomp.patch(model, 0.5, extend_context=30000):
+        stretched = rotary.inv_freq.clone()
+        assert not torch.equal(stretched, plain)
+        if window == "before":
+            tokencomp.extend_visual_context(model, 500, window=100)
+        mine = rotary.inv_freq.clone()
+        with tokencomp.patch(model, 0.9):
+            if window == "inside":
+                tokencomp.extend_visual_context(model, 500, window=100)
+                mine = rotary.inv_freq.clone()
+        assert torch.equal(rotary.inv_freq, mine) and not torch.equal(mine, stretched)
+
+
+def test_a_context_inside_gives_way_to_the_one_outside() -> None:
+    """Also where a patch is refused."""
+    model = FAMILIES["qwen2_vl"].build()
+    rotary = model.model.language_model.rotary_emb
+    plain = rotary.inv_freq.clone()
+    with tokencomp.patch(model, 0.5, extend_context=30000) as handle:
+        outer, hooked = rotary.inv_freq.clone(), hooks_of(model)
+        with tokencomp.patch(model, 0.9, extend_context=90000):
+            assert not torch.equal(rotary.inv_freq, outer)
+        assert torch.equal(rotary.inv_freq, outer)
+        with pytest.raises(tokencomp.TokenCompError, match="target_tokens"):
+            tokencomp.patch(model, 0.9, extend_context=-1)
+        assert torch.equal(rotary.inv_freq, outer) and hooks_of(model) == hooked
+        handle.set(ratio=0.4)
+    assert torch.equal(rotary.inv_freq, plain)

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from support import oracle, plans
-from support.caches import ENTRY, quantized_cache, ragged, single
-from support.families import CORE, FAMILIES, Family, text
+from support.caches import ENTRY, quantized_cache
+from support.families import CORE, Family, text
+from support.prompts import ragged, single
 from torch import Tensor
-from transformers import DynamicCache
 
 import tokencomp
 
@@ -27,7 +27,8 @@ class KeptRows:
 
     def turn(self, inputs: dict[str, Tensor], positions: Tensor, kept: Tensor) -> Tensor:
         """Last logits (B, V) of a prompt of which the columns `kept` (B, L) alone are given."""
-        caught = self._decoder_inputs(inputs)
+        given = {**inputs, "position_ids": positions, "use_cache": False}
+        caught = oracle.decoder_inputs(self.model, self.family, given)
         order = kept.long().argsort(dim=1, stable=True)[:, -int(kept.sum(1).max()) :]
         real = kept.gather(1, order)
         embeds = caught["inputs_embeds"]
@@ -58,28 +59,6 @@ class KeptRows:
         hidden = decoder(**call, past_key_values=self.cache, use_cache=True)[0]
         return self.model.get_output_embeddings()(hidden[:, -1])
 
-    @torch.no_grad()
-    def _decoder_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Any]:
-        """What the unpatched body passes to the decoder."""
-        caught: dict[str, Any] = {}
-
-        def catch(module: Any, args: Any, kwargs: Any) -> None:
-            caught.update(kwargs)
-
-        hook = self.family.decoder(self.model).register_forward_pre_hook(catch, with_kwargs=True)
-        positions = self.family.positions(self.model, inputs)
-        self.model(**inputs, position_ids=positions, use_cache=False)
-        hook.remove()
-        return caught
-
-
-def following(positions: Tensor, step: int) -> Tensor:
-    """Positions (…, B, 1) of the token `step` behind a prompt with `positions` (…, B, L)."""
-    last = positions.amax(-1, keepdim=True)
-    if last.ndim == 3:  # the largest of all axes
-        last = last.amax(0, keepdim=True).expand(3, -1, -1)
-    return last + 1 + step
-
 
 @pytest.mark.thin(2)
 # The scale of fp8 values counts the whole batch, padding included: see docs/support.md.
@@ -90,25 +69,24 @@ def following(positions: Tensor, step: int) -> Tensor:
 def test_prompts_and_words(family: Family, backend: str, batch: Any) -> None:
     model, inputs = family.build(), batch(family)
     cache, length = quantized_cache(backend, model), inputs["input_ids"].shape[1]
-    with tokencomp.patch(model, plan=ENTRY) as handle:
-        out = oracle.generate(model, inputs, STEPS, past_key_values=cache)
-        kept = oracle.kept_columns(handle, inputs, 1)[0]
-        plain = oracle.generate(model, inputs, STEPS)
-    assert int(kept.sum()) < int(inputs["attention_mask"].sum())
+    call = {"past_key_values": cache}
+    _, out, (kept, *_) = oracle.generated(model, family, inputs, STEPS, call, plan=ENTRY)
     assert cache.get_seq_length() == length + STEPS - 1
     positions = family.positions(model, inputs)
     rows = KeptRows(model, family, quantized_cache(backend, model))
-    logits = [rows.turn(inputs, positions, kept)]
+    logits, later = [rows.turn(inputs, positions, kept)], oracle.following(positions, STEPS)
     for step, token in enumerate(out.sequences[:, length:-1].T):
-        logits.append(rows.word(token, following(positions, step)))
-    assert all((a - b).abs().max() < 1e-5 for a, b in zip(out.logits, logits, strict=True))
-    assert (out.logits[1] - plain.logits[1]).abs().max() > 1e-3  # rounding changes something
+        logits.append(rows.word(token, later[..., step : step + 1]))
+    assert oracle.difference(torch.stack(out.logits), torch.stack(logits)) < 1e-5
+    _, plain, _ = oracle.generated(model, family, inputs, STEPS, plan=ENTRY)
+    assert oracle.difference(out.logits[1], plain.logits[1]) > 1e-3  # rounding changes something
 
 
 @pytest.mark.thin(2)
+@pytest.mark.parametrize("reducer", ["uniform", pytest.param(plans.RELEVANT, id="condiv")])
 @pytest.mark.parametrize("backend", ["fp8", "quanto", "rounded"])
-def test_a_second_image(family: Family, backend: str) -> None:
-    """Rows of the first turn are dequantized, and those of both are rounded again."""
+def test_a_second_image(family: Family, backend: str, reducer: Any) -> None:
+    """Rows of the first turn are dequantized, to be scored against, and all are rounded again."""
     model = family.build()
     first = family.batch([[text(3), family.image(0), text(5, 3)]])
     second = family.batch([[text(2, 9), family.image(1), text(4, 8)]])
@@ -117,7 +95,8 @@ def test_a_second_image(family: Family, backend: str) -> None:
     turns = [(first, family.positions(model, first)), (second, family.positions(model, second) + n)]
     rows = KeptRows(model, family, quantized_cache(backend, model))
     got, kept, cache = [], [], quantized_cache(backend, model)
-    with tokencomp.patch(model, plan=ENTRY) as handle, torch.no_grad():
+    later = oracle.following(turns[1][1], STEPS)
+    with tokencomp.patch(model, 0.5, reducer=reducer) as handle, torch.no_grad():
         for number, (inputs, positions) in enumerate(turns):
             call = {**inputs, "attention_mask": mask[:, : n if number == 0 else None]}
             call |= {"position_ids": positions, "past_key_values": cache}
@@ -126,12 +105,13 @@ def test_a_second_image(family: Family, backend: str) -> None:
         for step in range(STEPS):
             word = {"input_ids": torch.tensor([[7 + step]]), "past_key_values": cache}
             word["attention_mask"] = torch.ones(1, mask.shape[1] + step + 1, dtype=torch.long)
-            word["position_ids"] = following(turns[1][1], step)
+            word["position_ids"] = later[..., step : step + 1]
             got.append(model(**word, use_cache=True).logits[:, -1])
     expected = [rows.turn(*turn, columns) for turn, columns in zip(turns, kept, strict=True)]
-    expected += [rows.word(torch.tensor([7 + i]), following(turns[1][1], i)) for i in range(STEPS)]
+    for step in range(STEPS):
+        expected.append(rows.word(torch.tensor([7 + step]), later[..., step : step + 1]))
     assert all(int((~columns).sum()) for columns in kept)
-    assert all((a - b).abs().max() < 1e-5 for a, b in zip(got, expected, strict=True))
+    assert oracle.difference(torch.stack(got), torch.stack(expected)) < 1e-5
 
 
 @pytest.mark.thin(2)
@@ -146,28 +126,8 @@ def test_merged_rows(family: Family, backend: str) -> None:
     rows = KeptRows(model, family, quantized_cache(backend, model))
     for rounded, layer in zip(rows.cache.layers, exact.layers, strict=True):
         rounded.update(layer.keys, layer.values)
-    positions, rows.mask = family.positions(model, inputs), torch.ones(1, length).bool()
+    later = oracle.following(family.positions(model, inputs), STEPS)
+    rows.mask = torch.ones(1, length).bool()
     for step, token in enumerate(out.sequences[:, length:-1].T):
-        expected = rows.word(token, following(positions, step))
-        assert (out.logits[step + 1] - expected).abs().max() < 1e-4
-
-
-@pytest.mark.parametrize("backend", ["fp8", "quanto"])
-def test_choices_behind_a_second_image(backend: str) -> None:
-    """A question-aware reducer scores against the keys of the first turn, dequantized."""
-    family = FAMILIES["llava_onevision"]
-    model = family.build()
-    first = family.batch([[text(3), family.image(0), text(5, 3)]])
-    second = family.batch([[text(2, 9), family.image(1), text(4, 8)]])
-    mask = torch.cat([first["attention_mask"], second["attention_mask"]], 1)
-    n = first["input_ids"].shape[1]
-    kept = []
-    with tokencomp.patch(model, 0.5, reducer=plans.RELEVANT) as handle, torch.no_grad():
-        for cache in (DynamicCache(), quantized_cache(backend, model)):
-            model(**first, past_key_values=cache, use_cache=True)
-            turn = {**second, "attention_mask": mask}
-            turn["position_ids"] = family.positions(model, second) + n
-            model(**turn, past_key_values=cache, use_cache=True)
-            kept.append(handle.stats.kept(0))
-            assert cache.get_seq_length() == mask.shape[1]
-    assert [len(s) for row in kept[0] for s in row] == [len(s) for row in kept[1] for s in row]
+        expected = rows.word(token, later[..., step : step + 1])
+        assert oracle.difference(out.logits[step + 1], expected) < 1e-4

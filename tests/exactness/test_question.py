@@ -1,4 +1,7 @@
-"""Reducers that look at the question see the question alone, in whatever call it stands."""
+"""Reducers that look at the question see the question alone, in whatever call it stands.
+
+The next token is predicted from the last column, so that column never leaves.
+"""
 
 from __future__ import annotations
 
@@ -7,104 +10,48 @@ from typing import Any
 import pytest
 import torch
 from support import oracle, plans
-from support.families import CORE, Family, text
+from support.families import CORE, IMAGE, VIDEO, Family, text
 from torch import Tensor, nn
 
 import tokencomp
-from tokencomp.engine.prompt import answer_start, packed_starts, starts_from_lengths
+from tokencomp import Plan, Stage
 
 FAMILY_NAMES = CORE
-REDUCERS = [pytest.param(plans.RELEVANT, id="condiv"), "cdpruner", "fastv", "prune", "aim"]
+RELEVANT = pytest.param(plans.RELEVANT, id="condiv")
+REDUCERS = [RELEVANT, "cdpruner", "fastv", "prune", "aim"]
 
 
 def kept(handle: tokencomp.Handle, rows: int) -> list:
     return [handle.stats.kept(b) for b in range(rows)]
 
 
+def question(family: Family) -> dict[str, Tensor]:
+    return family.batch([[text(3), family.image(0), text(9, 3)], [family.image(1), text(5, 4)]])
+
+
 def with_answers(inputs: dict[str, Tensor], answers: Tensor, family: Family) -> dict[str, Tensor]:
-    """A batch with an answer behind every question."""
+    """A batch with a trained answer after every question."""
     ids = torch.cat([inputs["input_ids"], answers], 1)
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(answers)], 1)
-    return family.finish({**inputs, "input_ids": ids, "attention_mask": mask})
+    labels = torch.full_like(ids, -100)
+    labels[:, -answers.shape[1] :] = answers
+    return {**family.finish({**inputs, "input_ids": ids, "attention_mask": mask}), "labels": labels}
 
 
 @pytest.mark.thin(3)
 @pytest.mark.parametrize("reducer", REDUCERS)
 def test_the_answer_does_not_choose(family: Family, reducer: Any) -> None:
     """With labels the same tokens stay as for the question alone, whatever the answer."""
-    model = family.build()
-    question = family.batch([[text(3), family.image(0), text(9, 3)], [family.image(1), text(5, 4)]])
+    model, prompt = family.build(), question(family)
     with torch.no_grad(), tokencomp.patch(model, 0.6, reducer=reducer) as handle:
-        model(**question, use_cache=False)
+        model(**prompt, use_cache=False)
         expected = kept(handle, 2)
         for seed in range(4):
             answers = torch.tensor([text(6, 20 + seed), text(6, 40 + seed)])
-            inputs = with_answers(question, answers, family)
-            labels = torch.full_like(inputs["input_ids"], -100)
-            labels[:, -6:] = answers
-            labels[0, -6:-4] = -100  # the answer of the first sample is shorter
-            if seed == 0:
-                continue_at = inputs["input_ids"].shape[1] - 6
-                assert answer_start(labels[1], 0, labels.shape[1]) == continue_at
-            model(**inputs, labels=labels, use_cache=False)
+            inputs = with_answers(prompt, answers, family)
+            inputs["labels"][0, -6:-4] = -100  # the answer of the first sample is shorter
+            model(**inputs, use_cache=False)
             assert kept(handle, 2)[1] == expected[1]
-
-
-def test_the_last_turn_asks(family: Family) -> None:
-    """Of a conversation with several trained answers the last question counts."""
-    model = family.build()
-    turns = [text(5, 1), text(4, 2), text(6, 3)]
-    history = family.batch([[family.image(0), *turns]])
-    inputs = with_answers(history, torch.tensor([text(5, 4)]), family)
-    labels = torch.full_like(inputs["input_ids"], -100)
-    labels[:, -15:-11] = inputs["input_ids"][:, -15:-11]  # the answer of the first turn
-    labels[:, -5:] = inputs["input_ids"][:, -5:]
-    with torch.no_grad(), tokencomp.patch(model, 0.6, reducer=plans.RELEVANT) as handle:
-        model(**history, use_cache=False)
-        expected = kept(handle, 1)
-        model(**inputs, labels=labels, use_cache=False)
-        assert kept(handle, 1) == expected
-
-
-@pytest.mark.thin(3)
-@pytest.mark.parametrize("reducer", REDUCERS)
-def test_generating_without_a_cache(family: Family, reducer: Any) -> None:
-    """Every step sees the tokens generated so far; they are no question."""
-    model = family.build()
-    inputs = family.batch([[text(3), family.image(0), text(9, 3)], [family.image(1), text(5, 4)]])
-    steps: list[list] = []
-    with torch.no_grad(), tokencomp.patch(model, 0.6, reducer=reducer) as handle:
-        cached = oracle.generate(model, inputs, 6)
-        expected = kept(handle, 2)
-        model.register_forward_hook(lambda *_: steps.append(kept(handle, 2)))
-        plain = oracle.generate(model, inputs, 6, use_cache=False)
-    assert len(steps) == 6 and all(step == expected for step in steps)
-    assert torch.equal(cached.sequences, plain.sequences)
-
-
-def test_generate_is_given_back(family: Family) -> None:
-    model = family.build()
-    before = dict(model.__dict__)
-    handle = tokencomp.patch(model, 0.5)
-    handle.set(ratio=0.75)
-    tokencomp.patch(model, 0.5)
-    tokencomp.unpatch(model)
-    assert model.__dict__.keys() == before.keys()
-    model.generate = model.generate  # someone else's wrapper stays where it was
-    wrapper = model.__dict__["generate"]
-    with tokencomp.patch(model, 0.5):
-        oracle.generate(model, family.batch([[text(5)]]), 2)
-    assert model.__dict__["generate"] is wrapper
-
-
-def test_where_prompts_begin() -> None:
-    assert packed_starts(torch.tensor([[0, 1, 2, 3]])) is None
-    assert packed_starts(None) is None
-    positions = torch.tensor([[0, 1, 2, 0, 1, 0], [5, 6, 7, 8, 9, 10]])
-    assert packed_starts(positions) == [[0, 3, 5], [0]]
-    assert starts_from_lengths(torch.tensor([0, 3, 5, 6]), 1, 6) == [[0, 3, 5]]
-    assert starts_from_lengths(torch.tensor([0, 6]), 1, 6) is None
-    assert starts_from_lengths(None, 1, 6) is None
 
 
 class Wrapper(nn.Module):
@@ -118,16 +65,108 @@ class Wrapper(nn.Module):
         return self.inner(ids, **rest, labels=labels).loss
 
 
-def test_arguments_by_place(family: Family) -> None:
-    """Labels count however they are handed over."""
+def test_the_last_turn_asks(family: Family) -> None:
+    """Of several trained answers the question before the last counts, however labels come."""
     model = family.build()
-    question = family.batch([[family.image(1), text(5, 4)]])
+    history = family.batch([[family.image(0), text(5, 1), text(4, 2), text(6, 3)]])
+    inputs = with_answers(history, torch.tensor([text(5, 4)]), family)
+    inputs["labels"][:, -15:-11] = inputs["input_ids"][:, -15:-11]  # the answer of the first turn
     with torch.no_grad(), tokencomp.patch(model, 0.6, reducer=plans.RELEVANT) as handle:
-        model(**question, use_cache=False)
+        model(**history, use_cache=False)
         expected = kept(handle, 1)
-        inputs = with_answers(question, torch.tensor([text(6, 20)]), family)
-        labels = torch.full_like(inputs["input_ids"], -100)
-        labels[:, -6:] = inputs["input_ids"][:, -6:]
-        ids = inputs.pop("input_ids")
+        model(**inputs, use_cache=False)
+        assert kept(handle, 1) == expected
+        ids, labels = inputs.pop("input_ids"), inputs.pop("labels")
         Wrapper(model)(ids, labels, inputs)
         assert kept(handle, 1) == expected
+
+
+@pytest.mark.thin(3)
+@pytest.mark.parametrize("reducer", REDUCERS)
+def test_generating_without_a_cache(family: Family, reducer: Any) -> None:
+    """Every step sees the tokens generated so far; they are no question."""
+    model, inputs = family.build(), question(family)
+    steps: list[list] = []
+    with torch.no_grad(), tokencomp.patch(model, 0.6, reducer=reducer) as handle:
+        cached = oracle.generate(model, inputs, 6)
+        expected = kept(handle, 2)
+        model.register_forward_hook(lambda *_: steps.append(kept(handle, 2)))
+        plain = oracle.generate(model, inputs, 6, use_cache=False)
+    assert len(steps) == 6 and all(step == expected for step in steps)
+    assert torch.equal(cached.sequences, plain.sequences)
+
+
+# -- prompts that end in media ---------------------------------------------------------------------
+
+
+def ends_in_media(family: Family, model: Any) -> dict[str, Tensor]:
+    """Prompts that end in a visual token, one of them without any text before it."""
+    inputs = family.batch([[text(4), family.image(0)], [family.image(1)]])
+    while int(inputs["input_ids"][0, -1]) not in (IMAGE, VIDEO):  # an end token after the image
+        inputs = {
+            k: v[:, :-1] if k in ("input_ids", "attention_mask", "mm_token_type_ids") else v
+            for k, v in inputs.items()
+        }
+    return {**inputs, "position_ids": family.positions(model, inputs)}
+
+
+# Entry and layer stages, with and without scores, and a stage at which all but the last leaves.
+ENDINGS: dict[str, dict[str, Any]] = {
+    **{name: {"ratio": 0.6, "reducer": name} for name in ("aim", "prune", "divprune", "bipartite")},
+    **{name: {"ratio": 0.6, "reducer": name} for name in ("random", "uniform", "fastv")},
+    "condiv": {"ratio": 0.6, "reducer": plans.RELEVANT},
+    "vanish": {"plan": plans.make("vanish", 4)},
+}
+
+
+@pytest.mark.parametrize("name", ENDINGS)
+def test_prompts_that_end_in_media(family: Family, name: str) -> None:
+    """The last logits are those of the masked run, and as many tokens stay as elsewhere."""
+    model = family.build()
+    inputs = ends_in_media(family, model)
+    longer = family.batch([[text(4), family.image(0), text(3)], [family.image(1), text(3)]])
+    with torch.no_grad(), tokencomp.patch(model, **ENDINGS[name]) as handle:
+        got = model(**inputs, use_cache=False).logits[:, -1]
+        stats, masks = handle.stats, oracle.kept_columns(handle, inputs, family.layers)
+        merges = any(s.reducer.merges for s in handle.plan.stages)
+        model(**longer, use_cache=False)
+    assert all(bool(mask[:, -1].all()) for mask in masks)
+    elsewhere = [[max(n, 1) for n in row] for row in handle.stats.tokens_after]
+    assert stats.tokens_after == elsewhere
+    if not merges:
+        full = oracle.masked_logits(model, family, inputs, masks)[:, -1]
+        torch.testing.assert_close(got, full, atol=1e-4, rtol=1e-4)
+
+
+def test_the_last_kept_patch_makes_room(family: Family) -> None:
+    """Not a special token, and not another patch."""
+    model = family.build()
+    inputs, longer = ends_in_media(family, model), question(family)
+    plan = Plan((Stage(0, 0.5, plans.Ragged()),))  # keeps leading patches
+    with torch.no_grad(), tokencomp.patch(model, plan=plan) as handle:
+        model(**longer, use_cache=False)
+        elsewhere = [handle.stats.kept(b)[0][-1] for b in range(2)]
+        model(**inputs, use_cache=False)
+        for b, before in enumerate(elsewhere):
+            span = handle.stats.spans[b][-1]
+            fixed = {*span.special, *span.text}
+            patches = [o for o in before if o not in fixed]
+            expected = {*before, span.length - 1} - {patches[-1]}
+            if span.length - 1 in before:  # it is a special token
+                expected = {*before}
+            assert {*handle.stats.kept(b)[0][-1]} == expected
+
+
+@pytest.mark.parametrize("reducer", [RELEVANT, "uniform", "prune"])
+def test_a_caption_right_behind_the_image(family: Family, reducer: Any) -> None:
+    """Training on a caption keeps what the image alone would keep."""
+    model = family.build()
+    inputs = ends_in_media(family, model)
+    with torch.no_grad(), tokencomp.patch(model, 0.6, reducer=reducer) as handle:
+        model(**inputs, use_cache=False)
+        expected = kept(handle, 2)
+        where = inputs.pop("position_ids")
+        more = with_answers(inputs, torch.tensor([text(5, 20), text(5, 21)]), family)
+        positions = torch.cat([where, where[..., -1:] + torch.arange(1, 6)], -1)
+        model(**more, position_ids=positions, use_cache=False)
+        assert kept(handle, 2) == expected

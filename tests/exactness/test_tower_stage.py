@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from support import kinds, oracle, plans, tower, turns
+from support import oracle, plans, tower
 from support.families import FAMILIES, Family, text
 from support.family.hybrid import Qwen35, Qwen35Moe
-from support.hooks import hooks_of, prompt
+from support.prompts import prompt
 from torch import Tensor, nn
 
 import tokencomp
@@ -172,7 +172,7 @@ def test_prefill_and_decode_of_qwen35(name: str) -> None:
     assert spans == [("image", (1, 4, 4), 0), video, video]
     length = inputs["input_ids"].shape[1]
     with tower.tower_masks(model, seen, 0):
-        expected = kinds.expected_logits(model, family, inputs, masks, out.sequences[:, length:-1])
+        expected = oracle.typed_logits(model, family, inputs, masks, out.sequences[:, length:-1])
     logits = torch.stack(out.logits, 1)
     assert (logits - expected[:, length - 1 :]).abs().max() < TOLERANCE["eager"]
     assert (forward - expected[:, length - 1]).abs().max() < TOLERANCE["eager"]
@@ -199,28 +199,7 @@ def test_batch_equals_singles_with_beams(family: Family) -> None:
 
 def test_second_turns_on_a_reused_cache(family: Family) -> None:
     """A turn that brings its own image reads it behind a compressed cache, as in one prompt."""
-    assert turns.image_in_second_turn(family, family.build(), whole(family)) < 1e-5
-
-
-def test_nothing_is_left_behind(family: Family) -> None:
-    """Tower ratio 0 is the same patch as without it, and unpatching removes every hook."""
-    model, inputs = family.build(), prompt(family)
-    model(**inputs)  # some modules note things at their first call
-    before = hooks_of(model)
-    with torch.no_grad():
-        expected = model(**inputs).logits
-        with tokencomp.patch(model, 0.5, reducer="random"):
-            hooks, logits = hooks_of(model), model(**inputs).logits
-        with tokencomp.patch(model, 0.5, reducer="random", tower_ratio=0.3) as handle:
-            assert hooks_of(model) != hooks
-            with handle.disabled():
-                assert torch.equal(model(**inputs).logits, expected)
-            assert not torch.equal(model(**inputs).logits, logits)
-            handle.set(tower_ratio=0.0)
-            assert hooks_of(model) == hooks
-            assert torch.equal(model(**inputs).logits, logits)
-        assert hooks_of(model) == before
-        assert torch.equal(model(**inputs).logits, expected)
+    assert oracle.image_in_second_turn(family, family.build(), plan=whole(family)) < 1e-5
 
 
 def test_the_question_counts_with_signals_of_the_tower(family: Family) -> None:

@@ -18,8 +18,9 @@ from typing import Any
 
 import pytest
 import torch
+from support import oracle
 from support.families import FAMILIES, IMAGE, VIDEO, Family, Media, text
-from support.packed import pack
+from support.prompts import pack
 from torch import Tensor, nn
 
 import tokencomp
@@ -99,13 +100,7 @@ def found_spans(model: nn.Module) -> Iterator[Callable[[], list[list[VisualSpan]
 
 def embedded(family: Family, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """The prompt as embeddings with the features in place, and what tells where they stand."""
-    seen: dict[str, Tensor] = {}
-
-    def note(module: nn.Module, args: object, kwargs: dict[str, Any]) -> None:
-        seen.update(inputs_embeds=kwargs["inputs_embeds"])
-
-    with family.decoder(model).register_forward_pre_hook(note, with_kwargs=True), torch.no_grad():
-        model(**inputs)
+    seen = {"inputs_embeds": oracle.decoder_inputs(model, family, inputs)["inputs_embeds"]}
     ids = inputs["input_ids"]
     seen["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
     seen["position_ids"] = family.positions(model, inputs)

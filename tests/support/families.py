@@ -6,7 +6,6 @@ Adding a family to the exactness suite is one `Family` subclass in `support.fami
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
 
 from support.family.base import (
     END,
@@ -38,7 +37,6 @@ __all__ = [
     "VOCAB",
     "Family",
     "Media",
-    "one_row",
     "text",
 ]
 
@@ -69,8 +67,3 @@ def text(n: int, seed: int = 1) -> list[int]:
     """`n` text token ids."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, 140, (n,), generator=generator).tolist()
-
-
-def one_row(inputs: dict[str, Tensor], model: nn.Module, n: int) -> dict[str, Tensor]:
-    """First `n` columns removed from a single-row prompt (its padding)."""
-    return {k: v[:, n:] if k in ("input_ids", "attention_mask") else v for k, v in inputs.items()}

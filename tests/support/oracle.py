@@ -1,16 +1,28 @@
-"""The oracle of the suite: the full-length, unpatched run whose dropped columns are masked."""
+"""The oracle of the suite: the full-length, unpatched run whose dropped columns are masked.
+
+`masked_logits` is for decoders whose layers all have causal attention, and writes the masks itself.
+`typed_logits` is for decoders with layers of several types: attention layers keep transformers' own
+mask, in which dropped columns are hidden too, and the mixers of linear layers run on the kept
+columns alone, because for them a dropped token is absent.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from support.families import PAD, Family
+import tokencomp
+from support.families import IMAGE, PAD, Family, text
+
+CACHES = ("cache", "past_key_values", "cache_params")
+MASKS = ("attention_mask", "conv_mask")
+LINEAR = re.compile("GatedDeltaNet|ShortConv$|ShortConvolution$|Mamba2Mixer|LinearAttention$")
 
 
 def kept_columns(handle: Any, inputs: dict[str, Tensor], num_layers: int) -> list[Tensor]:
@@ -125,6 +137,126 @@ def layer_masks(
             h.remove()
 
 
+@contextlib.contextmanager
+def hidden_columns(
+    decoder: nn.Module, masks: list[Tensor], merged: Merged | None = None
+) -> Iterator[None]:
+    """Hide columns in every decoder layer: `masks` has a bool (B, L) for each. Needs eager.
+
+    `merged` merges them into others first.
+    """
+    hooks = []
+
+    def merge(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """At entry; a decoder may make more of its input than the states before layer 0."""
+        return args, {**kwargs, "inputs_embeds": merged(0, kwargs["inputs_embeds"])[0]}
+
+    if merged is not None:
+        hooks.append(decoder.register_forward_pre_hook(merge, with_kwargs=True))
+    for i, (layer, mask) in enumerate(zip(decoder.layers, masks, strict=True)):
+
+        def hide(module: nn.Module, args: Any, kwargs: Any, i: int = i, mask: Tensor = mask) -> Any:
+            own, bias = kwargs.get("attention_mask"), None
+            if merged is not None:
+                x = args[0] if args else kwargs.pop("hidden_states")
+                x, bias = merged(i, x) if i else (x, merged.sizes.log())
+                args = (x, *args[1:])
+            if own is None or own.ndim != 4:
+                return args, kwargs
+            # Softmax is taken in float32 even where the masks are float64.
+            low, shown = torch.finfo(torch.float32).min, mask[:, None, None, -own.shape[-1] :]
+            own = own if bias is None else (own.clamp(min=low) + bias[:, None, None])
+            return args, {**kwargs, "attention_mask": own.masked_fill(~shown, low)}
+
+        hooks.append(layer.register_forward_pre_hook(hide, with_kwargs=True))
+    try:
+        with absent_columns(decoder, masks):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextlib.contextmanager
+def absent_columns(decoder: nn.Module, masks: list[Tensor]) -> Iterator[None]:
+    """Let the linear layers alone run on the columns (B, L) that `masks` has for each layer."""
+    mixers = []
+    for layer, mask in zip(decoder.layers, masks, strict=True):
+        for module in layer.modules():
+            if LINEAR.search(type(module).__name__):
+                mixers.append(module)
+                module.forward = _on_kept_columns(module.forward, mask)
+    try:
+        yield
+    finally:
+        for module in mixers:
+            del module.forward
+
+
+def _on_kept_columns(forward: Any, mask: Tensor) -> Any:
+    def run(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        full = torch.zeros_like(hidden_states)
+        one = len(mask) == 1  # several rows have states of their own, which no cache here holds
+        away = MASKS if one else (*MASKS, *CACHES)
+        kwargs = {k: None if k in away else v for k, v in kwargs.items()}
+        for b, row in enumerate(mask[:, -hidden_states.shape[1] :]):
+            out = forward(hidden_states[b : b + 1, row], **kwargs)
+            full[b, row] = (out[0] if isinstance(out, tuple) else out)[0]
+        return full
+
+    return run
+
+
+def following(positions: Tensor, count: int) -> Tensor:
+    """Positions of the `count` tokens that follow a prompt with `positions`."""
+    last = positions.amax(-1, keepdim=True)
+    if last.ndim == 3:  # the largest of all axes
+        last = last.amax(0, keepdim=True).expand(len(positions), -1, -1)
+    return last + torch.arange(1, count + 1)
+
+
+def continued(inputs: dict[str, Tensor], positions: Tensor, new: Tensor) -> dict[str, Tensor]:
+    """Arguments of the full-length run over a prompt and the tokens (B, T) that follow it."""
+    inputs, ones = dict(inputs), torch.ones_like(new)
+    inputs["position_ids"] = torch.cat([positions, following(positions, new.shape[1])], -1)
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], new], 1)
+    inputs["attention_mask"] = torch.cat([inputs["attention_mask"], ones], 1)
+    for name in ("mm_token_type_ids", "token_type_ids"):
+        if name in inputs:
+            types = inputs[name]
+            inputs[name] = torch.cat([types, torch.zeros_like(new).to(types)], 1)
+    return inputs
+
+
+def later_turn(inputs: dict[str, Tensor], positions: Tensor, new: Tensor, out: Any) -> dict:
+    """Arguments of a turn of text (B, T) on the cache that a prompt has left in `out`."""
+    whole, width = continued(inputs, positions, new), positions.shape[-1]
+    turn = {"input_ids": new, "attention_mask": whole["attention_mask"]}
+    if "token_type_ids" in inputs:
+        turn["token_type_ids"] = torch.zeros_like(new)
+    turn |= {"position_ids": whole["position_ids"][..., width:], cache_name(out): cache_of(out)}
+    return turn
+
+
+def _full_run(
+    model: nn.Module,
+    family: Family,
+    inputs: dict[str, Tensor],
+    masks: list[Tensor],
+    new: Tensor | None,
+    merged: Merged | None,
+) -> tuple[nn.Module, dict[str, Tensor], list[Tensor]]:
+    """Model, arguments and masks of the run over a prompt and T further tokens `new`."""
+    new = inputs["input_ids"][:, :0] if new is None else new
+    full = continued(inputs, family.positions(model, inputs), new)
+    masks = [torch.cat([mask, torch.ones_like(new).bool()], 1) for mask in masks]
+    if merged is not None:
+        model = copy.deepcopy(model).double()
+        full = {k: v.double() if v.is_floating_point() else v for k, v in full.items()}
+        merged.sizes = torch.ones(full["input_ids"].shape, dtype=torch.float64)
+    return model, full, masks
+
+
 def masked_logits(
     model: nn.Module,
     family: Family,
@@ -137,40 +269,94 @@ def masked_logits(
 
     With `merged` hidden columns are merged into others first, and all is float64.
     """
-    positions = family.positions(model, inputs)
-    inputs = dict(inputs)
-    if new is not None:
-        steps = torch.arange(1, new.shape[1] + 1)
-        last = positions.max(0).values.max(-1).values if positions.ndim == 3 else positions[:, -1]
-        more = last[:, None] + steps
-        more = more.expand(*positions.shape[:-1], -1) if positions.ndim == 3 else more
-        positions = torch.cat([positions, more], -1)
-        inputs["input_ids"] = torch.cat([inputs["input_ids"], new], 1)
-        ones = torch.ones_like(new)
-        inputs["attention_mask"] = torch.cat([inputs["attention_mask"], ones], 1)
-        if "mm_token_type_ids" in inputs:
-            types = inputs["mm_token_type_ids"]
-            inputs["mm_token_type_ids"] = torch.cat([types, torch.zeros_like(new).to(types)], 1)
-        masks = [torch.cat([m, ones.bool()], 1) for m in masks]
-    if merged is not None:
-        model = copy.deepcopy(model).double()
-        inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
-        merged.sizes = torch.ones(inputs["input_ids"].shape, dtype=torch.float64)
+    model, full, masks = _full_run(model, family, inputs, masks, new, merged)
     with torch.no_grad(), layer_masks(model, family, masks, merged):
-        return model(**inputs, position_ids=positions, use_cache=False).logits
+        return model(**full, use_cache=False).logits
+
+
+def typed_logits(
+    model: nn.Module,
+    family: Family,
+    inputs: dict[str, Tensor],
+    masks: list[Tensor],
+    new: Tensor | None = None,
+    merged: Merged | None = None,
+) -> Tensor:
+    """The same of a decoder with layers of several types."""
+    model, full, masks = _full_run(model, family, inputs, masks, new, merged)
+    backend = model.config.get_text_config()._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        with torch.no_grad(), hidden_columns(family.decoder(model), masks, merged):
+            return model(**full, use_cache=False).logits
+    finally:
+        model.set_attn_implementation(backend)
 
 
 def generate(model: nn.Module, inputs: dict[str, Tensor], steps: int = 8, **kwargs: Any) -> Any:
-    """Greedy generation with logits, at least `steps` tokens."""
-    kwargs = {"do_sample": False, "pad_token_id": PAD, **kwargs}
+    """Greedy generation with logits, at least `steps` tokens, none of them a placeholder."""
+    media = [*range(IMAGE, IMAGE + 6)]
     return model.generate(
         **inputs,
         max_new_tokens=steps,
         min_new_tokens=steps,
         return_dict_in_generate=True,
         output_logits=True,
-        **kwargs,
+        **{"do_sample": False, "pad_token_id": PAD, "suppress_tokens": media, **kwargs},
     )
+
+
+def generated(
+    model: nn.Module,
+    family: Family,
+    inputs: dict[str, Tensor],
+    steps: int = 8,
+    call: dict[str, Any] | None = None,
+    **setting: Any,
+) -> tuple[Any, Any, list[Tensor]]:
+    """Generate under a patch: its handle, what `generate` gives, and the kept columns by layer."""
+    with tokencomp.patch(model, **setting) as handle:
+        out = generate(model, inputs, steps, **(call or {}))
+        return handle, out, kept_columns(handle, inputs, family.layers)
+
+
+def deviation(
+    model: nn.Module,
+    family: Family,
+    inputs: dict[str, Tensor],
+    out: Any,
+    masks: list[Tensor],
+    merged: Merged | None = None,
+    expect: Callable[..., Tensor] = masked_logits,
+) -> float:
+    """How far the logits of a prefill and of all decode steps are from those of the oracle."""
+    width = inputs["input_ids"].shape[1]
+    new = out.sequences[:, width:-1]
+    expected = expect(model, family, inputs, masks, new, merged)[:, width - 1 :]
+    return difference(torch.stack(out.logits, 1), expected)
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    return float((a - b).abs().max())
+
+
+def close(a: Any, b: Any, tolerance: float = 1e-5) -> bool:
+    """Whether two generations have the same tokens and nearly the same logits."""
+    same = torch.equal(a.sequences, b.sequences)
+    return same and difference(torch.stack(a.logits), torch.stack(b.logits)) < tolerance
+
+
+@torch.no_grad()
+def decoder_inputs(model: nn.Module, family: Family, inputs: dict[str, Tensor]) -> dict[str, Any]:
+    """What the body of an unpatched model hands to its decoder."""
+    caught: dict[str, Any] = {}
+
+    def note(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        caught.update(kwargs)
+
+    with family.decoder(model).register_forward_pre_hook(note, with_kwargs=True):
+        model(**inputs)
+    return caught
 
 
 def cache_name(output: Any) -> str:
@@ -180,14 +366,22 @@ def cache_name(output: Any) -> str:
 
 def cache_of(output: Any) -> Any:
     """The cache of a generate or forward output, old or new name."""
-    for name in ("cache", "past_key_values"):
-        if output.get(name) is not None:
-            return output[name]
-    return None
+    return output.get(cache_name(output))
 
 
-def repeated_maps(maps: Tensor, mask: Tensor) -> Tensor:
-    """Maps (B, H, L, L) where a query row that is not in mask (B, L) repeats the last that is."""
-    heads = maps.shape[1]
-    rows = repeated(maps.transpose(1, 2).flatten(2), mask)
-    return rows.unflatten(2, (heads, -1)).transpose(1, 2)
+def image_in_second_turn(family: Family, model: nn.Module, **setting: Any) -> float:
+    """How far logits after a second image on a reused cache are from those of one prompt.
+
+    Both turns have an image and are compressed; the last column of the second is compared.
+    """
+    first, second = [text(3), family.image(0), text(5, 3)], [text(2, 9), family.image(1), text(4)]
+    both = family.batch([[*first, *second]])
+    positions = family.positions(model, both)
+    n = family.batch([first])["input_ids"].shape[1]
+    with tokencomp.patch(model, **setting), torch.no_grad():
+        out = model(**family.batch([first]), position_ids=positions[..., :n], use_cache=True)
+        turn = {**family.batch([second]), "attention_mask": both["attention_mask"]}
+        turn |= {"position_ids": positions[..., n:], "past_key_values": cache_of(out)}
+        last = model(**turn, use_cache=True, logits_to_keep=1).logits[:, -1]
+        expected = model(**both, position_ids=positions, logits_to_keep=1).logits[:, -1]
+    return difference(last, expected)

@@ -14,7 +14,6 @@ from tokencomp.reducers._batch import supplied_scores, tower_signal
 from tokencomp.tokens.signals import TOWER_ATTENTION, Attention
 
 RELEVANT = make_reducer("condiv", power=1.0)
-
 """Scores tokens at entry by attention, on images too."""
 
 
@@ -58,6 +57,7 @@ def make(name: str, layers: int) -> Plan:
         "attention": Plan((Stage(1, 0.6, last), Stage(3, 0.3, last))),
         "vanish": Plan((Stage(0, 0.8, uniform), Stage(1, 0.5, uniform), Stage(3, 0.0, uniform))),
         "pagerank": make_reducer("prune").plan(0.6, layers),
+        "merged": Plan((Stage(0, 0.4, make_reducer("kcenter"), merge=True),)),
     }
     return plans[name]
 
@@ -65,6 +65,7 @@ def make(name: str, layers: int) -> Plan:
 NAMES = ("entry", "layer", "both", "attention", "vanish", "pagerank")
 DISTINCT = NAMES[:-1]  # caches see no difference between two ways to score
 QUESTION_FREE = ("entry", "layer", "both", "vanish")
+MERGED = "merged"  # its oracle is another one, see `oracle.Merged`
 
 
 SCORED = ("attention", "pagerank")
@@ -77,6 +78,8 @@ UNSCORED = {
 def skip_refused(family: Family, name: str) -> None:
     """Skip the plans that a family refuses; that it does is tested in test_layer_types.py."""
     stages = [stage.layer for stage in make(name, family.layers).layer_stages]
+    if name == MERGED and family.name == "inkling_mm_model":
+        pytest.skip("a bias by distance leaves no room for weights")
     if name in SCORED and family.name in UNSCORED:
         pytest.skip(UNSCORED[family.name])
     if family.name == "gemma4_e" and max(stages, default=0) > 1:

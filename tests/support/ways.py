@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from support import oracle
 from support.caches import static_cache
-from support.families import IMAGE, Family, text
-from support.packed import pack, prompts
-from support.padding import positions, shifted
+from support.families import Family, text
+from support.prompts import pack, packed_rows, right_padded
 
 STEPS = 4
 
@@ -26,10 +25,7 @@ def ragged(family: Family) -> dict[str, Tensor]:
 
 
 def generated(model: nn.Module, inputs: dict[str, Tensor], **kwargs: Any) -> Any:
-    """Greedy generation that writes no placeholders of media."""
-    return oracle.generate(
-        model, inputs, STEPS, suppress_tokens=[*range(IMAGE, IMAGE + 6)], **kwargs
-    )
+    return oracle.generate(model, inputs, STEPS, **kwargs)
 
 
 def greedy(model: nn.Module, family: Family) -> list[Tensor]:
@@ -87,11 +83,10 @@ def turns(model: nn.Module, family: Family, held: Any = None) -> list[Tensor]:
 def training(model: nn.Module, family: Family) -> list[Tensor]:
     """Loss and gradients of a batch with its padding on the right."""
     left = ragged(family)
-    right, order = shifted(left)
+    right, order = right_padded(family, model, left)
     labels = torch.full_like(left["input_ids"], -100)
     labels[:, -4:] = left["input_ids"][:, -4:]
-    where = positions(family, model, left, order)
-    loss = model(**right, position_ids=where, labels=labels.gather(1, order)).loss
+    loss = model(**right, labels=labels.gather(1, order)).loss
     loss.backward()
     return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
@@ -100,7 +95,7 @@ def packed(model: nn.Module, family: Family) -> list[Tensor]:
     """Logits of several prompts in one row."""
     torch.manual_seed(7)
     with torch.no_grad():
-        return [model(**pack(family, model, prompts(family)), use_cache=False).logits]
+        return [model(**pack(family, model, packed_rows(family)), use_cache=False).logits]
 
 
 WAYS = {way.__name__: way for way in (greedy, beams, chunks, turns, static, training, packed)}

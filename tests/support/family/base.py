@@ -103,10 +103,6 @@ class Family:
             inputs["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
         return inputs
 
-    def defect(self, test: str) -> str:
-        """Why the installed transformers release itself cannot do what `test` needs, or ""."""
-        return ""
-
     def decoder(self, model: nn.Module) -> nn.Module:
         """The text decoder."""
         return model.model.language_model
