@@ -138,15 +138,6 @@ def test_a_window_that_the_prompt_reaches(family: Family) -> None:
         model(**prompt(family), past_key_values=cache, use_cache=True)
 
 
-def test_a_static_cache_under_layer_stages(family: Family) -> None:
-    model = family.build()
-    with (
-        tokencomp.patch(model, 0.5, reducer="prune"),
-        pytest.raises(errors.UnsupportedCacheError, match="entry stage alone"),
-    ):
-        model.generate(**prompt(family), max_new_tokens=2, cache_implementation="static")
-
-
 def test_paged_cache(family: Family) -> None:
     class PagedAttentionCache:
         """Continuous batching hands the decoder a cache without layers."""

@@ -20,6 +20,7 @@ from tokencomp.training.data import (
     load_batch,
     questions,
 )
+from tokencomp.training.measure import longest_answer
 
 
 def test_answers_stand_behind_the_prompts_of_a_ragged_batch() -> None:
@@ -96,3 +97,10 @@ def test_embedded_splits_are_disjoint_and_kinds_stay_apart() -> None:
             questions("shapesqa:needle,count", kind, 9)
     for chosen in itertools.islice(batches(both, 3, seed=0), 20):
         assert all(i < 5 for i in chosen) or all(i >= 5 for i in chosen)
+
+
+def test_the_longest_answer_is_that_of_all_parts(tiny: Any) -> None:
+    """It limits all answers, so that a short one is not right because of a cut."""
+    source = questions("shapesqa", "both", 40, "validation")
+    ids = answer_ids(tiny[1], tiny[0], [source[i].answer for i in range(40)], end=True)
+    assert longest_answer(tiny[1], tiny[0], source) == max(map(len, ids))

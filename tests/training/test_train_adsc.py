@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -147,20 +146,6 @@ def test_a_run_that_fails_leaves_the_model_as_it_was(tiny: Any, tmp_path: Path) 
     assert (set(vars(model)), [m.training for m in model.modules()]) == (fields, modes)
     assert list(model.peft_config) == ["somebody's"]
     assert torch.equal(model(**inputs).logits, expected)
-
-
-@pytest.mark.long
-def test_a_patch_of_the_model_waits_outside(trained: Any, tiny: Any, data: str) -> None:
-    model, processor = copied(tiny)
-    with tokencomp.patch(model, 0.9, reducer="random") as handle:
-        tuned = train_adsc(model, processor, data, trained[1].parent / "patched", SMALL)
-        handle.set(ratio=0.5)  # in force again
-    inputs, _ = load_batch([questions(data, "image", 1)[0]], processor, 8)
-    assert torch.equal(tuned(**inputs).logits, trained[0](**inputs).logits)
-    cards = [
-        json.loads((f / CARD).read_text()) for f in (trained[1], trained[1].parent / "patched")
-    ]
-    assert cards[0]["accuracy"] == cards[1]["accuracy"]
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,19 @@
-"""Real files: mp4 round trips through both decoders, readable errors, benchmark layouts."""
+"""Real files: what is read of mp4 and pictures of many bits, and readable errors."""
 
-import json
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from support.clips import pictures, write_clip
 
 from tokencomp.errors import MediaError
 from tokencomp.inputs import images, media
-from tokencomp.zoo.shapesqa import layouts
+from tokencomp.inputs.questions import Example
 from tokencomp.zoo.shapesqa.items import item
 from tokencomp.zoo.shapesqa.render import render, write_mp4
 
@@ -87,24 +92,37 @@ def test_numbers_of_unknown_range_are_refused(tmp_path, values):
         media.load_media(tmp_path / "wide.tif")
 
 
-def test_mvbench_layout(tmp_path):
-    layouts.write_mvbench(tmp_path, "test", 2)
-    card = (tmp_path / "README.md").read_text()
-    for task, folder in layouts.MVBENCH_TASKS.values():
-        rows = json.loads((tmp_path / "json" / f"{task}.json").read_text())
-        assert len(rows) == 2 and f"config_name: {task}" in card
-        for row in rows:
-            assert set(row) == {"video", "question", "candidates", "answer"}
-            assert row["answer"] in row["candidates"]
-            assert (tmp_path / "video" / folder / row["video"]).stat().st_size > 0
+@contextlib.contextmanager
+def without(path: Path) -> Iterator[None]:
+    """Nobody may read or enter the file or folder, also where tests run as root."""
+    mode, root = path.stat().st_mode, os.geteuid() == 0
+    path.chmod(0)
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+        path.chmod(mode)
 
 
-def test_mlvu_layout(tmp_path):
-    layouts.write_mlvu(tmp_path, "test", 2)
-    rows = [json.loads(line) for line in (tmp_path / "test.jsonl").read_text().splitlines()]
-    assert {row["task_type"] for row in rows} == {"needle", "order", "count"}
-    for row in rows:
-        at = "ABCD".index(row["answer"])
-        assert f"({row['answer']}) {row['candidates'][at]}" in row["question"]
-        assert len(media.load_media(tmp_path / row["video_name"])) == 8
-        assert row["duration"] == 4.0
+@pytest.mark.parametrize("name", ["a.png", "h264.mp4", "a.wav", "frames"])
+def test_files_without_permission_fail_by_name(name):
+    """So one of them ends no evaluation."""
+    with tempfile.TemporaryDirectory() as folder:  # those of pytest are closed to others
+        path = Path(folder) / name
+        path.parent.chmod(0o755)
+        if name == "frames":
+            path.mkdir()
+            Image.new("RGB", (8, 8)).save(path / "0.png")
+        elif name == "a.png":
+            Image.new("RGB", (8, 8)).save(path)
+        elif name == "a.wav":
+            path.write_bytes(b"RIFF")
+        else:
+            write_clip(path.parent, "h264", pictures(3))
+            media.load_media(path)  # imports what reads it, while everything may be read
+        example = Example("0", "What?", "x", (str(path),))
+        with without(path), pytest.raises(MediaError, match="no permission to read it"):
+            example.load(2)

@@ -7,10 +7,12 @@ import itertools
 import pytest
 import torch
 from PIL import Image
+from support.trained import tiny
 
 from tokencomp import zoo
 from tokencomp.errors import MediaError
 from tokencomp.inputs.prompts import build_inputs, media_chat, takes_videos
+from tokencomp.zoo.shapesqa.items import item
 
 RED, BLUE = (Image.new("RGB", (56, 56), colour) for colour in ("red", "blue"))
 
@@ -71,3 +73,17 @@ def test_frames_that_make_no_video_are_one_message(clip, said):
 def test_a_video_has_a_place_in_the_prompts_of_models_that_take_one():
     taken = {name: takes_videos(zoo.load(name)[1]) for name in zoo.available_models()}
     assert [name for name, takes in taken.items() if not takes] == ["tiny-gemma3"]
+
+
+@pytest.mark.parametrize("name", ["tiny-gemma3", "tiny-qwen2-vl"])
+def test_a_batch_holds_what_its_rows_hold_alone(tmp_path, name):
+    processor = tiny(tmp_path, name=name)[1]
+    media = [[item("validation", "attribute", i).image()] for i in range(2)]
+    prompts = ["What color is the small circle?", "What?"]
+    both = build_inputs(processor, media, prompts)
+    alone = [build_inputs(processor, [m], [p]) for m, p in zip(media, prompts, strict=True)]
+    assert torch.equal(both["pixel_values"], torch.cat([one["pixel_values"] for one in alone]))
+    for row, one in enumerate(alone):
+        length = one["input_ids"].shape[1]
+        assert torch.equal(both["input_ids"][row, -length:], one["input_ids"][0])
+        assert both["attention_mask"][row].sum() == length
