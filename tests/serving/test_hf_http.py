@@ -177,11 +177,9 @@ def test_slow_clients_are_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
         assert healthy(address)
 
 
-def test_heads_and_connections_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connections_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "MAX_CONNECTIONS", 4)
     with running() as address:
-        for flood in (b"".join(b"x-%d: y\r\n" % i for i in range(20_000)), b"x: " + b"y" * 10**6):
-            assert answers(address, GET + flood)[:13] in (b"HTTP/1.1 400 ", b"")
         with contextlib.ExitStack() as stack:
             idle = [stack.enter_context(socket.create_connection(address)) for _ in range(4)]
             # Connections are accepted in order: when this one is served, all four are open.

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("starlette")
+pytest.importorskip("av")
 openai = pytest.importorskip("openai")
 
 from support.console import run  # noqa: E402
