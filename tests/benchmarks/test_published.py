@@ -24,6 +24,7 @@ from benchmarks.accuracy.studies import (
     selector,
     selector_features,
     session,
+    tower_book,
 )
 from benchmarks.accuracy.studies import tower as study_tower
 from benchmarks.files import accuracy_page, clock, stream
@@ -165,8 +166,10 @@ def test_pages_of_all_models_are_those_of_their_results(
         file.unlink()
     report.write_report(copy)
     choose.write_choice(choose.evidence(copy), tmp_path)
+    shutil.copy(ACCURACY / tower_book.DISTANCE, tmp_path)
     study_tower.write_page(study_tower.ordered(ACCURACY / "tower.json"), tmp_path)
-    names = ("README.md", "choice.md", "choice.csv", "tower.md", "tower.csv")
+    ends = ("README.md", "choice.md", "choice.csv", "tower.md", "tower.csv")
+    names = (*ends, "tower_distance.csv")
     for name in (*names, *(f"results/{file.name}" for file in copy.glob("*.csv"))):
         assert (tmp_path / name).read_text() == (ACCURACY / name).read_text(), name
 
