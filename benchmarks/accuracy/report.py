@@ -50,11 +50,9 @@ TITLES = {
         "All frames are seen. Questions are about events of single frames, their order, slow "
         "motion and repeated acts.",
     ),
-    "chance": (
-        "What happens on question types that a model has not learned?",
-        "300 test questions of every family on which the full model is near a blind guess.",
-    ),
 }
+NO_PAGE = "chance"
+"""Results on families that a model has not learned: a part of baselines.md, with data here."""
 COLUMNS = """Cells: accuracy with compression divided by accuracy without it, on the same questions,
 images and videos together, over the question families that the model has learned (over all families
 where it has learned none). Brackets: paired 95 % intervals. "–": not measured, or a baseline that
@@ -183,7 +181,8 @@ def write_report(results: Path) -> Path:
         rows = csv_text([record(one, label) for label in one.settings])
         (results / f"{one.manifest['model']}.csv").write_text(rows)
     page = page_folder(results) / "README.md"
-    page.write_text(text(results, every))
+    if results.name != NO_PAGE:
+        page.write_text(text(results, every))
     return page
 
 

@@ -15,9 +15,6 @@ HEAD = """# Prefill on a GPU
 Command: `python -m benchmarks.gpu.prefill` (one GPU, about half an hour by an estimate).
 [All benchmark pages](../README.md)."""
 
-EMPTY = """**No GPU has run this benchmark yet, so this page has no numbers.** The steps are tested
-on a CPU with a tiny decoder (`--dry-run`), which measures nothing."""
-
 PREFILL = """### Whole prefills
 
 Median time of the LLM prefill between two CUDA events, with random weights and without the vision
@@ -37,8 +34,6 @@ round to half precision in different places, so the second column is the scale o
 
 def page(records: list[Record]) -> str:
     """Everything as Markdown."""
-    if not records:
-        return f"{HEAD}\n\n{EMPTY}\n"
     parts = [HEAD]
     for card in dict.fromkeys(r["card"] for r in records):
         own = [r for r in records if r["card"] == card]

@@ -149,7 +149,8 @@ def main(arguments: list[str] | None = None) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
         run(Setting.of(args.dry_run), args.out, facts)
     records = [r for path in sorted(args.out.glob("*.jsonl")) for r in publishing.read_lines(path)]
-    (args.out / "prefill.md").write_text(page(records))
+    if records:
+        (args.out / "prefill.md").write_text(page(records))
     return 0
 
 

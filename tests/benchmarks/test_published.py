@@ -106,7 +106,7 @@ def swept(name: str) -> Files:
         )
         for one in every
     }
-    if name != "chance":  # its results are part of baselines.md
+    if name != report.NO_PAGE:
         files[f"accuracy/{name}/README.md"] = report.text(folder, every)
     return files
 
