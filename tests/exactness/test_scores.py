@@ -41,7 +41,7 @@ class Spy(Reducer):
 
 
 class TwoTurns:
-    """Two prompts of each of two samples, padded on the left, the first one of text alone."""
+    """Two prompts of each of two samples, both padded on the left, the first one of text alone."""
 
     def __init__(self, family: Family, model: nn.Module, past: int) -> None:
         self.family, self.model = family, model
@@ -53,7 +53,7 @@ class TwoTurns:
         self.turn = family.batch(rows)
         self.whole, self.past = self.turn, past
         if past:
-            self.first = family.batch([[text(past, 8)], [text(past, 9)]])
+            self.first = family.batch([[text(past, 8)], [text(past - 3, 9)]])
             names = [
                 n for n in ("input_ids", "attention_mask", "mm_token_type_ids") if n in self.turn
             ]

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters.structure import parameters_of
-from tokencomp.engine.cache import CompressedLayer, stored
+from tokencomp.engine.cache import stored
 from tokencomp.engine.gather import each, take
 from tokencomp.engine.rowmap import KeptSpan, RowMap
 from tokencomp.errors import UnsupportedModelError
@@ -297,14 +297,14 @@ class Probe:
         """Queries (S, heads, R, d) of some rows (S, R), or of all; the factor of their product."""
         return self._capture(rows, ("k_proj", "v_proj"))
 
-    def queries_and_keys(self, rows: Tensor | None, cached: Any, past: int) -> Captured:
+    def queries_and_keys(self, rows: Tensor | None, cached: Any, past: RowMap) -> Captured:
         """`queries`, and keys of all tokens; of one sample after those of earlier turns."""
         from tokencomp.kernels import gather_rows
 
         sample, earlier = self.questions[0].sample, None
-        if past and not self.caches_keys(stored(cached, "keys")):
-            both = (_earlier(cached, x, past, sample) for x in (cached.keys, cached.values))
-            earlier, past = Past(*both), 0
+        if past.rows and not self.caches_keys(stored(cached, "keys")):
+            both = (_earlier(x, past, sample) for x in (cached.keys, cached.values))
+            earlier, past = Past(*both), RowMap(0)
         caches = {} if earlier is None else dict.fromkeys(compat.CACHE_NAMES, earlier)
         arguments = {**self._arguments, **caches}
         call = self.root, self.attn, self._hidden, arguments, ("v_proj",), rows
@@ -379,17 +379,16 @@ def _rows_of(value: Any, rows: Tensor, width: int, tables: bool) -> Any:
     return each(value, lambda item: _rows_of(item, rows, width, tables))
 
 
-def _earlier(cached: Any, rows: Tensor, past: int, sample: int) -> Tensor:
-    """The first `past` rows of one sample, real ones only, of a cache layer's keys or values."""
-    held = min(past, rows.shape[2])  # a sliding window keeps the last rows alone
-    old = rows[sample : sample + 1, :, :held]
-    real = cached.current_map.mask(old.device) if isinstance(cached, CompressedLayer) else None
-    return old if real is None else old[:, :, real[sample, past - held : past]]
+def _earlier(rows: Tensor, past: RowMap, sample: int) -> Tensor:
+    """The real rows of earlier turns of one sample, of a cache layer's keys or values."""
+    held = min(past.rows, rows.shape[2])  # a sliding window keeps the last rows alone
+    old, real = rows[sample : sample + 1, :, :held], past.mask(rows.device)
+    return old if real is None else old[:, :, real[sample, past.rows - held :]]
 
 
-def with_past(cached: Any, past: int, sample: int, current: Tensor) -> Tensor:
-    """Keys of earlier turns (real rows only) of one sample followed by its `current` keys."""
-    if past == 0:
+def with_past(cached: Any, past: RowMap, sample: int, current: Tensor) -> Tensor:
+    """Keys of earlier turns (real rows only) of one sample, followed by its `current` keys."""
+    if not past.rows:
         return current
-    earlier = _earlier(cached, stored(cached, "keys"), past, sample)
+    earlier = _earlier(stored(cached, "keys"), past, sample)
     return torch.cat([earlier.to(current.device), current], dim=2)

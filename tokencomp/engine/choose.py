@@ -79,7 +79,8 @@ def _score_entry(call: Call, stage: Stage, x: Tensor, positions: Tensor) -> None
         arguments = {"position_embeddings": tables, "position_ids": ids}
         with call.timed():
             for signal in signals:
-                call.scores.of_input(0, x, arguments, signal, call.map, call.cache)
+                past = call.segments[0].past
+                call.scores.of_input(0, x, arguments, signal, call.map, call.cache, past)
 
 
 def run_stage(call: Call, stage: Stage, tensors: list[Tensor], dims: list[int]) -> list[Tensor]:

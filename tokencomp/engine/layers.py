@@ -71,7 +71,7 @@ class LayerHooks(CallHooks):
                 self._before(layer, run, self._has_call, prepend=True)
         layers, self._handles = self._handles, []
         for stage, number, signal in scored_stages(plan, self.adapter):
-            score = functools.partial(self._score, stage, signal)
+            score = functools.partial(self._score, stage, number, signal)
             # Before FSDP2's, which shards the weights of the module once it has run.
             attn = attention_of(self.adapter.layers[number])
             self._after(attn, score, self._has_call, prepend=True)
@@ -101,12 +101,15 @@ class LayerHooks(CallHooks):
             refuse_recomputation(self.adapter.decoder, "the stages between layers")
         return before_layer(call, i, args, kwargs)
 
-    def _score(self, stage: int, signal: Any, module: nn.Module, args: Any, *rest: Any) -> None:
+    def _score(
+        self, stage: int, layer: int, signal: Any, module: nn.Module, args: Any, *rest: Any
+    ) -> None:
         call: Any = self.calls.state.call
         if call.compresses:
             with call.timed():
                 arguments = compat.bind(module, args, rest[0])
-                call.scores.of_call(stage, module, arguments, signal, call.map)
+                past = call.segment_of(layer).past
+                call.scores.of_call(stage, module, arguments, signal, call.map, past)
 
 
 def before_layer(
@@ -177,7 +180,9 @@ def _run_stage(
         with call.timed():
             for signal in signals:
                 cache = compat.get_cache(kwargs)
-                call.scores.of_input(segment.first, hidden, arguments, signal, call.map, cache)
+                call.scores.of_input(
+                    segment.first, hidden, arguments, signal, call.map, cache, segment.past
+                )
     index = previous.index
     if index is None:
         index = torch.arange(hidden.shape[1], device=device)[None]

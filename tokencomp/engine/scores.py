@@ -39,6 +39,7 @@ def layer_scores(
     signal: Attention,
     rows: RowMap,
     raters: Tensor | None = None,
+    past: RowMap | None = None,
 ) -> Tensor:
     """Scores of every span from a self-attention call that has just run.
 
@@ -51,6 +52,8 @@ def layer_scores(
         Only the question of every prompt votes and counts, see `Prompt.question_stop`.
     raters : Tensor of float32, shape (B, n), or None
         Weights of the rows that vote under `Attention("raters")`, see `rater_weights`.
+    past
+        The rows of earlier turns in the cache; None: there are none.
 
     Returns
     -------
@@ -64,7 +67,8 @@ def layer_scores(
         keys is not None and keeps_window(cached) and keys.shape[-2] < physical_length(cached)
     ):
         keys = cached = None  # rows of this call are elsewhere, or cut: they are computed again
-    past = 0 if keys is None else keys.shape[-2] - hidden.shape[1]
+    if past is None or keys is None:
+        past = RowMap(0)
     call = attn, attn, hidden, kwargs, signal, rows, cached, past
     return _scores(*call, keys, raters)
 
@@ -79,6 +83,7 @@ def input_scores(
     cache: Any = None,
     index: int = 0,
     raters: Tensor | None = None,
+    past: RowMap | None = None,
 ) -> Tensor:
     """Scores from decoder layer `index` before it runs: its input norm, q, k and RoPE only.
 
@@ -86,7 +91,9 @@ def input_scores(
     `position_embeddings`, and `position_ids` if it reads them. Scores are those of `layer_scores`.
     """
     cached = _cached_layer(cache, index)
-    past, attn = physical_length(cached), attention_of(layer)
+    attn = attention_of(layer)
+    if past is None or not physical_length(cached):
+        past = RowMap(0)
     with unsharded(layer):
         return _scores(layer, attn, hidden, arguments, signal, rows, cached, past, None, raters)
 
@@ -99,7 +106,7 @@ def _scores(
     signal: Attention,
     rows: RowMap,
     cached: Any,
-    past: int,
+    past: RowMap,
     keys: Tensor | None,
     raters: Tensor | None,
 ) -> Tensor:
@@ -111,7 +118,7 @@ def _scores(
     from tokencomp.kernels.dispatch import checked
 
     questions = questions_of(rows)
-    groups = [[q] for q in questions] if rows.packed or past else [questions]
+    groups = [[q] for q in questions] if rows.packed or past.rows else [questions]
     if signal.rows == "none":
         lengths = hidden.new_zeros(hidden.shape[:2], dtype=torch.float32)
         for group in groups:
@@ -130,7 +137,7 @@ def _span_scores(
     probe: Probe,
     signal: Attention,
     cached: Any,
-    past: int,
+    past: RowMap,
     keys: Tensor | None,
     raters: Tensor | None,
 ) -> Tensor:
@@ -154,7 +161,7 @@ def _span_scores(
         captured = probe.queries_and_keys(chosen, cached, past)
     else:
         captured = probe.queries(chosen)
-        current = probe.columns(keys[..., past:, :] if past else keys)
+        current = probe.columns(keys[..., past.rows :, :] if past.rows else keys)
         captured.key = with_past(cached, past, probe.questions[0].sample, current)
     k, offset = captured.key, captured.key.shape[2] - probe.width
     if signal.iterations > 1 and offset:
@@ -332,9 +339,10 @@ class StageScores:
         kwargs: Mapping[str, Any],
         signal: Attention,
         rows: RowMap,
+        past: RowMap,
     ) -> None:
         """Scores for a stage from an attention call that has just run, see `layer_scores`."""
-        self._take(stage, signal, layer_scores(attn, kwargs, signal, rows, self.raters), rows)
+        self._take(stage, signal, layer_scores(attn, kwargs, signal, rows, self.raters, past), rows)
 
     def of_input(
         self,
@@ -344,6 +352,7 @@ class StageScores:
         signal: Attention,
         rows: RowMap,
         cache: Any,
+        past: RowMap,
     ) -> None:
         """Scores for a stage from the queries and keys that the layer after it makes of x.
 
@@ -353,9 +362,11 @@ class StageScores:
             Hidden states before the stage.
         arguments
             The `position_embeddings` and `position_ids` of the layer.
+        past
+            The rows of earlier turns that the cache of the layer holds.
         """
         layer = self._layers[stage]
-        scores = input_scores(layer, x, arguments, signal, rows, cache, stage, self.raters)
+        scores = input_scores(layer, x, arguments, signal, rows, cache, stage, self.raters, past)
         self._take(stage, signal, scores, rows)
 
     def _take(self, stage: int, signal: Attention, scores: Tensor, rows: RowMap) -> None:
