@@ -38,11 +38,10 @@ def test_each_command_trains_and_says_how_to_use_the_result(
     folder: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("peft")
-    other = "logprob" if TARGET == "logit" else "logit"
     common = ("--model", folder, "--data", data, "--batch", "2", "--evaluate", "2")
     common = (*common, "--samples", "4", "--device", "cpu")
     for command, extra, file in (
-        ("selector", ("--epochs", "1", "--held-out", "2", "--target", other), "selector.json"),
+        ("selector", ("--epochs", "1", "--held-out", "2"), "selector.json"),
         ("adsc", ("--steps", "2", "--schedule", "0.5"), "tokencomp.json"),
         ("ccam", ("--steps", "2", "--queries", "3", "--align", "1"), "ccam.json"),
     ):
@@ -51,7 +50,7 @@ def test_each_command_trains_and_says_how_to_use_the_result(
         assert code == 0 and "random" in out
         card = json.loads((output / file).read_text())
         assert card["model_type"] == "qwen2_vl"
-        assert command != "selector" or card["config"]["target"] == other
+        assert command != "selector" or card["config"]["target"] == TARGET
 
 
 @pytest.mark.long
@@ -94,8 +93,7 @@ def test_mistakes_end_in_one_message_and_leave_nothing(
         (("adsc", "--schedule", "0.5,2"), "ratio"),
         (("adsc", "--reducer", "adcs"), "adsc"),
         (("adsc", "--learning-rate", "nan"), "learning_rate"),
-        (("selector", "--answers", "none"), "generated"),
-        (("selector", "--target", "loss"), "logprob"),
+        (("selector", "--input", "none"), "features"),
         (("ccam", "--data", "nothing.jsonl"), "questions.jsonl"),
         (("selector", "--data", data, "--output", str(tmp_path / "file")), "is not a folder"),
     ):

@@ -61,12 +61,6 @@ def selector(
     output: Output,
     shared: Shared,
     epochs: Annotated[int, typer.Option("--epochs", min=1, help="Of the network.")] = 20,
-    answers: Annotated[
-        str, typer.Option("--answers", help="Explain 'generated' or 'given' answers.")
-    ] = "generated",
-    target: Annotated[
-        str, typer.Option("--target", help="Explain the 'logit' or 'logprob' of answers.")
-    ] = "logit",
     held_out: Annotated[
         int, typer.Option("--held-out", min=1, help="Held-out questions that are explained.")
     ] = 500,
@@ -81,8 +75,8 @@ def selector(
     """Explain answers, train the selector on it, evaluate, save (arXiv 2506.01097)."""
     from tokencomp.training.selector.train import SelectorConfig, train_selector
 
-    chosen: dict[str, Any] = {"answers": answers, "target": target, "input": input}
-    config = SelectorConfig(epochs=epochs, held_out=held_out, **chosen, **shared.config())
+    own: dict[str, Any] = {"epochs": epochs, "held_out": held_out, "input": input}
+    config = SelectorConfig(**own, **shared.config())
     path = train_selector(*shared.loaded, shared.data, output, config)
     use = ", input='features'" if input == "features" else ""
     _report(path.with_suffix(".json"), f"reducer='selector', weights='{output}'{use}")
@@ -125,35 +119,23 @@ def adsc(
     _report(output / CARD, f"peft.PeftModel.from_pretrained(model, '{output}')")
 
 
-@dataclass(frozen=True)
-class Projector:
-    """Options of a ccam projector."""
-
-    queries: Annotated[int, typer.Option("--queries", min=1, help="Tokens per media.")] = 32
-    width: Annotated[int, typer.Option("--width", min=0, help="Inside; 0: the model's.")] = 0
-    heads: Annotated[int, typer.Option("--heads", min=0, help="Of attention; 0: model's.")] = 0
-    mlp: Annotated[int, typer.Option("--mlp", min=0, help="Of the MLP; 0: twice the width.")] = 0
-    spatial: Annotated[bool, typer.Option(help="Keys know their place in the frame.")] = True
-    causal: Annotated[bool, typer.Option(help="Queries see frames up to their own time.")] = True
-    align: Annotated[
-        int, typer.Option("--align", min=0, help="First steps that only imitate pooled frames.")
-    ] = 200
-
-
 @app.command()
 @options
 def ccam(
     output: Output,
     shared: Shared,
-    projector: Projector,
+    queries: Annotated[int, typer.Option("--queries", min=1, help="Tokens per media.")] = 32,
+    align: Annotated[
+        int, typer.Option("--align", min=0, help="First steps that only imitate pooled frames.")
+    ] = 200,
     steps: Steps = 2000,
     learning_rate: Rate = 1e-3,
 ) -> None:
     """A projector to a fixed number of tokens, on the frozen model (arXiv 2408.14023)."""
     from tokencomp.training.ccam import CcamConfig, train_ccam
 
-    more = {**vars(projector), **shared.config()}
-    config = CcamConfig(steps=steps, learning_rate=learning_rate, **more)
+    own: dict[str, Any] = {"queries": queries, "align": align, "steps": steps}
+    config = CcamConfig(learning_rate=learning_rate, **own, **shared.config())
     path = train_ccam(*shared.loaded, shared.data, output, config)
     _report(path.with_suffix(".json"), f"reducer='ccam', weights='{output}'")
 
