@@ -171,8 +171,9 @@ class MethodSpec(StageOptions):
     @property
     def off(self) -> bool:
         """Whether the ratio is 0 for all media."""
-        own = self.plan is not None and any(stage.budget for stage in self.plan.stages)
-        return self.budget is None and not own and not any((self.ratio, *self.ratios.values()))
+        if self.budget is not None or (self.plan is not None and self.plan.has_budget):
+            return False
+        return not any((self.ratio, *self.ratios.values()))
 
     @property
     def active(self) -> bool:
@@ -195,7 +196,7 @@ class MethodSpec(StageOptions):
     @property
     def written_ratio(self) -> float | dict[str, float] | str:
         """What stands for the ratio in stored runs: numbers, or a budget in words."""
-        if self.plan is not None and any(stage.budget for stage in self.plan.stages):
+        if self.plan is not None and self.plan.has_budget:
             return "budgets"
         return (self.ratios or self.ratio) if self.built_budget is None else str(self.built_budget)
 
@@ -224,18 +225,23 @@ class MethodSpec(StageOptions):
             return self.plan
         key = num_layers, first_layer_stage
         if key not in self._plans:
-            plan = self.built_reducer.plan(self.ratio, num_layers)
-            plan = not_before(plan, first_layer_stage, num_layers)
-            if self.dropped_cells:
-                tower = TowerStage(0, 1.0 - self.dropped_cells, self.built_tower_reducer)
-                plan = after_tower(plan, tower, num_layers)
-            if self.ratios:
-                plan = by_modality(self.ratios, self.built_reducer, num_layers, first_layer_stage)
-            if self.built_budget is not None:
-                plan = by_item(self.built_budget, self.built_reducer, num_layers, first_layer_stage)
+            plan = self._solved(num_layers, first_layer_stage)
             on = self.stage_options
             self._plans[key] = plan.with_options(**on) if on else plan
         return self._plans[key]
+
+    def _solved(self, num_layers: int, first: int) -> Plan:
+        """The schedule of the reducer for a ratio, for ratios by modality, or for a budget."""
+        reducer = self.built_reducer
+        if self.ratios:
+            return by_modality(self.ratios, reducer, num_layers, first)
+        if self.built_budget is not None:
+            return by_item(self.built_budget, reducer, num_layers, first)
+        plan = not_before(reducer.plan(self.ratio, num_layers), first, num_layers)
+        if not self.dropped_cells:
+            return plan
+        tower = TowerStage(0, 1.0 - self.dropped_cells, self.built_tower_reducer)
+        return after_tower(plan, tower, num_layers)
 
     def changed(self, options: dict[str, Any], **arguments: Any) -> MethodSpec:
         """The spec after `Handle.set` with these arguments; None and {} change nothing."""
@@ -274,14 +280,8 @@ class MethodSpec(StageOptions):
 
     def __hash__(self) -> int:
         options = json.dumps(self.options, sort_keys=True, default=str)
-        asked = (
-            self.ratio,
-            tuple(sorted(self.ratios.items())),
-            self.built_budget,
-            *self.options_in_force.values(),
-        )
-        tower = self.tower_ratio, self.tower_reducer
-        return hash((self.reducer, options, self.plan, *asked, *tower))
+        amount = self.ratio, tuple(self.ratios.items()), self.built_budget, self.tower_ratio
+        return hash((self.reducer, options, self.plan, amount))
 
 
 def _checked_ratios(ratios: Mapping[str, Any]) -> dict[str, float]:

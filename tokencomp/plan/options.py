@@ -133,6 +133,7 @@ def check_option(name: str, value: Any, reducer: StageReducer | None) -> None:
         check(value, reducer)
 
 
+@functools.cache
 def type_of(name: str) -> Any:
     """The annotation of an option without None."""
     hint = get_type_hints(StageOptions)[name]
