@@ -517,5 +517,8 @@ def _repeat_in_window(layer: Any, index: Tensor, before: int) -> None:
     past = torch.arange(before, device=index.device).expand(len(index), -1)
     rows = torch.cat([past, torch.where(index < 0, index, index + before)], dim=1)
     layer.cumulative_length = rows.shape[1]
-    rows = rows[:, max(rows.shape[1] - layer.sliding_window + 1, 0) :] - gone
+    # A layer that records its past (assisted decoding) holds all rows until drafts are rejected.
+    recorded = getattr(layer, "record_past", False)
+    first = gone if recorded else rows.shape[1] - layer.sliding_window + 1
+    rows = rows[:, max(first, 0) :] - gone
     layer.keys, layer.values = _taken((layer.keys, layer.values), rows)
