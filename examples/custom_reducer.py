@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 
 import tokencomp
-from tokencomp import zoo
+from tokencomp import Tokens, zoo
 from tokencomp.inputs.media import load_media
-from tokencomp.reducers import Patches, ScoreReducer
+from tokencomp.reducers import ScoreReducer
 
 
 @tokencomp.register_reducer("loudest")
@@ -23,9 +23,9 @@ class Loudest(ScoreReducer):
 
     summary = "tokens with the largest norm (example)"
 
-    def scores(self, patches: Patches) -> torch.Tensor:
-        """The best-scored patches of every image or video stay; special tokens always do."""
-        return torch.linalg.vector_norm(patches.features.float(), ord=self.p, dim=1)
+    def scores(self, tokens: Tokens) -> torch.Tensor:
+        """The best-scored patches of every image or video are kept."""
+        return torch.linalg.vector_norm(tokens.features.float(), ord=self.p, dim=1)
 
 
 model, processor = zoo.load("tiny-qwen2-vl")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import tokencomp
 from tokencomp.reducers.bipartite import Bipartite
-from tokencomp.tokens.spans import VisualTokens
+from tokencomp.tokens.tokens import Tokens
 
 
 def merge_frame_reference(x: list[list[float]], keep: int) -> list[tuple[int, list[float]]]:
@@ -51,25 +51,23 @@ def merge_frame_reference(x: list[list[float]], keep: int) -> list[tuple[int, li
 def test_merge(grid: tuple[int, int, int], keep: int) -> None:
     t, h, w = grid
     x = torch.randn(t * h * w, 6, dtype=torch.float64)
-    tokens = VisualTokens(x, grid, torch.zeros(t * h * w, dtype=torch.bool))
-    out = Bipartite(weighted=False).reduce(tokens, keep)
+    out = Bipartite(weighted=False).reduce(Tokens(x, [grid], [keep]))
     expected = []
     for frame in range(t):
         first = frame * h * w
         quota = keep * (frame + 1) // t - keep * frame // t
         part = merge_frame_reference(x[first : first + h * w].tolist(), quota)
         expected += [(row + first, value) for row, value in part]
-    assert out.keep.tolist() == [row for row, _ in expected]
-    torch.testing.assert_close(out.merged, torch.tensor([v for _, v in expected]).double())
+    assert out.rows.tolist() == [row for row, _ in expected]
+    torch.testing.assert_close(out.features, torch.tensor([v for _, v in expected]).double())
 
 
 def test_weighted_merge_preserves_the_sum() -> None:
     """Size-weighted means carry the mass of every original token exactly once."""
     x = torch.randn(4 * 36, 5, dtype=torch.float64)
-    tokens = VisualTokens(x, (4, 6, 6), torch.zeros(144, dtype=torch.bool))
-    out = Bipartite().reduce(tokens, 22)
-    assert out.sizes.sum() == 144
-    torch.testing.assert_close((out.merged * out.sizes[:, None].double()).sum(0), x.sum(0))
+    out = Bipartite().reduce(Tokens(x, [(4, 6, 6)], [22]))
+    assert out.weights.sum() == 144
+    torch.testing.assert_close((out.features * out.weights[:, None].double()).sum(0), x.sum(0))
 
 
 def pagerank_reference(

@@ -35,21 +35,21 @@ _LAZY = {
     "plan_from_json": "tokencomp.reducers.plan_json",
     "plan_to_json": "tokencomp.reducers.plan_json",
     "available_models": "tokencomp.adapters.registry",
-    "Reduction": "tokencomp.tokens.reduction",
-    "VisualTokens": "tokencomp.tokens.spans",
+    "Kept": "tokencomp.tokens.kept",
+    "Tokens": "tokencomp.tokens.tokens",
     "TokenCompError": "tokencomp.errors",
 }
 
 __all__ = [
     "Handle",
+    "Kept",
     "Plan",
     "Reducer",
-    "Reduction",
     "Session",
     "Stage",
     "TokenCompError",
+    "Tokens",
     "TowerStage",
-    "VisualTokens",
     "__version__",
     "available_models",
     "available_reducers",
@@ -74,8 +74,8 @@ if TYPE_CHECKING:
     from tokencomp.reducers.plan_json import plan_from_json, plan_to_json
     from tokencomp.reducers.registry import available_reducers, make_reducer, register_reducer
     from tokencomp.session.session import Session
-    from tokencomp.tokens.reduction import Reduction
-    from tokencomp.tokens.spans import VisualTokens
+    from tokencomp.tokens.kept import Kept
+    from tokencomp.tokens.tokens import Tokens
 
 
 def __getattr__(name: str) -> Any:

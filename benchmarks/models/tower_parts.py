@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,8 @@ from benchmarks.models import shapes
 from benchmarks.models.shapes import SHAPES
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.reducers.kcenter import KCenter
-from tokencomp.tokens.reduction import Reduction
-from tokencomp.tokens.spans import SpanBatch
+from tokencomp.tokens.kept import Kept
+from tokencomp.tokens.tokens import Tokens
 from tokencomp.torchlib.hooks import Hooked
 
 TEXT = 48
@@ -32,11 +32,13 @@ class Timed(KCenter):
     clock: Any = None
     spent: Any = None
 
-    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
+    batched = True
+
+    def reduce(self, tokens: Tokens) -> Kept:
         start = self.clock()
-        reduction = super().reduce_batch(batch, keeps)
+        kept = super().reduce(tokens)
         self.spent.append(self.clock() - start)
-        return reduction
+        return kept
 
 
 def clock_of(device: str, threads: int = 1) -> Callable[[], float]:

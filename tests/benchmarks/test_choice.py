@@ -77,8 +77,7 @@ def test_auto_is_the_recorded_choice() -> None:
     for kind, grid in (("images", (1, 8, 8)), ("videos", (6, 4, 4))):
         name, chosen = ranking.part((stored["reducer"], stored["options"]), kind, 0.5)
         for seed in range(5):
-            tokens = dataclasses.replace(matrix.tokens(grid, seed=seed), modality=kind[:-1])
-            kept = [
-                one.reduce(tokens, 20).keep for one in (stage.reducer, make_reducer(name, **chosen))
-            ]
+            tokens = dataclasses.replace(matrix.tokens(grid, seed=seed), modalities=[kind[:-1]])
+            pair = stage.reducer, make_reducer(name, **chosen)
+            kept = [matrix.kept(one, tokens, 20).rows for one in pair]
             assert torch.equal(*kept), (kind, seed)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from tokencomp import Reduction
+from tokencomp import Kept
 from tokencomp.engine.cache_special import compress_layer
 from tokencomp.engine.rowmap import RowMap
 from tokencomp.engine.weights import repeat_rows
@@ -50,7 +50,7 @@ def turn(draw: random.Random) -> tuple[RowMap, list[list[int | None]], int, list
         flat += n
         columns.append([*range(first, start), *(start + i for i in keep), *range(start + n, width)])
     weights = torch.tensor([draw.randint(1, 4) for _ in kept], dtype=torch.float32)
-    reduction = Reduction(torch.tensor(kept), sizes=weights)
+    reduction = Kept(torch.tensor(kept), weights=weights)
     before = RowMap.of_prompt(width, left, spans)
     rows, _, _ = before.keep(counts, [(0, 0), (1, 0)], reduction, CPU)
     shown = aligned(columns)

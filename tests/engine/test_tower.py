@@ -18,7 +18,7 @@ from support.tower import deep
 from torch import Tensor
 
 import tokencomp
-from tokencomp import Reducer, Reduction, VisualTokens, make_reducer
+from tokencomp import Kept, Reducer, Tokens, make_reducer
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.engine.tower.signals import attention_blocks
 from tokencomp.errors import OptionError, SpanError
@@ -28,7 +28,7 @@ from tokencomp.tokens.signals import TOWER_ATTENTION, TOWER_KEYS, Attention, Sig
 
 FAMILY_NAMES = sorted(FAMILIES)
 
-SEEN: list[VisualTokens] = []
+SEEN: list[Tokens] = []
 # Hidden state of the tower that the model uses, where it is not the last one.
 LAYERS = dict.fromkeys(("LLaVA-1.5", "LLaVA-NeXT", "LLaVA-NeXT-Video", "VILA"), -2)
 OUTPUTS = ("out_proj", "proj", "projection_layer")
@@ -45,15 +45,12 @@ class Spy(Reducer):
     def needs(self) -> frozenset[Signal]:
         return frozenset(self.signals)
 
-    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
+    def reduce(self, tokens: Tokens) -> Kept:
         SEEN.append(tokens)
-        rest = (~tokens.special).nonzero()[:, 0][: keep - int(tokens.special.sum())]
-        return Reduction(torch.cat([tokens.special.nonzero()[:, 0], rest]).sort().values)
+        return Kept(torch.arange(tokens.budgets[0]))
 
 
-def spied(
-    model: Any, inputs: dict[str, Any], *signals: Signal, **generate: Any
-) -> list[VisualTokens]:
+def spied(model: Any, inputs: dict[str, Any], *signals: Signal, **generate: Any) -> list[Tokens]:
     SEEN.clear()
     plan = Plan((Stage(0, 0.8, Spy(signals=signals)),))
     with tokencomp.patch(model, plan=plan), torch.no_grad():
@@ -149,7 +146,7 @@ def keys(attn: Any, rows: Tensor) -> Tensor:
 def check(rows: list[list[Tensor]], values: Tensor, got: list[Tensor]) -> None:
     """`got` of every span is the mean of `values` over the `rows` each token is made of."""
     expected = [values[m].mean(0) for row in rows for m in row if m.any()]
-    found = torch.cat([g.view(len(g), -1)[~t.special] for g, t in zip(got, SEEN, strict=True)])
+    found = torch.cat([values.view(len(values), -1) for values in got])
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-5)
 
 
@@ -248,7 +245,7 @@ def test_pooled_frames_have_bilinear_means() -> None:
     inputs = family.batch([[video, text(4)]])
     (hidden,), _ = members(model, inputs)
     (seen,) = spied(model, inputs, TOWER_KEYS)
-    t, small, _ = seen.grid
+    ((t, small, _),) = seen.grids
     side = round((len(hidden) // t) ** 0.5)
     grid = keys(watched(model), hidden).view(t, side, side, -1)
     weights = torch.zeros(small, side)
@@ -258,7 +255,7 @@ def test_pooled_frames_have_bilinear_means() -> None:
         weights[i, low] += 1 - (at - low)
         weights[i, min(low + 1, side - 1)] += at - low
     expected = torch.einsum("ih,jw,thwd->tijd", weights, weights, grid)
-    found = seen.tower[TOWER_KEYS][~seen.special].flatten(1)
+    found = seen.tower[TOWER_KEYS].flatten(1)
     torch.testing.assert_close(found, expected.flatten(0, 2))
 
 

@@ -40,14 +40,14 @@ class Hand:
 
 def slow_reducer(reducer: type[Reducer], hand: Hand, seconds: float, monkeypatch) -> list[Any]:
     """Make every call of a reducer take longer; returns the list of its calls."""
-    real, calls = reducer.reduce_batch, []
+    real, calls = reducer.reduce, []
 
-    def reduce_batch(self, batch, keeps):
-        calls.append(keeps)
+    def reduce(self, tokens):
+        calls.append(tokens.budgets)
         hand.move(seconds)
-        return real(self, batch, keeps)
+        return real(self, tokens)
 
-    monkeypatch.setattr(reducer, "reduce_batch", reduce_batch)
+    monkeypatch.setattr(reducer, "reduce", reduce)
     return calls
 
 

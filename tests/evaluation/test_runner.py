@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -19,8 +18,8 @@ from tokencomp.evaluation import Example, Setting, evaluate, grid, sweep
 from tokencomp.evaluation.store import read_records
 from tokencomp.inputs.prompts import build_inputs
 from tokencomp.reducers.uniform import Uniform
-from tokencomp.tokens.reduction import Reduction
-from tokencomp.tokens.spans import SpanBatch
+from tokencomp.tokens.kept import Kept
+from tokencomp.tokens.tokens import Tokens
 
 
 def test_batches_answer_like_single_prompts(loaded, examples):
@@ -67,8 +66,10 @@ class Refuses(Uniform):
 
     calls: ClassVar[int] = 0
 
-    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
-        type(self).calls += len(batch) == 1
+    batched = True
+
+    def reduce(self, tokens: Tokens) -> Kept:
+        type(self).calls += len(tokens) == 1
         raise SpanError("of no grid")
 
 
@@ -91,7 +92,7 @@ def test_after_ten_failures_without_an_answer_nothing_is_tried(loaded, examples,
 
 
 def test_a_command_fails_if_a_setting_answers_nothing(examples, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(Uniform, "reduce_batch", Refuses.reduce_batch)
+    monkeypatch.setattr(Uniform, "reduce", Refuses.reduce)
     monkeypatch.setattr(Uniform, "calls", 0, raising=False)
     line = {"question": "?", "answer": "x", "media": str(examples[0].media[0])}
     (tmp_path / "q.jsonl").write_text(json.dumps(line))

@@ -10,7 +10,7 @@ import torch
 
 from tokencomp.evaluation import Setting, batches, patches, sweep
 from tokencomp.evaluation.patches import Subsets
-from tokencomp.tokens.spans import VisualTokens
+from tokencomp.tokens.tokens import Tokens
 from tokencomp.training.measure import Measurement
 
 HOW = {"max_new_tokens": 2, "progress": False}
@@ -18,9 +18,8 @@ RANDOM = Setting("random", 0.75)
 
 
 def kept(reducer: Any, place: tuple[int, int], keep: int = 6) -> tuple[int, ...]:
-    special = torch.zeros(64, dtype=torch.bool)
-    tokens = VisualTokens(torch.zeros(64, 4), (1, 8, 8), special, place=place)
-    return tuple(reducer.reduce(tokens, keep).keep.tolist())
+    tokens = Tokens(torch.zeros(64, 4), [(1, 8, 8)], [keep], places=[place])
+    return tuple(reducer.reduce(tokens).rows.tolist())
 
 
 @pytest.mark.long

@@ -152,11 +152,10 @@ def test_merged_features(family: Family) -> None:
         x = kwargs["inputs_embeds"].clone()
         for b, row in enumerate(stats.spans):
             for span, offsets in zip(row, stats.kept(b)[0], strict=True):
-                tokens = tokencomp.VisualTokens(
-                    x[b, span.start : span.stop].clone(), span.grid, span.special_mask()
-                )
-                columns = [span.start + o for o in offsets]
-                x[b, columns] = reducer.reduce(tokens, len(offsets)).merged
+                columns = (~span.special_mask()).nonzero()[:, 0] + span.start
+                budget = len(offsets) - (span.length - len(columns))
+                merged = reducer.reduce(tokencomp.Tokens(x[b, columns], [span.grid], [budget]))
+                x[b, columns[merged.rows]] = merged.features
         return args, {**kwargs, "inputs_embeds": x}
 
     with family.decoder(model).register_forward_pre_hook(replace, with_kwargs=True):

@@ -25,7 +25,7 @@ from tokencomp import Plan, Stage, make_reducer
 from tokencomp.conformance.build import tiny_model
 from tokencomp.engine import weights
 from tokencomp.errors import MergeWarning, OptionError, UnsupportedModelError
-from tokencomp.tokens import nearest
+from tokencomp.tokens import tokens as module
 
 CASES = [(case, make_reducer(case[0], **case[1]).merges) for case in matrix.cases()]
 KEEPERS = [case for case, merges in CASES if not merges]
@@ -148,7 +148,7 @@ def test_the_cache_holds_a_row_for_every_token(name: str) -> None:
 
 def test_long_spans_are_merged_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of so many patches that all their cosines would not fit into memory."""
-    monkeypatch.setattr(nearest, "BLOCK", 16)
+    monkeypatch.setattr(module, "BLOCK", 16)
     check(FAMILIES["vila"], 2, **MERGE)
 
 
@@ -283,12 +283,12 @@ def test_a_reducer_that_merges_without_saying_so() -> None:
     class Silent(tokencomp.Reducer):
         name = "silent"
 
-        def reduce(self, tokens: Any, keep: int) -> tokencomp.Reduction:
-            rows = torch.arange(keep)
-            return tokencomp.Reduction(rows, tokens.features[rows] * 2)
+        def reduce(self, tokens: tokencomp.Tokens) -> tokencomp.Kept:
+            rows = torch.arange(tokens.budgets[0])
+            return tokencomp.Kept(rows, tokens.features[rows] * 2)
 
     family = FAMILIES["qwen2_vl"]
     model = family.build()
-    own = pytest.raises(OptionError, match="'silent' returns features or sizes of its own")
+    own = pytest.raises(OptionError, match="'silent' returns features or weights of its own")
     with tokencomp.patch(model, 0.5, reducer=Silent(), merge=True), own:
         model(**single(family))

@@ -16,7 +16,7 @@ from support.family.mistral import Mistral3
 from torch import Tensor, nn
 
 import tokencomp
-from tokencomp import Plan, Reducer, Reduction, Stage, VisualTokens
+from tokencomp import Kept, Plan, Reducer, Stage, Tokens
 from tokencomp.errors import UnsupportedModelError
 from tokencomp.tokens.signals import Attention, Signal
 
@@ -32,12 +32,10 @@ class Spy(Reducer):
     def needs(self) -> frozenset[Signal]:
         return frozenset({self.signal})
 
-    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
+    def reduce(self, tokens: Tokens) -> Kept:
         self.seen.append(tokens.scores)
-        special = tokens.special.nonzero()[:, 0]
-        patches = (~tokens.special).nonzero()[:, 0]
-        rest = patches[len(patches) - keep + len(special) :]
-        return Reduction(torch.cat([special, rest]).sort().values)
+        (length,), (budget,) = tokens.lengths, tokens.budgets
+        return Kept(torch.arange(length - budget, length))
 
 
 class TwoTurns:
@@ -99,7 +97,7 @@ class TwoTurns:
     def expected(
         self, stats: Any, maps: Tensor, signal: Attention, left: Any = None
     ) -> list[Tensor]:
-        """Scores of every span; `left` are offsets that an earlier stage has kept."""
+        """Scores of the patches of every span; `left` are offsets that are kept before."""
         found, end = [], self.turn["input_ids"].shape[1]
         for b, spans in enumerate(stats.spans):
             visual = {c for s in spans for c in range(s.start, s.stop)}
@@ -109,6 +107,7 @@ class TwoTurns:
                 voters = {"text": words, "last": [end - 1], "all": real}.get(signal.rows)
                 rows = [self.past + v for v in voters or self.raters(stats, b)]
                 offsets = range(span.length) if left is None else left[b][j]
+                offsets = [o for o in offsets if not span.fixed_mask()[o]]
                 columns = [self.past + span.start + o for o in offsets]
                 heads = maps[b][:, rows][:, :, columns].mean(1)
                 rms = heads.square().mean(0).sqrt()

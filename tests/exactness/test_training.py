@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import tokencomp
-from tokencomp import Plan, Reduction, Stage, TowerStage, VisualTokens, make_reducer
+from tokencomp import Kept, Plan, Stage, Tokens, TowerStage, make_reducer
 from tokencomp.errors import OptionError
 
 RANDOM = make_reducer("random")
@@ -213,10 +213,10 @@ class Spy(tokencomp.Reducer):
     def needs(self) -> Any:
         return self.inner.needs
 
-    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
+    def reduce(self, tokens: Tokens) -> Kept:
         with torch.autocast("cpu", enabled=False):
-            expected = self.inner.reduce(tokens, keep)
-        found = self.inner.reduce(tokens, keep)
+            expected = self.inner.reduce(tokens)
+        found = self.inner.reduce(tokens)
         self.seen.append((found, expected))
         return found
 
@@ -243,7 +243,7 @@ def test_autocast(name: str, reducer: str) -> None:
         masks = oracle.kept_columns(handle, inputs, family.layers)
         assert seen and handle.stats.ratio > 0.3
         for found, expected in seen:
-            assert torch.equal(found.keep, expected.keep)
+            assert torch.equal(found.rows, expected.rows)
         if inner.merges:
             return
         handle.remove()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import tokencomp
-from tokencomp import Reduction, VisualTokens, make_reducer
+from tokencomp import Kept, Tokens, make_reducer
 from tokencomp.errors import AlreadyCompressedError, OptionError
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.stages import Stage
@@ -142,10 +142,10 @@ class Spy(tokencomp.Reducer):
     def needs(self) -> Any:
         return self.inner.needs
 
-    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
+    def reduce(self, tokens: Tokens) -> Kept:
         with torch.autocast("cpu", enabled=False):
-            expected = self.inner.reduce(tokens, keep)
-        found = self.inner.reduce(tokens, keep)
+            expected = self.inner.reduce(tokens)
+        found = self.inner.reduce(tokens)
         self.seen.append((found, expected))
         return found
 
@@ -172,7 +172,7 @@ def test_autocast(name: str, reducer: str) -> None:
         masks = oracle.kept_columns(handle, inputs, family.layers)
         assert seen and handle.stats.ratio > 0.3
         for found, expected in seen:
-            assert torch.equal(found.keep, expected.keep)
+            assert torch.equal(found.rows, expected.rows)
         if inner.merges:
             return
         handle.remove()

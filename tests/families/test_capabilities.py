@@ -16,9 +16,9 @@ from tokencomp.plan.plan import Plan
 from tokencomp.plan.stages import Stage
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.uniform import Uniform
-from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.kept import Kept
 from tokencomp.tokens.signals import QUERY, Attention
-from tokencomp.tokens.spans import VisualTokens
+from tokencomp.tokens.tokens import Tokens
 from tokencomp.torchlib import compat
 
 FAMILY_NAMES = sorted(FAMILIES)
@@ -30,15 +30,15 @@ CI = Path(__file__).parents[2] / ".ci" / "run"
 class Asking(Reducer):
     """Asks for every signal and keeps what it was given."""
 
-    seen: list[VisualTokens] = field(default_factory=list, hash=False, compare=False)
+    seen: list[Tokens] = field(default_factory=list, hash=False, compare=False)
 
     @property
     def needs(self):
         return frozenset({QUERY, Attention("text")})
 
-    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
+    def reduce(self, tokens: Tokens) -> Kept:
         self.seen.append(tokens)
-        return Uniform().reduce(tokens, keep)
+        return Uniform().reduce(tokens)
 
 
 def test_signals_and_stages(family: Family) -> None:
@@ -60,7 +60,7 @@ def test_signals_and_stages(family: Family) -> None:
             assert tokens.scores.shape == (n,) and tokens.scores.isfinite().all()
             assert (tokens.scores > 0).any()
     for tokens in entry.seen:
-        assert torch.equal(tokens.query[-5:], words)  # end marks of the image may precede
+        assert torch.equal(tokens.queries[0][-5:], words)  # end marks of the image may precede
     assert sum(len(t.features) for t in layer.seen) < sum(len(t.features) for t in entry.seen)
 
 

@@ -28,7 +28,6 @@ from support.mlx_pair import CASES, IMAGE, NAMES, VIDEO, answered, pair, prompt
 
 import tokencomp.mlx  # after the processors of transformers are loaded
 from tokencomp.plan.reducer import reduced
-from tokencomp.tokens.spans import SpanBatch
 
 REDUCERS = ("kcenter", "divprune", "vidcom2", "uniform", "random", "bipartite")
 
@@ -240,7 +239,7 @@ def test_selection_equals_the_reducer(reducer: str) -> None:
     import mlx.core as mx
 
     from tokencomp.mlx.selection import SELECT
-    from tokencomp.tokens.spans import VisualTokens
+    from tokencomp.tokens.tokens import Tokens
 
     rng, own = np.random.default_rng(0), tokencomp.make_reducer(reducer)
     grids = [tuple(int(n) for n in rng.integers(1, 9, 3)) for _ in range(30)]
@@ -250,6 +249,5 @@ def test_selection_equals_the_reducer(reducer: str) -> None:
         if case % 3 == 0:
             x[n // 2 :] = x[: n - n // 2]
         keep = max(1, int(n * rng.choice([0.1, 0.25, 0.5, 0.9])))
-        tokens = VisualTokens(torch.from_numpy(x), grid, torch.zeros(n, dtype=torch.bool))
-        expected = reduced(own, SpanBatch.of(tokens), [keep]).keep.numpy()
+        expected = reduced(own, Tokens(torch.from_numpy(x), [grid], [keep])).rows.numpy()
         assert np.array_equal(SELECT[reducer](mx.array(x), grid, keep), expected), (grid, keep)

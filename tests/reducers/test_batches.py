@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -9,50 +10,60 @@ import torch
 from support import matrix
 from support.matrix import Case
 
-from tokencomp import VisualTokens, make_reducer
+from tokencomp import Kept, Tokens, make_reducer
 from tokencomp.errors import PlanError
 from tokencomp.plan.reducer import reduced
 from tokencomp.reducers import mmtok
 from tokencomp.tokens import stacks
-from tokencomp.tokens.reduction import Reduction
 
-GRIDS = [((1, 4, 5), 0), ((4, 3, 4), 3), ((1, 4, 5), 2), ((2, 2, 7), 0), ((4, 3, 4), 0)]
+GRIDS = [(1, 4, 5), (4, 3, 4), (1, 4, 5), (2, 2, 7), (4, 3, 4)]
 
 
-def without(tokens: VisualTokens, places: list[int]) -> VisualTokens:
+def without(tokens: Tokens, places: list[int]) -> Tokens:
     """A span from which an earlier stage has dropped the patches at `places`."""
-    left = torch.ones(len(tokens), dtype=torch.bool)
+    left = torch.ones(tokens.lengths[0], dtype=torch.bool)
     left[places] = False
-    left |= tokens.special
-    names = ("features", "special", "scores", "sizes")
-    values: dict[str, Any] = {name: getattr(tokens, name) for name in names}
-    values = {name: None if v is None else v[left] for name, v in values.items()}
-    values["tower"] = {signal: v[left] for signal, v in tokens.tower.items()}
-    same = ("grid", "query", "query_scores", "norm", "modality")
-    values |= {name: getattr(tokens, name) for name in same}
-    return VisualTokens(index=left.nonzero()[:, 0], **values)
+    return dataclasses.replace(
+        tokens,
+        features=tokens.features[left],
+        scores=tokens.scores[left],
+        tower={signal: values[left] for signal, values in tokens.tower.items()},
+        lengths=[int(left.sum())],
+        index=left.nonzero()[:, 0],
+    )
 
 
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("case", matrix.step_cases(), ids=matrix.case_id)
 def test_a_batch_is_its_spans_one_by_one(case: Case, whole: bool) -> None:
-    """Images and videos, texts of any length, with and without special and missing tokens."""
-    reducer, row = make_reducer(case[0], **case[1]), matrix.row(case[0])
-    if not whole and reducer.grid == "whole":
+    """Images and videos, texts of any length, with and without missing tokens."""
+    row = matrix.row(case[0])
+    if not whole and make_reducer(case[0], **case[1]).grid == "whole":
         pytest.skip("acts on whole spans")
-    spans = [matrix.tokens(grid, special) for grid, special in GRIDS]
+    spans = [matrix.tokens(grid) for grid in GRIDS]
     for number, t in enumerate(spans):
-        t.query, t.query_scores = t.query[: number + 1], t.query_scores[: number + 1]
+        t.queries = [t.queries[0][: number + 1]]
+        t.query_scores = [t.query_scores[0][: number + 1]]
     if not whole:
         spans = [without(t, [3 + i, 7, 11]) for i, t in enumerate(spans)]
-    batch, keeps = matrix.joined(spans), [row.keep(9 + i % 2, t) for i, t in enumerate(spans)]
-    together = reduced(reducer, batch, keeps)
-    for tokens, keep, part in zip(spans, keeps, together.split(batch, keeps), strict=True):
-        alone = matrix.reduce(case, tokens, keep)
-        assert part.keep.tolist() == alone.keep.tolist()
-        if alone.merged is not None:
-            torch.testing.assert_close(part.merged, alone.merged, atol=1e-6, rtol=1e-6)
-            torch.testing.assert_close(part.sizes, alone.sizes)
+    budgets = [row.keep(7 + i % 2) for i in range(len(spans))]
+    together = matrix.reduce(case, matrix.joined(spans), *budgets)
+    parts = [matrix.reduce(case, t, k) for t, k in zip(spans, budgets, strict=True)]
+    alone = Kept.joined(parts, matrix.joined(spans, *budgets))
+    assert together.rows.tolist() == alone.rows.tolist()
+    if alone.features is not None:
+        torch.testing.assert_close(together.features, alone.features, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(together.weights, alone.weights)
+
+
+def test_iterating_gives_the_spans() -> None:
+    """With all that belongs to each, as views."""
+    spans = [without(matrix.tokens(grid, seed=i), [2]) for i, grid in enumerate(GRIDS)]
+    for one, same in zip(matrix.joined(spans), spans, strict=True):
+        for name in ("grids", "lengths", "modalities"):
+            assert getattr(one, name) == getattr(same, name)
+        for name in ("features", "index", "scores", "queries", "query_scores", "tower"):
+            torch.testing.assert_close(getattr(one, name), getattr(same, name))
 
 
 @pytest.mark.parametrize(
@@ -63,13 +74,11 @@ def test_long_spans_are_compared_in_parts(
     name: str, module: Any, limit: str, value: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of so many patches that all pairs of a call would not fit into memory."""
-    reducer, batch = (
-        make_reducer(name),
-        matrix.joined([matrix.tokens((1, 4, 5), seed=s) for s in range(4)]),
-    )
-    at_once = reduced(reducer, batch, [7] * 4).keep.tolist()
+    reducer = make_reducer(name)
+    tokens = matrix.joined([matrix.tokens((1, 4, 5), seed=s) for s in range(4)])
+    at_once = matrix.kept(reducer, tokens, *[7] * 4).rows.tolist()
     monkeypatch.setattr(module, limit, value)
-    assert reduced(reducer, batch, [7] * 4).keep.tolist() == at_once
+    assert matrix.kept(reducer, tokens, *[7] * 4).rows.tolist() == at_once
 
 
 @pytest.mark.parametrize(
@@ -77,34 +86,36 @@ def test_long_spans_are_compared_in_parts(
 )
 def test_wrong_rows_of_a_batch_are_refused(rows: list[int]) -> None:
     """Rows of another span, in another order, too few, or of no span at all."""
-    batch = matrix.joined([matrix.tokens((1, 4, 5)), matrix.tokens((1, 4, 5))])
+    tokens = matrix.joined([matrix.tokens((1, 4, 5)), matrix.tokens((1, 4, 5))], 2, 2)
     with pytest.raises(PlanError, match="'wrong' returned"):
-        Reduction(torch.tensor(rows)).check_batch(batch, [2, 2], "wrong")
+        Kept(torch.tensor(rows)).check(tokens, "wrong")
 
 
-def test_a_batch_without_its_special_tokens_is_refused() -> None:
-    batch = matrix.joined([matrix.tokens((1, 4, 5), 2), matrix.tokens((1, 4, 5))])
-    patches = (~batch.special).nonzero()[:3, 0]  # type: ignore[operator]
-    with pytest.raises(PlanError, match="without 2 of the special tokens"):
-        Reduction(torch.cat([patches, torch.tensor([30])])).check_batch(batch, [3, 1], "wrong")
+def test_a_subclass_that_chooses_anew_is_asked_span_by_span() -> None:
+    """Unless it says that it sees all spans at once."""
 
-
-def test_a_subclass_that_overrides_one_span_alone_is_asked_span_by_span() -> None:
     class FirstRows(type(make_reducer("random"))):  # type: ignore[misc]
-        def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
-            return Reduction(torch.arange(keep))
+        def reduce(self, tokens: Tokens) -> Kept:
+            starts, budgets = tokens.starts, tokens.budgets
+            parts = [torch.arange(k) + at for at, k in zip(starts, budgets, strict=True)]
+            return Kept(torch.cat(parts) + 10 * (len(tokens) - 1))
 
-    spans = [VisualTokens(torch.randn(n, 3), (1, 1, n), torch.zeros(n).bool()) for n in (4, 6)]
-    assert reduced(FirstRows(), matrix.joined(spans), [2, 3]).keep.tolist() == [0, 1, 4, 5, 6]
+    class AllRows(FirstRows):
+        batched = True
+
+    tokens = Tokens(torch.randn(30, 3), [(1, 1, 10), (1, 1, 20)], [2, 3])
+    assert reduced(FirstRows(), tokens).rows.tolist() == [0, 1, 10, 11, 12]
+    with pytest.raises(PlanError, match="0 rows of a span where 2 were requested"):
+        reduced(AllRows(), tokens)
 
 
 def test_spans_of_which_some_merge() -> None:
-    """The others keep the features and sizes that they had."""
-    sizes, none = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.zeros(4, dtype=torch.bool)
-    tokens = VisualTokens(torch.arange(4.0)[:, None], (1, 1, 4), none, sizes=sizes)
+    """The others keep the features and weights that they had."""
+    weights = torch.tensor([1.0, 2.0, 3.0, 4.0]).repeat(2)
+    tokens = Tokens(torch.arange(8.0)[:, None], [(1, 1, 4)] * 2, [2, 2], weights=weights)
     rows = torch.tensor([1, 3])
-    merging = Reduction(rows, torch.tensor([[7.0], [8.0]]), torch.tensor([3.0, 7.0]))
-    joined = Reduction.join([Reduction(rows), merging], matrix.joined([tokens, tokens]))
-    assert joined.keep.tolist() == [1, 3, 5, 7]
-    assert joined.merged.flatten().tolist() == [1.0, 3.0, 7.0, 8.0]
-    assert joined.sizes.tolist() == [2.0, 4.0, 3.0, 7.0]
+    merging = Kept(rows, torch.tensor([[7.0], [8.0]]), torch.tensor([3.0, 7.0]))
+    joined = Kept.joined([Kept(rows), merging], tokens)
+    assert joined.rows.tolist() == [1, 3, 5, 7]
+    assert joined.features.flatten().tolist() == [1.0, 3.0, 7.0, 8.0]
+    assert joined.weights.tolist() == [2.0, 4.0, 3.0, 7.0]

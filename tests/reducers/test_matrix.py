@@ -19,11 +19,11 @@ from support.families import FAMILIES, Family, text
 from support.matrix import Case
 
 import tokencomp
-from tokencomp import make_reducer
+from tokencomp import Tokens, make_reducer
 from tokencomp.errors import OptionError, RatioError, ScoreError, TokenCompError
 from tokencomp.plan.counts import keep_count
 from tokencomp.plan.reducer import only_plans
-from tokencomp.reducers import Patches, ScoreReducer
+from tokencomp.reducers import ScoreReducer
 from tokencomp.reducers.compose import Compose
 from tokencomp.reducers.registry import options_of
 from tokencomp.serving.servable import serving_safe
@@ -36,32 +36,26 @@ every_step = pytest.mark.parametrize("case", matrix.step_cases(), ids=matrix.cas
 
 
 @every_step
-def test_budget_order_and_special_tokens(case: Case) -> None:
+def test_budget_and_order(case: Case) -> None:
     """Every span at one ratio in three, which differ from span to span; inputs are left alone."""
     row = matrix.row(case[0])
     for i, grid in enumerate(matrix.GRIDS):
-        ratios = matrix.RATIOS[i % 3 :: 3]
-        for special in {0, (1, 3)[i % 2]}:
-            given, same = matrix.tokens(grid, special), matrix.tokens(grid, special)
-            asked = {row.keep(keep_count(len(given), 1 - r, special), given) for r in ratios}
-            for keep in {k for k in asked if k < len(given)}:
-                got = matrix.reduce(case, given, keep)
-                assert got.keep.dtype == torch.int64
-                assert got.keep.tolist() == sorted(set(got.keep.tolist()))
-                assert len(got.keep) == keep
-                assert got.keep[0] >= 0 and got.keep[-1] < len(given)
-                assert given.special[got.keep].sum() == special
-                if got.merged is not None:
-                    assert got.merged.shape == (keep, given.features.shape[1])
-                    assert got.merged.dtype == given.features.dtype
-                    stay = given.special[got.keep]
-                    assert torch.equal(got.merged[stay], given.features[got.keep][stay])
-                    assert got.sizes is not None and (got.sizes >= 1).all()
-            for field in dataclasses.fields(given):
-                before, after = getattr(same, field.name), getattr(given, field.name)
-                if isinstance(before, torch.Tensor):
-                    assert torch.equal(before, after), field.name
-            assert all(torch.equal(same.tower[s], given.tower[s]) for s in same.tower)
+        given, same, n = matrix.tokens(grid), matrix.tokens(grid), math.prod(grid)
+        asked = {row.keep(keep_count(n, 1 - ratio)) for ratio in matrix.RATIOS[i % 3 :: 3]}
+        for keep in {k for k in asked if k < n}:
+            got = matrix.reduce(case, given, keep)
+            assert got.rows.dtype == torch.int64
+            assert got.rows.tolist() == sorted(set(got.rows.tolist()))
+            assert len(got.rows) == keep
+            assert got.rows[0] >= 0 and got.rows[-1] < n
+            if got.features is not None:
+                assert got.features.shape == (keep, given.features.shape[1])
+                assert got.weights is not None and (got.weights >= 1).all()
+        for field in dataclasses.fields(given):
+            before, after = getattr(same, field.name), getattr(given, field.name)
+            if isinstance(before, torch.Tensor):
+                assert torch.equal(before, after), field.name
+        assert all(torch.equal(same.tower[s], given.tower[s]) for s in same.tower)
 
 
 @every_step
@@ -71,8 +65,8 @@ def test_ties_go_to_the_lower_index(case: Case) -> None:
     given.features = torch.ones_like(given.features)
     given.scores = torch.full((20,), 0.25)
     given.tower = {signal: torch.ones_like(values) for signal, values in given.tower.items()}
-    kept = matrix.reduce(case, given, row.keep(7, given)).keep.tolist()
-    assert kept == matrix.reduce(case, given, row.keep(7, given)).keep.tolist()
+    kept = matrix.reduce(case, given, row.keep(7)).rows.tolist()
+    assert kept == matrix.reduce(case, given, row.keep(7)).rows.tolist()
     if row.ties:
         assert kept == list(range(7))
 
@@ -85,18 +79,16 @@ def test_scored_in_fp32(case: Case) -> None:
     those of one merging step: a second one starts from rounded means.
     """
     for grid, dtype in (((1, 6, 7), torch.bfloat16), ((4, 3, 3), torch.float16)):
-        low, wide = matrix.tokens(grid, 1), matrix.tokens(grid, 1)
-        for name in ("features", "query"):
-            setattr(low, name, (getattr(low, name) + 4).to(dtype))
-            setattr(wide, name, getattr(low, name).float())
-        keep = matrix.row(case[0]).keep(24, low)
+        low, wide = matrix.tokens(grid), matrix.tokens(grid)
+        low.features, low.queries = (low.features + 4).to(dtype), [(low.queries[0] + 4).to(dtype)]
+        wide.features, wide.queries = low.features.float(), [low.queries[0].float()]
+        keep = matrix.row(case[0]).keep(23)
         a, b = matrix.reduce(case, low, keep), matrix.reduce(case, wide, keep)
-        assert torch.equal(a.keep, b.keep)
-        if a.merged is not None:
-            assert a.merged.dtype == dtype
-            if matrix.row(case[0]).fixed is None:  # a network computes in the model's dtype
-                rtol = torch.finfo(dtype).eps
-                torch.testing.assert_close(a.merged.float(), b.merged, atol=0, rtol=rtol)
+        assert torch.equal(a.rows, b.rows)
+        # a network computes in the model's dtype
+        if a.features is not None and matrix.row(case[0]).fixed is None:
+            rtol = torch.finfo(dtype).eps
+            torch.testing.assert_close(a.features.float(), b.features, atol=0, rtol=rtol)
 
 
 @every_step
@@ -106,10 +98,10 @@ def test_not_finite(case: Case) -> None:
     for values in (given.features, given.scores, *given.tower.values()):
         values[3] = torch.nan
     if row.blind:
-        assert len(matrix.reduce(case, given, 6).keep) == 6
+        assert len(matrix.reduce(case, given, 6).rows) == 6
         return
     with pytest.raises(ScoreError, match=r"NaN|finite"):
-        matrix.reduce(case, given, row.keep(6, given))
+        matrix.reduce(case, given, row.keep(6))
 
 
 HOSTILE = (
@@ -122,8 +114,8 @@ HOSTILE = (
 def test_any_option_value_is_refused_when_planned_or_works(case: Case) -> None:
     """Options come from requests: no value may pass the plan and end a server's forward."""
     made = make_reducer(case[0], **case[1])
-    given = matrix.tokens((4, 3, 3), 2)
-    keep = matrix.row(case[0]).keep(12, given)
+    given = matrix.tokens((4, 3, 3))
+    keep = matrix.row(case[0]).keep(12)
     for name, value in itertools.product(options_of(made), HOSTILE):
         options = {**case[1], name: value}
         try:
@@ -135,7 +127,7 @@ def test_any_option_value_is_refused_when_planned_or_works(case: Case) -> None:
             continue
         if not only_plans(made):
             with contextlib.suppress(TokenCompError):  # there are no weights of that name
-                assert len(matrix.reduce((case[0], options), given, keep).keep) == keep
+                assert len(matrix.reduce((case[0], options), given, keep).rows) == keep
 
 
 def test_options_of_another_type_or_range() -> None:
@@ -192,9 +184,10 @@ def test_serving_safe_says_the_truth(case: Case) -> None:
     assert not reducer.needs
     assert [s.layer for s in reducer.plan(0.5, 28).stages] == [0]
     given, other = matrix.tokens((4, 3, 3)), matrix.tokens((4, 3, 3))
-    other.query, other.scores = torch.randn(9, 12), torch.rand(36)
-    kept = reducer.keep_count(VisualSpan(0, 36, (4, 3, 3)), 0.4)
-    assert torch.equal(reducer.reduce(given, kept).keep, reducer.reduce(other, kept).keep)
+    other.queries, other.scores = [torch.randn(9, 12)], torch.rand(36)
+    count = reducer.keep_count(VisualSpan(0, 36, (4, 3, 3)), 0.4)
+    kept = [matrix.kept(reducer, tokens, count).rows for tokens in (given, other)]
+    assert torch.equal(*kept)
 
 
 def prompts(family: Family) -> list[list[Any]]:
@@ -242,8 +235,8 @@ def test_batch_equals_singles_at_the_ratio_of_the_plan(case: Case) -> None:
 class Unlike(ScoreReducer):
     """Written as docs/methods.md teaches, without a thought of other spans."""
 
-    def scores(self, patches: Patches) -> torch.Tensor:
-        x = patches.features.float()
+    def scores(self, tokens: Tokens) -> torch.Tensor:
+        x = tokens.features.float()
         return (x - x.mean(0)).norm(dim=1)
 
 

@@ -9,19 +9,11 @@ import torch
 from support import matrix
 from support.tower_loops import cosine, dot
 
-from tokencomp import VisualTokens, make_reducer
+from tokencomp import Tokens, make_reducer
 from tokencomp.errors import ScoreError
-from tokencomp.tokens.patches import Patches
 from tokencomp.tokens.signals import TOWER_ATTENTION
-from tokencomp.tokens.spans import SpanBatch
 
 GRIDS = [(1, 5, 6), (4, 3, 4), (6, 2, 3)]
-
-
-def patches_of(tokens: VisualTokens) -> tuple[list[int], list[list[float]]]:
-    """Places of the patches, and their features in double precision."""
-    places = [i for i in range(len(tokens)) if not tokens.special[i]]
-    return places, tokens.features[places].double().tolist()
 
 
 def first_of_largest(values: dict[int, float]) -> int:
@@ -29,16 +21,11 @@ def first_of_largest(values: dict[int, float]) -> int:
     return min(i for i, v in values.items() if v >= most - 1e-7)
 
 
-def with_special(tokens: VisualTokens, places: list[int]) -> list[int]:
-    return sorted([*places, *tokens.special.nonzero()[:, 0].tolist()])
-
-
 def test_selector_with_marginal_relevance() -> None:
-    given = matrix.tokens(GRIDS[1], special=2)
-    places, x = patches_of(given)
+    given = matrix.tokens(GRIDS[1])
+    x = given.features.double().tolist()
     reducer = make_reducer("selector", weights=matrix.small_weights("selector", 12), pick="mmr")
-    patches = Patches.of(SpanBatch.of(given), [11])
-    logits = reducer.importances(patches, given.scores[places]).tolist()
+    logits = reducer.importances(given, given.scores).tolist()
     low, high = min(logits), max(logits)
     value = [(v - low) / (high - low + 1e-6) for v in logits]
     chosen = [first_of_largest(dict(enumerate(value)))]
@@ -52,15 +39,15 @@ def test_selector_with_marginal_relevance() -> None:
                 }
             )
         )
-    got = reducer.reduce(given, 11).keep.tolist()
-    assert got == with_special(given, [places[i] for i in chosen])
+    got = matrix.kept(reducer, given, 9).rows.tolist()
+    assert got == sorted(chosen)
 
 
 @pytest.mark.parametrize(("grid", "keep"), [(GRIDS[0], 9), (GRIDS[1], 3), (GRIDS[2], 20)])
 def test_vcast(grid: tuple[int, int, int], keep: int) -> None:
     t, n = grid[0], grid[1] * grid[2]
     given = matrix.tokens(grid)
-    _, x = patches_of(given)
+    x = given.features.double().tolist()
 
     def unit(v: list[float]) -> list[float]:
         return [a / math.sqrt(dot(v, v)) for a in v]
@@ -91,17 +78,17 @@ def test_vcast(grid: tuple[int, int, int], keep: int) -> None:
         ]
         best = sorted(range(n), key=lambda j: (-score[j], j))[: count[i]]
         expected += [i * n + j for j in sorted(best)]
-    assert make_reducer("vcast").reduce(given, keep).keep.tolist() == expected
+    assert matrix.kept(make_reducer("vcast"), given, keep).rows.tolist() == expected
 
 
 def test_vcast_counts_frames_by_what_is_left_of_them() -> None:
     """Of a video that lost a frame and parts of others, every frame keeps at most what it has."""
     given = matrix.tokens((4, 3, 4))
     left = [*range(12), *range(24, 27), *range(36, 48)]
-    part = VisualTokens(
-        given.features[left], given.grid, given.special[left], torch.tensor(left), modality="video"
+    part = Tokens(
+        given.features[left], given.grids, [1], [len(left)], ["video"], torch.tensor(left)
     )
-    kept = make_reducer("vcast").reduce(part, 20).keep
+    kept = matrix.kept(make_reducer("vcast"), part, 20).rows
     frames = [sum(a <= left[i] < a + 12 for i in kept.tolist()) for a in (0, 12, 24, 36)]
     assert frames[1] == 0 and frames[2] == 3 and sum(frames) == 20
 
@@ -122,21 +109,21 @@ def covering(cover: list[list[float]], weight: list[float], k: int) -> list[int]
 
 @pytest.mark.parametrize(("grid", "saliency"), [(GRIDS[0], "tower"), (GRIDS[1], "none")])
 def test_scope(grid: tuple[int, int, int], saliency: str) -> None:
-    given = matrix.tokens(grid, special=2)
-    places, x = patches_of(given)
-    saliencies = given.tower[TOWER_ATTENTION][places].tolist()
+    given = matrix.tokens(grid)
+    x = given.features.double().tolist()
+    saliencies = given.tower[TOWER_ATTENTION].tolist()
     weight = saliencies if saliency == "tower" else [1.0] * len(x)
     chosen = covering([[cosine(a, b) for b in x] for a in x], weight, 9)
-    got = make_reducer("scope", saliency=saliency).reduce(given, 11).keep.tolist()
-    assert got == with_special(given, [places[i] for i in chosen])
+    got = matrix.kept(make_reducer("scope", saliency=saliency), given, 9).rows.tolist()
+    assert got == sorted(chosen)
 
 
 @pytest.mark.parametrize(("grid", "keep"), [(GRIDS[0], 20), (GRIDS[1], 2), (GRIDS[2], 9)])
 def test_anchorprune(grid: tuple[int, int, int], keep: int) -> None:
-    given = matrix.tokens(grid, special=2)
-    places, x = patches_of(given)
-    text = given.query.double().tolist()
-    importance = given.tower[TOWER_ATTENTION][places].tolist()
+    given = matrix.tokens(grid)
+    x = given.features.double().tolist()
+    text = given.queries[0].double().tolist()
+    importance = given.tower[TOWER_ATTENTION].tolist()
     match = [max(cosine(row, q) for q in text) for row in x]
     ranked = sorted(range(len(x)), key=lambda i: (-match[i], i))
     least = max(1, round(0.15625 * keep))
@@ -158,8 +145,8 @@ def test_anchorprune(grid: tuple[int, int, int], keep: int) -> None:
                 }
             )
         )
-    got = make_reducer("anchorprune").reduce(given, keep + 2).keep.tolist()
-    assert got == with_special(given, [places[i] for i in chosen])
+    got = matrix.kept(make_reducer("anchorprune"), given, keep).rows.tolist()
+    assert got == sorted(chosen)
 
 
 def test_the_anchor_grows_only_until_three_tokens_are_novel() -> None:
@@ -168,19 +155,18 @@ def test_the_anchor_grows_only_until_three_tokens_are_novel() -> None:
     sizes = {}
     for name, noise in (("alike", 0.01), ("unlike", 1.0)):
         x = torch.ones(64, matrix.DIM) + noise * given.features
-        tokens = VisualTokens(x, given.grid, given.special)
-        patches = Patches.of(SpanBatch.of(tokens), [32])
+        tokens = Tokens(x, given.grids, [32])
         unit = torch.nn.functional.normalize(x, dim=1)
-        relevance = (unit @ torch.nn.functional.normalize(given.query, dim=1).T).amax(1)
-        _, own = make_reducer("anchorprune")._anchors(patches, unit, relevance)
+        relevance = (unit @ torch.nn.functional.normalize(given.queries[0], dim=1).T).amax(1)
+        _, own = make_reducer("anchorprune")._anchors(tokens, unit, relevance)
         sizes[name] = int(own)
     assert sizes["alike"] == 16 and sizes["unlike"] < 16
 
 
 @pytest.mark.parametrize(("grid", "cover"), [(GRIDS[0], "both"), (GRIDS[1], "picture")])
 def test_mmtok(grid: tuple[int, int, int], cover: str) -> None:
-    given = matrix.tokens(grid, special=2)
-    places, x = patches_of(given)
+    given = matrix.tokens(grid)
+    x = given.features.double().tolist()
 
     def softmax(row: list[float], temperature: float, weight: float) -> list[float]:
         shifted = [math.exp((v - max(row)) / temperature) for v in row]
@@ -188,19 +174,19 @@ def test_mmtok(grid: tuple[int, int, int], cover: str) -> None:
 
     matrices = [softmax([cosine(a, b) for b in x], 0.2, 0.5 / len(x)) for a in x]
     if cover == "both":
-        text = given.query.double().tolist()
+        text = given.queries[0].double().tolist()
         matrices += [softmax([cosine(q, b) for b in x], 0.02, 1 / len(text)) for q in text]
     chosen = covering([[1e3 * v for v in row] for row in matrices], [1.0] * len(x), 9)
-    got = make_reducer("mmtok", cover=cover).reduce(given, 11).keep.tolist()
-    assert got == with_special(given, [places[i] for i in chosen])
+    got = matrix.kept(make_reducer("mmtok", cover=cover), given, 9).rows.tolist()
+    assert got == sorted(chosen)
 
 
 @pytest.mark.parametrize("name", ["anchorprune", "mmtok"])
 def test_no_question(name: str) -> None:
     given = matrix.tokens((1, 3, 3))
-    given.query = given.query[:0]
+    given.queries = [given.queries[0][:0]]
     with pytest.raises(ScoreError, match="Put the question after the image"):
-        make_reducer(name).reduce(given, 3)
+        matrix.kept(make_reducer(name), given, 3)
 
 
 @pytest.mark.parametrize(("frames", "share"), [(4, 0.5), (5, 0.9), (8, 0.31), (10, 0.5)])
@@ -208,39 +194,38 @@ def test_dycoke(frames: int, share: float) -> None:
     """Frame 0 of every group stays, 1 and 2 are compared with it, and 3 with 2."""
     n, keep = 12, round(share * 12 * frames)
     given = matrix.tokens((frames, 3, 4))
-    _, x = patches_of(given)
+    x = given.features.double().tolist()
     groups = range(0, frames, 4)
     compared = {f: 4 * (f // 4) if f % 4 < 3 else f - 1 for f in range(frames) if f % 4}
     rest = keep - n * len(groups)
     expected = [i for g in groups for i in range(g * n, g * n + n)]
-    counts = []
+    counts, kept = [], matrix.kept(make_reducer("dycoke"), given, keep).rows.tolist()
     for f, other in compared.items():
-        own = [i for i in make_reducer("dycoke").reduce(given, keep).keep.tolist() if i // n == f]
+        own = [i for i in kept if i // n == f]
         counts.append(len(own))
         change = sorted(range(n), key=lambda j: (cosine(x[f * n + j], x[other * n + j]), j))
         expected += [f * n + j for j in change[: len(own)]]
     if rest >= 0:
         assert max(counts) - min(counts) <= 1 and sum(counts) == rest
-        kept = make_reducer("dycoke").reduce(given, keep).keep.tolist()
         assert kept == sorted(expected)
 
 
 def test_dycoke_beyond_its_rule() -> None:
     """Only first frames of groups, evenly spaced; images too; tables mark the ratio."""
     reducer = make_reducer("dycoke")
-    kept = reducer.reduce(matrix.tokens((8, 3, 4)), 6).keep.tolist()
+    kept = matrix.kept(reducer, matrix.tokens((8, 3, 4)), 6).rows.tolist()
     assert kept == [2, 6, 10, 48 + 2, 48 + 6, 48 + 10]
-    assert reducer.reduce(matrix.tokens((1, 3, 4)), 3).keep.tolist() == [2, 6, 10]
+    assert matrix.kept(reducer, matrix.tokens((1, 3, 4)), 3).rows.tolist() == [2, 6, 10]
     assert reducer.deviation(0.8, 28) and not reducer.deviation(0.75, 28)
 
 
 @pytest.mark.parametrize("keep", [29, 15, 7, 1])
 def test_fusion(keep: int) -> None:
     """Runs of similar neighbours, round by round; rows that stand for several tokens weigh more."""
-    given = matrix.tokens((30, 1, 1), special=2)
-    given.modality, given.sizes = "audio", 1.0 + torch.arange(32.0) % 3
-    places, x = patches_of(given)
-    runs = [(p, v, float(given.sizes[p])) for p, v in zip(places, x, strict=True)]
+    given = matrix.tokens((30, 1, 1))
+    given.modalities, given.weights = ["audio"], 1.0 + torch.arange(30.0) % 3
+    x = given.features.double().tolist()
+    runs = [(p, v, float(given.weights[p])) for p, v in enumerate(x)]
     while len(runs) > keep:
         target = max(keep, len(runs) // 2)
         alike = {i: cosine(runs[i][1], runs[i + 1][1]) for i in range(len(runs) - 1)}
@@ -256,12 +241,11 @@ def test_fusion(keep: int) -> None:
             size = sum(s for *_, s in group)
             mean = [sum(s * v[c] for _, v, s in group) / size for c in range(matrix.DIM)]
             runs.append((group[0][0], mean, size))
-    got = make_reducer("fusion").reduce(given, keep + 2)
-    assert got.keep.tolist() == with_special(given, [p for p, *_ in runs])
-    stay = ~given.special[got.keep]
+    got = matrix.kept(make_reducer("fusion"), given, keep)
+    assert got.rows.tolist() == [p for p, *_ in runs]
     means = torch.tensor([mean for _, mean, _ in runs])
-    torch.testing.assert_close(got.merged[stay], means, atol=1e-5, rtol=0)
-    assert got.sizes[stay].tolist() == [s for *_, s in runs]
+    torch.testing.assert_close(got.features, means, atol=1e-5, rtol=0)
+    assert got.weights.tolist() == [s for *_, s in runs]
 
 
 @pytest.mark.parametrize(
@@ -270,14 +254,14 @@ def test_fusion(keep: int) -> None:
 )
 def test_dart(grid: tuple[int, int, int], keep: int, texts: int) -> None:
     """Pivots by the length of their keys, visual ones first; each adds what is least like it."""
-    given = matrix.tokens(grid, special=2)
-    given.query, given.query_scores = given.query[:texts], given.query_scores[:texts]
-    places, _ = patches_of(given)
-    x = given.norm(given.features[places]).double().tolist()
-    lengths = given.scores[places].tolist()
+    given = matrix.tokens(grid)
+    given.queries = [given.queries[0][:texts]]
+    given.query_scores = [given.query_scores[0][:texts]]
+    x = given.norm(given.features).double().tolist()
+    lengths = given.scores.tolist()
     chosen = sorted(range(len(x)), key=lambda i: (-lengths[i], i))[: min(4, keep)]
-    own = given.query_scores.tolist()
-    text = given.norm(given.query).double().tolist()
+    own = given.query_scores[0].tolist()
+    text = given.norm(given.queries[0]).double().tolist()
     pivots = [x[i] for i in chosen]
     pivots += [text[m] for m in sorted(range(texts), key=lambda m: (-own[m], m))[:4]]
     share = math.ceil((keep - len(chosen)) / len(pivots))
@@ -285,5 +269,5 @@ def test_dart(grid: tuple[int, int, int], keep: int, texts: int) -> None:
         rest = [i for i in range(len(x)) if i not in chosen]
         rest.sort(key=lambda i: (cosine(pivot, x[i]), i))
         chosen += rest[: min(share, keep - len(chosen))]
-    got = make_reducer("dart").reduce(given, keep + 2).keep.tolist()
-    assert got == with_special(given, [places[i] for i in chosen])
+    got = matrix.kept(make_reducer("dart"), given, keep).rows.tolist()
+    assert got == sorted(chosen)

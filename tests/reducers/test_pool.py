@@ -24,30 +24,27 @@ def half_up(values: range) -> int:
     return math.floor(sum(values) / len(values) + 0.5)
 
 
-@pytest.mark.parametrize("special", [0, 2])
 @pytest.mark.parametrize(
     ("position", "place"), [("mean", half_up), ("first", min), (None, half_up)]
 )
-def test_image(special: int, position: str | None, place: Callable[[range], int]) -> None:
+def test_image(position: str | None, place: Callable[[range], int]) -> None:
     """Every token is the mean of its cell; it stands at its rounded mean place, or its first."""
     h, w = 6, 8
-    given = matrix.tokens((1, h, w), special)
-    places = [i for i in range(len(given)) if not given.special[i]]
-    x = given.features[places].view(h, w, -1)
+    given = matrix.tokens((1, h, w))
+    x = given.features.view(h, w, -1)
     for keep in (1, 2, 4, 6, 7, 12, 13, 16, 31):
-        got = make_reducer("pool", position=position).reduce(given, keep + special)
+        got = matrix.kept(make_reducer("pool", position=position), given, keep)
         widths = line_widths(keep, h, w)
         at = []
         for i, n in enumerate(widths):
             rows = span(i, len(widths), h)
             for j in range(n):
                 columns = span(j, n, w)
-                at.append(places[place(rows) * w + place(columns)])
+                at.append(place(rows) * w + place(columns))
                 cell = torch.stack([x[r, c] for r in rows for c in columns]).mean(0)
-                mine = got.keep.tolist().index(at[-1])
-                assert (got.merged[mine] - cell).abs().max() < 1e-5
-        patches = [k for k in got.keep.tolist() if not given.special[k]]
-        assert patches == at == sorted(set(at))
+                mine = got.rows.tolist().index(at[-1])
+                assert (got.features[mine] - cell).abs().max() < 1e-5
+        assert got.rows.tolist() == at == sorted(set(at))
 
 
 def nearest(frames: int, budget: int, square: float) -> int:
@@ -117,8 +114,8 @@ def test_video_frames_do_not_mix_and_whole_ones_stay_to_the_bit() -> None:
     given = matrix.tokens((4, 4, 4))
     frame = torch.arange(4).repeat_interleave(16)[:, None]
     given.features[:, :1] = frame.float()
-    got = make_reducer("pool").reduce(given, 28)
-    assert torch.equal(got.merged[:, 0], (got.keep // 16).float())
-    assert got.sizes.sum() == pytest.approx(64)
-    assert got.keep[:16].tolist() == list(range(16))
-    assert torch.equal(got.merged[:16], given.features[:16])
+    got = matrix.kept(make_reducer("pool"), given, 28)
+    assert torch.equal(got.features[:, 0], (got.rows // 16).float())
+    assert got.weights.sum() == pytest.approx(64)
+    assert got.rows[:16].tolist() == list(range(16))
+    assert torch.equal(got.features[:16], given.features[:16])

@@ -11,19 +11,12 @@ import torch
 from support import matrix
 from support.max_min import k_center
 
-from tokencomp import VisualTokens, make_reducer
+from tokencomp import Tokens, make_reducer
 from tokencomp.errors import ScoreError
-from tokencomp.plan.reducer import reduced
-from tokencomp.reducers import Patches, ScoreReducer
+from tokencomp.reducers import ScoreReducer
 from tokencomp.tokens.signals import Attention
 
 GRIDS = [(1, 5, 6), (4, 3, 4), (6, 2, 3)]
-
-
-def rows_of(tokens: VisualTokens) -> tuple[list[int], list[list[float]]]:
-    """Places of the patches, and their features in double precision."""
-    places = [i for i in range(len(tokens)) if not tokens.special[i]]
-    return places, tokens.features[places].double().tolist()
 
 
 def cosine(a: list[float], b: list[float]) -> float:
@@ -52,11 +45,11 @@ def farthest_first(
 @pytest.mark.parametrize(("grid", "keep"), [(GRIDS[0], 1), (GRIDS[1], 20), (GRIDS[2], 9)])
 def test_divprune(grid: tuple[int, int, int], keep: int) -> None:
     given = matrix.tokens(grid)
-    _, x = rows_of(given)
+    x = given.features.double().tolist()
     n = len(x)
     near = [max(cosine(x[i], x[j]) for j in range(n) if j != i) for i in range(n)]
     expected = farthest_first(x, near.index(min(near)), [1.0] * n, keep)
-    assert make_reducer("divprune").reduce(given, keep).keep.tolist() == expected
+    assert matrix.kept(make_reducer("divprune"), given, keep).rows.tolist() == expected
 
 
 @pytest.mark.parametrize(
@@ -68,14 +61,13 @@ def test_divprune(grid: tuple[int, int, int], keep: int) -> None:
     ],
 )
 def test_condiv(grid: tuple[int, int, int], power: float, margin: float) -> None:
-    given = matrix.tokens(grid, special=2)
-    places, x = rows_of(given)
-    scores = [float(given.scores[p]) for p in places]
+    given = matrix.tokens(grid)
+    x = given.features.double().tolist()
+    scores = given.scores.tolist()
     weights = [max(s / max(scores), 1e-3) ** power for s in scores]
     chosen = farthest_first(x, weights.index(max(weights)), weights, 7, margin)
-    expected = sorted([places[i] for i in chosen] + given.special.nonzero()[:, 0].tolist())
     got = make_reducer("condiv", power=power, margin=margin)
-    assert got.reduce(given, 9).keep.tolist() == expected
+    assert matrix.kept(got, given, 7).rows.tolist() == chosen
 
 
 def test_the_margin_keeps_like_things_before_the_background() -> None:
@@ -88,7 +80,7 @@ def test_the_margin_keeps_like_things_before_the_background() -> None:
     given.features, given.scores = x, torch.full((16,), 0.05)
     given.scores[things] = 1.0
     reducers = {margin: make_reducer("condiv", power=1.0, margin=margin) for margin in (0.0, 0.1)}
-    kept = {margin: one.reduce(given, 4).keep.tolist() for margin, one in reducers.items()}
+    kept = {margin: matrix.kept(one, given, 4).rows.tolist() for margin, one in reducers.items()}
     assert set(things) <= set(kept[0.1]) and len(set(things) & set(kept[0.0])) == 1
 
 
@@ -97,23 +89,17 @@ def test_the_default_chooses_by_the_kind_of_media() -> None:
     (signal,) = make_reducer("auto").needs
     assert signal == Attention("text", modalities=frozenset({"video"}))
     spans = [
-        dataclasses.replace(matrix.tokens((t, 4, 4), special=1, seed=seed), modality=kind)
+        dataclasses.replace(matrix.tokens((t, 4, 4), seed=seed), modalities=[kind])
         for seed, (t, kind) in enumerate([(1, "image"), (2, "video"), (1, "audio")])
     ]
-    got = make_reducer("auto").reduce_batch(matrix.joined(spans), [9, 12, 7])
-    kept, start, expected = got.keep.tolist(), 0, []
-    for span, keep in zip(spans, (9, 12, 7), strict=True):
-        places, x = rows_of(span)
-        most = max(float(span.scores[p]) for p in places)
-        weights = [max(float(span.scores[p]) / most, 1e-3) for p in places]
-        own = farthest_first(x, weights.index(max(weights)), weights, keep - 1, 0.2)
-        if span.modality == "image":
-            own = k_center(torch.tensor(x, dtype=torch.float64), keep - 1)
-        if span.modality == "audio":
-            own = [int((i + 0.5) * len(x) / (keep - 1)) for i in range(keep - 1)]
-        special = span.special.nonzero()[:, 0].tolist()
-        expected += [start + p for p in sorted([*(places[i] for i in own), *special])]
-        start += len(span)
+    kept = matrix.kept(make_reducer("auto"), matrix.joined(spans), 8, 11, 6).rows.tolist()
+    image, video, audio = (span.features.double() for span in spans)
+    scores = spans[1].scores.tolist()
+    weights = [max(s / max(scores), 1e-3) for s in scores]
+    first = weights.index(max(weights))
+    expected = k_center(image, 8)
+    expected += [16 + i for i in farthest_first(video.tolist(), first, weights, 11, 0.2)]
+    expected += [48 + int((i + 0.5) * len(audio) / 6) for i in range(6)]
     assert kept == expected
 
 
@@ -123,10 +109,10 @@ def test_the_default_chooses_by_the_kind_of_media() -> None:
 def test_cdpruner(grid: tuple[int, int, int], relevance: str) -> None:
     """Each step adds the token with the largest determinant, computed from scratch."""
     given = matrix.tokens(grid, dim=40)
-    _, x = rows_of(given)
+    x = given.features.double().tolist()
     n = len(x)
     if relevance == "query":
-        question = given.query.double().tolist()
+        question = given.queries[0].double().tolist()
         r = [-sum(cosine(row, q) for q in question) / len(question) for row in x]
     else:
         r = given.scores.tolist()
@@ -139,36 +125,36 @@ def test_cdpruner(grid: tuple[int, int, int], relevance: str) -> None:
         sets = [[*chosen, i] for i in rest]
         gains = [round(np.linalg.det(kernel[np.ix_(s, s)]), 12) for s in sets]
         chosen.append(rest[int(np.argmax(gains))])
-    got = make_reducer("cdpruner", relevance=relevance).reduce(given, 9)
-    assert got.keep.tolist() == sorted(chosen)
+    got = matrix.kept(make_reducer("cdpruner", relevance=relevance), given, 9)
+    assert got.rows.tolist() == sorted(chosen)
 
 
 def test_cdpruner_beyond_the_rank() -> None:
     """With d features no more than d tokens are independent; the most relevant others follow."""
     given = matrix.tokens((1, 5, 6), dim=4)
     reducer = make_reducer("cdpruner", relevance="attention")
-    first = reducer.reduce(given, 4).keep.tolist()
+    first = matrix.kept(reducer, given, 4).rows.tolist()
     rest = sorted(set(range(30)) - set(first), key=lambda i: -float(given.scores[i]))
-    assert reducer.reduce(given, 9).keep.tolist() == sorted(first + rest[:5])
+    assert matrix.kept(reducer, given, 9).rows.tolist() == sorted(first + rest[:5])
 
 
 def test_cdpruner_without_a_question() -> None:
     given = matrix.tokens((1, 3, 3))
-    given.query = given.query[:0]
+    given.queries = [given.queries[0][:0]]
     with pytest.raises(ScoreError, match="or use divprune"):
-        make_reducer("cdpruner").reduce(given, 3)
+        matrix.kept(make_reducer("cdpruner"), given, 3)
 
 
 def test_evs() -> None:
     """The first frame, as far as half of the budget goes, then the largest changes of all."""
     given = matrix.tokens((4, 3, 4))
-    _, x = rows_of(given)
+    x = given.features.double().tolist()
     change = sorted(range(12, 48), key=lambda i: (cosine(x[i], x[i - 12]), i))
     for keep in (7, 12, 13, 20, 40):
         first, later = ([1, 4, 7, 10], 3) if keep == 7 else ([*range(12)], keep - 12)
-        kept = make_reducer("evs").reduce(given, keep).keep.tolist()
+        kept = matrix.kept(make_reducer("evs"), given, keep).rows.tolist()
         assert kept == sorted([*first, *change[:later]])
-    image = make_reducer("evs").reduce(matrix.tokens((1, 3, 4)), 3).keep
+    image = matrix.kept(make_reducer("evs"), matrix.tokens((1, 3, 4)), 3).rows
     assert image.tolist() == [2, 6, 10]
 
 
@@ -176,7 +162,7 @@ def test_evs() -> None:
 def test_vidcom2(keep: int, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
     t, n, d = 4, 12, 12
     given = matrix.tokens((t, 3, 4), dim=d)
-    _, x = rows_of(given)
+    x = given.features.double().tolist()
     spread = [np.var([row[c] for row in x]) for c in range(d)]
     quiet = sorted(range(d), key=lambda c: spread[c])[: d // 2]
     x = [[row[c] for c in quiet] for row in x]
@@ -204,7 +190,7 @@ def test_vidcom2(keep: int, temperature: float, monkeypatch: pytest.MonkeyPatch)
         order = sorted(range(f * n, f * n + n), key=lambda i: (video[i] + local[i], i))
         expected += order[: quota[f]]
     monkeypatch.setattr("tokencomp.reducers.vidcom2.TEMPERATURE", temperature)
-    assert make_reducer("vidcom2").reduce(given, keep).keep.tolist() == sorted(expected)
+    assert matrix.kept(make_reducer("vidcom2"), given, keep).rows.tolist() == sorted(expected)
 
 
 def test_presets_are_prune() -> None:
@@ -225,24 +211,24 @@ def test_presets_are_prune() -> None:
 
 
 def test_a_score_is_a_whole_reducer() -> None:
-    """The best patches of every span stay; of equal ones the lower, and special tokens always."""
+    """The best patches of every span stay; of equal ones the lower."""
 
     class Rounded(ScoreReducer):
         name = "rounded"
 
-        def scores(self, patches: Patches) -> torch.Tensor:
-            return patches.features[:, 0].round()
+        def scores(self, tokens: Tokens) -> torch.Tensor:
+            assert len(tokens) == 1
+            return tokens.features[:, 0].round()
 
-    spans = [matrix.tokens((1, 4, 5), 3), matrix.tokens((3, 2, 3), seed=1)]
-    batch, keeps = matrix.joined(spans), [10, 6]
-    got = reduced(Rounded(), batch, keeps).keep.tolist()
+    spans = [matrix.tokens((1, 4, 5)), matrix.tokens((3, 2, 3), seed=1)]
+    got = matrix.kept(Rounded(), matrix.joined(spans), 7, 6).rows.tolist()
     expected, start = [], 0
-    for tokens, keep in zip(spans, keeps, strict=True):
+    for tokens, keep in zip(spans, (7, 6), strict=True):
         score = tokens.features[:, 0].round().tolist()
-        order = sorted(range(len(tokens)), key=lambda i: (not tokens.special[i], -score[i], i))
+        order = sorted(range(len(score)), key=lambda i: (-score[i], i))
         expected += sorted(start + i for i in order[:keep])
-        start += len(tokens)
+        start += len(score)
     assert got == expected
     spans[0].features[3, 0] = torch.nan
     with pytest.raises(ScoreError, match="NaN or infinite"):
-        reduced(Rounded(), matrix.joined(spans[:1]), [10])
+        matrix.kept(Rounded(), spans[0], 10)

@@ -20,12 +20,13 @@ from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.registry import available_models, register_adapter
 from tokencomp.errors import NameTakenError, OptionError, PluginWarning, UnknownNameError
 from tokencomp.plan.stages import TowerStage
-from tokencomp.reducers import Patches, ScoreReducer, registry
+from tokencomp.reducers import ScoreReducer, registry
 from tokencomp.reducers.bipartite import Bipartite
 from tokencomp.reducers.compose import Compose
 from tokencomp.reducers.published import Published
 from tokencomp.reducers.uniform import Uniform
 from tokencomp.serving.servable import check_name, serving_safe
+from tokencomp.tokens.tokens import Tokens
 
 
 @pytest.fixture(autouse=True)
@@ -44,8 +45,8 @@ class UserReducer(Uniform):
 class SpanBySpan(ScoreReducer):
     """It could remember items, or read a clock: nobody but its author knows."""
 
-    def scores(self, patches: Patches) -> torch.Tensor:
-        return patches.features[:, 0]
+    def scores(self, tokens: Tokens) -> torch.Tensor:
+        return tokens.features[:, 0]
 
 
 def test_a_taken_name_is_refused() -> None:

@@ -13,7 +13,6 @@ from support.tower_loops import cosine, mean, peaks
 from tokencomp.reducers import _clusters, _segments
 from tokencomp.reducers._clusters import density_peaks
 from tokencomp.reducers._segments import segments, static_segments
-from tokencomp.tokens.patches import Patches
 
 
 @pytest.mark.parametrize("entries", [1 << 23, 2 * 24**2])
@@ -56,10 +55,10 @@ def test_segments_are_cut_where_frames_differ(least: int, threshold: float) -> N
 def test_cosines_of_frames_and_places(name: str) -> None:
     """Of spans of several sizes."""
     spans = [matrix.tokens(grid) for grid in [(4, 2, 3), (1, 2, 2), (3, 5, 4)]]
-    patches = Patches.of(matrix.joined(spans), [3, 3, 3])
-    got = getattr(_segments, name)(patches, patches.features)
+    tokens = matrix.joined(spans)
+    got = getattr(_segments, name)(tokens, tokens.features)
     for span, own in zip(spans, got, strict=True):
-        t = span.grid[0]
+        t = span.grids[0][0]
         frames = span.features.double().view(t, -1, matrix.DIM).tolist()
         steps = itertools.pairwise(frames)
         if name == "frame_cosines":

@@ -14,9 +14,8 @@ from support.families import FAMILIES, Family, text
 from support.matrix import Case
 
 import tokencomp
-from tokencomp import Plan, Reducer, Reduction, Stage, VisualTokens, make_reducer
+from tokencomp import Kept, Plan, Reducer, Stage, Tokens, make_reducer
 from tokencomp.errors import PlanError
-from tokencomp.reducers import patch_rows
 
 
 @contextlib.contextmanager
@@ -99,16 +98,14 @@ def test_merging_after_another_stage(name: str, first: str) -> None:
 
 @dataclass(frozen=True)
 class Short(Reducer):
-    """Returns fewer rows than its keep count, or fewer merged ones."""
+    """Returns fewer rows than its budget, or fewer merged ones."""
 
     rows: int = 0
     merged: int = 0
 
-    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
-        patches, _ = patch_rows(tokens, keep)
-        special = tokens.special.nonzero()[:, 0]
-        rows = torch.cat([special, patches])[: keep - self.rows].sort().values
-        return Reduction(rows, tokens.features[rows][: len(rows) - self.merged])
+    def reduce(self, tokens: Tokens) -> Kept:
+        rows = torch.arange(tokens.budgets[0] - self.rows)
+        return Kept(rows, tokens.features[rows][: len(rows) - self.merged])
 
 
 @dataclass(frozen=True)
@@ -117,15 +114,14 @@ class Wrong(Reducer):
 
     how: str = ""
 
-    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
-        first = torch.arange(keep)
+    def reduce(self, tokens: Tokens) -> Kept:
+        first = torch.arange(tokens.budgets[0])
         return {
-            "twice": Reduction(torch.zeros(keep, dtype=torch.int64)),
-            "falling": Reduction(first.flip(0)),
-            "before": Reduction(first - 1),
-            "behind": Reduction(first + len(tokens)),
-            "floats": Reduction(first.float()),
-            "special": Reduction(torch.arange(len(tokens))[~tokens.special][:keep]),
+            "twice": Kept(torch.zeros_like(first)),
+            "falling": Kept(first.flip(0)),
+            "before": Kept(first - 1),
+            "behind": Kept(first + tokens.lengths[0]),
+            "floats": Kept(first.float()),
             "nothing": None,
         }[self.how]
 
@@ -138,9 +134,8 @@ def test_wrong_rows_are_refused() -> None:
         ("twice", "not ascending"),
         ("falling", "not ascending"),
         ("before", "rows -1 … "),
-        ("behind", "rows 17 … 25 of 17"),
+        ("behind", "rows 16 … 23 of 16"),
         ("floats", "type torch.float32"),
-        ("special", "without 1 of the special tokens"),
         ("nothing", "returned a NoneType"),
     ):
         with (
@@ -156,6 +151,6 @@ def test_another_number_of_rows_is_refused(reducer: Reducer, layer: int) -> None
     model, inputs = family.build(), family.batch([[text(3), family.image(0), text(4)]])
     with (
         tokencomp.patch(model, plan=Plan((Stage(layer, 0.5, reducer),))),
-        pytest.raises(PlanError, match=r"'Short' returned 7.* rows of a span where 8 were"),
+        pytest.raises(PlanError, match=r"'Short' returned 7 (rows|features) where 8 were"),
     ):
         model(**inputs)

@@ -7,34 +7,33 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support import matrix
 from support.families import FAMILIES, text
 from torch import Tensor
 
 import tokencomp
-from tokencomp import Plan, Stage, VisualTokens, make_reducer
+from tokencomp import Plan, Stage, Tokens, make_reducer
 from tokencomp.engine.choose import compared_frames
 from tokencomp.engine.rowmap import RowMap
 from tokencomp.errors import PlanError
 from tokencomp.tokens.spans import Grid, VisualSpan
 
 
-def tokens(grid: Grid, frame: Tensor | None) -> VisualTokens:
+def tokens(grid: Grid, frame: Tensor | None) -> Tokens:
     t, h, w = grid
     features = torch.randn(t * h * w, 6)
-    special = torch.zeros(t * h * w, dtype=torch.bool)
-    return VisualTokens(features, grid, special, modality="video", frame=frame)
+    return Tokens(features, [grid], [1], modalities=["video"], frames=[frame])
 
 
-def by_loops(given: VisualTokens, keep: int) -> list[int]:
+def by_loops(given: Tokens, keep: int) -> list[int]:
     """The tokens that differ most from the same place of the frame before."""
-    _, h, w = given.grid
-    before = torch.cat([given.frame, given.features])
+    (frame,) = given.frames
+    before = torch.cat([frame, given.features])
 
     def likeness(i: int) -> float:
         return float(torch.nn.functional.cosine_similarity(given.features[i], before[i], 0))
 
-    order = sorted(range(len(given)), key=lambda i: (likeness(i), i))
-    assert given.frame.shape == (h * w, 6)
+    order = sorted(range(given.lengths[0]), key=lambda i: (likeness(i), i))
     return sorted(order[:keep])
 
 
@@ -42,15 +41,15 @@ def by_loops(given: VisualTokens, keep: int) -> list[int]:
 @pytest.mark.parametrize("keep", [1, 5, 9])
 def test_least_similar_tokens_stay(grid: Grid, keep: int) -> None:
     given = tokens(grid, torch.randn(grid[1] * grid[2], 6))
-    kept = make_reducer("timechat").reduce(given, keep).keep.tolist()
+    kept = matrix.kept(make_reducer("timechat"), given, keep).rows.tolist()
     assert kept == by_loops(given, keep)
 
 
 @pytest.mark.parametrize("keep", [2, 7, 12])
 def test_without_a_frame_before_it_is_evs(keep: int) -> None:
     given = tokens((3, 2, 3), None)
-    expected = make_reducer("evs").reduce(given, keep).keep
-    assert torch.equal(make_reducer("timechat").reduce(given, keep).keep, expected)
+    expected = matrix.kept(make_reducer("evs"), given, keep).rows
+    assert torch.equal(matrix.kept(make_reducer("timechat"), given, keep).rows, expected)
 
 
 def span(start: int, grid: Grid, item: int, **more: object) -> VisualSpan:

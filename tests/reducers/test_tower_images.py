@@ -9,8 +9,7 @@ import torch
 from support import matrix
 from support.tower_loops import Rows, best, check, cosine, kept, mean, rows_of
 
-from tokencomp import VisualTokens, make_reducer
-from tokencomp.plan.reducer import reduced
+from tokencomp import Tokens, make_reducer
 from tokencomp.reducers.hiprune import MIDDLE
 from tokencomp.tokens.signals import TOWER_ATTENTION, TOWER_KEYS
 
@@ -19,9 +18,9 @@ GRIDS = [(1, 5, 6), (4, 3, 4), (6, 2, 3)]
 
 @pytest.mark.parametrize(("grid", "keep"), [(GRIDS[0], 1), (GRIDS[1], 20), (GRIDS[2], 9)])
 def test_visionzip(grid: tuple[int, int, int], keep: int) -> None:
-    given = matrix.tokens(grid, special=1)
+    given = matrix.tokens(grid)
     x, attention = rows_of(given)
-    keys = given.tower[TOWER_KEYS][~given.special].double().mean(1).tolist()
+    keys = given.tower[TOWER_KEYS].double().mean(1).tolist()
     contextual = max(1, round(keep * 10 / 64))
     dominant = best(dict(enumerate(attention)), keep - contextual)
     rest = [i for i in range(len(x)) if i not in dominant]
@@ -33,12 +32,12 @@ def test_visionzip(grid: tuple[int, int, int], keep: int) -> None:
             members[max(targets, key=lambda j: (cosine(keys[i], keys[j]), -j))].append(i)
     rows: Rows = [(i, x[i], 1.0) for i in dominant]
     rows += [(j, mean([x[i] for i in own]), float(len(own))) for j, own in members.items()]
-    check(make_reducer("visionzip").reduce(given, keep + 1), given, rows)
+    check(matrix.kept(make_reducer("visionzip"), given, keep), rows)
 
 
 @pytest.mark.parametrize(("grid", "keep"), [(GRIDS[0], 16), (GRIDS[1], 1), (GRIDS[2], 8)])
 def test_visprune(grid: tuple[int, int, int], keep: int) -> None:
-    given = matrix.tokens(grid, special=1)
+    given = matrix.tokens(grid)
     x, attention = rows_of(given)
     order = sorted(range(len(x)), key=lambda i: (-attention[i], i))
     important, places = order[: keep // 2], order[keep // 2 :]
@@ -52,9 +51,9 @@ def test_visprune(grid: tuple[int, int, int], keep: int) -> None:
 
 @pytest.mark.parametrize(("grid", "keep"), [((1, 8, 8), 40), ((2, 6, 7), 60)])
 def test_hiprune(grid: tuple[int, int, int], keep: int) -> None:
-    given = matrix.tokens(grid, special=1)
+    given = matrix.tokens(grid)
     _, last = rows_of(given)
-    middle = given.tower[MIDDLE][~given.special].tolist()
+    middle = given.tower[MIDDLE].tolist()
     n, w = len(last), grid[2]
     chosen: set[int] = set()
     for i in best(dict(enumerate(middle)), round(keep * 0.1 / 5)):
@@ -68,8 +67,8 @@ def test_hiprune_takes_no_neighbours_from_the_next_picture() -> None:
     spans = [matrix.tokens((1, 8, 8), seed=seed) for seed in range(2)]
     for given in spans:
         given.tower[MIDDLE][59], given.tower[TOWER_ATTENTION][3] = 2.0, -1.0
-    alone = [make_reducer("hiprune").reduce(given, 26).keep for given in spans]
-    kept = reduced(make_reducer("hiprune"), matrix.joined(spans), [26, 26]).keep
+    alone = [matrix.kept(make_reducer("hiprune"), given, 26).rows for given in spans]
+    kept = matrix.kept(make_reducer("hiprune"), matrix.joined(spans), 26, 26).rows
     assert kept.tolist() == [*alone[0].tolist(), *(alone[1] + 64).tolist()]
 
 
@@ -83,19 +82,19 @@ def test_hiprune_counts_places_where_tokens_are_missing() -> None:
     """Of a picture without its cells 42 and 49, the anchor at 50 has two neighbours left."""
     given = matrix.tokens((1, 8, 8))
     left = [i for i in range(64) if i not in (42, 49)]
-    part = VisualTokens(
-        given.features[left], given.grid, given.special[left], index=torch.tensor(left),
+    part = Tokens(
+        given.features[left], given.grids, [1], [62], index=torch.tensor(left),
         tower={signal: torch.zeros(62) for signal in (MIDDLE, TOWER_ATTENTION)},
     )  # fmt: skip
     part.tower[MIDDLE][left.index(50)] = 1.0
-    rows = make_reducer("hiprune").reduce(part, 30).keep.tolist()
+    rows = matrix.kept(make_reducer("hiprune"), part, 30).rows.tolist()
     assert [left[i] for i in rows] == [*range(27), 50, 51, 58]
 
 
 @pytest.mark.parametrize(("grid", "keep"), [(GRIDS[0], 20), (GRIDS[1], 1), (GRIDS[2], 9)])
 def test_holov(grid: tuple[int, int, int], keep: int) -> None:
     """With the variance of the paper, which has no effect on the budgets of crops."""
-    given = matrix.tokens(grid, special=1)
+    given = matrix.tokens(grid)
     x, attention = rows_of(given)
     n = len(x)
     crops = min(n, max(1, math.floor(1024 / 576 * n / keep)))

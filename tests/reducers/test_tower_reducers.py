@@ -7,25 +7,22 @@ import math
 
 import pytest
 import torch
-from support import tower
+from support import matrix, tower
 from support.families import FAMILIES, text
 from support.max_min import k_center, rms
 from torch import Tensor
 from transformers import Qwen2VLVideoProcessor
 
 import tokencomp
-from tokencomp import Plan, TowerStage, VisualTokens, make_reducer
+from tokencomp import Plan, Tokens, TowerStage, make_reducer
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.adapters.towers.base import EncoderCall
 
 
 def span(
     x: Tensor, grid: tuple[int, int, int], pixels: tuple[int, int, int] | None = None
-) -> VisualTokens:
-    special = torch.zeros(len(x), dtype=torch.bool)
-    return VisualTokens(
-        x, grid, special, modality="video" if grid[0] > 1 else "image", pixels=pixels
-    )
+) -> Tokens:
+    return Tokens(x, [grid], [1], modalities=["video" if grid[0] > 1 else "image"], pixels=pixels)
 
 
 def naive_descriptor(
@@ -65,7 +62,7 @@ def test_kcenter_compares_averages_contrast_and_change(
     reducer = make_reducer(
         "kcenter", pool=pool, std_weight=std_weight, temporal_weight=temporal_weight
     )
-    kept = reducer.reduce(span(x.flatten(1), grid, (frames, 4, 4)), 5).keep
+    kept = matrix.kept(reducer, span(x.flatten(1), grid, (frames, 4, 4)), 5).rows
     assert kept.tolist() == k_center(
         naive_descriptor(x, grid, pool, std_weight, temporal_weight), 5
     )
@@ -78,8 +75,9 @@ def test_letters_stand_out_from_a_surface_of_their_mean_colour() -> None:
     grey[4] += strokes
     grey[7] += strokes[:, None]
     seen = span(grey.flatten(1), (1, 3, 4), (1, 4, 4))
-    assert {4, 7}.isdisjoint(make_reducer("kcenter", std_weight=0).reduce(seen, 3).keep.tolist())
-    assert make_reducer("kcenter").reduce(seen, 1).keep.tolist() in ([4], [7])
+    averages = make_reducer("kcenter", std_weight=0)
+    assert {4, 7}.isdisjoint(matrix.kept(averages, seen, 3).rows.tolist())
+    assert matrix.kept(make_reducer("kcenter"), seen, 1).rows.tolist() in ([4], [7])
 
 
 def test_a_thing_that_blinks_stays_in_every_step() -> None:
@@ -90,8 +88,8 @@ def test_a_thing_that_blinks_stays_in_every_step() -> None:
         x[step, 1, :, 1] = 1.0
     seen = span(x.flatten(0, 1).flatten(1), (5, 2, 2), (2, 4, 4))
     flashes = {1, 9, 13}
-    assert flashes <= set(make_reducer("kcenter").reduce(seen, 4).keep.tolist())
-    once = set(make_reducer("kcenter", temporal_weight=0).reduce(seen, 4).keep.tolist())
+    assert flashes <= set(matrix.kept(make_reducer("kcenter"), seen, 4).rows.tolist())
+    once = set(matrix.kept(make_reducer("kcenter", temporal_weight=0), seen, 4).rows.tolist())
     assert len(flashes & once) == 1
 
 
@@ -99,8 +97,9 @@ def test_what_does_not_change_needs_no_second_step() -> None:
     """A still video: as many cells as it has places are those of one step's looks."""
     torch.manual_seed(8)
     x = torch.randn(1, 6, 3, 1, 4, 4).repeat(4, 1, 1, 2, 1, 1)
-    kept = make_reducer("kcenter").reduce(span(x.flatten(0, 1).flatten(1), (4, 2, 3), (2, 4, 4)), 6)
-    assert sorted(int(i) % 6 for i in kept.keep) == list(range(6))
+    seen = span(x.flatten(0, 1).flatten(1), (4, 2, 3), (2, 4, 4))
+    kept = matrix.kept(make_reducer("kcenter"), seen, 6)
+    assert sorted(int(i) % 6 for i in kept.rows) == list(range(6))
 
 
 def test_patches_of_the_qwen_processor_hold_frames_side_by_side() -> None:
@@ -125,8 +124,9 @@ def test_copies_leave_first() -> None:
     torch.manual_seed(2)
     which = torch.cat([torch.arange(11), torch.randint(11, (29,))])[torch.randperm(40)]
     x = torch.randn(11, 48)[which]
+    seen = span(x, (1, 5, 8), (1, 4, 4))
     for keep in (11, 20, 39):
-        kept = make_reducer("kcenter", pool=1).reduce(span(x, (1, 5, 8), (1, 4, 4)), keep).keep
+        kept = matrix.kept(make_reducer("kcenter", pool=1), seen, keep).rows
         assert len(kept) == keep and set(which[kept].tolist()) == set(range(11))
 
 
@@ -149,7 +149,7 @@ def test_runlength_keeps_what_changed() -> None:
     frames[3, 4] -= 2.0  # a flash
     frames += 0.01 * torch.arange(5)[:, None, None]  # it becomes brighter, slowly
     reducer = make_reducer("runlength")
-    kept = reducer.reduce(span(frames.flatten(0, 1), (5, 2, 3)), 8).keep
+    kept = matrix.kept(reducer, span(frames.flatten(0, 1), (5, 2, 3)), 8).rows
     first, later = kept[kept < places], kept[kept >= places]
     assert first.tolist() == k_center(frames[0], 4) and len(later) == 4
     own = {(int(i) // places, int(i) % places) for i in later}
@@ -164,7 +164,7 @@ def test_runlength_keeps_what_changed() -> None:
 def test_a_small_budget_is_not_all_first_frame() -> None:
     torch.manual_seed(4)
     frames = torch.randn(4, 9, 5)
-    kept = make_reducer("runlength").reduce(span(frames.flatten(0, 1), (4, 3, 3)), 9).keep
+    kept = matrix.kept(make_reducer("runlength"), span(frames.flatten(0, 1), (4, 3, 3)), 9).rows
     assert int((kept < 9).sum()) == 4
 
 
@@ -181,7 +181,7 @@ def test_reducers_at_later_blocks_see_mean_hidden_states(name: str, options: dic
         model(**inputs)
     means = states[0].view(16, 4, -1).mean(1).float()  # four neighbouring patches are one token
     reducer = make_reducer(name, **options)
-    expected = reducer.reduce(span(means, (1, 4, 4)), 7).keep.tolist()
+    expected = matrix.kept(reducer, span(means, (1, 4, 4)), 7).rows.tolist()
     with tokencomp.patch(model, plan=Plan((), TowerStage(1, 7 / 16, reducer))) as handle:
         with torch.no_grad():
             assert model(**inputs).logits.isfinite().all()

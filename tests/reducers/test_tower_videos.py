@@ -25,8 +25,7 @@ from support.tower_loops import (
     rows_of,
 )
 
-from tokencomp import make_reducer
-from tokencomp.plan.reducer import reduced
+from tokencomp import Kept, make_reducer
 from tokencomp.reducers._segments import segments, static_segments
 
 CLIPS = [(1, 4, 5), (4, 3, 4), (9, 2, 3), (12, 3, 3)]
@@ -82,7 +81,7 @@ def test_fastvid(grid: tuple[int, int, int], least: int, share: float) -> None:
                     weight = max(1 / (len(near) + 1), 0.6)
                     value = mix(weight, x[c], mean([x[i] for i in near]))
                 rows.append((c, value, max(1.0, len(near) / len(used))))
-    check(make_reducer("fastvid", least=least).reduce(given, keep + 2), given, rows)
+    check(matrix.kept(make_reducer("fastvid", least=least), given, keep), rows)
 
 
 def still(x: list[Vector], n: int, keep: int) -> list[tuple[list[int], list[int]]]:
@@ -137,7 +136,7 @@ def test_holitom(grid: tuple[int, int, int], share: float) -> None:
         rows += [(i, x[i], 1.0) for i in chosen]
     if t > 1:
         assert any(len(frames) > 1 and places for frames, places in windows)
-    check(make_reducer("holitom").reduce(given, keep + 2), given, rows)
+    check(matrix.kept(make_reducer("holitom"), given, keep), rows)
 
 
 def turned(row: Vector, at: tuple[int, int, int]) -> Vector:
@@ -217,8 +216,8 @@ def test_tango(grid: tuple[int, int, int], share: float, context: float) -> None
                 centre = mean([x[i] for i in left[c]])
                 value = mix(max(0.6, 1 / len(inside)), centre, mean(values))
                 rows.append((left[c][0], value, sum(map(len, inside))))
-    got = make_reducer("tango", context=context).reduce(given, keep + 2)
-    check(got, given, [(place, value, float(size)) for place, value, size in rows])
+    got = matrix.kept(make_reducer("tango", context=context), given, keep)
+    check(got, [(place, value, float(size)) for place, value, size in rows])
 
 
 @pytest.mark.parametrize(
@@ -287,7 +286,7 @@ def test_flashvid(grid: tuple[int, int, int], least: int, event: bool, share: fl
                 every = [j for i in inside for j in members[i]]
                 rows.append((own[c], mean([x[j] for j in every]), float(len(every))))
     reducer = make_reducer("flashvid", least=least, event=event)
-    check(reducer.reduce(given, keep + 2), given, rows)
+    check(matrix.kept(reducer, given, keep), rows)
 
 
 @pytest.mark.parametrize("keep", [3, 9])
@@ -295,22 +294,20 @@ def test_holitom_where_nothing_moves(keep: int) -> None:
     """Of equal frames every place is one mean, or as few copies as fill the budget stay."""
     given = matrix.tokens((3, 2, 3))
     given.features[:] = given.features[:6].repeat(3, 1)
-    reduction = make_reducer("holitom").reduce(given, keep)
-    assert len(reduction.keep) == keep and reduction.sizes.sum() == 18
-    assert keep == 9 or reduction.keep.max() < 6
+    reduction = matrix.kept(make_reducer("holitom"), given, keep)
+    assert len(reduction.rows) == keep and reduction.weights.sum() == 18
+    assert keep == 9 or reduction.rows.max() < 6
 
 
 @pytest.mark.parametrize("name", ["fastvid", "flashvid", "holitom", "tango"])
 def test_clips_of_a_batch_do_not_meet(name: str, share: float = 0.3) -> None:
     """Of several lengths and sizes, which segments and trees must not leave; each is as alone."""
     reducer = make_reducer(name, **({"least": 1} if name in ("fastvid", "flashvid") else {}))
-    grids = [*CLIPS, (9, 2, 3)]
-    spans = [clip(grid, special) for grid, special in zip(grids, (0, 2, 1, 0, 3), strict=True)]
-    keeps = [int(t.special.sum()) + round(share * math.prod(t.grid)) for t in spans]
-    batch = matrix.joined(spans)
-    parts = reduced(reducer, batch, keeps).split(batch, keeps)
-    for tokens, keep, part in zip(spans, keeps, parts, strict=True):
-        alone = reducer.reduce(tokens, keep)
-        assert part.keep.tolist() == alone.keep.tolist()
-        torch.testing.assert_close(part.merged, alone.merged, atol=1e-6, rtol=1e-6)
-        torch.testing.assert_close(part.sizes, alone.sizes)
+    spans = [clip(grid) for grid in [*CLIPS, (9, 2, 3)]]
+    budgets = [round(share * length) for t in spans for length in t.lengths]
+    together = matrix.kept(reducer, matrix.joined(spans), *budgets)
+    parts = [matrix.kept(reducer, t, k) for t, k in zip(spans, budgets, strict=True)]
+    alone = Kept.joined(parts, matrix.joined(spans, *budgets))
+    assert torch.equal(together.rows, alone.rows)
+    torch.testing.assert_close(together.features, alone.features, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(together.weights, alone.weights)

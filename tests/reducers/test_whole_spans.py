@@ -10,7 +10,7 @@ import torch
 from support import matrix
 from support.matrix import Case
 
-from tokencomp import Plan, Reducer, Stage, make_reducer
+from tokencomp import Kept, Plan, Reducer, Stage, Tokens, make_reducer
 from tokencomp.errors import PlanError
 
 
@@ -21,19 +21,23 @@ class Corners(Reducer):
     name = "corners"
     grid = "whole"
 
-    def reduce(self, tokens, keep):
+    def reduce(self, tokens: Tokens) -> Kept:
         raise NotImplementedError
 
 
 def refuses_part(case: Case) -> bool:
     """Whether the reducer's own step refuses a span that has lost four of its 24 tokens."""
     whole = matrix.tokens((2, 3, 4))
-    per_token = ("features", "special", "scores", "sizes")
-    left = {n: v[:20] for n in per_token if (v := getattr(whole, n)) is not None}
-    left["tower"] = {signal: v[:20] for signal, v in whole.tower.items()}
-    part = dataclasses.replace(whole, index=torch.arange(20), **left)
+    part = dataclasses.replace(
+        whole,
+        features=whole.features[:20],
+        scores=whole.scores[:20],
+        tower={signal: values[:20] for signal, values in whole.tower.items()},
+        lengths=[20],
+        index=torch.arange(20),
+    )
     try:
-        matrix.reduce(case, part, matrix.row(case[0]).keep(6, part))
+        matrix.reduce(case, part, matrix.row(case[0]).keep(6))
     except PlanError:
         return True
     return False

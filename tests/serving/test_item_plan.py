@@ -12,6 +12,7 @@ from support.serving.cases import SERVABLE
 from support.serving.selectors import selector
 
 import tokencomp
+from tokencomp import Reducer
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.adapters.towers.base import Cells
 from tokencomp.errors import OptionError, PlanError, WeightsError
@@ -21,7 +22,8 @@ from tokencomp.serving.item_plan import ItemPlan, cache_key, config_facts, item_
 from tokencomp.serving.item_rows import reduce_item, reduce_rows
 from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm.tower import kept_cells
-from tokencomp.tokens.spans import Grid, ModelFacts, VisualSpan, VisualTokens
+from tokencomp.tokens.spans import Grid, ModelFacts, VisualSpan
+from tokencomp.tokens.tokens import Tokens
 from tokencomp.trained.cards import model_card, model_facts
 
 SPANS = [((1, 5, 7), ""), ((3, 4, 4), ""), ((1, 6, 5), "rows"), ((4, 3, 3), "end"), ((1, 1, 1), "")]
@@ -57,6 +59,20 @@ def test_each_kind_of_media_has_its_ratio(name: str) -> None:
     assert torch.equal(reduce_item(whole, x)[0], x)
 
 
+def kept_of(
+    reducer: Reducer, x: torch.Tensor, grid: Grid, special: torch.Tensor, keep: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places and features of what is kept of a span, by loops over its special tokens."""
+    patches = [i for i in range(len(x)) if not special[i]]
+    budget = keep - (len(x) - len(patches))
+    done = reducer.reduce(Tokens(x[patches], [grid], [budget], modalities=["video"]))
+    found = {i: x[i] for i in range(len(x)) if special[i]}
+    for number, row in enumerate(done.rows.tolist()):
+        at = patches[row]
+        found[at] = x[at] if done.features is None else done.features[number]
+    return torch.tensor(sorted(found)), torch.stack([found[i] for i in sorted(found)])
+
+
 @pytest.mark.parametrize("name", SERVABLE)
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 0.75, 0.95])
 def test_both_backends_count_and_reduce_alike(name: str, ratio: float) -> None:
@@ -75,10 +91,9 @@ def test_both_backends_count_and_reduce_alike(name: str, ratio: float) -> None:
         assert reducer.plan(ratio, 4).counts(span, 4) == [keep]
         part = x[start : start + length]
         if keep < length:
-            done = reducer.reduce(VisualTokens(part, grid, special, modality="video"), keep)
-            want = part[done.keep] if done.merged is None else done.merged
-            assert torch.equal(rows[at : at + keep], want)
-            assert torch.equal(index[at : at + keep], done.keep + start)
+            places, merged = kept_of(reducer, part, grid, special, keep)
+            assert torch.equal(rows[at : at + keep], merged)
+            assert torch.equal(index[at : at + keep], places + start)
         else:
             assert torch.equal(rows[at : at + keep], part)
         start, at = start + length, at + keep
@@ -121,14 +136,10 @@ def test_behind_a_tower_stage_the_entry_sees_what_the_tower_left(name: str) -> N
     present = torch.randperm(60, generator=torch.Generator().manual_seed(2))[:30].sort().values
     x = torch.full((60, 8), torch.nan)
     x[present] = torch.randn(30, 8)
-    tokens = VisualTokens(
-        x[present], grid, torch.zeros(30, dtype=torch.bool), present, modality="video"
-    )
-    reducer = make_reducer(name)
-    done = reducer.reduce(tokens, 15)
+    done = make_reducer(name).reduce(Tokens(x[present], [grid], [15], [30], ["video"], present))
     rows, index = reduce_rows(plan, x, 8, lambda *_: pytest.fail("rows are finite"), present)
-    assert torch.equal(index, present[done.keep])
-    assert torch.equal(rows, x[index] if done.merged is None else done.merged)
+    assert torch.equal(index, present[done.rows])
+    assert torch.equal(rows, x[index] if done.features is None else done.features)
     reports = []
     x[present[3], 1] = torch.inf  # a feature that the tower has computed
     rows, index = reduce_rows(plan, x, 8, lambda *report: reports.append(report), present)
@@ -158,12 +169,12 @@ def test_trained_weights_are_checked_where_items_are_planned_and_read_once(tmp_p
     spec = ServerOptions.parse(asked, "vllm").default
     plan = ItemPlan.make([span_of("video", (4, 3, 3), "end")], spec, 5, facts)
     x = torch.randn(37, facts.hidden_size, generator=torch.Generator().manual_seed(3))
-    tokens = VisualTokens(x, (4, 3, 3), torch.arange(37) == 36, modality="video")
-    want = make_reducer("selector", **options | {"weights": str(file)}).reduce(tokens, plan.kept)
+    reducer = make_reducer("selector", **options | {"weights": str(file)})
+    want, _ = kept_of(reducer, x, (4, 3, 3), torch.arange(37) == 36, plan.kept)
     sent = ItemPlan.from_tensor(plan.to_tensor())
-    assert reduce_item(sent, x)[1].tolist() == want.keep.tolist()
+    assert reduce_item(sent, x)[1].tolist() == want.tolist()
     file.unlink()  # an engine ends with the first exception of a worker
-    assert reduce_item(sent, x)[1].tolist() == want.keep.tolist()
+    assert reduce_item(sent, x)[1].tolist() == want.tolist()
     for wrong in (facts, None, dataclasses.replace(facts, hidden_size=9)):
         with pytest.raises(WeightsError):
             ItemPlan.make([item_span("image", (1, 3, 3))], spec, 5, wrong)
@@ -184,9 +195,8 @@ def test_weights_that_are_trained_again_have_other_keys_and_choose_anew(tmp_path
         plan = ItemPlan.make([span], spec, 0, facts)
         kept.append(reduce_item(ItemPlan.from_tensor(plan.to_tensor()), x)[1].tolist())
         file = str(tmp_path / "selector.safetensors")
-        tokens = VisualTokens(x, span.grid, torch.zeros(36, dtype=torch.bool))
-        want = make_reducer("selector", **options | {"weights": file}).reduce(tokens, plan.kept)
-        assert kept[-1] == want.keep.tolist()
+        reducer = make_reducer("selector", **options | {"weights": file})
+        assert kept[-1] == reducer.reduce(Tokens(x, [span.grid], [plan.kept])).rows.tolist()
     assert keys[0] == keys[1] != keys[2]
     assert kept[0] == kept[1] != kept[2]
 
@@ -198,12 +208,11 @@ def test_pooled_tokens_have_the_positions_of_the_patched_model(extent: int, posi
     spec = MethodSpec(make_reducer("pool"), 0.5)
     plan = ItemPlan.make([span_of("image", grid, "rows")], spec, extent)
     x = torch.randn(len(mask), 8)
-    tokens = VisualTokens(x, grid, mask, modality="image")
-    expected = make_reducer("pool", position=position).reduce(tokens, plan.keep[0])
     rows, kept = reduce_item(plan, x)
     other = make_reducer("pool", position="mean" if extent == 0 else "first")
-    assert not torch.equal(other.reduce(tokens, plan.keep[0]).merged, rows)
-    assert torch.equal(kept, expected.keep) and torch.equal(rows, expected.merged)
+    assert not torch.equal(kept_of(other, x, grid, mask, plan.keep[0])[1], rows)
+    places, merged = kept_of(make_reducer("pool", position=position), x, grid, mask, plan.keep[0])
+    assert torch.equal(kept, places) and torch.equal(rows, merged)
 
 
 PIXELS = {"noise": 1.0, "equal": 0.0, "overflow": 1e30}

@@ -7,20 +7,21 @@ run it.
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokencomp import Reduction, VisualTokens, available_reducers, make_reducer
-from tokencomp.plan.reducer import only_plans
+from tokencomp import Kept, Reducer, Tokens, available_reducers, make_reducer
+from tokencomp.plan.reducer import only_plans, reduced
 from tokencomp.reducers.hiprune import MIDDLE
 from tokencomp.reducers.selector import INPUTS, SelectorNet
 from tokencomp.tokens.signals import TOWER_ATTENTION, TOWER_KEYS, TowerSignal
-from tokencomp.tokens.spans import SpanBatch
 from tokencomp.trained.cards import model_card, write
 from tokencomp.trained.ccam import CCAMProjector, ProjectorConfig
 
@@ -58,9 +59,9 @@ class Row:
     fixed: int | None = None
     served: bool = False
 
-    def keep(self, wanted: int, given: VisualTokens) -> int:
-        """The count to ask for where any method could leave `wanted` of `given`."""
-        return wanted if self.fixed is None else self.fixed + int(given.special.sum())
+    def keep(self, wanted: int) -> int:
+        """The budget to ask for where any method could leave `wanted`."""
+        return wanted if self.fixed is None else self.fixed
 
 
 ROWS = {
@@ -142,9 +143,14 @@ def on_model(case: Case, model: Any) -> Case:
     return case[0], {**case[1], "weights": weights}
 
 
-def reduce(case: Case, given: VisualTokens, keep: int) -> Reduction:
-    """One step of the case's reducer."""
-    return make_reducer(case[0], **case[1]).reduce(given, keep)
+def kept(reducer: Reducer, given: Tokens, *budgets: int) -> Kept:
+    """What a reducer keeps of the spans, with a budget for every one."""
+    return reduced(reducer, dataclasses.replace(given, budgets=[*budgets]))
+
+
+def reduce(case: Case, given: Tokens, *budgets: int) -> Kept:
+    """`kept` of the case's reducer."""
+    return kept(make_reducer(case[0], **case[1]), given, *budgets)
 
 
 def step_cases() -> list[Case]:
@@ -152,24 +158,20 @@ def step_cases() -> list[Case]:
     return [(n, o) for n, o in cases() if not only_plans(make_reducer(n, **o))]
 
 
-def tokens(
-    grid: tuple[int, int, int], special: int = 0, dim: int = DIM, seed: int = 0
-) -> VisualTokens:
-    """Random tokens, `special` of them spread over the span, with scores and a question."""
+def tokens(grid: tuple[int, int, int], dim: int = DIM, seed: int = 0) -> Tokens:
+    """Random patches of one span, with scores and a question, and a budget of one."""
     g = torch.Generator().manual_seed(seed)
-    n = grid[0] * grid[1] * grid[2] + special
-    mask = torch.zeros(n, dtype=torch.bool)
-    mask[[(i + 1) * n // special - 1 for i in range(special)]] = True
-    return VisualTokens(
+    n = grid[0] * grid[1] * grid[2]
+    return Tokens(
         features=torch.randn(n, dim, generator=g),
-        grid=grid,
-        special=mask,
+        grids=[grid],
+        budgets=[1],
+        modalities=["video" if grid[0] > 1 else "image"],
         scores=torch.rand(n, generator=g),
-        query=torch.randn(5, dim, generator=g),
-        query_scores=torch.rand(5, generator=g),
+        queries=[torch.randn(5, dim, generator=g)],
+        query_scores=[torch.rand(5, generator=g)],
         norm=weighted_channels,
         tower={signal: signal_of(signal, n, g) for signal in TOWER},
-        modality="video" if grid[0] > 1 else "image",
     )
 
 
@@ -184,27 +186,21 @@ def signal_of(signal: TowerSignal, n: int, g: torch.Generator) -> Tensor:
     return torch.rand(n, generator=g) if attention else torch.randn(n, 2, 3, generator=g)
 
 
-def joined(spans: list[VisualTokens]) -> SpanBatch:
-    """The spans as one batch."""
+def joined(spans: list[Tokens], *budgets: int) -> Tokens:
+    """The spans as one call, by default with the budgets that they have."""
 
-    def cat(name: str) -> Tensor | None:
+    def cat(name: str) -> Any:
         values = [getattr(t, name) for t in spans]
-        return None if any(v is None for v in values) else torch.cat(values)
+        if any(v is None for v in values):
+            return None
+        return torch.cat(values) if isinstance(values[0], Tensor) else list(chain(*values))
 
-    features, missing = cat("features"), any(t.index is not None for t in spans)
-    assert features is not None
-    return SpanBatch(
-        features=features,
-        lengths=[len(t) for t in spans],
-        grids=[t.grid for t in spans],
-        modalities=[t.modality for t in spans],
-        fixed=[int(t.special.sum()) for t in spans],
-        special=cat("special"),
-        index=torch.cat([t.offsets for t in spans]) if missing else None,
-        scores=cat("scores"),
-        sizes=cat("sizes"),
+    missing = any(t.index is not None for t in spans)
+    names = ("features", "grids", "lengths", "modalities", "scores", "weights")
+    return Tokens(
+        **{name: cat(name) for name in (*names, "queries", "query_scores")},
+        budgets=[*budgets] or cat("budgets"),
+        index=torch.cat([t.cells() for t in spans]) if missing else None,
         tower={s: torch.cat([t.tower[s] for t in spans]) for s in spans[0].tower},
-        queries=[t.query for t in spans],
-        query_scores=[t.query_scores for t in spans if t.query_scores is not None] or None,
         norm=spans[0].norm,
     )

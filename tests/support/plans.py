@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
+import torch
 from torch import Tensor
 
 from support.families import Family
-from tokencomp import Plan, Reducer, Reduction, Stage, VisualTokens, make_reducer
-from tokencomp.reducers import Patches, ScoreReducer
+from tokencomp import Kept, Plan, Reducer, Stage, Tokens, make_reducer
+from tokencomp.reducers import ScoreReducer
 from tokencomp.reducers._batch import supplied_scores, tower_signal
 from tokencomp.tokens.signals import TOWER_ATTENTION, Attention
 
@@ -23,8 +24,8 @@ class TowerTop(ScoreReducer):
 
     needs = frozenset({TOWER_ATTENTION})
 
-    def scores(self, patches: Patches) -> Tensor:
-        return tower_signal(patches, TOWER_ATTENTION, "tower top")
+    def scores(self, tokens: Tokens) -> Tensor:
+        return tower_signal(tokens, TOWER_ATTENTION, "tower top")
 
 
 @dataclass(frozen=True)
@@ -33,19 +34,16 @@ class TextTop(ScoreReducer):
 
     needs = frozenset({Attention("text")})
 
-    def scores(self, patches: Patches) -> Tensor:
-        return supplied_scores(patches, "text top")
+    def scores(self, tokens: Tokens) -> Tensor:
+        return supplied_scores(tokens, "text top")
 
 
 @dataclass(frozen=True)
 class Ragged(Reducer):
     """Keeps leading tokens; the only reducer here whose choice is trivially predictable."""
 
-    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
-        special = tokens.special.nonzero()[:, 0].tolist()
-        patches = (~tokens.special).nonzero()[:, 0].tolist()
-        rows = sorted(special + patches[: keep - len(special)])
-        return Reduction(tokens.offsets.new_tensor([0, *rows])[1:])
+    def reduce(self, tokens: Tokens) -> Kept:
+        return Kept(torch.arange(tokens.budgets[0], device=tokens.device))
 
 
 def make(name: str, layers: int) -> Plan:

@@ -8,16 +8,16 @@ import math
 import torch
 
 from support import matrix
-from tokencomp import Reduction, VisualTokens, make_reducer
+from tokencomp import Kept, Tokens, make_reducer
 from tokencomp.tokens.signals import TOWER_ATTENTION
 
 Vector = list[float]
 Rows = list[tuple[int, Vector, float]]  # place, value, size
 
 
-def clip(grid: tuple[int, int, int], special: int = 2) -> VisualTokens:
+def clip(grid: tuple[int, int, int]) -> Tokens:
     """A video with cuts: between them most places repeat, and two move."""
-    given, (t, h, w) = matrix.tokens(grid, special), grid
+    given, (t, h, w) = matrix.tokens(grid), grid
     g = torch.Generator().manual_seed(5)
     frame = torch.randn(h * w, matrix.DIM, generator=g)
     frames = []
@@ -27,14 +27,13 @@ def clip(grid: tuple[int, int, int], special: int = 2) -> VisualTokens:
         moved = frame.clone()
         moved[[f % (h * w), (3 * f + 1) % (h * w)]] = torch.randn(2, matrix.DIM, generator=g)
         frames.append(moved + 0.2 * torch.randn(h * w, matrix.DIM, generator=g))
-    given.features[~given.special] = torch.cat(frames)
+    given.features = torch.cat(frames)
     return given
 
 
-def rows_of(tokens: VisualTokens) -> tuple[list[Vector], list[float]]:
+def rows_of(tokens: Tokens) -> tuple[list[Vector], list[float]]:
     """Features of the patches, and the attention that the tower's last block pays to them."""
-    patch = ~tokens.special
-    return tokens.features[patch].double().tolist(), tokens.tower[TOWER_ATTENTION][patch].tolist()
+    return tokens.features.double().tolist(), tokens.tower[TOWER_ATTENTION].tolist()
 
 
 def dot(a: Vector, b: Vector) -> float:
@@ -72,26 +71,18 @@ def evenly(total: int, sizes: list[int]) -> list[int]:
     return [b - a for a, b in itertools.pairwise(ends)]
 
 
-def check(got: Reduction, tokens: VisualTokens, rows: Rows) -> None:
-    """The patches of `got` are `rows`, at their places; special tokens stay as they are."""
+def check(got: Kept, rows: Rows) -> None:
+    """The patches of `got` are `rows`, at their places."""
     rows = sorted(rows)
-    patch = ~tokens.special[got.keep]
-    live = (~tokens.special).nonzero()[:, 0]
-    assert got.keep[patch].tolist() == live[[place for place, _, _ in rows]].tolist()
-    assert int((~patch).sum()) == int(tokens.special.sum())
+    assert got.rows.tolist() == [place for place, _, _ in rows]
     wanted = torch.tensor([value for _, value, _ in rows])
-    torch.testing.assert_close(got.merged[patch], wanted, atol=1e-5, rtol=1e-5)
-    sizes = torch.tensor([size for _, _, size in rows])
-    torch.testing.assert_close(got.sizes[patch], sizes, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got.features, wanted, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got.weights, torch.tensor([size for _, _, size in rows]))
 
 
-def kept(name: str, tokens: VisualTokens, places: list[int]) -> bool:
-    """Whether the method keeps these patches, and the special tokens."""
-    live = (~tokens.special).nonzero()[:, 0]
-    special = tokens.special.nonzero()[:, 0].tolist()
-    expected = sorted([*live[places].tolist(), *special])
-    got = make_reducer(name).reduce(tokens, len(expected)).keep.tolist()
-    return got == expected
+def kept(name: str, tokens: Tokens, places: list[int]) -> bool:
+    """Whether the method keeps these patches."""
+    return matrix.kept(make_reducer(name), tokens, len(places)).rows.tolist() == sorted(places)
 
 
 def peaks(

@@ -5,24 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tokencomp import VisualTokens, make_reducer
+from tokencomp import Tokens, make_reducer
 
 
-def tokens(
-    grid: tuple[int, int, int], special: tuple[int, ...] = (), index: list[int] | None = None
-) -> VisualTokens:
-    n = grid[0] * grid[1] * grid[2] + len(special)
-    mask = torch.zeros(n, dtype=torch.bool)
-    mask[list(special)] = True
-    if index is not None:
-        mask = mask[index]
-    return VisualTokens(
-        features=torch.zeros(len(mask), 4),
-        grid=grid,
-        special=mask,
-        index=None if index is None else torch.tensor(index),
-        modality="video",
-    )
+def kept(grid: tuple[int, int, int], keep: int, index: list[int] | None = None) -> list[int]:
+    """Rows that are kept of the patches `index` of a video, by default of all."""
+    n = grid[0] * grid[1] * grid[2] if index is None else len(index)
+    tokens = Tokens(torch.zeros(n, 4), [grid], [keep], [n], ["video"])
+    tokens.index = None if index is None else torch.tensor(index)
+    return make_reducer("adsc").reduce(tokens).rows.tolist()
 
 
 def loop_windows(live: list[int], quota: int) -> list[int]:
@@ -51,22 +42,16 @@ def test_windows_match_a_plain_loop(grid: tuple[int, int, int]) -> None:
         for frame, quota in enumerate(quotas):
             live = list(range(frame * h * w, (frame + 1) * h * w))
             expected += loop_windows(live, quota)
-        got = make_reducer("adsc").reduce(tokens(grid), keep)
-        assert got.keep.tolist() == expected
+        assert kept(grid, keep) == expected
 
 
-def test_later_stages_count_live_tokens_and_keep_special_ones() -> None:
-    grid, special = (2, 2, 4), (4, 9, 17)
-    live = [0, 2, 3, 4, 5, 7, 9, 10, 12, 14, 15, 17]  # specials stay, some patches are gone
-    frames = [[o for o in live if o not in special and (o < 9) is first] for first in (True, False)]
-    for keep in range(4, 12):
-        expected = set(special)
-        for mine, quota in zip(
-            frames, loop_quotas(keep - 3, [len(f) for f in frames]), strict=True
-        ):
-            expected |= set(loop_windows(mine, quota))
-        got = make_reducer("adsc").reduce(tokens(grid, special, live), keep)
-        assert {live[i] for i in got.keep.tolist()} == expected
+def test_later_stages_count_live_tokens() -> None:
+    live = [0, 2, 3, 4, 6, 8, 10, 12, 13]  # some patches of both frames are gone
+    frames = [[i for i in live if i < 8], [i for i in live if i >= 8]]
+    for keep in range(1, 9):
+        quotas = loop_quotas(keep, [len(f) for f in frames])
+        parts = [loop_windows(own, quota) for own, quota in zip(frames, quotas, strict=True)]
+        assert [live[i] for i in kept((2, 2, 4), keep, live)] == [*parts[0], *parts[1]]
 
 
 def test_natural_plan_is_the_published_mean() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +62,16 @@ def test_oracle_keeps_the_relevant_tokens_or_says_what_is_missing(family: Family
     model = family.build()
     inputs = family.batch([[text(4), family.video(), text(5)], [family.image(), text(3)]])
     spans = capture(model, inputs, layers=False).spans
-    relevance = [[torch.rand(s.length) for s in row] for row in spans]
+    relevance = [[torch.rand(math.prod(s.grid)) for s in row] for row in spans]
     with tokencomp.patch(model, 0.5, reducer=Oracle()) as handle:
         with truth(relevance):
             model(**inputs)
         for b, row in enumerate(spans):
             for j, span in enumerate(row):
                 kept = handle.stats.kept(b)[0][j]
-                score = relevance[b][j].masked_fill(span.special_mask(), 9.0)
-                assert set(kept) == set(score.topk(len(kept)).indices.tolist())
+                fixed = [*span.special, *span.text]
+                patches = [i for i in range(span.length) if i not in fixed]
+                best = relevance[b][j].topk(len(kept) - len(fixed)).indices.tolist()
+                assert set(kept) == {*fixed, *(patches[i] for i in best)}
         with pytest.raises(ScoreError, match="truth"):
             model(**inputs)

@@ -82,7 +82,7 @@ def test_the_card_says_what_the_network_reads(tiny: Any, tmp_path: Path) -> None
         with pytest.raises(WeightsError, match=message):
             wrong.bind(facts)
         with pytest.raises(WeightsError, match=message):
-            wrong.reduce(tokens, 4)
+            wrong.reduce(tokens)
         with pytest.raises(WeightsError, match=message):
             tokencomp.patch(model, 0.5, reducer="selector", weights=weights, input=other)
 
@@ -90,11 +90,11 @@ def test_the_card_says_what_the_network_reads(tiny: Any, tmp_path: Path) -> None
 def test_features_of_another_width_are_refused() -> None:
     reducer = make_reducer("selector", input="features")
     with pytest.raises(OptionError, match="tokencomp train selector"):
-        reducer.reduce(matrix_tokens((1, 3, 3)), 4)
+        reducer.reduce(matrix_tokens((1, 3, 3)))
     weights = small_weights("selector", 8, reads="features")
     reducer = make_reducer("selector", input="features", weights=weights)
     with pytest.raises(OptionError, match="width 12, and the network reads 8"):
-        reducer.reduce(matrix_tokens((1, 3, 3)), 4)
+        reducer.reduce(matrix_tokens((1, 3, 3)))
 
 
 def test_bad_cards_are_refused(trained: Path, tiny: Any, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ The order of the passes is in `decoder.py`. Each pass is a module: `prompt.py` (
 anything runs. Merging with weights is `weights.py`, and the stage in the vision tower `tower/`.
 
 Five data classes: `VisualSpan` (an image in the prompt), `RowMap` (which column every row holds),
-`SpanBatch` (what a reducer sees), `Reduction` (what it keeps), and `Call` (one decoder call).
+`Tokens` (what a reducer sees), `Kept` (what it keeps), and `Call` (one decoder call).
 
 Four coordinates, each with one name:
 
@@ -22,7 +22,7 @@ Four coordinates, each with one name:
     row     place in what is held: hidden states of this call, or a cache layer. `RowMap.columns` is
             the column of every row. A flat row is sample · rows + row.
     patch   visual token of a span, without its special tokens and the text between frames. Reducers
-            choose patches (`tokencomp.tokens.patches`).
+            choose patches (`tokencomp.tokens.tokens`).
     cell    the patches of the vision tower that one visual token reads (`tower/`).
 
 A padded second turn, of which sample 0 keeps two of four visual tokens (v) and sample 1 all four:

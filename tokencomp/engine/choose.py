@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,10 +25,11 @@ from tokencomp.errors import SpanError
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.reducer import reduced
 from tokencomp.plan.stages import Stage
-from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.kept import Kept
 from tokencomp.tokens.signals import FRAMES, NORM, QUERY, Attention, TowerSignal
-from tokencomp.tokens.spans import SpanBatch, VisualTokens
+from tokencomp.tokens.spans import VisualSpan
 from tokencomp.tokens.stacks import rows_of, starts_of
+from tokencomp.tokens.tokens import Tokens
 
 Chosen = list[tuple[int, int]]  # (sample, span) of the spans from which a reducer chooses
 FRAMES_SHOWN = "_tokencomp_frames"  # attribute of a KV cache
@@ -101,7 +102,7 @@ def _keep(
     call: Call,
     counts: list[list[int]],
     chosen: Chosen,
-    kept: Reduction | None,
+    kept: Kept | None,
     tensors: list[Tensor],
     dims: list[int],
 ) -> list[Tensor]:
@@ -111,16 +112,16 @@ def _keep(
     if call.scores is not None:
         call.scores.follow(before, call.map, index, device)
     tensors = take([t.to(device) for t in tensors], index, dims, call.map.mask(device))
-    if kept is not None and kept.merged is not None and flat is not None:
+    if kept is not None and kept.features is not None and flat is not None:
         # in place on the gathered rows
-        tensors[0].flatten(0, 1).index_copy_(0, flat, kept.merged.to(tensors[0]))
+        tensors[0].flatten(0, 1).index_copy_(0, flat, kept.features.to(tensors[0]))
     return tensors
 
 
 # -- the choice ---------------------------------------------------------------------------------
 
 
-def choose(call: Call, stage: Stage, x: Tensor) -> tuple[list[list[int]], Chosen, Reduction | None]:
+def choose(call: Call, stage: Stage, x: Tensor) -> tuple[list[list[int]], Chosen, Kept | None]:
     """Which tokens of every span are kept, by the reducer of a stage.
 
     Returns
@@ -153,87 +154,94 @@ def choose(call: Call, stage: Stage, x: Tensor) -> tuple[list[list[int]], Chosen
     frames = compared_frames(x, rows, call.cache) if FRAMES in stage.needs else None
     if not chosen:  # no reducer is needed where all tokens are kept, or none
         return counts, [], None
-    tokens = tokens_of(call, stage, x, chosen, scores, texts)
-    if frames is not None:
-        tokens.frames = [frames[b][j] for b, j in chosen]
-    keeps = [counts[b][j] for b, j in chosen]
-    visual = [call.counts[b][j][order] for b, j in chosen]
-    kept = reduced(stage.reducer, tokens, keeps) if all(visual) else None
-    if kept is None:
-        kept = _in_parts(rows, stage, tokens, keeps, visual, chosen)
+    # The next token is predicted from the last row of a question, so that row is never dropped.
     ends = [rows.ends_question(b, rows.spans[b][j]) for b, j in chosen]
+    visual = [call.counts[b][j][order] for b, j in chosen]
+    for (b, j), count, end in zip(chosen, visual, ends, strict=True):
+        span = rows.spans[b][j].span
+        if end and not count and span.length - 1 not in span.text:
+            counts[b][j] += 1
+            call.counts[b][j][order] = 1
+    spans = [rows.spans[b][j].span for b, j in chosen]
+    roles = [*map(_roles, spans, visual, ends)]
+    keeps = [counts[b][j] for b, j in chosen]
+    parts = tokens_of(call, stage, x, chosen, roles, keeps, scores, texts)
+    tokens = parts.tokens
+    if not tokens:
+        return counts, chosen, parts.of_all(Kept(tokens.table([])))
+    if frames is not None:
+        tokens.frames = [frames[b][j] for b, j in tokens.places]
+    kept = reduced(stage.reducer, tokens)
+    pairs = zip(roles, ends, strict=True)
+    ends = [end and role[-1] == PATCH for role, end in pairs if (role == PATCH).any()]
     if any(ends):
-        kept = _keep_ends(kept, tokens, keeps, ends)
-        for (b, j), keep in zip(chosen, keeps, strict=True):
-            counts[b][j] = keep
-            call.counts[b][j][order] = keep - len(rows.spans[b][j].span.text)
-    merging = []
+        kept = keep_last(kept, tokens, ends)
     if stage.merge:
-        merging = [
-            stage.merges(rows.spans[b][j].span.modality, call.places[b][j]) for b, j in chosen
-        ]
-    if any(merging):
-        with checked():  # targets come from tables of the host
-            kept = merge_rest(tokens, kept, keeps, merging, stage.reducer.name)
-    return counts, chosen, kept
+        modalities = zip(tokens.places, tokens.modalities, strict=True)
+        merging = [stage.merges(modality, call.places[b][j]) for (b, j), modality in modalities]
+        if any(merging):
+            with checked():  # targets come from tables of the host
+                kept = merge_rest(tokens, kept, merging, stage.reducer.name)
+    return counts, chosen, parts.of_all(kept)
 
 
-def _in_parts(
-    rows: RowMap,
-    stage: Stage,
-    batch: SpanBatch,
-    keeps: list[int],
-    visual: list[int],
-    chosen: Chosen,
-) -> Reduction:
-    """What is kept of every span, one by one: text alone where no visual token is kept."""
-    parts: list[Reduction] = []
-    for tokens, keep, count, (b, j) in zip(batch.spans(), keeps, visual, chosen, strict=True):
-        if count:
-            parts.append(reduced(stage.reducer, SpanBatch.of(tokens), [keep]))
-        else:
-            text = rows.spans[b][j].span.text_mask(tokens.features.device)
-            text = text if tokens.index is None else text[tokens.index]
-            parts.append(Reduction(text.nonzero()[:, 0]))
-    return Reduction.join(parts, batch)
-
-
-def _keep_ends(
-    kept: Reduction, batch: SpanBatch, keeps: list[int], ends: Sequence[bool]
-) -> Reduction:
-    """Keep the last token of every span that ends a question; `keeps` changes in place.
-
-    The next token is predicted from the last row of a question, so that row is never dropped.
-    """
-    parts = kept.split(batch, keeps)
-    for i, (tokens, end) in enumerate(zip(batch.spans(), ends, strict=True)):
-        if end:
-            parts[i] = keep_last(parts[i], tokens)
-            keeps[i] = parts[i].keep.numel()
-    return Reduction.join(parts, batch)
-
-
-def keep_last(kept: Reduction, tokens: VisualTokens) -> Reduction:
-    """Exchange the last kept patch for the last token of a span.
-
-    Where only text and special tokens are kept, one more token is.
-    """
-    keep, last = kept.keep, len(tokens) - 1
-    if keep.numel() and int(keep[-1]) == last:
-        return kept
-    patches = (~tokens.special[keep]).nonzero()[:, 0]
-    rest = torch.ones_like(keep, dtype=torch.bool)
-    rest[patches[-1:]] = False
-    merged, sizes = kept.merged, kept.sizes
-    if merged is not None:
-        merged = torch.cat([merged[rest], tokens.features[last:].to(merged)])
-    if sizes is not None:
-        weight = sizes.new_ones(1) if tokens.sizes is None else tokens.sizes[last:].to(sizes)
-        sizes = torch.cat([sizes[rest], weight])
-    return Reduction(torch.cat([keep[rest], keep.new_tensor([last])]), merged, sizes)
+def keep_last(kept: Kept, tokens: Tokens, ends: Sequence[bool]) -> Kept:
+    """Exchange the last kept patch for the last patch of every span that `ends` marks."""
+    spans = np.flatnonzero(ends)
+    at = tokens.table(np.cumsum(tokens.budgets)[spans] - 1)
+    last = tokens.table(np.cumsum(tokens.lengths)[spans] - 1)
+    rows, features, weights = kept.rows.to(tokens.device), kept.features, kept.weights
+    same = rows[at] == last
+    if features is not None:
+        new = torch.where(same[:, None], features[at], tokens.features[last].to(features))
+        features = features.index_copy(0, at, new)
+    if weights is not None:
+        new = torch.where(same, weights[at], tokens.all_weights()[last].to(weights))
+        weights = weights.index_copy(0, at, new)
+    return Kept(rows.index_copy(0, at, last), features, weights)
 
 
 # -- what the reducer sees ----------------------------------------------------------------------
+
+PATCH, FIXED, DROPPED = range(3)  # roles of tokens
+
+
+def _roles(span: VisualSpan, count: int, ends: bool) -> np.ndarray[Any, Any]:
+    """The role of every token of an uncompressed span, of which `count` visual ones are kept.
+
+    Special tokens and the text between frames are fixed. Where no visual token is kept, the text
+    is, and the last token of the span if a question `ends` in it.
+    """
+    if count:
+        return np.where(span.fixed_mask(), FIXED, PATCH)
+    found = np.full(span.length, DROPPED)
+    found[[*span.text, *([span.length - 1] if ends else [])]] = FIXED
+    return found
+
+
+class Parts(NamedTuple):
+    """The tokens of the spans of a choice: patches, and what is kept without a reducer.
+
+    Attributes
+    ----------
+    tokens
+        The patches, of the spans that have some.
+    features : Tensor, shape (m, d)
+        Hidden states of all tokens.
+    patches, fixed : Tensor of int64, or None
+        Rows of `features` with these roles, ascending; None: all tokens are patches.
+    """
+
+    tokens: Tokens
+    features: Tensor
+    patches: Tensor | None
+    fixed: Tensor | None
+
+    def of_all(self, kept: Kept) -> Kept:
+        """What is kept of all tokens, if `kept` is kept of the patches."""
+        if self.patches is None or self.fixed is None:
+            return kept
+        return kept.with_fixed(self.features, self.patches, self.fixed)
 
 
 def tokens_of(
@@ -241,10 +249,12 @@ def tokens_of(
     stage: Stage,
     x: Tensor,
     chosen: Chosen,
+    roles: list[np.ndarray[Any, Any]],
+    keeps: list[int],
     scores: Tensor | None,
     texts: list[list[Tensor]] | None,
-) -> SpanBatch:
-    """What the reducer of a stage sees of the spans `chosen`.
+) -> Parts:
+    """What the reducer of a stage sees of the spans `chosen`, and what it does not see.
 
     The tables that it needs are built on the host and moved to the device together.
 
@@ -252,6 +262,8 @@ def tokens_of(
     ----------
     x : Tensor, shape (B, n, d)
         Hidden states of all rows.
+    roles, keeps
+        The role of every token of every uncompressed span, and how many tokens of it are kept.
     scores : Tensor of float32, shape (kept visual tokens,), or None
         Attention scores of the tokens of all spans of all samples, one after the other.
     texts
@@ -259,7 +271,7 @@ def tokens_of(
     """
     rows, needs = call.map, stage.needs
     spans = [rows.spans[b][j] for b, j in chosen]
-    lengths, fixed = [s.count for s in spans], [len(s.span.special + s.span.text) for s in spans]
+    lengths, role = [s.count for s in spans], np.concatenate(roles)
     numbers = [
         np.arange(s.start, s.stop) + b * rows.rows for s, (b, _) in zip(spans, chosen, strict=True)
     ]
@@ -273,42 +285,59 @@ def tokens_of(
         whole = [s.span.length for s in spans]
         tables["start"] = np.repeat([s.span.start for s in spans], lengths)
         tables["before"] = np.repeat(np.cumsum(whole) - whole, lengths)
-    if any(fixed):
-        tables["special"] = np.concatenate([s.span.fixed_mask() for s in spans])
+    if role.any():
+        tables["role"] = role
+        tables["cells"] = np.concatenate([np.cumsum(own == PATCH) - 1 for own in roles])
     # Spans that keep all of their tokens have scores, but the reducer does not see them.
     if scores is not None and len(scores) > sum(lengths):
         tables["scored"] = _scored_rows(rows, chosen)
     moved = move_tables(tables, x.device)
-    index, full = None, None
+    index, full, flat = None, None, x.flatten(0, 1)
     if rows.columns is not None and missing:
         index = rows.columns.flatten().index_select(0, moved["rows"]) - moved["start"]
         full = index + moved["before"]  # number among all tokens of these spans
-    special, flat = moved.get("special"), x.flatten(0, 1)
-    if special is not None:
-        special = (special if full is None else special.index_select(0, full)).bool()
-    if scores is not None and "scored" in moved:
-        scores = scores.index_select(0, moved["scored"])
-    weights = rows.weights
-    return SpanBatch(
-        features=flat[first:stop] if adjacent else flat.index_select(0, moved["rows"]),
-        lengths=lengths,
-        grids=[s.span.grid for s in spans],
-        modalities=[s.span.modality for s in spans],
-        fixed=fixed,
-        special=special,
-        index=index,
-        scores=scores,
-        sizes=None if weights is None else weights.flatten().index_select(0, moved["rows"]),
-        queries=_of_prompts(rows, text_values(x, rows), chosen, x) if QUERY in needs else None,
-        query_scores=None if texts is None else _of_prompts(rows, texts, chosen, x),
-        norm=call.adapter.final_norm if NORM in needs else None,
-        places=chosen,
+        if "cells" in moved:
+            index = moved["cells"].index_select(0, full)
+    features = flat[first:stop] if adjacent else flat.index_select(0, moved["rows"])
+    seen = [i for i, own in enumerate(roles) if (own == PATCH).any()]
+    others = [len(spans[i].span.special + spans[i].span.text) for i in seen]
+    counts = [lengths[i] - fixed for i, fixed in zip(seen, others, strict=True)]
+    budgets = [keeps[i] - fixed for i, fixed in zip(seen, others, strict=True)]
+    patches = fixed = None
+    if "role" in moved:
+        own = moved["role"] if full is None else moved["role"].index_select(0, full)
+        # Sorting instead of `nonzero`, whose length the host would have to read.
+        by_role = own.to(torch.uint8).sort(stable=True).indices
+        stop = sum(counts) + sum(keeps) - sum(budgets)
+        patches, fixed = by_role[: sum(counts)], by_role[sum(counts) : stop]
+
+    def taken(values: Tensor, *rows: Tensor | None) -> Tensor:
+        """Rows of rows … of values."""
+        for index in (*rows, patches):
+            values = values if index is None else values.index_select(0, index)
+        return values
+
+    places = [chosen[i] for i in seen]
+    tokens = Tokens(
+        features=taken(features),
+        grids=[spans[i].span.grid for i in seen],
+        budgets=budgets,
+        lengths=counts,
+        modalities=[spans[i].span.modality for i in seen],
+        index=None if index is None else taken(index),
+        weights=None if rows.weights is None else taken(rows.weights.flatten(), moved["rows"]),
+        scores=None if scores is None else taken(scores, moved.get("scored")),
         tower={
-            signal: _tower_values(call, signal, chosen, full, x)
+            signal: taken(_tower_values(call, signal, chosen, x), full)
             for signal in needs
             if isinstance(signal, TowerSignal)
         },
+        queries=_of_prompts(rows, text_values(x, rows), places, x) if QUERY in needs else None,
+        query_scores=None if texts is None else _of_prompts(rows, texts, places, x),
+        norm=call.adapter.final_norm if NORM in needs else None,
+        places=places,
     )
+    return Parts(tokens, features, patches, fixed)
 
 
 def _scored_rows(rows: RowMap, chosen: Chosen) -> np.ndarray[Any, Any]:
@@ -318,12 +347,9 @@ def _scored_rows(rows: RowMap, chosen: Chosen) -> np.ndarray[Any, Any]:
     return rows_of(starts, [before[b] + j for b, j in chosen])
 
 
-def _tower_values(
-    call: Call, signal: TowerSignal, chosen: Chosen, full: Tensor | None, x: Tensor
-) -> Tensor:
-    """A signal of the vision tower for the tokens that are kept of the spans `chosen`."""
-    values = torch.cat([call.tower[signal][b][j] for b, j in chosen]).to(x.device)
-    return values if full is None else values.index_select(0, full)
+def _tower_values(call: Call, signal: TowerSignal, chosen: Chosen, x: Tensor) -> Tensor:
+    """A signal of the vision tower for all tokens of the uncompressed spans `chosen`."""
+    return torch.cat([call.tower[signal][b][j] for b, j in chosen]).to(x.device)
 
 
 def _of_prompts(rows: RowMap, texts: list[list[Tensor]], chosen: Chosen, x: Tensor) -> list[Tensor]:
@@ -375,7 +401,7 @@ def compared_frames(x: Tensor, rows: RowMap, cache: Any) -> list[list[Tensor | N
 
 def surviving_rows(
     x: Tensor, rows: RowMap, plan: Plan
-) -> tuple[list[list[int]], Chosen, Reduction | None]:
+) -> tuple[list[list[int]], Chosen, Kept | None]:
     """What the tower stage of `plan` has kept of every span, special tokens and text included.
 
     The embeddings x (B, n, d) are NaN where the tower computed nothing. Refused are other tokens
@@ -408,7 +434,7 @@ def surviving_rows(
             f"{missing} embeddings outside of the known images and videos are NaN. Pass all of "
             "input_ids, pixels and grids as the processor returns them."
         )
-    return counts, chosen, Reduction(torch.cat(kept_rows)) if kept_rows else None
+    return counts, chosen, Kept(torch.cat(kept_rows)) if kept_rows else None
 
 
 def _check_survivors(present: Tensor, kept: KeptSpan, plan: Plan, sample: int) -> None:

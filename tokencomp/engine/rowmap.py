@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.kept import Kept
 from tokencomp.tokens.spans import VisualSpan
 
 
@@ -192,7 +192,7 @@ class RowMap:
         return replace(self, columns=columns, real=real, starts=starts)
 
     def keep(
-        self, counts: list[list[int]], chosen: list[tuple[int, int]], kept: Reduction | None,
+        self, counts: list[list[int]], chosen: list[tuple[int, int]], kept: Kept | None,
         device: torch.device,
     ) -> tuple[RowMap, Tensor, Tensor | None]:  # fmt: skip
         """The map after a stage, and which rows it keeps.
@@ -247,14 +247,14 @@ class RowMap:
         index = moved_tables["index"]
         if kept is not None:
             flat, source = moved_tables["flat"], moved_tables["source"]
-            index.index_copy_(0, flat, source.index_select(0, kept.keep.to(device)))
+            index.index_copy_(0, flat, source.index_select(0, kept.rows.to(device)))
         index = index.view(table.shape)
         columns = index if self.columns is None else self.columns.gather(1, index)
         new = RowMap(
             rows, self.length - rows, columns, lengths=lengths, spans=after,
             prompts=[self._shrunk(b, moved, rows - lengths[b]) for b, moved in enumerate(after)],
         )  # fmt: skip
-        if self.weights is not None or (kept is not None and kept.sizes is not None):
+        if self.weights is not None or (kept is not None and kept.weights is not None):
             new.weights = self._weights_after(new, index, flat, kept)
         return new, index, flat
 
@@ -271,7 +271,7 @@ class RowMap:
         return [Prompt(moved(p.start), moved(p.stop), moved(p.question_stop)) for p in prompts]
 
     def _weights_after(
-        self, new: RowMap, index: Tensor, flat: Tensor | None, kept: Reduction | None
+        self, new: RowMap, index: Tensor, flat: Tensor | None, kept: Kept | None
     ) -> Tensor:
         """Weights of the rows of `new`; 1 at padding."""
         if self.weights is None:
@@ -279,8 +279,8 @@ class RowMap:
         else:
             weights, mask = self.weights.gather(1, index), new.mask(index.device)
             weights = weights if mask is None else weights.masked_fill(~mask, 1.0)
-        if kept is not None and kept.sizes is not None and flat is not None:
-            weights.view(-1).index_copy_(0, flat, kept.sizes.to(weights))
+        if kept is not None and kept.weights is not None and flat is not None:
+            weights.view(-1).index_copy_(0, flat, kept.weights.to(weights))
         return weights
 
     def repeated(self, device: torch.device) -> tuple[RowMap, Tensor]:

@@ -40,10 +40,8 @@ from tokencomp.errors import (
     UnsupportedModelError,
 )
 from tokencomp.plan.plan import Plan
-from tokencomp.tokens.nearest import LOST, nearest
-from tokencomp.tokens.patches import Patches
-from tokencomp.tokens.reduction import Reduction
-from tokencomp.tokens.spans import SpanBatch
+from tokencomp.tokens.kept import Kept
+from tokencomp.tokens.tokens import Tokens, nearest
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.cache_classes import QUANTIZED
 from tokencomp.torchlib.checkpointing import checkpoint_functions
@@ -53,29 +51,21 @@ from tokencomp.torchlib.views import AttributeView
 NAME = "tokencomp_proportional"
 MULTIPLE = 8  # FlashAttention requires head dimensions that are multiples of 8
 MOST_DIMS = 256  # of a head, for FlashAttention
+DROPPED = -1  # target of patches that merge into none
 
 # -- stage --------------------------------------------------------------------------------------
 
 
-def merge_rest(
-    batch: SpanBatch,
-    reduction: Reduction,
-    keeps: Sequence[int],
-    merging: Sequence[bool],
-    reducer: str,
-) -> Reduction:
-    """Merge every patch that leaves into the nearest patch of its span that stays.
+def merge_rest(tokens: Tokens, kept: Kept, merging: Sequence[bool], reducer: str) -> Kept:
+    """Merge every patch that is not kept into the nearest kept patch of its span.
 
     Near is what has a large cosine. Kept patches become means, weighted by the number of tokens
-    that patches already stand for. Special tokens and text between frames stay as they are. Where
-    no patch of a span stays, its patches are dropped.
+    that patches already stand for.
 
     Parameters
     ----------
-    reduction
-        What stays of `batch`: rows alone.
-    keeps
-        Tokens that stay of every span, special ones included.
+    kept
+        What is kept of `tokens`: rows alone.
     merging
         Of every span, whether its patches are merged. The others are dropped.
     reducer
@@ -83,23 +73,19 @@ def merge_rest(
     """
     from tokencomp.kernels import merge_rows
 
-    if reduction.merged is not None or reduction.sizes is not None:
+    if kept.features is not None or kept.weights is not None:
         raise OptionError(
-            f"merge=True: {reducer!r} returns features or sizes of its own, so there are no "
+            f"merge=True: {reducer!r} returns features or weights of its own, so there are no "
             "tokens left to merge. Leave merge out; a reducer that merges should say so "
             "(`merges = True`)."
         )
-    patches = Patches.of(batch, keeps)
-    if not any(patches.budgets):
-        return reduction
-    chosen = patches.numbers(reduction.keep)
-    x = patches.features
-    target = nearest(patches, x, chosen, patches.budgets)
+    x, rows = tokens.features, kept.rows
+    target = nearest(tokens.lengths, x, rows, tokens.budgets)
     if not all(merging):
-        target = target.where(patches.per_patch([*map(int, merging)]).bool(), LOST)
-    target = target.index_copy(0, chosen, chosen)
-    merged = merge_rows(x, target, chosen, patches.sizes())
-    return patches.replaced(chosen, merged.x, merged.sizes.float())
+        target = target.where(tokens.per_patch([*map(int, merging)]).bool(), DROPPED)
+    target = target.index_copy(0, rows, rows)
+    merged = merge_rows(x, target, rows, tokens.all_weights())
+    return Kept(rows, merged.x, merged.sizes.float())
 
 
 # -- prefill ------------------------------------------------------------------------------------

@@ -12,8 +12,8 @@ from tokencomp.evaluation.settings import RANDOM, Setting
 from tokencomp.handle import Handle
 from tokencomp.patching import apply, unpatched
 from tokencomp.reducers.random import Random
-from tokencomp.tokens.reduction import Reduction
-from tokencomp.tokens.spans import VisualTokens
+from tokencomp.tokens.kept import Kept
+from tokencomp.tokens.tokens import Tokens
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Subsets(Random):
 
     names: tuple[str, ...] = ()
 
-    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
-        sample, span = tokens.place
+    def reduce(self, tokens: Tokens) -> Kept:
+        ((sample, span),) = tokens.places
         seed = zlib.crc32(f"{self.seed}/{self.names[sample]}/{span}".encode())
-        return Random(seed).reduce(tokens, keep)
+        return Random(seed).reduce(tokens)
 
 
 def per_question(setting: Setting, names: Sequence[str]) -> Subsets | None:

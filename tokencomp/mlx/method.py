@@ -119,13 +119,13 @@ class ChosenMethod:
         import torch
 
         from tokencomp.plan.reducer import reduced
-        from tokencomp.tokens.spans import SpanBatch, VisualTokens
+        from tokencomp.tokens.tokens import Tokens
 
-        rows = torch.from_numpy(np.array(x.astype(mx.float32)))
-        special = torch.from_numpy(span.special.copy())
+        rows, special = torch.from_numpy(np.array(x.astype(mx.float32))), span.special
+        patches, fixed = (torch.from_numpy(np.flatnonzero(mask)) for mask in (~special, special))
         modality: Any = span.modality
-        batch = SpanBatch.of(VisualTokens(rows, span.grid, special, modality=modality))
-        result = reduced(self.torch_reducer, batch, [keep])
-        merged = result.merged
-        own = None if merged is None else mx.array(merged.float().numpy()).astype(x.dtype)
-        return result.keep.numpy(), own
+        tokens = Tokens(rows[patches], [span.grid], [keep - len(fixed)], modalities=[modality])
+        kept = reduced(self.torch_reducer, tokens).with_fixed(rows, patches, fixed)
+        merged = kept.features
+        features = None if merged is None else mx.array(merged.float().numpy()).astype(x.dtype)
+        return kept.rows.numpy(), features

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 from abc import ABC
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from tokencomp.errors import OptionError, PlanError
 from tokencomp.plan.counts import keep_count
 
 if TYPE_CHECKING:
-    from tokencomp.tokens.reduction import Reduction
+    from tokencomp.tokens.kept import Kept
     from tokencomp.tokens.signals import Signal
-    from tokencomp.tokens.spans import ModelFacts, SpanBatch, VisualSpan, VisualTokens
+    from tokencomp.tokens.spans import ModelFacts, VisualSpan
+    from tokencomp.tokens.tokens import Tokens
 
 
 class StageReducer(ABC):  # noqa: B024  # classes below it have abstract methods
@@ -24,15 +23,22 @@ class StageReducer(ABC):  # noqa: B024  # classes below it have abstract methods
     """
 
     name: ClassVar[str] = ""
+    batched: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """A class that chooses anew sees one span at a time, unless it says `batched` itself."""
+        super().__init_subclass__(**options)
+        if vars(cls).keys() & {"reduce", "scores"} and "batched" not in vars(cls):
+            cls.batched = False
 
     @property
     def needs(self) -> frozenset[Signal]:
-        """Signals that the engine must supply in `VisualTokens` beyond features and grid."""
+        """Signals that the engine must supply in `Tokens` beyond features and grids."""
         return frozenset()
 
     @property
     def merges(self) -> bool:
-        """Whether kept tokens take in dropped ones; `Reduction.sizes` then says how many."""
+        """Whether kept tokens take in dropped ones; `Kept.weights` then says how many."""
         return False
 
     @property
@@ -76,57 +82,37 @@ class StageReducer(ABC):  # noqa: B024  # classes below it have abstract methods
         """
         return self
 
-    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
-        """Choose (and possibly rewrite) exactly `keep` of the tokens of one span."""
-        from tokencomp.tokens.spans import SpanBatch
+    def reduce(self, tokens: Tokens) -> Kept:
+        """Choose (and possibly rewrite) of every span of `tokens` exactly its budget.
 
-        if only_plans(self):
-            raise OptionError(f"reducer {self.name!r} is a preset: it has a plan but no own step.")
-        return self.reduce_batch(SpanBatch.of(tokens), [keep])
-
-    def reduce_batch(self, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
-        """`reduce` of all spans of a call.
-
-        Parameters
-        ----------
-        keeps
-            Tokens that stay of every span, special ones included: at least those and one more, and
-            fewer than all.
-
-        Returns
-        -------
-        Reduction
-            Rows of the batch; those of a span stand before those of the next.
+        `tokens` has one span, unless the reducer is `batched`.
         """
-        from tokencomp.tokens.reduction import Reduction
-
-        parts = [
-            _typed(self, self.reduce(tokens, keep)).check(tokens, keep, label(self))
-            for tokens, keep in zip(batch.spans(), keeps, strict=True)
-        ]
-        return Reduction.join(parts, batch)
+        raise OptionError(f"reducer {self.name!r} is a preset: it has a plan but no own step.")
 
 
-def reduced(reducer: StageReducer, batch: SpanBatch, keeps: Sequence[int]) -> Reduction:
-    """What a reducer keeps of the spans of a batch, see `StageReducer.reduce_batch`.
+def reduced(reducer: StageReducer, tokens: Tokens) -> Kept:
+    """What a reducer keeps of the patches of a call.
 
     Raises
     ------
     PlanError
-        It returned something that `Reduction.check_batch` refuses.
+        It returned something that `Kept.check` refuses, or it needs patches that are missing.
     """
     from tokencomp.kernels.dispatch import checked
+    from tokencomp.tokens.kept import Kept
 
-    if _step(type(reducer)) != "reduce_batch":
-        return StageReducer.reduce_batch(reducer, batch, keeps)
-    with checked():  # a reducer of batches looks at its input once, see `finite_features`
-        reduction = reducer.reduce_batch(batch, keeps)
-    return _typed(reducer, reduction).check_batch(batch, keeps, label(reducer))
+    if reducer.grid == "whole":
+        tokens.check_whole(label(reducer))
+    if reducer.batched:
+        with checked():  # a reducer of batches looks at its input once, see `finite_features`
+            return _typed(reducer, reducer.reduce(tokens)).check(tokens, label(reducer))
+    parts = [_typed(reducer, reducer.reduce(t)).check(t, label(reducer)) for t in tokens]
+    return parts[0] if len(parts) == 1 else Kept.joined(parts, tokens)
 
 
 def only_plans(reducer: StageReducer) -> bool:
     """Whether it has no step of its own: a preset or a composition, which plans others."""
-    return _step(type(reducer)) is None
+    return type(reducer).reduce is StageReducer.reduce
 
 
 def counts_itself(reducer: StageReducer) -> bool:
@@ -139,22 +125,12 @@ def label(reducer: StageReducer) -> str:
     return reducer.name or type(reducer).__name__
 
 
-@functools.cache
-def _step(cls: type[StageReducer]) -> str | None:
-    """The method of a class that chooses tokens; a subclass may override `reduce` alone."""
-    for base in cls.__mro__[: cls.__mro__.index(StageReducer)]:
-        for name in ("reduce_batch", "reduce"):
-            if name in vars(base):
-                return name
-    return None
+def _typed(reducer: StageReducer, kept: object) -> Kept:
+    from tokencomp.tokens.kept import Kept
 
-
-def _typed(reducer: StageReducer, reduction: object) -> Reduction:
-    from tokencomp.tokens.reduction import Reduction
-
-    if isinstance(reduction, Reduction):
-        return reduction
+    if isinstance(kept, Kept):
+        return kept
     raise PlanError(
-        f"reducer {label(reducer)!r} returned a {type(reduction).__name__}. "
-        "`reduce(tokens, keep)` must return a tokencomp.Reduction."
+        f"reducer {label(reducer)!r} returned a {type(kept).__name__}. "
+        "`reduce(tokens)` must return a tokencomp.Kept."
     )

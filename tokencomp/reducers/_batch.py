@@ -1,8 +1,4 @@
-"""Steps that reducers share: patches of a span, checked values, signals, and sums over spans.
-
-A reducer of one span takes its rows from `patch_rows`; one of batches takes `Patches`, whose `kept`
-and `replaced` put the special tokens back.
-"""
+"""Steps that reducers share: checked values, signals, the best rows, and sums over spans."""
 
 from __future__ import annotations
 
@@ -15,35 +11,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tokencomp.errors import ScoreError
-from tokencomp.tokens.patches import Patches
-from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.kept import Kept
 from tokencomp.tokens.signals import TOWER_ATTENTION, TowerSignal
-from tokencomp.tokens.spans import VisualTokens
+from tokencomp.tokens.tokens import Tokens
 
 BLOCK = 16  # rows that are summed one after the other
-
-
-def patch_rows(tokens: VisualTokens, keep: int) -> tuple[Tensor, int]:
-    """Rows that are patches, int64, ascending; and how many of them stay if `keep` tokens do."""
-    rows = (~tokens.special).nonzero()[:, 0]
-    return rows, keep - (len(tokens) - rows.numel())
-
-
-def top_k(scores: Tensor, special: Tensor, keep: int) -> Tensor:
-    """Rows of the `keep` best-scored tokens, all special ones among them, ascending.
-
-    Scores and `special` are (n,). Compared in float32; of equal scores the lower row wins.
-    """
-    from tokencomp.kernels import topk_stable
-
-    scores = scores.float()
-    if torch.isnan(scores).any():
-        raise ScoreError(
-            f"{int(torch.isnan(scores).sum())} of {scores.numel()} scores are NaN. The hidden "
-            "states or attention logits overflowed; run the model in bfloat16 or float32."
-        )
-    kept: Tensor = topk_stable(scores.masked_fill(special, torch.inf), keep)
-    return kept
 
 
 def best_rows(scores: Tensor, counts: Sequence[int], lengths: Sequence[int]) -> Tensor:
@@ -92,44 +64,41 @@ def finite_features(x: Tensor, scores: Tensor | None = None) -> Tensor:
     return x
 
 
-def supplied_scores(patches: Patches, reducer: str) -> Tensor:
-    """The scores that the engine supplies for `Reducer.needs`, float32 (patches,), unchecked."""
-    scores = patches.batch.scores
-    if scores is None:
+def supplied_scores(tokens: Tokens, reducer: str) -> Tensor:
+    """The scores that the engine supplies for `Reducer.needs`, float32 (n,), unchecked."""
+    if tokens.scores is None:
         raise ScoreError(
             f"reducer {reducer!r} needs attention scores and got none. Run it through "
-            "tokencomp.patch, or set VisualTokens.scores."
+            "tokencomp.patch, or set Tokens.scores."
         )
-    return patches.of_patches(scores.float())
+    return tokens.scores.float()
 
 
-def tower_signal(patches: Patches, signal: TowerSignal, reducer: str) -> Tensor:
-    """What the engine supplies for `signal`, (patches,) or (patches, heads, head_dim)."""
-    if signal not in patches.batch.tower:
+def tower_signal(tokens: Tokens, signal: TowerSignal, reducer: str) -> Tensor:
+    """What the engine supplies for `signal`, (n,) or (n, heads, head_dim)."""
+    if signal not in tokens.tower:
         raise ScoreError(
             f"reducer {reducer!r} needs {signal.part} of the vision tower and got none. Run it "
-            "through tokencomp.patch, or set VisualTokens.tower."
+            "through tokencomp.patch, or set Tokens.tower."
         )
-    return patches.of_patches(patches.batch.tower[signal])
+    return tokens.tower[signal]
 
 
-def salient(patches: Patches, reducer: str) -> tuple[Tensor, Tensor]:
-    """Features (patches, d) and `TOWER_ATTENTION` (patches,) in float32, both finite."""
-    attention = tower_signal(patches, TOWER_ATTENTION, reducer)
-    return finite_features(patches.features, attention).float(), attention
+def salient(tokens: Tokens, reducer: str) -> tuple[Tensor, Tensor]:
+    """Features (n, d) and `TOWER_ATTENTION` (n,) in float32, both finite."""
+    attention = tower_signal(tokens, TOWER_ATTENTION, reducer)
+    return finite_features(tokens.features, attention).float(), attention
 
 
-def with_merged(
-    patches: Patches, x: Tensor, chosen: Tensor, merged: tuple[Tensor, Tensor, Tensor] | None
-) -> Reduction:
-    """The reduction that keeps rows of x (patches, d) as they are, and merged ones beside them.
+def with_merged(x: Tensor, chosen: Tensor, merged: tuple[Tensor, Tensor, Tensor] | None) -> Kept:
+    """Keeps rows `chosen` of x (n, d) as they are, and merged rows beside them.
 
-    `merged` has the arguments of `Patches.replaced` for those; None: there are none.
+    `merged` are rows, features and weights; None: there are none.
     """
     kept = chosen, x[chosen], x.new_ones(len(chosen))
     if merged is None:
-        return patches.replaced(*kept)
-    return patches.replaced(*(torch.cat(column) for column in zip(kept, merged, strict=True)))
+        return Kept.ascending(*kept)
+    return Kept.ascending(*(torch.cat(column) for column in zip(kept, merged, strict=True)))
 
 
 def segment(values: Tensor, lengths: Sequence[int], how: str) -> Tensor:
@@ -193,13 +162,13 @@ def min_max(
     return (values - low + least) / width
 
 
-def questions(patches: Patches, reducer: str, instead: str) -> tuple[Tensor, list[int], list[int]]:
+def questions(tokens: Tokens, reducer: str, instead: str) -> tuple[Tensor, list[int], list[int]]:
     """Embeddings of the texts after the spans; spans of a prompt share one.
 
     They are unit embeddings of all texts, one text after the other, float32 (Σ m, d); m, the length
     of every text; which text each span has. `instead` is the option that does without.
     """
-    queries = patches.batch.queries
+    queries = tokens.queries
     if queries is None or not all(map(len, queries)):
         raise ScoreError(
             f"{reducer} compares visual tokens with the text after them, and there is none. Put "
@@ -214,8 +183,3 @@ def distinct(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
     by_id = {id(tensor): tensor for tensor in tensors}
     numbers = {key: number for number, key in enumerate(by_id)}
     return list(by_id.values()), [numbers[id(tensor)] for tensor in tensors]
-
-
-def frame_lengths(patches: Patches) -> list[int]:
-    """Patches of every frame of all spans, which are whole."""
-    return [h * w for t, h, w in patches.batch.grids for _ in range(t)]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokencomp.reducers._batch import finite_features
-from tokencomp.tokens.patches import Patches
+from tokencomp.tokens.tokens import Tokens
 
 TURN = math.pi * (3 - math.sqrt(5))
 """The golden angle, in radians: its multiples never meet again, see `descriptor`."""
@@ -18,7 +18,7 @@ NO_PIXELS = "in this stage, which compares features; pixels are seen before bloc
 
 
 def descriptor(
-    patches: Patches, pool: int, std_weight: float = 0.0, temporal_weight: float = 0.0
+    tokens: Tokens, pool: int, std_weight: float = 0.0, temporal_weight: float = 0.0
 ) -> Tensor:
     """What patches look like, float32, shape (n, d).
 
@@ -43,7 +43,7 @@ def descriptor(
     flash alike in several steps do not: over many steps, the mean square distance of two of them is
     twice the square of the radius, c². So each flash can be kept.
     """
-    x, pixels = finite_features(patches.features).float(), patches.batch.pixels
+    x, pixels = finite_features(tokens.features).float(), tokens.pixels
     if pixels is None:
         return x
     pictures = x.view(len(x), -1, *pixels[1:])  # (n, pictures, height, width)
@@ -59,7 +59,7 @@ def descriptor(
         frames = means.view(len(x), -1, pixels[0], *means.shape[2:])
         changes = frames.diff(dim=2).square().mean((1, 2, 3, 4)).sqrt()
         scale = temporal_weight * math.sqrt(columns[0].shape[1] / 2)
-        columns.append(scale * changes[:, None] * _steps(patches))
+        columns.append(scale * changes[:, None] * _steps(tokens))
     return torch.cat(columns, 1)
 
 
@@ -71,9 +71,9 @@ def _averages(pictures: Tensor, pool: int) -> Tensor:
     return torch.nn.functional.adaptive_avg_pool2d(pictures, (height, width))
 
 
-def _steps(patches: Patches) -> Tensor:
+def _steps(tokens: Tokens) -> Tensor:
     """Cosine and sine of the angle of every patch's step in time, float32, shape (n, 2)."""
-    pairs = zip(patches.host_cells(), patches.batch.grids, strict=True)
+    pairs = zip(tokens.host_cells(), tokens.grids, strict=True)
     angles = TURN * np.concatenate([cells // (h * w) for cells, (_, h, w) in pairs])
     table = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
-    return torch.from_numpy(table).to(patches.device)
+    return torch.from_numpy(table).to(tokens.device)

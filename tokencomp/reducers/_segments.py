@@ -10,28 +10,28 @@ import numpy as np
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from tokencomp.reducers._batch import frame_lengths, means
-from tokencomp.tokens.patches import Patches
+from tokencomp.reducers._batch import means
 from tokencomp.tokens.stacks import HostIndex, starts_of
+from tokencomp.tokens.tokens import Tokens
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 
 
-def frame_cosines(patches: Patches, x: Tensor) -> list[Floats]:
+def frame_cosines(tokens: Tokens, x: Tensor) -> list[Floats]:
     """Cosine of the mean of every frame with that of the next one, (t - 1,), for every span."""
-    unit = normalize(means(x, frame_lengths(patches)), dim=1)
+    unit = normalize(means(x, tokens.frame_lengths()), dim=1)
     like = _on_host((unit[:-1] * unit[1:]).sum(1))
-    ends = starts_of([t for t, *_ in patches.batch.grids])
+    ends = starts_of([t for t, *_ in tokens.grids])
     return [like[start : end - 1] for start, end in itertools.pairwise(ends)]
 
 
-def place_cosines(patches: Patches, x: Tensor) -> list[Floats]:
+def place_cosines(tokens: Tokens, x: Tensor) -> list[Floats]:
     """Cosine of every patch with its place in the next frame, (t - 1, n), for every span."""
-    sizes = np.repeat(frame_lengths(patches), frame_lengths(patches))
-    before = patches.table(np.maximum(np.arange(len(x)) - sizes, 0))
+    sizes = np.repeat(tokens.frame_lengths(), tokens.frame_lengths())
+    before = tokens.table(np.maximum(np.arange(len(x)) - sizes, 0))
     like = _on_host(cosine_similarity(x, x.index_select(0, before), dim=1))
-    own = np.split(like, patches.starts[1:])
-    grids = patches.batch.grids
+    own = np.split(like, tokens.starts[1:])
+    grids = tokens.grids
     return [v.reshape(t, h * w)[1:] for v, (t, h, w) in zip(own, grids, strict=True)]
 
 
@@ -115,7 +115,7 @@ def still_windows(like: Floats, keep: int, threshold: float) -> list[StillWindow
     return [StillWindow(own[:, still].T, own[:, ~still]) for own, still in windows]
 
 
-def run_means(patches: Patches, x: Tensor, groups: Sequence[HostIndex]) -> Tensor:
+def run_means(tokens: Tokens, x: Tensor, groups: Sequence[HostIndex]) -> Tensor:
     """Means of x over the frames of places: groups are patches (places, frames), one by one."""
-    rows = patches.table(np.concatenate([group.flatten() for group in groups]))
+    rows = tokens.table(np.concatenate([group.flatten() for group in groups]))
     return means(x.index_select(0, rows), [group.shape[1] for group in groups for _ in group])

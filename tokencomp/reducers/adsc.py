@@ -7,16 +7,15 @@ import itertools
 from dataclasses import dataclass
 
 import numpy as np
-from torch import Tensor
 
 from tokencomp.plan.counts import check_ratio, split_evenly
 from tokencomp.plan.plan import Plan, from_profile
 from tokencomp.plan.schedules import solved
 from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.reducers.score import ChoosingReducer
-from tokencomp.tokens.patches import Patches
+from tokencomp.tokens.kept import Kept
 from tokencomp.tokens.stacks import HostIndex
+from tokencomp.tokens.tokens import Tokens
 
 STAGES = (1 / 8, 1 / 3, 1 / 2)  # of the depth
 WINDOW = 2.0  # tokens of which each stage leaves one
@@ -24,7 +23,7 @@ WINDOW = 2.0  # tokens of which each stage leaves one
 
 @register_reducer("adsc")
 @dataclass(frozen=True)
-class Adsc(ChoosingReducer, Published):
+class Adsc(Published):
     """Keep one token of every window of visual tokens, at several depths of the decoder.
 
     Attention-driven self-compression (arXiv 2602.12618) drops tokens by their place alone; the
@@ -41,6 +40,7 @@ class Adsc(ChoosingReducer, Published):
     over layers meets the ratio.
     """
 
+    batched = True
     summary = "uniform downsampling between layers; training-free form of ADSC (2602.12618)"
 
     def plan(self, ratio: float, num_layers: int) -> Plan:
@@ -51,10 +51,10 @@ class Adsc(ChoosingReducer, Published):
         natural = profile(num_layers)
         return tuple(stage.layer for stage in from_profile(natural, self).stages)
 
-    def chosen(self, patches: Patches) -> Tensor:
+    def reduce(self, tokens: Tokens) -> Kept:
         """Places alone decide, so that all is computed on the host."""
-        chosen, grids = [], patches.batch.grids
-        spans = zip(patches.starts, patches.host_cells(), grids, patches.budgets, strict=True)
+        chosen, grids = [], tokens.grids
+        spans = zip(tokens.starts, tokens.host_cells(), grids, tokens.budgets, strict=True)
         for first, cells, grid, budget in spans:
             area = grid[1] * grid[2]
             counts = np.bincount(cells // area, minlength=grid[0]).tolist()
@@ -62,7 +62,7 @@ class Adsc(ChoosingReducer, Published):
             quotas = split_evenly(budget, counts)
             for start, count, quota in zip(starts, counts, quotas, strict=False):
                 chosen.append(window_ends(count, quota) + start + first)
-        return patches.table(np.concatenate(chosen))
+        return Kept(tokens.table(np.concatenate(chosen)))
 
 
 def profile(num_layers: int, factor: float = 1.0 / WINDOW) -> list[float]:

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tokencomp.reducers._batch import finite_features, questions, ranked, tower_signal
+from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.reducers.score import ChoosingReducer
-from tokencomp.tokens.patches import Patches
+from tokencomp.tokens.kept import Kept
 from tokencomp.tokens.signals import QUERY, TOWER_ATTENTION, Signal
 from tokencomp.tokens.stacks import (
     PAIRS,
@@ -25,6 +25,7 @@ from tokencomp.tokens.stacks import (
     portions,
     starts_of,
 )
+from tokencomp.tokens.tokens import Tokens
 
 SMALLEST = 5 / 32  # share of the budget that is always anchor: 5, 10, 20, 40 of 32 … 256 tokens
 NOVEL, PATIENCE = 0.2, 3
@@ -32,7 +33,7 @@ NOVEL, PATIENCE = 0.2, 3
 
 @register_reducer("anchorprune")
 @dataclass(frozen=True)
-class AnchorPrune(ChoosingReducer):
+class AnchorPrune(Reducer):
     """Keep the tokens that match the question, then important ones unlike those already kept.
 
     AnchorPrune (arXiv 2607.07033), its form for Qwen. Tokens are ranked by their largest cosine
@@ -52,43 +53,43 @@ class AnchorPrune(ChoosingReducer):
     release's sets in 60 of 60 random cases.
     """
 
+    batched = True
     summary = "anchor by the question, then importance × novelty (AnchorPrune 2607.07033)"
 
     @property
     def needs(self) -> frozenset[Signal]:
         return frozenset({QUERY, TOWER_ATTENTION})
 
-    def chosen(self, patches: Patches) -> Tensor:
+    def reduce(self, tokens: Tokens) -> Kept:
         from tokencomp.kernels import maxmin_select
 
         instead = "a reducer that does not read it, such as scope"
-        texts, lengths, prompt = questions(patches, "anchorprune", instead)
-        importance = tower_signal(patches, TOWER_ATTENTION, "anchorprune")
-        unit = normalize(finite_features(patches.features, importance).float(), dim=1)
+        texts, lengths, prompt = questions(tokens, "anchorprune", instead)
+        importance = tower_signal(tokens, TOWER_ATTENTION, "anchorprune")
+        unit = normalize(finite_features(tokens.features, importance).float(), dim=1)
         # Spans of one prompt, which are neighbours, share its text.
         runs = [[*run] for _, run in itertools.groupby(range(len(prompt)), prompt.__getitem__)]
         of_text = padded(starts_of(lengths)[:-1], lengths)
 
         def likeness(members: HostIndex, _: Stack, rows: Tensor) -> Tensor:
             shared = [prompt[runs[member][0]] for member in members]
-            return (rows @ texts[patches.table(of_text[shared])].mT).amax(2)
+            return (rows @ texts[tokens.table(of_text[shared])].mT).amax(2)
 
-        own = [sum(patches.lengths[span] for span in run) for run in runs]
+        own = [sum(tokens.lengths[span] for span in run) for run in runs]
         relevance = by_stack(own, likeness, unit, keys=own, limit=math.inf)
-        start, sizes = self._anchors(patches, unit, relevance)
-        how = {"spans": patches.lengths, "start": start, "given": sizes}
-        chosen: Tensor = maxmin_select(unit, patches.budgets, importance.clamp(min=0), **how)
-        return chosen
+        start, sizes = self._anchors(tokens, unit, relevance)
+        how = {"spans": tokens.lengths, "start": start, "given": sizes}
+        return Kept(maxmin_select(unit, tokens.budgets, importance.clamp(min=0), **how))
 
-    def _anchors(self, patches: Patches, unit: Tensor, relevance: Tensor) -> tuple[Tensor, Tensor]:
+    def _anchors(self, tokens: Tokens, unit: Tensor, relevance: Tensor) -> tuple[Tensor, Tensor]:
         """The most relevant patches of every span, as many as its budget, and how many are anchor.
 
         They are rows in their span, int64 (Σ budgets,), most relevant first; sizes, int64 (spans,).
         """
-        table, budgets = patches.table, np.asarray(patches.budgets)
+        table, budgets = tokens.table, np.asarray(tokens.budgets)
         firsts = starts_of(budgets)[:-1]
-        shift = np.repeat(patches.starts - firsts, budgets)
-        best = ranked(relevance, patches.lengths)[table(shift + np.arange(len(shift)))]
+        shift = np.repeat(tokens.starts - firsts, budgets)
+        best = ranked(relevance, tokens.lengths)[table(shift + np.arange(len(shift)))]
         own, sizes = unit[best], torch.zeros_like(table(budgets))
         least = np.maximum(1, np.rint(SMALLEST * budgets).astype(np.int64))
         most = np.maximum(least, budgets // 2)
@@ -99,4 +100,4 @@ class AnchorPrune(ChoosingReducer):
             novel = (1 - (later @ first.mT).amax(2)) > NOVEL
             size = table(low + 1) + (novel.cumsum(1) < PATIENCE).sum(1)
             sizes[table(spans)] = torch.minimum(size, table(high))
-        return best - table(np.repeat(patches.starts, budgets)), sizes
+        return best - table(np.repeat(tokens.starts, budgets)), sizes

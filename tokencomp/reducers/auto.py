@@ -6,20 +6,20 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
+from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.condiv import ConDiv
 from tokencomp.reducers.kcenter import KCenter
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.reducers.score import ChoosingReducer
 from tokencomp.reducers.uniform import Uniform
-from tokencomp.tokens.patches import Patches
+from tokencomp.tokens.kept import Kept
 from tokencomp.tokens.signals import Attention
+from tokencomp.tokens.tokens import Tokens
 
 
 @register_reducer("auto")
 @dataclass(frozen=True, repr=False)
-class Auto(ChoosingReducer):
+class Auto(Reducer):
     """`kcenter` on images, `condiv` on videos, and `uniform` on audio.
 
     On images attention has no part, because that of early layers leans towards the end of a picture
@@ -36,21 +36,22 @@ class Auto(ChoosingReducer):
         "audio": Uniform(),
     }
     needs = frozenset({Attention("text", modalities=frozenset({"video"}))})
+    batched = True
     summary = "the default: kcenter on images, condiv on videos, uniform on audio"
 
     def __repr__(self) -> str:
         return f"Auto({', '.join(f'{name}={value!r}' for name, value in self.by_modality.items())})"
 
-    def chosen(self, patches: Patches) -> Tensor:
-        modalities = dict.fromkeys(patches.batch.modalities)
+    def reduce(self, tokens: Tokens) -> Kept:
+        modalities = dict.fromkeys(tokens.modalities)
         parts = [
-            self.by_modality[modality].chosen(of_modality(patches, modality))
+            self.by_modality[modality].reduce(of_modality(tokens, modality)).rows
             for modality in modalities
         ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts).sort().values
+        return Kept(parts[0] if len(parts) == 1 else torch.cat(parts).sort().values)
 
 
-def of_modality(patches: Patches, modality: str) -> Patches:
+def of_modality(tokens: Tokens, modality: str) -> Tokens:
     """The same patches with a budget of 0 for the spans of other modalities."""
-    pairs = zip(patches.budgets, patches.batch.modalities, strict=True)
-    return replace(patches, budgets=[n if own == modality else 0 for n, own in pairs])
+    pairs = zip(tokens.budgets, tokens.modalities, strict=True)
+    return replace(tokens, budgets=[n if own == modality else 0 for n, own in pairs])

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from abc import abstractmethod
 from typing import ClassVar
+
+from torch import Tensor
 
 from tokencomp.plan.counts import check_ratio
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.reducer import StageReducer, label
 from tokencomp.plan.stages import Stage
+from tokencomp.reducers._batch import best_rows, finite_values
+from tokencomp.tokens.kept import Kept
 from tokencomp.tokens.spans import ModelFacts
+from tokencomp.tokens.tokens import Tokens
 from tokencomp.validation import check_effect, check_types
 
 
@@ -17,17 +23,15 @@ from tokencomp.validation import check_effect, check_types
 class Reducer(StageReducer):
     """Base class: a frozen dataclass whose fields are its options in Python, JSON and the CLI.
 
-    A reducer has no state and does not know at which stage it acts. A subclass implements `reduce`,
-    which sees one span, or `reduce_batch`, which sees all spans of a call and treats them with one
-    launch per step; either gives the other. What is chosen in a span must not depend on the other
-    spans. One that acts between layers overrides `plan`. Options must fit their annotations; a
-    `__post_init__` that checks more calls `super().__post_init__()`; options that others make
-    useless belong into `unused_options`, so that nobody sets them in vain. What is always true of a
-    method is a class attribute (`merges = True`); what depends on an option is a property.
+    A reducer has no state and does not know at which stage it acts. A subclass implements `reduce`.
+    It sees one span, or, if the class says `batched = True`, all spans of a call, to treat them
+    with one launch per step; what is chosen in a span must not depend on the others. One that acts
+    between layers overrides `plan`. Options must fit their annotations; a `__post_init__` that
+    checks more calls `super().__post_init__()`; options that others make useless belong into
+    `unused_options`, so that nobody sets them in vain. What is always true of a method is a class
+    attribute (`merges = True`); what depends on an option is a property.
 
-    Thirteen members are all: `name`, `summary`, `per_item`; `needs`, `merges`, `grid`,
-    `entry_only`, `unused_options`; `plan`, `keep_count`, `bind`; `reduce`, `reduce_batch`. What
-    else one may ask about a reducer stands beside it: in `tokencomp.plan.reducer`, and
+    What else one may ask about a reducer is a function: in `tokencomp.plan.reducer`, and
     `options_of`. `Published` adds what tables and stored answers say of a method that has a paper.
 
     Attributes
@@ -56,3 +60,31 @@ class Reducer(StageReducer):
 
     def bind(self, facts: ModelFacts) -> Reducer:
         return self
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreReducer(Reducer):
+    """Base class of methods that are a score and a top-k: a subclass implements `scores` alone.
+
+    Of equal scores the lower index is kept.
+    """
+
+    @abstractmethod
+    def scores(self, tokens: Tokens) -> Tensor:
+        """Importance of every patch.
+
+        Parameters
+        ----------
+        tokens
+            One span, or, if the class says `batched = True`, all spans of a call: take means and
+            maxima within each of the `tokens.lengths`.
+
+        Returns
+        -------
+        Tensor, shape (n,)
+            Finite; compared in float32.
+        """
+
+    def reduce(self, tokens: Tokens) -> Kept:
+        scores = finite_values(self.scores(tokens), "scores")
+        return Kept(best_rows(scores, tokens.budgets, tokens.lengths))

@@ -11,15 +11,15 @@ from torch import Tensor
 
 from tokencomp.plan.counts import split_evenly
 from tokencomp.reducers._batch import best_rows, finite_features
+from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.reducers.score import PatchReducer
-from tokencomp.tokens.patches import Patches, rows_where
-from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.kept import Kept
+from tokencomp.tokens.tokens import Tokens, rows_where
 
 
 @register_reducer("bipartite")
 @dataclass(frozen=True)
-class Bipartite(PatchReducer):
+class Bipartite(Reducer):
     """Merge the most similar tokens of every frame until the budget is met.
 
     One step, per frame: tokens at even places look for their most similar token at an odd place
@@ -44,21 +44,22 @@ class Bipartite(PatchReducer):
 
     weighted: bool = True
 
+    batched = True
     summary = "similarity merging inside each frame (AIM 2412.03248, ToMe 2210.09461)"
     merges = True
 
-    def reduce_patches(self, patches: Patches) -> Reduction:
-        x = finite_features(patches.features)
+    def reduce(self, tokens: Tokens) -> Kept:
+        x = finite_features(tokens.features)
         groups, quota = [], []
-        per_frame = patches.per_frame()
-        for number, budget in enumerate(patches.budgets):
-            own = [patches.lengths[number]]
-            if patches.batch.grids[number][0] > 1:
+        per_frame = tokens.per_frame()
+        for number, budget in enumerate(tokens.budgets):
+            own = [tokens.lengths[number]]
+            if tokens.grids[number][0] > 1:
                 own = frame_runs(per_frame[number], budget)
             groups += own
             quota += [1 + q for q in split_evenly(budget - len(own), [n - 1 for n in own])]
-        x, sizes, places = self._merge(x, patches.sizes(), groups, quota)
-        return patches.replaced(places, x, sizes)
+        x, sizes, places = self._merge(x, tokens.all_weights(), groups, quota)
+        return Kept.ascending(places, x, sizes)
 
     def _merge(
         self, x: Tensor, sizes: Tensor, lengths: list[int], quota: list[int]

@@ -13,12 +13,12 @@ import torch
 
 from tokencomp.errors import SpanError, WeightsError
 from tokencomp.reducers._batch import finite_features
+from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.reducers.score import PatchReducer
-from tokencomp.tokens.patches import Patches, evenly
-from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.kept import Kept
 from tokencomp.tokens.spans import ModelFacts, VisualSpan
 from tokencomp.tokens.stacks import grouped
+from tokencomp.tokens.tokens import Tokens, evenly
 
 if TYPE_CHECKING:
     from tokencomp.trained.ccam import CCAMProjector
@@ -44,7 +44,7 @@ def _queries(path: Path, stamp: Stamp) -> int:
 
 @register_reducer("ccam")
 @dataclass(frozen=True)
-class Ccam(PatchReducer):
+class Ccam(Reducer):
     """Let Q learned queries read all frames, each the frames up to its own time (2408.14023).
 
     An image or video always becomes Q tokens, so `ratio` only switches the reducer on: plan and
@@ -76,6 +76,7 @@ class Ccam(PatchReducer):
 
     weights: str | None = None
 
+    batched = True
     summary = "trained projector: always as many tokens, however many frames (2408.14023)"
     grid = "whole"
     merges = True
@@ -133,25 +134,25 @@ class Ccam(PatchReducer):
             )
         return count
 
-    def reduce_patches(self, patches: Patches) -> Reduction:
-        x = finite_features(patches.features)
+    def reduce(self, tokens: Tokens) -> Kept:
+        x = finite_features(tokens.features)
         projector = self.projector(x.device, x.dtype)
         parts, chosen, sizes = [], [], []
-        for grid, members in grouped(patches.batch.grids).items():
+        for grid, members in grouped(tokens.grids).items():
             cells = grid[0] * grid[1] * grid[2]
-            starts = [patches.starts[m] for m in members]
-            rows = patches.table(np.add.outer(starts, np.arange(cells)).ravel())
+            starts = [tokens.starts[m] for m in members]
+            rows = tokens.table(np.add.outer(starts, np.arange(cells)).ravel())
             stack = x.index_select(0, rows).view(len(members), cells, -1)
             projected = projector(stack, grid[0], grid[1:])
             count = projected.shape[1]
             for m in members:
-                if patches.budgets[m] != count:
+                if tokens.budgets[m] != count:
                     raise SpanError(
-                        f"{patches.budgets[m]} tokens were requested of a ccam projector that "
+                        f"{tokens.budgets[m]} tokens were requested of a ccam projector that "
                         f"makes {count}."
                     )
             parts.append(projected.flatten(0, 1))
             chosen.append(np.add.outer(starts, evenly(cells, count)).ravel())
             sizes.append(np.full(len(members) * count, cells / count, dtype=np.float32))
         size = torch.from_numpy(np.concatenate(sizes)).to(x.device)
-        return patches.replaced(patches.table(np.concatenate(chosen)), torch.cat(parts), size)
+        return Kept.ascending(tokens.table(np.concatenate(chosen)), torch.cat(parts), size)

@@ -18,9 +18,9 @@ from tokencomp.reducers._batch import (
 )
 from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.reducers.score import ChoosingReducer
-from tokencomp.tokens.patches import Patches
+from tokencomp.tokens.kept import Kept
 from tokencomp.tokens.signals import QUERY, Attention, Signal
+from tokencomp.tokens.tokens import Tokens
 
 Relevance = Literal["query", "attention"]
 EPS = 1e-6  # relevance is scaled to (0, 1]
@@ -28,7 +28,7 @@ EPS = 1e-6  # relevance is scaled to (0, 1]
 
 @register_reducer("cdpruner")
 @dataclass(frozen=True)
-class CDPruner(ChoosingReducer, Published):
+class CDPruner(Published):
     """Greedy MAP of a DPP conditioned on the question (CDPruner, arXiv 2506.10967).
 
     Kernel K = diag(r) · cos(x, x) · diag(r), r the relevance scaled to [0, 1]; tokens are added
@@ -54,31 +54,31 @@ class CDPruner(ChoosingReducer, Published):
     relevance: Relevance = "query"
 
     revision = 2
+    batched = True
     summary = "conditional DPP, greedy MAP (CDPruner 2506.10967)"
 
     @property
     def needs(self) -> frozenset[Signal]:
         return frozenset({QUERY if self.relevance == "query" else Attention("text")})
 
-    def chosen(self, patches: Patches) -> Tensor:
+    def reduce(self, tokens: Tokens) -> Kept:
         from tokencomp.kernels import dpp_select
 
         scores = None
         if self.relevance == "attention":
-            scores = supplied_scores(patches, "cdpruner")
-        unit = normalize(finite_features(patches.features.float(), scores), dim=1)
-        owners = patches.owners() if len(patches.lengths) > 1 else None
-        r = scores if scores is not None else -likeness(patches, unit, owners)
-        r = min_max(r, patches.lengths, EPS, owners)
-        chosen: Tensor = dpp_select(unit, patches.budgets, r, spans=patches.lengths)
-        return chosen
+            scores = supplied_scores(tokens, "cdpruner")
+        unit = normalize(finite_features(tokens.features.float(), scores), dim=1)
+        owners = tokens.owners() if len(tokens.lengths) > 1 else None
+        r = scores if scores is not None else -likeness(tokens, unit, owners)
+        r = min_max(r, tokens.lengths, EPS, owners)
+        return Kept(dpp_select(unit, tokens.budgets, r, spans=tokens.lengths))
 
 
-def likeness(patches: Patches, unit: Tensor, owners: Tensor | None) -> Tensor:
+def likeness(tokens: Tokens, unit: Tensor, owners: Tensor | None) -> Tensor:
     """Mean cosine of every patch with the embeddings of the text after its span."""
-    texts, lengths, prompt = questions(patches, "cdpruner", "divprune")
+    texts, lengths, prompt = questions(tokens, "cdpruner", "divprune")
     own = means(texts, lengths)
     if owners is not None:
-        own = own[patches.table(prompt)]
+        own = own[tokens.table(prompt)]
     # Products and sums row by row: no batch changes a rounding.
-    return (unit * spread(own, patches.lengths, owners)).sum(1)
+    return (unit * spread(own, tokens.lengths, owners)).sum(1)

@@ -9,9 +9,9 @@ from torch import Tensor
 from tokencomp.reducers._batch import finite_features, segment, spread, supplied_scores
 from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.reducers.score import ChoosingReducer
-from tokencomp.tokens.patches import Patches
+from tokencomp.tokens.kept import Kept
 from tokencomp.tokens.signals import Attention, Signal
+from tokencomp.tokens.tokens import Tokens
 from tokencomp.validation import check_range
 
 FLOOR = 1e-3
@@ -19,7 +19,7 @@ FLOOR = 1e-3
 
 @register_reducer("condiv")
 @dataclass(frozen=True)
-class ConDiv(ChoosingReducer, Published):
+class ConDiv(Published):
     r"""Greedy choice of tokens that are relevant to the question and unlike those already kept.
 
     .. math:: next = \arg\max_i \; r_i^p \cdot (m \bar d + \min_{j \in kept} (1 - \cos(x_i, x_j)))
@@ -44,6 +44,7 @@ class ConDiv(ChoosingReducer, Published):
     margin: float = 0.2
 
     revision = 3  # since then it is the same on all modalities
+    batched = True
     summary = "greedy: relevance × diversity (ours)"
 
     def __post_init__(self) -> None:
@@ -59,24 +60,23 @@ class ConDiv(ChoosingReducer, Published):
     def needs(self) -> frozenset[Signal]:
         return frozenset({Attention("text")} if self.power else ())
 
-    def chosen(self, patches: Patches) -> Tensor:
+    def reduce(self, tokens: Tokens) -> Kept:
         from tokencomp.kernels import maxmin_select, mean_distance
 
         scores = weights = margin = None
         if self.power:
-            scores = supplied_scores(patches, "condiv")
-        x = finite_features(patches.features, scores)
+            scores = supplied_scores(tokens, "condiv")
+        x = finite_features(tokens.features, scores)
         if scores is not None:
-            weights = self._weights(patches, scores)
+            weights = self._weights(tokens, scores)
             if self.margin:
-                margin = self.margin * mean_distance(x, spans=patches.lengths)
-        how = {"spans": patches.lengths, "margin": margin}
-        chosen: Tensor = maxmin_select(x, patches.budgets, weights, **how)
-        return chosen
+                margin = self.margin * mean_distance(x, spans=tokens.lengths)
+        how = {"spans": tokens.lengths, "margin": margin}
+        return Kept(maxmin_select(x, tokens.budgets, weights, **how))
 
-    def _weights(self, patches: Patches, scores: Tensor) -> Tensor:
+    def _weights(self, tokens: Tokens, scores: Tensor) -> Tensor:
         """Relevance to the power p of every patch, float32."""
-        lengths = patches.lengths
+        lengths = tokens.lengths
         relevance = scores.clamp(min=0)
         most = segment(relevance, lengths, "max").clamp(min=1e-30)
         return (relevance / spread(most, lengths)).clamp(min=FLOOR).pow(self.power)

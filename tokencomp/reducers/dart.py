@@ -16,18 +16,17 @@ from tokencomp.plan.schedules import NATURAL, SCHEDULES
 from tokencomp.reducers._batch import distinct, finite_features, ranked, supplied_scores
 from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.reducers.score import ChoosingReducer
-from tokencomp.tokens.patches import Patches, rows_where
+from tokencomp.tokens.kept import Kept
 from tokencomp.tokens.signals import NORM, QUERY, Attention, Signal
-from tokencomp.tokens.spans import SpanBatch
 from tokencomp.tokens.stacks import HostIndex, Stack, by_stack, masked, padded, starts_of
+from tokencomp.tokens.tokens import Tokens, rows_where
 
 PIVOTS = 4  # of the visual tokens, and as many of the text
 
 
 @register_reducer("dart")
 @dataclass(frozen=True)
-class Dart(ChoosingReducer, Published):
+class Dart(Published):
     """Keep pivots with long keys, and for each pivot the tokens that resemble it least.
 
     DART (arXiv 2502.11494), one cut before layer 2. Pivots are the 4 visual tokens with the largest
@@ -45,6 +44,7 @@ class Dart(ChoosingReducer, Published):
     those of layer 0.
     """
 
+    batched = True
     summary = "pivots and what resembles them least (DART 2502.11494)"
 
     @property
@@ -58,42 +58,42 @@ class Dart(ChoosingReducer, Published):
         stages = from_profile(NATURAL["fastv"](num_layers), self).stages
         return tuple(stage.layer for stage in stages)
 
-    def chosen(self, patches: Patches) -> Tensor:
-        lengths = supplied_scores(patches, "dart")
-        x, batch = finite_features(patches.features, lengths), patches.batch
-        if batch.norm is None or batch.queries is None or batch.query_scores is None:
+    def reduce(self, tokens: Tokens) -> Kept:
+        lengths = supplied_scores(tokens, "dart")
+        x = finite_features(tokens.features, lengths)
+        if tokens.norm is None or tokens.queries is None or tokens.query_scores is None:
             raise ScoreError(
                 "reducer 'dart' needs the text after a span, its keys and the model's final norm. "
                 "Run it through tokencomp.patch."
             )
-        states = normalize(batch.norm(x).float(), dim=1)
-        directions, firsts, counts = text_pivots(batch)
+        states = normalize(tokens.norm(x).float(), dim=1)
+        directions, firsts, counts = text_pivots(tokens)
 
-        budgets = np.asarray(patches.budgets)
+        budgets = np.asarray(tokens.budgets)
 
         def stays(spans: HostIndex, stack: Stack, states: Tensor, lengths: Tensor) -> Tensor:
             text = Stack(firsts[spans], counts[spans], x.device)
             return least_alike(stack, states, lengths, text, text.of(directions), budgets[spans])
 
-        mask = by_stack(patches.lengths, stays, states, lengths)
-        return rows_where(mask, sum(patches.budgets))
+        mask = by_stack(tokens.lengths, stays, states, lengths)
+        return Kept(rows_where(mask, sum(tokens.budgets)))
 
 
-def text_pivots(batch: SpanBatch) -> tuple[Tensor, HostIndex, HostIndex]:
+def text_pivots(tokens: Tokens) -> tuple[Tensor, HostIndex, HostIndex]:
     """Unit states of the tokens with the longest keys of all texts, and which of them a span has.
 
     They are float32 (tokens, d), longest key of a text first; the first one of every span, and how
     many it has.
     """
-    assert batch.queries is not None and batch.query_scores is not None and batch.norm is not None
-    texts, prompt = distinct(batch.queries)
+    assert tokens.queries and tokens.query_scores and tokens.norm
+    texts, prompt = distinct(tokens.queries)
     lengths = [len(text) for text in texts]
-    keys = torch.cat([batch.query_scores[prompt.index(n)] for n in range(len(texts))])
+    keys = torch.cat([tokens.query_scores[prompt.index(n)] for n in range(len(texts))])
     counts = np.minimum(PIVOTS, lengths)
     places = np.repeat(starts_of(lengths)[:-1] - starts_of(counts)[:-1], counts)
     longest = ranked(keys, lengths)
     rows = longest[torch.from_numpy(places + np.arange(len(places))).to(longest.device)]
-    states = normalize(batch.norm(torch.cat(texts).index_select(0, rows)).float(), dim=1)
+    states = normalize(tokens.norm(torch.cat(texts).index_select(0, rows)).float(), dim=1)
     return states, starts_of(counts)[prompt], counts[prompt]
 
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from tokencomp.reducers._batch import finite_features
+from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.reducers.score import ChoosingReducer
-from tokencomp.tokens.patches import Patches
+from tokencomp.tokens.kept import Kept
+from tokencomp.tokens.tokens import Tokens
 
 
 @register_reducer("divprune")
 @dataclass(frozen=True)
-class DivPrune(ChoosingReducer):
+class DivPrune(Reducer):
     """Greedy max-min diversity (DivPrune, arXiv 2503.02175).
 
     The first token is the one whose nearest neighbour is farthest (cosine distance). Every next
@@ -23,11 +22,11 @@ class DivPrune(ChoosingReducer):
     an image, as a span of its own (InternVL, SmolVLM) keep the same share of each.
     """
 
+    batched = True
     summary = "greedy max-min cosine distance (DivPrune 2503.02175)"
 
-    def chosen(self, patches: Patches) -> Tensor:
+    def reduce(self, tokens: Tokens) -> Kept:
         from tokencomp.kernels import maxmin_select
 
-        x = finite_features(patches.features)
-        chosen: Tensor = maxmin_select(x, patches.budgets, spans=patches.lengths, start="isolated")
-        return chosen
+        x = finite_features(tokens.features)
+        return Kept(maxmin_select(x, tokens.budgets, spans=tokens.lengths, start="isolated"))

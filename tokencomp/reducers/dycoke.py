@@ -6,15 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from tokencomp.plan.counts import split_evenly
 from tokencomp.reducers._batch import best_rows, finite_features
 from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.reducers.score import ChoosingReducer
-from tokencomp.tokens.patches import Patches, evenly
+from tokencomp.tokens.kept import Kept
+from tokencomp.tokens.tokens import Tokens, evenly
 
 GROUP = 4
 REFERENCE = np.array([0, 0, 0, 2])  # frame of the group that each frame is compared with
@@ -23,7 +22,7 @@ LARGEST = 1 - 1 / GROUP
 
 @register_reducer("dycoke")
 @dataclass(frozen=True)
-class DyCoke(ChoosingReducer, Published):
+class DyCoke(Published):
     """Drop tokens that repeat the same place of an earlier frame of their group of four.
 
     The first stage of DyCoke (arXiv 2411.15024): the first frame of every group stays whole; of the
@@ -41,6 +40,7 @@ class DyCoke(ChoosingReducer, Published):
     not here.
     """
 
+    batched = True
     summary = "drop what repeats in groups of four frames, first stage (DyCoke 2411.15024)"
     grid = "whole"
 
@@ -49,10 +49,10 @@ class DyCoke(ChoosingReducer, Published):
             return ""
         return f"thins out the first frames of groups; the paper's rule removes at most {LARGEST}"
 
-    def chosen(self, patches: Patches) -> Tensor:
-        x = finite_features(patches.features).float()
+    def reduce(self, tokens: Tokens) -> Kept:
+        x = finite_features(tokens.features).float()
         quota, frames, reference, rank = [], list[int](), [], []
-        for (t, h, w), budget in zip(patches.batch.grids, patches.budgets, strict=True):
+        for (t, h, w), budget in zip(tokens.grids, tokens.budgets, strict=True):
             frame, size = np.arange(t), h * w
             compared = frame // GROUP * GROUP + REFERENCE[frame % GROUP]
             places = np.arange(t * size) + np.repeat((compared - frame) * size, size)
@@ -72,8 +72,8 @@ class DyCoke(ChoosingReducer, Published):
             quota += own.tolist()
             frames += [size] * t
         similarity = cosine_similarity(
-            x, x.index_select(0, patches.table(np.concatenate(reference)))
+            x, x.index_select(0, tokens.table(np.concatenate(reference)))
         )
-        at = patches.table(np.concatenate(rank))
+        at = tokens.table(np.concatenate(rank))
         score = torch.where(at == 0, -similarity, at * torch.inf)
-        return best_rows(score, quota, frames)
+        return Kept(best_rows(score, quota, frames))

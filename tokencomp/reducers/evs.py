@@ -10,17 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokencomp.reducers._batch import best_rows, finite_features, frame_lengths
+from tokencomp.reducers._batch import best_rows, finite_features
 from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.reducers.score import ChoosingReducer
-from tokencomp.tokens.patches import Patches, evenly
+from tokencomp.tokens.kept import Kept
 from tokencomp.tokens.stacks import HostIndex, Stack, by_stack, starts_of
+from tokencomp.tokens.tokens import Tokens, evenly
 
 
 @register_reducer("evs")
 @dataclass(frozen=True)
-class EVS(ChoosingReducer, Published):
+class EVS(Published):
     """Drop tokens that repeat the same place of the frame before (EVS, arXiv 2510.14624).
 
     The first frame stays whole; of the others, the tokens least similar (cosine) to the same
@@ -35,6 +35,7 @@ class EVS(ChoosingReducer, Published):
     reducer there.
     """
 
+    batched = True
     summary = "drop tokens unchanged since the previous frame (EVS 2510.14624)"
     grid = "whole"
 
@@ -43,24 +44,24 @@ class EVS(ChoosingReducer, Published):
             return ""
         return f"keeps less than one of {frames} frames; the paper's rule keeps the first one whole"
 
-    def chosen(self, patches: Patches) -> Tensor:
-        similarity = previous_similarity(patches, finite_features(patches.features))
-        return least_similar(patches, similarity, [False] * len(patches.lengths))
+    def reduce(self, tokens: Tokens) -> Kept:
+        similarity = previous_similarity(tokens, finite_features(tokens.features))
+        return Kept(least_similar(tokens, similarity, [False] * len(tokens)))
 
 
-def least_similar(patches: Patches, similarity: Tensor, compared: Sequence[bool]) -> Tensor:
+def least_similar(tokens: Tokens, similarity: Tensor, compared: Sequence[bool]) -> Tensor:
     """The patches that are least similar to the frame before, ascending.
 
     Parameters
     ----------
-    similarity : Tensor of float32, shape (patches,)
+    similarity : Tensor of float32, shape (n,)
     compared
         Of every span: whether its first frame has been compared too. If not, it stays whole, or
         evenly spaced tokens of it.
     """
     # 0: by similarity; 1 and -1: before and behind all others, because of the place alone
     rank = []
-    grids = zip(patches.batch.grids, patches.budgets, compared, strict=True)
+    grids = zip(tokens.grids, tokens.budgets, compared, strict=True)
     for (t, h, w), budget, known in grids:
         own = np.zeros(t * h * w, dtype=np.int64)
         if not known:
@@ -69,19 +70,19 @@ def least_similar(patches: Patches, similarity: Tensor, compared: Sequence[bool]
                 own[: h * w] = -1
                 own[evenly(h * w, budget if t == 1 else -(-budget // 2))] = 1
         rank.append(own)
-    places = patches.table(np.concatenate(rank))
+    places = tokens.table(np.concatenate(rank))
     score = torch.where(places == 0, -similarity, places * torch.inf)
-    return best_rows(score, patches.budgets, patches.lengths)
+    return best_rows(score, tokens.budgets, tokens.lengths)
 
 
-def previous_similarity(patches: Patches, x: Tensor) -> Tensor:
-    """Cosine of every patch with the same place of the frame before, float32, shape (patches,).
+def previous_similarity(tokens: Tokens, x: Tensor) -> Tensor:
+    """Cosine of every patch with the same place of the frame before, float32, shape (n,).
 
     -inf in first frames. Spans must be whole.
     """
     from tokencomp.kernels import nearest_previous_frame
 
-    grids = patches.batch.grids
+    grids = tokens.grids
     firsts = starts_of([t for t, *_ in grids])[:-1]
 
     def of_stack(frames: HostIndex, _: Stack, rows: Tensor) -> Tensor:
@@ -89,6 +90,6 @@ def previous_similarity(patches: Patches, x: Tensor) -> Tensor:
         first = np.flatnonzero(np.isin(frames, firsts))  # the kernel knows of frame 0
         if len(first) == 1:
             return similarity
-        return similarity.index_fill_(0, patches.table(first), -torch.inf)
+        return similarity.index_fill_(0, tokens.table(first), -torch.inf)
 
-    return by_stack(frame_lengths(patches), of_stack, x, limit=math.inf)
+    return by_stack(tokens.frame_lengths(), of_stack, x, limit=math.inf)

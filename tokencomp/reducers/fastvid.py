@@ -10,15 +10,15 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tokencomp.plan.counts import split_evenly
-from tokencomp.reducers._batch import best_rows, frame_lengths, salient, with_merged
+from tokencomp.reducers._batch import best_rows, salient, with_merged
 from tokencomp.reducers._clusters import density_peaks
 from tokencomp.reducers._segments import frame_cosines, segments
+from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.reducers.score import PatchReducer
-from tokencomp.tokens.patches import Patches, rows_where
-from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.kept import Kept
 from tokencomp.tokens.signals import TOWER_ATTENTION
 from tokencomp.tokens.stacks import HostIndex, Stack, masked, portions, rows_of, starts_of
+from tokencomp.tokens.tokens import Tokens, rows_where
 from tokencomp.validation import check_range
 
 THRESHOLD, CONTEXT, STRIDE, NEIGHBOURS, OWN = 0.9, 0.4, 4, 4, 0.6
@@ -27,7 +27,7 @@ LIMIT = 1 << 25  # entries of features and cosines in memory at once
 
 @register_reducer("fastvid")
 @dataclass(frozen=True)
-class FastVid(PatchReducer):
+class FastVid(Reducer):
     """Salient tokens of every frame, and means around the density peaks of anchor frames.
 
     FastVID (arXiv 2503.11187). The video is cut into segments of like frames (cosine of frame means
@@ -51,11 +51,12 @@ class FastVid(PatchReducer):
     frames (ours). Frames are described by the mean of their projected tokens, as in the release for
     Qwen; its other threshold and its skipped frames for Qwen2.5-VL are left out. Attention is that
     of the last block, where the release for LLaVA reads SigLIP's pooling head, which Hugging Face's
-    LLaVA-OneVision does not load. `Reduction.sizes` counts a token once over all anchors.
+    LLaVA-OneVision does not load. `Kept.weights` counts a token once over all anchors.
     """
 
     least: int = 8
 
+    batched = True
     summary = "salient tokens, and density peaks of anchor frames (FastVID 2503.11187)"
     merges = True
     grid = "whole"
@@ -65,23 +66,23 @@ class FastVid(PatchReducer):
         super().__post_init__()
         check_range("fastvid", "least", self.least, 1, 1024)
 
-    def reduce_patches(self, patches: Patches) -> Reduction:
-        x, attention = salient(patches, "fastvid")
+    def reduce(self, tokens: Tokens) -> Kept:
+        x, attention = salient(tokens, "fastvid")
         lengths, counts, context = list[int](), list[int](), list[int]()
-        likes, grids = frame_cosines(patches, x), patches.batch.grids
-        for like, budget, (_, h, w) in zip(likes, patches.budgets, grids, strict=True):
+        likes, grids = frame_cosines(tokens, x), tokens.grids
+        for like, budget, (_, h, w) in zip(likes, tokens.budgets, grids, strict=True):
             own = segments(like, THRESHOLD, self.least)
             chosen_here, context_here = frame_counts(own, budget, h * w)
             lengths, counts, context = lengths + own, counts + chosen_here, context + context_here
-        frames = frame_lengths(patches)
+        frames = tokens.frame_lengths()
         chosen = best_rows(attention, counts, frames)
         if not any(context):
-            return with_merged(patches, x, chosen, None)
+            return with_merged(x, chosen, None)
         free = torch.ones(len(x), dtype=torch.bool, device=x.device).index_fill_(0, chosen, False)
         rest = rows_where(free, len(x) - len(chosen))
         left = [n - own for n, own in zip(frames, counts, strict=True)]
-        anchors = around_anchors(patches, x, rest, left, lengths, context)
-        return with_merged(patches, x, chosen, anchors)
+        anchors = around_anchors(tokens, x, rest, left, lengths, context)
+        return with_merged(x, chosen, anchors)
 
 
 def frame_counts(lengths: list[int], budget: int, n: int) -> tuple[list[int], list[int]]:
@@ -106,7 +107,7 @@ def frame_counts(lengths: list[int], budget: int, n: int) -> tuple[list[int], li
 
 
 def around_anchors(
-    patches: Patches,
+    tokens: Tokens,
     x: Tensor,
     rest: Tensor,
     left: list[int],
@@ -128,23 +129,23 @@ def around_anchors(
     anchors = np.flatnonzero(context)
     segment = np.repeat(np.arange(len(lengths)), lengths)[anchors]
     counts = [context[f] for f in anchors]
-    own = rest[patches.table(rows_of(ends, anchors))]
+    own = rest[tokens.table(rows_of(ends, anchors))]
     near = [NEIGHBOURS] * len(counts)
     peaks, _ = density_peaks(x[own], [left[f] for f in anchors], counts, near, x.shape[1] ** 0.5)
     centres = own[peaks]
     # Of every anchor the rest of its segment goes to the nearest centre.
     firsts, ends = ends[stops[segment]], ends[stops[segment + 1]]
-    sums, members = around(patches, x, rest, (firsts, ends - firsts), centres, counts)
+    sums, members = around(tokens, x, rest, (firsts, ends - firsts), centres, counts)
     mean = sums / members.clamp(min=1)
     share = (1 / (members + 1)).clamp(min=OWN)
     value = torch.where(members > 0, share * x[centres] + (1 - share) * mean, x[centres])
-    sharing = patches.table(np.repeat(np.bincount(segment)[segment], counts))
+    sharing = tokens.table(np.repeat(np.bincount(segment)[segment], counts))
     sizes = members[:, 0] / sharing
     return centres, value, sizes.clamp(min=1)
 
 
 def around(
-    patches: Patches,
+    tokens: Tokens,
     x: Tensor,
     rest: Tensor,
     runs: tuple[HostIndex, HostIndex],
@@ -167,7 +168,7 @@ def around(
         picked = Stack(begins[part], count[part], x.device)
         rows, own = stack.of(rest), picked.of(centres)
         nearest = masked(unit[rows] @ unit[own].mT, picked.lengths, -torch.inf).argmax(2)
-        labels = stack.flat(nearest + patches.table(begins[part])[:, None])
+        labels = stack.flat(nearest + tokens.table(begins[part])[:, None])
         rows = stack.flat(rows)
         sums.index_add_(0, labels, x[rows])
         members.index_add_(0, labels, x.new_ones(len(rows), 1))

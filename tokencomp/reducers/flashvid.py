@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,15 +12,15 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tokencomp.plan.counts import split_evenly
-from tokencomp.reducers._batch import best_rows, frame_lengths, means, salient, segment, with_merged
+from tokencomp.reducers._batch import best_rows, means, salient, segment, with_merged
 from tokencomp.reducers._clusters import cluster_sums, density_peaks
 from tokencomp.reducers._segments import frame_cosines, segments
+from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.reducers.score import PatchReducer
-from tokencomp.tokens.patches import Patches, rows_where
-from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.kept import Kept
 from tokencomp.tokens.signals import TOWER_ATTENTION
 from tokencomp.tokens.stacks import HostIndex, Stack, by_stack, masked, real, rows_of, starts_of
+from tokencomp.tokens.tokens import Tokens, rows_where
 from tokencomp.validation import check_range
 
 THRESHOLD, DIVERSE, LINK, NEIGHBOURS = 0.9, 0.7, 0.8, 7
@@ -28,7 +28,7 @@ THRESHOLD, DIVERSE, LINK, NEIGHBOURS = 0.9, 0.7, 0.8, 7
 
 @register_reducer("flashvid")
 @dataclass(frozen=True)
-class FlashVid(PatchReducer):
+class FlashVid(Reducer):
     """Diverse salient tokens of every frame, and the rest merged along time, then by clusters.
 
     FlashVID (arXiv 2602.08024), the part before the decoder. The video is cut into segments as in
@@ -60,6 +60,7 @@ class FlashVid(PatchReducer):
     event: bool = False
     least: int = 8
 
+    batched = True
     summary = "diverse salient tokens, trees along time (FlashVID 2602.08024)"
     merges = True
     grid = "whole"
@@ -69,19 +70,20 @@ class FlashVid(PatchReducer):
         super().__post_init__()
         check_range("flashvid", "least", self.least, 1, 1024)
 
-    def reduce_patches(self, patches: Patches) -> Reduction:
-        x, attention = salient(patches, "flashvid")
+    def reduce(self, tokens: Tokens) -> Kept:
+        x, attention = salient(tokens, "flashvid")
         lengths, each = list[int](), list[int]()
-        likes, grids = frame_cosines(patches, x), patches.batch.grids
-        for like, budget, (t, h, w) in zip(likes, patches.budgets, grids, strict=True):
+        likes, grids = frame_cosines(tokens, x), tokens.grids
+        for like, budget, (t, h, w) in zip(likes, tokens.budgets, grids, strict=True):
             lengths += segments(like, THRESHOLD, self.least)
             each += split_evenly(budget, [h * w] * t)
         diverse = [math.ceil(own * DIVERSE - 1e-9) for own in each]
-        frames = Patches(patches.batch, frame_lengths(patches), diverse)
+        by_frame = [(1, h, w) for t, h, w in grids for _ in range(t)]
+        frames = replace(tokens, grids=by_frame, lengths=tokens.frame_lengths(), budgets=diverse)
         if self.event:
             middle = means(means(x, frames.lengths), lengths)
             owners = np.repeat(np.repeat(np.arange(len(lengths)), lengths), frames.lengths)
-            attention = attention * (x * middle[patches.table(owners)]).sum(1)
+            attention = attention * (x * middle[tokens.table(owners)]).sum(1)
         unit = normalize(x, dim=1)
 
         def stays(members: HostIndex, stack: Stack, unit: Tensor, weights: Tensor) -> Tensor:
@@ -91,7 +93,7 @@ class FlashVid(PatchReducer):
         chosen = rows_where(stay, sum(diverse))
         left = [own - count for own, count in zip(each, diverse, strict=True)]
         merged = trees(frames, x, unit, ~stay, lengths, left) if any(left) else None
-        return with_merged(patches, x, chosen, merged)
+        return with_merged(x, chosen, merged)
 
 
 def spread_out(unit: Tensor, weights: Tensor, lengths: HostIndex, counts: HostIndex) -> Tensor:
@@ -126,7 +128,7 @@ def spread_out(unit: Tensor, weights: Tensor, lengths: HostIndex, counts: HostIn
 
 
 def trees(
-    frames: Patches, x: Tensor, unit: Tensor, free: Tensor, lengths: list[int], left: list[int]
+    frames: Tokens, x: Tensor, unit: Tensor, free: Tensor, lengths: list[int], left: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens that stand for the free tokens of all segments: places, values and sizes.
 
@@ -134,8 +136,8 @@ def trees(
     ----------
     frames
         The patches by frame; of each as many are not free as its budget.
-    x, unit : Tensor, shape (patches, d)
-    free : Tensor of bool, shape (patches,)
+    x, unit : Tensor, shape (n, d)
+    free : Tensor of bool, shape (n,)
     lengths
         Frames of every segment.
     left
@@ -169,7 +171,7 @@ def trees(
 
 
 def links(
-    frames: Patches, unit: Tensor, free: Tensor, lengths: list[int], keep: list[int]
+    frames: Tokens, unit: Tensor, free: Tensor, lengths: list[int], keep: list[int]
 ) -> tuple[Tensor, Tensor, dict[int, int]]:
     """Which tokens hang on one of the frame before, at most so many that `keep` can stay.
 
@@ -192,7 +194,7 @@ def links(
 
 
 def likest(
-    frames: Patches, unit: Tensor, free: Tensor, numbers: HostIndex
+    frames: Tokens, unit: Tensor, free: Tensor, numbers: HostIndex
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The token of the frame before that every token of some frames resembles most.
 

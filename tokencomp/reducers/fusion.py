@@ -11,15 +11,15 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from tokencomp.reducers._batch import best_rows, finite_features
+from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.reducers.score import PatchReducer
-from tokencomp.tokens.patches import Patches
-from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.kept import Kept
+from tokencomp.tokens.tokens import Tokens
 
 
 @register_reducer("fusion")
 @dataclass(frozen=True)
-class Fusion(PatchReducer):
+class Fusion(Reducer):
     """Fuse the neighbours in time that resemble each other most, until the budget is met.
 
     The iterative fusion of FastLongSpeech (arXiv 2507.14815). Each round compares every token with
@@ -36,18 +36,19 @@ class Fusion(PatchReducer):
     dropping: a long sound becomes as short as any other.
     """
 
+    batched = True
     summary = "fuses similar neighbours in time, for audio (FastLongSpeech 2507.14815)"
     merges = True
 
-    def reduce_patches(self, patches: Patches) -> Reduction:
-        x, sizes = finite_features(patches.features), patches.sizes()
-        places, lengths = torch.arange(len(x), device=x.device), patches.lengths
-        while lengths != patches.budgets:
-            pairs = zip(lengths, patches.budgets, strict=True)
+    def reduce(self, tokens: Tokens) -> Kept:
+        x, sizes = finite_features(tokens.features), tokens.all_weights()
+        places, lengths = torch.arange(len(x), device=x.device), tokens.lengths
+        while lengths != tokens.budgets:
+            pairs = zip(lengths, tokens.budgets, strict=True)
             after = [max(budget, length // 2) for length, budget in pairs]
             x, sizes, places = fuse(x, sizes, places, lengths, after)
             lengths = after
-        return patches.replaced(places, x, sizes)
+        return Kept.ascending(places, x, sizes)
 
 
 def fuse(

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from tokencomp.reducers._batch import best_rows, finite_values, tower_signal
 from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.reducers.score import ChoosingReducer
-from tokencomp.tokens.patches import Patches
+from tokencomp.tokens.kept import Kept
 from tokencomp.tokens.signals import TOWER_ATTENTION, TowerSignal
+from tokencomp.tokens.tokens import Tokens
 
 ANCHORS = 0.1 / 5  # share of the budget, before their neighbours
 MIDDLE = TowerSignal("attention", 15 / 32)
@@ -21,7 +20,7 @@ MIDDLE = TowerSignal("attention", 15 / 32)
 
 @register_reducer("hiprune")
 @dataclass(frozen=True)
-class HiPrune(ChoosingReducer, Published):
+class HiPrune(Published):
     """Anchors of a middle block with their neighbours, then what the last block attends to.
 
     HiPrune (arXiv 2508.00553). round(0.02 · K) anchors are the tokens with the largest attention in
@@ -40,26 +39,27 @@ class HiPrune(ChoosingReducer, Published):
     """
 
     revision = 2  # 1: one block later
+    batched = True
     summary = "attention of a middle and the last block of the tower (HiPrune 2508.00553)"
     grid = "known"
     needs = frozenset({MIDDLE, TOWER_ATTENTION})
 
-    def chosen(self, patches: Patches) -> Tensor:
-        both = [tower_signal(patches, signal, "hiprune") for signal in (MIDDLE, TOWER_ATTENTION)]
+    def reduce(self, tokens: Tokens) -> Kept:
+        both = [tower_signal(tokens, signal, "hiprune") for signal in (MIDDLE, TOWER_ATTENTION)]
         attentions = finite_values(torch.stack(both, 1), "attentions of the vision tower")
         middle, last = attentions.unbind(1)
-        counts = [round(budget * ANCHORS) for budget in patches.budgets]
-        anchors = best_rows(middle, counts, patches.lengths)
+        counts = [round(budget * ANCHORS) for budget in tokens.budgets]
+        anchors = best_rows(middle, counts, tokens.lengths)
         # Cells of one span after those of the other: its first one, its last one, its width.
-        ends = np.cumsum([t * h * w for t, h, w in patches.batch.grids])
+        ends = np.cumsum([t * h * w for t, h, w in tokens.grids])
         firsts = [0, *ends[:-1].tolist()]
-        edges = np.stack([firsts, ends - 1, [w for *_, w in patches.batch.grids]], 1)
-        first, final, w = patches.table(np.repeat(edges, counts, axis=0))[:, :, None].unbind(1)
-        cells = patches.cells() + patches.per_patch(firsts)
+        edges = np.stack([firsts, ends - 1, [w for *_, w in tokens.grids]], 1)
+        first, final, w = tokens.table(np.repeat(edges, counts, axis=0))[:, :, None].unbind(1)
+        cells = tokens.cells() + tokens.per_patch(firsts)
         down, right = w.new_tensor([[0, 0, 0, -1, 1], [0, -1, 1, 0, 0]])
         near = (cells[anchors][:, None] + w * down + right).clamp(first, final)
         chosen = torch.zeros(int(ends[-1]), dtype=torch.bool, device=near.device)
         chosen[near] = True
         # Tokens that stay anyway stand before all others.
         last = last.masked_fill(chosen[cells], torch.inf)
-        return best_rows(last, patches.budgets, patches.lengths)
+        return Kept(best_rows(last, tokens.budgets, tokens.lengths))

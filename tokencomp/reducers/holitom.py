@@ -12,19 +12,19 @@ from tokencomp.plan.counts import frame_budgets
 from tokencomp.reducers._batch import best_rows, salient, with_merged
 from tokencomp.reducers._clusters import cluster_sums, density_peaks
 from tokencomp.reducers._segments import place_cosines, run_means, still_windows
+from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.reducers.score import PatchReducer
-from tokencomp.tokens.patches import Patches
-from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.kept import Kept
 from tokencomp.tokens.signals import TOWER_ATTENTION
 from tokencomp.tokens.stacks import HostIndex
+from tokencomp.tokens.tokens import Tokens
 
 STATIC, NEIGHBOURS, OWN = 0.8, 7, 0.6
 
 
 @register_reducer("holitom")
 @dataclass(frozen=True)
-class HoliTom(PatchReducer):
+class HoliTom(Reducer):
     """Merge what stands still along time, and keep of the rest what the vision tower attends to.
 
     HoliTom (arXiv 2505.21334), the part before the decoder. The video is cut into windows so that
@@ -43,17 +43,18 @@ class HoliTom(PatchReducer):
     that moves everywhere, and an image, is attention alone.
     """
 
+    batched = True
     summary = "still places merged over time, attention elsewhere (HoliTom 2505.21334)"
     merges = True
     grid = "whole"
     needs = frozenset({TOWER_ATTENTION})
 
-    def reduce_patches(self, patches: Patches) -> Reduction:
-        x, attention = salient(patches, "holitom")
+    def reduce(self, tokens: Tokens) -> Kept:
+        x, attention = salient(tokens, "holitom")
         still: list[tuple[HostIndex, int]] = []
         moving: list[tuple[HostIndex, int]] = []
-        likes = place_cosines(patches, x)
-        for like, budget, start in zip(likes, patches.budgets, patches.starts, strict=True):
+        likes = place_cosines(tokens, x)
+        for like, budget, start in zip(likes, tokens.budgets, tokens.starts, strict=True):
             windows = still_windows(like, budget, STATIC)
             static = [window.static + start for window in windows]
             frames = [frame + start for window in windows for frame in window.moving]
@@ -62,18 +63,18 @@ class HoliTom(PatchReducer):
             still += [(own, k) for own, k in zip(static, budgets, strict=False) if k]
             # Frames that are static as a whole have no rows to choose from.
             moving += [(own, k) for own, k in zip(frames, budgets[len(static) :], strict=True) if k]
-        rows = patches.table(np.concatenate([np.arange(0), *(own for own, _ in moving)]))
+        rows = tokens.table(np.concatenate([np.arange(0), *(own for own, _ in moving)]))
         if moving:
             lengths = [len(own) for own, _ in moving]
             counts = [count for _, count in moving]
             rows = rows[best_rows(attention[rows], counts, lengths)]
         if not still:
-            return with_merged(patches, x, rows, None)
-        values = run_means(patches, x, [own for own, _ in still])
+            return with_merged(x, rows, None)
+        values = run_means(tokens, x, [own for own, _ in still])
         places, merged, sizes = peaks(values, [len(own) for own, _ in still], [k for _, k in still])
-        at = patches.table(np.concatenate([own[:, 0] for own, _ in still]))[places]
-        repeats = patches.table([own.shape[1] for own, k in still for _ in range(k)])
-        return with_merged(patches, x, rows, (at, merged, sizes * repeats))
+        at = tokens.table(np.concatenate([own[:, 0] for own, _ in still]))[places]
+        repeats = tokens.table([own.shape[1] for own, k in still for _ in range(k)])
+        return with_merged(x, rows, (at, merged, sizes * repeats))
 
 
 def peaks(x: Tensor, lengths: list[int], clusters: list[int]) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,21 +5,20 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from tokencomp.plan.counts import split_evenly
 from tokencomp.reducers._batch import best_rows, finite_values, segment, tower_signal
+from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.reducers.score import ChoosingReducer
-from tokencomp.tokens.patches import Patches
+from tokencomp.tokens.kept import Kept
 from tokencomp.tokens.signals import TOWER_ATTENTION
+from tokencomp.tokens.tokens import Tokens
 
 CROP = 1024 / 576  # crops per kept share of the tokens
 
 
 @register_reducer("holov")
 @dataclass(frozen=True)
-class HoloV(ChoosingReducer):
+class HoloV(Reducer):
     """Split a picture into crops, and keep of each the tokens that the vision tower attends to.
 
     HoloV (arXiv 2510.02912). max(1, ⌊(1024/576) · n / K⌋) crops are runs of equal length in raster
@@ -36,19 +35,20 @@ class HoloV(ChoosingReducer):
     with rows of zeros, and orders a crop by attention.
     """
 
+    batched = True
     summary = "budgets of crops by tower attention (HoloV 2510.02912)"
     needs = frozenset({TOWER_ATTENTION})
 
-    def chosen(self, patches: Patches) -> Tensor:
-        attention = tower_signal(patches, TOWER_ATTENTION, "holov")
+    def reduce(self, tokens: Tokens) -> Kept:
+        attention = tower_signal(tokens, TOWER_ATTENTION, "holov")
         attention = finite_values(attention, "attentions of the vision tower")
-        crops = [crop_lengths(n, k) for n, k in zip(patches.lengths, patches.budgets, strict=True)]
+        crops = [crop_lengths(n, k) for n, k in zip(tokens.lengths, tokens.budgets, strict=True)]
         lengths = list(itertools.chain(*crops))
         sums = iter(segment(attention.double(), lengths, "sum").tolist())
         budgets = []
-        for own, budget in zip(crops, patches.budgets, strict=True):
+        for own, budget in zip(crops, tokens.budgets, strict=True):
             budgets += crop_budgets([next(sums) / n for n in own], budget, own)
-        return best_rows(attention, budgets, lengths)
+        return Kept(best_rows(attention, budgets, lengths))
 
 
 def crop_lengths(n: int, budget: int) -> list[int]:

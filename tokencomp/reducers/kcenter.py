@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from tokencomp.reducers._pixels import NO_PIXELS, descriptor
+from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.reducers.score import ChoosingReducer
-from tokencomp.tokens.patches import Patches
+from tokencomp.tokens.kept import Kept
+from tokencomp.tokens.tokens import Tokens
 from tokencomp.validation import check_range
 
 
 @register_reducer("kcenter")
 @dataclass(frozen=True)
-class KCenter(ChoosingReducer):
+class KCenter(Reducer):
     """Greedy k-center by the root mean square of differences (Gonzalez 1985; use here ours).
 
     The first token is the one farthest from the mean, and every next one the farthest from all
@@ -55,6 +54,7 @@ class KCenter(ChoosingReducer):
     std_weight: float = 1.0
     temporal_weight: float = 1.0
 
+    batched = True
     summary = "greedy k-center by appearance (Gonzalez 1985), default in the vision tower"
 
     def __post_init__(self) -> None:
@@ -66,9 +66,8 @@ class KCenter(ChoosingReducer):
     def unused_options(self, pixels: bool) -> dict[str, str]:
         return {} if pixels else dict.fromkeys(("pool", "std_weight", "temporal_weight"), NO_PIXELS)
 
-    def chosen(self, patches: Patches) -> Tensor:
+    def reduce(self, tokens: Tokens) -> Kept:
         from tokencomp.kernels import maxmin_select
 
-        x = descriptor(patches, self.pool, self.std_weight, self.temporal_weight)
-        chosen: Tensor = maxmin_select(x, patches.budgets, spans=patches.lengths, metric="rms")
-        return chosen
+        x = descriptor(tokens, self.pool, self.std_weight, self.temporal_weight)
+        return Kept(maxmin_select(x, tokens.budgets, spans=tokens.lengths, metric="rms"))

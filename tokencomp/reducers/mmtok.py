@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tokencomp.reducers._batch import finite_features, questions
+from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.reducers.score import ChoosingReducer
-from tokencomp.tokens.patches import Patches
+from tokencomp.tokens.kept import Kept
 from tokencomp.tokens.signals import QUERY, Signal
 from tokencomp.tokens.stacks import HostIndex, Stack, by_stack, masked, rows_of, starts_of
+from tokencomp.tokens.tokens import Tokens
 
 TEXT, VISION, SHARE = 0.02, 0.2, 0.5  # temperatures, and the weight of the picture
 BLOCK = 1 << 24  # cosines in memory at once
@@ -23,7 +24,7 @@ BLOCK = 1 << 24  # cosines in memory at once
 
 @register_reducer("mmtok")
 @dataclass(frozen=True)
-class MMTok(ChoosingReducer):
+class MMTok(Reducer):
     """Keep the tokens that cover the tokens of the question and of the picture best.
 
     MMTok (arXiv 2508.18264): greedy facility location over two stacked matrices, the softmax over
@@ -47,45 +48,45 @@ class MMTok(ChoosingReducer):
 
     cover: Literal["both", "picture"] = "both"
 
+    batched = True
     summary = "covers question and picture (MMTok 2508.18264)"
 
     @property
     def needs(self) -> frozenset[Signal]:
         return frozenset({QUERY} if self.cover == "both" else ())
 
-    def chosen(self, patches: Patches) -> Tensor:
+    def reduce(self, tokens: Tokens) -> Kept:
         from tokencomp.kernels import facility_select
 
-        unit = normalize(finite_features(patches.features).float(), dim=1)
-        points, reach = unit / VISION, np.asarray(patches.lengths)
+        unit = normalize(finite_features(tokens.features).float(), dim=1)
+        points, reach = unit / VISION, np.asarray(tokens.lengths)
         shift = np.repeat(np.log(reach / SHARE), reach)
         if self.cover == "both":
-            texts, lengths, prompt = questions(patches, "mmtok", "cover='picture'")
+            texts, lengths, prompt = questions(tokens, "mmtok", "cover='picture'")
             own = np.asarray(lengths)[prompt]
-            rows = patches.table(rows_of(starts_of(lengths), prompt))
+            rows = tokens.table(rows_of(starts_of(lengths), prompt))
             # The points of a span are its patches, and then its text.
             spans = np.repeat([*range(len(own))] * 2, [*reach, *own])
             order = np.argsort(spans, kind="stable")
-            points = torch.cat([points, texts.to(unit)[rows] / TEXT])[patches.table(order)]
+            points = torch.cat([points, texts.to(unit)[rows] / TEXT])[tokens.table(order)]
             shift = np.concatenate([shift, np.repeat(np.log(own), own)])[order]
             reach = reach + own
-        offset = log_sums(patches, unit, points, reach) + unit.new_tensor(shift)
+        offset = log_sums(tokens, unit, points, reach) + unit.new_tensor(shift)
         how = {"points": points, "point_spans": reach.tolist(), "offset": offset}
-        chosen: Tensor = facility_select(unit, patches.budgets, spans=patches.lengths, **how)
-        return chosen
+        return Kept(facility_select(unit, tokens.budgets, spans=tokens.lengths, **how))
 
 
-def log_sums(patches: Patches, unit: Tensor, points: Tensor, reach: HostIndex) -> Tensor:
+def log_sums(tokens: Tokens, unit: Tensor, points: Tensor, reach: HostIndex) -> Tensor:
     """log Σ_j exp(y_i · x_j) of every point y over the patches x of its span, (points,).
 
     Parameters
     ----------
-    unit : Tensor, shape (patches, d)
+    unit : Tensor, shape (n, d)
     points : Tensor, shape (points, d)
     reach
         Points of every span.
     """
-    starts, lengths = np.asarray(patches.starts), np.asarray(patches.lengths)
+    starts, lengths = np.asarray(tokens.starts), np.asarray(tokens.lengths)
 
     def of_stack(spans: HostIndex, _: Stack, points: Tensor) -> Tensor:
         own = Stack(starts[spans], lengths[spans], unit.device)

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from tokencomp.plan.counts import split_evenly
 from tokencomp.reducers._batch import finite_features
+from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.reducers.score import PatchReducer
-from tokencomp.tokens.patches import Patches
-from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.kept import Kept
 from tokencomp.tokens.spans import ModelFacts
 from tokencomp.tokens.stacks import HostIndex, grouped
+from tokencomp.tokens.tokens import Tokens
 from tokencomp.validation import check_range
 
 GROUPS = (2, 4, 8)
@@ -26,7 +26,7 @@ MOST_STRIDE = 1024  # tokens; no frame has longer sides
 
 @register_reducer("pool")
 @dataclass(frozen=True)
-class Pool(PatchReducer):
+class Pool(Reducer):
     """Pool frames: the first of every group finely, the others coarsely (arXiv 2409.20018).
 
     A single image is pooled to the nearest grid. Pooled tokens are area means of the whole map.
@@ -57,6 +57,7 @@ class Pool(PatchReducer):
     stride: float = STRIDE
     position: Literal["mean", "first"] | None = None
 
+    batched = True
     summary = "progressive pooling of frames, 2-D pooling of images (2409.20018)"
     merges = True
     grid = "whole"
@@ -70,26 +71,26 @@ class Pool(PatchReducer):
             return replace(self, position="first")
         return self
 
-    def reduce_patches(self, patches: Patches) -> Reduction:
-        x, grids = finite_features(patches.features), patches.batch.grids
+    def reduce(self, tokens: Tokens) -> Kept:
+        x, grids = finite_features(tokens.features), tokens.grids
         pooled, chosen, sizes = [], [], []
         # Spans whose frames have one size are pooled together.
         for (h, w), members in grouped([(h, w) for _, h, w in grids]).items():
             frames, lines = [], []
             for m in members:
-                quota = self.frame_quota(grids[m][0], h * w, patches.budgets[m])
-                frames += [patches.starts[m] + f * h * w for f, n in enumerate(quota) if n]
+                quota = self.frame_quota(grids[m][0], h * w, tokens.budgets[m])
+                frames += [tokens.starts[m] + f * h * w for f, n in enumerate(quota) if n]
                 lines += [line_widths(n, h, w) for n in quota if n]
             counts = [sum(widths) for widths in lines]
-            rows = patches.table(np.add.outer(frames, np.arange(h * w)).ravel())
+            rows = tokens.table(np.add.outer(frames, np.arange(h * w)).ravel())
             stack = x.index_select(0, rows).view(len(frames), h, w, -1)
             pooled.append(pool_lines(stack, lines))
             place = places(lines, h, w, self.position or "mean")
             chosen.append(place + np.repeat(frames, counts))
             sizes.append(np.repeat(h * w / np.asarray(counts), counts))
-        size = torch.from_numpy(np.concatenate(sizes).astype(np.float32)).to(patches.device)
-        rows = patches.table(np.concatenate(chosen))
-        return patches.replaced(rows, torch.cat(pooled), size)
+        size = torch.from_numpy(np.concatenate(sizes).astype(np.float32)).to(tokens.device)
+        rows = tokens.table(np.concatenate(chosen))
+        return Kept.ascending(rows, torch.cat(pooled), size)
 
     def frame_quota(self, frames: int, cells: int, budget: int) -> list[int]:
         """Tokens of every frame: whole numbers in 0 … cells that sum to `budget`."""

@@ -11,11 +11,11 @@ from tokencomp.plan.counts import check_ratio
 from tokencomp.plan.plan import Plan, from_profile
 from tokencomp.plan.schedules import NATURAL, SCHEDULES, aim, check_ramp, natural_aim
 from tokencomp.reducers._batch import supplied_scores
+from tokencomp.reducers.base import ScoreReducer
 from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.reducers.score import ScoreReducer
-from tokencomp.tokens.patches import Patches
 from tokencomp.tokens.signals import Attention, Signal
+from tokencomp.tokens.tokens import Tokens
 
 STEPS, TEMPERATURE = 5, 0.1  # of PageRank
 
@@ -98,8 +98,8 @@ class Prune(ScoreReducer, Published):
             natural = NATURAL[self.schedule](num_layers)
         return tuple(stage.layer for stage in from_profile(natural, self).stages)
 
-    def scores(self, patches: Patches) -> Tensor:
-        return supplied_scores(patches, "prune")
+    def scores(self, tokens: Tokens) -> Tensor:
+        return supplied_scores(tokens, "prune")
 
 
 @dataclass(frozen=True)

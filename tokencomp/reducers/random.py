@@ -12,8 +12,8 @@ from torch import Tensor
 from tokencomp.reducers._batch import best_rows
 from tokencomp.reducers._late import Baseline
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.reducers.score import ChoosingReducer
-from tokencomp.tokens.patches import Patches
+from tokencomp.tokens.kept import Kept
+from tokencomp.tokens.tokens import Tokens
 from tokencomp.validation import check_range
 
 
@@ -25,7 +25,7 @@ def random_ranks(seed: int, cells: int) -> Tensor:
 
 @register_reducer("random")
 @dataclass(frozen=True)
-class Random(ChoosingReducer, Baseline):
+class Random(Baseline):
     """Keep a random subset.
 
     The choice depends only on the seed and the patch indices, so it is identical across batches,
@@ -40,14 +40,15 @@ class Random(ChoosingReducer, Baseline):
 
     seed: int = 0
 
+    batched = True
     summary = "a random subset (baseline)"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("random", "seed", self.seed, 0, 2**63 - 1)
 
-    def chosen(self, patches: Patches) -> Tensor:
-        most = max(map(math.prod, patches.batch.grids))
-        ranks = random_ranks(self.seed, most).to(patches.device)
-        rank = ranks.index_select(0, patches.cells())
-        return best_rows(rank, patches.budgets, patches.lengths)
+    def reduce(self, tokens: Tokens) -> Kept:
+        most = max(map(math.prod, tokens.grids))
+        ranks = random_ranks(self.seed, most).to(tokens.device)
+        rank = ranks.index_select(0, tokens.cells())
+        return Kept(best_rows(rank, tokens.budgets, tokens.lengths))

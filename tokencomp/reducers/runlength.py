@@ -11,10 +11,11 @@ from torch import Tensor
 
 from tokencomp.reducers._batch import best_rows
 from tokencomp.reducers._pixels import NO_PIXELS, descriptor
+from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.reducers.score import ChoosingReducer
-from tokencomp.tokens.patches import Patches
+from tokencomp.tokens.kept import Kept
 from tokencomp.tokens.spans import Grid
+from tokencomp.tokens.tokens import Tokens
 from tokencomp.validation import check_range
 
 HALVINGS = 24  # of the interval that holds the threshold: to 6e-8 of the largest distance
@@ -22,7 +23,7 @@ HALVINGS = 24  # of the interval that holds the threshold: to 6e-8 of the larges
 
 @register_reducer("runlength")
 @dataclass(frozen=True)
-class RunLength(ChoosingReducer):
+class RunLength(Reducer):
     """Keep a token of a video where its place looks unlike the token last kept there.
 
     As in RLT (arXiv 2411.05222), but every distance is taken to the token last *kept* at the place,
@@ -42,6 +43,7 @@ class RunLength(ChoosingReducer):
 
     pool: int = 4
 
+    batched = True
     summary = (
         "drop tokens that look like the last kept one at their place (RLT 2411.05222, exact count)"
     )
@@ -54,22 +56,22 @@ class RunLength(ChoosingReducer):
     def unused_options(self, pixels: bool) -> dict[str, str]:
         return {} if pixels else {"pool": NO_PIXELS}
 
-    def chosen(self, patches: Patches) -> Tensor:
+    def reduce(self, tokens: Tokens) -> Kept:
         from tokencomp.kernels import maxmin_select
 
-        x, grids = descriptor(patches, self.pool), patches.batch.grids
+        x, grids = descriptor(tokens, self.pool), tokens.grids
         heads = [h * w for _, h, w in grids]
-        rows = [np.arange(at, at + n) for at, n in zip(patches.starts, heads, strict=True)]
-        first = None if heads == patches.lengths else patches.table(np.concatenate(rows))
-        budgets = [*map(of_first, grids, patches.budgets)]
+        rows = [np.arange(at, at + n) for at, n in zip(tokens.starts, heads, strict=True)]
+        first = None if heads == tokens.lengths else tokens.table(np.concatenate(rows))
+        budgets = [*map(of_first, grids, tokens.budgets)]
         seen = x if first is None else x.index_select(0, first)
         chosen: Tensor = maxmin_select(seen, budgets, spans=heads, metric="rms")
         if first is None:
-            return chosen
-        rest = [budget - own for budget, own in zip(patches.budgets, budgets, strict=True)]
-        scores = changes(patches, x, rest)
+            return Kept(chosen)
+        rest = [budget - own for budget, own in zip(tokens.budgets, budgets, strict=True)]
+        scores = changes(tokens, x, rest)
         scores.index_fill_(0, first.index_select(0, chosen), torch.inf)
-        return best_rows(scores, patches.budgets, patches.lengths)
+        return Kept(best_rows(scores, tokens.budgets, tokens.lengths))
 
 
 def of_first(grid: Grid, budget: int) -> int:
@@ -79,25 +81,25 @@ def of_first(grid: Grid, budget: int) -> int:
     return min(h * w, max(1, budget // 2, budget - later))
 
 
-def changes(patches: Patches, x: Tensor, budgets: list[int]) -> Tensor:
-    """Distance of every patch to the token last kept at its place, by x (patches, d), (patches,).
+def changes(tokens: Tokens, x: Tensor, budgets: list[int]) -> Tensor:
+    """Distance of every patch to the token last kept at its place, by x (n, d), shape (n,).
 
     Tokens that changed by more than a threshold come first, first frames have -inf. The threshold
     of a span is the smallest that at most its budget of tokens behind the first frame exceeds.
     """
     # Step by step, and in a step longest videos first: places of the others come to an end.
-    lengths, grids = patches.lengths, np.asarray(patches.batch.grids)
+    lengths, grids = tokens.lengths, np.asarray(tokens.grids)
     span = np.repeat(np.arange(len(grids)), lengths)
-    step = (np.arange(len(x)) - np.repeat(patches.starts, lengths)) // grids[span, 1:].prod(1)
+    step = (np.arange(len(x)) - np.repeat(tokens.starts, lengths)) // grids[span, 1:].prod(1)
     order, sizes = np.lexsort((-grids[span, 0], step)), np.bincount(step).tolist()
-    rows, owner = patches.table(order), patches.table(span[order[sizes[0] :]])
+    rows, owner = tokens.table(order), tokens.table(span[order[sizes[0] :]])
     first, *frames = x[rows].split(sizes)
 
     def largest(values: Tensor) -> Tensor:
         return values.new_zeros(len(grids)).scatter_reduce_(0, owner, values, "amax")
 
     start = torch.cat([frame - first[: len(frame)] for frame in frames])
-    low, most = x.new_zeros(len(grids)), patches.table(budgets)
+    low, most = x.new_zeros(len(grids)), tokens.table(budgets)
     high = largest(start.square().mean(-1).sqrt()) * 2 + 1
     for _ in range(HALVINGS):
         middle = (low + high) / 2

@@ -5,19 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor
 from torch.nn.functional import normalize
 
 from tokencomp.reducers._batch import finite_features, tower_signal
+from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.reducers.score import ChoosingReducer
-from tokencomp.tokens.patches import Patches
+from tokencomp.tokens.kept import Kept
 from tokencomp.tokens.signals import TOWER_ATTENTION, Signal
+from tokencomp.tokens.tokens import Tokens
 
 
 @register_reducer("scope")
 @dataclass(frozen=True)
-class Scope(ChoosingReducer):
+class Scope(Reducer):
     """Greedy choice of tokens that are salient and cover tokens which no chosen one resembles.
 
     SCOPE (arXiv 2510.24214): the next token is the one of the largest
@@ -40,18 +40,18 @@ class Scope(ChoosingReducer):
 
     saliency: Literal["tower", "none"] = "tower"
 
+    batched = True
     summary = "saliency × covering (SCOPE 2510.24214), saliency=none: facility location"
 
     @property
     def needs(self) -> frozenset[Signal]:
         return frozenset({TOWER_ATTENTION} if self.saliency == "tower" else ())
 
-    def chosen(self, patches: Patches) -> Tensor:
+    def reduce(self, tokens: Tokens) -> Kept:
         from tokencomp.kernels import facility_select
 
         weights = None
         if self.saliency == "tower":
-            weights = tower_signal(patches, TOWER_ATTENTION, "scope")
-        unit = normalize(finite_features(patches.features, weights).float(), dim=1)
-        chosen: Tensor = facility_select(unit, patches.budgets, weights, spans=patches.lengths)
-        return chosen
+            weights = tower_signal(tokens, TOWER_ATTENTION, "scope")
+        unit = normalize(finite_features(tokens.features, weights).float(), dim=1)
+        return Kept(facility_select(unit, tokens.budgets, weights, spans=tokens.lengths))

@@ -21,12 +21,13 @@ from tokencomp.reducers._batch import (
     min_max,
     supplied_scores,
 )
+from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.reducers.score import ChoosingReducer
-from tokencomp.tokens.patches import Patches
+from tokencomp.tokens.kept import Kept
 from tokencomp.tokens.signals import Attention, Signal
 from tokencomp.tokens.spans import ModelFacts
 from tokencomp.tokens.stacks import HostIndex, Stack, by_stack, real
+from tokencomp.tokens.tokens import Tokens
 
 TRAIN = "tokencomp train selector --model MODEL --data DATA --output FOLDER"
 CHANNELS = (32, 64, 128, 256, 512)
@@ -182,7 +183,7 @@ def load_selector(path: str | Path) -> tuple[SelectorNet, dict[str, Any]]:
 
 @register_reducer("selector")
 @dataclass(frozen=True)
-class Selector(ChoosingReducer):
+class Selector(Reducer):
     """Keep the tokens that, to a trained network, explain the answer best (arXiv 2506.01097).
 
     The only input of the paper's network is layer 0's attention from the user's text to the visual
@@ -220,6 +221,7 @@ class Selector(ChoosingReducer):
 
     entry_only = True
     grid = "known"
+    batched = True
     summary = "trained on explainability labels (2506.01097), pick=mmr: IDPruner (2602.13315)"
 
     def __post_init__(self) -> None:
@@ -242,25 +244,24 @@ class Selector(ChoosingReducer):
         vars(bound)["_net"] = net  # the one that was checked, even if its file changes later
         return bound
 
-    def chosen(self, patches: Patches) -> Tensor:
+    def reduce(self, tokens: Tokens) -> Kept:
         from tokencomp.kernels import maxmin_select
 
-        x = patches.features
-        row = supplied_scores(patches, "selector") if self.needs else None
+        x = tokens.features
+        row = supplied_scores(tokens, "selector") if self.needs else None
         if row is not None and self.pick == "top":
             finite_values(row, "scores")
         else:
             finite_features(x, row)
-        importance = self.importances(patches, x if row is None else row)
+        importance = self.importances(tokens, x if row is None else row)
         if self.pick == "top":
-            return best_rows(importance, patches.budgets, patches.lengths)
+            return Kept(best_rows(importance, tokens.budgets, tokens.lengths))
         # With λ = 0.5, λ·I - (1-λ)·max cos orders as I + min (1 - cos).
-        how = {"spans": patches.lengths, "bonus": min_max(importance, patches.lengths)}
-        chosen: Tensor = maxmin_select(x, patches.budgets, **how)
-        return chosen
+        how = {"spans": tokens.lengths, "bonus": min_max(importance, tokens.lengths)}
+        return Kept(maxmin_select(x, tokens.budgets, **how))
 
-    def importances(self, patches: Patches, given: Tensor) -> Tensor:
-        """Importance of every patch, (patches,); the network reads `given`, its row per patch."""
+    def importances(self, tokens: Tokens, given: Tensor) -> Tensor:
+        """Importance of every patch, (n,); the network reads `given`, its row per patch."""
         net = on_device(self._net, given.device)
 
         def of_stack(_: HostIndex, stack: Stack, rows: Tensor) -> Tensor:
@@ -272,7 +273,7 @@ class Selector(ChoosingReducer):
             return logits
 
         with torch.no_grad():
-            return by_stack(patches.lengths, of_stack, given)
+            return by_stack(tokens.lengths, of_stack, given)
 
     @cached_property
     def _net(self) -> SelectorNet:

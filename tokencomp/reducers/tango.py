@@ -15,12 +15,12 @@ from tokencomp.plan.counts import frame_budgets
 from tokencomp.reducers._batch import best_rows, salient
 from tokencomp.reducers._clusters import cluster_sums, density_peaks
 from tokencomp.reducers._segments import StillWindow, place_cosines, run_means, still_windows
+from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.reducers.score import PatchReducer
-from tokencomp.tokens.patches import Patches, rows_where
-from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.kept import Kept
 from tokencomp.tokens.signals import TOWER_ATTENTION
 from tokencomp.tokens.stacks import HostIndex, rows_of, starts_of
+from tokencomp.tokens.tokens import Tokens, rows_where
 from tokencomp.validation import check_range
 
 STATIC, CANDIDATES, NEIGHBOURS, CENTRE = 0.8, 1.5, 7, 0.6
@@ -29,7 +29,7 @@ TIME, PLACE = 1e4, 1e3  # bases of the rotations
 
 @register_reducer("tango")
 @dataclass(frozen=True)
-class Tango(PatchReducer):
+class Tango(Reducer):
     """One token of every cluster of what the vision tower attends to, and means of the others.
 
     Tango (arXiv 2604.09547). Places that stand still in a window (as in `holitom`, threshold 0.8)
@@ -59,6 +59,7 @@ class Tango(PatchReducer):
 
     context: float = 0.4
 
+    batched = True
     summary = "clusters of salient tokens by look, time and place (Tango 2604.09547)"
     merges = True
     grid = "whole"
@@ -68,20 +69,20 @@ class Tango(PatchReducer):
         super().__post_init__()
         check_range(self.name, "context", self.context, 0, 1)
 
-    def reduce_patches(self, patches: Patches) -> Reduction:
-        x, attention = salient(patches, "tango")
+    def reduce(self, tokens: Tokens) -> Kept:
+        x, attention = salient(tokens, "tango")
         groups, counts, pools = list[HostIndex](), list[int](), list[int]()
-        likes = place_cosines(patches, x)
-        for like, budget, start in zip(likes, patches.budgets, patches.starts, strict=True):
+        likes = place_cosines(tokens, x)
+        for like, budget, start in zip(likes, tokens.budgets, tokens.starts, strict=True):
             for own in budgeted(still_windows(like, budget, STATIC), budget):
                 groups += [group + start for group, _ in own]
                 counts += [count for _, count in own]
                 pools.append(len(own))
-        values = run_means(patches, x, groups)
-        saliency = run_means(patches, attention[:, None], groups)[:, 0]
-        at = patches.table(np.concatenate([group[:, 0] for group in groups]))
-        frames = patches.table([group.shape[1] for group in groups for _ in group]).float()
-        y = rotated(x.index_select(0, at), places(patches, at))
+        values = run_means(tokens, x, groups)
+        saliency = run_means(tokens, attention[:, None], groups)[:, 0]
+        at = tokens.table(np.concatenate([group[:, 0] for group in groups]))
+        frames = tokens.table([group.shape[1] for group in groups for _ in group]).float()
+        y = rotated(x.index_select(0, at), places(tokens, at))
         few = [int(count * (1 - self.context) + 1e-9) for count in counts]
         lengths = [len(group) for group in groups]
         chosen = representatives(y, saliency, lengths, few)
@@ -95,7 +96,7 @@ class Tango(PatchReducer):
         centres, merged, stand_for = means_of(values, y, frames, rest, sizes, clusters)
         kept = torch.cat([chosen, centres])
         stand_for = torch.cat([frames[chosen], stand_for])
-        return patches.replaced(at[kept], torch.cat([values[chosen], merged]), stand_for)
+        return Kept.ascending(at[kept], torch.cat([values[chosen], merged]), stand_for)
 
 
 def budgeted(windows: list[StillWindow], budget: int) -> Iterator[list[tuple[HostIndex, int]]]:
@@ -113,10 +114,10 @@ def budgeted(windows: list[StillWindow], budget: int) -> Iterator[list[tuple[Hos
         yield from (pool for pool in (own[:1], own[1:]) if len(pool[0][0]))
 
 
-def places(patches: Patches, rows: Tensor) -> Tensor:
+def places(tokens: Tokens, rows: Tensor) -> Tensor:
     """Time, row and column (n, 3) of patches of whole grids."""
-    grids = patches.table(patches.batch.grids)[patches.owners()[rows]]
-    cell, h, w = patches.cells()[rows], grids[:, 1], grids[:, 2]
+    grids = tokens.table(tokens.grids)[tokens.owners()[rows]]
+    cell, h, w = tokens.cells()[rows], grids[:, 1], grids[:, 2]
     return torch.stack([cell // (h * w), cell // w % h, cell % w], 1)
 
 

@@ -6,20 +6,20 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from tokencomp.reducers._batch import finite_features
+from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.evs import least_similar, previous_similarity
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.reducers.score import ChoosingReducer
-from tokencomp.tokens.patches import Patches
+from tokencomp.tokens.kept import Kept
 from tokencomp.tokens.signals import FRAMES, Signal
+from tokencomp.tokens.tokens import Tokens
 
 
 @register_reducer("timechat")
 @dataclass(frozen=True)
-class TimeChat(ChoosingReducer):
+class TimeChat(Reducer):
     """Drop tokens that repeat the same place of the frame before (TimeChat-Online, 2504.17343).
 
     The first frame of a chunk is compared with the last frame of the chunk before it: of the same
@@ -33,6 +33,7 @@ class TimeChat(ChoosingReducer):
     frame came before, the rules of `evs` choose.
     """
 
+    batched = True
     summary = "drop tokens unchanged since the frame before, in a stream (2504.17343, exact count)"
     grid = "whole"
     entry_only = True
@@ -41,14 +42,14 @@ class TimeChat(ChoosingReducer):
     def needs(self) -> frozenset[Signal]:
         return frozenset({FRAMES})
 
-    def chosen(self, patches: Patches) -> Tensor:
-        x, batch = finite_features(patches.features), patches.batch
-        similarity = previous_similarity(patches, x)
-        before = batch.frames or [None] * len(batch)
+    def reduce(self, tokens: Tokens) -> Kept:
+        x = finite_features(tokens.features)
+        similarity = previous_similarity(tokens, x)
+        before = tokens.frames or [None] * len(tokens)
         known = [number for number, frame in enumerate(before) if frame is not None]
         if known:
             old = torch.cat([frame.to(x.device).float() for frame in before if frame is not None])
-            starts, areas = patches.starts, [h * w for _, h, w in batch.grids]
-            rows = patches.table(np.concatenate([starts[s] + np.arange(areas[s]) for s in known]))
+            starts, areas = tokens.starts, [h * w for _, h, w in tokens.grids]
+            rows = tokens.table(np.concatenate([starts[s] + np.arange(areas[s]) for s in known]))
             similarity[rows] = cosine_similarity(x[rows].float(), old, dim=-1)
-        return least_similar(patches, similarity, [frame is not None for frame in before])
+        return Kept(least_similar(tokens, similarity, [frame is not None for frame in before]))

@@ -13,16 +13,17 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from tokencomp.plan.counts import frame_budgets
 from tokencomp.reducers._batch import best_rows, feature_norms, finite_features, min_max, segment
+from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.reducers.score import ChoosingReducer
-from tokencomp.tokens.patches import Patches
+from tokencomp.tokens.kept import Kept
+from tokencomp.tokens.tokens import Tokens
 
 TEMPERATURE = 0.7
 
 
 @register_reducer("vcast")
 @dataclass(frozen=True)
-class VCast(ChoosingReducer):
+class VCast(Reducer):
     """Keep more of the frames where a video turns, and there the tokens unlike their frame.
 
     V-CAST (arXiv 2603.27650). f_t is the direction of the mean token of frame t, and its curvature
@@ -37,13 +38,14 @@ class VCast(ChoosingReducer):
     release leaves alone, are scored as a frame. Frames of which nothing is left are skipped.
     """
 
+    batched = True
     summary = "budgets of frames by curvature, tokens unlike their frame (V-CAST 2603.27650)"
     grid = "known"
 
-    def chosen(self, patches: Patches) -> Tensor:
-        frames = [[n for n in own if n] for own in patches.per_frame()]
+    def reduce(self, tokens: Tokens) -> Kept:
+        frames = [[n for n in own if n] for own in tokens.per_frame()]
         lengths = list(itertools.chain(*frames))
-        x = patches.features.float()
+        x = tokens.features.float()
         norms = feature_norms(x)
         means = normalize(frame_means(x, lengths), dim=1)
         # One read, for the budgets of all frames and for whether the features are finite.
@@ -51,13 +53,13 @@ class VCast(ChoosingReducer):
         if not math.isfinite(total):
             finite_features(x)
         quota: list[int] = []
-        for own, budget in zip(frames, patches.budgets, strict=True):
+        for own, budget in zip(frames, tokens.budgets, strict=True):
             bends = [1.0, *curves[len(quota) + 1 : len(quota) + len(own) - 1], 1.0][: len(own)]
             weights = [math.exp(bend / TEMPERATURE) for bend in bends]
             quota += frame_budgets(weights, budget, own, least=1)
-        rows = torch.repeat_interleave(means, patches.table(lengths), dim=0, output_size=len(x))
+        rows = torch.repeat_interleave(means, tokens.table(lengths), dim=0, output_size=len(x))
         score = 1 - cosine_similarity(x, rows, dim=1) + min_max(norms, lengths)
-        return best_rows(score, quota, lengths)
+        return Kept(best_rows(score, quota, lengths))
 
 
 def frame_means(x: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -12,11 +12,12 @@ from torch.nn.functional import normalize
 
 from tokencomp.plan.counts import frame_budgets
 from tokencomp.reducers._batch import best_rows, feature_norms, finite_features
+from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.reducers.score import ChoosingReducer
-from tokencomp.tokens.patches import Patches
+from tokencomp.tokens.kept import Kept
 from tokencomp.tokens.spans import Grid
 from tokencomp.tokens.stacks import HostIndex, Stack, by_stack
+from tokencomp.tokens.tokens import Tokens
 
 TEMPERATURE = 0.01  # of the softmax over frames
 BANDWIDTHS = tuple(2.0**k for k in range(-3, 2))
@@ -24,7 +25,7 @@ BANDWIDTHS = tuple(2.0**k for k in range(-3, 2))
 
 @register_reducer("vidcom2")
 @dataclass(frozen=True)
-class VidCom2(ChoosingReducer):
+class VidCom2(Reducer):
     """Keep tokens unlike their video and their frame; unusual frames keep more.
 
     VidCom² (arXiv 2505.14454): over the half of the channels with the lowest variance, every
@@ -40,16 +41,17 @@ class VidCom2(ChoosingReducer):
     SmolVLM), video and frame are the same, and every frame keeps the same share of its tokens.
     """
 
+    batched = True
     summary = "uniqueness within frame and video, per-frame budgets (VidCom2 2505.14454)"
     grid = "whole"
 
-    def chosen(self, patches: Patches) -> Tensor:
-        x, grids = patches.features.float(), patches.batch.grids
+    def reduce(self, tokens: Tokens) -> Kept:
+        x, grids = tokens.features.float(), tokens.grids
 
         def of_stack(spans: HostIndex, _: Stack, rows: Tensor) -> Tensor:
             return values_of(grids[spans[0]], rows)
 
-        values = by_stack(patches.lengths, of_stack, x, keys=grids, limit=math.inf)
+        values = by_stack(tokens.lengths, of_stack, x, keys=grids, limit=math.inf)
         frames = [h * w for t, h, w in grids for _ in range(t)]
         # One read for the budgets of all frames, which depend on the features, and for whether
         # these are finite.
@@ -57,14 +59,14 @@ class VidCom2(ChoosingReducer):
         if not math.isfinite(norms):
             finite_features(x)
         quota, first = [], 0
-        for (t, h, w), budget in zip(grids, patches.budgets, strict=True):
+        for (t, h, w), budget in zip(grids, tokens.budgets, strict=True):
             own = np.asarray(means[first : first + t * h * w : h * w], dtype=np.float32)
             logits = -own / TEMPERATURE
             share = np.exp(logits - logits.max())
             share /= share.sum()
             quota += frame_budgets((1 + share - 1 / t).tolist(), budget, [h * w] * t)
             first += t * h * w
-        return best_rows(-values[:, 0], quota, frames)
+        return Kept(best_rows(-values[:, 0], quota, frames))
 
 
 def values_of(grid: Grid, x: Tensor) -> Tensor:

@@ -8,19 +8,19 @@ import numpy as np
 import torch
 
 from tokencomp.reducers._batch import best_rows, salient, tower_signal
+from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.reducers.score import PatchReducer
-from tokencomp.tokens.nearest import nearest
-from tokencomp.tokens.patches import Patches, rows_where
-from tokencomp.tokens.reduction import Reduction
+from tokencomp.tokens.kept import Kept
 from tokencomp.tokens.signals import TOWER_ATTENTION, TOWER_KEYS
+from tokencomp.tokens.stacks import starts_of
+from tokencomp.tokens.tokens import Tokens, nearest, rows_where
 
 CONTEXTUAL = 10 / 64
 
 
 @register_reducer("visionzip")
 @dataclass(frozen=True)
-class VisionZip(PatchReducer):
+class VisionZip(Reducer):
     """Keep what the vision tower attends to most, and merge the rest by its keys.
 
     VisionZip (arXiv 2412.04467). Of K tokens, C = max(1, round(10/64 · K)) are contextual and the
@@ -37,29 +37,29 @@ class VisionZip(PatchReducer):
     a patch receives over a token's patches; their mean ranks alike.
     """
 
+    batched = True
     summary = "dominant tokens by tower attention, means of the rest (VisionZip 2412.04467)"
     merges = True
     needs = frozenset({TOWER_ATTENTION, TOWER_KEYS})
 
-    def reduce_patches(self, patches: Patches) -> Reduction:
+    def reduce(self, tokens: Tokens) -> Kept:
         from tokencomp.kernels import merge_rows
 
-        x, attention = salient(patches, "visionzip")
-        keys = tower_signal(patches, TOWER_KEYS, "visionzip").mean(1)
-        contextual = [max(1, round(budget * CONTEXTUAL)) for budget in patches.budgets]
-        counts = [k - c for k, c in zip(patches.budgets, contextual, strict=True)]
-        dominant = best_rows(attention, counts, patches.lengths)
+        x, attention = salient(tokens, "visionzip")
+        keys = tower_signal(tokens, TOWER_KEYS, "visionzip").mean(1)
+        contextual = [max(1, round(budget * CONTEXTUAL)) for budget in tokens.budgets]
+        counts = [k - c for k, c in zip(tokens.budgets, contextual, strict=True)]
+        dominant = best_rows(attention, counts, tokens.lengths)
         free = torch.ones(len(x), dtype=torch.bool, device=x.device)
         rest = rows_where(free.index_fill_(0, dominant, False), len(x) - len(dominant))
-        left = [n - k for n, k in zip(patches.lengths, counts, strict=True)]
-        others = Patches(patches.batch, left, [])
-        runs = zip(others.starts, others.lengths, contextual, strict=True)
+        left = [n - k for n, k in zip(tokens.lengths, counts, strict=True)]
+        runs = zip(starts_of(left), left, contextual, strict=False)
         places = [start + np.arange(c) * max(1, n // c) for start, n, c in runs]
-        at = patches.table(np.concatenate(places))
-        near = rest[nearest(others, keys[rest], at, contextual)]
+        at = tokens.table(np.concatenate(places))
+        near = rest[nearest(left, keys[rest], at, contextual)]
         kept = torch.cat([dominant, rest[at]]).sort().values
         target = torch.arange(len(x), device=x.device).index_copy(0, rest, near)
         target = target.index_copy(0, kept, kept)
-        how = {"frames": patches.lengths, "weighted": False}
-        merged = merge_rows(x, target, kept, patches.sizes(), **how)
-        return patches.replaced(kept, merged.x, merged.sizes)
+        how = {"frames": tokens.lengths, "weighted": False}
+        merged = merge_rows(x, target, kept, tokens.all_weights(), **how)
+        return Kept.ascending(kept, merged.x, merged.sizes)

@@ -10,18 +10,19 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tokencomp.reducers._batch import salient
+from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
-from tokencomp.reducers.score import ChoosingReducer
-from tokencomp.tokens.patches import Patches, rows_where
+from tokencomp.tokens.kept import Kept
 from tokencomp.tokens.signals import TOWER_ATTENTION
 from tokencomp.tokens.stacks import HostIndex, Stack, by_stack, masked, padded
+from tokencomp.tokens.tokens import Tokens, rows_where
 
 STEP = 8  # tokens that leave per round
 
 
 @register_reducer("visprune")
 @dataclass(frozen=True)
-class VisPrune(ChoosingReducer):
+class VisPrune(Reducer):
     """Half of the budget by the vision tower's attention, half by what is left once copies leave.
 
     VisPruner (arXiv 2412.01818). ⌊K/2⌋ tokens are those with the largest attention in the tower.
@@ -38,14 +39,15 @@ class VisPrune(ChoosingReducer):
     bytes.
     """
 
+    batched = True
     summary = "salient tokens, then the rest without its copies (VisPruner 2412.01818)"
     needs = frozenset({TOWER_ATTENTION})
 
-    def chosen(self, patches: Patches) -> Tensor:
-        x, attention = salient(patches, "visprune")
+    def reduce(self, tokens: Tokens) -> Kept:
+        x, attention = salient(tokens, "visprune")
 
         def stays(spans: HostIndex, stack: Stack, unit: Tensor, attention: Tensor) -> Tensor:
-            budgets = np.asarray(patches.budgets)[spans]
+            budgets = np.asarray(tokens.budgets)[spans]
             attention = masked(attention, stack.lengths, -torch.inf)
             order = attention.sort(dim=1, descending=True, stable=True).indices
             half = budgets // 2
@@ -54,8 +56,8 @@ class VisPrune(ChoosingReducer):
             mask = torch.empty_like(important).scatter_(1, order, important)
             return mask.scatter_(1, diverse, True)
 
-        kept = by_stack(patches.lengths, stays, normalize(x, dim=1), attention)
-        return rows_where(kept, sum(patches.budgets))
+        kept = by_stack(tokens.lengths, stays, normalize(x, dim=1), attention)
+        return Kept(rows_where(kept, sum(tokens.budgets)))
 
 
 def without_copies(

@@ -13,7 +13,8 @@ from tokencomp.errors import ScoreError
 from tokencomp.plan.reducer import reduced
 from tokencomp.reducers.base import Reducer
 from tokencomp.serving.item_plan import ItemPlan, built
-from tokencomp.tokens.spans import SpanBatch, VisualSpan, VisualTokens
+from tokencomp.tokens.spans import VisualSpan
+from tokencomp.tokens.tokens import Tokens
 
 
 def reduce_item(
@@ -62,16 +63,19 @@ def reduce_item(
 def _reduce_span(
     reducer: Reducer, features: Tensor, span: VisualSpan, keep: int, present: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    special = span.special_mask(features.device)
-    if present is not None:
-        features, special = features[present], special[present]
-    kept = torch.arange(keep, device=features.device)
-    if keep < len(features):
-        tokens = VisualTokens(features, span.grid, special, present, modality=span.modality)
-        result = reduced(reducer, SpanBatch.of(tokens), [keep])
-        kept = result.keep
-        features = features[kept] if result.merged is None else result.merged.to(features)
-    return features, kept if present is None else present[kept]
+    if present is None:
+        present = torch.arange(span.length, device=features.device)
+    if keep == len(present):
+        return features[present], present
+    fixed = span.special_mask(features.device)
+    patches, special = present[~fixed[present]], present[fixed[present]]
+    tokens = Tokens(
+        features[patches], [span.grid], [keep - len(special)], [len(patches)], [span.modality],
+        None if len(present) == span.length else ((~fixed).cumsum(0) - 1)[patches],
+    )  # fmt: skip
+    kept = reduced(reducer, tokens).with_fixed(features, patches, special)
+    merged = kept.features
+    return features[kept.rows] if merged is None else merged.to(features), kept.rows
 
 
 def reduce_rows(

@@ -36,7 +36,7 @@ class Attention(Signal):
         see `tokencomp.reducers.sparsevlm`), "all" (every token: column sums of the whole causal
         map), "none" (no row: the score of a token is the length of its own key, the sum of
         absolute values over all heads before rotation, and so for the text in
-        `VisualTokens.query_scores`).
+        `Tokens.query_scores`).
     iterations
         0 sums the softmax columns once; n > 0 repeats s ← s·M from the uniform vector (PageRank).
     temperature

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -11,8 +10,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-
-from tokencomp.tokens.signals import Signal
 
 Grid = tuple[int, int, int]
 Modality = Literal["image", "video", "audio"]
@@ -92,193 +89,6 @@ def numbered(spans: Sequence[VisualSpan]) -> list[VisualSpan]:
         same = before is not None and span.item is not None and span.item == before.item
         result.append(replace(span, item=number if same or not result else number + 1))
     return result
-
-
-@dataclass
-class VisualTokens:
-    """What a reducer sees of one span. Plain tensors, never Hugging Face objects.
-
-    Attributes
-    ----------
-    features : Tensor, shape (n, d)
-        Projected features at entry, hidden states between layers; the model's dtype. In the vision
-        tower: float32 pixels or hidden states of a cell's patches, see `pixels`.
-    grid
-        (t, h, w) of the *uncompressed* span.
-    special : Tensor of bool, shape (n,)
-        True for tokens that must stay.
-    index : Tensor of int64, shape (n,), or None
-        Offsets of the tokens inside the uncompressed span, ascending. None while none is missing.
-    scores : Tensor of float32, shape (n,), or None
-        Attention in the decoder, if the reducer needs it (`Attention`).
-    query : Tensor, shape (m, d), or None
-        Embeddings of the text tokens after the span; between layers, their hidden states.
-    query_scores : Tensor of float32, shape (m,), or None
-        Lengths of their keys, if the reducer needs `Attention("none")`.
-    norm
-        The norm behind the last decoder layer, (…, d) to (…, d), if the reducer needs `NORM`.
-    frame : Tensor, shape (h · w, d), or None
-        The last frame of this shape before the span, also of an earlier turn on the same cache, if
-        the reducer needs `FRAMES`.
-    modality
-        "image", "video" or "audio".
-    sizes : Tensor of float32, shape (n,), or None
-        How many original tokens every row stands for; None: one each.
-    tower : dict
-        By `TowerSignal` that the reducer needs, float32, shape (n,) or (n, heads, head_dim); 0 at
-        special tokens.
-    pixels
-        (frames, height, width) of a patch where `features` are pixels, before the first block of
-        the vision tower: they are the last three axes of
-        `features.view(n, -1, frames, height, width)`. Else None.
-    place
-        (sample of the batch, span of the sample). For evaluation only: what a reducer chooses must
-        not depend on the batch.
-    """
-
-    features: Tensor
-    grid: Grid
-    special: Tensor
-    index: Tensor | None = None
-    scores: Tensor | None = None
-    query: Tensor | None = None
-    query_scores: Tensor | None = None
-    norm: Norm | None = None
-    frame: Tensor | None = None
-    modality: Modality = "image"
-    sizes: Tensor | None = None
-    tower: dict[Signal, Tensor] = field(default_factory=dict)
-    pixels: tuple[int, int, int] | None = None
-    place: tuple[int, int] = (0, 0)
-
-    def __len__(self) -> int:
-        return self.features.shape[0]
-
-    @property
-    def offsets(self) -> Tensor:
-        """Offsets inside the uncompressed span, shape (n,)."""
-        if self.index is not None:
-            return self.index
-        return torch.arange(len(self), device=self.features.device)
-
-
-@dataclass
-class SpanBatch:
-    """What a reducer sees of all spans of a call: their tokens, one span after the other.
-
-    What the host must know to choose shapes (lengths, grids, numbers of special tokens) are plain
-    numbers, so that no method has to wait for the device.
-
-    Attributes
-    ----------
-    features : Tensor, shape (n, d)
-    lengths
-        Tokens of every span; n in all.
-    grids, modalities, places
-        As in `VisualTokens`, one per span.
-    fixed
-        Special tokens of every span.
-    special : Tensor of bool, shape (n,), or None
-        True for tokens that must stay; None where no span has one.
-    index : Tensor of int64, shape (n,), or None
-        Offsets of the tokens inside their uncompressed span. None while no token is missing.
-    scores, sizes : Tensor of float32, shape (n,), or None
-    tower : dict
-        As in `VisualTokens`, of all spans.
-    queries, query_scores : list of Tensor, or None
-        Embeddings of the text after every span, and lengths of keys.
-    frames : list of Tensor or None, or None
-        `VisualTokens.frame` of every span.
-    norm
-        As in `VisualTokens`.
-    pixels
-        As in `VisualTokens`, of all spans.
-    """
-
-    features: Tensor
-    lengths: list[int]
-    grids: list[Grid]
-    modalities: list[Modality]
-    fixed: list[int]
-    special: Tensor | None = None
-    index: Tensor | None = None
-    scores: Tensor | None = None
-    sizes: Tensor | None = None
-    tower: dict[Signal, Tensor] = field(default_factory=dict)
-    queries: list[Tensor] | None = None
-    query_scores: list[Tensor] | None = None
-    norm: Norm | None = None
-    frames: list[Tensor | None] | None = None
-    pixels: tuple[int, int, int] | None = None
-    places: list[tuple[int, int]] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    @classmethod
-    def of(cls, tokens: VisualTokens) -> SpanBatch:
-        """A batch of one span; the number of its special tokens is read from the device."""
-        fixed = int(tokens.special.sum())
-        return cls(
-            features=tokens.features,
-            lengths=[len(tokens)],
-            grids=[tokens.grid],
-            modalities=[tokens.modality],
-            fixed=[fixed],
-            special=tokens.special if fixed else None,
-            index=tokens.index,
-            scores=tokens.scores,
-            sizes=tokens.sizes,
-            tower=tokens.tower,
-            queries=None if tokens.query is None else [tokens.query],
-            query_scores=None if tokens.query_scores is None else [tokens.query_scores],
-            norm=tokens.norm,
-            frames=None if tokens.frame is None else [tokens.frame],
-            pixels=tokens.pixels,
-            places=[tokens.place],
-        )
-
-    def spans(self) -> Iterator[VisualTokens]:
-        """The spans one by one, as views."""
-        start = 0
-        for number, length in enumerate(self.lengths):
-            rows = slice(start, start + length)
-            names = ("features", "special", "index", "scores", "sizes")
-            parts = {n: t[rows] for n in names if (t := getattr(self, n)) is not None}
-            if self.special is None:
-                none = torch.zeros(1, dtype=torch.bool, device=self.features.device)
-                parts["special"] = none.expand(length)
-            yield VisualTokens(
-                **parts,
-                grid=self.grids[number],
-                tower={signal: values[rows] for signal, values in self.tower.items()},
-                query=None if self.queries is None else self.queries[number],
-                query_scores=None if self.query_scores is None else self.query_scores[number],
-                norm=self.norm,
-                frame=None if self.frames is None else self.frames[number],
-                modality=self.modalities[number],
-                pixels=self.pixels,
-                place=self.places[number] if self.places else (0, 0),
-            )
-            start += length
-
-    @property
-    def starts(self) -> list[int]:
-        """First row of every span."""
-        return list(itertools.accumulate(self.lengths[:-1], initial=0))
-
-    def per_row(self, values: Sequence[int]) -> Tensor:
-        """One number per span as one per row, int64, shape (n,)."""
-        rows = np.repeat(np.asarray(values, dtype=np.int64), self.lengths)
-        return torch.from_numpy(rows).to(self.features.device)
-
-    @property
-    def offsets(self) -> Tensor:
-        """Offsets inside the uncompressed spans, int64, shape (n,)."""
-        if self.index is not None:
-            return self.index
-        rows = np.concatenate([np.arange(n) for n in self.lengths])
-        return torch.from_numpy(rows).to(self.features.device)
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,8 @@ class Stack:
             return values[self.rows]
         first, stop = int(self.firsts[0]), int(self.firsts[-1]) + self.longest
         own = values if stop - first == len(values) else values[first:stop]
-        return own.unflatten(0, (len(self.firsts), self.longest))
+        table: Tensor = own.unflatten(0, (len(self.firsts), self.longest))
+        return table
 
     def flat(self, table: Tensor) -> Tensor:
         """What a table (runs, longest, …) says of rows of the runs, one run after the other."""

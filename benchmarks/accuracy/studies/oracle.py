@@ -15,24 +15,19 @@ from tokencomp.errors import ScoreError
 from tokencomp.evaluation.batches import Answers
 from tokencomp.evaluation.settings import Setting
 from tokencomp.patching import unpatched
-from tokencomp.reducers._batch import top_k
-from tokencomp.reducers.base import Reducer
-from tokencomp.tokens.reduction import Reduction
-from tokencomp.tokens.spans import VisualTokens
+from tokencomp.reducers.base import ScoreReducer
+from tokencomp.tokens.tokens import Tokens
 from tokencomp.training.data import answered
-from tokencomp.training.relevance import TARGET, Target, relevance
+from tokencomp.training.relevance import TARGET, Target, explain
 
-_TRUTH: ContextVar[Iterator[Tensor] | None] = ContextVar("tokencomp_oracle", default=None)
+Relevance = list[list[Tensor]]  # per sample, per span: float (patches,)
+_TRUTH: ContextVar[Relevance | None] = ContextVar("tokencomp_oracle", default=None)
 
 
 @contextlib.contextmanager
-def truth(relevance: list[list[Tensor]]) -> Iterator[None]:
-    """Hand the relevance of the next prefill to `oracle`.
-
-    Per sample, per span: float (span.length,), as `tokencomp.training.relevance.relevance` returns
-    it.
-    """
-    token = _TRUTH.set(iter([span for row in relevance for span in row]))
+def truth(relevance: Relevance) -> Iterator[None]:
+    """Hand the relevance of the patches of the next prefill to `oracle`."""
+    token = _TRUTH.set(relevance)
     try:
         yield
     finally:
@@ -40,7 +35,7 @@ def truth(relevance: list[list[Tensor]]) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Oracle(Reducer):
+class Oracle(ScoreReducer):
     """Keep the tokens that the right answer depends on most (labels of arXiv 2506.01097).
 
     It must know the answer before the prompt is read, so it is not a method to use but the upper
@@ -52,17 +47,15 @@ class Oracle(Reducer):
     name = "oracle"
     summary = "upper bound of selector, for evaluation: needs the answer (2506.01097)"
 
-    def reduce(self, tokens: VisualTokens, keep: int) -> Reduction:
-        spans = _TRUTH.get() or iter(())
-        # Spans that are kept whole do not reach this function, so their relevance is skipped.
-        scores = next((s for s in spans if s.shape[0] == len(tokens)), None)
-        if scores is None:
+    def scores(self, tokens: Tokens) -> Tensor:
+        relevance, ((sample, span),) = _TRUTH.get(), tokens.places
+        if relevance is None:
             raise ScoreError(
                 "oracle has no relevance for this span. Compute it with "
-                "tokencomp.training.relevance.relevance(model, inputs, labels) and call the model "
+                "tokencomp.training.relevance.explain(model, inputs, labels) and call the model "
                 "inside `with truth(relevance): ...`."
             )
-        return Reduction(top_k(scores.to(tokens.features.device), tokens.special, keep))
+        return relevance[sample][span].to(tokens.device)
 
 
 class OracleTruth:
@@ -89,7 +82,12 @@ class OracleTruth:
         said = [answer or "?" for answer in answers]
         with unpatched(self.model):
             forced = answered(self.model, self.processor, inputs, said, end=False)
-            return relevance(self.model, *forced, target)
+            seen, found = explain(self.model, *forced, target)
+        pairs = zip(seen.spans, found, strict=True)
+        return [
+            [values[~span.special_mask(values.device)] for span, values in zip(*pair, strict=True)]
+            for pair in pairs
+        ]
 
 
 def oracle(ratio: float, target: Target) -> Setting:

@@ -269,7 +269,7 @@ def check_signals(plan: Plan, adapter: Adapter) -> frozenset[TowerSignal]:
         if sum(isinstance(signal, Attention) for signal in stage.needs) > 1:
             raise OptionError(
                 f"reducer {stage.reducer.name!r} reads the decoder's attention in two ways, but "
-                "`VisualTokens.scores` holds one. Let `needs` name one Attention."
+                "`Tokens.scores` holds one. Let `needs` name one Attention."
             )
     signals = frozenset(signal for signal in plan.needs if isinstance(signal, TowerSignal))
     if signals:

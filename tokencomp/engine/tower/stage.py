@@ -42,9 +42,9 @@ from tokencomp.errors import OptionError
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.reducer import reduced
 from tokencomp.plan.stages import TowerStage
-from tokencomp.tokens.spans import SpanBatch
 from tokencomp.tokens.stacks import rows_of as rows_of_runs
 from tokencomp.tokens.stacks import starts_of
+from tokencomp.tokens.tokens import Tokens
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.checkpointing import checkpointed_since
 from tokencomp.torchlib.hooks import Hooked
@@ -93,16 +93,15 @@ def chosen_cells(
     if some:
         rows = cells_of(some)
         with no_autocast(values):
-            batch = SpanBatch(
+            tokens = Tokens(
                 features=_cell_values(values, cells.members[rows], pixels is not None),
-                lengths=[lengths[i] for i in some],
                 grids=[grids[i] for i in some],
+                budgets=[keeps[i] for i in some],
                 modalities=[cells.modality for _ in some],
-                fixed=[0 for _ in some],
                 pixels=pixels,
             )
-            reduction = reduced(stage.reducer, batch, [keeps[i] for i in some])
-        chosen.append(rows[reduction.keep])
+            kept = reduced(stage.reducer, tokens)
+        chosen.append(rows[kept.rows])
     return torch.cat(chosen)
 
 

@@ -11,11 +11,11 @@ import torch
 
 from tokencomp.evaluation.settings import Setting
 from tokencomp.reducers._batch import supplied_scores
-from tokencomp.reducers.score import ScoreReducer
+from tokencomp.reducers.base import ScoreReducer
 from tokencomp.reducers.selector import CHANNELS, INPUTS, NARROW, SelectorNet
 from tokencomp.storage import write_json
-from tokencomp.tokens.patches import Patches
 from tokencomp.tokens.signals import Attention, Signal
+from tokencomp.tokens.tokens import Tokens
 from tokencomp.trained.cards import model_card, write
 from tokencomp.training.checks import check_folder, without_patch
 from tokencomp.training.data import questions
@@ -92,8 +92,8 @@ class AttentionRow(ScoreReducer):
     def needs(self) -> frozenset[Signal]:
         return frozenset({Attention("text")})
 
-    def scores(self, patches: Patches) -> torch.Tensor:
-        return supplied_scores(patches, "attention")
+    def scores(self, tokens: Tokens) -> torch.Tensor:
+        return supplied_scores(tokens, "attention")
 
 
 def comparison(weights: Path) -> list[Setting]:

@@ -1,0 +1,114 @@
+"""What a reducer returns, how it is checked, and how the results of several spans are joined."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokencomp.errors import PlanError
+from tokencomp.tokens.tokens import Tokens
+
+
+@dataclass
+class Kept:
+    """The patches that a reducer keeps of `Tokens`.
+
+    Attributes
+    ----------
+    rows : Tensor of int64, shape (k,)
+        Rows of `Tokens.features`, ascending: of every span exactly its budget.
+    features : Tensor, shape (k, d), or None
+        New content of these rows, in any floating dtype; None: they stay as they are.
+    weights : Tensor of float32, shape (k,), or None
+        How many original tokens every kept row stands for; None: as many as before.
+    """
+
+    rows: Tensor
+    features: Tensor | None = None
+    weights: Tensor | None = None
+
+    @classmethod
+    def ascending(cls, rows: Tensor, features: Tensor, weights: Tensor) -> Kept:
+        """`Kept` of rows in any order, with new features and weights in the same order."""
+        rows, order = rows.sort()
+        return cls(rows, features.index_select(0, order), weights.index_select(0, order))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Kept], tokens: Tokens) -> Kept:
+        """What is kept of all spans of `tokens`, each of which has one of the `parts`.
+
+        Where only some of them merge, the others keep features and weights as they are.
+        """
+        rows = torch.cat([part.rows + at for part, at in zip(parts, tokens.starts, strict=True)])
+        features = _joined([p.features for p in parts], tokens, rows, tokens.features)
+        weights = _joined([p.weights for p in parts], tokens, rows, tokens.all_weights())
+        return cls(rows, features, weights)
+
+    def with_fixed(self, features: Tensor, patches: Tensor, fixed: Tensor) -> Kept:
+        """What is kept of rows `features` (m, d) of which `patches` are the tokens of this choice.
+
+        `fixed` are other rows, which are kept as they are; both are int64, ascending.
+        """
+        rows = torch.cat([fixed, patches.index_select(0, self.rows.to(patches.device))])
+        rows, order = rows.sort()
+        x, weights = self.features, self.weights
+        if x is not None:
+            x = torch.cat([features.index_select(0, fixed).to(x), x]).index_select(0, order)
+        if weights is not None:
+            weights = torch.cat([weights.new_ones(len(fixed)), weights]).index_select(0, order)
+        return Kept(rows, x, weights)
+
+    def check(self, tokens: Tokens, reducer: str) -> Kept:
+        """Return this, if it keeps valid rows of `tokens`, of every span exactly its budget.
+
+        The values of the rows are checked on the CPU only: on a GPU the host would have to wait.
+
+        Raises
+        ------
+        PlanError
+            `reducer` returned something else.
+        """
+        fault = self._fault(tokens)
+        if fault:
+            raise PlanError(
+                f"reducer {reducer!r} returned {fault}. `reduce(tokens)` must return `Kept(rows)` "
+                "with rows of `tokens.features`, int64, ascending, exactly as many of every span "
+                "as its budget, and as many `features` and `weights`."
+            )
+        return self
+
+    def _fault(self, tokens: Tokens) -> str:
+        """What is wrong, or ""."""
+        rows, budgets = self.rows, np.asarray(tokens.budgets)
+        if rows.dtype != torch.int64 or rows.ndim != 1:
+            return f"rows of shape {tuple(rows.shape)} and type {rows.dtype}"
+        parts = {"rows": rows, "features": self.features, "weights": self.weights}
+        for name, values in parts.items():
+            if values is not None and len(values) != budgets.sum():
+                return f"{len(values)} {name} where {budgets.sum()} were requested"
+        if rows.device.type != "cpu":
+            return ""
+        kept, stops = rows.numpy(), np.cumsum(tokens.lengths)
+        if (np.diff(kept) <= 0).any():
+            return "rows that are not ascending"
+        if len(kept) and (kept[0] < 0 or kept[-1] >= stops[-1]):
+            return f"rows {kept[0]} … {kept[-1]} of {stops[-1]}"
+        counts = np.diff(np.searchsorted(kept, stops), prepend=0)
+        wrong = np.flatnonzero(counts != budgets)
+        if len(wrong):
+            return f"{counts[wrong[0]]} rows of a span where {budgets[wrong[0]]} were requested"
+        return ""
+
+
+def _joined(
+    parts: Sequence[Tensor | None], tokens: Tokens, rows: Tensor, before: Tensor
+) -> Tensor | None:
+    """The parts of all spans together, with what was there `before` where one is None."""
+    if all(part is None for part in parts):
+        return None
+    pairs = zip(parts, before[rows].split(tokens.budgets), strict=True)
+    return torch.cat([old if part is None else part.to(old) for part, old in pairs])

@@ -1,0 +1,218 @@
+"""What a reducer sees: the patches of all spans of a call, one span after the other.
+
+Lengths, budgets and places of grids are numbers on the host. What follows from them alone is
+computed there and moves to the device as one table, so that the number of launches does not depend
+on the number of spans.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from tokencomp.errors import PlanError
+from tokencomp.tokens.signals import Signal
+from tokencomp.tokens.spans import Grid, Modality, Norm
+from tokencomp.tokens.stacks import HostIndex, Stack, by_stack, masked, starts_of
+
+BLOCK = 1 << 24  # cosines computed at once
+
+
+@dataclass
+class Tokens:
+    """The patches of all spans of a call, one span after the other. Iterating gives span by span.
+
+    Special tokens and text between frames are no patches: they are kept without the reducer.
+    Plain tensors and numbers, never Hugging Face objects. What the host must know to choose shapes
+    are numbers, so that no method has to wait for the device.
+
+    Attributes
+    ----------
+    features : Tensor, shape (n, d)
+        Projected features at entry, hidden states between layers; the model's dtype. In the vision
+        tower: float32 pixels or hidden states of a cell's patches, see `pixels`.
+    grids
+        (t, h, w) of every *uncompressed* span.
+    budgets
+        Patches to keep of every span: at least one, and fewer than all.
+    lengths
+        Patches of every span, n in all; by default all of its grid.
+    modalities
+        "image", "video" or "audio" of every span; by default "image".
+    index : Tensor of int64, shape (n,), or None
+        Raster number of every patch in the grid of its span, ascending. None: none is missing.
+    weights : Tensor of float32, shape (n,), or None
+        How many original tokens every patch stands for; None: one each.
+    scores : Tensor of float32, shape (n,), or None
+        Attention in the decoder, if the reducer needs it (`Attention`).
+    tower : dict
+        By `TowerSignal` that the reducer needs, float32, shape (n,) or (n, heads, head_dim).
+    queries : list of Tensor, shape (m, d), or None
+        Embeddings of the text tokens after every span; between layers, their hidden states.
+    query_scores : list of Tensor of float32, shape (m,), or None
+        Lengths of their keys, if the reducer needs `Attention("none")`.
+    norm
+        The norm after the last decoder layer, (…, d) to (…, d), if the reducer needs `NORM`.
+    frames : list of (Tensor, shape (h · w, d), or None), or None
+        The last frame of the same shape before every span, also of an earlier turn on the same
+        cache, if the reducer needs `FRAMES`.
+    pixels
+        (frames, height, width) of a patch where `features` are pixels, before the first block of
+        the vision tower: they are the last three axes of
+        `features.view(n, -1, frames, height, width)`. Else None.
+    places
+        (sample of the batch, span of the sample) of every span. For evaluation only: what a
+        reducer chooses must not depend on the batch.
+    """
+
+    features: Tensor
+    grids: list[Grid]
+    budgets: list[int]
+    lengths: list[int] = field(default_factory=list)
+    modalities: list[Modality] = field(default_factory=list)
+    index: Tensor | None = None
+    weights: Tensor | None = None
+    scores: Tensor | None = None
+    tower: dict[Signal, Tensor] = field(default_factory=dict)
+    queries: list[Tensor] | None = None
+    query_scores: list[Tensor] | None = None
+    norm: Norm | None = None
+    frames: list[Tensor | None] | None = None
+    pixels: tuple[int, int, int] | None = None
+    places: list[tuple[int, int]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.lengths = self.lengths or [math.prod(grid) for grid in self.grids]
+        self.modalities = self.modalities or ["image" for _ in self.grids]
+
+    def __len__(self) -> int:
+        """Number of spans."""
+        return len(self.grids)
+
+    def __iter__(self) -> Iterator[Tokens]:
+        """The spans one by one, as views."""
+        for i, (start, length) in enumerate(zip(self.starts, self.lengths, strict=True)):
+            rows, one = slice(start, start + length), slice(i, i + 1)
+            changes: dict[str, Any] = {"lengths": [length]}
+            for name in ("features", "index", "weights", "scores"):
+                changes[name] = None if (v := getattr(self, name)) is None else v[rows]
+            for name in ("queries", "query_scores", "frames"):
+                changes[name] = None if (v := getattr(self, name)) is None else v[one]
+            for name in ("grids", "budgets", "modalities", "places"):
+                changes[name] = getattr(self, name)[one]
+            tower = {signal: values[rows] for signal, values in self.tower.items()}
+            yield replace(self, tower=tower, **changes)
+
+    @property
+    def device(self) -> torch.device:
+        return self.features.device
+
+    @property
+    def starts(self) -> list[int]:
+        """First patch of every span."""
+        return list(itertools.accumulate(self.lengths[:-1], initial=0))
+
+    def check_whole(self, reducer: str) -> None:
+        """Raise `PlanError` if an earlier stage has dropped patches of a span."""
+        for (t, h, w), length in zip(self.grids, self.lengths, strict=True):
+            if length != t * h * w:
+                raise PlanError(
+                    f"reducer {reducer!r} compares places of a whole {t}×{h}×{w} grid, but "
+                    f"{length} of its tokens are left. Use it at decoder entry (layer 0)."
+                )
+
+    # -- per patch ------------------------------------------------------------------------------
+
+    def table(self, values: Any) -> Tensor:
+        """Integers on the host as a tensor on the device, int64."""
+        return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(self.device)
+
+    def per_patch(self, values: Sequence[int]) -> Tensor:
+        """One number per span as one per patch, int64, shape (n,)."""
+        return self.table(np.repeat(np.asarray(values, dtype=np.int64), self.lengths))
+
+    def owners(self) -> Tensor:
+        """The span of every patch, int64, shape (n,)."""
+        return self.per_patch(range(len(self)))
+
+    def all_weights(self) -> Tensor:
+        """How many original tokens every patch stands for, float32, shape (n,)."""
+        if self.weights is None:
+            return torch.ones(len(self.features), device=self.device)
+        return self.weights
+
+    # -- places in the grid ---------------------------------------------------------------------
+
+    def cells(self) -> Tensor:
+        """Raster number in its grid of every patch, int64, shape (n,)."""
+        if self.index is None:
+            return self.table(np.concatenate([np.arange(length) for length in self.lengths]))
+        return self.index
+
+    def host_cells(self) -> list[HostIndex]:
+        """`cells` of every span on the host; read from the device only if patches are missing."""
+        if self.index is None:
+            return [np.arange(length) for length in self.lengths]
+        return np.split(self.index.cpu().numpy(), np.cumsum(self.lengths[:-1]))
+
+    def per_frame(self) -> list[list[int]]:
+        """Patches left of every frame of every span; read from the device if some are missing."""
+        frames = [[h * w] * t for t, h, w in self.grids]
+        if self.index is None:
+            return frames
+        first = list(itertools.accumulate(map(len, frames), initial=0))
+        areas = self.per_patch([h * w for _, h, w in self.grids])
+        frame = self.index // areas + self.per_patch(first[:-1])
+        counts = torch.bincount(frame, minlength=first[-1]).tolist()
+        return [counts[a:b] for a, b in itertools.pairwise(first)]
+
+    def frame_lengths(self) -> list[int]:
+        """Patches of every frame of all spans, which are whole."""
+        return [h * w for t, h, w in self.grids for _ in range(t)]
+
+
+def rows_where(mask: Tensor, count: int) -> Tensor:
+    """The `count` rows at which mask (n,), bool or uint8, holds, ascending, int64.
+
+    They are sorted out, because the host would have to wait for the length of `nonzero`.
+    """
+    return mask.to(torch.uint8).sort(descending=True, stable=True).indices[:count]
+
+
+def evenly(n: int, k: int) -> HostIndex:
+    """Places floor((i + ½)·n/k) of k of n things."""
+    steps = np.arange(k)
+    return (2 * steps + 1) * n // (2 * max(k, 1))
+
+
+def nearest(lengths: Sequence[int], x: Tensor, chosen: Tensor, counts: Sequence[int]) -> Tensor:
+    """The chosen patch of the same span whose x has the largest cosine, int64, (n,).
+
+    Parameters
+    ----------
+    lengths
+        Patches of every span.
+    x : Tensor, shape (n, d)
+        What is compared.
+    chosen : Tensor of int64, shape (k,)
+        Patches, ascending: `counts` of every span, at least one.
+    """
+    every = np.asarray(counts)
+    firsts, unit = starts_of(every), normalize(x.float(), dim=1)
+
+    def of_stack(spans: HostIndex, _: Stack, rows: Tensor) -> Tensor:
+        picked = Stack(firsts[spans], every[spans], x.device)
+        targets = picked.of(chosen)
+        others, step = unit[targets].mT, max(1, BLOCK // targets.numel())
+        parts = (masked(part @ others, picked.lengths, -torch.inf) for part in rows.split(step, 1))
+        return targets.gather(1, torch.cat([part.argmax(2) for part in parts], 1))
+
+    return by_stack(lengths, of_stack, unit)
