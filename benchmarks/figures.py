@@ -41,7 +41,7 @@ ENGINE = (
         "kernels",
         "tokencomp/inputs/prompts.py",
         "tokencomp/reducers/_batch.py",
-        "tokencomp/reducers/score.py",
+        "tokencomp/reducers/base.py",
     ),
 )
 REDUCERS = {

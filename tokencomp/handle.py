@@ -22,9 +22,8 @@ from tokencomp.errors import OptionError, UnsupportedModelError
 from tokencomp.method import MethodSpec, resolve_auto
 from tokencomp.plan.options import in_words
 from tokencomp.plan.plan import Plan
-from tokencomp.plan.reducer import label
 from tokencomp.plan.stages import Stage
-from tokencomp.reducers.base import Reducer
+from tokencomp.reducers.base import Reducer, label
 from tokencomp.reducers.plan_json import PlanLike, as_plan
 from tokencomp.trained.cards import model_facts
 

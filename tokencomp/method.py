@@ -19,7 +19,7 @@ from tokencomp.plan.plan import Plan
 from tokencomp.plan.schedules import after_tower, by_item, by_modality, not_before
 from tokencomp.plan.stages import MEDIA, TowerStage
 from tokencomp.reducers.base import Reducer
-from tokencomp.reducers.registry import check_members, make_reducer, options_of
+from tokencomp.reducers.registry import make_reducer, options_of
 from tokencomp.validation import check_effect
 
 DEFAULT_REDUCER = "auto"  # kcenter on images, condiv on videos, uniform on audio
@@ -96,10 +96,6 @@ class MethodSpec(StageOptions):
         if self.plan is None:
             self.check_options(self.built_reducer if self.names_reducer else None)
             self._check_tower()
-            return
-        tower = () if self.plan.tower is None else (self.plan.tower.reducer,)
-        for reducer in (*(stage.reducer for stage in self.plan.stages), *tower):
-            check_members(reducer)
 
     def _assign(self, **values: Any) -> None:
         """Bring fields into their normal form while the object is being built."""

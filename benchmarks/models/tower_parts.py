@@ -14,6 +14,7 @@ from PIL import Image
 from benchmarks.models import shapes
 from benchmarks.models.shapes import SHAPES
 from tokencomp.adapters.registry import adapter_for
+from tokencomp.plan.reducer import Traits
 from tokencomp.reducers.kcenter import KCenter
 from tokencomp.tokens.kept import Kept
 from tokencomp.tokens.tokens import Tokens
@@ -32,7 +33,7 @@ class Timed(KCenter):
     clock: Any = None
     spent: Any = None
 
-    batched = True
+    traits = Traits(batched=True)
 
     def reduce(self, tokens: Tokens) -> Kept:
         start = self.clock()

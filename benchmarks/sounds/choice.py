@@ -42,7 +42,7 @@ def candidate(row: dict[str, Any]) -> Candidate:
 
 def merges(one: Candidate) -> bool:
     name, options = one
-    return options.get(MERGE) is True or make_reducer(name).merges
+    return options.get(MERGE) is True or make_reducer(name).traits.merges
 
 
 def chosen(rows: list[dict[str, Any]]) -> Candidate:

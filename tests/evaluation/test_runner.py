@@ -17,6 +17,7 @@ from tokencomp.errors import OptionError, SpanError, UnknownNameError, WeightsEr
 from tokencomp.evaluation import Example, Setting, evaluate, grid, sweep
 from tokencomp.evaluation.store import read_records
 from tokencomp.inputs.prompts import build_inputs
+from tokencomp.plan.reducer import Traits
 from tokencomp.reducers.uniform import Uniform
 from tokencomp.tokens.kept import Kept
 from tokencomp.tokens.tokens import Tokens
@@ -66,7 +67,7 @@ class Refuses(Uniform):
 
     calls: ClassVar[int] = 0
 
-    batched = True
+    traits = Traits(batched=True)
 
     def reduce(self, tokens: Tokens) -> Kept:
         type(self).calls += len(tokens) == 1

@@ -27,7 +27,7 @@ from tokencomp.engine import weights
 from tokencomp.errors import MergeWarning, OptionError, UnsupportedModelError
 from tokencomp.tokens import tokens as module
 
-CASES = [(case, make_reducer(case[0], **case[1]).merges) for case in matrix.cases()]
+CASES = [(case, make_reducer(case[0], **case[1]).traits.merges) for case in matrix.cases()]
 KEEPERS = [case for case, merges in CASES if not merges]
 MERGERS = [case for case, merges in CASES if merges]
 FAMILY_NAMES = sorted(set(FAMILIES) - {"qwen3_vl_moe"})  # torch has no float64 for its experts

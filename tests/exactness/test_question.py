@@ -128,7 +128,7 @@ def test_prompts_that_end_in_media(family: Family, name: str) -> None:
     with torch.no_grad(), tokencomp.patch(model, **ENDINGS[name]) as handle:
         got = model(**inputs, use_cache=False).logits[:, -1]
         stats, masks = handle.stats, oracle.kept_columns(handle, inputs, family.layers)
-        merges = any(s.reducer.merges for s in handle.plan.stages)
+        merges = any(s.reducer.traits.merges for s in handle.plan.stages)
         model(**longer, use_cache=False)
     assert all(bool(mask[:, -1].all()) for mask in masks)
     elsewhere = [[max(n, 1) for n in row] for row in handle.stats.tokens_after]

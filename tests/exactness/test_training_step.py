@@ -173,7 +173,7 @@ def test_autocast(name: str, reducer: str) -> None:
         assert seen and handle.stats.ratio > 0.3
         for found, expected in seen:
             assert torch.equal(found.rows, expected.rows)
-        if inner.merges:
+        if inner.traits.merges:
             return
         handle.remove()
         full = oracle.masked_logits(model, family, inputs, masks)

@@ -27,7 +27,7 @@ if importlib.util.find_spec("mlx_vlm") is None:
 from support.mlx_pair import CASES, IMAGE, NAMES, VIDEO, answered, pair, prompt
 
 import tokencomp.mlx  # after the processors of transformers are loaded
-from tokencomp.plan.reducer import reduced
+from tokencomp.reducers.base import reduced
 
 REDUCERS = ("kcenter", "divprune", "vidcom2", "uniform", "random", "bipartite")
 

@@ -12,8 +12,9 @@ from support.matrix import Case
 
 from tokencomp import Kept, Tokens, make_reducer
 from tokencomp.errors import PlanError
-from tokencomp.plan.reducer import reduced
+from tokencomp.plan.reducer import Traits
 from tokencomp.reducers import mmtok
+from tokencomp.reducers.base import reduced
 from tokencomp.tokens import stacks
 
 GRIDS = [(1, 4, 5), (4, 3, 4), (1, 4, 5), (2, 2, 7), (4, 3, 4)]
@@ -38,7 +39,7 @@ def without(tokens: Tokens, places: list[int]) -> Tokens:
 def test_a_batch_is_its_spans_one_by_one(case: Case, whole: bool) -> None:
     """Images and videos, texts of any length, with and without missing tokens."""
     row = matrix.row(case[0])
-    if not whole and make_reducer(case[0], **case[1]).grid == "whole":
+    if not whole and make_reducer(case[0], **case[1]).traits.grid == "whole":
         pytest.skip("acts on whole spans")
     spans = [matrix.tokens(grid) for grid in GRIDS]
     for number, t in enumerate(spans):
@@ -101,7 +102,7 @@ def test_a_subclass_that_chooses_anew_is_asked_span_by_span() -> None:
             return Kept(torch.cat(parts) + 10 * (len(tokens) - 1))
 
     class AllRows(FirstRows):
-        batched = True
+        traits = Traits(batched=True)
 
     tokens = Tokens(torch.randn(30, 3), [(1, 1, 10), (1, 1, 20)], [2, 3])
     assert reduced(FirstRows(), tokens).rows.tolist() == [0, 1, 10, 11, 12]

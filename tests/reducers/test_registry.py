@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import re
 import subprocess
 import sys
 import warnings
@@ -12,18 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.families import FAMILIES
 from support.matrix import row
 
 import tokencomp
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.registry import available_models, register_adapter
 from tokencomp.errors import NameTakenError, OptionError, PluginWarning, UnknownNameError
-from tokencomp.plan.stages import TowerStage
+from tokencomp.plan.reducer import Traits
 from tokencomp.reducers import ScoreReducer, registry
 from tokencomp.reducers.bipartite import Bipartite
-from tokencomp.reducers.compose import Compose
-from tokencomp.reducers.published import Published
 from tokencomp.reducers.uniform import Uniform
 from tokencomp.serving.servable import check_name, serving_safe
 from tokencomp.tokens.tokens import Tokens
@@ -78,53 +74,6 @@ def test_override_replaces_a_reducer() -> None:
     tokencomp.register_reducer("bipartite", override=True)(UserReducer)
     assert tokencomp.available_reducers()["bipartite"] is UserReducer
     assert isinstance(tokencomp.make_reducer("bipartite"), UserReducer)
-
-
-@pytest.mark.parametrize(
-    ("member", "value", "instead"),
-    [
-        ("whole_spans", True, 'grid = "whole"'),
-        ("needs_grid", property(lambda self: True), 'grid = "known"'),
-        ("needs_for", lambda self, kinds: self.needs, "Attention(modalities=...)"),
-        ("serving_safe", True, "per_item = True"),
-        ("revision", 2, "tokencomp.reducers.Published"),
-        ("deviation", lambda self, ratio, num_layers: "", "tokencomp.reducers.Published"),
-        ("published_layers", lambda self, layers: (2,), "tokencomp.reducers.Published"),
-    ],
-)
-def test_members_that_nothing_reads_any_more_are_refused(
-    member: str, value: object, instead: str
-) -> None:
-    """Also where a base class of the user's own sets them."""
-    old = type("Old", (tokencomp.Reducer,), {member: value})
-    for cls in (old, type("Older", (old,), {})):
-        with pytest.raises(OptionError, match=rf"{member},.*{member}: .*{re.escape(instead)}"):
-            tokencomp.register_reducer("mine")(cls)
-    assert "mine" not in tokencomp.available_reducers()
-
-
-def test_objects_of_classes_that_nobody_registered_are_checked_as_well() -> None:
-    """As the reducer of a model, of a plan's stage, of the vision tower, and in a composition."""
-    model = FAMILIES["qwen2_vl"].build()
-    layer = tokencomp.make_reducer("prune")
-    old = type("Old", (UserReducer,), {"whole_spans": True})()
-    for arguments in (
-        {"ratio": 0.5, "reducer": old},
-        {"plan": tokencomp.Plan((tokencomp.Stage(0, 0.5, old),))},
-        {"plan": tokencomp.Plan((), tower=TowerStage(0, 0.5, old))},
-        {"ratio": 0.5, "tower_ratio": 0.3, "tower_reducer": old},
-        {"ratio": 0.5, "reducer": Compose(old, layer)},
-    ):
-        with pytest.raises(OptionError, match=r'Old sets whole_spans.*grid = "whole"'):
-            tokencomp.patch(model, **arguments)
-
-
-def test_published_methods_have_members_of_their_own() -> None:
-    class Paper(Published):
-        revision = 2
-
-    tokencomp.register_reducer("paper")(Paper)
-    assert tokencomp.available_reducers()["paper"] is Paper
 
 
 def test_a_reloaded_module_registers_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,8 +153,9 @@ def test_what_servers_can_run_is_computed() -> None:
     """Signals, later stages and counts of its own exclude it; others' need their author's word."""
     safe = {n for n, cls in tokencomp.available_reducers().items() if serving_safe(cls())}
     assert safe == {name for name in tokencomp.available_reducers() if row(name).served}
-    said = [type("Said", (kind,), {"per_item": True}) for kind in (SpanBySpan, UserReducer)]
-    assert [serving_safe(kind()) for kind in (SpanBySpan, UserReducer, *said)] == [0, 0, 1, 1]
+    others, members = (SpanBySpan, UserReducer), {"traits": Traits(per_item=True)}
+    said = [type("Said", (kind,), members) for kind in others]
+    assert [serving_safe(kind()) for kind in (*others, *said)] == [0, 0, 1, 1]
     assert serving_safe(tokencomp.make_reducer("condiv", power=0.0))
     assert not serving_safe(tokencomp.make_reducer("bipartite+adsc"))
     assert serving_safe(tokencomp.make_reducer("selector", input="features"))

@@ -12,6 +12,7 @@ from support.matrix import Case
 
 from tokencomp import Kept, Plan, Reducer, Stage, Tokens, make_reducer
 from tokencomp.errors import PlanError
+from tokencomp.plan.reducer import Traits
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Corners(Reducer):
     """Stands for any reducer that looks at places."""
 
     name = "corners"
-    grid = "whole"
+    traits = Traits(grid="whole")
 
     def reduce(self, tokens: Tokens) -> Kept:
         raise NotImplementedError
@@ -48,7 +49,7 @@ def refuses_part(case: Case) -> bool:
 )
 def test_what_a_step_refuses_is_declared(case: Case) -> None:
     made = make_reducer(case[0], **case[1])
-    assert made.grid == "whole"
+    assert made.traits.grid == "whole"
     with pytest.raises(PlanError, match=r"first stage|Move the stage to layer 0"):
         Plan((Stage(0, 0.5, make_reducer("uniform")), Stage(1, 0.2, made)))
 

@@ -361,7 +361,7 @@ def check_grids(call: Call) -> None:
     """Refuse spans of unknown grid where a reducer of the plan reads places in it."""
     unknown = [span for row in call.spans for span in row if not span.grid_known]
     for span, stage in itertools.product(unknown, call.plan.stages):
-        if stage.reducer.grid == "any":
+        if stage.reducer.traits.grid == "any":
             continue
         if stage.budget is None and stage.fraction_of(span.modality) == 1:
             continue

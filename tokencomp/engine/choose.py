@@ -23,8 +23,8 @@ from tokencomp.engine.scores import StageScores, rater_weights
 from tokencomp.engine.weights import merge_rest
 from tokencomp.errors import SpanError
 from tokencomp.plan.plan import Plan
-from tokencomp.plan.reducer import reduced
 from tokencomp.plan.stages import Stage
+from tokencomp.reducers.base import reduced
 from tokencomp.tokens.kept import Kept
 from tokencomp.tokens.signals import FRAMES, NORM, QUERY, Attention, TowerSignal
 from tokencomp.tokens.spans import VisualSpan

@@ -20,7 +20,7 @@ from tokencomp.engine.weights import extra_dims
 from tokencomp.errors import OptionError, RatioWarning
 from tokencomp.plan.counts import Place
 from tokencomp.plan.plan import Plan
-from tokencomp.plan.reducer import counts_itself
+from tokencomp.reducers.base import counts_itself
 from tokencomp.tokens.spans import VisualSpan
 from tokencomp.torchlib import compat
 

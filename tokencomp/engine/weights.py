@@ -77,7 +77,7 @@ def merge_rest(tokens: Tokens, kept: Kept, merging: Sequence[bool], reducer: str
         raise OptionError(
             f"merge=True: {reducer!r} returns features or weights of its own, so there are no "
             "tokens left to merge. Leave merge out; a reducer that merges should say so "
-            "(`merges = True`)."
+            "(`Traits(merges=True)`)."
         )
     x, rows = tokens.features, kept.rows
     target = nearest(tokens.lengths, x, rows, tokens.budgets)

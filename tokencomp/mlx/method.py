@@ -118,7 +118,7 @@ class ChosenMethod:
     def _by_torch(self, span: Span, x: mx.array, keep: int) -> tuple[np.ndarray, mx.array | None]:
         import torch
 
-        from tokencomp.plan.reducer import reduced
+        from tokencomp.reducers.base import reduced
         from tokencomp.tokens.tokens import Tokens
 
         rows, special = torch.from_numpy(np.array(x.astype(mx.float32))), span.special

@@ -15,7 +15,7 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_type_hints
 
 from tokencomp.errors import OptionError
-from tokencomp.plan.reducer import StageReducer
+from tokencomp.plan.reducer import AnyReducer
 from tokencomp.validation import choices, describe_type, fits
 
 Merging = bool | Literal["auto"]
@@ -46,7 +46,7 @@ class Option:
     off: Any
     help: str
     usual: Callable[[Any], Any] | None = None
-    check: Callable[[Any, StageReducer], None] | None = None
+    check: Callable[[Any, AnyReducer], None] | None = None
     words: Mapping[Any, str] = field(default_factory=dict)
     hf_only: str = "it acts in the decoder of transformers"
 
@@ -55,8 +55,8 @@ class Option:
         return self.off if self.usual is None else self.usual(reducer)
 
 
-def _check_merge(merge: Merging, reducer: StageReducer) -> None:
-    if merge and reducer.merges:
+def _check_merge(merge: Merging, reducer: AnyReducer) -> None:
+    if merge and reducer.traits.merges:
         raise OptionError(
             f"merge={merge!r}: {reducer.name!r} merges tokens by itself, so it leaves none to "
             "merge. Leave merge out, or take a reducer that keeps tokens as they are, such as "
@@ -107,7 +107,7 @@ class StageOptions:
         """The options that have an effect: the JSON form."""
         return {n: v for n, v in self.options_in_force.items() if v != OPTIONS[n].off}
 
-    def check_options(self, reducer: StageReducer | None) -> None:
+    def check_options(self, reducer: AnyReducer | None) -> None:
         """Check the options of a stage with this reducer; None: it is not known.
 
         Raises
@@ -122,7 +122,7 @@ class StageOptions:
 OPTIONS: dict[str, Option] = {f.name: f.metadata["option"] for f in fields(StageOptions)}
 
 
-def check_option(name: str, value: Any, reducer: StageReducer | None) -> None:
+def check_option(name: str, value: Any, reducer: AnyReducer | None) -> None:
     """Check one option as `StageOptions.check_options` does."""
     kind = type_of(name)
     if not fits(value, kind):

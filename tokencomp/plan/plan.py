@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokencomp.errors import OptionError, PlanError
 from tokencomp.plan.counts import Place
-from tokencomp.plan.reducer import StageReducer
+from tokencomp.plan.reducer import AnyReducer
 from tokencomp.plan.stages import Stage, TowerStage
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Plan:
         for modality in {modality for s in self.stages for modality, _ in s.by_modality}:
             self._check_fractions(modality)
         self._check_fractions(None)
-        mergers = [s.reducer.name for s in self.stages if s.reducer.merges]
+        mergers = [s.reducer.name for s in self.stages if s.reducer.traits.merges]
         if self.may_merge and mergers:
             raise OptionError(
                 f"merge=True beside {mergers[0]!r}, which merges tokens by itself: its tokens "
@@ -87,7 +87,7 @@ class Plan:
         for (name, fraction), stage in zip(before, later, strict=False):
             # What a budget leaves depends on the item, so it may be less than all.
             cut = fraction < 1 or any(s.budget for s in self.stages if s.layer < stage.layer)
-            if stage.reducer.grid == "whole" and cut:
+            if stage.reducer.traits.grid == "whole" and cut:
                 fix = "Make it the first stage"
                 if self.tower:
                     fix = "Use tower_ratio=0, or a reducer that needs no whole grid, as condiv"
@@ -249,7 +249,7 @@ class Plan:
 
 
 def from_profile(
-    profile: list[float], reducers: StageReducer | list[StageReducer], current: float = 1.0
+    profile: list[float], reducers: AnyReducer | list[AnyReducer], current: float = 1.0
 ) -> Plan:
     """A stage at every layer where the fraction that layers see falls.
 

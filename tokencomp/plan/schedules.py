@@ -16,7 +16,7 @@ from typing import Protocol
 from tokencomp.errors import OptionError, PlanError
 from tokencomp.plan.counts import Budget
 from tokencomp.plan.plan import LEAST, Plan, from_profile
-from tokencomp.plan.reducer import StageReducer
+from tokencomp.plan.reducer import AnyReducer
 from tokencomp.plan.stages import Stage, TowerStage
 
 Schedule = Callable[[int, float], list[float]]
@@ -207,7 +207,7 @@ def after_tower(plan: Plan, tower: TowerStage, num_layers: int) -> Plan:
     return Plan(changes.stages, tower)
 
 
-def _reducers(plan: Plan, first: StageReducer, num_layers: int) -> list[StageReducer]:
+def _reducers(plan: Plan, first: AnyReducer, num_layers: int) -> list[AnyReducer]:
     """The latest reducer before every layer; `first` before any stage."""
     by_layer, reducers = {s.layer: s.reducer for s in plan.stages}, [first]
     for layer in range(num_layers):
@@ -255,7 +255,7 @@ def by_item(budget: Budget, method: Planner, num_layers: int, first: int) -> Pla
         """The plan under which all layers see the fraction `left` on average."""
         return not_before(method.plan(1.0 - left, num_layers), first, num_layers)
 
-    reducers: dict[int, StageReducer] = {}
+    reducers: dict[int, AnyReducer] = {}
     for ratio in PROBES:
         reducers |= {s.layer: s.reducer for s in plan_of(1.0 - ratio).stages}
     layers = sorted(reducers)

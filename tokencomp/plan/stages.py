@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from tokencomp.errors import PlanError
 from tokencomp.plan.counts import Budget, Place, keep_count, split_evenly
 from tokencomp.plan.options import StageOptions
-from tokencomp.plan.reducer import StageReducer, counts_itself, only_plans
+from tokencomp.plan.reducer import AnyReducer, is_reducer, only_plans, unused_options
 from tokencomp.validation import check_effect, describe_type, fits
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Stage(StageOptions):
 
     layer: int
     fraction: float
-    reducer: StageReducer
+    reducer: AnyReducer
     by_modality: tuple[tuple[str, float], ...] = ()
     budget: Budget | None = None
     share: Callable[[float], float] | None = None
@@ -75,7 +75,7 @@ class Stage(StageOptions):
         for name, hint in {"layer": int, "fraction": float}.items():
             if not fits(value := getattr(self, name), hint):
                 raise PlanError(f"stage: {name}={value!r}; expected {describe_type(hint)}.")
-        if not isinstance(self.reducer, StageReducer):
+        if not is_reducer(self.reducer):
             raise PlanError(
                 f"stage: reducer={self.reducer!r}; expected a reducer. Build it with "
                 'make_reducer, e.g. make_reducer("bipartite").'
@@ -85,11 +85,11 @@ class Stage(StageOptions):
                 f"stage: reducer {self.reducer.name!r} only plans the steps of others. Give it to "
                 "patch(reducer=...), or use the stages that its plan(ratio, num_layers) makes."
             )
-        check_effect(self.reducer.name, self.reducer, self.reducer.unused_options(pixels=False))
+        check_effect(self.reducer.name, self.reducer, unused_options(self.reducer, pixels=False))
         for name, value in self.options_in_force.items():
             object.__setattr__(self, name, value)
         self.check_options(self.reducer)
-        if self.layer > 0 and self.reducer.entry_only:
+        if self.layer > 0 and self.reducer.traits.entry_only:
             raise PlanError(
                 f"stage at layer {self.layer}: reducer {self.reducer.name!r} reads what stands "
                 "before the first layer. Move the stage to layer 0, or take another reducer."
@@ -119,7 +119,8 @@ class Stage(StageOptions):
     @cached_property
     def needs(self) -> frozenset[Signal]:
         """Signals that its reducer reads."""
-        return self.reducer.needs
+        needs: frozenset[Signal] = self.reducer.needs
+        return needs
 
     @property
     def most(self) -> float:
@@ -158,7 +159,7 @@ class TowerStage:
 
     block: int
     fraction: float
-    reducer: StageReducer
+    reducer: AnyReducer
     frames_apart: bool = False
 
     def __post_init__(self) -> None:
@@ -169,7 +170,7 @@ class TowerStage:
                 f"tower stage: fraction={self.fraction!r}; expected a number in (0, 1], the "
                 "fraction of the cells that the tower keeps."
             )
-        if not isinstance(self.reducer, StageReducer):
+        if not is_reducer(self.reducer):
             raise PlanError(
                 f"tower stage: reducer={self.reducer!r}; expected a reducer. Build it with "
                 'make_reducer, e.g. make_reducer("kcenter").'
@@ -181,7 +182,7 @@ class TowerStage:
             )
 
         check_effect(
-            self.reducer.name, self.reducer, self.reducer.unused_options(pixels=self.block == 0)
+            self.reducer.name, self.reducer, unused_options(self.reducer, pixels=self.block == 0)
         )
 
     def cells(self, grids: list[Grid]) -> list[int]:
@@ -206,14 +207,14 @@ class TowerStage:
         return parts * self.cells([grid])[0] + len(span.special)
 
 
-def _unfit_for_tower(reducer: StageReducer) -> str:
+def _unfit_for_tower(reducer: AnyReducer) -> str:
     """Why a reducer cannot choose cells of the vision tower, or ""."""
     if only_plans(reducer):
         return "only plans the steps of others"
     if reducer.needs:
         return "reads the question or attention, which do not exist before the tower has run"
-    if reducer.merges:
+    if reducer.traits.merges:
         return "merges tokens, and a mean of several places of a picture is no picture"
-    if counts_itself(reducer) or reducer.entry_only:
+    if reducer.traits.entry_only:
         return "acts on the input of the decoder only"
     return ""

@@ -1,5 +1,6 @@
 """One reducer per file; the contract is `tokencomp.reducers.base`, the names are `registry`."""
 
+from tokencomp.plan.reducer import Traits
 from tokencomp.reducers._batch import best_rows, finite_features, finite_values
 from tokencomp.reducers.base import Reducer, ScoreReducer
 from tokencomp.reducers.published import Published
@@ -9,6 +10,7 @@ __all__ = [
     "Published",
     "Reducer",
     "ScoreReducer",
+    "Traits",
     "available_reducers",
     "best_rows",
     "finite_features",

@@ -8,13 +8,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokencomp.plan.reducer import effective
 from tokencomp.reducers._batch import finite_features
 from tokencomp.tokens.tokens import Tokens
 
 TURN = math.pi * (3 - math.sqrt(5))
 """The golden angle, in radians: its multiples never meet again, see `descriptor`."""
-NO_PIXELS = "in this stage, which compares features; pixels are seen before block 0 of the tower"
-"""Why options about pixels are idle (`Reducer.unused_options`)."""
+OF_PIXELS = effective(
+    lambda reducer, pixels: pixels,
+    "in this stage, which compares features; pixels are seen before block 0 of the tower",
+)
+"""Metadata of options about pixels."""
 
 
 def descriptor(

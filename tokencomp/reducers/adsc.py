@@ -10,6 +10,7 @@ import numpy as np
 
 from tokencomp.plan.counts import check_ratio, split_evenly
 from tokencomp.plan.plan import Plan, from_profile
+from tokencomp.plan.reducer import Traits
 from tokencomp.plan.schedules import solved
 from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import register_reducer
@@ -40,7 +41,7 @@ class Adsc(Published):
     over layers meets the ratio.
     """
 
-    batched = True
+    traits = Traits(batched=True)
     summary = "uniform downsampling between layers; training-free form of ADSC (2602.12618)"
 
     def plan(self, ratio: float, num_layers: int) -> Plan:

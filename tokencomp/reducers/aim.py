@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from tokencomp.plan.counts import check_ratio
 from tokencomp.plan.plan import Plan, from_profile
+from tokencomp.plan.reducer import Traits
 from tokencomp.plan.schedules import aim, check_ramp, natural_aim
 from tokencomp.plan.stages import Stage
 from tokencomp.reducers.bipartite import Bipartite
@@ -39,7 +40,7 @@ class Aim(Published):
 
     revision = 2
     summary = "merge at entry + PageRank pruning between layers (AIM 2412.03248)"
-    merges = True
+    traits = Traits(merges=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

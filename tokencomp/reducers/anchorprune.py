@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from tokencomp.plan.reducer import Traits
 from tokencomp.reducers._batch import finite_features, questions, ranked, tower_signal
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
@@ -53,7 +54,7 @@ class AnchorPrune(Reducer):
     release's sets in 60 of 60 random cases.
     """
 
-    batched = True
+    traits = Traits(batched=True)
     summary = "anchor by the question, then importance × novelty (AnchorPrune 2607.07033)"
 
     @property

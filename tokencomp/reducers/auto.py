@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from tokencomp.plan.reducer import Traits
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.condiv import ConDiv
 from tokencomp.reducers.kcenter import KCenter
@@ -36,7 +37,7 @@ class Auto(Reducer):
         "audio": Uniform(),
     }
     needs = frozenset({Attention("text", modalities=frozenset({"video"}))})
-    batched = True
+    traits = Traits(batched=True)
     summary = "the default: kcenter on images, condiv on videos, uniform on audio"
 
     def __repr__(self) -> str:

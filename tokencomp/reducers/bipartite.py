@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tokencomp.plan.counts import split_evenly
+from tokencomp.plan.reducer import Traits
 from tokencomp.reducers._batch import best_rows, finite_features
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
@@ -44,9 +45,8 @@ class Bipartite(Reducer):
 
     weighted: bool = True
 
-    batched = True
     summary = "similarity merging inside each frame (AIM 2412.03248, ToMe 2210.09461)"
-    merges = True
+    traits = Traits(merges=True, batched=True)
 
     def reduce(self, tokens: Tokens) -> Kept:
         x = finite_features(tokens.features)

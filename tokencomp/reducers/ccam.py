@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from tokencomp.errors import SpanError, WeightsError
+from tokencomp.plan.reducer import Traits
 from tokencomp.reducers._batch import finite_features
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
@@ -76,11 +77,8 @@ class Ccam(Reducer):
 
     weights: str | None = None
 
-    batched = True
     summary = "trained projector: always as many tokens, however many frames (2408.14023)"
-    grid = "whole"
-    merges = True
-    entry_only = True
+    traits = Traits(merges=True, grid="whole", batched=True, entry_only=True)
 
     def __post_init__(self) -> None:
         if isinstance(self.weights, PathLike):  # text, so that options are ready for JSON

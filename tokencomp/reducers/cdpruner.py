@@ -8,6 +8,7 @@ from typing import Literal
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from tokencomp.plan.reducer import Traits
 from tokencomp.reducers._batch import (
     finite_features,
     means,
@@ -54,7 +55,7 @@ class CDPruner(Published):
     relevance: Relevance = "query"
 
     revision = 2
-    batched = True
+    traits = Traits(batched=True)
     summary = "conditional DPP, greedy MAP (CDPruner 2506.10967)"
 
     @property

@@ -9,6 +9,7 @@ from typing import Any
 from tokencomp.errors import OptionError
 from tokencomp.plan.counts import check_ratio
 from tokencomp.plan.plan import Plan
+from tokencomp.plan.reducer import Traits
 from tokencomp.plan.stages import Stage
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.published import Published, deviation, revision
@@ -63,8 +64,8 @@ class Compose(Published):
         return f"{self.entry.name}+{self.layer.name}"
 
     @property
-    def merges(self) -> bool:
-        return self.entry.merges or self.layer.merges
+    def traits(self) -> Traits:  # type: ignore[override]  # a class variable elsewhere
+        return Traits(merges=self.entry.traits.merges or self.layer.traits.merges)
 
     @property
     def revision(self) -> int:

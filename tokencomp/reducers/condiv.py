@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from tokencomp.plan.reducer import Traits, effective
 from tokencomp.reducers._batch import finite_features, segment, spread, supplied_scores
 from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import register_reducer
@@ -15,6 +16,9 @@ from tokencomp.tokens.tokens import Tokens
 from tokencomp.validation import check_range
 
 FLOOR = 1e-3
+OF_RELEVANCE = effective(
+    lambda self, pixels: self.power, "with power=0, which makes all tokens equally relevant"
+)
 
 
 @register_reducer("condiv")
@@ -41,20 +45,16 @@ class ConDiv(Published):
     """
 
     power: float = 1.0
-    margin: float = 0.2
+    margin: float = field(default=0.2, metadata=OF_RELEVANCE)
 
     revision = 3  # since then it is the same on all modalities
-    batched = True
+    traits = Traits(batched=True)
     summary = "greedy: relevance × diversity (ours)"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range("condiv", "power", self.power, 0, 8)
         check_range("condiv", "margin", self.margin, 0, 8)
-
-    def unused_options(self, pixels: bool) -> dict[str, str]:
-        why = "with power=0, which makes all tokens equally relevant"
-        return {} if self.power else {"margin": why}
 
     @property
     def needs(self) -> frozenset[Signal]:

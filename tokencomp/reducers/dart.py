@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 from tokencomp.errors import ScoreError
 from tokencomp.plan.counts import check_ratio
 from tokencomp.plan.plan import Plan, from_profile
+from tokencomp.plan.reducer import Traits
 from tokencomp.plan.schedules import NATURAL, SCHEDULES
 from tokencomp.reducers._batch import distinct, finite_features, ranked, supplied_scores
 from tokencomp.reducers.published import Published
@@ -44,7 +45,7 @@ class Dart(Published):
     those of layer 0.
     """
 
-    batched = True
+    traits = Traits(batched=True)
     summary = "pivots and what resembles them least (DART 2502.11494)"
 
     @property

@@ -9,6 +9,7 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from tokencomp.plan.counts import split_evenly
+from tokencomp.plan.reducer import Traits
 from tokencomp.reducers._batch import best_rows, finite_features
 from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import register_reducer
@@ -40,9 +41,8 @@ class DyCoke(Published):
     not here.
     """
 
-    batched = True
     summary = "drop what repeats in groups of four frames, first stage (DyCoke 2411.15024)"
-    grid = "whole"
+    traits = Traits(grid="whole", batched=True)
 
     def deviation(self, ratio: float, num_layers: int, frames: int = 0) -> str:
         if ratio <= LARGEST:

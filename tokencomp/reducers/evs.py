@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokencomp.plan.reducer import Traits
 from tokencomp.reducers._batch import best_rows, finite_features
 from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import register_reducer
@@ -23,8 +24,8 @@ from tokencomp.tokens.tokens import Tokens, evenly
 class EVS(Published):
     """Drop tokens that repeat the same place of the frame before (EVS, arXiv 2510.14624).
 
-    The first frame stays whole; of the others, the tokens least similar (cosine) to the same
-    place of their previous frame stay, over the whole video.
+    The first frame stays whole; of the others, the tokens of place p and frame t with the smallest
+    cos(x_{t,p}, x_{t-1,p}) stay, over the whole video.
 
     Notes
     -----
@@ -35,9 +36,8 @@ class EVS(Published):
     reducer there.
     """
 
-    batched = True
     summary = "drop tokens unchanged since the previous frame (EVS 2510.14624)"
-    grid = "whole"
+    traits = Traits(grid="whole", batched=True)
 
     def deviation(self, ratio: float, num_layers: int, frames: int = 0) -> str:
         if (1.0 - ratio) * frames > 1.0 - 1e-6 or not frames:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tokencomp.plan.counts import split_evenly
+from tokencomp.plan.reducer import Traits
 from tokencomp.reducers._batch import best_rows, salient, with_merged
 from tokencomp.reducers._clusters import density_peaks
 from tokencomp.reducers._segments import frame_cosines, segments
@@ -56,10 +57,8 @@ class FastVid(Reducer):
 
     least: int = 8
 
-    batched = True
     summary = "salient tokens, and density peaks of anchor frames (FastVID 2503.11187)"
-    merges = True
-    grid = "whole"
+    traits = Traits(merges=True, grid="whole", batched=True)
     needs = frozenset({TOWER_ATTENTION})
 
     def __post_init__(self) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tokencomp.plan.counts import split_evenly
+from tokencomp.plan.reducer import Traits
 from tokencomp.reducers._batch import best_rows, means, salient, segment, with_merged
 from tokencomp.reducers._clusters import cluster_sums, density_peaks
 from tokencomp.reducers._segments import frame_cosines, segments
@@ -60,10 +61,8 @@ class FlashVid(Reducer):
     event: bool = False
     least: int = 8
 
-    batched = True
     summary = "diverse salient tokens, trees along time (FlashVID 2602.08024)"
-    merges = True
-    grid = "whole"
+    traits = Traits(merges=True, grid="whole", batched=True)
     needs = frozenset({TOWER_ATTENTION})
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from tokencomp.plan.reducer import Traits
 from tokencomp.reducers._batch import best_rows, finite_features
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
@@ -36,9 +37,8 @@ class Fusion(Reducer):
     dropping: a long sound becomes as short as any other.
     """
 
-    batched = True
     summary = "fuses similar neighbours in time, for audio (FastLongSpeech 2507.14815)"
-    merges = True
+    traits = Traits(merges=True, batched=True)
 
     def reduce(self, tokens: Tokens) -> Kept:
         x, sizes = finite_features(tokens.features), tokens.all_weights()

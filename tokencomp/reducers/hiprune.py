@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from tokencomp.plan.reducer import Traits
 from tokencomp.reducers._batch import best_rows, finite_values, tower_signal
 from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import register_reducer
@@ -39,9 +40,8 @@ class HiPrune(Published):
     """
 
     revision = 2  # 1: one block later
-    batched = True
     summary = "attention of a middle and the last block of the tower (HiPrune 2508.00553)"
-    grid = "known"
+    traits = Traits(grid="known", batched=True)
     needs = frozenset({MIDDLE, TOWER_ATTENTION})
 
     def reduce(self, tokens: Tokens) -> Kept:

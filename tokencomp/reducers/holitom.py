@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tokencomp.plan.counts import frame_budgets
+from tokencomp.plan.reducer import Traits
 from tokencomp.reducers._batch import best_rows, salient, with_merged
 from tokencomp.reducers._clusters import cluster_sums, density_peaks
 from tokencomp.reducers._segments import place_cosines, run_means, still_windows
@@ -43,10 +44,8 @@ class HoliTom(Reducer):
     that moves everywhere, and an image, is attention alone.
     """
 
-    batched = True
     summary = "still places merged over time, attention elsewhere (HoliTom 2505.21334)"
-    merges = True
-    grid = "whole"
+    traits = Traits(merges=True, grid="whole", batched=True)
     needs = frozenset({TOWER_ATTENTION})
 
     def reduce(self, tokens: Tokens) -> Kept:

@@ -6,6 +6,7 @@ import itertools
 from dataclasses import dataclass
 
 from tokencomp.plan.counts import split_evenly
+from tokencomp.plan.reducer import Traits
 from tokencomp.reducers._batch import best_rows, finite_values, segment, tower_signal
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
@@ -35,7 +36,7 @@ class HoloV(Reducer):
     with rows of zeros, and orders a crop by attention.
     """
 
-    batched = True
+    traits = Traits(batched=True)
     summary = "budgets of crops by tower attention (HoloV 2510.02912)"
     needs = frozenset({TOWER_ATTENTION})
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from tokencomp.reducers._pixels import NO_PIXELS, descriptor
+from tokencomp.plan.reducer import Traits
+from tokencomp.reducers._pixels import OF_PIXELS, descriptor
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.tokens.kept import Kept
@@ -15,7 +16,9 @@ from tokencomp.validation import check_range
 @register_reducer("kcenter")
 @dataclass(frozen=True)
 class KCenter(Reducer):
-    """Greedy k-center by the root mean square of differences (Gonzalez 1985; use here ours).
+    r"""Greedy k-center by the root mean square of differences (Gonzalez 1985; use here ours).
+
+    .. math:: next = \arg\max_i \min_{j \in kept} \|x_i - x_j\| / \sqrt d
 
     The first token is the one farthest from the mean, and every next one the farthest from all
     chosen so far. What is everywhere alike, such as a background, therefore needs few tokens. The
@@ -50,11 +53,11 @@ class KCenter(Reducer):
         steps of the video; 0: not at all. See `tokencomp.reducers._pixels.descriptor`.
     """
 
-    pool: int = 4
-    std_weight: float = 1.0
-    temporal_weight: float = 1.0
+    pool: int = field(default=4, metadata=OF_PIXELS)
+    std_weight: float = field(default=1.0, metadata=OF_PIXELS)
+    temporal_weight: float = field(default=1.0, metadata=OF_PIXELS)
 
-    batched = True
+    traits = Traits(batched=True)
     summary = "greedy k-center by appearance (Gonzalez 1985), default in the vision tower"
 
     def __post_init__(self) -> None:
@@ -62,9 +65,6 @@ class KCenter(Reducer):
         check_range(self.name, "pool", self.pool, 1, 64)
         check_range(self.name, "std_weight", self.std_weight, 0, 16)
         check_range(self.name, "temporal_weight", self.temporal_weight, 0, 16)
-
-    def unused_options(self, pixels: bool) -> dict[str, str]:
-        return {} if pixels else dict.fromkeys(("pool", "std_weight", "temporal_weight"), NO_PIXELS)
 
     def reduce(self, tokens: Tokens) -> Kept:
         from tokencomp.kernels import maxmin_select

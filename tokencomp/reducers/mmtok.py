@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from tokencomp.plan.reducer import Traits
 from tokencomp.reducers._batch import finite_features, questions
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
@@ -48,7 +49,7 @@ class MMTok(Reducer):
 
     cover: Literal["both", "picture"] = "both"
 
-    batched = True
+    traits = Traits(batched=True)
     summary = "covers question and picture (MMTok 2508.18264)"
 
     @property

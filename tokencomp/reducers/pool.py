@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tokencomp.plan.counts import split_evenly
+from tokencomp.plan.reducer import Traits
 from tokencomp.reducers._batch import finite_features
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
@@ -57,10 +58,8 @@ class Pool(Reducer):
     stride: float = STRIDE
     position: Literal["mean", "first"] | None = None
 
-    batched = True
     summary = "progressive pooling of frames, 2-D pooling of images (2409.20018)"
-    merges = True
-    grid = "whole"
+    traits = Traits(merges=True, grid="whole", batched=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

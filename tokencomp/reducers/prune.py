@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from tokencomp.plan.counts import check_ratio
 from tokencomp.plan.plan import Plan, from_profile
+from tokencomp.plan.reducer import Traits, effective
 from tokencomp.plan.schedules import NATURAL, SCHEDULES, aim, check_ramp, natural_aim
 from tokencomp.reducers._batch import supplied_scores
 from tokencomp.reducers.base import ScoreReducer
@@ -18,6 +19,9 @@ from tokencomp.tokens.signals import Attention, Signal
 from tokencomp.tokens.tokens import Tokens
 
 STEPS, TEMPERATURE = 5, 0.1  # of PageRank
+OF_RAMP = effective(
+    lambda self, pixels: self.schedule == "aim", "with schedule={0.schedule!r}, which has no ramp"
+)
 
 
 @register_reducer("prune")
@@ -55,11 +59,11 @@ class Prune(ScoreReducer, Published):
 
     score: Literal["pagerank", "last_query", "rater_query"] = "pagerank"
     schedule: Literal["aim", "pyramid", "fastv", "sparsevlm"] = "aim"
-    start: float = 0.5
-    stop: float = 22 / 28
+    start: float = field(default=0.5, metadata=OF_RAMP)
+    stop: float = field(default=22 / 28, metadata=OF_RAMP)
     layer: Literal["previous", "next"] = "previous"
 
-    batched = True
+    traits = Traits(batched=True)
     revision = 2
     summary = (
         "layerwise pruning by the decoder's own attention (AIM 2412.03248, FastV, PyramidDrop)"
@@ -68,10 +72,6 @@ class Prune(ScoreReducer, Published):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_ramp("prune", self.start, self.stop)
-
-    def unused_options(self, pixels: bool) -> dict[str, str]:
-        why = f"with schedule={self.schedule!r}, which has no ramp"
-        return {} if self.schedule == "aim" else dict.fromkeys(("start", "stop"), why)
 
     @property
     def needs(self) -> frozenset[Signal]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tokencomp.plan.reducer import StageReducer
 from tokencomp.reducers.base import Reducer
 
 
@@ -43,12 +42,12 @@ class Published(Reducer):
         return f"cuts before layer {ours}; the paper's schedule: {theirs}"
 
 
-def revision(reducer: StageReducer) -> int:
+def revision(reducer: Reducer) -> int:
     """`Published.revision`; 1 for other reducers."""
     return reducer.revision if isinstance(reducer, Published) else 1
 
 
-def deviation(reducer: StageReducer, ratio: float, num_layers: int, frames: int = 0) -> str:
+def deviation(reducer: Reducer, ratio: float, num_layers: int, frames: int = 0) -> str:
     """`Published.deviation`; "" for other reducers."""
     if isinstance(reducer, Published):
         return reducer.deviation(ratio, num_layers, frames)

@@ -9,6 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from tokencomp.plan.reducer import Traits
 from tokencomp.reducers._batch import best_rows
 from tokencomp.reducers._late import Baseline
 from tokencomp.reducers.registry import register_reducer
@@ -40,7 +41,7 @@ class Random(Baseline):
 
     seed: int = 0
 
-    batched = True
+    traits = Traits(batched=True)
     summary = "a random subset (baseline)"
 
     def __post_init__(self) -> None:

@@ -18,10 +18,8 @@ from typing import Any, TypeVar, cast
 
 from tokencomp.errors import OptionError, PluginWarning, check_free, unknown_name
 from tokencomp.plan.options import OPTIONS
-from tokencomp.plan.reducer import StageReducer
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.compose import Compose, assign_options, part_names
-from tokencomp.reducers.published import Published
 
 PACKAGE = "tokencomp.reducers"
 GROUP = "tokencomp.reducers"
@@ -39,15 +37,6 @@ SYNONYMS = {
     "prune_ratio": "ratio",
     "rate": "ratio",
 }
-FORMER = {
-    "whole_spans": 'grid = "whole"',
-    "needs_grid": 'grid = "known"',
-    "needs_for": "Attention(modalities=...) among `needs`",
-    "serving_safe": "per_item = True if what is kept of an item depends on that item alone",
-}
-"""What reducers once said of themselves and nothing reads any more, and what to write instead."""
-OF_PUBLISHED = ("revision", "deviation", "published_layers")
-
 R = TypeVar("R", bound=type[Reducer])
 _REGISTRY: dict[str, type[Reducer]] = {}
 _built_in_loaded = _plugins_loaded = False
@@ -67,12 +56,9 @@ def register_reducer(name: str, *, override: bool = False) -> Callable[[R], R]:
     NameTakenError
         Another class has the name, and `override` is False. The same class may register again:
         modules are reloaded, and notebook cells run twice.
-    OptionError
-        The class sets something that an earlier release read of a reducer, and this one does not.
     """
 
     def decorate(cls: R) -> R:
-        _check_members(cls)
         if not cls.__module__.startswith(f"{PACKAGE}."):
             _load_built_in()  # so that a clash with a built-in name shows now, not later
         old = _REGISTRY.get(name)
@@ -83,32 +69,6 @@ def register_reducer(name: str, *, override: bool = False) -> Callable[[R], R]:
         return cls
 
     return decorate
-
-
-def check_members(reducer: StageReducer) -> None:
-    """Refuse an object, of a class that perhaps nobody registered, as `register_reducer` does.
-
-    Raises
-    ------
-    OptionError
-        Its class sets a member of an earlier contract.
-    """
-    for part in (reducer.entry, reducer.layer) if isinstance(reducer, Compose) else (reducer,):
-        _check_members(type(part))
-
-
-def _check_members(cls: type[StageReducer]) -> None:
-    """Refuse members of an earlier contract, which would be ignored."""
-    instead = dict(FORMER)
-    if not issubclass(cls, Published):
-        instead |= dict.fromkeys(OF_PUBLISHED, "the base class tokencomp.reducers.Published")
-    wrong = [name for name in instead if hasattr(cls, name)]
-    if wrong:
-        fixes = "; ".join(f"for {name}: {instead[name]}" for name in wrong)
-        raise OptionError(
-            f"reducer class {cls.__name__} sets {', '.join(wrong)}, which would be ignored: a "
-            f"Reducer has no such member any more. Write {fixes}. An option needs another name."
-        )
 
 
 def _load_built_in() -> None:
@@ -165,8 +125,7 @@ def make_reducer(name: str | Reducer, /, **options: Any) -> Reducer:
     UnknownNameError
         No reducer has that name (close matches are named).
     OptionError
-        An option the reducer does not have, or a value it refuses; an object whose class sets
-        something that an earlier release read of a reducer.
+        An option the reducer does not have, or a value it refuses.
     """
     if isinstance(name, Reducer):
         if options:
@@ -174,7 +133,6 @@ def make_reducer(name: str | Reducer, /, **options: Any) -> Reducer:
                 f"options {sorted(options)} beside a ready {name.name!r} object. Set "
                 "them when you build it."
             )
-        check_members(name)
         return name
     if isinstance(name, type) and issubclass(name, Reducer):
         raise OptionError(
@@ -194,7 +152,7 @@ def make_reducer(name: str | Reducer, /, **options: Any) -> Reducer:
     return cls(**options)
 
 
-def options_of(reducer: StageReducer) -> dict[str, Any]:
+def options_of(reducer: Reducer) -> dict[str, Any]:
     """The options with which `make_reducer` builds a reducer by its name, ready for JSON.
 
     Fields that do not take part in comparison hold what `Reducer.bind` has found, and are none.

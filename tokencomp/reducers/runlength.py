@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tokencomp.plan.reducer import Traits
 from tokencomp.reducers._batch import best_rows
-from tokencomp.reducers._pixels import NO_PIXELS, descriptor
+from tokencomp.reducers._pixels import OF_PIXELS, descriptor
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.tokens.kept import Kept
@@ -41,20 +42,16 @@ class RunLength(Reducer):
         See `kcenter`.
     """
 
-    pool: int = 4
+    pool: int = field(default=4, metadata=OF_PIXELS)
 
-    batched = True
     summary = (
         "drop tokens that look like the last kept one at their place (RLT 2411.05222, exact count)"
     )
-    grid = "whole"
+    traits = Traits(grid="whole", batched=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range(self.name, "pool", self.pool, 1, 64)
-
-    def unused_options(self, pixels: bool) -> dict[str, str]:
-        return {} if pixels else {"pool": NO_PIXELS}
 
     def reduce(self, tokens: Tokens) -> Kept:
         from tokencomp.kernels import maxmin_select

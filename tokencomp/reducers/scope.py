@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch.nn.functional import normalize
 
+from tokencomp.plan.reducer import Traits
 from tokencomp.reducers._batch import finite_features, tower_signal
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
@@ -40,7 +41,7 @@ class Scope(Reducer):
 
     saliency: Literal["tower", "none"] = "tower"
 
-    batched = True
+    traits = Traits(batched=True)
     summary = "saliency × covering (SCOPE 2510.24214), saliency=none: facility location"
 
     @property

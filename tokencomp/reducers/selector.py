@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokencomp.errors import OptionError, WeightsError
+from tokencomp.plan.reducer import Traits
 from tokencomp.reducers._batch import (
     best_rows,
     finite_features,
@@ -219,9 +220,7 @@ class Selector(Reducer):
     pick: Literal["top", "mmr"] = field(default="top", repr=False)
     input: Input | None = field(default=None, repr=False)
 
-    entry_only = True
-    grid = "known"
-    batched = True
+    traits = Traits(grid="known", batched=True, entry_only=True)
     summary = "trained on explainability labels (2506.01097), pick=mmr: IDPruner (2602.13315)"
 
     def __post_init__(self) -> None:

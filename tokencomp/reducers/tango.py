@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tokencomp.plan.counts import frame_budgets
+from tokencomp.plan.reducer import Traits
 from tokencomp.reducers._batch import best_rows, salient
 from tokencomp.reducers._clusters import cluster_sums, density_peaks
 from tokencomp.reducers._segments import StillWindow, place_cosines, run_means, still_windows
@@ -59,10 +60,8 @@ class Tango(Reducer):
 
     context: float = 0.4
 
-    batched = True
     summary = "clusters of salient tokens by look, time and place (Tango 2604.09547)"
-    merges = True
-    grid = "whole"
+    traits = Traits(merges=True, grid="whole", batched=True)
     needs = frozenset({TOWER_ATTENTION})
 
     def __post_init__(self) -> None:

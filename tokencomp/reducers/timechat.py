@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch.nn.functional import cosine_similarity
 
+from tokencomp.plan.reducer import Traits
 from tokencomp.reducers._batch import finite_features
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.evs import least_similar, previous_similarity
@@ -33,10 +34,8 @@ class TimeChat(Reducer):
     frame came before, the rules of `evs` choose.
     """
 
-    batched = True
     summary = "drop tokens unchanged since the frame before, in a stream (2504.17343, exact count)"
-    grid = "whole"
-    entry_only = True
+    traits = Traits(grid="whole", batched=True, entry_only=True)
 
     @property
     def needs(self) -> frozenset[Signal]:

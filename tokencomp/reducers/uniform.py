@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tokencomp.plan.reducer import Traits
 from tokencomp.reducers._late import Baseline
 from tokencomp.reducers.registry import register_reducer
 from tokencomp.tokens.kept import Kept
@@ -17,7 +18,7 @@ from tokencomp.tokens.tokens import Tokens, evenly
 class Uniform(Baseline):
     """Keep evenly spaced tokens: token floor((i + ½)·n/k) of the n patches, i = 0 … k-1. Ours."""
 
-    batched = True
+    traits = Traits(batched=True)
     summary = "evenly spaced tokens in raster order (baseline)"
 
     def reduce(self, tokens: Tokens) -> Kept:

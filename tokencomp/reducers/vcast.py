@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from tokencomp.plan.counts import frame_budgets
+from tokencomp.plan.reducer import Traits
 from tokencomp.reducers._batch import best_rows, feature_norms, finite_features, min_max, segment
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
@@ -38,9 +39,8 @@ class VCast(Reducer):
     release leaves alone, are scored as a frame. Frames of which nothing is left are skipped.
     """
 
-    batched = True
     summary = "budgets of frames by curvature, tokens unlike their frame (V-CAST 2603.27650)"
-    grid = "known"
+    traits = Traits(grid="known", batched=True)
 
     def reduce(self, tokens: Tokens) -> Kept:
         frames = [[n for n in own if n] for own in tokens.per_frame()]

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tokencomp.plan.counts import frame_budgets
+from tokencomp.plan.reducer import Traits
 from tokencomp.reducers._batch import best_rows, feature_norms, finite_features
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
@@ -41,9 +42,8 @@ class VidCom2(Reducer):
     SmolVLM), video and frame are the same, and every frame keeps the same share of its tokens.
     """
 
-    batched = True
     summary = "uniqueness within frame and video, per-frame budgets (VidCom2 2505.14454)"
-    grid = "whole"
+    traits = Traits(grid="whole", batched=True)
 
     def reduce(self, tokens: Tokens) -> Kept:
         x, grids = tokens.features.float(), tokens.grids

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from tokencomp.plan.reducer import Traits
 from tokencomp.reducers._batch import best_rows, salient, tower_signal
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
@@ -37,9 +38,8 @@ class VisionZip(Reducer):
     a patch receives over a token's patches; their mean ranks alike.
     """
 
-    batched = True
     summary = "dominant tokens by tower attention, means of the rest (VisionZip 2412.04467)"
-    merges = True
+    traits = Traits(merges=True, batched=True)
     needs = frozenset({TOWER_ATTENTION, TOWER_KEYS})
 
     def reduce(self, tokens: Tokens) -> Kept:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from tokencomp.plan.reducer import Traits
 from tokencomp.reducers._batch import salient
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import register_reducer
@@ -39,7 +40,7 @@ class VisPrune(Reducer):
     bytes.
     """
 
-    batched = True
+    traits = Traits(batched=True)
     summary = "salient tokens, then the rest without its copies (VisPruner 2412.01818)"
     needs = frozenset({TOWER_ATTENTION})
 

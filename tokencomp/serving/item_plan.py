@@ -20,7 +20,6 @@ from torch import Tensor
 from tokencomp import __version__
 from tokencomp.method import MethodSpec
 from tokencomp.plan.counts import places
-from tokencomp.plan.reducer import StageReducer
 from tokencomp.plan.stages import TowerStage
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import make_reducer, options_of
@@ -49,7 +48,7 @@ def cache_key(spec: MethodSpec, facts: ModelFacts | None = None) -> dict[str, An
     return {**spec.describe(), "version": __version__, "weights": _weights_of(bound)}
 
 
-def _weights_of(reducer: StageReducer) -> str:
+def _weights_of(reducer: Reducer) -> str:
     """Hash of what the weights of a bound reducer are, "" if it has none."""
     options = options_of(reducer).items()
     files = [v for k, v in options if v and k.rpartition(".")[2] in OPERATOR_OPTIONS]
@@ -185,7 +184,7 @@ class ItemPlan:
         return cls(own, tuple(keep), reducer, options, extent, tower, weights)
 
 
-def _described(reducer: StageReducer) -> tuple[str, str]:
+def _described(reducer: Reducer) -> tuple[str, str]:
     """Registry name, and options as JSON."""
     return reducer.name, json.dumps(options_of(reducer), sort_keys=True)
 

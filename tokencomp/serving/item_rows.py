@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from tokencomp.errors import ScoreError
-from tokencomp.plan.reducer import reduced
-from tokencomp.reducers.base import Reducer
+from tokencomp.reducers.base import Reducer, reduced
 from tokencomp.serving.item_plan import ItemPlan, built
 from tokencomp.tokens.spans import VisualSpan
 from tokencomp.tokens.tokens import Tokens

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tokencomp.errors import OptionError, TokenCompError, unknown_name
-from tokencomp.plan.reducer import counts_itself
-from tokencomp.reducers.base import Reducer
+from tokencomp.reducers.base import Reducer, counts_itself
 from tokencomp.reducers.registry import available_reducers
 from tokencomp.validation import choices, field_types
 
@@ -31,11 +30,11 @@ def serving_safe(reducer: Reducer) -> bool:
     Its keep count must follow from grid and ratio alone, it must act at entry only, and it must not
     need signals: what it then chooses depends on the media item alone, so that prefix caches may
     share the result across questions. Tests show the last for classes of this package; of others
-    their author says it, with `per_item = True`.
+    their author says it, with `Traits(per_item=True)`.
     """
     if reducer.needs or counts_itself(reducer):
         return False
-    if not (reducer.per_item or type(reducer).__module__.startswith("tokencomp.")):
+    if not (reducer.traits.per_item or type(reducer).__module__.startswith("tokencomp.")):
         return False
     plans = [reducer.plan(ratio, PROBE_LAYERS).stages for ratio in PROBE_RATIOS]
     own = [[(stage.layer, stage.reducer) for stage in stages] for stages in plans]
@@ -90,6 +89,6 @@ def check_servable(reducer: Reducer) -> Reducer:
     raise OptionError(
         f"reducer {reducer.name!r} cannot run inside an engine that fixes placeholder counts "
         "before the vision tower runs and caches media across questions. These can: "
-        f"{able}; and reducers of your package with `per_item = True`, see tokencomp.Reducer. "
+        f"{able}; and reducers of your package with `Traits(per_item=True)`. "
         f"Serve {reducer.name!r} with `--engine hf` instead."
     )

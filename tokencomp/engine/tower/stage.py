@@ -40,8 +40,8 @@ from tokencomp.engine.tower.rows import PackedRows, TowerRows, equal_bounds, row
 from tokencomp.engine.tower.signals import TowerProbe, check_signals
 from tokencomp.errors import OptionError
 from tokencomp.plan.plan import Plan
-from tokencomp.plan.reducer import reduced
 from tokencomp.plan.stages import TowerStage
+from tokencomp.reducers.base import reduced
 from tokencomp.tokens.stacks import rows_of as rows_of_runs
 from tokencomp.tokens.stacks import starts_of
 from tokencomp.tokens.tokens import Tokens

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from tokencomp.evaluation.settings import Setting
+from tokencomp.plan.reducer import Traits
 from tokencomp.reducers._batch import supplied_scores
 from tokencomp.reducers.base import ScoreReducer
 from tokencomp.reducers.selector import CHANNELS, INPUTS, NARROW, SelectorNet
@@ -86,7 +87,7 @@ def train_selector(
 class AttentionRow(ScoreReducer):
     """The tokens that the user's text attends to most in layer 0: the selector's raw input."""
 
-    batched = True
+    traits = Traits(batched=True)
 
     @property
     def needs(self) -> frozenset[Signal]:
