@@ -9,33 +9,12 @@ from support.family.qwen import Qwen3VL
 
 import tokencomp
 from tokencomp import Plan, Stage, make_reducer
-from tokencomp.engine.gather import gather_arguments
 from tokencomp.errors import PlanError
 from tokencomp.plan.schedules import not_before
 
 
 class Deep(Qwen3VL):
     deepstack = (0, 2)
-
-
-def test_gather_arguments() -> None:
-    """Against a loop over columns, with padding."""
-    mask = torch.tensor([[0, 0, 1, 1, 1, 0], [1, 1, 0, 1, 0, 0]]).bool()
-    features = [torch.randn(6, 5), torch.randn(6, 5)]
-    index = torch.tensor([[0, 0, 2, 4, 5], [0, 1, 2, 3, 5]])
-    valid = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1]]).bool()
-    kwargs = {"visual_pos_masks": mask, "deepstack_visual_embeds": features}
-    gather_arguments(kwargs, index, valid, 6)
-    order = {at: i for i, at in enumerate(map(tuple, mask.nonzero().tolist()))}
-    wanted = [
-        order[b, int(index[b, c])]
-        for b in range(2)
-        for c in range(5)
-        if valid[b, c] and mask[b, index[b, c]]
-    ]
-    assert kwargs["visual_pos_masks"].tolist() == (mask.gather(1, index) & valid).tolist()
-    for new, old in zip(kwargs["deepstack_visual_embeds"], features, strict=True):
-        assert torch.equal(new, old[wanted])
 
 
 def test_early_layer_stage_is_refused() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from support import oracle, plans
+from support import plans
 from support.families import IMAGE, START, text
 from support.family.llava import LlavaOnevision
 from support.family.mistral import Mistral3
@@ -19,9 +19,7 @@ from support.family.structural import STRUCTURAL
 import tokencomp
 from tokencomp.adapters.encoded import per_medium, sizes_in, token_counts
 from tokencomp.adapters.media_call import MediaCall
-from tokencomp.adapters.registry import adapter_for
 from tokencomp.adapters.spans import Medium, _joined, cut_media, grid_from_size
-from tokencomp.adapters.structural import StructuralAdapter
 from tokencomp.adapters.structure import find_parts
 from tokencomp.errors import (
     NoDecoderError,
@@ -44,51 +42,10 @@ def test_parts_of_a_family_are_found_by_structure() -> None:
 
 
 @needs_mistral
-def test_dropping_equals_masking_and_rows_are_joined() -> None:
-    """Scaled queries, line breaks between the rows of an image, a ragged batch, decoding."""
-    family = Mistral3()
-    model = family.build()
-    inputs = family.batch(
-        [
-            [text(3), family.image(0), text(2, 2), family.image(1), text(7, 3)],
-            [text(4), family.image(2), text(4, 5)],
-            [text(12, 6)],
-        ]
-    )
-    with tokencomp.patch(model, 0.5, reducer="uniform") as handle:
-        out = oracle.generate(model, inputs)
-        spans = handle.stats.spans
-        masks = oracle.kept_columns(handle, inputs, family.layers)
-    assert isinstance(adapter_for(model), StructuralAdapter)
-    grids = [[(s.grid, s.grid_known, s.special) for s in row] for row in spans]
-    breaks = [tuple(6 + 7 * i for i in range(3)), (3,), tuple(2 + 3 * i for i in range(4))]
-    assert grids == [
-        [((1, 4, 6), True, breaks[0]), ((1, 2, 3), True, breaks[1])],
-        [((1, 5, 2), True, breaks[2])],
-        [],
-    ]
-    length = inputs["input_ids"].shape[1]
-    new = out.sequences[:, length:]
-    expected = oracle.masked_logits(model, family, inputs, masks, new[:, :-1])
-    for step, logits in enumerate(out.logits):
-        assert (logits - expected[:, length - 1 + step]).abs().max() < 1e-5, f"step {step}"
-
-
-@needs_mistral
 def test_signals_of_the_tower_are_refused() -> None:
     model = Mistral3().build()
     with pytest.raises(OptionError, match="vision tower"):
         tokencomp.patch(model, 0.5, reducer=plans.TowerTop())
-
-
-@needs_mistral
-def test_patching_twice_and_unpatching_leave_nothing() -> None:
-    model = Mistral3().build()
-    before = dict(vars(model.model))
-    tokencomp.patch(model, 0.5, reducer="divprune")
-    tokencomp.patch(model, 0.4, reducer="uniform")
-    tokencomp.unpatch(model)
-    assert vars(model.model) == before
 
 
 @needs_mistral

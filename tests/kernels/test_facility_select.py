@@ -80,16 +80,6 @@ def test_softmax_of_other_points(memory: None, place: torch.device) -> None:
     assert got.tolist() == expected
 
 
-def test_few_gains_are_computed(memory: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plain greedy computes count × rows gains."""
-    computed, gains = [], naive.Coverage.gains
-    monkeypatch.setattr(
-        naive.Coverage, "gains", lambda self, rows: computed.append(len(rows)) or gains(self, rows)
-    )
-    facility_select(clustered(400), 100)
-    assert 0 < sum(computed) < 0.08 * 100 * 400
-
-
 def test_ties_and_copies_go_to_the_lower_row(memory: None, place: torch.device) -> None:
     """Copies gain nothing, although the cosine of two copies is rounded."""
     assert facility_select(torch.eye(6, device=place), 3).tolist() == [0, 1, 2]

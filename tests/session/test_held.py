@@ -1,16 +1,10 @@
-"""The order in which rows leave, against plain loops; and rows that eviction leaves as they are."""
+"""The order in which rows leave, against plain loops."""
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
-from transformers import DynamicCache
 
-from tokencomp.engine.cache_special import compress_layer
-from tokencomp.engine.rowmap import RowMap
-from tokencomp.session.evict import evict, held_columns
 from tokencomp.session.held import NOWHERE, TEXT, Held, PatchPlaces, oldest, redundant
 from tokencomp.tokens.spans import VisualSpan
 
@@ -103,42 +97,3 @@ def test_places() -> None:
     tiles = [VisualSpan(0, 2, (1, 1, 2), item=5), VisualSpan(2, 2, (1, 1, 2), item=5)]
     assert places.of(tiles, 4).tolist() == [12, 13, 14, 15]
     assert places.of(tiles[1:], 4).tolist() == [-1, -1, 12, 13]
-
-
-def filled_cache(columns: list[int]) -> DynamicCache:
-    """Two layers whose keys are the columns of their rows."""
-    cache, n = DynamicCache(), len(columns)
-    rows = torch.tensor(columns).float()[None, None, :, None].expand(1, 2, n, 3)
-    for i in range(2):
-        cache.update(rows.clone(), -rows, i)
-    known = None if columns == [*range(n)] else torch.tensor([columns])
-    for layer in cache.layers:
-        if known is not None:
-            compress_layer(layer, RowMap(n, columns[-1] + 1 - n, known), False)
-    return cache
-
-
-@pytest.mark.parametrize(
-    "columns", [[*range(9)], [0, 1, 2, 5, 6, 8, 11], [0, 1, 2, 2, 2, 5, 5, 6, 8, 8, 8]]
-)
-def test_rows_keep_what_belongs_to_them(columns: list[int]) -> None:
-    """After two evictions and a write in between, every row still has its column."""
-    cache, top = filled_cache(columns), columns[-1] + 1
-    assert evict(cache, torch.tensor([2, 3, 5])) == sum(c in (2, 3, 5) for c in columns)
-    for i, layer in enumerate(cache.layers):
-        assert layer.get_seq_length() == top
-        new = torch.tensor([top, top + 1.0])[None, None, :, None].expand(1, 2, 2, 3)
-        cache.update(new, -new, i)
-    evict(cache, torch.tensor([1, top]))
-    left = [c for c in [*columns, top, top + 1] if c not in (1, 2, 3, 5, top)]
-    for layer in cache.layers:
-        assert layer.keys[0, 0, :, 0].tolist() == held_columns(layer)[0].tolist() == left
-        assert torch.equal(layer.values, -layer.keys)
-        assert layer.get_seq_length() == top + 2
-
-
-def test_a_copy_is_not_evicted() -> None:
-    cache = filled_cache([0, 1, 2, 5, 6, 8, 11])
-    other = copy.deepcopy(cache)
-    evict(cache, torch.tensor([5]))
-    assert held_columns(other.layers[0])[0].tolist() == [0, 1, 2, 5, 6, 8, 11]
