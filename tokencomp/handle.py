@@ -20,7 +20,7 @@ from tokencomp.engine.tower.stage import check_tower_stage
 from tokencomp.engine.weights import merging_where_possible
 from tokencomp.errors import OptionError, UnsupportedModelError
 from tokencomp.method import MethodSpec, resolve_auto
-from tokencomp.plan.options import in_words
+from tokencomp.plan.options import Merging, in_words
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.stages import Stage
 from tokencomp.reducers.base import Reducer, label
@@ -158,13 +158,14 @@ class Handle:
         budget: int | Mapping[str, int] | None = None,
         reducer: str | Reducer | None = None,
         plan: PlanLike | None = None,
+        merge: Merging | None = None,
         tower_ratio: float | Literal["auto"] | None = None,
         tower_reducer: str | Reducer | None = None,
         **options: Any,
     ) -> Handle:
         """Change ratios, reducers or options in place; arguments left out keep their values.
 
-        `options` are those of the stages, such as `merge`, and of the reducer, as in `patch`.
+        `options` are further options of the stages, and those of the reducer, as in `patch`.
 
         A ratio replaces a budget, and the other way round.
 
@@ -184,7 +185,7 @@ class Handle:
         }  # fmt: skip
         with self._lock:
             self._check_active()
-            spec = self._spec.changed(options, **given)
+            spec = self._spec.changed({**options, "merge": merge}, **given)
             new_plan = make_plan(spec, self._hooks.adapter, self.compact)
             self._spec = spec
             try:

@@ -23,7 +23,7 @@ from tokencomp.engine.hooks import CallGate, Hooks
 from tokencomp.errors import AlreadyCompressedError, OptionError, PlanError
 from tokencomp.handle import Handle, handle_of, make_plan
 from tokencomp.method import MethodSpec
-from tokencomp.plan.options import one_amount
+from tokencomp.plan.options import Merging, one_amount
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.plan_json import PlanLike, as_plan
 from tokencomp.validation import check_choice
@@ -36,6 +36,7 @@ def patch(
     budget: int | Mapping[str, int] | None = None,
     reducer: str | Reducer = "auto",
     plan: PlanLike | None = None,
+    merge: Merging | None = None,
     tower_ratio: float | Literal["auto"] = 0.0,
     tower_reducer: str | Reducer = "auto",
     strict: bool = False,
@@ -70,6 +71,14 @@ def patch(
         Explicit stages, instead of `ratio`, `reducer` and options: a `Plan`, its JSON form
         `[{"layer": 0, "fraction": 0.5, "reducer": "bipartite"}, ...]` (see `plan_to_json`), or the
         path of a JSON file. A first stage with "tower" instead of "layer" acts in the vision tower.
+    merge
+        False: tokens that the reducer does not keep are dropped. True: they are averaged into
+        their most similar kept token (as in ToMe). During prefill a merged token gets an attention
+        bias of log(n) for the n tokens it stands for; in the KV cache it is stored n times, so that
+        decoding needs no bias. Special tokens stay as they are, what a tower stage drops is not
+        merged, and scores for later stages are taken without the bias. "auto": merges in images of
+        which at least a tenth stays, if the model can, and drops everywhere else. None: "auto" for
+        the default reducer, False for every other.
     tower_ratio
         Fraction of the vision tower's work to remove, in [0, `ratio`]: the patches of this share of
         the visual tokens leave before the first block of the tower, and the decoder never gets
@@ -94,18 +103,7 @@ def patch(
         (about a second; the checks that every type of the results has passed). Needed for types
         that have never passed, such as those of remote code.
     **options
-        Options of the stages, see below, and of the named reducer.
-
-    Other Parameters
-    ----------------
-    merge : bool or "auto", optional
-        False: tokens that the reducer does not keep are dropped. True: they are averaged into
-        their most similar kept token (as in ToMe). During prefill a merged token gets an attention
-        bias of log(n) for the n tokens it stands for; in the KV cache it is stored n times, so that
-        decoding needs no bias. Special tokens stay as they are, what a tower stage drops is not
-        merged, and scores for later stages are taken without the bias. "auto": merges in images of
-        which at least a tenth stays, if the model can, and drops everywhere else. None: "auto" for
-        the default reducer, False for every other.
+        Further options of the stages, and those of the named reducer.
 
     Returns
     -------
@@ -157,7 +155,7 @@ def patch(
     asked = one_amount(ratio, budget, plan) or {"ratio": 0.5}
     spec = MethodSpec(
         reducer,
-        options=options,
+        options={**options, "merge": merge},
         plan=None if plan is None else as_plan(plan),
         tower_ratio=tower_ratio,
         tower_reducer=tower_reducer,
