@@ -52,8 +52,9 @@ TAKEN: list[tuple[tuple[str, ...], Any, Any, dict[str, Any]]] = [
     (("hf",), TOWER, {"tower_reducer": "adsc"}, {"tower": "adsc"}),
     (("hf",), TOWER, {"ratio": {"video": 0.5}, "tower_ratio": 0}, {"ratios": {"video": 0.5}}),
     (("hf",), HALF, {"merge": True}, {"merge": True}),
-    (("hf",), {**HALF, "merge": True}, None, {"merge": True}),
-    (("hf",), {**HALF, "merge": True}, {"merge": False}, {"merge": False}),
+    (("hf", "vllm"), {**HALF, "merge": True}, None, {"merge": True}),
+    (("hf", "vllm"), {**HALF, "merge": True}, {"merge": False}, {"merge": False}),
+    (("vllm",), {"merge": True}, {**HALF, "reducer": "uniform"}, {"merge": True}),
     # It merges by itself, and the request says nothing of merging.
     (("hf",), {**HALF, "merge": True}, {"reducer": "bipartite"}, {"stage_options": {}}),
     (("vllm", "sglang"), HALF, None, {"stage_options": {}}),
@@ -105,7 +106,7 @@ REFUSED: list[tuple[tuple[str, ...], Any, Any]] = [
     *((("vllm", "sglang"), {**HALF, "reducer": name}, None)
       for name in available_reducers() if name not in (*SERVABLE, "auto")),
     *((("vllm", "sglang"), {}, {**HALF, "reducer": name}) for name in ("fastv", "aim")),
-    (("vllm", "sglang"), {**HALF, "merge": True}, None), (("vllm", "sglang"), {}, {"merge": True}),
+    (("sglang",), {**HALF, "merge": True}, None), (("vllm", "sglang"), {}, {"merge": True}),
     (("hf",), {**HALF, "merge": "some"}, None), (("sglang",), TOWER, None),
     (("sglang",), HALF, {"tower_reducer": "random"}),
     *((("hf", "vllm"), TOWER, wrong)

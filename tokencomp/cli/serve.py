@@ -97,6 +97,7 @@ def command(
 
     `--engine hf` serves every supported model with every reducer; `--engine vllm` runs
     `vllm serve` with tokencomp's plugin, and hands it all further arguments (after `--`);
+    with `--merge` it gives attention the room for weights that merging needs;
     `--engine mlx` does the same with mlx_vlm.server, with one ratio or budget for all requests.
 
     Requests may bring `{"tokencomp": {"ratio": 0.75}}` or `{"tokencomp": {"budget": 512}}` (hf), or

@@ -29,7 +29,8 @@ class Option:
     ----------
     off
         The value without effect. The JSON form of a plan leaves it out. It is what None means,
-        unless `usual` says otherwise, and all that the plugins for serving engines take.
+        unless `usual` says otherwise, and all that the plugins for serving engines take, but for
+        merging.
     help
         Its line on the command line.
     usual
@@ -72,8 +73,8 @@ MERGE = Option(
     usual=lambda reducer: "auto" if reducer == "auto" else False,
     check=_check_merge,
     words={True: "merging the rest", "auto": "merging the rest of images"},
-    hf_only="merged tokens weigh as much as the tokens they stand for, and the attention of vLLM "
-    "and SGLang has no weights for the rows of its cache",
+    hf_only="merged tokens weigh as much as the tokens they stand for, and there are no weights in "
+    "the attention of SGLang, and of vLLM without --merge",
 )
 
 

@@ -87,6 +87,8 @@ class ItemPlan:
     weights
         Hash of the reducer's trained weights, after whose change a worker reads them again; "" if
         it has none.
+    merge
+        Whether tokens that do not stay are merged into those that do, with weights.
     """
 
     spans: tuple[VisualSpan, ...]
@@ -96,6 +98,7 @@ class ItemPlan:
     extent: int = 0
     tower: tuple[float, str, str] | None = None
     weights: str = ""
+    merge: bool = False
 
     @classmethod
     def make(
@@ -116,17 +119,20 @@ class ItemPlan:
         # A reducer that can be served has one stage, at entry, however many layers there are.
         plan = spec.stages(num_layers=1, first_layer_stage=1).bind(facts)
         # Behind a tower stage that leaves no more than the ratio asks for, the entry has no stage.
+        each = places(spans)
         counts = [
             plan.counts(span, 1, place) or [plan.entering(span)]
-            for span, place in zip(spans, places(spans), strict=True)
+            for span, place in zip(spans, each, strict=True)
         ]
+        # All spans of an item have the same fraction, on which merge="auto" depends.
+        merge = any(stage.merges(spans[0].modality, each[0]) for stage in plan.stages)
         bound, tower = spec.built_reducer.bind(facts), None
         name, options = _described(bound)
         if plan.tower is not None:
             tower = (plan.tower.fraction, *_described(plan.tower.reducer))
         keep = tuple(count[-1] for count in counts)
         weights = _weights_of(bound)
-        return cls(tuple(spans), keep, name, options, extent, tower, weights)
+        return cls(tuple(spans), keep, name, options, extent, tower, weights, merge)
 
     @property
     def modality(self) -> Any:
@@ -171,17 +177,17 @@ class ItemPlan:
         """The plan as bytes of JSON: a uint8 tensor that every transport carries unchanged."""
         spans = [[s.grid, s.special] for s in self.spans]
         reducer = [self.reducer, self.options, self.extent, self.tower, self.weights]
-        plan = [self.modality, spans, self.keep, *reducer]
+        plan = [self.modality, spans, self.keep, *reducer, self.merge]
         return torch.frombuffer(bytearray(json.dumps(plan).encode()), dtype=torch.uint8)
 
     @classmethod
     def from_tensor(cls, data: Tensor) -> ItemPlan:
         """Read back what `to_tensor` wrote."""
         values = json.loads(bytes(data.tolist()).decode())
-        modality, spans, keep, reducer, options, extent, tower, weights = values
+        modality, spans, keep, reducer, options, extent, tower, weights, merge = values
         own = tuple(item_span(modality, tuple(grid), special) for grid, special in spans)
         tower = tuple(tower) if tower else None
-        return cls(own, tuple(keep), reducer, options, extent, tower, weights)
+        return cls(own, tuple(keep), reducer, options, extent, tower, weights, merge)
 
 
 def _described(reducer: Reducer) -> tuple[str, str]:

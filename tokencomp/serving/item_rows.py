@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokencomp.engine.weights import merge_rest
 from tokencomp.errors import ScoreError
 from tokencomp.reducers.base import Reducer, reduced
 from tokencomp.serving.item_plan import ItemPlan, built
+from tokencomp.serving.offsets import with_offsets
 from tokencomp.tokens.spans import VisualSpan
 from tokencomp.tokens.tokens import Tokens
 
@@ -29,8 +31,8 @@ def reduce_item(
 
     Returns
     -------
-    Tensor, shape (kept, d)
-        Rows for the placeholders.
+    Tensor, shape (kept, d), or (kept, d + 2) if the plan merges and tokens leave
+        Rows for the placeholders, and the digits of their sizes (see `offsets`).
     Tensor of int64, shape (kept,)
         The token of the uncompressed item that each row stands for, ascending.
 
@@ -47,34 +49,50 @@ def reduce_item(
             "this engine version lays out media in another way than the plan."
         )
     reducer = built(plan.reducer, plan.options, plan.weights)
-    rows, index, start = [], [], 0
+    rows, sizes, index, start = [], [], [], 0
     for span, keep in plan.counted:
         stop, places = start + span.length, None
         if present is not None:
             places = present[(present >= start) & (present < stop)] - start
-        row, kept = _reduce_span(reducer, features[start:stop], span, keep, places)
+        row, size, kept = _reduce_span(
+            reducer, features[start:stop], span, keep, places, plan.merge
+        )
         rows.append(row)
+        sizes.append(size)
         index.append(kept + start)
         start = stop
-    return torch.cat(rows), torch.cat(index)
+    x = torch.cat(rows)
+    if plan.merge and plan.kept < plan.full:
+        x = with_offsets(x, torch.cat(sizes)[None])
+    return x, torch.cat(index)
 
 
 def _reduce_span(
-    reducer: Reducer, features: Tensor, span: VisualSpan, keep: int, present: Tensor | None
-) -> tuple[Tensor, Tensor]:
+    reducer: Reducer,
+    features: Tensor,
+    span: VisualSpan,
+    keep: int,
+    present: Tensor | None,
+    merge: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, how many tokens each stands for (int64), and the token that each comes from."""
     if present is None:
         present = torch.arange(span.length, device=features.device)
     if keep == len(present):
-        return features[present], present
+        return features[present], torch.ones_like(present), present
     fixed = span.special_mask(features.device)
     patches, special = present[~fixed[present]], present[fixed[present]]
     tokens = Tokens(
         features[patches], [span.grid], [keep - len(special)], [len(patches)], [span.modality],
         None if len(present) == span.length else ((~fixed).cumsum(0) - 1)[patches],
     )  # fmt: skip
-    kept = reduced(reducer, tokens).with_fixed(features, patches, special)
-    merged = kept.features
-    return features[kept.rows] if merged is None else merged.to(features), kept.rows
+    kept = reduced(reducer, tokens)
+    if merge and keep > len(special):
+        kept = merge_rest(tokens, kept, [True], reducer.name)
+    kept = kept.with_fixed(features, patches, special)
+    rows = features[kept.rows] if kept.features is None else kept.features.to(features)
+    sizes = torch.ones_like(kept.rows) if kept.weights is None else kept.weights.long()
+    return rows, sizes, kept.rows
 
 
 def reduce_rows(
@@ -105,7 +123,7 @@ def reduce_rows(
     Returns
     -------
     Tensor, shape (kept, d), and Tensor of int64, shape (kept,)
-        See `reduce_item`.
+        See `reduce_item`; digits of sizes are behind all columns of a row.
     """
     try:
         if not torch.isfinite(x if present is None else x[present]).all():
@@ -118,7 +136,7 @@ def reduce_rows(
         rows, index = reduce_item(evenly, x[:, :width], present)
     if width == x.shape[1]:
         return rows, index
-    return torch.cat([rows, x[index, width:]], dim=1), index
+    return torch.cat([rows[:, :width], x[index, width:], rows[:, width:]], dim=1), index
 
 
 def batches(sizes: list[int], budget: int, towers: Sequence[Any] = ()) -> Iterator[tuple[int, int]]:

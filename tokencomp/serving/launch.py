@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from tokencomp.errors import MissingDependencyError, OptionError, UnsupportedModelError, install
-from tokencomp.method import MethodSpec
 from tokencomp.serving import ENV_OPTIONS, ENV_RULES
 from tokencomp.serving.bind import Bind, check_port
 from tokencomp.serving.limits import Limits
@@ -54,7 +53,7 @@ def vllm_command(
             f"--low-detail-ratio {low}: on vLLM it is the ratio of a request, so it must not be "
             f"above --max-ratio ({parsed.max_ratio}), and --fixed leaves no room for it."
         )
-    check_architecture(model, parsed.default)
+    check_architecture(model, parsed)
     command = [*_entry(model), "--host", bind.host, "--port", str(bind.port)]
     command += ["--middleware", "tokencomp.serving.vllm.middleware.Guard"]
     if limits.allowed_path is not None:
@@ -148,14 +147,14 @@ def _entry(model: str) -> list[str]:
     return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model]
 
 
-def check_architecture(model: str, default: MethodSpec | None = None) -> None:
+def check_architecture(model: str, options: ServerOptions) -> None:
     """Refuse models that vLLM would serve uncompressed, because the plugin does not know them.
 
-    Also a `default` of the server with a stage in a vision tower for which the plugin has none.
+    Also a default with a stage in a vision tower for which the plugin has none, and merging.
     """
     from transformers import AutoConfig
 
-    from tokencomp.serving.vllm import MODELS, NO_TOWER_STAGE, NOT_SERVED
+    from tokencomp.serving.vllm import MODELS, NO_MERGING, NO_TOWER_STAGE, NOT_SERVED
 
     try:
         config = AutoConfig.from_pretrained(model)
@@ -163,10 +162,15 @@ def check_architecture(model: str, default: MethodSpec | None = None) -> None:
         raise UnsupportedModelError(f"{model!r} cannot be read: {error}") from None
     names = list(getattr(config, "architectures", None) or [])
     reasons = [NO_TOWER_STAGE[MODELS[n]] for n in names if MODELS.get(n) in NO_TOWER_STAGE]
-    if default is not None and default.dropped_cells and reasons:
+    if options.default.dropped_cells and reasons:
         raise OptionError(
-            f"--tower-ratio {default.tower_ratio} with {names[0]} on vLLM: {reasons[0]}. Leave it "
-            "out, or use --engine hf."
+            f"--tower-ratio {options.default.tower_ratio} with {names[0]} on vLLM: {reasons[0]}. "
+            "Leave it out, or use --engine hf."
+        )
+    if options.merging and set(names) & set(NO_MERGING):
+        raise OptionError(
+            f"--merge with {names[0]} on vLLM: {NO_MERGING[names[0]]}. Leave it out, or use "
+            "--engine hf."
         )
     if not set(names) & set(MODELS):
         why = "".join(f" ({NOT_SERVED[name]})" for name in names if name in NOT_SERVED)

@@ -1,4 +1,4 @@
-"""Offsets of media tokens from the base position of their item, and their digits in extra columns.
+"""Numbers of media tokens as digits in extra columns: offsets from the base position, and sizes.
 
 Digits to the base 256 are exact in every dtype of a model: bfloat16 represents integers up to 256
 exactly, float16 up to 2048. A kept token that stands (t, h, w) = (3, 0, 300) behind the base:
@@ -6,6 +6,10 @@ exactly, float16 up to 2048. A kept token that stands (t, h, w) = (3, 0, 300) be
                        high digits   low digits     300 = 1 · 256 + 44
     | d features |      0   0   1     3   0  44 |   one row of the engine's media embeddings
                         t   h   w     t   h   w
+
+A merged row has the digits of its size, the number of tokens that it stands for, before those:
+
+    | d features | size: high, low | offsets, where the engine takes positions of its rows |
 """
 
 from __future__ import annotations
@@ -15,24 +19,42 @@ import torch
 from torch import Tensor
 
 MAX_OFFSET = 65535  # two digits to the base 256
+OFFSETS = 6  # columns of the three offsets
 
 
 def pack_offsets(offsets: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert offsets (3, k) from 0 to 65535 to digits (k, 6), which are exact in `dtype`."""
+    """Convert numbers (m, k) from 0 to 65535 to digits (k, 2m), which are exact in `dtype`."""
     if offsets.numel() and not 0 <= int(offsets.min()) <= int(offsets.max()) <= MAX_OFFSET:
-        raise RuntimeError(f"position offsets up to {int(offsets.max())} do not fit 16 bits.")
+        raise RuntimeError(f"offsets or sizes up to {int(offsets.max())} do not fit 16 bits.")
     return torch.cat([offsets >> 8, offsets & 255]).T.to(dtype)
 
 
 def with_offsets(rows: Tensor, offsets: Tensor) -> Tensor:
-    """Append the digits of offsets (3, k) to rows (k, d) as six columns."""
+    """Append the digits of offsets (3, k), or of sizes (1, k), to rows (k, d) as columns."""
     return torch.cat([rows, pack_offsets(offsets, rows.dtype).to(rows.device)], dim=1)
 
 
 def unpack_offsets(digits: Tensor) -> Tensor:
-    """Convert digits (k, 6) to offsets (3, k), int64."""
+    """Convert digits (k, 2m) to numbers (m, k), int64."""
     high, low = digits.float().round().long().T.chunk(2)
     return high * 256 + low
+
+
+def split_offsets(rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Rows without the columns of their offsets, and the offsets (3, k); zeros without columns.
+
+    `width` is the number of columns of a row without any digits.
+    """
+    if rows.shape[1] < width + OFFSETS:
+        return rows, torch.zeros(3, rows.shape[0], dtype=torch.long, device=rows.device)
+    return rows[:, :-OFFSETS], unpack_offsets(rows[:, -OFFSETS:])
+
+
+def unpack_sizes(rows: Tensor, width: int) -> Tensor:
+    """Sizes (k,), int64, of rows whose offsets are split off; 1 without columns of sizes."""
+    if rows.shape[1] == width:
+        return torch.ones(rows.shape[0], dtype=torch.long, device=rows.device)
+    return unpack_offsets(rows[:, width:])[0]
 
 
 def grid_offsets(grid: tuple[int, int, int], t_factor: float) -> np.ndarray:

@@ -39,6 +39,9 @@ class ServerOptions:
     low_detail_ratio : float or None
         Ratio of images that a request without options of its own sends as `detail` "low", which
         None refuses.
+    merging : bool
+        Whether requests may merge on vLLM. Its attention then has wider heads for all requests, so
+        that the default of the server has to merge.
     only_own : bool
         True refuses all other processor options of a request (vLLM hands them through, and they
         can make media many times larger).
@@ -49,6 +52,7 @@ class ServerOptions:
     per_request: bool = True
     only_own: bool = False
     low_detail_ratio: float | None = None
+    merging: bool = False
 
     @classmethod
     def parse(cls, options: Any, engine: str = "vllm") -> ServerOptions:
@@ -76,12 +80,13 @@ class ServerOptions:
             flags[name] = values.get(name, default)
             if not isinstance(flags[name], bool):
                 raise OptionError(f"{name}={flags[name]!r}: expected true or false.")
-        base = cls(max_ratio=max_ratio)
+        merging = bool(values.get("merge"))
+        base = cls(max_ratio=max_ratio, merging=merging)
         request = {k: v for k, v in values.items() if k in REQUEST_KEYS}
         if "budget" not in request:
             request["ratio"] = ratio
         spec = base._resolve(request, engine)
-        return cls(spec, max_ratio, **flags, low_detail_ratio=low)
+        return cls(spec, max_ratio, **flags, low_detail_ratio=low, merging=merging)
 
     def low_detail(self, details: Sequence[tuple[str, Any]]) -> MethodSpec | None:
         """The default with the ratio of images in low detail, or None if none is in low detail.
@@ -170,7 +175,8 @@ class ServerOptions:
         """An option of the stages: of the request, else of the default, else as `patch` (None).
 
         The value "auto" of a default belongs to its reducer, and a reducer that does not allow the
-        value of the default goes without. In plugins "auto" is off, and everything else refused.
+        value of the default goes without. In plugins "auto" is off, and everything else refused,
+        except for merging on a vLLM that was started for it.
         """
         known, value = OPTIONS[name], values.get(name)
         if value is None:
@@ -180,7 +186,8 @@ class ServerOptions:
                 value = known.meaning(self.default.reducer)
             if (value == "auto" and not usual) or not _allowed(name, value, reducer):
                 value = None
-        if engine == "hf" or value is None or value == known.off:
+        able = engine == "hf" or (engine == "vllm" and name == "merge" and self.merging)
+        if able or value is None or value == known.off:
             return value
         if value != "auto":
             raise OptionError(

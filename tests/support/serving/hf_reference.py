@@ -61,7 +61,8 @@ def answer(folder: Path, job: dict[str, Any], positions: str = "original") -> di
         tower = {name: spec[name] for name in ("tower_ratio", "tower_reducer") if name in spec}
         handle = tokencomp.patch(
             model, spec.get("ratio"), budget=spec.get("budget"),
-            reducer=spec.get("reducer", "kcenter"), positions=positions, **tower,
+            reducer=spec.get("reducer", "kcenter"), positions=positions,
+            merge=spec.get("merge"), **tower,
             **spec.get("options", {}),
         )  # fmt: skip
     try:
@@ -126,19 +127,29 @@ def chat_answer(
         return processor.tokenizer.decode(out[0, n:], skip_special_tokens=True), n, handle.stats
 
 
-@torch.no_grad()
-def answer_of_kept(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
-    """Return what `answer` does for the reducer "uniform", without `tokencomp.patch`.
-
-    The unpatched decoder runs on the kept rows of its own inputs, at their own positions.
-    """
-    model, _ = load(folder)
-    decoder, inputs, seen = model.model.language_model, inputs_of(folder, job), {}
+def decoder_inputs(model: Any, inputs: Any) -> dict[str, Any]:
+    """Return what the decoder of an unpatched model gets: embeddings and positions."""
+    decoder, seen = model.model.language_model, {}
     hook = decoder.register_forward_pre_hook(
         lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True
     )
     model(**inputs)
     hook.remove()
+    return seen
+
+
+@torch.no_grad()
+def answer_of_kept(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
+    """Return what `answer` does for the reducer "uniform", without `tokencomp.patch`.
+
+    The unpatched decoder runs on the kept rows of its own inputs, at their own positions. Those of
+    a job that merges are means.
+    """
+    model, _ = load(folder)
+    inputs = inputs_of(folder, job)
+    seen = decoder_inputs(model, inputs)
+    x, merges = seen["inputs_embeds"].clone(), job["tokencomp"].get("merge")
+    sizes = torch.ones(x.shape[1])
     kinds, config = inputs["mm_token_type_ids"][0], model.config
     keep = []
     for i, kind in enumerate(("image", "video"), start=1):
@@ -148,19 +159,71 @@ def answer_of_kept(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
             n = int(t * h * w) // config.vision_config.spatial_merge_size**2 // spans
             kept = max(int(n * (1 - job["tokencomp"]["ratio"]) + 0.5), 1)
             for _ in range(spans):
-                keep += [columns[int((i + 0.5) * n / kept)] for i in range(kept)]
+                stays = [int(columns[int((i + 0.5) * n / kept)]) for i in range(kept)]
+                if merges:
+                    merge(x[0], sizes, columns[:n].tolist(), stays)
+                keep += stays
                 columns = columns[n:]
-    rows = torch.tensor(sorted([*(kinds == 0).nonzero()[:, 0].tolist(), *map(int, keep)]))
-    x, positions = seen["inputs_embeds"][:, rows], seen["position_ids"][..., rows]
-    tokens, logprobs = [], []
+    rows = torch.tensor(sorted([*(kinds == 0).nonzero()[:, 0].tolist(), *keep]))
+    positions = seen["position_ids"][..., rows]
+    return {**greedy(model, x[:, rows], positions, sizes[rows], job), "kept": rows}
+
+
+@torch.no_grad()
+def answer_of_merged(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
+    """Return the answer to a job with merging at positions without gaps, which `patch` refuses.
+
+    Of `tokencomp.patch` it takes the tokens that stay. Means and weights are computed here, and the
+    unpatched decoder runs on the rows, with the logarithm of the weights in its mask.
+    """
+    model, _ = load(folder)
+    inputs, spec = inputs_of(folder, job), job["tokencomp"]
+    x = decoder_inputs(model, inputs)["inputs_embeds"].clone()
+    with tokencomp.patch(model, spec["ratio"], reducer=spec["reducer"], merge=False) as handle:
+        model(**inputs)
+        stats = handle.stats
+    sizes = torch.ones(x.shape[1])
+    for span, kept in zip(stats.spans[0], stats.kept(0)[-1], strict=True):
+        patches = [span.start + i for i in range(span.length) if i not in span.special]
+        stays = [span.start + i for i in kept if i not in span.special]
+        merge(x[0], sizes, patches, stays)
+    rows = torch.tensor(columns(stats))
+    return greedy(model, x[:, rows], torch.arange(len(rows))[None], sizes[rows], job)
+
+
+def merge(x: torch.Tensor, sizes: torch.Tensor, patches: list[int], stays: list[int]) -> None:
+    """Make every column that stays the mean of the patches that resemble it most, in place."""
+    unit = torch.nn.functional.normalize(x, dim=1)
+    members = {column: [column] for column in stays}
+    for column in set(patches) - set(stays):
+        members[stays[int((unit[stays] @ unit[column]).argmax())]].append(column)
+    before = x.clone()
+    for column, group in members.items():
+        x[column], sizes[column] = before[group].mean(0), len(group)
+
+
+def greedy(
+    model: Any, x: torch.Tensor, positions: torch.Tensor, sizes: torch.Tensor, job: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the answer of an unpatched decoder to rows (1, n, d) that weigh `sizes` (n,).
+
+    It runs on the whole sequence again for every token.
+    """
+    decoder, tokens, logprobs, prompt = model.model.language_model, [], [], x.shape[1]
     for _ in range(job.get("tokens", 8)):
-        hidden = decoder(inputs_embeds=x, position_ids=positions, use_cache=False)[0]
+        n = x.shape[1]
+        mask = torch.full((n, n), -torch.inf).triu(1) + sizes.log()
+        hidden = decoder(
+            inputs_embeds=x, position_ids=positions, attention_mask=mask[None, None],
+            use_cache=False,
+        )[0]  # fmt: skip
         scores = torch.log_softmax(model.lm_head(hidden[0, -1]).float(), -1)
         tokens.append(int(scores.argmax()))
         logprobs.append(float(scores.max()))
         x = torch.cat([x, model.get_input_embeddings()(torch.tensor([[tokens[-1]]]))], dim=1)
         positions = torch.cat([positions, positions[..., -1:] + 1], dim=-1)
-    return {"tokens": tokens, "logprobs": logprobs, "prompt": len(rows), "kept": rows}
+        sizes = torch.cat([sizes, torch.ones(1)])
+    return {"tokens": tokens, "logprobs": logprobs, "prompt": prompt}
 
 
 def columns(stats: Any) -> list[int]:

@@ -48,6 +48,14 @@ NO_TOWER_STAGE = {
     "internvl": _DENSE,
     "llava_onevision": _DENSE,
 }
+# Architectures that cannot merge with weights, and why.
+_HYBRID = (
+    "its layers of linear attention have no keys, and share pages of the cache with wider heads"
+)
+NO_MERGING = {
+    "Qwen3_5ForConditionalGeneration": _HYBRID,
+    "Qwen3_5MoeForConditionalGeneration": _HYBRID,
+}
 # Architectures that users may miss in `MODELS`, and why they are not there.
 NOT_SERVED = {
     "Gemma3ForConditionalGeneration": "its images need attention masks, which vLLM's attention on "

@@ -14,15 +14,19 @@ from tokencomp.serving import ENV_UNTESTED
 from tokencomp.serving.vllm import ENV_OFF, untested_version
 
 logger = init_logger("vllm.tokencomp")
+MERGING_BACKENDS = ("CPU_ATTN", "FLASH_ATTN")
 
 
-def check_engine(config: VllmConfig, offsets: bool) -> None:
+def check_engine(config: VllmConfig, offsets: bool, merging: bool = False) -> None:
     """Refuse engine settings with wrong results, and untested ones unless they are allowed.
 
     With `offsets`, rows carry position offsets, as in M-RoPE models. Full CUDA graphs of model
     runner V1 then become piecewise ones, because a replayed full graph would not add the offsets.
+    With `merging`, attention has wider heads and rows carry sizes.
     """
-    wrong = _wrong_for_offsets(config) if offsets else []
+    wrong = _wrong_for_offsets(config, merging) if offsets or merging else []
+    if merging:
+        wrong += _wrong_for_merging(config)
     if getattr(config.model_config.multimodal_config, "video_pruning_rate", None):
         wrong.append("--video-pruning-rate compresses the same tokens; use one of the two")
     if getattr(envs, "VLLM_USE_RUST_FRONTEND", False):
@@ -55,17 +59,29 @@ def _untested(config: VllmConfig) -> list[str]:
     return settings
 
 
-def _wrong_for_offsets(config: VllmConfig) -> list[str]:
-    """Return the settings with which models with position offsets give wrong results."""
+def _wrong_for_offsets(config: VllmConfig, merging: bool) -> list[str]:
+    """Return the settings with which offsets or sizes of rows give wrong results."""
     parallel, settings = config.parallel_config, []
     if parallel.pipeline_parallel_size > 1:
         settings.append("--pipeline-parallel-size above 1: later stages see no media (use tensor)")
-    if config.use_v2_model_runner:
+    if config.use_v2_model_runner and not merging:
         return settings  # it corrects positions before the forward pass, also for drafters
     if parallel.use_ubatching:
-        settings.append("dual batch overlap slices positions (drop --enable-dbo)")
+        settings.append("dual batch overlap slices rows, not what we know of them (--enable-dbo)")
     if config.speculative_config is not None:
-        settings.append("speculative decoding: the drafter would see position columns")
+        settings.append("speculative decoding: the drafter knows no offsets or sizes of rows")
+    return settings
+
+
+def _wrong_for_merging(config: VllmConfig) -> list[str]:
+    """Return the settings with which attention with wider heads gives wrong results, or none."""
+    settings, backend = [], config.attention_config.backend
+    if config.parallel_config.prefill_context_parallel_size > 1:
+        settings.append("prefill context parallelism reorders rows, not their sizes (--merge)")
+    if config.kv_transfer_config is not None:
+        settings.append("KV connectors take the head size from the config (--merge)")
+    if backend is not None and backend.name not in MERGING_BACKENDS:
+        settings.append(f"attention backend {backend.name} takes no wider heads (--merge)")
     return settings
 
 

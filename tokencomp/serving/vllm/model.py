@@ -12,14 +12,17 @@ import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
+from vllm.multimodal.utils import copy_mm_embedding_modality
 
 from tokencomp.errors import ScoreError
 from tokencomp.serving.item_plan import ItemPlan, field_name
 from tokencomp.serving.item_rows import batches, reduce_rows
+from tokencomp.serving.offsets import unpack_sizes
 from tokencomp.serving.vllm.checks import check_engine
 from tokencomp.serving.vllm.metrics import count_nonfinite, timed
 from tokencomp.serving.vllm.processing import MODALITIES, server_options
 from tokencomp.serving.vllm.tower import EngineTower
+from tokencomp.serving.vllm.weighted import note_in_compile_key, widen_attention
 
 logger = init_logger("vllm.tokencomp")
 
@@ -58,23 +61,35 @@ class CompressingModel:
         Whether rows carry position offsets, see `checks.check_engine`.
     reduced_width
         How many leading columns of a feature row the reducer sees; None means all.
-    visual
-        The vision tower of vLLM's model.
+    visual, language_model
+        The vision tower and the decoder of vLLM's model.
     """
 
     needs_offsets: ClassVar[bool] = False
     reduced_width: int | None = None
     visual: Any
+    language_model: Any
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        check_engine(vllm_config, self.needs_offsets)
-        default = server_options(vllm_config.model_config).default.describe()
+        options = server_options(vllm_config.model_config)
+        check_engine(vllm_config, self.needs_offsets, options.merging)
+        default = options.default.describe()
+        if options.merging:
+            note_in_compile_key(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]  # of vLLM's class
+        self._row_sizes: Tensor | None = None  # of the rows of this step, if the engine merges
+        if options.merging:
+            self._row_sizes = widen_attention(self.language_model, vllm_config)
         self._row_budget = vllm_config.scheduler_config.max_num_encoder_input_tokens
         self._tower: EngineTower | None = None  # made by the first request that needs it
         logger.info("tokencomp in worker %d: default %s", os.getpid(), default)
 
     # -- per model ------------------------------------------------------------------------------
+
+    @property
+    def row_width(self) -> int:
+        """Number of columns of an uncompressed row."""
+        return self.language_model.config.hidden_size
 
     def pixel_rows(self, kwargs: Mapping[str, Any]) -> list[int] | None:
         """Return how many rows of pixels each item of a batch has, if they are concatenated."""
@@ -90,7 +105,8 @@ class CompressingModel:
         plan
             The plan of the item.
         rows, index
-            Kept rows (k, d), and the uncompressed row that each of them comes from (k,).
+            Kept rows (k, d), or (k, d + 2) with the digits of their sizes, and the uncompressed row
+            that each of them comes from (k,).
         kwargs, item
             Inputs of a batch, and the item's index in it.
         """
@@ -123,6 +139,34 @@ class CompressingModel:
                     rows, index = reduce_rows(plan, x, width, count_nonfinite, present[item])
                     outputs.append(self.finish_item(plan, rows, index, part, item))
         return tuple(outputs)
+
+    def embed_input_ids(
+        self,
+        input_ids: Tensor,
+        multimodal_embeddings: Any = None,
+        *,
+        is_multimodal: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Embed the tokens of a step, and note the sizes of its rows for attention.
+
+        Both model runners call this before every step and outside of CUDA graphs. Rows of media
+        lose their columns of sizes; all other rows, decoded tokens among them, have the size 1.
+        """
+        if self._row_sizes is not None:
+            self._row_sizes.fill_(1)
+            embeddings = multimodal_embeddings if multimodal_embeddings is not None else ()
+            width = self.row_width
+            if any(e.shape[1] > width for e in embeddings):
+                sizes = torch.cat([unpack_sizes(e, width) for e in embeddings])
+                rows = is_multimodal.nonzero()[:, 0]  # type: ignore[union-attr]  # of vLLM's class
+                self._row_sizes[rows.to(self._row_sizes.device)] = sizes.to(self._row_sizes)
+                multimodal_embeddings = [
+                    copy_mm_embedding_modality(e, e[:, :width]) for e in embeddings
+                ]
+        return super().embed_input_ids(  # type: ignore[misc]  # of vLLM's class
+            input_ids, multimodal_embeddings, is_multimodal=is_multimodal, **kwargs
+        )
 
     def _encode(
         self, part: dict[str, Any], plans: list[ItemPlan]

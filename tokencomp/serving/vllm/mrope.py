@@ -21,7 +21,7 @@ from vllm.model_executor.layers.rotary_embedding.mrope import MRotaryEmbedding
 from vllm.multimodal.utils import copy_mm_embedding_modality
 
 from tokencomp.serving.item_plan import ItemPlan, field_name
-from tokencomp.serving.offsets import grid_offsets, unpack_offsets, with_offsets
+from tokencomp.serving.offsets import OFFSETS, grid_offsets, split_offsets, with_offsets
 from tokencomp.serving.vllm.model import CompressingModel
 from tokencomp.serving.vllm.mrope_processor import TABLE_FACTOR, Processor, time_factor
 
@@ -62,11 +62,6 @@ class Model(CompressingModel):
         self._vllm_config = vllm_config
         limit = vllm_config.model_config.hf_text_config.max_position_embeddings
         lengthen_tables(self, TABLE_FACTOR * limit)  # type: ignore[arg-type]  # a module
-
-    @property
-    def row_width(self) -> int:
-        """Number of columns of an uncompressed row."""
-        return self.language_model.config.hidden_size
 
     # -- in the vision step ---------------------------------------------------------------------
 
@@ -153,7 +148,7 @@ class Model(CompressingModel):
         ----------
         input_ids : Tensor or list of int, shape (n,)
             The whole prompt.
-        multimodal_embeddings : list of Tensor, shape (k, d) or (k, d + 6)
+        multimodal_embeddings : list of Tensor, shape (k, d), or with further columns (`offsets`)
             Media rows of the tokens that are prefilled now, in order.
         mrope_positions : Tensor of int64, shape (3, n)
             Positions of the prompt, in which rows of compressed items are at their base.
@@ -162,26 +157,26 @@ class Model(CompressingModel):
 
         Returns
         -------
-        list of Tensor, shape (k, d)
-            The rows without the offset columns.
+        list of Tensor, shape (k, d) or (k, d + 2)
+            The rows without the offset columns; those of sizes stay for `embed_input_ids`.
         Tensor of int64, shape (3, n)
             The corrected positions.
         None
             In place of the delta, which `BasePositions` keeps.
         """
-        width, first = self.row_width, 0
-        if any(e.shape[1] > width for e in multimodal_embeddings):
+        width, first, rows = self.row_width, 0, multimodal_embeddings
+        if any(e.shape[1] >= width + OFFSETS for e in rows):
             ids = torch.as_tensor(input_ids, device=mrope_positions.device)[num_computed_tokens:]
             # Every row belongs to a placeholder. Placeholders of later windows follow these rows.
             media = ids.new_tensor([self.config.image_token_id, self.config.video_token_id])
             places = num_computed_tokens + torch.isin(ids, media).nonzero()[:, 0]
-            mrope_positions = mrope_positions.clone()
+            mrope_positions, rows = mrope_positions.clone(), []
             for e in multimodal_embeddings:
-                if e.shape[1] > width:
-                    offsets = unpack_offsets(e[:, width:]).to(mrope_positions)
-                    mrope_positions[:, places[first : first + len(e)]] += offsets
+                plain, offsets = split_offsets(e, width)
+                mrope_positions[:, places[first : first + len(e)]] += offsets.to(mrope_positions)
+                rows.append(plain)
                 first += len(e)
-        return [e[:, :width] for e in multimodal_embeddings], mrope_positions, None
+        return list(rows), mrope_positions, None
 
     # -- in every step, model runner V1 ---------------------------------------------------------
 
@@ -197,19 +192,16 @@ class Model(CompressingModel):
         self._pending = None
         width = self.row_width
         embeddings = multimodal_embeddings if multimodal_embeddings is not None else ()
-        if any(e.shape[1] != width for e in embeddings):
+        if any(e.shape[1] >= width + OFFSETS for e in embeddings):
             plain, offsets = [], []
             for e in embeddings:
-                plain.append(copy_mm_embedding_modality(e, e[:, :width]))
-                offsets.append(
-                    unpack_offsets(e[:, width:])
-                    if e.shape[1] > width
-                    else torch.zeros(3, e.shape[0], dtype=torch.long, device=e.device)
-                )
+                x, offset = split_offsets(e, width)
+                plain.append(copy_mm_embedding_modality(e, x))
+                offsets.append(offset)
             rows = is_multimodal.nonzero()[:, 0]  # type: ignore[union-attr]  # of vLLM's class
             self._pending = rows, torch.cat(offsets, dim=1)
             multimodal_embeddings = plain
-        return super().embed_input_ids(  # type: ignore[misc]  # of vLLM's class
+        return super().embed_input_ids(
             input_ids, multimodal_embeddings, is_multimodal=is_multimodal, **kwargs
         )
 

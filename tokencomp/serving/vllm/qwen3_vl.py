@@ -109,9 +109,10 @@ class Model(mrope.Model):
         full, was_media = self._full_video(stamps, (t, h, w))
         offsets = torch.empty(3, len(ids), dtype=torch.long)
         offsets[:, media], offsets[:, ~media] = full[:, was_media][:, index], full[:, ~was_media]
-        out = rows.new_zeros(len(ids), self.row_width)
+        out = rows.new_zeros(len(ids), rows.shape[1])
         text = self.language_model.embed_input_ids(ids.to(rows.device))
         out[:, : self.visual_dim] = text
+        out[:, self.row_width + 1 :] = 1  # low digit of the size, where rows have one
         out[media.to(rows.device)] = rows
         return with_offsets(out, offsets)
 
