@@ -53,14 +53,14 @@ def test_a_plan_stands_alone() -> None:
     """Beside a plan nothing is accepted that would be ignored, and nothing is planned anew."""
     model = FAMILIES["qwen2_vl"].build()
     plan = Plan((Stage(0, 0.4, make_reducer("uniform")),))
-    with pytest.raises(errors.OptionError, match="reducer='nonsense', typo=3"):
+    with pytest.raises(errors.OptionError, match=r"reducer='nonsense'.*typo"):
         tokencomp.patch(model, plan=plan, reducer="nonsense", typo=3)
-    with pytest.raises(errors.OptionError, match=r"ratio=0\.5.*own fractions"):
+    with pytest.raises(errors.OptionError, match=r"ratio=0\.5"):
         tokencomp.patch(model, 0.5, plan=plan)
     handle = tokencomp.patch(model, plan=plan)
     with pytest.raises(errors.OptionError, match=r"set\(reducer=...\)"):
         handle.set(ratio=0.9)
-    with pytest.raises(errors.OptionError, match="nonsense=1"):
+    with pytest.raises(errors.OptionError, match="nonsense"):
         handle.set(plan=plan, nonsense=1)
     with pytest.raises(errors.OptionError, match=r"ratio=0\.9"):
         handle.set(plan=plan, ratio=0.9)
