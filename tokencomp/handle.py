@@ -251,8 +251,8 @@ def _places(stages: Sequence[Stage]) -> list[str]:
         options = dict(stage.stage_options)
         if not stage.merges_some:  # "auto", where too little is kept
             options.pop("merge", None)
-        words = "".join(f", {word}," for word in in_words(options))
-        by_name.setdefault(f"{label(stage.reducer)}{words}", []).append(stage.layer)
+        words = ", ".join([label(stage.reducer), *in_words(options)])
+        by_name.setdefault(f"{words}," if ", " in words else words, []).append(stage.layer)
     places = []
     for name, layers in by_name.items():
         entry, later = layers[0] == 0, [str(layer) for layer in layers if layer]

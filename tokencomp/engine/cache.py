@@ -292,10 +292,17 @@ class CompressedSlidingLayer(CompressedDynamicLayer, DynamicSlidingWindowLayer):
 
         every column within a window of the next token is in a row that the layer still holds.
 
-    Dropping makes it hold: rows that are a window apart are at least a window of columns apart.
-    Rows of merged tokens are repeated, and a repeated row has the column of the row before it. So
-    `sliding_window` is raised by the largest number of repetitions of any sample (`widened`). The
-    mask hides the rows that the layer holds beyond the window.
+    After dropping it holds: the last W - 1 rows have W - 1 different columns, so they reach back at
+    least as far. The row of a merged token is stored several times, all with the same column, so
+    the last W - 1 rows can miss a column. A window of 4: the token at column 6 sees columns 3 to 6,
+
+        columns of the rows that were written   0  1  3  4  4  4  5
+        the last 3 rows                                     4  4  5     column 3 is missing
+        the last 5, widened by 2 repetitions          3  4  4  4  5
+
+    So `repeat_rows` raises `sliding_window`, which then counts stored rows, by the largest number
+    of repetitions of any sample (`widened`). The mask hides what the layer holds beyond the window.
+    Guarded by `tests/engine/test_rowmap.py` and `tests/exactness/test_windows.py`.
 
     Attributes
     ----------

@@ -126,7 +126,7 @@ def build_segments(
     starts = sorted({0, *stages, *earlier})
     segments = []
     for first, stop in zip(starts, [*starts[1:], total], strict=True):
-        # Where only linear layers see some rows, the next layer with rows tells how many.
+        # A segment may have linear layers alone, which hold no rows: the next layer has as many.
         layer = first_layer(layers, first)
         if isinstance(layer, CompressedLayer):
             past = layer.current_map

@@ -83,7 +83,7 @@ class LaterTokens:
             self._static_step(kwargs, first)
             return
         positions = kwargs.get("position_ids")
-        # A row before those that the rotary embedding reads counts text tokens.
+        # Of four axes of positions the first counts text tokens; the rotary embedding reads three.
         rows = self.adapter.mrope_rows
         if rows and positions is not None and positions.ndim == 3 and len(positions) > rows:
             kwargs["position_ids"] = positions[-rows:]

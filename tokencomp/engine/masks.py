@@ -17,6 +17,9 @@ Who makes a mask:
     others      `Masks.layer_mask`: we make one per layer type, and hand it to every layer
     one later token without padding and windows: nobody, it attends to every row
 
+This holds for prompts and for later turns; a later turn takes from its caller's mask the columns of
+the turn alone, because the cache layers know their padding.
+
 Masks that the body of a model has prepared, which let the tokens of an image see each other, are
 gathered by column and never built again.
 """
@@ -80,7 +83,7 @@ class Masks:
     # -- segment 0 ------------------------------------------------------------------------------
 
     def _explicit(self) -> bool:
-        """Whether masks that the decoder builds from a 2-D mask of rows would be wrong."""
+        """Whether we must make the masks: those that the decoder makes of padding are wrong."""
         types, first = self.call.layer_types, self.call.segments[0]
         if self.call.prepared is not None:
             return True
@@ -142,7 +145,10 @@ class Masks:
         return causal_mask(self.config, x, padding, view, text, window, skips)
 
     def _padding(self, segment: Segment, new: Tensor | None, x: Tensor) -> Tensor | None:
-        """The 2-D mask as transformers counts: as many real columns as were dropped, then rows."""
+        """The 2-D mask of padding: first `dropped` columns that are shown, then one entry per row.
+
+        transformers places the first row at `dropped`, so that the mask needs entries before it.
+        """
         real = joined_mask(segment.past, new, segment.new.rows, x.device)
         if real is None:
             return None

@@ -174,8 +174,8 @@ class ServerOptions:
     ) -> Any:
         """An option of the stages: of the request, else of the default, else as `patch` (None).
 
-        The value "auto" of a default belongs to its reducer, and a reducer that does not allow the
-        value of the default goes without. In plugins "auto" is off, and everything else refused,
+        The default of the server holds for the reducers that allow its value; "auto" holds for the
+        default reducer. In plugins "auto" is off, and everything else refused,
         except for merging on a vLLM that was started for it.
         """
         known, value = OPTIONS[name], values.get(name)
