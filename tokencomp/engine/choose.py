@@ -271,43 +271,24 @@ def tokens_of(
     """
     rows, needs = call.map, stage.needs
     spans = [rows.spans[b][j] for b, j in chosen]
-    lengths, role = [s.count for s in spans], np.concatenate(roles)
-    numbers = [
-        np.arange(s.start, s.stop) + b * rows.rows for s, (b, _) in zip(spans, chosen, strict=True)
-    ]
-    first, stop = numbers[0][0], numbers[-1][-1] + 1
-    adjacent = stop - first == sum(lengths)
-    missing = rows.columns is not None and any(not s.whole for s in spans)
-    tables: dict[str, Any] = {}
-    if not adjacent or missing or rows.weights is not None:
-        tables["rows"] = np.concatenate(numbers)
-    if missing:
-        whole = [s.span.length for s in spans]
-        tables["start"] = np.repeat([s.span.start for s in spans], lengths)
-        tables["before"] = np.repeat(np.cumsum(whole) - whole, lengths)
-    if role.any():
-        tables["role"] = role
-        tables["cells"] = np.concatenate([np.cumsum(own == PATCH) - 1 for own in roles])
-    # Spans that keep all of their tokens have scores, but the reducer does not see them.
-    if scores is not None and len(scores) > sum(lengths):
-        tables["scored"] = _scored_rows(rows, chosen)
+    tables, adjacent = _host_tables(rows, chosen, roles, scores)
     moved = move_tables(tables, x.device)
     index, full, flat = None, None, x.flatten(0, 1)
-    if rows.columns is not None and missing:
+    if rows.columns is not None and "start" in moved:
         index = rows.columns.flatten().index_select(0, moved["rows"]) - moved["start"]
         full = index + moved["before"]  # number among all tokens of these spans
         if "cells" in moved:
             index = moved["cells"].index_select(0, full)
-    features = flat[first:stop] if adjacent else flat.index_select(0, moved["rows"])
+    features = flat.index_select(0, moved["rows"]) if adjacent is None else flat[adjacent]
     seen = [i for i, own in enumerate(roles) if (own == PATCH).any()]
     others = [len(spans[i].span.special + spans[i].span.text) for i in seen]
-    counts = [lengths[i] - fixed for i, fixed in zip(seen, others, strict=True)]
+    counts = [spans[i].count - fixed for i, fixed in zip(seen, others, strict=True)]
     budgets = [keeps[i] - fixed for i, fixed in zip(seen, others, strict=True)]
     patches = fixed = None
     if "role" in moved:
-        own = moved["role"] if full is None else moved["role"].index_select(0, full)
+        role = moved["role"] if full is None else moved["role"].index_select(0, full)
         # Sorting instead of `nonzero`, whose length the host would have to read.
-        by_role = own.to(torch.uint8).sort(stable=True).indices
+        by_role = role.to(torch.uint8).sort(stable=True).indices
         stop = sum(counts) + sum(keeps) - sum(budgets)
         patches, fixed = by_role[: sum(counts)], by_role[sum(counts) : stop]
 
@@ -338,6 +319,39 @@ def tokens_of(
         places=places,
     )
     return Parts(tokens, features, patches, fixed)
+
+
+def _host_tables(
+    rows: RowMap, chosen: Chosen, roles: list[np.ndarray[Any, Any]], scores: Tensor | None
+) -> tuple[dict[str, Any], slice | None]:
+    """Integers by name that `tokens_of` needs, and the flat rows of the spans if they are adjacent.
+
+    "rows" are flat rows. Where tokens are missing, "start" is the first column of the span of every
+    row, and "before" the tokens of the uncompressed spans before it. "role" and "cells" are those
+    of all tokens of the uncompressed spans. "scored" are numbers of rows among all scores.
+    """
+    spans = [rows.spans[b][j] for b, j in chosen]
+    lengths, role = [s.count for s in spans], np.concatenate(roles)
+    numbers = [
+        np.arange(s.start, s.stop) + b * rows.rows for s, (b, _) in zip(spans, chosen, strict=True)
+    ]
+    first, stop = numbers[0][0], numbers[-1][-1] + 1
+    adjacent = slice(first, stop) if stop - first == sum(lengths) else None
+    missing = rows.columns is not None and any(not s.whole for s in spans)
+    tables: dict[str, Any] = {}
+    if adjacent is None or missing or rows.weights is not None:
+        tables["rows"] = np.concatenate(numbers)
+    if missing:
+        whole = [s.span.length for s in spans]
+        tables["start"] = np.repeat([s.span.start for s in spans], lengths)
+        tables["before"] = np.repeat(np.cumsum(whole) - whole, lengths)
+    if role.any():
+        tables["role"] = role
+        tables["cells"] = np.concatenate([np.cumsum(one == PATCH) - 1 for one in roles])
+    # Spans that keep all of their tokens have scores, but the reducer does not see them.
+    if scores is not None and len(scores) > sum(lengths):
+        tables["scored"] = _scored_rows(rows, chosen)
+    return tables, adjacent
 
 
 def _scored_rows(rows: RowMap, chosen: Chosen) -> np.ndarray[Any, Any]:
