@@ -51,9 +51,10 @@ def test_decoding_is_one_graph(family: Family, reducer: Any) -> None:
     options, dropped = compiled(model), set()
     del options["cache_implementation"]
     with tokencomp.patch(model, 0.6, reducer=reducer) as handle:
-        for number in range(3):
-            inputs = single(family, number)
-            options["past_key_values"] = static_cache(model, 128)
+        for count in range(1, 4):
+            images = [family.image(i % 2) for i in range(count)]
+            inputs = family.batch([[text(2 + count), *images, text(9, 3)]])
+            options["past_key_values"] = static_cache(model, 256)
             out = oracle.generate(model, inputs, STEPS, **options)
             masks = oracle.kept_columns(handle, inputs, family.layers)
             assert graphs() == 1

@@ -360,6 +360,8 @@ class ThreadState:
         From a session with a budget: whether nothing is merged.
     entered
         Modules whose hooks have begun a call that their `forward` has not.
+    redirected
+        Modules whose `forward` was called directly and now calls the module.
     """
 
     def __init__(self) -> None:
@@ -368,6 +370,7 @@ class ThreadState:
         self.recomputed: Call | None = None
         self.weighs, self.disabled, self.drops = False, 0, False
         self.entered: set[int] = set()
+        self.redirected: set[int] = set()
 
 
 class RunningCalls(threading.local):

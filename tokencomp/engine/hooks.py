@@ -311,7 +311,8 @@ class Hooks(CallHooks):
         """Count the calls of a module, and send a direct call of its `forward` through its hooks.
 
         torch runs hooks for `module(...)` alone. A hook notes that it has run, so a `forward`
-        without such a note is a direct call. None of this is traced by Dynamo.
+        without such a note is a direct call. None of this is traced by Dynamo, which may trace the
+        hook and then leave its graph before `forward`: a call is sent through the hooks once.
         """
         self._handles += [
             module.register_forward_pre_hook(self._begin),
@@ -332,9 +333,13 @@ class Hooks(CallHooks):
     ) -> Any:
         if torch.compiler.is_compiling():
             return original(*args, **kwargs)
-        entered = self.calls.state.entered
-        if id(module) not in entered:
-            return module(*args, **kwargs)
+        entered, redirected = self.calls.state.entered, self.calls.state.redirected
+        if id(module) not in entered and id(module) not in redirected:
+            redirected.add(id(module))
+            try:
+                return module(*args, **kwargs)
+            finally:
+                redirected.discard(id(module))
         entered.discard(id(module))
         with self.gate.call():
             return original(*args, **kwargs)
