@@ -14,7 +14,6 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 import tokencomp
 from benchmarks.conformance.variants import variants
 from tokencomp import Plan, Stage, errors, make_reducer
-from tokencomp.adapters.registry import adapter_for
 from tokencomp.conformance.build import tiny_model
 from tokencomp.conformance.prompts import Prompts
 
@@ -70,24 +69,6 @@ def test_a_plan_stands_alone() -> None:
     assert handle.plan.ratio(4) == pytest.approx(0.9)
 
 
-def test_a_failed_install_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = FAMILIES["qwen2_vl"].build()
-    before = [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()]
-    rotary = model.model.language_model.rotary_emb.inv_freq
-
-    def fail(self: object) -> None:
-        raise RuntimeError("out of memory, say")
-
-    monkeypatch.setattr(type(adapter_for(model)), "install", fail)
-    with pytest.raises(RuntimeError, match="say"):
-        tokencomp.patch(model, 0.5, reducer="kcenter", merge=True, extend_context=True)
-    assert before == [(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in model.modules()]
-    for layer in model.model.language_model.layers:
-        assert isinstance(layer.self_attn.config, transformers.PretrainedConfig)
-    assert model.model.language_model.rotary_emb.inv_freq is rotary
-    assert not [name for name in vars(model) if "tokencomp" in name]
-
-
 def test_unsupported_models() -> None:
     llama = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
@@ -136,21 +117,6 @@ def test_a_window_that_the_prompt_reaches(family: Family) -> None:
         pytest.raises(errors.UnsupportedModelError, match="keeps the last 8 only"),
     ):
         model(**prompt(family), past_key_values=cache, use_cache=True)
-
-
-def test_paged_cache(family: Family) -> None:
-    class PagedAttentionCache:
-        """Continuous batching hands the decoder a cache without layers."""
-
-        def get_seq_length(self, *_):
-            return 0
-
-    model = family.build()
-    with (
-        tokencomp.patch(model, 0.5),
-        pytest.raises(errors.UnsupportedCacheError, match="continuous batching"),
-    ):
-        model(**prompt(family), past_key_values=PagedAttentionCache(), use_cache=True)
 
 
 def test_already_compressed(family: Family) -> None:

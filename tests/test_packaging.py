@@ -55,19 +55,6 @@ def test_every_package_is_listed() -> None:
     assert set(listed) == found
 
 
-def test_a_checkout_in_the_working_directory_has_its_kernels() -> None:
-    """`python -m` imports from there even if tokencomp is installed elsewhere."""
-    code = (
-        "import sys, importlib.util\n"
-        "sys.meta_path = [f for f in sys.meta_path if 'Editable' not in str(f)]\n"
-        "print(importlib.util.find_spec('tokencomp.kernels').origin)\n"
-    )
-    process = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert Path(process.stdout.strip()) == ROOT / "kernels" / "__init__.py"
-
-
 # -- what it needs ------------------------------------------------------------------------------
 
 
@@ -142,18 +129,6 @@ def test_media_name_their_extra(monkeypatch: Any) -> None:
     code = "import sys; sys.modules['PIL'] = None; import tokencomp.inputs.media"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert install("media") in done.stderr.splitlines()[-1]
-
-
-def test_one_place_says_how_to_install() -> None:
-    """tokencomp is on no package index, so no message names it as if it were."""
-    for file in (ROOT / "tokencomp").rglob("*.py"):
-        code = re.sub(r"tokencomp\[\w+\]\W*=", "", file.read_text(encoding="utf-8"))
-        assert "tokencomp[" not in code, file
-        if file.name != "errors.py":
-            assert not re.search(r"pip install .*(\.\[|\./|tokencomp)", code), file
-    text = (ROOT / "pyproject.toml").read_text()
-    for extra in {"serve", "vllm", "train", "eval", *EXTRAS.values()}:
-        assert f"'.[{extra}]'" in install(extra) and re.search(rf"^{extra} = \[", text, re.M)
 
 
 # -- the embedded models --------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from benchmarks.kernels.case import Case, Place, prepared
 from tokencomp import kernels
 
 # Long spans in max-min selection: candidates of a round, and how many it chooses in the worst case
-# that `tests/kernels/test_maxmin_rounds.py` counts, a video of 64 frames that stands still. Where
+# that `tests/kernels/test_maxmin.py` counts, a video of 64 frames that stands still. Where
 # things move it is several times as many.
 CANDIDATES, CHOICES = 2048, 60
 

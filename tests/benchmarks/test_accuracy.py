@@ -1,18 +1,29 @@
-"""Results, tables and pages of the accuracy benchmark, on results made up by hand."""
+"""Tables, statistics and the choice of the default, on results made up by hand."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from support import matrix
 from support.accuracy import BLIND, SHARES, sweep_runs, write_results
+from support.families import FAMILIES
 from support.family.hybrid import HYBRID
 from torch import nn
 
+import tokencomp
 from benchmarks.accuracy import report, run, store, tables
-from benchmarks.accuracy.store import Results
+from benchmarks.accuracy.packed import PackedAnswers, Questions
+from benchmarks.accuracy.run import RATIOS
+from benchmarks.accuracy.store import Results, read_all
+from benchmarks.accuracy.studies import baselines, choose, ranking, trained_page
+from tokencomp import make_reducer
 from tokencomp.errors import OptionError
+from tokencomp.evaluation.settings import Setting
 
 
 def results_of(folder: Path, shares: dict[str, float], **more) -> Results:
@@ -73,20 +84,6 @@ def test_smaller_media_of_too_many_tokens_are_no_baseline_on_that_kind(unpublish
     assert small["family_attribute"] is None and small["family_needle"] == 0.65
     assert tables.record(results, "condiv-0.9")["vs_downscale"] is None
     assert "| downscale | – |" in report.overview(results)
-
-
-def test_the_table_has_the_default_the_best_others_and_the_baselines(unpublished: Path) -> None:
-    """In this order; one row per other reducer, with the options that keep most."""
-    options = {"scope-0.9": 0.3, "scope-0.9-saliency=none": 0.65, "condiv-0.9-merge=False": 0.4}
-    results = results_of(unpublished, {**SHARES, "condiv-0.9": 0.6, **options, "evs-0.9": 0.5})
-    for label in ("scope-0.9-saliency=none", "condiv-0.9-merge=False"):
-        name, _, value = label.split("-")[2].partition("=")
-        results.settings[label]["options"] = {name: value}
-    lines = report.overview(results).splitlines()[2:]
-    rows = {line.split("|")[1].strip(): line.split("|")[2].strip() for line in lines}
-    own, bases = ["**condiv**", "condiv merge=False"], ["random", "uniform", "downscale"]
-    assert [*rows] == [*own, "scope saliency=none", "evs", *bases, "FLOPs left"]
-    assert rows["**condiv**"].startswith("85.7% [") and rows["uniform"] == "71.4%"
 
 
 def test_a_later_run_is_merged_into_the_stored_results(tmp_path: Path) -> None:
@@ -158,3 +155,91 @@ def test_tower_runs_once_per_input() -> None:
         assert torch.equal(first, model.visual(pixel_values=plain)) and len(count) == 4
     assert len(calls) == 6
     assert torch.equal(original(plain), first)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_holm_by_its_definition(seed: int) -> None:
+    """Rejected at any level: the smallest p-values, as long as p(k) < level / (m - k)."""
+    values = np.random.default_rng(seed).uniform(0, 0.1, 7).round(2).tolist()  # with ties
+    adjusted = baselines.holm(values)
+    for level in (0.01, 0.05, 0.2, 0.5):
+        rejected = set()
+        for k, i in enumerate(sorted(range(7), key=values.__getitem__)):
+            if values[i] * (7 - k) >= level:
+                break
+            rejected.add(i)
+        assert {i for i, p in enumerate(adjusted) if p < level} == rejected
+    assert baselines.holm([]) == []
+
+
+def test_page_by_plain_counting(unpublished: Path) -> None:
+    """24 of 40 right, against 14, 20 and 26: of 9 comparisons, 6 won and 3 lost."""
+    write_results(unpublished, {"full": 0.7}, "validation")
+    write_results(unpublished, {**SHARES, "condiv-0.9": 0.6})
+    rows = baselines.compared(read_all(unpublished))
+    assert len(rows) == 9 and sum(row["only_default_right"] > 0 for row in rows) == 6
+    worse = [row for row in rows if row["baseline"] == "downscale"]
+    assert [(row["only_baseline_right"], row["p"]) for row in worse] == [(2, 0.5)] * 3
+    assert "| made-up | 9 | 6 | 3 | 0 | 3 | 0 | 2 |" in baselines.page(rows).splitlines()
+
+
+FOLDER = Path(__file__).parents[2] / "benchmarks" / "accuracy"
+CHOICES = (("condiv", 0.675), ("bipartite", 0.65), ("random", 0.3))
+
+
+def choices(folder: Path, names: tuple[str, ...]) -> None:
+    """Validation results of several models."""
+    shares = {Setting(n, ratio).label: share for ratio in RATIOS for n, share in CHOICES}
+    for name in names:
+        write_results(folder, {"full": 0.7, **shares}, "validation", name)
+
+
+def test_choice(unpublished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best wins; what is clearly below is not tied with it; what has no results is listed."""
+    candidates = [(name, {}) for name, _ in CHOICES]
+    monkeypatch.setattr(choose, "CANDIDATES", [*candidates, ("divprune", {})])
+    choices(unpublished, ("b", "a"))
+    results = read_all(unpublished, "validation")
+    assert [one.manifest["model"] for one in results] == ["a", "b"]
+    rows = choose.rank(results, candidates)
+    assert [r["reducer"] for r in rows] == ["condiv", "bipartite", "random"]
+    assert [r["score"] for r in rows] == pytest.approx([27 / 28, 26 / 28, 12 / 28])
+    assert rows[0]["tied"] and not rows[2]["tied"]
+    missing = [s.label for s in choose.missing(unpublished / "a", choose.CANDIDATES)]
+    assert missing == ["full", *(f"divprune-{r:g}" for r in RATIOS)]
+
+
+def test_auto_is_the_recorded_choice() -> None:
+    """The default of `patch` keeps what the reducers that choose.py recorded for each kind keep."""
+    stored = json.loads((FOLDER / "choice.json").read_text())["chosen"]
+    family = FAMILIES["qwen2_vl"]
+    for options in ({}, {"reducer": "auto"}):
+        with tokencomp.patch(family.build(), 0.5, **options) as handle:
+            (stage,) = handle.plan.stages
+            assert stage.merge == "auto"  # decided apart, see the last table of choice.md
+    for kind, grid in (("images", (1, 8, 8)), ("videos", (6, 4, 4))):
+        name, chosen = ranking.part((stored["reducer"], stored["options"]), kind, 0.5)
+        for seed in range(5):
+            tokens = dataclasses.replace(matrix.tokens(grid, seed=seed), modalities=[kind[:-1]])
+            pair = stage.reducer, make_reducer(name, **chosen)
+            kept = [matrix.kept(one, tokens, 20).rows for one in pair]
+            assert torch.equal(*kept), (kind, seed)
+
+
+def test_where_downscale_fails_by_plain_counting() -> None:
+    """Of ten questions downscaling gets four wrong, and the method answers three of those."""
+    correct = {"ours@0.5": [1] * 9 + [0], "downscale@0.5": [1] * 6 + [0] * 4}
+    agrees = {"ours@0.5": [1] * 8 + [0] * 2, "downscale@0.5": [1] * 6 + [0] * 4}
+    answers = PackedAnswers(Questions((), (), (), ""), correct, agrees)
+    rows = [
+        {"name": name, "ratio": 0.5, "accuracy": 0.9, "achieved_ratio": 0.5}
+        for name in ("ours", "downscale")
+    ]
+    stored = {"count": {"rows": trained_page.compared(rows, answers, {})}}
+    ours, small = trained_page.records(stored)
+    assert ours["vs_downscale"] == pytest.approx(0.3) and ours["where_downscale_fails"] == 0.75
+    assert ours["same_answer"] == 0.8 and small["vs_downscale"] is None
+    rows[1]["achieved_ratio"] = 0.2  # no baseline at this ratio
+    stored["count"]["rows"] = trained_page.compared(rows, answers, {})
+    ours, small = trained_page.records(stored)
+    assert ours["vs_downscale"] is None and "accuracy" not in small

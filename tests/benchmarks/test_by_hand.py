@@ -1,19 +1,40 @@
-"""Shapes, bytes and counts of published pages against arithmetic by hand."""
+"""Shapes, bytes, FLOPs and calls against arithmetic by hand."""
 
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from PIL import Image
+from support.embedded import HOW
+from support.families import FAMILIES
 
+import tokencomp
+from benchmarks.accuracy.studies import tower as study
+from benchmarks.accuracy.studies import tower_sizes
+from benchmarks.accuracy.work import _sees_attention, vision_work, work_parts
 from benchmarks.kernels import roofline
-from benchmarks.models import profile_shape
+from benchmarks.kernels.calls import (
+    CASES,
+    OFF,
+    REDUCERS,
+    decode_step,
+    measure,
+    tiny_model,
+)
+from benchmarks.models import tower, tower_alone
 from benchmarks.models.shapes import SHAPES, accepted, build
 from benchmarks.serving import agents
 from tokencomp.adapters.registry import adapter_for
+from tokencomp.evaluation import Setting, grid, sweep
+from tokencomp.inputs.loading import load_model
+from tokencomp.inputs.prompts import build_inputs, prompt_lengths
 
 SMALL = ["llava-onevision-0.5b", "qwen2-vl-2b", "qwen2.5-vl-3b", "qwen3-vl-2b", "nvila-lite-2b"]
 
@@ -34,21 +55,6 @@ def test_named_shapes_are_the_published_ones(name: str) -> None:
     wanted = {"llava_onevision": 2 * 196 + 1, "vila": 3 * 121}.get(shape.family, 2 * 256)
     assert int((inputs["input_ids"] == model.config.video_token_id).sum()) == wanted
     assert set(accepted(model, inputs)) <= set(inputs)
-
-
-@pytest.mark.long
-def test_profile_of_a_shape(tmp_path: Path) -> None:
-    file = tmp_path / "profile.json"
-    arguments = (
-        "llava-onevision-0.5b", "--layers", "1", "--vision-layers", "1", "--tokens", "196",
-        "--reducer", "random", "--ratio", "0.5", "--rounds", "1", "-o", str(file),
-    )  # fmt: skip
-    profile_shape.main(arguments)
-    content = json.loads(file.read_text())
-    assert "random weights" in content["model"]
-    assert content["rows"][0]["tokens_per_layer"] == [197]
-    assert content["rows"][0]["kv_bytes"] == (197 + 64) * 2 * 2 * 64 * 4
-    assert content["rows"][0]["preprocess_s"] is None
 
 
 ROOT = Path(__file__).parents[2]
@@ -90,3 +96,141 @@ def test_counts_equal_a_cache_of_single_tokens(name: str, monkeypatch: pytest.Mo
         every += len(tokens)
     found = agents.count(policy, 12)
     assert (found["prefilled"], found["uncached"]) == (total, every)
+
+
+CALLS_PER_IMAGE = 6
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_model()
+
+
+@pytest.mark.parametrize("reducer", REDUCERS)
+def test_a_prefill_does_not_grow_with_images(model: Any, reducer: str) -> None:
+    """A further image or sample costs next to nothing."""
+    shapes = ((1, 1), (2, 2), (3, 3))  # images × samples
+    one, four, nine = (measure(model, reducer, *shape)[0] for shape in shapes)
+    assert nine.calls - four.calls <= (9 - 4) * CALLS_PER_IMAGE
+    assert one.reads == four.reads == nine.reads
+
+
+@pytest.mark.parametrize("reducer", CASES)
+def test_a_decode_step_costs_as_much_as_without_a_patch(model: Any, reducer: str) -> None:
+    assert decode_step(model, reducer) == (0, 0)
+
+
+def test_ratio_0_adds_nothing_to_a_prefill(model: Any) -> None:
+    for shape in ((1, 1), (3, 2)):
+        row = measure(model, OFF, *shape)[0]
+        assert (row.calls, row.reads) == (0, 0)
+
+
+@pytest.mark.parametrize("name", [study.ONEVISION, study.VILA])
+def test_smaller_towers(name: str) -> None:
+    """At its own size a model answers as ever; at a smaller one it gets fewer tokens."""
+    picture, tokens = Image.new("RGB", (224, 224), "red"), {}
+    plain, processor = load_model(name, device="cpu")
+    side = plain.config.vision_config.image_size
+    inputs = build_inputs(processor, [[picture]], ["What is it?"])
+    with torch.no_grad():
+        expected = plain(**inputs).logits
+    for size in (side, study.SIDES[name][-1]):
+        model, processor = tower_sizes.at_side(name, size)
+        inputs = build_inputs(processor, [[picture]], ["What is it?"])
+        with torch.no_grad():
+            logits = model(**inputs).logits
+        tokens[size] = prompt_lengths(model, inputs)[0][1]
+        if size == side:
+            assert torch.allclose(logits, expected, atol=1e-5)
+    assert tokens[size] < 0.35 * tokens[side]
+
+
+def test_towers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One block of width 32 on n patches and the merger, which reads four patches at a time."""
+    monkeypatch.setattr(tower_alone, "build", lambda *_, **__: FAMILIES["qwen2_vl"].build())
+    monkeypatch.setattr(tower_alone, "qwen_inputs", lambda *_: {"inputs": _square()})
+    command = ["tower", "--towers", "--cases", "qwen-tower", "--output", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    tower.main()
+    rows = [json.loads(line) for line in (tmp_path / "tower.jsonl").read_text().splitlines()]
+    assert [r["tower_ratio"] for r in rows] == list(tower_alone.TOWER_RATIOS)
+    linear = 2 * (32 * 96 + 32 * 32 + 2 * 32 * 64)
+    flops = [n * linear + 4 * 32 * n * n + n // 4 * 2 * (128 * 128 + 128 * 64) for n in (256, 128)]
+    assert rows[2]["flop_limit"] == pytest.approx(flops[0] / flops[1])
+    assert (tmp_path / "tower.csv").read_text().count("tower of Qwen2-VL-2B and 7B") == 4
+
+
+def _square() -> dict[str, torch.Tensor]:
+    """A picture of 16 x 16 patches for the tiny Qwen2-VL."""
+    return {"pixel_values": torch.randn(256, 96), "image_grid_thw": torch.tensor([[1, 16, 16]])}
+
+
+@pytest.fixture
+def inputs(loaded, examples):
+    return build_inputs(loaded[1], [examples[0].load(8)], [examples[0].prompt])
+
+
+def by_hand(model, patches: int) -> tuple[int, int, int]:
+    """FLOPs of a Qwen2-VL tower's embedding, blocks and merger for one image of so many patches."""
+    config = model.config.vision_config
+    d, hidden = config.embed_dim, int(config.embed_dim * config.mlp_ratio)
+    pixels = config.in_channels * config.temporal_patch_size * config.patch_size**2
+    block = 2 * patches * (4 * d * d + 2 * d * hidden) + 4 * patches**2 * d
+    merged = d * config.spatial_merge_size**2
+    merger = 2 * (patches // config.spatial_merge_size**2) * merged * (merged + config.hidden_size)
+    return 2 * patches * pixels * d, config.depth * block, merger
+
+
+def test_tower_and_projector_are_the_products_written_out(loaded, inputs):
+    model, patches = loaded[0], int(inputs["image_grid_thw"].prod())
+    counted = vision_work(model, inputs)
+    embedding, blocks, merger = by_hand(model, patches)
+    assert (counted.tower, counted.projector) == (embedding + blocks, merger)
+    assert counted.reduce == 0
+    with tokencomp.patch(model, 0.5, reducer="uniform"):
+        assert vision_work(model, inputs) == counted
+
+
+def test_a_tower_stage_counts_as_its_statistics_say(loaded, inputs):
+    """The statistics leave out the embedding, which the half that is dropped does not need."""
+    model, patches = loaded[0], int(inputs["image_grid_thw"].prod())
+    embedding = by_hand(model, patches)[0]
+    full = vision_work(model, inputs)
+    with tokencomp.patch(model, 0.5, tower_ratio=0.5, tower_reducer="uniform") as handle:
+        short = vision_work(model, inputs)
+        (before, after), (_, projected) = handle.stats.tower_flops, handle.stats.projector_flops
+    assert short.projector == projected
+    assert full.tower - short.tower == before - after + embedding // 2
+
+
+def test_a_tower_whose_attention_is_not_seen_has_no_number(loaded, inputs, monkeypatch):
+    config = loaded[0].model.visual.config
+    monkeypatch.setattr(config, "_attn_implementation_internal", "flash_attention_2")
+    assert not _sees_attention(loaded[0])
+    monkeypatch.undo()
+    assert _sees_attention(loaded[0])
+
+
+def test_reducing_counts_the_products_inside_the_kernels(loaded, inputs):
+    """DivPrune at entry computes all similarities once: 2·L²·D in spans of up to 512 rows."""
+    model, tokens = loaded[0], 64
+    with tokencomp.patch(model, 0.5, reducer="divprune"):
+        work = vision_work(model, inputs)
+    products = 2 * tokens**2 * model.config.get_text_config().hidden_size
+    assert work.reduce >= products
+
+
+def test_parts_of_the_first_image_and_the_first_video(loaded, examples):
+    """The decoder's are those of the answers; only smaller media make less work of the tower."""
+    settings = grid(["uniform", "downscale"], [0.75])
+    runs = sweep(*loaded, examples, settings, **HOW)
+    work, full = work_parts(*loaded, settings, examples, 8), Setting()
+    is_video = [e.media[0].suffix == ".mp4" for e in examples]
+    for setting, kind in itertools.product(settings, ("image", "video")):
+        record = runs[setting].records[is_video.index(kind == "video")]
+        parts, whole = work[setting][kind], work[full][kind]
+        expected = (record["flops"], record["decode_flops"], record["kv_bytes"])
+        assert (parts["prefill"], parts["decode"], parts["kv_bytes"]) == expected
+        for part in ("tower", "projector"):
+            assert (parts[part] < whole[part]) is (setting.reducer == "downscale")

@@ -1,10 +1,13 @@
-"""Published pages are what the stored results give, to the letter."""
+"""Published pages follow from stored results, of committed code; links and commands exist."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,12 +36,14 @@ from benchmarks.gpu.contribution import read
 from benchmarks.kernels import calls
 from benchmarks.models import chunked_prefill, prefill, tower, tower_page
 from benchmarks.peers import run as peers
-from benchmarks.publishing import csv_text, made_at, read_lines
+from benchmarks.publishing import LOST, MARK, csv_text, made_at, published_from, read_lines, version
 from benchmarks.real import candidates, clip_answers, clips
 from benchmarks.real import page as photographs
 from benchmarks.serving import agents
 from benchmarks.sounds import page as sounds
 from benchmarks.stored import read_stored, today
+from tokencomp.errors import OptionError
+from tokencomp.evaluation.environment import git
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -213,3 +218,113 @@ def test_counts_of_agents_are_those_of_the_rules() -> None:
     for name, policy in agents.POLICIES.items():
         assert agents.count(policy).items() <= rows[name].items()
     assert agents.table(stored) in (ROOT / "docs/agents.md").read_text()
+
+
+PAGES = sorted(
+    path
+    for pattern in ("*.md", "docs/**/*.md", "benchmarks/**/*.md")
+    for path in ROOT.glob(pattern)
+    if not {"runs", "media"} & {*path.relative_to(ROOT).parts}
+)
+
+
+def links(page: Path) -> list[str]:
+    """Targets of the Markdown links of a page, code blocks left out."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    return re.findall(r"\]\(([^)\s]+)\)", text)
+
+
+def test_links_lead_to_files() -> None:
+    for page in PAGES:
+        local = [link.partition("#")[0] for link in links(page) if "://" not in link]
+        assert [x for x in local if x and not (page.parent / x).exists()] == [], page
+
+
+def test_commands_exist() -> None:
+    for page in (*PAGES, ROOT / "Makefile"):
+        text = page.read_text()
+        modules = set(re.findall(r"python -m (benchmarks[\w.]*\w)", text))
+        assert [name for name in modules if importlib.util.find_spec(name) is None] == [], page
+        scripts = set(re.findall(r"(?<!`)python (benchmarks/[\w/]+\.py)", text))
+        stored = re.findall(r"`python (benchmarks/[\w/]+\.py)[^`]*`; ", text)
+        assert scripts <= {*stored}, page  # provenance lines keep the commands of their time
+
+
+def test_the_index_names_every_page() -> None:
+    index = ROOT / "benchmarks" / "README.md"
+    linked = {(index.parent / link).resolve() for link in links(index)}
+    pages = {path.resolve() for path in PAGES if "benchmarks" in path.relative_to(ROOT).parts}
+    assert pages - linked - {index.resolve()} == set()
+
+
+def test_the_methods_name_every_study_that_is_a_command() -> None:
+    folder = ROOT / "benchmarks" / "accuracy"
+    named = set(re.findall(r"\w+", (folder / "METHODS.md").read_text()))
+    studies = {p.stem for p in folder.glob("studies/*.py") if "__main__" in p.read_text()}
+    assert len(studies) > 10 and studies - named == set()
+
+
+def test_the_evidence_stays_small() -> None:
+    """What git tracks under benchmarks/ is below 4 MB, and holds no answer texts by the line."""
+    command = ["git", "-C", str(ROOT), "ls-files", "-z", "benchmarks"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode or not result.stdout:
+        pytest.skip("not a git checkout")
+    files = [ROOT / name for name in result.stdout.split("\0") if name]
+    assert sum(f.stat().st_size for f in files if f.exists()) < 4e6
+    assert not [f for f in files if f.suffix == ".jsonl" and "accuracy" in f.parts]
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A repository with one commit of code and results."""
+    root = tmp_path / "checkout"
+    (root / "benchmarks").mkdir(parents=True)
+    (root / "code.py").write_text("x = 1\n")
+    (root / "benchmarks" / "results.json").write_text("{}\n")
+    identity = ("-c", "user.name=n", "-c", "user.email=e@e")
+    for arguments in (("init", "-q"), ("add", "-A"), (*identity, "commit", "-qm", "first")):
+        subprocess.run(["git", "-C", str(root), *arguments], check=True)
+    return root
+
+
+def test_committed_code_may_publish(checkout: Path) -> None:
+    """Also where results have changed: a run that was stopped goes on."""
+    (checkout / "benchmarks" / "results.json").write_text("[]\n")
+    facts = published_from(checkout / "benchmarks", False, checkout)
+    head = subprocess.run(
+        ["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    assert facts == {"commit": head}
+
+
+def test_changed_code_is_refused_or_marked(checkout: Path) -> None:
+    (checkout / "code.py").write_text("x = 2\n")
+    with pytest.raises(OptionError, match=r"code\.py.*--allow-dirty"):
+        published_from(checkout / "benchmarks" / "accuracy", False, checkout)
+    facts = published_from(checkout / "benchmarks", True, checkout)
+    assert facts[MARK] is False and facts["commit"].endswith("+dirty")
+    facts = published_from(checkout.parent / "trial", False, checkout)  # is never published
+    assert facts[MARK] is False
+
+
+def test_nothing_that_is_marked_is_in_the_repository() -> None:
+    files = [*BENCHMARKS.rglob("*.json"), *BENCHMARKS.rglob("*.jsonl")]
+    texts = [f.read_text() for f in files if not {"runs", "media"} & {*f.parts}]
+    marked = re.compile(rf'"{MARK}":\s?false')
+    assert marked.search(f'"{MARK}":false') and marked.search(json.dumps({MARK: False}))
+    assert texts and not [t for t in texts if marked.search(t)]
+
+
+def test_commits_that_the_repository_has_not_are_marked() -> None:
+    """Every commit of a stored result is in the history, or listed as lost."""
+    root = BENCHMARKS.parent
+    if not (root / ".git").exists() or git(root, "rev-parse", "--is-shallow-repository") == "true":
+        pytest.skip("no history")
+    history = {*git(root, "rev-list", "HEAD").split()}
+    files = [*BENCHMARKS.rglob("*.json"), *BENCHMARKS.rglob("*.jsonl")]
+    texts = [f.read_text() for f in files if not {"runs", "media"} & {*f.parts}]
+    named = {c for text in texts for c in re.findall(r'"commit":\s?"([0-9a-f]{40})', text)}
+    assert len(named) > 20 and {c[:8] for c in named - history} == LOST
+    assert version(f"{'1' * 40}+dirty") == "commit 111111111111 (**uncommitted code**)"
+    assert "not in the repository" in version(f"{min(LOST)}{'0' * 32}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import itertools
 import json
 import os
 import subprocess
@@ -15,20 +14,16 @@ import pytest
 import torch
 from support.photographs import Drawings, toy
 
-from benchmarks.accuracy.studies import retrieval, session
+from benchmarks.accuracy.studies import retrieval
 from benchmarks.gpu import measurements
 from benchmarks.gpu import prefill as gpu_prefill
 from benchmarks.models import prefill, shapes
 from benchmarks.models.architectures import Shape
-from benchmarks.real import candidates, clip_answers, clips, page, run
+from benchmarks.real import page, run
 from benchmarks.sounds import page as sounds_page
 from benchmarks.sounds import run as sounds
-from recipes.photographs.clip_questions import CLIP_FAMILIES
-from recipes.photographs.items import items
 from recipes.photographs.model import build_processor
 from recipes.sounds import model as listener
-from tokencomp import zoo
-from tokencomp.inputs.files import FileQuestions
 from tokencomp.storage import write_json
 
 ROOT = Path(__file__).parents[2]
@@ -65,55 +60,6 @@ def test_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert picture.stat().st_size and one.full == one.answer != one.compressed
 
 
-def test_clips_of_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Frames are pictures of one prompt; what a method keeps is its share of all of them."""
-    monkeypatch.setattr(run, "MARGIN", -1.0)
-    monkeypatch.setattr(clip_answers, "SIZE", 128)
-    model, tokenizer = toy()
-    args = argparse.Namespace(
-        per_family=1, batch=2, frames=4, methods=("fewer_frames", "auto"), ratios=(0.5,)
-    )
-    pairs = clip_answers.clip_pairs(Drawings(), 1, tmp_path)
-    results = run.answer(model.eval(), build_processor(tokenizer), pairs, args, tmp_path / "runs")
-    rows = {row["label"]: row for row in results["rows"]}
-    full = rows["full"]["visual_tokens"]
-    assert full % 4 == 0 and all(row["frames"] == 4 for row in rows.values())
-    for label in ("fewer_frames at 0.5", "auto at 0.5", "random seed=1 at 0.5"):
-        assert rows[label]["visual_tokens"] == full / 2, label
-
-
-def test_candidates_on_photographs(tmp_path: Path) -> None:
-    """The numbers of the page are counted again from the answers on disk."""
-    model, tokenizer = toy()
-    asked = [*items(Drawings(), "validation", 2, ("half", "count"))]
-    results = candidates.answer(model.eval(), build_processor(tokenizer), asked, 4, tmp_path)
-    text = candidates.page({"about": FACTS, **results})
-    rows = {r.split(" | ")[0].strip("| "): r for r in text.splitlines() if r.startswith("| ")}
-    lines = (tmp_path / "kcenter-0.75" / "records.jsonl").read_text().splitlines()
-    share = sum(json.loads(line)["correct"] for line in lines) / len(asked)
-    assert rows["kcenter"].split(" | ")[2].startswith(f"{share:.1%}, ")
-    (tmp_path / "stored.json").write_text(json.dumps({"about": FACTS, **results}))
-    stored = candidates.photographs(tmp_path / "stored.json")
-    assert stored.learned == ("half", "count")
-    assert sum(stored.scores("kcenter-0.75", "images")) == round(share * len(asked))
-
-
-def test_policies_for_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A policy that takes the first frame sees nothing; one that takes all sees everything."""
-    path = clips.write_questions(Drawings(), tmp_path, "test", 1, 10.0, 32)
-    examples = FileQuestions(path)
-    assert [one.family for one in examples] == [*CLIP_FAMILIES]
-    assert all(f"\n{one.answer}. " in one.prompt for one in examples)
-    assert all(len(video) == 8 for one in examples for video in one.load(8))
-    monkeypatch.setattr(
-        clips, "stream_choice", lambda index, n: ([*range(index.total)], "stream: 1 bursts")
-    )
-    monkeypatch.setattr(clips, "frame_indices", lambda total, count: [0])
-    rows = clips.measure(Drawings(), "validation", 1, 32)
-    text = clips.page({**FACTS, "split": "validation", "rows": rows})
-    assert "| all | any | 3 | 0 / 3 | 0 / 3 | 0 / 3 |" in text and "stream 3" in text
-
-
 def test_sounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every method reaches its ratio on clips; faster clips have as few tokens."""
     monkeypatch.setattr(sounds, "MARGIN", -1.0)
@@ -128,21 +74,6 @@ def test_sounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert rows.pop("full")["visual_tokens"] == listener.TOKENS
         for label, row in rows.items():
             assert row["reached"] == pytest.approx(0.75, abs=0.01), label
-
-
-@pytest.mark.long
-def test_sessions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sessions and prompts of a stream of 8 frames agree where both hold all of it."""
-    for stream in itertools.islice(session.streams(), 5):
-        assert max(stream.evidence.frames) < session.EARLY < session.ASKED[1]
-    monkeypatch.setattr(session, "FRAMES", 8)
-    monkeypatch.setattr(session, "ASKED", (4, 8))
-    model, processor = zoo.load(session.MODEL)
-    found = [session.item(session.SPLIT, session.FAMILY, 0)]
-    rows = [session.measure(way, model, processor, found) for way in session.WAYS[:3]]
-    assert [row["frames"] for row in rows] == [[4, 8]] * 3
-    assert rows[0]["right"] == rows[2]["right"]
-    assert rows[1]["rows"][1] < rows[0]["rows"][1] and rows[2]["rows"][1] < rows[0]["rows"][1]
 
 
 def test_rankings_by_hand() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +12,6 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import tokencomp
-from benchmarks.conformance.__main__ import main
 from benchmarks.conformance.run import compress, model_classes
 from benchmarks.conformance.variants import variants
 from tokencomp.conformance import build
@@ -22,7 +20,6 @@ from tokencomp.conformance.checks import SCORED, Checks, check_model
 from tokencomp.conformance.features import Encoder
 from tokencomp.conformance.oracle import hidden, is_linear_mixer
 from tokencomp.conformance.prompts import Prompts
-from tokencomp.conformance.shrink import scaled_section, tiny_text_config
 from tokencomp.conformance.variants import Variant
 from tokencomp.errors import (
     NoDecoderError,
@@ -211,20 +208,6 @@ def test_linear_mixers_of_the_reference_see_the_rows_that_are_left() -> None:
     assert not full[:, [1, 4]].any()
 
 
-def test_layers_that_differ_get_small_sizes_too() -> None:
-    config = tiny_text_config(CONFIG_MAPPING["dots3_note"]().get_text_config())
-    assert config.layer_types == ["indexed_attention", "sliding_attention"] * 2
-    assert config.per_layer_config["sliding_attention"].kv_lora_rank == 32
-    kinds = tiny_text_config(CONFIG_MAPPING["nemo_speechlm"]().get_text_config()).layer_types
-    assert len(kinds) == 2 * len(set(kinds)) == 6
-
-
-def test_decoders_that_fill_placeholders_themselves_are_exact() -> None:
-    """Chameleon's decoder takes pixels, so embeddings are computed before tokens leave."""
-    result = check_model(tiny("chameleon"), compress)
-    assert (result.status, result.reason) == ("exact", "")
-
-
 @pytest.mark.parametrize(
     ("model_type", "error", "mechanism"),
     [
@@ -280,24 +263,3 @@ def test_biases_by_distance_count_columns(model_type: str) -> None:
     result = check_model(tiny(model_type), compress)
     assert result.status == "entry only" and "states of blocks" in result.reason
     assert result.errors["entry decode"] < 5e-5
-
-
-@pytest.mark.parametrize(
-    ("section", "half", "expected"),
-    [([16, 24, 24], 16, [4, 6, 6]), ([22, 22, 20], 16, [5, 5, 6]), ([11, 11, 10], 4, [1, 1, 2])],
-)
-def test_sections_of_rotary_axes_fit_small_heads(
-    section: list[int], half: int, expected: list[int]
-) -> None:
-    assert scaled_section(section, half) == expected
-
-
-def test_the_command_checks_named_types(tmp_path: Any, capsys: Any) -> None:
-    file, page = tmp_path / "r.json", tmp_path / "r.md"
-    names = ("qwen2_vl", "mllama")
-    assert main([*names, "-o", str(file), "--page", str(page)]) == 0
-    assert "1 exact" in capsys.readouterr().out
-    types = json.loads(file.read_text())["types"]
-    assert types["qwen2_vl"]["status"] == "exact"
-    assert types["mllama"]["status"] == "refused"
-    assert "| exact | 1 | 1 |" in page.read_text()

@@ -2,36 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.conformance.table import counts, markdown, worse
+from benchmarks.conformance.table import markdown, worse
 from tokencomp.adapters.verified import load, nearest, releases, verified_types
 from tokencomp.conformance.checks import SCORED, TOLERANCE
 
 REPOSITORY = Path(__file__).parents[2]
-# The families of the ranking in docs/support.md: the types that stand for each.
-RANKED = {
-    "Qwen3.5": ("qwen3_5", "qwen3_5_moe"),
-    "Gemma 4": ("gemma4", "gemma4_unified"),
-    "Qwen3-VL": ("qwen3_vl", "qwen3_vl_moe"),
-    "DeepSeek-OCR 2": ("deepseek_ocr2",),
-    "MiniCPM-V 4.6": ("minicpmv4_6", "minicpmv4_7"),
-    "Qwen2.5-VL": ("qwen2_5_vl",),
-    "InternVL3.5": ("internvl",),
-    "Muse Glimmer": ("muse_glimmer",),
-    "Gemma 3": ("gemma3", "gemma3n"),
-    "PaddleOCR-VL": ("paddleocr_vl",),
-    "GLM-4.xV and GLM-OCR": ("glm4v", "glm4v_moe", "glm46v", "glm_ocr"),
-    "Kimi-K2.5": ("kimi_k25",),
-    "SmolVLM and Idefics3": ("smolvlm", "idefics3", "granite_docling"),
-    "LFM2-VL": ("lfm2_vl", "lfm3_vl"),
-    "Nemotron VL": ("nemotron_h_omni",),
-}
 NEWEST = releases()[-1]
 
 
@@ -39,30 +19,6 @@ NEWEST = releases()[-1]
 def test_pages_are_those_of_the_results(release: str) -> None:
     page = REPOSITORY / "docs" / "conformance" / f"transformers-{release}.md"
     assert page.read_text(encoding="utf-8") == markdown(load(release))
-
-
-def test_counts_in_the_texts_are_those_of_the_results() -> None:
-    images = counts(load(NEWEST), image_text=True)
-    served = images["exact"] + images["entry only"]
-    for name in ("README.md", "docs/support.md"):
-        text = re.sub(r"\s+", " ", (REPOSITORY / name).read_text(encoding="utf-8"))
-        assert f"{served} of the {sum(images.values())} image-text-to-text types" in text, name
-
-
-def test_rows_of_the_comparison_are_those_of_both_runs() -> None:
-    """With family files only, and now: types with images, other types, families."""
-    types = load(NEWEST)["types"]
-    folder = REPOSITORY / "docs" / "conformance"
-    before = json.loads((folder / "before-structural-adapter.json").read_text())["types"]
-    rows = []
-    for status in (before, {name: row["status"] for name, row in types.items()}):
-        passed = {name for name, s in status.items() if s in ("exact", "entry only")}
-        images = [types[name]["image_text"] for name in passed]
-        families = [passed.issuperset(family) for family in RANKED.values()]
-        rows.append((sum(images), len(images) - sum(images), sum(families)))
-    text = (REPOSITORY / "docs/support.md").read_text(encoding="utf-8")
-    for old, new in zip(*rows, strict=True):
-        assert f"| {old} | {new} |" in text
 
 
 def test_measured_errors_are_below_the_tolerance() -> None:

@@ -11,7 +11,6 @@ import transformers
 from PIL import Image
 
 from tokencomp.adapters.registry import adapter_for
-from tokencomp.errors import MediaError, OptionError
 from tokencomp.evaluation.baselines import STRETCH, EqualTokens, faster, has_budget, native_budget
 
 Size = tuple[int, int]
@@ -55,28 +54,6 @@ def test_below_the_processors_minimum_the_largest_picture_of_the_fewest_tokens(l
         picture = found[0] if isinstance(found, list) else found
         assert equal.tokens(found) == (4 if found is picture else 16) and picture.size == (70, 70)
     assert equal.tokens(Image.new("RGB", (4, 4))) == 4
-
-
-@pytest.mark.parametrize("size", [(20, 3900), (2900, 15), (22, 3900)])
-def test_sizes_that_the_processor_refuses_are_skipped(loaded, size: Size) -> None:
-    """Of thin pictures most smaller ones have sides in a proportion above 200, by rounding."""
-    equal, image, counts = counter(loaded), Image.new("RGB", size), set[int]()
-    for one in {(s[0], s[1]) for s in every_thin_size(*size)}:
-        try:
-            counts.add(equal.tokens(Image.new("RGB", one)))
-        except MediaError:
-            continue
-    full = equal.tokens(image)
-    for ratio in (0.5, 0.75):
-        found = equal.shrink(image, ratio)
-        n, target = equal.tokens(found), max(1, round(full * (1 - ratio)))
-        assert n <= full and abs(n - target) <= min(abs(other - target) for other in counts)
-
-
-def every_thin_size(width: int, height: int) -> list[Size]:
-    """Sizes of a scale of the picture, unstretched, 1 % apart."""
-    scales = [0.01 * k for k in range(10, 101)]
-    return [(max(1, round(width * s)), max(1, round(height * s))) for s in scales]
 
 
 class Made(EqualTokens):
@@ -139,10 +116,3 @@ def test_the_nearest_budget_is_taken_and_given_back(ratio, budget):
     assert taken == budget and inside[name].tolist() == by_hand[name].tolist()
     assert inside["pixel_values"].equal(by_hand["pixel_values"])
     assert processor.image_processor.max_soft_tokens == 280
-
-
-def test_other_models_have_none():
-    processor = SimpleNamespace(image_processor=SimpleNamespace(size=224))
-    assert not has_budget(processor)
-    with pytest.raises(OptionError, match="downscale"), native_budget(processor, 0.5):
-        pass

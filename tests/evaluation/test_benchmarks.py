@@ -15,14 +15,13 @@ import pytest
 from support.console import run
 
 from benchmarks.gpu.catalogue import TABLES
-from tokencomp.errors import MediaError, OptionError
+from tokencomp.errors import OptionError
 from tokencomp.lmms import data as bench_data
-from tokencomp.lmms.data import SHAPESQA_ID, LocalData, local_data, write_shapesqa
+from tokencomp.lmms.data import SHAPESQA_ID, LocalData, write_shapesqa
 from tokencomp.lmms.tasks import item_score
 
 LMMS = importlib.util.find_spec("lmms_eval") is not None
 needs_lmms = pytest.mark.skipif(not LMMS, reason="needs the extra [eval]")
-MLVU = {"dataset_path": "sy1998/MLVU_dev", "dataset_kwargs": {"cache_dir": "mlvu"}}
 
 
 @pytest.fixture(scope="session")
@@ -38,96 +37,6 @@ def test_videos_are_found_where_lmms_eval_looks(data, tmp_path):
     assert (tmp_path / "home/mlvu" / row["video_name"]).exists()
     clip = json.loads((data / "OpenGVLab/MVBench/json/action_count.json").read_text())[0]["video"]
     assert (tmp_path / "home/mvbench_video/perception/videos" / clip).exists()
-
-
-def test_missing_data_say_what_to_put_where(tmp_path):
-    with pytest.raises(OptionError, match="no such folder"):
-        local_data(str(tmp_path / "nowhere"))
-    content = str(LocalData(tmp_path).missing("mlvu_dev", MLVU))
-    assert (
-        str(tmp_path / "sy1998/MLVU_dev") in content
-        and "`hf download --repo-type dataset" in content
-    )
-
-
-NIAH = "mmlb_data_example/NIAH/counting-image_test_K128_dep3.jsonl"
-MMLONGBENCH = {
-    "dataset_path": "json",
-    "dataset_kwargs": {
-        "data_files": f"https://huggingface.co/datasets/ZhaoweiWang/MMLongBench/resolve/main/{NIAH}"
-    },
-    "test_split": "train",
-}
-
-
-def write_mmlongbench(root: Path) -> None:
-    """A needle counted in a text with pictures, as the data set's own file has it."""
-    from PIL import Image
-
-    folder = root / "ZhaoweiWang/MMLongBench"
-    (folder / NIAH).parent.mkdir(parents=True)
-    names = [f"mm-niah/{name}.png" for name in ("first", "second", "needle")]
-    for colour, name in zip(("red", "blue", "green"), names, strict=True):
-        path = folder / "mmlb_image" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (56, 56), colour).save(path)
-    texts = ["A fox.", "<image>", "A crow.", "<image>", "The end."]
-    kinds = ["image" if text == "<image>" else "text" for text in texts]
-    doc = {
-        "id": "counting-image-0",
-        "ctxs": [{"type": k, "text": t} for k, t in zip(kinds, texts, strict=True)],
-        "question": "How often does <image> appear in each picture? Give a list.",
-        "answer": [0, 1],
-        "image_list": names[:2],
-        "needle_image_list": names[2:],
-    }
-    lines = [json.dumps(doc), json.dumps({**doc, "id": "counting-image-1", "answer": [2, 0]})]
-    (folder / NIAH).write_text("\n".join(lines) + "\n")
-
-
-def test_a_task_that_names_a_file_on_the_hub_finds_it_in_the_copy(tmp_path, monkeypatch):
-    """MMLongBench: `dataset_path: json`, and images below a folder that a variable names.
-
-    The task would ask its questions without the images that it does not find.
-    """
-    monkeypatch.setenv("MMLONGBENCH_IMAGE_ROOT", "/elsewhere")
-    local = LocalData(tmp_path)
-    assert not local.has(MMLONGBENCH)
-    write_mmlongbench(tmp_path)
-    assert local.has(MMLONGBENCH)
-    local.stage(tmp_path / "home", {})
-    images = tmp_path / "ZhaoweiWang/MMLongBench/mmlb_image"
-    assert Path(os.environ["MMLONGBENCH_IMAGE_ROOT"]) == images
-    changes = local.changes(MMLONGBENCH)["dataset_kwargs"]["data_files"]
-    assert changes["train"] == str(images.parent / NIAH)
-    local.check_images("mmlongbench", MMLONGBENCH)
-    (images / "mm-niah/second.png").unlink()
-    with pytest.raises(MediaError, match=r"1 of 3 images .* the first is mm-niah/second\.png"):
-        local.check_images("mmlongbench", MMLONGBENCH)
-    shutil.rmtree(images)
-    assert not local.has(MMLONGBENCH)
-
-
-@needs_lmms
-@pytest.mark.slow
-def test_mmlongbench_from_a_local_copy(folder, tmp_path):
-    """lmms-eval's own prompts and scoring; every picture counts, at its place in the text."""
-    write_mmlongbench(tmp_path / "copy")
-    done = tokencomp(
-        "--model", folder, "--data", tmp_path / "copy", "--tasks", "mmlongbench", "-r", "uniform",
-        "--ratio", "0.5", "--no-baselines", "-o", tmp_path / "o",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    rows = records(tmp_path / "o/uniform-0.5")
-    assert [r["id"] for r in rows] == ["mmlongbench/0", "mmlongbench/1"]
-    for row, gold in zip(rows, (1, 2), strict=True):
-        assert row["visual_tokens"] == 3 * 4 and row["ratio"] == 0.5
-        numbers = [int(n) for n in re.findall(r"-?\d+", row["prediction"])]
-        assert row["correct"] == float(sum(numbers) == gold)
-        assert row["prompt"].count("<image>") == 3
-    manifest = json.loads((tmp_path / "o/uniform-0.5/manifest.json").read_text())
-    assert manifest["identity"]["data"] == ["copy/ZhaoweiWang/MMLongBench"]
-    assert set(manifest["scores"]) == {"mmlongbench"}
 
 
 @pytest.mark.parametrize(
@@ -261,24 +170,6 @@ def test_eval_goes_on_after_a_kill(args, done, tmp_path, finished):
     assert file.read_text().startswith("".join(before[:2]))
     assert answered(out, "records.jsonl") == answered(done, "records.jsonl")
     assert answers(cut) == answers(done / "uniform-0.75")
-
-
-@needs_lmms
-@pytest.mark.slow
-def test_two_processes_share_the_work(args, done, tmp_path):
-    """lmms-eval gives the shorter share a copy of its last item; it must not count twice.
-
-    torchrun sets what `accelerate launch` sets on GPUs; with `--cpu` accelerate starts one process
-    only.
-    """
-    out = tmp_path / "runs"
-    launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", 2)
-    both = launch(*launcher, "-m", "tokencomp", "eval", *args, "-o", out)
-    assert both.returncode == 0, both.stderr[-2000:]
-    assert answers(out / "uniform-0.75") == answers(done / "uniform-0.75")
-    parts = [answered(out, name) for name in ("records.jsonl", "records.1.jsonl")]
-    assert parts[0] - parts[1] and parts[1] - parts[0], "each answered items of its own"
-    assert both.stdout.count("Run folders") == 1, "one process speaks"
 
 
 def answered(out: Path, name: str) -> set[str]:

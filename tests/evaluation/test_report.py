@@ -1,4 +1,4 @@
-"""The report's table against statistics computed from the raw record files."""
+"""Reports: tables, comparisons and lost items, against brute force over raw record files."""
 
 from __future__ import annotations
 
@@ -6,17 +6,23 @@ import csv
 import json
 import re
 import shutil
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 from support.console import run
 
-from tokencomp.evaluation import Example, Setting, evaluate, mcnemar, retention
-from tokencomp.evaluation.cost import Cost
+from tokencomp.evaluation import Setting, mcnemar, retention, sweep
+from tokencomp.evaluation.comparisons import comparisons, losses, paired_tests
 from tokencomp.evaluation.group_runs import find_runs
 from tokencomp.evaluation.metrics import McNemar
-from tokencomp.pages.demo import saved
+from tokencomp.evaluation.runs import EvalRun
+from tokencomp.pages.lost import draw_lost, lost_ids, read_lost, write_lost
 from tokencomp.pages.report import Line, lines
+from tokencomp.pages.report import lines as find_lines
+from tokencomp.reducers.registry import make_reducer
 
 IDENTITY = {"model": "m", "dtype": "float32", "frames": 8}
 
@@ -84,33 +90,6 @@ def test_the_table_as_files_holds_the_same_numbers(runs, tmp_path, capsys):
     assert "no frame of this video" in content, "what failed is named"
 
 
-def strict(text: str) -> object:
-    """Read JSON as other programs do, which know no NaN."""
-
-    def refuse(word: str) -> None:
-        raise AssertionError(word)
-
-    return json.loads(text, parse_constant=refuse)
-
-
-def test_what_has_no_value_is_a_dash_in_tables(tmp_path):
-    """The full model answers nothing right, so that no share of it can be kept."""
-    root, page, file = tmp_path / "r", tmp_path / "p.html", tmp_path / "t.tex"
-    write_run(root, "full", 0.0, {"a1": 0, "a2": 0})
-    write_run(root, "aim", 0.5, {"a1": 1, "a2": 0})
-    assert run("report", root, "-o", page, "--table", file) == 0
-    assert r"aim & 0.5 & 50.0\% & -- & -- & 50\% \\" in file.read_text().splitlines()
-    assert not re.search(r"\bnan\b", re.sub("<svg.*?</svg>", "", page.read_text(), flags=re.S))
-
-
-def test_the_manifest_of_a_run_without_answers_is_json(loaded, tmp_path):
-    gone = [Example("0", "?", "x", (tmp_path / "gone.png",))]
-    evaluate(*loaded, gone, out_dir=tmp_path / "o", progress=False)
-    summary = strict((tmp_path / "o/manifest.json").read_text())["summary"]
-    means = ("accuracy", "achieved_ratio", "flops", "kv_bytes")
-    assert summary == {"items": 0, "failed": 1, **dict.fromkeys(means)}
-
-
 def test_rows_and_shares_are_of_the_same_items(tmp_path):
     """The full model works 100 on a1 and 300 on a2; aim 30 on a1 and 90 on a2.
 
@@ -136,15 +115,6 @@ def test_rows_and_shares_are_of_the_same_items(tmp_path):
     assert (prune.flops, len(prune.run.answered), len(prune.run.failed)) == (0.3, 1, 2)
 
 
-def test_one_folder_by_two_names_is_one_run(runs, tmp_path, monkeypatch):
-    (tmp_path / "link").symlink_to(runs)
-    monkeypatch.chdir(tmp_path)
-    once = rows(runs)
-    again = rows(Path("runs"), runs, tmp_path / "link", Path("runs/aim-0.5"))
-    assert [line.label for line in again] == [line.label for line in once]
-    assert [line.comparisons.seeds for line in again] == [0, 0, 1]
-
-
 def edit_records(folder: Path, **fields: object) -> None:
     """Give the record of question a2 other fields."""
     file = folder / "records.jsonl"
@@ -164,13 +134,11 @@ REFUSED = {
         "differ in frames: 8 and 16",
     ),
     "other questions": (lambda runs: only(runs, "c1"), "are of different questions (7 and 1)"),
-    "a part of the questions": (lambda runs: only(runs, "a1"), "are of different questions"),
     "two runs of one setting": (
         lambda runs: shutil.copytree(runs / "aim-0.5", runs / "again"),
         "are runs of one setting",
     ),
     "no full model": (lambda runs: shutil.rmtree(runs / "full-0.0"), "full model is missing"),
-    "no run": (lambda runs: [shutil.rmtree(one) for one in runs.iterdir()], "no run folder"),
     "unfinished": (
         lambda runs: edit_manifest(runs / "aim-0.5", finished=False),
         "goes on where it stopped",
@@ -188,17 +156,9 @@ REFUSED = {
             ("answer", "right answer"),
         )
     },
-    "a record without a score": (
-        lambda runs: (runs / "aim-0.5/records.jsonl").write_text('{"id": "a1", "prediction": ""}'),
-        "lacks family or correct",
-    ),
     "lost records": (
         lambda runs: edit_manifest(runs / "aim-0.5", summary={"items": 9, "failed": 1}),
         "records of 7 items, and its manifest says 10",
-    ),
-    "no identity": (
-        lambda runs: edit_manifest(runs / "aim-0.5", identity={}),
-        "reducer, ratio, options",
     ),
 }
 
@@ -218,15 +178,188 @@ def test_runs_that_cannot_be_compared_are_refused(runs, tmp_path, capsys, case):
     assert message in " ".join(capsys.readouterr().err.split())
 
 
+ITEMS = [f"{group}{k}" for group in "ab" for k in range(8)]
+
+
+@pytest.fixture
+def runs_comparisons(tmp_path):
+    """Full, two seeds of random, downscaling and one method; answers drawn at random."""
+    rng = np.random.default_rng(0)
+    said = {}
+    for name, ratio, options in (
+        ("full", 0.0, {}),
+        ("random", 0.5, {}),
+        ("random", 0.5, {"seed": 1}),
+        ("downscale", 0.5, {}),
+        ("aim", 0.5, {}),
+        ("random", 0.9, {}),
+    ):
+        scores = dict(zip(ITEMS, rng.integers(0, 2, len(ITEMS)).tolist(), strict=True))
+        if name == "aim":  # all of group a right, none of group b
+            scores = {i: int(i[0] == "a") for i in ITEMS}
+        seed = f"-{options['seed']}" if options else ""
+        folder = write_run(tmp_path / f"x{seed}", name, ratio, scores, options=options)
+        path = folder / "records.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows:
+            row["prediction"] = str(rng.choice(["red", "blue "]))
+        if name == "downscale":  # it never answered the first question
+            rows[0] = {"id": rows[0]["id"], "family": "a", "error": "too large"}
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        kept = {row["id"]: row for row in rows if "error" not in row}
+        said[name + seed, ratio] = kept
+    return find_runs(sorted(tmp_path.glob("x*"))), said
+
+
+def _find(every, name, ratio):
+    return next(r for r in every if (r.identity["reducer"], r.ratio) == (name, ratio))
+
+
+def test_columns_equal_brute_force(runs_comparisons):
+    every, said = runs_comparisons
+    ours = comparisons(_find(every, "aim", 0.5), every)
+    aim, full, small = said["aim", 0.5], said["full", 0.0], said["downscale", 0.5]
+    a, b = said["random", 0.5], said["random-1", 0.5]
+    n = len(ITEMS)
+    assert ours.full.value == pytest.approx(
+        sum(aim[i]["correct"] for i in ITEMS) / n - sum(full[i]["correct"] for i in ITEMS) / n
+    )
+    luck = sum(a[i]["correct"] + b[i]["correct"] for i in ITEMS) / (2 * n)
+    assert ours.random.value == pytest.approx(sum(aim[i]["correct"] for i in ITEMS) / n - luck)
+    assert ours.seeds == 2
+    blurred = [i for i in ITEMS if i in small and not small[i]["correct"]]
+    assert ours.detail_items == len(blurred)
+    assert ours.detail == pytest.approx(sum(aim[i]["correct"] for i in blurred) / len(blurred))
+    same = [aim[i]["prediction"].strip() == full[i]["prediction"].strip() for i in ITEMS]
+    assert ours.agreement == sum(same) / n
+
+
+def test_baselines_are_not_compared_with_themselves(runs_comparisons):
+    every, _ = runs_comparisons
+    one = comparisons(_find(every, "random", 0.5), every)
+    assert one.random is None and one.downscale is not None
+    other = comparisons(_find(every, "downscale", 0.5), every)
+    assert other.downscale is None and other.detail == 0.0
+    assert comparisons(_find(every, "random", 0.9), every).downscale is None
+
+
+def test_a_baseline_with_options_of_a_method_is_a_method(tmp_path):
+    """Seeds of random: 1 of 4 and 3 of 4, so ½; with merge=True 4 of 4, which would make it ⅔."""
+    said = {"full": "1111", "random": "1000", "random-1": "1110", "random-m": "1111", "aim": "1100"}
+    options = {"random-1": {"seed": 1}, "random-m": {"merge": True}}
+    for name, marks in said.items():
+        scores = dict(zip(("a1", "a2", "a3", "a4"), map(int, marks), strict=True))
+        reducer, own = name.partition("-")[0], options.get(name, {})
+        write_run(tmp_path / name, reducer, 0.5 * (name != "full"), scores, options=own)
+    every = find_runs([tmp_path / name for name in said])
+    aim = comparisons(_find(every, "aim", 0.5), every)
+    assert (aim.seeds, aim.random.value) == (2, 0.0)
+    (merging,) = (r for r in every if r.label == "random merge=True")
+    assert comparisons(merging, every).random.value == 0.5
+    assert [(loss.label, loss.rival) for loss in losses(every)] == []
+
+
+def test_random_is_one_row_however_many_seeds_it_has(tmp_path):
+    """Of seeds 2 and 10, items a1 to a4 are right 1 0 0 0 and 1 1 1 0; aim has 0 0 0 1.
+
+    Against half of the seeds or more: one won, three lost. Random is one row, right in 2 of 4.
+    """
+    said = {"full": "1111", "random-10": "1110", "random-2": "1000", "aim": "0001"}
+    for name, marks in said.items():
+        scores = dict(zip(("a1", "a2", "a3", "a4"), map(int, marks), strict=True))
+        reducer, _, seed = name.partition("-")
+        options = {"seed": int(seed)} if seed else {}
+        write_run(tmp_path / name, reducer, 0.5 * (name != "full"), scores, options=options)
+    every = find_runs([tmp_path / name for name in said])
+    test = paired_tests(_find(every, "aim", 0.5), every)["against_random"]
+    assert (test.wins, test.losses, test.p) == (1, 3, 0.625)
+    (loss,) = losses(every)
+    assert (loss.accuracy, loss.rival_accuracy) == (0.25, 0.5)
+    assert (loss.test.wins, loss.test.losses, loss.test.p) == (1, 3, 0.625)
+    _, line, aim = find_lines(every)
+    assert (line.label, line.accuracy, line.seeds) == ("random (2 seeds)", 0.5, (0.25, 0.75))
+    assert (line.retention.value, aim.comparisons.random.value, aim.comparisons.seeds) == (
+        0.5,
+        -0.25,
+        2,
+    )
+    assert [r["correct"] for r in line.run.answered] == [1, 0.5, 0.5, 0]
+
+
+def test_losses_are_the_groups_that_score_lower(runs_comparisons):
+    every, said = runs_comparisons
+    found = {(loss.family, loss.rival) for loss in losses(every)}
+    expected = set()
+    for group, name in product("ab", ("random", "downscale")):
+        tables = (
+            [said[k, 0.5] for k in ("random", "random-1")]
+            if name == "random"
+            else [said[name, 0.5]]
+        )
+        ids = [i for i in ITEMS if i[0] == group and all(i in table for table in tables)]
+        own = sum(said["aim", 0.5][i]["correct"] for i in ids)
+        if own < sum(t[i]["correct"] for t in tables for i in ids) / len(tables):
+            expected.add((group, name))
+    assert found == expected and expected
+    assert all(
+        loss.label == "aim" and loss.accuracy < loss.rival_accuracy for loss in losses(every)
+    )
+
+
 @pytest.mark.parametrize(
-    ("kv", "words"),
+    ("name", "ratio", "layers", "first"),
     [
-        ((100, 100), "the rest merged into them. That leaves 40% of the decoder's work and 100%"),
-        ((100, 40), "merged into them in 50% of the prompts. That leaves 40% of the"),
-        ((40, 40), "16 of 64 visual tokens on average. That leaves 40% of the decoder's work"),
+        ("fastv", 0.75, 6, 0),  # half of the budget would be gone before layer 2
+        ("fastv", 0.75, 16, None),
+        ("fastv", 0.5, 28, None),
+        ("pyramiddrop", 0.75, 16, 1),  # three halvings save too little at any depth
+        ("pyramiddrop", 0.5, 16, None),
+        ("aim", 0.75, 16, None),
+        ("condiv", 0.9, 6, None),
     ],
 )
-def test_words_say_where_tokens_are_merged(kv, words):
-    """A merged token is cached as often as the tokens that it stands for, a dropped one never."""
-    costs = [Cost(64, [16, 16], 400, count) for count in kv]
-    assert words in saved(Setting("auto", 0.75), costs, [Cost(64, [64, 64], 1000, 100)] * 2)
+def test_moved_methods_say_so(name, ratio, layers, first):
+    note = make_reducer(name).deviation(ratio, layers)
+    assert (note == "") is (first is None), note
+    if first is not None:
+        assert note.startswith(f"cuts before layer {first}")
+
+
+def by_hand(scores: dict[str, int], kinds: dict[str, str]) -> EvalRun:
+    records = [{"id": k, "correct": v, "kind": kinds[k]} for k, v in scores.items()]
+    return EvalRun(None, records)
+
+
+def test_lost_items_stand_in_their_natural_order():
+    kinds = {"t/10": "image", "t/9": "image", "t/1": "video", "t/2": "image", "t/3": "image"}
+    full = by_hand({"t/10": 1, "t/9": 1, "t/1": 1, "t/2": 0, "t/3": 1}, kinds)
+    ours = by_hand({"t/10": 0, "t/9": 0, "t/1": 0, "t/2": 0, "t/3": 1}, kinds)
+    assert lost_ids(ours, full) == ["t/1", "t/9", "t/10"]
+    assert lost_ids(ours, full, "image") == ["t/9", "t/10"]
+
+
+def test_pictures_of_images_and_videos_are_drawn_and_reported(loaded, examples, tmp_path, capsys):
+    """Untrained models answer all alike, so the scores are written by hand."""
+    setting = Setting("uniform", 0.75)
+    runs = sweep(*loaded, examples, [Setting(), setting], tmp_path, max_new_tokens=2)
+    for one in runs.values():
+        for record in one.records:
+            record["correct"] = one.setting.off
+    folder = runs[setting].path
+    by_id = {e.id: e for e in examples}
+    shown = draw_lost(*loaded, runs[setting], runs[Setting()], by_id, folder, per_kind=2)
+    write_lost(folder, shown)
+    expected = sorted(e.id for e in examples if e.media[0].suffix != ".mp4")[:2]
+    expected += sorted(e.id for e in examples if e.media[0].suffix == ".mp4")
+    assert [item.id for item in shown] == expected and read_lost(folder) == shown
+    sizes = [Image.open(folder / item.picture).size for item in shown]
+    assert sizes[0] == (224, 224) and sizes[2][0] > 2 * sizes[2][1] * 0.9  # a sheet of frames
+    for one in runs.values():
+        lines = [json.dumps(r) + "\n" for r in one.records]
+        (one.path / "records.jsonl").write_text("".join(lines))
+    page = tmp_path / "r.html"
+    assert run("report", tmp_path, "-o", page) == 0
+    assert page.read_text().count("<figure><img") == len(shown)
+    (folder / shown[0].picture).unlink()
+    assert run("report", tmp_path, "-o", page) == 0
+    assert page.read_text().count("<figure><img") == len(shown) - 1

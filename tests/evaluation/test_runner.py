@@ -1,26 +1,28 @@
-"""Runs against answers generated one by one, and questions that fail."""
+"""Runs against answers generated one by one, and stored answers that are taken up again."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from support.console import run as command
 from support.embedded import HOW, one_by_one
 
 import tokencomp
 from tokencomp.errors import OptionError, SpanError, UnknownNameError, WeightsError
-from tokencomp.evaluation import Example, Setting, evaluate, grid, sweep
+from tokencomp.evaluation import Example, Setting, batches, evaluate, grid, patches, sweep
 from tokencomp.evaluation.store import read_records
 from tokencomp.inputs.prompts import build_inputs
-from tokencomp.plan.reducer import Traits
+from tokencomp.reducers.random import Random
 from tokencomp.reducers.uniform import Uniform
-from tokencomp.tokens.kept import Kept
 from tokencomp.tokens.tokens import Tokens
+from tokencomp.training.measure import Measurement
 
 
 def test_batches_answer_like_single_prompts(loaded, examples):
@@ -59,46 +61,6 @@ def test_costs_are_those_of_the_shapes(loaded, examples):
                 pairs = sum(range(1, n + 1))
                 assert record["flops"] == layers * (n * linear + 4 * d * pairs)
                 assert record["kv_bytes"] == layers * n * 2 * d * 4
-
-
-@dataclass(frozen=True)
-class Refuses(Uniform):
-    """A reducer that takes no prompt of a model."""
-
-    calls: ClassVar[int] = 0
-
-    traits = Traits(batched=True)
-
-    def reduce(self, tokens: Tokens) -> Kept:
-        type(self).calls += len(tokens) == 1
-        raise SpanError("of no grid")
-
-
-def test_after_ten_failures_without_an_answer_nothing_is_tried(loaded, examples, monkeypatch):
-    """Files that are not there, and a reducer that refuses every prompt; the others go on."""
-    tried = []
-    load = Example.load
-    monkeypatch.setattr(Example, "load", lambda e, frames: tried.append(e.id) or load(e, frames))
-    gone = [Example(str(i), "?", "x", ("gone.png",)) for i in range(25)]
-    runs = sweep(*loaded, gone, grid(["uniform"], [0.5]), batch_size=4, **HOW)
-    assert len(tried) == 10
-    for run in runs.values():
-        reasons = [r["error"] for r in run.failed]
-        assert len(reasons) == 25 and all("no such file" in r for r in reasons)
-        assert [r.startswith("not asked") for r in reasons] == [False] * 10 + [True] * 15
-    items = [replace(examples[0], id=str(i)) for i in range(15)]
-    settings = [Setting(Refuses(), 0.5, name="refuses"), Setting("uniform", 0.5)]
-    refused, fine = sweep(*loaded, items, settings, batch_size=5, **HOW).values()
-    assert Refuses.calls == 10 and len(refused.failed) == 15 and len(fine.answered) == 15
-
-
-def test_a_command_fails_if_a_setting_answers_nothing(examples, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(Uniform, "reduce", Refuses.reduce)
-    monkeypatch.setattr(Uniform, "calls", 0, raising=False)
-    line = {"question": "?", "answer": "x", "media": str(examples[0].media[0])}
-    (tmp_path / "q.jsonl").write_text(json.dumps(line))
-    args = ("--model", folder, "--data", tmp_path / "q.jsonl", "-r", "uniform", "--no-baselines")
-    assert command("eval", *args, "-o", tmp_path / "runs") != 0
 
 
 def test_media_that_cannot_be_read_are_recorded_and_the_rest_goes_on(loaded, examples, tmp_path):
@@ -259,3 +221,169 @@ def test_settings_refuse_what_makes_no_sense():
 )
 def test_what_counts_as_right(answer, said, right):
     assert Example("", "", answer).correct(said) is right
+
+
+RANDOM = Setting("random", 0.75)
+
+
+def kept(reducer: Any, place: tuple[int, int], keep: int = 6) -> tuple[int, ...]:
+    tokens = Tokens(torch.zeros(64, 4), [(1, 8, 8)], [keep], places=[place])
+    return tuple(reducer.reduce(tokens).rows.tolist())
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, ...]]:
+    """Kept places by name of the question."""
+    places: dict[str, tuple[int, ...]] = {}
+
+    class Spying(patches.PatchedModels):
+        @contextlib.contextmanager
+        def applied(self, setting: Setting, names: Any) -> Any:
+            with super().applied(setting, names) as handle:
+                yield handle
+                if handle is not None:
+                    assert handle.plan.stages[0].reducer.names == tuple(names)
+                    kept = [tuple(handle.stats.kept(b)[0][0]) for b in range(len(names))]
+                    places.update(zip(names, kept, strict=True))
+
+    monkeypatch.setattr(batches, "PatchedModels", Spying)
+    return places
+
+
+def test_batches_halves_and_resumption_change_nothing(loaded, examples, seen, tmp_path) -> None:
+    images = [e for e in examples if e.media[0].suffix != ".mp4"]
+    assert len(images) > 1
+    sweep(*loaded, images, [RANDOM], batch_size=len(images), **HOW)
+    first = dict(seen)
+    assert first.keys() == {e.id for e in images} and len(set(first.values())) == len(images)
+    for size in (1, len(images) - 1):
+        seen.clear()
+        sweep(*loaded, images, [RANDOM], batch_size=size, **HOW)
+        assert seen == first
+    sweep(*loaded, images[:1], [RANDOM], tmp_path, **HOW)
+    seen.clear()
+    sweep(*loaded, images, [RANDOM], tmp_path, **HOW)
+    assert seen == {e.id: first[e.id] for e in images[1:]}
+    seen.clear()
+    measured = Measurement({"": loaded[0]}, loaded[1], batch=len(images), max_new_tokens=2)
+    measured.run(images, [RANDOM])
+    assert seen == first
+
+
+def test_resumes_where_it_was_killed(loaded, examples, tmp_path, monkeypatch):
+    whole = evaluate(*loaded, examples, "uniform", 0.5, tmp_path / "whole", batch_size=2, **HOW)
+    from tokencomp.evaluation import batches
+
+    calls = []
+    real = batches.generate
+
+    def dies(*args):
+        calls.append(1)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(batches, "generate", dies)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(*loaded, examples, "uniform", 0.5, tmp_path / "cut", batch_size=2, **HOW)
+    file = tmp_path / "cut" / "records.jsonl"
+    assert len(file.read_text().splitlines()) == 2
+    with file.open("a") as handle:
+        handle.write('{"id": "half a li')
+    calls = []
+    monkeypatch.setattr(batches, "generate", lambda *a: calls.append(1) or real(*a))
+    run = evaluate(*loaded, examples, "uniform", 0.5, tmp_path / "cut", batch_size=2, **HOW)
+    untimed = [[{**r, "seconds": 0} for r in one.records] for one in (run, whole)]
+    assert untimed[0] == untimed[1]
+    assert len(calls) == 2  # three items were left
+    assert len(file.read_text().splitlines()) == len(examples)
+    assert json.loads((tmp_path / "cut" / "manifest.json").read_text())["finished"] is True
+
+
+def test_only_failed_questions_are_asked_again(loaded, examples, tmp_path):
+    copies = [Path(shutil.copy(e.media[0], tmp_path)) for e in examples]
+    items = [replace(e, media=(copy,)) for e, copy in zip(examples, copies, strict=True)]
+
+    def ask():
+        run = evaluate(*loaded, items, "uniform", 0.5, tmp_path / "run", **HOW)
+        assert read_records(tmp_path / "run") == run.records
+        return [r.get("prediction", r.get("error")) for r in run.records]
+
+    copies[0].write_bytes(b"no picture")
+    assert "neither an image" in ask()[0]
+    file = tmp_path / "run" / "records.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps({**r, "prediction": "kept"}) + "\n" for r in rows))
+    shutil.copy(examples[0].media[0], copies[0])
+    copies[2].touch()
+    assert ask() == [one_by_one(loaded, items[0], "uniform", 0.5), *["kept"] * 4]
+
+
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [("prompt", "words"), ("answer", "right answer"), ("also", "right answer"), ("media", "pict")],
+)
+def test_a_folder_with_answers_to_other_questions_is_refused(
+    loaded, examples, tmp_path, field, words
+):
+    """Another question under the same id, or another picture under the same name."""
+    picture = Path(shutil.copy(examples[0].media[0], tmp_path / "a.png"))
+    example = Example("0", examples[0].prompt, "never said", (picture,))
+    evaluate(*loaded, [example], out_dir=tmp_path / "o", **HOW)
+    if field == "media":
+        shutil.copy(examples[1].media[0], picture)
+    else:
+        example = replace(example, **{field: ("red",) if field == "also" else "red"})
+    with pytest.raises(OptionError, match=rf"the {words}.* of question '0' are not those"):
+        evaluate(*loaded, [example], out_dir=tmp_path / "o", **HOW)
+
+
+@pytest.mark.parametrize(
+    ("ids", "size", "message"),
+    [("abab", 2, "2 examples have the id 'a'"), ("abb", 2, "id 'b'"), ("a", 0, "batch_size=0")],
+)
+def test_items_and_batches_that_make_no_sense_are_refused(tmp_path, ids, size, message):
+    items = [Example(name, "?", "x") for name in ids]
+    with pytest.raises(OptionError, match=message):
+        evaluate(None, None, items, out_dir=tmp_path / "o", batch_size=size)
+    assert not (tmp_path / "o").exists()
+
+
+def _other_weights(model, processor, patch):
+    weight = next(p for n, p in model.named_parameters() if n.endswith("1.mlp.down_proj.weight"))
+    patch.setattr(weight, "data", weight.data + 0.01)
+
+
+def _other_tower(model, processor, patch):
+    weight = next(p for n, p in model.named_parameters() if n.endswith("0.attn.proj.weight"))
+    patch.setattr(weight, "data", weight.data + 0.01)
+
+
+def _other_resolution(model, processor, patch):
+    images = processor.image_processor
+    patch.setattr(images, "size", {**dict(images.size), "longest_edge": 56 * 56})
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (lambda *_: 0.75, "ratio: 0.5 there, 0.75 now"),
+        (_other_weights, "differs in weights"),
+        (_other_tower, "differs in weights"),
+        (_other_resolution, "differs in pixels"),
+        (lambda m, p, patch: patch.setattr(Random, "revision", 2), "differs in method"),
+        (
+            lambda m, p, patch: patch.setattr(Random.__init__, "__defaults__", (3,)),
+            "differs in method",
+        ),
+    ],
+    ids=["ratio", "weights", "weights of the tower", "resolution", "rule", "default of an option"],
+)
+def test_answers_of_another_run_do_not_count(
+    loaded, examples, tmp_path, monkeypatch, changed, message
+):
+    """Another release may give the same options another meaning."""
+    evaluate(*loaded, examples[:1], "random", 0.5, tmp_path, **HOW)
+    ratio = changed(*loaded, monkeypatch) or 0.5
+    with pytest.raises(OptionError, match=message):
+        evaluate(*loaded, examples[:1], "random", ratio, tmp_path, **HOW)

@@ -7,13 +7,10 @@ import json
 import random
 
 import pytest
-from PIL import Image
 from support.console import run
 
-from tokencomp.errors import OptionError
-from tokencomp.evaluation import Example, Setting, tuning
+from tokencomp.evaluation import Setting, tuning
 from tokencomp.evaluation.tuning import Candidate, candidates, pareto
-from tokencomp.inputs.files import FileQuestions
 
 GRID = {"frames": [4, 8], "scales": [1.0, 0.5], "reducers": [("uniform", {})], "ratios": [0.5]}
 
@@ -43,25 +40,10 @@ def test_budgets_count_all_items_of_the_file(loaded, examples, order):
     assert [(c.setting.ratio, c.tokens) for c in found] == [(0.5625, 70.0), (0.75, 40.0)]
 
 
-def test_frames_are_no_choice_where_no_item_is_a_video(loaded, examples):
-    found = candidates(*loaded, examples[:2], **{**GRID, "scales": [1.0]}, tokens=1000)
-    assert [(c.frames, c.setting.ratio) for c in found] == [(4, 0.0), (4, 0.5)]
-    found = candidates(*loaded, examples[-2:], **{**GRID, "scales": [1.0]}, tokens=1000)
-    assert [c.frames for c in found] == [4, 4, 8, 8]
-
-
 def test_measured_tokens_are_within_the_budget():
     """64 × 1.005 = 64.32: what whole tokens add, and no more."""
     given = [Candidate(8, 1.0, Setting(), tokens) for tokens in (64.0, 64.32, 64.4, 160.0)]
     assert tuning.within(given, 64) == given[:2]
-
-
-def test_an_item_that_the_processor_refuses_costs_no_tokens(loaded, examples, tmp_path):
-    Image.new("RGB", (2500, 8)).save(tmp_path / "wide.png")
-    items = [Example("wide", "?", "x", (str(tmp_path / "wide.png"),)), *examples[:2]]
-    found = candidates(*loaded, items, **GRID, tokens=64)
-    assert found == candidates(*loaded, examples[:2], **GRID, tokens=64)
-    assert [c.items for c in tuning.search(*loaded, items, found[:1])] == [2]
 
 
 def test_pareto_front_by_brute_force():
@@ -96,14 +78,3 @@ def test_tune_stays_within_the_budget(folder, examples, tmp_path, capsys):
     assert stored["max_new_tokens"] == 5
     assert stored["candidates"] and all(c["tokens"] <= 64 for c in stored["candidates"])
     assert any(c["pareto"] for c in stored["candidates"])
-
-
-def test_examples_from_a_file(tmp_path):
-    file, media = tmp_path / "q.jsonl", tmp_path / "a.png"
-    media.touch()
-    file.write_text('{"question": "What?", "answer": 3, "media": "a.png"}\n')
-    (example,) = FileQuestions(file)
-    assert (example.prompt, example.answer, example.media) == ("What?", "3", (str(media),))
-    file.write_text('{"id": 1, "question": "What?", "answer": 3, "media": "a.png"}\n' * 2)
-    with pytest.raises(OptionError, match="line 2: id '1' is taken"):
-        FileQuestions(file)

@@ -83,21 +83,3 @@ def test_a_selector_of_features_is_trained_for_servers(
         logits = load_selector(tmp_path / "selector.safetensors")[0](entering[-1][None])[0]
     first = logits.sort(descending=True, stable=True).indices[:4]  # three patches are alike
     assert handle.stats.kept(0)[0][0] == first.sort().values.tolist()
-
-
-def test_mistakes_end_in_one_message_and_leave_nothing(
-    folder: str, data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "file").write_text("")
-    for args, message in (
-        (("adsc", "--schedule", "0.5,2"), "ratio"),
-        (("adsc", "--reducer", "adcs"), "adsc"),
-        (("adsc", "--learning-rate", "nan"), "learning_rate"),
-        (("selector", "--input", "none"), "features"),
-        (("ccam", "--data", "nothing.jsonl"), "questions.jsonl"),
-        (("selector", "--data", data, "--output", str(tmp_path / "file")), "is not a folder"),
-    ):
-        output = ("--output", str(tmp_path / "none"), "--model", folder, "--device", "cpu")
-        code, _, err = run(capsys, "train", args[0], *output, *args[1:])
-        assert code == 2 and "error:" in err and message in err
-        assert not (tmp_path / "none").exists()

@@ -1,4 +1,4 @@
-"""Weights of the selector: found, checked against the model, bound to the patch."""
+"""Weights of trained methods: found, checked against the model, bound to the patch; shipped."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ from support.trained import tiny as make_tiny
 from torch import nn
 
 import tokencomp
-from tokencomp import make_reducer, plan_from_json, plan_to_json
+from tokencomp import make_reducer, plan_from_json, plan_to_json, zoo
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import OptionError, WeightsError
+from tokencomp.inputs.loading import load_model
+from tokencomp.inputs.packaged import DEFAULT_MODEL
 from tokencomp.reducers.registry import options_of
 from tokencomp.serving.servable import serving_safe
 from tokencomp.trained.cards import (
@@ -103,10 +105,6 @@ def test_bad_cards_are_refused(trained: Path, tiny: Any, tmp_path: Path) -> None
         ({"fingerprint": [1.0]}, "damaged"),
         ({"channels": "abc"}, "does not hold a selector"),
         ({"kind": "ccam"}, "'ccam', not a 'selector'"),
-        ({"layer": 5}, "layer 5"),
-        ({"input": "smell"}, "reads 'smell'"),
-        ({"input": "projected visual features"}, "does not hold a selector"),
-        (b"\xff\xfe\x00", "cannot be read"),
         (b"[]", "cannot be read"),
     )
     for number, (change, message) in enumerate(cases):
@@ -163,3 +161,46 @@ def test_weights_out_of_reach_or_not_finite_have_no_fingerprint(tiny: Any) -> No
     assert model_card(broken(tiny[0]))["fingerprint"] is None
     model = FAMILIES["llava"].build().to("meta")
     assert model_card(model)["fingerprint"] is None
+
+
+MODELS = zoo.SAMPLES.parent / "models"
+KINDS = ("selector", "ccam")
+SIBLINGS = {"tiny-qwen3-5", "tiny-gemma3"}
+SHIPPED = sorted(
+    (path.parents[1].name, path.stem)
+    for kind in KINDS
+    for path in MODELS.glob(f"*/tokencomp/{kind}.safetensors")
+)
+every_file = pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        pytest.param(name, kind, marks=[] if name == DEFAULT_MODEL else [pytest.mark.long])
+        for name, kind in SHIPPED
+    ],
+)
+
+
+def test_every_packaged_model_but_the_siblings_has_them() -> None:
+    names = set(zoo.available_models()) - SIBLINGS
+    assert set(SHIPPED) == {(n, kind) for n in names for kind in KINDS}
+
+
+@every_file
+def test_found_without_a_path_and_runs(name: str, kind: str) -> None:
+    """On images and videos, with fewer tokens and finite logits."""
+    model, processor = load_model(name, device="cpu")
+    for media in ("image", "video"):
+        source = questions("shapesqa", media, 2, "test")
+        inputs, _ = load_batch([source[0], source[1]], processor, 8)
+        with tokencomp.patch(model, 0.5, reducer=kind) as handle, torch.no_grad():
+            logits = model(**inputs).logits[:, -1]
+        assert torch.isfinite(logits).all()
+        left = [seen[-1] for seen in handle.stats.tokens_after]
+        assert all(0 < a < b for a, b in zip(left, handle.stats.tokens_before, strict=True))
+
+
+def test_other_checkpoints_refuse_them(tmp_path: Path) -> None:
+    other, _ = make_tiny(tmp_path)
+    for name, kind in SHIPPED:
+        with pytest.raises(WeightsError, match="trained for"):
+            tokencomp.patch(other, 0.5, reducer=kind, weights=str(MODELS / name))

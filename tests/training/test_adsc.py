@@ -1,4 +1,4 @@
-"""Training of the ADSC adapter."""
+"""ADSC: the reducer without training against plain loops, and the training of its adapter."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.trained import tiny as make_tiny
-from support.trained import write_data
 
 import tokencomp
 from benchmarks.accuracy.studies.adsc import load_adapter
+from tokencomp import Tokens, make_reducer
 from tokencomp.errors import (
-    MediaError,
     OptionError,
     WeightsError,
 )
@@ -115,39 +114,6 @@ def test_a_killed_run_ends_with_the_same_adapter(
     assert whole.keys() == killed.keys() and all(torch.equal(whole[k], killed[k]) for k in whole)
 
 
-def test_a_run_on_other_lines_is_refused(tiny: Any, tmp_path: Path) -> None:
-    folder, config = write_data(tmp_path / "data", 40), replace(SMALL, steps=1, evaluate=0)
-    train_adsc(*copied(tiny), str(folder), tmp_path / "out", config)
-    lines = folder / "questions.jsonl"
-    lines.write_text(lines.read_text().replace("red", "blue"))
-    with pytest.raises(OptionError, match="differs in content"):
-        train_adsc(*copied(tiny), str(folder), tmp_path / "out", config)
-
-
-def test_a_run_that_fails_leaves_the_model_as_it_was(tiny: Any, tmp_path: Path) -> None:
-    """In its third step, adapter trained; the next run starts from the same model."""
-    from peft import LoraConfig
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    model, processor = copied(tiny)
-    model.peft_config = {"somebody's": LoraConfig()}
-    next(model.parameters()).requires_grad_(False)
-    folder = write_data(tmp_path / "data", 8)
-    inputs, _ = load_batch([questions(str(folder), "image", 1)[0]], processor, 8)
-    before = [(n, p.requires_grad) for n, p in model.named_parameters()]
-    fields, modes = set(vars(model)), [m.training for m in model.modules()]
-    expected = model(**inputs).logits
-    (folder / "6.png").write_bytes(b"no picture")
-    config = replace(SMALL, steps=40, learning_rate=0.1, save_every=99)
-    with pytest.raises(MediaError):
-        train_adsc(model, processor, str(folder), tmp_path / "out", config)
-    assert not any(isinstance(m, BaseTunerLayer) for m in model.modules())
-    assert [(n, p.requires_grad) for n, p in model.named_parameters()] == before
-    assert (set(vars(model)), [m.training for m in model.modules()]) == (fields, modes)
-    assert list(model.peft_config) == ["somebody's"]
-    assert torch.equal(model(**inputs).logits, expected)
-
-
 @pytest.mark.parametrize(
     "name",
     ["qwen2_vl", *(pytest.param(n, marks=pytest.mark.long) for n in ("llava_onevision", "vila"))],
@@ -181,3 +147,58 @@ def test_lora_starts_as_the_model_itself(tiny: Any) -> None:
     tuned = add_lora(model, SMALL)
     trainable = {n for n, p in tuned.named_parameters() if p.requires_grad}
     assert trainable and all("lora_" in n and "visual" not in n for n in trainable)
+
+
+def kept(grid: tuple[int, int, int], keep: int, index: list[int] | None = None) -> list[int]:
+    """Rows that are kept of the patches `index` of a video, by default of all."""
+    n = grid[0] * grid[1] * grid[2] if index is None else len(index)
+    tokens = Tokens(torch.zeros(n, 4), [grid], [keep], [n], ["video"])
+    tokens.index = None if index is None else torch.tensor(index)
+    return make_reducer("adsc").reduce(tokens).rows.tolist()
+
+
+def loop_windows(live: list[int], quota: int) -> list[int]:
+    kept = []
+    for i in range(quota):
+        window = live[i * len(live) // quota : (i + 1) * len(live) // quota]
+        kept.append(window[-1])
+    return kept
+
+
+def loop_quotas(keep: int, counts: list[int]) -> list[int]:
+    quotas, seen = [], 0
+    for count in counts:
+        before = keep * seen // sum(counts)
+        seen += count
+        quotas.append(keep * seen // sum(counts) - before)
+    return quotas
+
+
+@pytest.mark.parametrize("grid", [(1, 8, 8), (3, 3, 5), (7, 1, 1)])
+def test_windows_match_a_plain_loop(grid: tuple[int, int, int]) -> None:
+    t, h, w = grid
+    for keep in range(1, t * h * w):
+        quotas = loop_quotas(keep, [h * w] * t)
+        expected: list[int] = []
+        for frame, quota in enumerate(quotas):
+            live = list(range(frame * h * w, (frame + 1) * h * w))
+            expected += loop_windows(live, quota)
+        assert kept(grid, keep) == expected
+
+
+def test_later_stages_count_live_tokens() -> None:
+    live = [0, 2, 3, 4, 6, 8, 10, 12, 13]  # some patches of both frames are gone
+    frames = [[i for i in live if i < 8], [i for i in live if i >= 8]]
+    for keep in range(1, 9):
+        quotas = loop_quotas(keep, [len(f) for f in frames])
+        parts = [loop_windows(own, quota) for own, quota in zip(frames, quotas, strict=True)]
+        assert [live[i] for i in kept((2, 2, 4), keep, live)] == [*parts[0], *parts[1]]
+
+
+def test_natural_plan_is_the_published_mean() -> None:
+    """Windows of two after layers 4, 11 and 16 of 32: about 192 of 576 tokens per layer."""
+    natural = (4 + 7 / 2 + 5 / 4 + 16 / 8) / 32
+    plan = make_reducer("adsc").plan(1 - natural, 32)
+    assert [s.layer for s in plan.stages] == [4, 11, 16]
+    assert [s.fraction for s in plan.stages] == pytest.approx([1 / 2, 1 / 4, 1 / 8], abs=1e-6)
+    assert natural * 576 == pytest.approx(192, abs=2)
