@@ -19,6 +19,7 @@ from tokencomp.errors import (
     SpanError,
 )
 from tokencomp.method import MethodSpec
+from tokencomp.plan.counts import Place
 from tokencomp.tokens.spans import VisualSpan
 
 UNIFORM = make_reducer("uniform")
@@ -65,6 +66,17 @@ def test_the_ratio_of_the_decoder_stays(reducer: str, ratio: float) -> None:
         assert profile == sorted(profile, reverse=True)
 
 
+@pytest.mark.parametrize("reducer", ["condiv", "fastv", "pyramiddrop", "aim", "bipartite+prune"])
+def test_the_budget_of_the_decoder_stays(reducer: str) -> None:
+    """On average over its layers an item has 512 tokens, of at most 819 that leave the tower."""
+    plan = MethodSpec(reducer, budget=512, tower_ratio="auto").stages(28, 1)
+    for size in (300, 600, 1000, 4000):
+        profile = plan.fractions(28, "image", Place(size, (size,), 0))
+        assert sum(profile) / 28 == pytest.approx(min(1, 512 / size))
+        assert max(profile) <= min(1, 819 / size) + 1e-9
+        assert profile == pytest.approx(sorted(profile, reverse=True))
+
+
 def test_auto_keeps_more_than_the_decoder_will_see() -> None:
     for ratio, expected in ((0.75, 0.6), (0.9, 0.84), (0.5, 0.2), (0.3, 0.0)):
         assert MethodSpec(ratio=ratio, tower_ratio="auto").dropped_cells == pytest.approx(expected)
@@ -76,6 +88,13 @@ def test_json() -> None:
     plan = plan_from_json(data)
     assert plan.tower == TowerStage(0, 0.4, make_reducer("kcenter", pool=2))
     assert plan.stages == (Stage(0, 0.25, make_reducer("bipartite")),)
+    assert plan_from_json(plan_to_json(plan)) == plan
+    plan = MethodSpec("kcenter", budget=512, tower_ratio="auto").stages(28, 1)
+    sizes = [
+        {k: v for k, v in s.items() if k in ("tower", "layer", "budget")}
+        for s in plan_to_json(plan)
+    ]
+    assert sizes == [{"tower": 0, "budget": 819}, {"layer": 0, "budget": 512}]
     assert plan_from_json(plan_to_json(plan)) == plan
     with pytest.raises(PlanError, match="stage 1"):  # the tower comes first
         plan_from_json(data[::-1])
@@ -92,7 +111,11 @@ def test_json() -> None:
         (dict(ratio=0.5, tower_ratio=0.2, tower_reducer="condiv"), PlanError, "question"),
         (dict(ratio=0.5, tower_ratio=0.2, tower_reducer="fastv"), PlanError, "plans the steps"),
         (dict(ratio=0.5, tower_ratio=0.2, tower_reducer="kcentr"), LookupError, "kcenter"),
-        (dict(ratio=0.5, tower_ratio=0.2, reducer="evs"), PlanError, "the tower stage leaves 0.8"),
+        (
+            dict(ratio=0.5, tower_ratio=0.2, reducer="evs"),
+            PlanError,
+            "the tower stage drops tokens",
+        ),
         (dict(ratio=0.5, tower_ratio=0.2, reducer="vidcom2"), PlanError, "whole grid"),
         (dict(plan=[], tower_ratio=0.2), OptionError, "tower_ratio=0.2"),
         (

@@ -116,7 +116,13 @@ class MethodSpec(StageOptions):
 
     def _check_tower(self) -> None:
         """Refuse what the tower stage cannot do, whichever model the spec is for."""
-        dropped = self.dropped_cells
+        dropped, budget = self.dropped_cells, self.built_budget
+        if budget and self.tower_ratio and (self.tower_ratio != "auto" or budget.whole_prompt):
+            raise OptionError(
+                f"tower_ratio={self.tower_ratio!r} together with {budget}: what the tower keeps of "
+                "an item must follow from that item and the budget alone. Use "
+                "tower_ratio='auto' with a budget for every item, such as budget=512, or a ratio."
+            )
         unused = {} if self.tower_ratio else {"tower_reducer": "with tower_ratio=0"}
         if self.off:
             unused["tower_ratio"] = "at ratio=0"
@@ -126,17 +132,27 @@ class MethodSpec(StageOptions):
                 f"ratio={self.ratio:g} asks for {1 - self.ratio:.3g} of them in the decoder. Lower "
                 f"tower_ratio to {self.ratio:g} or less, or raise ratio."
             )
-        if self.tower_reducer != "auto" or dropped:
+        if self.tower_reducer != "auto" or self.tower_ratio:
             TowerStage(0, 1.0 - dropped, self.built_tower_reducer)
         waiting = {name: why for name, why in unused.items() if name not in self.carried}
         check_effect("method spec", self, waiting)
 
     @property
     def dropped_cells(self) -> float:
-        """The tower ratio as a number, "auto" resolved."""
+        """The tower ratio as a number, "auto" resolved; 0 with a budget."""
         if self.tower_ratio == "auto":
             return max(0.0, 1.0 - TOWER_SLACK * (1.0 - self.ratio))
         return self.tower_ratio
+
+    @property
+    def tower_stage(self) -> TowerStage | None:
+        """The stage in the vision tower; None without one."""
+        dropped, budget = self.dropped_cells, None
+        if self.tower_ratio == "auto" and self.built_budget is not None:
+            budget = Budget(int(TOWER_SLACK * self.built_budget.tokens + 0.5))
+        if not dropped and budget is None:
+            return None
+        return TowerStage(0, 1.0 - dropped, self.built_tower_reducer, budget=budget)
 
     @cached_property
     def built_tower_reducer(self) -> Reducer:
@@ -232,12 +248,10 @@ class MethodSpec(StageOptions):
         if self.ratios:
             return by_modality(self.ratios, reducer, num_layers, first)
         if self.built_budget is not None:
-            return by_item(self.built_budget, reducer, num_layers, first)
+            return by_item(self.built_budget, reducer, num_layers, first, self.tower_stage)
         plan = not_before(reducer.plan(self.ratio, num_layers), first, num_layers)
-        if not self.dropped_cells:
-            return plan
-        tower = TowerStage(0, 1.0 - self.dropped_cells, self.built_tower_reducer)
-        return after_tower(plan, tower, num_layers)
+        tower = self.tower_stage
+        return plan if tower is None else after_tower(plan, tower, num_layers)
 
     def changed(self, options: dict[str, Any], **arguments: Any) -> MethodSpec:
         """The spec after `Handle.set` with these arguments; None and {} change nothing."""
@@ -268,10 +282,10 @@ class MethodSpec(StageOptions):
             return {"ratio": 0.0}
         options = options_of(self.built_reducer)
         plain = {"reducer": self.built_reducer.name, **self.requested, "options": options}
-        if self.dropped_cells:
-            tower = self.built_tower_reducer
-            own = {"ratio": self.dropped_cells, "reducer": tower.name, "options": options_of(tower)}
-            plain["tower"] = own
+        if tower := self.tower_stage:
+            size = {"budget": b.tokens} if (b := tower.budget) else {"ratio": self.dropped_cells}
+            chosen = {"reducer": tower.reducer.name, "options": options_of(tower.reducer)}
+            plain["tower"] = {**size, **chosen}
         return {**plain, **self.stage_options}
 
     def __hash__(self) -> int:

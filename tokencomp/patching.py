@@ -83,7 +83,8 @@ def patch(
         Fraction of the vision tower's work to remove, in [0, `ratio`]: the patches of this share of
         the visual tokens leave before the first block of the tower, and the decoder never gets
         those tokens. 0 = off, as if there were no such stage. "auto": 1.6 times the tokens that the
-        decoder will see leave the tower (0.6 at `ratio=0.75`).
+        decoder will see leave the tower (0.6 at `ratio=0.75`). With a budget for every item, which
+        the Qwen families take, it is "auto": at most 1.6 times the budget leave the tower of each.
     tower_reducer
         Chooses what the tower sees, from the pixels alone: a name, a `Reducer`, or "auto".
     strict
@@ -130,14 +131,16 @@ def patch(
     RatioError, UnknownNameError, OptionError
         A bad ratio, budget, reducer name, reducer option or `positions`; two of ratio, budget and
         plan; a plan together with a reducer, options or `merge`; a budget together with a tower
-        ratio; merge=True for a reducer that merges by itself.
+        ratio other than "auto", or one of a whole prompt with any; merge=True for a reducer that
+        merges by itself.
     PlanError
         A plan that cannot be read, or not be executed on this model; a tower ratio above the ratio;
         a reducer that cannot act in the tower.
     UnverifiedModelError
         The model's type has never passed conformance, and `verify` is False or fails.
     UnsupportedModelError
-        No adapter serves the model, its vision tower has no known cells (`tower_ratio`), or
+        No adapter serves the model, its vision tower has no known cells (`tower_ratio`) or takes
+        pictures of one size (`tower_ratio` with a budget), or
         nothing can add weights to its attention (`merge=True`).
     AlreadyCompressedError
         The model carries another method's changes, or it is the body of a patched model, or the

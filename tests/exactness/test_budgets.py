@@ -177,14 +177,16 @@ def test_one_amount_at_a_time() -> None:
         {"ratio": 0.0, "budget": 8},
         {"plan": plan, "budget": 8},
         {"budget": 8, "tower_ratio": 0.5},
-        {"budget": 8, "tower_ratio": "auto"},
+        {"budget": {"prompt": 8}, "tower_ratio": "auto"},
     ):
         with pytest.raises(OptionError):
             tokencomp.patch(model, **wrong)
     with tokencomp.patch(model, 0.5, tower_ratio=0.25) as handle, pytest.raises(OptionError):
         handle.set(budget=8)
-    with pytest.raises(PlanError, match="do not grow"):
-        plan_from_json([{"layer": i, "budget": 4 + i, "reducer": "uniform"} for i in (0, 2)])
+    for first in ({"layer": 0}, {"tower": 0}):
+        stages = [{**first, "budget": 4}, {"layer": 2, "budget": 6}]
+        with pytest.raises(PlanError, match="do not grow"):
+            plan_from_json([{**stage, "reducer": "uniform"} for stage in stages])
 
 
 def test_set_changes_the_amount() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 import tokencomp
 from tokencomp import Plan, Stage, TowerStage, make_reducer
+from tokencomp.errors import UnsupportedModelError
 
 # The mixture of experts of Qwen3-VL takes no float64; its tower is that of Qwen3-VL.
 FAMILY_NAMES = sorted(set(FAMILIES) - {"qwen3_vl_moe"})
@@ -49,27 +51,85 @@ def tower_rows(model: nn.Module, inputs: dict[str, Tensor], plan: Plan, **call: 
 
 
 def test_drop_equals_mask(family: Family) -> None:
-    compare(family, "sdpa", 0)
+    compare(family, "sdpa", staged(0))
+
+
+PACKED = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+
+
+@pytest.mark.filterwarnings("error::tokencomp.errors.RatioWarning")
+@pytest.mark.parametrize(("budget", "reducer"), [(8, "random"), (4, "pyramiddrop")])
+@pytest.mark.parametrize("name", PACKED)
+def test_drop_equals_mask_under_a_budget(name: str, budget: int, reducer: str) -> None:
+    """Items of 8 and 16 tokens keep as many cells, and then tokens, as the budget allows."""
+    stats = compare(FAMILIES[name], "sdpa", budgeted(FAMILIES[name], budget, reducer))
+    cells = {8: 13, 4: 6}[budget]
+    sizes = [math.prod(span.grid) for row in stats.spans for span in row]
+    texts = [len(span.text) for row in stats.spans for span in row]
+    left = [len(kept) for b in range(2) for kept in stats.tower_kept(b)]
+    assert left == [min(size, cells) + n for size, n in zip(sizes, texts, strict=True)]
+    if reducer == "random":
+        counts = [count for row in stats.counts for (count,) in row]
+        assert counts == [min(size, budget) for size in sizes]
+    asked = 1 - sum(min(size, budget) for size in sizes) / sum(sizes)
+    assert stats.requested_ratio == pytest.approx(asked)
+    assert asked <= stats.ratio + 1e-9 < asked + len(sizes) / sum(sizes)
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_what_an_item_keeps_under_a_budget_follows_from_it_alone(name: str) -> None:
+    """Alone, after another image, and in a ragged batch with a video."""
+    family = FAMILIES[name]
+    model, image = family.build(), [family.image(0), text(4, 2)]
+    batches = [
+        [[text(3), *image]],
+        [[text(3), family.image(1), *image]],
+        [[family.video(4), text(2)], [text(3), *image]],
+    ]
+    with tokencomp.patch(model, plan=budgeted(family, 5, "kcenter")) as handle, torch.no_grad():
+        found = []
+        for batch in batches:
+            model(**family.batch(batch))
+            last = len(batch) - 1
+            found.append((handle.stats.tower_kept(last)[-1], handle.stats.kept(last)[0][-1]))
+    assert found[0] == found[1] == found[2] and [*map(len, found[0])] == [8, 5]
+
+
+@pytest.mark.parametrize("name", sorted(set(FAMILIES) - {*PACKED, "qwen3_vl_moe"}))
+def test_towers_of_pictures_of_one_size_refuse_budgets(name: str) -> None:
+    model = FAMILIES[name].build()
+    with pytest.raises(UnsupportedModelError, match="with a budget"):
+        tokencomp.patch(model, budget=5, tower_ratio="auto")
+
+
+def budgeted(family: Family, budget: int, reducer: str) -> Plan:
+    """The plan of a budget with tower_ratio="auto"."""
+    setting = dict(budget=budget, reducer=reducer, tower_ratio="auto", tower_reducer="random")
+    with tokencomp.patch(family.build(), **setting) as handle:
+        return handle.plan
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("block", [0, 1])
 def test_drop_equals_mask_everywhere(family: Family, backend: str, block: int) -> None:
-    compare(family, backend, block)
+    compare(family, backend, staged(block))
 
 
-def compare(family: Family, backend: str, block: int) -> None:
-    """Prefill and every decode step, behind stages of the decoder; the tower's weights are loud."""
+def compare(family: Family, backend: str, plan: Plan) -> Any:
+    """Prefill and every decode step, behind stages of the decoder; the tower's weights are loud.
+
+    Returns the statistics of the prompt.
+    """
     family = tower.deep(family)
-    model, plan = tower.build(family, backend), staged(block)
+    model, block = tower.build(family, backend), plan.tower.block
     inputs = prompts(family, model)
     seen = tower_rows(model, inputs, plan)
     assert all(not mask.all() for mask in seen)
     with tokencomp.patch(model, plan=plan) as handle:
         out = oracle.generate(model, inputs, 4)
         masks = oracle.kept_columns(handle, inputs, family.layers)
-        reached = handle.stats.tower_ratio
-    assert reached == pytest.approx(1 - _left(model, seen, block), abs=0.05)
+        stats = handle.stats
+    assert stats.tower_ratio == pytest.approx(1 - _left(model, seen, block), abs=0.05)
     length = inputs["input_ids"].shape[1]
     new = out.sequences[:, length:][:, :-1]
     with tower.tower_masks(model, seen, block):
@@ -79,6 +139,7 @@ def compare(family: Family, backend: str, block: int) -> None:
         column = length - 1 + step
         assert (logits - expected[:, column]).abs().max() < TOLERANCE[backend], f"step {step}"
         assert (expected[:2, column] - unmasked[:2, column]).abs().amax(-1).min() > 1e-3
+    return stats
 
 
 def _left(model: Any, seen: list[Tensor], block: int) -> float:
@@ -155,12 +216,15 @@ def test_embeddings_of_qwen35() -> None:
         assert (unmasked[b, columns] - expected[b, columns]).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("name", ["dense", pytest.param("moe", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "name", ["dense", "dense budget", pytest.param("moe", marks=pytest.mark.long)]
+)
 def test_prefill_and_decode_of_qwen35(name: str) -> None:
     """Through `generate`; dropped tokens are hidden in full layers and absent in linear ones."""
-    family = tower.deep(Qwen35() if name == "dense" else Qwen35Moe())
+    family = tower.deep(Qwen35Moe() if name == "moe" else Qwen35())
     model = tower.build(family, "eager")
-    plan, inputs = whole(family), qwen35(family, model)
+    plan = budgeted(family, 5, "kcenter") if "budget" in name else whole(family)
+    inputs = qwen35(family, model)
     seen = tower_rows(model, inputs, plan)
     with tokencomp.patch(model, plan=plan) as handle:
         out = oracle.generate(model, inputs, 4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -125,18 +126,25 @@ def test_plans_travel_unchanged() -> None:
         reduce_item(plan, torch.zeros(plan.full + 1, 4))
 
 
-@pytest.mark.parametrize("name", ["uniform", "divprune", "bipartite"])
-def test_behind_a_tower_stage_the_entry_sees_what_the_tower_left(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "amount"),
+    [
+        ("uniform", {"ratio": 0.75, "tower_ratio": 0.5}),
+        ("divprune", {"budget": 15, "tower_ratio": "auto"}),
+        ("bipartite", {"ratio": 0.75, "tower_ratio": 0.5}),
+    ],
+)
+def test_behind_a_tower_stage_the_entry_sees_what_the_tower_left(name: str, amount: Any) -> None:
     """Rows that the tower dropped are NaN; counts and rows are those of the stages' reducers."""
-    grid = (2, 5, 6)
-    spec = MethodSpec(name, 0.75, tower_ratio=0.5, tower_reducer="random")
+    grid, cells = (2, 5, 6), 24 if "budget" in amount else 30
+    spec = MethodSpec(name, **amount, tower_reducer="random")
     plan = ItemPlan.make([item_span("video", grid)], spec, 6)
     assert ItemPlan.from_tensor(plan.to_tensor()) == plan
-    assert (plan.entering, plan.kept) == (30, 15)
-    present = torch.randperm(60, generator=torch.Generator().manual_seed(2))[:30].sort().values
+    assert (plan.entering, plan.kept) == (cells, 15)
+    present = torch.randperm(60, generator=torch.Generator().manual_seed(2))[:cells].sort().values
     x = torch.full((60, 8), torch.nan)
-    x[present] = torch.randn(30, 8)
-    done = make_reducer(name).reduce(Tokens(x[present], [grid], [15], [30], ["video"], present))
+    x[present] = torch.randn(cells, 8)
+    done = make_reducer(name).reduce(Tokens(x[present], [grid], [15], [cells], ["video"], present))
     rows, index = reduce_rows(plan, x, 8, lambda *_: pytest.fail("rows are finite"), present)
     assert torch.equal(index, present[done.rows])
     assert torch.equal(rows, x[index] if done.features is None else done.features)

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 from support.serving.cases import SERVABLE
 
+from tokencomp import TowerStage
 from tokencomp.errors import OptionError, PlanError, RatioError
 from tokencomp.method import MethodSpec
+from tokencomp.plan.counts import Budget
 from tokencomp.reducers.registry import available_reducers, make_reducer
 from tokencomp.serving.servable import serving_safe
 from tokencomp.serving.spec import ServerOptions
@@ -48,7 +50,9 @@ TAKEN: list[tuple[tuple[str, ...], Any, Any, dict[str, Any]]] = [
     (("hf", "vllm"), TOWER, {"tower_ratio": 0.0}, {"dropped_cells": 0}),
     (("hf", "vllm"), TOWER, {"tower_ratio": "auto"}, {"dropped_cells": pytest.approx(0.6)}),
     (("hf", "vllm"), TOWER, {"tower_reducer": "random"}, {"tower": "random"}),
-    (("hf",), TOWER, {"budget": 8}, {"dropped_cells": 0}),
+    (("hf",), TOWER, {"budget": 8}, {"tower_stage": None}),
+    (("hf", "vllm"), {**TOWER, "tower_ratio": "auto"}, {"budget": 8, "reducer": "uniform"},
+     {"tower_stage": TowerStage(0, 1.0, make_reducer("kcenter"), budget=Budget(13))}),
     (("hf",), TOWER, {"tower_reducer": "adsc"}, {"tower": "adsc"}),
     (("hf",), TOWER, {"ratio": {"video": 0.5}, "tower_ratio": 0}, {"ratios": {"video": 0.5}}),
     (("hf",), HALF, {"merge": True}, {"merge": True}),

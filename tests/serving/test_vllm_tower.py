@@ -22,6 +22,7 @@ def jobs_of(model: str) -> list[dict[str, Any]]:
     jobs.append(job(model, EVERY, 0.75, tower_ratio=0.5, reducer="divprune"))
     jobs.append(job(model, EVERY, 0.75, tower_ratio=0.75, reducer="divprune"))
     jobs.append(job(model, EVERY, 0.9, tower_ratio="auto", reducer="bipartite"))
+    jobs.append(job(model, EVERY, 0.9, budget=20, tower_ratio="auto", reducer="divprune"))
     for name in ("random", "uniform", "runlength"):
         tower = {"tower_ratio": 0.4, "tower_reducer": name}
         jobs.append(job(model, [cases.VIDEO, cases.IMAGE], 0.5, reducer="divprune", **tower))

@@ -456,10 +456,9 @@ def _check_survivors(present: Tensor, kept: KeptSpan, plan: Plan, sample: int) -
     count, expected = int(present.sum()), plan.entering(kept.span) + len(kept.span.text)
     if count == expected:
         return
-    fraction = plan.tower.fraction if plan.tower else 1.0
     raise SpanError(
         f"the {kept.span.modality} at {kept.span.start} of sample {sample} has {count} of its "
-        f"{len(present)} tokens, but the tower stage, which keeps {fraction:g}, leaves {expected}. "
+        f"{len(present)} tokens, but the tower stage leaves {expected}. "
         "Features that were computed elsewhere, without the patch or under another tower_ratio, "
         "cannot be used: pass pixels, or use tower_ratio=0."
     )

@@ -390,7 +390,7 @@ class RatioCheck:
         stages = [
             (s.layer, s.fraction, s.by_modality, s.budget, s.reducer.name) for s in plan.stages
         ]
-        name = f"{stages}{plan.tower and plan.tower.fraction}"
+        name = f"{stages}{plan.tower and (plan.tower.fraction, plan.tower.budget)}"
         if name in self._warned or (itself and all(itself)):
             return
         self._warned.add(name)
@@ -411,7 +411,7 @@ def _ratios(stats: Stats, plan: Plan) -> tuple[float, float, int]:
     for spans, counts, places in zip(stats.spans, stats.counts, stats._places, strict=True):
         for span, kept, place in zip(spans, counts, places, strict=True):
             entering = plan.entering(span)
-            fraction = plan.tower.fraction if plan.tower else 1.0
+            fraction = plan.tower.fraction_of(place) if plan.tower else 1.0
             before += span.visual
             planned += span.visual * fraction * layers[0]
             seen += entering * layers[0]

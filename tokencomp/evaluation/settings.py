@@ -122,7 +122,7 @@ class Setting(MethodSpec):
     @property
     def _written_tower(self) -> dict[str, Any]:
         """The stage in the vision tower as options; empty without one."""
-        if not self.active or self.plan is not None or not self.dropped_cells:
+        if not self.active or self.plan is not None or self.tower_stage is None:
             return {}
         written = {"tower_ratio": self.tower_ratio}
         name = getattr(self.tower_reducer, "name", self.tower_reducer)
@@ -140,7 +140,7 @@ class Setting(MethodSpec):
         number = revision(reducer)
         again = f", revision {number}" if number > 1 else ""
         subsets = ", a subset per question" if self.reducer == RANDOM else ""
-        tower = f", behind {self.built_tower_reducer!r}" if self.dropped_cells else ""
+        tower = f", behind {self.built_tower_reducer!r}" if self.tower_stage else ""
         stage = "".join(f", {word}" for word in in_words(self.stage_options))
         return f"{reducer!r}{again}{subsets}{stage}{tower}"
 

@@ -162,7 +162,7 @@ EXCLUSIVE: tuple[tuple[set[str], set[str], str], ...] = (
         {"reducer", "options", *OPTIONS, "tower_ratio", "tower_reducer"},
         "a plan names its reducers, with their options, in its stages",
     ),
-    ({"tower_ratio"}, {"ratios", "budget"}, "the tower keeps the same fraction of every item"),
+    ({"tower_ratio"}, {"ratios"}, "the tower keeps the same fraction of every modality"),
 )
 
 

@@ -65,7 +65,8 @@ class Plan:
                 f"merge=True beside {mergers[0]!r}, which merges tokens by itself: its tokens "
                 "have no weights. Merge in one of the two ways."
             )
-        budgets = [s.budget.tokens for s in self.stages if s.budget]
+        first = self.tower.budget if self.tower else None
+        budgets = [b.tokens for b in (first, *(s.budget for s in self.stages)) if b]
         fixed = all(s.share is None for s in self.stages)
         if fixed and budgets != sorted(budgets, reverse=True):
             raise PlanError(f"stage budgets {budgets}: expected numbers that do not grow.")
@@ -87,13 +88,14 @@ class Plan:
         for (name, fraction), stage in zip(before, later, strict=False):
             # What a budget leaves depends on the item, so it may be less than all.
             cut = fraction < 1 or any(s.budget for s in self.stages if s.layer < stage.layer)
+            cut = cut or bool(self.tower and self.tower.budget)
             if stage.reducer.traits.grid == "whole" and cut:
                 fix = "Make it the first stage"
                 if self.tower:
                     fix = "Use tower_ratio=0, or a reducer that needs no whole grid, as condiv"
                 raise PlanError(
                     f"stage at layer {stage.layer}: reducer {stage.reducer.name!r} compares places "
-                    f"of a whole grid, but {name} leaves {fraction:g} of it. {fix}."
+                    f"of a whole grid, and {name} drops tokens of it. {fix}."
                 )
 
     @cached_property
@@ -138,7 +140,7 @@ class Plan:
         None: of modalities to which the stages give no fraction of their own. `place` says which
         item of a prompt it is, for plans that treat every item by itself.
         """
-        current = self.tower.fraction if self.tower else 1.0
+        current = self.tower.fraction_of(place) if self.tower else 1.0
         seen, stages = [], {s.layer: s.fraction_of(modality, place) for s in self.stages}
         for layer in range(num_layers):
             current = stages.get(layer, current)

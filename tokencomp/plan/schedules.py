@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Protocol
 
 from tokencomp.errors import OptionError, PlanError
@@ -238,7 +239,9 @@ class Planner(Protocol):
     def plan(self, ratio: float, num_layers: int) -> Plan: ...
 
 
-def by_item(budget: Budget, method: Planner, num_layers: int, first: int) -> Plan:
+def by_item(
+    budget: Budget, method: Planner, num_layers: int, first: int, tower: TowerStage | None = None
+) -> Plan:
     """The plan that gives every item the schedule of its own ratio.
 
     Hooks are installed before it is known how large an item is, so the plan has a stage before
@@ -249,18 +252,24 @@ def by_item(budget: Budget, method: Planner, num_layers: int, first: int) -> Pla
     ----------
     first
         Earliest layer before which the model allows a stage between layers.
+    tower
+        Stage in the vision tower, with a budget of at least as many tokens.
     """
 
     def plan_of(left: float) -> Plan:
         """The plan under which all layers see the fraction `left` on average."""
-        return not_before(method.plan(1.0 - left, num_layers), first, num_layers)
+        plan = not_before(method.plan(1.0 - left, num_layers), first, num_layers)
+        if tower is None or tower.budget is None:
+            return plan
+        seen = min(1.0, left * tower.budget.tokens / budget.tokens)
+        return after_tower(plan, replace(tower, fraction=seen, budget=None), num_layers)
 
     reducers: dict[int, AnyReducer] = {}
     for ratio in PROBES:
         reducers |= {s.layer: s.reducer for s in plan_of(1.0 - ratio).stages}
     layers = sorted(reducers)
     if layers == [0]:
-        return Plan((Stage(0, 1.0, reducers[0], budget=budget),))
+        return Plan((Stage(0, 1.0, reducers[0], budget=budget),), tower)
     seen = functools.lru_cache(MOST_SOLVED)(lambda left: plan_of(left).fractions(num_layers))
 
     def share(start: int, stop: int) -> Callable[[float], float]:
@@ -272,7 +281,8 @@ def by_item(budget: Budget, method: Planner, num_layers: int, first: int) -> Pla
         tuple(
             Stage(a, 1.0, reducers[a], budget=budget, share=share(a, b))
             for a, b in zip(layers, ends, strict=True)
-        )
+        ),
+        tower,
     )
 
 

@@ -141,6 +141,8 @@ class TowerStage:
         Number of the first block that sees fewer patches; 0: no block sees all patches.
     fraction
         Of the cells of every image or video, in (0, 1].
+    budget
+        In place of `fraction`: at most so many cells of every image or video.
     reducer
         Chooses the cells: by pixels at block 0, by hidden states at later blocks.
     frames_apart
@@ -152,7 +154,7 @@ class TowerStage:
     PlanError
         A block or fraction of another type or range, or a reducer that cannot act in the tower:
         one that needs the question or other signals, merges, chooses its own number of tokens, or
-        only plans the steps of others.
+        only plans the steps of others; a budget of a whole prompt.
     OptionError
         An option of the reducer that has no effect there.
     """
@@ -161,6 +163,7 @@ class TowerStage:
     fraction: float
     reducer: AnyReducer
     frames_apart: bool = False
+    budget: Budget | None = None
 
     def __post_init__(self) -> None:
         if not fits(self.block, int) or self.block < 0:
@@ -169,6 +172,11 @@ class TowerStage:
             raise PlanError(
                 f"tower stage: fraction={self.fraction!r}; expected a number in (0, 1], the "
                 "fraction of the cells that the tower keeps."
+            )
+        if self.budget is not None and self.budget.whole_prompt:
+            raise PlanError(
+                f"tower stage: {self.budget}; the tower encodes an item before the prompt is known "
+                "to it. Use a budget for every item."
             )
         if not is_reducer(self.reducer):
             raise PlanError(
@@ -185,6 +193,10 @@ class TowerStage:
             self.reducer.name, self.reducer, unused_options(self.reducer, pixels=self.block == 0)
         )
 
+    def fraction_of(self, place: Place | None = None) -> float:
+        """The fraction of the cells of an item; with a budget and without `place`: `fraction`."""
+        return self.fraction if self.budget is None or place is None else self.budget.left(place)
+
     def cells(self, grids: list[Grid]) -> list[int]:
         """Cells that stay of parts that share one budget, in proportion to their size.
 
@@ -194,7 +206,8 @@ class TowerStage:
             (t, h, w) of every part: one for a whole image or video.
         """
         sizes = [math.prod(grid) for grid in grids]
-        return split_evenly(keep_count(sum(sizes), self.fraction), sizes)
+        fraction = self.fraction_of(Place(sum(sizes), tuple(sizes), 0))
+        return split_evenly(keep_count(sum(sizes), fraction), sizes)
 
     def most(self, cells: int) -> int:
         """At most this many of a part of `cells` cells stay, whichever parts share its budget."""

@@ -57,10 +57,10 @@ def plan_to_json(plan: Plan) -> list[dict[str, Any]]:
 
 def _size(stage: Stage | TowerStage) -> dict[str, Any]:
     """The fraction or the budget of a stage."""
-    budget = stage.budget if isinstance(stage, Stage) else None
+    budget = stage.budget
     if budget is None:
         return {"fraction": float(stage.fraction)}
-    if isinstance(stage, Stage) and not budget.whole_prompt and stage.share is None:
+    if not budget.whole_prompt and getattr(stage, "share", None) is None:
         return {"budget": budget.tokens}
     raise PlanError(
         f"a stage with {budget} depends on all items of a prompt, or on a schedule solved for each "
@@ -88,17 +88,17 @@ def plan_from_json(data: list[dict[str, Any]]) -> Plan:
                 f"stage {i} of the plan is {item!r}; expected an object with layer (an integer), "
                 "fraction (a number), reducer (a name) and, if needed, options (an object), "
                 f"by_modality (fractions of modalities that differ) and {_options_in_words()}, "
-                'e.g. {"layer": 0, "fraction": 0.5, "reducer": "bipartite"}. A stage at a layer '
-                "may have budget (visual tokens left of every item) instead of fraction. The first "
-                "may have tower (a block of the vision tower) instead of layer."
+                'e.g. {"layer": 0, "fraction": 0.5, "reducer": "bipartite"}. A stage may '
+                "have budget (visual tokens left of every item) instead of fraction. The first may "
+                "have tower (a block of the vision tower) instead of layer."
             )
         reducer = make_reducer(item["reducer"], **item.get("options", {}))
+        budget = Budget.of(item["budget"]) if "budget" in item else None
+        fraction = float(item.get("fraction", 1.0))
         if "tower" in item:
-            tower = TowerStage(item["tower"], float(item["fraction"]), reducer)
+            tower = TowerStage(item["tower"], fraction, reducer, budget=budget)
         else:
             fractions = tuple(item.get("by_modality", {}).items())
-            budget = Budget.of(item["budget"]) if "budget" in item else None
-            fraction = float(item.get("fraction", 1.0))
             options, _ = split(item)
             stages.append(Stage(item["layer"], fraction, reducer, fractions, budget, **options))
     return Plan(tuple(stages), tower)
@@ -113,7 +113,7 @@ def _is_stage(item: Any, place: str) -> bool:
     """Whether `item` describes a stage before a "layer", or before a block of the "tower"."""
     if not isinstance(item, dict):
         return False
-    budget = place == "layer" and "budget" in item  # `Budget` says what is wrong with its value
+    budget = "budget" in item  # `Budget` says what is wrong with its value
     size = {"budget": object} if budget else {"fraction": float}
     hints: dict[str, Any] = {place: int, **size, "reducer": str}
     further = {"options"} if place == "tower" else {"options", *OPTIONS}

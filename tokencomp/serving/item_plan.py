@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tokencomp import __version__
 from tokencomp.method import MethodSpec
-from tokencomp.plan.counts import places
+from tokencomp.plan.counts import Budget, places
 from tokencomp.plan.stages import TowerStage
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import make_reducer, options_of
@@ -82,8 +82,8 @@ class ItemPlan:
     reducer, options
         Registry name and options of the reducer.
     tower
-        Fraction of the cells that the vision tower sees, and name and options of the reducer that
-        chooses them; None: it sees all.
+        Fraction of the cells that the vision tower sees, the budget in place of it or None, and
+        name and options of the reducer that chooses them; None: it sees all.
     weights
         Hash of the reducer's trained weights, after whose change a worker reads them again; "" if
         it has none.
@@ -96,7 +96,7 @@ class ItemPlan:
     reducer: str
     options: str = "{}"
     extent: int = 0
-    tower: tuple[float, str, str] | None = None
+    tower: tuple[float, int | None, str, str] | None = None
     weights: str = ""
     merge: bool = False
 
@@ -129,7 +129,8 @@ class ItemPlan:
         bound, tower = spec.built_reducer.bind(facts), None
         name, options = _described(bound)
         if plan.tower is not None:
-            tower = (plan.tower.fraction, *_described(plan.tower.reducer))
+            tokens = plan.tower.budget.tokens if plan.tower.budget else None
+            tower = (plan.tower.fraction, tokens, *_described(plan.tower.reducer))
         keep = tuple(count[-1] for count in counts)
         weights = _weights_of(bound)
         return cls(tuple(spans), keep, name, options, extent, tower, weights, merge)
@@ -164,8 +165,9 @@ class ItemPlan:
         """The stage in the vision tower, if any; equal for items that one call may encode."""
         if self.tower is None:
             return None
-        fraction, reducer, options = self.tower
-        return TowerStage(0, fraction, built(reducer, options))
+        fraction, tokens, reducer, options = self.tower
+        budget = None if tokens is None else Budget(tokens)
+        return TowerStage(0, fraction, built(reducer, options), budget=budget)
 
     @property
     def entering(self) -> int:

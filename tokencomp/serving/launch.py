@@ -162,7 +162,7 @@ def check_architecture(model: str, options: ServerOptions) -> None:
         raise UnsupportedModelError(f"{model!r} cannot be read: {error}") from None
     names = list(getattr(config, "architectures", None) or [])
     reasons = [NO_TOWER_STAGE[MODELS[n]] for n in names if MODELS.get(n) in NO_TOWER_STAGE]
-    if options.default.dropped_cells and reasons:
+    if options.default.tower_stage is not None and reasons:
         raise OptionError(
             f"--tower-ratio {options.default.tower_ratio} with {names[0]} on vLLM: {reasons[0]}. "
             "Leave it out, or use --engine hf."

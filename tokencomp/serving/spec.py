@@ -164,7 +164,7 @@ class ServerOptions:
         if engine == "hf":
             return self._with_tower(reducer, asked, values)
         spec = self._with_tower(check_servable(reducer), asked, values)
-        if spec.dropped_cells:
+        if spec.tower_stage is not None:
             check_servable(spec.built_tower_reducer)
             spec.stages(num_layers=1, first_layer_stage=1)  # raises if they do not fit together
         return spec
@@ -223,8 +223,10 @@ class ServerOptions:
         """
         tower, ratio = values.get("tower_ratio"), asked.get("ratio", 0.0)
         if tower is None:
-            tower = self.default.tower_ratio if ratio else 0.0
-            if tower != "auto" and not isinstance(ratio, dict):
+            tower = self.default.tower_ratio
+            if not ratio and ("budget" not in asked or tower != "auto"):
+                tower = 0.0
+            elif tower != "auto" and not isinstance(ratio, dict):
                 tower = min(tower, ratio)
         name = self.default.tower_reducer if tower else "auto"
         if values.get("tower_reducer") is not None:

@@ -121,7 +121,7 @@ class CompressingProcessor:
 
     def _check_tower(self, spec: MethodSpec) -> None:
         """Refuse a stage in the vision tower where this engine cannot run it, with the reason."""
-        if not spec.dropped_cells:
+        if spec.tower_stage is None:
             return
         reason = self.no_tower_stage
         multimodal = self.info.ctx.model_config.multimodal_config
