@@ -81,3 +81,28 @@ def _steps(tokens: Tokens) -> Tensor:
     angles = TURN * np.concatenate([cells // (h * w) for cells, (_, h, w) in pairs])
     table = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
     return torch.from_numpy(table).to(tokens.device)
+
+
+def cells_of(picture: Tensor, size: int) -> Tensor:
+    """Cells of `size` × `size` pixels of a picture (H, W, channels), shape (h, w, d).
+
+    A part of a cell at the right or at the bottom is left out.
+    """
+    h, w = (side // size for side in picture.shape[:2])
+    tiles: Tensor = picture[: h * size, : w * size].unflatten(1, (w, size)).unflatten(0, (h, size))
+    return tiles.transpose(1, 2).flatten(2)
+
+
+def differ(a: Tensor, b: Tensor, limit: float | Tensor) -> Tensor:
+    """Whether the largest difference along the last axis is above `limit`; NaN differs from all.
+
+    Parameters
+    ----------
+    a, b : Tensor, shape (…, d)
+        Pixels of cells, floating or whole numbers.
+    limit
+        In the unit of the values; one number, or one for each of the d values.
+    """
+    if not a.is_floating_point():
+        a, b = a.short(), b.short()
+    return ~((a - b).abs() <= limit).all(-1)
