@@ -55,12 +55,22 @@ def parts(model: str | None, folder: Path) -> tuple[Part, ...]:
     accuracy = (*TOKENCOMP, "eval", "--data", "shapesqa", "--tasks", "shapesqa")
     accuracy = (*accuracy, "--output", files["accuracy"])
     serving = (*PYTHON, "benchmarks.gpu.serve_table", "--runs", files["serving"])
-    engine = "vllm" if importlib.util.find_spec("vllm") else "hf"
+    vllm = importlib.util.find_spec("vllm") is not None
+    engine = "vllm" if vllm else "hf"
+    clients = (*PYTHON, "benchmarks.serving.clients", "--allow-dirty")
+    clients = (*clients, "--out", str(folder / "clients" / "clients.jsonl"))
+    few = ("--hidden", "256", "--layers", "2", "--frames", "4", "--side", "112")
+    under_load = Part(
+        "clients", "Is a vLLM server faster under load than plain vLLM and its EVS?", 12,
+        (*clients, "--shape", "3b", "--dtype", "bfloat16", "--device", "cuda", "--side", "448"),
+        (*clients, *few, "--clients", "1", "2", "--rounds", "1"),
+    )  # fmt: skip
     tests = (*PYTHON, "pytest", "-m", "gpu", "-n", "0")
     return (
         Part(
             "tests", "Are the kernels right, and is dropping exact, on this card?", 8,
-            (*tests, "tests/kernels", "tests/exactness"), (*tests, "tests/exactness/test_gpu.py"),
+            (*tests, "tests/kernels", "tests/exactness"),
+            (*tests, "tests/exactness/test_gpu.py", "tests/exactness/test_quantized_weights.py"),
         ),
         Part(
             "prefill", "How close are prefills to their FLOP limit, and kernels to theirs?", 14,
@@ -94,4 +104,5 @@ def parts(model: str | None, folder: Path) -> tuple[Part, ...]:
             (*serving, "--model", str(model), "--engine", engine),
             (*serving, "--model", DEFAULT_MODEL, "--engine", "hf", "--trial"), needs_model=True,
         ),
+        *([under_load] if vllm else []),
     )  # fmt: skip

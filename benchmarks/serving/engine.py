@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 ARGUMENTS: dict[str, Any] = {
     "max_model_len": 4096, "max_num_batched_tokens": 4096, "dtype": "float32",
@@ -22,24 +23,27 @@ ARGUMENTS: dict[str, Any] = {
     "limit_mm_per_prompt": {"image": 0, "video": 1}, "max_num_seqs": 8,
 }  # fmt: skip
 TURN = (
-    "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>What happens in the video?"
+    "<|im_start|>user\n<|vision_start|><|{kind}_pad|><|vision_end|>What happens in the {kind}?"
     "<|im_end|>\n<|im_start|>assistant\n"
 )
 
 
-def request(seed: int, frames: int, side: int, spec: Any) -> dict[str, Any]:
-    """A prompt with a video that no cache has seen: slowly changing noise."""
+def request(seed: int, frames: int, side: int, spec: Any, kind: str = "video") -> dict[str, Any]:
+    """A prompt that no cache has seen, with a video of slowly changing noise or an image."""
     random = np.random.RandomState(seed)
+    text: dict[str, Any] = {"prompt": TURN.format(kind=kind)}
+    if spec is not None:
+        text["mm_processor_kwargs"] = {"tokencomp": spec}
+    if kind == "image":
+        small = Image.fromarray((random.rand(16, 16, 3) * 255).astype("uint8"))
+        return {**text, "multi_modal_data": {"image": small.resize((side, side))}}
     base, step = random.rand(side, side, 3), random.rand(side, side, 3) / frames
     video = np.stack([((base + i * step) % 1 * 255).astype("uint8") for i in range(frames)])
     known = {
         "fps": 2.0, "total_num_frames": frames, "duration": frames / 2,
         "frames_indices": list(range(frames)), "video_backend": "bench", "do_sample_frames": False,
     }  # fmt: skip
-    prompt = {"prompt": TURN, "multi_modal_data": {"video": [(video, known)]}}
-    if spec is not None:
-        prompt["mm_processor_kwargs"] = {"tokencomp": spec}
-    return prompt
+    return {**text, "multi_modal_data": {"video": [(video, known)]}}
 
 
 def set_pruning_flag() -> None:

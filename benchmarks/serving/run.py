@@ -145,14 +145,14 @@ def rebuild(out: Path, page: Callable[[list[dict[str, Any]]], str]) -> None:
 
 
 @contextlib.contextmanager
-def random_model(hidden: int, layers: int) -> Iterator[tuple[Path, Path]]:
+def random_model(hidden: int, layers: int, shape: str | None = None) -> Iterator[tuple[Path, Path]]:
     """Yield the folder of a model with random weights, and a folder for files, for a while."""
     from benchmarks.serving.model import build
 
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         (work / "model").mkdir()
-        yield build(work / "model", hidden, layers), work
+        yield build(work / "model", hidden, layers, shape), work
 
 
 def main() -> None:

@@ -30,7 +30,7 @@ from benchmarks.kernels.calls import (
 )
 from benchmarks.models import tower, tower_alone
 from benchmarks.models.shapes import SHAPES, accepted, build
-from benchmarks.serving import agents
+from benchmarks.serving import agents, clients
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.evaluation import Setting, grid, sweep
 from tokencomp.inputs.loading import load_model
@@ -234,3 +234,20 @@ def test_parts_of_the_first_image_and_the_first_video(loaded, examples):
         assert (parts["prefill"], parts["decode"], parts["kv_bytes"]) == expected
         for part in ("tower", "projector"):
             assert (parts[part] < whole[part]) is (setting.reducer == "downscale")
+
+
+def test_factors_under_load_compare_with_the_same_clients() -> None:
+    """Medians of three rounds; four clients of vLLM: 2 s to the last first token, 1 answer/s."""
+
+    def arm(engine: str, *times: tuple[int, float, float]) -> dict[str, Any]:
+        runs = [{"clients": n, "first": a, "all": b, "prompt": 9} for n, a, b in times]
+        return {"engine": engine, "arm": "evs, video", "media": "video", "runs": runs}
+
+    ours = arm("tokencomp", (4, 1.0, 1.0), (1, 1.0, 4.0), (4, 0.5, 2.0), (4, 2.0, 9.0))
+    stock = arm(clients.STOCK, (1, 1.0, 2.0), (4, 2.0, 4.0))
+    failed = {"engine": "vLLM EVS", "arm": "evs, video", "media": "video", "failed": "why"}
+    rows = clients.rows_of([ours, failed, stock])
+    assert [row[1] for row in rows] == ["vLLM", "vLLM", "tokencomp", "tokencomp", "vLLM EVS"]
+    assert rows[2][4:] == ["1", "1000", "1.00", "0.25", "0.50"]
+    assert rows[3][4:] == ["4", "1000", "2.00", "2.00", "2.00"]
+    assert "why" in rows[4][3]

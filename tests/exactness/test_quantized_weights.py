@@ -21,9 +21,10 @@ from transformers import AutoModelForImageTextToText
 import tokencomp
 
 NAMES = ("qwen2_vl", "llava_onevision")
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-def nf4() -> dict[str, Any]:
+def nf4(device: str) -> dict[str, Any]:
     from transformers import BitsAndBytesConfig
 
     # On a CPU it packs layers whose input has a multiple of 64 features.
@@ -31,34 +32,34 @@ def nf4() -> dict[str, Any]:
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=narrow
     )
-    return {"quantization_config": quantization, "device_map": "cpu"}
+    return {"quantization_config": quantization, "device_map": device}
 
 
-def int8() -> dict[str, Any]:
+def int8(device: str) -> dict[str, Any]:
     from transformers import BitsAndBytesConfig
 
-    return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": "cpu"}
+    return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True), "device_map": device}
 
 
-def torchao() -> dict[str, Any]:
+def torchao(device: str) -> dict[str, Any]:
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import TorchAoConfig
 
-    return {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig())}
+    return {"quantization_config": TorchAoConfig(Int8WeightOnlyConfig()), "device_map": device}
 
 
-def quanto() -> dict[str, Any]:
+def quanto(device: str) -> dict[str, Any]:
     from transformers import QuantoConfig
 
-    return {"quantization_config": QuantoConfig(weights="int8")}
+    return {"quantization_config": QuantoConfig(weights="int8"), "device_map": device}
 
 
-def offloaded() -> dict[str, Any]:
+def offloaded(device: str) -> dict[str, Any]:
     """Half of the decoder layers on disk; the hooks of accelerate are those of two devices."""
-    return {"device_map": "auto", "max_memory": {"cpu": 500_000}}
+    return {"device_map": "auto", "max_memory": {0 if device == "cuda" else device: 500_000}}
 
 
-FORMATS: dict[str, tuple[str, Callable[[], dict[str, Any]], float]] = {
+FORMATS: dict[str, tuple[str, Callable[[str], dict[str, Any]], float]] = {
     "nf4": ("bitsandbytes", nf4, 2e-2),
     "int8": ("bitsandbytes", int8, 5e-2),
     "torchao": ("torchao", torchao, 2e-5),
@@ -74,9 +75,10 @@ def present(package: str) -> bool:
         return False
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])])
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("form", FORMATS)
-def test_dropping_equals_masking(name: str, form: str, tmp_path: Path) -> None:
+def test_dropping_equals_masking(name: str, form: str, device: str, tmp_path: Path) -> None:
     """Also: ratio 0 and `unpatch` change no bit, and the default runs."""
     package, options, tolerance = FORMATS[form]
     if not present(package) or not present("accelerate"):
@@ -85,9 +87,10 @@ def test_dropping_equals_masking(name: str, form: str, tmp_path: Path) -> None:
     family.build().save_pretrained(tmp_path / "model")
     offload = {"offload_folder": tmp_path / "offload"} if form == "disk" else {}
     model: Any = AutoModelForImageTextToText.from_pretrained(
-        tmp_path / "model", dtype=torch.float32, **options(), **offload
+        tmp_path / "model", dtype=torch.float32, **options(device), **offload
     ).eval()
     inputs = family.batch([[text(3), family.image(0), text(9, 3)]])
+    inputs = {name: value.to(device) for name, value in inputs.items()}
     with torch.no_grad():
         full = model(**inputs).logits
         for reducer in ("kcenter", "condiv", "fastv"):
