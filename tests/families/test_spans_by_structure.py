@@ -1,10 +1,7 @@
-"""Spans that structure finds are those that the processor's inputs describe, in every kind of call.
+"""Spans that structure finds are those that the inputs of the processor describe.
 
-The expectation is written from the inputs alone: grids, tiles, and where placeholders stand. It
-holds for every family but two kinds. The mosaic of LLaVA-NeXT has line breaks inside of one run,
-and the model returns a base tile and a mosaic as one medium; what ends a video of LLaVA-OneVision
-looks like its placeholders too. The separators of VILA are no placeholders, yet belong to its
-images. Those families have code for spans, and `test_spans.py` spells out what it finds.
+The expectation is written from the inputs alone: grids, tiles, and where placeholders stand.
+Families that have code for their spans are in `test_spans.py`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,10 @@
-"""Models without a file of their own: parts, spans and grids by structure, and exactness."""
+"""Parts, spans and grids by structure; signals of every family; tiny models see images."""
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,24 +13,31 @@ import pytest
 import torch
 import transformers
 from support import plans
-from support.families import IMAGE, START, text
+from support.families import FAMILIES, IMAGE, START, Family, text
+from support.family.hybrid import HYBRID
 from support.family.llava import LlavaOnevision
 from support.family.mistral import Mistral3
-from support.family.qwen import Qwen2VL
 from support.family.structural import STRUCTURAL
 
 import tokencomp
 from tokencomp.adapters.encoded import per_medium, sizes_in, token_counts
 from tokencomp.adapters.media_call import MediaCall
+from tokencomp.adapters.registry import adapter_for, available_models
+from tokencomp.adapters.retrieval import ColPaliAdapter, ColQwen2Adapter
 from tokencomp.adapters.spans import Medium, _joined, cut_media, grid_from_size
 from tokencomp.adapters.structure import find_parts
 from tokencomp.errors import (
-    NoDecoderError,
-    NoPlaceholderError,
     OptionError,
     UnknownGridError,
-    UnverifiedModelError,
 )
+from tokencomp.plan.plan import Plan
+from tokencomp.plan.stages import Stage
+from tokencomp.reducers.base import Reducer
+from tokencomp.reducers.uniform import Uniform
+from tokencomp.tokens.kept import Kept
+from tokencomp.tokens.signals import QUERY, Attention
+from tokencomp.tokens.tokens import Tokens
+from tokencomp.torchlib import compat
 
 MISTRAL = hasattr(transformers, "Ministral3Config")
 needs_mistral = pytest.mark.skipif(not MISTRAL, reason="the release has no Ministral 3")
@@ -80,39 +90,6 @@ def test_features_in_place_have_no_sizes_of_another_prompt() -> None:
         embeds = model.get_input_embeddings()(inputs["input_ids"])
         model(inputs_embeds=embeds, mm_token_type_ids=types)
         assert not any(s.grid_known for s in handle.stats.spans[0])
-
-
-def tiny_clip() -> dict[str, dict[str, int]]:
-    sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
-    return {
-        "text_config": {**sizes, "vocab_size": 8},
-        "vision_config": {**sizes, "image_size": 8, "patch_size": 4},
-    }
-
-
-def test_refusals_name_the_reason() -> None:
-    llama = transformers.LlamaConfig(
-        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
-    )
-    with pytest.raises(NoPlaceholderError, match="no placeholder"):
-        tokencomp.patch(transformers.LlamaForCausalLM(llama))
-    clip = transformers.CLIPModel(transformers.CLIPConfig(**tiny_clip()))
-    family = Qwen2VL()
-    for model in (clip, clip.vision_model, family.build().model.visual):
-        with pytest.raises(NoDecoderError, match="no text decoder"):
-            tokencomp.patch(model)
-    t5 = transformers.T5Config(
-        vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0
-    )
-    with pytest.raises(NoDecoderError, match=r"encoder-decoder|no text decoder"):
-        tokencomp.patch(transformers.T5ForConditionalGeneration(t5))
-
-
-def test_a_type_nobody_has_checked_is_refused() -> None:
-    model = LlavaOnevision().build()
-    model.config.model_type = "new_type"
-    with pytest.raises(UnverifiedModelError, match="verify=True"):
-        tokencomp.patch(model)
 
 
 def test_media_are_cut_out_of_runs() -> None:
@@ -186,3 +163,93 @@ def test_sizes_and_token_counts() -> None:
     assert token_counts(torch.zeros(5, 8)) == []  # of all images together
     assert token_counts(torch.zeros(5, 1, 8)) == []  # patch by patch
     assert token_counts((torch.zeros(2, 5, 8), torch.zeros(7, 8))) == [5, 5, 7]
+
+
+FAMILY_NAMES = sorted(FAMILIES)
+
+CI = Path(__file__).parents[2] / ".ci" / "run"
+
+
+@dataclass(frozen=True)
+class Asking(Reducer):
+    """Asks for every signal and keeps what it was given."""
+
+    seen: list[Tokens] = field(default_factory=list, hash=False, compare=False)
+
+    @property
+    def needs(self):
+        return frozenset({QUERY, Attention("text")})
+
+    def reduce(self, tokens: Tokens) -> Kept:
+        self.seen.append(tokens)
+        return Uniform().reduce(tokens)
+
+
+def test_signals_and_stages(family: Family) -> None:
+    """Every listed signal arrives, at entry and at the earliest layer stage."""
+    model = family.build()
+    adapter = adapter_for(model)
+    entry, layer = Asking(), Asking()
+    stages = Stage(0, 0.8, entry), Stage(adapter.first_layer_stage, 0.5, layer)
+    inputs = family.batch([[text(3), family.image(0), text(5)]])
+    with torch.no_grad(), tokencomp.patch(model, plan=Plan(stages)):
+        model(**inputs, use_cache=False)
+    words = model.get_input_embeddings()(inputs["input_ids"][0, -5:])
+    assert set(adapter.signals) == {"query", "attention", "frames", "tower"}  # see test_tower.py
+    for reducer_spy in (entry, layer):
+        assert reducer_spy.seen
+        for tokens in reducer_spy.seen:
+            n, width = tokens.features.shape
+            assert n > 1 and width == words.shape[1] and tokens.features.std() > 0
+            assert tokens.scores.shape == (n,) and tokens.scores.isfinite().all()
+            assert (tokens.scores > 0).any()
+    for tokens in entry.seen:
+        assert torch.equal(tokens.queries[0][-5:], words)  # end marks of the image may precede
+    assert sum(len(t.features) for t in layer.seen) < sum(len(t.features) for t in entry.seen)
+
+
+def test_tested_releases_are_those_of_ci() -> None:
+    run = CI.read_text()
+    older = re.search(r"for version in (.*); do", run)[1].split()
+    chosen = set(re.search(r'tests/exactness -k "(.*)"', run)[1].replace("[", "").split(" or "))
+    *before, newest = releases = compat.RELEASES
+    assert before == older
+    assert all(set(releases[release]) == chosen for release in older)
+    assert releases[newest] is None
+    assert compat.tested_with("qwen2_vl") == [*older, newest]
+    assert compat.tested_with("qwen3_vl") == [*older, newest]
+    assert compat.tested_with("internvl") == [newest]
+
+
+def test_the_exactness_suite_has_every_family() -> None:
+    """So that "all" is true of the newest release."""
+    covered = {type(adapter_for(FAMILIES[name].build())) for name in FAMILIES}
+    retrieval = {ColPaliAdapter, ColQwen2Adapter}  # see test_bodies.py
+    assert set(available_models().values()) == covered | retrieval
+
+
+EVERY = {**FAMILIES, **HYBRID, **STRUCTURAL}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_patches_and_images_differ(name: str) -> None:
+    """No two patches have one direction: a test of selection on equal patches could not fail."""
+    family = EVERY[name]
+    model, seen = family.build(), []
+    inputs = family.batch([[text(3), family.image(0), text(4)] for _ in range(3)])
+
+    def note(module: torch.nn.Module, args: object, kwargs: dict[str, torch.Tensor]) -> None:
+        seen.append(kwargs["inputs_embeds"])
+
+    family.decoder(model).register_forward_pre_hook(note, with_kwargs=True)
+    with torch.no_grad():
+        model(**inputs)
+        with tokencomp.patch(model, 0.5) as handle:
+            model(**inputs)
+    kept = [handle.stats.kept(b)[0] for b in range(3)]
+    assert kept[0] != kept[1] != kept[2] != kept[0]
+    for span in handle.stats.spans[0]:
+        offsets = sorted({*range(span.length)} - {*span.special, *span.text})
+        patches = torch.nn.functional.normalize(seen[0][0, span.start : span.stop][offsets], dim=1)
+        cosines = patches @ patches.T - torch.eye(len(patches))
+        assert cosines.max() < 0.999

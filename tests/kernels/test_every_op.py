@@ -1,4 +1,4 @@
-"""What holds for every op: Triton equals plain PyTorch, graphs, strides, devices, sizes, NaN.
+"""What holds for every op: Triton equals plain PyTorch, graphs, strides, NaN, refused arguments.
 
 Each case is a small one whose rows, features and keys end inside of a tile, with ties where the op
 ranks. It is what plain pytest runs of the Triton kernels.
@@ -280,69 +280,33 @@ def test_nan_and_infinity_give_an_error_or_remain(op: str, place: torch.device) 
             assert op == "topk_stable" or not finite
 
 
-X = torch.randn(4, 8)
-INDEX = torch.arange(4)
-HEADS = torch.randn(1, 2, 4, 8)
-ELSEWHERE: dict[str, Callable[[torch.device], object]] = {
-    "colsum keys": lambda d: kernels.attention_colsum(HEADS, HEADS.to(d)),
-    "colsum row_weights": lambda d: kernels.attention_colsum(HEADS, HEADS, X[:, 0].to(d)),
-    "colsum visible": lambda d: kernels.attention_colsum(
-        HEADS, HEADS, visible=INDEX.expand(3, 1, 4).int().to(d)
+REFUSED: dict[str, Callable[[], object]] = {
+    "more rows than there are": lambda: kernels.topk_stable(torch.zeros(3), 4),
+    "spans that leave rows out": lambda: kernels.maxmin_select(torch.randn(10, 4), 3, spans=3),
+    "a start in no span": lambda: kernels.maxmin_select(
+        torch.randn(10, 4), 3, start=torch.tensor([10])
     ),
-    "ccam keys": lambda d: kernels.ccam_attention(HEADS, HEADS.to(d), HEADS, 2),
-    "gather index": lambda d: kernels.gather_rows([X[None]], INDEX[None].to(d)),
-    "gather tensors": lambda d: kernels.gather_rows([X[None], X[None].to(d)], INDEX[None]),
-    "maxmin weights": lambda d: kernels.maxmin_select(X, 2, X[:, 0].abs().to(d)),
-    "maxmin margin": lambda d: kernels.maxmin_select(X, 2, margin=X[:1, 0].abs().to(d)),
-    "maxmin start": lambda d: kernels.maxmin_select(X, 2, start=INDEX[:1].to(d)),
-    "merge target": lambda d: kernels.merge_rows(X, INDEX.to(d), INDEX),
-    "merge keep": lambda d: kernels.merge_rows(X, INDEX, INDEX.to(d)),
-    "merge sizes": lambda d: kernels.merge_rows(X, INDEX, INDEX, torch.ones(4, device=d)),
-}
-MIXED: dict[str, Callable[[], object]] = {
-    "colsum": lambda: kernels.attention_colsum(HEADS, HEADS.bfloat16()),
-    "ccam": lambda: kernels.ccam_attention(HEADS, HEADS, HEADS.half(), 2),
+    "negative weights": lambda: kernels.facility_select(torch.eye(3), 2, -torch.ones(3)),
+    "no relevance": lambda: kernels.dpp_select(torch.eye(3), 2, torch.zeros(3)),
+    "a row past the last": lambda: kernels.gather_rows(
+        [torch.randn(2, 4, 3)], torch.tensor([[0, 4], [0, 1]])
+    ),
+    "targets that are not kept": lambda: kernels.merge_rows(
+        torch.randn(4, 2), torch.tensor([1, 1, 2, 3]), torch.tensor([1, 3])
+    ),
+    "a grid larger than the frame": lambda: kernels.frame_pool(torch.randn(1, 4, 4, 8), [(5, 4)]),
+    "frames that leave rows out": lambda: kernels.bipartite_match(torch.randn(10, 4), [5, 4]),
+    "keys of part of a frame": lambda: kernels.ccam_attention(*torch.randn(3, 1, 1, 4, 8), 3),
+    "rows that see no keys of theirs": lambda: kernels.attention_colsum(
+        torch.randn(1, 1, 5, 8), torch.randn(1, 1, 3, 8)
+    ),
 }
 
 
-def huge(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A tensor that has any size but stores a single element."""
-    return torch.zeros((), dtype=dtype).expand(shape)
-
-
-MANY = 2**31
-HUGE: dict[str, Callable[[], object]] = {
-    "colsum keys": lambda: kernels.attention_colsum(huge(1, 1, 1, 1), huge(1, 1, MANY, 1)),
-    "colsum heads x rows": lambda: kernels.attention_colsum(
-        huge(1, 2**11, 2**20, 1), huge(1, 1, 2**20, 1)
-    ),
-    "match": lambda: kernels.bipartite_match(huge(MANY, 1)),
-    "ccam keys": lambda: kernels.ccam_attention(
-        huge(1, 1, 1, 1), huge(1, 1, MANY, 1), huge(1, 1, MANY, 1), 2
-    ),
-    "ccam queries x frames": lambda: kernels.ccam_attention(
-        huge(1, 1, 2**20, 1), huge(1, 1, 2**11, 1), huge(1, 1, 2**11, 1), 2**11
-    ),
-    "pool": lambda: kernels.frame_pool(huge(1, 2**16, 2**15, 1), [(1, 1)]),
-    "gather": lambda: kernels.gather_rows([huge(1, MANY, 1)], INDEX[None]),
-    "gather rows x heads": lambda: kernels.gather_rows(
-        [huge(1, 2**11, 1, 1)], huge(1, 2**20, dtype=torch.int64), 2
-    ),
-    "maxmin": lambda: kernels.maxmin_select(huge(MANY, 1), 1),
-    "bipartite": lambda: kernels.merge_rows(huge(MANY, 1), INDEX, INDEX),
-    "nearest": lambda: kernels.nearest_previous_frame(huge(MANY, 1, 1, 1)),
-}
-
-
-def test_tensors_of_several_devices_or_dtypes_and_sizes_past_32_bits() -> None:
-    """A kernel would read another memory, or wrap around; nothing is read or allocated before."""
-    calls: list[tuple[Callable[[], object], str]] = [(call, "one dtype") for call in MIXED.values()]
-    calls += [(call, "32-bit") for call in HUGE.values()]
-    elsewhere = torch.device("meta")
-    calls += [(lambda c=c: c(elsewhere), r"one device; got .* meta") for c in ELSEWHERE.values()]
-    for call, message in calls:
-        with pytest.raises(KernelError, match=message):
-            call()
+@pytest.mark.parametrize("name", REFUSED)
+def test_arguments_that_would_give_a_wrong_choice(name: str) -> None:
+    with pytest.raises(KernelError):
+        REFUSED[name]()
 
 
 def test_nan_key_reaches_every_row_that_sees_it(place: torch.device) -> None:

@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 from support.max_min import check_greedy, differences, distances
-from support.refused import refused
 from tokencomp.kernels import maxmin_select, mean_distance
 from tokencomp.kernels.maxmin_select import naive
 from torch import Tensor
@@ -144,27 +143,6 @@ def test_spans_in_several_groups(place: torch.device, monkeypatch: pytest.Monkey
     assert torch.equal(maxmin_select(x, 5, weights, spans=30, margin=margin), want)
 
 
-def test_start_ties_and_duplicates(place: torch.device) -> None:
-    x = torch.eye(4).repeat(2, 1)  # rows 4..7 repeat rows 0..3
-    start = torch.tensor([6], device=place)
-    got = ordered_choices(x.to(place), 8, start=start)
-    # Ties go to the lower row. Once every direction is chosen, only copies remain.
-    assert got.tolist() == [6, 0, 1, 3, 2, 4, 5, 7]
-    assert maxmin_select(x.to(place), 4, start=start).tolist() == [0, 1, 3, 6]
-
-
-def test_strided_weights_margins_and_starts(place: torch.device) -> None:
-    """Strided views and expanded values give the result of contiguous copies."""
-    x, weights = torch.randn(40, 12, device=place), torch.rand(80, device=place)[::2]
-    margin = torch.tensor(0.3, device=place).expand(2)
-    start = torch.tensor([[3, 0], [7, 0]], device=place)[:, 0]
-    options = {"spans": [20, 20]}
-    got = ordered_choices(x, 6, weights, margin=margin, start=start, **options)
-    solid = {"margin": margin.clone(), "start": start.clone()}
-    assert got.tolist() == ordered_choices(x, 6, weights.clone(), **solid, **options).tolist()
-    check_greedy(x[:20].cpu(), got[:6].tolist(), weights[:20].cpu(), 1e-5, 0.3)
-
-
 def test_zero_weights_come_last(place: torch.device) -> None:
     x = torch.randn(30, 8, device=place)
     weights = torch.zeros(30, device=place)
@@ -239,14 +217,6 @@ def test_isolated_start(
         start += len(part)
 
 
-def test_root_mean_square_sees_lengths(place: torch.device) -> None:
-    """Rows of one direction differ in length alone; the cosine takes all of them for copies."""
-    x = torch.tensor([0.0, 1.0, 4.0, 6.0, 10.0])[:, None].expand(5, 3)
-    for first, want in ((0, [0, 4, 2, 3]), (4, [4, 0, 2, 3])):
-        start = torch.tensor([first], device=place)
-        assert ordered_choices(x.to(place), 4, start=start, metric="rms").tolist() == want
-
-
 # -- long spans --------------------------------------------------------------------------------
 
 
@@ -267,23 +237,6 @@ def test_long_spans_choose_in_rounds(
     check_greedy(x[:110], got[:60].tolist(), part, 1e-6, margin)
     part = None if weights is None else weights[110:]
     check_greedy(x[110:], (got[60:] - 110).tolist(), part, 1e-6)
-
-
-def test_long_spans_anywhere(place: torch.device, short_rounds: None) -> None:
-    """Rows are counted from the start of `x`, and a span with k = 0 is skipped."""
-    lengths, counts = [110, 30, 90], [6, 0, 11]
-    x, weights, margin = torch.randn(sum(lengths), 24), torch.rand(sum(lengths)), torch.rand(3)
-    got = ordered_choices(
-        x.to(place), counts, weights.to(place), spans=lengths,
-        margin=margin[: len(lengths)].to(place),
-    ).cpu()  # fmt: skip
-    start = 0
-    for length, m, picks in zip(lengths, margin.tolist(), got.split(counts), strict=False):
-        span = slice(start, start + length)
-        if len(picks):
-            assert picks[0] - start == weights[span].argmax()
-        check_greedy(x[span], (picks - start).tolist(), weights[span], 1e-5, m)
-        start += length
 
 
 # -- scores that differ by rounding alone --------------------------------------------------------
@@ -354,21 +307,6 @@ def test_copies_up_to_rounding(
     assert got.tolist() == expected
 
 
-@pytest.mark.parametrize(("metric", "rounds"), [("cosine", True), ("rms", False)])
-def test_choices_that_are_no_ties(
-    place: torch.device, metric: str, rounds: bool, request: pytest.FixtureRequest
-) -> None:
-    """Random rows differ by more than rounding: every choice is the best one, in plain loops."""
-    if rounds:
-        request.getfixturevalue("short_rounds")
-    x, weights = torch.randn(90, 24).double(), torch.rand(90)
-    exact = distances(x) if metric == "cosine" else differences(x)
-    start = int(weights.argmax())
-    expected = in_loops(exact, weights.tolist(), 40, start)
-    got = ordered_choices(x.float().to(place), 40, weights.to(place), metric=metric)
-    assert got.tolist() == expected
-
-
 # -- the mean distance, and arguments ------------------------------------------------------------
 
 
@@ -401,32 +339,3 @@ def test_mean_distance_of_spans(place: torch.device) -> None:
     assert torch.equal(got, alone)
     expected = [distances(part).clamp(min=0).mean() for part in x.split(lengths)]
     assert torch.allclose(got.double()[[0, 2, 3]], torch.stack(expected)[[0, 2, 3]], atol=1e-5)
-
-
-def test_bad_input() -> None:
-    ones, start = torch.ones(10), torch.arange(3)
-    changes: list[tuple[dict[str, object], str]] = [
-        ({"k": 11}, r"k must be in \[0, 10\]"),
-        ({"k": [2, 2]}, "2 values of k for 1 spans"),
-        ({"spans": 3}, "spans"),
-        ({"weights": torch.ones(9)}, "weights must be"),
-        ({"weights": -ones}, "weights, margins and bonuses must be"),
-        ({"weights": ones * math.nan}, "at least 0"),
-        ({"margin": torch.tensor([-0.1])}, "margins and bonuses must be finite"),
-        ({"margin": torch.tensor([math.inf])}, "margins and bonuses must be finite"),
-        ({"margin": torch.tensor([-0.1]), "weights": ones}, "margins and bonuses must be finite"),
-        ({"margin": torch.zeros(2)}, r"margin must be \(1,\)"),
-        ({"metric": "l1"}, "metric='l1' is not known; allowed: cosine, rms"),
-        ({"start": "first"}, "start='first' is not known; allowed: isolated"),
-        ({"start": torch.tensor([10])}, "inside its span"),
-        ({"start": torch.tensor([0, 1])}, "start must be"),
-        ({"start": torch.tensor([0.0])}, "int32 or int64"),
-        ({"bonus": torch.ones(9)}, r"bonus must be \(10,\)"),
-        ({"bonus": -ones}, "bonuses must be finite and at least 0"),
-        ({"given": torch.tensor([2])}, "with `start`"),
-        ({"given": torch.tensor([2]), "start": start[:1]}, r"start must be \(3,\)"),
-        ({"given": torch.tensor([0]), "start": start}, "given must be from 1 to k"),
-        ({"given": torch.tensor([4]), "start": start}, "given must be from 1 to k"),
-        ({"given": torch.tensor([2]), "start": 10 * start}, "inside its span"),
-    ]
-    refused(maxmin_select, {"x": torch.randn(10, 4), "k": 3}, changes)

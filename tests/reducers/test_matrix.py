@@ -130,27 +130,6 @@ def test_any_option_value_is_refused_when_planned_or_works(case: Case) -> None:
                 assert len(matrix.reduce((case[0], options), given, keep).rows) == keep
 
 
-def test_options_of_another_type_or_range() -> None:
-    for name, options, message in (
-        ("random", {"seed": True}, "seed=True; expected an integer"),
-        ("random", {"seed": -1}, "a number from 0 to 9223372036854775807"),
-        ("bipartite", {"weighted": "x"}, "weighted='x'; expected true or false"),
-        ("pool", {"stride": math.inf}, "stride=inf; expected a finite number"),
-        ("kcenter", {"pool": 0}, "pool=0; allowed: a number from 1 to 64"),
-        ("aim", {"start": 0.8}, "0 ≤ start < stop ≤ 1"),
-        (
-            "bipartite+prune",
-            {"share": "x"},
-            r"bipartite\+prune: share='x'; expected a finite number",
-        ),
-        ("bipartite+prune", {"start": "x"}, "prune: start='x'; expected a finite number"),
-        ("condiv", {"margin": -0.1}, "margin=-0.1; allowed"),
-        ("cdpruner", {"relevance": "magic"}, "relevance='magic'; expected 'query' or"),
-    ):
-        with pytest.raises(OptionError, match=message):
-            make_reducer(name, **options)
-
-
 def test_numbers_of_numpy_whole_numbers_for_fractions_and_paths_are_fine() -> None:
     for name in ("ccam", "selector"):
         assert options_of(make_reducer(name, weights=Path("a") / "b"))["weights"] == "a/b"

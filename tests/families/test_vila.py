@@ -1,19 +1,29 @@
-"""Tests of VILA folders: loading, inserting features, generating and saving."""
+"""VILA folders: processor, projector, features, generating and saving."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 from support.family import vila_folder
+from support.family.vila_folder import projector_state
 from torch import Tensor
+from torch.nn import functional as F
 
-from tokencomp.errors import CheckpointError, SpanError
-from tokencomp.models import VilaForConditionalGeneration, VilaProcessor, register_auto_classes
+from tokencomp.errors import CheckpointError, MediaError, OptionError, SpanError
+from tokencomp.models import (
+    VilaForConditionalGeneration,
+    VilaProcessor,
+    VilaProjector,
+    register_auto_classes,
+)
+from tokencomp.models.vila.projector import tokens_per_side
 
 
 @pytest.fixture(scope="module")
@@ -155,50 +165,22 @@ def test_pooled_video(tmp_path: Path) -> None:
         model(**inputs)
 
 
-def break_folder(folder: Path, what: str) -> None:
-    """Damage one part of a folder, or set a key of its root config with ``key=json``."""
-    import shutil
-
-    root = json.loads((folder / "config.json").read_text())
-    if what == "llm":
-        shutil.rmtree(folder / what)
-    elif what == "weights":
-        (folder / "mm_projector" / "model.safetensors").unlink()
-    elif what == "json":
-        (folder / "config.json").write_text("{")
-    elif what == "projector":
-        (folder / "mm_projector" / "config.json").write_text('{"mm_projector_type": "magic"}')
-    elif what == "shape":
-        about = '{"mm_projector_type": "mlp_downsample_3x3_fix"}'
-        (folder / "mm_projector" / "config.json").write_text(about)
-    elif what == "tokenizer":
-        vila_folder.tokenizer(media=False).save_pretrained(folder / "llm")
-    else:
-        key, value = what.split("=")
-        root[key] = json.loads(value)
-        (folder / "config.json").write_text(json.dumps(root))
-
-
 @pytest.mark.parametrize(
-    ("what", "message"),
+    "setting",
     [
-        ("llm", "llm: missing sub-checkpoint"),
-        ("weights", "mm_projector: no projector weights"),
-        ("json", "not valid JSON"),
-        ("projector", "'magic'"),
-        ("shape", "do not fit"),
-        ("tokenizer", "no media token <image>, <vila/video>"),
-        ("dynamic_s2=true", "dynamic_s2"),
-        ("mm_use_im_start_end=true", "start and end tokens"),
-        ('mm_vision_select_feature="patch"', "'patch'"),
-        ('image_aspect_ratio="anyres"', "'anyres'"),
-        ('video_encoder={"_target_": "x.Q"}', "'Q'"),
+        {"dynamic_s2": True},
+        {"mm_use_im_start_end": True},
+        {"mm_vision_select_feature": "patch"},
+        {"image_aspect_ratio": "anyres"},
+        {"video_encoder": {"_target_": "x.Q"}},
     ],
+    ids=str,
 )
-def test_bad_folder(tmp_path: Path, what: str, message: str) -> None:
+def test_settings_with_other_features_are_refused(tmp_path: Path, setting: dict[str, Any]) -> None:
     folder = vila_folder.write(tmp_path / "m")
-    break_folder(folder, what)
-    with pytest.raises(CheckpointError, match=message):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **setting}))
+    with pytest.raises(CheckpointError):
         VilaForConditionalGeneration.from_pretrained(folder)
 
 
@@ -232,14 +214,157 @@ def test_ready_made_embeddings(folder: Path) -> None:
         model(inputs_embeds=embeds, pixel_values=pixels)
 
 
-def test_assisted_decoding(folder: Path) -> None:
-    """The assistant model sees the media too, and the generated tokens do not change."""
-    model, processor = load(folder)
-    assistant, _ = load(folder)
-    inputs = processor("<image>a", images=picture(0))
-    options = dict(max_new_tokens=6, min_new_tokens=6, do_sample=False)
-    expected, seen = model.generate(**inputs, **options), []
-    hook = assistant.vision_tower.register_forward_pre_hook(lambda *_: seen.append(1))
-    assert torch.equal(model.generate(**inputs, **options, assistant_model=assistant), expected)
-    hook.remove()
-    assert len(seen) == 1
+def processor(tmp_path: Path, **root: object) -> VilaProcessor:
+    """Processor of a new folder whose root config has the entries `root`."""
+    return VilaProcessor.from_pretrained(vila_folder.write(tmp_path / "m", **root))
+
+
+def flat(color: int, size: tuple[int, int] = (28, 28)) -> Image.Image:
+    return Image.new("RGB", size, (color, color, color))
+
+
+def test_chat_template(tmp_path: Path) -> None:
+    vila = processor(tmp_path)
+    messages = [
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": flat(0)}, {"type": "text", "text": "\nWhat?"}],
+        },
+        {"role": "assistant", "content": "Black."},
+        {"role": "user", "content": "Sure?"},
+    ]
+    text = vila.apply_chat_template(messages)
+    assert text.endswith("USER: <image>\nWhat? ASSISTANT: Black.</s> USER: Sure? ASSISTANT:")
+    inputs = vila.apply_chat_template(messages, tokenize=True)
+    assert (inputs["input_ids"] == vila.config.image_token_id).sum() == 16
+    batch = vila.apply_chat_template([messages, messages[2:]], tokenize=True)
+    assert batch["input_ids"].shape[0] == 2
+    assert batch["pixel_values"].shape == (1, 3, 28, 28)
+    with pytest.raises(MediaError, match="'audio'"):
+        vila.apply_chat_template([{"role": "user", "content": [{"type": "audio"}]}])
+    bare = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "?"}]}]
+    assert "<vila/video>?" in vila.apply_chat_template(bare)
+    with pytest.raises(MediaError, match="medium 0"):
+        vila.apply_chat_template(bare, tokenize=True)
+
+
+def test_options_have_an_effect_or_are_refused(tmp_path: Path) -> None:
+    vila = processor(tmp_path)
+    video = np.zeros((10, 28, 28, 3), np.uint8)
+    content = [{"type": "video", "video": video}, {"type": "text", "text": "?"}]
+    chat = [{"role": "user", "content": content}]
+    harmless = {"padding": True, "padding_side": "left", "return_tensors": "pt", "max_length": None}
+    for limit in (2, 4):
+        inputs = vila.apply_chat_template(
+            chat, tokenize=True, num_frames=limit, return_dict=True, **harmless
+        )
+        assert inputs["video_frames"].tolist() == [limit]
+        same = vila("<vila/video>?", videos=[video], num_frames=limit, **harmless)
+        assert same["video_frames"].tolist() == [limit]
+    for name, value in {"padding_side": "right", "truncation": True, "fps": 2}.items():
+        with pytest.raises(OptionError, match=name):
+            vila.apply_chat_template(chat, tokenize=True, **{name: value})
+        with pytest.raises(OptionError, match=name):
+            vila("hi", **{name: value})
+
+
+def test_evenly_spaced_frames(tmp_path: Path) -> None:
+    vila = processor(tmp_path)
+    video = np.stack([np.full((28, 28, 3), 10 * i, np.uint8) for i in range(10)])
+    inputs = vila("<vila/video>", videos=[video])
+    assert inputs["video_frames"].tolist() == [4]
+    shades = ((inputs["pixel_values_videos"].mean((1, 2, 3)) + 1) * 127.5).round().tolist()
+    assert shades == [0, 30, 60, 90]
+    assert vila("<vila/video>", videos=[video], num_frames=2)["video_frames"].tolist() == [2]
+    assert vila("<vila/video>", videos=[video[:3]])["video_frames"].tolist() == [3]
+
+
+def test_tiles(tmp_path: Path) -> None:
+    """A 2:1 image becomes two tiles and a thumbnail, each on its own line of the prompt."""
+    vila = processor(tmp_path, image_aspect_ratio="dynamic", max_tiles=4)
+    wide = Image.new("RGB", (56, 28), (0, 0, 0))
+    wide.paste((255, 255, 255), (28, 0, 56, 28))
+    inputs = vila("<image>?", images=wide)
+    means = inputs["pixel_values"].mean((1, 2, 3))
+    torch.testing.assert_close(means[:2], torch.tensor([-1.0, 1.0]), atol=0.1, rtol=0)
+    assert len(means) == 3
+    image, newline = vila.config.image_token_id, vila.tokenizer("\n").input_ids
+    ids = inputs["input_ids"][0].tolist()
+    assert ids == ([image] * 16 + newline * 2) * 3 + vila.tokenizer("?").input_ids
+    two = vila("<image><image>", images=[wide, wide])  # only a single image is tiled
+    assert len(two["pixel_values"]) == 2
+
+
+def test_pad(tmp_path: Path) -> None:
+    vila = processor(tmp_path, image_aspect_ratio="pad")
+    pixels = vila("<image>", images=flat(255, (28, 14)))["pixel_values"][0]
+    rows = pixels.mean((0, 2))
+    assert rows[14] > 0.9  # the picture
+    assert abs(rows[0]) < 0.1  # borders in the mean colour
+    assert abs(rows[-1]) < 0.1
+
+
+def test_numbers_of_placeholders_and_media_must_agree(tmp_path: Path) -> None:
+    vila = processor(tmp_path)
+    for prompts, images, videos, message in (
+        (["a", "<image><image>"], 1, 0, "prompt 1 has 2 <image>"),
+        (["<image>"], 2, 0, "2 images for 1 <image>"),
+        (["<vila/video>"], 0, 0, "prompt 0 has 1 <vila/video>"),
+        (["x"], 0, 1, "1 videos for 0"),
+    ):
+        with pytest.raises(MediaError, match=message):
+            vila(prompts, images=[flat(0)] * images, videos=[[flat(0)]] * videos)
+
+
+VISION, HIDDEN = 6, 10
+
+
+def blocks(x: Tensor, factor: int, columns: bool) -> Tensor:
+    """Apply space to depth one block at a time."""
+    side = int(len(x) ** 0.5)
+    small = (side + factor - 1) // factor
+    out = {}
+    for i in range(small):
+        for j in range(small):
+            parts = []
+            for di in range(factor):
+                for dj in range(factor):
+                    r, c = i * factor + di, j * factor + dj
+                    inside = r < side and c < side
+                    parts.append(x[r * side + c] if inside else torch.zeros(x.shape[1]))
+            out[i, j] = torch.cat(parts)
+    order = [(i, j) for j in range(small) for i in range(small)] if columns else sorted(out)
+    return torch.stack([out[at] for at in order])
+
+
+def reference(kind: str, w: dict[str, Tensor], x: Tensor) -> Tensor:
+    """Apply the projector layer by layer with the weights of a checkpoint."""
+
+    def norm(x: Tensor, at: int) -> Tensor:
+        weight = w[f"layers.{at}.weight"]
+        return F.layer_norm(x, weight.shape, weight, w[f"layers.{at}.bias"])
+
+    def linear(x: Tensor, at: int) -> Tensor:
+        return x @ w[f"layers.{at}.weight"].T + w[f"layers.{at}.bias"]
+
+    if kind == "mlp2x_gelu":
+        return linear(F.gelu(linear(x, 0)), 2)
+    if kind == "mlp_downsample_3x3_fix":
+        x = F.gelu(linear(norm(blocks(x, 3, False), 1), 2))
+        return linear(F.gelu(linear(norm(x, 4), 5)), 7)
+    x = norm(blocks(x, 2, kind == "mlp_downsample"), 1)
+    return linear(F.gelu(linear(x, 2)), 4)
+
+
+@pytest.mark.parametrize(
+    "kind", ["mlp_downsample", "mlp_downsample_2x2_fix", "mlp_downsample_3x3_fix", "mlp2x_gelu"]
+)
+def test_reference(kind: str) -> None:
+    state = projector_state(kind, VISION, HIDDEN)
+    projector = VilaProjector(kind, VISION, HIDDEN)
+    projector.load_state_dict(state)
+    for side in (1, 4, 6, 7, 8):
+        x = torch.randn(3, side * side, VISION)
+        expected = torch.stack([reference(kind, state, image) for image in x])
+        torch.testing.assert_close(projector(x), expected, atol=1e-5, rtol=1e-5)
+        assert tokens_per_side(kind, side) ** 2 == expected.shape[1]
