@@ -1,0 +1,1 @@
+"""Screens and documents: what can be dropped, and what models still answer."""
