@@ -28,9 +28,9 @@ from tokencomp.zoo.shapesqa.items import stream
 
 START = "tiny-qwen3-vl"
 SHAPE = (1, SIZE[1], SIZE[0])
-SENTENCES, PRIMERS = 10, 8
-"""Of a drawn picture."""
-ROOM = 260
+PICTURES, SENTENCES, PRIMERS = 6, 16, 5
+"""Of a drawn batch, and of each of its pictures."""
+ROOM = 320
 """Tokens of the sentences and primers of a drawn picture."""
 ANSWERS = {True: "yes", False: "no"}
 WORDS = (
@@ -59,26 +59,22 @@ class NlvrStage(Phase):
     ----------
     vision_lr, text_lr
         Peaks of the rates of the tower and of the decoder.
-    drawn
-        Pictures of a drawn batch.
     human
         Share of batches that are training examples, and pictures of one.
-    primers
-        Whether drawn pictures have primers.
+    facts
+        Whether drawn sentences come without the chat around them, which is learnt sooner.
     """
 
     vision_lr: float
     text_lr: float
-    drawn: int = 8
-    human: tuple[float, int] = (0.0, 24)
-    primers: bool = True
+    human: tuple[float, int] = (0.0, 16)
+    facts: bool = False
 
 
 RECIPE = (
-    NlvrStage("drawn", 1000, 1e-3, 1e-3, end=0.6),
-    NlvrStage("both", 500, 6e-4, 6e-4, human=(0.15, 24), end=0.15),
-    NlvrStage("split", 600, 5e-4, 5e-4, human=(0.35, 24), primers=False, end=0.05),
-    NlvrStage("again", 800, 5e-4, 5e-4, human=(0.35, 24), primers=False, end=0.05),
+    NlvrStage("facts", 500, 1e-3, 1e-3, end=0.6, facts=True),
+    NlvrStage("chat", 250, 6e-4, 6e-4, human=(0.15, 16), end=0.15),
+    *(NlvrStage(f"split {k}", 250, 5e-4, 5e-4, human=(0.3, 16), end=0.05) for k in range(1, 6)),
 )
 """Every stage but the first ends at a low rate, so that a run may stop after any of them."""
 
@@ -124,28 +120,32 @@ class NlvrTrainer(Trainer):
         for k in rng.integers(len(self.examples), size=count):
             one = self.examples[int(k)]
             frames.append(pixels(one.pictures[int(rng.integers(ORDERS))]))
-            rows.append([self.packer.segment("image", one.prompt, ANSWERS[one.truth])])
+            rows.append([self._segment(one.prompt, one.truth, False)])
             names.append(["training split"])
         return self.packed(frames, rows, names)
 
     def drawn(self, stage: NlvrStage, rng: np.random.Generator) -> dict[str, Any]:
         """Drawn scenes with sentences and primers in random order."""
         frames, rows, names = [], [], []
-        for _ in range(stage.drawn):
+        for _ in range(PICTURES):
             scene = sample(rng)
             kind = "towers" if scene.towers else "items"
             made = [
-                (self.packer.segment("image", said, ANSWERS[truth]), kind)
+                (self._segment(said, truth, stage.facts), kind)
                 for said, truth in statements(scene, SENTENCES, rng)
             ]
-            if stage.primers:
-                pairs = primers(scene, rng, PRIMERS)
-                made += [(self.packer.pair(*pair), f"primers, {kind}") for pair in pairs]
+            pairs = primers(scene, rng, PRIMERS)
+            made += [(self.packer.pair(*pair), f"primers, {kind}") for pair in pairs]
             made = [made[int(i)] for i in rng.permutation(len(made))]
             frames.append(np.asarray(draw(scene).resize(SIZE, 3)))
             rows.append([segment for segment, _ in made])
             names.append([name for _, name in made])
         return self.packed(frames, rows, names)
+
+    def _segment(self, said: str, truth: bool, fact: bool) -> tuple[list[int], list[int]]:
+        if fact:
+            return self.packer.pair(said, f" {ANSWERS[truth]}")
+        return self.packer.segment("image", said, ANSWERS[truth])
 
     def packed(self, frames: list, rows: list, names: list) -> dict[str, Any]:
         """One batch; as long as its longest row, but for what `ROOM` leaves out."""
