@@ -534,13 +534,13 @@ def primers(scene: Scene, rng: Rng, count: int) -> list[tuple[str, str]]:
         before, name, test = noun(rng, scene, 0.7)
         said = f"{before} {plural(name, 2)}".strip()
         if rng.random() < 0.3:
-            out[f" number {said}"] = f" {min(9, sum(map(test, scene.items)))}"
+            out[f" number {said}"] = str(min(9, sum(map(test, scene.items))))
             continue
         if scene.towers and rng.random() < 0.6:
             at = int(rng.integers(len(box)))
             words = {0: "base", 1: "second", 2: "third", 3: "fourth"}
             place = "top" if at == len(box) - 1 and rng.random() < 0.4 else words[at]
-            out[f" {PLACES[k]} {place}"] = f" {box[at].color}"
+            out[f" {PLACES[k]} {place}"] = box[at].color
             continue
         if not scene.towers and rng.random() < 0.3:
             wall = str(pick(rng, ["edge", "base", "right wall", "corner"]))
@@ -551,7 +551,7 @@ def primers(scene: Scene, rng: Rng, count: int) -> list[tuple[str, str]]:
                 "corner": lambda i: len(i.walls) > 1,
             }[wall]
             held = sum(test(i) and fits(i) for i in box)
-            out[f" {PLACES[k]} {said} touching {wall}"] = f" {held}"
+            out[f" {PLACES[k]} {said} touching {wall}"] = str(held)
             continue
-        out[f" {PLACES[k]} {said}"] = f" {sum(map(test, box))}"
+        out[f" {PLACES[k]} {said}"] = str(sum(map(test, box)))
     return [*out.items()]

@@ -144,7 +144,7 @@ class NlvrTrainer(Trainer):
 
     def _segment(self, said: str, truth: bool, fact: bool) -> tuple[list[int], list[int]]:
         if fact:
-            return self.packer.pair(said, f" {ANSWERS[truth]}")
+            return self.packer.pair(said, ANSWERS[truth])
         return self.packer.segment("image", said, ANSWERS[truth])
 
     def packed(self, frames: list, rows: list, names: list) -> dict[str, Any]:
