@@ -1,1 +1,1 @@
-"""Training of a tiny model on NLVR, with drawn scenes and sentences in the style of its pictures."""
+"""Training of a tiny model on NLVR, first on drawn scenes with generated sentences."""

@@ -83,15 +83,14 @@ def examples(folder: Path, split: str) -> list[Example]:
     found = folder / split / f"{split}.json"
     if found.exists():
         lines = [json.loads(line) for line in found.read_text().splitlines()]
-        rows = [
-            (x["identifier"], x["sentence"], x["label"], x.get("directory"))
-            for x in lines
-        ]
+        rows = [(x["identifier"], x["sentence"], x["label"], x.get("directory")) for x in lines]
     elif split == "train" and (folder / "train" / "examples.html").exists():
         text = (folder / "train" / "examples.html").read_text()
         rows = [(name, said, label, at) for at, name, said, label in LISTED.findall(text)]
     else:
-        raise OptionError(f"{found} is missing: give the folder `nlvr` of the repository lil-lab/nlvr.")
+        raise OptionError(
+            f"{found} is missing: give the folder `nlvr` of the repository lil-lab/nlvr."
+        )
     places = {p.name: p for p in (folder / split / "images").rglob(f"{split}-*-0.png")}
     out = []
     for name, sentence, label, _ in rows:

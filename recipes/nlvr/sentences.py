@@ -6,6 +6,7 @@ be ambiguous. `statements` balances true and false for every form.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -163,7 +164,7 @@ def total(scene: Scene, rng: Rng) -> Statement | None:
     n = int(rng.integers(1, 5 if scene.towers else 8))
     name = "blocks" if scene.towers else str(pick(rng, ["objects", "items"]))
     name = name[:-1] if n == 1 else name
-    how, ok = pick(rng, [("exactly", lambda k: k == n), ("at least", lambda k: k >= n)])  # type: ignore[misc]
+    how, ok = pick(rng, [("exactly", lambda k: k == n), ("at least", lambda k: k >= n)])
     start = str(
         pick(rng, ["one of the towers has", "there is a tower with", "there is one tower with"])
         if scene.towers
@@ -224,7 +225,7 @@ def of_which(scene: Scene, rng: Rng) -> Statement | None:
     words, n, fits = holder(rng, scene)
     k, few = int(rng.integers(2, 5)), int(rng.integers(1, 3))
     color = str(pick(rng, [*COLORS]))
-    how, ok = pick(  # type: ignore[misc]
+    how, ok = pick(
         rng,
         [("", lambda m: m == few), ("at least", lambda m: m >= few), ("only", lambda m: m == few)],
     )
@@ -386,7 +387,7 @@ def level(scene: Scene, rng: Rng) -> Statement | None:
 
     few, ok = "", lambda k: True
     if rng.random() < 0.35:
-        how, ok = pick(  # type: ignore[misc]
+        how, ok = pick(
             rng,
             [
                 ("", lambda k: k == height),
@@ -416,7 +417,7 @@ def as_part(scene: Scene, rng: Rng) -> Statement | None:
     place = str(pick(rng, ["base", "top"]))
     few, ok = "", lambda k: True
     if rng.random() < 0.6:
-        how, ok = pick(  # type: ignore[misc]
+        how, ok = pick(
             rng,
             [
                 ("", lambda k: k == height),
@@ -437,7 +438,7 @@ def above(scene: Scene, rng: Rng) -> Statement | None:
     """There is exactly one yellow block on a black block."""
     upper, lower = str(pick(rng, [*COLORS])), str(pick(rng, [*COLORS]))
     found = [
-        sum(b.color == upper and a.color == lower for a, b in zip(box, box[1:], strict=False))
+        sum(b.color == upper and a.color == lower for a, b in itertools.pairwise(box))
         for box in scene.boxes
     ]
     over = pick(rng, ["above", "on", "over", "on top of"])

@@ -33,22 +33,17 @@ PICTURES, SENTENCES, PRIMERS = 6, 16, 5
 ROOM = 320
 """Tokens of the sentences and primers of a drawn picture."""
 ANSWERS = {True: "yes", False: "no"}
-WORDS = (
-    "there",
-    *(
-        f" {word}"
-        for word in (
-            "one two three four five six seven eight box boxes tower towers block blocks item items "
-            "object objects blue black yellow square squares circle circles triangle triangles base "
-            "bottom top middle second third fourth touching closely exactly least only edge wall "
-            "side corner corners right left which that has have contains contain color colour colors "
-            "different same shape grey not any no none each every all other another above over below "
-            "under beneath between on of at as and or in it is are more than most where first small "
-            "medium big number together stacked directly having single multiple attached other level "
-            "the there with atleast"
-        ).split()
-    ),
-)
+SAID = """
+one two three four five six seven eight box boxes tower towers block blocks item items object
+objects blue black yellow square squares circle circles triangle triangles base bottom top
+middle second third fourth touching closely exactly least only edge wall side corner corners
+right left which that has have contains contain color colour colors different same shape grey
+not any no none each every all other another above over below under beneath between on of at as
+and or in it is are more than most where first small medium big number together stacked directly
+having single multiple attached other level the there with atleast
+"""
+WORDS = ("there", *(f" {word}" for word in SAID.split()))
+"""Words that become tokens, with the space before them."""
 
 
 @dataclass(frozen=True)
