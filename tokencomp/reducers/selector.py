@@ -189,8 +189,8 @@ class Selector(Reducer):
     To compute the attention, input norm, q, k and rotary embedding of layer 0 run before the
     decoder; the attention backend is not changed. A network trained with `--input features` (ours)
     reads the projected visual features instead, and not the question, so that servers can run it.
-    On images of the tiny Qwen2-VL it keeps as much as `kcenter`, which needs no training, and at
-    0.9 with `pick="top"` less than the network of attention
+    On images of the tiny Qwen2-VL it is as accurate as `kcenter`, which needs no training, and at
+    0.9 with `pick="top"` less accurate than the network of attention
     (`benchmarks/accuracy/selector_features.md`). No weights of this kind ship.
 
     Attributes
