@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-# In a checkout the kernels lie beside this folder. Python takes this folder, and not an installed
-# copy, where modules of the working directory come first, as for `python -m` (vLLM, SGLang).
+# In a checkout the kernels are in a folder next to this one. Python takes this folder, and not
+# an installed copy, where modules of the working directory come first, as for `python -m` (vLLM,
+# SGLang).
 _CHECKOUT = Path(__file__).resolve().parents[1]
 if not (Path(__file__).parent / "kernels").exists() and (_CHECKOUT / "kernels").exists():
     __path__.append(str(_CHECKOUT))

@@ -169,7 +169,7 @@ class Handle:
 
         A ratio replaces a budget, and the other way round.
 
-        A new reducer starts from its own default options. A plan replaces all of them; after a
+        A new reducer starts from its default options. A plan replaces all of them; after a
         plan, a new ratio needs a reducer too.
         """
         fixed = sorted(FIXED & set(options))

@@ -62,7 +62,7 @@ class MethodSpec(StageOptions):
     ratios
         Ratios by modality, in place of `ratio`; modalities that are not named stay whole.
     carried
-        Names of fields that an earlier setting left behind (`changed`). They may wait for another
+        Names of fields that remain from an earlier setting (`changed`). They may wait for another
         ratio; any other field that has no effect is refused.
 
     Raises

@@ -123,8 +123,8 @@ def patch(
     -----
     RatioWarning
         Once per plan in force, when a prompt misses its ratio by more than rounding to tokens:
-        special tokens (line breaks) alone exceed it, or a reducer beside others (`ccam+prune`)
-        leaves a number of its own.
+        special tokens (line breaks) alone exceed it, or a combined reducer (`ccam+prune`) chooses
+        the number itself.
 
     Raises
     ------
@@ -219,7 +219,7 @@ def apply(
 
 
 def _check_free(adapter: Adapter) -> None:
-    """Refuse a model that somebody else has changed; its own patch may be in force."""
+    """Refuse a model that somebody else has changed; it may be patched already."""
     refuse_foreign(adapter.model)
     for hook in adapter.decoder._forward_pre_hooks.values():
         owner = getattr(hook, "__self__", None)

@@ -126,7 +126,7 @@ def test_outputs_have_full_length(family: Family, name: str) -> None:
 
 
 def test_labels(family: Family) -> None:
-    """The loss is that of the masked run, at a caption right behind an image as well."""
+    """The loss is that of the masked run, at a caption right after an image as well."""
     model, inputs = family.build(), prompts(family)
     visual = (inputs["input_ids"] == IMAGE) | (inputs["input_ids"] == VIDEO)
     labels = inputs["input_ids"].masked_fill(visual | (inputs["attention_mask"] == 0), -100)

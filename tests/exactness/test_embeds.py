@@ -80,7 +80,7 @@ def test_types_of_a_later_turn_are_those_of_its_columns() -> None:
             past = {oracle.cache_name(out): oracle.cache_of(out)}
             held = int(oracle.cache_of(out).layers[0].keys.shape[2])
             rows.append(embeds.shape[1] - held)
-        with pytest.raises(OptionError, match=r"mm_token_type_ids of shape \(1, 2\) beside"):
+        with pytest.raises(OptionError, match=r"mm_token_type_ids of shape \(1, 2\) with"):
             model.generate(**given, mm_token_type_ids=torch.ones(1, 2), **options)
     assert rows == [8, 16]
 

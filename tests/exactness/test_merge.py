@@ -270,7 +270,7 @@ def test_refused() -> None:
         tokencomp.patch(model, 0.5, merge="keep")
     with pytest.raises(OptionError, match=r"merge=True.*a plan names its reducers"):
         tokencomp.patch(model, plan=Plan((Stage(0, 0.5, UNIFORM),)), merge=True)
-    with pytest.raises(OptionError, match="merge=True beside 'bipartite', which merges"):
+    with pytest.raises(OptionError, match="merge=True with 'bipartite', which merges"):
         Plan((Stage(0, 0.5, make_reducer("bipartite")), Stage(2, 0.2, UNIFORM, merge=True)))
     handle = tokencomp.patch(model, **MERGE)
     with pytest.raises(OptionError, match="merge=True: 'pool' merges tokens by itself"):
@@ -289,6 +289,6 @@ def test_a_reducer_that_merges_without_saying_so() -> None:
 
     family = FAMILIES["qwen2_vl"]
     model = family.build()
-    own = pytest.raises(OptionError, match="'silent' returns features or weights of its own")
+    own = pytest.raises(OptionError, match="'silent' returns features or weights itself")
     with tokencomp.patch(model, 0.5, reducer=Silent(), merge=True), own:
         model(**single(family))

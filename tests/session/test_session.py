@@ -319,7 +319,7 @@ def test_a_budget_of_a_whole_prompt(loaded: Any, clip: Any, record: Record) -> N
     with tokencomp.Session(model, processor) as session:
         session.say("Look.")
         tokens = session.tokens
-        with pytest.raises(OptionError, match="depends on the others"):
+        with pytest.raises(OptionError, match="depend on the others"):
             session.append(clip[0][0])
         assert session.tokens == tokens
         handle.set(budget=8)

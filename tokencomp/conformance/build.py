@@ -1,4 +1,4 @@
-"""A tiny random model around a tiny text config, of which only the text decoder has weights.
+"""A tiny random model around a tiny text config; only its text decoder has weights.
 
 The model is created on the meta device, so the default vision and audio towers cost nothing. Its
 decoder and output head are then created anew on the CPU. The tower never runs: features are put in
@@ -32,7 +32,7 @@ from tokencomp.conformance.variants import PLAIN, Variant
 from tokencomp.errors import UnsupportedModelError
 
 SMALL, LARGEST = 5_000_000, 50_000_000
-"""Parameters of a module beside the decoder that may be created as well, and of a tiny decoder."""
+"""Parameters of a module outside the decoder that may be created as well, and of a tiny decoder."""
 
 
 class BuildError(Exception):
@@ -52,7 +52,7 @@ class TinyModel:
     specials
         Token ids that the config names, by the name of their field.
     variant
-        What was set beside the sizes.
+        What was set in addition to the sizes.
     """
 
     model: Any
@@ -198,7 +198,7 @@ def _replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Modu
 
 
 def _create_small_parts(model: Any) -> None:
-    """Give memory to the output head, and to small modules beside the decoder (projectors, …)."""
+    """Give memory to the output head, and to small modules outside the decoder (projectors, …)."""
     body = getattr(model, "model", None)
     parts = [model.get_output_embeddings(), *model.children()]
     parts += list(body.children()) if isinstance(body, nn.Module) else []

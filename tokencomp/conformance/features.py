@@ -131,7 +131,7 @@ class Encoder:
         )
 
     def widths(self) -> list[int]:
-        """The decoder's width, and those of the inputs of projectors behind the tower."""
+        """The decoder's width, and those of the inputs of projectors after the tower."""
         widths = [self.tiny.text_config.hidden_size]
         for name, module in self.tiny.model.named_modules():
             if isinstance(module, nn.Linear) and "projector" in name:

@@ -1,6 +1,6 @@
 """The reference of every check: the whole model at full length, without the package.
 
-A dropped token is hidden from the layers behind its stage, by the kind of each layer:
+A dropped token is hidden from the layers after its stage, by the kind of each layer:
 
 * attention (full, sliding, chunked, indexed): its column of the mask that transformers has made
   for the full-length prompt is hidden, so windows are measured in original positions;
@@ -97,7 +97,7 @@ def _hiding(left: Tensor, required: bool) -> Any:
 
 
 def _attends(layer: nn.Module, mixers: list[nn.Module]) -> bool:
-    """Whether something in a layer beside linear mixers takes a mask, as MLPs do not."""
+    """Whether something in a layer other than linear mixers takes a mask, as MLPs do not."""
     return any(
         module is not layer and module not in mixers and _takes(module, "attention_mask")
         for module in layer.modules()

@@ -1,7 +1,7 @@
 """A small ragged batch of prompts with images, whose features replace the vision tower.
 
 Models without images get clips of sound in their place. Features are random numbers, see
-`tokencomp.conformance.features`. Everything behind them (the scatter into placeholders, positions,
+`tokencomp.conformance.features`. Everything after them (the scatter into placeholders, positions,
 masks, `generate`) is the model's own.
 """
 
@@ -109,7 +109,7 @@ class Prompts:
     def inputs(self, rows: list[int] | None = None, new: Tensor | None = None) -> dict[str, Any]:
         """Left-padded inputs of some rows (None: all), as a processor would give them.
 
-        `new` (B, T) are further words behind every prompt.
+        `new` (B, T) are further words after every prompt.
         """
         chosen = [self.rows[i] for i in (range(len(self.rows)) if rows is None else rows)]
         ids = [r[0] + ([] if new is None else new[i].tolist()) for i, r in enumerate(chosen)]

@@ -1,4 +1,4 @@
-"""What is set in the config of a tiny model beside its sizes."""
+"""What is set in the config of a tiny model in addition to its sizes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Variant:
 
 PLAIN = Variant()
 # Families whose images are tiles of one size: 4 × 4 tokens. The base tile of LLaVA-NeXT is
-# followed by a mosaic, here 4 × 4 with a line break behind each row.
+# followed by a mosaic, here 4 × 4 with a line break after each row.
 _TILES = {"vision_config.image_size": 56, "vision_config.patch_size": 14}
 _TILE = Variant(top=_TILES, image_tokens=(16,))
 _MOSAIC = Variant(top=_TILES, image_tokens=(36,), newlines=(20, 25, 30, 35))

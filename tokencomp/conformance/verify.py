@@ -1,4 +1,4 @@
-"""Conformance of one given model: the same checks on a shrunken copy of its own config."""
+"""Conformance of one given model: the same checks on a shrunken copy of its config."""
 
 from __future__ import annotations
 

@@ -272,7 +272,7 @@ def _scored_layer(layer_types: LayerTypes, plan: Plan, stage: int) -> int:
     It is the last one before the stage, and after the previous stage, whose queries see all tokens;
     where there is none, the last with a window, whose scores say what attention each token would
     receive if all were visible. Layers of linear attention have no scores: where there is nothing
-    else between two stages, the second goes by a layer before the first, too.
+    else between two stages, the second is scored by a layer before the first as well.
 
     Raises
     ------
@@ -290,7 +290,7 @@ def _scored_layer(layer_types: LayerTypes, plan: Plan, stage: int) -> int:
     raise PlanError(
         f"a stage at layer {stage} is to be scored by the attention of a layer before it, but none "
         f"of the layers 0 to {stage - 1} has attention. The first that has is layer "
-        f"{next(scored, None)}. Choose layers behind it, or a reducer without attention, such as "
+        f"{next(scored, None)}. Choose layers after it, or a reducer without attention, such as "
         "'divprune'."
     )
 

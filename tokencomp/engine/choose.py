@@ -280,7 +280,7 @@ def tokens_of(
         if "cells" in moved:
             index = moved["cells"].index_select(0, full)
     features = flat.index_select(0, moved["rows"]) if adjacent is None else flat[adjacent]
-    seen = [i for i, own in enumerate(roles) if (own == PATCH).any()]
+    seen = [i for i, role in enumerate(roles) if (role == PATCH).any()]
     others = [len(spans[i].span.special + spans[i].span.text) for i in seen]
     counts = [spans[i].count - fixed for i, fixed in zip(seen, others, strict=True)]
     budgets = [keeps[i] - fixed for i, fixed in zip(seen, others, strict=True)]

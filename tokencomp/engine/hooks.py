@@ -190,7 +190,7 @@ def _check_types(types: Tensor, embeds: Tensor | None) -> None:
     """Refuse kinds of features that are not those of `inputs_embeds`, column by column."""
     if embeds is not None and types.shape != embeds.shape[:2]:
         raise OptionError(
-            f"{TYPES} of shape {tuple(types.shape)} beside inputs_embeds of shape "
+            f"{TYPES} of shape {tuple(types.shape)} with inputs_embeds of shape "
             f"{tuple(embeds.shape)}: expected one number per column, {tuple(embeds.shape[:2])}."
         )
 

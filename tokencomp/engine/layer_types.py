@@ -347,7 +347,7 @@ def _refuse_types(decoder: Any, types: Sequence[str]) -> None:
             continue
         raise RowIndexedAttentionError(
             f"{type(decoder).__name__}: {reason.format(value)} ({name} of its config), so that "
-            "dropping a token would not equal masking it: the rows behind it would count "
+            "dropping a token would not equal masking it: the rows after it would count "
             "differently. Run it without patch()."
         )
     if unknown := sorted(set(types) - set(LAYER_TYPES)):

@@ -75,7 +75,7 @@ def merge_rest(tokens: Tokens, kept: Kept, merging: Sequence[bool], reducer: str
 
     if kept.features is not None or kept.weights is not None:
         raise OptionError(
-            f"merge=True: {reducer!r} returns features or weights of its own, so there are no "
+            f"merge=True: {reducer!r} returns features or weights itself, so there are no "
             "tokens left to merge. Leave merge out; a reducer that merges should say so "
             "(`Traits(merges=True)`)."
         )
@@ -376,7 +376,7 @@ def extra_dims(dim: int) -> int:
 def merging_where_possible(plan: Plan, adapter: Adapter, compact: bool) -> Plan:
     """The plan, whose stages with merge="auto" drop where the model or positions cannot merge well.
 
-    A stage with merge=True is refused beside attention that weights do not reach, or compact
+    A stage with merge=True is refused with attention that weights do not reach, or compact
     positions. Where merge="auto" drops, a `MergeWarning` says why, once per model class.
     """
     asked = any(stage.merge is True for stage in plan.stages)

@@ -83,7 +83,7 @@ class FileClip(Clip):
             raise MediaError(f"{self.path}: {error}") from None
         except (TokenCompError, MemoryError):
             raise
-        except Exception as error:  # decoders raise their own, undocumented types
+        except Exception as error:  # decoders raise undocumented types
             text = str(error).strip().splitlines()[0] if str(error) else repr(error)
             raise MediaError(
                 f"{self.path}: no frame of this video can be decoded ({text}). Check the file with "

@@ -85,7 +85,7 @@ class VideoFile:
 
         Decoding starts at the key frame before a chosen frame, unless an earlier chosen one has the
         same; frames in between that no other one needs are left out. For a frame that is damaged,
-        the one that is shown before it is given with its own place.
+        the one that is shown before it is given with its place.
         """
         if self.index.packets is None:
             yield from self._in_order(set(places))

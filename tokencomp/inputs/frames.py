@@ -112,7 +112,7 @@ class Scored:
         Frames to take.
     scorer
         `scorer(frames, question)` gives one finite number per PIL image, the higher the better.
-        None is for text such as "scorer:aks:8": whoever has a model puts its own scorer there.
+        None is for text such as "scorer:aks:8": a caller with a model puts its scorer there.
     rule
         "aks": AKS (2502.21271) scores one frame per second, and halves the clip where scores do not
         stand out. "focus": FOCUS (2510.27280) scores few frames first, and more where these promise

@@ -20,7 +20,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 def pick_device(device: str = "auto") -> str:
     """ "auto" is CUDA where there is one, else the CPU.
 
-    Under `accelerate launch` every process gets a GPU of its own, and `--cpu` counts.
+    Under `accelerate launch` every process gets one GPU, and `--cpu` counts.
     """
     if device != "auto":
         return _checked(device)

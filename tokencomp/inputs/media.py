@@ -36,7 +36,7 @@ def is_video(path: str | Path) -> bool:
         if path.is_dir():
             return True
         with Image.open(path) as image:
-            # An MPO is a photograph, beside a preview or the view of a second lens.
+            # An MPO is a photograph together with a preview or the view of a second lens.
             return image.format != "MPO" and getattr(image, "n_frames", 1) > 1
     except UNREADABLE:  # `load_image` says what is wrong with it
         return False
@@ -68,7 +68,7 @@ def load_media(
         What will be asked; policies with a scorer may read it.
     decoder : str
         "pyav"; "decord", "torchcodec" or "torchcodec:cuda" where these are installed. All give the
-        same frames, up to rounding of colours; files of which they would give others are refused.
+        same frames, up to rounding of colours; files where they would give others are refused.
 
     Returns
     -------

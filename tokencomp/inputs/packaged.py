@@ -17,7 +17,7 @@ CHECKOUT = Path(__file__).parents[2] / "zoo" / "tokencomp_zoo"
 
 
 def zoo_folder() -> Path | None:
-    """Folder of the package `tokencomp_zoo`: beside this one in a checkout, else as installed."""
+    """Folder of the package `tokencomp_zoo`: next to this one in a checkout, else as installed."""
     if CHECKOUT.is_dir():
         return CHECKOUT
     spec = importlib.util.find_spec("tokencomp_zoo")

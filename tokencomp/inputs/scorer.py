@@ -1,4 +1,4 @@
-"""The default scorer of frames: the model's own embeddings."""
+"""The default scorer of frames: the embeddings of the model."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ def even_gaps(fixed: Iterable[int], total: int, count: int) -> list[int]:
     """
     places = sorted(fixed)
     bounds = [-1, *places, total]
-    # At the ends of the clip, half a distance is left, and a whole one beside a fixed place.
+    # At the ends of the clip, half a distance is left, and a whole one next to a fixed place.
     ends = [0.5 * (k == 0) + 0.5 * (k == len(places)) for k in range(len(places) + 1)]
     starts = [a + 1 for a in bounds[:-1]]
     widths = [b - a - 1 for a, b in itertools.pairwise(bounds)]

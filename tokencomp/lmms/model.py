@@ -100,7 +100,7 @@ class TokenComp(lmms):
         self.examples: dict[str, Example] = {}
 
     def _local(self, device: str | None) -> str:
-        """Every process uses its own GPU, although lmms-eval passes one device to all of them."""
+        """Every process uses one GPU, although lmms-eval passes one device to all of them."""
         many = int(os.environ.get("WORLD_SIZE", 1)) > 1
         return "auto" if device is None or (many and device.startswith("cuda")) else device
 

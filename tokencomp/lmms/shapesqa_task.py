@@ -1,4 +1,4 @@
-"""What shapesqa.yaml names. lmms-eval loads this file on its own, not as part of the package."""
+"""What shapesqa.yaml names. lmms-eval loads this file alone, not as part of the package."""
 
 from __future__ import annotations
 

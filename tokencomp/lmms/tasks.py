@@ -1,4 +1,4 @@
-"""lmms-eval's own tasks, prompts and scoring, on a compressed model."""
+"""Tasks of lmms-eval, prompts and scoring, on a compressed model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Task:
 
 
 def find_tasks(names: Sequence[str], data: LocalData | None, home: Path) -> list[Task]:
-    """The single tasks behind names of tasks and groups.
+    """The single tasks that names of tasks and groups stand for.
 
     With local data, sub-tasks of a group whose data are not there are left out.
     """
@@ -59,7 +59,7 @@ def check_installed() -> None:
     """Refuse to run tasks without lmms-eval, before anything is rendered or loaded."""
     if importlib.util.find_spec("lmms_eval") is None:
         raise MissingDependencyError(
-            f"running tasks needs lmms-eval: {install('eval')}. Questions of your own need only "
+            f"running tasks needs lmms-eval: {install('eval')}. Your questions need only "
             "--data FILE."
         )
 
@@ -83,7 +83,7 @@ def _config(manager: Any, name: str) -> dict[str, Any]:
 
 
 def _members(manager: Any, name: str) -> Iterator[str]:
-    """Single tasks of a group, in order; a single task is its own member."""
+    """Single tasks of a group, in order; a single task is a group of one."""
     listed = _config(manager, name).get("task") if manager._name_is_group(name) else None
     if manager._name_is_tag(name):
         listed = manager._get_tasklist(name)
@@ -111,7 +111,7 @@ def run_setting(
     Answers are written as they come, so that an interrupted run continues after the last one, and
     a finished one asks again what failed. What
     a method loses against the finished run of the full model in the folder `full` is drawn, see
-    `draw_lost`. The manifest has lmms-eval's own scores under "scores", counts under "summary".
+    `draw_lost`. The manifest has the scores of lmms-eval under "scores", counts under "summary".
     """
     facts = model_identity(*loaded, name=public_name(name))
     questions = {"tasks": [t.name for t in tasks], "data": sorted({t.data for t in tasks})}

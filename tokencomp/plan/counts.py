@@ -211,7 +211,7 @@ class Budget:
         return min(1.0, self.tokens / max(1, size))
 
     def of_part(self, fraction: float, place: Place) -> float:
-        """Fraction that stays of one span of an item of which `fraction` stays.
+        """Fraction that is kept of one span of an item that keeps `fraction`.
 
         The spans share the tokens of the item, so that rounding in each of them does not exceed
         the budget.

@@ -1,4 +1,4 @@
-"""Options of a stage beside its reducer, and which arguments of a method cannot be combined.
+"""Options of a stage other than its reducer, and which arguments of a method cannot be combined.
 
 `patch`, `Handle.set`, plans and their JSON form, settings of evaluations, servers and the command
 line iterate over the fields of `StageOptions`. An option is added by its field here and by what it
@@ -69,7 +69,7 @@ MERGE = Option(
     off=False,
     help="Average tokens that do not stay into the nearest kept one, which then weighs as much as "
     "the tokens it stands for, or drop them. Without either, the default reducer merges in images "
-    "of which at least a tenth stays, and other reducers drop.",
+    "that keep at least a tenth, and other reducers drop.",
     usual=lambda reducer: "auto" if reducer == "auto" else False,
     check=_check_merge,
     words={True: "merging the rest", "auto": "merging the rest of images"},
@@ -87,7 +87,7 @@ class StageOptions:
     merge
         Whether tokens that the reducer does not keep are averaged into the kept token nearest to
         them, which then weighs as much as the tokens it stands for, or dropped (False). Where no
-        token of a span is kept, all are dropped. "auto" merges in images of which at least a tenth
+        token of a span is kept, all are dropped. "auto" merges in images that keep at least a tenth
         is kept, and drops elsewhere. None in a method: "auto" for the default reducer, else False.
     """
 
@@ -156,7 +156,7 @@ def split(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 # by modality.
 EXCLUSIVE: tuple[tuple[set[str], set[str], str], ...] = (
     ({"ratio", "ratios"}, {"budget"}, "a budget says in tokens what a ratio says as a fraction"),
-    ({"plan"}, {"ratio", "ratios", "budget"}, "a plan has its own fractions"),
+    ({"plan"}, {"ratio", "ratios", "budget"}, "a plan contains its fractions"),
     (
         {"plan"},
         {"reducer", "options", *OPTIONS, "tower_ratio", "tower_reducer"},

@@ -42,7 +42,7 @@ class Plan:
         Objects that are not stages; another order; or a reducer that acts on whole spans only,
         after a stage that drops tokens.
     OptionError
-        A stage that merges beside a reducer that merges by itself.
+        A stage that merges together with a reducer that merges by itself.
     """
 
     stages: tuple[Stage, ...] = ()
@@ -62,8 +62,8 @@ class Plan:
         mergers = [s.reducer.name for s in self.stages if s.reducer.traits.merges]
         if self.may_merge and mergers:
             raise OptionError(
-                f"merge=True beside {mergers[0]!r}, which merges tokens by itself: its tokens "
-                "have no weights. Merge in one of the two ways."
+                f"merge=True with {mergers[0]!r}, which merges tokens itself: its tokens have no "
+                "weights. Merge in one of the two ways."
             )
         first = self.tower.budget if self.tower else None
         budgets = [b.tokens for b in (first, *(s.budget for s in self.stages)) if b]
@@ -137,7 +137,7 @@ class Plan:
     ) -> list[float]:
         """Fraction of the tokens of a modality seen by each of `num_layers` decoder layers.
 
-        None: of modalities to which the stages give no fraction of their own. `place` says which
+        None: of modalities to which the stages give no fraction. `place` says which
         item of a prompt it is, for plans that treat every item by itself.
         """
         current = self.tower.fraction_of(place) if self.tower else 1.0
@@ -218,7 +218,7 @@ class Plan:
     def merging(
         self, span: VisualSpan, counts: list[int], place: Place | None = None
     ) -> Stage | None:
-        """The first stage that merges tokens of a span of which `counts` are left; or None."""
+        """The first stage that merges tokens of a span that keeps `counts`; or None."""
         before = self.entering(span)
         for stage, count in zip(self.stages, counts, strict=True):
             if count < before and stage.merges(span.modality, place):

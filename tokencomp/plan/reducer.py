@@ -46,12 +46,12 @@ def is_reducer(value: Any) -> bool:
 
 
 def only_plans(reducer: AnyReducer) -> bool:
-    """Whether it has no step of its own: a preset or a composition, which plans others."""
+    """Whether it has no step: a preset or a composition, which plans others."""
     return not reducer._has_step
 
 
 def effective(when: Callable[[Any, bool], Any], otherwise: str) -> dict[str, Any]:
-    """Metadata of an option that has an effect beside some values of the others alone.
+    """Metadata of an option that has an effect only with some values of the others.
 
     Parameters
     ----------

@@ -242,10 +242,10 @@ class Planner(Protocol):
 def by_item(
     budget: Budget, method: Planner, num_layers: int, first: int, tower: TowerStage | None = None
 ) -> Plan:
-    """The plan that gives every item the schedule of its own ratio.
+    """The plan that gives every item the schedule of its ratio.
 
     Hooks are installed before it is known how large an item is, so the plan has a stage before
-    every layer before which the method cuts at some ratio. Where an item's own schedule has none,
+    every layer before which the method cuts at some ratio. Where an item's schedule has none,
     its count stays the same.
 
     Parameters

@@ -39,7 +39,7 @@ class Stage(StageOptions):
         Fractions of modalities ("image", "video", "audio") that differ from `fraction`, as
         sorted pairs.
     budget
-        What stays of every item, in place of `fraction`: a budget in tokens, for example.
+        What is kept of every item, in place of `fraction`: a budget in tokens, for example.
     share
         From the fraction of an item that all layers see on average to the one from `layer` on;
         None: the same.
@@ -96,9 +96,9 @@ class Stage(StageOptions):
             )
 
     def fraction_of(self, modality: str | None, place: Place | None = None) -> float:
-        """The fraction of a modality; None: of modalities without one of their own.
+        """The fraction of a modality; None: of modalities without one.
 
-        `place` says which item of a prompt it is, for stages with an amount of their own.
+        `place` says which item of a prompt it is, for stages with one amount per item.
         """
         if self.budget is not None and place is not None:
             left = self.budget.left(place)
@@ -153,7 +153,7 @@ class TowerStage:
     ------
     PlanError
         A block or fraction of another type or range, or a reducer that cannot act in the tower:
-        one that needs the question or other signals, merges, chooses its own number of tokens, or
+        one that needs the question or other signals, merges, chooses the number of tokens, or
         only plans the steps of others; a budget of a whole prompt.
     OptionError
         An option of the reducer that has no effect there.

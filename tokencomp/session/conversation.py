@@ -97,7 +97,7 @@ class Conversation:
         Returns
         -------
         Tensor, shape (1, vocabulary)
-            Logits behind the last token.
+            Logits after the last token.
         """
         rewind = self.mark()
         try:
@@ -188,7 +188,7 @@ class Conversation:
             else "append fewer or smaller frames at once, or raise the ratio of the patch"
         )
         raise SessionError(
-            f"{what}{after} beside {self.texts} rows of text that always stay: more than "
+            f"{what}{after} and {self.texts} rows of text, which are always kept: more than "
             f"budget={budget}. Allowed are {max(0, budget - self.texts)} rows. Raise the budget, "
             f"{fix}. Nothing was added."
         )

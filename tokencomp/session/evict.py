@@ -58,7 +58,7 @@ def check_eviction(adapter: Adapter) -> None:
         "layers with an attention window, whose cache has let rows go already": bool(
             layer_types.sizes or layer_types.cut or layer_types.cut_later_turns
         ),
-        "layers with an indexer, which holds rows of its own": any(
+        "layers with an indexer, which holds its rows apart": any(
             isinstance(kind, Indexed) for kind in layer_types.types
         ),
         "attention with a bias by distance": layer_types.relative,

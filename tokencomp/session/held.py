@@ -117,7 +117,7 @@ def redundant(held: Held) -> Tensor:
     """Rows of media, those first whose place has the same appearance in its newest row.
 
     A patch is compared (cosine) with the newest row that is held of its place; the more alike, the
-    earlier it goes, and of equal ones the older. Patches whose place has no newer row come behind
+    earlier it goes, and of equal ones the older. Patches whose place has no newer row come after
     all of these, the oldest first. Timestamps and delimiters go with the last patch of their item.
     """
     n, media = len(held), held.items != TEXT

@@ -118,7 +118,7 @@ def warn_of_repeated(processor: Any, frames: Sequence[Any], inputs: dict[str, Te
     if repeated > 0:
         warnings.warn(
             f"append: the model joins {size} frames into one step, so the last of {len(frames)} "
-            f"frames is shown {repeated + 1} times, at its own time, and takes the rows of a step. "
+            f"frames is shown {repeated + 1} times, at its time, and takes the rows of a step. "
             f"Append a multiple of {size} to spare them.",
             FrameChoiceWarning,
             stacklevel=3,

@@ -42,16 +42,16 @@ def check_patch(handle: Handle | None, modalities: Tensor | None, budget: int | 
             )
         if names and stage.budget is not None and stage.budget.whole_prompt:
             raise OptionError(
-                f"the patch has {stage.budget}, so what stays of an image depends on the others of "
-                "its prompt. A session compresses every part when it comes, and never again. Take "
-                "one ratio or a budget per image: tokencomp.patch(model, budget=512). Older images "
-                "leave by Session(..., budget=16_384)."
+                f"the patch has {stage.budget}, so that the kept tokens of an image depend on the "
+                "others of its prompt. A session compresses every part when it comes, and never "
+                "again. Take one ratio or a budget per image: tokencomp.patch(model, budget=512). "
+                "Older images leave by Session(..., budget=16_384)."
             )
         for signal in stage.reducer.needs if names else ():
             attends = isinstance(signal, Attention) and not signal.modalities.isdisjoint(names)
             if attends or signal.source == "query":
                 raise OptionError(
-                    f"reducer {stage.reducer.name!r} chooses visual tokens by the text behind "
+                    f"reducer {stage.reducer.name!r} chooses visual tokens by the text after "
                     "them, and a session does not know the questions yet when it compresses. Take "
                     "one that reads the media alone: tokencomp.patch(model, ratio, "
                     "reducer='kcenter')."

@@ -19,7 +19,7 @@ class Positions:
     """Positions as the model itself would compute them for the whole conversation as one prompt.
 
     A model with several rows of positions (M-RoPE) computes those of one part from 0 on. They are
-    moved behind the largest position so far, as the model does with what follows an image. That
+    moved after the largest position so far, as the model does with what follows an image. That
     this gives the positions of one prompt is checked once per modality, on a part that is
     put twice into one prompt.
 
@@ -37,7 +37,7 @@ class Positions:
         ):
             raise UnsupportedModelError(
                 f"{type(adapter.body).__name__} takes {adapter.mrope_rows} rows of positions and "
-                "does not say how they continue behind an image (get_rope_index), so a session "
+                "does not say how they continue after an image (get_rope_index), so a session "
                 "could not place its later turns. Give the whole conversation as one prompt."
             )
 
@@ -75,7 +75,7 @@ class Positions:
         if not torch.equal(twice, torch.cat([own, own + own.max() + 1], -1)):
             raise UnsupportedModelError(
                 f"{type(self._adapter.body).__name__} does not place what follows an image or "
-                "video behind its largest position, so a session could not place later turns. "
+                "video after its largest position, so a session could not place later turns. "
                 "Give the whole conversation as one prompt."
             )
         self._checked |= new

@@ -40,7 +40,7 @@ class Session:
     budget
         Rows of the KV cache that stay in the widest layer. Above it, rows of media leave after
         every call, and those that are left keep their positions; text stays. None: no limit. A call
-        needs memory for its own tokens beside it. With a budget nothing is merged: what a patch
+        needs memory for its tokens in addition to it. With a budget nothing is merged: what a patch
         does not keep is dropped, as a merged token fills as many rows as it stands for.
     policy
         Which rows of media leave first: "oldest", or "redundant": patches whose place is nearly
@@ -132,7 +132,7 @@ class Session:
         FrameOrderError
             Times that do not ascend over all frames of the session.
         SessionError
-            More rows than the budget can hold beside the text.
+            More rows than the budget can hold with the text.
         OptionError
             Times that are missing or do not fit; a patch that reads questions.
 
@@ -171,7 +171,7 @@ class Session:
         Raises
         ------
         SessionError
-            The budget cannot hold it beside the text so far.
+            The budget cannot hold it and the text so far.
         OptionError
             No text, or one with a placeholder of media. Nothing is added then.
         """
@@ -195,7 +195,7 @@ class Session:
         Raises
         ------
         SessionError
-            `keep=True`, and the budget cannot hold question and answer beside the text so far.
+            `keep=True`, and the budget cannot hold text so far, question and answer.
         """
         self._check_open()
         if not fits(max_new_tokens, int) or max_new_tokens < 1:

@@ -54,7 +54,7 @@ class Watch:
         name, embeds = type(self._adapter.body).__name__, kwargs.get("inputs_embeds")
         if kwargs.get("attention_mask") is not None:  # this call has none
             raise UnsupportedModelError(
-                f"{name} makes masks of its own, because the tokens of an image see each other. "
+                f"{name} makes its masks itself, because the tokens of an image see each other. "
                 "transformers does this in the first turn only, so a session would not equal one "
                 "prompt. Give the whole conversation as one prompt, or take a causal model such as "
                 "Qwen3-VL."

@@ -39,7 +39,7 @@ class Kept:
 
     @classmethod
     def joined(cls, parts: Sequence[Kept], tokens: Tokens) -> Kept:
-        """What is kept of all spans of `tokens`, each of which has one of the `parts`.
+        """What is kept of all spans of `tokens`; `parts` has one entry per span.
 
         Where only some of them merge, the others keep features and weights as they are.
         """
@@ -49,7 +49,7 @@ class Kept:
         return cls(rows, features, weights)
 
     def with_fixed(self, features: Tensor, patches: Tensor, fixed: Tensor) -> Kept:
-        """What is kept of rows `features` (m, d) of which `patches` are the tokens of this choice.
+        """What is kept of rows `features` (m, d), where `patches` are the tokens of this choice.
 
         `fixed` are other rows, which are kept as they are; both are int64, ascending.
         """

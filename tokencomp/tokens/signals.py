@@ -17,7 +17,7 @@ class Signal:
     source
         What the model family must offer (`Adapter.signals`): "query", the embeddings of the text
         after the span (between layers, its hidden states); "attention", see `Attention`; "tower",
-        see `TowerSignal`; "norm", the norm behind the last decoder layer, as a function;
+        see `TowerSignal`; "norm", the norm after the last decoder layer, as a function;
         "frames", the last frame before the span, also of an earlier turn on the same cache.
     """
 
@@ -26,7 +26,7 @@ class Signal:
 
 @dataclass(frozen=True)
 class Attention(Signal):
-    """The attention that visual tokens receive in a decoder layer beside the stage.
+    """The attention that visual tokens receive in a decoder layer next to the stage.
 
     Attributes
     ----------
@@ -34,7 +34,7 @@ class Attention(Signal):
         Query rows whose attention counts: "last" (the last prompt token), "text" (text tokens
         after the span), "raters" (those after the last span that the visual tokens resemble most,
         see `tokencomp.reducers.sparsevlm`), "all" (every token: column sums of the whole causal
-        map), "none" (no row: the score of a token is the length of its own key, the sum of
+        map), "none" (no row: the score of a token is the length of its key, the sum of
         absolute values over all heads before rotation, and so for the text in
         `Tokens.query_scores`).
     iterations

@@ -43,7 +43,7 @@ class VisualSpan:
     item
         Number of the image, clip or sound in its sample: tiles of one image are several spans of
         one item. While an adapter reads a prompt: any number that the spans of an item share, or
-        None for an item of its own (`numbered`).
+        None for an item with one span (`numbered`).
     """
 
     start: int

@@ -112,7 +112,7 @@ def real(lengths: Counts) -> np.ndarray[Any, np.dtype[np.bool_]]:
 
 
 def masked(table: Tensor, lengths: Counts, value: float) -> Tensor:
-    """A table (runs, …, longest), in which `value` is written behind the lengths of the runs."""
+    """A table (runs, …, longest), in which `value` fills rows after the end of their run."""
     if len(set(lengths)) == 1:
         return table
     outside = torch.from_numpy(~real(lengths)).to(table.device)

@@ -146,7 +146,7 @@ def check_card(card: dict[str, Any], facts: ModelFacts, path: Path, train: str) 
 
 
 def locate(weights: str | None, facts: ModelFacts, kind: str, train: str) -> Path:
-    """The weights file of `kind`: where the user says, else in the model's own folder.
+    """The weights file of `kind`: where the user says, else in the model's folder.
 
     A folder is searched itself, then its subfolder `tokencomp`: serving engines load every
     safetensors file that lies beside a model's own.

@@ -27,7 +27,7 @@ PATCHED = "the model is patched: call tokencomp.unpatch(model) first."
 
 @dataclass
 class Capture:
-    """What a forward call left behind; nothing in it carries gradients.
+    """What a forward call has computed; nothing in it carries gradients.
 
     Attributes
     ----------

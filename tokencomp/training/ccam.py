@@ -35,7 +35,7 @@ SAMPLE = 16
 
 @dataclass(frozen=True)
 class CcamConfig(LoopConfig):
-    """Options of the training of a projector, beside those of the loop.
+    """Options of the training of a projector, in addition to those of the loop.
 
     Attributes
     ----------
@@ -89,11 +89,11 @@ class Live(Ccam):
 
 @without_patch
 def train_ccam(model: Any, processor: Any, data: str, output: Path, config: CcamConfig) -> Path:
-    """Train the projector on the answers of the frozen model's own training questions.
+    """Train the projector on the answers of the frozen model to the training questions.
 
     Returns
     -------
-    Path of `ccam.safetensors`, beside its card `ccam.json`.
+    Path of `ccam.safetensors`, next to its card `ccam.json`.
 
     Raises
     ------
@@ -183,9 +183,9 @@ def check_media(spans: Sequence[VisualSpan], queries: int) -> None:
 def comparison(weights: Path, queries: int, spans: Sequence[VisualSpan]) -> list[Setting]:
     """The projector, and pooling and random choice at as many tokens, on media like `spans`.
 
-    All of them keep special tokens: the projector beside its queries, the others within their
-    count. Media of which the projector would save nothing are refused; those of different sizes are
-    compared at their mean number of tokens.
+    All of them keep special tokens: the projector in addition to its queries, the others within
+    their count. Media where the projector would save nothing are refused; those of different sizes
+    are compared at their mean number of tokens.
     """
     check_media(spans, queries)
     kept = sum(queries + len(span.special) for span in spans)

@@ -24,7 +24,7 @@ def check_finite(place: str, *values: float) -> None:
     if not all(map(math.isfinite, values)):
         raise ScoreError(
             f"training diverged at {place}: loss or gradient is NaN or infinite, nothing is saved. "
-            "Lower the learning rate; if the model's own answers are broken too, run it in "
+            "Lower the learning rate; if the unpatched model's answers are broken too, run it in "
             "bfloat16 or float32."
         )
 

@@ -92,7 +92,7 @@ def questions(data: str, kind: str, count: int, purpose: str = "train") -> Seque
         others = groups[kind == "image"]
         if kind != "both" and others and all(f in FAMILIES for f in requested):
             raise OptionError(
-                f"kind={kind!r} beside --data {data}: questions of {', '.join(others)} are about "
+                f"kind={kind!r} with --data {data}: questions of {', '.join(others)} are about "
                 f"{'images' if kind == 'video' else 'videos'}. Leave out the one or the other."
             )
     else:
@@ -157,7 +157,7 @@ def answer_ids(processor: Any, model: Any, answers: Sequence[str], end: bool) ->
 
 
 def append(inputs: dict[str, Any], answers: Sequence[list[int]]) -> tuple[dict, Tensor]:
-    """Teacher-forced batch: answers behind the prompts, all from the same column on.
+    """Teacher-forced batch: answers after the prompts, all from the same column on.
 
     Shorter answers are filled up with their last token: attention is causal, so no answer token
     sees the filling, and all prompts end in the same column (ours).
@@ -166,7 +166,7 @@ def append(inputs: dict[str, Any], answers: Sequence[list[int]]) -> tuple[dict, 
     -------
     inputs, labels
         The inputs with every tensor along the sequence extended, still left-padded; labels (B, L)
-        are the answer ids at their own positions and -100 elsewhere.
+        are the answer ids at their positions and -100 elsewhere.
     """
     ids, longest = inputs["input_ids"], max(map(len, answers))
     token_ids = torch.tensor([a + a[-1:] * (longest - len(a)) for a in answers])

@@ -13,8 +13,8 @@ row is needed, so it is carried from the *last* layer to the first instead (ours
 The state is a vector of N numbers, and gradients go backwards in the same order, so each layer is
 run again from its saved input, differentiated, and its attention freed before the next one.
 
-Memory beside the model, for B samples of N tokens, T answer tokens, L layers of width d and H
-heads: layer inputs L·B·N·d, gradients T·B·N·d, rows T·B·N, and the attention of one layer with
+Memory in addition to the model, for B samples of N tokens, T answer tokens, L layers of width d and
+H heads: layer inputs L·B·N·d, gradients T·B·N·d, rows T·B·N, and the attention of one layer with
 its gradient, about 6·B·H·N² (see `attention_bytes`). The plain product needs L·B·H·N² and T·B·N²
 more.
 """
@@ -49,7 +49,7 @@ def relevance(
     inputs
         A left-padded batch whose `input_ids` end with the answers.
     labels : Tensor of int64, shape (B, L)
-        The answer tokens at their own places, -100 elsewhere. Relevance is averaged over them.
+        The answer tokens at their places, -100 elsewhere. Relevance is averaged over them.
     target
         "logit": the answer token's logit; "logprob": its log-probability.
 
@@ -92,7 +92,7 @@ def explain(
 def attention_bytes(model: nn.Module, samples: int, tokens: int) -> int:
     """What explaining `samples` questions of `tokens` tokens needs for the attention of one layer.
 
-    For 28 heads and 6,400 tokens 28 GB per question: the largest part beside the model.
+    For 28 heads and 6,400 tokens 28 GB per question: the largest part after the model.
     """
     from tokencomp.adapters.registry import adapter_for
 

@@ -50,7 +50,7 @@ def load(name: str = DEFAULT_MODEL, dtype: torch.dtype | None = None) -> tuple[A
 
 
 def metrics(name: str) -> dict[str, Any]:
-    """What was measured when the model was trained: the numbers behind its model card."""
+    """What was measured when the model was trained: the numbers of its model card."""
     import json
 
     return json.loads((model_path(name) / "metrics.json").read_text())

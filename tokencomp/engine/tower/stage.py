@@ -86,7 +86,7 @@ def chosen_cells(
     def cells_of(parts: list[int]) -> Tensor:
         return torch.from_numpy(rows_of_runs(ends, parts)).to(values.device)
 
-    # The reducer does not see parts of which all cells stay, or none.
+    # The reducer does not see parts that keep all of their cells, or none.
     whole = [i for i, length in enumerate(lengths) if keeps[i] == length]
     some = [i for i, length in enumerate(lengths) if 0 < keeps[i] < length]
     chosen = [cells_of(whole)] if whole else []
@@ -234,7 +234,7 @@ class TowerDrop(Hooked):
         learnt = hidden.requires_grad or any(p.requires_grad for p in block.parameters())
         if learnt and checkpointed_since(tower := self.layout.module):
             raise OptionError(
-                f"activation checkpointing of blocks of {type(tower).__name__} behind a tower "
+                f"activation checkpointing of blocks of {type(tower).__name__} after a tower "
                 "stage: the backward pass would run them once more with all patches. Wrap them "
                 "before patch(), or use model.gradient_checkpointing_enable() or tower_ratio=0."
             )

@@ -46,7 +46,7 @@ def read_root(folder: str | Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise CheckpointError(
-            f"{folder}: no config.json. Expected a local VILA folder: config.json beside llm/, "
+            f"{folder}: no config.json. Expected a local VILA folder: config.json next to llm/, "
             "vision_tower/ and mm_projector/."
         )
     try:

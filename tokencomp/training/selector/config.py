@@ -30,7 +30,7 @@ class SelectorConfig(TrainingConfig):
         Held-out questions that are explained.
     input
         What the network reads: "attention" of the text in layer 0 (the paper), or the projected
-        visual "features" (ours), of which labels hold two bytes per number.
+        visual "features" (ours), two bytes per number in the labels.
     """
 
     learning_rate: float = 2e-3

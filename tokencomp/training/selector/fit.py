@@ -24,7 +24,7 @@ from tokencomp.training.selector.config import SelectorConfig
 from tokencomp.training.selector.labels import Pair
 
 SETTINGS = ("epochs", "learning_rate", "batch_spans", "zeroed", "seed")
-"""Of `SelectorConfig`: what the network depends on beside the labels."""
+"""Of `SelectorConfig`: what the network depends on in addition to the labels."""
 
 
 def fit(
