@@ -22,6 +22,7 @@ pytest.importorskip("starlette")
 pytest.importorskip("av")
 openai = pytest.importorskip("openai")
 
+from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
 from support.console import run  # noqa: E402
 from support.serving import hf_reference, http  # noqa: E402
 from support.serving.files import canvas, content, data, png  # noqa: E402
@@ -89,12 +90,15 @@ def test_equals_the_patched_model(served: Served, name: str) -> None:
         before, after = want[2].tokens_before[0], want[2].tokens_after[0]
         assert plain.usage.prompt_tokens - answer.usage.prompt_tokens == before - after[0]
         assert sum(after) < before * len(after)
-        if served.engine == "hf":
-            usage = answer.usage.model_extra["tokencomp"]
-            assert usage["visual_tokens_before"] == before
-            assert usage["visual_tokens_after"] == pytest.approx(sum(after) / len(after))
-            assert usage["ratio"] == pytest.approx(1 - sum(after) / len(after) / before)
-            assert plain.usage.model_extra["tokencomp"]["ratio"] == 0
+        usage = answer.usage.model_extra["tokencomp"]
+        assert usage["visual_tokens_before"] == before
+        assert usage["visual_tokens_after"] == pytest.approx(sum(after) / len(after))
+        assert usage["ratio"] == pytest.approx(1 - sum(after) / len(after) / before)
+        assert usage["reducer"] == spec["reducer"]
+        amount = {n: v for n, v in (options or {"ratio": 0.5}).items() if n in ("ratio", "budget")}
+        assert usage["requested"] == amount
+        off = plain.usage.model_extra["tokencomp"]
+        assert (off["ratio"], off["visual_tokens_before"], off["reducer"]) == (0, before, "none")
 
 
 def test_low_detail_has_the_ratio_of_the_operator(served: Served) -> None:
@@ -223,16 +227,60 @@ def test_an_abandoned_stream_is_aborted(served: Served) -> None:
     assert http.metric(served.url, generated) - before < 6000
 
 
-def test_metrics_count_tokens(served: Served) -> None:
+def samples(url: str, name: str) -> dict[tuple[str, ...], float]:
+    """Return the values of a metric of compression by the values of its labels, in one order."""
+    found = {}
+    for family in text_string_to_metric_families(http.get(url + "/metrics")[1]):
+        for sample in family.samples:
+            if sample.name == name:
+                found[tuple(sample.labels[label] for label in sorted(sample.labels))] = sample.value
+    return found
+
+
+def test_metrics_count_tokens_by_modality_reducer_and_ratio(served: Served) -> None:
+    """An image of 64 tokens, and a clip of 4 × 12; streamed, the usage is in the last chunk."""
     names = [f"tokencomp_visual_tokens_{n}_total" for n in ("before", "after")]
-    media = http.image_url(5)
+    names += ["tokencomp_achieved_ratio_count", "tokencomp_achieved_ratio_sum"]
+    media, clip = http.image_url(5), http.video_url(2)
+    image, video = ("image", "0.75", "uniform"), ("video", "0.75", "uniform")
+    off, answers = ("image", "0", "none"), []
     for _ in range(2):  # in vLLM's second request the media come from the cache
-        start = [http.metric(served.url, n) for n in names]
-        served.ask(media, ratio=0.75)
-        increase = [http.metric(served.url, n) - s for n, s in zip(names, start, strict=True)]
-        assert increase == [64, 16]
-    assert http.metric(served.url, "tokencomp_achieved_ratio") == 0.75
+        start = [samples(served.url, name) for name in names]
+        asked = {"reducer": "uniform", "ratio": 0.74}
+        more = {"stream": True, "stream_options": {"include_usage": True}}
+        *_, last = served.ask(media, clip, tokencomp=asked, **more)
+        served.ask(media, ratio=0)
+        answers.append(last.usage.model_extra["tokencomp"])
+        rise = [
+            {
+                k: v - old.get(k, 0)
+                for k, v in samples(served.url, name).items()
+                if v != old.get(k, 0)
+            }
+            for name, old in zip(names, start, strict=True)
+        ]
+        assert rise[0] == {image: 64, video: 48, off: 64}
+        assert rise[1] == {image: 17, video: 12, off: 64}  # 26 % of 64 and of 48
+        short = [(k[0], k[2]) for k in (image, video, off)]
+        assert rise[2] == dict.fromkeys(short, 1)
+        assert rise[3] == pytest.approx({short[0]: 1 - 17 / 64, short[1]: 0.75})
+    assert answers[0] == answers[1]
+    assert (answers[0]["visual_tokens_before"], answers[0]["visual_tokens_after"]) == (112, 29)
     assert http.metric(served.url, "tokencomp_reduce_seconds_total") > 0
+
+
+def test_the_line_of_the_log_has_the_id_of_the_answer(served: Served) -> None:
+    headers = {"X-Request-Id": "a-line"}
+    answer = served.ask(IMAGE, extra_headers=headers, ratio=0.75)
+    assert answer.id == "chatcmpl-a-line"
+    wait_for(lambda: "id=a-line " in (served.root / "log").read_text())
+    (line,) = re.findall(".*id=a-line .*", (served.root / "log").read_text())
+    assert re.search(r"POST /v1/chat/completions 200 [0-9.]+s id=a-line reducer=kcenter", line)
+    assert "reducer=kcenter ratio=0.75 visual=64->16" in line
+    raw = served.client.chat.completions.with_raw_response.create(
+        model="tiny", messages=http.messages("x"), max_tokens=1
+    )
+    assert raw.parse().id == f"chatcmpl-{raw.headers['x-request-id']}"
 
 
 def test_times_of_an_answer_are_counted_and_its_line_is_logged(served: Served) -> None:
@@ -253,7 +301,7 @@ def test_times_of_an_answer_are_counted_and_its_line_is_logged(served: Served) -
     assert whole - first == pytest.approx(per_token * (answer.usage.completion_tokens - 1))
     (line,) = re.findall(".*line-of-the-log.*", (served.root / "log").read_text())
     assert line.endswith(
-        f"reducer=kcenter ratio=0.75 prompt={answer.usage.prompt_tokens} visual=64->16 generated=8"
+        f"reducer=kcenter ratio=0.75 visual=64->16 prompt={answer.usage.prompt_tokens} generated=8"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import logging
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import AsyncMock
@@ -18,6 +19,7 @@ from support.serving.doors import CHAT, REACHED, Vllm, ask, part, through, user,
 from support.serving.files import data, image
 
 from tokencomp.serving.limits import Limits, RequestError
+from tokencomp.serving.saved import Saved
 from tokencomp.serving.vllm import request_checks
 from tokencomp.serving.vllm.middleware import UNREADABLE, Guard
 
@@ -52,7 +54,8 @@ def test_paths_below_a_prefix_of_a_proxy(path: str, method: str, status: int) ->
 
 def test_a_server_that_shuts_down_says_so() -> None:
     """vLLM answers 200 to probes and 500 to new requests until running ones have ended."""
-    client, ended = SimpleNamespace(shutdown=lambda timeout: ended.append(timeout)), []
+    ended: list[int] = []
+    client = SimpleNamespace(shutdown=lambda timeout: ended.append(timeout), generate=None)
     app = Vllm()
     guard = vllm(app=app)
     status = functools.partial(through, guard, path="/health", method="GET")
@@ -152,6 +155,67 @@ def test_video_files_share_the_pixels_that_images_leave() -> None:
             body = user(*parts, media_io_kwargs={"video": chosen} if chosen else None)
             asked = {"media_io_kwargs": {"video": {**chosen, "pixels": pixels}}}
             assert sent(body, limits) == {**body, **asked}
+
+
+# -- what was saved -------------------------------------------------------------------------------
+
+
+def answering(kind: str, *bodies: bytes) -> Any:
+    """Return a middleware before a vLLM whose processor saved 60 of 80 tokens of a clip."""
+    saved = Saved("kcenter", {"ratio": 0.75}, {"video": (80, 20)})
+    client = SimpleNamespace(shutdown=None, generate=lambda prompt, *_: prompts.append(prompt))
+    prompts: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            return
+        await receive()
+        client.generate({"prompt": 1, "tokencomp": saved}, "an id")
+        assert prompts == [{"prompt": 1}]  # nothing of ours reaches the engine
+        headers = [
+            (b"content-type", kind.encode()),
+            (b"id", dict(scope["headers"])[b"x-request-id"]),
+        ]
+        if "json" in kind:
+            headers.append((b"content-length", str(sum(map(len, bodies))).encode()))
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for body in bodies:
+            await send(
+                {"type": "http.response.body", "body": body, "more_body": body != bodies[-1]}
+            )
+
+    guard = vllm(app=app)
+    state = SimpleNamespace(engine_client=client)
+    asyncio.run(guard({"type": "lifespan", "app": SimpleNamespace(state=state)}, None, None))  # type: ignore[arg-type]
+    return guard
+
+
+TOKENS, TEXT = {"prompt_tokens": 30, "completion_tokens": 2}, 'He said "usage":{} and left.'
+WANTED = {
+    "visual_tokens_before": 80, "visual_tokens_after": 20, "ratio": 0.75, "reducer": "kcenter",
+    "requested": {"ratio": 0.75},
+}  # fmt: skip
+
+
+def test_the_usage_and_the_log_say_what_was_saved(caplog: pytest.LogCaptureFixture) -> None:
+    """In whole answers and in events; a text that looks like the field is not changed."""
+    dumps = functools.partial(json.dumps, separators=(",", ":"))
+    whole = {"choices": [{"message": {"content": TEXT}}], "usage": TOKENS}
+    with caplog.at_level(logging.INFO, "vllm.tokencomp"):
+        answer = ask(answering("application/json", dumps(whole).encode()), user("a"))
+    assert json.loads(answer.content) == {**whole, "usage": {**TOKENS, "tokencomp": WANTED}}
+    assert answer.headers["content-length"] == str(len(answer.content))
+    assert answer.headers["id"] == answer.headers["x-request-id"]  # vLLM's is that of the log
+    (line,) = (record.getMessage() for record in caplog.records)
+    assert " 200 " in line and f"id={answer.headers['id']} " in line
+    assert line.endswith("reducer=kcenter ratio=0.75 visual=80->20")
+    chunks = [{"choices": [{"delta": {"content": TEXT}}], "usage": None},
+              {"choices": [], "usage": TOKENS}]  # fmt: skip
+    events = [b"data: %s\n\n" % dumps(chunk).encode() for chunk in chunks]
+    answer = ask(answering("text/event-stream", *events, b"data: [DONE]\n\n"), user("a"))
+    first, last, done = answer.content.removesuffix(b"\n\n").split(b"\n\n")
+    assert first + b"\n\n" == events[0] and done == b"data: [DONE]"
+    assert json.loads(last.removeprefix(b"data: "))["usage"] == {**TOKENS, "tokencomp": WANTED}
 
 
 # -- errors of vLLM -------------------------------------------------------------------------------

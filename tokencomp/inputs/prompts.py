@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokencomp.adapters.media_call import MODALITIES
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import MediaError, OptionError
 from tokencomp.inputs.frame_times import frame_times, whole_steps
@@ -226,8 +227,16 @@ def prompt_lengths(model: Any, inputs: dict[str, Any]) -> list[tuple[int, int]]:
     """(all tokens, visual tokens) of every row of an uncompressed batch."""
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    visual = torch.zeros_like(real)
-    for token in adapter_for(model).placeholders:
-        visual |= ids == token
-    rows = zip(real.sum(1).tolist(), (visual & real).sum(1).tolist(), strict=True)
-    return list(rows)
+    visual = [sum(row.values()) for row in media_lengths(model, inputs)]
+    return list(zip(real.sum(1).tolist(), visual, strict=True))
+
+
+def media_lengths(model: Any, inputs: dict[str, Any]) -> list[dict[str, int]]:
+    """Modality of the placeholders → their number, of every row of an uncompressed batch."""
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+    rows: list[dict[str, int]] = [{} for _ in ids]
+    for token, code in adapter_for(model).placeholders.items():
+        found = ids == token if mask is None else (ids == token) & mask.bool()
+        for row, count in zip(rows, found.sum(1).tolist(), strict=True):
+            row[MODALITIES[code]] = row.get(MODALITIES[code], 0) + count
+    return rows

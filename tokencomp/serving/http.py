@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
+import time
+import uuid
 from collections.abc import AsyncIterator
 from typing import Any
+from urllib.parse import quote
 
 import anyio
 from starlette.datastructures import Headers, MutableHeaders
@@ -19,6 +23,8 @@ from tokencomp.serving.limits import CLIENT_LEFT, RequestError
 
 OPEN_PATHS = ("/health", "/ping", "/metrics")  # for probes and monitoring, which have no key
 RETRY_SECONDS = 5  # after which clients may try again when the server is busy
+MAX_REASON = 200  # characters of a refusal in the log
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 QUESTION = {"max_tokens": 16, "messages": [{"role": "user", "content": "Hello"}]}
 
 
@@ -76,20 +82,53 @@ def error_response(error: RequestError) -> JSONResponse:
 
 
 class Exchange:
-    """One request and its answer, and how far both are.
+    """One request and its answer, and how far both are; as text, its line of the log.
+
+    Handlers find it in the state of the request.
 
     Attributes
     ----------
+    id
+        That of the request, which clients may choose (X-Request-Id).
     headers
         Further headers of the answer.
     status
         Of the answer; 0 before it starts.
+    details, refusal
+        What else the log says: what was done for the request, or why it was refused.
+    failed
+        Whether the application raised an error that it has not answered.
     """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.scope, self._receive, self._send = scope, receive, send
-        self.headers: dict[str, str] = {}
-        self.status, self.complete, self.body_read = 0, False, False
+        self.status, self.complete, self.body_read, self.failed = 0, False, False, False
+        self.details: Any = None
+        self.refusal = ""
+        self._started = time.monotonic()
+        sent = Headers(scope=scope).get("x-request-id", "")
+        self.id = sent if REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
+        self.headers: dict[str, str] = {"X-Request-Id": self.id}
+        scope.setdefault("state", {})["exchange"] = self
+
+    @property
+    def outcome(self) -> int:
+        """Status of the answer; 499 if the client left before its end."""
+        if self.failed:
+            return 500
+        return self.status if self.complete else CLIENT_LEFT
+
+    def __str__(self) -> str:
+        client = self.scope.get("client") or ("-", 0)
+        words: list[Any] = [
+            client[0], self.scope["method"][:20], quote(self.scope["path"])[:100], self.outcome,
+            f"{time.monotonic() - self._started:.3f}s", f"id={self.id}",
+        ]  # fmt: skip
+        if self.details is not None:
+            words.append(self.details)
+        if self.refusal:
+            words.append(f"reason={self.refusal[:MAX_REASON]!r}")  # quoted: it stays one line
+        return " ".join(map(str, words))
 
     async def receive(self) -> Message:
         """Receive a message of the client, and note the end of the body."""
@@ -112,6 +151,7 @@ class Exchange:
 
     async def refuse(self, error: RequestError) -> None:
         """Answer with an error."""
+        self.refusal = str(error)
         await error_response(error)(self.scope, self.receive, self.send)
 
     def _announces_body(self) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 from tokencomp.serving.hf.prompt import Prompt
 from tokencomp.serving.hf.queue import Event, Job, Piece, Usage
 from tokencomp.serving.hf.text import AnswerText, Calls
+from tokencomp.serving.saved import Saved
 
 DEFAULT_TOKENS = 256
 
@@ -51,13 +52,10 @@ class Completion:
 
     def __str__(self) -> str:
         """Return setting and token counts in the form of the access log."""
-        spec, usage = self.jobs[0].prompt.spec, self.usage
-        name = getattr(spec.reducer, "name", spec.reducer)
-        words = f"reducer={name} ratio={spec.shown_ratio}"
+        usage = self.usage
         if usage is None:
-            return words + " tokens=none"
-        visual = f"visual={usage.visual_before}->{usage.visual_after:g}"
-        return f"{words} prompt={usage.prompt} {visual} generated={usage.completion}"
+            return f"{Saved.by(self.jobs[0].prompt.spec, {})} tokens=none"
+        return f"{usage.saved} prompt={usage.prompt} generated={usage.completion}"
 
     async def whole(self, next_event: Callable[[], Awaitable[Event]]) -> dict[str, Any]:
         """Collect all events; return the body of the response. Raises the error of a job."""

@@ -7,12 +7,9 @@ import contextlib
 import copy
 import logging
 import logging.config
-import re
 import time
-import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
-from urllib.parse import quote
 
 import h11
 import PIL
@@ -21,7 +18,6 @@ from anyio import CapacityLimiter, to_thread
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
@@ -55,8 +51,6 @@ HEAD_SECONDS = 15.0  # in which a connection must send the head of its next requ
 SEND_SECONDS = 60.0  # in which a client must take a full buffer of its answer
 MAX_CONNECTIONS = 512  # each takes a file descriptor, and many systems allow a process 1,024
 FREE_PIECES, PIECE_BYTES = 4096, 64  # chunks of a body, and how large more must be on average
-MAX_REASON = 200  # characters of a refusal in the log
-REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 SAFE_PILLOW = 13
 
 
@@ -114,12 +108,12 @@ class Server:
         body = prompt.request
         self._check_name(body.model or self.name)
         identity = {
-            "id": f"chatcmpl-{request.state.request_id}",  # the log names the same id
+            "id": f"chatcmpl-{request.state.exchange.id}",  # the log names the same id
             "created": int(time.time()),
             "model": self.name,
         }
         completion = Completion(prompt, self.engine.tokenizer, identity)
-        request.state.completion = completion
+        request.state.exchange.details = completion
         self.engine.submit(*completion.jobs)
 
         async def next_event() -> Event:
@@ -222,7 +216,7 @@ async def _failed(request: Request, error: Exception) -> Response:
         error = RequestError(reason, error.status_code)
     elif not isinstance(error, RequestError):
         error = RequestError("the server failed on this request.", 500)
-    request.state.refusal = str(error)
+    request.state.exchange.refusal = str(error)
     return error_response(error)
 
 
@@ -243,12 +237,11 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        exchange = LoggedExchange(scope, receive, send)
+        exchange = Exchange(scope, receive, send)
         try:
             check_head(scope, self.bind)
             await self.app(scope, exchange.receive, exchange.send)
         except RequestError as error:  # of the check; the application answers its own
-            scope["state"]["refusal"] = str(error)
             await exchange.refuse(error)
         except asyncio.CancelledError:  # the time of the shutdown is over
             if not exchange.status:
@@ -258,39 +251,6 @@ class Guard:
             if not is_open(scope):
                 self.metrics.requests.labels(exchange.outcome).inc()
                 logger.info("%s", exchange)
-
-
-class LoggedExchange(Exchange):
-    """An exchange with an id, which describes itself for the log.
-
-    Handlers put the `Completion` into `request.state.completion`, and the reason of a refusal into
-    `request.state.refusal`.
-    """
-
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        super().__init__(scope, receive, send)
-        self.started = time.monotonic()
-        sent = Headers(scope=scope).get("x-request-id", "")
-        self.id = sent if REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
-        self.headers["X-Request-Id"] = self.id
-        scope.setdefault("state", {})["request_id"] = self.id
-
-    @property
-    def outcome(self) -> int:
-        """Status of the answer; 499 if the client left before its end."""
-        return self.status if self.complete else CLIENT_LEFT
-
-    def __str__(self) -> str:
-        client = self.scope.get("client") or ("-", 0)
-        words: list[Any] = [
-            client[0], self.scope["method"][:20], quote(self.scope["path"])[:100], self.outcome,
-            f"{time.monotonic() - self.started:.3f}s", f"id={self.id}",
-        ]  # fmt: skip
-        if completion := self.scope["state"].get("completion"):
-            words.append(completion)
-        if refusal := self.scope["state"].get("refusal"):
-            words.append(f"reason={refusal[:MAX_REASON]!r}")  # quoted, so that it stays one line
-        return " ".join(map(str, words))
 
 
 # -- uvicorn ---------------------------------------------------------------------------------------

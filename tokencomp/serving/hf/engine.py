@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import threading
 import time
@@ -14,9 +15,10 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from tokencomp.adapters.registry import adapter_for
+from tokencomp.engine.stats import Stats
 from tokencomp.errors import ScoreError, TokenCompError, WeightsError
 from tokencomp.handle import Handle
-from tokencomp.inputs.prompts import chat_inputs, prompt_lengths, to_model
+from tokencomp.inputs.prompts import chat_inputs, media_lengths, prompt_lengths, to_model
 from tokencomp.method import MethodSpec
 from tokencomp.patching import apply, check
 from tokencomp.serving.hf.fields import SAMPLING
@@ -26,11 +28,14 @@ from tokencomp.serving.hf.metrics import Metrics
 from tokencomp.serving.hf.prompt import Prompt, PromptText, too_long
 from tokencomp.serving.hf.queue import Job, Usage, Waiting
 from tokencomp.serving.limits import RequestError
+from tokencomp.serving.saved import Saved
 from tokencomp.serving.spec import ServerOptions
 
 logger = logging.getLogger("tokencomp.serving")
 
 PROBE_SECONDS = 5.0  # between probes of an engine that has failed
+Counts = tuple[int, dict[str, int]]  # of an uncompressed prompt: all tokens, and by modality
+Seen = dict[str, tuple[int, float]]  # by modality: tokens before, and seen by a layer on average
 COLDEST = 1e-5  # logits divided by a smaller temperature overflow; such a request is greedy
 
 
@@ -204,10 +209,11 @@ class Engine:
         if not batch:
             return
         inputs = build_inputs(self.model, self.processor, [job.prompt for job in batch])
-        counts = prompt_lengths(self.model, inputs)
-        if self._too_long(batch, [total for total, _ in counts]):
+        lengths = [total for total, _ in prompt_lengths(self.model, inputs)]
+        if self._too_long(batch, lengths):
             self._generate([job for job in batch if not job.done])
             return
+        counts = list(zip(lengths, media_lengths(self.model, inputs), strict=True))
         steps = Steps(batch, inputs.get("attention_mask"), self._penalty, self.tokenizer)
         with self._compressed(batch[0].prompt.spec), seeded(batch[0].seed):
             self.model.generate(
@@ -241,18 +247,20 @@ class Engine:
         )  # fmt: skip
         return contextlib.nullcontext()
 
-    def started(self, batch: list[Job], counts: list[tuple[int, int]]) -> None:
-        """Note token counts once the prefill has run; counts are (all, visual) per request."""
-        before = [visual for _, visual in counts]
-        seen: list[list[int]] = [[visual] for visual in before]  # by every decoder layer
-        stats = self._handle.stats if batch[0].prompt.spec.active and any(before) else None
+    def started(self, batch: list[Job], counts: list[Counts]) -> None:
+        """Note token counts once the prefill has run."""
+        spec = batch[0].prompt.spec
+        seen: list[Seen] = [{kind: (n, n) for kind, n in row.items()} for _, row in counts]
+        before = [sum(media.values()) for _, media in counts]
+        first = before  # visual tokens of the first decoder layer
+        stats = self._handle.stats if spec.active and any(before) else None
         if stats:
-            seen = stats.tokens_after
-            self.metrics.ratio.set(stats.ratio)
+            first, seen = [row[0] for row in stats.tokens_after], seen_by_modality(stats)
             self.metrics.reduce.inc(stats.reduce_seconds)
+        rows = zip(counts, before, first, seen, strict=True)
         usages = [
-            Usage(total - visual + row[0], 0, visual, sum(row) / len(row))
-            for (total, visual), row in zip(counts, seen, strict=True)
+            Usage(total - visual + entered, Saved.by(spec, tokens))
+            for (total, _), visual, entered, tokens in rows
         ]
         self.metrics.count_prefill(usages)
         for job, usage in zip(batch, usages, strict=True):
@@ -264,11 +272,11 @@ class Engine:
 class Rows(StoppingCriteria):
     """Called after every step: hands the new tokens out, and ends rows one by one.
 
-    `batch` are the jobs in the order of the rows, and `counts` their tokens (all, visual).
+    `batch` are the jobs in the order of the rows, and `counts` their tokens.
     """
 
     def __init__(
-        self, engine: Engine, batch: list[Job], counts: list[tuple[int, int]], steps: Steps
+        self, engine: Engine, batch: list[Job], counts: list[Counts], steps: Steps
     ) -> None:
         self.engine, self.batch, self.counts, self.steps = engine, batch, counts, steps
         self.begun = False
@@ -287,6 +295,22 @@ class Rows(StoppingCriteria):
                 metrics.count_answer(seconds, first, job.usage.completion)
         done = [job.done or job.cancelled for job in self.batch]
         return torch.tensor(done, device=input_ids.device)
+
+
+def seen_by_modality(stats: Stats) -> list[Seen]:
+    """Return the visual tokens of every row."""
+    edges = [0, *stats.stage_layers, stats.shape.num_layers]
+    widths = [stop - start for start, stop in itertools.pairwise(edges)]
+    result = []
+    for spans, counts, entering in zip(stats.spans, stats.counts, stats.entering, strict=True):
+        row: Seen = {}
+        for span, after, entered in zip(spans, counts, entering, strict=True):
+            before, seen = row.get(span.modality, (0, 0.0))
+            layers = zip([entered, *after], widths, strict=True)
+            mean = sum(tokens * width for tokens, width in layers) / edges[-1]
+            row[span.modality] = before + span.visual, seen + mean
+        result.append(row)
+    return result
 
 
 # -- what `generate` gets --------------------------------------------------------------------------

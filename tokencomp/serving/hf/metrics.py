@@ -7,25 +7,19 @@ from collections.abc import Sequence
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from tokencomp.serving.hf.queue import Usage
+from tokencomp.serving.saved import ServerMetrics
 
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 TOKEN_SECONDS = (0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 1, 3)
 
 
-class Metrics:
+class Metrics(ServerMetrics):
     """Metrics in a registry of their own, so that one process can hold several applications."""
 
     def __init__(self) -> None:
         self.registry = r = CollectorRegistry()
+        super().__init__(r)
         p = "tokencomp"
-        self.requests = Counter(f"{p}_requests", "Requests by HTTP status", ["status"], registry=r)
-        self.before = Counter(
-            f"{p}_visual_tokens_before", "Visual tokens before compression", registry=r
-        )
-        self.after = Counter(
-            f"{p}_visual_tokens_after", "Visual tokens seen, mean over decoder layers", registry=r
-        )
-        self.ratio = Gauge(f"{p}_achieved_ratio", "Achieved ratio of the last batch", registry=r)
         self.reduce = Counter(f"{p}_reduce_seconds", "Time spent in reducers", registry=r)
         self.prompt = Counter(
             f"{p}_prompt_tokens", "Tokens of prompts that entered the decoder", registry=r
@@ -53,8 +47,8 @@ class Metrics:
         """Count the tokens of a batch whose prefill has run."""
         self.batch.observe(len(usages))
         self.prompt.inc(sum(usage.prompt for usage in usages))
-        self.before.inc(sum(usage.visual_before for usage in usages))
-        self.after.inc(sum(usage.visual_after for usage in usages))
+        for usage in usages:
+            self.count(usage.saved)
 
     def count_answer(self, seconds: float, first: float, tokens: int) -> None:
         """Count an answer that took `seconds`, the first of its tokens `first` seconds."""

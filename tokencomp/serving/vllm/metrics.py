@@ -9,71 +9,61 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from prometheus_client import Counter, Gauge
+from prometheus_client import Counter
 from vllm.logger import init_logger
 
+from tokencomp.method import MethodSpec
 from tokencomp.serving.item_plan import ItemPlan, ItemSize, field_name
+from tokencomp.serving.saved import Saved, process_metrics
 
 logger = init_logger("vllm.tokencomp")
 
 
 @lru_cache(maxsize=1)
-def achieved() -> Gauge:
-    """Return the gauge of the last request's achieved ratio in this process."""
-    name, text = "tokencomp_achieved_ratio", "Achieved ratio of the last request with media"
-    return Gauge(name, text, multiprocess_mode="mostrecent")
-
-
-@lru_cache(maxsize=1)
 def counters() -> dict[str, Counter]:
     """Return the counters of this process, which are created at the first call."""
-    descriptions = {
-        "before": "Visual tokens of all requests before compression",
-        "after": "Visual tokens of all requests that reached the language model",
+    return {
+        "nonfinite": Counter(
+            "tokencomp_nonfinite_items", "Items whose features were not finite, in the workers"
+        ),
+        "seconds": Counter("tokencomp_reduce_seconds", "Time spent reducing, in the workers"),
     }
-    result = {n: Counter(f"tokencomp_visual_tokens_{n}", text) for n, text in descriptions.items()}
-    result["items"] = Counter("tokencomp_media_items", "Images and videos", ["compressed"])
-    result["nonfinite"] = Counter(
-        "tokencomp_nonfinite_items", "Items whose features were not finite, in the workers"
-    )
-    result["seconds"] = Counter("tokencomp_reduce_seconds", "Time spent reducing, in the workers")
-    return result
 
 
 def item_sizes(
     result: Any, known: MutableMapping[str, ItemSize]
-) -> list[tuple[int, ItemSize | None]]:
-    """Return for all items of a `MultiModalInput` the kept tokens, and the size if planned.
+) -> dict[str, list[tuple[int, ItemSize | None]]]:
+    """Return by modality, for all items of a `MultiModalInput`, kept tokens and size if planned.
 
     Media that come from a cache come without their plan. Their sizes are in `known`, by media hash;
     the plans would take much memory, as that of a video may list all of its frames.
     """
-    sizes = []
+    sizes: dict[str, list[tuple[int, ItemSize | None]]] = {}
     for modality, hashes in result["mm_hashes"].items():
         items = result["mm_kwargs"].get(modality, [None] * len(hashes))
         ranges = result["mm_placeholders"].get(modality, [])
+        sizes[modality] = []
         for key, item, place in zip(hashes, items, ranges, strict=True):
             if item is not None and field_name(modality) in item:
                 known[key] = ItemPlan.from_tensor(item[field_name(modality)].data).size
             size = known.get(key)
-            sizes.append((size.kept if size else place.get_num_embeds(), size))
+            sizes[modality].append((size.kept if size else place.get_num_embeds(), size))
     return sizes
 
 
-def count_request(items: list[tuple[int, ItemSize | None]]) -> None:
-    """Count the media of one request, which `item_sizes` returns."""
-    for kept, size in items:
-        full = size.full if size else kept
-        counters()["before"].inc(full)
-        counters()["after"].inc(kept)
-        counters()["items"].labels(str(full != kept).lower()).inc()
-    before = sum(size.full if size else kept for kept, size in items)
-    if before:
-        achieved().set(1 - sum(kept for kept, _ in items) / before)
+def saved_by(spec: MethodSpec, sizes: Mapping[str, Sequence[tuple[int, ItemSize | None]]]) -> Saved:
+    """Count the media of one request, which `item_sizes` returns, and return what was saved."""
+    tokens = {
+        modality: (sum(s.full if s else kept for kept, s in items), sum(kept for kept, _ in items))
+        for modality, items in sizes.items()
+    }
+    saved = Saved.by(spec, tokens)
+    process_metrics().count(saved)
+    return saved
 
 
 def count_nonfinite(plan: ItemPlan | None, error: Exception) -> None:

@@ -3,7 +3,8 @@
 vLLM itself asks for its key only below some paths, and reads bodies of any size for any time. So
 only the documented paths pass, all of them but those of probes need the key, and bodies have the
 limits of the transformers server. `request_checks` decides which bodies vLLM may see. To media that
-vLLM cannot process although they passed, the answer is 400, where vLLM would answer 500.
+vLLM cannot process although they passed, the answer is 400, where vLLM would answer 500. The usage
+of an answer and the log say what compression saved.
 """
 
 from __future__ import annotations
@@ -11,25 +12,38 @@ from __future__ import annotations
 import json
 import logging
 import os
+from contextvars import ContextVar
 from typing import Any
 
 from anyio import CapacityLimiter, to_thread
 from PIL.Image import DecompressionBombError
+from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tokencomp.serving import ENV_OPTIONS
-from tokencomp.serving.http import OPEN_PATHS, Bodies, Exchange, check_head, first_page, route
+from tokencomp.serving import ENV_OPTIONS, KEY
+from tokencomp.serving.http import (
+    OPEN_PATHS,
+    Bodies,
+    Exchange,
+    check_head,
+    first_page,
+    is_open,
+    route,
+)  # fmt: skip
 from tokencomp.serving.limits import RequestError
+from tokencomp.serving.saved import Saved, process_metrics
 from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm.request_checks import check_media, read_request
 from tokencomp.serving.vllm.rules import Rules
 
 logger = logging.getLogger("vllm.tokencomp")
 
-MODELS = "/v1/models"
-PATHS = (*OPEN_PATHS, "/v1/chat/completions", MODELS, "/version")
+CHAT, MODELS = "/v1/chat/completions", "/v1/models"
+PATHS = (*OPEN_PATHS, CHAT, MODELS, "/version")
+USAGE = b'"usage":{'  # in JSON, where the quotes of a text are escaped, these bytes are the field
+EXCHANGE: ContextVar[Exchange] = ContextVar("exchange")
 READING = CHECKING = 4  # requests that are read, and whose media are checked, at the same time
 UNREADABLE = (OSError, RuntimeError, SyntaxError, ZeroDivisionError, DecompressionBombError)
 
@@ -42,6 +56,7 @@ class Guard:
         self.draining = False
         limits = self.rules.limits
         self.options = ServerOptions.parse(os.environ.get(ENV_OPTIONS))
+        self.metrics = process_metrics()
         self.bodies = Bodies(limits.max_body, limits.max_bodies, limits.body_seconds)
         self.reading, self.checking = CapacityLimiter(READING), CapacityLimiter(CHECKING)
 
@@ -52,39 +67,53 @@ class Guard:
             return
         if scope["type"] != "http":
             if scope["type"] == "lifespan":
-                self._note_shutdown(scope["app"].state.engine_client)
+                self._watch(scope["app"].state.engine_client)
             await self.app(scope, receive, send)
             return
         exchange = Exchange(scope, receive, send)
+        EXCHANGE.set(exchange)
         try:
             check_head(scope, self.rules.bind)
             self._check_running(exchange)
             await self._answer(exchange)
         except RequestError as error:  # also of `frames`, in the application
             if exchange.status:
+                exchange.failed = True
                 raise
-            logger.info("%s %s: %r", scope["method"][:20], error.status, str(error)[:200])
             await exchange.refuse(error)
         except Exception as error:
             if exchange.status or not _from_media(error):
+                exchange.failed = True
                 raise
             # The answer does not contain the error, as it may tell about files of the server.
             logger.warning("tokencomp: media of a request cannot be read", exc_info=error)
             await exchange.refuse(RequestError("media of this request are unreadable."))
+        finally:
+            if not is_open(scope):
+                self.metrics.requests.labels(exchange.outcome).inc()
+                if scope["method"] == "POST" or exchange.refusal:  # vLLM logs the others too
+                    logger.info("%s", exchange)
 
-    def _note_shutdown(self, client: Any) -> None:
-        """Wrap the function by which vLLM's server stops the engine after SIGTERM.
+    def _watch(self, client: Any) -> None:
+        """Wrap two functions of vLLM's client of the engine.
 
-        It waits in a thread for running requests. vLLM's own answers are 200 to `/health` and 500
-        to new requests in that time.
+        `shutdown` stops the engine after SIGTERM, and waits in a thread for running requests.
+        vLLM's own answers are 200 to `/health` and 500 to new requests in that time. `generate`
+        gets the prompt, in which the processor has noted what it saved.
         """
-        stop = client.shutdown
+        stop, generate = client.shutdown, client.generate
 
         def shutdown(*args: Any, **kwargs: Any) -> Any:
             self.draining = True
             return stop(*args, **kwargs)
 
-        client.shutdown = shutdown
+        def noting(prompt: Any, *args: Any, **kwargs: Any) -> Any:
+            saved = prompt.pop(KEY, None) if isinstance(prompt, dict) else None
+            if saved is not None and (exchange := EXCHANGE.get(None)) is not None:
+                exchange.details = saved
+            return generate(prompt, *args, **kwargs)
+
+        client.shutdown, client.generate = shutdown, noting
 
     def _check_running(self, exchange: Exchange) -> None:
         """Refuse a request while the server shuts down, unless it asks for metrics."""
@@ -108,13 +137,17 @@ class Guard:
             return
         receive = await self._checked(exchange)
         self._check_running(exchange)  # the server may have begun to end meanwhile
+        MutableHeaders(scope=scope)["X-Request-Id"] = exchange.id  # of which vLLM makes its own
+        reply: Send = exchange.send
+        if path == CHAT:
+            exchange.details, reply = Saved(), _SendSaved(exchange)
         failed = False
 
         async def send(message: Message) -> None:
             nonlocal failed
             failed = failed or (message.get("status") == 500 and self.draining)
             if not failed:
-                await exchange.send(message)
+                await reply(message)
 
         await self.app(scope, receive, send)
         if failed:  # vLLM was reading the prompt when the server began to shut down
@@ -163,6 +196,34 @@ class Guard:
         if name not in cards:
             raise RequestError(f"model {name!r}: this server has {', '.join(cards)}.", 404)
         return JSONResponse(cards[name])
+
+
+class _SendSaved:
+    """Sends an answer of vLLM with what was saved in its usage.
+
+    A whole answer is one message, and so is every event of a stream.
+    """
+
+    def __init__(self, exchange: Exchange) -> None:
+        self.exchange = exchange
+        self._start: Message | None = None  # waits until the length of the body is known
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            if "content-length" in MutableHeaders(raw=message["headers"]):
+                self._start = message
+            else:
+                await self.exchange.send(message)
+            return
+        body = message.get("body", b"")
+        if USAGE in body:
+            saved = json.dumps(self.exchange.details.as_usage())
+            body = body.replace(USAGE, b'%s"%s":%s,' % (USAGE, KEY.encode(), saved.encode()))
+        if self._start is not None:
+            MutableHeaders(raw=self._start["headers"])["content-length"] = str(len(body))
+            await self.exchange.send(self._start)
+            self._start = None
+        await self.exchange.send({**message, "body": body})
 
 
 def _from_media(error: BaseException) -> bool:

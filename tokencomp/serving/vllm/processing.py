@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -26,7 +27,7 @@ from tokencomp.serving.item_plan import (
 )
 from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm.entry import configured_options
-from tokencomp.serving.vllm.metrics import count_request, item_sizes
+from tokencomp.serving.vllm.metrics import item_sizes, saved_by
 from tokencomp.tokens.spans import VisualSpan
 
 logger = init_logger("vllm.tokencomp")
@@ -158,9 +159,11 @@ class CompressingProcessor:
             )
         result = super().apply(inputs, timing_ctx)  # type: ignore[misc]  # of vLLM's class
         if inputs.hf_processor_mm_kwargs.get(KEY) is not OFF:
-            items = item_sizes(result, self._sizes)
+            sizes = item_sizes(result, self._sizes)
+            items = itertools.chain(*sizes.values())
             self.check_positions([size for _, size in items if size is not None])
-            count_request(items)
+            # The front end takes it out again, for the answer.
+            result[KEY] = saved_by(self._spec(inputs.hf_processor_mm_kwargs), sizes)
         return result
 
     def _get_mm_hashes(self, inputs: Any) -> Any:

@@ -1,0 +1,111 @@
+"""What compression did to a request: for its usage, the log, and the metrics of both servers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
+
+from tokencomp.method import MethodSpec
+
+RATIOS = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95)  # of the label "ratio", besides 0
+BOUNDS = (0, 0.2, 0.4, 0.6, 0.7, 0.8, 0.85, 0.925, 1)  # between the ratios that people set
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Visual tokens of a request before and after compression.
+
+    Attributes
+    ----------
+    reducer
+        Its name; "none" where nothing is compressed.
+    requested
+        `{"ratio": 0.75}` or `{"budget": 512}`, of the request or of the server.
+    tokens
+        Modality → visual tokens before compression, and those that a decoder layer sees, on
+        average over layers.
+    """
+
+    reducer: str = "none"
+    requested: Mapping[str, Any] = field(default_factory=dict)
+    tokens: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+
+    @classmethod
+    def by(cls, spec: MethodSpec, tokens: Mapping[str, tuple[int, float]]) -> Saved:
+        """What a spec did."""
+        reducer = spec.built_reducer.name if spec.active else "none"
+        return cls(reducer, spec.requested, tokens)
+
+    @property
+    def before(self) -> int:
+        """Visual tokens before compression."""
+        return sum(before for before, _ in self.tokens.values())
+
+    @property
+    def after(self) -> float:
+        """Visual tokens that a decoder layer sees, on average over layers."""
+        after = sum(after for _, after in self.tokens.values())
+        return int(after) if float(after).is_integer() else after
+
+    def as_usage(self) -> dict[str, Any]:
+        """Return the object "tokencomp" of an answer's usage."""
+        return {
+            "visual_tokens_before": self.before,
+            "visual_tokens_after": self.after,
+            "ratio": 1 - self.after / self.before if self.before else 0.0,
+            "reducer": self.reducer,
+            "requested": dict(self.requested),
+        }
+
+    def __str__(self) -> str:
+        """Return the words of a line of the log."""
+        asked = ",".join(f"{name}={value}" for name, value in self.requested.items())
+        return f"reducer={self.reducer} {asked or 'ratio=0'} visual={self.before}->{self.after:g}"
+
+
+class ServerMetrics:
+    """Metrics that both servers export; the labels have few values, whatever clients send."""
+
+    def __init__(self, registry: CollectorRegistry = REGISTRY) -> None:
+        p, labels = "tokencomp", ("reducer", "modality", "ratio")
+        self.requests = Counter(
+            f"{p}_requests", "Requests by HTTP status", ["status"], registry=registry
+        )
+        self.before = Counter(
+            f"{p}_visual_tokens_before", "Visual tokens before compression", labels,
+            registry=registry,
+        )  # fmt: skip
+        self.after = Counter(
+            f"{p}_visual_tokens_after", "Visual tokens seen, mean over decoder layers", labels,
+            registry=registry,
+        )  # fmt: skip
+        self.achieved = Histogram(
+            f"{p}_achieved_ratio", "Achieved ratio of a request's media", labels[:2],
+            buckets=BOUNDS, registry=registry,
+        )  # fmt: skip
+
+    def count(self, saved: Saved) -> None:
+        """Count the visual tokens of a request."""
+        for modality, (before, after) in saved.tokens.items():
+            if not before:
+                continue
+            ratio = 1 - after / before
+            labels = saved.reducer, modality, _bucket(ratio)
+            self.before.labels(*labels).inc(before)
+            self.after.labels(*labels).inc(after)
+            self.achieved.labels(*labels[:2]).observe(ratio)
+
+
+def _bucket(ratio: float) -> str:
+    """Return the nearest of `RATIOS`, and "0" only where no token was removed."""
+    return str(min(RATIOS, key=lambda known: abs(known - ratio)) if ratio > 0 else 0)
+
+
+@lru_cache(maxsize=1)
+def process_metrics() -> ServerMetrics:
+    """Return the metrics in the registry of the process, which vLLM's `/metrics` shows."""
+    return ServerMetrics()
