@@ -76,6 +76,8 @@ def test_what_the_operator_opens(start: Any, monkeypatch: pytest.MonkeyPatch) ->
     command, env = start(TRUST)
     assert "--middleware" in command and command.count(TRUST) == 1  # the key stays checked
     assert json.loads(env["TOKENCOMP_RULES"])["media_options"] is True
+    _, env = start(ratio_by_load="0.75:8")
+    assert json.loads(env["TOKENCOMP_SERVING"])["ratio_by_load"] == "0.75:8"
     for flag in ("--shutdown-timeout", REMOTE, "--max-num-queued-reqs"):
         assert flag not in start(f"{flag}=5")[0]
 
@@ -116,6 +118,7 @@ def test_flags_past_the_rules_are_refused(
     [
         ({"low_detail_ratio": 0.9, "max_ratio": 0.8}, OptionError),
         ({"low_detail_ratio": 0.9, "per_request": False}, OptionError),
+        ({"ratio_by_load": "0.75:8", "per_request": False}, OptionError),
         ({"reducer": "fastv"}, OptionError),
         ({"model": ("llava", "LlavaForConditionalGeneration")}, UnsupportedModelError),
         ({"model": ("gemma3", "Gemma3ForConditionalGeneration")}, UnsupportedModelError),

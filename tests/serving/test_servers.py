@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +33,7 @@ from support.serving.selectors import selector  # noqa: E402
 from tokencomp.trained.cards import model_card  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
+CROWD = 70  # requests at once, which one test alone sends
 IMAGE, WIDE, VIDEO = http.image_url(1), http.image_url(3, 168, 280), http.video_url(2)
 
 
@@ -39,10 +41,10 @@ IMAGE, WIDE, VIDEO = http.image_url(1), http.image_url(3, 168, 280), http.video_
 def served(
     request: pytest.FixtureRequest, tiny_folder: Any, tmp_path_factory: Any
 ) -> Iterator[Served]:
-    """A server with a low-detail ratio and a media path; that on vLLM has a key."""
+    """A server with a media path and all ratios; that on vLLM has a key."""
     root = tmp_path_factory.mktemp(request.param)
     (root / "media").mkdir()
-    arguments = ["--ratio", 0.5, "--low-detail-ratio", 0.9]
+    arguments = ["--ratio", 0.5, "--low-detail-ratio", 0.9, "--ratio-by-load", f"0.75:{CROWD}"]
     arguments += ["--allowed-media-path", root / "media"]
     with started(request.param, tiny_folder("qwen2_vl"), root, *arguments) as server:
         yield server
@@ -394,6 +396,32 @@ def test_a_client_may_leave_in_the_middle_of_a_body(served: Served) -> None:
     time.sleep(0.5)
     assert http.get(served.url + "/health")[0] == 200
     assert served.engine == "vllm" or "Traceback" not in (served.root / "log").read_text()
+
+
+def test_a_crowd_gets_a_higher_ratio_and_says_so(served: Served) -> None:
+    """But for a request that names its ratio; an image has 16 tokens."""
+    small, over, before = http.image_url(6, 112, 112), threading.Event(), served.begun
+
+    def wait(number: float) -> None:
+        wait_for(lambda: served.begun >= before + number, 200)
+
+    def hold() -> None:
+        with served.ask(stream=True, max_tokens=7000) as stream:
+            any(over.is_set() for _ in stream)
+
+    with concurrent.futures.ThreadPoolExecutor(CROWD + 2) as pool:
+        held = [pool.submit(hold) for _ in range(CROWD)]
+        try:
+            wait(CROWD)
+            asked = [pool.submit(served.ask, small), pool.submit(served.ask, small, ratio=0.25)]
+            wait(CROWD + 2)
+            assert http.metric(served.url, "tokencomp_load_step") == 1
+        finally:
+            over.set()
+        saved = [answer.result().usage.model_extra["tokencomp"] for answer in asked]
+    assert [s["requested"] for s in saved] == [{"ratio": 0.75}, {"ratio": 0.25}]
+    assert [s["visual_tokens_after"] for s in saved] == [4, 12]
+    assert all(answer.exception() is None for answer in held)
 
 
 def test_running_requests_end_after_sigterm(served: Served) -> None:

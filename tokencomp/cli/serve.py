@@ -82,6 +82,14 @@ def command(
             "--low-detail-ratio", help='Ratio of images that requests send as detail "low".'
         ),
     ] = None,
+    ratio_by_load: Annotated[
+        str | None,
+        typer.Option(
+            "--ratio-by-load",
+            help="Ratio of requests that name none, from so many unanswered ones on: "
+            '"0.75:8,0.9:16".',
+        ),
+    ] = None,
     frames: Annotated[
         str,
         typer.Option(
@@ -136,6 +144,7 @@ def command(
         "per_request": per_request,
         **({} if max_ratio is None else {"max_ratio": max_ratio}),
         **({} if low_detail_ratio is None else {"low_detail_ratio": low_detail_ratio}),
+        **({} if ratio_by_load is None else {"ratio_by_load": ratio_by_load}),
     }
     policy = frame_policy(frames)
     if not isinstance(policy, Even | Stream):

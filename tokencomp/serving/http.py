@@ -20,6 +20,7 @@ from starlette.types import Message, Receive, Scope, Send
 from tokencomp import __version__
 from tokencomp.serving.bind import Bind
 from tokencomp.serving.limits import CLIENT_LEFT, RequestError
+from tokencomp.serving.load import Load
 
 OPEN_PATHS = ("/health", "/ping", "/metrics")  # for probes and monitoring, which have no key
 RETRY_SECONDS = 5  # after which clients may try again when the server is busy
@@ -106,6 +107,7 @@ class Exchange:
         self.details: Any = None
         self.refusal = ""
         self._started = time.monotonic()
+        self._load: Load | None = None
         sent = Headers(scope=scope).get("x-request-id", "")
         self.id = sent if REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
         self.headers: dict[str, str] = {"X-Request-Id": self.id}
@@ -117,6 +119,16 @@ class Exchange:
         if self.failed:
             return 500
         return self.status if self.complete else CLIENT_LEFT
+
+    def join(self, load: Load) -> float | None:
+        """Count the request, whose body has arrived, until `close`; return its ratio by load."""
+        self._load = load
+        return load.join()
+
+    def close(self) -> None:
+        """Note the end of the answer."""
+        if self._load is not None:
+            self._load.leave()
 
     def __str__(self) -> str:
         client = self.scope.get("client") or ("-", 0)

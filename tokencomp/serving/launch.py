@@ -31,7 +31,11 @@ MAX_REQUESTS = 1024 + 256  # that run, which is vLLM's largest default, and that
 
 
 def vllm_command(
-    model: str, options: dict[str, Any], bind: Bind, limits: Limits, extra: Sequence[str]
+    model: str,
+    options: dict[str, Any],
+    bind: Bind,
+    limits: Limits,
+    extra: Sequence[str],
 ) -> tuple[list[str], dict[str, str]]:
     """Return command line and environment of `vllm serve` with the plugin.
 
@@ -52,6 +56,10 @@ def vllm_command(
         raise OptionError(
             f"--low-detail-ratio {low}: on vLLM it is the ratio of a request, so it must not be "
             f"above --max-ratio ({parsed.max_ratio}), and --fixed leaves no room for it."
+        )
+    if parsed.ratio_by_load and not parsed.per_request:
+        raise OptionError(
+            "--ratio-by-load with --fixed: on vLLM it is the ratio of a request. Leave one out."
         )
     check_architecture(model, parsed)
     command = [*_entry(model), "--host", bind.host, "--port", str(bind.port)]
@@ -182,7 +190,11 @@ def check_architecture(model: str, options: ServerOptions) -> None:
 
 
 def run_vllm(
-    model: str, options: dict[str, Any], bind: Bind, limits: Limits, extra: Sequence[str]
+    model: str,
+    options: dict[str, Any],
+    bind: Bind,
+    limits: Limits,
+    extra: Sequence[str],
 ) -> None:
     """Replace this process with `vllm serve`. Errors are those of `vllm_command`."""
     command, env = vllm_command(model, options, bind, limits, extra)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Histogram
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 
 from tokencomp.method import MethodSpec
 
@@ -24,7 +24,7 @@ class Saved:
     reducer
         Its name; "none" where nothing is compressed.
     requested
-        `{"ratio": 0.75}` or `{"budget": 512}`, of the request or of the server.
+        `{"ratio": 0.75}` or `{"budget": 512}`, of the request, of the load or of the server.
     tokens
         Modality → visual tokens before compression, and those that a decoder layer sees, on
         average over layers.
@@ -86,6 +86,10 @@ class ServerMetrics:
         self.achieved = Histogram(
             f"{p}_achieved_ratio", "Achieved ratio of a request's media", labels[:2],
             buckets=BOUNDS, registry=registry,
+        )  # fmt: skip
+        self.load_step = Gauge(
+            f"{p}_load_step", "Step of --ratio-by-load in force, 0 for the usual ratio",
+            multiprocess_mode="max", registry=registry,
         )  # fmt: skip
 
     def count(self, saved: Saved) -> None:

@@ -14,13 +14,16 @@ from tokencomp.plan.counts import MAX_RATIO, Budget, check_ratio
 from tokencomp.plan.options import OPTIONS, check_option, one_amount
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import make_reducer, options_of
+from tokencomp.serving.load import Step, parse_steps
 from tokencomp.serving.servable import check_name, check_servable
 
 TOWER_KEYS = ("tower_ratio", "tower_reducer")
 AMOUNTS = ("ratio", "budget")
 REQUEST_KEYS = ("reducer", *AMOUNTS, "options", *OPTIONS, *TOWER_KEYS)
 OPERATOR_OPTIONS = ("weights",)  # paths: what they name, and whether it exists, is not for clients
-SERVER_KEYS = (*REQUEST_KEYS, "max_ratio", "low_detail_ratio", "per_request", "only_own")
+SERVER_KEYS = (
+    *REQUEST_KEYS, "max_ratio", "low_detail_ratio", "ratio_by_load", "per_request", "only_own",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class ServerOptions:
     low_detail_ratio : float or None
         Ratio of images that a request without options of its own sends as `detail` "low", which
         None refuses.
+    ratio_by_load : tuple of Step
+        Higher ratios of requests that name none, for a server under load.
     merging : bool
         Whether requests may merge on vLLM. Its attention then has wider heads for all requests, so
         that the default of the server has to merge.
@@ -53,6 +58,7 @@ class ServerOptions:
     only_own: bool = False
     low_detail_ratio: float | None = None
     merging: bool = False
+    ratio_by_load: tuple[Step, ...] = ()
 
     @classmethod
     def parse(cls, options: Any, engine: str = "vllm") -> ServerOptions:
@@ -75,6 +81,13 @@ class ServerOptions:
         low = values.get("low_detail_ratio")
         if low is not None:
             low = check_ratio(low, "low_detail_ratio")
+        steps: tuple[Step, ...] = ()
+        if (text := values.get("ratio_by_load")) is not None:
+            if "budget" in values:
+                raise OptionError("ratio_by_load with a budget: it raises a ratio. Give a ratio.")
+            steps = parse_steps(text, ratio)
+            if steps[-1].ratio > max_ratio:
+                raise RatioError(f"ratio_by_load={text!r} is above max_ratio={max_ratio}.")
         flags = {"per_request": True, "only_own": False}
         for name, default in flags.items():
             flags[name] = values.get(name, default)
@@ -86,7 +99,9 @@ class ServerOptions:
         if "budget" not in request:
             request["ratio"] = ratio
         spec = base._resolve(request, engine)
-        return cls(spec, max_ratio, **flags, low_detail_ratio=low, merging=merging)
+        return cls(
+            spec, max_ratio, **flags, low_detail_ratio=low, merging=merging, ratio_by_load=steps
+        )
 
     def low_detail(self, details: Sequence[tuple[str, Any]]) -> MethodSpec | None:
         """The default with the ratio of images in low detail, or None if none is in low detail.
@@ -120,19 +135,20 @@ class ServerOptions:
         asked = {"ratio": ratio, **self.default.given_options}
         return self._with_tower(self._reducer({}), asked, {})
 
-    def resolve(self, request: Any, engine: str = "vllm") -> MethodSpec:
+    def resolve(self, request: Any, engine: str = "vllm", ratio: float | None = None) -> MethodSpec:
         """The spec of a request with these tokencomp options (None: the server's default).
 
-        Raises as `parse` does, also for an option that only the server's operator may set.
+        A `ratio` by load takes the place of the default's where the request names no ratio or
+        budget. Raises as `parse` does, also for an option that only the server's operator may set.
         """
         if request is None:
-            return self.default
+            return self.default if ratio is None else self._resolve({"ratio": ratio}, engine)
         if not self.per_request:
             raise OptionError(
                 "this server was started with per_request=false: leave 'tokencomp' out of the "
                 "request, or ask its operator."
             )
-        values = as_mapping(request, REQUEST_KEYS)
+        values = with_ratio(as_mapping(request, REQUEST_KEYS), ratio)
         options = as_mapping(values.get("options"), None)
         closed = [k for k in options if str(k).rpartition(".")[2] in OPERATOR_OPTIONS]
         if closed:
@@ -267,6 +283,13 @@ def _check_budget(budget: Any) -> None:
             f"budget={budget!r}: servers treat every image and clip by itself, so that caches stay "
             "valid. Give a number, which is for each of them."
         )
+
+
+def with_ratio(values: dict[str, Any], ratio: float | None) -> dict[str, Any]:
+    """The options of a request with a ratio by load, unless they name a ratio or a budget."""
+    if ratio is None or any(values.get(name) is not None for name in AMOUNTS):
+        return values
+    return {**values, "ratio": ratio}
 
 
 def as_mapping(value: Any, allowed: tuple[str, ...] | None) -> dict[str, Any]:

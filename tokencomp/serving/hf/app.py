@@ -42,6 +42,7 @@ from tokencomp.serving.http import (
     is_open,
 )  # fmt: skip
 from tokencomp.serving.limits import CLIENT_LEFT, Deadline, Limits, RequestError
+from tokencomp.serving.load import Load
 
 logger = logging.getLogger("tokencomp.serving")
 
@@ -96,6 +97,7 @@ class Server:
         self.started = int(time.time())
         self.bodies = Bodies(limits.max_body, limits.max_bodies, limits.body_seconds)
         self.reading, self.decoding = CapacityLimiter(READING), CapacityLimiter(DECODING)
+        self.load = Load(engine.options.ratio_by_load)
 
     async def chat(self, request: Request) -> Response:
         """Answer a chat completion, whole or as a stream of events.
@@ -137,8 +139,9 @@ class Server:
         """
         engine, deadline = self.engine, Deadline(self.limits.decode_seconds)
         async with self.bodies.read(request) as body:
+            ratio = request.state.exchange.join(self.load)
             prompt = await to_thread.run_sync(
-                parse, body, engine.options, self.limits, engine.text, engine.grammars,
+                parse, body, engine.options, self.limits, engine.text, engine.grammars, ratio,
                 limiter=self.reading,
             )  # fmt: skip
             if prompt.request.media:
@@ -154,6 +157,7 @@ class Server:
 
     async def metrics(self, request: Request) -> Response:
         """Answer with all metrics in the text format of Prometheus."""
+        self.engine.metrics.load_step.set(self.load.look())
         text = generate_latest(self.engine.metrics.registry)
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
@@ -248,6 +252,7 @@ class Guard:
                 await exchange.refuse(RequestError("the server shuts down.", 503))
             raise
         finally:
+            exchange.close()
             if not is_open(scope):
                 self.metrics.requests.labels(exchange.outcome).inc()
                 logger.info("%s", exchange)

@@ -222,8 +222,11 @@ def parse(
     limits: Limits,
     text: PromptText,
     grammars: Grammars,
+    ratio: float | None = None,
 ) -> Prompt:
     """Check a JSON body: its form, then the amount of text, then its tokens. `load` decodes media.
+
+    `ratio` is that of requests that name none, if the server is under load.
 
     Raises
     ------
@@ -232,7 +235,7 @@ def parse(
         many media. The error carries the HTTP status of the answer.
     """
     request = read_request(content)
-    prompt = Prompt(request, [], _spec(request, options))
+    prompt = Prompt(request, [], _spec(request, options, ratio))
     _check_amount(request, text, limits)
     prompt.chat = [_message(message) for message in request.messages]
     prompt.calls = _call_form(request, text)
@@ -289,7 +292,7 @@ def _check_amount(request: ChatRequest, text: PromptText, limits: Limits) -> Non
         raise RequestError(f"more than {limits.max_items} images and videos.", 413)
 
 
-def _spec(request: ChatRequest, options: ServerOptions) -> MethodSpec:
+def _spec(request: ChatRequest, options: ServerOptions, ratio: float | None) -> MethodSpec:
     """Return reducer and ratio of the request, or the server's default."""
     fields = (request.tokencomp, (request.mm_processor_kwargs or {}).get(KEY))
     given = [field for field in fields if field is not None]
@@ -298,7 +301,7 @@ def _spec(request: ChatRequest, options: ServerOptions) -> MethodSpec:
     try:
         if not given and (low := options.low_detail(details)) is not None:
             return low
-        spec, *others = [options.resolve(field, engine="hf") for field in given or [None]]
+        spec, *others = [options.resolve(field, "hf", ratio) for field in given or [None]]
         if any(other != spec for other in others):
             raise OptionError(f'two settings: "{KEY}" and "mm_processor_kwargs" differ. Send one.')
         return spec

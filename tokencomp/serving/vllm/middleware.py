@@ -33,6 +33,7 @@ from tokencomp.serving.http import (
     route,
 )  # fmt: skip
 from tokencomp.serving.limits import RequestError
+from tokencomp.serving.load import Load
 from tokencomp.serving.saved import Saved, process_metrics
 from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm.request_checks import check_media, read_request
@@ -56,7 +57,7 @@ class Guard:
         self.draining = False
         limits = self.rules.limits
         self.options = ServerOptions.parse(os.environ.get(ENV_OPTIONS))
-        self.metrics = process_metrics()
+        self.load, self.metrics = Load(self.options.ratio_by_load), process_metrics()
         self.bodies = Bodies(limits.max_body, limits.max_bodies, limits.body_seconds)
         self.reading, self.checking = CapacityLimiter(READING), CapacityLimiter(CHECKING)
 
@@ -89,6 +90,7 @@ class Guard:
             logger.warning("tokencomp: media of a request cannot be read", exc_info=error)
             await exchange.refuse(RequestError("media of this request are unreadable."))
         finally:
+            exchange.close()
             if not is_open(scope):
                 self.metrics.requests.labels(exchange.outcome).inc()
                 if scope["method"] == "POST" or exchange.refusal:  # vLLM logs the others too
@@ -132,6 +134,8 @@ class Guard:
         if path not in PATHS:
             known = ", ".join(PATHS)
             raise RequestError(f"no path {path!r}; this server has {known}.", 404)
+        if path == "/metrics":
+            self.metrics.load_step.set(self.load.look())
         if scope["method"] != "POST":
             await self.app(scope, receive, exchange.send)
             return
@@ -156,9 +160,11 @@ class Guard:
     async def _checked(self, exchange: Exchange) -> Receive:
         """Read and check the body of a request; return what the application receives."""
         async with self.bodies.read(Request(exchange.scope, exchange.receive)) as content:
+            ratio = exchange.join(self.load)
             request = await to_thread.run_sync(
-                read_request, bytes(content), self.rules, self.options, limiter=self.reading
-            )
+                read_request, bytes(content), self.rules, self.options, ratio,
+                limiter=self.reading,
+            )  # fmt: skip
             if request.media:  # a text does not wait for the media of others
                 await to_thread.run_sync(check_media, request, self.rules, limiter=self.checking)
         sent: Message = {"type": "http.request", "body": request.body, "more_body": False}

@@ -15,7 +15,7 @@ from tokencomp.serving.media import (
     decode_base64,
     read_url,
 )
-from tokencomp.serving.spec import ServerOptions
+from tokencomp.serving.spec import ServerOptions, as_mapping, with_ratio
 from tokencomp.serving.video import with_request
 from tokencomp.serving.vllm.rules import Rules
 
@@ -49,8 +49,19 @@ class Request:
         self.body = json.dumps(self.fields).encode()
 
 
-def read_request(body: bytes, rules: Rules, options: ServerOptions) -> Request:
-    """Read a JSON body and check all of it but the media."""
+def read_request(
+    body: bytes,
+    rules: Rules,
+    options: ServerOptions,
+    ratio: float | None = None,
+) -> Request:
+    """Read a JSON body and check all of it but the media.
+
+    Parameters
+    ----------
+    ratio
+        That of requests with media that name none, if the server is under load.
+    """
     check_structure(body)
     try:
         fields = json.loads(body)
@@ -69,7 +80,7 @@ def read_request(body: bytes, rules: Rules, options: ServerOptions) -> Request:
         raise RequestError("truncate_prompt_tokens would cut media. Leave it out.")
     request = Request(body, fields, media)
     try:
-        _set_options(request, options)
+        _set_options(request, options, ratio)
     except (OptionError, RatioError) as error:
         raise RequestError(str(error)) from None
     return request
@@ -144,10 +155,11 @@ def _media(message: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     return media
 
 
-def _set_options(request: Request, options: ServerOptions) -> None:
+def _set_options(request: Request, options: ServerOptions, ratio: float | None) -> None:
     """Put the setting of a request where vLLM reads it.
 
-    Clients send it in a field of its own, as on `--engine hf`, or as the detail of images.
+    Clients send it in a field of its own, as on `--engine hf`, or as the detail of images. Else it
+    has the `ratio` by load, if any.
     """
     kwargs = request.fields.get("mm_processor_kwargs") or {}
     field = request.fields.pop(KEY, None)
@@ -159,6 +171,9 @@ def _set_options(request: Request, options: ServerOptions) -> None:
     if field is None and given is None:
         spec = options.low_detail([(kind, url.get("detail")) for kind, url in request.media])
         field = spec and spec.requested
+    if ratio is not None and request.media:
+        asked = as_mapping(given if field is None else field, None)
+        field = with_ratio(asked, ratio)
     if field is not None:
         request.set("mm_processor_kwargs", {**kwargs, KEY: field})
 

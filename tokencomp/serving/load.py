@@ -1,0 +1,88 @@
+"""A higher ratio under load: a server that compresses can shed work, where others shed requests."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from tokencomp.errors import OptionError
+from tokencomp.plan.counts import check_ratio
+
+MAX_STEPS = 3  # every ratio has entries of its own in prefix and encoder caches
+CALM_SECONDS = 10.0  # of fewer than half of a step's requests, after which the step ends
+FORM = re.compile(r"([0-9]*\.?[0-9]+):([0-9]+)")
+
+
+class Step(NamedTuple):
+    """From `depth` unanswered requests on, requests that name no ratio have this one."""
+
+    ratio: float
+    depth: int
+
+
+def parse_steps(text: Any, base: float) -> tuple[Step, ...]:
+    """Read "0.75:8,0.9:16"; `base` is the ratio of a server without load.
+
+    Raises
+    ------
+    OptionError
+        It has another form, more than three steps, or a ratio or depth that does not grow. A first
+        step of depth 0 must have the ratio `base`, and says nothing new.
+    """
+    parts = [FORM.fullmatch(part.strip()) for part in str(text).split(",")]
+    steps = [Step(check_ratio(float(p[1])), int(p[2])) for p in parts if p] if all(parts) else []
+    if steps and steps[0] == (base, 0):
+        steps = steps[1:]
+    every = [Step(base, 0), *steps]
+    grows = all(a.ratio < b.ratio and a.depth < b.depth for a, b in zip(every, steps, strict=False))
+    if not steps or len(steps) > MAX_STEPS or not grows:
+        raise OptionError(
+            f"ratio_by_load={text!r}: expected up to {MAX_STEPS} steps RATIO:REQUESTS with growing "
+            f"numbers above the ratio of the server ({base:g}), such as 0.75:8,0.9:16."
+        )
+    return tuple(steps)
+
+
+class Load:
+    """Chooses the ratio of every request from the number of those that are not answered yet.
+
+    A step begins with the request that finds its depth. It ends, and the one below begins, when no
+    request has found half of its depth for `CALM_SECONDS`: a ratio that changes with every request
+    would leave caches cold.
+
+    Attributes
+    ----------
+    depth
+        Requests whose body has arrived and whose answer has not ended.
+    step
+        Number of the step in force; 0 is the ratio of the server.
+    """
+
+    def __init__(self, steps: Sequence[Step], clock: Callable[[], float] = time.monotonic) -> None:
+        self.steps, self._clock = steps, clock
+        self.depth = self.step = 0
+        self._busy = clock()  # when a request last found half of the depth of the step
+
+    def join(self) -> float | None:
+        """Count a request; return the ratio that it has by the load, None for the usual one."""
+        step = self.look()
+        self.depth += 1
+        return self.steps[step - 1].ratio if step else None
+
+    def look(self) -> int:
+        """Return the number of the step that a request would find now."""
+        depth, now = self.depth, self._clock()
+        reached = sum(depth >= step.depth for step in self.steps)
+        if reached >= self.step:
+            self.step, self._busy = reached, now
+        elif 2 * depth >= self.steps[self.step - 1].depth:
+            self._busy = now
+        elif calm := int((now - self._busy) / CALM_SECONDS):
+            self.step, self._busy = max(reached, self.step - calm), now
+        return self.step
+
+    def leave(self) -> None:
+        """Note the end of an answer."""
+        self.depth -= 1
