@@ -169,6 +169,51 @@ def test_the_pod_finds_its_server_and_lets_requests_end() -> None:
     assert pod["spec"]["terminationGracePeriodSeconds"] > pause + Bind.shutdown_timeout
 
 
+# -- monitoring -------------------------------------------------------------------------------
+
+USUAL: dict[str, Any] = {"slow": 0, "kept": 50, "step": "1x50 0 1x20"}
+UNUSUAL = {
+    "TokencompSlowFirstToken": {"slow": 1},
+    "TokencompRatioRaisedByLoad": {"step": "0x30 1x40"},
+    "TokencompNotCompressing": {"kept": 95},
+}
+"""First tokens, of 10 per minute, after 5 s; kept ones of 100 visual tokens; step of the load."""
+
+
+def series(server: str, ttft: str, slow: int, kept: int, step: str) -> list[dict[str, str]]:
+    """Return the metrics of a server, minute by minute, in the notation of promtool."""
+    metrics = {
+        ttft + '_bucket{le="5.0",': f"0+{10 - slow}x70", ttft + '_bucket{le="7.5",': "0+10x70",
+        ttft + '_bucket{le="+Inf",': "0+10x70", "tokencomp_load_step{": step,
+        "tokencomp_visual_tokens_before_total{": "0+100x70",
+        "tokencomp_visual_tokens_after_total{": f"0+{kept}x70",
+    }  # fmt: skip
+    return [{"series": f'{k}instance="{server}"}}', "values": v} for k, v in metrics.items()]
+
+
+@pytest.mark.parametrize("alert", UNUSUAL)
+@pytest.mark.parametrize("engine", ["tokencomp_", "vllm:"])
+def test_an_alert_names_the_server_that_is_unusual(alert: str, engine: str, tmp_path: Path) -> None:
+    """One of two servers, after an hour; no other alert fires."""
+    promtool, ttft = tool("promtool"), engine + "time_to_first_token_seconds"
+    (group,) = documents("alerts.yaml")[0]["groups"]
+    rules, expected = {rule["alert"]: rule for rule in group["rules"]}, []
+    for name, rule in rules.items():
+        words = {
+            k: v.replace("{{ $labels.instance }}", "b") for k, v in rule["annotations"].items()
+        }
+        fires = {"exp_labels": {**rule["labels"], "instance": "b"}, "exp_annotations": words}
+        expected.append(
+            {"eval_time": "62m", "alertname": name, "exp_alerts": [fires] * (name == alert)}
+        )
+    given = series("a", ttft, **USUAL) + series("b", ttft, **{**USUAL, **UNUSUAL[alert]})
+    case = {"interval": "1m", "input_series": given, "alert_rule_test": expected}
+    file = tmp_path / "test.yaml"
+    file.write_text(yaml.safe_dump({"rule_files": [str(FOLDER / "alerts.yaml")], "tests": [case]}))
+    done = subprocess.run([promtool, "test", "rules", file], capture_output=True, text=True)
+    assert set(rules) == set(UNUSUAL) and done.returncode == 0, done.stderr
+
+
 # -- systemd ----------------------------------------------------------------------------------
 
 

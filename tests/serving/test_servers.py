@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 pytest.importorskip("starlette")
 pytest.importorskip("av")
@@ -283,6 +284,37 @@ def test_the_line_of_the_log_has_the_id_of_the_answer(served: Served) -> None:
         model="tiny", messages=http.messages("x"), max_tokens=1
     )
     assert raw.parse().id == f"chatcmpl-{raw.headers['x-request-id']}"
+
+
+def named(expression: str) -> set[str]:
+    """Return the metrics in an expression of PromQL."""
+    return set(re.findall(r"\b(?:tokencomp_|vllm:)\w+", expression))
+
+
+def test_dashboard_and_alerts_name_metrics_that_are_exported(served: Served) -> None:
+    """Every panel and every rule has a series on either engine, and labels that exist."""
+    folder = ROOT / "examples" / "deploy"
+    panels = json.loads((folder / "grafana.json").read_text())["panels"]
+    groups = yaml.safe_load((folder / "alerts.yaml").read_text())["groups"]
+    rules = [rule["expr"] for group in groups for rule in group["rules"]]
+    queries = [[target["expr"] for target in panel["targets"]] for panel in panels]
+    served.ask(IMAGE)
+    families = text_string_to_metric_families(http.get(served.url + "/metrics")[1])
+    labels: dict[str, set[str]] = {}
+    for sample in (s for family in families for s in family.samples):
+        labels.setdefault(sample.name, set()).update(sample.labels)
+    assert len(queries) >= 6 and len(rules) == 3
+    for expressions in [*queries, *([rule] for rule in rules)]:
+        metrics = set().union(*map(named, expressions))
+        assert metrics & labels.keys(), expressions
+        others = {n for n in metrics - labels.keys() if n.startswith("tokencomp_")}
+        assert served.engine == "vllm" or not others, others
+        others = {n for n in metrics - labels.keys() if n.startswith("vllm:")}
+        assert served.engine == "hf" or not others, others
+        for text in expressions:
+            known = {"instance"}.union(*(labels[n] for n in named(text) & labels.keys()))
+            for names in re.findall(r"by \(([^)]*)\)", text) if named(text) & labels.keys() else ():
+                assert set(names.replace(" ", "").split(",")) <= known, text
 
 
 def test_times_of_an_answer_are_counted_and_its_line_is_logged(served: Served) -> None:
