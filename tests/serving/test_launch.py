@@ -20,6 +20,7 @@ from tokencomp.errors import OptionError, UnsupportedModelError
 from tokencomp.serving import launch
 from tokencomp.serving.bind import Bind
 from tokencomp.serving.limits import Limits
+from tokencomp.serving.vllm.rules import Rules
 
 QWEN = ("qwen2_vl", "Qwen2VLForConditionalGeneration")
 VIDEO = {"video": {"video_backend": "tokencomp", "num_frames": 32}}
@@ -40,7 +41,8 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         (tmp_path / "config.json").write_text(json.dumps(config))
         given = {"ratio": 0.5, **options}
         rules = bind or Bind(), limits or Limits()
-        return launch.vllm_command(str(tmp_path), given, *rules, extra)
+        paths = given.pop("paths", ())
+        return launch.vllm_command(str(tmp_path), given, *rules, extra, paths)
 
     return command
 
@@ -76,7 +78,9 @@ def test_what_the_operator_opens(start: Any, monkeypatch: pytest.MonkeyPatch) ->
     command, env = start(TRUST)
     assert "--middleware" in command and command.count(TRUST) == 1  # the key stays checked
     assert json.loads(env["TOKENCOMP_RULES"])["media_options"] is True
-    _, env = start(ratio_by_load="0.75:8")
+    _, env = start(paths=["/v1/responses"], ratio_by_load="0.75:8")
+    monkeypatch.setenv("TOKENCOMP_RULES", env["TOKENCOMP_RULES"])
+    assert Rules.from_environment().paths == ("/v1/responses",) and Rules().paths == ()
     assert json.loads(env["TOKENCOMP_SERVING"])["ratio_by_load"] == "0.75:8"
     for flag in ("--shutdown-timeout", REMOTE, "--max-num-queued-reqs"):
         assert flag not in start(f"{flag}=5")[0]
@@ -119,7 +123,7 @@ def test_flags_past_the_rules_are_refused(
         ({"low_detail_ratio": 0.9, "max_ratio": 0.8}, OptionError),
         ({"low_detail_ratio": 0.9, "per_request": False}, OptionError),
         ({"ratio_by_load": "0.75:8", "per_request": False}, OptionError),
-        ({"reducer": "fastv"}, OptionError),
+        ({"paths": ["v1/responses"]}, OptionError), ({"reducer": "fastv"}, OptionError),
         ({"model": ("llava", "LlavaForConditionalGeneration")}, UnsupportedModelError),
         ({"model": ("gemma3", "Gemma3ForConditionalGeneration")}, UnsupportedModelError),
         ({"model": ("internvl", "InternVLForConditionalGeneration"), "tower_ratio": 0.4},
@@ -179,7 +183,7 @@ def test_an_embedded_model_has_its_name_on_vllm(
     arguments: list[str], names: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: list[tuple[str, list[str]]] = []
-    monkeypatch.setattr(launch, "run_vllm", lambda model, *args: started.append((model, args[-1])))
+    monkeypatch.setattr(launch, "run_vllm", lambda model, *args: started.append((model, args[-2])))
     assert run("serve", "--engine", "vllm", "--model", "tiny-qwen2-vl", *arguments) in (0, None)
     ((folder, extra),) = started
     assert (Path(folder) / "config.json").exists()

@@ -42,10 +42,12 @@ IMAGE, WIDE, VIDEO = http.image_url(1), http.image_url(3, 168, 280), http.video_
 def served(
     request: pytest.FixtureRequest, tiny_folder: Any, tmp_path_factory: Any
 ) -> Iterator[Served]:
-    """A server with a media path and all ratios; that on vLLM has a key."""
+    """A server with a media path and all ratios; that on vLLM has a key and a further path."""
     root = tmp_path_factory.mktemp(request.param)
     (root / "media").mkdir()
     arguments = ["--ratio", 0.5, "--low-detail-ratio", 0.9, "--ratio-by-load", f"0.75:{CROWD}"]
+    if request.param == "vllm":
+        arguments += ["--allow-path", "/v1/completions"]
     arguments += ["--allowed-media-path", root / "media"]
     with started(request.param, tiny_folder("qwen2_vl"), root, *arguments) as server:
         yield server
@@ -428,6 +430,19 @@ def test_a_client_may_leave_in_the_middle_of_a_body(served: Served) -> None:
     time.sleep(0.5)
     assert http.get(served.url + "/health")[0] == 200
     assert served.engine == "vllm" or "Traceback" not in (served.root / "log").read_text()
+
+
+def test_a_further_path_answers_under_the_same_key_and_limits(served: Served) -> None:
+    if served.engine == "hf":
+        pytest.skip("there are none")
+    answer = served.client.completions.create(model="tiny", prompt="What", max_tokens=2)
+    assert answer.choices[0].text and answer.usage.completion_tokens == 2
+    assert http.get(served.url + "/v1/completions", {"model": "tiny", "prompt": "What"})[0] == 401
+    for wrong in (IMAGE, "a" * (1 << 25)):
+        with pytest.raises(openai.APIStatusError):
+            served.client.completions.create(model="tiny", prompt=wrong, max_tokens=2)
+    with pytest.raises(openai.NotFoundError):
+        served.client.responses.create(model="tiny", input="What")
 
 
 def test_a_crowd_gets_a_higher_ratio_and_says_so(served: Served) -> None:

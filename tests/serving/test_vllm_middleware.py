@@ -95,6 +95,51 @@ def test_a_websocket_is_closed() -> None:
     assert send.await_args.args[0]["type"] == "websocket.close"
 
 
+# -- further paths --------------------------------------------------------------------------------
+
+OPENED = {"paths": ("/v1/responses", "/v1/responses/", "/tokenize")}
+
+
+@pytest.mark.parametrize(
+    ("path", "method", "status"),
+    [
+        ("/v1/responses", "POST", REACHED), ("/v1/responses/a/cancel", "POST", REACHED),
+        ("/v1/responses/a", "GET", REACHED), ("/tokenize", "POST", REACHED),
+        ("/tokenize/a", "POST", 404), ("/v1/responsesx", "POST", 404), ("/sleep", "POST", 404),
+    ],
+)  # fmt: skip
+def test_the_operator_may_open_further_paths(path: str, method: str, status: int) -> None:
+    """Under the same key and the same limits."""
+    body = {"input": "a"}
+    guard = vllm(Limits(max_body=100), rules=OPENED, api_key="secret")
+    assert ask(guard, body, path, method).status == 401
+    assert ask(guard, body, path, method, [KEY]).status == status
+    assert ask(guard, b"", path, method, [KEY]).status == status  # some have no body
+    if method == "POST" and status == REACHED:
+        assert ask(guard, {"input": "a" * 100}, path, method, [KEY]).status == 413
+        assert ask(guard, b"[]", path, method, [KEY]).status == 400
+    closed = vllm(api_key="secret")
+    assert ask(closed, body, path, method, [KEY]).status == 404
+
+
+def test_media_of_further_paths_are_in_messages_of_chat_or_refused() -> None:
+    """Nobody would check their size elsewhere."""
+    url, guard = data(b"any", "image/png"), vllm(rules=OPENED)
+    text, large = {"type": "input_text", "text": "see data: 1"}, part(image(100))
+    for content, status in (
+        ({"input": [{"role": "user", "content": [text]}]}, REACHED),
+        ({"messages": [{"role": "user", "content": [large]}]}, REACHED),
+        ({"input": [{"content": [{"type": "input_image", "image_url": url}]}]}, 400),
+        ({"input": [{"content": [{"type": "input_image", "file_id": "a"}]}]}, 400),
+        ({"input": [{"content": [{"type": "image_url", "image_url": {"url": "file:///a"}}]}]}, 400),
+        ({"data_1": [{"content": url.upper()}]}, 400), ({"prompt": {"x": " " + url}}, 400),
+        ({"messages": [{"content": [{"type": "image", "source": {"data": "AA"}}]}]}, 400),
+    ):  # fmt: skip
+        assert ask(guard, content, "/v1/responses").status == status, content
+    small = vllm(Limits(max_pixels=9999), rules=OPENED)
+    assert ask(small, user(large), "/tokenize").status == 413
+
+
 # -- the body -------------------------------------------------------------------------------------
 
 

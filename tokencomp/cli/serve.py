@@ -90,6 +90,14 @@ def command(
             '"0.75:8,0.9:16".',
         ),
     ] = None,
+    allow_path: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-path",
+            help="Further path of vLLM that answers, such as /v1/responses; with a slash at its "
+            "end, all below it; repeatable.",
+        ),
+    ] = None,
     frames: Annotated[
         str,
         typer.Option(
@@ -167,8 +175,9 @@ def command(
             extra += ["--max-model-len", str(max_model_len)]
         if source.dtype != "auto":
             extra += ["--dtype", source.dtype]
-        run_vllm(folder, options, bind, limits, extra)
+        run_vllm(folder, options, bind, limits, extra, allow_path or ())
         return
+    opt.refuse_options(context, ("allow_path",), f"--engine {engine}", "it has no further paths")
     if engine != "hf":
         start = " SGLang has a start of its own: docs/serving.md." if engine == "sglang" else ""
         raise OptionError(f"--engine {engine!r}: use 'hf', 'vllm' or 'mlx'.{start}")

@@ -36,11 +36,13 @@ def vllm_command(
     bind: Bind,
     limits: Limits,
     extra: Sequence[str],
+    paths: Sequence[str] = (),
 ) -> tuple[list[str], dict[str, str]]:
     """Return command line and environment of `vllm serve` with the plugin.
 
-    The arguments are those of `run_hf`, and `extra` are further ones for `vllm serve`. Raises a
-    `TokenCompError` if vLLM is not installed, or cannot serve this reducer, ratio or model.
+    The arguments are those of `run_hf`; `extra` are further ones for `vllm serve`, and `paths`
+    further paths that answer. Raises a `TokenCompError` if vLLM is not installed, or cannot serve
+    this reducer, ratio or model.
     """
     if importlib.util.find_spec("vllm") is None:
         raise MissingDependencyError(
@@ -61,6 +63,8 @@ def vllm_command(
         raise OptionError(
             "--ratio-by-load with --fixed: on vLLM it is the ratio of a request. Leave one out."
         )
+    if wrong := [path for path in paths if not path.startswith("/")]:
+        raise OptionError(f"--allow-path {wrong[0]!r}: a path begins with a slash: /v1/responses.")
     check_architecture(model, parsed)
     command = [*_entry(model), "--host", bind.host, "--port", str(bind.port)]
     command += ["--middleware", "tokencomp.serving.vllm.middleware.Guard"]
@@ -71,7 +75,7 @@ def vllm_command(
     env = {
         **os.environ,
         ENV_OPTIONS: json.dumps({**options, "only_own": parsed.only_own}),
-        ENV_RULES: Rules(bind, limits, remote, trusts_kwargs, ours).as_json(),
+        ENV_RULES: Rules(bind, limits, remote, trusts_kwargs, ours, tuple(paths)).as_json(),
         "TOKENCOMP_VLLM": "on",
     }
     if "VLLM_PLUGINS" in env:  # else all; without ours, vLLM would answer uncompressed
@@ -195,9 +199,10 @@ def run_vllm(
     bind: Bind,
     limits: Limits,
     extra: Sequence[str],
+    paths: Sequence[str] = (),
 ) -> None:
     """Replace this process with `vllm serve`. Errors are those of `vllm_command`."""
-    command, env = vllm_command(model, options, bind, limits, extra)
+    command, env = vllm_command(model, options, bind, limits, extra, paths)
     bind.warn_if_open()
     os.execve(command[0], command, env)
 

@@ -14,6 +14,11 @@ from tokencomp.serving import ENV_UNTESTED
 from tokencomp.serving.vllm import ENV_OFF, untested_version
 
 logger = init_logger("vllm.tokencomp")
+DRAFTERS = (
+    "speculative decoding under model runner V1, whose drafters read and write wrong cache slots "
+    "after an image, with or without tokencomp (vllm-project/vllm#54498): use runner V2 "
+    "(VLLM_USE_V2_MODEL_RUNNER=1, on a GPU)"
+)
 MERGING_BACKENDS = ("CPU_ATTN", "FLASH_ATTN")
 
 
@@ -69,7 +74,7 @@ def _wrong_for_offsets(config: VllmConfig, merging: bool) -> list[str]:
     if parallel.use_ubatching:
         settings.append("dual batch overlap slices rows, not what we know of them (--enable-dbo)")
     if config.speculative_config is not None:
-        settings.append("speculative decoding: the drafter knows no offsets or sizes of rows")
+        settings.append("speculative decoding: drafters know no sizes" if merging else DRAFTERS)
     return settings
 
 

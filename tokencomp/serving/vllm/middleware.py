@@ -43,6 +43,7 @@ logger = logging.getLogger("vllm.tokencomp")
 
 CHAT, MODELS = "/v1/chat/completions", "/v1/models"
 PATHS = (*OPEN_PATHS, CHAT, MODELS, "/version")
+READS = ("GET", "HEAD", "OPTIONS")  # methods without a body
 USAGE = b'"usage":{'  # in JSON, where the quotes of a text are escaped, these bytes are the field
 EXCHANGE: ContextVar[Exchange] = ContextVar("exchange")
 READING = CHECKING = 4  # requests that are read, and whose media are checked, at the same time
@@ -131,15 +132,15 @@ class Guard:
             answer = await self._about(scope, path, receive)
             await answer(scope, receive, exchange.send)
             return
-        if path not in PATHS:
-            known = ", ".join(PATHS)
-            raise RequestError(f"no path {path!r}; this server has {known}.", 404)
+        known = (*PATHS, *self.rules.paths)
+        if not any(path == k or (k.endswith("/") and path.startswith(k)) for k in known):
+            raise RequestError(f"no path {path!r}; this server has {', '.join(known)}.", 404)
         if path == "/metrics":
             self.metrics.load_step.set(self.load.look())
-        if scope["method"] != "POST":
+        if scope["method"] in READS:
             await self.app(scope, receive, exchange.send)
             return
-        receive = await self._checked(exchange)
+        receive = await self._checked(exchange, path == CHAT)
         self._check_running(exchange)  # the server may have begun to end meanwhile
         MutableHeaders(scope=scope)["X-Request-Id"] = exchange.id  # of which vLLM makes its own
         reply: Send = exchange.send
@@ -157,12 +158,15 @@ class Guard:
         if failed:  # vLLM was reading the prompt when the server began to shut down
             self._check_running(exchange)
 
-    async def _checked(self, exchange: Exchange) -> Receive:
-        """Read and check the body of a request; return what the application receives."""
+    async def _checked(self, exchange: Exchange, chat: bool) -> Receive:
+        """Read and check the body of a request; return what the application receives.
+
+        Only a chat completion must have one, and only there media may be elsewhere.
+        """
         async with self.bodies.read(Request(exchange.scope, exchange.receive)) as content:
             ratio = exchange.join(self.load)
             request = await to_thread.run_sync(
-                read_request, bytes(content), self.rules, self.options, ratio,
+                read_request, bytes(content), self.rules, self.options, ratio, chat,
                 limiter=self.reading,
             )  # fmt: skip
             if request.media:  # a text does not wait for the media of others

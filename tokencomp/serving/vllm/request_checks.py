@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +24,8 @@ from tokencomp.serving.vllm.rules import Rules
 MEDIA = ("image_url", "video_url")
 TEXTS = ("text", "refusal")
 MESSAGE = ("role", "content", "name", "reasoning", "reasoning_content", "refusal", "tool_call_id")
+DATA_URL = re.compile(r"\s*data:[\w.+-]+/[\w.+-]+[;,]", re.IGNORECASE)
+MEDIA_TYPE = re.compile(r"image|video|audio|file|embeds")
 FORM = '{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}'
 
 
@@ -54,6 +58,7 @@ def read_request(
     rules: Rules,
     options: ServerOptions,
     ratio: float | None = None,
+    chat: bool = True,
 ) -> Request:
     """Read a JSON body and check all of it but the media.
 
@@ -61,7 +66,12 @@ def read_request(
     ----------
     ratio
         That of requests with media that name none, if the server is under load.
+    chat
+        Whether it is a chat completion. Other paths have media in messages of the same form, or
+        none, and some of their requests have no body.
     """
+    if not (chat or body):
+        return Request(body, {}, [])
     check_structure(body)
     try:
         fields = json.loads(body)
@@ -74,6 +84,8 @@ def read_request(
     _check_text(fields)
     _check_sampling(fields)
     media = [part for message in _messages(fields) for part in _media(message)]
+    if not chat:
+        _check_no_media({name: v for name, v in fields.items() if name != "messages"})
     if len(media) > rules.limits.max_items:
         raise RequestError(f"more than {rules.limits.max_items} images and videos.", 413)
     if media and fields.get("truncate_prompt_tokens") is not None:
@@ -180,18 +192,34 @@ def _set_options(request: Request, options: ServerOptions, ratio: float | None) 
 
 def _check_text(value: Any) -> None:
     """Refuse halves of surrogate pairs, which vLLM cannot hand to its engine."""
+    for text in _nested(value):
+        try:
+            isinstance(text, str) and (text.isascii() or text.encode())
+        except UnicodeEncodeError:
+            raise RequestError("a text contains half of a surrogate pair.") from None
+
+
+def _nested(value: Any) -> Iterator[Any]:
+    """Yield all values in a JSON value, and all names."""
     waiting = [value]
     while waiting:
         value = waiting.pop()
+        yield value
         if isinstance(value, dict):
             waiting += [*value, *value.values()]
         elif isinstance(value, list):
             waiting += value
-        elif isinstance(value, str):
-            try:
-                value.isascii() or value.encode()
-            except UnicodeEncodeError:
-                raise RequestError("a text contains half of a surrogate pair.") from None
+
+
+def _check_no_media(fields: dict[str, Any]) -> None:
+    """Refuse media in a form that only another path has, as nobody checks their size."""
+    for value in _nested(fields):
+        named = isinstance(value, dict) and MEDIA_TYPE.search(str(value.get("type")))
+        if named or (isinstance(value, str) and DATA_URL.match(value)):
+            raise RequestError(
+                "media outside of chat messages: on this path only `messages` may have them, as "
+                f"{FORM}."
+            )
 
 
 def _check_sampling(request: dict[str, Any]) -> None:

@@ -27,6 +27,8 @@ class Rules:
         frame of a video.
     chosen_frames
         Whether vLLM loads videos with `frames.ChosenFrames`.
+    paths
+        Further paths of vLLM that answer; one that ends with "/" stands for all below it.
     """
 
     bind: Bind = field(default_factory=lambda: Bind(host=""))
@@ -34,6 +36,7 @@ class Rules:
     remote_media: bool = False
     media_options: bool = False
     chosen_frames: bool = True
+    paths: tuple[str, ...] = ()
 
     def as_json(self) -> str:
         """Return the value of the environment variable, without the key, which vLLM has too."""
@@ -47,4 +50,5 @@ class Rules:
         bind["api_key"] = os.environ.get("VLLM_API_KEY") or None
         if path := limits.get("allowed_path"):
             limits["allowed_path"] = Path(path)
+        values["paths"] = tuple(values.get("paths", ()))
         return cls(Bind(**bind), Limits(**limits), **values)
