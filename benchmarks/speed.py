@@ -79,6 +79,7 @@ TABLES: dict[str, Table] = {
     "prefill": Table("models/prefill.jsonl", (("benchmarks.models.prefill",),)),
     "serving": Table("serving/results.jsonl", (("benchmarks.serving.run",),), VLLM, "vllm"),
     "clients": Table("serving/clients.jsonl", (("benchmarks.serving.clients",),), VLLM, "vllm"),
+    "burst": Table("serving/burst.jsonl", (("benchmarks.serving.burst",),), VLLM, "vllm"),
     "ratio-zero": Table(
         "serving/ratio_zero.jsonl", (("benchmarks.serving.ratio_zero",),), VLLM, "vllm"
     ),

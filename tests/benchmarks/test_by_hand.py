@@ -30,7 +30,7 @@ from benchmarks.kernels.calls import (
 )
 from benchmarks.models import tower, tower_alone
 from benchmarks.models.shapes import SHAPES, accepted, build
-from benchmarks.serving import agents, clients
+from benchmarks.serving import agents, burst, clients
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.evaluation import Setting, grid, sweep
 from tokencomp.inputs.loading import load_model
@@ -251,3 +251,24 @@ def test_factors_under_load_compare_with_the_same_clients() -> None:
     assert rows[2][4:] == ["1", "1000", "1.00", "0.25", "0.50"]
     assert rows[3][4:] == ["4", "1000", "2.00", "2.00", "2.00"]
     assert "why" in rows[4][3]
+
+
+def test_a_burst_is_compared_within_its_round() -> None:
+    """21 first tokens after 0, 1, … 20 s: 19 s is the 95th percentile; a burst at half of them."""
+
+    def record(number: int, arm: str, scale: float, ratios: list[float]) -> dict[str, Any]:
+        answers = [
+            {"ttft": scale * i, "end": 30.0 - i, "ratio": ratios[i % len(ratios)]}
+            for i in (*range(0, 21, 2), *range(1, 21, 2))
+        ]
+        return {"round": number, "arm": arm, "rate": 1.5, "answers": answers}
+
+    usual, by_load = burst.ARMS
+    rows = burst.rows_of([
+        record(0, by_load, 0.5, [0.5, 0.9]), record(0, usual, 1.0, [0.5]),
+        record(1, usual, 2.0, [0.5]), record(1, by_load, 0.5, [0.9]),
+    ])  # fmt: skip
+    assert [row[:2] for row in rows] == [[n, arm] for n in "12" for arm in (usual, by_load)]
+    assert rows[0][2:] == ["1.50", "10.00", "19.00", "1.00", "30.0", "21 at 0.5"]
+    assert rows[1][2:] == ["1.50", "5.00", "9.50", "2.00", "30.0", "11 at 0.5, 10 at 0.9"]
+    assert rows[3][5] == "4.00"
