@@ -359,6 +359,10 @@ def _other_tower(model, processor, patch):
     patch.setattr(weight, "data", weight.data + 0.01)
 
 
+def _other_bound(model, processor, patch):
+    patch.setattr(processor.image_processor, "max_soft_tokens", 70, raising=False)
+
+
 def _other_resolution(model, processor, patch):
     images = processor.image_processor
     patch.setattr(images, "size", {**dict(images.size), "longest_edge": 56 * 56})
@@ -371,13 +375,14 @@ def _other_resolution(model, processor, patch):
         (_other_weights, "differs in weights"),
         (_other_tower, "differs in weights"),
         (_other_resolution, "differs in pixels"),
+        (_other_bound, "differs in pixels"),
         (lambda m, p, patch: patch.setattr(Random, "revision", 2), "differs in method"),
         (
             lambda m, p, patch: patch.setattr(Random.__init__, "__defaults__", (3,)),
             "differs in method",
         ),
     ],
-    ids=["ratio", "weights", "weights of the tower", "resolution", "rule", "default of an option"],
+    ids=["ratio", "weights", "weights of the tower", "resolution", "bound", "rule", "default"],
 )
 def test_answers_of_another_run_do_not_count(
     loaded, examples, tmp_path, monkeypatch, changed, message

@@ -84,6 +84,15 @@ MaxNewTokens = Annotated[
 ]
 Device = Annotated[str, typer.Option("--device", help='"auto", "cpu", "cuda", "cuda:1", ...')]
 Dtype = Annotated[str, typer.Option("--dtype", help='"auto", float32, bfloat16, float16.')]
+ImageMaxTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--image-max-tokens",
+        min=1,
+        help="Scale larger images down to so many tokens before the vision tower (Qwen-VL, GLM-V, "
+        "Gemma 4, ...), and then compress; six times --budget, not for documents.",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 
 
@@ -123,13 +132,19 @@ class Source:
     model: Model = DEFAULT_MODEL
     device: Device = "auto"
     dtype: Dtype = "auto"
+    image_max_tokens: ImageMaxTokens = None
 
     @functools.cached_property
     def loaded(self) -> tuple[Any, Any]:
         """Model and processor; media may need them, and so does what comes after."""
         from tokencomp.inputs.loading import load_model
 
-        return load_model(self.model, device=self.device, dtype=self.dtype)
+        return load_model(
+            self.model,
+            device=self.device,
+            dtype=self.dtype,
+            image_max_tokens=self.image_max_tokens,
+        )
 
 
 @dataclasses.dataclass(frozen=True)

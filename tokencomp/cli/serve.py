@@ -11,7 +11,7 @@ import typer
 from tokencomp.cli import _options as opt
 from tokencomp.cli import _parse as parse
 
-VLLM_HINT = "use vLLM's own arguments after `--` (--max-num-seqs, ...)"
+VLLM_HINT = "use vLLM's own arguments after `--` (--max-num-seqs, --mm-processor-kwargs, ...)"
 MLX_HINT = "use the arguments of mlx_vlm.server after `--` (--max-tokens, ...)"
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}
 
@@ -164,7 +164,7 @@ def command(
     limits = Limits(allowed_path=allowed_media_path, frames=policy.count, policy=named)
     bind = Bind(host, port, api_key, tuple(allowed_host or ()), shutdown_timeout)
     if engine == "vllm":
-        ineffective = ("device", "max_batch")
+        ineffective = ("device", "max_batch", "image_max_tokens")
         opt.refuse_options(context, ineffective, "--engine vllm", VLLM_HINT)
         extra, folder = [*context.args], resolve(source.model)
         if folder != source.model and not any(a.startswith("--served-model-name") for a in extra):
@@ -188,5 +188,6 @@ def command(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     run_hf(
         source.model, options, bind, limits, device=source.device, dtype=source.dtype,
-        served_name=served_name, max_batch=max_batch, max_model_len=max_model_len,
+        image_max_tokens=source.image_max_tokens, served_name=served_name, max_batch=max_batch,
+        max_model_len=max_model_len,
     )  # fmt: skip

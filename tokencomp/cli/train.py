@@ -48,7 +48,7 @@ class Shared(opt.Source):
 
     def config(self) -> dict[str, Any]:
         """The options that are fields of the training configuration."""
-        others = ("model", "device", "dtype", "data")
+        others = ("model", "device", "dtype", "image_max_tokens", "data")
         return {k: v for k, v in vars(self).items() if k not in others}
 
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from tokencomp.errors import MediaError, OptionError
 from tokencomp.inputs.frames import frame_indices
+from tokencomp.inputs.pixels import SOFT_TOKENS
 from tokencomp.inputs.prompts import build_inputs
 from tokencomp.inputs.questions import modality_of
 from tokencomp.inputs.video import with_frames
@@ -23,7 +24,7 @@ STEPS, LADDER = 10, 40
 # The setting of an image processor that limits the tokens of one image, and the values that it
 # may have; None is any number. Sources: Gemma 4's and LFM2-VL's processors in transformers.
 BUDGETS: dict[str, tuple[int, ...] | None] = {
-    "max_soft_tokens": (70, 140, 280, 560, 1120),
+    "max_soft_tokens": SOFT_TOKENS,
     "max_image_tokens": None,
 }
 

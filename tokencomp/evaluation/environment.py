@@ -117,10 +117,12 @@ def public_name(name: str) -> str:
 
 
 def _pixels(processor: Any) -> dict[str, Any]:
-    """Sizes that the image and video processors aim at."""
+    """Sizes that the image and video processors aim at, and numbers of tokens."""
     sizes = {}
     for part in ("image_processor", "video_processor"):
-        size = getattr(getattr(processor, part, None), "size", None)
-        if size is not None:
-            sizes[part] = {k: v for k, v in dict(size).items() if v is not None}
+        own = getattr(processor, part, None)
+        size = dict(getattr(own, "size", None) or {})
+        size |= {name: getattr(own, name, None) for name in ("max_soft_tokens", "max_image_tokens")}
+        if known := {k: v for k, v in size.items() if v is not None}:
+            sizes[part] = known
     return sizes

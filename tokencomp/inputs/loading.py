@@ -13,6 +13,7 @@ import torch
 
 from tokencomp.errors import OptionError, UnsupportedModelError, missing_package
 from tokencomp.inputs.packaged import DEFAULT_MODEL, available_models, resolve
+from tokencomp.inputs.pixels import limit_image_tokens
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -56,6 +57,7 @@ def load_model(
     device: str = "auto",
     dtype: str = "auto",
     attention: str | None = None,
+    image_max_tokens: int | None = None,
 ) -> tuple[Any, Any]:
     """Model in eval mode, and its processor.
 
@@ -67,11 +69,13 @@ def load_model(
         "auto", or a torch device; "auto", "float32", "bfloat16", "float16".
     attention
         Attention backend; None leaves the choice to transformers.
+    image_max_tokens
+        Bound on the tokens of an image, see `tokencomp.inputs.pixels.limit_image_tokens`.
 
     Raises
     ------
     UnsupportedModelError
-        Nothing loadable has that name, or no adapter serves it.
+        Nothing loadable has that name, no adapter serves it, or its processor has no such bound.
     """
     from tokencomp.adapters.registry import adapter_for
 
@@ -90,6 +94,8 @@ def load_model(
             "folder in the Hugging Face layout, or the id of a hub model that can be reached."
         ) from error
     adapter_for(model)
+    if image_max_tokens is not None:
+        processor = limit_image_tokens(processor, image_max_tokens)
     return model.to(device), processor
 
 

@@ -1,4 +1,4 @@
-"""EVS: drop tokens that do not change from frame to frame (arXiv 2510.14624)."""
+"""Comparator: efficient video sampling."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokencomp.reducers import Kept, Published, Tokens, Traits, register_reducer
+from tokencomp.plan.reducer import Traits
 from tokencomp.reducers._batch import best_rows, finite_features
+from tokencomp.reducers.published import Published
+from tokencomp.reducers.registry import register_reducer
+from tokencomp.tokens.kept import Kept
 from tokencomp.tokens.stacks import HostIndex, Stack, by_stack, starts_of
-from tokencomp.tokens.tokens import evenly
+from tokencomp.tokens.tokens import Tokens, evenly
 
 
 @register_reducer("evs")
@@ -21,17 +24,16 @@ from tokencomp.tokens.tokens import evenly
 class EVS(Published):
     """Drop tokens that repeat the same place of the frame before (EVS, arXiv 2510.14624).
 
-        s_{t,p} = cos(x_{t,p}, x_{t-1,p}) at place p of frame t > 0
+    The first frame stays whole; of the others, the tokens of place p and frame t with the smallest
+    cos(x_{t,p}, x_{t-1,p}) stay, over the whole video.
 
-    The first frame is kept whole; of all others the tokens of smallest s are kept, over the whole
-    video.
-
-    Rules where the paper has none (ours):
-
-    - If the budget is smaller than a frame, the first frame gets half of it, evenly spaced (tables
-      mark this, †).
-    - An image keeps evenly spaced tokens, as in `uniform`; so does every frame that is a span
-      (InternVL, SmolVLM): use another reducer there.
+    Notes
+    -----
+    Two rules are ours, because the paper has none. If the budget is smaller than one frame, the
+    first frame gets half of it, evenly spaced, which tables mark (†). An image has no previous
+    frame and keeps the evenly spaced tokens that `uniform` keeps. The same happens to every frame
+    of a video where the model gets each frame as a span of its own (InternVL, SmolVLM); use another
+    reducer there.
     """
 
     summary = "drop tokens unchanged since the previous frame (EVS 2510.14624)"
@@ -48,33 +50,36 @@ class EVS(Published):
 
 
 def least_similar(tokens: Tokens, similarity: Tensor, compared: Sequence[bool]) -> Tensor:
-    """The patches of smallest similarity (n,) to the frame before, ascending.
+    """The patches that are least similar to the frame before, ascending.
 
-    `compared` says of every span whether its first frame is compared too. If not, that frame is
-    kept whole, or evenly spaced tokens of it.
+    Parameters
+    ----------
+    similarity : Tensor of float32, shape (n,)
+    compared
+        Of every span: whether its first frame has been compared too. If not, it stays whole, or
+        evenly spaced tokens of it.
     """
-    fixed = []
+    # 0: by similarity; 1 and -1: before and behind all others, because of the place alone
+    rank = []
     grids = zip(tokens.grids, tokens.budgets, compared, strict=True)
     for (t, h, w), budget, known in grids:
-        rank = np.zeros(t * h * w, dtype=np.int64)
+        own = np.zeros(t * h * w, dtype=np.int64)
         if not known:
-            rank[: h * w] = 1
+            own[: h * w] = 1
             if budget < h * w:
-                rank[: h * w] = -1
-                rank[evenly(h * w, budget if t == 1 else -(-budget // 2))] = 1
-        fixed.append(rank)
-    score = dissimilarity(tokens, similarity, fixed)
+                own[: h * w] = -1
+                own[evenly(h * w, budget if t == 1 else -(-budget // 2))] = 1
+        rank.append(own)
+    places = tokens.table(np.concatenate(rank))
+    score = torch.where(places == 0, -similarity, places * torch.inf)
     return best_rows(score, tokens.budgets, tokens.lengths)
 
 
-def dissimilarity(tokens: Tokens, similarity: Tensor, fixed: list[HostIndex]) -> Tensor:
-    """-similarity (n,) as a score; where `fixed` is 1 or -1 instead of 0, it is ±inf."""
-    sign = tokens.table(np.concatenate(fixed))
-    return torch.where(sign == 0, -similarity, sign * torch.inf)
-
-
 def previous_similarity(tokens: Tokens, x: Tensor) -> Tensor:
-    """s_{t,p} of every patch, float32, shape (n,); -inf in first frames. Spans must be whole."""
+    """Cosine of every patch with the same place of the frame before, float32, shape (n,).
+
+    -inf in first frames. Spans must be whole.
+    """
     from tokencomp.kernels import nearest_previous_frame
 
     grids = tokens.grids
@@ -82,8 +87,7 @@ def previous_similarity(tokens: Tokens, x: Tensor) -> Tensor:
 
     def of_stack(frames: HostIndex, _: Stack, rows: Tensor) -> Tensor:
         similarity: Tensor = nearest_previous_frame(rows[:, None])[:, 0]
-        # The kernel takes the frames for one video, and masks only its first frame.
-        first = np.flatnonzero(np.isin(frames, firsts))
+        first = np.flatnonzero(np.isin(frames, firsts))  # the kernel knows of frame 0
         if len(first) == 1:
             return similarity
         return similarity.index_fill_(0, tokens.table(first), -torch.inf)

@@ -215,6 +215,7 @@ def run_hf(
     *,
     device: str = "auto",
     dtype: str = "auto",
+    image_max_tokens: int | None = None,
     served_name: str | None = None,
     **engine: Any,
 ) -> None:
@@ -226,6 +227,8 @@ def run_hf(
         Reducer, ratio and limits of the server, see `ServerOptions.parse`.
     bind, limits
         Address, and limits on the media of a request.
+    device, dtype, image_max_tokens
+        As in `load_model`.
     served_name
         Model name that clients see, by default `model`.
     **engine
@@ -244,7 +247,9 @@ def run_hf(
 
     check_port(bind)
     bind.warn_if_open()
-    loaded, processor = load_model(model, device=device, dtype=dtype)
+    loaded, processor = load_model(
+        model, device=device, dtype=dtype, image_max_tokens=image_max_tokens
+    )
     backend = Engine(loaded, processor, parsed, Metrics(), **engine)
     app = build_app(backend, served_name or model, limits, bind)
     log_start(backend, served_name or model, limits, bind)

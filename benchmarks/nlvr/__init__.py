@@ -1,1 +1,0 @@
-"""NLVR: sentences of people about drawn pictures, true or false. See README.md."""

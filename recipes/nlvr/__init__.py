@@ -1,1 +1,0 @@
-"""Training of a tiny model on NLVR, first on drawn scenes with generated sentences."""
