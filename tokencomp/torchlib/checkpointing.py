@@ -1,4 +1,4 @@
-"""Activation checkpointing: a backward pass runs once more what ran within it."""
+"""Activation checkpointing: functions whose calls a backward pass runs again."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from types import FrameType
 from torch import nn
 from torch.utils.checkpoint import CheckpointFunction
 
-# What transformers and torch's CheckpointWrapper call with the function to checkpoint.
+# Attributes by which transformers and torch's CheckpointWrapper call checkpointing.
 FUNCTIONS = ("_gradient_checkpointing_func", "checkpoint_fn")
 _FILE = CheckpointFunction.forward.__code__.co_filename
 
 
 def checkpoint_functions(root: nn.Module) -> Iterator[tuple[nn.Module, str]]:
-    """Modules of `root` that checkpoint something, and the name of their function for it."""
+    """Yield every module of `root` that checkpoints something, with the name of its checkpoint
+    function.
+    """
     for module in root.modules():
         for name in FUNCTIONS:
             if name in vars(module):
@@ -23,7 +25,10 @@ def checkpoint_functions(root: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 
 
 def checkpointed_since(module: nn.Module) -> bool:
-    """Whether torch checkpoints something within the running call of `module`, around this code."""
+    """Whether this code runs inside a checkpoint that began after `module` was called.
+
+    Walks up the stack from here to the call of `module`.
+    """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_filename == _FILE:

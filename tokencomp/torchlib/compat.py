@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from tokencomp.errors import UnsupportedModelError
 
-# Releases that the exactness suite runs on, and the model types it runs there (None: all of them).
-# `.ci/run` has the same table; a test compares them.
+# Releases of the exactness suite, and the model types that it runs there (None: all). A test
+# compares this table with that of `.ci/run`.
 _QUICK = ("qwen2_vl", "qwen3_vl", "llava_onevision")
 RELEASES: dict[str, tuple[str, ...] | None] = {
     "5.6.0": _QUICK,
@@ -25,7 +25,7 @@ CACHE_NAMES = ("cache", "past_key_values", "past_key_value")
 
 
 def not_compiled(function: F) -> F:
-    """`torch.compiler.disable`, which has no types: compiled models call `function` as it is."""
+    """`torch.compiler.disable` with types: a graph of Dynamo breaks before and after `function`."""
     disabled: F = torch.compiler.disable(function)
     return disabled
 
@@ -67,19 +67,21 @@ def accepted(module: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def layer_configs(config: Any) -> list[Any]:
-    """The config of every decoder layer; some releases let them differ."""
+    """The config of every decoder layer; in some releases they differ."""
     count = config.num_hidden_layers
     return list(getattr(config, "per_layer_config", None) or [config] * count)[:count]
 
 
 def layer_config(config: Any, layer: int) -> Any:
-    """The config of one decoder layer, of which the config of all may not know the sizes."""
+    """The config of one decoder layer. Where layers differ, the config of the model lacks their
+    sizes.
+    """
     own = getattr(config, "per_layer_config", None)
     return own[layer] if own else config
 
 
 def layer_values(config: Any, name: str) -> list[Any]:
-    """What a field of a text config is in the decoder layers: one value where they are alike."""
+    """Values of a field of a text config over the decoder layers; one value if all layers agree."""
     try:
         return [getattr(config, name, None)]
     except RuntimeError:  # transformers': the layers differ
@@ -87,10 +89,11 @@ def layer_values(config: Any, name: str) -> list[Any]:
 
 
 def kv_sharing_modes(config: Any) -> list[str | None]:
-    """By layer: "store" where later layers read its keys, "reuse" where it reads those, or None.
+    """For every layer: "store" if later layers reuse its keys, "reuse" if it reuses keys, else
+    None.
 
-    Empty where every layer has keys of its own. Releases without such a list in the config let
-    the last `num_kv_shared_layers` layers read the keys of the last layer of their kind before.
+    Empty if no layer shares keys. In releases whose config lacks this list, the last
+    `num_kv_shared_layers` layers reuse the keys of the last earlier layer of their type.
     """
     modes: list[str | None] | None = getattr(config, "kv_sharing_modes", None)
     shared = getattr(config, "num_kv_shared_layers", None) or 0
@@ -105,37 +108,40 @@ def kv_sharing_modes(config: Any) -> list[str | None]:
 
 
 def recomputed(layer: nn.Module) -> bool:
-    """Whether a backward pass would run this decoder layer once more."""
+    """Whether a backward pass would run this decoder layer again (gradient checkpointing)."""
     checkpointed = getattr(layer, "gradient_checkpointing", False) and layer.training
     return bool(checkpointed) and torch.is_grad_enabled()
 
 
 def recomputes_hooks() -> bool:
-    """Whether its hooks would run again too: `__call__` was checkpointed before `forward` was."""
+    """Whether recomputation runs hooks as well: true if `__call__` is checkpointed, not
+    `forward`.
+    """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return "__call__" in vars(GradientCheckpointingLayer)
 
 
 def set_cache_position(kwargs: MutableMapping[str, Any], start: int, n: int) -> None:
-    """Renumber `cache_position` (remote code may take it) to `n` rows that follow `start`."""
+    """Set `cache_position`, if it is given (remote code may use it), to `n` positions from
+    `start`.
+    """
     old = kwargs.get("cache_position")
     if old is not None:
         kwargs["cache_position"] = torch.arange(start, start + n, device=old.device)
 
 
 def register_attention(name: str, function: Callable[..., Any]) -> None:
-    """Let a config name `function` as its attention backend."""
+    """Register `function` as the attention backend `name`."""
     from transformers.modeling_utils import AttentionInterface
 
     AttentionInterface.register(name, function)
 
 
 def file_with(owner: type, name: str) -> Any:
-    """The module of a class, or else of its nearest base, in which `name` is defined; or None.
+    """The module of a class or of its nearest base class that defines `name`; or None.
 
-    A class that a user, or FSDP2, derives from one of transformers has a module of its own, and
-    its code calls what is defined beside its base.
+    Classes derived by a user or by FSDP2 are defined elsewhere than the functions that they call.
     """
     for base in owner.__mro__:
         code = sys.modules.get(base.__module__)
@@ -145,7 +151,7 @@ def file_with(owner: type, name: str) -> Any:
 
 
 def attention_function(module: nn.Module, config: Any) -> Callable[..., Any]:
-    """What the attention `module` calls for the backend that `config` names."""
+    """The function that the attention `module` calls for the backend that `config` names."""
     name = attention_implementation(config)
     wanted = "eager_attention_forward" if name == "eager" else "ALL_ATTENTION_FUNCTIONS"
     code: Any = sys.modules[type(module).__module__]
@@ -153,8 +159,8 @@ def attention_function(module: nn.Module, config: Any) -> Callable[..., Any]:
         code = file_with(type(module), wanted)
     if code is None:
         raise UnsupportedModelError(
-            f"merge=True: no {wanted} is defined beside {type(module).__name__} or its bases, so "
-            "the weights of merged tokens cannot reach its attention. Use merge=False."
+            f"merge=True: the module of {type(module).__name__} has no {wanted}, so the weights "
+            "of merged tokens cannot reach its attention. Use merge=False."
         )
     found = getattr(code, wanted)
     function: Callable[..., Any] = found if name == "eager" else found[name]
@@ -169,7 +175,7 @@ def attention_implementation(config: Any) -> str:
 def rotate_vision(
     attn: nn.Module, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Apply a vision tower's own rotary embedding to q and k, shape (B, S, H, D)."""
+    """Apply the rotary embedding of a vision tower to q and k, shape (B, S, H, D)."""
     code = file_with(type(attn), "apply_rotary_pos_emb_vision")
     if code is None:
         raise UnsupportedModelError(
@@ -181,7 +187,9 @@ def rotate_vision(
 
 
 def window_order(tower: Any, grids: Tensor) -> Tensor:
-    """Raster numbers of the merged patches of a tower with window attention, in its own order."""
+    """Raster numbers of merged patches in the order in which a tower with window attention has
+    them.
+    """
     if hasattr(tower, "get_window_index"):  # before transformers 5.17
         return torch.as_tensor(tower.get_window_index(grids)[0])
     from transformers.vision_utils import get_vision_window_index

@@ -17,11 +17,10 @@ Needed = Callable[[nn.Module, Any, Any], bool]
 
 
 def forget_compiled() -> None:
-    """Let Dynamo compile calls of modules anew.
+    """Make Dynamo compile calls of modules again.
 
-    It does not look whether hooks have come or gone since it compiled a call, so that code compiled
-    before would run without new hooks, and with old ones. Functions of torch that are compiled
-    by themselves, such as flex attention, are left alone.
+    Dynamo does not notice that hooks were added or removed after compilation. Code of torch itself
+    is kept, such as compiled flex attention, except for `nn.Module.__call__`.
     """
     from torch._dynamo import convert_frame, reset_code
 
@@ -33,7 +32,7 @@ def forget_compiled() -> None:
 
 
 class Hooked(Installed):
-    """Something that installs hooks, and perhaps method replacements, and removes them together."""
+    """Base of classes that install hooks and method replacements, and remove them together."""
 
     def _before(
         self,
@@ -43,17 +42,18 @@ class Hooked(Installed):
         traced: Needed | None = None,
         **options: Any,
     ) -> None:
-        """Call `run` before the calls of a module that need it.
+        """Run `run` before calls of a module.
 
         Parameters
         ----------
         run
-            Called as `run(module, args, kwargs)`, between the graphs of a compiled model; gives new
-            args and kwargs, or None.
+            Called as `run(module, args, kwargs)`, outside of compiled graphs; returns new args and
+            kwargs, or None.
         needed
-            Called in the same way: whether there is anything to do; None: always. Dynamo traces it.
+            Called with the same arguments; if it returns False, `run` is skipped. Traced by Dynamo.
+            None: `run` is never skipped.
         traced
-            Asked in its place while Dynamo traces the call.
+            Replaces `needed` while Dynamo traces the call.
         """
         hook = functools.partial(_hook, 1, needed, traced or needed, compat.not_compiled(run))
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True, **options))
@@ -66,7 +66,9 @@ class Hooked(Installed):
         traced: Needed | None = None,
         **options: Any,
     ) -> None:
-        """Like `_before`, after the calls: `run(module, args, kwargs, out)` gives a new output."""
+        """Like `_before`, but after the call: `run(module, args, kwargs, out)` returns a new
+        output.
+        """
         hook = functools.partial(_hook, 2, needed, traced or needed, compat.not_compiled(run))
         self._handles.append(module.register_forward_hook(hook, with_kwargs=True, **options))
 
@@ -80,9 +82,11 @@ def _hook(
     args: Any,
     *rest: Any,
 ) -> Any:
-    """What torch calls: `rest` are `count` values, keyword arguments and perhaps the output."""
-    # A thread may reach a module just while another one installs or removes its hooks. torch then
-    # calls a hook without keyword arguments, and the thread's own call does not need it.
+    """The hook that torch calls. `rest` holds `count` values: keyword arguments, and perhaps the
+    output.
+    """
+    # If another thread adds or removes hooks at this moment, torch can call a hook without keyword
+    # arguments. The call of this thread does not need the hook then.
     if len(rest) < count:
         return None
     asked = traced if torch.compiler.is_compiling() else needed

@@ -1,4 +1,4 @@
-"""Attention masks as the installed transformers release makes them, by feature detection."""
+"""Attention masks in the form that the installed transformers release expects."""
 
 from __future__ import annotations
 
@@ -15,17 +15,20 @@ from tokencomp.torchlib.compat import attention_implementation
 
 
 class MaskView:
-    """The part of a cache that HF mask code reads, frozen at the start of a forward call.
+    """The part of a cache that transformers' mask functions read, for one layer.
 
-    Layers of one cache can hold different numbers of rows, and some have already been written
-    when a later layer's mask is built; this view answers for one layer at the call's start.
+    Layers of a compressed cache differ in their number of rows, and earlier layers are already
+    updated when the mask of a later layer is built. The view holds the state at the start of the
+    call.
 
     Parameters
     ----------
     physical
-        Rows held. Or rows that a static layer can hold, of which `written` (a tensor) are.
+        Number of rows held; of a static layer, the number it can hold.
     dropped
-        Logical column of the first row.
+        Column of the first row.
+    written
+        Number of rows of a static layer that are written, a tensor.
     """
 
     is_sliding = (False,)
@@ -35,17 +38,17 @@ class MaskView:
 
     @property
     def is_compileable(self) -> bool:
-        """Whether shapes stay as they are from token to token."""
+        """Whether the cache has static shapes."""
         return self.written is not None
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
-        """Logical column of the first query."""
+        """Column of the first query."""
         return self.physical + self.dropped if self.written is None else self.written
 
     get_query_offset = get_seq_length
 
     def get_mask_sizes(self, query: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Rows that are attended to, and the logical column of the first."""
+        """Number of key rows, and the column of the first."""
         if self.written is not None:
             return self.physical, self.dropped
         return self.physical + query, self.dropped
@@ -55,7 +58,9 @@ _MASK_PARAMETERS: set[str] = set()
 
 
 def mask_parameters() -> set[str]:
-    """Parameters of transformers' factory of causal masks; Dynamo only reads what is known."""
+    """Parameters of transformers' causal mask function. Cached, because Dynamo cannot inspect
+    signatures.
+    """
     if not _MASK_PARAMETERS:
         from transformers.masking_utils import create_causal_mask
 
@@ -72,18 +77,19 @@ def causal_mask(
     within: Callable[..., Any] | None = None,
     skip: bool = True,
 ) -> Any:
-    """Transformers' own causal mask for one layer, whatever the attention backend.
+    """Transformers' causal mask of one layer, in the form of the attention backend.
 
     Parameters
     ----------
     hidden : Tensor, shape (B, q, d)
         Read for its batch size, length, dtype and device.
     mask : Tensor of bool, shape (B, dropped + physical + q), or None
+        False at padding columns.
     text : Tensor of int64, shape (B, q), or None
-        Positions that begin again in every prompt of a packed row; there is no cache then.
+        Positions that restart at every prompt of a packed row; without a cache.
     within
-        Function of sample, head, query and key, as indices of logical columns, that says which
-        keys a query may see besides being causal; None: all.
+        Function of sample, head, query and key, as indices of columns: whether the query may attend
+        to the key, in addition to causality. None: no further condition.
     skip
         Whether the result may be None where plain causal attention is right.
     """
@@ -101,7 +107,7 @@ def causal_mask(
 
 
 def check_flash_on_static() -> None:
-    """Refuse static caches where transformers keeps no 2-D mask without padding."""
+    """Raise for static caches in releases whose FlashAttention gets no 2-D mask without padding."""
     from transformers.masking_utils import flash_attention_mask
 
     written = torch.ones(1, 1, dtype=torch.bool)
@@ -115,21 +121,20 @@ def check_flash_on_static() -> None:
 
 
 def backend_mask(config: Any, visible: Tensor, x: Tensor) -> Any:
-    """A mask of bool (B, 1, n, columns) as the attention backend takes it.
+    """Convert `visible`, bool (B, 1, n, columns), to the form of the attention backend.
 
-    Bools for SDPA, numbers for eager attention, blocks for FlexAttention, and the columns that are
-    no padding (B, columns) for FlashAttention, which can hide nothing else. Backends with other
-    masks are refused.
+    Bool for SDPA, additive for eager attention, a block mask for FlexAttention. FlashAttention
+    takes only a mask of padding, (B, columns): other masks are refused, as are unknown backends.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
 
     backend = attention_implementation(config)
     if "flash" in backend:
-        padding = visible[:, 0, -1]  # the last query sees every real column
+        padding = visible[:, 0, -1]  # the last query attends to all real columns
         if not only_padding(visible, padding, visible.shape[-1] - x.shape[1]):
             raise UnsupportedModelError(
-                f"the backend {backend} takes no mask but one of padding, and these layers need "
-                'one that hides other tokens too. Use attn_implementation="sdpa".'
+                f"the backend {backend} supports only masks of padding, but these layers need a "
+                'mask that hides other tokens too. Use attn_implementation="sdpa".'
             )
         return padding
     if "flex" in backend:
@@ -139,16 +144,17 @@ def backend_mask(config: Any, visible: Tensor, x: Tensor) -> Any:
         return visible
     if make is not eager_mask:
         raise UnsupportedModelError(
-            f"the attention backend {backend!r} is not supported, because the form of its masks is "
-            'not known. Use attn_implementation="sdpa", "eager", "flex_attention" or '
-            '"flash_attention_2".'
+            f"the attention backend {backend!r} is not supported: its form of masks is unknown. "
+            'Use attn_implementation="sdpa", "eager", "flex_attention" or "flash_attention_2".'
         )
     hidden = torch.full((), torch.finfo(x.dtype).min, dtype=x.dtype, device=visible.device)
     return torch.where(visible, hidden.new_zeros(()), hidden)
 
 
 def only_padding(visible: Tensor, padding: Tensor, past: int) -> bool:
-    """Whether `visible` (B, heads, q, columns) is causal with `padding` at every real query."""
+    """Whether `visible` (B, heads, q, columns) is the causal mask with `padding` at all real
+    queries.
+    """
     columns, queries = visible.shape[-1], visible.shape[-2]
     if padding.shape[1] < past + queries:
         return False
@@ -161,7 +167,7 @@ def only_padding(visible: Tensor, padding: Tensor, past: int) -> bool:
 
 
 def block_mask(visible: Tensor) -> BlockMask:
-    """A mask of bool (B, 1, queries, columns) as FlexAttention takes it."""
+    """Convert bool (B, 1, queries, columns) to a block mask of FlexAttention."""
 
     def shown(sample: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return visible[sample, 0, query, key]
@@ -171,10 +177,7 @@ def block_mask(visible: Tensor) -> BlockMask:
 
 
 def visible_columns(mask: Any) -> Tensor:
-    """Which columns a prepared mask shows, bool (B, 1, queries, columns).
-
-    One of numbers hides by adding a negative; one of FlexAttention is a function.
-    """
+    """Convert a prepared mask of any form to bool (B, 1, queries, columns)."""
     if isinstance(mask, BlockMask):
         batch, heads, queries, keys = mask.shape
         device = mask.kv_indices.device

@@ -1,4 +1,4 @@
-"""Weights that lie on several ranks: heads of tensor parallelism, shards of FSDP."""
+"""Weights that are distributed over ranks: heads under tensor parallelism, shards under FSDP."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tokencomp.torchlib import compat
 
 
 def total_heads(attn: Any) -> int:
-    """Query heads of a self-attention module on all ranks together."""
+    """Number of query heads of a self-attention module over all ranks."""
     config = getattr(attn, "config", None)
     config = compat.layer_config(config, getattr(attn, "layer_idx", 0))
     for source, name in (
@@ -32,11 +32,11 @@ def total_heads(attn: Any) -> int:
 
 
 def gather_heads(attn: Any, x: Tensor, dim: int) -> Tensor:
-    """`x`, or the values of all heads where this rank has computed only its own, along axis `dim`.
+    """Concatenate `x` over ranks along the head axis `dim`; unchanged if this rank has all heads.
 
-    Under tensor parallelism every rank holds some of the heads, in order. Whatever a choice of
-    tokens rests on must be the same on all ranks: each must keep the same tokens. Values are
-    gathered and not summed, so that joining the heads afterwards rounds as in a single process.
+    Under tensor parallelism every rank computes some of the heads, in order. All ranks must keep
+    the same tokens, so scores need all heads. Values are gathered rather than summed, so that the
+    mean over heads rounds as in a single process.
     """
     total, heads = total_heads(attn), x.shape[dim]
     if heads == total:
@@ -59,11 +59,11 @@ def gather_heads(attn: Any, x: Tensor, dim: int) -> Tensor:
 def tensor_parallel_group(attn: Any) -> Any:
     """The process group that shares the heads of a self-attention module, or None.
 
-    The weight of the query projection is a DTensor (transformers from 5.16 on), or its
-    module keeps the device mesh (earlier ones).
+    Found by the DTensor weight of the query projection (transformers 5.16 and newer) or by the
+    device mesh that its module stores (older releases).
     """
     projections = (getattr(attn, name, None) for name in ("q_proj", "qkv_proj", "qkv"))
-    # Wrappers of LoRA have the linear layer inside.
+    # LoRA wraps the linear layer.
     for module in (m for outer in projections if outer is not None for m in outer.modules()):
         weight = getattr(module, "weight", None)
         mesh = getattr(weight, "device_mesh", None) or getattr(module, "_hf_device_mesh", None)
@@ -78,10 +78,10 @@ def tensor_parallel_group(attn: Any) -> Any:
 
 @contextlib.contextmanager
 def unsharded(layer: nn.Module) -> Iterator[None]:
-    """Let the parts of `layer`, which runs next, be called one by one under FSDP.
+    """Gather the weights of `layer` under FSDP, so that its submodules can be called one by one.
 
-    FSDP gathers the weights of a module when that module itself is called. FSDP2 can gather them
-    ahead of the call, which then finds them; FSDP1 gathers and frees them once more.
+    FSDP gathers weights when the layer itself is called. Under FSDP2 they then stay gathered for
+    that call; FSDP1 frees them, and gathers them once more.
     """
     for module in layer.modules():
         unshard = getattr(module, "unshard", None)
@@ -97,7 +97,7 @@ def unsharded(layer: nn.Module) -> Iterator[None]:
 
 
 def unwrapped(module: Any) -> Any:
-    """The module inside of the wrappers of FSDP1, activation checkpointing and torch.compile."""
+    """The module inside wrappers of FSDP1, activation checkpointing and torch.compile."""
     names = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
     while inner := [module._modules[name] for name in names if name in module._modules]:
         module = inner[0]

@@ -1,6 +1,6 @@
-"""Replaced methods of one object: whatever is installed is taken back exactly.
+"""Replace methods of single objects, and restore them exactly.
 
-Nothing here imports torch, because `tokencomp.mlx` does without it.
+This module does not import torch, because `tokencomp.mlx` runs without it.
 """
 
 from __future__ import annotations
@@ -10,15 +10,14 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 Own = TypeVar("Own", bound="Installed")
-_ABSENT: Any = object()  # the object had no attribute of its own, only the method of its class
+_ABSENT: Any = object()  # the object had no instance attribute, only the method of its class
 
 
 class MethodReplacement:
-    """A method of one object that runs another function, from construction to `remove`.
+    """Replaces a method of one object, from construction to `remove`.
 
-    An attribute of the object itself replaces the method, so that other objects of the class keep
-    theirs. If the object has no such method (that of another transformers release, for example),
-    nothing is replaced.
+    An instance attribute shadows the method of the class, so other objects are not affected. If the
+    object has no such method (as in another transformers release), nothing is replaced.
 
     Parameters
     ----------
@@ -27,15 +26,15 @@ class MethodReplacement:
     name
         Name of the method.
     replacement
-        Called as `replacement(original, *args, **kwargs)`, where `original(...)` is a call of the
-        object as it was before: of its own attribute, if it had one, else of the class's method.
+        Called as `replacement(original, *args, **kwargs)`. `original(...)` calls what the object
+        had before: an instance attribute, or the method of its class.
     """
 
     def __init__(self, owner: Any, name: str, replacement: Callable[..., Any]) -> None:
         self._owner, self._name, self._replacement = owner, name, replacement
         self._earlier = vars(owner).get(name, _ABSENT)
         self._active = hasattr(owner, name)
-        # `vars` instead of setattr: nn.Module treats some values in a way of its own.
+        # `vars` instead of setattr, which nn.Module overrides.
         self._installed = functools.partial(self._call)
         if self._active:
             # Transformers reads from the signature which arguments a method takes.
@@ -44,15 +43,15 @@ class MethodReplacement:
 
     @staticmethod
     def replaces(value: Any) -> bool:
-        """Whether an attribute of an object is what a replacement has put there."""
+        """Whether an attribute value is a `MethodReplacement`."""
         function = getattr(value, "func", None)
         return isinstance(getattr(function, "__self__", None), MethodReplacement)
 
     def remove(self) -> None:
-        """Put back what was there; safe to call twice.
+        """Restore the previous attribute; safe to call twice.
 
-        If somebody has replaced the attribute since, theirs stays. It may still call this
-        replacement, which from now on only passes calls on to the original.
+        If other code has replaced the attribute since, it is not touched. It may still call this
+        replacement, which then only calls the original.
         """
         own = vars(self._owner)
         installed = own.get(self._name)
@@ -69,9 +68,9 @@ class MethodReplacement:
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         original: Callable[..., Any] = self._earlier
-        if original is _ABSENT:  # looked up in every call, as Python does with methods
+        if original is _ABSENT:  # looked up at every call, like a method
             original = functools.partial(getattr(type(self._owner), self._name), self._owner)
-        if args and args[0] is self._owner:  # bound to it once more, as accelerate does
+        if args and args[0] is self._owner:  # accelerate has bound it again
             args = args[1:]
         if not self._active:
             return original(*args, **kwargs)
@@ -79,9 +78,9 @@ class MethodReplacement:
 
 
 class Installed:
-    """Something that installs method replacements and hooks, and removes them together.
+    """Base of classes that install method replacements and hooks, and remove them together.
 
-    They also go when a `with` block of it ends.
+    Also a context manager that removes them at its end.
     """
 
     def __enter__(self: Own) -> Own:
@@ -95,7 +94,7 @@ class Installed:
         return []
 
     def remove(self) -> None:
-        """Undo `install`, the latest first; safe to call twice."""
+        """Remove everything that was installed, in reverse order; safe to call twice."""
         for handle in reversed(self._handles):
             handle.remove()
         self._handles.clear()

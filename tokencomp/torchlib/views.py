@@ -1,4 +1,4 @@
-"""Stand-ins for objects: with other attributes, or with other parts."""
+"""Stand-ins for objects, with other attributes or other submodules."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 class AttributeView:
-    """A stand-in for `original`, in which some attributes have other values.
+    """A stand-in for `original` in which some attributes have other values.
 
-    An attention module chooses its backend by its config, and a backend reads the module's config.
-    A view of the config or of the module changes a value for both, and leaves the original as
-    it is.
+    An attention module chooses its backend by its config, and a backend reads the config of the
+    module. Views of the config or module change a value for both without changing the original.
 
     Parameters
     ----------
     original
-        The object whose other attributes are read.
+        The object that provides all other attributes.
     **attributes
-        Attributes with values of their own.
+        Attributes to override.
     """
 
     def __init__(self, original: Any, **attributes: Any) -> None:
@@ -36,14 +35,14 @@ class AttributeView:
 
 
 def shallow_copy(module: nn.Module) -> Any:
-    """A copy that shares parameters and submodules, without the hooks of the original.
+    """Copy a module without its hooks; parameters and submodules are shared.
 
-    Its submodules can be replaced in `_modules`, and other threads may run the original meanwhile.
+    Submodules of the copy can be replaced in `_modules` while other threads run the original.
     """
     clone = object.__new__(type(module))
     clone.__dict__.update(module.__dict__)
-    clone.__dict__.pop("forward", None)  # as accelerate replaces it
-    clone.__dict__["_compiled_call_impl"] = None  # of `compile()`, which runs the original
+    clone.__dict__.pop("forward", None)  # accelerate's replacement
+    clone.__dict__["_compiled_call_impl"] = None  # set by `compile()`; it runs the original
     clone.__dict__["_modules"] = copy.copy(module._modules)
     for name in [n for n in vars(module) if n.startswith(HOOKS)]:
         clone.__dict__[name] = OrderedDict()
