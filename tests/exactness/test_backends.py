@@ -20,6 +20,7 @@ from support.family import hybrid
 from support.family.hybrid import HYBRID, Gemma3
 from support.family.llava import LlavaOn
 from support.family.structural import STRUCTURAL
+from support.prompts import ragged
 from torch import nn
 
 import tokencomp
@@ -107,7 +108,7 @@ def test_equals_sdpa(of: str, other: str, way: str, name: str) -> None:
 
 def test_equals_the_masked_run(family: Family, other: str) -> None:
     """The full-length, unpatched run whose dropped columns are masked, under SDPA or eager."""
-    model, inputs = backends.build(family, other), ways.ragged(family)
+    model, inputs = backends.build(family, other), ragged(family)
     late = 1 if family.name == "gemma4_e" else 2
     plan = Plan((Stage(0, 0.5, UNIFORM), Stage(late, 0.25, UNIFORM)))
 
@@ -120,17 +121,6 @@ def test_equals_the_masked_run(family: Family, other: str) -> None:
     expect = oracle.typed_logits if family.name in HYBRID else oracle.masked_logits
     plain = family.build()
     assert oracle.deviation(plain, family, inputs, out, masks, expect=expect) < 5e-5
-
-
-@pytest.mark.skipif("glm4v" not in STRUCTURAL, reason="the release has no such model")
-def test_gaps_in_positions_begin_no_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where layers take positions, and FlashAttention with them: behind a stage between layers."""
-    backends.install(monkeypatch, FLASH)
-    family = STRUCTURAL["glm4v"]
-    found = call(backends.build(family, FLASH), family, "turns", "both")
-    expected = call(family.build(), family, "turns", "both")
-    for mine, theirs in zip(found, expected, strict=True):
-        assert (mine - theirs).abs().max() < 2e-5
 
 
 WINDOW, STEPS = 12, 6
@@ -158,7 +148,7 @@ def turn_of_text(model: nn.Module, family: Family, inputs: dict[str, Any]) -> di
 def test_flex_measures_windows_in_columns(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A ragged batch, and more tokens than the window holds."""
     backends.install(monkeypatch, FLEX)
-    model, inputs = backends.build(MISTRAL, FLEX), ways.ragged(MISTRAL)
+    model, inputs = backends.build(MISTRAL, FLEX), ragged(MISTRAL)
     plan, expect = plans.make(name, MISTRAL.layers), oracle.typed_logits
     _, out, masks = oracle.generated(model, MISTRAL, inputs, STEPS, plan=plan)
     assert inputs["input_ids"].shape[1] > 2 * WINDOW
@@ -169,7 +159,7 @@ def test_flex_measures_windows_in_columns(name: str, monkeypatch: pytest.MonkeyP
 def test_flash_counts_windows_in_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """So it is refused in original positions, and equals SDPA in compact ones."""
     backends.install(monkeypatch, FLASH)
-    model, inputs = backends.build(MISTRAL, FLASH), ways.ragged(MISTRAL)
+    model, inputs = backends.build(MISTRAL, FLASH), ragged(MISTRAL)
     with tokencomp.patch(model, 0.5), pytest.raises(UnsupportedModelError, match="in rows"):
         model(**inputs)
     found = []
@@ -186,7 +176,7 @@ def test_flash_on_gemma3_is_exact_against_itself(
     """Against the masked run of plain causal layers: FlashAttention sees no blocks of images."""
     backends.install(monkeypatch, FLASH)
     family = OpenGemma3()
-    model, inputs = backends.build(family, FLASH), ways.ragged(family)
+    model, inputs = backends.build(family, FLASH), ragged(family)
     width, plain = inputs["input_ids"].shape[1], family.build()
     every = [inputs["attention_mask"].bool()] * family.layers
     with torch.no_grad():
@@ -232,13 +222,3 @@ def test_compact_positions_in_windows_of_gemma(
         expected = model(inputs_embeds=embeds[:, left], **short).logits
     assert oracle.difference(found[:, left], expected) < 1e-5
     assert int(left.sum()) < len(left) - 15
-
-
-def test_flex_shows_the_blocks_of_later_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A turn of several words after a compressed Gemma 3 prompt, whose window binds."""
-    backends.install(monkeypatch, FLEX)
-    found, family = [], HYBRID["gemma3"]
-    for model in (backends.build(family, FLEX), family.build()):
-        with tokencomp.patch(model, 0.5, reducer="uniform"), torch.no_grad():
-            found.append(model(**turn_of_text(model, family, ways.ragged(family))).logits)
-    assert oracle.difference(*found) < 2e-5

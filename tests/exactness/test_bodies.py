@@ -23,7 +23,6 @@ from transformers import (
 
 import tokencomp
 from tokencomp.adapters.registry import adapter_for
-from tokencomp.adapters.structure import find_parts
 from tokencomp.errors import (
     AlreadyCompressedError,
     NoDecoderError,
@@ -31,7 +30,6 @@ from tokencomp.errors import (
     OptionError,
     UncompressedWarning,
     UnsupportedModelError,
-    UnverifiedModelError,
 )
 
 FAMILY_NAMES = sorted(set(FAMILIES) - {"vila"})  # its one module generates
@@ -164,30 +162,6 @@ def test_a_decoder_alone_is_refused() -> None:
     family = FAMILIES["qwen3_vl"]
     with pytest.raises(NoDecoderError, match="AutoModel"):
         tokencomp.patch(family.decoder(family.build()), 0.5)
-
-
-def test_a_body_cannot_be_verified() -> None:
-    body = FAMILIES["qwen3_vl"].build().model
-    with pytest.raises(UnverifiedModelError, match="is a body"):
-        tokencomp.patch(body, 0.5, verify=True)
-    tokencomp.patch(body, 0.5)
-
-
-def test_parts_of_a_greater_model_are_no_body() -> None:
-    """PI0 reads the cache of its language model too."""
-    config = type("Config", (), {"is_encoder_decoder": False})
-    body = FAMILIES["qwen3_vl"].build().model
-
-    class Robot(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.config, self.vlm = config(), body
-
-        def get_decoder(self) -> nn.Module:
-            return body.language_model
-
-    with pytest.raises(NoDecoderError, match="does not generate text"):
-        find_parts(Robot())
 
 
 # -- calls of parts --------------------------------------------------------------------------------

@@ -36,8 +36,8 @@ def ragged(family: Any) -> dict[str, torch.Tensor]:
     return family.batch(rows)
 
 
-def by_item(stats: Any, sample: int) -> list[tuple[int, list[int], int]]:
-    """Of every item: its visual tokens, those left after each stage, and its special tokens."""
+def by_item(stats: Any, sample: int) -> list[tuple[int, list[int]]]:
+    """Of every item: its visual tokens, and those left after each stage."""
     items: dict[int, list[int]] = {}
     for j, span in enumerate(stats.spans[sample]):
         items.setdefault(span.item, []).append(j)
@@ -47,7 +47,6 @@ def by_item(stats: Any, sample: int) -> list[tuple[int, list[int], int]]:
         (
             sum(spans[j].visual for j in own),
             [sum(left) for left in zip(*(counts[j] for j in own), strict=True)],
-            sum(len(spans[j].special) for j in own),
         )
         for own in items.values()
     ]
@@ -82,11 +81,11 @@ def test_no_item_is_above_its_budget(reducer: str, budget: int) -> None:
         stats, starts = handle.stats, [s.layer for s in handle.plan.stages]
     ends = [*starts[1:], family.layers]
     for sample in range(2):
-        for size, left, _ in by_item(stats, sample):
+        for size, left in by_item(stats, sample):
             layers = [starts[0], *(b - a for a, b in zip(starts, ends, strict=True))]
             seen = sum(n * k for n, k in zip(layers, [size, *left], strict=True)) / family.layers
             assert min(size, budget) - 1 < seen <= min(size, budget)
-    sizes = [size for sample in range(2) for size, _, _ in by_item(stats, sample)]
+    sizes = [size for sample in range(2) for size, _ in by_item(stats, sample)]
     asked = 1 - sum(min(size, budget) for size in sizes) / sum(sizes)
     assert stats.requested_ratio == pytest.approx(asked)
     assert stats.summary()["requested_ratio"] == pytest.approx(asked)
@@ -102,8 +101,8 @@ def test_tiles_of_an_image_share_its_budget(name: str) -> None:
         stats = handle.stats
     assert len(stats.spans[0]) > 3
     for sample in range(2):
-        assert [left for _, left, _ in by_item(stats, sample)] == [
-            [min(size, 21)] for size, _, _ in by_item(stats, sample)
+        assert [left for _, left in by_item(stats, sample)] == [
+            [min(size, 21)] for size, _ in by_item(stats, sample)
         ]
 
 
@@ -130,7 +129,7 @@ def test_a_prompt_budget_is_one_ratio_for_all_items() -> None:
             model(**inputs)
             for sample in range(2):
                 items = by_item(handle.stats, sample)
-                sizes, left = [n for n, _, _ in items], [k[0] for _, k, _ in items]
+                sizes, left = [n for n, _ in items], [k[0] for _, k in items]
                 share = min(1.0, total / sum(sizes))
                 assert left == [max(1, math.floor(n * share + 1e-9)) for n in sizes]
                 assert sum(left) <= max(total, len(left))
@@ -149,7 +148,7 @@ def test_a_plan_with_budgets_survives_json() -> None:
     model, inputs = family.build(), ragged(family)
     with torch.no_grad(), tokencomp.patch(model, plan=data) as handle:
         model(**inputs)
-        for size, left, _ in by_item(handle.stats, 0):
+        for size, left in by_item(handle.stats, 0):
             assert left == [min(size, 9), min(size, 4)]
         handle.set(reducer="kcenter", budget=7)
         assert plan_to_json(handle.plan)[0]["budget"] == 7

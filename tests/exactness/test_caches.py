@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,16 +36,6 @@ def test_static_equals_masked(family: Family, backend: str) -> None:
         beams = [oracle.generate(model, inputs, num_beams=3, **how) for how in (static, {})]
     assert torch.equal(beams[0].sequences, beams[1].sequences)
     assert oracle.deviation(model, family, inputs, out, masks) < 1e-5
-
-
-def test_static_at_ratio_zero_is_untouched(family: Family) -> None:
-    model, inputs, static = family.build(), ragged(family), {"cache_implementation": "static"}
-    expected = oracle.generate(model, inputs, **static)
-    with tokencomp.patch(model, 0.0):
-        out = oracle.generate(model, inputs, **static)
-    assert oracle.close(out, expected, 1e-30)
-    kinds = [[type(layer) for layer in oracle.cache_of(o).layers] for o in (out, expected)]
-    assert kinds[0] == kinds[1]
 
 
 @pytest.mark.parametrize(
@@ -105,22 +94,6 @@ def test_a_static_cache_of_what_is_left_is_long_enough(family: Family) -> None:
         static = model(**unmasked, past_key_values=cache, use_cache=True).logits[:, -1]
     assert kept < inputs["input_ids"].shape[1]
     assert oracle.difference(static, dynamic) < 1e-5
-
-
-def test_a_reset_static_cache_is_a_plain_one() -> None:
-    """In the same memory, for another batch."""
-    family = FAMILIES["qwen2_vl"]
-    model = family.build()
-    cache = static_cache(model, 128)
-    with tokencomp.patch(model, plan=ENTRY), torch.no_grad():
-        model(**ragged(family), past_key_values=cache, use_cache=True)
-        memory = [layer.keys.data_ptr() for layer in cache.layers]
-        cache.reset()
-        batch = family.batch([[text(3), family.image(1), text(4)]] * 3)
-        again = model(**batch, past_key_values=cache, use_cache=True).logits[:, -1]
-        assert memory == [layer.keys.data_ptr() for layer in cache.layers]
-        fresh = model(**batch, use_cache=True).logits[:, -1]
-    assert oracle.difference(again, fresh) < 1e-5
 
 
 def test_prepared_masks(family: Family, backend: str) -> None:
@@ -295,45 +268,3 @@ def test_what_needs_one_pass_says_so(name: str, why: str) -> None:
             out = oracle.generate(model, inputs, prefill_chunk_size=CHUNK, **options)
         assert handle.stats.prefill_chunk is None
     assert oracle.close(out, whole, 1e-30)
-
-
-@pytest.mark.parametrize("name", ["qwen2_vl", "internvl"])
-def test_ratio_zero_is_chunked_by_transformers(name: str) -> None:
-    family = FAMILIES[name]
-    model, inputs = chunking(family), ragged(family)
-    seen = widths(model, family)
-    plain = oracle.generate(model, inputs, prefill_chunk_size=CHUNK)
-    expected = list(seen)
-    for ratio, off in ((0.0, False), (0.5, True)):
-        with tokencomp.patch(model, ratio, reducer="uniform") as handle:
-            seen.clear()
-            with handle.disabled() if off else warnings.catch_warnings():
-                out = oracle.generate(model, inputs, prefill_chunk_size=CHUNK)
-        assert seen == expected and not handle.stats
-        assert oracle.close(out, plain, 1e-30)
-
-
-def test_text_on_a_compressed_static_cache_in_chunks() -> None:
-    """The chunks of a later, padded text turn."""
-    family = FAMILIES["llava_onevision"]
-    model = family.build()
-    first = family.batch([[text(3), family.image(0), text(5, 3)], [text(4), family.image(1)]])
-    more = family.batch([[text(9, 5)], [text(4, 6)]])
-    mask = torch.cat([first["attention_mask"], more["attention_mask"]], 1)
-    start, results = first["input_ids"].shape[1], []
-    with tokencomp.patch(model, plan=ENTRY), torch.no_grad():
-        for size in (9, 4):
-            cache = static_cache(model, 160)
-            model(**first, past_key_values=cache, use_cache=True)
-            for at in range(0, 9, size):
-                ids = more["input_ids"][:, at : at + size]
-                stop = start + at + ids.shape[1]
-                out = model(
-                    input_ids=ids,
-                    attention_mask=mask[:, :stop],
-                    position_ids=torch.arange(start + at, stop)[None].expand(2, -1),
-                    past_key_values=cache,
-                    use_cache=True,
-                )
-            results.append(out.logits[:, -1])
-    assert oracle.difference(*results) < 1e-5

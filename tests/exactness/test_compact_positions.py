@@ -19,17 +19,6 @@ ROWS = [
 ]
 
 
-def embeddings(model: Any, inputs: Any) -> torch.Tensor:
-    """Return the decoder input of an unpatched call, shape (1, L, d)."""
-    seen: dict[str, Any] = {}
-    hook = model.model.language_model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.update(kwargs), with_kwargs=True
-    )
-    model(**inputs)
-    hook.remove()
-    return seen["inputs_embeds"]
-
-
 def greedy(model: Any, x: torch.Tensor, steps: int) -> list[int]:
     """Return the greedy tokens of a plain decoder on rows x (1, n, d) at positions 0, 1, 2, …"""
     tokens: list[int] = []
@@ -53,7 +42,7 @@ def test_equals_a_plain_decoder_on_the_kept_rows(backend: str) -> None:
     model, expected = OV.build(backend), []
     for row in ROWS:
         inputs = OV.batch([row])
-        x = embeddings(model, inputs)
+        x = oracle.decoder_inputs(model, OV, inputs)["inputs_embeds"]
         with tokencomp.patch(model, 0.6, reducer="uniform", positions="compact") as handle:
             alone = generated(model, [row])
             keep = oracle.kept_columns(handle, inputs, OV.layers)[-1][0].bool()
@@ -69,7 +58,7 @@ def test_equals_a_plain_decoder_on_the_kept_rows(backend: str) -> None:
 def test_second_turn_on_the_cache_continues_the_positions() -> None:
     model, second = OV.build(), text(6, 9)
     inputs = OV.batch([ROWS[0]])
-    x = embeddings(model, OV.batch([[*ROWS[0], second]]))
+    x = oracle.decoder_inputs(model, OV, OV.batch([[*ROWS[0], second]]))["inputs_embeds"]
     with tokencomp.patch(model, 0.5, reducer="uniform", positions="compact") as handle:
         cache = model(**inputs, use_cache=True).past_key_values
         keep = oracle.kept_columns(handle, inputs, OV.layers)[-1][0].bool()

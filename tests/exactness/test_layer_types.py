@@ -113,19 +113,6 @@ def test_batch_equals_single_rows(family: Family) -> None:
             assert torch.equal(beams[b], lone)
 
 
-def test_later_turns(family: Family) -> None:
-    """Several tokens at once on a ragged cache."""
-    model, inputs = family.build(), ragged(family)
-    width, later = inputs["input_ids"].shape[1], torch.tensor([text(5, 20 + b) for b in range(3)])
-    positions = family.positions(model, inputs)
-    with tokencomp.patch(model, plan=ENTRY) as handle, torch.no_grad():
-        out = model(**inputs, position_ids=positions, use_cache=True)
-        masks = oracle.kept_columns(handle, inputs, family.layers)
-        logits = model(**oracle.later_turn(inputs, positions, later, out), use_cache=True).logits
-    expected = oracle.typed_logits(model, family, inputs, masks, later)[:, width:]
-    assert oracle.difference(logits, expected) < TOLERANCE
-
-
 def test_second_image(family: Family) -> None:
     """A later turn with an image. The oracle has two turns as well.
 

@@ -13,14 +13,12 @@ import torch
 from support import oracle, plans
 from support.families import CORE, FAMILIES, Family, text
 from support.prompts import hooks_of, prompt
-from torch import nn
 from transformers.cache_utils import DynamicLayer
 
 import tokencomp
 from tokencomp.errors import CopyError
 
 FAMILY_NAMES = CORE
-OFF = {"ratio": 0.0, "reducer": "uniform"}
 
 
 @pytest.mark.thin(2)
@@ -216,65 +214,6 @@ def test_copies_of_a_patched_model_are_refused() -> None:
         assert torch.equal(copy.deepcopy(model)(**inputs).logits, model(**inputs).logits)
 
 
-def test_methods_that_others_have_replaced_stay() -> None:
-    """Of `generate` and `forward`, before a patch and after it."""
-    family = FAMILIES["qwen2_vl"]
-    model, inputs = family.build(), prompt(family)
-    before = dict(vars(model))
-    tokencomp.patch(model, 0.5).set(ratio=0.75)
-    tokencomp.patch(model, 0.5)
-    tokencomp.unpatch(model)
-    assert vars(model).keys() == before.keys()
-    model.generate = model.generate  # someone else's wrapper
-    wrapper = vars(model)["generate"]
-    with tokencomp.patch(model, 0.5) as handle:
-        oracle.generate(model, inputs, 2)
-        assert handle.stats.ratio > 0.4
-    assert vars(model)["generate"] is wrapper
-    del model.generate
-    handle = tokencomp.patch(model, 0.5)
-    ours = model.generate
-    later = model.generate = lambda *args, **kwargs: ours(*args, **kwargs)
-    model.generate(**inputs, max_new_tokens=2)
-    assert handle.stats.ratio > 0.4
-    tokencomp.unpatch(model)
-    assert vars(model)["generate"] is later
-    plain = model.generate(**inputs, max_new_tokens=2)
-    del model.generate
-    assert torch.equal(model.generate(**inputs, max_new_tokens=2), plain)
-
-
-# -- a patch that compresses nothing ---------------------------------------------------------------
-
-
-def installed(model: nn.Module) -> list[int]:
-    """Hooks and methods of its own that every module has."""
-    own = ("forward", "generate", "generate_batch", "_prefill")
-    return [
-        len(m._forward_pre_hooks) + len(m._forward_hooks) + sum(name in vars(m) for name in own)
-        for m in model.modules()
-    ]
-
-
-@pytest.mark.parametrize("setting", [OFF, {"plan": []}, {**OFF, "strict": True}])
-def test_ratio_zero_installs_nothing(setting: dict[str, Any]) -> None:
-    """Until something is compressed; then hooks stay, because a cache may need them."""
-    family = FAMILIES["qwen2_vl"]
-    model, inputs = family.build(), prompt(family)
-    gc.collect()  # caches of other tests would need hooks
-    expected = oracle.generate(model, inputs, 3)  # modules may hook themselves at their first call
-    clean = installed(model)
-    with tokencomp.patch(model, **setting) as handle:
-        assert installed(model) == clean
-        out = oracle.generate(model, inputs, 3)
-        assert not handle.stats and handle.stats.tokens_before == []
-        handle.set(plan=plans.make("entry", 4))
-        cache = oracle.cache_of(model(**inputs, use_cache=True))
-        handle.set(**(setting if "plan" in setting else OFF))
-        assert installed(model) != clean and cache
-    assert oracle.close(out, expected, 1e-30)
-
-
 # -- a patch on a patched model --------------------------------------------------------------------
 
 
@@ -316,25 +255,6 @@ def test_a_block_brings_back_nothing_that_was_removed(how: str) -> None:
             assert (hooks_of(model) == clean) is (how != "outer")
         assert hooks_of(model) == clean
     assert hooks_of(model) == clean
-
-
-@pytest.mark.parametrize("window", ["before", "inside"])
-def test_a_longer_context_of_the_users_own_outlives_the_block(window: str) -> None:
-    """Where it took the place of the outer patch's, or was made in the inner block."""
-    model = FAMILIES["qwen2_vl"].build()
-    rotary = model.model.language_model.rotary_emb
-    plain = rotary.inv_freq.clone()
-    with tokencomp.patch(model, 0.5, extend_context=30000):
-        stretched = rotary.inv_freq.clone()
-        assert not torch.equal(stretched, plain)
-        if window == "before":
-            tokencomp.extend_visual_context(model, 500, window=100)
-        mine = rotary.inv_freq.clone()
-        with tokencomp.patch(model, 0.9):
-            if window == "inside":
-                tokencomp.extend_visual_context(model, 500, window=100)
-                mine = rotary.inv_freq.clone()
-        assert torch.equal(rotary.inv_freq, mine) and not torch.equal(mine, stretched)
 
 
 def test_a_context_inside_gives_way_to_the_one_outside() -> None:

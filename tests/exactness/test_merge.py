@@ -11,11 +11,9 @@ import torch
 import transformers
 from support import matrix, oracle
 from support.families import FAMILIES, Family, text
-from support.family.llava import LlavaOn
 from support.family.qwen import Qwen3VL
 from support.prompts import ragged, single
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import tokencomp
@@ -162,26 +160,6 @@ def test_the_weights_of_another_plan_do_not_stay() -> None:
         oracle.generate(model, inputs)
         handle.set(reducer="bipartite", merge=False)
         assert oracle.close(oracle.generate(model, inputs), expected)
-
-
-def test_runs_in_the_flash_kernel() -> None:
-    """PyTorch's flash kernel, which falls back to nothing here, gives the same."""
-    family = FAMILIES["qwen2_vl"]
-    model, inputs = family.build(), single(family)
-    with tokencomp.patch(model, **MERGE), torch.no_grad():
-        expected = oracle.generate(model, inputs)
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-            assert oracle.close(oracle.generate(model, inputs), expected)
-
-
-def test_attention_that_reshapes_what_the_backend_returns() -> None:
-    """JetMoe calls `view` on it."""
-    kind = transformers.JetMoeConfig
-    family = LlavaOn(kind, kv_channels=16, num_local_experts=4, num_experts_per_tok=2)
-    model, inputs = family.build(), ragged(family)
-    handle, out, masks = oracle.generated(model, family, inputs, 3, **MERGE)
-    merged, expect = oracle.Merged(handle), oracle.typed_logits
-    assert oracle.deviation(model, family, inputs, out, masks, merged, expect) < 5e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -13,7 +13,6 @@ from support.families import CORE, FAMILIES, Family, text
 from support.family.hybrid import HYBRID
 from support.prompts import single
 from torch import Tensor
-from transformers import StaticCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import tokencomp
@@ -112,17 +111,6 @@ def test_maps_of_later_turns(family: Family, name: str) -> None:
         assert bool((last[..., dropped] == 0).all()) and bool((last[..., ~dropped] > 0).all())
 
 
-def test_maps_on_a_static_cache(family: Family) -> None:
-    """Its unwritten rows are no columns of the prompt."""
-    model, inputs = family.build("eager"), single(family)
-    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=100)
-    with torch.no_grad(), tokencomp.patch(model, 0.5, reducer="uniform"):
-        expected = model(**inputs, use_cache=True, output_attentions=True).attentions
-        got = model(**inputs, past_key_values=cache, output_attentions=True).attentions
-    for here, there in zip(got, expected, strict=True):
-        torch.testing.assert_close(here, there, atol=1e-6, rtol=1e-5)
-
-
 def test_the_last_hidden_state_carries_gradients(family: Family) -> None:
     """As without a patch, it is the tensor that the logits are made of."""
     model = family.build()
@@ -201,29 +189,6 @@ def test_logits_to_keep(name: str, alone: bool, layered: bool) -> None:
             columns = slice(None)
         left = masks[-1][:, columns]
         torch.testing.assert_close(logits[left], expected[:, columns][left], atol=5e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize(("name", "reducer"), [("qwen2_vl", "fastv"), ("internvl", plans.RELEVANT)])
-def test_more_logits_than_text_are_no_drafts(name: str, reducer: Any) -> None:
-    """They are those of the whole prompt, whose question scores as it does for one logit."""
-    family = FAMILIES[name]
-    model, inputs = family.build(), single(family)
-    with tokencomp.patch(model, 0.5, reducer=reducer) as handle, torch.no_grad():
-        whole = model(**inputs, logits_to_keep=0).logits
-        tail = whole.shape[1] - handle.stats.spans[0][-1].stop
-        for k in (tail + 2, tail + 3, whole.shape[1] - 1):
-            assert torch.equal(model(**inputs, logits_to_keep=k).logits[:, -k:], whole[:, -k:])
-
-
-def test_the_head_has_one_row_of_every_sample_in_generate(family: Family) -> None:
-    model, seen = family.build(), []
-    inputs = family.batch([[text(3), family.image(0), text(6, 3)], [text(9, 6)]])
-    head = model.get_output_embeddings()
-    with head.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[:2])):
-        oracle.generate(model, inputs, 2)
-        with tokencomp.patch(model, 0.5, reducer="uniform"):
-            oracle.generate(model, inputs, 2)
-    assert seen[:2] == seen[2:] and seen[1] == (2, 1)
 
 
 @pytest.mark.skipif("gemma4_e" not in HYBRID, reason="the release has no Gemma 4")

@@ -93,38 +93,6 @@ def test_prefill_and_decode(name: str, backend: str) -> None:
     assert (torch.stack(out.logits, 1) - expected[:, width - 1 :]).abs().max() < 5e-5
 
 
-def test_the_oracle_is_the_model() -> None:
-    """Without padding and compression; and at ratio 0 nothing changes."""
-    model, inputs = FAMILY.build(), FAMILY.batch(rows()[:1])
-    width, out = inputs["input_ids"].shape[1], generate(model, inputs)
-    every = [inputs["attention_mask"].bool()] * FAMILY.layers
-    expected = expected_logits(model, inputs, every, out.sequences[:, width:-1])
-    assert (torch.stack(out.logits, 1) - expected[:, width - 1 :]).abs().max() < 5e-5
-    with tokencomp.patch(model, 0.0):
-        assert torch.equal(generate(model, inputs).sequences, out.sequences)
-
-
-@pytest.mark.parametrize("name", PLANS)
-def test_batch_beams_drafts_and_chunks(name: str) -> None:
-    model, data = FAMILY.build(), rows()
-    inputs, one = FAMILY.batch(data), FAMILY.batch(data[:1])
-    width = inputs["input_ids"].shape[1]
-    with tokencomp.patch(model, plan=PLANS[name]):
-        batch, beams = generate(model, inputs), generate(model, inputs, num_beams=3)
-        for b, row in enumerate(data):
-            single = generate(model, FAMILY.batch([row]))
-            for step in range(STEPS):
-                assert (batch.logits[step][b] - single.logits[step][0]).abs().max() < 5e-5
-            lone = generate(model, FAMILY.batch([row]), num_beams=3).sequences
-            assert torch.equal(beams.sequences[b, width:], lone[0, -STEPS:])
-        greedy = generate(model, one).sequences
-        drafted = generate(model, one, prompt_lookup_num_tokens=3).sequences
-        assert torch.equal(drafted, greedy)
-        if name == "entry":
-            chunked = generate(model, one, prefill_chunk_size=7).sequences
-            assert torch.equal(chunked, greedy)
-
-
 def test_a_second_turn(backend: str) -> None:
     """Several words at once on the cache of the first turn; media there are refused.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,7 @@ import pytest
 import torch
 from support import oracle, plans
 from support.families import Family, text
-from support.prompts import hooks_of, prompt, ragged, single
+from support.prompts import prompt, ragged, single
 
 import tokencomp
 from tokencomp.adapters.base import ENCODED
@@ -78,28 +77,6 @@ def test_set_while_others_call(family: Family) -> None:
         assert any(torch.allclose(logits, other, atol=1e-5) for other in expected)
 
 
-def test_threads_that_patch_one_model_leave_nothing_behind(family: Family) -> None:
-    """Every patch replaces one of another thread, or is replaced; in the end all are gone."""
-    model, inputs = family.build(), single(family)
-
-    @torch.no_grad()
-    def work(ratio: float) -> None:
-        for _ in range(6):
-            with contextlib.suppress(ModelInUseError):
-                tokencomp.patch(model, ratio, reducer="uniform")
-            model(**inputs, use_cache=False)
-            with contextlib.suppress(ModelInUseError):
-                tokencomp.unpatch(model)
-
-    with torch.no_grad():
-        before, clean = model(**inputs, use_cache=False).logits, hooks_of(model)
-        with ThreadPoolExecutor(3) as pool:
-            list(pool.map(work, (0.3, 0.5, 0.7)))
-        tokencomp.unpatch(model)
-        assert torch.equal(model(**inputs, use_cache=False).logits, before)
-    assert hooks_of(model) == clean
-
-
 TOWER = {"ratio": 0.75, "reducer": "uniform", "tower_ratio": 0.5}
 NO_TOWER, OFF = {**TOWER, "tower_ratio": 0.0}, {"ratio": 0.0, "reducer": "uniform"}
 EVEN, RANDOM = ({**TOWER, "tower_reducer": name} for name in ("uniform", "random"))
@@ -156,29 +133,6 @@ def test_generate_is_whole(family: Family, number: int) -> None:
             assert torch.equal(generate(), expected[1])
         handle.remove()
         assert torch.equal(generate(), plain)
-
-
-def test_a_call_that_began_without_hooks_is_uncompressed(family: Family) -> None:
-    """At ratio 0 nothing counts calls, so that a change is taken; it reaches whole calls alone."""
-    model, inputs = family.build(), single(family)
-    decoder = family.decoder(model)
-    with torch.no_grad():
-        plain = model(**inputs).logits
-        for module in (decoder, decoder.layers[1]):
-            with tokencomp.patch(model, strict=True, **OFF) as handle:
-                threads: list[threading.Thread] = []
-
-                def start(*_: Any, threads: Any = threads, handle: Any = handle) -> None:
-                    if not threads:
-                        change = {"ratio": 0.5, "reducer": "uniform"}
-                        threads.append(threading.Thread(target=lambda: handle.set(**change)))
-                        threads[0].start()
-                        threads[0].join(60)
-
-                with module.register_forward_pre_hook(start):
-                    assert torch.equal(model(**inputs).logits, plain)
-                assert oracle.difference(model(**inputs).logits, plain) > 1e-4
-                assert handle.stats.ratio > 0.4
 
 
 @pytest.mark.parametrize("reducer", ["uniform", "condiv", None])

@@ -1,8 +1,10 @@
-"""Training under a patch: gradients, layers that are checkpointed by transformers, autocast."""
+"""Training under a patch: gradients, activation checkpointing of all kinds, autocast."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +12,14 @@ import torch
 from support import oracle, plans, tower
 from support.families import FAMILIES, Family, text
 from support.family.hybrid import HYBRID
+from support.prompts import one_of_text
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import tokencomp
@@ -101,13 +110,18 @@ def test_gradients_are_those_of_the_masked_run(name: str, plan: str) -> None:
 # -- layers that run again in the backward pass ----------------------------------------------------
 
 
+def grads_of(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    """Gradients by parameter, under the names that they have without wrappers, and the loss."""
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    named = model.named_parameters()
+    found = {n.replace(PREFIX, ""): p.grad.clone() for n, p in named if p.grad is not None}
+    return {**found, "loss": loss.detach()}
+
+
 def step(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """Gradients of the loss on the last four tokens, and the loss."""
-    model.zero_grad(set_to_none=True)
-    loss = model(**inputs, labels=last_four(inputs)).loss
-    loss.backward()
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    return {**found, "loss": loss.detach()}
+    return grads_of(model, model(**inputs, labels=last_four(inputs)).loss)
 
 
 def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -131,7 +145,7 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 def test_gradient_checkpointing(family: Family, reducer: Any) -> None:
     """The same gradients as without; scores of a layer are not recorded in its first pass alone."""
     model = family.build().train()
-    inputs = family.batch([[text(3), family.image(), text(5, 2)], [text(9)]])
+    inputs = one_of_text(family)
     with tokencomp.patch(model, 0.5, reducer=reducer) as handle:
         expected = step(model, inputs)
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -152,15 +166,13 @@ def test_checkpointed_layers_know_the_weights(name: str, reducer: str, reentrant
     """Also when another prompt has run before the backward pass, and after a later patch."""
     family = FAMILIES[name]
     model = family.build().train()
-    inputs = family.batch([[text(3), family.image(), text(5, 2)], [text(9)]])
+    inputs = one_of_text(family)
     other = family.batch([[text(2), family.image(1), text(6, 2)], [text(9, 2)]])
 
     def both() -> dict[str, Tensor]:
         """Gradients of the sum of two losses, whose layers run again after both have run."""
-        model.zero_grad(set_to_none=True)
         losses = [model(**one, labels=one["input_ids"]).loss for one in (inputs, other)]
-        sum(losses).backward()
-        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        return grads_of(model, losses[0] + losses[1])
 
     with tokencomp.patch(model, 0.5, reducer=reducer, merge=True) as handle:
         expected = step(model, inputs), both()
@@ -183,11 +195,10 @@ def test_a_backward_pass_behind_the_patch(end: str, reentrant: bool) -> None:
     """Layers that run once more have the weights of their first run, whatever is in force."""
     family = FAMILIES["qwen2_vl"]
     model = family.build().train()
-    inputs = family.batch([[text(3), family.image(), text(5, 2)], [text(9)]])
+    inputs = one_of_text(family)
     with tokencomp.patch(model, 0.5, reducer="kcenter", merge=True):
         expected = step(model, inputs)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    model.zero_grad(set_to_none=True)
     handle = tokencomp.patch(model, 0.5, reducer="kcenter", merge=True)
     loss = model(**inputs, labels=last_four(inputs)).loss
     if end == "unpatch":
@@ -196,9 +207,7 @@ def test_a_backward_pass_behind_the_patch(end: str, reentrant: bool) -> None:
         handle.set(ratio=0)
     else:
         tokencomp.patch(model, 0.25, reducer="kcenter")
-    loss.backward()
-    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    same({**found, "loss": loss.detach()}, expected)
+    same(grads_of(model, loss), expected)
     tokencomp.unpatch(model)
 
 
@@ -230,7 +239,7 @@ def test_autocast(name: str, reducer: str) -> None:
     """Reducers score in fp32 there too, and dropping equals masking up to bf16."""
     family, seen = FAMILIES[name], []
     model = family.build()
-    inputs = family.batch([[text(3), family.image(), text(5, 2)], [text(9)]])
+    inputs = one_of_text(family)
     inner = make_reducer(reducer)
     layer = 0 if reducer != "prune" else 1
     plan = Plan((Stage(layer, 0.5, Spy(inner=inner, seen=seen)),))
@@ -272,3 +281,157 @@ def test_a_label_after_a_dropped_token(family: Family) -> None:
     scores = oracle.repeated(logits, masks[-1])[0, first - 1]
     expected = torch.nn.functional.cross_entropy(scores[None], labels[0, first : first + 1])
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+
+
+FAMILY = FAMILIES["qwen2_vl"]
+PROMPTS = (
+    [[text(3), FAMILY.image(0), text(6, 3)], [text(9)]],
+    [[text(2), FAMILY.image(1), text(7, 4)], [text(5), FAMILY.image(0), text(8, 2)]],
+)
+PREFIX = "_checkpoint_wrapped_module."
+
+
+def loss_of(model: nn.Module) -> Tensor:
+    """Of two calls, whose layers run again after both have run."""
+    batches = [FAMILY.batch(rows) for rows in PROMPTS]
+    losses = [model(**one, labels=last_four(one), use_cache=False).loss for one in batches]
+    return losses[0] + losses[1]
+
+
+def wrap(model: nn.Module, like: nn.Module, reentrant: bool) -> None:
+    """Wrap modules of one kind, as FSDP's activation checkpointing does."""
+    kind = type(like)
+    impl = CheckpointImpl.REENTRANT if reentrant else CheckpointImpl.NO_REENTRANT
+    apply_activation_checkpointing(
+        model,
+        checkpoint_wrapper_fn=functools.partial(checkpoint_wrapper, checkpoint_impl=impl),
+        check_fn=lambda module: isinstance(module, kind),
+    )
+
+
+@pytest.mark.thin(2)
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("part", ["layers", "attention"])
+@pytest.mark.parametrize("order", ["wrap", "patch", "unpatch"])
+@pytest.mark.parametrize("options", [{}, {"reducer": "fastv", "merge": True}], ids=str)
+def test_wrapped_layers(options: dict[str, Any], order: str, part: str, reentrant: bool) -> None:
+    """Wrapped before the patch or behind it; the patch may end before the backward pass."""
+    plain = FAMILY.build().train()
+    with tokencomp.patch(plain, 0.5, **options):
+        expected = grads_of(plain, loss_of(plain))
+    model = FAMILY.build().train()
+    layer = FAMILY.decoder(model).layers[0]
+    wrapped = layer if part == "layers" else layer.self_attn
+    if order == "wrap":
+        wrap(model, wrapped, reentrant)
+    handle = tokencomp.patch(model, 0.5, **options)
+    if order != "wrap":
+        wrap(model, wrapped, reentrant)
+    loss = loss_of(model)
+    if order == "unpatch":
+        handle.remove()
+    got = grads_of(model, loss)
+    handle.remove()
+    same(got, expected)
+
+
+def replace_forward(module: Any, run: Callable[..., Any]) -> None:
+    module.forward = functools.partial(run, module.forward)
+
+
+def without_gradients(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The first run of reentrant checkpointing, whoever implements it."""
+    with torch.no_grad():
+        return function(*args, **kwargs)
+
+
+def checkpoint_layers(model: Any) -> None:
+    for layer in FAMILY.decoder(model).layers:
+        replace_forward(layer, functools.partial(checkpoint, use_reentrant=False))
+
+
+def checkpoint_attention(model: Any, run: Any = None) -> None:
+    for layer in FAMILY.decoder(model).layers:
+        replace_forward(layer.self_attn, run or functools.partial(checkpoint, use_reentrant=False))
+
+
+def reentrant_attention(model: Any) -> None:
+    checkpoint_attention(model, without_gradients)
+
+
+def wrap_decoder(model: Any) -> None:
+    model.model.language_model = checkpoint_wrapper(model.model.language_model)
+
+
+def wrap_body(model: Any) -> None:
+    model.model = checkpoint_wrapper(model.model)
+
+
+def test_a_wrapped_decoder() -> None:
+    """It is refused where a hook gives its rotary module the positions of kept tokens."""
+    family = FAMILIES["llava_onevision"]
+    model = family.build().train()
+    wrap_decoder(model)
+    with (
+        tokencomp.patch(model, 0.5),
+        pytest.raises(OptionError, match=r"(?s)positions of kept.*gradient_checkpointing_enable"),
+    ):
+        model(**family.batch([[text(3), family.image(0), text(6, 3)]]), use_cache=False)
+
+
+@pytest.mark.parametrize(
+    ("reducer", "change", "lost"),
+    [
+        ("auto", checkpoint_layers, "weights of merged tokens"),
+        ("auto", checkpoint_attention, "weights of merged tokens"),
+        ("auto", reentrant_attention, "weights of merged tokens"),
+        ("fastv", wrap_decoder, "places of its media"),
+        ("condiv", wrap_decoder, "places of its media"),
+        ("fastv", wrap_body, "its labels"),
+    ],
+)
+def test_what_would_be_compressed_otherwise_is_refused(
+    reducer: str, change: Callable[[Any], None], lost: str
+) -> None:
+    model = FAMILY.build().train()
+    tokencomp.patch(model, 0.5, reducer=reducer)
+    change(model)
+    with pytest.raises(OptionError, match=rf"(?s){lost}.*gradient_checkpointing_enable"):
+        loss_of(model)
+    tokencomp.unpatch(model)
+    assert grads_of(model, loss_of(model))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_wrapped_blocks_of_a_tower(frozen: bool, reentrant: bool) -> None:
+    """Wrapped before the patch they are exact; behind it they are refused, unless frozen."""
+    found: list[dict[str, Tensor]] = []
+    for order in ("none", "wrap", "patch"):
+        model: Any = FAMILY.build().train()
+        tower = model.model.visual.requires_grad_(not frozen)
+        if order == "wrap":
+            wrap(tower, tower.blocks[0], reentrant)
+        with tokencomp.patch(model, 0.5, tower_ratio=0.3):
+            if order == "patch":
+                wrap(tower, tower.blocks[0], reentrant)
+            if order == "patch" and not frozen:
+                with pytest.raises(OptionError, match="before patch"):
+                    loss_of(model)
+            else:
+                found.append(grads_of(model, loss_of(model)))
+    for got in found[1:]:
+        same(got, found[0])
+
+
+def test_a_checkpointed_body_without_labels() -> None:
+    """Its backward pass compresses the prompt once more, and in the same way."""
+    found = []
+    for wrapped in (False, True):
+        model = FAMILY.build().train()
+        with tokencomp.patch(model, 0.5, reducer="fastv"):
+            if wrapped:
+                wrap_body(model)
+            out = model(**FAMILY.batch(PROMPTS[1]), use_cache=False).logits
+            found.append(grads_of(model, out.float().logsumexp(-1).sum()))
+    same(*found)

@@ -20,6 +20,7 @@ from support.family.llava import LlavaOn
 from support.family.mistral import Mistral3
 from support.family.qwen import Qwen2VL, text_config
 from support.family.structural import STRUCTURAL
+from support.prompts import one_of_text
 
 import tokencomp
 from tokencomp import Plan, Stage, make_reducer
@@ -172,16 +173,11 @@ def test_a_longer_row_hides_neither_gaps_nor_repetitions(
     check(model, family, inputs, 28, ratio=0.9, reducer="kcenter", merge=merge)
 
 
-def ragged(family: Family) -> dict[str, torch.Tensor]:
-    """A left-padded batch of an image and of text alone."""
-    return family.batch([[text(3), family.image(), text(5, 2)], [text(9)]])
-
-
 @pytest.mark.parametrize(("backend", "between"), [("sdpa", False), ("eager", True)])
 def test_weights_of_merged_rows_in_later_turns(backend: str, between: bool) -> None:
     """The last rows of a cache have their own weights in a second turn of several words."""
     family = LlavaOn(MISTRAL, sliding_window=12)
-    model, inputs, kcenter = family.build(backend), ragged(family), make_reducer("kcenter")
+    model, inputs, kcenter = family.build(backend), one_of_text(family), make_reducer("kcenter")
     stages = [Stage(0, 0.5, kcenter, merge=True)]
     stages += [Stage(2, 0.2, kcenter, merge=True)] * between
     new, width = torch.tensor([text(5, 8), text(5, 9)]), inputs["input_ids"].shape[1]
@@ -204,7 +200,7 @@ def test_weights_of_merged_rows_in_later_turns(backend: str, between: bool) -> N
 def test_below_a_window_it_changes_nothing(text_model: type, reducer: Any) -> None:
     """Prompt and generated tokens together; the model without the window is the oracle."""
     family = LlavaOn(text_model, sliding_window=60)
-    model, inputs = family.build(), ragged(family)
+    model, inputs = family.build(), one_of_text(family)
     _, out, masks = oracle.generated(model, family, inputs, 5, ratio=0.5, reducer=reducer)
     model.config.text_config.sliding_window = None
     assert oracle.deviation(model, family, inputs, out, masks) < 1e-5
@@ -230,7 +226,7 @@ def test_a_window_that_only_the_cache_applies_is_refused() -> None:
 def test_a_decoder_derived_elsewhere_has_the_window_of_its_base() -> None:
     """As FSDP2 derives one; the module of its class does not import the factory of masks."""
     family = LlavaOn(MISTRAL, sliding_window=12)
-    model, inputs = family.build(), ragged(family)
+    model, inputs = family.build(), one_of_text(family)
     decoder = family.decoder(model)
     decoder.__class__ = type("Derived", (type(decoder),), {"__module__": __name__})
     check(model, family, inputs, 2, ratio=0.5, reducer="uniform")

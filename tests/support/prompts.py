@@ -40,6 +40,11 @@ def single(family: Family, number: int = 0) -> dict[str, Tensor]:
     return family.batch([[text(3 + number), family.image(number % 2), text(9, 3)]])
 
 
+def one_of_text(family: Family) -> dict[str, Tensor]:
+    """A left-padded batch of an image with text, and of text alone."""
+    return family.batch([[text(3), family.image(), text(5, 2)], [text(9)]])
+
+
 def right_padded(
     family: Family, model: nn.Module, inputs: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], Tensor]:

@@ -11,17 +11,9 @@ from torch import Tensor, nn
 from support import oracle
 from support.caches import static_cache
 from support.families import Family, text
-from support.prompts import pack, packed_rows, right_padded
+from support.prompts import pack, packed_rows, ragged, right_padded
 
 STEPS = 4
-
-
-def ragged(family: Family) -> dict[str, Tensor]:
-    """A left-padded batch: one image, a video and an image, and text alone."""
-    torch.manual_seed(7)
-    first = [text(3), family.image(0), text(9, 3)]
-    second = [family.video(4), text(3, 4), family.image(0), text(5, 5)]
-    return family.batch([first, second, [text(11, 6)]])
 
 
 def generated(model: nn.Module, inputs: dict[str, Tensor], **kwargs: Any) -> Any:
