@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers
 
-from support.family.base import END, EOS, IMAGE, PAD, START, VIDEO, VOCAB, Media
+from support.family.base import END, ENDS, IDS, IMAGE, LONG, START, TOWER, VIDEO, Media
 from support.family.llava import llama
 from support.family.qwen import Qwen2VL, text_config
 
@@ -18,18 +18,12 @@ class Qwen2Audio(Qwen2VL):
     """Clips of one length; every fourth frame of the spectrogram becomes a token."""
 
     name = "qwen2_audio"
+    architecture = "Qwen2AudioForConditionalGeneration"
     mrope = False
-
-    def model_class(self) -> type:
-        return transformers.Qwen2AudioForConditionalGeneration
 
     def config(self) -> Any:
         return transformers.Qwen2AudioConfig(
-            text_config=transformers.Qwen2Config(
-                vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
-                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
-                bos_token_id=1, eos_token_id=EOS, pad_token_id=PAD,
-            ),
+            text_config=transformers.Qwen2Config(**LONG),
             audio_config=transformers.Qwen2AudioEncoderConfig(
                 d_model=32, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=48,
                 num_mel_bins=BINS, max_source_positions=24,
@@ -48,9 +42,7 @@ class Voxtral(Qwen2Audio):
     """Llama behind a Whisper encoder, whose frames are joined by fours."""
 
     name = "voxtral"
-
-    def model_class(self) -> type:
-        return transformers.VoxtralForConditionalGeneration
+    architecture = "VoxtralForConditionalGeneration"
 
     def config(self) -> Any:
         return transformers.VoxtralConfig(
@@ -70,25 +62,18 @@ class Qwen25OmniThinker(Qwen2VL):
     """Images, videos and clips in one prompt."""
 
     name = "qwen2_5_omni_thinker"
-
-    def model_class(self) -> type:
-        return transformers.Qwen2_5OmniThinkerForConditionalGeneration
+    architecture = "Qwen2_5OmniThinkerForConditionalGeneration"
 
     def config(self) -> Any:
         return transformers.Qwen2_5OmniThinkerConfig(
             text_config=text_config(),
-            vision_config=dict(
-                depth=2, hidden_size=32, out_hidden_size=64, intermediate_size=48, num_heads=2,
-                patch_size=4, temporal_patch_size=2, spatial_merge_size=2, in_channels=3,
-                window_size=16, fullatt_block_indexes=[1],
-            ),
+            vision_config=dict(TOWER, window_size=16, fullatt_block_indexes=[1]),
             audio_config=dict(
                 d_model=32, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=48,
                 num_mel_bins=BINS, max_source_positions=64, n_window=12, output_dim=64,
             ),
             image_token_index=IMAGE, video_token_index=VIDEO, audio_token_index=AUDIO,
-            image_token_id=IMAGE, video_token_id=VIDEO, audio_token_id=AUDIO,
-            vision_start_token_id=START, vision_end_token_id=END, audio_start_token_id=156,
+            audio_token_id=AUDIO, **IDS, **ENDS, audio_start_token_id=156,
             audio_end_token_id=157, position_id_per_seconds=2, seconds_per_chunk=2,
         )  # fmt: skip
 
@@ -122,9 +107,7 @@ class Qwen3OmniThinker(Qwen25OmniThinker):
     """Experts, deepstack features, and clips whose frames become tokens in chunks."""
 
     name = "qwen3_omni_moe_thinker"
-
-    def model_class(self) -> type:
-        return transformers.Qwen3OmniMoeThinkerForConditionalGeneration
+    architecture = "Qwen3OmniMoeThinkerForConditionalGeneration"
 
     def config(self) -> Any:
         section = {"mrope_section": [2, 3, 3], "mrope_interleaved": True}
@@ -135,17 +118,14 @@ class Qwen3OmniThinker(Qwen25OmniThinker):
                 "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, **section},
             },
             vision_config=dict(
-                depth=3, hidden_size=32, out_hidden_size=64, intermediate_size=48, num_heads=2,
-                patch_size=4, temporal_patch_size=2, spatial_merge_size=2, in_channels=3,
-                num_position_embeddings=64, deepstack_visual_indexes=[0],
+                TOWER, depth=3, num_position_embeddings=64, deepstack_visual_indexes=[0],
             ),
             audio_config=dict(
                 d_model=32, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=48,
                 num_mel_bins=BINS, max_source_positions=64, n_window=50, n_window_infer=100,
                 output_dim=64, downsample_hidden_size=16,
             ),
-            image_token_id=IMAGE, video_token_id=VIDEO, audio_token_id=AUDIO,
-            vision_start_token_id=START, vision_end_token_id=END, audio_start_token_id=156,
+            audio_token_id=AUDIO, **IDS, **ENDS, audio_start_token_id=156,
             audio_end_token_id=157, position_id_per_seconds=2,
         )  # fmt: skip
 

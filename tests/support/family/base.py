@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from support.stamp import Stamp
@@ -15,6 +16,19 @@ from support.stamp import Stamp
 PAD, EOS, IMAGE, VIDEO, START, END = 0, 2, 150, 151, 152, 153
 VOCAB = 200
 NO_EOS = 199
+# Sizes of most decoders, and ids in the configs of models in the manner of Qwen.
+TEXT: dict[str, Any] = dict(
+    vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
+    num_attention_heads=4, num_key_value_heads=2, bos_token_id=1, eos_token_id=EOS,
+    pad_token_id=PAD,
+)  # fmt: skip
+LONG: dict[str, Any] = dict(TEXT, max_position_embeddings=2048)
+IDS = dict(image_token_id=IMAGE, video_token_id=VIDEO)
+ENDS = dict(vision_start_token_id=START, vision_end_token_id=END)
+TOWER = dict(
+    depth=2, hidden_size=32, out_hidden_size=64, intermediate_size=48, num_heads=2, patch_size=4,
+    temporal_patch_size=2, spatial_merge_size=2, in_channels=3,
+)  # fmt: skip
 
 
 @dataclass
@@ -29,6 +43,7 @@ class Family:
     """How to build a model and its media; the rest of the suite is shared."""
 
     name: ClassVar[str]
+    architecture: ClassVar[str]
     mrope: ClassVar[bool] = False
     layers: ClassVar[int] = 4
 
@@ -67,7 +82,11 @@ class Family:
         return backend
 
     def model_class(self) -> type:
-        raise NotImplementedError
+        made: type = getattr(transformers, self.architecture)
+        return made
+
+    def config_class(self) -> Any:
+        return self.model_class().config_class
 
     def image(self, size: int = 0) -> Media:
         """An image; `size` 0, 1, 2 are different grids."""

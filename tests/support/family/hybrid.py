@@ -7,7 +7,19 @@ from typing import Any, ClassVar
 import torch
 import transformers
 
-from support.family.base import END, EOS, IMAGE, PAD, START, VIDEO, VOCAB, Family, Media
+from support.family.base import (
+    END,
+    ENDS,
+    IDS,
+    IMAGE,
+    START,
+    TEXT,
+    TOWER,
+    VIDEO,
+    VOCAB,
+    Family,
+    Media,
+)
 from support.family.inkling import Inkling
 from support.family.qwen import Qwen3VL
 from tokencomp.adapters.verified import verified_types
@@ -19,28 +31,19 @@ class Qwen35(Qwen3VL):
     """Three layers of gated DeltaNet to one of full attention."""
 
     name = "qwen3_5"
-
-    def model_class(self) -> type:
-        return transformers.Qwen3_5ForConditionalGeneration
+    architecture = "Qwen3_5ForConditionalGeneration"
 
     def config(self) -> Any:
         section = {"mrope_section": [2, 1, 1], "mrope_interleaved": True}
         rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25, **section}
         return transformers.Qwen3_5Config(
             text_config=dict(
-                vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
-                num_attention_heads=4, num_key_value_heads=2, head_dim=32, linear_num_key_heads=2,
+                TEXT, bos_token_id=None, head_dim=32, linear_num_key_heads=2,
                 linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=16,
-                layer_types=["linear_attention", "full_attention"] * 2,
-                rope_parameters=rope, pad_token_id=PAD, eos_token_id=EOS,
+                layer_types=["linear_attention", "full_attention"] * 2, rope_parameters=rope,
             ),
-            vision_config=dict(
-                depth=2, hidden_size=32, out_hidden_size=64, intermediate_size=48, num_heads=2,
-                patch_size=4, temporal_patch_size=2, spatial_merge_size=2, in_channels=3,
-                num_position_embeddings=64,
-            ),
-            image_token_id=IMAGE, video_token_id=VIDEO,
-            vision_start_token_id=START, vision_end_token_id=END,
+            vision_config=dict(TOWER, num_position_embeddings=64),
+            **IDS, **ENDS,
         )  # fmt: skip
 
     def build(self, backend: str = "sdpa", seed: int = 0) -> Any:
@@ -55,9 +58,7 @@ class Qwen35Moe(Qwen35):
     """Mixture-of-experts layers in the same decoder."""
 
     name = "qwen3_5_moe"
-
-    def model_class(self) -> type:
-        return transformers.Qwen3_5MoeForConditionalGeneration
+    architecture = "Qwen3_5MoeForConditionalGeneration"
 
     def config(self) -> Any:
         dense, names = super().config().to_dict(), ("model_type", "intermediate_size")
@@ -69,8 +70,7 @@ class Qwen35Moe(Qwen35):
         )  # fmt: skip
         return transformers.Qwen3_5MoeConfig(
             text_config={**text, **experts}, vision_config=vision,
-            image_token_id=IMAGE, video_token_id=VIDEO,
-            vision_start_token_id=START, vision_end_token_id=END,
+            **IDS, **ENDS,
         )  # fmt: skip
 
 
@@ -78,17 +78,13 @@ class Gemma3(Family):
     """Sliding and full layers; tokens of an image see each other in both."""
 
     name = "gemma3"
-
-    def model_class(self) -> type:
-        return transformers.Gemma3ForConditionalGeneration
+    architecture = "Gemma3ForConditionalGeneration"
 
     def config(self) -> Any:
         return transformers.Gemma3Config(
             text_config=dict(
-                vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
-                num_attention_heads=4, num_key_value_heads=2, head_dim=16, sliding_window=WINDOW,
+                TEXT, head_dim=16, sliding_window=WINDOW,
                 layer_types=["sliding_attention", "full_attention"] * 2,
-                pad_token_id=PAD, eos_token_id=EOS, bos_token_id=1,
             ),
             vision_config=dict(
                 hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
@@ -113,25 +109,17 @@ class Gemma4(Gemma3):
     """Image blocks in sliding layers alone, as in the 26B and 31B models."""
 
     name = "gemma4"
+    architecture = "Gemma4ForConditionalGeneration"
     layers = 6
     extra: ClassVar[dict[str, Any]] = {"use_bidirectional_attention": "vision"}
 
-    def model_class(self) -> type:
-        return transformers.Gemma4ForConditionalGeneration
-
     def config(self) -> Any:
-        extra: ClassVar[dict[str, Any]] = {
-            "hidden_size_per_layer_input": 0,
-            "num_kv_shared_layers": 0,
-            **self.extra,
-        }
+        extra = {"hidden_size_per_layer_input": 0, "num_kv_shared_layers": 0, **self.extra}
         return transformers.Gemma4Config(
             text_config=dict(
-                vocab_size=VOCAB, vocab_size_per_layer_input=VOCAB, hidden_size=64,
-                intermediate_size=96, num_hidden_layers=6, num_attention_heads=4,
-                num_key_value_heads=2, head_dim=16, global_head_dim=16, sliding_window=WINDOW,
+                TEXT, vocab_size_per_layer_input=VOCAB, num_hidden_layers=6, head_dim=16,
+                global_head_dim=16, sliding_window=WINDOW, **extra,
                 layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
-                pad_token_id=PAD, eos_token_id=EOS, bos_token_id=1, **extra,
             ),
             vision_config=dict(
                 hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
@@ -179,17 +167,13 @@ class Lfm2Vl(Family):
     """Short convolutions and full attention, behind a SigLIP 2 tower on padded patches."""
 
     name = "lfm2_vl"
-
-    def model_class(self) -> type:
-        return transformers.Lfm2VlForConditionalGeneration
+    architecture = "Lfm2VlForConditionalGeneration"
 
     def config(self) -> Any:
         return transformers.Lfm2VlConfig(
             text_config=dict(
-                model_type="lfm2", vocab_size=VOCAB, hidden_size=64, intermediate_size=96,
-                num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-                block_auto_adjust_ff_dim=False, layer_types=["conv", "full_attention"] * 2,
-                pad_token_id=PAD, eos_token_id=EOS, bos_token_id=1,
+                TEXT, model_type="lfm2", block_auto_adjust_ff_dim=False,
+                layer_types=["conv", "full_attention"] * 2,
             ),
             vision_config=dict(
                 model_type="siglip2_vision_model", hidden_size=32, intermediate_size=48,
@@ -217,10 +201,8 @@ class MiniCpmV46(Qwen35):
     """The decoder of Qwen3.5 with one position per token, behind windows merged in the tower."""
 
     name = "minicpmv4_6"
+    architecture = "MiniCPMV4_6ForConditionalGeneration"
     mrope = False
-
-    def model_class(self) -> type:
-        return transformers.MiniCPMV4_6ForConditionalGeneration
 
     def config(self) -> Any:
         return transformers.MiniCPMV4_6Config(

@@ -7,28 +7,23 @@ from typing import Any
 import torch
 import transformers
 
-from support.family.base import EOS, IMAGE, PAD, VOCAB, Family, Media
+from support.family.base import IMAGE, TEXT, Family, Media
 
 
 class Inkling(Family):
     """Windows and biases that end inside of short prompts; a patch becomes a token by itself."""
 
     name = "inkling_mm_model"
-
-    def model_class(self) -> type:
-        return transformers.InklingForConditionalGeneration
+    architecture = "InklingForConditionalGeneration"
 
     def config(self) -> Any:
         return transformers.InklingConfig(
             text_config=dict(
-                vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
-                num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-                swa_num_attention_heads=4, swa_num_key_value_heads=4, swa_head_dim=16,
-                sliding_window_size=8, rel_extent=12, d_rel=8, moe_intermediate_size=32,
-                n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1,
+                TEXT, head_dim=16, swa_num_attention_heads=4, swa_num_key_value_heads=4,
+                swa_head_dim=16, sliding_window_size=8, rel_extent=12, d_rel=8, n_shared_experts=1,
+                moe_intermediate_size=32, n_routed_experts=4, num_experts_per_tok=2,
                 layer_types=["hybrid_sliding", "hybrid"] * 2,
                 mlp_layer_types=["dense", "sparse"] * 2, logits_mup_width_multiplier=1.0,
-                bos_token_id=1, eos_token_id=EOS, pad_token_id=PAD,
             ),
             vision_config=dict(patch_size=4, hidden_size=32, num_hidden_layers=4),
             audio_config=dict(n_mel_bins=8, mel_vocab_size=16),

@@ -7,22 +7,16 @@ from typing import Any
 import torch
 import transformers
 
-from support.family.base import EOS, IMAGE, PAD, VIDEO, VOCAB, Family, Media
+from support.family.base import IMAGE, LONG, VIDEO, Family, Media
 
 
 class LlavaOnevision(Family):
     name = "llava_onevision"
-
-    def model_class(self) -> type:
-        return transformers.LlavaOnevisionForConditionalGeneration
+    architecture = "LlavaOnevisionForConditionalGeneration"
 
     def config(self) -> Any:
         return transformers.LlavaOnevisionConfig(
-            text_config=transformers.Qwen2Config(
-                vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
-                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
-                bos_token_id=1, eos_token_id=EOS, pad_token_id=PAD,
-            ),
+            text_config=transformers.Qwen2Config(**LONG),
             vision_config=transformers.SiglipVisionConfig(
                 hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
                 image_size=16, patch_size=4,
@@ -59,21 +53,14 @@ def clip(side: int) -> transformers.CLIPVisionConfig:
 
 def llama(kind: type = transformers.LlamaConfig, **more: Any) -> Any:
     """A small config of Llama, or of another text model."""
-    sizes = dict(
-        vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
-        bos_token_id=1, eos_token_id=EOS, pad_token_id=PAD,
-    )  # fmt: skip
-    return kind(**{**sizes, **more})
+    return kind(**{**LONG, **more})
 
 
 class Llava(Family):
     """LLaVA-1.5: CLIP without its class token, Llama."""
 
     name = "llava"
-
-    def model_class(self) -> type:
-        return transformers.LlavaForConditionalGeneration
+    architecture = "LlavaForConditionalGeneration"
 
     def config(self) -> Any:
         return transformers.LlavaConfig(
@@ -106,12 +93,7 @@ class LlavaNext(LlavaOnevision):
     """Mosaic with line breaks as in LLaVA-OneVision, no pooled videos."""
 
     name = "llava_next"
-
-    def model_class(self) -> type:
-        return transformers.LlavaNextForConditionalGeneration
-
-    def config_class(self) -> type:
-        return transformers.LlavaNextConfig
+    architecture = "LlavaNextForConditionalGeneration"
 
     def config(self) -> Any:
         return self.config_class()(
@@ -128,12 +110,7 @@ class LlavaNextVideo(LlavaNext):
     """Frames pooled 2×2, side by side."""
 
     name = "llava_next_video"
-
-    def model_class(self) -> type:
-        return transformers.LlavaNextVideoForConditionalGeneration
-
-    def config_class(self) -> type:
-        return transformers.LlavaNextVideoConfig
+    architecture = "LlavaNextVideoForConditionalGeneration"
 
     def config(self) -> Any:
         config = super().config()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers
 
-from support.family.base import END, EOS, IMAGE, PAD, VOCAB, Family, Media
+from support.family.base import END, IMAGE, TEXT, Family, Media
 
 BREAK = 154
 
@@ -16,9 +16,7 @@ class Mistral3(Family):
     """Queries are scaled by their position, which the layers read from `position_ids`."""
 
     name = "mistral3"
-
-    def model_class(self) -> type:
-        return transformers.Mistral3ForConditionalGeneration
+    architecture = "Mistral3ForConditionalGeneration"
 
     def config(self) -> Any:
         rope = {
@@ -28,9 +26,7 @@ class Mistral3(Family):
         }  # fmt: skip
         return transformers.Mistral3Config(
             text_config=transformers.Ministral3Config(
-                vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
-                num_attention_heads=4, num_key_value_heads=2, head_dim=16, sliding_window=None,
-                rope_parameters=rope, bos_token_id=1, eos_token_id=EOS, pad_token_id=PAD,
+                **TEXT, head_dim=16, sliding_window=None, rope_parameters=rope
             ),
             vision_config=transformers.PixtralVisionConfig(
                 hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,

@@ -7,26 +7,19 @@ from typing import Any
 import torch
 import transformers
 
-from support.family.base import END, EOS, IMAGE, PAD, START, VIDEO, VOCAB, Family, Media
+from support.family.base import END, ENDS, IDS, IMAGE, LONG, START, TOWER, VIDEO, Family, Media
 
 
 def text_config() -> dict[str, Any]:
     """The decoder of Qwen2-VL and Qwen2.5-VL, tiny, with M-RoPE."""
-    section = {"mrope_section": [2, 3, 3]}
-    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, **section}}
-    return dict(
-        vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
-        bos_token_id=1, eos_token_id=EOS, pad_token_id=PAD, **rope,
-    )  # fmt: skip
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    return dict(LONG, rope_parameters=rope)
 
 
 class Qwen2VL(Family):
     name = "qwen2_vl"
+    architecture = "Qwen2VLForConditionalGeneration"
     mrope = True
-
-    def model_class(self) -> type:
-        return transformers.Qwen2VLForConditionalGeneration
 
     def config(self) -> Any:
         return transformers.Qwen2VLConfig(
@@ -35,8 +28,7 @@ class Qwen2VL(Family):
                 depth=1, embed_dim=32, hidden_size=64, num_heads=2, mlp_ratio=2, patch_size=4,
                 temporal_patch_size=2, spatial_merge_size=2, in_channels=3,
             ),
-            image_token_id=IMAGE, video_token_id=VIDEO,
-            vision_start_token_id=START, vision_end_token_id=END,
+            **IDS, **ENDS,
         )  # fmt: skip
 
     def _media(self, grid: tuple[int, int, int], token: int, prefix: str) -> Media:
@@ -65,20 +57,15 @@ class Qwen25VL(Qwen2VL):
     """Window attention in the tower, seconds in the temporal positions."""
 
     name = "qwen2_5_vl"
-
-    def model_class(self) -> type:
-        return transformers.Qwen2_5_VLForConditionalGeneration
+    architecture = "Qwen2_5_VLForConditionalGeneration"
 
     def config(self) -> Any:
         return transformers.Qwen2_5_VLConfig(
             text_config=text_config(),
             vision_config=dict(
-                depth=2, hidden_size=32, out_hidden_size=64, intermediate_size=48, num_heads=2,
-                patch_size=4, temporal_patch_size=2, spatial_merge_size=2, in_channels=3,
-                window_size=16, fullatt_block_indexes=[1], tokens_per_second=2,
+                TOWER, window_size=16, fullatt_block_indexes=[1], tokens_per_second=2,
             ),
-            image_token_id=IMAGE, video_token_id=VIDEO,
-            vision_start_token_id=START, vision_end_token_id=END,
+            **IDS, **ENDS,
         )  # fmt: skip
 
     def whole_video(self, frames: int) -> Media:
@@ -91,33 +78,21 @@ class Qwen3VL(Qwen2VL):
     """Deepstack features, a timestamp before every frame."""
 
     name = "qwen3_vl"
+    architecture = "Qwen3VLForConditionalGeneration"
     deepstack: tuple[int, ...] = (0,)
 
-    def model_class(self) -> type:
-        return transformers.Qwen3VLForConditionalGeneration
-
     def text_config(self) -> dict[str, Any]:
-        section = {"mrope_section": [2, 3, 3], "mrope_interleaved": True}
-        rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, **section}}
-        return dict(
-            vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
-            num_attention_heads=4, num_key_value_heads=2, head_dim=16, bos_token_id=1,
-            max_position_embeddings=2048, eos_token_id=EOS, pad_token_id=PAD, **rope,
-        )  # fmt: skip
-
-    def config_class(self) -> type:
-        return transformers.Qwen3VLConfig
+        rope = dict(text_config()["rope_parameters"], mrope_interleaved=True)
+        return dict(LONG, head_dim=16, rope_parameters=rope)
 
     def config(self) -> Any:
         return self.config_class()(
             text_config=self.text_config(),
             vision_config=dict(
-                depth=3, hidden_size=32, out_hidden_size=64, intermediate_size=48, num_heads=2,
-                patch_size=4, temporal_patch_size=2, spatial_merge_size=2, in_channels=3,
-                num_position_embeddings=64, deepstack_visual_indexes=list(self.deepstack),
+                TOWER, depth=3, num_position_embeddings=64,
+                deepstack_visual_indexes=list(self.deepstack),
             ),
-            image_token_id=IMAGE, video_token_id=VIDEO,
-            vision_start_token_id=START, vision_end_token_id=END,
+            **IDS, **ENDS,
         )  # fmt: skip
 
     def whole_video(self, frames: int) -> Media:
@@ -132,12 +107,7 @@ class Qwen3VLMoe(Qwen3VL):
     """Mixture-of-experts layers in the same decoder."""
 
     name = "qwen3_vl_moe"
-
-    def model_class(self) -> type:
-        return transformers.Qwen3VLMoeForConditionalGeneration
-
-    def config_class(self) -> type:
-        return transformers.Qwen3VLMoeConfig
+    architecture = "Qwen3VLMoeForConditionalGeneration"
 
     def text_config(self) -> dict[str, Any]:
         experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers
 
-from support.family.base import EOS, IMAGE, PAD, VOCAB, Family, Media
+from support.family.base import IMAGE, TEXT, Family, Media
 
 WINDOW = 5
 
@@ -16,21 +16,17 @@ class UnlimitedOcr(Family):
     """A SAM tower in front of a CLIP tower; every row of an image ends in a line break."""
 
     name = "unlimited_ocr"
+    architecture = "UnlimitedOcrForConditionalGeneration"
 
     def attention(self, backend: str) -> Any:
         return {"text_config": backend, "vision_config": "eager"}
 
-    def model_class(self) -> type:
-        return transformers.UnlimitedOcrForConditionalGeneration
-
     def config(self) -> Any:
         return transformers.UnlimitedOcrConfig(
             text_config=dict(
-                vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
-                num_attention_heads=4, num_key_value_heads=4, moe_intermediate_size=32,
+                TEXT, num_key_value_heads=4, moe_intermediate_size=32,
                 n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1,
                 mlp_layer_types=["dense", "sparse"] * 2, sliding_window=WINDOW,
-                bos_token_id=1, eos_token_id=EOS, pad_token_id=PAD,
             ),
             vision_config=dict(
                 sam_config=dict(

@@ -8,36 +8,22 @@ import torch
 import transformers
 
 from support.family.audio import Qwen3OmniThinker, Qwen25OmniThinker
-from support.family.base import END, EOS, IMAGE, PAD, START, VIDEO, VOCAB, Family, Media
+from support.family.base import END, ENDS, IDS, IMAGE, LONG, START, TOWER, VIDEO, Family, Media
 from support.family.mistral import Mistral3
-from support.family.qwen import Qwen2VL
+from support.family.qwen import Qwen2VL, text_config
 from tokencomp.adapters.verified import verified_types
-
-ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
-TEXT: dict[str, Any] = dict(
-    vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
-    num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=2048,
-    bos_token_id=1, eos_token_id=EOS, pad_token_id=PAD,
-)  # fmt: skip
-IDS = dict(image_token_id=IMAGE, video_token_id=VIDEO)
 
 
 class Glm4v(Qwen2VL):
     """Frames of a video stand at placeholders of images, with timestamps between them."""
 
     name = "glm4v"
-
-    def model_class(self) -> type:
-        return transformers.Glm4vForConditionalGeneration
+    architecture = "Glm4vForConditionalGeneration"
 
     def config(self) -> Any:
         return transformers.Glm4vConfig(
-            text_config={**TEXT, "rope_parameters": ROPE},
-            vision_config=dict(
-                depth=2, hidden_size=32, out_hidden_size=64, intermediate_size=48, num_heads=2,
-                patch_size=4, temporal_patch_size=2, spatial_merge_size=2, in_channels=3,
-                image_size=32,
-            ),
+            text_config=dict(text_config(), head_dim=16),
+            vision_config=dict(TOWER, image_size=32),
             image_start_token_id=START, image_end_token_id=END, video_start_token_id=156,
             video_end_token_id=157, **IDS,
         )  # fmt: skip
@@ -57,18 +43,16 @@ class PaddleOcr(Qwen2VL):
     """A SigLIP tower on patches of several images, with M-RoPE behind it."""
 
     name = "paddleocr_vl"
-
-    def model_class(self) -> type:
-        return transformers.PaddleOCRVLForConditionalGeneration
+    architecture = "PaddleOCRVLForConditionalGeneration"
 
     def config(self) -> Any:
         return transformers.PaddleOCRVLConfig(
-            text_config={**TEXT, "rope_parameters": ROPE},
+            text_config=dict(text_config(), head_dim=16),
             vision_config=dict(
                 hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
                 image_size=32, patch_size=4, spatial_merge_size=2,
             ),
-            vision_start_token_id=START, vision_end_token_id=END, **IDS,
+            **IDS, **ENDS,
         )  # fmt: skip
 
     def _media(self, grid: tuple[int, int, int], token: int, prefix: str) -> Media:
@@ -85,15 +69,13 @@ class KimiK25(Family):
     """Latent attention; the size of an image reaches the encoder alone."""
 
     name = "kimi_k25"
-
-    def model_class(self) -> type:
-        return transformers.Kimi_K25ForConditionalGeneration
+    architecture = "Kimi_K25ForConditionalGeneration"
 
     def config(self) -> Any:
         text = dict(
-            TEXT, model_type="deepseek_v3", num_key_value_heads=4, kv_lora_rank=16, q_lora_rank=16,
-            qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16, n_routed_experts=4,
-            num_experts_per_tok=2, n_group=1, topk_group=1, moe_intermediate_size=32,
+            LONG, head_dim=16, model_type="deepseek_v3", num_key_value_heads=4, kv_lora_rank=16,
+            q_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16, n_group=1,
+            topk_group=1, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=32,
             first_k_dense_replace=1, n_shared_experts=1,
         )  # fmt: skip
         return transformers.Kimi_K25Config(
@@ -102,7 +84,7 @@ class KimiK25(Family):
                 hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
                 patch_size=4, pos_emb_height=8, pos_emb_width=8,
             ),
-            projection_hidden_size=32, vision_start_token_id=START, vision_end_token_id=END, **IDS,
+            projection_hidden_size=32, **IDS, **ENDS,
         )  # fmt: skip
 
     def image(self, size: int = 0) -> Media:
@@ -135,12 +117,10 @@ class FastVLM(Family):
     """A convolutional tower, whose feature map tells the grid. FastViT itself needs timm."""
 
     name = "fast_vlm"
+    architecture = "FastVlmForConditionalGeneration"
 
     def attention(self, backend: str) -> Any:
         return {"text_config": backend, "vision_config": "eager"}
-
-    def model_class(self) -> type:
-        return transformers.FastVlmForConditionalGeneration
 
     def config(self) -> Any:
         tower = transformers.ResNetConfig(
@@ -149,7 +129,7 @@ class FastVLM(Family):
         )  # fmt: skip
         tower.hidden_size = 32
         return transformers.FastVlmConfig(
-            text_config=transformers.Qwen2Config(**{k: TEXT[k] for k in TEXT if k != "head_dim"}),
+            text_config=transformers.Qwen2Config(**LONG),
             vision_config=tower, image_token_id=IMAGE,
         )  # fmt: skip
 

@@ -8,24 +8,18 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from support.family.base import END, EOS, IMAGE, PAD, START, VOCAB, Family, Media
+from support.family.base import END, IMAGE, LONG, PAD, START, Family, Media
 
 
 class InternVL(Family):
     """Tiles and a thumbnail in one run; frames with "Frame1: " between them."""
 
     name = "internvl"
-
-    def model_class(self) -> type:
-        return transformers.InternVLForConditionalGeneration
+    architecture = "InternVLForConditionalGeneration"
 
     def config(self) -> Any:
         return transformers.InternVLConfig(
-            text_config=transformers.Qwen2Config(
-                vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
-                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
-                bos_token_id=1, eos_token_id=EOS, pad_token_id=PAD,
-            ),
+            text_config=transformers.Qwen2Config(**LONG),
             vision_config=transformers.InternVLVisionConfig(
                 hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
                 image_size=[32, 32], patch_size=[4, 4], use_mean_pooling=True,
@@ -49,12 +43,7 @@ class SmolVLM(Family):
     """Each tile in a run of its own; images of a sample stand along the second axis."""
 
     name = "smolvlm"
-
-    def model_class(self) -> type:
-        return transformers.SmolVLMForConditionalGeneration
-
-    def config_class(self) -> type:
-        return transformers.SmolVLMConfig
+    architecture = "SmolVLMForConditionalGeneration"
 
     def vision_config(self) -> dict[str, Any]:
         return dict(
@@ -63,11 +52,7 @@ class SmolVLM(Family):
         )  # fmt: skip
 
     def config(self) -> Any:
-        text = transformers.LlamaConfig(
-            vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
-            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
-            bos_token_id=1, eos_token_id=EOS, pad_token_id=PAD,
-        )  # fmt: skip
+        text = transformers.LlamaConfig(**LONG)
         return self.config_class()(
             text_config=text, vision_config=self.vision_config(), scale_factor=2,
             image_token_id=IMAGE, pad_token_id=PAD,
@@ -104,9 +89,4 @@ class SmolVLM(Family):
 
 class Idefics3(SmolVLM):
     name = "idefics3"
-
-    def model_class(self) -> type:
-        return transformers.Idefics3ForConditionalGeneration
-
-    def config_class(self) -> type:
-        return transformers.Idefics3Config
+    architecture = "Idefics3ForConditionalGeneration"

@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import nn
 
-from support.family.base import EOS, IMAGE, PAD, VIDEO, VOCAB, Family, Media
+from support.family.base import IMAGE, LONG, VIDEO, Family, Media
 from tokencomp.models import VilaConfig, VilaForConditionalGeneration
 
 NEWLINE = 9
@@ -22,11 +22,7 @@ def siglip() -> transformers.SiglipVisionConfig:
 
 
 def qwen2() -> transformers.Qwen2Config:
-    return transformers.Qwen2Config(
-        vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
-        bos_token_id=1, eos_token_id=EOS, pad_token_id=PAD,
-    )  # fmt: skip
+    return transformers.Qwen2Config(**LONG)
 
 
 class Vila(Family):
