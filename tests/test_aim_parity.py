@@ -7,44 +7,13 @@ import sys
 
 import pytest
 import torch
-from support import plans
 from support.families import Family, text
+from support.merge_loops import Row, merge_group
 from torch import Tensor, nn
 
 import tokencomp
 from tokencomp.reducers.bipartite import Bipartite
 from tokencomp.tokens.tokens import Tokens
-
-
-def merge_frame_reference(x: list[list[float]], keep: int) -> list[tuple[int, list[float]]]:
-    """Plain-mean bipartite merging of one frame: (row, feature) of the survivors, raster order."""
-    rows = [(i, list(v)) for i, v in enumerate(x)]
-
-    def cosine(a: list[float], b: list[float]) -> float:
-        dot = sum(p * q for p, q in zip(a, b, strict=True))
-        return dot / math.sqrt(sum(p * p for p in a)) / math.sqrt(sum(q * q for q in b))
-
-    while len(rows) > keep:
-        budget = min(len(rows) - keep, len(rows) // 2)
-        evens, odds = range(0, len(rows), 2), range(1, len(rows), 2)
-        best = []
-        for a in evens:
-            scored = [(cosine(rows[a][1], rows[b][1]), -b) for b in odds]
-            if scored:
-                value, minus_b = max(scored)
-                best.append((-value, a, -minus_b))
-        gone: dict[int, list[int]] = {}
-        for _, a, b in sorted(best)[:budget]:
-            gone.setdefault(b, []).append(a)
-        dropped = {a for members in gone.values() for a in members}
-        merged = []
-        for i, (row, value) in enumerate(rows):
-            if i in dropped:
-                continue
-            members = [value] + [rows[a][1] for a in gone.get(i, [])]
-            merged.append((row, [sum(c) / len(members) for c in zip(*members, strict=True)]))
-        rows = merged
-    return rows
 
 
 @pytest.mark.parametrize(("grid", "keep"), [((1, 7, 7), 30), ((1, 14, 14), 49), ((3, 5, 4), 21)])
@@ -56,10 +25,10 @@ def test_merge(grid: tuple[int, int, int], keep: int) -> None:
     for frame in range(t):
         first = frame * h * w
         quota = keep * (frame + 1) // t - keep * frame // t
-        part = merge_frame_reference(x[first : first + h * w].tolist(), quota)
-        expected += [(row + first, value) for row, value in part]
-    assert out.rows.tolist() == [row for row, _ in expected]
-    torch.testing.assert_close(out.features, torch.tensor([v for _, v in expected]).double())
+        rows = [Row(first + i, 1.0, value) for i, value in enumerate(x[first:][: h * w].tolist())]
+        expected += merge_group(rows, quota, weighted=False)
+    assert out.rows.tolist() == [row.place for row in expected]
+    torch.testing.assert_close(out.features, torch.tensor([row.x for row in expected]).double())
 
 
 def test_weighted_merge_preserves_the_sum() -> None:
@@ -131,24 +100,3 @@ def test_pagerank_scores(family: Family) -> None:
         local = [(-scores[span.start + o], o) for o in range(span.length) if o not in special]
         best = sorted(special) + [o for _, o in sorted(local)[: len(kept) - len(special)]]
         assert kept == sorted(best)
-
-
-@pytest.mark.parametrize("rows", ["last", "text"])
-def test_attention_scores(family: Family, rows: str) -> None:
-    """Kept tokens are the best by transformers' own eager attention maps."""
-    model = family.build("eager")
-    inputs = family.batch([[text(3), family.image(0), text(6, 3)]])
-    with torch.no_grad():
-        attention = model(**inputs, output_attentions=True).attentions[1][0].mean(0)
-    reducer = {"last": tokencomp.make_reducer("prune", score="last_query"), "text": plans.TextTop()}
-    plan = tokencomp.Plan((tokencomp.Stage(2, 0.4, reducer[rows]),))
-    with tokencomp.patch(model, plan=plan) as handle, torch.no_grad():
-        model(**inputs)
-        stats = handle.stats
-    visual = {c for span in stats.spans[0] for c in range(span.start, span.stop)}
-    for span, kept in zip(stats.spans[0], stats.kept(0)[0], strict=True):
-        later = [i for i in range(span.stop, attention.shape[0]) if i not in visual]
-        received = attention[-1] if rows == "last" else attention[later].mean(0)
-        here = received[span.start : span.stop].masked_fill(span.special_mask(), torch.inf)
-        best = here.sort(descending=True, stable=True).indices[: len(kept)].sort().values
-        assert kept == best.tolist()

@@ -147,18 +147,6 @@ def test_model_folders_are_package_data_and_small() -> None:
     assert (ROOT / "zoo" / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
 
 
-@TOML
-def test_the_zoo_is_models_samples_and_shapesqa() -> None:
-    """What loads them is `tokencomp.zoo`, and what trains the models stands in `recipes/`."""
-    code = {path.parent.relative_to(ZOO.parent).as_posix() for path in ZOO.rglob("*.py")}
-    listed = project(ROOT / "zoo")["tool"]["setuptools"]["packages"]
-    assert code == {name.replace(".", "/") for name in listed}
-    weights = {path.stem for path in ZOO.rglob("*.safetensors")}
-    assert weights == {"model", "ccam", "selector"}
-    asked = {row["media"] for row in json.loads((ZOO / "samples" / "questions.json").read_text())}
-    assert {path.name for path in (ZOO / "samples").iterdir()} == {*asked, "questions.json"}
-
-
 def test_without_the_zoo_its_models_say_how_to_install_it(
     monkeypatch: Any, tmp_path: Path, capsys: Any
 ) -> None:

@@ -21,10 +21,6 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_it_is_one_screen() -> None:
-    assert len(README.splitlines()) <= 105
-
-
 def test_the_script_prints_what_stands_below_it() -> None:
     match = re.search(r"```python\n((?:(?!```).)*)```\n\n```\n(.*?)```", README, re.DOTALL)
     assert match is not None

@@ -42,15 +42,3 @@ def test_every_value_of_every_parameter_runs(
     kept = [case.values for case in thin_out(cases)]
     assert len(kept) == len(cases) // share
     assert [set(column) for column in zip(*kept, strict=True)] == [set(size) for size in sizes]
-
-
-def test_long_cases_are_counted_apart() -> None:
-    mark = pytest.mark.thin(2).mark
-    late = [
-        Case.made({"thin": mark, "long": pytest.mark.long.mark}, "late", plan) for plan in PLANS
-    ]
-    cases = [Case.made({"thin": mark}, family, plan) for family in FAMILIES for plan in PLANS]
-    plain = Case.made({}, "x")
-    kept = thin_out([*late, plain, *cases])
-    assert plain in kept and len(kept) == 1 + 2 + 6
-    assert sum("long" in case.marks for case in kept) == 2

@@ -22,11 +22,6 @@ def tool() -> Any:
     return module
 
 
-def test_there_is_one_for_every_path() -> None:
-    names = {"agents", "compare", "quickstart", "reducer", "serve", "video"}
-    assert {path.stem for path in NOTEBOOKS} == names
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_prints_what_it_shows(tool: Any, path: Path) -> None:

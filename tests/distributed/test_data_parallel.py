@@ -52,21 +52,6 @@ def test_a_training_step_is_that_of_one_process(steps: list[Any], case: tuple[st
             torch.testing.assert_close(found[parameter], value, atol=1e-6, rtol=1e-4, msg=parameter)
 
 
-def test_data_parallel_forwards() -> None:
-    """On a CPU, and on one GPU, it calls the model itself."""
-    family = FAMILIES["qwen2_vl"]
-    model, inputs = family.build(), ranks.prompts(family)
-    plain = model(**inputs).logits
-    with tokencomp.patch(model, 0.5):
-        expected = model(**inputs).logits
-    wrapper = nn.DataParallel(model, device_ids=[]) if not torch.cuda.is_available() else model
-    handle = tokencomp.patch(wrapper, 0.5)
-    assert torch.equal(wrapper(**inputs).logits, expected)
-    assert handle.stats.ratio == pytest.approx(0.5, abs=0.1)
-    tokencomp.unpatch(wrapper)
-    assert torch.equal(wrapper(**inputs).logits, plain)
-
-
 def test_data_parallel_copies_are_refused() -> None:
     """Before the call where the wrapper is patched, and in it where the model was before."""
     family = FAMILIES["qwen2_vl"]

@@ -309,6 +309,59 @@ def test_arguments_that_would_give_a_wrong_choice(name: str) -> None:
         REFUSED[name]()
 
 
+NO = torch.zeros(0, dtype=torch.int64)
+EMPTY: dict[str, Callable[[torch.device], object]] = {
+    "no tensors": lambda at: kernels.gather_rows([], NO.expand(2, 0).to(at)),
+    "no places": lambda at: kernels.gather_rows(
+        [torch.ones(2, 4, 3).to(at)], NO.expand(2, 0).to(at)
+    ),
+    "no rows to merge": lambda at: kernels.merge_rows(
+        torch.ones(0, 3).to(at), NO.to(at), NO.to(at)
+    ),
+    "no frames": lambda at: kernels.nearest_previous_frame(torch.zeros(0, 2, 2, 4).to(at)),
+    "no rows to match": lambda at: kernels.bipartite_match(torch.ones(0, 4).to(at), []),
+    "no spans": lambda at: kernels.topk_stable(torch.zeros(0).to(at), [], spans=[]),
+    "spans of no rows": lambda at: kernels.topk_stable(
+        torch.zeros(0).to(at), [0] * 3, spans=[0] * 3
+    ),
+    "no samples": lambda at: kernels.attention_colsum(*torch.ones(2, 0, 2, 4, 16).to(at)),
+}
+
+
+def test_nothing_gives_nothing(place: torch.device) -> None:
+    """And what has no source, or sees no keys, is zero."""
+    for name, call in EMPTY.items():
+        assert all(t.numel() == 0 for t in leaves(call(place))), name
+    x = torch.ones(2, 2, 4, 16, device=place)
+    zeros = kernels.gather_rows([x], torch.full((2, 3), -1, device=place))
+    zeros += [kernels.attention_colsum(x[:, :, :0], x)]
+    unseen = torch.zeros(3, 2, 4, dtype=torch.int32, device=place)
+    zeros += [kernels.attention_colsum(x, x, visible=unseen)]
+    zeros += [kernels.nearest_previous_frame(0 * x)[1]]
+    assert all(len(t) and (t == 0).all() for t in zeros)
+
+
+DIFFERENTIABLE: dict[str, tuple[tuple[int, ...], Callable[[Tensor], Tensor]]] = {
+    "ccam_attention": (
+        (3, 1, 1, 6, 4),
+        lambda x: kernels.ccam_attention(x[0, :, :, :4], x[1], x[2], 3),
+    ),
+    "frame_pool": ((2, 4, 3, 2), lambda x: kernels.frame_pool(x, [(4, 3), (2, 2)])),
+    "gather_rows": (
+        (2, 5, 3),
+        lambda x: kernels.gather_rows([x], torch.tensor([[0, 4, -1], [2, 2, 1]]).to(x.device))[0],
+    ),
+    "merge_rows": ((12, 5), lambda x: merged(x).x),
+}
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_gradient(op: str, place: torch.device) -> None:
+    shape, call = DIFFERENTIABLE[op]
+    x = torch.randn(shape, dtype=torch.float64, device=place, requires_grad=True)
+    assert torch.autograd.gradcheck(call, x)
+
+
 def test_nan_key_reaches_every_row_that_sees_it(place: torch.device) -> None:
     """All columns that such a row sees become NaN, and what such a row reads."""
     q, k = torch.randn(2, 1, 2, 6, 16).to(place).unbind(0)

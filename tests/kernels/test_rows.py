@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 from tokencomp.kernels import (
-    MergedRows,
     bipartite_match,
     frame_pool,
     gather_rows,
@@ -62,29 +61,6 @@ def test_matches_copies(
     for tensor, out, s, b in zip(tensors, got, seq, batches, strict=True):
         assert out.is_contiguous() and out.dtype == tensor.dtype
         assert torch.equal(out.cpu(), by_hand(tensor, index, s, b))
-
-
-def test_negative_dims_int32_index_and_length_one_tail(place: torch.device) -> None:
-    x = torch.randn(2, 6, 1, device=place)
-    index = torch.tensor([[0, 5], [3, 3]], dtype=torch.int32, device=place)
-    (out,) = gather_rows([x], index, -2, -3)
-    assert torch.equal(out[:, :, 0].cpu(), x[:, :, 0].cpu().gather(1, index.long().cpu()))
-
-
-def test_nothing_to_do(place: torch.device) -> None:
-    index = torch.zeros(2, 0, dtype=torch.int64, device=place)
-    assert gather_rows([], index) == []
-    (out,) = gather_rows([torch.randn(2, 4, 3, device=place)], index)
-    assert out.shape == (2, 0, 3)
-    none = torch.full((2, 3), -1, dtype=torch.int64, device=place)
-    (out,) = gather_rows([torch.randn(2, 4, 3, device=place)], none)
-    assert (out == 0).all()
-
-
-def test_gradient(place: torch.device) -> None:
-    x = torch.randn(2, 5, 3, dtype=torch.float64, device=place, requires_grad=True)
-    index = torch.tensor([[0, 4, -1], [2, 2, 1]], device=place)
-    assert torch.autograd.gradcheck(lambda x: gather_rows([x], index)[0], x)
 
 
 def random_merge(lengths: list[int], kept: float = 0.4) -> tuple[Tensor, Tensor]:
@@ -175,23 +151,6 @@ def test_rows_without_members_are_copied_bit_for_bit(place: torch.device) -> Non
     assert torch.equal(got.x.cpu(), x)
 
 
-def test_gradient_merge_rows(place: torch.device) -> None:
-    x = torch.randn(12, 5, dtype=torch.float64, device=place, requires_grad=True)
-    target, keep = random_merge([12])
-    sizes = torch.rand(12, device=place) + 0.5
-
-    def merged(x: Tensor) -> Tensor:
-        return merge_rows(x, target.to(place), keep.to(place), sizes).x
-
-    assert torch.autograd.gradcheck(merged, x)
-
-
-def test_empty(place: torch.device) -> None:
-    none = torch.zeros(0, dtype=torch.int64, device=place)
-    got = merge_rows(torch.randn(0, 3, device=place), none, none)
-    assert isinstance(got, MergedRows) and got.x.shape == (0, 3) and got.sizes.shape == (0,)
-
-
 def test_nan_stays_in_its_own_row(place: torch.device) -> None:
     x = torch.randn(4, 3)
     x[0, 1] = math.nan
@@ -242,11 +201,6 @@ def test_full_grid_returns_the_frame_bit_for_bit(place: torch.device) -> None:
     assert torch.equal(frame_pool(x.to(place), [(5, 3)] * 2).cpu(), x.flatten(0, 2))
 
 
-def test_gradient_frame_pool(place: torch.device) -> None:
-    x = torch.randn(2, 4, 3, 2, dtype=torch.float64, device=place, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: frame_pool(x, [(4, 3), (2, 2)]), x)
-
-
 def by_hand_nearest_previous_frame(x: Tensor) -> Tensor:
     """Compare every token with its place in the previous frame in plain loops."""
     frames, height, width, _ = x.shape
@@ -276,11 +230,6 @@ def test_matches_loops_nearest_previous_frame(
     x = torch.randn(shape).to(dtype)
     similarity = nearest_previous_frame(x.to(place))
     assert torch.allclose(similarity.cpu(), by_hand_nearest_previous_frame(x), atol=1e-5)
-
-
-def test_zero_tokens_and_empty_video(place: torch.device) -> None:
-    assert (nearest_previous_frame(torch.zeros(2, 2, 2, 4, device=place))[1] == 0).all()
-    assert nearest_previous_frame(torch.zeros(0, 2, 2, 4, device=place)).shape == (0, 2, 2)
 
 
 def by_hand_bipartite_match(x: Tensor, lengths: list[int]) -> tuple[list[float], list[int]]:
@@ -347,11 +296,3 @@ def test_frames_as_number_list_and_tensor_agree(place: torch.device) -> None:
     for frames in ([8, 8, 8], torch.tensor([8, 8, 8])):
         got = bipartite_match(x, frames)
         assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
-    shuffled = torch.randn(24, 18, device=place)
-    shuffled[:, ::2] = x
-    assert torch.equal(bipartite_match(shuffled[:, ::2], 8)[1], want[1])
-
-
-def test_empty_bipartite_match(place: torch.device) -> None:
-    similarity, partner = bipartite_match(torch.randn(0, 4, device=place), [])
-    assert similarity.shape == partner.shape == (0,)

@@ -205,14 +205,11 @@ def test_rows_stay_in_the_budget(loaded: tuple[Any, Any], clip: Any, record: Rec
     session.close()
 
 
-@pytest.mark.parametrize("budget", [0, -3, 1.5, True, "many"])
-def test_bad_budgets(loaded: tuple[Any, Any], budget: Any) -> None:
-    with pytest.raises(OptionError, match="whole number of cache rows above 0"):
-        tokencomp.Session(*loaded, budget=budget)
-
-
 def test_bad_options(loaded: tuple[Any, Any], clip: Any) -> None:
     model, processor = loaded
+    for budget in (0, -3, 1.5, True, "many"):
+        with pytest.raises(OptionError, match="whole number of cache rows above 0"):
+            tokencomp.Session(model, processor, budget=budget)
     with pytest.raises(OptionError, match=r"'oldest', 'redundant'"):
         tokencomp.Session(model, processor, policy="newest")
     with pytest.raises(SessionError, match=r"budget=3\. Allowed are 3 rows"):
@@ -268,16 +265,6 @@ def test_bad_input_loses_nothing(loaded: tuple[Any, Any], clip: Any, record: Rec
         assert session.ask(question, max_new_tokens=1)
     with pytest.raises(SessionError, match="closed"):
         session.append(frames[0])
-
-
-def test_an_error_names_the_rows_after_compression(loaded: Any, clip: Any, record: Record) -> None:
-    model, processor = loaded
-    tokencomp.patch(model, 0.5, **KCENTER)
-    with (
-        tokencomp.Session(model, processor, budget=60) as session,
-        pytest.raises(SessionError, match=r"a chunk of \d+ tokens \(\d+ rows after compression\)"),
-    ):
-        session.append(clip[0], seconds=0.5)
 
 
 def test_a_second_session_of_a_patched_model(loaded: Any, clip: Any, record: Record) -> None:

@@ -56,8 +56,8 @@ def merge(frames: list[list[Row]], budget: int) -> list[Row]:
     return left
 
 
-def merge_group(rows: list[Row], keep: int) -> list[Row]:
-    """Bipartite steps, the best pairs first, until `keep` rows are left."""
+def merge_group(rows: list[Row], keep: int, weighted: bool = True) -> list[Row]:
+    """Bipartite steps, the best pairs first, until `keep` rows are left; plain means unweighted."""
     while len(rows) > keep:
         best = []
         for a in range(0, len(rows), 2):
@@ -75,6 +75,7 @@ def merge_group(rows: list[Row], keep: int) -> list[Row]:
             members = [row, *(rows[a] for a, b in into.items() if b == i)]
             size = sum(m.size for m in members)
             columns = zip(*([m.size * v for v in m.x] for m in members), strict=True)
-            merged.append(row._replace(size=size, x=[sum(c) / size for c in columns]))
+            x = [sum(c) / size for c in columns]
+            merged.append(row._replace(size=size if weighted else 1.0, x=x))
         rows = merged
     return rows
