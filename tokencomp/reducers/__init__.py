@@ -1,7 +1,14 @@
 """One reducer per file; the contract is `tokencomp.reducers.base`, the names are `registry`."""
 
 from tokencomp.plan.reducer import Traits
-from tokencomp.reducers._batch import best_rows, finite_features, finite_values
+from tokencomp.reducers._batch import (
+    best_rows,
+    finite_features,
+    finite_values,
+    means,
+    segment,
+    spread,
+)
 from tokencomp.reducers.base import Reducer, ScoreReducer
 from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import available_reducers, make_reducer, register_reducer
@@ -16,5 +23,8 @@ __all__ = [
     "finite_features",
     "finite_values",
     "make_reducer",
+    "means",
     "register_reducer",
+    "segment",
+    "spread",
 ]
