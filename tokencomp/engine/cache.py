@@ -5,7 +5,7 @@ A prompt of eight tokens of which three were dropped:
     columns of the prompt    0  1  2  3  4  5  6  7
     rows that are held       0  1        4     6  7
     get_seq_length()  8      the column of the next token
-    rows              5      what there is to attend to
+    rows              5      the rows to attend to
     row_map                  which column each row holds, see `tokencomp.engine.rowmap`
 
 The caller owns the cache, and other objects may hold the layer. A layer therefore stays the same
@@ -35,36 +35,29 @@ from tokencomp.torchlib import compat
 from tokencomp.torchlib.cache_classes import INDEXED, QUANTIZED, STATES
 
 REFERENCE = "reference_sliding_attention"
-# Cache layers that hold keys and values, one row per token. Layers of linear attention and of short
-# convolutions hold a state instead, which has no token axis. Layers that cache nothing
-# (experts alone, or keys shared with another layer) hold no rows.
+# Cache layers with keys and values, one row per token. Layers of linear attention and of short
+# convolutions hold a state without a token axis instead; others (experts only, keys shared with
+# another layer) cache nothing.
 HOLDS_ROWS = CacheLayerMixin
 
 
 def keeps_window(layer: Any) -> bool:
-    """Whether a cache layer keeps no more rows than a sliding window needs."""
     return isinstance(layer, DynamicSlidingWindowLayer)
 
 
 def is_reference(kind: type) -> bool:
-    """Whether cache layers of a class keep all rows of the prompt, and a window of later ones."""
+    """Whether layers of this class keep all rows of the prompt, and a window of later rows."""
     name = getattr(kind, "_layer_type", None)
     return name == REFERENCE and not issubclass(kind, StaticLayer)
 
 
 def filled(layers: Iterable[Any]) -> list[Any]:
-    """Cache layers that already hold rows. A decoder may leave some layers of its cache unused."""
+    """Cache layers that hold rows. Decoders can leave layers of their cache unused."""
     return [x for x in layers if isinstance(x, HOLDS_ROWS) and x.is_initialized]
 
 
 def first_layer(cache: Any, start: int = 0) -> Any:
-    """The first layer from `start` on that holds rows, or None.
-
-    Parameters
-    ----------
-    cache
-        A KV cache, its layers, or None.
-    """
+    """The first layer from `start` on that holds rows, or None; `cache` may be a list of layers."""
     layers = cache if isinstance(cache, (list, tuple)) else getattr(cache, "layers", None)
     for layer in (layers or ())[start:]:  # no frame per layer, as every token passes here
         if isinstance(layer, HOLDS_ROWS):
@@ -73,7 +66,7 @@ def first_layer(cache: Any, start: int = 0) -> Any:
 
 
 def physical_length(layer: Any) -> int:
-    """Rows written to a cache layer, and held unless it has a sliding window."""
+    """Number of rows written to a cache layer; a sliding layer holds the last of them."""
     if isinstance(layer, StaticLayer):
         if not layer.is_initialized:
             return 0
@@ -88,7 +81,7 @@ def physical_length(layer: Any) -> int:
 
 
 def stored(layer: Any, name: Literal["keys", "values"]) -> Tensor:
-    """What a layer holds of its rows, (B, kv heads, rows or more, d); the first are used."""
+    """Keys or values of a layer, (B, kv heads, rows or more, d); the first rows are used."""
     rows: Tensor = getattr(layer, name)
     if not isinstance(layer, QUANTIZED):
         return rows
@@ -99,9 +92,9 @@ def stored(layer: Any, name: Literal["keys", "values"]) -> Tensor:
 
 
 def flash_on_static(config: Any, layer: Any) -> bool:
-    """Whether FlashAttention gets all rows that a cache layer can hold, unwritten ones too.
+    """Whether FlashAttention gets the unwritten rows of a static layer too.
 
-    It has no other mask, but ignores rows after the last column of a 2-D mask.
+    A 2-D mask is the only one it takes; rows after the last column of that mask are ignored.
     """
     return isinstance(layer, StaticLayer) and "flash" in compat.attention_implementation(config)
 
@@ -110,16 +103,16 @@ def flash_on_static(config: Any, layer: Any) -> bool:
 
 
 class CacheOwner:
-    """Says whether the patch that compressed a cache is installed; copies of the cache share it.
+    """Whether the patch that compressed a cache is still installed; shared by copies of the cache.
 
     Attributes
     ----------
     compact
-        Whether positions count the kept tokens only.
+        Whether positions count kept tokens only.
     active
         Whether the hooks of the patch are installed.
     types
-        `LayerTypes` of the decoder, as of the last prompt; None before the first.
+        `LayerTypes` of the decoder at the last prompt; None before the first.
     """
 
     def __init__(self, compact: bool) -> None:
@@ -129,7 +122,7 @@ class CacheOwner:
     def __deepcopy__(self, memo: dict[int, Any]) -> CacheOwner:
         return self
 
-    def __reduce__(self) -> Any:  # a cache that is loaded from a file has no patch
+    def __reduce__(self) -> Any:  # a cache loaded from a file has no patch
         return CacheOwner, (self.compact,)
 
 
@@ -143,24 +136,24 @@ PATCH_GONE = (
 # Python lets an object change its class only to one of the same memory layout. A base class other
 # than CacheLayerMixin would have another layout.
 class CompressedLayer(CacheLayerMixin):
-    """What every compressed layer adds to the transformers class from which it is built.
+    """Mixin that turns a transformers cache layer into a compressed one.
 
-    Transformers reads two numbers from a cache layer: how far the sequence has come (positions,
-    how many prompt tokens are new, where to crop) and how many rows there are to attend to. For a
-    compressed layer these differ by `row_map.dropped`. An existing layer becomes one by
-    `compress_layer`; `reset` turns it back into what it was.
+    Transformers reads two numbers from a cache layer: the length of the sequence (for positions,
+    new tokens, crop) and the number of rows to attend to. In a compressed layer they differ by
+    `row_map.dropped`. `compress_layer` changes the class of an existing layer; `reset` changes it
+    back.
 
     Attributes
     ----------
     plain : type
         The transformers class of the layer before compression.
     row_map : RowMap
-        Columns, padding and starts of its rows, as of the last call that changed them. Rows that
-        were written since are real and follow without a gap; `current_map` counts them.
+        The rows as of the last call that changed them. Rows written since are real, with
+        consecutive columns; `current_map` includes them.
     starts_segment : bool
-        True where this layer holds other rows than the layer before it.
+        True if this layer holds other rows than the layer before it.
     owner : CacheOwner or None
-        The patch that has compressed the cache; None: rows were evicted, without a patch.
+        The patch that compressed the cache; None if rows were evicted without a patch.
     """
 
     plain: ClassVar[type]
@@ -172,12 +165,12 @@ class CompressedLayer(CacheLayerMixin):
 
     @property
     def rows(self) -> int:
-        """Rows held (read from the device for a static layer)."""
+        """Number of rows (read from the device for a static layer)."""
         return physical_length(self)
 
     @property
     def current_map(self) -> RowMap:
-        """`row_map` with the rows that were written since."""
+        """`row_map`, including rows written since."""
         return replace(self.row_map, rows=self.rows)
 
     def get_seq_length(self, *args: Any) -> Any:
@@ -186,40 +179,37 @@ class CompressedLayer(CacheLayerMixin):
         return rows + self.row_map.dropped if rows else 0
 
     def get_mask_sizes(self, query: int) -> tuple[int, int]:
-        """Rows after a write of `query` rows, and how many columns were dropped."""
+        """Number of rows after a write of `query` rows, and number of dropped columns."""
         self.check_patch()
         return physical_length(self) + query, self.row_map.dropped
 
     def note_padding(self, real: Tensor | None) -> None:
-        """Take the mask of all rows, after a call that wrote padding rows."""
+        """Store the mask of all rows, after a call that wrote padding rows."""
         self.row_map.real = real
 
     def check_patch(self) -> None:
-        """Refuse a decoder call without the patch that has compressed the cache.
+        """Raise if the patch that compressed the cache is gone.
 
-        transformers asks before it runs a layer, and once per call, so that a decode step runs no
-        Python of ours per layer.
+        transformers calls this once per call before the layers run, so a decode step runs no code
+        of ours per layer.
         """
         if self.owner is not None and not self.owner.active:
             raise UnsupportedCacheError(PATCH_GONE)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Follow the beams."""
         super().reorder_cache(beam_idx)
         self.row_map = self.row_map.select(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every sample."""
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]  # the other base has it
         self.row_map = self.row_map.select(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep some samples."""
         super().batch_select_indices(indices)  # type: ignore[misc]  # the other base has it
         self.row_map = self.row_map.select(lambda t: t[indices])
 
     def reset(self) -> None:
-        """Forget every row and become a plain layer again."""
+        """Delete all rows and restore the class of the layer."""
         super().reset()
         self._forget()
 
@@ -229,26 +219,25 @@ class CompressedLayer(CacheLayerMixin):
 
 
 class CompressedDynamicLayer(CompressedLayer, DynamicLayer):
-    """A `DynamicLayer` from which rows have been left out."""
+    """A compressed `DynamicLayer`."""
 
     plain: ClassVar[type] = DynamicLayer
 
     def crop(self, length: int) -> None:
-        """Remove `-length` rows, or (transformers < 5.14) cut to `length` logical tokens.
-
-        A layer that also holds states goes back as many.
+        """Remove `-length` rows, or (transformers < 5.14) cut to `length` columns. States go back
+        as many.
 
         Raises
         ------
         UnsupportedCacheError
-            Tokens have left among those to be removed, or are merged, so that rows are not tokens.
+            Among the removed rows are media with dropped tokens, or merged tokens.
         """
         rows = self.rows + length if length <= 0 else length - self.row_map.dropped
         rows = min(max(rows, 0), self.rows)
         if self._cuts_media(rows):
             raise UnsupportedCacheError(
-                f"crop({length}) reaches into media of which tokens have left. Crop only what "
-                "follows the last image or video, or start the conversation again."
+                f"crop({length}) reaches into media with dropped or merged tokens. Crop only text "
+                "after the last image or video, or start the conversation again."
             )
         if isinstance(self, STATES):
             STATES.crop(self, length)
@@ -263,58 +252,57 @@ class CompressedDynamicLayer(CompressedLayer, DynamicLayer):
         first, real = max(rows - 1, 0), self.current_map.mask()
         steps = columns[:, first:].diff(dim=1)
         wrong = steps != 1
-        if rows > 0:  # a merged token has one column for several rows, of which some may be left
+        if rows > 0:  # several rows of a merged token share one column, and a cut may split them
             wrong[:, :1] = steps[:, :1] == 0
         if real is not None:
             wrong &= real[:, first : first + wrong.shape[1]].to(wrong.device)
         return bool(wrong.any())
 
     def _cut(self, rows: int) -> None:
-        """Keep the first `rows` rows."""
         self.keys, self.values = self.keys[..., :rows, :], self.values[..., :rows, :]
 
     def reset(self) -> None:
-        """Drop the rows (old releases would only set them to 0) and become a plain layer."""
+        """Delete the rows (older releases only zero them) and restore the class of the layer."""
         super().reset()
         self.keys = self.values = None
         self.is_initialized = False
 
 
 WHOLE = frozenset({DynamicLayer, CompressedDynamicLayer})
-"""Cache layers that hold every row and nothing else, so that any row can be evicted."""
+"""Classes of cache layers that hold all rows and nothing else, so that any row can be evicted."""
 
 
 class CompressedSlidingLayer(CompressedDynamicLayer, DynamicSlidingWindowLayer):
-    """A `DynamicSlidingWindowLayer` whose prompt was compressed.
+    """A compressed `DynamicSlidingWindowLayer`.
 
-    It keeps the last `sliding_window - 1` rows, as before; `rows` and `row_map` count all rows that
-    were written (`cumulative_length`). Invariant, per sample:
+    It holds the last `sliding_window - 1` rows, as before; `rows` and `row_map` count all rows
+    written (`cumulative_length`). Invariant, per sample:
 
         every column within a window of the next token is in a row that the layer still holds.
 
-    After dropping it holds: the last W - 1 rows have W - 1 different columns, so they reach back at
-    least as far. The row of a merged token is stored several times, all with the same column, so
-    the last W - 1 rows can miss a column. A window of 4: the token at column 6 sees columns 3 to 6,
+    Dropping preserves it: the last W - 1 rows have W - 1 different columns, so they reach back at
+    least as far. The row of a merged token is stored several times with one column, so the last
+    W - 1 rows can miss a column. A window of 4: the token at column 6 sees columns 3 to 6,
 
         columns of the rows that were written   0  1  3  4  4  4  5
         the last 3 rows                                     4  4  5     column 3 is missing
         the last 5, widened by 2 repetitions          3  4  4  4  5
 
     So `repeat_rows` raises `sliding_window`, which then counts stored rows, by the largest number
-    of repetitions of any sample (`widened`). The mask hides what the layer holds beyond the window.
-    Guarded by `tests/engine/test_rowmap.py` and `tests/exactness/test_windows.py`.
+    of repetitions of any sample (`widened`). The mask hides rows beyond the window. Guarded by
+    `tests/engine/test_rowmap.py` and `tests/exactness/test_windows.py`.
 
     Attributes
     ----------
     widened : int
-        By how much `sliding_window` was raised; absent: by nothing.
+        By how much `sliding_window` was raised; not set: by nothing.
     """
 
     plain = DynamicSlidingWindowLayer
 
     @property
     def held(self) -> int:
-        """Rows of earlier calls that attention gets: the last of those that were written."""
+        """Number of rows of earlier calls that attention reads."""
         return min(self.rows, int(self.sliding_window) - 1)
 
     def get_seq_length(self, *args: Any) -> Any:
@@ -322,7 +310,7 @@ class CompressedSlidingLayer(CompressedDynamicLayer, DynamicSlidingWindowLayer):
         return self.cumulative_length + self.row_map.dropped if self.cumulative_length else 0
 
     def get_mask_sizes(self, query: int) -> tuple[int, int]:
-        """Rows that a write of `query` returns, and the number of the first, counted by column."""
+        """Rows that a write of `query` returns, and index of the first, counted in columns."""
         self.check_patch()
         return self.held + query, self.rows - self.held + self.row_map.dropped
 
@@ -345,13 +333,13 @@ class CompressedSlidingLayer(CompressedDynamicLayer, DynamicSlidingWindowLayer):
 
 
 def widen_window(layer: Any, repetitions: int) -> None:
-    """Let a layer with a window hold as many more rows, see `CompressedSlidingLayer`."""
+    """Raise the window of a sliding layer, see `CompressedSlidingLayer`."""
     layer.sliding_window += repetitions
     layer.widened = getattr(layer, "widened", 0) + repetitions
 
 
 class CompressedIndexedLayer(CompressedDynamicLayer, INDEXED):  # type: ignore[misc]  # older releases lack it
-    """A layer of sparse attention: the keys of its indexer have the same rows."""
+    """A compressed layer of sparse attention: the keys of its indexer have the same rows."""
 
     plain = INDEXED
     indexer_keys: Tensor | None

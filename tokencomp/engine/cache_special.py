@@ -1,8 +1,8 @@
-"""Compressed cache layers beyond those that keep every row, or a window of rows, and nothing else.
+"""Compressed cache layers of less common classes.
 
-Static layers have a constant length, for compiled decoding. Hybrid layers hold states of short
-convolutions as well. Unlimited-OCR keeps all rows of the prompt, and a window of the rows that
-follow; its class is part of the code of that model, so that it is known only when one is met.
+Static layers have a constant length, for compiled decoding. Hybrid layers also hold states of short
+convolutions. Reference layers (Unlimited-OCR) keep all rows of the prompt and a window of later
+rows; their class is defined by the model's code, so its compressed class is created on first use.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from tokencomp.torchlib.cache_classes import HYBRID, HYBRID_SLIDING
 
 
 class CompressedHybridLayer(CompressedDynamicLayer, HYBRID):  # type: ignore[misc]  # of type Any
-    """A layer that attends to all; its states are those after the last row."""
+    """Full attention and a state, which is that after the last row."""
 
     plain: ClassVar[type] = HYBRID
 
 
 class CompressedHybridSlidingLayer(CompressedSlidingLayer, HYBRID_SLIDING):  # type: ignore[misc]  # older releases lack it
-    """A layer with an attention window; its states are those after the last row."""
+    """Windowed attention and a state, which is that after the last row."""
 
     plain = HYBRID_SLIDING
 
 
 class CompressedReferenceLayer(CompressedDynamicLayer):
-    """What every compressed layer of this kind adds to the class of the model.
+    """Mixin of compressed reference layers.
 
     Attributes
     ----------
     prefill_length : int
-        Rows to be kept for good, as far as they are known before they are written.
+        Number of prompt rows to keep, if known before they are written.
     prefill_cumulative_length, cumulative_length : int
-        Rows written that are kept for good, and rows written after them.
+        Prompt rows written, and rows written after them.
     """
 
     prefill_length: int
@@ -60,9 +60,9 @@ class CompressedReferenceLayer(CompressedDynamicLayer):
         return rows, evicted + self.row_map.dropped
 
     def shorten_prompt(self, dropped: int) -> None:
-        """Correct the length of the prompt, which `generate` gives before the prefill.
+        """Correct the prompt length that `generate` sets before the prefill.
 
-        Without it the first call gives the length, by the rows that it writes.
+        If it is not set, the first call sets it to the rows that it writes.
         """
         if self.prefill_length > self.prefill_cumulative_length:
             self.prefill_length -= dropped
@@ -74,10 +74,10 @@ class CompressedReferenceLayer(CompressedDynamicLayer):
 
 @functools.cache
 def compressed_reference(plain: type) -> type:
-    """The compressed class of such a class, which comes with a model."""
+    """The compressed class of a reference class."""
     name, kind = f"Compressed{plain.__name__}", vars(plain)["_layer_type"]
-    # transformers would use a subclass that is defined with `_layer_type` for all new caches, so
-    # the kind is set afterwards.
+    # transformers registers subclasses defined with `_layer_type` for all new caches, so the type
+    # is set afterwards.
     members = {"plain": plain, "_layer_type": None}
     compressed: Any = type(name, (CompressedReferenceLayer, plain), members)
     compressed._layer_type = kind
@@ -85,17 +85,17 @@ def compressed_reference(plain: type) -> type:
 
 
 class CompressedStaticLayer(CompressedLayer, StaticLayer):
-    """A `StaticLayer` that holds a compressed prompt: its rows are the first ones, without gaps.
+    """A compressed `StaticLayer`: the first rows are used, without gaps.
 
-    The number of written rows is a tensor, and no method that a decode step calls reads it on the
-    host, so that neither a compiled graph nor a CUDA graph is interrupted.
+    The number of written rows is a tensor. No method of a decode step reads it on the host, so
+    compiled graphs and CUDA graphs are not interrupted.
 
     Attributes
     ----------
     cumulative_length : Tensor of int64, shape ()
         Rows written.
     offset : Tensor of int64, shape ()
-        `row_map.dropped` on the device: a number would be compiled into the graph of every prompt.
+        `row_map.dropped` on the device. A Python number would be a constant of the compiled graph.
     """
 
     plain = StaticLayer
@@ -103,25 +103,26 @@ class CompressedStaticLayer(CompressedLayer, StaticLayer):
     offset: Tensor
 
     def note(self, row_map: RowMap) -> None:
-        """Take the map of the rows."""
         self.row_map, self.offset = row_map, torch.tensor(row_map.dropped, device=self.device)
         self.note_padding(row_map.real)
 
     def note_padding(self, real: Tensor | None) -> None:
-        """Take the mask of all rows, over the whole length, so that shapes stay constant."""
+        """Store the mask of all rows, padded to the static length, so that shapes stay constant."""
         if real is not None:  # rows that are written later are real
             real = nn.functional.pad(real, (0, self.max_cache_len - real.shape[1]), value=True)
         self.row_map.real = real
 
     def written_rows(self, batch: int) -> Tensor:
-        """Real rows after a write of one row, bool (batch, max_cache_len), without a host read."""
+        """Mask of the real rows after one row is written, bool (batch, max_cache_len); no host
+        read.
+        """
         order = torch.arange(self.max_cache_len, device=self.cumulative_length.device)
         written = (order <= self.cumulative_length).expand(batch, -1)
         real = self.row_map.real
         return written if real is None else written & real
 
     def real_rows(self) -> Tensor:
-        """Real rows of every sample, int64, (B, 1) or (1, 1), without a host read."""
+        """Number of real rows of every sample, int64 (B, 1) or (1, 1); no host read."""
         rows = self.cumulative_length.view(1, 1)
         real = self.row_map.real
         return rows if real is None else rows - (~real).sum(1, keepdim=True)
@@ -131,29 +132,28 @@ class CompressedStaticLayer(CompressedLayer, StaticLayer):
         return self.cumulative_length + self.offset
 
     def get_mask_sizes(self, query: int) -> tuple[int, int]:
-        """Rows that the layer can hold, and how many columns were dropped."""
+        """Static length, and number of dropped columns."""
         self.check_patch()
         return self.max_cache_len, self.row_map.dropped
 
     def get_max_length(self) -> int:
-        """Tokens of the uncompressed sequence that fit."""
+        """Largest length of the uncompressed sequence that fits."""
         return self.max_cache_len + self.row_map.dropped
 
     get_max_cache_shape = get_max_length  # its name before transformers 5.13
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove `-tokens_to_remove` rows."""
         super().crop(tokens_to_remove)
         if self.row_map.real is not None:
             self.row_map.real[:, self.rows :] = True
 
     def reset(self) -> None:
-        """Set every row to 0 and become a plain layer again; the memory stays where it is."""
+        """Zero all rows in place and restore the class of the layer."""
         super().reset()
         del self.offset
 
 
-# Compressed classes by transformers' classes; others are made when a cache has them.
+# Compressed class of every transformers class; others are added on first use.
 COMPRESSED: dict[type, type] = {
     compressed.plain: compressed
     for compressed in (
@@ -169,7 +169,7 @@ DYNAMIC = frozenset(COMPRESSED) - {StaticLayer}
 
 
 def compress_layer(layer: Any, row_map: RowMap, starts_segment: bool) -> None:
-    """Make `layer` a compressed one, if it is none yet, with the rows of `row_map`."""
+    """Change the class of `layer` to a compressed one if necessary, and set its map."""
     before = 0
     if isinstance(layer, CompressedLayer):
         before = layer.row_map.dropped
@@ -190,8 +190,8 @@ def compress_layer(layer: Any, row_map: RowMap, starts_segment: bool) -> None:
 
 
 def _compressed_class(plain: type) -> type:
-    """The compressed class of a class of cache layers that `COMPRESSED` does not have yet."""
+    """Create the compressed class of a cache layer class that is not in `COMPRESSED`."""
     if is_reference(plain):
         return compressed_reference(plain)
-    # Rows are quantized as before: only the counting changes.
+    # Only the counting of rows changes; rows are quantized as before.
     return type(f"Compressed{plain.__name__}", (CompressedLayer, plain), {"plain": plain})

@@ -1,8 +1,8 @@
-"""One call of the decoder: what was noted before it, its prompt, and the segments of its layers.
+"""One call of the decoder: its prompt, and the segments of its layers.
 
-A stage splits the decoder: the layers of a *segment* see the same rows, and those of the next
-segment see fewer. Every segment has two maps, of the rows of earlier calls (`past`) and of this one
-(`new`):
+The stages split the decoder into *segments*: layers of one segment see the same rows, and those of
+the next segment see fewer. Every segment has two maps, of the rows of earlier calls (`past`) and of
+this one (`new`):
 
     stages before layers 0 and 3       segment 0: layers 0 … 2     segment 1: layers 3 … 7
     rows of earlier calls (cache)      past: 40 rows of 60         past: 25 rows of 60
@@ -41,19 +41,19 @@ class Segment:
     Attributes
     ----------
     past
-        The rows that their cache layers hold at the start of the call.
+        Rows in their cache layers at the start of the call.
     new
-        The rows of this call. Of a segment after a stage: known once the stage has run.
+        Rows of this call; set by the stage of the segment.
     stage
         The stage before layer `first`, or None.
     index : Tensor of int64, shape (B, rows), or None
-        Row of segment 0 that each new row was; None: the same. The arguments of the decoder follow
-        the rows of segment 0.
+        Row of segment 0 for every new row, by which arguments of the decoder are gathered; None:
+        the same rows.
     masks, tables
-        By layer type: what its layers take as `attention_mask`, and their rotary tables. Empty in
-        segment 0, for which the decoder prepares them.
+        By layer type: `attention_mask` and rotary tables. Empty in segment 0, where the decoder
+        computes them.
     text_positions, lengths
-        What they take as `position_ids`, and as lengths of packed prompts (`cu_seq_lens_*`).
+        `position_ids` of the layers, and lengths of packed prompts (`cu_seq_lens_*`).
     ready
         Whether layer `first` has been entered.
     """
@@ -88,9 +88,9 @@ class Segment:
         return self.new.columns is not None or self.past.gap_within(rows)
 
     def weights(self) -> Tensor:
-        """Tokens that the rows, cached and new, stand for, (B, rows), where new ones were merged.
+        """Token counts of all rows, cached and new, (B, rows); None without merged tokens.
 
-        Cached rows are repeated as often as they weigh, so that each of them weighs 1.
+        In the cache merged rows are repeated, so every cached row counts 1.
         """
         new = self.new.weights
         assert new is not None
@@ -99,7 +99,7 @@ class Segment:
         return torch.cat([new.new_ones(new.shape[0], self.past.rows), new], dim=1)
 
     def contiguous_positions(self, mask: Tensor | None, x: Tensor) -> Tensor:
-        """Positions (B, n) of the new rows that count real rows alone; x is (B, n, d)."""
+        """Positions (B, n) that count real rows; x is (B, n, d)."""
         if mask is None:
             mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         counts, before = mask.long().cumsum(1) - 1, self.past.mask(x.device)
@@ -115,18 +115,18 @@ def build_segments(
     Parameters
     ----------
     layers
-        Of the KV cache.
+        Layers of the KV cache.
     mask : Tensor, shape (B, past + L), or None
-        Padding of the call. Compressed cache layers know their padding themselves.
+        Padding mask of the call, for cache layers that are not compressed.
     new
-        The rows of the call, before any stage.
+        Rows of the call before any stage.
     """
     stages = {s.layer: s for s in plan.stages}
     earlier = {i for i, layer in enumerate(layers) if getattr(layer, "starts_segment", False)}
     starts = sorted({0, *stages, *earlier})
     segments = []
     for first, stop in zip(starts, [*starts[1:], total], strict=True):
-        # A segment may have linear layers alone, which hold no rows: the next layer has as many.
+        # A segment of linear layers only holds no rows: the next layer has as many.
         layer = first_layer(layers, first)
         if isinstance(layer, CompressedLayer):
             past = layer.current_map
@@ -141,26 +141,26 @@ def build_segments(
 
 @dataclass
 class Noted:
-    """What the hooks around the decoder note of a call, before the decoder runs.
+    """What hooks outside the decoder store for its next call.
 
     Attributes
     ----------
     columns
-        From `generate`: columns of its prompt; None outside of it.
+        From `generate`: number of columns of its prompt; None outside of `generate`.
     encodes
         From `generate`: whether it encodes the media of the prompt.
     types : Tensor of int, shape (B, L), or None
-        From `generate`: modality of every feature in `inputs_embeds`, where the model takes none.
+        From `generate`: modality of every feature in `inputs_embeds`, if the model takes none.
     chunk
-        From `generate`: columns per chunk of a chunked prefill; None: one pass.
+        From `generate`: chunk size of a chunked prefill; None: one pass.
     labels
         From the model: labels of a training call, or None.
     logits
-        From the model: last columns whose logits the call returns; 0: all.
+        From the model: number of last columns whose logits are returned; 0: all.
     drafts
-        From the model: speculative tokens at the end of the call.
+        From the model: number of speculative tokens at the end of the call.
     grad
-        Whether autograd was on when the model, the body or the decoder was entered last.
+        Whether autograd was on when the model, the body or the decoder was last entered.
     in_body
         From the body: whether it is running.
     inputs
@@ -187,53 +187,52 @@ class Noted:
 
 @dataclass(eq=False)
 class Call:
-    """One decoder call on compressed rows: a prompt with media, or later tokens on its cache.
+    """One decoder call on compressed rows: a prompt with media, or later tokens with its cache.
 
     Attributes
     ----------
     plan, spans
-        Of a prompt: the plan, and the spans of every sample. Empty for later tokens.
+        The plan, and the visual spans of every sample. Empty for later tokens.
     width
         Columns of the call in the caller's batch.
     segments
-        Of the decoder layers; at least one.
+        Segments of the decoder layers; at least one.
     map
-        The rows after the latest stage.
+        Rows after the latest stage.
     cache
-        The KV cache of the call, or None.
+        KV cache of the call, or None.
     by_column
-        Whether windows are measured in columns, not in rows (`positions="compact"`).
+        Whether windows are measured in columns; False for `positions="compact"`.
     prepared
         The mask that the body prepared for the uncompressed call, see `Masks`.
     layer_types
         Types of the decoder layers, and their attention windows.
     counts
-        Per sample, per span: visual tokens that are kept after each stage.
+        Per sample, per span: visual tokens kept after each stage.
     places
         Per sample, per span: sizes that a budget divides; None without one.
     merges
-        Whether a stage merges tokens of a span of this call.
+        Whether a stage merges tokens in this call.
     tail
-        Last columns of the call that no stage moves.
+        Number of last columns that no stage moves.
     scores
-        Attention scores for stages that have not run yet; None where no reducer reads any.
+        Attention scores for later stages; None if no reducer needs any.
     tower, tower_costs
         Signals of the vision tower by span, and the work of its calls, see `TowerHooks.collect`.
     rotary
-        True positions (B, n), for decoders with one position per token.
+        Original positions (B, n), for decoders with one position per token.
     kept
         The map after each stage.
     survivors
         The map after a stage in the vision tower.
     weighed
-        Decoder layers whose attention has asked for weights.
+        Decoder layers whose attention has requested weights.
     bias_dims
-        What attention has got, by the case, see `RowWeights`.
+        Bias dimensions computed so far, see `RowWeights`.
     repeated
-        By the first layer of a segment: the rows that it caches of every sample, where rows of
-        merged tokens were repeated.
+        By first layer of a segment: rows cached for every sample, if merged rows were repeated.
     chunk, earlier
-        Columns per chunk of a chunked prefill, and hidden states of the chunks that have run.
+        Chunk size of a chunked prefill, and hidden states of the chunks that have run.
     stage_seconds
         Host time of the stages.
     """
@@ -272,7 +271,7 @@ class Call:
             self._count()
 
     def _count(self) -> None:
-        """The pass `plan`: from the fractions of the stages to counts for every span."""
+        """The pass `plan`: convert fractions of the stages to counts for every span."""
         plan, layers = self.plan, len(self.adapter.layers)
         self.places = [[None] * len(sample) for sample in self.spans]
         if plan.has_budget:
@@ -287,7 +286,7 @@ class Call:
             for rows in zip(self.spans, self.counts, self.places, strict=True)
             for item in zip(*rows, strict=True)
         )
-        if self.map.columns is None:  # else the last columns of the caller may be padding
+        if self.map.columns is None:  # otherwise the caller's last columns may be padding
             self.tail = min((self.width - row[-1].stop for row in self.spans if row), default=0)
 
     @property
@@ -297,7 +296,7 @@ class Call:
 
     @property
     def prompts(self) -> list[list[tuple[int, list[int]]]]:
-        """Per sample, per prompt packed into it: its tokens, and numbers of its spans."""
+        """Per sample, per packed prompt: its number of tokens, and numbers of its spans."""
         rows = self.first_map
         return [
             [(p.stop - p.start, [j for j, s in enumerate(kept) if p.holds(s)]) for p in prompts]
@@ -305,14 +304,12 @@ class Call:
         ]
 
     def segment_of(self, layer: int) -> Segment:
-        """The segment that decoder layer `layer` belongs to."""
         return next(s for s in self.segments if s.first <= layer < s.stop)
 
     def length_after(self) -> int:
-        """Tokens of the sequence after this call as positions count them: columns, or rows.
+        """Length of the sequence after this call in positions: columns, or rows if compact.
 
-        Of a static cache it is at least its whole length, because no decode step reads its length
-        on the host.
+        For a static cache at least its static length: its used length is not read on the host.
         """
         past = self.segments[0].past
         length = past.length + self.width if self.by_column else past.rows + self.map.rows
@@ -321,7 +318,7 @@ class Call:
     def first_columns(self) -> Tensor | None:
         """First real column of every sample in the whole sequence, int64 (B,).
 
-        None: not known, or no window is counted from there.
+        None if it is unknown, or if no window counts from there.
         """
         if not self.layer_types.count_from_start:
             return None
@@ -335,31 +332,31 @@ class Call:
 
     @contextlib.contextmanager
     def timed(self) -> Iterator[None]:
-        """Count the time that the block takes as that of the stages."""
+        """Add the time of the block to the host time of stages."""
         started = time.perf_counter()
         yield
         self.stage_seconds += time.perf_counter() - started
 
 
 class ThreadState:
-    """What a thread that uses a patched model is doing.
+    """State of a patched model in one thread.
 
     Attributes
     ----------
     noted
-        Of the running call of the model.
+        Notes on the running call of the model.
     call
-        The running decoder call, where its rows, masks or positions are not the caller's.
+        The running decoder call, if its rows, masks or positions differ from the caller's.
     recomputed
-        The call whose checkpointed layer runs once more in a backward pass.
+        The call whose checkpointed layer is recomputed in a backward pass.
     weighs
         Whether attention is widened for a prompt of this thread.
     disabled
-        How often this thread is inside of `Handle.disabled()`.
+        Depth of nested `Handle.disabled()` blocks.
     drops
-        From a session with a budget: whether nothing is merged.
+        Set by a session with a budget: merging is off.
     entered
-        Modules whose hooks have begun a call that their `forward` has not.
+        Modules whose forward hooks have run for a call that has not reached `forward`.
     redirected
         Modules whose `forward` was called directly and now calls the module.
     """
@@ -374,9 +371,9 @@ class ThreadState:
 
 
 class RunningCalls(threading.local):
-    """The state of every thread that uses a patched model; each thread has another `state`.
+    """Thread-local state of a patched model: `state` differs in every thread.
 
-    No attribute of the class is called `state`, so that Dynamo reads and guards that of the thread.
+    `state` is no class attribute, so that Dynamo reads and guards the object of the thread.
     """
 
     def __init__(self) -> None:
@@ -384,13 +381,7 @@ class RunningCalls(threading.local):
 
 
 class CallHooks(Hooked):
-    """Hooks that read what is known of the running call.
-
-    Parameters
-    ----------
-    calls
-        The state of every thread.
-    """
+    """Base of hooks that read the state of the running call."""
 
     def __init__(self, adapter: Adapter, calls: RunningCalls) -> None:
         self.adapter, self.calls = adapter, calls
@@ -399,5 +390,7 @@ class CallHooks(Hooked):
         raise copy_error(type(self.adapter.model).__name__)
 
     def _has_call(self, module: nn.Module, args: Any, kwargs: Any) -> bool:
-        """Whether the decoder runs a call whose rows, masks or positions are not the caller's."""
+        """Whether a decoder call with other rows, masks or positions than the caller's is
+        running.
+        """
         return self.calls.state.call is not None

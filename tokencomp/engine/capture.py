@@ -1,14 +1,14 @@
-"""Queries and keys of any attention module, as its code hands them to the attention backend.
+"""Capture queries and keys of any attention module, as it passes them to its attention backend.
 
 A shallow copy of the module, whose config names a backend of ours, runs up to the call of that
-backend. Projections, norms, rotary embeddings, scales, gates and latent projections are therefore
-those of the module, whatever its family, and neither the module nor its config changes.
+backend. Projections, norms, rotary embedding, scales and gates are thus those of the module,
+whatever its family, and neither the module nor its config changes.
 
     module ─ shallow copy ─ q_proj, k_proj ─ norms ─ RoPE ─ backend(query, key, …)
-                                                                │ `_capture` raises `Captured`
+                                                            │ `_capture` raises `Captured`
     caller ◄────────────────────────────────────────────────────┘ with query, key and scaling
 
-The exception ends the copy's call before attention is computed, because nobody reads its output.
+The exception ends the call before attention is computed.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from tokencomp.torchlib.views import AttributeView, shallow_copy
 
 NAME = "tokencomp_capture"
 FIX = "Use a reducer without attention, such as 'divprune'."
-CHOICE = "prev_topk_indices"  # what the indexer of an earlier layer has chosen (GLM, Mistral)
-SHARED = "shared_kv_states"  # keys and values of one layer that others read (Gemma 4)
-# What changes the logits beyond scale and RoPE, as transformers passes it to a backend.
+CHOICE = "prev_topk_indices"  # selection of the indexer of an earlier layer (GLM, Mistral)
+SHARED = "shared_kv_states"  # keys and values that later layers reuse (Gemma 4)
+# Arguments of a backend that change the logits beyond scale and RoPE.
 OTHER_LOGITS = ("softcap", "s_aux", "sinks", "position_bias")
 
 
@@ -56,30 +56,30 @@ def _capture(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> Any:
-    """End the call with what a backend gets, in place of attention."""
+    """Attention backend that ends the call with its arguments."""
     other = [name for name in OTHER_LOGITS if kwargs.get(name) is not None]
     if other:
         raise UnsupportedModelError(
             f"{type(module).__name__} changes attention logits by {', '.join(other)}, which "
-            f"scores do not know. {FIX}"
+            f"scores do not include. {FIX}"
         )
     raise Captured(query, key, query.shape[-1] ** -0.5 if scaling is None else float(scaling))
 
 
 def _zeros(width: int, x: Tensor) -> Tensor:
-    """In place of a projection whose result is not needed; only its width is."""
+    """Replaces a projection whose values are not needed, only its shape."""
     return x.new_zeros(*x.shape[:-1], width)
 
 
 def _some_rows(projection: Callable[[Tensor], Tensor], rows: Tensor, x: Tensor) -> Tensor:
-    """A projection of `rows` (S, R) of its input alone; the other rows of the output are zeros."""
+    """Apply a projection to `rows` (S, R) of its input only; other rows of the output are zero."""
     out = projection(take([x], rows, [1])[0])
     index = rows[..., None].expand_as(out)
     return out.new_zeros(*x.shape[:2], out.shape[-1]).scatter_(1, index, out)
 
 
 def _whole_batch(projection: nn.Module, batch: int, samples: slice | Tensor, x: Tensor) -> Tensor:
-    """A projection of `samples` of a batch, called with zeros in place of the other samples."""
+    """Apply a projection to `samples` of a batch, called with zeros for the other samples."""
     whole = x.new_zeros(batch, *x.shape[1:])
     whole[samples] = x
     out: Tensor = projection(whole)[samples]
@@ -87,27 +87,26 @@ def _whole_batch(projection: nn.Module, batch: int, samples: slice | Tensor, x: 
 
 
 def _takes_more(module: nn.Module) -> bool:
-    """Whether hooks hand further arguments to a module, as PEFT hands every sample's adapter."""
+    """Whether hooks pass additional arguments to a module, as PEFT does with adapter names."""
     return any(m._forward_pre_hooks_with_kwargs for m in module.modules())
 
 
 def _constant(result: Any, *args: Any, **kwargs: Any) -> Any:
-    """In place of an indexer: it chooses nothing."""
+    """Replaces an indexer: selects nothing."""
     return result
 
 
 class Past:
-    """A cache that holds the rows of one sample in one layer, and forgets what is written to it."""
+    """A cache with the rows of one sample in one layer; updates are not stored."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values
 
     def get_seq_length(self, *args: Any) -> int:
-        """Rows held."""
         return self.keys.shape[-2]
 
     def update(self, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The rows held, followed by new ones."""
+        """Stored rows followed by the new ones."""
         return torch.cat([self.keys, key], dim=-2), torch.cat([self.values, value], dim=-2)
 
 
@@ -117,7 +116,7 @@ def attention_of(layer: nn.Module) -> Any:
     Raises
     ------
     UnsupportedModelError
-        The layer has none, as layers with a recurrence do, or one whose logits have a bias.
+        There is none (recurrent layers), or its logits have a bias.
     """
     for name, child in unwrapped(layer).named_children():
         named = any(part in name for part in ("attn", "attention", "mixer"))
@@ -125,7 +124,7 @@ def attention_of(layer: nn.Module) -> Any:
             if hasattr(unwrapped(child), "rel_extent"):
                 raise UnsupportedModelError(
                     f"{type(unwrapped(child)).__name__} adds a bias by distance to its attention "
-                    f"logits, which scores do not know. {FIX}"
+                    f"logits, which scores do not include. {FIX}"
                 )
             return unwrapped(child)
     raise UnsupportedModelError(
@@ -142,7 +141,7 @@ def capture_qk(
     rows: Tensor | None = None,
     samples: tuple[int, slice | Tensor] | None = None,
 ) -> Captured:
-    """Queries and keys that `root`, called with `hidden` (S, n, d), computes in `attn`.
+    """Queries and keys that `attn` computes when `root` is called with `hidden` (S, n, d).
 
     Parameters
     ----------
@@ -153,14 +152,14 @@ def capture_qk(
     skipped
         Names of projections in `attn` whose results are not needed.
     rows : Tensor of int64, shape (S, R), or None
-        Rows whose queries are needed; those of the others may be zeros. None: all.
+        Rows whose queries are needed; other rows may be zero. None: all.
     samples
-        Samples in the model's batch, and those of them that `hidden` holds; None: all of them.
+        Number of samples of the model's batch, and those that `hidden` holds; None: all.
 
     Raises
     ------
     UnsupportedModelError
-        The module does not call a backend that its config names, or changes logits in other ways.
+        The module does not call the backend that its config names, or changes logits in other ways.
     """
     compat.register_attention(NAME, _capture)
     clone = shallow_copy(attn)
@@ -170,7 +169,7 @@ def capture_qk(
         for name, child in attn.named_children():
             if _takes_more(child):
                 stand_ins[name] = partial(_whole_batch, child, *samples)
-    if tensor_parallel_group(attn) is None:  # else a rank's width is not the module's
+    if tensor_parallel_group(attn) is None:  # otherwise projections are narrower on each rank
         for name in skipped:
             width = getattr(getattr(attn, name, None), "out_features", None)
             if isinstance(width, int):
@@ -183,36 +182,38 @@ def capture_qk(
         name = next(name for name, child in run.named_children() if unwrapped(child) is attn)
         run._modules[name] = clone
     call = {"attention_mask": None, **arguments}
-    if getattr(attn, "indexer", None) is not None:  # its mask is read in front of the call
+    if getattr(attn, "indexer", None) is not None:  # reads a mask before the backend is called
         stand_ins["indexer"] = partial(_constant, None)  # it changes neither queries nor keys
         call["attention_mask"] = hidden.new_ones(1, 1, 1, 1, dtype=torch.bool)
     if CHOICE in parameters_of(run) and call.get(CHOICE) is None:
         call[CHOICE] = hidden.new_zeros(1, 1, 1, dtype=torch.int32)
-    if SHARED in parameters_of(run):  # a layer may write to it, and then later ones would read that
+    if SHARED in parameters_of(run):  # a copy: the layer may write to it for later layers
         call[SHARED] = dict(arguments.get(SHARED) or {})
-    # Functions are attributes: torch's counter of FLOPs expects modules alone in `_modules`.
+    # Functions become attributes: torch's FLOP counter expects only modules in `_modules`.
     for name, function in stand_ins.items():
         clone._modules.pop(name, None)
         clone.__dict__[name] = function
     try:
         type(run).forward(run, **compat.accepted(run, {"hidden_states": hidden, **call}))
     except Captured as captured:
-        return captured.with_traceback(None)  # its frames hold all tensors of the call
+        return captured.with_traceback(None)  # frames would keep all tensors of the call
     raise UnsupportedModelError(
         f"{type(attn).__name__} does not call the attention backend that its config names, so its "
         f"queries and keys are unknown. {FIX}"
     )
 
 
-# -- the tokens of questions at a layer -----------------------------------------------------------
+# -- queries and keys of questions at a layer -----------------------------------------------------
 
-# Arguments of a layer that a probe leaves out: it knows what is padding.
+# Arguments of a layer that a probe does not pass: it handles padding itself.
 LEFT_OUT = ("hidden_states", "attention_mask", "cache_position", *compat.CACHE_NAMES)
 
 
 @dataclass
 class Question:
-    """The rows `first … stop - 1` of a prompt up to the end of its question, and its spans."""
+    """Rows `first … stop - 1` of a prompt, from its start to the end of its question, and its
+    spans.
+    """
 
     sample: int
     first: int
@@ -227,7 +228,6 @@ class Question:
 
 
 def questions_of(rows: RowMap) -> list[Question]:
-    """The questions of all prompts with spans, in order."""
     return [
         Question(b, prompt.start, prompt.question_stop, spans)
         for b, prompts in enumerate(rows.prompts)
@@ -237,7 +237,7 @@ def questions_of(rows: RowMap) -> list[Question]:
 
 
 class Probe:
-    """The tokens of some questions at a layer, at most one question of every sample.
+    """Queries and keys of the questions of a batch at one layer, at most one question per sample.
 
     Parameters
     ----------
@@ -247,7 +247,7 @@ class Probe:
     Attributes
     ----------
     first, width
-        The first row that one of the questions has, and the number of rows up to the last one.
+        First row of any of the questions, and number of rows up to the end of the last one.
     """
 
     def __init__(
@@ -262,7 +262,7 @@ class Probe:
         self.first = min(q.first for q in questions)
         self.width = max(q.stop for q in questions) - self.first
         samples = [q.sample for q in questions]
-        # One sample is a view, and all samples need no choice.
+        # One sample is a view; all samples need no selection.
         self.samples: slice | Tensor | None = slice(samples[0], samples[0] + 1)
         if samples == list(range(len(hidden))):
             self.samples = None
@@ -281,24 +281,28 @@ class Probe:
         return self._hidden.device
 
     def of_samples(self, values: Tensor) -> Tensor:
-        """The rows of values (B, …) that belong to the samples of these questions."""
+        """Rows of values (B, …) of the samples of these questions."""
         if self.samples is None or isinstance(self.samples, slice):
             return values if self.samples is None else values[self.samples]
         return values[self.samples.to(values.device)]
 
     def columns(self, keys: Tensor) -> Tensor:
-        """The part (S, kv heads, width, D) of keys (B, kv heads, n, D) that belongs to these."""
+        """The part (S, kv heads, width, D) of keys (B, kv heads, n, D) that these questions
+        span.
+        """
         keys = keys if self.samples is None else keys[self.samples]
         if keys.shape[2] == self.width:
             return keys
         return keys.narrow(2, self.first, self.width)
 
     def queries(self, rows: Tensor | None) -> Captured:
-        """Queries (S, heads, R, d) of some rows (S, R), or of all; the factor of their product."""
+        """Queries (S, heads, R, d) of rows (S, R), or of all rows; and the scaling factor."""
         return self._capture(rows, ("k_proj", "v_proj"))
 
     def queries_and_keys(self, rows: Tensor | None, cached: Any, past: RowMap) -> Captured:
-        """`queries`, and keys of all tokens; of one sample after those of earlier turns."""
+        """`queries`, and the keys of all tokens; of a single sample preceded by keys of earlier
+        turns.
+        """
         from tokencomp.kernels import gather_rows
 
         sample, earlier = self.questions[0].sample, None
@@ -313,7 +317,7 @@ class Probe:
         return Captured(query, with_past(cached, past, sample, captured.key), captured.scaling)
 
     def unrotated_keys(self) -> Tensor:
-        """Keys (S, kv heads, width, D) of all tokens before the rotary embedding."""
+        """Keys (S, kv heads, width, D) before the rotary embedding."""
         arguments, tables = dict(self._arguments), self._arguments.get("position_embeddings")
         if isinstance(tables, Tensor):  # complex factors
             arguments["position_embeddings"] = torch.ones_like(tables)
@@ -325,9 +329,9 @@ class Probe:
         return capture_qk(*call, samples=self._part).key
 
     def caches_keys(self, keys: Tensor) -> bool:
-        """Whether a cache of these rows holds the keys that attention reads.
+        """Whether the cache holds the keys that attention reads.
 
-        Latent attention may cache what keys are computed from. Its keys have another shape.
+        Latent attention may cache latents instead, which have another shape.
         """
         config = compat.layer_config(self.attn.config, self.attn.layer_idx)
         if getattr(config, "kv_lora_rank", None) is None:
@@ -349,12 +353,12 @@ class Probe:
 
 
 def _of_samples(value: Any, probe: Probe, width: int, tables: bool) -> Any:
-    """What belongs to the samples and columns of a probe; a batch axis of 1 is shared by all.
+    """Select samples and columns of a probe from an argument; a batch axis of 1 is shared by all.
 
     Parameters
     ----------
     tables
-        Whether tensors in `value` are rotary tables, (B, n, d) or (3, B, n, d); others are
+        Whether tensors in `value` are rotary tables, (B, n, d) or (3, B, n, d). Other tensors are
         (B, n, …) if they follow the columns.
     """
     if isinstance(value, Tensor):
@@ -370,7 +374,7 @@ def _of_samples(value: Any, probe: Probe, width: int, tables: bool) -> Any:
 
 
 def _rows_of(value: Any, rows: Tensor, width: int, tables: bool) -> Any:
-    """Columns `rows` (S, R) of what `_of_samples` returned."""
+    """Select `rows` (S, R) of a result of `_of_samples`."""
     if isinstance(value, Tensor):
         axis = value.ndim - 2 if tables else 1
         if value.ndim < 2 or value.shape[axis] != width:
@@ -380,14 +384,14 @@ def _rows_of(value: Any, rows: Tensor, width: int, tables: bool) -> Any:
 
 
 def _earlier(rows: Tensor, past: RowMap, sample: int) -> Tensor:
-    """The real rows of earlier turns of one sample, of a cache layer's keys or values."""
-    held = min(past.rows, rows.shape[2])  # a sliding window keeps the last rows alone
+    """Real rows of earlier turns of one sample, of a cache layer's keys or values."""
+    held = min(past.rows, rows.shape[2])  # a sliding layer holds only the last rows
     old, real = rows[sample : sample + 1, :, :held], past.mask(rows.device)
     return old if real is None else old[:, :, real[sample, past.rows - held :]]
 
 
 def with_past(cached: Any, past: RowMap, sample: int, current: Tensor) -> Tensor:
-    """Keys of earlier turns (real rows only) of one sample, followed by its `current` keys."""
+    """Real keys of earlier turns of one sample, followed by its `current` keys."""
     if not past.rows:
         return current
     earlier = _earlier(stored(cached, "keys"), past, sample)
