@@ -1,0 +1,216 @@
+"""Which words of scanned receipts every method keeps: no labels and no answers, only boxes.
+
+    python -m benchmarks.screens.receipts FOLDER    # receipts.json, receipts.csv, receipts.md
+    python -m benchmarks.screens.receipts --report  # only the page
+
+FOLDER is a checkout of the git repository zzzDavid/ICDAR-2019-SROIE, or its `data`. The rights of
+its pictures are not stated: nothing of them is stored here but counts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+import tokencomp
+from benchmarks import publishing
+from benchmarks.accuracy.run import tower_once
+from benchmarks.publishing import csv_text, environment
+from benchmarks.screens.cells import CELL, copies, flat
+from benchmarks.screens.receipts_page import page
+from tokencomp.cli import one_message
+from tokencomp.errors import OptionError
+from tokencomp.evaluation.coverage import Box, load_boxes, touched, words_kept
+from tokencomp.inputs.loading import load_model
+from tokencomp.inputs.prompts import build_inputs
+from tokencomp.pages.pictures import survival
+from tokencomp.reducers._pixels import cells_of
+from tokencomp.reducers.pixelprune import unpredicted_cells
+from tokencomp.reducers.registry import make_reducer
+from tokencomp.storage import write_text
+
+HERE = Path(__file__).parent
+OUT = HERE / "receipts.json"
+MODEL = "tiny-qwen3-vl-hard"
+QUESTION = "What is the total?"
+RATIOS = (0.3, 0.5, 0.75)
+COUNTED = (784, 1280)  # tokens per page at most
+MAIN, OTHERS = 784, (256, 1600)
+PIXELS = "kcenter, tower"
+METHODS = (
+    "random", "uniform", "kcenter", PIXELS, "condiv", "divprune", "cdpruner", "scope", "bipartite",
+    "mmtok", "anchorprune", "visionzip", "visprune", "hiprune", "holov", "fastv", "sparsevlm",
+    "pyramiddrop",
+)  # fmt: skip
+AT_EVERY_SIZE = ("random", "uniform", "kcenter")
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """One scan, and the boxes of its words in pixels of the file."""
+
+    path: Path
+    boxes: list[Box]
+
+    @property
+    def image(self) -> Image.Image:
+        with Image.open(self.path) as image:
+            return image.convert("RGB")
+
+
+def receipts(folder: Path) -> list[Receipt]:
+    """All scans of a checkout, by name."""
+    found = [
+        Receipt(path, load_boxes(boxes))
+        for path in sorted(folder.rglob("img/*.jpg"))
+        if (boxes := path.parents[1] / "box" / f"{path.stem}.csv").exists()
+    ]
+    if not found:
+        raise OptionError(
+            f"{folder} holds no receipts. Give a checkout of zzzDavid/ICDAR-2019-SROIE, in which "
+            "they are data/img/*.jpg and data/box/*.csv."
+        )
+    return found
+
+
+def resized(image: Image.Image, tokens: int) -> Tensor:
+    """A picture of whole cells, at most so many, uint8 (height, width, 3); never enlarged."""
+    scale = min(1.0, (tokens * CELL**2 / (image.width * image.height)) ** 0.5)
+    width, height = (max(1, int(side * scale / CELL)) * CELL for side in image.size)
+    shrunk = image.resize((width, height), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.asarray(shrunk).copy())
+
+
+def counts(receipt: Receipt, tokens: int) -> dict[str, float]:
+    """Shares of the cells of a page that are flat, copies, predicted, or touched by a word."""
+    image = receipt.image
+    shown = resized(image, tokens)
+    cells = cells_of(shown, CELL)
+    words = np.zeros(cells.shape[:2], bool)
+    for box in receipt.boxes:
+        words |= touched(box, image.size, words.shape)
+    shares = {
+        "words": torch.from_numpy(words),
+        "flat": flat(shown),
+        "copies": copies(shown),
+        "pixelprune 0": unpredicted_cells(cells[None]),
+        "pixelprune 8": unpredicted_cells(cells[None], 8),
+    }
+    return {"tokens": words.size} | {k: float(v.float().mean()) for k, v in shares.items()}
+
+
+def kept_cells(
+    model: Any, inputs: dict[str, Tensor], method: str
+) -> Iterator[tuple[float, np.ndarray]]:
+    """Per ratio: the cells of a page that the last layer sees, bool (rows, columns)."""
+    pixels = method == PIXELS
+    reducer = make_reducer("kcenter" if pixels else method)
+    runs_tower = pixels or any(signal.source == "tower" for signal in reducer.needs)
+    with nullcontext() if runs_tower else tower_once(model):
+        for ratio in RATIOS:
+            tower = {"tower_ratio": ratio, "tower_reducer": reducer} if pixels else {}
+            handle = tokencomp.patch(model, ratio, reducer=reducer, **tower)
+            try:
+                with torch.inference_mode():
+                    model(**inputs)
+                yield ratio, survival(handle.stats, handle.stats.shape.num_layers - 1)[0][0] == 1
+            finally:
+                tokencomp.unpatch(model)
+
+
+def coverage(
+    model: Any, processor: Any, receipt: Receipt, tokens: int, methods: Sequence[str]
+) -> list[dict[str, Any]]:
+    """What every method and ratio leaves the last layer of one page."""
+    side = 28  # pixels of a token of this model
+    processor.image_processor.size = {"shortest_edge": side**2, "longest_edge": tokens * side**2}
+    image = receipt.image
+    inputs = build_inputs(processor, [[image]], [QUESTION])
+    return [
+        {
+            "tokens": tokens,
+            "method": method,
+            "ratio": ratio,
+            "kept": float(last.mean()),
+            "words": words_kept(last, receipt.boxes, image.size),
+        }
+        for method in methods
+        for ratio, last in kept_cells(model, inputs, method)
+    ]
+
+
+def summary(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per method, ratio and tokens: means over pages, and the lower quartile of words."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for record in records:
+        groups.setdefault((record["tokens"], record["method"], record["ratio"]), []).append(record)
+    return [
+        {
+            "tokens": tokens,
+            "method": method,
+            "ratio": ratio,
+            "pages": len(some),
+            "kept": float(np.mean([r["kept"] for r in some])),
+            "words": float(np.mean([r["words"] for r in some])),
+            "words of a bad page": float(np.quantile([r["words"] for r in some], 0.25)),
+        }
+        for (tokens, method, ratio), some in groups.items()
+    ]
+
+
+def measure(found: list[Receipt], every: int) -> dict[str, Any]:
+    """Counts over all pages, and coverage over every so many."""
+    from tqdm import tqdm
+
+    pages = {}
+    for tokens in COUNTED:
+        rows = [counts(one, tokens) for one in tqdm(found, f"{tokens} tokens")]
+        total = sum(row["tokens"] for row in rows)
+        pages[str(tokens)] = {
+            name: sum(row[name] * row["tokens"] for row in rows) / total for name in rows[0]
+        } | {"tokens": total / len(rows)}
+    model, processor = load_model(MODEL)
+    records = []
+    for one in tqdm(found[::every], "coverage"):
+        records += coverage(model, processor, one, MAIN, METHODS)
+        for tokens in OTHERS:
+            records += coverage(model, processor, one, tokens, AT_EVERY_SIZE)
+    words = [len(one.boxes) for one in found[::every]]
+    return {
+        "receipts": len(found),
+        "asked": len(words),
+        "boxes": sum(words),
+        "pages": pages,
+        "rows": summary(records),
+    }
+
+
+def main() -> None:
+    parser = publishing.parser(__doc__, OUT)
+    parser.add_argument("folder", type=Path, nargs="?", help="checkout of ICDAR-2019-SROIE")
+    parser.add_argument("--every", type=int, default=30, help="coverage of every so many receipts")
+    args = parser.parse_args()
+    if not args.report:
+        if args.folder is None:
+            raise OptionError("give the FOLDER of the receipts, or --report.")
+        facts = publishing.published_from(args.out, args.allow_dirty)
+        torch.set_num_threads(1)
+        stored = measure(receipts(args.folder), args.every)
+        publishing.write(args.out, {"facts": {**environment(), **facts}, "model": MODEL, **stored})
+    stored = json.loads(args.out.read_text())
+    write_text(args.out.with_suffix(".csv"), csv_text(stored["rows"]))
+    write_text(args.out.with_suffix(".md"), page(stored))
+
+
+if __name__ == "__main__":
+    with one_message():
+        main()
