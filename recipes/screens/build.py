@@ -31,11 +31,14 @@ START = "tiny-qwen3-vl-hard"
 _SEVERAL = (2, 2, 3, 4)
 RECIPE = (
     ScreenStage("one", 250, batch=24, steps_of=(1,), chat=0.3),
-    ScreenStage("several", 420, batch=12, steps_of=_SEVERAL, chat=0.5, end=0.3),
+    ScreenStage("several", 224, batch=12, steps_of=_SEVERAL, chat=0.5, end=0.6),
+    ScreenStage(
+        "colors", 220, batch=12, steps_of=_SEVERAL, chat=0.5, start=0.6, end=0.25, colors=True
+    ),
 )
-_LAST: dict[str, Any] = {"batch": 12, "steps_of": _SEVERAL, "chat": 0.7, "start": 0.3, "end": 0.02}
-LONGER = (ScreenStage("longer", 150, **_LAST),)
-DELTA = (ScreenStage("delta", 150, **_LAST, delta=0.7),)
+_LAST: dict[str, Any] = {"batch": 12, "steps_of": _SEVERAL, "chat": 0.7, "start": 0.25, "end": 0.02}
+LONGER = (ScreenStage("longer", 110, **_LAST, colors=True),)
+DELTA = (ScreenStage("delta", 110, **_LAST, colors=True, delta=0.7),)
 
 
 def train(folder: Path, start: str, stages: Any, seed: int, stop_after: int | None) -> bool:

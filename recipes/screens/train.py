@@ -64,6 +64,9 @@ class ScreenStage(Phase):
         Share of batches whose questions come in the form of a chat, not as pairs.
     delta
         Share of batches from which `delta` has dropped its cells, at a threshold of 0 or 8.
+    colors
+        Whether visual tokens have to tell the colour of their widget too: without, a colour that
+        names a text is not learned.
     """
 
     batch: int
@@ -72,23 +75,28 @@ class ScreenStage(Phase):
     vision_lr: float = 8e-4
     text_lr: float = 1.5e-3
     delta: float = 0.0
+    colors: bool = False
 
 
-def widget_names(screen: Screen) -> np.ndarray:
-    """Which widget covers the middle of each cell or most of its width: an index into `NAMES`."""
-    out = np.zeros((GRID, GRID), np.int64)
+def widget_labels(screen: Screen) -> np.ndarray:
+    """What every cell shows a good part of, int64 (rows, columns, 2); 0: no widget.
+
+    An index into `NAMES`, and 1 + the index of the widget's colour in `COLORS`.
+    """
+    out = np.zeros((GRID, GRID, 2), np.int64)
     for widget in screen.widgets:
         left, top, right, bottom = widget.box
         if widget.word:  # the ink is in the middle half of the height
             top, bottom = top + 6, bottom - 6
             left, right = left + 8, right - 8
         name = NAMES.index(widget.word or f"{widget.color} icon")
+        label = name, 1 + COLORS.index(widget.color)
         for row in range(GRID):
             for column in range(GRID):
                 wide = min(right, (column + 1) * CELL) - max(left, column * CELL)
                 high = min(bottom, (row + 1) * CELL) - max(top, row * CELL)
                 if wide >= 8 and high >= 0.6 * (bottom - top):
-                    out[row, column] = name
+                    out[row, column] = label
     return out
 
 
@@ -115,7 +123,7 @@ class ScreenBatches:
             )
             names.append([name for name, _ in named])
             frames.append(shown)
-            labels.append(np.stack([widget_names(screen) for screen in screens]))
+            labels.append(np.stack([widget_labels(screen) for screen in screens]))
             whole = np.ones((steps, GRID, GRID), bool)
             kept.append(kept_by_delta(shown, threshold) if delta else whole)
         return {
@@ -157,7 +165,7 @@ class ScreenTrainer(Trainer):
         torch.manual_seed(seed)
         self.model, self.bf16 = model.float().train(), True
         self.maker, self.family = ScreenBatches(packer, seed), packer.family
-        self.names = nn.Linear(model.config.text_config.hidden_size, len(NAMES))
+        self.names = nn.Linear(model.config.text_config.hidden_size, len(NAMES) + 1 + len(COLORS))
         (self.pad,) = packer.ids("<|image_pad|>")
         attend_among_kept(model.model.visual)
         vision = [*model.model.visual.parameters(), *self.names.parameters()]
@@ -202,15 +210,17 @@ class ScreenTrainer(Trainer):
         return self.answer_loss(batch, hidden) + HELP * self._names_loss(tokens[0], batch)
 
     def _names_loss(self, tokens: Tensor, batch: dict[str, Any]) -> Tensor:
-        """Which word or colour of icon each kept token shows."""
+        """Which word or icon each kept token shows, and of which colour."""
         kept = torch.as_tensor(batch["kept"]).flatten()
-        target = torch.as_tensor(batch["widgets"]).flatten()[kept]
-        logits = self.names(tokens[kept]).float()
-        on = target > 0
-        self.scores.note("token", share_right(logits[on], target[on]))
-        each = F.cross_entropy(logits, target, reduction="none")
+        targets = torch.as_tensor(batch["widgets"]).flatten(0, -2)[kept].T
+        logits = self.names(tokens[kept]).float().split((len(NAMES), 1 + len(COLORS)), -1)
+        on, losses = targets[0] > 0, []
         weight = torch.where(on, 1.0, BACKGROUND)
-        return (each * weight).sum() / weight.sum()
+        for name, answer, target in zip(("token", "color"), logits, targets, strict=True):
+            self.scores.note(name, share_right(answer[on], target[on]))
+            each = F.cross_entropy(answer, target, reduction="none")
+            losses.append((each * weight).sum() / weight.sum())
+        return losses[0] + losses[1] if self.stage.colors else losses[0]
 
 
 def attend_among_kept(tower: Any) -> None:
