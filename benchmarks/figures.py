@@ -21,12 +21,10 @@ from typing import Any
 from benchmarks.accuracy.packed import PackedAnswers
 from benchmarks.accuracy.store import MAIN, RESULTS, Results
 from benchmarks.accuracy.tables import kept
-from benchmarks.gpu.contribution import Row
-from benchmarks.gpu.recompute import runs_of
 from benchmarks.models.measured import kind_of, method_of
 from benchmarks.models.prefill import FOLDER as MODELS
 from benchmarks.publishing import read_lines, table
-from benchmarks.stored import read_stored, today
+from benchmarks.stored import today
 from tokencomp.evaluation.environment import git
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -126,7 +124,7 @@ def changed(run: Mapping[str, Any], code: Sequence[str], root: Path) -> str:
 
 def figures() -> list[Figure]:
     """All rows, in the README's order."""
-    return [*_speed(), *_accuracy(), *_photographs()]
+    return [*_speed(), *_accuracy()]
 
 
 def _speed() -> list[Figure]:
@@ -193,25 +191,6 @@ def _accuracy() -> list[Figure]:
         run = min(runs, key=lambda run: run["date"])
         text = f"the same with {text}" if rows else head
         rows.append(Figure(text, reducer, values, run, known))
-    return rows
-
-
-def _photographs() -> list[Figure]:
-    stored = read_stored(ROOT / "benchmarks" / "real" / "results.json")
-    known = [Row.model_validate(row) for row in stored["rows"]]
-    runs, rows = runs_of(known, PackedAnswers.from_json(stored["answers"])), []
-    for reducer, options, text in METHODS.values():
-        by_ratio = {
-            run.ratio: f"{run.mean('correct'):.1%}"
-            for run in runs
-            if (run.identity["reducer"], run.identity["options"]) == (reducer, options)
-        }
-        head = (
-            f"right answers about [photographs](benchmarks/real/README.md) with {text} "
-            f"({runs[0].mean('correct'):.1%} without compression)"
-        )
-        text = f"the same with {text}" if rows else head
-        rows.append(Figure(text, reducer, [by_ratio[r] for r in RATIOS], stored["about"]))
     return rows
 
 

@@ -82,16 +82,6 @@ def test_the_accuracy_kept_is_that_of_the_page() -> None:
         assert below(page, text) == [percent(cell) for cell in cells]
 
 
-def test_the_answers_about_photographs_are_those_of_the_page() -> None:
-    page = "benchmarks/real/README.md"
-    full = percent(pages_row(page, "| no compression |")[1])
-    assert f"({full}% without compression)" in README
-    methods = {DEFAULT: "auto", DROP: "auto merge=False", RANDOM: "random (3 seeds)"}
-    for text, label in methods.items():
-        cells = pages_row(page, f"| {label} |")[1:4]
-        assert below(page, text) == [percent(cell) for cell in cells]
-
-
 @pytest.mark.long
 def test_every_figure_is_of_todays_code_or_says_of_which_it_is() -> None:
     """The commit of a figure exists and what it measures is unchanged, or the row names both."""

@@ -105,6 +105,18 @@ def check_range(owner: str, option: str, value: Any, low: float, high: float) ->
         raise OptionError(f"{owner}: {option}={value!r}; allowed: a number from {low} to {high}.")
 
 
+def between(low: float, high: float) -> dict[str, Any]:
+    """Metadata of a dataclass field that takes numbers from low to high, see `check_ranges`."""
+    return {"range": (low, high)}
+
+
+def check_ranges(owner: str, options: Any) -> None:
+    """Raise `OptionError` unless the fields of `options` are in the ranges of their metadata."""
+    for field in dataclasses.fields(options):
+        if "range" in field.metadata:
+            check_range(owner, field.name, getattr(options, field.name), *field.metadata["range"])
+
+
 def _is_finite(value: Real) -> bool:
     try:
         return math.isfinite(value)

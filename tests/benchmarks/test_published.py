@@ -23,6 +23,7 @@ from benchmarks.accuracy.studies import (
     long_video,
     margin,
     newer,
+    order,
     retrieval,
     selector,
     selector_features,
@@ -67,9 +68,9 @@ def photographs_page(name: str, page: str, head: str = photographs.HEAD) -> File
     return {f"real/{page}.md": text, f"real/{data}": csv_text(photographs.records(stored))}
 
 
-def newest() -> Files:
-    text, data = newer.page()
-    return {"accuracy/newer.md": text, "accuracy/newer.csv": data}
+def study_page(module: Any, name: str) -> Files:
+    text, data = module.page()
+    return {f"accuracy/{name}.md": text, f"accuracy/{name}.csv": data}
 
 
 def prefills() -> Files:
@@ -124,7 +125,8 @@ def machine_code() -> Files:
 
 
 QUICK: dict[str, Callable[[], Files]] = {
-    "newer": newest,
+    "newer": lambda: study_page(newer, "newer"),
+    "order": lambda: study_page(order, "order"),
     "session": lambda: pages(session, "accuracy/session"),
     "retrieval": lambda: pages(retrieval, "accuracy/retrieval"),
     "accuracy of frames": lambda: pages(accuracy_page, "files/accuracy", accuracy_page.records),

@@ -57,6 +57,36 @@ def test_inspect_shows_what_is_kept(folder, tmp_path, capsys):
     assert (kept == wanted.reshape(8, 8)).all()
 
 
+def test_inspect_counts_words(folder, tmp_path, capsys):
+    """`uniform` at 0.75 keeps cells 2, 6, 10 … of 8×8: columns 2 and 6 of every row."""
+    picture, boxes = tmp_path / "white.png", tmp_path / "words.csv"
+    Image.new("RGB", (224, 224), "white").save(picture)
+    words = [(2, 1, 1), (6, 5, 1), (0, 0, 2), (2, 3, 2), (2, 4, 3)]  # column, row, cells across
+    lines = []
+    for column, row, wide in words:
+        left, top, right, bottom = 28 * column, 28 * row, 28 * (column + wide), 28 * row + 9
+        corners = (left, top, right, top, right, bottom, left, bottom)
+        lines.append(",".join(map(str, corners)) + ",word, and more")
+    boxes.write_text("\n".join(lines))
+    code = run(
+        "inspect", "--model", folder, "--image", picture, "--boxes", boxes, "-r",
+        "uniform,downscale", "--ratio", "0.75", "-o", tmp_path / "a.html", "--max-new-tokens", 1,
+    )  # fmt: skip
+    out = capsys.readouterr().out
+    assert code == 0 and "16×6 tokens per layer; 60.0% of 5 words" in out
+    assert out.count("of 5 words") == 1  # of the methods that drop tokens
+    assert "60.0 % of the words" in (tmp_path / "a.html").read_text()
+
+
+def test_inspect_takes_boxes_of_one_picture(folder, tmp_path, capsys):
+    (tmp_path / "words.csv").write_text("0,0,9,0,9,9,0,9,a\n")
+    code = run(
+        "inspect", "--model", folder, "--video", VIDEO, "--boxes", tmp_path / "words.csv",
+        "-o", tmp_path / "a.html",
+    )  # fmt: skip
+    assert code == 2 and "one --image" in capsys.readouterr().err
+
+
 def test_inspect_of_a_video(folder, tmp_path, capsys):
     page = tmp_path / "page.html"
     code = run(

@@ -95,7 +95,7 @@ def test_features_of_another_width_are_refused() -> None:
         reducer.reduce(matrix_tokens((1, 3, 3)))
     weights = small_weights("selector", 8, reads="features")
     reducer = make_reducer("selector", input="features", weights=weights)
-    with pytest.raises(OptionError, match="width 12, and the network reads 8"):
+    with pytest.raises(OptionError, match="width 12, but the network reads 8"):
         reducer.reduce(matrix_tokens((1, 3, 3)))
 
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from tokencomp.errors import OptionError
 from tokencomp.evaluation.batches import Answerer, Loaded
+from tokencomp.evaluation.coverage import Box, words_kept
 from tokencomp.evaluation.profiler import time_prefills
 from tokencomp.evaluation.settings import Setting
 from tokencomp.evaluation.timing import Split
 from tokencomp.inputs.prompts import to_model
 from tokencomp.inputs.questions import Example
 from tokencomp.pages.demo import Answer
-from tokencomp.pages.pictures import kept_tiles, plain_tiles, strip
+from tokencomp.pages.pictures import kept_tiles, plain_tiles, strip, survival
 
 
 def prompt(media: Sequence[Any], question: str) -> Loaded:
@@ -21,9 +23,17 @@ def prompt(media: Sequence[Any], question: str) -> Loaded:
 
 
 def answer_prompt(
-    model: Any, processor: Any, row: Loaded, settings: Sequence[Setting], max_new_tokens: int = 64
+    model: Any,
+    processor: Any,
+    row: Loaded,
+    settings: Sequence[Setting],
+    max_new_tokens: int = 64,
+    boxes: Sequence[Box] = (),
 ) -> list[Answer]:
-    """Answer one question about some media under every setting."""
+    """Answer one question about some media under every setting.
+
+    With `boxes` of words, the media are one picture.
+    """
     answerer = Answerer({"": model}, processor, {"max_new_tokens": max_new_tokens, "seed": 0})
     answers = []
     with answerer.patches:
@@ -31,8 +41,22 @@ def answer_prompt(
             batch = answerer.answer(setting, [row], answerer.inputs([row], setting), {})
             (shrunk,) = answerer.shrunk(setting, [row])
             text, pictures = batch.records[0]["prediction"], _pictures(batch.stats, row[1], shrunk)
-            answers.append(Answer(setting, text, batch.costs[0], *pictures))
+            words = _words(batch.stats, boxes, row[1][0].size) if boxes else None
+            answers.append(Answer(setting, text, batch.costs[0], *pictures, words))
     return answers
+
+
+def _words(stats: Any, boxes: Sequence[Box], size: tuple[int, int]) -> float | None:
+    """Share of words that the last layer sees half of; None where nothing is dropped."""
+    if stats is None:
+        return None
+    shares = survival(stats, stats.shape.num_layers - 1)
+    if len(shares) > 1 or len(shares[0]) > 1:
+        raise OptionError(
+            f"--boxes: this model splits the picture into {len(shares)} grids of tokens, and boxes "
+            "are of one. Choose a model that reads a picture as one grid, such as Qwen-VL."
+        )
+    return words_kept(shares[0][0] == 1, boxes, size)
 
 
 def _pictures(

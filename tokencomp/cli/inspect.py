@@ -23,6 +23,14 @@ def command(
         Path, typer.Option("--output", "-o", help="HTML page; a .png or .jpg name gives a picture.")
     ] = Path("tokencomp-inspect.html"),
     max_new_tokens: opt.MaxNewTokens = 64,
+    boxes: Annotated[
+        Path | None,
+        typer.Option(
+            "--boxes",
+            help="Boxes of the words on the picture, from any OCR program: rows of x1,y1,…,x4,y4,"
+            "text, or JSON. Shows which share of them keeps at least half of its cells.",
+        ),
+    ] = None,
 ) -> None:
     """Show which patches and frames each reducer keeps, per stage, and the answers.
 
@@ -38,6 +46,7 @@ def command(
     media = files.load(source)
     if not media:
         raise OptionError("nothing to look at: give --image FILE or --video FILE.")
+    words = _boxes(boxes, files)
     from rich.console import Console
     from rich.markup import escape
 
@@ -46,16 +55,31 @@ def command(
 
     loaded, processor = source.loaded
     chosen, question = settings_of(loaded), files.question
-    answers = answer_prompt(loaded, processor, prompt(media, question), chosen, max_new_tokens)
+    row = prompt(media, question)
+    answers = answer_prompt(loaded, processor, row, chosen, max_new_tokens, words)
     console = Console()
     for a in answers:
         name = f"{a.setting.name} {a.setting.shown_ratio}"
         tokens = f"{compact(a.cost.per_layer)} tokens per layer"
+        if a.words is not None:
+            tokens += f"; {a.words:.1%} of {len(words)} words"
         console.print(f"[bold]{name:<18}[/] [dim]{tokens}[/]\n  {escape(a.text)}")
     for sentence in (in_words(a, answers[0]) for a in answers[1:]):
         console.print(f"\n{escape(sentence)}")
     _write(answers, question, files.label, loaded, source.model, output)
     console.print(f"\nPictures: [bold]{output}[/]")
+
+
+def _boxes(path: Path | None, files: opt.Files) -> list[Any]:
+    """The boxes of a file, none without one; they belong to the only picture."""
+    from tokencomp.errors import OptionError
+    from tokencomp.evaluation.coverage import load_boxes
+
+    if path is None:
+        return []
+    if len(files.image or ()) != 1 or files.video:
+        raise OptionError("--boxes: its boxes are of one picture. Give one --image and no --video.")
+    return load_boxes(path)
 
 
 def in_words(answer: Any, full: Any) -> str:

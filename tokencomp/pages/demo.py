@@ -21,7 +21,8 @@ class Answer:
 
     `pictures` has one sheet per image or video that shows what the decoder layers see of it; the
     media itself where nothing was removed inside the model. `layers` has, per stage, its first
-    layer and such sheets of what remains from there on.
+    layer and such sheets of what remains from there on. `words` is the share of words that keep at
+    least half of their cells, where boxes of words were given.
     """
 
     setting: Setting
@@ -29,6 +30,7 @@ class Answer:
     cost: Cost
     pictures: list[Any]
     layers: list[tuple[int, list[Any]]]
+    words: float | None = None
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from tokencomp.plan.plan import LEAST, Plan, from_profile
 from tokencomp.plan.reducer import AnyReducer
 from tokencomp.plan.stages import Stage, TowerStage
 
-Schedule = Callable[[int, float], list[float]]
+Schedule = Callable[..., list[float]]
 PROBES = tuple(i / 50 for i in range(1, 50))
 """Ratios at which a method is asked before which layers it cuts."""
 MOST_SOLVED = 1024
@@ -145,7 +145,7 @@ def natural_sparsevlm(num_layers: int) -> list[float]:
     return [next((f for first, f in cuts.items() if at >= first), 1.0) for at in layers]
 
 
-NATURAL: dict[str, Callable[[int], list[float]]] = {
+NATURAL: dict[str, Schedule] = {
     "aim": natural_aim,
     "pyramid": natural_pyramid,
     "fastv": natural_fastv,

@@ -12,11 +12,15 @@ from tokencomp.reducers._batch import (
 from tokencomp.reducers.base import Reducer, ScoreReducer
 from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import available_reducers, make_reducer, register_reducer
+from tokencomp.tokens.kept import Kept
+from tokencomp.tokens.tokens import Tokens
 
 __all__ = [
+    "Kept",
     "Published",
     "Reducer",
     "ScoreReducer",
+    "Tokens",
     "Traits",
     "available_reducers",
     "best_rows",

@@ -1,4 +1,4 @@
-"""Steps that reducers share: checked values, signals, the best rows, and sums over spans."""
+"""Steps that reducers share: checked inputs, signals, top-k per span, and reductions over spans."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from torch.nn.functional import normalize
 from tokencomp.errors import ScoreError
 from tokencomp.tokens.kept import Kept
 from tokencomp.tokens.signals import TOWER_ATTENTION, TowerSignal
-from tokencomp.tokens.tokens import Tokens
+from tokencomp.tokens.tokens import Tokens, rows_where
 
-BLOCK = 16  # rows that are summed one after the other
+BLOCK = 16  # rows per partial sum of `means`
 
 
 def best_rows(scores: Tensor, counts: Sequence[int], lengths: Sequence[int]) -> Tensor:
-    """Rows of the `counts` largest of the scores (n,) of every span, ascending; ties go lower."""
+    """Top-k per span: rows of the `counts` largest scores (n,) of every span, ascending.
+
+    Of equal scores the lower row is kept.
+    """
     from tokencomp.kernels import topk_stable
 
     rows: Tensor = topk_stable(scores, counts, spans=lengths)
@@ -27,23 +30,24 @@ def best_rows(scores: Tensor, counts: Sequence[int], lengths: Sequence[int]) -> 
 
 
 def finite_values(values: Tensor, what: str) -> Tensor:
-    """Return `values`, which messages call `what`, in float32, or raise `ScoreError`."""
+    """Return `values` in float32; `what` names them in the `ScoreError` if some are not finite."""
     values = values.float()
-    if math.isfinite(values.detach().sum().item()):  # no sum with NaN or an infinity is finite
+    # One device read: a sum with NaN or an infinity is never finite.
+    if math.isfinite(values.detach().sum().item()):
         return values
     bad = ~torch.isfinite(values)
     if bad.any():
         raise ScoreError(
-            f"{int(bad.sum())} of {values.numel()} {what} are NaN or infinite. The features or "
-            "attention logits overflowed; run the model in bfloat16 or float32."
+            f"{int(bad.sum())} of {values.numel()} {what} are NaN or infinite: features or "
+            "attention logits have overflowed. Run the model in bfloat16 or float32."
         )
     return values
 
 
 def feature_norms(x: Tensor) -> Tensor:
-    """Lengths of the features x (n, d), shape (n,), finite where the features are.
+    """L2 norms of the features x (n, d), shape (n,).
 
-    They are taken in float32, because squares of finite float16 features overflow.
+    Squares of finite float16 features can overflow, so norms are computed in float32.
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     norms: Tensor = torch.linalg.vector_norm(x, dim=1, dtype=wide)
@@ -51,9 +55,10 @@ def feature_norms(x: Tensor) -> Tensor:
 
 
 def finite_features(x: Tensor, scores: Tensor | None = None) -> Tensor:
-    """Return the features x (n, d) as they are, once they and `scores` (m,) are known to be finite.
+    """Return the features x (n, d) unchanged; raise `ScoreError` if they or `scores` are not
+    finite.
 
-    The device is read once for both. Else it is a `ScoreError`.
+    Both are checked with one read from the device.
     """
     norms = feature_norms(x)
     if scores is None:
@@ -65,36 +70,39 @@ def finite_features(x: Tensor, scores: Tensor | None = None) -> Tensor:
 
 
 def supplied_scores(tokens: Tokens, reducer: str) -> Tensor:
-    """The scores that the engine supplies for `Reducer.needs`, float32 (n,), unchecked."""
+    """Attention scores that the engine computed for `Reducer.needs`, float32 (n,), not checked."""
     if tokens.scores is None:
         raise ScoreError(
-            f"reducer {reducer!r} needs attention scores and got none. Run it through "
-            "tokencomp.patch, or set Tokens.scores."
+            f"reducer {reducer!r} needs attention scores, but Tokens.scores is None. Run it "
+            "through tokencomp.patch, or set Tokens.scores."
         )
     return tokens.scores.float()
 
 
 def tower_signal(tokens: Tokens, signal: TowerSignal, reducer: str) -> Tensor:
-    """What the engine supplies for `signal`, (n,) or (n, heads, head_dim)."""
+    """The signal of the vision tower, shape (n,) or (n, heads, head_dim)."""
     if signal not in tokens.tower:
         raise ScoreError(
-            f"reducer {reducer!r} needs {signal.part} of the vision tower and got none. Run it "
-            "through tokencomp.patch, or set Tokens.tower."
+            f"reducer {reducer!r} needs {signal.part} of the vision tower, but Tokens.tower has "
+            "none. Run it through tokencomp.patch, or set Tokens.tower."
         )
     return tokens.tower[signal]
 
 
 def salient(tokens: Tokens, reducer: str) -> tuple[Tensor, Tensor]:
-    """Features (n, d) and `TOWER_ATTENTION` (n,) in float32, both finite."""
+    """Features (n, d) and `TOWER_ATTENTION` (n,) in float32, both checked to be finite."""
     attention = tower_signal(tokens, TOWER_ATTENTION, reducer)
     return finite_features(tokens.features, attention).float(), attention
 
 
-def with_merged(x: Tensor, chosen: Tensor, merged: tuple[Tensor, Tensor, Tensor] | None) -> Kept:
-    """Keeps rows `chosen` of x (n, d) as they are, and merged rows beside them.
+def complement(rows: Tensor, n: int) -> Tensor:
+    """The rows of 0 … n - 1 that are not among the distinct `rows`, ascending, int64."""
+    free = torch.ones(n, dtype=torch.bool, device=rows.device).index_fill_(0, rows, False)
+    return rows_where(free, n - len(rows))
 
-    `merged` are rows, features and weights; None: there are none.
-    """
+
+def with_merged(x: Tensor, chosen: Tensor, merged: tuple[Tensor, Tensor, Tensor] | None) -> Kept:
+    """Keep rows `chosen` of x (n, d) unchanged, and add `merged` (rows, features, weights)."""
     kept = chosen, x[chosen], x.new_ones(len(chosen))
     if merged is None:
         return Kept.ascending(*kept)
@@ -102,7 +110,7 @@ def with_merged(x: Tensor, chosen: Tensor, merged: tuple[Tensor, Tensor, Tensor]
 
 
 def segment(values: Tensor, lengths: Sequence[int], how: str) -> Tensor:
-    """Sum, max or min ("sum", "max", "min") of every span of values (n, …); no span is empty."""
+    """Reduce values (n, …) over every span by `how`: "sum", "max" or "min". No span is empty."""
     if len(lengths) == 1:
         single: dict[str, Callable[..., Tensor]] = {
             "sum": torch.sum,
@@ -115,24 +123,28 @@ def segment(values: Tensor, lengths: Sequence[int], how: str) -> Tensor:
 
 
 def spread(values: Tensor, lengths: Sequence[int], owners: Tensor | None = None) -> Tensor:
-    """One value per span as one per patch; a single value is left to broadcast.
+    """Repeat one value per span for every patch of the span; a single value is left to broadcast.
 
-    `owners` is the span of every patch, for callers that have it already.
+    `owners` is the span of every patch, if the caller has it already.
     """
     if len(lengths) == 1:
         return values
     if owners is None:
-        rows = np.repeat(np.arange(len(lengths)), lengths)
-        owners = torch.from_numpy(rows).to(values.device)
+        owners = span_numbers(lengths, values.device)
     return values.index_select(0, owners)
 
 
-def means(values: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Mean of every run of values (n, d) of these lengths, none empty.
+def span_numbers(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """The span of every row, int64, shape (n,)."""
+    return torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(device)
 
-    Runs are summed in blocks of 16 rows, and the blocks again, as `Tensor.mean` does on a CPU if d
-    is a multiple of 32. All runs of up to 16 rows take one launch, those of up to 256 rows two, and
-    no rounding depends on other runs.
+
+def means(values: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Mean of every run of values (n, d) of the given lengths, none empty.
+
+    Rows are summed in blocks of 16, then the block sums again, as `Tensor.mean` does on a CPU if d
+    is a multiple of 32. So the rounding of a run does not depend on other runs, and runs of up to
+    16 rows take one launch, those of up to 256 two.
     """
     counts, rows = torch.tensor(lengths, device=values.device), list(lengths)
     while max(rows) > 1:
@@ -144,18 +156,23 @@ def means(values: Tensor, lengths: Sequence[int]) -> Tensor:
 
 
 def ranked(values: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Rows of values (n,), span by span, each by falling value; ties go to the lower row."""
+    """Rows of values (n,) by falling value within every span, span by span; ties: the lower row
+    first.
+    """
     order = values.sort(descending=True, stable=True).indices
     if len(lengths) == 1:
         return order
-    owners = torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(values.device)
-    return order[owners[order].sort(stable=True).indices]
+    # A stable sort by span keeps the order of values within each span.
+    spans = span_numbers(lengths, values.device)[order]
+    return order[spans.sort(stable=True).indices]
 
 
 def min_max(
     values: Tensor, lengths: Sequence[int], least: float = 0.0, owners: Tensor | None = None
 ) -> Tensor:
-    """(v - min + least) / (max - min + 1e-6) of every run of values (n,), none of them empty."""
+    """Min-max scaling (v - min + least) / (max - min + 1e-6) of every run of values (n,), none
+    empty.
+    """
     low, high = (segment(values, lengths, how) for how in ("min", "max"))
     width = high - low + 1e-6
     low, width = (spread(value, lengths, owners) for value in (low, width))
@@ -163,23 +180,23 @@ def min_max(
 
 
 def questions(tokens: Tokens, reducer: str, instead: str) -> tuple[Tensor, list[int], list[int]]:
-    """Embeddings of the texts after the spans; spans of a prompt share one.
+    """Unit embeddings of the text after every span. Spans of one prompt share a text.
 
-    They are unit embeddings of all texts, one text after the other, float32 (Σ m, d); m, the length
-    of every text; which text each span has. `instead` is the option that does without.
+    Returns the embeddings of all texts, float32 (Σ m, d); the length m of every text; and the
+    number of the text of every span. `instead` is the fix that the error names if there is no text.
     """
     queries = tokens.queries
     if queries is None or not all(map(len, queries)):
         raise ScoreError(
-            f"{reducer} compares visual tokens with the text after them, and there is none. Put "
-            f"the question after the image, or use {instead}."
+            f"reducer {reducer!r} compares visual tokens with the text after them, and the prompt "
+            f"has none. Put the question after the image, or use {instead}."
         )
     texts, prompt = distinct(queries)
     return normalize(torch.cat(texts).float(), dim=1), [len(text) for text in texts], prompt
 
 
 def distinct(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
-    """The tensors, once each, and which of them every one is: spans of a prompt share theirs."""
+    """The distinct tensor objects, and for every input the number of its object."""
     by_id = {id(tensor): tensor for tensor in tensors}
     numbers = {key: number for number, key in enumerate(by_id)}
     return list(by_id.values()), [numbers[id(tensor)] for tensor in tensors]

@@ -1,4 +1,4 @@
-"""Clusters around density peaks, which several methods for video merge into."""
+"""Density-peak clustering with k nearest neighbours (DPC-KNN), for methods that merge tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from tokencomp.reducers._batch import best_rows
 from tokencomp.tokens.stacks import HostIndex, Stack, masked, portions, rows_of, starts_of
 
-ENTRIES = 1 << 23  # entries of a table of padded sets that are in memory at once
+ENTRIES = 1 << 23  # distances in memory at once
 
 
 def density_peaks(
@@ -22,31 +22,18 @@ def density_peaks(
     scale: float = 1.0,
     itself: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Density peaks with k nearest neighbours of sets of rows: centres, and the cluster of a row.
+    """DPC-KNN of sets of rows: cluster centres, and the cluster of every row.
 
-    The density of a row is ρ = exp(-mean of its k smallest squared distances), and its separation δ
-    the distance to the nearest row of higher density, or the largest distance of its set for the
-    densest one. Centres have the largest ρ·δ. Every row belongs to the nearest centre. Releases add
-    noise to break ties; here the lower row counts as denser, and ties of all else go to the lower
-    row, so that the result does not change.
+        ρ_i = exp(-mean over the k nearest j of d(x_i, x_j)²)
+        δ_i = min over j with ρ_j > ρ_i of d(x_i, x_j);  for the densest row the largest distance
 
-    Parameters
-    ----------
-    x : Tensor, shape (n, d)
-        Rows of all sets, one set after the other.
-    lengths, clusters, neighbours
-        Of every set its rows (at least 1), centres (1 … rows) and k, at most as many as there are.
-    scale
-        Distances are Euclidean, divided by this.
-    itself
-        Whether the row itself (distance 0) is one of the k.
+    Centres have the largest ρ·δ, and every row belongs to the nearest centre. d is the Euclidean
+    distance over `scale`, and `itself` says whether a row (d = 0) is one of its k neighbours.
+    Releases add noise to break ties; here they go to the lower row, which also counts as denser.
 
-    Returns
-    -------
-    centres : Tensor of int64, shape (Σ clusters,)
-        Rows of x, ascending.
-    labels : Tensor of int64, shape (n,)
-        Numbers of centres.
+    x (n, d) holds the sets one after the other; `lengths`, `clusters` and `neighbours` are per set
+    its rows (at least 1), its centres (1 … rows) and k. Returns the centres as ascending rows of x,
+    int64 (Σ clusters,), and for every row the index of its centre among these, int64 (n,).
     """
     n, count, k = (np.asarray(values) for values in (lengths, clusters, neighbours))
     starts, firsts = starts_of(n), starts_of(count)
@@ -64,25 +51,24 @@ def density_peaks(
 def _peaks(
     stack: Stack, x: Tensor, clusters: HostIndex, k: HostIndex, scale: float, itself: bool
 ) -> tuple[Tensor, Tensor]:
-    """`density_peaks` of a table x (sets, longest, d); rows are counted without repeated ones."""
-
-    def table(values: HostIndex) -> Tensor:
-        return torch.from_numpy(values).to(x.device)
-
-    n, row = stack.lengths, torch.arange(stack.longest, device=x.device)
+    """`density_peaks` of a padded table x (sets, longest, d), whose padding does not count."""
+    n, row, table = stack.lengths, torch.arange(stack.longest, device=x.device), stack.table
     distance = torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist") / scale
+    # ρ: from the k nearest neighbours.
     others = masked(distance.clone(), n, torch.inf)
     if not itself:
         others.diagonal(dim1=1, dim2=2).fill_(torch.inf)
     k = np.minimum(k, np.maximum(n - (not itself), 1))
     near = others.topk(int(k.max()), dim=2, largest=False).values.square()
     mean = masked(near, k, 0).sum(2) / table(k[:, None])
-    density = masked(mean.neg().exp(), n, -1)
-    equal = (density[:, None] == density[:, :, None]) & (row < row[:, None])
-    denser = (density[:, None] > density[:, :, None]) | equal
+    rho = masked(mean.neg().exp(), n, -1)
+    # δ: the distance to the nearest denser row; of equal densities the lower row is denser.
+    equal = (rho[:, None] == rho[:, :, None]) & (row < row[:, None])
+    denser = (rho[:, None] > rho[:, :, None]) | equal
     most = distance.amax((1, 2), keepdim=True)
-    scores = stack.flat(density * torch.where(denser, distance, most).amin(2))
-    centres = best_rows(scores, clusters.tolist(), n.tolist())
+    delta = torch.where(denser, distance, most).amin(2)
+    centres = best_rows(stack.flat(rho * delta), clusters.tolist(), n.tolist())
+    # Every row belongs to the nearest centre of its set, a centre to itself.
     starts, firsts = starts_of(n)[:-1], starts_of(clusters)[:-1]
     in_set = Stack(firsts, clusters, x.device).of(centres) - table(starts[:, None])
     nearest = distance.gather(2, in_set[:, None].expand(-1, len(row), -1)).argmin(2)
@@ -94,3 +80,8 @@ def _peaks(
 def cluster_sums(x: Tensor, labels: Tensor, clusters: int) -> Tensor:
     """Sum of the rows of every cluster, shape (clusters, …)."""
     return x.new_zeros(clusters, *x.shape[1:]).index_add_(0, labels, x)
+
+
+def cluster_sizes(labels: Tensor, clusters: int) -> Tensor:
+    """Number of rows of every cluster, int64, shape (clusters,)."""
+    return cluster_sums(torch.ones_like(labels), labels, clusters)

@@ -1,4 +1,4 @@
-"""Baselines that look at places only, at decoder entry or at a depth of choice."""
+"""Baselines that need only token indices, at decoder entry or between layers."""
 
 from __future__ import annotations
 
@@ -10,39 +10,39 @@ from tokencomp.plan.plan import Plan, from_profile
 from tokencomp.plan.schedules import once
 from tokencomp.reducers.published import Published
 
-LEAST = 0.05  # the smallest fraction that a late cut leaves; below it the cut comes earlier
+LEAST = 0.05  # smallest fraction that a late cut keeps; below it the cut comes earlier
 
 
 @dataclass(frozen=True)
 class Baseline(Published):
-    """A reducer that needs no signal and may cut once between layers.
+    """A reducer that needs no signal and can act once between layers.
 
     Attributes
     ----------
     at
         Where it acts, as a fraction of the depth; 0: at decoder entry. `condiv+random` with
-        `at=20/28` tests the claim of arXiv 2512.07580 that beyond such a depth no criterion beats
-        a random choice. Where a ratio would leave less than 0.05 of the tokens, the cut comes
-        earlier, which tables mark (†).
+        `at=20/28` tests the claim of arXiv 2512.07580 that from such a depth on no criterion beats
+        a random choice. If less than 0.05 of the tokens would be kept, the cut comes earlier, which
+        tables mark (†).
     """
 
-    # Not in the repr, by which stored answers know a method; theirs stands among their options.
+    # Not in the repr, which names the method in stored answers: they record options separately.
     at: float = field(default=0.0, repr=False, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.at < 1:
             raise OptionError(
-                f"{self.name}: at={self.at!r}; allowed: a number from 0 (decoder entry) to below "
-                "1, the fraction of the decoder's depth at which tokens leave."
+                f"{self.name}: at={self.at!r}; allowed: 0 (decoder entry) ≤ at < 1, the fraction "
+                "of the decoder's depth at which tokens are dropped."
             )
 
     def plan(self, ratio: float, num_layers: int) -> Plan:
         if not self.at:
             return super().plan(ratio, num_layers)
         (first,) = self.published_layers(num_layers)
-        left = 1.0 - check_ratio(ratio)
-        return from_profile(once(num_layers, left, first, min(LEAST, left)), self)
+        target = 1.0 - check_ratio(ratio)
+        return from_profile(once(num_layers, target, first, min(LEAST, target)), self)
 
     def published_layers(self, num_layers: int) -> tuple[int, ...]:
         return (min(round(self.at * num_layers), num_layers - 1),) if self.at else ()

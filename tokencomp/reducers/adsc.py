@@ -1,4 +1,4 @@
-"""ADSC: uniform downsampling between layers, without any score."""
+"""ADSC: uniform downsampling between decoder layers (arXiv 2602.12618)."""
 
 from __future__ import annotations
 
@@ -10,35 +10,36 @@ import numpy as np
 
 from tokencomp.plan.counts import check_ratio, split_evenly
 from tokencomp.plan.plan import Plan, from_profile
-from tokencomp.plan.reducer import Traits
 from tokencomp.plan.schedules import solved
-from tokencomp.reducers.published import Published
-from tokencomp.reducers.registry import register_reducer
-from tokencomp.tokens.kept import Kept
+from tokencomp.reducers import Kept, Published, Tokens, Traits, register_reducer
+from tokencomp.reducers.published import cut_layers
 from tokencomp.tokens.stacks import HostIndex
-from tokencomp.tokens.tokens import Tokens
 
-STAGES = (1 / 8, 1 / 3, 1 / 2)  # of the depth
-WINDOW = 2.0  # tokens of which each stage leaves one
+STAGES = (1 / 8, 1 / 3, 1 / 2)  # fractions of the depth
+WINDOW = 2.0  # tokens per window, one of which is kept
 
 
 @register_reducer("adsc")
 @dataclass(frozen=True)
 class Adsc(Published):
-    """Keep one token of every window of visual tokens, at several depths of the decoder.
+    """Keep the last token of every window of visual tokens, at several depths of the decoder.
 
-    Attention-driven self-compression (arXiv 2602.12618) drops tokens by their place alone; the
-    bottleneck makes the model move information into the tokens that stay. The published method
-    fine-tunes the model while the reducer acts. This is its *training-free* form (ours);
-    `tokencomp train adsc` trains a LoRA adapter for it.
+    Attention-driven self-compression (ADSC, arXiv 2602.12618) needs no score: the bottleneck makes
+    the model move information into the kept tokens. Of the n tokens of a frame with budget q these
+    are kept, counted from 0:
 
-    Notes
-    -----
-    Windows are runs of live tokens of one frame. The last token of a window stays: under a causal
-    mask it is the only one that has seen all of it. Layers and windows of the paper are not public;
-    windows of 2 after layers 4, 11 and 16 of 32 give about its mean of 192 of 576 tokens (193.5).
-    Other ratios widen or narrow all windows, or add one before the first layer, so that the mean
-    over layers meets the ratio.
+        ⌊i·n/q⌋ - 1,  i = 1 … q
+
+    Under a causal mask the last token of a window is the only one that has attended to all of it.
+
+    Deviations from the paper:
+
+    - It fine-tunes the model with this reducer. Here it also runs without training (ours);
+      `tokencomp train adsc` trains a LoRA adapter.
+    - Its layers and windows are not public. Windows of 2 after layers 4, 11 and 16 of 32 come close
+      to its mean of 192 of 576 tokens (193.5).
+    - For other ratios all windows get wider or narrower, or one more stage acts before the first
+      layer.
     """
 
     traits = Traits(batched=True)
@@ -49,29 +50,24 @@ class Adsc(Published):
         return from_profile(solved(family, 1.0 - check_ratio(ratio), 1.0 / WINDOW, 1.0), self)
 
     def published_layers(self, num_layers: int) -> tuple[int, ...]:
-        natural = profile(num_layers)
-        return tuple(stage.layer for stage in from_profile(natural, self).stages)
+        return cut_layers(profile(num_layers), self)
 
     def reduce(self, tokens: Tokens) -> Kept:
-        """Places alone decide, so that all is computed on the host."""
-        chosen, grids = [], tokens.grids
-        spans = zip(tokens.starts, tokens.host_cells(), grids, tokens.budgets, strict=True)
-        for first, cells, grid, budget in spans:
-            area = grid[1] * grid[2]
-            counts = np.bincount(cells // area, minlength=grid[0]).tolist()
-            starts = itertools.accumulate(counts, initial=0)
-            quotas = split_evenly(budget, counts)
-            for start, count, quota in zip(starts, counts, quotas, strict=False):
-                chosen.append(window_ends(count, quota) + start + first)
-        return Kept(tokens.table(np.concatenate(chosen)))
+        # Only indices matter, so everything is computed on the host.
+        counts = tokens.per_frame()
+        quotas = [split_evenly(k, n) for k, n in zip(tokens.budgets, counts, strict=True)]
+        frames = [*itertools.chain(*counts)]
+        starts = itertools.accumulate(frames, initial=0)
+        windows = zip(starts, frames, itertools.chain(*quotas), strict=False)
+        return Kept(tokens.table(np.concatenate([s + window_ends(n, k) for s, n, k in windows])))
 
 
 def profile(num_layers: int, factor: float = 1.0 / WINDOW) -> list[float]:
-    """Fraction seen by every layer if each stage leaves `factor` of what reaches it."""
+    """Fraction of tokens that every layer sees if each stage keeps the fraction `factor`."""
     starts = [round(s * num_layers) for s in STAGES]
     return [factor ** sum(s <= layer for s in starts) for layer in range(num_layers)]
 
 
 def window_ends(count: int, quota: int) -> HostIndex:
-    """The last row of each of `quota` windows that cut `count` rows as evenly as possible."""
+    """The last row of each of `quota` windows that divide `count` rows as evenly as possible."""
     return np.arange(1, quota + 1) * count // max(quota, 1) - 1

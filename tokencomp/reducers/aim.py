@@ -1,4 +1,4 @@
-"""AIM: merging at entry, then layerwise pruning."""
+"""AIM: merging at entry, then pruning between layers (arXiv 2412.03248)."""
 
 from __future__ import annotations
 
@@ -6,31 +6,34 @@ from dataclasses import dataclass
 
 from tokencomp.plan.counts import check_ratio
 from tokencomp.plan.plan import Plan, from_profile
-from tokencomp.plan.reducer import Traits
 from tokencomp.plan.schedules import aim, check_ramp, natural_aim
 from tokencomp.plan.stages import Stage
+from tokencomp.reducers import Published, Traits, register_reducer
 from tokencomp.reducers.bipartite import Bipartite
 from tokencomp.reducers.prune import Prune
-from tokencomp.reducers.published import Published
-from tokencomp.reducers.registry import register_reducer
 
 
 @register_reducer("aim")
 @dataclass(frozen=True)
 class Aim(Published):
-    """Preset of AIM (arXiv 2412.03248): similarity merging, then PageRank pruning on its ramp.
+    """Preset of AIM (arXiv 2412.03248): `bipartite` merging at entry, `prune` by PageRank on a
+    ramp.
 
-    The pruning ramp has its published place, and merging removes the rest of the ratio. Where the
-    ramp alone would remove more than the ratio, there is no merging and the ramp starts later
-    (ours). One merging step and the first pruning stage choose the same tokens as the release; for
-    later stages see `prune`.
+    The ramp, from layer l1 = start · L to l2 = stop · L, lets layer l + 1 see the fraction
+
+        clamp(1 - (l - l1 + 1) / (l2 - l1), 0, 1)
+
+    of what reaches the decoder. It keeps its published place, and merging removes the rest of the
+    ratio. Where the ramp alone would remove more than the ratio, nothing is merged and the ramp
+    starts later (ours). One merging step and the first pruning stage choose the same tokens as the
+    release; for later stages see `prune`.
 
     Attributes
     ----------
     weighted
         As in `bipartite`.
     start, stop
-        The ramp as fractions of the depth; published: 14/28 … 22/28 for video, 13/32 … 21/32 for
+        The ramp as fractions of the depth L; published: 14/28 … 22/28 for video, 13/32 … 21/32 for
         images.
     """
 

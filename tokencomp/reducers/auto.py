@@ -1,4 +1,4 @@
-"""The default: another method for every modality. Ours."""
+"""The default: another method for every modality (ours)."""
 
 from __future__ import annotations
 
@@ -7,15 +7,11 @@ from typing import ClassVar
 
 import torch
 
-from tokencomp.plan.reducer import Traits
-from tokencomp.reducers.base import Reducer
+from tokencomp.reducers import Kept, Reducer, Tokens, Traits, register_reducer
 from tokencomp.reducers.condiv import ConDiv
 from tokencomp.reducers.kcenter import KCenter
-from tokencomp.reducers.registry import register_reducer
 from tokencomp.reducers.uniform import Uniform
-from tokencomp.tokens.kept import Kept
 from tokencomp.tokens.signals import Attention
-from tokencomp.tokens.tokens import Tokens
 
 
 @register_reducer("auto")
@@ -23,12 +19,14 @@ from tokencomp.tokens.tokens import Tokens
 class Auto(Reducer):
     """`kcenter` on images, `condiv` on videos, and `uniform` on audio.
 
-    On images attention has no part, because that of early layers leans towards the end of a picture
-    (arXiv 2412.13180), so prompts without videos are not scored. On videos it has: what happens
-    again looks like what is already kept, and relevance has to speak for it. In sound, tokens that
-    look alike say how long and how often, and choosing by distance loses that. As the default of
-    `patch` it also merges in images, `merge="auto"`. Chosen on validation questions:
-    docs/decisions/0001-default-reducer.md.
+    - Images: early layers attend more to the end of an image (arXiv 2412.13180), so attention is
+      not used, and prompts without videos need no scores.
+    - Videos: what is shown again looks like what is kept already, so that the attention of the
+      question has to vouch for it.
+    - Audio: tokens that look alike carry duration and count, which choosing by distance would lose.
+
+    As the default of `patch` it also merges in images, `merge="auto"`. It was chosen on validation
+    questions: docs/decisions/0001-default-reducer.md.
     """
 
     by_modality: ClassVar[dict[str, KCenter | ConDiv | Uniform]] = {
@@ -53,6 +51,6 @@ class Auto(Reducer):
 
 
 def of_modality(tokens: Tokens, modality: str) -> Tokens:
-    """The same patches with a budget of 0 for the spans of other modalities."""
+    """The same patches, with budget 0 for spans of other modalities."""
     pairs = zip(tokens.budgets, tokens.modalities, strict=True)
-    return replace(tokens, budgets=[n if own == modality else 0 for n, own in pairs])
+    return replace(tokens, budgets=[n if of_span == modality else 0 for n, of_span in pairs])

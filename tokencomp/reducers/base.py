@@ -1,4 +1,4 @@
-"""The contract of a reducer. One method is one file with one subclass of `Reducer`."""
+"""The contract of a reducer: `Reducer`, `ScoreReducer`, and `reduced`, which the engine calls."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ from tokencomp.tokens.kept import Kept
 from tokencomp.tokens.signals import Signal
 from tokencomp.tokens.spans import ModelFacts, VisualSpan
 from tokencomp.tokens.tokens import Tokens
-from tokencomp.validation import check_effect, check_types
+from tokencomp.validation import check_effect, check_ranges, check_types
 
 
 @dataclasses.dataclass(frozen=True)
 class Reducer(ABC):  # noqa: B024  # presets have no step, and can be built
-    """Base class: a frozen dataclass whose fields are its options in Python, JSON and the CLI.
+    """Base class of all methods: a frozen dataclass whose fields are its options.
 
-    A reducer has no state and does not know at which stage it acts. A subclass implements `reduce`;
-    a preset, which only plans others, does not. One that acts between layers overrides `plan`.
-    Options must fit their annotations; a `__post_init__` that checks more calls
-    `super().__post_init__()`; an option that others make useless says so in its metadata
+    A reducer has no state and does not know at which stage it acts. Methods override `reduce` (what
+    is kept at one stage) or `plan` (at which layers), presets only `plan`. Options are checked
+    against their annotations; a `__post_init__` that checks more calls `super().__post_init__()`
+    first. An option without effect under some values of the others says so in its metadata
     (`tokencomp.plan.reducer.effective`).
 
-    Eight members are all: `name`, `summary`, `traits`, `needs`; `reduce`, `plan`, `keep_count`,
-    `bind`. `Published` adds what tables and stored answers say of a method that has a paper.
+    The eight public members are `name`, `summary`, `traits`, `needs`, `reduce`, `plan`,
+    `keep_count` and `bind`. `Published` adds what evaluation tables need to know of a method with a
+    paper.
 
     Attributes
     ----------
@@ -42,7 +43,7 @@ class Reducer(ABC):  # noqa: B024  # presets have no step, and can be built
         One line for `tokencomp list`, with the source.
     traits
         What is always true of the method, see `Traits`. A subclass that overrides `reduce` or
-        `scores` is `batched` only if it sets its own traits.
+        `scores` must set its traits again to be `batched`.
     """
 
     name: ClassVar[str] = ""
@@ -59,34 +60,38 @@ class Reducer(ABC):  # noqa: B024  # presets have no step, and can be built
 
     def __post_init__(self) -> None:
         check_types(label(self), self)
+        check_ranges(label(self), self)
         check_effect(label(self), self, unused_options(self, pixels=True))
 
     @property
     def needs(self) -> frozenset[Signal]:
-        """Signals that the engine must supply in `Tokens` beyond features and grids."""
+        """Signals beyond features and grids that the engine must compute."""
         return frozenset()
 
     def reduce(self, tokens: Tokens) -> Kept:
-        """Choose (and possibly rewrite) of every span of `tokens` exactly its budget.
+        """Choose, and possibly merge: exactly `tokens.budgets[i]` rows of every span i.
 
-        `tokens` has one span, unless the reducer is `batched`.
+        `tokens` holds one span, or all spans of a call if the traits say `batched`.
         """
-        raise OptionError(f"reducer {self.name!r} is a preset: it has a plan but no own step.")
+        raise OptionError(
+            f"reducer {self.name!r} is a preset: it plans stages of other reducers, and keeps "
+            "nothing itself. Use it through patch, or run the reducers of its plan."
+        )
 
     def plan(self, ratio: float, num_layers: int) -> Plan:
-        """Stages that remove `ratio` of the visual-token work of a `num_layers` decoder."""
+        """Stages after which layers see `1 - ratio` of the visual tokens on average."""
         ratio = check_ratio(ratio)
         return Plan((Stage(0, 1.0 - ratio, self),)) if ratio > 0 else Plan()
 
     def keep_count(self, span: VisualSpan, fraction: float) -> int:
-        """Visual tokens left of `span` by a stage that leaves `fraction` of it.
+        """Keep count: how many visual tokens of `span` a stage with this `fraction` keeps.
 
-        Plans ask it for every stage, in the engine and in servers alike (`Plan.counts`).
+        `Plan.counts` asks this in the engine and in servers, so both keep equally many.
         """
         return keep_count(span.visual, fraction, len(span.special))
 
     def bind(self, facts: ModelFacts) -> Reducer:
-        """This reducer for one model. Trained reducers find and check their weights in it.
+        """This reducer for one model. Trained reducers load their weights here.
 
         Raises
         ------
@@ -100,7 +105,7 @@ class Reducer(ABC):  # noqa: B024  # presets have no step, and can be built
 class ScoreReducer(Reducer):
     """Base class of methods that are a score and a top-k: a subclass implements `scores` alone.
 
-    Of equal scores the lower index is kept.
+    Of equal scores the lower row is kept.
     """
 
     @abstractmethod
@@ -110,8 +115,8 @@ class ScoreReducer(Reducer):
         Parameters
         ----------
         tokens
-            One span, or, if its traits say `batched`, all spans of a call: take means and
-            maxima within each of the `tokens.lengths`.
+            One span, or all spans of a call if the traits say `batched`: then take means and maxima
+            within each of `tokens.lengths`.
 
         Returns
         -------
@@ -125,19 +130,19 @@ class ScoreReducer(Reducer):
 
 
 def reduced(reducer: Reducer, tokens: Tokens) -> Kept:
-    """What a reducer keeps of the patches of a call.
+    """Run a reducer on the patches of a call, and check what it returns.
 
     Raises
     ------
     PlanError
-        It returned something that `Kept.check` refuses, or it needs patches that are missing.
+        The result is no valid `Kept`, or patches that the reducer needs are missing.
     """
     from tokencomp.kernels.dispatch import checked
 
     if reducer.traits.grid == "whole":
         tokens.check_whole(label(reducer))
     if reducer.traits.batched:
-        with checked():  # a reducer of batches looks at its input once, see `finite_features`
+        with checked():  # skip checks in kernels: `finite_features` has read the input
             return _typed(reducer, reducer.reduce(tokens)).check(tokens, label(reducer))
     parts = [_typed(reducer, reducer.reduce(t)).check(t, label(reducer)) for t in tokens]
     return parts[0] if len(parts) == 1 else Kept.joined(parts, tokens)
@@ -153,10 +158,10 @@ def _typed(reducer: Reducer, kept: object) -> Kept:
 
 
 def counts_itself(reducer: Reducer) -> bool:
-    """Whether it leaves a fixed number of tokens, whatever the ratio."""
+    """Whether it keeps a fixed number of tokens, whatever the ratio."""
     return type(reducer).keep_count is not Reducer.keep_count
 
 
 def label(reducer: Reducer) -> str:
-    """How messages name a reducer."""
+    """The name of a reducer in messages."""
     return reducer.name or type(reducer).__name__

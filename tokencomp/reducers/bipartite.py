@@ -1,4 +1,4 @@
-"""Similarity merging (AIM stage A)."""
+"""Bipartite similarity merging (AIM, arXiv 2412.03248; ToMe, arXiv 2210.09461)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,8 @@ import torch
 from torch import Tensor
 
 from tokencomp.plan.counts import split_evenly
-from tokencomp.plan.reducer import Traits
-from tokencomp.reducers._batch import best_rows, finite_features
-from tokencomp.reducers.base import Reducer
-from tokencomp.reducers.registry import register_reducer
-from tokencomp.tokens.kept import Kept
-from tokencomp.tokens.tokens import Tokens, rows_where
+from tokencomp.reducers import Kept, Reducer, Tokens, Traits, register_reducer
+from tokencomp.reducers._batch import best_rows, complement, finite_features
 
 
 @register_reducer("bipartite")
@@ -23,24 +19,27 @@ from tokencomp.tokens.tokens import Tokens, rows_where
 class Bipartite(Reducer):
     """Merge the most similar tokens of every frame until the budget is met.
 
-    One step, per frame: tokens at even places look for their most similar token at an odd place
-    (cosine); the r ≤ N // 2 best pairs merge. Steps repeat with r as large as possible, as in
-    AIM's 196 → 98 → 49 (arXiv 2412.03248; the idea is ToMe's, arXiv 2210.09461).
+    One step on the N tokens of a frame, split into a ∈ A (even indices) and b ∈ B (odd indices):
+
+        b(a) = argmax_b cos(x_a, x_b)
+        merge the r ≤ ⌊N/2⌋ pairs (a, b(a)) of largest cosine into their means
+
+    Steps with the largest possible r repeat, as in AIM's 196 → 98 → 49.
+
+    Deviations from AIM's release:
+
+    - Projected tokens are compared, as there for videos; for images it compares keys of CLIP.
+    - Tokens stay in raster order, a merged one at the index of b; the release reorders where r <
+      N/2.
+    - If a video has a smaller budget than frames, neighbouring frames are merged as one (ours).
+    - If an earlier stage has left frames of different length, every frame that has tokens keeps
+      one, and the rest of the budget is split in proportion to what the frames have (ours).
 
     Attributes
     ----------
     weighted
-        True (ours): means weighted by how many tokens a row stands for. False: AIM's plain mean
-        of means.
-
-    Notes
-    -----
-    What is compared are the projected tokens, as AIM does for videos; for images it compares keys
-    of CLIP. A merged token has the place of its odd-placed member. Output stays in raster order
-    (ours; the authors' code reorders where r < N/2). A video with fewer kept tokens than frames
-    merges groups of neighbouring frames (ours). Where an earlier stage has left frames of
-    different length, every frame that has tokens keeps one, and the rest of the budget is split in
-    proportion to what is left of each (ours).
+        True (ours): means are weighted by the number of tokens that a row represents, as in ToMe.
+        False: AIM's plain mean of means.
     """
 
     weighted: bool = True
@@ -53,21 +52,22 @@ class Bipartite(Reducer):
         groups, quota = [], []
         per_frame = tokens.per_frame()
         for number, budget in enumerate(tokens.budgets):
-            own = [tokens.lengths[number]]
+            runs = [tokens.lengths[number]]
             if tokens.grids[number][0] > 1:
-                own = frame_runs(per_frame[number], budget)
-            groups += own
-            quota += [1 + q for q in split_evenly(budget - len(own), [n - 1 for n in own])]
-        x, sizes, places = self._merge(x, tokens.all_weights(), groups, quota)
-        return Kept.ascending(places, x, sizes)
+                runs = frame_runs(per_frame[number], budget)
+            groups += runs
+            quota += [1 + q for q in split_evenly(budget - len(runs), [n - 1 for n in runs])]
+        x, sizes, rows = self._merge(x, tokens.all_weights(), groups, quota)
+        return Kept.ascending(rows, x, sizes)
 
     def _merge(
         self, x: Tensor, sizes: Tensor, lengths: list[int], quota: list[int]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Merge every group down to its quota; returns x, sizes and places of what is left.
+        """Merge every group down to its quota; returns the rows, how many tokens each represents,
+        and their indices.
 
-        A group that has reached its quota takes no part in further steps, so that no rounding
-        depends on the others.
+        A group that has met its quota is taken out, so that no rounding depends on the other
+        groups.
         """
         done: list[tuple[Tensor, Tensor, Tensor]] = []
         rows = torch.arange(len(x), device=x.device)
@@ -78,13 +78,12 @@ class Bipartite(Reducer):
                 done.append((x, sizes, rows))
                 break
             if any(finished):
-                owner = np.repeat(finished, lengths)
-                tables = [
-                    torch.from_numpy(np.flatnonzero(part)).to(x.device) for part in (owner, ~owner)
-                ]
-                values = [[v.index_select(0, t) for v in (x, sizes, rows)] for t in tables]
-                done.append((values[0][0], values[0][1], values[0][2]))
-                x, sizes, rows = values[1]
+                end = np.repeat(finished, lengths)
+                ended, active = (
+                    torch.from_numpy(np.flatnonzero(part)).to(x.device) for part in (end, ~end)
+                )
+                done.append((x[ended], sizes[ended], rows[ended]))
+                x, sizes, rows = x[active], sizes[active], rows[active]
                 lengths, quota, steps = (
                     [v for v, end in zip(part, finished, strict=True) if not end]
                     for part in (lengths, quota, steps)
@@ -103,18 +102,17 @@ class Bipartite(Reducer):
         from tokencomp.kernels import bipartite_match, merge_rows
 
         similarity, partner = bipartite_match(x, lengths)
-        gone = best_rows(similarity, steps, lengths)
+        merged = best_rows(similarity, steps, lengths)
         target = torch.arange(len(x), device=x.device)
-        target = target.index_copy(0, gone, partner.to(target).index_select(0, gone))
-        left = torch.ones(len(x), dtype=torch.uint8, device=x.device).index_fill_(0, gone, 0)
-        keep = rows_where(left, len(x) - sum(steps))
+        target = target.index_copy(0, merged, partner.to(target).index_select(0, merged))
+        keep = complement(merged, len(x))
         how = {"frames": lengths, "weighted": self.weighted}
         x, sizes = merge_rows(x, target, keep, sizes, **how)
         return x, sizes, rows.index_select(0, keep)
 
 
 def frame_runs(per_frame: list[int], budget: int) -> list[int]:
-    """Lengths of the runs of frames inside which tokens may merge, at most `budget` runs."""
+    """Lengths of at most `budget` runs of frames; tokens merge within a run."""
     frames = [n for n in per_frame if n]
     runs = split_evenly(len(frames), [1] * min(len(frames), budget))
     bounds = itertools.accumulate(runs, initial=0)

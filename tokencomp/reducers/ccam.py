@@ -1,4 +1,4 @@
-"""Projection of any number of frames to a fixed number of tokens by a trained projector."""
+"""CCAM: a trained projector to a fixed number of tokens (arXiv 2408.14023)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,10 @@ import numpy as np
 import torch
 
 from tokencomp.errors import SpanError, WeightsError
-from tokencomp.plan.reducer import Traits
-from tokencomp.reducers._batch import finite_features
-from tokencomp.reducers.base import Reducer
-from tokencomp.reducers.registry import register_reducer
-from tokencomp.tokens.kept import Kept
+from tokencomp.reducers import Kept, Reducer, Tokens, Traits, finite_features, register_reducer
 from tokencomp.tokens.spans import ModelFacts, VisualSpan
 from tokencomp.tokens.stacks import grouped
-from tokencomp.tokens.tokens import Tokens, evenly
+from tokencomp.tokens.tokens import evenly
 
 if TYPE_CHECKING:
     from tokencomp.trained.ccam import CCAMProjector
@@ -46,19 +42,29 @@ def _queries(path: Path, stamp: Stamp) -> int:
 @register_reducer("ccam")
 @dataclass(frozen=True)
 class Ccam(Reducer):
-    """Let Q learned queries read all frames, each the frames up to its own time (2408.14023).
+    """Q learned queries read all frames by causal cross-attention (CCAM, arXiv 2408.14023).
 
-    An image or video always becomes Q tokens, so `ratio` only switches the reducer on: plan and
-    handle show the requested ratio, `handle.stats.ratio` the achieved one. The published projector
-    reads the vision tower and is trained together with the model; this one reads the model's own
-    projected features and is trained on the frozen model (ours). Untrained queries mean nothing to
-    a model, so there is no training-free form.
+        y_i = CrossAttention(query_i, {x of frames that query i sees}),  i = 1 … Q
+
+    Which frames a query sees is the published rule, `tokencomp.kernels.visible_frames`. Every image
+    or video becomes Q tokens, so `ratio` only switches the reducer on: the plan and the handle show
+    the requested ratio, `handle.stats.ratio` the achieved one.
+
+    Deviations from the paper:
+
+    - Its projector reads the vision tower and is trained together with the model; this one reads
+      projected features and is trained with the model frozen (ours).
+    - The Q tokens get the positions of Q evenly spaced tokens of the span. A span of Q tokens is
+      not changed.
+
+    There is no training-free form. With more frames than queries, no query sees the last frames:
+    take more queries, or train with `--no-causal`.
 
     Attributes
     ----------
     weights : str or None
-        `ccam.safetensors`, or the folder that holds it. None: in the
-        model's folder or its subfolder `tokencomp`.
+        `ccam.safetensors`, or the folder that holds it. None: in the model's folder or its
+        subfolder `tokencomp`.
 
     Raises
     ------
@@ -66,13 +72,6 @@ class Ccam(Reducer):
         On `patch`: weights that are missing, damaged, or of another model.
     SpanError
         An image or video with fewer tokens than the projector has queries.
-
-    Notes
-    -----
-    The tokens take Q places spread evenly over the span, and the positions of these places. A span
-    of exactly Q tokens is left as it is. With more frames than queries, no query sees the last
-    frames (the published rule, see `tokencomp.kernels.visible_frames`): take more queries, or
-    train with `--no-causal`.
     """
 
     weights: str | None = None
@@ -95,8 +94,8 @@ class Ccam(Reducer):
         hidden = card["hidden_size"]
         if (sizes.kv_dim, sizes.out_dim) != (hidden, hidden):
             raise WeightsError(
-                f"{path} projects {sizes.kv_dim} to {sizes.out_dim} dimensions, and the model's "
-                f"visual tokens have {hidden}. Train weights for this model: {TRAIN}"
+                f"{path} projects {sizes.kv_dim} to {sizes.out_dim} dimensions, but visual tokens "
+                f"of this model have {hidden}. Train weights for it: {TRAIN}"
             )
         bound = Ccam(str(path))
         bound.projector(facts.device, facts.dtype)
@@ -112,7 +111,7 @@ class Ccam(Reducer):
 
     @cached_property
     def _files(self) -> tuple[Path, Stamp]:
-        """The weights file, and when it and its card were written: as on `patch`, if bound."""
+        """The weights file, and the modification times of it and its card."""
         if self.weights is None:
             raise WeightsError(f"reducer='ccam' needs trained weights. Train them with `{TRAIN}`.")
         path = Path(self.weights).absolute()
@@ -126,9 +125,8 @@ class Ccam(Reducer):
         count = self.queries() + len(span.special)
         if span.visual < count:
             raise SpanError(
-                f"{span.modality} of {span.visual} visual tokens: smaller than the {count} that "
-                "the ccam projector makes of it. Use larger media, or a projector with fewer "
-                "queries."
+                f"{span.modality} of {span.visual} visual tokens, but the ccam projector makes "
+                f"{count} of it. Use larger media, or a projector with fewer queries."
             )
         return count
 
@@ -137,18 +135,20 @@ class Ccam(Reducer):
         projector = self.projector(x.device, x.dtype)
         parts, chosen, sizes = [], [], []
         for grid, members in grouped(tokens.grids).items():
+            # Spans of one grid run through the projector together.
             cells = grid[0] * grid[1] * grid[2]
             starts = [tokens.starts[m] for m in members]
             rows = tokens.table(np.add.outer(starts, np.arange(cells)).ravel())
             stack = x.index_select(0, rows).view(len(members), cells, -1)
             projected = projector(stack, grid[0], grid[1:])
             count = projected.shape[1]
-            for m in members:
-                if tokens.budgets[m] != count:
-                    raise SpanError(
-                        f"{tokens.budgets[m]} tokens were requested of a ccam projector that "
-                        f"makes {count}."
-                    )
+            wrong = [tokens.budgets[m] for m in members if tokens.budgets[m] != count]
+            if wrong:
+                raise SpanError(
+                    f"a budget of {wrong[0]} tokens for a ccam projector, which always makes "
+                    f"{count}. Give budgets of {count}."
+                )
+            # Output tokens take the positions of evenly spaced patches.
             parts.append(projected.flatten(0, 1))
             chosen.append(np.add.outer(starts, evenly(cells, count)).ravel())
             sizes.append(np.full(len(members) * count, cells / count, dtype=np.float32))

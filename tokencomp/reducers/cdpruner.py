@@ -1,4 +1,4 @@
-"""Comparator: conditional determinantal point process."""
+"""CDPruner: a determinantal point process conditioned on the question (arXiv 2506.10967)."""
 
 from __future__ import annotations
 
@@ -8,23 +8,12 @@ from typing import Literal
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tokencomp.plan.reducer import Traits
-from tokencomp.reducers._batch import (
-    finite_features,
-    means,
-    min_max,
-    questions,
-    spread,
-    supplied_scores,
-)
-from tokencomp.reducers.published import Published
-from tokencomp.reducers.registry import register_reducer
-from tokencomp.tokens.kept import Kept
+from tokencomp.reducers import Kept, Published, Tokens, Traits, finite_features, register_reducer
+from tokencomp.reducers._batch import means, min_max, questions, spread, supplied_scores
 from tokencomp.tokens.signals import QUERY, Attention, Signal
-from tokencomp.tokens.tokens import Tokens
 
 Relevance = Literal["query", "attention"]
-EPS = 1e-6  # relevance is scaled to (0, 1]
+EPS = 1e-6  # smallest scaled relevance
 
 
 @register_reducer("cdpruner")
@@ -32,24 +21,26 @@ EPS = 1e-6  # relevance is scaled to (0, 1]
 class CDPruner(Published):
     """Greedy MAP of a DPP conditioned on the question (CDPruner, arXiv 2506.10967).
 
-    Kernel K = diag(r) · cos(x, x) · diag(r), r the relevance scaled to [0, 1]; tokens are added
-    one by one so that log det K of the kept ones grows most (incremental Cholesky, k steps).
+        L    = diag(r) · cos(X, X) · diag(r),   r: relevance, min-max scaled to [0, 1]
+        next = argmax_i  log det L_{S ∪ {i}},   S: kept tokens
+
+    by incremental Cholesky decomposition: O(n·k²) operations, O(n·k) memory.
+
+    Deviations from the authors' code, whose sets it keeps for equal embeddings (120 of 120 random
+    cases) as long as k is at most 0.8 times the feature dimension:
+
+    - The paper's relevance has no minus sign; the code has one, as here.
+    - It compares CLIP's two encoders where the model has them; here it is always the decoder's
+      embeddings, its rule for other models.
+    - Beyond the rank of L it divides by a vanished determinant and repeats tokens; here the most
+      relevant remaining tokens follow (ours).
+    - It scales relevance over all tiles of an image; here it is scaled in every tile.
 
     Attributes
     ----------
     relevance
-        "query": minus the cosine of a token with the embeddings of the text after the span, mean
-        over the text. The paper's formula has no minus sign; the authors' code has one. The authors
-        take CLIP's two encoders where the model has them, and otherwise the decoder's embeddings,
-        which this reducer always takes. "attention": layer 0's attention of that text (ours).
-
-    Notes
-    -----
-    Given the same embeddings, it keeps the tokens of the authors' code (120 of 120 random cases)
-    while they are at most 0.8 times the feature dimensions. Beyond the rank of the kernel that code
-    divides by a determinant that has vanished, and repeats tokens; here the most relevant of the
-    remaining ones follow (ours). The authors scale relevance over all tiles of an image together,
-    this reducer in every tile. O(n·k²) operations and O(n·k) memory.
+        "query": minus the mean cosine of a token with the text embeddings after the span.
+        "attention": layer 0's attention of that text (ours).
     """
 
     relevance: Relevance = "query"
@@ -70,16 +61,16 @@ class CDPruner(Published):
             scores = supplied_scores(tokens, "cdpruner")
         unit = normalize(finite_features(tokens.features.float(), scores), dim=1)
         owners = tokens.owners() if len(tokens.lengths) > 1 else None
-        r = scores if scores is not None else -likeness(tokens, unit, owners)
+        r = scores if scores is not None else -mean_cosine(tokens, unit, owners)
         r = min_max(r, tokens.lengths, EPS, owners)
         return Kept(dpp_select(unit, tokens.budgets, r, spans=tokens.lengths))
 
 
-def likeness(tokens: Tokens, unit: Tensor, owners: Tensor | None) -> Tensor:
-    """Mean cosine of every patch with the embeddings of the text after its span."""
+def mean_cosine(tokens: Tokens, unit: Tensor, owners: Tensor | None) -> Tensor:
+    """Mean cosine of every patch with the embeddings of the text after its span, (n,)."""
     texts, lengths, prompt = questions(tokens, "cdpruner", "divprune")
-    own = means(texts, lengths)
+    mean_text = means(texts, lengths)
     if owners is not None:
-        own = own[tokens.table(prompt)]
-    # Products and sums row by row: no batch changes a rounding.
-    return (unit * spread(own, tokens.lengths, owners)).sum(1)
+        mean_text = mean_text[tokens.table(prompt)]
+    # Row by row instead of a matrix product, so that rounding does not depend on the batch.
+    return (unit * spread(mean_text, tokens.lengths, owners)).sum(1)

@@ -1,4 +1,4 @@
-"""Two reducers in one plan: one at decoder entry, one between layers."""
+"""Two reducers in one plan: one at decoder entry, one between layers (ours)."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tokencomp.plan.stages import Stage
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.published import Published, deviation, revision
 from tokencomp.tokens.spans import ModelFacts
-from tokencomp.validation import check_range
+from tokencomp.validation import between
 
-PROBE = (0.5, 32)  # ratio and number of layers at which the stages of a part are examined
+PROBE = (0.5, 32)  # ratio and number of layers at which `_acts` plans a part
 
 
 @dataclass(frozen=True)
 class Compose(Published):
-    """An entry reducer, then a layer reducer on what that leaves; together they meet the ratio.
+    """An entry reducer, then a layer reducer on what it keeps; together they meet the ratio.
 
     `make_reducer("bipartite+prune", share=0.7, **{"prune.score": "last_query"})`
 
@@ -30,23 +30,21 @@ class Compose(Published):
     entry, layer
         The two reducers.
     share
-        How much of the reduction happens at entry, in [0, 1]: the entry stage leaves
-        (1 - ratio)^share of the tokens, and the layer reducer's own schedule, solved for the
-        rest, acts on those. Ours.
+        Share of the reduction at entry, in [0, 1]: the entry stage keeps (1 - ratio)^share of the
+        tokens, and the schedule of the layer reducer is solved for the rest.
     """
 
     entry: Reducer
     layer: Reducer
-    share: float = 0.5
+    share: float = dataclasses.field(default=0.5, metadata=between(0, 1))
 
     summary = "an entry reducer and a layer reducer, budget-matched together (ours)"
 
     def __post_init__(self) -> None:
         for part in (self.entry, self.layer):
             if not isinstance(part, Reducer):
-                raise OptionError(f"compose: {part!r} is no reducer; build it with make_reducer.")
+                raise OptionError(f"compose: {part!r} is not a reducer. Use make_reducer.")
         super().__post_init__()
-        check_range(self.name, "share", self.share, 0, 1)
         if not _acts(self.entry, at_entry=True):
             raise OptionError(
                 f"{self.name}: {self.entry.name!r} does not act at decoder entry, so it cannot "
@@ -76,8 +74,8 @@ class Compose(Published):
             return Plan()
         first, rest = self._parts(ratio)
         later = self.layer.plan(rest, num_layers).stages
-        # A layer schedule that cannot meet its ratio between layers alone begins with a stage at
-        # entry. That stage and ours become one.
+        # A layer schedule that cannot meet its ratio between layers begins with a stage at entry,
+        # which is joined with the stage of the entry reducer.
         start = later[0].fraction if later and later[0].layer == 0 else 1.0
         entry = (Stage(0, first * start, self.entry),) if first * start < 1 else ()
         scaled = [Stage(s.layer, first * s.fraction, s.reducer) for s in later if s.layer > 0]
@@ -92,10 +90,10 @@ class Compose(Published):
         return "; ".join(part for part in parts if part)
 
     def _parts(self, ratio: float) -> tuple[float, float]:
-        """What the entry stage leaves, and the ratio of the layer reducer."""
-        left = 1.0 - check_ratio(ratio)
-        first = left**self.share
-        return first, max(1.0 - left / first, 0.0)
+        """The fraction that the entry stage keeps, and the ratio of the layer reducer."""
+        target = 1.0 - check_ratio(ratio)
+        first = target**self.share
+        return first, max(1.0 - target / first, 0.0)
 
     def bind(self, facts: ModelFacts) -> Reducer:
         return dataclasses.replace(self, entry=self.entry.bind(facts), layer=self.layer.bind(facts))
@@ -120,10 +118,10 @@ def part_names(name: str) -> list[str]:
 def assign_options(
     name: str, options: dict[str, Any], fields: dict[str, list[str]]
 ) -> dict[str, dict[str, Any]]:
-    """Options of a composition by part; `share`, which belongs to no part, is left out.
+    """Options of a composition by part, without `share`.
 
-    They are named "part.option", or "option" where only one part has it; `fields` are the names of
-    the options of each part.
+    They are named "part.option", or "option" if only one part has it; `fields` are the option names
+    of each part.
     """
     by_part: dict[str, dict[str, Any]] = {part: {} for part in fields}
     for key, value in options.items():
@@ -132,12 +130,12 @@ def assign_options(
             continue
         if prefix and prefix not in fields:
             raise OptionError(f"reducer {name!r} has no part {prefix!r} (option {key!r}).")
-        owners = [prefix] if prefix else [p for p in fields if option in fields[p]]
-        if len(owners) != 1:
+        parts = [prefix] if prefix else [p for p in fields if option in fields[p]]
+        if len(parts) != 1:
             known = sorted(f"{p}.{o}" for p in fields for o in fields[p])
-            why = "is an option of both parts" if owners else "is an option of neither part"
+            why = "is an option of both parts" if parts else "is an option of neither part"
             raise OptionError(
                 f"reducer {name!r}: {key!r} {why}. It has: share, {', '.join(known)}."
             )
-        by_part[owners[0]][option] = value
+        by_part[parts[0]][option] = value
     return by_part

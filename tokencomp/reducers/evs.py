@@ -1,4 +1,4 @@
-"""Comparator: efficient video sampling."""
+"""EVS: drop tokens that do not change from frame to frame (arXiv 2510.14624)."""
 
 from __future__ import annotations
 
@@ -10,13 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokencomp.plan.reducer import Traits
+from tokencomp.reducers import Kept, Published, Tokens, Traits, register_reducer
 from tokencomp.reducers._batch import best_rows, finite_features
-from tokencomp.reducers.published import Published
-from tokencomp.reducers.registry import register_reducer
-from tokencomp.tokens.kept import Kept
 from tokencomp.tokens.stacks import HostIndex, Stack, by_stack, starts_of
-from tokencomp.tokens.tokens import Tokens, evenly
+from tokencomp.tokens.tokens import evenly
 
 
 @register_reducer("evs")
@@ -24,16 +21,17 @@ from tokencomp.tokens.tokens import Tokens, evenly
 class EVS(Published):
     """Drop tokens that repeat the same place of the frame before (EVS, arXiv 2510.14624).
 
-    The first frame stays whole; of the others, the tokens of place p and frame t with the smallest
-    cos(x_{t,p}, x_{t-1,p}) stay, over the whole video.
+        s_{t,p} = cos(x_{t,p}, x_{t-1,p}) at place p of frame t > 0
 
-    Notes
-    -----
-    Two rules are ours, because the paper has none. If the budget is smaller than one frame, the
-    first frame gets half of it, evenly spaced, which tables mark (†). An image has no previous
-    frame and keeps the evenly spaced tokens that `uniform` keeps. The same happens to every frame
-    of a video where the model gets each frame as a span of its own (InternVL, SmolVLM); use another
-    reducer there.
+    The first frame is kept whole; of all others the tokens of smallest s are kept, over the whole
+    video.
+
+    Rules where the paper has none (ours):
+
+    - If the budget is smaller than a frame, the first frame gets half of it, evenly spaced (tables
+      mark this, †).
+    - An image keeps evenly spaced tokens, as in `uniform`; so does every frame that is a span
+      (InternVL, SmolVLM): use another reducer there.
     """
 
     summary = "drop tokens unchanged since the previous frame (EVS 2510.14624)"
@@ -50,36 +48,33 @@ class EVS(Published):
 
 
 def least_similar(tokens: Tokens, similarity: Tensor, compared: Sequence[bool]) -> Tensor:
-    """The patches that are least similar to the frame before, ascending.
+    """The patches of smallest similarity (n,) to the frame before, ascending.
 
-    Parameters
-    ----------
-    similarity : Tensor of float32, shape (n,)
-    compared
-        Of every span: whether its first frame has been compared too. If not, it stays whole, or
-        evenly spaced tokens of it.
+    `compared` says of every span whether its first frame is compared too. If not, that frame is
+    kept whole, or evenly spaced tokens of it.
     """
-    # 0: by similarity; 1 and -1: before and behind all others, because of the place alone
-    rank = []
+    fixed = []
     grids = zip(tokens.grids, tokens.budgets, compared, strict=True)
     for (t, h, w), budget, known in grids:
-        own = np.zeros(t * h * w, dtype=np.int64)
+        rank = np.zeros(t * h * w, dtype=np.int64)
         if not known:
-            own[: h * w] = 1
+            rank[: h * w] = 1
             if budget < h * w:
-                own[: h * w] = -1
-                own[evenly(h * w, budget if t == 1 else -(-budget // 2))] = 1
-        rank.append(own)
-    places = tokens.table(np.concatenate(rank))
-    score = torch.where(places == 0, -similarity, places * torch.inf)
+                rank[: h * w] = -1
+                rank[evenly(h * w, budget if t == 1 else -(-budget // 2))] = 1
+        fixed.append(rank)
+    score = dissimilarity(tokens, similarity, fixed)
     return best_rows(score, tokens.budgets, tokens.lengths)
 
 
-def previous_similarity(tokens: Tokens, x: Tensor) -> Tensor:
-    """Cosine of every patch with the same place of the frame before, float32, shape (n,).
+def dissimilarity(tokens: Tokens, similarity: Tensor, fixed: list[HostIndex]) -> Tensor:
+    """-similarity (n,) as a score; where `fixed` is 1 or -1 instead of 0, it is ±inf."""
+    sign = tokens.table(np.concatenate(fixed))
+    return torch.where(sign == 0, -similarity, sign * torch.inf)
 
-    -inf in first frames. Spans must be whole.
-    """
+
+def previous_similarity(tokens: Tokens, x: Tensor) -> Tensor:
+    """s_{t,p} of every patch, float32, shape (n,); -inf in first frames. Spans must be whole."""
     from tokencomp.kernels import nearest_previous_frame
 
     grids = tokens.grids
@@ -87,7 +82,8 @@ def previous_similarity(tokens: Tokens, x: Tensor) -> Tensor:
 
     def of_stack(frames: HostIndex, _: Stack, rows: Tensor) -> Tensor:
         similarity: Tensor = nearest_previous_frame(rows[:, None])[:, 0]
-        first = np.flatnonzero(np.isin(frames, firsts))  # the kernel knows of frame 0
+        # The kernel takes the frames for one video, and masks only its first frame.
+        first = np.flatnonzero(np.isin(frames, firsts))
         if len(first) == 1:
             return similarity
         return similarity.index_fill_(0, tokens.table(first), -torch.inf)

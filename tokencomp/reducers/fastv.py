@@ -1,11 +1,11 @@
-"""Comparator: pruning once, early."""
+"""FastV: one early cut by attention (arXiv 2403.06764)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tokencomp.reducers import register_reducer
 from tokencomp.reducers.prune import Preset, Prune
-from tokencomp.reducers.registry import register_reducer
 
 
 @register_reducer("fastv")
@@ -13,8 +13,11 @@ from tokencomp.reducers.registry import register_reducer
 class FastV(Preset):
     """Preset of FastV (arXiv 2403.06764): one cut after layer 2, by the last token's attention.
 
-    The fraction that is cut follows from the ratio. If a cut after layer 2 cannot meet the ratio,
-    the cut comes earlier (ours).
+        s_i = mean over heads of the attention of the last prompt token to token i,
+              in the layer before the cut
+
+    The fraction that is cut follows from the ratio. If a cut after layer 2 cannot meet it, the cut
+    comes earlier (ours).
     """
 
     summary = "one early cut by the last token's attention (FastV 2403.06764)"

@@ -1,4 +1,4 @@
-"""Comparator: attention of two depths of the vision tower."""
+"""HiPrune: attention of a middle and the last block of the vision tower (arXiv 2508.00553)."""
 
 from __future__ import annotations
 
@@ -7,36 +7,35 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tokencomp.plan.reducer import Traits
+from tokencomp.reducers import Kept, Published, Tokens, Traits, register_reducer
 from tokencomp.reducers._batch import best_rows, finite_values, tower_signal
-from tokencomp.reducers.published import Published
-from tokencomp.reducers.registry import register_reducer
-from tokencomp.tokens.kept import Kept
 from tokencomp.tokens.signals import TOWER_ATTENTION, TowerSignal
-from tokencomp.tokens.tokens import Tokens
 
-ANCHORS = 0.1 / 5  # share of the budget, before their neighbours
+ANCHORS = 0.1 / 5  # share of the budget; with the four neighbours 0.1
 MIDDLE = TowerSignal("attention", 15 / 32)
 
 
 @register_reducer("hiprune")
 @dataclass(frozen=True)
 class HiPrune(Published):
-    """Anchors of a middle block with their neighbours, then what the last block attends to.
+    """Anchors of a middle block with their neighbours, then the last block's attention.
 
-    HiPrune (arXiv 2508.00553). round(0.02 · K) anchors are the tokens with the largest attention in
-    the block in the middle of the vision tower, where it follows objects; each brings its
-    neighbours, the cells before and behind it and those above and below. The others of the budget
-    are those with the largest attention in the last block in use.
+    HiPrune (arXiv 2508.00553), with budget K:
 
-    Notes
-    -----
-    Exactly K tokens stay. On Qwen the release marks chosen tokens by subtracting 1 from an
-    attention that may exceed 1, so that it chooses some twice and keeps fewer than K. The middle is
-    the sixteenth of 32 blocks, as in the release for Qwen2.5-VL, and block ⌊15/32 · n⌋, counted
-    from 0, of n others; for LLaVA the release takes the ninth of 24. Towers with a class token are
-    read by its attention, in the release by that of all rows. Neighbours at the edge wrap into the
-    next row, as in the release.
+        anchors:  the round(0.02 · K) tokens of largest attention in the middle block
+        buffers:  the cells left, right, above and below each anchor
+        register: the tokens of largest attention in the last block in use, until K are kept
+
+    Deviations from the release:
+
+    - Exactly K tokens are kept. On Qwen it marks chosen tokens by subtracting 1 from an attention
+      that may exceed 1, and so chooses some twice.
+    - The middle block is block ⌊15/32 · n⌋ of n, from 0: as there for Qwen2.5-VL. For LLaVA it
+      takes the ninth of 24.
+    - In towers with a class token, attention is that of the class token; there it is that of all
+      rows.
+
+    Neighbours at the edge wrap into the next row, as in the release.
     """
 
     revision = 2  # 1: one block later
@@ -50,7 +49,7 @@ class HiPrune(Published):
         middle, last = attentions.unbind(1)
         counts = [round(budget * ANCHORS) for budget in tokens.budgets]
         anchors = best_rows(middle, counts, tokens.lengths)
-        # Cells of one span after those of the other: its first one, its last one, its width.
+        # Neighbours of the anchors, in cells numbered over all spans, clamped to their span.
         ends = np.cumsum([t * h * w for t, h, w in tokens.grids])
         firsts = [0, *ends[:-1].tolist()]
         edges = np.stack([firsts, ends - 1, [w for *_, w in tokens.grids]], 1)
@@ -60,6 +59,6 @@ class HiPrune(Published):
         near = (cells[anchors][:, None] + w * down + right).clamp(first, final)
         chosen = torch.zeros(int(ends[-1]), dtype=torch.bool, device=near.device)
         chosen[near] = True
-        # Tokens that stay anyway stand before all others.
+        # Anchors and neighbours first, then the largest attention of the last block.
         last = last.masked_fill(chosen[cells], torch.inf)
         return Kept(best_rows(last, tokens.budgets, tokens.lengths))

@@ -1,4 +1,4 @@
-"""Comparator: a budget for every crop of a picture."""
+"""HoloV: budgets of image crops by attention (arXiv 2510.02912)."""
 
 from __future__ import annotations
 
@@ -6,34 +6,33 @@ import itertools
 from dataclasses import dataclass
 
 from tokencomp.plan.counts import split_evenly
-from tokencomp.plan.reducer import Traits
+from tokencomp.reducers import Kept, Reducer, Tokens, Traits, register_reducer
 from tokencomp.reducers._batch import best_rows, finite_values, segment, tower_signal
-from tokencomp.reducers.base import Reducer
-from tokencomp.reducers.registry import register_reducer
-from tokencomp.tokens.kept import Kept
 from tokencomp.tokens.signals import TOWER_ATTENTION
-from tokencomp.tokens.tokens import Tokens
 
-CROP = 1024 / 576  # crops per kept share of the tokens
+CROP = 1024 / 576  # crops per n / K
 
 
 @register_reducer("holov")
 @dataclass(frozen=True)
 class HoloV(Reducer):
-    """Split a picture into crops, and keep of each the tokens that the vision tower attends to.
+    """Split an image into crops, and keep of each the tokens that the vision tower attends to.
 
-    HoloV (arXiv 2510.02912). max(1, ⌊(1024/576) · n / K⌋) crops are runs of equal length in raster
-    order (16 of 36 for 64 of 576 tokens). A crop gets its share of K by its mean attention, rounded
-    down, and the crops of the largest share one more each; in a crop the tokens with the largest
-    attention stay.
+    HoloV (arXiv 2510.02912). With n tokens, budget K and attention a_i of the tower:
 
-    Notes
-    -----
-    The paper scores a crop by the mean of a_i + 0.09 · V_i · mean(a) / mean(V), V the variance of
-    the cosines of a token in its crop. That mean is 1.09 · mean(a) whatever V is, so that in the
-    release, too, the variance changes nothing (but for crops of one token, which count less there).
-    What a crop cannot hold the next ones get, and rows stay in raster order; the release fills up
-    with rows of zeros, and orders a crop by attention.
+        C   = max(1, ⌊(1024/576) · n / K⌋) crops of equal length in raster order
+        K_c = ⌊K · ā_c / Σ ā⌋,  ā_c: mean attention of crop c; crops of largest ā_c get one more
+              until the sum is K
+
+    In every crop the K_c tokens of largest a_i are kept.
+
+    Deviations from the paper and its release:
+
+    - The paper scores a crop by the mean of a_i + 0.09 · V_i · mean(a) / mean(V), V_i the variance
+      of token i's cosines in its crop. This mean is 1.09 · mean(a) for any V, so V is left out. In
+      the release it matters only for crops of one token.
+    - What a crop cannot hold goes to the next ones; the release fills up with rows of zeros.
+    - Tokens stay in raster order; the release orders a crop by attention.
     """
 
     traits = Traits(batched=True)
@@ -47,19 +46,19 @@ class HoloV(Reducer):
         lengths = list(itertools.chain(*crops))
         sums = iter(segment(attention.double(), lengths, "sum").tolist())
         budgets = []
-        for own, budget in zip(crops, tokens.budgets, strict=True):
-            budgets += crop_budgets([next(sums) / n for n in own], budget, own)
+        for sizes, budget in zip(crops, tokens.budgets, strict=True):
+            budgets += crop_budgets([next(sums) / n for n in sizes], budget, sizes)
         return Kept(best_rows(attention, budgets, lengths))
 
 
 def crop_lengths(n: int, budget: int) -> list[int]:
-    """Patches of every crop of a picture of n patches, of which `budget` stay."""
+    """Patches of every crop of an image of n patches with this budget."""
     crops = min(n, max(1, int(CROP * n / budget)))
     return [n // crops + (i < n % crops) for i in range(crops)]
 
 
 def crop_budgets(weights: list[float], total: int, most: list[int]) -> list[int]:
-    """Shares of `total` by weight, rounded down; the heaviest crops get what is left over."""
+    """Shares of `total` by weight, rounded down; the heaviest crops get the remaining tokens."""
     everything = sum(weights)
     if everything <= 0:
         return split_evenly(total, most)

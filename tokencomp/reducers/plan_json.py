@@ -1,4 +1,4 @@
-"""Plans as plain data: the JSON form that files, the command line and records of runs share."""
+"""Plans as JSON data, for files, the command line and stored runs."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ PlanLike = Plan | list[dict[str, Any]] | str | PathLike[str]
 
 
 def plan_to_json(plan: Plan) -> list[dict[str, Any]]:
-    """A plan as plain data: one object per stage with layer, fraction, reducer and options.
+    """A plan as JSON data: one object per stage, with layer, fraction, reducer and options.
 
-    A stage in the vision tower comes first and has "tower", the number of its first block, instead
+    A stage in the vision tower comes first; it has "tower", the number of its first block, instead
     of "layer".
 
     Raises
     ------
     PlanError
-        A reducer without a registered name, so that the plan could not be read again.
+        A reducer without a registered name cannot be read again.
     """
     stages: list[Stage | TowerStage] = [*plan.stages]
     if plan.tower is not None:
@@ -35,8 +35,8 @@ def plan_to_json(plan: Plan) -> list[dict[str, Any]]:
     nameless = [type(s.reducer).__name__ for s in stages if not s.reducer.name]
     if nameless:
         raise PlanError(
-            f"{nameless[0]} has no name to write down. Register it with "
-            '@tokencomp.register_reducer("name").'
+            f"{nameless[0]} has no registered name, so the plan cannot be read again. Register it "
+            'with @tokencomp.register_reducer("name").'
         )
     return [
         {
@@ -69,13 +69,13 @@ def _size(stage: Stage | TowerStage) -> dict[str, Any]:
 
 
 def plan_from_json(data: list[dict[str, Any]]) -> Plan:
-    """The plan that `plan_to_json` wrote; `options` may be left out.
+    """The plan that `plan_to_json` wrote; `options` may be missing.
 
     Raises
     ------
     PlanError
-        Something other than a list; a stage without layer, fraction or reducer, with further
-        keys, or with a value of another type; whatever `Stage`, `TowerStage` and `Plan` refuse.
+        Not a list; a stage without layer, fraction or reducer, with other keys, or with a value of
+        the wrong type; whatever `Stage`, `TowerStage` and `Plan` refuse.
     UnknownNameError, OptionError
         A reducer that is not registered, or options that it refuses.
     """
@@ -89,7 +89,7 @@ def plan_from_json(data: list[dict[str, Any]]) -> Plan:
                 "fraction (a number), reducer (a name) and, if needed, options (an object), "
                 f"by_modality (fractions of modalities that differ) and {_options_in_words()}, "
                 'e.g. {"layer": 0, "fraction": 0.5, "reducer": "bipartite"}. A stage may '
-                "have budget (visual tokens left of every item) instead of fraction. The first may "
+                "have budget (visual tokens kept of every item) instead of fraction. The first may "
                 "have tower (a block of the vision tower) instead of layer."
             )
         reducer = make_reducer(item["reducer"], **item.get("options", {}))
@@ -105,15 +105,15 @@ def plan_from_json(data: list[dict[str, Any]]) -> Plan:
 
 
 def _options_in_words() -> str:
-    """The options of stages with their types, e.g. "merge (true or false or 'auto')"."""
+    """The stage options with their types, e.g. "merge (true or false or 'auto')"."""
     return ", ".join(f"{name} ({describe_type(type_of(name))})" for name in OPTIONS)
 
 
 def _is_stage(item: Any, place: str) -> bool:
-    """Whether `item` describes a stage before a "layer", or before a block of the "tower"."""
+    """Whether `item` describes a stage at a "layer", or one at a block of the "tower"."""
     if not isinstance(item, dict):
         return False
-    budget = "budget" in item  # `Budget` says what is wrong with its value
+    budget = "budget" in item  # `Budget` checks its value
     size = {"budget": object} if budget else {"fraction": float}
     hints: dict[str, Any] = {place: int, **size, "reducer": str}
     further = {"options"} if place == "tower" else {"options", *OPTIONS}
@@ -129,7 +129,7 @@ def _is_stage(item: Any, place: str) -> bool:
 
 
 def as_plan(plan: PlanLike) -> Plan:
-    """The plan that `plan` is, holds as JSON data, or names as a JSON file.
+    """A plan from a `Plan`, from JSON data, or from the path of a JSON file.
 
     Raises
     ------

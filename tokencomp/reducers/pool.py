@@ -1,8 +1,8 @@
-"""Progressive pooling."""
+"""Progressive pooling of video frames (arXiv 2409.20018)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -10,60 +10,50 @@ import torch
 from torch import Tensor
 
 from tokencomp.plan.counts import split_evenly
-from tokencomp.plan.reducer import Traits
-from tokencomp.reducers._batch import finite_features
-from tokencomp.reducers.base import Reducer
-from tokencomp.reducers.registry import register_reducer
-from tokencomp.tokens.kept import Kept
+from tokencomp.reducers import Kept, Reducer, Tokens, Traits, finite_features, register_reducer
 from tokencomp.tokens.spans import ModelFacts
 from tokencomp.tokens.stacks import HostIndex, grouped
-from tokencomp.tokens.tokens import Tokens
-from tokencomp.validation import check_range
+from tokencomp.validation import between
 
 GROUPS = (2, 4, 8)
-STRIDE = 2.0  # of the paper's figure
-MOST_STRIDE = 1024  # tokens; no frame has longer sides
 
 
 @register_reducer("pool")
 @dataclass(frozen=True)
 class Pool(Reducer):
-    """Pool frames: the first of every group finely, the others coarsely (arXiv 2409.20018).
+    """Pool the first frame of every group finely, the others coarsely (arXiv 2409.20018).
 
-    A single image is pooled to the nearest grid. Pooled tokens are area means of the whole map.
+    Pooled tokens are means over equal areas of the whole frame; an image is pooled as one frame.
+    For T frames of n tokens in groups of g, of which H = ⌈T/g⌉ frames are first and L = T - H are
+    not:
 
-    Attributes
-    ----------
-    stride
-        How much coarser the sides of the other frames are, at most; 2 in the paper's figure. 1
-        pools all frames equally.
-    position
-        Position of a pooled token: "mean" (that of the member at its rounded mean place), "first"
-        (its first member's), or None: "first" on models with one position per token, else "mean".
+        g ∈ {2, 4, 8} such that n · (H + L / stride²) is nearest to the budget K
+        tokens of a first frame:  min(K / (H + L / stride²), n);  others share the rest evenly
 
-    Notes
-    -----
-    The paper leaves the numbers open; these rules are ours. A group has 2, 4 or 8 frames, as many
-    as bring whole first frames and others at `stride` nearest to the budget. First frames stay
-    whole as long as the stride allows it; below that they get stride² times the tokens of the
-    others. The tokens of each group are split evenly over its frames. A count that no grid has is
-    met by rows of unequal length, so that it is always exact. Every frame keeps a token while
-    there are enough for all; first frames are the last to lose theirs.
+    Deviations from the paper, which leaves these numbers open (all ours):
+
+    - A count that no grid has is met by rows of unequal length, so that it is always exact.
+    - Every frame keeps a token while there are enough for all, first frames before the others.
 
     The default is the paper's. On videos of the embedded models, down to a quarter of the tokens,
     plain pooling (stride=1) answers more questions correctly, because whole first frames cost the
     other frames too much (benchmarks/accuracy/choice.md, validation questions).
+
+    Attributes
+    ----------
+    stride
+        At most how much coarser the sides of the other frames are; 2 in the paper's figure. 1 pools
+        all frames equally.
+    position
+        Position of a pooled token: that of its "first" or its "mean" member (at the rounded mean
+        row and column). None: "first" on models with one position per token, else "mean".
     """
 
-    stride: float = STRIDE
+    stride: float = field(default=2.0, metadata=between(1, 1024))
     position: Literal["mean", "first"] | None = None
 
     summary = "progressive pooling of frames, 2-D pooling of images (2409.20018)"
     traits = Traits(merges=True, grid="whole", batched=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("pool", "stride", self.stride, 1, MOST_STRIDE)
 
     def bind(self, facts: ModelFacts) -> Pool:
         if self.position is None and not facts.mrope:
@@ -84,20 +74,21 @@ class Pool(Reducer):
             rows = tokens.table(np.add.outer(frames, np.arange(h * w)).ravel())
             stack = x.index_select(0, rows).view(len(frames), h, w, -1)
             pooled.append(pool_lines(stack, lines))
-            place = places(lines, h, w, self.position or "mean")
-            chosen.append(place + np.repeat(frames, counts))
+            cells = positions(lines, h, w, self.position or "mean")
+            chosen.append(cells + np.repeat(frames, counts))
             sizes.append(np.repeat(h * w / np.asarray(counts), counts))
         size = torch.from_numpy(np.concatenate(sizes).astype(np.float32)).to(tokens.device)
         rows = tokens.table(np.concatenate(chosen))
         return Kept.ascending(rows, torch.cat(pooled), size)
 
     def frame_quota(self, frames: int, cells: int, budget: int) -> list[int]:
-        """Tokens of every frame: whole numbers in 0 … cells that sum to `budget`."""
+        """Tokens of every frame: integers from 0 to `cells` whose sum is `budget`."""
         group = solved_group(frames, cells, budget, self.stride)
         high = -(-frames // group)
         low = frames - high
         fine = min(budget / (high + low / self.stride**2), cells)
-        least, most = min(high, budget), max(high, budget - low)  # one each, first frames before
+        # Every frame keeps a token if there are enough, first frames before the others.
+        least, most = min(high, budget), max(high, budget - low)
         firsts = min(max(round(high * fine), least), most)
         fines = iter(split_evenly(firsts, [1] * high))
         coarses = iter(split_evenly(budget - firsts, [1] * low))
@@ -105,7 +96,7 @@ class Pool(Reducer):
 
 
 def solved_group(frames: int, cells: int, budget: int, stride: float) -> int:
-    """The group size whose natural budget is nearest to `budget`; ties to the smaller."""
+    """The group size whose token count is nearest to `budget`; ties: the smaller size."""
 
     def natural(group: int) -> float:
         high = -(-frames // group)
@@ -115,7 +106,7 @@ def solved_group(frames: int, cells: int, budget: int, stride: float) -> int:
 
 
 def line_widths(tokens: int, height: int, width: int) -> list[int]:
-    """Tokens per line of a pooled frame: as square as the frame, exact in sum.
+    """Tokens in every line of a pooled frame, with the frame's aspect ratio and an exact sum.
 
     Lines differ by at most one token; there are at most `height` of at most `width` tokens.
     """
@@ -128,7 +119,7 @@ def line_widths(tokens: int, height: int, width: int) -> list[int]:
 
 
 def pool_lines(x: Tensor, lines: list[list[int]]) -> Tensor:
-    """Pool frames x (T, H, W, d) to `lines[f]`: first the height, then every line's width."""
+    """Pool frames x (T, H, W, d) to `lines[f]`: first the height, then the width of every line."""
     from tokencomp.kernels import frame_pool
 
     _, _, width, dim = x.shape
@@ -138,19 +129,19 @@ def pool_lines(x: Tensor, lines: list[list[int]]) -> Tensor:
     return pooled
 
 
-def places(lines: list[list[int]], height: int, width: int, position: str) -> HostIndex:
-    """Raster place in its frame of every token: of its "first" member, or of the "mean" one."""
-    place = {"first": first, "mean": middle}[position]
+def positions(lines: list[list[int]], height: int, width: int, position: str) -> HostIndex:
+    """Raster index in its frame of the "first" or "mean" member of every pooled token."""
+    member = {"first": first, "mean": middle}[position]
     result = []
     for widths in lines:
         for i, n in enumerate(widths):
-            row = place(i, len(widths), height)
-            result += [row * width + place(j, n, width) for j in range(n)]
+            row = member(i, len(widths), height)
+            result += [row * width + member(j, n, width) for j in range(n)]
     return np.asarray(result, dtype=np.int64)
 
 
 def first(i: int, parts: int, size: int) -> int:
-    """First member of area-pooling cell i of `parts` along `size` places."""
+    """First member of cell i if `size` members are pooled to `parts` cells."""
     return i * size // parts
 
 

@@ -1,4 +1,4 @@
-"""Layerwise pruning by the decoder's own attention (AIM stage B, FastV, PyramidDrop)."""
+"""Pruning by the decoder's attention (AIM, FastV, PyramidDrop, SparseVLM)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ from torch import Tensor
 
 from tokencomp.plan.counts import check_ratio
 from tokencomp.plan.plan import Plan, from_profile
-from tokencomp.plan.reducer import Traits, effective
-from tokencomp.plan.schedules import NATURAL, SCHEDULES, aim, check_ramp, natural_aim
+from tokencomp.plan.reducer import effective
+from tokencomp.plan.schedules import NATURAL, SCHEDULES, check_ramp
+from tokencomp.reducers import Published, ScoreReducer, Tokens, Traits, register_reducer
 from tokencomp.reducers._batch import supplied_scores
-from tokencomp.reducers.base import ScoreReducer
-from tokencomp.reducers.published import Published
-from tokencomp.reducers.registry import register_reducer
+from tokencomp.reducers.published import cut_layers
 from tokencomp.tokens.signals import Attention, Signal
-from tokencomp.tokens.tokens import Tokens
 
 STEPS, TEMPERATURE = 5, 0.1  # of PageRank
 OF_RAMP = effective(
@@ -27,34 +25,35 @@ OF_RAMP = effective(
 @register_reducer("prune")
 @dataclass(frozen=True)
 class Prune(ScoreReducer, Published):
-    """Drop the visual tokens that a layer beside the stage attends to least.
+    """Drop the visual tokens to which a decoder layer attends least.
+
+        "pagerank":    s ← s·M five times from the uniform vector, M = softmax(logits / 0.1) the
+                       causal attention of a head; root mean square over heads (AIM, 2412.03248)
+        "last_query":  s = attention of the last prompt token, mean over heads (PyramidDrop,
+                       2410.17247; FastV, 2403.06764)
+        "rater_query": s = mean attention of the text tokens that the visual ones resemble most
+                       (SparseVLM, 2410.04417)
+
+    Deviations from the releases:
+
+    - They mask tokens; here tokens leave hidden states, rotary tables, masks and the KV cache. So
+      from AIM's second stage on a few kept tokens differ (Jaccard 0.97 over 100 random cases),
+      because in the release masked rows still vote.
+    - For ratios that a later start cannot meet there is a stage at layer 0, scored by its q and k.
 
     Attributes
     ----------
     score
-        "pagerank": five steps s ← s·M of the layer's causal attention M = softmax(logits / 0.1)
-        from the uniform vector, per head, root mean square over heads (AIM, arXiv 2412.03248).
-        "last_query": attention of the last prompt token, mean over heads (PyramidDrop,
-        arXiv 2410.17247; FastV, arXiv 2403.06764). "rater_query": mean over the text tokens that
-        the visual ones resemble most (SparseVLM, arXiv 2410.04417).
+        "pagerank", "last_query" or "rater_query".
     schedule
         "aim", "pyramid", "fastv" or "sparsevlm" (see `tokencomp.plan.schedules`).
     layer
         Whose attention: "previous", the layer before the stage (AIM, FastV), or "next", the layer
-        after it, by its own queries and keys of the tokens before the stage (PyramidDrop). Where
-        that layer has no attention (a recurrence, for example), the nearest one before it counts.
+        after it, with its queries and keys of the tokens before the stage (PyramidDrop). If that
+        layer has no attention (a recurrence, for example), the nearest one before it.
     start, stop
         AIM's ramp as fractions of the depth; published: 14/28 … 22/28 for video, 13/32 … 21/32 for
         images. Without effect on other schedules.
-
-    Notes
-    -----
-    The authors mask tokens; in this package the tokens leave hidden states, rotary tables, masks
-    and the KV cache. A stage at layer 0 (for ratios that a later start cannot meet) is scored by
-    layer 0's q and k.
-
-    Against AIM's release the first stage keeps the same tokens. From the second stage on a few
-    differ (Jaccard 0.97 over 100 random cases), because there masked rows still vote.
     """
 
     score: Literal["pagerank", "last_query", "rater_query"] = "pagerank"
@@ -84,19 +83,13 @@ class Prune(ScoreReducer, Published):
         return frozenset({signal})
 
     def plan(self, ratio: float, num_layers: int) -> Plan:
-        target = 1.0 - check_ratio(ratio)
-        if self.schedule == "aim":
-            profile = aim(num_layers, target, self.start, self.stop)
-        else:
-            profile = SCHEDULES[self.schedule](num_layers, target)
+        ramp = (self.start, self.stop) if self.schedule == "aim" else ()
+        profile = SCHEDULES[self.schedule](num_layers, 1.0 - check_ratio(ratio), *ramp)
         return from_profile(profile, self)
 
     def published_layers(self, num_layers: int) -> tuple[int, ...]:
-        if self.schedule == "aim":
-            natural = natural_aim(num_layers, self.start, self.stop)
-        else:
-            natural = NATURAL[self.schedule](num_layers)
-        return tuple(stage.layer for stage in from_profile(natural, self).stages)
+        ramp = (self.start, self.stop) if self.schedule == "aim" else ()
+        return cut_layers(NATURAL[self.schedule](num_layers, *ramp), self)
 
     def scores(self, tokens: Tokens) -> Tensor:
         return supplied_scores(tokens, "prune")
@@ -104,7 +97,7 @@ class Prune(ScoreReducer, Published):
 
 @dataclass(frozen=True)
 class Preset(Published):
-    """The steps that a published method takes, as a setting of `Prune`."""
+    """A published method that is a setting of `Prune`."""
 
     step: ClassVar[Prune]
 

@@ -1,28 +1,29 @@
-"""What records and tables of an evaluation ask of a published method."""
+"""What evaluation tables and stored answers need to know of a published method."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tokencomp.plan.plan import from_profile
 from tokencomp.reducers.base import Reducer
 
 
 @dataclass(frozen=True)
 class Published(Reducer):
-    """A reducer whose choices have changed between releases, or may depart from its paper."""
+    """A reducer with a paper, from whose schedule it may depart, and with a revision."""
 
     @property
     def revision(self) -> int:
-        """Raised when the same options start to choose other tokens than in an earlier release.
+        """Version of the method: raised when the same options begin to choose other tokens.
 
-        Stored answers of both are then not mixed.
+        Stored answers of different revisions are not mixed.
         """
         return 1
 
     def published_layers(self, num_layers: int) -> tuple[int, ...]:
-        """Layers before which the paper's own schedule cuts; () for methods without one.
+        """Layers before which the paper's schedule cuts; () for methods without one.
 
-        A ratio that this schedule cannot reach moves or adds cuts: see `deviation`.
+        At ratios that this schedule cannot reach, cuts move or are added: see `deviation`.
         """
         return ()
 
@@ -32,7 +33,7 @@ class Published(Reducer):
         Parameters
         ----------
         frames
-            Steps in time of the videos that are asked about; 0 if unknown, or if there are none.
+            Temporal steps of the videos; 0 if unknown, or if there are no videos.
         """
         published = self.published_layers(num_layers)
         layers = [stage.layer for stage in self.plan(ratio, num_layers).stages]
@@ -40,6 +41,11 @@ class Published(Reducer):
             return ""
         ours, theirs = (", ".join(map(str, sorted(x))) for x in (layers, published))
         return f"cuts before layer {ours}; the paper's schedule: {theirs}"
+
+
+def cut_layers(profile: list[float], reducer: Reducer) -> tuple[int, ...]:
+    """Layers before which the fraction of tokens that layers see falls."""
+    return tuple(stage.layer for stage in from_profile(profile, reducer).stages)
 
 
 def revision(reducer: Reducer) -> int:

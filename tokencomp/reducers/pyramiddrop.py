@@ -1,11 +1,11 @@
-"""Comparator: pruning in stages."""
+"""PyramidDrop: equal cuts at three depths (arXiv 2410.17247)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tokencomp.reducers import register_reducer
 from tokencomp.reducers.prune import Preset, Prune
-from tokencomp.reducers.registry import register_reducer
 
 
 @register_reducer("pyramiddrop")
@@ -13,14 +13,17 @@ from tokencomp.reducers.registry import register_reducer
 class PyramidDrop(Preset):
     """Preset of PyramidDrop (arXiv 2410.17247): cuts at a quarter, half and three quarters.
 
-    Every cut keeps the same share (half, or more if the ratio allows), by the attention of the last
-    prompt token, mean over heads, in the layer after the cut: its own queries and keys of the
-    tokens before the cut, as in the authors' code. If three halvings cannot meet the ratio, there
-    is one more cut at the start (ours).
+        s_i = mean over heads of the attention of the last prompt token to token i,
+              in the layer after the cut, with its queries and keys of the tokens before the cut
 
-    The authors' code differs in two ways. It renumbers positions from 0 after every cut, and here
-    tokens keep theirs, so that from the second cut on scores and kept tokens differ. It rounds
-    counts down, and here half a token is rounded up.
+    Every cut keeps the same share of largest s: a half, or more if the ratio allows.
+
+    Deviations from the authors' code:
+
+    - If three halvings cannot meet the ratio, there is one more cut at the start (ours).
+    - Tokens keep their positions. The code renumbers them after every cut, so that from the second
+      cut on scores and kept tokens differ.
+    - Half a token is rounded up; the code rounds down.
     """
 
     revision = 2  # 1: attention of the layer before the cut

@@ -1,26 +1,22 @@
-"""Baseline: a random subset."""
+"""Baseline: a random subset (between layers: arXiv 2512.07580)."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from tokencomp.plan.reducer import Traits
-from tokencomp.reducers._batch import best_rows
+from tokencomp.reducers import Kept, Tokens, Traits, best_rows, register_reducer
 from tokencomp.reducers._late import Baseline
-from tokencomp.reducers.registry import register_reducer
-from tokencomp.tokens.kept import Kept
-from tokencomp.tokens.tokens import Tokens
-from tokencomp.validation import check_range
+from tokencomp.validation import between
 
 
 @lru_cache(maxsize=8)
 def random_ranks(seed: int, cells: int) -> Tensor:
-    """A random number for each of so many cells, the same for a cell of any grid and device."""
+    """A random number per cell, the same for any grid and device."""
     return torch.rand(cells, generator=torch.Generator().manual_seed(seed))
 
 
@@ -29,24 +25,20 @@ def random_ranks(seed: int, cells: int) -> Tensor:
 class Random(Baseline):
     """Keep a random subset.
 
-    The choice depends only on the seed and the patch indices, so it is identical across batches,
-    devices, and the Hugging Face and vLLM backends.
+    It depends only on the seed and the raster index of a patch, so it is the same in any batch, on
+    any device, and in transformers and vLLM.
 
     Attributes
     ----------
     seed : int
-        0 … 2⁶³ - 1. Every span of the same grid gets the same subset, whatever special tokens
-        stand between its patches. A smaller subset is part of every larger one.
+        0 … 2⁶³ - 1. Every span of the same grid gets the same subset. A smaller subset is part of
+        every larger one.
     """
 
-    seed: int = 0
+    seed: int = field(default=0, metadata=between(0, 2**63 - 1))
 
     traits = Traits(batched=True)
     summary = "a random subset (baseline)"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range("random", "seed", self.seed, 0, 2**63 - 1)
 
     def reduce(self, tokens: Tokens) -> Kept:
         most = max(map(math.prod, tokens.grids))

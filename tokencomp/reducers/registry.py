@@ -1,7 +1,7 @@
-"""Reducers by name: the built-in ones, those that plugins bring, and those of user code.
+"""Reducers by name: built-in ones, those of plugins, and those of user code.
 
-A package offers reducers through the entry-point group `tokencomp.reducers`. An entry point names
-a `Reducer` subclass, or a module that registers its classes when it is imported.
+A package offers reducers by the entry-point group `tokencomp.reducers`. An entry point names a
+`Reducer` subclass, or a module that registers its classes on import.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tokencomp.reducers.compose import Compose, assign_options, part_names
 PACKAGE = "tokencomp.reducers"
 GROUP = "tokencomp.reducers"
 
-# Arguments of `patch` and `Handle.set` that stand beside the options of a reducer.
+# Arguments of `patch` and `Handle.set` that are not options of a reducer.
 ARGUMENTS = (
     "ratio", "budget", "reducer", "plan", "tower_ratio", "tower_reducer", "strict",
     "positions", "extend_context", "verify", *OPTIONS,
@@ -49,7 +49,7 @@ def register_reducer(name: str, *, override: bool = False) -> Callable[[R], R]:
     Parameters
     ----------
     override
-        Replace a reducer that has the name already.
+        Replace the reducer that has this name.
 
     Raises
     ------
@@ -60,7 +60,7 @@ def register_reducer(name: str, *, override: bool = False) -> Callable[[R], R]:
 
     def decorate(cls: R) -> R:
         if not cls.__module__.startswith(f"{PACKAGE}."):
-            _load_built_in()  # so that a clash with a built-in name shows now, not later
+            _load_built_in()  # a clash with a built-in name is an error now, not later
         old = _REGISTRY.get(name)
         if old is not None and not override:
             check_free("reducer", name, old, cls)
@@ -77,7 +77,7 @@ def _load_built_in() -> None:
         package = importlib.import_module(PACKAGE)
         for module in pkgutil.iter_modules(package.__path__):
             importlib.import_module(f"{PACKAGE}.{module.name}")
-        _built_in_loaded = True  # only now: another thread must not miss what is still loading
+        _built_in_loaded = True  # set last: other threads must not use a half-filled registry
 
 
 def _load_plugins() -> None:
@@ -90,7 +90,7 @@ def _load_plugins() -> None:
             _load_plugin(entry_point)
     finally:
         _loading.active = False
-    _plugins_loaded = True  # only now, for the same reason
+    _plugins_loaded = True  # set last, for the same reason
 
 
 def _load_plugin(entry_point: metadata.EntryPoint) -> None:
@@ -99,7 +99,7 @@ def _load_plugin(entry_point: metadata.EntryPoint) -> None:
         is_reducer = isinstance(plugin, type) and issubclass(plugin, Reducer)
         if is_reducer and plugin not in _REGISTRY.values():
             register_reducer(entry_point.name)(plugin)
-    except Exception as error:  # whatever a plugin raises, everything else must keep working
+    except Exception as error:  # a broken plugin must not disable the other reducers
         package = entry_point.dist.name if entry_point.dist else "an unknown package"
         warnings.warn(
             f"plugin {entry_point.name!r} ({entry_point.value}, from {package}) of the entry-point "
@@ -123,21 +123,20 @@ def make_reducer(name: str | Reducer, /, **options: Any) -> Reducer:
     Raises
     ------
     UnknownNameError
-        No reducer has that name (close matches are named).
+        No reducer has that name; similar names are listed.
     OptionError
-        An option the reducer does not have, or a value it refuses.
+        An option that the reducer does not have, or a value that it refuses.
     """
     if isinstance(name, Reducer):
         if options:
             raise OptionError(
-                f"options {sorted(options)} beside a ready {name.name!r} object. Set "
-                "them when you build it."
+                f"options {sorted(options)} with a reducer object ({name.name!r}). Set them when "
+                "you build the object."
             )
         return name
     if isinstance(name, type) and issubclass(name, Reducer):
         raise OptionError(
-            f"reducer={name.__name__} is a class. Give an object with its options set: "
-            f"reducer={name.__name__}(...)."
+            f"reducer={name.__name__} is a class. Give an object: reducer={name.__name__}(...)."
         )
     if isinstance(name, str) and "+" in name.rstrip("+"):  # PruMerge+ is the name of one method
         return _compose(name, options)
@@ -153,9 +152,9 @@ def make_reducer(name: str | Reducer, /, **options: Any) -> Reducer:
 
 
 def options_of(reducer: Reducer) -> dict[str, Any]:
-    """The options with which `make_reducer` builds a reducer by its name, ready for JSON.
+    """The options with which `make_reducer` builds this reducer again, as JSON values.
 
-    Fields that do not take part in comparison hold what `Reducer.bind` has found, and are none.
+    Fields that are excluded from comparison hold what `Reducer.bind` found, and are no options.
     """
     if isinstance(reducer, Compose):
         parts = {
@@ -169,13 +168,13 @@ def options_of(reducer: Reducer) -> dict[str, Any]:
 
 
 def _meant(wrong: list[str], allowed: list[str]) -> str:
-    """A sentence about what was perhaps meant, or ""."""
+    """A sentence that suggests the right name, or ""."""
     known = [*allowed, *ARGUMENTS]
     for name in wrong:
         if name in ARGUMENTS:
-            return f" {name} is no option of a reducer, and stands beside them."
+            return f" {name} is an argument of patch, not an option of a reducer."
         if name in KEPT_SHARE:
-            return " Did you mean ratio? It is the share that is removed, not the share that stays."
+            return " Did you mean ratio? It is the share that is removed, not the share kept."
         close = [SYNONYMS[name]] if name in SYNONYMS else difflib.get_close_matches(name, known, 1)
         if close:
             return f" Did you mean {close[0]}?"

@@ -9,15 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokencomp.plan.reducer import Traits
-from tokencomp.reducers._batch import best_rows
+from tokencomp.reducers import Kept, Reducer, Tokens, Traits, best_rows, register_reducer
 from tokencomp.reducers._pixels import OF_PIXELS, descriptor
-from tokencomp.reducers.base import Reducer
-from tokencomp.reducers.registry import register_reducer
-from tokencomp.tokens.kept import Kept
 from tokencomp.tokens.spans import Grid
-from tokencomp.tokens.tokens import Tokens
-from tokencomp.validation import check_range
+from tokencomp.validation import between
 
 HALVINGS = 24  # of the interval that holds the threshold: to 6e-8 of the largest distance
 
@@ -42,16 +37,12 @@ class RunLength(Reducer):
         See `kcenter`.
     """
 
-    pool: int = field(default=4, metadata=OF_PIXELS)
+    pool: int = field(default=4, metadata=OF_PIXELS | between(1, 64))
 
     summary = (
         "drop tokens that look like the last kept one at their place (RLT 2411.05222, exact count)"
     )
     traits = Traits(grid="whole", batched=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range(self.name, "pool", self.pool, 1, 64)
 
     def reduce(self, tokens: Tokens) -> Kept:
         from tokencomp.kernels import maxmin_select

@@ -1,4 +1,4 @@
-"""Comparator: saliency × covering."""
+"""SCOPE: saliency × coverage (arXiv 2510.24214)."""
 
 from __future__ import annotations
 
@@ -7,36 +7,34 @@ from typing import Literal
 
 from torch.nn.functional import normalize
 
-from tokencomp.plan.reducer import Traits
-from tokencomp.reducers._batch import finite_features, tower_signal
-from tokencomp.reducers.base import Reducer
-from tokencomp.reducers.registry import register_reducer
-from tokencomp.tokens.kept import Kept
+from tokencomp.reducers import Kept, Reducer, Tokens, Traits, finite_features, register_reducer
+from tokencomp.reducers._batch import tower_signal
 from tokencomp.tokens.signals import TOWER_ATTENTION, Signal
-from tokencomp.tokens.tokens import Tokens
 
 
 @register_reducer("scope")
 @dataclass(frozen=True)
 class Scope(Reducer):
-    """Greedy choice of tokens that are salient and cover tokens which no chosen one resembles.
+    """Greedy choice of salient tokens that cover tokens unlike those already kept.
 
-    SCOPE (arXiv 2510.24214): the next token is the one of the largest
-    a_j · Σ_i max(0, cos(x_i, x_j) - the largest cosine of x_i with a chosen token), a the attention
-    that the vision tower pays to the token. Facility location with a factor per token.
+    SCOPE (arXiv 2510.24214), with the attention a_j that the vision tower pays to token j (α = 1):
+
+        next = argmax_j  a_j · Σ_i max(0, cos(x_i, x_j) - max over kept c of cos(x_i, x_c))
+
+    This is facility location with a factor per token.
+
+    Deviations from the release, besides which the rule gave its sets in 60 of 60 random cases:
+
+    - Features are those after the projector, as in its copy for Qwen; for LLaVA it takes those
+      before the projector.
+    - Attention is that of the last block in use, as there for LLaVA, averaged over a token's
+      patches.
 
     Attributes
     ----------
     saliency
-        "tower": a as in the paper (its α = 1). "none": a = 1, plain facility location (ours as a
-        setting), which needs no signal and therefore runs in servers and in the vision tower.
-
-    Notes
-    -----
-    Attention is that of the last block in use, averaged over the patches of a token, and features
-    are those after the projector; the release reads the same block for LLaVA, with the features
-    before the projector, and in its copy for Qwen. On the release's own
-    inputs the rule gave the same sets in 60 of 60 random cases.
+        "tower": as published. "none": a = 1, plain facility location (ours), which needs no signal
+        and therefore runs in servers and in the vision tower.
     """
 
     saliency: Literal["tower", "none"] = "tower"

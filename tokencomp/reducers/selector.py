@@ -1,4 +1,4 @@
-"""Selection by a small network that learned what explains the model's answers."""
+"""A small network trained to predict which tokens explain the answer (arXiv 2506.01097)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokencomp.errors import OptionError, WeightsError
-from tokencomp.plan.reducer import Traits
+from tokencomp.reducers import Kept, Reducer, Tokens, Traits, register_reducer
 from tokencomp.reducers._batch import (
     best_rows,
     finite_features,
@@ -22,13 +22,9 @@ from tokencomp.reducers._batch import (
     min_max,
     supplied_scores,
 )
-from tokencomp.reducers.base import Reducer
-from tokencomp.reducers.registry import register_reducer
-from tokencomp.tokens.kept import Kept
 from tokencomp.tokens.signals import Attention, Signal
 from tokencomp.tokens.spans import ModelFacts
 from tokencomp.tokens.stacks import HostIndex, Stack, by_stack, real
-from tokencomp.tokens.tokens import Tokens
 
 TRAIN = "tokencomp train selector --model MODEL --data DATA --output FOLDER"
 CHANNELS = (32, 64, 128, 256, 512)
@@ -37,24 +33,24 @@ INPUTS: dict[Input, str] = {
     "attention": "attention of text rows, mean over heads",
     "features": "projected visual features",
 }
-"""What a network may read, and how its card calls it."""
+"""Inputs that a network can read, and their names on its card."""
 NARROW = (32, 32, 32)
-"""Channels of a network of features (ours); `CHANNELS` learns its labels by heart."""
+"""Channels of a network that reads features (ours); with `CHANNELS` it overfits."""
 
 
 class SelectorNet(nn.Module):
-    """One-dimensional CNN from an attention row to importance logits (arXiv 2506.01097).
+    """One-dimensional CNN from attention rows to importance logits (arXiv 2506.01097).
 
-    Depthwise-separable convolutions of kernel 3 with batch norm and ReLU, then one 1×1
-    convolution; works for any number of tokens. Kernel, norm and input scaling are ours, and so is
-    the network that reads features: a linear projection of every standardised token comes first.
+    Depthwise-separable convolutions of kernel 3 with batch norm and ReLU, then a 1×1 convolution;
+    works for any number of tokens. Kernel, norm and input scaling are ours, as is the network that
+    reads features, which begins with a linear projection of every standardised token.
 
     Parameters
     ----------
     channels
         Output channels of every layer; the paper has five, from 32 to 512.
     features
-        Width of the visual features that it reads instead of an attention row; 0: it reads a row.
+        Width of the visual features that it reads; 0: it reads an attention row.
     """
 
     def __init__(self, channels: tuple[int, ...] = CHANNELS, features: int = 0) -> None:
@@ -75,26 +71,21 @@ class SelectorNet(nn.Module):
         self.head = nn.Conv1d(width, 1, 1)
 
     def forward(self, rows: Tensor, real: Tensor | None = None) -> Tensor:
-        """Importance of every token; its softmax over n is the predicted relevance.
+        """Importance logits (B, n), float32; their softmax over n is the predicted relevance.
 
         Parameters
         ----------
         rows : Tensor, shape (B, n), or (B, n, d) if it reads features
-            Attention rows, or features in any scale; shorter ones end in zeros.
+            Attention rows, or features in any scale; shorter ones are padded with zeros.
         real : Tensor of bool, shape (B, n), or None
-            False at these zeros, which take no part in the batch norm. None: there are none.
-
-        Returns
-        -------
-        Tensor, float32, shape (B, n)
-            Logits, the lowest finite number where nothing is real.
+            False at padding, which does not enter the batch norm and gets the lowest finite logit.
         """
         if self.stem is None:
             x = scaled(rows, real)[:, None]
         else:
             if rows.shape[-1] != self.stem.in_features:
                 raise OptionError(
-                    f"selector: visual tokens of width {rows.shape[-1]}, and the network reads "
+                    f"selector: visual tokens of width {rows.shape[-1]}, but the network reads "
                     f"{self.stem.in_features}. Train weights for this model: {TRAIN}"
                 )
             x = self.stem(standardised(rows)).transpose(1, 2)
@@ -108,8 +99,8 @@ class SelectorNet(nn.Module):
 
 
 def _real_columns(layer: nn.Module, x: Tensor, real: Tensor) -> Tensor:
-    """`layer` on the real columns of x (B, C, n), zeros elsewhere."""
-    if not layer.training:  # then columns do not depend on each other
+    """Batch norm over the real columns of x (B, C, n); zeros at padding."""
+    if not layer.training:  # batch norm with stored statistics treats columns independently
         every: Tensor = layer(x)
         return every.masked_fill(~real[:, None], 0)
     columns = x.transpose(1, 2)
@@ -119,7 +110,7 @@ def _real_columns(layer: nn.Module, x: Tensor, real: Tensor) -> Tensor:
 
 
 def scaled(rows: Tensor, real: Tensor | None = None) -> Tensor:
-    """Log of a row over its mean: attention shares shrink with the length, this does not."""
+    """log(row / mean(row) + 0.01), which unlike the row does not shrink with its length."""
     count = rows.shape[-1] if real is None else real.sum(-1, keepdim=True)
     mean = (rows.sum(-1, keepdim=True) / count).clamp(min=1e-12)
     x = torch.log(rows / mean + 0.01)
@@ -127,7 +118,7 @@ def scaled(rows: Tensor, real: Tensor | None = None) -> Tensor:
 
 
 def standardised(features: Tensor) -> Tensor:
-    """Features (…, d) with mean 0 and variance 1 over d, float32; zeros stay zeros."""
+    """Features (…, d) with mean 0 and variance 1 over d, float32; rows of zeros stay zeros."""
     return F.layer_norm(features.float(), features.shape[-1:])
 
 
@@ -138,7 +129,8 @@ def _load(path: Path, modified: int) -> tuple[SelectorNet, dict[str, Any]]:
     tensors, card = read(path, "selector")
     if card.get("layer", 0) != 0:
         raise WeightsError(
-            f"{path} was trained on attention of layer {card['layer']!r}, not 0. Train one: {TRAIN}"
+            f"{path} was trained on attention of layer {card['layer']!r}; a selector reads layer "
+            f"0. Train one: {TRAIN}"
         )
     try:
         features = card["hidden_size"] if input_of(card, path) == "features" else 0
@@ -152,12 +144,12 @@ def _load(path: Path, modified: int) -> tuple[SelectorNet, dict[str, Any]]:
 
 
 def input_of(card: dict[str, Any], path: str | Path, wanted: Input | None = None) -> Input:
-    """What the network of a card reads; a `WeightsError` if it is not known, or not `wanted`."""
+    """The input of the network of a card; `WeightsError` if it is unknown, or not `wanted`."""
     named = card.get("input", INPUTS["attention"])
     taken = next((name for name, text in INPUTS.items() if text == named), None)
     if taken is None:
         raise WeightsError(
-            f"{path} reads {named!r}, and selectors read {' or '.join(INPUTS.values())}. Copy both "
+            f"{path} reads {named!r}; a selector reads {' or '.join(INPUTS.values())}. Copy both "
             f"files of a finished training run, or train again: {TRAIN}"
         )
     if wanted not in (None, taken):
@@ -170,7 +162,7 @@ def input_of(card: dict[str, Any], path: str | Path, wanted: Input | None = None
 
 @lru_cache(maxsize=8)
 def on_device(net: SelectorNet, device: torch.device) -> SelectorNet:
-    """`net`, or its copy on another device, which is made once."""
+    """`net` on a device; a copy for another device is made once."""
     return net if net.head.weight.device == device else copy.deepcopy(net).to(device)
 
 
@@ -185,29 +177,32 @@ def load_selector(path: str | Path) -> tuple[SelectorNet, dict[str, Any]]:
 @register_reducer("selector")
 @dataclass(frozen=True)
 class Selector(Reducer):
-    """Keep the tokens that, to a trained network, explain the answer best (arXiv 2506.01097).
+    """Keep the tokens that a trained network predicts to explain the answer (arXiv 2506.01097).
 
-    The only input of the paper's network is layer 0's attention from the user's text to the visual
-    tokens. For it, that layer's input norm, q, k and rotary embedding run before the decoder does;
-    the attention backend is not changed. A network that was trained with `--input features` (ours)
-    reads the projected visual features instead, and no question: it needs nothing of the decoder,
-    so that servers can run it. On images it is level with `kcenter`, which needs no training, on
-    the tiny Qwen2-VL, and with `pick="top"` behind the attention at 0.9
+        I = net(mean over heads and text rows of the attention in layer 0)
+        "top":  the tokens of largest I
+        "mmr":  next = argmax_i  λ·I_i - (1 - λ)·max over kept j of cos(x_i, x_j),  λ = 0.5
+
+    The second rule is IDPruner's (arXiv 2602.13315), with I min-max scaled in the span; its I is
+    the raw output of VisionSelector, here it is this network's.
+
+    To compute the attention, input norm, q, k and rotary embedding of layer 0 run before the
+    decoder; the attention backend is not changed. A network trained with `--input features` (ours)
+    reads the projected visual features instead, and not the question, so that servers can run it.
+    On images of the tiny Qwen2-VL it is as accurate as `kcenter`, which needs no training, and at
+    0.9 with `pick="top"` less accurate than the network of attention
     (`benchmarks/accuracy/selector_features.md`). No weights of this kind ship.
 
     Attributes
     ----------
     weights : str or None
-        `selector.safetensors`, or the folder that holds it. None: in the
-        model's folder or its subfolder `tokencomp`.
+        `selector.safetensors`, or the folder that holds it. None: in the model's folder or its
+        subfolder `tokencomp`.
     pick
-        "top": the most important tokens. "mmr": one by one those of the largest
-        I - max cos(x_i, x_j) over the chosen j, I the importance scaled to 0 … 1 in the span. This
-        is the rule of IDPruner (arXiv 2602.13315) with its λ of 0.5; its importance is the raw
-        output of VisionSelector, ours are this network's logits.
+        "top" or "mmr".
     input
         What the network must have been trained on: "attention" or "features". None: whatever its
-        weights say. Servers of vLLM and SGLang must know it before they load weights.
+        weights say. vLLM and SGLang must know it before they load weights.
 
     Raises
     ------
@@ -216,7 +211,7 @@ class Selector(Reducer):
     """
 
     weights: str | None = None
-    # Not in the repr, by which stored answers know a method; theirs stands among their options.
+    # Not in the repr, which names the method in stored answers: they record options separately.
     pick: Literal["top", "mmr"] = field(default="top", repr=False)
     input: Input | None = field(default=None, repr=False)
 
@@ -240,7 +235,7 @@ class Selector(Reducer):
         check_card(card, facts, path, TRAIN)
         taken = input_of(card, path, self.input)
         bound = Selector(str(path), self.pick, taken)
-        vars(bound)["_net"] = net  # the one that was checked, even if its file changes later
+        vars(bound)["_net"] = net  # the network that was checked, even if its file changes later
         return bound
 
     def reduce(self, tokens: Tokens) -> Kept:
@@ -260,15 +255,15 @@ class Selector(Reducer):
         return Kept(maxmin_select(x, tokens.budgets, **how))
 
     def importances(self, tokens: Tokens, given: Tensor) -> Tensor:
-        """Importance of every patch, (n,); the network reads `given`, its row per patch."""
+        """I of every patch, (n,), from the network's input `given`, one row per patch."""
         net = on_device(self._net, given.device)
 
         def of_stack(_: HostIndex, stack: Stack, rows: Tensor) -> Tensor:
-            inside = None
+            mask = None
             if not stack.even:
-                inside = torch.from_numpy(real(stack.lengths)).to(rows.device)
-                rows = rows * inside.view(*inside.shape, *[1] * (rows.ndim - 2))
-            logits: Tensor = net(rows, inside)
+                mask = stack.table(real(stack.lengths))
+                rows = rows * mask.view(*mask.shape, *[1] * (rows.ndim - 2))
+            logits: Tensor = net(rows, mask)
             return logits
 
         with torch.no_grad():
@@ -278,7 +273,10 @@ class Selector(Reducer):
     def _net(self) -> SelectorNet:
         """The trained network on the CPU, loaded once."""
         if self.weights is None:
-            raise OptionError(f"selector: weights=None outside patch(). Train some: {TRAIN}")
+            raise OptionError(
+                f"selector: weights=None, which only patch() can resolve. Give the path of trained "
+                f"weights, or train some: {TRAIN}"
+            )
         net, card = load_selector(self.weights)
         input_of(card, self.weights, self.input or "attention")
         return net

@@ -1,9 +1,9 @@
-"""Comparator: clusters of the salient tokens, by look and place, and of the others."""
+"""Tango: clusters of salient tokens and of the others (arXiv 2604.09547)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -12,105 +12,102 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tokencomp.plan.counts import frame_budgets
-from tokencomp.plan.reducer import Traits
-from tokencomp.reducers._batch import best_rows, salient
-from tokencomp.reducers._clusters import cluster_sums, density_peaks
-from tokencomp.reducers._segments import StillWindow, place_cosines, run_means, still_windows
-from tokencomp.reducers.base import Reducer
-from tokencomp.reducers.registry import register_reducer
-from tokencomp.tokens.kept import Kept
+from tokencomp.reducers import Kept, Reducer, Tokens, Traits, best_rows, register_reducer
+from tokencomp.reducers._batch import complement, salient
+from tokencomp.reducers._clusters import cluster_sizes, cluster_sums, density_peaks
+from tokencomp.reducers._segments import Window, place_cosines, run_means, static_windows
 from tokencomp.tokens.signals import TOWER_ATTENTION
 from tokencomp.tokens.stacks import HostIndex, rows_of, starts_of
-from tokencomp.tokens.tokens import Tokens, rows_where
-from tokencomp.validation import check_range
+from tokencomp.validation import between
 
-STATIC, CANDIDATES, NEIGHBOURS, CENTRE = 0.8, 1.5, 7, 0.6
+TAU, CANDIDATES, NEIGHBOURS, BETA = 0.8, 1.5, 7, 0.6
 TIME, PLACE = 1e4, 1e3  # bases of the rotations
 
 
 @register_reducer("tango")
 @dataclass(frozen=True)
 class Tango(Reducer):
-    """One token of every cluster of what the vision tower attends to, and means of the others.
+    """One token of every cluster of salient tokens, and means of clusters of the others.
 
-    Tango (arXiv 2604.09547). Places that stand still in a window (as in `holitom`, threshold 0.8)
-    become their mean over its frames. Of S salient tokens of a frame, or of a window's static
-    places, the ⌊1.5 · S⌋ with the largest attention in the tower are candidates. They fall into S
-    clusters around density peaks, and the one with the largest attention of each stays. The other
-    tokens of a window's moving places, and of its static ones, fall into clusters as well, each of
-    which becomes 0.6 · its centre + 0.4 · its mean (or more of the centre, in clusters of one).
+    Tango (arXiv 2604.09547). Windows and static places as in `holitom` (τ = 0.8); static places
+    become their mean over the window. Of a frame's moving rows, or a window's static rows, with
+    budget B:
+
+        S          = ⌊(1 - context) · B⌋ salient tokens
+        candidates = the ⌊1.5 · S⌋ rows of largest attention in the tower
+        salient    : of each of S clusters (DPC-KNN) of the candidates, the row of largest attention
+        context    : clusters of the other rows, of all moving or static rows of a window,
+                     x_c ← ω · x_c + (1 - ω) · mean of the cluster,  ω = max(1 / size, 0.6)
+
     What is compared are unit features whose channels are rotated by time, row and column, a third
-    each; of static places those of the first frame.
+    each; static places have the time of their first frame.
+
+    Deviations from the release:
+
+    - Windows get shares of the budget by their frames, and within a window static places and frames
+      by their number of rows; largest remainders make the sum exact. The release rounds up each
+      part.
+    - Time is the index of the frame; there it is in seconds.
+    - A cluster's mean has the position of its centre; the release swaps these between clusters.
+    - τ is 0.8 at every ratio; its scripts use 0.65 at 10 %.
+    - Attention is that of the last block; for LLaVA it reads SigLIP's pooling head, which Hugging
+      Face does not load.
 
     Attributes
     ----------
     context : float
-        Share of the budget for the clusters of the others; 0: they are dropped.
-
-    Notes
-    -----
-    Every window gets its share of the budget by its frames, and in it static places and frames
-    theirs by their number of rows. The release rounds up each part; here largest remainders give
-    the exact sum, and what a window cannot hold the others get. Frames are numbered, where the
-    release takes seconds. The release writes the means of clusters to each other's places; here
-    each has the place of its centre. At 10 % its scripts cut windows at a threshold of 0.65. The
-    attention is that of the last block, for LLaVA that of SigLIP's pooling head in the release,
-    which Hugging Face does not load.
+        Share of the budget for clusters of the other tokens; 0: they are dropped.
     """
 
-    context: float = 0.4
+    context: float = field(default=0.4, metadata=between(0, 1))
 
     summary = "clusters of salient tokens by look, time and place (Tango 2604.09547)"
     traits = Traits(merges=True, grid="whole", batched=True)
     needs = frozenset({TOWER_ATTENTION})
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_range(self.name, "context", self.context, 0, 1)
-
     def reduce(self, tokens: Tokens) -> Kept:
         x, attention = salient(tokens, "tango")
         groups, counts, pools = list[HostIndex](), list[int](), list[int]()
-        likes = place_cosines(tokens, x)
-        for like, budget, start in zip(likes, tokens.budgets, tokens.starts, strict=True):
-            for own in budgeted(still_windows(like, budget, STATIC), budget):
-                groups += [group + start for group, _ in own]
-                counts += [count for _, count in own]
-                pools.append(len(own))
+        spans = zip(place_cosines(tokens, x), tokens.budgets, tokens.starts, strict=True)
+        for cosines, budget, start in spans:
+            for pool in budgeted(static_windows(cosines, budget, TAU), budget):
+                groups += [group + start for group, _ in pool]
+                counts += [count for _, count in pool]
+                pools.append(len(pool))
         values = run_means(tokens, x, groups)
         saliency = run_means(tokens, attention[:, None], groups)[:, 0]
         at = tokens.table(np.concatenate([group[:, 0] for group in groups]))
         frames = tokens.table([group.shape[1] for group in groups for _ in group]).float()
         y = rotated(x.index_select(0, at), places(tokens, at))
-        few = [int(count * (1 - self.context) + 1e-9) for count in counts]
+        # The salient rows of every group.
+        n_salient = [int(count * (1 - self.context) + 1e-9) for count in counts]
         lengths = [len(group) for group in groups]
-        chosen = representatives(y, saliency, lengths, few)
-        left = torch.ones(len(y), dtype=torch.bool, device=y.device)
-        left[chosen] = False
-        others = [n - k for n, k in zip(lengths, few, strict=True)]
-        more = [count - k for count, k in zip(counts, few, strict=True)]
+        chosen = representatives(y, saliency, lengths, n_salient)
+        # Clusters of the other rows, over all groups of a pool.
+        others = [n - k for n, k in zip(lengths, n_salient, strict=True)]
+        n_context = [count - k for count, k in zip(counts, n_salient, strict=True)]
         ends = [0, *accumulate(pools)]
-        sizes, clusters = ([sum(n[a:b]) for a, b in pairwise(ends)] for n in (others, more))
-        rest = rows_where(left, sum(others))
-        centres, merged, stand_for = means_of(values, y, frames, rest, sizes, clusters)
-        kept = torch.cat([chosen, centres])
-        stand_for = torch.cat([frames[chosen], stand_for])
-        return Kept.ascending(at[kept], torch.cat([values[chosen], merged]), stand_for)
+        sizes, clusters = ([sum(n[a:b]) for a, b in pairwise(ends)] for n in (others, n_context))
+        rest = complement(chosen, len(y))
+        centres, merged, weights = means_of(values, y, frames, rest, sizes, clusters)
+        kept = at[torch.cat([chosen, centres])]
+        weights = torch.cat([frames[chosen], weights])
+        return Kept.ascending(kept, torch.cat([values[chosen], merged]), weights)
 
 
-def budgeted(windows: list[StillWindow], budget: int) -> Iterator[list[tuple[HostIndex, int]]]:
-    """Static places, and moving ones of each frame, of every window, and how many of them stay.
+def budgeted(windows: list[Window], budget: int) -> Iterator[list[tuple[HostIndex, int]]]:
+    """Groups of patches (places, frames) of every window, each with its budget.
 
-    A group is numbers of patches (places, frames). The static group of a window and its moving
-    ones, which have as many rows each, are yielded apart, and not at all without rows.
+    The static group of a window is yielded as one list, its moving groups (one per frame) as
+    another, and neither if it has no patches.
     """
     parts = [(window.static, *window.moving[:, :, None]) for window in windows]
     rooms = [sum(map(len, groups)) for groups in parts]
     frames = [len(window.moving) for window in windows]
     for groups, share in zip(parts, frame_budgets(frames, budget, rooms), strict=True):
         lengths = [len(group) for group in groups]
-        own = [*zip(groups, frame_budgets(lengths, share, lengths), strict=True)]
-        yield from (pool for pool in (own[:1], own[1:]) if len(pool[0][0]))
+        shares = [*zip(groups, frame_budgets(lengths, share, lengths), strict=True)]
+        yield from (pool for pool in (shares[:1], shares[1:]) if len(pool[0][0]))
 
 
 def places(tokens: Tokens, rows: Tensor) -> Tensor:
@@ -122,45 +119,52 @@ def places(tokens: Tokens, rows: Tensor) -> Tensor:
 
 def representatives(y: Tensor, saliency: Tensor, lengths: list[int], counts: list[int]) -> Tensor:
     """`counts` rows of every group of y (n, d): the most salient of each cluster of candidates."""
-    some = [number for number, count in enumerate(counts) if count]
-    if not some:
-        return torch.zeros(0, dtype=torch.int64, device=y.device)
-    rows = torch.from_numpy(rows_of(starts_of(lengths), some)).to(y.device)
-    lengths, counts = [lengths[i] for i in some], [counts[i] for i in some]
+    rows, lengths, counts = nonempty(lengths, counts, y.device)
+    if not counts:
+        return rows
     most = [min(n, int(CANDIDATES * count)) for n, count in zip(lengths, counts, strict=True)]
     candidates = rows[best_rows(saliency[rows], most, lengths)]
     neighbours = [NEIGHBOURS] * len(counts)
     _, labels = density_peaks(y[candidates], most, counts, neighbours, itself=False)
     order = saliency[candidates].sort(descending=True, stable=True).indices
-    # A stable sort by cluster leaves the most salient of each in front.
+    # After a stable sort by cluster, the most salient of each comes first.
     by_cluster = order[labels[order].sort(stable=True).indices]
-    sizes = cluster_sums(torch.ones_like(labels), labels, sum(counts))
+    sizes = cluster_sizes(labels, sum(counts))
     chosen: Tensor = candidates[by_cluster[sizes.cumsum(0) - sizes]]
     return chosen
+
+
+def nonempty(
+    lengths: list[int], counts: list[int], device: torch.device
+) -> tuple[Tensor, list[int], list[int]]:
+    """Rows, lengths and counts of the groups with a count above 0."""
+    some = np.flatnonzero(counts)
+    host = rows_of(starts_of(lengths), some) if len(some) else np.arange(0)
+    rows = torch.from_numpy(host).to(device)
+    return rows, [lengths[i] for i in some], [counts[i] for i in some]
 
 
 def means_of(
     values: Tensor, y: Tensor, frames: Tensor, rest: Tensor, lengths: list[int], counts: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`counts` clusters of every set of the rows `rest`: centres, their new values, their sizes."""
-    some = [number for number, count in enumerate(counts) if count]
-    if not some:
+    """`counts` clusters of every set of the rows `rest`: centres, their new features and
+    weights.
+    """
+    rows, lengths, counts = nonempty(lengths, counts, y.device)
+    if not counts:
         return rest[:0], values[:0], frames[:0]
-    rows = rest[torch.from_numpy(rows_of(starts_of(lengths), some)).to(y.device)]
-    lengths, counts = [lengths[i] for i in some], [counts[i] for i in some]
-    neighbours = [NEIGHBOURS] * len(counts)
+    rows, neighbours = rest[rows], [NEIGHBOURS] * len(counts)
     centres, labels = density_peaks(y[rows], lengths, counts, neighbours, itself=False)
-    members = cluster_sums(torch.ones_like(labels), labels, len(centres))[:, None].float()
+    members = cluster_sizes(labels, len(centres))[:, None].float()
     mean = cluster_sums(values[rows], labels, len(centres)) / members
-    share = (1 / members).clamp(min=CENTRE)
-    mixed = share * values[rows[centres]] + (1 - share) * mean
+    omega = (1 / members).clamp(min=BETA)
+    mixed = omega * values[rows[centres]] + (1 - omega) * mean
     return rows[centres], mixed, cluster_sums(frames[rows], labels, len(centres))
 
 
 def rotated(x: Tensor, places: Tensor) -> Tensor:
-    """Unit rows of x (n, d), whose thirds of the channels are rotated by time, row and column.
-
-    `places` (n, 3) are these three numbers.
+    """Unit rows of x (n, d) with a third of the channels each rotated by time, row and column
+    (n, 3).
     """
     unit = normalize(x, dim=1)
     third = x.shape[1] // 6 * 2

@@ -1,4 +1,4 @@
-"""Comparator: what has not changed since the frame before, of an earlier chunk too."""
+"""TimeChat-Online: tokens that change in a stream (arXiv 2504.17343)."""
 
 from __future__ import annotations
 
@@ -8,14 +8,9 @@ import numpy as np
 import torch
 from torch.nn.functional import cosine_similarity
 
-from tokencomp.plan.reducer import Traits
-from tokencomp.reducers._batch import finite_features
-from tokencomp.reducers.base import Reducer
+from tokencomp.reducers import Kept, Reducer, Tokens, Traits, finite_features, register_reducer
 from tokencomp.reducers.evs import least_similar, previous_similarity
-from tokencomp.reducers.registry import register_reducer
-from tokencomp.tokens.kept import Kept
 from tokencomp.tokens.signals import FRAMES, Signal
-from tokencomp.tokens.tokens import Tokens
 
 
 @register_reducer("timechat")
@@ -23,15 +18,16 @@ from tokencomp.tokens.tokens import Tokens
 class TimeChat(Reducer):
     """Drop tokens that repeat the same place of the frame before (TimeChat-Online, 2504.17343).
 
-    The first frame of a chunk is compared with the last frame of the chunk before it: of the same
-    prompt, or of an earlier turn on the same cache, as in a `tokencomp.Session`. Images are
-    compared with the last image of their shape. The tokens least similar (cosine) stay, and keep
-    their positions.
+        s_{t,p} = cos(x_{t,p}, x_{t-1,p}) at place p of frame t;  the tokens of smallest s are kept
 
-    Notes
-    -----
-    The paper drops all tokens above a threshold; here as many stay as the ratio says. Where no
-    frame came before, the rules of `evs` choose.
+    The first frame of a chunk is compared with the last frame of the previous chunk: of the same
+    prompt, or of an earlier turn on the same cache, as in a `tokencomp.Session`. An image is
+    compared with the last image of its shape. Tokens keep their positions.
+
+    Deviations from the paper:
+
+    - It drops all tokens above a threshold; here the ratio decides how many are kept.
+    - If there is no frame before, the rules of `evs` choose.
     """
 
     summary = "drop tokens unchanged since the frame before, in a stream (2504.17343, exact count)"

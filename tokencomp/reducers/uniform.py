@@ -1,4 +1,4 @@
-"""Baseline: every m-th token in raster order."""
+"""Baseline: evenly spaced tokens in raster order."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tokencomp.plan.reducer import Traits
+from tokencomp.reducers import Kept, Tokens, Traits, register_reducer
 from tokencomp.reducers._late import Baseline
-from tokencomp.reducers.registry import register_reducer
-from tokencomp.tokens.kept import Kept
-from tokencomp.tokens.tokens import Tokens, evenly
+from tokencomp.tokens.tokens import evenly
 
 
 @register_reducer("uniform")
 @dataclass(frozen=True)
 class Uniform(Baseline):
-    """Keep evenly spaced tokens: token floor((i + ½)·n/k) of the n patches, i = 0 … k-1. Ours."""
+    """Keep evenly spaced tokens: ⌊(i + ½) · n/k⌋ of the n patches, i = 0 … k - 1. Ours."""
 
     traits = Traits(batched=True)
     summary = "evenly spaced tokens in raster order (baseline)"

@@ -1,4 +1,4 @@
-"""Comparator: video compression commander."""
+"""VidCom²: uniqueness within frame and video (arXiv 2505.14454)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tokencomp.plan.counts import frame_budgets
-from tokencomp.plan.reducer import Traits
+from tokencomp.reducers import Kept, Reducer, Tokens, Traits, register_reducer
 from tokencomp.reducers._batch import best_rows, feature_norms, finite_features
-from tokencomp.reducers.base import Reducer
-from tokencomp.reducers.registry import register_reducer
-from tokencomp.tokens.kept import Kept
 from tokencomp.tokens.spans import Grid
 from tokencomp.tokens.stacks import HostIndex, Stack, by_stack
-from tokencomp.tokens.tokens import Tokens
 
 TEMPERATURE = 0.01  # of the softmax over frames
 BANDWIDTHS = tuple(2.0**k for k in range(-3, 2))
@@ -29,17 +25,21 @@ BANDWIDTHS = tuple(2.0**k for k in range(-3, 2))
 class VidCom2(Reducer):
     """Keep tokens unlike their video and their frame; unusual frames keep more.
 
-    VidCom² (arXiv 2505.14454): over the half of the channels with the lowest variance, every
-    unit-length token is compared with the mean token of the video and of its frame (sum of
-    Gaussians, bandwidths 1/8 … 2). The least similar tokens of each frame stay; frame budgets are
-    base · (1 + softmax(u / 0.01) - 1/T), u the frame's mean dissimilarity from the video.
+    VidCom² (arXiv 2505.14454), on unit tokens x_i in the half of the channels of lowest variance:
 
-    Notes
-    -----
-    Budgets are rounded by largest remainders, so that the count is exact (ours); vLLM's copy rounds
-    them in another way (Jaccard of the kept sets 0.97 over 100 random cases). "The video" is the
-    span. On an image, and on models that get every frame as a span of its own (InternVL,
-    SmolVLM), video and frame are the same, and every frame keeps the same share of its tokens.
+        G(x, y) = Σ_k exp(-‖x - y‖² / (2·2^k)),  k = -3 … 1
+        s_i     = G(x_i, mean of the video) + G(x_i, mean of the frame)
+        u_t     = -mean over frame t of G(x_i, mean of the video)
+        K_t     = K/T · (1 + softmax_t(u_t / 0.01) - 1/T)
+
+    The K_t tokens of smallest s of every frame are kept.
+
+    Deviations from the release:
+
+    - K_t is rounded by largest remainders, so that the sum is exact (ours). vLLM's copy rounds in
+      another way (Jaccard of the kept sets 0.97 over 100 random cases).
+    - The video is the span: on an image, and if every frame is a span (InternVL, SmolVLM), video
+      and frame are the same, and all frames keep the same share.
     """
 
     summary = "uniqueness within frame and video, per-frame budgets (VidCom2 2505.14454)"
@@ -53,15 +53,14 @@ class VidCom2(Reducer):
 
         values = by_stack(tokens.lengths, of_stack, x, keys=grids, limit=math.inf)
         frames = [h * w for t, h, w in grids for _ in range(t)]
-        # One read for the budgets of all frames, which depend on the features, and for whether
-        # these are finite.
+        # One device read gives -u for every frame and tells whether the features are finite.
         *means, norms = torch.cat([values[:, 1], feature_norms(x).sum()[None]]).tolist()
         if not math.isfinite(norms):
             finite_features(x)
         quota, first = [], 0
         for (t, h, w), budget in zip(grids, tokens.budgets, strict=True):
-            own = np.asarray(means[first : first + t * h * w : h * w], dtype=np.float32)
-            logits = -own / TEMPERATURE
+            minus_u = np.asarray(means[first : first + t * h * w : h * w], dtype=np.float32)
+            logits = -minus_u / TEMPERATURE
             share = np.exp(logits - logits.max())
             share /= share.sum()
             quota += frame_budgets((1 + share - 1 / t).tolist(), budget, [h * w] * t)
@@ -70,9 +69,9 @@ class VidCom2(Reducer):
 
 
 def values_of(grid: Grid, x: Tensor) -> Tensor:
-    """Similarity of patches x (spans, t·h·w, d) with video and frame, and the mean of the frame.
+    """s_i, and the mean of G with the video over the frame, float32, (spans, t·h·w, 2).
 
-    Both are float32, (spans, t·h·w, 2).
+    `x` (spans, t·h·w, d) are spans of the same grid.
     """
     t, h, w = grid
     quiet = x.var(1, unbiased=False).sort(stable=True).indices
@@ -86,6 +85,6 @@ def values_of(grid: Grid, x: Tensor) -> Tensor:
 
 
 def similarity(x: Tensor, centre: Tensor) -> Tensor:
-    """Sum of Gaussians of the distance between x (…, c) and centre, shape (…)."""
+    """G between x (…, c) and `centre`, shape (…)."""
     squared = (x - centre).square().sum(-1)
     return torch.stack([torch.exp(-squared / (2 * a)) for a in BANDWIDTHS]).sum(0)

@@ -1,4 +1,4 @@
-"""Comparator: dominant tokens, and means of the rest."""
+"""VisionZip: dominant tokens, and means of the others (arXiv 2412.04467)."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from tokencomp.plan.reducer import Traits
-from tokencomp.reducers._batch import best_rows, salient, tower_signal
-from tokencomp.reducers.base import Reducer
-from tokencomp.reducers.registry import register_reducer
-from tokencomp.tokens.kept import Kept
+from tokencomp.reducers import Kept, Reducer, Tokens, Traits, best_rows, register_reducer
+from tokencomp.reducers._batch import complement, salient, tower_signal
 from tokencomp.tokens.signals import TOWER_ATTENTION, TOWER_KEYS
 from tokencomp.tokens.stacks import starts_of
-from tokencomp.tokens.tokens import Tokens, nearest, rows_where
+from tokencomp.tokens.tokens import nearest
 
 CONTEXTUAL = 10 / 64
 
@@ -22,20 +19,24 @@ CONTEXTUAL = 10 / 64
 @register_reducer("visionzip")
 @dataclass(frozen=True)
 class VisionZip(Reducer):
-    """Keep what the vision tower attends to most, and merge the rest by its keys.
+    """Keep what the vision tower attends to most, and merge the other tokens by keys.
 
-    VisionZip (arXiv 2412.04467). Of K tokens, C = max(1, round(10/64 · K)) are contextual and the
-    others dominant: those with the largest attention in the tower. Of the rest, in raster order,
-    every ⌊m / C⌋-th of m is a target; the others go to the target with the most similar key (cosine
-    of the mean over heads), and a target becomes the mean of itself and what went to it.
+    VisionZip (arXiv 2412.04467), with budget K, attention a and keys k (mean over heads) of the
+    tower:
 
-    Notes
-    -----
-    This is the form of AngelSlim, which published comparisons use. The authors' code for LLaVA adds
-    the mean of the others to the target instead of averaging (about twice the length), merges
-    before the projector, keeps the class token as one more row, and puts contextual tokens behind
-    the others at new positions. Here every token keeps its place. AngelSlim sums the attention that
-    a patch receives over a token's patches; their mean ranks alike.
+        C        = max(1, round(10/64 · K))
+        dominant = the K - C tokens of largest a_i
+        targets  = of the m other tokens, in raster order, every ⌊m/C⌋-th
+        x_t      ← mean of x_t and of the other tokens whose nearest target, by cos(k_i, k_t), is t
+
+    This is the form of AngelSlim, which published comparisons use; it sums attention over a token's
+    patches, whose mean here ranks alike. Deviations from the authors' code for LLaVA:
+
+    - It adds the mean of the others to the target, which about doubles its norm; here it is
+      averaged.
+    - It merges before the projector and keeps the class token as one more row.
+    - It puts contextual tokens after the others at new positions; here every token keeps its
+      position.
     """
 
     summary = "dominant tokens by tower attention, means of the rest (VisionZip 2412.04467)"
@@ -50,13 +51,14 @@ class VisionZip(Reducer):
         contextual = [max(1, round(budget * CONTEXTUAL)) for budget in tokens.budgets]
         counts = [k - c for k, c in zip(tokens.budgets, contextual, strict=True)]
         dominant = best_rows(attention, counts, tokens.lengths)
-        free = torch.ones(len(x), dtype=torch.bool, device=x.device)
-        rest = rows_where(free.index_fill_(0, dominant, False), len(x) - len(dominant))
-        left = [n - k for n, k in zip(tokens.lengths, counts, strict=True)]
-        runs = zip(starts_of(left), left, contextual, strict=False)
-        places = [start + np.arange(c) * max(1, n // c) for start, n, c in runs]
-        at = tokens.table(np.concatenate(places))
-        near = rest[nearest(left, keys[rest], at, contextual)]
+        # Targets: every ⌊m/C⌋-th of the m other tokens of a span.
+        rest = complement(dominant, len(x))
+        m = [n - k for n, k in zip(tokens.lengths, counts, strict=True)]
+        runs = zip(starts_of(m), m, contextual, strict=False)
+        targets = [start + np.arange(c) * max(1, n // c) for start, n, c in runs]
+        at = tokens.table(np.concatenate(targets))
+        # The other tokens merge into the target with the most similar key.
+        near = rest[nearest(m, keys[rest], at, contextual)]
         kept = torch.cat([dominant, rest[at]]).sort().values
         target = torch.arange(len(x), device=x.device).index_copy(0, rest, near)
         target = target.index_copy(0, kept, kept)

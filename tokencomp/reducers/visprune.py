@@ -1,4 +1,4 @@
-"""Comparator: salient tokens, and diverse ones among the rest."""
+"""VisPruner: salient tokens, and diverse ones of the rest (arXiv 2412.01818)."""
 
 from __future__ import annotations
 
@@ -9,35 +9,35 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tokencomp.plan.reducer import Traits
+from tokencomp.reducers import Kept, Reducer, Tokens, Traits, register_reducer
 from tokencomp.reducers._batch import salient
-from tokencomp.reducers.base import Reducer
-from tokencomp.reducers.registry import register_reducer
-from tokencomp.tokens.kept import Kept
 from tokencomp.tokens.signals import TOWER_ATTENTION
 from tokencomp.tokens.stacks import HostIndex, Stack, by_stack, masked, padded
-from tokencomp.tokens.tokens import Tokens, rows_where
+from tokencomp.tokens.tokens import rows_where
 
-STEP = 8  # tokens that leave per round
+STEP = 8  # tokens removed per round
 
 
 @register_reducer("visprune")
 @dataclass(frozen=True)
 class VisPrune(Reducer):
-    """Half of the budget by the vision tower's attention, half by what is left once copies leave.
+    """Half of the budget by the vision tower's attention, half by removing similar tokens.
 
-    VisPruner (arXiv 2412.01818). ⌊K/2⌋ tokens are those with the largest attention in the tower.
-    The others stand in a list by falling attention. In every round its odd places (the first,
-    third, …) are compared with its even ones: the 8 of them that resemble an even one most (largest
-    cosine) leave, and the list goes on with the survivors, most similar first, and the even ones
-    behind them, until the budget is met.
+    VisPruner (arXiv 2412.01818), with budget K:
 
-    Notes
-    -----
-    Features are those after the projector, in the release those before it. Where the list has odd
-    length the release stops with an error; here the odd places are one more. AngelSlim's copy
-    begins in raster order and keeps other tokens. All cosines of a span are held at once: 4·n²
-    bytes.
+        important = the ⌊K/2⌋ tokens of largest attention in the tower
+        diverse   : list the others by falling attention, then repeat until K - ⌊K/2⌋ remain:
+                    A, B = odd and even positions of the list (the first is odd)
+                    r(a) = max over b ∈ B of cos(x_a, x_b), for a ∈ A
+                    remove the 8 tokens a of largest r(a); the list is A by falling r, then B
+
+    Deviations from the release:
+
+    - Features are those after the projector; there those before it.
+    - If the list has odd length, A has one more token; the release stops with an error.
+
+    AngelSlim's copy begins in raster order and keeps other tokens. All cosines of a span are held
+    at once: 4·n² bytes.
     """
 
     traits = Traits(batched=True)
@@ -47,48 +47,45 @@ class VisPrune(Reducer):
     def reduce(self, tokens: Tokens) -> Kept:
         x, attention = salient(tokens, "visprune")
 
-        def stays(spans: HostIndex, stack: Stack, unit: Tensor, attention: Tensor) -> Tensor:
+        def kept(spans: HostIndex, stack: Stack, unit: Tensor, attention: Tensor) -> Tensor:
             budgets = np.asarray(tokens.budgets)[spans]
             attention = masked(attention, stack.lengths, -torch.inf)
             order = attention.sort(dim=1, descending=True, stable=True).indices
             half = budgets // 2
             diverse = without_copies(unit, order, half, stack.lengths - half, budgets - half)
-            important = torch.from_numpy(np.arange(stack.longest) < half[:, None]).to(order.device)
+            important = stack.table(np.arange(stack.longest) < half[:, None])
             mask = torch.empty_like(important).scatter_(1, order, important)
             return mask.scatter_(1, diverse, True)
 
-        kept = by_stack(tokens.lengths, stays, normalize(x, dim=1), attention)
-        return Kept(rows_where(kept, sum(tokens.budgets)))
+        mask = by_stack(tokens.lengths, kept, normalize(x, dim=1), attention)
+        return Kept(rows_where(mask, sum(tokens.budgets)))
 
 
 def without_copies(
     unit: Tensor, order: Tensor, firsts: HostIndex, lengths: HostIndex, keep: HostIndex
 ) -> Tensor:
-    """`keep` rows of every span's list, by the method's rounds, (spans, most of them).
+    """The diverse tokens, `keep` of every span's list, (spans, most of them); short lists repeat a
+    row.
 
-    All spans are in the same round. Short lists repeat a row.
-
-    Parameters
-    ----------
-    unit : Tensor, shape (spans, n, d)
-    order : Tensor of int64, shape (spans, m)
-        Rows of `unit`, of which `lengths` from `firsts` on are the list of a span.
+    The list of a span is `lengths` of the rows of `order` (spans, m), from `firsts` on.
     """
 
     def table(values: HostIndex) -> Tensor:
         return torch.from_numpy(values).to(unit.device)
 
     similarity, span = unit @ unit.mT, torch.arange(len(unit), device=unit.device)[:, None, None]
-    places = order.gather(1, table(padded(firsts, lengths)))
+    listed = order.gather(1, table(padded(firsts, lengths)))
     while (lengths > keep).any():
-        odd, even, first = places[:, ::2], places[:, 1::2], (lengths + 1) // 2
-        near = similarity[span, odd[:, :, None], even[:, None]]
-        near = masked(masked(near, lengths - first, -torch.inf).amax(2), first, -torch.inf)
-        order = near.sort(dim=1, descending=True, stable=True).indices
-        gone = np.minimum(np.minimum(lengths - keep, STEP), first)
-        rest = padded(gone, lengths - gone)
-        # Even places stand behind the odd ones of the longest list.
-        rest += (rest >= first[:, None]) * (odd.shape[1] - first)[:, None]
-        places = torch.cat([odd.gather(1, order), even], 1).gather(1, table(rest))
-        lengths = lengths - gone
-    return places
+        # r(a), without the padding of short lists.
+        odd, even, n_odd = listed[:, ::2], listed[:, 1::2], (lengths + 1) // 2
+        r = similarity[span, odd[:, :, None], even[:, None]]
+        r = masked(masked(r, lengths - n_odd, -torch.inf).amax(2), n_odd, -torch.inf)
+        order = r.sort(dim=1, descending=True, stable=True).indices
+        # The new list: odd positions by falling r without the first ones, then even positions,
+        # which begin after the odd positions of the longest list.
+        removed = np.minimum(np.minimum(lengths - keep, STEP), n_odd)
+        rest = padded(removed, lengths - removed)
+        rest += (rest >= n_odd[:, None]) * (odd.shape[1] - n_odd)[:, None]
+        listed = torch.cat([odd.gather(1, order), even], 1).gather(1, table(rest))
+        lengths = lengths - removed
+    return listed

@@ -49,14 +49,15 @@ class Stack:
     def flat(self, table: Tensor) -> Tensor:
         """What a table (runs, longest, …) says of rows of the runs, one run after the other."""
         table = table.flatten(0, 1)
-        return table if self.even else table[self._move(np.flatnonzero(real(self.lengths)))]
+        return table if self.even else table[self.table(np.flatnonzero(real(self.lengths)))]
 
     @cached_property
     def rows(self) -> Tensor:
         """Row of every entry, int64, shape (runs, longest)."""
-        return self._move(padded(self.firsts, self.lengths))
+        return self.table(padded(self.firsts, self.lengths))
 
-    def _move(self, values: np.ndarray[Any, Any]) -> Tensor:
+    def table(self, values: np.ndarray[Any, Any]) -> Tensor:
+        """A host array as a tensor on the device."""
         return torch.from_numpy(values).to(self.device)
 
 

@@ -1,0 +1,1 @@
+"""NLVR: sentences of people about drawn pictures, true or false. See README.md."""

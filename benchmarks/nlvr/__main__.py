@@ -1,0 +1,38 @@
+"""Train a tiny model on NLVR, and ask it about both test splits with every method.
+
+    python -m benchmarks.nlvr train FOLDER     # goes on where it stopped
+    python -m benchmarks.nlvr evaluate FOLDER  # → results.json, README.md
+
+`FOLDER` is the folder `nlvr` of the repository lil-lab/nlvr (CC-BY-4.0). Nothing of it is copied.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from pathlib import Path
+
+import torch
+
+from recipes.nlvr.build import FOLDER, train
+from tokencomp.cli import one_message
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("train",))
+    parser.add_argument("corpus", type=Path)
+    parser.add_argument("--out", type=Path, default=FOLDER)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--stop-after", type=int, help="steps in this call; writes what is there")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    torch.set_num_threads(args.threads)
+    print(json.dumps(train(args.corpus, args.out, args.seed, args.stop_after)), flush=True)
+
+
+if __name__ == "__main__":
+    with one_message():
+        main()

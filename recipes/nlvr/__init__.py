@@ -1,0 +1,1 @@
+"""Training of a tiny model on NLVR, first on drawn scenes with generated sentences."""

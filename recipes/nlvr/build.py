@@ -1,0 +1,57 @@
+"""Train a tiny model on NLVR, or take what a training has reached.
+
+A training that was stopped goes on where it stopped. It downloads nothing. The model comes to the
+ignored folder `build/nlvr/`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from recipes.nlvr.corpus import examples
+from recipes.nlvr.train import RECIPE, NlvrTrainer, start
+from tokencomp.evaluation.environment import environment
+from tokencomp.storage import write_json
+
+FOLDER = Path(__file__).resolve().parents[2] / "build" / "nlvr"
+
+
+def train(corpus: Path, out: Path, seed: int = 0, stop_after: int | None = None) -> dict[str, Any]:
+    """Train on the training split in `corpus`; the facts that `reached` writes."""
+    trainer, processor = _trainer(corpus, out, seed)
+    trainer.run(stop_after)
+    return _written(trainer, processor, out)
+
+
+def reached(corpus: Path, out: Path, seed: int = 0) -> dict[str, Any]:
+    """Write the model of the last checkpoint, with `training.json` beside it; what that says."""
+    return _written(*_trainer(corpus, out, seed), out)
+
+
+def _trainer(corpus: Path, out: Path, seed: int) -> tuple[NlvrTrainer, Any]:
+    model, processor = start()
+    split = examples(corpus, "train")
+    return NlvrTrainer(model, processor.tokenizer, split, RECIPE, out, seed), processor
+
+
+def _written(trainer: NlvrTrainer, processor: Any, out: Path) -> dict[str, Any]:
+    folder = out / "model"
+    trainer.model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    done = RECIPE[: trainer.phase]
+    steps = {stage.name: stage.steps for stage in done}
+    if trainer.phase < len(RECIPE):
+        steps[RECIPE[trainer.phase].name] = trainer.step
+    facts = {
+        "seed": trainer.seed,
+        "finished": trainer.phase == len(RECIPE),
+        "stages": {name: count for name, count in steps.items() if count},
+        "seconds": round(trainer.seconds),
+        "training_scores": trainer.scores.percent(),
+        "training_examples": len(trainer.examples),
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        **environment(),
+    }
+    write_json(folder / "training.json", facts)
+    return facts
