@@ -59,7 +59,7 @@ def filled(layers: Iterable[Any]) -> list[Any]:
 def first_layer(cache: Any, start: int = 0) -> Any:
     """The first layer from `start` on that holds rows, or None; `cache` may be a list of layers."""
     layers = cache if isinstance(cache, (list, tuple)) else getattr(cache, "layers", None)
-    for layer in (layers or ())[start:]:  # no frame per layer, as every token passes here
+    for layer in (layers or ())[start:]:  # a plain loop: runs for every token
         if isinstance(layer, HOLDS_ROWS):
             return layer
     return None

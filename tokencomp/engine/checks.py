@@ -1,7 +1,7 @@
-"""What is refused, and why: when a model is patched, before a prompt runs, and while it runs.
+"""Refusals: when a model is patched, before a prompt runs, and while it runs.
 
-`PLAN_CHECKS` and `PROMPT_CHECKS` are the lists; each is evaluated as a whole before anything is
-changed or computed. The functions after them refuse what only the running call shows.
+`PLAN_CHECKS` and `PROMPT_CHECKS` list them; each list is evaluated completely before anything is
+changed or computed. The functions at the end check what is known only during the call.
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ TRACED = (
     "keeps follows from their values, so that no trace holds for other prompts. Use torch.compile, "
     "or trace under handle.disabled()."
 )
-PREPARED = "_original_forward"  # Accelerator.prepare keeps here what mixed precision wraps
+PREPARED = "_original_forward"  # the forward that Accelerator.prepare wraps (mixed precision)
 
 STREAMS = "its hidden states have several streams"
-# Why the first layer of such a decoder cannot score tokens at entry either.
+# Why layer 0 of such a decoder cannot score tokens at entry.
 UNSCORED = {
     STREAMS: "takes hidden states of several streams, made of the embeddings after that stage",
 }
-# Options of text configs: above this number, no token can be dropped between layers.
+# Fields of text configs: above this value, no token can be dropped between layers.
 ENTRY_ONLY = {
     "altup_num_inputs": (1, STREAMS),
     "hc_mult": (1, STREAMS),
@@ -70,7 +70,7 @@ def refuse_foreign(model: nn.Module) -> None:
     changes = [
         name
         for name in ("fastv_config", "use_fast_v", "video_pruning_rate", "image_pruning_rate")
-        if getattr(config, name, None) and not hasattr(model, name)  # else the model has it itself
+        if getattr(config, name, None) and not hasattr(model, name)  # not the model's option
     ]
     changes += [name for name in ("_info", "_tome_info") if name in model.__dict__]
     for name in ("get_image_features", "get_video_features", "forward"):
@@ -88,9 +88,9 @@ def refuse_foreign(model: nn.Module) -> None:
 
 
 def _only_wrapped(module: Any) -> bool:
-    """Whether `module.forward` was replaced by accelerate, or by torch.compile of the original.
+    """Whether `module.forward` was replaced only by accelerate, or by torch.compile.
 
-    What accelerate has unwrapped may be the original without its decorators.
+    After accelerate removes its wrapper, `forward` can be the original without its decorators.
     """
     attributes = module.__dict__
     originals: list[Any] = [type(module).forward]
@@ -112,13 +112,12 @@ CHECKPOINTED = "_checkpoint_wrapped_module."
 
 
 def rotary_modules(decoder: nn.Module) -> list[nn.Module]:
-    """The modules of a decoder that make rotary tables, known by their inverse frequencies.
+    """Modules of a decoder that compute rotary tables, recognised by their inverse frequencies.
 
     Raises
     ------
     UnsupportedModelError
-        A layer, or a list with one for every layer, holds such a module. The tables of layers would
-        have to be looked up one by one.
+        Such a module is inside a layer, or in a list with one per layer.
     """
     found = {
         name: module
@@ -135,13 +134,12 @@ def rotary_modules(decoder: nn.Module) -> list[nn.Module]:
 
 
 def check_entry(plan: Plan, adapter: Adapter) -> None:
-    """Refuse an entry stage whose reducer reads attention that the first layer does not have.
+    """Refuse an entry stage whose reducer needs attention scores that layer 0 cannot provide.
 
     Raises
     ------
     PlanError
-        Tokens would be scored by layer 0, which is a layer of linear attention, for example, or
-        takes what `UNSCORED` names.
+        Layer 0 has linear attention, for example, or takes an argument listed in `UNSCORED`.
     """
     entry = plan.entry
     if entry is None or not any(isinstance(signal, Attention) for signal in entry.needs):
@@ -162,7 +160,7 @@ def check_entry(plan: Plan, adapter: Adapter) -> None:
 
 
 def _entry_only(decoder: Any) -> list[str]:
-    """Why tokens cannot leave between the layers of a decoder; empty if they can."""
+    """Why tokens cannot be dropped between the layers of a decoder; empty if they can."""
     return [
         reason
         for name, (limit, reason) in ENTRY_ONLY.items()
@@ -171,30 +169,24 @@ def _entry_only(decoder: Any) -> list[str]:
 
 
 def check_modalities(plan: Plan, adapter: Adapter) -> None:
-    """Refuse fractions of modalities that the model does not take.
-
-    Raises
-    ------
-    PlanError
-        A ratio of such a modality has no effect.
-    """
+    """Refuse ratios of modalities that the model does not take (`PlanError`)."""
     modalities = {modality for s in plan.stages for modality, f in s.by_modality if f != s.fraction}
     if modalities and (unused := modalities - adapter.media):
         raise PlanError(
             f"a ratio of {', '.join(sorted(unused))} has no effect: {adapter.family} takes "
-            f"{' and '.join(sorted(adapter.media))} only. Leave it out. (Where frames of a video "
-            "stand at placeholders of images, they count as images.)"
+            f"{' and '.join(sorted(adapter.media))} only. Leave it out. (Video frames at "
+            "placeholders of images count as images.)"
         )
 
 
 def check_layer_stages(plan: Plan, adapter: Adapter) -> None:
-    """Refuse stages between layers that the decoder does not allow, or that nothing can score.
+    """Refuse stages between layers where the decoder does not allow them.
 
     Raises
     ------
     PlanError
-        The model is served at entry only, a later layer reads the keys of one before a stage, or
-        its choice of rows, or no layer before a stage has attention that could score for it.
+        The model is supported at entry only; a later layer reuses keys or an indexer's selection of
+        a layer before the stage; or no layer before the stage has attention to score with.
     """
     decoder, layers = adapter.decoder, [stage.layer for stage in plan.layer_stages]
     if not layers:
@@ -238,7 +230,7 @@ def check_layer_stages(plan: Plan, adapter: Adapter) -> None:
 
 
 def scored_stages(plan: Plan, adapter: Adapter) -> Iterator[tuple[int, int, Attention]]:
-    """Stages that a layer before them scores for: layer of the stage, that layer, and the signal.
+    """Stages scored by an earlier layer: layer of the stage, scoring layer, and signal.
 
     Raises
     ------
@@ -253,10 +245,7 @@ def scored_stages(plan: Plan, adapter: Adapter) -> Iterator[tuple[int, int, Atte
 
 
 def _scored_before(signal: Attention, adapter: Adapter, stage: int) -> bool:
-    """Whether a layer before the stage scores for it, and not layer `stage` itself.
-
-    That is so where the signal says it, and where layer `stage` has no attention.
-    """
+    """Whether an earlier layer scores: the signal asks for it, or layer `stage` lacks attention."""
     if signal.layer == "previous":
         return True
     try:
@@ -269,10 +258,9 @@ def _scored_before(signal: Attention, adapter: Adapter, stage: int) -> bool:
 def _scored_layer(layer_types: LayerTypes, plan: Plan, stage: int) -> int:
     """The layer whose attention scores tokens for the stage before layer `stage`.
 
-    It is the last one before the stage, and after the previous stage, whose queries see all tokens;
-    where there is none, the last with a window, whose scores say what attention each token would
-    receive if all were visible. Layers of linear attention have no scores: where there is nothing
-    else between two stages, the second is scored by a layer before the first as well.
+    The last layer with full attention between the previous stage and this one; else the last with a
+    window, whose scores are computed as if all tokens were visible. If all layers between two
+    stages have linear attention, a layer before the first stage scores for both.
 
     Raises
     ------
@@ -299,7 +287,7 @@ def _scored_layer(layer_types: LayerTypes, plan: Plan, stage: int) -> int:
 
 
 def check_later_media(call: Call) -> None:
-    """Refuse media of a later turn where layers keep only the first prompt whole."""
+    """Refuse media in a later turn if layers keep only the first prompt whole."""
     if call.segments[0].past.rows and call.layer_types.cut_later_turns:
         name = type(call.adapter.decoder).__name__
         window = first_layer(call.cache).sliding_window
@@ -311,10 +299,10 @@ def check_later_media(call: Call) -> None:
 
 
 def check_prepared(call: Call) -> None:
-    """Refuse compact positions where the body of the model has already applied a window.
+    """Refuse compact positions if the body has already applied a window in its masks.
 
-    Its masks let the tokens of an image see each other, which nothing could build again, and their
-    windows count columns.
+    Its masks let tokens of an image attend to each other, so they cannot be rebuilt from padding,
+    and their windows count columns.
     """
     size, length = call.layer_types.smallest, call.segments[0].past.length + call.width
     if not call.by_column and call.prepared is not None and length > size:
@@ -327,7 +315,7 @@ def check_prepared(call: Call) -> None:
 
 
 def check_column_windows(call: Call) -> None:
-    """`check_windows` where windows count columns, which no stage changes."""
+    """`check_windows` for windows in columns, whose size stages do not change."""
     if call.by_column:
         check_windows(call)
 
@@ -346,7 +334,7 @@ def check_temperature(call: Call) -> None:
 
 
 def check_recomputation(call: Call) -> None:
-    """Refuse stages between layers where the backward pass would run them once more."""
+    """Refuse stages between layers if the backward pass would run them again."""
     if not call.plan.layer_stages or not compat.recomputed(call.adapter.layers[0]):
         return
     if compat.recomputes_hooks():
@@ -358,7 +346,7 @@ def check_recomputation(call: Call) -> None:
 
 
 def check_grids(call: Call) -> None:
-    """Refuse spans of unknown grid where a reducer of the plan reads places in it."""
+    """Refuse spans without a known grid if a reducer of the plan needs positions in it."""
     unknown = [span for row in call.spans for span in row if not span.grid_known]
     for span, stage in itertools.product(unknown, call.plan.stages):
         if stage.reducer.traits.grid == "any":
@@ -374,7 +362,7 @@ def check_grids(call: Call) -> None:
 
 
 def check_windows(call: Call) -> None:
-    """Refuse a compressed sequence whose windows the model would apply wrongly."""
+    """Refuse sequences to which the model would apply a window wrongly after compression."""
     layer_types, decoder, length = call.layer_types, call.adapter.decoder, call.length_after()
     layers = getattr(call.cache, "layers", None) or ()
     cut = layer_types.rows_kept(layers)
@@ -427,9 +415,9 @@ def check_prompt(call: Call) -> None:
 
 
 def check_cache(cache: Any, between_layers: bool = False) -> None:
-    """Refuse a cache to which no compressed prompt can be written.
+    """Refuse caches that cannot hold a compressed prompt.
 
-    With `between_layers`, tokens leave between layers, so that these hold different rows.
+    `between_layers`: tokens are dropped between layers, so that layers hold different rows.
     """
     if cache is None:
         return
@@ -443,7 +431,7 @@ def check_cache(cache: Any, between_layers: bool = False) -> None:
     kinds = {getattr(layer, "plain", type(layer)) for layer in layers}
     kinds |= {replicate} if replicate else set()
     quantized = {k for k in kinds if issubclass(k, QUANTIZED)}
-    # Whatever leaves the prompt, the state of layers without rows stays right.
+    # Layers without rows hold the right state, whichever tokens are dropped.
     kinds -= WITHOUT_ROWS
     special = kinds - DYNAMIC - {StaticLayer} - quantized
     wrong = {kind for kind in special if not is_reference(kind)}
@@ -471,7 +459,7 @@ def _names(kinds: set[type]) -> str:
 
 
 def check_ragged_turn(call: Call, mask: Tensor | None) -> None:
-    """Refuse padding between the turns of layers with a state; `mask` is False at padding."""
+    """Refuse padding between the turns of recurrent layers; `mask` is False at padding."""
     if mask is not None and call.segments[0].past.rows and call.layer_types.linear:
         raise UnsupportedCacheError(
             "a later turn brings media, and its samples keep different numbers of tokens. Layers "
@@ -484,19 +472,19 @@ def check_ragged_turn(call: Call, mask: Tensor | None) -> None:
 def refuse_recomputation(
     module: nn.Module, lost: str, fix: str = "", certain: bool = False
 ) -> None:
-    """Raise if gradient checkpointing will run this code again after `lost` is gone.
+    """Raise if gradient checkpointing will run this code again, after `lost` is gone.
 
     Parameters
     ----------
     module
-        Its call is running. What checkpoints it as a whole runs it again as a whole.
+        Module whose call is running. A checkpoint around the whole call is no problem.
     certain
-        Whether it is certain that the code will run once more; else that is looked up.
+        Whether it is known that the code will run again; else the stack is inspected.
 
     Raises
     ------
     OptionError
-        Something within the call of `module` checkpoints the code that calls this function.
+        A checkpoint inside the call of `module` surrounds the calling code.
     """
     if certain or checkpointed_since(module):
         raise OptionError(
@@ -507,10 +495,7 @@ def refuse_recomputation(
 
 
 def check_entered(segments: Sequence[Segment], decoder: Any) -> None:
-    """Refuse the output of a call whose layers have run without the hooks that they need.
-
-    Tokens have not left then, or layers had the mask of other rows.
-    """
+    """Refuse the output of a call if layers have run without the hooks that they need."""
     last = getattr(decoder.config, "num_hidden_layers", len(decoder.layers))
     late = [s.first for s in segments if not s.ready and 0 < s.first < last]
     if late:
@@ -523,10 +508,7 @@ def check_entered(segments: Sequence[Segment], decoder: Any) -> None:
 
 
 def refuse_missing(x: Tensor) -> None:
-    """Refuse embeddings (B, n, d) of a call without a tower stage, if tokens are missing.
-
-    A stage in the vision tower has dropped tokens that would now be in the prompt.
-    """
+    """Refuse embeddings (B, n, d) with tokens dropped in the tower, without a tower stage."""
     missing = int(x.isnan().any(-1).sum())
     if missing:
         raise SpanError(
@@ -537,25 +519,19 @@ def refuse_missing(x: Tensor) -> None:
 
 
 class FeaturelessPrompts:
-    """Lets prompts that bring no features run uncompressed, or refuses them.
-
-    Parameters
-    ----------
-    strict
-        Whether they are refused.
-    """
+    """Handles prompts without media: they run uncompressed, or with `strict` are refused."""
 
     def __init__(self, adapter: Adapter, strict: bool) -> None:
         self.adapter, self.strict = adapter, strict
         self._warned = False
 
     def meet(self, arguments: Mapping[str, Any]) -> None:
-        """Warn, once per patch, that a prompt with media runs uncompressed, and why.
+        """Warn, once per patch, if a prompt with placeholders of media runs uncompressed, and why.
 
         Raises
         ------
         NoVisualInputError
-            `strict=True`: a prompt must bring features.
+            `strict=True`: a prompt must contain features.
         """
         if self.strict:
             raise NoVisualInputError(

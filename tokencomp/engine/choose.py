@@ -39,21 +39,21 @@ Shape = tuple[str, int, int, int]  # modality, height, width, number of the span
 
 
 def enter(call: Call, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Run what comes before the first decoder layer, on x (B, L, d) and positions (…, B, L).
+    """Run the stages before the first decoder layer, on x (B, L, d) and positions (…, B, L).
 
     Returns
     -------
     x, positions
-        Of the n rows that are kept.
+        Of the n kept rows.
     columns : Tensor of int64, shape (B, n), or None
-        Column of the caller's batch of every row; None if all rows are in place.
+        Column of the caller's batch of every row; None if all rows are kept in place.
     """
     columns, needs = call.map.columns, call.plan.needs
-    if columns is not None:  # not left-padded: align the real columns first
+    if columns is not None:  # the batch is not left-padded: align real columns to the right
         call.map = call.map.to(x.device)
         tensors = [x, positions.to(x.device)]
         x, positions = take(tensors, columns.to(x.device), [1, -1], call.map.mask(x.device))
-    if call.plan.tower is not None:  # before anything scores what is not there
+    if call.plan.tower is not None:  # first, so that dropped tokens are not scored
         with call.timed():
             survivors = surviving_rows(x, call.map, call.plan)
             x, positions = _keep(call, *survivors, [x, positions], [1, -1])
@@ -71,7 +71,7 @@ def enter(call: Call, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Ten
 
 
 def _score_entry(call: Call, stage: Stage, x: Tensor, positions: Tensor) -> None:
-    """Score the tokens for the entry stage by the first decoder layer, if its reducer asks."""
+    """Score tokens for the entry stage by the first decoder layer, if its reducer needs scores."""
     signals = [s for s in stage.needs if isinstance(s, Attention)]
     signals = [s for s in signals if s.modalities & call.map.modalities]
     if signals:
@@ -85,12 +85,12 @@ def _score_entry(call: Call, stage: Stage, x: Tensor, positions: Tensor) -> None
 
 
 def run_stage(call: Call, stage: Stage, tensors: list[Tensor], dims: list[int]) -> list[Tensor]:
-    """Run a stage: the first of `tensors` is x (B, n, d), the others follow its rows."""
+    """Run a stage: the first of `tensors` is x (B, n, d), the others are gathered with it."""
     from tokencomp.kernels.dispatch import no_autocast
 
     x = tensors[0]
     with no_autocast(x):
-        if stage.layer:  # layers may be on several devices
+        if stage.layer:  # layers can be on several devices
             call.map = call.map.to(x.device)
         counts, chosen, kept = choose(call, stage, x)
         tensors = _keep(call, counts, chosen, kept, tensors, dims)
@@ -106,14 +106,14 @@ def _keep(
     tensors: list[Tensor],
     dims: list[int],
 ) -> list[Tensor]:
-    """Put the map after a choice in force, and take its rows of all tensors."""
+    """Update the map of the call after a choice, and gather the kept rows of all tensors."""
     device, before = tensors[0].device, call.map
     call.map, index, flat = before.keep(counts, chosen, kept, device)
     if call.scores is not None:
         call.scores.follow(before, call.map, index, device)
     tensors = take([t.to(device) for t in tensors], index, dims, call.map.mask(device))
     if kept is not None and kept.features is not None and flat is not None:
-        # in place on the gathered rows
+        # Overwrite the gathered rows with merged features.
         tensors[0].flatten(0, 1).index_copy_(0, flat, kept.features.to(tensors[0]))
     return tensors
 
@@ -122,26 +122,26 @@ def _keep(
 
 
 def choose(call: Call, stage: Stage, x: Tensor) -> tuple[list[list[int]], Chosen, Kept | None]:
-    """Which tokens of every span are kept, by the reducer of a stage.
+    """Let the reducer of a stage choose tokens of every span.
 
     Returns
     -------
     counts
-        Per sample, per span: tokens that are kept, text between the frames of a video included.
+        Per sample, per span: number of kept tokens, including text between the frames of a video.
     chosen
-        The spans from which the reducer chose some tokens, but not all.
+        Spans of which the reducer chose some tokens, but not all.
     kept
-        What it chose, over all of these spans one after the other; None if there are none.
+        Its choice over all of these spans, concatenated; None if there are none.
     """
     from tokencomp.kernels.dispatch import checked
 
     rows, order = call.map, call.plan.stages.index(stage)
-    # The plan counts visual tokens. Text between the frames of a video is part of its span and is
-    # always kept, so it is added.
+    # Counts of the plan, plus text between the frames of a video, which is always kept.
     counts = [
         [call.counts[b][j][order] + len(kept.span.text) for j, kept in enumerate(spans)]
         for b, spans in enumerate(rows.spans)
     ]
+    # Spans of which some tokens are dropped: all other spans need no reducer.
     chosen = [
         (b, j)
         for b, spans in enumerate(rows.spans)
@@ -152,9 +152,10 @@ def choose(call: Call, stage: Stage, x: Tensor) -> tuple[list[list[int]], Chosen
     if call.scores is not None:
         scores, texts = call.scores.pop(stage.layer, x.device)
     frames = compared_frames(x, rows, call.cache) if FRAMES in stage.needs else None
-    if not chosen:  # no reducer is needed where all tokens are kept, or none
+    if not chosen:
         return counts, [], None
-    # The next token is predicted from the last row of a question, so that row is never dropped.
+    # The last row of a question predicts the next token: keep at least one token of a span that
+    # ends a question.
     ends = [rows.ends_question(b, rows.spans[b][j]) for b, j in chosen]
     visual = [call.counts[b][j][order] for b, j in chosen]
     for (b, j), count, end in zip(chosen, visual, ends, strict=True):
@@ -162,6 +163,7 @@ def choose(call: Call, stage: Stage, x: Tensor) -> tuple[list[list[int]], Chosen
         if end and not count and span.length - 1 not in span.text:
             counts[b][j] += 1
             call.counts[b][j][order] = 1
+    # The reducer sees the patches of these spans as one batch.
     spans = [rows.spans[b][j].span for b, j in chosen]
     roles = [*map(_roles, spans, visual, ends)]
     keeps = [counts[b][j] for b, j in chosen]
@@ -172,21 +174,23 @@ def choose(call: Call, stage: Stage, x: Tensor) -> tuple[list[list[int]], Chosen
     if frames is not None:
         tokens.frames = [frames[b][j] for b, j in tokens.places]
     kept = reduced(stage.reducer, tokens)
+    # If a question ends in a patch, that patch replaces the last kept one.
     pairs = zip(roles, ends, strict=True)
     ends = [end and role[-1] == PATCH for role, end in pairs if (role == PATCH).any()]
     if any(ends):
         kept = keep_last(kept, tokens, ends)
+    # Average dropped patches into kept ones.
     if stage.merge:
         modalities = zip(tokens.places, tokens.modalities, strict=True)
         merging = [stage.merges(modality, call.places[b][j]) for (b, j), modality in modalities]
         if any(merging):
-            with checked():  # targets come from tables of the host
+            with checked():  # targets were built on the host
                 kept = merge_rest(tokens, kept, merging, stage.reducer.name)
     return counts, chosen, parts.of_all(kept)
 
 
 def keep_last(kept: Kept, tokens: Tokens, ends: Sequence[bool]) -> Kept:
-    """Exchange the last kept patch for the last patch of every span that `ends` marks."""
+    """Replace the last kept patch by the last patch of every span in `ends`."""
     spans = np.flatnonzero(ends)
     at = tokens.table(np.cumsum(tokens.budgets)[spans] - 1)
     last = tokens.table(np.cumsum(tokens.lengths)[spans] - 1)
@@ -207,10 +211,10 @@ PATCH, FIXED, DROPPED = range(3)  # roles of tokens
 
 
 def _roles(span: VisualSpan, count: int, ends: bool) -> np.ndarray[Any, Any]:
-    """The role of every token of an uncompressed span, of which `count` visual ones are kept.
+    """The role of every token of an uncompressed span of which `count` visual tokens are kept.
 
-    Special tokens and the text between frames are fixed. Where no visual token is kept, the text
-    is, and the last token of the span if a question `ends` in it.
+    Special tokens and text between frames are fixed. If no visual token is kept, the text is fixed,
+    and so is the last token of the span if a question `ends` in it.
     """
     if count:
         return np.where(span.fixed_mask(), FIXED, PATCH)
@@ -220,12 +224,12 @@ def _roles(span: VisualSpan, count: int, ends: bool) -> np.ndarray[Any, Any]:
 
 
 class Parts(NamedTuple):
-    """The tokens of the spans of a choice: patches, and what is kept without a reducer.
+    """Tokens of the chosen spans: patches, which a reducer sees, and fixed tokens.
 
     Attributes
     ----------
     tokens
-        The patches, of the spans that have some.
+        The patches, of spans that have some.
     features : Tensor, shape (m, d)
         Hidden states of all tokens.
     patches, fixed : Tensor of int64, or None
@@ -238,7 +242,7 @@ class Parts(NamedTuple):
     fixed: Tensor | None
 
     def of_all(self, kept: Kept) -> Kept:
-        """What is kept of all tokens, if `kept` is kept of the patches."""
+        """Convert a choice among the patches to one among all tokens."""
         if self.patches is None or self.fixed is None:
             return kept
         return kept.with_fixed(self.features, self.patches, self.fixed)
@@ -254,18 +258,18 @@ def tokens_of(
     scores: Tensor | None,
     texts: list[list[Tensor]] | None,
 ) -> Parts:
-    """What the reducer of a stage sees of the spans `chosen`, and what it does not see.
+    """Build the input of a reducer from the spans `chosen`.
 
-    The tables that it needs are built on the host and moved to the device together.
+    Index tables are built on the host and moved to the device in one copy.
 
     Parameters
     ----------
     x : Tensor, shape (B, n, d)
         Hidden states of all rows.
     roles, keeps
-        The role of every token of every uncompressed span, and how many tokens of it are kept.
+        Role of every token of every uncompressed span, and how many tokens of the span are kept.
     scores : Tensor of float32, shape (kept visual tokens,), or None
-        Attention scores of the tokens of all spans of all samples, one after the other.
+        Attention scores of the tokens of all spans of all samples, concatenated.
     texts
         Per sample, per prompt: key lengths of the text after the last span, (m,), or None.
     """
@@ -276,7 +280,7 @@ def tokens_of(
     index, full, flat = None, None, x.flatten(0, 1)
     if rows.columns is not None and "start" in moved:
         index = rows.columns.flatten().index_select(0, moved["rows"]) - moved["start"]
-        full = index + moved["before"]  # number among all tokens of these spans
+        full = index + moved["before"]  # index among all tokens of these uncompressed spans
         if "cells" in moved:
             index = moved["cells"].index_select(0, full)
     features = flat.index_select(0, moved["rows"]) if adjacent is None else flat[adjacent]
@@ -287,7 +291,7 @@ def tokens_of(
     patches = fixed = None
     if "role" in moved:
         role = moved["role"] if full is None else moved["role"].index_select(0, full)
-        # Sorting instead of `nonzero`, whose length the host would have to read.
+        # A sort, because `nonzero` would synchronise with the device to read its length.
         by_role = role.to(torch.uint8).sort(stable=True).indices
         stop = sum(counts) + sum(keeps) - sum(budgets)
         patches, fixed = by_role[: sum(counts)], by_role[sum(counts) : stop]
@@ -324,11 +328,12 @@ def tokens_of(
 def _host_tables(
     rows: RowMap, chosen: Chosen, roles: list[np.ndarray[Any, Any]], scores: Tensor | None
 ) -> tuple[dict[str, Any], slice | None]:
-    """Integers by name that `tokens_of` needs, and the flat rows of the spans if they are adjacent.
+    """Index tables for `tokens_of` by name; and the flat rows of the spans as a slice if
+    contiguous.
 
-    "rows" are flat rows. Where tokens are missing, "start" is the first column of the span of every
-    row, and "before" the tokens of the uncompressed spans before it. "role" and "cells" are those
-    of all tokens of the uncompressed spans. "scored" are numbers of rows among all scores.
+    "rows" are flat rows. If tokens are missing, "start" is the first column of the span of every
+    row, and "before" the number of tokens of earlier uncompressed spans. "role" and "cells" cover
+    all tokens of the uncompressed spans. "scored" indexes the scores.
     """
     spans = [rows.spans[b][j] for b, j in chosen]
     lengths, role = [s.count for s in spans], np.concatenate(roles)
@@ -348,16 +353,16 @@ def _host_tables(
     if role.any():
         tables["role"] = role
         tables["cells"] = np.concatenate([np.cumsum(one == PATCH) - 1 for one in roles])
-    # Spans that keep all of their tokens have scores, but the reducer does not see them.
+    # Spans that keep all tokens have scores too, which the reducer does not see.
     if scores is not None and len(scores) > sum(lengths):
         tables["scored"] = _scored_rows(rows, chosen)
     return tables, adjacent
 
 
 def _scored_rows(rows: RowMap, chosen: Chosen) -> np.ndarray[Any, Any]:
-    """Numbers of the tokens of the spans `chosen` among the kept tokens of all spans."""
+    """Indices of the tokens of the spans `chosen` among the kept tokens of all spans."""
     starts = starts_of([s.count for spans in rows.spans for s in spans])
-    before = starts_of([len(spans) for spans in rows.spans])  # spans of earlier samples
+    before = starts_of([len(spans) for spans in rows.spans])  # number of spans of earlier samples
     return rows_of(starts, [before[b] + j for b, j in chosen])
 
 
@@ -367,28 +372,28 @@ def _tower_values(call: Call, signal: TowerSignal, chosen: Chosen, x: Tensor) ->
 
 
 def _of_prompts(rows: RowMap, texts: list[list[Tensor]], chosen: Chosen, x: Tensor) -> list[Tensor]:
-    """Values of the text of its prompt for every span; spans of a prompt share one tensor."""
+    """Values of the text of its prompt for every span; spans of one prompt share one tensor."""
     moved = [[text.to(x.device) for text in sample] for sample in texts]
     owners = [(b, rows.prompt_of(b, rows.spans[b][j])) for b, j in chosen]
     return [moved[b][rows.prompts[b].index(prompt)] for b, prompt in owners]
 
 
 def compared_frames(x: Tensor, rows: RowMap, cache: Any) -> list[list[Tensor | None]]:
-    """The last frame of the same shape before every span; the cache then has the latest ones.
+    """The latest frame of the same shape before every span; the cache then stores the latest ones.
 
-    Frames go with the cache, so that they belong to one conversation, and its copy has them too.
+    Frames are stored on the cache, so they belong to one conversation and are copied with it.
 
     Parameters
     ----------
     x : Tensor, shape (B, n, d)
-        Input of the first decoder layer, of all tokens of the call.
+        Input of the first decoder layer, for all tokens of the call.
     cache
-        The KV cache of the call, or None: nothing is known of earlier calls then.
+        KV cache of the call. None: there are no earlier calls.
 
     Returns
     -------
     list per sample of list per span of Tensor, shape (height · width, d), or None
-        None where no frame of this shape came before.
+        None if there is no earlier frame of this shape.
     """
     known: list[dict[Shape, Tensor]] = getattr(cache, FRAMES_SHOWN, None) or []
     if len(known) != len(rows.spans):  # another batch
@@ -416,13 +421,13 @@ def compared_frames(x: Tensor, rows: RowMap, cache: Any) -> list[list[Tensor | N
 def surviving_rows(
     x: Tensor, rows: RowMap, plan: Plan
 ) -> tuple[list[list[int]], Chosen, Kept | None]:
-    """What the tower stage of `plan` has kept of every span, special tokens and text included.
+    """Read which tokens the tower stage has kept; returns the same as `choose`.
 
-    The embeddings x (B, n, d) are NaN where the tower computed nothing. Refused are other tokens
-    than the stage drops; and a question that ends in such a token, so that there is no row that the
-    next token could be predicted from. Gives the same as `choose`.
+    Embeddings x (B, n, d) are NaN where the tower dropped a cell. Raises `SpanError` if their
+    number differs from the plan, or if a question ends in a dropped token, so that no row predicts
+    the next token.
     """
-    alive = ~x.isnan().any(-1).cpu()  # the only time that the host waits for the device
+    alive = ~x.isnan().any(-1).cpu()  # the only synchronisation with the device
     real = rows.mask(torch.device("cpu"))
     missing = int((~alive if real is None else ~alive & real).sum())
     counts, chosen, kept_rows, first = [], [], [], 0
@@ -452,7 +457,7 @@ def surviving_rows(
 
 
 def _check_survivors(present: Tensor, kept: KeptSpan, plan: Plan, sample: int) -> None:
-    """Compare the tokens that are present of a span with the count of the tower stage."""
+    """Compare the number of present tokens of a span with the count of the tower stage."""
     count, expected = int(present.sum()), plan.entering(kept.span) + len(kept.span.text)
     if count == expected:
         return

@@ -1,8 +1,8 @@
 """Visual context window extension: YaRN on the decoder's rotary embedding (arXiv 2409.20018).
 
-The longest run of visual tokens in a model's training is far shorter than its language context. The
-extension scales the rotary frequencies as YaRN does (arXiv 2309.00071), with the *visual* window in
-place of the language window.
+The longest run of visual tokens in training is far shorter than the language context. The extension
+scales rotary frequencies as YaRN does (arXiv 2309.00071), with the *visual* window in place of the
+language window.
 """
 
 from __future__ import annotations
@@ -82,10 +82,7 @@ class VisualContext(Installed):
 
     @compat.not_compiled
     def _count(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """Count the visual tokens of a call together with those that the cache holds.
-
-        A forward pre-hook of the body.
-        """
+        """Pre-hook of the body: count the visual tokens of the call and of its cache."""
         named = compat.bind(module, args, kwargs)
         modalities = self._adapter.modalities(named)
         new = [] if modalities is None else (modalities != 0).sum(1).tolist()
@@ -101,17 +98,17 @@ class VisualContext(Installed):
 
     @compat.not_compiled
     def _note(self, module: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:
-        """Store the count on the cache of the finished call (forward hook of the body)."""
+        """Hook of the body: store the count on the cache."""
         cache = compat.get_cache(compat.bind(module, args, kwargs), out)
         if cache is not None:
             setattr(cache, HELD, self._local.total)
 
 
 def held(cache: Any) -> int:
-    """Return the number of visual tokens in a KV cache.
+    """Number of visual tokens in a KV cache.
 
-    It is the stored number, or the length of the cache if that is smaller (after a crop) or if no
-    number was stored.
+    The stored number, but at most the length of the cache (after a crop); the length if no number
+    is stored.
     """
     length = int(cache.get_seq_length()) if cache is not None else 0
     return min(getattr(cache, HELD, length), length)
@@ -167,7 +164,6 @@ def extend_visual_context(
 
 
 def is_extended(adapter: Adapter) -> bool:
-    """Whether the visual window of the adapter's model is extended."""
     return getattr(adapter.rotary, EXTENSION, None) is not None
 
 
@@ -205,9 +201,9 @@ def yarn(base: float, dim: int, window: int, factor: float) -> tuple[Tensor, flo
 
 
 def rope_base(config: Any) -> float:
-    """The base of a decoder's rotary frequencies from its config.
+    """The base of a decoder's rotary frequencies, from its config.
 
-    The frequencies of the model itself are not exact if the model was cast to a lower precision.
+    The stored frequencies are inexact if the model was cast to a lower precision.
     """
     parameters = getattr(config, "rope_parameters", None) or {}
     base = parameters.get("rope_theta", getattr(config, "rope_theta", None))

@@ -1,10 +1,10 @@
-"""What a patch does before, within and after a call of the decoder: the order of the passes.
+"""Hooks of a patch around the decoder: the order of the passes.
 
     before   read ─► (plan) ─► checks ─► score ─► choose ─► gather        `_compress`
     within   layers: rows, masks and tables of their segment             `LayerHooks`
     after    restore: columns in the cache, output of full length        `_leave`
 
-Each pass is a module of this name; `Call` is what they hand on.
+Each pass is a module of this name; they share one `Call`.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ from tokencomp.torchlib import compat
 
 
 class DecoderHooks(CallHooks):
-    """Compresses what the decoder gets, and puts the plan in force on its layers and the tower.
+    """Compresses the input of the decoder, and applies the plan to its layers and the tower.
 
     Attributes
     ----------
     plan
-        The plan in force.
+        The current plan.
     stats
-        Counts of the compressed prefill that ended last, in whichever thread.
+        Counts of the latest compressed prefill, in any thread.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class DecoderHooks(CallHooks):
     # -- installation ---------------------------------------------------------------------------
 
     def install(self) -> None:
-        """Hook the decoder, and its rotary modules where they must get other positions."""
+        """Hook the decoder, and its rotary modules if they need other positions."""
         a = self.adapter
         before = a.decoder.register_forward_pre_hook(self._decoder, with_kwargs=True)
         self._handles.append(before)
@@ -96,37 +96,35 @@ class DecoderHooks(CallHooks):
         self.put_in_force()
 
     def put_in_force(self) -> None:
-        """Hook what the stages of the plan need inside of the decoder and the tower."""
+        """Install the hooks that stages need inside of the decoder and the tower."""
         self._layers.install(self.plan)
         self.tower.install(self.plan)
 
     def change(self, plan: Plan) -> None:
-        """Undo `put_in_force`, and take another plan."""
+        """Remove these hooks, and replace the plan."""
         self._layers.withdraw()
         self.tower.remove()
         self.plan, self.stats = plan, None
 
     def remove(self) -> None:
-        """Undo `install`; safe to call twice."""
+        """Remove all hooks; safe to call twice."""
         super().remove()
         for part in (self._weights, self._layers, self.tower):
             part.remove()
 
     def is_off(self) -> bool:
-        """Whether compression is off in this thread."""
         return self.calls.state.disabled > 0
 
     def compresses(self) -> bool:
-        """Whether prompts with media are compressed in this thread."""
         return self.plan.active and self.calls.state.disabled == 0
 
     # -- before a call --------------------------------------------------------------------------
 
     def apart(self, module: nn.Module, args: Any, kwargs: Any) -> bool:
-        """Whether a call that Dynamo traces is prepared between the graphs of a compiled model.
+        """While Dynamo traces: whether this call must be prepared outside of the compiled graphs.
 
-        Elsewhere there is nothing to do, or Dynamo traces what is done to the decoder. The call is
-        one of the model, its body or its decoder.
+        False if nothing is to be done, or if Dynamo can trace it. For calls of the model, its body
+        or its decoder.
         """
         if self.calls.state.noted.modalities is not None:
             return True
@@ -134,7 +132,7 @@ class DecoderHooks(CallHooks):
         return not self._later.traceable(arguments, self.plan.active)
 
     def _decoder(self, module: nn.Module, args: Any, kwargs: Any = None) -> Any:
-        """A hook that Dynamo traces: it sets the mask of a step on a static cache."""
+        """Hook that Dynamo traces: sets the mask of a decode step on a static cache."""
         if kwargs is None:  # see `tokencomp.torchlib.hooks`
             return None
         arguments = compat.bind(module, args, kwargs)
@@ -143,7 +141,7 @@ class DecoderHooks(CallHooks):
         return self._continue(arguments, compat.get_cache(arguments))
 
     def _continue(self, arguments: dict[str, Any], cache: Any) -> Any:
-        """Arguments of later tokens; None where they stay as they are."""
+        """Arguments of later tokens; None if they do not change."""
         first = first_layer(cache)
         if not isinstance(first, CompressedLayer):
             return None
@@ -153,18 +151,18 @@ class DecoderHooks(CallHooks):
 
     @compat.not_compiled
     def _enter(self, module: nn.Module, arguments: dict[str, Any]) -> Any:
-        """Arguments of a decoder call; None where they stay as they are."""
+        """Arguments of a decoder call; None if they do not change."""
         noted, cache = self.calls.state.noted, compat.get_cache(arguments)
         try:
             media = noted.modalities is not None and noted.modalities.numpy().any()
-        except RuntimeError:  # of a tensor without values
+        except RuntimeError:  # a tensor without values
             raise UnsupportedModelError(TRACED) from None
         if media:
             if torch.jit.is_tracing():
                 raise UnsupportedModelError(TRACED)
             return self._compress(module, arguments, cache, self.calls.state)
         if not noted.in_body and self.compresses() and begins_prompt(arguments):
-            self._featureless.meet(arguments)  # the decoder was called alone
+            self._featureless.meet(arguments)  # the decoder was called without the body
         if self.tower.had_stage:
             self._refuse_missing(arguments)
         return self._continue(arguments, cache)
@@ -172,12 +170,12 @@ class DecoderHooks(CallHooks):
     def _compress(
         self, module: nn.Module, arguments: dict[str, Any], cache: Any, state: ThreadState
     ) -> Any:
-        """Arguments of a prefill with visual tokens, of which the entry stage keeps some."""
+        """Arguments of a prefill with visual tokens, after the entry stage."""
         noted, plan = state.noted, self.plan.dropping if state.drops else self.plan
         if noted.grad:
             refuse_recomputation(self.adapter.body, "the places of its media")
         noted.grad = torch.is_grad_enabled()
-        # Embeddings, with features in place, and a 2-D mask of padding.
+        # Inputs: embeddings that contain the features, and a 2-D padding mask.
         if arguments.get("inputs_embeds") is None:
             arguments = with_embeddings(module, arguments)
         if plan.tower is None and self.tower.had_stage:
@@ -188,31 +186,32 @@ class DecoderHooks(CallHooks):
         arguments, mask, prepared = dict(arguments), arguments.get("attention_mask"), None
         if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
             arguments, prepared = split_mask(arguments, cache, noted.mask)
-        # Read: spans, row map, counts of the plan. Nothing has changed yet.
+        # Read and plan: spans, row map, counts. Checks run before anything changes.
         call, positions = read_prompt(self.adapter, arguments, cache, noted, plan)
         call.prepared, call.by_column = prepared, not self._owner.compact
         check_prompt(call)
+        # From here on the hooks of layers, attention and tower act on this call.
         self._layers.follow_wrappers()
         state.call = call
         if call.merges:
             self._weights.begin()
         if self.tower.drop is not None or self.tower.probe is not None:
             self.tower.collect(call, noted.inputs or {})
-        # Score, choose, gather: the rows that are kept.
+        # Score, choose, gather: only kept rows enter the decoder.
         x, positions, columns = enter(call, arguments["inputs_embeds"], positions)
         if columns is not None:
             gather_arguments(arguments, columns, call.map.mask(x.device), call.width)
         set_arguments(call, arguments, x, positions)
         whole = len(call.segments) > 1 or not 0 < noted.logits <= call.tail
         if whole and "logits_to_keep" in arguments:
-            # Decoders with shared keys (Gemma 4) cut their hidden states to these rows.
+            # Decoders with shared keys (Gemma 4) would return only these rows.
             arguments["logits_to_keep"] = 0
         if noted.chunk is not None:
             arguments = self._prefill.advance(module, arguments, call, noted.logits)
         return (), arguments
 
     def _refuse_missing(self, arguments: dict[str, Any]) -> None:
-        """Refuse features of a tower stage in a call whose plan, or lack of one, has none.
+        """Refuse features with tokens dropped in the tower, if the plan has no tower stage.
 
         NaN in features that this call has encoded itself comes from the model.
         """
@@ -237,7 +236,7 @@ class DecoderHooks(CallHooks):
         return (hidden, call.rotary, *rest), kwargs
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
-        """The output of a decoder call with full length; None where it stays as it is."""
+        """Restore the output of a decoder call to full length; None if it does not change."""
         state = self.calls.state
         call, state.call = state.call, None
         if state.weighs:
@@ -261,7 +260,7 @@ class DecoderHooks(CallHooks):
         self._ratios.look(stats, call.plan)
         text_only = 0 < state.noted.logits <= call.tail
         if text_only and "logits_to_keep" in kwargs:
-            # Where a decoder may cut its last state, the model takes a short one as it is.
+            # The model needs only the rows of these logits.
             out.last_hidden_state = out.last_hidden_state[:, -state.noted.logits :]
         return restore_states(out, call.segments, call.width, text_only)
 
@@ -275,7 +274,7 @@ def set_arguments(call: Call, arguments: dict[str, Any], x: Tensor, positions: T
     Parameters
     ----------
     x : Tensor, shape (B, n, d)
-        Embeddings of the rows that are kept.
+        Embeddings of the kept rows.
     positions : Tensor of int64, shape (3, B, n) for M-RoPE, else (B, n)
         Their original positions.
     """
@@ -284,14 +283,14 @@ def set_arguments(call: Call, arguments: dict[str, Any], x: Tensor, positions: T
     if rows.packed:
         arguments.update(sequence_lengths(rows, arguments))
         if call.cache is None and not arguments.get("use_cache"):
-            mask = None  # padding is kept apart like one more prompt
+            mask = None  # padding is separated like one more packed prompt
     arguments["inputs_embeds"] = x
     if not call.by_column:
         positions = _compact_positions(call, mask, x)
         check_windows(call)
     true_ids = _set_positions(call, arguments, positions)
     check_ragged_turn(call, mask)
-    if true_ids and mask is None:  # with a mask, transformers looks for no packed prompts
+    if true_ids and mask is None:  # given a mask, transformers does not infer packed prompts
         mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
     layers = list(getattr(call.cache, "layers", None) or ())
     arguments["attention_mask"] = Masks(call, mask, layers).decoder_mask(x)
@@ -299,20 +298,20 @@ def set_arguments(call: Call, arguments: dict[str, Any], x: Tensor, positions: T
 
 
 def _set_positions(call: Call, arguments: MutableMapping[str, Any], positions: Tensor) -> bool:
-    """Write the positions of a compressed call to the arguments of the decoder.
+    """Set the positions of a compressed call.
 
-    Text positions of kept tokens have gaps, which FlashAttention, and mask code where there is no
-    mask, take for the begin of another packed prompt. There they get positions without gaps, and
-    the rotary embedding alone gets the true `positions`, (3, B, n) for M-RoPE, else (B, n).
+    Original positions of kept tokens have gaps. FlashAttention, and mask functions if there is no
+    mask, take a gap for the start of another packed prompt. They get positions without gaps, and
+    only the rotary embedding gets the original `positions`, (3, B, n) for M-RoPE, else (B, n).
 
     Returns
     -------
     bool
-        Whether `position_ids` are the true positions, so that the call needs a mask.
+        Whether `position_ids` are the original positions, so that the call needs a mask.
     """
     adapter = call.adapter
     text = text_positions(call.map, positions.device)
-    if adapter.mrope_rows > 3:  # HunyuanVL takes no row for text
+    if adapter.mrope_rows > 3:  # HunyuanVL has no row of text positions
         arguments["position_ids"] = positions
         return False
     if adapter.mrope:
@@ -334,9 +333,9 @@ def _set_positions(call: Call, arguments: MutableMapping[str, Any], positions: T
 
 
 def _compact_positions(call: Call, mask: Tensor | None, x: Tensor) -> Tensor:
-    """Positions (B, n) without gaps, which begin again in every packed prompt.
+    """Positions (B, n) without gaps, which restart at every packed prompt.
 
-    `x` (B, n, d) are the rows that are kept, and `mask` (B, n) is False at padding.
+    `x` (B, n, d) are the kept rows, and `mask` (B, n) is False at padding.
     """
     if call.map.packed:
         return text_positions(call.map, x.device).expand(x.shape[0], -1)

@@ -1,4 +1,4 @@
-"""The pass `gather`: everything that has one entry per row follows the rows that are kept."""
+"""The pass `gather`: selects the kept rows of everything that has one entry per row."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from tokencomp.engine.rowmap import RowMap
 from tokencomp.torchlib.compat import CACHE_NAMES
 
-# Arguments that the entry stage sets.
+# Arguments that `set_arguments` computes instead.
 SET_APART = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache_position")
 # A mask of visual columns (B, L), and features of these columns alone, one row for each. The
 # first decoder layers add them to the hidden states (arXiv 2406.04334).
@@ -20,8 +20,8 @@ DEEPSTACK = (
     ("visual_pos_masks", "deepstack_visual_embeds"),
     ("vision_mask", "deepstack_features"),
 )
-# transformers separates the prompts that training code packs into one sample by these, and by
-# positions that start again where there is neither a mask nor a cache.
+# Lengths of the prompts packed into one sample. Without a mask and a cache, transformers also
+# infers packed prompts from positions that restart.
 CUMULATIVE = ("cu_seq_lens_q", "cu_seq_lens_k")
 LONGEST = ("max_length_q", "max_length_k")
 
@@ -29,18 +29,18 @@ LONGEST = ("max_length_q", "max_length_k")
 def gather_arguments(
     kwargs: MutableMapping[str, Any], index: Tensor, mask: Tensor | None, width: int
 ) -> None:
-    """Gather, in place, every argument of a decoder call that has one entry per row.
+    """Gather, in place, all arguments of a decoder call that have one entry per row.
 
-    These are all tensors (B or 1, width, ...), also inside of mappings and lists: per-layer inputs,
-    token types, ids for routers and hashes. Deepstack features have one row per visual token of the
-    batch instead, so that they are known by their names.
+    These are tensors (B or 1, width, ...), also inside mappings and lists: per-layer inputs, token
+    types, ids for routers and hashes. Deepstack features have one row per visual token of the batch
+    instead, and are recognised by name.
 
     Parameters
     ----------
     index : Tensor of int64, shape (B, n)
-        For every row that is kept: its number among the `width` entries.
+        For every kept row: its index among the `width` entries.
     mask : Tensor of bool, shape (B, n), or None
-        False at padding, where entries become 0; None if there is none.
+        False at padding, where entries become 0.
     """
     # Index -1 gathers zeros.
     columns = index if mask is None else index.masked_fill(~mask, -1)
@@ -65,7 +65,7 @@ def _gathered(value: Any, columns: Tensor, width: int) -> Any:
 
 
 def each(value: Any, change: Callable[[Any], Any]) -> Any:
-    """`value` with every item of a mapping, list or tuple changed; anything else as it is."""
+    """Apply `change` to all items of a mapping, list or tuple; other values are unchanged."""
     if isinstance(value, Mapping):
         return {key: change(item) for key, item in value.items()}
     if type(value) in (list, tuple):
@@ -96,7 +96,7 @@ def _gather_deepstack(
 
 
 def bounds(rows: RowMap, sample: int) -> list[int]:
-    """First rows of the padding (if any) and of the prompts of a sample, and its end."""
+    """First rows of the padding (if any) and of every prompt of a sample, and its end."""
     starts = [p.start for p in rows.prompts[sample]]
     if starts[0] > 0:
         starts.insert(0, 0)
@@ -104,11 +104,10 @@ def bounds(rows: RowMap, sample: int) -> list[int]:
 
 
 def text_positions(rows: RowMap, device: torch.device) -> Tensor:
-    """One position per token without gaps, which begins at 0 in every packed prompt.
+    """Positions without gaps that restart at 0 at every packed prompt, (B, rows) or (1, rows).
 
-    transformers takes a gap for the begin of a new prompt, so positions with the gaps of dropped
-    tokens are for the rotary embedding alone. Padding counts as one more prompt. The shape is
-    (B, rows), or (1, rows) where no sample is packed.
+    transformers takes a gap for the start of a packed prompt, so only the rotary embedding gets the
+    original positions. Padding counts as one more prompt.
     """
     if not rows.packed:
         return torch.arange(rows.rows, device=device)[None]
@@ -150,27 +149,27 @@ def sequence_dim(table: Tensor) -> int:
 def take(
     tensors: Sequence[Tensor], index: Tensor, dims: Sequence[int], mask: Tensor | None = None
 ) -> list[Tensor]:
-    """Rows `index` of every tensor; one launch for all of them on a GPU.
+    """Gather rows `index` of every tensor; on a GPU in one launch.
 
     Parameters
     ----------
     tensors
-        On one device with `index`, any dtypes. The batch axis is the one before the sequence
-        axis; of size 1 it is shared by all samples.
+        On the device of `index`, any dtypes. The batch axis precedes the sequence axis; a batch of
+        1 is shared by all samples.
     index : Tensor of int64, shape (B, n)
     dims
         Sequence axis of each tensor, may be negative.
     mask : Tensor of bool, shape (B, n), or None
-        False at padding, which becomes 0: copies of other tokens there could carry NaN along.
+        False at padding, which becomes 0: copies of other tokens there could carry NaN.
     """
     from tokencomp.kernels import gather_rows
 
     if mask is not None:
         index = index.masked_fill(~mask, -1)
-    # Complex rotary tables (Llama 4) are moved as pairs of real numbers.
+    # Complex rotary tables (Llama 4) are gathered as pairs of real numbers.
     real = [torch.view_as_real(t) if t.is_complex() else t for t in tensors]
     dims = [d % t.ndim for d, t in zip(dims, tensors, strict=True)]
-    before = [dim - 1 for dim in dims]  # the axis of the batch
+    before = [dim - 1 for dim in dims]  # batch axis of each tensor
     rows: list[Tensor] = gather_rows(real, index, dims, before, trusted=True)
     return [
         torch.view_as_complex(row) if t.is_complex() else row

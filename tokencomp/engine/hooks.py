@@ -1,11 +1,11 @@
-"""The hooks of a patched model: what is installed, when, and what they note of a call.
+"""The hooks of a patched model: what is installed, and what they note about a call.
 
 generate
-    Notes where the prompt ends, and counts as one call; `generate_batch` is refused.
+    Notes where the prompt ends, and counts as one call; requests of `generate_batch` are checked.
 top
-    Notes `labels` and `logits_to_keep`, which say whether the output must have full length.
+    Notes `labels` and `logits_to_keep`, which decide whether the output needs full length.
 body
-    Notes where visual placeholders are, if the call carries visual features.
+    Notes where visual placeholders are, if the call has visual features.
 decoder
     Compresses, see `tokencomp.engine.decoder`.
 """
@@ -50,25 +50,25 @@ _CREATING = threading.Lock()
 
 
 class CallGate:
-    """Lets many threads call a patched model, and refuses to change its patch meanwhile.
+    """Allows concurrent calls of a patched model, and refuses to change its patch meanwhile.
 
-    A model without hooks is not counted, so the first `patch` cannot see a call that is running.
-    That call stays uncompressed as far as it has come.
+    Calls of a model without hooks are not counted, so the first `patch` does not see a call that is
+    already running. That call stays uncompressed.
     """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # a change may be part of another change
+        self._lock = threading.RLock()  # changes can be nested
         self._running = 0
 
     @classmethod
     def of(cls, model: nn.Module) -> CallGate:
-        """The gate of a model (without wrappers); all patches of the model share it."""
+        """The gate of a model (unwrapped), shared by all of its patches."""
         with _CREATING:
             return _GATES.setdefault(model, cls())
 
     @contextlib.contextmanager
     def change(self) -> Iterator[None]:
-        """Change the patch in the block; calls that begin meanwhile wait for its end.
+        """Block in which the patch changes; calls that begin meanwhile wait.
 
         Raises
         ------
@@ -86,7 +86,7 @@ class CallGate:
 
     @contextlib.contextmanager
     def call(self) -> Iterator[None]:
-        """Count a call that runs in the block."""
+        """Count the block as a running call."""
         with self._lock:
             self._running += 1
         try:
@@ -100,16 +100,15 @@ BATCH_FIX = "Use model.generate(...), one prompt or a padded batch at a time, or
 
 
 class GenerateCalls(Hooked):
-    """Notes what the running `generate` was called with, and looks at requests of `generate_batch`.
+    """Wraps `generate`, to note its arguments, and `generate_batch`, to check its requests.
 
-    `generate` calls the model with the prompt and whatever it has drafted or generated since; only
-    its caller knows where one ends and the other begins. It encodes media before it calls the
-    model, so it is counted as one call: features of one setting must not meet the plan of
-    another. `generate` is therefore replaced by one that calls the original.
+    `generate` calls the model with the prompt and drafted or generated tokens; only here is the end
+    of the prompt known. It encodes media before it calls the model, so the whole of it counts as
+    one call: features of one setting must not be used with the plan of another.
 
-    Transformers takes token ids alone in continuous batching (`generate_batch`) and runs them in
-    another thread, where an error only ends the request. Text runs there as without a patch.
-    What cannot be served is refused before the thread starts.
+    Continuous batching (`generate_batch`) takes only token ids, and runs them in another thread,
+    where an error only ends the request. Text runs as without a patch; anything else is refused
+    before the thread starts.
 
     Parameters
     ----------
@@ -131,7 +130,7 @@ class GenerateCalls(Hooked):
         self.active, self.strict = active, strict
 
     def install(self) -> None:
-        """Replace both methods of the model, where it has them."""
+        """Replace both methods of the model, if it has them."""
         top = self.adapter.top
         self._handles += [
             MethodReplacement(top, "generate", self._generate),
@@ -144,7 +143,7 @@ class GenerateCalls(Hooked):
         noted.columns, noted.encodes = prompt_columns(args, kwargs), self.adapter.encodes(kwargs)
         noted.types = None
         if TYPES in kwargs and TYPES not in parameters_of(self.adapter.top):
-            noted.types = kwargs.pop(TYPES)  # transformers would refuse it
+            noted.types = kwargs.pop(TYPES)  # transformers would raise for it
         try:
             if noted.types is not None:
                 _check_types(noted.types, kwargs.get("inputs_embeds"))
@@ -165,7 +164,7 @@ class GenerateCalls(Hooked):
         return original(inputs, *args, **kwargs)
 
     def _check(self, inputs: Sequence[Sequence[int]], kwargs: dict[str, Any]) -> None:
-        """Refuse requests that ask for media, which transformers would leave out."""
+        """Refuse requests with media, which transformers would ignore."""
         if self.adapter.feature_modalities(kwargs):
             raise UnsupportedCacheError(
                 "continuous batching takes token ids alone, and this call brings images or videos, "
@@ -187,7 +186,7 @@ class GenerateCalls(Hooked):
 
 
 def _check_types(types: Tensor, embeds: Tensor | None) -> None:
-    """Refuse kinds of features that are not those of `inputs_embeds`, column by column."""
+    """Refuse modalities that do not match `inputs_embeds` in shape."""
     if embeds is not None and types.shape != embeds.shape[:2]:
         raise OptionError(
             f"{TYPES} of shape {tuple(types.shape)} with inputs_embeds of shape "
@@ -196,10 +195,10 @@ def _check_types(types: Tensor, embeds: Tensor | None) -> None:
 
 
 def with_types(arguments: dict[str, Any], types: Tensor) -> dict[str, Any]:
-    """Arguments of a call of the body, with the modalities of the features in its `inputs_embeds`.
+    """Add the modalities of features in `inputs_embeds` to the arguments of the body.
 
-    `types` (B, L) has the rows of the caller of `generate`, which repeats rows for beams, and all
-    columns, of which the body gets those that are not in the cache yet.
+    `types` (B, L) is by row and column of the caller of `generate`. Beams repeat rows, and the body
+    gets only the columns that are not in the cache yet.
     """
     embeds = arguments.get("inputs_embeds")
     if embeds is None or arguments.get("input_ids") is not None:
@@ -209,7 +208,7 @@ def with_types(arguments: dict[str, Any], types: Tensor) -> dict[str, Any]:
 
 
 def prompt_columns(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
-    """Columns of the prompt that `generate` was called with, or None if they do not show it."""
+    """Number of columns of the prompt of `generate`, or None if its arguments do not show it."""
     for name in ("inputs_embeds", "input_ids", "inputs"):
         if isinstance(kwargs.get(name), Tensor):
             return int(kwargs[name].shape[1])
@@ -219,18 +218,18 @@ def prompt_columns(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | No
 class Hooks(CallHooks):
     """Installs and removes the hooks of one patched model.
 
-    What belongs to a running call lives in thread-local storage; `stats` is shared: the counts of
-    the prefill that ended last, in whichever thread. Dynamo cannot trace what the hooks do, so they
-    run between the graphs of a compiled model.
+    State of a running call is thread-local; `stats`, the counts of the latest prefill, is shared.
+    Dynamo cannot trace most hooks, so they run between the graphs of a compiled model.
 
-    A plan without stages has no hooks, unless what an earlier plan has left may still come.
+    A plan without stages needs no hooks, unless caches or features of an earlier plan may still be
+    used.
 
     Parameters
     ----------
     strict
         Whether prompts without media are refused.
     compact_positions
-        Whether positions count the kept tokens only.
+        Whether positions count kept tokens only.
     """
 
     def __init__(
@@ -240,7 +239,7 @@ class Hooks(CallHooks):
         strict: bool,
         compact_positions: bool = False,
     ) -> None:
-        LayerTypes.of(adapter.decoder)  # refuses layer types that are not known
+        LayerTypes.of(adapter.decoder)  # raises for unknown layer types
         super().__init__(adapter, RunningCalls())
         calls, self.compact_positions = self.calls, compact_positions
         self.gate = CallGate.of(adapter.model)
@@ -252,18 +251,18 @@ class Hooks(CallHooks):
         generate = GenerateCalls(adapter, self.gate, calls, self._compresses, strict)
         relative = RelativePositions(adapter, calls)
         self._parts: list[Any] = [self.decoder, relative, prefill, generate]
-        # The thinkers of Qwen-Omni swallow the argument and return all logits.
+        # The thinkers of Qwen-Omni ignore the argument and return all logits.
         self._slices = "logits_to_keep" in parameters_of(adapter.top)
 
     # -- installation ---------------------------------------------------------------------------
 
     def install(self) -> None:
-        """Put the plan in force; no call may be running."""
+        """Install the hooks of the plan; no call may be running."""
         if self._needed():
             self._hook()
 
     def change(self, plan: Plan) -> None:
-        """Put another plan in force; no call may be running."""
+        """Replace the plan; no call may be running."""
         self.decoder.change(plan)
         if not self._needed():
             self.remove()
@@ -274,10 +273,7 @@ class Hooks(CallHooks):
             self._hook()
 
     def _needed(self) -> bool:
-        """Whether anything must be done to calls: to prompts, or to what earlier plans have left.
-
-        Those are caches that this patch has compressed, and features with tokens missing.
-        """
+        """Whether hooks are needed: for prompts, or for caches and features of earlier plans."""
         self._compressed |= self.plan.active
         return self._compressed or self.decoder.tower.had_stage
 
@@ -295,7 +291,7 @@ class Hooks(CallHooks):
         self._owner.active = True
 
     def remove(self) -> None:
-        """Undo `install`, while no call is running; safe to call twice."""
+        """Remove all hooks, while no call is running; safe to call twice."""
         if not self._handles:
             return
         self._owner.active = False
@@ -308,11 +304,11 @@ class Hooks(CallHooks):
     # -- running calls --------------------------------------------------------------------------
 
     def _count_calls(self, module: nn.Module) -> None:
-        """Count the calls of a module, and send a direct call of its `forward` through its hooks.
+        """Count calls of a module, and redirect a direct call of its `forward` through its hooks.
 
-        torch runs hooks for `module(...)` alone. A hook notes that it has run, so a `forward`
-        without such a note is a direct call. None of this is traced by Dynamo, which may trace the
-        hook and then leave its graph before `forward`: a call is sent through the hooks once.
+        torch runs hooks only for `module(...)`. A pre-hook notes that it has run, so a `forward`
+        without this note is a direct call. Dynamo does not trace this; it may trace the hook and
+        leave its graph before `forward`, so a call is redirected at most once.
         """
         self._handles += [
             module.register_forward_pre_hook(self._begin),
@@ -348,12 +344,11 @@ class Hooks(CallHooks):
 
     @property
     def plan(self) -> Plan:
-        """The plan in force."""
         return self.decoder.plan
 
     @property
     def stats(self) -> Stats | None:
-        """Counts of the compressed prefill that ended last; None where there are none."""
+        """Counts of the latest compressed prefill; None if there are none."""
         return self.decoder.stats
 
     @property
@@ -362,11 +357,11 @@ class Hooks(CallHooks):
         return self.decoder.is_off()
 
     def disable(self, by: int) -> None:
-        """Count calls of `Handle.disabled()` in this thread up or down."""
+        """Change the depth of `Handle.disabled()` in this thread."""
         self.calls.state.disabled += by
 
     def drop(self, drops: bool) -> None:
-        """Whether prompts of this thread drop what their plan would merge."""
+        """Set whether prompts of this thread drop tokens that their plan would merge."""
         self.calls.state.drops = drops
 
     def _compresses(self) -> bool:
@@ -375,8 +370,8 @@ class Hooks(CallHooks):
     # -- top and body ---------------------------------------------------------------------------
 
     def _is_original(self, module: nn.Module, args: Any, kwargs: Any) -> bool:
-        """Refuse copies of the model, and say whether its call is prepared between graphs."""
-        if getattr(module, "_is_replica", False):  # DataParallel has made it
+        """Raise for replicas of the model; returns whether its call is prepared between graphs."""
+        if getattr(module, "_is_replica", False):  # created by DataParallel
             raise UnsupportedModelError(DATA_PARALLEL)
         return not torch.compiler.is_compiling() or self.decoder.apart(module, args, kwargs)
 
@@ -407,13 +402,13 @@ class Hooks(CallHooks):
             arguments = with_types(arguments, noted.types)
         modalities = self.adapter.modalities(arguments)
         if modalities is not None:
-            # Labels and drafts say where the question ends.
+            # Labels and drafts determine where the question ends.
             if noted.grad and (noted.labels is not None or noted.drafts):
                 refuse_recomputation(self.adapter.top, "its labels")
             noted.grad = torch.is_grad_enabled()
             noted.inputs, noted.modalities = arguments, modalities.cpu()
         elif begins_prompt(arguments):
-            self.decoder.stats = None  # not those of another prompt
+            self.decoder.stats = None  # those of an earlier prompt
             self._featureless.meet(arguments)
 
     def _forget_prompt(self, *call: Any) -> None:

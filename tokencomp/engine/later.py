@@ -1,9 +1,9 @@
-"""Decoder calls on a cache that holds a compressed prompt, and prompts that are read in chunks.
+"""Decoder calls with a compressed cache, and chunked prefill.
 
-Where rows are and how long the sequence is, the cache layers know (`tokencomp.engine.cache`). Later
+The cache layers know their rows and the length of the sequence (`tokencomp.engine.cache`). Later
 tokens only need the right mask:
 
-    one token, no padding, no window     no mask: it attends to every row
+    one token, no padding, no window     no mask: it attends to all rows
     one token on a static cache          a mask of constant shape, without a host read
     anything else                        `Masks` of a `Call`, segment by segment
 """
@@ -36,31 +36,31 @@ from tokencomp.torchlib.hooks import Hooked
 from tokencomp.torchlib.masks import MaskView, causal_mask, mask_parameters
 from tokencomp.torchlib.replace import MethodReplacement
 
-MASKLESS = re.compile("sdpa|flash")  # backends that take None where a token attends to all
-PREFILL = "_prefill"  # the method of transformers' generation that runs it
+MASKLESS = re.compile("sdpa|flash")  # backends that take None if a token attends to all rows
+PREFILL = "_prefill"  # method of transformers' generation that runs the prefill
 
 
 class LaterTokens:
-    """Arguments of decoder calls whose cache holds a compressed prompt.
+    """Prepares the arguments of decoder calls with a compressed cache.
 
     Parameters
     ----------
     calls
-        Gets the running call, if its layers need more than a mask.
+        Stores the running call, if its layers need more than a mask.
     compact
-        Whether positions count the kept tokens only.
+        Whether positions count kept tokens only.
     """
 
     def __init__(self, adapter: Adapter, calls: RunningCalls, compact: bool) -> None:
         self.adapter, self.calls, self.compact = adapter, calls, compact
-        mask_parameters()  # before a step is compiled
+        mask_parameters()  # cached before a step is compiled
 
     def traceable(self, inputs: Mapping[str, Any], stages: bool) -> bool:
         """Whether torch.compile can trace our part of a call: tensor operations, or nothing.
 
-        True in a decode step on a static cache, and without `stages` on every cache that is not
-        compressed. Everything that this method reads is a constant to Dynamo.
-        `inputs` are arguments of the model, its body or its decoder.
+        True for a decode step on a static cache, and without `stages` for all caches that are not
+        compressed. All that this method reads is constant for Dynamo. `inputs` are arguments of the
+        model, its body or its decoder.
         """
         if not torch.compiler.is_compiling():
             return False
@@ -70,10 +70,7 @@ class LaterTokens:
         return _columns(inputs) == 1 and not self.adapter.feature_modalities(inputs)
 
     def prepare(self, kwargs: dict[str, Any], layers: list[Any], first: Any) -> None:
-        """Set the mask (and compact positions) of a call in place.
-
-        `first` is the first of the cache's layers that holds rows.
-        """
+        """Set mask and compact positions of a call in place; `first`: first layer with rows."""
         if kwargs.get("inputs_embeds") is None:
             kwargs["inputs_embeds"] = self.adapter.decoder.embed_tokens(kwargs["input_ids"])
             kwargs["input_ids"] = None
@@ -83,7 +80,7 @@ class LaterTokens:
             self._static_step(kwargs, first)
             return
         positions = kwargs.get("position_ids")
-        # Of four axes of positions the first counts text tokens; the rotary embedding reads three.
+        # With four rows of positions, the first counts text tokens; the rotary embedding reads 3.
         rows = self.adapter.mrope_rows
         if rows and positions is not None and positions.ndim == 3 and len(positions) > rows:
             kwargs["position_ids"] = positions[-rows:]
@@ -93,26 +90,25 @@ class LaterTokens:
             self._continue(kwargs, layers, first)
 
     def _attends_to_all(self, layers: list[Any], first: Any) -> bool:
-        """Whether one token attends to every row, and the backend then needs no mask."""
+        """Whether a single token attends to all rows, and the backend then needs no mask."""
         backend = compat.attention_implementation(self.adapter.text_config)
         types = None if first.owner is None else first.owner.types
         if self.compact or types is None or MASKLESS.search(backend) is None:
             return False
-        for layer in layers:  # no frame per layer, as every token passes here
+        for layer in layers:  # a plain loop: runs for every token
             if isinstance(layer, CompressedLayer) and layer.row_map.real is not None:
                 return False
             if types.plain and isinstance(layer, DynamicSlidingWindowLayer):
                 return False
-        # transformers leaves a mask out only below the window, so at the window it is ours too.
+        # transformers skips masks only below the window, so at the window we build one too.
         return bool(types.unmasked and first.get_seq_length() + 1 < types.smallest)
 
     def _static_step(self, kwargs: dict[str, Any], layer: Any) -> None:
         """Prepare one token on a static cache, without a host read and with constant shapes.
 
-        As long as the cache has no padding, transformers' mask is right: it takes the columns of
-        the first row and of the token from the cache. With padding, a mask over the
-        whole length of the layer is built, from which `MaskView.written` hides unwritten rows.
-        FlashAttention always gets one, of two axes.
+        Without padding in the cache transformers' mask is right: it reads the columns of the first
+        row and of the token from the cache. With padding, a mask over the static length is built,
+        in which `MaskView.written` hides unwritten rows. FlashAttention always gets a 2-D mask.
         """
         x, config = kwargs["inputs_embeds"], self.adapter.text_config
         if flash_on_static(config, layer):
@@ -124,10 +120,10 @@ class LaterTokens:
             kwargs["position_ids"] = layer.real_rows().expand(x.shape[0], 1)
 
     def _continue(self, kwargs: dict[str, Any], layers: list[Any], first: Any) -> None:
-        """Any number of tokens, padded or not, on layers that hold the same rows or other ones."""
+        """Prepare any number of tokens, with or without padding and segments."""
         x, cache = kwargs["inputs_embeds"], compat.get_cache(kwargs)
         n, new, prepared = x.shape[1], None, None
-        if n > 1:  # a single token is never padding, nor a part of a picture
+        if n > 1:  # a single token is neither padding nor part of an image
             new, prepared = self._columns_of_call(kwargs, n, first)
         rows = RowMap(n, real=new)
         segments = build_segments(Plan(), len(layers), layers, None, rows)
@@ -137,14 +133,14 @@ class LaterTokens:
         if self.compact:
             kwargs["position_ids"] = segments[0].contiguous_positions(new, x)
         if len(segments) > 1 and "logits_to_keep" in kwargs:
-            kwargs["logits_to_keep"] = 0  # layers with shared keys would get the last rows alone
+            kwargs["logits_to_keep"] = 0  # layers with shared keys would get only the last rows
         kwargs["attention_mask"] = Masks(call, new, layers).decoder_mask(x)
         self.calls.state.call = call
 
     def _columns_of_call(
         self, kwargs: Mapping[str, Any], n: int, layer: Any
     ) -> tuple[Tensor | None, Any]:
-        """Which of the `n` columns of a call are real, and what the body prepared for them."""
+        """Which of the `n` columns of a call are real, and the mask that the body prepared."""
         body = self.calls.state.noted.mask
         mask, prepared = read_mask(kwargs.get("attention_mask"), body, n, layer.rows)
         new = None if mask is None else mask[:, -n:].bool()
@@ -152,7 +148,7 @@ class LaterTokens:
 
 
 def _columns(inputs: Mapping[str, Any]) -> int:
-    """Columns of a call; 0 where its arguments do not say."""
+    """Number of columns of a call; 0 if its arguments do not show it."""
     for name in ("input_ids", "inputs_embeds"):
         if inputs.get(name) is not None:
             return int(inputs[name].shape[1])
@@ -160,10 +156,10 @@ def _columns(inputs: Mapping[str, Any]) -> int:
 
 
 def begins_prompt(inputs: Mapping[str, Any]) -> bool:
-    """Whether a call is the first of its prompt: its cache is empty, or it has none.
+    """Whether a call is the first of its prompt: there is no cache, or it is empty.
 
-    False for continuous batching, where a call mixes prompts and later tokens; and for one token
-    on a static cache, whose length is on the device, where reading it would wait for every token.
+    False for continuous batching, which mixes prompts and later tokens in a call; and for a single
+    token on a static cache, whose length is not read from the device.
     """
     cache = compat.get_cache(inputs)
     if cache is None:
@@ -177,20 +173,20 @@ def begins_prompt(inputs: Mapping[str, Any]) -> bool:
 
 
 class ChunkedPrefill(Hooked):
-    """Takes `prefill_chunk_size` from `generate` and applies it after the entry stage.
+    """Applies `prefill_chunk_size` of `generate` after the entry stage.
 
-    Transformers would cut the prompt before the model, so that a chunk boundary could cut a span,
-    and a reducer would not see the question. Here the vision tower and the entry stage see the
-    whole prompt once, and the decoder takes the rows that are kept in chunks: what grows with the
-    square of the prompt, or with the width of the MLP, is bounded by the chunk.
+    Transformers would cut the prompt before the model: a boundary could split a span, and a reducer
+    would not see the question. Here the vision tower and the entry stage see the whole prompt once,
+    and the decoder processes the kept rows in chunks, which bounds the memory of attention and
+    MLPs.
 
-    Text-only prompts, and every prompt while nothing is compressed, are chunked by transformers.
-    Releases without the method that is replaced do not chunk prompts with media.
+    Text-only prompts, and all prompts while compression is off, are chunked by transformers. In
+    releases without the replaced method, prompts with media are not chunked.
 
     Parameters
     ----------
     calls
-        Gets `chunk` while `generate` runs a prefill.
+        Stores `chunk` while `generate` runs a prefill.
     active
         Whether prompts with media are compressed in the calling thread.
     """
@@ -199,7 +195,7 @@ class ChunkedPrefill(Hooked):
         self.adapter, self.calls, self.active = adapter, calls, active
 
     def install(self) -> None:
-        """Replace `model._prefill`, where the release has it."""
+        """Replace `model._prefill`, if the release has it."""
         self._handles.append(MethodReplacement(self.adapter.top, PREFILL, self._prefill))
 
     def _prefill(
@@ -214,7 +210,7 @@ class ChunkedPrefill(Hooked):
         size = getattr(generation_config, "prefill_chunk_size", None)
         original = functools.partial(original, input_ids)
         media = size is not None and self.adapter.feature_modalities(model_kwargs)
-        # transformers refuses to chunk without a cache
+        # transformers raises for chunks without a cache
         if not (media and self.active()) or compat.get_cache(model_kwargs) is None:
             return original(generation_config, model_kwargs, *args, **kwargs)
         whole = copy.copy(generation_config)
@@ -233,22 +229,17 @@ class ChunkedPrefill(Hooked):
     def advance(
         self, decoder: nn.Module, kwargs: dict[str, Any], call: Call, logits: int
     ) -> dict[str, Any]:
-        """Run all chunks of a compressed prefill but the last; the caller's call is the last.
+        """Run all chunks of a compressed prefill but the last, whose arguments are returned.
 
         Parameters
         ----------
         kwargs
             Arguments of the decoder for the whole compressed prompt.
         call
-            Gets `chunk`, and `earlier`: hidden states of the chunks that have run, where the call
-            must return them.
+            Gets `chunk`, and `earlier`: hidden states of the chunks that have run, if the call must
+            return them.
         logits
-            Last columns that the call must return; 0: all.
-
-        Returns
-        -------
-        dict
-            Arguments of the last chunk.
+            Number of last columns that the call must return; 0: all.
         """
         size, width = self.calls.state.noted.chunk, call.map.rows
         if size is None or width <= size:
