@@ -42,12 +42,10 @@ def handle_of(model: nn.Module) -> Handle | None:
 def make_plan(spec: MethodSpec, adapter: Adapter, compact: bool = False) -> Plan:
     """The stages of a spec in one decoder, with reducers that have loaded their weights."""
     if spec.reducer == "auto" and spec.plan is None:
-        try:
-            attention_of(adapter.layers[0])
-            reducer = resolve_auto("auto")
-        except UnsupportedModelError:
-            reducer = resolve_auto("auto", scored=False)
-        spec = replace(spec, reducer=reducer, **spec.options_in_force)
+        spec = replace(spec, reducer=_default(adapter), **spec.options_in_force)
+    elif (repeats := spec.repeats) is not None and repeats.then == "auto":
+        repeats = replace(repeats, then=_default(adapter))
+        spec = replace(spec, reducer=repeats, options={}, **spec.options_in_force)
     num_layers = len(adapter.layers)
     plan = spec.stages(num_layers, adapter.first_layer_stage)
     plan.check(num_layers, adapter.first_layer_stage)
@@ -56,6 +54,15 @@ def make_plan(spec: MethodSpec, adapter: Adapter, compact: bool = False) -> Plan
     if plan.may_merge:
         plan = merging_where_possible(plan, adapter, compact)
     return check_tower_stage(plan, adapter).bind(model_facts(adapter))
+
+
+def _default(adapter: Adapter) -> Any:
+    """The name of the default reducer for a decoder."""
+    try:
+        attention_of(adapter.layers[0])
+        return resolve_auto("auto")
+    except UnsupportedModelError:
+        return resolve_auto("auto", scored=False)
 
 
 class Handle:

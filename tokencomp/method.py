@@ -18,8 +18,9 @@ from tokencomp.plan.options import OPTIONS, StageOptions, check_exclusive, one_a
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.schedules import after_tower, by_item, by_modality, not_before
 from tokencomp.plan.stages import MEDIA, TowerStage
+from tokencomp.reducers._repeats import DropsRepeats
 from tokencomp.reducers.base import Reducer
-from tokencomp.reducers.registry import make_reducer, options_of
+from tokencomp.reducers.registry import available_reducers, make_reducer, options_of
 from tokencomp.validation import check_effect
 
 DEFAULT_REDUCER = "auto"  # kcenter on images, condiv on videos, uniform on audio
@@ -44,6 +45,12 @@ def resolve_auto(
     if not isinstance(reducer, str) or reducer != "auto":
         return reducer
     return DEFAULT_REDUCER if engine == "hf" and scored else DEFAULT_SERVED_REDUCER
+
+
+def usual_ratio(reducer: str | Reducer) -> float:
+    """The ratio of `patch` where none is given: 0 where the pixels decide what stays, else 0.5."""
+    known = available_reducers().get(reducer) if isinstance(reducer, str) else type(reducer)
+    return 0.0 if known is not None and issubclass(known, DropsRepeats) else 0.5
 
 
 @dataclass(frozen=True)
@@ -117,6 +124,18 @@ class MethodSpec(StageOptions):
     def _check_tower(self) -> None:
         """Refuse what the tower stage cannot do, whichever model the spec is for."""
         dropped, budget = self.dropped_cells, self.built_budget
+        given = self.tower_ratio or self.tower_reducer != "auto"
+        if given and isinstance(self.built_tower_reducer, DropsRepeats):
+            name = self.built_tower_reducer.name
+            raise OptionError(
+                f"tower_reducer={name!r}: the pixels decide how much {name!r} drops, so it goes "
+                f"with no tower ratio. Use reducer={name!r}, with a ratio or budget if you like."
+            )
+        if given and self.repeats:
+            raise OptionError(
+                f"tower_ratio={self.tower_ratio!r} together with reducer={self.repeats.name!r}, "
+                "which is the stage in the vision tower itself. Leave one out."
+            )
         if budget and self.tower_ratio and (self.tower_ratio != "auto" or budget.whole_prompt):
             raise OptionError(
                 f"tower_ratio={self.tower_ratio!r} together with {budget}: what the tower keeps of "
@@ -154,6 +173,13 @@ class MethodSpec(StageOptions):
             return None
         return TowerStage(0, 1.0 - dropped, self.built_tower_reducer, budget=budget)
 
+    @property
+    def repeats(self) -> DropsRepeats | None:
+        """The reducer, if the pixels decide what it keeps in the vision tower."""
+        if self.plan is not None or not self.names_reducer:
+            return None
+        return self.built_reducer if isinstance(self.built_reducer, DropsRepeats) else None
+
     @cached_property
     def built_tower_reducer(self) -> Reducer:
         """The reducer of the tower stage, "auto" resolved."""
@@ -182,7 +208,9 @@ class MethodSpec(StageOptions):
 
     @property
     def off(self) -> bool:
-        """Whether the ratio is 0 for all media."""
+        """Whether the ratio is 0 for all media, and no pixels decide what stays."""
+        if self.repeats is not None:
+            return False
         if self.budget is not None or (self.plan is not None and self.plan.has_budget):
             return False
         return not any((self.ratio, *self.ratios.values()))
@@ -244,13 +272,15 @@ class MethodSpec(StageOptions):
 
     def _solved(self, num_layers: int, first: int) -> Plan:
         """The schedule of the reducer for a ratio, for ratios by modality, or for a budget."""
-        reducer = self.built_reducer
+        reducer, tower = self.built_reducer, self.tower_stage
+        if self.repeats is not None:
+            reducer, tower = self.repeats.later, TowerStage(0, 1.0, reducer)
         if self.ratios:
-            return by_modality(self.ratios, reducer, num_layers, first)
+            plan = by_modality(self.ratios, reducer, num_layers, first)
+            return dataclasses.replace(plan, tower=tower)
         if self.built_budget is not None:
-            return by_item(self.built_budget, reducer, num_layers, first, self.tower_stage)
+            return by_item(self.built_budget, reducer, num_layers, first, tower)
         plan = not_before(reducer.plan(self.ratio, num_layers), first, num_layers)
-        tower = self.tower_stage
         return plan if tower is None else after_tower(plan, tower, num_layers)
 
     def changed(self, options: dict[str, Any], **arguments: Any) -> MethodSpec:

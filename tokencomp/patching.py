@@ -22,7 +22,7 @@ from tokencomp.engine.context import (
 from tokencomp.engine.hooks import CallGate, Hooks
 from tokencomp.errors import AlreadyCompressedError, OptionError, PlanError
 from tokencomp.handle import Handle, handle_of, make_plan
-from tokencomp.method import MethodSpec
+from tokencomp.method import MethodSpec, usual_ratio
 from tokencomp.plan.options import Merging, one_amount
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.plan_json import PlanLike, as_plan
@@ -155,7 +155,7 @@ def patch(
     >>> print(handle.stats)
     >>> handle.remove()
     """
-    asked = one_amount(ratio, budget, plan) or {"ratio": 0.5}
+    asked = one_amount(ratio, budget, plan) or {"ratio": usual_ratio(reducer)}
     spec = MethodSpec(
         reducer,
         options={**options, "merge": merge},

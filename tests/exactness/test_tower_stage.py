@@ -23,9 +23,6 @@ FAMILY_NAMES = sorted(set(FAMILIES) - {"qwen3_vl_moe"})
 RANDOM = make_reducer("random")
 
 
-TOLERANCE = {"sdpa": 1e-6, "eager": 1e-4}  # float64 and float32, see `tower.build`
-
-
 def prompts(family: Family, model: nn.Module) -> dict[str, Tensor]:
     """Ragged: images of different grids and a video; text behind every one of them."""
     first = [text(3), family.image(0), text(2, 2), family.image(1), text(7, 3)]
@@ -38,16 +35,6 @@ def staged(block: int, fraction: float = 0.6, name: str = "both") -> Plan:
         tuple(Stage(s.layer, s.fraction * fraction, s.reducer) for s in decoder),
         TowerStage(block, fraction, RANDOM),
     )
-
-
-def tower_rows(model: nn.Module, inputs: dict[str, Tensor], plan: Plan, **call: Any) -> Any:
-    """Which rows the tower of a patched run sees from the block of the stage on, per call."""
-    k = plan.tower.block
-    with tower.block_inputs(model, k) as full, torch.no_grad():
-        model(**inputs, use_cache=False)
-    with tokencomp.patch(model, plan=plan), tower.block_inputs(model, k) as short, torch.no_grad():
-        model(**inputs, use_cache=False)
-    return tower.seen_rows(full, short)
 
 
 def test_drop_equals_mask(family: Family) -> None:
@@ -116,38 +103,9 @@ def test_drop_equals_mask_everywhere(family: Family, backend: str, block: int) -
 
 
 def compare(family: Family, backend: str, plan: Plan) -> Any:
-    """Prefill and every decode step, behind stages of the decoder; the tower's weights are loud.
-
-    Returns the statistics of the prompt.
-    """
     family = tower.deep(family)
-    model, block = tower.build(family, backend), plan.tower.block
-    inputs = prompts(family, model)
-    seen = tower_rows(model, inputs, plan)
-    assert all(not mask.all() for mask in seen)
-    with tokencomp.patch(model, plan=plan) as handle:
-        out = oracle.generate(model, inputs, 4)
-        masks = oracle.kept_columns(handle, inputs, family.layers)
-        stats = handle.stats
-    assert stats.tower_ratio == pytest.approx(1 - _left(model, seen, block), abs=0.05)
-    length = inputs["input_ids"].shape[1]
-    new = out.sequences[:, length:][:, :-1]
-    with tower.tower_masks(model, seen, block):
-        expected = oracle.masked_logits(model, family, inputs, masks, new)
-    unmasked = oracle.masked_logits(model, family, inputs, masks, new)
-    for step, logits in enumerate(out.logits):
-        column = length - 1 + step
-        assert (logits - expected[:, column]).abs().max() < TOLERANCE[backend], f"step {step}"
-        assert (expected[:2, column] - unmasked[:2, column]).abs().amax(-1).min() > 1e-3
-    return stats
-
-
-def _left(model: Any, seen: list[Tensor], block: int) -> float:
-    """Mean over the blocks in use of the share of rows that they see, of three blocks in all."""
-    layer = getattr(model.config, "vision_feature_layer", getattr(model.config, "select_layer", -1))
-    used = 3 + layer + 1
-    share = sum(int(m.sum()) for m in seen) / sum(m.numel() for m in seen)
-    return (block + (used - block) * share) / used
+    model = tower.build(family, backend)
+    return tower.check_drop_equals_mask(family, model, prompts(family, model), plan, backend)
 
 
 def test_only_kept_patches_are_embedded(family: Family) -> None:
@@ -201,7 +159,7 @@ def test_embeddings_of_qwen35() -> None:
         handle.remove()
         return embeds.pop()
 
-    seen = tower_rows(model, inputs, plan)
+    seen = tower.rows_after(model, inputs, plan)
     embeds.clear()
     with tokencomp.patch(model, plan=plan) as handle:
         left = embed()
@@ -225,7 +183,7 @@ def test_prefill_and_decode_of_qwen35(name: str) -> None:
     model = tower.build(family, "eager")
     plan = budgeted(family, 5, "kcenter") if "budget" in name else whole(family)
     inputs = qwen35(family, model)
-    seen = tower_rows(model, inputs, plan)
+    seen = tower.rows_after(model, inputs, plan)
     with tokencomp.patch(model, plan=plan) as handle:
         out = oracle.generate(model, inputs, 4)
         masks = oracle.kept_columns(handle, inputs, family.layers)
@@ -238,8 +196,8 @@ def test_prefill_and_decode_of_qwen35(name: str) -> None:
     with tower.tower_masks(model, seen, 0):
         expected = oracle.typed_logits(model, family, inputs, masks, out.sequences[:, length:-1])
     logits = torch.stack(out.logits, 1)
-    assert (logits - expected[:, length - 1 :]).abs().max() < TOLERANCE["eager"]
-    assert (forward - expected[:, length - 1]).abs().max() < TOLERANCE["eager"]
+    assert (logits - expected[:, length - 1 :]).abs().max() < tower.TOLERANCE["eager"]
+    assert (forward - expected[:, length - 1]).abs().max() < tower.TOLERANCE["eager"]
 
 
 def whole(family: Family) -> Plan:

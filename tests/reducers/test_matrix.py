@@ -31,6 +31,7 @@ from tokencomp.tokens.spans import VisualSpan
 
 FAMILY_NAMES = sorted(FAMILIES)
 
+DECIDING: list[Case] = [("delta", {"threshold": 8}), ("pixelprune", {"then": "divprune"})]
 every_case = pytest.mark.parametrize("case", matrix.cases(), ids=matrix.case_id)
 every_step = pytest.mark.parametrize("case", matrix.step_cases(), ids=matrix.case_id)
 
@@ -137,7 +138,7 @@ def test_numbers_of_numpy_whole_numbers_for_fractions_and_paths_are_fine() -> No
     assert make_reducer("pool", stride=2) == make_reducer("pool", stride=np.float64(2.0))
 
 
-@every_case
+@pytest.mark.parametrize("case", [*matrix.cases(), *DECIDING], ids=matrix.case_id)
 def test_options_survive_json_and_plans_meet_the_ratio(case: Case) -> None:
     reducer = make_reducer(case[0], **case[1])
     assert make_reducer(case[0], **json.loads(json.dumps(options_of(reducer)))) == reducer

@@ -9,6 +9,7 @@ import torch
 from support import plans, staircase
 from support.families import FAMILIES, Family, text
 from support.family.hybrid import HYBRID
+from support.screens import Screen
 from torch import Tensor, nn
 
 import tokencomp
@@ -254,3 +255,32 @@ def test_the_last_row_stays() -> None:
     with pytest.raises(OptionError, match="no row in a layer"):
         evict(conversation.cache, torch.arange(4))
     assert conversation.rows == 4
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_5"])
+def test_steps_of_an_agent_add_what_changed(name: str) -> None:
+    """Twelve screens, of which one cell changes at a time, as one prompt of them."""
+    family = ALL[name]
+    model, screen = family.build(), Screen(family, family.image(0))
+    parts: Parts = [[screen.first, text(2)]]
+    parts += [[screen.show({i % 16}), text(3, i)] for i in range(11)]
+    with tokencomp.patch(model, reducer="delta", threshold=8):
+        expected, rows = one_prompt(model, family, parts), []
+        conversation = Conversation(model, None, "oldest")
+        for row in parts:
+            logits = conversation.add(part(family, row))
+            rows.append(conversation.rows)
+    assert difference(logits, expected) < 1e-5
+    assert rows == [16 + 2 + 2 + 6 * i for i in range(12)]  # a cell, two marks, and text
+
+
+def test_a_screen_is_whole_once_rows_of_another_were_evicted() -> None:
+    family = ALL["qwen2_vl"]
+    model, screen = family.build(), Screen(family, family.image(0))
+    with tokencomp.patch(model, reducer="delta", threshold=8) as handle:
+        conversation, seen = Conversation(model, 25, "oldest"), []
+        for row in ([screen.first, text(2)], *([screen.show({i}), text(2)] for i in range(3))):
+            conversation.add(part(family, row))
+            seen += handle.stats.entering[0]
+            conversation.shrink()
+    assert seen == [16, 1, 1, 16]

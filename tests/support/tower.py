@@ -11,14 +11,18 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+import tokencomp
+from support import oracle
 from support.families import Family
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.engine.tower.signals import attention_blocks
 
 LOUD = 6
+TOLERANCE = {"sdpa": 1e-6, "eager": 1e-4}  # float64 and float32, see `build`
 
 
 def tower_of(model: nn.Module) -> nn.Module:
@@ -145,3 +149,45 @@ def tower_masks(model: nn.Module, masks: list[Tensor], k: int) -> Iterator[None]
             if before is packed:
                 hooks.enter_context(attn.register_forward_hook(unsorted))
         yield
+
+
+def rows_after(model: nn.Module, inputs: dict[str, Tensor], plan: Any, **call: Any) -> Any:
+    """Which rows the tower of a patched run sees from the block of the stage on, per call."""
+    k = plan.tower.block
+    with block_inputs(model, k) as full, torch.no_grad():
+        model(**inputs, use_cache=False)
+    with tokencomp.patch(model, plan=plan), block_inputs(model, k) as short, torch.no_grad():
+        model(**inputs, use_cache=False)
+    return seen_rows(full, short)
+
+
+def check_drop_equals_mask(
+    family: Family, model: nn.Module, inputs: dict[str, Tensor], plan: Any, backend: str = "sdpa"
+) -> Any:
+    """Prefill and every decode step, after stages of the decoder; gives the stats of the prompt."""
+    block = plan.tower.block
+    seen = rows_after(model, inputs, plan)
+    assert all(not mask.all() for mask in seen)
+    with tokencomp.patch(model, plan=plan) as handle:
+        out = oracle.generate(model, inputs, 4)
+        masks = oracle.kept_columns(handle, inputs, family.layers)
+        stats = handle.stats
+    assert stats.tower_ratio == pytest.approx(1 - _left(model, seen, block), abs=0.05)
+    length = inputs["input_ids"].shape[1]
+    new = out.sequences[:, length:][:, :-1]
+    with tower_masks(model, seen, block):
+        expected = oracle.masked_logits(model, family, inputs, masks, new)
+    unmasked = oracle.masked_logits(model, family, inputs, masks, new)
+    for step, logits in enumerate(out.logits):
+        column = length - 1 + step
+        assert (logits - expected[:, column]).abs().max() < TOLERANCE[backend], f"step {step}"
+        assert (expected[:2, column] - unmasked[:2, column]).abs().amax(-1).min() > 1e-3
+    return stats
+
+
+def _left(model: Any, seen: list[Tensor], block: int) -> float:
+    """Mean over the blocks in use of the share of rows that they see, of three blocks in all."""
+    layer = getattr(model.config, "vision_feature_layer", getattr(model.config, "select_layer", -1))
+    used = 3 + layer + 1
+    share = sum(int(m.sum()) for m in seen) / sum(m.numel() for m in seen)
+    return (block + (used - block) * share) / used

@@ -21,7 +21,7 @@ from tokencomp.adapters.structure import (
 )
 from tokencomp.adapters.towers.base import Tower, unknown_cells
 from tokencomp.errors import SpanError
-from tokencomp.tokens.spans import VisualSpan
+from tokencomp.tokens.spans import Modality, VisualSpan
 
 ENCODED = "mm_encoder_outputs"  # features that `generate` has encoded beforehand, by kind
 TYPES = "mm_token_type_ids"  # 0 text, 1 image, 2 video, 3 audio, from the processor
@@ -198,6 +198,11 @@ class Adapter:
             It is not known.
         """
         raise unknown_cells(self.family)
+
+    @property
+    def encodes_now(self) -> Modality | None:
+        """Which kind of media is being encoded in this thread; None where it is not known."""
+        return None
 
     @property
     def media(self) -> set[str]:

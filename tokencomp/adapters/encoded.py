@@ -53,11 +53,16 @@ class EncodedMedia(threading.local):
 
     `generate` of transformers >= 5.18 encodes media before it calls the model, and drops the
     arguments that only the encoder reads. They are needed to tell the shape of an image.
+
+    Attributes
+    ----------
+    running : "image", "video", "audio" or None
+        What is being encoded in this thread.
     """
 
     def __init__(self) -> None:
         self.latest: dict[Modality, Encoding] = {}
-        self._running = False
+        self.running: Modality | None = None
 
     def watch(self, body: Any) -> list[MethodReplacement]:
         """Replace the encoding methods of `body` by ones that note their calls."""
@@ -71,13 +76,13 @@ class EncodedMedia(threading.local):
     def _call(
         self, modality: Modality, original: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        if self._running:  # videos that are encoded as images (Qwen3.5) are no images
+        if self.running:  # videos that are encoded as images (Qwen3.5) are no images
             return original(*args, **kwargs)
-        self._running = True
+        self.running = modality
         try:
             out = original(*args, **kwargs)
         finally:
-            self._running = False
+            self.running = None
         self._note(modality, [*args, *kwargs.values()], out)
         return out
 

@@ -18,6 +18,8 @@ from tokencomp.errors import SpanError
 from tokencomp.tokens.spans import Grid, VisualSpan
 from tokencomp.torchlib import compat
 
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
 
 @register_adapter
 class Qwen2VLAdapter(StructuralAdapter):
@@ -28,6 +30,7 @@ class Qwen2VLAdapter(StructuralAdapter):
     signals = (*StructuralAdapter.signals, "tower")
     mrope = True
     layers_read_positions = False
+    pixel_std: ClassVar[tuple[float, float, float]] = CLIP_STD
 
     @property
     def tower(self) -> Any:
@@ -39,7 +42,8 @@ class Qwen2VLAdapter(StructuralAdapter):
         return cells.mean(1)
 
     def tower_layout(self) -> PackedTower:
-        return PackedTower(self.tower, self.model.config.vision_config.patch_size)
+        size = self.model.config.vision_config.patch_size
+        return PackedTower(self.tower, size, std=self.pixel_std)
 
     def modalities_in_place(self, inputs: Mapping[str, Any]) -> Tensor | None:
         modalities, positions = super().modalities_in_place(inputs), inputs.get("position_ids")
@@ -129,7 +133,8 @@ class Qwen25VLAdapter(Qwen2VLAdapter):
 
     def tower_layout(self) -> PackedTower:
         order = functools.partial(compat.window_order, self.tower)
-        return PackedTower(self.tower, self.model.config.vision_config.patch_size, order)
+        size = self.model.config.vision_config.patch_size
+        return PackedTower(self.tower, size, order, self.pixel_std)
 
     def tower_tokens(self, values: Tensor, modality: str, call: TowerCall) -> Tensor:
         order = compat.window_order(self.tower, call.grids).to(values.device)
@@ -147,6 +152,7 @@ class Qwen3VLAdapter(Qwen2VLAdapter):
 
     family = "Qwen3-VL"
     model_types = ("qwen3_vl", "qwen3_vl_moe")
+    pixel_std = (0.5, 0.5, 0.5)
 
     def _token_grids(self, inputs: Mapping[str, Any], modality: str) -> list[Grid]:
         grids = super()._token_grids(inputs, modality)

@@ -48,6 +48,10 @@ class StructuralAdapter(Adapter, Hooked):
             return super().tower_layout()
         return PackedTower(self.body.visual, self.model.config.vision_config.patch_size)
 
+    @property
+    def encodes_now(self) -> Modality | None:
+        return self._encoded.running
+
     def install(self) -> None:
         self.uninstall()
         self._handles.extend(self._encoded.watch(self.body))

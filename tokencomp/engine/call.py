@@ -31,6 +31,7 @@ from tokencomp.plan.plan import Plan
 from tokencomp.plan.stages import Stage
 from tokencomp.tokens.signals import Signal
 from tokencomp.tokens.spans import VisualSpan
+from tokencomp.tokens.tokens import Memories
 from tokencomp.torchlib.hooks import Hooked
 
 
@@ -149,6 +150,8 @@ class Noted:
         From `generate`: number of columns of its prompt; None outside of `generate`.
     encodes
         From `generate`: whether it encodes the media of the prompt.
+    arguments
+        From `generate`: its arguments by name; None outside of it.
     types : Tensor of int, shape (B, L), or None
         From `generate`: modality of every feature in `inputs_embeds`, if the model takes none.
     chunk
@@ -173,6 +176,7 @@ class Noted:
 
     columns: int | None = None
     encodes: bool = False
+    arguments: dict[str, Any] | None = None
     types: Tensor | None = None
     chunk: int | None = None
     labels: Tensor | None = None
@@ -209,6 +213,9 @@ class Call:
         Types of the decoder layers, and their attention windows.
     counts
         Per sample, per span: visual tokens kept after each stage.
+    entering
+        Per sample, per span: visual tokens that reach the decoder; `choose.enter` counts them
+        where the pixels decide how many leave the tower.
     places
         Per sample, per span: sizes that a budget divides; None without one.
     merges
@@ -217,8 +224,9 @@ class Call:
         Number of last columns that no stage moves.
     scores
         Attention scores for later stages; None if no reducer needs any.
-    tower, tower_costs
-        Signals of the vision tower by span, and the work of its calls, see `TowerHooks.collect`.
+    tower, tower_costs, seen
+        Signals of the vision tower by span, the work of its calls, and per sample the pixels that
+        it kept last, see `TowerHooks.collect`.
     rotary
         Original positions (B, n), for decoders with one position per token.
     kept
@@ -248,12 +256,14 @@ class Call:
     prepared: Any = None
     layer_types: LayerTypes = field(init=False)
     counts: list[list[list[int]]] = field(default_factory=list)
+    entering: list[list[int]] = field(default_factory=list)
     places: list[list[Place | None]] = field(default_factory=list)
     merges: bool = False
     tail: int = 0
     scores: Any = None
     tower: dict[Signal, list[list[Tensor]]] = field(default_factory=dict)
     tower_costs: list[Any] = field(default_factory=list)
+    seen: Memories | None = None
     rotary: Tensor | None = None
     kept: list[RowMap] = field(default_factory=list)
     survivors: RowMap | None = None
@@ -281,6 +291,7 @@ class Call:
             [plan.counts(span, layers, place) for span, place in zip(row, places, strict=True)]
             for row, places in zip(self.spans, self.places, strict=True)
         ]
+        self.entering = [[plan.entering(span) for span in row] for row in self.spans]
         self.merges = plan.may_merge and any(
             plan.merging(*item)
             for rows in zip(self.spans, self.counts, self.places, strict=True)
@@ -288,6 +299,14 @@ class Call:
         )
         if self.map.columns is None:  # otherwise the caller's last columns may be padding
             self.tail = min((self.width - row[-1].stop for row in self.spans if row), default=0)
+
+    def note_entering(self) -> None:
+        """Count the tokens that have left the tower; no stage keeps more of a span."""
+        self.entering = [[k.count - len(k.span.text) for k in row] for row in self.map.spans]
+        self.counts = [
+            [[min(n, most) for n in counts] for counts, most in zip(*rows, strict=True)]
+            for rows in zip(self.counts, self.entering, strict=True)
+        ]
 
     @property
     def compresses(self) -> bool:

@@ -33,7 +33,7 @@ from tokencomp.errors import (
     UnsupportedModelError,
 )
 from tokencomp.plan.plan import Plan
-from tokencomp.tokens.signals import Attention
+from tokencomp.tokens.signals import SEEN, Attention
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.cache_classes import QUANTIZED, WITHOUT_ROWS
 from tokencomp.torchlib.checkpointing import checkpointed_since
@@ -361,6 +361,16 @@ def check_grids(call: Call) -> None:
         )
 
 
+def check_packed(call: Call) -> None:
+    """Refuse several prompts in a row where pictures are compared with earlier ones of the row."""
+    if call.map.packed and call.plan.tower and SEEN in call.plan.tower.reducer.needs:
+        raise OptionError(
+            f"rows hold several prompts, and {call.plan.tower.reducer.name!r} drops what earlier "
+            "pictures of a row show, which another prompt does not see. Give one prompt per row, "
+            "or take a reducer that looks at single pictures, such as 'pixelprune'."
+        )
+
+
 def check_windows(call: Call) -> None:
     """Refuse sequences to which the model would apply a window wrongly after compression."""
     layer_types, decoder, length = call.layer_types, call.adapter.decoder, call.length_after()
@@ -395,6 +405,7 @@ PLAN_CHECKS = (check_modalities, check_entry, check_layer_stages)
 PROMPT_CHECKS = (
     check_recomputation,
     check_grids,
+    check_packed,
     check_later_media,
     check_prepared,
     check_column_windows,

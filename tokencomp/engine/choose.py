@@ -58,6 +58,8 @@ def enter(call: Call, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Ten
             survivors = surviving_rows(x, call.map, call.plan)
             x, positions = _keep(call, *survivors, [x, positions], [1, -1])
             call.survivors = call.map
+            if call.plan.tower.decides:
+                call.note_entering()
     if any(isinstance(signal, Attention) for signal in needs):
         call.scores = StageScores(call.adapter.layers)
         if any(isinstance(s, Attention) and s.rows == "raters" for s in needs):
@@ -457,7 +459,9 @@ def surviving_rows(
 
 
 def _check_survivors(present: Tensor, kept: KeptSpan, plan: Plan, sample: int) -> None:
-    """Compare the number of present tokens of a span with the count of the tower stage."""
+    """Compare the number of present tokens of a span with the tower stage's count, if known."""
+    if plan.tower is not None and plan.tower.decides:
+        return
     count, expected = int(present.sum()), plan.entering(kept.span) + len(kept.span.text)
     if count == expected:
         return

@@ -139,9 +139,10 @@ class GenerateCalls(Hooked):
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         noted = self.calls.state.noted
-        earlier = noted.columns, noted.encodes, noted.types
+        earlier = noted.columns, noted.encodes, noted.types, noted.arguments
         noted.columns, noted.encodes = prompt_columns(args, kwargs), self.adapter.encodes(kwargs)
-        noted.types = None
+        ids = kwargs.get("inputs", args[0] if args else None)
+        noted.types, noted.arguments = None, {"input_ids": ids, **kwargs}
         if TYPES in kwargs and TYPES not in parameters_of(self.adapter.top):
             noted.types = kwargs.pop(TYPES)  # transformers would raise for it
         try:
@@ -150,7 +151,7 @@ class GenerateCalls(Hooked):
             with self.gate.call():
                 return original(*args, **kwargs)
         finally:
-            noted.columns, noted.encodes, noted.types = earlier
+            noted.columns, noted.encodes, noted.types, noted.arguments = earlier
 
     def _generate_batch(
         self,

@@ -14,6 +14,7 @@ from tokencomp.engine.cache_special import compress_layer
 from tokencomp.engine.call import Call, Segment
 from tokencomp.engine.checks import check_cache
 from tokencomp.engine.rowmap import RowMap
+from tokencomp.engine.tower.memory import Seen
 from tokencomp.engine.weights import repeat_rows
 
 # -- the cache ----------------------------------------------------------------------------------
@@ -50,11 +51,18 @@ def _note_segment(call: Call, segment: Segment, layers: list[Any], starts: Tenso
         call.repeated[segment.first] = new.lengths
     row_map = segment.past.append(new, batch, device)
     row_map.starts = starts
+    if call.seen is not None and segment.first == 0:
+        row_map.seen = Seen(row_map.rows - _rows_after_media(segment.new), call.seen)
     for layer in layers:
         if index is not None:
             repeat_rows(layer, index, segment.past.rows)
         rows = row_map if layer.device == device else row_map.to(layer.device)
         compress_layer(layer, rows, layer is layers[0] and segment.first > 0)
+
+
+def _rows_after_media(rows: RowMap) -> int:
+    """Rows of text after the last span of a prompt, in the sample that has fewest."""
+    return min(rows.rows - spans[-1].stop for spans in rows.spans if spans)
 
 
 def note_padding(call: Call, cache: Any) -> None:

@@ -98,6 +98,8 @@ class RowMap:
         Kept spans per sample, in order. Only in the map of a prompt.
     prompts
         Prompts per sample, in order; together they cover the real rows.
+    seen : Seen or None
+        What later pictures are compared with, see `tokencomp.engine.tower.memory`. Only in a cache.
     """
 
     rows: int
@@ -109,6 +111,7 @@ class RowMap:
     lengths: list[int] = field(default_factory=list)
     spans: list[list[KeptSpan]] = field(default_factory=list)
     prompts: list[list[Prompt]] = field(default_factory=list)
+    seen: Any = None
 
     @classmethod
     def of_prompt(
@@ -182,14 +185,15 @@ class RowMap:
     def cut(self, rows: int) -> RowMap:
         """The map of the first `rows` rows."""
         columns, real = (None if t is None else t[:, :rows] for t in (self.columns, self.real))
-        return replace(self, rows=rows, columns=columns, real=real)
+        seen = self.seen if self.seen is None or self.seen.rows <= rows else None
+        return replace(self, rows=rows, columns=columns, real=real, seen=seen)
 
     def select(self, change: Callable[[Tensor], Tensor]) -> RowMap:
         """The map of other samples: `change` takes tensors (B, …) to those of the new batch."""
         columns, real, starts = (
             None if t is None else change(t) for t in (self.columns, self.real, self.starts)
         )
-        return replace(self, columns=columns, real=real, starts=starts)
+        return replace(self, columns=columns, real=real, starts=starts, seen=None)
 
     def keep(
         self, counts: list[list[int]], chosen: list[tuple[int, int]], kept: Kept | None,

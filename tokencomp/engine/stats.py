@@ -45,6 +45,8 @@ class Stats:
         Per sample, per span: tokens left after each stage.
     lengths
         Real tokens per sample, uncompressed (text and visual).
+    entering
+        Per sample, per span: visual tokens that left the vision tower for the decoder.
     prompts
         Per sample, per prompt packed into it (usually one): its tokens, and numbers of its spans.
     past
@@ -73,6 +75,7 @@ class Stats:
     tower_costs: list[TowerCost] = field(default_factory=list, repr=False)
     _config: Any = None
     _itemsize: int = 2
+    entering: list[list[int]] = field(default_factory=list)
     _plan: Plan = field(default_factory=Plan)
     _places: list[list[Place | None]] = field(default_factory=list)
     _kept: list[RowMap] = field(default_factory=list, repr=False)
@@ -100,6 +103,7 @@ class Stats:
             reduce_seconds=call.stage_seconds,
             prefill_chunk=call.chunk,
             tower_costs=call.tower_costs,
+            entering=call.entering,
             _config=call.adapter.text_config,
             _itemsize=keys.element_size(),
             _plan=call.plan,
@@ -132,15 +136,10 @@ class Stats:
         """
         stages = (
             self._plan.merging(*item)
-            for rows in zip(self.spans, self.counts, self._places, strict=True)
+            for rows in zip(self.spans, self.counts, self._places, self.entering, strict=True)
             for item in zip(*rows, strict=True)
         )
         return min((stage.layer for stage in stages if stage is not None), default=None)
-
-    @functools.cached_property
-    def entering(self) -> list[list[int]]:
-        """Per sample, per span: visual tokens that left the vision tower for the decoder."""
-        return [[self._plan.entering(span) for span in row] for row in self.spans]
 
     @functools.cached_property
     def requested_ratio(self) -> float:
@@ -382,6 +381,8 @@ class RatioCheck:
         Rounding is a token per span, or a twentieth of what should be left. A plan whose reducers
         all choose the number of tokens themselves promises no ratio.
         """
+        if plan.tower is not None and plan.tower.decides:
+            return  # its ratio is a lower bound
         planned, achieved, before = _ratios(stats, plan)
         spans = sum(map(len, stats.spans))
         if not before or abs(planned - achieved) <= max(0.05 * (1 - planned), spans / before):
@@ -408,9 +409,9 @@ def _ratios(stats: Stats, plan: Plan) -> tuple[float, float, int]:
     layers = [*(s.layer for s in plan.stages), len(stats.past_rows)]
     spread = [b - a for a, b in itertools.pairwise(layers)]  # layers of every stage
     before = planned = seen = 0.0
-    for spans, counts, places in zip(stats.spans, stats.counts, stats._places, strict=True):
-        for span, kept, place in zip(spans, counts, places, strict=True):
-            entering = plan.entering(span)
+    rows = zip(stats.spans, stats.counts, stats._places, stats.entering, strict=True)
+    for row in rows:
+        for span, kept, place, entering in zip(*row, strict=True):
             fraction = plan.tower.fraction_of(place) if plan.tower else 1.0
             before += span.visual
             planned += span.visual * fraction * layers[0]

@@ -88,7 +88,7 @@ class Plan:
         for (name, fraction), stage in zip(before, later, strict=False):
             # What a budget leaves depends on the item, so it may be less than all.
             cut = fraction < 1 or any(s.budget for s in self.stages if s.layer < stage.layer)
-            cut = cut or bool(self.tower and self.tower.budget)
+            cut = cut or bool(self.tower and (self.tower.budget or self.tower.decides))
             if stage.reducer.traits.grid == "whole" and cut:
                 fix = "Make it the first stage"
                 if self.tower:
@@ -212,14 +212,24 @@ class Plan:
         return counts_at(nearest)
 
     def entering(self, span: VisualSpan) -> int:
-        """Visual tokens of `span` that reach the decoder: all, or those that leave the tower."""
+        """Visual tokens of `span` that reach the decoder: all, or those that leave the tower.
+
+        Where the pixels decide (`TowerStage.decides`): at most so many.
+        """
         return self.tower.tokens(span) if self.tower and span.modality != "audio" else span.visual
 
     def merging(
-        self, span: VisualSpan, counts: list[int], place: Place | None = None
+        self,
+        span: VisualSpan,
+        counts: list[int],
+        place: Place | None = None,
+        entering: int | None = None,
     ) -> Stage | None:
-        """The first stage that merges tokens of a span that keeps `counts`; or None."""
-        before = self.entering(span)
+        """The first stage that merges tokens of a span that keeps `counts`; or None.
+
+        `entering` are the tokens that reach the decoder, where the pixels decide how many.
+        """
+        before = self.entering(span) if entering is None else entering
         for stage, count in zip(self.stages, counts, strict=True):
             if count < before and stage.merges(span.modality, place):
                 return stage

@@ -27,6 +27,9 @@ class Traits:
         of a span must not depend on the others.
     entry_only
         It reads the input of the first layer alone, as its weights do, for example.
+    decides
+        The pixels decide how many patches of a span are kept, at least one. It acts in the vision
+        tower before the first block alone.
     per_item
         What is kept of a media item depends on that item, its budget and the options alone. The
         author of a class outside of this package says so to let servers run it, which share cached
@@ -37,6 +40,7 @@ class Traits:
     grid: Literal["any", "known", "whole"] = "any"
     batched: bool = False
     entry_only: bool = False
+    decides: bool = False
     per_item: bool = False
 
 

@@ -89,6 +89,13 @@ class Stage(StageOptions):
         for name, value in self.options_in_force.items():
             object.__setattr__(self, name, value)
         self.check_options(self.reducer)
+        if self.reducer.traits.decides:
+            raise PlanError(
+                f"stage at layer {self.layer}: reducer {self.reducer.name!r} compares pixels, "
+                "which are seen before block 0 of the vision tower only. Use "
+                "TowerStage(0, 1.0, reducer) in the plan, or "
+                f"patch(model, reducer={self.reducer.name!r})."
+            )
         if self.layer > 0 and self.reducer.traits.entry_only:
             raise PlanError(
                 f"stage at layer {self.layer}: reducer {self.reducer.name!r} reads what stands "
@@ -140,7 +147,8 @@ class TowerStage:
     block
         Number of the first block that sees fewer patches; 0: no block sees all patches.
     fraction
-        Of the cells of every image or video, in (0, 1].
+        Of the cells of every image or video, in (0, 1]. 1 for a reducer that decides by pixels
+        how many cells it keeps, such as `delta`.
     budget
         In place of `fraction`: at most so many cells of every image or video.
     reducer
@@ -183,6 +191,12 @@ class TowerStage:
                 f"tower stage: reducer={self.reducer!r}; expected a reducer. Build it with "
                 'make_reducer, e.g. make_reducer("kcenter").'
             )
+        if self.decides and (self.block, self.fraction, self.budget) != (0, 1.0, None):
+            raise PlanError(
+                f"tower stage before block {self.block} with fraction={self.fraction:g}, "
+                f"budget={self.budget}: the pixels decide how many cells {self.reducer.name!r} "
+                "keeps. Use TowerStage(0, 1.0, reducer), and a ratio or budget in a Stage."
+            )
         if fault := _unfit_for_tower(self.reducer):
             raise PlanError(
                 f"tower stage: reducer {self.reducer.name!r} {fault}. Use a reducer that looks at "
@@ -192,6 +206,11 @@ class TowerStage:
         check_effect(
             self.reducer.name, self.reducer, unused_options(self.reducer, pixels=self.block == 0)
         )
+
+    @property
+    def decides(self) -> bool:
+        """Whether the pixels decide how many cells stay; counts are then upper bounds."""
+        return bool(self.reducer.traits.decides)
 
     def fraction_of(self, place: Place | None = None) -> float:
         """The fraction of the cells of an item; with a budget and without `place`: `fraction`."""
@@ -224,7 +243,7 @@ def _unfit_for_tower(reducer: AnyReducer) -> str:
     """Why a reducer cannot choose cells of the vision tower, or ""."""
     if only_plans(reducer):
         return "only plans the steps of others"
-    if reducer.needs:
+    if any(signal.source != "seen" for signal in reducer.needs):
         return "reads the question or attention, which do not exist before the tower has run"
     if reducer.traits.merges:
         return "merges tokens, and a mean of several places of a picture is no picture"

@@ -103,6 +103,6 @@ def differ(a: Tensor, b: Tensor, limit: float | Tensor) -> Tensor:
     limit
         In the unit of the values; one number, or one for each of the d values.
     """
-    if not a.is_floating_point():
-        a, b = a.short(), b.short()
+    if a.element_size() < 4:  # bytes would wrap around, and half precision would round
+        a, b = a.float(), b.float()
     return ~((a - b).abs() <= limit).all(-1)

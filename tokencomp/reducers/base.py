@@ -143,7 +143,8 @@ def reduced(reducer: Reducer, tokens: Tokens) -> Kept:
         tokens.check_whole(label(reducer))
     if reducer.traits.batched:
         with checked():  # skip checks in kernels: `finite_features` has read the input
-            return _typed(reducer, reducer.reduce(tokens)).check(tokens, label(reducer))
+            kept = _typed(reducer, reducer.reduce(tokens))
+            return kept.check(tokens, label(reducer), reducer.traits.decides)
     parts = [_typed(reducer, reducer.reduce(t)).check(t, label(reducer)) for t in tokens]
     return parts[0] if len(parts) == 1 else Kept.joined(parts, tokens)
 

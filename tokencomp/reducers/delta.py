@@ -2,10 +2,49 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from tokencomp.reducers._pixels import differ
+from tokencomp.reducers._repeats import DropsRepeats
+from tokencomp.reducers.registry import register_reducer
+from tokencomp.tokens.signals import SEEN
+from tokencomp.tokens.tokens import Tokens
+
+
+@register_reducer("delta")
+@dataclass(frozen=True)
+class Delta(DropsRepeats):
+    """Drop cells that equal the last kept cell at their place in an earlier picture.
+
+    For screens, and for all pictures of a fixed camera. Cells are compared with those of earlier
+    pictures of the same size in the prompt, the conversation (on one KV cache, as in a `Session`)
+    or the video: by the pixels, before the vision tower. The first picture of a size is kept whole.
+    Nothing earlier changes, so prefix caches stay valid.
+
+    Scrolling and panning move all cells, so that all of them are kept.
+
+    Attributes
+    ----------
+    threshold, then
+        See `DropsRepeats`.
+    """
+
+    summary = "drop what equals the last kept picture at its place, before the vision tower (ours)"
+    needs = frozenset({SEEN})
+
+    def repeats(self, tokens: Tokens, limit: float | Tensor) -> Tensor:
+        new = []
+        memories = tokens.seen or [{} for _ in tokens.lengths]
+        for span, memory in zip(tokens, memories, strict=True):
+            ((t, h, w),) = span.grids
+            key = (h, w)
+            keep, last = new_cells(span.features.view(t, h * w, -1), memory.get(key), limit)
+            memory[key] = last.clone()  # a view would keep the pixels of all pictures alive
+            new.append(keep.flatten())
+        return ~torch.cat(new)
 
 
 def new_cells(

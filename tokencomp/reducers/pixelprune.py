@@ -2,10 +2,44 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from tokencomp.reducers._pixels import differ
+from tokencomp.reducers._repeats import DropsRepeats
+from tokencomp.reducers.registry import register_reducer
+from tokencomp.tokens.tokens import Tokens
+
+
+@register_reducer("pixelprune")
+@dataclass(frozen=True)
+class PixelPrune(DropsRepeats):
+    """Drop cells that kept neighbours in the picture predict (PixelPrune, 2604.00886).
+
+    For documents and screens with plain areas. With threshold 0 the picture can be rebuilt from
+    the cells that are kept. Every step of a video is a picture.
+
+    Attributes
+    ----------
+    threshold, then
+        See `DropsRepeats`.
+
+    Notes
+    -----
+    The published rule, with the largest difference as its distance (the default of the release).
+    """
+
+    summary = "drop what neighbours in the picture predict, before the vision tower (2604.00886)"
+
+    def repeats(self, tokens: Tokens, limit: float | Tensor) -> Tensor:
+        keep = []
+        for span in tokens:
+            ((t, h, w),) = span.grids
+            pictures = span.features.view(t, h, w, -1)
+            keep.append(unpredicted_cells(pictures, limit).flatten())
+        return ~torch.cat(keep)
 
 
 def unpredicted_cells(pictures: Tensor, limit: float | Tensor = 0) -> Tensor:
@@ -13,8 +47,8 @@ def unpredicted_cells(pictures: Tensor, limit: float | Tensor = 0) -> Tensor:
 
     As in JPEG-LS, the prediction of a cell is the cell to its left, or the one above it if a
     vertical edge passes: if the upper-left cell equals the left one and not the upper one. A cell
-    that equals its prediction is dropped, and its prediction stands for it from then on, so that
-    slow changes add up.
+    that equals its prediction is dropped, and later cells are predicted from the prediction in its
+    place, so that slow changes add up.
 
     Parameters
     ----------

@@ -62,8 +62,10 @@ class Kept:
             weights = torch.cat([weights.new_ones(len(fixed)), weights]).index_select(0, order)
         return Kept(rows, x, weights)
 
-    def check(self, tokens: Tokens, reducer: str) -> Kept:
+    def check(self, tokens: Tokens, reducer: str, decides: bool = False) -> Kept:
         """Return this, if it keeps valid rows of `tokens`, of every span exactly its budget.
+
+        A reducer that `decides` keeps any number of at least one, and changes no features.
 
         The values of the rows are checked on the CPU only: on a GPU the host would have to wait.
 
@@ -72,7 +74,7 @@ class Kept:
         PlanError
             `reducer` returned something else.
         """
-        fault = self._fault(tokens)
+        fault = self._fault(tokens, decides)
         if fault:
             raise PlanError(
                 f"reducer {reducer!r} returned {fault}. `reduce(tokens)` must return `Kept(rows)` "
@@ -81,14 +83,14 @@ class Kept:
             )
         return self
 
-    def _fault(self, tokens: Tokens) -> str:
+    def _fault(self, tokens: Tokens, decides: bool) -> str:
         """What is wrong, or ""."""
         rows, budgets = self.rows, np.asarray(tokens.budgets)
         if rows.dtype != torch.int64 or rows.ndim != 1:
             return f"rows of shape {tuple(rows.shape)} and type {rows.dtype}"
         parts = {"rows": rows, "features": self.features, "weights": self.weights}
         for name, values in parts.items():
-            if values is not None and len(values) != budgets.sum():
+            if values is not None and not decides and len(values) != budgets.sum():
                 return f"{len(values)} {name} where {budgets.sum()} were requested"
         if rows.device.type != "cpu":
             return ""
@@ -98,6 +100,7 @@ class Kept:
         if len(kept) and (kept[0] < 0 or kept[-1] >= stops[-1]):
             return f"rows {kept[0]} … {kept[-1]} of {stops[-1]}"
         counts = np.diff(np.searchsorted(kept, stops), prepend=0)
+        budgets = np.maximum(counts, 1) if decides else budgets
         wrong = np.flatnonzero(counts != budgets)
         if len(wrong):
             return f"{counts[wrong[0]]} rows of a span where {budgets[wrong[0]]} were requested"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-Source = Literal["query", "attention", "tower", "norm", "frames"]
+Source = Literal["query", "attention", "tower", "norm", "frames", "seen"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class Signal:
         What the model family must offer (`Adapter.signals`): "query", the embeddings of the text
         after the span (between layers, its hidden states); "attention", see `Attention`; "tower",
         see `TowerSignal`; "norm", the norm after the last decoder layer, as a function;
-        "frames", the last frame before the span, also of an earlier turn on the same cache.
+        "frames", the last frame before the span, also of an earlier turn on the same cache;
+        "seen", the pixels that a stage in the vision tower kept last at every place, likewise.
     """
 
     source: Source
@@ -89,5 +90,6 @@ class TowerSignal(Signal):
 QUERY = Signal("query")
 NORM = Signal("norm")
 FRAMES = Signal("frames")
+SEEN = Signal("seen")
 TOWER_KEYS = TowerSignal("keys")
 TOWER_ATTENTION = TowerSignal("attention")

@@ -24,6 +24,8 @@ from tokencomp.tokens.spans import Grid, Modality, Norm
 from tokencomp.tokens.stacks import HostIndex, Stack, by_stack, masked, starts_of
 
 BLOCK = 1 << 24  # cosines computed at once
+Memory = dict[tuple[Any, ...], Tensor]  # a reducer chooses the keys
+Memories = dict[Modality, list[Memory]]  # of every sample
 
 
 @dataclass
@@ -68,6 +70,12 @@ class Tokens:
         (frames, height, width) of a patch where `features` are pixels, before the first block of
         the vision tower: they are the last three axes of
         `features.view(n, -1, frames, height, width)`. Else None.
+    levels : Tensor, shape (channels,), or None
+        Where `features` are pixels: how much they grow from one of 256 levels to the next, in
+        every channel.
+    seen : list of dict, or None
+        Memory of every span, if the reducer needs `SEEN`: what the reducer writes to it is there
+        for later spans and turns. Pictures that follow each other in a prompt share a memory.
     places
         (sample of the batch, span of the sample) of every span. For evaluation only: what a
         reducer chooses must not depend on the batch.
@@ -87,6 +95,8 @@ class Tokens:
     norm: Norm | None = None
     frames: list[Tensor | None] | None = None
     pixels: tuple[int, int, int] | None = None
+    levels: Tensor | None = None
+    seen: list[Memory] | None = None
     places: list[tuple[int, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -104,7 +114,7 @@ class Tokens:
             changes: dict[str, Any] = {"lengths": [length]}
             for name in ("features", "index", "weights", "scores"):
                 changes[name] = None if (v := getattr(self, name)) is None else v[rows]
-            for name in ("queries", "query_scores", "frames"):
+            for name in ("queries", "query_scores", "frames", "seen"):
                 changes[name] = None if (v := getattr(self, name)) is None else v[one]
             for name in ("grids", "budgets", "modalities", "places"):
                 changes[name] = getattr(self, name)[one]

@@ -91,9 +91,12 @@ class Tower(ABC):
         Methods of `owner` whose arguments say what a call of the tower encodes.
     frames_apart
         See `TowerStage.frames_apart`.
+    std
+        By what the usual processor of the family divides pixels of 0 … 1, per channel.
     """
 
     frames_apart = False
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
 
     def __init__(
         self,

@@ -89,6 +89,12 @@ class DenseTower(Tower):
                 f"{family} also reads hidden state {min(self.indices)} of its vision tower, from "
                 f"before block {stage.block}, where no patch has left. Use tower_ratio=0."
             )
+        if stage.decides:
+            raise UnsupportedModelError(
+                f"reducer {stage.reducer.name!r}: the vision tower of {family} encodes pictures as "
+                "a batch of one size, of which each keeps the same number of patches. Use it with "
+                "a model of the Qwen families, or a reducer that takes a ratio."
+            )
         if stage.budget is not None:
             raise UnsupportedModelError(
                 f"tower_ratio with a budget: the vision tower of {family} encodes pictures as a "

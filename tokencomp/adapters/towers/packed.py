@@ -21,6 +21,8 @@ class PackedTower(Tower):
     ----------
     window_order
         Computes `Cells.order` from the grids; None: cells stand in order.
+    std
+        See `Tower.std`.
 
     Attributes
     ----------
@@ -28,9 +30,16 @@ class PackedTower(Tower):
         The module that embeds every patch by itself; None: there is no such module.
     """
 
-    def __init__(self, module: Any, patch_size: int, window_order: Any = None) -> None:
+    def __init__(
+        self,
+        module: Any,
+        patch_size: int,
+        window_order: Any = None,
+        std: tuple[float, float, float] = (0.5, 0.5, 0.5),
+    ) -> None:
         mergers = [module.merger, *getattr(module, "deepstack_merger_list", [])]
         super().__init__(module, list(module.blocks), [], mergers, mergers)
+        self.std = std
         self.unit, self.patch_size = module.spatial_merge_size**2, patch_size
         self.window_order = window_order
         self.embedding = getattr(module, "patch_embed", None)

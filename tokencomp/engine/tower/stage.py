@@ -34,17 +34,20 @@ from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.towers.base import Cells, EncoderCall, Tower
 from tokencomp.adapters.towers.dense import DenseTower
 from tokencomp.adapters.towers.packed import PackedTower
-from tokencomp.engine.call import Call
+from tokencomp.engine.call import Call, RunningCalls
 from tokencomp.engine.tower.flops import TowerCost, TowerShape
+from tokencomp.engine.tower.memory import copies, owners, recalled, running_prompt
 from tokencomp.engine.tower.rows import PackedRows, TowerRows, equal_bounds, rows_of
 from tokencomp.engine.tower.signals import TowerProbe, check_signals
 from tokencomp.errors import OptionError
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.stages import TowerStage
 from tokencomp.reducers.base import reduced
+from tokencomp.tokens.signals import SEEN
+from tokencomp.tokens.spans import Modality
 from tokencomp.tokens.stacks import rows_of as rows_of_runs
 from tokencomp.tokens.stacks import starts_of
-from tokencomp.tokens.tokens import Tokens
+from tokencomp.tokens.tokens import Memories, Memory, Tokens
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.checkpointing import checkpointed_since
 from tokencomp.torchlib.hooks import Hooked
@@ -105,6 +108,34 @@ def chosen_cells(
     return torch.cat(chosen)
 
 
+@torch.no_grad()
+def decided_cells(
+    cells: Cells,
+    stage: TowerStage,
+    levels: Tensor | None = None,
+    memories: list[Memory] | None = None,
+) -> Tensor:
+    """Numbers of the cells that stay, int64, shape (kept cells,), where the pixels decide.
+
+    Parameters
+    ----------
+    levels, memories
+        As in `Tokens.levels` and `Tokens.seen`.
+    """
+    grids = list(itertools.chain.from_iterable(cells.parts))
+    frames, height, width = cells.pixels.shape[-3:]
+    tokens = Tokens(
+        features=cells.pixels.flatten(1)[cells.members].flatten(1),
+        grids=grids,
+        budgets=[math.prod(grid) for grid in grids],
+        modalities=[cells.modality for _ in grids],
+        pixels=(frames, height, width),
+        levels=levels,
+        seen=memories,
+    )
+    return reduced(stage.reducer, tokens).rows
+
+
 def patch_values(cells: Cells, hidden: Tensor) -> Tensor:
     """Hidden states (patches, d) of a block's input, in the order of the tower's input."""
     if cells.pictures:
@@ -139,6 +170,7 @@ class _Local(threading.local):
 
     def __init__(self) -> None:
         self.costs: deque[TowerCost] = deque(maxlen=2)
+        self.seen: Memories = {}  # after the calls of this thread
 
 
 class TowerDrop(Hooked):
@@ -146,12 +178,16 @@ class TowerDrop(Hooked):
 
     Parameters
     ----------
+    calls
+        The state of every thread.
     off
         Nothing is dropped in a thread where this returns True.
     """
 
-    def __init__(self, adapter: Adapter, stage: TowerStage, off: Callable[[], bool]) -> None:
-        self.stage, self.off = stage, off
+    def __init__(
+        self, adapter: Adapter, stage: TowerStage, calls: RunningCalls, off: Callable[[], bool]
+    ) -> None:
+        self.adapter, self.stage, self.calls, self.off = adapter, stage, calls, off
         self.layout: Tower = adapter.tower_layout()
         self.shape = TowerShape.of(self.layout)
         # Whether rows are restored by a projector that runs after the tower, not within it.
@@ -188,6 +224,13 @@ class TowerDrop(Hooked):
         self._local.costs.clear()
         return costs if len(costs) == calls else []
 
+    def seen(self, cache: Any, modalities: set[Modality]) -> Memories | None:
+        """Memories after a prompt with media of some kinds; None if the stage has none."""
+        latest, self._local.seen = self._local.seen, {}
+        if SEEN not in self.stage.reducer.needs:
+            return None
+        return recalled(cache) | {m: latest[m] for m in modalities & latest.keys()}
+
     # -- around the tower -----------------------------------------------------------------------
 
     def _encode(
@@ -214,13 +257,31 @@ class TowerDrop(Hooked):
         arguments = compat.bind(tower, args, kwargs)
         pixels = next(arguments[n] for n in ("pixel_values", "hidden_states") if n in arguments)
         grids = arguments.get("grid_thw")
-        call = EncoderCall(pixels, grids, local.modality, local.arguments or {})
+        modality = local.modality
+        if isinstance(self.layout, PackedTower) and self.adapter.encodes_now == "video":
+            modality = "video"
+        call = EncoderCall(pixels, grids, modality, local.arguments or {})
         local.cells = self.layout.cells(call, self.stage)
         local.cost = TowerCost(self.shape)
-        if self.stage.block == 0:
+        if self.stage.decides:
+            local.rows = rows_of(local.cells, self._decided(local.cells))
+        elif self.stage.block == 0:
             pixels = local.cells.pixels
             frames, height, width = pixels.shape[-3:]
             self._choose(local.cells, pixels.flatten(1), (frames, height, width))
+
+    def _decided(self, cells: Cells) -> Tensor:
+        """Numbers of the cells that stay, where the pixels decide."""
+        levels = 1 / (255 * torch.tensor(self.layout.std, device=cells.pixels.device))
+        if SEEN not in self.stage.reducer.needs:
+            return decided_cells(cells, self.stage, levels)
+        modalities, cache = running_prompt(self.adapter, self.calls.state.noted)
+        memories = copies(recalled(cache), cells.modality, len(modalities))
+        lengths = [math.prod(grid) for part in cells.parts for grid in part]
+        own = [memories[b] for b in owners(modalities, cells.modality, lengths)]
+        chosen = decided_cells(cells, self.stage, levels, own)
+        self._local.seen[cells.modality] = memories
+        return chosen
 
     def _check_recomputation(self, tower: nn.Module) -> None:
         if compat.recomputed(self.layout.blocks[0]) and compat.recomputes_hooks():
@@ -351,6 +412,8 @@ class TowerHooks:
 
     Parameters
     ----------
+    calls
+        The state of every thread.
     off
         Whether compression is off in the calling thread.
 
@@ -360,8 +423,8 @@ class TowerHooks:
         Whether features may come in which a stage has left tokens out.
     """
 
-    def __init__(self, adapter: Adapter, off: Callable[[], bool]) -> None:
-        self.adapter, self.off = adapter, off
+    def __init__(self, adapter: Adapter, calls: RunningCalls, off: Callable[[], bool]) -> None:
+        self.adapter, self.calls, self.off = adapter, calls, off
         self.drop: TowerDrop | None = None
         self.probe: TowerProbe | None = None
         self.had_stage = adapter.body in _HAD_STAGE
@@ -371,7 +434,7 @@ class TowerHooks:
         if plan.tower is not None:  # before the probe, which reads rows that are left
             _HAD_STAGE.add(self.adapter.body)
             self.had_stage = True
-            self.drop = TowerDrop(self.adapter, plan.tower, self.off)
+            self.drop = TowerDrop(self.adapter, plan.tower, self.calls, self.off)
             self.drop.install()
         signals = check_signals(plan, self.adapter)
         if signals:
@@ -403,5 +466,6 @@ class TowerHooks:
                 )
             call.tower = self.probe.collect(call.spans)
         if self.drop is not None:
-            media = {s.modality for row in call.spans for s in row} - {"audio"}
-            call.tower_costs = self.drop.collect(len(media))
+            media: set[Modality] = {s.modality for row in call.spans for s in row}
+            call.tower_costs = self.drop.collect(len(media - {"audio"}))
+            call.seen = self.drop.seen(call.cache, media)

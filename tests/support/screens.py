@@ -1,0 +1,41 @@
+"""Pictures of one size that follow each other, of which it is known which cells changed."""
+
+from __future__ import annotations
+
+import torch
+
+from support.families import Family, Media
+from tokencomp.adapters.registry import adapter_for
+
+THRESHOLD = 8
+
+
+class Screen:
+    """One screen after the other.
+
+    A cell that did not change differs from the last kept one by up to `THRESHOLD` levels; one that
+    changed differs by one level more in a single value.
+    """
+
+    def __init__(self, family: Family, first: Media) -> None:
+        self.first = first
+        (self.name,) = (key for key in first.inputs if key.startswith("pixel_values"))
+        std = torch.tensor(adapter_for(family.build()).tower_layout().std)
+        self.levels = (1 / (255 * std)).repeat_interleave(2 * 4 * 4)  # frames and patch size
+        (grid,) = next(v for k, v in first.inputs.items() if k.endswith("grid_thw")).tolist()
+        self.last = first.inputs[self.name].view(grid[0], -1, 4, 96)[0].clone()
+
+    def show(self, *changed: set[int]) -> Media:
+        """The next picture, or a video of so many steps."""
+        steps = []
+        for cells in changed:
+            noise = torch.randint(-THRESHOLD, THRESHOLD + 1, self.last.shape)
+            new = self.last + noise * self.levels
+            for cell in cells:
+                new[cell] = self.last[cell]
+                new[cell, 1, 40] += (THRESHOLD + 1) * self.levels[40]
+                self.last[cell] = new[cell]
+            steps.append(new)
+        return Media(
+            self.first.ids, {**self.first.inputs, self.name: torch.cat(steps).flatten(0, 1)}
+        )

@@ -1,0 +1,85 @@
+"""What a stage in the vision tower has kept of earlier pictures, for reducers that compare them.
+
+A later turn finds it in the row map of the cache that holds the pictures. A cache that was cut into
+them, or from which rows were evicted, no longer has it: the next picture is then kept whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from tokencomp.adapters.base import Adapter
+from tokencomp.adapters.media_call import CODES
+from tokencomp.engine.cache import CompressedLayer, first_layer
+from tokencomp.engine.call import Noted
+from tokencomp.errors import SpanError
+from tokencomp.tokens.spans import Modality
+from tokencomp.tokens.tokens import Memories, Memory
+from tokencomp.torchlib import compat
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was kept last of the pictures in the first `rows` rows of a cache."""
+
+    rows: int
+    memories: Memories
+
+
+def recalled(cache: Any) -> Memories:
+    """The memories that go with a cache."""
+    layer = first_layer(cache)
+    seen: Seen | None = layer.row_map.seen if isinstance(layer, CompressedLayer) else None
+    return {} if seen is None else seen.memories
+
+
+def copies(memories: Memories, modality: Modality, samples: int) -> list[Memory]:
+    """Memories of one kind of media to be written to; empty ones for another batch."""
+    known = memories.get(modality, [])
+    return [dict(m) for m in known] if len(known) == samples else [{} for _ in range(samples)]
+
+
+def running_prompt(adapter: Adapter, noted: Noted) -> tuple[Tensor, Any]:
+    """Kinds (B, L) of the media of the prompt that is being encoded, and its cache or None.
+
+    `generate` encodes media before it calls the model, with the columns that its cache holds.
+
+    Raises
+    ------
+    SpanError
+        The vision tower was called for no prompt.
+    """
+    if noted.modalities is not None:
+        return noted.modalities, compat.get_cache(noted.inputs or {})
+    modalities = None if noted.arguments is None else adapter.modalities(noted.arguments)
+    if modalities is None:
+        raise SpanError(
+            "the vision tower was called for no prompt, so it is not known which pictures the "
+            "model has seen before. Pass pixels to the model or to generate, or take a reducer "
+            "that looks at single pictures, such as 'pixelprune'."
+        )
+    cache = compat.get_cache(noted.arguments or {})
+    return modalities[:, 0 if cache is None else cache.get_seq_length() :], cache
+
+
+def owners(modalities: Tensor, modality: Modality, lengths: list[int]) -> list[int]:
+    """Sample of every medium of `lengths` tokens; media stand in the order of the batch.
+
+    Raises
+    ------
+    SpanError
+        The prompts have another number of tokens.
+    """
+    ends = (modalities == CODES[modality]).sum(1).cumsum(0).tolist()
+    stops = np.cumsum(lengths)
+    if ends[-1] != stops[-1]:
+        raise SpanError(
+            f"{stops[-1]} tokens of {modality}s were encoded for prompts with {ends[-1]}, so it is "
+            "not known whose they are. Pass pixels and prompts of one call of the processor."
+        )
+    found: list[int] = np.searchsorted(ends, stops).tolist()
+    return found
