@@ -203,6 +203,7 @@ def test_settings_refuse_what_makes_no_sense():
         Setting("downscale", 0.5, {"seed": 1})
     assert Setting("aim", 0.0) == Setting()
     assert [s.label for s in grid(["aim"], [0, 0.5])] == ["full", "aim-0.5"]
+    assert [s.label for s in grid(["delta"], [0, 0.5])] == ["full", "delta-0", "delta-0.5"]
 
 
 @pytest.mark.parametrize(

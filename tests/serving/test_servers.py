@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import io
 import json
 import os
 import re
@@ -24,6 +25,8 @@ pytest.importorskip("starlette")
 pytest.importorskip("av")
 openai = pytest.importorskip("openai")
 
+import numpy as np  # noqa: E402
+from PIL import Image  # noqa: E402
 from prometheus_client.parser import text_string_to_metric_families  # noqa: E402
 from support.console import run  # noqa: E402
 from support.serving import hf_reference, http  # noqa: E402
@@ -31,6 +34,8 @@ from support.serving.files import canvas, content, data, png  # noqa: E402
 from support.serving.processes import Served, started  # noqa: E402
 from support.serving.selectors import selector  # noqa: E402
 
+import tokencomp  # noqa: E402
+from tokencomp.inputs.prompts import chat_inputs  # noqa: E402
 from tokencomp.trained.cards import model_card  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -104,6 +109,35 @@ def test_equals_the_patched_model(served: Served, name: str) -> None:
         assert usage["requested"] == amount
         off = plain.usage.model_extra["tokencomp"]
         assert (off["ratio"], off["visual_tokens_before"], off["reducer"]) == (0, before, "none")
+
+
+def test_an_agent_pays_for_what_changed_on_its_screen(tiny_folder: Any, tmp_path: Path) -> None:
+    """Twelve steps of one conversation; a model that has seen none of them answers the same."""
+    folder, random = tiny_folder("qwen2_vl"), np.random.default_rng(0)
+    model, processor = hf_reference.load(folder)
+    pixels = random.integers(0, 256, (112, 112, 3), dtype=np.uint8)
+    chat, plain, images, tokens = [], [], [], []  # type: ignore[var-annotated]
+    with started("hf", folder, tmp_path, "--reducer", "delta") as it:
+        for step in range(12):
+            if step:  # in one cell of 28 × 28 pixels
+                pixels[28 * (step // 4) + 5, 28 * (step % 4) + 9] ^= 1
+            images.append(Image.fromarray(pixels))
+            images[-1].save(file := io.BytesIO(), "png")
+            chat += http.messages("Next?", data(file.getvalue()))
+            parts = [{"type": "image"}, {"type": "text", "text": "Next?"}]
+            plain.append({"role": "user", "content": parts})
+            answer = it.ask(messages=chat)
+            inputs = chat_inputs(processor, [plain], images, [])
+            n = inputs["input_ids"].shape[1]
+            with tokencomp.patch(model, reducer="delta") as handle:
+                out = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, n:]
+            text = processor.tokenizer.decode(out, skip_special_tokens=True).rstrip("\ufffd")
+            check(answer, (text, n - 15 * step, handle.stats))
+            said = {"role": "assistant", "content": answer.choices[0].message.content}
+            chat, plain = [*chat, said], [*plain, said]
+            usage = answer.usage.model_extra["tokencomp"]
+            tokens.append(usage["visual_tokens_after"])
+    assert tokens == [16 + step for step in range(12)]
 
 
 def test_low_detail_has_the_ratio_of_the_operator(served: Served) -> None:

@@ -68,13 +68,15 @@ def _short(value: Any) -> str:
 
 
 def _stage(cls: Any) -> str:
-    """Where it acts at ratio 0.75 in a 28-layer decoder: entry, layers, or both."""
+    """Where it acts at ratio 0.75 in a 28-layer decoder: entry, layers, or both; or tower."""
     from tokencomp.errors import TokenCompError
 
     try:
         plan = cls().plan(0.75, 28)
     except (TokenCompError, TypeError):  # needs weights or required options
         return "entry"
+    if cls.traits.decides:
+        return "tower"
     parts = ["entry"] if plan.entry is not None else []
     return " + ".join(parts + (["layers"] if plan.layer_stages else []))
 

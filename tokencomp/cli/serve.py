@@ -21,7 +21,10 @@ def command(
     context: typer.Context,
     method: opt.StageFlags,
     source: opt.Source,
-    ratio: Annotated[str, typer.Option("--ratio", help="Default ratio in [0, 1).")] = "0.5",
+    ratio: Annotated[
+        str | None,
+        typer.Option("--ratio", help="Default ratio in [0, 1): 0.5, of delta and pixelprune 0."),
+    ] = None,
     budget: Annotated[
         int | None,
         typer.Option("--budget", help="Default number of visual tokens per item, not --ratio."),
@@ -138,15 +141,17 @@ def command(
         if api_key:
             os.environ["MLX_VLM_SERVER_API_KEY"] = api_key
         Bind(host, port, api_key).warn_if_open()
-        number = None if budget is not None else parse.one_ratio(ratio, "serve")
+        number = None if budget is not None else parse.one_ratio(ratio or "0.5", "serve")
         run(resolve(source.model), number, budget, name, host, port, context.args)
         return
+    from tokencomp.method import usual_ratio
     from tokencomp.serving.launch import run_hf, run_vllm
     from tokencomp.serving.limits import Limits
 
+    amount = usual_ratio(name) if ratio is None else parse.one_ratio(ratio, "serve")
     options = {
         "reducer": name,
-        **({"ratio": parse.one_ratio(ratio, "serve")} if budget is None else {"budget": budget}),
+        **({"ratio": amount} if budget is None else {"budget": budget}),
         "options": own,
         **method.stages,
         "per_request": per_request,

@@ -8,7 +8,7 @@ from typing import Any
 
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import OptionError
-from tokencomp.method import MethodSpec
+from tokencomp.method import MethodSpec, usual_ratio
 from tokencomp.plan.options import OPTIONS, in_words
 from tokencomp.plan.plan import Plan
 from tokencomp.reducers.base import Reducer
@@ -188,17 +188,29 @@ def label_of(name: str, shown_ratio: str, options: Mapping[str, Any]) -> str:
 def grid(
     reducers: Iterable[str], ratios: Iterable[Any], /, budgets: Iterable[Any] = (), **options: Any
 ) -> list[Setting]:
-    """The full model, then every reducer at every ratio above 0 (or by kind), and every budget."""
-    asked = [{"budget": budget} for budget in budgets]
-    asked += [
-        {"ratio": r} for r in ratios if (any(r.values()) if isinstance(r, Mapping) else r > 0)
-    ]
+    """The full model, then every reducer at every ratio above 0 (or by kind), and every budget.
+
+    Reducers whose count the pixels decide also run at ratio 0, if it is among the ratios.
+    """
+    asked: list[dict[str, Any]] = [{"budget": budget} for budget in budgets]
+    asked += [{"ratio": ratio} for ratio in ratios]
     media = {name: value for name, value in options.items() if name not in (*TOWER, *OPTIONS)}
     each = {name: media if name in INPUT_BASELINES else options for name in reducers}
     return [
         Setting(),
-        *(Setting(name, options=own, **a) for name, own in each.items() for a in asked),
+        *(
+            Setting(name, options=own, **a)
+            for name, own in each.items()
+            for a in asked
+            if _removes(name, **a)
+        ),
     ]
+
+
+def _removes(name: str, ratio: Any = None, budget: Any = None) -> bool:
+    """Whether a reducer removes anything at a ratio or budget."""
+    above = any(ratio.values()) if isinstance(ratio, Mapping) else ratio
+    return budget is not None or bool(above) or usual_ratio(name) == 0
 
 
 def seeded(settings: Sequence[Setting], seeds: int) -> list[Setting]:
