@@ -1,4 +1,4 @@
-"""Layer types: what each means for masks, windows and scores; and those of a decoder's layers.
+"""Layer types: what each means for masks, windows and scores; and the layer types of a decoder.
 
 A new attention kind is a subclass of `LayerType` and a row in `ROWS`.
 """
@@ -24,14 +24,12 @@ from tokencomp.torchlib.masks import backend_mask
 
 @dataclass(frozen=True)
 class LayerType:
-    """A layer type; this one attends to all tokens before it.
-
-    A new kind is a subclass and a row in `ROWS`.
+    """Base class, and the type of layers with full causal attention.
 
     Attributes
     ----------
     name
-        As transformers' configs name it, and as decoders find its mask.
+        Its name in transformers' configs, and among the masks of a decoder.
     window_field
         Field of the text config with the size of its window, in tokens.
     attends
@@ -39,11 +37,11 @@ class LayerType:
     counts_from_start
         Whether windows are counted from the first real column of every sample.
     skips_masks
-        Whether transformers may leave out a mask that hides nothing.
+        Whether transformers may omit a mask that hides nothing.
     masks_single_tokens
         Whether the decoder builds a mask for a single token, too.
     cuts_later_turns
-        Whether only the first prompt is kept whole, so that later media cannot be served.
+        Whether only the first prompt is kept whole, so that media of later turns are refused.
     """
 
     name: str
@@ -55,45 +53,43 @@ class LayerType:
     cuts_later_turns: ClassVar[bool] = False
 
     def visible(self, query: Any, key: Any, size: int, start: Any) -> Any:
-        """Whether a window of `size` tokens shows a query a key before it; both are columns.
+        """Whether an earlier key is in the window of `size` tokens of a query; both are columns.
 
-        Without a window it always does. `start` is the first real column of the sample.
+        `start` is the first real column of the sample.
         """
         return True
 
     def misplaced(self, masks: Any, segment: Any, total: int) -> bool:
         """Whether the mask that the decoder builds from a 2-D mask of rows would be wrong.
 
-        `masks` are the `Masks` of the call, and `total` counts the columns after it.
+        `total`: number of columns after the call.
         """
         return False
 
     def mask(self, masks: Any, segment: Any, x: Tensor, text: Tensor | None) -> Any:
         """The mask of these layers in a segment.
 
-        `masks` are the `Masks` of the call, and x (B, n, d) is read for its shape, dtype and
-        device. `text` are positions (B, n) that begin again in every packed prompt; there is no
-        cache then.
+        x (B, n, d) is read for its shape, dtype and device. `text` are positions (B, n) that
+        restart at every packed prompt; without a cache.
         """
         return masks.attention_mask(self, segment, x, text)
 
 
 class Windowed(LayerType):
-    """Layers whose queries see a window, whose size the config gives."""
+    """Attention in a window, whose size the config gives."""
 
     def exceeded(self, masks: Any, total: int) -> bool:
-        """Whether a layer would not see all of a sequence of `total` tokens."""
+        """Whether a query does not see all of a sequence of `total` tokens."""
         size = masks.call.layer_types.sizes.get(self.name)
         return size is not None and total > size
 
 
 class Sliding(Windowed):
-    """Queries see the last `size` columns, including the one of the query."""
+    """Sliding window: queries see the last `size` columns, their column included."""
 
     window_field = "sliding_window"
 
     def visible(self, query: Any, key: Any, size: int, start: Any) -> Any:
-        """Whether they are fewer than `size` columns apart."""
         return key > query - size
 
     def misplaced(self, masks: Any, segment: Any, total: int) -> bool:
@@ -104,43 +100,41 @@ class Sliding(Windowed):
 
 
 class Chunked(Windowed):
-    """Queries see the chunk of `size` columns that they are in (Llama 4)."""
+    """Chunked attention (Llama 4): queries see their chunk of `size` columns."""
 
     window_field = "attention_chunk_size"
     counts_from_start = True
 
     def visible(self, query: Any, key: Any, size: int, start: Any) -> Any:
-        """Whether both are in one chunk."""
         return (key - start) // size == (query - start) // size
 
     def misplaced(self, masks: Any, segment: Any, total: int) -> bool:
-        """Whether columns are missing: transformers counts chunks from logical columns."""
+        """Whether columns are missing: transformers derives chunks from columns."""
         return self.exceeded(masks, total) and segment.gaps
 
 
 class Indexed(LayerType):
-    """Queries see the rows that an indexer chooses, which adds its choice to a mask (DeepSeek)."""
+    """Sparse attention (DeepSeek): an indexer selects rows and adds its selection to a mask."""
 
     skips_masks = False
     masks_single_tokens = True
 
 
 class Reference(LayerType):
-    """Layers that see all of the first prompt, and a window of what follows (Unlimited-OCR).
+    """Full attention to the first prompt, and a window of later tokens (Unlimited-OCR).
 
-    Only that window slides, and no column is missing among its rows. Media of later calls are
-    refused, see `tokencomp.engine.decoder`.
+    Only the window slides, and its rows have no gaps. Media of later calls are refused
+    (`check_later_media`).
     """
 
     masks_single_tokens = True
     cuts_later_turns = True
 
     def misplaced(self, masks: Any, segment: Any, total: int) -> bool:
-        """Whether rows are padded: transformers looks up padding by shifted columns."""
+        """Whether rows are padded: transformers looks up padding at shifted columns."""
         return bool(segment.past.rows) and segment.past.mask() is not None
 
     def mask(self, masks: Any, segment: Any, x: Tensor, text: Tensor | None) -> Any:
-        """All rows of the prompt, and a window of the later ones."""
         if not segment.past.rows:
             return super().mask(masks, segment, x, text)
         layer = first_layer(masks.layers, segment.first)
@@ -158,22 +152,22 @@ class Reference(LayerType):
 
 
 class Mixing(LayerType):
-    """No attention: MLPs or experts alone. A token that leaves is not in the sequence at all."""
+    """No attention, only MLPs or experts."""
 
     attends = False
 
 
 class State(Mixing):
-    """Linear attention or short convolutions: a state of constant size, and a mask of padding."""
+    """Linear attention or short convolutions: a recurrent state, and a padding mask."""
 
     def mask(self, masks: Any, segment: Any, x: Tensor, text: Tensor | None) -> Any:
-        """False at padding, (B, n), or None where there is none."""
+        """False at padding, (B, n); None without padding."""
         return None if masks.new is None else masks.new.to(x.device)
 
 
 FULL = LayerType("full_attention")
 SLIDING = Sliding("sliding_attention")
-CONVOLUTION = State("linear_attention")  # under whose name decoders take the mask of convolutions
+CONVOLUTION = State("linear_attention")  # decoders take masks of convolutions by this name
 ROWS = (
     FULL,
     SLIDING,
@@ -185,7 +179,7 @@ ROWS = (
     Mixing("moe"),
     Mixing("mlp"),
 )
-# Attention whose keys and values run through short convolutions has the masks of these types.
+# Masks of attention types whose keys and values pass short convolutions.
 CONVOLVING = {"hybrid": FULL, "hybrid_sliding": SLIDING}
 LAYER_TYPES: dict[str, LayerType] = {
     **{layer_type.name: layer_type for layer_type in ROWS},
@@ -195,7 +189,7 @@ LAYER_TYPES: dict[str, LayerType] = {
 
 # -- the layer types of a decoder -----------------------------------------------------------------
 
-# Fields of configs that let attention depend on the numbers of rows, where they are above 1.
+# Fields of configs: above 1, attention depends on row numbers.
 BY_ROW = {
     "index_kpool": "an indexer scores pools of {} consecutive rows",
     "indexer_compress_ratio": "an indexer scores groups of {} consecutive rows",
@@ -206,22 +200,22 @@ BLOCKS = "minimax_m3_sparse"
 
 @dataclass(frozen=True)
 class LayerTypes:
-    """Kinds of the decoder layers, and the windows among them.
+    """Types of the decoder layers, and their windows.
 
     Attributes
     ----------
     types
-        Of every layer.
+        Type of every layer.
     sizes
-        By the name of a kind: tokens that a query sees at most, itself included, or tokens per
-        chunk.
+        By name of a type: number of tokens that a query sees at most, itself included, or tokens
+        per chunk.
     named
-        Whether the config names the kinds, so that the decoder takes a mask for each.
+        Whether the config names the types, so that the decoder takes a mask for each.
     cut
-        Rows that a default cache keeps although no layer has a window (a `sliding_window` that
-        layers like those of Llama do not read); None: all.
+        Number of rows that a default cache keeps although no layer has a window (a `sliding_window`
+        that layers like those of Llama ignore); None: all.
     convolves
-        Whether layers with attention also hold short convolutions, which take another mask.
+        Whether attention layers also hold short convolutions, which take another mask.
     relative
         Whether attention has a bias by distance, see `RelativePositions`.
     """
@@ -235,10 +229,10 @@ class LayerTypes:
 
     @classmethod
     def of(cls, decoder: Any, served: bool = False) -> LayerTypes:
-        """The windows of a decoder.
+        """Read the layer types of a decoder from its config, which may have changed since the last
+        call.
 
-        The config is read in every call, because the sizes in it may change. Layers that are known
-        to be `served`, because the patch has checked them before, are not checked again.
+        Layers in `served` were checked when the model was patched, and are not checked again.
         """
         config, cut = decoder.config, None
         names = tuple(getattr(config, "layer_types", None) or ())[: len(decoder.layers)]
@@ -246,8 +240,9 @@ class LayerTypes:
             _refuse_types(decoder, names)
         types = names
         if not names:
-            # Some decoders whose config names no kinds (Mistral) apply `sliding_window`, others
-            # (Llama) only let the cache read it. The former import the factory of such masks.
+            # Among decoders without layer types in the config, some apply `sliding_window`
+            # (Mistral, which imports the function for such masks); in others (Llama) only the
+            # cache reads it.
             factory, size = "create_sliding_window_causal_mask", _size(config, SLIDING)
             applies = size is not None and compat.file_with(type(decoder), factory) is not None
             types = (SLIDING.name if applies else FULL.name,) * len(decoder.layers)
@@ -259,11 +254,11 @@ class LayerTypes:
 
     @cached_property
     def smallest(self) -> float:
-        """The size of the smallest window: all layers see the whole of sequences up to this."""
+        """Size of the smallest window: layers see all of sequences up to this length."""
         return min(self.sizes.values(), default=math.inf)
 
     def rows_kept(self, layers: Sequence[Any]) -> int | None:
-        """Rows that a cache keeps of decoder layers that attend to all; None: all of them."""
+        """Number of rows that a cache keeps for layers with full attention; None: all."""
         pairs = zip(layers, self.types, strict=False)
         cuts = [
             layer.sliding_window - getattr(layer, "widened", 0)
@@ -274,23 +269,23 @@ class LayerTypes:
 
     @cached_property
     def plain(self) -> bool:
-        """Whether every layer attends to all tokens before it."""
+        """Whether all layers have full causal attention."""
         return set(self.types) == {FULL}
 
     @cached_property
     def unmasked(self) -> bool:
-        """Whether one token needs no mask as long as no window is exceeded."""
+        """Whether a single token needs no mask unless a window is exceeded."""
         masked = self.masks_single_tokens or self.relative or self.cut_later_turns
         return not masked and self.cut is None
 
     @cached_property
     def linear(self) -> bool:
-        """Whether a layer keeps a state, instead of rows or in addition."""
+        """Whether a layer has a recurrent state, instead of rows or in addition."""
         return self.convolves or any(isinstance(layer_type, State) for layer_type in self.types)
 
     @cached_property
     def count_from_start(self) -> bool:
-        """Whether a window is counted from the first real column of every sample."""
+        """Whether a window counts from the first real column of every sample."""
         return any(
             layer_type.counts_from_start
             for layer_type in self.types
@@ -299,16 +294,14 @@ class LayerTypes:
 
     @cached_property
     def masks_single_tokens(self) -> bool:
-        """Whether the decoder builds a mask for a single token, too."""
         return any(layer_type.masks_single_tokens for layer_type in self.types)
 
     @cached_property
     def cut_later_turns(self) -> bool:
-        """Whether a layer keeps only the first prompt whole."""
         return any(layer_type.cuts_later_turns for layer_type in self.types)
 
 
-@functools.lru_cache(maxsize=64)  # what follows from the kinds is computed once
+@functools.lru_cache(maxsize=64)  # cached properties are then computed once per config
 def _layer_types(
     names: tuple[str, ...],
     sizes: tuple[tuple[str, int | None], ...],
@@ -322,7 +315,7 @@ def _layer_types(
 
 
 def _size(config: Any, layer_type: LayerType) -> int | None:
-    """The one size of all windows of a kind with a window; None: the config gives none."""
+    """The common size of all windows of a type; None: the config gives none."""
     if layer_type is SLIDING and getattr(config, "use_sliding_window", True) is False:
         return None
     field = str(layer_type.window_field)
@@ -337,7 +330,7 @@ def _size(config: Any, layer_type: LayerType) -> int | None:
 
 
 def _refuse_types(decoder: Any, types: Sequence[str]) -> None:
-    """Refuse unknown layer types, and attention that a drop would change for other tokens."""
+    """Refuse unknown layer types, and attention that depends on the number of rows."""
     for name, reason in BY_ROW.items():
         values = [v for v in compat.layer_values(decoder.config, name) if isinstance(v, int)]
         value = max(values, default=0)

@@ -1,7 +1,7 @@
-"""The pass `layers`: what the decoder layers of a segment get, and the hooks that hand it to them.
+"""The pass `layers`: gives the decoder layers of a segment the arguments for its rows.
 
-The decoder prepares masks, positions and rotary tables for the rows of segment 0. A layer of a
-later segment gets those of its rows; the first of them runs the stage before it:
+The decoder prepares masks, positions and rotary tables for the rows of segment 0. Layers of later
+segments get those of their rows; the first layer of a segment runs its stage first:
 
     hidden states ─► [stage] ─► rows, mask, positions, tables, per-row arguments ─► layer
 """
@@ -39,18 +39,18 @@ from tokencomp.torchlib import compat
 from tokencomp.torchlib.hooks import Hooked
 from tokencomp.torchlib.replace import MethodReplacement
 
-# Arguments that `_positions`, `_tables` and the masks of a segment provide.
+# Arguments that `before_layer` sets itself.
 APART = {"hidden_states", "position_embeddings", *SET_APART} - {"input_ids"}
 DISTANCE = "relative_distance"  # argument of decoder layers, int64 (queries, keys)
 POSITIONS = ("query_positions", "key_positions")  # of the module of a bias, int64 (n,)
 
 
 class LayerHooks(CallHooks):
-    """Hooks on the layers, for calls in which they see different rows.
+    """Hooks on the decoder layers, active while their rows differ from those of the decoder.
 
-    These are prompts with stages between layers, and later tokens on their caches. In other calls
-    the hooks return at once. They are installed with the first plan that has such stages, and stay,
-    because its caches may outlive it.
+    That is so for prompts with stages between layers, and later tokens with their caches; in other
+    calls the hooks return at once. Once installed they remain until the patch is removed, because a
+    compressed cache can outlive its plan.
     """
 
     def __init__(self, adapter: Adapter, calls: RunningCalls) -> None:
@@ -61,36 +61,36 @@ class LayerHooks(CallHooks):
         self._scores: list[Any] = []
 
     def install(self, plan: Plan) -> None:
-        """Serve the calls of a plan, and later tokens on caches of the plans before it."""
+        """Hook the layers and the attention modules that score for a stage of `plan`."""
         self._plan, self._staged = plan, self._staged or bool(plan.layer_stages)
         if self._staged and not self._handles:
             self._hooked = list(self.adapter.layers)
             for i, layer in enumerate(self._hooked):
-                # Before the hooks of others, which then see the rows that the layer gets.
+                # Before hooks of other libraries, which then see the rows of the layer.
                 run = functools.partial(self._layer, i)
                 self._before(layer, run, self._has_call, prepend=True)
         layers, self._handles = self._handles, []
         for stage, number, signal in scored_stages(plan, self.adapter):
             score = functools.partial(self._score, stage, number, signal)
-            # Before FSDP2's, which shards the weights of the module once it has run.
+            # Before the hook of FSDP2, which reshards the weights after the call.
             attn = attention_of(self.adapter.layers[number])
             self._after(attn, score, self._has_call, prepend=True)
         self._scores, self._handles = self._handles, layers
 
     def follow_wrappers(self) -> None:
-        """Move the hooks to what wraps the layers since (`CheckpointWrapper`), before a prompt."""
+        """Before a prompt: move the hooks to wrappers added since (`CheckpointWrapper`)."""
         if self._handles and self._hooked != list(self.adapter.layers):
             self.remove()
             self.install(self._plan)
 
     def withdraw(self) -> None:
-        """Undo what `install` did for its plan alone."""
+        """Remove the hooks that only the current plan needs."""
         for handle in self._scores:
             handle.remove()
         self._scores = []
 
     def remove(self) -> None:
-        """Undo `install`; safe to call twice."""
+        """Remove all hooks; safe to call twice."""
         self.withdraw()
         super().remove()
 
@@ -115,12 +115,9 @@ class LayerHooks(CallHooks):
 def before_layer(
     call: Call, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Arguments of decoder layer `i`, with rows, rotary tables and mask of its segment.
+    """Arguments of decoder layer `i` with rows, rotary tables and mask of its segment.
 
-    Returns
-    -------
-    tuple of args and kwargs, or None
-        None in segment 0, for which the decoder prepares them.
+    Returns (args, kwargs), or None in segment 0.
     """
     segment = call.segment_of(i)
     if segment.first == 0:
@@ -130,6 +127,7 @@ def before_layer(
         kwargs.pop("hidden_states", None)
     kwargs = dict(kwargs)
     hidden = args[0] if args else kwargs["hidden_states"]
+    # The first layer of the segment runs the stage. Then every argument gets the segment's rows.
     if not segment.ready:
         hidden = _enter(call, segment, hidden, kwargs)
     layer_type, cache = call.layer_types.types[i], compat.get_cache(kwargs)
@@ -148,7 +146,7 @@ def before_layer(
 
 
 def _enter(call: Call, segment: Segment, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """First layer of a segment: the stage, if there is one, then what its rows have in common."""
+    """First layer of a segment: run its stage, if any, then set what its layers share."""
     previous = call.segments[call.segments.index(segment) - 1]
     segment.index = previous.index
     if segment.stage is not None:
@@ -158,8 +156,7 @@ def _enter(call: Call, segment: Segment, hidden: Tensor, kwargs: dict[str, Any])
     if segment.new.packed:
         segment.lengths = sequence_lengths(segment.new, kwargs)
     if segment.new.packed and compat.get_cache(kwargs) is None:
-        # transformers distinguishes packed prompts by positions that start again, and only
-        # where there is neither a mask nor a cache.
+        # Without a mask and a cache, transformers infers packed prompts from positions.
         segment.text_positions = text_positions(segment.new, hidden.device)
     segment.ready = True
     return hidden
@@ -168,12 +165,12 @@ def _enter(call: Call, segment: Segment, hidden: Tensor, kwargs: dict[str, Any])
 def _run_stage(
     call: Call, segment: Segment, previous: Segment, hidden: Tensor, kwargs: dict[str, Any]
 ) -> Tensor:
-    """Run the stage before a segment on hidden states (B, n, d) and their rotary tables."""
+    """Run the stage of a segment on hidden states (B, n, d) and their rotary tables."""
     stage: Any = segment.stage
     layer_type, device = call.layer_types.types[segment.first].name, hidden.device
     tables = _tables(previous, layer_type, kwargs, device)
     signals = [s for s in stage.needs if isinstance(s, Attention) and s.layer == "next"]
-    # Another layer has scored for a stage before a layer without attention.
+    # If the layer has no attention, an earlier layer has scored for this stage.
     if signals and not call.scores.known(segment.first):
         ids = _positions(call, previous, kwargs)
         arguments = {"position_embeddings": tables, "position_ids": ids}
@@ -195,12 +192,11 @@ def _run_stage(
 
 
 def _positions(call: Call, segment: Segment, kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The `position_ids` of layers of a segment.
+    """`position_ids` for the layers of a segment.
 
-    Layers that compute with positions themselves get the positions of the rows that are left. They
-    read none where `rotary` is set, or where the positions are the row of M-RoPE that counts text
-    tokens. Such layers get positions without gaps, because transformers reads a
-    gap as the start of another packed prompt.
+    Layers that use positions themselves get those of the kept rows. Otherwise (`rotary` is set, or
+    positions are the M-RoPE row that counts text) they get positions without gaps, because
+    transformers takes a gap for the start of another packed prompt.
     """
     adapter, positions = call.adapter, cast(Tensor | None, kwargs.get("position_ids"))
     reads = adapter.layers_read_positions and call.rotary is None
@@ -209,13 +205,13 @@ def _positions(call: Call, segment: Segment, kwargs: Mapping[str, Any]) -> Tenso
     if segment.index is None:
         return positions
     index = segment.index.to(positions.device)
-    axes = positions.shape[:-2]  # M-RoPE has one row per axis in front of the samples
+    axes = positions.shape[:-2]  # axes of M-RoPE precede the samples
     positions = positions.expand(*axes, len(index), -1)
     return positions.gather(-1, index.expand(*axes, -1, -1))
 
 
 def _mask(call: Call, segment: Segment, layer_type: LayerType, hidden: Tensor, cache: Any) -> Any:
-    """The mask of the layers of one type in a segment, made once for all of them."""
+    """The mask of one layer type in a segment, built once."""
     if layer_type.name not in segment.masks:
         layers = list(getattr(cache, "layers", None) or ())
         masks = Masks(call, segment.new.mask(hidden.device), layers)
@@ -224,9 +220,9 @@ def _mask(call: Call, segment: Segment, layer_type: LayerType, hidden: Tensor, c
 
 
 def _row_arguments(segment: Segment, kwargs: Mapping[str, Any], width: int) -> dict[str, Any]:
-    """Further arguments of a layer that have an entry for each row, such as per-layer inputs.
+    """Gather further arguments of a layer with one entry per row, such as per-layer inputs.
 
-    `width` are the rows of segment 0.
+    `width`: number of rows of segment 0.
     """
     if segment.index is None:
         return {}
@@ -244,10 +240,7 @@ def _row_arguments(segment: Segment, kwargs: Mapping[str, Any], width: int) -> d
 def _tables(
     segment: Segment, layer_type: str, kwargs: Mapping[str, Any], device: torch.device
 ) -> Any:
-    """Rotary tables of a layer of `layer_type` that is called with `kwargs`, for rows of `segment`.
-
-    Layer types may have different tables, and some have none.
-    """
+    """Rotary tables of a layer for the rows of `segment`; they can differ by layer type."""
     tables = kwargs.get("position_embeddings")
     if tables is None or segment.index is None:
         return tables
@@ -266,19 +259,13 @@ class RelativePositions(Hooked):
     """Attention biases by the distance of two tokens, which transformers counts in rows (Inkling).
 
     After dropping, row distance is smaller than token distance. In a compressed call the bias is
-    computed from columns, so that no distance changes. Under compact positions rows count, as they
-    do for other models. The hooks are where the decoder hands distances to a layer, or positions to
-    the module of its bias.
-
-    Parameters
-    ----------
-    calls
-        The call of every thread (`RunningCalls`).
+    computed from columns, so distances do not change; compact positions count rows. Hooks act where
+    the decoder passes distances to a layer, or positions to the module of the bias.
 
     Raises
     ------
     RowIndexedAttentionError
-        A layer of the decoder has such a bias, and takes neither of the two.
+        A layer of the decoder has such a bias, but takes neither argument.
     """
 
     def __init__(self, adapter: Adapter, calls: RunningCalls) -> None:
@@ -313,7 +300,7 @@ class RelativePositions(Hooked):
 
     @compat.not_compiled
     def _columns(self, layer: int, batch: int, device: torch.device) -> Tensor | None:
-        """Columns of all rows that layer `layer` has seen, (B, rows); None if rows are right."""
+        """Columns of all rows of layer `layer`, (B, rows); None if they equal row numbers."""
         call = self.calls.state.call
         if call is None or not call.by_column:
             return None

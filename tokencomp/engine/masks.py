@@ -1,27 +1,27 @@
-"""The attention masks of every segment and layer type, for rows of which some were dropped.
+"""Attention masks of every segment and layer type after dropping.
 
-transformers makes one mask per layer type and counts rows. Here a sliding or chunked window is
-measured in columns, as long as the rotary embedding uses them too. Dropping a token then equals
-masking it: no other token comes into the window in its place. A window of four columns, seen by the
-last token, when columns 2, 3 and 5 were dropped:
+transformers builds one mask per layer type and counts rows. Here sliding and chunked windows are
+measured in columns, like the rotary embedding. Dropping a token then equals masking it: no other
+token enters the window in its place. A window of four columns, seen by the last token, when columns
+2, 3 and 5 were dropped:
 
     column of the prompt   0  1  2  3  4  5  6  7
     kept                   x  x  .  .  x  .  x  x
-    four columns                       x  .  x  x    what this module lets it see: 4, 6, 7
-    four rows                 x        x     x  x    what a window of rows would: 1, 4, 6, 7
+    four columns                       x  .  x  x    visible here: 4, 6, 7
+    four rows                 x        x     x  x    in a window of rows: 1, 4, 6, 7
 
-Who makes a mask:
+Who builds a mask:
 
-    segment 0   `Masks.decoder_mask`: the decoder, from a 2-D mask of padding, where that is right;
-                else we make one per layer type and the decoder passes them on
-    others      `Masks.layer_mask`: we make one per layer type, and hand it to every layer
-    one later token without padding and windows: nobody, it attends to every row
+    segment 0   `Masks.decoder_mask`: the decoder, from a 2-D padding mask, where that is right;
+                else we build one per layer type and the decoder passes them on
+    others      `Masks.layer_mask`: we build one per layer type, and pass it to every layer
+    one later token without padding and windows: nobody, it attends to all rows
 
-This holds for prompts and for later turns; a later turn takes from its caller's mask the columns of
-the turn alone, because the cache layers know their padding.
+This holds for prompts and for later turns. Of the caller's mask a later turn reads only the columns
+of the turn, because the cache layers store their padding.
 
-Masks that the body of a model has prepared, which let the tokens of an image see each other, are
-gathered by column and never built again.
+Masks that the body has prepared, in which tokens of an image attend to each other, are gathered by
+column and never rebuilt.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ class Masks:
     Attributes
     ----------
     call
-        Its segments, and the mask that the body has prepared for the uncompressed call
-        (`Call.prepared`): one of (B, 1, L, columns), a tensor or blocks of FlexAttention, or a
+        Provides segments, and the mask that the body prepared for the uncompressed call
+        (`Call.prepared`): (B, 1, L, columns), as a tensor or block mask of FlexAttention, or a
         mapping from layer types to such masks; None: plain causal attention.
     new : Tensor of bool, shape (B, n), or None
         False at padding among the rows of this call.
     layers
-        Layers of the KV cache; empty where there is none.
+        Layers of the KV cache; empty without one.
     """
 
     call: Call
@@ -77,13 +77,12 @@ class Masks:
 
     @property
     def config(self) -> Any:
-        """Config of the decoder."""
         return self.call.adapter.text_config
 
     # -- segment 0 ------------------------------------------------------------------------------
 
     def _explicit(self) -> bool:
-        """Whether we must make the masks: those that the decoder makes of padding are wrong."""
+        """Whether we must build the masks, because those of the decoder would be wrong."""
         types, first = self.call.layer_types, self.call.segments[0]
         if self.call.prepared is not None:
             return True
@@ -93,13 +92,13 @@ class Masks:
         return any(t.misplaced(self, first, length) for t in set(types.types))
 
     def decoder_mask(self, x: Tensor) -> Any:
-        """What the decoder takes as `attention_mask`; x (B, n, d) are the rows of segment 0."""
+        """The `attention_mask` of the decoder; x (B, n, d) are the rows of segment 0."""
         if self._explicit():
             return self._by_type(x)
         first, layer = self.call.segments[0], first_layer(self.layers)
         if not flash_on_static(self.config, layer):
             return self._padding(first, self.new, x)
-        # FlashAttention on a static cache takes a mask by row, and also where there is no padding.
+        # FlashAttention on a static cache needs a mask by row even without padding.
         check_flash_on_static()
         real, rows = joined_mask(first.past, self.new, first.new.rows), first.past.rows + x.shape[1]
         if real is None:
@@ -107,7 +106,7 @@ class Masks:
         return real.to(x.device)
 
     def _by_type(self, x: Tensor) -> Any:
-        """One mask per layer type of segment 0, in the form in which the decoder takes them."""
+        """One mask per layer type of segment 0, in the form that the decoder takes."""
         first, types = self.call.segments[0], self.call.layer_types
         present = set(types.types[first.first : first.stop])
         masks = {
@@ -116,7 +115,7 @@ class Masks:
         }
         if types.convolves:
             masks[CONVOLUTION.name] = CONVOLUTION.mask(self, first, x, None)
-        # Decoders whose config names no layer types pass one mask on to all layers.
+        # Decoders without layer types in the config pass one mask to all layers.
         prepared = self.call.prepared
         if isinstance(prepared, Mapping) or (prepared is None and types.named):
             return masks
@@ -125,15 +124,15 @@ class Masks:
     # -- every segment --------------------------------------------------------------------------
 
     def layer_mask(self, layer_type: LayerType, segment: Segment, x: Tensor) -> Any:
-        """The mask of the layers of a type in a segment after the first."""
+        """The mask of a layer type in a segment after the first."""
         return layer_type.mask(self, segment, x, segment.text_positions)
 
     def attention_mask(
         self, layer_type: LayerType, segment: Segment, x: Tensor, text: Tensor | None
     ) -> Any:
-        """What the queries of a segment see: prepared or causal, real, and in their window."""
+        """Mask of a segment: causal or prepared, without padding, and within windows."""
         held = self._held(layer_type, segment)
-        offset = segment.past.length - held  # column of the first held row, as transformers counts
+        offset = segment.past.length - held  # index of the first cached row for transformers
         padding = self._padding(segment, None if text is not None else self.new, x)
         window = self._window(layer_type, segment, x)
         block = self.call.prepared
@@ -145,9 +144,9 @@ class Masks:
         return causal_mask(self.config, x, padding, view, text, window, skips)
 
     def _padding(self, segment: Segment, new: Tensor | None, x: Tensor) -> Tensor | None:
-        """The 2-D mask of padding: first `dropped` columns that are shown, then one entry per row.
+        """The 2-D padding mask: `dropped` columns that are shown, then one entry per row.
 
-        transformers places the first row at `dropped`, so that the mask needs entries before it.
+        transformers places the first row at column `dropped`, so entries before it are needed.
         """
         real = joined_mask(segment.past, new, segment.new.rows, x.device)
         if real is None:
@@ -156,12 +155,12 @@ class Masks:
         return torch.cat([ones, real.to(x.device)], dim=1)
 
     def _held(self, layer_type: LayerType, segment: Segment) -> int:
-        """Rows of earlier calls that the keys of these layers begin with."""
+        """Number of cached rows that precede the keys of this call in these layers."""
         rows, types = segment.past.rows, self.call.layer_types
         if layer_type.name not in types.sizes:
             return rows
         pairs = [*zip(self.layers, types.types, strict=False)]
-        # A segment whose layers cache nothing reads the keys of earlier ones.
+        # If the layers of the segment cache nothing, they reuse keys of earlier layers.
         for part in (pairs[segment.first : segment.stop], pairs[: segment.first][::-1], pairs):
             for layer, its_type in part:
                 if its_type == layer_type and keeps_window(layer):
@@ -190,7 +189,7 @@ class Masks:
         return within
 
     def _starts(self, segment: Segment, x: Tensor) -> Tensor:
-        """First real column (or row, where rows count) of every sample, int64, (B,)."""
+        """First real column (row, if rows are counted) of every sample, int64 (B,)."""
         first, real = self.call.first_columns(), None
         if self.call.by_column and first is not None:
             return first.to(x.device)
@@ -212,7 +211,8 @@ class Masks:
         """The prepared mask of the columns of this call, after the rows of earlier calls."""
         (batch, n), past = x.shape[:2], segment.past
         block = visible_columns(block).expand(batch, -1, -1, -1)
-        block = block[..., block.shape[-1] - block.shape[-2] :]  # columns of this call alone
+        block = block[..., block.shape[-1] - block.shape[-2] :]  # columns of this call only
+        # Queries and keys of the kept columns.
         index = segment.new.columns
         if index is not None:
             index = index.to(block.device)
@@ -220,6 +220,7 @@ class Masks:
             block = block.gather(2, rows)
             keys = index[:, None, None, :].expand(-1, block.shape[1], n, -1)
             block = block.gather(3, keys)
+        # Cached rows come first, visible if they are in the window.
         if held:
             before = torch.ones(batch, block.shape[1], n, held, dtype=torch.bool, device=x.device)
             if window is not None:
@@ -237,16 +238,15 @@ class Masks:
 
 
 # -- masks that were prepared before the decoder was called -------------------------------------
-# `generate` prepares the masks of static caches before the model runs, by column of the
-# uncompressed prompt. A compressed prompt needs another one, which transformers builds again from
-# the padding.
+# For static caches `generate` prepares masks before the model runs, by column of the uncompressed
+# prompt. For a compressed prompt their padding is recovered, and the masks are rebuilt.
 
 
 def split_mask(kwargs: dict[str, Any], cache: Any, body_mask: Any) -> tuple[dict[str, Any], Any]:
-    """Arguments of a prefill with the 2-D mask of padding, and what the body prepared from it.
+    """Arguments of a prefill with a 2-D padding mask, and the mask that the body prepared.
 
-    It is for calls whose mask is not 2-D itself; `body_mask` is that of the body, see `read_mask`.
-    A prepared mask is refused for a cache of constant length.
+    For calls whose mask is not 2-D; `body_mask` is that of the body, see `read_mask`. A prepared
+    mask is refused for a static cache.
     """
     first, width = first_layer(cache), kwargs["inputs_embeds"].shape[1]
     past = physical_length(first)
@@ -261,25 +261,25 @@ def split_mask(kwargs: dict[str, Any], cache: Any, body_mask: Any) -> tuple[dict
 
 
 def read_mask(mask: Any, body_mask: Any, queries: int, past: int) -> tuple[Tensor | None, Any]:
-    """The padding of a decoder call, and what the body of the model has prepared from it.
+    """Padding of a decoder call, and the mask that the body prepared.
 
     Parameters
     ----------
     mask
         The `attention_mask` of the decoder.
     body_mask
-        That of the body. Where it has more than two axes, or is a mapping, the caller has prepared
-        it, and `padding_of` says what can be done.
+        That of the body. If it has more than two axes or is a mapping, the caller has prepared it,
+        and it is passed to `padding_of`.
     queries, past
         See `padding_of`.
 
     Returns
     -------
     padding : Tensor, shape (B, past + queries), or None
-        The 2-D mask; None where every column is real.
+        The 2-D mask; None if all columns are real.
     prepared : mask (B, heads, L, columns), mapping from layer types to such masks, or None
-        None, also for a kind: plain causal attention. It is all that FlashAttention can do, for
-        which a body has nothing else to prepare.
+        None, also for a layer type: plain causal attention, the only kind that FlashAttention
+        supports.
     """
     if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
         return mask, None
@@ -293,18 +293,18 @@ def read_mask(mask: Any, body_mask: Any, queries: int, past: int) -> tuple[Tenso
 
 
 def _dense(mask: Any) -> bool:
-    """Whether a mask says for every query what it sees."""
+    """Whether a mask has an entry per query."""
     return isinstance(mask, BlockMask) or (isinstance(mask, Tensor) and mask.ndim == 4)
 
 
 def padding_of(mask: Any, queries: int, past: int) -> Tensor | None:
-    """The 2-D mask (B, past + queries) from which `mask` was prepared.
+    """Recover the 2-D mask (B, past + queries) from a prepared `mask`.
 
     Parameters
     ----------
     mask
-        What a decoder takes as `attention_mask`: None, a 2-D mask, a mask (B, 1, queries, columns)
-        of bool or of numbers that are added to logits, or a mapping from layer types to those.
+        An `attention_mask` of a decoder: None, a 2-D mask, a bool or additive mask (B, 1, queries,
+        columns), or a mapping from layer types to those.
     queries
         Columns of the call.
     past
@@ -312,12 +312,12 @@ def padding_of(mask: Any, queries: int, past: int) -> Tensor | None:
 
     Returns
     -------
-    Tensor of bool, or None where every column is real. A 2-D mask comes back as it is.
+    Tensor of bool, or None if all columns are real. A 2-D mask is returned unchanged.
 
     Raises
     ------
     UnsupportedCacheError
-        The mask hides more than padding and what is to come.
+        The mask hides more than padding and future tokens.
     """
     if isinstance(mask, Mapping):
         attention = {
@@ -335,7 +335,7 @@ def padding_of(mask: Any, queries: int, past: int) -> Tensor | None:
     if visible.shape[-1] < past + queries:
         columns = visible.shape[-1]
         raise _refusal(f"a mask of {columns} columns for {past + queries} tokens (a short cache)")
-    padding = visible[:, 0, -1, : past + queries]  # the last query sees every real column
+    padding = visible[:, 0, -1, : past + queries]  # the last query attends to all real columns
     if not only_padding(visible, padding, past):
         raise _refusal("a 4-D mask that hides other columns than padding on the left")
     return padding

@@ -1,10 +1,10 @@
-"""The pass `read`: the arguments of a decoder call become spans, prompts and a row map.
+"""The pass `read`: converts the arguments of a decoder call to spans, prompts and a row map.
 
-Inside of a compressed call, rows are aligned to the right ("left-padded"). Batches that are padded
-on the right, as most collators for training do, are aligned at entry and spread out afterwards.
+Inside a compressed call, rows are aligned to the right ("left-padded"). Right-padded batches, as
+most collators for training produce, are aligned at entry and restored afterwards.
 
-Reducers that look at the question must choose the same tokens whether a call holds the question
-alone, the question and its answer (training, scored choices), tokens generated so far (generation
+Reducers that read the question must choose the same tokens whether a call contains the question
+only, the question and its answer (training, scored choices), tokens generated so far (generation
 without a cache) or draft tokens (assisted decoding).
 """
 
@@ -30,7 +30,7 @@ from tokencomp.tokens.spans import VisualSpan, numbered
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.views import shallow_copy
 
-IGNORED = -100  # label of a column that is not trained, as in transformers
+IGNORED = -100  # label of columns without loss, as in transformers
 
 
 def read_prompt(
@@ -41,15 +41,14 @@ def read_prompt(
     Parameters
     ----------
     arguments
-        Arguments of the decoder by name, with the 2-D mask of padding as `attention_mask`.
+        Arguments of the decoder by name, with the 2-D padding mask as `attention_mask`.
     noted
-        What the hooks around the decoder noted; its `modalities` are known.
+        Notes of the hooks outside the decoder; its `modalities` are known.
 
     Returns
     -------
     Call
-        With the map of the uncompressed rows, the counts of the plan, and the segments; no stage
-        has run.
+        With the map of the uncompressed rows, the counts of the plan, and the segments.
     Tensor of int64
         Positions of the uncompressed call, (3, B, L) for M-RoPE, else (B, L).
     """
@@ -68,7 +67,7 @@ def read_prompt(
 
 
 def _check_length(adapter: Adapter, found: torch.Size, expected: torch.Size) -> None:
-    """Refuse a prompt that something else has shortened."""
+    """Refuse a prompt that other code has shortened."""
     if found[:2] == expected:
         return
     if rate := getattr(adapter.top, "video_pruning_rate", 0):
@@ -90,19 +89,19 @@ def _map(
     spans: list[list[VisualSpan]],
     text: Tensor | None,
 ) -> RowMap:
-    """The rows of a prefill: real ones, prompts, and the end of questions.
+    """The map of a prefill: real rows, packed prompts, and ends of questions.
 
-    `past` is the length of the cache. `text` are positions of the caller, (B, L) or (1, L), that
-    begin again in every packed prompt.
+    `past`: length of the cache. `text`: positions of the caller, (B, L) or (1, L), which restart at
+    every packed prompt.
     """
     shape, mask = arguments["inputs_embeds"].shape[:2], arguments.get("attention_mask")
     real, starts = real_columns(mask, shape), None
-    if mask is None and past == 0:  # the only case in which transformers looks for packing
+    if mask is None and past == 0:  # otherwise transformers does not infer packed prompts
         starts = packed_starts(None if text is None else text.cpu())
         starts = starts or starts_from_lengths(arguments.get("cu_seq_lens_q"), *shape)
     if noted.columns is None:
-        # `logits_to_keep` beyond the text at the end cannot be a count of draft tokens: the
-        # caller wants logits of visual columns.
+        # `logits_to_keep` longer than the text at the end includes visual columns, so it does not
+        # count draft tokens.
         tail = min((shape[1] - row[-1].stop for row in spans if row), default=0)
         generated = noted.drafts if noted.drafts <= tail else 0
     else:
@@ -116,14 +115,14 @@ def _map(
 def read_positions(
     adapter: Adapter, arguments: Mapping[str, Any], past: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Positions of an uncompressed decoder call, and those that distinguish packed prompts.
+    """Positions of an uncompressed decoder call, and those that separate packed prompts.
 
     Returns
     -------
     Tensor of int64
         (3, B, L) for M-RoPE, else (B, L).
     Tensor of int64, or None
-        (B, L) or (1, L); None where the caller passed none.
+        (B, L) or (1, L); None if the caller passed none.
     """
     x, positions = arguments["inputs_embeds"], arguments.get("position_ids")
     batch, n = x.shape[:2]
@@ -134,7 +133,7 @@ def read_positions(
         return positions.expand(batch, -1), positions
     if positions.ndim == 2:
         positions = positions[None]
-    # A row before those of the rotary embedding (time, height and width) counts tokens.
+    # A row of text positions can precede those of the rotary embedding (time, height, width).
     rows = adapter.mrope_rows
     text = positions[0] if positions.shape[0] == rows + 1 else None
     return positions[-rows:].expand(rows, batch, -1), text
@@ -144,7 +143,7 @@ def read_positions(
 
 
 def real_columns(mask: Tensor | None, shape: torch.Size) -> Tensor:
-    """Which columns of this call the attention mask shows, bool on the CPU, shape (B, L)."""
+    """Columns of this call that the attention mask shows, bool on the CPU, shape (B, L)."""
     batch, width = shape
     if mask is None:
         return torch.ones(batch, width, dtype=torch.bool)
@@ -159,20 +158,19 @@ def real_columns(mask: Tensor | None, shape: torch.Size) -> Tensor:
 
 
 def left_padded(real: Tensor) -> bool:
-    """Whether every row is hidden columns followed by shown ones."""
     return bool((np.diff(real.numpy().astype(np.int8), axis=1) >= 0).all())
 
 
 def aligned_map(real: Tensor, spans: list[list[VisualSpan]], prompts: list[list[Prompt]]) -> RowMap:
-    """The map of a call whose mask is not left-padded: its real columns, aligned to the right.
+    """The map of a call that is not left-padded: its real columns, aligned to the right.
 
-    A column that the attention mask hides is left out, which equals masking it. `real` (B, L), on
+    Columns hidden by the attention mask are removed, which equals masking them. `real` (B, L), on
     the CPU, is False there; `spans` and `prompts` count columns.
     """
     columns = [row.nonzero()[:, 0] for row in real]
     width = max(c.numel() for c in columns)
     shifts = [width - c.numel() for c in columns]
-    # row_of[b][c]: the row of the first real token from column c on
+    # row_of[b][c]: row of the first real token from column c on
     ends = nn.functional.pad(real.long().cumsum(1), (1, 0))
     row_of = [(row + shift).tolist() for row, shift in zip(ends, shifts, strict=True)]
     kept = []
@@ -217,13 +215,13 @@ def build_prompts(
     real : Tensor of bool on the CPU, shape (B, L)
         False at columns that the attention mask hides.
     spans
-        Visual spans per row.
+        Visual spans of every sample.
     starts
-        First columns of the prompts packed into each row; None: one prompt per row.
+        First columns of packed prompts of every sample; None: one prompt per sample.
     labels : Tensor of int64, shape (B, L), or None
-        The answer begins with the last run of labels that are trained.
+        The answer begins with the last run of trained labels.
     generated
-        How many of the last columns were generated or drafted; used where there are no labels.
+        Number of last columns that were generated or drafted; used without labels.
     """
     labels = None if labels is None or labels.shape != real.shape else labels.cpu()
     rows = []
@@ -252,10 +250,9 @@ def answer_start(labels: Tensor, start: int, stop: int) -> int:
 
 
 def packed_starts(text_positions: Tensor | None) -> list[list[int]] | None:
-    """First columns of packed prompts: positions that do not follow, the rule of transformers.
+    """First columns of packed prompts: positions that are not consecutive, as in transformers.
 
-    Per row of positions as the caller gave them, (B, L) or (1, L) on the CPU; None if no row is
-    packed.
+    For every row of the given positions, (B, L) or (1, L) on the CPU; None if no row is packed.
     """
     if text_positions is None:
         return None
@@ -277,22 +274,22 @@ def starts_from_lengths(cumulative: Any, batch: int, width: int) -> list[list[in
 
 
 # -- decoders that put features in place themselves, as Chameleon's does -------------------------
-# Elsewhere the body of a model does that, and its decoder gets embeddings. Such a decoder gets
-# token ids and pixels instead, and would fill placeholders in the call that is to be compressed.
+# In other models the body does that. These decoders get token ids and pixels, and would insert
+# features after the hooks that compress.
 
 
 @dataclass
 class _Reached(Exception):
-    """Ends a call of a decoder at its first layer, with what the layer gets."""
+    """Ends a decoder call at its first layer; holds the input of the layer."""
 
     hidden: Tensor
 
 
 class _FirstLayer(nn.Module):
-    """Replaces the layers of a decoder."""
+    """Stands in for the layers of a decoder."""
 
     def __getattr__(self, name: str) -> Any:
-        # Decoders read the kind of a layer before they call it.
+        # Decoders read attributes of a layer, such as its type, before they call it.
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -303,7 +300,7 @@ class _FirstLayer(nn.Module):
 
 
 def with_embeddings(decoder: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of a decoder call with embeddings, features in place, for token ids and features.
+    """Arguments of a decoder call with embeddings instead of token ids and pixels.
 
     A shallow copy of the decoder runs up to its first layer, so that the tower runs once.
     """

@@ -1,4 +1,4 @@
-"""The pass `restore`: the output gets full length, and the cache learns which columns it holds."""
+"""The pass `restore`: expands the output to full length, and stores the map on the cache."""
 
 from __future__ import annotations
 
@@ -21,15 +21,14 @@ from tokencomp.engine.weights import repeat_rows
 
 
 def note_prompt(call: Call, cache: Any, owner: CacheOwner) -> Any:
-    """Note in the cache layers that a prompt has filled which column every row holds.
+    """Store the map of a prompt on the cache; returns the first layer with rows, or None.
 
-    Rows of merged tokens are repeated first, see `tokencomp.engine.weights`. Gives the first layer
-    of the cache that holds rows, or None.
+    Rows of merged tokens are repeated first, see `tokencomp.engine.weights`.
     """
     if cache is not call.cache:
         check_cache(cache, bool(call.plan.layer_stages))
     first = first_layer(cache)
-    if first is None or first.keys is None:  # checkpointed layers write nothing
+    if first is None or first.keys is None:  # checkpointed layers do not write to the cache
         return first
     starts, owner.types = call.first_columns(), call.layer_types
     for segment in call.segments:
@@ -43,7 +42,6 @@ def note_prompt(call: Call, cache: Any, owner: CacheOwner) -> Any:
 
 
 def _note_segment(call: Call, segment: Segment, layers: list[Any], starts: Tensor | None) -> None:
-    """Note the rows of a segment in its cache layers."""
     new, index, device = segment.new, None, layers[0].device
     batch = len(new.lengths)
     if new.weights is not None and call.merges:
@@ -66,7 +64,7 @@ def _rows_after_media(rows: RowMap) -> int:
 
 
 def note_padding(call: Call, cache: Any) -> None:
-    """Note padding among later tokens, which the cache layers take for real rows."""
+    """Store padding among later tokens, which cache layers would take for real rows."""
     if cache is None or call.segments[0].new.mask() is None:
         return
     for segment in call.segments:
@@ -78,11 +76,10 @@ def note_padding(call: Call, cache: Any) -> None:
 
 
 def restore(x: Tensor, rows: RowMap, width: int) -> Tensor:
-    """Spread rows of x (B, rows, d) over the columns of the caller's batch: (B, width, d).
+    """Expand rows of x (B, rows, d) to the columns of the caller's batch, (B, width, d).
 
-    A dropped column repeats the last row before it: what follows was predicted from that row, so
-    that a label right after a dropped token still trains. Columns without a row before them are
-    zeros.
+    A dropped column repeats the last row before it, which predicts what follows: a label right
+    after a dropped token still trains. Columns without an earlier row are zero.
     """
     if rows.columns is None:
         return x
@@ -96,11 +93,10 @@ def restore(x: Tensor, rows: RowMap, width: int) -> Tensor:
 
 
 def restore_states(out: Any, segments: Sequence[Segment], width: int, keep_last_state: bool) -> Any:
-    """Give the hidden states of a decoder's output full length, in place where it is no tuple.
+    """Expand the hidden states in a decoder's output to `width` columns, in place unless it is a
+    tuple.
 
-    The segments are those of the decoder layers, and the caller's batch has `width` columns. With
-    `keep_last_state` the last state stays as it is, because only text after the last span is read
-    from it.
+    `keep_last_state` leaves the last state short: only logits of the text at the end are needed.
     """
     states = getattr(out, "hidden_states", None)
     if states is not None:
@@ -112,13 +108,13 @@ def restore_states(out: Any, segments: Sequence[Segment], width: int, keep_last_
         return (restore(out[0], rows, width), *out[1:])
     last = out.last_hidden_state
     out.last_hidden_state = restore(last, rows, width)
-    if states is not None and states[-1] is last:  # one tensor, so that both carry gradients
+    if states is not None and states[-1] is last:  # the same tensor, for gradients
         out.hidden_states = (*out.hidden_states[:-1], out.last_hidden_state)
     return out
 
 
 def _full_states(states: Sequence[Any], segments: Sequence[Segment], width: int) -> tuple[Any, ...]:
-    """`restore` for the input of the first layer, then what each layer returns."""
+    """Expand the input of the first layer, then the output of every layer."""
     maps = [s.new for s in segments for _ in range(s.first, s.stop)]
     pairs = zip(states, [maps[0], *maps[: len(states) - 1]], strict=True)
     return tuple(s if s is None else _full_state(s, rows, width) for s, rows in pairs)
@@ -135,20 +131,18 @@ def _full_state(x: Tensor, rows: RowMap, width: int) -> Tensor:
 
 
 def restore_map(weights: Tensor, segment: Segment, width: int) -> Tensor:
-    """Spread an attention map over the columns of the caller's batch.
+    """Expand an attention map (B, H, rows of this call, all rows) to (B, H, width, all columns).
 
-    A dropped key has weight 0. A dropped query repeats the last row before it, as `restore` does
-    with hidden states. (B, H, rows of this call, rows of all calls) becomes (B, H, width, columns
-    of all calls).
+    A dropped key has weight 0. A dropped query repeats the last row before it, as in `restore`.
     """
     batch, heads, queries, _ = weights.shape
     columns = segment.columns(batch, weights.device)
     if columns is None:
         return weights
-    # A static cache ends in unwritten rows, and a window holds the last rows alone.
+    # A static cache ends in unwritten rows; a sliding layer holds only the last rows.
     held = min(weights.shape[-1], columns.shape[1])
     weights, columns = weights[..., :held], columns[:, -held:]
-    # Several padding rows may name one column; their weights are 0, so they add nothing.
+    # Padding rows can share a column with other rows; their weights are 0.
     full = weights.new_zeros(batch, heads, queries, segment.past.length + width)
     full = full.scatter_add(-1, columns[:, None, None].expand_as(weights), weights)
     rows = restore(full.transpose(1, 2).flatten(2), segment.new, width)
@@ -157,10 +151,10 @@ def restore_map(weights: Tensor, segment: Segment, width: int) -> Tensor:
 
 
 def restore_maps(maps: Any, call: Call, layers: Sequence[Any]) -> Any:
-    """`restore_map` for the attention maps of all decoder layers; a layer may have None.
+    """Expand the attention maps of all decoder layers; some can be None.
 
-    `layers` are those of the KV cache. One with a window holds the last columns of earlier calls
-    alone, and maps of its layers begin with these, as without a patch.
+    `layers`: layers of the KV cache. Maps of sliding layers begin with the columns that their cache
+    layer holds, as without a patch.
     """
     width, layer_types, full = call.width, call.layer_types, []
     cut = any(isinstance(layer, DynamicSlidingWindowLayer) for layer in layers)
@@ -176,7 +170,7 @@ def restore_maps(maps: Any, call: Call, layers: Sequence[Any]) -> Any:
 
 
 def whole_output(out: Any, earlier: list[Tensor]) -> Any:
-    """The output of the last chunk, preceded by the hidden states of the chunks before it."""
+    """The output of the last chunk, with the hidden states of earlier chunks before it."""
     if not earlier:
         return out
     if isinstance(out, tuple):

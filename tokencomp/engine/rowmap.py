@@ -1,12 +1,12 @@
-"""The map from rows to columns: the one class that knows which tokens are held.
+"""The map from rows to columns: which tokens of the sequence are held.
 
-A *column* is a place in the uncompressed sequence, over all calls of a conversation, padding
-included. A *row* is a place in what is held: in the hidden states of a call, or in a cache layer.
-A prompt of eight tokens of which columns 2, 3 and 5 were dropped, and two later tokens:
+A *column* is a position in the uncompressed sequence, over all calls of a conversation, padding
+included. A *row* is an index into what is held: hidden states of a call, or a cache layer. A prompt
+of eight tokens of which columns 2, 3 and 5 were dropped, and two later tokens:
 
     column   0  1  2  3  4  5  6  7 | 8  9
     row      0  1  .  .  2  .  3  4 | 5  6      rows 7, dropped 3, length 10
-    columns  0  1        4     6  7             stored for the first rows; later rows follow on
+    columns  0  1        4     6  7             stored for the first rows; then consecutive
 
 Samples of a batch have different lengths. Rows are then aligned to the right ("left-padded"), so
 that the last row is the last token of every sample, and `mask` is False at the padding rows.
@@ -29,7 +29,7 @@ from tokencomp.tokens.spans import VisualSpan
 
 @dataclass(frozen=True)
 class KeptSpan:
-    """What is kept of a span: `count` tokens from row `start`."""
+    """Kept tokens of a span: `count` rows from row `start`."""
 
     span: VisualSpan
     start: int
@@ -37,27 +37,24 @@ class KeptSpan:
 
     @cached_property
     def stop(self) -> int:
-        """The row after the last one."""
         return self.start + self.count
 
     @cached_property
     def whole(self) -> bool:
-        """Whether no token of the span was dropped."""
         return self.count == self.span.length
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Rows `start … stop - 1` of a sample: all of it, or one of several prompts packed into it.
+    """Rows `start … stop - 1` of a sample: all of it, or one of several packed prompts.
 
     Attributes
     ----------
     start, stop
         Tokens of one prompt attend to each other and to no other prompt of the sample.
     question_stop
-        The row after the last token of the question. What follows is the answer of a training
-        example, tokens generated so far, or draft tokens of assisted decoding; they follow every
-        visual token and never vote on what is kept.
+        The row after the last token of the question. Later rows (the answer of a training example,
+        generated tokens, or drafts of assisted decoding) do not vote on what is kept.
     """
 
     start: int
@@ -71,27 +68,27 @@ class Prompt:
 
 @dataclass
 class RowMap:
-    """Which column every row holds, and which rows are padding.
+    """The column of every row, and which rows are padding.
 
-    Cache layers, segments of decoder layers and running calls all hold one. That of a call counts
-    columns from the first column of the call; that of a cache counts over all calls.
+    Cache layers, segments and running calls each hold one. Columns of a call's map count from the
+    first column of the call; those of a cache's map count over all calls.
 
     Attributes
     ----------
     rows : int
         Rows of every sample, padding rows included.
     dropped : int
-        Columns minus rows, the same for every sample. It does not say whether a sample lost a
-        token: the longest sample of a batch may have lost nothing.
+        Columns minus rows, the same for every sample. The longest sample of a batch may have lost
+        fewer tokens, or none.
     columns : Tensor of int64, shape (B, m), m ≤ rows, or None
-        Column of the first m rows, ascending, 0 at padding; later rows follow without a gap. Rows
-        of a merged token have the same column. None: row i holds column i.
+        Column of the first m rows, ascending, 0 at padding; the columns of later rows are
+        consecutive. Rows of a merged token have the same column. None: row i holds column i.
     real : Tensor of bool, shape (B, m), or None
         False at padding rows; rows after the first m are real. None: see `lengths`.
     starts : Tensor of int64, shape (B,), or None
-        First real column of every sample; None: 0, or not known.
+        First real column of every sample; None: 0, or unknown.
     weights : Tensor of float32, shape (B, rows), or None
-        Number of tokens that every row stands for; None: one each.
+        Number of tokens that every row represents; None: one each.
     lengths : list of int
         Real rows per sample, aligned to the right; empty: given by `real`.
     spans
@@ -121,7 +118,7 @@ class RowMap:
         spans: list[list[VisualSpan]],
         prompts: list[list[Prompt]] | None = None,
     ) -> RowMap:
-        """The map of an uncompressed, left-padded call, by default of one prompt per sample."""
+        """The map of an uncompressed, left-padded call; by default with one prompt per sample."""
         kept = [[KeptSpan(s, s.start, s.length) for s in sample] for sample in spans]
         if prompts is None:
             prompts = [[Prompt(rows - n, rows, rows)] for n in lengths]
@@ -131,11 +128,11 @@ class RowMap:
 
     @property
     def length(self) -> int:
-        """Columns: what transformers takes for the length of the sequence."""
+        """Number of columns, which transformers uses as the length of the sequence."""
         return self.rows + self.dropped
 
     def mask(self, device: torch.device | None = None) -> Tensor | None:
-        """False at padding rows, bool (B, rows); None where every row is real."""
+        """False at padding rows, bool (B, rows); None if all rows are real."""
         real = self.real
         if real is None:
             if all(n == self.rows for n in self.lengths):
@@ -171,25 +168,24 @@ class RowMap:
     # -- what changes a map ---------------------------------------------------------------------
 
     def append(self, new: RowMap, batch: int, device: torch.device) -> RowMap:
-        """The map of these rows followed by those of a call, whose columns follow too."""
+        """The map of these rows followed by those of a call."""
         columns = joined_columns(self, new, batch, device)
         real = joined_mask(self, new.mask(device), new.rows, device)
         rows, dropped = self.rows + new.rows, self.dropped + new.dropped
         return RowMap(rows, dropped, columns, real, self.starts)
 
     def keep_rows(self, rows: Tensor, batch: int) -> RowMap:
-        """The map of some rows (n,) alone, the same of every sample, which are all real."""
+        """The map of some rows (n,) only, the same and real in every sample."""
         columns = self.all_columns(batch, rows.device)[:, rows]
         return RowMap(rows.numel(), self.length - rows.numel(), columns, starts=self.starts)
 
     def cut(self, rows: int) -> RowMap:
-        """The map of the first `rows` rows."""
         columns, real = (None if t is None else t[:, :rows] for t in (self.columns, self.real))
         seen = self.seen if self.seen is None or self.seen.rows <= rows else None
         return replace(self, rows=rows, columns=columns, real=real, seen=seen)
 
     def select(self, change: Callable[[Tensor], Tensor]) -> RowMap:
-        """The map of other samples: `change` takes tensors (B, …) to those of the new batch."""
+        """The map of other samples: `change` maps tensors (B, …) to those of the new batch."""
         columns, real, starts = (
             None if t is None else change(t) for t in (self.columns, self.real, self.starts)
         )
@@ -201,18 +197,17 @@ class RowMap:
     ) -> tuple[RowMap, Tensor, Tensor | None]:  # fmt: skip
         """The map after a stage, and which rows it keeps.
 
-        The host knows the rows of text and of whole spans. One table holds them, the rows that a
-        reducer chose from, and the places of those that it keeps; it moves to the device once,
-        where the reducer's choice is filled in.
+        One index table with the rows of text and whole spans is built on the host and moved to the
+        device, where the choice of the reducer is filled in.
 
         Parameters
         ----------
         counts
-            Per sample, per span: tokens that are kept.
+            Per sample, per span: number of kept tokens.
         chosen
-            (sample, span) of the spans from which a reducer chose some tokens, in order.
+            (sample, span) of the spans from which a reducer chose, in order.
         kept
-            Its choice, over all of these spans one after the other; None if there are none.
+            Its choice over all of these spans, concatenated; None if there are none.
 
         Returns
         -------
@@ -220,8 +215,9 @@ class RowMap:
         Tensor of int64, shape (B, new rows)
             Row of this map for every new row; 0 at padding.
         Tensor of int64, or None
-            Flat number (sample · new rows + row) of the rows that the reducer chose.
+            Flat index (sample · new rows + row) of the rows that the reducer chose.
         """
+        # Length of every sample after the stage; rows are aligned to the right.
         lengths = [
             n - sum(old.count for old in spans) + sum(left)
             for n, spans, left in zip(self.lengths, self.spans, counts, strict=True)
@@ -232,6 +228,7 @@ class RowMap:
         for b, (spans, left) in enumerate(zip(self.spans, counts, strict=True)):
             at, cursor, moved = rows - lengths[b], self.rows - self.lengths[b], []
             for j, (old, count) in enumerate(zip(spans, left, strict=True)):
+                # Text before the span, then the span: whole, or (`some`) as the reducer chose.
                 text = old.start - cursor
                 table[b, at : at + text] = np.arange(cursor, old.start)
                 at += text
@@ -247,6 +244,7 @@ class RowMap:
         tables, flat = {"index": table.ravel()}, None
         if kept is not None:
             tables |= {"flat": np.concatenate(targets), "source": np.concatenate(sources)}
+        # One copy to the device, where the rows that the reducer chose are filled in.
         moved_tables = move_tables(tables, device)
         index = moved_tables["index"]
         if kept is not None:
@@ -263,7 +261,7 @@ class RowMap:
         return new, index, flat
 
     def _shrunk(self, sample: int, after: list[KeptSpan], padding: int) -> list[Prompt]:
-        """The prompts of a sample whose spans shrank to `after`, after `padding` rows."""
+        """Prompts of a sample, moved for spans that shrank to `after`, after `padding` rows."""
         first = self.rows - self.lengths[sample]
         pairs = list(zip(self.spans[sample], after, strict=True))
 
@@ -277,7 +275,6 @@ class RowMap:
     def _weights_after(
         self, new: RowMap, index: Tensor, flat: Tensor | None, kept: Kept | None
     ) -> Tensor:
-        """Weights of the rows of `new`; 1 at padding."""
         if self.weights is None:
             weights = torch.ones(index.shape, device=index.device)
         else:
@@ -288,14 +285,14 @@ class RowMap:
         return weights
 
     def repeated(self, device: torch.device) -> tuple[RowMap, Tensor]:
-        """The map whose rows are repeated as often as they weigh, and the row that each repeats.
+        """The map in which every row is repeated `weights` times.
 
         Returns
         -------
         RowMap
             Without spans.
         Tensor of int64, shape (B, new rows)
-            Row of this map, -1 at padding.
+            Row of this map for every new row, -1 at padding.
         """
         weights, mask = self.weights, self.mask(device)
         assert weights is not None
@@ -303,6 +300,7 @@ class RowMap:
         ends = (counts if mask is None else counts * mask).cumsum(1)
         lengths = ends[:, -1].tolist()
         rows = max(lengths)
+        # New row i of a sample repeats the first row whose cumulated count exceeds i.
         slots = torch.arange(rows, device=device) - (rows - ends[:, -1:])
         index = torch.searchsorted(ends, slots, right=True)
         columns = None if self.columns is None else self.columns.gather(1, index)
@@ -310,7 +308,6 @@ class RowMap:
         return new, index.masked_fill(slots < 0, -1)
 
     def to(self, device: torch.device) -> RowMap:
-        """This map with its tensors on `device`."""
         tensors = self.columns, self.real, self.weights
         columns, real, weights = (None if t is None else t.to(device) for t in tensors)
         return replace(self, columns=columns, real=real, weights=weights)
@@ -319,7 +316,6 @@ class RowMap:
 
     @property
     def modalities(self) -> set[str]:
-        """Modalities of the spans."""
         return {kept.span.modality for sample in self.spans for kept in sample}
 
     @cached_property
@@ -328,15 +324,13 @@ class RowMap:
         return any(len(prompts) > 1 for prompts in self.prompts)
 
     def prompt_of(self, sample: int, kept: KeptSpan) -> Prompt:
-        """The prompt that a span of a sample belongs to."""
         return next(p for p in self.prompts[sample] if p.holds(kept))
 
     def spans_of(self, sample: int, prompt: Prompt) -> list[KeptSpan]:
-        """The spans of a prompt of a sample, in order."""
         return [kept for kept in self.spans[sample] if prompt.holds(kept)]
 
     def question_text(self, sample: int, prompt: Prompt) -> slice:
-        """Rows of the question after the last span of a prompt; all of it without spans."""
+        """Rows of the question after the last span of a prompt; without spans, all of its rows."""
         first = max((k.stop for k in self.spans_of(sample, prompt)), default=prompt.start)
         return slice(first, prompt.question_stop)
 
@@ -355,7 +349,7 @@ class RowMap:
 
 
 def joined_columns(past: RowMap, new: RowMap, batch: int, device: torch.device) -> Tensor | None:
-    """Column of every row, of earlier calls and of this one, (B, rows); None: row i is column i."""
+    """Column of all rows, cached and new, (B, rows); None: row i is column i."""
     if past.columns is None and new.columns is None:
         return None
     columns = new.all_columns(batch, device)
@@ -369,7 +363,7 @@ def joined_columns(past: RowMap, new: RowMap, batch: int, device: torch.device) 
 def joined_mask(
     past: RowMap, new: Tensor | None, rows: int, device: torch.device | None = None
 ) -> Tensor | None:
-    """False at padding rows of earlier calls and of this one, (B, all rows); None: all are real.
+    """False at padding rows, cached and new, (B, all rows); None: all rows are real.
 
     `new` (B, rows) is the mask of the `rows` rows of this call, or None.
     """
@@ -387,7 +381,7 @@ def joined_mask(
 
 
 def visual_rows(rows: RowMap, device: torch.device) -> Tensor:
-    """Flat numbers (sample · rows + row) of all visual tokens that are kept, in order."""
+    """Flat indices (sample · rows + row) of all kept visual tokens, in order."""
     numbers = [
         np.arange(kept.start, kept.stop) + b * rows.rows
         for b, sample in enumerate(rows.spans)
@@ -397,7 +391,7 @@ def visual_rows(rows: RowMap, device: torch.device) -> Tensor:
 
 
 def visual_values(values: Tensor, rows: RowMap) -> Tensor:
-    """One value per row, (B, rows), as one per kept visual token, (tokens,)."""
+    """Select from values per row, (B, rows), those of kept visual tokens, (tokens,)."""
     return values.flatten().index_select(0, visual_rows(rows, values.device))
 
 
@@ -408,12 +402,12 @@ def text_values(values: Tensor, rows: RowMap) -> list[list[Tensor]]:
         for text in (rows.question_text(b, prompt) for prompt in prompts):
             stops += [b * rows.rows + text.start, b * rows.rows + text.stop]
     sizes = np.diff(stops, prepend=0, append=len(rows.prompts) * rows.rows)
-    texts = iter(values.flatten(0, 1).split(sizes.tolist())[1::2])  # one call for all prompts
+    texts = iter(values.flatten(0, 1).split(sizes.tolist())[1::2])  # one split for all prompts
     return [[next(texts) for _ in prompts] for prompts in rows.prompts]
 
 
 def kept_values(values: Tensor, before: RowMap, after: RowMap, index: Tensor) -> Tensor:
-    """One value per visual token, (tokens,), of the tokens that `after` keeps.
+    """Select from values per visual token, (tokens,), those of the tokens that `after` keeps.
 
     `index` (B, rows of `after`) is the row of `before` of every row of `after`.
     """
@@ -424,7 +418,7 @@ def kept_values(values: Tensor, before: RowMap, after: RowMap, index: Tensor) ->
 
 
 def move_tables(tables: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
-    """Tables of integers by name, built on the host, as int64 on a device: one copy moves all."""
+    """Move integer tables by name from the host to a device, as int64, in one copy."""
     if not tables:
         return {}
     parts = [np.asarray(values, dtype=np.int64) for values in tables.values()]

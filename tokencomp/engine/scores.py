@@ -1,10 +1,9 @@
-"""Attention scores without touching the model's attention backend.
+"""Attention scores, computed without changing the model's attention backend.
 
-The query rows that vote are recomputed from the input of the layer
-(`tokencomp.engine.capture`); keys come from the KV cache. Softmax columns are summed by
-`tokencomp.kernels.attention_colsum`: no rows × keys tensor exists. A sliding window of the layer is
-left out, and so is what its indexer would choose: the scores say what attention each token would
-receive if the whole prompt were visible.
+Queries of the voting rows are recomputed from the input of the layer (`tokencomp.engine.capture`);
+keys come from the KV cache. `tokencomp.kernels.attention_colsum` sums the columns of the softmax
+without a rows × keys tensor. Sliding windows and indexers of the layer are ignored: the scores are
+the attention that each token would receive if the whole prompt were visible.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from tokencomp.torchlib import compat
 from tokencomp.torchlib.parallel import gather_heads, unsharded
 
 
-@torch.no_grad()  # scores only choose; a checkpointed layer would also record them just once
+@torch.no_grad()  # scores select rows, and carry no gradient
 def layer_scores(
     attn: Any,
     kwargs: Mapping[str, Any],
@@ -49,16 +48,16 @@ def layer_scores(
         The self-attention module and the arguments of its call (normed hidden states, rotary
         tables, cache).
     rows
-        Only the question of every prompt votes and counts, see `Prompt.question_stop`.
+        Map of the call. Only the question of every prompt votes, see `Prompt.question_stop`.
     raters : Tensor of float32, shape (B, n), or None
         Weights of the rows that vote under `Attention("raters")`, see `rater_weights`.
     past
-        The rows of earlier turns in the cache; None: there are none.
+        Rows of earlier turns in the cache; None: there are none.
 
     Returns
     -------
     Tensor, float32, shape (kept visual tokens,)
-        Spans of all samples one after the other. Where no row votes: (B, n), see `_key_lengths`.
+        Spans of all samples concatenated. If no row votes: (B, n), see `_key_lengths`.
     """
     hidden = kwargs["hidden_states"]
     cached = _cached_layer(compat.get_cache(kwargs), attn.layer_idx)
@@ -66,7 +65,7 @@ def layer_scores(
     if is_reference(type(cached)) or (
         keys is not None and keeps_window(cached) and keys.shape[-2] < physical_length(cached)
     ):
-        keys = cached = None  # rows of this call are elsewhere, or cut: they are computed again
+        keys = cached = None  # the cache holds other rows than this call: recompute keys
     if past is None or keys is None:
         past = RowMap(0)
     call = attn, attn, hidden, kwargs, signal, rows, cached, past
@@ -85,10 +84,11 @@ def input_scores(
     raters: Tensor | None = None,
     past: RowMap | None = None,
 ) -> Tensor:
-    """Scores from decoder layer `index` before it runs: its input norm, q, k and RoPE only.
+    """Scores from decoder layer `index` before it runs: only its input norm, q, k and RoPE are
+    computed.
 
-    With its input `hidden` (B, n, d) the layer takes `arguments` for the same rows:
-    `position_embeddings`, and `position_ids` if it reads them. Scores are those of `layer_scores`.
+    `arguments` are those of the layer for input `hidden` (B, n, d): `position_embeddings`, and
+    `position_ids` if it reads them. Scores as in `layer_scores`.
     """
     cached = _cached_layer(cache, index)
     attn = attention_of(layer)
@@ -112,8 +112,8 @@ def _scores(
 ) -> Tensor:
     """Scores of all spans; `keys` (B, kv heads, past + n, D) are those of the call, if known.
 
-    What a voter sees is a range of keys unless other prompts, or padding of an earlier turn, are
-    between them. All samples are then scored together, otherwise one by one.
+    A voter sees a contiguous range of keys, unless other prompts or padding of an earlier turn are
+    in between. If so, samples are scored one by one, otherwise together.
     """
     from tokencomp.kernels.dispatch import checked
 
@@ -125,7 +125,7 @@ def _scores(
             _key_lengths(Probe(root, attn, hidden, arguments, group), lengths)
         return lengths
     parts = []
-    with checked():  # rows come from the host
+    with checked():  # indices were built on the host
         for group in groups:
             probe = Probe(root, attn, hidden, arguments, group)
             known = keys is not None and probe.caches_keys(keys)
@@ -141,11 +141,11 @@ def _span_scores(
     keys: Tensor | None,
     raters: Tensor | None,
 ) -> Tensor:
-    """Attention to every token of every span, mean over the rows that vote on the span.
+    """Mean attention from the voting rows to every token of every span.
 
-    The text after a span votes on it; where there is none, the last row does. Text before a span
-    sees nothing of it, attention being causal, so one pass over all text adds exactly 0 there and
-    serves all spans: O(text · keys), however many spans. Every way to join heads commutes with the
+    The text after a span votes on it; without such text, the last row does. Text before a span does
+    not see it (causal attention), so one pass over all text adds exactly 0 there and serves all
+    spans: O(text · keys) for any number of spans. All ways of joining heads commute with the
     division by the number of voters.
     """
     passes, columns, voters = _votes(probe, signal.rows)
@@ -165,7 +165,7 @@ def _span_scores(
         captured.key = with_past(cached, past, probe.questions[0].sample, current)
     k, offset = captured.key, captured.key.shape[2] - probe.width
     if signal.iterations > 1 and offset:
-        # PageRank needs a query for every key; those of earlier turns are gone.
+        # PageRank needs a query for every key, so it excludes earlier turns.
         k, offset = k[:, :, offset:], 0
     visible = torch.from_numpy(_visible(probe, index, offset)).to(k.device)
     sums, at = [], 0
@@ -191,8 +191,8 @@ def _span_scores(
 def _key_lengths(probe: Probe, lengths: Tensor) -> None:
     """Write Σ|k| over all heads of every token of some questions to `lengths` (B, n).
 
-    Keys are those before rotation. Rotated ones would make the sum depend on where the prompt
-    begins, and in a padded batch on the longest prompt.
+    Keys are taken before rotation: rotated keys would make the sum depend on the position of the
+    prompt in its batch.
     """
     keys = probe.unrotated_keys().float().abs().sum(3)
     groups = getattr(probe.attn, "num_key_value_groups", 1)  # queries that share one key
@@ -218,9 +218,9 @@ def _votes(
     dict
         By pass over the keys, per question: the columns that vote.
     ndarray, shape (visual tokens,)
-        Place of every token of every span in the sums of all passes, one after the other.
+        Index of every token of every span in the concatenated sums of all passes.
     ndarray, shape (visual tokens,)
-        How many columns vote on it; 1 where their weights say it, as those of raters do.
+        Number of columns that vote on it; 1 if weights are normalised, as those of raters.
     """
     questions = probe.questions
     passes: dict[str, list[list[int]]] = {}
@@ -248,10 +248,10 @@ def _votes(
 
 
 def _visible(probe: Probe, index: HostIndex, offset: int) -> np.ndarray[Any, np.dtype[np.int32]]:
-    """First key, key after the last, and key of the voting rows, (3, S, R).
+    """First visible key, end of visible keys, and key of the voting rows, (3, S, R).
 
-    Keys of earlier turns, `offset` of them, are all real and come first; after them, a sample that
-    is shorter than others begins with padding.
+    The `offset` keys of earlier turns come first and are all real; shorter samples begin with
+    padding after them.
     """
     starts = np.asarray([[q.first - probe.first] for q in probe.questions])
     key = np.where(index < 0, -1, index + offset)
@@ -260,9 +260,9 @@ def _visible(probe: Probe, index: HostIndex, offset: int) -> np.ndarray[Any, np.
 
 
 def _voting(probe: Probe, votes: list[list[int]], every: bool) -> HostIndex:
-    """The columns that vote, (S, R), counted from the probe's first; -1 where there are fewer.
+    """Columns that vote, (S, R), relative to the first of the probe; -1 where there are fewer.
 
-    With `every` column of a question, row i is at place i.
+    `every`: all columns of a question, row i at index i.
     """
     index = np.full((len(votes), probe.width if every else max(map(len, votes))), -1)
     for row, columns in zip(index, votes, strict=True):
@@ -280,9 +280,9 @@ def _column_sums(
     signal: Attention,
     weights: Tensor | None,
 ) -> Tensor:
-    """Attention to each of the N keys, summed over the rows `query`, heads joined, (S, N).
+    """Attention to each of N keys, summed over the rows `query` and joined over heads, (S, N).
 
-    The rows count by their `weights` (S, R), or once each.
+    Rows have `weights` (S, R), or weight 1.
     """
     from tokencomp.kernels import attention_colsum, join_heads
 
@@ -309,7 +309,7 @@ def _cached_layer(cache: Any, index: int) -> Any:
 
 
 class StageScores:
-    """Scores for the stages of one call that have not run yet, by the layer after the stage.
+    """Scores for the stages of one call that have not run yet, by layer of the stage.
 
     Parameters
     ----------
@@ -319,7 +319,7 @@ class StageScores:
     Attributes
     ----------
     raters : Tensor of float32, shape (B, rows), or None
-        See `rater_weights`; None where no stage asks for them.
+        See `rater_weights`; None if no stage needs them.
     """
 
     def __init__(self, layers: nn.ModuleList) -> None:
@@ -329,7 +329,6 @@ class StageScores:
         self.raters: Tensor | None = None
 
     def known(self, stage: int) -> bool:
-        """Whether there are scores for the stage before layer `stage`."""
         return stage in self._spans
 
     def of_call(
@@ -341,7 +340,7 @@ class StageScores:
         rows: RowMap,
         past: RowMap,
     ) -> None:
-        """Scores for a stage from an attention call that has just run, see `layer_scores`."""
+        """Compute scores for a stage from an attention call that has run, see `layer_scores`."""
         self._take(stage, signal, layer_scores(attn, kwargs, signal, rows, self.raters, past), rows)
 
     def of_input(
@@ -354,23 +353,23 @@ class StageScores:
         cache: Any,
         past: RowMap,
     ) -> None:
-        """Scores for a stage from the queries and keys that the layer after it makes of x.
+        """Compute scores for a stage from queries and keys of the layer after it.
 
         Parameters
         ----------
         x : Tensor, shape (B, n, d)
             Hidden states before the stage.
         arguments
-            The `position_embeddings` and `position_ids` of the layer.
+            `position_embeddings` and `position_ids` of the layer.
         past
-            The rows of earlier turns that the cache of the layer holds.
+            Rows of earlier turns in the cache of the layer.
         """
         layer = self._layers[stage]
         scores = input_scores(layer, x, arguments, signal, rows, cache, stage, self.raters, past)
         self._take(stage, signal, scores, rows)
 
     def _take(self, stage: int, signal: Attention, scores: Tensor, rows: RowMap) -> None:
-        """Note scores; those of all rows, (B, n), in two parts."""
+        """Store scores; those of all rows, (B, n), in two parts."""
         if signal.rows == "none":
             self._texts[stage] = text_values(scores, rows)
             scores = visual_values(scores, rows)
@@ -379,12 +378,12 @@ class StageScores:
     def pop(
         self, stage: int, device: torch.device
     ) -> tuple[Tensor | None, list[list[Tensor]] | None]:
-        """Scores of visual tokens and of text for a stage that runs now, see `tokens_of`."""
+        """Remove and return scores of visual tokens and of text for a stage, see `tokens_of`."""
         scores = self._spans.pop(stage, None)
         return None if scores is None else scores.to(device), self._texts.pop(stage, None)
 
     def follow(self, before: RowMap, after: RowMap, index: Tensor, device: torch.device) -> None:
-        """Leave out what belongs to dropped tokens; `index` is that of `RowMap.keep`."""
+        """Remove scores of dropped tokens; `index` is that of `RowMap.keep`."""
         if self.raters is not None:
             self.raters = self.raters.to(device).gather(1, index)
         for stage, scores in self._spans.items():
@@ -395,9 +394,10 @@ class StageScores:
 def rater_weights(x: Tensor, rows: RowMap) -> Tensor:
     """Weights of the raters of every prompt among the rows of the embeddings x (B, n, d).
 
-    Text after the last span is rated by softmax(x_i · q_m) over the text tokens m, mean over the
-    visual tokens i, of the embeddings as they are. Raters are the tokens with at least the mean
-    rating, each with the same weight; the weights of a prompt sum to 1.
+        r_m = mean over visual tokens i of softmax over text tokens m of (x_i · q_m)
+
+    for the text q after the last span (SparseVLM, arXiv 2410.04417). Raters are the tokens whose
+    r_m is at least the mean; their weights are equal, and sum to 1 in a prompt.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""What the last compressed call saved, exactly: tokens per layer, FLOPs, KV bytes."""
+"""Exact counts of the last compressed call: tokens per layer, FLOPs, KV bytes."""
 
 from __future__ import annotations
 
@@ -120,20 +120,15 @@ class Stats:
 
     @functools.cached_property
     def shape(self) -> DecoderShape:
-        """Sizes of the decoder."""
         return DecoderShape.from_config(self._config, self._itemsize)
 
     @property
     def stage_layers(self) -> list[int]:
-        """Decoder layer of each stage."""
         return [stage.layer for stage in self._plan.stages]
 
     @property
     def merged_from(self) -> int | None:
-        """Decoder layer before which tokens that leave are first merged into kept ones.
-
-        None: all are dropped.
-        """
+        """First decoder layer before which tokens are merged into others; None: never."""
         stages = (
             self._plan.merging(*item)
             for rows in zip(self.spans, self.counts, self._places, self.entering, strict=True)
@@ -143,9 +138,9 @@ class Stats:
 
     @functools.cached_property
     def requested_ratio(self) -> float:
-        """The ratio that the plan was to reach, before rounding to tokens and special tokens.
+        """The ratio of the plan, before rounding to tokens and special tokens.
 
-        Of a budget: what it comes to for these items.
+        For a budget: the ratio that it implies for these items.
         """
         plan, layers, before, removed = self._plan, self.shape.num_layers, 0, 0.0
         for row, places in zip(self.spans, self._places, strict=True):
@@ -204,7 +199,7 @@ class Stats:
         return left
 
     def _lengths_after(self) -> list[list[int]]:
-        """Per prompt: the tokens that every decoder layer sees."""
+        """Per prompt: tokens that every decoder layer sees."""
         lengths = []
         rows = zip(self.spans, self.counts, self.entering, self.prompts, strict=True)
         for spans, counts, entering, prompts in rows:
@@ -230,9 +225,9 @@ class Stats:
 
     @property
     def cached(self) -> list[list[int]]:
-        """Per sample: the rows that every decoder layer caches (padding of a ragged batch apart).
+        """Per sample: rows that every decoder layer caches, without padding.
 
-        Rows of merged tokens are cached as often as the tokens that they stand for.
+        Rows of merged tokens count as often as they are repeated.
         """
         if self._repeated:
             return self._repeated
@@ -273,13 +268,13 @@ class Stats:
         return _sums(cost.projector_flops for cost in self.tower_costs)
 
     def tower_kept(self, sample: int = 0) -> list[list[int]]:
-        """Offsets inside each span that left the vision tower: `tower_kept(b)[span]`."""
+        """Offsets inside each span of tokens that leave the vision tower: `tower_kept(b)[span]`."""
         if self._survivors is None:
             return [list(range(span.length)) for span in self.spans[sample]]
         return _offsets(self._survivors, sample)
 
     def kept(self, sample: int = 0) -> list[list[list[int]]]:
-        """Offsets inside each span that are left, per stage: `kept(b)[stage][span]`."""
+        """Offsets inside each span of kept tokens, per stage: `kept(b)[stage][span]`."""
         return [_offsets(rows, sample) for rows in self._kept]
 
     def pooling_mask(self, attention_mask: Tensor) -> Tensor:
@@ -351,7 +346,6 @@ class Stats:
 
 
 def _offsets(rows: RowMap, sample: int) -> list[list[int]]:
-    """Offsets inside their span of the kept tokens of every span of a sample."""
     pairs = [(kept, rows.offsets_of(sample, kept)) for kept in rows.spans[sample]]
     return [list(range(kept.count)) if o is None else o.tolist() for kept, o in pairs]
 
@@ -364,7 +358,6 @@ def _repeated(call: Call) -> list[list[int]]:
 
 
 def _sums(pairs: Iterable[tuple[int, int]]) -> tuple[int, int]:
-    """The sums of the first and of the second numbers."""
     firsts, seconds = zip((0, 0), *pairs, strict=True)
     return sum(firsts), sum(seconds)
 
@@ -376,10 +369,10 @@ class RatioCheck:
         self._warned: set[str] = set()  # names of plans
 
     def look(self, stats: Stats, plan: Plan) -> None:
-        """Warn if a prompt was the first to miss the ratio of its plan.
+        """Warn if a prompt is the first to miss the ratio of its plan.
 
-        Rounding is a token per span, or a twentieth of what should be left. A plan whose reducers
-        all choose the number of tokens themselves promises no ratio.
+        Tolerance: one token per span, or a twentieth of the tokens that should be kept. Plans whose
+        reducers all choose their keep counts promise no ratio.
         """
         if plan.tower is not None and plan.tower.decides:
             return  # its ratio is a lower bound
@@ -424,7 +417,7 @@ def _ratios(stats: Stats, plan: Plan) -> tuple[float, float, int]:
 
 
 def _reason(stats: Stats, itself: list[bool]) -> str:
-    """Why a ratio was missed; `itself` says which stages choose their number of tokens."""
+    """Why a ratio was missed; `itself` marks stages that choose their keep count."""
     every = [span for row in stats.spans for span in row]
     most = max(every, key=lambda span: len(span.special) / max(1, span.visual))
     if not itself:
@@ -504,7 +497,7 @@ class DecoderShape:
         return cls(*sizes, stored=2 * kv_heads * head_dim)
 
     def layer(self, number: int | None) -> DecoderShape:
-        """The shape of one layer; None: of one that is like the first and sees all tokens."""
+        """The shape of one layer; None: of a layer like the first with full attention."""
         return self.per_layer[number] if self.per_layer and number is not None else self
 
     @property

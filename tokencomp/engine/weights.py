@@ -1,18 +1,17 @@
-"""Merging with weights: a merged token counts as much as the tokens that it stands for.
+"""Merging with weights: a merged token counts as much as the tokens that it replaces.
 
 A merged token is the mean of n tokens. Proportional attention adds log(n) to its softmax logit
-(ToMe, arXiv 2210.09461), which is the same as n equal keys. All of it is in this file:
+(ToMe, arXiv 2210.09461), which equals n identical keys:
 
     columns of the prompt   0  1  2  3  4  5  6  7
     rows of the prefill     0  1        4     6  7      weights 1, 4, 1, 1, 1
     rows in the cache       0  1  1  1  1  4  6  7
 
-1. Stage: `merge_rest` averages what a reducer does not keep into its nearest kept patch.
-2. Prefill: `RowWeights` adds log(n). Queries and keys get a few more dimensions, whose product is
-   the logarithm. SDPA, FlashAttention and eager attention therefore run unchanged and without an
-   additional mask, and the cache holds plain keys.
-3. Cache: `repeat_rows` writes the row of a merged token n times. So a decode step needs no weights,
-   runs no code of ours, and reads as many rows as without a patch.
+1. Stage: `merge_rest` averages dropped patches into their nearest kept patch. 2. Prefill:
+`RowWeights` adds log(n) by a few more dimensions of queries and keys, whose product is the
+logarithm. So SDPA, FlashAttention and eager attention run unchanged, without an additional mask,
+and the cache holds plain keys. 3. Cache: `repeat_rows` stores the row of a merged token n times. So
+a decode step needs no weights, runs no code of ours, and reads as many rows as without a patch.
 """
 
 from __future__ import annotations
@@ -50,26 +49,27 @@ from tokencomp.torchlib.views import AttributeView
 
 NAME = "tokencomp_proportional"
 MULTIPLE = 8  # FlashAttention requires head dimensions that are multiples of 8
-MOST_DIMS = 256  # of a head, for FlashAttention
-DROPPED = -1  # target of patches that merge into none
+MOST_DIMS = 256  # largest head dimension of FlashAttention
+DROPPED = -1  # target of patches that are dropped
 
 # -- stage --------------------------------------------------------------------------------------
 
 
 def merge_rest(tokens: Tokens, kept: Kept, merging: Sequence[bool], reducer: str) -> Kept:
-    """Merge every patch that is not kept into the nearest kept patch of its span.
+    """Merge every patch that is not kept into its nearest kept patch.
 
-    Near is what has a large cosine. Kept patches become means, weighted by the number of tokens
-    that patches already stand for.
+        target_i = argmax over kept j of the span of cos(x_i, x_j);    x_j ← Σ w_i x_i / Σ w_i
+
+    over j and all i with target j, where w is the number of tokens that a patch already represents.
 
     Parameters
     ----------
     kept
-        What is kept of `tokens`: rows alone.
+        A choice among `tokens`: rows only.
     merging
-        Of every span, whether its patches are merged. The others are dropped.
+        For every span, whether its patches are merged; otherwise they are dropped.
     reducer
-        The name of the reducer that has chosen them, for the message.
+        Name of the reducer, for the message.
     """
     from tokencomp.kernels import merge_rows
 
@@ -99,49 +99,47 @@ class BiasDims(NamedTuple):
 
 
 class RowWeights(CallHooks):
-    """Adds log(weight) in the attention of the prompts that merge.
+    """Adds log(weight) to the attention logits of prompts that merge.
 
-    Only the `config` attribute of the attention modules changes, while such a prompt runs. It names
-    a function that widens queries, keys and values and then calls the backend of the user. Without
-    weights, as in the calls of other threads, that function does what the backend does.
+    While such a prompt runs, the `config` of attention modules names a function that widens
+    queries, keys and values and then calls the user's backend. Without weights, as in calls of
+    other threads, it only calls the backend.
 
-    The backward pass runs a checkpointed layer once more, when its call is over and another one may
-    have followed. Therefore what checkpoints a layer gets a function that brings the call along, if
-    it is transformers or a `CheckpointWrapper` of torch. Attention that is checkpointed in another
-    way is refused.
+    A backward pass recomputes checkpointed layers after their call has ended. The functions by
+    which transformers and torch's `CheckpointWrapper` checkpoint are therefore wrapped to restore
+    the call; other kinds of checkpointing are refused.
     """
 
     def __init__(self, adapter: Adapter, calls: RunningCalls) -> None:
         super().__init__(adapter, calls)
-        self._handles = []  # calls of several threads append to the same list, so it is made here
+        self._handles = []  # created here, because calls of several threads append to it
         self._modules: list[Any] = []
         self._lock, self._prompts = threading.Lock(), 0
 
     def begin(self) -> None:
-        """Widen attention for the prompt that runs in this thread, until `end`."""
+        """Widen attention for the prompt of this thread, until `end`."""
         self.calls.state.weighs = True
         self._enter()
         if torch.is_grad_enabled():
-            # Before every prompt, as gradient_checkpointing_enable sets the functions again.
+            # Before every prompt, because gradient_checkpointing_enable replaces the functions.
             for module, name in checkpoint_functions(self.adapter.decoder):
                 if not MethodReplacement.replaces(getattr(module, name)):
                     replaced = MethodReplacement(module, name, self._checkpoint)
                     self._handles.append(replaced)
 
     def end(self) -> None:
-        """Undo `begin` of this thread."""
         self.calls.state.weighs = False
         self._exit()
 
     def remove(self) -> None:
-        """Undo everything; safe to call twice."""
+        """Restore everything; safe to call twice."""
         super().remove()
         with self._lock:
             self._prompts = 0
             self._restore()
 
     def _enter(self) -> None:
-        """Let the attention modules use `attend` for one more prompt that runs."""
+        """Count one more running prompt; the first sets `attend` in the attention modules."""
         with self._lock:
             self._prompts += 1
             if self._modules:
@@ -158,7 +156,7 @@ class RowWeights(CallHooks):
                 )
 
     def _exit(self) -> None:
-        """Give the modules their original config back, if no other prompt runs."""
+        """Count one prompt less; the last restores the configs."""
         with self._lock:
             self._prompts -= 1
             if not self._prompts:
@@ -177,17 +175,17 @@ class RowWeights(CallHooks):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Checkpoint a layer, or a part of it, with a function that brings its call along.
+        """Checkpoint a layer, or a part of it, with a function that restores its call when
+        recomputed.
 
-        The patch may be gone when the backward pass runs the layer once more, so that this run
-        widens attention by itself.
+        The patch may be removed before the backward pass, so recomputation widens attention itself.
         """
         call = self.calls.state.recomputed or self.calls.state.call
         if call is None or not call.merges:
             return original(function, *args, **kwargs)
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            state = self.calls.state  # of the thread of the backward pass, in the second run
+            state = self.calls.state  # when recomputed: of the thread of the backward pass
             before, state.recomputed = state.recomputed, call
             self._enter()
             try:
@@ -200,10 +198,7 @@ class RowWeights(CallHooks):
 
     @compat.not_compiled
     def _bias_dims(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> BiasDims | None:
-        """The additional dimensions of an attention call; None where every row weighs 1.
-
-        The layers of a segment share them.
-        """
+        """Additional dimensions of an attention call, cached by segment; None without weights."""
         state, rows = self.calls.state, key.shape[-2]
         call = state.recomputed or state.call
         if call is None:
@@ -213,13 +208,13 @@ class RowWeights(CallHooks):
         if not call.merges or segment.new.weights is None:
             return None
         if state.noted.grad and state.recomputed is None:
-            # Without gradients is the first run of reentrant checkpointing, whoever implements it.
+            # The first run of reentrant checkpointing has no gradients.
             first, lost = not torch.is_grad_enabled(), "the weights of merged tokens"
             refuse_recomputation(self.adapter.decoder, lost, ", or use merge=False", first)
         case = segment.first, rows, query.shape[-1], query.dtype, key.dtype, key.device, scaling
         if case not in call.bias_dims:
             weights = segment.weights()
-            # A window hands the last rows to attention, and a chunk the first ones.
+            # Attention gets the last rows from a sliding layer, and the first rows in a chunk.
             gone = segment.past.rows + segment.new.rows - rows if call.chunk is None else 0
             weights = weights[:, gone:] if gone > 0 else weights
             call.bias_dims[case] = bias_dims(query, key, weights, scaling)
@@ -227,12 +222,12 @@ class RowWeights(CallHooks):
         return found
 
     def check(self, call: Call) -> None:
-        """Refuse a prompt whose weights have not reached all of its attention.
+        """Refuse a prompt if attention of some layers ran without weights.
 
         Raises
         ------
         UnsupportedModelError
-            Attention of some layers does not call the function that its config names.
+            These layers do not call the backend that their config names.
         """
         wanted = {module.layer_idx for module in attention_modules(self.adapter.layers)}
         missing = wanted - call.weighed
@@ -247,15 +242,15 @@ class RowWeights(CallHooks):
 
 
 def attention_modules(layers: Iterable[nn.Module]) -> list[Any]:
-    """The attention modules of decoder layers, whose configs name their backend.
+    """Attention modules of decoder layers, whose configs name their backend.
 
     Raises
     ------
     UnsupportedModelError
-        There is none, one has no config, one caps its logits, which would cap weights too, or one
-        has an indexer, which masks what it has not chosen under the backends that it knows alone.
+        There is none; or one has no config, caps its logits (weights would be capped too), or has
+        an indexer, which adds its mask only under the backends that it knows.
     """
-    # Wrappers, such as torch.compile's, show the attributes of the module inside as well.
+    # Wrappers, such as that of torch.compile, forward attributes of the inner module.
     modules = [m for layer in layers for m in layer.modules() if "layer_idx" in vars(m)]
     found: list[Any] = [m for m in modules if hasattr(m, "is_causal")]
     if not found or any(getattr(m, "indexer", None) for m in found):
@@ -280,9 +275,9 @@ def attention_modules(layers: Iterable[nn.Module]) -> list[Any]:
 
 
 def reads_backend(module: Any) -> bool:
-    """Whether the code of an attention module reads the backend that its config names.
+    """Whether the code of an attention module reads the backend of its config.
 
-    Attention of remote code may compute everything by itself, and then no weights reach it.
+    Remote code can compute attention itself, without weights.
     """
     owners = [vars(module), *map(vars, type(module).__mro__)]
     for forward in (owner["forward"] for owner in owners if "forward" in owner):
@@ -303,13 +298,13 @@ def attend(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Call the user's backend on widened tensors, in place of a patched module's attention.
+    """Attention function that widens the tensors and calls the user's backend.
 
-    It takes queries (B, H, q, d), keys and values (B, kv heads, k, d), and gives (B, q, H, d) and
-    the backend's attention weights or None, as every attention function of transformers.
+    Takes queries (B, H, q, d), keys and values (B, kv heads, k, d); returns (B, q, H, d) and
+    attention weights or None, as all attention functions of transformers.
     """
     config, scale, dim = module.config, query.shape[-1] ** -0.5, value.shape[-1]
-    if not isinstance(config, AttributeView):  # restored since, with another thread's prompt
+    if not isinstance(config, AttributeView):  # restored by another thread meanwhile
         backend = compat.attention_function(module, config)
         out, weights = backend(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         return out, weights
@@ -324,22 +319,22 @@ def attend(
 
 
 def bias_dims(query: Tensor, key: Tensor, sizes: Tensor, scaling: float) -> BiasDims:
-    """Dimensions by which scaling · q·k grows by the log(size) of every key.
+    """Dimensions that increase scaling · q·k by log(size) of every key.
 
-    The head dimension grows to the next multiple of 8 that has two more dimensions. The first holds
-    the logarithm in the dtype of the keys, and the second the part that rounding removed from it.
+    The head dimension grows by at least two, to a multiple of 8. The first new dimension holds the
+    logarithm in the dtype of the keys, the second its rounding error.
 
     Parameters
     ----------
     query : Tensor, shape (B, H, q, d)
     key : Tensor, shape (B, kv heads, k, d)
     sizes : Tensor of float32, shape (B, m), m ≤ k
-        Number of tokens that each of the first m keys stands for; the other keys stand for one.
+        Number of tokens that each of the first m keys represents; other keys represent one.
 
     Returns
     -------
     BiasDims
-        For every query, (more,), and for every key, (B, 1, k, more), in their dtypes.
+        For all queries, (more,), and for every key, (B, 1, k, more), in their dtypes.
     """
     rows, extra = key.shape[-2], extra_dims(query.shape[-1])
     factor = 2.0 ** round(-math.log2(scaling))  # a power of two is exact in every dtype
@@ -356,9 +351,8 @@ def bias_dims(query: Tensor, key: Tensor, sizes: Tensor, scaling: float) -> Bias
 def widen(
     query: Tensor, key: Tensor, value: Tensor, more: BiasDims
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Add dimensions to queries and keys, and zeros to values.
-
-    Some backends require equal head dimensions.
+    """Append dimensions to queries and keys, and zeros to values (backends may need equal
+    sizes).
     """
     extra = more.of_queries.shape[0]
     return (
@@ -369,15 +363,15 @@ def widen(
 
 
 def extra_dims(dim: int) -> int:
-    """Dimensions that heads of `dim` dimensions get for the weights of rows: at least two."""
+    """Number of dimensions added to heads of `dim` dimensions: at least two."""
     return -(-(dim + 2) // MULTIPLE) * MULTIPLE - dim
 
 
 def merging_where_possible(plan: Plan, adapter: Adapter, compact: bool) -> Plan:
-    """The plan, whose stages with merge="auto" drop where the model or positions cannot merge well.
+    """Replace merge="auto" by merge=False if the model or positions do not support merging.
 
-    A stage with merge=True is refused with attention that weights do not reach, or compact
-    positions. Where merge="auto" drops, a `MergeWarning` says why, once per model class.
+    merge=True raises for attention without weights and for compact positions. For merge="auto" a
+    `MergeWarning` says the reason, once per model class.
     """
     asked = any(stage.merge is True for stage in plan.stages)
     try:
@@ -400,18 +394,18 @@ def merging_where_possible(plan: Plan, adapter: Adapter, compact: bool) -> Plan:
 
 @functools.cache
 def _warn_once(model_class: str, reason: str) -> None:
-    """Say once per model class and process that it cannot merge: every default `patch` asks."""
+    """Warn once per model class and process that it cannot merge: `patch` merges by default."""
     warnings.warn(f"merge='auto' drops here. {reason}", MergeWarning, stacklevel=6)
 
 
 def _check_attention(modules: list[Any]) -> None:
-    """Refuse attention that certainly or possibly takes no weights.
+    """Refuse attention that does not, or may not, apply weights.
 
     Raises
     ------
     UnsupportedModelError
-        Attention computes everything by itself, or FlashAttention, which takes heads of at most 256
-        dimensions, has no room for weights.
+        A module computes attention itself; or heads have no room for weights under FlashAttention,
+        which takes at most 256 dimensions.
     """
     if deaf := sorted({type(m).__name__ for m in modules if not reads_backend(m)}):
         raise UnsupportedModelError(
@@ -431,7 +425,7 @@ def _check_attention(modules: list[Any]) -> None:
 
 
 def repeat_rows(layer: Any, index: Tensor, before: int) -> None:
-    """Repeat the rows that a prefill has written to a cache layer after the first `before`.
+    """Repeat rows of the prefill in a cache layer, after the `before` rows of earlier calls.
 
     `index` (B, n) is that of `RowMap.repeated`; 0 is the first row of the prefill.
     """
@@ -448,13 +442,13 @@ def repeat_rows(layer: Any, index: Tensor, before: int) -> None:
     rows = _after((stored(layer, "keys"), stored(layer, "values")), index, before)
     if isinstance(layer, QUANTIZED):
         layer.is_initialized, layer.cumulative_length = False, 0
-        layer.update(*rows)  # as the prompt was written
+        layer.update(*rows)  # the layer stores them as it stored the prompt
         return
     layer.keys, layer.values = rows
 
 
 def _after(pair: Sequence[Tensor], index: Tensor, before: int) -> list[Tensor]:
-    """The first rows of keys and values, then rows `index` of those after them."""
+    """The first rows of keys and values, then rows `index` of the later ones."""
     if not before:
         return _taken(pair, index)
     new = _taken([x[..., before:, :] for x in pair], index)
@@ -470,7 +464,7 @@ def _taken(pair: Sequence[Tensor], index: Tensor) -> list[Tensor]:
 
 
 def _repeat_in_place(layer: Any, index: Tensor, before: int) -> None:
-    """Repeat rows of a layer of constant length, whose memory stays where it is."""
+    """Repeat rows of a static layer, in its memory."""
     held, rows = physical_length(layer), before + index.shape[1]
     if rows > layer.max_cache_len:
         raise UnsupportedCacheError(
@@ -485,7 +479,7 @@ def _repeat_in_place(layer: Any, index: Tensor, before: int) -> None:
 
 
 def _repeat_for_good(layer: Any, index: Tensor, before: int) -> None:
-    """Repeat rows of a layer that keeps those of the prompt apart from later ones."""
+    """Repeat rows of a layer that stores the prompt apart from later rows."""
     pair = layer.prefill_keys, layer.prefill_values
     layer.prefill_keys, layer.prefill_values = _after(pair, index, before)
     layer.prefill_cumulative_length = before + index.shape[1]
@@ -493,9 +487,9 @@ def _repeat_for_good(layer: Any, index: Tensor, before: int) -> None:
 
 
 def _repeat_in_window(layer: Any, index: Tensor, before: int) -> None:
-    """Repeat rows of a layer that holds the last of them alone, and widen its window for that.
+    """Repeat rows of a sliding layer, which holds the last rows, and widen its window.
 
-    How many rows are repeated follows from each sample alone; see `CompressedSlidingLayer`.
+    How many rows are repeated depends on each sample alone; see `CompressedSlidingLayer`.
     """
     gone = layer.cumulative_length - layer.keys.shape[-2]
     repetitions = (index[:, 1:] == index[:, :-1]) & (index[:, 1:] >= 0)
@@ -503,7 +497,7 @@ def _repeat_in_window(layer: Any, index: Tensor, before: int) -> None:
     past = torch.arange(before, device=index.device).expand(len(index), -1)
     rows = torch.cat([past, torch.where(index < 0, index, index + before)], dim=1)
     layer.cumulative_length = rows.shape[1]
-    # A layer that records its past (assisted decoding) holds all rows until drafts are rejected.
+    # Under assisted decoding a layer can record its past: it then holds all rows.
     recorded = getattr(layer, "record_past", False)
     first = gone if recorded else rows.shape[1] - layer.sliding_window + 1
     rows = rows[:, max(first, 0) :] - gone

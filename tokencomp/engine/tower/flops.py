@@ -14,10 +14,10 @@ from tokencomp.engine.tower.signals import attention_blocks
 
 @dataclass(frozen=True)
 class TowerShape:
-    """What the FLOPs of a tower depend on, except for the lengths of its sequences.
+    """Sizes of a tower on which its FLOPs depend, except for sequence lengths.
 
-    A multiplication and an addition count as two FLOPs. Embedding of patches, norms and
-    activations are not counted.
+    A multiplication and an addition are two FLOPs. Patch embedding, norms and activations are not
+    counted.
 
     Attributes
     ----------
@@ -26,7 +26,7 @@ class TowerShape:
     width
         Channels of all heads together.
     unused
-        Blocks after those in use, which need not run.
+        Number of blocks after those in use.
     token
         FLOPs of the projectors, per row of their input.
     """
@@ -38,7 +38,6 @@ class TowerShape:
 
     @classmethod
     def of(cls, layout: Tower) -> TowerShape:
-        """The shape of a tower."""
         block = layout.blocks[0]
         width = _width(attention_blocks(block)[0])
         token = sum(_linear(module) for module in layout.projectors)
@@ -46,12 +45,12 @@ class TowerShape:
 
 
 def _linear(module: nn.Module) -> int:
-    """FLOPs per row of all linear layers in `module`, whatever form their weights have."""
+    """FLOPs per row of all linear layers in `module`, in any form of weights."""
     products = 0
     for part in module.modules():
         sizes: list[Any] = [getattr(part, name, None) for name in ("in_features", "out_features")]
         inner = (m for m in part.modules() if m is not part)
-        if None in sizes or any(hasattr(m, "in_features") for m in inner):  # a wrapper, as LoRA's
+        if None in sizes or any(hasattr(m, "in_features") for m in inner):  # a wrapper (LoRA)
             products += sum(p.numel() for p in part.parameters(recurse=False) if p.ndim == 2)
         else:
             products += int(math.prod(sizes))
@@ -74,10 +73,9 @@ class TowerCost:
     Attributes
     ----------
     before, after
-        Bounds of the sequences of every block that has run, as int64 or int32 tensors, without and
-        with the stage.
+        Sequence bounds of every block that has run, integer tensors, without and with the stage.
     tokens_before, tokens_after
-        Rows that go through the projectors.
+        Number of rows that enter the projectors.
     """
 
     shape: TowerShape
@@ -87,13 +85,12 @@ class TowerCost:
     tokens_after: int = 0
 
     def block(self, before: Tensor, after: Tensor) -> None:
-        """Note the bounds of one block that is in use."""
         self.before.append(before)
         self.after.append(after)
 
     @property
     def patches(self) -> tuple[int, int]:
-        """Rows that the blocks in use see, summed over them, without and with the stage."""
+        """Rows summed over the blocks in use, without and with the stage."""
         before, after = (sum(int(b[-1]) for b in side) for side in (self.before, self.after))
         return before, after
 
@@ -106,7 +103,6 @@ class TowerCost:
 
     @property
     def projector_flops(self) -> tuple[int, int]:
-        """FLOPs of the projectors without and with the stage."""
         return self.shape.token * self.tokens_before, self.shape.token * self.tokens_after
 
     def _block_flops(self, bounds: Tensor) -> int:

@@ -1,4 +1,4 @@
-"""The rows of a vision tower that a stage keeps: inputs of its blocks, and their full length."""
+"""The rows of a vision tower that a stage keeps: arguments of its blocks, and full length."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from tokencomp.torchlib.masks import block_mask, visible_columns
 
 
 class TowerRows(ABC):
-    """The rows of one call of a tower that stay.
+    """Kept rows of one call of a tower.
 
     Attributes
     ----------
     cells
-        The cells of the call.
+        Cells of the call.
     index : Tensor of int64
         The rows, ascending: (rows,) of a packed tower, (pictures, rows) of a dense one.
     entered
-        Whether the block from which on rows are missing has begun.
+        Whether the first block with fewer rows has begun.
     """
 
     def __init__(self, cells: Cells, index: Tensor) -> None:
@@ -35,11 +35,11 @@ class TowerRows(ABC):
 
     @abstractmethod
     def arguments(self, hidden: Tensor, args: Any, kwargs: dict[str, Any], cost: TowerCost) -> Any:
-        """Arguments of the next block: fewer rows, and what belongs to them."""
+        """Arguments of the next block for the kept rows."""
 
     @abstractmethod
     def full_length(self, x: Tensor) -> Tensor:
-        """Values of the rows, spread over all rows; NaN where rows were dropped.
+        """Scatter values of the kept rows to all rows; NaN where rows were dropped.
 
         Parameters
         ----------
@@ -49,12 +49,12 @@ class TowerRows(ABC):
 
     @abstractmethod
     def restored(self, out: Any) -> Any:
-        """The output of a restoring module (`Tower.restorers`) at its full length."""
+        """The output of a restoring module (`Tower.restorers`) at full length."""
 
     def _once(self, function: Callable[[Any], Any], tensor: Any) -> Any:
-        """`function(tensor)`, computed once: masks, bounds and tables are the same in all blocks.
+        """`function(tensor)`, cached: masks, bounds and tables are the same in all blocks.
 
-        The tensor is held, so that no other one gets its identity.
+        The tensor is stored too, so that its id is not reused.
         """
         if id(tensor) not in self._results:
             self._results[id(tensor)] = tensor, function(tensor)
@@ -62,12 +62,12 @@ class TowerRows(ABC):
 
 
 class PackedRows(TowerRows):
-    """Rows of a tower that takes the patches of all media in one row.
+    """Kept rows of a tower that takes the patches of all media as one packed sequence.
 
     Attributes
     ----------
     patches : Tensor of int64, shape (rows,)
-        The patches that stay, as the tower's input numbers them.
+        The kept patches, as indices of the tower's input.
     """
 
     def __init__(self, cells: Cells, index: Tensor, patches: Tensor) -> None:
@@ -76,16 +76,16 @@ class PackedRows(TowerRows):
 
     @classmethod
     def of(cls, cells: Cells, chosen: Tensor) -> PackedRows:
-        """The rows that the cells with the numbers `chosen` read."""
+        """The rows of the cells `chosen`."""
         place = chosen if cells.order is None else cells.order.argsort()[chosen]
         place, unit = place.sort().values, cells.members.shape[1]
         index = place[:, None] * unit + torch.arange(unit, device=place.device)
         return cls(cells, index.flatten(), cells.members[chosen].flatten())
 
     def embedded(self, embed: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
-        """Embeddings of all patches, computed for those that stay; NaN for the others.
+        """Embeddings of all patches, computed only for kept ones; NaN for the others.
 
-        `embed` takes pixels (patches, values), every patch by itself.
+        `embed` takes pixels (patches, values), each patch independently.
         """
         x = embed(pixels[self.patches])
         return x.new_full((len(pixels), x.shape[-1]), math.nan).index_copy(0, self.patches, x)
@@ -116,44 +116,41 @@ class PackedRows(TowerRows):
         return table[self.index]
 
     def bounds(self, bounds: Tensor) -> tuple[Tensor, int]:
-        """Bounds of the sequences that are left, and the length of the longest; no empty ones."""
+        """Bounds of the sequences after dropping, without empty ones, and the longest length."""
         before = torch.searchsorted(self.index, bounds.to(self.index))
         left = torch.unique_consecutive(before).to(bounds.dtype)
         return left, int(left.diff().max())
 
 
 class DenseRows(TowerRows):
-    """Rows of a tower that takes a batch of pictures of equal size.
+    """Kept rows of a tower that takes a batch of pictures of equal size.
 
     Attributes
     ----------
     unread : Tensor of bool, shape (pictures, rows)
-        Rows that stay to make all pictures equally long, and that no token reads.
+        Padding rows that equalise lengths within the batch; no token reads them.
     """
 
     def __init__(self, cells: Cells, index: Tensor, unread: Tensor) -> None:
         super().__init__(cells, index)
         self.unread = unread
-        self._patches = len(cells.pixels) // cells.pictures  # of one picture
+        self._patches = len(cells.pixels) // cells.pictures  # per picture
 
     @classmethod
     def of(cls, cells: Cells, chosen: Tensor) -> DenseRows:
-        """The rows that the cells with the numbers `chosen` read, without the class token.
-
-        Nothing is read from the device.
-        """
+        """The rows of the cells `chosen`, without the class token; no device read."""
         total = len(cells.pixels)
-        # Members of -1 mark the last place, which is no patch.
+        # Member -1 (no patch) marks the additional last entry.
         read = torch.zeros(total + 1, dtype=torch.bool, device=chosen.device)
         read[cells.members[chosen].flatten()] = True
         read = read[:total].view(-1, total // cells.pictures)
-        # Patches that are read come first, then the first of the others, up to the common number.
+        # Patches of kept cells first, then padding rows up to the common length.
         index = (~read).to(torch.uint8).argsort(dim=1, stable=True)[:, : cells.rows].sort(1).values
         return cls(cells, index, ~read.gather(1, index))
 
     @property
     def _head(self) -> int:
-        """Rows before the patches of a picture: 1 for a class token, else 0."""
+        """Number of class tokens before the patches of a picture, 0 or 1."""
         return self.index.shape[1] - self.cells.rows
 
     def arguments(self, hidden: Tensor, args: Any, kwargs: dict[str, Any], cost: TowerCost) -> Any:
@@ -169,9 +166,9 @@ class DenseRows(TowerRows):
         return _with_hidden(hidden, tuple(args), kwargs)
 
     def _enter(self, hidden: Tensor) -> Tensor:
-        """The rows of the input of the first block that sees fewer of them."""
+        """Gather the input of the first block with fewer rows."""
         first = hidden.shape[1] - self._patches
-        if first:  # the class token stays
+        if first:  # keep the class token
             head = torch.arange(first, device=self.index.device).expand(len(self.index), -1)
             self.index = torch.cat([head, self.index + first], 1)
             self.unread = torch.cat([torch.zeros_like(head, dtype=torch.bool), self.unread], 1)
@@ -179,7 +176,7 @@ class DenseRows(TowerRows):
         return hidden.gather(1, self.index[..., None].expand(-1, -1, hidden.shape[-1]))
 
     def _mask(self, mask: Any) -> Any:
-        """A mask (pictures, 1, rows, rows) or (pictures, rows) for the rows that are left."""
+        """A mask (pictures, 1, rows, rows) or (pictures, rows) for the kept rows."""
         if isinstance(mask, BlockMask):
             return block_mask(self._mask(visible_columns(mask)))
         index = self.index
@@ -192,9 +189,9 @@ class DenseRows(TowerRows):
         return mask.gather(2, index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
 
     def full_length(self, x: Tensor) -> Tensor:
-        """See `TowerRows`; rows that no token reads are NaN as well.
+        """See `TowerRows`; padding rows are NaN as well.
 
-        The class token is the first row, if there is one. A projector may get its input without it.
+        The first row is the class token, if there is one; the input of a projector may lack it.
         """
         index, unread, head = self.index, self.unread, self._head
         if (
@@ -223,12 +220,10 @@ class DenseRows(TowerRows):
 
 
 def rows_of(cells: Cells, chosen: Tensor) -> TowerRows:
-    """The rows that the cells with the numbers `chosen` read."""
     return DenseRows.of(cells, chosen) if cells.pictures else PackedRows.of(cells, chosen)
 
 
 def equal_bounds(count: int, length: int) -> Tensor:
-    """Bounds of `count` sequences of equal length."""
     return torch.arange(count + 1) * length
 
 

@@ -1,7 +1,7 @@
 """Signals of the vision tower about visual tokens, without a change of its attention backend.
 
-Blocks of the tower are watched: their keys, or the attention that every patch receives in them, are
-recomputed from the input of their attention and carried along to the decoder's visual tokens.
+Keys, or the attention that every patch receives, are recomputed from the input of the attention of
+some blocks, and passed on to the visual tokens of the decoder.
 """
 
 from __future__ import annotations
@@ -30,10 +30,7 @@ from tokencomp.torchlib.replace import MethodReplacement
 
 
 def attention_blocks(tower: nn.Module) -> list[nn.Module]:
-    """Self-attention modules of a tower, in order.
-
-    They are recognised by their projections: one fused `qkv`, or a `q_proj` and a `k_proj`.
-    """
+    """Self-attention modules of a tower, in order: those with `qkv`, or `q_proj` and `k_proj`."""
     return [
         m
         for m in tower.modules()
@@ -44,7 +41,7 @@ def attention_blocks(tower: nn.Module) -> list[nn.Module]:
 def watched_blocks(
     adapter: Adapter, signals: Collection[TowerSignal]
 ) -> list[tuple[nn.Module, list[TowerSignal]]]:
-    """Attention modules that `signals` are read from, in order, and which from each."""
+    """Attention modules that `signals` need, in order, and the signals of each."""
     blocks = attention_blocks(adapter.tower)
     blocks = blocks[: adapter.used_blocks(len(blocks))]
     by_place: dict[int, list[TowerSignal]] = {}
@@ -69,14 +66,14 @@ def queries_and_keys(attn: Any, arguments: dict[str, Any]) -> tuple[Tensor, Tens
         return q, k
     q, k = attn.q_proj(x), attn.k_proj(x)
     q, k = getattr(attn, "q_norm", nn.Identity())(q), getattr(attn, "k_norm", nn.Identity())(k)
-    # A rank of a sharded tower has only some of the heads, and `num_heads` may count all of them.
+    # Under tensor parallelism a rank has some of the heads, but `num_heads` may count all.
     heads = (-1, attn.head_dim)
     q, k = q.unflatten(-1, heads), k.unflatten(-1, heads)
     return gather_heads(attn, q, dim=-2), gather_heads(attn, k, dim=-2)
 
 
 def rotated(attn: Any, q: Tensor, k: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """q and k with the rotary embedding of the tower, if it has one."""
+    """Apply the rotary embedding of the tower to q and k, if it has one."""
     tables = arguments.get("position_embeddings")
     return (q, k) if tables is None else compat.rotate_vision(attn, q, k, *tables)
 
@@ -86,9 +83,9 @@ def attention_received(
 ) -> Tensor:
     """Attention that every patch receives, mean over heads, float32.
 
-    From the class token where there is one (FasterVLM, arXiv 2412.01818), else the mean over all
+    From the class token if there is one (FasterVLM, arXiv 2412.01818), else the mean over all
     patches that may attend to it (VisionZip, arXiv 2412.04467). q and k (B, S, heads, head_dim)
-    give (B, S), where B = 1 with `cu_seqlens`, the bounds of independent sequences.
+    give (B, S); with `cu_seqlens`, the bounds of independent sequences, B = 1.
     """
     from tokencomp.kernels import attention_colsum
     from tokencomp.kernels.dispatch import checked
