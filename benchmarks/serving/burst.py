@@ -48,14 +48,14 @@ COLUMNS = (
 
 
 def body(seed: int, args: argparse.Namespace, named: bool) -> bytes:
-    """A request about an image that no cache has seen."""
-    file = io.BytesIO()
-    request(seed, 1, args.side, None, "image")["multi_modal_data"]["image"].save(file, "PNG")
-    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-    content = [
-        {"type": "image_url", "image_url": {"url": url}},
-        {"type": "text", "text": "What is it?"},
-    ]
+    """A request about images that no cache has seen."""
+    content: list[dict[str, Any]] = [{"type": "text", "text": "What is it?"}]
+    for i in range(args.images):
+        file = io.BytesIO()
+        noise = request(seed * args.images + i, 1, args.side, None, "image")
+        noise["multi_modal_data"]["image"].save(file, "PNG")
+        url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+        content.insert(0, {"type": "image_url", "image_url": {"url": url}})
     fields = {
         "messages": [{"role": "user", "content": content}], "max_tokens": args.answer,
         "temperature": 0, "ignore_eos": True, "stream": True,
@@ -206,14 +206,15 @@ def server(model: Path, args: argparse.Namespace, log: Path) -> Iterator[str]:
 def options() -> argparse.ArgumentParser:
     """The command line."""
     result = parser(__doc__ or "", "burst.jsonl", rounds=3)
-    result.set_defaults(hidden=512, layers=8)
+    result.set_defaults(layers=6)
     result.add_argument("--ratio", type=float, default=0.5, help="the usual one")
     result.add_argument("--steps", default="0.75:4,0.9:8", help="--ratio-by-load")
-    result.add_argument("--requests", type=int, default=40, help="of a burst")
-    result.add_argument("--probe", type=int, default=8, help="requests that measure the capacity")
+    result.add_argument("--requests", type=int, default=24, help="of a burst")
+    result.add_argument("--probe", type=int, default=6, help="requests that measure the capacity")
     result.add_argument("--overload", type=float, default=2, help="rate / that of the answers")
     result.add_argument("--answer", type=int, default=8, help="tokens of every answer")
-    result.add_argument("--side", type=int, default=672, help="pixels of an image")
+    result.add_argument("--images", type=int, default=4, help="of a request")
+    result.add_argument("--side", type=int, default=336, help="pixels of an image")
     result.add_argument(
         "--conditions", default="", help="a sentence about the machine's other work"
     )
@@ -226,7 +227,9 @@ def main() -> None:
         rebuild(args.out, page)
         return
     facts = publishing.published_from(args.out, args.allow_dirty)
-    names = ("ratio", "steps", "requests", "probe", "overload", "answer", "side", "conditions")
+    names = (
+        "ratio", "steps", "requests", "probe", "overload", "answer", "images", "side", "conditions",
+    )  # fmt: skip
     about = {"vllm": vllm_version(), "hidden": args.hidden, "layers": args.layers}
     about.update({name: getattr(args, name) for name in names})
     with (
