@@ -121,7 +121,10 @@ def measure(url: str, args: argparse.Namespace) -> list[dict[str, Any]]:
             bodies = [body(next(seeds), args, ARMS[arm]) for _ in range(args.requests)]
             rate = args.overload * capacity
             answers = burst(url, bodies, rate, seed=number)
-            records.append({"round": number, "arm": arm, "rate": rate, "answers": answers})
+            busy = os.getloadavg()[0]
+            records.append(
+                {"round": number, "arm": arm, "rate": rate, "busy": busy, "answers": answers}
+            )
             print(publishing.table(COLUMNS, rows_of(records)[-1:]), flush=True)
     return records
 
@@ -154,6 +157,7 @@ def _times(record: dict[str, Any], percent: float) -> float:
 def page(records: list[dict[str, Any]]) -> str:
     """The page from the records of one run."""
     setup, facts = records[-1]["setup"], records[-1]["environment"]
+    busy = [record["busy"] for record in records]
     note = (
         f"{setup['requests']} requests with {setup['visual']} visual tokens each come at "
         f"{setup['overload']:g} times the rate that the server answers at its usual ratio, "
@@ -162,7 +166,8 @@ def page(records: list[dict[str, Any]]) -> str:
         "factor compares with the usual ratio in the same round. Weights are random, and the "
         "tower is small: where it takes half of the time, a ratio saves less unless `tower_ratio` "
         "is set. What higher ratios cost in answers is on the pages of "
-        f"[accuracy](../accuracy/README.md). {setup['conditions']}"
+        "[accuracy](../accuracy/README.md). Load average of the machine, with the server, at the "
+        f"ends of bursts: {min(busy):.1f} to {max(busy):.1f}. {setup['conditions']}"
     )
     return (
         "# How long does a burst wait, with and without a ratio by load?\n\n"
