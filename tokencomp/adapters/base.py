@@ -1,4 +1,4 @@
-"""What tokencomp must know about a model: its parts, and how to read its visual spans."""
+"""The parts of a model that compression uses, and how to find its visual spans."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from tokencomp.adapters.towers.base import Tower, unknown_cells
 from tokencomp.errors import SpanError
 from tokencomp.tokens.spans import Modality, VisualSpan
 
-ENCODED = "mm_encoder_outputs"  # features that `generate` has encoded beforehand, by kind
+ENCODED = "mm_encoder_outputs"  # features that `generate` has encoded, by modality
 TYPES = "mm_token_type_ids"  # 0 text, 1 image, 2 video, 3 audio, from the processor
 
 FINAL_NORMS = ("norm", "final_layernorm", "final_norm", "norm_f", "ln_f", "embedding_norm")
-"""Names of the norm behind the last decoder layer; the last is that of LFM2."""
+"""Names of the norm after the last decoder layer; the last is that of LFM2."""
 
 
 def block_means(x: Tensor, factor: int) -> Tensor:
@@ -41,32 +41,32 @@ def block_means(x: Tensor, factor: int) -> Tensor:
 
 
 class Adapter:
-    """What compression has to know about one model. Subclasses add what structure cannot tell.
+    """What compression needs to know about one model. Subclasses add what its structure does not
+    show.
 
     Attributes
     ----------
     family, model_types
-        Display name, and the `config.model_type` values that a subclass serves.
+        Display name, and `config.model_type` values of a subclass.
     signals
-        Sources of the signals that reducers may need (`tokencomp.tokens.signals.Signal`).
-        "attention" is recomputed from the queries and keys of the layer before a stage (of layer 0
-        at entry); "tower" is the vision tower's own attention (`tokencomp.engine.tower.signals`).
+        Sources of signals for reducers (`tokencomp.tokens.signals.Signal`). "attention" is
+        recomputed from queries and keys of the layer before a stage (layer 0 at entry); "tower" is
+        attention of the vision tower (`tokencomp.engine.tower.signals`).
     packer
-        Method of the body that lays out the tiles of images as tokens, where that needs more than
-        what the tower returns; None: none.
+        Method of the body that arranges image tiles as tokens, if this needs more than the output
+        of the tower; else None.
     layer_stages
-        Whether tokens may leave between decoder layers too.
+        Whether tokens can be dropped between decoder layers.
     mrope, mrope_rows
-        Whether the decoder takes several rows of positions, and how many: three, with few
-        exceptions.
+        Whether the decoder takes several rows of positions, and how many (usually three).
     layers, text_config
         The layers of the decoder, and its config.
     row_scales
-        Field of the config → first row whose queries the layers scale by its number.
+        Field of the config → first row whose queries are scaled by their row number.
     placeholders
-        Token id → kind (1 image, 2 video, 3 audio).
+        Token id → modality (1 image, 2 video, 3 audio).
     layers_read_positions
-        Whether layers may read `position_ids` apart from the rotary embedding.
+        Whether layers may read `position_ids` other than for the rotary embedding.
     """
 
     family: ClassVar[str] = ""
@@ -86,7 +86,7 @@ class Adapter:
         self.row_scales = row_scales(self.decoder)
         self.mrope_rows = mrope_rows(parts) or 3 * self.mrope
         self.mrope = self.mrope_rows > 0
-        self.placeholders = find_placeholders(parts)  # refuses a model without any
+        self.placeholders = find_placeholders(parts)  # raises if there are none
 
     @classmethod
     def of(cls, model: nn.Module) -> Adapter:
@@ -100,32 +100,30 @@ class Adapter:
         return cls(model)
 
     def find_parts(self, model: nn.Module) -> Parts:
-        """The modules that compression touches, see `tokencomp.adapters.structure.Parts`."""
         return find_parts(model)
 
     @property
     def final_norm(self) -> nn.Module | None:
-        """The norm behind the last decoder layer; None if it has no usual name."""
+        """The norm after the last decoder layer; None if it has no usual name."""
         found = (getattr(self.decoder, name, None) for name in FINAL_NORMS)
         return next((norm for norm in found if isinstance(norm, nn.Module)), None)
 
     @property
     def config(self) -> Any:
-        """Config of the whole multimodal model."""
         return self.top.config
 
     @property
     def rotary(self) -> Any:
-        """The module that makes the rotary tables of the decoder, or None."""
+        """The module that computes the rotary tables of the decoder, or None."""
         return getattr(self.decoder, "rotary_emb", None)
 
     def rotary_tables(self, x: Tensor, positions: Tensor, layer: int) -> Any:
-        """What a decoder layer takes as `position_embeddings`; None if it takes none.
+        """`position_embeddings` of a decoder layer; None if it takes none.
 
         Parameters
         ----------
-        x : Tensor, shape (B, n, d)
-        positions : Tensor of int64, shape (3, B, n) for M-RoPE, else (B, n)
+        x : Tensor, shape (B, n, d) positions : Tensor of int64, shape (3, B, n) for M-RoPE, else
+        (B, n)
         """
         if self.rotary is None:
             return None
@@ -143,9 +141,9 @@ class Adapter:
 
     @property
     def first_layer_stage(self) -> int:
-        """Earliest decoder layer before which tokens may leave, entry (layer 0) apart.
+        """First decoder layer, after layer 0, before which tokens can be dropped.
 
-        Not before the last layer to which features of the vision tower are added (deepstack).
+        That is after the last layer to which features of the vision tower are added (deepstack).
         """
         return max(1, deepstack_layers(self.config))
 
@@ -156,30 +154,30 @@ class Adapter:
 
     @property
     def feature_layer(self) -> int | list[int]:
-        """Which hidden state of the vision tower the model uses, or which several.
+        """Which hidden state (or states) of the vision tower the model uses.
 
-        Counted as transformers does: 0 is the input of the first block, -1 the output of the last.
+        Counted as in transformers: 0 is the input of the first block, -1 the output of the last.
         """
         return -1
 
     def used_blocks(self, blocks: int) -> int:
-        """How many of the `blocks` of the vision tower the model uses, from the first on."""
+        """Number of the `blocks` of the vision tower that the model uses, from the first on."""
         layers = self.feature_layer
         layers = [layers] if isinstance(layers, int) else layers
         return max(layer + blocks + 1 if layer < 0 else layer for layer in layers)
 
     @property
     def class_token(self) -> bool:
-        """Whether the first row of every picture in the tower is no patch."""
+        """Whether the first row of every picture in the tower is a class token."""
         return False
 
     def tower_tokens(self, values: Tensor, modality: str, call: TowerCall) -> Tensor:
-        """Values of patches → values of the visual tokens they become, (tokens, d), in order.
+        """Map values of patches to values of visual tokens, (tokens, d), in order.
 
         Parameters
         ----------
         values
-            As the tower holds them, one row per patch, see `TowerCall.values`.
+            One row per row of the tower, see `TowerCall.values`.
         modality
             "image" or "video".
         call
@@ -190,23 +188,23 @@ class Adapter:
         )
 
     def tower_layout(self) -> Tower:
-        """Which patches of the vision tower a visual token reads, for a stage in the tower.
+        """Which patches of the vision tower every visual token reads, for a stage in the tower.
 
         Raises
         ------
         UnsupportedModelError
-            It is not known.
+            This is unknown.
         """
         raise unknown_cells(self.family)
 
     @property
     def encodes_now(self) -> Modality | None:
-        """Which kind of media is being encoded in this thread; None where it is not known."""
+        """Modality that is being encoded in this thread; None if unknown."""
         return None
 
     @property
     def media(self) -> set[str]:
-        """Kinds of media that the model takes: those with placeholders or arguments."""
+        """Modalities that the model takes: those with placeholders or arguments."""
         arguments = (*parameters_of(self.top), *parameters_of(self.body))
         modalities = {
             modality for modality in map(feature_modality, arguments) if modality is not None
@@ -214,7 +212,7 @@ class Adapter:
         return {MODALITIES[code] for code in self.placeholders.values()} | modalities
 
     def feature_modalities(self, inputs: Mapping[str, Any]) -> set[int]:
-        """Kinds (1, 2, 3) of the features or pixels among arguments of `body` or a prefill."""
+        """Modalities (1, 2, 3) of features or pixels among arguments of the body or a prefill."""
         names = {feature_modality(name) for name, value in inputs.items() if value is not None}
         modalities = {CODES[modality] for modality in names if modality is not None}
         encoded = inputs.get(ENCODED)
@@ -227,15 +225,15 @@ class Adapter:
         return modalities
 
     def encodes(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether a call with these arguments encodes its media itself."""
+        """Whether a call with these arguments encodes media itself."""
         return inputs.get(ENCODED) is None and bool(self.feature_modalities(inputs))
 
     def modalities(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        """Where the features of a call of `body` go.
+        """The modality of the feature in every column of a call of the body.
 
-        A placeholder counts only if the call has features of its kind: the same id in the text of a
-        question is text. Videos without placeholders of their own in the prompt stand at those of
-        images, as in GLM-4.1V.
+        Placeholders count only if the call has features of their modality: the same id in a
+        question is text. Videos without placeholders of their modality use those of images, as in
+        GLM-4.1V.
 
         Parameters
         ----------
@@ -245,7 +243,7 @@ class Adapter:
         Returns
         -------
         Tensor of int8, shape (B, L), or None
-            0 text, 1 image, 2 video, 3 audio. None if the call carries no features.
+            0 text, 1 image, 2 video, 3 audio. None if the call has no features.
         """
         features = self.feature_modalities(inputs)
         if not features:
@@ -269,7 +267,7 @@ class Adapter:
         return modalities
 
     def modalities_in_place(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        """Kinds (B, L) of features that already stand in `inputs_embeds`; None if unknown."""
+        """Modalities (B, L) of features that `inputs_embeds` already contains; None if unknown."""
         embeds, types = inputs.get("inputs_embeds"), inputs.get(TYPES)
         if embeds is None or types is None or inputs.get("input_ids") is not None:
             return None
@@ -279,12 +277,11 @@ class Adapter:
         return modalities
 
     def hides_features(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether `inputs_embeds` may hold features at unknown columns."""
+        """Whether `inputs_embeds` may contain features in unknown columns."""
         embeds = inputs.get("inputs_embeds") is not None and inputs.get("input_ids") is None
         return embeds and inputs.get(TYPES) is None and self.modalities_in_place(inputs) is None
 
     def has_placeholders(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether `input_ids` hold placeholders of media."""
         ids: Tensor | None = inputs.get("input_ids")
         tokens = list(self.placeholders)
         return ids is not None and bool(torch.isin(ids, ids.new_tensor(tokens)).any())
@@ -295,7 +292,7 @@ class Adapter:
         Raises
         ------
         SpanError
-            A run of visual tokens does not have the shape this family produces.
+            A run of visual tokens has a shape that this family does not produce.
         """
         return [self.row_spans(call, b) for b in range(call.modalities.shape[0])]
 
@@ -306,7 +303,7 @@ class Adapter:
         )
 
     def install(self) -> None:
-        """Called when the model is patched. Default: nothing."""
+        """Called when the model is patched."""
 
     def uninstall(self) -> None:
         """Undo `install`; safe to call twice."""

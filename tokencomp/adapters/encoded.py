@@ -1,4 +1,4 @@
-"""What a body encodes: how many tokens every image, video or clip became, and its size before."""
+"""Media that a body has encoded: token count and size of each."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ METHODS = "get_{}_features"  # methods of a body that encode media, since transf
 
 @dataclass
 class Encoding:
-    """Media of one kind that a body has encoded in one call, in the order of the batch.
+    """Media of one modality that a body has encoded in one call, in the order of the batch.
 
     Attributes
     ----------
     lengths
-        Tokens of each medium, or of each of its tiles where the body encodes tiles.
+        Tokens of each medium, or of each tile if the body encodes tiles.
     tables
-        Arguments of the call that may hold the sizes of the media.
+        Arguments of the call that may contain the sizes of the media.
     map : tuple of two int, or None
         Height and width of the feature map, for towers that return one.
     """
@@ -39,25 +39,24 @@ class Encoding:
 
     @functools.cached_property
     def sizes(self) -> list[tuple[int, int, int]]:
-        """(t, h, w) of each medium in whatever unit the call gives it: patches or pixels.
+        """(t, h, w) of each medium in the unit of the call, patches or pixels; empty if unknown.
 
-        Empty where the call gives none. Read when asked for, because the host waits for a table
-        on the device, and most positions draw the grid already.
+        Computed on demand: it reads a table from the device, and positions often give the grid.
         """
         tables = (per_medium(sizes_in(table), self.lengths) for table in self.tables)
         return next(filter(None, tables), [])
 
 
 class EncodedMedia(threading.local):
-    """Notes, per thread, what the encoding methods of a body took and returned last.
+    """Stores, per thread, arguments and results of the last calls of a body's encoding methods.
 
-    `generate` of transformers >= 5.18 encodes media before it calls the model, and drops the
-    arguments that only the encoder reads. They are needed to tell the shape of an image.
+    `generate` of transformers >= 5.18 encodes media before it calls the model, and drops arguments
+    that only the encoder reads, which give the shape of images.
 
     Attributes
     ----------
     running : "image", "video", "audio" or None
-        What is being encoded in this thread.
+        Modality that is being encoded in this thread.
     """
 
     def __init__(self) -> None:
@@ -65,7 +64,7 @@ class EncodedMedia(threading.local):
         self.running: Modality | None = None
 
     def watch(self, body: Any) -> list[MethodReplacement]:
-        """Replace the encoding methods of `body` by ones that note their calls."""
+        """Wrap the encoding methods of `body` to store their calls."""
         return [
             MethodReplacement(
                 body, METHODS.format(modality), functools.partial(self._call, modality)
@@ -76,7 +75,7 @@ class EncodedMedia(threading.local):
     def _call(
         self, modality: Modality, original: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        if self.running:  # videos that are encoded as images (Qwen3.5) are no images
+        if self.running:  # the method for videos calls that for images (Qwen3.5)
             return original(*args, **kwargs)
         self.running = modality
         try:
@@ -97,21 +96,21 @@ class EncodedMedia(threading.local):
 
 
 def features_of(out: Any) -> Any:
-    """The features that stand for placeholders, in what an encoding method returned."""
+    """The features in the result of an encoding method."""
     pooled = getattr(out, "pooler_output", None)
     if pooled is not None:
         return pooled
     last = getattr(out, "last_hidden_state", None)
     if last is not None:
         return last
-    return out  # features alone: remote code
+    return out  # remote code returns only the features
 
 
 def token_counts(features: Any) -> list[int]:
     """Tokens of every medium or tile in features (tiles, n, d), or in a list of (…, n, d).
 
-    Empty for features (n, d) of all media together, of which nothing tells where one ends, and for
-    those of single patches, (n, 1, d) (Inkling).
+    Empty for concatenated features (n, d), whose ends are unknown, and for features of single
+    patches, (n, 1, d) (Inkling).
     """
     if isinstance(features, list | tuple):
         tensors = [item for item in features if isinstance(item, Tensor) and item.ndim >= 2]
@@ -122,10 +121,10 @@ def token_counts(features: Any) -> list[int]:
 
 
 def sizes_in(argument: Any) -> list[tuple[int, int, int]]:
-    """Sizes (t, h, w) in an argument of an encoder; empty if it holds something else.
+    """Sizes (t, h, w) in an argument of an encoder; empty if it contains something else.
 
-    A table of whole numbers with two or three columns is one of sizes. One with a further axis
-    holds the places of patches, padded with -1, of which the largest tells the size.
+    An integer table with two or three columns contains sizes. With a further axis it contains patch
+    coordinates, padded with -1, whose maximum gives the size.
     """
     if isinstance(argument, list | tuple) and argument:
         rows = [tuple(row) for row in argument if isinstance(row, list | tuple)]
@@ -135,7 +134,7 @@ def sizes_in(argument: Any) -> list[tuple[int, int, int]]:
     if argument.ndim == 3:
         if argument.shape[-1] != 2:
             return []
-        argument = (argument.amax(1) + 1).flip(-1)  # places are (x, y)
+        argument = (argument.amax(1) + 1).flip(-1)  # coordinates are (x, y)
     if argument.shape[1] not in (2, 3):
         return []
     rows = argument.tolist()
@@ -143,7 +142,7 @@ def sizes_in(argument: Any) -> list[tuple[int, int, int]]:
 
 
 def _may_be_table(argument: Any) -> bool:
-    """Whether an argument has the type of a table of sizes, or of places, see `sizes_in`."""
+    """Whether an argument can be a table of sizes or coordinates, see `sizes_in`."""
     if not isinstance(argument, Tensor):
         return isinstance(argument, list | tuple)
     return argument.dtype in (torch.int32, torch.int64) and argument.ndim in (2, 3)
@@ -152,7 +151,7 @@ def _may_be_table(argument: Any) -> bool:
 def per_medium(sizes: list[tuple[int, int, int]], lengths: list[int]) -> list[tuple[int, int, int]]:
     """One size for each medium of `lengths` tokens, or none.
 
-    Frames of one size may stand in place of the videos that they belong to (Gemma 4).
+    A size per frame can stand for the video of these frames (Gemma 4).
     """
     if len(sizes) == len(lengths) or not sizes or not lengths:
         return sizes if len(sizes) == len(lengths) else []
@@ -166,7 +165,7 @@ def per_medium(sizes: list[tuple[int, int, int]], lengths: list[int]) -> list[tu
 
 
 def _even(rows: list[tuple[Any, ...]]) -> bool:
-    """Whether rows are pairs or triples of whole numbers, all of one length."""
+    """Whether rows are pairs or triples of integers, all of the same length."""
     lengths = {len(row) for row in rows}
     whole = all(isinstance(value, int) for row in rows for value in row)
     return whole and len(lengths) == 1 and lengths <= {2, 3}

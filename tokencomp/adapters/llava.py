@@ -19,7 +19,7 @@ from tokencomp.tokens.spans import VisualSpan
 
 
 def _tower(adapter: TileAdapter, kind: type[DenseTower], **options: Any) -> DenseTower:
-    """A tower whose patches are the tokens of images, and go through the projector one by one."""
+    """A tower whose patches are the image tokens, each projected independently."""
     projector, layer = adapter.projector, adapter.feature_layer
     options = {"restorer": projector, "layer": layer, "owner": adapter.body, **options}
     return kind(adapter.tower, projector, squares(adapter.patches_per_side, 1), **options)
@@ -46,7 +46,7 @@ class LlavaNextAdapter(TileAdapter):
     family = "LLaVA-NeXT"
     model_types = ("llava_next",)
     packer = "pack_image_features"
-    spans = Adapter.spans  # by `row_spans`: the tokens of a medium tell nothing of its parts
+    spans = Adapter.spans  # by `row_spans`: token counts do not give the parts of a medium
     install = Adapter.install
 
     def tower_layout(self) -> DenseTower:
@@ -84,9 +84,9 @@ class LlavaNextAdapter(TileAdapter):
         )
 
     def _images(self, start: int, stop: int, row: int, breaks: list[int]) -> list[VisualSpan]:
-        """Cut a run of one or more images at its line breaks.
+        """Cut a run of one or more images at line breaks.
 
-        Very thin pictures have a mosaic of rows without patches: line breaks alone, or nothing.
+        Very thin images have a mosaic without patches: only line breaks, or nothing.
         """
         side, spans, cursor, i = self.tile_side, [], start, 0
         tile = side * side
@@ -99,7 +99,7 @@ class LlavaNextAdapter(TileAdapter):
                     f"{side}×{side} tokens followed by rows that end in the image_newline "
                     "embedding."
                 )
-            if width == 0 or width >= tile:  # a mosaic is never as wide: the next image begins
+            if width == 0 or width >= tile:  # wider than any mosaic: the next image begins
                 empty = 0
                 while i < len(breaks) and breaks[i] == first + empty:
                     empty, i = empty + 1, i + 1
@@ -124,7 +124,7 @@ class LlavaNextAdapter(TileAdapter):
 
 
 def _packed(newline: Tensor) -> Tensor:
-    """The line break in the dtype of the features it is packed with: autocast rounds both."""
+    """The line break in the dtype of the features that it is concatenated with (autocast)."""
     from tokencomp.kernels.dispatch import autocasts
 
     if autocasts(newline):
@@ -134,13 +134,13 @@ def _packed(newline: Tensor) -> Tensor:
 
 @register_adapter
 class LlavaNextVideoAdapter(LlavaNextAdapter):
-    """Videos are pooled frames side by side, without line breaks."""
+    """Videos are concatenated pooled frames, without line breaks."""
 
     family = "LLaVA-NeXT-Video"
     model_types = ("llava_next_video",)
 
     def tower_layout(self) -> DenseTower:
-        # Frames are pooled before the projector, so the tower's output must have its full length.
+        # Frames are pooled before the projector, so the output of the tower is restored first.
         size = self.model.config.spatial_pool_stride
         video = squares(self.patches_per_side, size, partial=False)
         return _tower(
@@ -169,7 +169,7 @@ class LlavaNextVideoAdapter(LlavaNextAdapter):
 
 
 def _video_length(call: MediaCall, frame: int) -> int:
-    """Tokens of each video of the batch (all have the same number of frames of `frame` tokens)."""
+    """Tokens of each video of the batch, whose frames all have `frame` tokens."""
     pixels: Tensor | None = call.inputs.get("pixel_values_videos")
     if pixels is not None:
         return pixels.shape[1] * frame
@@ -194,7 +194,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
         return pooled
 
     def _video(self, start: int, stop: int, row: int, call: MediaCall) -> list[VisualSpan]:
-        """Cut a run of adjacent videos; where nothing tells their length, it is one video."""
+        """Cut a run of adjacent videos; if their length is unknown, it is one video."""
         side = math.ceil(self.tile_side / 2)
         frame = side * side
         known = _video_length(call, frame) // frame * frame  # with or without the line break

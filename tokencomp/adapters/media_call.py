@@ -1,4 +1,4 @@
-"""Calls of a model as adapters see them: the body with its features, and the vision tower."""
+"""Calls of the body with features, and of the vision tower, as adapters see them."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ CODES: dict[Modality, int] = {modality: code for code, modality in MODALITIES.it
 
 @dataclass
 class MediaCall:
-    """One forward call that carries features of media, as the adapter sees it.
+    """One forward call with features of media.
 
     Attributes
     ----------
     modalities : Tensor of int8 on the CPU, shape (B, L)
         0 text, 1 image placeholder, 2 video placeholder, 3 audio placeholder.
     embeds : Tensor, shape (B, L, d)
-        Decoder input, features in place.
+        Input of the decoder, which contains the features.
     positions : ndarray of int64, shape (3, B, L), or None
         M-RoPE positions (t, h, w); None for models with one position per token.
     body : nn.Module
-        The module that put the features in place.
+        The module that inserted the features.
     inputs
-        Arguments of that module's call by name.
+        Arguments of its call by name.
     """
 
     modalities: Tensor
@@ -46,7 +46,7 @@ class MediaCall:
 
     @functools.cached_property
     def runs(self) -> list[list[tuple[int, int, Modality]]]:
-        """(start, stop, kind) of every run of equal placeholders, per sample."""
+        """(start, stop, modality) of every run of equal placeholders, per sample."""
         rows = []
         for codes in self.modalities.numpy().tolist():
             runs, start = [], 0
@@ -59,10 +59,9 @@ class MediaCall:
         return rows
 
     def raster(self, row: int, start: int, stop: int) -> Grid | None:
-        """The grid that M-RoPE positions of columns of a sample draw; None if they draw none.
+        """The grid given by M-RoPE positions of columns of a sample; None if they form none.
 
-        Decoders for three rows that get one position per token have three equal rows, which tell
-        nothing. Every run is looked at once.
+        Three equal rows are positions of text, and give no grid. Results are cached.
         """
         run = row, start, stop
         if self.positions is None:
@@ -75,19 +74,19 @@ class MediaCall:
 
 
 def raster_grid(h: HostIndex, w: HostIndex) -> Grid | None:
-    """The grid (t, rows, columns) whose cells have the positions `h` and `w`, in raster order.
+    """The grid (t, rows, columns) whose raster order has the positions `h` and `w`.
 
     NumPy, because short tensor operations cost ten times as much.
 
     Parameters
     ----------
     h, w : ndarray of int64, shape (n,)
-        Positions of height and width, counted from any number.
+        Positions of height and width, from any offset.
 
     Returns
     -------
     tuple of three int, or None
-        None if the positions draw no grid.
+        None if the positions form no grid.
     """
     n, rows, cols = len(h), int(h.max() - h.min()) + 1, int(w.max() - w.min()) + 1
     raster = np.arange(n)
@@ -104,8 +103,7 @@ class TowerCall:
     Attributes
     ----------
     values
-        By signal, float32, (pictures, rows, d) as the tower holds them; towers that pack patches
-        of several pictures make one of all.
+        By signal, float32, (pictures, rows, d); in packed towers all media are one picture.
     grids : Tensor of int64, shape (media, 3), or None
         (t, h, w) in patches, for towers that take them.
     packing

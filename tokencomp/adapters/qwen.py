@@ -1,4 +1,4 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: the towers, and places that M-RoPE positions tell."""
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: towers, and grids from M-RoPE positions."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @register_adapter
 class Qwen2VLAdapter(StructuralAdapter):
-    """The tower packs patches of all media."""
+    """The tower packs the patches of all media into one sequence."""
 
     family = "Qwen2-VL"
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl",)
@@ -74,19 +74,19 @@ class Qwen2VLAdapter(StructuralAdapter):
 
 
 def modalities_from_grids(positions: Tensor, grids: dict[str, list[Grid]]) -> Tensor | None:
-    """Where the media of known grids stand, according to their M-RoPE positions.
+    """Columns of media with known grids, found by their M-RoPE positions.
 
     Parameters
     ----------
     positions : Tensor of int64 on the CPU, shape (3 or 4, B, L)
-        Rows of time, height and width last.
+        The last three rows are time, height and width.
     grids
-        By kind, in tokens and in the order of the batch.
+        By modality, in tokens and in the order of the batch.
 
     Returns
     -------
     Tensor of int8, shape (B, L), or None
-        0 text, 1 image, 2 video. None if a grid matches nowhere, or there is none.
+        0 text, 1 image, 2 video. None if there is no grid, or one matches nowhere.
     """
     pending = {modality: list(rows) for modality, rows in grids.items() if rows}
     if not pending:
@@ -109,7 +109,7 @@ def modalities_from_grids(positions: Tensor, grids: dict[str, list[Grid]]) -> Te
 def _raster_start(positions: Tensor, cursor: int, grid: Grid) -> int:
     """First column from `cursor` on where positions (3, L) run through `grid`, or -1.
 
-    A single token has the positions of text, so a grid of one never matches.
+    A single token has the positions of text, so a grid of one token never matches.
     """
     count, (_, rows, cols) = math.prod(grid), grid
     if count == 1 or cursor + count > positions.shape[1]:
@@ -126,7 +126,7 @@ def _raster_start(positions: Tensor, cursor: int, grid: Grid) -> int:
 
 @register_adapter
 class Qwen25VLAdapter(Qwen2VLAdapter):
-    """Temporal positions are scaled by seconds; the tower's window order ends at its merger."""
+    """Temporal positions are scaled by seconds; the tower permutes windows up to its merger."""
 
     family = "Qwen2.5-VL"
     model_types = ("qwen2_5_vl",)
@@ -156,4 +156,4 @@ class Qwen3VLAdapter(Qwen2VLAdapter):
 
     def _token_grids(self, inputs: Mapping[str, Any], modality: str) -> list[Grid]:
         grids = super()._token_grids(inputs, modality)
-        return [(1, h, w) for t, h, w in grids for _ in range(t)]  # text stands between frames
+        return [(1, h, w) for t, h, w in grids for _ in range(t)]  # text separates frames

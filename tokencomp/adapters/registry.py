@@ -1,4 +1,4 @@
-"""Which adapter serves a model."""
+"""Registration and lookup of adapters."""
 
 from __future__ import annotations
 
@@ -34,20 +34,19 @@ def register_adapter(*, override: bool) -> Callable[[A], A]: ...
 
 
 def register_adapter(cls: Any = None, *, override: bool = False) -> Any:
-    """Class decorator that makes an adapter available for its model types.
+    """Class decorator that registers an adapter for its model types.
 
-    Use it as `@register_adapter`, or as `@register_adapter(override=True)` to replace the adapter
-    that serves one of the model types already.
+    Use it as `@register_adapter`, or as `@register_adapter(override=True)` to replace an adapter.
 
     Raises
     ------
     NameTakenError
-        Another class serves one of the model types, and `override` is False.
+        Another class is registered for a model type, and `override` is False.
     """
     if cls is None:
         return functools.partial(register_adapter, override=override)
     if not cls.__module__.startswith(f"{PACKAGE}."):
-        _load_built_in()  # so that a clash with a built-in adapter shows now, not later
+        _load_built_in()  # so that a conflict with a built-in adapter is found now
     for model_type in cls.model_types:
         if not override:
             check_free("model type", model_type, _REGISTRY.get(model_type, cls), cls)
@@ -68,16 +67,16 @@ def available_models() -> dict[str, type[Adapter]]:
 
 
 def unwrap(model: Any) -> Any:
-    """The Hugging Face model inside the wrappers of PEFT, torch.compile and data parallelism.
+    """The Hugging Face model inside wrappers of PEFT, torch.compile and data parallelism.
 
-    Those of data parallelism (DistributedDataParallel, DataParallel, FullyShardedDataParallel,
-    DeepSpeed's engine) keep the model as `module`; `fully_shard` wraps nothing.
+    DistributedDataParallel, DataParallel, FullyShardedDataParallel and DeepSpeed's engine store it
+    as `module`; `fully_shard` has no wrapper.
     """
     return list(_unwrapped(model))[-1]
 
 
 def _unwrapped(model: Any) -> Iterator[Any]:
-    """`model`, what it wraps, what that wraps, …"""
+    """Yield `model`, the model inside it, and so on."""
     while True:
         yield model
         inner = getattr(model, "_orig_mod", None)
@@ -98,9 +97,9 @@ def adapter_for(model: nn.Module) -> Adapter:
     NoDecoderError, NoPlaceholderError
         The model has no decoder that reads features of media as tokens.
     UnverifiedModelError
-        Nobody has checked a model of this type.
+        No model of this type was verified.
     UnsupportedModelError
-        Not a transformers model, or it is copied to several devices in every call (`DataParallel`).
+        Not a transformers model, or copied to several devices in every call (`DataParallel`).
     """
     for wrapper in _unwrapped(model):
         if isinstance(wrapper, nn.DataParallel) and len(wrapper.device_ids) > 1:
@@ -129,7 +128,7 @@ def adapter_for(model: nn.Module) -> Adapter:
 
 
 def _check_verified(adapter: Adapter, model_type: str, known: Collection[str]) -> None:
-    """Refuse a type that is neither a family nor verified."""
+    """Refuse model types that are neither a family nor verified."""
     types = {model_type, getattr(adapter.config, "model_type", model_type)}
     if types & {*known, *verified_types()} or accepts_unverified():
         return

@@ -1,4 +1,4 @@
-"""Retrieval models, which turn every token of a page into a vector: ColPali, ColQwen2."""
+"""Retrieval models that embed every token of a page: ColPali, ColQwen2."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tokencomp.adapters.structure import Parts, find_parts
 
 @register_adapter
 class ColPaliAdapter(StructuralAdapter):
-    """It hands pixels to the body of PaliGemma."""
+    """ColPali passes pixels to the body of PaliGemma."""
 
     family = "ColPali"
     model_types: ClassVar[tuple[str, ...]] = ("colpali",)
@@ -24,10 +24,9 @@ class ColPaliAdapter(StructuralAdapter):
 
 @register_adapter
 class ColQwen2Adapter(StructuralAdapter):
-    """It puts features into the embeddings itself, and calls the body of Qwen2-VL with these alone.
+    """ColQwen2 inserts features itself and calls the body of Qwen2-VL with embeddings only.
 
-    Its arguments tell the grids of images, because all positions are those of
-    text.
+    Grids of images come from its arguments, because all positions are those of text.
     """
 
     family = "ColQwen2"

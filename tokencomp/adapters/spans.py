@@ -1,8 +1,8 @@
 """Spans of any model: media cut out of runs of placeholders, and their grids.
 
-A grid comes from the first source that answers: M-RoPE positions, the size that the encoder was
-called with, rows between line breaks, the feature map of the tower, a square that the config
-explains. Where none does, it is 1×1×n and not known.
+The grid comes from the first of these sources: M-RoPE positions, the size that the encoder was
+called with, rows between line breaks, the feature map of the tower, a square given by the config.
+Without any it is 1×1×n, and unknown.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ GivenSize = Callable[[], Size | None]
 
 @dataclass
 class Medium:
-    """One image, video or clip (or a tile of one): where its placeholders stand in a sample."""
+    """Placeholders of one image, video or clip (or of a tile) in a sample."""
 
     modality: Modality
     pieces: list[tuple[int, int]]
 
     @property
     def count(self) -> int:
-        """Its placeholders."""
+        """Number of placeholders."""
         return sum(stop - start for start, stop in self.pieces)
 
 
 def cut_media(
     rows: Sequence[list[Run]], lengths: dict[Modality, list[int]]
 ) -> list[list[Medium]] | None:
-    """Media of every sample from the token counts of what was encoded, in the order of the batch.
+    """Assign placeholders to media by token counts of the encoded media, in the order of the batch.
 
     Parameters
     ----------
     lengths
-        Token counts by kind. Of a kind without any, every run is a medium.
+        Token counts by modality. Without counts, every run is a medium.
 
     Returns
     -------
     list per sample of list of Medium, or None
-        None if the counts are not those of the runs, or media of two kinds interleave.
+        None if the counts do not match the runs, or media of two modalities interleave.
     """
     pending = {
         modality: deque(n for n in counts if n) for modality, counts in lengths.items() if counts
@@ -87,14 +87,14 @@ def _cut_row(runs: list[Run], pending: dict[Modality, deque[int]]) -> list[Mediu
 def span_of(
     medium: Medium, row: int, call: MediaCall, size: GivenSize, fallback: GivenSize
 ) -> list[VisualSpan]:
-    """The spans of one medium: one, or one per piece where text stands between its pieces.
+    """The spans of one medium: one, or one per piece if text is between its pieces.
 
     Parameters
     ----------
     size
-        Gives (t, h, w) of the medium in any unit; None if nothing tells it.
+        Returns (t, h, w) of the medium in any unit; None if unknown.
     fallback
-        Gives the grid of a medium whose grid no argument of the call gives, or None.
+        Returns the grid of a medium if no argument of the call gives it, or None.
     """
     if medium.modality == "audio":
         item = medium.pieces[0][0]
@@ -123,10 +123,10 @@ def _span(start: int, stop: int, modality: Modality, grid: Grid | None) -> Visua
 
 
 def _joined(medium: Medium, row: int, call: MediaCall, size: GivenSize) -> VisualSpan | None:
-    """Equal pieces with gaps between them as one span, or None.
+    """Join equal pieces with gaps into one span, or None.
 
-    Rows of a picture have the same single token between them, which is special: a line break.
-    Frames of a video have any text between them.
+    Rows of an image are separated by one equal token, a line break, which is special. Frames of a
+    video are separated by any text.
     """
     pieces, start, stop = medium.pieces, medium.pieces[0][0], medium.pieces[-1][1]
     length = pieces[0][1] - start
@@ -151,7 +151,7 @@ def _joined(medium: Medium, row: int, call: MediaCall, size: GivenSize) -> Visua
 
 
 def _line_breaks(embeds: Tensor, gaps: list[tuple[int, int]]) -> bool:
-    """Whether every gap of a sample (L, d) is one token, everywhere the same."""
+    """Whether all gaps of a sample (L, d) are one and the same token."""
     if any(b - a != 1 for a, b in gaps):
         return False
     tokens = embeds[[a for a, _ in gaps]]
@@ -161,8 +161,7 @@ def _line_breaks(embeds: Tensor, gaps: list[tuple[int, int]]) -> bool:
 def grid_from_size(size: Size | None, count: int) -> Grid | None:
     """The grid of `count` tokens of a medium of size (t, h, w) in patches or pixels, or None.
 
-    The unit is whatever makes the count come out: a token stands for u × u of them, and for one
-    frame, two, or all.
+    The unit is found by trial: a token covers u × u of them, in one frame, two frames, or all.
     """
     if size is None or min(size) < 1:
         return None

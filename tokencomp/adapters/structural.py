@@ -1,4 +1,4 @@
-"""The adapter of every model that has no file of its own."""
+"""The adapter of all models without a family adapter."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from tokencomp.tokens.spans import Modality, VisualSpan
 from tokencomp.torchlib.hooks import Hooked
 
 PACKED = ("qwen3_5", "qwen3_5_moe")
-"""Model types with the vision tower of Qwen3-VL, where patches of a token stand side by side."""
+"""Model types with the vision tower of Qwen3-VL, where the patches of a token are adjacent."""
 
 
 class StructuralAdapter(Adapter, Hooked):
-    """Parts, placeholders, spans and grids by structure alone.
+    """Finds parts, placeholders, spans and grids by structure.
 
-    Spans are whole media where the number of tokens of each is known, else runs of placeholders.
+    Spans are whole media if the token count of each is known, else runs of placeholders.
     """
 
-    # Nothing says that they do not: Ministral 3, for one, scales queries by their position.
+    # Assumed, because it is unknown: Ministral 3, for example, scales queries by position.
     layers_read_positions = True
 
     def __init__(self, model: nn.Module) -> None:
@@ -40,7 +40,6 @@ class StructuralAdapter(Adapter, Hooked):
 
     @property
     def family(self) -> str:  # type: ignore[override]  # a class variable elsewhere
-        """The model's own class, in place of a display name."""
         return type(self.model).__name__
 
     def tower_layout(self) -> Tower:
@@ -80,10 +79,10 @@ class StructuralAdapter(Adapter, Hooked):
         return spans
 
     def encoding(self, modality: Modality, call: MediaCall) -> Encoding:
-        """What is known of the media of a kind that a call brings.
+        """Encoded media of a modality that belong to a call.
 
-        What was encoded last belongs to a call with pixels or encoded features. Features that
-        stand in `inputs_embeds` may come from anywhere.
+        The last encoding belongs to a call with pixels or encoded features. The source of features
+        inside `inputs_embeds` is unknown.
         """
         latest = self._encoded.latest.get(modality)
         if latest is None or not self.feature_modalities(call.inputs):
@@ -95,7 +94,7 @@ class StructuralAdapter(Adapter, Hooked):
         return replace(latest, lengths=lengths) if lengths else latest
 
     def described(self, modality: Modality, call: MediaCall) -> Encoding:
-        """What the arguments of a call say of media that the body did not encode."""
+        """Sizes of media that the body did not encode, from arguments of the call."""
         grids = call.inputs.get(f"{modality}_grid_thw")  # (t, h, w) in patches
         side = getattr(getattr(self.config, "vision_config", None), "spatial_merge_size", None)
         if grids is None or side is None:
@@ -103,12 +102,12 @@ class StructuralAdapter(Adapter, Hooked):
         return Encoding((grids.prod(-1) // side**2).tolist(), [grids])
 
     def _fallback(self, medium: Medium, encoding: Encoding) -> tuple[int, int, int] | None:
-        """The grid of a piece of a medium where neither positions nor an image size give it."""
+        """The grid of a medium if neither positions nor an image size give it."""
         start, stop = medium.pieces[0]
         return (1, *encoding.map) if encoding.map else square(stop - start, self._patches)
 
     def _patches_per_side(self) -> int | None:
-        """Patches per side of the vision tower's input; None for other than square ones."""
+        """Patches per side of the vision tower's input; None if it is not square."""
         vision = getattr(self.config, "vision_config", None)
         if vision is None or learned_queries(self.body):
             return None
@@ -117,10 +116,9 @@ class StructuralAdapter(Adapter, Hooked):
 
 
 def sizes_of(encoding: Encoding, modality: Modality, media: list[list[Medium]]) -> list[Size]:
-    """Sizes of all media of a kind, in the order of the batch; empty where unknown.
+    """Sizes of all media of a modality, in the order of the batch; empty if unknown.
 
-    Beam search repeats the rows of a batch after the media were encoded, one copy of a row after
-    the other.
+    Beam search repeats the rows of a batch after encoding, copies of a row being adjacent.
     """
     known, order, cursor = encoding.sizes, [], 0
     counts = [sum(medium.modality == modality for medium in row) for row in media]
@@ -139,7 +137,7 @@ def _nth(sizes: Callable[[], list[Size]], number: int) -> Size | None:
 
 
 def learned_queries(body: nn.Module) -> bool:
-    """Whether tokens of an image come from learned queries, which lie on no grid."""
+    """Whether image tokens come from learned queries, which have no grid."""
     names = {name.rsplit(".", 1)[-1] for name, _ in body.named_parameters()}
     tables = {
         name.rsplit(".", 1)[-1]

@@ -1,4 +1,4 @@
-"""Finds the parts of a multimodal model by how they are built, not by the name of its family."""
+"""Finds the parts of a multimodal model by structure, not by family name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tokencomp.adapters.media_call import CODES
 from tokencomp.errors import NoDecoderError, NoPlaceholderError
 from tokencomp.tokens.spans import Modality
 
-# Names of placeholder ids in configs, by what stands behind them; the first that exists counts.
+# Names of placeholder ids in configs, by modality; the first that exists is used.
 IDS: dict[Modality, tuple[str, ...]] = {
     "image": (
         "image_token_id",
@@ -26,27 +26,27 @@ IDS: dict[Modality, tuple[str, ...]] = {
     "video": ("video_token_id", "video_token_index"),
     "audio": ("audio_token_id", "audio_token_index"),
 }
-# Arguments of decoders that read features of media beside the sequence, from which nothing can
-# leave: the features are no tokens of the prompt.
+# Arguments of decoders that read features by cross-attention: the features are no tokens of the
+# prompt, so none can be dropped.
 BESIDE = (
     *("cross_attention_states", "encoder_hidden_states", "image_hidden_states"),
     *("image_encoder_embeddings", "perceiver_embeddings"),
 )
-# Argument of models (Kosmos) that says where features go, in place of a token id.
+# Argument of models (Kosmos) with a mask of placeholders, instead of a token id.
 PLACES = "image_embeds_position_mask"
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The modules of a multimodal model that compression touches.
+    """The modules of a multimodal model that compression uses.
 
     Attributes
     ----------
     top
-        The module that generates, and whose forward takes `labels` and `logits_to_keep`; the body
-        where nothing generates (`AutoModel`, embedding models).
+        The module that generates, whose forward takes `labels` and `logits_to_keep`; the body if
+        none generates (`AutoModel`, embedding models).
     body
-        The module that puts features into the embeddings and calls the decoder.
+        The module that inserts features into the embeddings and calls the decoder.
     decoder
         The text decoder, without the output head; it has `layers`.
     """
@@ -66,7 +66,7 @@ def find_parts(model: Any) -> Parts:
     NoPlaceholderError
         No token id marks the features.
     """
-    thinker = getattr(model, "thinker", None)  # omni models: it reads, the talker only speaks
+    thinker = getattr(model, "thinker", None)  # the part of omni models that reads the prompt
     top = thinker if isinstance(thinker, nn.Module) else model
     _refuse_other_decoders(model, top)
     decoder = _decoder(top)
@@ -74,13 +74,13 @@ def find_parts(model: Any) -> Parts:
     if beside:
         raise NoDecoderError(
             f"the decoder of {type(model).__name__} takes {', '.join(beside)}: it reads features "
-            "of media by cross-attention, so no token of its sequence could leave."
+            "of media by cross-attention, so no token of its sequence can be dropped."
         )
     body = _body(top, decoder)
     if hasattr(top, "generate"):
         return Parts(top, body, decoder)
     takes_media = any(feature_modality(name) for name in parameters_of(body))
-    if not takes_media or type(body.config) is not type(top.config):  # it has more than a body
+    if not takes_media or type(body.config) is not type(top.config):  # more than a body
         raise NoDecoderError(
             f"{type(model).__name__} does not generate text. Pass the whole model, such as its "
             "...ForConditionalGeneration class, or its body, as AutoModel loads it."
@@ -89,7 +89,7 @@ def find_parts(model: Any) -> Parts:
 
 
 def _refuse_other_decoders(model: Any, top: Any) -> None:
-    """Refuse models that do not write text behind a prompt that holds the features as tokens."""
+    """Refuse models that do not continue a prompt which contains the features as tokens."""
     name = type(model).__name__
     if PLACES in parameters_of(top):
         count = getattr(top.config, "latent_query_num", "some")
@@ -101,7 +101,7 @@ def _refuse_other_decoders(model: Any, top: Any) -> None:
     if getattr(top.config, "is_encoder_decoder", False):
         raise NoDecoderError(
             f"{name} is an encoder-decoder: its decoder reads features of media by "
-            "cross-attention, so no token of its sequence could leave."
+            "cross-attention, so no token of its sequence can be dropped."
         )
     if any(isinstance(getattr(m, "query_tokens", None), nn.Parameter) for m in top.modules()):
         raise NoDecoderError(
@@ -117,7 +117,7 @@ def _refuse_other_decoders(model: Any, top: Any) -> None:
 
 
 def _decoder(top: Any) -> Any:
-    """The text decoder of a model, whatever wrappers with an output head lie around it."""
+    """The text decoder of a model, without wrappers with an output head."""
     get = getattr(top, "get_decoder", None)
     decoder = get() if get is not None else None
     while decoder is not None and not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
@@ -134,7 +134,7 @@ def _decoder(top: Any) -> Any:
 
 
 def _owners_of_embeddings(top: Any) -> Iterator[Any]:
-    """Modules with layers that own the table of input embeddings (remote code)."""
+    """Modules with layers and a table of input embeddings (remote code)."""
     if not hasattr(top, "get_input_embeddings"):
         return
     try:
@@ -161,14 +161,14 @@ def _body(top: Any, decoder: Any) -> Any:
 def parameters_of(module: Any) -> Mapping[str, inspect.Parameter]:
     """Parameters of a module's forward by name, as its class defines it.
 
-    The instance may have a forward of its own, such as the wrapper of accelerate.
+    The instance may have a wrapped forward, as with accelerate.
     """
     return inspect.signature(type(module).forward).parameters
 
 
 @functools.cache
 def feature_modality(name: str) -> Modality | None:
-    """Which modality an argument of a body or a prefill brings, by its name; None: none."""
+    """The modality that an argument of the body or a prefill contains, by its name; None: none."""
     if "pixel_values" in name or name == "image_patches":
         return "video" if "video" in name else "image"
     if name in ("input_features", "input_values", "audio_values", "audio_input_ids"):
@@ -177,9 +177,9 @@ def feature_modality(name: str) -> Modality | None:
 
 
 def find_placeholders(parts: Parts) -> dict[int, int]:
-    """Token id → kind (1 image, 2 video, 3 audio) of the placeholders that features replace.
+    """Token id → modality (1 image, 2 video, 3 audio) of the placeholders that features replace.
 
-    Videos whose frames stand at placeholders of images have no id of their own.
+    Videos whose frames use placeholders of images have no id.
 
     Raises
     ------
@@ -204,7 +204,7 @@ def find_placeholders(parts: Parts) -> dict[int, int]:
 
 
 def _refuse_own_placeholders(parts: Parts) -> None:
-    """Refuse a decoder that puts features into its own embeddings (Phi-4-multimodal)."""
+    """Refuse decoders that insert features themselves (Phi-4-multimodal)."""
     config, name = parts.top.config, type(parts.top).__name__
     inner = [getattr(config, f"{modality}_config", None) for modality in ("vision", "audio")]
     named = any(hasattr(own, field) for own in inner for names in IDS.values() for field in names)
@@ -217,9 +217,9 @@ def _refuse_own_placeholders(parts: Parts) -> None:
 
 
 def mrope_rows(parts: Parts) -> int:
-    """By how many rows of positions the decoder rotates; 0 for one position per token.
+    """Number of rows of positions in the rotary embedding; 0: one position per token.
 
-    They are three (time, height, width), or as many as the sections of the rotary embedding.
+    Three (time, height, width), or the number of sections of the rotary embedding.
     """
     tables = (
         getattr(parts.decoder.config, name, None) for name in ("rope_parameters", "rope_scaling")
@@ -241,8 +241,8 @@ def scales_queries(config: Any) -> bool:
 
 
 def deepstack_layers(config: Any) -> int:
-    """How many of the first decoder layers get features of the vision tower added."""
-    # Granite 4 Vision names pairs of tower and decoder layers; others add to the first layers.
+    """To how many of the first decoder layers features of the vision tower are added."""
+    # Granite 4 Vision lists pairs of tower and decoder layers; others add to the first layers.
     pairs = getattr(config, "deepstack_layer_map", None) or ()
     vision = getattr(config, "vision_config", None)
     indexes = getattr(vision, "deepstack_visual_indexes", None) or ()

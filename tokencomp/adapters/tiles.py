@@ -1,4 +1,4 @@
-"""Towers that see images as square tiles of equal size: InternVL, SmolVLM, Idefics3, LLaVA."""
+"""Towers that encode images as square tiles of equal size: InternVL, SmolVLM, Idefics3, LLaVA."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tokencomp.tokens.spans import Modality, VisualSpan
 class TileAdapter(StructuralAdapter):
     """Every tile (crop, thumbnail, or frame) is a span; tokens between tiles are text.
 
-    Subclasses say how many tokens a tile has on each side.
+    Subclasses define the number of tokens per side of a tile.
     """
 
     signals = (*StructuralAdapter.signals, "tower")
@@ -55,7 +55,7 @@ class TileAdapter(StructuralAdapter):
 
     @property
     def projector(self) -> Any:
-        """The module that maps what the tower returns to the size of text embeddings."""
+        """The module that projects the output of the tower to the size of text embeddings."""
         return self.body.multi_modal_projector
 
     @property
@@ -65,7 +65,6 @@ class TileAdapter(StructuralAdapter):
 
     @property
     def patches_per_side(self) -> int:
-        """Patches per side of the vision tower's input."""
         if self._patches is None:
             raise SpanError(
                 f"{type(self.model).__name__}: image_size and patch_size of its vision_config give "
@@ -74,7 +73,7 @@ class TileAdapter(StructuralAdapter):
         return self._patches
 
     def spans(self, call: MediaCall) -> list[list[VisualSpan]]:
-        """Tiles side by side in one run are one item."""
+        """Adjacent tiles in one run are one item."""
         rows = super().spans(call)
         for b, row in enumerate(rows):
             starts = [start for start, _, _ in call.runs[b]]
@@ -83,7 +82,7 @@ class TileAdapter(StructuralAdapter):
         return rows
 
     def described(self, modality: Modality, call: MediaCall) -> Encoding:
-        """All tiles have equally many tokens, wherever their features come from."""
+        """All tiles have equally many tokens, so the source of features does not matter."""
         tile = self.tile_side**2
         return Encoding([tile] * (int((call.modalities == CODES[modality]).sum()) // tile))
 

@@ -1,8 +1,7 @@
 """Model types that have passed conformance: dropping tokens equals masking them.
 
-The results of conformance runs are one JSON file per transformers release. A release without
-results of its own takes those of the nearest older release, and one that is older than all of them
-takes the oldest.
+Results are stored in one JSON file per transformers release. Other releases use those of the
+nearest older release with results, or else of the oldest.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from tokencomp.errors import unknown_name
 RESULTS = resources.files("tokencomp.conformance").joinpath("results")
 PASSED = ("exact", "entry only")
 STATUSES = (*PASSED, "refused", "unverified")
-# Their exactness is tested with a real tower, which has no method that conformance could replace.
+# Tested with a real tower instead, which has no method that conformance could replace.
 TESTED = frozenset({"qwen2_audio"})
 _local = threading.local()
 
@@ -34,12 +33,12 @@ def releases() -> list[str]:
 
 
 def load(release: str) -> dict[str, Any]:
-    """The table of a release.
+    """The results of a release.
 
     Raises
     ------
     UnknownNameError
-        No results of that release.
+        There are none.
     """
     if release not in releases():
         raise unknown_name("transformers release", release, releases())
@@ -49,7 +48,7 @@ def load(release: str) -> dict[str, Any]:
 
 
 def nearest(release: str) -> str:
-    """The release itself, the nearest older one with results, or the oldest with results."""
+    """The release, the nearest older one with results, or the oldest with results."""
     older = [r for r in releases() if Version(r) <= Version(release)]
     return older[-1] if older else releases()[0]
 
@@ -68,13 +67,13 @@ def _passed(installed: str) -> frozenset[str]:
 
 
 def accepts_unverified() -> bool:
-    """Whether this thread takes models of unverified types, see `unverified_accepted`."""
+    """Whether this thread accepts unverified model types, see `unverified_accepted`."""
     return getattr(_local, "accepted", 0) > 0
 
 
 @contextlib.contextmanager
 def unverified_accepted() -> Iterator[None]:
-    """Take models of unverified types inside the block, in this thread: to verify them."""
+    """Accept unverified model types in this thread, inside the block, to verify them."""
     _local.accepted = getattr(_local, "accepted", 0) + 1
     try:
         yield

@@ -1,4 +1,4 @@
-"""VILA and NVILA in tokencomp's own class."""
+"""VILA and NVILA in tokencomp's class of that model."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from tokencomp.tokens.spans import VisualSpan
 
 @register_adapter
 class VilaAdapter(Adapter):
-    """Images and frames are squares, each followed by the special separator "\\n".
+    r"""Images and frames are squares, each followed by the special separator "\n".
 
-    A video is one span of all its frames and separators. The model is its own body: its forward
-    places the features and calls the language model.
+    A video is one span of all its frames and separators. The model is also its body: its forward
+    inserts the features and calls the language model.
     """
 
     family = "VILA"

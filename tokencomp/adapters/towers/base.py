@@ -1,9 +1,8 @@
-"""What the engine must know of a vision tower: its blocks, and the patches that a token reads.
+"""Layout of a vision tower: its blocks, and the patches that each visual token reads.
 
-The patches that one visual token reads are a *cell*. Two layouts of towers exist. A *packed* tower
-(`tokencomp.adapters.towers.packed`) takes the patches of all pictures in one row, with bounds of
-independent sequences. A *dense* tower (`tokencomp.adapters.towers.dense`) takes a batch of pictures
-of equal size.
+The patches that one visual token reads are a *cell*. A *packed* tower
+(`tokencomp.adapters.towers.packed`) takes the patches of all pictures as one sequence, with bounds.
+A *dense* tower (`tokencomp.adapters.towers.dense`) takes a batch of pictures of equal size.
 """
 
 from __future__ import annotations
@@ -33,9 +32,9 @@ class EncoderCall:
     grids : Tensor of int64, shape (media, 3), or None
         (t, h, w) in patches, for packed towers.
     modality
-        What is encoded: "video" if the method of the body that called the tower encodes videos.
+        "video" if the body's method that called the tower encodes videos, else "image".
     arguments
-        Arguments of that method by name; empty if the tower was called without it.
+        Arguments of that method by name; empty if the tower was called directly.
     """
 
     pixels: Tensor
@@ -53,16 +52,16 @@ class Cells:
     pixels : Tensor, shape (patches, channels, frames, height, width)
         Pixels of every patch, in the order of the tower's input.
     members : Tensor of int64, shape (cells, m)
-        Numbers of the patches of every cell; -1: the cell has fewer than m.
+        Patches of every cell; -1: the cell has fewer than m.
     parts
         (t, h, w) in cells of every part that a reducer sees at once, in the order of `members`.
         Parts of one inner list share a budget.
     pictures
-        Pictures of a dense tower; 0 if packed.
+        Number of pictures of a dense tower; 0 if packed.
     rows
-        Patches of every picture that stay in a dense tower.
+        Number of patches kept of every picture in a dense tower.
     order : Tensor of int64, shape (cells,), or None
-        Number of the cell at every place of a packed tower; None: cells stand in order.
+        Cell at every position of a packed tower; None: cells are in order.
     """
 
     pixels: Tensor
@@ -75,24 +74,24 @@ class Cells:
 
 
 class Tower(ABC):
-    """How one model lays out its vision tower.
+    """The layout of one model's vision tower.
 
     Attributes
     ----------
     blocks
         The blocks whose output the model uses, in order.
     unused
-        Blocks behind them, which need not run.
+        Blocks after them, which need not run.
     restorers
-        Modules whose output gets its full length back, with NaN in the rows that were dropped.
+        Modules whose output is restored to full length, with NaN in dropped rows.
     projectors
-        Modules that turn patches into tokens, for the count of FLOPs.
+        Modules that convert patches to tokens, for the count of FLOPs.
     methods
-        Methods of `owner` whose arguments say what a call of the tower encodes.
+        Methods of `owner` whose arguments describe a call of the tower.
     frames_apart
         See `TowerStage.frames_apart`.
     std
-        By what the usual processor of the family divides pixels of 0 … 1, per channel.
+        By what the family's usual processor divides pixels of 0 … 1, per channel.
     """
 
     frames_apart = False
@@ -119,11 +118,11 @@ class Tower(ABC):
         Raises
         ------
         SpanError
-            The call encodes pictures whose cells are not known.
+            The cells of the encoded pictures are unknown.
         """
 
     def check(self, stage: TowerStage, family: str) -> None:
-        """Raise `PlanError` if the tower has no block in use with the number of the stage."""
+        """Raise `PlanError` if block `stage.block` is not in use."""
         if stage.block >= len(self.blocks):
             raise PlanError(
                 f"tower stage before block {stage.block}, but {family} uses the blocks 0 … "
@@ -132,7 +131,7 @@ class Tower(ABC):
 
 
 def unknown_cells(family: str, reason: str = "") -> UnsupportedModelError:
-    """The error for a family whose visual tokens read patches in an unknown way."""
+    """The error for families whose visual tokens read unknown patches."""
     why = reason or "which patches of its vision tower a visual token reads is not known"
     return UnsupportedModelError(
         f"tower_ratio: {family} has no tower stage, because {why}. Use tower_ratio=0."

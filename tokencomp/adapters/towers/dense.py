@@ -14,20 +14,20 @@ from tokencomp.tokens.spans import Grid
 
 
 class DenseTower(Tower):
-    """Towers that take square pictures of equal size; a cell is a square of patches.
+    """Towers of square pictures of equal size; a cell is a square of patches.
 
     Parameters
     ----------
     image, video
-        Patches of one picture that each of its tokens reads: int64 (tokens, m), -1 for none.
+        Patches of one picture that each token reads: int64 (tokens, m), -1 for none.
     restorer
-        The module whose output gets its full length back, see `Tower`; None: the tower itself.
+        The module whose output is restored to full length, see `Tower`; None: the tower.
     layer
-        Which hidden state of the tower the model uses, as transformers counts; a list: several.
+        Hidden state (or states) of the tower that the model uses, counted as in transformers.
     pooled_frames
         Frames of a video that one token reads.
     projects_tokens
-        Whether the projector gets the tokens of a video, pooled before, instead of all patches.
+        Whether the projector gets pooled tokens of a video instead of all patches.
     """
 
     frames_apart = True
@@ -61,7 +61,7 @@ class DenseTower(Tower):
         }
 
     def projected(self, modality: Modality) -> int:
-        """Rows that the projector gets of one whole picture or frame."""
+        """Rows of one picture or frame that enter the projector."""
         return len(self.tables[self._projected or modality])
 
     def missing_tokens(self, missing: Tensor, count: int) -> Tensor:
@@ -71,7 +71,7 @@ class DenseTower(Tower):
         ----------
         missing : Tensor of bool, shape (pictures, rows)
         count
-            Tokens of one picture: one for each row, or one for each square of patches.
+            Tokens per picture: one per row, or one per square of patches.
 
         Returns
         -------
@@ -87,7 +87,7 @@ class DenseTower(Tower):
         if min(self.indices) <= stage.block:
             raise UnsupportedModelError(
                 f"{family} also reads hidden state {min(self.indices)} of its vision tower, from "
-                f"before block {stage.block}, where no patch has left. Use tower_ratio=0."
+                f"before block {stage.block}, where all patches are present. Use tower_ratio=0."
             )
         if stage.decides:
             raise UnsupportedModelError(
@@ -131,7 +131,7 @@ class DenseTower(Tower):
         return tiles.permute(0, 2, 4, 1, 3, 5).flatten(0, 2).unsqueeze(2)
 
     def _check_call(self, call: EncoderCall) -> None:
-        """The blocks in use follow from the config, so no call may choose other ones."""
+        """Refuse calls that choose other hidden states than the config."""
         layer = call.arguments.get("vision_feature_layer")
         if layer is not None and layer != self.layer:
             raise OptionError(
@@ -147,7 +147,7 @@ def dense_blocks(module: Any) -> list[nn.Module]:
     Raises
     ------
     UnsupportedModelError
-        The tower is built in another way.
+        The tower has another structure.
     """
     encoder = getattr(getattr(module, "vision_model", module), "encoder", None)
     blocks = getattr(encoder, "layers", None) or getattr(encoder, "layer", None)
@@ -165,14 +165,14 @@ def squares(side: int, size: int, order: str = "rows", partial: bool = True) -> 
     Parameters
     ----------
     order
-        "rows": tokens run along rows; "columns": down columns first.
+        "rows": tokens in raster order; "columns": column by column.
     partial
-        Whether squares at the right and at the bottom may be cut off; otherwise they are no tokens.
+        Whether squares at the right and bottom edges may be partial; otherwise they are no tokens.
 
     Returns
     -------
     Tensor of int64, shape (tokens, size²)
-        Patch numbers; -1 for patches outside of the grid.
+        Patches; -1 outside of the grid.
     """
     count = -(-side // size) if partial else side // size
     at = torch.arange(count * size)
@@ -191,9 +191,9 @@ def pooled(table: Tensor, size: int) -> Tensor:
 def bilinear(side: int, out: int) -> Tensor:
     """Patches of side × side that bilinear resampling to out × out reads, int64 (out², 4).
 
-    A patch of weight 0 counts as read, because 0 · NaN is NaN.
+    Patches of weight 0 are included, because 0 · NaN is NaN.
     """
-    # The same operations in float32 as torch.nn.functional.interpolate without align_corners.
+    # As torch.nn.functional.interpolate without align_corners, in float32.
     source = ((torch.arange(out) + 0.5) * (side / out) - 0.5).clamp(min=0)
     low = source.floor().long()
     pair = torch.stack([low, (low + 1).clamp(max=side - 1)], 1)  # (out, 2)

@@ -16,10 +16,10 @@ from tokencomp.torchlib.compat import file_with
 
 
 class MosaicTower(DenseTower):
-    """LLaVA-NeXT and LLaVA-OneVision: an image is a base tile and a mosaic of tiles.
+    """An image is a base tile and a mosaic of tiles.
 
-    A mosaic is cut to the shape of its image, so some patches are read by no token. The tiles of a
-    mosaic share its budget in proportion to the patches of each that are read.
+    Mosaics are cropped to the shape of the image, so some patches are read by no token. The tiles
+    of a mosaic share its budget in proportion to their patches that are read.
     """
 
     def __init__(self, *args: Any, body: Any, **kwargs: Any) -> None:
@@ -48,8 +48,8 @@ class MosaicTower(DenseTower):
                 f"{len(call.pixels)} tiles, but image_sizes say {first}. Pass pixel_values and "
                 "image_sizes of one call of the processor."
             )
-        # Tiles share budgets, so how many patches one of them keeps depends on the others of its
-        # image. The bound is what every tile of the batch gets, whatever stands beside it.
+        # How many patches a tile keeps depends on the other tiles of its image. All tiles of the
+        # batch get this upper bound of rows, independent of other images.
         rows = max(stage.cells([(1, side, side)])[0], stage.most(per_picture))
         numbers = torch.cat(members)[:, None].to(pixels.device)
         return Cells(pixels, numbers, parts, call.modality, first, rows)
@@ -75,7 +75,7 @@ class MosaicTower(DenseTower):
         ]
 
     def _mosaic(self, size: list[int], tiles: int, side: int) -> list[Tensor]:
-        """Patch numbers, from the first tile on, that tokens read: (h, w) for every tile."""
+        """Patches that tokens read, counted from the first tile on: (h, w) for every tile."""
         code, config = file_with(type(self.body), "unpad_image"), self.body.config
         shape = config.image_grid_pinpoints, config.vision_config.image_size
         down, across = code.get_anyres_image_grid_shape(size, *shape)

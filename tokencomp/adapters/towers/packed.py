@@ -1,4 +1,4 @@
-"""Vision towers that take the patches of all media in one row: the Qwen families."""
+"""Vision towers that take the patches of all media as one sequence: the Qwen families."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from tokencomp.adapters.towers.base import Cells, EncoderCall, Tower
 from tokencomp.errors import SpanError
 from tokencomp.plan.stages import TowerStage
 
-CHANNELS = 3  # red, green and blue; a patch has one frame or more of each
+CHANNELS = 3  # red, green and blue; a patch has one or more frames of each
 
 
 class PackedTower(Tower):
-    """Towers of the Qwen families: a cell is `unit` patches that stand side by side.
+    """Towers of the Qwen families: a cell is `unit` adjacent patches.
 
     Parameters
     ----------
     window_order
-        Computes `Cells.order` from the grids; None: cells stand in order.
+        Computes `Cells.order` from the grids; None: cells are in order.
     std
         See `Tower.std`.
 
     Attributes
     ----------
     embedding
-        The module that embeds every patch by itself; None: there is no such module.
+        The module that embeds every patch independently; None: there is none.
     """
 
     def __init__(
