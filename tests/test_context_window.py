@@ -172,3 +172,14 @@ def test_earlier_turns_count(kind: str, with_cache: bool) -> None:
                 continue
             with pytest.raises(SpanError, match=f"has {visual} .*, after {2 * visual} in the"):
                 model(**call)
+
+
+def test_all_rows_of_an_older_cache_count() -> None:
+    """Rows from before the extension may all be visual."""
+    model, media = FAMILIES["llava"].build(), FAMILIES["llava"].image()
+    cache = model(input_ids=torch.tensor([text(9)]), use_cache=True).past_key_values
+    with (
+        tokencomp.extend_visual_context(model, len(media.ids)),
+        pytest.raises(SpanError, match="after 9 in the cache"),
+    ):
+        model(**FAMILIES["llava"].batch([[media]]), past_key_values=cache)

@@ -52,7 +52,7 @@ def layer(x: Tensor) -> object:
     heads = x.view(2, 12, 2, 10).transpose(1, 2)
     tensors = [x, x > 0, (9 * x).int(), x[:1], x.bfloat16(), heads, torch.stack([heads, -heads])]
     tensors += [x.transpose(0, 1), x[..., 0], torch.cat([x] * 8, 2)]
-    seqs, batches = [1, 1, 1, 1, 1, 2, 3, 0, 1, 1], [0, 0, 0, 0, 0, 0, 1, 1, 0, 0]
+    seqs, batches = [1, -2, 1, 1, 1, -2, 3, 0, 1, 1], [0, -3, 0, 0, 0, 0, 1, 1, 0, 0]
     return kernels.gather_rows(tensors, index, seqs, batches)
 
 
