@@ -67,9 +67,8 @@ class NlvrStage(Phase):
 
 
 RECIPE = (
-    NlvrStage("facts", 500, 1e-3, 1e-3, end=0.6, facts=True),
-    NlvrStage("chat", 250, 6e-4, 6e-4, human=(0.15, 16), end=0.15),
-    *(NlvrStage(f"split {k}", 250, 5e-4, 5e-4, human=(0.3, 16), end=0.05) for k in range(1, 6)),
+    NlvrStage("facts", 135, 1e-3, 1e-3, end=0.93, facts=True),
+    *(NlvrStage(f"split {k}", 60, 5e-4, 5e-4, human=(0.4, 16), end=0.05) for k in range(1, 9)),
 )
 """Every stage but the first ends at a low rate, so that a run may stop after any of them."""
 

@@ -1,0 +1,1 @@
+"""Small bugs that the tests should see. See README.md."""
