@@ -1,4 +1,4 @@
-"""Train a tiny model on NLVR, and ask it about both test splits with every method.
+"""Train a tiny model on NLVR, and ask it about the development and test splits.
 
     python -m benchmarks.nlvr train FOLDER     # goes on where it stopped
     python -m benchmarks.nlvr evaluate FOLDER  # → results.json, README.md
@@ -15,14 +15,18 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import publishing
+from benchmarks.nlvr.evaluate import evaluate
+from benchmarks.nlvr.page import PAGE, RESULTS, page
 from recipes.nlvr.build import FOLDER, train
 from tokencomp.cli import one_message
+from tokencomp.storage import write_text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("train",))
-    parser.add_argument("corpus", type=Path)
+    parser.add_argument("what", choices=("train", "evaluate", "page"))
+    parser.add_argument("corpus", type=Path, nargs="?", help="not for `page`")
     parser.add_argument("--out", type=Path, default=FOLDER)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -30,7 +34,12 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(args.threads)
-    print(json.dumps(train(args.corpus, args.out, args.seed, args.stop_after)), flush=True)
+    if args.what == "train":
+        print(json.dumps(train(args.corpus, args.out, args.seed, args.stop_after)), flush=True)
+        return
+    if args.what == "evaluate":
+        publishing.write(RESULTS, evaluate(args.corpus, args.out, args.seed))
+    write_text(PAGE, page(json.loads(RESULTS.read_text())))
 
 
 if __name__ == "__main__":

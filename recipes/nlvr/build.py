@@ -19,17 +19,18 @@ FOLDER = Path(__file__).resolve().parents[2] / "build" / "nlvr"
 
 def train(corpus: Path, out: Path, seed: int = 0, stop_after: int | None = None) -> dict[str, Any]:
     """Train on the training split in `corpus`; the facts that `reached` writes."""
-    trainer, processor = _trainer(corpus, out, seed)
+    trainer, processor = trainer_of(corpus, out, seed)
     trainer.run(stop_after)
     return _written(trainer, processor, out)
 
 
 def reached(corpus: Path, out: Path, seed: int = 0) -> dict[str, Any]:
     """Write the model of the last checkpoint, with `training.json` beside it; what that says."""
-    return _written(*_trainer(corpus, out, seed), out)
+    return _written(*trainer_of(corpus, out, seed), out)
 
 
-def _trainer(corpus: Path, out: Path, seed: int) -> tuple[NlvrTrainer, Any]:
+def trainer_of(corpus: Path, out: Path, seed: int) -> tuple[NlvrTrainer, Any]:
+    """The training of `corpus` as far as it is in `out`, and the processor of its model."""
     model, processor = start()
     split = examples(corpus, "train")
     return NlvrTrainer(model, processor.tokenizer, split, RECIPE, out, seed), processor
