@@ -39,7 +39,7 @@ def answers(trainer: NlvrTrainer, rows: Sequence[Example]) -> list[bool]:
         frames = [pixels(one.pictures[0]) for one in some]
         batch = trainer.packed(
             frames,
-            [[trainer.packer.segment("image", x.prompt, "yes")] for x in some],
+            [[trainer.statement(x.prompt, True)] for x in some],
             [[""] for _ in some],
         )
         media = trainer.family.pixels(torch.as_tensor(batch["frames"]), "image")

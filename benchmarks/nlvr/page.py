@@ -52,9 +52,9 @@ used too. Right answers in the latest training batches: {scores}.
 
 {table}
 
-"Right" is the full model without compression: which of "yes" and "no" has the larger logit, for
-the first order of the boxes. Intervals draw sentences, since examples share them; "majority" is the
-share of "true".
+"Right" is the full model without compression: which of "yes" and "no" has the larger logit after
+the sentence, for the first order of the boxes. Intervals draw sentences, since examples share
+them; "majority" is the share of "true".
 
 {reading}"""
 NOT_LEARNT = """**A tiny model does not learn NLVR in this time.** It is not significantly above the

@@ -56,19 +56,16 @@ class NlvrStage(Phase):
         Peaks of the rates of the tower and of the decoder.
     human
         Share of batches that are training examples, and pictures of one.
-    facts
-        Whether drawn sentences come without the chat around them, which is learnt sooner.
     """
 
     vision_lr: float
     text_lr: float
     human: tuple[float, int] = (0.0, 16)
-    facts: bool = False
 
 
 RECIPE = (
-    NlvrStage("facts", 135, 1e-3, 1e-3, end=0.93, facts=True),
-    *(NlvrStage(f"split {k}", 60, 5e-4, 5e-4, human=(0.4, 16), end=0.05) for k in range(1, 9)),
+    NlvrStage("facts", 115, 1e-3, 1e-3, end=0.95),
+    *(NlvrStage(f"split {k}", 40, 5e-4, 5e-4, human=(0.4, 24), end=0.05) for k in range(1, 9)),
 )
 """Every stage but the first ends at a low rate, so that a run may stop after any of them."""
 
@@ -106,7 +103,7 @@ class NlvrTrainer(Trainer):
         for step in range(self.step, stage.steps):
             rng = stream("train", "nlvr", self.batch_seed, self.phase, step)
             human = rng.random() < stage.human[0]
-            yield self.human(stage.human[1], rng) if human else self.drawn(stage, rng)
+            yield self.human(stage.human[1], rng) if human else self.drawn(rng)
 
     def human(self, count: int, rng: np.random.Generator) -> dict[str, Any]:
         """Examples of the training split, in random orders of their boxes."""
@@ -114,18 +111,18 @@ class NlvrTrainer(Trainer):
         for k in rng.integers(len(self.examples), size=count):
             one = self.examples[int(k)]
             frames.append(pixels(one.pictures[int(rng.integers(ORDERS))]))
-            rows.append([self._segment(one.prompt, one.truth, False)])
+            rows.append([self.statement(one.prompt, one.truth)])
             names.append(["training split"])
         return self.packed(frames, rows, names)
 
-    def drawn(self, stage: NlvrStage, rng: np.random.Generator) -> dict[str, Any]:
+    def drawn(self, rng: np.random.Generator) -> dict[str, Any]:
         """Drawn scenes with sentences and primers in random order."""
         frames, rows, names = [], [], []
         for _ in range(PICTURES):
             scene = sample(rng)
             kind = "towers" if scene.towers else "items"
             made = [
-                (self._segment(said, truth, stage.facts), kind)
+                (self.statement(said, truth), kind)
                 for said, truth in statements(scene, SENTENCES, rng)
             ]
             pairs = primers(scene, rng, PRIMERS)
@@ -136,10 +133,9 @@ class NlvrTrainer(Trainer):
             names.append([name for _, name in made])
         return self.packed(frames, rows, names)
 
-    def _segment(self, said: str, truth: bool, fact: bool) -> tuple[list[int], list[int]]:
-        if fact:
-            return self.packer.pair(said, ANSWERS[truth])
-        return self.packer.segment("image", said, ANSWERS[truth])
+    def statement(self, said: str, truth: bool) -> tuple[list[int], list[int]]:
+        """A sentence and its answer, without the chat around them, which takes longer to learn."""
+        return self.packer.pair(said, ANSWERS[truth])
 
     def packed(self, frames: list, rows: list, names: list) -> dict[str, Any]:
         """One batch; as long as its longest row, but for what `ROOM` leaves out."""
