@@ -47,13 +47,14 @@ def main() -> None:
 
 
 def commit() -> str:
-    """The commit of the checkout; the tests and the code must be those of it."""
+    """The last commit that changed the code or the tests."""
 
     def git(*words: str) -> str:
-        return subprocess.check_output(["git", *words], cwd=ROOT, text=True).strip()
+        command = ["git", *words, "--", "tokencomp", "kernels", "tests"]
+        return subprocess.check_output(command, cwd=ROOT, text=True).strip()
 
-    changed = git("status", "--porcelain", "--untracked-files=no", "tokencomp", "kernels", "tests")
-    return git("rev-parse", "--short=8", "HEAD") + ("+dirty" if changed else "")
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    return git("log", "-1", "--format=%h", "--abbrev=8") + ("+dirty" if changed else "")
 
 
 if __name__ == "__main__":
