@@ -4,7 +4,8 @@
     python -m benchmarks.screens.answers --report   # only the page
 
 Needs the three models of `python -m recipes.screens.build` (plain, `--longer` and `--delta`). All
-of them answer the same test questions, greedily, one at a time.
+of them answer the same test questions, greedily, one at a time; `--only NAME` asks one of them, so
+that they can be asked at the same time.
 """
 
 from __future__ import annotations
@@ -112,38 +113,49 @@ def guess(items: list[Item]) -> float:
     return max(answers.count(a) for a in set(answers)) / len(answers)
 
 
-def measure(folder: Path, per_family: int) -> dict[str, Any]:
-    """All models, settings and families."""
+def answered(folder: Path, asked: dict[str, list[Item]], facts: dict[str, Any]) -> dict[str, Any]:
+    """All settings and families of one model; kept beside it, for the page of all models."""
     from tqdm import tqdm
 
-    items = {family: [item("test", family, k) for k in range(per_family)] for family in FAMILIES}
-    rows, training = [], {}
-    for name in MODELS:
-        model, processor = load_folder(str(folder / name / "model"))
-        training[name] = json.loads((folder / name / "model" / "training.json").read_text())
-        for setting, how in SETTINGS.items():
-            for family, asked in tqdm(items.items(), f"{name}, {setting}"):
-                found = [ask(model, processor, one, how) for one in asked]
-                row = {"model": name, "setting": setting, "family": family}
-                rows.append(row | summary(found))
-    return {
-        "per_family": per_family,
-        "blind": {family: guess(asked) for family, asked in items.items()},
-        "training": training,
-        "rows": rows,
-    }
+    stored = folder / "answers.json"
+    identity = {"per_family": len(next(iter(asked.values()))), **facts}
+    if stored.exists() and (known := json.loads(stored.read_text()))["identity"] == identity:
+        return known
+    model, processor = load_folder(str(folder / "model"))
+    rows = []
+    for setting, how in SETTINGS.items():
+        for family, items in tqdm(asked.items(), f"{folder.name}, {setting}"):
+            found = [ask(model, processor, one, how) for one in items]
+            row = {"model": folder.name, "setting": setting, "family": family}
+            rows.append(row | summary(found))
+    training = json.loads((folder / "model" / "training.json").read_text())
+    result = {"identity": identity, "training": training, "rows": rows}
+    publishing.write(stored, result)
+    return result
 
 
 def main() -> None:
     parser = publishing.parser(__doc__, OUT)
     parser.add_argument("--models", type=Path, default=FOLDER, help="folder of the three models")
-    parser.add_argument("--per-family", type=int, default=50)
+    parser.add_argument("--only", choices=MODELS, help="only ask this model, for a later page")
+    parser.add_argument("--per-family", type=int, default=40)
     args = parser.parse_args()
     if not args.report:
         facts = publishing.published_from(args.out, args.allow_dirty)
         torch.set_num_threads(1)
-        stored = measure(args.models, args.per_family)
-        publishing.write(args.out, {"facts": {**environment(), **facts}, **stored})
+        asked = {f: [item("test", f, k) for k in range(args.per_family)] for f in FAMILIES}
+        chosen = [args.only] if args.only else MODELS
+        found = {name: answered(args.models / name, asked, facts) for name in chosen}
+        if args.only:
+            return
+        stored = {
+            "facts": {**environment(), **facts},
+            "per_family": args.per_family,
+            "blind": {family: guess(items) for family, items in asked.items()},
+            "training": {name: one["training"] for name, one in found.items()},
+            "rows": [row for one in found.values() for row in one["rows"]],
+        }
+        publishing.write(args.out, stored)
     stored = json.loads(args.out.read_text())
     write_text(args.out.with_suffix(".csv"), csv_text(stored["rows"]))
     write_text(args.out.with_suffix(".md"), page(stored))

@@ -51,7 +51,7 @@ SHARE = 0.7
 
 
 def page(stored: dict[str, Any]) -> str:
-    """The page of what `measure` in `answers` returned."""
+    """The page of what `answers` stored."""
     rows = {(r["model"], r["setting"], r["family"]): r for r in stored["rows"]}
     models = list(dict.fromkeys(model for model, *_ in rows))
     settings = list(dict.fromkeys(setting for _, setting, _ in rows))
