@@ -44,7 +44,7 @@ MODEL = "tiny-qwen3-vl-hard"
 QUESTION = "What is the total?"
 RATIOS = (0.3, 0.5, 0.75)
 COUNTED = (784, 1280)  # tokens per page at most
-MAIN, OTHERS = 784, (256, 1600)
+MAIN, OTHERS = 784, (256, 1280)
 PIXELS = "kcenter, tower"
 METHODS = (
     "random", "uniform", "kcenter", PIXELS, "condiv", "divprune", "cdpruner", "scope", "bipartite",
@@ -197,7 +197,7 @@ def measure(found: list[Receipt], every: int) -> dict[str, Any]:
 def main() -> None:
     parser = publishing.parser(__doc__, OUT)
     parser.add_argument("folder", type=Path, nargs="?", help="checkout of ICDAR-2019-SROIE")
-    parser.add_argument("--every", type=int, default=30, help="coverage of every so many receipts")
+    parser.add_argument("--every", type=int, default=45, help="coverage of every so many receipts")
     args = parser.parse_args()
     if not args.report:
         if args.folder is None:
