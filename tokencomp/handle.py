@@ -27,7 +27,7 @@ from tokencomp.reducers.base import Reducer, label
 from tokencomp.reducers.plan_json import PlanLike, as_plan
 from tokencomp.trained.cards import model_facts
 
-# Where a patched model keeps its handle: both are freed together, and no state_dict shows it.
+# Attribute of a patched model with its handle: both are freed together, and it is in no state_dict.
 ATTRIBUTE = "_tokencomp_handle"
 # Arguments of `patch` that `Handle.set` cannot change.
 FIXED = {"strict", "positions", "extend_context", "verify"}
@@ -82,7 +82,7 @@ class Handle:
 
     @property
     def _lock(self) -> contextlib.AbstractContextManager[Any]:
-        """A block in which no call runs; raises `ModelInUseError` where one does."""
+        """A block in which no call runs; raises `ModelInUseError` if one does."""
         return CallGate.of(self._hooks.adapter.model).change()
 
     def __enter__(self) -> Handle:
@@ -151,7 +151,7 @@ class Handle:
 
     @contextlib.contextmanager
     def dropping(self) -> Iterator[None]:
-        """Run new prompts inside the block, in this thread, so that nothing is merged."""
+        """Run new prompts inside the block, in this thread, without merging."""
         self._hooks.drop(True)
         try:
             yield
@@ -170,14 +170,11 @@ class Handle:
         tower_reducer: str | Reducer | None = None,
         **options: Any,
     ) -> Handle:
-        """Change ratios, reducers or options in place; arguments left out keep their values.
+        """Change ratios, reducers or options in place; omitted arguments keep their values.
 
-        `options` are further options of the stages, and those of the reducer, as in `patch`.
-
-        A ratio replaces a budget, and the other way round.
-
-        A new reducer starts from its default options. A plan replaces all of them; after a
-        plan, a new ratio needs a reducer too.
+        `options` are further options of the stages, and those of the reducer, as in `patch`. A
+        ratio replaces a budget, and vice versa. A new reducer starts from its default options. A
+        plan replaces everything; after a plan, a new ratio needs a reducer too.
         """
         fixed = sorted(FIXED & set(options))
         if fixed:
@@ -226,14 +223,12 @@ class Handle:
 
     @property
     def stats(self) -> Stats:
-        """Counts of the last compressed prompt, in whichever thread it ran.
+        """Counts of the last compressed prompt, in any thread.
 
-        Before the first, after `set`, and after a prompt without visual input they are empty, and
-        `bool(handle.stats)` is False. Prompts under `disabled()` change nothing. The
-        `requested_ratio` is 0 then, too, because a budget or a ratio by modality comes to one only
-        for given media; `repr(handle)` says what was asked for.
-
-        At ratio 0 they stay empty, because nothing of ours runs there.
+        Empty, and False as a boolean, before the first prompt, after `set`, after a prompt without
+        visual input, and at ratio 0, where no hooks run. The `requested_ratio` is 0 then, too,
+        because a budget or a ratio by modality has a ratio only for given media; `repr(handle)`
+        shows the setting. Prompts under `disabled()` change nothing.
         `tokencomp.inputs.prompts.prompt_lengths(model, inputs)` counts the tokens of a prompt.
         """
         hooks = self._hooks

@@ -26,8 +26,8 @@ from tokencomp.validation import check_effect
 DEFAULT_REDUCER = "auto"  # kcenter on images, condiv on videos, uniform on audio
 DEFAULT_SERVED_REDUCER = "kcenter"  # ignores the question, so media caches serve every question
 DEFAULT_TOWER_REDUCER = "kcenter"
-# tower_ratio="auto" keeps this many times the cells that the decoder will see, so that its reducer,
-# which may know the question, still has something to choose from.
+# tower_ratio="auto" keeps this many times the cells that the decoder will see, so that the reducer
+# of the decoder, which may read the question, has a choice.
 TOWER_SLACK = 1.6
 Engine = Literal["hf", "server"]
 
@@ -35,12 +35,11 @@ Engine = Literal["hf", "server"]
 def resolve_auto(
     reducer: str | Reducer, engine: Engine = "hf", scored: bool = True
 ) -> str | Reducer:
-    """The reducer that "auto" stands for under an engine; every other value unchanged.
+    """The reducer that "auto" means under an engine; other values are unchanged.
 
-    The engine "hf" is a patched model in this process, and "server" one that may reuse the media of
-    one request for the question of another. Where the first decoder layer has no attention by which
-    the default scores the tokens of videos, as in Qwen3.5, they are not `scored`, and the default
-    of servers takes its place.
+    The engine "hf" is a patched model in this process; "server" can reuse the media of one request
+    for another question. If the first decoder layer has no attention with which the default would
+    score videos, as in Qwen3.5, they are not `scored`, and the default of servers is used.
     """
     if not isinstance(reducer, str) or reducer != "auto":
         return reducer
@@ -48,7 +47,7 @@ def resolve_auto(
 
 
 def usual_ratio(reducer: str | Reducer) -> float:
-    """The ratio of `patch` where none is given: 0 where the pixels decide what stays, else 0.5."""
+    """The default ratio of `patch`: 0 if the pixels decide what is kept, else 0.5."""
     known = available_reducers().get(reducer) if isinstance(reducer, str) else type(reducer)
     return 0.0 if known is not None and issubclass(known, DropsRepeats) else 0.5
 
@@ -105,7 +104,7 @@ class MethodSpec(StageOptions):
             self._check_tower()
 
     def _assign(self, **values: Any) -> None:
-        """Bring fields into their normal form while the object is being built."""
+        """Set fields to their normal form during construction."""
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
@@ -122,7 +121,7 @@ class MethodSpec(StageOptions):
         return {name: v for name, v in values.items() if v and v != usual.get(name)}
 
     def _check_tower(self) -> None:
-        """Refuse what the tower stage cannot do, whichever model the spec is for."""
+        """Refuse what the tower stage cannot do with any model."""
         dropped, budget = self.dropped_cells, self.built_budget
         given = self.tower_ratio or self.tower_reducer != "auto"
         if given and isinstance(self.built_tower_reducer, DropsRepeats):
@@ -192,7 +191,7 @@ class MethodSpec(StageOptions):
 
     @property
     def usual_options(self) -> dict[str, Any]:
-        """What None means for every option of the stages, which depends on the reducer."""
+        """Meaning of None for every option of the stages, which depends on the reducer."""
         reducer = self.reducer if self.plan is None else None
         return {name: known.meaning(reducer) for name, known in OPTIONS.items()}
 
@@ -217,7 +216,6 @@ class MethodSpec(StageOptions):
 
     @property
     def active(self) -> bool:
-        """Whether the spec removes anything."""
         return not self.off
 
     @property
@@ -230,19 +228,19 @@ class MethodSpec(StageOptions):
 
     @property
     def asked(self) -> str:
-        """What was asked for, in words: "ratio 0.75", or "budget=512"."""
+        """The ratio or budget in words: "ratio 0.75", or "budget=512"."""
         return f"ratio {self.shown_ratio}" if self.built_budget is None else str(self.built_budget)
 
     @property
     def written_ratio(self) -> float | dict[str, float] | str:
-        """What stands for the ratio in stored runs: numbers, or a budget in words."""
+        """The ratio in stored runs: numbers, or a budget in words."""
         if self.plan is not None and self.plan.has_budget:
             return "budgets"
         return (self.ratios or self.ratio) if self.built_budget is None else str(self.built_budget)
 
     @property
     def requested(self) -> dict[str, Any]:
-        """What was asked for, as arguments: `{"ratio": 0.75}`, or `{"budget": 512}`."""
+        """The ratio or budget as arguments: `{"ratio": 0.75}`, or `{"budget": 512}`."""
         if self.budget is not None:
             return {"budget": self.budget}
         return {"ratio": self.ratios or self.ratio}
@@ -325,7 +323,7 @@ class MethodSpec(StageOptions):
 
 
 def _checked_ratios(ratios: Mapping[str, Any]) -> dict[str, float]:
-    """Ratios by modality in one order, so that equal settings are equal."""
+    """Ratios by modality in a fixed order, so that equal settings are equal."""
     for modality in ratios:
         if modality not in MEDIA:
             raise RatioError(

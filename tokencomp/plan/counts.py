@@ -37,15 +37,15 @@ def check_ratio(ratio: float | str, name: str = "ratio") -> float:
 
 
 def keep_count(total: int, fraction: float, special: int = 0) -> int:
-    """Tokens that stay of `total` at `fraction`, ties rounded up (ours).
+    """Keep count: how many of `total` tokens remain at `fraction`, ties rounded up (ours).
 
     Parameters
     ----------
     total
         Tokens of the uncompressed span, special ones included.
     fraction
-        Fraction to keep. 0 drops the whole span; anything more leaves every special token and
-        at least one patch.
+        Fraction to keep. 0 drops the whole span; otherwise all special tokens and at least one
+        patch are kept.
     special
         How many of `total` are special.
     """
@@ -56,10 +56,10 @@ def keep_count(total: int, fraction: float, special: int = 0) -> int:
 
 
 def split_evenly(total: int, counts: list[int]) -> list[int]:
-    """Split `total` over groups in proportion to `counts`: whole numbers with exactly that sum.
+    """Split `total` over groups in proportion to `counts`, as integers with exactly that sum.
 
-    No group gets more than its count, as long as `total` is not above the sum of the counts. If
-    there is less than one per group, the last group of every run of groups gets it.
+    No group gets more than its count if `total` is at most their sum. With less than one per group,
+    the last group of every run gets it.
     """
     everything = max(sum(counts), 1)
     ends = [total * c // everything for c in itertools.accumulate(counts, initial=0)]
@@ -69,16 +69,17 @@ def split_evenly(total: int, counts: list[int]) -> list[int]:
 def frame_budgets(
     weights: Sequence[float], total: int, most: Sequence[int], least: int = 0
 ) -> list[int]:
-    """Split `total` tokens over frames in proportion to `weights`: whole numbers of that sum.
+    """Split `total` tokens over frames in proportion to `weights`, as integers with exactly that
+    sum.
 
-    Every frame gets `least`, where the total allows it, and its share of the rest. Shares are
-    rounded down, and what is left over goes to the largest remainders, one token each; ties go to
-    the lower frame. What a full frame cannot take, the others get in the same order.
+    Every frame gets `least`, if the total allows it, and its share of the rest, rounded down. What
+    remains goes to the largest remainders, one token each; ties go to the lower frame. The excess
+    of full frames goes to the others in the same order.
 
     Parameters
     ----------
     weights
-        At least 0; of frames that all have 0, each has the same share.
+        At least 0; if all are 0, shares are equal.
     most
         Tokens of every frame; `total` is at most their sum.
 
@@ -129,7 +130,7 @@ class Place:
 
 
 class Part(Protocol):
-    """What `places` reads of a span: the number of its item, and its visual tokens."""
+    """Fields of a span that `places` reads: number of its item, and visual tokens."""
 
     @property
     def item(self) -> int | None: ...
@@ -206,15 +207,14 @@ class Budget:
         return cls(_checked(budget))
 
     def left(self, place: Place) -> float:
-        """Fraction of the item of a span that stays, as a mean over the decoder layers."""
+        """Fraction of the item of a span that is kept, as a mean over the decoder layers."""
         size = place.prompt if self.whole_prompt else sum(place.parts)
         return min(1.0, self.tokens / max(1, size))
 
     def of_part(self, fraction: float, place: Place) -> float:
         """Fraction that is kept of one span of an item that keeps `fraction`.
 
-        The spans share the tokens of the item, so that rounding in each of them does not exceed
-        the budget.
+        The spans share the tokens of the item, so that their rounding does not exceed the budget.
         """
         if fraction <= 0.0:
             return fraction

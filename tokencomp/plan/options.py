@@ -87,8 +87,8 @@ class StageOptions:
     merge
         Whether tokens that the reducer does not keep are averaged into the kept token nearest to
         them, which then weighs as much as the tokens it stands for, or dropped (False). Where no
-        token of a span is kept, all are dropped. "auto" merges in images that keep at least a tenth
-        is kept, and drops elsewhere. None in a method: "auto" for the default reducer, else False.
+        token of a span is kept, all are dropped. "auto" merges in images that keep at least a
+        tenth, and drops elsewhere. None in a method: "auto" for the default reducer, else False.
     """
 
     merge: Merging | None = field(default=None, metadata={"option": MERGE})

@@ -1,7 +1,7 @@
-"""Plans: which reducer acts before which layer or tower block, and what fraction it leaves.
+"""Plans: which reducer acts before which layer or tower block, and what fraction it keeps.
 
-Plans and stages, with `tokencomp.plan.counts`, alone turn fractions into token counts. All of them
-are plain Python, without tensors.
+Plans and stages, with `tokencomp.plan.counts`, are the only code that converts fractions to token
+counts. All of it is plain Python, without tensors.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Plan:
             raise PlanError(f"stage budgets {budgets}: expected numbers that do not grow.")
 
     def _check_fractions(self, modality: str | None) -> None:
-        """Raise `PlanError` if the stages are in another order, for one modality."""
+        """Raise `PlanError` if the stages are not in order, for one modality."""
         layers = [s.layer for s in self.stages]
         before = [("the tower stage", self.tower.fraction)] if self.tower else []
         before += [(f"the stage at layer {s.layer}", s.fraction_of(modality)) for s in self.stages]
@@ -86,7 +86,7 @@ class Plan:
             )
         later = self.stages if self.tower else self.stages[1:]
         for (name, fraction), stage in zip(before, later, strict=False):
-            # What a budget leaves depends on the item, so it may be less than all.
+            # The fraction of a budget depends on the item, so it can be below 1.
             cut = fraction < 1 or any(s.budget for s in self.stages if s.layer < stage.layer)
             cut = cut or bool(self.tower and (self.tower.budget or self.tower.decides))
             if stage.reducer.traits.grid == "whole" and cut:
@@ -100,27 +100,26 @@ class Plan:
 
     @cached_property
     def active(self) -> bool:
-        """Whether there is a stage, in the tower or in the decoder."""
         return bool(self.stages) or self.tower is not None
 
     @cached_property
     def has_budget(self) -> bool:
-        """Whether the fraction that stays of an item depends on its size, or on its prompt's."""
+        """Whether the kept fraction of an item depends on its size, or on that of its prompt."""
         return any(s.budget is not None for s in self.stages)
 
     @cached_property
     def may_merge(self) -> bool:
-        """Whether a stage may merge tokens that do not stay into kept ones."""
+        """Whether a stage may merge dropped tokens into kept ones."""
         return any(s.merges_some for s in self.stages)
 
     @cached_property
     def dropping(self) -> Plan:
-        """This plan, in which what does not stay is dropped."""
+        """This plan without merging."""
         return self.with_options(merge=False) if self.may_merge else self
 
     @cached_property
     def needs(self) -> frozenset[Signal]:
-        """Signals that the reducers of the decoder's stages read."""
+        """Signals that the reducers of decoder stages need."""
         return frozenset().union(*(s.needs for s in self.stages))
 
     @cached_property
@@ -135,10 +134,10 @@ class Plan:
     def fractions(
         self, num_layers: int, modality: str | None = None, place: Place | None = None
     ) -> list[float]:
-        """Fraction of the tokens of a modality seen by each of `num_layers` decoder layers.
+        """Fraction of the tokens of a modality that each of `num_layers` decoder layers sees.
 
-        None: of modalities to which the stages give no fraction. `place` says which
-        item of a prompt it is, for plans that treat every item by itself.
+        None: modalities to which the stages give no fraction. `place`: the item, for plans with a
+        fraction per item.
         """
         current = self.tower.fraction_of(place) if self.tower else 1.0
         seen, stages = [], {s.layer: s.fraction_of(modality, place) for s in self.stages}
@@ -173,12 +172,11 @@ class Plan:
             )
 
     def counts(self, span: VisualSpan, num_layers: int, place: Place | None = None) -> list[int]:
-        """Visual tokens of `span` left after each stage, non-increasing.
+        """Visual tokens of `span` after each stage, non-increasing.
 
-        Special tokens always stay, so a late stage may be unable to go as low as its fraction
-        says. The earlier stages then keep fewer tokens, as far as they can, so that the ratio of
-        the plan is met (ours). `place` says which item of a prompt it is, for plans that treat
-        every item by itself.
+        Special tokens are always kept, so a late stage may be unable to keep as few as its fraction
+        says. Earlier stages then keep fewer, as far as possible, so that the ratio of the plan is
+        met (ours). `place`: the item, for plans with a fraction per item.
         """
         fractions = [s.fraction_of(span.modality, place) for s in self.stages]
         if place is not None:
@@ -205,8 +203,7 @@ class Plan:
             rows = zip(layers, counts_at(step), target, strict=True)
             return sum(n * (count - t) for n, count, t in rows)
 
-        # The step whose sum over all layers is nearest to the target is one of the two around
-        # the sign change of the excess.
+        # The step with the sum nearest to the target is next to the sign change of the excess.
         above = bisect.bisect_right(range(steps + 1), 0.0, key=excess)
         nearest = min((max(0, above - 1), min(steps, above)), key=lambda step: abs(excess(step)))
         return counts_at(nearest)
@@ -237,13 +234,13 @@ class Plan:
         return None
 
     def _falling(self, span: VisualSpan, fractions: list[float]) -> list[int]:
-        """Keep counts at these fractions, none above the one before."""
+        """Keep counts at these fractions, each at most the one before."""
         pairs = zip(self.stages, fractions, strict=True)
         counts = [self.entering(span), *(s.reducer.keep_count(span, f) for s, f in pairs)]
         return list(itertools.accumulate(counts, min))[1:]
 
     def bind(self, facts: ModelFacts) -> Plan:
-        """The same stages with reducers that have found and checked their weights for a model."""
+        """The same stages with reducers that have loaded and checked their weights for a model."""
         tower = self.tower
         if tower is not None:
             tower = replace(tower, reducer=tower.reducer.bind(facts))
@@ -263,12 +260,12 @@ class Plan:
 def from_profile(
     profile: list[float], reducers: AnyReducer | list[AnyReducer], current: float = 1.0
 ) -> Plan:
-    """A stage at every layer where the fraction that layers see falls.
+    """A stage at every layer before which the fraction that layers see falls.
 
     Parameters
     ----------
     reducers
-        One for all stages, or one for every layer.
+        One for all stages, or one per layer.
     current
         Fraction of the tokens before the first layer.
     """

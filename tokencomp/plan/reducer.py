@@ -1,4 +1,4 @@
-"""What a plan knows of a reducer. Reducers make plans, so that plans do not import them."""
+"""Properties of reducers that plans need. Reducers make plans, so plans do not import them."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ AnyReducer = Any
 
 @dataclasses.dataclass(frozen=True)
 class Traits:
-    """What is always true of a method, for plans, the engine and servers.
+    """Fixed properties of a method, for plans, the engine and servers.
 
     Attributes
     ----------
     merges
-        Kept tokens take in dropped ones; `Kept.weights` then says how many.
+        Dropped tokens are merged into kept ones; `Kept.weights` then counts them.
     grid
-        Which grid a span must have. "known": it reads places in the grid, so that spans of unknown
-        grid are refused. "whole": it compares places of the whole grid, so that no earlier stage
-        may have dropped tokens either.
+        Which grid a span must have. "known": it reads positions in the grid, so spans without a
+        known grid are refused. "whole": it compares positions of the whole grid, so no earlier
+        stage may have dropped tokens.
     batched
-        It sees all spans of a call at once, to treat them with one launch per step. What it keeps
-        of a span must not depend on the others.
+        It gets all spans of a call at once, and processes them with one launch per step. What it
+        keeps of a span must not depend on the others.
     entry_only
-        It reads the input of the first layer alone, as its weights do, for example.
+        It only reads the input of the first layer, for which its weights were trained, for example.
     decides
-        The pixels decide how many patches of a span are kept, at least one. It acts in the vision
-        tower before the first block alone.
+        The pixels decide how many patches of a span are kept, at least one. It acts only in the
+        vision tower before the first block.
     per_item
-        What is kept of a media item depends on that item, its budget and the options alone. The
-        author of a class outside of this package says so to let servers run it, which share cached
-        items between requests.
+        What is kept of an item depends only on that item, its budget and the options. Authors of
+        other packages declare it to let servers run the class, which share cached items between
+        requests.
     """
 
     merges: bool = False
@@ -45,12 +45,12 @@ class Traits:
 
 
 def is_reducer(value: Any) -> bool:
-    """Whether it is a reducer, and not the class of one."""
+    """Whether it is a reducer instance, not a class."""
     return isinstance(getattr(value, "traits", None), Traits) and not isinstance(value, type)
 
 
 def only_plans(reducer: AnyReducer) -> bool:
-    """Whether it has no step: a preset or a composition, which plans others."""
+    """Whether it is a preset or composition, which only plans other reducers."""
     return not reducer._has_step
 
 
@@ -69,7 +69,7 @@ def effective(when: Callable[[Any, bool], Any], otherwise: str) -> dict[str, Any
 
 
 def unused_options(reducer: AnyReducer, pixels: bool) -> dict[str, str]:
-    """Options that have no effect, by name, and why; see `effective`."""
+    """Options without effect, by name, with the reason; see `effective`."""
     unused = {}
     for field in dataclasses.fields(reducer):
         when, why = field.metadata.get("effective", (None, ""))

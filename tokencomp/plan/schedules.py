@@ -41,7 +41,7 @@ def early(natural: list[float], target: float) -> list[float]:
 
 
 def bisect(mean_at: Callable[[float], list[float]], target: float, lo: float, hi: float) -> float:
-    """The parameter in [lo, hi] at which a profile, whose mean grows with it, has mean `target`."""
+    """The parameter in [lo, hi] for which `mean_at`, which increases, has the value `target`."""
     for _ in range(80):
         mid = (lo + hi) / 2
         profile = mean_at(mid)
@@ -55,10 +55,10 @@ def bisect(mean_at: Callable[[float], list[float]], target: float, lo: float, hi
 def solved(
     family: Callable[[float], list[float]], target: float, lo: float, hi: float
 ) -> list[float]:
-    """The profile of mean `target` in a family of profiles whose mean grows with a parameter.
+    """The profile of mean `target` in a family whose mean increases with a parameter.
 
-    `family(lo)` is the published shape. For smaller targets it is lowered from the start, see
-    `early`; `family(hi)` drops nothing.
+    `family(lo)` is the published shape, which `early` lowers for smaller targets; `family(hi)`
+    drops nothing.
     """
     natural = family(lo)
     if target <= sum(natural) / len(natural):
@@ -67,7 +67,7 @@ def solved(
 
 
 def ramp(num_layers: int, start: float, width: float) -> list[float]:
-    """AIM's ramp: layer l lets clamp(1 - (l - start + 1)/width, 0, 1) through to layer l + 1.
+    """AIM's ramp: layer l passes clamp(1 - (l - start + 1)/width, 0, 1) to layer l + 1.
 
     `start` may be fractional: the mean is continuous in it.
     """
@@ -94,7 +94,7 @@ def natural_aim(num_layers: int, start: float = 0.5, stop: float = 22 / 28) -> l
 
 
 def aim(num_layers: int, target: float, start: float = 0.5, stop: float = 22 / 28) -> list[float]:
-    """AIM's ramp, moved later for a large target and lowered from the start for a small one."""
+    """AIM's ramp, shifted later for large targets and lowered from the start for small ones."""
     first, last = round(start * num_layers), round(stop * num_layers)
     width = max(last - first, 1)
     return solved(lambda s: ramp(num_layers, s, width), target, first, num_layers + width)
@@ -109,7 +109,7 @@ def pyramid(num_layers: int, target: float) -> list[float]:
 
 
 def once(num_layers: int, target: float, first: int, least: float) -> list[float]:
-    """One cut before layer `first`, or earlier where it would leave less than `least`."""
+    """One cut before layer `first`, or earlier if it would keep less than `least`."""
     for free in range(first, 0, -1):
         left = (target * num_layers - free) / max(num_layers - free, 1)
         if left >= least:
@@ -118,7 +118,7 @@ def once(num_layers: int, target: float, first: int, least: float) -> list[float
 
 
 def fastv(num_layers: int, target: float) -> list[float]:
-    """FastV: one cut after layer 2 (arXiv 2403.06764); earlier where the target is too small."""
+    """FastV: one cut after layer 2 (arXiv 2403.06764); earlier if the target is too small."""
     return once(num_layers, target, 2, target / 2)
 
 
@@ -128,12 +128,12 @@ def natural_pyramid(num_layers: int, factor: float = 0.5) -> list[float]:
 
 
 def natural_fastv(num_layers: int) -> list[float]:
-    """FastV's published shape: everything up to layer 2, half of the tokens from there on."""
+    """FastV's published shape: all tokens up to layer 2, half of them from there on."""
     return [1.0 if layer < 2 else 0.5 for layer in range(num_layers)]
 
 
 def sparsevlm(num_layers: int, target: float) -> list[float]:
-    """SparseVLM's cuts (arXiv 2410.04417), each to a larger share if the target allows."""
+    """SparseVLM's cuts (arXiv 2410.04417), each to a larger fraction if the target allows."""
     natural = natural_sparsevlm(num_layers)
     return solved(lambda p: [f ** (1 - p) for f in natural], target, 0.0, 1.0)
 
@@ -163,10 +163,10 @@ SCHEDULES: dict[str, Schedule] = {
 
 
 def not_before(plan: Plan, first: int, num_layers: int) -> Plan:
-    """The plan without a layer stage before `first`, at the same ratio (ours).
+    """The plan without stages between layer 0 and layer `first`, at the same ratio (ours).
 
-    Layers before `first` see the entry fraction, and later layers see less to make up for it.
-    If those would lose more than half of what they see, tokens leave at entry instead.
+    Layers before `first` see the entry fraction, and later layers see less to compensate. If those
+    would lose more than half of what they see, tokens are dropped at entry instead.
     """
     if not any(0 < s.layer < first for s in plan.stages):
         return plan
@@ -177,13 +177,13 @@ def not_before(plan: Plan, first: int, num_layers: int) -> Plan:
 def after_tower(plan: Plan, tower: TowerStage, num_layers: int) -> Plan:
     """The plan at the same ratio after a tower stage (ours).
 
-    No layer sees more than what leaves the tower; layers that saw less before then see more, by
-    one factor for all of them. If that is not enough, layers that saw nothing see some as well.
+    No layer sees more than the tower outputs; layers that saw less before then see more, by a
+    common factor. If that is not enough, layers that saw nothing see some as well.
 
     Raises
     ------
     PlanError
-        The plan would need more tokens than the tower leaves.
+        The plan needs more tokens than the tower outputs.
     """
     profile, most = plan.fractions(num_layers), tower.fraction
     total = sum(profile)
@@ -191,7 +191,7 @@ def after_tower(plan: Plan, tower: TowerStage, num_layers: int) -> Plan:
         profile = [max(f, LEAST) for f in profile]
     if total > most * num_layers + 1e-9:
         raise PlanError(
-            f"the tower leaves {most:g} of the visual tokens, but the decoder is to see "
+            f"the tower keeps {most:g} of the visual tokens, but the decoder is to see "
             f"{total / num_layers:g} of them on average over its layers. Lower tower_ratio, or "
             "raise ratio."
         )
@@ -244,14 +244,14 @@ def by_item(
 ) -> Plan:
     """The plan that gives every item the schedule of its ratio.
 
-    Hooks are installed before it is known how large an item is, so the plan has a stage before
-    every layer before which the method cuts at some ratio. Where an item's schedule has none,
-    its count stays the same.
+    Hooks are installed before item sizes are known, so the plan has a stage before every layer
+    before which the method cuts at some ratio. For items whose schedule does not cut there, the
+    count does not change.
 
     Parameters
     ----------
     first
-        Earliest layer before which the model allows a stage between layers.
+        First layer before which the model allows a stage between layers.
     tower
         Stage in the vision tower, with a budget of at least as many tokens.
     """

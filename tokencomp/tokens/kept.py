@@ -1,4 +1,4 @@
-"""What a reducer returns, how it is checked, and how the results of several spans are joined."""
+"""The result of a reducer: how it is checked, and how results of several spans are joined."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Kept:
     rows : Tensor of int64, shape (k,)
         Rows of `Tokens.features`, ascending: of every span exactly its budget.
     features : Tensor, shape (k, d), or None
-        New content of these rows, in any floating dtype; None: they stay as they are.
+        New features of these rows, in any floating dtype; None: unchanged.
     weights : Tensor of float32, shape (k,), or None
-        How many original tokens every kept row stands for; None: as many as before.
+        How many original tokens every kept row represents; None: unchanged.
     """
 
     rows: Tensor
@@ -39,9 +39,9 @@ class Kept:
 
     @classmethod
     def joined(cls, parts: Sequence[Kept], tokens: Tokens) -> Kept:
-        """What is kept of all spans of `tokens`; `parts` has one entry per span.
+        """Join the results of all spans of `tokens`; `parts` has one entry per span.
 
-        Where only some of them merge, the others keep features and weights as they are.
+        If only some of them merge, the others keep their features and weights.
         """
         rows = torch.cat([part.rows + at for part, at in zip(parts, tokens.starts, strict=True)])
         features = _joined([p.features for p in parts], tokens, rows, tokens.features)
@@ -49,9 +49,9 @@ class Kept:
         return cls(rows, features, weights)
 
     def with_fixed(self, features: Tensor, patches: Tensor, fixed: Tensor) -> Kept:
-        """What is kept of rows `features` (m, d), where `patches` are the tokens of this choice.
+        """Extend a choice among the rows `patches` of `features` (m, d) by the rows `fixed`.
 
-        `fixed` are other rows, which are kept as they are; both are int64, ascending.
+        Fixed rows are kept unchanged; both are int64, ascending.
         """
         rows = torch.cat([fixed, patches.index_select(0, self.rows.to(patches.device))])
         rows, order = rows.sort()
@@ -84,7 +84,6 @@ class Kept:
         return self
 
     def _fault(self, tokens: Tokens, decides: bool) -> str:
-        """What is wrong, or ""."""
         rows, budgets = self.rows, np.asarray(tokens.budgets)
         if rows.dtype != torch.int64 or rows.ndim != 1:
             return f"rows of shape {tuple(rows.shape)} and type {rows.dtype}"
@@ -110,7 +109,7 @@ class Kept:
 def _joined(
     parts: Sequence[Tensor | None], tokens: Tokens, rows: Tensor, before: Tensor
 ) -> Tensor | None:
-    """The parts of all spans together, with what was there `before` where one is None."""
+    """Concatenate the parts of all spans, with `before` in place of parts that are None."""
     if all(part is None for part in parts):
         return None
     pairs = zip(parts, before[rows].split(tokens.budgets), strict=True)

@@ -1,4 +1,4 @@
-"""Signals: what the engine computes for the reducers that need more than features and grid."""
+"""Signals: what the engine computes for reducers that need more than features and grids."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class TowerSignal(Signal):
     block: int | float = -1
 
     def place(self, blocks: int) -> int | None:
-        """Number of the block among `blocks` in use; None if there is none."""
+        """Index of the block among `blocks` in use; None if there is none."""
         if isinstance(self.block, float):
             return int(self.block * blocks) if 0 <= self.block < 1 else None
         number = self.block + blocks if self.block < 0 else self.block

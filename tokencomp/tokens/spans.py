@@ -1,4 +1,4 @@
-"""The plain data that adapters, the engine and reducers exchange."""
+"""Plain data that adapters, the engine and reducers exchange."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class VisualSpan:
         return self.length - len(self.text)
 
     def fixed_mask(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
-        """Boolean mask of the tokens that carry no patch, shape (length,), for host tables."""
+        """Boolean mask of special tokens and text between frames, shape (length,), NumPy."""
         mask = np.zeros(self.length, dtype=np.bool_)
         mask[[*self.special, *self.text]] = True
         return mask
@@ -82,7 +82,7 @@ class VisualSpan:
 
 
 def numbered(spans: Sequence[VisualSpan]) -> list[VisualSpan]:
-    """The spans of a sample with the number of their item, from 0 on."""
+    """The spans of a sample with consecutive item numbers from 0."""
     result: list[VisualSpan] = []
     for before, span in zip([None, *spans], spans, strict=False):
         number = result[-1].item or 0 if result else 0

@@ -1,4 +1,4 @@
-"""Runs of rows, such as spans or frames, side by side in padded tables."""
+"""Runs of rows, such as spans or frames, as padded tables."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ PADDING, SMALL = 4, 1 << 12  # most entries per entry of a run, and of any run
 
 
 class Stack:
-    """Runs of rows as a table (runs, longest); short ones repeat their last row.
+    """Runs of rows as a table (runs, longest); shorter runs repeat their last row.
 
-    Repeated rows change no maximum; where they would count, `masked` overwrites what they give.
+    Repeated rows change no maximum; where they would count, `masked` overwrites their values.
 
     Parameters
     ----------
     firsts, lengths
         First row and number of rows of every run, at least one each.
     device
-        Where the tables are.
+        Device of the tables.
     """
 
     def __init__(self, firsts: Counts, lengths: Counts, device: torch.device) -> None:
@@ -47,7 +47,7 @@ class Stack:
         return table
 
     def flat(self, table: Tensor) -> Tensor:
-        """What a table (runs, longest, …) says of rows of the runs, one run after the other."""
+        """Values of the real rows of a table (runs, longest, …), concatenated over runs."""
         table = table.flatten(0, 1)
         return table if self.even else table[self.table(np.flatnonzero(real(self.lengths)))]
 
@@ -68,20 +68,20 @@ def by_stack(
     keys: Sequence[Hashable] | None = None,
     limit: float | None = None,
 ) -> Tensor:
-    """One value per row, computed for runs of about the same length together.
+    """One value per row, computed for runs of similar length together.
 
     Parameters
     ----------
     lengths
-        Rows of every run, at least one each; one run stands after the other.
+        Rows of every run, at least one each; runs are consecutive.
     function
-        (numbers of runs, their `Stack`, the table of every one of `values`) → a table of results.
+        (runs, their `Stack`, the table of every one of `values`) → a table of results.
     values : Tensor, shape (n, …)
     keys
-        Runs of one key alone, which have one length, are taken together. Where copies tie, the
-        roundings of padded products would choose between them.
+        Only runs of one key, which have one length, are batched together: otherwise rounding of
+        padded products would choose between copies that tie.
     limit
-        Pairs of rows of one run that are in memory at once, by default 2²⁴.
+        Pairs of rows of one run in memory at once, by default 2²⁴.
     """
     parts, order, starts, own = [], [], starts_of(lengths), np.asarray(lengths)
     groups = grouped(keys).values() if keys else [np.arange(len(own))]
@@ -97,7 +97,7 @@ def by_stack(
 
 
 def grouped(keys: Sequence[K]) -> dict[K, list[int]]:
-    """Numbers of the runs of every key, in order."""
+    """Indices of the runs of every key, in order."""
     groups: dict[K, list[int]] = {}
     for number, key in enumerate(keys):
         groups.setdefault(key, []).append(number)
@@ -105,14 +105,14 @@ def grouped(keys: Sequence[K]) -> dict[K, list[int]]:
 
 
 def real(lengths: Counts) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Whether an entry of a table of runs is one of their rows, (runs, longest)."""
+    """Mask of real entries of a table of runs, (runs, longest)."""
     own = np.asarray(lengths)[:, None]
     inside: np.ndarray[Any, np.dtype[np.bool_]] = np.arange(own.max()) < own
     return inside
 
 
 def masked(table: Tensor, lengths: Counts, value: float) -> Tensor:
-    """A table (runs, …, longest), in which `value` fills rows after the end of their run."""
+    """Set padding entries of a table (runs, …, longest) to `value`."""
     if len(set(lengths)) == 1:
         return table
     outside = torch.from_numpy(~real(lengths)).to(table.device)
@@ -120,9 +120,9 @@ def masked(table: Tensor, lengths: Counts, value: float) -> Tensor:
 
 
 def portions(entries: HostIndex, limit: float) -> Iterator[HostIndex]:
-    """Numbers of runs whose tables, padded to the entries of the largest, fit into memory together.
+    """Batches of runs whose tables, padded to the longest, fit into memory together.
 
-    Small ones come first, and numbers ascend. No run is padded to more than 4 times its entries, or
+    Small runs come first, and indices ascend. No run is padded to more than 4 times its entries, or
     to 2¹².
     """
     order = np.argsort(entries, kind="stable")
@@ -136,17 +136,17 @@ def portions(entries: HostIndex, limit: float) -> Iterator[HostIndex]:
 
 
 def padded(firsts: Counts, lengths: Counts) -> HostIndex:
-    """Rows of runs by first row and length, (runs, longest); short runs repeat their last row."""
+    """Rows of runs by first row and length, (runs, longest); shorter runs repeat their last row."""
     own = np.asarray(lengths)[:, None]
     rows: HostIndex = np.asarray(firsts)[:, None] + np.minimum(np.arange(own.max()), own - 1)
     return rows
 
 
 def starts_of(lengths: Counts) -> HostIndex:
-    """First row of every run of these lengths, and where the last one ends."""
+    """First row of every run, and the end of the last."""
     return np.cumsum([0, *lengths])
 
 
 def rows_of(ends: HostIndex, numbers: Counts) -> HostIndex:
-    """Rows of the runs of these numbers, one run after the other; `ends` are `starts_of`."""
+    """Rows of the runs `numbers`, concatenated; `ends` are `starts_of`."""
     return np.concatenate([np.arange(ends[number], ends[number + 1]) for number in numbers])

@@ -1,7 +1,7 @@
-"""What a reducer sees: the patches of all spans of a call, one span after the other.
+"""The input of a reducer: the patches of all spans of a call, concatenated.
 
-Lengths, budgets and places of grids are numbers on the host. What follows from them alone is
-computed there and moves to the device as one table, so that the number of launches does not depend
+Lengths, budgets and grid positions are numbers on the host. Index tables that follow from them are
+computed there and moved to the device in one copy, so that the number of launches does not depend
 on the number of spans.
 """
 
@@ -142,11 +142,11 @@ class Tokens:
     # -- per patch ------------------------------------------------------------------------------
 
     def table(self, values: Any) -> Tensor:
-        """Integers on the host as a tensor on the device, int64."""
+        """Integers on the host as an int64 tensor on the device."""
         return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(self.device)
 
     def per_patch(self, values: Sequence[int]) -> Tensor:
-        """One number per span as one per patch, int64, shape (n,)."""
+        """Repeat one number per span for each of its patches, int64, shape (n,)."""
         return self.table(np.repeat(np.asarray(values, dtype=np.int64), self.lengths))
 
     def owners(self) -> Tensor:
@@ -154,7 +154,7 @@ class Tokens:
         return self.per_patch(range(len(self)))
 
     def all_weights(self) -> Tensor:
-        """How many original tokens every patch stands for, float32, shape (n,)."""
+        """Number of original tokens that every patch represents, float32, shape (n,)."""
         if self.weights is None:
             return torch.ones(len(self.features), device=self.device)
         return self.weights
@@ -174,7 +174,7 @@ class Tokens:
         return np.split(self.index.cpu().numpy(), np.cumsum(self.lengths[:-1]))
 
     def per_frame(self) -> list[list[int]]:
-        """Patches left of every frame of every span; read from the device if some are missing."""
+        """Number of patches in every frame of every span; a device read if some are missing."""
         frames = [[h * w] * t for t, h, w in self.grids]
         if self.index is None:
             return frames
@@ -185,35 +185,35 @@ class Tokens:
         return [counts[a:b] for a, b in itertools.pairwise(first)]
 
     def frame_lengths(self) -> list[int]:
-        """Patches of every frame of all spans, which are whole."""
+        """Patches of every frame of all spans, which must be whole."""
         return [h * w for t, h, w in self.grids for _ in range(t)]
 
 
 def rows_where(mask: Tensor, count: int) -> Tensor:
     """The `count` rows at which mask (n,), bool or uint8, holds, ascending, int64.
 
-    They are sorted out, because the host would have to wait for the length of `nonzero`.
+    By a sort, because the length of `nonzero` would have to be read from the device.
     """
     return mask.to(torch.uint8).sort(descending=True, stable=True).indices[:count]
 
 
 def evenly(n: int, k: int) -> HostIndex:
-    """Places floor((i + ½)·n/k) of k of n things."""
+    """Indices floor((i + ½)·n/k) of k of n items."""
     steps = np.arange(k)
     return (2 * steps + 1) * n // (2 * max(k, 1))
 
 
 def nearest(lengths: Sequence[int], x: Tensor, chosen: Tensor, counts: Sequence[int]) -> Tensor:
-    """The chosen patch of the same span whose x has the largest cosine, int64, (n,).
+    """For every patch the chosen patch of its span with the largest cosine, int64, (n,).
 
     Parameters
     ----------
     lengths
         Patches of every span.
     x : Tensor, shape (n, d)
-        What is compared.
+        Features to compare.
     chosen : Tensor of int64, shape (k,)
-        Patches, ascending: `counts` of every span, at least one.
+        Chosen patches, ascending: `counts` of every span, at least one.
     """
     every = np.asarray(counts)
     firsts, unit = starts_of(every), normalize(x.float(), dim=1)

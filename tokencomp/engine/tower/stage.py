@@ -1,16 +1,15 @@
-"""The stage in the vision tower: patches are dropped before a block, and come back as NaN.
+"""The stage in the vision tower: drops patches before a block, and restores full length with NaN.
 
-The tower sees fewer patches from block k on. The output of the module that turns patches into
-tokens (or of the tower, where that module needs the whole picture) gets its full length back,
-because the model fills placeholders by number. Rows that were dropped are NaN, "not computed": NaN
-passes through every later resampling, marks exactly the tokens that read a dropped patch, needs no
-table next to the features, and makes the output NaN if something bypasses the entry of the decoder,
-where these tokens leave (`tokencomp.engine.call`).
+From block k on the tower sees fewer patches. The output of the module that converts patches to
+tokens (or of the tower, if that module needs the whole picture) is restored to full length, because
+the model assigns features to placeholders by order. Dropped rows are NaN: NaN passes through later
+resampling, marks exactly the tokens that read a dropped patch, needs no table next to the features,
+and makes the output NaN if code bypasses the entry of the decoder, where these tokens are removed.
 
     patches        0    1    2    3    4    5    6    7
     blocks ≥ k     0    1              4    5              fewer rows
     restored       0    1   NaN  NaN   4    5   NaN  NaN   full length again
-    tokens of 2    a        NaN        c        NaN        NaN marks those that read a dropped patch
+    tokens of 2    a        NaN        c        NaN        NaN: reads a dropped patch
     decoder        a                   c                   only tokens without NaN enter
 """
 
@@ -55,10 +54,7 @@ from tokencomp.torchlib.replace import MethodReplacement
 
 
 def check_tower_stage(plan: Plan, adapter: Adapter) -> Plan:
-    """The plan with what its tower stage must know of the model.
-
-    Refused are families that do not say which patches a visual token reads.
-    """
+    """Complete the tower stage of a plan for a model; raises if its cells are unknown."""
     if plan.tower is None:
         return plan
     layout, stage = adapter.tower_layout(), plan.tower
@@ -70,7 +66,7 @@ def check_tower_stage(plan: Plan, adapter: Adapter) -> Plan:
 def chosen_cells(
     cells: Cells, stage: TowerStage, values: Tensor, pixels: tuple[int, int, int] | None = None
 ) -> Tensor:
-    """Numbers of the cells that stay, int64, shape (kept cells,), in no certain order.
+    """The kept cells, int64, shape (kept cells,), in no particular order.
 
     Parameters
     ----------
@@ -89,7 +85,7 @@ def chosen_cells(
     def cells_of(parts: list[int]) -> Tensor:
         return torch.from_numpy(rows_of_runs(ends, parts)).to(values.device)
 
-    # The reducer does not see parts that keep all of their cells, or none.
+    # Parts that keep all cells, or none, need no reducer.
     whole = [i for i, length in enumerate(lengths) if keeps[i] == length]
     some = [i for i, length in enumerate(lengths) if 0 < keeps[i] < length]
     chosen = [cells_of(whole)] if whole else []
@@ -148,7 +144,7 @@ def patch_values(cells: Cells, hidden: Tensor) -> Tensor:
 
 
 def _cell_values(values: Tensor, members: Tensor, apart: bool) -> Tensor:
-    """Values (patches, d) of cells, float32: those of all patches side by side, or their mean."""
+    """Float32 values of cells (patches, d): concatenated over their patches, or their mean."""
     present = (members >= 0)[..., None]
     x = values[members.clamp(min=0)].float().masked_fill_(~present, 0)
     return x.flatten(1) if apart else x.sum(1) / present.sum(1)
@@ -158,7 +154,7 @@ def _cell_values(values: Tensor, members: Tensor, apart: bool) -> Tensor:
 
 
 class _Local(threading.local):
-    """What runs in this thread: arguments of the encoding method, and the call of the tower."""
+    """Thread-local state: arguments of the encoding method, and the call of the tower."""
 
     modality: Any = "image"
     arguments: Any = None
@@ -197,7 +193,7 @@ class TowerDrop(Hooked):
         self._local = _Local()
 
     def install(self) -> None:
-        """Hook the tower, its blocks, and the modules whose output gets its full length back."""
+        """Hook the tower, its blocks, and the modules whose output is restored."""
         layout, add = self.layout, self._handles.append
         for name in layout.methods:
             note = functools.partial(self._encode, "video" if "video" in name else "image")
@@ -236,7 +232,7 @@ class TowerDrop(Hooked):
     def _encode(
         self, modality: str, original: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        """Call a method of the body that encodes media, and note its arguments."""
+        """Call a method of the body that encodes media, and store its arguments."""
         local = self._local
         earlier = local.modality, local.arguments
         bound = inspect.signature(original).bind_partial(*args, **kwargs).arguments
@@ -310,7 +306,7 @@ class TowerDrop(Hooked):
             local.rows = None
 
     def _note_tokens(self, cost: TowerCost, rows: TowerRows) -> None:
-        """Count the rows that go through the projectors."""
+        """Count the rows that enter the projectors."""
         layout, cells = self.layout, rows.cells
         if isinstance(layout, DenseTower):
             cost.tokens_before = cost.tokens_after = cells.pictures * layout.projected(
@@ -324,7 +320,7 @@ class TowerDrop(Hooked):
 
     @compat.not_compiled
     def _embed(self, original: Callable[..., Any], pixels: Tensor) -> Tensor:
-        """Embed patches before the first block, where a stage there has chosen some of them."""
+        """Embed only kept patches, if a stage before the first block has chosen them."""
         rows = self._local.rows
         return rows.embedded(original, pixels) if isinstance(rows, PackedRows) else original(pixels)
 
@@ -333,12 +329,12 @@ class TowerDrop(Hooked):
     def _choose(
         self, cells: Cells, values: Tensor, pixels: tuple[int, int, int] | None = None
     ) -> None:
-        """Note the rows of the cells that the reducer keeps, see `chosen_cells`."""
+        """Store the rows of the kept cells, see `chosen_cells`."""
         self._local.rows = rows_of(cells, chosen_cells(cells, self.stage, values, pixels))
 
     @compat.not_compiled
     def _block(self, i: int, block: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Arguments of block `i`: fewer rows, and what belongs to them."""
+        """Arguments of block `i` for the kept rows."""
         local = self._local
         if local.cells is None:
             return None
@@ -359,7 +355,7 @@ class TowerDrop(Hooked):
         self._local.tuples = isinstance(out, tuple)
 
     def _skip(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """An unused block returns its input, in the form in which the last used one returns it."""
+        """An unused block returns its input, in the form of the last used block."""
         if self._local.cells is None:
             return original(*args, **kwargs)
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -368,16 +364,16 @@ class TowerDrop(Hooked):
     # -- full length ----------------------------------------------------------------------------
 
     def full_length(self, x: Tensor) -> Tensor:
-        """Values of the rows of a running call at full length, see `TowerRows.full_length`.
+        """Restore values of the rows of a running call, see `TowerRows.full_length`.
 
-        Rows of a block that has seen all patches stay as they are.
+        Values of blocks that see all patches are unchanged.
         """
         rows = self._local.rows
         return x if rows is None or not rows.entered else rows.full_length(x)
 
     @compat.not_compiled
     def _restore(self, module: nn.Module, args: Any, out: Any) -> Any:
-        """The output of a restoring module at its full length."""
+        """The output of a restoring module at full length."""
         rows = self._local.rows
         if rows is None or not rows.entered:
             return None
@@ -389,9 +385,9 @@ class TowerDrop(Hooked):
     def _project(
         self, layout: DenseTower, original: Callable[..., Tensor], x: Tensor, *args: Any
     ) -> Tensor:
-        """Call a projector with zeros for rows of NaN; tokens that read them are NaN afterwards.
+        """Call a projector with zeros for NaN rows; then set tokens that read them to NaN.
 
-        Gradients of its weights sum over all rows, and NaN times a gradient of 0 is NaN.
+        Gradients of its weights sum over all rows, and NaN · 0 is NaN.
         """
         if self.off() or not torch.is_grad_enabled():
             return original(x, *args)
@@ -403,7 +399,7 @@ class TowerDrop(Hooked):
 # -- what a plan needs in the tower --------------------------------------------------------------
 
 
-# Bodies that have had a tower stage: their features may come later, with tokens missing.
+# Bodies that have had a tower stage: features that lack tokens may still be passed in.
 _HAD_STAGE: WeakSet[nn.Module] = WeakSet()
 
 
@@ -430,8 +426,8 @@ class TowerHooks:
         self.had_stage = adapter.body in _HAD_STAGE
 
     def install(self, plan: Plan) -> None:
-        """Hook what `plan` needs."""
-        if plan.tower is not None:  # before the probe, which reads rows that are left
+        """Install the hooks that `plan` needs."""
+        if plan.tower is not None:  # before the probe, which sees only kept rows
             _HAD_STAGE.add(self.adapter.body)
             self.had_stage = True
             self.drop = TowerDrop(self.adapter, plan.tower, self.calls, self.off)
@@ -443,14 +439,14 @@ class TowerHooks:
             self.probe.install()
 
     def remove(self) -> None:
-        """Undo `install`; safe to call twice."""
+        """Remove the hooks; safe to call twice."""
         for part in (self.drop, self.probe):
             if part is not None:
                 part.remove()
         self.drop = self.probe = None
 
     def collect(self, call: Call, inputs: Mapping[str, Any]) -> None:
-        """Give a call what was noted for its prompt.
+        """Pass to a call what was recorded for its prompt.
 
         Raises
         ------
