@@ -126,7 +126,7 @@ def test_methods_and_ratios_reach_the_patch(folder, tmp_path, specs, args, expec
             lambda: tokencomp.make_reducer("bipartite+prune", **COMPOSED).plan(0.6, 6),
         ),
         (
-            ("-r", "kcenter", "--ratio", "0.5", "--merge"),
+            ("-r", "kcenter", "--ratio", "0.5", "--merge", "on"),
             lambda: Plan((Stage(0, 0.5, tokencomp.make_reducer("kcenter"), merge=True),)),
         ),
         (("--plan", STAGES), lambda: tokencomp.plan_from_json(STAGES)),
@@ -174,7 +174,7 @@ def test_eval_and_tune_pass_all_parts_of_a_method_on(folder, tmp_path, evaluated
     assert run(*tune, *given, "--json") == 0
     assert tried and all((s.tower_ratio, s.tower_reducer) == ("auto", "random") for s in tried)
     tried.clear()
-    assert run(*tune, "-r", "kcenter", "--ratio", "0.5", "--merge") in (0, 1)
+    assert run(*tune, "-r", "kcenter", "--ratio", "0.5", "--merge", "on") in (0, 1)
     assert tried and all(s.merge is True and s.reducer == "kcenter" for s in tried)
 
 
@@ -192,7 +192,7 @@ def test_all_reducers_that_fit(folder, tmp_path, evaluated, capsys):
     assert len(active) == 2 * len(names - {"downscale", "full"})
     assert len([s for s in evaluated if s.reducer == "random"]) == 2 * 3
     evaluated.clear()
-    assert run(*given, "--ratio", "0.5", "--merge", "--no-baselines") == 0
+    assert run(*given, "--ratio", "0.5", "--merge", "on", "--no-baselines") == 0
     merging = {s.reducer for s in evaluated}
     assert "divprune" in merging and merging.isdisjoint({"bipartite", "pool", "fusion"})
 
@@ -237,9 +237,9 @@ def test_texts_of_reducers(text, expected):
         (["demo", "-r", "prune+bipartite"], "'prune' does not act at decoder entry"),
         (["eval", "--plan", "FILE", "-r", "bipartite"], "--reducer: no effect with --plan"),
         (["inspect", "--plan", "FILE", "--ratio", "0.5"], "--ratio: no effect with --plan"),
-        (["inspect", "--plan", "FILE", "--merge"], "--merge: no effect with --plan"),
+        (["inspect", "--plan", "FILE", "--merge", "on"], "--merge: no effect with --plan"),
         (["inspect", "--plan", "nowhere.json"], "plan file 'nowhere.json'"),
-        (["inspect", "--merge", "-r", "pool"], "'pool' merges tokens by itself"),
+        (["inspect", "--merge", "on", "-r", "pool"], "'pool' merges tokens by itself"),
     ],
 )
 def test_mistakes_are_found_before_a_model_is_loaded(args, message, file, monkeypatch, capsys):

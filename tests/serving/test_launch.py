@@ -117,6 +117,18 @@ def test_flags_past_the_rules_are_refused(
         start(*(str(file) if argument == "FILE" else argument for argument in extra))
 
 
+def test_merge_auto_drops_where_the_family_cannot_merge(
+    start: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    for model, value, warned in (
+        (QWEN, "auto", False),
+        (("qwen3_5", "Qwen3_5ForConditionalGeneration"), False, True),
+    ):
+        env = start(model=model, reducer="auto", merge="auto")[1]
+        assert json.loads(env["TOKENCOMP_SERVING"])["merge"] == value
+        assert ("--merge auto drops with Qwen3_5" in caplog.text) == warned
+
+
 @pytest.mark.parametrize(
     ("options", "error"),
     [

@@ -100,7 +100,7 @@ def test_a_server_merges_unless_a_request_drops(tiny_folder: Any, tmp_path: Any)
 
     folder, default = tiny_folder("qwen2_vl"), {"ratio": 0.5, "reducer": "kcenter", "merge": True}
     image, texts = http.image_url(3, 168, 140), []
-    with started("vllm", folder, tmp_path, "--ratio", 0.5, "--merge") as server:
+    with started("vllm", folder, tmp_path, "--ratio", 0.5, "--merge", "on") as server:
         for asked in (None, {"merge": False}, {"merge": "auto", "ratio": 0.75}):
             answer = server.ask(image, tokencomp=asked)
             want = hf_reference.chat_answer(
@@ -187,7 +187,7 @@ def test_layers_that_cannot_merge_are_refused() -> None:
 def test_hybrid_models_are_refused_at_the_start(tiny_folder: Any) -> None:
     folder = str(tiny_folder("qwen3_5"))
     launch.check_architecture(folder, ServerOptions.parse({"ratio": 0.5}))
-    with pytest.raises(OptionError, match="--merge with Qwen3_5"):
+    with pytest.raises(OptionError, match="--merge on with Qwen3_5"):
         launch.check_architecture(folder, ServerOptions.parse({"ratio": 0.5, "merge": True}))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -15,6 +15,7 @@ from tokencomp.errors import OptionError
 from tokencomp.inputs.packaged import DEFAULT_MODEL
 from tokencomp.plan.options import OPTIONS, StageOptions, type_of
 from tokencomp.storage import writing
+from tokencomp.validation import choices
 
 FIRST = ("model", "data", "image", "video", "question", "reducer", "ratio", "budget")
 """What most users give; the help of a command begins with it."""
@@ -179,14 +180,26 @@ class Files:
 
 
 def stage_flags() -> dict[str, Any]:
-    """The options of stages as parameters of typer; True or False has two flags."""
+    """The options of stages as parameters of typer; True and False are the words on and off."""
     flags = {}
     for name, known in OPTIONS.items():
-        kind, flag = type_of(name), name.replace("_", "-")
-        switch = kind is bool or bool in get_args(kind)
-        given = typer.Option(f"--{flag}/--no-{flag}" if switch else f"--{flag}", help=known.help)
-        flags[name] = Annotated[bool if switch else kind, given]
+        kind = type_of(name)
+        words = {"on": True, "off": False} if kind is bool or bool in get_args(kind) else {}
+        words |= {word: word for word in choices(kind)}
+        parser = functools.partial(_word, words) if words else None
+        given = typer.Option(
+            f"--{name.replace('_', '-')}",
+            help=known.help, parser=parser, metavar="|".join(words) or None,
+        )  # fmt: skip
+        flags[name] = Annotated[str if words else kind, given]
     return flags
+
+
+def _word(words: Mapping[str, Any], text: str) -> Any:
+    """What a word on the command line stands for."""
+    if text not in words:
+        raise typer.BadParameter(f"{text!r}; allowed: {', '.join(words)}.")
+    return words[text]
 
 
 def flat(command: Any = None, /, **defaults: Any) -> Any:

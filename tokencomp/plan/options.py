@@ -68,8 +68,8 @@ def _check_merge(merge: Merging, reducer: AnyReducer) -> None:
 MERGE = Option(
     off=False,
     help="Average tokens that do not stay into the nearest kept one, which then weighs as much as "
-    "the tokens it stands for, or drop them. Without either, the default reducer merges in images "
-    "that keep at least a tenth, and other reducers drop.",
+    "the tokens it stands for (on), or drop them (off); auto merges in images that keep at least a "
+    "tenth. By default auto for the default reducer, and off for others.",
     usual=lambda reducer: "auto" if reducer == "auto" else False,
     check=_check_merge,
     words={True: "merging the rest", "auto": "merging the rest of images"},

@@ -65,7 +65,8 @@ def vllm_command(
         )
     if wrong := [path for path in paths if not path.startswith("/")]:
         raise OptionError(f"--allow-path {wrong[0]!r}: a path begins with a slash: /v1/responses.")
-    check_architecture(model, parsed)
+    if check_architecture(model, parsed):
+        options = {**options, "merge": False}
     command = [*_entry(model), "--host", bind.host, "--port", str(bind.port)]
     command += ["--middleware", "tokencomp.serving.vllm.middleware.Guard"]
     if limits.allowed_path is not None:
@@ -159,10 +160,11 @@ def _entry(model: str) -> list[str]:
     return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model]
 
 
-def check_architecture(model: str, options: ServerOptions) -> None:
+def check_architecture(model: str, options: ServerOptions) -> bool:
     """Refuse models that vLLM would serve uncompressed, because the plugin does not know them.
 
-    Also a default with a stage in a vision tower for which the plugin has none, and merging.
+    Also a default with a stage in a vision tower for which the plugin has none, and `merge=True`
+    for families that cannot merge. Returns whether "auto" drops, because the family cannot.
     """
     from transformers import AutoConfig
 
@@ -179,11 +181,14 @@ def check_architecture(model: str, options: ServerOptions) -> None:
             f"--tower-ratio {options.default.tower_ratio} with {names[0]} on vLLM: {reasons[0]}. "
             "Leave it out, or use --engine hf."
         )
-    if options.merging and set(names) & set(NO_MERGING):
-        raise OptionError(
-            f"--merge with {names[0]} on vLLM: {NO_MERGING[names[0]]}. Leave it out, or use "
-            "--engine hf."
-        )
+    unable = [NO_MERGING[name] for name in names if name in NO_MERGING]
+    if options.merging and unable:
+        if options.default.merge != "auto":
+            raise OptionError(
+                f"--merge on with {names[0]} on vLLM: {unable[0]}. Leave it out, or use "
+                "--engine hf."
+            )
+        logger.warning("--merge auto drops with %s on vLLM: %s.", names[0], unable[0])
     if not set(names) & set(MODELS):
         why = "".join(f" ({NOT_SERVED[name]})" for name in names if name in NOT_SERVED)
         raise UnsupportedModelError(
@@ -191,6 +196,7 @@ def check_architecture(model: str, options: ServerOptions) -> None:
             f"plugin compresses {', '.join(MODELS)}. Use --engine hf, or run `vllm serve` itself "
             "to serve it uncompressed."
         )
+    return options.merging and bool(unable)
 
 
 def run_vllm(
