@@ -25,6 +25,7 @@ if importlib.util.find_spec("mlx_vlm") is None:
     pytest.skip("mlx-vlm is not installed", allow_module_level=True)
 
 from support.mlx_pair import CASES, IMAGE, NAMES, VIDEO, answered, pair, prompt
+from support.serving.hf_reference import merged_at_compact
 
 import tokencomp.mlx  # after the processors of transformers are loaded
 from tokencomp.reducers.base import reduced
@@ -37,7 +38,7 @@ def features(both: Any, asked: Any) -> Any:
 
 
 def generated(both: Any, asked: Any, tokens: int, step: int | None) -> tuple[list[int], Any]:
-    """Greedy tokens of mlx-vlm's own generation, and log-probabilities of the first."""
+    """Greedy tokens of mlx-vlm's own generation, and log-probabilities of every step."""
     from mlx_vlm.generate import generate_step
 
     steps = generate_step(
@@ -45,7 +46,7 @@ def generated(both: Any, asked: Any, tokens: int, step: int | None) -> tuple[lis
         prefill_step_size=step, **asked.rest,
     )  # fmt: skip
     pairs = [(int(token), np.array(row).ravel()) for token, row in steps]
-    return [token for token, _ in pairs], pairs[0][1]
+    return [token for token, _ in pairs], [row for _, row in pairs]
 
 
 @pytest.mark.parametrize(("name", "media"), CASES)
@@ -65,12 +66,87 @@ def test_rows_and_tokens_of_transformers(name: str, media: str) -> None:
             answer = answered(both, asked.inputs, tokens)
         with tokencomp.mlx.patch(both.model, 0.6, reducer) as handle:
             for step in chunks:
-                found, first = generated(both, asked, tokens, step)
+                found, scores = generated(both, asked, tokens, step)
                 assert handle.columns.tolist() == rows.tolist(), reducer
                 assert found[: len(answer)] == answer, (reducer, step)
-                assert np.abs(first - expected).max() < allowed
+                assert np.abs(scores[0] - expected).max() < allowed
         chosen.add(str(rows.tolist()))
     assert len(chosen) >= 4  # reducers differ, so a wrong choice would show
+
+
+def merged_in_transformers(both: Any, asked: Any, ratio: float) -> tuple[list[int], list[float]]:
+    """Five greedy tokens and their log-probabilities, whatever token ends an answer."""
+    job = {"tokencomp": {"ratio": ratio, "reducer": "kcenter"}, "tokens": 5}
+    if "llava" in both.reference.config.model_type:
+        answer = merged_at_compact(both.reference, asked.inputs, job)
+        return answer["tokens"], answer["logprobs"]
+    with tokencomp.patch(both.reference, ratio, reducer="kcenter", merge=True):
+        out = both.reference.generate(
+            **asked.inputs, max_new_tokens=5, do_sample=False, output_logits=True,
+            return_dict_in_generate=True, eos_token_id=-1,
+        )  # fmt: skip
+    tokens = out.sequences[0, asked.ids.shape[1] :].tolist()
+    scores = [row[0].log_softmax(0) for row in out.logits]
+    return tokens, [float(row[t]) for row, t in zip(scores, tokens, strict=True)]
+
+
+@pytest.mark.parametrize(("name", "media"), CASES)
+def test_merging_equals_transformers(name: str, media: str) -> None:
+    """Merged tokens weigh as much in MLX, in the prompt, in chunks of it, and after it.
+
+    The reference of LLaVA types is the decoder of transformers on the merged rows, at positions
+    without gaps.
+    """
+    both = pair(name)
+    asked = prompt(both, media)
+    allowed = 5e-3 if "qwen3-5" in name else 1e-4  # its linear layers differ that much anyway
+    classes = [type(layer) for layer in both.model.language_model.model.layers]
+    tokens, expected = merged_in_transformers(both, asked, 0.6)
+    with tokencomp.mlx.patch(both.model, 0.6, "kcenter", merge=True) as handle:
+        for step in (16, None):
+            found, rows = generated(both, asked, 5, step)
+            scores = [row[token] for row, token in zip(rows, tokens, strict=True)]
+            assert found == tokens, step
+            assert np.abs(np.subtract(scores, expected)).max() < allowed
+        assert handle.sizes.sum() == asked.ids.shape[1] > len(handle.columns)
+    assert [type(layer) for layer in both.model.language_model.model.layers] == classes
+    with tokencomp.mlx.patch(both.model, 0.6, "kcenter", merge=False) as dropped:
+        other = generated(both, asked, 1, None)[1][0]
+    assert dropped.columns.tolist() == handle.columns.tolist()
+    assert np.abs(other - rows[0]).max() > 1e-2
+
+
+def test_the_default_merges_in_images() -> None:
+    """As that of `tokencomp.patch`: up to ratio 0.9."""
+    both = pair("tiny-qwen3-vl")
+    for media, ratio, options, merges in (
+        (IMAGE, 0.5, {}, True),
+        (IMAGE, 0.95, {}, False),
+        (VIDEO, 0.5, {}, False),
+        (IMAGE, 0.5, {"merge": False}, False),
+        (IMAGE, 0.5, {"reducer": "kcenter"}, False),
+        (IMAGE, 0.5, {"reducer": "runlength", "merge": True}, True),
+    ):
+        with tokencomp.mlx.patch(both.model, ratio, **options) as handle:  # type: ignore[arg-type]
+            features(both, prompt(both, media))
+        assert (handle.sizes.max() > 1) == merges, (media, ratio, options)
+    with pytest.raises(OptionError, match="merges tokens by itself"):
+        tokencomp.mlx.patch(both.model, 0.5, "bipartite", merge=True)
+
+
+def test_a_quantized_cache_is_refused_where_tokens_merge() -> None:
+    from mlx_vlm.models.cache import QuantizedKVCache
+
+    both = pair("tiny-qwen3-vl")
+    asked = prompt(both, IMAGE)
+    caches = [QuantizedKVCache() for _ in both.model.language_model.model.layers]
+    with (
+        tokencomp.mlx.patch(both.model, 0.5),
+        pytest.raises(UnsupportedCacheError, match="merge=False"),
+    ):
+        both.model.language_model(
+            asked.ids, inputs_embeds=features(both, asked).inputs_embeds, cache=caches
+        )
 
 
 @pytest.mark.parametrize("media", [IMAGE, VIDEO])
@@ -82,7 +158,7 @@ def test_dropping_equals_masking(name: str, media: str) -> None:
     both = pair(name)
     asked = prompt(both, media)
     whole = features(both, asked)
-    with tokencomp.mlx.patch(both.model, 0.7) as handle:
+    with tokencomp.mlx.patch(both.model, 0.7, merge=False) as handle:
         short = features(both, asked)
     width = asked.ids.shape[1]
     seen = np.zeros(width, dtype=bool)

@@ -47,7 +47,11 @@ def _print_reducers(console: Any) -> None:
         label = f"[bold]{name}[/]" + (" (default)" if name == DEFAULT_REDUCER else "")
         rows.append((label, _stage(cls), (safe[name] or "yes") if name in safe else "–", about))
     print_table(console, names, rows, wrapped=names[2:], title="Reducers")
-    console.print('[dim]"auto" is the default. Options: --reducer "NAME(OPTION=VALUE,...)".[/]\n')
+    console.print(
+        '[dim]"auto" is the default. It merges in images on transformers and mlx-vlm, and on vLLM '
+        "that is started with --merge auto; otherwise vLLM drops, and SGLang always does. Options: "
+        '--reducer "NAME(OPTION=VALUE,...)".[/]\n'
+    )
     inputs = [(f"[bold]{name}[/]", "input", "–", text) for name, text in INPUT_BASELINES.items()]
     title = "Baselines on the input, for eval, demo and profile alone"
     print_table(console, names, inputs, wrapped=names[2:], title=title)

@@ -116,8 +116,8 @@ def command(
 
     `--engine hf` serves every supported model with every reducer; `--engine vllm` runs
     `vllm serve` with tokencomp's plugin, and hands it all further arguments (after `--`);
-    with `--merge` it gives attention the room for weights that merging needs;
-    `--engine mlx` does the same with mlx_vlm.server, with one ratio or budget for all requests.
+    it drops unless `--merge auto` (or on) gives attention the room for weights that merging needs;
+    `--engine mlx` does the same with mlx_vlm.server, with one setting for all requests.
 
     Requests may bring `{"tokencomp": {"ratio": 0.75}}` or `{"tokencomp": {"budget": 512}}` (hf), or
     `{"mm_processor_kwargs": {"tokencomp": {"ratio": 0.75}}}` (both).
@@ -133,7 +133,9 @@ def command(
     if engine == "mlx":  # which needs no torch, and the imports below do
         from tokencomp.mlx.serve import run
 
-        taken = {"model", "ratio", "budget", "reducer", "engine", "host", "port", "api_key"}
+        taken = {
+            "model", "ratio", "budget", "reducer", "merge", "engine", "host", "port", "api_key",
+        }  # fmt: skip
         others = [str(p.name) for p in context.command.params if p.name not in taken]
         opt.refuse_options(context, others, "--engine mlx", MLX_HINT)
         if own:
@@ -142,7 +144,8 @@ def command(
             os.environ["MLX_VLM_SERVER_API_KEY"] = api_key
         Bind(host, port, api_key).warn_if_open()
         number = None if budget is not None else parse.one_ratio(ratio or "0.5", "serve")
-        run(resolve(source.model), number, budget, name, host, port, context.args)
+        model = resolve(source.model)
+        run(model, number, budget, name, method.merge, host, port, context.args)
         return
     from tokencomp.method import usual_ratio
     from tokencomp.serving.launch import run_hf, run_vllm

@@ -7,21 +7,42 @@ import inspect
 import json
 import zlib
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from tokencomp.errors import MissingDependencyError, OptionError
-from tokencomp.mlx.selection import SELECT
+from tokencomp.mlx.selection import SELECT, merged
 from tokencomp.mlx.spans import Span
 from tokencomp.plan.counts import Budget, Place, check_ratio, keep_count
-from tokencomp.plan.options import one_amount
+from tokencomp.plan.options import OPTIONS, Merging, check_option, one_amount
+from tokencomp.plan.stages import merges
+
+
+class KeptRows(NamedTuple):
+    """What stays of a span.
+
+    Attributes
+    ----------
+    offsets : ndarray of int64, shape (k,)
+        Places in the span, ascending, line breaks among them.
+    features : array, shape (k, d), or None
+        Of these rows, if others are merged into them.
+    sizes : ndarray of int64, shape (k,), or None
+        How many tokens each stands for, if they are to weigh as much.
+    """
+
+    offsets: np.ndarray
+    features: mx.array | None = None
+    sizes: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class ChosenMethod:
     """A ratio, a reducer by name and its options; or a budget in tokens in place of the ratio.
+
+    `merge` is that of `StageOptions`; None becomes what it means for the reducer.
 
     Raises
     ------
@@ -36,6 +57,7 @@ class ChosenMethod:
     reducer: str = "auto"
     options: dict[str, Any] = field(default_factory=dict)
     budget: int | None = None
+    merge: Merging | None = None
 
     def __post_init__(self) -> None:
         asked = one_amount(self.ratio, self.budget) or {"ratio": 0.5}
@@ -48,7 +70,10 @@ class ChosenMethod:
             )
         if not isinstance(self.reducer, str):
             raise OptionError(f"reducer={self.reducer!r}: expected a name, such as 'kcenter'.")
-        self.torch_reducer  # noqa: B018  # refuses what cannot run, before any prompt
+        if self.merge is None:
+            object.__setattr__(self, "merge", OPTIONS["merge"].meaning(self.reducer))
+        # Refuses what cannot run, before any prompt.
+        check_option("merge", self.merge, self.torch_reducer)
 
     @property
     def off(self) -> bool:
@@ -95,27 +120,36 @@ class ChosenMethod:
     @property
     def salt(self) -> int:
         """A number that differs between methods, for keys of caches."""
-        text = json.dumps([self.ratio, self.budget, self.name, self.options], sort_keys=True)
+        values = [self.ratio, self.budget, self.name, self.options, self.merge]
+        text = json.dumps(values, sort_keys=True)
         return zlib.crc32(text.encode())
 
-    def kept(self, span: Span, place: Place, x: mx.array) -> tuple[np.ndarray, mx.array | None]:
-        """Reduce one span of tokens x (n, d), whose `place` is that among the items of the prompt.
+    @property
+    def weighs(self) -> bool:
+        """Whether some row may stand for several tokens."""
+        return bool(self.merge) and not self.off
 
-        Returns the offsets in the span that stay, ascending, line breaks among them, and their
-        features, if the reducer merges; else None.
-        """
+    def kept(self, span: Span, place: Place, x: mx.array) -> KeptRows:
+        """Reduce one span of tokens x (n, d); `place` is that among the items of the prompt."""
         special = int(span.special.sum())
-        keep = keep_count(len(x), self.left(place), special)
+        left = self.left(place)
+        keep = keep_count(len(x), left, special)
         if keep in (0, len(x)):
-            return np.arange(keep), None
+            return KeptRows(np.arange(keep))
         if self.torch_reducer is not None:
-            return self._by_torch(span, x, keep)
-        patches = np.flatnonzero(~span.special)
-        rows = x if not special else x[mx.array(patches)]
-        chosen = SELECT[self.name](rows, span.grid, keep - special, **self.options)
-        return np.sort(np.append(patches[chosen], np.flatnonzero(span.special))), None
+            kept = self._by_torch(span, x, keep)
+        else:
+            patches = np.flatnonzero(~span.special)
+            rows = x if not special else x[mx.array(patches)]
+            chosen = SELECT[self.name](rows, span.grid, keep - special, **self.options)
+            offsets = np.sort(np.append(patches[chosen], np.flatnonzero(span.special)))
+            kept = KeptRows(offsets)
+        if keep == special or not merges(self.merge, span.modality, left):
+            return kept
+        features, sizes = merged(x, kept.offsets, span.special)
+        return KeptRows(kept.offsets, features.astype(x.dtype), sizes)
 
-    def _by_torch(self, span: Span, x: mx.array, keep: int) -> tuple[np.ndarray, mx.array | None]:
+    def _by_torch(self, span: Span, x: mx.array, keep: int) -> KeptRows:
         import torch
 
         from tokencomp.reducers.base import reduced
@@ -126,6 +160,6 @@ class ChosenMethod:
         modality: Any = span.modality
         tokens = Tokens(rows[patches], [span.grid], [keep - len(fixed)], modalities=[modality])
         kept = reduced(self.torch_reducer, tokens).with_fixed(rows, patches, fixed)
-        merged = kept.features
-        features = None if merged is None else mx.array(merged.float().numpy()).astype(x.dtype)
-        return kept.rows.numpy(), features
+        own = kept.features
+        features = None if own is None else mx.array(own.float().numpy()).astype(x.dtype)
+        return KeptRows(kept.rows.numpy(), features)

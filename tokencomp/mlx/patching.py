@@ -23,7 +23,9 @@ from mlx_vlm.models.base import InputEmbeddingsFeatures
 from tokencomp.errors import OptionError, UnsupportedCacheError, UnsupportedModelError
 from tokencomp.mlx.method import ChosenMethod
 from tokencomp.mlx.spans import Span, find_spans
+from tokencomp.mlx.weights import RowWeights, with_weights
 from tokencomp.plan.counts import places
+from tokencomp.plan.options import Merging
 from tokencomp.torchlib.replace import Installed, MethodReplacement
 
 ATTRIBUTE = "_tokencomp_handle"
@@ -58,6 +60,7 @@ def patch(
     reducer: str = "auto",
     *,
     budget: int | None = None,
+    merge: Merging | None = None,
     **options: Any,
 ) -> Handle:
     """Compress the visual tokens of every later prompt of a model of mlx-vlm.
@@ -74,6 +77,10 @@ def patch(
     reducer
         "kcenter" (which "auto" is), "divprune", "vidcom2", "uniform" and "random" need MLX alone.
         Others that depend on features alone run through torch, if it is installed.
+    merge
+        As in `tokencomp.patch`: average the other tokens into kept ones, which then weigh as much
+        as the tokens that they stand for (True), or drop them (False). "auto" merges in images of
+        which at least a tenth stays. None: "auto" for the reducer "auto", else False.
     **options
         Options of the reducer.
 
@@ -96,7 +103,7 @@ def patch(
             "first; for models of transformers use tokencomp.patch."
         )
     check_model(getattr(model.config, "model_type", None))
-    method = ChosenMethod(ratio, reducer, options, budget)
+    method = ChosenMethod(ratio, reducer, options, budget, merge)
     unpatch(model)
     return Handle(model, method)
 
@@ -119,15 +126,20 @@ class Handle(Installed):
         Of the last prompt with media, text among them, before compression.
     columns
         Of this prompt: the columns that stayed, ascending.
+    sizes
+        How many tokens each of them stands for.
     """
 
     def __init__(self, model: Any, method: ChosenMethod) -> None:
         self.model, self.method = model, method
         self.tokens, self.columns = 0, np.zeros(0, dtype=np.int64)
+        self.sizes = np.ones(0, dtype=np.int64)
         self._last: tuple[mx.array, np.ndarray] | None = None
         self._handles.append(MethodReplacement(model, EMBED, self._embed))
         if model.config.model_type not in QWEN:
             self._handles.append(_ColdPrefill(model.language_model))
+        if method.weighs:
+            self._handles.append(RowWeights(model.language_model.model))
         vars(model)[ATTRIBUTE] = self
         _insertion.add(self)
 
@@ -157,7 +169,7 @@ class Handle(Installed):
         inputs["pixel_values"] = pixel_values
         brought = [name for name, v in inputs.items() if name in PIXELS and v is not None]
         if not brought or self.method.off:
-            return features
+            return self._without_media(features)
         if len(input_ids) != 1:
             raise OptionError(
                 f"{len(input_ids)} prompts with media came as one array, which cannot hold rows of "
@@ -168,17 +180,32 @@ class Handle(Installed):
         spans = find_spans(self.model, ids, features.inputs_embeds[0], inputs)
         return self._compress(features, spans, len(ids))
 
+    def _without_media(self, features: Any) -> Any:
+        """A prompt of text, whose rows share caches with those of prompts that merge."""
+        if not self.method.weighs:
+            return features
+        length = features.inputs_embeds.shape[1]
+        embeds = with_weights(features.inputs_embeds, np.ones(length))
+        self._last = embeds, np.arange(length)
+        return dataclasses.replace(features, inputs_embeds=embeds)
+
     def _compress(self, features: Any, spans: list[Span], length: int) -> Any:
         embeds, stays = features.inputs_embeds, np.ones(length, dtype=bool)
+        sizes = np.ones(length, dtype=np.int64)
         for span, place in zip(spans, places(spans), strict=True):
-            offsets, merged = self.method.kept(span, place, embeds[0, mx.array(span.columns)])
+            kept = self.method.kept(span, place, embeds[0, mx.array(span.columns)])
+            columns = span.columns[kept.offsets]
             stays[span.columns] = False
-            stays[span.columns[offsets]] = True
-            if merged is not None:
-                embeds[0, mx.array(span.columns[offsets])] = merged
+            stays[columns] = True
+            if kept.features is not None:
+                embeds[0, mx.array(columns)] = kept.features
+            if kept.sizes is not None:
+                sizes[columns] = kept.sizes
+        if self.method.weighs:
+            embeds = with_weights(embeds, sizes)
         features = shortened(dataclasses.replace(features, inputs_embeds=embeds), stays)
         self.tokens, self.columns = length, np.flatnonzero(stays)
-        self._last = features.inputs_embeds, self.columns
+        self.sizes, self._last = sizes[stays], (features.inputs_embeds, self.columns)
         return features
 
     def queued(self, ids: list[int], inputs: dict[str, Any]) -> tuple[list[int], dict[str, Any]]:

@@ -79,6 +79,38 @@ def random(x: mx.array, grid: Grid, keep: int, seed: int = 0) -> np.ndarray:
     return np.sort(np.argsort(-bits.astype(np.int64), kind="stable")[:keep])
 
 
+def merged(x: mx.array, kept: np.ndarray, special: np.ndarray) -> tuple[mx.array, np.ndarray]:
+    """Average every other row into the kept row with the largest cosine.
+
+    Parameters
+    ----------
+    x : array, shape (n, d)
+    kept : ndarray of int64, shape (k,)
+        Ascending, with all special rows and at least one other.
+    special : ndarray of bool, shape (n,)
+        Rows that merge with none.
+
+    Returns
+    -------
+    array of float32, shape (k, d), and ndarray of int64, shape (k,)
+        Means, and of how many rows.
+    """
+    x, slots = finite(x), np.arange(len(kept))
+    unit, takes = _unit(x), mx.array(~special[kept])[:, None]
+    centres = unit[mx.array(kept)]
+    total, sizes = mx.zeros((len(kept), x.shape[1])), np.zeros(len(kept), dtype=np.int64)
+    for first in range(0, len(x), CHUNK):
+        part = x[first : first + CHUNK]
+        cosines = centres @ unit[first : first + CHUNK].T
+        slot = np.array(mx.where(takes, cosines, -mx.inf).argmax(0)).astype(np.int64)
+        own = (kept >= first) & (kept < first + len(part))
+        slot[kept[own] - first] = slots[own]
+        member = slots[:, None] == slot
+        total, sizes = total + mx.array(member).astype(mx.float32) @ part, sizes + member.sum(1)
+        mx.eval(total)
+    return total / mx.array(sizes)[:, None], sizes
+
+
 SELECT: dict[str, Select] = {f.__name__: f for f in (kcenter, divprune, vidcom2, uniform, random)}
 
 

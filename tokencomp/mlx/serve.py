@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mlx_vlm.server import cli, generation
 
-from tokencomp.errors import OptionError
+from tokencomp.errors import MergeWarning, OptionError, UnsupportedCacheError
 from tokencomp.mlx.method import ChosenMethod
 from tokencomp.mlx.patching import check_model, patch
+from tokencomp.mlx.weights import QUANTIZED
+from tokencomp.plan.options import Merging
 
 REFUSED = {
     "--reranker-model": "this model would run uncompressed",
@@ -28,6 +31,7 @@ def run(
     ratio: float | None,
     budget: int | None,
     reducer: str,
+    merge: Merging | None,
     host: str,
     port: int,
     extra: Sequence[str],
@@ -47,7 +51,7 @@ def run(
     for flag, reason in REFUSED.items():
         if any(flag.startswith(name) for name in names):  # argparse takes the beginning of a name
             raise OptionError(f"{flag}: {reason}. Leave it out, or run mlx_vlm.server itself.")
-    method = ChosenMethod(ratio, reducer, budget=budget)
+    method = ChosenMethod(ratio, reducer, budget=budget, merge=merge)
     config = Path(model) / "config.json"
     if config.is_file():
         check_model(json.loads(config.read_text(encoding="utf-8")).get("model_type"))
@@ -55,7 +59,13 @@ def run(
 
     def initialize(self: Any) -> None:
         original(self)
-        patch(self.model, method.ratio, method.reducer, budget=method.budget)
+        merge = method.merge if method.weighs else False
+        if merge and self.kv_bits is not None:
+            if merge is True:
+                raise UnsupportedCacheError(QUANTIZED)
+            warnings.warn(f"merge='auto' drops here: {QUANTIZED}", MergeWarning, stacklevel=2)
+            merge = False
+        patch(self.model, method.ratio, method.reducer, budget=method.budget, merge=merge)
 
     generation.ResponseGenerator._initialize_model = initialize
     own = ["--model", model, "--host", host, "--port", str(port)]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from tokencomp.errors import PlanError
 from tokencomp.plan.counts import Budget, Place, keep_count, split_evenly
-from tokencomp.plan.options import StageOptions
+from tokencomp.plan.options import Merging, StageOptions
 from tokencomp.plan.reducer import AnyReducer, is_reducer, only_plans, unused_options
 from tokencomp.validation import check_effect, describe_type, fits
 
@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 MEDIA = ("image", "video", "audio")
 LEAST_MERGED = 0.1
 """Fraction below which merge="auto" drops: a mean of more than ten tokens says too little."""
+
+
+def merges(merge: Merging | None, modality: str, fraction: float) -> bool:
+    """Whether an item of which a fraction stays is merged, by an option `merge` in force."""
+    if merge != "auto":
+        return bool(merge)
+    return modality == "image" and fraction >= LEAST_MERGED - 1e-9
 
 
 @dataclass(frozen=True)
@@ -114,9 +121,7 @@ class Stage(StageOptions):
 
     def merges(self, modality: str, place: Place | None = None) -> bool:
         """Whether it merges what does not stay of an item; arguments as of `fraction_of`."""
-        if self.merge != "auto":
-            return bool(self.merge)
-        return modality == "image" and self.fraction_of(modality, place) >= LEAST_MERGED - 1e-9
+        return merges(self.merge, modality, self.fraction_of(modality, place))
 
     @property
     def merges_some(self) -> bool:

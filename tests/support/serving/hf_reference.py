@@ -169,15 +169,19 @@ def answer_of_kept(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     return {**greedy(model, x[:, rows], positions, sizes[rows], job), "kept": rows}
 
 
-@torch.no_grad()
 def answer_of_merged(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     """Return the answer to a job with merging at positions without gaps, which `patch` refuses.
 
     Of `tokencomp.patch` it takes the tokens that stay. Means and weights are computed here, and the
     unpatched decoder runs on the rows, with the logarithm of the weights in its mask.
     """
-    model, _ = load(folder)
-    inputs, spec = inputs_of(folder, job), job["tokencomp"]
+    return merged_at_compact(load(folder)[0], inputs_of(folder, job), job)
+
+
+@torch.no_grad()
+def merged_at_compact(model: Any, inputs: Any, job: dict[str, Any]) -> dict[str, Any]:
+    """Return what `answer_of_merged` does, of a model and the processor's output."""
+    spec = job["tokencomp"]
     x = decoder_inputs(model, inputs)["inputs_embeds"].clone()
     with tokencomp.patch(model, spec["ratio"], reducer=spec["reducer"], merge=False) as handle:
         model(**inputs)
