@@ -17,6 +17,7 @@ from tokencomp.serving.servable import serving_safe
 from tokencomp.serving.spec import ServerOptions
 
 ENGINES = ("hf", "vllm", "sglang")
+DECIDING = ("delta", "pixelprune")
 HALF: dict[str, Any] = {"ratio": 0.5}
 SEEDED = {**HALF, "reducer": "random", "options": {"seed": 7}}
 BUDGET, TOWER = {"budget": 64}, {"ratio": 0.75, "tower_ratio": 0.6}
@@ -35,6 +36,8 @@ TAKEN: list[tuple[tuple[str, ...], Any, Any, dict[str, Any]]] = [
     (ENGINES, SEEDED, {"reducer": "uniform"}, {"ratio": 0.5, "name": "uniform"}),
     (ENGINES, SEEDED, {"ratio": 0}, {"active": False}),
     (ENGINES, {**HALF, "reducer": "auto"}, None, {"name": "kcenter"}),
+    *((("hf", "vllm"), {"reducer": name}, None, {"active": True, "ratio": 0, "then": "kcenter"})
+      for name in DECIDING),
     (ENGINES, {**HALF, "ratio": 0.99}, {}, {"ratio": 0.99}),  # above the usual bound of requests
     (ENGINES, {**HALF, "per_request": False}, None, {"ratio": 0.5}),
     (ENGINES, HALF, {"budget": 512, "reducer": "uniform"}, {"budget": 512, "name": "uniform"}),
@@ -108,7 +111,9 @@ REFUSED: list[tuple[tuple[str, ...], Any, Any]] = [
     *((ENGINES, HALF, {field: name}) for field in ("reducer", "tower_reducer")
       for name in ("nothing", "orcle", "orcle+prune", "+", 3, [3], {"a": 1})),
     *((("vllm", "sglang"), {**HALF, "reducer": name}, None)
-      for name in available_reducers() if name not in (*SERVABLE, "auto")),
+      for name in available_reducers() if name not in (*SERVABLE, *DECIDING, "auto")),
+    *((("sglang",), {**HALF, "reducer": name}, None) for name in DECIDING),
+    *((("vllm",), HALF, {"reducer": name, "options": {"then": "condiv"}}) for name in DECIDING),
     *((("vllm", "sglang"), {}, {**HALF, "reducer": name}) for name in ("fastv", "aim")),
     (("sglang",), {**HALF, "merge": True}, None), (("vllm", "sglang"), {}, {"merge": True}),
     (("hf",), {**HALF, "merge": "some"}, None), (("sglang",), TOWER, None),

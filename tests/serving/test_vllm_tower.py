@@ -30,13 +30,30 @@ def jobs_of(model: str) -> list[dict[str, Any]]:
     return jobs
 
 
+STEPS = [["image", 4, 168, 280, changed] for changed in (0, 1, 1, 3)]
+
+
+def compared(model: str) -> list[dict[str, Any]]:
+    """Return steps of an agent, then the same pictures after others, and with more options."""
+    jobs = [cases.job(model, STEPS[:n], 0, reducer="delta") for n in (1, 2, 3, 4)]
+    jobs += [cases.job(model, m, 0, reducer="delta") for m in (STEPS[2:], [cases.IMAGE, STEPS[3]])]
+    jobs.append(cases.job(model, [cases.VIDEO, *STEPS[:2]], 0, reducer="delta"))
+    jobs.append(cases.job(model, STEPS[:2], 0.75, reducer="delta", options={"then": "kcenter"}))
+    threshold = 99 if model.startswith("qwen2") else 0  # the tiny Qwen3-VL scales pixels as those
+    options = {"threshold": threshold, "then": "kcenter"}
+    jobs.append(cases.job(model, STEPS[:2], 0, budget=9, reducer="pixelprune", options=options))
+    return jobs
+
+
 @pytest.fixture(scope="module", params=MODELS)
 def answered(request: pytest.FixtureRequest, tiny_folder: Any, run_engine: Any) -> tuple:
     model = request.param
-    jobs, folder = jobs_of(model), tiny_folder(model)
+    jobs, folder = [*jobs_of(model), *compared(model)], tiny_folder(model)
     shared = [cases.job(model, [cases.IMAGE], 0.75, reducer="divprune", **t) for t in TOWERS]
     shared = [{**job, "name": f"cache {i}", "reset": i == 0} for i, job in enumerate(shared)]
     runs = [[j] for j in jobs] + [batch(jobs, " together")] + [[j] for j in shared]
+    again = [{**job, "name": job["name"] + " again"} for job in compared(model)]
+    runs += [[{**again[0], "reset": True}], *([j] for j in again[1:])]
     results = run_engine(folder, runs, max_num_batched_tokens=128)
     return model, folder, jobs, shared, results
 
@@ -56,6 +73,14 @@ def test_equals_the_patched_model(answered: tuple) -> None:
     """One by one, and together, where calls of the tower have several stages, in chunks."""
     model, folder, jobs, _, results = answered
     compare(results, jobs, folder, model, "", " together")
+
+
+def test_warm_caches_answer_as_cold_ones_where_pictures_are_compared(answered: tuple) -> None:
+    """A step reuses what the steps before it computed; after other pictures it is another item."""
+    model, folder, _, _, results = answered
+    compare(results, compared(model), folder, model, " again")
+    cached = [results[job["name"] + " again"]["cached"] for job in compared(model)]
+    assert cached[0] == 0 < min(cached[1:4])
 
 
 def test_caches_keep_tower_ratios_apart(answered: tuple) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
+from transformers.image_utils import OPENAI_CLIP_STD
 
 from support.families import Family, Media
-from tokencomp.adapters.registry import adapter_for
 
 THRESHOLD = 8
 
@@ -20,7 +20,8 @@ class Screen:
     def __init__(self, family: Family, first: Media) -> None:
         self.first = first
         (self.name,) = (key for key in first.inputs if key.startswith("pixel_values"))
-        std = torch.tensor(adapter_for(family.build()).tower_layout().std)
+        clip = family.name in ("qwen2_vl", "qwen2_5_vl")
+        std = torch.tensor(OPENAI_CLIP_STD if clip else [0.5, 0.5, 0.5])  # of their processors
         self.levels = (1 / (255 * std)).repeat_interleave(2 * 4 * 4)  # frames and patch size
         (grid,) = next(v for k, v in first.inputs.items() if k.endswith("grid_thw")).tolist()
         self.last = first.inputs[self.name].view(grid[0], -1, 4, 96)[0].clone()

@@ -45,7 +45,8 @@ def _print_reducers(console: Any) -> None:
         options = ", ".join(f"{f.name}={_default(f)}" for f in dataclasses.fields(cls))
         about = escape(cls.summary) + (f"\n[dim]{escape(options)}[/]" if options else "")
         label = f"[bold]{name}[/]" + (" (default)" if name == DEFAULT_REDUCER else "")
-        rows.append((label, _stage(cls), (safe[name] or "yes") if name in safe else "–", about))
+        vllm = "Qwen" if cls.traits.decides else (safe[name] or "yes") if name in safe else "–"
+        rows.append((label, _stage(cls), vllm, about))
     print_table(console, names, rows, wrapped=names[2:], title="Reducers")
     console.print(
         '[dim]"auto" is the default. It merges in images on transformers and mlx-vlm, and on vLLM '

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -89,6 +89,8 @@ class ItemPlan:
         it has none.
     merge
         Whether tokens that do not stay are merged into those that do, with weights.
+    cells
+        The cells that the vision tower sees, ascending, where the pixels decide which; else None.
     """
 
     spans: tuple[VisualSpan, ...]
@@ -99,6 +101,7 @@ class ItemPlan:
     tower: tuple[float, int | None, str, str] | None = None
     weights: str = ""
     merge: bool = False
+    cells: tuple[int, ...] | None = None
 
     @classmethod
     def make(
@@ -107,8 +110,11 @@ class ItemPlan:
         spec: MethodSpec,
         extent: int = 0,
         facts: ModelFacts | None = None,
+        cells: Sequence[int] | None = None,
     ) -> ItemPlan:
         """Plan an item under an active spec; `facts` of the model find and check trained weights.
+
+        `cells` are those that the tower sees of an item of one span, where the pixels decide.
 
         Raises
         ------
@@ -126,14 +132,19 @@ class ItemPlan:
         ]
         # All spans of an item have the same fraction, on which merge="auto" depends.
         merge = any(stage.merges(spans[0].modality, each[0]) for stage in plan.stages)
-        bound, tower = spec.built_reducer.bind(facts), None
+        bound, tower = (
+            (spec.repeats.later if spec.repeats else spec.built_reducer).bind(facts),
+            None,
+        )
         name, options = _described(bound)
         if plan.tower is not None:
             tokens = plan.tower.budget.tokens if plan.tower.budget else None
             tower = (plan.tower.fraction, tokens, *_described(plan.tower.reducer))
         keep = tuple(count[-1] for count in counts)
+        if cells is not None:
+            keep, cells = (min(*keep, len(cells)),), tuple(cells)
         weights = _weights_of(bound)
-        return cls(tuple(spans), keep, name, options, extent, tower, weights, merge)
+        return cls(tuple(spans), keep, name, options, extent, tower, weights, merge, cells)
 
     @property
     def modality(self) -> Any:
@@ -172,6 +183,8 @@ class ItemPlan:
     @property
     def entering(self) -> int:
         """Tokens that leave the vision tower."""
+        if self.cells is not None:
+            return len(self.cells)
         stage = self.tower_stage
         return self.full if stage is None else sum(stage.cells([s.grid])[0] for s in self.spans)
 
@@ -179,17 +192,18 @@ class ItemPlan:
         """The plan as bytes of JSON: a uint8 tensor that every transport carries unchanged."""
         spans = [[s.grid, s.special] for s in self.spans]
         reducer = [self.reducer, self.options, self.extent, self.tower, self.weights]
-        plan = [self.modality, spans, self.keep, *reducer, self.merge]
+        plan = [self.modality, spans, self.keep, *reducer, self.merge, self.cells]
         return torch.frombuffer(bytearray(json.dumps(plan).encode()), dtype=torch.uint8)
 
     @classmethod
     def from_tensor(cls, data: Tensor) -> ItemPlan:
         """Read back what `to_tensor` wrote."""
         values = json.loads(bytes(data.tolist()).decode())
-        modality, spans, keep, reducer, options, extent, tower, weights, merge = values
+        modality, spans, keep, reducer, options, extent, tower, weights, merge, cells = values
         own = tuple(item_span(modality, tuple(grid), special) for grid, special in spans)
         tower = tuple(tower) if tower else None
-        return cls(own, tuple(keep), reducer, options, extent, tower, weights, merge)
+        cells = None if cells is None else tuple(cells)
+        return cls(own, tuple(keep), reducer, options, extent, tower, weights, merge, cells)
 
 
 def _described(reducer: Reducer) -> tuple[str, str]:

@@ -176,9 +176,12 @@ def check_architecture(model: str, options: ServerOptions) -> bool:
         raise UnsupportedModelError(f"{model!r} cannot be read: {error}") from None
     names = list(getattr(config, "architectures", None) or [])
     reasons = [NO_TOWER_STAGE[MODELS[n]] for n in names if MODELS.get(n) in NO_TOWER_STAGE]
-    if options.default.tower_stage is not None and reasons:
+    repeats = options.default.repeats
+    if (options.default.tower_stage is not None or repeats is not None) and reasons:
+        given = options.default.tower_ratio if repeats is None else repeats.name
         raise OptionError(
-            f"--tower-ratio {options.default.tower_ratio} with {names[0]} on vLLM: {reasons[0]}. "
+            f"--{'tower-ratio' if repeats is None else 'reducer'} {given} with {names[0]} on "
+            f"vLLM: {reasons[0]}. "
             "Leave it out, or use --engine hf."
         )
     unable = [NO_MERGING[name] for name in names if name in NO_MERGING]

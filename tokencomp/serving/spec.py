@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import reprlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tokencomp.errors import OptionError, RatioError
 from tokencomp.method import MethodSpec, resolve_auto
 from tokencomp.plan.counts import MAX_RATIO, Budget, check_ratio
 from tokencomp.plan.options import OPTIONS, check_option, one_amount
+from tokencomp.reducers._repeats import DropsRepeats
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import make_reducer, options_of
 from tokencomp.serving.load import Step, parse_steps
@@ -179,7 +180,11 @@ class ServerOptions:
             )
         if engine == "hf":
             return self._with_tower(reducer, asked, values)
-        spec = self._with_tower(check_servable(reducer), asked, values)
+        if isinstance(reducer, DropsRepeats) and engine == "vllm":
+            check_servable(reducer.later)
+        else:
+            check_servable(reducer)
+        spec = self._with_tower(reducer, asked, values)
         if spec.tower_stage is not None:
             check_servable(spec.built_tower_reducer)
             spec.stages(num_layers=1, first_layer_stage=1)  # raises if they do not fit together
@@ -262,7 +267,10 @@ class ServerOptions:
         if old is not None and name == old.name:
             options = {**options_of(old), **options}
         try:
-            return make_reducer(name, **options)
+            reducer = make_reducer(name, **options)
+            if isinstance(reducer, DropsRepeats):
+                reducer = replace(reducer, then=str(resolve_auto(reducer.then, "server")))
+            return reducer
         except (TypeError, ValueError, OverflowError) as error:
             raise OptionError(f"reducer {name!r}, options {own_options}: {error}") from None
 

@@ -20,6 +20,8 @@ from tokencomp.serving.limits import Limits
 from tokencomp.serving.media import load_image
 from tokencomp.serving.video import load_video
 
+DECIDING = ("delta", "pixelprune")  # at ratio 0 too
+
 
 @lru_cache(maxsize=4)
 def load(folder: Path) -> tuple[Any, Any]:
@@ -57,7 +59,7 @@ def answer(folder: Path, job: dict[str, Any], positions: str = "original") -> di
     inputs = inputs_of(folder, job)
     spec = job.get("tokencomp") or {}
     removed, handle, kept = 0, None, None
-    if spec.get("ratio", 0) > 0 or "budget" in spec:
+    if spec.get("ratio", 0) > 0 or "budget" in spec or spec.get("reducer") in DECIDING:
         tower = {name: spec[name] for name in ("tower_ratio", "tower_reducer") if name in spec}
         handle = tokencomp.patch(
             model, spec.get("ratio"), budget=spec.get("budget"),

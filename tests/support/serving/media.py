@@ -10,9 +10,11 @@ from PIL import Image
 FPS = 1.0
 
 
-def image(seed: int, width: int = 224, height: int = 224) -> Image.Image:
-    """Return an image of blocks of 14 px in random colours."""
+def image(seed: int, width: int = 224, height: int = 224, changed: int = 0) -> Image.Image:
+    """Return an image of blocks of 14 px in random colours, of which some have changed."""
     blocks = np.random.RandomState(seed).rand(max(height // 14, 1), max(width // 14, 1), 3)
+    for i in range(changed):
+        blocks[3 * i, 2 * i] = 1 - blocks[3 * i, 2 * i]
     return Image.fromarray((blocks * 255).astype("uint8")).resize((width, height), Image.NEAREST)
 
 

@@ -28,6 +28,7 @@ from tokencomp.serving.item_plan import (
 from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm.entry import configured_options
 from tokencomp.serving.vllm.metrics import item_sizes, saved_by
+from tokencomp.serving.vllm.repeats import Compared, chained, compares, item_cells
 from tokencomp.tokens.spans import VisualSpan
 
 logger = init_logger("vllm.tokencomp")
@@ -105,8 +106,8 @@ class CompressingProcessor:
 
     def _spec(self, kwargs: Mapping[str, Any]) -> MethodSpec:
         options = kwargs.get(KEY)
-        if isinstance(options, MethodSpec):
-            return options
+        if isinstance(options, MethodSpec | Compared):
+            return options if isinstance(options, MethodSpec) else options.spec
         if options is None:
             return self._options.default
         try:
@@ -122,7 +123,7 @@ class CompressingProcessor:
 
     def _check_tower(self, spec: MethodSpec) -> None:
         """Refuse a stage in the vision tower where this engine cannot run it, with the reason."""
-        if spec.tower_stage is None:
+        if spec.tower_stage is None and spec.repeats is None:
             return
         reason = self.no_tower_stage
         multimodal = self.info.ctx.model_config.multimodal_config
@@ -132,10 +133,10 @@ class CompressingProcessor:
         if getattr(multimodal, "mm_encoder_tp_mode", None) == "data":
             reason = reason or "--mm-encoder-tp-mode data divides the media over several towers"
         if reason:
-            raise OptionError(
-                f"tower_ratio={spec.tower_ratio}: {reason}. Use tower_ratio=0, or serve with "
-                "`--engine hf`."
-            )
+            asked, fix = f"tower_ratio={spec.tower_ratio}", "tower_ratio=0"
+            if spec.repeats is not None:
+                asked, fix = f"reducer {spec.repeats.name!r}", "a reducer that takes a ratio"
+            raise OptionError(f"{asked}: {reason}. Use {fix}, or serve with `--engine hf`.")
 
     @staticmethod
     def _plain(kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,9 +176,41 @@ class CompressingProcessor:
         kwargs = self._plain(inputs.hf_processor_mm_kwargs)
         if spec.active:
             kwargs[KEY] = cache_key(spec, self._facts)
-        return super()._get_mm_hashes(  # type: ignore[misc]  # of vLLM's class
+        hashes = super()._get_mm_hashes(  # type: ignore[misc]  # of vLLM's class
             replace(inputs, hf_processor_mm_kwargs=kwargs)
         )
+        return {m: chained(h) for m, h in hashes.items()} if compares(spec) else hashes
+
+    def _get_cache_missing_processor_kwargs(self, inputs: Any, mm_is_cached: Any) -> Any:
+        """Hand on the items that caches hold, if others are compared with them."""
+        kwargs = super()._get_cache_missing_processor_kwargs(  # type: ignore[misc]  # of vLLM's class
+            inputs, mm_is_cached
+        )
+        if not compares(spec := self._spec(kwargs)):
+            return kwargs
+        compared = Compared(spec, inputs.mm_data_items, mm_is_cached)
+        return {**kwargs, KEY: compared.check(MODALITIES)}
+
+    def _kept_cells(
+        self, modality: str, data: BatchFeature, hf_kwargs: Mapping[str, Any], count: int
+    ) -> Sequence[list[int] | None]:
+        """Return the cells that pixels keep of `count` items in `data`; None: a ratio decides."""
+        options, spec = hf_kwargs.get(KEY), self._spec(hf_kwargs)
+        if spec.repeats is None:
+            return [None] * count
+        cached: Sequence[bool] = ()
+        if isinstance(options, Compared) and any(options.cached[modality]):
+            cached = options.cached[modality]
+            items = type(options.items)({modality: options.items[modality]})
+            data = super()._apply_hf_processor_main(  # type: ignore[misc]  # of vLLM's class
+                mm_items=items, hf_kwargs=self._plain(hf_kwargs)
+            )
+        name = "pixel_values" if modality == "image" else "pixel_values_videos"
+        processor = getattr(self.info.get_hf_processor(), f"{modality}_processor")
+        config = self.info.get_hf_config().vision_config
+        grids = data[f"{modality}_grid_thw"]
+        found = item_cells(spec.repeats, modality, data[name], grids, config, processor.image_std)
+        return [cells for i, cells in enumerate(found) if not (cached and cached[i])]
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> BatchFeature:
         """Run the processor and add the plan of every compressed item as a field."""
@@ -196,9 +229,10 @@ class CompressingProcessor:
                 )
             layouts = self.layouts(modality, items, data)
             extents = self.extents(modality, layouts, data)
+            cells = self._kept_cells(modality, data, hf_kwargs, len(layouts))
             plans = [
-                ItemPlan.make(spans, spec, extent, self._facts)
-                for spans, extent in zip(layouts, extents, strict=True)
+                ItemPlan.make(spans, spec, extent, self._facts, own)
+                for spans, extent, own in zip(layouts, extents, cells, strict=True)
             ]
             data[field_name(modality)] = [plan.to_tensor() for plan in plans]
         return data

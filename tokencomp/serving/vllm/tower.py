@@ -40,7 +40,7 @@ class EngineTower:
     def __init__(self, module: Any, report: Report) -> None:
         self.module, self.report = module, report
         self.layout = PackedTower(module, module.patch_embed.patch_size)
-        self._plan: ItemPlan | None = None
+        self._plans: Sequence[ItemPlan] = ()
         self._kept: Tensor | None = None
         MethodReplacement(module, "forward", self._forward)
 
@@ -56,11 +56,11 @@ class EngineTower:
         list of Tensor of int64, shape (entering,)
             The rows of every item that it has computed, ascending.
         """
-        self._plan = plans[0]
+        self._plans = plans
         try:
             features, kept = embed(), self._kept
         finally:
-            self._plan = self._kept = None
+            self._plans, self._kept = (), None
         if kept is None:
             raise RuntimeError(f"{type(self.module).__name__} was not called to encode media.")
         present, first = [], 0
@@ -73,7 +73,8 @@ class EngineTower:
         self, original: Callable[..., Tensor], x: Tensor, grid_thw: Any, **kwargs: Any
     ) -> Tensor:
         """Rows of all cells (cells, d), NaN where the stage has dropped the cell."""
-        plan, tower = self._plan, self.module
+        tower = self.module
+        plan = self._plans[0] if self._plans else None
         if plan is None or plan.tower_stage is None:
             return original(x, grid_thw, **kwargs)
         grids = grid_thw.tolist() if isinstance(grid_thw, Tensor) else list(grid_thw)
@@ -81,12 +82,24 @@ class EngineTower:
         pixels = torch.nan_to_num(tower.input_norm(x, tower.dtype))
         call = EncoderCall(pixels, torch.as_tensor(grids), plan.modality)
         cells = self.layout.cells(call, plan.tower_stage)
-        kept = kept_cells(cells, plan, self.report)
+        if plan.cells is None:
+            kept = kept_cells(cells, plan, self.report)
+        else:
+            kept = torch.tensor(planned_cells(self._plans), device=pixels.device)
         metadata = shorter(tower.prepare_encoder_metadata(grids), cells, kept)
         rows = original(x[cells.members[kept].flatten()], grids, encoder_metadata=metadata)
         self._kept = kept
         full = rows.new_full((len(cells.members), rows.shape[-1]), torch.nan)
         return full.index_copy(0, kept, rows)
+
+
+def planned_cells(plans: Sequence[ItemPlan]) -> list[int]:
+    """Numbers of the cells that plans name, over all of their items, ascending."""
+    first, cells = 0, list[int]()
+    for plan in plans:
+        cells += [first + cell for cell in plan.cells or ()]
+        first += plan.full
+    return cells
 
 
 def kept_cells(cells: Cells, plan: ItemPlan, report: Report) -> Tensor:

@@ -1,0 +1,113 @@
+"""Cells that repeat earlier pictures of a request: they are found in the processor, by pixels.
+
+The number of placeholders must be known before the vision tower runs, so that the plan of an item
+lists the cells that are kept (`ItemPlan.cells`). With `delta` they depend on the pictures that came
+before in the request. The hash of an item therefore contains the hashes of these, and what a cache
+holds under it was compared with the same pictures.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokencomp.adapters.towers.base import Cells
+from tokencomp.adapters.towers.packed import CHANNELS
+from tokencomp.engine.tower.stage import decided_cells
+from tokencomp.errors import OptionError
+from tokencomp.method import MethodSpec
+from tokencomp.plan.stages import TowerStage
+from tokencomp.reducers.base import Reducer
+from tokencomp.tokens.signals import SEEN
+from tokencomp.tokens.tokens import Memory
+
+
+def compares(spec: MethodSpec) -> bool:
+    """Whether what is kept of an item depends on earlier items of the request."""
+    return spec.repeats is not None and SEEN in spec.repeats.needs
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Options of a request of which caches hold some items, and all of its items.
+
+    Attributes
+    ----------
+    items
+        vLLM's items by modality, those in caches included.
+    cached
+        By modality, which items caches hold.
+    """
+
+    spec: MethodSpec
+    items: Any
+    cached: Mapping[str, Sequence[bool]]
+
+    def check(self, modalities: Sequence[str]) -> Compared:
+        """Return this, if all items have pixels.
+
+        Raises
+        ------
+        OptionError
+            An item was sent as the name of an entry in a cache.
+        """
+        for modality in modalities:
+            items = self.items.get(modality, ())
+            if any(items[i] is None for i in range(len(items))):
+                raise OptionError(
+                    f"reducer {self.spec.built_reducer.name!r} compares pixels, and an item of "
+                    f"modality {modality} came by its uuid without any. Send its pixels."
+                )
+        return self
+
+
+def chained(hashes: Sequence[str]) -> list[str]:
+    """Hashes of items that contain those of all items before them."""
+    return [
+        *itertools.accumulate(hashes, lambda a, b: hashlib.sha256(f"{a} {b}".encode()).hexdigest())
+    ]
+
+
+def item_cells(
+    reducer: Reducer,
+    modality: Any,
+    pixels: Tensor,
+    grids: Tensor,
+    config: Any,
+    std: Sequence[float],
+) -> list[list[int]]:
+    """Numbers of the cells that are kept of every item of a request, ascending.
+
+    Parameters
+    ----------
+    pixels : Tensor, shape (patches, values)
+        Of all items, as the processor returns them: scaled, or whole numbers from 0 to 255.
+    grids : Tensor of int64, shape (items, 3)
+        (t, h, w) in patches.
+    config
+        The vision config of a Qwen model.
+    std
+        By what the processor divides pixels of 0 … 1, per channel.
+    """
+    side, size = config.spatial_merge_size, config.patch_size
+    parts = [(t, h // side, w // side) for t, h, w in grids.tolist()]
+    members = torch.arange(len(pixels)).view(-1, side * side)
+    patches = pixels.view(len(pixels), CHANNELS, -1, size, size)
+    levels = 1 / (255 * torch.tensor(std)) if pixels.is_floating_point() else torch.ones(CHANNELS)
+    memory: Memory = {}
+    cells = Cells(patches, members, [[grid] for grid in parts], modality)
+    stage = TowerStage(0, 1.0, reducer)
+    rows = decided_cells(cells, stage, levels, [memory] * len(parts)).tolist()
+    found: list[list[int]] = []
+    first = 0
+    for length in map(math.prod, parts):
+        found.append([row - first for row in rows if first <= row < first + length])
+        first += length
+    return found
