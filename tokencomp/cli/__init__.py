@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of the console script; a user's mistake ends in one message and exit code 2."""
+    """Entry point of the console script; user errors end in one message and exit code 2."""
     # Must be set before transformers is imported; what the user sets wins.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -31,7 +31,7 @@ INTERRUPTED = 130
 
 @contextlib.contextmanager
 def interrupted() -> Iterator[None]:
-    """Print a message at Ctrl-C, which typer turns into an exit code alone."""
+    """Print a message at Ctrl-C, which typer only turns into an exit code."""
     try:
         yield
     except SystemExit as leave:
@@ -72,6 +72,6 @@ def _print(error: Exception) -> None:
 
 
 def _kernel_error(without: type[Exception]) -> type[Exception]:
-    """The kernels' error type, or `without` if nothing has imported them."""
+    """The kernels' error type, or `without` if they are not imported."""
     module = sys.modules.get("tokencomp.kernels.errors")
     return without if module is None else module.KernelError

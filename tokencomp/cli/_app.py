@@ -14,7 +14,7 @@ HELP = "Visual-token compression for multimodal LLMs: fewer tokens at a budget y
 
 
 def build_app() -> typer.Typer:
-    """Modules of this package without a leading "_" give a `command`, or a group as `app`."""
+    """Every module of this package without a leading "_" has a `command`, or a group `app`."""
     app = typer.Typer(
         name="tokencomp",
         help=HELP,

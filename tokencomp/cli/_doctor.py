@@ -1,4 +1,4 @@
-"""What `tokencomp doctor` looks at."""
+"""Checks of `tokencomp doctor`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def facts() -> dict[str, str]:
 
 
 def environment_checks() -> list[Finding]:
-    """What will and will not work with what is installed."""
+    """What works, and what does not, with the installed packages."""
     return [
         _transformers(),
         _kernels(),
@@ -102,7 +102,7 @@ def _mlx() -> Finding:
 
 
 def model_checks(name: str, device: str) -> list[Finding]:
-    """Load a model, and compare compressed calls with what they should be."""
+    """Load a model, and compare compressed calls with the reference."""
     from tokencomp.inputs.loading import load_model
 
     try:

@@ -19,7 +19,7 @@ Folders = Mapping[Setting, Path]
 
 
 def questions_in(data: str | None, limit: int | None) -> FileQuestions | None:
-    """The user's own questions that --data names; None if it names data of tasks, or nothing."""
+    """Questions of the file that --data names; None if it names data of tasks, or nothing."""
     path = Path(data or "").expanduser()
     try:
         own = path.is_file() or (path / "questions.jsonl").exists()
@@ -39,7 +39,7 @@ def run_questions(
     batch_size: int,
     max_new_tokens: int,
 ) -> list[EvalRun]:
-    """Answer the questions under every setting, and draw what compression loses."""
+    """Answer the questions under every setting, and draw lost items."""
     from tokencomp.evaluation.runner import sweep
     from tokencomp.pages.lost import draw_lost, write_lost
 
@@ -57,7 +57,7 @@ def run_questions(
 def tasks_in(
     names: str | None, data: str | None, limit: int | None, home: Path, console: Any
 ) -> Sequence[Any]:
-    """The tasks of lmms-eval that --tasks and --data name; `home` is where it looks for media."""
+    """The tasks of lmms-eval that --tasks and --data name; `home` is its folder of media."""
     from tokencomp.lmms.data import PER_TASK, SHAPESQA, local_data
     from tokencomp.lmms.tasks import check_installed, find_tasks
 
@@ -85,7 +85,7 @@ def run_tasks(
 ) -> list[EvalRun]:
     """Run tasks of lmms-eval under one setting after the other; `how` as in `run_setting`.
 
-    The runs are those of all processes, so that the first process alone returns any.
+    The runs contain the items of all processes, so only the first process returns them.
     """
     from tokencomp.evaluation.group_runs import find_runs
     from tokencomp.lmms.tasks import run_setting

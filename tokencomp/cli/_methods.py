@@ -1,4 +1,4 @@
-"""From options such as --reducer, --ratio, --tower-ratio and --plan to settings."""
+"""Settings from options such as --reducer, --ratio, --tower-ratio and --plan."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ALL = "all"
 
 
 def known(name: str) -> str:
-    """The name of a reducer or a baseline, such as "auto" or "bipartite+prune"; it is checked."""
+    """Check the name of a reducer or baseline, such as "auto" or "bipartite+prune"."""
     from tokencomp.errors import unknown_name
     from tokencomp.evaluation.settings import INPUT_BASELINES
     from tokencomp.reducers.registry import available_reducers, make_reducer
@@ -33,8 +33,8 @@ def known(name: str) -> str:
 def settings(context: typer.Context, chosen: opt.MethodOptions) -> Settings:
     """Settings for a model that is loaded later: the ratio of a plan depends on the decoder.
 
-    Mistakes that can be found without a model are reported at once. The result takes a model and
-    returns the full model, then each reducer at each ratio, or the plan.
+    Errors that need no model are raised at once. Returns a function from a model to the full model,
+    then each reducer at each ratio, or the plan.
     """
     from tokencomp.evaluation.settings import grid, planned
     from tokencomp.reducers.plan_json import as_plan
@@ -64,7 +64,7 @@ def settings(context: typer.Context, chosen: opt.MethodOptions) -> Settings:
 def fitting(
     methods: list[tuple[str, dict[str, Any]]], ratios: list[Any], every: dict[str, Any], model: Any
 ) -> list[Any]:
-    """The full model, and of all reducers those that `model` accepts; says what is left out."""
+    """The full model, and all reducers that `model` accepts; prints which are skipped."""
     from tokencomp.errors import OptionError, TokenCompError
     from tokencomp.evaluation.environment import process_rank
     from tokencomp.evaluation.settings import grid
@@ -85,7 +85,7 @@ def fitting(
 
 
 def checked(settings: list[Any], model: Any) -> list[Any]:
-    """Check that `model` accepts every setting, so that missing weights are reported early."""
+    """Check that `model` accepts every setting, so that missing weights are found early."""
     from tokencomp.patching import check
 
     for setting in settings:

@@ -118,7 +118,7 @@ class StageFlags(StageOptions):
 
 @dataclasses.dataclass(frozen=True)
 class MethodOptions(StageFlags):
-    """What compresses: reducers at ratios, or a plan."""
+    """Reducers at ratios, or a plan."""
 
     reducer: Reducers = "auto"
     ratio: Ratios = "0.5,0.75,0.9"
@@ -128,7 +128,7 @@ class MethodOptions(StageFlags):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """The model that answers."""
+    """The model."""
 
     model: Model = DEFAULT_MODEL
     device: Device = "auto"
@@ -137,7 +137,7 @@ class Source:
 
     @functools.cached_property
     def loaded(self) -> tuple[Any, Any]:
-        """Model and processor; media may need them, and so does what comes after."""
+        """Model and processor, loaded on first use."""
         from tokencomp.inputs.loading import load_model
 
         return load_model(
@@ -150,7 +150,7 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-    """What the model looks at, and what is asked about it."""
+    """Media, and the question about them."""
 
     image: Images = None
     video: Videos = None
@@ -203,9 +203,9 @@ def _word(words: Mapping[str, Any], text: str) -> Any:
 
 
 def flat(command: Any = None, /, **defaults: Any) -> Any:
-    """Decorate `command` for typer: a parameter that is a dataclass becomes one option per field.
+    """Decorate `command` for typer: every field of a dataclass parameter becomes an option.
 
-    So options that several commands share are declared once. `defaults` are those of this command.
+    So shared options are declared once. `defaults` are those of this command.
     """
     if command is None:
         return functools.partial(flat, **defaults)
@@ -242,9 +242,9 @@ def flat(command: Any = None, /, **defaults: Any) -> Any:
 
 
 def refuse_options(context: typer.Context, options: Sequence[str], where: str, fix: str) -> None:
-    """Raise `OptionError` for parameters that were given and would have no effect.
+    """Raise `OptionError` for parameters that were given but have no effect.
 
-    `where` makes them ineffective, e.g. "--engine vllm"; `fix` is what to do instead.
+    `where` makes them ineffective, e.g. "--engine vllm"; `fix` is the alternative.
     """
     flags = {str(p.name): p.opts[0] for p in context.command.params}
     sources = {name: getattr(context.get_parameter_source(name), "name", "") for name in options}

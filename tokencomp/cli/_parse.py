@@ -1,4 +1,4 @@
-"""Values from the text of options: names, ratios, options of reducers."""
+"""Parse the text of options: names, ratios, options of reducers."""
 
 from __future__ import annotations
 

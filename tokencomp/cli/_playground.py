@@ -47,7 +47,7 @@ class Playground:
         tower_ratio: float,
         merge: str,
     ) -> tuple[str, str, list[list[str]], list[Any]]:
-        """Both answers, a table of what they cost, and pictures of what the model sees."""
+        """Both answers, a table of their costs, and pictures of what the model sees."""
         paths = [path for path in (image, video) if path]
         if not paths:
             raise TokenCompError(NOTHING)
@@ -130,7 +130,7 @@ def build(play: Playground) -> Any:
 
 
 def _samples() -> list[list[str | None]]:
-    """Picture, clip and question of the embedded samples; none where they are not installed."""
+    """Picture, clip and question of the embedded samples; empty if they are not installed."""
     rows: list[list[str | None]] = []
     for example in packaged_questions() if zoo_folder() is not None else ():
         path = example.media[0]

@@ -1,4 +1,4 @@
-"""Self-check: a patched call sees fewer tokens and computes what the masked run computes."""
+"""Self-check: a patched call sees fewer tokens and equals the masked run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 2e-1}
 
 @dataclass(frozen=True)
 class Finding:
-    """`ok` is None for things that are worth knowing but not broken."""
+    """`ok` is None for findings that are neither right nor wrong."""
 
     name: str
     ok: bool | None
@@ -34,8 +34,8 @@ class Finding:
 def self_check(model: Any, processor: Any) -> list[Finding]:
     """Compress a real prompt and compare with counted rows and the masked full-length run.
 
-    Per reducer (one that acts at entry, one between layers): the rows every decoder layer really
-    got, and the logits against the oracle; at last, that `unpatch` restores outputs.
+    Per reducer (one at entry, one between layers): the rows that every decoder layer got, and the
+    logits against the oracle; finally, that `unpatch` restores outputs.
     """
     inputs = to_model(build_inputs(processor, [[_picture()]], [QUESTION]), model)
     with counted_rows(model) as full_rows:
@@ -76,7 +76,7 @@ def _logits(model: Any, inputs: dict[str, Any]) -> Tensor:
 
 
 def _masked_logits(model: Any, inputs: dict[str, Any], stats: Any, plan: Any) -> Tensor:
-    """The full-length run in which every layer masks the columns that had been dropped."""
+    """The full-length run in which every layer masks the dropped columns."""
     adapter = adapter_for(model)
     real = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
     left = columns_left(stats, plan, real, len(adapter.layers))

@@ -18,7 +18,7 @@ from tokencomp.pages.pictures import kept_tiles, plain_tiles, strip, survival
 
 
 def prompt(media: Sequence[Any], question: str) -> Loaded:
-    """A question about decoded media, whose answer nothing is compared with."""
+    """A question about decoded media, without a reference answer."""
     return Example("prompt", question, ""), [*media]
 
 
@@ -47,7 +47,7 @@ def answer_prompt(
 
 
 def _words(stats: Any, boxes: Sequence[Box], size: tuple[int, int]) -> float | None:
-    """Share of words that the last layer sees half of; None where nothing is dropped."""
+    """Share of words of which the last layer sees half; None if nothing is dropped."""
     if stats is None:
         return None
     shares = survival(stats, stats.shape.num_layers - 1)
@@ -76,7 +76,7 @@ def _pictures(
 def time_prefill(
     model: Any, processor: Any, rows: Sequence[Loaded], settings: Sequence[Setting], budget: float
 ) -> dict[Setting, Split]:
-    """Median split of one prefill per setting, settings interleaved in one process, with a bar."""
+    """Median split of one prefill per setting, interleaved in one process, with a progress bar."""
     from tqdm.auto import tqdm
 
     answerer = Answerer({"": model}, processor, {})

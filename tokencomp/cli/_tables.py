@@ -1,4 +1,4 @@
-"""Tables, and cells of tables, that several commands share."""
+"""Tables and table cells that several commands share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NAMES = ("method", "ratio")
 
 
 def retained(retention: Retention | None) -> str:
-    """Retention with its interval, e.g. "97.1% [94%, 99%]"; a dash where there is none."""
+    """Retention with its interval, e.g. "97.1% [94%, 99%]"; a dash without one."""
     if retention is None or retention.value != retention.value:
         return "–"
     return f"{retention.value:.1%} [{retention.low:.0%}, {retention.high:.0%}]"
@@ -33,7 +33,7 @@ def print_table(
 ) -> None:
     """Print a table without lines; columns of `wrapped` break between words.
 
-    No number is cut: where they need more room than the terminal has, its lines wrap.
+    Numbers are never truncated: if they do not fit into the terminal, its lines wrap.
     """
     from rich.measure import Measurement
     from rich.table import Table
@@ -57,7 +57,7 @@ MOST = 10_000
 
 
 def _named(line: Any) -> tuple[str, str]:
-    """Method and ratio of a line; ratios by modality may wrap behind their commas."""
+    """Method and ratio of a line; ratios by modality may wrap after commas."""
     return line.label, line.run.shown_ratio.replace(",", ", ")
 
 
@@ -130,7 +130,7 @@ def _detail(comparisons: Any) -> str:
 
 
 def _print_scores(console: Any, lines: Sequence[Any]) -> None:
-    """lmms-eval's own scores, if they fit beside each other; the page has those of all settings."""
+    """Scores of lmms-eval, if they fit next to each other; the page has all settings."""
     from tokencomp.pages.report import score_rows
 
     rows = score_rows(lines) if len(lines) <= COLUMNS else []
@@ -147,7 +147,7 @@ def _print_scores(console: Any, lines: Sequence[Any]) -> None:
 
 
 def _points(difference: Difference | None) -> str:
-    """The difference, and its interval on a line of its own: a terminal has 80 columns."""
+    """The difference, and its interval on another line, for terminals of 80 columns."""
     if difference is None:
         return "–"
     low, high = 100 * difference.low, 100 * difference.high

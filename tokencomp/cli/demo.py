@@ -50,7 +50,7 @@ def command(
 
 
 def _check_trained(model: str) -> None:
-    """Refuse models that know nothing of the packaged questions."""
+    """Refuse models that were not trained on the packaged questions."""
     from tokencomp.inputs.packaged import available_models, resolve
 
     resolve(model)

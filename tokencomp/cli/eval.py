@@ -115,7 +115,7 @@ def _with_baselines(settings: list[Any], seeds: int, native: bool = False) -> li
 
 
 def _check_answers(runs: list[Any]) -> None:
-    """Raise `OptionError` where a setting could not answer anything, so that the command fails."""
+    """Raise `OptionError` if a setting could not answer anything, so that the command fails."""
     from tokencomp.errors import OptionError
 
     for run in runs:

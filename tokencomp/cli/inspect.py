@@ -83,7 +83,7 @@ def _boxes(path: Path | None, files: opt.Files) -> list[Any]:
 
 
 def in_words(answer: Any, full: Any) -> str:
-    """What one setting kept, what that costs, and whether the answer stayed the same."""
+    """What one setting kept, its cost, and whether the answer is unchanged."""
     from tokencomp.pages.demo import saved
 
     same = answer.text.strip() == full.text.strip()

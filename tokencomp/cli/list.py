@@ -131,7 +131,7 @@ def _model_type(name: str) -> str:
 
 
 def _print_types(console: Any) -> None:
-    """All model types by status, from the results that `patch` goes by."""
+    """All model types by status, from the results that `patch` uses."""
     from rich.markup import escape
 
     from tokencomp.adapters.verified import STATUSES, TESTED, load, nearest

@@ -32,7 +32,7 @@ Rate = Annotated[float, typer.Option("--learning-rate", help="Peak learning rate
 
 @dataclass(frozen=True)
 class Shared(opt.Source):
-    """Options of every method, of which the model has no default."""
+    """Options of all methods that do not depend on the model."""
 
     data: Data = "shapesqa"
     kind: Annotated[

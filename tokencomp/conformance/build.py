@@ -1,8 +1,8 @@
 """A tiny random model around a tiny text config; only its text decoder has weights.
 
-The model is created on the meta device, so the default vision and audio towers cost nothing. Its
-decoder and output head are then created anew on the CPU. The tower never runs: features are put in
-where it would return them, see `tokencomp.conformance.prompts`.
+The model is created on the meta device, so the default towers cost nothing. Its decoder and output
+head are then created on the CPU. The tower never runs: features are inserted where it would return
+them, see `tokencomp.conformance.prompts`.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def _tiny_model(model_class: type, config: Any, variant: Variant) -> TinyModel:
 
 
 def _check_size(decoder: nn.Module) -> None:
-    """Refuse a decoder that has kept its full size, because running it would take too long."""
+    """Refuse a decoder of full size, which would run too long."""
     count = sum(p.numel() for p in decoder.parameters())
     if count > LARGEST:
         name = type(decoder).__name__
@@ -122,7 +122,7 @@ def _check_size(decoder: nn.Module) -> None:
 
 
 def bare_model(model_class: type, config: Any) -> Any:
-    """A model without weights, as its config says: enough to look at how it is built."""
+    """A model without weights, to inspect its structure."""
     with _quiet(), contextlib.suppress(Exception):
         return _on_meta(model_class, shallow(config), text_config(config))
     with _quiet():
@@ -148,7 +148,7 @@ def _quiet() -> Iterator[None]:
 
 
 class AbsentTower(nn.Module):
-    """Stands for a tower that cannot be created, for want of a package or of a valid default."""
+    """Replaces a tower that cannot be created (missing package or invalid default config)."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ class AbsentTower(nn.Module):
 
 @contextlib.contextmanager
 def _towers_optional(text: Any) -> Iterator[None]:
-    """Replace towers whose default config does not work; they would never run anyway."""
+    """Replace towers whose default config is invalid; they never run."""
     from transformers import AutoModel
 
     own = AutoModel.__dict__.get("from_config")
@@ -190,7 +190,6 @@ def _mrope(model_class: type) -> bool:
 
 
 def _replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Module:
-    """Put a module in the place of another one."""
     path = next(name for name, module in model.named_modules() if module is old)
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, new)
@@ -198,7 +197,7 @@ def _replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> nn.Modu
 
 
 def _create_small_parts(model: Any) -> None:
-    """Give memory to the output head, and to small modules outside the decoder (projectors, …)."""
+    """Allocate the output head, and small modules outside the decoder (projectors, …)."""
     body = getattr(model, "model", None)
     parts = [model.get_output_embeddings(), *model.children()]
     parts += list(body.children()) if isinstance(body, nn.Module) else []
@@ -216,9 +215,9 @@ def _create_small_parts(model: Any) -> None:
 
 
 def _empty_towers(model: nn.Module) -> None:
-    """Put tensors without elements in the place of what is left on the meta device.
+    """Replace tensors on the meta device by empty ones.
 
-    A model asks its first parameter for its device, which may belong to a tower.
+    A model reads its device from its first parameter, which may belong to a tower.
     """
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -231,11 +230,11 @@ def _empty_towers(model: nn.Module) -> None:
 
 @torch.no_grad()
 def fill_weights(model: nn.Module) -> None:
-    """Draw the weights so that every layer changes the result, and logits are of order one.
+    """Draw weights such that every layer changes the result, and logits are of order one.
 
-    Matrices are drawn anew with a spread of 1 / sqrt(inputs): the small spread of initialization
-    leaves attention almost uniform, and a wrong mask nearly without effect. Vectors stay as they
-    were initialized (scales of norms, decay rates), unless they are all zero or undefined.
+    Matrices are drawn with a spread of 1 / sqrt(inputs): the small spread of initialization makes
+    attention almost uniform, and a wrong mask nearly without effect. Vectors (scales of norms,
+    decay rates) keep their initialization, unless they are all zero or undefined.
     """
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():

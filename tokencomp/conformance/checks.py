@@ -1,4 +1,4 @@
-"""What a tiny model must show before its type counts as compressed exactly."""
+"""Checks that a tiny model must pass before its type counts as compressed exactly."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ SCORED = ("condiv", "fastv", "prune", "pyramiddrop")
 
 @dataclass
 class Result:
-    """What a type has shown.
+    """Result of the checks of a type.
 
     Attributes
     ----------
     status
-        "exact": at entry and between layers. "entry only": at entry. "refused": by the package
-        itself, before anything ran. "unverified": could not be checked, or is not exact.
+        "exact": at entry and between layers. "entry only": at entry. "refused": by the package,
+        before anything ran. "unverified": could not be checked, or is not exact.
     reason
         Why it is not exact; "" for exact types.
     refusals
@@ -63,7 +63,7 @@ class Result:
 
 
 class NotExact(Exception):
-    """A check whose difference is above the tolerance."""
+    """A difference above the tolerance."""
 
 
 def check_model(tiny: TinyModel, compress: Compress) -> Result:
@@ -102,7 +102,7 @@ def _reason(error: Exception) -> str:
 
 
 class Checks:
-    """The checks of one model, each of which raises `NotExact` where it fails.
+    """The checks of one model; each raises `NotExact` if it fails.
 
     `errors` gets the largest difference of every check.
     """
@@ -124,7 +124,7 @@ class Checks:
             raise NotExact(f"{name}: difference {value:.1e}, allowed {limit:.0e}")
 
     def identity(self) -> None:
-        """At ratio 0 nothing changes, to the last bit."""
+        """At ratio 0 the output is bit-identical."""
         tokens, logits = self.prompts.generate(self.prompts.inputs(), STEPS)
         with self.compress(self.tiny.whole, Plan()):
             patched = self.prompts.forward(self.prompts.inputs()).logits
@@ -134,13 +134,13 @@ class Checks:
         self._limit("identity", float((same[0] != tokens).sum()), 0.0)
 
     def entry(self) -> None:
-        """Half of the visual tokens leave before the first layer."""
+        """Half of the visual tokens are dropped before the first layer."""
         plan = Plan((Stage(0, 0.5, Uniform()),))
         self._against_oracle("entry", plan)
         self._batch_equals_single(plan)
 
     def layers(self) -> None:
-        """Some leave at entry, some between later layers."""
+        """Some are dropped at entry, some between later layers."""
         late = Stage(self.depth - 1, 0.25, Uniform())
         middle = Stage(max(1, self.depth // 2), 0.5, Uniform())
         stages: tuple[Stage, ...] = (Stage(0, 0.75, Uniform()), middle, late)
@@ -151,7 +151,7 @@ class Checks:
         self._against_oracle("layers", Plan(stages))
 
     def scored(self, name: str, **options: Any) -> None:
-        """Half of the visual work leaves by attention, as the plan of a reducer says."""
+        """A reducer that scores by attention drops half of the visual work, by its plan."""
         reducer = make_reducer(name, **options)
         plan = reducer.plan(0.5, self.depth)
         try:
@@ -182,7 +182,7 @@ class Checks:
     def _decode_against_oracle(
         self, name: str, left: list[Tensor], words: Tensor, steps: Tensor
     ) -> None:
-        """Logits of the prompt's last token, and of decode steps, on the tokens that were `left`.
+        """Logits of the prompt's last token, and of decode steps, on the tokens `left`.
 
         `words` (B, T) and `steps` (B, T, V) are what `Prompts.generate` returned.
         """
@@ -194,7 +194,7 @@ class Checks:
         self._limit(name, self._distance(steps, reference[:, -STEPS - 1 : -1]))
 
     def _batch_equals_single(self, plan: Plan) -> None:
-        """A row of the ragged batch gives what it gives alone, where it does uncompressed."""
+        """A row of the ragged batch equals the same row alone, if it does so uncompressed."""
         for row in range(len(self.prompts.rows)):
             inputs = self.prompts.inputs([row])
             alone = self.prompts.forward(inputs).logits[0, -1]
@@ -208,7 +208,7 @@ class Checks:
                 self._limit("batch", self._distance(single, batch))
 
     def _left(self, stats: Any, plan: Plan) -> list[Tensor]:
-        """By layer: the columns (B, L) that the stats say are left."""
+        """By layer: the kept columns (B, L) according to the stats."""
         columns = self.prompts.image_columns()
         if sum(stats.tokens_before) != int(columns.sum()):
             raise NotExact(f"{sum(stats.tokens_before)} of {int(columns.sum())} visual tokens seen")

@@ -34,7 +34,7 @@ def shallow(config: Any, text: Any = None) -> Any:
 
 
 def replace_text_config(config: Any, mrope: bool, overrides: dict[str, Any]) -> Any:
-    """Shrink the text config inside `config`, and what `config` repeats of its sizes."""
+    """Shrink the text config inside `config`, and sizes that `config` repeats."""
     old = text_config(config)
     new = tiny_text_config(old, mrope, **overrides)
     if old is config:

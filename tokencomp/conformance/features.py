@@ -1,8 +1,7 @@
-"""Features of random numbers in the place of those that a vision or audio tower would return.
+"""Random features in place of those that a vision or audio tower would return.
 
-`get_image_features` (or `get_audio_features`) of a model returns them, in the layout in which the
-rest of the model takes them. That layout differs between families and releases, so all of them
-are tried.
+They are returned by `get_image_features` (or `get_audio_features`), in the layout that the rest of
+the model expects. The layout differs between families and releases, so all are tried.
 """
 
 from __future__ import annotations
@@ -35,15 +34,15 @@ class EncoderOutput(BaseModelOutputWithPooling):
 
 @dataclass(frozen=True)
 class Layout:
-    """How features of several images are put together.
+    """The form of features of several images.
 
     Attributes
     ----------
     whole
-        Class of what the method returns: `EncoderOutput`, or `Tensor` for nothing but features.
+        Class of the result: `EncoderOutput`, or `Tensor` for features only.
     pooled, deep
         "list" of (tokens, d) per image, "stacked" (images, tokens, d), or "flat" (all tokens, d):
-        of the features, and of those that are added in each of the first layers.
+        form of the features, and of those added in the first layers.
     """
 
     pooled: str = "list"
@@ -62,23 +61,23 @@ def layouts() -> Iterator[Layout]:
 
 
 def arranged(images: list[Tensor], how: str) -> Any:
-    """Features of all images, one tensor (tokens, d) each, in a layout."""
+    """Arrange features of all images, one tensor (tokens, d) each, in a layout."""
     if how == "list":
         return images
     return torch.stack(images) if how == "stacked" else torch.cat(images)
 
 
 class Encoder:
-    """Stands for the tower of a tiny model, whose method that encodes media is replaced for good.
+    """Replaces the tower of a tiny model by its encoding method.
 
     Attributes
     ----------
     images : list of Tensor, shape (tokens, d)
-        Features of the next call; of each, the first `width` numbers count.
+        Features of the next call, of which the first `width` channels are used.
     layout, width
-        As they are returned.
+        Form of the returned features.
     calls
-        How often they were returned.
+        Number of calls.
     """
 
     def __init__(self, tiny: TinyModel, medium: str) -> None:
@@ -101,7 +100,7 @@ class Encoder:
     def _replace(self, module: Any) -> None:
         """Let a module of the tiny model return features, by a subclass of its class.
 
-        A method of the instance would count as another compression method's change.
+        An instance attribute would be taken for another compression method.
         """
         own = type(module)
 

@@ -1,10 +1,10 @@
-"""The reference of every check: the whole model at full length, without the package.
+"""The reference of all checks: the whole model at full length, without the package.
 
-A dropped token is hidden from the layers after its stage, by the kind of each layer:
+A dropped token is hidden from the layers after its stage, by layer type:
 
-* attention (full, sliding, chunked, indexed): its column of the mask that transformers has made
-  for the full-length prompt is hidden, so windows are measured in original positions;
-* linear mixers (recurrences, convolutions): the mixer runs on the rows that are left, alone.
+* attention (full, sliding, chunked, indexed): its column is hidden in the mask that transformers
+builds for the full-length prompt, so windows are measured in original positions; * linear mixers
+(recurrences, convolutions): the mixer runs only on the kept rows.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class OracleError(Exception):
 
 
 def columns_left(stats: Stats, plan: Plan, real: Tensor, depth: int) -> list[Tensor]:
-    """By layer of `depth`: the `real` columns (B, L) that the stats say are left."""
+    """By layer of `depth`: the `real` columns (B, L) that are kept according to the stats."""
     numbers = {stage.layer: i for i, stage in enumerate(plan.stages)}
     current, left = real.clone(), []
     for layer in range(depth):
@@ -49,7 +49,7 @@ def columns_left(stats: Stats, plan: Plan, real: Tensor, depth: int) -> list[Ten
 def hidden(layers: Iterable[nn.Module], left: list[Tensor]) -> Iterator[None]:
     """Hide dropped tokens from every decoder layer inside the block; attention must be eager.
 
-    `left` (B, L) are, by layer, the columns that are real and have not been dropped before it.
+    `left` (B, L): by layer, the columns that are real and not dropped before it.
     """
     undo: list[Any] = []
     try:
@@ -76,9 +76,9 @@ def is_linear_mixer(module: nn.Module) -> bool:
 
 
 def _hiding(left: Tensor, required: bool) -> Any:
-    """A hook of a decoder layer: the mask of its call hides the columns that are not `left` (B, n).
+    """A hook of a decoder layer: the mask hides the columns that are not `left` (B, n).
 
-    Where a mask is `required`, a call without a 4-D one ends in an `OracleError`.
+    If a mask is `required`, a call without a 4-D one raises `OracleError`.
     """
 
     def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -97,7 +97,7 @@ def _hiding(left: Tensor, required: bool) -> Any:
 
 
 def _attends(layer: nn.Module, mixers: list[nn.Module]) -> bool:
-    """Whether something in a layer other than linear mixers takes a mask, as MLPs do not."""
+    """Whether a module in a layer other than linear mixers takes a mask."""
     return any(
         module is not layer and module not in mixers and _takes(module, "attention_mask")
         for module in layer.modules()
@@ -109,7 +109,7 @@ def _takes(module: nn.Module, name: str) -> bool:
 
 
 def _on_rows(forward: Any, left: Tensor) -> Any:
-    """A mixer's forward that sees the rows that are left, one sample after the other."""
+    """Forward of a mixer on the kept rows, sample by sample."""
 
     def run(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         kwargs = {k: None if k in (*CACHES, *MASKS) else v for k, v in kwargs.items()}

@@ -1,8 +1,7 @@
 """A small ragged batch of prompts with images, whose features replace the vision tower.
 
-Models without images get clips of sound in their place. Features are random numbers, see
-`tokencomp.conformance.features`. Everything after them (the scatter into placeholders, positions,
-masks, `generate`) is the model's own.
+Models without images get sound clips. Features are random, see `tokencomp.conformance.features`;
+the scatter into placeholders, positions, masks and `generate` are those of the model.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ MARKERS = (
 class Prompts:
     """Two prompts with different numbers of words and images, as inputs of one tiny model.
 
-    Its tower is replaced for good, see `Encoder`. A model that takes no features in any of the
-    known layouts is a `BuildError`.
+    Its tower is replaced, see `Encoder`. A model that takes no known layout of features raises
+    `BuildError`.
     """
 
     def __init__(self, tiny: TinyModel) -> None:
@@ -75,7 +74,7 @@ class Prompts:
             raise BuildError(f"forward of {name} in this release never encodes the media of a call")
 
     def _check_words(self) -> None:
-        """Raise `BuildError` where the model itself fails, without media or compression."""
+        """Raise `BuildError` if the model fails without media and compression."""
         words = self.inputs()
         try:
             self.forward({name: words[name] for name in ("input_ids", "attention_mask")})
@@ -107,7 +106,7 @@ class Prompts:
         return next(([known[n]] for n in names if n in known and known[n] != self.image_id), [])
 
     def inputs(self, rows: list[int] | None = None, new: Tensor | None = None) -> dict[str, Any]:
-        """Left-padded inputs of some rows (None: all), as a processor would give them.
+        """Left-padded inputs of some rows (None: all), as from a processor.
 
         `new` (B, T) are further words after every prompt.
         """
@@ -120,7 +119,7 @@ class Prompts:
         return {"input_ids": table, "attention_mask": mask, **self._media(table, mask)}
 
     def _media(self, ids: Tensor, mask: Tensor) -> dict[str, Any]:
-        """The arguments that come with images."""
+        """Arguments for images."""
         images = len(self.encoder.images)
         if self.medium == "audio":
             return self._sound(images)
@@ -140,7 +139,7 @@ class Prompts:
         return {**{name: torch.zeros(shape) for name in names}, **taken}
 
     def _sound(self, clips: int) -> dict[str, Any]:
-        """The arguments that come with clips of sound."""
+        """Arguments for sound clips."""
         names = [name for name in ("input_features", "input_values") if name in self._names]
         values: dict[str, Any] = {name: torch.zeros(clips, 8, 16) for name in names}
         if "input_features_mask" in self._names:
@@ -157,13 +156,13 @@ class Prompts:
         return (behind & mask.bool()).long()
 
     def image_columns(self) -> Tensor:
-        """Where visual tokens stand, bool (B, L)."""
+        """Mask of visual tokens, bool (B, L)."""
         result: Tensor = self.inputs()["input_ids"] == self.image_id
         return result
 
     @torch.no_grad()
     def forward(self, inputs: dict[str, Any], **kwargs: Any) -> Any:
-        """One forward call, with the positions that `generate` would give."""
+        """One forward call, with the positions of `generate`."""
         if not self._own_positions:
             positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
             inputs = {**inputs, "position_ids": positions}
@@ -189,7 +188,7 @@ class Prompts:
 
 
 def placeholder(tiny: TinyModel) -> tuple[int, str]:
-    """The token id that features replace, and their medium: images, else sound."""
+    """The token id that features replace, and its modality: images, else sound."""
     for medium, names in (("image", PLACEHOLDERS), ("audio", AUDIO_PLACEHOLDERS)):
         for source in (tiny.specials.get, lambda name: getattr(tiny.config, name, None)):
             value = next((v for v in map(source, names) if isinstance(v, int)), None)

@@ -1,7 +1,7 @@
-"""Tiny text configs of any model type: a given config with every size replaced by a small one.
+"""Tiny text configs of any model type: every size of a config replaced by a small one.
 
-What makes a type special stays as the config has it: layer types, rotary tables, gates,
-normalizations, routing. Only widths, counts and windows shrink, by the name of their field.
+What distinguishes a type is kept: layer types, rotary tables, gates, norms, routing. Widths, counts
+and windows shrink, by the name of their field.
 """
 
 from __future__ import annotations
@@ -117,11 +117,11 @@ def _layer_fields(values: Mapping[str, Any], chosen: list[int]) -> dict[str, dic
 
 
 def pick_layers(kinds: list[str]) -> list[int]:
-    """Numbers of four or more layers that hold every kind at least twice, in their order.
+    """Indices of at least four layers that contain every type at least twice, in order.
 
-    A run of the first layers up to the last new kind would be long (Gemma: 5 to 1), so one layer
-    of each kind is taken, and then the same once more. Where there is one kind, the first layers
-    are: what else a config says by layer (rotation, whose keys are read) differs between them.
+    A prefix up to the last new type would be long (Gemma: 5 to 1), so one layer of each type is
+    taken, twice. With a single type, the first layers are taken: other per-layer settings
+    (rotation, shared keys) differ between them.
     """
     first = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
     if len(first) == 1 and len(kinds) >= 4:
@@ -130,7 +130,7 @@ def pick_layers(kinds: list[str]) -> list[int]:
 
 
 def tiny_rope(parameters: Mapping[str, Any], head_dim: int, mrope: bool = False) -> dict[str, Any]:
-    """Rotary parameters (also one set per layer kind) whose M-RoPE sections fit small heads."""
+    """Rotary parameters (also per layer type) whose M-RoPE sections fit small heads."""
     result = copy.deepcopy(dict(parameters))
     if mrope and not any(isinstance(v, dict) for v in result.values()):
         result.setdefault("mrope_section", [22, 22, 20])
@@ -143,7 +143,7 @@ def tiny_rope(parameters: Mapping[str, Any], head_dim: int, mrope: bool = False)
 
 
 def scaled_section(section: list[int], half: int) -> list[int]:
-    """Sections in about the same proportion that add up to `half`; equal ones stay equal."""
+    """Sections in about the same proportion that sum to `half`; equal ones remain equal."""
     parts = [max(1, n * half // sum(section)) for n in section]
     alone = next((i for i, n in enumerate(section) if section.count(n) == 1), 0)
     parts[alone] += half - sum(parts)

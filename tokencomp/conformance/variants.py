@@ -1,4 +1,4 @@
-"""What is set in the config of a tiny model in addition to its sizes."""
+"""Config fields of a tiny model that are set in addition to its sizes."""
 
 from __future__ import annotations
 

@@ -34,12 +34,12 @@ def text_classes(top: nn.Module, decoder: nn.Module) -> Classes:
 
 
 def _check_classes(model: type, classes: Classes, copied: Classes) -> None:
-    """Refuse a model with modules that its tiny copy does not have, which was built from `model`.
+    """Refuse a model with modules that its tiny copy, built from its classes, does not have.
 
     Raises
     ------
     UnverifiedModelError
-        The outer class, or the user, has put other modules into the decoder.
+        The outer class, or the user, has replaced modules of the decoder.
     """
     skipped = ""
     for path, own in classes.items():

@@ -1,4 +1,4 @@
-"""Baselines on the input: media as small as a ratio asks, or a model's own token budget."""
+"""Input baselines: media shrunk to the ratio, or the token budget of a model's processor."""
 
 from __future__ import annotations
 
@@ -30,17 +30,16 @@ BUDGETS: dict[str, tuple[int, ...] | None] = {
 
 
 class EqualTokens:
-    """Shrinks media until the processor makes about `1 - ratio` of their tokens.
+    """Shrinks media until the processor produces about `1 - ratio` of their tokens.
 
-    Token counts (of the ids `placeholders`) come from the processor itself, which rounds to
-    patches, tiles and frame pairs; they are computed once per media size. Of the sizes that the
-    processor accepts, among those closest to the target we take the one with fewer tokens, then the
-    largest image. If even the smallest token count exceeds the target, we use the largest image
-    with that count. If every size yields the same count, the media are returned unchanged, and the
-    achieved ratio of a run shows that no baseline exists at this ratio.
+    Token counts (of the ids `placeholders`) come from the processor, which rounds to patches, tiles
+    and frame pairs; they are cached by media size. Among the accepted sizes closest to the target,
+    the one with fewer tokens is chosen, then the largest image. If even the smallest token count
+    exceeds the target, the largest image with that count is used. If all sizes yield the same
+    count, the media are unchanged, and the achieved ratio of the run shows that no baseline exists.
 
-    To `prefer` "downscale" is smaller pixels, with fewer frames only where the size of a frame does
-    not change the count; "fewer_frames" is fewer frames of a video, and smaller pixels for images.
+    `prefer`: "downscale" reduces pixels, and frames only if the size of a frame does not change the
+    count; "fewer_frames" reduces the frames of videos, and the pixels of images.
     """
 
     def __init__(self, processor: Any, placeholders: Sequence[int], prefer: str) -> None:
@@ -49,7 +48,7 @@ class EqualTokens:
         self._shrinkers: dict[tuple[Any, ...], Callable[[Any], Any]] = {}
 
     def tokens(self, media: Any) -> int:
-        """Visual tokens that the processor makes of one image or video."""
+        """Visual tokens that the processor produces for one image or video."""
         key = (media[0].size, len(media)) if isinstance(media, list) else (media.size, 0)
         if key not in self._tokens:
             ids = build_inputs(self.processor, [[media]], ["?"])["input_ids"]
@@ -57,17 +56,14 @@ class EqualTokens:
         return self._tokens[key]
 
     def _takes(self, media: Any) -> bool:
-        """Whether the processor accepts it: Qwen-VL's refuse pictures 200 times as high as wide."""
+        """Whether the processor accepts it: that of Qwen-VL refuses aspect ratios above 200."""
         try:
             return self.tokens(media) > 0
         except MediaError:
             return False
 
     def shrink(self, media: Any, ratio: float) -> Any:
-        """The media with `1 - ratio` of their tokens, as near as the processor allows.
-
-        Sounds are played faster.
-        """
+        """The media with `1 - ratio` of their tokens, as nearly as possible. Sounds are sped up."""
         if modality_of(media) == "audio":
             return faster(media, 1 - ratio)
         is_video = modality_of(media) == "video"
@@ -91,7 +87,7 @@ class EqualTokens:
         return smaller
 
     def _smaller(self, media: Any, size: tuple[int, int], target: int) -> Resize | None:
-        """The size whose tokens come nearest to the target, and of such sizes the largest."""
+        """The size whose token count is nearest to the target, and among these the largest."""
         full, many = self.tokens(media), len(media) if isinstance(media, list) else 1
         # With fewer pixels than tokens, the processor would only enlarge the picture again.
         least = min(1.0, (full / (size[0] * size[1] * many)) ** 0.5)
@@ -122,7 +118,7 @@ class EqualTokens:
         return [c for c in candidates if distance(c) == best]
 
     def _largest(self, media: Any, small: Resize, limit: int) -> Resize:
-        """`small` at the largest scale that gives at most `limit` tokens, by bisection.
+        """`small` at the largest scale with at most `limit` tokens, by bisection.
 
         Sizes that the processor refuses count as too small.
         """
@@ -138,12 +134,12 @@ class EqualTokens:
 
 
 def _unchanged(media: Any) -> Any:
-    """The media themselves: if all images get equally many tokens, a smaller one saves none."""
+    """The media: if all images get equally many tokens, smaller ones save none."""
     return media
 
 
 class Resize:
-    """A scale of the sides, and how much wider than high the picture becomes with it."""
+    """A scale of the sides, and a factor of the aspect ratio."""
 
     def __init__(self, original: tuple[int, int], scale: float, stretch: float = 1.0) -> None:
         self.original, self.scale, self.stretch = original, scale, stretch
@@ -160,20 +156,19 @@ class Resize:
 
 
 def _fewer(frames: int, media: Any) -> Any:
-    """A video with so many frames, evenly spaced."""
+    """A video with this many frames, evenly spaced."""
     places = frame_indices(len(media), frames)
     return with_frames(media, [media[k] for k in places], places)
 
 
 def faster(samples: np.ndarray, share: float) -> np.ndarray:
-    """Sound (n,) in `share` of its time, and as much higher: its spectrum without the top."""
+    """Sound (n,) in `share` of its time, at higher pitch: its spectrum is truncated."""
     n, kept = len(samples), max(1, round(len(samples) * share))
     spectrum = np.fft.rfft(samples)[: kept // 2 + 1]
     return (np.fft.irfft(spectrum, kept) * (kept / n)).astype(samples.dtype)
 
 
 def has_budget(processor: Any) -> bool:
-    """Whether the processor offers a budget of visual tokens per image."""
     return _knob(processor) is not None
 
 
@@ -184,9 +179,9 @@ def _knob(processor: Any) -> str | None:
 
 @contextlib.contextmanager
 def native_budget(processor: Any, ratio: float) -> Iterator[int]:
-    """The processor with the budget nearest to `1 - ratio` of its usual one inside the block.
+    """Set the processor's budget nearest to `1 - ratio` of its default, inside the block.
 
-    It yields the budget, in visual tokens per image; of two as near, the smaller one.
+    Yields the budget, in visual tokens per image; of two equally near, the smaller.
     """
     name = _knob(processor)
     if name is None:

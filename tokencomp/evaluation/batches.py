@@ -38,9 +38,9 @@ Others, such as of plans, weights and models, concern every item and end the run
 
 @dataclass(frozen=True)
 class Batch:
-    """What one setting made of one batch: a record and a cost per question, seconds of generation.
+    """Results of one setting on one batch: a record and a cost per question, seconds of generation.
 
-    `stats` are those of the handle after the prefill; None where the model was left alone.
+    `stats` are those of the handle after the prefill; None if the model was not patched.
     """
 
     records: list[dict[str, Any]]
@@ -50,12 +50,12 @@ class Batch:
 
 
 class Answerer:
-    """Lets the variants of one model answer batches of questions.
+    """Answers batches of questions with the variants of one model.
 
-    The first of `models`, which are named as in `sweep`, measures what input baselines cost. `how`
-    has `frames`, `max_new_tokens` and `seed`. With `disable_adapters`, the PEFT adapters of the
-    variant "" are switched off. `around` is the context in which the model answers, see `sweep`.
-    Inside the context of `patches`, the answers are those of the settings.
+    The first of `models`, named as in `sweep`, measures the costs of input baselines. `how` has
+    `frames`, `max_new_tokens` and `seed`. With `disable_adapters`, the PEFT adapters of the variant
+    "" are switched off. For `around` see `sweep`. Settings are applied inside the context of
+    `patches`.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Answerer:
         self._equal_tokens: dict[str, EqualTokens] = {}
 
     def equal_tokens(self, setting: Setting) -> EqualTokens:
-        """What counts tokens and shrinks media for an input baseline; it remembers both."""
+        """The (cached) token counter of an input baseline."""
         if setting.name not in self._equal_tokens:
             placeholders = list(adapter_for(self.plain).placeholders)
             counter = EqualTokens(self.processor, placeholders, setting.name)
@@ -81,14 +81,14 @@ class Answerer:
         return self._equal_tokens[setting.name]
 
     def shrunk(self, setting: Setting, rows: Sequence[Loaded]) -> list[list[Any]]:
-        """The media of every row: smaller under an input baseline, unchanged otherwise."""
+        """The media of every row: shrunk under an input baseline, unchanged otherwise."""
         if not setting.input_baseline or setting.reducer == NATIVE:
             return [media for _, media in rows]
         shrink = self.equal_tokens(setting).shrink
         return [[shrink(m, setting.ratio) for m in media] for _, media in rows]
 
     def inputs(self, rows: Sequence[Loaded], setting: Setting) -> dict[str, Any]:
-        """What the processor makes of a batch; input baselines shrink the media first.
+        """Inputs of the model for a batch; input baselines shrink the media first.
 
         Raises
         ------
@@ -139,7 +139,7 @@ class Answerer:
         return Batch(records, costs, seconds, stats)
 
     def prefill(self, setting: Setting, rows: Sequence[Loaded]) -> tuple[Stats | None, list[Cost]]:
-        """`stats` of the prefill of a batch, as in `Batch`, and what each row costs."""
+        """`stats` of the prefill of a batch, as in `Batch`, and the cost of each row."""
         model = self.models[setting.variant]
         inputs = to_model(self.inputs(rows, setting), model)
         names = [e.id for e, _ in rows]
@@ -159,7 +159,7 @@ class Answerer:
 
 
 def kind_of(row: Loaded) -> str:
-    """The first of "video", "image" and "audio" that is among the media of a question, or ""."""
+    """The first of "video", "image" and "audio" among the media of a question, or ""."""
     modalities = {modality_of(media) for media in row[1]}
     return next(
         (modality for modality in ("video", "image", "audio") if modality in modalities), ""
@@ -182,10 +182,10 @@ def _record(row: Loaded, text: str, seconds: float, cost: Cost) -> dict[str, Any
 
 
 def right_answers(example: Example) -> str:
-    """All answers that count as right, as records hold them."""
+    """All answers that count as right, as stored in records."""
     return " / ".join((example.answer, *example.also))
 
 
 def failed(example: Example, reason: str) -> dict[str, Any]:
-    """Return the record of a question that could not be answered."""
+    """The record of a question that could not be answered."""
     return {"id": example.id, "family": example.family, "error": reason}

@@ -1,7 +1,6 @@
-"""Compressed runs against the full model, random dropping and downscaling.
+"""Compressed runs compared with the full model, random dropping and downscaling.
 
-Everything is computed per item, from the answers alone, on the items that all runs in question
-answered.
+Everything is computed per item, from the answers only, on items that all compared runs answered.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ class Loss:
     """A group of items on which a method scores lower than a baseline at its ratio.
 
     `rival_accuracy` is the mean over the seeds of `random`. In the `test`, an item counts as right
-    for `random` where at least half of its seeds answer it correctly.
+    for `random` if at least half of its seeds answer it correctly.
     """
 
     label: str
@@ -80,10 +79,10 @@ def comparisons(run: EvalRun, runs: Sequence[EvalRun]) -> Comparisons:
 
 
 def paired_tests(run: EvalRun, runs: Sequence[EvalRun]) -> dict[str, Any]:
-    """`retention` against the full model among `runs`, and a test `against_random`, if it ran.
+    """`retention` against the full model among `runs`, and a test `against_random`, if possible.
 
-    In the test, an item counts as right for `random` where at least half of its seeds answer it
-    correctly. There is none where they have answered no item of the run.
+    In the test, an item counts as right for `random` if at least half of its seeds answer it
+    correctly.
     """
     full = next(r for r in runs if r.identity["reducer"] == FULL)
     values: dict[str, Any] = {"retention": retention(*paired_scores(run, full))}
@@ -95,7 +94,7 @@ def paired_tests(run: EvalRun, runs: Sequence[EvalRun]) -> dict[str, Any]:
 
 
 def losses(runs: Sequence[EvalRun]) -> list[Loss]:
-    """Where a method scores lower than `random` or downscaling, the clearest cases first."""
+    """Groups in which a method scores lower than `random` or downscaling, the clearest first."""
     out = []
     baselines = (RANDOM, DOWNSCALE)
     for run in runs:
@@ -116,7 +115,7 @@ def losses(runs: Sequence[EvalRun]) -> list[Loss]:
 
 
 def _at(name: str, ratio: float | dict[str, float] | str, runs: Sequence[EvalRun]) -> list[EvalRun]:
-    """Runs of one baseline at a ratio: one for every seed, the lowest first."""
+    """Runs of one baseline at a ratio: one per seed, ascending."""
     seeds: dict[int, EvalRun] = {}
     for run in runs:
         if _is(name, run) and run.ratio == ratio:
@@ -125,7 +124,7 @@ def _at(name: str, ratio: float | dict[str, float] | str, runs: Sequence[EvalRun
 
 
 def _is(name: str, run: EvalRun) -> bool:
-    """Whether a run is this baseline: its reducer, without options other than a seed."""
+    """Whether a run is this baseline: its reducer, with no option but a seed."""
     return run.identity["reducer"] == name and run.identity["options"].keys() <= {"seed"}
 
 

@@ -1,4 +1,4 @@
-"""What each sample costs: visual tokens per layer, FLOPs and KV bytes of the LLM."""
+"""Cost of each sample: visual tokens per layer, FLOPs and KV bytes of the LLM."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from tokencomp.inputs.prompts import prompt_lengths
 
 @dataclass(frozen=True)
 class Cost:
-    """Cost of one sample: its visual tokens uncompressed, and those that each decoder layer sees.
+    """Cost of one sample: uncompressed visual tokens, and those that each decoder layer sees.
 
-    `flops` and `kv_bytes` are those of the decoder layers for this prefill, with the keys and
-    values that it caches; `decode_flops` are those for one further token.
+    `flops` and `kv_bytes` are those of the decoder layers for the prefill and the keys and values
+    that it caches; `decode_flops` those of one further token.
     """
 
     visual_tokens: int
@@ -43,7 +43,7 @@ def _cost(
     merged_from: int | None = None,
     cached: list[int] | None = None,
 ) -> Cost:
-    """See `Stats`; None for `cached`: a row for every token that a layer sees."""
+    """See `Stats`; `cached` None: one row for every token that a layer sees."""
     rows = [length - visual + n for n in per_layer]
     first = len(rows) if merged_from is None else merged_from
     flops = sum(shape.layer_flops(n, 0, i, i >= first) for i, n in enumerate(rows))
@@ -55,10 +55,10 @@ def _cost(
 def prefill_costs(
     model: Any, inputs: dict[str, Any], stats: Stats | None, full: list[int] | None = None
 ) -> list[Cost]:
-    """Cost of every sample of a prefill, whose `inputs` the model got.
+    """Cost of every sample of a prefill with `inputs`.
 
-    `stats` are those of the handle that compressed it; None or empty if nothing was compressed.
-    `full` has the visual tokens per sample before an input baseline shrank the media, if one did.
+    `stats` are those of the handle; None or empty if nothing was compressed. `full`: visual tokens
+    per sample before an input baseline shrank the media, if one did.
     """
     if stats:
         counts = stats.lengths, stats.tokens_before, stats.tokens_after, stats.cached

@@ -1,4 +1,4 @@
-"""Which share of the words on a picture a method keeps: a check of documents without labels."""
+"""Share of the words of a picture that a method keeps: a check of documents without labels."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def load_boxes(path: Path) -> list[Box]:
 
 
 def _of_csv(text: str) -> list[tuple[int, Any]]:
-    """The corners of every row that is not empty; the whole line where it has fewer numbers."""
+    """The corners in every row that is not empty; the whole line if it has fewer numbers."""
     rows = [(k, line, line.split(",", 8)[:8]) for k, line in enumerate(text.splitlines(), 1)]
     return [(k, row if len(row) == 8 else line) for k, line, row in rows if line.strip()]
 
@@ -83,7 +83,7 @@ def _box(row: Any) -> Box | None:
 
 
 def touched(box: Box, size: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
-    """The cells of which a box covers a part, bool (rows, columns).
+    """Cells that a box overlaps, bool (rows, columns).
 
     Parameters
     ----------
@@ -92,7 +92,7 @@ def touched(box: Box, size: tuple[int, int], grid: tuple[int, int]) -> np.ndarra
     size
         (width, height) of the picture in pixels.
     grid
-        (rows, columns) of cells that divide it evenly.
+        (rows, columns) of equal cells.
 
     Raises
     ------

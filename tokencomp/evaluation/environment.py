@@ -1,4 +1,4 @@
-"""What a number depends on: versions, commit, hardware, and the model."""
+"""What results depend on: versions, commit, hardware, and the model."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def commit() -> str | None:
 
 
 def git(root: Path, *args: str) -> str:
-    """What a git command prints for the checkout at `root`, without the last line end."""
+    """Output of a git command in the checkout at `root`, without the trailing newline."""
     # Without the locks that `status` takes to refresh the index: a full disk leaves them behind.
     command = ["git", "--no-optional-locks", "-C", str(root), *args]
     return subprocess.run(
@@ -92,9 +92,9 @@ def environment() -> dict[str, Any]:
 
 
 def model_identity(model: Any, processor: Any, name: str = "") -> dict[str, Any]:
-    """What the answers depend on besides the setting: the model, its weights and its inputs.
+    """What answers depend on besides the setting: the model, its weights and its inputs.
 
-    Without a `name`, the model is noted by its hub id, or the last part of a local path.
+    Without a `name`, the hub id of the model, or the last part of a local path.
     """
     from tokencomp.adapters.registry import unwrap
     from tokencomp.trained.cards import weights_hash
@@ -112,12 +112,12 @@ def model_identity(model: Any, processor: Any, name: str = "") -> dict[str, Any]
 
 
 def public_name(name: str) -> str:
-    """The name of a model for tables and pages: of a local folder, only its last part."""
+    """The name of a model in tables and pages: of a local folder, only its last part."""
     return Path(name).name if Path(name).exists() else name
 
 
 def _pixels(processor: Any) -> dict[str, Any]:
-    """Sizes that the image and video processors aim at, and numbers of tokens."""
+    """Target sizes and token counts of the image and video processors."""
     sizes = {}
     for part in ("image_processor", "video_processor"):
         own = getattr(processor, part, None)

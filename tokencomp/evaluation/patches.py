@@ -18,11 +18,11 @@ from tokencomp.tokens.tokens import Tokens
 
 @dataclass(frozen=True)
 class Subsets(Random):
-    """`random`, seeded by the seed, the name of the sample, and the number of the span in it.
+    """`random`, seeded by the seed, the id of the sample, and the index of the span in it.
 
     The reducer itself gives all spans of a grid the same subset. In an evaluation the luck of that
-    one draw would affect every question alike, and would not show up in confidence intervals over
-    questions. `names` are those of the samples of the batch, in order; a subset depends on its own.
+    draw would affect all questions alike, and not appear in confidence intervals. `names` are the
+    ids of the samples of the batch, in order; subsets do not depend on other samples.
     """
 
     names: tuple[str, ...] = ()
@@ -41,15 +41,15 @@ def per_question(setting: Setting, names: Sequence[str]) -> Subsets | None:
 
 
 def patched(model: Any, setting: Setting) -> contextlib.AbstractContextManager[Handle | None]:
-    """Patch the model until the end of a block; None for settings that leave the model alone."""
+    """Patch the model until the end of a block; None for settings that do not patch it."""
     return apply(model, setting) if setting.active else contextlib.nullcontext()
 
 
 class PatchedModels:
-    """Handles of several settings, each built once, with at most one of them in force.
+    """Handles of several settings, each created once, with at most one active.
 
-    Use as a context manager: inside it the models (variants of one by name, see `sweep`) have no
-    other patch, and on leaving it they get back the patch that they had.
+    A context manager: inside it the models (variants of one by name, see `sweep`) have no other
+    patch; afterwards their earlier patch is restored.
     """
 
     def __init__(self, models: dict[str, Any]) -> None:
@@ -70,9 +70,9 @@ class PatchedModels:
 
     @contextlib.contextmanager
     def applied(self, setting: Setting, names: Sequence[str]) -> Iterator[Handle | None]:
-        """Patch the model inside the block; yields None where the setting does not patch it.
+        """Patch the model inside the block; yields None if the setting does not patch it.
 
-        `names` are the questions of the batch: `random` gives each of them a subset of its own.
+        `names` are the questions of the batch: `random` draws a subset for each of them.
         """
         if not setting.active:
             yield None

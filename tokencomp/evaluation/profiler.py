@@ -1,4 +1,4 @@
-"""Where time and memory go, with and without compression, interleaved in one process."""
+"""Time and memory with and without compression, interleaved in one process."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def time_prefills(
 
 @contextlib.contextmanager
 def counted_rows(model: Any) -> Iterator[list[int]]:
-    """Rows of the hidden states that each decoder layer gets, call by call."""
+    """Rows of hidden states that each decoder layer gets, by call."""
     rows: list[int] = []
 
     def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
@@ -165,10 +165,10 @@ def _memory(model: Any, inputs: dict[str, Any]) -> tuple[int | None, int]:
 
 
 class PeakMemory:
-    """Peak memory inside the block above what was held at its start.
+    """Peak memory inside the block in excess of the memory at its start.
 
-    CUDA: allocated bytes. CPU on Linux: resident set size, whose high-water mark the kernel resets
-    on request, after freed memory went back to the system (glibc); elsewhere `bytes` stays None.
+    CUDA: allocated bytes. CPU on Linux: resident set size, whose high-water mark is reset after
+    freed memory went back to the system (glibc); elsewhere `bytes` is None.
     """
 
     def __init__(self, device: torch.device) -> None:

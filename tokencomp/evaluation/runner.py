@@ -1,7 +1,7 @@
-"""Ask a model every example under every setting, and keep the answers.
+"""Ask a model every example under every setting, and store the answers.
 
-`sweep` is the only loop in the package that asks questions: the benchmarks, training, the tiny
-models and the command line call it.
+`sweep` is the only loop in the package that asks questions: benchmarks, training, the tiny models
+and the command line use it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def evaluate(
     options: dict[str, Any] | None = None,
     **how: Any,
 ) -> EvalRun:
-    """Evaluate one setting; see `sweep` for `how`. `out_dir` is the folder of this run alone."""
+    """Evaluate one setting; see `sweep` for `how`. `out_dir` is the folder of this run."""
     setting = Setting(reducer, ratio, options or {})
     folders = None if out_dir is None else {setting: Path(out_dir)}
     return sweep(model, processor, items, [setting], folders, **how)[setting]
@@ -155,7 +155,7 @@ def sweep(
 
 
 def _by_id(items: Sequence[Example]) -> dict[str, Example]:
-    """The examples by their ids; raise `OptionError` where two have the same one."""
+    """The examples by id; raise `OptionError` if an id occurs twice."""
     known = {e.id: e for e in items}
     if len(known) < len(items):
         (name, count), *_ = Counter(e.id for e in items).most_common(1)
@@ -179,7 +179,7 @@ _FULL = Setting()
 
 
 class _Asked:
-    """One setting of a sweep: its answers so far, and the folder that keeps them, if any."""
+    """One setting of a sweep: its answers so far, and the folder that stores them, if any."""
 
     def __init__(
         self, setting: Setting, identity: dict[str, Any], store: AnswerStore | None
@@ -209,7 +209,7 @@ class _Asked:
             self.store.append(records)
 
     def collect(self, order: dict[str, int], others: bool) -> None:
-        """Put all records into the order of the items; those of `others`, if they run, included."""
+        """Order all records by item; includes records of `others`, if there are other processes."""
         if self.store is not None:
             if others:
                 self.store.refresh()
@@ -233,7 +233,7 @@ class _Sweep:
         self.layers, self.steps = len(adapter_for(answerer.plain).layers), self._steps()
 
     def _steps(self) -> int:
-        """Steps in time of the videos, 0 if unknown; towers of Qwen read frames in pairs."""
+        """Temporal steps of the videos, 0 if unknown; towers of Qwen read frames in pairs."""
         frames = self.answerer.how["frames"]
         if isinstance(frames, str) or not any(map(has_video, self.items)):
             return 0
@@ -307,7 +307,7 @@ class _Sweep:
         return True
 
     def _halve(self, rows: int) -> None:
-        """Halve the batch size for good, below the number of rows that did not fit."""
+        """Halve the batch size permanently, below the number of rows that did not fit."""
         self.batch_size, self.halved = max(1, min(rows, self.batch_size) // 2), True
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -136,7 +136,7 @@ class EvalRun:
 
 
 def averaged(runs: Sequence[EvalRun]) -> list[EvalRun]:
-    """The runs, with one in place of all seeds of `random` at a ratio: their mean, item by item."""
+    """Replace all seeds of `random` at a ratio by one run: their mean per item."""
     out: list[EvalRun] = []
     groups: dict[Any, list[EvalRun]] = {}
     for run in runs:
@@ -151,7 +151,7 @@ def averaged(runs: Sequence[EvalRun]) -> list[EvalRun]:
 
 
 def _mean_run(seeds: Sequence[EvalRun]) -> EvalRun:
-    """One run of several seeds; an item that failed with one of them failed."""
+    """The mean run of several seeds; an item that failed with one of them failed."""
     every = [{r["id"]: r for r in run.records} for run in seeds]
     records = []
     for name, first in every[0].items():
@@ -171,7 +171,7 @@ def _mean_run(seeds: Sequence[EvalRun]) -> EvalRun:
 
 
 def paired_scores(run: EvalRun, other: EvalRun) -> tuple[list[float], list[float]]:
-    """Scores of the items that both runs answered, in one order."""
+    """Scores of the items that both runs answered, in the same order."""
     pairs = score_pairs(run, [other])
     if not pairs:
         places = [str(r.path or r.identity["reducer"]) for r in (run, other)]
@@ -186,7 +186,7 @@ def score_pairs(
 ) -> list[tuple[float, float]]:
     """Score of the run and mean score of the others, per item that all of them answered.
 
-    With `family`, of the items of this question family alone.
+    With `family`, only items of this question family.
     """
     scores = [other.scores for other in others]
     return [

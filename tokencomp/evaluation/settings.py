@@ -1,4 +1,4 @@
-"""Settings of an evaluation: which method answers, and at which ratio."""
+"""Settings of an evaluation: a method and its ratio."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class Setting(MethodSpec):
 
     @property
     def input_baseline(self) -> bool:
-        """Whether the processor gets smaller media and the model is left alone."""
+        """Whether the media are shrunk before the processor and the model is not patched."""
         return self.reducer in INPUT_BASELINES
 
     @property
@@ -113,7 +113,7 @@ class Setting(MethodSpec):
 
     @property
     def written_options(self) -> dict[str, Any]:
-        """All options in their JSON form, a plan and options of the stages included."""
+        """All options in JSON form, including a plan and options of stages."""
         plan = {} if self.plan is None else {"plan": plan_to_json(self.plan)}
         usual = self.usual_options
         stage = {n: value for n, value in self.options_in_force.items() if value != usual[n]}
@@ -130,9 +130,9 @@ class Setting(MethodSpec):
 
     @property
     def method(self) -> str:
-        """The reducer with all its options, defaults included; "" where no reducer acts.
+        """The reducer with all its options, including defaults; "" without a reducer.
 
-        Stored answers depend on it: another release may have other defaults.
+        Stored answers depend on it: other releases may have other defaults.
         """
         if not self.active or self.plan is not None:
             return ""
@@ -147,8 +147,7 @@ class Setting(MethodSpec):
     def deviation(self, layers: int, frames: int = 0) -> str:
         """How the method departs from its paper, in words; "" if it does not.
 
-        The depth of a decoder of so many `layers` may move cuts; `frames` are those of
-        `Published.deviation`.
+        Cuts can depend on the number of `layers`; for `frames` see `Published.deviation`.
         """
         if not self.active or self.plan is not None or self.ratios or self.built_budget is not None:
             return ""
@@ -180,7 +179,7 @@ class Setting(MethodSpec):
 
 
 def label_of(name: str, shown_ratio: str, options: Mapping[str, Any]) -> str:
-    """The label of a setting; also of stored ones, whose options this release may not have."""
+    """The label of a setting; stored settings may have options that this release lacks."""
     extra = [f"{k}={v}" for k, v in sorted(options.items()) if k != PLAN]
     return "-".join([name, shown_ratio, *extra]).replace("/", "_")
 
@@ -214,14 +213,14 @@ def _removes(name: str, ratio: Any = None, budget: Any = None) -> bool:
 
 
 def seeded(settings: Sequence[Setting], seeds: int) -> list[Setting]:
-    """The settings, and `random` among them under every further seed, 1 to `seeds` - 1."""
+    """Add `random` with seeds 1 to `seeds` - 1 to the settings that contain it."""
     random = [s for s in settings if s.name == RANDOM and not s.written_options]
     more = [replace(s, options={"seed": seed}) for seed in range(1, seeds) for s in random]
     return list(dict.fromkeys([*settings, *more]))
 
 
 def planned(plan: Plan, model: Any, **options: Any) -> list[Setting]:
-    """The full model, then `plan` at the ratio that it has in the decoder of `model`."""
+    """The full model, then `plan` with its ratio in the decoder of `model`."""
     adapter = adapter_for(model)
     layers = len(adapter.layers)
     plan.check(layers, adapter.first_layer_stage)

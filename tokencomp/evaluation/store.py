@@ -1,4 +1,4 @@
-"""Answers on disk: one JSON object per item and line, and a manifest. A run may be killed."""
+"""Answers on disk: one JSON line per item, and a manifest. Runs can be killed and resumed."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ ASKED = {"media": "pictures, clips or sounds", "prompt": "words", "answer": "rig
 class AnswerStore:
     """A folder of records, each with an `id`, and the manifest of the run that wrote them.
 
-    The folder is created when missing. It may hold an unfinished run of the same identity: what the
-    answers depend on (model, setting, frames, ...), in plain types. Every process, of its own
-    `rank` under `accelerate launch`, writes a file of its own. `question` gives what is asked under
-    an id, `ASKED` of it or less, "" for unknown; answers to other questions are refused.
+    Created when missing. It may contain an unfinished run with the same identity, which is all that
+    answers depend on (model, setting, frames, ...), in plain types. Every process (`rank` under
+    `accelerate launch`) writes a separate file. `question` returns what is asked under an id
+    (`ASKED` or a part of it, "" if unknown); answers to other questions are refused.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class AnswerStore:
         self._check_questions()
 
     def refresh(self) -> None:
-        """Read the folder again, for records that other processes have added."""
+        """Read the folder again, for records of other processes."""
         self._records.clear()
         _merge(self._records, read_records(self.path))
 
@@ -63,11 +63,11 @@ class AnswerStore:
         return list(self._records.values())
 
     def done(self) -> set[str]:
-        """Ids of the answered items. Items that failed are tried once more."""
+        """Ids of answered items. Failed items are retried."""
         return {r["id"] for r in self.records if not r.get("error")}
 
     def _check_questions(self) -> None:
-        """Raise `OptionError` where a question has changed since it was answered."""
+        """Raise `OptionError` if a question has changed since it was answered."""
         for record in self.records:
             now = {} if record.get("error") else self._question(record["id"])
             for name, words in ASKED.items():
@@ -78,7 +78,7 @@ class AnswerStore:
                     )
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
-        """Add records and hand them to the operating system at once.
+        """Append records and flush them to the operating system.
 
         Raises
         ------
@@ -99,7 +99,7 @@ class AnswerStore:
         _merge(self._records, records)
 
     def leave_nothing(self) -> None:
-        """Remove the folders that this store has made, if there is no answer in them."""
+        """Remove the folders that this store has created, if they contain no answer."""
         if self.path in self._made and not self._records:
             for file in (self.path / MANIFEST, self.file):
                 file.unlink(missing_ok=True)
@@ -110,7 +110,7 @@ class AnswerStore:
     def write(
         self, manifest: dict[str, Any], records: Iterable[dict[str, Any]] | None = None
     ) -> None:
-        """Write the manifest, preceded by all `records` if there are any, each file atomically."""
+        """Write the manifest, and before it `records`, if any; each file atomically."""
         self.manifest = {**manifest, "identity": self.identity}
         with keeping(self.path):
             if records is not None:
@@ -119,14 +119,14 @@ class AnswerStore:
 
 
 def _merge(known: dict[str, dict[str, Any]], records: Iterable[dict[str, Any]]) -> None:
-    """Of an item's records the first without an error counts, else the last."""
+    """Of the records of an item keep the first without an error, else the last."""
     for record in records:
         if known.get(record["id"], {"error": "not asked"}).get("error"):
             known[record["id"]] = record
 
 
 def _drop_partial_line(file: Path) -> None:
-    """Cut off the unfinished last line that a killed process may leave."""
+    """Truncate an unfinished last line of a killed process."""
     if not file.exists():
         return
     data = file.read_bytes()
@@ -139,8 +139,8 @@ def _drop_partial_line(file: Path) -> None:
 def read_records(path: str | Path) -> list[dict[str, Any]]:
     """All records of a run folder, in the order in which ids first appear.
 
-    Of an item's records the first without an error counts, else the last. A half-written last
-    line is left out.
+    Of the records of an item, the first without an error counts, else the last. An unfinished last
+    line is ignored.
     """
     known: dict[str, dict[str, Any]] = {}
     for file in sorted(Path(path).glob("records*.jsonl")):

@@ -1,4 +1,4 @@
-"""Where the time or the work of one prefill goes, measured from the outside with hooks."""
+"""Time or work of the parts of one prefill, measured with hooks."""
 
 from __future__ import annotations
 
@@ -46,20 +46,20 @@ Parts = TypeVar("Parts")
 
 
 class Clock(Protocol):
-    """Something that grows while the model runs: time, or FLOPs."""
+    """Something that increases while the model runs: time, or FLOPs."""
 
     def mark(self) -> Any:
-        """What the clock shows at this point of the model's work."""
+        """The current value."""
 
     def between(self, start: Any, stop: Any) -> float:
-        """How much the clock grew between two marks."""
+        """The increase between two marks."""
 
     def finish(self) -> None:
         """Wait until all marks can be read."""
 
 
 class _Seconds:
-    """Marks on the device's own time line."""
+    """Marks in the stream of the device."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
@@ -80,12 +80,12 @@ class _Seconds:
 
 
 class _Watch(Hooked):
-    """Marks before and after the hooks that tokencomp has on the decoder and its layers.
+    """Marks before and after the hooks of tokencomp on the decoder and its layers.
 
     Hooks run in order of registration; one registered first (`prepend`) and one registered last
-    enclose the patch's own, so what lies between is the reducer. The patch registers its hooks on
-    layers while the decoder is called, so those are enclosed then. Make it inside the patch, whose
-    other hooks must exist already.
+    enclose those of the patch, so the time between them is that of the reducer. The patch registers
+    hooks on layers while the decoder is called, so those are enclosed then. Create it inside the
+    patch, whose other hooks must exist already.
     """
 
     def __init__(self, model: Any, clock: Clock | None = None) -> None:
@@ -156,7 +156,7 @@ class _Watch(Hooked):
 
 @torch.inference_mode()
 def prefill_split(model: Any, inputs: dict[str, Any], clock: Clock | None = None) -> Split:
-    """Time one prefill (last logits only) of inputs that are on the model's device.
+    """Time one prefill (last logits only) of inputs on the model's device.
 
     Without a clock, the parts are seconds of the device.
     """
@@ -192,7 +192,7 @@ def interleaved(
 
 
 def median(splits: list[Parts]) -> Parts:
-    """Median of every part on its own."""
+    """Median of every part."""
     kind: Any = type(splits[0])
     return kind(
         **{f.name: statistics.median(getattr(s, f.name) for s in splits) for f in fields(kind)}

@@ -1,4 +1,4 @@
-"""Frames, pixels, reducer and ratio: which of them spends a token budget best.
+"""Search over frames, pixels, reducer and ratio for the best use of a token budget.
 
 More frames at a higher ratio can beat fewer frames uncompressed, so the search is over all four.
 Choose on validation data; report on test data (`tokencomp eval`).
@@ -29,7 +29,7 @@ ROUNDED = 1.005
 
 @dataclass(frozen=True)
 class Scaled(Example):
-    """An example whose pictures are scaled, and sounds played faster, before the processor."""
+    """An example whose pictures are scaled, and sounds sped up, before the processor."""
 
     scale: float = 1.0
 
@@ -38,7 +38,7 @@ class Scaled(Example):
 
 
 def _scaled(media: Any, scale: float) -> Any:
-    """Pictures with sides of this scale, and sounds in this share of their time."""
+    """Scale the sides of pictures, and the duration of sounds."""
     if scale == 1.0:
         return media
     if modality_of(media) == "audio":
@@ -49,11 +49,11 @@ def _scaled(media: Any, scale: float) -> Any:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to spend tokens, and what was measured under it.
+    """One way to spend tokens, and its measurements.
 
-    It has so many `frames` per video, pictures whose side is `scale` of the original, and a reducer
-    with its ratio. `tokens` are visual tokens per item that a decoder layer sees (mean over layers
-    and items), `seconds` the model's time per answer, and `accuracy` is over `items` answered ones.
+    `frames` per video, `scale` of the sides of pictures, a reducer and its ratio; `tokens`, visual
+    tokens per item that a decoder layer sees (mean over layers and items), `seconds` of the model
+    per answer, and `accuracy` over `items` answered ones.
     """
 
     frames: int | str
@@ -79,11 +79,11 @@ def candidates(
 ) -> list[Candidate]:
     """All combinations within the token budget.
 
-    `reducers` are names with options. `options` go to every setting, and settings that cannot meet
-    them (a tower ratio above their ratio) are left out. For every frames × scale that costs more
-    than `tokens` uncompressed, each reducer also gets the ratio that meets the budget exactly;
-    scales that do not change the token count are left out, and so are all `frames` but the first
-    where no item is a video.
+    `reducers` are names with options. `options` apply to every setting; settings that do not
+    support them (a tower ratio above their ratio) are skipped. For every frames × scale that costs
+    more than `tokens` uncompressed, each reducer also gets the ratio that meets the budget exactly.
+    Scales that do not change the token count are skipped, and so are all `frames` but the first if
+    no item is a video.
     """
     counter = EqualTokens(processor, list(adapter_for(model).placeholders), "downscale")
     sizes = sorted(scales, reverse=True)
@@ -110,7 +110,7 @@ def candidates(
 def _settings(
     reducers: Sequence[tuple[str, Mapping[str, Any]]], ratio: float, options: Mapping[str, Any]
 ) -> list[Setting]:
-    """Every reducer at a ratio with its options and these; the full model at 0."""
+    """Every reducer at a ratio, with its options and `options`; the full model at 0."""
     if not ratio:
         return [Setting()]
     fixed = options.get("tower_ratio", 0.0)
@@ -125,7 +125,7 @@ def _settings(
 def _mean_tokens(
     counter: EqualTokens, items: Sequence[Example], frames: Frames, scales: Sequence[float]
 ) -> list[float]:
-    """Visual tokens per item at every scale, over all items that can be shown at it."""
+    """Visual tokens per item at every scale, over items that the processor accepts at it."""
     from tqdm.auto import tqdm
 
     totals: list[list[int]] = [[] for _ in scales]
@@ -152,10 +152,10 @@ def search(
     max_new_tokens: int = 16,
     name: str = "",
 ) -> list[Candidate]:
-    """Measure the candidates in turn, batch by batch: slow moments of a machine affect all equally.
+    """Measure the candidates in turn, batch by batch, so that slow moments affect all equally.
 
-    Candidates of one frames × scale share decoding and preprocessing. The best come first. Answers
-    end after `max_new_tokens`.
+    Candidates with the same frames × scale share decoding and preprocessing. The best come first.
+    Answers end after `max_new_tokens`.
     """
     from tqdm.auto import tqdm
 
@@ -199,7 +199,7 @@ def within(measured: Sequence[Candidate], tokens: float) -> list[Candidate]:
 def pareto(measured: Sequence[Candidate]) -> list[Candidate]:
     """Candidates that no other one beats at the same or fewer tokens, fewest first.
 
-    Those that answered no question take no part.
+    Those without an answered question are excluded.
     """
     front: list[Candidate] = []
     for c in sorted((c for c in measured if c.items), key=lambda c: (c.tokens, -c.accuracy)):

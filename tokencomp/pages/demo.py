@@ -1,4 +1,4 @@
-"""Answers of one model with and without compression: the HTML page of `tokencomp demo`."""
+"""The HTML page of `tokencomp demo`: answers of one model with and without compression."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from tokencomp.pages.report import Line, plots
 class Answer:
     """The answer to one prompt under one setting.
 
-    `pictures` has one sheet per image or video that shows what the decoder layers see of it; the
-    media itself where nothing was removed inside the model. `layers` has, per stage, its first
-    layer and such sheets of what remains from there on. `words` is the share of words that keep at
-    least half of their cells, where boxes of words were given.
+    `pictures` has one sheet per image or video that shows what the decoder layers see of it, or the
+    media if nothing was removed inside the model. `layers` has, per stage, its first layer and such
+    sheets of what is kept from there on. `words` is the share of words of which at least half of
+    the cells are kept, if boxes of words were given.
     """
 
     setting: Setting
@@ -44,7 +44,7 @@ class AnsweredQuestion:
 
     @property
     def wide(self) -> bool:
-        """Whether the pictures need room: sheets of a video."""
+        """Whether the pictures are wide: sheets of a video."""
         return any(a.pictures[0].width > 300 for a in self.answers)
 
     def mark(self, answer: Answer) -> str:
@@ -57,7 +57,7 @@ class Demo:
     """Everything on the page.
 
     `facts` are versions, hardware, and the model's size; `table` is that of a report, the full
-    model first. The `questions` are shown with pictures; `choice` says which they are.
+    model first. The `questions` are shown with pictures; `choice` describes their selection.
     """
 
     model: str
@@ -68,7 +68,7 @@ class Demo:
 
     @property
     def opening(self) -> str:
-        """What compression does, for readers to whom it is new."""
+        """What compression does, for new readers."""
         full, name = self.table[0].run.mean_tokens, self.table[-1].run.identity["reducer"]
         return (
             f"The decoder reads a picture or clip as {full:.0f} visual tokens on average. Each "
@@ -78,7 +78,7 @@ class Demo:
 
     @property
     def sentences(self) -> list[str]:
-        """What the last method of the table kept at each ratio, and what that cost, in words."""
+        """What the last method of the table kept at each ratio, and its cost, in words."""
         label = self.table[-1].run.label
         return [self._sentence(line) for line in self.table[1:] if line.run.label == label]
 
@@ -108,7 +108,7 @@ def _cost(record: dict[str, Any]) -> Cost:
 
 
 def saved(setting: Setting, costs: Sequence[Cost], full: Sequence[Cost]) -> str:
-    """What a setting kept and what that costs, beside the full model on the same prompts."""
+    """What a setting kept and its cost, relative to the full model on the same prompts."""
     kept, before = (fmean(fmean(c.per_layer) for c in group) for group in (costs, full))
     work = sum(c.flops for c in costs) / sum(c.flops for c in full)
     cache = sum(c.kv_bytes for c in costs) / sum(c.kv_bytes for c in full)
@@ -126,6 +126,6 @@ def saved(setting: Setting, costs: Sequence[Cost], full: Sequence[Cost]) -> str:
 
 
 def write(demo: Demo, path: str | Path) -> Path:
-    """Write the page; everything it needs is inside."""
+    """Write the self-contained page."""
     title = f"tokencomp on {demo.model}"
     return render("demo.html", path, title=title, demo=demo, plots=plots(demo.table)[:1])

@@ -1,4 +1,4 @@
-"""Self-contained HTML pages from the templates beside this file."""
+"""Self-contained HTML pages from the templates in this folder."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def render(template: str, path: str | Path, **values: Any) -> Path:
 
 
 def percent(value: float, digits: int = 1) -> str:
-    """Percent, e.g. "97.1 %"; a dash for NaN, the mean of nothing."""
+    """Percent, e.g. "97.1 %"; a dash for NaN."""
     return "–" if value != value else f"{100 * value:.{digits}f} %"
 
 

@@ -37,9 +37,9 @@ class LostItem:
 
 
 def lost_ids(run: EvalRun, full: EvalRun, kind: str | None = None) -> list[str]:
-    """Ids of the items that `full` answers correctly and `run` does not, in their natural order.
+    """Ids of the items that `full` answers correctly and `run` does not, in natural order.
 
-    With a `kind`: items about an "image" or a "video" alone.
+    With a `kind`: only items about an "image" or a "video".
     """
     right = {name for name, score in full.scores.items() if score >= 0.5}
     lost = [
@@ -69,10 +69,9 @@ def draw_lost(
 ) -> list[LostItem]:
     """Draw what was kept of the first lost items about images, and of the first about videos.
 
-    The choice is a rule, see `lost_ids`; no case is picked by hand: at most `per_kind` items of
-    each kind, of those among `examples` (by id; under several processes one of them has its share
-    alone). Each item runs once more, alone, to see which tokens stay. Pictures go to `folder`, and
-    have `side` pixels along their longer side.
+    At most `per_kind` items of each modality, chosen by the order of `lost_ids`, among `examples`
+    (by id; with several processes, the share of one). Each item runs once more to record kept
+    tokens. Pictures are written to `folder`, with `side` pixels along their longer side.
     """
     assert run.setting is not None
     chosen = []
@@ -98,13 +97,13 @@ def draw_lost(
 
 
 def write_lost(folder: Path, items: Sequence[LostItem]) -> None:
-    """Write the list that `read_lost` reads to a run folder, beside the pictures."""
+    """Write the list of lost items to a run folder, next to their pictures."""
     with keeping(folder):
         write_json(folder / FILE, [asdict(item) for item in items])
 
 
 def read_lost(folder: Path) -> list[LostItem]:
-    """What `write_lost` wrote to a run folder; nothing where it did not."""
+    """The list that `write_lost` wrote to a run folder; empty without one."""
     file = folder / FILE
     if not file.exists():
         return []

@@ -1,6 +1,6 @@
-"""Pictures of what survives: every patch as bright as the share of decoder layers that see it.
+"""Pictures of kept patches: brightness is the share of decoder layers that see a patch.
 
-What the vision tower never saw has a shade of its own.
+Patches that the vision tower never saw have another shade.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ MAX_MEDIA = 4
 def survival(stats: Stats, layer: int | None = None) -> list[np.ndarray]:
     """Per span: the share of decoder layers that see each patch, float (t, h, w) in [0, 1].
 
-    `NEVER` where the vision tower has dropped it. A merged token counts at the place of the token
-    that stands for it. With a `layer`: 1 for the patches that it sees and 0 for others.
+    `NEVER` if the vision tower has dropped it. A merged token counts at the position of the kept
+    token. With a `layer`: 1 for the patches that it sees, else 0.
     """
     layers = stats.shape.num_layers
     segments = list(itertools.pairwise([0, *stats.stage_layers, layers]))
@@ -58,7 +58,7 @@ def survival(stats: Stats, layer: int | None = None) -> list[np.ndarray]:
 
 
 def overlay(image: Image.Image, share: np.ndarray, side: int = SIDE) -> Image.Image:
-    """`image` with patches dimmed by what was removed; `share` is (h, w) in [0, 1], or `NEVER`."""
+    """`image` with dropped patches dimmed; `share` is (h, w) in [0, 1], or `NEVER`."""
     pixels = np.asarray(_fit(image, side), dtype=np.float64)
     height, width, _ = pixels.shape
     rows = np.arange(height) * share.shape[0] // height
@@ -89,9 +89,9 @@ def strip(images: Sequence[Image.Image], columns: int = 4) -> Image.Image:
 
 
 def frames_of(media: Any, t: int) -> tuple[list[Image.Image], list[int]]:
-    """The pictures of a span, and the temporal position (0 to t - 1) that each belongs to.
+    """The pictures of a span, and the temporal position (0 to t - 1) of each.
 
-    Several frames may share a position: what is kept of it is kept of all of them.
+    Several frames can share a position, of which all the same patches are kept.
     """
     if modality_of(media) == "image":
         return [media] * t, [*range(t)]
@@ -102,10 +102,10 @@ def frames_of(media: Any, t: int) -> tuple[list[Image.Image], list[int]]:
 
 
 def tiles(media: Any, shares: Sequence[np.ndarray], side: int = SIDE) -> list[Image.Image]:
-    """The pictures of one image or video, of one size; `strip` makes them a sheet.
+    """The pictures of one image or video, of equal size; `strip` joins them to a sheet.
 
-    A video is a list of frames. There is one array (t, h, w) of shares per span of this media (a
-    tile and a mosaic make two).
+    A video is a list of frames. `shares` has one array (t, h, w) per span of this medium (a tile
+    and a mosaic have two).
     """
     out = []
     for share in shares:
@@ -121,13 +121,13 @@ def plain_tiles(media: Any) -> list[Image.Image]:
 
 
 def of_one_size(pictures: Sequence[Image.Image]) -> list[Image.Image]:
-    """The pictures, as large as the largest."""
+    """The pictures, enlarged to the size of the largest."""
     size = max((p.size for p in pictures), key=lambda s: s[0] * s[1])
     return [p if p.size == size else p.resize(size) for p in pictures]
 
 
 def _shown(frames: Sequence[Image.Image]) -> np.ndarray:
-    """Numbers of up to `MAX_FRAMES` frames, evenly spaced."""
+    """Indices of up to `MAX_FRAMES` frames, evenly spaced."""
     return np.unique(np.linspace(0, len(frames) - 1, MAX_FRAMES).round().astype(int))
 
 
@@ -138,13 +138,13 @@ def _fit(image: Image.Image, side: int) -> Image.Image:
 
 
 def as_taken(media: Sequence[Any], spans: Sequence[VisualSpan]) -> list[Any]:
-    """The media as a model has taken them: frames are images where it takes no videos."""
+    """The media in the form the model takes: frames are images if it takes no videos."""
     apart = len(spans) > len(media) and all(span.modality == "image" for span in spans)
     return frames_apart(media) if apart else [*media]
 
 
 def group_spans(spans: Sequence[VisualSpan], media: Sequence[Any]) -> list[list[int]]:
-    """Which spans belong to which media: in order; spans in excess belong to the last media."""
+    """The spans of each medium, in order; excess spans belong to the last medium."""
     groups: list[list[int]] = [[] for _ in media]
     if len(spans) == len(media):
         return [[k] for k in range(len(media))]
@@ -165,7 +165,7 @@ def save_picture(image: Image.Image, path: Path, **how: Any) -> None:
 def kept_picture(media: Sequence[Any], stats: Stats, side: int = SIDE) -> Image.Image:
     """What the layers saw of the media of the first row of a batch, as one sheet.
 
-    The media are decoded; the first `MAX_MEDIA` of them are drawn.
+    The media are decoded; only the first `MAX_MEDIA` are drawn.
     """
     sheets = [strip(shown) for _, shown in kept_tiles(media, stats, side=side)[:MAX_MEDIA]]
     return strip(of_one_size(sheets))
@@ -174,9 +174,9 @@ def kept_picture(media: Sequence[Any], stats: Stats, side: int = SIDE) -> Image.
 def kept_tiles(
     media: Sequence[Any], stats: Stats, layer: int | None = None, side: int = SIDE
 ) -> list[tuple[Any, list[Image.Image]]]:
-    """Each image or video of the first row of a batch, with the `tiles` of what is left of it.
+    """Each image or video of the first row of a batch, with `tiles` of its kept patches.
 
-    See `survival` for `layer`. Frames are images of their own where the model has taken them so.
+    For `layer` see `survival`. Frames are separate images if the model has taken them so.
     """
     media = as_taken(media, stats.spans[0])
     shares, groups = survival(stats, layer), group_spans(stats.spans[0], media)

@@ -29,7 +29,7 @@ class Point:
 
 
 def accuracy_point(x: float, accuracy: float, kept: Retention | None, full: float) -> Point:
-    """A setting, with the interval of its retention as one of accuracy; `full`: without it."""
+    """A setting, with the interval of its retention scaled to accuracy; for `full` without it."""
     if kept is None or kept.value != kept.value:
         return Point(x, accuracy)
     return Point(x, accuracy, kept.low * full, min(kept.high * full, 1.0))
@@ -44,8 +44,7 @@ def lines(
 ) -> str:
     """One line per series, baselines dashed and grey; returns an `<svg>` element.
 
-    Where every series has one point, there is nothing to draw a line through: each gets a row of
-    its own. The same points give the same text.
+    If every series has one point, each gets a row instead. The output is deterministic.
 
     Parameters
     ----------
@@ -111,13 +110,12 @@ def _in_percent(axis: Any) -> None:
 
 
 def _colors(names: Collection[str]) -> list[str]:
-    """One per name."""
     own = iter(COLORS * (1 + len(names) // len(COLORS)))
     return [GREYS.get(name) or next(own) for name in names]
 
 
 def _draw_series(axes: Any, name: str, points: Sequence[Point], color: str) -> None:
-    """Draw a line through the points, and their intervals as a band, or as strokes."""
+    """Draw a line through the points, and their intervals as a band, or as error bars."""
     ordered = sorted(points, key=lambda p: p.x)
     xs, ys = [p.x for p in ordered], [p.y for p in ordered]
     form = "o--" if name in GREYS else "o-"

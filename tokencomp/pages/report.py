@@ -1,4 +1,4 @@
-"""The page of `tokencomp report`, from run folders alone."""
+"""The page of `tokencomp report`, from run folders."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ class Line:
 
     @property
     def deviation(self) -> str:
-        """How this decoder's depth moves the method's cuts; "" where it does not."""
+        """How the method's cuts differ from its paper at this depth; "" if they do not."""
         return self.run.manifest.get("deviation", "")
 
     @property
     def seeds(self) -> tuple[float, float] | None:
-        """Accuracy of its worst and its best seed, if it is the mean of several."""
+        """Accuracy of the worst and the best seed, if it is the mean of several."""
         return (min(self.run.seeds), max(self.run.seeds)) if self.run.seeds else None
 
     @property
     def label(self) -> str:
-        """The method, with a mark where its cuts are not where its paper has them."""
+        """The method, with a mark if its cuts differ from those of its paper."""
         return self.run.label + ("†" if self.deviation else "")
 
 
@@ -78,7 +78,7 @@ def _line(run: EvalRun, full: EvalRun, runs: Sequence[EvalRun]) -> Line:
 
 
 def _share(run: EvalRun, full: EvalRun, name: str) -> float:
-    """A cost against that of the full model, on the items that both answered."""
+    """A cost relative to that of the full model, on items that both answered."""
     costs = {r["id"]: float(r[name]) for r in full.answered if name in r}
     own = {r["id"]: float(r[name]) for r in run.answered if name in r and r["id"] in costs}
     whole = sum(costs[k] for k in own)
@@ -116,7 +116,7 @@ def write(table: Sequence[Line], path: Path) -> Path:
 
 
 def _lost(table: Sequence[Line]) -> list[dict[str, Any]]:
-    """Per line with pictures of lost items: how many there are, of how many, and the pictures."""
+    """Per line with pictures of lost items: their number, the number of items, and the pictures."""
     shown, full = [], table[0].run
     for line in table[1:]:
         folder = line.run.path
@@ -146,7 +146,7 @@ def _number(value: float | None) -> str:
 
 
 def plots(table: Sequence[Line]) -> list[str]:
-    """Accuracy by ratio, and by the time of an answer where it was measured, as `<svg>`."""
+    """Accuracy by ratio, and by time per answer if it was measured, as `<svg>`."""
     full = table[0]
     by_ratio: dict[str, list[Point]] = {}
     by_time: dict[str, list[Point]] = {}
@@ -168,7 +168,7 @@ def plots(table: Sequence[Line]) -> list[str]:
 
 
 def _different_versions(runs: Sequence[EvalRun]) -> list[str]:
-    """Packages whose versions are not the same in all runs."""
+    """Packages whose versions differ between the runs."""
     every = [r.manifest.get("versions", {}) for r in runs]
     names = sorted({n for v in every for n in v})
     return [n for n in names if len({v.get(n) for v in every}) > 1]

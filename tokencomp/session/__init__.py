@@ -1,1 +1,1 @@
-"""A cached conversation that media, text and evictions extend: `tokencomp.Session`."""
+"""`tokencomp.Session`: a cached conversation, extended by media and text, limited by eviction."""

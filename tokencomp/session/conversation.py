@@ -1,6 +1,6 @@
-"""One conversation on a KV cache: parts are added at their positions, and rows leave by a budget.
+"""One conversation on a KV cache: parts are appended, and rows are evicted down to a budget.
 
-Everything here is tensors; `tokencomp.session.session` has the processor and the chat template.
+Only tensors; `tokencomp.session.session` has the processor and the chat template.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ BY_TOKEN = ("input_ids", "mm_token_type_ids", "token_type_ids")
 
 
 class Conversation:
-    """The cache of one conversation, and where it has come to.
+    """The cache of one conversation, and its state.
 
     Parameters
     ----------
     model
         A multimodal model, patched or not.
     budget
-        Rows that stay in the widest layer between calls; None: all.
+        Number of rows that the widest layer keeps between calls; None: all.
     policy
-        Which rows of media go first, see `tokencomp.session.held`.
+        Which rows of media are evicted first, see `tokencomp.session.held`.
     """
 
     def __init__(self, model: nn.Module, budget: int | None, policy: str) -> None:
@@ -69,11 +69,11 @@ class Conversation:
 
     @property
     def texts(self) -> int:
-        """Rows that never go."""
+        """Number of rows that are never evicted."""
         return 0 if self._held is None else self._held.texts
 
     def mark(self) -> Callable[[], None]:
-        """What forgets all that comes from now on; rows may be added by then, but none evicted."""
+        """Returns a function that undoes later additions; no row may be evicted in between."""
         mark, values = Mark(self.cache), (self.tokens, self.items, self._held)
         following = self.positions.following
 
@@ -87,7 +87,7 @@ class Conversation:
     # -- parts ----------------------------------------------------------------------------------
 
     def add(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Run one part of the conversation and keep it; nothing is lost if that fails.
+        """Run one part of the conversation and append it; if that fails, nothing changes.
 
         Parameters
         ----------
@@ -108,9 +108,9 @@ class Conversation:
 
     @torch.no_grad()
     def run(self, inputs: Mapping[str, Tensor], kept: bool = True) -> Tensor:
-        """`add` for callers that have called `mark`: after an error, they must rewind.
+        """`add` for callers of `mark`, which must rewind after an error.
 
-        Text must fit into the budget if the part is `kept`, and not if the caller rewinds.
+        Text must fit into the budget if the part is `kept`; otherwise the caller rewinds.
         """
         ids = inputs["input_ids"]
         if ids.shape[0] != 1:
@@ -144,7 +144,7 @@ class Conversation:
         return logits
 
     def _note(self, n: int, watch: Watch) -> None:
-        """Note what the new rows of the widest layer are."""
+        """Record items and places of the new rows of the widest layer."""
         layer = first_layer(self.cache)
         columns = held_columns(layer)[0]
         columns = columns[columns >= self.tokens]
@@ -161,7 +161,7 @@ class Conversation:
     # -- limits ---------------------------------------------------------------------------------
 
     def shrink(self) -> int:
-        """Let rows of media leave down to the budget; returns how many have left."""
+        """Evict rows of media down to the budget; returns how many."""
         if self.budget is None or self._held is None or len(self._held) <= self.budget:
             return 0
         held = self._held
@@ -173,7 +173,7 @@ class Conversation:
         return left
 
     def check_text(self, tokens: int) -> None:
-        """Raise `SessionError` if text of `tokens` more tokens could not stay."""
+        """Raise `SessionError` if `tokens` more tokens of text do not fit into the budget."""
         self._check_room(tokens, tokens, kept_text=True)
 
     def _check_room(self, rows: int, tokens: int, kept_text: bool) -> None:
@@ -194,16 +194,16 @@ class Conversation:
         )
 
     def check_chunk(self, spans: Sequence[VisualSpan], n: int) -> None:
-        """Raise `SessionError` if media that are about to run in `n` columns could not stay."""
+        """Raise `SessionError` if media in `n` columns that are about to run do not fit."""
         handle = handle_of(self.adapter.model)
         rows = rows_of(handle, spans, n, len(self.adapter.layers))
         self._check_room(rows, n, kept_text=False)
 
 
 def join(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """One part of several: what runs along the tokens is put side by side, pixels below each other.
+    """Join several parts: token tensors along the sequence, pixels along the batch.
 
-    Token types of text without any are 0.
+    Missing token types are 0 (text).
     """
     names = dict.fromkeys(name for part in parts for name in part)
     joined = {}

@@ -1,14 +1,14 @@
-"""Eviction from a KV cache, and marks to which a conversation can go back.
+"""Eviction from a KV cache, and marks to which a conversation can be rewound.
 
-Rows are evicted for good, and those that are kept keep their positions, so nothing is computed
-again. A later token attends to them as if its mask hid the evicted columns. The oracle is therefore
-a *staircase mask*: in a run of full length, tokens after the eviction do not see the evicted
-columns, tokens before it do.
+Rows are evicted permanently; kept rows keep their positions, so nothing is recomputed. Later tokens
+attend to them as if their mask hid the evicted columns. The oracle is therefore a *staircase mask*:
+in a run of full length, tokens after the eviction do not see the evicted columns, tokens before it
+do.
 
     token  0  1  2  3  4  5        columns 1 and 2 are evicted after token 3
-      3    x  x  x  x
-      4    x        x  x
-      5    x        x  x  x
+    3      x  x  x  x
+    4      x        x  x
+    5      x        x  x  x
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ from tokencomp.torchlib.cache_classes import STATES
 
 
 def row_map_of(layer: Any) -> RowMap:
-    """Which column every row of a cache layer holds, whether the layer is compressed or not."""
+    """The row map of a cache layer, compressed or not."""
     if isinstance(layer, CompressedLayer):
         return layer.current_map
     return RowMap(physical_length(layer))
 
 
 def held_columns(layer: Any) -> Tensor:
-    """Column of the uncompressed sequence of every row of a cache layer, int64 (B, rows)."""
+    """Column of every row of a cache layer, int64 (B, rows)."""
     return row_map_of(layer).all_columns(layer.keys.shape[0], layer.keys.device)
 
 
 def check_eviction(adapter: Adapter) -> None:
-    """Refuse decoders whose later tokens would differ from those under a staircase mask.
+    """Refuse decoders in which eviction differs from a staircase mask.
 
     Raises
     ------
     UnsupportedModelError
-        A layer keeps a state, a window of rows, or an indexer, or attention depends on the number
-        or the distance of rows.
+        A layer has a recurrent state, a window of rows, or an indexer, or attention depends on the
+        number or distance of rows.
     """
     layer_types = LayerTypes.of(adapter.decoder)
     reasons = {
@@ -74,29 +74,29 @@ def check_eviction(adapter: Adapter) -> None:
 
 
 def evict(cache: Any, columns: Tensor) -> int:
-    """Let the rows of some columns leave every layer of a cache, in place.
+    """Evict the rows of some columns from every layer of a cache, in place.
 
-    Layers that hold no row of a column, because it was dropped before, stay as they are there.
-    Call `check_eviction` first: a cache does not show what its decoder does.
+    Layers without rows of these columns, because they were dropped before, do not change. Call
+    `check_eviction` first: a cache does not show what its decoder does.
 
     Parameters
     ----------
     cache
         A `DynamicCache`, compressed or not, of one or several equal samples.
     columns : Tensor of int64, shape (n,)
-        Of the uncompressed sequence, over all calls.
+        Columns of the uncompressed sequence, over all calls.
 
     Returns
     -------
     int
-        Rows that left the layer that lost most.
+        Number of rows evicted from the layer that lost most.
 
     Raises
     ------
     UnsupportedCacheError
-        Layers of another kind, or samples that hold different rows. Nothing has left then.
+        Layers of another class, or samples that hold different rows; nothing is evicted.
     OptionError
-        A layer would be empty. Nothing has left then.
+        A layer would be empty; nothing is evicted.
     """
     every = getattr(cache, "layers", ())
     layers = filled(every)
@@ -117,7 +117,7 @@ def evict(cache: Any, columns: Tensor) -> int:
 
 
 def _staying(layer: Any, columns: Tensor) -> Tensor:
-    """Rows of a layer that are kept, int64 (rows,); raises where samples differ."""
+    """Rows of a layer that are kept, int64 (rows,); raises if samples differ."""
     held, real = held_columns(layer), row_map_of(layer).mask()
     if real is not None or not bool((held == held[:1]).all()):
         raise UnsupportedCacheError(
@@ -128,7 +128,7 @@ def _staying(layer: Any, columns: Tensor) -> Tensor:
 
 
 def _keep(layer: Any, rows: Tensor) -> int:
-    """Keep these rows of a layer; returns how many were evicted."""
+    """Keep only these rows of a layer; returns how many were evicted."""
     before = row_map_of(layer)
     evicted = before.rows - rows.numel()
     if evicted:
@@ -139,11 +139,10 @@ def _keep(layer: Any, rows: Tensor) -> int:
 
 
 class Mark:
-    """What a cache holds now. Only rows may be added before `rewind`; none may be evicted.
+    """A snapshot of a cache. Before `rewind`, rows may only be added, not evicted.
 
-    Layers that hold every row are cut to the rows that they had. All others (states of linear
-    layers, windows that have moved on) cannot be cut, so a copy of them is kept: for a hybrid
-    decoder a mark costs its states, not its rows.
+    Layers that hold all rows are cut to their earlier length. All others (recurrent states, sliding
+    windows) are copied: for a hybrid decoder a mark costs its states, not its rows.
 
     Parameters
     ----------
@@ -159,7 +158,7 @@ class Mark:
         ]
 
     def rewind(self) -> None:
-        """Let the cache hold what it held; to be called once."""
+        """Restore the cache; to be called once."""
         layers = self._cache.layers
         if hasattr(self._cache, FRAMES_SHOWN):
             setattr(self._cache, FRAMES_SHOWN, self._frames)
@@ -172,14 +171,14 @@ class Mark:
 
 
 class _Rows:
-    """The attributes of a layer but its tensors of rows, which would keep a second copy alive."""
+    """The attributes of a layer without its rows, of which a second copy would use memory."""
 
     def __init__(self, layer: Any) -> None:
         self.kind, self.rows = type(layer), physical_length(layer)
         self.rest = {k: v for k, v in vars(layer).items() if k not in ("keys", "values")}
 
     def restore(self, layer: Any) -> None:
-        """Cut `layer` to the rows it had, and give it the class and the attributes it had."""
+        """Cut `layer` to its earlier rows, and restore its class and attributes."""
         keys, values = (t[..., : self.rows, :] for t in (layer.keys, layer.values))
         layer.__class__ = self.kind
         vars(layer).clear()

@@ -1,4 +1,4 @@
-"""What every row of a session's cache is, and which rows go first."""
+"""The rows of a session's cache by item and place, and the order of eviction."""
 
 from __future__ import annotations
 
@@ -26,13 +26,12 @@ class Held:
     columns : Tensor of int64, shape (n,)
         Column of the uncompressed sequence.
     items : Tensor of int64, shape (n,)
-        Number of the appended item; `TEXT` for rows that never go. Timestamps and delimiters
-        belong to their item.
+        Number of the appended item; `TEXT` for rows that are never evicted. Timestamps and
+        delimiters belong to their item.
     places : Tensor of int64, shape (n,)
-        What two patches share that show the same place of pictures of one shape; `NOWHERE` for
-        other rows.
+        Equal for patches at the same place of pictures of one shape; `NOWHERE` for other rows.
     appearance : Tensor, shape (n, d), or shape (n, 0)
-        Features of patches as they entered the decoder, where the policy compares them.
+        Features of patches at the decoder's input, if the policy compares them.
     """
 
     columns: Tensor
@@ -51,11 +50,10 @@ class Held:
 
     @property
     def texts(self) -> int:
-        """Rows that never go."""
+        """Number of rows that are never evicted."""
         return int((self.items == TEXT).sum())
 
     def joined(self, new: Held) -> Held:
-        """These rows and newer ones."""
         wide = max(self.appearance, new.appearance, key=lambda x: x.shape[1])
         appearance = torch.cat([_padded(x, wide) for x in (self.appearance, new.appearance)])
         return Held(
@@ -66,21 +64,20 @@ class Held:
         )
 
     def rows(self, index: Tensor) -> Held:
-        """Some of the rows."""
         return replace(self, **{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
 
 def _padded(appearance: Tensor, wide: Tensor) -> Tensor:
-    """Zeros as wide as the features of patches, and of their dtype, for rows without any."""
+    """Pad missing appearance with zeros of the given width and dtype."""
     same = appearance.shape[1] == wide.shape[1]
     return appearance if same else wide.new_zeros(len(appearance), wide.shape[1])
 
 
 class PatchPlaces:
-    """Gives one number to all patches that show the same place of pictures of one shape.
+    """Numbers places, shared by all patches at the same place of pictures of one shape.
 
-    Frames of videos of one shape share their places, and so do images of one shape: tile k of an
-    image has those of tile k of the next.
+    Frames of videos of one shape share places, and so do images of one shape: tile k of an image
+    and tile k of the next.
     """
 
     def __init__(self) -> None:
@@ -88,7 +85,7 @@ class PatchPlaces:
         self._next = 0
 
     def of(self, spans: Sequence[VisualSpan], width: int) -> Tensor:
-        """Places of the columns of a call, int64 (width,); `NOWHERE` where none is known."""
+        """Places of the columns of a call, int64 (width,); `NOWHERE` if unknown."""
         places = torch.full((width,), NOWHERE)
         part, before = 0, None
         for span in spans:
@@ -114,11 +111,11 @@ def oldest(held: Held) -> Tensor:
 
 
 def redundant(held: Held) -> Tensor:
-    """Rows of media, those first whose place has the same appearance in its newest row.
+    """Rows of media, first those whose place looks the same in its newest row.
 
-    A patch is compared (cosine) with the newest row that is held of its place; the more alike, the
-    earlier it goes, and of equal ones the older. Patches whose place has no newer row come after
-    all of these, the oldest first. Timestamps and delimiters go with the last patch of their item.
+    A patch is compared (cosine) with the newest cached row of its place; the more similar, the
+    earlier it is evicted, ties by age. Then patches whose place has no newer row, the oldest first.
+    Timestamps and delimiters are evicted with the last patch of their item.
     """
     n, media = len(held), held.items != TEXT
     patch = media & (held.places != NOWHERE)
@@ -139,7 +136,7 @@ def redundant(held: Held) -> Tensor:
 
 
 def _alike(places: Tensor, appearance: Tensor) -> Tensor:
-    """Cosine of every row with the newest row of its place, float32 (n,); -2 of the newest."""
+    """Cosine of every row with the newest row of its place, float32 (n,); -2 for the newest."""
     if not len(places):
         return appearance.new_zeros(0)
     rows = torch.arange(len(places), device=places.device)

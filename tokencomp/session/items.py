@@ -1,4 +1,4 @@
-"""What a session is given: images and chunks of frames, checked, with their times."""
+"""Input of a session: images and chunks of frames, checked, with their times."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ CLOCK = 1000
 
 
 class FrameClock:
-    """When the frames of a session were shown: later ones come later.
+    """Times of the frames of a session, which ascend.
 
-    `last` has the seconds of the last frame, and `step` those between the last two.
+    `last`: seconds of the last frame; `step`: seconds between the last two.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class FrameClock:
         self.step = 1.0
 
     def times(self, frames: Sequence[Any], seconds: Any, needed: bool) -> list[float] | None:
-        """Seconds of every frame, or None where nobody tells and nobody asks.
+        """Seconds of every frame, or None if they are unknown and not needed.
 
         `seconds` is one time per frame, or the distance between frames; None: those of a `Video`.
         They are `needed` if the processor writes times.
@@ -60,14 +60,14 @@ class FrameClock:
         return times
 
     def advance(self, times: Sequence[float] | None) -> None:
-        """Note that frames with these times were taken."""
+        """Record that frames with these times were added."""
         if times:
             before = times[-2] if len(times) > 1 else self.last
             self.step = times[-1] - before if before is not None else self.step
             self.last = times[-1]
 
     def sampling(self, times: Sequence[float]) -> Sampling:
-        """The same for `frame_times`. The rate is that of these frames (Qwen2.5-VL reads it)."""
+        """The times in the form of `frame_times`, with the rate of these frames (Qwen2.5-VL)."""
         before = [self.last] if self.last is not None and len(times) == 1 else []
         known = [*before, *times]
         step = (known[-1] - known[0]) / (len(known) - 1) if len(known) > 1 else self.step
@@ -110,7 +110,7 @@ def _listed(seconds: Any, count: int) -> list[float]:
 
 
 def warn_of_repeated(processor: Any, frames: Sequence[Any], inputs: dict[str, Tensor]) -> None:
-    """Warn where a processor that joins frames into steps has shown the last one again."""
+    """Warn if a processor that joins frames into steps has repeated the last one."""
     grids, size = inputs.get("video_grid_thw"), frames_of_a_step(processor)
     if grids is None or size == 1:
         return
@@ -128,7 +128,7 @@ def warn_of_repeated(processor: Any, frames: Sequence[Any], inputs: dict[str, Te
 def item_inputs(
     processor: Any, text: str, modality: str, medium: Any, sampling: Sampling | None
 ) -> dict[str, Tensor]:
-    """Arguments of the model for one item and the text around it, by name."""
+    """Arguments of the model for one item and its surrounding text, by name."""
     images, videos = ([], [medium]) if modality == "video" else ([medium], [])
     samplings = [] if sampling is None else [sampling]
     try:

@@ -1,4 +1,4 @@
-"""What a session has to know of the patch of its model."""
+"""Checks of the patch of a session's model."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from tokencomp.tokens.spans import VisualSpan
 
 
 def check_patch(handle: Handle | None, modalities: Tensor | None, budget: int | None) -> None:
-    """Refuse a patch under which later parts would not equal one prompt, or could not leave.
+    """Refuse patches under which later parts would not equal one prompt, or could not be evicted.
 
-    `modalities` are those of the part that comes next, see `Adapter.modalities`; None for text.
+    `modalities` are those of the next part, see `Adapter.modalities`; None for text.
     """
     if handle is None or not handle.compresses:
         return
@@ -59,7 +59,7 @@ def check_patch(handle: Handle | None, modalities: Tensor | None, budget: int | 
 
 
 def run_within(handle: Handle | None, budget: int | None) -> AbstractContextManager[None]:
-    """A part of a session with a budget drops what the default of a patch would merge."""
+    """Block for a part of a session: with a budget, nothing is merged."""
     if handle is None or budget is None:
         return contextlib.nullcontext()
     return handle.dropping()

@@ -1,4 +1,4 @@
-"""Positions of the parts of a conversation: each continues where the one before has ended."""
+"""Positions of the parts of a conversation: each continues after the one before."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ ALONG = ("input_ids", "attention_mask", "mm_token_type_ids")
 
 
 class Positions:
-    """Positions as the model itself would compute them for the whole conversation as one prompt.
+    """The positions that the model would compute for the whole conversation as one prompt.
 
-    A model with several rows of positions (M-RoPE) computes those of one part from 0 on. They are
-    moved after the largest position so far, as the model does with what follows an image. That
-    this gives the positions of one prompt is checked once per modality, on a part that is
-    put twice into one prompt.
+    With M-RoPE the model computes positions of one part from 0 on. They are shifted after the
+    largest position so far, as the model does after an image. Once per modality this is checked, on
+    a part that is repeated in one prompt.
 
     Attributes
     ----------
@@ -44,8 +43,8 @@ class Positions:
     def of(self, inputs: Mapping[str, Tensor], modalities: Tensor | None) -> tuple[Tensor, int]:
         """Positions of a part, and the position that follows it.
 
-        They are int64 (3, 1, n) for M-RoPE, else (1, n). The arguments of the model are those of
-        one sample; `modalities` (1, n) are as in `Adapter.modalities`, and None for text.
+        int64 (3, 1, n) for M-RoPE, else (1, n). `inputs` are those of one sample; for `modalities`
+        (1, n) see `Adapter.modalities`, None for text.
         """
         ids = inputs["input_ids"]
         own = torch.arange(ids.shape[1], device=ids.device)[None]
@@ -58,7 +57,7 @@ class Positions:
         return moved, int(moved.max()) + 1
 
     def _local(self, inputs: Mapping[str, Tensor], modalities: Tensor, copies: int = 1) -> Tensor:
-        """Positions from 0 on of a part that is put into one prompt `copies` times."""
+        """Positions from 0 on of a prompt that repeats a part `copies` times."""
         body = self._adapter.body
         names = inspect.signature(body.get_rope_index).parameters
         grids = {k: v for k, v in inputs.items() if k in names and k not in ALONG}

@@ -1,9 +1,9 @@
-"""A chat template cut into the pieces that a growing conversation is made of.
+"""A chat template split into the pieces of a growing conversation.
 
     system text, begin of a user turn │ media │ text │ end of the turn, begin of an answer │ …
 
-A template is rendered a few times, and what differs between the results is the pieces. Each is
-tokenized once, when it is needed: ids that are in the cache are never made again.
+The template is rendered a few times, and the differences are the pieces. Each is tokenized once,
+when it is needed: ids in the cache are never recomputed.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ NO_TEMPLATE = (
 class Turns:
     """The pieces of the chat template of a processor.
 
-    Ids of the system text and of what begins the first user turn are `open`; `answer` are those
-    that end a user turn and begin an answer, and `reopen` those that end an answer and begin a user
-    turn.
+    `open`: ids of the system text and of the begin of the first user turn; `answer`: of the end of
+    a user turn and the begin of an answer; `reopen`: of the end of an answer and the begin of a
+    user turn.
     """
 
     def __init__(self, processor: Any) -> None:
@@ -46,16 +46,15 @@ class Turns:
         self.reopen = self.ids(between)
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of a piece."""
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
     def words(self, text: str) -> list[int]:
-        """Ids of text in a user turn, as the template writes it."""
+        """Token ids of text in a user turn, as the template writes it."""
         return self.ids(self._before + text + self._after)
 
     def media(self, modality: str) -> str:
-        """What stands in a prompt for one "image" or "video"."""
+        """Text that represents one "image" or "video" in a prompt."""
         piece = self._between(self._render({"type": modality}), modality)
         if not piece:
             raise UnsupportedModelError(
@@ -86,7 +85,7 @@ class Turns:
         return text[len(self._head) : len(text) - len(self._tail)]
 
     def _opening(self) -> list[int]:
-        """Ids of the head, with the token that begins every text of this tokenizer."""
+        """Ids of the beginning, with the BOS token of this tokenizer."""
         plain, whole = self.ids(self._head), self.tokenizer(self._head)["input_ids"]
         bos = getattr(self.tokenizer, "bos_token", None)
         written = bos and self._head.startswith(bos)
@@ -106,7 +105,7 @@ def _text(text: str) -> dict[str, str]:
 
 
 def _common_end(a: str, b: str) -> str:
-    """The longest text with which both end."""
+    """The longest common suffix."""
     n = 0
     while n < min(len(a), len(b)) and a[-n - 1] == b[-n - 1]:
         n += 1

@@ -1,4 +1,4 @@
-"""The spans and the features of a part of a conversation, as it enters the decoder."""
+"""Spans and features of a part of a conversation at the input of the decoder."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from tokencomp.tokens.spans import VisualSpan, numbered
 
 
 class Watch:
-    """Reads the input of the decoder in one call: its spans, and the features of its patches.
+    """Reads the input of the decoder in one call: its spans, and features of its patches.
 
-    It runs before the hooks of a patch, which then shorten this input. For text, where `modalities`
-    is None, it does nothing; else they are as in `Adapter.modalities`, and `positions` are (3, 1,
-    n) for M-RoPE, else (1, n). `check` is called with the spans and the number of columns before
-    the decoder runs, and may refuse. With `appearance`, features (n, d) are kept.
+    Runs before the hooks of a patch. For text, where `modalities` is None, it does nothing; for
+    `modalities` see `Adapter.modalities`; `positions` are (3, 1, n) for M-RoPE, else (1, n).
+    `check` is called with the spans and the number of columns before the decoder runs, and may
+    raise. With `appearance`, features (n, d) are stored.
     """
 
     def __init__(
@@ -50,7 +50,6 @@ class Watch:
             self._adapter.uninstall()
 
     def _look(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """Read the spans of the call."""
         name, embeds = type(self._adapter.body).__name__, kwargs.get("inputs_embeds")
         if kwargs.get("attention_mask") is not None:  # this call has none
             raise UnsupportedModelError(

@@ -1,1 +1,1 @@
-"""Training of the methods that are trained ones."""
+"""Training of methods with weights."""

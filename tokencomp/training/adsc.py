@@ -1,4 +1,4 @@
-"""Training of ADSC: a LoRA adapter for a decoder that drops tokens between its layers."""
+"""Training of ADSC: a LoRA adapter for a decoder that drops tokens between layers."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def train_adsc(model: Any, processor: Any, data: str, output: Path, config: Adsc
 
 @contextlib.contextmanager
 def _as_it_was_on_error(model: Any) -> Iterator[None]:
-    """Take the layers that PEFT puts into `model` inside the block out again if it fails."""
+    """Remove the layers that PEFT adds to `model` inside the block if it fails."""
     layers = [(m, dict(m.named_children())) for m in model.modules()]
     modes = [(m, m.training) for m, _ in layers]
     config = dict(vars(model).get("peft_config", {}))  # PEFT adds to it
@@ -169,7 +169,7 @@ def add_lora(model: Any, config: AdscConfig) -> Any:
 
 
 def save_adapter(tuned: Any, output: Path, model_id: str) -> None:
-    """Write the adapter's files whole or not at all."""
+    """Write the files of the adapter atomically."""
     output.mkdir(parents=True, exist_ok=True)
     tuned.peft_config["default"].base_model_name_or_path = model_id
     with tempfile.TemporaryDirectory(dir=output) as folder:

@@ -1,4 +1,4 @@
-"""One uncompressed forward call, seen from the decoder: spans, layer inputs, layer-0 attention."""
+"""One uncompressed forward call at the decoder: spans, layer inputs, layer-0 attention."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PATCHED = "the model is patched: call tokencomp.unpatch(model) first."
 
 @dataclass
 class Capture:
-    """What a forward call has computed; nothing in it carries gradients.
+    """Results of a forward call, without gradients.
 
     Attributes
     ----------
@@ -36,7 +36,7 @@ class Capture:
     width, lengths
         Columns, and real tokens per sample.
     inputs
-        Input of every layer, (B, width, d); with `layers=False` of the first one alone.
+        Input of every layer, (B, width, d); with `layers=False` only of the first.
     arguments
         Keyword arguments of every captured layer, without a cache.
     last
@@ -52,9 +52,9 @@ class Capture:
     last: Tensor | None = None
 
     def attention_rows(self, answer: int) -> list[list[Tensor]]:
-        """Layer-0 attention of the user's text to each span, by sample: what `selector` sees.
+        """Layer-0 attention of the user's text to each span, by sample: the input of `selector`.
 
-        The last columns, `answer` of them, do not vote.
+        The last `answer` columns do not vote.
         """
         tables = {"position_embeddings": self.arguments[0]["position_embeddings"]}
         columns = torch.arange(self.width)[None]
@@ -67,17 +67,17 @@ class Capture:
         return [[next(parts) for _ in row] for row in self.spans]
 
     def features(self) -> list[list[Tensor]]:
-        """Projected features of each span as they enter layer 0, (span.length, d), per sample."""
+        """Projected features of each span at the input of layer 0, (span.length, d), per sample."""
         x = self.inputs[0]
         return [[x[b, s.start : s.stop] for s in row] for b, row in enumerate(self.spans)]
 
 
 @torch.no_grad()
 def capture(model: nn.Module, inputs: dict[str, Any], layers: bool = True) -> Capture:
-    """Run `model` once and keep the inputs of the decoder layers.
+    """Run `model` once and store the inputs of the decoder layers.
 
-    `inputs` are a left-padded batch, and the model is not patched: no token may leave. With
-    `layers=False` only the first layer is seen, whose run then ends the call.
+    `inputs` are a left-padded batch, and the model must not be patched. With `layers=False` the
+    call ends at the first layer.
     """
     adapter = adapter_for(model)
     captured = Capture(adapter)
@@ -96,7 +96,7 @@ def capture(model: nn.Module, inputs: dict[str, Any], layers: bool = True) -> Ca
 
 
 class _Enough(Exception):
-    """The first layer has been reached, and nothing after it is needed."""
+    """Ends the call at the first layer."""
 
 
 def _spans_of(captured: Capture, call: dict[str, Any]) -> Callable[..., None]:
@@ -148,7 +148,7 @@ def _output_of(captured: Capture) -> Callable[..., None]:
 
 @contextlib.contextmanager
 def eager_attention(adapter: Adapter) -> Iterator[None]:
-    """Eager attention in the decoder inside the block: the only one that shows its weights."""
+    """Eager attention in the decoder inside the block: the only backend that returns weights."""
     config = adapter.text_config
     before = compat.attention_implementation(config)
     config._attn_implementation = "eager"

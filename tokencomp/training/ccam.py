@@ -56,7 +56,6 @@ class CcamConfig(LoopConfig):
     align: int = 200
 
     def sizes(self, model: Any) -> ProjectorConfig:
-        """The projector for `model`."""
         config = adapter_for(model).text_config
         hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
         width = self.width or hidden
@@ -66,9 +65,9 @@ class CcamConfig(LoopConfig):
 
 @dataclass(frozen=True)
 class Live(Ccam):
-    """The reducer around a module in memory, gradients included.
+    """The reducer with a module in memory, gradients included.
 
-    Its weights stay in fp32 whatever the model's dtype: AdamW's steps vanish in bf16.
+    Its weights are fp32 in any model dtype: steps of AdamW vanish in bf16.
     """
 
     module: Any = None
@@ -136,7 +135,7 @@ def train_ccam(model: Any, processor: Any, data: str, output: Path, config: Ccam
 
 @contextlib.contextmanager
 def frozen(model: Any) -> Iterator[None]:
-    """No parameter of `model` takes a gradient inside the block."""
+    """Inside the block no parameter of `model` requires a gradient."""
     before = [p.requires_grad for p in model.parameters()]
     model.requires_grad_(False)
     try:
@@ -147,10 +146,10 @@ def frozen(model: Any) -> Iterator[None]:
 
 
 def align_loss(model: Any, module: CCAMProjector, inputs: dict[str, Any]) -> Tensor:
-    """Squared error to the mean features of the i-th of Q pieces of a frame, frame by frame.
+    """Squared error to the mean features of the i-th of Q pieces of a frame, per frame.
 
-    Relative to the variance of the features, so that 1 is the error of a constant. A frame of
-    fewer than Q tokens has pieces that overlap.
+    Relative to the variance of the features, so that a constant has error 1. Pieces overlap in
+    frames of fewer than Q tokens.
     """
     seen = capture(model, inputs, layers=False)
     check_media([span for row in seen.spans for span in row], module.config.queries)
@@ -181,11 +180,11 @@ def check_media(spans: Sequence[VisualSpan], queries: int) -> None:
 
 
 def comparison(weights: Path, queries: int, spans: Sequence[VisualSpan]) -> list[Setting]:
-    """The projector, and pooling and random choice at as many tokens, on media like `spans`.
+    """The projector, and pooling and random choice with as many tokens, on media like `spans`.
 
-    All of them keep special tokens: the projector in addition to its queries, the others within
-    their count. Media where the projector would save nothing are refused; those of different sizes
-    are compared at their mean number of tokens.
+    All keep special tokens: the projector in addition to its queries, the others within their
+    count. Media for which the projector would save nothing are refused; different sizes are
+    compared at their mean number of tokens.
     """
     check_media(spans, queries)
     kept = sum(queries + len(span.special) for span in spans)
@@ -198,7 +197,7 @@ def comparison(weights: Path, queries: int, spans: Sequence[VisualSpan]) -> list
 
 
 def held_out(data: str, config: CcamConfig) -> dict[str, Sequence[Example]]:
-    """Held-out questions by kind; images and videos of the embedded benchmark apart."""
+    """Held-out questions by modality; images and videos of the embedded benchmark separately."""
     both = config.kind == "both" and data == EMBEDDED
     kinds = ("image", "video") if both else (config.kind,)
     if not config.evaluate:

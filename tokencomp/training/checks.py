@@ -64,10 +64,7 @@ def load_checkpoint(path: Path | None, identity: dict[str, Any]) -> dict[str, An
 
 
 def without_patch(train: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
-    """Suspend the model's patch, if it has one, while the decorated function runs.
-
-    The model is the first argument of the function.
-    """
+    """Decorator: suspend the patch of the model (first argument) while the function runs."""
 
     @functools.wraps(train)
     def run(model: Any, *args: P.args, **kwargs: P.kwargs) -> R:

@@ -55,7 +55,7 @@ class ShapesQuestions(Sequence[Example]):
 
 
 def data_identity(data: str) -> dict[str, Any]:
-    """What tells data sets apart: the name and, of files, a hash of the lines (not of media)."""
+    """Identity of a data set: the name and, for files, a hash of the lines (not of media)."""
     if data.partition(":")[0] == EMBEDDED:
         return {"data": data}
     lines = questions_bytes(questions_file(Path(data)))
@@ -119,9 +119,9 @@ def order(count: int, seed: int) -> Iterator[int]:
 
 
 def batches(source: Sequence[Example], size: int, seed: int) -> Iterator[list[int]]:
-    """Endless batches of indices; those of a source of parts stay within one part each.
+    """Endless batches of indices, each from one part of a source of parts.
 
-    Images and videos of one batch would be padded to the longest video.
+    Images and videos in one batch would be padded to the longest video.
     """
     parts: list[Any] = source.datasets if isinstance(source, ConcatDataset) else [source]
     starts = [sum(map(len, parts[:i])) for i in range(len(parts))]
@@ -157,10 +157,10 @@ def answer_ids(processor: Any, model: Any, answers: Sequence[str], end: bool) ->
 
 
 def append(inputs: dict[str, Any], answers: Sequence[list[int]]) -> tuple[dict, Tensor]:
-    """Teacher-forced batch: answers after the prompts, all from the same column on.
+    """Teacher-forced batch: answers after the prompts, starting at the same column.
 
-    Shorter answers are filled up with their last token: attention is causal, so no answer token
-    sees the filling, and all prompts end in the same column (ours).
+    Shorter answers are padded with their last token: attention is causal, so no answer token sees
+    the padding, and all prompts end in the same column (ours).
 
     Returns
     -------

@@ -67,7 +67,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class LoopConfig(TrainingConfig):
-    """How a module is trained.
+    """Optimization of a module.
 
     Attributes
     ----------
@@ -85,7 +85,7 @@ class LoopConfig(TrainingConfig):
     save_every: int = 100
 
     def identity(self, card: dict[str, Any]) -> dict[str, Any]:
-        """What must be equal for a checkpoint to be resumed: model, data, settings."""
+        """What a checkpoint must match to be resumed: model, data, settings."""
         settings = {k: v for k, v in asdict(self).items() if k not in NOT_IN_IDENTITY}
         return {"fingerprint": card["fingerprint"], **data_identity(card["data"]), **settings}
 
@@ -136,17 +136,17 @@ class Loop(Steps):
         return self.config.learning_rate
 
     def report(self) -> dict[str, Any]:
-        """What a card says of the run: seconds, and some 50 of its losses."""
+        """For the card of a run: seconds, and about 50 of its losses."""
         losses = self.history[:: max(1, len(self.history) // 50)]
         return {"seconds": round(self.seconds, 1), "loss": [round(v, 4) for v in losses]}
 
 
 def answer_loss(model: Any, inputs: dict[str, Any], labels: Tensor) -> Tensor:
-    """Cross entropy of the answers, int64 `labels` (B, L) as `append` makes them.
+    """Cross entropy of the answers, int64 `labels` (B, L) as `append` returns them.
 
-    Logits are computed for the last columns alone. Under a patch the columns from the first answer
-    token on count as drafted tokens, which do not influence what is kept. As all answers of a batch
-    begin in one column, every sample keeps what it keeps at inference.
+    Only logits of the last columns are computed. Under a patch these columns count as draft tokens,
+    which do not influence what is kept. All answers of a batch begin in one column, so every sample
+    keeps the same tokens as at inference.
     """
     targets = labels[:, int((labels != IGNORED).any(0).nonzero()[0]) :]
     last = targets.shape[1] + 1

@@ -1,4 +1,4 @@
-"""Accuracy of trained methods and their rivals on the same questions, with paired intervals."""
+"""Accuracy of trained methods and baselines on the same questions, with paired intervals."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def accuracy(
 
 
 def longest_answer(processor: Any, model: Any, source: Sequence[Example]) -> int:
-    """Tokens of the longest reference answer, the end-of-turn token included."""
+    """Number of tokens of the longest reference answer, including the end-of-turn token."""
     answers = [example.answer for example in source]
     return max(map(len, answer_ids(processor, model, answers, end=True)), default=0)
 

@@ -90,7 +90,7 @@ def explain(
 
 
 def attention_bytes(model: nn.Module, samples: int, tokens: int) -> int:
-    """What explaining `samples` questions of `tokens` tokens needs for the attention of one layer.
+    """Memory for the attention of one layer when explaining `samples` questions of `tokens` tokens.
 
     For 28 heads and 6,400 tokens 28 GB per question: the largest part after the model.
     """
@@ -101,7 +101,7 @@ def attention_bytes(model: nn.Module, samples: int, tokens: int) -> int:
 
 
 def propagate(seen: Capture, labels: Tensor, target: Target) -> Tensor:
-    """Rows r of every answer token after the first layer, float32 (T, B, N); 0 where none is."""
+    """Rows r of every answer token after the first layer, float32 (T, B, N); 0 if there is none."""
     rows, grads = _start(seen, labels, target)
     for i in reversed(range(len(seen.inputs))):
         layer, x = seen.adapter.layers[i], seen.inputs[i].detach().requires_grad_()
@@ -119,7 +119,7 @@ def propagate(seen: Capture, labels: Tensor, target: Target) -> Tensor:
 
 
 def _start(seen: Capture, labels: Tensor, target: Target) -> tuple[Tensor, Tensor]:
-    """Unit rows at the predicting places, and gradients of the targets by the last hidden state."""
+    """Unit rows at the predicting positions, and gradients of targets by the last hidden state."""
     if seen.last is None:
         raise OptionError("relevance needs all layers: call capture(model, inputs, layers=True).")
     batch, width = labels.shape
@@ -145,7 +145,7 @@ def _start(seen: Capture, labels: Tensor, target: Target) -> tuple[Tensor, Tenso
 
 
 def _run(layer: Any, x: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Output of a decoder layer, and the attention weights inside, both in one graph."""
+    """Output of a decoder layer, and its attention weights, in one graph."""
     weights: list[Tensor] = []
 
     def hook(module: nn.Module, args: Any, out: Any) -> None:

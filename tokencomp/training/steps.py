@@ -1,4 +1,4 @@
-"""Optimizer steps in phases: seeded, checked, and resumed where a killed run stopped."""
+"""Optimizer steps in phases: seeded, checked, and resumed after a kill."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SAVE_SECONDS = 60.0
 
 
 class RunningScores(dict[str, float]):
-    """Name → mean of a score over the latest batches, older ones with exponentially less weight."""
+    """Name → exponentially weighted mean of a score over the latest batches."""
 
     def note(self, name: str, value: float) -> None:
         self[name] = DECAY * self.get(name, value) + (1 - DECAY) * value
@@ -61,10 +61,9 @@ class Phase:
 
 
 class Steps(ABC):
-    """Trains `parameters` phase by phase. A subclass says what a step is.
+    """Trains `parameters` phase by phase. A subclass defines a step.
 
-    Batches have to depend on phase and step alone. Then a run that was killed and started again
-    ends with the same weights as one that was not.
+    Batches must depend only on phase and step, so that a resumed run ends with the same weights.
 
     Parameters
     ----------
@@ -81,9 +80,9 @@ class Steps(ABC):
     phase, step
         Number of the current phase, and steps done in it.
     history, seconds
-        Losses of all steps, and the time they took, in all sessions together.
+        Losses of all steps, and the time they took over all sessions.
     scores
-        What the subclass notes of its batches.
+        Scores that the subclass records for its batches.
 
     Raises
     ------
@@ -112,7 +111,7 @@ class Steps(ABC):
 
     @abstractmethod
     def batches(self) -> Iterable[Any]:
-        """Those of the current phase, from the current step on."""
+        """Batches of the current phase, from the current step on."""
 
     @abstractmethod
     def loss(self, batch: Any) -> Tensor:
@@ -153,7 +152,7 @@ class Steps(ABC):
         return True
 
     def _train(self, phase: Phase, batch: Any) -> float:
-        """One optimizer step, which dropout too makes the same after a restart; its loss."""
+        """One seeded optimizer step; returns its loss."""
         torch.manual_seed(self.seed * 1_000_003 + self.step)
         loss = self.loss(batch)
         for parameter in self.parameters.values():
@@ -169,7 +168,7 @@ class Steps(ABC):
         return value
 
     def save(self) -> None:
-        """Write the checkpoint; a kill in the middle leaves the previous one intact."""
+        """Write the checkpoint atomically."""
         state = {
             "identity": self.identity,
             "phase": self.phase,

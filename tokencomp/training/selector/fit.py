@@ -89,10 +89,10 @@ def fit(
 
 
 def targets(pairs: Sequence[Pair], zeroed: float) -> list[Pair]:
-    """What the network reads, and the distributions (n,) that it shall learn from it, float32.
+    """Inputs of the network, and target distributions (n,), float32.
 
     Relevance becomes a distribution: the lowest share `zeroed` is set to zero, the rest sums to 1.
-    Spans of one token, where there is nothing to choose, and spans without relevance are left out.
+    Spans of one token and spans without relevance are excluded.
     """
     targets = []
     for row, label in pairs:
@@ -146,7 +146,7 @@ def _loss(net: SelectorNet, spans: list[Pair], config: SelectorConfig) -> float:
 
 
 def _batches(spans: list[Pair], config: SelectorConfig, epoch: int) -> Iterator[list[Pair]]:
-    """Spans of similar length together, in an order that (seed, epoch) decides."""
+    """Batches of spans of similar length, in an order that depends on (seed, epoch)."""
     generator = torch.Generator().manual_seed(config.seed * 10_007 + epoch)
     mixed = [spans[i] for i in torch.randperm(len(spans), generator=generator).tolist()]
     mixed.sort(key=lambda pair: len(pair[0]))
@@ -156,9 +156,9 @@ def _batches(spans: list[Pair], config: SelectorConfig, epoch: int) -> Iterator[
 
 
 def _padded(spans: list[Pair], net: SelectorNet) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Padded rows (B, n, …), targets and mask of what is no padding (B, n) on the net's device.
+    """Padded rows (B, n, …), targets and mask of real rows (B, n) on the net's device.
 
-    The mask is None if there is no padding.
+    The mask is None without padding.
     """
     device = next(net.parameters()).device
     rows = pad_sequence([row for row, _ in spans], batch_first=True)

@@ -1,4 +1,4 @@
-"""Labels of the `selector` reducer: attention rows, and what the answers rest on."""
+"""Labels of the `selector` reducer: inputs of the network, and relevance for the answers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SETTINGS = ("kind", "batch", "answers", "target", "frames", "max_new_tokens", "s
 
 
 def label_identity(model: Any, data: str, config: SelectorConfig) -> dict[str, Any]:
-    """What must be equal for labels to be used again: model, data, settings."""
+    """What labels must match to be reused: model, data, settings."""
     settings = {name: getattr(config, name) for name in SETTINGS}
     if config.input != "attention":  # labels of earlier releases do not say it
         settings["input"] = config.input
@@ -51,12 +51,12 @@ def label(
     config: SelectorConfig,
     identity: dict[str, Any],
 ) -> tuple[list[Pair], float]:
-    """Explain every question; one file per batch, files that exist are read instead.
+    """Explain every question, one file per batch; existing files are read instead.
 
     Returns
     -------
     pairs, seconds
-        Labels, and the time they took, in all sessions together.
+        Labels, and the time they took over all sessions.
     """
     identity = {**identity, "questions": len(source)}
     if (folder / IDENTITY).exists():
@@ -83,9 +83,9 @@ def label(
 def explain_batch(
     model: Any, processor: Any, examples: Sequence[Example], config: SelectorConfig
 ) -> list[Pair]:
-    """What the network reads, and the relevance, of all spans of a batch without special tokens.
+    """Inputs and relevance of all spans of a batch, without special tokens.
 
-    As many questions at once as `MEMORY` has room for, at least one.
+    As many questions at once as `MEMORY` allows, at least one.
     """
     inputs, answers = load_batch(examples, processor, config.frames)
     tokens = inputs["input_ids"].shape[1] + config.max_new_tokens

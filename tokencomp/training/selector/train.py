@@ -35,8 +35,8 @@ def train_selector(
 ) -> Path:
     """Labels → network → evaluation → `selector.safetensors` and `selector.json` in `output`.
 
-    Labels are kept in `output/labels`, network checkpoints in `output/checkpoint.pt`: a run that
-    was killed continues where it was.
+    Labels are stored in `output/labels`, network checkpoints in `output/checkpoint.pt`: a killed
+    run resumes there.
 
     Raises
     ------
@@ -85,7 +85,7 @@ def train_selector(
 
 @dataclass(frozen=True)
 class AttentionRow(ScoreReducer):
-    """The tokens that the user's text attends to most in layer 0: the selector's raw input."""
+    """The tokens with most attention of the user's text in layer 0: the selector's input."""
 
     traits = Traits(batched=True)
 
@@ -98,7 +98,7 @@ class AttentionRow(ScoreReducer):
 
 
 def comparison(weights: Path) -> list[Setting]:
-    """The selector and its rivals at every ratio."""
+    """The selector and its baselines at every ratio."""
     settings = []
     for ratio in RATIOS:
         settings += [
@@ -111,9 +111,9 @@ def comparison(weights: Path) -> list[Setting]:
 
 @torch.no_grad()
 def agreement(net: SelectorNet, pairs: list[Pair]) -> dict[str, dict[str, float]]:
-    """Share of the relevance that the chosen tokens hold, at several budgets.
+    """Share of the relevance that the kept tokens hold, at several budgets.
 
-    "oracle" is the most any choice can hold; "attention" takes the top of the raw row, where the
+    "oracle" is the maximum over all choices; "attention" takes the top of the raw row, if the
     network reads one; "random" is the expectation.
     """
     device = next(net.parameters()).device
