@@ -135,12 +135,14 @@ def _joined(medium: Medium, row: int, call: MediaCall, size: GivenSize) -> Visua
     gaps = [(b, a) for (_, b), (a, _) in itertools.pairwise(pieces)]
     offsets = tuple(column - start for a, b in gaps for column in range(a, b))
     n = len(pieces)
+    # Rows of an image between line breaks.
     if _line_breaks(call.embeds[row], gaps):
         grid = grid_from_size(size(), medium.count)
         if grid is None or (grid[1], grid[2]) == (n, length):
             return VisualSpan(start, stop - start, (1, n, length), medium.modality, special=offsets)
     if medium.modality != "video":
         return None
+    # Frames of a video between text.
     frame = call.raster(row, *pieces[0])
     if frame is None:
         whole = grid_from_size(size(), medium.count)

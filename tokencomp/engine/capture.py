@@ -161,9 +161,11 @@ def capture_qk(
     UnsupportedModelError
         The module does not call the backend that its config names, or changes logits in other ways.
     """
+    # A copy of the module with our backend.
     compat.register_attention(NAME, _capture)
     clone = shallow_copy(attn)
     clone.config = AttributeView(attn.config, _attn_implementation=NAME)
+    # Replace projections: only some samples, no values, only some rows of queries.
     stand_ins: dict[str, partial[Any]] = {}
     if samples is not None:
         for name, child in attn.named_children():
@@ -176,6 +178,7 @@ def capture_qk(
                 stand_ins[name] = partial(_zeros, width)
     if rows is not None and isinstance(getattr(attn, "q_proj", None), nn.Module):
         stand_ins["q_proj"] = partial(_some_rows, stand_ins.get("q_proj", attn.q_proj), rows)
+    # Run the copy itself, or a copy of the layer that contains it.
     run = clone
     if root is not attn:
         run = shallow_copy(unwrapped(root))

@@ -279,6 +279,7 @@ def tokens_of(
     spans = [rows.spans[b][j] for b, j in chosen]
     tables, adjacent = _host_tables(rows, chosen, roles, scores)
     moved = move_tables(tables, x.device)
+    # Index of every token in its uncompressed span, if tokens are missing.
     index, full, flat = None, None, x.flatten(0, 1)
     if rows.columns is not None and "start" in moved:
         index = rows.columns.flatten().index_select(0, moved["rows"]) - moved["start"]
@@ -286,10 +287,12 @@ def tokens_of(
         if "cells" in moved:
             index = moved["cells"].index_select(0, full)
     features = flat.index_select(0, moved["rows"]) if adjacent is None else flat[adjacent]
+    # Spans with patches; fixed tokens do not count towards their budgets.
     seen = [i for i, role in enumerate(roles) if (role == PATCH).any()]
     others = [len(spans[i].span.special + spans[i].span.text) for i in seen]
     counts = [spans[i].count - fixed for i, fixed in zip(seen, others, strict=True)]
     budgets = [keeps[i] - fixed for i, fixed in zip(seen, others, strict=True)]
+    # Separate patches from fixed tokens.
     patches = fixed = None
     if "role" in moved:
         role = moved["role"] if full is None else moved["role"].index_select(0, full)
@@ -330,8 +333,7 @@ def tokens_of(
 def _host_tables(
     rows: RowMap, chosen: Chosen, roles: list[np.ndarray[Any, Any]], scores: Tensor | None
 ) -> tuple[dict[str, Any], slice | None]:
-    """Index tables for `tokens_of` by name; and the flat rows of the spans as a slice if
-    contiguous.
+    """Index tables for `tokens_of` by name; and a slice of the flat rows, if contiguous.
 
     "rows" are flat rows. If tokens are missing, "start" is the first column of the span of every
     row, and "before" the number of tokens of earlier uncompressed spans. "role" and "cells" cover

@@ -251,6 +251,7 @@ class ChunkedPrefill(Hooked):
         if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
             _one_pass(size, "the masks of windows or image blocks are made for the whole prompt")
             return kwargs
+        # Only the last chunk returns to the caller; earlier ones fill the cache.
         rotary, call.chunk = call.rotary, size
         last = (width - 1) // size * size  # first row of the last chunk
         needed = not 0 < logits <= min(call.tail, width - last)

@@ -231,6 +231,7 @@ def build_prompts(
         bounds = [first, *(s for s in (starts[b] if starts else ()) if first < s < stop), stop]
         prompts = []
         for begin, end in itertools.pairwise(bounds):
+            # The question ends where the answer begins, but not before the last span.
             visual = max((s.stop for s in spans[b] if begin <= s.start < end), default=begin)
             answer = end - generated
             if labels is not None:

@@ -85,6 +85,7 @@ def restore(x: Tensor, rows: RowMap, width: int) -> Tensor:
         return x
     columns, full = torch.arange(width, device=x.device), []
     for b, length in enumerate(rows.lengths):
+        # Number of kept columns up to each column; row 0 of `padded` is zero.
         held = rows.columns[b, rows.rows - length :].to(x.device)
         before = torch.searchsorted(held, columns, right=True)
         padded = nn.functional.pad(x[b, rows.rows - length :], (0, 0, 1, 0))
@@ -93,8 +94,7 @@ def restore(x: Tensor, rows: RowMap, width: int) -> Tensor:
 
 
 def restore_states(out: Any, segments: Sequence[Segment], width: int, keep_last_state: bool) -> Any:
-    """Expand the hidden states in a decoder's output to `width` columns, in place unless it is a
-    tuple.
+    """Expand the hidden states of a decoder's output to `width` columns; in place if no tuple.
 
     `keep_last_state` leaves the last state short: only logits of the text at the end are needed.
     """

@@ -117,6 +117,7 @@ def _scores(
     """
     from tokencomp.kernels.dispatch import checked
 
+    # One group if all voters see contiguous keys, else one group per question.
     questions = questions_of(rows)
     groups = [[q] for q in questions] if rows.packed or past.rows else [questions]
     if signal.rows == "none":
@@ -148,6 +149,7 @@ def _span_scores(
     spans: O(text · keys) for any number of spans. All ways of joining heads commute with the
     division by the number of voters.
     """
+    # Which rows vote on which tokens; indices move to the device in one copy.
     passes, columns, voters = _votes(probe, signal.rows)
     host, every = {"column": columns, "voters": voters}, signal.rows == "all"
     tables = [_voting(probe, votes, every) for votes in passes.values()]
@@ -157,6 +159,7 @@ def _span_scores(
         host["voting"] = np.where(index < 0, last, index).ravel()
     moved = move_tables(host, probe.device)
     chosen = None if every else moved["voting"].view(index.shape)
+    # Queries of the voting rows; keys of earlier turns come before those of this call.
     if keys is None:
         captured = probe.queries_and_keys(chosen, cached, past)
     else:
@@ -167,6 +170,7 @@ def _span_scores(
     if signal.iterations > 1 and offset:
         # PageRank needs a query for every key, so it excludes earlier turns.
         k, offset = k[:, :, offset:], 0
+    # One pass over the keys for every kind of voters.
     visible = torch.from_numpy(_visible(probe, index, offset)).to(k.device)
     sums, at = [], 0
     for rows, table in zip(passes, tables, strict=True):
@@ -183,6 +187,7 @@ def _span_scores(
             )
         sums.append(_column_sums(probe, query, k, seen, captured.scaling, signal, weights))
         at = part.stop
+    # From sums over all keys of this call to means for visual tokens.
     sums = [s[..., offset:] if offset else s for s in sums]
     flat = (torch.cat(sums) if len(sums) > 1 else sums[0]).flatten()
     return flat.index_select(0, moved["column"]) / moved["voters"]
@@ -235,6 +240,7 @@ def _votes(
             "last": [question.stop - 1],
             "all": list(range(question.first, question.stop)),
         }
+        # Text after a span votes on it; the last row votes where there is no such text.
         for span in question.spans:
             later = len(text) - bisect.bisect_left(text, span.stop)
             silent = signal_rows in ("text", "raters") and not later

@@ -278,15 +278,15 @@ class Stats:
         return [_offsets(rows, sample) for rows in self._kept]
 
     def pooling_mask(self, attention_mask: Tensor) -> Tensor:
-        """The padding mask of a batch, without the columns that have left.
+        """The padding mask of a batch, False at dropped columns as well.
 
         Hidden states have full length, and a dropped column repeats the one before it. A mean over
-        tokens, or an index of page vectors, must take kept columns alone.
+        tokens, or an index of page vectors, must use only kept columns.
 
         Parameters
         ----------
         attention_mask : Tensor, shape (B, L)
-            Of the batch that was counted last; it stays as it is.
+            Mask of the batch that was counted last; not changed.
 
         Returns
         -------
@@ -401,6 +401,7 @@ def _ratios(stats: Stats, plan: Plan) -> tuple[float, float, int]:
     """Planned and achieved ratio of a prompt, and its visual tokens."""
     layers = [*(s.layer for s in plan.stages), len(stats.past_rows)]
     spread = [b - a for a, b in itertools.pairwise(layers)]  # layers of every stage
+    # Layers before the first stage see what enters the decoder.
     before = planned = seen = 0.0
     rows = zip(stats.spans, stats.counts, stats._places, stats.entering, strict=True)
     for row in rows:

@@ -80,6 +80,7 @@ def merge_rest(tokens: Tokens, kept: Kept, merging: Sequence[bool], reducer: str
             "(`Traits(merges=True)`)."
         )
     x, rows = tokens.features, kept.rows
+    # Every patch merges into its nearest kept patch, or into none; kept patches into themselves.
     target = nearest(tokens.lengths, x, rows, tokens.budgets)
     if not all(merging):
         target = target.where(tokens.per_patch([*map(int, merging)]).bool(), DROPPED)
@@ -340,6 +341,7 @@ def bias_dims(query: Tensor, key: Tensor, sizes: Tensor, scaling: float) -> Bias
     factor = 2.0 ** round(-math.log2(scaling))  # a power of two is exact in every dtype
     log_sizes = sizes.to(key.device).float().log() / (scaling * factor)
     log_sizes = nn.functional.pad(log_sizes, (0, rows - log_sizes.shape[1]))
+    # scaling · factor · (high + low) = log(size), with the rounding error of `high` in `low`.
     high = log_sizes.to(key.dtype)
     of_keys = key.new_zeros(key.shape[0], 1, rows, extra)
     of_keys[:, 0, :, 0], of_keys[:, 0, :, 1] = high, log_sizes - high.float()
@@ -439,6 +441,7 @@ def repeat_rows(layer: Any, index: Tensor, before: int) -> None:
     if isinstance(layer, StaticLayer):
         _repeat_in_place(layer, index, before)
         return
+    # Layers that hold all rows.
     rows = _after((stored(layer, "keys"), stored(layer, "values")), index, before)
     if isinstance(layer, QUANTIZED):
         layer.is_initialized, layer.cumulative_length = False, 0
@@ -491,9 +494,11 @@ def _repeat_in_window(layer: Any, index: Tensor, before: int) -> None:
 
     How many rows are repeated depends on each sample alone; see `CompressedSlidingLayer`.
     """
+    # The window counts stored rows: widen it by the repetitions of the sample with most.
     gone = layer.cumulative_length - layer.keys.shape[-2]
     repetitions = (index[:, 1:] == index[:, :-1]) & (index[:, 1:] >= 0)
     widen_window(layer, int(repetitions.sum(1).max()))
+    # Numbers of all rows after repetition, of which the layer stores the last.
     past = torch.arange(before, device=index.device).expand(len(index), -1)
     rows = torch.cat([past, torch.where(index < 0, index, index + before)], dim=1)
     layer.cumulative_length = rows.shape[1]

@@ -69,8 +69,7 @@ def split_evenly(total: int, counts: list[int]) -> list[int]:
 def frame_budgets(
     weights: Sequence[float], total: int, most: Sequence[int], least: int = 0
 ) -> list[int]:
-    """Split `total` tokens over frames in proportion to `weights`, as integers with exactly that
-    sum.
+    """Split `total` tokens over frames in proportion to `weights`, as integers of that sum.
 
     Every frame gets `least`, if the total allows it, and its share of the rest, rounded down. What
     remains goes to the largest remainders, one token each; ties go to the lower frame. The excess
@@ -92,6 +91,7 @@ def frame_budgets(
         raise PlanError(
             f"{total} tokens of frames that hold {sum(most)}. Ask for at most as many as there are."
         )
+    # Every frame gets `least`, then its share of the rest, rounded down.
     base = [min(least, n) for n in most]
     if sum(base) > total:
         base = [0] * len(base)
@@ -100,6 +100,7 @@ def frame_budgets(
         weights, everything = [1.0] * len(base), float(len(base))
     shares = [b + w / everything * rest for b, w in zip(base, weights, strict=True)]
     budgets = [min(n, int(share)) for n, share in zip(most, shares, strict=True)]
+    # The remaining tokens go to the largest remainders.
     order = sorted(range(len(shares)), key=lambda i: (round(int(shares[i]) - shares[i], 9), i))
     while (missing := total - sum(budgets)) > 0:
         for i in [i for i in order if budgets[i] < most[i]][:missing]:

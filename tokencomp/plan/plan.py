@@ -183,9 +183,12 @@ class Plan:
             pairs = zip(self.stages, fractions, strict=True)
             fractions = [s.budget.of_part(f, place) if s.budget else f for s, f in pairs]
         kept = self._falling(span, fractions)
+        # Usual case: rounding alone.
         target = [span.visual * f for f in fractions]
         if all(k <= t + 0.5 for k, t in zip(kept, target, strict=True)):
             return kept
+        # Special tokens keep a stage above its target: interpolate between the least counts and
+        # these, so that the sum over all layers meets the target.
         least = self._falling(span, [min(f, LEAST) for f in fractions])
         if not any(k == m > t + 0.5 for k, m, t in zip(kept, least, target, strict=True)):
             return kept

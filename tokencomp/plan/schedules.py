@@ -195,8 +195,8 @@ def after_tower(plan: Plan, tower: TowerStage, num_layers: int) -> Plan:
             f"{total / num_layers:g} of them on average over its layers. Lower tower_ratio, or "
             "raise ratio."
         )
-    # The sum over all layers grows with the factor. At every ratio most / f one more layer
-    # reaches what the tower leaves; between two of these ratios the sum is linear.
+    # Solve Σ min(most, factor · f) = total: `capped` layers are at `most`, the others below it,
+    # where the sum is linear in the factor.
     capped, rest, factor = 0, sorted((f for f in profile if f > 0), reverse=True), 1.0
     for capped in range(len(rest) + 1):
         below = sum(rest[capped:])
@@ -221,12 +221,15 @@ def _delayed(profile: list[float], first: int) -> list[float]:
     head, tail, total = profile[0], profile[first:], sum(profile)
     later = sum(tail)
     if later > 0:
+        # First choice: layers before `first` see the entry fraction, later ones less.
         scale = (total - first * head) / later
         if scale >= 0.5:
             return [head] * first + [scale * f for f in tail]
+        # Second: they see as much as layer `first`, and all are scaled alike.
         scale = total / (first * tail[0] + later)
         if scale * tail[0] <= 1.0:
             return [scale * tail[0]] * first + [scale * f for f in tail]
+    # Last: the same fraction in all layers.
     return [total / len(profile)] * len(profile)
 
 
@@ -264,16 +267,18 @@ def by_item(
         seen = min(1.0, left * tower.budget.tokens / budget.tokens)
         return after_tower(plan, replace(tower, fraction=seen, budget=None), num_layers)
 
+    # All layers before which the method cuts at some ratio.
     reducers: dict[int, AnyReducer] = {}
     for ratio in PROBES:
         reducers |= {s.layer: s.reducer for s in plan_of(1.0 - ratio).stages}
     layers = sorted(reducers)
     if layers == [0]:
         return Plan((Stage(0, 1.0, reducers[0], budget=budget),), tower)
+    # Schedules are solved when an item with this fraction comes, and cached.
     seen = functools.lru_cache(MOST_SOLVED)(lambda left: plan_of(left).fractions(num_layers))
 
     def share(start: int, stop: int) -> Callable[[float], float]:
-        """From the average over all layers to that over some, over which a step is spread."""
+        """Maps the mean fraction over all layers to that over layers start … stop - 1."""
         return lambda left: sum(seen(left)[start:stop]) / (stop - start)
 
     ends = [*layers[1:], num_layers]
@@ -287,7 +292,7 @@ def by_item(
 
 
 def by_modality(ratios: Mapping[str, float], method: Planner, num_layers: int, first: int) -> Plan:
-    """The stages of all modalities in one plan; modalities without a ratio see every layer."""
+    """The stages of all modalities in one plan; modalities without a ratio are not reduced."""
     plans = {
         modality: not_before(method.plan(ratio, num_layers), first, num_layers)
         for modality, ratio in ratios.items()

@@ -200,7 +200,7 @@ class DenseRows(TowerRows):
             or not index.shape[1] >= x.shape[1] >= self.cells.rows
         ):
             return x
-        if x.shape[1] == self.cells.rows:
+        if x.shape[1] == self.cells.rows:  # without class token
             index, unread, head = index[:, head:] - head, unread[:, head:], 0
         x = x.masked_fill(unread[..., None], math.nan)
         full = x.new_full((len(x), head + self._patches, x.shape[-1]), math.nan)

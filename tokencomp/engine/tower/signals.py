@@ -189,6 +189,7 @@ class TowerProbe(Hooked):
         if recorded.running is None:
             return
         arguments = compat.bind(attn, args, kwargs)
+        # Recompute queries and keys, and restore rows that a tower stage has dropped.
         q, k = queries_and_keys(attn, arguments)
         self._heads = k.shape[-2]
         for signal in signals:
@@ -238,6 +239,7 @@ class TowerProbe(Hooked):
                 "this prompt. Pass pixels, not precomputed features, or use another signal."
             )
         values: dict[Signal, list[list[Tensor]]] = {}
+        # From patches to visual tokens, then to spans.
         for name in self.signals:
             tokens = {
                 modality: self.adapter.tower_tokens(call.values[name], modality, call)
@@ -299,6 +301,7 @@ def _spread(spans: list[list[VisualSpan]], tokens: dict[str, Tensor]) -> list[li
             "prompt. Let one call encode and read them, or use a reducer that does not read the "
             "tower's attention."
         )
+    # One copy of every row in the order of the tower, then repeated.
     rows, parts = spans[:: int(times) or 1], dict[str, Iterator[Tensor]]()
     for modality, values in tokens.items():
         of_it = [span for row in rows for span in row if span.modality == modality]

@@ -77,6 +77,7 @@ def chosen_cells(
     """
     from tokencomp.kernels.dispatch import no_autocast
 
+    # Keep count of every part; parts that share a budget divide it.
     grids = list(itertools.chain.from_iterable(cells.parts))
     keeps = list(itertools.chain.from_iterable(map(stage.cells, cells.parts)))
     lengths = [math.prod(grid) for grid in grids]
@@ -111,7 +112,7 @@ def decided_cells(
     levels: Tensor | None = None,
     memories: list[Memory] | None = None,
 ) -> Tensor:
-    """Numbers of the cells that stay, int64, shape (kept cells,), where the pixels decide.
+    """The kept cells, int64, shape (kept cells,), if the pixels decide how many.
 
     Parameters
     ----------
@@ -221,7 +222,7 @@ class TowerDrop(Hooked):
         return costs if len(costs) == calls else []
 
     def seen(self, cache: Any, modalities: set[Modality]) -> Memories | None:
-        """Memories after a prompt with media of some kinds; None if the stage has none."""
+        """Memories after a prompt with media of `modalities`; None if the stage has none."""
         latest, self._local.seen = self._local.seen, {}
         if SEEN not in self.stage.reducer.needs:
             return None
@@ -250,6 +251,7 @@ class TowerDrop(Hooked):
             return
         self._check_recomputation(tower)
         local.records = torch.is_grad_enabled()
+        # Which patches every visual token reads in this call.
         arguments = compat.bind(tower, args, kwargs)
         pixels = next(arguments[n] for n in ("pixel_values", "hidden_states") if n in arguments)
         grids = arguments.get("grid_thw")
@@ -259,6 +261,7 @@ class TowerDrop(Hooked):
         call = EncoderCall(pixels, grids, modality, local.arguments or {})
         local.cells = self.layout.cells(call, self.stage)
         local.cost = TowerCost(self.shape)
+        # Stages before the first block choose by pixels, now; later stages in `_block`.
         if self.stage.decides:
             local.rows = rows_of(local.cells, self._decided(local.cells))
         elif self.stage.block == 0:
@@ -267,7 +270,7 @@ class TowerDrop(Hooked):
             self._choose(local.cells, pixels.flatten(1), (frames, height, width))
 
     def _decided(self, cells: Cells) -> Tensor:
-        """Numbers of the cells that stay, where the pixels decide."""
+        """The kept cells, if the pixels decide how many."""
         levels = 1 / (255 * torch.tensor(self.layout.std, device=cells.pixels.device))
         if SEEN not in self.stage.reducer.needs:
             return decided_cells(cells, self.stage, levels)
@@ -312,7 +315,7 @@ class TowerDrop(Hooked):
             cost.tokens_before = cost.tokens_after = cells.pictures * layout.projected(
                 cells.modality
             )
-            if self._projector_restores:  # so it gets what the tower leaves
+            if self._projector_restores:  # it gets only kept rows
                 cost.tokens_after = len(rows.index) * cells.rows
         else:
             cost.tokens_before = len(cells.members)
