@@ -114,7 +114,8 @@ def page(report: dict[str, Any]) -> str:
     return (
         "# Is a vLLM that merges as accurate as `tokencomp.patch`?\n\n"
         f"{method}\n\n{publishing.table(head, cells, right=3)}\n\n"
-        f"float32, vLLM {report['vllm']}. {provenance(facts)}. [All pages](../README.md).\n"
+        f"float32, vLLM {report['vllm']}. {provenance(facts)}. "
+        "[All benchmark pages](../README.md).\n"
     )
 
 

@@ -118,7 +118,7 @@ def close(answers: list[Any], others: list[Any]) -> bool:
 def test_batches_and_prefix_cache(model: str, tmp_path: Path) -> None:
     """Answers alone, together, and from the cache are the same, with fewer prompt tokens.
 
-    Only of Qwen3.5 the cache is known to be used: mlx-vlm keeps whole prompts of hybrid models.
+    Of Qwen2-VL mlx-vlm reuses nothing, with and without compression.
     """
     name = in_float32(model, tmp_path / "model")
     log, text = tmp_path / "log", [{"role": "user", "content": "What color is the sky?"}]
