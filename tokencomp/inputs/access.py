@@ -1,4 +1,4 @@
-"""Files that this user may not read."""
+"""Files without read permission."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def no_permission(path: str | Path) -> MediaError:
 
 
 def missing(path: str | Path, what: str) -> MediaError:
-    """The error about a path that nothing has; a `Path` holds one slash of an address."""
+    """The error for a path that does not exist; a `Path` merges the slashes of an URL."""
     if address := re.match(r"([A-Za-z][\w+.-]+):/+(.*)", str(path)):
         name = "://".join(address.groups())
         return MediaError(f"{name}: URLs are not read. Download the file, and give its path.")
@@ -36,7 +36,7 @@ def missing(path: str | Path, what: str) -> MediaError:
 
 
 def exists(path: Path) -> bool:
-    """Whether there is a file or folder; raises `PermissionError`, as not every Python does."""
+    """Whether the file or folder exists; raises `PermissionError`, as not every Python does."""
     try:
         path.stat()
     except PermissionError:

@@ -1,4 +1,4 @@
-"""Clips, whose frames are counted first and read afterwards: files, animations, folders."""
+"""Clips: count the frames first, read chosen ones afterwards. Files, animations, folders."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class Clip(ABC):
     @property
     @abstractmethod
     def index(self) -> ClipIndex:
-        """How many frames there are, and when they are shown."""
+        """Number and times of the frames."""
 
     @abstractmethod
     def read(self, places: Sequence[int], size: int | None) -> dict[int, Image.Image]:
         """RGB pictures of the frames at `places`, whose longer side has at most `size` pixels.
 
-        A damaged frame is missing; the one shown before it may be there instead.
+        Damaged frames are missing, or replaced by the frame shown before them.
         """
 
     def close(self) -> None:  # noqa: B027  # most clips hold nothing open
@@ -76,7 +76,7 @@ class FileClip(Clip):
 
     @contextlib.contextmanager
     def _readable(self) -> Iterator[None]:
-        """Turn errors of libraries into those of this file."""
+        """Convert errors of libraries to errors about this file."""
         try:
             yield
         except MediaError as error:
@@ -158,8 +158,8 @@ def _decord_frames(
 ) -> list[np.ndarray]:
     """Frames at some places of a file, uint8 (height, width, 3) each.
 
-    decord 0.6 gives other frames, without an error, where a picture is shown before a key frame and
-    decoded after it (open groups, intra refresh), and in MPEG streams, which have no index.
+    decord 0.6 silently returns other frames if a picture is shown before a key frame and decoded
+    after it (open groups, intra refresh), and in MPEG streams, which have no index.
     """
     use = 'use decoder="pyav".'
     try:
@@ -181,7 +181,7 @@ def _decord_frames(
 
 
 class ReaderClip(Clip):
-    """A `decord.VideoReader`, or an object with its methods; its frames are taken as they are."""
+    """A `decord.VideoReader`, or an object with its methods."""
 
     def __init__(self, reader: Any) -> None:
         self.reader = reader
@@ -258,7 +258,7 @@ class FolderClip(Clip):
 
 
 def _of_one_size(found: dict[int, Image.Image], path: Path) -> dict[int, Image.Image]:
-    """The frames, once they are known to be of one size."""
+    """Check that all frames have the same size, and return them."""
     sizes = {image.size for image in found.values()}
     if len(sizes) > 1:
         raise MediaError(
@@ -269,7 +269,7 @@ def _of_one_size(found: dict[int, Image.Image], path: Path) -> dict[int, Image.I
 
 
 def _natural(path: Path) -> tuple[list[Any], str]:
-    """What sorts frame2 before frame10."""
+    """Sort key that orders frame2 before frame10."""
     parts: list[Any] = re.split(r"(\d+)", path.stem)
     parts[1::2] = map(int, parts[1::2])
     return parts, path.name

@@ -1,4 +1,4 @@
-"""Where the time of reading files goes: CPU seconds of this process, all threads together."""
+"""CPU seconds of the parts of reading files, of all threads of this process."""
 
 from __future__ import annotations
 

@@ -19,11 +19,11 @@ SKIPS = frozenset(["h264", "hevc", "mpeg4", "mpeg2video", "mpeg1video"])
 class VideoFile:
     """The frames of a video file.
 
-    `opened` opens it, and is called again where a file cannot be searched; `threads` and `options`
-    are those of the decoder. `watch` is called without an argument for every packet, and with every
-    decoded frame, and may raise. Where the reading is `strict`, errors of the decoder are raised;
-    else another frame stands in for a damaged one. `decoded` counts the frames that were decoded so
-    far, `width` and `height` are those that the header says, and `format` is the container's name.
+    `opened` opens it, and is called again if the file is not seekable; `threads` and `options` are
+    for the decoder. `watch` is called without an argument for every packet, and with every decoded
+    frame, and may raise. With `strict`, decoder errors are raised; otherwise another frame replaces
+    a damaged one. `decoded` counts decoded frames, `width` and `height` are those of the header,
+    and `format` is the container's name.
     """
 
     def __init__(
@@ -54,7 +54,6 @@ class VideoFile:
             context.options = self._options
 
     def close(self) -> None:
-        """Close the file."""
         self._container.close()
 
     def __enter__(self) -> VideoFile:
@@ -65,7 +64,7 @@ class VideoFile:
 
     @cached_property
     def index(self) -> ClipIndex:
-        """All frames of the file; nothing is decoded if their packets say when they are shown."""
+        """All frames of the file; decodes only if packets do not give their times."""
         clock, rate = self._stream.time_base, self._stream.average_rate
         seen, timed = [], True
         for packet in self._demux():
@@ -81,11 +80,11 @@ class VideoFile:
         return index_of(packets_of(seen), clock, rate, self._codec)
 
     def frames(self, places: Sequence[int]) -> Iterator[tuple[int, Any]]:
-        """Decode the frames at `places`: place and `av.VideoFrame`, in no particular order.
+        """Decode the frames at `places`: yields place and `av.VideoFrame`, in no particular order.
 
-        Decoding starts at the key frame before a chosen frame, unless an earlier chosen one has the
-        same; frames in between that no other one needs are left out. For a frame that is damaged,
-        the one that is shown before it is given with its place.
+        Decoding starts at the key frame before a chosen frame, unless an earlier chosen frame
+        shares it; frames in between that no other needs are skipped. A damaged frame is replaced by
+        the frame shown before it.
         """
         if self.index.packets is None:
             yield from self._in_order(set(places))
@@ -105,8 +104,8 @@ class VideoFile:
     def _stand_ins(self, start: int, left: list[int]) -> Iterator[tuple[int, Any]]:
         """Frames at `left`, or those shown before them, from one key frame earlier than `start`.
 
-        Streams whose key frames are spread over several frames show nothing before the last of
-        them is decoded, so one group earlier may have what the packets promise.
+        Streams with key frames that are spread over several frames show nothing before the last of
+        these is decoded, so the group before may contain what the packets promise.
         """
         shown = None
         for place, frame in self._run(
@@ -140,9 +139,9 @@ class VideoFile:
     def _run(
         self, start: int, wanted: Sequence[int], all_: bool = False
     ) -> Iterator[tuple[int, Any]]:
-        """Decode from the key frame at `start` up to the last of `wanted`, and no further.
+        """Decode from the key frame at `start` up to the last of `wanted`.
 
-        Frames that none of `wanted` needs are left out, except with `all_`.
+        Frames that none of `wanted` needs are skipped, except with `all_`.
         """
         order, pts = self._packets.order, self._packets.pts
         chosen = self._between(start, max(int(order[place]) for place in wanted))
@@ -151,7 +150,7 @@ class VideoFile:
                 yield self._place_of[frame.pts], frame
 
     def _between(self, start: int, last: int) -> Iterator[Any]:
-        """Packets from the frame at `start` to number `last` in the order of decoding."""
+        """Packets from the frame at `start` to number `last` in decoding order."""
         order, first = self._packets.order, int(self._packets.order[start])
         for from_start in (False, True):
             self._seek(int(self._packets.pts[start]), from_start)
@@ -170,7 +169,7 @@ class VideoFile:
                 return
 
     def _seek(self, pts: int, from_start: bool) -> None:
-        """Go to a packet at or before `pts`."""
+        """Seek to a packet at or before `pts`."""
         if not from_start:
             with contextlib.suppress(OSError, ValueError):
                 self._container.seek(pts, stream=self._stream)
@@ -182,7 +181,7 @@ class VideoFile:
         self._open()
 
     def _demux(self) -> Iterator[Any]:
-        """Packets that hold something, up to the first that cannot be read."""
+        """Packets that are not empty, up to the first that cannot be read."""
         packets = self._container.demux(self._stream)
         while True:
             self._watch()
@@ -198,7 +197,7 @@ class VideoFile:
                 yield packet
 
     def _decode(self, packets: Iterator[Any], targets: set[int] | None = None) -> Iterator[Any]:
-        """Frames of `packets`; with `targets`, others that no frame needs are left out."""
+        """Frames of `packets`; with `targets`, frames that no other needs are skipped."""
         context = self._stream.codec_context  # reading packets may open the file again
         for packet in packets:
             context = self._stream.codec_context
@@ -220,14 +219,14 @@ class VideoFile:
             yield frame
 
     def _in_order(self, wanted: set[int]) -> Iterator[tuple[int, Any]]:
-        """Frames of a file that does not say when they are shown: all are decoded."""
+        """Frames of a file without times: all are decoded."""
         self._start_again()
         for place, frame in enumerate(self._decode(self._demux())):
             if place in wanted:
                 yield place, frame
 
     def _bears(self, error: Exception) -> bool:
-        """Whether an error comes from the content of the file, and other frames may stand in."""
+        """Whether an error is due to the content of the file, so that another frame can be used."""
         import av
 
         passing = isinstance(error, MemoryError | BlockingIOError)

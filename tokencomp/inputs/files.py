@@ -128,7 +128,7 @@ def questions_file(path: Path) -> Path:
 
 
 def questions_bytes(file: Path) -> bytes:
-    """What a file of questions holds; raise `OptionError` if it cannot be read."""
+    """Content of a file of questions; raise `OptionError` if it cannot be read."""
     try:
         return file.read_bytes()
     except OSError as error:
@@ -155,11 +155,10 @@ def _name(media: Path, root: Path) -> str:
 
 
 def _held_out(rows: Sequence[Sequence[str]]) -> set[str]:
-    """Media of the held-out questions: no picture is trained on and evaluated with.
+    """Media of the held-out questions: no picture is used for both training and evaluation.
 
-    Media that questions show together, those of one row, stay together. A hash of their names
-    orders these groups, and the first ones that fit into the held-out share are taken; at least the
-    smallest.
+    Media of one row are kept together. Groups are ordered by a hash of their names, and the first
+    that fit into the held-out share are taken; at least the smallest.
     """
     groups = sorted(
         _connected(rows),
@@ -174,7 +173,7 @@ def _held_out(rows: Sequence[Sequence[str]]) -> set[str]:
 
 
 def _connected(rows: Iterable[Sequence[str]]) -> list[set[str]]:
-    """Groups of names that rows join, directly or through others."""
+    """Groups of names that are connected by rows."""
     parent: dict[str, str] = {}
 
     def first_of(name: str) -> str:

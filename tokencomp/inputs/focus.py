@@ -33,7 +33,7 @@ Score = Callable[[Sequence[int]], dict[int, float]]
 
 @dataclass
 class Arm:
-    """A part of the clip: places from `start` to `end`, both in it, and the scores known of it."""
+    """A part of the clip: places `start` to `end`, inclusive, and their known scores."""
 
     start: int
     end: int
@@ -44,7 +44,7 @@ class Arm:
         return (self.start + self.end) // 2
 
     def bound(self, samples: int) -> float:
-        """The most that the mean score of this part may be, after `samples` scores of all parts."""
+        """Upper confidence bound of the mean score of this part, after `samples` scores in all."""
         known = np.asarray([*self.scores.values()])
         if not len(known):
             return -math.inf
@@ -86,7 +86,7 @@ def focus(score: Score, total: int, rate: float, count: int) -> list[int]:
 
 
 def _parts(total: int, length: int) -> list[Arm]:
-    """Parts of equal length; the remainder at the end of the clip is in none."""
+    """Parts of equal length, without the remainder at the end of the clip."""
     number = total // length
     length = total // number
     return [Arm(k * length, (k + 1) * length - 1) for k in range(number)]
@@ -109,13 +109,13 @@ def _learn(arms: list[Arm], scores: dict[int, float]) -> None:
 
 
 def _best(arms: list[Arm]) -> list[Arm]:
-    """Parts by their bounds, the highest first."""
+    """Parts by their bounds, highest first."""
     samples = sum(len(arm.scores) for arm in arms)
     return sorted(arms, key=lambda arm: -arm.bound(samples))
 
 
 def _closely(window: range, step: int, known: set[int], rng: np.random.Generator) -> set[int]:
-    """New places of a window, one per `step`: half of them even, half random."""
+    """New places in a window, one per `step`: half evenly spaced, half random."""
     wanted = max(1, len(window) // step)
     even = round(EVEN * wanted)
     width = len(window) / even if even else 0.0
@@ -131,7 +131,7 @@ def _gap(total: int, rate: float, count: int) -> int:
 
 
 def _draw(arms: list[Arm], taken: set[int], count: int, gap: int, rng: np.random.Generator) -> None:
-    """Add `count` places, shared out over `arms`, to `taken`."""
+    """Add `count` places, distributed over `arms`, to `taken`."""
     for rank, arm in enumerate(arms):
         wanted = count // len(arms) + (rank < count % len(arms))
         free = [p for p in range(arm.start, arm.end + 1) if p not in taken]
@@ -146,7 +146,7 @@ def _draw(arms: list[Arm], taken: set[int], count: int, gap: int, rng: np.random
 
 
 def _chances(scores: np.ndarray) -> np.ndarray:
-    """Softmax of the scores, brought to between 0 and 1: float64 (n,)."""
+    """Softmax of the scores, scaled to [0, 1] before: float64 (n,)."""
     spread = float(np.ptp(scores))
     known = (scores - scores.min()) / spread if spread else np.ones_like(scores)
     weights = np.exp((known - known.max()) / SOFT)

@@ -1,4 +1,4 @@
-"""The times of frames, for processors that write them into the prompt or into positions."""
+"""Times of frames, for processors that write them into the prompt or into positions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _READS: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
 
 
 def frame_times(processor: Any, samplings: Sequence[Sampling]) -> dict[str, Any]:
-    """Keyword arguments that say when the frames of each video were shown.
+    """Keyword arguments of the processor with the times of the frames of each video.
 
     Empty if the output of the processor does not depend on the frame rate.
 
@@ -46,14 +46,14 @@ def frame_times(processor: Any, samplings: Sequence[Sampling]) -> dict[str, Any]
 
 
 def frames_of_a_step(processor: Any) -> int:
-    """How many frames of a video become one step in time."""
+    """Number of frames per temporal step."""
     return int(getattr(getattr(processor, "video_processor", None), "temporal_patch_size", 1))
 
 
 def whole_steps(processor: Any, frames: Any) -> Any:
-    """Frames (n, H, W, 3), of which the last is shown again if there are too few for one step.
+    """Frames (n, H, W, 3), of which the last is repeated if there are too few for one step.
 
-    Processors repeat the last frame of an odd number. That of Qwen3-VL refuses a single one.
+    Processors repeat the last frame of an odd number; that of Qwen3-VL refuses a single frame.
     """
     missing = frames_of_a_step(processor) - len(frames)
     return np.concatenate([frames, *[frames[-1:]] * missing]) if missing > 0 else frames
@@ -62,8 +62,7 @@ def whole_steps(processor: Any, frames: Any) -> Any:
 def reads_times(processor: Any) -> bool:
     """Whether the output of the processor depends on the frame rate of a video.
 
-    One short video is processed at two rates, once per processor: no list of class names has to
-    follow transformers' releases.
+    Processes one short video at two rates, once per processor, instead of a list of class names.
     """
     if processor not in _READS:
         slow, fast = _probe(processor, 1.0), _probe(processor, 10.0)

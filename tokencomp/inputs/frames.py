@@ -27,10 +27,9 @@ RULES = ("aks", "focus")
 
 @dataclass(frozen=True)
 class Choice:
-    """The numbers of the frames that a policy chose, ascending, and in words by which rule.
+    """The indices of the chosen frames, ascending, and the rule in words.
 
-    `silence` says why the policy could not choose by its rule, so that they are evenly spaced; ""
-    if it could.
+    `silence` says why the rule was not applicable, so that frames are evenly spaced; "" if it was.
     """
 
     places: tuple[int, ...]
@@ -43,15 +42,15 @@ Decode = Callable[[Sequence[int]], tuple[list[int], list[Any]]]
 
 
 class Policy(Protocol):
-    """Chooses frames of a clip. `str(policy)` is its text, from which it can be made again."""
+    """Chooses frames of a clip. `str(policy)` is its text form."""
 
     def choose(self, index: ClipIndex, decode: Decode, question: str) -> Choice:
-        """Choose frames; raises `MediaError` if the file cannot have them."""
+        """Choose frames; raises `MediaError` if the file does not have them."""
 
 
 @dataclass(frozen=True)
 class Even:
-    """The middles of `count` equal parts of the clip; all frames where there are fewer."""
+    """The middles of `count` equal parts of the clip; all frames if there are fewer."""
 
     count: int
 
@@ -64,7 +63,7 @@ class Even:
 
 @dataclass(frozen=True)
 class Rate:
-    """So many frames per second of the clip: those shown in the middles of equal times."""
+    """A number of frames per second of the clip: those shown in the middles of equal intervals."""
 
     fps: float
 
@@ -196,7 +195,7 @@ def _positive(value: Any, name: str, given: Any) -> Any:
 
 
 def frame_indices(total: int, frames: int) -> list[int]:
-    """Middles of `frames` equal parts of `total` frames; all of them when there are fewer."""
+    """Middles of `frames` equal parts of `total` frames; all of them if there are fewer."""
     if total <= frames:
         return list(range(total))
     return [int((k + 0.5) * total / frames) for k in range(frames)]

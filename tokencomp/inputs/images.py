@@ -44,7 +44,7 @@ def load_image(path: str | Path) -> Image.Image:
 
 
 def on_white(image: Image.Image, file_format: str | None = None) -> Image.Image:
-    """The picture as `to_rgb`, on white if it has transparent parts, which may hide any colour."""
+    """The picture as `to_rgb`, on white if it has transparent parts."""
     image.load()  # frames of animations say only then what is transparent
     transparent = "A" in image.getbands() or "transparency" in image.info
     if not transparent or image.mode.startswith("I"):
@@ -56,13 +56,13 @@ def on_white(image: Image.Image, file_format: str | None = None) -> Image.Image:
 
 
 def to_rgb(image: Image.Image, file_format: str | None = None) -> Image.Image:
-    """An RGB picture of 8 bits per channel; 16-bit grey ones are scaled, not cut off.
+    """An RGB picture of 8 bits per channel; 16-bit grey pictures are scaled, not clipped.
 
     Parameters
     ----------
     file_format : str or None
-        Of the file it was read from, as Pillow names it: of PNG and PPM, numbers of 32 bits are
-        16-bit ones; of others, those up to 255 are 8-bit ones.
+        Format name in Pillow: in PNG and PPM, 32-bit values are 16-bit ones; in others, values up
+        to 255 are 8-bit ones.
     """
     if image.mode != "F" and not image.mode.startswith("I"):
         return image.convert("RGB")
@@ -93,7 +93,7 @@ def as_image(item: Any, where: str) -> Image.Image:
 
 
 def seconds_shown(image: Image.Image, place: int) -> float:
-    """Go to a frame of an animation, and say for how long it is shown."""
+    """Go to a frame of an animation, and return its duration."""
     image.seek(place)
     if image.format == "WEBP":
         image.load()  # sets the duration of the frame

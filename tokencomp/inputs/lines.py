@@ -42,7 +42,7 @@ def short(text: str, most: int = SHOWN) -> str:
 
 
 def _texts(where: str, name: str, values: Sequence[Any]) -> list[str]:
-    """The questions or answers of a line; numbers, true and false are the words for them."""
+    """The questions or answers of a line; numbers, true and false become words."""
     for value in values or [None]:
         if value is None or not str(value).strip():
             raise OptionError(f"{where}: the {name} is empty.")
@@ -54,7 +54,7 @@ def _texts(where: str, name: str, values: Sequence[Any]) -> list[str]:
 
 
 def _text(where: str, name: str, value: Any) -> str:
-    """A value in words; NaN is what programs write for one that is missing."""
+    """A value as text; NaN means a missing value."""
     if isinstance(value, float) and not math.isfinite(value):
         raise OptionError(f"{where}: the {name} is {value}, which is no value. Give a text.")
     text = str(value)

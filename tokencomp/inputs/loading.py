@@ -19,9 +19,9 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def pick_device(device: str = "auto") -> str:
-    """ "auto" is CUDA where there is one, else the CPU.
+    """ "auto" is CUDA if available, else the CPU.
 
-    Under `accelerate launch` every process gets one GPU, and `--cpu` counts.
+    Under `accelerate launch` every process gets one GPU, and `--cpu` is respected.
     """
     if device != "auto":
         return _checked(device)
@@ -130,7 +130,7 @@ def load_folder(path: str, dtype: torch.dtype | None = None, **options: Any) -> 
 
 
 def hub_is_out_of_reach() -> bool:
-    """Whether the name of the hub's host has no address here, and no proxy may know it."""
+    """Whether the hub's host name does not resolve, and there is no proxy."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE or getproxies():

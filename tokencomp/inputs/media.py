@@ -116,7 +116,7 @@ def load_media(
 
 
 def _check_file(path: Path) -> None:
-    """Refuse a path that holds nothing, may have no end, or may not be read."""
+    """Refuse a path that does not exist, may be endless, or may not be read."""
     if not exists(path):
         raise missing(path, "image or video")
     if not (path.is_file() or path.is_dir()):
@@ -127,7 +127,7 @@ def _check_file(path: Path) -> None:
 
 
 def _load_clip(clip: Clip, path: Path, policy: Policy, size: int | None, question: str) -> Video:
-    """The frames of a clip that a policy takes, and what is known of them."""
+    """The frames of a clip that a policy chooses, and their times."""
     with part("open"):
         index = clip.index
     scored: dict[int, Any] = {}
@@ -161,7 +161,7 @@ def _warn(text: str) -> None:
 
 
 def open_clip(path: Path, decoder: str = "pyav") -> Clip:
-    """The frames of a video, to be chosen and read; errors as in `load_media`."""
+    """Open the frames of a video; errors as in `load_media`."""
     if path.is_dir():
         return FolderClip(path)
     if path.suffix.lower() in VIDEO_SUFFIXES:

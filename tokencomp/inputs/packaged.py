@@ -1,4 +1,4 @@
-"""Names and folders of the embedded models, which are a distribution of their own."""
+"""Names and folders of the embedded models, which are a separate distribution."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def model_path(name: str) -> Path:
 
 
 def resolve(name_or_path: str | Path) -> str:
-    """The folder of a model: that of an embedded one, or a path; a hub id is left as it is.
+    """The folder of a model: that of an embedded one, or a path; a hub id is returned unchanged.
 
-    A bare name that looks like an embedded model but is none raises instead of going to the hub.
+    A bare name that resembles an embedded model raises instead of being looked up on the hub.
 
     Raises
     ------
     UnsupportedModelError
-        A path that no folder has.
+        A path that does not exist.
     """
     name = str(name_or_path)
     if name in available_models():

@@ -1,4 +1,4 @@
-"""What a file says about its frames before any of them is decoded."""
+"""Information about the frames of a file before any is decoded."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Packets:
 
 @dataclass(frozen=True)
 class ClipIndex:
-    """The frames of a clip: how many, when they are shown, and how they are stored.
+    """The frames of a clip: number, times, and storage.
 
     Attributes
     ----------
@@ -65,11 +65,11 @@ class ClipIndex:
     fps
         Frames per second, a mean if the rate varies; None if it is unknown.
     times
-        When each frame is shown, seconds from the first one: float64 (total,); None if unknown.
+        Time of each frame in seconds from the first: float64 (total,); None if unknown.
     codec
         Name of the decoder, or "frames" for a folder of pictures.
     packets
-        Sizes of the compressed frames; None where the file does not tell them.
+        Sizes of the compressed frames; None if the file does not contain them.
     """
 
     total: int
@@ -86,7 +86,7 @@ class ClipIndex:
         return float(self.times[-1]) + 1 / self.fps
 
     def uneven_times(self, places: Iterable[int]) -> tuple[float, ...] | None:
-        """When the frames at `places` are shown, where their numbers and the rate do not say it."""
+        """Times of the frames at `places`, unless they follow from frame numbers and the rate."""
         at = np.asarray(list(places), int)
         if self.times is None or not self.fps:
             return None
@@ -103,7 +103,7 @@ def animation_index(shown: Sequence[float], codec: str) -> ClipIndex:
 
 
 def packets_of(seen: Iterable[tuple[int, int, bool]]) -> Packets:
-    """Packets from (pts, size, key) in the order of decoding; of one pts the first counts."""
+    """Packets from (pts, size, key) in decoding order; of equal pts the first counts."""
     rows = np.asarray(list(seen), np.int64).reshape(-1, 3)
     pts, first = np.unique(rows[:, 0], return_index=True)
     order = np.argsort(np.argsort(first))
@@ -113,8 +113,8 @@ def packets_of(seen: Iterable[tuple[int, int, bool]]) -> Packets:
 def index_of(packets: Packets, clock: Any, rate: Any, codec: str) -> ClipIndex:
     """The index of a file.
 
-    `clock` is the seconds per tick of the packets' times, and `rate` the frames per second as the
-    header says; the packets decide if they differ.
+    `clock` is the seconds per tick of packet times, and `rate` the frame rate of the header;
+    packets take precedence.
     """
     times = (packets.pts - packets.pts[:1]) * float(clock)
     total, fps = len(times), float(rate) if rate else None

@@ -76,7 +76,7 @@ def _candidates(images: Any, tokens: int) -> Iterator[dict[str, Any]]:
 
 
 def _holds(images: Any, tokens: int) -> bool:
-    """Whether an image processor gives large images at most so many tokens."""
+    """Whether an image processor produces at most this many tokens for large images."""
     count = getattr(images, "get_number_of_image_patches", None)
     if count is None:
         return hasattr(images, "max_soft_tokens")  # which is the number of tokens itself

@@ -30,8 +30,8 @@ MARK = "<image>"
 def media_chat(media: Sequence[Any], prompt: str) -> Chat:
     """One user message: the media, then the prompt.
 
-    A prompt with as many marks `<image>` as there are images, and no video, has every image at its
-    mark. Other marks are taken out: processors read them as images that are missing.
+    If a prompt has as many marks `<image>` as there are images, and no video, every image is at its
+    mark. Other marks are removed, because processors take them for missing images.
     """
     shown = [{"type": modality_of(m)} for m in media]
     texts = prompt.split(MARK) if media else [prompt]
@@ -177,7 +177,7 @@ def stacked(clip: Sequence[Any]) -> np.ndarray:
 
 
 def _check_rows(media: Any, prompts: Any) -> None:
-    """Refuse what is not one list of media and one text per row, and paths."""
+    """Require one list of media and one text per row; refuse paths."""
     rows = isinstance(media, list | tuple) and all(isinstance(row, list | tuple) for row in media)
     texts = isinstance(prompts, list | tuple) and all(isinstance(text, str) for text in prompts)
     if not (rows and texts and len(media) == len(prompts) > 0):
@@ -192,7 +192,7 @@ def _check_rows(media: Any, prompts: Any) -> None:
 
 
 def takes_videos(processor: Any) -> bool:
-    """Whether prompts have a place for videos, which are left out where they have none."""
+    """Whether the chat template has placeholders for videos; other templates ignore them."""
     if hasattr(processor, "video_processor"):
         return True
     text = {"type": "text", "text": "?"}

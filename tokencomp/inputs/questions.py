@@ -1,4 +1,4 @@
-"""Questions: a prompt about media, and the answer that counts as right."""
+"""Questions: a prompt about media, and the right answers."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Example:
         return [self._decoded(m, frames) if isinstance(m, str | Path) else m for m in self.media]
 
     def contents(self) -> str:
-        """A hash of what the files among the media hold; "" without any, or if one is gone."""
+        """A hash of the content of media files; "" without any, or if one is missing."""
         try:
             files = [_contents(Path(m)) for m in self.media if isinstance(m, str | Path)]
         except OSError:
@@ -80,15 +80,15 @@ class Example:
         return load_sound(path) if is_sound(path) else load_media(path, frames, None, self.prompt)
 
     def correct(self, prediction: str) -> bool:
-        """Whether `prediction` is an answer: the same words, or the same option letter."""
+        """Whether `prediction` is right: the same words, or the same option letter."""
         return any(_same(prediction, one, self.prompt) for one in (self.answer, *self.also))
 
 
 @dataclass(frozen=True)
 class Deferred(Example):
-    """An example whose media are created or opened only when they are loaded.
+    """An example whose media are created or opened when they are loaded.
 
-    `source` returns what `media` would hold; `media` itself stays empty.
+    `source` returns the media; `media` is empty.
     """
 
     source: Callable[[], tuple[Media, ...]] = tuple
@@ -111,7 +111,7 @@ def _contents(path: Path) -> bytes:
 
 
 def has_video(example: Example) -> bool:
-    """Whether a video is among the media; a batch of images and videos is padded to the videos."""
+    """Whether a video is among the media; batches of images and videos are padded to the videos."""
     from tokencomp.inputs.media import is_video
 
     media = [m for m in example.media if not hasattr(m, "size")]
@@ -160,7 +160,7 @@ def _words(text: str) -> str:
 
 
 def _is_mark(character: str) -> bool:
-    """Whether it belongs to the letter before it: an accent, or a vowel sign of Hindi or Thai."""
+    """Whether it is a combining mark: an accent, or a vowel sign of Hindi or Thai."""
     return unicodedata.category(character) in ("Mn", "Mc")
 
 
@@ -174,6 +174,6 @@ def modality_of(media: Media) -> Literal["image", "video", "audio"]:
 
 
 def frames_apart(media: Sequence[Media]) -> list[Any]:
-    """The media with the frames of every video in its place, as images."""
+    """The media with every video replaced by its frames, as images."""
     groups: Iterable[Any] = (one if modality_of(one) == "video" else [one] for one in media)
     return [one for group in groups for one in group]

@@ -31,12 +31,12 @@ def checked_scores(scores: Any, count: int) -> np.ndarray:
 
 
 def aks(scores: np.ndarray, count: int) -> list[int]:
-    """Places that AKS takes (2502.21271) by float64 scores (n,), `count` of them, ascending.
+    """Places of `count` frames by AKS (2502.21271) from float64 scores (n,), ascending.
 
-    A part of the clip whose best scores stand out from its mean gives its best frames; any other
-    part is halved, and each half gets half as many. The published code stops at 32 parts, and so
-    takes nothing where fewer than 32 frames are wanted and none stands out; here it stops at parts
-    of one frame, and the best frames that are left fill the count.
+    A part of the clip whose best scores exceed its mean by a margin gives its best frames; any
+    other part is halved, and each half gets half the count. The published code stops at 32 parts,
+    and so takes nothing if fewer than 32 frames are wanted and no part stands out; here recursion
+    stops at single frames, and the best remaining frames fill the count.
     """
     spread = float(np.ptp(scores))
     known = (scores - scores.min()) / spread if spread else np.zeros_like(scores)

@@ -17,7 +17,7 @@ ROWS = 16
 
 
 def with_scorer(frames: Frames, model: Any, processor: Any) -> Frames:
-    """`frames`, where a policy by scores that names no scorer asks this model."""
+    """`frames`, with this model as scorer if it is a policy by scores without one."""
     policy = frame_policy(frames)
     if isinstance(policy, Scored) and policy.scorer is None:
         return dataclasses.replace(policy, scorer=EmbeddingScorer(model, processor))
@@ -25,10 +25,10 @@ def with_scorer(frames: Frames, model: Any, processor: Any) -> Frames:
 
 
 class EmbeddingScorer:
-    """How much the embeddings of a frame look like those of the question.
+    """Similarity of a frame to the question, by embeddings of the model.
 
-    The largest cosine between a visual token, as the decoder receives it, and the mean of the
-    text. Every candidate passes the vision tower once, and no decoder layer.
+    The largest cosine between a visual token at the decoder's input and the mean of the text. Every
+    candidate passes through the vision tower once, and through no decoder layer.
     """
 
     def __init__(self, model: Any, processor: Any) -> None:

@@ -36,11 +36,11 @@ HIDDEN, LATER = frozenset(["vp9", "libdav1d", "av1"]), 0.3
 
 
 def stream_choice(index: ClipIndex, count: int) -> tuple[list[int], str]:
-    """Places of `count` frames, ascending, and in words by what they were chosen.
+    """Places of `count` frames, ascending, and the rule in words.
 
     At most half of them are at bursts, the strongest first; the others divide the gaps between
-    these evenly. The words begin with "even" where the stream does not decide, as always where
-    `silence` has a reason.
+    these evenly. The words begin with "even" if the stream does not decide, as always if `silence`
+    has a reason.
     """
     if index.packets is None or silence(index):
         return even_gaps([], index.total, count), f"even: {silence(index)}"
@@ -58,7 +58,7 @@ def stream_choice(index: ClipIndex, count: int) -> tuple[list[int], str]:
 
 
 def silence(index: ClipIndex) -> str:
-    """Why the stream says nothing about a clip, in words; "" if it does."""
+    """Why the stream gives no information about a clip; "" if it does."""
     packets = index.packets
     if packets is None:
         return f"a clip of {index.codec} has no sizes of compressed frames"
@@ -102,7 +102,7 @@ def _running_median(values: np.ndarray) -> np.ndarray:
 
 
 def _strongest(strength: np.ndarray, count: int, apart: int) -> list[int]:
-    """Up to `count` bursts, the strongest first, more than `apart` frames from each other."""
+    """Up to `count` bursts, strongest first, more than `apart` frames from each other."""
     found: list[int] = []
     free = np.ones(len(strength), bool)
     free[: 2 * apart + 1] = False  # the first frame is new by itself, and encoders settle after it
@@ -118,8 +118,7 @@ def _strongest(strength: np.ndarray, count: int, apart: int) -> list[int]:
 def even_gaps(fixed: Iterable[int], total: int, count: int) -> list[int]:
     """`fixed` places and others that divide the gaps between them evenly: `count`, ascending.
 
-    One frame after the other goes to the widest gap. Without `fixed` these are the middles of
-    equal parts.
+    Each further frame goes to the widest gap. Without `fixed` these are the middles of equal parts.
     """
     places = sorted(fixed)
     bounds = [-1, *places, total]

@@ -1,4 +1,4 @@
-"""Decoded frames as pictures of a wanted size, turned as a player shows them."""
+"""Decoded frames as pictures of a given size, in display orientation."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def scaled_size(width: int, height: int, size: int | None) -> tuple[int, int]:
 
 
 def shown_size(frame: Any) -> tuple[int, int]:
-    """Width and height of an `av.VideoFrame` as a player shows it."""
+    """Displayed width and height of an `av.VideoFrame`."""
     return (frame.height, frame.width) if _turn(frame)[0] else (frame.width, frame.height)
 
 
 def rgb(frame: Any, size: tuple[int, int] | None = None) -> np.ndarray:
-    """An `av.VideoFrame` as a player shows it, uint8 (height, width, 3).
+    """An `av.VideoFrame` in display orientation, uint8 (height, width, 3).
 
-    It is scaled to the width and height of `size` while its colours are converted.
+    Scaled to the width and height of `size` during colour conversion.
     """
     swapped, mirrored, overturned = _turn(frame)
     width, height = size or shown_size(frame)
@@ -36,10 +36,10 @@ def rgb(frame: Any, size: tuple[int, int] | None = None) -> np.ndarray:
 
 
 def _turn(frame: Any) -> tuple[bool, bool, bool]:
-    """Whether rows become columns, and then left becomes right, and the top the bottom.
+    """Whether to transpose, then to flip left and right, and top and bottom.
 
-    Phones store the picture as the sensor has it, with a matrix that takes its x and y to (ax + cy,
-    bx + dy). The nearest of the eight turns by right angles is taken.
+    Phones store pictures in sensor orientation, with a matrix that maps (x, y) to (ax + cy, bx +
+    dy). The nearest of the eight right-angle transformations is used.
     """
     matrix = frame.side_data.get("DISPLAYMATRIX")  # `frame.rotation` is new in PyAV 14, and blind
     if matrix is None:  # to mirrors

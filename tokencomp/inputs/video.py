@@ -1,4 +1,4 @@
-"""Frames sampled from a video, and the times at which they are shown."""
+"""Frames sampled from a video, and their times."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from tokencomp.errors import MediaError
 
 @dataclass(frozen=True)
 class Sampling:
-    """Which frames of a video were taken.
+    """Which frames of a video were sampled.
 
     Attributes
     ----------
     indices
-        Numbers of the frames, from 0, ascending.
+        Indices of the frames, from 0, ascending.
     total
-        Frames of the whole video.
+        Number of frames of the whole video.
     fps
         Frames per second of the whole video, a mean if the rate varies; None if unknown.
     times
-        When each frame was shown, seconds from the first frame of the video; None if its number
-        and `fps` say it.
+        Time of each frame in seconds from the first frame of the video; None if it follows from
+        index and `fps`.
     rule
         How the frames were chosen.
     """
@@ -36,10 +36,10 @@ class Sampling:
     rule: str = "even"
 
     def metadata(self) -> dict[str, Any]:
-        """The same in the form of `video_metadata`, an argument of transformers' processors.
+        """The sampling in the form of `video_metadata`, an argument of transformers' processors.
 
-        Processors divide the numbers of frames by the rate. Where the rate varies, the numbers are
-        therefore those that the frames would have at the mean rate, which need not be whole.
+        Processors divide frame indices by the rate. If the rate varies, the indices are therefore
+        those that the frames would have at the mean rate, which need not be integers.
         """
         at: list[Any] = list(self.indices)
         if self.times is not None and self.fps is not None:
@@ -94,7 +94,7 @@ class Video(list[Any]):
 
     @classmethod
     def of(cls, frames: Iterable[Any], sampling: Sampling) -> Video:
-        """A video of frames whose times are known already."""
+        """A video of frames with known times."""
         video = cls(frames, sampling.fps, sampling.indices, sampling.total)
         video.sampling = sampling
         return video

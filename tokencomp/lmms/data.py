@@ -51,7 +51,7 @@ class LocalData:
         return self.root / dataset
 
     def label(self, dataset: str) -> str:
-        """The identity of this copy, wherever its folder lies."""
+        """The identity of this copy, independent of its path."""
         return f"{self.root.resolve().name}/{dataset}"
 
     def stage(self, home: Path, links: dict[str, str]) -> None:
@@ -73,7 +73,7 @@ class LocalData:
                 os.environ[variable] = str((self.folder(dataset) / images).resolve())
 
     def changes(self, config: dict[str, Any]) -> dict[str, Any]:
-        """What a task has to be changed in to read this copy."""
+        """Changes of a task's configuration for this copy."""
         named = named_file(config)
         if named is None:
             return {"dataset_path": str(self.folder(data_set(config))), "dataset_kwargs": {}}
@@ -81,7 +81,7 @@ class LocalData:
         return {"dataset_kwargs": {"data_files": files}}
 
     def has(self, config: dict[str, Any]) -> bool:
-        """Whether the annotations of a task are there, and the images that they name."""
+        """Whether the annotations of a task exist, and the images that they name."""
         folder, name = self.folder(data_set(config)), config.get("dataset_name")
         if not folder.is_dir():
             return False
@@ -91,9 +91,9 @@ class LocalData:
         return name is None or any(folder.glob(f"**/{name}.json*")) or (folder / name).is_dir()
 
     def check_images(self, task: str, config: dict[str, Any]) -> None:
-        """Check that every image which a marked data set names is there.
+        """Check that all images that a marked data set names exist.
 
-        Its task leaves images out that it does not find, and asks the question without them.
+        Its task would silently ask questions without missing images.
         """
         named = named_file(config)
         if named is None or named[0] not in MARKED_IMAGES:
@@ -110,7 +110,7 @@ class LocalData:
             )
 
     def missing(self, task: str, config: dict[str, Any]) -> OptionError:
-        """What to put where."""
+        """Which files to put where, in words."""
         dataset = data_set(config)
         folder = self.folder(dataset)
         if dataset == SHAPESQA_ID:
@@ -191,14 +191,14 @@ def from_hub(data: Iterable[str]) -> Iterator[None]:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and all errors that it was raised from or while handling."""
+    """The error and all errors in its chain."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def use_home(home: Path) -> None:
-    """Point `HF_HOME` at `home`, leaving the hub's model cache where it was; go offline.
+    """Set `HF_HOME` to `home`, keep the hub's model cache, and go offline.
 
     Must run before lmms-eval is imported.
     """

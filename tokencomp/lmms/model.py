@@ -28,7 +28,7 @@ ANSWERS = "answers-"
 
 
 def manifest() -> ModelManifest:
-    """What the entry point `lmms_eval.models` hands to lmms-eval's registry."""
+    """What the entry point `lmms_eval.models` returns to lmms-eval's registry."""
     return ModelManifest("tokencomp", simple_class_path="tokencomp.lmms.model.TokenComp")
 
 
@@ -155,10 +155,7 @@ class TokenComp(lmms):
         return self._records
 
     def _note(self, manifest: dict[str, Any]) -> None:
-        """Keep the latest manifest, but carry over an earlier out-of-memory flag.
-
-        The smallest batch size of all manifests is kept with it.
-        """
+        """Keep the latest manifest, with an earlier out-of-memory flag and smallest batch size."""
         before = self.run_manifest or manifest
         halved = before["batch_halved_by_oom"] or manifest["batch_halved_by_oom"]
         size = min(before["batch_size"], manifest["batch_size"])

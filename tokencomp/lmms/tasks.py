@@ -21,7 +21,7 @@ from tokencomp.pages.lost import draw_lost, write_lost
 
 @dataclass(frozen=True)
 class Task:
-    """A single task of lmms-eval: its data set or local copy, and what it is changed in."""
+    """A single task of lmms-eval: its data set or local copy, and changes of its configuration."""
 
     name: str
     data: str
@@ -29,9 +29,9 @@ class Task:
 
 
 def find_tasks(names: Sequence[str], data: LocalData | None, home: Path) -> list[Task]:
-    """The single tasks that names of tasks and groups stand for.
+    """The single tasks of the given names of tasks and groups.
 
-    With local data, sub-tasks of a group whose data are not there are left out.
+    With local data, sub-tasks of a group without data are skipped.
     """
     if data is not None:
         use_home(home)
@@ -56,7 +56,7 @@ def find_tasks(names: Sequence[str], data: LocalData | None, home: Path) -> list
 
 
 def check_installed() -> None:
-    """Refuse to run tasks without lmms-eval, before anything is rendered or loaded."""
+    """Raise without lmms-eval, before anything is rendered or loaded."""
     if importlib.util.find_spec("lmms_eval") is None:
         raise MissingDependencyError(
             f"running tasks needs lmms-eval: {install('eval')}. Your questions need only "

@@ -1,4 +1,4 @@
-"""What a patch of mlx-vlm compresses with: ratio or budget, and reducer, checked once."""
+"""Method of a patch of mlx-vlm: ratio or budget, and reducer, checked once."""
 
 from __future__ import annotations
 
@@ -77,7 +77,6 @@ class ChosenMethod:
 
     @property
     def off(self) -> bool:
-        """Whether nothing leaves."""
         return self.budget is None and not self.ratio
 
     @property
@@ -86,7 +85,7 @@ class ChosenMethod:
         return f"ratio {self.ratio}" if self.budget is None else f"budget {self.budget}"
 
     def left(self, place: Place) -> float:
-        """Fraction that stays of a span."""
+        """Fraction of a span that is kept."""
         if self.budget is None:
             return 1 - (self.ratio or 0.0)
         budget = Budget.of(self.budget)
@@ -119,14 +118,14 @@ class ChosenMethod:
 
     @property
     def salt(self) -> int:
-        """A number that differs between methods, for keys of caches."""
+        """A number that differs between methods, for cache keys."""
         values = [self.ratio, self.budget, self.name, self.options, self.merge]
         text = json.dumps(values, sort_keys=True)
         return zlib.crc32(text.encode())
 
     @property
     def weighs(self) -> bool:
-        """Whether some row may stand for several tokens."""
+        """Whether a row may represent several tokens."""
         return bool(self.merge) and not self.off
 
     def kept(self, span: Span, place: Place, x: mx.array) -> KeptRows:

@@ -1,9 +1,9 @@
 """`patch` and `unpatch` for models of mlx-vlm.
 
-All of mlx-vlm gets the embeddings of a prompt from one method of the model. A patched model has one
-of its own, which leaves rows out, together with their positions and DeepStack features. The Qwen
-families keep the original positions: `rope_deltas`, the distance between the row and the position
-of what comes next, grows by what has left.
+All of mlx-vlm gets the embeddings of a prompt from one method of the model. The patch wraps it to
+drop rows, with their positions and DeepStack features. The Qwen families keep the original
+positions: `rope_deltas`, the distance between row and position of the next token, grows by the
+number of dropped tokens.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ REUSED = (
 
 
 def check_model(model_type: Any) -> None:
-    """Refuse a model by its type."""
+    """Refuse unsupported model types."""
     if model_type not in MODELS:
         why = f" ({NOT_SERVED[model_type]})" if model_type in NOT_SERVED else ""
         raise UnsupportedModelError(
@@ -161,7 +161,7 @@ class Handle(Installed):
         pixel_values: Any = None,
         **inputs: Any,
     ) -> Any:
-        """The embeddings of a prompt, without the tokens that leave."""
+        """The embeddings of a prompt, without dropped tokens."""
         positions = inputs.get("position_ids")
         if positions is not None and positions.shape[-1] != input_ids.shape[-1]:
             raise UnsupportedCacheError(REUSED)
@@ -181,7 +181,7 @@ class Handle(Installed):
         return self._compress(features, spans, len(ids))
 
     def _without_media(self, features: Any) -> Any:
-        """A prompt of text, whose rows share caches with those of prompts that merge."""
+        """A text prompt, whose rows share caches with those of prompts that merge."""
         if not self.method.weighs:
             return features
         length = features.inputs_embeds.shape[1]
@@ -209,7 +209,7 @@ class Handle(Installed):
         return features
 
     def queued(self, ids: list[int], inputs: dict[str, Any]) -> tuple[list[int], dict[str, Any]]:
-        """A prompt that is put into a queue: its ids get the length of its embeddings.
+        """A queued prompt: its ids get the length of its embeddings.
 
         The method becomes a part of its key in the prefix cache.
         """
@@ -241,10 +241,11 @@ def shortened(features: InputEmbeddingsFeatures, stays: np.ndarray) -> InputEmbe
 
 
 class _ColdPrefill:
-    """Lets mlx-vlm compute whole prompts of a model without M-RoPE, in place of using its cache.
+    """Makes mlx-vlm compute whole prompts of a model without M-RoPE instead of continuing its
+    cache.
 
-    Before it continues a cache it asks the language model for positions, if that has any, and
-    computes the whole prompt if they cannot be had.
+    Before it continues a cache it asks the language model for positions, if it has any, and
+    computes the whole prompt if it gets none.
     """
 
     def __init__(self, language_model: Any) -> None:
@@ -260,7 +261,7 @@ class _ColdPrefill:
 
 
 class _Insertion:
-    """`BatchGenerator.insert` while models are patched: it gets ids beside shorter embeddings."""
+    """Replaces `BatchGenerator.insert` while models are patched: ids with shorter embeddings."""
 
     def __init__(self) -> None:
         self._handles: WeakSet[Handle] = WeakSet()
@@ -290,7 +291,7 @@ class _Insertion:
             BatchGenerator.insert, self._original = self._original, None
 
     def changed(self, prompts: Any, inputs: Any, options: dict[str, Any]) -> tuple[Any, Any]:
-        """A prompt with as many ids as embeddings; its padding mask, all ones, goes."""
+        """A prompt with as many ids as embeddings; its padding mask, all ones, is removed."""
         if inputs is None or len(prompts) != 1:
             return prompts, inputs  # arrays of several prompts are never compressed
         ids = prompts[0].tolist() if isinstance(prompts[0], mx.array) else list(prompts[0])

@@ -1,4 +1,4 @@
-"""Where images and videos stand in a prompt of mlx-vlm, and how many of their tokens stay."""
+"""Columns of images and videos in a prompt of mlx-vlm."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Span:
 
     @property
     def visual(self) -> int:
-        """Its tokens, line breaks among them."""
+        """Number of its tokens, line breaks included."""
         return len(self.columns)
 
 

@@ -1,8 +1,8 @@
-"""Merging with weights in MLX: a merged token gets the attention of all tokens that it stands for.
+"""Merging with weights in MLX: a merged token gets the attention of all tokens that it represents.
 
-Attention to a key grows by the logarithm of its size, the number of tokens that its row stands for.
-The logarithm travels with the row as one more column, so that decode steps, chunks of a prompt,
-batches and every cache of mlx-vlm need nothing else:
+Attention to a key grows by the logarithm of its size, the number of tokens that its row represents.
+The logarithm is one more column of the row, so that decode steps, chunks of a prompt, batches and
+all caches of mlx-vlm need nothing else:
 
     embeddings (1, L, d)   | d features | log |     from `patch` to the first decoder layer
     keys and values        | head       | log |     in the cache
@@ -39,10 +39,10 @@ def with_weights(embeds: mx.array, sizes: np.ndarray) -> mx.array:
 
 
 class RowWeights(Installed):
-    """Lets the attention layers of a decoder of mlx-vlm see the weights of rows, until `remove`.
+    """Gives attention layers of a decoder of mlx-vlm the weights of rows, until `remove`.
 
-    Their classes become subclasses that widen what the cache stores. The function by which they
-    attend is replaced in their module; it treats keys of the usual width as before.
+    Their classes become subclasses that widen what the cache stores. The attention function of
+    their module is replaced; it treats keys of the usual width as before.
     """
 
     def __init__(self, decoder: Any) -> None:
@@ -94,7 +94,7 @@ class RowWeights(Installed):
         return type(own.__name__, (own,), {"__call__": call, "__module__": own.__module__})
 
     def _taken_off(self, x: mx.array) -> mx.array:
-        """What enters the first layer, without the column of weights; these are noted."""
+        """Remove the column of weights from the input of the first layer, and store it."""
         wide = x.shape[-1] > self._width
         self._logs = x[..., self._width] if wide else None
         return x[..., : self._width]

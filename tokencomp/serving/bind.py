@@ -1,4 +1,4 @@
-"""The address of a server, and what it requires of its clients."""
+"""Address of a server, and requirements on its clients."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger("tokencomp.serving")
 
 @dataclass(frozen=True)
 class Bind:
-    """Address that a server listens at, and what it requires of clients.
+    """Address of a server, and requirements on its clients.
 
     Attributes
     ----------
@@ -25,8 +25,8 @@ class Bind:
     api_key
         Bearer token that requests must carry; None accepts all requests.
     allowed_hosts
-        Names that clients may use for the server, besides "localhost" and numeric addresses; empty
-        means every name, except at an address that only this machine can reach.
+        Host names that clients may use, in addition to "localhost" and numeric addresses; empty:
+        all names, except at a loopback address.
     shutdown_timeout
         Seconds in which running requests may end after SIGTERM.
     """
@@ -39,7 +39,6 @@ class Bind:
 
     @property
     def loopback(self) -> bool:
-        """Whether only this machine can reach the address."""
         try:
             return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
         except ValueError:  # another host name, or the empty one, which means all addresses
@@ -66,9 +65,8 @@ class Bind:
     def refusal(self, header: str) -> str:
         """Return why a request with this Host header is refused, or "".
 
-        A web page that gives its own name the address of a local server could otherwise use this
-        server through the browser of a visitor (DNS rebinding). Numeric addresses cannot be
-        abused in this way.
+        Protects against DNS rebinding: a web page that resolves its name to the address of a local
+        server could use the server through the browser of a visitor. Numeric addresses are safe.
         """
         try:
             host = urlsplit("//" + header).hostname or ""

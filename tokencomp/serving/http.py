@@ -1,4 +1,4 @@
-"""What every HTTP exchange passes, on every engine: its head, its body, and errors as answers."""
+"""HTTP on every engine: checks of head and body, and errors as answers."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ QUESTION = {"max_tokens": 16, "messages": [{"role": "user", "content": "Hello"}]
 
 
 def route(scope: Scope) -> str:
-    """Return the path of a request below the prefix of a proxy (vLLM's `--root-path`)."""
+    """The path of a request without the prefix of a proxy (vLLM's `--root-path`)."""
     path: str = scope["path"]
     rest = path.removeprefix(scope.get("root_path") or "")
     return rest if rest.startswith("/") else path
 
 
 def is_open(scope: Scope) -> bool:
-    """Whether a request needs no key, because it only asks how the server is."""
+    """Whether a path needs no key: health checks and metrics."""
     return route(scope) in OPEN_PATHS and scope["method"] in ("GET", "HEAD")
 
 
 def _is_preflight(scope: Scope, headers: Headers) -> bool:
-    """Whether a browser asks what another site may send (CORS); it sends no key then."""
+    """Whether it is a CORS preflight request of a browser, which has no key."""
     asks = "origin" in headers and "access-control-request-method" in headers
     return scope["method"] == "OPTIONS" and asks
 
@@ -53,7 +53,7 @@ def check_head(scope: Scope, bind: Bind) -> None:
     Raises
     ------
     RequestError
-        With status 403, 400, 401 or 415. The rest of the connection must not be read after it.
+        Status 403, 400, 401 or 415. The rest of the connection must not be read afterwards.
     """
     headers = Headers(scope=scope)
     for host in headers.getlist("host") or [""]:
@@ -83,22 +83,22 @@ def error_response(error: RequestError) -> JSONResponse:
 
 
 class Exchange:
-    """One request and its answer, and how far both are; as text, its line of the log.
+    """One request and its answer, with their state; its string is the line of the access log.
 
     Handlers find it in the state of the request.
 
     Attributes
     ----------
     id
-        That of the request, which clients may choose (X-Request-Id).
+        Id of the request, which clients may choose (X-Request-Id).
     headers
         Further headers of the answer.
     status
-        Of the answer; 0 before it starts.
+        Status of the answer; 0 before it starts.
     details, refusal
-        What else the log says: what was done for the request, or why it was refused.
+        For the log: what was done for the request, or why it was refused.
     failed
-        Whether the application raised an error that it has not answered.
+        Whether the application raised an error without answering it.
     """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -126,7 +126,6 @@ class Exchange:
         return load.join()
 
     def close(self) -> None:
-        """Note the end of the answer."""
         if self._load is not None:
             self._load.leave()
 
@@ -172,7 +171,7 @@ class Exchange:
 
 
 class Bodies:
-    """All request bodies in memory.
+    """Bounds the request bodies in memory.
 
     Parameters
     ----------
@@ -226,7 +225,7 @@ class Bodies:
 def first_page(
     request: Request, name: str, setting: dict[str, Any], keyed: bool
 ) -> PlainTextResponse:
-    """What `GET /` answers: the served model, its default setting, and one line for curl."""
+    """The answer to `GET /`: the served model, its default setting, and a curl command."""
     root = request.scope.get("root_path") or ""
     address = f"{request.url.scheme}://{request.url.netloc}{root}"
     key = ' -H "Authorization: Bearer $TOKENCOMP_API_KEY"' if keyed else ""

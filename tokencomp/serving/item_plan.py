@@ -1,7 +1,7 @@
-"""The plan of one media item of a prompt: its spans, and how many tokens of each stay.
+"""The plan of one media item of a prompt: its spans, and the keep count of each.
 
-Spans are cut exactly as the adapters of the Hugging Face path cut them, so that both backends
-reduce the same tokens with the same reducer.
+Spans are cut exactly as by the adapters of the Hugging Face path, so that both backends reduce the
+same tokens with the same reducer.
 """
 
 from __future__ import annotations
@@ -34,29 +34,29 @@ def field_name(modality: str) -> str:
 
 
 def config_facts(config: Any, folder: str) -> ModelFacts:
-    """What a front end, which has no weights, knows of its model: all but the fingerprint."""
+    """Model facts for a front end, which has no weights: all but the fingerprint."""
     text = config.get_text_config()
     return ModelFacts(False, config.model_type, text.num_hidden_layers, text.hidden_size, folder)
 
 
 def cache_key(spec: MethodSpec, facts: ModelFacts | None = None) -> dict[str, Any]:
-    """What keys of caches say of an active spec: its options, the release, and trained weights.
+    """Cache key of an active spec: its options, the release, and trained weights.
 
-    The options name a file or folder of weights, whose content another training may change.
+    The options name a file or folder of weights, whose content can change.
     """
     bound = spec.built_reducer.bind(facts or ModelFacts(mrope=False))
     return {**spec.describe(), "version": __version__, "weights": _weights_of(bound)}
 
 
 def _weights_of(reducer: Reducer) -> str:
-    """Hash of what the weights of a bound reducer are, "" if it has none."""
+    """Hash of the weights of a bound reducer, "" if it has none."""
     options = options_of(reducer).items()
     files = [v for k, v in options if v and k.rpartition(".")[2] in OPERATOR_OPTIONS]
     return " ".join(content_hash(Path(file)) for file in files)
 
 
 def item_span(modality: Any, grid: Grid, special: Iterable[int] = ()) -> VisualSpan:
-    """A span of an item: its (t, h, w) after the projector, offsets of tokens without a patch."""
+    """A span of an item: its (t, h, w) after the projector, and offsets of special tokens."""
     offsets = tuple(special)
     return VisualSpan(0, math.prod(grid) + len(offsets), grid, modality, offsets, item=0)
 
@@ -148,27 +148,26 @@ class ItemPlan:
 
     @property
     def modality(self) -> Any:
-        """What its spans are, "image" or "video"."""
         return self.spans[0].modality
 
     @property
     def full(self) -> int:
-        """Tokens of the uncompressed item."""
+        """Number of tokens of the uncompressed item."""
         return sum(s.length for s in self.spans)
 
     @property
     def kept(self) -> int:
-        """Tokens that stay."""
+        """Number of kept tokens."""
         return sum(self.keep)
 
     @property
     def size(self) -> ItemSize:
-        """What the front end has to remember of the item."""
+        """What the front end stores of the item."""
         return ItemSize(self.full, self.kept, self.extent)
 
     @property
     def counted(self) -> list[tuple[VisualSpan, int]]:
-        """Spans with the tokens left of each."""
+        """Spans with their keep counts."""
         return list(zip(self.spans, self.keep, strict=True))
 
     @cached_property
@@ -182,7 +181,7 @@ class ItemPlan:
 
     @property
     def entering(self) -> int:
-        """Tokens that leave the vision tower."""
+        """Number of tokens that leave the vision tower."""
         if self.cells is not None:
             return len(self.cells)
         stage = self.tower_stage
@@ -197,7 +196,7 @@ class ItemPlan:
 
     @classmethod
     def from_tensor(cls, data: Tensor) -> ItemPlan:
-        """Read back what `to_tensor` wrote."""
+        """Inverse of `to_tensor`."""
         values = json.loads(bytes(data.tolist()).decode())
         modality, spans, keep, reducer, options, extent, tower, weights, merge, cells = values
         own = tuple(item_span(modality, tuple(grid), special) for grid, special in spans)
@@ -213,5 +212,5 @@ def _described(reducer: Reducer) -> tuple[str, str]:
 
 @lru_cache(maxsize=256)
 def built(name: str, options: str, weights: str = "") -> Reducer:
-    """The reducer of that name with options as JSON; another hash of `weights` reads them again."""
+    """The reducer of that name with options as JSON; cached by the hash of its `weights`."""
     return make_reducer(name, **json.loads(options))

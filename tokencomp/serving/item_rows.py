@@ -1,4 +1,4 @@
-"""The rows of media items, which workers reduce as `tokencomp.serving.item_plan` has planned."""
+"""Reduces the rows of media items in workers, as planned by `tokencomp.serving.item_plan`."""
 
 from __future__ import annotations
 
@@ -102,28 +102,27 @@ def reduce_rows(
     report: Callable[[ItemPlan, ScoreError], None],
     present: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Reduce an engine's rows by their leading columns; no features make it fail.
+    """Reduce an engine's rows by their leading columns; never fails because of the features.
 
-    Features that overflowed, as some towers' do in float16, cannot be compared. An exception
-    in an engine ends it, and with it all requests, so such an item keeps evenly spaced tokens.
-    Its values that are not finite become 0, because they would stay in blocks of the KV cache
-    that later requests use.
+    Features that overflowed (float16 towers) cannot be compared, and an exception would end the
+    engine and all requests. Such an item keeps evenly spaced tokens. Non-finite values become 0,
+    because they would remain in blocks of the KV cache that later requests use.
 
     Parameters
     ----------
     x : Tensor, shape (full, d)
-        Rows of the vision tower; all columns of a kept row stay.
+        Rows of the vision tower; kept rows keep all columns.
     width
-        How many leading columns enter the decoder, which the reducer sees.
+        Number of leading columns that enter the decoder, which the reducer sees.
     report
-        Is called with the plan and the error if features are not finite.
+        Called with the plan and the error if features are not finite.
     present
         See `reduce_item`; other rows are not read.
 
     Returns
     -------
     Tensor, shape (kept, d), and Tensor of int64, shape (kept,)
-        See `reduce_item`; digits of sizes are behind all columns of a row.
+        See `reduce_item`; digits of sizes follow all columns of a row.
     """
     try:
         if not torch.isfinite(x if present is None else x[present]).all():
@@ -142,9 +141,9 @@ def reduce_rows(
 def batches(sizes: list[int], budget: int, towers: Sequence[Any] = ()) -> Iterator[tuple[int, int]]:
     """Yield ranges of items with at most `budget` uncompressed rows (at least one item each).
 
-    The scheduler admits media by their number of kept rows, but the memory of the vision tower
-    grows with the number of uncompressed rows. Items with different stages in the tower, which are
-    `towers`, cannot share a call of it.
+    The scheduler admits media by kept rows, but the memory of the vision tower grows with
+    uncompressed rows. Items with different tower stages (`towers`) cannot share a call of the
+    tower.
     """
     first, total = 0, 0
     for i, size in enumerate(sizes):

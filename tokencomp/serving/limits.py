@@ -1,4 +1,4 @@
-"""Limits of a request, and the error with which one is refused."""
+"""Limits of a request, and the error of refused requests."""
 
 from __future__ import annotations
 
@@ -84,16 +84,16 @@ class Limits:
 
 
 def check_structure(content: bytes | bytearray) -> None:
-    """Refuse a JSON body of too many values before it is parsed.
+    """Refuse a JSON body with too many values before it is parsed.
 
-    The containers of a parsed body take up to a hundred times as many bytes as their text.
+    The containers of a parsed body take up to a hundred times the memory of their text.
     """
     if sum(content.count(mark) for mark in (b"{", b"[", b",")) > MAX_STRUCTURE:
         raise RequestError(f"the body has more than {MAX_STRUCTURE} JSON values.", 413)
 
 
 class Deadline:
-    """End of the time for decoding the media of a request; `seconds` from now."""
+    """Deadline for decoding the media of a request, `seconds` from now."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds, self.cancelled = seconds, False
@@ -101,27 +101,27 @@ class Deadline:
         self.start()
 
     def start(self) -> None:
-        """Start the time again, because the work begins only now."""
+        """Restart the timer, because the work begins only now."""
         self._end = time.monotonic() + self.seconds
 
     def cancel(self) -> None:
-        """End the time for good, as the client has left. Any thread may call this method."""
+        """Expire permanently: the client has disconnected. Thread-safe."""
         self.cancelled = True
         if self._then is not None:
             self._then()
 
     def when_cancelled(self, then: Callable[[], None]) -> None:
-        """Call `then` when the client leaves, or now if it has; it replaces an earlier one."""
+        """Call `then` when the client disconnects, or now if it has; replaces earlier callbacks."""
         self._then = then
         if self.cancelled:
             then()
 
     def remaining(self) -> float:
-        """Return the seconds that are left, at least 0."""
+        """Remaining seconds, at least 0."""
         return 0.0 if self.cancelled else max(self._end - time.monotonic(), 0.0)
 
     def check(self) -> None:
-        """Raise `RequestError` (413) after the end."""
+        """Raise `RequestError` (413) after the deadline."""
         if self.remaining() <= 0:
             raise RequestError(
                 f"the media were not decoded within {self.seconds:g} s. Send fewer or smaller "
@@ -130,9 +130,9 @@ class Deadline:
             )
 
     def reader(self, content: bytes) -> io.BytesIO:
-        """Return a file of `content` whose reads fail after the end.
+        """Return a file of `content` whose reads fail after the deadline.
 
-        Decoders read as they go, so this also ends loops inside of libraries.
+        Decoders read incrementally, so this also ends loops inside of libraries.
         """
         return _TimedReader(content, self)
 

@@ -46,18 +46,17 @@ def parse_steps(text: Any, base: float) -> tuple[Step, ...]:
 
 
 class Load:
-    """Chooses the ratio of every request from the number of those that are not answered yet.
+    """Chooses the ratio of every request by the number of unanswered requests.
 
-    A step begins with the request that finds its depth. It ends, and the one below begins, when no
-    request has found half of its depth for `CALM_SECONDS`: a ratio that changes with every request
-    would leave caches cold.
+    A step begins with the request that finds its depth. It ends when no request has found half of
+    its depth for `CALM_SECONDS`: a ratio that changes with every request would make caches useless.
 
     Attributes
     ----------
     depth
         Requests whose body has arrived and whose answer has not ended.
     step
-        Number of the step in force; 0 is the ratio of the server.
+        Number of the current step; 0 is the ratio of the server.
     """
 
     def __init__(self, steps: Sequence[Step], clock: Callable[[], float] = time.monotonic) -> None:
@@ -66,13 +65,13 @@ class Load:
         self._busy = clock()  # when a request last found half of the depth of the step
 
     def join(self) -> float | None:
-        """Count a request; return the ratio that it has by the load, None for the usual one."""
+        """Count a request; return its ratio by load, None for the default."""
         step = self.look()
         self.depth += 1
         return self.steps[step - 1].ratio if step else None
 
     def look(self) -> int:
-        """Return the number of the step that a request would find now."""
+        """The number of the step for a request that arrives now."""
         depth, now = self.depth, self._clock()
         reached = sum(depth >= step.depth for step in self.steps)
         if reached >= self.step:
@@ -84,5 +83,5 @@ class Load:
         return self.step
 
     def leave(self) -> None:
-        """Note the end of an answer."""
+        """Count the end of an answer."""
         self.depth -= 1

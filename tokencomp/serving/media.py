@@ -1,6 +1,6 @@
-"""Media of requests: from URLs to bytes and images, safe against hostile clients.
+"""Media of requests: from URLs to bytes and images, safe against malicious clients.
 
-Servers accept `data:` URLs, and `file:` URLs below one directory. They fetch nothing.
+Servers accept `data:` URLs, and `file:` URLs below one directory. They download nothing.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ HEADER, DESCRIPTOR = 13, 9
 
 
 def read_url(url: str, limits: Limits) -> tuple[str, bytes]:
-    """Return media type and content of a `data:` URL or an allowed `file:` URL.
+    """Media type and content of a `data:` URL or an allowed `file:` URL.
 
-    A list of frames (`FRAME_LIST`) stays base64 text.
+    A list of frames (`FRAME_LIST`) remains base64 text.
     """
     scheme, colon, _ = url[:10].partition(":")
     scheme = scheme.lower() if colon else ""
@@ -168,9 +168,9 @@ def check_size(width: int, height: int, limits: Limits, count: int = 1) -> None:
 
 
 def check_jpeg(content: bytes) -> None:
-    """Refuse a JPEG of too many scans or segments; other files pass.
+    """Refuse a JPEG with too many scans or segments; other files pass.
 
-    What follows the end of the image, such as the video of a phone's moving photo, is not read.
+    Data after the image, such as the video of a phone's moving photo, is not read.
     """
     if content[:2] != b"\xff\xd8":
         return
@@ -213,7 +213,7 @@ def _color_table(flags: int) -> int:
 
 
 def _after_blocks(content: bytes, place: int) -> int:
-    """Return the place after a list of sub-blocks, each of which starts with its length."""
+    """The offset after a list of sub-blocks, each of which starts with its length."""
     while place < len(content) and content[place]:
         place += 1 + content[place]
     return place + 1

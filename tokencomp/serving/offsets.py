@@ -1,15 +1,15 @@
 """Numbers of media tokens as digits in extra columns: offsets from the base position, and sizes.
 
 Digits to the base 256 are exact in every dtype of a model: bfloat16 represents integers up to 256
-exactly, float16 up to 2048. A kept token that stands (t, h, w) = (3, 0, 300) behind the base:
+exactly, float16 up to 2048. A kept token at offset (t, h, w) = (3, 0, 300) from the base:
 
-                       high digits   low digits     300 = 1 · 256 + 44
+                      high digits   low digits     300 = 1 · 256 + 44
     | d features |      0   0   1     3   0  44 |   one row of the engine's media embeddings
                         t   h   w     t   h   w
 
-A merged row has the digits of its size, the number of tokens that it stands for, before those:
+A merged row has the digits of its size, the number of tokens that it represents, before those:
 
-    | d features | size: high, low | offsets, where the engine takes positions of its rows |
+    | d features | size: high, low | offsets, if the engine takes positions of its rows |
 """
 
 from __future__ import annotations

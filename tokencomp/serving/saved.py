@@ -1,4 +1,4 @@
-"""What compression did to a request: for its usage, the log, and the metrics of both servers."""
+"""Tokens saved by compression, for the usage of a request, the log, and metrics of both servers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,6 @@ class Saved:
 
     @classmethod
     def by(cls, spec: MethodSpec, tokens: Mapping[str, tuple[int, float]]) -> Saved:
-        """What a spec did."""
         reducer = spec.built_reducer.name if spec.active else "none"
         return cls(reducer, spec.requested, tokens)
 

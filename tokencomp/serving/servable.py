@@ -27,10 +27,10 @@ def check_name(field_name: str, name: Any) -> str:
 def serving_safe(reducer: Reducer) -> bool:
     """Whether it runs inside engines that fix placeholder counts before the model runs.
 
-    Its keep count must follow from grid and ratio alone, it must act at entry only, and it must not
-    need signals: what it then chooses depends on the media item alone, so that prefix caches may
-    share the result across questions. Tests show the last for classes of this package; of others
-    their author says it, with `Traits(per_item=True)`.
+    Its keep count must depend only on grid and ratio, it must act at entry only, and need no
+    signals: its choice then depends only on the media item, and prefix caches may share the result
+    between questions. Tests verify this for classes of this package; authors of others declare it
+    with `Traits(per_item=True)`.
     """
     if reducer.needs or counts_itself(reducer):
         return False
@@ -65,7 +65,7 @@ def _is_safe(cls: type[Reducer], **options: Any) -> bool:
 
 
 def _safe_choices(cls: type[Reducer]) -> str:
-    """The first option with a fixed list of values of which some, alone, make `cls` safe; or ""."""
+    """The first option with listed values of which some make `cls` safe, with these; or ""."""
     for option, hint in field_types(cls).items():
         values = [v for v in choices(hint) if _is_safe(cls, **{option: v})]
         if values:
@@ -79,9 +79,8 @@ def check_servable(reducer: Reducer) -> Reducer:
     Raises
     ------
     OptionError
-        Its keep count, or its choice, depends on more than the media item: on the text, on
-        attention, or on a decoder layer (prefix caches would then mix up questions), or, as far as
-        anyone knows, on other items.
+        Its keep count or choice depends on more than the media item: on text, attention, or a
+        decoder layer (prefix caches would mix up questions), or, if not declared, on other items.
     """
     if serving_safe(reducer):
         return reducer

@@ -1,4 +1,4 @@
-"""What a server compresses with: reducer, ratio, and what a request may change of it."""
+"""The compression of a server: reducer, ratio, and what a request may change."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class ServerOptions:
         ----------
         details
             For each image and video of a request, "image_url" or "video_url", and its `detail`.
-            Videos keep the ratio of the default.
+            Videos keep the default ratio.
         """
         if ("video_url", "low") in details:
             raise OptionError('detail "low" is for images. Set a ratio for videos.')
@@ -294,7 +294,7 @@ def _check_budget(budget: Any) -> None:
 
 
 def with_ratio(values: dict[str, Any], ratio: float | None) -> dict[str, Any]:
-    """The options of a request with a ratio by load, unless they name a ratio or a budget."""
+    """Add a ratio by load to the options of a request, unless they name a ratio or budget."""
     if ratio is None or any(values.get(name) is not None for name in AMOUNTS):
         return values
     return {**values, "ratio": ratio}

@@ -1,4 +1,4 @@
-"""The answers to one request in the form of OpenAI's API, whole or as a stream of events."""
+"""Answers to a request in the form of OpenAI's API, whole or as a stream of events."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DEFAULT_TOKENS = 256
 
 
 class Completion:
-    """The jobs of one request, which has `n` answers, and one queue of their events.
+    """The jobs of one request, which has `n` answers, and a queue of their events.
 
     `identity` are the fields of every response: id, time and model.
     """
@@ -38,7 +38,7 @@ class Completion:
         ]
 
     def cancel(self) -> None:
-        """Note that the client has left, or needs no more."""
+        """Cancel all jobs: the client has disconnected, or needs no more."""
         for job in self.jobs:
             job.cancelled = True
 

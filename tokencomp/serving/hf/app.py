@@ -1,4 +1,4 @@
-"""The HTTP server: routes, the checks before them, the access log, and uvicorn with time limits."""
+"""The HTTP server: routes, checks before them, the access log, and uvicorn with time limits."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ SAFE_PILLOW = 13
 
 
 def build_app(engine: Engine, name: str, limits: Limits, bind: Bind | None = None) -> ASGIApp:
-    """Build the application, which closes the engine at its end.
+    """Build the application, which closes the engine when it ends.
 
-    Without `bind`, clients may use any name and need no key.
+    Without `bind`, all host names are allowed and no key is needed.
     """
 
     @contextlib.asynccontextmanager
@@ -230,7 +230,7 @@ async def _failed(request: Request, error: Exception) -> Response:
 class Guard:
     """ASGI middleware that checks the head of a request before its body is read, and logs it.
 
-    Requests of probes and monitoring are neither logged nor counted.
+    Health checks and metrics are neither logged nor counted.
     """
 
     def __init__(self, app: ASGIApp, bind: Bind, metrics: Metrics) -> None:
@@ -278,10 +278,9 @@ class PiecewiseConnection(h11.Connection):
 
 
 class TimedProtocol(H11Protocol):
-    """HTTP/1.1 that closes connections on which no request starts, or whose answer is not read.
+    """HTTP/1.1 with time limits for the head of a request and for reading the answer.
 
-    uvicorn's keep-alive time ends with the first byte that arrives, so that it does not limit how
-    long a client may take for the head of a request.
+    uvicorn's keep-alive time ends with the first byte, so it does not limit slow heads.
     """
 
     _writing: asyncio.TimerHandle | None = None
@@ -291,12 +290,12 @@ class TimedProtocol(H11Protocol):
         self.conn = PiecewiseConnection(h11.SERVER)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # TCP transports only
-        """Start the time of the first request."""
+        """Start the timer of the first request."""
         super().connection_made(transport)
         self._wait_for_request()
 
     def on_response_complete(self) -> None:
-        """Start the time of the next request, which may have arrived already."""
+        """Start the timer of the next request, which may have arrived already."""
         self._wait_for_request()
         super().on_response_complete()
 
@@ -315,12 +314,12 @@ class TimedProtocol(H11Protocol):
             self.cycle.message_event.set()
 
     def pause_writing(self) -> None:
-        """Start the time in which the client must read."""
+        """Start the timer for reading by the client."""
         super().pause_writing()
         self._writing = self.loop.call_later(SEND_SECONDS, self.transport.abort)
 
     def resume_writing(self) -> None:
-        """End this time."""
+        """Stop this timer."""
         super().resume_writing()
         if self._writing is not None:
             self._writing.cancel()

@@ -104,7 +104,6 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Whether the thread runs and takes requests."""
         return self._thread.is_alive() and not self._closed
 
     @property
@@ -151,9 +150,9 @@ class Engine:
                 self._probe()
 
     def _run(self, batch: list[Job]) -> None:
-        """Generate for a batch; if it fails, for its halves, until a request fails alone.
+        """Generate for a batch; if it fails, for its halves, down to single requests.
 
-        A request that has sent text cannot start again, so such a batch fails as a whole.
+        A batch of which a request has sent text cannot start again, so it fails as a whole.
         """
         try:
             self._generate(batch)
@@ -177,7 +176,7 @@ class Engine:
                 self._run(half)
 
     def _fail(self, batch: list[Job], error: BaseException) -> bool:
-        """Log why a batch failed, and answer its requests; return whether it is not their fault."""
+        """Log the failure of a batch, and answer its requests; return whether the server failed."""
         answer = for_client(error)
         if not isinstance(error, TokenCompError):
             logger.error("a batch of %d failed", len(batch), exc_info=error)
@@ -189,7 +188,7 @@ class Engine:
 
     @torch.inference_mode()
     def _probe(self) -> None:
-        """Find out with a short text whether the model works, or a request made it fail."""
+        """Test with a short text whether the model still works."""
         try:
             chat = [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]
             text = self.text.render(chat)
@@ -204,7 +203,7 @@ class Engine:
 
     @torch.inference_mode()
     def _generate(self, batch: list[Job]) -> None:
-        """Generate the answers of a batch, and send them token by token."""
+        """Generate the answers of a batch, and stream them token by token."""
         batch = [job for job in batch if not job.cancelled]
         if not batch:
             return
@@ -228,7 +227,7 @@ class Engine:
                 job.send("end", "abort" if job.cancelled else "length")
 
     def _too_long(self, batch: list[Job], lengths: list[int]) -> bool:
-        """Limit answers to the length of the model; refuse prompts that leave no room for one."""
+        """Limit answers to the length of the model; refuse prompts without room for an answer."""
         for job, length in zip(batch, lengths, strict=True):
             room = self.max_model_len - length
             if room < 1:
@@ -237,7 +236,7 @@ class Engine:
         return any(job.done for job in batch)
 
     def _compressed(self, spec: MethodSpec) -> Any:
-        """Set reducer and ratio of a batch; within the returned context they hold."""
+        """Set reducer and ratio of a batch inside the returned context."""
         if not spec.active:
             return self._handle.disabled()
         self._handle.set(
@@ -248,7 +247,7 @@ class Engine:
         return contextlib.nullcontext()
 
     def started(self, batch: list[Job], counts: list[Counts]) -> None:
-        """Note token counts once the prefill has run."""
+        """Store token counts after the prefill."""
         spec = batch[0].prompt.spec
         seen: list[Seen] = [{kind: (n, n) for kind, n in row.items()} for _, row in counts]
         before = [sum(media.values()) for _, media in counts]
@@ -270,7 +269,7 @@ class Engine:
 
 
 class Rows(StoppingCriteria):
-    """Called after every step: hands the new tokens out, and ends rows one by one.
+    """Stopping criterion, called after every step: streams new tokens, and ends rows individually.
 
     `batch` are the jobs in the order of the rows, and `counts` their tokens.
     """
@@ -331,9 +330,9 @@ def build_inputs(model: Any, processor: Any, prompts: list[Prompt]) -> dict[str,
 
 
 def sampling(request: Any, config: Any) -> dict[str, Any]:
-    """Generation arguments; fields that are left out have the value of the generation config.
+    """Generation arguments; omitted fields have the value of the generation config.
 
-    A config without `top_k` samples from all tokens, as in vLLM, and not from the 50 of `generate`.
+    Without `top_k` in the config all tokens are sampled from, as in vLLM, not 50 as in `generate`.
     """
     values = {name: getattr(request, name) for name in SAMPLING}
     values = {name: value for name, value in values.items() if value is not None}
@@ -347,7 +346,7 @@ def sampling(request: Any, config: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """Seed all generators, on every device, for the block; after it, nobody knows their state."""
+    """Seed all generators, on every device, for the block; afterwards they are seeded randomly."""
     if seed is None:
         yield
         return
@@ -361,7 +360,7 @@ def seeded(seed: int | None) -> Iterator[None]:
 def take_end_tokens(model: Any) -> set[int]:
     """Return the model's end tokens and remove them from its generation config.
 
-    `Rows` ends every row itself, because a request may ask to go on after an end token.
+    `Rows` ends rows, because a request may ask to continue after an end token.
     """
     config = model.generation_config
     ends = getattr(config, "eos_token_id", None)
@@ -374,7 +373,7 @@ def take_end_tokens(model: Any) -> set[int]:
 def take_penalty(model: Any) -> float:
     """Return the model's repetition penalty and remove it from its generation config.
 
-    `Steps` applies it to every row itself, because requests have penalties of their own.
+    `Steps` applies penalties, because they differ between requests.
     """
     config = model.generation_config
     penalty = getattr(config, "repetition_penalty", None)

@@ -57,7 +57,7 @@ FORMS = ("str", "list[Part]", "list[str]", "literal['none','auto','required']", 
 
 
 class Strict(BaseModel):
-    """An object whose unknown fields are kept, so that they can be refused by name."""
+    """An object that keeps unknown fields, so that they can be refused by name."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -65,9 +65,9 @@ class Strict(BaseModel):
     """Values of unknown fields that ask for what the server does anyway."""
 
     def unserved(self, where: str = "") -> list[str]:
-        """Return the paths of unknown fields, at any depth, that ask for something else.
+        """Return the paths of unknown fields, at any depth, with values that change the answer.
 
-        `where` is the path of this object in the request, with a dot at its end.
+        `where` is the path of this object in the request, with a trailing dot.
         """
         wrong = [
             where + name
@@ -239,7 +239,7 @@ class ResponseFormat(Strict):
 class ChatRequest(Strict):
     """A chat-completions request.
 
-    A sampling parameter that the client leaves out has the value of the model's generation config.
+    Omitted sampling parameters have the value of the model's generation config.
     """
 
     off = OFF
@@ -309,7 +309,7 @@ class ChatRequest(Strict):
 
     @property
     def must_call(self) -> bool:
-        """Whether the answer is a call in any case."""
+        """Whether the answer must be a call."""
         return self.tool_choice not in (None, "none", "auto")
 
     @property
@@ -353,8 +353,8 @@ def read_request(content: bytes | bytearray) -> ChatRequest:
 def _message(error: ValidationError) -> str:
     """Return the messages about one wrong field.
 
-    A field with several alternative types has one error per alternative. The deepest error location
-    belongs to the alternative that fits best.
+    A field with alternative types has one error per alternative; the deepest error location belongs
+    to the best match.
     """
     messages: dict[tuple[Any, ...], dict[str, None]] = {}  # by field, in order and each once
     for e in error.errors(include_url=False, include_input=False):

@@ -38,14 +38,14 @@ class Grammar:
             scores.masked_fill_(excluded.to(scores.device), -torch.inf)
 
     def accept(self, token: int) -> str:
-        """Take the next token of the answer; return why that is impossible, or ""."""
+        """Append the next token of the answer; return why it is not allowed, or ""."""
         if self._matcher.consume_token(token):
             return ""
         return self._matcher.get_error() or "no token can follow"
 
 
 class Grammars:
-    """Makes the grammars of requests, if llguidance is installed. Any thread may call `of`."""
+    """Compiles the grammars of requests, if llguidance is installed. `of` is thread-safe."""
 
     def __init__(self, tokenizer: Any, ends: set[int]) -> None:
         self.tokenizer, self.ends = tokenizer, ends
@@ -74,7 +74,7 @@ class Grammars:
         return [Grammar(matcher) for matcher in matchers]
 
     def _read_vocabulary(self) -> Any:
-        """Return llguidance's form of the tokenizer, which takes a second to make."""
+        """Return llguidance's form of the tokenizer, which takes a second to build."""
         from llguidance.hf import from_tokenizer
 
         with self._lock:

@@ -1,4 +1,4 @@
-"""Between the logits of the model and the next token: penalties, grammars, log-probabilities."""
+"""Logits processing: penalties, grammars, log-probabilities."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ LOWEST = -9999.0  # log-probability of what cannot be; JSON knows no infinity
 
 
 class Steps(LogitsProcessor):
-    """Notes log-probabilities, applies the penalties of each request, and follows grammars.
+    """Records log-probabilities, applies the penalties of each request, and enforces grammars.
 
-    The rows are independent of each other and of the padding, which the attention mask (batch,
-    prompt) `padded` marks. `repetition` is the penalty of requests that name none; 1 is off.
+    Rows are independent of each other and of the padding, given by the attention mask (batch,
+    prompt) `padded`. `repetition` is the default penalty of requests; 1 is off.
     """
 
     def __init__(
@@ -61,10 +61,10 @@ class Steps(LogitsProcessor):
         return own, r.presence_penalty or 0, r.frequency_penalty or 0
 
     def _penalise(self, scores: Tensor, seen: Tensor, answer: Tensor, job: Job) -> None:
-        """Change the scores (vocabulary,) of tokens that have occurred in a row, in place.
+        """Penalise, in place, the scores (vocabulary,) of tokens that have occurred in a row.
 
-        The repetition penalty is for those in prompt and answer (`seen`), the other two are for
-        those in the answer alone, as in vLLM.
+        The repetition penalty counts prompt and answer (`seen`), the other two only the answer, as
+        in vLLM.
         """
         repetition, presence, frequency = self._penalties(job)
         if repetition != 1:

@@ -14,7 +14,7 @@ TOKEN_SECONDS = (0.003, 0.01, 0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 1, 3)
 
 
 class Metrics(ServerMetrics):
-    """Metrics in a registry of their own, so that one process can hold several applications."""
+    """Metrics in a separate registry, so that one process can hold several applications."""
 
     def __init__(self) -> None:
         self.registry = r = CollectorRegistry()

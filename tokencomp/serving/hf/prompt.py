@@ -1,4 +1,4 @@
-"""From the body of a request to a prompt: text within bounds, media decoded."""
+"""From the body of a request to a prompt: bounded text, decoded media."""
 
 from __future__ import annotations
 
@@ -85,10 +85,10 @@ def too_long(tokens: int, limit: int) -> RequestError:
 
 
 class PromptText:
-    """Refuses texts that are too long, and placeholders of media that the client wrote itself.
+    """Refuses texts that are too long, and placeholders of media written by the client.
 
-    Any thread may call the methods; one text is tokenised at a time. The tokenizer is a copy,
-    because the engine changes the padding of the original while it uses it.
+    Thread-safe; one text is tokenised at a time. The tokenizer is a copy, because the engine
+    changes the padding of the original while it uses it.
 
     Parameters
     ----------
@@ -103,8 +103,8 @@ class PromptText:
     Attributes
     ----------
     max_characters : int
-        Longer texts are refused without being tokenised. No token stands for more characters than
-        the longest entry of the vocabulary has, so they cannot fit.
+        Longer texts are refused without tokenisation: no token has more characters than the longest
+        entry of the vocabulary.
     calls : CallForm or None
         How the chat template writes calls of tools.
     """
@@ -128,7 +128,7 @@ class PromptText:
         return bool(self._markers[kind])
 
     def check_size(self, characters: int, parts: int) -> None:
-        """Refuse a conversation by the number of its characters, and of its messages' parts."""
+        """Refuse a conversation by its number of characters, and of message parts."""
         if characters > self.max_characters or parts > self.max_model_len:
             raise RequestError(
                 f"the prompt has {characters} characters in {parts} parts, which cannot fit: this "
@@ -148,11 +148,11 @@ class PromptText:
             raise RequestError(f"the model's processor refuses the prompt: {error}") from error
 
     def check(self, chat: Chat, text: str) -> int:
-        """Tokenise a rendered conversation, check the result, and return the number of its tokens.
+        """Tokenise a rendered conversation, check it, and return its number of tokens.
 
-        The engine puts the media of several requests into one list, in the order of their
-        placeholders. A prompt with another number of placeholders than media would take the media
-        of another request.
+        The engine concatenates the media of several requests in the order of their placeholders. A
+        prompt with another number of placeholders than media would use the media of another
+        request.
         """
         kinds = [p["type"] for m in chat if isinstance(m["content"], list) for p in m["content"]]
         if "video" in kinds and not takes_videos(self.processor):
@@ -197,7 +197,7 @@ class PromptText:
             raise RequestError(f"the model's processor refuses the prompt: {error}") from error
 
     def _visible(self, text: str) -> bool:
-        """Whether a text survives the decoding of an answer, which leaves special tokens out."""
+        """Whether a text survives decoding of an answer, which removes special tokens."""
         return text in self.tokenizer.decode(self._tokens(text), skip_special_tokens=True)
 
     def _marker(self, kind: str) -> Counter[int]:
@@ -268,7 +268,7 @@ def load(prompt: Prompt, text: PromptText, deadline: Deadline) -> None:
 
 
 def _load(part: Part, prompt: Prompt, deadline: Deadline) -> None:
-    """Decode an image or a video into the prompt, within what is left of the limits."""
+    """Decode an image or a video into the prompt, within the remaining limits."""
     deadline.check()
     left = prompt.limits.max_total_pixels - prompt.pixels
     remaining = replace(prompt.limits, max_total_pixels=left)
@@ -281,7 +281,7 @@ def _load(part: Part, prompt: Prompt, deadline: Deadline) -> None:
 
 
 def _check_amount(request: ChatRequest, text: PromptText, limits: Limits) -> None:
-    """Refuse a request by the amount of its text and its media, before either is processed."""
+    """Refuse a request by the amount of its text and media, before either is processed."""
     texts = [tool.model_dump_json() for tool in request.tools or []]
     for message in request.messages:
         texts += [part.text or "" for part in message.parts]

@@ -1,4 +1,4 @@
-"""Answers to requests while they wait for the engine, and while it generates them."""
+"""Answers to requests, while they wait for the engine and while they are generated."""
 
 from __future__ import annotations
 
@@ -93,10 +93,10 @@ class Job:
 
     @property
     def group(self) -> tuple[Any, ...]:
-        """Key of the batch: requests with equal groups can share one.
+        """Batch key: requests with equal groups can share a batch.
 
-        A request that samples with a seed has a batch of its own, because its random numbers must
-        not depend on the other requests.
+        Sampling with a seed needs a separate batch, so that random numbers do not depend on other
+        requests.
         """
         request = self.prompt.request
         alone = self.prompt.alone or (self.seed is not None and request.temperature != 0)
@@ -110,14 +110,14 @@ class Job:
         return None if seed is None else seed + self.index
 
     def send(self, kind: str, value: Any) -> None:
-        """Send an event to the event loop. Any thread may call this method."""
+        """Send an event to the event loop. Thread-safe."""
         self.done = self.done or kind in ("end", "error")
         self.loop.call_soon_threadsafe(self.events.put_nowait, (self.index, kind, value))
 
     def add(self, token: int, is_end: bool, logprob: dict[str, Any] | None = None) -> None:
-        """Add one generated token and send the text that became final.
+        """Add one generated token and send text that is final.
 
-        The job ends at an end token, at a stop text, where its grammar ends, or at its maximum
+        The job ends at an end token, at a stop text, at the end of its grammar, or at its maximum
         length.
         """
         if self.done:
@@ -146,15 +146,14 @@ class Job:
 
 @dataclass
 class Waiting:
-    """The queue of the engine; whoever changes it holds the engine's lock.
+    """The queue of the engine; changes require the engine's lock.
 
     Attributes
     ----------
     max_batch, max_batch_pixels
-        Requests per batch, and pixels of their media, because the arrays of a processor take about
-        24 bytes per pixel.
+        Requests per batch, and pixels of their media (processors need about 24 bytes per pixel).
     max_waiting, max_waiting_pixels
-        Requests in the queue, and pixels of their media, before new ones are refused with 503.
+        Requests in the queue, and pixels of their media, above which new ones are refused with 503.
     jobs
         The requests, oldest first.
     """
@@ -176,9 +175,9 @@ class Waiting:
             raise RequestError("the server is busy; try again later.", 503)
 
     def take(self) -> list[Job]:
-        """Take the oldest request and those with equal options, up to the size of a batch.
+        """Remove and return the oldest request and those with equal options, up to the batch size.
 
-        Requests whose clients have left are dropped.
+        Requests of disconnected clients are dropped.
         """
         waiting = [job for job in self.jobs if not job.cancelled]
         batch: list[Job] = []

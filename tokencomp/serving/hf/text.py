@@ -1,4 +1,4 @@
-"""From generated tokens to the text of an answer, and to the calls of tools in it."""
+"""The text of an answer from its tokens, and the calls of tools in it."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def token_bytes(tokenizer: Any, token: int, text: str) -> bytes:
 class AnswerText:
     """Decodes an answer token by token, and ends it at a stop text.
 
-    The cost of a token does not depend on the length of the answer: only the tokens since the last
-    whole character are decoded, together with the ones before them, because some tokenizers write a
-    token differently at the start of a text.
+    The cost per token does not depend on the length of the answer: only tokens since the last whole
+    character are decoded, with the ones before them, because some tokenizers decode a token
+    differently at the start of a text.
 
     Parameters
     ----------
@@ -65,7 +65,7 @@ class AnswerText:
         self._pending = ""  # text that a stop text may still cut
 
     def add(self, token: int) -> str:
-        """Add a token; return the text that later tokens can no longer change."""
+        """Add a token; return text that later tokens can no longer change."""
         self._new.append(token)
         text = self._decode_new()
         if text and not text.endswith(INCOMPLETE):
@@ -83,7 +83,7 @@ class AnswerText:
         return self._take(len(self._pending))
 
     def _decode_new(self) -> str:
-        """Return the text that the new tokens add to the one before them."""
+        """Return the text that the new tokens add."""
         before = self._decode(self._before)
         return self._decode(self._before + self._new)[len(before) :]
 
@@ -97,7 +97,7 @@ class AnswerText:
             self.stopped = True
 
     def _certain(self) -> int:
-        """Return the length of the pending text before a possible beginning of a stop text."""
+        """Length of the pending text before a possible start of a stop text."""
         return len(self._pending) - max(
             (_overlap(self._pending, stop) for stop in self.stops), default=0
         )
@@ -138,10 +138,10 @@ class CallForm:
 
     @classmethod
     def of(cls, render: Render, visible: Callable[[str], bool]) -> CallForm | None:
-        """Find the marks in what a chat template makes of two calls and a result.
+        """Find the marks in a rendered conversation with two calls and a result.
 
-        None if the template knows no tools, or writes their calls in another form. `visible` says
-        whether a text survives the decoding of an answer; special tokens do not.
+        None if the template does not support tools, or writes calls in another form. `visible` says
+        whether a text survives decoding of an answer; special tokens do not.
         """
         call, tools = (
             {"type": "function", "function": CALL},
@@ -164,15 +164,15 @@ class CallForm:
 
 
 class Calls:
-    """Divides the text of an answer into content and calls, as it grows.
+    """Splits the text of an answer into content and calls, incrementally.
 
-    White space between content and a call belongs to neither, and text that looks like a call of
+    White space between content and a call belongs to neither; text that looks like a call but names
     no offered tool is content.
 
     Parameters
     ----------
     form
-        The marks; None takes everything as content.
+        The marks; None treats everything as content.
     names
         Tools that may be called.
     begun
@@ -234,7 +234,7 @@ class Calls:
         return {"function": {**call, "arguments": json.dumps(call["arguments"])}}
 
     def _held(self, begin: str) -> int:
-        """Length of the end of the text that a call may follow: white space, part of its mark."""
+        """Length of the suffix that may precede a call: white space, or a part of its mark."""
         part = _overlap(self._pending, begin)
         before = self._pending[: len(self._pending) - part]
         return part + len(before) - len(before.rstrip())

@@ -37,10 +37,10 @@ def counters() -> dict[str, Counter]:
 def item_sizes(
     result: Any, known: MutableMapping[str, ItemSize]
 ) -> dict[str, list[tuple[int, ItemSize | None]]]:
-    """Return by modality, for all items of a `MultiModalInput`, kept tokens and size if planned.
+    """By modality, for all items of a `MultiModalInput`: kept tokens, and size if planned.
 
-    Media that come from a cache come without their plan. Their sizes are in `known`, by media hash;
-    the plans would take much memory, as that of a video may list all of its frames.
+    Cached media come without their plan; their sizes are in `known`, by media hash. Plans are not
+    stored, because that of a video may list all frames.
     """
     sizes: dict[str, list[tuple[int, ItemSize | None]]] = {}
     for modality, hashes in result["mm_hashes"].items():
@@ -81,7 +81,7 @@ def count_nonfinite(plan: ItemPlan | None, error: Exception) -> None:
 
 @contextlib.contextmanager
 def timed() -> Iterator[None]:
-    """Count the time that the block takes as time spent reducing."""
+    """Count the time of the block as reduction time."""
     start = time.perf_counter()
     yield
     counters()["seconds"].inc(time.perf_counter() - start)

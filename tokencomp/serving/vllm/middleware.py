@@ -237,7 +237,7 @@ class _SendSaved:
 
 
 def _from_media(error: BaseException) -> bool:
-    """Whether vLLM raised `error` while it read or processed media, and not in the engine."""
+    """Whether vLLM raised `error` while reading or processing media, not in the engine."""
     place = error.__traceback__ if isinstance(error, UNREADABLE) else None
     while place is not None:
         if str(place.tb_frame.f_globals.get("__name__", "")).startswith("vllm.multimodal."):

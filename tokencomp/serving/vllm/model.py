@@ -1,4 +1,4 @@
-"""The model's part of the plugin: it reduces the features of the vision tower item by item."""
+"""The model's part of the plugin: reduces the features of the vision tower item by item."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ logger = init_logger("vllm.tokencomp")
 
 
 def finite(items: Any) -> Any:
-    """Return the rows of uncompressed items with 0 in place of values that are not finite.
+    """The rows of uncompressed items with 0 in place of non-finite values.
 
-    Such values would stay in blocks of the KV cache, and spoil answers to later requests.
+    Such values would remain in blocks of the KV cache, and corrupt answers to later requests.
 
     Parameters
     ----------

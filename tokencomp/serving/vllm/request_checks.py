@@ -1,4 +1,4 @@
-"""What the body of a chat completion must have before vLLM sees it."""
+"""Checks of the body of a chat completion before vLLM sees it."""
 
 from __future__ import annotations
 
@@ -99,10 +99,10 @@ def read_request(
 
 
 def check_media(request: Request, rules: Rules) -> None:
-    """Check media without decoding their pixels, of which all of them share one limit.
+    """Check media without decoding pixels; all media share one limit of pixels.
 
-    Video files share what images and lists of frames leave, in equal parts. `frames.ChosenFrames`
-    compares the head of each with its part before it decodes the file.
+    Video files share what images and lists of frames leave, in equal parts; `frames.ChosenFrames`
+    checks each against its part before it decodes the file.
     """
     limits = rules.limits
     deadline, left, files = Deadline(limits.decode_seconds), limits.max_total_pixels, 0
@@ -191,7 +191,7 @@ def _set_options(request: Request, options: ServerOptions, ratio: float | None) 
 
 
 def _check_text(value: Any) -> None:
-    """Refuse halves of surrogate pairs, which vLLM cannot hand to its engine."""
+    """Refuse unpaired surrogates, which vLLM cannot pass to its engine."""
     for text in _nested(value):
         try:
             isinstance(text, str) and (text.isascii() or text.encode())
@@ -212,7 +212,7 @@ def _nested(value: Any) -> Iterator[Any]:
 
 
 def _check_no_media(fields: dict[str, Any]) -> None:
-    """Refuse media in a form that only another path has, as nobody checks their size."""
+    """Refuse media in a form of other paths, whose size nobody checks."""
     for value in _nested(fields):
         named = isinstance(value, dict) and MEDIA_TYPE.search(str(value.get("type")))
         if named or (isinstance(value, str) and DATA_URL.match(value)):

@@ -1,4 +1,4 @@
-"""What the operator of a server lets requests do, on its way into the processes of vLLM."""
+"""What the operator of a server allows, passed to the processes of vLLM."""
 
 from __future__ import annotations
 

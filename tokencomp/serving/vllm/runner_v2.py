@@ -16,11 +16,10 @@ from vllm.v1.worker.gpu.model_states.mm_pruning import MultiModalPruner
 
 
 class BasePositions:
-    """A `RopeState` for the pruner that hands out the positions which a request came with.
+    """A `RopeState` for the pruner that returns the positions with which a request came.
 
-    The engine may run a part of a prompt again, and offsets must not be added to positions that
-    have them already. Positions outside the part that runs now are not used, so those that are
-    written back may lose the offsets of other parts.
+    The engine may rerun a part of a prompt, and offsets must not be added twice. Positions outside
+    the part that runs now are not used, so those written back may lack the offsets of other parts.
     """
 
     def __init__(self, state: Any) -> None:

@@ -1,10 +1,9 @@
-"""The stage in a vision tower of vLLM: the tower runs on the cells that its reducer keeps.
+"""The stage in a vision tower of vLLM: the tower runs on the kept cells.
 
-The towers of the Qwen families take the patches of all media in one row, and what belongs to the
-rows (positions, bounds of sequences, order of windows) comes from `prepare_encoder_metadata`, from
-which `forward` accepts them as an argument. So a tower runs on fewer patches if it gets fewer of
-them and metadata that describe these. No block is hooked, and a compiled tower stays compiled.
-The cells are chosen as by `tokencomp.patch(tower_ratio=...)`, from the pixels alone.
+Towers of the Qwen families take the patches of all media as one sequence; positions, bounds of
+sequences and window order come from `prepare_encoder_metadata`, and `forward` accepts them as an
+argument. So fewer patches and matching metadata suffice: no block is hooked, and a compiled tower
+remains compiled. The cells are chosen as by `tokencomp.patch(tower_ratio=...)`, from the pixels.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ Report = Callable[[ItemPlan, TokenCompError], None]
 
 
 class EngineTower:
-    """A vision tower of vLLM that sees, within `encode`, the cells that a stage keeps.
+    """A vision tower of vLLM that sees only kept cells inside `encode`.
 
     `report` is called with a plan and the error if its cells cannot be compared.
     """
@@ -47,14 +46,14 @@ class EngineTower:
     def encode(
         self, embed: Callable[[], Any], plans: Sequence[ItemPlan]
     ) -> tuple[Any, list[Tensor]]:
-        """Return what `embed` returns for items whose plans have the same stage in the tower.
+        """Return what `embed` returns, for items whose plans have the same tower stage.
 
         Returns
         -------
         sequence of Tensor, shape (full, d)
-            Rows of every item. Those that the tower has not computed are NaN.
+            Rows of every item; NaN where the tower has dropped the cell.
         list of Tensor of int64, shape (entering,)
-            The rows of every item that it has computed, ascending.
+            Computed rows of every item, ascending.
         """
         self._plans = plans
         try:
@@ -94,7 +93,7 @@ class EngineTower:
 
 
 def planned_cells(plans: Sequence[ItemPlan]) -> list[int]:
-    """Numbers of the cells that plans name, over all of their items, ascending."""
+    """The cells that plans list, over all of their items, ascending."""
     first, cells = 0, list[int]()
     for plan in plans:
         cells += [first + cell for cell in plan.cells or ()]
@@ -103,10 +102,10 @@ def planned_cells(plans: Sequence[ItemPlan]) -> list[int]:
 
 
 def kept_cells(cells: Cells, plan: ItemPlan, report: Report) -> Tensor:
-    """Numbers of the cells that the stage of a plan keeps, int64, ascending.
+    """The cells that the tower stage of a plan keeps, int64, ascending.
 
-    An exception in an engine ends it, and with it all requests. If the reducer fails, evenly spaced
-    cells stay, as many as planned, and `report` is called.
+    An exception would end the engine and all requests. If the reducer fails, as many evenly spaced
+    cells are kept, and `report` is called.
     """
     stage: Any = plan.tower_stage
     frames, height, width = cells.pixels.shape[-3:]
@@ -123,7 +122,7 @@ def kept_cells(cells: Cells, plan: ItemPlan, report: Report) -> Tensor:
 def shorter(metadata: dict[str, Any], cells: Cells, kept: Tensor) -> dict[str, Any]:
     """Metadata of a tower for the cells `kept` (n,), ascending.
 
-    The lengths of the longest sequence stay, as they are upper bounds.
+    The lengths of the longest sequence do not change: they are upper bounds.
     """
     order = metadata.get("window_index")
     rows = PackedRows.of(replace(cells, order=order), kept)

@@ -1,9 +1,9 @@
-"""Attention of vLLM in which a merged row weighs as much as the tokens that it stands for.
+"""Attention of vLLM in which a merged row weighs as much as the tokens that it represents.
 
-The logarithm of the weight is in the key, in a few dimensions that heads have beside those of the
-model (`tokencomp.engine.weights`). The KV cache keeps it with the key. Decode steps, chunks of a
-prompt, and prefixes from the cache therefore need nothing, and the cache has one row per kept
-token. The kernels are those of vLLM's own backends.
+The key contains the logarithm of the weight in a few additional dimensions
+(`tokencomp.engine.weights`), and the KV cache stores it with the key. So decode steps, chunks of a
+prompt, and prefixes from the cache need nothing else, and the cache has one row per kept token. The
+kernels are those of vLLM's backends.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from tokencomp.serving.vllm.checks import MERGING_BACKENDS
 
 
 def note_in_compile_key(config: VllmConfig) -> None:
-    """Make the wider heads a part of the key under which vLLM stores compiled models.
+    """Include the wider heads in the key under which vLLM stores compiled models.
 
-    It knows neither options of the processor nor the environment. The decoder gets a copy of the
-    config, so this comes before the model is built.
+    The key includes neither processor options nor the environment. The decoder gets a copy of the
+    config, so this must run before the model is built.
     """
     config.additional_config = {**config.additional_config, "tokencomp": "merge"}
 
@@ -39,13 +39,13 @@ def widen_attention(decoder: nn.Module, config: VllmConfig) -> Tensor:
     Returns
     -------
     Tensor of float32, shape (rows,)
-        The number of tokens that each row of the current step stands for, which all layers read. It
-        is as long as the largest step, and its memory stays where it is, as CUDA graphs need it.
+        Token counts of the rows of the current step, read by all layers. As long as the largest
+        step, in constant memory for CUDA graphs.
 
     Raises
     ------
     UnsupportedModelError
-        A layer is of another kind, or vLLM has no backend for it that is known to take wider heads.
+        A layer is of another class, or vLLM has no backend for it that supports wider heads.
     """
     sizes = torch.ones(config.scheduler_config.max_num_batched_tokens, dtype=torch.float32)
     layers = config.compilation_config.static_forward_context
@@ -61,7 +61,7 @@ def widen_attention(decoder: nn.Module, config: VllmConfig) -> Tensor:
 
 
 def check_layer(layer: Any) -> None:
-    """Refuse a layer whose keys cannot carry a weight, or whose logits are not plain products."""
+    """Refuse layers whose keys cannot carry a weight, or whose logits are not plain products."""
     reason = ""
     if type(layer) is not Attention:
         reason = f"{type(layer).__name__} has no keys that could carry the weights of merged tokens"
@@ -87,7 +87,7 @@ def check_layer(layer: Any) -> None:
 
 
 def wide_size(dim: int) -> int:
-    """The size of heads of `dim` dimensions with room for weights, for which there are kernels."""
+    """Size of heads of `dim` dimensions with room for weights, for which kernels exist."""
     least = dim + extra_dims(dim)
     if not current_platform.is_cpu():
         return least
