@@ -111,13 +111,16 @@ def test_equals_the_patched_model(served: Served, name: str) -> None:
         assert (off["ratio"], off["visual_tokens_before"], off["reducer"]) == (0, before, "none")
 
 
-def test_an_agent_pays_for_what_changed_on_its_screen(tiny_folder: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["hf", "vllm"])
+def test_an_agent_pays_for_what_changed_on_its_screen(
+    engine: str, tiny_folder: Any, tmp_path: Path
+) -> None:
     """Twelve steps of one conversation; a model that has seen none of them answers the same."""
     folder, random = tiny_folder("qwen2_vl"), np.random.default_rng(0)
     model, processor = hf_reference.load(folder)
     pixels = random.integers(0, 256, (112, 112, 3), dtype=np.uint8)
     chat, plain, images, tokens = [], [], [], []  # type: ignore[var-annotated]
-    with started("hf", folder, tmp_path, "--reducer", "delta") as it:
+    with started(engine, folder, tmp_path, "--reducer", "delta") as it:
         for step in range(12):
             if step:  # in one cell of 28 × 28 pixels
                 pixels[28 * (step // 4) + 5, 28 * (step % 4) + 9] ^= 1

@@ -28,8 +28,9 @@ from tokencomp.serving.item_plan import (
 from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm.entry import configured_options
 from tokencomp.serving.vllm.metrics import item_sizes, saved_by
-from tokencomp.serving.vllm.repeats import Compared, chained, compares, item_cells
+from tokencomp.serving.vllm.repeats import Compared, KeptPixels, chained, compares, item_cells
 from tokencomp.tokens.spans import VisualSpan
+from tokencomp.tokens.tokens import Memory
 
 logger = init_logger("vllm.tokencomp")
 MODALITIES = ("image", "video")
@@ -67,6 +68,7 @@ class CompressingProcessor:
         if self._options.default.active:  # weights that are missing end the start
             self._options.default.built_reducer.bind(self._facts)
         self._sizes: LRUCache[str, ItemSize] = LRUCache(REMEMBERED)
+        self._kept, self._hashes = KeptPixels(), dict[str, list[str]]()  # of the last request
         self._latest = "", self._options.default  # options of a request as JSON, and their spec
         default = json.dumps(self._options.default.describe())
         logger.info_once("tokencomp %s: default %s", tokencomp.__version__, default)
@@ -179,7 +181,9 @@ class CompressingProcessor:
         hashes = super()._get_mm_hashes(  # type: ignore[misc]  # of vLLM's class
             replace(inputs, hf_processor_mm_kwargs=kwargs)
         )
-        return {m: chained(h) for m, h in hashes.items()} if compares(spec) else hashes
+        if compares(spec):
+            self._hashes = hashes = {m: chained(h) for m, h in hashes.items()}
+        return hashes
 
     def _get_cache_missing_processor_kwargs(self, inputs: Any, mm_is_cached: Any) -> Any:
         """Hand on the items that caches hold, if others are compared with them."""
@@ -188,7 +192,7 @@ class CompressingProcessor:
         )
         if not compares(spec := self._spec(kwargs)):
             return kwargs
-        compared = Compared(spec, inputs.mm_data_items, mm_is_cached)
+        compared = Compared(spec, inputs.mm_data_items, mm_is_cached, self._hashes)
         return {**kwargs, KEY: compared.check(MODALITIES)}
 
     def _kept_cells(
@@ -198,18 +202,24 @@ class CompressingProcessor:
         options, spec = hf_kwargs.get(KEY), self._spec(hf_kwargs)
         if spec.repeats is None:
             return [None] * count
-        cached: Sequence[bool] = ()
+        cached, memory = list[bool](), Memory()
         if isinstance(options, Compared) and any(options.cached[modality]):
-            cached = options.cached[modality]
-            items = type(options.items)({modality: options.items[modality]})
-            data = super()._apply_hf_processor_main(  # type: ignore[misc]  # of vLLM's class
-                mm_items=items, hf_kwargs=self._plain(hf_kwargs)
-            )
+            if (known := self._kept.after(options.earlier(modality))) is not None:
+                memory = known
+            else:  # the pixels of all items
+                cached = [*options.cached[modality]]
+                items = type(options.items)({modality: options.items[modality]})
+                data = super()._apply_hf_processor_main(  # type: ignore[misc]  # of vLLM's class
+                    mm_items=items, hf_kwargs=self._plain(hf_kwargs)
+                )
         name = "pixel_values" if modality == "image" else "pixel_values_videos"
         processor = getattr(self.info.get_hf_processor(), f"{modality}_processor")
         config = self.info.get_hf_config().vision_config
         grids = data[f"{modality}_grid_thw"]
-        found = item_cells(spec.repeats, modality, data[name], grids, config, processor.image_std)
+        std = processor.image_std
+        found = item_cells(spec.repeats, modality, data[name], grids, config, std, memory)
+        if isinstance(options, Compared):
+            self._kept.keep(options.hashes[modality][-1], memory)
         return [cells for i, cells in enumerate(found) if not (cached and cached[i])]
 
     def _apply_hf_processor_main(self, mm_items: Any, hf_kwargs: Mapping[str, Any]) -> BatchFeature:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from cachetools import LRUCache
 from torch import Tensor
 
 from tokencomp.adapters.towers.base import Cells
@@ -42,13 +43,20 @@ class Compared:
     ----------
     items
         vLLM's items by modality, those in caches included.
-    cached
-        By modality, which items caches hold.
+    cached, hashes
+        By modality, which items caches hold, and the hashes of all items.
     """
 
     spec: MethodSpec
     items: Any
     cached: Mapping[str, Sequence[bool]]
+    hashes: Mapping[str, Sequence[str]]
+
+    def earlier(self, modality: str) -> str | None:
+        """Hash of the last of the items before the new ones; None if new ones are among them."""
+        cached = self.cached[modality]
+        first = [*cached, False].index(False)
+        return None if not first or any(cached[first:]) else self.hashes[modality][first - 1]
 
     def check(self, modalities: Sequence[str]) -> Compared:
         """Return this, if all items have pixels.
@@ -68,6 +76,31 @@ class Compared:
         return self
 
 
+class KeptPixels:
+    """What was kept last of the pictures of requests, by the hash of the last one.
+
+    A request that continues such pictures is compared with it, so that their pixels need not be
+    prepared again. The oldest leave above `most` bytes.
+    """
+
+    def __init__(self, most: int = 1 << 29) -> None:
+        self._known: LRUCache[str, Memory] = LRUCache(most, getsizeof=_size)
+
+    def after(self, key: str | None) -> Memory | None:
+        """A copy of what is known of the pictures up to the item with that hash."""
+        found = None if key is None else self._known.get(key)
+        return None if found is None else dict(found)
+
+    def keep(self, key: str, memory: Memory) -> None:
+        """Note what was kept of the pictures up to the item with that hash."""
+        if _size(memory) <= self._known.maxsize:
+            self._known[key] = memory
+
+
+def _size(memory: Memory) -> int:
+    return sum(pixels.nbytes for pixels in memory.values())
+
+
 def chained(hashes: Sequence[str]) -> list[str]:
     """Hashes of items that contain those of all items before them."""
     return [
@@ -82,26 +115,28 @@ def item_cells(
     grids: Tensor,
     config: Any,
     std: Sequence[float],
+    memory: Memory,
 ) -> list[list[int]]:
-    """Numbers of the cells that are kept of every item of a request, ascending.
+    """Numbers of the cells that are kept of every item, ascending.
 
     Parameters
     ----------
     pixels : Tensor, shape (patches, values)
-        Of all items, as the processor returns them: scaled, or whole numbers from 0 to 255.
+        Of the items, as the processor returns them: scaled, or whole numbers from 0 to 255.
     grids : Tensor of int64, shape (items, 3)
         (t, h, w) in patches.
     config
         The vision config of a Qwen model.
     std
         By what the processor divides pixels of 0 … 1, per channel.
+    memory
+        What was kept last of earlier items; afterwards also of these.
     """
     side, size = config.spatial_merge_size, config.patch_size
     parts = [(t, h // side, w // side) for t, h, w in grids.tolist()]
     members = torch.arange(len(pixels)).view(-1, side * side)
     patches = pixels.view(len(pixels), CHANNELS, -1, size, size)
     levels = 1 / (255 * torch.tensor(std)) if pixels.is_floating_point() else torch.ones(CHANNELS)
-    memory: Memory = {}
     cells = Cells(patches, members, [[grid] for grid in parts], modality)
     stage = TowerStage(0, 1.0, reducer)
     rows = decided_cells(cells, stage, levels, [memory] * len(parts)).tolist()
