@@ -68,7 +68,7 @@ def test_bad_stages(stage: tuple, message: str) -> None:
 def test_what_was_trained_for_the_entry_stays_there(name: str) -> None:
     made = make_reducer(name)
     assert Stage(0, 0.5, made).reducer is made
-    with pytest.raises(errors.PlanError, match=rf"layer 2: reducer '{name}' reads what .* layer 0"):
+    with pytest.raises(errors.PlanError, match=rf"layer 2: reducer '{name}' reads the .* layer 0"):
         Stage(2, 0.5, made)
     Stage(2, 0.5, make_reducer("condiv"))
 

@@ -50,59 +50,59 @@ def patch(
     Parameters
     ----------
     model
-        A Hugging Face multimodal model (PEFT and torch.compile wrappers are looked through), or
-        its body, as `AutoModel` loads it and embedding models call it. Its weights, config, class
-        and attention backend are left alone.
+        A Hugging Face multimodal model (also inside PEFT and torch.compile wrappers), or its body,
+        as `AutoModel` loads it and embedding models call it. Its weights, config, class and
+        attention backend are not changed.
     ratio
         Fraction of visual-token work removed from the LLM, in [0, 1): 1 - mean over decoder layers
-        of visual tokens seen / visual tokens of the prompt. 0 = off. None: 0.5, or what `plan` has.
-        A mapping gives ratios by modality, `{"video": 0.75, "audio": 0.5}`; modalities that it does
-        not name stay whole.
+        of visual tokens seen / visual tokens of the prompt. 0 = off. None: 0.5, or the ratio of
+        `plan`. A mapping gives ratios by modality, `{"video": 0.75, "audio": 0.5}`; other
+        modalities are not compressed.
     budget
-        In place of `ratio`: at most so many visual tokens of every item, so its ratio is
-        1 - budget / its tokens; schedules are solved for that ratio. Smaller items stay whole.
-        `{"prompt": 4096}` is a budget of all items of a prompt together, which have one ratio.
-        Every item keeps at least one token, and special tokens stay, as at any ratio.
+        Instead of `ratio`: the largest number of visual tokens per item, which has the ratio 1 -
+        budget / its tokens; schedules are solved for that ratio. Smaller items are not compressed.
+        `{"prompt": 4096}` is a budget for all items of a prompt together, which have one ratio. At
+        any ratio every item keeps at least one token and its special tokens.
     reducer
         A name from `tokencomp.available_reducers()`, or a `Reducer`. "auto": kcenter on images,
         condiv on videos and uniform on audio; kcenter on all media if the first decoder layer has
-        no attention that could score tokens.
+        no attention to score tokens with.
     plan
         Explicit stages, instead of `ratio`, `reducer` and options: a `Plan`, its JSON form
         `[{"layer": 0, "fraction": 0.5, "reducer": "bipartite"}, ...]` (see `plan_to_json`), or the
         path of a JSON file. A first stage with "tower" instead of "layer" acts in the vision tower.
     merge
-        False: tokens that the reducer does not keep are dropped. True: they are averaged into
-        their most similar kept token (as in ToMe). During prefill a merged token gets an attention
-        bias of log(n) for the n tokens it stands for; in the KV cache it is stored n times, so that
-        decoding needs no bias. Special tokens stay as they are, what a tower stage drops is not
-        merged, and scores for later stages are taken without the bias. "auto": merges in images of
-        which at least a tenth stays, if the model can, and drops everywhere else. None: "auto" for
-        the default reducer, False for every other.
+        False: tokens that the reducer does not keep are dropped. True: they are averaged into their
+        most similar kept token (as in ToMe). During prefill a merged token gets an attention bias
+        of log(n) for its n tokens; in the KV cache it is stored n times, so that decoding needs no
+        bias. Special tokens and tokens dropped by a tower stage are not merged, and scores for
+        later stages are computed without the bias. "auto": merges in images that keep at least a
+        tenth of their tokens, if the model can, and drops elsewhere. None: "auto" for the default
+        reducer, else False.
     tower_ratio
         Fraction of the vision tower's work to remove, in [0, `ratio`]: the patches of this share of
-        the visual tokens leave before the first block of the tower, and the decoder never gets
-        those tokens. 0 = off, as if there were no such stage. "auto": 1.6 times the tokens that the
-        decoder will see leave the tower (0.6 at `ratio=0.75`). With a budget for every item, which
-        the Qwen families take, it is "auto": at most 1.6 times the budget leave the tower of each.
+        the visual tokens are dropped before the first block of the tower, and the decoder never
+        gets those tokens. 0 = off. "auto": the tower keeps 1.6 times the tokens that the decoder
+        will see (0.6 at `ratio=0.75`). With a budget per item, which the Qwen families support,
+        only "auto" is allowed: the tower keeps at most 1.6 times the budget of each item.
     tower_reducer
-        Chooses what the tower sees, from the pixels alone: a name, a `Reducer`, or "auto".
+        Chooses what the tower keeps, from pixels: a name, a `Reducer`, or "auto".
     strict
         Refuse prompts without visual input instead of passing them through.
     positions
         "original": kept tokens keep the positions of the full prompt, so that dropping equals
         masking. "compact": kept tokens are renumbered without gaps, as serving engines do for
-        models with one position per token (refused for M-RoPE models, whose engine path keeps the
+        models with one position per token (refused for M-RoPE models, for which engines use
         original positions too).
     extend_context
-        Stretch the visual context window (`tokencomp.extend_visual_context`) for this many visual
-        tokens of the uncompressed prompt; True: four times LLaVA-OneVision's 6272, which is taken
-        for the window of training (up to it nothing is stretched; of other windows call
+        Extend the visual context window (`tokencomp.extend_visual_context`) to this many visual
+        tokens of the uncompressed prompt; True: four times the 6272 of LLaVA-OneVision, which is
+        assumed as the training window (up to it nothing is scaled; for other windows call
         `extend_visual_context(model, target, window=...)`).
     verify
         Check first that compression is exact on a tiny random model with the config of `model`
-        (about a second; the checks that every type of the results has passed). Needed for types
-        that have never passed, such as those of remote code.
+        (about a second; the checks that every verified type has passed). Needed for types that are
+        not verified, such as those of remote code.
     **options
         Further options of the stages, and those of the named reducer.
 
@@ -110,21 +110,21 @@ def patch(
     -------
     Handle
         Undo with `handle.remove()`, `tokencomp.unpatch(model)`, or by leaving a `with` block.
-        Patching a patched model replaces the earlier patch; if the new one is refused, the
-        earlier stays. Leaving a `with` block brings back the patch that it replaced.
+        Patching a patched model replaces the earlier patch, unless the new one is refused. Leaving
+        a `with` block restores the patch that it replaced.
 
     Notes
     -----
-    A forward call with `logits_to_keep = k > 1` is read as assisted decoding: its last k - 1
-    tokens are drafts, which reducers do not take for the question. Where k - 1 reaches into visual
+    A forward call with `logits_to_keep = k > 1` is read as assisted decoding: its last k - 1 tokens
+    are drafts, which reducers do not treat as part of the question. If k - 1 reaches into visual
     tokens there are no drafts.
 
     Warns
     -----
     RatioWarning
-        Once per plan in force, when a prompt misses its ratio by more than rounding to tokens:
-        special tokens (line breaks) alone exceed it, or a combined reducer (`ccam+prune`) chooses
-        the number itself.
+        Once per plan, when a prompt misses its ratio by more than rounding to tokens: special
+        tokens (line breaks) alone exceed it, or a combined reducer (`ccam+prune`) chooses the
+        number itself.
 
     Raises
     ------
@@ -137,14 +137,14 @@ def patch(
         A plan that cannot be read, or not be executed on this model; a tower ratio above the ratio;
         a reducer that cannot act in the tower.
     UnverifiedModelError
-        The model's type has never passed conformance, and `verify` is False or fails.
+        The model's type is not verified, and `verify` is False or fails.
     UnsupportedModelError
-        No adapter serves the model, its vision tower has no known cells (`tower_ratio`) or takes
-        pictures of one size (`tower_ratio` with a budget), or
-        nothing can add weights to its attention (`merge=True`).
+        No adapter supports the model; the cells of its vision tower are unknown (`tower_ratio`), or
+        it takes pictures of one size (`tower_ratio` with a budget); or its attention cannot apply
+        weights (`merge=True`).
     AlreadyCompressedError
-        The model carries another method's changes, or it is the body of a patched model, or the
-        model around a patched body.
+        Another method has changed the model, or it is the body of a patched model, or the model
+        around a patched body.
     ModelInUseError
         A call of the patched model is running, in any thread.
 

@@ -218,7 +218,7 @@ def test_linear_mixers_of_the_reference_see_the_rows_that_are_left() -> None:
         ("florence2", NoDecoderError, "is an encoder-decoder"),
         ("mllama", NoDecoderError, "cross_attention_states: it reads features of media by cross-"),
         ("idefics", NoDecoderError, "image_encoder_embeddings.*by cross-attention"),
-        ("diffusion_gemma", NoDecoderError, "a sequence of its own"),
+        ("diffusion_gemma", NoDecoderError, "a separate sequence"),
         ("kosmos-2", NoPlaceholderError, "learned queries, whose places"),
         ("kosmos-2.5", NoPlaceholderError, "learned queries, whose places"),
         ("phi4_multimodal", NoPlaceholderError, "puts features into its embeddings itself"),

@@ -104,7 +104,7 @@ def test_a_still_scene_keeps_what_changed() -> None:
 
 
 def test_it_acts_at_entry_alone() -> None:
-    with pytest.raises(PlanError, match="reads what stands before the first layer"):
+    with pytest.raises(PlanError, match="reads the input of the first layer"):
         Plan((Stage(2, 0.5, make_reducer("timechat")),))
 
 

@@ -147,7 +147,7 @@ class Qwen3VLAdapter(Qwen2VLAdapter):
 
     Features of intermediate vision layers ("deepstack", arXiv 2406.04334) are added to the hidden
     states of visual tokens after each of the first decoder layers, so they are gathered with the
-    tokens at entry, and tokens can leave between layers only after the last addition.
+    tokens at entry, and tokens can be dropped between layers only after the last addition.
     """
 
     family = "Qwen3-VL"

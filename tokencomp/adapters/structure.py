@@ -111,8 +111,8 @@ def _refuse_other_decoders(model: Any, top: Any) -> None:
         )
     if "decoder_input_ids" in parameters_of(top):
         raise NoDecoderError(
-            f"{name} writes text in a sequence of its own (decoder_input_ids), which reads the "
-            "prompt from outside, so that it is no causal decoder. Run it without patch()."
+            f"{name} writes text in a separate sequence (decoder_input_ids), which reads the "
+            "prompt by cross-attention, so it is no causal decoder. Run it without patch()."
         )
 
 

@@ -1,4 +1,4 @@
-"""The work behind `tokencomp demo`: a table, answers and pictures."""
+"""Implementation of `tokencomp demo`: a table, answers and pictures."""
 
 from __future__ import annotations
 

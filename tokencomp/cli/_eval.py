@@ -1,4 +1,4 @@
-"""The work behind `tokencomp eval`: questions of a file, and tasks of lmms-eval."""
+"""Implementation of `tokencomp eval`: questions of a file, and tasks of lmms-eval."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ Budgets = Annotated[
     str | None,
     typer.Option(
         "--budget",
-        help="In place of --ratio: visual tokens that stay of every image or clip, separated by "
+        help="In place of --ratio: visual tokens kept of every image or clip, separated by "
         "commas; prompt=4096: of all media of a prompt together.",
     ),
 ]
@@ -90,8 +90,8 @@ ImageMaxTokens = Annotated[
     typer.Option(
         "--image-max-tokens",
         min=1,
-        help="Scale larger images down to so many tokens before the vision tower (Qwen-VL, GLM-V, "
-        "Gemma 4, ...), and then compress; six times --budget, not for documents.",
+        help="Scale larger images down to this many tokens before the vision tower (Qwen-VL, "
+        "GLM-V, Gemma 4, ...), and then compress; six times --budget, not for documents.",
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
@@ -196,7 +196,7 @@ def stage_flags() -> dict[str, Any]:
 
 
 def _word(words: Mapping[str, Any], text: str) -> Any:
-    """What a word on the command line stands for."""
+    """The value of a word on the command line."""
     if text not in words:
         raise typer.BadParameter(f"{text!r}; allowed: {', '.join(words)}.")
     return words[text]

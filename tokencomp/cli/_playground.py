@@ -24,7 +24,7 @@ HEAD = ("", "without", "with compression")
 OLDEST_GRADIO = (5, 9)
 TIMING_SECONDS = 2.0
 CHOICES: dict[str, Merging | None] = {"as usual": None, "merge": True, "drop": False}
-LABEL = "Tokens that do not stay (usually auto merges those of pictures, other methods drop)"
+LABEL = "Dropped tokens (usually auto merges those of pictures, other methods drop them)"
 NOTHING = "Drop a picture or a clip first."
 
 
@@ -112,7 +112,7 @@ def build(play: Playground) -> Any:
                     label="Ratio of visual tokens that are dropped or merged",
                 )
                 tower = gr.Slider(
-                    0, 0.95, 0, step=0.05, label="Ratio that leaves before the vision tower"
+                    0, 0.95, 0, step=0.05, label="Ratio dropped before the vision tower"
                 )
                 merge = gr.Radio(list(CHOICES), value=next(iter(CHOICES)), label=LABEL)
                 button = gr.Button("Ask", variant="primary")

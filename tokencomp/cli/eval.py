@@ -27,7 +27,7 @@ def command(
         ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="The first so many items per task or file.")
+        int | None, typer.Option(min=1, help="Only this many items per task or file.")
     ] = None,
     data: Annotated[
         str | None,

@@ -141,7 +141,7 @@ def _print_types(console: Any) -> None:
     release = table["transformers"]
     console.print(f"\n[bold]Conformance on transformers {release}[/]")
     if installed != release:
-        console.print(f"transformers {installed} has no results of its own and takes these.")
+        console.print(f"transformers {installed} has no results and uses these.")
     for status in STATUSES:
         names = [name for name, row in table["types"].items() if row["status"] == status]
         console.print(f"[bold]{status}[/] ({len(names)}): {escape(', '.join(names))}")

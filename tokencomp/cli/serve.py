@@ -66,7 +66,7 @@ def command(
         list[str] | None,
         typer.Option(
             "--allowed-host",
-            help="Name that clients may use for this server, beside localhost and numeric "
+            help="Name that clients may use for this server, besides localhost and numeric "
             "addresses; repeatable. By default any, except at 127.0.0.1.",
         ),
     ] = None,
@@ -89,8 +89,7 @@ def command(
         str | None,
         typer.Option(
             "--ratio-by-load",
-            help="Ratio of requests that name none, from so many unanswered ones on: "
-            '"0.75:8,0.9:16".',
+            help='Ratio of requests that name none, by number of unanswered ones: "0.75:8,0.9:16".',
         ),
     ] = None,
     allow_path: Annotated[
@@ -187,7 +186,7 @@ def command(
         return
     opt.refuse_options(context, ("allow_path",), f"--engine {engine}", "it has no further paths")
     if engine != "hf":
-        start = " SGLang has a start of its own: docs/serving.md." if engine == "sglang" else ""
+        start = " SGLang is started differently: docs/serving.md." if engine == "sglang" else ""
         raise OptionError(f"--engine {engine!r}: use 'hf', 'vllm' or 'mlx'.{start}")
     if context.args:
         raise OptionError(

@@ -101,7 +101,7 @@ def adsc(
     steps: Steps = 1000,
     learning_rate: Rate = 1e-3,
 ) -> None:
-    """LoRA on the decoder while tokens leave between its layers (arXiv 2602.12618)."""
+    """LoRA on the decoder while tokens are dropped between its layers (arXiv 2602.12618)."""
     from tokencomp.training.adsc import CARD, AdscConfig, train_adsc
 
     name, own = parse.one_method(reducer, "train adsc")

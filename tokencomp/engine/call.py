@@ -215,7 +215,7 @@ class Call:
         Per sample, per span: visual tokens kept after each stage.
     entering
         Per sample, per span: visual tokens that reach the decoder; `choose.enter` counts them
-        where the pixels decide how many leave the tower.
+        where the pixels decide how many the tower keeps.
     places
         Per sample, per span: sizes that a budget divides; None without one.
     merges

@@ -355,8 +355,8 @@ def check_grids(call: Call) -> None:
             continue
         raise UnknownGridError(
             f"reducer {stage.reducer.name!r} reads places in the grid of an {span.modality}, but "
-            f"nothing tells how the {span.length} tokens from column {span.start} on lie "
-            "in the picture. Use a reducer that reads features alone, such as 'condiv', "
+            f"the grid of the {span.length} tokens from column {span.start} on is "
+            "unknown. Use a reducer that reads features alone, such as 'condiv', "
             "'divprune', 'bipartite' or 'uniform'."
         )
 

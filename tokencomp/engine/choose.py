@@ -469,7 +469,7 @@ def _check_survivors(present: Tensor, kept: KeptSpan, plan: Plan, sample: int) -
         return
     raise SpanError(
         f"the {kept.span.modality} at {kept.span.start} of sample {sample} has {count} of its "
-        f"{len(present)} tokens, but the tower stage leaves {expected}. "
+        f"{len(present)} tokens, but the tower stage keeps {expected}. "
         "Features that were computed elsewhere, without the patch or under another tower_ratio, "
         "cannot be used: pass pixels, or use tower_ratio=0."
     )

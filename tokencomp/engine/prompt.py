@@ -315,7 +315,7 @@ def with_embeddings(decoder: nn.Module, arguments: dict[str, Any]) -> dict[str, 
     else:
         raise UnsupportedModelError(
             f"{type(decoder).__name__} puts features in place itself, and its layers are not run "
-            "in order, so nothing can leave before them. Run it without patch()."
+            "in order, so nothing can be dropped before them. Run it without patch()."
         )
     media = {name for name in arguments if feature_modality(name) is not None} | {ENCODED}
     rest = {name: None if name in media else value for name, value in arguments.items()}

@@ -422,12 +422,10 @@ def _reason(stats: Stats, itself: list[bool]) -> str:
     every = [span for row in stats.spans for span in row]
     most = max(every, key=lambda span: len(span.special) / max(1, span.visual))
     if not itself:
-        return (
-            "the vision tower keeps a cell or more of every frame, and special tokens always stay"
-        )
+        return "the vision tower keeps a cell or more of every frame, and all special tokens"
     if most.special and stats.ratio < stats.requested_ratio and not any(itself):
         return (
-            f"special tokens, such as line breaks, always stay, {len(most.special)} of "
+            f"special tokens, such as line breaks, are always kept, {len(most.special)} of "
             f"{most.visual} in one {most.modality}"
         )
     return "a reducer of this plan chooses the number of tokens itself"

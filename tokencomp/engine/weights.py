@@ -380,8 +380,8 @@ def merging_where_possible(plan: Plan, adapter: Adapter, compact: bool) -> Plan:
         modules = attention_modules(adapter.layers)
         if compact:
             raise OptionError(
-                "merge=True with positions='compact': merged rows stand in the cache as often as "
-                "the tokens that they stand for, and compact positions count rows. Use "
+                "merge=True with positions='compact': the cache repeats merged rows, once for "
+                "each of their tokens, and compact positions count rows. Use "
                 "positions='original', or merge=False."
             )
         if not asked:

@@ -19,7 +19,7 @@ def limit_image_tokens(processor: Any, tokens: int) -> Any:
 
     It sets what the image processor has for this: the pixels of an image in the families of
     Qwen-VL, GLM-V, ERNIE, PaddleOCR-VL and Video-LLaMA 3, or the number of tokens in Gemma 4 and
-    GLM 5. Smaller images, and videos, stay as they are. An image that is more than `tokens` times
+    GLM 5. Smaller images, and videos, are unchanged. An image that is more than `tokens` times
     as long as wide has more tokens, as no side gets shorter than one.
 
     Parameters

@@ -24,7 +24,7 @@ Chat = list[dict[str, Any]]
 
 
 MARK = "<image>"
-"""Where an image stands in a prompt of interleaved text and images."""
+"""Marks an image in a prompt of interleaved text and images."""
 
 
 def media_chat(media: Sequence[Any], prompt: str) -> Chat:

@@ -21,16 +21,16 @@ from tokencomp.plan.stages import merges
 
 
 class KeptRows(NamedTuple):
-    """What stays of a span.
+    """Kept rows of a span.
 
     Attributes
     ----------
     offsets : ndarray of int64, shape (k,)
-        Places in the span, ascending, line breaks among them.
+        Offsets in the span, ascending, including line breaks.
     features : array, shape (k, d), or None
-        Of these rows, if others are merged into them.
+        New features of these rows, if others are merged into them.
     sizes : ndarray of int64, shape (k,), or None
-        How many tokens each stands for, if they are to weigh as much.
+        Number of tokens that each row represents, if rows have weights.
     """
 
     offsets: np.ndarray

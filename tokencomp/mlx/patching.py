@@ -68,19 +68,19 @@ def patch(
     Parameters
     ----------
     model
-        As `mlx_vlm.load` returns it. Its weights and config are left alone.
+        As `mlx_vlm.load` returns it. Its weights and config are not changed.
     ratio
-        Fraction of visual tokens that leave every image and video before the first decoder layer,
+        Fraction of visual tokens dropped from every image and video before the first decoder layer,
         in [0, 1); 0 = off. None: 0.5, without a budget.
     budget
-        In place of `ratio`: at most so many visual tokens of every image and video stay.
+        Instead of `ratio`: the largest number of visual tokens of every image and video.
     reducer
-        "kcenter" (which "auto" is), "divprune", "vidcom2", "uniform" and "random" need MLX alone.
-        Others that depend on features alone run through torch, if it is installed.
+        "kcenter" (the meaning of "auto"), "divprune", "vidcom2", "uniform" and "random" only need
+        MLX. Others that only read features run through torch, if it is installed.
     merge
         As in `tokencomp.patch`: average the other tokens into kept ones, which then weigh as much
-        as the tokens that they stand for (True), or drop them (False). "auto" merges in images of
-        which at least a tenth stays. None: "auto" for the reducer "auto", else False.
+        as the tokens that they represent (True), or drop them (False). "auto" merges in images that
+        keep at least a tenth. None: "auto" for the reducer "auto", else False.
     **options
         Options of the reducer.
 
@@ -222,7 +222,7 @@ class Handle(Installed):
 
 
 def shortened(features: InputEmbeddingsFeatures, stays: np.ndarray) -> InputEmbeddingsFeatures:
-    """What a model gives for a prompt, with the columns that stay (L,).
+    """Embeddings and related inputs of a prompt for the kept columns (L,).
 
     These are embeddings (1, L, d), and in the Qwen families positions (3, 1, L), a mask of visual
     columns (1, L) and DeepStack features (visual columns, d) by layer.

@@ -176,10 +176,10 @@ class Budget:
     Attributes
     ----------
     tokens
-        At most so many tokens. Every item keeps at least one.
+        The largest number of tokens. Every item keeps at least one.
     whole_prompt
-        Whether the budget is for all items of a prompt together, which then have one ratio, or
-        for each of them.
+        Whether the budget is for all items of a prompt together, which then have one ratio, or for
+        each of them.
     """
 
     tokens: int

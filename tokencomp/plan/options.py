@@ -59,22 +59,21 @@ class Option:
 def _check_merge(merge: Merging, reducer: AnyReducer) -> None:
     if merge and reducer.traits.merges:
         raise OptionError(
-            f"merge={merge!r}: {reducer.name!r} merges tokens by itself, so it leaves none to "
-            "merge. Leave merge out, or take a reducer that keeps tokens as they are, such as "
-            "'kcenter'."
+            f"merge={merge!r}: {reducer.name!r} merges tokens by itself, so there are none left "
+            "to merge. Leave merge out, or take a reducer that does not merge, such as 'kcenter'."
         )
 
 
 MERGE = Option(
     off=False,
-    help="Average tokens that do not stay into the nearest kept one, which then weighs as much as "
-    "the tokens it stands for (on), or drop them (off); auto merges in images that keep at least a "
+    help="Average dropped tokens into their nearest kept token, which then weighs as much as all "
+    "of them (on), or drop them (off); auto merges in images that keep at least a "
     "tenth. By default auto for the default reducer, and off for others.",
     usual=lambda reducer: "auto" if reducer == "auto" else False,
     check=_check_merge,
     words={True: "merging the rest", "auto": "merging the rest of images"},
-    hf_only="merged tokens weigh as much as the tokens they stand for, and there are no weights in "
-    "the attention of SGLang, and of vLLM without --merge",
+    hf_only="merged tokens have weights, which the attention of SGLang, and of vLLM without "
+    "--merge, does not support",
 )
 
 
@@ -86,7 +85,7 @@ class StageOptions:
     ----------
     merge
         Whether tokens that the reducer does not keep are averaged into the kept token nearest to
-        them, which then weighs as much as the tokens it stands for, or dropped (False). Where no
+        them, which then weighs as much as the tokens it represents, or dropped (False). Where no
         token of a span is kept, all are dropped. "auto" merges in images that keep at least a
         tenth, and drops elsewhere. None in a method: "auto" for the default reducer, else False.
     """

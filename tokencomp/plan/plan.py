@@ -161,8 +161,8 @@ class Plan:
         if early:
             raise PlanError(
                 f"stages at layers {early}: this model adds visual features to its first {first} "
-                f"layers, so tokens can leave at entry (layer 0) or from layer {first} on. Move "
-                f"the stages to layer 0 or {first}."
+                f"layers, so tokens can be dropped at entry (layer 0) or from layer {first} on. "
+                f"Move the stages to layer 0 or {first}."
             )
         late = [s.layer for s in self.stages if s.layer >= num_layers]
         if late:
@@ -212,9 +212,9 @@ class Plan:
         return counts_at(nearest)
 
     def entering(self, span: VisualSpan) -> int:
-        """Visual tokens of `span` that reach the decoder: all, or those that leave the tower.
+        """Visual tokens of `span` that enter the decoder: all, or those that the tower keeps.
 
-        Where the pixels decide (`TowerStage.decides`): at most so many.
+        An upper bound if the pixels decide (`TowerStage.decides`).
         """
         return self.tower.tokens(span) if self.tower and span.modality != "audio" else span.visual
 

@@ -1,4 +1,4 @@
-"""Stages: which reducer acts before a decoder layer or tower block, and what it leaves there."""
+"""Stages: which reducer acts before a decoder layer or tower block, and what it keeps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LEAST_MERGED = 0.1
 
 
 def merges(merge: Merging | None, modality: str, fraction: float) -> bool:
-    """Whether an item of which a fraction stays is merged, by an option `merge` in force."""
+    """Whether an item that keeps `fraction` is merged, for a value of the option `merge`."""
     if merge != "auto":
         return bool(merge)
     return modality == "image" and fraction >= LEAST_MERGED - 1e-9
@@ -32,26 +32,26 @@ def merges(merge: Merging | None, modality: str, fraction: float) -> bool:
 
 @dataclass(frozen=True)
 class Stage(StageOptions):
-    """From decoder layer `layer` on, `fraction` of the uncompressed visual tokens is left.
+    """From decoder layer `layer` on, `fraction` of the uncompressed visual tokens is kept.
 
     Attributes
     ----------
     layer
         0 is the entry stage, before the first decoder layer.
     fraction
-        Relative to the *uncompressed* prompt, not to what an earlier stage has left.
+        Relative to the *uncompressed* prompt, not to the previous stage.
     reducer
         The reducer that chooses the tokens.
     by_modality
-        Fractions of modalities ("image", "video", "audio") that differ from `fraction`, as
-        sorted pairs.
+        Fractions of modalities ("image", "video", "audio") that differ from `fraction`, as sorted
+        pairs.
     budget
-        What is kept of every item, in place of `fraction`: a budget in tokens, for example.
+        Instead of `fraction`: the budget of every item.
     share
-        From the fraction of an item that all layers see on average to the one from `layer` on;
-        None: the same.
+        Maps the mean fraction of an item over all layers to its fraction from `layer` on; None: the
+        same.
 
-    Its options, such as `merge`, are those of `StageOptions`; they are off where they are left out.
+    Its options, such as `merge`, are those of `StageOptions`; omitted options are off.
 
     Raises
     ------
@@ -105,8 +105,8 @@ class Stage(StageOptions):
             )
         if self.layer > 0 and self.reducer.traits.entry_only:
             raise PlanError(
-                f"stage at layer {self.layer}: reducer {self.reducer.name!r} reads what stands "
-                "before the first layer. Move the stage to layer 0, or take another reducer."
+                f"stage at layer {self.layer}: reducer {self.reducer.name!r} reads the input "
+                "of the first layer. Move the stage to layer 0, or take another reducer."
             )
 
     def fraction_of(self, modality: str | None, place: Place | None = None) -> float:
@@ -120,23 +120,22 @@ class Stage(StageOptions):
         return dict(self.by_modality).get(modality, self.fraction) if modality else self.fraction
 
     def merges(self, modality: str, place: Place | None = None) -> bool:
-        """Whether it merges what does not stay of an item; arguments as of `fraction_of`."""
+        """Whether dropped tokens of an item are merged; arguments as of `fraction_of`."""
         return merges(self.merge, modality, self.fraction_of(modality, place))
 
     @property
     def merges_some(self) -> bool:
-        """Whether it may merge what does not stay of some item."""
+        """Whether dropped tokens of some items may be merged."""
         return self.merges("image") or (self.merge == "auto" and self.budget is not None)
 
     @cached_property
     def needs(self) -> frozenset[Signal]:
-        """Signals that its reducer reads."""
         needs: frozenset[Signal] = self.reducer.needs
         return needs
 
     @property
     def most(self) -> float:
-        """The largest fraction that the stage leaves of any modality."""
+        """The largest fraction that the stage keeps of any modality."""
         return max(self.fraction, *(f for _, f in self.by_modality), 0.0)
 
 
@@ -214,7 +213,7 @@ class TowerStage:
 
     @property
     def decides(self) -> bool:
-        """Whether the pixels decide how many cells stay; counts are then upper bounds."""
+        """Whether the pixels decide how many cells are kept; counts are then upper bounds."""
         return bool(self.reducer.traits.decides)
 
     def fraction_of(self, place: Place | None = None) -> float:
@@ -222,7 +221,7 @@ class TowerStage:
         return self.fraction if self.budget is None or place is None else self.budget.left(place)
 
     def cells(self, grids: list[Grid]) -> list[int]:
-        """Cells that stay of parts that share one budget, in proportion to their size.
+        """Keep counts of parts that share one budget, in proportion to their size.
 
         Parameters
         ----------
@@ -234,7 +233,7 @@ class TowerStage:
         return split_evenly(keep_count(sum(sizes), fraction), sizes)
 
     def most(self, cells: int) -> int:
-        """At most this many of a part of `cells` cells stay, whichever parts share its budget."""
+        """Upper bound of the keep count of a part of `cells` cells that shares a budget."""
         return min(cells, math.ceil(cells * self.fraction + 0.5))
 
     def tokens(self, span: VisualSpan) -> int:

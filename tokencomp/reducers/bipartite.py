@@ -32,7 +32,7 @@ class Bipartite(Reducer):
     - Tokens stay in raster order, a merged one at the index of b; the release reorders where r <
       N/2.
     - If a video has a smaller budget than frames, neighbouring frames are merged as one (ours).
-    - If an earlier stage has left frames of different length, every frame that has tokens keeps
+    - If frames differ in length after an earlier stage, every frame that has tokens keeps
       one, and the rest of the budget is split in proportion to what the frames have (ours).
 
     Attributes

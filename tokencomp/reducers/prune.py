@@ -36,7 +36,7 @@ class Prune(ScoreReducer, Published):
 
     Deviations from the releases:
 
-    - They mask tokens; here tokens leave hidden states, rotary tables, masks and the KV cache. So
+    - They mask tokens; here hidden states, rotary tables, masks and the KV cache lose them. So
       from AIM's second stage on a few kept tokens differ (Jaccard 0.97 over 100 random cases),
       because in the release masked rows still vote.
     - For ratios that a later start cannot meet there is a stage at layer 0, scored by its q and k.

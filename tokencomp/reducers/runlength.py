@@ -63,7 +63,7 @@ class RunLength(Reducer):
 
 
 def of_first(grid: Grid, budget: int) -> int:
-    """How many tokens of the first frame stay: all of them in an image."""
+    """Keep count of the first frame: all of its tokens in an image."""
     t, h, w = grid
     later = (t - 1) * h * w  # places of the other frames, which may be too few for their share
     return min(h * w, max(1, budget // 2, budget - later))

@@ -61,7 +61,7 @@ def check_head(scope: Scope, bind: Bind) -> None:
             raise RequestError(problem, 403)
     # A proxy may believe the other header, and take what follows the body for another request.
     if "transfer-encoding" in headers and "content-length" in headers:
-        raise RequestError("Content-Length beside Transfer-Encoding: send one of them.")
+        raise RequestError("Content-Length together with Transfer-Encoding: send one of them.")
     if is_open(scope) or _is_preflight(scope, headers):
         return
     if not bind.accepts(headers.get("authorization", "")):

@@ -88,7 +88,7 @@ class ItemPlan:
         Hash of the reducer's trained weights, after whose change a worker reads them again; "" if
         it has none.
     merge
-        Whether tokens that do not stay are merged into those that do, with weights.
+        Whether dropped tokens are merged into kept ones, with weights.
     cells
         The cells that the vision tower sees, ascending, where the pixels decide which; else None.
     """
@@ -124,7 +124,7 @@ class ItemPlan:
         facts = replace(facts or ModelFacts(mrope=False), mrope=extent > 0)
         # A reducer that can be served has one stage, at entry, however many layers there are.
         plan = spec.stages(num_layers=1, first_layer_stage=1).bind(facts)
-        # Behind a tower stage that leaves no more than the ratio asks for, the entry has no stage.
+        # If a tower stage keeps no more than the ratio asks for, there is no entry stage.
         each = places(spans)
         counts = [
             plan.counts(span, 1, place) or [plan.entering(span)]

@@ -34,7 +34,7 @@ def reduce_item(
     Tensor, shape (kept, d), or (kept, d + 2) if the plan merges and tokens leave
         Rows for the placeholders, and the digits of their sizes (see `offsets`).
     Tensor of int64, shape (kept,)
-        The token of the uncompressed item that each row stands for, ascending.
+        The token of the uncompressed item that each row comes from, ascending.
 
     Raises
     ------

@@ -119,7 +119,7 @@ class ServerOptions:
         if not any(low):
             return None
         if not all(low):
-            raise OptionError('detail "low" beside other images: all images of a request share it.')
+            raise OptionError('detail "low" with other images: all images of a request share it.')
         if self.low_detail_ratio is None:
             raise OptionError(
                 'detail "low" has no ratio on this server (--low-detail-ratio). Leave it out.'
@@ -128,8 +128,8 @@ class ServerOptions:
         if len(low) < len(details):
             if self.default.built_budget is not None:
                 raise OptionError(
-                    'detail "low" beside a video: the default of this server is '
-                    f"{self.default.built_budget}, which videos cannot have beside a ratio of "
+                    'detail "low" with a video: the default of this server is '
+                    f"{self.default.built_budget}, which videos cannot have with a ratio of "
                     "images. Send them apart."
                 )
             ratio = {"image": ratio, "video": self.default.ratio}
@@ -276,7 +276,7 @@ class ServerOptions:
 
 
 def _allowed(name: str, value: Any, reducer: Reducer) -> bool:
-    """Whether an option of the stages may have a value beside a reducer."""
+    """Whether an option of the stages may have a value with a reducer."""
     try:
         check_option(name, value, reducer)
     except OptionError:

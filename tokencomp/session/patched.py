@@ -37,7 +37,7 @@ def check_patch(handle: Handle | None, modalities: Tensor | None, budget: int | 
         if budget is not None and stage.merge is True:
             raise OptionError(
                 "merge=True in a session with a budget: the cache holds a merged token as often "
-                "as the tokens that it stands for, so that merging leaves no room in it. Patch "
+                "as the tokens that it represents, so that merging saves no rows. Patch "
                 "with merge=False, or open the session with budget=None."
             )
         if names and stage.budget is not None and stage.budget.whole_prompt:
@@ -45,7 +45,7 @@ def check_patch(handle: Handle | None, modalities: Tensor | None, budget: int | 
                 f"the patch has {stage.budget}, so that the kept tokens of an image depend on the "
                 "others of its prompt. A session compresses every part when it comes, and never "
                 "again. Take one ratio or a budget per image: tokencomp.patch(model, budget=512). "
-                "Older images leave by Session(..., budget=16_384)."
+                "Older images are evicted by Session(..., budget=16_384)."
             )
         for signal in stage.reducer.needs if names else ():
             attends = isinstance(signal, Attention) and not signal.modalities.isdisjoint(names)

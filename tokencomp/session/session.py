@@ -26,32 +26,32 @@ _OPEN: WeakSet[Session] = WeakSet()
 class Session:
     """Continue one cached conversation with new media, text and questions.
 
-    Nothing that is in the cache is computed again. A session equals one prompt of the same items at
-    the same ratio; `ask` leaves no trace in it, unless `keep=True`. transformers alone continues
-    no cached conversation with new media, so a session is of use without a patch as well.
+    Nothing in the cache is recomputed. A session equals one prompt of the same items at the same
+    ratio; `ask` does not change it, unless `keep=True`. transformers cannot continue a cached
+    conversation with new media, so a session is useful without a patch as well.
 
     Parameters
     ----------
     model
         A Hugging Face multimodal model, patched or not. A patch must choose tokens by the media
-        alone (`reducer="kcenter"`): questions come later. One session at a time per patched model.
+        only (`reducer="kcenter"`): questions come later. One session at a time per patched model.
     processor
         Its processor, with a chat template.
     budget
-        Rows of the KV cache that stay in the widest layer. Above it, rows of media leave after
-        every call, and those that are left keep their positions; text stays. None: no limit. A call
-        needs memory for its tokens in addition to it. With a budget nothing is merged: what a patch
-        does not keep is dropped, as a merged token fills as many rows as it stands for.
+        Largest number of cache rows in the widest layer between calls. Above it, rows of media are
+        evicted after every call; kept rows keep their positions, and text is never evicted. None:
+        no limit. A call needs memory for its tokens in addition. With a budget nothing is merged,
+        because a merged token uses as many rows as the tokens that it represents.
     policy
-        Which rows of media leave first: "oldest", or "redundant": patches whose place is nearly
-        alike in the newest row of that place, then the oldest.
+        Which rows of media are evicted first: "oldest", or "redundant": patches that look almost
+        the same in the newest picture of their place, then the oldest.
 
     Raises
     ------
     OptionError
-        Another budget or policy; no chat template, or one that cannot be cut into turns.
+        Another budget or policy; no chat template, or one that cannot be split into turns.
     UnsupportedModelError
-        A budget for a model from whose cache no row can leave exactly: with linear layers,
+        A budget for a model from whose cache rows cannot be evicted exactly: with linear layers,
         convolutions or attention windows. Use budget=None there.
     SessionError
         The model is patched, and another session of it is open.

@@ -38,7 +38,7 @@ class VisualSpan:
         Offsets inside the span of text between the frames of a video (timestamps). It always
         stays, and it does not count as visual.
     grid_known
-        False where nothing tells how the tokens lie in the picture. `grid` is then (1, 1, n), and
+        False if the grid of the tokens is unknown. `grid` is then (1, 1, n), and
         reducers that read places in it (`Reducer.grid`) refuse the span.
     item
         Number of the image, clip or sound in its sample: tiles of one image are several spans of
@@ -104,7 +104,7 @@ class ModelFacts:
     folder
         Folder or hub name that the model was loaded from, or "".
     device, dtype
-        Where the weights lie ("cpu" while an offloading hook keeps them away), and their type.
+        Device of the weights ("cpu" while an offloading hook holds them), and their dtype.
     fingerprint
         Computes what tells checkpoints of one architecture apart (`tokencomp.trained.cards`), or
         None if the weights are quantized or not at hand. Called only to check trained weights.

@@ -52,7 +52,7 @@ class Tokens:
     index : Tensor of int64, shape (n,), or None
         Raster number of every patch in the grid of its span, ascending. None: none is missing.
     weights : Tensor of float32, shape (n,), or None
-        How many original tokens every patch stands for; None: one each.
+        How many original tokens every patch represents; None: one each.
     scores : Tensor of float32, shape (n,), or None
         Attention in the decoder, if the reducer needs it (`Attention`).
     tower : dict

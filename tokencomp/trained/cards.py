@@ -149,7 +149,7 @@ def locate(weights: str | None, facts: ModelFacts, kind: str, train: str) -> Pat
     """The weights file of `kind`: where the user says, else in the model's folder.
 
     A folder is searched itself, then its subfolder `tokencomp`: serving engines load every
-    safetensors file that lies beside a model's own.
+    safetensors file next to that of a model.
     """
     name = f"{kind}.safetensors"
     folder = facts.folder
@@ -159,7 +159,7 @@ def locate(weights: str | None, facts: ModelFacts, kind: str, train: str) -> Pat
             return file
     if path.is_dir():
         path = path / name
-    where = f"{path} does not exist" if weights else f"no {name} lies in the model's folder"
+    where = f"{path} does not exist" if weights else f"the model's folder has no {name}"
     raise WeightsError(
         f"reducer={kind!r} needs trained weights, and {where}. Train them with `{train}`, then "
         f"patch(model, reducer={kind!r}, weights='FOLDER')."

@@ -407,7 +407,7 @@ _HAD_STAGE: WeakSet[nn.Module] = WeakSet()
 
 
 class TowerHooks:
-    """Installs and removes them, and gives a prompt what was noted in the calls of the tower.
+    """Installs the hooks of tower stage and signals, and passes their records to prompts.
 
     Parameters
     ----------
@@ -419,7 +419,7 @@ class TowerHooks:
     Attributes
     ----------
     had_stage
-        Whether features may come in which a stage has left tokens out.
+        Whether features with dropped tokens may be passed in.
     """
 
     def __init__(self, adapter: Adapter, calls: RunningCalls, off: Callable[[], bool]) -> None:

@@ -128,7 +128,7 @@ def compress(output: Any, spec: MethodSpec, merge: int, facts: ModelFacts | None
 def _grid(item: Any, merge: int) -> tuple[str, tuple[int, int, int]]:
     """Return kind and token grid (t, h, w) of an item."""
     if not (item.is_image() or item.is_video()):
-        raise OptionError("audio beside images or videos cannot be compressed in SGLang.")
+        raise OptionError("audio together with images or videos cannot be compressed in SGLang.")
     modality = "image" if item.is_image() else "video"
     grid = item.model_specific_data.get(f"{modality}_grid_thw")
     if item.precomputed_embeddings is not None or grid is None or len(grid) != 1:
