@@ -55,6 +55,19 @@ def test_static_with_options(options: dict[str, Any]) -> None:
         assert oracle.close(static, oracle.generate(model, inputs))
 
 
+def test_a_reset_static_cache_is_a_plain_one() -> None:
+    family = FAMILIES["qwen2_vl"]
+    model = family.build()
+    batch = family.batch([[text(3), family.image(1), text(4)]] * 3)
+    with tokencomp.patch(model, plan=ENTRY), torch.no_grad():
+        cache = static_cache(model, 128)
+        model(**ragged(family), past_key_values=cache, use_cache=True)
+        cache.reset()
+        again = model(**batch, past_key_values=cache, use_cache=True).logits[:, -1]
+        fresh = model(**batch, use_cache=True).logits[:, -1]
+    assert oracle.difference(again, fresh) < 1e-5
+
+
 def test_static_second_turns(family: Family) -> None:
     """On one cache: an image, then padded text, then another image, then one token."""
     model = family.build()

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from support import oracle, plans
+from support.caches import static_cache
 from support.families import CORE, FAMILIES, Family, text
 from support.family.hybrid import HYBRID
 from support.prompts import single
@@ -189,6 +190,32 @@ def test_logits_to_keep(name: str, alone: bool, layered: bool) -> None:
             columns = slice(None)
         left = masks[-1][:, columns]
         torch.testing.assert_close(logits[left], expected[:, columns][left], atol=5e-5, rtol=1e-5)
+
+
+def test_maps_on_a_static_cache() -> None:
+    """Its unwritten rows are no columns of the prompt."""
+    model, inputs = FAMILIES["qwen2_vl"].build("eager"), single(FAMILIES["qwen2_vl"])
+    with torch.no_grad(), tokencomp.patch(model, 0.5, reducer="uniform"):
+        expected = model(**inputs, output_attentions=True).attentions
+        cache = static_cache(model, 100)
+        found = model(**inputs, past_key_values=cache, output_attentions=True).attentions
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_more_logits_than_text_are_no_drafts() -> None:
+    """They are those of the whole prompt, whose question scores as it does for one logit."""
+    family = FAMILIES["qwen2_vl"]
+    model, inputs = family.build(), single(family)
+    shorter = {k: v[:, :-2] if k[-4:] in ("_ids", "mask") else v for k, v in inputs.items()}
+    with tokencomp.patch(model, 0.5, reducer="fastv") as handle, torch.no_grad():
+        model(**shorter)
+        kept = handle.stats.kept(0)
+        model(**inputs, logits_to_keep=3)
+        assert handle.stats.kept(0) == kept  # two drafts are not of the question
+        whole = model(**inputs).logits
+        assert handle.stats.kept(0) != kept
+        for k in range(whole.shape[1] - handle.stats.spans[0][-1].stop + 2, whole.shape[1], 3):
+            assert torch.equal(model(**inputs, logits_to_keep=k).logits, whole[:, -k:])
 
 
 @pytest.mark.skipif("gemma4_e" not in HYBRID, reason="the release has no Gemma 4")
