@@ -42,7 +42,7 @@ def dot(a, b, accumulator):
 def long_dot(
     a_rows, a_inside, b_rows, b_inside, accumulator, DIM: tl.constexpr, CHUNK: tl.constexpr
 ):
-    """Compute ``accumulator + a @ b.T`` for rows behind pointers, CHUNK columns at a time.
+    """Compute ``accumulator + a @ b.T`` for rows at pointers, CHUNK columns at a time.
 
     Tiles of complete fp32 rows do not fit into the registers, so both operands are loaded chunk by
     chunk.
@@ -61,9 +61,9 @@ def long_dot(
 
 @triton.jit
 def full_dot(a_rows, a_inside, b_rows, b_inside, dim, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
-    """Compute ``a @ b.T`` of BLOCK rows each behind pointers, with products in full fp32.
+    """Compute ``a @ b.T`` of BLOCK rows each at pointers, with products in full fp32.
 
-    Three tf32 products would tell a row from its own copy.
+    The error of three tf32 products would distinguish a row from its copy.
     """
     dots = tl.zeros([BLOCK, BLOCK], tl.float32)
     for chunk in range(0, dim, CHUNK):

@@ -95,7 +95,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON gives it back: tuples become lists, unknown types become text."""
+    """The value after a round trip through JSON: tuples become lists, unknown types text."""
     return json.loads(json.dumps(value, default=str))
 
 

@@ -45,8 +45,8 @@ def attention_colsum(
         is 1.
     visible
         What every row sees, for rows in any order, batches with padding, and sequences that are
-        packed one after the other: int32 ``(3, B, R)``, the first key, the key behind the last, and
-        the row's own key (-1 for a padding row, which sees no key). It replaces `causal`.
+        packed one after the other: int32 ``(3, B, R)``, the first key, the key after the last, and
+        the key of the row (-1 for a padding row, which sees no key). It replaces `causal`.
     scale
         Factor of the logits. None means ``D ** -0.5``.
     temperature

@@ -67,7 +67,7 @@ def causal_powers(
         if bool(empty.any()):
             matrix.masked_fill_(empty[:, None, :, None], 0.0)
         # Columns from `first` on belong to this block of rows, earlier ones to blocks that follow
-        # in the walk. The own columns need the powers in order, as each step reads the one before;
+        # in the walk. Columns of the block need the powers in order, as each step reads the last;
         # the earlier columns take all steps in one product.
         first = max(rows.start - columns.start, 0)
         own = slice(columns.start + first, columns.stop)

@@ -1,4 +1,4 @@
-"""Pooling of video frames, each to a grid of its own."""
+"""Pooling of video frames, each to a separate grid."""
 
 from collections.abc import Sequence
 

@@ -65,7 +65,7 @@ def maxmin_select(
         b ≥ 0 of every row, ``(n,)``, which is added to its score. None means 0.
     given
         How many first choices every span has in `start`, int ``(spans,)``, from 1 to its `k`. Of
-        the k entries of a span those behind are not read, so that the number may depend on data.
+        the k entries of a span later ones are not read, so that the number may depend on data.
 
     Returns
     -------

@@ -66,7 +66,7 @@ def maxmin_select(
 
 
 def read_starts(start: Tensor, given: Tensor, counts: list[int]) -> Tensor:
-    """First choices ``(Σ counts,)`` with 0 behind the `given` ones of every span."""
+    """First choices ``(Σ counts,)`` with 0 after the `given` ones of every span."""
     place = torch.cat([torch.arange(count) for count in counts] or [torch.arange(0)])
     count = torch.tensor(counts, device=start.device)
     return start.masked_fill(place.to(start.device) >= given.repeat_interleave(count), 0)

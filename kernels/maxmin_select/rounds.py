@@ -20,7 +20,7 @@ class Rounds:
     score against all of them. A row is updated only when its bound is among the best, and most rows
     never are. Each round takes the ROUND best rows as candidates; of rows that tie with the best,
     the first ones. As long as the best candidate is above the scores that all other rows had when
-    the round began (of those that tied then, and stand behind the candidates, not below them), it
+    the round began (not below those of rows that tied then and come after the candidates), it
     is the best row of all, and only the cosines between candidates are needed. This algorithm is
     ours.
 
@@ -83,7 +83,7 @@ class Rounds:
         """Scores of all rows, which of them tie with the best, and all rows in order.
 
         Rows that tie come first, in their own order; then the others, best first. Of these, scores
-        behind the first `count` rows may be upper bounds.
+        after the first `count` rows may be upper bounds.
 
         The rows with the best bounds are updated, which can only lower their scores, until the best
         `count` rows are all up to date. The others then have lower bounds, hence lower scores.

@@ -59,7 +59,7 @@ def greedy_kernel(
 
     Every step depends on the one before, so a span cannot be shared between programs. The distances
     from the choices stay in registers, and each step reads one row of `gram`, the distances of all
-    pairs. With GIVEN, `start_row` has an entry per choice, and the first `given` of them stand.
+    pairs. With GIVEN, `start_row` has an entry per choice, of which the first `given` are used.
 
     With ROUND, the rows are the candidates of a round and `nearest` holds their distances from
     earlier choices. The loop ends when another row could come first: `behind` and `below` are the

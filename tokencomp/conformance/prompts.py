@@ -26,7 +26,7 @@ from tokencomp.conformance.shrink import VOCABULARY
 GRID = (1, 3, 4)
 # Arguments that take pixels, by family.
 PIXELS = ("pixel_values", "high_res_pixel_values", "pixel_values_images", "image_patches")
-# What stands around an image in the prompts of the families that look for it.
+# Tokens around an image, for families that need them in the prompt.
 MARKERS = (
     ("vision_start_token_id", "image_start_token_id", "boi_token_id", "boi_token_index"),
     ("vision_end_token_id", "image_end_token_id", "eoi_token_id", "eoi_token_index"),

@@ -13,7 +13,7 @@ from typing import Any
 
 WIDTH, HEADS, HEAD_DIM, VOCABULARY, WINDOW = 128, 4, 32, 512, 8
 # Fields of text configs, by what they count. A field that a config lacks, or has as None or 0,
-# stays as it is.
+# does not change.
 BY_SIZE = (
     (WIDTH, "hidden_size dim d_model block_dim conv_dim conv_dim_out word_embed_proj_dim"),
     (96, "intermediate_size ffn_dim block_ff_dim intermediate_size_mlp"),

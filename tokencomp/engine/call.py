@@ -301,7 +301,7 @@ class Call:
             self.tail = min((self.width - row[-1].stop for row in self.spans if row), default=0)
 
     def note_entering(self) -> None:
-        """Count the tokens that have left the tower; no stage keeps more of a span."""
+        """Count the tokens that the tower has kept; no stage keeps more of a span."""
         self.entering = [[k.count - len(k.span.text) for k in row] for row in self.map.spans]
         self.counts = [
             [[min(n, most) for n in counts] for counts, most in zip(*rows, strict=True)]

@@ -1,4 +1,4 @@
-"""The passes `score` and `choose`: a stage hands its tokens to a reducer and keeps what it chooses.
+"""The passes `score` and `choose`: a stage passes tokens to a reducer and keeps its choice.
 
 `enter` runs the stages before the first decoder layer, and `run_stage` one stage anywhere:
 

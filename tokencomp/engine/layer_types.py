@@ -93,7 +93,7 @@ class Sliding(Windowed):
         return key > query - size
 
     def misplaced(self, masks: Any, segment: Any, total: int) -> bool:
-        """Whether a column has left the window of a query: transformers counts rows."""
+        """Whether a column is outside of the window of a query: transformers counts rows."""
         if not masks.call.by_column or not self.exceeded(masks, total):
             return False
         return bool(segment.gap_within(masks.call.layer_types.sizes[self.name] - 1))

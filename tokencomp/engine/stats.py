@@ -268,7 +268,7 @@ class Stats:
         return _sums(cost.projector_flops for cost in self.tower_costs)
 
     def tower_kept(self, sample: int = 0) -> list[list[int]]:
-        """Offsets inside each span of tokens that leave the vision tower: `tower_kept(b)[span]`."""
+        """Offsets inside each span of tokens that the tower keeps: `tower_kept(b)[span]`."""
         if self._survivors is None:
             return [list(range(span.length)) for span in self.spans[sample]]
         return _offsets(self._survivors, sample)

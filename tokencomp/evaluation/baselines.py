@@ -186,7 +186,7 @@ def native_budget(processor: Any, ratio: float) -> Iterator[int]:
     name = _knob(processor)
     if name is None:
         raise OptionError(
-            "this model's processor has no budget of visual tokens of its own; use 'downscale' "
+            "this model's processor has no budget of visual tokens; use 'downscale' "
             f"as the baseline. Known are {', '.join(BUDGETS)}."
         )
     images, allowed = processor.image_processor, BUDGETS[name]

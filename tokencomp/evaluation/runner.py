@@ -161,7 +161,7 @@ def _by_id(items: Sequence[Example]) -> dict[str, Example]:
         (name, count), *_ = Counter(e.id for e in items).most_common(1)
         raise OptionError(
             f"{count} examples have the id {name!r}: answers are stored and paired by id. Give "
-            "every example an id of its own."
+            "every example a different id."
         )
     return known
 
@@ -173,7 +173,7 @@ def _question(example: Example) -> dict[str, str]:
 
 
 IN_VAIN = 10
-"""After so many failures and no answer, a setting is asked nothing more."""
+"""After this many failures and no answer, a setting is not asked any more."""
 _FULL = Setting()
 """The full model, whose inputs most settings share."""
 

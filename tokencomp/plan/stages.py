@@ -154,7 +154,7 @@ class TowerStage:
         Of the cells of every image or video, in (0, 1]. 1 for a reducer that decides by pixels
         how many cells it keeps, such as `delta`.
     budget
-        In place of `fraction`: at most so many cells of every image or video.
+        Instead of `fraction`: the largest number of cells of every image or video.
     reducer
         Chooses the cells: by pixels at block 0, by hidden states at later blocks.
     frames_apart
@@ -237,7 +237,7 @@ class TowerStage:
         return min(cells, math.ceil(cells * self.fraction + 0.5))
 
     def tokens(self, span: VisualSpan) -> int:
-        """Visual tokens of `span` that leave the tower, special ones included."""
+        """Visual tokens of `span` that the tower keeps, special ones included."""
         t, h, w = span.grid
         parts, grid = (t, (1, h, w)) if self.frames_apart else (1, span.grid)
         return parts * self.cells([grid])[0] + len(span.special)

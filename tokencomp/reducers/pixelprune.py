@@ -65,7 +65,7 @@ def unpredicted_cells(pictures: Tensor, limit: float | Tensor = 0) -> Tensor:
     """
     n, h, w, _ = pictures.shape
     exact = not isinstance(limit, Tensor) and limit == 0
-    known = pictures if exact else pictures.clone()  # the cell that stands for every cell
+    known = pictures if exact else pictures.clone()  # the cell that represents every cell
     keep = torch.ones(n, h, w, dtype=torch.bool, device=pictures.device)
     row, column = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
     # A cell depends on those to its left and above it, so all cells of an antidiagonal are decided

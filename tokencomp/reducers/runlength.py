@@ -73,7 +73,7 @@ def changes(tokens: Tokens, x: Tensor, budgets: list[int]) -> Tensor:
     """Distance of every patch to the token last kept at its place, by x (n, d), shape (n,).
 
     Tokens that changed by more than a threshold come first, first frames have -inf. The threshold
-    of a span is the smallest that at most its budget of tokens behind the first frame exceeds.
+    of a span is the smallest that at most its budget of tokens after the first frame exceeds.
     """
     # Step by step, and in a step longest videos first: places of the others come to an end.
     lengths, grids = tokens.lengths, np.asarray(tokens.grids)
@@ -104,7 +104,7 @@ def distances(
 ) -> tuple[Tensor, Tensor]:
     """Distances to the token last kept at each place, and which exceed the threshold, both (n,).
 
-    `reference` (places, d) are first frames, `frames` those behind, n tokens in all, of the first
+    `reference` (places, d) are first frames, `frames` those after, n tokens in all, of the first
     places alone where videos have ended.
     """
     found, changed = [], []

@@ -181,7 +181,7 @@ class ItemPlan:
 
     @property
     def entering(self) -> int:
-        """Number of tokens that leave the vision tower."""
+        """Number of tokens that the vision tower keeps."""
         if self.cells is not None:
             return len(self.cells)
         stage = self.tower_stage

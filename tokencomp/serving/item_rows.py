@@ -31,7 +31,7 @@ def reduce_item(
 
     Returns
     -------
-    Tensor, shape (kept, d), or (kept, d + 2) if the plan merges and tokens leave
+    Tensor, shape (kept, d), or (kept, d + 2) if the plan merges dropped tokens
         Rows for the placeholders, and the digits of their sizes (see `offsets`).
     Tensor of int64, shape (kept,)
         The token of the uncompressed item that each row comes from, ascending.
@@ -75,7 +75,7 @@ def _reduce_span(
     present: Tensor | None,
     merge: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows, how many tokens each stands for (int64), and the token that each comes from."""
+    """Rows, how many tokens each represents (int64), and the token that each comes from."""
     if present is None:
         present = torch.arange(span.length, device=features.device)
     if keep == len(present):

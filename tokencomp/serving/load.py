@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from tokencomp.errors import OptionError
 from tokencomp.plan.counts import check_ratio
 
-MAX_STEPS = 3  # every ratio has entries of its own in prefix and encoder caches
+MAX_STEPS = 3  # every ratio has separate entries in prefix and encoder caches
 CALM_SECONDS = 10.0  # of fewer than half of a step's requests, after which the step ends
 FORM = re.compile(r"([0-9]*\.?[0-9]+):([0-9]+)")
 

@@ -220,7 +220,7 @@ class Session:
         return text.strip()
 
     def _words(self, text: Any, where: str) -> list[int]:
-        """Ids of text of the user, in which no medium can stand."""
+        """Ids of text of the user, without placeholders of media."""
         if not isinstance(text, str) or not text:
             raise OptionError(f"{where}({text!r}): allowed is text that is not empty.")
         ids = self._turns.words(text)

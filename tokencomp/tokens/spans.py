@@ -93,7 +93,7 @@ def numbered(spans: Sequence[VisualSpan]) -> list[VisualSpan]:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What `Reducer.bind` may know of the model: plain values, no Hugging Face object.
+    """Facts of a model for `Reducer.bind`: plain values, no Hugging Face object.
 
     Attributes
     ----------
@@ -106,8 +106,8 @@ class ModelFacts:
     device, dtype
         Device of the weights ("cpu" while an offloading hook holds them), and their dtype.
     fingerprint
-        Computes what tells checkpoints of one architecture apart (`tokencomp.trained.cards`), or
-        None if the weights are quantized or not at hand. Called only to check trained weights.
+        Computes a fingerprint of the checkpoint (`tokencomp.trained.cards`), or None if the weights
+        are quantized or not available. Called only to check trained weights.
     """
 
     mrope: bool

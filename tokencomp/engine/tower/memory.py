@@ -67,7 +67,7 @@ def running_prompt(adapter: Adapter, noted: Noted) -> tuple[Tensor, Any]:
 
 
 def owners(modalities: Tensor, modality: Modality, lengths: list[int]) -> list[int]:
-    """Sample of every medium of `lengths` tokens; media stand in the order of the batch.
+    """Sample of every medium of `lengths` tokens; media are in the order of the batch.
 
     Raises
     ------

@@ -70,7 +70,7 @@ class Job:
     arrived, first
         Times of arrival and of the first token in seconds on the monotonic clock.
     cancelled
-        Set by the server when the client has left.
+        Set by the server when the client has disconnected.
     done
         Whether the last event was sent.
     usage

@@ -2,8 +2,8 @@
 
 By itself vLLM chooses the frames of a file by a rule of the model's family. `tokencomp serve` sets
 `--media-io-kwargs '{"video": {"video_backend": "tokencomp", "num_frames": 32}}'`: the frames then
-depend on the file and on their number alone, and the limits on a video file hold. A policy stands
-beside the number, `"frames": "stream:32"`, also in the `media_io_kwargs` of a request.
+depend only on the file and on their number, and the limits on a video file apply. A policy can be
+given with the number, `"frames": "stream:32"`, also in the `media_io_kwargs` of a request.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ASSUMED_RATE = 24.0  # frames per second of a file that does not say it, as in t
 
 @VIDEO_LOADER_REGISTRY.register(LOADER)
 class ChosenFrames(VideoLoader):
-    """Chosen frames of a video file, decoded in a process of its own."""
+    """Chosen frames of a video file, decoded in a separate process."""
 
     @classmethod
     def load_bytes(

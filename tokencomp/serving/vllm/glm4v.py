@@ -1,6 +1,6 @@
 """GLM-4.1V, 4.5V and 4.6V for vLLM, whose videos are frames with text between them.
 
-Every frame is a span of its own, so that the number of kept tokens of each frame is known before
+Every frame is a span, so that the number of kept tokens of each frame is known before
 the vision tower runs. The text between the frames stays where it is and has exact positions from
 the start; rows carry their offsets within their frame.
 """

@@ -28,7 +28,7 @@ class Rules:
     chosen_frames
         Whether vLLM loads videos with `frames.ChosenFrames`.
     paths
-        Further paths of vLLM that answer; one that ends with "/" stands for all below it.
+        Further paths of vLLM that answer; one that ends with "/" includes all below it.
     """
 
     bind: Bind = field(default_factory=lambda: Bind(host=""))
