@@ -35,6 +35,7 @@ from tokencomp.storage import write_text
 HERE = Path(__file__).parent
 OUT = HERE / "answers.json"
 MODELS = ("full", "longer", "delta")
+TRAINING = ("seed", "stages", "finished", "seconds", "training_scores")
 SETTINGS: dict[str, dict[str, Any]] = {
     "whole": {},
     "delta 0": {"reducer": "delta", "threshold": 0},
@@ -128,7 +129,8 @@ def answered(folder: Path, asked: dict[str, list[Item]], facts: dict[str, Any]) 
             found = [ask(model, processor, one, how) for one in items]
             row = {"model": folder.name, "setting": setting, "family": family}
             rows.append(row | summary(found))
-    training = json.loads((folder / "model" / "training.json").read_text())
+    trained = json.loads((folder / "model" / "training.json").read_text())
+    training = {name: trained[name] for name in TRAINING}
     result = {"identity": identity, "training": training, "rows": rows}
     publishing.write(stored, result)
     return result

@@ -32,8 +32,9 @@ screenshot of a session is kept whole, and counted. Quartiles are those at 25, 5
   what the model has seen at another place: {of_changed} of all changed cells. {recorded} recorded
   actions scroll.
 - **Clicks.** Of {places} recorded mouse positions, {here} are in a cell that `delta` at 8 keeps in
-  the screenshot that was acted on, and {older} in one that it drops there. The target's pixels are
-  then in an older screenshot, at the same place, within the threshold.
+  the screenshot that was acted on, and {older} in one that it drops there: the target's pixels are
+  then in an older screenshot, at the same place, within the threshold. There are so many because
+  ScreenAgent takes a screenshot each to plan, to act and to evaluate.
 - **Inside one screenshot.** {copies} of the cells equal an earlier cell of the same screenshot in
   every bit. PixelPrune's rule keeps {exact} at threshold 0, and {near} at 8.
 
@@ -71,7 +72,7 @@ def page(stored: dict[str, Any]) -> str:
         of_pairs=percent(scrolled["share of pairs"]),
         of_changed=percent(scrolled["share of changed cells"]),
         recorded=scrolled["recorded"],
-        share=percent(SHARE),
+        share=f"{SHARE:.0%}",
         fewest=FEWEST,
         places=clicked["places"],
         here=clicked["in the last screenshot"],

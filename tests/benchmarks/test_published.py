@@ -43,6 +43,7 @@ from benchmarks.peers import run as peers
 from benchmarks.publishing import LOST, MARK, csv_text, made_at, published_from, read_lines, version
 from benchmarks.real import candidates, clip_answers, clips
 from benchmarks.real import page as photographs
+from benchmarks.screens import answers_page, counts_page
 from benchmarks.serving import agents
 from benchmarks.sounds import page as sounds
 from benchmarks.stored import read_stored, today
@@ -120,6 +121,10 @@ def swept(name: str) -> Files:
     return files
 
 
+def recorded_screens() -> Files:
+    return {"screens/README.md": counts_page.page(read_stored(BENCHMARKS / "screens/counts.json"))}
+
+
 def machine_code() -> Files:
     content = json.loads((BENCHMARKS / "kernels/calls.json").read_text())
     rows = [calls.Row(**row) for row in today(content["rows"])]
@@ -151,6 +156,10 @@ QUICK: dict[str, Callable[[], Files]] = {
     "tower": towers,
     "peers": lambda: pages(peers, "peers/peers"),
     "agents": lambda: pages(agents, "serving/agents"),
+    "screens": recorded_screens,
+    "answers about screens": lambda: pages(
+        answers_page, "screens/answers", lambda stored: stored["rows"]
+    ),
 }
 LONG: dict[str, Callable[[], Files]] = {
     "baselines": compared,
