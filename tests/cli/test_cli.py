@@ -74,6 +74,7 @@ def test_demo_in_short_answers_the_packaged_questions(folder, tmp_path, monkeypa
         (["demo", "--model", "some/model"], "--image FILE"),
         (["demo", "--model", "./nowhere"], "'./nowhere': no such folder"),
         (["serve", "--engine", "vllm", "--max-batch", "2"], "--max-batch: no effect with"),
+        (["serve", "--engine", "vllm", "--image-max-tokens", "9"], "no effect with --engine vllm"),
         (["serve", "--ratio", "0.5", "--max-ratio", "0.2"], "ratio=0.5 is above max_ratio=0.2"),
         (["serve", "--reducer", "oracle"], "unknown reducer 'oracle'"),
     ],
