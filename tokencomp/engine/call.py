@@ -122,6 +122,7 @@ def build_segments(
     new
         Rows of the call before any stage.
     """
+    # A segment starts at every stage of this plan, and at those that earlier calls had.
     stages = {s.layer: s for s in plan.stages}
     earlier = {i for i, layer in enumerate(layers) if getattr(layer, "starts_segment", False)}
     starts = sorted({0, *stages, *earlier})
@@ -292,6 +293,7 @@ class Call:
             for row, places in zip(self.spans, self.places, strict=True)
         ]
         self.entering = [[plan.entering(span) for span in row] for row in self.spans]
+        # Whether some span loses tokens at a stage that merges.
         self.merges = plan.may_merge and any(
             plan.merging(*item)
             for rows in zip(self.spans, self.counts, self.places, strict=True)

@@ -330,6 +330,7 @@ class Hooks(CallHooks):
     ) -> Any:
         if torch.compiler.is_compiling():
             return original(*args, **kwargs)
+        # No hook has run: a direct call of `forward`, so call the module instead, once.
         entered, redirected = self.calls.state.entered, self.calls.state.redirected
         if id(module) not in entered and id(module) not in redirected:
             redirected.add(id(module))

@@ -180,6 +180,7 @@ def _run_stage(
                 call.scores.of_input(
                     segment.first, hidden, arguments, signal, call.map, cache, segment.past
                 )
+    # The rows of segment 0 and the rotary tables are gathered with the hidden states.
     index = previous.index
     if index is None:
         index = torch.arange(hidden.shape[1], device=device)[None]

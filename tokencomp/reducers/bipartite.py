@@ -49,6 +49,7 @@ class Bipartite(Reducer):
 
     def reduce(self, tokens: Tokens) -> Kept:
         x = finite_features(tokens.features)
+        # Groups within which tokens merge: frames of a video, or the whole image.
         groups, quota = [], []
         per_frame = tokens.per_frame()
         for number, budget in enumerate(tokens.budgets):
@@ -72,6 +73,7 @@ class Bipartite(Reducer):
         done: list[tuple[Tensor, Tensor, Tensor]] = []
         rows = torch.arange(len(x), device=x.device)
         while True:
+            # A round merges at most half of a group; finished groups are set aside.
             steps = [min(n - q, n // 2) for n, q in zip(lengths, quota, strict=True)]
             finished = [step == 0 for step in steps]
             if all(finished):
@@ -101,6 +103,7 @@ class Bipartite(Reducer):
         """Merge the `steps` most similar pairs of every group."""
         from tokencomp.kernels import bipartite_match, merge_rows
 
+        # Even tokens with the most similar partners among the odd ones merge into these.
         similarity, partner = bipartite_match(x, lengths)
         merged = best_rows(similarity, steps, lengths)
         target = torch.arange(len(x), device=x.device)

@@ -59,6 +59,7 @@ class ConDiv(Published):
         if self.power:
             scores = supplied_scores(tokens, "condiv")
         x = finite_features(tokens.features, scores)
+        # Weights r^p and margin m · d̄; without them it is a plain max-min selection.
         if scores is not None:
             weights = self._weights(tokens, scores)
             if self.margin:

@@ -53,6 +53,7 @@ def least_similar(tokens: Tokens, similarity: Tensor, compared: Sequence[bool]) 
     `compared` says of every span whether its first frame is compared too. If not, that frame is
     kept whole, or evenly spaced tokens of it.
     """
+    # Order of choice: 1 first, -1 last, 0 in between by similarity.
     fixed = []
     grids = zip(tokens.grids, tokens.budgets, compared, strict=True)
     for (t, h, w), budget, known in grids:

@@ -42,6 +42,7 @@ class HoloV(Reducer):
     def reduce(self, tokens: Tokens) -> Kept:
         attention = tower_signal(tokens, TOWER_ATTENTION, "holov")
         attention = finite_values(attention, "attentions of the vision tower")
+        # Crops share the budget by their mean attention; then top-k within every crop.
         crops = [crop_lengths(n, k) for n, k in zip(tokens.lengths, tokens.budgets, strict=True)]
         lengths = list(itertools.chain(*crops))
         sums = iter(segment(attention.double(), lengths, "sum").tolist())

@@ -66,10 +66,12 @@ class Pool(Reducer):
         # Spans whose frames have one size are pooled together.
         for (h, w), members in grouped([(h, w) for _, h, w in grids]).items():
             frames, lines = [], []
+            # Tokens of every frame, and of every line in it.
             for m in members:
                 quota = self.frame_quota(grids[m][0], h * w, tokens.budgets[m])
                 frames += [tokens.starts[m] + f * h * w for f, n in enumerate(quota) if n]
                 lines += [line_widths(n, h, w) for n in quota if n]
+            # Pool all frames, and note a position and a weight for every pooled token.
             counts = [sum(widths) for widths in lines]
             rows = tokens.table(np.add.outer(frames, np.arange(h * w)).ravel())
             stack = x.index_select(0, rows).view(len(frames), h, w, -1)
@@ -110,6 +112,7 @@ def line_widths(tokens: int, height: int, width: int) -> list[int]:
 
     Lines differ by at most one token; there are at most `height` of at most `width` tokens.
     """
+    # The number of lines nearest to the aspect ratio, or next to it if that divides `tokens`.
     ideal = int((tokens * height / width) ** 0.5 + 0.5)
     least = -(-tokens // width)
     lines = max(least, min(height, tokens, ideal))

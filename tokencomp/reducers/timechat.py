@@ -40,6 +40,7 @@ class TimeChat(Reducer):
     def reduce(self, tokens: Tokens) -> Kept:
         x = finite_features(tokens.features)
         similarity = previous_similarity(tokens, x)
+        # First frames are compared with the frame before the span, where there is one.
         before = tokens.frames or [None] * len(tokens)
         known = [number for number, frame in enumerate(before) if frame is not None]
         if known:

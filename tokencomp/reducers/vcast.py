@@ -53,12 +53,14 @@ class VCast(Reducer):
         *kappa, total = torch.cat([curvature(means), norms.sum()[None]]).tolist()
         if not math.isfinite(total):
             finite_features(x)
+        # Frames share the budget by exp(κ / τ); the first and last frame have κ = 1.
         quota: list[int] = []
         for counts, budget in zip(frames, tokens.budgets, strict=True):
             inner = kappa[len(quota) + 1 : len(quota) + len(counts) - 1]
             of_video = [1.0, *inner, 1.0][: len(counts)]
             weights = [math.exp(value / TEMPERATURE) for value in of_video]
             quota += frame_budgets(weights, budget, counts, least=1)
+        # Within a frame: tokens unlike its mean, with large norms.
         rows = torch.repeat_interleave(means, tokens.table(lengths), dim=0, output_size=len(x))
         score = 1 - cosine_similarity(x, rows, dim=1) + min_max(norms, lengths)
         return Kept(best_rows(score, quota, lengths))

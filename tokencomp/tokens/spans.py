@@ -74,12 +74,6 @@ class VisualSpan:
         """`fixed_mask` as a tensor."""
         return torch.from_numpy(self.fixed_mask()).to(device)
 
-    def text_mask(self, device: torch.device | str = "cpu") -> Tensor:
-        """Boolean mask of the text between frames, shape (length,)."""
-        mask = torch.zeros(self.length, dtype=torch.bool)
-        mask[list(self.text)] = True
-        return mask.to(device)
-
 
 def numbered(spans: Sequence[VisualSpan]) -> list[VisualSpan]:
     """The spans of a sample with consecutive item numbers from 0."""
