@@ -43,7 +43,7 @@ from benchmarks.peers import run as peers
 from benchmarks.publishing import LOST, MARK, csv_text, made_at, published_from, read_lines, version
 from benchmarks.real import candidates, clip_answers, clips
 from benchmarks.real import page as photographs
-from benchmarks.screens import answers_page, counts_page
+from benchmarks.screens import answers_page, counts_page, receipts_page
 from benchmarks.serving import agents
 from benchmarks.sounds import page as sounds
 from benchmarks.stored import read_stored, today
@@ -157,6 +157,7 @@ QUICK: dict[str, Callable[[], Files]] = {
     "peers": lambda: pages(peers, "peers/peers"),
     "agents": lambda: pages(agents, "serving/agents"),
     "screens": recorded_screens,
+    "receipts": lambda: pages(receipts_page, "screens/receipts", lambda stored: stored["rows"]),
     "answers about screens": lambda: pages(
         answers_page, "screens/answers", lambda stored: stored["rows"]
     ),
