@@ -17,7 +17,8 @@ HEAD = """# Mutation score
 here or that is easy to make. It runs against the tests that should see it, which
 [mutants.json](mutants.json) names. It counts as killed if one of them fails with it and passes
 without it. "Survived" says that those tests pass, not that every test of the project does. Slow
-tests (`-m long`) run only for Triton. Commits of the runs: {commits}.
+tests (`-m long`) run only for Triton. Edits that turned out to change nothing were taken out.
+Commits of the runs: {commits}.
 
 {killed} of {run} are killed.
 """

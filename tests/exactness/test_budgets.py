@@ -13,6 +13,7 @@ from support.families import CORE, FAMILIES, text
 import tokencomp
 from tokencomp import Plan, Stage, make_reducer, plan_from_json, plan_to_json
 from tokencomp.errors import OptionError, PlanError, RatioError
+from tokencomp.inputs.prompts import prompt_lengths
 
 BUDGET = 6
 SHORT = ("qwen2_vl", "llava_onevision")
@@ -90,6 +91,21 @@ def test_no_item_is_above_its_budget(reducer: str, budget: int) -> None:
     assert stats.requested_ratio == pytest.approx(asked)
     assert stats.summary()["requested_ratio"] == pytest.approx(asked)
     assert asked <= stats.ratio + 1e-9 < asked + sum(map(len, stats.spans)) / sum(sizes)
+
+
+@pytest.mark.parametrize("reducer", ["fastv", "pyramiddrop"])
+def test_an_item_has_the_schedule_of_its_ratio(reducer: str) -> None:
+    """Every layer sees as many tokens as under the ratio that leaves as many."""
+    family = FAMILIES["qwen2_vl"]
+    model, inputs = family.build(), family.batch([[text(3), family.image(2), text(4, 1)]])
+    (size,) = prompt_lengths(model, inputs)[0][1:]
+    seen = []
+    for amount in ({"budget": size * 3 // 4}, {"ratio": 1 - (size * 3 // 4) / size}):
+        with torch.no_grad(), tokencomp.patch(model, reducer=reducer, **amount) as handle:
+            model(**inputs)
+            seen.append(handle.stats.tokens_after[0])
+    assert seen[1][0] == size > seen[1][-1]
+    assert all(abs(a - b) <= 1 for a, b in zip(*seen, strict=True))
 
 
 @pytest.mark.parametrize("name", ["llava_onevision", "internvl"])

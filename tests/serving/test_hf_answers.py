@@ -152,6 +152,10 @@ def test_settings_of_the_checkpoint_are_the_default(tiny_folder: Any) -> None:
         assert len({text(ask(client, **hot)) for _ in "abc"}) == 1
         for every in (0, -1):
             assert len({text(ask(client, top_k=every, **hot)) for _ in "abc"}) == 3
+        model.generation_config.update(do_sample=True, top_k=0, temperature=2.0)
+        for temperature, answers in ((None, 3), (0, 1)):
+            fields = {"temperature": temperature, "ignore_eos": True}
+            assert len({text(ask(client, **fields)) for _ in "abc"}) == answers
 
 
 def test_log_probabilities_are_those_of_the_model(app: TestClient, tiny_folder: Any) -> None:
