@@ -89,10 +89,12 @@ def test_long_spans_are_compared_in_parts(
 
 
 @pytest.mark.parametrize(
-    "rows", [[0, 1, 2, 3], [1, 0, 21, 22], [0, 1, 20], [0, 1, 20, 60], [-1, 1, 20, 22]], ids=str
+    "rows",
+    [[0, 1, 2, 3], [1, 0, 21, 22], [0, 0, 20, 21], [0, 1, 20], [0, 1, 20, 60], [-1, 1, 20, 22]],
+    ids=str,
 )
 def test_wrong_rows_of_a_batch_are_refused(rows: list[int]) -> None:
-    """Rows of another span, in another order, too few, or of no span at all."""
+    """Rows of another span, in another order, one of them twice, too few, or of no span at all."""
     tokens = matrix.joined([matrix.tokens((1, 4, 5)), matrix.tokens((1, 4, 5))], 2, 2)
     with pytest.raises(PlanError, match="'wrong' returned"):
         Kept(torch.tensor(rows)).check(tokens, "wrong")
