@@ -237,12 +237,16 @@ def test_images_that_see_themselves_are_refused() -> None:
     assert conversation.tokens == conversation.rows == 4
 
 
-def test_ragged_caches_are_refused() -> None:
+@pytest.mark.parametrize("size", [0, 1])
+def test_ragged_caches_are_refused(size: int) -> None:
+    """Also where the samples are equally long and hold other patches."""
     family = FAMILIES["qwen2_vl"]
     model = family.build()
-    rows = [[text(3), family.image(0), text(4)], [text(3), family.image(1), text(4)]]
+    rows = [[text(3), family.image(0), text(4)], [text(3), family.image(size), text(4)]]
+    inputs = family.batch(rows)
+    inputs["pixel_values"] = torch.randn_like(inputs["pixel_values"])
     with tokencomp.patch(model, 0.5, reducer="kcenter"), torch.no_grad():
-        out = model(**family.batch(rows), use_cache=True)
+        out = model(**inputs, use_cache=True)
         cache = getattr(out, "cache", None) or out.past_key_values
         with pytest.raises(UnsupportedCacheError, match="different rows"):
             evict(cache, torch.tensor([3]))
