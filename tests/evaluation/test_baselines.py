@@ -104,7 +104,7 @@ def test_faster_sounds_are_as_loud_and_higher(share: float) -> None:
 
 
 @pytest.mark.skipif(not hasattr(transformers, "Gemma4ImageProcessor"), reason="needs Gemma 4")
-@pytest.mark.parametrize(("ratio", "budget"), [(0.5, 140), (0.75, 70), (0.9, 70)])
+@pytest.mark.parametrize(("ratio", "budget"), [(0.5, 140), (0.625, 70), (0.75, 70), (0.9, 70)])
 def test_the_nearest_budget_is_taken_and_given_back(ratio, budget):
     kind = transformers.Gemma4ImageProcessor
     processor, image = SimpleNamespace(image_processor=kind()), Image.new("RGB", (400, 300))

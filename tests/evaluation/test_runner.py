@@ -46,7 +46,8 @@ def test_costs_are_those_of_the_shapes(loaded, examples):
     d, layers = text.hidden_size, text.num_hidden_layers
     linear = 2 * (4 * d * d + 3 * d * text.intermediate_size)
     merging = Setting("kcenter", 0.75, merge=True)
-    runs = sweep(*loaded, examples, [Setting("uniform", 0.75), merging], **HOW)
+    settings = [Setting("uniform", 0.75), merging, Setting("downscale", 0.75)]
+    runs = sweep(*loaded, examples, settings, **HOW)
     for setting, run in runs.items():
         for record, example in zip(run.records, examples, strict=True):
             visual = 256 if example.media[0].suffix == ".mp4" else 64
