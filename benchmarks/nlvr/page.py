@@ -20,7 +20,7 @@ def page(stored: Mapping[str, Any]) -> str:
     steps = ", ".join(f"{count} of `{name}`" for name, count in training["stages"].items())
     rows = [
         [
-            NAMES[name], s["examples"], s["sentences"], f"{100 * s['accuracy']:.1f}",
+            NAMES[name], f"{s['examples']:,}", str(s["sentences"]), f"{100 * s['accuracy']:.1f}",
             f"{100 * s['low']:.1f} to {100 * s['high']:.1f}", f"{100 * s['majority']:.1f}",
         ]
         for name, s in splits.items()
@@ -47,8 +47,10 @@ python -m benchmarks.nlvr evaluate FOLDER    # → results.json, README.md
 
 `tiny-qwen3-vl` ({parameters:.1f} million parameters), with a token for each of NLVR's words, was
 trained on drawn scenes with generated sentences and on {count:,} examples of the training split,
-all whose labels were at hand. Steps: {steps}; {minutes} minutes on two cores that other programs
-used too. Right answers in the latest training batches: {scores}.
+all whose labels were at hand.
+
+- Steps: {steps}. {minutes} minutes on two cores that other programs used too.
+- Right answers in the latest training batches: {scores}.
 
 {table}
 
@@ -57,8 +59,9 @@ the sentence, for the first order of the boxes. Intervals draw sentences, since 
 them; "majority" is the share of "true".
 
 {reading}"""
-NOT_LEARNT = """**A tiny model does not learn NLVR in this time.** It is not significantly above the
-majority class on every split, so its answers cannot tell methods apart, and no method was asked.
+NOT_LEARNT = """**A tiny model does not learn NLVR in this time.** It is not significantly above
+the majority class on every split, so its answers cannot tell methods apart, and no method was
+asked.
 """
 LEARNT = """The full model is above the majority class on every split.
 """
