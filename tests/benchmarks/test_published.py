@@ -39,6 +39,7 @@ from benchmarks.kernels import calls
 from benchmarks.models import chunked_prefill, prefill, tower, tower_page
 from benchmarks.mutants import page as mutants
 from benchmarks.mutants.run import read as read_mutants
+from benchmarks.nlvr import page as nlvr
 from benchmarks.peers import run as peers
 from benchmarks.publishing import LOST, MARK, csv_text, made_at, published_from, read_lines, version
 from benchmarks.real import candidates, clip_answers, clips
@@ -137,11 +138,12 @@ def plain_pages() -> Files:
     found = json.loads(mutants.RESULTS.read_text())
     return {
         "mutants/README.md": mutants.page(read_mutants(), found),
+        "nlvr/README.md": nlvr.page(json.loads(nlvr.RESULTS.read_text())),
     }
 
 
 QUICK: dict[str, Callable[[], Files]] = {
-    "mutants": plain_pages,
+    "mutants and NLVR": plain_pages,
     "newer": lambda: study_page(newer, "newer"),
     "order": lambda: study_page(order, "order"),
     "pixels": lambda: pages(pixels, "accuracy/pixels"),

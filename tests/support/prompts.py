@@ -57,10 +57,10 @@ def right_padded(
 
 
 def packed_rows(family: Family) -> list[list[Any]]:
-    """Two prompts with an image, and one of text alone."""
+    """Two prompts with an image, one of which begins with it, and one of text alone."""
     return [
         [text(3), family.image(0), text(9, 3)],
-        [text(5, 8), family.image(1), text(4, 5)],
+        [family.image(1), text(4, 5)],
         [text(4, 9)],
     ]
 
