@@ -12,6 +12,7 @@ from tokencomp.kernels import (
     merge_rows,
     nearest_previous_frame,
 )
+from tokencomp.kernels.bipartite_match import naive
 from torch import Tensor
 
 
@@ -268,6 +269,14 @@ def test_matches_loops_bipartite_match(
     assert partner.tolist() == index
     # 16-bit products are exact in fp32, so the tolerance is that of fp32 sums.
     assert torch.allclose(similarity.cpu(), torch.tensor(want), atol=1e-5)
+
+
+def test_rows_of_an_odd_frame_are_matched_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two even rows are in memory at a time, so that the third and last is alone in a block."""
+    monkeypatch.setattr(naive, "BLOCK_ELEMENTS", 4)
+    monkeypatch.setenv("TOKENCOMP_KERNELS", "naive")
+    x = torch.randn(10, 8)
+    assert bipartite_match(x, [5, 5])[1].tolist() == by_hand_bipartite_match(x, [5, 5])[1]
 
 
 def test_equal_partners_go_to_the_lower_row(place: torch.device) -> None:
