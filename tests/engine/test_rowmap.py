@@ -70,7 +70,10 @@ def test_turns(seed: int) -> None:
     draw = random.Random(seed)
     first, columns, length, _ = turn(draw)
     check(first, columns, length)
+    begins = [next(c for c in row if c is not PAD) for row in columns]
+    assert first.first_column().tolist() == begins
     cache = RowMap(0).append(first, 2, CPU)
+    cache.starts = torch.tensor(begins)
     second, more, width, _ = turn(draw)
     cache = cache.append(second, 2, CPU)
     columns = [
@@ -87,6 +90,7 @@ def test_turns(seed: int) -> None:
     cache = cache.select(lambda t: t[order])
     columns = [columns[i] for i in order]
     check(cache, columns, length)
+    assert cache.starts is not None and cache.starts.tolist() == [begins[i] for i in order]
     dropped = draw.randint(1, later)
     check(cache.cut(cache.rows - dropped), [row[:-dropped] for row in columns], length - dropped)
 
