@@ -16,6 +16,11 @@ def wide(monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
 
 
+def test_list_says_what_a_reducer_changes(capsys):
+    assert run("list", "visionzip") == 0
+    assert "2412.04467" in capsys.readouterr().out
+
+
 def test_list_is_generated_from_the_registries(capsys):
     from tokencomp import available_models, available_reducers
 

@@ -97,7 +97,7 @@ def command(
     if not console.quiet:
         print_lines(console, report.lines(runs))
     _check_answers(runs)
-    console.print(f"\nRun folders: [bold]{output}[/]. Next: tokencomp report {output}/*")
+    console.print(f"\nRun folders: [bold]{output}[/]. Next: tokencomp report {output}")
 
 
 def _with_baselines(settings: list[Any], seeds: int, native: bool = False) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 from importlib.metadata import version
 from typing import Annotated, Any
@@ -13,16 +14,20 @@ WHAT = ("all", "reducers", "models")
 
 
 def command(
-    what: Annotated[str, typer.Argument(help="reducers, models, or all.")] = "all",
+    what: Annotated[str, typer.Argument(help="reducers, models, all, or one reducer.")] = "all",
 ) -> None:
-    """List reducers with their options, and the models that can be compressed."""
-    from tokencomp.errors import unknown_name
-
-    if what not in WHAT:
-        raise unknown_name("list", what, WHAT)
+    """List reducers with their options, and models; or say what one reducer does."""
     from rich.console import Console
 
-    console = Console()
+    from tokencomp.errors import unknown_name
+    from tokencomp.reducers.registry import available_reducers
+
+    console, reducers = Console(), available_reducers()
+    if what in reducers:
+        typer.echo(inspect.getdoc(reducers[what]))
+        return
+    if what not in WHAT:
+        raise unknown_name("list", what, [*WHAT, *reducers])
     if what != "models":
         _print_reducers(console)
     if what != "reducers":

@@ -29,11 +29,13 @@ A padded second turn, of which sample 0 keeps two of four visual tokens (v) and 
 
     columns of both turns   0 1 2 3 4 5 | 6 7 8 9 10 11
     sample 0                t v v v v t | t t t t t  t
-    rows after the stage    · · 0 1 4 5 |                 rows 6, dropped 0: the longest sample
-    sample 1                t v v v v t | · · · t t  t    has lost nothing
+    rows after the stage    · · 0 1 4 5 |                 rows 6, dropped 0: columns that no row
+    sample 1                t v v v v t | · · · t t  t    of the longest sample holds
     rows after the stage    0 1 2 3 4 5 |
 
-The cache layers hold the map of the first turn (`current_map`: columns, and `mask` False at the two
-padding rows of sample 0). The segments of the second call take it as `past` and the new rows as
-`new`; `Masks` joins them: `_padding` for what is real, `_window` for what is near, by column.
+The cache layers hold the map of the first turn (`current_map`: columns, and `real` False at the two
+padding rows of sample 0). In the second call `LaterTokens._columns_of_call` (`later.py`) reads the
+padding of the new rows from the caller's mask; `build_segments` (`call.py`) takes the held map as
+`past` and the new rows as `new`; `Masks.decoder_mask` (`masks.py`) joins them: `_padding` for what
+is real, `_window` for what is near, by column.
 """

@@ -59,8 +59,7 @@ def check_installed() -> None:
     """Raise without lmms-eval, before anything is rendered or loaded."""
     if importlib.util.find_spec("lmms_eval") is None:
         raise MissingDependencyError(
-            f"running tasks needs lmms-eval: {install('eval')}. Your questions need only "
-            "--data FILE."
+            f"give your questions with --data FILE. Tasks need lmms-eval: {install('eval')}."
         )
 
 

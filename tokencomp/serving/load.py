@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +13,8 @@ from tokencomp.plan.counts import check_ratio
 
 MAX_STEPS = 3  # every ratio has separate entries in prefix and encoder caches
 CALM_SECONDS = 10.0  # of fewer than half of a step's requests, after which the step ends
+logger = logging.getLogger("tokencomp.serving")
+
 FORM = re.compile(r"([0-9]*\.?[0-9]+):([0-9]+)")
 
 
@@ -72,7 +75,7 @@ class Load:
 
     def look(self) -> int:
         """The number of the step for a request that arrives now."""
-        depth, now = self.depth, self._clock()
+        depth, now, before = self.depth, self._clock(), self.step
         reached = sum(depth >= step.depth for step in self.steps)
         if reached >= self.step:
             self.step, self._busy = reached, now
@@ -80,6 +83,8 @@ class Load:
             self._busy = now
         elif calm := int((now - self._busy) / CALM_SECONDS):
             self.step, self._busy = max(reached, self.step - calm), now
+        if self.step != before:
+            logger.info("ratio by load: step %d, %d requests are unanswered", self.step, depth)
         return self.step
 
     def leave(self) -> None:

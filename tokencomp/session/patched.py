@@ -42,10 +42,11 @@ def check_patch(handle: Handle | None, modalities: Tensor | None, budget: int | 
             )
         if names and stage.budget is not None and stage.budget.whole_prompt:
             raise OptionError(
-                f"the patch has {stage.budget}, so that the kept tokens of an image depend on the "
-                "others of its prompt. A session compresses every part when it comes, and never "
-                "again. Take one ratio or a budget per image: tokencomp.patch(model, budget=512). "
-                "Older images are evicted by Session(..., budget=16_384)."
+                f'the patch has budget={{"prompt": {stage.budget.tokens}}}, so that the kept '
+                "tokens of an image depend on the others of its prompt. A session compresses every "
+                "part when it comes, and never again. Take one ratio or a budget per image: "
+                "tokencomp.patch(model, budget=512). Older images are evicted by Session(..., "
+                "budget=16_384)."
             )
         for signal in stage.reducer.needs if names else ():
             attends = isinstance(signal, Attention) and not signal.modalities.isdisjoint(names)

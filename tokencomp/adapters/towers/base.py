@@ -134,5 +134,6 @@ def unknown_cells(family: str, reason: str = "") -> UnsupportedModelError:
     """The error for families whose visual tokens read unknown patches."""
     why = reason or "which patches of its vision tower a visual token reads is not known"
     return UnsupportedModelError(
-        f"tower_ratio: {family} has no tower stage, because {why}. Use tower_ratio=0."
+        f"{family} has no tower stage, because {why}. Use tower_ratio=0, and a reducer that does "
+        "not act before the tower (as delta and pixelprune do)."
     )

@@ -361,10 +361,12 @@ def log_start(engine: Engine, name: str, limits: Limits, bind: Bind) -> None:
         )  # fmt: skip
     model, options, default = engine.model, engine.options, engine.options.default
     logger.info(
-        "serving %r (%s) on %s in %s: reducer %s, ratio %s, ratio of requests %s",
+        "serving %r (%s) on %s in %s: reducer %s, ratio %s, merge %s, ratio of requests %s, by "
+        "load %s",
         name, type(model).__name__, model.device, str(model.dtype).removeprefix("torch."),
-        default.describe().get("reducer"), default.shown_ratio,
+        default.describe().get("reducer"), default.shown_ratio, default.merge,
         f"up to {options.max_ratio:g}" if options.per_request else "fixed",
+        ", ".join(f"{ratio:g} from {n} requests" for ratio, n in options.ratio_by_load) or "off",
     )  # fmt: skip
     logger.info(
         "limits: %d tokens, %d requests per batch, %d waiting; media of %d MiB, %d items, %g "
