@@ -112,7 +112,11 @@ def _print_models(console: Any) -> None:
         family = Text.from_markup(f"[bold]{cls.family}[/]{own}")
         rows.append((family, ", ".join(names), stages(names[0]), ", ".join(ordered)))
     columns = ("family", "model_type", "stages", "transformers")
-    caption = "transformers: releases with exactness tests. Below a family: the embedded model."
+    others = [name for name, kind in embedded.items() if kind not in available_models()]
+    caption = (
+        "transformers: releases with exactness tests. Below a family: the embedded model. "
+        f"Embedded models of other types: {', '.join(others)}."
+    )
     print_table(console, columns, rows, wrapped=columns[1:], gap=1, title="Models", caption=caption)
 
 
