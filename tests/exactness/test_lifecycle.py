@@ -93,6 +93,12 @@ def test_context_manager_disabled_and_set(family: Family) -> None:
         assert handle.plan.layer_stages
         handle.set(reducer="uniform")
         assert torch.equal(model(**inputs).logits, half)
+        handle.set(merge=True)
+        merged = model(**inputs).logits
+        with pytest.raises(ZeroDivisionError), handle.dropping():
+            assert torch.equal(model(**inputs).logits, half)
+            1 / 0  # noqa: B018
+        assert torch.equal(model(**inputs).logits, merged) and not torch.equal(merged, half)
     assert torch.equal(model(**inputs).logits, plain)
     with pytest.raises(tokencomp.TokenCompError, match="removed"):
         handle.set(ratio=0.1)
