@@ -38,7 +38,7 @@ __all__ = [
 FOLDER = Path(__file__).resolve().parent
 OUTPUTS = (".json", ".jsonl", ".md", ".csv", ".jpg")
 MARK = "publishable"
-LOST = {"2750d987", "59fd6962", "714d7b9e", "9c085507", "a7260a95", "cc934109"}
+LOST = {"59fd6962", "714d7b9e", "9c085507", "a7260a95", "cc934109"}
 """Commits that results name and the repository has not: their branches were rewritten."""
 WIDTH = 400
 """Columns of stored JSON: the line of a setting or a case."""

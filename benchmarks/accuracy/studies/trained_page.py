@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -151,13 +152,13 @@ def training(tables: dict[str, Any]) -> list[str]:
                 text = card
             else:
                 time = f"{card['seconds']:.0f} s" if card.get("seconds") else "time not recorded"
-                text = f"`{training_command(card)}` ({time})"
+                text = f"`{training_command(card)}`{without_option(card)} ({time})"
             lines.append(f"- Training of {name}: {text}.")
     return list(dict.fromkeys(lines))
 
 
 def training_command(card: dict[str, Any]) -> str:
-    """The command line that wrote a card, with all options, defaults included."""
+    """Today's command line for a card, with all options, defaults included."""
     from typer.main import get_command
 
     from tokencomp.cli.train import app
@@ -175,3 +176,23 @@ def training_command(card: dict[str, Any]) -> str:
             text = ",".join(value) if isinstance(value, list | tuple) else str(value)
             parts += [option.opts[0], text]
     return shlex.join([*parts, "--output", "FOLDER"])
+
+
+def without_option(card: dict[str, Any]) -> str:
+    """Fields of a card's config that differ from their defaults, and that no option sets."""
+    from typer.main import get_command
+
+    from tokencomp.cli.train import app
+    from tokencomp.training.ccam import CcamConfig
+    from tokencomp.training.selector.config import SelectorConfig
+
+    command: Any = get_command(app)
+    options = {option.name for option in command.commands[card["kind"]].params}
+    config: Any = {"ccam": CcamConfig, "selector": SelectorConfig}.get(card["kind"])
+    fields = dataclasses.fields(config) if config else ()
+    found = [
+        f"{f.name}={card['config'][f.name]}"
+        for f in fields
+        if f.name in card["config"].keys() - options and card["config"][f.name] != f.default
+    ]
+    return f" with {', '.join(found)} of `{config.__name__}`" if found else ""
