@@ -204,7 +204,7 @@ def test_logits_are_those_of_the_model_itself(way: Any, backend: str, reducer: s
 
 def test_attention_that_names_no_backend_is_refused() -> None:
     """Neither the module of its class nor those of its bases have a list of backends."""
-    with pytest.raises(UnsupportedModelError, match="beside MultiheadAttention"):
+    with pytest.raises(UnsupportedModelError, match="the module of MultiheadAttention"):
         attention_function(nn.MultiheadAttention(8, 2), None)
 
 
