@@ -15,7 +15,7 @@ NAMES = {
     "longer": "without `delta`, trained longer (control)",
     "delta": "trained longer with `delta`",
 }
-TEXT = """# Does a model still use what stands in an older screenshot?
+TEXT = """# Does a model still use what only an older screenshot shows?
 
 `python -m recipes.screens.build`, again with `--longer` and with `--delta`, then
 `python -m benchmarks.screens.answers`. Sessions of two to four drawn screens of 168 × 168 pixels
