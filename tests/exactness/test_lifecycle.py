@@ -176,11 +176,11 @@ def test_an_error_in_a_call_leaves_no_state(
             with pytest.raises(error):
                 call(**inputs)
         hook.remove()
+        now = [vars(m).get("config") for m in model.modules()]
+        assert all(a is b for a, b in zip(now, configs, strict=True))
         handle.set(ratio=0.25).set(ratio=0.5)  # no call is in the way
         assert torch.equal(model.forward(**inputs).logits, expected)
         assert handle.stats.ratio > 0.3
-    after = [vars(m).get("config") for m in model.modules()]
-    assert all(a is b for a, b in zip(after, configs, strict=True))
 
 
 @pytest.mark.thin(2)

@@ -77,7 +77,7 @@ class DecoderHooks(CallHooks):
         self.stats: Stats | None = None
         self._owner, self._prefill, self._featureless = owner, prefill, featureless
         self._ratios = RatioCheck()
-        self._weights = RowWeights(adapter, calls)
+        self.weights = RowWeights(adapter, calls)
         self._later = LaterTokens(adapter, calls, owner.compact)
         self._layers = LayerHooks(adapter, calls)
         self.tower = TowerHooks(adapter, calls, self.is_off)
@@ -109,7 +109,7 @@ class DecoderHooks(CallHooks):
     def remove(self) -> None:
         """Remove all hooks; safe to call twice."""
         super().remove()
-        for part in (self._weights, self._layers, self.tower):
+        for part in (self.weights, self._layers, self.tower):
             part.remove()
 
     def is_off(self) -> bool:
@@ -194,7 +194,7 @@ class DecoderHooks(CallHooks):
         self._layers.follow_wrappers()
         state.call = call
         if call.merges:
-            self._weights.begin()
+            self.weights.begin()
         if self.tower.drop is not None or self.tower.probe is not None:
             self.tower.collect(call, noted.inputs or {})
         # Score, choose, gather: only kept rows enter the decoder.
@@ -239,8 +239,7 @@ class DecoderHooks(CallHooks):
         """Restore the output of a decoder call to full length; None if it does not change."""
         state = self.calls.state
         call, state.call = state.call, None
-        if state.weighs:
-            self._weights.end()
+        self.weights.end()
         if call is None or out is None:
             return None
         if len(call.segments) > 1:
@@ -252,7 +251,7 @@ class DecoderHooks(CallHooks):
             note_padding(call, cache)
             return out
         if call.merges:
-            self._weights.check(call)
+            self.weights.check(call)
         layer = note_prompt(call, cache, self._owner)
         if call.earlier:
             out = whole_output(out, call.earlier)

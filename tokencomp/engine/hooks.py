@@ -339,8 +339,11 @@ class Hooks(CallHooks):
             finally:
                 redirected.discard(id(module))
         entered.discard(id(module))
-        with self.gate.call():
-            return original(*args, **kwargs)
+        try:
+            with self.gate.call():
+                return original(*args, **kwargs)
+        finally:
+            self.decoder.weights.end()  # torch runs no hook after a KeyboardInterrupt
 
     # -- state ----------------------------------------------------------------------------------
 

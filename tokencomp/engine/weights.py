@@ -129,8 +129,10 @@ class RowWeights(CallHooks):
                     self._handles.append(replaced)
 
     def end(self) -> None:
-        self.calls.state.weighs = False
-        self._exit()
+        """End the prompt of this thread, if one runs."""
+        if self.calls.state.weighs:
+            self.calls.state.weighs = False
+            self._exit()
 
     def remove(self) -> None:
         """Restore everything; safe to call twice."""
