@@ -72,6 +72,24 @@ def test_ties_go_to_the_lower_index(case: Case) -> None:
         assert kept == list(range(7))
 
 
+@pytest.mark.parametrize(
+    "case",
+    [c for c in matrix.step_cases() if make_reducer(c[0], **c[1]).traits.grid == "any"],
+    ids=matrix.case_id,
+)
+def test_only_readers_of_a_known_grid_read_its_shape(case: Case) -> None:
+    """The patches of an unknown grid are given as one row: the choice must be the same."""
+    for grid, unknown in (((1, 8, 8), (1, 1, 64)), ((4, 4, 4), (4, 1, 16))):
+        given = matrix.tokens(grid)
+        for budget in (3, 12, 40):
+            known, row = (
+                matrix.reduce(case, dataclasses.replace(given, grids=[shape]), budget)
+                for shape in (grid, unknown)
+            )
+            hint = f"{case[0]} reads Tokens.grids: it needs `traits = Traits(grid='known')`"
+            assert torch.equal(known.rows, row.rows), hint
+
+
 @every_step
 def test_scored_in_fp32(case: Case) -> None:
     """Low-precision features are chosen from, and merged, as their exact fp32 copies would be.
