@@ -18,7 +18,7 @@ import tokencomp
 from tokencomp import Kept, Plan, Reducer, Stage, Tokens, make_reducer
 from tokencomp.errors import PlanError
 from tokencomp.plan.reducer import Traits
-from tokencomp.reducers import mmtok
+from tokencomp.reducers import ScoreReducer, mmtok
 from tokencomp.reducers._batch import means
 from tokencomp.reducers.base import reduced
 from tokencomp.tokens import stacks
@@ -219,23 +219,45 @@ def test_merging_after_another_stage(name: str, first: str) -> None:
 
 
 @dataclass(frozen=True)
-class Short(Reducer):
-    """Returns fewer rows than its budget, or fewer merged ones."""
+class Returning(Reducer):
+    """Returns what `kept(features, budget)` makes."""
 
-    rows: int = 0
-    merged: int = 0
+    kept: Any
 
     def reduce(self, tokens: Tokens) -> Kept:
-        rows = torch.arange(tokens.budgets[0] - self.rows)
-        return Kept(rows, tokens.features[rows][: len(rows) - self.merged])
+        return self.kept(tokens.features, tokens.budgets[0])
 
 
-@pytest.mark.parametrize(("layer", "reducer"), [(0, Short(rows=1)), (2, Short(merged=1))])
-def test_another_number_of_rows_is_refused(reducer: Reducer, layer: int) -> None:
+@dataclass(frozen=True)
+class Scoring(ScoreReducer):
+    """Scores patches by `rated(features)`."""
+
+    rated: Any
+
+    def scores(self, tokens: Tokens) -> torch.Tensor:
+        return self.rated(tokens.features)
+
+
+R = torch.arange
+WRONG = {
+    r"'Returning' returned rows of shape \(7,\).*\(8,\)": Returning(lambda x, k: Kept(R(k - 1))),
+    "'Returning' returned rows of type list": Returning(lambda x, k: Kept([*range(k)])),
+    r"features of shape \(7, 64\).*\(8, 64\)": Returning(lambda x, k: Kept(R(k), x[1:k])),
+    r"features of shape \(8, 3\).*\(8, 64\)": Returning(lambda x, k: Kept(R(k), x[:k, :3])),
+    r"weights of shape \(8, 1\).*\(8,\)": Returning(lambda x, k: Kept(R(k), x[:k], x[:k, :1])),
+    r"'Scoring' returned scores of shape \(16, 64\).*\(16,\)": Scoring(lambda x: x),
+    r"'Scoring' returned scores of shape \(15,\).*\(16,\)": Scoring(lambda x: x[1:, 0]),
+}
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("message", WRONG)
+def test_a_wrong_shape_is_refused(message: str, layer: int) -> None:
+    """The message names the reducer, what it returned, and the shape that is expected."""
     family = FAMILIES["qwen2_vl"]
     model, inputs = family.build(), family.batch([[text(3), family.image(0), text(4)]])
     with (
-        tokencomp.patch(model, plan=Plan((Stage(layer, 0.5, reducer),))),
-        pytest.raises(PlanError, match=r"'Short' returned 7 (rows|features) where 8 were"),
+        tokencomp.patch(model, plan=Plan((Stage(layer, 0.5, WRONG[message]),))),
+        pytest.raises(PlanError, match=message),
     ):
         model(**inputs)

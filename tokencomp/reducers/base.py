@@ -14,7 +14,7 @@ from tokencomp.plan.plan import Plan
 from tokencomp.plan.reducer import Traits, unused_options
 from tokencomp.plan.stages import Stage
 from tokencomp.reducers._batch import best_rows, finite_values
-from tokencomp.tokens.kept import Kept
+from tokencomp.tokens.kept import Kept, form
 from tokencomp.tokens.signals import Signal
 from tokencomp.tokens.spans import ModelFacts, VisualSpan
 from tokencomp.tokens.tokens import Tokens
@@ -125,7 +125,13 @@ class ScoreReducer(Reducer):
         """
 
     def reduce(self, tokens: Tokens) -> Kept:
-        scores = finite_values(self.scores(tokens), "scores")
+        scores, wanted = self.scores(tokens), (len(tokens.features),)
+        if getattr(scores, "shape", None) != wanted:
+            raise PlanError(
+                f"reducer {label(self)!r} returned scores of {form(scores)}. `scores(tokens)` must "
+                f"return one score per patch, a tensor of shape {wanted}."
+            )
+        scores = finite_values(scores, "scores")
         return Kept(best_rows(scores, tokens.budgets, tokens.lengths))
 
 

@@ -85,12 +85,14 @@ class Kept:
 
     def _fault(self, tokens: Tokens, decides: bool) -> str:
         rows, budgets = self.rows, np.asarray(tokens.budgets)
-        if rows.dtype != torch.int64 or rows.ndim != 1:
-            return f"rows of shape {tuple(rows.shape)} and type {rows.dtype}"
-        parts = {"rows": rows, "features": self.features, "weights": self.weights}
-        for name, values in parts.items():
-            if values is not None and not decides and len(values) != budgets.sum():
-                return f"{len(values)} {name} where {budgets.sum()} were requested"
+        if getattr(rows, "dtype", None) != torch.int64 or rows.ndim != 1:
+            return f"rows of {form(rows)}"
+        k = len(rows) if decides else int(budgets.sum())
+        wanted = {"rows": (k,), "features": (k, tokens.features.shape[1]), "weights": (k,)}
+        for name, shape in wanted.items():
+            values = getattr(self, name)
+            if values is not None and getattr(values, "shape", None) != shape:
+                return f"{name} of {form(values)} where shape {shape} was expected"
         if rows.device.type != "cpu":
             return ""
         kept, stops = rows.numpy(), np.cumsum(tokens.lengths)
@@ -104,6 +106,13 @@ class Kept:
         if len(wrong):
             return f"{counts[wrong[0]]} rows of a span where {budgets[wrong[0]]} were requested"
         return ""
+
+
+def form(values: object) -> str:
+    """Shape and type of what should be a tensor, for messages."""
+    if isinstance(values, Tensor):
+        return f"shape {tuple(values.shape)} and type {values.dtype}"
+    return f"type {type(values).__name__}"
 
 
 def _joined(
