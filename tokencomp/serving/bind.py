@@ -18,17 +18,9 @@ logger = logging.getLogger("tokencomp.serving")
 class Bind:
     """Address of a server, and requirements on its clients.
 
-    Attributes
-    ----------
-    host, port
-        Network address.
-    api_key
-        Bearer token that requests must carry; None accepts all requests.
-    allowed_hosts
-        Host names that clients may use, in addition to "localhost" and numeric addresses; empty:
-        all names, except at a loopback address.
-    shutdown_timeout
-        Seconds in which running requests may end after SIGTERM.
+    `api_key` None accepts all requests. `allowed_hosts` are names besides "localhost" and numeric
+    addresses; empty: all, except at a loopback address. Running requests have `shutdown_timeout`
+    seconds after SIGTERM.
     """
 
     host: str = "127.0.0.1"

@@ -50,10 +50,7 @@ def _is_preflight(scope: Scope, headers: Headers) -> bool:
 def check_head(scope: Scope, bind: Bind) -> None:
     """Check host name, length of the body, key and content type, before the body is read.
 
-    Raises
-    ------
-    RequestError
-        Status 403, 400, 401 or 415. The rest of the connection must not be read afterwards.
+    Raises `RequestError` (400, 401, 403 or 415); the rest of the connection must then not be read.
     """
     headers = Headers(scope=scope)
     for host in headers.getlist("host") or [""]:
@@ -83,22 +80,10 @@ def error_response(error: RequestError) -> JSONResponse:
 
 
 class Exchange:
-    """One request and its answer, with their state; its string is the line of the access log.
+    """One request and its answer, in the state of the request; its string is a line of the log.
 
-    Handlers find it in the state of the request.
-
-    Attributes
-    ----------
-    id
-        Id of the request, which clients may choose (X-Request-Id).
-    headers
-        Further headers of the answer.
-    status
-        Status of the answer; 0 before it starts.
-    details, refusal
-        For the log: what was done for the request, or why it was refused.
-    failed
-        Whether the application raised an error without answering it.
+    `status` is 0 before the answer starts; `headers` are further ones of the answer. For the
+    log, `details` say what was done, `refusal` why not, `failed` that nobody has answered.
     """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -171,15 +156,7 @@ class Exchange:
 
 
 class Bodies:
-    """Bounds the request bodies in memory.
-
-    Parameters
-    ----------
-    largest, total
-        Largest size of one body, and of all bodies in memory, in bytes.
-    seconds
-        Time in which a client must send a body.
-    """
+    """Bounds the bodies in memory: bytes of one and of all, and seconds of their arrival."""
 
     def __init__(self, largest: int, total: int, seconds: float) -> None:
         self.largest, self.total, self.seconds = largest, total, seconds
@@ -189,11 +166,7 @@ class Bodies:
     async def read(self, request: Request) -> AsyncIterator[bytearray]:
         """Yield the body of a request, which counts towards the total inside of the block.
 
-        Raises
-        ------
-        RequestError
-            If the body is too large (413), late (408), or one too many (503), or if the client
-            has left.
+        Raises `RequestError`: too large (413), late (408), one too many (503), or the client left.
         """
         content = bytearray()
         try:

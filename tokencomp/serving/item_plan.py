@@ -40,10 +40,7 @@ def config_facts(config: Any, folder: str) -> ModelFacts:
 
 
 def cache_key(spec: MethodSpec, facts: ModelFacts | None = None) -> dict[str, Any]:
-    """Cache key of an active spec: its options, the release, and trained weights.
-
-    The options name a file or folder of weights, whose content can change.
-    """
+    """Cache key of an active spec: options, release, and content of files of trained weights."""
     bound = spec.built_reducer.bind(facts or ModelFacts(mrope=False))
     return {**spec.describe(), "version": __version__, "weights": _weights_of(bound)}
 
@@ -71,37 +68,18 @@ class ItemSize(NamedTuple):
 
 @dataclass(frozen=True)
 class ItemPlan:
-    """What happens to one image or video; travels from the front end to the workers as JSON.
-
-    Attributes
-    ----------
-    spans, keep
-        Spans in order, and the tokens left of each.
-    extent
-        Positions that the uncompressed item takes where kept tokens keep theirs; else 0.
-    reducer, options
-        Registry name and options of the reducer.
-    tower
-        Fraction of the cells that the vision tower sees, the budget in place of it or None, and
-        name and options of the reducer that chooses them; None: it sees all.
-    weights
-        Hash of the reducer's trained weights, after whose change a worker reads them again; "" if
-        it has none.
-    merge
-        Whether dropped tokens are merged into kept ones, with weights.
-    cells
-        The cells that the vision tower sees, ascending, where the pixels decide which; else None.
-    """
+    """What happens to one image or video; travels from the front end to the workers as JSON."""
 
     spans: tuple[VisualSpan, ...]
-    keep: tuple[int, ...]
+    keep: tuple[int, ...]  # tokens left of each
     reducer: str
     options: str = "{}"
-    extent: int = 0
+    extent: int = 0  # positions of the uncompressed item, where kept tokens keep theirs
+    # Fraction of the cells that the tower sees, a budget in its place, and the reducer; None: all.
     tower: tuple[float, int | None, str, str] | None = None
-    weights: str = ""
+    weights: str = ""  # hash of trained weights, which workers read again when it changes
     merge: bool = False
-    cells: tuple[int, ...] | None = None
+    cells: tuple[int, ...] | None = None  # ascending, that the tower sees; None: not from pixels
 
     @classmethod
     def make(
@@ -114,12 +92,8 @@ class ItemPlan:
     ) -> ItemPlan:
         """Plan an item under an active spec; `facts` of the model find and check trained weights.
 
-        `cells` are those that the tower sees of an item of one span, where the pixels decide.
-
-        Raises
-        ------
-        WeightsError
-            The reducer is trained, and its weights are missing, damaged, or of another model.
+        `cells` are those that the tower sees of an item of one span, if the pixels decide. Raises
+        `WeightsError` for weights that are missing, damaged, or of another model.
         """
         facts = replace(facts or ModelFacts(mrope=False), mrope=extent > 0)
         # A reducer that can be served has one stage, at entry, however many layers there are.

@@ -21,11 +21,10 @@ from tokencomp.tokens.tokens import Tokens
 def reduce_item(
     plan: ItemPlan, features: Tensor, present: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Reduce the features of an item.
+    """Reduce the features (full, d) of an item.
 
     Parameters
     ----------
-    features : Tensor, shape (full, d)
     present : Tensor of int64, shape (entering,), or None
         The tokens that the vision tower has computed, ascending; None: all.
 
@@ -38,8 +37,6 @@ def reduce_item(
 
     Raises
     ------
-    RuntimeError
-        The engine's features, or the reducer's result, do not have the planned length.
     ScoreError
         The features are not finite, and the reducer compares them.
     """
@@ -102,27 +99,12 @@ def reduce_rows(
     report: Callable[[ItemPlan, ScoreError], None],
     present: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Reduce an engine's rows by their leading columns; never fails because of the features.
+    """Reduce the rows (full, d) of an engine by their first `width` columns, as `reduce_item`.
 
     Features that overflowed (float16 towers) cannot be compared, and an exception would end the
-    engine and all requests. Such an item keeps evenly spaced tokens. Non-finite values become 0,
-    because they would remain in blocks of the KV cache that later requests use.
-
-    Parameters
-    ----------
-    x : Tensor, shape (full, d)
-        Rows of the vision tower; kept rows keep all columns.
-    width
-        Number of leading columns that enter the decoder, which the reducer sees.
-    report
-        Called with the plan and the error if features are not finite.
-    present
-        See `reduce_item`; other rows are not read.
-
-    Returns
-    -------
-    Tensor, shape (kept, d), and Tensor of int64, shape (kept,)
-        See `reduce_item`; digits of sizes follow all columns of a row.
+    engine and all requests. Such an item keeps evenly spaced tokens, and `report` gets its plan and
+    the error. Non-finite values become 0: they would remain in blocks of the KV cache that later
+    requests use. Kept rows (kept, d) keep all columns; digits of sizes follow them.
     """
     try:
         if not torch.isfinite(x if present is None else x[present]).all():
@@ -141,9 +123,8 @@ def reduce_rows(
 def batches(sizes: list[int], budget: int, towers: Sequence[Any] = ()) -> Iterator[tuple[int, int]]:
     """Yield ranges of items with at most `budget` uncompressed rows (at least one item each).
 
-    The scheduler admits media by kept rows, but the memory of the vision tower grows with
-    uncompressed rows. Items with different tower stages (`towers`) cannot share a call of the
-    tower.
+    The memory of the tower grows with uncompressed rows. Items with different stages (`towers`)
+    cannot share a call of the tower.
     """
     first, total = 0, 0
     for i, size in enumerate(sizes):

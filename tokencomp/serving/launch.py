@@ -41,8 +41,7 @@ def vllm_command(
     """Return command line and environment of `vllm serve` with the plugin.
 
     The arguments are those of `run_hf`; `extra` are further ones for `vllm serve`, and `paths`
-    further paths that answer. Raises a `TokenCompError` if vLLM is not installed, or cannot serve
-    this reducer, ratio or model.
+    further paths that answer. Raises a `TokenCompError` if vLLM is missing or cannot serve this.
     """
     if importlib.util.find_spec("vllm") is None:
         raise MissingDependencyError(
@@ -126,8 +125,7 @@ def _takes_frames(extra: Sequence[str]) -> bool:
 def metrics_folder() -> str:
     """Make the folder in which the processes of this server collect their metrics.
 
-    vLLM replaces this process and cannot remove the folder. The name therefore contains the number
-    of the process, and every start removes the folders of processes that no longer exist.
+    vLLM replaces this process and cannot remove it, so a start removes those of dead processes.
     """
     for folder in Path(tempfile.gettempdir()).glob(METRICS_PREFIX + "*"):
         number = folder.name.removeprefix(METRICS_PREFIX).partition("-")[0]
@@ -148,11 +146,7 @@ def _runs(process: int) -> bool:
 
 
 def _entry(model: str) -> list[str]:
-    """Return the command of `vllm serve MODEL`.
-
-    The command line of builds that are published under another package name does not start, so
-    these builds run the module of the API server.
-    """
+    """The command of `vllm serve MODEL`; builds of another package name have no command line."""
     try:
         importlib.metadata.version("vllm")
     except importlib.metadata.PackageNotFoundError:
@@ -161,10 +155,8 @@ def _entry(model: str) -> list[str]:
 
 
 def check_architecture(model: str, options: ServerOptions) -> bool:
-    """Refuse models that vLLM would serve uncompressed, because the plugin does not know them.
-
-    Also a default with a stage in a vision tower for which the plugin has none, and `merge=True`
-    for families that cannot merge. Returns whether "auto" drops, because the family cannot.
+    """Refuse what vLLM would serve uncompressed: models that the plugin does not know, and a
+    stage in the tower or `merge=True` where it has none. Returns whether "auto" drops.
     """
     from transformers import AutoConfig
 
@@ -230,18 +222,8 @@ def run_hf(
 ) -> None:
     """Serve with transformers until the process is interrupted.
 
-    Parameters
-    ----------
-    options
-        Reducer, ratio and limits of the server, see `ServerOptions.parse`.
-    bind, limits
-        Address, and limits on the media of a request.
-    device, dtype, image_max_tokens
-        As in `load_model`.
-    served_name
-        Model name that clients see, by default `model`.
-    **engine
-        Options of `Engine`.
+    `options` are those of `ServerOptions.parse`; `device`, `dtype` and `image_max_tokens` as in
+    `load_model`; `served_name` is what clients see, by default `model`; `engine` is for `Engine`.
     """
     parsed = ServerOptions.parse(options, engine="hf")
     if limits.allowed_path is not None and not limits.allowed_path.is_dir():

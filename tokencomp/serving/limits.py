@@ -39,48 +39,24 @@ class RequestError(TokenCompError, ValueError):
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of one request.
+    """Limits of one request; a few bytes can decode to very many pixels."""
 
-    Attributes
-    ----------
-    allowed_path
-        Directory below which `file:` URLs may point; None refuses all of them.
-    max_bytes
-        Size of one encoded image or video, in bytes.
-    max_pixels, max_total_pixels
-        Width × height of one image or frame, and their sum over all images and sampled frames. A
-        few bytes can decode to very many pixels.
-    frames, policy
-        Number of frames that are sampled from a video, and how, see `tokencomp.inputs.frames`; ""
-        is `frames` evenly spaced ones.
-    max_decoded, max_decoded_pixels, max_animated_pixels
-        Frames of a video, the pixels in all of them, and those in all frames of an animation. A
-        decoder has to produce every frame, also those that are not sampled, and a few bytes of an
-        animation cost a whole canvas.
-    decode_seconds, decode_memory
-        Time for decoding all media of a request, and memory in bytes of the process that decodes a
-        video file.
-    max_items
-        Number of images and videos.
-    max_body, max_bodies, body_seconds
-        Size of a body and of all bodies in memory, in bytes, and time in which one must arrive.
-    """
-
-    allowed_path: Path | None = None
-    max_bytes: int = 64 << 20
-    max_pixels: int = 50_000_000
-    max_total_pixels: int = 300_000_000
-    frames: int = 32
-    policy: str = ""
-    max_decoded: int = 36_000
+    allowed_path: Path | None = None  # folder of `file:` URLs; None refuses them
+    max_bytes: int = 64 << 20  # of one encoded image or video
+    max_pixels: int = 50_000_000  # of one image or frame
+    max_total_pixels: int = 300_000_000  # of all images and sampled frames
+    frames: int = 32  # sampled from a video, by this policy (`tokencomp.inputs.frames`)
+    policy: str = ""  # evenly spaced
+    # A decoder produces all frames of a video, and for a few bytes of an animation a whole canvas.
+    max_decoded: int = 36_000  # frames
     max_decoded_pixels: int = 20_000_000_000
     max_animated_pixels: int = 1_000_000_000
-    decode_seconds: float = 60.0
-    decode_memory: int = 3 << 30
-    max_items: int = 32
-    max_body: int = 128 << 20
-    max_bodies: int = 512 << 20
-    body_seconds: float = 120.0
+    decode_seconds: float = 60.0  # for all media of a request
+    decode_memory: int = 3 << 30  # bytes of the process that decodes a video file
+    max_items: int = 32  # images and videos
+    max_body: int = 128 << 20  # bytes of one body
+    max_bodies: int = 512 << 20  # bytes of all bodies
+    body_seconds: float = 120.0  # in which a body must arrive
 
 
 def check_structure(content: bytes | bytearray) -> None:

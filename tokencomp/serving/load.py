@@ -26,18 +26,9 @@ class Step(NamedTuple):
 
 
 def parse_steps(text: Any, base: float) -> tuple[Step, ...]:
-    """Read "0.75:8,0.9:16"; `base` is the ratio of a server without load.
-
-    Raises
-    ------
-    OptionError
-        It has another form, more than three steps, or a ratio or depth that does not grow. A first
-        step of depth 0 must have the ratio `base`, and says nothing new.
-    """
+    """Read "0.75:8,0.9:16"; `base` is the ratio without load. Raises `OptionError`."""
     parts = [FORM.fullmatch(part.strip()) for part in str(text).split(",")]
     steps = [Step(check_ratio(float(p[1])), int(p[2])) for p in parts if p] if all(parts) else []
-    if steps and steps[0] == (base, 0):
-        steps = steps[1:]
     every = [Step(base, 0), *steps]
     grows = all(a.ratio < b.ratio and a.depth < b.depth for a, b in zip(every, steps, strict=False))
     if not steps or len(steps) > MAX_STEPS or not grows:
@@ -49,17 +40,11 @@ def parse_steps(text: Any, base: float) -> tuple[Step, ...]:
 
 
 class Load:
-    """Chooses the ratio of every request by the number of unanswered requests.
+    """Chooses the ratio of every request by the number of unanswered requests (`depth`).
 
-    A step begins with the request that finds its depth. It ends when no request has found half of
-    its depth for `CALM_SECONDS`: a ratio that changes with every request would make caches useless.
-
-    Attributes
-    ----------
-    depth
-        Requests whose body has arrived and whose answer has not ended.
-    step
-        Number of the current step; 0 is the ratio of the server.
+    A step (0: the ratio of the server) begins with the request that finds its depth. It ends when
+    no request has found half of its depth for `CALM_SECONDS`: a ratio that changes with every
+    request would make caches useless.
     """
 
     def __init__(self, steps: Sequence[Step], clock: Callable[[], float] = time.monotonic) -> None:

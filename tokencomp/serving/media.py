@@ -37,10 +37,7 @@ HEADER, DESCRIPTOR = 13, 9
 
 
 def read_url(url: str, limits: Limits) -> tuple[str, bytes]:
-    """Media type and content of a `data:` URL or an allowed `file:` URL.
-
-    A list of frames (`FRAME_LIST`) remains base64 text.
-    """
+    """Media type and content of a URL that is allowed; a list of frames remains base64 text."""
     scheme, colon, _ = url[:10].partition(":")
     scheme = scheme.lower() if colon else ""
     if scheme == "data":
@@ -102,10 +99,7 @@ def _check_bytes(size: int, limits: Limits) -> None:
 
 
 def load_image(url: str, limits: Limits, deadline: Deadline | None = None) -> Image.Image:
-    """Load one image as RGB, rotated upright as its EXIF data says.
-
-    Transparent parts become white, as in vLLM.
-    """
+    """Load one image as RGB, upright as its EXIF data says, transparent parts white as in vLLM."""
     deadline = deadline or Deadline(limits.decode_seconds)
     return decode_image(read_url(url, limits)[1], limits, deadline)
 
@@ -189,10 +183,7 @@ def check_jpeg(content: bytes) -> None:
 
 
 def count_frames(content: bytes, limit: int) -> int:
-    """Return the number of frames of a GIF, but at most `limit` + 1; 0 for other files.
-
-    Pillow has no such limit. As in Pillow, unknown bytes between two blocks are skipped.
-    """
+    """Number of frames of a GIF, at most `limit` + 1 (Pillow counts all); 0 for other files."""
     if content[:4] != b"GIF8" or len(content) < HEADER:
         return 0
     place, frames = HEADER + _color_table(content[10]), 0

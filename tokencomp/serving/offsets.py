@@ -41,10 +41,7 @@ def unpack_offsets(digits: Tensor) -> Tensor:
 
 
 def split_offsets(rows: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Rows without the columns of their offsets, and the offsets (3, k); zeros without columns.
-
-    `width` is the number of columns of a row without any digits.
-    """
+    """Rows without the columns of offsets (from `width` on), and offsets (3, k) or zeros."""
     if rows.shape[1] < width + OFFSETS:
         return rows, torch.zeros(3, rows.shape[0], dtype=torch.long, device=rows.device)
     return rows[:, :-OFFSETS], unpack_offsets(rows[:, -OFFSETS:])
@@ -58,10 +55,7 @@ def unpack_sizes(rows: Tensor, width: int) -> Tensor:
 
 
 def grid_offsets(grid: tuple[int, int, int], t_factor: float) -> np.ndarray:
-    """Return the offsets (3, t·h·w) of a grid from its base position.
-
-    Frames are `t_factor` positions apart, truncated to integers as in the model.
-    """
+    """Offsets (3, t·h·w) of a grid whose frames are `t_factor` apart, truncated as in the model."""
     offsets = np.indices(grid).reshape(3, -1)
     if t_factor != 1.0:
         offsets[0] = (offsets[0] * t_factor).astype(np.int64)

@@ -19,15 +19,8 @@ BOUNDS = (0, 0.2, 0.4, 0.6, 0.7, 0.8, 0.85, 0.925, 1)  # between the ratios that
 class Saved:
     """Visual tokens of a request before and after compression.
 
-    Attributes
-    ----------
-    reducer
-        Its name; "none" where nothing is compressed.
-    requested
-        `{"ratio": 0.75}` or `{"budget": 512}`, of the request, of the load or of the server.
-    tokens
-        Modality → visual tokens before compression, and those that a decoder layer sees, on
-        average over layers.
+    `reducer` is "none" where nothing is compressed, `requested` the ratio or budget in force.
+    `tokens` has, by modality, those before, and the mean over decoder layers of those seen.
     """
 
     reducer: str = "none"

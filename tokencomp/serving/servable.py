@@ -27,10 +27,8 @@ def check_name(field_name: str, name: Any) -> str:
 def serving_safe(reducer: Reducer) -> bool:
     """Whether it runs inside engines that fix placeholder counts before the model runs.
 
-    Its keep count must depend only on grid and ratio, it must act at entry only, and need no
-    signals: its choice then depends only on the media item, and prefix caches may share the result
-    between questions. Tests verify this for classes of this package; authors of others declare it
-    with `Traits(per_item=True)`.
+    Its choice must depend on the media item only, as prefix caches share it between questions.
+    Tests verify this for this package; other classes declare `Traits(per_item=True)`.
     """
     if reducer.needs or counts_itself(reducer):
         return False
@@ -42,11 +40,7 @@ def serving_safe(reducer: Reducer) -> bool:
 
 
 def servable() -> dict[str, str]:
-    """Reducers that an engine with fixed placeholder counts can run, and how.
-
-    The value of a name is "" if the default options can be served, else the option and the values
-    that make it so: "signal=norm or novelty or none".
-    """
+    """Reducers that such an engine can run: name → "", or the option and values that make it so."""
     able = {}
     for name, cls in available_reducers().items():
         if _is_safe(cls):
@@ -74,14 +68,7 @@ def _safe_choices(cls: type[Reducer]) -> str:
 
 
 def check_servable(reducer: Reducer) -> Reducer:
-    """Return `reducer` if an engine can run it.
-
-    Raises
-    ------
-    OptionError
-        Its keep count or choice depends on more than the media item: on text, attention, or a
-        decoder layer (prefix caches would mix up questions), or, if not declared, on other items.
-    """
+    """Return `reducer` if such an engine can run it; raise `OptionError` with those that can."""
     if serving_safe(reducer):
         return reducer
     able = ", ".join(f"{name} with {o}" if o else name for name, o in servable().items())

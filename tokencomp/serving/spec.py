@@ -33,24 +33,18 @@ class ServerOptions:
 
     Attributes
     ----------
-    default : MethodSpec
-        Its reducer is an object, or "auto" where the server compresses nothing by default.
     max_ratio : float
-        Largest ratio a request may ask for. Below 0.95 it may ask for no budget in tokens, as its
-        ratio depends on the media.
+        Largest ratio of a request; below 0.95 it may ask for no budget, whose ratio is not known.
     per_request : bool
-        False refuses requests that bring their own reducer, ratio or options.
-    low_detail_ratio : float or None
-        Ratio of images that a request without options of its own sends as `detail` "low", which
-        None refuses.
-    ratio_by_load : tuple of Step
-        Higher ratios of requests that name none, for a server under load.
-    merging : bool
-        Whether requests may merge on vLLM. Its attention then has wider heads for all requests, so
-        that the default of the server has to merge.
+        False refuses requests that bring options.
     only_own : bool
-        True refuses all other processor options of a request (vLLM hands them through, and they
-        can make media many times larger).
+        True refuses other processor options, which vLLM hands through: they can enlarge media.
+    low_detail_ratio : float or None
+        Ratio of images of `detail` "low"; None refuses them.
+    merging : bool
+        Whether attention of vLLM has wider heads, so that requests may merge.
+    ratio_by_load : tuple of Step
+        Higher ratios of requests that name none, under load.
     """
 
     default: MethodSpec = field(default_factory=MethodSpec)
@@ -71,8 +65,7 @@ class ServerOptions:
         if options is None:
             return cls()
         values = as_mapping(options, SERVER_KEYS)
-        ratio = values.get("ratio", 0.0)
-        ratio = check_ratio(ratio)
+        ratio = check_ratio(values.get("ratio", 0.0))
         max_ratio = check_ratio(values.get("max_ratio", max(MAX_RATIO, ratio)))
         if ratio > max_ratio:
             raise RatioError(
@@ -105,13 +98,9 @@ class ServerOptions:
         )
 
     def low_detail(self, details: Sequence[tuple[str, Any]]) -> MethodSpec | None:
-        """The default with the ratio of images in low detail, or None if none is in low detail.
+        """The default with the ratio of images in low detail; None if none is. Videos keep theirs.
 
-        Parameters
-        ----------
-        details
-            For each image and video of a request, "image_url" or "video_url", and its `detail`.
-            Videos keep the default ratio.
+        `details` are "image_url" or "video_url" and `detail` of all media of a request.
         """
         if ("video_url", "low") in details:
             raise OptionError('detail "low" is for images. Set a ratio for videos.')
@@ -139,8 +128,7 @@ class ServerOptions:
     def resolve(self, request: Any, engine: str = "vllm", ratio: float | None = None) -> MethodSpec:
         """The spec of a request with these tokencomp options (None: the server's default).
 
-        A `ratio` by load takes the place of the default's where the request names no ratio or
-        budget. Raises as `parse` does, also for an option that only the server's operator may set.
+        A `ratio` by load replaces the default's where the request names none. Raises as `parse`.
         """
         if request is None:
             return self.default if ratio is None else self._resolve({"ratio": ratio}, engine)
@@ -193,11 +181,9 @@ class ServerOptions:
     def _stage_option(
         self, name: str, values: Mapping[str, Any], reducer: Reducer, engine: str
     ) -> Any:
-        """An option of the stages: of the request, else of the default, else as `patch` (None).
+        """An option of the stages: of the request, else of the default if the reducer allows it.
 
-        The default of the server holds for the reducers that allow its value; "auto" holds for the
-        default reducer. In plugins "auto" is off, and everything else refused,
-        except for merging on a vLLM that was started for it.
+        "auto" holds for the default reducer, and is off in plugins unless their vLLM can merge.
         """
         known, value = OPTIONS[name], values.get(name)
         if value is None:
@@ -234,14 +220,7 @@ class ServerOptions:
     def _with_tower(
         self, reducer: Reducer, asked: dict[str, Any], values: Mapping[str, Any]
     ) -> MethodSpec:
-        """The spec with the stage in the vision tower of a request, else that of the default.
-
-        `asked` has a "ratio", which is a number or a mapping from modalities to numbers, or a
-        "budget"; and options of the stages.
-
-        The default's stage is for the default's ratio; a request for a lower one gets as much of
-        it as that allows, down to none.
-        """
+        """The spec with the tower stage of a request, else what fits of the default's."""
         tower, ratio = values.get("tower_ratio"), asked.get("ratio", 0.0)
         if tower is None:
             tower = self.default.tower_ratio

@@ -63,14 +63,7 @@ ENVIRONMENT = {
 
 
 def with_request(options: Any, limits: Limits) -> Limits:
-    """Limits with the frame policy of a request, whose field `media_io_kwargs` is `options`.
-
-    Raises
-    ------
-    RequestError
-        The field has anything else, which vLLM would hand to its video loader, or a policy that
-        servers do not have (400), or more frames than allowed (413).
-    """
+    """Limits with the frame policy of a request, whose field `media_io_kwargs` is `options`."""
     if not options:
         return limits
     video = options.get("video") if isinstance(options, dict) and len(options) == 1 else None

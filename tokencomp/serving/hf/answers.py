@@ -17,10 +17,7 @@ DEFAULT_TOKENS = 256
 
 
 class Completion:
-    """The jobs of one request, which has `n` answers, and a queue of their events.
-
-    `identity` are the fields of every response: id, time and model.
-    """
+    """The jobs of one request, and a queue of their events; `identity` is in every response."""
 
     def __init__(self, prompt: Prompt, tokenizer: Any, identity: dict[str, Any]) -> None:
         self.request, self.identity = prompt.request, identity

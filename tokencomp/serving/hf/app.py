@@ -56,10 +56,7 @@ SAFE_PILLOW = 13
 
 
 def build_app(engine: Engine, name: str, limits: Limits, bind: Bind | None = None) -> ASGIApp:
-    """Build the application, which closes the engine when it ends.
-
-    Without `bind`, all host names are allowed and no key is needed.
-    """
+    """The application, which closes the engine at its end; without `bind` open to all hosts."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -102,8 +99,7 @@ class Server:
     async def chat(self, request: Request) -> Response:
         """Answer a chat completion, whole or as a stream of events.
 
-        The first event is awaited before the response starts, so that errors of the prefill still
-        have an HTTP status.
+        The first event is awaited before the response starts: errors of the prefill have a status.
         """
         self.engine.check_room()  # refuses early, before the body is read and media are decoded
         prompt = await self._prompt(request)
@@ -133,10 +129,7 @@ class Server:
             raise
 
     async def _prompt(self, request: Request) -> Prompt:
-        """Read and check a request, and decode its media as long as the client is there.
-
-        Requests without media do not wait for the media of others.
-        """
+        """Read and check a request, and decode its media, for which texts of others do not wait."""
         engine, deadline = self.engine, Deadline(self.limits.decode_seconds)
         async with self.bodies.read(request) as body:
             ratio = request.state.exchange.join(self.load)
@@ -228,10 +221,7 @@ async def _failed(request: Request, error: Exception) -> Response:
 
 
 class Guard:
-    """ASGI middleware that checks the head of a request before its body is read, and logs it.
-
-    Health checks and metrics are neither logged nor counted.
-    """
+    """ASGI middleware that checks the head of a request first, and logs it if it is no probe."""
 
     def __init__(self, app: ASGIApp, bind: Bind, metrics: Metrics) -> None:
         self.app, self.bind, self.metrics = app, bind, metrics

@@ -42,18 +42,8 @@ COLDEST = 1e-5  # logits divided by a smaller temperature overflow; such a reque
 class Engine:
     """Runs requests in batches of equal options; later requests wait for the next batch.
 
-    Parameters
-    ----------
-    model, processor
-        A supported Hugging Face model (the engine patches it) and its processor.
-    options
-        Default reducer and ratio, and what requests may change.
-    max_batch
-        Largest number of requests per batch.
-    wait
-        Seconds to wait for further requests.
-    max_model_len
-        Prompt and answer together, uncompressed; None is the model's own limit.
+    The engine patches the model. `max_batch` is the largest number of requests per batch, for which
+    it waits `wait` seconds; `max_model_len` bounds the uncompressed prompt and the answer.
     """
 
     def __init__(
@@ -269,10 +259,7 @@ class Engine:
 
 
 class Rows(StoppingCriteria):
-    """Stopping criterion, called after every step: streams new tokens, and ends rows individually.
-
-    `batch` are the jobs in the order of the rows, and `counts` their tokens.
-    """
+    """Stopping criterion, called after every step: streams new tokens, and ends rows."""
 
     def __init__(
         self, engine: Engine, batch: list[Job], counts: list[Counts], steps: Steps
@@ -332,7 +319,7 @@ def build_inputs(model: Any, processor: Any, prompts: list[Prompt]) -> dict[str,
 def sampling(request: Any, config: Any) -> dict[str, Any]:
     """Generation arguments; omitted fields have the value of the generation config.
 
-    Without `top_k` in the config all tokens are sampled from, as in vLLM, not 50 as in `generate`.
+    Without `top_k` in the config all tokens are sampled from, as in vLLM, not 50.
     """
     values = {name: getattr(request, name) for name in SAMPLING}
     values = {name: value for name, value in values.items() if value is not None}
@@ -358,10 +345,7 @@ def seeded(seed: int | None) -> Iterator[None]:
 
 
 def take_end_tokens(model: Any) -> set[int]:
-    """Return the model's end tokens and remove them from its generation config.
-
-    `Rows` ends rows, because a request may ask to continue after an end token.
-    """
+    """Take the end tokens out of the generation config: `Rows` ends rows, as requests ask."""
     config = model.generation_config
     ends = getattr(config, "eos_token_id", None)
     if config.pad_token_id is None:  # generate would take the end token
@@ -371,10 +355,7 @@ def take_end_tokens(model: Any) -> set[int]:
 
 
 def take_penalty(model: Any) -> float:
-    """Return the model's repetition penalty and remove it from its generation config.
-
-    `Steps` applies penalties, because they differ between requests.
-    """
+    """Take the repetition penalty out of the generation config: `Steps` applies it."""
     config = model.generation_config
     penalty = getattr(config, "repetition_penalty", None)
     config.repetition_penalty = None if penalty is None else 1.0

@@ -65,10 +65,7 @@ class Strict(BaseModel):
     """Values of unknown fields that ask for what the server does anyway."""
 
     def unserved(self, where: str = "") -> list[str]:
-        """Return the paths of unknown fields, at any depth, with values that change the answer.
-
-        `where` is the path of this object in the request, with a trailing dot.
-        """
+        """Paths below `where` of unknown fields whose values change the answer."""
         wrong = [
             where + name
             for name, value in (self.model_extra or {}).items()
@@ -237,10 +234,7 @@ class ResponseFormat(Strict):
 
 
 class ChatRequest(Strict):
-    """A chat-completions request.
-
-    Omitted sampling parameters have the value of the model's generation config.
-    """
+    """A chat-completions request; the generation config has omitted sampling parameters."""
 
     off = OFF
 
@@ -351,11 +345,7 @@ def read_request(content: bytes | bytearray) -> ChatRequest:
 
 
 def _message(error: ValidationError) -> str:
-    """Return the messages about one wrong field.
-
-    A field with alternative types has one error per alternative; the deepest error location belongs
-    to the best match.
-    """
+    """Messages about one wrong field: of alternative types the deepest location."""
     messages: dict[tuple[Any, ...], dict[str, None]] = {}  # by field, in order and each once
     for e in error.errors(include_url=False, include_input=False):
         field = tuple(part for part in e["loc"] if part not in FORMS)

@@ -61,11 +61,7 @@ class Steps(LogitsProcessor):
         return own, r.presence_penalty or 0, r.frequency_penalty or 0
 
     def _penalise(self, scores: Tensor, seen: Tensor, answer: Tensor, job: Job) -> None:
-        """Penalise, in place, the scores (vocabulary,) of tokens that have occurred in a row.
-
-        The repetition penalty counts prompt and answer (`seen`), the other two only the answer, as
-        in vLLM.
-        """
+        """Penalise tokens of `seen` (repetition) or of the answer, in place, as in vLLM."""
         repetition, presence, frequency = self._penalties(job)
         if repetition != 1:
             old = scores[seen]

@@ -30,44 +30,20 @@ MARKED = ("image", "video")
 
 @dataclass
 class Prompt:
-    """A checked request with decoded media.
-
-    Attributes
-    ----------
-    request
-        The request as the client sent it.
-    chat
-        Messages in the form that chat templates expect.
-    spec
-        Reducer and ratio.
-    alone
-        Whether the prompt must not share a batch, because nothing could check that it has as many
-        placeholders as media.
-    images, videos, samplings
-        RGB images, uint8 arrays (frames, height, width, 3) and when their frames were shown, in the
-        order of the prompt.
-    grammars
-        What each of its answers must follow, or None.
-    text, text_tokens
-        What the chat template makes of the messages, and its number of tokens.
-    calls
-        How the model writes calls, if its answers may have any.
-    limits
-        Limits on its media, with the frames that the request chooses.
-    """
+    """A checked request with decoded media."""
 
     request: ChatRequest
-    chat: list[dict[str, Any]]
+    chat: list[dict[str, Any]]  # messages in the form that chat templates expect
     spec: MethodSpec
-    alone: bool = False
-    images: list[Any] = field(default_factory=list)
-    videos: list[Any] = field(default_factory=list)
-    samplings: list[Any] = field(default_factory=list)
-    grammars: list[Grammar | None] = field(default_factory=list)
-    text: str = ""
+    alone: bool = False  # in its batch, as nobody can count its placeholders
+    images: list[Any] = field(default_factory=list)  # RGB
+    videos: list[Any] = field(default_factory=list)  # uint8 (frames, height, width, 3)
+    samplings: list[Any] = field(default_factory=list)  # when frames were shown
+    grammars: list[Grammar | None] = field(default_factory=list)  # one per answer
+    text: str = ""  # what the chat template makes of the messages
     text_tokens: int = 0
-    calls: CallForm | None = None
-    limits: Limits = field(default_factory=Limits)
+    calls: CallForm | None = None  # how the model writes calls, if it may
+    limits: Limits = field(default_factory=Limits)  # with the frames that the request chooses
 
     @property
     def pixels(self) -> int:
@@ -88,25 +64,10 @@ class PromptText:
     """Refuses texts that are too long, and placeholders of media written by the client.
 
     Thread-safe; one text is tokenised at a time. The tokenizer is a copy, because the engine
-    changes the padding of the original while it uses it.
-
-    Parameters
-    ----------
-    processor
-        A Hugging Face processor with a chat template.
-    max_model_len
-        Prompt and answer together, in tokens.
-    placeholders
-        Tokens that the model replaces by media. Some processors (Gemma 3) write other ones than the
-        chat template.
-
-    Attributes
-    ----------
-    max_characters : int
-        Longer texts are refused without tokenisation: no token has more characters than the longest
-        entry of the vocabulary.
-    calls : CallForm or None
-        How the chat template writes calls of tools.
+    changes the padding of the original while it uses it. `placeholders` are tokens that the model
+    replaces by media: some processors (Gemma 3) write other ones than the chat template. Longer
+    texts than `max_characters` are refused without tokenisation: no token has more characters than
+    the longest entry of the vocabulary. `calls` is how the chat template writes calls of tools.
     """
 
     def __init__(
@@ -150,9 +111,8 @@ class PromptText:
     def check(self, chat: Chat, text: str) -> int:
         """Tokenise a rendered conversation, check it, and return its number of tokens.
 
-        The engine concatenates the media of several requests in the order of their placeholders. A
-        prompt with another number of placeholders than media would use the media of another
-        request.
+        A prompt with another number of placeholders than media would use the media of another
+        request of its batch.
         """
         kinds = [p["type"] for m in chat if isinstance(m["content"], list) for p in m["content"]]
         if "video" in kinds and not takes_videos(self.processor):
@@ -174,8 +134,7 @@ class PromptText:
     def check_images(self, text_tokens: int, images: Sequence[Image.Image]) -> None:
         """Refuse images with too many tokens before the processor makes arrays of them.
 
-        Images pass if the processor cannot count the tokens of a size. The engine counts all
-        tokens after the processor has run.
+        Processors that cannot count let them pass; the engine counts all tokens afterwards.
         """
         count = getattr(self.processor, "_get_num_multimodal_tokens", None)
         if count is None or not images:
@@ -226,13 +185,7 @@ def parse(
 ) -> Prompt:
     """Check a JSON body: its form, then the amount of text, then its tokens. `load` decodes media.
 
-    `ratio` is that of requests that name none, if the server is under load.
-
-    Raises
-    ------
-    RequestError
-        If the request is malformed, asks for an unsupported feature, or has too much text or too
-        many media. The error carries the HTTP status of the answer.
+    `ratio` is that of requests that name none, if the server is under load. Raises `RequestError`.
     """
     request = read_request(content)
     prompt = Prompt(request, [], _spec(request, options, ratio))
@@ -254,13 +207,7 @@ def parse(
 
 
 def load(prompt: Prompt, text: PromptText, deadline: Deadline) -> None:
-    """Decode the media of a prompt, and count the tokens of its images.
-
-    Raises
-    ------
-    RequestError
-        Media are not allowed, damaged, too large, or too many tokens for the model.
-    """
+    """Decode the media of a prompt, and count the tokens of its images."""
     deadline.start()
     for part in prompt.request.media:
         _load(part, prompt, deadline)

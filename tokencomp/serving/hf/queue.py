@@ -23,19 +23,9 @@ Event = tuple[int, str, Any]
 
 @dataclass
 class Usage:
-    """Token counts of one request.
+    """Token counts of one request."""
 
-    Attributes
-    ----------
-    prompt
-        Tokens that entered the decoder: text tokens and the visual tokens that were kept.
-    completion
-        Generated tokens.
-    saved
-        Visual tokens before and after compression.
-    """
-
-    prompt: int
+    prompt: int  # tokens that entered the decoder: text and kept visual tokens
     saved: Saved
     completion: int = 0
 
@@ -59,45 +49,25 @@ class Piece:
 
 @dataclass(eq=False)  # identity instead of equality, as prompts contain arrays
 class Job:
-    """One answer to a request. The engine's thread writes `events`, and the event loop reads them.
-
-    Attributes
-    ----------
-    events
-        Queue of the events, which all answers to the request share.
-    index
-        Number of the answer.
-    arrived, first
-        Times of arrival and of the first token in seconds on the monotonic clock.
-    cancelled
-        Set by the server when the client has disconnected.
-    done
-        Whether the last event was sent.
-    usage
-        Token counts, once the prefill has started.
-    """
+    """One answer to a request; the engine's thread writes `events` for the event loop."""
 
     prompt: Prompt
     loop: asyncio.AbstractEventLoop
     max_tokens: int
     text: AnswerText
-    events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
+    events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)  # of all answers
     index: int = 0
     grammar: Grammar | None = None
     arrived: float = field(default_factory=time.monotonic)
-    first: float = 0.0
-    cancelled: bool = False
-    done: bool = False
-    usage: Usage | None = None
+    first: float = 0.0  # time of the first token
+    cancelled: bool = False  # the client has disconnected
+    done: bool = False  # the last event was sent
+    usage: Usage | None = None  # once the prefill has started
     _logprobs: list[dict[str, Any]] = field(default_factory=list)  # not sent yet
 
     @property
     def group(self) -> tuple[Any, ...]:
-        """Batch key: requests with equal groups can share a batch.
-
-        Sampling with a seed needs a separate batch, so that random numbers do not depend on other
-        requests.
-        """
+        """Jobs of equal groups share a batch; those with a seed are alone in theirs."""
         request = self.prompt.request
         alone = self.prompt.alone or (self.seed is not None and request.temperature != 0)
         sampling = [getattr(request, name) for name in SAMPLING]
@@ -115,11 +85,7 @@ class Job:
         self.loop.call_soon_threadsafe(self.events.put_nowait, (self.index, kind, value))
 
     def add(self, token: int, is_end: bool, logprob: dict[str, Any] | None = None) -> None:
-        """Add one generated token and send text that is final.
-
-        The job ends at an end token, at a stop text, at the end of its grammar, or at its maximum
-        length.
-        """
+        """Add one generated token, send text that is final, and end the job where it ends."""
         if self.done:
             return
         assert self.usage is not None  # the prefill has run
@@ -146,21 +112,11 @@ class Job:
 
 @dataclass
 class Waiting:
-    """The queue of the engine; changes require the engine's lock.
-
-    Attributes
-    ----------
-    max_batch, max_batch_pixels
-        Requests per batch, and pixels of their media (processors need about 24 bytes per pixel).
-    max_waiting, max_waiting_pixels
-        Requests in the queue, and pixels of their media, above which new ones are refused with 503.
-    jobs
-        The requests, oldest first.
-    """
+    """The queue of the engine, oldest first; changes require the engine's lock."""
 
     max_batch: int = 8
-    max_batch_pixels: int = 100_000_000
-    max_waiting: int = 256
+    max_batch_pixels: int = 100_000_000  # processors need about 24 bytes per pixel
+    max_waiting: int = 256  # above, new requests get 503
     max_waiting_pixels: int = 1_000_000_000
     jobs: deque[Job] = field(default_factory=deque)
 

@@ -38,23 +38,11 @@ def token_bytes(tokenizer: Any, token: int, text: str) -> bytes:
 
 
 class AnswerText:
-    """Decodes an answer token by token, and ends it at a stop text.
+    """Decodes an answer token by token, and ends it at a stop text, which sets `stopped`.
 
     The cost per token does not depend on the length of the answer: only tokens since the last whole
     character are decoded, with the ones before them, because some tokenizers decode a token
     differently at the start of a text.
-
-    Parameters
-    ----------
-    tokenizer
-        A Hugging Face tokenizer.
-    stops
-        Texts that end the answer; they are not part of it.
-
-    Attributes
-    ----------
-    stopped : bool
-        Whether a stop text has occurred.
     """
 
     def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
@@ -120,12 +108,8 @@ def _overlap(text: str, mark: str) -> int:
 class CallForm:
     """The marks around a call, which is one JSON object with its name and its arguments.
 
-    Attributes
-    ----------
-    opening
-        The first mark with the white space behind it, such as `<tool_call>\\n`.
-    end
-        The second mark, such as `</tool_call>`.
+    `opening` is the first mark with the white space behind it, as `<tool_call>\\n`; `end` is the
+    second one, as `</tool_call>`.
     """
 
     opening: str
@@ -138,10 +122,9 @@ class CallForm:
 
     @classmethod
     def of(cls, render: Render, visible: Callable[[str], bool]) -> CallForm | None:
-        """Find the marks in a rendered conversation with two calls and a result.
+        """Find the marks in a rendered conversation with two calls and a result; else None.
 
-        None if the template does not support tools, or writes calls in another form. `visible` says
-        whether a text survives decoding of an answer; special tokens do not.
+        `visible` says whether a text survives decoding of an answer; special tokens do not.
         """
         call, tools = (
             {"type": "function", "function": CALL},
@@ -164,24 +147,11 @@ class CallForm:
 
 
 class Calls:
-    """Splits the text of an answer into content and calls, incrementally.
+    """Splits the text of an answer into content and the calls `found`, incrementally.
 
     White space between content and a call belongs to neither; text that looks like a call but names
-    no offered tool is content.
-
-    Parameters
-    ----------
-    form
-        The marks; None treats everything as content.
-    names
-        Tools that may be called.
-    begun
-        Whether the prompt ends with the mark that begins a call.
-
-    Attributes
-    ----------
-    found : list of dict
-        The calls so far, in the form of OpenAI's API.
+    none of the `names` is content, and so is all without a `form`. `begun`: the prompt ends with
+    the mark that begins a call.
     """
 
     def __init__(

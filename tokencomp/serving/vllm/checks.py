@@ -25,9 +25,8 @@ MERGING_BACKENDS = ("CPU_ATTN", "FLASH_ATTN")
 def check_engine(config: VllmConfig, offsets: bool, merging: bool = False) -> None:
     """Refuse engine settings with wrong results, and untested ones unless they are allowed.
 
-    With `offsets`, rows carry position offsets, as in M-RoPE models. Full CUDA graphs of model
-    runner V1 then become piecewise ones, because a replayed full graph would not add the offsets.
-    With `merging`, attention has wider heads and rows carry sizes.
+    With `offsets` (M-RoPE), full CUDA graphs of model runner V1 become piecewise ones, because a
+    replayed full graph would not add them. With `merging`, attention has wider heads.
     """
     wrong = _wrong_for_offsets(config, merging) if offsets or merging else []
     if merging:

@@ -19,13 +19,7 @@ SERVERS = ("--grpc", "--grpc-port")
 
 
 def check_flags(flags: Sequence[str]) -> None:
-    """Refuse what vLLM would take past the rules of this server.
-
-    Raises
-    ------
-    OptionError
-        One of `OWN` or `SERVERS` is among the flags.
-    """
+    """Raise `OptionError` for flags that vLLM would take past the rules of this server."""
     for flag in OWN:
         if sets(flags, flag):
             own = flag.replace("local-", "")

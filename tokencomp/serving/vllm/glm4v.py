@@ -26,7 +26,6 @@ class Processor(mrope.Processor):
     no_tower_stage = NO_TOWER_STAGE["glm4v"]
 
     def layouts(self, modality: str, items: Any, hf_inputs: Any) -> list[list[VisualSpan]]:
-        """See `CompressingProcessor.layouts`."""
         whole = super().layouts(modality, items, hf_inputs)
         grids = [video[0].grid for video in whole]
         return [[item_span(modality, (1, h, w))] * t for t, h, w in grids]
@@ -50,10 +49,7 @@ class Model(mrope.Model):
         return with_offsets(rows, offsets[:, index.cpu() % frame.length])
 
     def item_offsets(self, feature: Any) -> tuple[np.ndarray, int]:
-        """See `mrope.Model.item_offsets`.
-
-        Rows of a compressed item are at the base of their frame.
-        """
+        """Offsets and extent; rows of a compressed item are at the base of their frame."""
         modality, place = feature.modality, feature.mm_position
         merge = self.config.vision_config.spatial_merge_size
         t, h, w = feature.data[f"{modality}_grid_thw"].data.tolist()

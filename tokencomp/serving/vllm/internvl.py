@@ -24,7 +24,6 @@ class Processor(CompressingProcessor):
     no_tower_stage = NO_TOWER_STAGE["internvl"]
 
     def layouts(self, modality: str, items: Any, hf_inputs: Any) -> list[list[VisualSpan]]:
-        """See `CompressingProcessor.layouts`."""
         side = round(self.info.get_hf_processor().image_seq_length ** 0.5)
         tiles = hf_inputs[f"{modality}_num_patches"].tolist()
         return [[item_span(modality, (1, side, side))] * n for n in tiles]
@@ -34,6 +33,5 @@ class Model(CompressingModel):
     """Tiles of all items are concatenated."""
 
     def pixel_rows(self, kwargs: Mapping[str, Any]) -> list[int]:
-        """See `CompressingModel.pixel_rows`."""
         modality = "image" if "image_num_patches" in kwargs else "video"
         return kwargs[f"{modality}_num_patches"].tolist()

@@ -14,16 +14,11 @@ from tokencomp.tokens.spans import VisualSpan
 
 
 class Processor(CompressingProcessor):
-    """Layouts of LLaVA-OneVision.
-
-    An image is a base tile and a mosaic of tiles with a line break after each row. A video is a
-    grid with a single line break at its end.
-    """
+    """An image: base tile, and mosaic with line breaks; a video: a grid, and one at its end."""
 
     no_tower_stage = NO_TOWER_STAGE["llava_onevision"]
 
     def layouts(self, modality: str, items: Any, hf_inputs: Any) -> list[list[VisualSpan]]:
-        """See `CompressingProcessor.layouts`."""
         if modality == "image":
             return [self._image(items.get_image_size(i)) for i in range(len(items))]
         return [

@@ -67,10 +67,7 @@ def saved_by(spec: MethodSpec, sizes: Mapping[str, Sequence[tuple[int, ItemSize 
 
 
 def count_nonfinite(plan: ItemPlan | None, error: Exception) -> None:
-    """Count an item whose features are not finite; the first one of a worker is logged.
-
-    An item without a plan is not compressed.
-    """
+    """Count an item (plan None: uncompressed) with non-finite features; log the first."""
     counters()["nonfinite"].inc()
     kept = f"{plan.reducer}: It keeps evenly spaced tokens" if plan else "off: It keeps all tokens"
     logger.warning_once(

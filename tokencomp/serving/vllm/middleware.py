@@ -180,14 +180,7 @@ class Guard:
         return receive
 
     async def _about(self, scope: Scope, path: str, receive: Receive) -> Response:
-        """The first page, or the card of one model, which OpenAI's clients ask for.
-
-        Raises
-        ------
-        RequestError
-            404, the application's list has no model of that name; 503, it does not list them,
-            because it starts or ends.
-        """
+        """The first page, or the card of one model, which OpenAI's clients ask for."""
         body, status = bytearray(), 0
 
         async def collect(message: Message) -> None:
@@ -209,10 +202,7 @@ class Guard:
 
 
 class _SendSaved:
-    """Sends an answer of vLLM with what was saved in its usage.
-
-    A whole answer is one message, and so is every event of a stream.
-    """
+    """Sends an answer of vLLM (one message, or one per event) with what was saved in its usage."""
 
     def __init__(self, exchange: Exchange) -> None:
         self.exchange = exchange

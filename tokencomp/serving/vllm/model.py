@@ -28,15 +28,9 @@ logger = init_logger("vllm.tokencomp")
 
 
 def finite(items: Any) -> Any:
-    """The rows of uncompressed items with 0 in place of non-finite values.
+    """`items` (tensors (rows, d), one tensor, or None) with 0 in place of non-finite values.
 
     Such values would remain in blocks of the KV cache, and corrupt answers to later requests.
-
-    Parameters
-    ----------
-    items
-        One tensor (rows, d) per item, or all of them as one tensor, or None if there are none;
-        returned itself if finite.
     """
     # One pass over the rows, and the device is waited for once. A sum is not finite if a value is
     # not, or, very rarely, if large values add up.
@@ -55,14 +49,8 @@ def finite(items: Any) -> Any:
 class CompressingModel:
     """Mixin that precedes a multimodal model of vLLM in the base classes.
 
-    Attributes
-    ----------
-    needs_offsets
-        Whether rows carry position offsets, see `checks.check_engine`.
-    reduced_width
-        How many leading columns of a feature row the reducer sees; None means all.
-    visual, language_model
-        The vision tower and the decoder of vLLM's model.
+    With `needs_offsets`, rows carry position offsets (`checks.check_engine`). `reduced_width` is
+    the number of leading columns of a row that the reducer sees; None: all.
     """
 
     needs_offsets: ClassVar[bool] = False
@@ -98,17 +86,10 @@ class CompressingModel:
     def finish_item(
         self, plan: ItemPlan, rows: Tensor, index: Tensor, kwargs: Mapping[str, Any], item: int
     ) -> Tensor:
-        """Return the rows that the engine stores. M-RoPE models append columns.
+        """Return the rows that the engine stores; M-RoPE models append columns.
 
-        Parameters
-        ----------
-        plan
-            The plan of the item.
-        rows, index
-            Kept rows (k, d), or (k, d + 2) with the digits of their sizes, and the uncompressed row
-            that each of them comes from (k,).
-        kwargs, item
-            Inputs of a batch, and the item's index in it.
+        `rows` (k, d), or (k, d + 2) with the digits of their sizes, come from the uncompressed rows
+        `index` (k,). `kwargs` are the inputs of a batch, and `item` is the item's index in it.
         """
         return rows
 

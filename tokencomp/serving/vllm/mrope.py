@@ -66,7 +66,6 @@ class Model(CompressingModel):
     # -- in the vision step ---------------------------------------------------------------------
 
     def pixel_rows(self, kwargs: Mapping[str, Any]) -> list[int]:
-        """See `CompressingModel.pixel_rows`."""
         modality = "image" if "image_grid_thw" in kwargs else "video"
         return kwargs[f"{modality}_grid_thw"].prod(-1).tolist()
 
@@ -88,14 +87,9 @@ class Model(CompressingModel):
         return grid_offsets((t, h, w), factor)
 
     def item_offsets(self, feature: Any) -> tuple[np.ndarray, int]:
-        """Return what is known of an item before the vision tower has run.
+        """Offsets (3, length) of an item's tokens from its base, and distance of the next token.
 
-        Returns
-        -------
-        ndarray of int, shape (3, length)
-            Offsets of its tokens from its base, to which those of its rows are added later.
-        int
-            How far from the base the next token is.
+        Those of the rows of a compressed item are added after the vision tower has run.
         """
         full, length = self.full_offsets(feature), feature.mm_position.length
         extent = int(full.max()) + 1
@@ -106,10 +100,9 @@ class Model(CompressingModel):
         return np.zeros((3, length), dtype=np.int64), extent
 
     def get_mrope_input_positions(self, input_tokens: Any, mm_features: Any) -> tuple[Tensor, int]:
-        """Return positions (3, n) of a prompt and the delta of its generated tokens.
+        """Return positions (3, n) of a prompt, and the next position minus the number of tokens.
 
         All rows of a compressed item are at its base position until their offsets are added.
-        The delta is the next position minus the number of tokens.
         """
         pieces: list[np.ndarray] = []
         start = position = 0
@@ -144,25 +137,10 @@ class Model(CompressingModel):
     ) -> tuple[list[Tensor], Tensor, None]:
         """Add the offsets of a request's media rows to its positions.
 
-        Parameters
-        ----------
-        input_ids : Tensor or list of int, shape (n,)
-            The whole prompt.
-        multimodal_embeddings : list of Tensor, shape (k, d), or with further columns (`offsets`)
-            Media rows of the tokens that are prefilled now, in order.
-        mrope_positions : Tensor of int64, shape (3, n)
-            Positions of the prompt, in which rows of compressed items are at their base.
-        num_computed_tokens
-            Where the window starts.
-
-        Returns
-        -------
-        list of Tensor, shape (k, d) or (k, d + 2)
-            The rows without the offset columns; those of sizes stay for `embed_input_ids`.
-        Tensor of int64, shape (3, n)
-            The corrected positions.
-        None
-            In place of the delta, which `BasePositions` keeps.
+        `multimodal_embeddings` are the media rows (k, d) or with further columns (`offsets`) of the
+        tokens from `num_computed_tokens` on, in order; `mrope_positions` are those of the whole
+        prompt (3, n). Returns rows without offset columns (those of sizes stay for
+        `embed_input_ids`), positions, and None for the delta, which `BasePositions` keeps.
         """
         width, first, rows = self.row_width, 0, multimodal_embeddings
         if any(e.shape[1] >= width + OFFSETS for e in rows):

@@ -15,10 +15,7 @@ TABLE_FACTOR = 4  # rotary tables have this many times the model's positions
 
 
 def time_factor(config: Any, modality: str, inputs: Mapping[str, Any], item: int) -> float:
-    """Return the positions between two frames of an item, other than 1 in videos of Qwen2.5-VL.
-
-    `inputs` are the processor's outputs for all items of that kind.
-    """
+    """Positions between two frames of an item; other than 1 in videos of Qwen2.5-VL."""
     if modality == "image":
         return 1.0
     per_second = getattr(config.vision_config, "tokens_per_second", 1.0)
@@ -27,19 +24,14 @@ def time_factor(config: Any, modality: str, inputs: Mapping[str, Any], item: int
 
 
 class Processor(CompressingProcessor):
-    """Processor of M-RoPE models, in which every item is one t × h × w grid.
-
-    A compressed item keeps the extent of its full grid in positions.
-    """
+    """Every item is one t × h × w grid, whose extent in positions a compressed item keeps."""
 
     def layouts(self, modality: str, items: Any, hf_inputs: Any) -> list[list[VisualSpan]]:
-        """See `CompressingProcessor.layouts`."""
         merge = self.info.get_hf_config().vision_config.spatial_merge_size
         grids = hf_inputs[f"{modality}_grid_thw"].tolist()
         return [[item_span(modality, (t, h // merge, w // merge))] for t, h, w in grids]
 
     def extents(self, modality: str, layouts: Any, hf_inputs: Any) -> list[int]:
-        """See `CompressingProcessor.extents`."""
         config = self.info.get_hf_config()
         return [
             grid_extent(spans[0].grid, time_factor(config, modality, hf_inputs, i))
@@ -47,10 +39,7 @@ class Processor(CompressingProcessor):
         ]
 
     def check_positions(self, sizes: list[ItemSize]) -> None:
-        """Refuse requests whose positions exceed the rotary tables.
-
-        Positions exceed the prompt's length if a long grid keeps few of its tokens.
-        """
+        """Refuse positions beyond the rotary tables: grids that keep few tokens are long."""
         config = self.info.ctx.model_config
         table = TABLE_FACTOR * config.hf_text_config.max_position_embeddings
         beyond = sum(max(size.extent - size.kept, 0) for size in sizes)

@@ -48,12 +48,8 @@ class CompressingProcessor:
 
     The plan of an item (spans, counts, reducer) is one field of the item. The placeholders in this
     process and the rows in the worker both follow it, so their numbers are equal. The parameter
-    names are vLLM's, as vLLM passes arguments by keyword.
-
-    Attributes
-    ----------
-    no_tower_stage
-        Why `tower_ratio` is refused for this family; "" if it is not.
+    names are vLLM's, as vLLM passes arguments by keyword. `no_tower_stage` says why `tower_ratio`
+    is refused for a family.
     """
 
     info: Any
@@ -87,10 +83,7 @@ class CompressingProcessor:
         """Refuse a request whose positions exceed the model's rotary tables."""
 
     def shorten(self, tokens: Any, plan: ItemPlan) -> Any:
-        """Return the tokens of a compressed item; `tokens` are the uncompressed ones.
-
-        The first placeholders of every span stay, and so does all text between placeholders.
-        """
+        """Tokens of a compressed item: the first placeholders of every span, and all text."""
         ids, is_embed = getattr(tokens, "full", tokens), getattr(tokens, "is_embed", None)
         media = [True] * len(ids) if is_embed is None else is_embed(ids).tolist()
         if sum(media) != plan.full:
@@ -142,7 +135,7 @@ class CompressingProcessor:
 
     @staticmethod
     def _plain(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the options of a request without those of the plugin."""
+        """The options of a request without ours."""
         return {k: v for k, v in kwargs.items() if k != KEY}
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> Any:
@@ -170,10 +163,7 @@ class CompressingProcessor:
         return result
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
-        """Return media hashes that depend on the resolved options and on trained weights.
-
-        The hash of an uncompressed item is the one that it has without the plugin.
-        """
+        """Media hashes that depend on options and weights; without options, those of vLLM."""
         spec = self._spec(inputs.hf_processor_mm_kwargs)
         kwargs = self._plain(inputs.hf_processor_mm_kwargs)
         if spec.active:

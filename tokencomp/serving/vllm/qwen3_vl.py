@@ -25,10 +25,9 @@ from tokencomp.serving.vllm import mrope
 
 
 def frame_offsets(media: np.ndarray, h: int, w: int) -> np.ndarray:
-    """Return offsets (3, n) of a video with text between its h × w frames.
+    """Offsets (3, n) of a video, in which `media` (n,) marks the patches of its h × w frames.
 
-    `media` (n,) marks the patches. A frame advances the position by max(h, w), and a text token
-    between frames advances it by 1.
+    A frame advances the position by max(h, w), a text token between frames by 1.
     """
     done = np.cumsum(media) - media  # number of patches before every token
     base = np.arange(len(media)) - done + done // (h * w) * max(h, w)
@@ -40,17 +39,11 @@ class Processor(mrope.Processor):
     """Videos as one run of placeholders."""
 
     def extents(self, modality: str, layouts: Any, hf_inputs: Any) -> list[int]:
-        """Return t · max(h, w) per item, as every frame has the positions of an image.
-
-        The text between frames is part of the prompt and adds its own positions.
-        """
+        """t · max(h, w) per item; the text between frames has positions of its own."""
         return [t * max(h, w) for t, h, w in (spans[0].grid for spans in layouts)]
 
     def shorten(self, tokens: Any, plan: ItemPlan) -> Any:
-        """Return one run of placeholders for a video and all text before, between and after frames.
-
-        All of its tokens are placeholders, as the model needs to know which tokens get rows.
-        """
+        """One run of placeholders for a video and its text: the model must know what gets rows."""
         if plan.modality == "image":
             return super().shorten(tokens, plan)
         if plan.kept == plan.full:
@@ -70,12 +63,10 @@ class Model(mrope.Model):
 
     @property
     def row_width(self) -> int:
-        """Number of columns of an uncompressed row, deepstack features included."""
         return self.visual_dim + self.multiscale_dim
 
     @property
     def reduced_width(self) -> int | None:  # type: ignore[override]  # of vLLM's class
-        """Number of leading columns that enter the decoder, which the reducer sees."""
         return self.visual_dim
 
     def _video_ids(self, stamps: Any, counts: Sequence[int]) -> Tensor:
@@ -117,7 +108,6 @@ class Model(mrope.Model):
         return with_offsets(out, offsets)
 
     def full_offsets(self, feature: Any) -> np.ndarray:
-        """See `mrope.Model.full_offsets`."""
         merge = self.config.vision_config.spatial_merge_size
         t, h, w = feature.data[f"{feature.modality}_grid_thw"].data.tolist()
         grid = t, h // merge, w // merge

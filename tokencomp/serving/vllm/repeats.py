@@ -37,14 +37,9 @@ def compares(spec: MethodSpec) -> bool:
 
 @dataclass(frozen=True)
 class Compared:
-    """Options of a request of which caches hold some items, and all of its items.
+    """Options of a request of which caches hold some items.
 
-    Attributes
-    ----------
-    items
-        vLLM's items by modality, those in caches included.
-    cached, hashes
-        By modality, which items caches hold, and the hashes of all items.
+    `items` are all of vLLM's items by modality; `cached` says which of them caches hold.
     """
 
     spec: MethodSpec
@@ -59,13 +54,7 @@ class Compared:
         return None if not first or any(cached[first:]) else self.hashes[modality][first - 1]
 
     def check(self, modalities: Sequence[str]) -> Compared:
-        """Return this, if all items have pixels.
-
-        Raises
-        ------
-        OptionError
-            An item was sent as the name of an entry in a cache.
-        """
+        """Return this; raise `OptionError` if an item came without pixels, as a name in a cache."""
         for modality in modalities:
             items = self.items.get(modality, ())
             if any(items[i] is None for i in range(len(items))):
@@ -77,10 +66,9 @@ class Compared:
 
 
 class KeptPixels:
-    """What was kept last of the pictures of requests, by the hash of the last one.
+    """What was kept last of the pictures of requests, by the hash of the last one: `most` bytes.
 
-    A request that continues such pictures is compared with it, so that their pixels need not be
-    prepared again. The oldest leave above `most` bytes.
+    A request that continues such pictures is compared with it without preparing them again.
     """
 
     def __init__(self, most: int = 1 << 29) -> None:
@@ -119,18 +107,9 @@ def item_cells(
 ) -> list[list[int]]:
     """Numbers of the cells that are kept of every item, ascending.
 
-    Parameters
-    ----------
-    pixels : Tensor, shape (patches, values)
-        Of the items, as the processor returns them: scaled, or whole numbers from 0 to 255.
-    grids : Tensor of int64, shape (items, 3)
-        (t, h, w) in patches.
-    config
-        The vision config of a Qwen model.
-    std
-        By what the processor divides pixels of 0 … 1, per channel.
-    memory
-        What was kept last of earlier items; afterwards also of these.
+    `pixels` (patches, values) are those of the processor: scaled by `std` per channel, or whole
+    numbers to 255; `grids` (items, 3) are (t, h, w) in patches. `memory` has what was kept last of
+    earlier items, and afterwards also of these.
     """
     side, size = config.spatial_merge_size, config.patch_size
     parts = [(t, h // side, w // side) for t, h, w in grids.tolist()]

@@ -31,17 +31,7 @@ FORM = '{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}
 
 @dataclass
 class Request:
-    """A chat completion.
-
-    Attributes
-    ----------
-    body
-        What vLLM gets: what the client sent, unless `set` has changed it.
-    fields
-        Its JSON object.
-    media
-        Type and URL object of every image and video.
-    """
+    """A chat completion: what vLLM gets, its JSON object, and type and URL object of all media."""
 
     body: bytes
     fields: dict[str, Any]
@@ -62,13 +52,8 @@ def read_request(
 ) -> Request:
     """Read a JSON body and check all of it but the media.
 
-    Parameters
-    ----------
-    ratio
-        That of requests with media that name none, if the server is under load.
-    chat
-        Whether it is a chat completion. Other paths have media in messages of the same form, or
-        none, and some of their requests have no body.
+    `ratio` is that of requests with media that name none, if the server is under load. Other
+    paths than `chat` have media in messages of the same form, or none; some have no body.
     """
     if not (chat or body):
         return Request(body, {}, [])

@@ -16,19 +16,10 @@ from tokencomp.serving.limits import Limits
 class Rules:
     """What the operator lets through.
 
-    Attributes
-    ----------
-    bind, limits
-        Address of the server with further names of it, and limits on the media of a request.
-    remote_media
-        Whether vLLM may fetch media. What it fetches is not checked.
-    media_options
-        Whether requests may set `media_io_kwargs`, with which a client can make vLLM decode every
-        frame of a video.
-    chosen_frames
-        Whether vLLM loads videos with `frames.ChosenFrames`.
-    paths
-        Further paths of vLLM that answer; one that ends with "/" includes all below it.
+    `remote_media`: vLLM may fetch media, which nobody checks. `media_options`: requests may set
+    all of `media_io_kwargs`, with which a client can make vLLM decode every frame of a video.
+    `chosen_frames`: vLLM loads videos with `frames.ChosenFrames`. `paths`: further paths of vLLM
+    that answer; one that ends with "/" includes all below it.
     """
 
     bind: Bind = field(default_factory=lambda: Bind(host=""))

@@ -37,11 +37,9 @@ class BasePositions:
         return self._base[req_idx]
 
     def update_prefill_positions(self, req_idx: int, positions: Tensor, delta: Any) -> None:
-        """Store the positions (3, length) of a request; `delta` is not used.
+        """Store the positions (3, length) of a request, with the exact delta from the full grids.
 
-        The delta of the generated tokens follows from the full grids and is exact from the start.
-        It does not follow from the corrected positions alone if the prompt ends with media that
-        lost their last row.
+        vLLM's `delta` is wrong if the prompt ends with media that lost their last row.
         """
         own = int(self._state.prefill_delta.np[req_idx])
         self._state.update_prefill_positions(req_idx, positions, own)

@@ -31,10 +31,7 @@ Report = Callable[[ItemPlan, TokenCompError], None]
 
 
 class EngineTower:
-    """A vision tower of vLLM that sees only kept cells inside `encode`.
-
-    `report` is called with a plan and the error if its cells cannot be compared.
-    """
+    """A vision tower of vLLM that sees only kept cells inside `encode`; `report` gets failures."""
 
     def __init__(self, module: Any, report: Report) -> None:
         self.module, self.report = module, report
@@ -48,12 +45,8 @@ class EngineTower:
     ) -> tuple[Any, list[Tensor]]:
         """Return what `embed` returns, for items whose plans have the same tower stage.
 
-        Returns
-        -------
-        sequence of Tensor, shape (full, d)
-            Rows of every item; NaN where the tower has dropped the cell.
-        list of Tensor of int64, shape (entering,)
-            Computed rows of every item, ascending.
+        These are rows (full, d) per item, NaN where the tower has dropped the cell; and the
+        computed rows (entering,) of every item, ascending.
         """
         self._plans = plans
         try:
@@ -102,10 +95,9 @@ def planned_cells(plans: Sequence[ItemPlan]) -> list[int]:
 
 
 def kept_cells(cells: Cells, plan: ItemPlan, report: Report) -> Tensor:
-    """The cells that the tower stage of a plan keeps, int64, ascending.
+    """Cells that the tower stage of a plan keeps, int64, ascending; on errors evenly spaced.
 
-    An exception would end the engine and all requests. If the reducer fails, as many evenly spaced
-    cells are kept, and `report` is called.
+    An exception would end the engine and all requests.
     """
     stage: Any = plan.tower_stage
     frames, height, width = cells.pixels.shape[-3:]

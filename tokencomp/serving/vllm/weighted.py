@@ -34,18 +34,10 @@ def note_in_compile_key(config: VllmConfig) -> None:
 
 
 def widen_attention(decoder: nn.Module, config: VllmConfig) -> Tensor:
-    """Replace the attention layers of a decoder by `WeightedAttention`.
+    """Replace the attention layers of a decoder by `WeightedAttention`; return the sizes of rows.
 
-    Returns
-    -------
-    Tensor of float32, shape (rows,)
-        Token counts of the rows of the current step, read by all layers. As long as the largest
-        step, in constant memory for CUDA graphs.
-
-    Raises
-    ------
-    UnsupportedModelError
-        A layer is of another class, or vLLM has no backend for it that supports wider heads.
+    These are the token counts (rows,) float32 of the current step, as long as the largest step and
+    in constant memory for CUDA graphs. Raises `UnsupportedModelError` for layers that cannot.
     """
     sizes = torch.ones(config.scheduler_config.max_num_batched_tokens, dtype=torch.float32)
     layers = config.compilation_config.static_forward_context
