@@ -158,15 +158,3 @@ def test_a_figure_is_outdated_once_what_it_measures_has_changed(
     figure = figures.Figure("", "auto", [], run, again or None)
     found = figures.outdated(figure, tmp_path)
     assert reason in found and bool(found) == bool(reason)
-
-
-@pytest.mark.parametrize(
-    ("commit", "reason"), [("0" * 40, "not in the history"), ("{}+dirty", "uncommitted code")]
-)
-def test_a_figure_of_unknown_code_is_outdated_although_its_answers_are_confirmed(
-    history: Callable[[str], str], tmp_path: Path, commit: str, reason: str
-) -> None:
-    head = history(ENGINE)
-    again = {"asked": 308, "different": 0, "commit": head, "date": "2026-01-02"}
-    run = {"commit": commit.format(head), "date": "2026-01-01"}
-    assert reason in figures.outdated(figures.Figure("", "auto", [], run, again), tmp_path)

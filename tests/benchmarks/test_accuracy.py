@@ -12,18 +12,14 @@ import torch
 from support import matrix
 from support.accuracy import BLIND, SHARES, sweep_runs, write_results
 from support.families import FAMILIES
-from support.family.hybrid import HYBRID
 from torch import nn
 
 import tokencomp
 from benchmarks.accuracy import report, run, store, tables
-from benchmarks.accuracy.packed import PackedAnswers, Questions
-from benchmarks.accuracy.run import RATIOS
 from benchmarks.accuracy.store import Results, read_all
-from benchmarks.accuracy.studies import baselines, choose, ranking, trained_page
+from benchmarks.accuracy.studies import baselines, ranking
 from tokencomp import make_reducer
 from tokencomp.errors import OptionError
-from tokencomp.evaluation.settings import Setting
 
 
 def results_of(folder: Path, shares: dict[str, float], **more) -> Results:
@@ -86,28 +82,6 @@ def test_smaller_media_of_too_many_tokens_are_no_baseline_on_that_kind(unpublish
     assert "| downscale | – |" in report.overview(results)
 
 
-def test_a_later_run_is_merged_into_the_stored_results(tmp_path: Path) -> None:
-    first = store.collected(
-        sweep_runs({"full": [True, True], "bipartite-0.5": [True, False]}), "m", "test"
-    )
-    later = sweep_runs({"full": [True, True], "random-0.5": [False, True]}, seed=1)
-    both = store.merged(first, store.collected(later, "m", "test"))
-    both.write(tmp_path)
-    both = Results.read(tmp_path, "test")
-    assert both.answers.correct == {"full": [1, 1], "bipartite-0.5": [1, 0], "random-0.5": [0, 1]}
-    assert both.answers.agrees == {"full": [1, 1], "bipartite-0.5": [1, 0], "random-0.5": [0, 1]}
-    assert [one["seed"] for one in both.manifest["runs"]] == [0, 1]
-    assert {k: s["run"] for k, s in both.settings.items()} == {
-        "full": 1, "bipartite-0.5": 0, "random-0.5": 1,
-    }  # fmt: skip
-    assert both.settings["random-0.5"]["achieved"] == {"images": 0.5}
-    assert not any("seconds" in s for s in both.settings.values())
-    again = sweep_runs({"full": [True, True], "bipartite-0.5": [False, False]}, seed=2)
-    newest = store.merged(both, store.collected(again, "m", "test"))
-    assert newest.answers.correct["bipartite-0.5"] == [0, 0]
-    assert [one["seed"] for one in newest.manifest["runs"]] == [1, 2]  # nothing is left of run 0
-
-
 def test_other_weights_and_other_items_are_not_merged(tmp_path: Path) -> None:
     collected, right = store.collected, {"full": [True, True]}
     first = collected(sweep_runs(right), "m", "test")
@@ -123,15 +97,6 @@ def test_other_weights_and_other_items_are_not_merged(tmp_path: Path) -> None:
     run.check_items(tmp_path, "test", ["0", "1"])
     with pytest.raises(OptionError, match="--out"):
         run.check_items(tmp_path, "test", ["0"])
-
-
-def test_methods_that_a_model_refuses_are_left_out_with_the_reason() -> None:
-    """The first layer of Qwen3.5 has no attention that could score tokens at entry."""
-    model = HYBRID["qwen3_5"].build()
-    ready, refused = run.usable(model, run.settings(["condiv", "divprune", "cdpruner"], [0.5]))
-    assert [setting.label for setting in ready] == ["full", "divprune-0.5", "cdpruner-0.5"]
-    assert [*refused] == ["condiv-0.5", "cdpruner-0.5-relevance=attention"]
-    assert all("attention" in reason for reason in refused.values())
 
 
 def test_tower_runs_once_per_input() -> None:
@@ -184,29 +149,6 @@ def test_page_by_plain_counting(unpublished: Path) -> None:
 
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "accuracy"
-CHOICES = (("condiv", 0.675), ("bipartite", 0.65), ("random", 0.3))
-
-
-def choices(folder: Path, names: tuple[str, ...]) -> None:
-    """Validation results of several models."""
-    shares = {Setting(n, ratio).label: share for ratio in RATIOS for n, share in CHOICES}
-    for name in names:
-        write_results(folder, {"full": 0.7, **shares}, "validation", name)
-
-
-def test_choice(unpublished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The best wins; what is clearly below is not tied with it; what has no results is listed."""
-    candidates = [(name, {}) for name, _ in CHOICES]
-    monkeypatch.setattr(choose, "CANDIDATES", [*candidates, ("divprune", {})])
-    choices(unpublished, ("b", "a"))
-    results = read_all(unpublished, "validation")
-    assert [one.manifest["model"] for one in results] == ["a", "b"]
-    rows = choose.rank(results, candidates)
-    assert [r["reducer"] for r in rows] == ["condiv", "bipartite", "random"]
-    assert [r["score"] for r in rows] == pytest.approx([27 / 28, 26 / 28, 12 / 28])
-    assert rows[0]["tied"] and not rows[2]["tied"]
-    missing = [s.label for s in choose.missing(unpublished / "a", choose.CANDIDATES)]
-    assert missing == ["full", *(f"divprune-{r:g}" for r in RATIOS)]
 
 
 def test_auto_is_the_recorded_choice() -> None:
@@ -224,22 +166,3 @@ def test_auto_is_the_recorded_choice() -> None:
             pair = stage.reducer, make_reducer(name, **chosen)
             kept = [matrix.kept(one, tokens, 20).rows for one in pair]
             assert torch.equal(*kept), (kind, seed)
-
-
-def test_where_downscale_fails_by_plain_counting() -> None:
-    """Of ten questions downscaling gets four wrong, and the method answers three of those."""
-    correct = {"ours@0.5": [1] * 9 + [0], "downscale@0.5": [1] * 6 + [0] * 4}
-    agrees = {"ours@0.5": [1] * 8 + [0] * 2, "downscale@0.5": [1] * 6 + [0] * 4}
-    answers = PackedAnswers(Questions((), (), (), ""), correct, agrees)
-    rows = [
-        {"name": name, "ratio": 0.5, "accuracy": 0.9, "achieved_ratio": 0.5}
-        for name in ("ours", "downscale")
-    ]
-    stored = {"count": {"rows": trained_page.compared(rows, answers, {})}}
-    ours, small = trained_page.records(stored)
-    assert ours["vs_downscale"] == pytest.approx(0.3) and ours["where_downscale_fails"] == 0.75
-    assert ours["same_answer"] == 0.8 and small["vs_downscale"] is None
-    rows[1]["achieved_ratio"] = 0.2  # no baseline at this ratio
-    stored["count"]["rows"] = trained_page.compared(rows, answers, {})
-    ours, small = trained_page.records(stored)
-    assert ours["vs_downscale"] is None and "accuracy" not in small

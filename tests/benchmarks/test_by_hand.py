@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import csv
-import itertools
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from PIL import Image
-from support.embedded import HOW
-from support.families import FAMILIES
 
 import tokencomp
-from benchmarks.accuracy.studies import tower as study
-from benchmarks.accuracy.studies import tower_sizes
-from benchmarks.accuracy.work import _sees_attention, vision_work, work_parts
+from benchmarks.accuracy.work import vision_work
 from benchmarks.kernels import roofline
 from benchmarks.kernels.calls import (
     CASES,
@@ -28,13 +20,10 @@ from benchmarks.kernels.calls import (
     measure,
     tiny_model,
 )
-from benchmarks.models import tower, tower_alone
 from benchmarks.models.shapes import SHAPES, accepted, build
-from benchmarks.serving import agents, burst, clients
+from benchmarks.serving import agents, clients
 from tokencomp.adapters.registry import adapter_for
-from tokencomp.evaluation import Setting, grid, sweep
-from tokencomp.inputs.loading import load_model
-from tokencomp.inputs.prompts import build_inputs, prompt_lengths
+from tokencomp.inputs.prompts import build_inputs
 
 SMALL = ["llava-onevision-0.5b", "qwen2-vl-2b", "qwen2.5-vl-3b", "qwen3-vl-2b", "nvila-lite-2b"]
 
@@ -126,46 +115,6 @@ def test_ratio_0_adds_nothing_to_a_prefill(model: Any) -> None:
         assert (row.calls, row.reads) == (0, 0)
 
 
-@pytest.mark.parametrize("name", [study.ONEVISION, study.VILA])
-def test_smaller_towers(name: str) -> None:
-    """At its own size a model answers as ever; at a smaller one it gets fewer tokens."""
-    picture, tokens = Image.new("RGB", (224, 224), "red"), {}
-    plain, processor = load_model(name, device="cpu")
-    side = plain.config.vision_config.image_size
-    inputs = build_inputs(processor, [[picture]], ["What is it?"])
-    with torch.no_grad():
-        expected = plain(**inputs).logits
-    for size in (side, study.SIDES[name][-1]):
-        model, processor = tower_sizes.at_side(name, size)
-        inputs = build_inputs(processor, [[picture]], ["What is it?"])
-        with torch.no_grad():
-            logits = model(**inputs).logits
-        tokens[size] = prompt_lengths(model, inputs)[0][1]
-        if size == side:
-            assert torch.allclose(logits, expected, atol=1e-5)
-    assert tokens[size] < 0.35 * tokens[side]
-
-
-def test_towers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One block of width 32 on n patches and the merger, which reads four patches at a time."""
-    monkeypatch.setattr(tower_alone, "build", lambda *_, **__: FAMILIES["qwen2_vl"].build())
-    monkeypatch.setattr(tower_alone, "qwen_inputs", lambda *_: {"inputs": _square()})
-    command = ["tower", "--towers", "--cases", "qwen-tower", "--output", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", command)
-    tower.main()
-    rows = [json.loads(line) for line in (tmp_path / "tower.jsonl").read_text().splitlines()]
-    assert [r["tower_ratio"] for r in rows] == list(tower_alone.TOWER_RATIOS)
-    linear = 2 * (32 * 96 + 32 * 32 + 2 * 32 * 64)
-    flops = [n * linear + 4 * 32 * n * n + n // 4 * 2 * (128 * 128 + 128 * 64) for n in (256, 128)]
-    assert rows[2]["flop_limit"] == pytest.approx(flops[0] / flops[1])
-    assert (tmp_path / "tower.csv").read_text().count("tower of Qwen2-VL-2B and 7B") == 4
-
-
-def _square() -> dict[str, torch.Tensor]:
-    """A picture of 16 x 16 patches for the tiny Qwen2-VL."""
-    return {"pixel_values": torch.randn(256, 96), "image_grid_thw": torch.tensor([[1, 16, 16]])}
-
-
 @pytest.fixture
 def inputs(loaded, examples):
     return build_inputs(loaded[1], [examples[0].load(8)], [examples[0].prompt])
@@ -204,38 +153,6 @@ def test_a_tower_stage_counts_as_its_statistics_say(loaded, inputs):
     assert full.tower - short.tower == before - after + embedding // 2
 
 
-def test_a_tower_whose_attention_is_not_seen_has_no_number(loaded, inputs, monkeypatch):
-    config = loaded[0].model.visual.config
-    monkeypatch.setattr(config, "_attn_implementation_internal", "flash_attention_2")
-    assert not _sees_attention(loaded[0])
-    monkeypatch.undo()
-    assert _sees_attention(loaded[0])
-
-
-def test_reducing_counts_the_products_inside_the_kernels(loaded, inputs):
-    """DivPrune at entry computes all similarities once: 2·L²·D in spans of up to 512 rows."""
-    model, tokens = loaded[0], 64
-    with tokencomp.patch(model, 0.5, reducer="divprune"):
-        work = vision_work(model, inputs)
-    products = 2 * tokens**2 * model.config.get_text_config().hidden_size
-    assert work.reduce >= products
-
-
-def test_parts_of_the_first_image_and_the_first_video(loaded, examples):
-    """The decoder's are those of the answers; only smaller media make less work of the tower."""
-    settings = grid(["uniform", "downscale"], [0.75])
-    runs = sweep(*loaded, examples, settings, **HOW)
-    work, full = work_parts(*loaded, settings, examples, 8), Setting()
-    is_video = [e.media[0].suffix == ".mp4" for e in examples]
-    for setting, kind in itertools.product(settings, ("image", "video")):
-        record = runs[setting].records[is_video.index(kind == "video")]
-        parts, whole = work[setting][kind], work[full][kind]
-        expected = (record["flops"], record["decode_flops"], record["kv_bytes"])
-        assert (parts["prefill"], parts["decode"], parts["kv_bytes"]) == expected
-        for part in ("tower", "projector"):
-            assert (parts[part] < whole[part]) is (setting.reducer == "downscale")
-
-
 def test_factors_under_load_compare_with_the_same_clients() -> None:
     """Medians of three rounds; four clients of vLLM: 2 s to the last first token, 1 answer/s."""
 
@@ -251,24 +168,3 @@ def test_factors_under_load_compare_with_the_same_clients() -> None:
     assert rows[2][4:] == ["1", "1000", "1.00", "0.25", "0.50"]
     assert rows[3][4:] == ["4", "1000", "2.00", "2.00", "2.00"]
     assert "why" in rows[4][3]
-
-
-def test_a_burst_is_compared_within_its_round() -> None:
-    """21 first tokens after 0, 1, … 20 s: 19 s is the 95th percentile; a burst at half of them."""
-
-    def record(number: int, arm: str, scale: float, ratios: list[float]) -> dict[str, Any]:
-        answers = [
-            {"ttft": scale * i, "end": 30.0 - i, "ratio": ratios[i % len(ratios)]}
-            for i in (*range(0, 21, 2), *range(1, 21, 2))
-        ]
-        return {"round": number, "arm": arm, "rate": 1.5, "answers": answers}
-
-    usual, by_load = burst.ARMS
-    rows = burst.rows_of([
-        record(0, by_load, 0.5, [0.5, 0.9]), record(0, usual, 1.0, [0.5]),
-        record(1, usual, 2.0, [0.5]), record(1, by_load, 0.5, [0.9]),
-    ])  # fmt: skip
-    assert [row[:2] for row in rows] == [[n, arm] for n in "12" for arm in (usual, by_load)]
-    assert rows[0][2:] == ["1.50", "10.00", "19.00", "1.00", "30.0", "21 at 0.5"]
-    assert rows[1][2:] == ["1.50", "5.00", "9.50", "2.00", "30.0", "11 at 0.5, 10 at 0.9"]
-    assert rows[3][5] == "4.00"

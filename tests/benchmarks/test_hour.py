@@ -15,7 +15,6 @@ from benchmarks.gpu.contribution import collect, read
 from benchmarks.gpu.hour_file import MANIFEST
 from benchmarks.gpu.hour_parts import Part
 from benchmarks.gpu.serving_file import ServingFile, percentile, table_lines
-from tokencomp.errors import OptionError
 from tokencomp.evaluation.metrics import difference
 
 COMMANDS = {
@@ -55,26 +54,6 @@ def test_every_end_is_noted_and_only_what_is_missing_runs_again(
     assert hour.main(arguments) == 0
     assert (tmp_path / "good/log.txt").read_text() == "as it was"
     assert set(statuses(tmp_path).values()) == {"done"}
-
-
-def _clean() -> dict[str, Any]:
-    facts = {"date": "2026-11-28", "versions": {"torch": "2"}, "hardware": {"gpus": ["H100"]}}
-    return {**facts, "commit": "0" * 40}
-
-
-@pytest.mark.usefixtures("three")
-def test_a_result_comes_into_the_page_and_a_rehearsal_does_not(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(hour, "environment", _clean)
-    hour.hour("models/m", tmp_path / "hour/h100", rehearse=False)
-    assert recompute.main(["--results", str(tmp_path)]) == 0
-    page = (tmp_path / "tables.md").read_text()
-    assert "H100; m; commit 000000000; 2026-11-28." in page
-    assert "| good? | [good](hour/h100/good) | done | 0.0 of 1 |" in page
-    hour.hour("models/m", tmp_path / "hour/cpu", rehearse=True)
-    with pytest.raises(OptionError, match="a rehearsal measures nothing"):
-        recompute.main(["--results", str(tmp_path)])
 
 
 @pytest.mark.long

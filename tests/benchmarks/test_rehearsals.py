@@ -14,7 +14,6 @@ import pytest
 import torch
 from support.photographs import Drawings, toy
 
-from benchmarks.accuracy.studies import retrieval
 from benchmarks.gpu import measurements
 from benchmarks.gpu import prefill as gpu_prefill
 from benchmarks.models import prefill, shapes
@@ -74,25 +73,6 @@ def test_sounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert rows.pop("full")["visual_tokens"] == listener.TOKENS
         for label, row in rows.items():
             assert row["reached"] == pytest.approx(0.75, abs=0.01), label
-
-
-def test_rankings_by_hand() -> None:
-    """Relevant pictures at places 1 and 3 of four: (1/1 + 2/3) / 2; neighbours by a loop."""
-    scores = torch.tensor([0.1, 0.9, 0.5, -1.0])
-    assert retrieval.average_precision(scores, [True, True, False, False]) == pytest.approx(5 / 6)
-    generator = torch.Generator().manual_seed(0)
-    whole = torch.nn.functional.normalize(torch.randn(9, 4, generator=generator))
-    changed = torch.nn.functional.normalize(whole + torch.randn(9, 4, generator=generator))
-
-    def closest(x: torch.Tensor, i: int) -> set[int]:
-        others = sorted((j for j in range(9) if j != i), key=lambda j: -float(x[i] @ x[j]))
-        return set(others[:3])
-
-    found = retrieval.agreement(changed, whole, 3)
-    same = [len(closest(changed, i) & closest(whole, i)) / 3 for i in range(9)]
-    itself = [max(range(9), key=lambda j: float(changed[i] @ whole[j])) == i for i in range(9)]
-    assert found["neighbours"] == pytest.approx(sum(same) / 9)
-    assert found["self"] == pytest.approx(sum(itself) / 9)
 
 
 def test_prefill_of_real_shapes() -> None:

@@ -78,7 +78,7 @@ def test_set_while_others_call(family: Family) -> None:
 
 
 TOWER = {"ratio": 0.75, "reducer": "uniform", "tower_ratio": 0.5}
-NO_TOWER, OFF = {**TOWER, "tower_ratio": 0.0}, {"ratio": 0.0, "reducer": "uniform"}
+NO_TOWER = {**TOWER, "tower_ratio": 0.0}
 EVEN, RANDOM = ({**TOWER, "tower_reducer": name} for name in ("uniform", "random"))
 CHANGES = [(TOWER, NO_TOWER), (NO_TOWER, TOWER), (EVEN, RANDOM)]
 

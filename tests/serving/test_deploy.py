@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import http.client
 import json
 import os
 import re
 import shutil
-import socket
-import ssl
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +21,6 @@ from tokencomp.serving.bind import Bind
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples" / "deploy"
-PLACES = Path("/usr/sbin"), Path("/usr/local/sbin")  # not in the PATH of every user
 
 
 def documents(name: str) -> list[dict[str, Any]]:
@@ -57,11 +48,6 @@ def found(pattern: str, name: str) -> str:
 
 def container_of_pod() -> dict[str, Any]:
     return documents("kubernetes.yaml")[0]["spec"]["template"]["spec"]["containers"][0]
-
-
-def tool(name: str) -> str:
-    path = shutil.which(name, path=os.pathsep.join([os.environ["PATH"], *map(str, PLACES)]))
-    return path or pytest.skip(f"{name} is not installed")
 
 
 def test_options_exist() -> None:
@@ -171,170 +157,8 @@ def test_the_pod_finds_its_server_and_lets_requests_end() -> None:
 
 # -- monitoring -------------------------------------------------------------------------------
 
-USUAL: dict[str, Any] = {"slow": 0, "kept": 50, "step": "1x50 0 1x20"}
-UNUSUAL = {
-    "TokencompSlowFirstToken": {"slow": 1},
-    "TokencompRatioRaisedByLoad": {"step": "0x30 1x40"},
-    "TokencompNotCompressing": {"kept": 95},
-}
-"""First tokens, of 10 per minute, after 5 s; kept ones of 100 visual tokens; step of the load."""
-
-
-def series(server: str, ttft: str, slow: int, kept: int, step: str) -> list[dict[str, str]]:
-    """Return the metrics of a server, minute by minute, in the notation of promtool."""
-    metrics = {
-        ttft + '_bucket{le="5.0",': f"0+{10 - slow}x70", ttft + '_bucket{le="7.5",': "0+10x70",
-        ttft + '_bucket{le="+Inf",': "0+10x70", "tokencomp_load_step{": step,
-        "tokencomp_visual_tokens_before_total{": "0+100x70",
-        "tokencomp_visual_tokens_after_total{": f"0+{kept}x70",
-    }  # fmt: skip
-    return [{"series": f'{k}instance="{server}"}}', "values": v} for k, v in metrics.items()]
-
-
-@pytest.mark.parametrize("alert", UNUSUAL)
-@pytest.mark.parametrize("engine", ["tokencomp_", "vllm:"])
-def test_an_alert_names_the_server_that_is_unusual(alert: str, engine: str, tmp_path: Path) -> None:
-    """One of two servers, after an hour; no other alert fires."""
-    promtool, ttft = tool("promtool"), engine + "time_to_first_token_seconds"
-    (group,) = documents("alerts.yaml")[0]["groups"]
-    rules, expected = {rule["alert"]: rule for rule in group["rules"]}, []
-    for name, rule in rules.items():
-        words = {
-            k: v.replace("{{ $labels.instance }}", "b") for k, v in rule["annotations"].items()
-        }
-        fires = {"exp_labels": {**rule["labels"], "instance": "b"}, "exp_annotations": words}
-        expected.append(
-            {"eval_time": "62m", "alertname": name, "exp_alerts": [fires] * (name == alert)}
-        )
-    given = series("a", ttft, **USUAL) + series("b", ttft, **{**USUAL, **UNUSUAL[alert]})
-    case = {"interval": "1m", "input_series": given, "alert_rule_test": expected}
-    file = tmp_path / "test.yaml"
-    file.write_text(yaml.safe_dump({"rule_files": [str(FOLDER / "alerts.yaml")], "tests": [case]}))
-    done = subprocess.run([promtool, "test", "rules", file], capture_output=True, text=True)
-    assert set(rules) == set(UNUSUAL) and done.returncode == 0, done.stderr
-
 
 # -- systemd ----------------------------------------------------------------------------------
 
 
-def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
-    systemd = tool("systemd-analyze")
-    unit = tmp_path / "tokencomp.service"
-    unit.write_text(text(unit.name).replace("/opt/tokencomp/bin/tokencomp", sys.executable))
-    done = subprocess.run([systemd, "verify", "--man=no", unit], capture_output=True, text=True)
-    assert done.returncode == 0 and "tokencomp.service" not in done.stderr, done.stderr
-    command = [systemd, "security", "--offline=true", "--threshold=35", unit]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-1500:]
-
-
 # -- the proxy --------------------------------------------------------------------------------
-
-
-class Upstream(BaseHTTPRequestHandler):
-    """Stands in for the server, and notes what reaches it."""
-
-    protocol_version = "HTTP/1.1"
-    seen: list[tuple[str, dict[str, str], bytes]]
-
-    def answer(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        self.seen.append((self.path, {k.lower(): v for k, v in self.headers.items()}, body))
-        self.send_response(200)
-        self.send_header("Content-Length", "2")
-        self.end_headers()
-        self.wfile.write(b"ok")
-
-    do_GET = do_POST = do_DELETE = answer
-
-    def log_message(self, *arguments: Any) -> None:
-        pass
-
-
-@pytest.fixture(scope="module")
-def proxied(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, list[Any]]]:
-    """Run nginx with the file; yield its port, and the requests that reach the server behind it."""
-    nginx, openssl = tool("nginx"), tool("openssl")
-    root = tmp_path_factory.mktemp("nginx")
-    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost"]
-    key = ["-keyout", root / "privkey.pem", "-out", root / "fullchain.pem", "-nodes"]
-    new = [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
-    subprocess.run([*new, *names, *key], check=True, capture_output=True)
-    seen: list[Any] = []
-    handler = type("Handler", (Upstream,), {"seen": seen})
-    upstream = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=upstream.serve_forever, daemon=True).start()
-    port = servers.free_port()
-    site = text("nginx.conf").replace("/etc/nginx/tls", str(root))
-    site = site.replace("127.0.0.1:8000", f"127.0.0.1:{upstream.server_port}")
-    site = site.replace("listen 443", f"listen 127.0.0.1:{port}")
-    site = site.replace("listen 80 ", f"listen 127.0.0.1:{servers.free_port()} ")
-    (root / "site.conf").write_text(site)
-    folders = ["client_body", "proxy", "fastcgi", "uwsgi", "scgi"]
-    temporary = "".join(f"{name}_temp_path {root}/{name};\n" for name in folders)
-    main = f"daemon off;\npid {root}/pid;\nerror_log {root}/error.log;\nevents {{}}\n"
-    inner = f"access_log off;\n{temporary}include {root}/site.conf;\n"
-    (root / "nginx.conf").write_text(f"{main}http {{\n{inner}}}\n")
-    command = [nginx, "-p", root, "-e", root / "error.log", "-c", root / "nginx.conf"]
-    checked = subprocess.run([*command, "-t"], capture_output=True, text=True)
-    assert checked.returncode == 0 and "[warn]" not in checked.stderr, checked.stderr
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    try:
-        end = time.monotonic() + 20
-        while time.monotonic() < end:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-                break
-            time.sleep(0.05)
-        yield port, seen
-    finally:
-        process.terminate()
-        process.wait()
-        upstream.shutdown()
-
-
-def send(port: int, content: bytes) -> int:
-    """Send bytes, and return the status of the first answer."""
-    context = ssl.create_default_context()
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    plain = socket.create_connection(("127.0.0.1", port), timeout=20)
-    with context.wrap_socket(plain, server_hostname="localhost") as connection:
-        connection.sendall(content)
-        answer = http.client.HTTPResponse(connection)
-        answer.begin()
-        return answer.status
-
-
-HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
-CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"
-
-
-def test_the_proxy_never_passes_two_lengths_on(proxied: tuple[int, list[Any]]) -> None:
-    port, seen = proxied
-    for body in (CHUNKED, b"Content-Length: 5\r\n\r\nhello"):
-        assert send(port, HEAD + body) == 200
-        _, headers, content = seen.pop()
-        assert content == b"hello" and headers["content-length"] == "5"
-        assert "transfer-encoding" not in headers and headers["host"] == "localhost"
-    lengths = b"Content-Length: 5\r\n", b"Content-Length: 100\r\n"
-    for rest in (lengths[0] + CHUNKED, lengths[1] + CHUNKED, b"".join(lengths) + b"\r\nhello"):
-        assert send(port, HEAD + rest) == 400
-    assert send(port, HEAD + b"Content-Length: 200000000\r\n\r\n") == 413
-    assert seen == []
-
-
-def test_the_proxy_passes_documented_paths_only(proxied: tuple[int, list[Any]]) -> None:
-    port, seen = proxied
-    request = "{} {} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
-    passed = ["/v1/chat/completions", "/v1/models", "/v1/models/tiny/a", "/health"]
-    for path in passed:
-        assert send(port, request.format("GET", path).encode()) == 200
-    assert [path for path, _, _ in seen] == passed
-    seen.clear()
-    closed = ["/invocations", "/tokenize", "/generative_scoring", "/scale_elastic_ep", "/metrics"]
-    closed += ["/v1/completions", "/v1/load_lora_adapter", "/docs", "/openapi.json", "/", "/ping"]
-    closed += ["/v1/models/../../invocations", "/v1/chat/completions/", "//invocations"]
-    closed += ["/v1/chat/completions/%2e%2e/x", "/health;/../invocations", "/%69nvocations"]
-    for path in closed:
-        for method in ("GET", "POST"):
-            assert send(port, request.format(method, path).encode()) in (400, 404), path
-    assert seen == []

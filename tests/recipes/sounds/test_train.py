@@ -14,39 +14,16 @@ from recipes.sounds.model import (
     TOKENS,
     audio_tokens,
     build,
-    build_processor,
     build_tokenizer,
     load,
     save,
 )
-from recipes.sounds.train import SoundStage, SoundTrainer
 from tokencomp.inputs.prompts import build_inputs
-
-RECIPE = (
-    SoundStage("names", 2, 2, 1e-3, kind="names"),
-    SoundStage("primers", 2, 2, 1e-3, 1e-3, "primers"),
-    SoundStage("questions", 2, 2, 1e-3, 1e-3),
-)
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return build_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.mark.long
-def test_training_goes_on_where_it_stopped(tmp_path: Path, tokenizer: Any) -> None:
-    weights = []
-    for name, stops in (("whole", (None,)), ("parts", (1, 3, None))):
-        for stop in stops:
-            torch.manual_seed(0)
-            model = build(tokenizer)
-            maker = SoundBatches(build_processor(tokenizer))
-            trainer = SoundTrainer(model, maker, RECIPE, tmp_path / name)
-            assert trainer.run(stop) is (stop is None)
-        weights.append(trainer.parameters)
-    for name, tensor in weights[0].items():
-        torch.testing.assert_close(tensor, weights[1][name], rtol=0, atol=0)
 
 
 def test_training_sequences_are_the_prompts_of_inference(tmp_path: Path, tokenizer: Any) -> None:
