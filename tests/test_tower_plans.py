@@ -10,7 +10,7 @@ import torch
 from support.families import FAMILIES, text
 
 import tokencomp
-from tokencomp import Stage, TowerStage, make_reducer, plan_from_json, plan_to_json
+from tokencomp import Plan, Stage, TowerStage, make_reducer, plan_from_json, plan_to_json
 from tokencomp.errors import (
     OptionError,
     PlanError,
@@ -26,7 +26,7 @@ UNIFORM = make_reducer("uniform")
 
 
 @pytest.mark.parametrize("grid", [(1, 1, 1), (1, 5, 7), (4, 3, 3), (3, 8, 8)])
-@pytest.mark.parametrize("fraction", [0.1, 0.25, 0.4, 0.5, 1.0])
+@pytest.mark.parametrize("fraction", [0.1, 0.25, 0.38, 0.4, 0.5, 1.0])
 def test_counts(grid: tuple[int, int, int], fraction: float) -> None:
     """Half of the cells or more are rounded up, at least one stays; frames count one by one."""
     t, h, w = grid
@@ -34,13 +34,17 @@ def test_counts(grid: tuple[int, int, int], fraction: float) -> None:
     whole = TowerStage(0, fraction, UNIFORM)
     apart = TowerStage(0, fraction, UNIFORM, frames_apart=True)
     assert whole.tokens(span) == max(1, math.floor(t * h * w * fraction + 0.5)) + 2
-    assert apart.tokens(span) == t * max(1, math.floor(h * w * fraction + 0.5)) + 2
+    each = t * max(1, math.floor(h * w * fraction + 0.5))
+    assert apart.tokens(span) == each + 2
+    # An entry stage of the same fraction rounds once, and cannot keep more than the tower has.
+    span, once = VisualSpan(5, t * h * w, grid), max(1, math.floor(t * h * w * fraction + 0.5))
+    assert Plan((Stage(0, fraction, UNIFORM),), apart).counts(span, 4) == [min(each, once)]
 
 
 @pytest.mark.parametrize("fraction", [0.07, 0.33, 0.5, 0.77])
 def test_a_part_never_keeps_more_than_its_bound(fraction: float) -> None:
     stage = TowerStage(0, fraction, UNIFORM)
-    for sizes in ([9, 9, 9, 9], [9, 3, 9, 1], [1, 1], [9], [2, 9, 9, 4, 4, 9]):
+    for sizes in ([9, 9, 9, 9], [9, 2, 9], [9, 3, 9, 1], [1, 1], [9], [2, 9, 9, 4, 4, 9]):
         kept = stage.cells([(1, 1, n) for n in sizes])
         assert sum(kept) == max(1, math.floor(sum(sizes) * fraction + 0.5))
         assert all(k <= min(n, stage.most(9)) for k, n in zip(kept, sizes, strict=True))

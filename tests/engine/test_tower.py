@@ -157,6 +157,11 @@ def test_keys_are_those_of_a_tokens_own_patches(family: Family) -> None:
     check(rows, keys(watched(model), torch.cat(hidden)), got)
 
 
+def test_keys_of_a_tower_that_sorts_its_patches_by_window() -> None:
+    """Only that of Qwen2.5-VL does, a family that plain pytest leaves out."""
+    test_keys_are_those_of_a_tokens_own_patches(FAMILIES["qwen2_5_vl"])
+
+
 def attention_of(
     model: Any, inputs: dict[str, Tensor], blocks: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> list[Tensor]:

@@ -110,6 +110,8 @@ def test_grids_tell_the_places_where_media_meet_and_a_prompt_ends_in_one() -> No
         given = positions[:, None, : 6 * count]
         kinds = modalities_from_grids(given, {"image": [(1, 2, 3)] * count})
         assert kinds is not None and kinds.tolist() == [[1] * 6 * count]
+    # Words have the positions of an image of one token, which is not found.
+    assert modalities_from_grids(torch.arange(5).expand(3, 1, 5), {"image": [(1, 1, 1)]}) is None
 
 
 @pytest.mark.parametrize("missing", ["places", "pixels"])

@@ -123,6 +123,7 @@ def test_merged_rows(family: Family, backend: str) -> None:
     with tokencomp.patch(model, 0.75, reducer="kcenter", merge=True), torch.no_grad():
         out = oracle.generate(model, inputs, STEPS, past_key_values=cache)
         exact = oracle.cache_of(model(**inputs, use_cache=True))
+    assert cache.get_seq_length() == length + STEPS - 1
     rows = KeptRows(model, family, quantized_cache(backend, model))
     for rounded, layer in zip(rows.cache.layers, exact.layers, strict=True):
         rounded.update(layer.keys, layer.values)

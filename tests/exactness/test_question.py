@@ -168,5 +168,8 @@ def test_a_caption_right_behind_the_image(family: Family, reducer: Any) -> None:
         where = inputs.pop("position_ids")
         more = with_answers(inputs, torch.tensor([text(5, 20), text(5, 21)]), family)
         positions = torch.cat([where, where[..., -1:] + torch.arange(1, 6)], -1)
-        model(**more, position_ids=positions, use_cache=False)
-        assert kept(handle, 2) == expected
+        real = more["attention_mask"].bool()
+        everything = more["input_ids"].masked_fill(~real, -100)  # of the image as well
+        for labels in (more["labels"], everything):
+            model(**{**more, "labels": labels}, position_ids=positions, use_cache=False)
+            assert kept(handle, 2) == expected

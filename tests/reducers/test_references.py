@@ -50,20 +50,23 @@ def test_divprune(grid: tuple[int, int, int], keep: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("grid", "power", "margin"),
+    ("grid", "options"),
     [
-        (GRIDS[0], 2.0, 0.1),
-        (GRIDS[1], 1.0, 2.0),
-        (GRIDS[2], 0.5, 0.0),
+        (GRIDS[0], {"power": 2.0, "margin": 0.1}),
+        (GRIDS[1], {"power": 1.0, "margin": 2.0}),
+        (GRIDS[2], {"power": 0.5, "margin": 0.0}),
+        (GRIDS[2], {}),
     ],
 )
-def test_condiv(grid: tuple[int, int, int], power: float, margin: float) -> None:
+def test_condiv(grid: tuple[int, int, int], options: dict[str, float]) -> None:
+    """The last with the defaults of docs/decisions/0002-condiv-margin.md."""
+    power, margin = options.get("power", 1.0), options.get("margin", 0.2)
     given = matrix.tokens(grid)
     x = given.features.double().tolist()
     scores = given.scores.tolist()
     weights = [max(s / max(scores), 1e-3) ** power for s in scores]
     chosen = farthest_first(x, weights.index(max(weights)), weights, 7, margin)
-    got = make_reducer("condiv", power=power, margin=margin)
+    got = make_reducer("condiv", **options)
     assert matrix.kept(got, given, 7).rows.tolist() == chosen
 
 
