@@ -6,7 +6,7 @@
 
 Every benchmark compares with the unpatched model in the same process, in alternating runs, and
 writes its page when it ends. Stop at any time: the next call goes on with what is still outdated.
-`prefill` takes about an hour, `tower` half of one, `calls` and `weights` minutes.
+`prefill` and `tower` take half an hour each, `calls` and `weights` minutes.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """LLM prefill with and without compression, real decoder shapes, random weights.
 
-    python -m benchmarks.models.prefill             # all cases
-    python -m benchmarks.models.prefill --quick     # the default alone, for the README
-    python -m benchmarks.models.prefill --models llava-onevision-0.5b --tokens 2048
-    python -m benchmarks.models.prefill --report    # only rebuilds the page
+    python -m benchmarks.models.prefill                  # all parts
+    python -m benchmarks.models.prefill --parts default  # the default alone, for the README
+    python -m benchmarks.models.prefill --report         # only rebuilds the page
 
 Patched and unpatched runs alternate in one process; the medians of their times are compared. The
 vision tower does not run: the visual features are synthetic (see `still_video`), so these are
@@ -12,13 +11,13 @@ processor less well, so each ratio is also compared with the unpatched model on 
 the compressed prompt ("native"). A case that is measured again replaces its record in
 prefill.jsonl, and all others stay. The file and the page are written after every repeat.
 
-`--quick` takes less than ten minutes on two quiet cores: Qwen2-VL-2B with 4,096 tokens of an image,
-merged as by default and dropped, and of a video. It leaves out peaks of memory and native texts.
+The parts take 10, 6 and 4 minutes on two quiet cores. `default` is Qwen2-VL-2B with 4,096 tokens of
+an image, merged as by default and dropped, and of a video; `methods` is other reducers on that
+video; `memory` is a smaller model, with peaks of memory and native texts.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import resource
 import statistics
@@ -44,15 +43,10 @@ from tokencomp.storage import write_lines
 FOLDER = Path(__file__).parent
 TEXT_BEFORE, TEXT_AFTER = 16, 48
 RATIOS = (0.5, 0.75, 0.9)
-KINDS = {"llava-onevision-0.5b": ("video",), "qwen2-vl-2b": ("image", "video")}
-"""By model, the media that it is given."""
 Method = tuple[str, Merging]
 """A reducer, and what happens to the rest; "auto", as by default, merges it on images."""
 Case = tuple[str, Merging, float]
-DEFAULT: dict[str, tuple[Method, ...]] = {
-    "image": (("auto", "auto"), ("auto", False)),
-    "video": (("auto", "auto"),),
-}
+MERGED: Method = ("auto", "auto")
 OTHERS: tuple[Method, ...] = (("uniform", False), ("bipartite", False), ("aim", False))
 
 
@@ -77,9 +71,14 @@ class Piece:
         return [(*method, ratio) for method in self.methods for ratio in self.ratios]
 
 
-QUICK = tuple(
-    Piece("qwen2-vl-2b", kind, 4096, methods, RATIOS, 3, False) for kind, methods in DEFAULT.items()
-)
+PARTS = {
+    "default": (
+        Piece("qwen2-vl-2b", "image", 4096, (MERGED, ("auto", False)), RATIOS, 3, False),
+        Piece("qwen2-vl-2b", "video", 4096, (MERGED,), RATIOS, 3, False),
+    ),
+    "methods": (Piece("qwen2-vl-2b", "video", 4096, OTHERS, RATIOS, 2, False),),
+    "memory": (Piece("llava-onevision-0.5b", "video", 4096, (MERGED, *OTHERS), RATIOS, 2),),
+}
 
 
 def setup(
@@ -235,18 +234,15 @@ by that of the patched one. FLOP limit: the same for FLOPs. Reducer: its own tim
 included, as a share of the full prefill. Peak memory and KV cache: shares of the unpatched run's,
 at the highest ratio; a cache with merged tokens keeps its size. [Every case, range of the runs,
 and the time of a text of the compressed length](prefill.csv)."""
-SHOWN = 4000
-"""Visual tokens from which a case is on the page."""
 
 
 def page(records: list[dict[str, Any]]) -> str:
-    """The longest prompts, by method and ratio."""
+    """The page of all records, by method and ratio."""
     every = today(records)
     sources = dict.fromkeys(f"- {r['dtype']}: {provenance(r['environment'])}" for r in every)
-    longest = [r for r in every if r["visual_tokens"] >= SHOWN] or every
     parts = [
         "# How much faster is the LLM prefill?",
-        overview(longest),
+        overview(every),
         LEGEND.replace("\n", " "),
         "\n".join(sources),
     ]
@@ -322,14 +318,6 @@ def timed(function: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def pieces(args: argparse.Namespace) -> Iterator[Piece]:
-    """What the command line requests."""
-    for name, tokens in itertools.product(args.models, args.tokens):
-        for kind in KINDS[name]:
-            methods = (*OTHERS[:2], *DEFAULT[kind], *OTHERS[2:])
-            yield Piece(name, kind, tokens, methods, tuple(args.ratios), args.repeats)
-
-
 def key(r: dict[str, Any]) -> tuple[Any, ...]:
     """What identifies a record."""
     return r["model"], r["tokens"], kind_of(r), method_of(r), r["ratio"]
@@ -343,11 +331,7 @@ def publish(out: Path, records: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = publishing.parser(__doc__, FOLDER / "prefill.jsonl")
-    parser.add_argument("--models", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--tokens", nargs="+", type=int, default=[2048, 4096])
-    parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="the few cases of `QUICK`")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
     args = parser.parse_args()
     if args.report:
@@ -355,17 +339,14 @@ def main() -> None:
         return
     facts = publishing.published_from(args.out, args.allow_dirty)
     dtype = fastest_dtype() if args.dtype == "auto" else getattr(torch, args.dtype)
-    for piece in QUICK if args.quick else pieces(args):
+    for piece in itertools.chain.from_iterable(PARTS[name] for name in args.parts):
         run_facts = {**environment(), **facts}
         own: list[dict[str, Any]] = []
         for repeat in measure(piece, dtype):
             own = [{**r, "environment": run_facts} for r in repeat]
             records = {key(r): r for r in (*read_lines(args.out), *own)}
-            order = sorted(
-                records.values(), key=lambda r: ([*KINDS].index(r["model"]), r["tokens"])
-            )
-            write_lines(args.out, order)
-            publish(args.out, order)
+            write_lines(args.out, records.values())
+            publish(args.out, list(records.values()))
         print("\n".join(overview(own).splitlines()[2:]), flush=True)
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"peak resident memory of this process: {usage / 2**20:.1f} GiB")

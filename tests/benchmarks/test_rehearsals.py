@@ -78,7 +78,7 @@ def test_sounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_prefill_of_real_shapes() -> None:
     """By default an image is merged, and the cache of merged tokens keeps its size."""
     shape = Shape("qwen2_vl", 256, 64, 2, 2, 1)  # heads as wide as the real ones
-    methods = (*prefill.DEFAULT["image"], ("uniform", False))
+    methods = (("auto", "auto"), ("auto", False), ("uniform", False))
     piece = prefill.Piece("qwen-tiny", "image", 256, methods, (0.5, 0.75), 1, False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(shapes.SHAPES, "qwen-tiny", shape)
