@@ -234,7 +234,7 @@ def test_texts_of_reducers(text, expected):
         (["serve", "--budget", "16", "--ratio", "0.5"], "--ratio: no effect with --budget"),
         (["demo", "-r", "condiv(power=2, power =3)"], "power is set twice"),
         (["serve", "-r", "uniform,random"], "serve takes one reducer, got 2"),
-        (["demo", "-r", "prune+bipartite"], "'prune' does not act at decoder entry"),
+        (["demo", "-r", "prune+bipartite"], "must act at decoder entry"),
         (["eval", "--plan", "FILE", "-r", "bipartite"], "--reducer: no effect with --plan"),
         (["inspect", "--plan", "FILE", "--ratio", "0.5"], "--ratio: no effect with --plan"),
         (["inspect", "--plan", "FILE", "--merge", "on"], "--merge: no effect with --plan"),

@@ -20,7 +20,6 @@ from tokencomp.adapters.structure import (
     parameters_of,
 )
 from tokencomp.adapters.towers.base import Tower, unknown_cells
-from tokencomp.errors import SpanError
 from tokencomp.tokens.spans import Modality, VisualSpan
 
 ENCODED = "mm_encoder_outputs"  # features that `generate` has encoded, by modality
@@ -88,17 +87,6 @@ class Adapter:
         self.mrope = self.mrope_rows > 0
         self.placeholders = find_placeholders(parts)  # raises if there are none
 
-    @classmethod
-    def of(cls, model: nn.Module) -> Adapter:
-        """The adapter of a model of one of `model_types`.
-
-        Raises
-        ------
-        UnsupportedModelError
-            The installed transformers release computes this family wrongly.
-        """
-        return cls(model)
-
     def find_parts(self, model: nn.Module) -> Parts:
         return find_parts(model)
 
@@ -122,15 +110,14 @@ class Adapter:
 
         Parameters
         ----------
-        x : Tensor, shape (B, n, d) positions : Tensor of int64, shape (3, B, n) for M-RoPE, else
-        (B, n)
+        x : Tensor, shape (B, n, d)
+        positions : Tensor of int64, shape (3, B, n) for M-RoPE, else (B, n)
         """
         if self.rotary is None:
             return None
         layer_type = self.rotary_layer_type(layer)
-        return self.rotary(
-            x, positions, **({} if layer_type is None else {"layer_type": layer_type})
-        )
+        named = {} if layer_type is None else {"layer_type": layer_type}
+        return self.rotary(x, positions, **named)
 
     def rotary_layer_type(self, layer: int) -> str | None:
         """The layer type whose rotary tables `layer` takes; None if all types share them."""
@@ -174,6 +161,8 @@ class Adapter:
     def tower_tokens(self, values: Tensor, modality: str, call: TowerCall) -> Tensor:
         """Map values of patches to values of visual tokens, (tokens, d), in order.
 
+        For families with the signal "tower".
+
         Parameters
         ----------
         values
@@ -183,9 +172,7 @@ class Adapter:
         call
             The call that computed them.
         """
-        raise SpanError(
-            f"{type(self).__name__} must define tower_tokens to offer signals of the tower."
-        )
+        raise NotImplementedError
 
     def tower_layout(self) -> Tower:
         """Which patches of the vision tower every visual token reads, for a stage in the tower.
@@ -206,23 +193,18 @@ class Adapter:
     def media(self) -> set[str]:
         """Modalities that the model takes: those with placeholders or arguments."""
         arguments = (*parameters_of(self.top), *parameters_of(self.body))
-        modalities = {
-            modality for modality in map(feature_modality, arguments) if modality is not None
-        }
+        modalities = set(filter(None, map(feature_modality, arguments)))
         return {MODALITIES[code] for code in self.placeholders.values()} | modalities
 
     def feature_modalities(self, inputs: Mapping[str, Any]) -> set[int]:
         """Modalities (1, 2, 3) of features or pixels among arguments of the body or a prefill."""
         names = {feature_modality(name) for name, value in inputs.items() if value is not None}
-        modalities = {CODES[modality] for modality in names if modality is not None}
         encoded = inputs.get(ENCODED)
         if isinstance(encoded, Mapping):
-            modalities |= {
-                code for code, name in MODALITIES.items() if encoded.get(name) is not None
-            }
+            names |= {name for name in CODES if encoded.get(name) is not None}
         elif encoded is not None:
-            modalities |= set(MODALITIES)
-        return modalities
+            names |= set(CODES)
+        return {CODES[modality] for modality in names if modality is not None}
 
     def encodes(self, inputs: Mapping[str, Any]) -> bool:
         """Whether a call with these arguments encodes media itself."""
@@ -297,10 +279,8 @@ class Adapter:
         return [self.row_spans(call, b) for b in range(call.modalities.shape[0])]
 
     def row_spans(self, call: MediaCall, row: int) -> list[VisualSpan]:
-        """Visual spans of one sample."""
-        raise SpanError(
-            f"{type(self).__name__} must define spans, or row_spans, which spans calls."
-        )
+        """Visual spans of one sample, for adapters that do not override `spans`."""
+        raise NotImplementedError
 
     def install(self) -> None:
         """Called when the model is patched."""

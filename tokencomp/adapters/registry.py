@@ -108,16 +108,13 @@ def adapter_for(model: nn.Module) -> Adapter:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     known = available_models()
     if model_type is None:
-        fix = "Pass a multimodal model of transformers."
-        if isinstance(model, str):
-            fix = f"Load {model!r} first, e.g. AutoModelForImageTextToText.from_pretrained(...)."
-        elif isinstance(getattr(model, "model", None), nn.Module):
-            fix = "Pass its model, that is, `.model` of a pipeline."
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no adapter: it has no config with a model_type. {fix}"
+            f"{type(model).__name__} has no adapter: it has no config with a model_type. Pass a "
+            "multimodal model of transformers, e.g. AutoModelForImageTextToText.from_pretrained("
+            "...), or `.model` of a pipeline."
         )
     try:
-        adapter = known.get(model_type, StructuralAdapter).of(model)
+        adapter = known.get(model_type, StructuralAdapter)(model)
     except AttributeError as missing:
         raise UnsupportedModelError(
             f"{type(model).__name__}: {missing}. Pass the ...ForConditionalGeneration model, from "

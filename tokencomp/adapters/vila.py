@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokencomp.adapters.base import Adapter, block_means
 from tokencomp.adapters.media_call import MediaCall, TowerCall
@@ -12,7 +12,7 @@ from tokencomp.adapters.registry import register_adapter
 from tokencomp.adapters.structure import Parts
 from tokencomp.adapters.towers.base import unknown_cells
 from tokencomp.adapters.towers.dense import DenseTower, pooled, squares
-from tokencomp.errors import SpanError, UnsupportedModelError
+from tokencomp.errors import SpanError
 from tokencomp.tokens.spans import VisualSpan
 
 
@@ -27,16 +27,6 @@ class VilaAdapter(Adapter):
     family = "VILA"
     model_types = ("llava_llama", "vila")
     signals = (*Adapter.signals, "tower")
-
-    @classmethod
-    def of(cls, model: nn.Module) -> Adapter:
-        if hasattr(model, "_embed"):
-            raise UnsupportedModelError(
-                f"{type(model).__name__} is the published code of VILA, which transformers 5 "
-                "cannot import. Load the checkpoint with "
-                "tokencomp.models.VilaForConditionalGeneration."
-            )
-        return cls(model)
 
     def find_parts(self, model: Any) -> Parts:
         return Parts(model, model, model.llm.model)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from tokencomp.adapters.media_call import MODALITIES
 from tokencomp.adapters.registry import adapter_for
-from tokencomp.errors import MediaError, OptionError
+from tokencomp.errors import MediaError
 from tokencomp.inputs.frame_times import frame_times, whole_steps
 from tokencomp.inputs.questions import frames_apart, modality_of
 from tokencomp.inputs.sounds import RATE
@@ -139,12 +138,9 @@ def build_inputs(
 
     Raises
     ------
-    OptionError
-        Not one list of media and one text per row.
     MediaError
         The processor refuses them, or a video has no frames, or frames of several sizes.
     """
-    _check_rows(media, prompts)
     if any(modality_of(one) == "video" for row in media for one in row):
         media = media if takes_videos(processor) else [frames_apart(row) for row in media]
     chats = [media_chat(m, p) for m, p in zip(media, prompts, strict=True)]
@@ -174,21 +170,6 @@ def stacked(clip: Sequence[Any]) -> np.ndarray:
             "one or more frames, resized and converted to one size and mode."
         )
     return np.stack(frames)
-
-
-def _check_rows(media: Any, prompts: Any) -> None:
-    """Require one list of media and one text per row; refuse paths."""
-    rows = isinstance(media, list | tuple) and all(isinstance(row, list | tuple) for row in media)
-    texts = isinstance(prompts, list | tuple) and all(isinstance(text, str) for text in prompts)
-    if not (rows and texts and len(media) == len(prompts) > 0):
-        raise OptionError(
-            f"build_inputs: media {media!r:.80} and prompts {prompts!r:.80}; allowed: one list of "
-            'media and one text per row, as in build_inputs(processor, [[image]], ["What?"]).'
-        )
-    for path in (one for row in media for one in row if isinstance(one, str | PathLike)):
-        raise MediaError(
-            f"build_inputs: {str(path)!r} is a path. Read it: tokencomp.inputs.media.load_media."
-        )
 
 
 def takes_videos(processor: Any) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from tokencomp.errors import PlanError, RatioError
+from tokencomp.errors import RatioError
 from tokencomp.validation import fits
 
 MAX_RATIO = 0.95
@@ -81,16 +81,7 @@ def frame_budgets(
         At least 0; if all are 0, shares are equal.
     most
         Tokens of every frame; `total` is at most their sum.
-
-    Raises
-    ------
-    PlanError
-        More tokens than all frames hold.
     """
-    if total > sum(most):
-        raise PlanError(
-            f"{total} tokens of frames that hold {sum(most)}. Ask for at most as many as there are."
-        )
     # Every frame gets `least`, then its share of the rest, rounded down.
     base = [min(least, n) for n in most]
     if sum(base) > total:

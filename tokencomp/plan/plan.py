@@ -39,8 +39,7 @@ class Plan:
     Raises
     ------
     PlanError
-        Objects that are not stages; another order; or a reducer that acts on whole spans only,
-        after a stage that drops tokens.
+        Another order, or a reducer that acts on whole spans only, after a stage that drops tokens.
     OptionError
         A stage that merges together with a reducer that merges by itself.
     """
@@ -49,13 +48,7 @@ class Plan:
     tower: TowerStage | None = None
 
     def __post_init__(self) -> None:
-        stages = self.stages
-        if not isinstance(stages, tuple | list) or not all(isinstance(s, Stage) for s in stages):
-            raise PlanError(
-                f"plan of {stages!r}; expected a tuple of Stage objects. Their JSON form is for "
-                "patch(plan=...) or plan_from_json."
-            )
-        object.__setattr__(self, "stages", tuple(stages))
+        object.__setattr__(self, "stages", tuple(self.stages))
         for modality in {modality for s in self.stages for modality, _ in s.by_modality}:
             self._check_fractions(modality)
         self._check_fractions(None)

@@ -44,11 +44,6 @@ class Traits:
     per_item: bool = False
 
 
-def is_reducer(value: Any) -> bool:
-    """Whether it is a reducer instance, not a class."""
-    return isinstance(getattr(value, "traits", None), Traits) and not isinstance(value, type)
-
-
 def only_plans(reducer: AnyReducer) -> bool:
     """Whether it is a preset or composition, which only plans other reducers."""
     return not reducer._has_step

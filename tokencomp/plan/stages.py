@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from tokencomp.errors import PlanError
 from tokencomp.plan.counts import Budget, Place, keep_count, split_evenly
 from tokencomp.plan.options import Merging, StageOptions
-from tokencomp.plan.reducer import AnyReducer, is_reducer, only_plans, unused_options
+from tokencomp.plan.reducer import AnyReducer, only_plans, unused_options
 from tokencomp.validation import check_effect, describe_type, fits
 
 if TYPE_CHECKING:
@@ -56,9 +56,9 @@ class Stage(StageOptions):
     Raises
     ------
     PlanError
-        A layer or fraction of another type; an unknown modality; something that is not a reducer; a
-        reducer that only plans the steps of others (a preset or a composition); or a stage between
-        layers for a reducer that was trained for the entry.
+        A layer or fraction of another type; an unknown modality; a reducer that only plans the
+        steps of others (a preset or a composition), or that acts before the vision tower or at the
+        entry alone.
     OptionError
         An option of the reducer that has no effect there; an option of the stage that is of another
         type, or that the reducer does not allow.
@@ -82,11 +82,6 @@ class Stage(StageOptions):
         for name, hint in {"layer": int, "fraction": float}.items():
             if not fits(value := getattr(self, name), hint):
                 raise PlanError(f"stage: {name}={value!r}; expected {describe_type(hint)}.")
-        if not is_reducer(self.reducer):
-            raise PlanError(
-                f"stage: reducer={self.reducer!r}; expected a reducer. Build it with "
-                'make_reducer, e.g. make_reducer("bipartite").'
-            )
         if only_plans(self.reducer):
             raise PlanError(
                 f"stage: reducer {self.reducer.name!r} only plans the steps of others. Give it to "
@@ -100,8 +95,7 @@ class Stage(StageOptions):
             raise PlanError(
                 f"stage at layer {self.layer}: reducer {self.reducer.name!r} compares pixels, "
                 "which are seen before block 0 of the vision tower only. Use "
-                "TowerStage(0, 1.0, reducer) in the plan, or "
-                f"patch(model, reducer={self.reducer.name!r})."
+                f"TowerStage(0, 1.0, reducer), or patch(model, reducer={self.reducer.name!r})."
             )
         if self.layer > 0 and self.reducer.traits.entry_only:
             raise PlanError(
@@ -190,11 +184,6 @@ class TowerStage:
                 f"tower stage: {self.budget}; the tower encodes an item before the prompt is known "
                 "to it. Use a budget for every item."
             )
-        if not is_reducer(self.reducer):
-            raise PlanError(
-                f"tower stage: reducer={self.reducer!r}; expected a reducer. Build it with "
-                'make_reducer, e.g. make_reducer("kcenter").'
-            )
         if self.decides and (self.block, self.fraction, self.budget) != (0, 1.0, None):
             raise PlanError(
                 f"tower stage before block {self.block} with fraction={self.fraction:g}, "
@@ -206,7 +195,6 @@ class TowerStage:
                 f"tower stage: reducer {self.reducer.name!r} {fault}. Use a reducer that looks at "
                 "the picture alone, such as 'kcenter', 'runlength', 'uniform' or 'random'."
             )
-
         check_effect(
             self.reducer.name, self.reducer, unused_options(self.reducer, pixels=self.block == 0)
         )

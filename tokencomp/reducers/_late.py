@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from tokencomp.errors import OptionError
 from tokencomp.plan.counts import check_ratio
 from tokencomp.plan.plan import Plan, from_profile
 from tokencomp.plan.schedules import once
 from tokencomp.reducers.published import Published
+from tokencomp.validation import between
 
 LEAST = 0.05  # smallest fraction that a late cut keeps; below it the cut comes earlier
 
@@ -27,15 +27,7 @@ class Baseline(Published):
     """
 
     # Not in the repr, which names the method in stored answers: they record options separately.
-    at: float = field(default=0.0, repr=False, kw_only=True)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.at < 1:
-            raise OptionError(
-                f"{self.name}: at={self.at!r}; allowed: 0 (decoder entry) ≤ at < 1, the fraction "
-                "of the decoder's depth at which tokens are dropped."
-            )
+    at: float = field(default=0.0, metadata=between(0, 1), repr=False, kw_only=True)
 
     def plan(self, ratio: float, num_layers: int) -> Plan:
         if not self.at:

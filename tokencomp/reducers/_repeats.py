@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -16,7 +16,7 @@ from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import make_reducer
 from tokencomp.tokens.kept import Kept
 from tokencomp.tokens.tokens import Tokens
-from tokencomp.validation import check_range
+from tokencomp.validation import between
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,13 @@ class DropsRepeats(Reducer):
         The reducer for a ratio or budget: "auto", or a name.
     """
 
-    threshold: int = 0
+    threshold: int = field(default=0, metadata=between(0, 255))
     then: str = "auto"
 
     traits = Traits(grid="whole", batched=True, decides=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range(self.name, "threshold", self.threshold, 0, 255)
         if self.later.traits.decides:
             raise OptionError(
                 f"{self.name}: then={self.then!r} takes no ratio either. Name a reducer that does, "

@@ -142,12 +142,6 @@ class Ccam(Reducer):
             stack = x.index_select(0, rows).view(len(members), cells, -1)
             projected = projector(stack, grid[0], grid[1:])
             count = projected.shape[1]
-            wrong = [tokens.budgets[m] for m in members if tokens.budgets[m] != count]
-            if wrong:
-                raise SpanError(
-                    f"a budget of {wrong[0]} tokens for a ccam projector, which always makes "
-                    f"{count}. Give budgets of {count}."
-                )
             # Output tokens take the positions of evenly spaced patches.
             parts.append(projected.flatten(0, 1))
             chosen.append(np.add.outer(starts, evenly(cells, count)).ravel())

@@ -16,7 +16,7 @@ from tokencomp.reducers.published import Published, deviation, revision
 from tokencomp.tokens.spans import ModelFacts
 from tokencomp.validation import between
 
-PROBE = (0.5, 32)  # ratio and number of layers at which `_acts` plans a part
+PROBE = (0.5, 32)  # ratio and number of layers at which the parts are planned as a check
 
 
 @dataclass(frozen=True)
@@ -41,20 +41,15 @@ class Compose(Published):
     summary = "an entry reducer and a layer reducer, budget-matched together (ours)"
 
     def __post_init__(self) -> None:
-        for part in (self.entry, self.layer):
-            if not isinstance(part, Reducer):
-                raise OptionError(f"compose: {part!r} is not a reducer. Use make_reducer.")
         super().__post_init__()
-        if not _acts(self.entry, at_entry=True):
+        entry, layer = (
+            [s.layer for s in part.plan(*PROBE).stages] for part in (self.entry, self.layer)
+        )
+        if entry != [0] or 0 in layer:
             raise OptionError(
-                f"{self.name}: {self.entry.name!r} does not act at decoder entry, so it cannot "
-                "come first. Name an entry reducer first, such as bipartite, condiv or pool."
-            )
-        if not _acts(self.layer, at_entry=False):
-            raise OptionError(
-                f"{self.name}: {self.layer.name!r} does not act between layers only, so it cannot "
-                "come second. Name a layer reducer second, such as prune, fastv or adsc, or give "
-                "random and uniform a depth (at=0.7)."
+                f"{self.name}: the first reducer must act at decoder entry, such as bipartite, "
+                "condiv or pool, and the second one between layers, such as prune, fastv or adsc; "
+                "give random and uniform a depth for that (at=0.7)."
             )
 
     @property
@@ -99,26 +94,10 @@ class Compose(Published):
         return dataclasses.replace(self, entry=self.entry.bind(facts), layer=self.layer.bind(facts))
 
 
-def _acts(reducer: Reducer, at_entry: bool) -> bool:
-    layers = [s.layer for s in reducer.plan(*PROBE).stages]
-    return layers == [0] if at_entry else 0 not in layers
-
-
-def part_names(name: str) -> list[str]:
-    """The two names in "first+second"; raise `OptionError` unless there are two, and different."""
-    names = [part.strip() for part in name.split("+")]
-    if len(names) != 2 or names[0] == names[1] or not all(names):
-        raise OptionError(
-            f"reducer {name!r}: a composition has two different parts, an entry reducer and a "
-            'layer reducer, e.g. "bipartite+prune".'
-        )
-    return names
-
-
-def assign_options(
+def composed_options(
     name: str, options: dict[str, Any], fields: dict[str, list[str]]
 ) -> dict[str, dict[str, Any]]:
-    """Options of a composition by part, without `share`.
+    """Options of a composition by part.
 
     They are named "part.option", or "option" if only one part has it; `fields` are the option names
     of each part.
@@ -126,16 +105,12 @@ def assign_options(
     by_part: dict[str, dict[str, Any]] = {part: {} for part in fields}
     for key, value in options.items():
         prefix, _, option = key.rpartition(".")
-        if key == "share":
-            continue
-        if prefix and prefix not in fields:
-            raise OptionError(f"reducer {name!r} has no part {prefix!r} (option {key!r}).")
-        parts = [prefix] if prefix else [p for p in fields if option in fields[p]]
+        parts = [p for p in fields if option in fields[p] and prefix in ("", p)]
         if len(parts) != 1:
             known = sorted(f"{p}.{o}" for p in fields for o in fields[p])
-            why = "is an option of both parts" if parts else "is an option of neither part"
             raise OptionError(
-                f"reducer {name!r}: {key!r} {why}. It has: share, {', '.join(known)}."
+                f"reducer {name!r}: {key!r} names {'two options' if parts else 'no option'}. "
+                f"It has: share, {', '.join(known)}."
             )
         by_part[parts[0]][option] = value
     return by_part

@@ -9,11 +9,10 @@ from typing import Any
 
 from tokencomp.errors import PlanError
 from tokencomp.plan.counts import Budget
-from tokencomp.plan.options import OPTIONS, split, type_of
+from tokencomp.plan.options import OPTIONS, split
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.stages import Stage, TowerStage
 from tokencomp.reducers.registry import make_reducer, options_of
-from tokencomp.validation import describe_type, fits
 
 PlanLike = Plan | list[dict[str, Any]] | str | PathLike[str]
 
@@ -44,15 +43,15 @@ def plan_to_json(plan: Plan) -> list[dict[str, Any]]:
             **_size(s),
             "reducer": s.reducer.name,
             "options": options_of(s.reducer),
-            **(
-                {"by_modality": dict(s.by_modality)}
-                if isinstance(s, Stage) and s.by_modality
-                else {}
-            ),
-            **(s.stage_options if isinstance(s, Stage) else {}),
+            **(_stage_only(s) if isinstance(s, Stage) else {}),
         }
         for s in stages
     ]
+
+
+def _stage_only(stage: Stage) -> dict[str, Any]:
+    fractions = {"by_modality": dict(stage.by_modality)} if stage.by_modality else {}
+    return fractions | stage.stage_options
 
 
 def _size(stage: Stage | TowerStage) -> dict[str, Any]:
@@ -74,8 +73,8 @@ def plan_from_json(data: list[dict[str, Any]]) -> Plan:
     Raises
     ------
     PlanError
-        Not a list; a stage without layer, fraction or reducer, with other keys, or with a value of
-        the wrong type; whatever `Stage`, `TowerStage` and `Plan` refuse.
+        Not a list; a stage without layer, fraction or reducer, or with other keys; whatever
+        `Stage`, `TowerStage` and `Plan` refuse.
     UnknownNameError, OptionError
         A reducer that is not registered, or options that it refuses.
     """
@@ -83,18 +82,16 @@ def plan_from_json(data: list[dict[str, Any]]) -> Plan:
         raise PlanError(f"plan {data!r}: expected a list of stages.")
     stages, tower = [], None
     for i, item in enumerate(data):
-        if not _is_stage(item, "layer") and not (i == 0 and _is_stage(item, "tower")):
+        if not _is_stage(item, first=i == 0):
             raise PlanError(
-                f"stage {i} of the plan is {item!r}; expected an object with layer (an integer), "
-                "fraction (a number), reducer (a name) and, if needed, options (an object), "
-                f"by_modality (fractions of modalities that differ) and {_options_in_words()}, "
-                'e.g. {"layer": 0, "fraction": 0.5, "reducer": "bipartite"}. A stage may '
-                "have budget (visual tokens kept of every item) instead of fraction. The first may "
-                "have tower (a block of the vision tower) instead of layer."
+                f"stage {i} of the plan is {item!r}; expected an object with layer (the first may "
+                "have tower instead), fraction or budget, reducer (a name) and, if needed, "
+                f"{', '.join(('options', 'by_modality', *OPTIONS))}, "
+                'e.g. {"layer": 0, "fraction": 0.5, "reducer": "bipartite"}.'
             )
         reducer = make_reducer(item["reducer"], **item.get("options", {}))
         budget = Budget.of(item["budget"]) if "budget" in item else None
-        fraction = float(item.get("fraction", 1.0))
+        fraction = item.get("fraction", 1.0)
         if "tower" in item:
             tower = TowerStage(item["tower"], fraction, reducer, budget=budget)
         else:
@@ -104,27 +101,17 @@ def plan_from_json(data: list[dict[str, Any]]) -> Plan:
     return Plan(tuple(stages), tower)
 
 
-def _options_in_words() -> str:
-    """The stage options with their types, e.g. "merge (true or false or 'auto')"."""
-    return ", ".join(f"{name} ({describe_type(type_of(name))})" for name in OPTIONS)
-
-
-def _is_stage(item: Any, place: str) -> bool:
-    """Whether `item` describes a stage at a "layer", or one at a block of the "tower"."""
-    if not isinstance(item, dict):
+def _is_stage(item: Any, first: bool) -> bool:
+    """Whether `item` has the keys of a stage; `Stage`, `TowerStage` and `Budget` check values."""
+    if not isinstance(item, dict) or not isinstance(item.get("reducer"), str):
         return False
-    budget = "budget" in item  # `Budget` checks its value
-    size = {"budget": object} if budget else {"fraction": float}
-    hints: dict[str, Any] = {place: int, **size, "reducer": str}
+    place = "tower" if first and "tower" in item else "layer"
+    size = "budget" if "budget" in item else "fraction"
     further = {"options"} if place == "tower" else {"options", *OPTIONS}
-    further |= {"by_modality"} if place == "layer" and not budget else set()
-    options = item.get("options", {})
-    return (
-        set(item) - further == set(hints)
-        and all(fits(item[key], hint) for key, hint in hints.items())
-        and isinstance(item.get("by_modality", {}), dict)
-        and isinstance(options, dict)
-        and all(isinstance(key, str) for key in options)
+    further |= {"by_modality"} if (place, size) == ("layer", "fraction") else set()
+    mappings = (item.get(name, {}) for name in ("options", "by_modality"))
+    return set(item) - further == {place, size, "reducer"} and all(
+        isinstance(mapping, dict) for mapping in mappings
     )
 
 

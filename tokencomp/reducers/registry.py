@@ -7,7 +7,6 @@ A package offers reducers by the entry-point group `tokencomp.reducers`. An entr
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import pkgutil
 import threading
@@ -17,26 +16,12 @@ from importlib import metadata
 from typing import Any, TypeVar, cast
 
 from tokencomp.errors import OptionError, PluginWarning, check_free, unknown_name
-from tokencomp.plan.options import OPTIONS
 from tokencomp.reducers.base import Reducer
-from tokencomp.reducers.compose import Compose, assign_options, part_names
+from tokencomp.reducers.compose import Compose, composed_options
 
 PACKAGE = "tokencomp.reducers"
 GROUP = "tokencomp.reducers"
 
-# Arguments of `patch` and `Handle.set` that are not options of a reducer.
-ARGUMENTS = (
-    "ratio", "budget", "reducer", "plan", "tower_ratio", "tower_reducer", "strict",
-    "positions", "extend_context", "verify", *OPTIONS,
-)  # fmt: skip
-KEPT_SHARE = ("keep", "keep_ratio", "keep_rate", "retention", "fraction")
-SYNONYMS = {
-    "method": "reducer",
-    "tokens": "budget",
-    "max_tokens": "budget",
-    "prune_ratio": "ratio",
-    "rate": "ratio",
-}
 R = TypeVar("R", bound=type[Reducer])
 _REGISTRY: dict[str, type[Reducer]] = {}
 _built_in_loaded = _plugins_loaded = False
@@ -134,19 +119,14 @@ def make_reducer(name: str | Reducer, /, **options: Any) -> Reducer:
                 "you build the object."
             )
         return name
-    if isinstance(name, type) and issubclass(name, Reducer):
-        raise OptionError(
-            f"reducer={name.__name__} is a class. Give an object: reducer={name.__name__}(...)."
-        )
     if isinstance(name, str) and "+" in name.rstrip("+"):  # PruMerge+ is the name of one method
         return _compose(name, options)
     cls = _class_of(name)
     allowed = _option_names(cls)
-    wrong = sorted(set(options) - set(allowed))
-    if wrong:
+    if wrong := sorted(set(options) - set(allowed)):
         raise OptionError(
-            f"reducer {name!r} has no option {', '.join(map(repr, wrong))}."
-            f"{_meant(wrong, allowed)} It has: {', '.join(allowed) or 'none'}."
+            f"reducer {name!r} has no option {', '.join(map(repr, wrong))}. "
+            f"It has: {', '.join(allowed) or 'none'}."
         )
     return cls(**options)
 
@@ -167,20 +147,6 @@ def options_of(reducer: Reducer) -> dict[str, Any]:
     return {field.name: getattr(reducer, field.name) for field in fields if field.compare}
 
 
-def _meant(wrong: list[str], allowed: list[str]) -> str:
-    """A sentence that suggests the right name, or ""."""
-    known = [*allowed, *ARGUMENTS]
-    for name in wrong:
-        if name in ARGUMENTS:
-            return f" {name} is an argument of patch, not an option of a reducer."
-        if name in KEPT_SHARE:
-            return " Did you mean ratio? It is the share that is removed, not the share kept."
-        close = [SYNONYMS[name]] if name in SYNONYMS else difflib.get_close_matches(name, known, 1)
-        if close:
-            return f" Did you mean {close[0]}?"
-    return ""
-
-
 def _class_of(name: str) -> type[Reducer]:
     registry = available_reducers()
     if not isinstance(name, str) or name not in registry:
@@ -193,9 +159,15 @@ def _option_names(cls: type[Reducer]) -> list[str]:
 
 
 def _compose(name: str, options: dict[str, Any]) -> Compose:
-    """Build "first+second"; see `assign_options` for how options are named."""
-    parts = part_names(name)
+    """Build "first+second"; see `composed_options` for how options are named."""
+    parts = [part.strip() for part in name.split("+")]
+    if len(parts) != 2 or parts[0] == parts[1]:
+        raise OptionError(
+            f"reducer {name!r}: a composition has two different parts, an entry reducer and a "
+            'layer reducer, e.g. "bipartite+prune".'
+        )
+    share = options.pop("share", 0.5)
     fields = {part: _option_names(_class_of(part)) for part in parts}
-    by_part = assign_options(name, options, fields)
+    by_part = composed_options(name, options, fields)
     entry, layer = (make_reducer(part, **by_part[part]) for part in parts)
-    return Compose(entry, layer, options.get("share", 0.5))
+    return Compose(entry, layer, share)

@@ -83,11 +83,6 @@ class SelectorNet(nn.Module):
         if self.stem is None:
             x = scaled(rows, real)[:, None]
         else:
-            if rows.shape[-1] != self.stem.in_features:
-                raise OptionError(
-                    f"selector: visual tokens of width {rows.shape[-1]}, but the network reads "
-                    f"{self.stem.in_features}. Train weights for this model: {TRAIN}"
-                )
             x = self.stem(standardised(rows)).transpose(1, 2)
         for layer in self.layers:
             if real is not None and isinstance(layer, nn.BatchNorm1d):
@@ -127,11 +122,6 @@ def _load(path: Path, modified: int) -> tuple[SelectorNet, dict[str, Any]]:
     from tokencomp.trained.cards import read
 
     tensors, card = read(path, "selector")
-    if card.get("layer", 0) != 0:
-        raise WeightsError(
-            f"{path} was trained on attention of layer {card['layer']!r}; a selector reads layer "
-            f"0. Train one: {TRAIN}"
-        )
     try:
         features = card["hidden_size"] if input_of(card, path) == "features" else 0
         net = SelectorNet(tuple(card["channels"]), features)
@@ -147,15 +137,11 @@ def input_of(card: dict[str, Any], path: str | Path, wanted: Input | None = None
     """The input of the network of a card; `WeightsError` if it is unknown, or not `wanted`."""
     named = card.get("input", INPUTS["attention"])
     taken = next((name for name, text in INPUTS.items() if text == named), None)
-    if taken is None:
+    if taken is None or wanted not in (None, taken):
+        wanted = wanted or "attention"
         raise WeightsError(
-            f"{path} reads {named!r}; a selector reads {' or '.join(INPUTS.values())}. Copy both "
-            f"files of a finished training run, or train again: {TRAIN}"
-        )
-    if wanted not in (None, taken):
-        raise WeightsError(
-            f"{path} was trained to read {taken}, not {wanted}. Give input={taken!r}, or other "
-            f"weights: {TRAIN} --input {wanted}"
+            f"{path} was trained to read {taken or named}, not {wanted}. Give other weights "
+            f"({TRAIN} --input {wanted}), or input={taken!r}."
         )
     return taken
 
@@ -168,10 +154,8 @@ def on_device(net: SelectorNet, device: torch.device) -> SelectorNet:
 
 def load_selector(path: str | Path) -> tuple[SelectorNet, dict[str, Any]]:
     """A trained selector on the CPU and its card, loaded once."""
-    path = Path(path)
-    if not path.is_file():
-        raise WeightsError(f"{path} does not exist. Train a selector: {TRAIN}")
-    return _load(path.absolute(), path.stat().st_mtime_ns)
+    path = Path(path).absolute()
+    return _load(path, path.stat().st_mtime_ns)
 
 
 @register_reducer("selector")

@@ -89,17 +89,12 @@ class DenseTower(Tower):
                 f"{family} also reads hidden state {min(self.indices)} of its vision tower, from "
                 f"before block {stage.block}, where all patches are present. Use tower_ratio=0."
             )
-        if stage.decides:
+        if stage.decides or stage.budget is not None:
+            what = f"reducer {stage.reducer.name!r}" if stage.decides else "a tower_ratio by budget"
             raise UnsupportedModelError(
-                f"reducer {stage.reducer.name!r}: the vision tower of {family} encodes pictures as "
-                "a batch of one size, of which each keeps the same number of patches. Use it with "
-                "a model of the Qwen families, or a reducer that takes a ratio."
-            )
-        if stage.budget is not None:
-            raise UnsupportedModelError(
-                f"tower_ratio with a budget: the vision tower of {family} encodes pictures as a "
-                "batch of one size, of which each keeps the same number of patches. Use a ratio "
-                "instead of the budget, or tower_ratio=0."
+                f"{what}: the vision tower of {family} encodes pictures as a batch of one size, of "
+                "which each keeps the same number of patches. Use a model of the Qwen families, or "
+                "a reducer that takes a ratio, with a ratio."
             )
 
     def cells(self, call: EncoderCall, stage: TowerStage) -> Cells:

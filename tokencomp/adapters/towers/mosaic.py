@@ -79,8 +79,6 @@ class MosaicTower(DenseTower):
         code, config = file_with(type(self.body), "unpad_image"), self.body.config
         shape = config.image_grid_pinpoints, config.vision_config.image_size
         down, across = code.get_anyres_image_grid_shape(size, *shape)
-        if down * across != tiles - 1:
-            raise SpanError(f"image of {size}: {tiles} tiles are no {down}×{across} and a base.")
         raster = torch.arange(down * side * across * side).view(1, down * side, across * side)
         seen = code.unpad_image(raster, size)[0]
         limit = str(getattr(config, "vision_aspect_ratio", "")).removeprefix("anyres_max_")
