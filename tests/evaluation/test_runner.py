@@ -312,7 +312,7 @@ def test_only_failed_questions_are_asked_again(loaded, examples, tmp_path):
         return [r.get("prediction", r.get("error")) for r in run.records]
 
     copies[0].write_bytes(b"no picture")
-    assert "neither an image" in ask()[0]
+    assert "damaged" in ask()[0]
     file = tmp_path / "run" / "records.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     file.write_text("".join(json.dumps({**r, "prediction": "kept"}) + "\n" for r in rows))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tokencomp.errors import OptionError
-from tokencomp.inputs.lines import FIELDS, OF_PATH, read_question, short
+from tokencomp.inputs.lines import FIELDS, read_question, short
 from tokencomp.inputs.questions import Example
 
 EMBEDDED = "shapesqa"
@@ -54,7 +54,8 @@ class FileQuestions(Sequence[Example]):
         numbered = enumerate(text.split("\n"), 1)
         lines = [(number, line) for number, line in numbered if line.strip()]
         rows = [read_question(file, *line, str(n)) for n, line in enumerate(lines)]
-        _check_ids(file, rows, [number for number, _ in lines])
+        if len({row.id for row in rows}) < len(rows):
+            raise OptionError(f"{file}: two questions have one id, by which answers are stored.")
         if held_out is not None:
             root = file.parent.resolve()
             media = [[_name(Path(m), root) for m in row.media] for row in rows]
@@ -62,13 +63,11 @@ class FileQuestions(Sequence[Example]):
             chosen = zip(rows, media, strict=True)
             rows = [row for row, names in chosen if (names[0] in aside) is held_out]
         self.rows = rows[:count]
-        if not lines:
-            raise OptionError(f"{file} is empty: expected one JSON object per line, {FIELDS}.")
         if not self.rows:
             raise OptionError(
-                f"{file} holds no questions for this purpose ({len(lines)} lines). Part of the "
-                "media is held out for evaluation, so it needs questions about two different media "
-                "or more. Media that one question shows together count as one."
+                f"{file} holds no questions for this purpose ({len(lines)} lines of objects "
+                f"{FIELDS}). Part of the media is held out for evaluation, so it needs questions "
+                "about two different media or more; those of one question count as one."
             )
 
     def check_answers(self, processor: Any, limit: int) -> None:
@@ -100,29 +99,13 @@ class FileQuestions(Sequence[Example]):
         return self.rows[index]
 
 
-def _check_ids(file: Path, rows: Sequence[Example], numbers: Sequence[int]) -> None:
-    """Refuse ids that occur twice: answers are stored and paired by id."""
-    seen: set[str] = set()
-    for number, row in zip(numbers, rows, strict=True):
-        if row.id in seen:
-            name = short(row.id)
-            raise OptionError(f"{file}, line {number}: id {name!r} is taken by an earlier line.")
-        seen.add(row.id)
-
-
 def questions_file(path: Path) -> Path:
     """The JSON Lines file that `path` names: itself, or `questions.jsonl` in a folder."""
-    name = repr(short(str(path), OF_PATH))
-    try:
-        file = path / "questions.jsonl" if path.is_dir() else path
-        found = file.is_file()
-    except OSError as error:  # no permission for a folder above it, or too long a name
-        raise OptionError(f"data {name}: {error.strerror}. Give a file that can be read.") from None
-    if not found:
-        expected = "expected" if path.exists() else "no such file. Expected"
+    file = path / "questions.jsonl" if path.is_dir() else path
+    if not file.is_file():
         raise OptionError(
-            f"data {name}: {expected} '{EMBEDDED}', a JSON Lines file, or a folder with "
-            f"questions.jsonl (one object {FIELDS} per line)."
+            f"data {str(path)!r}: no such file. Expected '{EMBEDDED}', a JSON Lines file, or a "
+            f"folder with questions.jsonl (one object {FIELDS} per line)."
         )
     return file
 
@@ -132,19 +115,16 @@ def questions_bytes(file: Path) -> bytes:
     try:
         return file.read_bytes()
     except OSError as error:
-        raise OptionError(
-            f"{file} cannot be read ({error.strerror}). Change its permissions, e.g. chmod +r."
-        ) from error
+        raise OptionError(f"{file} cannot be read: {error.strerror}.") from error
 
 
 def _text(file: Path) -> str:
     try:
-        text = (data := questions_bytes(file)).decode("utf-8-sig")
+        text = questions_bytes(file).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        fix = f"({error}). Save it as UTF-8."
-        if b"\0" in data:
-            fix = f"but no text. Give a file of JSON Lines, one object {FIELDS} per line."
-        raise OptionError(f"{file} is not UTF-8 text {fix}") from error
+        raise OptionError(
+            f"{file} is not UTF-8 text ({error}). Give a file of JSON Lines in UTF-8."
+        ) from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 
 from tokencomp.errors import MediaError, MissingDependencyError, install
-from tokencomp.inputs.access import no_permission
 
 try:
     from PIL import Image as Image
-    from PIL import ImageOps, UnidentifiedImageError
+    from PIL import ImageOps
 except ModuleNotFoundError:
     raise MissingDependencyError(f"reading images needs Pillow: {install('media')}.") from None
 
@@ -30,17 +29,11 @@ def load_image(path: str | Path) -> Image.Image:
             return on_white(ImageOps.exif_transpose(image), image.format)
     except MediaError as error:
         raise MediaError(f"{path}: {error}") from None
-    except PermissionError as error:
-        raise no_permission(path) from error
-    except UnidentifiedImageError as error:
-        raise MediaError(
-            f"{path}: neither an image that Pillow can read nor a video by its suffix. Convert it "
-            "to PNG, JPEG or MP4."
-        ) from error
-    except Image.DecompressionBombError as error:
-        raise MediaError(f"{path}: the image is too large; make it smaller ({error}).") from error
     except UNREADABLE as error:
-        raise MediaError(f"{path}: the image is damaged ({error}).") from error
+        raise MediaError(
+            f"{path}: the image is damaged, too large, or of a format that Pillow does not read "
+            f"({error}). Convert it to PNG or JPEG, or a video to MP4."
+        ) from error
 
 
 def on_white(image: Image.Image, file_format: str | None = None) -> Image.Image:
@@ -83,12 +76,10 @@ def as_image(item: Any, where: str) -> Image.Image:
         item = Image.fromarray(item)
     if isinstance(item, Image.Image):
         return to_rgb(item)
-    what = f"{type(item).__name__} {item!r:.60}"
-    if isinstance(item, np.ndarray):
-        what = f"an array {item.shape} of {item.dtype}"
+    form = f" {item.shape} of {item.dtype}" if isinstance(item, np.ndarray) else ""
     raise MediaError(
-        f"{where}: {what}; allowed: a PIL image, a uint8 array (height, width, 3), or a list of "
-        "such frames. Files: tokencomp.inputs.media.load_media(path)."
+        f"{where}: a {type(item).__name__}{form}; allowed: a PIL image, a uint8 array (height, "
+        "width, 3), or a list of such frames. Files: tokencomp.inputs.media.load_media(path)."
     )
 
 

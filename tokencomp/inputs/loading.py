@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import os
-import socket
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 import torch
 
@@ -24,22 +20,12 @@ def pick_device(device: str = "auto") -> str:
     Under `accelerate launch` every process gets one GPU, and `--cpu` is respected.
     """
     if device != "auto":
-        return _checked(device)
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise OptionError(f"device {device!r}: torch finds no CUDA GPU. Use device 'cpu'.")
+        return device
     if not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
         return "cpu"
     return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
-
-
-def _checked(device: str) -> str:
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise OptionError(
-            f'device {device!r}; allowed: "auto", "cpu", "cuda", "cuda:1".'
-        ) from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise OptionError(f"device {device!r}: torch finds no CUDA GPU. Use device 'cpu'.")
-    return device
 
 
 def pick_dtype(dtype: str, device: str) -> torch.dtype:
@@ -83,8 +69,6 @@ def load_model(
     device = pick_device(device)
     torch_dtype = pick_dtype(dtype, device)
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
-    if not Path(path).is_dir() and hub_is_out_of_reach():
-        options["local_files_only"] = True  # else every file is tried for half a minute
     try:
         model, processor = load_folder(path, torch_dtype, **options)
     except (OSError, ValueError, KeyError) as error:
@@ -103,8 +87,7 @@ def load_folder(path: str, dtype: torch.dtype | None = None, **options: Any) -> 
     """Model in eval mode on the CPU, and its processor, by the auto classes of transformers.
 
     The path is a folder in the Hugging Face layout, or a hub id; the dtype is float32 if it is
-    None. Options go to `from_pretrained` of the model, and `local_files_only` also to that of the
-    rest.
+    None. Options go to `from_pretrained` of the model.
     """
     try:
         import PIL  # noqa: F401
@@ -117,29 +100,15 @@ def load_folder(path: str, dtype: torch.dtype | None = None, **options: Any) -> 
     from tokencomp.models import register_auto_classes
 
     register_auto_classes()  # architectures that transformers lacks
-    local = {name: value for name, value in options.items() if name == "local_files_only"}
     # The config comes first: its errors name the path, those of processors do not.
-    config = AutoConfig.from_pretrained(path, **local)
-    processor = AutoProcessor.from_pretrained(path, **local)
+    config = AutoConfig.from_pretrained(path)
+    processor = AutoProcessor.from_pretrained(path)
     dtype = torch.float32 if dtype is None else dtype
     images = AutoModelForImageTextToText
     kinds = (images, getattr(transformers, "AutoModelForMultimodalLM", images))  # those that listen
     kind = next((k for k in kinds if type(config) in k._model_mapping), images)
     model = kind.from_pretrained(path, dtype=dtype, **options)
     return model.eval(), processor
-
-
-def hub_is_out_of_reach() -> bool:
-    """Whether the hub's host name does not resolve, and there is no proxy."""
-    from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE or getproxies():
-        return False
-    try:
-        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
-    except OSError:
-        return True
-    return False
 
 
 def _first_line(error: Exception) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tokencomp.errors import FrameChoiceWarning, MediaError, OptionError
-from tokencomp.inputs.access import check_readable, exists, missing, readable
+from tokencomp.inputs.access import check_readable
 from tokencomp.inputs.clips import (
     AnimationClip,
     Clip,
@@ -104,8 +104,7 @@ def load_media(
     if is_reader(path):
         return _load_clip(ReaderClip(path), Path(type(path).__name__), policy, size, question)
     path = Path(path)
-    with readable(path):
-        _check_file(path)
+    _check_file(path)
     if not is_video(path):
         with part("decode"):
             return load_image(path)
@@ -117,13 +116,11 @@ def load_media(
 
 def _check_file(path: Path) -> None:
     """Refuse a path that does not exist, may be endless, or may not be read."""
-    if not exists(path):
-        raise missing(path, "image or video")
+    check_readable(path, "image or video")
     if not (path.is_file() or path.is_dir()):
         raise MediaError(f"{path}: a device or a pipe, which may have no end. Save it as a file.")
     if path.is_file() and path.stat().st_size == 0:
         raise MediaError(f"{path}: the file is empty (0 bytes). Download or export it again.")
-    check_readable(path)
 
 
 def _load_clip(clip: Clip, path: Path, policy: Policy, size: int | None, question: str) -> Video:

@@ -67,11 +67,6 @@ def resolve(name_or_path: str | Path) -> str:
     if not name.startswith((".", "/", "~")):  # no hub id does
         return name
     folder = Path(name).expanduser()
-    if folder.is_file():
-        raise UnsupportedModelError(
-            f"model {name!r} is a file. Give the folder in the Hugging Face layout, with "
-            "config.json and *.safetensors."
-        )
     if not folder.is_dir():
         raise UnsupportedModelError(f"model {name!r}: no such folder.")
     return str(folder)

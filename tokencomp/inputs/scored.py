@@ -12,20 +12,12 @@ DEPTH, STANDS_OUT = 5, 0.8  # of the published code
 
 
 def checked_scores(scores: Any, count: int) -> np.ndarray:
-    """Scores as float64 (count,)."""
-    try:
-        values = np.asarray(scores, np.float64)
-    except (TypeError, ValueError) as error:
-        raise ScoreError(f"the scorer must return {count} numbers ({error}).") from None
-    if values.shape != (count,):
+    """Scores as float64 (count,), all finite."""
+    values = np.asarray(scores, np.float64)
+    if values.shape != (count,) or not np.isfinite(values).all():
         raise ScoreError(
-            f"the scorer returned {list(values.shape)} scores for {count} frames: return one "
-            "number per frame."
-        )
-    if not np.isfinite(values).all():
-        bad = int(np.flatnonzero(~np.isfinite(values))[0])
-        raise ScoreError(
-            f"the scorer returned {values[bad]} for frame {bad}: return finite numbers."
+            f"the scorer returned {scores!r:.200} for {count} frames: return one finite number per "
+            "frame."
         )
     return values
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from tokencomp.errors import MediaError, MissingDependencyError, install
-from tokencomp.inputs.access import check_readable, exists, missing, readable
+from tokencomp.inputs.access import check_readable
 
 RATE = 16_000
 """Samples per second: that of Whisper's spectrograms, which models that listen read."""
@@ -33,10 +33,7 @@ def load_sound(path: str | Path) -> np.ndarray:
         import av
     except ModuleNotFoundError:
         raise MissingDependencyError(f"reading sounds needs PyAV: {install('media')}.") from None
-    with readable(path):
-        if not exists(Path(path)) or not Path(path).is_file():
-            raise missing(path, "sound")
-        check_readable(Path(path))
+    check_readable(Path(path), "sound file")
     resampler = av.AudioResampler(format="fltp", rate=RATE)
     try:
         with av.open(str(path)) as file:
