@@ -307,9 +307,9 @@ def test_pad(tmp_path: Path) -> None:
 def test_numbers_of_placeholders_and_media_must_agree(tmp_path: Path) -> None:
     vila = processor(tmp_path)
     for prompts, images, videos, message in (
-        (["a", "<image><image>"], 1, 0, "prompt 1 has 2 <image>"),
+        (["a", "<image><image>"], 1, 0, "1 images for 2 <image>"),
         (["<image>"], 2, 0, "2 images for 1 <image>"),
-        (["<vila/video>"], 0, 0, "prompt 0 has 1 <vila/video>"),
+        (["<vila/video>"], 0, 0, "0 videos for 1 <vila/video>"),
         (["x"], 0, 1, "1 videos for 0"),
     ):
         with pytest.raises(MediaError, match=message):

@@ -68,8 +68,6 @@ class ChosenMethod:
                 f"budget={self.budget!r}: tokencomp.mlx has budgets of single images and videos. "
                 "Give a number."
             )
-        if not isinstance(self.reducer, str):
-            raise OptionError(f"reducer={self.reducer!r}: expected a name, such as 'kcenter'.")
         if self.merge is None:
             object.__setattr__(self, "merge", OPTIONS["merge"].meaning(self.reducer))
         # Refuses what cannot run, before any prompt.

@@ -33,10 +33,6 @@ EMBED, SALT = "get_input_embeddings", "_apc_semantic_hash"
 PIXELS = ("pixel_values", "pixel_values_videos")
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 MODELS = (*QWEN, "llava", "llava_onevision")
-NOT_SERVED = {
-    "gemma3": "mlx-vlm gives its images no bidirectional mask, so its answers are not those of "
-    "transformers even without compression",
-}
 REUSED = (
     "the prompt continues a cache, whose rows a compressed prompt does not have one for one. Leave "
     "out prompt_cache_state and apc_manager, or use the server, whose prefix cache knows what has "
@@ -47,9 +43,8 @@ REUSED = (
 def check_model(model_type: Any) -> None:
     """Refuse unsupported model types."""
     if model_type not in MODELS:
-        why = f" ({NOT_SERVED[model_type]})" if model_type in NOT_SERVED else ""
         raise UnsupportedModelError(
-            f"tokencomp.mlx cannot compress models of type {model_type!r}{why}; it can "
+            f"tokencomp.mlx cannot compress models of type {model_type!r}; it can "
             f"{', '.join(MODELS)}. Run it without patch()."
         )
 

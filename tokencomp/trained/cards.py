@@ -21,7 +21,6 @@ from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import WeightsError
 from tokencomp.storage import replace_file, write_json
 from tokencomp.tokens.spans import ModelFacts
-from tokencomp.validation import fits
 
 FINGERPRINT = 16
 SAME = 0.9
@@ -133,11 +132,6 @@ def check_card(card: dict[str, Any], facts: ModelFacts, path: Path, train: str) 
             f"Train weights for this model: {train}"
         )
     stored, actual = card.get("fingerprint"), facts.fingerprint()
-    if stored is not None and not (fits(stored, tuple[float, ...]) and len(stored) == FINGERPRINT):
-        raise WeightsError(
-            f"the card of {path} is damaged: its fingerprint is not {FINGERPRINT} numbers. Copy "
-            f"both files of a finished training run, or train again: {train}"
-        )
     if stored and actual and sum(a * b for a, b in zip(stored, actual, strict=True)) < SAME:
         raise WeightsError(
             f"{path} was trained for another checkpoint ({card.get('model_id') or 'unnamed'}) of "

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,8 +96,8 @@ def train_adsc(model: Any, processor: Any, data: str, output: Path, config: Adsc
     """
     card = {**model_card(model), "kind": "adsc", "data": data, "config": asdict(config)}
     source = questions(data, config.kind, config.samples)
-    with _as_it_was_on_error(model):
-        tuned = add_lora(model, config)
+    tuned = add_lora(model, config)
+    try:
         first = config.ratio_at(0)
         with tokencomp.patch(tuned, first, reducer=config.reducer, **config.options) as handle:
 
@@ -122,30 +120,10 @@ def train_adsc(model: Any, processor: Any, data: str, output: Path, config: Adsc
             variants = {"": tuned, "tuned": tuned}
             card["accuracy"] = accuracy(variants, processor, held_out, comparison(config), config)
             write_json(output / CARD, card)
-    return tuned
-
-
-@contextlib.contextmanager
-def _as_it_was_on_error(model: Any) -> Iterator[None]:
-    """Remove the layers that PEFT adds to `model` inside the block if it fails."""
-    layers = [(m, dict(m.named_children())) for m in model.modules()]
-    modes = [(m, m.training) for m, _ in layers]
-    config = dict(vars(model).get("peft_config", {}))  # PEFT adds to it
-    trained = [(p, p.requires_grad) for p in model.parameters()]
-    try:
-        yield
     except BaseException:
-        for module, children in layers:
-            for name, child in children.items():
-                setattr(module, name, child)
-        vars(model).pop("peft_config", None)
-        if config:
-            model.peft_config = config
-        for module, mode in modes:
-            module.training = mode
-        for parameter, trainable in trained:
-            parameter.requires_grad_(trainable)
+        tuned.unload()
         raise
+    return tuned
 
 
 def add_lora(model: Any, config: AdscConfig) -> Any:

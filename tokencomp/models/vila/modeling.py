@@ -156,11 +156,6 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return features.flatten(0, 1)
         pooled = []
         for video in features.view(-1, side, side, features.shape[-1]).split(frames):
-            if video.shape[0] % t or side % h or side % w:
-                raise SpanError(
-                    f"video of {video.shape[0]} frames of {side}×{side} tokens: this model "
-                    f"averages blocks of {t}×{h}×{w}. Pass a multiple of {t} frames."
-                )
             blocks = video.view(-1, t, side // h, h, side // w, w, video.shape[-1])
             pooled.append(blocks.mean(dim=(1, 3, 5)).flatten(0, 2))
         return torch.cat(pooled)

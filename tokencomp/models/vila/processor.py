@@ -171,8 +171,7 @@ class VilaProcessor:
         OptionError
             If an option has another value or is unknown.
         MediaError
-            If the numbers of placeholders and media differ (the message names the prompt), or a
-            medium cannot be read.
+            If the numbers of placeholders and media differ, or a medium cannot be read.
         """
         check_options(kwargs)
         texts = [text] if isinstance(text, str) else list(text)

@@ -12,14 +12,17 @@ from tokencomp.errors import CheckpointError
 from tokencomp.models.vila.config import VilaConfig
 from tokencomp.models.vila.tokens import IMAGE, VIDEO, end_ids
 
-PARTS = {"llm": "the language model", "vision_tower": "SigLIP", "mm_projector": "the projector"}
-UNSUPPORTED = {
-    "s2": "multi-scale features",
-    "dynamic_s2": "multi-scale features",
-    "mm_use_im_start_end": "image start and end tokens",
+# Values of the root config; None: missing. Others mean features that this package does not build:
+# multi-scale vision, image start and end tokens, a class token, tiles of fixed shapes.
+SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "model_type": ("llava_llama", "vila"),
+    "s2": (None, False),
+    "dynamic_s2": (None, False),
+    "mm_use_im_start_end": (None, False),
+    "mm_vision_select_feature": (None, "cls_patch"),
+    "image_aspect_ratio": (None, "resize", "pad", "dynamic"),
 }
-ASPECTS = ("resize", "pad", "dynamic")
-MODEL_TYPES = ("llava_llama", "vila")
+ENCODERS = {"image": ("BasicImageEncoder",), "video": ("BasicVideoEncoder", "TSPVideoEncoder")}
 # Key of the root config → attribute of VilaConfig and its value if the key is missing.
 ROOT_FIELDS: dict[str, tuple[str, Any]] = {
     "image_aspect_ratio": ("image_aspect_ratio", "resize"),
@@ -38,42 +41,27 @@ def read_root(folder: str | Path) -> dict[str, Any]:
     Raises
     ------
     CheckpointError
-        If the folder or its config.json does not exist, the file is not valid JSON, the model type
-        is not one of VILA, a sub-checkpoint is missing, or the variant is not supported
-        (multi-scale vision, image start and end tokens).
+        If the config.json cannot be read, or says that the model is none of VILA, or of a variant
+        that is not supported.
     """
-    folder = Path(folder)
-    path = folder / "config.json"
-    if not path.is_file():
-        raise CheckpointError(
-            f"{folder}: no config.json. Expected a local VILA folder: config.json next to llm/, "
-            "vision_tower/ and mm_projector/."
-        )
+    path = Path(folder) / "config.json"
     try:
         root = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}). Copy the file again.") from error
-    if root.get("model_type") not in MODEL_TYPES:
+    except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path}: model_type={root.get('model_type')!r}; a VILA folder has one of "
-            f"{', '.join(MODEL_TYPES)}."
-        )
-    for part, label in PARTS.items():
-        if not (folder / part / "config.json").is_file():
-            raise CheckpointError(
-                f"{folder / part}: missing sub-checkpoint ({label}); no {part}/config.json. A VILA "
-                f"folder needs {', '.join(f'{p}/' for p in PARTS)}."
-            )
-    for name, label in UNSUPPORTED.items():
-        if root.get(name):
-            raise CheckpointError(f"{path}: {name}=true; {label} are not supported.")
-    feature = root.get("mm_vision_select_feature") or "cls_patch"
-    if feature != "cls_patch":
-        raise CheckpointError(
-            f"{path}: mm_vision_select_feature={feature!r}; SigLIP has no class token to leave "
-            "out, so 'cls_patch' (all patches) is expected."
-        )
+            f"{path} cannot be read ({error}). Expected a local VILA folder: config.json next to "
+            "llm/, vision_tower/ and mm_projector/."
+        ) from error
+    for name, values in SUPPORTED.items():
+        _check(folder, name, root.get(name), values)
     return root
+
+
+def _check(folder: str | Path, name: str, value: Any, supported: tuple[Any, ...]) -> None:
+    """Refuse a value of a setting that is not supported."""
+    if value not in supported:
+        allowed = " or ".join(map(repr, supported))
+        raise CheckpointError(f"{folder}: {name}={value!r} is not supported, only {allowed}.")
 
 
 def read_config(folder: str | Path, tokenizer: Any) -> VilaConfig:
@@ -86,17 +74,8 @@ def read_config(folder: str | Path, tokenizer: Any) -> VilaConfig:
     root = read_root(folder)
     vision = AutoConfig.from_pretrained(folder / "vision_tower")
     vision = getattr(vision, "vision_config", vision)
-    if vision.model_type != "siglip_vision_model":
-        raise CheckpointError(
-            f"{folder / 'vision_tower'}: model_type={vision.model_type!r}; only SigLIP vision "
-            "towers (siglip_vision_model) are supported."
-        )
+    _check(folder / "vision_tower", "model_type", vision.model_type, ("siglip_vision_model",))
     settings = {field: _stored(root, key) for key, (field, _) in ROOT_FIELDS.items()}
-    if settings["image_aspect_ratio"] not in ASPECTS:
-        raise CheckpointError(
-            f"{folder / 'config.json'}: image_aspect_ratio={settings['image_aspect_ratio']!r}; "
-            f"supported: {', '.join(ASPECTS)}."
-        )
     projector = json.loads((folder / "mm_projector" / "config.json").read_text(encoding="utf-8"))
     image, video = (_encoder(root, kind, folder) for kind in ("image", "video"))
     return VilaConfig(
@@ -128,24 +107,16 @@ def _encoder(root: dict[str, Any], kind: str, folder: Path) -> dict[str, Any]:
     """Return the options of a media encoder, which the root config stores as JSON text."""
     spec = root.get(f"{kind}_encoder") or {}
     spec = json.loads(spec) if isinstance(spec, str) else dict(spec)
-    target = str(spec.get("_target_", "")).rpartition(".")[2]
-    allowed = ["BasicImageEncoder"] if kind == "image" else ["BasicVideoEncoder", "TSPVideoEncoder"]
-    if target and target not in allowed:
-        raise CheckpointError(
-            f"{folder / 'config.json'}: {kind}_encoder {target!r} is not supported; known: "
-            f"{', '.join(allowed)}."
-        )
+    if target := str(spec.get("_target_", "")).rpartition(".")[2]:
+        _check(folder, f"{kind}_encoder", target, ENCODERS[kind])
     return {"start_tokens": None, "end_tokens": "\n", **spec}
 
 
 def _pool(video: dict[str, Any], folder: Path) -> tuple[int, int, int]:
     """Return the block (t, h, w) of video tokens that is averaged into one token."""
     sizes = video.get("pool_sizes") or [[1, 1, 1]]
-    if len(sizes) != 1 or video.get("sep_tokens"):
-        raise CheckpointError(
-            f"{folder / 'config.json'}: video_encoder with pool_sizes={sizes} and separators; one "
-            "pool size without sep_tokens is supported."
-        )
+    _check(folder, "number of pool_sizes", len(sizes), (1,))
+    _check(folder, "sep_tokens", video.get("sep_tokens") or None, (None,))
     t, h, w = sizes[0]
     return int(t), int(h), int(w)
 
