@@ -207,5 +207,5 @@ def check_free(kind: str, name: str, old: type, new: type) -> None:
     if old_class != new_class:
         raise NameTakenError(
             f"{kind} {name!r} is already registered by {old_class}, so {new_class} cannot take the "
-            "name. Choose another name, or pass override=True to replace the registered one."
+            "name. Choose another name; register_reducer(..., override=True) replaces a reducer."
         )

@@ -78,7 +78,7 @@ def test_a_scorer_sees_one_frame_per_second_and_the_question(clip):
 
 @pytest.mark.parametrize(
     ("scores", "message"),
-    [([1.0], r"\[1\] scores for 8"), ([0.0] * 7 + [math.nan], "nan for frame 7")],
+    [([1.0], r"\[1\.0\] for 8 frames"), ([0.0] * 7 + [math.nan], "nan.*one finite number")],
 )
 def test_wrong_scores(clip, scores, message):
     with pytest.raises(ScoreError, match=message):

@@ -15,7 +15,6 @@ from support.trained import write_data
 from torch import Tensor, nn
 
 import tokencomp
-from tokencomp import Plan, Stage, make_reducer, patch
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.engine.prompt import IGNORED
 from tokencomp.errors import OptionError, ScoreError, UnknownNameError
@@ -28,7 +27,7 @@ from tokencomp.training.data import (
 )
 from tokencomp.training.loop import Loop, LoopConfig, answer_loss
 from tokencomp.training.measure import longest_answer
-from tokencomp.training.relevance import explain, relevance
+from tokencomp.training.relevance import explain
 
 SMALL = LoopConfig(steps=3, batch=2, samples=8, kind="image", evaluate=0, save_every=1)
 
@@ -275,23 +274,9 @@ def test_attention_backend_and_parameters_are_left_alone(family: Family) -> None
     model = family.build("sdpa")
     inputs, labels = with_answers(family, [[family.image(), text(5)]], [text(2)])
     before = model(**inputs).logits
-    sdpa = relevance(model, inputs, labels)[0][0]
+    sdpa = explain(model, inputs, labels)[1][0][0]
     assert adapter_for(model).text_config._attn_implementation == "sdpa"
     assert all(p.grad is None for p in model.parameters())
     assert torch.equal(before, model(**inputs).logits)
     model.set_attn_implementation("eager")
-    torch.testing.assert_close(sdpa, relevance(model, inputs, labels)[0][0])
-
-
-def test_answers_must_exist_and_the_model_must_not_be_patched(family: Family) -> None:
-    model = family.build()
-    inputs, labels = with_answers(family, [[family.image(), text(5)]], [text(2)])
-    with pytest.raises(OptionError, match="no answer tokens"):
-        relevance(model, inputs, torch.full_like(labels, IGNORED))
-    for layer, name in ((0, "uniform"), (family.layers - 1, "prune")):
-        plan = Plan((Stage(layer, 0.5, make_reducer(name)),))
-        with patch(model, plan=plan) as handle:
-            with pytest.raises(OptionError, match="unpatch"):
-                relevance(model, inputs, labels)
-            with handle.disabled():
-                assert relevance(model, inputs, labels)
+    torch.testing.assert_close(sdpa, explain(model, inputs, labels)[1][0][0])

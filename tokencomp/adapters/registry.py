@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import pkgutil
-from collections.abc import Callable, Collection, Iterator
-from typing import Any, TypeVar, overload
+from collections.abc import Collection, Iterator
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -25,31 +24,18 @@ A = TypeVar("A", bound=type[Adapter])
 _REGISTRY: dict[str, type[Adapter]] = {}
 
 
-@overload
-def register_adapter(cls: A) -> A: ...
-
-
-@overload
-def register_adapter(*, override: bool) -> Callable[[A], A]: ...
-
-
-def register_adapter(cls: Any = None, *, override: bool = False) -> Any:
+def register_adapter(cls: A) -> A:
     """Class decorator that registers an adapter for its model types.
-
-    Use it as `@register_adapter`, or as `@register_adapter(override=True)` to replace an adapter.
 
     Raises
     ------
     NameTakenError
-        Another class is registered for a model type, and `override` is False.
+        Another class is registered for a model type.
     """
-    if cls is None:
-        return functools.partial(register_adapter, override=override)
     if not cls.__module__.startswith(f"{PACKAGE}."):
         _load_built_in()  # so that a conflict with a built-in adapter is found now
     for model_type in cls.model_types:
-        if not override:
-            check_free("model type", model_type, _REGISTRY.get(model_type, cls), cls)
+        check_free("model type", model_type, _REGISTRY.get(model_type, cls), cls)
     _REGISTRY.update(dict.fromkeys(cls.model_types, cls))
     return cls
 

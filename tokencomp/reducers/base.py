@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from tokencomp.errors import OptionError
+from tokencomp.errors import OptionError, PlanError
 from tokencomp.plan.counts import check_ratio, keep_count
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.reducer import Traits, unused_options
@@ -149,9 +149,19 @@ def reduced(reducer: Reducer, tokens: Tokens) -> Kept:
         tokens.check_whole(label(reducer))
     if reducer.traits.batched:
         with checked():  # skip checks in kernels: `finite_features` has read the input
-            return reducer.reduce(tokens).check(tokens, label(reducer), reducer.traits.decides)
-    parts = [reducer.reduce(one).check(one, label(reducer)) for one in tokens]
+            kept = _typed(reducer, reducer.reduce(tokens))
+            return kept.check(tokens, label(reducer), reducer.traits.decides)
+    parts = [_typed(reducer, reducer.reduce(t)).check(t, label(reducer)) for t in tokens]
     return parts[0] if len(parts) == 1 else Kept.joined(parts, tokens)
+
+
+def _typed(reducer: Reducer, kept: object) -> Kept:
+    if isinstance(kept, Kept):
+        return kept
+    raise PlanError(
+        f"reducer {label(reducer)!r} returned a {type(kept).__name__}. "
+        "`reduce(tokens)` must return a tokencomp.Kept."
+    )
 
 
 def counts_itself(reducer: Reducer) -> bool:

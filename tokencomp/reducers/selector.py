@@ -155,6 +155,8 @@ def on_device(net: SelectorNet, device: torch.device) -> SelectorNet:
 def load_selector(path: str | Path) -> tuple[SelectorNet, dict[str, Any]]:
     """A trained selector on the CPU and its card, loaded once."""
     path = Path(path).absolute()
+    if not path.is_file():
+        raise WeightsError(f"{path} does not exist. Train a selector: {TRAIN}")
     return _load(path, path.stat().st_mtime_ns)
 
 

@@ -39,7 +39,7 @@ class ProjectorConfig:
     Raises
     ------
     OptionError
-        If a value has another type, or `heads` does not divide `width`.
+        If a value has another type, a size is below one, or `heads` does not divide `width`.
     """
 
     queries: int = 1024
@@ -54,10 +54,8 @@ class ProjectorConfig:
 
     def __post_init__(self) -> None:
         check_types("ccam", self)
-        if self.width % self.heads:
-            raise OptionError(
-                f"ccam: width={self.width}, heads={self.heads}; width must be a multiple of heads."
-            )
+        if min(self.queries, self.width, self.heads, self.mlp) < 1 or self.width % self.heads:
+            raise OptionError(f"ccam: {self}; sizes above 0, and a width that heads divides.")
 
 
 class CCAMProjector(nn.Module):

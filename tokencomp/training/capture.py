@@ -13,16 +13,14 @@ from torch import Tensor, nn
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.media_call import MediaCall
 from tokencomp.adapters.registry import adapter_for
-from tokencomp.engine.prompt import build_prompts, left_padded, real_columns
+from tokencomp.engine.prompt import build_prompts, real_columns
 from tokencomp.engine.rowmap import RowMap
 from tokencomp.engine.scores import input_scores
-from tokencomp.errors import OptionError, PaddingError
 from tokencomp.tokens.signals import Attention
 from tokencomp.tokens.spans import VisualSpan
 from tokencomp.torchlib import compat
 
 INPUT_ONLY = ("labels", "logits_to_keep", "use_cache")
-PATCHED = "the model is patched: call tokencomp.unpatch(model) first."
 
 
 @dataclass
@@ -103,19 +101,13 @@ def _spans_of(captured: Capture, call: dict[str, Any]) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         named = compat.bind(module, args, kwargs)
         ids, x, positions = call["input_ids"], named["inputs_embeds"], named.get("position_ids")
-        if x.shape[1] != ids.shape[1]:
-            raise OptionError(PATCHED)
         modalities = captured.adapter.modalities(call)
-        if modalities is None:
-            raise OptionError("this batch has no image or video, so no token has a relevance.")
+        assert modalities is not None  # `load_batch` refuses questions without media
         rows = None
         if captured.adapter.mrope and positions is not None:
             rows = positions[-3:].expand(3, ids.shape[0], -1).cpu().numpy()
         captured.width = ids.shape[1]
-        real = real_columns(call.get("attention_mask"), ids.shape)
-        if not left_padded(real):
-            raise PaddingError("training reads left-padded batches: set padding_side = 'left'.")
-        captured.lengths = real.sum(1).tolist()
+        captured.lengths = real_columns(call.get("attention_mask"), ids.shape).sum(1).tolist()
         captured.spans = captured.adapter.spans(
             MediaCall(modalities.cpu(), x, rows, captured.adapter.body, call)
         )
@@ -126,10 +118,7 @@ def _spans_of(captured: Capture, call: dict[str, Any]) -> Callable[..., None]:
 def _input_of(captured: Capture, stop: bool) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         named = dict(compat.bind(module, args, kwargs))
-        x = named.pop("hidden_states")
-        if x.shape[1] != captured.width:
-            raise OptionError(PATCHED)
-        captured.inputs.append(x)
+        captured.inputs.append(named.pop("hidden_states"))
         for name in (*compat.CACHE_NAMES, "use_cache"):
             named.pop(name, None)
         captured.arguments.append(named)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.engine.prompt import IGNORED
-from tokencomp.errors import OptionError, UnsupportedModelError
+from tokencomp.errors import UnsupportedModelError
 from tokencomp.training.capture import Capture, capture, eager_attention
 
 Target = Literal["logit", "logprob"]
@@ -37,9 +37,9 @@ BYTES = 24
 """Per attention weight, at the peak: measured 23 in float32, 20 in bfloat16 (softmax is fp32)."""
 
 
-def relevance(
+def explain(
     model: nn.Module, inputs: dict[str, Any], labels: Tensor, target: Target = TARGET
-) -> list[list[Tensor]]:
+) -> tuple[Capture, list[list[Tensor]]]:
     """Relevance of every visual token for the answers of a batch.
 
     Parameters
@@ -49,35 +49,21 @@ def relevance(
     inputs
         A left-padded batch whose `input_ids` end with the answers.
     labels : Tensor of int64, shape (B, L)
-        The answer tokens at their places, -100 elsewhere. Relevance is averaged over them.
+        The answer tokens at their places, at least one per sample, -100 elsewhere. Relevance is
+        averaged over them.
     target
         "logit": the answer token's logit; "logprob": its log-probability.
 
     Returns
     -------
-    list per sample of list per span of Tensor, float32, shape (span.length,)
-        Non-negative.
+    seen, relevances
+        The forward call, and per sample and span a float32 tensor (span.length,), non-negative.
 
     Raises
     ------
-    OptionError
-        A sample without answer tokens, or a patched model.
     UnsupportedModelError
         The decoder's attention modules do not return their weights.
     """
-    empty = [b for b, row in enumerate((labels != IGNORED).any(1).tolist()) if not row]
-    if empty:
-        raise OptionError(
-            f"samples {empty} have no answer tokens, so there is no relevance to compute. Give "
-            "every question an answer (labels other than -100)."
-        )
-    return explain(model, inputs, labels, target)[1]
-
-
-def explain(
-    model: nn.Module, inputs: dict[str, Any], labels: Tensor, target: Target = TARGET
-) -> tuple[Capture, list[list[Tensor]]]:
-    """The forward call and the relevance read from it (see `relevance`)."""
     from tokencomp.adapters.registry import adapter_for
 
     with eager_attention(adapter_for(model)):
@@ -120,8 +106,7 @@ def propagate(seen: Capture, labels: Tensor, target: Target) -> Tensor:
 
 def _start(seen: Capture, labels: Tensor, target: Target) -> tuple[Tensor, Tensor]:
     """Unit rows at the predicting positions, and gradients of targets by the last hidden state."""
-    if seen.last is None:
-        raise OptionError("relevance needs all layers: call capture(model, inputs, layers=True).")
+    assert seen.last is not None  # all layers were captured
     batch, width = labels.shape
     places = [(row != IGNORED).nonzero()[:, 0].tolist() for row in labels]
     steps = max(map(len, places))

@@ -22,7 +22,7 @@ def as_frames(video: Any, where: str, limit: int) -> list[Image.Image]:
     """Return at most `limit` evenly spaced frames of a video, the first and the last included.
 
     A video is a path, a sequence of images, or a uint8 array (frames, H, W, 3). The message of a
-    `MediaError` names it as `where`, and the frame that cannot be read or differs in size.
+    `MediaError` names it as `where`.
     """
     if isinstance(video, (str, Path)):
         video = load_media(video, limit)
@@ -30,12 +30,6 @@ def as_frames(video: Any, where: str, limit: int) -> list[Image.Image]:
     frames = [opened(frame, f"{where}, frame {i}") for i, frame in enumerate(video)]
     if not frames:
         raise MediaError(f"{where}: no frames. A video needs at least one.")
-    for i, frame in enumerate(frames):
-        if frame.size != frames[0].size:
-            raise MediaError(
-                f"{where}, frame {i}: size {frame.size[0]}×{frame.size[1]}, but frame 0 has "
-                f"{frames[0].size[0]}×{frames[0].size[1]}. Resize the frames to one size."
-            )
     return [frames[i] for i in even(len(frames), limit)]
 
 
