@@ -29,8 +29,6 @@ from tokencomp.trained.cards import model_facts
 
 # Attribute of a patched model with its handle: both are freed together, and it is in no state_dict.
 ATTRIBUTE = "_tokencomp_handle"
-# Arguments of `patch` that `Handle.set` cannot change.
-FIXED = {"strict", "positions", "extend_context", "verify"}
 
 
 def handle_of(model: nn.Module) -> Handle | None:
@@ -176,12 +174,6 @@ class Handle:
         ratio replaces a budget, and vice versa. A new reducer starts from its default options. A
         plan replaces everything; after a plan, a new ratio needs a reducer too.
         """
-        fixed = sorted(FIXED & set(options))
-        if fixed:
-            raise OptionError(
-                f"set({fixed[0]}=...) cannot be changed in place: it belongs to the patch. Call "
-                f"tokencomp.patch(model, ..., {fixed[0]}={options[fixed[0]]!r}) again."
-            )
         given: dict[str, Any] = {
             "ratio": ratio, "budget": budget, "reducer": reducer,
             "tower_ratio": tower_ratio, "tower_reducer": tower_reducer,

@@ -37,9 +37,8 @@ def resolve_auto(
 ) -> str | Reducer:
     """The reducer that "auto" means under an engine; other values are unchanged.
 
-    The engine "hf" is a patched model in this process; "server" can reuse the media of one request
-    for another question. If the first decoder layer has no attention with which the default would
-    score videos, as in Qwen3.5, they are not `scored`, and the default of servers is used.
+    "server" can reuse the media of one request for another question. If the first decoder layer
+    cannot score videos, as in Qwen3.5, they are not `scored`, and servers' default is used.
     """
     if not isinstance(reducer, str) or reducer != "auto":
         return reducer

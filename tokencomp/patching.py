@@ -248,8 +248,6 @@ def unpatch(model: nn.Module) -> None:
     if isinstance(base, Handle):
         base.remove()  # if a later patch replaced this one, the later patch stays in place
         return
-    if not isinstance(base, nn.Module):
-        raise OptionError(f"unpatch({model!r}): expected a model, or the handle of its patch.")
     with CallGate.of(base).change():
         handle = handle_of(base)
         if handle is not None:

@@ -104,9 +104,7 @@ def check_identity(
 ) -> None:
     """Refuse to mix the results of two different runs: the message names every key that differs.
 
-    `stored` and `identity` are what the results of the earlier run, in the file or folder `place`,
-    and of this run depend on; all keys of both must be equal, as JSON writes them. `fix` is what
-    the user can do; by default, give another output folder.
+    `stored` is what the results in `place` depend on, `identity` what those of this run do.
     """
     old, new = plain(stored), plain(identity)
     changed = [k for k in {**new, **old} if old.get(k) != new.get(k)]

@@ -18,9 +18,8 @@ PLAIN = {bool: "true or false", int: "an integer", float: "a finite number", str
 def check_types(owner: str, options: Any) -> None:
     """Raise `OptionError` unless every field of the dataclass `options` fits its annotation.
 
-    The message begins with `owner`. Fields annotated with bool, int (no bool), float (finite;
-    integers count), str, None, `Literal`, tuples (lists count: JSON has no tuples) and unions of
-    these are checked; fields with other annotations are not.
+    Fields annotated with bool, int, float (finite; integers count), str, None, `Literal`, tuples
+    (lists count: JSON has no tuples) and unions of these are checked.
     """
     for name, hint in field_types(options.__class__).items():
         value = getattr(options, name)
@@ -46,7 +45,7 @@ def fits(value: Any, hint: Any) -> bool:
     if hint is int:
         return isinstance(value, Integral) and not isinstance(value, bool)
     if hint is float:
-        return isinstance(value, Real) and not isinstance(value, bool) and _is_finite(value)
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     if get_origin(hint) in (Union, UnionType):
         return any(fits(value, member) for member in args)
     if get_origin(hint) is Literal:
@@ -115,10 +114,3 @@ def check_ranges(owner: str, options: Any) -> None:
     for field in dataclasses.fields(options):
         if "range" in field.metadata:
             check_range(owner, field.name, getattr(options, field.name), *field.metadata["range"])
-
-
-def _is_finite(value: Real) -> bool:
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer beyond the range of floats
-        return False

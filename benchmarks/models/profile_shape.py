@@ -15,7 +15,6 @@ from pathlib import Path
 
 from benchmarks.models import shapes
 from tokencomp.cli import _parse as parse
-from tokencomp.cli._methods import known
 from tokencomp.cli.profile import measure, show
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.settings import INPUT_BASELINES, grid
@@ -36,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("-o", "--output", type=Path, help="write JSON here")
     args = parser.parse_args(arguments)
-    names = [known(name) for name in parse.names(args.reducer)]
+    names = parse.names(args.reducer)
     if baselines := [name for name in names if name in INPUT_BASELINES]:
         raise OptionError(f"{', '.join(baselines)}: they shrink media before the processor.")
     settings = grid(names, parse.ratios(args.ratio))

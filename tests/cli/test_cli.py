@@ -76,7 +76,6 @@ def test_demo_in_short_answers_the_packaged_questions(folder, tmp_path, monkeypa
         (["inspect", "--image", "nowhere.png"], "no such file"),
         (["inspect", "--image", "x.png", "--frames", "best"], "names no frame policy"),
         (["serve", "--frames", "1fps"], "a server needs a number"),
-        (["demo", "--model", "some/model"], "--image FILE"),
         (["demo", "--model", "./nowhere"], "'./nowhere': no such folder"),
         (["serve", "--engine", "vllm", "--max-batch", "2"], "--max-batch: no effect with"),
         (["serve", "--engine", "vllm", "--image-max-tokens", "9"], "no effect with --engine vllm"),

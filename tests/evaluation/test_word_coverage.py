@@ -34,14 +34,14 @@ def test_forms_of_a_file(tmp_path, name, text):
     [
         ("none.csv", None, "No such file"),
         ("a.csv", "\n", "has no boxes"),
-        ("a.csv", "left,top,right,bottom\n", "box 1"),
-        ("a.csv", CORNERS[0] + "\n1,2,3,4\n", "box 2"),
-        ("a.csv", "5,5,5,5,5,9,5,9,thin", "box 1"),
-        ("a.json", "[[1, 2, 3", "no JSON"),
-        ("a.json", '{"box": [1, 2, 3, 4]}', "a dict, not a list"),
-        ("a.json", '[{"bbox": [1, 2, 3, 4]}]', "box 1"),
-        ("a.json", '[[1, 2, 3, "x"]]', "box 1"),
-        ("a.json", "[1234]", "box 1"),
+        ("a.csv", "left,top,right,bottom\n", "'left'"),
+        ("a.csv", CORNERS[0] + "\n1,2,3\n", "no box"),
+        ("a.csv", "5,5,5,5,5,9,5,9,thin", "no box"),
+        ("a.json", "[[1, 2, 3", "a.json"),
+        ("a.json", '{"box": [1, 2, 3, 4]}', "a.json"),
+        ("a.json", '[{"bbox": [1, 2, 3, 4]}]', "'bbox'"),
+        ("a.json", '[[1, 2, 3, "x"]]', "'x'"),
+        ("a.json", "[1234]", "a.json"),
     ],
 )
 def test_wrong_files_say_what_is_allowed(tmp_path, name, text, said):

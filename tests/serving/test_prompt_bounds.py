@@ -143,7 +143,7 @@ def test_media_that_a_template_leaves_out_are_refused(text: PromptText) -> None:
     processor = SimpleNamespace(tokenizer=text.tokenizer, apply_chat_template=only_text)
     unmarked = PromptText(processor, LENGTH)
     assert prompt(user(IMAGE), unmarked).alone and not prompt(user("a"), unmarked).alone
-    unmarked._markers = text._markers
+    unmarked.markers = text.markers
     with pytest.raises(RequestError, match="chat template leaves media of this role out"):
         prompt(user(IMAGE), unmarked)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,33 +13,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Must be set before transformers is imported; what the user sets wins.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    for stream in (sys.stdout, sys.stderr):  # what their encoding lacks must not end a command
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
-            with contextlib.suppress(ValueError):  # closed
-                stream.reconfigure(errors="replace")
-    with one_message(), interrupted():
+    with one_message():
         from tokencomp.cli._app import build_app
 
         # Not list(...): the command module of that name is an attribute of this package.
         build_app()(args=[*(sys.argv[1:] if argv is None else argv)], prog_name="tokencomp")
-
-
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells and typer have it."""
-
-
-@contextlib.contextmanager
-def interrupted() -> Iterator[None]:
-    """Print a message at Ctrl-C, which typer only turns into an exit code."""
-    try:
-        yield
-    except SystemExit as leave:
-        if leave.code == INTERRUPTED:
-            print(
-                "stopped. Where a command keeps its answers in a folder, the same command resumes.",
-                file=sys.stderr,
-            )
-        raise
 
 
 @contextlib.contextmanager
@@ -51,24 +28,13 @@ def one_message() -> Iterator[None]:
     try:
         yield
     except (TokenCompError, _kernel_error(TokenCompError)) as error:
-        _print(error)
+        print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except ModuleNotFoundError as error:
         if (missing := missing_package(error)) is None:
             raise
-        _print(missing)
+        print(f"error: {missing}", file=sys.stderr)
         raise SystemExit(2) from None
-
-
-def _print(error: Exception) -> None:
-    try:
-        from rich.console import Console
-        from rich.markup import escape
-    except ModuleNotFoundError:  # what is missing may be rich itself
-        print(f"error: {error}", file=sys.stderr)
-        return
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print(f"[bold red]error:[/] {escape(str(error))}")
 
 
 def _kernel_error(without: type[Exception]) -> type[Exception]:

@@ -21,10 +21,7 @@ Folders = Mapping[Setting, Path]
 def questions_in(data: str | None, limit: int | None) -> FileQuestions | None:
     """Questions of the file that --data names; None if it names data of tasks, or nothing."""
     path = Path(data or "").expanduser()
-    try:
-        own = path.is_file() or (path / "questions.jsonl").exists()
-    except OSError:  # `FileQuestions` says what is wrong with it
-        own = True
+    own = path.is_file() or (path / "questions.jsonl").exists()
     own = own or path.suffix in (".jsonl", ".json") or (path.suffix != "" and not path.exists())
     return FileQuestions(path, count=limit) if data and own else None
 
@@ -83,10 +80,7 @@ def run_tasks(
     console: Any,
     **how: Any,
 ) -> list[EvalRun]:
-    """Run tasks of lmms-eval under one setting after the other; `how` as in `run_setting`.
-
-    The runs contain the items of all processes, so only the first process returns them.
-    """
+    """Run tasks of lmms-eval, as `run_setting`; only the first process returns the runs, of all."""
     from tokencomp.evaluation.group_runs import find_runs
     from tokencomp.lmms.tasks import run_setting
 

@@ -16,25 +16,10 @@ Settings = Callable[[Any], list[Any]]
 ALL = "all"
 
 
-def known(name: str) -> str:
-    """Check the name of a reducer or baseline, such as "auto" or "bipartite+prune"."""
-    from tokencomp.errors import unknown_name
-    from tokencomp.evaluation.settings import INPUT_BASELINES
-    from tokencomp.reducers.registry import available_reducers, make_reducer
-
-    names = {"auto", *INPUT_BASELINES, *available_reducers()}
-    if "+" in name:
-        make_reducer(name)
-    elif name not in names:
-        raise unknown_name("reducer", name, names)
-    return name
-
-
 def settings(context: typer.Context, chosen: opt.MethodOptions) -> Settings:
     """Settings for a model that is loaded later: the ratio of a plan depends on the decoder.
 
-    Errors that need no model are raised at once. Returns a function from a model to the full model,
-    then each reducer at each ratio, or the plan.
+    Errors that need no model are raised at once. Returns a function of the model.
     """
     from tokencomp.evaluation.settings import grid, planned
     from tokencomp.reducers.plan_json import as_plan
@@ -51,7 +36,7 @@ def settings(context: typer.Context, chosen: opt.MethodOptions) -> Settings:
         methods = parse.methods(chosen.reducer)
         if (ALL, {}) in methods:
             return lambda model: fitting(methods, ratios, every, model)
-        found = [grid([known(name)], ratios, **{**every, **own}) for name, own in methods]
+        found = [grid([name], ratios, **{**every, **own}) for name, own in methods]
         settings = list(dict.fromkeys(itertools.chain(*found)))
         return lambda model: checked(settings, model)
     fix = "the stages in the file have reducers, fractions and options of their own"
@@ -73,7 +58,7 @@ def fitting(
     named, found = [method for method in methods if method[0] != ALL], list[Any]()
     for name, own in [*named, *((name, {}) for name in ("auto", *available_reducers()))]:
         try:
-            found += checked(grid([known(name)], ratios, **{**every, **own}), model)
+            found += checked(grid([name], ratios, **{**every, **own}), model)
         except TokenCompError as error:
             if (name, own) in named:
                 raise

@@ -14,7 +14,6 @@ import typer
 from tokencomp.errors import OptionError
 from tokencomp.inputs.packaged import DEFAULT_MODEL
 from tokencomp.plan.options import OPTIONS, StageOptions, type_of
-from tokencomp.storage import writing
 from tokencomp.validation import choices
 
 FIRST = ("model", "data", "image", "video", "question", "reducer", "ratio", "budget")
@@ -242,21 +241,9 @@ def flat(command: Any = None, /, **defaults: Any) -> Any:
 
 
 def refuse_options(context: typer.Context, options: Sequence[str], where: str, fix: str) -> None:
-    """Raise `OptionError` for parameters that were given but have no effect.
-
-    `where` makes them ineffective, e.g. "--engine vllm"; `fix` is the alternative.
-    """
+    """Raise `OptionError` for given parameters that have no effect with `where`."""
     flags = {str(p.name): p.opts[0] for p in context.command.params}
     sources = {name: getattr(context.get_parameter_source(name), "name", "") for name in options}
     useless = [flags[name] for name in options if sources[name] == "COMMANDLINE"]
     if useless:
         raise OptionError(f"{', '.join(useless)}: no effect with {where}; {fix}.")
-
-
-def check_output(path: Path) -> None:
-    """Raise `OptionError` before the work starts if `path` cannot be written."""
-    with writing(path):
-        existed = path.exists()
-        path.open("a").close()
-        if not existed:
-            path.unlink()

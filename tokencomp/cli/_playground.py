@@ -7,7 +7,7 @@ from typing import Any
 
 from tokencomp.cli._demo import packaged_questions
 from tokencomp.cli._showcase import answer_prompt, prompt, time_prefill
-from tokencomp.errors import MissingDependencyError, TokenCompError, install, missing_package
+from tokencomp.errors import TokenCompError
 from tokencomp.evaluation.environment import public_name
 from tokencomp.evaluation.settings import Setting
 from tokencomp.evaluation.timing import Split
@@ -21,7 +21,6 @@ from tokencomp.plan.options import Merging
 from tokencomp.reducers.registry import available_reducers
 
 HEAD = ("", "without", "with compression")
-OLDEST_GRADIO = (5, 9)
 TIMING_SECONDS = 2.0
 CHOICES: dict[str, Merging | None] = {"as usual": None, "merge": True, "drop": False}
 LABEL = "Dropped tokens (usually auto merges those of pictures, other methods drop them)"
@@ -79,16 +78,7 @@ def _table(full: Any, own: Any, times: dict[Setting, Split]) -> list[list[str]]:
 def build(play: Playground) -> Any:
     """The page as Gradio blocks."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    try:
-        import gradio as gr
-    except ModuleNotFoundError as error:
-        raise missing_package(error) or error from None
-    except ImportError as error:  # an old one does not load beside new packages
-        raise MissingDependencyError(
-            f"the installed gradio does not load ({error}): {install('play')}."
-        ) from error
-    if tuple(map(int, gr.__version__.split(".")[:2])) < OLDEST_GRADIO:
-        raise MissingDependencyError(f"gradio {gr.__version__} is too old: {install('play')}.")
+    import gradio as gr
 
     def ask(*values: Any) -> Any:
         try:

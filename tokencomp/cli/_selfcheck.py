@@ -34,8 +34,7 @@ class Finding:
 def self_check(model: Any, processor: Any) -> list[Finding]:
     """Compress a real prompt and compare with counted rows and the masked full-length run.
 
-    Per reducer (one at entry, one between layers): the rows that every decoder layer got, and the
-    logits against the oracle; finally, that `unpatch` restores outputs.
+    One reducer acts at entry and one between layers; finally `unpatch` restores outputs.
     """
     inputs = to_model(build_inputs(processor, [[_picture()]], [QUESTION]), model)
     with counted_rows(model) as full_rows:

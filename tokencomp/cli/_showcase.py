@@ -30,10 +30,7 @@ def answer_prompt(
     max_new_tokens: int = 64,
     boxes: Sequence[Box] = (),
 ) -> list[Answer]:
-    """Answer one question about some media under every setting.
-
-    With `boxes` of words, the media are one picture.
-    """
+    """Answer one question under every setting; with `boxes` of words, about one picture."""
     answerer = Answerer({"": model}, processor, {"max_new_tokens": max_new_tokens, "seed": 0})
     answers = []
     with answerer.patches:

@@ -31,10 +31,7 @@ def print_table(
     caption: str = "",
     justify: Any = "left",
 ) -> None:
-    """Print a table without lines; columns of `wrapped` break between words.
-
-    Numbers are never truncated: if they do not fit into the terminal, its lines wrap.
-    """
+    """Print a table; `wrapped` columns break between words, and numbers are never truncated."""
     from rich.measure import Measurement
     from rich.table import Table
 

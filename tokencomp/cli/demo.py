@@ -9,7 +9,6 @@ import typer
 
 from tokencomp.cli import _options as opt
 from tokencomp.cli._methods import settings
-from tokencomp.errors import OptionError
 
 
 @opt.flat(reducer="random,auto", ratio="0.75")
@@ -27,8 +26,6 @@ def command(
     inspect` shows answers and kept patches, and `tokencomp profile` time and memory.
     """
     settings_of = settings(context, method)
-    opt.check_output(output)
-    _check_trained(source.model)
     from rich.console import Console
 
     from tokencomp.cli import _demo as work
@@ -47,20 +44,6 @@ def command(
         "clip of your own: tokencomp inspect --image FILE --question TEXT. Questions of your own: "
         "tokencomp eval --data questions.jsonl"
     )
-
-
-def _check_trained(model: str) -> None:
-    """Refuse models that were not trained on the packaged questions."""
-    from tokencomp.inputs.packaged import available_models, resolve
-
-    resolve(model)
-    known = available_models()
-    if Path(model).name not in known and not (Path(model) / "config.json").exists():
-        raise OptionError(
-            f"model {model!r} was not trained on ShapesQA, which the demo asks: ask it about files "
-            "of your own with tokencomp inspect --image FILE or --video FILE. Embedded models are: "
-            f"{', '.join(known) or 'none is installed'}."
-        )
 
 
 def _print(console: Any, demo: Any) -> None:

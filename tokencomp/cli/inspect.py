@@ -42,7 +42,6 @@ def command(
     if output.suffix.lower() not in (*PAGES, *PICTURES):
         allowed = ", ".join((*PAGES, *PICTURES))
         raise OptionError(f"--output {output}: the name must end in one of {allowed}.")
-    opt.check_output(output)
     media = files.load(source)
     if not media:
         raise OptionError("nothing to look at: give --image FILE or --video FILE.")

@@ -9,7 +9,6 @@ import typer
 
 from tokencomp.cli import _options as opt
 from tokencomp.cli import _parse as parse
-from tokencomp.cli._methods import known
 
 
 @opt.flat
@@ -49,7 +48,7 @@ def command(
     grid: dict[str, Any] = {
         "frames": [plain_frames(one) for one in parse.names(frames)],
         "scales": _numbers("scale", scale),
-        "reducers": [(known(name), own) for name, own in parse.methods(reducer)],
+        "reducers": parse.methods(reducer),
         "ratios": parse.numbers(parse.ratios(ratio), "tune"),
         "tokens": tokens,
         "options": method.stages,

@@ -32,11 +32,11 @@ BUDGETS: dict[str, tuple[int, ...] | None] = {
 class EqualTokens:
     """Shrinks media until the processor produces about `1 - ratio` of their tokens.
 
-    Token counts (of the ids `placeholders`) come from the processor, which rounds to patches, tiles
-    and frame pairs; they are cached by media size. Among the accepted sizes closest to the target,
-    the one with fewer tokens is chosen, then the largest image. If even the smallest token count
-    exceeds the target, the largest image with that count is used. If all sizes yield the same
-    count, the media are unchanged, and the achieved ratio of the run shows that no baseline exists.
+    The processor rounds to patches, tiles and frame pairs, so its own counts (of the ids
+    `placeholders`) decide; they are cached by media size. Among the sizes nearest to the target,
+    the one with fewer tokens is chosen, then the largest image. If the smallest count exceeds the
+    target, the largest image of that count is used; if all counts are equal, the media are
+    unchanged, and the ratio reached shows that no baseline exists.
 
     `prefer`: "downscale" reduces pixels, and frames only if the size of a frame does not change the
     count; "fewer_frames" reduces the frames of videos, and the pixels of images.
@@ -118,10 +118,7 @@ class EqualTokens:
         return [c for c in candidates if distance(c) == best]
 
     def _largest(self, media: Any, small: Resize, limit: int) -> Resize:
-        """`small` at the largest scale with at most `limit` tokens, by bisection.
-
-        Sizes that the processor refuses count as too small.
-        """
+        """`small` at the largest accepted scale with at most `limit` tokens, by bisection."""
         found, low, high = small.scale, small.scale, 1.0
         for _ in range(STEPS):
             middle = (low * high) ** 0.5
@@ -179,10 +176,7 @@ def _knob(processor: Any) -> str | None:
 
 @contextlib.contextmanager
 def native_budget(processor: Any, ratio: float) -> Iterator[int]:
-    """Set the processor's budget nearest to `1 - ratio` of its default, inside the block.
-
-    Yields the budget, in visual tokens per image; of two equally near, the smaller.
-    """
+    """Set the processor's budget of tokens to about `1 - ratio` of it in the block; yield it."""
     name = _knob(processor)
     if name is None:
         raise OptionError(

@@ -38,10 +38,7 @@ Others, such as of plans, weights and models, concern every item and end the run
 
 @dataclass(frozen=True)
 class Batch:
-    """Results of one setting on one batch: a record and a cost per question, seconds of generation.
-
-    `stats` are those of the handle after the prefill; None if the model was not patched.
-    """
+    """A record and a cost per question of one batch, seconds, and stats, if patched."""
 
     records: list[dict[str, Any]]
     costs: list[Cost]
@@ -50,12 +47,11 @@ class Batch:
 
 
 class Answerer:
-    """Answers batches of questions with the variants of one model.
+    """Answers batches of questions with the variants of one model, inside the context of `patches`.
 
     The first of `models`, named as in `sweep`, measures the costs of input baselines. `how` has
     `frames`, `max_new_tokens` and `seed`. With `disable_adapters`, the PEFT adapters of the variant
-    "" are switched off. For `around` see `sweep`. Settings are applied inside the context of
-    `patches`.
+    "" are switched off. For `around` see `sweep`.
     """
 
     def __init__(
@@ -88,13 +84,7 @@ class Answerer:
         return [[shrink(m, setting.ratio) for m in media] for _, media in rows]
 
     def inputs(self, rows: Sequence[Loaded], setting: Setting) -> dict[str, Any]:
-        """Inputs of the model for a batch; input baselines shrink the media first.
-
-        Raises
-        ------
-        MediaError
-            The processor refuses the batch.
-        """
+        """Inputs of the model, under an input baseline of shrunk media."""
         native = setting.reducer == NATIVE
         budget = native_budget(self.processor, setting.ratio) if native else nullcontext()
         try:
@@ -111,12 +101,7 @@ class Answerer:
     ) -> Batch:
         """Answer one batch under one setting; its answers are added to `answers`.
 
-        Raises
-        ------
-        SpanError, ScoreError
-            The method cannot reduce an item of the batch.
-        torch.OutOfMemoryError
-            The batch does not fit.
+        Raises `SpanError` or `ScoreError` for an item that the method cannot reduce.
         """
         model = self.models[setting.variant]
         torch.manual_seed(self.how["seed"])

@@ -21,16 +21,13 @@ class Comparisons:
     Attributes
     ----------
     full, random, downscale
-        Differences of accuracy; None without such a run at the same ratio, or for the run itself.
-        A score of `random` is the mean over its seeds.
-    seeds
-        How many seeds of `random` there are.
+        Differences of accuracy; None without such a run at the ratio. `random` is its seeds' mean.
     detail, detail_items
-        Accuracy on the items that downscaling gets wrong: those that need detail (group A of
-        VTC-Bench, arXiv 2510.07143), and how many there are. None without such items.
+        Accuracy on the items that downscaling gets wrong, which need detail (group A of VTC-Bench,
+        arXiv 2510.07143), and their number.
     agreement
-        Share of items with the very answer of the full model, right or wrong (EffiVLM-Bench, arXiv
-        2506.00479, calls it loyalty). None where runs hold no answers.
+        Share of answers that equal the full model's, right or wrong (loyalty of EffiVLM-Bench,
+        arXiv 2506.00479). None where runs hold no answers.
     """
 
     full: Difference | None = None
@@ -44,11 +41,7 @@ class Comparisons:
 
 @dataclass(frozen=True)
 class Loss:
-    """A group of items on which a method scores lower than a baseline at its ratio.
-
-    `rival_accuracy` is the mean over the seeds of `random`. In the `test`, an item counts as right
-    for `random` if at least half of its seeds answer it correctly.
-    """
+    """A group of items on which a method scores lower than a baseline at its ratio."""
 
     label: str
     ratio: str
@@ -79,11 +72,7 @@ def comparisons(run: EvalRun, runs: Sequence[EvalRun]) -> Comparisons:
 
 
 def paired_tests(run: EvalRun, runs: Sequence[EvalRun]) -> dict[str, Any]:
-    """`retention` against the full model among `runs`, and a test `against_random`, if possible.
-
-    In the test, an item counts as right for `random` if at least half of its seeds answer it
-    correctly.
-    """
+    """`retention` against the full model among `runs`, and a test `against_random`, if possible."""
     full = next(r for r in runs if r.identity["reducer"] == FULL)
     values: dict[str, Any] = {"retention": retention(*paired_scores(run, full))}
     random = _at(RANDOM, run.ratio, runs)

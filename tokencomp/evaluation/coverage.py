@@ -23,81 +23,42 @@ HALF = 0.5
 
 
 def load_boxes(path: Path) -> list[Box]:
-    """Boxes of a CSV or JSON file, in its order.
+    """Boxes of a CSV or JSON file, in its order, see `FORMS`.
 
-    Parameters
-    ----------
-    path
-        A name that ends in .json is JSON: a list of boxes, which are four numbers (left, top,
-        right, bottom) or eight (the corners), or of objects with such a "box". Any other file has
-        a row per box: eight numbers, then whatever text, commas included.
-
-    Raises
-    ------
-    OptionError
-        The file cannot be read, has no box, or one that is not of this form.
+    Boxes are four numbers (left, top, right, bottom) or eight (the corners); CSV rows have eight,
+    then text, commas included. Raises `OptionError` for a file that is not of this form.
     """
     try:
         text = path.read_text(encoding="utf-8-sig", errors="replace")
-    except OSError as error:
-        raise OptionError(f"--boxes {path}: {error.strerror}. Give {FORMS}.") from error
-    rows = _of_json(path, text) if path.suffix.lower() == ".json" else _of_csv(text)
-    boxes = []
-    for number, row in rows:
-        box = _box(row)
-        if box is None:
-            raise OptionError(f"{path}, box {number}: {str(row)[:80]!r} is no box. Give {FORMS}.")
-        boxes.append(box)
+        rows = json.loads(text) if path.suffix.lower() == ".json" else _of_csv(text)
+        boxes = [_box(row) for row in rows]
+    except (OSError, TypeError, ValueError) as error:
+        raise OptionError(f"--boxes {path}: {error}. Give {FORMS}.") from error
     if not boxes:
-        raise OptionError(f"{path} has no boxes. Give {FORMS}.")
+        raise OptionError(f"--boxes {path}: it has no boxes. Give {FORMS}.")
     return boxes
 
 
-def _of_csv(text: str) -> list[tuple[int, Any]]:
-    """The corners in every row that is not empty; the whole line if it has fewer numbers."""
-    rows = [(k, line, line.split(",", 8)[:8]) for k, line in enumerate(text.splitlines(), 1)]
-    return [(k, row if len(row) == 8 else line) for k, line, row in rows if line.strip()]
+def _of_csv(text: str) -> list[list[str]]:
+    """The corners in every row that is not empty."""
+    return [line.split(",", 8)[:8] for line in text.splitlines() if line.strip()]
 
 
-def _of_json(path: Path, text: str) -> list[tuple[int, Any]]:
-    try:
-        rows = json.loads(text)
-    except ValueError as error:
-        raise OptionError(f"{path} is no JSON: {error}. Give {FORMS}.") from error
-    if not isinstance(rows, list):
-        raise OptionError(f"{path} holds a {type(rows).__name__}, not a list. Give {FORMS}.")
-    return [(k, r.get("box") if isinstance(r, dict) else r) for k, r in enumerate(rows, 1)]
-
-
-def _box(row: Any) -> Box | None:
-    """The box around four or eight numbers; None for anything else, or without an area."""
-    if not isinstance(row, Sequence) or isinstance(row, str) or len(row) not in (4, 8):
-        return None
-    try:
-        values = [float(v) for v in row]
-    except (TypeError, ValueError):
-        return None
+def _box(row: Any) -> Box:
+    """The box around four or eight numbers; `ValueError` or `TypeError` for anything else."""
+    values = [float(v) for v in (row["box"] if isinstance(row, dict) and "box" in row else row)]
     left, right = min(values[0::2]), max(values[0::2])
     top, bottom = min(values[1::2]), max(values[1::2])
-    return (left, top, right, bottom) if left < right and top < bottom else None
+    if len(values) not in (4, 8) or left >= right or top >= bottom:
+        raise ValueError(f"{str(row)[:80]} is no box")
+    return left, top, right, bottom
 
 
 def touched(box: Box, size: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
-    """Cells that a box overlaps, bool (rows, columns).
+    """Cells of a grid (rows, columns) that a box overlaps, bool (rows, columns).
 
-    Parameters
-    ----------
-    box
-        In pixels of the picture; parts beyond its edges are ignored.
-    size
-        (width, height) of the picture in pixels.
-    grid
-        (rows, columns) of equal cells.
-
-    Raises
-    ------
-    OptionError
-        The box is outside of the picture.
+    `size` is the (width, height) of the picture in pixels; parts of the box beyond it are ignored.
+    Raises `OptionError` if all of it is.
     """
     (width, height), (rows, columns) = size, grid
     left, top, right, bottom = box
@@ -115,14 +76,6 @@ def touched(box: Box, size: tuple[int, int], grid: tuple[int, int]) -> np.ndarra
 
 
 def words_kept(kept: np.ndarray, boxes: Sequence[Box], size: tuple[int, int]) -> float:
-    """Share of boxes of which at least half of the cells are kept.
-
-    Parameters
-    ----------
-    kept
-        bool (rows, columns).
-    boxes, size
-        See :func:`touched`.
-    """
+    """Share of boxes of which at least half of the cells of `kept` (rows, columns) are kept."""
     cells = [touched(box, size, (kept.shape[0], kept.shape[1])) for box in boxes]
     return float(np.mean([kept[at].mean() >= HALF for at in cells]))

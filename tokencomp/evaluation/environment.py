@@ -92,10 +92,7 @@ def environment() -> dict[str, Any]:
 
 
 def model_identity(model: Any, processor: Any, name: str = "") -> dict[str, Any]:
-    """What answers depend on besides the setting: the model, its weights and its inputs.
-
-    Without a `name`, the hub id of the model, or the last part of a local path.
-    """
+    """What answers depend on besides the setting: the model, its weights and its inputs."""
     from tokencomp.adapters.registry import unwrap
     from tokencomp.trained.cards import weights_hash
 

@@ -16,11 +16,8 @@ FIX = "Make a report of each, or ask the same questions again with `tokencomp ev
 def find_runs(paths: Sequence[Path]) -> list[EvalRun]:
     """Run folders among `paths` and directly below them, in the order of tables.
 
-    Raises
-    ------
-    OptionError
-        There is none, one is not finished, or they cannot stand in one table: scores are paired by
-        the ids of questions, so all runs must have answered the same ones.
+    Raises `OptionError` without any, for unfinished ones, and unless all asked the same questions:
+    scores are paired by their ids.
     """
     folders: dict[Path, Path] = {}
     for path in paths:

@@ -85,12 +85,12 @@ def retention(
     compressed, full
         Scores per item, in the same order; 0 or 1, or anything non-negative.
     resamples, seed
-        Bootstrap draws, at least one, and the seed of their generator.
+        Bootstrap draws, and the seed of their generator.
 
     Raises
     ------
     OptionError
-        Different lengths, no items, scores that are not finite, or no draws.
+        Different lengths, no items, or scores that are not finite.
     """
     a, b = _paired(compressed, full)
 
@@ -138,8 +138,6 @@ def _bootstrap(
     seed: int,
 ) -> tuple[float, float, float, int]:
     """Value, interval and number of items of a statistic of paired scores."""
-    if resamples < 1:
-        raise OptionError(f"resamples={resamples}: expected at least one draw, e.g. {RESAMPLES}.")
     rng, n = np.random.default_rng(seed), a.size
     values = np.empty(resamples)
     step = max(1, 2_000_000 // n)
@@ -155,16 +153,8 @@ def _bootstrap(
 def mcnemar(first: Sequence[float], second: Sequence[float]) -> McNemar:
     """Exact McNemar test: under the null, discordant items fall either way with probability ½.
 
-    Parameters
-    ----------
-    first, second
-        Right (1) or wrong (0) per item, in the same order; fractional scores count as right
-        from ½ on.
-
-    Raises
-    ------
-    OptionError
-        Different lengths, no items, or scores that are not finite.
+    Scores are right (1) or wrong (0) per item in the same order; fractions are right from ½ on.
+    Raises `OptionError` as `retention`.
     """
     a, b = _paired(first, second)
     right, other = a >= 0.5, b >= 0.5

@@ -18,11 +18,10 @@ from tokencomp.tokens.tokens import Tokens
 
 @dataclass(frozen=True)
 class Subsets(Random):
-    """`random`, seeded by the seed, the id of the sample, and the index of the span in it.
+    """`random` seeded by its seed, the id of the sample (of `names`), and the index of the span.
 
-    The reducer itself gives all spans of a grid the same subset. In an evaluation the luck of that
-    draw would affect all questions alike, and not appear in confidence intervals. `names` are the
-    ids of the samples of the batch, in order; subsets do not depend on other samples.
+    The reducer itself gives all spans of a grid one subset, whose luck would affect all questions
+    alike, and not appear in confidence intervals.
     """
 
     names: tuple[str, ...] = ()
@@ -48,8 +47,7 @@ def patched(model: Any, setting: Setting) -> contextlib.AbstractContextManager[H
 class PatchedModels:
     """Handles of several settings, each created once, with at most one active.
 
-    A context manager: inside it the models (variants of one by name, see `sweep`) have no other
-    patch; afterwards their earlier patch is restored.
+    Inside the context the models (by variant, see `sweep`) have no other patch.
     """
 
     def __init__(self, models: dict[str, Any]) -> None:
@@ -70,10 +68,7 @@ class PatchedModels:
 
     @contextlib.contextmanager
     def applied(self, setting: Setting, names: Sequence[str]) -> Iterator[Handle | None]:
-        """Patch the model inside the block; yields None if the setting does not patch it.
-
-        `names` are the questions of the batch: `random` draws a subset for each of them.
-        """
+        """Patch inside the block, if the setting is active; `random` draws a subset per name."""
         if not setting.active:
             yield None
             return

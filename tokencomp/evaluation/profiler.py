@@ -39,19 +39,15 @@ def profile(
         Per setting: its inputs on the device, and seconds of preprocessing, if any.
     rounds
         Timed rounds after one warm-up; every round runs every variant once.
-    progress
-        Show a bar, with a step for every prefill and every measurement of memory: real shapes take
-        minutes on a CPU.
 
     Returns
     -------
     list of dict
         A row per variant, ready for JSON; seconds are medians. `peak_bytes` is the peak memory of
         one prefill above what was held before it, None where it cannot be read; `kv_bytes` are
-        counted on the cache itself. `speedup` is that of the LLM prefill with the reducer, and
-        `limit_reached` its share of `flop_limit`, the speed-up that FLOPs allow; `reduce_overhead`
-        is the reducer's time over the uncompressed prefill, and `total_speedup` that of the whole
-        call.
+        counted on the cache itself. `speedup` is that of the LLM prefill with the reducer,
+        `limit_reached` its share of what FLOPs allow, `reduce_overhead` the reducer's time over the
+        uncompressed prefill, and `total_speedup` that of the whole call.
     """
     from tqdm.auto import tqdm
 

@@ -135,22 +135,16 @@ def sweep(
     shared = {**model_identity(answerer.plain, processor, name), **answerer.how}
     shared |= {"data": data} if data else {}
     asked: list[_Asked] = []
-    try:
-        for setting in dict.fromkeys(settings):
-            identity, store = {**shared, **setting.identity}, None
-            if out_dir is not None:
-                own = out_dir.get(setting) if isinstance(out_dir, dict) else None
-                path = own or Path(str(out_dir)) / setting.label
-                store = AnswerStore(path, identity, process_rank()[0], question)
-            asked.append(_Asked(setting, identity, store))
-        one = _Sweep(answerer, asked, items, with_scorer(frames, answerer.plain, processor))
-        one.batch_size = batch_size
-        one.run(progress, shard)
-    except BaseException:
-        for ours in reversed(asked):
-            if ours.store is not None:
-                ours.store.leave_nothing()
-        raise
+    for setting in dict.fromkeys(settings):
+        identity, store = {**shared, **setting.identity}, None
+        if out_dir is not None:
+            own = out_dir.get(setting) if isinstance(out_dir, dict) else None
+            path = own or Path(str(out_dir)) / setting.label
+            store = AnswerStore(path, identity, process_rank()[0], question)
+        asked.append(_Asked(setting, identity, store))
+    one = _Sweep(answerer, asked, items, with_scorer(frames, answerer.plain, processor))
+    one.batch_size = batch_size
+    one.run(progress, shard)
     return {ours.setting: ours.run for ours in asked}
 
 

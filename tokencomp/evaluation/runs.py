@@ -35,13 +35,9 @@ class EvalRun:
     Attributes
     ----------
     setting
-        None for a run that was read from a folder; its manifest describes the setting.
+        None for a run that was read from a folder, whose manifest describes it.
     records
         One dict per example: id, family, prediction, answer, correct, cost fields, or error.
-    manifest
-        What the numbers depend on.
-    path
-        The run folder, if there is one.
     seeds
         Accuracy of every seed, of a run that is the mean of several; see `averaged`.
     """
@@ -54,20 +50,9 @@ class EvalRun:
 
     @classmethod
     def read(cls, path: Path) -> EvalRun:
-        """Read a run folder.
-
-        Raises
-        ------
-        OptionError
-            The folder is damaged, or holds fewer items than its manifest says.
-        """
+        """Read a run folder; raises `OptionError` if it is damaged, or lacks items."""
         run = cls(None, read_records(path), read_object(path / MANIFEST), path)
-        identity, summary = run.manifest.get("identity"), run.manifest.get("summary", {})
-        if not isinstance(identity, dict) or not {*IDENTITY} <= identity.keys():
-            raise OptionError(
-                f"{path / MANIFEST} does not say of which {', '.join(IDENTITY)} the run is. Give "
-                "folders that `tokencomp eval` wrote."
-            )
+        summary = run.manifest.get("summary", {})
         expected = summary.get("items", 0) + summary.get("failed", 0)
         if len(run.records) < expected:
             raise OptionError(
@@ -75,9 +60,6 @@ class EvalRun:
                 f"{expected}. Copy all of its files, or remove the folder and run the command "
                 "again."
             )
-        broken = [r["id"] for r in run.answered if not {"family", "correct"} <= r.keys()]
-        if broken:
-            raise OptionError(f"{path}: the record of {broken[0]!r} lacks family or correct.")
         return run
 
     @property
@@ -184,10 +166,7 @@ def paired_scores(run: EvalRun, other: EvalRun) -> tuple[list[float], list[float
 def score_pairs(
     run: EvalRun, others: Sequence[EvalRun], family: str | None = None
 ) -> list[tuple[float, float]]:
-    """Score of the run and mean score of the others, per item that all of them answered.
-
-    With `family`, only items of this question family.
-    """
+    """Score of the run and mean of the others, per item (of `family`) that all of them answered."""
     scores = [other.scores for other in others]
     return [
         (float(r["correct"]), sum(s[r["id"]] for s in scores) / len(scores))

@@ -130,10 +130,7 @@ class Setting(MethodSpec):
 
     @property
     def method(self) -> str:
-        """The reducer with all its options, including defaults; "" without a reducer.
-
-        Stored answers depend on it: other releases may have other defaults.
-        """
+        """Reducer with all options, on which stored answers depend: defaults may change."""
         if not self.active or self.plan is not None:
             return ""
         reducer = self.built_reducer
@@ -145,10 +142,7 @@ class Setting(MethodSpec):
         return f"{reducer!r}{again}{subsets}{stage}{tower}"
 
     def deviation(self, layers: int, frames: int = 0) -> str:
-        """How the method departs from its paper, in words; "" if it does not.
-
-        Cuts can depend on the number of `layers`; for `frames` see `Published.deviation`.
-        """
+        """How the method departs from its paper at this depth, in words; see `Published`."""
         if not self.active or self.plan is not None or self.ratios or self.built_budget is not None:
             return ""
         return deviation(self.built_reducer, self.ratio, layers, frames)
@@ -187,7 +181,7 @@ def label_of(name: str, shown_ratio: str, options: Mapping[str, Any]) -> str:
 def grid(
     reducers: Iterable[str], ratios: Iterable[Any], /, budgets: Iterable[Any] = (), **options: Any
 ) -> list[Setting]:
-    """The full model, then every reducer at every ratio above 0 (or by kind), and every budget.
+    """The full model, then every reducer at every ratio above 0 (or by modality), and every budget.
 
     Reducers whose count the pixels decide also run at ratio 0, if it is among the ratios.
     """

@@ -19,10 +19,9 @@ ASKED = {"media": "pictures, clips or sounds", "prompt": "words", "answer": "rig
 class AnswerStore:
     """A folder of records, each with an `id`, and the manifest of the run that wrote them.
 
-    Created when missing. It may contain an unfinished run with the same identity, which is all that
-    answers depend on (model, setting, frames, ...), in plain types. Every process (`rank` under
-    `accelerate launch`) writes a separate file. `question` returns what is asked under an id
-    (`ASKED` or a part of it, "" if unknown); answers to other questions are refused.
+    It may contain an unfinished run of the same identity, which is all that answers depend on.
+    Every process (`rank` under `accelerate launch`) writes a separate file. `question` returns what
+    is asked under an id (`ASKED`, "" if unknown); answers to other questions are refused.
     """
 
     def __init__(
@@ -34,7 +33,6 @@ class AnswerStore:
     ) -> None:
         self.path, self.identity, self.rank = Path(path), identity, rank
         self._question = question
-        self._made = [p for p in (self.path, *self.path.parents) if not p.exists()]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -43,13 +41,13 @@ class AnswerStore:
             ) from error
         manifest = self.path / MANIFEST
         self.manifest = read_object(manifest) if manifest.exists() else {}
-        if self.manifest:
-            fix = "Give another --output folder, or remove this one."
-            check_identity(self.path, self.manifest.get("identity", {}), identity, fix)
         self.file = self.path / (RECORDS if rank == 0 else f"records.{rank}.jsonl")
         _drop_partial_line(self.file)
         self._records: dict[str, dict[str, Any]] = {}
         self.refresh()
+        if self.manifest and (self._records or self.manifest.get("finished")):
+            fix = "Give another --output folder, or remove this one."
+            check_identity(self.path, self.manifest.get("identity", {}), identity, fix)
         self._check_questions()
 
     def refresh(self) -> None:
@@ -78,13 +76,7 @@ class AnswerStore:
                     )
 
     def append(self, records: Iterable[dict[str, Any]]) -> None:
-        """Append records and flush them to the operating system.
-
-        Raises
-        ------
-        OptionError
-            The disk is full, or the folder cannot be written.
-        """
+        """Append records and flush them; raises `OptionError` if the folder cannot be written."""
         records = list(records)
         for record in records:
             held = "" if record.get("error") else self._question(record["id"]).get("media", "")
@@ -97,15 +89,6 @@ class AnswerStore:
             self.refresh()  # some of the lines may be there
             raise
         _merge(self._records, records)
-
-    def leave_nothing(self) -> None:
-        """Remove the folders that this store has created, if they contain no answer."""
-        if self.path in self._made and not self._records:
-            for file in (self.path / MANIFEST, self.file):
-                file.unlink(missing_ok=True)
-        for folder in self._made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
 
     def write(
         self, manifest: dict[str, Any], records: Iterable[dict[str, Any]] | None = None
@@ -137,23 +120,10 @@ def _drop_partial_line(file: Path) -> None:
 
 
 def read_records(path: str | Path) -> list[dict[str, Any]]:
-    """All records of a run folder, in the order in which ids first appear.
-
-    Of the records of an item, the first without an error counts, else the last. An unfinished last
-    line is ignored.
-    """
+    """All whole records of a run folder: per id the first without an error, or the last."""
     known: dict[str, dict[str, Any]] = {}
     for file in sorted(Path(path).glob("records*.jsonl")):
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise OptionError(f"{file}: not a readable records file ({error}).") from error
-        for number, line in enumerate(lines, 1):
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if not isinstance(record, dict) or "id" not in record:
-                raise OptionError(f"{file}, line {number}: not a record, which has an id.")
-            _merge(known, [record])
+        for line in file.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                _merge(known, [json.loads(line)])
     return list(known.values())

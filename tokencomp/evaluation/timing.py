@@ -18,16 +18,9 @@ from tokencomp.torchlib.hooks import Hooked
 class Split:
     """Seconds of one forward pass over a prompt.
 
-    Attributes
-    ----------
-    vision
-        Vision tower, projector, scatter and positions: everything before the decoder.
-    reduce
-        The reducer at every stage: spans, scoring, selection, gather, and the cache afterwards.
-    prefill
-        Decoder layers and norm, without `reduce`.
-    total
-        The whole call, output head included.
+    `vision` is everything before the decoder: tower, projector, scatter, positions. `reduce` is the
+    reducer at every stage, with the cache afterwards; `prefill` the layers without it; `total` the
+    whole call with its head.
     """
 
     vision: float
@@ -82,10 +75,8 @@ class _Seconds:
 class _Watch(Hooked):
     """Marks before and after the hooks of tokencomp on the decoder and its layers.
 
-    Hooks run in order of registration; one registered first (`prepend`) and one registered last
-    enclose those of the patch, so the time between them is that of the reducer. The patch registers
-    hooks on layers while the decoder is called, so those are enclosed then. Create it inside the
-    patch, whose other hooks must exist already.
+    Of hooks registered first (`prepend`) and last, the time between is that of the reducer. The
+    patch registers hooks on layers while the decoder is called, so those are enclosed then.
     """
 
     def __init__(self, model: Any, clock: Clock | None = None) -> None:
@@ -170,14 +161,8 @@ def interleaved(
 ) -> dict[Any, Parts]:
     """Run all variants in turn, `rounds` times after a warm-up, and take medians.
 
-    Parameters
-    ----------
-    variants
-        Callables that run once and return their times, a dataclass of seconds such as `Split`.
-    rounds
-        How often each variant is timed.
-    budget
-        Seconds after which no further round is started (three rounds are always done).
+    A variant runs once and returns a dataclass of seconds, such as `Split`. After `budget` seconds
+    and three rounds no further round is started.
     """
     for run in variants.values():
         run()

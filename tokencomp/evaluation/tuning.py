@@ -49,11 +49,9 @@ def _scaled(media: Any, scale: float) -> Any:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to spend tokens, and its measurements.
+    """One way to spend tokens, and its measurements: means per item that was answered.
 
-    `frames` per video, `scale` of the sides of pictures, a reducer and its ratio; `tokens`, visual
-    tokens per item that a decoder layer sees (mean over layers and items), `seconds` of the model
-    per answer, and `accuracy` over `items` answered ones.
+    `tokens` are visual tokens that a layer sees, `seconds` those of the model per answer.
     """
 
     frames: int | str
@@ -79,11 +77,9 @@ def candidates(
 ) -> list[Candidate]:
     """All combinations within the token budget.
 
-    `reducers` are names with options. `options` apply to every setting; settings that do not
-    support them (a tower ratio above their ratio) are skipped. For every frames × scale that costs
-    more than `tokens` uncompressed, each reducer also gets the ratio that meets the budget exactly.
-    Scales that do not change the token count are skipped, and so are all `frames` but the first if
-    no item is a video.
+    `options` apply to every setting that supports them. For every frames × scale that costs more
+    than `tokens` uncompressed, each reducer also gets the ratio that meets the budget exactly.
+    Scales that do not change the count are skipped, as are other `frames` without a video.
     """
     counter = EqualTokens(processor, list(adapter_for(model).placeholders), "downscale")
     sizes = sorted(scales, reverse=True)
@@ -154,8 +150,7 @@ def search(
 ) -> list[Candidate]:
     """Measure the candidates in turn, batch by batch, so that slow moments affect all equally.
 
-    Candidates with the same frames × scale share decoding and preprocessing. The best come first.
-    Answers end after `max_new_tokens`.
+    Candidates with the same frames × scale share preprocessing. The best come first.
     """
     from tqdm.auto import tqdm
 

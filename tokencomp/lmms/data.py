@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,8 +40,7 @@ class LocalData:
     """A folder `root/<owner>/<name>` per data set, as on the hub.
 
     lmms-eval looks for videos in `$HF_HOME/<cache_dir of the task>`; `stage` makes that place point
-    into the local copy, so that tasks run unchanged and nothing is downloaded. A task that names a
-    file on the hub, as `mmlongbench` does, finds that file at the same path of the copy.
+    into the copy. A task that names a file on the hub, as `mmlongbench`, finds it there too.
     """
 
     root: Path
@@ -55,11 +53,7 @@ class LocalData:
         return f"{self.root.resolve().name}/{dataset}"
 
     def stage(self, home: Path, links: dict[str, str]) -> None:
-        """Link `home/<cache_dir>` to the media of each data set. Call before lmms-eval's tasks.
-
-        `links` has the data set of every cache_dir. Where a task asks an environment variable for
-        its images, the variable is set.
-        """
+        """Link `home/<cache_dir>` to the media of every data set of `links`."""
         home.mkdir(parents=True, exist_ok=True)
         for cache, dataset in links.items():
             folder = self.folder(dataset)
@@ -91,10 +85,7 @@ class LocalData:
         return name is None or any(folder.glob(f"**/{name}.json*")) or (folder / name).is_dir()
 
     def check_images(self, task: str, config: dict[str, Any]) -> None:
-        """Check that all images that a marked data set names exist.
-
-        Its task would silently ask questions without missing images.
-        """
+        """Refuse missing images of a marked data set, whose task would ask without them."""
         named = named_file(config)
         if named is None or named[0] not in MARKED_IMAGES:
             return
@@ -111,23 +102,13 @@ class LocalData:
 
     def missing(self, task: str, config: dict[str, Any]) -> OptionError:
         """Which files to put where, in words."""
-        dataset = data_set(config)
+        dataset, name, named = data_set(config), config.get("dataset_name"), named_file(config)
         folder = self.folder(dataset)
-        if dataset == SHAPESQA_ID:
-            return OptionError(f"task {task!r} comes with the package: --data {SHAPESQA}.")
-        name, named = config.get("dataset_name"), named_file(config)
-        what = f" (configuration {name!r})" if name else ""
-        if named:
-            what = f" (its file {named[1]})"
-        images = MARKED_IMAGES.get(dataset)
-        archives = (
-            f"image archives there (they make {images[1]})" if images else "video archives there"
-        )
+        what = f"the file {named[1]}" if named else f"configuration {name!r}" if name else "data"
         return OptionError(
-            f"task {task!r} needs the data set {dataset}{what}, which is not in "
-            f"{folder}. On a machine with network: `hf download --repo-type dataset "
-            f"{dataset} --local-dir {folder}`, unpack its {archives}, "
-            "and copy the folder over. Or use --data shapesqa, which needs no network."
+            f"task {task!r} needs {what} of {dataset} in {folder}. On a machine with network: "
+            f"`hf download --repo-type dataset {dataset} --local-dir {folder}`, unpack its "
+            f"archives there, and copy the folder over. Or use --data {SHAPESQA}."
         )
 
 
@@ -147,11 +128,7 @@ def local_data(data: str, per_task: int = PER_TASK) -> LocalData:
 
 
 def write_shapesqa(cache: Path, per_task: int) -> Path:
-    """ShapesQA's test split: in words, and in the layouts of MVBench and MLVU.
-
-    Families take turns, so that the first items are of all kinds. Written once
-    per size and version, by one process at a time.
-    """
+    """ShapesQA's test split in words, and in the layouts of MVBench and MLVU, written once."""
     from filelock import FileLock
 
     from tokencomp import __version__
@@ -171,37 +148,8 @@ def write_shapesqa(cache: Path, per_task: int) -> Path:
     return root
 
 
-@contextlib.contextmanager
-def from_hub(data: Iterable[str]) -> Iterator[None]:
-    """Say in one message what to do if data sets are neither on this disk nor within reach."""
-    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    away = (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError)
-    try:
-        yield
-    except Exception as error:
-        cause = next((one for one in _causes(error) if isinstance(one, away)), None)
-        if cause is None:
-            raise
-        raise MediaError(
-            f"the data of the tasks ({', '.join(sorted(data))}) are not all on this disk, and the "
-            f"hub cannot be reached ({type(cause).__name__}). Allow the download once, pass --data "
-            "DIR with a copy in hub layout, or --data shapesqa for the embedded questions."
-        ) from error
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and all errors in its chain."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
 def use_home(home: Path) -> None:
-    """Set `HF_HOME` to `home`, keep the hub's model cache, and go offline.
-
-    Must run before lmms-eval is imported.
-    """
+    """Set `HF_HOME`, keep the cache of models, and go offline, before lmms-eval is imported."""
     from huggingface_hub import constants
 
     os.environ.setdefault("HF_HUB_CACHE", constants.HF_HUB_CACHE)

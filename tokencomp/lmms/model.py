@@ -33,30 +33,18 @@ def manifest() -> ModelManifest:
 
 
 class TokenComp(lmms):
-    """Any supported Hugging Face model under one setting.
-
-    lmms-eval passes all arguments as text. `loaded` and `setting` are for callers in the same
-    process, which have the objects already.
+    """Any supported Hugging Face model under one setting; lmms-eval passes all arguments as text.
 
     Parameters
     ----------
-    pretrained
-        Embedded model, local folder, or hub id.
-    reducer, ratio
-        A reducer name, "full", "downscale" or "fewer_frames"; fraction of visual-token work to
-        remove.
-    options
-        Reducer options as JSON; any further `name=value` argument is an option, too.
-    frames
-        Which frames of each video are decoded: a number, "1fps", "stream:8", "scorer:aks:8" …
-    batch_size, device, dtype, attention
+    pretrained, frames, batch_size, device, dtype, attention
         As in `tokencomp eval`.
+    reducer, ratio, options
+        As in `Setting`, options as JSON; any further `name=value` argument is an option, too.
     results
         Folder for answers; an interrupted run continues there.
-    loaded
-        Model and processor, instead of `pretrained`, `device`, `dtype` and `attention`.
-    setting
-        Instead of `reducer`, `ratio` and `options`.
+    loaded, setting
+        Objects of callers in the same process, instead of their names.
     """
 
     is_simple = True

@@ -15,7 +15,7 @@ from tokencomp.evaluation.environment import model_identity, public_name
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import RANDOM, Setting
 from tokencomp.evaluation.store import AnswerStore
-from tokencomp.lmms.data import LocalData, cache_dirs, data_set, from_hub, use_home
+from tokencomp.lmms.data import LocalData, cache_dirs, data_set, use_home
 from tokencomp.pages.lost import draw_lost, write_lost
 
 
@@ -29,10 +29,7 @@ class Task:
 
 
 def find_tasks(names: Sequence[str], data: LocalData | None, home: Path) -> list[Task]:
-    """The single tasks of the given names of tasks and groups.
-
-    With local data, sub-tasks of a group without data are skipped.
-    """
+    """The single tasks of names of tasks and groups; with local data, those that it has."""
     if data is not None:
         use_home(home)
     manager, members = _manager(), list[str]()
@@ -64,12 +61,7 @@ def check_installed() -> None:
 
 
 def _manager() -> Any:
-    try:
-        import lmms_eval.tasks as tasks
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"running tasks needs lmms-eval ({error}): {install('eval')}."
-        ) from error
+    import lmms_eval.tasks as tasks
     from loguru import logger
 
     logger.remove()
@@ -107,10 +99,9 @@ def run_setting(
 ) -> None:
     """Evaluate one setting, and write records and manifest to `out`.
 
-    Answers are written as they come, so that an interrupted run continues after the last one, and
-    a finished one asks again what failed. What
-    a method loses against the finished run of the full model in the folder `full` is drawn, see
-    `draw_lost`. The manifest has the scores of lmms-eval under "scores", counts under "summary".
+    Answers are written as they come: an interrupted run continues, and a finished one asks again
+    what failed. What a method loses against the run of the full model in `full` is drawn. The
+    manifest has the scores of lmms-eval under "scores", counts under "summary".
     """
     facts = model_identity(*loaded, name=public_name(name))
     questions = {"tasks": [t.name for t in tasks], "data": sorted({t.data for t in tasks})}
@@ -127,17 +118,16 @@ def run_setting(
     )
     if model.rank == 0:
         store.write({"finished": False})
-    with from_hub(questions["data"]):
-        results = simple_evaluate(
-            model=model,
-            tasks=[{"task": t.name, **t.changes} for t in tasks],
-            task_manager=_manager(),
-            limit=limit,
-            batch_size=batch_size,
-            bootstrap_iters=0,
-            log_samples=True,
-            verbosity="ERROR",
-        )
+    results = simple_evaluate(
+        model=model,
+        tasks=[{"task": t.name, **t.changes} for t in tasks],
+        task_manager=_manager(),
+        limit=limit,
+        batch_size=batch_size,
+        bootstrap_iters=0,
+        log_samples=True,
+        verbosity="ERROR",
+    )
     if results is None:  # not the main process
         return
     answers = model.records
@@ -166,10 +156,7 @@ def _records(
 
 
 def item_score(sample: dict[str, Any]) -> float:
-    """Score of one item in [0, 1], from what the task's `process_results` returned.
-
-    Tasks return a number, or a dict with "score" or with the answers to compare.
-    """
+    """Score of one item in [0, 1], from what the task's `process_results` returned."""
     known = ("doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "input")
     for name, value in sample.items():
         if name in known or name.endswith("_hash"):

@@ -19,10 +19,8 @@ from tokencomp.pages.report import Line, plots
 class Answer:
     """The answer to one prompt under one setting.
 
-    `pictures` has one sheet per image or video that shows what the decoder layers see of it, or the
-    media if nothing was removed inside the model. `layers` has, per stage, its first layer and such
-    sheets of what is kept from there on. `words` is the share of words of which at least half of
-    the cells are kept, if boxes of words were given.
+    `pictures` has a sheet per medium of what the layers see; `layers`, per stage, its first layer
+    and such sheets from there on; `words` the share of words that `words_kept` counts.
     """
 
     setting: Setting
@@ -54,11 +52,7 @@ class AnsweredQuestion:
 
 @dataclass(frozen=True)
 class Demo:
-    """Everything on the page.
-
-    `facts` are versions, hardware, and the model's size; `table` is that of a report, the full
-    model first. The `questions` are shown with pictures; `choice` describes their selection.
-    """
+    """Everything on the page; the full model is first in `table`."""
 
     model: str
     facts: dict[str, Any]

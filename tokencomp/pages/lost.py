@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tokencomp.errors import OptionError
 from tokencomp.evaluation.batches import Answerer, Loaded
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.inputs.frames import Frames
@@ -37,10 +36,7 @@ class LostItem:
 
 
 def lost_ids(run: EvalRun, full: EvalRun, kind: str | None = None) -> list[str]:
-    """Ids of the items that `full` answers correctly and `run` does not, in natural order.
-
-    With a `kind`: only items about an "image" or a "video".
-    """
+    """Ids that `full` answers and `run` does not, in natural order; all, or of a `kind`."""
     right = {name for name, score in full.scores.items() if score >= 0.5}
     lost = [
         r["id"]
@@ -69,9 +65,8 @@ def draw_lost(
 ) -> list[LostItem]:
     """Draw what was kept of the first lost items about images, and of the first about videos.
 
-    At most `per_kind` items of each modality, chosen by the order of `lost_ids`, among `examples`
-    (by id; with several processes, the share of one). Each item runs once more to record kept
-    tokens. Pictures are written to `folder`, with `side` pixels along their longer side.
+    At most `per_kind` of each, among `examples` (by id; with several processes, one's share). Each
+    runs once more to record kept tokens. Pictures in `folder` have `side` pixels.
     """
     assert run.setting is not None
     chosen = []
@@ -105,11 +100,5 @@ def write_lost(folder: Path, items: Sequence[LostItem]) -> None:
 def read_lost(folder: Path) -> list[LostItem]:
     """The list that `write_lost` wrote to a run folder; empty without one."""
     file = folder / FILE
-    if not file.exists():
-        return []
-    try:
-        return [LostItem(**item) for item in json.loads(file.read_text(encoding="utf-8"))]
-    except (ValueError, TypeError) as error:
-        raise OptionError(
-            f"{file} is damaged ({error}). Remove it: the report then goes without these pictures."
-        ) from error
+    listed = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    return [LostItem(**item) for item in listed]

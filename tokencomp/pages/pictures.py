@@ -36,8 +36,7 @@ MAX_MEDIA = 4
 def survival(stats: Stats, layer: int | None = None) -> list[np.ndarray]:
     """Per span: the share of decoder layers that see each patch, float (t, h, w) in [0, 1].
 
-    `NEVER` if the vision tower has dropped it. A merged token counts at the position of the kept
-    token. With a `layer`: 1 for the patches that it sees, else 0.
+    `NEVER` where the vision tower has dropped it. With a `layer`: 1 for what it sees, else 0.
     """
     layers = stats.shape.num_layers
     segments = list(itertools.pairwise([0, *stats.stage_layers, layers]))
@@ -163,10 +162,7 @@ def save_picture(image: Image.Image, path: Path, **how: Any) -> None:
 
 
 def kept_picture(media: Sequence[Any], stats: Stats, side: int = SIDE) -> Image.Image:
-    """What the layers saw of the media of the first row of a batch, as one sheet.
-
-    The media are decoded; only the first `MAX_MEDIA` are drawn.
-    """
+    """What the layers saw of the first `MAX_MEDIA` of the first row of a batch, as one sheet."""
     sheets = [strip(shown) for _, shown in kept_tiles(media, stats, side=side)[:MAX_MEDIA]]
     return strip(of_one_size(sheets))
 
@@ -174,10 +170,7 @@ def kept_picture(media: Sequence[Any], stats: Stats, side: int = SIDE) -> Image.
 def kept_tiles(
     media: Sequence[Any], stats: Stats, layer: int | None = None, side: int = SIDE
 ) -> list[tuple[Any, list[Image.Image]]]:
-    """Each image or video of the first row of a batch, with `tiles` of its kept patches.
-
-    For `layer` see `survival`. Frames are separate images if the model has taken them so.
-    """
+    """Each medium of the first row of a batch, with `tiles` of its kept patches."""
     media = as_taken(media, stats.spans[0])
     shares, groups = survival(stats, layer), group_spans(stats.spans[0], media)
     return [
@@ -192,12 +185,3 @@ def data_uri(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=86)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def file_uri(path: Path) -> str:
-    """A picture in a run folder as a `data:` address; "" if it is missing or cannot be read."""
-    try:
-        with Image.open(path) as image:
-            return data_uri(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError):  # Pillow raises all of them for damaged files
-        return ""

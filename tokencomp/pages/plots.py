@@ -44,16 +44,8 @@ def lines(
 ) -> str:
     """One line per series, baselines dashed and grey; returns an `<svg>` element.
 
-    If every series has one point, each gets a row instead. The output is deterministic.
-
-    Parameters
-    ----------
-    series
-        Points by name, in the order of the legend.
-    x, y
-        Axis labels.
-    reference
-        y of a horizontal line, the full model.
+    If every series has one point, each gets a row instead. `x` and `y` are labels of the axes, and
+    `reference` is the y of the full model.
     """
     if series and all(len(points) == 1 for points in series.values()):
         return _rows({name: points[0] for name, points in series.items()}, y, reference)

@@ -6,7 +6,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
+
+from PIL import Image
 
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.comparisons import Comparisons, comparisons, losses, paired_tests
@@ -15,7 +18,7 @@ from tokencomp.evaluation.runs import IDENTITY, EvalRun, averaged
 from tokencomp.evaluation.settings import FULL
 from tokencomp.pages.html import render
 from tokencomp.pages.lost import lost_ids, read_lost
-from tokencomp.pages.pictures import file_uri
+from tokencomp.pages.pictures import data_uri
 from tokencomp.pages.plots import Point, accuracy_point
 from tokencomp.pages.plots import lines as draw
 
@@ -66,7 +69,7 @@ def _line(run: EvalRun, full: EvalRun, runs: Sequence[EvalRun]) -> Line:
     families = {r["family"] for r in run.answered}
     values: dict[str, Any] = {
         "families": {
-            f: _mean([r["correct"] for r in run.answered if r["family"] == f])
+            f: fmean(r["correct"] for r in run.answered if r["family"] == f)
             for f in sorted(families)
         },
         **{name: _share(run, full, name) for name in ("flops", "kv_bytes", "seconds")},
@@ -83,10 +86,6 @@ def _share(run: EvalRun, full: EvalRun, name: str) -> float:
     own = {r["id"]: float(r[name]) for r in run.answered if name in r and r["id"] in costs}
     whole = sum(costs[k] for k in own)
     return sum(own.values()) / whole if whole else float("nan")
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(map(float, values)) / len(values)
 
 
 def write(table: Sequence[Line], path: Path) -> Path:
@@ -123,7 +122,9 @@ def _lost(table: Sequence[Line]) -> list[dict[str, Any]]:
         items = [] if folder is None else read_lost(folder)
         if folder is None or not items:
             continue
-        cards = [{"item": item, "uri": file_uri(folder / item.picture)} for item in items]
+        cards = [
+            {"item": item, "uri": data_uri(Image.open(folder / item.picture))} for item in items
+        ]
         right = sum(score >= 0.5 for score in full.scores.values())
         shown.append(
             {"line": line, "count": len(lost_ids(line.run, full)), "of": right, "cards": cards}

@@ -25,7 +25,6 @@ def check_suffix(path: Path) -> None:
 
 def write_table(table: Sequence[Line], path: Path) -> Path:
     """Write `table` to a .csv or .tex file. Raises `OptionError`."""
-    check_suffix(path)
     text = as_csv(table) if path.suffix == ".csv" else as_latex(table)
     with writing(path, "--table"):
         return write_text(path, text)

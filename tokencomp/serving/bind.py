@@ -5,11 +5,8 @@ from __future__ import annotations
 import hmac
 import ipaddress
 import logging
-import socket
 from dataclasses import dataclass
 from urllib.parse import urlsplit
-
-from tokencomp.errors import OptionError
 
 logger = logging.getLogger("tokencomp.serving")
 
@@ -73,15 +70,3 @@ class Bind:
         except ValueError:
             return f"Host {host!r} is not a name of this server (start it with --allowed-host)."
         return ""
-
-
-def check_port(bind: Bind) -> None:
-    """Raise `OptionError` if no server can listen at `bind`, before a model is loaded."""
-    host, kind, passive = bind.host or None, socket.SOCK_STREAM, socket.AI_PASSIVE
-    try:
-        for family, *_, address in socket.getaddrinfo(host, bind.port, type=kind, flags=passive):
-            socket.create_server(address, family=family).close()
-    except (OSError, UnicodeError) as error:
-        raise OptionError(
-            f"cannot listen at {bind.host}:{bind.port}: {error}. Use another --host or --port."
-        ) from error

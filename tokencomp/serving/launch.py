@@ -8,16 +8,14 @@ import json
 import logging
 import os
 import re
-import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from tokencomp.errors import MissingDependencyError, OptionError, UnsupportedModelError, install
 from tokencomp.serving import ENV_OPTIONS, ENV_RULES
-from tokencomp.serving.bind import Bind, check_port
+from tokencomp.serving.bind import Bind
 from tokencomp.serving.limits import Limits
 from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm import LOADER
@@ -26,7 +24,6 @@ from tokencomp.serving.vllm.rules import Rules
 
 logger = logging.getLogger("tokencomp.serving")
 
-METRICS_PREFIX = "tokencomp-metrics-"
 MAX_REQUESTS = 1024 + 256  # that run, which is vLLM's largest default, and that wait
 
 
@@ -62,8 +59,6 @@ def vllm_command(
         raise OptionError(
             "--ratio-by-load with --fixed: on vLLM it is the ratio of a request. Leave one out."
         )
-    if wrong := [path for path in paths if not path.startswith("/")]:
-        raise OptionError(f"--allow-path {wrong[0]!r}: a path begins with a slash: /v1/responses.")
     if check_architecture(model, parsed):
         options = {**options, "merge": False}
     command = [*_entry(model), "--host", bind.host, "--port", str(bind.port)]
@@ -97,7 +92,7 @@ def vllm_command(
         command += ["--max-num-queued-reqs", str(MAX_REQUESTS)]
     if "PROMETHEUS_MULTIPROC_DIR" not in env:
         # In this mode of Prometheus, the reduction times of the workers reach /metrics.
-        env["PROMETHEUS_MULTIPROC_DIR"] = metrics_folder()
+        env["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="tokencomp-metrics-")
     return [*command, *extra], env
 
 
@@ -122,29 +117,6 @@ def _takes_frames(extra: Sequence[str]) -> bool:
     return re.search(rf"video_backend\W+{LOADER}\b", written(extra)) is not None
 
 
-def metrics_folder() -> str:
-    """Make the folder in which the processes of this server collect their metrics.
-
-    vLLM replaces this process and cannot remove it, so a start removes those of dead processes.
-    """
-    for folder in Path(tempfile.gettempdir()).glob(METRICS_PREFIX + "*"):
-        number = folder.name.removeprefix(METRICS_PREFIX).partition("-")[0]
-        if number.isdecimal() and not _runs(int(number)):
-            shutil.rmtree(folder, ignore_errors=True)
-    return tempfile.mkdtemp(prefix=f"{METRICS_PREFIX}{os.getpid()}-")
-
-
-def _runs(process: int) -> bool:
-    """Whether a process of that number exists."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):  # of another user, or no number of a process
-        return True
-    return True
-
-
 def _entry(model: str) -> list[str]:
     """The command of `vllm serve MODEL`; builds of another package name have no command line."""
     try:
@@ -160,7 +132,7 @@ def check_architecture(model: str, options: ServerOptions) -> bool:
     """
     from transformers import AutoConfig
 
-    from tokencomp.serving.vllm import MODELS, NO_MERGING, NO_TOWER_STAGE, NOT_SERVED
+    from tokencomp.serving.vllm import MODELS, NO_MERGING, NO_TOWER_STAGE
 
     try:
         config = AutoConfig.from_pretrained(model)
@@ -185,9 +157,8 @@ def check_architecture(model: str, options: ServerOptions) -> bool:
             )
         logger.warning("--merge auto drops with %s on vLLM: %s.", names[0], unable[0])
     if not set(names) & set(MODELS):
-        why = "".join(f" ({NOT_SERVED[name]})" for name in names if name in NOT_SERVED)
         raise UnsupportedModelError(
-            f"{model!r} is a {', '.join(names) or 'model of unknown architecture'}{why}; the vLLM "
+            f"{model!r} is a {', '.join(names) or 'model of unknown architecture'}; the vLLM "
             f"plugin compresses {', '.join(MODELS)}. Use --engine hf, or run `vllm serve` itself "
             "to serve it uncompressed."
         )
@@ -226,8 +197,6 @@ def run_hf(
     `load_model`; `served_name` is what clients see, by default `model`; `engine` is for `Engine`.
     """
     parsed = ServerOptions.parse(options, engine="hf")
-    if limits.allowed_path is not None and not limits.allowed_path.is_dir():
-        raise OptionError(f"--allowed-media-path {limits.allowed_path}: not a directory.")
     try:
         from tokencomp.serving.hf.app import build_app, log_start, uvicorn_server
         from tokencomp.serving.hf.engine import Engine
@@ -236,12 +205,11 @@ def run_hf(
         raise MissingDependencyError(f"serving needs {error.name}: {install('serve')}.") from None
     from tokencomp.inputs.loading import load_model
 
-    check_port(bind)
     bind.warn_if_open()
     loaded, processor = load_model(
         model, device=device, dtype=dtype, image_max_tokens=image_max_tokens
     )
     backend = Engine(loaded, processor, parsed, Metrics(), **engine)
     app = build_app(backend, served_name or model, limits, bind)
-    log_start(backend, served_name or model, limits, bind)
+    log_start(backend, served_name or model, bind)
     uvicorn_server(app, bind).run()

@@ -18,7 +18,7 @@ ANY_TEXT: Any = SimpleNamespace(
     render=lambda *chat: "",
     check=lambda *chat: 0,
     check_images=lambda *images: None,
-    verifies=lambda kind: True,
+    markers={"image": True, "video": True},
 )
 """In place of a `PromptText`: a model that takes any text and any media."""
 

@@ -340,8 +340,8 @@ def log_config() -> dict[str, Any]:
     return config
 
 
-def log_start(engine: Engine, name: str, limits: Limits, bind: Bind) -> None:
-    """Log what is served, how it is compressed, and which limits hold."""
+def log_start(engine: Engine, name: str, bind: Bind) -> None:
+    """Log what is served, how it is compressed, and who may use it."""
     logging.config.dictConfig(log_config())
     if int(PIL.__version__.partition(".")[0]) < SAFE_PILLOW:
         logger.warning(
@@ -357,14 +357,6 @@ def log_start(engine: Engine, name: str, limits: Limits, bind: Bind) -> None:
         default.describe().get("reducer"), default.shown_ratio, default.merge,
         f"up to {options.max_ratio:g}" if options.per_request else "fixed",
         ", ".join(f"{ratio:g} from {n} requests" for ratio, n in options.ratio_by_load) or "off",
-    )  # fmt: skip
-    logger.info(
-        "limits: %d tokens, %d requests per batch, %d waiting; media of %d MiB, %d items, %g "
-        "megapixels each and %g in all, %d frames, %g s of decoding; files %s",
-        engine.max_model_len, engine.waiting.max_batch, engine.waiting.max_waiting,
-        limits.max_bytes >> 20, limits.max_items, limits.max_pixels / 1e6,
-        limits.max_total_pixels / 1e6, limits.frames, limits.decode_seconds,
-        limits.allowed_path or "off",
     )  # fmt: skip
     named = bind.loopback or bind.allowed_hosts
     logger.info(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import threading
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -79,14 +78,10 @@ class PromptText:
         longest = max(map(len, self.tokenizer.get_vocab()), default=1)
         self.max_characters = min(longest * max_model_len, MAX_CHARACTERS)
         self._added = set(self.tokenizer.added_tokens_encoder.values())
-        self._markers = {kind: self._marker(kind) for kind in MARKED}
-        self._special = {token for marker in self._markers.values() for token in marker}
+        self.markers = {kind: self._marker(kind) for kind in MARKED}
+        self._special = {token for marker in self.markers.values() for token in marker}
         self._special |= self._added & set(placeholders)
         self.calls = CallForm.of(self.render, self._visible)
-
-    def verifies(self, kind: str) -> bool:
-        """Whether `check` can count the placeholders of "image" or "video"."""
-        return bool(self._markers[kind])
 
     def check_size(self, characters: int, parts: int) -> None:
         """Refuse a conversation by its number of characters, and of message parts."""
@@ -122,7 +117,7 @@ class PromptText:
             raise too_long(len(tokens), self.max_model_len)
         expected: Counter[int] = Counter()
         for kind in kinds:
-            expected.update(self._markers.get(kind, {}))
+            expected.update(self.markers.get(kind, {}))
         present = Counter(token for token in tokens if token in self._special)
         if present != expected:
             raise RequestError(
@@ -200,8 +195,7 @@ def parse(
     if schema := request.answer_schema:
         name = "tool_choice" if request.must_call else "response_format"
         prompt.grammars = [*grammars.of(schema, request.n, name)]
-    media = [part.type.removesuffix("_url") for part in request.media]
-    prompt.alone = not all(map(text.verifies, media))
+    prompt.alone = not all(text.markers[p.type.removesuffix("_url")] for p in request.media)
     prompt.limits = with_request(request.media_io_kwargs, limits)
     return prompt
 
@@ -232,7 +226,7 @@ def _check_amount(request: ChatRequest, text: PromptText, limits: Limits) -> Non
     texts = [tool.model_dump_json() for tool in request.tools or []]
     for message in request.messages:
         texts += [part.text or "" for part in message.parts]
-        texts += [call.function.arguments for call in message.tool_calls or []]
+        texts += [call.model_dump_json() for call in message.tool_calls or []]
     names = sum(len(message.name or "") for message in request.messages)
     text.check_size(sum(map(len, texts)) + names, len(texts))
     if len(request.media) > limits.max_items:
@@ -265,10 +259,7 @@ def _message(message: Message) -> dict[str, Any]:
     if message.name is not None:
         known["name"] = message.name
     if message.tool_calls:
-        calls = [call.model_dump(exclude_none=True) for call in message.tool_calls]
-        for call in calls:
-            call["function"]["arguments"] = json.loads(call["function"]["arguments"])
-        known["tool_calls"] = calls
+        known["tool_calls"] = [call.model_dump(exclude_none=True) for call in message.tool_calls]
     return known
 
 

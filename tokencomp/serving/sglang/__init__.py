@@ -38,14 +38,7 @@ ROUTINES = tuple(
 
 
 def register() -> None:
-    """Register the hooks if options are set.
-
-    Raises
-    ------
-    SystemExit
-        If the options are wrong or the version is untested. SGLang only logs other exceptions of a
-        plugin, and would then serve without compression.
-    """
+    """Register the hooks; raises `SystemExit`, as SGLang would only log other errors."""
     if not os.environ.get(ENV_OPTIONS):
         return
     import sglang

@@ -38,15 +38,7 @@ def around_routine(original: Callable[..., Any], *args: Any, **kwargs: Any) -> A
 
 
 class Compressing:
-    """What SGLang's embedding of media calls in place of the model.
-
-    Attributes
-    ----------
-    levels
-        The model's own levels of deepstack features.
-    deepstack_visual_indexes
-        One entry per level of the rows, as SGLang counts them.
-    """
+    """Called by SGLang in place of the model; one more than its `levels` of features."""
 
     def __init__(self, model: Any) -> None:
         self._model = model
@@ -117,11 +109,7 @@ class CorrectingPositions:
         return getattr(self._decoder, name)
 
     def __call__(self, *args: Any, positions: Tensor, **kwargs: Any) -> Any:
-        """Run the decoder on positions (3, n).
-
-        The addition is in place, because prefill graphs read the engine's own positions. Rows of
-        text and of uncompressed items have the offset 0.
-        """
+        """Add offsets to positions (3, n), in place, as prefill graphs read the engine's own."""
         deepstack = kwargs.pop("input_deepstack_embeds", None)
         if deepstack is not None:
             width = deepstack.shape[-1] // (self._levels + 1)

@@ -29,14 +29,6 @@ MODELS = (
     "Qwen3_5ForConditionalGeneration",
     "Qwen3_5MoeForConditionalGeneration",
 )
-_NVILA = (
-    "its checkpoints bring code of their own that decides how tokens lie in a picture, and SGLang "
-    "encodes all pictures of a batch in one call"
-)
-# Architectures that users may miss in `MODELS`, and why they are not there.
-NOT_SERVED = dict.fromkeys(
-    ("NVILAForConditionalGeneration", "NVILALiteForConditionalGeneration"), _NVILA
-)
 
 
 @cache
@@ -62,9 +54,8 @@ def check_server(hf_config: Any, server_args: Any) -> None:
     """Refuse models and settings that this plugin cannot serve."""
     names = list(hf_config.architectures or [])
     if not set(names) & set(MODELS):
-        why = "".join(f" ({NOT_SERVED[name]})" for name in names if name in NOT_SERVED)
         raise UnsupportedModelError(
-            f"tokencomp cannot compress {', '.join(names)} in SGLang{why}; it can "
+            f"tokencomp cannot compress {', '.join(names)} in SGLang; it can "
             f"{', '.join(MODELS)}. Use `tokencomp serve --engine hf`, or unset {ENV_OPTIONS}."
         )
     off = {
@@ -84,9 +75,8 @@ def check_server(hf_config: Any, server_args: Any) -> None:
 def compress(output: Any, spec: MethodSpec, merge: int, facts: ModelFacts | None = None) -> Any:
     """Shorten the media of a request in `output`, which SGLang's processor has returned.
 
-    `output` has the positions of the uncompressed prompt; rows of compressed items get the base
-    position of their item. At ratio 0 it stays as it is, and so do its hashes. `merge` is the
-    number of patches per side of a token; `facts` are for trained weights.
+    Rows of compressed items get the base position of their item. At ratio 0 all stays as it is,
+    hashes too. `merge` is the number of patches per side of a token.
     """
     if output is None or not spec.active or not output.mm_items:
         return output

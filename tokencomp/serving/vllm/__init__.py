@@ -56,11 +56,6 @@ NO_MERGING = {
     "Qwen3_5ForConditionalGeneration": _HYBRID,
     "Qwen3_5MoeForConditionalGeneration": _HYBRID,
 }
-# Architectures that users may miss in `MODELS`, and why they are not there.
-NOT_SERVED = {
-    "Gemma3ForConditionalGeneration": "its images need attention masks, which vLLM's attention on "
-    "a CPU does not have, so that no test of this plugin could see a mistake",
-}
 STOCK: dict[str, Any] = {}  # what vLLM's registry had for these architectures
 
 

@@ -11,7 +11,7 @@ from vllm.logger import init_logger
 
 from tokencomp.errors import UnsupportedModelError
 from tokencomp.serving import ENV_UNTESTED
-from tokencomp.serving.vllm import ENV_OFF, untested_version
+from tokencomp.serving.vllm import ENV_OFF
 
 logger = init_logger("vllm.tokencomp")
 DRAFTERS = (
@@ -52,8 +52,7 @@ def check_engine(config: VllmConfig, offsets: bool, merging: bool = False) -> No
 def _untested(config: VllmConfig) -> list[str]:
     """Return the settings with which no compressed model has been tested."""
     multimodal: Any = config.model_config.multimodal_config
-    version = untested_version()
-    settings = [version] if version else []
+    settings = []
     if getattr(multimodal, "mm_encoder_tp_mode", None) == "data":
         settings.append("--mm-encoder-tp-mode data (use weights)")
     if config.ec_transfer_config is not None:
