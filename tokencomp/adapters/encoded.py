@@ -126,9 +126,11 @@ def sizes_in(argument: Any) -> list[tuple[int, int, int]]:
     An integer table with two or three columns contains sizes. With a further axis it contains patch
     coordinates, padded with -1, whose maximum gives the size.
     """
-    if isinstance(argument, list | tuple) and argument:
-        rows = [tuple(row) for row in argument if isinstance(row, list | tuple)]
-        argument = torch.tensor(rows) if len(rows) == len(argument) and _even(rows) else None
+    if isinstance(argument, list | tuple):
+        try:
+            argument = torch.tensor(argument)
+        except (TypeError, ValueError, RuntimeError):  # pictures, strings, rows of several lengths
+            return []
     if not isinstance(argument, Tensor) or not _may_be_table(argument):
         return []
     if argument.ndim == 3:
@@ -162,10 +164,3 @@ def per_medium(sizes: list[tuple[int, int, int]], lengths: list[int]) -> list[tu
     if any(n % tokens for n in lengths):
         return []
     return [(n // tokens, height, width) for n in lengths]
-
-
-def _even(rows: list[tuple[Any, ...]]) -> bool:
-    """Whether rows are pairs or triples of integers, all of the same length."""
-    lengths = {len(row) for row in rows}
-    whole = all(isinstance(value, int) for row in rows for value in row)
-    return whole and len(lengths) == 1 and lengths <= {2, 3}

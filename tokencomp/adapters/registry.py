@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from torch import nn
@@ -106,18 +106,13 @@ def adapter_for(model: nn.Module) -> Adapter:
             f"{type(model).__name__}: {missing}. Pass the ...ForConditionalGeneration model, from "
             "transformers >= 5.6."
         ) from None
-    _check_verified(adapter, model_type, known)
-    return adapter
-
-
-def _check_verified(adapter: Adapter, model_type: str, known: Collection[str]) -> None:
-    """Refuse model types that are neither a family nor verified."""
     types = {model_type, getattr(adapter.config, "model_type", model_type)}
-    if types & {*known, *verified_types()} or accepts_unverified():
-        return
-    raise UnverifiedModelError(
-        f"{type(adapter.model).__name__} (model_type={model_type!r}) has the structure of a model "
-        "that can be compressed, but this type has never passed conformance under the installed "
-        "transformers release. patch(model, ..., verify=True) checks a tiny copy of it, in about a "
-        f"second. Passed: {', '.join(sorted({*known, *verified_types()}))}."
-    )
+    passed = {*known, *verified_types()}
+    if not types & passed and not accepts_unverified():
+        raise UnverifiedModelError(
+            f"{type(model).__name__} (model_type={model_type!r}) has the structure of a model that "
+            "can be compressed, but this type has never passed conformance under the installed "
+            "transformers release. patch(model, ..., verify=True) checks a tiny copy of it, in "
+            f"about a second. Passed: {', '.join(sorted(passed))}."
+        )
+    return adapter

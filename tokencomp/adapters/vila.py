@@ -81,11 +81,7 @@ class VilaAdapter(Adapter):
         modality = runs[0][2]
         _, h, w = self._pool if modality == "video" else (1, 1, 1)
         grid = (n, side // h, side // w)
-        if len(runs) != n or any(b - a != grid[1] * grid[2] for a, b, _ in runs):
-            raise SpanError(
-                f"sample {row}: {modality} tokens from {runs[0][0]} on are not {n} squares of "
-                f"{grid[1]}×{grid[2]} tokens. Make input_ids and pixels with VilaProcessor."
-            )
+        squares = len(runs) == n and all(b - a == grid[1] * grid[2] for a, b, _ in runs)
         before, after = config.video_ends if modality == "video" else config.image_ends
         start, stop = runs[0][0] - len(before), runs[-1][1] + len(after)
         special: list[int] = []
@@ -94,9 +90,11 @@ class VilaAdapter(Adapter):
             special += range(cursor - start, a - start)
             cursor = b
         special += range(cursor - start, stop - start)
-        if len(special) != n * (len(before) + len(after)) or stop > call.modalities.shape[1]:
+        separators = len(special) == n * (len(before) + len(after))
+        if not (squares and separators and stop <= call.modalities.shape[1]):
             raise SpanError(
-                f"sample {row}: {modality} tokens from {runs[0][0]} on lack their separators. Make "
-                "input_ids with VilaProcessor."
+                f"sample {row}: {modality} tokens from {runs[0][0]} on are not {n} squares of "
+                f"{grid[1]}×{grid[2]} tokens, each with its separators. Make input_ids and pixels "
+                "with VilaProcessor."
             )
         return VisualSpan(start, stop - start, grid, modality, special=tuple(special))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from tokencomp.tokens.kept import Kept
 from tokencomp.tokens.signals import TOWER_ATTENTION, TowerSignal
 from tokencomp.tokens.tokens import Tokens, rows_where
 
+T = TypeVar("T")
 BLOCK = 16  # rows per partial sum of `means`
 
 
@@ -69,24 +71,21 @@ def finite_features(x: Tensor, scores: Tensor | None = None) -> Tensor:
     return x
 
 
+def supplied(value: T | None, reducer: str, what: str) -> T:
+    """A signal that the engine computes for `Reducer.needs`; `ScoreError` if it is missing."""
+    if value is None:
+        raise ScoreError(f"reducer {reducer!r} needs {what}. Run it through tokencomp.patch.")
+    return value
+
+
 def supplied_scores(tokens: Tokens, reducer: str) -> Tensor:
     """Attention scores that the engine computed for `Reducer.needs`, float32 (n,), not checked."""
-    if tokens.scores is None:
-        raise ScoreError(
-            f"reducer {reducer!r} needs attention scores, but Tokens.scores is None. Run it "
-            "through tokencomp.patch, or set Tokens.scores."
-        )
-    return tokens.scores.float()
+    return supplied(tokens.scores, reducer, "attention scores").float()
 
 
 def tower_signal(tokens: Tokens, signal: TowerSignal, reducer: str) -> Tensor:
     """The signal of the vision tower, shape (n,) or (n, heads, head_dim)."""
-    if signal not in tokens.tower:
-        raise ScoreError(
-            f"reducer {reducer!r} needs {signal.part} of the vision tower, but Tokens.tower has "
-            "none. Run it through tokencomp.patch, or set Tokens.tower."
-        )
-    return tokens.tower[signal]
+    return supplied(tokens.tower.get(signal), reducer, f"{signal.part} of the vision tower")
 
 
 def salient(tokens: Tokens, reducer: str) -> tuple[Tensor, Tensor]:

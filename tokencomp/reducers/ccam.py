@@ -89,14 +89,7 @@ class Ccam(Reducer):
         from tokencomp.trained.ccam import read_card
 
         path = locate(self.weights, facts, "ccam", TRAIN).absolute()
-        card, sizes = read_card(path)
-        check_card(card, facts, path, TRAIN)
-        hidden = card["hidden_size"]
-        if (sizes.kv_dim, sizes.out_dim) != (hidden, hidden):
-            raise WeightsError(
-                f"{path} projects {sizes.kv_dim} to {sizes.out_dim} dimensions, but visual tokens "
-                f"of this model have {hidden}. Train weights for it: {TRAIN}"
-            )
+        check_card(read_card(path)[0], facts, path, TRAIN)
         bound = Ccam(str(path))
         bound.projector(facts.device, facts.dtype)
         return bound

@@ -134,20 +134,15 @@ def pool_lines(x: Tensor, lines: list[list[int]]) -> Tensor:
 
 def positions(lines: list[list[int]], height: int, width: int, position: str) -> HostIndex:
     """Raster index in its frame of the "first" or "mean" member of every pooled token."""
-    member = {"first": first, "mean": middle}[position]
     result = []
     for widths in lines:
-        for i, n in enumerate(widths):
-            row = member(i, len(widths), height)
-            result += [row * width + member(j, n, width) for j in range(n)]
-    return np.asarray(result, dtype=np.int64)
+        rows = members(len(widths), height, position) * width
+        result += [row + members(n, width, position) for row, n in zip(rows, widths, strict=True)]
+    return np.concatenate(result)
 
 
-def first(i: int, parts: int, size: int) -> int:
-    """First member of cell i if `size` members are pooled to `parts` cells."""
-    return i * size // parts
-
-
-def middle(i: int, parts: int, size: int) -> int:
-    """Rounded mean of the members of that cell."""
-    return (first(i, parts, size) + -(-(i + 1) * size // parts)) // 2
+def members(parts: int, size: int, position: str) -> HostIndex:
+    """The "first" or rounded "mean" member of every cell if `size` are pooled to `parts` cells."""
+    ends = np.arange(parts + 1) * size
+    first = ends[:-1] // parts
+    return first if position == "first" else (first + -(-ends[1:] // parts)) // 2

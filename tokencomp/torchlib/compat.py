@@ -177,11 +177,6 @@ def rotate_vision(
 ) -> tuple[Tensor, Tensor]:
     """Apply the rotary embedding of a vision tower to q and k, shape (B, S, H, D)."""
     code = file_with(type(attn), "apply_rotary_pos_emb_vision")
-    if code is None:
-        raise UnsupportedModelError(
-            f"the module of {type(attn).__name__} has no apply_rotary_pos_emb_vision, so the "
-            "attention of the vision tower cannot be scored. Use a reducer that does not read it."
-        )
     q, k = code.apply_rotary_pos_emb_vision(q, k, cos, sin)
     return q, k
 

@@ -46,10 +46,8 @@ def gather_heads(attn: Any, x: Tensor, dim: int) -> Tensor:
     if heads * ranks != total:
         raise UnsupportedModelError(
             f"{type(attn).__name__} computes {heads} of its {total} heads on this rank, and "
-            f"{ranks} ranks are known to share them, so attention cannot be scored over all "
-            "heads. Load the model with transformers' tensor parallelism (tp_plan), with a number "
-            "of ranks that divides the heads, or use a reducer without attention, such as "
-            "'divprune'."
+            f"{ranks} ranks are known to share them, so attention cannot be scored. Load the model "
+            "with tp_plan and a number of ranks that divides the heads, or use 'divprune'."
         )
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(ranks)]
     torch.distributed.all_gather(parts, x.contiguous(), group=group)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters.towers.base import Cells, EncoderCall, Modality, Tower
-from tokencomp.errors import OptionError, SpanError, UnsupportedModelError
+from tokencomp.errors import OptionError, UnsupportedModelError
 from tokencomp.plan.stages import TowerStage
 from tokencomp.tokens.spans import Grid
 
@@ -102,11 +102,6 @@ class DenseTower(Tower):
         table, t = self.tables[call.modality], self.pooled_frames if call.modality == "video" else 1
         pixels, count = self.patches(call.pixels), len(call.pixels)
         per_picture = len(pixels) // max(count, 1)
-        if int(table.max()) + 1 > per_picture or count % t:
-            raise SpanError(
-                f"{count} pictures of {per_picture} patches, where cells of {t} × "
-                f"{int(table.max()) + 1} were expected. Pass pixels of the model's own processor."
-            )
         side = round(len(table) ** 0.5)
         first = torch.arange(0, count, t, device=pixels.device)[:, None, None, None]
         frame = torch.arange(t, device=pixels.device)[:, None]

@@ -56,12 +56,7 @@ class MosaicTower(DenseTower):
 
     def _images(self, call: EncoderCall) -> list[tuple[list[int], int]]:
         """(height, width) and number of tiles of every image of a call."""
-        sizes = call.arguments.get("image_sizes")
-        if sizes is None:
-            raise SpanError(
-                "the vision tower was called outside of get_image_features, so the shapes of the "
-                "images are unknown. Pass pixel_values and image_sizes to the model."
-            )
+        sizes = call.arguments["image_sizes"]
         numbers = call.arguments.get("batch_num_images")
         alone = [True] * len(sizes)
         if numbers is not None:  # several images in a sample have one tile each
