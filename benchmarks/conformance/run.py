@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import multiprocessing
 import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import asdict
 from typing import Any
 
 from benchmarks.conformance.variants import variants
-from tokencomp.conformance.build import BuildError, bare_model, tiny_model
+from tokencomp.conformance.build import BuildError, on_meta, quiet, tiny_model
 from tokencomp.conformance.checks import Result, check_model
+from tokencomp.conformance.configs import shallow, text_config
 from tokencomp.conformance.variants import Variant
 from tokencomp.errors import UnsupportedModelError, unknown_name
 
@@ -112,8 +115,11 @@ def check_type(model_type: str) -> dict[str, Any]:
 
 
 def _row(result: Result, forms: list[str] | None = None) -> dict[str, Any]:
+    """A result as plain types, ready for JSON, with rounded numbers."""
     named = [form for form in forms or () if form]
-    return {**result.to_dict(), **({"forms": named} if named else {})}
+    row = {**asdict(result), "errors": {k: float(f"{v:.2g}") for k, v in result.errors.items()}}
+    row = {k: v for k, v in row.items() if k != "refusals" or v}
+    return {**row, **({"forms": named} if named else {})}
 
 
 def _check_variant(model_type: str, variant: Variant) -> Result:
@@ -130,6 +136,14 @@ def _check_variant(model_type: str, variant: Variant) -> Result:
     except BuildError as error:
         return _refusal(model_class, config) or Result("unverified", f"not built: {error}")
     return check_model(tiny, compress)
+
+
+def bare_model(model_class: type, config: Any) -> Any:
+    """A model without weights, to inspect its structure."""
+    with quiet(), contextlib.suppress(Exception):
+        return on_meta(model_class, shallow(config), text_config(config))
+    with quiet():
+        return on_meta(model_class, copy.deepcopy(config), text_config(config))
 
 
 def _refusal(model_class: Any, config: Any) -> Result | None:

@@ -12,9 +12,8 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import tokencomp
-from benchmarks.conformance.run import compress, model_classes
+from benchmarks.conformance.run import bare_model, compress, model_classes
 from benchmarks.conformance.variants import variants
-from tokencomp.conformance import build
 from tokencomp.conformance.build import TinyModel, tiny_model
 from tokencomp.conformance.checks import SCORED, Checks, check_model
 from tokencomp.conformance.features import Encoder
@@ -230,7 +229,7 @@ def test_types_that_cannot_be_exact_are_refused(
     """Attention by the number of a row, no causal decoder, or no placeholder."""
     if error is NoPlaceholderError:
         model_class = getattr(transformers, model_classes()[model_type])
-        model = build.bare_model(model_class, CONFIG_MAPPING[model_type]())
+        model = bare_model(model_class, CONFIG_MAPPING[model_type]())
     else:
         model = tiny(model_type).model
     with pytest.raises(error, match=mechanism):

@@ -213,9 +213,6 @@ def test_embedded_splits_are_disjoint_and_kinds_stay_apart() -> None:
     assert [e.family for e in named] == ["attribute", "count"] * 3 + ["needle"] * 3
     with pytest.raises(UnknownNameError, match="needle"):
         questions("shapesqa:neddle", "image", 9)
-    for kind, other in (("image", "needle are about videos"), ("video", "count are about images")):
-        with pytest.raises(OptionError, match=other):
-            questions("shapesqa:needle,count", kind, 9)
     for chosen in itertools.islice(batches(both, 3, seed=0), 20):
         assert all(i < 5 for i in chosen) or all(i >= 5 for i in chosen)
 

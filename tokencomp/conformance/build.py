@@ -26,7 +26,6 @@ from tokencomp.conformance.configs import (
     move_token_ids,
     replace_text_config,
     shallow,
-    text_config,
 )
 from tokencomp.conformance.variants import PLAIN, Variant
 from tokencomp.errors import UnsupportedModelError
@@ -74,7 +73,7 @@ def tiny_model(model_class: type, config: Any, variant: Variant = PLAIN) -> Tiny
     BuildError
         The classes of transformers refuse the small sizes, or need weights outside the decoder.
     """
-    with _quiet():
+    with quiet():
         return _tiny_model(model_class, copy.deepcopy(config), variant)
 
 
@@ -90,9 +89,9 @@ def _tiny_model(model_class: type, config: Any, variant: Variant) -> TinyModel:
         text = replace_text_config(config, _mrope(model_class), variant.text)
         specials = move_token_ids(config, text.vocab_size)
         try:
-            model = _on_meta(model_class, shallow(config, text), text)
+            model = on_meta(model_class, shallow(config, text), text)
         except Exception:  # the class needs as many layers as its config has
-            model = _on_meta(model_class, config, text)
+            model = on_meta(model_class, config, text)
         whole, model = model, getattr(model, "thinker", model)
         config = model.config
         model.set_attn_implementation("eager")
@@ -121,21 +120,14 @@ def _check_size(decoder: nn.Module) -> None:
         raise ValueError(f"{name} has {count / 1e6:.0f} million parameters in spite of its config")
 
 
-def bare_model(model_class: type, config: Any) -> Any:
-    """A model without weights, to inspect its structure."""
-    with _quiet(), contextlib.suppress(Exception):
-        return _on_meta(model_class, shallow(config), text_config(config))
-    with _quiet():
-        return _on_meta(model_class, copy.deepcopy(config), text_config(config))
-
-
-def _on_meta(model_class: type, config: Any, text: Any) -> Any:
+def on_meta(model_class: type, config: Any, text: Any) -> Any:
+    """A model without weights, whose text config is `text`."""
     with torch.device("meta"), _towers_optional(text):
         return model_class(config)
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence transformers' advice about random weights and odd sizes."""
     from transformers.utils import logging
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -55,11 +55,6 @@ class Result:
     reason: str = ""
     errors: dict[str, float] = field(default_factory=dict)
     refusals: dict[str, str] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain types, ready for JSON, with rounded numbers."""
-        values = {**asdict(self), "errors": {k: float(f"{v:.2g}") for k, v in self.errors.items()}}
-        return {k: v for k, v in values.items() if k != "refusals" or v}
 
 
 class NotExact(Exception):

@@ -21,6 +21,8 @@ from tokencomp.inputs.upright import rgb, scaled_size, shown_size
 
 PICTURES = frozenset([".png", ".jpg", ".jpeg", ".webp", ".bmp"])
 THREADS = 8
+INSTEAD = 'Use decoder="pyav".'
+MEND = "Check the file with ffprobe, or encode it again as H.264 MP4."
 UNSEARCHED = frozenset(["mpegts", "mpeg"])
 """Containers without an index."""
 
@@ -61,7 +63,7 @@ class FileClip(Clip):
     """
 
     def __init__(self, path: Path, decoder: str = "pyav") -> None:
-        self.path, (self._decoder, _, self._device) = path, decoder.partition(":")
+        self.path, (self._decoder, _, self.device) = path, decoder.partition(":")
         try:
             import av
         except ImportError:
@@ -86,8 +88,7 @@ class FileClip(Clip):
         except Exception as error:  # decoders raise undocumented types
             text = str(error).strip().splitlines()[0] if str(error) else repr(error)
             raise MediaError(
-                f"{self.path}: no frame of this video can be decoded ({text}). Check the file with "
-                "ffprobe, or encode it again as H.264 MP4."
+                f"{self.path}: no frame of this video can be decoded ({text}). {MEND}"
             ) from error
 
     @cached_property
@@ -101,10 +102,8 @@ class FileClip(Clip):
             return found
         with self._readable():
             if self._decoder != "pyav":
-                if self._decoder == "decord":
-                    arrays = _decord_frames(self.path, places, self.file.format, self.index)
-                else:
-                    arrays = _torchcodec_frames(self.path, places, self._device, self.index)
+                decode = _decord_frames if self._decoder == "decord" else _torchcodec_frames
+                arrays = decode(self, places)
                 pairs = zip(places, arrays, strict=True)
                 return {place: _shrunk(Image.fromarray(a), size) for place, a in pairs}
             wanted = 0, 0
@@ -114,69 +113,62 @@ class FileClip(Clip):
                 with part("resize"):
                     found[place] = Image.fromarray(rgb(frame, wanted))
         if not found:
-            raise MediaError(
-                f"{self.path}: none of the chosen frames can be decoded. Check the file with "
-                "ffprobe, or encode it again as H.264 MP4."
-            )
+            raise MediaError(f"{self.path}: none of the chosen frames can be decoded. {MEND}")
         return found
 
     def close(self) -> None:
         self.file.close()
 
 
-def _torchcodec_frames(
-    path: Path, places: Sequence[int], device: str, index: ClipIndex
-) -> list[np.ndarray]:
-    """Frames at some places of a file, uint8 (height, width, 3) each; "" is the usual device."""
-    use = 'use decoder="pyav".'
+def _torchcodec_frames(clip: FileClip, places: Sequence[int]) -> list[np.ndarray]:
+    """Frames at some places of a file, uint8 (height, width, 3) each."""
+    index = clip.index
     try:
         from torchcodec.decoders import VideoDecoder
     except (ImportError, OSError, RuntimeError) as error:  # it raises the last without FFmpeg
         raise MissingDependencyError(
             'decoder="torchcodec" cannot be imported. Install it (pip install torchcodec, and '
-            f"FFmpeg's libraries), or {use}"
+            f"FFmpeg's libraries). {INSTEAD}"
         ) from error
-    more: dict[str, Any] = {"device": device} if device else {}
+    more: dict[str, Any] = {"device": clip.device} if clip.device else {}
     try:
-        decoder = VideoDecoder(str(path), dimension_order="NHWC", **more)
+        decoder = VideoDecoder(str(clip.path), dimension_order="NHWC", **more)
         decoded = decoder.get_frames_at([*places])
     except (RuntimeError, IndexError, ValueError) as error:
         raise MediaError(
-            f"TorchCodec cannot decode the chosen frames ({error}). Instead, {use}"
+            f"TorchCodec cannot decode the chosen frames ({error}). {INSTEAD}"
         ) from error
     if index.times is not None and index.fps:
         # In streams that cannot be searched exactly (MPEG-TS, intra refresh), it gives others.
         start = decoder.metadata.begin_stream_seconds or 0.0
         late = decoded.pts_seconds.numpy() - start - index.times[[*places]]
         if np.abs(late).max(initial=0.0) > 0.5 / index.fps:
-            raise MediaError(f"TorchCodec gives other frames than the chosen ones. Instead, {use}")
+            raise MediaError(f"TorchCodec gives other frames than the chosen ones. {INSTEAD}")
     return list(decoded.data.cpu().numpy())
 
 
-def _decord_frames(
-    path: Path, places: Sequence[int], container: str, index: ClipIndex
-) -> list[np.ndarray]:
+def _decord_frames(clip: FileClip, places: Sequence[int]) -> list[np.ndarray]:
     """Frames at some places of a file, uint8 (height, width, 3) each.
 
     decord 0.6 silently returns other frames if a picture is shown before a key frame and decoded
     after it (open groups, intra refresh), and in MPEG streams, which have no index.
     """
-    use = 'use decoder="pyav".'
     try:
         import decord
     except (ImportError, OSError) as error:
         raise MissingDependencyError(
-            f'decoder="decord" cannot be imported: {install("decord")}, or {use}'
+            f'decoder="decord" cannot be imported: {install("decord")}. {INSTEAD}'
         ) from error
-    if container in UNSEARCHED or index.packets is None or index.packets.leading:
-        raise MediaError(f"decord gives other frames of such files than the chosen ones. {use}")
+    index = clip.index
+    if clip.file.format in UNSEARCHED or index.packets is None or index.packets.leading:
+        raise MediaError(f"decord gives other frames of such files than the chosen ones. {INSTEAD}")
     try:
-        reader = decord.VideoReader(str(path))
+        reader = decord.VideoReader(str(clip.path))
         total, arrays = len(reader), reader.get_batch([*places]).asnumpy()
     except (decord.DECORDError, IndexError) as error:
-        raise MediaError(f"decord cannot decode the chosen frames. Instead, {use}") from error
+        raise MediaError(f"decord cannot decode the chosen frames. {INSTEAD}") from error
     if total != index.total:
-        raise MediaError(f"decord counts {total} frames, and there are {index.total}. {use}")
+        raise MediaError(f"decord counts {total} frames, and there are {index.total}. {INSTEAD}")
     return list(arrays)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import tokencomp
 from tokencomp.adapters.registry import adapter_for
-from tokencomp.errors import MissingDependencyError, OptionError, install
+from tokencomp.errors import MissingDependencyError, install
 from tokencomp.evaluation.settings import Setting
 from tokencomp.plan.counts import check_ratio
 from tokencomp.reducers.registry import make_reducer
@@ -57,8 +57,6 @@ class AdscConfig(LoopConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.schedule:
-            raise OptionError("schedule: expected at least one ratio, e.g. 0.8,0.67,0.5.")
         self.phases()
         make_reducer(self.reducer, **self.options)
 

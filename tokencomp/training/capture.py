@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from tokencomp.tokens.spans import VisualSpan
 from tokencomp.torchlib import compat
 
 INPUT_ONLY = ("labels", "logits_to_keep", "use_cache")
+NOT_KEPT = (*compat.CACHE_NAMES, "hidden_states", "use_cache")
 
 
 @dataclass
@@ -49,6 +50,19 @@ class Capture:
     arguments: list[dict[str, Any]] = field(default_factory=list)
     last: Tensor | None = None
 
+    def read_prompts(self, call: dict[str, Any], decoder_inputs: dict[str, Any]) -> None:
+        """Find the spans of a batch, from the arguments of the body and of the decoder."""
+        ids, positions = call["input_ids"], decoder_inputs.get("position_ids")
+        modalities = self.adapter.modalities(call)
+        assert modalities is not None  # `load_batch` refuses questions without media
+        rows = None
+        if self.adapter.mrope and positions is not None:
+            rows = positions[-3:].expand(3, ids.shape[0], -1).cpu().numpy()
+        self.width = ids.shape[1]
+        self.lengths = real_columns(call.get("attention_mask"), ids.shape).sum(1).tolist()
+        x, body = decoder_inputs["inputs_embeds"], self.adapter.body
+        self.spans = self.adapter.spans(MediaCall(modalities.cpu(), x, rows, body, call))
+
     def attention_rows(self, answer: int) -> list[list[Tensor]]:
         """Layer-0 attention of the user's text to each span, by sample: the input of `selector`.
 
@@ -70,6 +84,10 @@ class Capture:
         return [[x[b, s.start : s.stop] for s in row] for b, row in enumerate(self.spans)]
 
 
+class _Enough(Exception):
+    """Ends the call at the first layer."""
+
+
 @torch.no_grad()
 def capture(model: nn.Module, inputs: dict[str, Any], layers: bool = True) -> Capture:
     """Run `model` once and store the inputs of the decoder layers.
@@ -78,61 +96,29 @@ def capture(model: nn.Module, inputs: dict[str, Any], layers: bool = True) -> Ca
     call ends at the first layer.
     """
     adapter = adapter_for(model)
-    captured = Capture(adapter)
+    seen = Capture(adapter)
     call = {k: v for k, v in inputs.items() if k not in INPUT_ONLY}
-    before = {adapter.decoder: _spans_of(captured, call)}
-    before |= {
-        layer: _input_of(captured, stop=not layers)
-        for layer in (adapter.layers if layers else adapter.layers[:1])
-    }
+
+    def before_decoder(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        seen.read_prompts(call, compat.bind(module, args, kwargs))
+
+    def before_layer(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        named = compat.bind(module, args, kwargs)
+        seen.inputs.append(named["hidden_states"])
+        seen.arguments.append({k: v for k, v in named.items() if k not in NOT_KEPT})
+        if not layers:
+            raise _Enough
+
+    def after_layers(module: nn.Module, args: Any, out: Any) -> None:
+        seen.last = out[0] if isinstance(out, tuple) else out
+
+    before = {adapter.decoder: before_decoder, **dict.fromkeys(adapter.layers, before_layer)}
     with contextlib.ExitStack() as hooks, contextlib.suppress(_Enough):
         for module, hook in before.items():
             hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
-        hooks.enter_context(adapter.layers[-1].register_forward_hook(_output_of(captured)))
+        hooks.enter_context(adapter.layers[-1].register_forward_hook(after_layers))
         adapter.body(**call, use_cache=False)
-    return captured
-
-
-class _Enough(Exception):
-    """Ends the call at the first layer."""
-
-
-def _spans_of(captured: Capture, call: dict[str, Any]) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        named = compat.bind(module, args, kwargs)
-        ids, x, positions = call["input_ids"], named["inputs_embeds"], named.get("position_ids")
-        modalities = captured.adapter.modalities(call)
-        assert modalities is not None  # `load_batch` refuses questions without media
-        rows = None
-        if captured.adapter.mrope and positions is not None:
-            rows = positions[-3:].expand(3, ids.shape[0], -1).cpu().numpy()
-        captured.width = ids.shape[1]
-        captured.lengths = real_columns(call.get("attention_mask"), ids.shape).sum(1).tolist()
-        captured.spans = captured.adapter.spans(
-            MediaCall(modalities.cpu(), x, rows, captured.adapter.body, call)
-        )
-
-    return hook
-
-
-def _input_of(captured: Capture, stop: bool) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        named = dict(compat.bind(module, args, kwargs))
-        captured.inputs.append(named.pop("hidden_states"))
-        for name in (*compat.CACHE_NAMES, "use_cache"):
-            named.pop(name, None)
-        captured.arguments.append(named)
-        if stop:
-            raise _Enough
-
-    return hook
-
-
-def _output_of(captured: Capture) -> Callable[..., None]:
-    def hook(module: nn.Module, args: Any, out: Any) -> None:
-        captured.last = out[0] if isinstance(out, tuple) else out
-
-    return hook
+    return seen
 
 
 @contextlib.contextmanager

@@ -71,38 +71,28 @@ def questions(data: str, kind: str, count: int, purpose: str = "train") -> Seque
         "shapesqa", "shapesqa:FAMILY,FAMILY,...", a JSON Lines file, or a folder with
         `questions.jsonl`.
     kind
-        "image", "video", or "both"; files hold what they hold.
+        "image", "video", or "both" of the embedded benchmark; files and families that are named
+        hold what they hold.
 
     Raises
     ------
     OptionError
-        An unknown kind, or families of another kind than `kind`.
+        An unknown kind.
     """
     check_choice("data", "kind", kind, ("image", "video", "both"))
     name, _, chosen = data.partition(":")
     if name != EMBEDDED:
         return FileQuestions(Path(data), held_out=purpose != "train", count=count)
-    from tokencomp.zoo.shapesqa.questions import FAMILIES, IMAGE_FAMILIES, families
+    from tokencomp.zoo.shapesqa.questions import IMAGE_FAMILIES, families
 
-    if chosen:
-        requested = [part.strip() for part in chosen.split(",")]
-        groups = [
-            [f for f in requested if (f in IMAGE_FAMILIES) is image] for image in (True, False)
-        ]
-        others = groups[kind == "image"]
-        if kind != "both" and others and all(f in FAMILIES for f in requested):
-            raise OptionError(
-                f"kind={kind!r} with --data {data}: questions of {', '.join(others)} are about "
-                f"{'images' if kind == 'video' else 'videos'}. Leave out the one or the other."
-            )
-    else:
-        groups = [list(families(k)) for k in ("image", "video") if kind in (k, "both")]
+    names = [part.strip() for part in chosen.split(",")]
+    if not chosen:
+        names = [f for k in ("image", "video") if kind in (k, "both") for f in families(k)]
+    groups = [[f for f in names if (f in IMAGE_FAMILIES) is image] for image in (True, False)]
     groups = [g for g in groups if g]
-    total = sum(map(len, groups))
-    if chosen or len(groups) == 1:
-        shares = [count * len(g) // total for g in groups]
-    else:
-        shares = [count // 2] * 2
+    # Named families have equal shares; else images and videos have.
+    weights = [len(g) if chosen else 1 for g in groups]
+    shares = [count * weight // sum(weights) for weight in weights]
     shares[0] += count - sum(shares)
     parts: list[Any] = [ShapesQuestions(g, n, purpose) for g, n in zip(groups, shares, strict=True)]
     joined: Any = ConcatDataset(parts)  # which is a sequence but for its type

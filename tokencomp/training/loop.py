@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokencomp.engine.prompt import IGNORED
-from tokencomp.errors import OptionError
 from tokencomp.inputs.questions import Example
 from tokencomp.training.data import answered, batches, data_identity, load_batch
 from tokencomp.training.steps import Phase, Steps
@@ -46,7 +45,7 @@ class TrainingConfig:
     Raises
     ------
     OptionError
-        A value of another type, or a learning rate outside (0, 1].
+        A value of another type.
     """
 
     batch: int = 16
@@ -59,10 +58,6 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         check_types("training", self)
-        if not 0 < self.learning_rate <= 1:
-            raise OptionError(
-                f"learning_rate={self.learning_rate!r}; allowed: above 0 and up to 1, e.g. 1e-3."
-            )
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from transformers import (
     SiglipVisionModel,
 )
 
-from tokencomp.errors import CheckpointError, SpanError
+from tokencomp.errors import SpanError
 from tokencomp.models.vila.config import VilaConfig
 from tokencomp.models.vila.media import expanded, splice
 from tokencomp.models.vila.projector import VilaProjector, load_projector, save_projector
@@ -90,15 +90,17 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Raises
         ------
         CheckpointError
-            If a part is missing or of a kind that cannot be built. The message names the part.
+            If a part is of a kind that cannot be built.
+        OSError
+            If a part is missing, from transformers.
         """
         folder = Path(folder)
         kwargs = {k: v for k, v in kwargs.items() if k not in ("config", "trust_remote_code")}
         known = "media_tokens" in read_root(folder)
         tokenizer = None if known else load_tokenizer(folder, add_media_tokens)
         config = read_config(folder, tokenizer)
-        llm = _load_part(AutoModelForCausalLM, folder / "llm", kwargs)
-        tower = _load_part(SiglipVisionModel, folder / "vision_tower", kwargs)
+        llm = AutoModelForCausalLM.from_pretrained(folder / "llm", **kwargs)
+        tower = SiglipVisionModel.from_pretrained(folder / "vision_tower", **kwargs)
         config.text_config, config.vision_config = llm.config, tower.config
         model = cls(config, llm, tower)
         load_projector(model.mm_projector, folder / "mm_projector")
@@ -276,13 +278,3 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
             **kwargs,
         )
         return ids, {**kwargs, **media}
-
-
-def _load_part(loader: Any, folder: Path, kwargs: dict[str, Any]) -> Any:
-    """Load a sub-checkpoint with transformers; its errors become `CheckpointError`."""
-    try:
-        return loader.from_pretrained(folder, **kwargs)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder}: transformers cannot load it ({str(error).splitlines()[0]})."
-        ) from error

@@ -56,18 +56,15 @@ class VilaProcessor:
         Raises
         ------
         CheckpointError
-            If a part is missing, or the tokenizer has no media tokens.
+            If the variant is not supported, or the tokenizer has no media tokens.
+        OSError
+            If a part is missing, from transformers.
         """
         folder = Path(folder)
         read_root(folder)
         tokenizer = load_tokenizer(folder, add_media_tokens)
         config = read_config(folder, tokenizer)
-        try:
-            images = SiglipImageProcessor.from_pretrained(folder / "vision_tower")
-        except OSError as error:
-            raise CheckpointError(
-                f"{folder / 'vision_tower'}: no preprocessor_config.json of the image processor."
-            ) from error
+        images = SiglipImageProcessor.from_pretrained(folder / "vision_tower")
         if config.chat_template is not None:
             config.chat_template = chat_template(tokenizer, config.chat_template, folder)
         return cls(config, tokenizer, images)
