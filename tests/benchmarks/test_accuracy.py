@@ -15,8 +15,8 @@ from support.families import FAMILIES
 from torch import nn
 
 import tokencomp
-from benchmarks.accuracy import report, run, store, tables
-from benchmarks.accuracy.store import Results, read_all
+from benchmarks.accuracy import run, store, tables
+from benchmarks.accuracy.store import Results
 from benchmarks.accuracy.studies import baselines, ranking
 from tokencomp import make_reducer
 from tokencomp.errors import OptionError
@@ -69,17 +69,6 @@ def test_losses_per_family_by_plain_counting(unpublished: Path) -> None:
     expected = {("position", "random"): (0, 16)}  # 24 of 40 right, against all
     expected |= {(family, "downscale"): (0, 2) for family in BLIND}
     assert counts == expected and len(every) == 9
-
-
-def test_smaller_media_of_too_many_tokens_are_no_baseline_on_that_kind(unpublished: Path) -> None:
-    results = results_of(unpublished, {**SHARES, "condiv-0.9": 0.6})
-    results.settings["downscale-0.9"]["achieved"] = {"images": 0.0, "videos": 0.88}
-    small = tables.record(results, "downscale-0.9")
-    assert small["kept_videos"] == pytest.approx(26 / 28)
-    assert [small[f"kept_{kind}"] for kind in ("images", "both", "all")] == [None] * 3
-    assert small["family_attribute"] is None and small["family_needle"] == 0.65
-    assert tables.record(results, "condiv-0.9")["vs_downscale"] is None
-    assert "| downscale | – |" in report.overview(results)
 
 
 def test_other_weights_and_other_items_are_not_merged(tmp_path: Path) -> None:
@@ -135,17 +124,6 @@ def test_holm_by_its_definition(seed: int) -> None:
             rejected.add(i)
         assert {i for i, p in enumerate(adjusted) if p < level} == rejected
     assert baselines.holm([]) == []
-
-
-def test_page_by_plain_counting(unpublished: Path) -> None:
-    """24 of 40 right, against 14, 20 and 26: of 9 comparisons, 6 won and 3 lost."""
-    write_results(unpublished, {"full": 0.7}, "validation")
-    write_results(unpublished, {**SHARES, "condiv-0.9": 0.6})
-    rows = baselines.compared(read_all(unpublished))
-    assert len(rows) == 9 and sum(row["only_default_right"] > 0 for row in rows) == 6
-    worse = [row for row in rows if row["baseline"] == "downscale"]
-    assert [(row["only_baseline_right"], row["p"]) for row in worse] == [(2, 0.5)] * 3
-    assert "| made-up | 9 | 6 | 3 | 0 | 3 | 0 | 2 |" in baselines.page(rows).splitlines()
 
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "accuracy"

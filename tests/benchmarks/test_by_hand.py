@@ -21,7 +21,7 @@ from benchmarks.kernels.calls import (
     tiny_model,
 )
 from benchmarks.models.shapes import SHAPES, accepted, build
-from benchmarks.serving import agents, clients
+from benchmarks.serving import agents
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.inputs.prompts import build_inputs
 
@@ -151,20 +151,3 @@ def test_a_tower_stage_counts_as_its_statistics_say(loaded, inputs):
         (before, after), (_, projected) = handle.stats.tower_flops, handle.stats.projector_flops
     assert short.projector == projected
     assert full.tower - short.tower == before - after + embedding // 2
-
-
-def test_factors_under_load_compare_with_the_same_clients() -> None:
-    """Medians of three rounds; four clients of vLLM: 2 s to the last first token, 1 answer/s."""
-
-    def arm(engine: str, *times: tuple[int, float, float]) -> dict[str, Any]:
-        runs = [{"clients": n, "first": a, "all": b, "prompt": 9} for n, a, b in times]
-        return {"engine": engine, "arm": "evs, video", "media": "video", "runs": runs}
-
-    ours = arm("tokencomp", (4, 1.0, 1.0), (1, 1.0, 4.0), (4, 0.5, 2.0), (4, 2.0, 9.0))
-    stock = arm(clients.STOCK, (1, 1.0, 2.0), (4, 2.0, 4.0))
-    failed = {"engine": "vLLM EVS", "arm": "evs, video", "media": "video", "failed": "why"}
-    rows = clients.rows_of([ours, failed, stock])
-    assert [row[1] for row in rows] == ["vLLM", "vLLM", "tokencomp", "tokencomp", "vLLM EVS"]
-    assert rows[2][4:] == ["1", "1000", "1.00", "0.25", "0.50"]
-    assert rows[3][4:] == ["4", "1000", "2.00", "2.00", "2.00"]
-    assert "why" in rows[4][3]

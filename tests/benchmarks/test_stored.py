@@ -11,25 +11,6 @@ import pytest
 from benchmarks.accuracy.packed import PackedAnswers, Questions, pack, unpack
 from benchmarks.stored import today
 from tokencomp.evaluation.runs import EvalRun
-from tokencomp.evaluation.settings import Setting
-
-
-@pytest.mark.parametrize(
-    ("label", "setting"),
-    [
-        ("kcentre-0.75-rest=merge", Setting("kcenter", 0.75, {"merge": True})),
-        ("merge-0.5", Setting("bipartite", 0.5)),
-        ("auto-0.9-rest=drop", Setting("auto", 0.9, {"merge": False})),
-        (
-            "selector-0.5-pick=mmr-rest=merge",
-            Setting("selector", 0.5, {"pick": "mmr", "merge": True}),
-        ),
-        ("uniform-0.5-rest=auto", Setting("uniform", 0.5, {"merge": "auto"})),
-    ],
-)
-def test_labels_are_those_of_the_same_settings(label: str, setting: Setting) -> None:
-    assert today(label) == setting.label
-    assert today(setting.label) == setting.label
 
 
 def test_results_of_both_times() -> None:

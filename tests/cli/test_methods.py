@@ -10,7 +10,6 @@ from support.console import run
 
 import tokencomp
 from tokencomp import Plan, Stage
-from tokencomp.cli._parse import methods, ratios
 from tokencomp.evaluation import Setting, patches, tuning
 from tokencomp.inputs import loading
 from tokencomp.lmms import tasks as benchmarks
@@ -195,32 +194,6 @@ def test_all_reducers_that_fit(folder, tmp_path, evaluated, capsys):
     assert run(*given, "--ratio", "0.5", "--merge", "on", "--no-baselines") == 0
     merging = {s.reducer for s in evaluated}
     assert "divprune" in merging and merging.isdisjoint({"bipartite", "pool", "fusion"})
-
-
-@pytest.mark.parametrize(
-    ("text", "settings"),
-    [
-        ("0.5, 0.75,0.5", [0.5, 0.75]),
-        ("video=0.75,audio=0.5", [{"video": 0.75, "audio": 0.5}]),
-        ("0.5;video = 0.75;0.5;image=0", [0.5, {"video": 0.75}, {"image": 0.0}]),
-    ],
-)
-def test_texts_of_ratios(text, settings):
-    assert ratios(text) == settings
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("a(power=2, b.c=x y),b,b", [("a", {"power": 2, "b.c": "x y"}), ("b", {})]),
-        (
-            "a+b(layers=[8, 16],on=false), c()",
-            [("a+b", {"layers": [8, 16], "on": False}), ("c", {})],
-        ),
-    ],
-)
-def test_texts_of_reducers(text, expected):
-    assert methods(text) == expected
 
 
 @pytest.mark.parametrize(

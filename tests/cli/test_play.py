@@ -44,23 +44,6 @@ def test_the_answer_without_compression_is_the_models_own(play: Playground) -> N
     assert not hasattr(play.model, "_tokencomp_handle")
 
 
-@pytest.mark.parametrize(
-    ("method", "merge", "merged"),
-    [
-        ("auto", "as usual", True),
-        ("auto", "drop", False),
-        ("kcenter", "as usual", False),
-        ("kcenter", "merge", True),
-    ],
-)
-def test_the_default_merges_as_everywhere(
-    play: Playground, method: str, merge: str, merged: bool
-) -> None:
-    rows = play.ask(sample(), None, QUESTION, method, 0.75, 0.0, merge)[2]
-    (cell,) = (row[2] for row in rows if row[0] == "KV cache")
-    assert (cell == "100%, merged tokens repeated") is merged, cell
-
-
 def test_what_cannot_be_answered_is_said(play: Playground, tmp_path: Path) -> None:
     with pytest.raises(TokenCompError, match=NOTHING):
         play.ask(None, None, QUESTION, "auto", 0.5, 0.0, "as usual")

@@ -78,27 +78,6 @@ def test_inspect_counts_words(folder, tmp_path, capsys):
     assert "60.0 % of the words" in (tmp_path / "a.html").read_text()
 
 
-def test_inspect_takes_boxes_of_one_picture(folder, tmp_path, capsys):
-    (tmp_path / "words.csv").write_text("0,0,9,0,9,9,0,9,a\n")
-    code = run(
-        "inspect", "--model", folder, "--video", VIDEO, "--boxes", tmp_path / "words.csv",
-        "-o", tmp_path / "a.html",
-    )  # fmt: skip
-    assert code == 2 and "one --image" in capsys.readouterr().err
-
-
-def test_inspect_of_a_video(folder, tmp_path, capsys):
-    page = tmp_path / "page.html"
-    code = run(
-        "inspect", "--model", folder, "--video", VIDEO, "-q", "What color is the circle?",
-        "--reducer", "uniform", "--ratio", "0.5", "-o", page, "--frames", "scorer:aks:8",
-        "--max-new-tokens", 2,
-    )  # fmt: skip
-    out = capsys.readouterr().out
-    assert code == 0 and "256×6" in out and "128×6" in out
-    assert VIDEO.name in page.read_text()
-
-
 def test_inspect_shows_what_the_tower_never_saw(folder, tmp_path):
     picture, out = tmp_path / "white.png", tmp_path / "kept.png"
     Image.new("RGB", (224, 224), "white").save(picture)

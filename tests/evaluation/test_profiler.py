@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import tokencomp
-from tokencomp.evaluation.timing import Split, interleaved, prefill_split
+from tokencomp.evaluation.timing import Split, prefill_split
 from tokencomp.inputs.prompts import build_inputs
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.uniform import Uniform
@@ -65,20 +65,3 @@ def test_time_is_booked_where_it_is_spent(loaded, inputs, monkeypatch):
         for hook in hooks:
             hook.remove()
     assert split == Split(vision=4, reduce=0.5, prefill=2, total=6.5)
-
-
-def test_variants_alternate_and_medians_are_taken():
-    order = []
-    values = {"a": iter([9, 1, 5, 2]), "b": iter([9, 7, 8, 6])}
-
-    def variant(name):
-        def run():
-            order.append(name)
-            value = next(values[name])
-            return Split(value, value, value, value)
-
-        return run
-
-    found = interleaved({n: variant(n) for n in "ab"}, rounds=3)
-    assert "".join(order) == "abababab"
-    assert found["a"] == Split(2, 2, 2, 2) and found["b"] == Split(7, 7, 7, 7)

@@ -18,8 +18,7 @@ from tokencomp.evaluation import Setting, mcnemar, retention, sweep
 from tokencomp.evaluation.comparisons import comparisons, losses, paired_tests
 from tokencomp.evaluation.group_runs import find_runs
 from tokencomp.evaluation.metrics import McNemar
-from tokencomp.evaluation.runs import EvalRun
-from tokencomp.pages.lost import draw_lost, lost_ids, read_lost, write_lost
+from tokencomp.pages.lost import draw_lost, read_lost, write_lost
 from tokencomp.pages.report import Line, lines
 from tokencomp.pages.report import lines as find_lines
 from tokencomp.reducers.registry import make_reducer
@@ -323,19 +322,6 @@ def test_moved_methods_say_so(name, ratio, layers, first):
     assert (note == "") is (first is None), note
     if first is not None:
         assert note.startswith(f"cuts before layer {first}")
-
-
-def by_hand(scores: dict[str, int], kinds: dict[str, str]) -> EvalRun:
-    records = [{"id": k, "correct": v, "kind": kinds[k]} for k, v in scores.items()]
-    return EvalRun(None, records)
-
-
-def test_lost_items_stand_in_their_natural_order():
-    kinds = {"t/10": "image", "t/9": "image", "t/1": "video", "t/2": "image", "t/3": "image"}
-    full = by_hand({"t/10": 1, "t/9": 1, "t/1": 1, "t/2": 0, "t/3": 1}, kinds)
-    ours = by_hand({"t/10": 0, "t/9": 0, "t/1": 0, "t/2": 0, "t/3": 1}, kinds)
-    assert lost_ids(ours, full) == ["t/1", "t/9", "t/10"]
-    assert lost_ids(ours, full, "image") == ["t/9", "t/10"]
 
 
 def test_pictures_of_images_and_videos_are_drawn_and_reported(loaded, examples, tmp_path, capsys):

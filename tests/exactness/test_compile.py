@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 import torch
 from support import oracle, plans
-from support.caches import ENTRY, LAYERS, static_cache
+from support.caches import ENTRY, static_cache
 from support.families import CORE, FAMILIES, Family, text
 from support.prompts import ragged, single
-from torch import Tensor
 from transformers import DynamicCache
 from transformers.generation.configuration_utils import CompileConfig
 
@@ -84,59 +83,6 @@ def test_merged_tokens_are_one_graph(family: Family) -> None:
     assert graphs() == 1
 
 
-class Conversation:
-    """Two turns with an image and the words after each, as calls and as one prompt."""
-
-    def __init__(self, family: Family, model: Any) -> None:
-        torch.manual_seed(3)
-        words, more = text(STEPS, 21), text(STEPS, 22)
-        first = [text(3), family.image(0), text(5, 3)]
-        second = [text(2, 9), family.image(1), text(4, 8)]
-        self.whole = family.batch([[*first, words, *second, more]])
-        self.positions = family.positions(model, self.whole)
-        self.turns: list[tuple[dict[str, Tensor], list[dict[str, Tensor]]]] = []
-        at = 0
-        for turn, later in ((family.batch([first]), words), (family.batch([second]), more)):
-            prompt, calls = self._call(turn, at), []
-            at += turn["input_ids"].shape[1]
-            for word in later:  # nothing of a step changes its shape, so there is no mask
-                positions = self.positions[..., at : at + 1]
-                calls.append({"input_ids": torch.tensor([[word]]), "position_ids": positions})
-                at += 1
-            self.turns.append((prompt, calls))
-
-    def _call(self, inputs: dict[str, Tensor], at: int) -> dict[str, Tensor]:
-        stop = at + inputs["input_ids"].shape[1]
-        mask = torch.ones(1, stop, dtype=torch.long)
-        positions = self.positions[..., at:stop]
-        return {**inputs, "attention_mask": mask, "position_ids": positions}
-
-
-def test_words_after_two_turns(family: Family) -> None:
-    """One graph for each number of tokens that have left, which is known while it is compiled."""
-    model = family.build()
-    conversation = Conversation(family, model)
-    length = conversation.whole["input_ids"].shape[1]
-    cache, logits, kept = static_cache(model, length + 1), [], []
-    with tokencomp.patch(model, plan=ENTRY) as handle, torch.no_grad():
-        step = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
-        for prompt, words in conversation.turns:
-            out = model(**prompt, past_key_values=cache, use_cache=True)
-            logits.append(out.logits[:, -1])
-            prompt = {**prompt, "attention_mask": torch.ones_like(prompt["input_ids"])}
-            kept += [oracle.kept_columns(handle, prompt, 1)[0]]
-            for word in words:
-                logits.append(step(**word, past_key_values=cache, use_cache=True).logits[:, -1])
-            kept.append(torch.ones(1, STEPS, dtype=torch.bool))
-    assert graphs() == 2
-    mask = torch.cat(kept, 1)
-    assert mask.shape[1] == length and int((~kept[0]).sum()) and int((~kept[2]).sum())
-    expected = oracle.masked_logits(model, family, conversation.whole, [mask] * family.layers)
-    ends = [kept[0].shape[1] - 1 + i for i in range(STEPS + 1)]
-    ends += [length - STEPS - 1 + i for i in range(STEPS + 1)]
-    assert oracle.difference(torch.stack(logits, 1), expected[:, ends]) < 1e-5
-
-
 @pytest.mark.parametrize("plan", ["entry", "attention", "vanish"])
 def test_words_by_hand_after_a_padded_batch(family: Family, plan: str) -> None:
     """Layers hold different rows, and the masks of a padded batch differ by layer.
@@ -201,42 +147,6 @@ def test_what_was_compiled_follows_the_patch(plan: str) -> None:
                 assert oracle.difference(both(**prompt).logits, expected) < 1e-5
                 assert handle.stats.ratio > 0.1
             assert torch.equal(both(**prompt).logits, plain)
-
-
-def compile_layers(family: Family, model: Any) -> None:
-    for layer in family.decoder(model).layers:
-        layer.compile(backend="eager", dynamic=True)
-
-
-def compile_decoder(family: Family, model: Any) -> None:
-    decoder = family.decoder(model)
-    decoder.forward = torch.compile(decoder.forward, backend="eager", dynamic=True)
-
-
-def compile_model(family: Family, model: Any) -> None:
-    model.forward = torch.compile(model.forward, backend="eager", dynamic=True)
-
-
-@pytest.mark.parametrize(
-    ("change", "early"), [(compile_layers, True), (compile_decoder, False), (compile_model, True)]
-)
-def test_parts_that_are_compiled_under_a_patch(change: Any, early: bool) -> None:
-    """Before its first prompt, or after a decode step; then other calls are made."""
-    family = FAMILIES["llava_onevision"]
-    model, plain, prompt = family.build(), family.batch([[text(9)]]), single(family)
-    with torch.no_grad(), tokencomp.patch(model, plan=LAYERS) as handle:
-        expected = oracle.generate(model, prompt, 4)
-        if early:
-            change(family, model)
-            model(**plain)
-        oracle.generate(model, prompt, 4)
-        if not early:
-            change(family, model)
-            model(**plain)
-        for inputs in (plain, prompt):
-            out = oracle.generate(model, inputs, 4)
-        assert torch.equal(out.sequences, expected.sequences)
-        assert handle.stats and handle.stats.ratio > 0.1
 
 
 def test_a_compiled_forward_of_others_is_refused() -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from support import oracle, plans
-from support.families import FAMILIES, Family, text
+from support.families import FAMILIES
+from support.prompts import ragged
 from torch import Tensor, nn
 
 import tokencomp
@@ -33,13 +34,6 @@ class Forced:
         return torch.full_like(scores, -torch.inf).scatter(1, wanted, 0.0)
 
 
-def prompts(family: Family) -> dict[str, Tensor]:
-    """Ragged: two images, a video, text only."""
-    torch.manual_seed(3)
-    two = [text(3), family.image(0), text(2, 2), family.image(1), text(7, 3)]
-    return family.batch([two, [family.video(4), text(3, 4)], [text(12, 6)]])
-
-
 def logits(
     model: nn.Module, inputs: dict[str, Tensor], plan: Any, device: str, dtype: torch.dtype
 ) -> Tensor:
@@ -59,7 +53,7 @@ def logits(
 @pytest.mark.parametrize("plan", plans.NAMES)
 def test_gpu_equals_cpu(name: str, plan: str) -> None:
     family = FAMILIES[name]
-    inputs, stages = prompts(family), plans.make(plan, family.layers)
+    inputs, stages = ragged(family), plans.make(plan, family.layers)
     want = logits(family.build(), inputs, stages, "cpu", torch.float32)
     got = logits(family.build(), inputs, stages, "cuda", torch.float32)
     assert (got - want).abs().max() < 1e-4
@@ -73,7 +67,7 @@ def test_flash_attention_equals_sdpa(name: str, plan: str) -> None:
     Plans whose choice depends on no score: a near tie in bf16 may fall either way.
     """
     family = FAMILIES[name]
-    inputs, stages = prompts(family), plans.make(plan, family.layers)
+    inputs, stages = ragged(family), plans.make(plan, family.layers)
     exact = logits(family.build(), inputs, stages, "cuda", torch.float32)
     found = {}
     for backend in ("sdpa", "flash_attention_2"):

@@ -261,28 +261,6 @@ def test_autocast(name: str, reducer: str) -> None:
     torch.testing.assert_close(logits[left], full[left], atol=0.03, rtol=0.03)
 
 
-def test_a_label_after_a_dropped_token(family: Family) -> None:
-    """An image, then its caption: the first word of the caption is learnt too."""
-    model = family.build()
-    inputs = family.batch([[text(3), family.image(), text(6, 2)]])
-    visual = inputs["attention_mask"].new_tensor(
-        [i for i, token in enumerate(inputs["input_ids"][0].tolist()) if token in (150, 151)]
-    )
-    first = int(visual[-1]) + 1
-    labels = torch.full_like(inputs["input_ids"], -100)
-    labels[0, first] = inputs["input_ids"][0, first]
-    plan = Plan((Stage(0, 0.3, make_reducer("random", seed=3)),))
-    with tokencomp.patch(model, plan=plan) as handle:
-        loss = model(**inputs, labels=labels).loss
-        masks = oracle.kept_columns(handle, inputs, family.layers)
-    loss.backward()
-    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
-    logits = oracle.masked_logits(model, family, inputs, masks)
-    scores = oracle.repeated(logits, masks[-1])[0, first - 1]
-    expected = torch.nn.functional.cross_entropy(scores[None], labels[0, first : first + 1])
-    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
-
-
 FAMILY = FAMILIES["qwen2_vl"]
 PROMPTS = (
     [[text(3), FAMILY.image(0), text(6, 3)], [text(9)]],

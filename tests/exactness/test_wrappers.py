@@ -1,4 +1,4 @@
-"""Models that others have changed: adapters, accelerate, compiled attention, and tracers."""
+"""Models that others have changed: adapters, accelerate, derived attention, and tracers."""
 
 from __future__ import annotations
 
@@ -170,36 +170,22 @@ def derived(layer: Any) -> None:
     layer.self_attn.__class__ = Derived
 
 
-def wrapped(layer: Any) -> None:
-    layer.self_attn = torch.compile(layer.self_attn, backend="eager")
-
-
-def compiled(layer: Any) -> None:
-    layer.self_attn.compile(backend="eager")
-
-
-CASES = [(derived, "sdpa", "auto"), (derived, "eager", "auto"), (derived, "eager", "fastv")]
-CASES += [
-    pytest.param(way, "sdpa", reducer, marks=pytest.mark.long)
-    for way, reducer in ((wrapped, "auto"), (wrapped, "fastv"), (compiled, "auto"))
-]
-
-
-@pytest.mark.parametrize(("way", "backend", "reducer"), CASES)
+@pytest.mark.parametrize(
+    ("backend", "reducer"), [("sdpa", "auto"), ("eager", "auto"), ("eager", "fastv")]
+)
 @torch.no_grad()
-def test_logits_are_those_of_the_model_itself(way: Any, backend: str, reducer: str) -> None:
+def test_logits_of_a_derived_attention_are_those_of_its_base(backend: str, reducer: str) -> None:
     """`auto` hands attention the weights of merged tokens; the others read queries and keys."""
     family = FAMILIES["qwen2_vl"]
     model, inputs = family.build(backend), family.batch([[text(3), family.image(), text(6, 3)]])
     with tokencomp.patch(model, 0.5, reducer=reducer) as handle:
         expected, kept = model(**inputs).logits, handle.stats.kept(0)
     for layer in family.decoder(model).layers:
-        way(layer)
+        derived(layer)
     with tokencomp.patch(model, 0.5, reducer=reducer) as handle:
         found = model(**inputs).logits
         assert handle.stats.kept(0) == kept
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
-    torch._dynamo.reset()
 
 
 def test_attention_that_names_no_backend_is_refused() -> None:

@@ -21,7 +21,6 @@ from tokencomp.models import (
     VilaForConditionalGeneration,
     VilaProcessor,
     VilaProjector,
-    register_auto_classes,
 )
 from tokencomp.models.vila.projector import tokens_per_side
 
@@ -132,18 +131,6 @@ def test_round_trip(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(model(**inputs).logits, again(**same).logits)
 
 
-def test_auto_classes(folder: Path) -> None:
-    import transformers
-
-    register_auto_classes()
-    register_auto_classes()
-    model = transformers.AutoModelForImageTextToText.from_pretrained(folder)
-    assert isinstance(model, VilaForConditionalGeneration)
-    assert model.config.num_video_frames == 4
-    processor = transformers.AutoProcessor.from_pretrained(folder)
-    assert isinstance(processor, VilaProcessor)
-
-
 def test_pooled_video(tmp_path: Path) -> None:
     """NVILA's temporal and spatial pooling averages blocks of 2×2×2 tokens."""
     spec = {"_target_": "llava.model.encoders.TSPVideoEncoder", "pool_sizes": [[2, 2, 2]]}
@@ -201,17 +188,6 @@ def test_placeholders_and_features_differ(folder: Path) -> None:
         model(**inputs)
     with pytest.raises(SpanError, match="no pixel_values"):
         model(inputs["input_ids"])
-
-
-def test_ready_made_embeddings(folder: Path) -> None:
-    model, processor = load(folder)
-    inputs = processor("<image>hi", images=picture(0))
-    expected = model(**inputs).logits
-    ids, pixels = inputs["input_ids"], inputs["pixel_values"]
-    embeds = model.embed(ids, pixels)
-    assert torch.equal(model(inputs_embeds=embeds).logits, expected)
-    with pytest.raises(SpanError, match="inputs_embeds together with pixel_values"):
-        model(inputs_embeds=embeds, pixel_values=pixels)
 
 
 def processor(tmp_path: Path, **root: object) -> VilaProcessor:

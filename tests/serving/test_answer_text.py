@@ -60,22 +60,6 @@ def test_stop_texts_cut_where_a_search_of_the_whole_text_finds_them(tokenizer: A
         assert text + answer.finish() == whole[: whole.index(stops[0])]
 
 
-def test_a_token_costs_the_same_at_any_length(tokenizer: Any) -> None:
-    class Counting:
-        tokens = 0
-
-        def decode(self, tokens: list[int], **options: Any) -> str:
-            self.tokens += len(tokens)
-            return tokenizer.decode(tokens, **options)
-
-    counting: Any = Counting()
-    answer = AnswerText(counting, ["x" * 200])
-    word = tokenizer.encode(" the", add_special_tokens=False)
-    for token in word * 2000:
-        answer.add(token)
-    assert counting.tokens <= 5 * 2000 * len(word)
-
-
 def test_bytes_of_tokens_are_those_of_the_text(tokenizer: Any) -> None:
     """Also of parts of characters, which have no text."""
     pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "a"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import pytest
@@ -37,16 +36,6 @@ def test_steps_begin_at_once_and_end_one_by_one_after_a_calm() -> None:
         now, load.depth = float(at), depth
         assert load.join() == ratio, at
         assert load.depth == depth + 1
-
-
-def test_a_ratio_near_a_mark_changes_rarely() -> None:
-    """Each change leaves caches cold: a depth that swings around a mark moves nothing."""
-    now, ratios = 0.0, []
-    load = Load(STEPS, lambda: now)
-    for i in range(1000):
-        now, load.depth = i / 10, 6 + i % 5
-        ratios.append(load.join())
-    assert sum(a != b for a, b in itertools.pairwise(ratios)) == 1
 
 
 def test_without_steps_the_load_changes_nothing() -> None:

@@ -10,8 +10,6 @@ import re
 import shlex
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -318,7 +316,8 @@ def test_the_line_of_the_log_has_the_id_of_the_answer(served: Served) -> None:
     wait_for(lambda: "id=a-line " in (served.root / "log").read_text())
     (line,) = re.findall(".*id=a-line .*", (served.root / "log").read_text())
     assert re.search(r"POST /v1/chat/completions 200 [0-9.]+s id=a-line reducer=kcenter", line)
-    assert "reducer=kcenter ratio=0.75 visual=64->16" in line
+    counts = f" prompt={answer.usage.prompt_tokens} generated=8" if served.engine == "hf" else ""
+    assert f"reducer=kcenter ratio=0.75 visual=64->16{counts}" in line
     raw = served.client.chat.completions.with_raw_response.create(
         model="tiny", messages=http.messages("x"), max_tokens=1
     )
@@ -356,48 +355,23 @@ def test_dashboard_and_alerts_name_metrics_that_are_exported(served: Served) -> 
                 assert set(names.replace(" ", "").split(",")) <= known, text
 
 
-def test_times_of_an_answer_are_counted_and_its_line_is_logged(served: Served) -> None:
+def test_times_of_an_answer_are_counted(served: Served) -> None:
     if served.engine == "vllm":
-        pytest.skip("vLLM's own metrics and log")
+        pytest.skip("vLLM's own metrics")
     names = ("time_to_first_token_seconds_sum", "end_to_end_seconds_sum",
              "time_per_output_token_seconds_sum", "end_to_end_seconds_count")  # fmt: skip
     past, since = [http.metric(served.url, f"tokencomp_{n}") for n in names], time.monotonic()
-    headers = {"X-Request-Id": "line-of-the-log"}
-    answer = served.ask(IMAGE, extra_headers=headers, ratio=0.75)
+    answer = served.ask(IMAGE, ratio=0.75)
     seconds = time.monotonic() - since
-    assert answer.id == "chatcmpl-line-of-the-log"
-    wait_for(lambda: "line-of-the-log" in (served.root / "log").read_text())
+    wait_for(lambda: http.metric(served.url, f"tokencomp_{names[-1]}") > past[-1])
     first, whole, per_token, count = (
         http.metric(served.url, f"tokencomp_{n}") - p for n, p in zip(names, past, strict=True)
     )
     assert count == 1 and 0 < first < whole < seconds
     assert whole - first == pytest.approx(per_token * (answer.usage.completion_tokens - 1))
-    (line,) = re.findall(".*line-of-the-log.*", (served.root / "log").read_text())
-    assert line.endswith(
-        f"reducer=kcenter ratio=0.75 visual=64->16 prompt={answer.usage.prompt_tokens} generated=8"
-    )
 
 
 # -- clients --------------------------------------------------------------------------------------
-
-
-def test_the_clients_of_the_documentation(served: Served, tmp_path: Path) -> None:
-    if served.engine == "vllm":
-        pytest.skip("they send no key")
-    http.tiny.image(1).save(tmp_path / "image.png")
-    page = (ROOT / "docs" / "serving.md").read_text().replace("http://127.0.0.1:8000", served.url)
-    script = re.search(r"```python\n(.*?)```", page, re.DOTALL)[1]
-    command = re.search(r"```bash\n(curl .*?)```", page, re.DOTALL)[1]
-    example = [str(ROOT / "examples" / "serve_client.py"), "image.png", "?", "--url"]
-    for arguments, words in (
-        ([sys.executable, "-c", script], "visual_tokens_after.: ?16"),
-        (["bash", "-c", command], "visual_tokens_after.: ?16"),
-        ([sys.executable, *example, served.url + "/v1"], "ratio 0.75: [0-9]+ prompt"),
-    ):
-        answer = subprocess.run(
-            arguments, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True
-        )
-        assert re.search(words, answer.stdout)
 
 
 @pytest.mark.parametrize("arguments", [["--reducer", "selector"], ["--port", "PORT"]])

@@ -13,15 +13,12 @@ from safetensors.torch import load_file
 from support.trained import tiny as make_tiny
 
 import tokencomp
-from benchmarks.accuracy.studies.adsc import load_adapter
 from tokencomp import Tokens, make_reducer
 from tokencomp.errors import (
     OptionError,
-    WeightsError,
 )
 from tokencomp.inputs.loading import load_model
-from tokencomp.training import adsc
-from tokencomp.training.adsc import CARD, FILES, AdscConfig, add_lora, train_adsc
+from tokencomp.training.adsc import AdscConfig, train_adsc
 from tokencomp.training.data import load_batch, questions
 
 pytest.importorskip("peft")
@@ -48,25 +45,6 @@ def trained(tiny: Any, data: str, tmp_path_factory: pytest.TempPathFactory) -> t
     return train_adsc(*copied(tiny), data, output, SMALL), output
 
 
-def test_an_adapter_of_another_model_is_refused(trained: Any, tiny: Any, tmp_path: Path) -> None:
-    tuned, output = trained
-    inputs = {"input_ids": torch.tensor([[5, 6, 7]])}
-    again = load_adapter(copied(tiny)[0], output)
-    assert torch.equal(again(**inputs).logits, tuned(**inputs).logits)
-    with pytest.raises(WeightsError, match=r"no adapter_model\.safetensors.*tokencomp train adsc"):
-        load_adapter(copied(tiny)[0], tmp_path)
-    other = copied(tiny)[0]
-    weight = other.model.language_model.layers[0].self_attn.k_proj.weight
-    weight.data = torch.randn_like(weight)
-    with pytest.raises(WeightsError, match="another checkpoint"):
-        load_adapter(other, output)
-    for name in (*FILES, CARD):
-        content = (output / name).read_bytes()
-        (tmp_path / name).write_bytes(content[: len(content) // 2])
-    with pytest.raises(WeightsError, match="cannot be read"):
-        load_adapter(copied(tiny)[0], tmp_path)
-
-
 def test_a_finished_run_is_resumed_and_another_is_refused(
     trained: Any, tiny: Any, data: str
 ) -> None:
@@ -86,32 +64,6 @@ def test_schedules_run_in_both_directions() -> None:
     assert [harsh.ratio_at(step) for step in range(9)] == ratios[::-1]
     turns = AdscConfig(schedule=("0", "0.5|0.8"), steps=8)
     assert [turns.ratio_at(step) for step in range(8)] == [0.0] * 4 + [0.5, 0.8] * 2
-
-
-@pytest.mark.long
-def test_a_killed_run_ends_with_the_same_adapter(
-    tiny: Any, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Killed between two checkpoints, with dropout and ratios that take turns."""
-    config = replace(SMALL, steps=6, save_every=2, dropout=0.2, evaluate=0)
-    real, calls = adsc.answer_loss, []
-
-    def dies(*args: Any) -> torch.Tensor:
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    train_adsc(*copied(tiny), data, tmp_path / "whole", config)
-    monkeypatch.setattr(adsc, "answer_loss", dies)
-    with pytest.raises(KeyboardInterrupt):
-        train_adsc(*copied(tiny), data, tmp_path / "killed", config)
-    assert [p.name for p in (tmp_path / "killed").iterdir()] == ["checkpoint.pt"]
-    monkeypatch.setattr(adsc, "answer_loss", real)
-    train_adsc(*copied(tiny), data, tmp_path / "killed", config)
-    files = (tmp_path / name / "adapter_model.safetensors" for name in ("whole", "killed"))
-    whole, killed = map(load_file, files)
-    assert whole.keys() == killed.keys() and all(torch.equal(whole[k], killed[k]) for k in whole)
 
 
 @pytest.mark.parametrize(
@@ -140,13 +92,6 @@ def test_every_embedded_family_trains(name: str, data: str, tmp_path: Path) -> N
     assert torch.equal(*logits)
     with tuned.disable_adapter(), torch.no_grad():
         assert torch.equal(tuned(**inputs).logits, plain(**inputs).logits)
-
-
-def test_lora_starts_as_the_model_itself(tiny: Any) -> None:
-    model, _ = copied(tiny)
-    tuned = add_lora(model, SMALL)
-    trainable = {n for n, p in tuned.named_parameters() if p.requires_grad}
-    assert trainable and all("lora_" in n and "visual" not in n for n in trainable)
 
 
 def kept(grid: tuple[int, int, int], keep: int, index: list[int] | None = None) -> list[int]:

@@ -10,20 +10,14 @@ from typing import Any
 import pytest
 import torch
 from support.ccam import dense
-from support.families import FAMILIES, Family, text
-from support.trained import tiny as tiny_model
 
 import tokencomp
 from tokencomp.errors import OptionError, WeightsError
-from tokencomp.patching import apply
-from tokencomp.trained.cards import model_card
 from tokencomp.trained.ccam import CCAMProjector, ProjectorConfig, places_2d
-from tokencomp.training.capture import capture
 from tokencomp.training.ccam import (
     CcamConfig,
     Live,
     align_loss,
-    comparison,
     train_ccam,
 )
 from tokencomp.training.data import load_batch, questions
@@ -31,64 +25,6 @@ from tokencomp.training.data import load_batch, questions
 SMALL = CcamConfig(
     queries=3, steps=4, align=2, batch=2, samples=8, kind="image", evaluate=2, save_every=2
 )
-
-
-def saved(model: Any, folder: Path, queries: int) -> Path:
-    width = int(model.get_decoder().config.hidden_size)
-    torch.manual_seed(1)
-    config = ProjectorConfig(queries, 16, 2, 16, width, width)
-    return CCAMProjector(config).save(folder, model_card(model))
-
-
-def test_any_number_of_frames_gives_as_many_tokens(family: Family, tmp_path: Path) -> None:
-    """Spans keep their special tokens; what stands there is the projector's output."""
-    model = family.build()
-    path = saved(model, tmp_path, queries=3)
-    module = CCAMProjector.load(path)
-    for frames in (4, 8):
-        inputs = family.batch([[text(3), family.video(frames), text(4)]])
-        plain = capture(model, inputs, layers=False)
-        with tokencomp.patch(model, reducer="ccam", weights=str(path)) as handle:
-            seen = _decoder_input(model, inputs)
-            kept = handle.stats.kept(0)[0]
-        spans, gone = plain.spans[0], 0
-        for span, rows in zip(spans, kept, strict=True):
-            patch = ~span.special_mask()
-            assert len(rows) == 3 + int((~patch).sum())
-            features = plain.inputs[0][0, span.start : span.stop][patch]
-            expected = module(features[None], span.grid[0])[0]
-            at = span.start - gone + patch[rows].nonzero()[:, 0]
-            torch.testing.assert_close(seen[0, at], expected)
-            gone += span.length - len(rows)
-
-
-def _decoder_input(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-    found = []
-    layer = model.get_decoder().layers[0]
-    hook = layer.register_forward_pre_hook(
-        lambda m, a, k: found.append(a[0] if a else k["hidden_states"]), with_kwargs=True
-    )
-    with torch.no_grad():
-        model(**inputs)
-    hook.remove()
-    return found[0]
-
-
-@pytest.mark.parametrize(
-    ("name", "media"), [("qwen2_vl", "video"), ("llava_onevision", "image"), ("vila", "video")]
-)
-def test_comparators_keep_as_many_tokens(name: str, media: str, tmp_path: Path) -> None:
-    """Of every span, line breaks and separators included."""
-    model = FAMILIES[name].build()
-    path = saved(model, tmp_path, queries=3)
-    inputs = FAMILIES[name].batch([[text(3), getattr(FAMILIES[name], media)(), text(4)]])
-    (spans,) = capture(model, inputs, layers=False).spans
-    counts = []
-    for setting in comparison(path, 3, spans[-1:]):
-        with apply(model, setting) as handle:
-            model(**inputs)
-            counts.append(len(handle.stats.kept(0)[0][-1]))
-    assert counts == [3 + len(spans[-1].special)] * 3
 
 
 @pytest.fixture(scope="module")
@@ -105,21 +41,7 @@ def test_training_changes_the_projector_alone(trained: Path, tiny: Any) -> None:
     torch.manual_seed(SMALL.seed)
     fresh = CCAMProjector(SMALL.sizes(tiny[0])).state_dict()
     after = CCAMProjector.load(trained).state_dict()
-    assert all(not torch.equal(fresh[k], after[k]) for k in ("query", "k_proj.weight"))
-
-
-@pytest.mark.long
-def test_bfloat16(tmp_path: Path, data: str) -> None:
-    """The projector is trained in fp32, on the features and gradients of the model's dtype."""
-    model, processor = tiny_model(tmp_path / "model")
-    model.bfloat16()
-    torch.manual_seed(SMALL.seed)
-    fresh = CCAMProjector(SMALL.sizes(model)).state_dict()
-    path = train_ccam(model, processor, data, tmp_path / "ccam", SMALL)
-    assert model.dtype == torch.bfloat16
-    after = CCAMProjector.load(path).state_dict()
-    assert all(not torch.equal(fresh[k], after[k]) for k in ("query", "k_proj.weight"))
-    assert len(json.loads(path.with_suffix(".json").read_text())["accuracy"]) == 4
+    assert all(not torch.equal(fresh[k], after[k]) for k in fresh)
 
 
 @pytest.mark.parametrize("queries", [9, 100])
@@ -144,22 +66,6 @@ def test_media_of_no_more_tokens_than_queries(
         model(**inputs)
 
 
-def test_gradients_pass_the_patched_model(tiny: Any, data: str) -> None:
-    """The loss through the frozen model pulls on every part of the projector."""
-    from tokencomp.training.data import answer_ids, append
-    from tokencomp.training.loop import answer_loss
-
-    model, processor = tiny
-    source = questions(data, "image", 2)
-    inputs, answers = load_batch([source[0], source[1]], processor, 8)
-    forced, labels = append(inputs, answer_ids(processor, model, answers, end=True))
-    module = CCAMProjector(SMALL.sizes(model))
-    with tokencomp.patch(model, 0.5, reducer=Live(module=module)):
-        answer_loss(model, forced, labels).backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
-    model.zero_grad()
-
-
 SMALL_CCAM = ProjectorConfig(queries=6, width=16, heads=2, mlp=24, kv_dim=10, out_dim=12)
 
 
@@ -182,34 +88,12 @@ def test_equals_the_dense_masked_reference(causal: bool) -> None:
             torch.testing.assert_close(got[b], dense(made, x[b], frames), atol=1e-10, rtol=1e-8)
 
 
-def test_gradients_equal_the_dense_reference() -> None:
-    made = projector()
-    x = torch.randn(1, 4 * 3, 10, dtype=torch.float64, requires_grad=True)
-    weights = torch.randn(6, 12, dtype=torch.float64)
-    (mine,) = torch.autograd.grad((made(x, 4)[0] * weights).sum(), x)
-    (wanted,) = torch.autograd.grad((dense(made, x[0], 4) * weights).sum(), x)
-    torch.testing.assert_close(mine, wanted)
-
-
 def test_places_are_added_to_keys_frame_by_frame() -> None:
     made = projector(spatial=True)
     x = torch.randn(1, 3 * 6, 10, dtype=torch.float64)
     places = places_2d(2, 3, 16, x.device).double()
     assert len(places.unique(dim=0)) == 6
     torch.testing.assert_close(made(x, 3, (2, 3))[0], dense(made, x[0], 3, places))
-
-
-def test_the_defaults_are_the_published_configuration() -> None:
-    assert ProjectorConfig() == ProjectorConfig(
-        queries=1024, width=1024, heads=16, mlp=4096, kv_dim=1152, out_dim=3584, eps=1e-5
-    )
-    with torch.device("meta"):
-        made = CCAMProjector(ProjectorConfig())
-    attention = 2 * (1024 * 1024 + 1024) + 2 * (1152 * 1024 + 1024)
-    mlp = 2 * (1024 * 4096 + 4096) + 4096 * 1024 + 1024
-    norms = 2 * (1024 + 1152 + 1024)
-    total = 1024 * 1024 + attention + mlp + norms + 1024 * 3584 + 3584
-    assert sum(p.numel() for p in made.parameters()) == total
 
 
 def test_saved_projectors_load_and_answer_the_same(tmp_path: Path) -> None:

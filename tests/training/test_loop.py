@@ -26,7 +26,6 @@ from tokencomp.training.data import (
     questions,
 )
 from tokencomp.training.loop import Loop, LoopConfig, answer_loss
-from tokencomp.training.measure import longest_answer
 from tokencomp.training.relevance import explain
 
 SMALL = LoopConfig(steps=3, batch=2, samples=8, kind="image", evaluate=0, save_every=1)
@@ -215,13 +214,6 @@ def test_embedded_splits_are_disjoint_and_kinds_stay_apart() -> None:
         questions("shapesqa:neddle", "image", 9)
     for chosen in itertools.islice(batches(both, 3, seed=0), 20):
         assert all(i < 5 for i in chosen) or all(i >= 5 for i in chosen)
-
-
-def test_the_longest_answer_is_that_of_all_parts(tiny: Any) -> None:
-    """It limits all answers, so that a short one is not right because of a cut."""
-    source = questions("shapesqa", "both", 40, "validation")
-    ids = answer_ids(tiny[1], tiny[0], [source[i].answer for i in range(40)], end=True)
-    assert longest_answer(tiny[1], tiny[0], source) == max(map(len, ids))
 
 
 def with_answers(family: Family, rows: list[list[Any]], answers: list[list[int]]) -> tuple:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,18 +14,16 @@ from support.families import Family, text
 from support.trained import SELECTOR, broken, write_data
 from torch import Tensor
 
-import tokencomp
-from benchmarks.accuracy.studies.oracle import Oracle, truth
 from tokencomp.errors import MediaError, OptionError, ScoreError
-from tokencomp.reducers.selector import SelectorNet, load_selector
+from tokencomp.reducers.selector import SelectorNet
 from tokencomp.training.capture import capture
-from tokencomp.training.data import load_batch, questions
+from tokencomp.training.data import questions
 from tokencomp.training.relevance import attention_bytes
 from tokencomp.training.selector import fit as selector_fit
 from tokencomp.training.selector import labels as selector_labels
 from tokencomp.training.selector.fit import fit, targets
 from tokencomp.training.selector.labels import explain_batch
-from tokencomp.training.selector.train import SelectorConfig, agreement, train_selector
+from tokencomp.training.selector.train import SelectorConfig, train_selector
 
 
 def test_attention_row_equals_the_eager_map_of_layer_zero(family: Family) -> None:
@@ -55,39 +52,6 @@ def _spans(model: Any, inputs: Any, stop: int) -> list[tuple[int, int, list[int]
     return found
 
 
-def test_the_reducer_follows_the_network(trained: Path, tiny: Any, data: str) -> None:
-    """Kept tokens are the top of the network's logits on the row that training saw."""
-    model, processor = tiny
-    inputs, _ = load_batch([questions(data, "image", 1)[0]], processor, 8)
-    row = capture(model, inputs, layers=False).attention_rows(0)[0][0]
-    with torch.no_grad():
-        wanted = load_selector(trained)[0](row[None])[0].topk(4).indices.sort().values
-    weights = str(trained.parent)
-    with tokencomp.patch(model, 5 / 9, reducer="selector", weights=weights) as handle:
-        model(**inputs)
-        assert handle.stats.kept(0)[0][0] == wanted.tolist()
-        assert handle.stats.ratio == pytest.approx(5 / 9)
-
-
-def test_oracle_keeps_the_relevant_tokens_or_says_what_is_missing(family: Family) -> None:
-    model = family.build()
-    inputs = family.batch([[text(4), family.video(), text(5)], [family.image(), text(3)]])
-    spans = capture(model, inputs, layers=False).spans
-    relevance = [[torch.rand(math.prod(s.grid)) for s in row] for row in spans]
-    with tokencomp.patch(model, 0.5, reducer=Oracle()) as handle:
-        with truth(relevance):
-            model(**inputs)
-        for b, row in enumerate(spans):
-            for j, span in enumerate(row):
-                kept = handle.stats.kept(b)[0][j]
-                fixed = [*span.special, *span.text]
-                patches = [i for i in range(span.length) if i not in fixed]
-                best = relevance[b][j].topk(len(kept) - len(fixed)).indices.tolist()
-                assert set(kept) == {*fixed, *(patches[i] for i in best)}
-        with pytest.raises(ScoreError, match="truth"):
-            model(**inputs)
-
-
 LENGTHS = (5, 2, 9, 7)
 
 
@@ -103,25 +67,6 @@ def test_targets_zero_the_lowest_half_and_sum_to_one() -> None:
     got = targets([(torch.ones(len(v)), torch.tensor(v)) for v in labels], 0.5)
     for (_, target), reference in zip(got, expected, strict=True):
         torch.testing.assert_close(target, torch.tensor(reference))
-
-
-@pytest.mark.long
-def test_training_finds_a_pattern_that_the_raw_row_does_not_show() -> None:
-    """Relevance sits right of the attention peak: the raw row misses it, the network learns it."""
-    generator = torch.Generator().manual_seed(0)
-
-    def pair(n: int) -> tuple[Tensor, Tensor]:
-        row, label = torch.rand(n, generator=generator) * 0.1, torch.zeros(n)
-        peak = int(torch.randint(0, n - 2, (1,), generator=generator))
-        row[peak] += 1.0
-        label[peak + 2] = 1.0
-        return row / row.sum(), label
-
-    train, held = [pair(20 + i % 25) for i in range(300)], [pair(128) for _ in range(40)]
-    config = SelectorConfig(epochs=6, batch_spans=20, learning_rate=5e-3)
-    net, _ = fit(train, held, config, channels=(16, 16, 16))
-    found = agreement(net, held)["0.1"]
-    assert found["selector"] > 0.95 and found["attention"] < 0.5 and found["oracle"] == 1.0
 
 
 def plain(net: SelectorNet, rows: list[Tensor]) -> list[Tensor]:

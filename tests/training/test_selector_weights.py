@@ -11,12 +11,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.families import FAMILIES
 from support.matrix import small_weights
 from support.matrix import tokens as matrix_tokens
-from support.trained import broken
 from support.trained import tiny as make_tiny
-from torch import nn
 
 import tokencomp
 from tokencomp import make_reducer, plan_from_json, plan_to_json, zoo
@@ -28,7 +25,6 @@ from tokencomp.reducers.registry import options_of
 from tokencomp.serving.servable import serving_safe
 from tokencomp.trained.cards import (
     check_card,
-    fingerprint,
     model_card,
     model_facts,
     write,
@@ -130,32 +126,6 @@ def test_a_patch_keeps_the_network_it_has_checked(
         stored = plan_to_json(handle.plan)
         assert stored[0]["options"]["weights"] == str(file)
         assert plan_to_json(plan_from_json(stored)) == stored
-
-
-def test_offloaded_models_are_known_by_their_weights(
-    trained: Path, tiny: Any, data: str, tmp_path: Path
-) -> None:
-    """The layers hold meta tensors; accelerate brings the weights in for each call."""
-    accelerate = pytest.importorskip("accelerate")
-    inputs, _ = load_batch([questions(data, "image", 1)[0]], tiny[1], 8)
-    kept = []
-    for offload in (False, True):
-        model, _ = make_tiny(tmp_path)
-        if offload:
-            accelerate.cpu_offload(adapter_for(model).decoder, torch.device("cpu"))
-            assert adapter_for(model).layers[0].self_attn.k_proj.weight.is_meta
-        assert model_card(model)["fingerprint"] == model_card(tiny[0])["fingerprint"]
-        with tokencomp.patch(model, 0.5, reducer="selector", weights=str(trained)) as handle:
-            model(**inputs)
-            kept.append(handle.stats.kept(0))
-    assert kept[0] == kept[1]
-
-
-def test_weights_out_of_reach_or_not_finite_have_no_fingerprint(tiny: Any) -> None:
-    assert fingerprint(nn.Linear(4, 4, device="meta")) is None
-    assert model_card(broken(tiny[0]))["fingerprint"] is None
-    model = FAMILIES["llava"].build().to("meta")
-    assert model_card(model)["fingerprint"] is None
 
 
 MODELS = zoo.SAMPLES.parent / "models"
