@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from typing import Any
 
 import pytest
 import torch
-from support import plans, staircase
-from support.families import FAMILIES, Family, text
+from support import plans, staircase, tower
+from support.families import FAMILIES, IMAGE, VIDEO, Family, text
 from support.family.hybrid import HYBRID
-from support.screens import Screen
+from support.screens import THRESHOLD, Screen
 from torch import Tensor, nn
 
 import tokencomp
@@ -26,6 +28,7 @@ ALL = {**FAMILIES, **HYBRID}
 NAMES = ("qwen2_vl", "qwen3_vl", "qwen3_5", "llava_onevision")
 EVICTED = ("qwen2_vl", "qwen3_vl", "llava_onevision")
 Parts = list[list[Any]]
+Cell = tuple[int, int, int]
 
 
 def parts_of(family: Family) -> Parts:
@@ -167,13 +170,13 @@ def test_150_chunks_at_constant_rows(policy: str) -> None:
     assert difference(logits, expected) < 1e-5
 
 
-@pytest.mark.parametrize("reducer", ["kcenter", "timechat"])
+@pytest.mark.parametrize("reducer", ["kcenter", "timechat", "delta"])
 @pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_5"])
 def test_a_mark_forgets_what_came_after(name: str, reducer: str) -> None:
-    """Frames too, with which `timechat` compares those that follow."""
+    """Frames too, with which `timechat` and `delta` compare those that follow."""
     family = ALL[name]
     model, parts = family.build(), parts_of(family)
-    tokencomp.patch(model, 0.5, reducer=reducer)
+    tokencomp.patch(model, None if reducer == "delta" else 0.5, reducer=reducer)
     conversation = Conversation(model, None, "oldest")
     for row in parts[:3]:
         conversation.add(part(family, row))
@@ -278,13 +281,64 @@ def test_steps_of_an_agent_add_what_changed(name: str) -> None:
     assert rows == [16 + 2 + 2 + 6 * i for i in range(12)]  # a cell, two marks, and text
 
 
-def test_a_screen_is_whole_once_rows_of_another_were_evicted() -> None:
-    family = ALL["qwen2_vl"]
-    model, screen = family.build(), Screen(family, family.image(0))
-    with tokencomp.patch(model, reducer="delta", threshold=8) as handle:
-        conversation, seen = Conversation(model, 25, "oldest"), []
-        for row in ([screen.first, text(2)], *([screen.show({i}), text(2)] for i in range(3))):
-            conversation.add(part(family, row))
-            seen += handle.stats.entering[0]
+@pytest.mark.parametrize("policy", ["oldest", "redundant"])
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl"])
+def test_a_full_session_holds_all_of_the_newest_screen(name: str, policy: str) -> None:
+    """Screens of two sizes and frames, of which random cells change, far past the budget.
+
+    A cell is known by its kind, its place, and how often it has changed. What is kept of a picture
+    are the cells that no row holds, and an eviction takes no row that the picture needs.
+    """
+    family, log, chance = FAMILIES[name], staircase.Log(), random.Random(2)
+    model = family.build()
+    media = family.image(0), family.image(1), family.video(4)
+    kinds = [Screen(family, first, noise=0) for first in media]
+    changes = [[0] * len(screen.last) for screen in kinds]
+    parts: Parts = [[text(4)]]
+    shown: list[tuple[int, list[list[Cell]]]] = []
+    cells: dict[int, Cell] = {}  # by column
+    rows, seen = set[Cell](), [list[bool](), list[bool]()]  # of the tower: images, videos
+    with tokencomp.patch(model, reducer="delta", threshold=THRESHOLD):
+        conversation = Conversation(model, 70, policy)
+        conversation.add(part(family, parts[0]))
+        log.added(conversation.cache, conversation.tokens)
+        for step in range(40):
+            kind = (0, 1, 2)[step] if step < 3 else chance.choice([0, 0, 0, 1, 2])
+            places, frames = range(len(changes[kind])), 2 if kind == 2 else 1
+            steps = [set(chance.sample(places, chance.randrange(4))) for _ in range(frames)]
+            steps[0] = steps[0] if step > 2 else set(places)
+            pictures, kept = list[list[Cell]](), []
+            for changed in steps:
+                for place in changed:
+                    changes[kind][place] += 1
+                pictures.append([(kind, place, changes[kind][place]) for place in places])
+                kept += [cell not in rows for cell in pictures[-1]]
+                rows |= {*pictures[-1]}
+            kept[0] |= not any(kept)
+            seen[kind == 2] += kept
+            parts.append([kinds[kind].show(*steps)])
+            start, inputs = conversation.tokens, part(family, parts[-1])
+            conversation.add(inputs)
+            log.added(conversation.cache, conversation.tokens)
+            ids = inputs["input_ids"][0]
+            columns = (start + ((ids == IMAGE) | (ids == VIDEO)).nonzero()[:, 0]).tolist()
+            new = zip(columns, itertools.chain(*pictures), kept, strict=True)
+            cells |= {column: cell for column, cell, stays in new if stays}
+            held = held_columns(conversation.cache.layers[0])[0].tolist()
+            assert {*held} & {*columns} == {*cells} & {*columns}
             conversation.shrink()
-    assert seen == [16, 1, 1, 16]
+            log.evicted(conversation.cache, conversation.tokens)
+            held = held_columns(conversation.cache.layers[0])[0].tolist()
+            rows = {cells[column] for column in held if column in cells}
+            assert len(held) <= 70 and rows >= {*pictures[-1]}
+            shown.append((kind, pictures))
+            for k in range(3) if policy == "oldest" else ():
+                complete = [rows >= {*itertools.chain(*p)} for own, p in shown if own == k]
+                assert complete == sorted(complete)  # older ones are lost first
+        parts.append([text(3, 9)])
+        logits = conversation.add(part(family, parts[-1]))
+    assert sum(map(sum, seen)) < 0.4 * sum(map(len, seen))
+    masks = [torch.tensor(flags).repeat_interleave(4) for flags in seen]
+    with tower.tower_masks(model, masks, 0):
+        expected = staircase.logits(model, family, whole(family, parts), log)
+    assert difference(logits, expected) < 1e-5

@@ -13,12 +13,12 @@ THRESHOLD = 8
 class Screen:
     """One screen after the other.
 
-    A cell that did not change differs from the last kept one by up to `THRESHOLD` levels; one that
-    changed differs by one level more in a single value.
+    A cell that did not change differs from the last kept one by up to `noise` levels; one that
+    changed differs by more than `THRESHOLD` in a single value.
     """
 
-    def __init__(self, family: Family, first: Media) -> None:
-        self.first = first
+    def __init__(self, family: Family, first: Media, noise: int = THRESHOLD) -> None:
+        self.first, self.noise = first, noise
         (self.name,) = (key for key in first.inputs if key.startswith("pixel_values"))
         clip = family.name in ("qwen2_vl", "qwen2_5_vl")
         std = torch.tensor(OPENAI_CLIP_STD if clip else [0.5, 0.5, 0.5])  # of their processors
@@ -30,7 +30,7 @@ class Screen:
         """The next picture, or a video of so many steps."""
         steps = []
         for cells in changed:
-            noise = torch.randint(-THRESHOLD, THRESHOLD + 1, self.last.shape)
+            noise = torch.randint(-self.noise, self.noise + 1, self.last.shape)
             new = self.last + noise * self.levels
             for cell in cells:
                 new[cell] = self.last[cell]

@@ -15,10 +15,11 @@ from transformers import DynamicCache
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.adapters.structure import parameters_of
 from tokencomp.engine.cache import first_layer, physical_length
+from tokencomp.engine.tower.memory import recalled, store_without
 from tokencomp.errors import OptionError, SessionError
 from tokencomp.handle import handle_of
 from tokencomp.session.evict import Mark, check_eviction, evict, held_columns
-from tokencomp.session.held import POLICIES, TEXT, Held, PatchPlaces
+from tokencomp.session.held import POLICIES, TEXT, Held, PatchPlaces, newest
 from tokencomp.session.patched import check_patch, rows_of, run_within
 from tokencomp.session.positions import Positions
 from tokencomp.session.watch import Watch
@@ -150,12 +151,16 @@ class Conversation:
         columns = columns[columns >= self.tokens]
         own, device = columns - self.tokens, columns.device
         item = TEXT if watch.spans is None else self.items
-        places = self._places.of(watch.spans or [], n).to(device)[own]
+        places = self._places.of(watch.spans or [], n).to(device)
         appearance = torch.zeros(len(own), 0, device=device)
         if watch.appearance is not None:
             appearance = watch.appearance.to(device)[own]
-        new = Held(columns, torch.full_like(columns, item), places, appearance)
+        new = Held(columns, torch.full_like(columns, item), places[own], appearance)
         before = Held.empty(device) if self._held is None else self._held
+        if recalled(self.cache):  # what the first new picture of a place lacks, an older row shows
+            lacks = newest(places.flip(0)).flip(0)
+            lacks[own] = False
+            before = before.shown(item, places[lacks])
         self._held = before.joined(new)
 
     # -- limits ---------------------------------------------------------------------------------
@@ -164,9 +169,12 @@ class Conversation:
         """Evict rows of media down to the budget; returns how many."""
         if self.budget is None or self._held is None or len(self._held) <= self.budget:
             return 0
-        held = self._held
+        held, memories = self._held, recalled(self.cache)
         going = POLICIES[self.policy](held)[: len(held) - self.budget]
         left = evict(self.cache, held.columns[going])
+        if memories:
+            lost = held.places[going][newest(held.places)[going]]
+            store_without(self.cache, memories, self._places.cells(lost))
         stays = torch.ones(len(held), dtype=torch.bool, device=going.device)
         stays[going] = False
         self._held = held.rows(stays.nonzero()[:, 0])

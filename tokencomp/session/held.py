@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokencomp.tokens.spans import VisualSpan
+from tokencomp.tokens.spans import Modality, VisualSpan
 
 TEXT = -1
 """Item number of system text and of what was said, which never go."""
@@ -26,8 +26,9 @@ class Held:
     columns : Tensor of int64, shape (n,)
         Column of the uncompressed sequence.
     items : Tensor of int64, shape (n,)
-        Number of the appended item; `TEXT` for rows that are never evicted. Timestamps and
-        delimiters belong to their item.
+        Number of the last item that shows the row; `TEXT` for rows that are never evicted.
+        Timestamps and delimiters belong to their item. A patch is shown by later items too whose
+        pictures lack it, because it has not changed (the reducer "delta").
     places : Tensor of int64, shape (n,)
         Equal for patches at the same place of pictures of one shape; `NOWHERE` for other rows.
     appearance : Tensor, shape (n, d), or shape (n, 0)
@@ -62,6 +63,11 @@ class Held:
             torch.cat([self.places, new.places]),
             appearance,
         )
+
+    def shown(self, item: int, places: Tensor) -> Held:
+        """The same rows, where `item` shows the newest row of these places again."""
+        again = newest(self.places) & torch.isin(self.places, places)
+        return replace(self, items=torch.where(again, item, self.items))
 
     def rows(self, index: Tensor) -> Held:
         return replace(self, **{f.name: getattr(self, f.name)[index] for f in fields(self)})
@@ -101,13 +107,34 @@ class PatchPlaces:
             places[span.start + patches] = self._first[key] + torch.arange(h * w).repeat(t)
         return places
 
+    def cells(self, places: Tensor) -> Iterator[tuple[Modality, tuple[int, int], Tensor]]:
+        """Modality and (h, w) of the pictures with these places, and which of their cells."""
+        for (modality, h, w, _), first in self._first.items():
+            cells = places[(places >= first) & (places < first + h * w)] - first
+            if len(cells):
+                yield modality, (h, w), cells
+
+
+def newest_of(places: Tensor) -> Tensor:
+    """The newest row of the place of every row, int64, shape (n,)."""
+    rows, slots = torch.arange(len(places), device=places.device), places - NOWHERE
+    last = rows.new_zeros(int(slots.max()) + 1 if len(slots) else 0)
+    return last.scatter_reduce(0, slots, rows, "amax")[slots]
+
+
+def newest(places: Tensor) -> Tensor:
+    """Which rows are the newest ones of their place, bool, shape (n,); never without a place."""
+    rows = torch.arange(len(places), device=places.device)
+    return (newest_of(places) == rows) & (places != NOWHERE)
+
 
 Order = Callable[[Held], Tensor]
 
 
 def oldest(held: Held) -> Tensor:
-    """Rows of media, the oldest first."""
-    return (held.items != TEXT).nonzero()[:, 0]
+    """Rows of media, first those that were last shown longest ago."""
+    rows = (held.items != TEXT).nonzero()[:, 0]
+    return rows[torch.sort(held.items[rows], stable=True).indices]
 
 
 def redundant(held: Held) -> Tensor:
@@ -115,13 +142,15 @@ def redundant(held: Held) -> Tensor:
 
     A patch is compared (cosine) with the newest cached row of its place; the more similar, the
     earlier it is evicted, ties by age. Then patches whose place has no newer row, the oldest first.
-    Timestamps and delimiters are evicted with the last patch of their item.
+    Timestamps and delimiters are evicted with the last patch of their item. The age of a patch is
+    that of the last item that shows it.
     """
     n, media = len(held), held.items != TEXT
     patch = media & (held.places != NOWHERE)
     rows = patch.nonzero()[:, 0]
     alike = _alike(held.places[rows], held.appearance[rows].float())
-    order = rows[torch.sort(alike, descending=True, stable=True).indices]
+    age = torch.sort(held.items[rows], stable=True).indices
+    order = rows[age][torch.sort(alike[age], descending=True, stable=True).indices]
     rank = torch.full((n,), -1, device=rows.device)
     rank[order] = torch.arange(len(order), device=rows.device)
     other = (media & ~patch).nonzero()[:, 0]
@@ -140,10 +169,10 @@ def _alike(places: Tensor, appearance: Tensor) -> Tensor:
     if not len(places):
         return appearance.new_zeros(0)
     rows = torch.arange(len(places), device=places.device)
-    newest = rows.new_zeros(int(places.max()) + 1).scatter_reduce(0, places, rows, "amax")[places]
-    cosine = torch.nn.functional.cosine_similarity(appearance, appearance[newest], dim=-1)
+    last = newest_of(places)
+    cosine = torch.nn.functional.cosine_similarity(appearance, appearance[last], dim=-1)
     # Rounded, so that of equal pictures the oldest goes and not one that rounding picks.
-    return torch.where(newest == rows, -2.0, cosine.round(decimals=4))
+    return torch.where(last == rows, -2.0, cosine.round(decimals=4))
 
 
 POLICIES: dict[str, Order] = {"oldest": oldest, "redundant": redundant}

@@ -24,7 +24,8 @@ from tokencomp.tokens.spans import Grid, Modality, Norm
 from tokencomp.tokens.stacks import HostIndex, Stack, by_stack, masked, starts_of
 
 BLOCK = 1 << 24  # cosines computed at once
-Memory = dict[tuple[Any, ...], Tensor]  # a reducer chooses the keys
+# What a reducer has kept last at every cell of pictures of (h, w) cells, (h · w, d); NaN: nothing.
+Memory = dict[tuple[int, int], Tensor]
 Memories = dict[Modality, list[Memory]]  # of every sample
 
 

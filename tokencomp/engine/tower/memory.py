@@ -1,15 +1,18 @@
 """What a stage in the vision tower has kept of earlier pictures, for reducers that compare them.
 
 A later turn finds it in the row map of the cache that holds the pictures. A cache that was cut into
-them, or from which rows were evicted, no longer has it: the next picture is then kept whole.
+them no longer has it: the next picture is then kept whole. When a session evicts rows, it stores
+again what the other rows hold.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from tokencomp.adapters.base import Adapter
@@ -35,6 +38,24 @@ def recalled(cache: Any) -> Memories:
     layer = first_layer(cache)
     seen: Seen | None = layer.row_map.seen if isinstance(layer, CompressedLayer) else None
     return {} if seen is None else seen.memories
+
+
+def store_without(
+    cache: Any, memories: Memories, lost: Iterable[tuple[Modality, tuple[int, int], Tensor]]
+) -> None:
+    """Store memories of one sample with the rows that its cache holds, without lost cells.
+
+    `lost` has, for pictures of (h, w) cells of one kind, the raster numbers of cells whose last row
+    was evicted, int64 (cells,).
+    """
+    memories = {modality: copies(memories, modality, 1) for modality in memories}
+    for modality, size, cells in lost:
+        for memory in memories.get(modality, []):
+            if size in memory:
+                cells = cells.to(memory[size].device)
+                memory[size] = memory[size].index_fill(0, cells, torch.nan)
+    layer = first_layer(cache)
+    layer.row_map = replace(layer.row_map, seen=Seen(layer.rows, memories))
 
 
 def copies(memories: Memories, modality: Modality, samples: int) -> list[Memory]:
