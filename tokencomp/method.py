@@ -67,8 +67,8 @@ class MethodSpec(StageOptions):
     ratios
         Ratios by modality, in place of `ratio`; modalities that are not named stay whole.
     carried
-        Names of fields that remain from an earlier setting (`changed`). They may wait for another
-        ratio; any other field that has no effect is refused.
+        Names of fields and options that remain from an earlier setting (`changed`). They may wait
+        for another ratio; any other one that has no effect is refused.
 
     Raises
     ------
@@ -143,6 +143,11 @@ class MethodSpec(StageOptions):
         unused = {} if self.tower_ratio else {"tower_reducer": "with tower_ratio=0"}
         if self.off:
             unused["tower_ratio"] = "at ratio=0"
+        if self.repeats and not (self.ratio or self.ratios or budget):
+            why = f"without a ratio or budget, by which {self.repeats.name!r} drops more"
+            unused |= {"merge": why} if self.merge is True else {}
+            if "then" in self.options.keys() - self.carried:
+                check_effect(self.repeats.name, self.repeats, {"then": why})
         if dropped > self.ratio:
             raise PlanError(
                 f"tower_ratio={dropped:g} leaves {1 - dropped:.3g} of the visual tokens, but "
@@ -293,7 +298,7 @@ class MethodSpec(StageOptions):
                 "another ratio or option. Give set(reducer=...) too, or a new plan."
             )
         tower = {"tower_ratio": self.tower_ratio, "tower_reducer": self.tower_reducer}
-        given["carried"] = frozenset(tower.keys() - given.keys())
+        given["carried"] = frozenset({*tower, "merge", "then"} - given.keys() - options.keys())
         if plan is not None:
             return MethodSpec(ratio=self.ratio, options=options, plan=plan, **given)
         amount = {"ratio": 0.0, "budget": None, **(asked or self.requested)}

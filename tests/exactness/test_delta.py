@@ -228,9 +228,22 @@ def test_pictures_without_a_prompt_are_refused() -> None:
         dict(ratio=0.5, tower_ratio=0.5, reducer="delta"),
         dict(ratio=0.5, tower_ratio=0.5, tower_reducer="delta"),
         dict(reducer="delta", then="pixelprune"),
+        dict(reducer="delta", then="uniform"),
+        dict(reducer="delta", merge=True),
         dict(reducer="delta", threshold=256),
     ],
 )
 def test_settings_without_a_meaning_are_refused(setting: dict[str, Any]) -> None:
     with pytest.raises(TokenCompError, match=r"delta|threshold"):
         tokencomp.patch(FAMILIES["qwen2_vl"].build(), **setting)
+
+
+@pytest.mark.parametrize("options", [dict(then="uniform"), dict(merge=True)])
+def test_options_of_a_ratio_wait_for_the_next_one(options: dict[str, Any]) -> None:
+    model = FAMILIES["qwen2_vl"].build()
+    with tokencomp.patch(model, 0.5, reducer="delta", **options) as handle:
+        plan = handle.plan
+        assert handle.set(ratio=0.0).set(ratio=0.5).plan == plan
+        handle.set(ratio=0.0)
+        with pytest.raises(OptionError, match="has no effect without a ratio"):
+            handle.set(**options)

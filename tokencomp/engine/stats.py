@@ -274,7 +274,10 @@ class Stats:
         return _offsets(self._survivors, sample)
 
     def kept(self, sample: int = 0) -> list[list[list[int]]]:
-        """Offsets inside each span of kept tokens, per stage: `kept(b)[stage][span]`."""
+        """Offsets inside each span of kept tokens, per decoder stage: `kept(b)[stage][span]`.
+
+        Empty without such a stage, as with "delta" and no ratio, where `tower_kept` has them.
+        """
         return [_offsets(rows, sample) for rows in self._kept]
 
     def pooling_mask(self, attention_mask: Tensor) -> Tensor:

@@ -231,8 +231,9 @@ class ServerOptions:
         name = self.default.tower_reducer if tower else "auto"
         if values.get("tower_reducer") is not None:
             name = check_name("tower_reducer", values["tower_reducer"])
-        try:
-            return MethodSpec(reducer, **asked, tower_ratio=tower, tower_reducer=name)
+        stage: dict[str, Any] = {"tower_ratio": tower, "tower_reducer": name}
+        try:  # merging may wait for the ratio of a request
+            return MethodSpec(reducer, **asked, **stage, carried=frozenset({"merge"}))
         except TypeError as error:  # it has required options
             raise OptionError(f"tower_reducer={name!r}: {error}") from None
 
