@@ -26,7 +26,7 @@ from tokencomp.serving.item_plan import ItemPlan, ItemSize, field_name, item_spa
 from tokencomp.serving.item_rows import batches, reduce_rows
 from tokencomp.serving.offsets import pack_offsets, unpack_offsets
 from tokencomp.serving.spec import ServerOptions
-from tokencomp.serving.vllm import checks, internvl, mrope, processing
+from tokencomp.serving.vllm import checks, entry, internvl, mrope, processing
 from tokencomp.serving.vllm.metrics import count_nonfinite, counters, item_sizes
 from tokencomp.serving.vllm.model import CompressingModel
 from tokencomp.serving.vllm.mrope import lengthen_tables
@@ -90,10 +90,10 @@ def test_other_engines_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     for version in ("0.32.4", "0.33.0", "0.31.2", "0.34.0", "1.0", "0.320.0"):
         monkeypatch.setattr(vllm, "__version__", version)
         if version in ("0.32.4", "0.33.0"):
-            checks.check_engine(config(), offsets=False)
+            entry.check_version()
             continue
         with pytest.raises(UnsupportedModelError, match=version):
-            checks.check_engine(config(), offsets=False)
+            entry.check_version()
     # Neither the processor nor the middleware would see the requests of such a front end.
     monkeypatch.setenv("TOKENCOMP_ALLOW_UNTESTED", "1")
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from tokencomp.cli import _parse as parse
-from tokencomp.errors import OptionError
 from tokencomp.evaluation.environment import process_rank, public_name
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import RANDOM, Setting
@@ -59,11 +58,6 @@ def tasks_in(
     from tokencomp.lmms.tasks import check_installed, find_tasks
 
     local = None if data in (None, SHAPESQA) else local_data(data)
-    if names is None and local and not any(p.is_dir() for p in local.root.glob("*/*")):
-        raise OptionError(
-            f"--data {data}: the folder has neither questions.jsonl, with your questions, nor "
-            "<owner>/<name> folders with the data of tasks, e.g. OpenGVLab/MVBench."
-        )
     check_installed()
     names = names or (f"{SHAPESQA},{TASKS}" if data == SHAPESQA else TASKS)
     if data == SHAPESQA:

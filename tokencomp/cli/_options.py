@@ -168,8 +168,10 @@ class Files:
         from tokencomp.inputs.scorer import with_scorer
         from tokencomp.inputs.video import Video
 
+        if not (self.image or self.video):
+            raise OptionError("nothing to look at: give --image FILE or --video FILE.")
         frames: Policies = frame_policy(self.frames)
-        if isinstance(frames, Scored) and (self.image or self.video):
+        if isinstance(frames, Scored):
             frames = with_scorer(frames, *source.loaded)
         loaded = [load_media(path, frames, question=self.question) for path in self.image or ()]
         for path in self.video or ():

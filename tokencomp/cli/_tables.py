@@ -95,18 +95,11 @@ def _print_rivals(console: Any, lines: Sequence[Any]) -> None:
     rows = [
         (
             *_named(line),
-            *(
-                _points(d)
-                for d in (
-                    line.comparisons.full,
-                    line.comparisons.random,
-                    line.comparisons.downscale,
-                )
-            ),
-            _detail(line.comparisons),
-            "–" if line.comparisons.agreement is None else f"{line.comparisons.agreement:.0%}",
+            *map(_points, (c.full, c.random, c.downscale)),
+            "–" if c.detail is None else f"{c.detail:.0%}\nof {c.detail_items}",
+            "–" if c.agreement is None else f"{c.agreement:.0%}",
         )
-        for line in lines
+        for line, c in ((line, line.comparisons) for line in lines)
     ]
     columns = [c for c in zip(names, *rows, strict=True) if c[0] in NAMES or {*c[1:]} != {"–"}]
     shown, *cells = zip(*columns, strict=True)
@@ -116,14 +109,6 @@ def _print_rivals(console: Any, lines: Sequence[Any]) -> None:
     }
     caption = " ".join(text for name, text in meaning.items() if name in shown)
     print_table(console, shown, cells, gap=1, title=title, caption=caption)
-
-
-def _detail(comparisons: Any) -> str:
-    return (
-        "–"
-        if comparisons.detail is None
-        else f"{comparisons.detail:.0%}\nof {comparisons.detail_items}"
-    )
 
 
 def _print_scores(console: Any, lines: Sequence[Any]) -> None:

@@ -43,8 +43,6 @@ def command(
         allowed = ", ".join((*PAGES, *PICTURES))
         raise OptionError(f"--output {output}: the name must end in one of {allowed}.")
     media = files.load(source)
-    if not media:
-        raise OptionError("nothing to look at: give --image FILE or --video FILE.")
     words = _boxes(boxes, files)
     from rich.console import Console
     from rich.markup import escape

@@ -72,12 +72,9 @@ def _variants(
     import time
 
     from tokencomp.cli._showcase import prompt
-    from tokencomp.errors import OptionError
     from tokencomp.evaluation.batches import Answerer
     from tokencomp.inputs.prompts import to_model
 
-    if not media:
-        raise OptionError("nothing to look at: give --image FILE or --video FILE.")
     model, processor = source.loaded
     answerer, row, variants = Answerer({"": model}, processor, {}), prompt(media, question), {}
     for setting in settings_of(model):

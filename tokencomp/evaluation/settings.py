@@ -70,7 +70,9 @@ class Setting(MethodSpec):
             self._assign(**{field: options.pop(field, getattr(self, field))})
         self._assign(options=options)
         if self.reducer == PLAN or self.plan is not None:
-            self._take_plan(options)
+            plan = self.plan if self.plan is not None else plan_from_json(options.pop("plan", None))
+            reducer = "auto" if self.reducer in (PLAN, FULL) else self.reducer
+            self._assign(plan=plan, options=options, reducer=reducer)
         if self.input_baseline and self.written_options:
             raise OptionError(f"{self.reducer!r} has no options; got {self.written_options}.")
         super().__post_init__()
@@ -84,11 +86,6 @@ class Setting(MethodSpec):
         if self.off:
             self._assign(ratios={}, reducer=FULL, options={}, plan=None)
             self._assign(tower_ratio=0.0, tower_reducer="auto", **dict.fromkeys(OPTIONS))
-
-    def _take_plan(self, options: dict[str, Any]) -> None:
-        plan = self.plan if self.plan is not None else plan_from_json(options.pop("plan", None))
-        reducer = "auto" if self.reducer in (PLAN, FULL) else self.reducer
-        self._assign(plan=plan, options=options, reducer=reducer)
 
     def _reducer_name(self) -> str:
         if self.plan is not None:

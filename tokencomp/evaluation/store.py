@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tokencomp.errors import OptionError
-from tokencomp.storage import check_identity, keeping, read_object, write_json, write_lines
+from tokencomp.storage import check_identity, keeping, read_object, write_json, write_lines, writing
 
 MANIFEST, RECORDS = "manifest.json", "records.jsonl"
 ASKED = {"media": "pictures, clips or sounds", "prompt": "words", "answer": "right answer"}
@@ -33,13 +33,9 @@ class AnswerStore:
     ) -> None:
         self.path, self.identity, self.rank = Path(path), identity, rank
         self._question = question
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OptionError(
-                f"cannot write results to {path}: {error}. Give another folder."
-            ) from error
         manifest = self.path / MANIFEST
+        with writing(manifest):
+            self.path.mkdir(parents=True, exist_ok=True)
         self.manifest = read_object(manifest) if manifest.exists() else {}
         self.file = self.path / (RECORDS if rank == 0 else f"records.{rank}.jsonl")
         _drop_partial_line(self.file)

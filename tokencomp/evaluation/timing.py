@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -38,21 +38,8 @@ Parts = TypeVar("Parts")
 """A dataclass whose fields are seconds."""
 
 
-class Clock(Protocol):
-    """Something that increases while the model runs: time, or FLOPs."""
-
-    def mark(self) -> Any:
-        """The current value."""
-
-    def between(self, start: Any, stop: Any) -> float:
-        """The increase between two marks."""
-
-    def finish(self) -> None:
-        """Wait until all marks can be read."""
-
-
 class _Seconds:
-    """Marks in the stream of the device."""
+    """A clock whose marks are in the stream of the device; others may count FLOPs."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
@@ -79,7 +66,7 @@ class _Watch(Hooked):
     patch registers hooks on layers while the decoder is called, so those are enclosed then.
     """
 
-    def __init__(self, model: Any, clock: Clock | None = None) -> None:
+    def __init__(self, model: Any, clock: Any) -> None:
         adapter = adapter_for(model)
         self.clock = clock or _Seconds(next(adapter.decoder.parameters()).device)
         self.marks: dict[str, Any] = {}
@@ -146,11 +133,8 @@ class _Watch(Hooked):
 
 
 @torch.inference_mode()
-def prefill_split(model: Any, inputs: dict[str, Any], clock: Clock | None = None) -> Split:
-    """Time one prefill (last logits only) of inputs on the model's device.
-
-    Without a clock, the parts are seconds of the device.
-    """
+def prefill_split(model: Any, inputs: dict[str, Any], clock: Any = None) -> Split:
+    """Time one prefill (last logits only) on the model's device; `clock` may count other things."""
     with _Watch(model, clock) as watcher:
         model(**inputs, use_cache=True, logits_to_keep=1)
         return watcher.split()

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from tokencomp.serving.hf.fields import SAMPLING
 from tokencomp.serving.hf.grammar import Grammar
@@ -15,10 +15,9 @@ from tokencomp.serving.hf.text import AnswerText
 from tokencomp.serving.limits import RequestError
 from tokencomp.serving.saved import Saved
 
-Finish = Literal["stop", "length", "abort"]
 Event = tuple[int, str, Any]
-"""Index of the answer, kind, and value: `("start", Usage)`, `("text", Piece)`, `("end", Finish)` or
-`("error", exception)`."""
+"""Index of the answer, kind, and value: `("start", Usage)`, `("text", Piece)`, `("error",
+exception)`, or "end" with "stop", "length" or "abort"."""
 
 
 @dataclass

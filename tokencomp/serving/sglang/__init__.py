@@ -1,7 +1,4 @@
-"""The SGLang plugin. **No SGLang engine has been run with it by us.**
-
-    TOKENCOMP_SERVING='{"reducer": "divprune", "ratio": 0.5}' \\
-        python -m sglang.launch_server --model-path M
+"""The SGLang plugin (docs/serving.md). **No SGLang engine has been run with it by us.**
 
 The entry point `sglang.srt.plugins: tokencomp` calls `register` in every process of SGLang. Without
 `TOKENCOMP_SERVING` in the environment it does nothing. With it, hooks of SGLang's own registry wrap
@@ -12,13 +9,6 @@ one method of the processor and the function that embeds media, and the engine s
 2. `embedding`: the worker reduces the rows of the vision tower. Each kept row carries the (t, h, w)
    offsets of its original position as digits in further columns, which travel as one more level of
    SGLang's deepstack features and are added to the positions before the decoder runs.
-
-Models are Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5 (and MoE). A request chooses by
-`"mm_processor_kwargs": {"tokencomp": {"ratio": 0.75}}`. Precomputed embeddings are refused.
-
-Tested on a CPU with SGLang 0.5.23's Python files: placeholders, offsets, hashes, positions, and its
-scattering of embeddings, whole and in chunks, against transformers. Not run: a whole engine, a GPU,
-the radix cache end to end, CUDA graphs, tensor parallelism, speculative decoding.
 """
 
 from __future__ import annotations

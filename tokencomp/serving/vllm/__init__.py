@@ -64,17 +64,6 @@ def enabled() -> bool:
     return os.environ.get(ENV_OFF, "").lower() not in ("off", "0", "false", "no")
 
 
-def untested_version() -> str:
-    """Return what to say about an installed vLLM that is untested, or "" if it is tested."""
-    import vllm
-
-    version = vllm.__version__
-    if version.startswith(tuple(f"{v}." for v in TESTED_VERSIONS)):
-        return ""
-    tested = ", ".join(f"{v}.x" for v in TESTED_VERSIONS)
-    return f"vLLM {version} (tested: {tested}; install one of these)"
-
-
 def end_with_parent() -> None:
     """Have the system kill this process when the one that started it ends, if that is a part of it.
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from tokencomp.errors import OptionError, UnsupportedModelError
 from tokencomp.serving import ENV_OPTIONS, ENV_UNTESTED, KEY
-from tokencomp.serving.vllm import MODELS, STOCK, untested_version
+from tokencomp.serving.vllm import MODELS, STOCK, TESTED_VERSIONS
 
 
 def configured_options(model_config: Any) -> Any:
@@ -35,11 +35,14 @@ def configured_options(model_config: Any) -> Any:
 
 def check_version() -> None:
     """Refuse a vLLM that the compressing classes were not tested with, before they are imported."""
-    untested = untested_version()
-    if untested and os.environ.get(ENV_UNTESTED) != "1":
+    import vllm
+
+    tested = vllm.__version__.startswith(tuple(f"{version}." for version in TESTED_VERSIONS))
+    if not tested and os.environ.get(ENV_UNTESTED) != "1":
         raise UnsupportedModelError(
-            f"tokencomp cannot compress in {untested}. Set {ENV_UNTESTED}=1 to try it, or remove "
-            "the tokencomp options to serve the model without compression."
+            f"tokencomp cannot compress in vLLM {vllm.__version__} (tested: "
+            f"{', '.join(TESTED_VERSIONS)}; install one of these). Set {ENV_UNTESTED}=1 to try it, "
+            "or remove the tokencomp options to serve the model without compression."
         )
 
 
