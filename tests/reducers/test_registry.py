@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import sys
 import warnings
 from pathlib import Path
@@ -15,7 +16,7 @@ from support.matrix import row
 import tokencomp
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.registry import available_models, register_adapter
-from tokencomp.errors import NameTakenError, PluginWarning
+from tokencomp.errors import NameTakenError, OptionError, PluginWarning
 from tokencomp.plan.reducer import Traits
 from tokencomp.reducers import ScoreReducer, registry
 from tokencomp.reducers.bipartite import Bipartite
@@ -51,6 +52,13 @@ def test_a_taken_name_is_refused() -> None:
         tokencomp.register_reducer("bipartite")(UserReducer)
     assert tokencomp.available_reducers()["bipartite"] is Bipartite
     assert UserReducer.name == "uniform"
+
+
+def test_an_unknown_option_lists_what_patch_takes() -> None:
+    with pytest.raises(OptionError) as error:
+        tokencomp.make_reducer("auto", strength=1)
+    arguments = {*inspect.signature(tokencomp.patch).parameters} - {"model", "options"}
+    assert arguments <= {*str(error.value).rstrip(".").replace(":", ",").split(", ")}
 
 
 def test_override_replaces_a_reducer() -> None:

@@ -16,12 +16,17 @@ from importlib import metadata
 from typing import Any, TypeVar, cast
 
 from tokencomp.errors import OptionError, PluginWarning, check_free, unknown_name
+from tokencomp.plan.options import OPTIONS
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.compose import Compose, composed_options
 
 PACKAGE = "tokencomp.reducers"
 GROUP = "tokencomp.reducers"
 
+ARGUMENTS = (  # of `patch`
+    "ratio", "budget", "reducer", "plan", "tower_ratio", "tower_reducer", "strict",
+    "positions", "extend_context", "verify", *OPTIONS,
+)  # fmt: skip
 R = TypeVar("R", bound=type[Reducer])
 _REGISTRY: dict[str, type[Reducer]] = {}
 _built_in_loaded = _plugins_loaded = False
@@ -125,8 +130,8 @@ def make_reducer(name: str | Reducer, /, **options: Any) -> Reducer:
     allowed = _option_names(cls)
     if wrong := sorted(set(options) - set(allowed)):
         raise OptionError(
-            f"reducer {name!r} has no option {', '.join(map(repr, wrong))}. "
-            f"It has: {', '.join(allowed) or 'none'}."
+            f"reducer {name!r} has no option {', '.join(map(repr, wrong))}. Its options: "
+            f"{', '.join(allowed) or 'none'}; arguments of patch: {', '.join(ARGUMENTS)}."
         )
     return cls(**options)
 
