@@ -34,7 +34,8 @@ def frame_times(processor: Any, samplings: Sequence[Sampling]) -> dict[str, Any]
         warnings.warn(
             f"the processor writes when each frame was shown, and the frame rate of {unknown} of "
             f"{len(samplings)} videos is unknown: it assumes one (24 frames per second in "
-            "Qwen3-VL). Pass video files, or tokencomp.inputs.video.Video(frames, fps=...).",
+            "Qwen3-VL). A folder of frames has none: pass video files, or "
+            "tokencomp.inputs.video.Video(frames, fps=...).",
             FrameRateWarning,
             stacklevel=2,
         )
