@@ -11,7 +11,7 @@ import csv
 import io
 import json
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ __all__ = [
     "provenance",
     "published_from",
     "read_lines",
+    "rebuild",
     "table",
     "version",
     "write",
@@ -94,6 +95,13 @@ def table(
     lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
     rules = [rule] * (len(head) - right) + [f"{rule}:"] * right
     return "\n".join([lines[0], f"|{'|'.join(rules)}|", *lines[1:]])
+
+
+def rebuild(out: Path, page: Callable[[Any], str]) -> None:
+    """Write the table and the page of the results in `out`."""
+    stored = json.loads(out.read_text())
+    write_text(out.with_suffix(".csv"), csv_text(stored["rows"]))
+    write_text(out.with_suffix(".md"), page(stored))
 
 
 def csv_text(records: Sequence[Mapping[str, Any]]) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
+from argparse import ArgumentParser, Namespace
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +17,18 @@ from torch.nn import functional as F
 from recipes.packing import attention_mask
 from tokencomp.engine.prompt import IGNORED
 from tokencomp.training.steps import RunningScores, Steps
+
+
+def arguments(parser: ArgumentParser, out: Path) -> Namespace:
+    """Parse the command line with the options of every training, and start log and threads."""
+    parser.add_argument("--out", type=Path, default=out)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--stop-after", type=int, help="steps in this call; writes what is there")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    torch.set_num_threads(args.threads)
+    return args
 
 
 class Trainer(Steps):

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 from pathlib import Path
-
-import torch
 
 from benchmarks import publishing
 from benchmarks.nlvr.evaluate import evaluate
 from benchmarks.nlvr.page import PAGE, RESULTS, page
 from recipes.nlvr.build import FOLDER, train
+from recipes.trainer import arguments
 from tokencomp.cli import one_message
 from tokencomp.storage import write_text
 
@@ -27,13 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("train", "evaluate", "page"))
     parser.add_argument("corpus", type=Path, nargs="?", help="not for `page`")
-    parser.add_argument("--out", type=Path, default=FOLDER)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--stop-after", type=int, help="steps in this call; writes what is there")
-    args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    torch.set_num_threads(args.threads)
+    args = arguments(parser, FOLDER)
     if args.what == "train":
         print(json.dumps(train(args.corpus, args.out, args.seed, args.stop_after)), flush=True)
         return

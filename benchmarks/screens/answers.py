@@ -22,7 +22,7 @@ from PIL import Image
 
 import tokencomp
 from benchmarks import publishing
-from benchmarks.publishing import csv_text, environment
+from benchmarks.publishing import environment
 from benchmarks.screens.answers_page import page
 from recipes.screens.build import FOLDER
 from recipes.screens.questions import FAMILIES, Item, item, place
@@ -30,7 +30,6 @@ from tokencomp.cli import one_message
 from tokencomp.inputs.loading import load_folder
 from tokencomp.inputs.prompts import build_inputs
 from tokencomp.pages.pictures import survival
-from tokencomp.storage import write_text
 
 HERE = Path(__file__).parent
 OUT = HERE / "answers.json"
@@ -158,9 +157,7 @@ def main() -> None:
             "rows": [row for one in found.values() for row in one["rows"]],
         }
         publishing.write(args.out, stored)
-    stored = json.loads(args.out.read_text())
-    write_text(args.out.with_suffix(".csv"), csv_text(stored["rows"]))
-    write_text(args.out.with_suffix(".md"), page(stored))
+    publishing.rebuild(args.out, page)
 
 
 if __name__ == "__main__":

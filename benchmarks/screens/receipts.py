@@ -9,7 +9,6 @@ its pictures are not stated: nothing of them is stored here but counts.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from torch import Tensor
 import tokencomp
 from benchmarks import publishing
 from benchmarks.accuracy.run import tower_once
-from benchmarks.publishing import csv_text, environment
+from benchmarks.publishing import environment
 from benchmarks.screens.cells import CELL, copies, flat
 from benchmarks.screens.receipts_page import page
 from tokencomp.cli import one_message
@@ -36,7 +35,6 @@ from tokencomp.pages.pictures import survival
 from tokencomp.reducers._pixels import cells_of
 from tokencomp.reducers.pixelprune import unpredicted_cells
 from tokencomp.reducers.registry import make_reducer
-from tokencomp.storage import write_text
 
 HERE = Path(__file__).parent
 OUT = HERE / "receipts.json"
@@ -206,9 +204,7 @@ def main() -> None:
         torch.set_num_threads(1)
         stored = measure(receipts(args.folder), args.every)
         publishing.write(args.out, {"facts": {**environment(), **facts}, "model": MODEL, **stored})
-    stored = json.loads(args.out.read_text())
-    write_text(args.out.with_suffix(".csv"), csv_text(stored["rows"]))
-    write_text(args.out.with_suffix(".md"), page(stored))
+    publishing.rebuild(args.out, page)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ be ambiguous. `statements` balances true and false for every form.
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -18,6 +19,12 @@ Statement = tuple[str, bool]
 Form = Callable[[Scene, Rng], Statement | None]
 WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
 WALLS = {"base": ("base", "bottom"), "right": ("right wall",), "": ("edge", "wall", "side")}
+HEIGHTS = (
+    ("", operator.eq),
+    ("exactly", operator.eq),
+    ("at least", operator.ge),
+    ("more than", operator.gt),
+)
 TRIES = 12
 """Sentences of a form that are drawn until one has the truth that is asked for."""
 
@@ -372,6 +379,17 @@ def same_shape(scene: Scene, rng: Rng) -> Statement | None:
 # Towers
 
 
+def blocks(
+    rng: Rng, height: int, chance: float, heights: Sequence
+) -> tuple[str, Callable[[int], bool]]:
+    """How many blocks a tower has, at a chance: the words, and whether a number of blocks fits."""
+    if rng.random() >= chance:
+        return "", lambda k: True
+    how, compare = pick(rng, heights)
+    words = f"{how} {number(rng, height)} {plural('block', height)}"
+    return words, lambda k: compare(k, height)
+
+
 def level(scene: Scene, rng: Rng) -> Statement | None:
     """There is a tower with four blocks and a black block at the base."""
     words, n, fits = holder(rng, scene)
@@ -385,17 +403,7 @@ def level(scene: Scene, rng: Rng) -> Statement | None:
         index = {"base": 0, "top": -1, "second": 1}[place]
         return len(box) > (1 if place == "second" else 0) and box[index].color == color
 
-    few, ok = "", lambda k: True
-    if rng.random() < 0.35:
-        how, ok = pick(
-            rng,
-            [
-                ("", lambda k: k == height),
-                ("exactly", lambda k: k == height),
-                ("at least", lambda k: k >= height),
-            ],
-        )
-        few = f"{how} {number(rng, height)} {plural('block', height)}"
+    few, ok = blocks(rng, height, 0.35, HEIGHTS[:3])
     if place == "second":
         said = str(pick(rng, [f"{color} second block", f"a {color} block as the second level"]))
     elif rng.random() < 0.2 and place != "middle":
@@ -415,22 +423,13 @@ def as_part(scene: Scene, rng: Rng) -> Statement | None:
     words, n, fits = quantity(rng, 3)
     color, height = str(pick(rng, [*COLORS])), int(rng.integers(1, 5))
     place = str(pick(rng, ["base", "top"]))
-    few, ok = "", lambda k: True
-    if rng.random() < 0.6:
-        how, ok = pick(
-            rng,
-            [
-                ("", lambda k: k == height),
-                ("exactly", lambda k: k == height),
-                ("at least", lambda k: k >= height),
-                ("more than", lambda k: k > height),
-            ],
-        )
-        few = f"with {how} {number(rng, height)} {plural('block', height)}"
+    few, ok = blocks(rng, height, 0.6, HEIGHTS)
     index = 0 if place == "base" else -1
     count = sum(box[index].color == color and ok(len(box)) for box in scene.boxes)
     block = plural("block", n)
-    text = f"{there(rng, n)} {words} {color} {block} as the {place} of a tower {few}"
+    text = (
+        f"{there(rng, n)} {words} {color} {block} as the {place} of a tower {few and f'with {few}'}"
+    )
     return result(text, fits, count)
 
 

@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from recipes.packing import Packer
 from recipes.screens.train import Screens, ScreenStage, ScreenTrainer
+from recipes.trainer import arguments
 from tokencomp.cli import one_message
 from tokencomp.evaluation.environment import environment
 from tokencomp.inputs.loading import load_folder
@@ -78,15 +76,9 @@ def write(model: Any, source: Path, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=FOLDER)
     parser.add_argument("--delta", action="store_true", help="go on with delta's cells dropped")
     parser.add_argument("--longer", action="store_true", help="go on as long without: the control")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--stop-after", type=int, help="steps in this call; writes what is there")
-    args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    torch.set_num_threads(args.threads)
+    args = arguments(parser, FOLDER)
     which = "delta" if args.delta else "longer" if args.longer else "full"
     stages = {"full": RECIPE, "delta": DELTA, "longer": LONGER}[which]
     start = START if which == "full" else str(args.out / "full" / "model")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ import torch
 from recipes.sounds.batches import SoundBatches
 from recipes.sounds.model import build, build_processor, build_tokenizer, save
 from recipes.sounds.train import RECIPE, SoundTrainer
+from recipes.trainer import arguments
 from tokencomp.cli import one_message
 from tokencomp.evaluation.environment import environment
 from tokencomp.storage import write_json
@@ -51,13 +51,7 @@ def train(folder: Path, seed: int, stop_after: int | None) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=FOLDER)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--stop-after", type=int, help="steps in this call; writes what is there")
-    args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    torch.set_num_threads(args.threads)
+    args = arguments(parser, FOLDER)
     train(args.out, args.seed, args.stop_after)
 
 
