@@ -105,6 +105,7 @@ def test_equals_the_patched_model(served: Served, name: str) -> None:
         assert usage["reducer"] == spec["reducer"]
         amount = {n: v for n, v in (options or {"ratio": 0.5}).items() if n in ("ratio", "budget")}
         assert usage["requested"] == amount
+        assert usage["merge"] is (want[2].merged_from is not None)
         off = plain.usage.model_extra["tokencomp"]
         assert (off["ratio"], off["visual_tokens_before"], off["reducer"]) == (0, before, "none")
 
@@ -317,7 +318,8 @@ def test_the_line_of_the_log_has_the_id_of_the_answer(served: Served) -> None:
     (line,) = re.findall(".*id=a-line .*", (served.root / "log").read_text())
     assert re.search(r"POST /v1/chat/completions 200 [0-9.]+s id=a-line reducer=kcenter", line)
     counts = f" prompt={answer.usage.prompt_tokens} generated=8" if served.engine == "hf" else ""
-    assert f"reducer=kcenter ratio=0.75 visual=64->16{counts}" in line
+    merge = {"hf": "on", "vllm": "off"}[served.engine]
+    assert f"reducer=kcenter ratio=0.75 merge={merge} visual=64->16{counts}" in line
     raw = served.client.chat.completions.with_raw_response.create(
         model="tiny", messages=http.messages("x"), max_tokens=1
     )

@@ -103,11 +103,13 @@ def test_a_server_merges_unless_a_request_drops(tiny_folder: Any, tmp_path: Any)
     with started("vllm", folder, tmp_path, "--ratio", 0.5, "--merge", "on") as server:
         for asked in (None, {"merge": False}, {"merge": "auto", "ratio": 0.75}):
             answer = server.ask(image, tokencomp=asked)
-            want = hf_reference.chat_answer(
+            want, _, stats = hf_reference.chat_answer(
                 folder, [image], http.QUESTION, {**default, **(asked or {})}
-            )[0]
+            )
             texts.append(answer.choices[0].message.content.rstrip("\ufffd"))
             assert texts[-1] == want.rstrip("\ufffd")
+            merged = answer.usage.model_extra["tokencomp"]["merge"]
+            assert merged is (stats.merged_from is not None)
     assert len(set(texts)) == 3
 
 

@@ -228,7 +228,7 @@ def test_a_ratio_by_load_is_for_requests_that_name_none() -> None:
 
 def answering(kind: str, *bodies: bytes) -> Any:
     """Return a middleware before a vLLM whose processor saved 60 of 80 tokens of a clip."""
-    saved = Saved("kcenter", {"ratio": 0.75}, {"video": (80, 20)})
+    saved = Saved("kcenter", {"ratio": 0.75}, {"video": (80, 20)}, True)
     client = SimpleNamespace(shutdown=None, generate=lambda prompt, *_: prompts.append(prompt))
     prompts: list[Any] = []
 
@@ -259,7 +259,7 @@ def answering(kind: str, *bodies: bytes) -> Any:
 TOKENS, TEXT = {"prompt_tokens": 30, "completion_tokens": 2}, 'He said "usage":{} and left.'
 WANTED = {
     "visual_tokens_before": 80, "visual_tokens_after": 20, "ratio": 0.75, "reducer": "kcenter",
-    "requested": {"ratio": 0.75},
+    "merge": True, "requested": {"ratio": 0.75},
 }  # fmt: skip
 
 
@@ -274,7 +274,7 @@ def test_the_usage_and_the_log_say_what_was_saved(caplog: pytest.LogCaptureFixtu
     assert answer.headers["id"] == answer.headers["x-request-id"]  # vLLM's is that of the log
     (line,) = (record.getMessage() for record in caplog.records)
     assert " 200 " in line and f"id={answer.headers['id']} " in line
-    assert line.endswith("reducer=kcenter ratio=0.75 visual=80->20")
+    assert line.endswith("reducer=kcenter ratio=0.75 merge=on visual=80->20")
     chunks = [{"choices": [{"delta": {"content": TEXT}}], "usage": None},
               {"choices": [], "usage": TOKENS}]  # fmt: skip
     events = [b"data: %s\n\n" % dumps(chunk).encode() for chunk in chunks]

@@ -129,12 +129,16 @@ class Stats:
     @property
     def merged_from(self) -> int | None:
         """First decoder layer before which tokens are merged into others; None: never."""
-        stages = (
-            self._plan.merging(*item)
-            for rows in zip(self.spans, self.counts, self._places, self.entering, strict=True)
-            for item in zip(*rows, strict=True)
-        )
-        return min((stage.layer for stage in stages if stage is not None), default=None)
+        return min((layer for layer in self.merged if layer is not None), default=None)
+
+    @functools.cached_property
+    def merged(self) -> list[int | None]:
+        """`merged_from` of every sample."""
+        found = []
+        for rows in zip(self.spans, self.counts, self._places, self.entering, strict=True):
+            stages = (self._plan.merging(*item) for item in zip(*rows, strict=True))
+            found.append(min((s.layer for s in stages if s is not None), default=None))
+        return found
 
     @functools.cached_property
     def requested_ratio(self) -> float:

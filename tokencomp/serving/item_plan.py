@@ -59,11 +59,14 @@ def item_span(modality: Any, grid: Grid, special: Iterable[int] = ()) -> VisualS
 
 
 class ItemSize(NamedTuple):
-    """Tokens of an item before and after the reduction, and its positions (`ItemPlan.extent`)."""
+    """Tokens of an item before and after the reduction, its positions (`ItemPlan.extent`), and
+    whether dropped tokens are merged.
+    """
 
     full: int
     kept: int
     extent: int
+    merged: bool = False
 
 
 @dataclass(frozen=True)
@@ -137,7 +140,8 @@ class ItemPlan:
     @property
     def size(self) -> ItemSize:
         """What the front end stores of the item."""
-        return ItemSize(self.full, self.kept, self.extent)
+        merged = self.merge and self.kept < self.entering
+        return ItemSize(self.full, self.kept, self.extent, merged)
 
     @property
     def counted(self) -> list[tuple[VisualSpan, int]]:

@@ -21,16 +21,20 @@ class Saved:
 
     `reducer` is "none" where nothing is compressed, `requested` the ratio or budget in force.
     `tokens` has, by modality, those before, and the mean over decoder layers of those seen.
+    `merge` says whether dropped tokens were merged into kept ones.
     """
 
     reducer: str = "none"
     requested: Mapping[str, Any] = field(default_factory=dict)
     tokens: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+    merge: bool = False
 
     @classmethod
-    def by(cls, spec: MethodSpec, tokens: Mapping[str, tuple[int, float]]) -> Saved:
+    def by(
+        cls, spec: MethodSpec, tokens: Mapping[str, tuple[int, float]], merge: bool = False
+    ) -> Saved:
         reducer = spec.built_reducer.name if spec.active else "none"
-        return cls(reducer, spec.requested, tokens)
+        return cls(reducer, spec.requested, tokens, merge)
 
     @property
     def before(self) -> int:
@@ -50,13 +54,16 @@ class Saved:
             "visual_tokens_after": self.after,
             "ratio": 1 - self.after / self.before if self.before else 0.0,
             "reducer": self.reducer,
+            "merge": self.merge,
             "requested": dict(self.requested),
         }
 
     def __str__(self) -> str:
         """Return the words of a line of the log."""
         asked = ",".join(f"{name}={value}" for name, value in self.requested.items())
-        return f"reducer={self.reducer} {asked or 'ratio=0'} visual={self.before}->{self.after:g}"
+        merge = "on" if self.merge else "off"
+        method = f"reducer={self.reducer} {asked or 'ratio=0'} merge={merge}"
+        return f"{method} visual={self.before}->{self.after:g}"
 
 
 class ServerMetrics:

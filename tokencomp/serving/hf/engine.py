@@ -242,14 +242,16 @@ class Engine:
         seen: list[Seen] = [{kind: (n, n) for kind, n in row.items()} for _, row in counts]
         before = [sum(media.values()) for _, media in counts]
         first = before  # visual tokens of the first decoder layer
+        merged: list[int | None] = [None] * len(counts)
         stats = self._handle.stats if spec.active and any(before) else None
         if stats:
             first, seen = [row[0] for row in stats.tokens_after], seen_by_modality(stats)
+            merged = stats.merged
             self.metrics.reduce.inc(stats.reduce_seconds)
-        rows = zip(counts, before, first, seen, strict=True)
+        rows = zip(counts, before, first, seen, merged, strict=True)
         usages = [
-            Usage(total - visual + entered, Saved.by(spec, tokens))
-            for (total, _), visual, entered, tokens in rows
+            Usage(total - visual + entered, Saved.by(spec, tokens, layer is not None))
+            for (total, _), visual, entered, tokens, layer in rows
         ]
         self.metrics.count_prefill(usages)
         for job, usage in zip(batch, usages, strict=True):

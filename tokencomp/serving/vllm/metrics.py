@@ -61,7 +61,8 @@ def saved_by(spec: MethodSpec, sizes: Mapping[str, Sequence[tuple[int, ItemSize 
         modality: (sum(s.full if s else kept for kept, s in items), sum(kept for kept, _ in items))
         for modality, items in sizes.items()
     }
-    saved = Saved.by(spec, tokens)
+    merged = any(size.merged for items in sizes.values() for _, size in items if size)
+    saved = Saved.by(spec, tokens, merged)
     process_metrics().count(saved)
     return saved
 
