@@ -31,14 +31,6 @@ def test_merge(grid: tuple[int, int, int], keep: int) -> None:
     torch.testing.assert_close(out.features, torch.tensor([row.x for row in expected]).double())
 
 
-def test_weighted_merge_preserves_the_sum() -> None:
-    """Size-weighted means carry the mass of every original token exactly once."""
-    x = torch.randn(4 * 36, 5, dtype=torch.float64)
-    out = Bipartite().reduce(Tokens(x, [(4, 6, 6)], [22]))
-    assert out.weights.sum() == 144
-    torch.testing.assert_close((out.features * out.weights[:, None].double()).sum(0), x.sum(0))
-
-
 def pagerank_reference(
     q: torch.Tensor, k: torch.Tensor, scale: float, tau: float, steps: int
 ) -> list[float]:

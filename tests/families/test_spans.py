@@ -32,29 +32,6 @@ def brief(found: list[VisualSpan]) -> list[tuple[Any, ...]]:
     return [(s.start, s.length, s.grid, s.modality) for s in found]
 
 
-@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl"])
-def test_qwen(name: str) -> None:
-    family = FAMILIES[name]
-    found = spans(name, family.image(0), family.video(6))
-    assert brief(found) == [(4, 16, (1, 4, 4), "image"), (23, 24, (3, 2, 4), "video")]
-
-
-@pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_vl_moe"])
-def test_qwen3_video_is_one_span(name: str) -> None:
-    """Timestamps between frames are text; two videos in a row are two spans."""
-    family = FAMILIES[name]
-    found = spans(name, family.video(4), family.video(6), family.image(1))
-    # per frame: < t > start, 8 tokens, end
-    assert brief(found) == [
-        (7, 21, (2, 2, 4), "video"),
-        (34, 34, (3, 2, 4), "video"),
-        (71, 8, (1, 2, 4), "image"),
-    ]
-    assert found[0].text == (8, 9, 10, 11, 12)
-    assert found[0].visual == 16
-    assert found[0].special == ()
-
-
 @pytest.mark.parametrize("name", ["llava_next", "llava_next_video", "llava_onevision"])
 def test_mosaic(name: str) -> None:
     found = spans(name, FAMILIES[name].image(0))
@@ -97,20 +74,6 @@ def test_next_video() -> None:
     pair = Media(a.ids[:-1] + b.ids, {"pixel_values_videos": pixels})
     found = spans("llava_next_video", pair)
     assert brief(found) == [(3, 12, (3, 2, 2), "video"), (15, 12, (3, 2, 2), "video")]
-
-
-def test_tiles() -> None:
-    assert brief(spans("llava", FAMILIES["llava"].video(2))) == [
-        (3, 16, (1, 4, 4), "image"),
-        (19, 16, (1, 4, 4), "image"),
-    ]
-    found = spans("internvl", FAMILIES["internvl"].image(0), FAMILIES["internvl"].video(2))
-    assert [s.start for s in found] == [4, 20, 36, 57, 77]
-    assert {s.grid for s in found} == {(1, 4, 4)}
-    for name in ("smolvlm", "idefics3"):
-        found = spans(name, FAMILIES[name].image(0))
-        assert [s.start for s in found] == [5, 23, 41]
-        assert {s.grid for s in found} == {(1, 4, 4)}
 
 
 def test_vila() -> None:

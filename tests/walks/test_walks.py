@@ -144,8 +144,3 @@ def test_an_author_brings_a_method_in_a_package(desk: Desk) -> None:
     assert re.search(rf"^{name} ", desk.run("list", "reducers"), re.MULTILINE)
     own = ("--model", MODEL, "--image", "street.jpg", "--question", "What color is the circle?")
     assert name in desk.run("inspect", *own, "--reducer", name)
-
-
-def test_a_contributor_checks_a_family() -> None:
-    (check,) = re.findall(r"`python (-m [\w.]+) TYPE`", (ROOT / "CONTRIBUTING.md").read_text())
-    assert "exact" in Desk(ROOT).python(*check.split(), "paligemma")

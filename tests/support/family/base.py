@@ -25,6 +25,7 @@ TEXT: dict[str, Any] = dict(
 LONG: dict[str, Any] = dict(TEXT, max_position_embeddings=2048)
 IDS = dict(image_token_id=IMAGE, video_token_id=VIDEO)
 ENDS = dict(vision_start_token_id=START, vision_end_token_id=END)
+SIGLIP = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
 TOWER = dict(
     depth=2, hidden_size=32, out_hidden_size=64, intermediate_size=48, num_heads=2, patch_size=4,
     temporal_patch_size=2, spatial_merge_size=2, in_channels=3,
@@ -37,6 +38,11 @@ class Media:
 
     ids: list[int]
     inputs: dict[str, Tensor]
+
+    def beside(self, other: Media, shared: int = 0) -> Media:
+        """Both, with so many tokens at the end of this and the start of the other left out."""
+        inputs = {key: torch.cat([value, other.inputs[key]]) for key, value in self.inputs.items()}
+        return Media([*self.ids[: len(self.ids) - shared], *other.ids[shared:]], inputs)
 
 
 class Family:
@@ -93,7 +99,8 @@ class Family:
         raise NotImplementedError
 
     def video(self, frames: int = 4) -> Media:
-        raise NotImplementedError
+        """A video, or a picture in place of it."""
+        return self.image()
 
     def batch(self, rows: list[list[Any]]) -> dict[str, Tensor]:
         """Left-padded batch from rows of text ids (lists of ints) and `Media`."""

@@ -12,6 +12,7 @@ from support.family.base import (
     ENDS,
     IDS,
     IMAGE,
+    SIGLIP,
     START,
     TEXT,
     TOWER,
@@ -86,19 +87,13 @@ class Gemma3(Family):
                 TEXT, head_dim=16, sliding_window=WINDOW,
                 layer_types=["sliding_attention", "full_attention"] * 2,
             ),
-            vision_config=dict(
-                hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-                image_size=32, patch_size=4,
-            ),
+            vision_config=dict(SIGLIP, image_size=32, patch_size=4),
             mm_tokens_per_image=16, image_token_id=IMAGE, image_token_index=IMAGE,
             boi_token_index=START, eoi_token_index=END,
         )  # fmt: skip
 
     def image(self, size: int = 0) -> Media:
         return Media([START, *[IMAGE] * 16, END], {"pixel_values": torch.randn(1, 3, 32, 32)})
-
-    def video(self, frames: int = 4) -> Media:
-        return self.image()
 
     def finish(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         inputs["token_type_ids"] = (inputs["input_ids"] == IMAGE).long()
@@ -122,8 +117,7 @@ class Gemma4(Gemma3):
                 layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
             ),
             vision_config=dict(
-                hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-                num_key_value_heads=2, head_dim=16, patch_size=4, pooling_kernel_size=2,
+                SIGLIP, num_key_value_heads=2, head_dim=16, patch_size=4, pooling_kernel_size=2,
             ),
             audio_config=None, image_token_id=IMAGE, video_token_id=VIDEO, audio_token_id=154,
         )  # fmt: skip
@@ -192,9 +186,6 @@ class Lfm2Vl(Family):
             "spatial_shapes": torch.tensor([[h, w]]),
         }
         return Media([START, *[IMAGE] * (h * w // 4), END], inputs)
-
-    def video(self, frames: int = 4) -> Media:
-        return self.image()
 
 
 class MiniCpmV46(Qwen35):

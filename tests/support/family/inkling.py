@@ -35,6 +35,3 @@ class Inkling(Family):
         """Two frames of 4 × 4 pixels a token."""
         count = (16, 8, 6)[size]
         return Media([152, *[IMAGE] * count], {"pixel_values": torch.randn(count, 2, 4, 4, 3)})
-
-    def video(self, frames: int = 4) -> Media:
-        return self.image()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import transformers
 
-from support.family.base import IMAGE, LONG, VIDEO, Family, Media
+from support.family.base import IMAGE, LONG, SIGLIP, VIDEO, Family, Media
 
 
 class LlavaOnevision(Family):
@@ -17,10 +17,7 @@ class LlavaOnevision(Family):
     def config(self) -> Any:
         return transformers.LlavaOnevisionConfig(
             text_config=transformers.Qwen2Config(**LONG),
-            vision_config=transformers.SiglipVisionConfig(
-                hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-                image_size=16, patch_size=4,
-            ),
+            vision_config=transformers.SiglipVisionConfig(**SIGLIP, image_size=16, patch_size=4),
             image_token_id=IMAGE, video_token_id=VIDEO,
             image_grid_pinpoints=[[16, 16], [16, 32], [32, 16], [32, 32]],
             vision_feature_layer=-1, vision_feature_select_strategy="full",

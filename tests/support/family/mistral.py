@@ -45,6 +45,4 @@ class Mistral3(Family):
         return Media(ids, {"pixel_values": pixels, "image_sizes": sizes})
 
     def video(self, frames: int = 4) -> Media:
-        a, b = self.image(1), self.image(2)
-        inputs = {key: torch.cat([value, b.inputs[key]]) for key, value in a.inputs.items()}
-        return Media(a.ids + b.ids, inputs)
+        return self.image(1).beside(self.image(2))

@@ -45,9 +45,7 @@ class Qwen2VL(Family):
         return self.whole_video(frames)
 
     def two_images(self) -> Media:
-        a, b = self.image(1), self.image(1)
-        inputs = {k: torch.cat([v, b.inputs[k]]) for k, v in a.inputs.items()}
-        return Media(a.ids + b.ids, inputs)
+        return self.image(1).beside(self.image(1))
 
     def whole_video(self, frames: int) -> Media:
         return self._media((frames // 2, 4, 8), VIDEO, "video")

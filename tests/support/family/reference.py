@@ -45,6 +45,3 @@ class UnlimitedOcr(Family):
     def image(self, size: int = 0) -> Media:
         """Four rows of four tokens and a line break, and a separator."""
         return Media([IMAGE] * 21, {"pixel_values": torch.randn(1, 3, 64, 64)})
-
-    def video(self, frames: int = 4) -> Media:
-        return self.image()

@@ -97,9 +97,7 @@ class KimiK25(Family):
 
     def video(self, frames: int = 4) -> Media:
         """Two images side by side in one run."""
-        a, b = self.image(1), self.image(2)
-        inputs = {key: torch.cat([value, b.inputs[key]]) for key, value in a.inputs.items()}
-        return Media([*a.ids[:-1], *b.ids[1:]], inputs)
+        return self.image(1).beside(self.image(2), shared=1)
 
     def whole_video(self, frames: int) -> Media:
         """Frames are merged by twos; a time stands before every two."""
@@ -139,9 +137,7 @@ class FastVLM(Family):
 
     def video(self, frames: int = 4) -> Media:
         """Two images side by side in one run."""
-        a, b = self.image(), self.image()
-        pixels = torch.cat([a.inputs["pixel_values"], b.inputs["pixel_values"]])
-        return Media([*a.ids[:-1], *b.ids[1:]], {"pixel_values": pixels})
+        return self.image().beside(self.image(), shared=1)
 
 
 STRUCTURAL: dict[str, Family] = {

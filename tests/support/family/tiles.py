@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from support.family.base import END, IMAGE, LONG, PAD, START, Family, Media
+from support.family.base import END, IMAGE, LONG, PAD, SIGLIP, START, Family, Media
 
 
 class InternVL(Family):
@@ -21,8 +21,7 @@ class InternVL(Family):
         return transformers.InternVLConfig(
             text_config=transformers.Qwen2Config(**LONG),
             vision_config=transformers.InternVLVisionConfig(
-                hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-                image_size=[32, 32], patch_size=[4, 4], use_mean_pooling=True,
+                **SIGLIP, image_size=[32, 32], patch_size=[4, 4], use_mean_pooling=True
             ),
             image_token_id=IMAGE, downsample_ratio=0.5, image_seq_length=16,
         )  # fmt: skip
@@ -46,10 +45,7 @@ class SmolVLM(Family):
     architecture = "SmolVLMForConditionalGeneration"
 
     def vision_config(self) -> dict[str, Any]:
-        return dict(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-            image_size=32, patch_size=4,
-        )  # fmt: skip
+        return dict(SIGLIP, image_size=32, patch_size=4)
 
     def config(self) -> Any:
         text = transformers.LlamaConfig(**LONG)
