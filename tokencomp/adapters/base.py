@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters.media_call import CODES, MODALITIES, MediaCall, TowerCall
-from tokencomp.adapters.row_scales import row_scales
 from tokencomp.adapters.structure import (
     Parts,
     deepstack_layers,
@@ -18,6 +17,7 @@ from tokencomp.adapters.structure import (
     find_placeholders,
     mrope_rows,
     parameters_of,
+    row_scales,
 )
 from tokencomp.adapters.towers.base import Tower, unknown_cells
 from tokencomp.tokens.spans import Modality, VisualSpan

@@ -234,6 +234,22 @@ def mrope_rows(parts: Parts) -> int:
     return max(3, len(known or ()))
 
 
+def row_scales(decoder: Any) -> dict[str, float | None]:
+    """Fields of the config by which layers scale queries by their row, which dropping rows changes.
+
+    Field → first scaled row, None if the config does not name it. Decoders that scale by position
+    are no such decoders.
+    """
+    config, names = decoder.config, parameters_of(decoder.layers[0])
+    found: dict[str, float | None] = {}
+    if getattr(config, "attn_temperature_tuning", False):  # Llama 4
+        found["floor_scale"] = getattr(config, "floor_scale", None)
+    floor = getattr(config, "log_scaling_n_floor", None)
+    if floor and "relative_distance" not in names:  # Inkling; Inkling 2 scales by position
+        found["log_scaling_n_floor"] = floor
+    return found
+
+
 def scales_queries(config: Any) -> bool:
     """Whether attention scales queries by their position (Ministral 3, Mistral 4)."""
     tables = (getattr(config, name, None) for name in ("rope_parameters", "rope_scaling"))

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import threading
 from collections.abc import Iterator
+from contextvars import ContextVar
 from importlib import resources
 from typing import Any
 
@@ -21,7 +21,7 @@ PASSED = ("exact", "entry only")
 STATUSES = (*PASSED, "refused", "unverified")
 # Tested with a real tower instead, which has no method that conformance could replace.
 TESTED = frozenset({"qwen2_audio"})
-_local = threading.local()
+_accepted = ContextVar("accepted", default=False)
 
 
 def releases() -> list[str]:
@@ -58,14 +58,14 @@ def _passed(installed: str) -> frozenset[str]:
 
 def accepts_unverified() -> bool:
     """Whether this thread accepts unverified model types, see `unverified_accepted`."""
-    return getattr(_local, "accepted", 0) > 0
+    return _accepted.get()
 
 
 @contextlib.contextmanager
 def unverified_accepted() -> Iterator[None]:
     """Accept unverified model types in this thread, inside the block, to verify them."""
-    _local.accepted = getattr(_local, "accepted", 0) + 1
+    token = _accepted.set(True)
     try:
         yield
     finally:
-        _local.accepted -= 1
+        _accepted.reset(token)

@@ -155,13 +155,10 @@ def _words(text: str) -> str:
     text = unicodedata.normalize("NFC", text.lower())
     text = re.sub(r"(?<!\w)[-−–](?=[^\w\s]?\d)", "minus ", text)
     text = re.sub(r"[\ufe0e\ufe0f]", "", text)  # whether a sign is an emoji
-    words = re.sub(r"\W", lambda c: c[0] if _is_mark(c[0]) else " ", text).split()
-    return " ".join(words) or text.strip()
-
-
-def _is_mark(character: str) -> bool:
-    """Whether it is a combining mark: an accent, or a vowel sign of Hindi or Thai."""
-    return unicodedata.category(character) in ("Mn", "Mc")
+    # Combining marks stay: accents, and vowel signs of Hindi or Thai.
+    marks = ("Mn", "Mc")
+    words = re.sub(r"\W", lambda c: c[0] if unicodedata.category(c[0]) in marks else " ", text)
+    return " ".join(words.split()) or text.strip()
 
 
 def modality_of(media: Media) -> Literal["image", "video", "audio"]:

@@ -82,12 +82,11 @@ class Video(list[Any]):
     ) -> None:
         super().__init__(frames)
         at = tuple(range(len(self)) if indices is None else (int(i) for i in indices))
-        if fps is not None and not fps > 0:
-            raise MediaError(f"fps={fps!r}: give frames per second above 0, or None if unknown.")
-        if len(at) != len(self) or list(at) != sorted(set(at)) or (at and at[0] < 0):
+        ascending = len(at) == len(self) and list(at) == sorted(set(at)) and min(at, default=0) >= 0
+        if not ascending or (fps is not None and not fps > 0):
             raise MediaError(
-                f"indices={indices!r} for {len(self)} frames: give one number per frame, ascending "
-                "from 0."
+                f"fps={fps!r}, indices={indices!r} for {len(self)} frames: give a rate above 0, or "
+                "None if unknown, and one number per frame, ascending from 0."
             )
         last = at[-1] + 1 if at else 0
         self.sampling = Sampling(at, last if total is None else max(int(total), last), fps)

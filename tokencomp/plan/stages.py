@@ -82,26 +82,12 @@ class Stage(StageOptions):
         for name, hint in {"layer": int, "fraction": float}.items():
             if not fits(value := getattr(self, name), hint):
                 raise PlanError(f"stage: {name}={value!r}; expected {describe_type(hint)}.")
-        if only_plans(self.reducer):
-            raise PlanError(
-                f"stage: reducer {self.reducer.name!r} only plans the steps of others. Give it to "
-                "patch(reducer=...), or use the stages that its plan(ratio, num_layers) makes."
-            )
+        if fault := _unfit_for_layer(self.reducer, self.layer):
+            raise PlanError(f"stage at layer {self.layer}: reducer {self.reducer.name!r} {fault}.")
         check_effect(self.reducer.name, self.reducer, unused_options(self.reducer, pixels=False))
         for name, value in self.options_in_force.items():
             object.__setattr__(self, name, value)
         self.check_options(self.reducer)
-        if self.reducer.traits.decides:
-            raise PlanError(
-                f"stage at layer {self.layer}: reducer {self.reducer.name!r} compares pixels, "
-                "which are seen before block 0 of the vision tower only. Use "
-                f"TowerStage(0, 1.0, reducer), or patch(model, reducer={self.reducer.name!r})."
-            )
-        if self.layer > 0 and self.reducer.traits.entry_only:
-            raise PlanError(
-                f"stage at layer {self.layer}: reducer {self.reducer.name!r} reads the input "
-                "of the first layer. Move the stage to layer 0, or take another reducer."
-            )
 
     def fraction_of(self, modality: str | None, place: Place | None = None) -> float:
         """The fraction of a modality; None: of modalities without one.
@@ -229,6 +215,20 @@ class TowerStage:
         t, h, w = span.grid
         parts, grid = (t, (1, h, w)) if self.frames_apart else (1, span.grid)
         return parts * self.cells([grid])[0] + len(span.special)
+
+
+def _unfit_for_layer(reducer: AnyReducer, layer: int) -> str:
+    """Why a reducer cannot act before a decoder layer, or ""."""
+    if only_plans(reducer):
+        return "only plans the steps of others. Give it to patch(reducer=...)"
+    if reducer.traits.decides:
+        return (
+            "compares pixels, which are seen before block 0 of the vision tower only. Use "
+            "TowerStage(0, 1.0, reducer), or patch(reducer=...)"
+        )
+    if layer > 0 and reducer.traits.entry_only:
+        return "reads the input of the first layer. Move the stage to layer 0"
+    return ""
 
 
 def _unfit_for_tower(reducer: AnyReducer) -> str:

@@ -43,23 +43,15 @@ def load_checkpoint(path: Path | None, identity: dict[str, Any]) -> dict[str, An
     Raises
     ------
     OptionError
-        The file is not a checkpoint, it belongs to another `identity`, or its folder cannot be
-        written to.
+        The file belongs to another `identity`, or its folder cannot be written to.
     """
     if path is None:
         return None
     check_folder(path.parent)
     if not path.exists():
         return None
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        stored = state.get("identity", {})
-    except Exception as error:  # torch raises whatever its unpickler stumbles over
-        raise OptionError(
-            f"{path} is no checkpoint of a training run ({type(error).__name__}). Remove it, or "
-            "give another --output."
-        ) from error
-    check_identity(path, stored, identity)
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    check_identity(path, state["identity"], identity)
     return state
 
 

@@ -141,7 +141,7 @@ def answer_ids(processor: Any, model: Any, answers: Sequence[str], end: bool) ->
     stop = getattr(model.generation_config, "eos_token_id", None) or tokenizer.eos_token_id
     stop = stop[0] if isinstance(stop, list) else stop
     ids = [tokenizer(a, add_special_tokens=False)["input_ids"] for a in answers]
-    if any(not row for row in ids):
+    if not all(ids):
         raise OptionError("an answer is empty; every training question needs one.")
     return [[*row, stop] if end else list(row) for row in ids]
 

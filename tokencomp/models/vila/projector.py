@@ -68,36 +68,24 @@ class VilaProjector(nn.Module):
 def _build(kind: str, vision: int, hidden: int, factor: int, order: Order) -> nn.Module:
     """Build the layers of one projector type; their indices are part of the parameter names."""
     wide = factor * factor * vision
+    layers: list[nn.Module]
     if kind == "identity":
         return nn.Identity()
     if kind == "linear":
         return nn.Linear(vision, hidden)
-    if kind == "mlp_downsample_3x3_fix":
-        return nn.Sequential(
-            SpaceToDepth(factor, order),
-            nn.LayerNorm(wide),
-            nn.Linear(wide, 3 * vision),
-            nn.GELU(),
-            nn.LayerNorm(3 * vision),
-            nn.Linear(3 * vision, hidden),
-            nn.GELU(),
-            nn.Linear(hidden, hidden),
-        )
     if kind in DOWNSAMPLE:
-        return nn.Sequential(
-            SpaceToDepth(factor, order),
-            nn.LayerNorm(wide),
-            nn.Linear(wide, hidden),
-            nn.GELU(),
-            nn.Linear(hidden, hidden),
-        )
+        layers = [SpaceToDepth(factor, order), nn.LayerNorm(wide)]
+        if kind == "mlp_downsample_3x3_fix":
+            layers += [nn.Linear(wide, 3 * vision), nn.GELU(), nn.LayerNorm(3 * vision)]
+            wide = 3 * vision
+        return nn.Sequential(*layers, nn.Linear(wide, hidden), nn.GELU(), nn.Linear(hidden, hidden))
     depth = re.fullmatch(r"mlp(\d+)x_gelu", kind)
     if depth is None or int(depth[1]) < 1:
         raise CheckpointError(
             f"mm_projector_type={kind!r}: unknown projector. Known: {', '.join(KINDS)}. The "
             "multi-scale (s2) variants are not supported."
         )
-    layers: list[nn.Module] = [nn.Linear(vision, hidden)]
+    layers = [nn.Linear(vision, hidden)]
     for _ in range(int(depth[1]) - 1):
         layers += [nn.GELU(), nn.Linear(hidden, hidden)]
     return nn.Sequential(*layers)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tokencomp.errors import OptionError
 from tokencomp.inputs.prompts import generate
 from tokencomp.inputs.questions import Example
 from tokencomp.reducers._batch import finite_values
@@ -124,15 +123,9 @@ def _flat(pairs: list[Pair], seconds: float) -> dict[str, Tensor]:
 
 
 def _pairs(file: Path) -> tuple[list[Pair], float]:
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    try:
-        flat = load_file(file)
-        lengths = flat["lengths"].tolist()
-        parts = (flat["rows"].split(lengths), flat["labels"].split(lengths))
-    except (SafetensorError, KeyError, RuntimeError) as error:
-        raise OptionError(
-            f"{file} is damaged ({error}). Remove {file.parent}, or give another --output."
-        ) from error
+    flat = load_file(file)
+    lengths = flat["lengths"].tolist()
+    parts = (flat["rows"].split(lengths), flat["labels"].split(lengths))
     return list(zip(*parts, strict=True)), float(flat.get("seconds", 0.0))
