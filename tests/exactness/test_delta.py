@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -9,58 +10,75 @@ import torch
 from support import oracle, tower
 from support.families import FAMILIES, Family, text
 from support.prompts import pack
-from support.screens import THRESHOLD, Screen
+from support.screens import PACKED, THRESHOLD, Screen, Shown, TiledScreen, of_family
 from torch import Tensor, nn
 
 import tokencomp
 from tokencomp import Plan, Stage, TowerStage, make_reducer
 from tokencomp.errors import OptionError, SpanError, TokenCompError
 
-FAMILY_NAMES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"]
+FAMILY_NAMES = ["qwen3_5", *sorted(set(FAMILIES) - {"qwen3_vl_moe"})]
 RANDOM = make_reducer("random")
 DELTA = TowerStage(0, 1.0, make_reducer("delta", threshold=THRESHOLD))
 
 
-def screens(family: Family) -> tuple[list[list[Any]], list[list[list[int]]]]:
-    """Ragged rows of pictures and a video, and which cells of every one of them stay.
+def screens(family: Family) -> list[list[Any]]:
+    """Ragged rows of pictures and a video, of which it is known which cells stay.
 
     The first picture is the same in both samples, so that a sample that saw the other would keep
-    nothing of it. Of a picture in which nothing changed, the first cell stays.
+    nothing of it.
     """
-    whole, short = list(range(16)), list(range(8))
-    a, b, v = (Screen(family, m) for m in (family.image(0), family.image(1), family.video(4)))
+    a, b, v = of_family(family)
     first = [
-        text(3), a.first, text(2, 2), a.show({3}), text(2), b.first, text(2), a.show(set()),
-        text(5), b.show({1, 6}), text(3, 4),
+        text(3), a.first, text(2, 2), a.show({3}), text(2),
+        b.show({*range(b.cells)}) if b is a else b.first,
+        text(2), a.show(set()), text(5), b.show({1, 6}), text(3, 4),
     ]  # fmt: skip
-    second = [a.first, text(3, 5), v.show(set(short), {2, 5}), text(2), v.show({4}, {0}), text(4)]
-    kept = [[whole, [3], short, [0], [1, 6]], [whole, [*short, 10, 13], [4, 8]]]
-    return [first, second, [text(9, 6)]], kept
+    whole = {*range(v.cells)}
+    shown = [v.show(whole, {2, 3}), v.show({1}, {0})] if v.frames > 1 else [v.show(whole)]
+    return [first, [a.first, text(3, 5), *joined(shown), text(4)], [text(9, 6)]]
+
+
+def joined(shown: list[Shown]) -> list[Any]:
+    """With text after every one."""
+    return [part for media in shown for part in (media, text(2))]
+
+
+def kept_of(row: list[Any]) -> list[int]:
+    """The cells that stay, counted over all media of a row."""
+    media = [part for part in row if isinstance(part, Shown)]
+    firsts = itertools.accumulate((m.cells for m in media), initial=0)
+    return [first + cell for first, m in zip(firsts, media, strict=False) for cell in m.kept]
+
+
+def cells_of(stats: Any, sample: int) -> list[int]:
+    """The cells that the tower has kept, counted over all media of a sample."""
+    found, first = [], 0
+    for span, offsets in zip(stats.spans[sample], stats.tower_kept(sample), strict=True):
+        patches = (~span.special_mask()).nonzero()[:, 0].tolist()
+        found += [first + patches.index(offset) for offset in offsets if offset in patches]
+        first += len(patches)
+    return found
 
 
 def test_exactly_the_cells_that_changed_are_kept(family: Family) -> None:
-    model, (rows, kept) = family.build(), screens(family)
+    model, rows = family.build(), screens(family)
     with tokencomp.patch(model, reducer="delta", threshold=THRESHOLD) as handle, torch.no_grad():
         model(**family.batch(rows))
         stats = handle.stats
-        found = [_by_item(stats.spans[b], stats.tower_kept(b)) for b in range(3)]
-        sizes = [_by_item(stats.spans[b], stats.entering[b], lengths=True) for b in range(3)]
-    assert found == [*kept, []]
-    assert sizes == [[len(cells) for cells in row] for row in [*kept, []]]
+    assert [cells_of(stats, b) for b in range(3)] == [kept_of(row) for row in rows]
+    left = [
+        sum(n - span.special_mask().sum() + len(span.text) for n, span in zip(*row, strict=True))
+        for row in zip(stats.entering, stats.spans, strict=True)
+    ]
+    assert left == [len(kept_of(row)) for row in rows]
 
 
-def _by_item(spans: Any, parts: Any, lengths: bool = False) -> list[Any]:
-    """Cells of every picture or video; a video may be several spans, with special tokens."""
-    items: dict[Any, Any] = {}
-    for span, part in zip(spans, parts, strict=True):
-        if lengths:
-            items[span.item] = items.get(span.item, 0) + part
-            continue
-        patches = (~span.special_mask()).nonzero()[:, 0].tolist()
-        cells, seen = items.setdefault(span.item, ([], [0]))
-        cells += [seen[0] + patches.index(offset) for offset in part if offset in patches]
-        seen[0] += len(patches)
-    return [x if lengths else x[0] for x in items.values()]
+def reads_of(rows: list[list[Any]]) -> list[Tensor]:
+    """Per call of the tower (pictures, then videos), which patches it sees of every picture."""
+    media = [part for row in rows for part in row if isinstance(part, Shown)]
+    kinds = [[m for m in media if ("pixel_values_videos" in m.inputs) == video] for video in (0, 1)]
+    return [torch.cat([m.read for m in kind]) for kind in kinds if kind]
 
 
 @pytest.mark.parametrize("name", ["delta", "pixelprune"])
@@ -69,14 +87,13 @@ def test_drop_equals_mask(family: Family, name: str) -> None:
     family = tower.deep(family)
     hybrid = family.name == "qwen3_5"
     model = tower.build(family, "eager" if hybrid else "sdpa")
-    rows = screens(family)[0]
-    if name == "pixelprune":
-        rows = [[text(3), *flat(family, 0)], [*flat(family, 1), text(4)], [text(9, 6)]]
+    rows = screens(family) if name == "delta" else flat(family)
     later = () if hybrid else (Stage(0, 0.5, RANDOM), Stage(2, 0.2, RANDOM))
     plan = Plan(later, TowerStage(0, 1.0, make_reducer(name, threshold=THRESHOLD)))
     inputs = tower.like(model, family.batch(rows))
     if not hybrid:
-        tower.check_drop_equals_mask(family, model, inputs, plan)
+        seen = None if family.name in PACKED else reads_of(rows)
+        tower.check_drop_equals_mask(family, model, inputs, plan, seen=seen)
         return
     seen = tower.rows_after(model, inputs, plan)
     _, out, masks = oracle.generated(model, family, inputs, 4, plan=plan)
@@ -85,78 +102,108 @@ def test_drop_equals_mask(family: Family, name: str) -> None:
     assert found < tower.TOLERANCE["eager"]
 
 
-def flat(family: Family, size: int) -> list[Any]:
-    """A picture of one colour but for a cell."""
-    media = family.image(size)
-    pixels = torch.zeros_like(media.inputs["pixel_values"]).view(-1, 4, 96)
-    pixels += 0.001 * torch.randn_like(pixels)  # rows of the tower are told apart by their values
-    pixels[5] += 0.5
-    media.inputs["pixel_values"] = pixels.flatten(0, 1)
-    return [media, text(3)]
+def flat(family: Family) -> list[list[Any]]:
+    a, *_ = of_family(family)
+    return [[text(3), a.plain(), text(3)], [a.plain(), text(4), a.plain(), text(2)], [text(9, 6)]]
 
 
 def test_pixelprune_keeps_what_is_not_predicted(family: Family) -> None:
-    """Cell 5 of 4 × 4, the one to its right, and the one below it, which an edge predicts."""
-    model = family.build()
+    model, rows = family.build(), flat(family)
     with tokencomp.patch(model, reducer="pixelprune", threshold=4) as handle, torch.no_grad():
-        model(**family.batch([[text(3), *flat(family, 0)], [*flat(family, 0), text(2)]]))
-        assert [handle.stats.tower_kept(b) for b in range(2)] == [[[0, 5, 6, 9]]] * 2
+        model(**family.batch(rows))
+        assert [cells_of(handle.stats, b) for b in range(3)] == [kept_of(row) for row in rows]
 
 
 @pytest.mark.parametrize("setting", [dict(ratio=0.75, reducer="delta"), dict(budget=4)])
-def test_a_ratio_or_budget_shortens_what_is_left(family: Family, setting: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name", [*PACKED[:3], "llava"])
+def test_a_ratio_or_budget_shortens_what_is_left(name: str, setting: dict[str, Any]) -> None:
     """A quarter of every picture at most: a whole one loses most, one that changed little none."""
-    model, (rows, kept) = family.build(), screens(family)
+    family = FAMILIES[name]
+    model, rows = family.build(), screens(family)
     setting = {"reducer": "delta", "threshold": THRESHOLD, "then": "uniform", **setting}
     with tokencomp.patch(model, **setting) as handle, torch.no_grad():
         assert model(**family.batch(rows)).logits.isfinite().all()
         stats = handle.stats
-        counts = _by_item(stats.spans[0], [c[-1] for c in stats.counts[0]], lengths=True)
-    share = [4, 4, 2, 4, 2] if "ratio" in setting else [4] * 5
-    assert counts == [min(len(c), n) for c, n in zip(kept[0], share, strict=True)]
+        shown = [part for part in rows[0] if isinstance(part, Shown)]
+    share = [m.cells // 4 if "ratio" in setting else 4 for m in shown]
+    counts = [min(len(m.kept), n) for m, n in zip(shown, share, strict=True)]
+    assert [count[-1] for count in stats.counts[0]] == counts
 
 
 # -- turns ----------------------------------------------------------------------------------------
 
 
-def turns(family: Family) -> tuple[list[list[Any]], list[list[int]]]:
-    """Three turns with a picture each, and the cells of it that stay."""
-    a = Screen(family, family.image(0))
-    rows = [
+def turns(family: Family) -> list[list[Any]]:
+    """Three turns with a picture each."""
+    a, *_ = of_family(family)
+    return [
         [text(3), a.first, text(5, 3)],
         [text(2, 9), a.show({3, 7}), text(4)],
         [text(2, 8), a.show({7}), text(4, 3)],
     ]
-    return rows, [list(range(16)), [3, 7], [7]]
 
 
 def test_turns_on_a_cache_equal_one_prompt(family: Family) -> None:
     """Every turn drops what the turns before it show."""
-    model, (rows, kept) = family.build(), turns(family)
+    model, rows = family.build(), turns(family)
     both = family.batch([[part for row in rows for part in row]])
     positions = family.positions(model, both)
     with tokencomp.patch(model, plan=Plan((), DELTA)) as handle, torch.no_grad():
         expected = model(**both, position_ids=positions).logits[:, -1]
-        assert handle.stats.tower_kept(0) == kept
-        cache, seen = None, []
+        assert cells_of(handle.stats, 0) == kept_of([part for row in rows for part in row])
+        cache = None
         for i in range(3):
             out = _turn(model, family, rows[: i + 1], positions, cache)
             cache = oracle.cache_of(out)
-            seen += handle.stats.tower_kept(0)
-    assert seen == kept
+            assert cells_of(handle.stats, 0) == kept_of(rows[i])
     assert oracle.difference(out.logits[:, -1], expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["llava", "smolvlm"])
+def test_padding_of_the_tower_changes_no_later_choice(name: str) -> None:
+    """By the attention of the tower, from the class token or the mean over all patches.
+
+    A picture of one turn has no padding, and in one prompt with a whole picture it has.
+    """
+    family = tower.deep(FAMILIES[name])
+    model, a = tower.build(family), of_family(family)[0]
+    rows = [[text(3), a.first, text(5, 3)]]
+    rows += [[a.show({i, 3 + i, 5 + i, 6 + i, 9 + i, 10 + i}), text(4)] for i in range(5)]
+    setting = dict(reducer="delta", threshold=THRESHOLD, then="visionzip")
+    with tokencomp.patch(model, 0.8, **setting) as handle, torch.no_grad():
+        both = tower.like(model, family.batch([[part for row in rows for part in row]]))
+        model(**both)
+        together, alone, cache = handle.stats.kept(0)[-1], [], None
+        positions = family.positions(model, both)
+        for i in range(len(rows)):
+            cache = oracle.cache_of(_turn(model, family, rows[: i + 1], positions, cache))
+            alone += handle.stats.kept(0)[-1]
+    assert together == alone
 
 
 def _turn(
     model: nn.Module, family: Family, rows: list[list[Any]], positions: Tensor, cache: Any = None
 ) -> Any:
     """The last of some turns, on the cache of those before it."""
-    turn = family.batch([rows[-1]])
+    turn = tower.like(model, family.batch([rows[-1]]))
     before = sum(family.batch([row])["input_ids"].shape[1] for row in rows[:-1])
     stop = before + turn["input_ids"].shape[1]
     turn["attention_mask"] = torch.ones(1, stop, dtype=torch.long)
     turn["position_ids"] = positions[..., before:stop]
     return model(**turn, past_key_values=cache, use_cache=True)
+
+
+def test_tiles_of_vila_are_compared_with_the_same_tile() -> None:
+    """Of the only image of a prompt, if the checkpoint cuts it."""
+    family = FAMILIES["vila"]
+    model, a = family.build(), TiledScreen(family, family.image(1))
+    model.config.image_aspect_ratio = "dynamic"
+    rows = [[text(3), a.first, text(5, 3)], [text(2), a.show({3, 20}), text(4)]]
+    positions = family.positions(model, family.batch([[part for row in rows for part in row]]))
+    with tokencomp.patch(model, plan=Plan((), DELTA)) as handle, torch.no_grad():
+        cache = oracle.cache_of(_turn(model, family, rows[:1], positions))
+        _turn(model, family, rows, positions, cache)
+        assert cells_of(handle.stats, 0) == [3, 20]
 
 
 @pytest.mark.parametrize("cut_picture", [False, True])
@@ -184,7 +231,7 @@ def test_a_cut_cache_knows_the_pictures_that_it_holds(cut_picture: bool) -> None
 
 
 def test_batch_equals_singles_with_beams(family: Family) -> None:
-    model, rows = family.build(), screens(family)[0]
+    model, rows = family.build(), screens(family)
     options = dict(num_beams=2, num_return_sequences=2)
     if family.name.startswith("qwen3") and hasattr(model, "_get_image_nums_and_video_nums"):
         del rows[1]  # these releases expand two videos of a prompt in a wrong order for beams
@@ -198,18 +245,25 @@ def test_batch_equals_singles_with_beams(family: Family) -> None:
 # -- what is refused ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["delta", "pixelprune"])
-@pytest.mark.parametrize("family_name", sorted(set(FAMILIES) - {*FAMILY_NAMES, "qwen3_vl_moe"}))
-def test_towers_of_pictures_of_one_size_refuse_it(family_name: str, name: str) -> None:
-    with pytest.raises(TokenCompError, match=rf"'{name}'.*Qwen"):
-        tokencomp.patch(FAMILIES[family_name].build(), reducer=name)
-
-
 def test_prompts_that_share_a_row_are_refused() -> None:
     family = FAMILIES["qwen2_vl"]
-    model, rows = family.build(), screens(family)[0]
+    model, rows = family.build(), screens(family)
     with tokencomp.patch(model, reducer="delta"), pytest.raises(OptionError, match="one prompt"):
         model(**pack(family, model, rows), use_cache=False)
+
+
+def test_padding_under_gradient_checkpointing_is_refused() -> None:
+    """The backward pass would not hide it."""
+    family = FAMILIES["internvl"]
+    model, inputs = family.build().train(), family.batch(screens(family))
+    with tokencomp.patch(model, reducer="delta", threshold=THRESHOLD):
+        model(**inputs, use_cache=False).logits[:, -1].sum().backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+        model.gradient_checkpointing_enable()
+        with pytest.raises(OptionError, match="gradient checkpointing with reducer 'delta'"):
+            model(**inputs, use_cache=False)
+        tower.tower_of(model).gradient_checkpointing_disable()
+        model(**inputs, use_cache=False).logits[:, -1].sum().backward()
 
 
 def test_pictures_without_a_prompt_are_refused() -> None:

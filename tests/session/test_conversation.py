@@ -11,7 +11,7 @@ import torch
 from support import plans, staircase, tower
 from support.families import FAMILIES, IMAGE, VIDEO, Family, text
 from support.family.hybrid import HYBRID
-from support.screens import THRESHOLD, Screen
+from support.screens import THRESHOLD, Screen, TiledScreen
 from torch import Tensor, nn
 
 import tokencomp
@@ -279,6 +279,23 @@ def test_steps_of_an_agent_add_what_changed(name: str) -> None:
             rows.append(conversation.rows)
     assert difference(logits, expected) < 1e-5
     assert rows == [16 + 2 + 2 + 6 * i for i in range(12)]  # a cell, two marks, and text
+
+
+@pytest.mark.parametrize("name", ["internvl", "smolvlm", "llava_onevision"])
+def test_after_an_eviction_a_screen_of_tiles_is_whole(name: str) -> None:
+    family = FAMILIES[name]
+    model, screen = family.build(), TiledScreen(family, family.image(0))
+    counts, kept = [], []
+    with tokencomp.patch(model, reducer="delta", threshold=THRESHOLD) as handle:
+        conversation = Conversation(model, screen.cells + 30, "oldest")
+        for i, media in enumerate([screen.first, *(screen.show({i}) for i in range(5))]):
+            conversation.add(part(family, [media, text(2)]))
+            tokens = sum(len(span.special) for span in handle.stats.spans[0])
+            counts.append(sum(handle.stats.entering[0]) - tokens)
+            evicted = i > 0 and kept[-1] is True
+            assert counts[-1] == (screen.cells if evicted else len(media.kept))
+            kept.append(conversation.shrink() > 0)
+    assert True in kept
 
 
 @pytest.mark.parametrize("policy", ["oldest", "redundant"])

@@ -112,6 +112,7 @@ def tower_masks(model: nn.Module, masks: list[Tensor], k: int) -> Iterator[None]
     def dense(attn: Any, args: Any, kwargs: Any) -> Any:
         mask = masks[calls[0]]
         x = args[0] if args else kwargs["hidden_states"]
+        mask = nn.functional.pad(mask, (x.shape[1] - mask.shape[1], 0), value=True)  # class token
         floor = torch.finfo(x.dtype).min
         hidden = torch.zeros(mask.shape, dtype=x.dtype).masked_fill(~mask, floor)[:, None, None]
         old = kwargs.get("attention_mask")
@@ -162,11 +163,19 @@ def rows_after(model: nn.Module, inputs: dict[str, Tensor], plan: Any, **call: A
 
 
 def check_drop_equals_mask(
-    family: Family, model: nn.Module, inputs: dict[str, Tensor], plan: Any, backend: str = "sdpa"
+    family: Family,
+    model: nn.Module,
+    inputs: dict[str, Tensor],
+    plan: Any,
+    backend: str = "sdpa",
+    seen: Any = None,
 ) -> Any:
-    """Prefill and every decode step, after stages of the decoder; gives the stats of the prompt."""
+    """Prefill and every decode step, after stages of the decoder; gives the stats of the prompt.
+
+    `seen`: which patches the tower sees, if they are known, see `seen_rows`.
+    """
     block = plan.tower.block
-    seen = rows_after(model, inputs, plan)
+    seen = seen or rows_after(model, inputs, plan)
     assert all(not mask.all() for mask in seen)
     with tokencomp.patch(model, plan=plan) as handle:
         out = oracle.generate(model, inputs, 4)
@@ -186,8 +195,12 @@ def check_drop_equals_mask(
 
 
 def _left(model: Any, seen: list[Tensor], block: int) -> float:
-    """Mean over the blocks in use of the share of rows that they see, of three blocks in all."""
+    """Mean over the blocks in use of the share of rows that they see, of three blocks in all.
+
+    Pictures of a batch are padded to the longest.
+    """
     layer = getattr(model.config, "vision_feature_layer", getattr(model.config, "select_layer", -1))
     used = 3 + layer + 1
-    share = sum(int(m.sum()) for m in seen) / sum(m.numel() for m in seen)
+    rows = [len(m) * int(m.sum(1).max()) if m.ndim == 2 else int(m.sum()) for m in seen]
+    share = sum(rows) / sum(m.numel() for m in seen)
     return (block + (used - block) * share) / used

@@ -181,7 +181,7 @@ class LlavaOnevisionAdapter(LlavaNextAdapter):
     def tower_layout(self) -> DenseTower:
         side = self.patches_per_side
         video = bilinear(side, math.ceil(side / 2))
-        return _tower(self, MosaicTower, body=self.body, video=video)
+        return _tower(self, MosaicTower, body=self.body, video=video, ends=1)
 
     def _pooled(self, patches: Tensor) -> Tensor:
         pooled: Tensor = self.body.apply_pooling(patches)

@@ -47,16 +47,7 @@ class MediaCall:
     @functools.cached_property
     def runs(self) -> list[list[tuple[int, int, Modality]]]:
         """(start, stop, modality) of every run of equal placeholders, per sample."""
-        rows = []
-        for codes in self.modalities.numpy().tolist():
-            runs, start = [], 0
-            for code, group in groupby(codes):
-                stop = start + sum(1 for _ in group)
-                if code:
-                    runs.append((start, stop, MODALITIES[code]))
-                start = stop
-            rows.append(runs)
-        return rows
+        return runs_of(self.modalities)
 
     def raster(self, row: int, start: int, stop: int) -> Grid | None:
         """The grid given by M-RoPE positions of columns of a sample; None if they form none.
@@ -71,6 +62,20 @@ class MediaCall:
             alike = len(h) > 1 and np.array_equal(time, h) and np.array_equal(h, w)
             self._rasters[run] = None if alike else raster_grid(h, w)
         return self._rasters[run]
+
+
+def runs_of(modalities: Tensor) -> list[list[tuple[int, int, Modality]]]:
+    """See `MediaCall.runs`."""
+    rows = []
+    for codes in modalities.tolist():
+        runs, start = [], 0
+        for code, group in groupby(codes):
+            stop = start + sum(1 for _ in group)
+            if code:
+                runs.append((start, stop, MODALITIES[code]))
+            start = stop
+        rows.append(runs)
+    return rows
 
 
 def raster_grid(h: HostIndex, w: HostIndex) -> Grid | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ from tokencomp.adapters.encoded import Encoding
 from tokencomp.adapters.media_call import CODES, MediaCall, TowerCall
 from tokencomp.adapters.registry import register_adapter
 from tokencomp.adapters.structural import StructuralAdapter
-from tokencomp.adapters.towers.base import Tower
+from tokencomp.adapters.towers.base import EncoderCall, Tower
 from tokencomp.adapters.towers.dense import DenseTower, squares
 from tokencomp.errors import SpanError
 from tokencomp.tokens.spans import Modality, VisualSpan
@@ -50,8 +51,13 @@ class TileAdapter(StructuralAdapter):
     def tower_layout(self) -> Tower:
         side = self.patches_per_side
         table = squares(side, side // self.tile_side)
-        layer = self.feature_layer
-        return DenseTower(self.tower, self.projector, table, layer=layer, owner=self.body)
+        layer, owner = self.feature_layer, self.body
+        parts = self.tower, self.projector, table
+        return DenseTower(*parts, layer=layer, owner=owner, keys=self.tile_keys)
+
+    def tile_keys(self, call: EncoderCall) -> list[tuple[Any, ...]]:
+        """`Cells.keys` of the tiles of a call."""
+        return []
 
     @property
     def projector(self) -> Any:
@@ -102,6 +108,12 @@ class InternVLAdapter(TileAdapter):
     family = "InternVL"
     model_types = ("internvl",)
 
+    def tile_keys(self, call: EncoderCall) -> list[tuple[Any, ...]]:
+        """Number of tiles of the image, and of the tile: the model is told no other place."""
+        runs = itertools.chain.from_iterable(call.runs)
+        counts = [(stop - start) // self.tile_side**2 for start, stop, _ in runs]
+        return [(count, number) for count in counts for number in range(count)]
+
     @property
     def tile_side(self) -> int:
         return shrunk(self.patches_per_side, self.model.config.downsample_ratio)
@@ -113,6 +125,17 @@ class SmolVLMAdapter(TileAdapter):
 
     family = "SmolVLM"
     model_types = ("smolvlm", "idefics3")
+
+    def tile_keys(self, call: EncoderCall) -> list[tuple[Any, ...]]:
+        """The token before the tile: its row and column, or that it is a whole image."""
+        if call.ids is None:
+            raise SpanError(
+                f"{self.family} was called without input_ids, so it is not known which place of "
+                "its image a tile shows. Pass input_ids, or take a reducer that looks at single "
+                "pictures, such as 'pixelprune'."
+            )
+        rows = zip(call.runs, call.ids.tolist(), strict=True)
+        return [(ids[start - 1],) for runs, ids in rows for start, _, _ in runs]
 
     @property
     def tower(self) -> Any:

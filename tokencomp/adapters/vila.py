@@ -10,7 +10,7 @@ from tokencomp.adapters.base import Adapter, block_means
 from tokencomp.adapters.media_call import MediaCall, TowerCall
 from tokencomp.adapters.registry import register_adapter
 from tokencomp.adapters.structure import Parts
-from tokencomp.adapters.towers.base import unknown_cells
+from tokencomp.adapters.towers.base import EncoderCall, unknown_cells
 from tokencomp.adapters.towers.dense import DenseTower, pooled, squares
 from tokencomp.errors import SpanError
 from tokencomp.tokens.spans import VisualSpan
@@ -54,8 +54,15 @@ class VilaAdapter(Adapter):
         video = pooled(image, h)
         return DenseTower(
             self.model.vision_tower, projector, image, video, layer=self.feature_layer,
-            owner=self.model, methods=("encode_videos",), pooled_frames=t,
+            owner=self.model, methods=("encode_videos",), pooled_frames=t, keys=self._keys,
         )  # fmt: skip
+
+    def _keys(self, call: EncoderCall) -> list[tuple[Any, ...]]:
+        """Number of tiles of the only image of a prompt, and number of the tile, if it is cut."""
+        if call.modality == "video" or self.model.config.image_aspect_ratio != "dynamic":
+            return []
+        rows = [[run for run in runs if run[2] == "image"] for runs in call.runs]
+        return [(len(runs), number) for runs in rows for number in range(len(runs))]
 
     def spans(self, call: MediaCall) -> list[list[VisualSpan]]:
         frames = call.inputs.get("video_frames")

@@ -40,7 +40,7 @@ class Delta(DropsRepeats):
         memories = tokens.seen or [{} for _ in tokens.lengths]
         for span, memory in zip(tokens, memories, strict=True):
             ((t, h, w),) = span.grids
-            key = (h, w)
+            (key,) = span.keys
             keep, last = new_cells(span.features.view(t, h * w, -1), memory.get(key), limit)
             memory[key] = last.clone()  # a view would keep the pixels of all pictures alive
             new.append(keep.flatten())

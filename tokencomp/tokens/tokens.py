@@ -25,7 +25,8 @@ from tokencomp.tokens.stacks import HostIndex, Stack, by_stack, masked, starts_o
 
 BLOCK = 1 << 24  # cosines computed at once
 # What a reducer has kept last at every cell of pictures of (h, w) cells, (h · w, d); NaN: nothing.
-Memory = dict[tuple[int, int], Tensor]
+# Its keys are those of `Tokens.keys`: (h, w), or the place of a tile.
+Memory = dict[tuple[Any, ...], Tensor]
 Memories = dict[Modality, list[Memory]]  # of every sample
 
 
@@ -77,6 +78,8 @@ class Tokens:
     seen : list of dict, or None
         Memory of every span, if the reducer needs `SEEN`: what the reducer writes to it is there
         for later spans and turns. Pictures that follow each other in a prompt share a memory.
+    keys
+        Of every span, with `seen`: spans of equal keys show the same place of pictures of one size.
     places
         (sample of the batch, span of the sample) of every span. For evaluation only: what a
         reducer chooses must not depend on the batch.
@@ -98,11 +101,13 @@ class Tokens:
     pixels: tuple[int, int, int] | None = None
     levels: Tensor | None = None
     seen: list[Memory] | None = None
+    keys: list[tuple[Any, ...]] = field(default_factory=list)
     places: list[tuple[int, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.lengths = self.lengths or [math.prod(grid) for grid in self.grids]
         self.modalities = self.modalities or ["image" for _ in self.grids]
+        self.keys = self.keys or [(h, w) for _, h, w in self.grids]
 
     def __len__(self) -> int:
         """Number of spans."""
@@ -117,7 +122,7 @@ class Tokens:
                 changes[name] = None if (v := getattr(self, name)) is None else v[rows]
             for name in ("queries", "query_scores", "frames", "seen"):
                 changes[name] = None if (v := getattr(self, name)) is None else v[one]
-            for name in ("grids", "budgets", "modalities", "places"):
+            for name in ("grids", "budgets", "modalities", "keys", "places"):
                 changes[name] = getattr(self, name)[one]
             tower = {signal: values[rows] for signal, values in self.tower.items()}
             yield replace(self, tower=tower, **changes)

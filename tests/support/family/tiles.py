@@ -39,7 +39,10 @@ class InternVL(Family):
 
 
 class SmolVLM(Family):
-    """Each tile in a run of its own; images of a sample stand along the second axis."""
+    """Each tile in a run of its own; images of a sample stand along the second axis.
+
+    Before a tile is its place, or 140 before a whole picture.
+    """
 
     name = "smolvlm"
     architecture = "SmolVLMForConditionalGeneration"
@@ -61,12 +64,12 @@ class SmolVLM(Family):
         return self._tiles([3, 1, 5][size])
 
     def video(self, frames: int = 4) -> Media:
-        return self._tiles(frames)
+        return self._tiles(frames, whole=True)
 
-    def _tiles(self, n: int) -> Media:
+    def _tiles(self, n: int, whole: bool = False) -> Media:
         ids: list[int] = []
         for i in range(n):
-            ids += [130, 131 + i, *[IMAGE] * 16]
+            ids += [130, 140 if whole or i == n - 1 else 131 + i, *[IMAGE] * 16]
         return Media([*ids, 130], {"pixel_values": torch.randn(n, 3, 32, 32)})
 
     def collect(self, rows: list[list[dict[str, Tensor]]]) -> dict[str, Tensor]:

@@ -10,15 +10,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
+from tokencomp.adapters.media_call import runs_of
 from tokencomp.errors import PlanError, UnsupportedModelError
 from tokencomp.plan.stages import TowerStage
-from tokencomp.tokens.spans import Grid
-
-Modality = Literal["image", "video"]
+from tokencomp.tokens.spans import Grid, Modality
 
 
 @dataclass(frozen=True)
@@ -35,12 +34,24 @@ class EncoderCall:
         "video" if the body's method that called the tower encodes videos, else "image".
     arguments
         Arguments of that method by name; empty if the tower was called directly.
+    modalities : Tensor of int8, shape (B, L), or None
+        `Adapter.modalities` of the prompt, if the stage compares pictures.
+    ids : Tensor of int64, shape (B, L), or None
+        Its `input_ids`, if there are any.
     """
 
     pixels: Tensor
     grids: Tensor | None = None
     modality: Modality = "image"
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    modalities: Tensor | None = None
+    ids: Tensor | None = None
+
+    @property
+    def runs(self) -> list[list[tuple[int, int, Modality]]]:
+        """`MediaCall.runs` of the prompt."""
+        assert self.modalities is not None
+        return runs_of(self.modalities)
 
 
 @dataclass(frozen=True)
@@ -59,9 +70,14 @@ class Cells:
     pictures
         Number of pictures of a dense tower; 0 if packed.
     rows
-        Number of patches kept of every picture in a dense tower.
+        Number of patches kept of every picture in a dense tower; 0: the pixels decide.
     order : Tensor of int64, shape (cells,), or None
         Cell at every position of a packed tower; None: cells are in order.
+    keys
+        Of every part: parts of equal keys show the same place of pictures of one size. Empty: the
+        (h, w) of the part.
+    tokens
+        Tokens of every part in the prompt, with line breaks. Empty: one per cell.
     """
 
     pixels: Tensor
@@ -71,6 +87,8 @@ class Cells:
     pictures: int = 0
     rows: int = 0
     order: Tensor | None = None
+    keys: list[tuple[Any, ...]] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
 
 
 class Tower(ABC):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokencomp.adapters.towers.base import Cells, EncoderCall, Modality, Tower
+from tokencomp.adapters.towers.base import Cells, EncoderCall, Tower
 from tokencomp.errors import OptionError, UnsupportedModelError
 from tokencomp.plan.stages import TowerStage
-from tokencomp.tokens.spans import Grid
+from tokencomp.tokens.spans import Grid, Modality
 
 
 class DenseTower(Tower):
@@ -28,6 +29,8 @@ class DenseTower(Tower):
         Frames of a video that one token reads.
     projects_tokens
         Whether the projector gets pooled tokens of a video instead of all patches.
+    keys
+        `Cells.keys` of the pictures of a call; None: all show the same place.
     """
 
     frames_apart = True
@@ -44,8 +47,10 @@ class DenseTower(Tower):
         methods: tuple[str, ...] = ("get_image_features", "get_video_features"),
         pooled_frames: int = 1,
         projects_tokens: bool = False,
+        keys: Callable[[EncoderCall], list[tuple[Any, ...]]] | None = None,
     ) -> None:
         blocks = dense_blocks(module)
+        self.keys, self.std = keys or (lambda call: []), usual_std(module.config.model_type)
         self.layer, self.pooled_frames = layer, pooled_frames
         self._projected: Modality | None = None if projects_tokens else "image"
         self.indices = [
@@ -89,12 +94,11 @@ class DenseTower(Tower):
                 f"{family} also reads hidden state {min(self.indices)} of its vision tower, from "
                 f"before block {stage.block}, where all patches are present. Use tower_ratio=0."
             )
-        if stage.decides or stage.budget is not None:
-            what = f"reducer {stage.reducer.name!r}" if stage.decides else "a tower_ratio by budget"
+        if stage.budget is not None:
             raise UnsupportedModelError(
-                f"{what}: the vision tower of {family} encodes pictures as a batch of one size, of "
-                "which each keeps the same number of patches. Use a model of the Qwen families, or "
-                "a reducer that takes a ratio, with a ratio."
+                f"tower_ratio with a budget: the vision tower of {family} encodes pictures as a "
+                "batch of one size, of which each keeps the same number of patches. Use a ratio "
+                "instead of the budget, or tower_ratio=0."
             )
 
     def cells(self, call: EncoderCall, stage: TowerStage) -> Cells:
@@ -109,8 +113,9 @@ class DenseTower(Tower):
         members = torch.where(patch < 0, -1, (first + frame) * per_picture + patch).flatten(2)
         parts: list[list[Grid]] = [[(1, side, side)]] * (count // t)
         (keep,) = stage.cells([(1, side, side)])
-        rows = min(per_picture, table.shape[1] * keep)
-        return Cells(pixels, members.flatten(0, 1), parts, call.modality, count, rows)
+        rows = 0 if stage.decides else min(per_picture, table.shape[1] * keep)
+        keys = [] if call.modalities is None else self.keys(call)
+        return Cells(pixels, members.flatten(0, 1), parts, call.modality, count, rows, keys=keys)
 
     def patches(self, pixels: Tensor) -> Tensor:
         """Pixels (pictures, channels, H, W) → (pictures · patches, channels, 1, height, width)."""
@@ -129,6 +134,13 @@ class DenseTower(Tower):
                 "which the tower stage was set up for. Change the config before patch(), or use "
                 "tower_ratio=0."
             )
+
+
+def usual_std(model_type: str) -> tuple[float, float, float]:
+    """See `Tower.std`."""
+    if model_type.startswith("clip"):
+        return 0.26862954, 0.26130258, 0.27577711
+    return (0.229, 0.224, 0.225) if model_type.startswith("internvl") else (0.5, 0.5, 0.5)
 
 
 def dense_blocks(module: Any) -> list[nn.Module]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,28 +21,39 @@ class MosaicTower(DenseTower):
 
     Mosaics are cropped to the shape of the image, so some patches are read by no token. The tiles
     of a mosaic share its budget in proportion to their patches that are read.
+
+    Parameters
+    ----------
+    ends
+        Line breaks after a video.
     """
 
-    def __init__(self, *args: Any, body: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, body: Any, ends: int = 0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.body = body
+        self.body, self.ends = body, ends
 
     def cells(self, call: EncoderCall, stage: TowerStage) -> Cells:
         if call.modality == "video":
-            return super().cells(call, stage)
+            return self._with_ends(super().cells(call, stage), call)
         self._check_call(call)
         pixels, table = self.patches(call.pixels), self.tables["image"]
         per_picture, side = len(table), round(len(table) ** 0.5)
         members: list[Tensor] = []
         parts: list[list[Grid]] = []
+        keys: list[tuple[int, ...]] = []
+        tokens: list[int] = []
         first = 0
         for size, tiles in self._images(call):
             members.append(torch.arange(first * per_picture, (first + 1) * per_picture))
             parts.append([(1, side, side)])
+            tokens.append(per_picture)
             if tiles > 1:
-                visible = self._mosaic(size, tiles, side)
+                visible, breaks = self._mosaic(size, tiles, side)
                 members += [(first + 1) * per_picture + part.flatten() for part in visible]
                 parts.append([(1, *part.shape) for part in visible])
+                tokens[-1] += breaks
+                tokens += [part.numel() for part in visible]
+            keys += [(*size, number) for number in range(len(tokens) - len(keys))]
             first += tiles
         if first != len(call.pixels) or len(pixels) != first * per_picture:
             raise SpanError(
@@ -51,8 +63,18 @@ class MosaicTower(DenseTower):
         # How many patches a tile keeps depends on the other tiles of its image. All tiles of the
         # batch get this upper bound of rows, independent of other images.
         rows = max(stage.cells([(1, side, side)])[0], stage.most(per_picture))
+        rows = 0 if stage.decides else rows
         numbers = torch.cat(members)[:, None].to(pixels.device)
-        return Cells(pixels, numbers, parts, call.modality, first, rows)
+        return Cells(pixels, numbers, parts, call.modality, first, rows, keys=keys, tokens=tokens)
+
+    def _with_ends(self, cells: Cells, call: EncoderCall) -> Cells:
+        """Count the line breaks after videos among the tokens of their last frames."""
+        if call.modalities is None:
+            return cells
+        frames = next(x for x in call.arguments.values() if isinstance(x, Tensor)).shape[1]
+        tokens = [h * w for ((_, h, w),) in cells.parts]
+        tokens[frames - 1 :: frames] = [n + self.ends for n in tokens[frames - 1 :: frames]]
+        return replace(cells, tokens=tokens)
 
     def _images(self, call: EncoderCall) -> list[tuple[list[int], int]]:
         """(height, width) and number of tiles of every image of a call."""
@@ -69,8 +91,11 @@ class MosaicTower(DenseTower):
             for size, single in zip(listed, alone, strict=True)
         ]
 
-    def _mosaic(self, size: list[int], tiles: int, side: int) -> list[Tensor]:
-        """Patches that tokens read, counted from the first tile on: (h, w) for every tile."""
+    def _mosaic(self, size: list[int], tiles: int, side: int) -> tuple[list[Tensor], int]:
+        """Patches that tokens read, counted from the first tile on: (h, w) for every tile.
+
+        And the number of line breaks.
+        """
         code, config = file_with(type(self.body), "unpad_image"), self.body.config
         shape = config.image_grid_pinpoints, config.vision_config.image_size
         down, across = code.get_anyres_image_grid_shape(size, *shape)
@@ -91,4 +116,4 @@ class MosaicTower(DenseTower):
             h, w = int(inside.any(1).sum()), int(inside.any(0).sum())
             if h * w:
                 parts.append((number * side * side + patch[inside]).view(h, w))
-        return parts
+        return parts, len(seen)

@@ -33,6 +33,9 @@ class Seen:
     memories: Memories
 
 
+TILE = "tile"  # first part of the keys of tiles in a memory
+
+
 def recalled(cache: Any) -> Memories:
     """The memories that go with a cache."""
     layer = first_layer(cache)
@@ -46,9 +49,12 @@ def store_without(
     """Store memories of one sample with the rows that its cache holds, without lost cells.
 
     `lost` has, for pictures of (h, w) cells of one kind, the raster numbers of cells whose last row
-    was evicted, int64 (cells,).
+    was evicted, int64 (cells,). It does not tell tiles of a picture apart, so that tiles with keys
+    (`Cells.keys`) are forgotten.
     """
     memories = {modality: copies(memories, modality, 1) for modality in memories}
+    for kept in memories.values():
+        kept[:] = [{k: v for k, v in memory.items() if k[0] != TILE} for memory in kept]
     for modality, size, cells in lost:
         for memory in memories.get(modality, []):
             if size in memory:
@@ -64,8 +70,8 @@ def copies(memories: Memories, modality: Modality, samples: int) -> list[Memory]
     return [dict(m) for m in known] if len(known) == samples else [{} for _ in range(samples)]
 
 
-def running_prompt(adapter: Adapter, noted: Noted) -> tuple[Tensor, Any]:
-    """Kinds (B, L) of the media of the prompt that is being encoded, and its cache or None.
+def running_prompt(adapter: Adapter, noted: Noted) -> tuple[Tensor, Tensor | None, Any]:
+    """Kinds (B, L) of the media of the prompt that is being encoded, its ids, and its cache.
 
     `generate` encodes media before it calls the model, with the columns that its cache holds.
 
@@ -75,16 +81,19 @@ def running_prompt(adapter: Adapter, noted: Noted) -> tuple[Tensor, Any]:
         The vision tower was called for no prompt.
     """
     if noted.modalities is not None:
-        return noted.modalities, compat.get_cache(noted.inputs or {})
-    modalities = None if noted.arguments is None else adapter.modalities(noted.arguments)
+        inputs = noted.inputs or {}
+        return noted.modalities, inputs.get("input_ids"), compat.get_cache(inputs)
+    arguments = noted.arguments or {}
+    modalities = adapter.modalities(arguments) if arguments else None
     if modalities is None:
         raise SpanError(
             "the vision tower was called for no prompt, so it is not known which pictures the "
             "model has seen before. Pass pixels to the model or to generate, or take a reducer "
             "that looks at single pictures, such as 'pixelprune'."
         )
-    cache = compat.get_cache(noted.arguments or {})
-    return modalities[:, 0 if cache is None else cache.get_seq_length() :], cache
+    cache, ids = compat.get_cache(arguments), arguments.get("input_ids")
+    held = 0 if cache is None else cache.get_seq_length()
+    return modalities[:, held:], None if ids is None else ids[:, held:], cache
 
 
 def owners(modalities: Tensor, modality: Modality, lengths: list[int]) -> list[int]:

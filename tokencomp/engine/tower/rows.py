@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +15,8 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from tokencomp.adapters.towers.base import Cells
 from tokencomp.engine.tower.flops import TowerCost
-from tokencomp.torchlib.masks import block_mask, visible_columns
+from tokencomp.torchlib import compat
+from tokencomp.torchlib.masks import backend_mask, block_mask, visible_columns
 
 
 class TowerRows(ABC):
@@ -129,24 +132,39 @@ class DenseRows(TowerRows):
     ----------
     unread : Tensor of bool, shape (pictures, rows)
         Padding rows that equalise lengths within the batch; no token reads them.
+    lengths : Tensor of int64, shape (pictures,), or None
+        If the pixels decide how many rows are kept: the number before the padding rows, to which
+        no row attends. None: rows attend to all rows.
     """
 
-    def __init__(self, cells: Cells, index: Tensor, unread: Tensor) -> None:
+    def __init__(
+        self, cells: Cells, index: Tensor, unread: Tensor, lengths: Tensor | None = None
+    ) -> None:
         super().__init__(cells, index)
-        self.unread = unread
+        self.unread, self.lengths = unread, lengths
         self._patches = len(cells.pixels) // cells.pictures  # per picture
 
     @classmethod
     def of(cls, cells: Cells, chosen: Tensor) -> DenseRows:
-        """The rows of the cells `chosen`, without the class token; no device read."""
+        """The rows of the cells `chosen`, without the class token.
+
+        No device read, unless the pixels have decided how many are kept.
+        """
         total = len(cells.pixels)
         # Member -1 (no patch) marks the additional last entry.
         read = torch.zeros(total + 1, dtype=torch.bool, device=chosen.device)
         read[cells.members[chosen].flatten()] = True
         read = read[:total].view(-1, total // cells.pictures)
         # Patches of kept cells first, then padding rows up to the common length.
-        index = (~read).to(torch.uint8).argsort(dim=1, stable=True)[:, : cells.rows].sort(1).values
-        return cls(cells, index, ~read.gather(1, index))
+        index = (~read).to(torch.uint8).argsort(dim=1, stable=True)
+        if cells.rows:
+            index = index[:, : cells.rows].sort(1).values
+            return cls(cells, index, ~read.gather(1, index))
+        lengths = read.sum(1)
+        shortest, rows = (int(n) for n in lengths.aminmax())
+        index, ragged = index[:, :rows], shortest < rows
+        cells = replace(cells, rows=rows)
+        return cls(cells, index, ~read.gather(1, index), lengths if ragged else None)
 
     @property
     def _head(self) -> int:
@@ -172,8 +190,20 @@ class DenseRows(TowerRows):
             head = torch.arange(first, device=self.index.device).expand(len(self.index), -1)
             self.index = torch.cat([head, self.index + first], 1)
             self.unread = torch.cat([torch.zeros_like(head, dtype=torch.bool), self.unread], 1)
+            self.lengths = None if self.lengths is None else self.lengths + first
         self.entered = True
         return hidden.gather(1, self.index[..., None].expand(-1, -1, hidden.shape[-1]))
+
+    def padding_mask(self, config: Any, hidden: Tensor) -> Any:
+        """The mask that hides padding rows, in the form of the tower's attention backend."""
+        return self._once(functools.partial(self._padding_mask, config, hidden), self.lengths)
+
+    def _padding_mask(self, config: Any, hidden: Tensor, lengths: Tensor) -> Any:
+        rows = hidden.shape[1]
+        real = torch.arange(rows, device=hidden.device) < lengths[:, None]
+        if "flash" in compat.attention_implementation(config):
+            return real
+        return backend_mask(config, real[:, None, None].expand(-1, 1, rows, -1), hidden)
 
     def _mask(self, mask: Any) -> Any:
         """A mask (pictures, 1, rows, rows) or (pictures, rows) for the kept rows."""

@@ -79,19 +79,29 @@ def rotated(attn: Any, q: Tensor, k: Tensor, arguments: dict[str, Any]) -> tuple
 
 
 def attention_received(
-    q: Tensor, k: Tensor, cu_seqlens: Tensor | None, class_token: bool
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens: Tensor | None,
+    class_token: bool,
+    lengths: Tensor | None = None,
 ) -> Tensor:
     """Attention that every patch receives, mean over heads, float32.
 
     From the class token if there is one (FasterVLM, arXiv 2412.01818), else the mean over all
     patches that may attend to it (VisionZip, arXiv 2412.04467). q and k (B, S, heads, head_dim)
-    give (B, S); with `cu_seqlens`, the bounds of independent sequences, B = 1.
+    give (B, S); with `cu_seqlens`, the bounds of independent sequences, B = 1. Rows from `lengths`
+    (B,) on are padding.
     """
     from tokencomp.kernels import attention_colsum
     from tokencomp.kernels.dispatch import checked
 
     rows = 1 if class_token and cu_seqlens is None else q.shape[1]
-    if cu_seqlens is None:
+    if lengths is not None:
+        stop, order = lengths[:, None].expand(-1, rows), torch.arange(rows, device=q.device)
+        real = order < stop
+        bounds = torch.zeros_like(stop), stop, torch.where(real, order, -1)
+        visible, weights = torch.stack(bounds).int(), real / (stop if rows > 1 else 1.0)
+    elif cu_seqlens is None:
         visible, weights = None, torch.full((rows,), 1.0 / rows, device=q.device)
     else:
         ends = torch.stack([cu_seqlens[:-1], cu_seqlens[1:]])
@@ -137,7 +147,9 @@ class TowerProbe(Hooked):
         Nothing is computed or recorded in a thread where this returns True.
     full_length
         Spreads values of the rows of a running call over all rows, where a stage in the tower has
-        dropped some (`TowerDrop.full_length`); None: there is no such stage.
+        dropped some (`TowerDrop.full_length`).
+    lengths
+        See `TowerDrop.lengths`.
     """
 
     def __init__(
@@ -145,10 +157,11 @@ class TowerProbe(Hooked):
         adapter: Adapter,
         signals: frozenset[TowerSignal],
         off: Callable[[], bool],
-        full_length: Callable[[Tensor], Tensor] | None,
+        full_length: Callable[[Tensor], Tensor] = lambda values: values,
+        lengths: Callable[[], Tensor | None] = lambda: None,
     ) -> None:
         self.adapter, self.signals, self.off = adapter, signals, off
-        self.full_length = full_length or (lambda values: values)
+        self.full_length, self.lengths = full_length, lengths
         self._recorded = _RecordedCalls()
         self._heads = 1
 
@@ -197,7 +210,8 @@ class TowerProbe(Hooked):
                 values = k.flatten(-2).float()
             else:
                 rows, bounds = rotated(attn, q, k, arguments), arguments.get("cu_seqlens")
-                values = attention_received(*rows, bounds, self.adapter.class_token)[..., None]
+                options = self.adapter.class_token, self.lengths()
+                values = attention_received(*rows, bounds, *options)[..., None]
             recorded.running.values[signal] = self.full_length(values)
         if last:
             recorded.calls.append(recorded.running)

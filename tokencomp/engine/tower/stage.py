@@ -35,9 +35,9 @@ from tokencomp.adapters.towers.dense import DenseTower
 from tokencomp.adapters.towers.packed import PackedTower
 from tokencomp.engine.call import Call, RunningCalls
 from tokencomp.engine.tower.flops import TowerCost, TowerShape
-from tokencomp.engine.tower.memory import copies, owners, recalled, running_prompt
-from tokencomp.engine.tower.rows import PackedRows, TowerRows, equal_bounds, rows_of
-from tokencomp.engine.tower.signals import TowerProbe, check_signals
+from tokencomp.engine.tower.memory import TILE, copies, owners, recalled, running_prompt
+from tokencomp.engine.tower.rows import DenseRows, PackedRows, TowerRows, equal_bounds, rows_of
+from tokencomp.engine.tower.signals import TowerProbe, attention_blocks, check_signals
 from tokencomp.errors import OptionError
 from tokencomp.plan.plan import Plan
 from tokencomp.plan.stages import TowerStage
@@ -121,14 +121,17 @@ def decided_cells(
     """
     grids = list(itertools.chain.from_iterable(cells.parts))
     frames, height, width = cells.pixels.shape[-3:]
+    # A cell with fewer patches repeats its first.
+    members = torch.where(cells.members < 0, cells.members[:, :1], cells.members)
     tokens = Tokens(
-        features=cells.pixels.flatten(1)[cells.members].flatten(1),
+        features=cells.pixels.flatten(1)[members].flatten(1),
         grids=grids,
         budgets=[math.prod(grid) for grid in grids],
         modalities=[cells.modality for _ in grids],
         pixels=(frames, height, width),
         levels=levels,
         seen=memories,
+        keys=[(TILE, *key) for key in cells.keys],
     )
     return reduced(stage.reducer, tokens).rows
 
@@ -205,6 +208,9 @@ class TowerDrop(Hooked):
         for i, block in enumerate(layout.blocks):
             hook = functools.partial(self._block, i)
             add(block.register_forward_pre_hook(hook, with_kwargs=True))
+            if self.stage.decides and isinstance(layout, DenseTower):
+                (attn,) = attention_blocks(block)
+                add(attn.register_forward_pre_hook(self._hide_padding, with_kwargs=True))
         add(layout.blocks[-1].register_forward_hook(self._last))
         for block in layout.unused:
             add(MethodReplacement(block, "forward", self._skip))
@@ -258,25 +264,27 @@ class TowerDrop(Hooked):
         modality = local.modality
         if isinstance(self.layout, PackedTower) and self.adapter.encodes_now == "video":
             modality = "video"
-        call = EncoderCall(pixels, grids, modality, local.arguments or {})
+        prompt = ids = cache = None
+        if SEEN in self.stage.reducer.needs:
+            prompt, ids, cache = running_prompt(self.adapter, self.calls.state.noted)
+        call = EncoderCall(pixels, grids, modality, local.arguments or {}, prompt, ids)
         local.cells = self.layout.cells(call, self.stage)
         local.cost = TowerCost(self.shape)
         # Stages before the first block choose by pixels, now; later stages in `_block`.
         if self.stage.decides:
-            local.rows = rows_of(local.cells, self._decided(local.cells))
+            local.rows = rows_of(local.cells, self._decided(local.cells, prompt, cache))
         elif self.stage.block == 0:
             pixels = local.cells.pixels
             frames, height, width = pixels.shape[-3:]
             self._choose(local.cells, pixels.flatten(1), (frames, height, width))
 
-    def _decided(self, cells: Cells) -> Tensor:
+    def _decided(self, cells: Cells, modalities: Tensor | None, cache: Any) -> Tensor:
         """The kept cells, if the pixels decide how many."""
         levels = 1 / (255 * torch.tensor(self.layout.std, device=cells.pixels.device))
-        if SEEN not in self.stage.reducer.needs:
+        if modalities is None:
             return decided_cells(cells, self.stage, levels)
-        modalities, cache = running_prompt(self.adapter, self.calls.state.noted)
         memories = copies(recalled(cache), cells.modality, len(modalities))
-        lengths = [math.prod(grid) for part in cells.parts for grid in part]
+        lengths = cells.tokens or [math.prod(grid) for part in cells.parts for grid in part]
         own = [memories[b] for b in owners(modalities, cells.modality, lengths)]
         chosen = decided_cells(cells, self.stage, levels, own)
         self._local.seen[cells.modality] = memories
@@ -290,11 +298,18 @@ class TowerDrop(Hooked):
                 "transformers >= 5.23, tower_ratio=0, or model.gradient_checkpointing_disable()."
             )
 
+    def _checkpointed(self, module: nn.Module, hidden: Tensor) -> bool:
+        """Whether a backward pass would run hooks of a part of the tower once more."""
+        if not self._local.records:
+            return False
+        learnt = hidden.requires_grad or any(p.requires_grad for p in module.parameters())
+        return learnt and checkpointed_since(self.layout.module)
+
     def _check_checkpointed(self, block: nn.Module, hidden: Tensor) -> None:
-        learnt = hidden.requires_grad or any(p.requires_grad for p in block.parameters())
-        if learnt and checkpointed_since(tower := self.layout.module):
+        if self._checkpointed(block, hidden):
+            tower = type(self.layout.module).__name__
             raise OptionError(
-                f"activation checkpointing of blocks of {type(tower).__name__} after a tower "
+                f"activation checkpointing of blocks of {tower} after a tower "
                 "stage: the backward pass would run them once more with all patches. Wrap them "
                 "before patch(), or use model.gradient_checkpointing_enable() or tower_ratio=0."
             )
@@ -349,10 +364,25 @@ class TowerDrop(Hooked):
             bounds = equal_bounds(*hidden.shape[:2]) if bounds is None else bounds
             local.cost.block(bounds, bounds)  # type: ignore[union-attr]  # set with `cells`
             return None
-        if local.records:
-            self._check_checkpointed(block, hidden)
+        self._check_checkpointed(block, hidden)
         rows: Any = local.rows
         return rows.arguments(hidden, args, kwargs, local.cost)
+
+    @compat.not_compiled
+    def _hide_padding(self, attn: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Hide the padding rows of pictures that keep fewer patches than others."""
+        rows = self._local.rows
+        if not isinstance(rows, DenseRows) or rows.lengths is None:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if self._checkpointed(attn, hidden):
+            raise OptionError(
+                f"gradient checkpointing with reducer {self.stage.reducer.name!r}: the backward "
+                "pass would run blocks of the vision tower again, whose pictures keep different "
+                "numbers of patches. Call gradient_checkpointing_disable() of the tower."
+            )
+        mask = rows.padding_mask(self.layout.module.config, hidden)
+        return args[:1], {**kwargs, "attention_mask": mask}
 
     def _last(self, block: nn.Module, args: Any, out: Any) -> None:
         self._local.tuples = isinstance(out, tuple)
@@ -365,6 +395,11 @@ class TowerDrop(Hooked):
         return (hidden,) if self._local.tuples else hidden
 
     # -- full length ----------------------------------------------------------------------------
+
+    def lengths(self) -> Tensor | None:
+        """See `DenseRows`."""
+        rows = self._local.rows
+        return rows.lengths if isinstance(rows, DenseRows) else None
 
     def full_length(self, x: Tensor) -> Tensor:
         """Restore values of the rows of a running call, see `TowerRows.full_length`.
@@ -437,8 +472,9 @@ class TowerHooks:
             self.drop.install()
         signals = check_signals(plan, self.adapter)
         if signals:
-            full = self.drop.full_length if self.drop else None
-            self.probe = TowerProbe(self.adapter, signals, self.off, full)
+            drop = self.drop
+            rows = (drop.full_length, drop.lengths) if drop else ()
+            self.probe = TowerProbe(self.adapter, signals, self.off, *rows)
             self.probe.install()
 
     def remove(self) -> None:
