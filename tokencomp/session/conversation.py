@@ -156,12 +156,14 @@ class Conversation:
         if watch.appearance is not None:
             appearance = watch.appearance.to(device)[own]
         new = Held(columns, torch.full_like(columns, item), places[own], appearance)
-        before = Held.empty(device) if self._held is None else self._held
+        if self._held is None:
+            self._held = new
+            return
         if recalled(self.cache):  # what the first new picture of a place lacks, an older row shows
             lacks = newest(places.flip(0)).flip(0)
             lacks[own] = False
-            before = before.shown(item, places[lacks])
-        self._held = before.joined(new)
+            self._held = self._held.shown(item, places[lacks])
+        self._held = self._held.joined(new)
 
     # -- limits ---------------------------------------------------------------------------------
 
@@ -177,7 +179,7 @@ class Conversation:
             store_without(self.cache, memories, self._places.cells(lost))
         stays = torch.ones(len(held), dtype=torch.bool, device=going.device)
         stays[going] = False
-        self._held = held.rows(stays.nonzero()[:, 0])
+        self._held = held.rows(stays)
         return left
 
     def check_text(self, tokens: int) -> None:

@@ -40,12 +40,6 @@ class Held:
     places: Tensor
     appearance: Tensor
 
-    @classmethod
-    def empty(cls, device: torch.device) -> Held:
-        """No rows."""
-        none = torch.zeros(0, dtype=torch.long, device=device)
-        return cls(none, none, none, torch.zeros(0, 0, device=device))
-
     def __len__(self) -> int:
         return self.columns.numel()
 
@@ -70,7 +64,7 @@ class Held:
         return replace(self, items=torch.where(again, item, self.items))
 
     def rows(self, index: Tensor) -> Held:
-        return replace(self, **{f.name: getattr(self, f.name)[index] for f in fields(self)})
+        return Held(*(getattr(self, f.name)[index] for f in fields(self)))
 
 
 def _padded(appearance: Tensor, wide: Tensor) -> Tensor:
@@ -154,10 +148,9 @@ def redundant(held: Held) -> Tensor:
     rank = torch.full((n,), -1, device=rows.device)
     rank[order] = torch.arange(len(order), device=rows.device)
     other = (media & ~patch).nonzero()[:, 0]
-    if len(other):
-        size = int(held.items.max()) + 1
-        last = rank.new_full((size,), -1).scatter_reduce(0, held.items[rows], rank[rows], "amax")
-        rank[other] = last[held.items[other]]
+    last = rank.new_full((int(held.items.max()) + 1,), -1)
+    last.scatter_reduce_(0, held.items[rows], rank[rows], "amax")
+    rank[other] = last[held.items[other]]
     # The patch that closes an item comes before its delimiters: both have its rank.
     going = media.nonzero()[:, 0]
     key = 2 * rank[going] + (held.places[going] == NOWHERE)
@@ -166,13 +159,10 @@ def redundant(held: Held) -> Tensor:
 
 def _alike(places: Tensor, appearance: Tensor) -> Tensor:
     """Cosine of every row with the newest row of its place, float32 (n,); -2 for the newest."""
-    if not len(places):
-        return appearance.new_zeros(0)
-    rows = torch.arange(len(places), device=places.device)
     last = newest_of(places)
     cosine = torch.nn.functional.cosine_similarity(appearance, appearance[last], dim=-1)
     # Rounded, so that of equal pictures the oldest goes and not one that rounding picks.
-    return torch.where(last == rows, -2.0, cosine.round(decimals=4))
+    return torch.where(newest(places), -2.0, cosine.round(decimals=4))
 
 
 POLICIES: dict[str, Order] = {"oldest": oldest, "redundant": redundant}
