@@ -147,13 +147,6 @@ def patch(
         around a patched body.
     ModelInUseError
         A call of the patched model is running, in any thread.
-
-    Examples
-    --------
-    >>> handle = tokencomp.patch(model, ratio=0.75)
-    >>> ids = model.generate(**inputs)
-    >>> print(handle.stats)
-    >>> handle.remove()
     """
     asked = one_amount(ratio, budget, plan) or {"ratio": usual_ratio(reducer)}
     spec = MethodSpec(

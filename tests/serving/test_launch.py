@@ -134,8 +134,6 @@ def test_merge_auto_drops_where_the_family_cannot_merge(
         ({"reducer": "fastv"}, OptionError),
         ({"model": ("llava", "LlavaForConditionalGeneration")}, UnsupportedModelError),
         ({"model": ("gemma3", "Gemma3ForConditionalGeneration")}, UnsupportedModelError),
-        ({"model": ("internvl", "InternVLForConditionalGeneration"), "tower_ratio": 0.4},
-         OptionError),
     ],
 )  # fmt: skip
 def test_what_the_plugin_cannot_serve_does_not_start(start: Any, options: Any, error: Any) -> None:

@@ -67,7 +67,7 @@ def command(
 def _variants(
     source: opt.Source, media: list[Any], question: str, settings_of: Settings
 ) -> tuple[Any, dict[Any, Any]]:
-    """Inputs of the processor, and how long it took (median of three)."""
+    """The model, and per setting its inputs and seconds of preprocessing, a median of three."""
     import statistics
     import time
 

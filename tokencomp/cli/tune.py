@@ -19,7 +19,7 @@ def command(
         Path, typer.Option(help="Your questions: JSON Lines with question, answer and media.")
     ],
     tokens: Annotated[
-        float, typer.Option(help="Visual tokens per item and decoder layer, at most.")
+        float, typer.Option(min=1, help="Visual tokens per item and decoder layer, at most.")
     ],
     frames: Annotated[
         str, typer.Option(help="Frames per video to try, each as in `eval`.")
@@ -40,11 +40,8 @@ def command(
     Every combination within --tokens is measured. Prints the Pareto front of accuracy against
     tokens.
     """
-    from tokencomp.errors import OptionError
     from tokencomp.inputs.frames import plain_frames
 
-    if not tokens > 0:
-        raise OptionError(f"--tokens {tokens:g}: expected a positive number.")
     grid: dict[str, Any] = {
         "frames": [plain_frames(one) for one in parse.names(frames)],
         "scales": _numbers("scale", scale),

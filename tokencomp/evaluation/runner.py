@@ -94,14 +94,10 @@ def sweep(
     frames
         Which frames of each video are decoded, as in `load_media`. Records say which ones these
         were, unless `frames` is a number. A policy by scores without a scorer asks the model.
-    max_new_tokens
-        Longest answer.
-    seed
-        Seeds torch before every batch.
-    name
-        Model name for the manifest; default `model.name_or_path`.
-    data
-        What the items are, for the manifest: answers about other data are not taken up.
+    max_new_tokens, seed
+        Longest answer, and the seed of torch before every batch.
+    name, data
+        Of the model and of the items, for the manifest; answers about other data are not taken up.
     progress
         Whether to show a progress bar, or its title.
     shard

@@ -62,8 +62,7 @@ class Setting(MethodSpec):
         if self.reducer == FULL and self.plan is None and asked:
             raise OptionError(
                 f"the uncompressed model ('{FULL}') takes no ratio and no options; got "
-                f"ratio={self.ratio}, budget={self.budget}, "
-                f"options={self.options}."
+                f"ratio={self.ratio}, budget={self.budget}, options={self.options}."
             )
         options = dict(self.options)
         for field in (BUDGET, *TOWER, *OPTIONS):

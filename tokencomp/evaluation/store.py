@@ -78,12 +78,8 @@ class AnswerStore:
             held = "" if record.get("error") else self._question(record["id"]).get("media", "")
             record |= {"media": held} if held else {}
         lines = "".join(json.dumps(r) + "\n" for r in records)
-        try:
-            with keeping(self.path), self.file.open("a") as file:
-                file.write(lines)
-        except OptionError:
-            self.refresh()  # some of the lines may be there
-            raise
+        with keeping(self.path), self.file.open("a") as file:
+            file.write(lines)
         _merge(self._records, records)
 
     def write(

@@ -192,10 +192,7 @@ def within(measured: Sequence[Candidate], tokens: float) -> list[Candidate]:
 
 
 def pareto(measured: Sequence[Candidate]) -> list[Candidate]:
-    """Candidates that no other one beats at the same or fewer tokens, fewest first.
-
-    Those without an answered question are excluded.
-    """
+    """Answered candidates that no other one beats at the same or fewer tokens, fewest first."""
     front: list[Candidate] = []
     for c in sorted((c for c in measured if c.items), key=lambda c: (c.tokens, -c.accuracy)):
         if not front or c.accuracy > front[-1].accuracy:

@@ -127,42 +127,34 @@ def _entry(model: str) -> list[str]:
 
 
 def check_architecture(model: str, options: ServerOptions) -> bool:
-    """Refuse what vLLM would serve uncompressed: models that the plugin does not know, and a
-    stage in the tower or `merge=True` where it has none. Returns whether "auto" drops.
+    """Refuse models that the plugin does not know, which vLLM would serve uncompressed.
+
+    Also `merge=True` for families that cannot merge. Returns whether "auto" drops there.
     """
     from transformers import AutoConfig
 
-    from tokencomp.serving.vllm import MODELS, NO_MERGING, NO_TOWER_STAGE
+    from tokencomp.serving.vllm import MODELS, NO_MERGING
 
     try:
         config = AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
         raise UnsupportedModelError(f"{model!r} cannot be read: {error}") from None
     names = list(getattr(config, "architectures", None) or [])
-    reasons = [NO_TOWER_STAGE[MODELS[n]] for n in names if MODELS.get(n) in NO_TOWER_STAGE]
-    repeats = options.default.repeats
-    if (options.default.tower_stage is not None or repeats is not None) and reasons:
-        given = options.default.tower_ratio if repeats is None else repeats.name
-        raise OptionError(
-            f"--{'tower-ratio' if repeats is None else 'reducer'} {given} with {names[0]} on "
-            f"vLLM: {reasons[0]}. "
-            "Leave it out, or use --engine hf."
-        )
-    unable = [NO_MERGING[name] for name in names if name in NO_MERGING]
-    if options.merging and unable:
-        if options.default.merge != "auto":
-            raise OptionError(
-                f"--merge on with {names[0]} on vLLM: {unable[0]}. Leave it out, or use "
-                "--engine hf."
-            )
-        logger.warning("--merge auto drops with %s on vLLM: %s.", names[0], unable[0])
     if not set(names) & set(MODELS):
         raise UnsupportedModelError(
             f"{model!r} is a {', '.join(names) or 'model of unknown architecture'}; the vLLM "
             f"plugin compresses {', '.join(MODELS)}. Use --engine hf, or run `vllm serve` itself "
             "to serve it uncompressed."
         )
-    return options.merging and bool(unable)
+    unable = [NO_MERGING[name] for name in names if name in NO_MERGING]
+    if not (options.merging and unable):
+        return False
+    if options.default.merge != "auto":
+        raise OptionError(
+            f"--merge on with {names[0]} on vLLM: {unable[0]}. Leave it out, or use --engine hf."
+        )
+    logger.warning("--merge auto drops with %s on vLLM: %s.", names[0], unable[0])
+    return True
 
 
 def run_vllm(

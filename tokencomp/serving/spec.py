@@ -102,13 +102,11 @@ class ServerOptions:
 
         `details` are "image_url" or "video_url" and `detail` of all media of a request.
         """
-        if ("video_url", "low") in details:
-            raise OptionError('detail "low" is for images. Set a ratio for videos.')
-        low = [detail == "low" for modality, detail in details if modality == "image_url"]
-        if not any(low):
+        if "low" not in [detail for _, detail in details]:
             return None
-        if not all(low):
-            raise OptionError('detail "low" with other images: all images of a request share it.')
+        low = [detail == "low" for modality, detail in details if modality == "image_url"]
+        if ("video_url", "low") in details or not all(low):
+            raise OptionError('detail "low": for all images of a request, and for no video.')
         if self.low_detail_ratio is None:
             raise OptionError(
                 'detail "low" has no ratio on this server (--low-detail-ratio). Leave it out.'
