@@ -185,12 +185,20 @@ def test_flops_count_every_prompt_alone(family: Family) -> None:
 
 @pytest.mark.parametrize("name", ["qwen3_vl", "llava_onevision"])
 def test_lengths_that_flash_attention_takes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`cu_seq_lens_*`, where they are given, count the rows that are left in every layer."""
+    """`cu_seq_lens_*`, where they are given, count the rows that are left in every layer.
+
+    They run on from one packed sample to the next.
+    """
     backends.install(monkeypatch, FLASH)
     family = FAMILIES[name]
     model, rows = backends.build(family, FLASH), packed_rows(family)
-    inputs = pack(family, model, rows)
-    lengths = torch.tensor([0, *(family.batch([row])["input_ids"].shape[1] for row in rows)])
+    samples = [rows, rows[::-1]]
+    inputs = family.batch([[item for row in sample for item in row] for sample in samples])
+    del inputs["attention_mask"]
+    positions = [pack(family, model, sample)["position_ids"] for sample in samples]
+    inputs["position_ids"] = torch.cat(positions, -2)
+    prompts = [family.batch([row])["input_ids"].shape[1] for sample in samples for row in sample]
+    lengths = torch.tensor([0, *prompts])
     bounds, longest = lengths.cumsum(0).int(), int(lengths.max())
     given = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}
     given |= {"max_length_q": longest, "max_length_k": longest}

@@ -160,11 +160,15 @@ def test_a_crop_reaches_into_padding(name: str, merge: Any) -> None:
     assert (found - torch.cat([expected.float(), alone])).abs().max() < 5e-5
 
 
-def test_a_crop_removes_whole_tokens_of_an_image_whose_rest_is_merged() -> None:
-    """It may end in the image where all tokens behind it are kept, each for itself alone."""
+@pytest.mark.parametrize("reducer", ["uniform", "kcenter"])
+def test_a_crop_removes_whole_tokens_of_an_image_whose_rest_is_merged(reducer: str) -> None:
+    """It may end in the image where all tokens behind it are kept, each for itself alone.
+
+    k-center merges a token into the last one of the image, so that only this one cannot be cut.
+    """
     family = FAMILIES["qwen2_vl"]
     model, inputs = family.build(), family.batch(rows(family, 1))
-    with tokencomp.patch(model, 0.5, reducer="uniform", merge=True) as handle, torch.no_grad():
+    with tokencomp.patch(model, 0.5, reducer=reducer, merge=True) as handle, torch.no_grad():
         cache = oracle.cache_of(model(**inputs, use_cache=True))
         kept = oracle.kept_columns(handle, inputs, family.layers)[0][0]
     (span,) = handle.stats.spans[0]

@@ -237,12 +237,14 @@ CHUNKED = [
 
 
 @pytest.mark.thin(2)
-@pytest.mark.parametrize("way", ["greedy", "static", "beams"])
+@pytest.mark.parametrize("way", ["greedy", "static", "beams", "media"])
 @pytest.mark.parametrize("name", CHUNKED)
 def test_chunks_equal_one_pass(name: str, way: str) -> None:
     """The decoder takes what is left in chunks; a chunk as wide as the prompt is one pass."""
     family = {**FAMILIES, **HYBRID, **STRUCTURAL}[name]
     model, inputs = chunking(family), ragged(family)
+    if way == "media":  # at the end of the prompt
+        inputs = family.batch([[text(5), family.image(0)], [text(12, 5), family.image(1)]])
     seen = widths(model, family)
     options: dict[str, Any] = {"num_beams": 2} if way == "beams" else {}
     static = {"cache_implementation": "static"} if way == "static" else {}
@@ -252,7 +254,7 @@ def test_chunks_equal_one_pass(name: str, way: str) -> None:
         seen.clear()
         chunked = oracle.generate(model, inputs, prefill_chunk_size=CHUNK, **options, **static)
         assert max(seen) == CHUNK == handle.stats.prefill_chunk
-        masks = oracle.kept_columns(handle, inputs, family.layers) if way == "greedy" else []
+        masks = oracle.kept_columns(handle, inputs, family.layers) if way in ("greedy", "media") else []
     assert oracle.close(chunked, whole)
     if masks:
         expect = oracle.typed_logits if name in HYBRID else oracle.masked_logits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 import transformers
 from support import oracle
-from support.families import FAMILIES, Family, text
+from support.families import END, FAMILIES, Family, text
 from support.family.llava import LlavaOn
 from support.family.mistral import Mistral3
 from torch import Tensor, nn
@@ -44,9 +45,11 @@ class TwoTurns:
     def __init__(self, family: Family, model: nn.Module, past: int) -> None:
         self.family, self.model = family, model
         torch.manual_seed(3)
+        last = family.image(1)
+        last = dataclasses.replace(last, ids=[i for i in last.ids if i != END])
         rows = [
             [text(3), family.image(0), family.image(1), text(5, 2), family.image(1), text(7, 3)],
-            [text(4, 5), family.image(0), text(3, 6), family.image(1)],
+            [text(4, 5), family.image(0), text(3, 6), last],
         ]
         self.turn = family.batch(rows)
         self.whole, self.past = self.turn, past

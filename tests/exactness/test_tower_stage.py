@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -217,6 +218,21 @@ def test_batch_equals_singles_with_beams(family: Family) -> None:
             assert torch.equal(batch.sequences[2 * b : 2 * b + 2, -8:], single.sequences[:, -8:])
             if b < 2:
                 assert handle.stats.tower_kept(0) == kept[b]
+
+
+def test_padding_holds_no_features_of_dropped_cells() -> None:
+    """The longer prompt begins with an image whose first cell is dropped, and becomes shorter."""
+    family = FAMILIES["qwen3_vl"]
+    model, image = family.build(), family.image(0)
+    image = dataclasses.replace(image, ids=image.ids[1:])  # without the token that begins it
+    rows = [[image, text(3)], [text(3), family.image(1), text(4)]]
+    cells = TowerStage(0, 0.5, make_reducer("random", seed=3))
+    plan = Plan((Stage(0, 0.3, make_reducer("uniform")),), cells)
+    with tokencomp.patch(model, plan=plan) as handle, torch.no_grad():
+        together = model(**family.batch(rows), logits_to_keep=1).logits
+        assert 0 not in handle.stats.tower_kept(0)[0]
+        alone = [model(**family.batch([row]), logits_to_keep=1).logits for row in rows]
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-4)
 
 
 def test_second_turns_on_a_reused_cache(family: Family) -> None:

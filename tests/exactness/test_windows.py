@@ -193,6 +193,28 @@ def test_weights_of_merged_rows_in_later_turns(backend: str, between: bool) -> N
     assert oracle.difference(later, plain) > 1e-3
 
 
+def test_a_second_image_that_merges_beyond_a_window() -> None:
+    """Attention gets the last rows of the cache, and those of the turn have their own weights."""
+    family = LlavaOn(MISTRAL, sliding_window=12)
+    setting = {"ratio": 0.5, "reducer": "kcenter", "merge": True}
+    assert oracle.image_in_second_turn(family, family.build(), **setting) < 1e-5
+
+
+def test_a_reset_cache_holds_the_window_of_the_model() -> None:
+    """Merged rows have widened it."""
+    family = LlavaOn(MISTRAL, sliding_window=12)
+    model, inputs, words = family.build(), one_of_text(family), family.batch([[text(30, 4)]] * 2)
+    with torch.no_grad():
+        with tokencomp.patch(model, 0.5, reducer="kcenter", merge=True):
+            cache = oracle.cache_of(model(**inputs, use_cache=True))
+            cache.reset()
+            found = model(**words, past_key_values=cache, use_cache=True).logits
+        plain = model(**words, use_cache=True)
+    torch.testing.assert_close(found, plain.logits, atol=1e-5, rtol=1e-5)
+    expected = [layer.keys.shape for layer in oracle.cache_of(plain).layers]
+    assert [layer.keys.shape for layer in cache.layers] == expected
+
+
 @pytest.mark.parametrize(
     ("text_model", "reducer"),
     [(LLAMA, plans.RELEVANT), (MISTRAL, "fastv")],
