@@ -99,7 +99,8 @@ def test_static_second_turns(family: Family) -> None:
             for number, turn in enumerate(turns):
                 call, batch = family.batch([turn[b]]), family.batch(turn)
                 n = call["input_ids"].shape[1]
-                call |= {"position_ids": family.positions(model, batch)[..., b : b + 1, -n:] + start}
+                positions = family.positions(model, batch)[..., b : b + 1, -n:]
+                call["position_ids"] = positions + start
                 del call["attention_mask"]
                 start += batch["input_ids"].shape[1]
                 out = model(**call, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -254,7 +255,8 @@ def test_chunks_equal_one_pass(name: str, way: str) -> None:
         seen.clear()
         chunked = oracle.generate(model, inputs, prefill_chunk_size=CHUNK, **options, **static)
         assert max(seen) == CHUNK == handle.stats.prefill_chunk
-        masks = oracle.kept_columns(handle, inputs, family.layers) if way in ("greedy", "media") else []
+        dynamic = way in ("greedy", "media")
+        masks = oracle.kept_columns(handle, inputs, family.layers) if dynamic else []
     assert oracle.close(chunked, whole)
     if masks:
         expect = oracle.typed_logits if name in HYBRID else oracle.masked_logits
