@@ -174,8 +174,8 @@ def test_settings_with_other_features_are_refused(tmp_path: Path, setting: dict[
 def test_media_tokens_can_be_added(tmp_path: Path) -> None:
     """Checkpoints older than NVILA get ids past the end of the embedding table."""
     folder = vila_folder.write(tmp_path / "m", media=False)
-    model = VilaForConditionalGeneration.from_pretrained(folder, add_media_tokens=True)
-    processor = VilaProcessor.from_pretrained(folder, add_media_tokens=True)
+    model = VilaForConditionalGeneration.from_pretrained(folder)
+    processor = VilaProcessor.from_pretrained(folder)
     inputs = processor("<image>hi", images=picture(0))
     assert model(**inputs).logits.isfinite().all()
 

@@ -70,12 +70,6 @@ def verify_model(model: Any, compress: Compress) -> Result:
         The model is refused by its structure.
     """
     own = type(model)
-    if not hasattr(model, "generate"):
-        raise UnverifiedModelError(
-            f"{own.__name__} is a body, and only models that generate can be checked. Check the "
-            "one around it, or call patch() without verify=True, which takes bodies of types that "
-            "have passed."
-        )
     parts = find_parts(model)
     classes = text_classes(parts.top, parts.decoder)
     key = own, str(model.config.to_json_string(use_diff=False)), *classes.items()

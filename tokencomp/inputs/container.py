@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
-import numpy as np
-
 from tokencomp.errors import MediaError
 from tokencomp.inputs.packets import ClipIndex, Packets, index_of, packets_of
 
@@ -91,7 +89,7 @@ class VideoFile:
             return
         groups: dict[int, list[int]] = {}
         for place in sorted(places):
-            groups.setdefault(max(int(self._starts[place]), 0), []).append(place)
+            groups.setdefault(max(int(self._packets.starts[place]), 0), []).append(place)
         for start, wanted in groups.items():
             left = set(wanted)
             for place, frame in self._run(start, wanted):
@@ -109,7 +107,7 @@ class VideoFile:
         """
         shown = None
         for place, frame in self._run(
-            int(self._starts[start - 1]) if start else 0, left, all_=True
+            int(self._packets.starts[start - 1]) if start else 0, left, all_=True
         ):
             while left and left[0] < place:
                 left.pop(0)
@@ -127,10 +125,6 @@ class VideoFile:
         packets = self.index.packets
         assert packets is not None  # else `_in_order` reads the file
         return packets
-
-    @cached_property
-    def _starts(self) -> np.ndarray:
-        return self._packets.starts
 
     @cached_property
     def _place_of(self) -> dict[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,7 @@ class Packets:
         latest = np.maximum.accumulate(self.order)
         return bool((latest > self.order)[self.keys].any())
 
-    @property
+    @cached_property
     def starts(self) -> np.ndarray:
         """The key frame from which each frame is decoded: places, int64 (n,), -1 if none."""
         return np.maximum.accumulate(np.where(self.keys, np.arange(len(self.keys)), -1))

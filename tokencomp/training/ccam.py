@@ -81,10 +81,6 @@ class Live(Ccam):
     def queries(self) -> int:
         return self.module.config.queries
 
-    def keep_count(self, span: VisualSpan, fraction: float) -> int:
-        check_media([span], self.queries())
-        return super().keep_count(span, fraction)
-
 
 @without_patch
 def train_ccam(model: Any, processor: Any, data: str, output: Path, config: CcamConfig) -> Path:
@@ -152,7 +148,6 @@ def align_loss(model: Any, module: CCAMProjector, inputs: dict[str, Any]) -> Ten
     frames of fewer than Q tokens.
     """
     seen = capture(model, inputs, layers=False)
-    check_media([span for row in seen.spans for span in row], module.config.queries)
     errors = []
     for b, row in enumerate(seen.spans):
         for span in row:

@@ -73,16 +73,12 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def from_pretrained(  # type: ignore[override]  # local folders only
         cls,
         folder: str | Path,
-        *,
-        add_media_tokens: bool = False,
         **kwargs: Any,
     ) -> VilaForConditionalGeneration:
         """Load a local folder in the published layout.
 
         Parameters
         ----------
-        add_media_tokens
-            Whether missing media tokens are added, see `tokens.load_tokenizer`.
         **kwargs
             Options such as `dtype`, `attn_implementation` and `device_map`, which are passed to the
             LLM and the tower.
@@ -97,7 +93,7 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         folder = Path(folder)
         kwargs = {k: v for k, v in kwargs.items() if k not in ("config", "trust_remote_code")}
         known = "media_tokens" in read_root(folder)
-        tokenizer = None if known else load_tokenizer(folder, add_media_tokens)
+        tokenizer = None if known else load_tokenizer(folder)
         config = read_config(folder, tokenizer)
         llm = AutoModelForCausalLM.from_pretrained(folder / "llm", **kwargs)
         tower = SiglipVisionModel.from_pretrained(folder / "vision_tower", **kwargs)

@@ -48,21 +48,19 @@ class VilaProcessor:
         self.chat_template = chat_template(tokenizer, config.chat_template)
 
     @classmethod
-    def from_pretrained(
-        cls, folder: str | Path, *, add_media_tokens: bool = False, **kwargs: Any
-    ) -> VilaProcessor:
+    def from_pretrained(cls, folder: str | Path, **kwargs: Any) -> VilaProcessor:
         """Load tokenizer, image processor and conversation format of a VILA folder.
 
         Raises
         ------
         CheckpointError
-            If the variant is not supported, or the tokenizer has no media tokens.
+            If the variant is not supported.
         OSError
             If a part is missing, from transformers.
         """
         folder = Path(folder)
         read_root(folder)
-        tokenizer = load_tokenizer(folder, add_media_tokens)
+        tokenizer = load_tokenizer(folder)
         config = read_config(folder, tokenizer)
         images = SiglipImageProcessor.from_pretrained(folder / "vision_tower")
         if config.chat_template is not None:

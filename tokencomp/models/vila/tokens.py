@@ -38,30 +38,18 @@ TEMPLATES = {
 }
 
 
-def load_tokenizer(folder: str | Path, add_media_tokens: bool = False) -> Any:
+def load_tokenizer(folder: str | Path) -> Any:
     """Load the tokenizer of `folder/llm`, which pads on the left.
 
-    Parameters
-    ----------
-    add_media_tokens
-        Whether `<image>` and `<vila/video>` are added if they are missing. Checkpoints older than
-        NVILA lack them. The new ids lie past the end of the embedding table, which is safe because
-        the model replaces them before any look-up.
+    `<image>` and `<vila/video>` are added if they are missing, as in checkpoints older than NVILA.
+    The new ids lie past the end of the embedding table, which is safe because the model replaces
+    them before any look-up.
     """
     from transformers import AutoTokenizer
 
-    folder = Path(folder) / "llm"
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    known = tokenizer.get_vocab()
-    missing = [token for token in (IMAGE, VIDEO) if token not in known]
-    if missing and not add_media_tokens:
-        raise CheckpointError(
-            f"{folder}: the tokenizer has no media token {', '.join(missing)}. Pass "
-            "add_media_tokens=True to from_pretrained (model and processor) to add them, as "
-            "checkpoints older than NVILA need."
-        )
-    if missing:
-        tokenizer.add_tokens(missing, special_tokens=True)
+    tokenizer = AutoTokenizer.from_pretrained(Path(folder) / "llm", padding_side="left")
+    missing = [token for token in (IMAGE, VIDEO) if token not in tokenizer.get_vocab()]
+    tokenizer.add_tokens(missing, special_tokens=True)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
