@@ -84,9 +84,7 @@ def check_effect(owner: str, options: Any, unused: Mapping[str, str]) -> None:
 
     `unused` has the fields that have none, and why. A field at its default counts as not set.
     """
-    defaults = (
-        {field.name: field.default for field in dataclasses.fields(options)} if unused else {}
-    )
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}
     for name, reason in unused.items():
         if (value := getattr(options, name)) != defaults[name]:
             raise OptionError(f"{owner}: {name}={value!r} has no effect {reason}. Leave it out.")

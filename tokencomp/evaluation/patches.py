@@ -32,13 +32,6 @@ class Subsets(Random):
         return Random(seed).reduce(tokens)
 
 
-def per_question(setting: Setting, names: Sequence[str]) -> Subsets | None:
-    """The reducer that replaces `random` for the questions of a batch; None for other settings."""
-    if setting.reducer != RANDOM or not setting.active:
-        return None
-    return Subsets(setting.options.get("seed", 0), tuple(names))
-
-
 def patched(model: Any, setting: Setting) -> contextlib.AbstractContextManager[Handle | None]:
     """Patch the model until the end of a block; None for settings that do not patch it."""
     return apply(model, setting) if setting.active else contextlib.nullcontext()
@@ -78,9 +71,8 @@ class PatchedModels:
         else:
             handle.resume()
         try:
-            subsets = per_question(setting, names)
-            if subsets is not None:
-                handle.set(reducer=subsets)
+            if setting.reducer == RANDOM:
+                handle.set(reducer=Subsets(setting.options.get("seed", 0), tuple(names)))
             yield handle
         finally:
             handle.suspend()

@@ -136,12 +136,6 @@ def _fit(image: Image.Image, side: int) -> Image.Image:
     return image.convert("RGB").resize(size)
 
 
-def as_taken(media: Sequence[Any], spans: Sequence[VisualSpan]) -> list[Any]:
-    """The media in the form the model takes: frames are images if it takes no videos."""
-    apart = len(spans) > len(media) and all(span.modality == "image" for span in spans)
-    return frames_apart(media) if apart else [*media]
-
-
 def group_spans(spans: Sequence[VisualSpan], media: Sequence[Any]) -> list[list[int]]:
     """The spans of each medium, in order; excess spans belong to the last medium."""
     groups: list[list[int]] = [[] for _ in media]
@@ -171,8 +165,10 @@ def kept_tiles(
     media: Sequence[Any], stats: Stats, layer: int | None = None, side: int = SIDE
 ) -> list[tuple[Any, list[Image.Image]]]:
     """Each medium of the first row of a batch, with `tiles` of its kept patches."""
-    media = as_taken(media, stats.spans[0])
-    shares, groups = survival(stats, layer), group_spans(stats.spans[0], media)
+    spans = stats.spans[0]
+    if len(spans) > len(media) and all(span.modality == "image" for span in spans):
+        media = frames_apart(media)  # the model takes frames of videos as images
+    shares, groups = survival(stats, layer), group_spans(spans, media)
     return [
         (one, tiles(one, [shares[j] for j in group], side))
         for one, group in zip(media, groups, strict=True)
