@@ -56,7 +56,8 @@ def check_installed() -> None:
     """Raise without lmms-eval, before anything is rendered or loaded."""
     if importlib.util.find_spec("lmms_eval") is None:
         raise MissingDependencyError(
-            f"give your questions with --data FILE. Tasks need lmms-eval: {install('eval')}."
+            "give your questions with --data: a JSON Lines file, or a folder with questions.jsonl. "
+            f"Tasks need lmms-eval: {install('eval')}."
         )
 
 

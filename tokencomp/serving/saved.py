@@ -21,7 +21,7 @@ class Saved:
 
     `reducer` is "none" where nothing is compressed, `requested` the ratio or budget in force.
     `tokens` has, by modality, those before, and the mean over decoder layers of those seen.
-    `merge` says whether dropped tokens were merged into kept ones.
+    `merge` says whether the option of that name merged dropped tokens into kept ones.
     """
 
     reducer: str = "none"
