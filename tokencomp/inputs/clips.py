@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,7 @@ UNSEARCHED = frozenset(["mpegts", "mpeg"])
 """Containers without an index."""
 
 
-class Clip(ABC):
+class Clip(contextlib.AbstractContextManager["Clip"]):
     """The frames of a video. Close it, or use it in a `with` block."""
 
     @property
@@ -42,11 +42,8 @@ class Clip(ABC):
         Damaged frames are missing, or replaced by the frame shown before them.
         """
 
-    def close(self) -> None:  # noqa: B027  # most clips hold nothing open
-        """Close the file."""
-
-    def __enter__(self) -> Clip:
-        return self
+    def close(self) -> None:
+        """Close the file; most clips hold nothing open."""
 
     def __exit__(self, *_: Any) -> None:
         self.close()

@@ -184,7 +184,7 @@ def without_option(card: dict[str, Any]) -> str:
 
     from tokencomp.cli.train import app
     from tokencomp.training.ccam import CcamConfig
-    from tokencomp.training.selector.config import SelectorConfig
+    from tokencomp.training.selector.labels import SelectorConfig
 
     command: Any = get_command(app)
     options = {option.name for option in command.commands[card["kind"]].params}

@@ -20,8 +20,7 @@ from tokencomp.reducers._batch import finite_values
 from tokencomp.reducers.selector import CHANNELS, SelectorNet
 from tokencomp.storage import replace_file
 from tokencomp.training.checks import check_finite, load_checkpoint
-from tokencomp.training.selector.config import SelectorConfig
-from tokencomp.training.selector.labels import Pair
+from tokencomp.training.selector.labels import Pair, SelectorConfig
 
 SETTINGS = ("epochs", "learning_rate", "batch_spans", "zeroed", "seed")
 """Of `SelectorConfig`: what the network depends on in addition to the labels."""
@@ -38,17 +37,9 @@ def fit(
 ) -> tuple[SelectorNet, float]:
     """Train the network; of all epochs the one with the lowest held-out loss is returned.
 
-    Parameters
-    ----------
-    checkpoint
-        Written after every epoch; an existing one of the same settings and `labels` is resumed.
-    labels
-        Identity of the labels.
-
-    Returns
-    -------
-    net, seconds
-        In evaluation mode, on `device`; the time it took, in all sessions together.
+    `checkpoint` is written after every epoch; an existing one of the same settings and identity of
+    the `labels` is resumed. Returns the network in evaluation mode, on `device`, and the seconds it
+    took in all sessions together.
 
     Raises
     ------

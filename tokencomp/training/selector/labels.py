@@ -1,11 +1,12 @@
-"""Labels of the `selector` reducer: inputs of the network, and relevance for the answers."""
+"""Options of `tokencomp train selector`, and its labels: inputs of the network, and relevance."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,12 +15,12 @@ from tqdm.auto import tqdm
 from tokencomp.inputs.prompts import generate
 from tokencomp.inputs.questions import Example
 from tokencomp.reducers._batch import finite_values
-from tokencomp.reducers.selector import standardised
+from tokencomp.reducers.selector import Input, standardised
 from tokencomp.storage import check_identity, read_object, write_json
 from tokencomp.trained.cards import model_card, write_tensors
 from tokencomp.training.data import answered, data_identity, load_batch, order
-from tokencomp.training.relevance import attention_bytes, explain
-from tokencomp.training.selector.config import SelectorConfig
+from tokencomp.training.loop import TrainingConfig
+from tokencomp.training.relevance import TARGET, Target, attention_bytes, explain
 
 Pair = tuple[Tensor, Tensor]
 """What the network reads of the patches of one span, and their relevance, float32 (n,).
@@ -32,6 +33,40 @@ MEMORY = 8 * 2**30
 IDENTITY = "identity.json"
 SETTINGS = ("kind", "batch", "answers", "target", "frames", "max_new_tokens", "seed")
 """Of `SelectorConfig`: what the labels depend on."""
+
+
+@dataclass(frozen=True)
+class SelectorConfig(TrainingConfig):
+    """Options of the training of a selector; the paper explains 8 to 12 thousand `samples`.
+
+    Attributes
+    ----------
+    epochs, batch_spans
+        Of the network.
+    zeroed
+        Share of each label's lowest values that is set to zero.
+    answers
+        "generated": explain what the model says (the paper); "given": the reference answer.
+    target
+        "logit" or "logprob" of the answer tokens.
+    max_new_tokens
+        Longest answer that is generated and explained.
+    held_out
+        Held-out questions that are explained.
+    input
+        What the network reads: "attention" of the text in layer 0 (the paper), or the projected
+        visual "features" (ours), two bytes per number in the labels.
+    """
+
+    learning_rate: float = 2e-3
+    epochs: int = 20
+    batch_spans: int = 64
+    zeroed: float = 0.5
+    answers: Literal["generated", "given"] = "generated"
+    target: Target = TARGET
+    max_new_tokens: int = 16
+    held_out: int = 500
+    input: Input = "attention"
 
 
 def label_identity(model: Any, data: str, config: SelectorConfig) -> dict[str, Any]:

@@ -21,9 +21,8 @@ from tokencomp.trained.cards import model_card, write
 from tokencomp.training.checks import check_folder, without_patch
 from tokencomp.training.data import questions
 from tokencomp.training.measure import accuracy
-from tokencomp.training.selector.config import SelectorConfig
 from tokencomp.training.selector.fit import fit
-from tokencomp.training.selector.labels import Pair, label, label_identity
+from tokencomp.training.selector.labels import Pair, SelectorConfig, label, label_identity
 
 SHARES = (0.5, 0.25, 0.1)
 RATIOS = (0.5, 0.75, 0.9)
