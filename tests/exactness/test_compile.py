@@ -10,7 +10,6 @@ from support import oracle, plans
 from support.caches import ENTRY, static_cache
 from support.families import CORE, FAMILIES, Family, text
 from support.prompts import ragged, single
-from transformers import DynamicCache
 from transformers.generation.configuration_utils import CompileConfig
 
 import tokencomp
@@ -81,33 +80,6 @@ def test_merged_tokens_are_one_graph(family: Family) -> None:
     handle, out, masks = oracle.generated(model, family, inputs, STEPS, compiled(model), **setting)
     assert oracle.deviation(model, family, inputs, out, masks, oracle.Merged(handle)) < 1e-5
     assert graphs() == 1
-
-
-@pytest.mark.parametrize("plan", ["entry", "attention", "vanish"])
-def test_words_by_hand_after_a_padded_batch(family: Family, plan: str) -> None:
-    """Layers hold different rows, and the masks of a padded batch differ by layer.
-
-    After a stage at entry alone the cache is static and a step one graph.
-    """
-    model, inputs = family.build(), ragged(family)
-    n, positions, mask = (
-        inputs["input_ids"].shape[1], family.positions(model, inputs), inputs["attention_mask"],
-    )  # fmt: skip
-    cache = static_cache(model, n + STEPS + 1) if plan == "entry" else DynamicCache()
-    words = torch.tensor([text(STEPS, 30 + i) for i in range(3)])
-    with tokencomp.patch(model, plan=plans.make(plan, family.layers)) as handle, torch.no_grad():
-        call = {"past_key_values": cache, "use_cache": True}
-        logits = [model(**inputs, position_ids=positions, **call).logits[:, -1]]
-        masks = oracle.kept_columns(handle, inputs, family.layers)
-        how = {"fullgraph": True} if plan == "entry" else {"dynamic": True}
-        step = torch.compile(model, backend="eager", **how)
-        later = oracle.following(positions, STEPS)
-        for i in range(STEPS):
-            mask = torch.cat([mask, torch.ones(3, 1, dtype=mask.dtype)], 1)
-            now = {"attention_mask": mask, "position_ids": later[..., i : i + 1], **call}
-            logits.append(step(input_ids=words[:, i : i + 1], **now).logits[:, -1])
-    expected = oracle.masked_logits(model, family, inputs, masks, words)[:, n - 1 :]
-    assert oracle.difference(torch.stack(logits, 1), expected) < 1e-5
 
 
 def test_fullgraph_at_ratio_zero(family: Family) -> None:
