@@ -18,7 +18,7 @@ import subprocess
 from typing import Any
 
 from benchmarks.mutants.page import PAGE, RESULTS, page
-from benchmarks.mutants.run import ROOT, Mutant, read, run
+from benchmarks.mutants.run import KILLED, ROOT, Mutant, read, run
 
 
 def main() -> None:
@@ -26,7 +26,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--area", action="append", help="only mutants of this part of the code")
-    parser.add_argument("--missing", action="store_true", help="only mutants without a result")
+    parser.add_argument("--missing", action="store_true", help="only mutants that no test has killed")
     parser.add_argument("--limit", type=int, help="at most so many mutants")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds per mutant")
     parser.add_argument("--report", action="store_true", help="only rebuild the page")
@@ -34,7 +34,9 @@ def main() -> None:
     found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     mutants = [] if args.report else read()
     mutants = [m for m in mutants if not args.area or m.area in args.area]
-    mutants = [m for m in mutants if not args.missing or m.name not in found][: args.limit]
+    if args.missing:
+        mutants = [m for m in mutants if found.get(m.name, {}).get("state") != KILLED]
+    mutants = mutants[: args.limit]
     about = {"commit": commit(), "python": platform.python_version()}
 
     def note(mutant: Mutant, result: dict[str, Any]) -> None:
