@@ -26,7 +26,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--area", action="append", help="only mutants of this part of the code")
-    parser.add_argument("--missing", action="store_true", help="only mutants that no test has killed")
+    parser.add_argument("--missing", action="store_true", help="only mutants that are not killed")
     parser.add_argument("--limit", type=int, help="at most so many mutants")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds per mutant")
     parser.add_argument("--report", action="store_true", help="only rebuild the page")

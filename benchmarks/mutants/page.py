@@ -43,16 +43,15 @@ def page(mutants: Sequence[Mutant], found: Mapping[str, Mapping[str, Any]]) -> s
             run=killed[KILLED] + killed[SURVIVED],
         ),
         _table(["area", *columns], rows),
-        "\n## Survivors\n",
-        _table(
-            ["file", "edit", "what goes wrong", "tests that pass"],
-            [
-                [m.file, f"{_code(m.old)} → {_code(m.new)}", m.why, " ".join(m.tests)]
-                for m, state in states.items()
-                if state == SURVIVED
-            ],
-        ),
     ]
+    survivors = [
+        [m.file, f"{_code(m.old)} → {_code(m.new)}", m.why, " ".join(m.tests)]
+        for m, state in states.items()
+        if state == SURVIVED
+    ]
+    if survivors:
+        head = ["file", "edit", "what goes wrong", "tests that pass"]
+        parts += ["\n## Survivors\n", _table(head, survivors)]
     if STALE in others:
         parts.append("\n## To be restated: the code has changed\n")
         parts += [f"- {m.file}: {_code(m.old)}" for m, s in states.items() if s == STALE]
