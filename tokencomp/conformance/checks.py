@@ -204,9 +204,9 @@ class Checks:
 
     def _left(self, stats: Any, plan: Plan) -> list[Tensor]:
         """By layer: the kept columns (B, L) according to the stats."""
-        columns = self.prompts.image_columns()
-        if sum(stats.tokens_before) != int(columns.sum()):
-            raise NotExact(f"{sum(stats.tokens_before)} of {int(columns.sum())} visual tokens seen")
+        visual = int((self.inputs["input_ids"] == self.prompts.image_id).sum())
+        if sum(stats.tokens_before) != visual:
+            raise NotExact(f"{sum(stats.tokens_before)} of {visual} visual tokens seen")
         left = columns_left(stats, plan, self.real, self.depth)
         if int(left[-1].sum()) == int(self.real.sum()):
             raise NotExact("no token left the prompt")

@@ -155,11 +155,6 @@ class Prompts:
         behind = (kinds.flip(-1).cumsum(-1).flip(-1) == 0).long().cumsum(-1) > 2
         return (behind & mask.bool()).long()
 
-    def image_columns(self) -> Tensor:
-        """Mask of visual tokens, bool (B, L)."""
-        result: Tensor = self.inputs()["input_ids"] == self.image_id
-        return result
-
     @torch.no_grad()
     def forward(self, inputs: dict[str, Any], **kwargs: Any) -> Any:
         """One forward call, with the positions of `generate`."""

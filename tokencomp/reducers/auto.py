@@ -42,15 +42,9 @@ class Auto(Reducer):
         return f"Auto({', '.join(f'{name}={value!r}' for name, value in self.by_modality.items())})"
 
     def reduce(self, tokens: Tokens) -> Kept:
-        modalities = dict.fromkeys(tokens.modalities)
-        parts = [
-            self.by_modality[modality].reduce(of_modality(tokens, modality)).rows
-            for modality in modalities
-        ]
+        parts, spans = [], list(zip(tokens.budgets, tokens.modalities, strict=True))
+        for modality in dict.fromkeys(tokens.modalities):
+            # Spans of other modalities have the budget 0.
+            budgets = [n if of_span == modality else 0 for n, of_span in spans]
+            parts.append(self.by_modality[modality].reduce(replace(tokens, budgets=budgets)).rows)
         return Kept(parts[0] if len(parts) == 1 else torch.cat(parts).sort().values)
-
-
-def of_modality(tokens: Tokens, modality: str) -> Tokens:
-    """The same patches, with budget 0 for spans of other modalities."""
-    pairs = zip(tokens.budgets, tokens.modalities, strict=True)
-    return replace(tokens, budgets=[n if of_span == modality else 0 for n, of_span in pairs])

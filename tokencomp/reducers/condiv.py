@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 from tokencomp.plan.reducer import effective
 from tokencomp.reducers import Kept, Published, Tokens, Traits, finite_features, register_reducer
 from tokencomp.reducers._batch import segment, spread, supplied_scores
@@ -61,15 +59,10 @@ class ConDiv(Published):
         x = finite_features(tokens.features, scores)
         # Weights r^p and margin m · d̄; without them it is a plain max-min selection.
         if scores is not None:
-            weights = self._weights(tokens, scores)
+            r = scores.clamp(min=0)
+            most = segment(r, tokens.lengths, "max").clamp(min=1e-30)
+            weights = (r / spread(most, tokens.lengths)).clamp(min=FLOOR).pow(self.power)
             if self.margin:
                 margin = self.margin * mean_distance(x, spans=tokens.lengths)
         how = {"spans": tokens.lengths, "margin": margin}
         return Kept(maxmin_select(x, tokens.budgets, weights, **how))
-
-    def _weights(self, tokens: Tokens, scores: Tensor) -> Tensor:
-        """r^p of every patch, float32."""
-        lengths = tokens.lengths
-        relevance = scores.clamp(min=0)
-        most = segment(relevance, lengths, "max").clamp(min=1e-30)
-        return (relevance / spread(most, lengths)).clamp(min=FLOOR).pow(self.power)

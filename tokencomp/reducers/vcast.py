@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -48,7 +47,8 @@ class VCast(Reducer):
         lengths = list(itertools.chain(*frames))
         x = tokens.features.float()
         norms = feature_norms(x)
-        means = normalize(frame_means(x, lengths), dim=1)
+        means = segment(x, lengths, "sum") / torch.tensor(lengths, device=x.device)[:, None]
+        means = normalize(means, dim=1)
         # One device read gives κ and tells whether the features are finite.
         *kappa, total = torch.cat([curvature(means), norms.sum()[None]]).tolist()
         if not math.isfinite(total):
@@ -64,11 +64,6 @@ class VCast(Reducer):
         rows = torch.repeat_interleave(means, tokens.table(lengths), dim=0, output_size=len(x))
         score = 1 - cosine_similarity(x, rows, dim=1) + min_max(norms, lengths)
         return Kept(best_rows(score, quota, lengths))
-
-
-def frame_means(x: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Mean token of every frame of x (n, d), shape (frames, d)."""
-    return segment(x, lengths, "sum") / torch.tensor(lengths, device=x.device)[:, None]
 
 
 def curvature(means: Tensor) -> Tensor:
