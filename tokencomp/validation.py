@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 from collections.abc import Mapping
 from functools import cache
 from numbers import Integral, Real
@@ -45,7 +45,8 @@ def fits(value: Any, hint: Any) -> bool:
     if hint is int:
         return isinstance(value, Integral) and not isinstance(value, bool)
     if hint is float:
-        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        return number and abs(value) <= sys.float_info.max  # false for NaN; integers may be larger
     if get_origin(hint) in (Union, UnionType):
         return any(fits(value, member) for member in args)
     if get_origin(hint) is Literal:
