@@ -72,8 +72,9 @@ def load_model(
     try:
         model, processor = load_folder(path, torch_dtype, **options)
     except (OSError, ValueError, KeyError) as error:
+        first_line, *_ = str(error).strip().splitlines() or [""]
         raise UnsupportedModelError(
-            f"{name!r} cannot be loaded as a multimodal model: {_first_line(error)} "
+            f"{name!r} cannot be loaded as a multimodal model: {first_line} "
             f"Give an embedded model ({', '.join(available_models()) or 'none is installed'}), a "
             "folder in the Hugging Face layout, or the id of a hub model that can be reached."
         ) from error
@@ -109,7 +110,3 @@ def load_folder(path: str, dtype: torch.dtype | None = None, **options: Any) -> 
     kind = next((k for k in kinds if type(config) in k._model_mapping), images)
     model = kind.from_pretrained(path, dtype=dtype, **options)
     return model.eval(), processor
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -46,26 +46,19 @@ def model_facts(adapter: Adapter) -> ModelFacts:
     model: Any = adapter.model
     layers: Any = adapter.layers
     weight = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    # The folder or hub name; VILA models have it on the model instead of on its config.
+    names = (getattr(model.config, "_name_or_path", ""), getattr(model, "name_or_path", ""))
     return ModelFacts(
         mrope=adapter.mrope,
         model_type=model.config.model_type,
         num_layers=len(layers),
         hidden_size=int(adapter.text_config.hidden_size),
-        folder=loaded_from(model),
+        folder=str(next(filter(None, names), "")),
         # While an offloading hook keeps the weights away, their device is not known yet.
         device=torch.device("cpu") if weight.is_meta else weight.device,
         dtype=weight.dtype,
         fingerprint=lambda: fingerprint(layers[0].self_attn.k_proj),
     )
-
-
-def loaded_from(top: Any) -> str:
-    """Return the folder or hub name that a model was loaded from, or an empty string.
-
-    VILA models store it on the model instead of on its config.
-    """
-    names = (getattr(top.config, "_name_or_path", ""), getattr(top, "name_or_path", ""))
-    return str(next(filter(None, names), ""))
 
 
 @torch.no_grad()
