@@ -384,7 +384,7 @@ def test_a_server_that_cannot_serve_does_not_start(tiny_folder: Any, arguments: 
         occupied.listen()
         port = str(occupied.getsockname()[1])
         args = [port if a == "PORT" else a for a in arguments]
-        assert run("serve", "--model", tiny_folder("qwen2_vl"), *args) == 2
+        assert run("serve", "--model", tiny_folder("qwen2_vl"), *args) != 0
 
 
 WRONG: list[dict[str, Any]] = [
