@@ -38,6 +38,15 @@ ENGINES = [
     ("internvl", {}),
     pytest.param("qwen2_5_vl", {}, marks=pytest.mark.long),
     pytest.param("glm4v", {"max_num_batched_tokens": 64}, marks=pytest.mark.long),
+    *(
+        pytest.param(
+            model,
+            {"tensor_parallel_size": 2, "max_num_batched_tokens": 64},
+            marks=pytest.mark.long,
+            id=f"{model}-two-processes",
+        )
+        for model in ("qwen2_vl", "qwen3_vl", "llava_onevision", "internvl", "qwen2_5_vl")
+    ),
 ]
 
 
