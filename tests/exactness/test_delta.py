@@ -37,7 +37,8 @@ def screens(family: Family) -> list[list[Any]]:
         text(2), a.show(set()), text(5), b.show({1, 6}), text(3, 4),
     ]  # fmt: skip
     whole = {*range(v.cells)}
-    shown = [v.show(whole, {2, 3}), v.show({1}, {0})] if v.frames > 1 else [v.show(whole)]
+    video = v.frames > 1
+    shown = [v.show(whole, {2, 3}), v.show({1}, {0})] if video else [v.show(whole), v.show({1})]
     return [first, [a.first, text(3, 5), *joined(shown), text(4)], [text(9, 6)]]
 
 
