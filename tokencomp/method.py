@@ -66,9 +66,9 @@ class MethodSpec(StageOptions):
         A number; 0 is off. A mapping from modalities to ratios goes to `ratios`.
     ratios
         Ratios by modality, in place of `ratio`; modalities that are not named stay whole.
-    carried
-        Names of fields and options that remain from an earlier setting (`changed`). They may wait
-        for another ratio; any other one that has no effect is refused.
+    inherited
+        Names of fields and options whose values come from an earlier setting (`changed`). They may
+        have no effect at this ratio; others without effect are refused.
 
     Raises
     ------
@@ -85,7 +85,7 @@ class MethodSpec(StageOptions):
     tower_reducer: str | Reducer = "auto"
     ratios: dict[str, float] = field(default_factory=dict)
     budget: int | Mapping[str, int] | None = None
-    carried: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
+    inherited: frozenset[str] = field(default=frozenset(), compare=False, repr=False)
 
     def __post_init__(self) -> None:
         stage, options = split(self.options)
@@ -145,8 +145,8 @@ class MethodSpec(StageOptions):
             unused["tower_ratio"] = "at ratio=0"
         if self.repeats and not (self.ratio or self.ratios or budget):
             why = f"without a ratio or budget, by which {self.repeats.name!r} drops more"
-            unused |= {"merge": why} if self.merge is True else {}
-            if "then" in self.options.keys() - self.carried:
+            unused |= {name: why for name, v in self.stage_options.items() if v != "auto"}
+            if "then" in self.options.keys() - self.inherited:
                 check_effect(self.repeats.name, self.repeats, {"then": why})
         if dropped > self.ratio:
             raise PlanError(
@@ -156,8 +156,9 @@ class MethodSpec(StageOptions):
             )
         if self.tower_reducer != "auto" or self.tower_ratio:
             TowerStage(0, 1.0 - dropped, self.built_tower_reducer)
-        waiting = {name: why for name, why in unused.items() if name not in self.carried}
-        check_effect("method spec", self, waiting)
+        check_effect(
+            "method spec", self, {n: why for n, why in unused.items() if n not in self.inherited}
+        )
 
     @property
     def dropped_cells(self) -> float:
@@ -298,7 +299,8 @@ class MethodSpec(StageOptions):
                 "another ratio or option. Give set(reducer=...) too, or a new plan."
             )
         tower = {"tower_ratio": self.tower_ratio, "tower_reducer": self.tower_reducer}
-        given["carried"] = frozenset({*tower, "merge", "then"} - given.keys() - options.keys())
+        inherited = {*tower, *OPTIONS, "then"} - given.keys() - options.keys()
+        given["inherited"] = frozenset(inherited)
         if plan is not None:
             return MethodSpec(ratio=self.ratio, options=options, plan=plan, **given)
         amount = {"ratio": 0.0, "budget": None, **(asked or self.requested)}

@@ -25,17 +25,24 @@ Four coordinates, each with one name:
             choose patches (`tokencomp.tokens.tokens`).
     cell    the patches of the vision tower that one visual token reads (`tower/`).
 
-A padded second turn, of which sample 0 keeps two of four visual tokens (v) and sample 1 all four:
+A second turn after a stage that keeps two of four visual tokens (v) of sample 0, and three of
+sample 1, whose second turn has three padding columns:
 
-    columns of both turns   0 1 2 3 4 5 | 6 7 8 9 10 11
-    sample 0                t v v v v t | t t t t t  t
-    rows after the stage    · · 0 1 4 5 |                 rows 6, dropped 0: columns that no row
-    sample 1                t v v v v t | · · · t t  t    of the longest sample holds
-    rows after the stage    0 1 2 3 4 5 |
+    columns of both turns        0 1 2 3 4 5 | 6 7 8 9 10 11
+    sample 0                     t v v v v t | t t t t t  t
+    columns of the rows held     ·  0 1 4 5  |                 `rows` 5, one of them padding (·)
+    sample 1                     t v v v v t | · · · t t  t
+    columns of the rows held     0 1 2 4 5   |                 `dropped` 6 - 5 = 1, of every sample
 
-The cache layers hold the map of the first turn (`current_map`: columns, and `real` False at the two
-padding rows of sample 0). In the second call `LaterTokens._columns_of_call` (`later.py`) reads the
-padding of the new rows from the caller's mask; `build_segments` (`call.py`) takes the held map as
-`past` and the new rows as `new`; `Masks.decoder_mask` (`masks.py`) joins them: `_padding` for what
-is real, `_window` for what is near, by column.
+The 2-D mask of the second turn, which transformers reads at entry `dropped` + row:
+
+    entry         0 | 1 2 3 4 5 | 6 7 8 9 10 11      entry 0 is never read
+    sample 0      1 | 0 1 1 1 1 | 1 1 1 1 1  1
+    sample 1      1 | 1 1 1 1 1 | 0 0 0 1 1  1
+
+The cache layers hold the map of the first turn (`current_map`: columns, and `real`, which is False
+at the padding row of sample 0). In the second call `LaterTokens._columns_of_call` (`later.py`)
+reads the padding of the new rows from the caller's mask; `build_segments` (`call.py`) takes the
+held map as `past` and the new rows as `new`; `Masks.decoder_mask` (`masks.py`) joins them:
+`_padding` makes the mask above, and `_window` compares columns.
 """

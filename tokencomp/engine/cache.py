@@ -179,7 +179,7 @@ class CompressedLayer(CacheLayerMixin):
         return rows + self.row_map.dropped if rows else 0
 
     def get_mask_sizes(self, query: int) -> tuple[int, int]:
-        """Number of rows after a write of `query` rows, and number of dropped columns."""
+        """Rows after a write of `query` rows, and entry of the first in the 2-D mask."""
         self.check_patch()
         return physical_length(self) + query, self.row_map.dropped
 
@@ -310,7 +310,7 @@ class CompressedSlidingLayer(CompressedDynamicLayer, DynamicSlidingWindowLayer):
         return self.cumulative_length + self.row_map.dropped if self.cumulative_length else 0
 
     def get_mask_sizes(self, query: int) -> tuple[int, int]:
-        """Rows that a write of `query` returns, and index of the first, counted in columns."""
+        """Rows that a write of `query` returns, and entry of the first in the 2-D mask."""
         self.check_patch()
         return self.held + query, self.rows - self.held + self.row_map.dropped
 

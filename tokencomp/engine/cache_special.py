@@ -53,7 +53,7 @@ class CompressedReferenceLayer(CompressedDynamicLayer):
     cumulative_length: int
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Rows that a write of `query_length` returns, and columns minus rows of the later ones."""
+        """Rows that a write of `query_length` returns, and entry of the first in the 2-D mask."""
         self.check_patch()
         plain: Any = self.plain
         rows, evicted = plain.get_mask_sizes(self, query_length)
@@ -132,7 +132,7 @@ class CompressedStaticLayer(CompressedLayer, StaticLayer):
         return self.cumulative_length + self.offset
 
     def get_mask_sizes(self, query: int) -> tuple[int, int]:
-        """Static length, and number of dropped columns."""
+        """Static length, and entry of the first row in the 2-D mask."""
         self.check_patch()
         return self.max_cache_len, self.row_map.dropped
 

@@ -138,7 +138,9 @@ def choose(call: Call, stage: Stage, x: Tensor) -> tuple[list[list[int]], Chosen
     from tokencomp.kernels.dispatch import checked
 
     rows, order = call.map, call.plan.stages.index(stage)
-    # Counts of the plan, plus text between the frames of a video, which is always kept.
+    # `call.counts` has visual tokens to keep, special tokens included. `counts` adds the text
+    # between the frames of a video, which is always kept. The budget of a reducer (`tokens_of`)
+    # leaves both out: it counts patches.
     counts = [
         [call.counts[b][j][order] + len(kept.span.text) for j, kept in enumerate(spans)]
         for b, spans in enumerate(rows.spans)
@@ -287,7 +289,7 @@ def tokens_of(
         if "cells" in moved:
             index = moved["cells"].index_select(0, full)
     features = flat.index_select(0, moved["rows"]) if adjacent is None else flat[adjacent]
-    # Spans with patches; fixed tokens do not count towards their budgets.
+    # Spans with patches, and how many patches they have and keep: without fixed tokens.
     seen = [i for i, role in enumerate(roles) if (role == PATCH).any()]
     others = [len(spans[i].span.special + spans[i].span.text) for i in seen]
     counts = [spans[i].count - fixed for i, fixed in zip(seen, others, strict=True)]

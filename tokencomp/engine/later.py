@@ -98,7 +98,7 @@ class LaterTokens:
         for layer in layers:  # a plain loop: runs for every token
             if isinstance(layer, CompressedLayer) and layer.row_map.real is not None:
                 return False
-            if types.plain and isinstance(layer, DynamicSlidingWindowLayer):
+            if types.all_full and isinstance(layer, DynamicSlidingWindowLayer):
                 return False
         # transformers skips masks only below the window, so at the window we build one too.
         return bool(types.unmasked and first.get_seq_length() + 1 < types.smallest)
@@ -106,9 +106,10 @@ class LaterTokens:
     def _static_step(self, kwargs: dict[str, Any], layer: Any) -> None:
         """Prepare one token on a static cache, without a host read and with constant shapes.
 
-        Without padding in the cache transformers' mask is right: it reads the columns of the first
-        row and of the token from the cache. With padding, a mask over the static length is built,
-        in which `MaskView.written` hides unwritten rows. FlashAttention always gets a 2-D mask.
+        Without padding rows transformers' mask is right: the cache layer says that row 0 is at
+        entry `dropped` of the 2-D mask, and the token at entry `dropped` + written rows, so that
+        unwritten rows are in the future. With padding rows we build the mask from `real`, with
+        entry i for row i. FlashAttention gets a 2-D mask without padding and unwritten rows.
         """
         x, config = kwargs["inputs_embeds"], self.adapter.text_config
         if flash_on_static(config, layer):

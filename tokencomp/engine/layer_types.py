@@ -268,7 +268,7 @@ class LayerTypes:
         return min(cuts) if cuts else self.cut
 
     @cached_property
-    def plain(self) -> bool:
+    def all_full(self) -> bool:
         """Whether all layers have full causal attention."""
         return set(self.types) == {FULL}
 

@@ -86,7 +86,7 @@ class Masks:
         types, first = self.call.layer_types, self.call.segments[0]
         if self.call.prepared is not None:
             return True
-        if types.plain:
+        if types.all_full:
             return False
         length = self.call.length_after()
         return any(t.misplaced(self, first, length) for t in set(types.types))
@@ -132,7 +132,7 @@ class Masks:
     ) -> Any:
         """Mask of a segment: causal or prepared, without padding, and within windows."""
         held = self._held(layer_type, segment)
-        offset = segment.past.length - held  # index of the first cached row for transformers
+        offset = segment.past.length - held  # entry of the first cached row in the 2-D mask
         padding = self._padding(segment, None if text is not None else self.new, x)
         window = self._window(layer_type, segment, x)
         block = self.call.prepared
@@ -144,9 +144,10 @@ class Masks:
         return causal_mask(self.config, x, padding, view, text, window, skips)
 
     def _padding(self, segment: Segment, new: Tensor | None, x: Tensor) -> Tensor | None:
-        """The 2-D padding mask: `dropped` columns that are shown, then one entry per row.
+        """The 2-D mask, bool (B, `past.dropped` + rows), False at padding rows; None without any.
 
-        transformers places the first row at column `dropped`, so entries before it are needed.
+        transformers reads row i at entry `past.dropped` + i (`MaskView.offset`), and never the
+        entries before: see the drawing in `tokencomp.engine`.
         """
         real = joined_mask(segment.past, new, segment.new.rows, x.device)
         if real is None:

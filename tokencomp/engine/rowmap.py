@@ -78,11 +78,12 @@ class RowMap:
     rows : int
         Rows of every sample, padding rows included.
     dropped : int
-        Columns minus rows, the same for every sample. The longest sample of a batch may have lost
-        fewer tokens, or none.
+        Columns minus rows, the same for every sample, since shorter ones have padding rows. The
+        drawing in `tokencomp.engine` has an example.
     columns : Tensor of int64, shape (B, m), m ≤ rows, or None
-        Column of the first m rows, ascending, 0 at padding; the columns of later rows are
-        consecutive. Rows of a merged token have the same column. None: row i holds column i.
+        Column of the first m rows, ascending, of no meaning at padding rows; the columns of later
+        rows are consecutive. Rows of a merged token have the same column. None: row i holds column
+        i.
     real : Tensor of bool, shape (B, m), or None
         False at padding rows; rows after the first m are real. None: see `lengths`.
     starts : Tensor of int64, shape (B,), or None

@@ -28,13 +28,13 @@ class Option:
     Attributes
     ----------
     off
-        The value without effect. The JSON form of a plan leaves it out. It is what None means,
-        unless `usual` says otherwise, and all that the plugins for serving engines take, but for
-        merging.
+        The value without effect, which the JSON form of a plan leaves out. Plugins for serving
+        engines take no other value, except that vLLM can merge.
     help
         Its line on the command line.
     usual
-        From the reducer that was asked for ("auto", or its name) to what None means.
+        Function of the reducer that the user gave ("auto", a name or a `Reducer`), which returns
+        the value for None. None: `off`.
     check
         Raises `OptionError` for a value of the right type that is out of range, or that the reducer
         of the stage does not allow.
@@ -52,7 +52,7 @@ class Option:
     hf_only: str = "it acts in the decoder of transformers"
 
     def meaning(self, reducer: Any) -> Any:
-        """What None means for a reducer that was asked for."""
+        """The value that None stands for with this reducer ("auto", a name or a `Reducer`)."""
         return self.off if self.usual is None else self.usual(reducer)
 
 
@@ -99,7 +99,7 @@ class StageOptions:
 
     @property
     def options_in_force(self) -> dict[str, Any]:
-        """All options, with what None means."""
+        """All options by name; None is replaced by `Option.off`."""
         return {name: known.off for name, known in OPTIONS.items()} | self.given_options
 
     @property

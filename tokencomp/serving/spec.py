@@ -179,9 +179,10 @@ class ServerOptions:
     def _stage_option(
         self, name: str, values: Mapping[str, Any], reducer: Reducer, engine: str
     ) -> Any:
-        """An option of the stages: of the request, else of the default if the reducer allows it.
+        """The value of a stage option: the request's, else the default's if the reducer allows it.
 
-        "auto" holds for the default reducer, and is off in plugins unless their vLLM can merge.
+        A default of "auto" is for the default reducer only. Plugins turn "auto" off and refuse
+        other values, except that vLLM can merge.
         """
         known, value = OPTIONS[name], values.get(name)
         if value is None:
@@ -230,8 +231,8 @@ class ServerOptions:
         if values.get("tower_reducer") is not None:
             name = check_name("tower_reducer", values["tower_reducer"])
         stage: dict[str, Any] = {"tower_ratio": tower, "tower_reducer": name}
-        try:  # merging may wait for the ratio of a request
-            return MethodSpec(reducer, **asked, **stage, carried=frozenset({"merge"}))
+        try:  # the options of the default may have no effect at the ratio of a request
+            return MethodSpec(reducer, **asked, **stage, inherited=frozenset(OPTIONS))
         except TypeError as error:  # it has required options
             raise OptionError(f"tower_reducer={name!r}: {error}") from None
 

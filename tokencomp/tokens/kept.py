@@ -51,7 +51,8 @@ class Kept:
     def with_fixed(self, features: Tensor, patches: Tensor, fixed: Tensor) -> Kept:
         """Extend a choice among the rows `patches` of `features` (m, d) by the rows `fixed`.
 
-        Fixed rows are kept unchanged; both are int64, ascending.
+        Fixed rows keep their features, and get weight 1 if there are weights: only patches are
+        merged. `patches` and `fixed` are int64, ascending.
         """
         rows = torch.cat([fixed, patches.index_select(0, self.rows.to(patches.device))])
         rows, order = rows.sort()

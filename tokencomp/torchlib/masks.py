@@ -25,16 +25,16 @@ class MaskView:
     ----------
     physical
         Number of rows held; of a static layer, the number it can hold.
-    dropped
-        Column of the first row.
+    offset
+        Entry of the first row in the 2-D mask: the number of columns minus that of rows.
     written
         Number of rows of a static layer that are written, a tensor.
     """
 
     is_sliding = (False,)
 
-    def __init__(self, physical: int, dropped: int = 0, written: Tensor | None = None) -> None:
-        self.physical, self.dropped, self.written = physical, dropped, written
+    def __init__(self, physical: int, offset: int = 0, written: Tensor | None = None) -> None:
+        self.physical, self.offset, self.written = physical, offset, written
 
     @property
     def is_compileable(self) -> bool:
@@ -42,16 +42,16 @@ class MaskView:
         return self.written is not None
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
-        """Column of the first query."""
-        return self.physical + self.dropped if self.written is None else self.written
+        """Entry of the first query in the 2-D mask."""
+        return self.physical + self.offset if self.written is None else self.written
 
     get_query_offset = get_seq_length
 
     def get_mask_sizes(self, query: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Number of key rows, and the column of the first."""
+        """Number of key rows, and the entry of the first in the 2-D mask."""
         if self.written is not None:
-            return self.physical, self.dropped
-        return self.physical + query, self.dropped
+            return self.physical, self.offset
+        return self.physical + query, self.offset
 
 
 _MASK_PARAMETERS: set[str] = set()
@@ -83,7 +83,7 @@ def causal_mask(
     ----------
     hidden : Tensor, shape (B, q, d)
         Read for its batch size, length, dtype and device.
-    mask : Tensor of bool, shape (B, dropped + physical + q), or None
+    mask : Tensor of bool, shape (B, offset + physical + q), or None
         False at padding columns.
     text : Tensor of int64, shape (B, q), or None
         Positions that restart at every prompt of a packed row; without a cache.
