@@ -1,4 +1,4 @@
-"""Patches dropped before the vision tower: time to the first token, real shapes, random weights.
+"""Time to the first token, memory and decoding of whole models: real shapes, random weights.
 
     python -m benchmarks.models.tower --headline           # whole models, in less than 8 minutes
     python -m benchmarks.models.tower --towers             # towers alone, in about 6 minutes
@@ -9,11 +9,13 @@
 
 Two kinds of cases. Towers alone, at several tower ratios: which share of the speed-up that FLOPs
 allow is reached, and what choosing costs. Whole models: everything between a decoded picture and
-the first token, full against (ratio 0.75, tower ratio 0.6). Times of one CPU thread are processor
-time, which other programs on the machine change less; times of several threads and of a GPU are
-elapsed time. Every round of a whole model runs all variants, in turning order, and is a pair of its
-own: the page shows the median and the range of its speed-ups. Records of other cases stay in the
-file, so the benchmark can be run in pieces.
+the first token, the KV cache after it, and a few later tokens; full against ratio 0.75 with and
+without merging, and with tower ratio 0.6 as well. With `--part` above 1, another run per variant on
+the CPU measures peak memory. Times of one CPU thread are processor time, which other programs on
+the machine change less; times of several threads and of a GPU are elapsed time. Every round of a
+whole model runs all variants, in turning order, and is a pair of its own: the page shows the median
+and the range of its speed-ups. Records of other cases stay in the file, so the benchmark can be run
+in pieces.
 
 `--headline` runs the two whole models at full depth, two rounds or as many as fit into `--minutes`,
 with two threads. It needs about 14 GB of memory and an otherwise idle machine. `--towers` runs the
@@ -37,23 +39,38 @@ import torch
 
 import tokencomp
 from benchmarks import publishing
+from benchmarks.models.prefill import peak_of
 from benchmarks.models.tower_alone import tower_rows
 from benchmarks.models.tower_page import CASES, RATIO, TOWER_RATIO, page, rows_of
-from benchmarks.models.tower_parts import UNIT, Marks, Timed, build, clock_of, qwen_inputs
+from benchmarks.models.tower_parts import (
+    UNIT,
+    Marks,
+    Timed,
+    build,
+    cache_bytes,
+    clock_of,
+    later_token,
+    qwen_inputs,
+)
 from benchmarks.publishing import environment
 
 FOLDER = Path(__file__).parent
 HEADLINE = {"cases": ["qwen-image", "qwen-video"], "rounds": 2, "part": 1, "threads": 2}
 TOWERS = {"cases": ["qwen-tower", "siglip-tower"], "rounds": 1, "part": 1, "threads": 1}
-VARIANTS = ("full", "decoder", "both")
+VARIANTS = ("full", "decoder", "dropped", "both")
 
 
 class ModelCase:
-    """A whole model and its prompt: full, the decoder alone compressed, and both compressed."""
+    """A whole model and its prompt: full, the decoder alone compressed, and both compressed.
+
+    "decoder" is the default, which merges tokens of images. "dropped" drops them, and is left out
+    for videos, where the default drops.
+    """
 
     def __init__(self, name: str, model: Any, args: argparse.Namespace) -> None:
         self.name, self.model = name, model
         self.clock = clock_of(args.device, args.threads)
+        self.peaks = args.part > 1 and args.device == "cpu"
         self.side = args.side if name == "qwen-video" else 32 * UNIT
         self.prompt = qwen_inputs(model, 32 if name == "qwen-video" else 0, self.side, args)
         self.spent: list[float] = []
@@ -61,41 +78,52 @@ class ModelCase:
         self.variants: dict[str, dict[str, Any]] = {
             "full": {},
             "decoder": {"ratio": RATIO},
+            "dropped": {"ratio": RATIO, "merge": False},
             "both": {"ratio": RATIO, "tower_ratio": TOWER_RATIO, "tower_reducer": timed},
         }
+        if name == "qwen-video":
+            del self.variants["dropped"]
         self.rows: dict[str, list[dict[str, float]]] = {}
 
     def round(self, number: int, variants: Sequence[str]) -> None:
-        """Run every variant once; odd rounds in reverse order."""
-        for key in variants if number % 2 == 0 else reversed(variants):
+        """Run every variant of this case once; odd rounds in reverse order."""
+        own = [key for key in variants if key in self.variants]
+        for key in own if number % 2 == 0 else reversed(own):
             self.rows.setdefault(key, []).append(self.run(key))
             total = self.rows[key][-1]["total"]
             print(f"{self.name}, round {number + 1}: {key}, {total:.1f} s", flush=True)
 
     def run(self, key: str) -> dict[str, float]:
-        """Seconds of the parts of one prefill."""
+        """Seconds of the parts of one prefill and of a later token, and bytes of memory."""
         self.spent.clear()
-        options, before = self.variants[key], self.prompt["preprocess"]
-        with tokencomp.patch(self.model, **options) if options else torch.no_grad() as handle:
-            with Marks(self.model, self.clock) as marks, torch.inference_mode():
+        model, options, inputs = self.model, self.variants[key], self.prompt["inputs"]
+        before = self.prompt["preprocess"]
+        patched = tokencomp.patch(model, **options) if options else torch.no_grad()
+        with patched as handle, torch.inference_mode():
+            with Marks(model, self.clock) as marks:
                 start = self.clock()
-                self.model(**self.prompt["inputs"], use_cache=True, logits_to_keep=1)
+                output = model(**inputs, use_cache=True, logits_to_keep=1)
                 total = self.clock() - start
+            chosen = sum(self.spent)
             reduce = handle.stats.reduce_seconds if options else 0.0
-        chosen = sum(self.spent)
+            held = cache_bytes(output.past_key_values)  # later tokens add rows
+            later = later_token(model, output, self.clock)
+            first = self.peaks and not self.rows.get(key)
+            peak = {"peak_bytes": peak_of(model, inputs)} if first else {}
         return {
             "tower": marks.seconds("tower") - chosen, "choose": chosen, "reduce": reduce,
             "prefill": marks.seconds("decoder") - reduce,
             "rest": total - marks.seconds("tower") - marks.seconds("decoder"),
             "total": total + before, "preprocess": before,
+            "later_token": later, "kv_bytes": held, **peak,
         }  # fmt: skip
 
     def record(self) -> dict[str, Any]:
-        """Medians of the parts, and the speed-up of every round."""
+        """Medians of what `run` returns, and the speed-up of every round."""
         rows = {key: self.rows[key] for key in VARIANTS if key in self.rows}
         full = [row["total"] for row in rows["full"]]
         medians = {
-            key: {part: statistics.median(r[part] for r in row) for part in row[0]}
+            key: {part: statistics.median(r[part] for r in row if part in r) for part in row[0]}
             for key, row in rows.items()
         }
         pairs = {

@@ -6,7 +6,9 @@ from typing import Any
 
 from benchmarks import publishing
 from benchmarks.models.tower_alone import compared
+from benchmarks.models.tower_parts import STEPS
 
+MIB = 2**20
 RATIO, TOWER_RATIO = 0.75, 0.6
 CASES = {
     "qwen-tower": "tower of Qwen2-VL-2B and 7B, one image of 1,024 tokens",
@@ -17,13 +19,21 @@ CASES = {
 LABELS = {
     "full": "full",
     "decoder": f"ratio {RATIO}",
+    "dropped": f"ratio {RATIO}, merge=False",
     "both": f"ratio {RATIO}, tower ratio {TOWER_RATIO}",
 }
 BELOW = f"""Time to the first token of real shapes with random weights. Patches are dropped before
 block 0 of the tower, chosen by k-center on pixels; the decoder keeps {1 - RATIO:g} of the visual
-tokens with the default method. Times of one CPU thread are processor time, of several elapsed
-time; brackets: the smallest and largest speed-up of a round. "1/4 of the blocks": of tower and
-decoder, at their full width. [Every part, and towers alone](tower.csv). `python -m
+tokens with the default method, which merges the rest on images and drops it on videos, so that
+`merge=False` is measured on the image alone. Merging saves work of the prefill, not of decoding: a
+merged token is repeated in the KV cache for every token that it represents, so the cache is as long
+as the full prompt (with a tower ratio: without what the tower drops), while dropping shrinks it.
+Per later token: median of {STEPS} single-token steps, each of which reads all weights of the
+decoder and the KV cache, the smaller part at this length. Peak memory: what is allocated during the
+prefill at most, tower included and weights not; measured in a run of its own, and only with a part
+of the blocks. Times of one CPU thread are processor time, of several elapsed time; brackets: the
+smallest and largest speed-up of a round. "1/4 of the blocks": of tower and decoder, at their full
+width. –: not measured. [Every part, and towers alone](tower.csv). `python -m
 benchmarks.models.tower`, at full depth with `--headline`, towers alone with `--towers`."""
 PARTS = ("preprocess", "tower", "choose", "rest", "reduce", "prefill", "total")
 
@@ -36,21 +46,39 @@ def page(records: list[dict[str, Any]]) -> str:
             pairs = r.get("pairs", {}).get(key, ())
             spread = f" [{min(pairs):.2f}, {max(pairs):.2f}]" if len(pairs) > 1 else ""
             times = [f"{parts[part]:.2f} s" for part in ("tower", "prefill", "total")]
-            facts = [f"{r['speedup'][key]:.2f}×{spread}", str(r["rounds"]), r["machine"]]
+            facts = [f"{r['speedup'][key]:.2f}×{spread}", *after(parts)]
+            facts += [str(r["rounds"]), r["machine"]]
             rows.append([f"{CASES[r['case']]}", LABELS[key], *times, *facts])
-    head = ["prompt", "", "tower", "prefill", "total", "speed-up", "rounds", "machine"]
+    head = ["prompt", "", "tower", "prefill", "total", "speed-up"]
+    head += ["KV cache", "peak memory", "per later token", "rounds", "machine"]
     made = dict.fromkeys(f"- {publishing.provenance(r['provenance'])}" for r in records)
-    title = "# How much sooner is the first token when patches are dropped before the vision tower?"
+    title = "# How much sooner is the first token, and what happens to memory and decoding?"
     parts = [title, publishing.table(head, rows), BELOW.replace("\n", " "), "\n".join(made)]
     return "\n\n".join(parts) + "\n"
 
 
+def after(parts: dict[str, float]) -> list[str]:
+    """KV cache, peak memory and time per later token, where they were measured."""
+    cells = {"kv_bytes": (MIB, ".1f", "MiB"), "peak_bytes": (MIB, ".0f", "MiB")}
+    cells["later_token"] = (1e-3, ".0f", "ms")
+    return [
+        f"{parts[name] / unit:{digits}} {word}" if name in parts else "–"
+        for name, (unit, digits, word) in cells.items()
+    ]
+
+
+def mib(size: float | None) -> float | None:
+    return None if size is None else size / MIB
+
+
 def rows_of(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of the CSV file, in seconds: whole models by part, and towers alone."""
+    """The rows of the CSV file, in seconds and MiB: whole models by part, and towers alone."""
     rows = [
         {"case": CASES[r["case"]], "tokens": r["tokens"], "setting": LABELS[key]}
         | {part: parts[part] for part in PARTS}
-        | {"speedup": r["speedup"][key], "rounds": r["rounds"], "machine": r["machine"]}
+        | {"speedup": r["speedup"][key], "later_token": parts.get("later_token")}
+        | {f"{k}_mib": mib(parts.get(f"{k}_bytes")) for k in ("kv", "peak")}
+        | {"rounds": r["rounds"], "machine": r["machine"]}
         for r in records
         if "parts" in r
         for key, parts in r["parts"].items()

@@ -1,8 +1,9 @@
-"""What the benchmark of the vision tower times: models of real shapes, prompts, and their parts."""
+"""What the benchmark of the first token measures: models of real shapes, prompts, their parts."""
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ TEXT = 48
 UNIT = 28  # pixels of a side that become one visual token in Qwen2-VL
 VISION = {"qwen2_vl": 32, "llava_onevision": 26}
 """Blocks of the vision towers."""
+STEPS = 5  # timed single-token steps after a prefill
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,3 +128,20 @@ class Marks(Hooked):
 
     def seconds(self, part: str) -> float:
         return self.at[f"{part} ends"] - self.at[f"{part} begins"]
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of memory behind the keys and values of all layers."""
+    tensors = (t for layer in cache.layers for t in (layer.keys, layer.values))
+    return sum(t.untyped_storage().nbytes() for t in tensors)
+
+
+def later_token(model: Any, output: Any, clock: Callable[[], float]) -> float:
+    """Median seconds of a greedy single-token step after a prefill; a warm-up step comes first."""
+    seconds = []
+    for _ in range(1 + STEPS):
+        token, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+        start = clock()
+        output = model(input_ids=token, past_key_values=cache, use_cache=True)
+        seconds.append(clock() - start)
+    return statistics.median(seconds[1:])
