@@ -1,10 +1,10 @@
 """Kernels that score and move visual tokens: plain PyTorch on a CPU, Triton on a GPU.
 
-Every op has one folder with three parts: the public function in ``__init__.py`` (a torch custom op
-with a fake implementation, so that it works under ``torch.compile``), ``naive.py`` (plain PyTorch,
-which is both the CPU path and the reference of the tests) and ``triton.py``. This package imports
-neither transformers nor the rest of tokencomp, and it imports Triton only when an op runs there.
-``TOKENCOMP_KERNELS`` chooses the implementation, see :mod:`tokencomp.kernels.dispatch`.
+Every op has one folder with three parts: ``__init__.py`` (the public function, and a
+:class:`tokencomp.kernels.dispatch.Op`, which chooses the form and works under ``torch.compile``),
+``naive.py`` (plain PyTorch, which is both the CPU path and the reference of the tests) and
+``triton.py``. This package imports neither transformers nor the rest of tokencomp, and it imports
+Triton only when an op runs there. ``TOKENCOMP_KERNELS`` chooses the form.
 """
 
 # transformers looks for the Hugging Face package `kernels`. When the repository's root is on

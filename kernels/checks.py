@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-from tokencomp.kernels import dispatch
 from tokencomp.kernels.errors import KernelError
 from torch import Tensor
 
@@ -120,21 +119,26 @@ def numbers(
 def holds(condition: Tensor, message: str) -> None:
     """Require a condition that is a tensor of one element on the device.
 
-    Reading it waits for the device, so the check is skipped where value checks are off.
+    Reading it waits for the device: call it only where ``dispatch.checks_enabled``.
     """
-    if dispatch.checks_enabled(condition) and not bool(condition):
+    if not bool(condition):
         raise KernelError(message)
 
 
 def no_nan(values: Tensor, message: str) -> None:
-    """Require that no value is NaN. As in :func:`holds`, nothing runs where checks are off."""
-    if dispatch.checks_enabled(values) and bool(values.isnan().any()):
+    """Require that no value is NaN; as :func:`holds`, it waits for the device."""
+    if bool(values.isnan().any()):
         raise KernelError(message)
 
 
-def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd must record the computation; if so, the PyTorch path runs."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+def cosines(values: Tensor) -> None:
+    """Require cosines that features without NaN and infinities have."""
+    no_nan(values, "x has NaN or infinite features: cosine is undefined")
+
+
+def sum_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which `x` is summed: fp64 for fp64, otherwise fp32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def plain(tensor: Tensor) -> Tensor:

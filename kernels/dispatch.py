@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 _assumed = threading.local()
 
 BODIES: dict[str, Callable[..., Any]] = {}
-"""What every custom op runs, by its name without the namespace; see :func:`plain`."""
+"""What the custom op of every :class:`Op` runs, by its name; see :func:`plain`."""
 
 
 def mode() -> str:
@@ -104,32 +104,87 @@ def which(tensor: Tensor) -> str:
     return "naive"
 
 
-def on_device(tensor: Tensor) -> AbstractContextManager[object]:
-    """Make the tensor's GPU the current one while the context is active.
+class Op:
+    """An op: its plain form, its Triton form, and a torch custom op that runs one of them.
 
-    Triton launches on the current GPU and does not look at the device of its arguments, which
-    matters for models whose layers are spread over several GPUs.
+    Plain PyTorch is called directly: autograd records it where a gradient is needed, and a CPU
+    spends no time in ``torch.library``. Triton and traced calls take the custom op.
+
+    Parameters
+    ----------
+    naive
+        The plain form. The custom op has its name and its arguments, the main operand first. The
+        Triton form has both as well, and is imported when it first runs.
+    fake
+        Returns empty results of the right shapes for the arguments.
+    check, check_result
+        Check the values of the arguments, and of the result, where :func:`checks_enabled`.
+    module
+        Name of the module, next to that of `naive`, that has the Triton form.
     """
-    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
+
+    def __init__(
+        self,
+        naive: Callable[..., Any],
+        fake: Callable[..., Any],
+        check: Callable[..., None] | None = None,
+        check_result: Callable[[Any], None] | None = None,
+        module: str = "triton",
+    ) -> None:
+        name = naive.__name__
+        self.naive, self._check, self._check_result = naive, check, check_result
+        self._triton_form = naive.__module__.removesuffix("naive") + module, name
+
+        @functools.wraps(naive)
+        def body(*args: Any) -> Any:
+            return self._run(self.naive if which(args[0]) == "naive" else self._triton, args)
+
+        BODIES[name] = body
+        self._custom_op = torch.library.custom_op(f"tokencomp::{name}", body, mutates_args=())
+        self._custom_op.register_fake(fake)
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the op."""
+        if torch.is_grad_enabled() and _any_requires_grad(args):
+            return self.naive(*args)
+        if _traced(args[0]) or which(args[0]) != "naive":
+            return self._custom_op(*args)
+        return self._run(self.naive, args)
+
+    def _run(self, form: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """Run a form without autocast, whose rounding of products could select other rows."""
+        with no_autocast(args[0]):
+            checking = checks_enabled(args[0])
+            if checking and self._check is not None:
+                self._check(*args)
+            result = form(*args)
+            if checking and self._check_result is not None:
+                self._check_result(result)
+        return result
+
+    def _triton(self, *args: Any) -> Any:
+        module, name = self._triton_form
+        form, device = getattr(importlib.import_module(module), name), args[0].device
+        # Triton launches on the current GPU and does not look at the device of its arguments, which
+        # matters for models whose layers are spread over several GPUs.
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            return form(*args)
 
 
-def custom_op(name: str) -> Callable[[Callable[..., Any]], Any]:
-    """Return a decorator that registers a custom op without in-place changes or autocast.
+def _any_requires_grad(args: tuple[Any, ...]) -> bool:
+    """Whether a tensor among the arguments, or in a list of them, requires a gradient."""
+    flat = (t for arg in args for t in (arg if isinstance(arg, list) else (arg,)))
+    return any(isinstance(t, Tensor) and t.requires_grad for t in flat)
 
-    Autocast would round the operands of matrix products inside the op, and rounded scores could
-    select other rows.
-    """
 
-    def decorate(body: Callable[..., Any]) -> Any:
-        @functools.wraps(body)
-        def run(*args: Any) -> Any:
-            with no_autocast(args[0] if isinstance(args[0], Tensor) else args[0][0]):
-                return body(*args)
-
-        BODIES[name] = run
-        return torch.library.custom_op(f"tokencomp::{name}", run, mutates_args=())
-
-    return decorate
+def _traced(tensor: Tensor) -> bool:
+    """Whether a compiler, a dispatch mode or a fake tensor must see an op as one call."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or type(tensor) is not Tensor
+        or tensor.is_meta
+    )
 
 
 def no_autocast(tensor: Tensor) -> AbstractContextManager[object]:

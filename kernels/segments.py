@@ -75,6 +75,11 @@ def spans_and_counts(
     return lengths, counts
 
 
+def fake_choice(x: Tensor, counts: Sequence[int], *_: object) -> Tensor:
+    """The empty result, for tracing, of ops that choose `counts` rows of the spans of `x`."""
+    return x.new_empty(sum(counts), dtype=torch.int64)
+
+
 def same_shape(lengths: Sequence[int], counts: Sequence[int]) -> dict[tuple[int, int], list[int]]:
     """Group the numbers of all spans by length and count (of frames by their grids), as batches."""
     grouped: dict[tuple[int, int], list[int]] = {}

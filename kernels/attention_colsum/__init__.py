@@ -1,7 +1,5 @@
 """Column sums of an attention matrix that is never stored."""
 
-from types import ModuleType
-
 import torch
 from tokencomp.kernels import checks, dispatch
 from tokencomp.kernels.attention_colsum import naive
@@ -9,7 +7,6 @@ from tokencomp.kernels.errors import KernelError
 from torch import Tensor
 
 HEADS = ("mean", "rms", "none")
-MAX_HEAD_DIM = 256
 
 
 def attention_colsum(
@@ -78,8 +75,10 @@ def attention_colsum(
     once for all heads of its group. The two streaming passes follow FlashAttention (arXiv
     2205.14135); the repeated application is the PageRank over attention of AIM (arXiv 2412.03248).
     """
+    _check(q, k, row_weights, visible)
     checks.choice("heads", heads, HEADS)
-    _check(q, k, temperature)
+    if not temperature > 0:
+        raise KernelError(f"temperature must be above 0; got {temperature}")
     q, k = checks.rows_contiguous(checks.plain(q)), checks.rows_contiguous(checks.plain(k))
     visible = _last_rows(q, k, causal) if visible is None else _checked(visible, q, k)
     if iterations < 1 or (iterations > 1 and q.shape[2] != k.shape[2]):
@@ -92,33 +91,10 @@ def attention_colsum(
     return join_heads(out, heads)
 
 
-@dispatch.custom_op("attention_colsum")
-def _op(
-    q: Tensor,
-    k: Tensor,
-    weights: Tensor,
-    visible: Tensor,
-    scale: float,
-    iterations: int,
-) -> Tensor:
-    implementation = _implementation(q)
-    lse, (lo, hi, key) = None, visible.unbind()
-    with dispatch.on_device(q):
-        if iterations > 1:
-            if implementation is naive and naive.is_triangular(hi, key):
-                return naive.causal_powers(q, k, weights, lo, hi, scale, iterations)
-            lse = implementation.attention_lse(q, k, lo, hi, scale)
-        for step in range(iterations):
-            out = implementation.attention_colsum(q, k, weights, lo, hi, lse, scale)
-            if step + 1 < iterations:
-                at = key.clamp(min=0).long()[:, None].expand_as(weights)
-                weights = out.gather(2, at).masked_fill_(key[:, None] < 0, 0.0)
-    return out
-
-
-@_op.register_fake
-def _(q: Tensor, k: Tensor, *_: object) -> Tensor:
-    return q.new_empty((*q.shape[:2], k.shape[2]), dtype=_accumulation_dtype(q))
+_op = dispatch.Op(
+    naive.attention_colsum,
+    lambda q, k, *_: q.new_empty((*q.shape[:2], k.shape[2]), dtype=checks.sum_dtype(q)),
+)
 
 
 def join_heads(out: Tensor, heads: str) -> Tensor:
@@ -137,26 +113,13 @@ def join_heads(out: Tensor, heads: str) -> Tensor:
     return (out / most[:, None]).square().mean(1).sqrt() * most
 
 
-def _implementation(q: Tensor) -> ModuleType:
-    if dispatch.which(q) == "naive":
-        return naive
-    checks.triton_heads(q, MAX_HEAD_DIM)
-    from tokencomp.kernels.attention_colsum import triton
-
-    return triton
-
-
-def _accumulation_dtype(q: Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32
-
-
-def _check(q: Tensor, k: Tensor, temperature: float) -> None:
+def _check(q: Tensor, k: Tensor, row_weights: Tensor | None, visible: Tensor | None) -> None:
     for name, tensor in (("q", q), ("k", k)):
         checks.shape(name, tensor, 4, "(B, heads, length, D)")
         checks.floating(name, tensor)
         checks.int32_sizes(**{f"{name} length": tensor.shape[2]})
     checks.int32_sizes(**{"q heads x rows": q.shape[1] * q.shape[2]})
-    checks.same_device(q=q, k=k)
+    checks.same_device(q=q, k=k, row_weights=row_weights, visible=visible)
     checks.same_dtype(q=q, k=k)
     if q.shape[-1] != k.shape[-1] or q.shape[0] != k.shape[0]:
         raise KernelError(
@@ -164,8 +127,6 @@ def _check(q: Tensor, k: Tensor, temperature: float) -> None:
         )
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise KernelError(f"{q.shape[1]} query heads are not a multiple of {k.shape[1]} key heads")
-    if not temperature > 0:
-        raise KernelError(f"temperature must be above 0; got {temperature}")
 
 
 def _last_rows(q: Tensor, k: Tensor, causal: bool) -> Tensor:
@@ -182,7 +143,6 @@ def _last_rows(q: Tensor, k: Tensor, causal: bool) -> Tensor:
 
 def _checked(visible: Tensor, q: Tensor, k: Tensor) -> Tensor:
     """The argument `visible`, contiguous."""
-    checks.same_device(q=q, visible=visible)
     if visible.dtype != torch.int32 or visible.shape != (3, q.shape[0], q.shape[2]):
         raise KernelError(
             f"visible must be int32 (3, {q.shape[0]}, {q.shape[2]}); got {visible.dtype} "
@@ -197,10 +157,9 @@ def _checked(visible: Tensor, q: Tensor, k: Tensor) -> Tensor:
 def _row_weights(value: Tensor | None, q: Tensor) -> Tensor:
     """Broadcast the weights of rows to ``(B, Hq, R)`` in the accumulation dtype."""
     shape = q.shape[:3]
-    dtype = _accumulation_dtype(q)
+    dtype = checks.sum_dtype(q)
     if value is None:
         return torch.ones(shape, dtype=dtype, device=q.device)
-    checks.same_device(q=q, row_weights=value)
     value = value.detach().to(dtype)
     if value.dim() == 2:
         value = value[:, None]

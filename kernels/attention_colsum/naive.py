@@ -1,4 +1,4 @@
-"""Plain PyTorch versions of ``attention_colsum`` and ``attention_lse``.
+"""Plain PyTorch version of ``attention_colsum``.
 
 They walk over blocks of probe rows, so that a rows × keys matrix exists for one block at a time.
 The shapes are: `q` ``(B, Hq, R, D)``, `k` ``(B, Hkv, N, D)``, `weights` and `lse` ``(B, Hq, R)``
@@ -6,7 +6,7 @@ in fp32, `lo` and `hi` ``(B, R)`` in int32. They compute in fp32 (fp64 for fp64 
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -18,6 +18,37 @@ BLOCK_ELEMENTS = 1 << 22
 
 
 def attention_colsum(
+    q: Tensor, k: Tensor, weights: Tensor, visible: Tensor, scale: float, iterations: int
+) -> Tensor:
+    """Apply s ← sM `iterations` times to the weights s; `visible` is int32 ``(3, B, R)``."""
+    lo, hi, key = visible.unbind()
+    if iterations > 1 and is_triangular(hi, key):
+        return causal_powers(q, k, weights, lo, hi, scale, iterations)
+    return repeated(column_sums, attention_lse, q, k, weights, visible, scale, iterations)
+
+
+def repeated(
+    sums: Callable[..., Tensor],
+    lse_of: Callable[..., Tensor],
+    q: Tensor,
+    k: Tensor,
+    weights: Tensor,
+    visible: Tensor,
+    scale: float,
+    iterations: int,
+) -> Tensor:
+    """As :func:`attention_colsum`, with one pass of `sums` per application and one of `lse_of`."""
+    lo, hi, key = visible.unbind()
+    lse = lse_of(q, k, lo, hi, scale) if iterations > 1 else None
+    out = sums(q, k, weights, lo, hi, lse, scale)
+    for _ in range(iterations - 1):
+        at = key.clamp(min=0).long()[:, None].expand_as(weights)
+        weights = out.gather(2, at).masked_fill_(key[:, None] < 0, 0.0)
+        out = sums(q, k, weights, lo, hi, lse, scale)
+    return out
+
+
+def column_sums(
     q: Tensor, k: Tensor, weights: Tensor, lo: Tensor, hi: Tensor, lse: Tensor | None, scale: float
 ) -> Tensor:
     """Compute the column sums of every query head, ``(B, Hq, N)``."""

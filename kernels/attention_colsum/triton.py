@@ -1,4 +1,4 @@
-"""Triton versions of ``attention_colsum`` and ``attention_lse``.
+"""Triton version of ``attention_colsum``.
 
 The kernels make two passes over the keys. The first pass computes the log-sum-exp of every probe
 row. Query heads that share a key head are stacked as rows of one tile, so that a key is read once
@@ -10,6 +10,8 @@ its sums need no atomics and are deterministic.
 import torch
 import triton
 import triton.language as tl
+from tokencomp.kernels import checks
+from tokencomp.kernels.attention_colsum.naive import repeated
 from tokencomp.kernels.tile import (
     LOG2E,
     aligned,
@@ -22,6 +24,7 @@ from tokencomp.kernels.tile import (
 )
 from torch import Tensor
 
+MAX_HEAD_DIM = 256
 # From this number of probe rows on, the column pass computes in advance which row blocks can see a
 # key block, and spreads heads over programs instead of looping over them. With fewer rows the
 # look-up would cost more than it saves.
@@ -191,6 +194,14 @@ def colsum_kernel(
         tl.store(out + place, sums, mask=column < keys)
 
 
+def attention_colsum(
+    q: Tensor, k: Tensor, weights: Tensor, visible: Tensor, scale: float, iterations: int
+) -> Tensor:
+    """See :func:`tokencomp.kernels.attention_colsum.naive.attention_colsum`."""
+    checks.triton_heads(q, MAX_HEAD_DIM)
+    return repeated(column_sums, attention_lse, q, k, weights, visible, scale, iterations)
+
+
 def attention_lse(q: Tensor, k: Tensor, lo: Tensor, hi: Tensor, scale: float) -> Tensor:
     """See :func:`tokencomp.kernels.attention_colsum.naive.attention_lse`."""
     batch, heads, rows, dim = q.shape
@@ -216,10 +227,10 @@ def attention_lse(q: Tensor, k: Tensor, lo: Tensor, hi: Tensor, scale: float) ->
     return out
 
 
-def attention_colsum(
+def column_sums(
     q: Tensor, k: Tensor, weights: Tensor, lo: Tensor, hi: Tensor, lse: Tensor | None, scale: float
 ) -> Tensor:
-    """See :func:`tokencomp.kernels.attention_colsum.naive.attention_colsum`."""
+    """See :func:`tokencomp.kernels.attention_colsum.naive.column_sums`."""
     batch, heads, rows, dim = q.shape
     kv_heads, keys = k.shape[1:3]
     group = heads // kv_heads

@@ -46,26 +46,14 @@ def bipartite_match(
     checks.shape("x", x, 2, "(n, D)")
     checks.floating("x", x)
     checks.int32_sizes(n=len(x))
-    similarity, partner = _op(checks.plain(x), segments.lengths_of("frames", frames, len(x)))
-    return similarity, partner
+    return _op(checks.plain(x), segments.lengths_of("frames", frames, len(x)))
 
 
-@dispatch.custom_op("bipartite_match")
-def _op(x: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
-    if dispatch.which(x) == "naive":
-        similarity, partner = naive.bipartite_match(x, lengths)
-    else:
-        from tokencomp.kernels.bipartite_match import triton
-
-        checks.triton_dtype("x", x)
-        checks.grid_size("tiles of a frame", max(lengths, default=0) // 64)
-        with dispatch.on_device(x):
-            similarity, partner = triton.bipartite_match(checks.rows_contiguous(x), lengths)
-    checks.no_nan(similarity, "x has NaN or infinite features: cosine is undefined")
-    return similarity, partner
-
-
-@_op.register_fake
-def _(x: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.new_empty(len(x), dtype=dtype), x.new_empty(len(x), dtype=torch.int64)
+_op = dispatch.Op(
+    naive.bipartite_match,
+    lambda x, _: (
+        x.new_empty(len(x), dtype=checks.sum_dtype(x)),
+        x.new_empty(len(x), dtype=torch.int64),
+    ),
+    check_result=lambda result: checks.cosines(result[0]),
+)

@@ -3,6 +3,7 @@
 import torch
 import triton
 import triton.language as tl
+from tokencomp.kernels import checks
 from tokencomp.kernels.segments import starts, table
 from tokencomp.kernels.tile import dot, inverse_root
 from torch import Tensor
@@ -76,6 +77,9 @@ def match_kernel(
 
 def bipartite_match(x: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
     """See :func:`tokencomp.kernels.bipartite_match.naive.bipartite_match`."""
+    checks.triton_dtype("x", x)
+    checks.grid_size("tiles of a frame", max(lengths, default=0) // 64)
+    x = checks.rows_contiguous(x)
     similarity = torch.empty(len(x), dtype=torch.float32, device=x.device)
     partner = torch.empty(len(x), dtype=torch.int64, device=x.device)
     if len(x) == 0:

@@ -7,9 +7,7 @@ from tokencomp.kernels.ccam_attention.rule import visible_frames
 from tokencomp.kernels.errors import KernelError
 from torch import Tensor
 
-__all__ = ["MAX_HEAD_DIM", "ccam_attention", "visible_frames"]
-
-MAX_HEAD_DIM = 128
+__all__ = ["ccam_attention", "visible_frames"]
 
 
 def ccam_attention(
@@ -73,25 +71,7 @@ def ccam_attention(
     if per_frame == 0:
         return torch.zeros_like(q)
     scale = dim**-0.5 if scale is None else scale
-    if checks.needs_grad(q, k, v):
-        return naive.ccam_attention(q, k, v, frames, per_frame, causal, scale)
     return _op(q, k, v, frames, per_frame, causal, scale)
 
 
-@dispatch.custom_op("ccam_attention")
-def _op(
-    q: Tensor, k: Tensor, v: Tensor, frames: int, per_frame: int, causal: bool, scale: float
-) -> Tensor:
-    if dispatch.which(q) == "naive":
-        return naive.ccam_attention(q, k, v, frames, per_frame, causal, scale).contiguous()
-    checks.triton_heads(q, MAX_HEAD_DIM)
-    from tokencomp.kernels.ccam_attention import triton
-
-    q, k, v = checks.rows_contiguous(q), checks.rows_contiguous(k), checks.rows_contiguous(v)
-    with dispatch.on_device(q):
-        return triton.ccam_attention(q, k, v, frames, per_frame, causal, scale)
-
-
-@_op.register_fake
-def _(q: Tensor, *_: object) -> Tensor:
-    return q.new_empty(q.shape)
+_op = dispatch.Op(naive.ccam_attention, lambda q, *_: q.new_empty(q.shape))

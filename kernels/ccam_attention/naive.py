@@ -22,4 +22,4 @@ def ccam_attention(
                 q[:, :, first:end], k[:, :, :keys], v[:, :, :keys], scale=scale
             )
         )
-    return torch.cat(parts, dim=2)
+    return torch.cat(parts, dim=2).contiguous()

@@ -3,8 +3,11 @@
 import torch
 import triton
 import triton.language as tl
+from tokencomp.kernels import checks
 from tokencomp.kernels.tile import LOG2E, aligned, alignment, dot, log_sum, multiprocessors, padded
 from torch import Tensor
+
+MAX_HEAD_DIM = 128
 
 
 @triton.jit(do_not_specialize=["frames"])
@@ -115,6 +118,8 @@ def ccam_attention(
     q: Tensor, k: Tensor, v: Tensor, frames: int, per_frame: int, causal: bool, scale: float
 ) -> Tensor:
     """See :func:`tokencomp.kernels.ccam_attention.naive.ccam_attention`."""
+    checks.triton_heads(q, MAX_HEAD_DIM)
+    q, k, v = checks.rows_contiguous(q), checks.rows_contiguous(k), checks.rows_contiguous(v)
     batch, heads, queries, dim = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0:

@@ -64,21 +64,9 @@ def dpp_select(
     return _op(checks.plain(unit), counts, weight, lengths)
 
 
-@dispatch.custom_op("dpp_select")
-def _op(unit: Tensor, counts: list[int], relevance: Tensor, lengths: list[int]) -> Tensor:
-    if dispatch.checks_enabled(unit):
-        good = unit.sum().isfinite() & (relevance.isfinite() & (relevance > 0)).all()
-        checks.holds(good, "rows must be finite, and relevance finite and above 0")
-    if dispatch.which(unit) == "naive" or unit.dtype == torch.float64:
-        return naive.dpp_select(unit, counts, relevance, lengths)
-    from tokencomp.kernels.dpp_select import triton
-
-    if not triton.fits(counts, lengths):
-        return naive.dpp_select(unit, counts, relevance, lengths)
-    with dispatch.on_device(unit):
-        return triton.dpp_select(checks.rows_contiguous(unit), counts, relevance, lengths)
+def _check_values(unit: Tensor, counts: list[int], relevance: Tensor, _: list[int]) -> None:
+    good = unit.sum().isfinite() & (relevance.isfinite() & (relevance > 0)).all()
+    checks.holds(good, "rows must be finite, and relevance finite and above 0")
 
 
-@_op.register_fake
-def _(unit: Tensor, counts: list[int], *_: object) -> Tensor:
-    return unit.new_empty(sum(counts), dtype=torch.int64)
+_op = dispatch.Op(naive.dpp_select, segments.fake_choice, _check_values)

@@ -8,6 +8,8 @@ host, and the number of launches depends neither on the spans nor on the choices
 import torch
 import triton
 import triton.language as tl
+from tokencomp.kernels import checks
+from tokencomp.kernels.dpp_select import naive
 from tokencomp.kernels.dpp_select.naive import EPSILON
 from tokencomp.kernels.facility_select.triton import cover_kernel
 from tokencomp.kernels.segments import starts, table
@@ -73,7 +75,10 @@ def fits(counts: list[int], lengths: list[int]) -> bool:
 
 
 def dpp_select(unit: Tensor, counts: list[int], relevance: Tensor, lengths: list[int]) -> Tensor:
-    """See :func:`tokencomp.kernels.dpp_select.naive.dpp_select`; spans must satisfy `fits`."""
+    """See :func:`tokencomp.kernels.dpp_select.naive.dpp_select`, which runs what does not fit."""
+    if unit.dtype == torch.float64 or not fits(counts, lengths):
+        return naive.dpp_select(unit, counts, relevance, lengths)
+    unit = checks.rows_contiguous(unit)
     device, longest = unit.device, max(lengths, default=0)
     picks = torch.empty(sum(counts), dtype=torch.int64, device=device)
     if len(picks) == 0:

@@ -95,8 +95,7 @@ def facility_select(
     return _op(checks.plain(unit), counts, weights, lengths, points, reach, offset)
 
 
-@dispatch.custom_op("facility_select")
-def _op(
+def _check_values(
     unit: Tensor,
     counts: list[int],
     weights: Tensor | None,
@@ -104,25 +103,11 @@ def _op(
     points: Tensor | None,
     reach: list[int],
     offset: Tensor | None,
-) -> Tensor:
-    if dispatch.checks_enabled(unit):
-        given = [t.sum() for t in (unit, points, weights, offset) if t is not None]
-        checks.holds(torch.stack(given).isfinite().all(), "rows and factors must be finite")
-        if weights is not None:
-            checks.holds((weights >= 0).all(), "weights must be at least 0")
-    if dispatch.which(unit) != "naive" and unit.dtype == torch.float32:
-        from tokencomp.kernels.facility_select import triton
-
-        if triton.fits(counts, lengths, reach):
-            rows = checks.rows_contiguous(unit)
-            covered = rows if points is None else checks.rows_contiguous(points)
-            with dispatch.on_device(unit):
-                return triton.facility_select(
-                    rows, counts, weights, lengths, covered, reach, offset
-                )
-    return naive.facility_select(unit, counts, weights, lengths, points, reach, offset)
+) -> None:
+    given = [t.sum() for t in (unit, points, weights, offset) if t is not None]
+    checks.holds(torch.stack(given).isfinite().all(), "rows and factors must be finite")
+    if weights is not None:
+        checks.holds((weights >= 0).all(), "weights must be at least 0")
 
 
-@_op.register_fake
-def _(unit: Tensor, counts: list[int], *_: object) -> Tensor:
-    return unit.new_empty(sum(counts), dtype=torch.int64)
+_op = dispatch.Op(naive.facility_select, segments.fake_choice, _check_values)

@@ -9,6 +9,8 @@ the plain version is lazy: to skip a gain costs a program more than to compute i
 import torch
 import triton
 import triton.language as tl
+from tokencomp.kernels import checks
+from tokencomp.kernels.facility_select import naive
 from tokencomp.kernels.facility_select.naive import DENSE_ENTRIES, ROUNDING
 from tokencomp.kernels.maxmin_select.metrics import TIED
 from tokencomp.kernels.segments import starts, table
@@ -118,11 +120,15 @@ def facility_select(
     counts: list[int],
     weights: Tensor | None,
     lengths: list[int],
-    points: Tensor,
+    points: Tensor | None,
     reach: list[int],
     offset: Tensor | None,
 ) -> Tensor:
-    """See :func:`tokencomp.kernels.facility_select.naive.facility_select`; spans satisfy `fits`."""
+    """See :func:`tokencomp.kernels.facility_select.naive.facility_select`; it runs large spans."""
+    if unit.dtype != torch.float32 or not fits(counts, lengths, reach):
+        return naive.facility_select(unit, counts, weights, lengths, points, reach, offset)
+    unit = checks.rows_contiguous(unit)
+    points = unit if points is None else checks.rows_contiguous(points)
     device, longest = unit.device, max(lengths, default=0)
     picks = torch.empty(sum(counts), dtype=torch.int64, device=device)
     if len(picks) == 0:

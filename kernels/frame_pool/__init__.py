@@ -50,23 +50,12 @@ def frame_pool(x: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
         if not (1 <= h <= height and 1 <= w <= width):
             raise KernelError(f"grid ({h}, {w}) must be within (1, 1) and ({height}, {width})")
     checks.int32_sizes(tokens=frames * height * width)
-    if checks.needs_grad(x):
-        return naive.frame_pool(x, heights, widths)
     return _op(x, heights, widths)
 
 
-@dispatch.custom_op("frame_pool")
-def _op(x: Tensor, heights: list[int], widths: list[int]) -> Tensor:
-    if dispatch.which(x) == "naive":
-        return naive.frame_pool(x, heights, widths)
-    from tokencomp.kernels.frame_pool import triton
-
-    checks.triton_dtype("x", x)
-    with dispatch.on_device(x):
-        return triton.frame_pool(checks.rows_contiguous(x), heights, widths)
-
-
-@_op.register_fake
-def _(x: Tensor, heights: list[int], widths: list[int]) -> Tensor:
+def _fake(x: Tensor, heights: list[int], widths: list[int]) -> Tensor:
     tokens = sum(h * w for h, w in zip(heights, widths, strict=True))
     return x.new_empty(tokens, x.shape[3])
+
+
+_op = dispatch.Op(naive.frame_pool, _fake)

@@ -5,6 +5,7 @@ import functools
 import torch
 import triton
 import triton.language as tl
+from tokencomp.kernels import checks
 from torch import Tensor
 
 
@@ -40,6 +41,8 @@ def pool_kernel(
 
 def frame_pool(x: Tensor, heights: list[int], widths: list[int]) -> Tensor:
     """See :func:`tokencomp.kernels.frame_pool.naive.frame_pool`."""
+    checks.triton_dtype("x", x)
+    x = checks.rows_contiguous(x)
     _, height, width, dim = x.shape
     cells = cell_table(tuple(heights), tuple(widths), x.device)
     out = x.new_empty(len(cells), dim)

@@ -70,10 +70,7 @@ def gather_rows(
     limit = None if trusted else _check(tensors, index, seqs, batches)
     if not tensors:
         return []
-    index = index.long()
-    if checks.needs_grad(*tensors):
-        return naive.gather_rows(tensors, index, seqs, batches)
-    return _op(tensors, index, seqs, batches, limit)
+    return _op(index.long(), tensors, seqs, batches, limit)
 
 
 def _check(tensors: list[Tensor], index: Tensor, seqs: list[int], batches: list[int]) -> int | None:
@@ -97,39 +94,26 @@ def _check(tensors: list[Tensor], index: Tensor, seqs: list[int], batches: list[
     return min(rows, default=None)
 
 
-@dispatch.custom_op("gather_rows")
-def _op(
-    tensors: list[Tensor],
-    index: Tensor,
-    seq_dims: list[int],
-    batch_dims: list[int],
-    limit: int | None,
-) -> list[Tensor]:
+def _check_values(
+    index: Tensor, tensors: list[Tensor], seqs: list[int], batches: list[int], limit: int | None
+) -> None:
     if limit is not None and index.numel():
         message = f"index has entries past the last row ({limit - 1} of the shortest tensor)"
         checks.holds(index.amax() < limit, message)
-    if dispatch.which(index) == "naive":
-        return naive.gather_rows(tensors, index, seq_dims, batch_dims)
-    from tokencomp.kernels.gather_rows import triton
-
-    with dispatch.on_device(index):
-        return triton.gather_rows(tensors, index.contiguous(), seq_dims, batch_dims)
 
 
-@_op.register_fake
-def _(
-    tensors: list[Tensor],
-    index: Tensor,
-    seq_dims: list[int],
-    batch_dims: list[int],
-    limit: int | None,
+def _fake(
+    index: Tensor, tensors: list[Tensor], seqs: list[int], batches: list[int], _: int | None
 ) -> list[Tensor]:
     out = []
-    for tensor, seq, batch in zip(tensors, seq_dims, batch_dims, strict=True):
+    for tensor, seq, batch in zip(tensors, seqs, batches, strict=True):
         shape = list(tensor.shape)
         shape[batch], shape[seq] = index.shape
         out.append(tensor.new_empty(shape))
     return out
+
+
+_op = dispatch.Op(naive.gather_rows, _fake, _check_values)
 
 
 def _dims(name: str, value: int | Sequence[int], tensors: list[Tensor]) -> list[int]:

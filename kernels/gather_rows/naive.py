@@ -5,17 +5,18 @@ from torch import Tensor
 
 
 def gather_rows(
-    tensors: list[Tensor], index: Tensor, seq_dims: list[int], batch_dims: list[int]
+    index: Tensor, tensors: list[Tensor], seqs: list[int], batches: list[int], limit: int | None
 ) -> list[Tensor]:
     """Gather with one ``index_select`` (batch of one) or one ``gather`` per tensor.
 
-    `index` is int64 ``(B, M)``; the dimensions are non-negative, one per tensor.
+    `index` is int64 ``(B, M)``; the dimensions are non-negative, one per tensor. `limit`, which
+    the indices are below, serves their check.
     """
     padding = index < 0
     source = index.clamp(min=0)
     padded = bool(padding.any())
     out = []
-    for tensor, seq, batch in zip(tensors, seq_dims, batch_dims, strict=True):
+    for tensor, seq, batch in zip(tensors, seqs, batches, strict=True):
         shape = [1] * tensor.dim()
         shape[seq], shape[batch] = index.shape[1], index.shape[0]
         if index.shape[0] == 1:

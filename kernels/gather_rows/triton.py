@@ -84,12 +84,13 @@ class Job(NamedTuple):
 
 
 def gather_rows(
-    tensors: list[Tensor], index: Tensor, seq_dims: list[int], batch_dims: list[int]
+    index: Tensor, tensors: list[Tensor], seqs: list[int], batches: list[int], limit: int | None
 ) -> list[Tensor]:
     """See :func:`tokencomp.kernels.gather_rows.naive.gather_rows`."""
+    index = index.contiguous()
     outs: list[Tensor] = []
     jobs: list[Job] = []
-    for tensor, seq, batch in zip(tensors, seq_dims, batch_dims, strict=True):
+    for tensor, seq, batch in zip(tensors, seqs, batches, strict=True):
         shape = list(tensor.shape)
         shape[batch], shape[seq] = index.shape
         outs.append(tensor.new_empty(shape))

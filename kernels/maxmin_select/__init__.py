@@ -162,24 +162,14 @@ def mean_distance(x: Tensor, *, spans: Sequence[int] | None = None) -> Tensor:
     return _mean_op(checks.plain(x), segments.lengths_of("spans", spans, len(x)))
 
 
-@dispatch.custom_op("mean_distance")
-def _mean_op(x: Tensor, lengths: list[int]) -> Tensor:
-    if dispatch.which(x) == "naive" or x.dtype == torch.float64:
-        return naive.mean_distance(x, lengths)
-    from tokencomp.kernels.maxmin_select import triton_rows
-
-    with dispatch.on_device(x):
-        return triton_rows.mean_distance(checks.rows_contiguous(x), lengths)
+_mean_op = dispatch.Op(
+    naive.mean_distance,
+    lambda x, lengths: x.new_empty(len(lengths), dtype=checks.sum_dtype(x)),
+    module="triton_rows",
+)
 
 
-@_mean_op.register_fake
-def _(x: Tensor, lengths: list[int]) -> Tensor:
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.new_empty(len(lengths), dtype=dtype)
-
-
-@dispatch.custom_op("maxmin_select")
-def _op(
+def _check_values(
     x: Tensor,
     counts: list[int],
     weights: Tensor | None,
@@ -190,39 +180,12 @@ def _op(
     isolated: bool,
     bonus: Tensor | None,
     given: Tensor | None,
-) -> Tensor:
-    _check_values(x, lengths, counts, [weights, margin, bonus], start, given)
-    how = (counts, weights, lengths, margin, start, metric, isolated, bonus, given)
-    if dispatch.which(x) == "naive":
-        return naive.maxmin_select(x, *how)
-    from tokencomp.kernels.maxmin_select import triton
-
-    checks.triton_dtype("x", x)
-    x = checks.rows_contiguous(x)
-    with dispatch.on_device(x):
-        return triton.maxmin_select(x, *how)
-
-
-@_op.register_fake
-def _(x: Tensor, counts: list[int], *_: object) -> Tensor:
-    return x.new_empty(sum(counts), dtype=torch.int64)
-
-
-def _check_values(
-    x: Tensor,
-    lengths: list[int],
-    counts: list[int],
-    factors: list[Tensor | None],
-    start: Tensor | None,
-    given: Tensor | None,
 ) -> None:
     """Require finite features, finite factors >= 0, and first choices inside their spans."""
-    if not dispatch.checks_enabled(x):
-        return
     # A sum is finite only if no element is NaN or infinite. Model features are far too small for
     # an fp32 sum to overflow by itself.
     checks.holds(x.sum(dtype=torch.float32).isfinite(), "x has NaN or infinite features")
-    good = [(t.isfinite() & (t >= 0)).all() for t in factors if t is not None]
+    good = [(t.isfinite() & (t >= 0)).all() for t in (weights, margin, bonus) if t is not None]
     if good:
         checks.holds(
             torch.stack(good).all(), "weights, margins and bonuses must be finite and at least 0"
@@ -237,3 +200,6 @@ def _check_values(
         )
         start, length = naive.read_starts(start, given, counts), length.repeat_interleave(count)
     checks.holds(((start >= 0) & (start < length)).all(), "start must lie inside its span")
+
+
+_op = dispatch.Op(naive.maxmin_select, segments.fake_choice, _check_values)

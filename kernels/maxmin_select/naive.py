@@ -27,10 +27,10 @@ def maxmin_select(
     lengths: list[int],
     margin: Tensor | None,
     start: Tensor | None,
-    metric: str = "cosine",
-    isolated: bool = False,
-    bonus: Tensor | None = None,
-    given: Tensor | None = None,
+    metric: str,
+    isolated: bool,
+    bonus: Tensor | None,
+    given: Tensor | None,
 ) -> Tensor:
     """Return the chosen rows of `x` in the order of their choice, spans one after the other.
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from tokencomp.kernels import checks
 from tokencomp.kernels.maxmin_select.metrics import TIED
 from tokencomp.kernels.maxmin_select.naive import TAKEN
 from tokencomp.kernels.maxmin_select.triton_distances import Cosines, Differences, Rows, pitch
@@ -126,12 +127,14 @@ def maxmin_select(
     lengths: list[int],
     margin: Tensor | None,
     start: Tensor | None,
-    metric: str = "cosine",
-    isolated: bool = False,
-    bonus: Tensor | None = None,
-    given: Tensor | None = None,
+    metric: str,
+    isolated: bool,
+    bonus: Tensor | None,
+    given: Tensor | None,
 ) -> Tensor:
     """See :func:`tokencomp.kernels.maxmin_select.naive.maxmin_select`."""
+    checks.triton_dtype("x", x)
+    x = checks.rows_contiguous(x)
     picks = torch.empty(sum(counts), dtype=torch.int64, device=x.device)
     if len(picks) == 0:
         return picks

@@ -5,6 +5,8 @@ import itertools
 import torch
 import triton
 import triton.language as tl
+from tokencomp.kernels import checks
+from tokencomp.kernels.maxmin_select import naive
 from tokencomp.kernels.maxmin_select.metrics import TIED
 from tokencomp.kernels.segments import table
 from tokencomp.kernels.tile import inverse_root
@@ -128,6 +130,9 @@ def means(x: Tensor, scale: Tensor | None, lengths: list[int]) -> Tensor:
 
 def mean_distance(x: Tensor, lengths: list[int]) -> Tensor:
     """See :func:`tokencomp.kernels.mean_distance`."""
+    if x.dtype == torch.float64:
+        return naive.mean_distance(x, lengths)
+    x = checks.rows_contiguous(x)
     inverse, _ = inverse_norms(x, lengths)
     return (1 - means(x, inverse, lengths).square().sum(1)).clamp_(min=0)
 

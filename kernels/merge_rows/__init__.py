@@ -76,36 +76,8 @@ def merge_rows(
     checks.int32_sizes(n=len(x))
     target, keep, sizes = _indices(x, target, keep, sizes)
     checks.same_device(x=x, target=target, keep=keep, sizes=sizes)
-    if checks.needs_grad(x):
-        return MergedRows(*naive.merge_rows(x, target, keep, sizes, weighted))
     lengths = [] if frames is None else segments.lengths_of("frames", frames, len(x))
-    return MergedRows(*_op(x, target, keep, sizes, lengths, weighted))
-
-
-@dispatch.custom_op("merge_rows")
-def _op(
-    x: Tensor,
-    target: Tensor,
-    keep: Tensor,
-    sizes: Tensor | None,
-    lengths: list[int],
-    weighted: bool,
-) -> tuple[Tensor, Tensor]:
-    _check_values(target, keep)
-    if dispatch.which(x) == "naive":
-        return naive.merge_rows(x, target, keep, sizes, weighted)
-    from tokencomp.kernels.merge_rows import triton
-
-    checks.triton_dtype("x", x)
-    x = checks.rows_contiguous(x)
-    with dispatch.on_device(x):
-        return triton.merge_rows(x, target, keep, sizes, lengths, weighted)
-
-
-@_op.register_fake
-def _(x: Tensor, target: Tensor, keep: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.new_empty(len(keep), x.shape[1]), x.new_empty(len(keep), dtype=dtype)
+    return MergedRows(*_op(x, target, keep, sizes, weighted, lengths))
 
 
 def _indices(
@@ -120,15 +92,12 @@ def _indices(
             f"x has {len(x)} rows: target must have as many, keep at most; "
             f"got {len(target)} and {len(keep)}"
         )
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    sizes = checks.numbers("sizes", sizes, len(x), dtype)
+    sizes = checks.numbers("sizes", sizes, len(x), checks.sum_dtype(x))
     return target.long().contiguous(), keep.long().contiguous(), sizes
 
 
-def _check_values(target: Tensor, keep: Tensor) -> None:
+def _check_values(x: Tensor, target: Tensor, keep: Tensor, *_: object) -> None:
     """Require `keep` to be ascending and in range, and every target to be a kept row or -1."""
-    if not dispatch.checks_enabled(target):
-        return
     rows = len(target)
     kept = torch.zeros(rows + 1, dtype=torch.bool, device=target.device)
     kept[-1] = True  # a target of -1 reads this extra entry
@@ -143,3 +112,13 @@ def _check_values(target: Tensor, keep: Tensor) -> None:
         f"keep must be ascending rows in [0, {rows}) with target[keep] == keep, and every target "
         "a kept row or -1",
     )
+
+
+_op = dispatch.Op(
+    naive.merge_rows,
+    lambda x, target, keep, *_: (
+        x.new_empty(len(keep), x.shape[1]),
+        x.new_empty(len(keep), dtype=checks.sum_dtype(x)),
+    ),
+    _check_values,
+)

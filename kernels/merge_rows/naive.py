@@ -5,11 +5,17 @@ from torch import Tensor
 
 
 def merge_rows(
-    x: Tensor, target: Tensor, keep: Tensor, sizes: Tensor | None, weighted: bool
+    x: Tensor,
+    target: Tensor,
+    keep: Tensor,
+    sizes: Tensor | None,
+    weighted: bool,
+    lengths: list[int],
 ) -> tuple[Tensor, Tensor]:
     """Add rows to the kept rows in row order, so that sums do not depend on scheduling.
 
-    Shapes are those of :func:`tokencomp.kernels.merge_rows`.
+    Shapes are those of :func:`tokencomp.kernels.merge_rows`; the `lengths` of the frames narrow the
+    search of the Triton form only.
     """
     count = len(keep)
     slot = torch.full((len(x) + 1,), -1, dtype=torch.int64, device=x.device)

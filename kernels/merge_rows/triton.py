@@ -9,6 +9,7 @@ import functools
 import torch
 import triton
 import triton.language as tl
+from tokencomp.kernels import checks
 from torch import Tensor
 
 # In segments of up to this many rows a program finds the members of its kept row by scanning the
@@ -73,10 +74,12 @@ def merge_rows(
     target: Tensor,
     keep: Tensor,
     sizes: Tensor | None,
-    lengths: list[int],
     weighted: bool,
+    lengths: list[int],
 ) -> tuple[Tensor, Tensor]:
     """See :func:`tokencomp.kernels.merge_rows.naive.merge_rows`."""
+    checks.triton_dtype("x", x)
+    x = checks.rows_contiguous(x)
     rows, dim = x.shape
     out = x.new_empty(len(keep), dim)
     new_sizes = torch.empty(len(keep), dtype=torch.float32, device=x.device)

@@ -1,6 +1,5 @@
 """Similarity of every token of a video with the same place of the previous frame."""
 
-import torch
 from tokencomp.kernels import checks, dispatch
 from tokencomp.kernels.nearest_previous_frame import naive
 from torch import Tensor
@@ -35,24 +34,11 @@ def nearest_previous_frame(x: Tensor) -> Tensor:
     checks.shape("x", x, 4, "(T, H, W, D)")
     checks.floating("x", x)
     checks.int32_sizes(tokens=x.shape[0] * x.shape[1] * x.shape[2])
-    return _op(x.detach())
+    return _op(checks.plain(x))
 
 
-@dispatch.custom_op("nearest_previous_frame")
-def _op(x: Tensor) -> Tensor:
-    if dispatch.which(x) == "naive":
-        similarity = naive.nearest_previous_frame(x)
-    else:
-        from tokencomp.kernels.nearest_previous_frame import triton
-
-        checks.triton_dtype("x", x)
-        with dispatch.on_device(x):
-            similarity = triton.nearest_previous_frame(x.contiguous())
-    checks.no_nan(similarity, "x has NaN or infinite features: cosine is undefined")
-    return similarity
-
-
-@_op.register_fake
-def _(x: Tensor) -> Tensor:
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return x.new_empty(x.shape[:3], dtype=dtype)
+_op = dispatch.Op(
+    naive.nearest_previous_frame,
+    lambda x: x.new_empty(x.shape[:3], dtype=checks.sum_dtype(x)),
+    check_result=checks.cosines,
+)

@@ -3,6 +3,7 @@
 import torch
 import triton
 import triton.language as tl
+from tokencomp.kernels import checks
 from torch import Tensor
 
 
@@ -38,6 +39,8 @@ def nearest_kernel(x, similarity, tokens, area, dim, BLOCK_T: tl.constexpr, BLOC
 
 def nearest_previous_frame(x: Tensor) -> Tensor:
     """See :func:`tokencomp.kernels.nearest_previous_frame`."""
+    checks.triton_dtype("x", x)
+    x = x.contiguous()
     frames, height, width, dim = x.shape
     similarity = torch.empty(x.shape[:3], dtype=torch.float32, device=x.device)
     tokens = frames * height * width

@@ -12,9 +12,6 @@ from tokencomp.kernels.errors import KernelError
 from tokencomp.kernels.topk_stable import naive
 from torch import Tensor
 
-# Longest span whose ranks are counted. Counting takes n² comparisons; longer spans are sorted.
-LONGEST = 32768
-
 
 def topk_stable(
     scores: Tensor, k: int | Sequence[int], *, spans: int | Sequence[int] | None = None
@@ -58,20 +55,10 @@ def topk_stable(
     return _op(checks.plain(scores).float(), counts, lengths)
 
 
-@dispatch.custom_op("topk_stable")
-def _op(scores: Tensor, counts: list[int], lengths: list[int]) -> Tensor:
-    checks.no_nan(
+_op = dispatch.Op(
+    naive.topk_stable,
+    segments.fake_choice,
+    lambda scores, *_: checks.no_nan(
         scores, "scores contain NaN: no order is defined. Check the features they come from"
-    )
-    if dispatch.which(scores) == "naive" or max(lengths) > LONGEST:
-        return naive.topk_stable(scores, counts, lengths)
-    from tokencomp.kernels.topk_stable import triton
-
-    checks.int32_sizes(scores=len(scores))
-    with dispatch.on_device(scores):
-        return triton.topk_stable(scores.contiguous(), counts, lengths)
-
-
-@_op.register_fake
-def _(scores: Tensor, counts: list[int], lengths: list[int]) -> Tensor:
-    return scores.new_empty(sum(counts), dtype=torch.int64)
+    ),
+)

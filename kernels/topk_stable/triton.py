@@ -7,9 +7,13 @@ writes the rows of the best ranks in ascending order. Nothing is sorted, so ties
 import torch
 import triton
 import triton.language as tl
+from tokencomp.kernels import checks
 from tokencomp.kernels.segments import starts, table
+from tokencomp.kernels.topk_stable import naive
 from torch import Tensor
 
+# Longest span whose ranks are counted. Counting takes n² comparisons; longer spans are sorted.
+LONGEST = 32768
 # Rows of a program, and scores that it compares them with at a time.
 BLOCKS = (32, 128)
 
@@ -57,6 +61,10 @@ def pack_kernel(chosen, first_row, first_pick, picks, BLOCK: tl.constexpr):
 
 def topk_stable(scores: Tensor, counts: list[int], lengths: list[int]) -> Tensor:
     """See :func:`tokencomp.kernels.topk_stable.naive.topk_stable`."""
+    if max(lengths) > LONGEST:
+        return naive.topk_stable(scores, counts, lengths)
+    checks.int32_sizes(scores=len(scores))
+    scores = scores.contiguous()
     picks = torch.empty(sum(counts), dtype=torch.int64, device=scores.device)
     if len(picks) == 0:
         return picks

@@ -13,6 +13,7 @@ import pytest
 import torch
 from tokencomp.kernels import KernelError
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from tokencomp import kernels
 
@@ -206,7 +207,8 @@ def test_triton_equals_pytorch(
 def test_graphs(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled without a break, with the values of the eager call; and PyTorch's own checks.
 
-    They look at the schema (no hidden aliasing or mutation) and the fake tensors.
+    They look at the schema (no hidden aliasing or mutation) and the fake tensors. Tensors without
+    values give the shapes of the result.
     """
     monkeypatch.setenv("TOKENCOMP_KERNELS", "naive")
     torch._dynamo.reset()
@@ -216,14 +218,20 @@ def test_graphs(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
         assert torch.equal(a, b)
     op, attribute = {"mean_distance": ("maxmin_select", "_mean_op")}.get(name, (name, "_op"))
     package = importlib.import_module(f"tokencomp.kernels.{op}")
-    custom = getattr(package, attribute)
+    op_of_package = getattr(package, attribute)
 
     def recorder(*arguments: object) -> object:
         recorded.append(arguments)
-        return custom(*arguments)
+        return op_of_package(*arguments)
 
     monkeypatch.setattr(package, attribute, recorder)
     call(x)
+    custom = getattr(torch.ops.tokencomp, name).default
+    with FakeTensorMode() as mode:
+        fake = leaves(call(mode.from_tensor(x)))
+    for shapes in (fake, leaves(call(x.to("meta")))):
+        for a, b in zip(shapes, leaves(call(x)), strict=True):
+            assert a.shape == b.shape and a.dtype == b.dtype
     torch.library.opcheck(custom, recorded[0], test_utils=("test_schema", "test_faketensor"))
 
 
