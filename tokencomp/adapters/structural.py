@@ -118,7 +118,7 @@ class StructuralAdapter(Adapter, Hooked):
 def sizes_of(encoding: Encoding, modality: Modality, media: list[list[Medium]]) -> list[Size]:
     """Sizes of all media of a modality, in the order of the batch; empty if unknown.
 
-    Beam search repeats the rows of a batch after encoding, copies of a row being adjacent.
+    Beam search repeats the samples of a batch after encoding, copies of a sample being adjacent.
     """
     known, order, cursor = encoding.sizes, [], 0
     counts = [sum(medium.modality == modality for medium in row) for row in media]

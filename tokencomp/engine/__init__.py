@@ -9,8 +9,9 @@
 
 The order of the passes is in `decoder.py`. Each pass is a module: `prompt.py` (read), `call.py`
 (counts of the plan), `scores.py` and `choose.py`, `gather.py`, `layers.py` with `masks.py`, and
-`restore.py`. `later.py` has the calls after the prompt. `checks.py` lists what is refused before
-anything runs. Merging with weights is `weights.py`, and the stage in the vision tower `tower/`.
+`restore.py`. `later.py` has the calls after the prompt, and the chunks of a prompt. `checks.py`
+lists what is refused before anything runs. Merging with weights is `weights.py`, and the stage in
+the vision tower `tower/`.
 
 Five data classes: `VisualSpan` (an image in the prompt), `RowMap` (which column every row holds),
 `Tokens` (what a reducer sees), `Kept` (what it keeps), and `Call` (one decoder call).
@@ -18,7 +19,7 @@ Five data classes: `VisualSpan` (an image in the prompt), `RowMap` (which column
 Four coordinates, each with one name:
 
     column  place in the uncompressed sequence, over all calls and with padding. Positions, windows
-            and the length of a cache count columns.
+            and the length of a cache count columns (with `positions="compact"` rows).
     row     place in what is held: hidden states of this call, or a cache layer. `RowMap.columns` is
             the column of every row. A flat row is sample · rows + row.
     patch   visual token of a span, without its special tokens and the text between frames. Reducers

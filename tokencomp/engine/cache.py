@@ -148,8 +148,9 @@ class CompressedLayer(CacheLayerMixin):
     plain : type
         The transformers class of the layer before compression.
     row_map : RowMap
-        The rows as of the last call that changed them. Rows written since are real, with
-        consecutive columns; `current_map` includes them.
+        The rows as of the last call that changed it. Decode steps write rows without changing it:
+        they are real, with consecutive columns, so that tensors of the map may be shorter than
+        `rows`. `current_map` counts them.
     starts_segment : bool
         True if this layer holds other rows than the layer before it.
     owner : CacheOwner or None

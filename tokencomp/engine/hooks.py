@@ -198,8 +198,8 @@ def _check_types(types: Tensor, embeds: Tensor | None) -> None:
 def with_types(arguments: dict[str, Any], types: Tensor) -> dict[str, Any]:
     """Add the modalities of features in `inputs_embeds` to the arguments of the body.
 
-    `types` (B, L) is by row and column of the caller of `generate`. Beams repeat rows, and the body
-    gets only the columns that are not in the cache yet.
+    `types` (B, L) is by sample and column of the caller of `generate`. Beams repeat samples, and
+    the body gets only the columns that are not in the cache yet.
     """
     embeds = arguments.get("inputs_embeds")
     if embeds is None or arguments.get("input_ids") is not None:

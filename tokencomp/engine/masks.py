@@ -12,13 +12,15 @@ token enters the window in its place. A window of four columns, seen by the last
 
 Who builds a mask:
 
-    segment 0   `Masks.decoder_mask`: the decoder, from a 2-D padding mask, where that is right;
-                else we build one per layer type and the decoder passes them on
+    segment 0   `Masks.decoder_mask`: the decoder, from a 2-D padding mask, unless a layer type
+                says that it would be wrong (`LayerType.misplaced`); then we build one per layer
+                type and the decoder passes them on
     others      `Masks.layer_mask`: we build one per layer type, and pass it to every layer
     one later token without padding and windows: nobody, it attends to all rows
 
-This holds for prompts and for later turns. Of the caller's mask a later turn reads only the columns
-of the turn, because the cache layers store their padding.
+This holds for prompts and for later turns. Chunks of a prompt (`ChunkedPrefill`) get the first
+columns of the 2-D mask; where we build masks, a prompt is not chunked. Of the caller's mask a later
+turn reads only the columns of the turn, because the cache layers store their padding.
 
 Masks that the body has prepared, in which tokens of an image attend to each other, are gathered by
 column and never rebuilt.

@@ -85,15 +85,17 @@ class RowMap:
         rows are consecutive. Rows of a merged token have the same column. None: row i holds column
         i.
     real : Tensor of bool, shape (B, m), or None
-        False at padding rows; rows after the first m are real. None: see `lengths`.
+        False at padding rows; rows after the first m are real. In the map of a prompt `mask` makes
+        it from `lengths`; in a cache None: no padding rows.
     starts : Tensor of int64, shape (B,), or None
         First real column of every sample; None: 0, or unknown.
     weights : Tensor of float32, shape (B, rows), or None
-        Number of tokens that every row represents; None: one each.
+        Number of tokens that every row represents; None: one each. This and the next three are in
+        the map of a prompt only, not in that of a cache, which repeats merged rows.
     lengths : list of int
-        Real rows per sample, aligned to the right; empty: given by `real`.
+        Real rows per sample, aligned to the right.
     spans
-        Kept spans per sample, in order. Only in the map of a prompt.
+        Kept spans per sample, in order.
     prompts
         Prompts per sample, in order; together they cover the real rows.
     seen : Seen or None
@@ -133,7 +135,7 @@ class RowMap:
         return self.rows + self.dropped
 
     def mask(self, device: torch.device | None = None) -> Tensor | None:
-        """False at padding rows, bool (B, rows); None if all rows are real."""
+        """False at padding rows, bool (B, rows); None if all rows are real. Sets `real`."""
         real = self.real
         if real is None:
             if all(n == self.rows for n in self.lengths):
@@ -186,7 +188,10 @@ class RowMap:
         return replace(self, rows=rows, columns=columns, real=real, seen=seen)
 
     def select(self, change: Callable[[Tensor], Tensor]) -> RowMap:
-        """The map of other samples: `change` maps tensors (B, …) to those of the new batch."""
+        """The map of a cache whose samples are reordered, repeated or selected, as by beam search.
+
+        `change` maps a tensor (B, …) to that of the new batch.
+        """
         columns, real, starts = (
             None if t is None else change(t) for t in (self.columns, self.real, self.starts)
         )

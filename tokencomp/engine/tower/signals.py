@@ -293,9 +293,9 @@ def check_signals(plan: Plan, adapter: Adapter) -> frozenset[TowerSignal]:
 def _spread(spans: list[list[VisualSpan]], tokens: dict[str, Tensor]) -> list[list[Tensor]]:
     """Distribute values of patches, in order, to spans.
 
-    Beam search repeats every row of a batch, one copy after the other, but the tower encodes each
-    medium once. The number of copies follows from the number of tokens per encoded value; it must
-    be a whole number and the same for images and videos.
+    Beam search repeats every sample of a batch, one copy after the other, but the tower encodes
+    each medium once. The number of copies follows from the number of tokens per encoded value; it
+    must be a whole number and the same for images and videos.
     """
     total = {
         modality: sum(
