@@ -13,16 +13,18 @@ from transformers import AutoModelForImageTextToText
 
 from benchmarks.accuracy.run import tower_once, usable, watches_tower
 from recipes.nlvr.build import reached, trainer_of
-from recipes.nlvr.corpus import Example, examples
-from recipes.nlvr.train import ANSWERS, SHAPE, NlvrTrainer, pixels
+from recipes.nlvr.corpus import SIZE, Example, examples, picture
+from recipes.nlvr.train import ANSWERS, NlvrTrainer
 from tokencomp import available_reducers
-from tokencomp.evaluation.settings import RANDOM, Setting
+from tokencomp.evaluation.settings import DOWNSCALE, RANDOM, Setting
 from tokencomp.patching import apply
 
 SPLITS = ("dev", "test", "hidden")
 ASKED = ("test", "hidden")
 """Splits that every method answers."""
 RATIOS = (0.5, 0.9)
+SMALLER = {0.5: (11 * 28, 3 * 28), 0.9: (6 * 28, 28)}
+"""By ratio: sizes of smaller pictures, of 33 and 6 visual tokens where there are 64."""
 BATCH, RESAMPLES = 165, 10_000
 
 
@@ -39,7 +41,13 @@ def evaluate(corpus: Path, out: Path, seed: int = 0) -> dict[str, Any]:
     splits = {split: summary(some, answers(model, asked[split])) for split, some in rows.items()}
     found = {"training": training, "splits": splits}
     if learnt(splits):
-        found["methods"] = methods(model, rows, asked)
+        smaller = {
+            Setting(DOWNSCALE, ratio): [
+                x for split in ASKED for x in answers(model, batches(trainer, rows[split], size))
+            ]
+            for ratio, size in SMALLER.items()
+        }
+        found["methods"] = methods(model, rows, asked, smaller)
     return found
 
 
@@ -48,9 +56,11 @@ def learnt(splits: Mapping[str, Any]) -> bool:
     return all(s["low"] > s["majority"] for s in splits.values())
 
 
-def batches(trainer: NlvrTrainer, rows: Sequence[Example]) -> Iterable[dict[str, Any]]:
+def batches(
+    trainer: NlvrTrainer, rows: Sequence[Example], size: tuple[int, int] = SIZE
+) -> Iterable[dict[str, Any]]:
     """Inputs of the model: the picture in the first order of the boxes, then the sentence."""
-    prefix, _ = trainer.packer.prefix("image", SHAPE)
+    prefix, _ = trainer.packer.prefix("image", (1, size[1], size[0]))
     config = trainer.model.config
     for first in range(0, len(rows), BATCH):
         some = rows[first : first + BATCH]
@@ -58,12 +68,12 @@ def batches(trainer: NlvrTrainer, rows: Sequence[Example]) -> Iterable[dict[str,
         width = max(map(len, texts))
         ids = torch.tensor([[0] * (width - len(text)) + text for text in texts])
         mask = torch.tensor([[0] * (width - len(text)) + [1] * len(text) for text in texts])
-        frames = torch.as_tensor(np.stack([pixels(one.pictures[0]) for one in some])[:, None])
+        frames = np.stack([np.asarray(picture(one.pictures[0], size)) for one in some])
         yield {
             "input_ids": ids,
             "attention_mask": mask,
             "mm_token_type_ids": (ids == config.image_token_id).int(),
-            **trainer.family.pixels(frames, "image"),
+            **trainer.family.pixels(torch.as_tensor(frames[:, None]), "image"),
             "answers": [trainer.packer.ids(ANSWERS[truth])[0] for truth in (True, False)],
         }
 
@@ -81,11 +91,15 @@ def answers(model: Any, asked: Iterable[Mapping[str, Any]]) -> list[bool]:
 
 
 def methods(
-    model: Any, rows: Mapping[str, Sequence[Example]], asked: Mapping[str, Sequence[Any]]
+    model: Any,
+    rows: Mapping[str, Sequence[Example]],
+    asked: Mapping[str, Sequence[Any]],
+    smaller: Mapping[Setting, list[bool]],
 ) -> dict[str, Any]:
     """Right answers of every method on `ASKED`, both splits as one, at every ratio.
 
-    A difference is that to the full model, with an interval that draws sentences.
+    `smaller` has the answers to smaller pictures. A difference is that to the full model, with an
+    interval that draws sentences.
     """
     examples_asked = [one for split in ASKED for one in rows[split]]
     groups = grouped([f"{split} {x.presentation}" for split in ASKED for x in rows[split]])
@@ -96,8 +110,8 @@ def methods(
     every = [batch for split in ASKED for batch in asked[split]]
     with tower_once(model):
         said = all_answers(model, every, [s for s in chosen if s not in watching])
-    said |= all_answers(model, every, watching)
-    scores = {setting: right(examples_asked, said[setting]) for setting in chosen}
+    said |= all_answers(model, every, watching) | smaller
+    scores = {setting: right(examples_asked, some) for setting, some in said.items()}
     full = scores.pop(Setting())
     found = [
         {"label": s.label, "reducer": s.reducer, "ratio": s.ratio, "accuracy": float(one.mean())}

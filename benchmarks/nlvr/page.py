@@ -91,5 +91,5 @@ options was asked the {count:,} examples of both test splits, of which the full 
 
 {table}
 
-Not asked, since they need trained weights or keep a fixed number of tokens: {refused}.
+`downscale` has smaller pictures of as many tokens. Not asked, since they need trained weights or keep a fixed number of tokens: {refused}.
 """
