@@ -16,7 +16,7 @@ NAMES = {"dev": "development", "test": "test, published", "hidden": "test, unpub
 def page(stored: Mapping[str, Any]) -> str:
     """The page of stored results."""
     training, splits = stored["training"], stored["splits"]
-    steps = ", ".join(f"{count} of `{name}`" for name, count in training["stages"].items())
+    steps = ", ".join(f"{count:,} of `{name}`" for name, count in training["stages"].items())
     rows = [
         [
             NAMES[name], f"{s['examples']:,}", str(s["sentences"]), f"{100 * s['accuracy']:.1f}",
@@ -24,7 +24,7 @@ def page(stored: Mapping[str, Any]) -> str:
         ]
         for name, s in splits.items()
     ]  # fmt: skip
-    scores = ", ".join(f"{name} {value} %" for name, value in training["training_scores"].items())
+    scores = "; ".join(f"{name} {value} %" for name, value in training["training_scores"].items())
     return HEAD.format(
         parameters=training["parameters"] / 1e6, count=training["training_examples"], steps=steps,
         minutes=round(training["seconds"] / 60), scores=scores,
@@ -91,5 +91,7 @@ options was asked the {count:,} examples of both test splits, of which the full 
 
 {table}
 
-`downscale` has smaller pictures of as many tokens. Not asked, since they need trained weights or keep a fixed number of tokens: {refused}.
+Nothing was chosen on NLVR. `downscale` has smaller pictures of as many tokens, in sizes that the
+model was not trained on. Not asked, since they need trained weights or keep a fixed number of
+tokens: {refused}.
 """
