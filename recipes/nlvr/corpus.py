@@ -64,9 +64,9 @@ def plain(sentence: str) -> str:
     return " ".join(re.sub(r"[^a-z0-9, ]", " ", sentence.lower()).split()).replace(" ,", ",")
 
 
-def picture(path: Path) -> Image.Image:
-    """A picture at `SIZE`, RGB."""
-    return Image.open(path).convert("RGB").resize(SIZE, Image.Resampling.BICUBIC)
+def picture(path: Path, size: tuple[int, int] = SIZE) -> Image.Image:
+    """A picture of (width, height) `size`, RGB."""
+    return Image.open(path).convert("RGB").resize(size, Image.Resampling.BICUBIC)
 
 
 def examples(folder: Path, split: str) -> list[Example]:

@@ -64,8 +64,8 @@ class NlvrStage(Phase):
 
 
 RECIPE = (
-    NlvrStage("facts", 115, 1e-3, 1e-3, end=0.95),
-    *(NlvrStage(f"split {k}", 40, 5e-4, 5e-4, human=(0.4, 24), end=0.05) for k in range(1, 9)),
+    NlvrStage("facts", 2400, 1e-3, 1e-3, end=0.5),
+    *(NlvrStage(f"split {k}", 400, 5e-4, 5e-4, human=(0.4, 24), end=0.05) for k in range(1, 9)),
 )
 """Every stage but the first ends at a low rate, so that a run may stop after any of them."""
 
