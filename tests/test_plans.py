@@ -18,7 +18,7 @@ from tokencomp import Plan, Reducer, Stage, errors, make_reducer
 from tokencomp.plan.counts import Budget, frame_budgets
 from tokencomp.plan.plan import LEAST
 from tokencomp.plan.schedules import by_item
-from tokencomp.tokens.spans import VisualSpan
+from tokencomp.tokens.tokens import VisualSpan
 
 
 def test_plans_as_json_and_files(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from tokencomp.errors import (
 )
 from tokencomp.method import MethodSpec
 from tokencomp.plan.counts import Place
-from tokencomp.tokens.spans import VisualSpan
+from tokencomp.tokens.tokens import VisualSpan
 
 UNIFORM = make_reducer("uniform")
 

@@ -67,7 +67,7 @@ def test_where_no_pixels_are_seen(name: str, options: dict[str, Any]) -> None:
 def test_such_options_change_nothing(name: str, options: dict[str, Any], monkeypatch: Any) -> None:
     """They are refused because the same tokens are kept, at the same places."""
     monkeypatch.setattr("tokencomp.reducers.base.check_effect", lambda *_: None)
-    monkeypatch.setattr("tokencomp.plan.stages.check_effect", lambda *_: None)
+    monkeypatch.setattr("tokencomp.plan.plan.check_effect", lambda *_: None)
     last = next(reversed(options))
     family = FAMILIES["qwen2_vl"]
     model = family.build()

@@ -27,8 +27,8 @@ _LAZY = {
     "Session": "tokencomp.session.session",
     "extend_visual_context": "tokencomp.engine.context",
     "Plan": "tokencomp.plan.plan",
-    "Stage": "tokencomp.plan.stages",
-    "TowerStage": "tokencomp.plan.stages",
+    "Stage": "tokencomp.plan.plan",
+    "TowerStage": "tokencomp.plan.plan",
     "Reducer": "tokencomp.reducers.base",
     "register_reducer": "tokencomp.reducers.registry",
     "available_reducers": "tokencomp.reducers.registry",
@@ -36,7 +36,7 @@ _LAZY = {
     "plan_from_json": "tokencomp.reducers.plan_json",
     "plan_to_json": "tokencomp.reducers.plan_json",
     "available_models": "tokencomp.adapters.registry",
-    "Kept": "tokencomp.tokens.kept",
+    "Kept": "tokencomp.tokens.tokens",
     "Tokens": "tokencomp.tokens.tokens",
     "TokenCompError": "tokencomp.errors",
 }
@@ -69,14 +69,12 @@ if TYPE_CHECKING:
     from tokencomp.errors import TokenCompError
     from tokencomp.handle import Handle
     from tokencomp.patching import patch, unpatch
-    from tokencomp.plan.plan import Plan
-    from tokencomp.plan.stages import Stage, TowerStage
+    from tokencomp.plan.plan import Plan, Stage, TowerStage
     from tokencomp.reducers.base import Reducer
     from tokencomp.reducers.plan_json import plan_from_json, plan_to_json
     from tokencomp.reducers.registry import available_reducers, make_reducer, register_reducer
     from tokencomp.session.session import Session
-    from tokencomp.tokens.kept import Kept
-    from tokencomp.tokens.tokens import Tokens
+    from tokencomp.tokens.tokens import Kept, Tokens
 
 
 def __getattr__(name: str) -> Any:

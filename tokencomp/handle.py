@@ -21,8 +21,7 @@ from tokencomp.engine.weights import merging_where_possible
 from tokencomp.errors import OptionError, UnsupportedModelError
 from tokencomp.method import MethodSpec, resolve_auto
 from tokencomp.plan.options import Merging, in_words
-from tokencomp.plan.plan import Plan
-from tokencomp.plan.stages import Stage
+from tokencomp.plan.plan import Plan, Stage
 from tokencomp.reducers.base import Reducer, label
 from tokencomp.reducers.plan_json import PlanLike, as_plan
 from tokencomp.trained.cards import model_facts

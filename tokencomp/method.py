@@ -15,9 +15,8 @@ from typing import Any, Literal
 from tokencomp.errors import OptionError, PlanError, RatioError
 from tokencomp.plan.counts import Budget, check_ratio, ratio_text
 from tokencomp.plan.options import OPTIONS, StageOptions, check_exclusive, one_amount, split
-from tokencomp.plan.plan import Plan
+from tokencomp.plan.plan import MEDIA, Plan, TowerStage
 from tokencomp.plan.schedules import after_tower, by_item, by_modality, not_before
-from tokencomp.plan.stages import MEDIA, TowerStage
 from tokencomp.reducers._repeats import DropsRepeats
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import available_reducers, make_reducer, options_of

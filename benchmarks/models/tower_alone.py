@@ -15,8 +15,7 @@ import torch
 
 import tokencomp
 from benchmarks.models.tower_parts import UNIT, Timed, build, clock_of, qwen_inputs
-from tokencomp.plan.plan import Plan
-from tokencomp.plan.stages import TowerStage
+from tokencomp.plan.plan import Plan, TowerStage
 
 TOWER_RATIOS = (0.0, 0.25, 0.5, 0.6, 0.75)
 

@@ -15,10 +15,9 @@ from PIL import Image
 from benchmarks.models import shapes
 from benchmarks.models.shapes import SHAPES
 from tokencomp.adapters.registry import adapter_for
-from tokencomp.plan.reducer import Traits
+from tokencomp.plan.options import Traits
 from tokencomp.reducers.kcenter import KCenter
-from tokencomp.tokens.kept import Kept
-from tokencomp.tokens.tokens import Tokens
+from tokencomp.tokens.tokens import Kept, Tokens
 from tokencomp.torchlib.hooks import Hooked
 
 TEXT = 48

@@ -27,8 +27,7 @@ from tokencomp.errors import (
     RowIndexedAttentionError,
     UnsupportedModelError,
 )
-from tokencomp.plan.plan import Plan
-from tokencomp.plan.stages import Stage
+from tokencomp.plan.plan import Plan, Stage
 from tokencomp.reducers.registry import make_reducer
 
 

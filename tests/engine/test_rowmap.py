@@ -12,7 +12,7 @@ from tokencomp import Kept
 from tokencomp.engine.cache_special import compress_layer
 from tokencomp.engine.rowmap import RowMap
 from tokencomp.engine.weights import repeat_rows
-from tokencomp.tokens.spans import VisualSpan
+from tokencomp.tokens.tokens import VisualSpan
 
 CPU = torch.device("cpu")
 PAD = None  # what a list has in place of a column at padding rows

@@ -22,8 +22,7 @@ from tokencomp import Kept, Reducer, Tokens, make_reducer
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.engine.tower.signals import attention_blocks
 from tokencomp.errors import OptionError, SpanError
-from tokencomp.plan.plan import Plan
-from tokencomp.plan.stages import Stage, TowerStage
+from tokencomp.plan.plan import Plan, Stage, TowerStage
 from tokencomp.tokens.signals import TOWER_ATTENTION, TOWER_KEYS, Attention, Signal, TowerSignal
 
 FAMILY_NAMES = sorted(FAMILIES)

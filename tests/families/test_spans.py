@@ -13,7 +13,7 @@ import tokencomp
 from tokencomp import Plan, Stage, make_reducer
 from tokencomp.errors import PlanError, UnknownGridError
 from tokencomp.plan.schedules import not_before
-from tokencomp.tokens.spans import VisualSpan
+from tokencomp.tokens.tokens import VisualSpan
 
 
 def spans(name: str, *media: Media, before: int = 3) -> list[VisualSpan]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import tokencomp
 from tokencomp.adapters.base import ENCODED
-from tokencomp.tokens.spans import Modality, VisualSpan
+from tokencomp.tokens.tokens import Modality, VisualSpan
 
 OWN_SPANS = ("llava_next", "llava_next_video", "llava_onevision", "vila")
 FAMILY_NAMES = [name for name in FAMILIES if name not in OWN_SPANS]

@@ -20,23 +20,28 @@ from support.family.mistral import Mistral3
 from support.family.structural import STRUCTURAL
 
 import tokencomp
-from tokencomp.adapters.encoded import per_medium, sizes_in, token_counts
-from tokencomp.adapters.media_call import MediaCall
+from tokencomp.adapters.base import MediaCall
 from tokencomp.adapters.registry import adapter_for, available_models
 from tokencomp.adapters.retrieval import ColPaliAdapter, ColQwen2Adapter
-from tokencomp.adapters.spans import Medium, _joined, cut_media, grid_from_size
+from tokencomp.adapters.structural import (
+    Medium,
+    _joined,
+    cut_media,
+    grid_from_size,
+    per_medium,
+    sizes_in,
+    token_counts,
+)
 from tokencomp.adapters.structure import find_parts
 from tokencomp.errors import (
     OptionError,
     UnknownGridError,
 )
-from tokencomp.plan.plan import Plan
-from tokencomp.plan.stages import Stage
+from tokencomp.plan.plan import Plan, Stage
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.uniform import Uniform
-from tokencomp.tokens.kept import Kept
 from tokencomp.tokens.signals import QUERY, Attention
-from tokencomp.tokens.tokens import Tokens
+from tokencomp.tokens.tokens import Kept, Tokens
 from tokencomp.torchlib import compat
 
 MISTRAL = hasattr(transformers, "Ministral3Config")

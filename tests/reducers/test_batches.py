@@ -17,7 +17,7 @@ from support.matrix import Case
 import tokencomp
 from tokencomp import Kept, Plan, Reducer, Stage, Tokens, make_reducer
 from tokencomp.errors import PlanError
-from tokencomp.plan.reducer import Traits
+from tokencomp.plan.options import Traits
 from tokencomp.reducers import ScoreReducer, mmtok
 from tokencomp.reducers._batch import means
 from tokencomp.reducers.base import reduced

@@ -22,12 +22,12 @@ import tokencomp
 from tokencomp import Tokens, make_reducer
 from tokencomp.errors import OptionError, RatioError, ScoreError, TokenCompError
 from tokencomp.plan.counts import keep_count
-from tokencomp.plan.reducer import only_plans
+from tokencomp.plan.options import only_plans
 from tokencomp.reducers import ScoreReducer
 from tokencomp.reducers.compose import Compose
 from tokencomp.reducers.registry import options_of
 from tokencomp.serving.servable import serving_safe
-from tokencomp.tokens.spans import VisualSpan
+from tokencomp.tokens.tokens import VisualSpan
 
 FAMILY_NAMES = sorted(FAMILIES)
 

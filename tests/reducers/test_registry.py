@@ -17,7 +17,7 @@ import tokencomp
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.registry import available_models, register_adapter
 from tokencomp.errors import NameTakenError, OptionError, PluginWarning
-from tokencomp.plan.reducer import Traits
+from tokencomp.plan.options import Traits
 from tokencomp.reducers import ScoreReducer, registry
 from tokencomp.reducers.bipartite import Bipartite
 from tokencomp.reducers.uniform import Uniform

@@ -14,7 +14,7 @@ from support.matrix import Case
 
 from tokencomp import Kept, Plan, Reducer, Stage, Tokens, make_reducer
 from tokencomp.errors import OptionError, PlanError
-from tokencomp.plan.reducer import Traits
+from tokencomp.plan.options import Traits
 from tokencomp.reducers.plan_json import plan_from_json, plan_to_json
 from tokencomp.serving.servable import serving_safe
 

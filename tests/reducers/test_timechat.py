@@ -22,7 +22,7 @@ from tokencomp.errors import PlanError
 from tokencomp.reducers import _clusters, _segments
 from tokencomp.reducers._clusters import density_peaks
 from tokencomp.reducers._segments import segments, static_segments
-from tokencomp.tokens.spans import Grid, VisualSpan
+from tokencomp.tokens.tokens import Grid, VisualSpan
 
 
 def tokens(grid: Grid, frame: Tensor | None) -> Tokens:

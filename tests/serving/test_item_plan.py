@@ -23,8 +23,7 @@ from tokencomp.serving.item_plan import ItemPlan, cache_key, config_facts, item_
 from tokencomp.serving.item_rows import reduce_item, reduce_rows
 from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm.tower import kept_cells
-from tokencomp.tokens.spans import Grid, ModelFacts, VisualSpan
-from tokencomp.tokens.tokens import Tokens
+from tokencomp.tokens.tokens import Grid, ModelFacts, Tokens, VisualSpan
 from tokencomp.trained.cards import model_card, model_facts
 
 SPANS = [((1, 5, 7), ""), ((3, 4, 4), ""), ((1, 6, 5), "rows"), ((4, 3, 3), "end"), ((1, 1, 1), "")]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tokencomp.session.held import NOWHERE, TEXT, Held, PatchPlaces, oldest, redundant
-from tokencomp.tokens.spans import VisualSpan
+from tokencomp.tokens.tokens import VisualSpan
 
 
 def random_rows(seed: int, n: int = 60) -> Held:

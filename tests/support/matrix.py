@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tokencomp import Kept, Reducer, Tokens, available_reducers, make_reducer
-from tokencomp.plan.reducer import only_plans
+from tokencomp.plan.options import only_plans
 from tokencomp.reducers.base import reduced
 from tokencomp.reducers.hiprune import MIDDLE
 from tokencomp.reducers.selector import INPUTS, SelectorNet

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokencomp.adapters.base import ENCODED, Adapter
-from tokencomp.adapters.media_call import MediaCall, TowerCall
+from tokencomp.adapters.base import ENCODED, Adapter, MediaCall, TowerCall
 from tokencomp.adapters.registry import register_adapter
 from tokencomp.adapters.tiles import TileAdapter
 from tokencomp.adapters.towers.dense import DenseTower, bilinear, squares
 from tokencomp.adapters.towers.mosaic import MosaicTower
 from tokencomp.errors import SpanError
-from tokencomp.tokens.spans import VisualSpan
+from tokencomp.tokens.tokens import VisualSpan
 
 
 def _tower(adapter: TileAdapter, kind: type[DenseTower], **options: Any) -> DenseTower:

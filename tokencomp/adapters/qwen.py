@@ -10,12 +10,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tokencomp.adapters.media_call import MediaCall, TowerCall
+from tokencomp.adapters.base import MediaCall, TowerCall
 from tokencomp.adapters.registry import register_adapter
 from tokencomp.adapters.structural import StructuralAdapter
 from tokencomp.adapters.towers.packed import PackedTower
 from tokencomp.errors import SpanError
-from tokencomp.tokens.spans import Grid, VisualSpan
+from tokencomp.tokens.tokens import Grid, VisualSpan
 from tokencomp.torchlib import compat
 
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

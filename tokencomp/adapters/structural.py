@@ -1,27 +1,41 @@
-"""The adapter of all models without a family adapter."""
+"""The adapter of all models without a family adapter.
+
+Calls of the methods that encode media are noted (`EncodedMedia`). Runs of placeholders are cut into
+media by their token counts. The grid of a medium comes from the first of these sources: M-RoPE
+positions, the size that the encoder was called with, rows between line breaks, the feature map of
+the tower, a square given by the config. Without any it is 1×1×n, and unknown.
+"""
 
 from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+import math
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from tokencomp.adapters.base import ENCODED, Adapter
-from tokencomp.adapters.encoded import EncodedMedia, Encoding, features_of, token_counts
-from tokencomp.adapters.media_call import MediaCall
-from tokencomp.adapters.spans import Medium, Size, cut_media, span_of, square
+from tokencomp.adapters.base import ENCODED, Adapter, MediaCall
 from tokencomp.adapters.structure import square_side
 from tokencomp.adapters.towers.base import Tower
 from tokencomp.adapters.towers.packed import PackedTower
-from tokencomp.tokens.spans import Modality, VisualSpan
+from tokencomp.tokens.tokens import CODES, Grid, Modality, VisualSpan
+from tokencomp.torchlib import compat
 from tokencomp.torchlib.hooks import Hooked
+from tokencomp.torchlib.replace import MethodReplacement
 
 PACKED = ("qwen3_5", "qwen3_5_moe")
 """Model types with the vision tower of Qwen3-VL, where the patches of a token are adjacent."""
+METHODS = "get_{}_features"  # methods of a body that encode media, since transformers 4.5x
+Run = tuple[int, int, Modality]
+Size = tuple[int, int, int]
+GivenSize = Callable[[], Size | None]
 
 
 class StructuralAdapter(Adapter, Hooked):
@@ -147,3 +161,326 @@ def learned_queries(body: nn.Module) -> bool:
     return bool(names & {"query", "queries", "latents", "query_tokens"}) or any(
         name.startswith("query") for name in tables
     )
+
+
+# -- media that a body has encoded -----------------------------------------------------------------
+
+
+@dataclass
+class Encoding:
+    """Media of one modality that a body has encoded in one call, in the order of the batch.
+
+    Attributes
+    ----------
+    lengths
+        Tokens of each medium, or of each tile if the body encodes tiles.
+    tables
+        Arguments of the call that may contain the sizes of the media.
+    map : tuple of two int, or None
+        Height and width of the feature map, for towers that return one.
+    """
+
+    lengths: list[int] = field(default_factory=list)
+    tables: list[Any] = field(default_factory=list)
+    map: tuple[int, int] | None = None
+
+    @functools.cached_property
+    def sizes(self) -> list[tuple[int, int, int]]:
+        """(t, h, w) of each medium in the unit of the call, patches or pixels; empty if unknown.
+
+        Computed on demand: it reads a table from the device, and positions often give the grid.
+        """
+        tables = (per_medium(sizes_in(table), self.lengths) for table in self.tables)
+        return next(filter(None, tables), [])
+
+
+class EncodedMedia(threading.local):
+    """Stores, per thread, arguments and results of the last calls of a body's encoding methods.
+
+    `generate` of transformers >= 5.18 encodes media before it calls the model, and drops arguments
+    that only the encoder reads, which give the shape of images.
+
+    Attributes
+    ----------
+    running : "image", "video", "audio" or None
+        Modality that is being encoded in this thread.
+    """
+
+    def __init__(self) -> None:
+        self.latest: dict[Modality, Encoding] = {}
+        self.running: Modality | None = None
+
+    def watch(self, body: Any) -> list[MethodReplacement]:
+        """Wrap the encoding methods of `body` to store their calls."""
+        return [
+            MethodReplacement(
+                body, METHODS.format(modality), functools.partial(self._call, modality)
+            )
+            for modality in CODES
+        ]
+
+    def _call(
+        self, modality: Modality, original: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        if self.running:  # the method for videos calls that for images (Qwen3.5)
+            return original(*args, **kwargs)
+        self.running = modality
+        try:
+            out = original(*args, **kwargs)
+        finally:
+            self.running = None
+        self._note(modality, [*args, *kwargs.values()], out)
+        return out
+
+    @compat.not_compiled
+    def _note(self, modality: Modality, arguments: list[Any], out: Any) -> None:
+        last = getattr(out, "last_hidden_state", None)
+        tables = [argument for argument in arguments if _may_be_table(argument)]
+        encoding = Encoding(token_counts(features_of(out)), tables)
+        if isinstance(last, Tensor) and last.ndim == 4:
+            encoding.map = last.shape[-2], last.shape[-1]
+        self.latest[modality] = encoding
+
+
+def features_of(out: Any) -> Any:
+    """The features in the result of an encoding method."""
+    pooled = getattr(out, "pooler_output", None)
+    if pooled is not None:
+        return pooled
+    last = getattr(out, "last_hidden_state", None)
+    if last is not None:
+        return last
+    return out  # remote code returns only the features
+
+
+def token_counts(features: Any) -> list[int]:
+    """Tokens of every medium or tile in features (tiles, n, d), or in a list of (…, n, d).
+
+    Empty for concatenated features (n, d), whose ends are unknown, and for features of single
+    patches, (n, 1, d) (Inkling).
+    """
+    if isinstance(features, list | tuple):
+        tensors = [item for item in features if isinstance(item, Tensor) and item.ndim >= 2]
+    else:
+        tensors = [features] if isinstance(features, Tensor) and features.ndim >= 3 else []
+    counts = [n for item in tensors for n in [item.shape[-2]] * item.shape[:-2].numel()]
+    return counts if max(counts, default=0) > 1 else []
+
+
+def sizes_in(argument: Any) -> list[tuple[int, int, int]]:
+    """Sizes (t, h, w) in an argument of an encoder; empty if it contains something else.
+
+    An integer table with two or three columns contains sizes. With a further axis it contains patch
+    coordinates, padded with -1, whose maximum gives the size.
+    """
+    if isinstance(argument, list | tuple):
+        try:
+            argument = torch.tensor(argument)
+        except (TypeError, ValueError, RuntimeError):  # pictures, strings, rows of several lengths
+            return []
+    if not isinstance(argument, Tensor) or not _may_be_table(argument):
+        return []
+    if argument.ndim == 3:
+        if argument.shape[-1] != 2:
+            return []
+        argument = (argument.amax(1) + 1).flip(-1)  # coordinates are (x, y)
+    if argument.shape[1] not in (2, 3):
+        return []
+    rows = argument.tolist()
+    return [(row[0] if len(row) == 3 else 1, row[-2], row[-1]) for row in rows]
+
+
+def _may_be_table(argument: Any) -> bool:
+    """Whether an argument can be a table of sizes or coordinates, see `sizes_in`."""
+    if not isinstance(argument, Tensor):
+        return isinstance(argument, list | tuple)
+    return argument.dtype in (torch.int32, torch.int64) and argument.ndim in (2, 3)
+
+
+def per_medium(sizes: list[tuple[int, int, int]], lengths: list[int]) -> list[tuple[int, int, int]]:
+    """One size for each medium of `lengths` tokens, or none.
+
+    A size per frame can stand for the video of these frames (Gemma 4).
+    """
+    if len(sizes) == len(lengths) or not sizes or not lengths:
+        return sizes if len(sizes) == len(lengths) else []
+    tokens, rest = divmod(sum(lengths), len(sizes))
+    _, height, width = sizes[0]
+    if rest or not tokens or any(size != (1, height, width) for size in sizes):
+        return []
+    if any(n % tokens for n in lengths):
+        return []
+    return [(n // tokens, height, width) for n in lengths]
+
+
+# -- media cut out of runs of placeholders, and their grids ----------------------------------------
+
+
+@dataclass
+class Medium:
+    """Placeholders of one image, video or clip (or of a tile) in a sample."""
+
+    modality: Modality
+    pieces: list[tuple[int, int]]
+
+    @property
+    def count(self) -> int:
+        """Number of placeholders."""
+        return sum(stop - start for start, stop in self.pieces)
+
+
+def cut_media(
+    rows: Sequence[list[Run]], lengths: dict[Modality, list[int]]
+) -> list[list[Medium]] | None:
+    """Assign placeholders to media by token counts of the encoded media, in the order of the batch.
+
+    Parameters
+    ----------
+    lengths
+        Token counts by modality. Without counts, every run is a medium.
+
+    Returns
+    -------
+    list per sample of list of Medium, or None
+        None if the counts do not match the runs, or media of two modalities interleave.
+    """
+    pending = {
+        modality: deque(n for n in counts if n) for modality, counts in lengths.items() if counts
+    }
+    media = []
+    for runs in rows:
+        own = _cut_row(runs, pending)
+        if own is None:
+            return None
+        media.append(own)
+    return None if any(pending.values()) else media
+
+
+def _cut_row(runs: list[Run], pending: dict[Modality, deque[int]]) -> list[Medium] | None:
+    media: list[Medium] = []
+    missing = 0
+    for start, stop, modality in runs:
+        if modality not in pending and not missing:
+            media.append(Medium(modality, [(start, stop)]))
+            continue
+        while start < stop:
+            if not missing:
+                if not pending[modality]:
+                    return None
+                missing = pending[modality].popleft()
+                media.append(Medium(modality, []))
+            elif media[-1].modality != modality:
+                return None
+            taken = min(missing, stop - start)
+            media[-1].pieces.append((start, start + taken))
+            start, missing = start + taken, missing - taken
+    return None if missing else media
+
+
+def span_of(
+    medium: Medium, row: int, call: MediaCall, size: GivenSize, fallback: GivenSize
+) -> list[VisualSpan]:
+    """The spans of one medium: one, or one per piece if text is between its pieces.
+
+    Parameters
+    ----------
+    size
+        Returns (t, h, w) of the medium in any unit; None if unknown.
+    fallback
+        Returns the grid of a medium if no argument of the call gives it, or None.
+    """
+    if medium.modality == "audio":
+        item = medium.pieces[0][0]
+        spans = [_span(a, b, "audio", (b - a, 1, 1)) for a, b in medium.pieces]
+        return [replace(span, item=item) for span in spans]
+    if len(medium.pieces) == 1:
+        start, stop = medium.pieces[0]
+        grid = call.raster(row, start, stop)
+        grid = grid or grid_from_size(size(), stop - start) or fallback()
+        return [_span(start, stop, medium.modality, grid)]
+    joined = _joined(medium, row, call, size)
+    if joined is not None:
+        return [joined]
+    item = medium.pieces[0][0]
+    grids = [call.raster(row, a, b) for a, b in medium.pieces]
+    return [
+        replace(_span(a, b, medium.modality, grid or fallback()), item=item)
+        for (a, b), grid in zip(medium.pieces, grids, strict=True)
+    ]
+
+
+def _span(start: int, stop: int, modality: Modality, grid: Grid | None) -> VisualSpan:
+    known = grid is not None and math.prod(grid) == stop - start
+    shape = grid if known and grid is not None else (1, 1, stop - start)
+    return VisualSpan(start, stop - start, shape, modality, grid_known=known)
+
+
+def _joined(medium: Medium, row: int, call: MediaCall, size: GivenSize) -> VisualSpan | None:
+    """Join equal pieces with gaps into one span, or None.
+
+    Rows of an image are separated by one equal token, a line break, which is special. Frames of a
+    video are separated by any text.
+    """
+    pieces, start, stop = medium.pieces, medium.pieces[0][0], medium.pieces[-1][1]
+    length = pieces[0][1] - start
+    if any(b - a != length for a, b in pieces):
+        return None
+    gaps = [(b, a) for (_, b), (a, _) in itertools.pairwise(pieces)]
+    offsets = tuple(column - start for a, b in gaps for column in range(a, b))
+    n = len(pieces)
+    # Rows of an image between line breaks.
+    if _line_breaks(call.embeds[row], gaps):
+        grid = grid_from_size(size(), medium.count)
+        if grid is None or (grid[1], grid[2]) == (n, length):
+            return VisualSpan(start, stop - start, (1, n, length), medium.modality, special=offsets)
+    if medium.modality != "video":
+        return None
+    # Frames of a video between text.
+    frame = call.raster(row, *pieces[0])
+    if frame is None:
+        whole = grid_from_size(size(), medium.count)
+        frame = (1, *whole[1:]) if whole is not None and whole[0] == n else None
+    known = frame is not None and math.prod(frame) == length
+    grid = (n, frame[1], frame[2]) if known and frame is not None else (n, 1, length)
+    return VisualSpan(start, stop - start, grid, medium.modality, text=offsets, grid_known=known)
+
+
+def _line_breaks(embeds: Tensor, gaps: list[tuple[int, int]]) -> bool:
+    """Whether all gaps of a sample (L, d) are one and the same token."""
+    if any(b - a != 1 for a, b in gaps):
+        return False
+    tokens = embeds[[a for a, _ in gaps]]
+    return bool((tokens == tokens[0]).all())
+
+
+def grid_from_size(size: Size | None, count: int) -> Grid | None:
+    """The grid of `count` tokens of a medium of size (t, h, w) in patches or pixels, or None.
+
+    The unit is found by trial: a token covers u × u of them, in one frame, two frames, or all.
+    """
+    if size is None or min(size) < 1:
+        return None
+    frames, height, width = size
+    for t in dict.fromkeys((frames, -(-frames // 2), 1)):
+        if count % t:
+            continue
+        unit = math.sqrt(height * width * t / count)
+        for u in dict.fromkeys((round(unit), math.floor(unit), math.ceil(unit))):
+            for grid in _divided(t, height, width, u):
+                if math.prod(grid) == count:
+                    return grid
+    return None
+
+
+def _divided(t: int, height: int, width: int, unit: int) -> Iterator[Grid]:
+    if unit >= 1:
+        yield t, height // unit, width // unit
+        yield t, -(-height // unit), -(-width // unit)
+
+
+def square(count: int, patches: int | None) -> Grid | None:
+    """A square of `count` tokens, each of whole blocks of a tower's patches per side, or None."""
+    side = math.isqrt(count)
+    if not patches or side * side != count or patches % side:
+        return None
+    return 1, side, side

@@ -10,9 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from tokencomp.adapters.media_call import CODES
 from tokencomp.errors import NoDecoderError, NoPlaceholderError
-from tokencomp.tokens.spans import Modality
+from tokencomp.tokens.tokens import CODES, Modality
 
 # Names of placeholder ids in configs, by modality; the first that exists is used.
 IDS: dict[Modality, tuple[str, ...]] = {

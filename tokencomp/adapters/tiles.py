@@ -10,15 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
-from tokencomp.adapters.base import block_means
-from tokencomp.adapters.encoded import Encoding
-from tokencomp.adapters.media_call import CODES, MediaCall, TowerCall
+from tokencomp.adapters.base import MediaCall, TowerCall, block_means
 from tokencomp.adapters.registry import register_adapter
-from tokencomp.adapters.structural import StructuralAdapter
+from tokencomp.adapters.structural import Encoding, StructuralAdapter
 from tokencomp.adapters.towers.base import EncoderCall, Tower
 from tokencomp.adapters.towers.dense import DenseTower, squares
 from tokencomp.errors import SpanError
-from tokencomp.tokens.spans import Modality, VisualSpan
+from tokencomp.tokens.tokens import CODES, Modality, VisualSpan
 
 
 class TileAdapter(StructuralAdapter):

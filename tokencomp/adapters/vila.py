@@ -6,14 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from tokencomp.adapters.base import Adapter, block_means
-from tokencomp.adapters.media_call import MediaCall, TowerCall
+from tokencomp.adapters.base import Adapter, MediaCall, TowerCall, block_means
 from tokencomp.adapters.registry import register_adapter
 from tokencomp.adapters.structure import Parts
 from tokencomp.adapters.towers.base import EncoderCall, unknown_cells
 from tokencomp.adapters.towers.dense import DenseTower, pooled, squares
 from tokencomp.errors import SpanError
-from tokencomp.tokens.spans import VisualSpan
+from tokencomp.tokens.tokens import VisualSpan
 
 
 @register_adapter

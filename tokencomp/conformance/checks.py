@@ -13,9 +13,8 @@ from tokencomp.conformance.build import BuildError, TinyModel
 from tokencomp.conformance.oracle import OracleError, columns_left, hidden
 from tokencomp.conformance.prompts import Prompts
 from tokencomp.errors import PlanError, TokenCompError, UnsupportedModelError
-from tokencomp.plan.plan import Plan
+from tokencomp.plan.plan import Plan, Stage
 from tokencomp.plan.schedules import not_before
-from tokencomp.plan.stages import Stage
 from tokencomp.reducers.registry import make_reducer
 from tokencomp.reducers.uniform import Uniform
 

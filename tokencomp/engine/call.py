@@ -27,11 +27,9 @@ from tokencomp.engine.layer_types import LayerTypes
 from tokencomp.engine.rowmap import RowMap, joined_columns, joined_mask
 from tokencomp.errors import copy_error
 from tokencomp.plan.counts import Place, packed_places
-from tokencomp.plan.plan import Plan
-from tokencomp.plan.stages import Stage
+from tokencomp.plan.plan import Plan, Stage
 from tokencomp.tokens.signals import Signal
-from tokencomp.tokens.spans import VisualSpan
-from tokencomp.tokens.tokens import Memories
+from tokencomp.tokens.tokens import Memories, VisualSpan
 from tokencomp.torchlib.hooks import Hooked
 
 

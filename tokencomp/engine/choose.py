@@ -22,14 +22,11 @@ from tokencomp.engine.rowmap import KeptSpan, RowMap, move_tables, text_values
 from tokencomp.engine.scores import StageScores, rater_weights
 from tokencomp.engine.weights import merge_rest
 from tokencomp.errors import SpanError
-from tokencomp.plan.plan import Plan
-from tokencomp.plan.stages import Stage
+from tokencomp.plan.plan import Plan, Stage
 from tokencomp.reducers.base import reduced
-from tokencomp.tokens.kept import Kept
 from tokencomp.tokens.signals import FRAMES, NORM, QUERY, Attention, TowerSignal
-from tokencomp.tokens.spans import VisualSpan
 from tokencomp.tokens.stacks import rows_of, starts_of
-from tokencomp.tokens.tokens import Tokens
+from tokencomp.tokens.tokens import Kept, Tokens, VisualSpan
 
 Chosen = list[tuple[int, int]]  # (sample, span) of the spans from which a reducer chooses
 FRAMES_SHOWN = "_tokencomp_frames"  # attribute of a KV cache

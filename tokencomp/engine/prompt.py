@@ -19,14 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tokencomp.adapters.base import ENCODED, Adapter
-from tokencomp.adapters.media_call import MediaCall
+from tokencomp.adapters.base import ENCODED, Adapter, MediaCall
 from tokencomp.adapters.structure import feature_modality
 from tokencomp.engine.call import Call, Noted, build_segments
 from tokencomp.engine.rowmap import KeptSpan, Prompt, RowMap
 from tokencomp.errors import AlreadyCompressedError, PaddingError, UnsupportedModelError
 from tokencomp.plan.plan import Plan
-from tokencomp.tokens.spans import VisualSpan, numbered
+from tokencomp.tokens.tokens import VisualSpan, numbered
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.views import shallow_copy
 

@@ -23,8 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tokencomp.tokens.kept import Kept
-from tokencomp.tokens.spans import VisualSpan
+from tokencomp.tokens.tokens import Kept, VisualSpan
 
 
 @dataclass(frozen=True)

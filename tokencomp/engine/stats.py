@@ -21,7 +21,7 @@ from tokencomp.errors import OptionError, RatioWarning
 from tokencomp.plan.counts import Place
 from tokencomp.plan.plan import Plan
 from tokencomp.reducers.base import counts_itself
-from tokencomp.tokens.spans import VisualSpan
+from tokencomp.tokens.tokens import VisualSpan
 from tokencomp.torchlib import compat
 
 OFF = (

@@ -39,8 +39,7 @@ from tokencomp.errors import (
     UnsupportedModelError,
 )
 from tokencomp.plan.plan import Plan
-from tokencomp.tokens.kept import Kept
-from tokencomp.tokens.tokens import Tokens, nearest
+from tokencomp.tokens.tokens import Kept, Tokens, nearest
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.cache_classes import QUANTIZED
 from tokencomp.torchlib.checkpointing import checkpoint_functions

@@ -12,8 +12,7 @@ from tokencomp.evaluation.settings import RANDOM, Setting
 from tokencomp.handle import Handle
 from tokencomp.patching import apply, unpatched
 from tokencomp.reducers.random import Random
-from tokencomp.tokens.kept import Kept
-from tokencomp.tokens.tokens import Tokens
+from tokencomp.tokens.tokens import Kept, Tokens
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokencomp.adapters.media_call import MODALITIES
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import MediaError
 from tokencomp.inputs.frame_times import frame_times, whole_steps
 from tokencomp.inputs.questions import frames_apart, modality_of
 from tokencomp.inputs.sounds import RATE
 from tokencomp.inputs.video import Sampling, sampling_of
+from tokencomp.tokens.tokens import MODALITIES
 
 Chat = list[dict[str, Any]]
 """Messages as chat templates take them: role, and content with text and media placeholders."""

@@ -17,7 +17,7 @@ from tokencomp.mlx.selection import SELECT, merged
 from tokencomp.mlx.spans import Span
 from tokencomp.plan.counts import Budget, Place, check_ratio, keep_count
 from tokencomp.plan.options import OPTIONS, Merging, check_option, one_amount
-from tokencomp.plan.stages import merges
+from tokencomp.plan.plan import merges
 
 
 class KeptRows(NamedTuple):

@@ -20,7 +20,7 @@ from tokencomp.storage import keeping, replace_file
 
 if TYPE_CHECKING:
     from tokencomp.engine.stats import Stats
-    from tokencomp.tokens.spans import VisualSpan
+    from tokencomp.tokens.tokens import VisualSpan
 
 DIM = 0.16
 TINT = np.array([18.0, 22.0, 38.0])

@@ -16,9 +16,8 @@ from typing import Protocol
 
 from tokencomp.errors import OptionError, PlanError
 from tokencomp.plan.counts import Budget
-from tokencomp.plan.plan import LEAST, Plan, from_profile
-from tokencomp.plan.reducer import AnyReducer
-from tokencomp.plan.stages import Stage, TowerStage
+from tokencomp.plan.options import AnyReducer
+from tokencomp.plan.plan import LEAST, Plan, Stage, TowerStage, from_profile
 
 Schedule = Callable[..., list[float]]
 PROBES = tuple(i / 50 for i in range(1, 50))

@@ -1,6 +1,6 @@
 """One reducer per file; the contract is `tokencomp.reducers.base`, the names are `registry`."""
 
-from tokencomp.plan.reducer import Traits
+from tokencomp.plan.options import Traits
 from tokencomp.reducers._batch import (
     best_rows,
     finite_features,
@@ -12,8 +12,7 @@ from tokencomp.reducers._batch import (
 from tokencomp.reducers.base import Reducer, ScoreReducer
 from tokencomp.reducers.published import Published
 from tokencomp.reducers.registry import available_reducers, make_reducer, register_reducer
-from tokencomp.tokens.kept import Kept
-from tokencomp.tokens.tokens import Tokens
+from tokencomp.tokens.tokens import Kept, Tokens
 
 __all__ = [
     "Kept",

@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tokencomp.errors import ScoreError
-from tokencomp.tokens.kept import Kept
 from tokencomp.tokens.signals import TOWER_ATTENTION, TowerSignal
-from tokencomp.tokens.tokens import Tokens, rows_where
+from tokencomp.tokens.tokens import Kept, Tokens, rows_where
 
 T = TypeVar("T")
 BLOCK = 16  # rows per partial sum of `means`

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokencomp.plan.reducer import effective
+from tokencomp.plan.options import effective
 from tokencomp.reducers._batch import finite_features
 from tokencomp.tokens.tokens import Tokens
 

@@ -9,13 +9,11 @@ from torch import Tensor
 
 from tokencomp.errors import OptionError
 from tokencomp.plan.counts import check_ratio
-from tokencomp.plan.plan import Plan
-from tokencomp.plan.reducer import Traits
-from tokencomp.plan.stages import TowerStage
+from tokencomp.plan.options import Traits
+from tokencomp.plan.plan import Plan, TowerStage
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import make_reducer
-from tokencomp.tokens.kept import Kept
-from tokencomp.tokens.tokens import Tokens
+from tokencomp.tokens.tokens import Kept, Tokens
 from tokencomp.validation import between
 
 

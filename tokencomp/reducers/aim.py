@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tokencomp.plan.counts import check_ratio
-from tokencomp.plan.plan import Plan, from_profile
+from tokencomp.plan.plan import Plan, Stage, from_profile
 from tokencomp.plan.schedules import aim, check_ramp, natural_aim
-from tokencomp.plan.stages import Stage
 from tokencomp.reducers import Published, Traits, register_reducer
 from tokencomp.reducers.bipartite import Bipartite
 from tokencomp.reducers.prune import Prune

@@ -10,14 +10,11 @@ from torch import Tensor
 
 from tokencomp.errors import OptionError, PlanError
 from tokencomp.plan.counts import check_ratio, keep_count
-from tokencomp.plan.plan import Plan
-from tokencomp.plan.reducer import Traits, unused_options
-from tokencomp.plan.stages import Stage
+from tokencomp.plan.options import Traits, unused_options
+from tokencomp.plan.plan import Plan, Stage
 from tokencomp.reducers._batch import best_rows, finite_values
-from tokencomp.tokens.kept import Kept, form
 from tokencomp.tokens.signals import Signal
-from tokencomp.tokens.spans import ModelFacts, VisualSpan
-from tokencomp.tokens.tokens import Tokens
+from tokencomp.tokens.tokens import Kept, ModelFacts, Tokens, VisualSpan, form
 from tokencomp.validation import check_effect, check_ranges, check_types
 
 
@@ -29,7 +26,7 @@ class Reducer(ABC):  # noqa: B024  # presets have no step, and can be built
     is kept at one stage) or `plan` (at which layers), presets only `plan`. Options are checked
     against their annotations; a `__post_init__` that checks more calls `super().__post_init__()`
     first. An option without effect under some values of the others says so in its metadata
-    (`tokencomp.plan.reducer.effective`).
+    (`tokencomp.plan.options.effective`).
 
     The eight public members are `name`, `summary`, `traits`, `needs`, `reduce`, `plan`,
     `keep_count` and `bind`. `Published` adds what evaluation tables need to know of a method with a

@@ -13,9 +13,8 @@ import torch
 
 from tokencomp.errors import SpanError, WeightsError
 from tokencomp.reducers import Kept, Reducer, Tokens, Traits, finite_features, register_reducer
-from tokencomp.tokens.spans import ModelFacts, VisualSpan
 from tokencomp.tokens.stacks import grouped
-from tokencomp.tokens.tokens import evenly
+from tokencomp.tokens.tokens import ModelFacts, VisualSpan, evenly
 
 if TYPE_CHECKING:
     from tokencomp.trained.ccam import CCAMProjector

@@ -8,12 +8,11 @@ from typing import Any
 
 from tokencomp.errors import OptionError
 from tokencomp.plan.counts import check_ratio
-from tokencomp.plan.plan import Plan
-from tokencomp.plan.reducer import Traits
-from tokencomp.plan.stages import Stage
+from tokencomp.plan.options import Traits
+from tokencomp.plan.plan import Plan, Stage
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.published import Published, deviation, revision
-from tokencomp.tokens.spans import ModelFacts
+from tokencomp.tokens.tokens import ModelFacts
 from tokencomp.validation import between
 
 PROBE = (0.5, 32)  # ratio and number of layers at which the parts are planned as a check

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from tokencomp.plan.reducer import effective
+from tokencomp.plan.options import effective
 from tokencomp.reducers import Kept, Published, Tokens, Traits, finite_features, register_reducer
 from tokencomp.reducers._batch import segment, spread, supplied_scores
 from tokencomp.tokens.signals import Attention, Signal

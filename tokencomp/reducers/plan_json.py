@@ -10,8 +10,7 @@ from typing import Any
 from tokencomp.errors import PlanError
 from tokencomp.plan.counts import Budget
 from tokencomp.plan.options import OPTIONS, split
-from tokencomp.plan.plan import Plan
-from tokencomp.plan.stages import Stage, TowerStage
+from tokencomp.plan.plan import Plan, Stage, TowerStage
 from tokencomp.reducers.registry import make_reducer, options_of
 
 PlanLike = Plan | list[dict[str, Any]] | str | PathLike[str]

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tokencomp.plan.counts import split_evenly
 from tokencomp.reducers import Kept, Reducer, Tokens, Traits, finite_features, register_reducer
-from tokencomp.tokens.spans import ModelFacts
 from tokencomp.tokens.stacks import HostIndex, grouped
+from tokencomp.tokens.tokens import ModelFacts
 from tokencomp.validation import between
 
 GROUPS = (2, 4, 8)

@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from tokencomp.plan.counts import check_ratio
+from tokencomp.plan.options import effective
 from tokencomp.plan.plan import Plan, from_profile
-from tokencomp.plan.reducer import effective
 from tokencomp.plan.schedules import NATURAL, SCHEDULES, check_ramp
 from tokencomp.reducers import Published, ScoreReducer, Tokens, Traits, register_reducer
 from tokencomp.reducers._batch import supplied_scores

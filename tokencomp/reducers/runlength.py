@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tokencomp.reducers import Kept, Reducer, Tokens, Traits, best_rows, register_reducer
 from tokencomp.reducers._pixels import OF_PIXELS, descriptor
-from tokencomp.tokens.spans import Grid
+from tokencomp.tokens.tokens import Grid
 from tokencomp.validation import between
 
 HALVINGS = 24  # of the interval that holds the threshold: to 6e-8 of the largest distance

@@ -23,8 +23,8 @@ from tokencomp.reducers._batch import (
     supplied_scores,
 )
 from tokencomp.tokens.signals import Attention, Signal
-from tokencomp.tokens.spans import ModelFacts
 from tokencomp.tokens.stacks import HostIndex, Stack, by_stack, real
+from tokencomp.tokens.tokens import ModelFacts
 
 TRAIN = "tokencomp train selector --model MODEL --data DATA --output FOLDER"
 CHANNELS = (32, 64, 128, 256, 512)

@@ -13,8 +13,8 @@ from torch.nn.functional import normalize
 from tokencomp.plan.counts import frame_budgets
 from tokencomp.reducers import Kept, Reducer, Tokens, Traits, register_reducer
 from tokencomp.reducers._batch import best_rows, feature_norms, finite_features
-from tokencomp.tokens.spans import Grid
 from tokencomp.tokens.stacks import HostIndex, Stack, by_stack
+from tokencomp.tokens.tokens import Grid
 
 TEMPERATURE = 0.01  # of the softmax over frames
 BANDWIDTHS = tuple(2.0**k for k in range(-3, 2))

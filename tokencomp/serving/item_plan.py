@@ -20,11 +20,11 @@ from torch import Tensor
 from tokencomp import __version__
 from tokencomp.method import MethodSpec
 from tokencomp.plan.counts import Budget, places
-from tokencomp.plan.stages import TowerStage
+from tokencomp.plan.plan import TowerStage
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import make_reducer, options_of
 from tokencomp.serving.spec import OPERATOR_OPTIONS
-from tokencomp.tokens.spans import Grid, ModelFacts, VisualSpan
+from tokencomp.tokens.tokens import Grid, ModelFacts, VisualSpan
 from tokencomp.trained.cards import content_hash
 
 

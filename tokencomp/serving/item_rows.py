@@ -14,8 +14,7 @@ from tokencomp.errors import ScoreError
 from tokencomp.reducers.base import Reducer, reduced
 from tokencomp.serving.item_plan import ItemPlan, built
 from tokencomp.serving.offsets import with_offsets
-from tokencomp.tokens.spans import VisualSpan
-from tokencomp.tokens.tokens import Tokens
+from tokencomp.tokens.tokens import Tokens, VisualSpan
 
 
 def reduce_item(

@@ -23,7 +23,7 @@ from tokencomp.session.held import POLICIES, TEXT, Held, PatchPlaces, newest
 from tokencomp.session.patched import check_patch, rows_of, run_within
 from tokencomp.session.positions import Positions
 from tokencomp.session.watch import Watch
-from tokencomp.tokens.spans import VisualSpan
+from tokencomp.tokens.tokens import VisualSpan
 from tokencomp.validation import check_choice, fits
 
 BY_TOKEN = ("input_ids", "mm_token_type_ids", "token_type_ids")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokencomp.tokens.spans import Modality, VisualSpan
+from tokencomp.tokens.tokens import Modality, VisualSpan
 
 TEXT = -1
 """Item number of system text and of what was said, which never go."""

@@ -8,12 +8,11 @@ from contextlib import AbstractContextManager
 
 from torch import Tensor
 
-from tokencomp.adapters.media_call import MODALITIES
 from tokencomp.errors import OptionError
 from tokencomp.handle import Handle
 from tokencomp.plan.counts import places
 from tokencomp.tokens.signals import Attention
-from tokencomp.tokens.spans import VisualSpan
+from tokencomp.tokens.tokens import MODALITIES, VisualSpan
 
 
 def check_patch(handle: Handle | None, modalities: Tensor | None, budget: int | None) -> None:

@@ -7,10 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokencomp.adapters.base import Adapter
-from tokencomp.adapters.media_call import MediaCall
+from tokencomp.adapters.base import Adapter, MediaCall
 from tokencomp.errors import UnsupportedModelError
-from tokencomp.tokens.spans import VisualSpan, numbered
+from tokencomp.tokens.tokens import VisualSpan, numbered
 
 
 class Watch:

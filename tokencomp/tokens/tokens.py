@@ -1,4 +1,7 @@
-"""The input of a reducer: the patches of all spans of a call, concatenated.
+"""Plain data that adapters, the engine and reducers exchange.
+
+Spans of a prompt (`VisualSpan`), facts of a model (`ModelFacts`), what a reducer gets (`Tokens`)
+and what it returns (`Kept`).
 
 Lengths, budgets and grid positions are numbers on the host. Index tables that follow from them are
 computed there and moved to the device in one copy, so that the number of launches does not depend
@@ -9,9 +12,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,14 +24,132 @@ from torch.nn.functional import normalize
 
 from tokencomp.errors import PlanError
 from tokencomp.tokens.signals import Signal
-from tokencomp.tokens.spans import Grid, Modality, Norm
 from tokencomp.tokens.stacks import HostIndex, Stack, by_stack, masked, starts_of
 
+Grid = tuple[int, int, int]
+Modality = Literal["image", "video", "audio"]
+MODALITIES: dict[int, Modality] = {1: "image", 2: "video", 3: "audio"}
+CODES: dict[Modality, int] = {modality: code for code, modality in MODALITIES.items()}
+Norm = Callable[[Tensor], Tensor]
+CPU = torch.device("cpu")
 BLOCK = 1 << 24  # cosines computed at once
 # What a reducer has kept last at every cell of pictures of (h, w) cells, (h · w, d); NaN: nothing.
 # Its keys are those of `Tokens.keys`: (h, w), or the place of a tile.
 Memory = dict[tuple[Any, ...], Tensor]
 Memories = dict[Modality, list[Memory]]  # of every sample
+
+
+@dataclass(frozen=True)
+class VisualSpan:
+    """A run of visual positions of one grid (an image, an image tile, or a video) in one sample.
+
+    Clips of audio are spans as well, with a grid of (tokens, 1, 1).
+
+    Attributes
+    ----------
+    start, length
+        Columns `start … start + length - 1` of the uncompressed sequence of this forward call.
+    grid
+        (t, h, w) after the projector; `t * h * w + len(special) + len(text) == length`.
+    modality
+        "image", "video" or "audio".
+    special
+        Offsets inside the span of tokens that carry no patch (line breaks, separators). They are
+        never scored, merged or dropped unless the whole span goes.
+    text
+        Offsets inside the span of text between the frames of a video (timestamps). It always
+        stays, and it does not count as visual.
+    grid_known
+        False if the grid of the tokens is unknown. `grid` is then (1, 1, n), and
+        reducers that read places in it (`Reducer.grid`) refuse the span.
+    item
+        Number of the image, clip or sound in its sample: tiles of one image are several spans of
+        one item. While an adapter reads a prompt: any number that the spans of an item share, or
+        None for an item with one span (`numbered`).
+    """
+
+    start: int
+    length: int
+    grid: Grid
+    modality: Modality = "image"
+    special: tuple[int, ...] = ()
+    text: tuple[int, ...] = ()
+    grid_known: bool = True
+    item: int | None = field(default=None, compare=False)
+
+    @cached_property
+    def stop(self) -> int:
+        return self.start + self.length
+
+    @cached_property
+    def visual(self) -> int:
+        """Visual tokens of the span, special ones included."""
+        return self.length - len(self.text)
+
+    def fixed_mask(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """Boolean mask of special tokens and text between frames, shape (length,), NumPy."""
+        mask = np.zeros(self.length, dtype=np.bool_)
+        mask[[*self.special, *self.text]] = True
+        return mask
+
+    def special_mask(self, device: torch.device | str = "cpu") -> Tensor:
+        """`fixed_mask` as a tensor."""
+        return torch.from_numpy(self.fixed_mask()).to(device)
+
+
+def numbered(spans: Sequence[VisualSpan]) -> list[VisualSpan]:
+    """The spans of a sample with consecutive item numbers from 0."""
+    result: list[VisualSpan] = []
+    for before, span in zip([None, *spans], spans, strict=False):
+        number = result[-1].item or 0 if result else 0
+        same = before is not None and span.item is not None and span.item == before.item
+        result.append(replace(span, item=number if same or not result else number + 1))
+    return result
+
+
+def runs_of(modalities: Tensor) -> list[list[tuple[int, int, Modality]]]:
+    """(start, stop, modality) of every run of equal codes in modalities (B, L), per sample."""
+    rows = []
+    for codes in modalities.tolist():
+        runs, start = [], 0
+        for code, group in itertools.groupby(codes):
+            stop = start + sum(1 for _ in group)
+            if code:
+                runs.append((start, stop, MODALITIES[code]))
+            start = stop
+        rows.append(runs)
+    return rows
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Facts of a model for `Reducer.bind`: plain values, no Hugging Face object.
+
+    Attributes
+    ----------
+    mrope
+        True if tokens have three rows of positions (time, height, width), False if one each.
+    model_type, num_layers, hidden_size
+        Of the config; the last two of the text decoder.
+    folder
+        Folder or hub name that the model was loaded from, or "".
+    device, dtype
+        Device of the weights ("cpu" while an offloading hook holds them), and their dtype.
+    fingerprint
+        Computes a fingerprint of the checkpoint (`tokencomp.trained.cards`), or None if the weights
+        are quantized or not available. Called only to check trained weights.
+    """
+
+    mrope: bool
+    model_type: str = ""
+    num_layers: int = 0
+    hidden_size: int = 0
+    folder: str = ""
+    device: torch.device = CPU
+    dtype: torch.dtype = torch.float32
+    fingerprint: Callable[[], list[float] | None] = field(
+        default=lambda: None, repr=False, compare=False
+    )
 
 
 @dataclass
@@ -193,6 +315,119 @@ class Tokens:
     def frame_lengths(self) -> list[int]:
         """Patches of every frame of all spans, which must be whole."""
         return [h * w for t, h, w in self.grids for _ in range(t)]
+
+
+@dataclass
+class Kept:
+    """The patches that a reducer keeps of `Tokens`.
+
+    Attributes
+    ----------
+    rows : Tensor of int64, shape (k,)
+        Rows of `Tokens.features`, ascending: of every span exactly its budget.
+    features : Tensor, shape (k, d), or None
+        New features of these rows, in any floating dtype; None: unchanged.
+    weights : Tensor of float32, shape (k,), or None
+        How many original tokens every kept row represents; None: unchanged.
+    """
+
+    rows: Tensor
+    features: Tensor | None = None
+    weights: Tensor | None = None
+
+    @classmethod
+    def ascending(cls, rows: Tensor, features: Tensor, weights: Tensor) -> Kept:
+        """`Kept` of rows in any order, with new features and weights in the same order."""
+        rows, order = rows.sort()
+        return cls(rows, features.index_select(0, order), weights.index_select(0, order))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Kept], tokens: Tokens) -> Kept:
+        """Join the results of all spans of `tokens`; `parts` has one entry per span.
+
+        If only some of them merge, the others keep their features and weights.
+        """
+        rows = torch.cat([part.rows + at for part, at in zip(parts, tokens.starts, strict=True)])
+        features = _joined([p.features for p in parts], tokens, rows, tokens.features)
+        weights = _joined([p.weights for p in parts], tokens, rows, tokens.all_weights())
+        return cls(rows, features, weights)
+
+    def with_fixed(self, features: Tensor, patches: Tensor, fixed: Tensor) -> Kept:
+        """Extend a choice among the rows `patches` of `features` (m, d) by the rows `fixed`.
+
+        Fixed rows keep their features, and get weight 1 if there are weights: only patches are
+        merged. `patches` and `fixed` are int64, ascending.
+        """
+        rows = torch.cat([fixed, patches.index_select(0, self.rows.to(patches.device))])
+        rows, order = rows.sort()
+        x, weights = self.features, self.weights
+        if x is not None:
+            x = torch.cat([features.index_select(0, fixed).to(x), x]).index_select(0, order)
+        if weights is not None:
+            weights = torch.cat([weights.new_ones(len(fixed)), weights]).index_select(0, order)
+        return Kept(rows, x, weights)
+
+    def check(self, tokens: Tokens, reducer: str, decides: bool = False) -> Kept:
+        """Return this, if it keeps valid rows of `tokens`, of every span exactly its budget.
+
+        A reducer that `decides` keeps any number of at least one, and changes no features.
+
+        The values of the rows are checked on the CPU only: on a GPU the host would have to wait.
+
+        Raises
+        ------
+        PlanError
+            `reducer` returned something else.
+        """
+        fault = self._fault(tokens, decides)
+        if fault:
+            raise PlanError(
+                f"reducer {reducer!r} returned {fault}. `reduce(tokens)` must return `Kept(rows)` "
+                "with rows of `tokens.features`, int64, ascending, exactly as many of every span "
+                "as its budget, and as many `features` and `weights`."
+            )
+        return self
+
+    def _fault(self, tokens: Tokens, decides: bool) -> str:
+        rows, budgets = self.rows, np.asarray(tokens.budgets)
+        if getattr(rows, "dtype", None) != torch.int64 or rows.ndim != 1:
+            return f"rows of {form(rows)}"
+        k = len(rows) if decides else int(budgets.sum())
+        wanted = {"rows": (k,), "features": (k, tokens.features.shape[1]), "weights": (k,)}
+        for name, shape in wanted.items():
+            values = getattr(self, name)
+            if values is not None and getattr(values, "shape", None) != shape:
+                return f"{name} of {form(values)} where shape {shape} was expected"
+        if rows.device.type != "cpu":
+            return ""
+        kept, stops = rows.numpy(), np.cumsum(tokens.lengths)
+        if (np.diff(kept) <= 0).any():
+            return "rows that are not ascending"
+        if len(kept) and (kept[0] < 0 or kept[-1] >= stops[-1]):
+            return f"rows {kept[0]} … {kept[-1]} of {stops[-1]}"
+        counts = np.diff(np.searchsorted(kept, stops), prepend=0)
+        budgets = np.maximum(counts, 1) if decides else budgets
+        wrong = np.flatnonzero(counts != budgets)
+        if len(wrong):
+            return f"{counts[wrong[0]]} rows of a span where {budgets[wrong[0]]} were requested"
+        return ""
+
+
+def form(values: object) -> str:
+    """Shape and type of what should be a tensor, for messages."""
+    if isinstance(values, Tensor):
+        return f"shape {tuple(values.shape)} and type {values.dtype}"
+    return f"type {type(values).__name__}"
+
+
+def _joined(
+    parts: Sequence[Tensor | None], tokens: Tokens, rows: Tensor, before: Tensor
+) -> Tensor | None:
+    """Concatenate the parts of all spans, with `before` in place of parts that are None."""
+    if all(part is None for part in parts):
+        return None
+    pairs = zip(parts, before[rows].split(tokens.budgets), strict=True)
+    return torch.cat([old if part is None else part.to(old) for part, old in pairs])
 
 
 def rows_where(mask: Tensor, count: int) -> Tensor:

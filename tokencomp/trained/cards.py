@@ -20,7 +20,7 @@ from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import WeightsError
 from tokencomp.storage import replace_file, write_json
-from tokencomp.tokens.spans import ModelFacts
+from tokencomp.tokens.tokens import ModelFacts
 
 FINGERPRINT = 16
 SAME = 0.9

@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokencomp.adapters.base import Adapter
-from tokencomp.adapters.media_call import MediaCall
+from tokencomp.adapters.base import Adapter, MediaCall
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.engine.prompt import build_prompts, real_columns
 from tokencomp.engine.rowmap import RowMap
 from tokencomp.engine.scores import input_scores
 from tokencomp.tokens.signals import Attention
-from tokencomp.tokens.spans import VisualSpan
+from tokencomp.tokens.tokens import VisualSpan
 from tokencomp.torchlib import compat
 
 INPUT_ONLY = ("labels", "logits_to_keep", "use_cache")

@@ -20,7 +20,7 @@ from tokencomp.inputs.prompts import to_model
 from tokencomp.inputs.questions import Example
 from tokencomp.reducers.ccam import Ccam
 from tokencomp.storage import write_json
-from tokencomp.tokens.spans import ModelFacts, VisualSpan
+from tokencomp.tokens.tokens import ModelFacts, VisualSpan
 from tokencomp.trained.cards import model_card
 from tokencomp.trained.ccam import CCAMProjector, ProjectorConfig, read_card
 from tokencomp.training.capture import capture

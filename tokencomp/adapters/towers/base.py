@@ -14,10 +14,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokencomp.adapters.media_call import runs_of
 from tokencomp.errors import PlanError, UnsupportedModelError
-from tokencomp.plan.stages import TowerStage
-from tokencomp.tokens.spans import Grid, Modality
+from tokencomp.plan.plan import TowerStage
+from tokencomp.tokens.tokens import Grid, Modality, runs_of
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from tokencomp.adapters.towers.base import Cells, EncoderCall, Tower
 from tokencomp.errors import OptionError, UnsupportedModelError
-from tokencomp.plan.stages import TowerStage
-from tokencomp.tokens.spans import Grid, Modality
+from tokencomp.plan.plan import TowerStage
+from tokencomp.tokens.tokens import Grid, Modality
 
 
 class DenseTower(Tower):

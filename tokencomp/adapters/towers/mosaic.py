@@ -11,8 +11,8 @@ from torch import Tensor
 from tokencomp.adapters.towers.base import Cells, EncoderCall
 from tokencomp.adapters.towers.dense import DenseTower
 from tokencomp.errors import SpanError
-from tokencomp.plan.stages import TowerStage
-from tokencomp.tokens.spans import Grid
+from tokencomp.plan.plan import TowerStage
+from tokencomp.tokens.tokens import Grid
 from tokencomp.torchlib.compat import file_with
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from tokencomp.adapters.towers.base import Cells, EncoderCall, Tower
-from tokencomp.plan.stages import TowerStage
+from tokencomp.plan.plan import TowerStage
 
 CHANNELS = 3  # red, green and blue; a patch has one or more frames of each
 

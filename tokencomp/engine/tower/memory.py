@@ -16,12 +16,10 @@ import torch
 from torch import Tensor
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.adapters.media_call import CODES
 from tokencomp.engine.cache import CompressedLayer, first_layer
 from tokencomp.engine.call import Noted
 from tokencomp.errors import SpanError
-from tokencomp.tokens.spans import Modality
-from tokencomp.tokens.tokens import Memories, Memory
+from tokencomp.tokens.tokens import CODES, Memories, Memory, Modality
 from tokencomp.torchlib import compat
 
 

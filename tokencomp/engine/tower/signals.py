@@ -17,12 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tokencomp.adapters.base import Adapter
-from tokencomp.adapters.media_call import TowerCall
+from tokencomp.adapters.base import Adapter, TowerCall
 from tokencomp.errors import OptionError, SpanError
 from tokencomp.plan.plan import Plan
 from tokencomp.tokens.signals import Attention, Signal, TowerSignal
-from tokencomp.tokens.spans import VisualSpan
+from tokencomp.tokens.tokens import VisualSpan
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.hooks import Hooked
 from tokencomp.torchlib.parallel import gather_heads

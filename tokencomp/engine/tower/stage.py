@@ -39,14 +39,12 @@ from tokencomp.engine.tower.memory import TILE, copies, owners, recalled, runnin
 from tokencomp.engine.tower.rows import DenseRows, PackedRows, TowerRows, equal_bounds, rows_of
 from tokencomp.engine.tower.signals import TowerProbe, attention_blocks, check_signals
 from tokencomp.errors import OptionError
-from tokencomp.plan.plan import Plan
-from tokencomp.plan.stages import TowerStage
+from tokencomp.plan.plan import Plan, TowerStage
 from tokencomp.reducers.base import reduced
 from tokencomp.tokens.signals import SEEN
-from tokencomp.tokens.spans import Modality
 from tokencomp.tokens.stacks import rows_of as rows_of_runs
 from tokencomp.tokens.stacks import starts_of
-from tokencomp.tokens.tokens import Memories, Memory, Tokens
+from tokencomp.tokens.tokens import Memories, Memory, Modality, Tokens
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.checkpointing import checkpointed_since
 from tokencomp.torchlib.hooks import Hooked

@@ -18,7 +18,7 @@ from tokencomp.serving import ENV_OPTIONS, KEY
 from tokencomp.serving.item_plan import ItemPlan, cache_key, config_facts, item_span
 from tokencomp.serving.offsets import MAX_OFFSET
 from tokencomp.serving.spec import ServerOptions
-from tokencomp.tokens.spans import ModelFacts
+from tokencomp.tokens.tokens import ModelFacts
 
 PLAN, OFFSETS, TEXT = "tokencomp_plan", "tokencomp_offsets", "tokencomp_text"
 MODELS = (

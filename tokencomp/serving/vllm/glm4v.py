@@ -17,7 +17,7 @@ from torch import Tensor
 from tokencomp.serving.item_plan import ItemPlan, field_name, item_span
 from tokencomp.serving.offsets import grid_offsets, with_offsets
 from tokencomp.serving.vllm import NO_TOWER_STAGE, mrope
-from tokencomp.tokens.spans import VisualSpan
+from tokencomp.tokens.tokens import VisualSpan
 
 
 class Processor(mrope.Processor):

@@ -10,7 +10,7 @@ from tokencomp.serving.item_plan import item_span
 from tokencomp.serving.vllm import NO_TOWER_STAGE
 from tokencomp.serving.vllm.model import CompressingModel
 from tokencomp.serving.vllm.processing import CompressingProcessor
-from tokencomp.tokens.spans import VisualSpan
+from tokencomp.tokens.tokens import VisualSpan
 
 
 class Processor(CompressingProcessor):

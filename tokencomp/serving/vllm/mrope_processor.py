@@ -9,7 +9,7 @@ from tokencomp.errors import OptionError
 from tokencomp.serving.item_plan import ItemSize, item_span
 from tokencomp.serving.offsets import MAX_OFFSET, grid_extent
 from tokencomp.serving.vllm.processing import CompressingProcessor
-from tokencomp.tokens.spans import VisualSpan
+from tokencomp.tokens.tokens import VisualSpan
 
 TABLE_FACTOR = 4  # rotary tables have this many times the model's positions
 

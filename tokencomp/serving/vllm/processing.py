@@ -29,8 +29,7 @@ from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm.entry import configured_options
 from tokencomp.serving.vllm.metrics import item_sizes, saved_by
 from tokencomp.serving.vllm.repeats import Compared, KeptPixels, chained, compares, item_cells
-from tokencomp.tokens.spans import VisualSpan
-from tokencomp.tokens.tokens import Memory
+from tokencomp.tokens.tokens import Memory, VisualSpan
 
 logger = init_logger("vllm.tokencomp")
 MODALITIES = ("image", "video")

@@ -24,7 +24,7 @@ from tokencomp.adapters.towers.packed import CHANNELS
 from tokencomp.engine.tower.stage import decided_cells
 from tokencomp.errors import OptionError
 from tokencomp.method import MethodSpec
-from tokencomp.plan.stages import TowerStage
+from tokencomp.plan.plan import TowerStage
 from tokencomp.reducers.base import Reducer
 from tokencomp.tokens.signals import SEEN
 from tokencomp.tokens.tokens import Memory

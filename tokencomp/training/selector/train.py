@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from tokencomp.evaluation.settings import Setting
-from tokencomp.plan.reducer import Traits
+from tokencomp.plan.options import Traits
 from tokencomp.reducers._batch import supplied_scores
 from tokencomp.reducers.base import ScoreReducer
 from tokencomp.reducers.selector import CHANNELS, INPUTS, NARROW, SelectorNet
