@@ -9,7 +9,7 @@ import torch
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from tokencomp import Kept
-from tokencomp.engine.cache_special import compress_layer
+from tokencomp.engine.cache import compress_layer
 from tokencomp.engine.rowmap import RowMap
 from tokencomp.engine.weights import repeat_rows
 from tokencomp.tokens.tokens import VisualSpan

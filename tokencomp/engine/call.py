@@ -200,10 +200,14 @@ class Call:
         Columns of the call in the caller's batch.
     segments
         Segments of the decoder layers; at least one.
-    map
-        Rows after the latest stage.
-    cache
-        KV cache of the call, or None.
+    map, first_map
+        Rows after the latest stage, and before any.
+    cache, first_layer
+        KV cache of the call, and its first layer with rows, or None.
+    length
+        Columns of the sequence after this call.
+    segment_of
+        The segment of every layer.
     by_column
         Whether windows are measured in columns; False for `positions="compact"`.
     prepared
@@ -275,7 +279,9 @@ class Call:
 
     def __post_init__(self) -> None:
         self.layer_types = LayerTypes.of(self.adapter.decoder, served=True)
-        self.first_map = self.map
+        self.segment_of = [s for s in self.segments for _ in range(s.first, s.stop)]
+        self.length = self.segments[0].past.length + self.width
+        self.first_layer, self.first_map = first_layer(self.cache), self.map
         if self.spans:
             self._count()
 
@@ -322,17 +328,14 @@ class Call:
             for prompts, kept in zip(rows.prompts, rows.spans, strict=False)
         ]
 
-    def segment_of(self, layer: int) -> Segment:
-        return next(s for s in self.segments if s.first <= layer < s.stop)
-
     def length_after(self) -> int:
         """Length of the sequence after this call in positions: columns, or rows if compact.
 
         For a static cache at least its static length: its used length is not read on the host.
         """
-        past = self.segments[0].past
-        length = past.length + self.width if self.by_column else past.rows + self.map.rows
-        return max(length, getattr(first_layer(self.cache), "max_cache_len", 0))
+        rows = self.segments[0].past.rows + self.map.rows
+        static = getattr(self.first_layer, "max_cache_len", 0)
+        return max(self.length if self.by_column else rows, static)
 
     def first_columns(self) -> Tensor | None:
         """First real column of every sample in the whole sequence, int64 (B,).
@@ -348,13 +351,6 @@ class Call:
             real = past.mask()
             return None if real is None else (real.cumsum(1) == 0).sum(1)
         return self.map.first_column()
-
-    @contextlib.contextmanager
-    def timed(self) -> Iterator[None]:
-        """Add the time of the block to the host time of stages."""
-        started = time.perf_counter()
-        yield
-        self.stage_seconds += time.perf_counter() - started
 
 
 class ThreadState:

@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import StaticLayer
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.engine.cache import first_layer, is_reference
-from tokencomp.engine.cache_special import DYNAMIC
+from tokencomp.engine.cache import DYNAMIC, first_layer, is_reference
 from tokencomp.engine.call import Call, Segment
 from tokencomp.engine.capture import attention_of
 from tokencomp.engine.layer_types import LayerTypes
@@ -290,7 +289,7 @@ def check_later_media(call: Call) -> None:
     """Refuse media in a later turn if layers keep only the first prompt whole."""
     if call.segments[0].past.rows and call.layer_types.cut_later_turns:
         name = type(call.adapter.decoder).__name__
-        window = first_layer(call.cache).sliding_window
+        window = call.first_layer.sliding_window
         raise UnsupportedCacheError(
             f"a later turn brings media. {name} keeps only a window of {window} tokens of every "
             "turn after the first, so they would be cut. Give the whole conversation as one "
@@ -304,7 +303,7 @@ def check_prepared(call: Call) -> None:
     Its masks let tokens of an image attend to each other, so they cannot be rebuilt from padding,
     and their windows count columns.
     """
-    size, length = call.layer_types.smallest, call.segments[0].past.length + call.width
+    size, length = call.layer_types.smallest, call.length
     if not call.by_column and call.prepared is not None and length > size:
         body = type(call.adapter.body).__name__
         raise OptionError(
@@ -322,11 +321,10 @@ def check_column_windows(call: Call) -> None:
 
 def check_temperature(call: Call) -> None:
     """Refuse prompts in which layers scale queries by their row, see `Adapter.row_scales`."""
-    length = call.segments[0].past.length + call.width
     for name, limit in call.adapter.row_scales.items():
-        if limit and length >= limit:
+        if limit and call.length >= limit:
             raise RowIndexedAttentionError(
-                f"the prompt has {length} tokens, and layers of "
+                f"the prompt has {call.length} tokens, and layers of "
                 f"{type(call.adapter.decoder).__name__} scale queries by the number of their row "
                 f"from {limit:g} on ({name}), so that dropping would not equal masking. Give a "
                 "shorter prompt, or turn compression off with handle.disabled()."

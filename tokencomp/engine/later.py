@@ -22,8 +22,12 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicSlidingWindowLayer, StaticLayer
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.engine.cache import CompressedLayer, first_layer, flash_on_static
-from tokencomp.engine.cache_special import CompressedStaticLayer
+from tokencomp.engine.cache import (
+    CompressedLayer,
+    CompressedStaticLayer,
+    first_layer,
+    flash_on_static,
+)
 from tokencomp.engine.call import Call, RunningCalls, build_segments
 from tokencomp.engine.checks import check_windows
 from tokencomp.engine.gather import gather_arguments

@@ -97,7 +97,7 @@ class LayerHooks(CallHooks):
     def _layer(self, i: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
         state = self.calls.state
         call: Any = state.call
-        if state.noted.grad and call.segment_of(i).first:
+        if state.noted.grad and call.segment_of[i].first:
             refuse_recomputation(self.adapter.decoder, "the stages between layers")
         return before_layer(call, i, args, kwargs)
 
@@ -108,7 +108,7 @@ class LayerHooks(CallHooks):
         if call.compresses:
             with call.timed():
                 arguments = compat.bind(module, args, rest[0])
-                past = call.segment_of(layer).past
+                past = call.segment_of[layer].past
                 call.scores.of_call(stage, module, arguments, signal, call.map, past)
 
 
@@ -119,7 +119,7 @@ def before_layer(
 
     Returns (args, kwargs), or None in segment 0.
     """
-    segment = call.segment_of(i)
+    segment = call.segment_of[i]
     if segment.first == 0:
         return None
     if len(args) > 1:
@@ -305,7 +305,7 @@ class RelativePositions(Hooked):
         call = self.calls.state.call
         if call is None or not call.by_column:
             return None
-        columns: Tensor | None = call.segment_of(layer).columns(batch, device)
+        columns: Tensor | None = call.segment_of[layer].columns(batch, device)
         return columns
 
     def _layer(self, i: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from tokencomp.engine.cache import CacheOwner, filled, first_layer
-from tokencomp.engine.cache_special import compress_layer
+from tokencomp.engine.cache import CacheOwner, compress_layer, filled, first_layer
 from tokencomp.engine.call import Call, Segment
 from tokencomp.engine.checks import check_cache
 from tokencomp.engine.rowmap import RowMap
@@ -159,7 +158,7 @@ def restore_maps(maps: Any, call: Call, layers: Sequence[Any]) -> Any:
     width, layer_types, full = call.width, call.layer_types, []
     cut = any(isinstance(layer, DynamicSlidingWindowLayer) for layer in layers)
     for i, weights in enumerate(maps):
-        segment = call.segment_of(i)
+        segment = call.segment_of[i]
         size = layer_types.sizes.get(layer_types.types[i].name) if cut else None
         if weights is not None:
             weights = restore_map(weights, segment, width)

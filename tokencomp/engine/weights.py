@@ -205,7 +205,7 @@ class RowWeights(CallHooks):
         call = state.recomputed or state.call
         if call is None:
             return None
-        segment = call.segment_of(layer)
+        segment = call.segment_of[layer]
         call.weighed.add(layer)
         if not call.merges or segment.new.weights is None:
             return None
@@ -233,7 +233,7 @@ class RowWeights(CallHooks):
         """
         wanted = {module.layer_idx for module in attention_modules(self.adapter.layers)}
         missing = wanted - call.weighed
-        missing = {i for i in missing if call.segment_of(i).new.weights is not None}
+        missing = {i for i in missing if call.segment_of[i].new.weights is not None}
         if missing:
             raise UnsupportedModelError(
                 f"merge=True: the attention of layers {sorted(missing)} of "

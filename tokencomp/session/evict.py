@@ -20,8 +20,14 @@ import torch
 from torch import Tensor
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.engine.cache import HOLDS_ROWS, WHOLE, CompressedLayer, filled, physical_length
-from tokencomp.engine.cache_special import compress_layer
+from tokencomp.engine.cache import (
+    HOLDS_ROWS,
+    WHOLE,
+    CompressedLayer,
+    compress_layer,
+    filled,
+    physical_length,
+)
 from tokencomp.engine.choose import FRAMES_SHOWN
 from tokencomp.engine.layer_types import Indexed, LayerTypes
 from tokencomp.engine.rowmap import RowMap
