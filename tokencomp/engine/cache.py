@@ -48,10 +48,6 @@ REFERENCE = "reference_sliding_attention"
 HOLDS_ROWS = CacheLayerMixin
 
 
-def keeps_window(layer: Any) -> bool:
-    return isinstance(layer, DynamicSlidingWindowLayer)
-
-
 def is_reference(kind: type) -> bool:
     """Whether layers of this class keep all rows of the prompt, and a window of later rows."""
     name = getattr(kind, "_layer_type", None)

@@ -11,10 +11,8 @@ this one (`new`):
 
 from __future__ import annotations
 
-import contextlib
 import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -315,11 +313,6 @@ class Call:
         ]
 
     @property
-    def compresses(self) -> bool:
-        """True for a prompt with visual tokens, False for later tokens."""
-        return bool(self.spans)
-
-    @property
     def prompts(self) -> list[list[tuple[int, list[int]]]]:
         """Per sample, per packed prompt: its number of tokens, and numbers of its spans."""
         rows = self.first_map
@@ -345,7 +338,7 @@ class Call:
         if not self.layer_types.count_from_start:
             return None
         past = self.segments[0].past
-        if past.starts is not None or not self.compresses:
+        if past.starts is not None or not self.spans:
             return past.starts
         if past.rows:
             real = past.mask()

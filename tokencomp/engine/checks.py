@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import StaticLayer
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.engine.cache import DYNAMIC, first_layer, is_reference
+from tokencomp.engine.cache import DYNAMIC, is_reference
 from tokencomp.engine.call import Call, Segment
 from tokencomp.engine.capture import attention_of
 from tokencomp.engine.layer_types import LayerTypes
@@ -361,9 +361,10 @@ def check_grids(call: Call) -> None:
 
 def check_packed(call: Call) -> None:
     """Refuse several prompts in a row where pictures are compared with earlier ones of the row."""
-    if call.map.packed and call.plan.tower and SEEN in call.plan.tower.reducer.needs:
+    tower = call.plan.tower
+    if tower is not None and SEEN in tower.reducer.needs and call.map.packed:
         raise OptionError(
-            f"rows hold several prompts, and {call.plan.tower.reducer.name!r} drops what earlier "
+            f"rows hold several prompts, and {tower.reducer.name!r} drops what earlier "
             "pictures of a row show, which another prompt does not see. Give one prompt per row, "
             "or take a reducer that looks at single pictures, such as 'pixelprune'."
         )

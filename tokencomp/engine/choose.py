@@ -9,7 +9,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,7 +53,7 @@ def enter(call: Call, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Ten
         tensors = [x, positions.to(x.device)]
         x, positions = take(tensors, columns.to(x.device), [1, -1], call.map.mask(x.device))
     if call.plan.tower is not None:  # first, so that dropped tokens are not scored
-        with call.timed():
+        with timed(call):
             survivors = surviving_rows(x, call.map, call.plan)
             x, positions = _keep(call, *survivors, [x, positions], [1, -1])
             call.survivors = call.map
@@ -62,8 +64,9 @@ def enter(call: Call, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Ten
         if any(isinstance(s, Attention) and s.rows == "raters" for s in needs):
             call.scores.raters = rater_weights(x, call.map)
     if call.plan.entry is not None:
-        _score_entry(call, call.plan.entry, x, positions)
-        with call.timed():
+        if call.scores is not None:
+            _score_entry(call, call.plan.entry, x, positions)
+        with timed(call):
             x, positions = run_stage(call, call.plan.entry, [x, positions], [1, -1])
     call.segments[0].new = call.map
     return x, positions, call.map.columns
@@ -77,7 +80,7 @@ def _score_entry(call: Call, stage: Stage, x: Tensor, positions: Tensor) -> None
         tables = call.adapter.rotary_tables(x, positions, layer=0)
         ids = None if call.adapter.mrope else positions
         arguments = {"position_embeddings": tables, "position_ids": ids}
-        with call.timed():
+        with timed(call):
             for signal in signals:
                 past = call.segments[0].past
                 call.scores.of_input(0, x, arguments, signal, call.map, call.cache, past)
@@ -115,6 +118,14 @@ def _keep(
         # Overwrite the gathered rows with merged features.
         tensors[0].flatten(0, 1).index_copy_(0, flat, kept.features.to(tensors[0]))
     return tensors
+
+
+@contextlib.contextmanager
+def timed(call: Call) -> Iterator[None]:
+    """Add the time of the block to the host time of the stages of a call."""
+    started = time.perf_counter()
+    yield
+    call.stage_seconds += time.perf_counter() - started
 
 
 # -- the choice ---------------------------------------------------------------------------------

@@ -89,10 +89,10 @@ class DecoderHooks(CallHooks):
         a = self.adapter
         before = a.decoder.register_forward_pre_hook(self._decoder, with_kwargs=True)
         self._handles.append(before)
-        self._after(a.decoder, self._leave, self._has_call, always_call=True)
+        self._after(a.decoder, self._leave, traced=self._has_call, always_call=True)
         for module in rotary_modules(a.decoder):
             if not a.mrope:
-                self._before(module, self._true_positions, self._has_call)
+                self._before(module, self._true_positions, traced=self._has_call)
         self.put_in_force()
 
     def put_in_force(self) -> None:
@@ -191,7 +191,8 @@ class DecoderHooks(CallHooks):
         call.prepared, call.by_column = prepared, not self._owner.compact
         check_prompt(call)
         # From here on the hooks of layers, attention and tower act on this call.
-        self._layers.follow_wrappers()
+        if self._layers.hooked not in ([], list(self.adapter.layers)):
+            self._layers.follow_wrappers()
         state.call = call
         if call.merges:
             self.weights.begin()
@@ -226,7 +227,7 @@ class DecoderHooks(CallHooks):
     def _true_positions(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> Any:
         """Arguments of a rotary module, with the original positions of the kept tokens."""
         call: Any = self.calls.state.call
-        if call.rotary is None:
+        if call is None or call.rotary is None:
             return None
         if self.calls.state.noted.grad:
             refuse_recomputation(self.adapter.decoder, "the positions of kept tokens")
@@ -239,7 +240,8 @@ class DecoderHooks(CallHooks):
         """Restore the output of a decoder call to full length; None if it does not change."""
         state = self.calls.state
         call, state.call = state.call, None
-        self.weights.end()
+        if state.weighs:
+            self.weights.end()
         if call is None or out is None:
             return None
         if len(call.segments) > 1:
@@ -247,7 +249,7 @@ class DecoderHooks(CallHooks):
         cache = compat.get_cache(kwargs, out)
         if getattr(out, "attentions", None) is not None:
             out.attentions = restore_maps(out.attentions, call, getattr(cache, "layers", ()))
-        if not call.compresses:
+        if not call.spans:  # later tokens
             note_padding(call, cache)
             return out
         if call.merges:
@@ -293,7 +295,9 @@ def set_arguments(call: Call, arguments: dict[str, Any], x: Tensor, positions: T
         mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
     layers = list(getattr(call.cache, "layers", None) or ())
     arguments["attention_mask"] = Masks(call, mask, layers).decoder_mask(x)
-    compat.set_cache_position(arguments, first.past.length, x.shape[1])
+    if (old := arguments.get("cache_position")) is not None:  # remote code may use it
+        stop = first.past.length + x.shape[1]
+        arguments["cache_position"] = torch.arange(first.past.length, stop, device=old.device)
 
 
 def _set_positions(call: Call, arguments: MutableMapping[str, Any], positions: Tensor) -> bool:

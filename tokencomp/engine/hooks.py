@@ -282,7 +282,7 @@ class Hooks(CallHooks):
         top, body, apart = self.adapter.top, self.adapter.body, self.decoder.apart
         for module in dict.fromkeys((top, body)):
             self._count_calls(module)
-        self._before(top, self._note_call, self._is_original)
+        self._before(top, self._note_call, traced=apart)
         self._after(top, self._forget_call, traced=apart, always_call=True)
         self._before(body, self._note_prompt, traced=apart)
         self._after(body, self._forget_prompt, traced=apart, always_call=True)
@@ -343,7 +343,8 @@ class Hooks(CallHooks):
             with self.gate.call():
                 return original(*args, **kwargs)
         finally:
-            self.decoder.weights.end()  # torch runs no hook after a KeyboardInterrupt
+            if self.calls.state.weighs:
+                self.decoder.weights.end()  # torch runs no hook after a KeyboardInterrupt
 
     # -- state ----------------------------------------------------------------------------------
 
@@ -374,14 +375,10 @@ class Hooks(CallHooks):
 
     # -- top and body ---------------------------------------------------------------------------
 
-    def _is_original(self, module: nn.Module, args: Any, kwargs: Any) -> bool:
-        """Raise for replicas of the model; returns whether its call is prepared between graphs."""
-        if getattr(module, "_is_replica", False):  # created by DataParallel
-            raise UnsupportedModelError(DATA_PARALLEL)
-        return not torch.compiler.is_compiling() or self.decoder.apart(module, args, kwargs)
-
     def _note_call(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Note the labels, and which logits the call must return."""
+        if getattr(module, "_is_replica", False):  # created by DataParallel
+            raise UnsupportedModelError(DATA_PARALLEL)
         arguments, noted = compat.bind(module, args, kwargs), self.calls.state.noted
         keep, labels = arguments.get("logits_to_keep", 0), arguments.get("labels")
         if labels is not None or not isinstance(keep, int):

@@ -148,7 +148,7 @@ class Reference(LayerType):
         valid = segment.mask(x.device)
         if valid is not None:
             visible = visible & valid[:, None, None, rows]
-        return backend_mask(masks.config, visible, x)
+        return backend_mask(masks.call.adapter.text_config, visible, x)
 
 
 class Mixing(LayerType):

@@ -20,7 +20,7 @@ from tokencomp.adapters.structure import parameters_of
 from tokencomp.engine.call import Call, CallHooks, RunningCalls, Segment
 from tokencomp.engine.capture import attention_of
 from tokencomp.engine.checks import refuse_recomputation, scored_stages
-from tokencomp.engine.choose import run_stage
+from tokencomp.engine.choose import run_stage, timed
 from tokencomp.engine.gather import (
     SET_APART,
     gather_arguments,
@@ -51,37 +51,41 @@ class LayerHooks(CallHooks):
     That is so for prompts with stages between layers, and later tokens with their caches; in other
     calls the hooks return at once. Once installed they remain until the patch is removed, because a
     compressed cache can outlive its plan.
+
+    Attributes
+    ----------
+    hooked
+        The decoder layers that have hooks.
     """
 
     def __init__(self, adapter: Adapter, calls: RunningCalls) -> None:
         super().__init__(adapter, calls)
         self._plan = Plan()
         self._staged = False
-        self._hooked: list[nn.Module] = []
+        self.hooked: list[nn.Module] = []
         self._scores: list[Any] = []
 
     def install(self, plan: Plan) -> None:
         """Hook the layers and the attention modules that score for a stage of `plan`."""
         self._plan, self._staged = plan, self._staged or bool(plan.layer_stages)
         if self._staged and not self._handles:
-            self._hooked = list(self.adapter.layers)
-            for i, layer in enumerate(self._hooked):
+            self.hooked = list(self.adapter.layers)
+            for i, layer in enumerate(self.hooked):
                 # Before hooks of other libraries, which then see the rows of the layer.
                 run = functools.partial(self._layer, i)
-                self._before(layer, run, self._has_call, prepend=True)
+                self._before(layer, run, traced=self._has_call, prepend=True)
         layers, self._handles = self._handles, []
         for stage, number, signal in scored_stages(plan, self.adapter):
             score = functools.partial(self._score, stage, number, signal)
             # Before the hook of FSDP2, which reshards the weights after the call.
             attn = attention_of(self.adapter.layers[number])
-            self._after(attn, score, self._has_call, prepend=True)
+            self._after(attn, score, traced=self._has_call, prepend=True)
         self._scores, self._handles = self._handles, layers
 
     def follow_wrappers(self) -> None:
-        """Before a prompt: move the hooks to wrappers added since (`CheckpointWrapper`)."""
-        if self._handles and self._hooked != list(self.adapter.layers):
-            self.remove()
-            self.install(self._plan)
+        """Move the hooks to wrappers that were added since (`CheckpointWrapper`)."""
+        self.remove()
+        self.install(self._plan)
 
     def withdraw(self) -> None:
         """Remove the hooks that only the current plan needs."""
@@ -93,10 +97,13 @@ class LayerHooks(CallHooks):
         """Remove all hooks; safe to call twice."""
         self.withdraw()
         super().remove()
+        self.hooked = []
 
     def _layer(self, i: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
         state = self.calls.state
         call: Any = state.call
+        if call is None:
+            return None
         if state.noted.grad and call.segment_of[i].first:
             refuse_recomputation(self.adapter.decoder, "the stages between layers")
         return before_layer(call, i, args, kwargs)
@@ -105,8 +112,8 @@ class LayerHooks(CallHooks):
         self, stage: int, layer: int, signal: Any, module: nn.Module, args: Any, *rest: Any
     ) -> None:
         call: Any = self.calls.state.call
-        if call.compresses:
-            with call.timed():
+        if call is not None and call.spans:
+            with timed(call):
                 arguments = compat.bind(module, args, rest[0])
                 past = call.segment_of[layer].past
                 call.scores.of_call(stage, module, arguments, signal, call.map, past)
@@ -151,7 +158,7 @@ def _enter(call: Call, segment: Segment, hidden: Tensor, kwargs: dict[str, Any])
     segment.index = previous.index
     if segment.stage is not None:
         hidden = _run_stage(call, segment, previous, hidden, kwargs)
-    if call.compresses:
+    if call.spans:
         segment.new = call.map
     if segment.new.packed:
         segment.lengths = sequence_lengths(segment.new, kwargs)
@@ -174,7 +181,7 @@ def _run_stage(
     if signals and not call.scores.known(segment.first):
         ids = _positions(call, previous, kwargs)
         arguments = {"position_embeddings": tables, "position_ids": ids}
-        with call.timed():
+        with timed(call):
             for signal in signals:
                 cache = compat.get_cache(kwargs)
                 call.scores.of_input(
@@ -185,7 +192,7 @@ def _run_stage(
     if index is None:
         index = torch.arange(hidden.shape[1], device=device)[None]
     parts = table_parts(tables)
-    with call.timed():
+    with timed(call):
         dims = [1, 1, *map(sequence_dim, parts)]
         hidden, segment.index, *parts = run_stage(call, stage, [hidden, index, *parts], dims)
     segment.tables[layer_type] = parts

@@ -35,12 +35,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer, StaticLayer
 
 from tokencomp.engine.cache import (
     first_layer,
     flash_on_static,
-    keeps_window,
     physical_length,
 )
 from tokencomp.engine.call import Call, Segment
@@ -77,10 +76,6 @@ class Masks:
     new: Tensor | None
     layers: list[Any]
 
-    @property
-    def config(self) -> Any:
-        return self.call.adapter.text_config
-
     # -- segment 0 ------------------------------------------------------------------------------
 
     def _explicit(self) -> bool:
@@ -97,8 +92,8 @@ class Masks:
         """The `attention_mask` of the decoder; x (B, n, d) are the rows of segment 0."""
         if self._explicit():
             return self._by_type(x)
-        first, layer = self.call.segments[0], first_layer(self.layers)
-        if not flash_on_static(self.config, layer):
+        first = self.call.segments[0]
+        if not flash_on_static(self.call.adapter.text_config, self.call.first_layer):
             return self._padding(first, self.new, x)
         # FlashAttention on a static cache needs a mask by row even without padding.
         check_flash_on_static()
@@ -143,7 +138,7 @@ class Masks:
         if block is not None:
             return self._with_block(block, segment, x, padding, window, held)
         view, skips = MaskView(held, offset), layer_type.skips_masks
-        return causal_mask(self.config, x, padding, view, text, window, skips)
+        return causal_mask(self.call.adapter.text_config, x, padding, view, text, window, skips)
 
     def _padding(self, segment: Segment, new: Tensor | None, x: Tensor) -> Tensor | None:
         """The 2-D mask, bool (B, `past.dropped` + rows), False at padding rows; None without any.
@@ -166,7 +161,7 @@ class Masks:
         # If the layers of the segment cache nothing, they reuse keys of earlier layers.
         for part in (pairs[segment.first : segment.stop], pairs[: segment.first][::-1], pairs):
             for layer, its_type in part:
-                if its_type == layer_type and keeps_window(layer):
+                if its_type == layer_type and isinstance(layer, DynamicSlidingWindowLayer):
                     return min(rows, int(layer.sliding_window) - 1)
         return rows
 
@@ -237,7 +232,7 @@ class Masks:
             block = torch.cat([before, block.to(x.device)], dim=-1)
         if padding is not None:
             block = block & padding[:, None, None, -block.shape[-1] :]
-        return backend_mask(self.config, block, x)
+        return backend_mask(self.call.adapter.text_config, block, x)
 
 
 # -- masks that were prepared before the decoder was called -------------------------------------

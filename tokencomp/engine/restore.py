@@ -35,8 +35,8 @@ def note_prompt(call: Call, cache: Any, owner: CacheOwner) -> Any:
         layers = filled(cache.layers[segment.first : None if last else segment.stop])
         if layers:
             _note_segment(call, segment, layers, starts)
-    for layer in filled(cache.layers):
-        layer.owner = owner
+            for layer in layers:
+                layer.owner = owner
     return first
 
 
@@ -50,9 +50,10 @@ def _note_segment(call: Call, segment: Segment, layers: list[Any], starts: Tenso
     row_map.starts = starts
     if call.seen is not None and segment.first == 0:
         row_map.seen = Seen(row_map.rows - _rows_after_media(segment.new), call.seen)
-    for layer in layers:
-        if index is not None:
+    if index is not None:
+        for layer in layers:
             repeat_rows(layer, index, segment.past.rows)
+    for layer in layers:
         rows = row_map if layer.device == device else row_map.to(layer.device)
         compress_layer(layer, rows, layer is layers[0] and segment.first > 0)
 

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from tokencomp.engine.cache import is_reference, keeps_window, physical_length
+from tokencomp.engine.cache import is_reference, physical_length
 from tokencomp.engine.capture import Probe, attention_of, questions_of, with_past
 from tokencomp.engine.rowmap import (
     RowMap,
@@ -63,7 +64,9 @@ def layer_scores(
     cached = _cached_layer(compat.get_cache(kwargs), attn.layer_idx)
     keys = None if cached is None else cached.keys
     if is_reference(type(cached)) or (
-        keys is not None and keeps_window(cached) and keys.shape[-2] < physical_length(cached)
+        keys is not None
+        and isinstance(cached, DynamicSlidingWindowLayer)
+        and keys.shape[-2] < physical_length(cached)
     ):
         keys = cached = None  # the cache holds other rows than this call: recompute keys
     if past is None or keys is None:

@@ -98,7 +98,7 @@ class Stats:
             counts=call.counts,
             lengths=call.first_map.lengths,
             prompts=call.prompts,
-            past=segments[0].past.length,
+            past=call.length - call.width,
             past_rows=[s.past.rows for s in segments for _ in range(s.first, s.stop)],
             reduce_seconds=call.stage_seconds,
             prefill_chunk=call.chunk,

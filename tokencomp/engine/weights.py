@@ -26,10 +26,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer, StaticLayer
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.engine.cache import keeps_window, physical_length, stored, widen_window
+from tokencomp.engine.cache import physical_length, stored, widen_window
 from tokencomp.engine.call import Call, CallHooks, RunningCalls
 from tokencomp.engine.checks import refuse_recomputation
 from tokencomp.errors import (
@@ -128,10 +128,9 @@ class RowWeights(CallHooks):
                     self._handles.append(replaced)
 
     def end(self) -> None:
-        """End the prompt of this thread, if one runs."""
-        if self.calls.state.weighs:
-            self.calls.state.weighs = False
-            self._exit()
+        """End the prompt of this thread, which `begin` has begun."""
+        self.calls.state.weighs = False
+        self._exit()
 
     def remove(self) -> None:
         """Restore everything; safe to call twice."""
@@ -436,19 +435,19 @@ def repeat_rows(layer: Any, index: Tensor, before: int) -> None:
     if hasattr(layer, "prefill_keys"):
         _repeat_for_good(layer, index, before)
         return
-    if keeps_window(layer):
+    if isinstance(layer, DynamicSlidingWindowLayer):
         _repeat_in_window(layer, index, before)
         return
     if isinstance(layer, StaticLayer):
         _repeat_in_place(layer, index, before)
         return
     # Layers that hold all rows.
-    rows = _after((stored(layer, "keys"), stored(layer, "values")), index, before)
     if isinstance(layer, QUANTIZED):
+        rows = _after((stored(layer, "keys"), stored(layer, "values")), index, before)
         layer.is_initialized, layer.cumulative_length = False, 0
         layer.update(*rows)  # the layer stores them as it stored the prompt
         return
-    layer.keys, layer.values = rows
+    layer.keys, layer.values = _after((layer.keys, layer.values), index, before)
 
 
 def _after(pair: Sequence[Tensor], index: Tensor, before: int) -> list[Tensor]:

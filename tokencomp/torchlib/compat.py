@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -120,15 +120,6 @@ def recomputes_hooks() -> bool:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return "__call__" in vars(GradientCheckpointingLayer)
-
-
-def set_cache_position(kwargs: MutableMapping[str, Any], start: int, n: int) -> None:
-    """Set `cache_position`, if it is given (remote code may use it), to `n` positions from
-    `start`.
-    """
-    old = kwargs.get("cache_position")
-    if old is not None:
-        kwargs["cache_position"] = torch.arange(start, start + n, device=old.device)
 
 
 def register_attention(name: str, function: Callable[..., Any]) -> None:

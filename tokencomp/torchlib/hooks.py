@@ -38,7 +38,6 @@ class Hooked(Installed):
         self,
         module: nn.Module,
         run: Callable[..., Any],
-        needed: Needed | None = None,
         traced: Needed | None = None,
         **options: Any,
     ) -> None:
@@ -49,33 +48,29 @@ class Hooked(Installed):
         run
             Called as `run(module, args, kwargs)`, outside of compiled graphs; returns new args and
             kwargs, or None.
-        needed
-            Called with the same arguments; if it returns False, `run` is skipped. Traced by Dynamo.
-            None: `run` is never skipped.
         traced
-            Replaces `needed` while Dynamo traces the call.
+            Called with the same arguments while Dynamo traces the call: if it returns False, `run`
+            is skipped and the graph continues. None: `run` is never skipped.
         """
-        hook = functools.partial(_hook, 1, needed, traced or needed, compat.not_compiled(run))
+        hook = functools.partial(_hook, 1, traced, compat.not_compiled(run))
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True, **options))
 
     def _after(
         self,
         module: nn.Module,
         run: Callable[..., Any],
-        needed: Needed | None = None,
         traced: Needed | None = None,
         **options: Any,
     ) -> None:
         """Like `_before`, but after the call: `run(module, args, kwargs, out)` returns a new
         output.
         """
-        hook = functools.partial(_hook, 2, needed, traced or needed, compat.not_compiled(run))
+        hook = functools.partial(_hook, 2, traced, compat.not_compiled(run))
         self._handles.append(module.register_forward_hook(hook, with_kwargs=True, **options))
 
 
 def _hook(
     count: int,
-    needed: Needed | None,
     traced: Needed | None,
     run: Callable[..., Any],
     module: nn.Module,
@@ -89,7 +84,6 @@ def _hook(
     # arguments. The call of this thread does not need the hook then.
     if len(rest) < count:
         return None
-    asked = traced if torch.compiler.is_compiling() else needed
-    if asked is not None and not asked(module, args, rest[0]):
+    if traced is not None and torch.compiler.is_compiling() and not traced(module, args, rest[0]):
         return None
     return run(module, args, *rest)
