@@ -23,7 +23,7 @@ from tokencomp import Plan, Stage, make_reducer
 from tokencomp.conformance.build import tiny_model
 from tokencomp.engine import weights
 from tokencomp.errors import MergeWarning, OptionError, UnsupportedModelError
-from tokencomp.tokens import tokens as module
+from tokencomp.tokens import stacks
 
 CASES = [(case, make_reducer(case[0], **case[1]).traits.merges) for case in matrix.cases()]
 KEEPERS = [case for case, merges in CASES if not merges]
@@ -146,7 +146,7 @@ def test_the_cache_holds_a_row_for_every_token(name: str) -> None:
 
 def test_long_spans_are_merged_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of so many patches that all their cosines would not fit into memory."""
-    monkeypatch.setattr(module, "BLOCK", 16)
+    monkeypatch.setattr(stacks, "BLOCK", 16)
     check(FAMILIES["vila"], 2, **MERGE)
 
 

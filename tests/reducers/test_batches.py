@@ -20,7 +20,7 @@ from tokencomp.errors import PlanError
 from tokencomp.plan.options import Traits
 from tokencomp.reducers import ScoreReducer, mmtok
 from tokencomp.reducers._batch import means
-from tokencomp.reducers.base import reduced
+from tokencomp.reducers.base import check_kept, reduced
 from tokencomp.tokens import stacks
 
 GRIDS = [(1, 4, 5), (4, 3, 4), (1, 4, 5), (2, 2, 7), (4, 3, 4)]
@@ -96,8 +96,8 @@ def test_long_spans_are_compared_in_parts(
 def test_wrong_rows_of_a_batch_are_refused(rows: list[int]) -> None:
     """Rows of another span, in another order, one of them twice, too few, or of no span at all."""
     tokens = matrix.joined([matrix.tokens((1, 4, 5)), matrix.tokens((1, 4, 5))], 2, 2)
-    with pytest.raises(PlanError, match="'wrong' returned"):
-        Kept(torch.tensor(rows)).check(tokens, "wrong")
+    with pytest.raises(PlanError, match="'uniform' returned"):
+        check_kept(make_reducer("uniform"), tokens, Kept(torch.tensor(rows)))
 
 
 def test_a_subclass_that_chooses_anew_is_asked_span_by_span() -> None:
@@ -241,6 +241,7 @@ class Scoring(ScoreReducer):
 R = torch.arange
 WRONG = {
     r"'Returning' returned rows of shape \(7,\).*\(8,\)": Returning(lambda x, k: Kept(R(k - 1))),
+    "'Returning' returned a list": Returning(lambda x, k: [*range(k)]),
     "'Returning' returned rows of type list": Returning(lambda x, k: Kept([*range(k)])),
     r"features of shape \(7, 64\).*\(8, 64\)": Returning(lambda x, k: Kept(R(k), x[1:k])),
     r"features of shape \(8, 3\).*\(8, 64\)": Returning(lambda x, k: Kept(R(k), x[:k, :3])),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, ClassVar
 
 import numpy as np
@@ -24,7 +25,7 @@ from tokencomp.adapters.structure import (
 from tokencomp.adapters.towers.base import Tower, unknown_cells
 from tokencomp.tokens.signals import Signal
 from tokencomp.tokens.stacks import HostIndex
-from tokencomp.tokens.tokens import CODES, MODALITIES, Grid, Modality, VisualSpan, runs_of
+from tokencomp.tokens.tokens import CODES, MODALITIES, Grid, Modality, VisualSpan
 
 ENCODED = "mm_encoder_outputs"  # features that `generate` has encoded, by modality
 TYPES = "mm_token_type_ids"  # 0 text, 1 image, 2 video, 3 audio, from the processor
@@ -345,6 +346,20 @@ class Adapter:
 
     def uninstall(self) -> None:
         """Undo `install`; safe to call twice."""
+
+
+def runs_of(modalities: Tensor) -> list[list[tuple[int, int, Modality]]]:
+    """(start, stop, modality) of every run of equal codes in modalities (B, L), per sample."""
+    rows = []
+    for codes in modalities.tolist():
+        runs, start = [], 0
+        for code, group in groupby(codes):
+            stop = start + sum(1 for _ in group)
+            if code:
+                runs.append((start, stop, MODALITIES[code]))
+            start = stop
+        rows.append(runs)
+    return rows
 
 
 def raster_grid(h: HostIndex, w: HostIndex) -> Grid | None:

@@ -33,6 +33,7 @@ from tokencomp.torchlib.replace import MethodReplacement
 PACKED = ("qwen3_5", "qwen3_5_moe")
 """Model types with the vision tower of Qwen3-VL, where the patches of a token are adjacent."""
 METHODS = "get_{}_features"  # methods of a body that encode media, since transformers 4.5x
+INTEGERS = (torch.int32, torch.int64)
 Run = tuple[int, int, Modality]
 Size = tuple[int, int, int]
 GivenSize = Callable[[], Size | None]
@@ -235,7 +236,8 @@ class EncodedMedia(threading.local):
     @compat.not_compiled
     def _note(self, modality: Modality, arguments: list[Any], out: Any) -> None:
         last = getattr(out, "last_hidden_state", None)
-        tables = [argument for argument in arguments if _may_be_table(argument)]
+        # Not pixels, which would be kept in memory.
+        tables = [a for a in arguments if not isinstance(a, Tensor) or a.dtype in INTEGERS]
         encoding = Encoding(token_counts(features_of(out)), tables)
         if isinstance(last, Tensor) and last.ndim == 4:
             encoding.map = last.shape[-2], last.shape[-1]
@@ -278,23 +280,14 @@ def sizes_in(argument: Any) -> list[tuple[int, int, int]]:
             argument = torch.tensor(argument)
         except (TypeError, ValueError, RuntimeError):  # pictures, strings, rows of several lengths
             return []
-    if not isinstance(argument, Tensor) or not _may_be_table(argument):
+    if not isinstance(argument, Tensor) or argument.dtype not in INTEGERS:
         return []
-    if argument.ndim == 3:
-        if argument.shape[-1] != 2:
-            return []
+    if argument.ndim == 3 and argument.shape[-1] == 2:
         argument = (argument.amax(1) + 1).flip(-1)  # coordinates are (x, y)
-    if argument.shape[1] not in (2, 3):
+    if argument.ndim != 2 or argument.shape[1] not in (2, 3):
         return []
     rows = argument.tolist()
     return [(row[0] if len(row) == 3 else 1, row[-2], row[-1]) for row in rows]
-
-
-def _may_be_table(argument: Any) -> bool:
-    """Whether an argument can be a table of sizes or coordinates, see `sizes_in`."""
-    if not isinstance(argument, Tensor):
-        return isinstance(argument, list | tuple)
-    return argument.dtype in (torch.int32, torch.int64) and argument.ndim in (2, 3)
 
 
 def per_medium(sizes: list[tuple[int, int, int]], lengths: list[int]) -> list[tuple[int, int, int]]:

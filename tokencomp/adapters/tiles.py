@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tokencomp.adapters.base import MediaCall, TowerCall, block_means
+from tokencomp.adapters.base import MediaCall, TowerCall, block_means, runs_of
 from tokencomp.adapters.registry import register_adapter
 from tokencomp.adapters.structural import Encoding, StructuralAdapter
 from tokencomp.adapters.towers.base import EncoderCall, Tower
@@ -53,7 +53,7 @@ class TileAdapter(StructuralAdapter):
         parts = self.tower, self.projector, table
         return DenseTower(*parts, layer=layer, owner=owner, keys=self.tile_keys)
 
-    def tile_keys(self, call: EncoderCall) -> list[tuple[Any, ...]]:
+    def tile_keys(self, call: EncoderCall, modalities: Tensor) -> list[tuple[Any, ...]]:
         """`Cells.keys` of the tiles of a call."""
         return []
 
@@ -106,9 +106,9 @@ class InternVLAdapter(TileAdapter):
     family = "InternVL"
     model_types = ("internvl",)
 
-    def tile_keys(self, call: EncoderCall) -> list[tuple[Any, ...]]:
+    def tile_keys(self, call: EncoderCall, modalities: Tensor) -> list[tuple[Any, ...]]:
         """Number of tiles of the image, and of the tile: the model is told no other place."""
-        runs = itertools.chain.from_iterable(call.runs)
+        runs = itertools.chain.from_iterable(runs_of(modalities))
         counts = [(stop - start) // self.tile_side**2 for start, stop, _ in runs]
         return [(count, number) for count in counts for number in range(count)]
 
@@ -124,7 +124,7 @@ class SmolVLMAdapter(TileAdapter):
     family = "SmolVLM"
     model_types = ("smolvlm", "idefics3")
 
-    def tile_keys(self, call: EncoderCall) -> list[tuple[Any, ...]]:
+    def tile_keys(self, call: EncoderCall, modalities: Tensor) -> list[tuple[Any, ...]]:
         """The token before the tile: its row and column, or that it is a whole image."""
         if call.ids is None:
             raise SpanError(
@@ -132,7 +132,7 @@ class SmolVLMAdapter(TileAdapter):
                 "its image a tile shows. Pass input_ids, or take a reducer that looks at single "
                 "pictures, such as 'pixelprune'."
             )
-        rows = zip(call.runs, call.ids.tolist(), strict=True)
+        rows = zip(runs_of(modalities), call.ids.tolist(), strict=True)
         return [(ids[start - 1],) for runs, ids in rows for start, _, _ in runs]
 
     @property

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tokencomp.adapters.base import Adapter, MediaCall, TowerCall, block_means
+from tokencomp.adapters.base import Adapter, MediaCall, TowerCall, block_means, runs_of
 from tokencomp.adapters.registry import register_adapter
 from tokencomp.adapters.structure import Parts
 from tokencomp.adapters.towers.base import EncoderCall, unknown_cells
@@ -56,11 +56,11 @@ class VilaAdapter(Adapter):
             owner=self.model, methods=("encode_videos",), pooled_frames=t, keys=self._keys,
         )  # fmt: skip
 
-    def _keys(self, call: EncoderCall) -> list[tuple[Any, ...]]:
+    def _keys(self, call: EncoderCall, modalities: Tensor) -> list[tuple[Any, ...]]:
         """Number of tiles of the only image of a prompt, and number of the tile, if it is cut."""
         if call.modality == "video" or self.model.config.image_aspect_ratio != "dynamic":
             return []
-        rows = [[run for run in runs if run[2] == "image"] for runs in call.runs]
+        rows = [[run for run in runs if run[2] == "image"] for runs in runs_of(modalities)]
         return [(len(runs), number) for runs in rows for number in range(len(runs))]
 
     def spans(self, call: MediaCall) -> list[list[VisualSpan]]:

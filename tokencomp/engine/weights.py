@@ -39,7 +39,8 @@ from tokencomp.errors import (
     UnsupportedModelError,
 )
 from tokencomp.plan.plan import Plan
-from tokencomp.tokens.tokens import Kept, Tokens, nearest
+from tokencomp.tokens.stacks import nearest
+from tokencomp.tokens.tokens import Kept, Tokens
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.cache_classes import QUANTIZED
 from tokencomp.torchlib.checkpointing import checkpoint_functions

@@ -6,6 +6,8 @@ import dataclasses
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from tokencomp.errors import OptionError, PlanError
@@ -14,7 +16,7 @@ from tokencomp.plan.options import Traits, unused_options
 from tokencomp.plan.plan import Plan, Stage
 from tokencomp.reducers._batch import best_rows, finite_values
 from tokencomp.tokens.signals import Signal
-from tokencomp.tokens.tokens import Kept, ModelFacts, Tokens, VisualSpan, form
+from tokencomp.tokens.tokens import Kept, ModelFacts, Tokens, VisualSpan
 from tokencomp.validation import check_effect, check_ranges, check_types
 
 
@@ -146,19 +148,66 @@ def reduced(reducer: Reducer, tokens: Tokens) -> Kept:
         tokens.check_whole(label(reducer))
     if reducer.traits.batched:
         with checked():  # skip checks in kernels: `finite_features` has read the input
-            kept = _typed(reducer, reducer.reduce(tokens))
-            return kept.check(tokens, label(reducer), reducer.traits.decides)
-    parts = [_typed(reducer, reducer.reduce(t)).check(t, label(reducer)) for t in tokens]
+            return check_kept(reducer, tokens, reducer.reduce(tokens))
+    parts = [check_kept(reducer, one, reducer.reduce(one)) for one in tokens]
     return parts[0] if len(parts) == 1 else Kept.joined(parts, tokens)
 
 
-def _typed(reducer: Reducer, kept: object) -> Kept:
-    if isinstance(kept, Kept):
+def check_kept(reducer: Reducer, tokens: Tokens, kept: object) -> Kept:
+    """Return what `reduce` returned, if it is valid rows of `tokens`, of every span its budget.
+
+    A reducer that decides (`Traits`) keeps any number of at least one. The values of the rows are
+    checked on the CPU only: on a GPU the host would have to wait.
+
+    Raises
+    ------
+    PlanError
+        The reducer returned something else.
+    """
+    fault = _fault(kept, tokens, reducer.traits.decides)
+    if isinstance(kept, Kept) and not fault:
         return kept
     raise PlanError(
-        f"reducer {label(reducer)!r} returned a {type(kept).__name__}. "
-        "`reduce(tokens)` must return a tokencomp.Kept."
+        f"reducer {label(reducer)!r} returned {fault}. `reduce(tokens)` must return `Kept(rows)` "
+        "with rows of `tokens.features`, int64, ascending, exactly as many of every span as its "
+        "budget, and as many `features` and `weights`."
     )
+
+
+def _fault(kept: object, tokens: Tokens, decides: bool) -> str:
+    """What is wrong with the result of a reducer, or ""."""
+    if not isinstance(kept, Kept):
+        return f"a {type(kept).__name__}"
+    if getattr(kept.rows, "dtype", None) != torch.int64 or kept.rows.ndim != 1:
+        return f"rows of {form(kept.rows)}"
+    # One entry of every table per row, as many rows as the budgets say.
+    k = len(kept.rows) if decides else sum(tokens.budgets)
+    wanted = {"rows": (k,), "features": (k, tokens.features.shape[1]), "weights": (k,)}
+    for name, shape in wanted.items():
+        values = getattr(kept, name)
+        if values is not None and getattr(values, "shape", None) != shape:
+            return f"{name} of {form(values)} where shape {shape} was expected"
+    if kept.rows.device.type != "cpu":
+        return ""
+    # Ascending rows of the spans, of every span its budget.
+    rows, stops = kept.rows.numpy(), np.cumsum(tokens.lengths)
+    if (np.diff(rows) <= 0).any():
+        return "rows that are not ascending"
+    if len(rows) and (rows[0] < 0 or rows[-1] >= stops[-1]):
+        return f"rows {rows[0]} … {rows[-1]} of {stops[-1]}"
+    counts = np.diff(np.searchsorted(rows, stops), prepend=0)
+    budgets = np.maximum(counts, 1) if decides else np.asarray(tokens.budgets)
+    wrong = np.flatnonzero(counts != budgets)
+    if len(wrong):
+        return f"{counts[wrong[0]]} rows of a span where {budgets[wrong[0]]} were requested"
+    return ""
+
+
+def form(values: object) -> str:
+    """Shape and type of what should be a tensor, for messages."""
+    if isinstance(values, Tensor):
+        return f"shape {tuple(values.shape)} and type {values.dtype}"
+    return f"type {type(values).__name__}"
 
 
 def counts_itself(reducer: Reducer) -> bool:

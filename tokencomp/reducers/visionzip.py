@@ -10,8 +10,7 @@ import torch
 from tokencomp.reducers import Kept, Reducer, Tokens, Traits, best_rows, register_reducer
 from tokencomp.reducers._batch import complement, salient, tower_signal
 from tokencomp.tokens.signals import TOWER_ATTENTION, TOWER_KEYS
-from tokencomp.tokens.stacks import starts_of
-from tokencomp.tokens.tokens import nearest
+from tokencomp.tokens.stacks import nearest, starts_of
 
 CONTEXTUAL = 10 / 64
 

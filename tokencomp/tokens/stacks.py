@@ -9,11 +9,13 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 K = TypeVar("K", bound=Hashable)
 HostIndex = np.ndarray[Any, np.dtype[np.int64]]
 Counts = Sequence[int] | HostIndex
 PAIRS = 1 << 24  # pairs of rows that are compared at once
+BLOCK = 1 << 24  # cosines computed at once
 PADDING, SMALL = 4, 1 << 12  # most entries per entry of a run, and of any run
 
 
@@ -94,6 +96,31 @@ def by_stack(
         order.append(stack.flat(stack.rows))
     joined = torch.cat(parts)
     return torch.empty_like(joined).index_copy_(0, torch.cat(order), joined)
+
+
+def nearest(lengths: Sequence[int], x: Tensor, chosen: Tensor, counts: Sequence[int]) -> Tensor:
+    """For every patch the chosen patch of its span with the largest cosine, int64, (n,).
+
+    Parameters
+    ----------
+    lengths
+        Patches of every span.
+    x : Tensor, shape (n, d)
+        Features to compare.
+    chosen : Tensor of int64, shape (k,)
+        Chosen patches, ascending: `counts` of every span, at least one.
+    """
+    every = np.asarray(counts)
+    firsts, unit = starts_of(every), normalize(x.float(), dim=1)
+
+    def of_stack(spans: HostIndex, _: Stack, rows: Tensor) -> Tensor:
+        picked = Stack(firsts[spans], every[spans], x.device)
+        targets = picked.of(chosen)
+        others, step = unit[targets].mT, max(1, BLOCK // targets.numel())
+        parts = (masked(part @ others, picked.lengths, -torch.inf) for part in rows.split(step, 1))
+        return targets.gather(1, torch.cat([part.argmax(2) for part in parts], 1))
+
+    return by_stack(lengths, of_stack, unit)
 
 
 def grouped(keys: Sequence[K]) -> dict[K, list[int]]:

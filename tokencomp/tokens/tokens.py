@@ -20,11 +20,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from tokencomp.errors import PlanError
 from tokencomp.tokens.signals import Signal
-from tokencomp.tokens.stacks import HostIndex, Stack, by_stack, masked, starts_of
+from tokencomp.tokens.stacks import HostIndex
 
 Grid = tuple[int, int, int]
 Modality = Literal["image", "video", "audio"]
@@ -32,7 +31,6 @@ MODALITIES: dict[int, Modality] = {1: "image", 2: "video", 3: "audio"}
 CODES: dict[Modality, int] = {modality: code for code, modality in MODALITIES.items()}
 Norm = Callable[[Tensor], Tensor]
 CPU = torch.device("cpu")
-BLOCK = 1 << 24  # cosines computed at once
 # What a reducer has kept last at every cell of pictures of (h, w) cells, (h · w, d); NaN: nothing.
 # Its keys are those of `Tokens.keys`: (h, w), or the place of a tile.
 Memory = dict[tuple[Any, ...], Tensor]
@@ -105,20 +103,6 @@ def numbered(spans: Sequence[VisualSpan]) -> list[VisualSpan]:
         same = before is not None and span.item is not None and span.item == before.item
         result.append(replace(span, item=number if same or not result else number + 1))
     return result
-
-
-def runs_of(modalities: Tensor) -> list[list[tuple[int, int, Modality]]]:
-    """(start, stop, modality) of every run of equal codes in modalities (B, L), per sample."""
-    rows = []
-    for codes in modalities.tolist():
-        runs, start = [], 0
-        for code, group in itertools.groupby(codes):
-            stop = start + sum(1 for _ in group)
-            if code:
-                runs.append((start, stop, MODALITIES[code]))
-            start = stop
-        rows.append(runs)
-    return rows
 
 
 @dataclass(frozen=True)
@@ -284,7 +268,7 @@ class Tokens:
     def all_weights(self) -> Tensor:
         """Number of original tokens that every patch represents, float32, shape (n,)."""
         if self.weights is None:
-            return torch.ones(len(self.features), device=self.device)
+            return torch.ones(len(self.features), device=self.features.device)
         return self.weights
 
     # -- places in the grid ---------------------------------------------------------------------
@@ -367,58 +351,6 @@ class Kept:
             weights = torch.cat([weights.new_ones(len(fixed)), weights]).index_select(0, order)
         return Kept(rows, x, weights)
 
-    def check(self, tokens: Tokens, reducer: str, decides: bool = False) -> Kept:
-        """Return this, if it keeps valid rows of `tokens`, of every span exactly its budget.
-
-        A reducer that `decides` keeps any number of at least one, and changes no features.
-
-        The values of the rows are checked on the CPU only: on a GPU the host would have to wait.
-
-        Raises
-        ------
-        PlanError
-            `reducer` returned something else.
-        """
-        fault = self._fault(tokens, decides)
-        if fault:
-            raise PlanError(
-                f"reducer {reducer!r} returned {fault}. `reduce(tokens)` must return `Kept(rows)` "
-                "with rows of `tokens.features`, int64, ascending, exactly as many of every span "
-                "as its budget, and as many `features` and `weights`."
-            )
-        return self
-
-    def _fault(self, tokens: Tokens, decides: bool) -> str:
-        rows, budgets = self.rows, np.asarray(tokens.budgets)
-        if getattr(rows, "dtype", None) != torch.int64 or rows.ndim != 1:
-            return f"rows of {form(rows)}"
-        k = len(rows) if decides else int(budgets.sum())
-        wanted = {"rows": (k,), "features": (k, tokens.features.shape[1]), "weights": (k,)}
-        for name, shape in wanted.items():
-            values = getattr(self, name)
-            if values is not None and getattr(values, "shape", None) != shape:
-                return f"{name} of {form(values)} where shape {shape} was expected"
-        if rows.device.type != "cpu":
-            return ""
-        kept, stops = rows.numpy(), np.cumsum(tokens.lengths)
-        if (np.diff(kept) <= 0).any():
-            return "rows that are not ascending"
-        if len(kept) and (kept[0] < 0 or kept[-1] >= stops[-1]):
-            return f"rows {kept[0]} … {kept[-1]} of {stops[-1]}"
-        counts = np.diff(np.searchsorted(kept, stops), prepend=0)
-        budgets = np.maximum(counts, 1) if decides else budgets
-        wrong = np.flatnonzero(counts != budgets)
-        if len(wrong):
-            return f"{counts[wrong[0]]} rows of a span where {budgets[wrong[0]]} were requested"
-        return ""
-
-
-def form(values: object) -> str:
-    """Shape and type of what should be a tensor, for messages."""
-    if isinstance(values, Tensor):
-        return f"shape {tuple(values.shape)} and type {values.dtype}"
-    return f"type {type(values).__name__}"
-
 
 def _joined(
     parts: Sequence[Tensor | None], tokens: Tokens, rows: Tensor, before: Tensor
@@ -442,28 +374,3 @@ def evenly(n: int, k: int) -> HostIndex:
     """Indices floor((i + ½)·n/k) of k of n items."""
     steps = np.arange(k)
     return (2 * steps + 1) * n // (2 * max(k, 1))
-
-
-def nearest(lengths: Sequence[int], x: Tensor, chosen: Tensor, counts: Sequence[int]) -> Tensor:
-    """For every patch the chosen patch of its span with the largest cosine, int64, (n,).
-
-    Parameters
-    ----------
-    lengths
-        Patches of every span.
-    x : Tensor, shape (n, d)
-        Features to compare.
-    chosen : Tensor of int64, shape (k,)
-        Chosen patches, ascending: `counts` of every span, at least one.
-    """
-    every = np.asarray(counts)
-    firsts, unit = starts_of(every), normalize(x.float(), dim=1)
-
-    def of_stack(spans: HostIndex, _: Stack, rows: Tensor) -> Tensor:
-        picked = Stack(firsts[spans], every[spans], x.device)
-        targets = picked.of(chosen)
-        others, step = unit[targets].mT, max(1, BLOCK // targets.numel())
-        parts = (masked(part @ others, picked.lengths, -torch.inf) for part in rows.split(step, 1))
-        return targets.gather(1, torch.cat([part.argmax(2) for part in parts], 1))
-
-    return by_stack(lengths, of_stack, unit)

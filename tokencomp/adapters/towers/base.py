@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tokencomp.errors import PlanError, UnsupportedModelError
 from tokencomp.plan.plan import TowerStage
-from tokencomp.tokens.tokens import Grid, Modality, runs_of
+from tokencomp.tokens.tokens import Grid, Modality
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,6 @@ class EncoderCall:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     modalities: Tensor | None = None
     ids: Tensor | None = None
-
-    @property
-    def runs(self) -> list[list[tuple[int, int, Modality]]]:
-        """`MediaCall.runs` of the prompt."""
-        assert self.modalities is not None
-        return runs_of(self.modalities)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ class DenseTower(Tower):
     projects_tokens
         Whether the projector gets pooled tokens of a video instead of all patches.
     keys
-        `Cells.keys` of the pictures of a call; None: all show the same place.
+        `Cells.keys` of the pictures of a call with the `EncoderCall.modalities`; None: all show the
+        same place.
     """
 
     frames_apart = True
@@ -47,10 +48,10 @@ class DenseTower(Tower):
         methods: tuple[str, ...] = ("get_image_features", "get_video_features"),
         pooled_frames: int = 1,
         projects_tokens: bool = False,
-        keys: Callable[[EncoderCall], list[tuple[Any, ...]]] | None = None,
+        keys: Callable[[EncoderCall, Tensor], list[tuple[Any, ...]]] | None = None,
     ) -> None:
         blocks = dense_blocks(module)
-        self.keys, self.std = keys or (lambda call: []), usual_std(module.config.model_type)
+        self.keys, self.std = keys or (lambda *_: []), usual_std(module.config.model_type)
         self.layer, self.pooled_frames = layer, pooled_frames
         self._projected: Modality | None = None if projects_tokens else "image"
         self.indices = [
@@ -114,7 +115,7 @@ class DenseTower(Tower):
         parts: list[list[Grid]] = [[(1, side, side)]] * (count // t)
         (keep,) = stage.cells([(1, side, side)])
         rows = 0 if stage.decides else min(per_picture, table.shape[1] * keep)
-        keys = [] if call.modalities is None else self.keys(call)
+        keys = [] if call.modalities is None else self.keys(call, call.modalities)
         return Cells(pixels, members.flatten(0, 1), parts, call.modality, count, rows, keys=keys)
 
     def patches(self, pixels: Tensor) -> Tensor:
