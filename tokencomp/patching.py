@@ -104,7 +104,7 @@ def patch(
         (about a second; the checks that every verified type has passed). Needed for types that are
         not verified, such as those of remote code.
     **options
-        Further options of the stages, and those of the named reducer.
+        Further options of the stages (`StageOptions`), and those of the named reducer.
 
     Returns
     -------

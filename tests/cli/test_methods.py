@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 
 import pytest
 from support.console import run
+from support.stage_options import EXAMPLES
 
 import tokencomp
 from tokencomp import Plan, Stage
@@ -27,6 +29,10 @@ TOWER = [
     {"tower": 0, "fraction": 0.5, "reducer": "kcenter", "options": {"pool": 2}},
     {"layer": 0, "fraction": 0.25, "reducer": "uniform", "options": {}},
 ]
+
+
+def kcenter_plan(**options) -> Plan:
+    return Plan((Stage(0, 0.5, tokencomp.make_reducer("kcenter"), **options),))
 
 
 @pytest.fixture
@@ -124,14 +130,17 @@ def test_methods_and_ratios_reach_the_patch(folder, tmp_path, specs, args, expec
             ("-r", f"bipartite+prune({WRITTEN})", "--ratio", "0.6"),
             lambda: tokencomp.make_reducer("bipartite+prune", **COMPOSED).plan(0.6, 6),
         ),
-        (
-            ("-r", "kcenter", "--ratio", "0.5", "--merge", "on"),
-            lambda: Plan((Stage(0, 0.5, tokencomp.make_reducer("kcenter"), merge=True),)),
+        *(
+            (
+                ("-r", "kcenter", "--ratio", "0.5", f"--{name.replace('_', '-')}", word),
+                functools.partial(kcenter_plan, **{name: value}),
+            )
+            for name, (word, value) in EXAMPLES.items()
         ),
         (("--plan", STAGES), lambda: tokencomp.plan_from_json(STAGES)),
         (("--plan", TOWER), lambda: tokencomp.plan_from_json(TOWER)),
     ],
-    ids=["composition", "merge", "plan", "plan with a tower"],
+    ids=["composition", *EXAMPLES, "plan", "plan with a tower"],
 )
 def test_the_plan_is_that_of_patch(command, folder, tmp_path, file, specs, args, plan):
     if args[0] == "--plan":

@@ -58,7 +58,6 @@ TAKEN: list[tuple[tuple[str, ...], Any, Any, dict[str, Any]]] = [
      {"tower_stage": TowerStage(0, 1.0, make_reducer("kcenter"), budget=Budget(13))}),
     (("hf",), TOWER, {"tower_reducer": "adsc"}, {"tower": "adsc"}),
     (("hf",), TOWER, {"ratio": {"video": 0.5}, "tower_ratio": 0}, {"ratios": {"video": 0.5}}),
-    (("hf",), HALF, {"merge": True}, {"merge": True}),
     (("hf", "vllm"), {**HALF, "merge": True}, None, {"merge": True}),
     (("hf", "vllm"), {**HALF, "merge": True}, {"merge": False}, {"merge": False}),
     (("vllm",), {"merge": True}, {**HALF, "reducer": "uniform"}, {"merge": True}),
@@ -115,7 +114,7 @@ REFUSED: list[tuple[tuple[str, ...], Any, Any]] = [
     *((("sglang",), {**HALF, "reducer": name}, None) for name in DECIDING),
     *((("vllm",), HALF, {"reducer": name, "options": {"then": "condiv"}}) for name in DECIDING),
     *((("vllm", "sglang"), {}, {**HALF, "reducer": name}) for name in ("fastv", "aim")),
-    (("sglang",), {**HALF, "merge": True}, None), (("vllm", "sglang"), {}, {"merge": True}),
+    (("vllm",), {}, {"merge": True}),
     (("hf",), {**HALF, "merge": "some"}, None), (("sglang",), TOWER, None),
     (("sglang",), HALF, {"tower_reducer": "random"}),
     *((("hf", "vllm"), TOWER, wrong)

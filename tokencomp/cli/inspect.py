@@ -61,7 +61,7 @@ def command(
         if a.words is not None:
             tokens += f"; {a.words:.1%} of {len(words)} words"
         console.print(f"[bold]{name:<18}[/] [dim]{tokens}[/]\n  {escape(a.text)}")
-    for sentence in (in_words(a, answers[0]) for a in answers[1:]):
+    for sentence in (compared(a, answers[0]) for a in answers[1:]):
         console.print(f"\n{escape(sentence)}")
     _write(answers, question, files.label, loaded, source.model, output)
     console.print(f"\nPictures: [bold]{output}[/]")
@@ -79,7 +79,7 @@ def _boxes(path: Path | None, files: opt.Files) -> list[Any]:
     return load_boxes(path)
 
 
-def in_words(answer: Any, full: Any) -> str:
+def compared(answer: Any, full: Any) -> str:
     """What one setting kept, its cost, and whether the answer is unchanged."""
     from tokencomp.pages.demo import saved
 
@@ -110,6 +110,6 @@ def _write(
         question=question,
         label=label,
         answers=answers,
-        sentences=[in_words(a, answers[0]) for a in answers[1:]],
+        sentences=[compared(a, answers[0]) for a in answers[1:]],
         facts=model_facts(loaded),
     )

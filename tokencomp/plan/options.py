@@ -106,8 +106,8 @@ class Option:
         Function of the reducer that the user gave ("auto", a name or a `Reducer`), which returns
         the value for None. None: `off`.
     check
-        Raises `OptionError` for a value of the right type that is out of range, or that the reducer
-        of the stage does not allow.
+        Called with a value of the right type and the reducer of the stage (None: not known). Raises
+        `OptionError` for a value that is out of range, or that the reducer does not allow.
     words
         Its values in tables and in the repr of a handle; by default "name=value".
     hf_only
@@ -117,7 +117,7 @@ class Option:
     off: Any
     help: str
     usual: Callable[[Any], Any] | None = None
-    check: Callable[[Any, AnyReducer], None] | None = None
+    check: Callable[[Any, AnyReducer | None], None] | None = None
     words: Mapping[Any, str] = field(default_factory=dict)
     hf_only: str = "it acts in the decoder of transformers"
 
@@ -126,8 +126,8 @@ class Option:
         return self.off if self.usual is None else self.usual(reducer)
 
 
-def _check_merge(merge: Merging, reducer: AnyReducer) -> None:
-    if merge and reducer.traits.merges:
+def _check_merge(merge: Merging, reducer: AnyReducer | None) -> None:
+    if merge and reducer is not None and reducer.traits.merges:
         raise OptionError(
             f"merge={merge!r}: {reducer.name!r} merges tokens by itself, so there are none left "
             "to merge. Leave merge out, or take a reducer that does not merge, such as 'kcenter'."
@@ -199,7 +199,7 @@ def check_option(name: str, value: Any, reducer: AnyReducer | None) -> None:
         values = ["True, False"] * (bool in get_args(kind)) + [repr(c) for c in choices(kind)]
         allowed = ", ".join(values) or describe_type(kind)
         raise OptionError(f"{name}={value!r}; allowed: {allowed}.")
-    if reducer is not None and (check := OPTIONS[name].check):
+    if (check := OPTIONS[name].check) is not None:
         check(value, reducer)
 
 

@@ -58,7 +58,7 @@ class Stage(StageOptions):
         Maps the mean fraction of an item over all layers to its fraction from `layer` on; None: the
         same.
 
-    Its options, such as `merge`, are those of `StageOptions`; omitted options are off.
+    Its options, such as `merge`, are those of `StageOptions`; None is off.
 
     Raises
     ------
