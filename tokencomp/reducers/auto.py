@@ -42,9 +42,12 @@ class Auto(Reducer):
         return f"Auto({', '.join(f'{name}={value!r}' for name, value in self.by_modality.items())})"
 
     def reduce(self, tokens: Tokens) -> Kept:
-        parts, spans = [], list(zip(tokens.budgets, tokens.modalities, strict=True))
-        for modality in dict.fromkeys(tokens.modalities):
+        modalities, rows = list(dict.fromkeys(tokens.modalities)), []
+        if len(modalities) == 1:
+            return self.by_modality[modalities[0]].reduce(tokens)
+        for modality in modalities:
             # Spans of other modalities have the budget 0.
-            budgets = [n if of_span == modality else 0 for n, of_span in spans]
-            parts.append(self.by_modality[modality].reduce(replace(tokens, budgets=budgets)).rows)
-        return Kept(parts[0] if len(parts) == 1 else torch.cat(parts).sort().values)
+            pairs = zip(tokens.budgets, tokens.modalities, strict=True)
+            part = replace(tokens, budgets=[n if m == modality else 0 for n, m in pairs])
+            rows.append(self.by_modality[modality].reduce(part).rows)
+        return Kept(torch.cat(rows).sort().values)
