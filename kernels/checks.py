@@ -1,5 +1,12 @@
-"""Input checks that the ops share. Every failure raises :class:`KernelError`."""
+"""Arguments that the ops share: checks of tensors, and the segments that lengths describe.
 
+Segments are consecutive runs of rows, such as frames and spans. Every failed check raises
+:class:`KernelError`.
+"""
+
+import functools
+import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -7,33 +14,67 @@ from tokencomp.kernels.errors import KernelError
 from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+WIDE_FLOATS = (torch.float32, torch.float64)
 TRITON_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+INTEGERS = (torch.int32, torch.int64)
 # Row indices are 32 bits wide. The last tile of a launch reaches past the last row, so the limit
 # leaves room for one tile above the largest row index.
 MAX_ROWS = 2**31 - 2**16
 
 
-def shape(name: str, tensor: Tensor, dims: int | tuple[int, ...], form: str) -> None:
-    """Require `tensor` to have `dims` dimensions.
+def operand(
+    name: str, tensor: Tensor, form: str, dtypes: Sequence[torch.dtype] | None = FLOATS
+) -> None:
+    """Require the dimensions that `form` names, such as ``(B, H, N, D)``, and one of `dtypes`.
 
-    `form` names the dimensions in the error message, for example ``(B, H, N, D)``.
+    All dimensions but the last count rows, which 32-bit indices must reach. None allows all dtypes.
     """
-    allowed = (dims,) if isinstance(dims, int) else dims
-    if tensor.dim() not in allowed:
-        raise KernelError(f"{name} must have shape {form}; got {tuple(tensor.shape)}")
+    shape = tuple(tensor.shape)
+    if len(shape) != form.count(", ") + 1:
+        raise KernelError(f"{name} must have shape {form}; got {shape}")
+    if dtypes is not None and tensor.dtype not in dtypes:
+        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise KernelError(
+            f"{name} must be one of {names}; got {tensor.dtype}. Convert it with .to()"
+        )
+    if math.prod(shape[:-1]) > MAX_ROWS:
+        raise KernelError(
+            f"{name} {shape} has more rows than 32-bit indices reach ({MAX_ROWS}): split the call "
+            "into smaller ones"
+        )
 
 
-def floating(name: str, tensor: Tensor) -> None:
-    """Require one of the floating-point dtypes in ``FLOATS``."""
-    if tensor.dtype not in FLOATS:
-        names = ", ".join(str(d).removeprefix("torch.") for d in FLOATS)
-        raise KernelError(f"{name} must be one of {names}; got {tensor.dtype}")
+def heads(**tensors: Tensor) -> None:
+    """Require queries, keys and values ``(B, heads, length, D)`` of one dtype."""
+    for name, tensor in tensors.items():
+        operand(name, tensor, "(B, heads, length, D)")
+    same_dtype(**tensors)
 
 
-def integer(name: str, tensor: Tensor) -> None:
-    """Require the dtype int32 or int64."""
-    if tensor.dtype not in (torch.int32, torch.int64):
-        raise KernelError(f"{name} must be int32 or int64; got {tensor.dtype}")
+def vectors(
+    x: Tensor, dtype: torch.dtype, **given: tuple[Tensor | None, int]
+) -> list[Tensor | None]:
+    """Return the vectors that are given, contiguous in `dtype` and without gradients.
+
+    Each must have the shape ``(size,)``, be on the device of `x` and, if `dtype` is an integer,
+    hold integers.
+    """
+    result = []
+    for name, (values, size) in given.items():
+        if values is not None:
+            if values.shape != (size,):
+                raise KernelError(f"{name} must be ({size},); got {tuple(values.shape)}")
+            if dtype in INTEGERS and values.dtype not in INTEGERS:
+                raise KernelError(f"{name} must be int32 or int64; got {values.dtype}")
+            if values.device != x.device:
+                raise KernelError(
+                    f"{name} is on {values.device}, but the rows are on {x.device}. Move it with "
+                    ".to()"
+                )
+            values = values.detach() if values.requires_grad else values
+            values = values.to(dtype).contiguous()
+        result.append(values)
+    return result
 
 
 def same_device(**tensors: Tensor | None) -> None:
@@ -93,27 +134,10 @@ def grid_size(name: str, size: int) -> None:
         )
 
 
-def count(name: str, value: int, low: int, high: int) -> None:
-    """Require ``low <= value <= high``."""
-    if not low <= value <= high:
-        raise KernelError(f"{name} must be in [{low}, {high}]; got {value}")
-
-
 def choice(name: str, value: str, allowed: Sequence[str]) -> None:
     """Require `value` to be one of `allowed`."""
     if value not in allowed:
         raise KernelError(f"{name}={value!r} is not known; allowed: {', '.join(allowed)}")
-
-
-def numbers(
-    name: str, values: Tensor | None, size: int, dtype: torch.dtype = torch.float32
-) -> Tensor | None:
-    """Return `values`, which must have the shape ``(size,)`` or be None, contiguous in `dtype`."""
-    if values is None:
-        return None
-    if values.shape != (size,):
-        raise KernelError(f"{name} must be ({size},); got {tuple(values.shape)}")
-    return plain(values).to(dtype).contiguous()
 
 
 def holds(condition: Tensor, message: str) -> None:
@@ -141,11 +165,124 @@ def sum_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def plain(tensor: Tensor) -> Tensor:
-    """Return `tensor` without its gradient; a tensor that has none is returned as it is."""
-    return tensor.detach() if tensor.requires_grad else tensor
-
-
 def rows_contiguous(tensor: Tensor) -> Tensor:
     """Return `tensor` itself if its last dimension is contiguous, otherwise a contiguous copy."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+
+
+def lengths_of(name: str, segments: int | Sequence[int] | Tensor | None, rows: int) -> list[int]:
+    """Convert a segment argument to a list of lengths that sum to `rows`.
+
+    Parameters
+    ----------
+    name
+        Name of the argument, for error messages.
+    segments
+        None for one segment of all rows, an int for equal segments of that many rows, or the
+        number of rows of every segment.
+    rows
+        Number of rows that the segments must cover.
+
+    Returns
+    -------
+    list of int
+        Number of rows of every segment.
+
+    Raises
+    ------
+    KernelError
+        If the segments do not cover exactly `rows` rows.
+    """
+    if segments is None:
+        return [rows]
+    if isinstance(segments, int):
+        if segments <= 0 or rows % segments:
+            raise KernelError(f"{name}={segments} rows per segment do not divide {rows} rows")
+        return [segments] * (rows // segments)
+    values = segments.tolist() if isinstance(segments, Tensor) else list(segments)
+    lengths = [int(length) for length in values]
+    if any(length < 0 for length in lengths) or sum(lengths) != rows:
+        raise KernelError(
+            f"{name} must be non-negative lengths that sum to {rows} rows; got "
+            f"{len(lengths)} lengths with sum {sum(lengths)}"
+        )
+    return lengths
+
+
+def spans_and_counts(
+    k: int | Sequence[int], spans: int | Sequence[int] | Tensor | None, rows: int
+) -> tuple[list[int], list[int]]:
+    """Return the lengths of spans that cover `rows` rows, and how many rows each of them keeps.
+
+    Parameters
+    ----------
+    k
+        Rows to keep of every span, as one number for all or one for each.
+    spans
+        As `segments` of :func:`lengths_of`.
+
+    Raises
+    ------
+    KernelError
+        If the spans do not cover the rows, or `k` has another number of entries or exceeds a span.
+    """
+    lengths = lengths_of("spans", spans, rows)
+    counts = [k] * len(lengths) if isinstance(k, int) else [int(c) for c in k]
+    if len(counts) != len(lengths):
+        raise KernelError(f"{len(counts)} values of k for {len(lengths)} spans")
+    for count, length in zip(counts, lengths, strict=True):
+        if not 0 <= count <= length:
+            raise KernelError(f"k must be in [0, {length}]; got {count}")
+    return lengths, counts
+
+
+def fake_choice(x: Tensor, counts: Sequence[int], *_: object) -> Tensor:
+    """The empty result, for tracing, of ops that choose `counts` rows of the spans of `x`."""
+    return x.new_empty(sum(counts), dtype=torch.int64)
+
+
+def same_shape(lengths: Sequence[int], counts: Sequence[int]) -> dict[tuple[int, int], list[int]]:
+    """Group the numbers of all spans by length and count (of frames by their grids), as batches."""
+    grouped: dict[tuple[int, int], list[int]] = {}
+    for span, shape in enumerate(zip(lengths, counts, strict=True)):
+        grouped.setdefault(shape, []).append(span)
+    return grouped
+
+
+def groups(lengths: Sequence[int]) -> dict[int, list[int]]:
+    """Group the first rows of all segments by segment length: ``{length: [start, ...]}``."""
+    grouped: dict[int, list[int]] = {}
+    for start, length in zip(starts(lengths), lengths, strict=True):
+        grouped.setdefault(length, []).append(start)
+    return grouped
+
+
+def starts(lengths: Sequence[int]) -> list[int]:
+    """Return the first row of every segment."""
+    return [0, *itertools.accumulate(lengths)][:-1]
+
+
+def stacked(x: Tensor, first: Sequence[int], length: int) -> Tensor:
+    """Stack the equally long segments that start at `first` as ``(segments, length, D)``.
+
+    The result is a view if the segments lie one after the other in `x` ``(n, D)``, and a copy
+    otherwise.
+    """
+    if list(first) == list(range(first[0], first[0] + len(first) * length, length)):
+        return x[first[0] : first[0] + len(first) * length].unflatten(0, (len(first), length))
+    return torch.stack([x[start : start + length] for start in first])
+
+
+def table(values: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int32) -> Tensor:
+    """Return integers as a tensor on `device`.
+
+    The tensor is cached, because consecutive calls usually have the same shapes (the frames of one
+    video, the layers of one model) and each copy from the host costs a synchronisation.
+    """
+    return _table(tuple(values), device, dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _table(values: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Cached body of :func:`table`, with hashable values."""
+    return torch.tensor(values, dtype=dtype, device=device)

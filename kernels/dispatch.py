@@ -42,17 +42,16 @@ BODIES: dict[str, Callable[..., Any]] = {}
 """What the custom op of every :class:`Op` runs, by its name; see :func:`plain`."""
 
 
-def mode() -> str:
-    """Return the mode that ``TOKENCOMP_KERNELS`` requests.
+@functools.cache
+def mode(value: str) -> str:
+    """Return the mode that a value of ``TOKENCOMP_KERNELS`` requests.
 
     Raises
     ------
     KernelError
         If the value is not one of ``MODES``.
     """
-    if getattr(_assumed, "plain", False):
-        return "naive"
-    value = os.environ.get("TOKENCOMP_KERNELS", "auto").strip().lower() or "auto"
+    value = value.strip().lower() or "auto"
     if value not in MODES:
         raise KernelError(
             f"TOKENCOMP_KERNELS={value!r} is not known; allowed: {', '.join(MODES)}. "
@@ -88,7 +87,9 @@ def which(tensor: Tensor) -> str:
     KernelError
         If ``TOKENCOMP_KERNELS=triton`` and Triton cannot run on the tensor's device.
     """
-    requested = mode()
+    if getattr(_assumed, "plain", False):
+        return "naive"
+    requested = mode(os.environ.get("TOKENCOMP_KERNELS", ""))
     if requested == "naive" or (requested == "auto" and tensor.device.type == "cpu"):
         return "naive"
     problem = triton_problem() or _device_problem(tensor.device)
@@ -107,8 +108,8 @@ def which(tensor: Tensor) -> str:
 class Op:
     """An op: its plain form, its Triton form, and a torch custom op that runs one of them.
 
-    Plain PyTorch is called directly: autograd records it where a gradient is needed, and a CPU
-    spends no time in ``torch.library``. Triton and traced calls take the custom op.
+    The custom op is for calls that are traced. Others run a form directly and spend no time in
+    ``torch.library``.
 
     Parameters
     ----------
@@ -121,6 +122,9 @@ class Op:
         Check the values of the arguments, and of the result, where :func:`checks_enabled`.
     module
         Name of the module, next to that of `naive`, that has the Triton form.
+    differentiable
+        Whether autograd records the plain form where a gradient is needed. Otherwise results have
+        no gradient.
     """
 
     def __init__(
@@ -130,36 +134,54 @@ class Op:
         check: Callable[..., None] | None = None,
         check_result: Callable[[Any], None] | None = None,
         module: str = "triton",
+        differentiable: bool = False,
     ) -> None:
         name = naive.__name__
         self.naive, self._check, self._check_result = naive, check, check_result
         self._triton_form = naive.__module__.removesuffix("naive") + module, name
+        self._differentiable = differentiable
 
         @functools.wraps(naive)
         def body(*args: Any) -> Any:
-            return self._run(self.naive if which(args[0]) == "naive" else self._triton, args)
+            return self._run(args)
 
         BODIES[name] = body
         self._custom_op = torch.library.custom_op(f"tokencomp::{name}", body, mutates_args=())
         self._custom_op.register_fake(fake)
 
-    def __call__(self, *args: Any) -> Any:
-        """Run the op."""
+    def __call__(self, *args: Any, trusted: bool = False) -> Any:
+        """Run the op; the values of `trusted` arguments are not checked."""
         if torch.is_grad_enabled() and _any_requires_grad(args):
-            return self.naive(*args)
-        if _traced(args[0]) or which(args[0]) != "naive":
+            if self._differentiable:
+                return self.naive(*args)
+            with torch.no_grad():
+                return self(*args, trusted=trusted)
+        x = args[0]
+        # A compiler, a dispatch mode or a fake tensor must see the op as one call.
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._len_torch_dispatch_stack() > 0
+            or type(x) is not Tensor
+            or x.is_meta
+        ):
             return self._custom_op(*args)
-        return self._run(self.naive, args)
+        return self._run(args, trusted)
 
-    def _run(self, form: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        """Run a form without autocast, whose rounding of products could select other rows."""
-        with no_autocast(args[0]):
-            checking = checks_enabled(args[0])
-            if checking and self._check is not None:
-                self._check(*args)
-            result = form(*args)
-            if checking and self._check_result is not None:
-                self._check_result(result)
+    def _run(self, args: tuple[Any, ...], trusted: bool = False) -> Any:
+        """Run the form for the main operand without autocast, and check values around it."""
+        x = args[0]
+        device = x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):  # rounding could select other rows
+                return self._run(args, trusted)
+        form = self.naive if which(x) == "naive" else self._triton
+        if trusted or not (self._check or self._check_result) or not checks_enabled(x):
+            return form(*args)
+        if self._check is not None:
+            self._check(*args)
+        result = form(*args)
+        if self._check_result is not None:
+            self._check_result(result)
         return result
 
     def _triton(self, *args: Any) -> Any:
@@ -175,16 +197,6 @@ def _any_requires_grad(args: tuple[Any, ...]) -> bool:
     """Whether a tensor among the arguments, or in a list of them, requires a gradient."""
     flat = (t for arg in args for t in (arg if isinstance(arg, list) else (arg,)))
     return any(isinstance(t, Tensor) and t.requires_grad for t in flat)
-
-
-def _traced(tensor: Tensor) -> bool:
-    """Whether a compiler, a dispatch mode or a fake tensor must see an op as one call."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or type(tensor) is not Tensor
-        or tensor.is_meta
-    )
 
 
 def no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
@@ -254,7 +266,8 @@ def status() -> dict[str, str | None]:
     except KernelError as error:
         backend, problem = "unavailable", str(error)
     return {
-        "mode": mode(), "backend": backend, "triton": version, "problem": problem, "device": name,
+        "mode": mode(os.environ.get("TOKENCOMP_KERNELS", "")), "backend": backend,
+        "triton": version, "problem": problem, "device": name,
     }  # fmt: skip
 
 

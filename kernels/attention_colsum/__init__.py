@@ -75,11 +75,17 @@ def attention_colsum(
     once for all heads of its group. The two streaming passes follow FlashAttention (arXiv
     2205.14135); the repeated application is the PageRank over attention of AIM (arXiv 2412.03248).
     """
-    _check(q, k, row_weights, visible)
+    checks.heads(q=q, k=k)
+    checks.same_device(q=q, k=k, row_weights=row_weights, visible=visible)
+    if q.shape[-1] != k.shape[-1] or q.shape[0] != k.shape[0]:
+        raise KernelError(
+            f"q {tuple(q.shape)} and k {tuple(k.shape)} differ in batch or head dimension"
+        )
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise KernelError(f"{q.shape[1]} query heads are not a multiple of {k.shape[1]} key heads")
     checks.choice("heads", heads, HEADS)
     if not temperature > 0:
         raise KernelError(f"temperature must be above 0; got {temperature}")
-    q, k = checks.rows_contiguous(checks.plain(q)), checks.rows_contiguous(checks.plain(k))
     visible = _last_rows(q, k, causal) if visible is None else _checked(visible, q, k)
     if iterations < 1 or (iterations > 1 and q.shape[2] != k.shape[2]):
         raise KernelError(
@@ -88,7 +94,7 @@ def attention_colsum(
         )
     scale = (q.shape[3] ** -0.5 if scale is None else scale) / temperature
     out = _op(q, k, _row_weights(row_weights, q), visible, scale, iterations)
-    return join_heads(out, heads)
+    return out if heads == "none" else join_heads(out, heads)
 
 
 _op = dispatch.Op(
@@ -111,22 +117,6 @@ def join_heads(out: Tensor, heads: str) -> Tensor:
     # would make all of these keys equal. Dividing by the largest head first avoids that.
     most = out.abs().amax(1).clamp(min=torch.finfo(out.dtype).tiny)
     return (out / most[:, None]).square().mean(1).sqrt() * most
-
-
-def _check(q: Tensor, k: Tensor, row_weights: Tensor | None, visible: Tensor | None) -> None:
-    for name, tensor in (("q", q), ("k", k)):
-        checks.shape(name, tensor, 4, "(B, heads, length, D)")
-        checks.floating(name, tensor)
-        checks.int32_sizes(**{f"{name} length": tensor.shape[2]})
-    checks.int32_sizes(**{"q heads x rows": q.shape[1] * q.shape[2]})
-    checks.same_device(q=q, k=k, row_weights=row_weights, visible=visible)
-    checks.same_dtype(q=q, k=k)
-    if q.shape[-1] != k.shape[-1] or q.shape[0] != k.shape[0]:
-        raise KernelError(
-            f"q {tuple(q.shape)} and k {tuple(k.shape)} differ in batch or head dimension"
-        )
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise KernelError(f"{q.shape[1]} query heads are not a multiple of {k.shape[1]} key heads")
 
 
 def _last_rows(q: Tensor, k: Tensor, causal: bool) -> Tensor:
@@ -160,7 +150,7 @@ def _row_weights(value: Tensor | None, q: Tensor) -> Tensor:
     dtype = checks.sum_dtype(q)
     if value is None:
         return torch.ones(shape, dtype=dtype, device=q.device)
-    value = value.detach().to(dtype)
+    value = value.to(dtype)
     if value.dim() == 2:
         value = value[:, None]
     fault = f"row_weights {tuple(value.shape)} does not fit {tuple(shape)} probe rows"

@@ -52,7 +52,7 @@ def column_sums(
     q: Tensor, k: Tensor, weights: Tensor, lo: Tensor, hi: Tensor, lse: Tensor | None, scale: float
 ) -> Tensor:
     """Compute the column sums of every query head, ``(B, Hq, N)``."""
-    out = _accumulator(q, k.shape[2])
+    out = weights.new_zeros(*q.shape[:2], k.shape[2])
     for rows, columns, logits in _blocks(q, k, lo, hi, scale):
         norm = logits.logsumexp(-1) if lse is None else lse[:, :, rows].to(logits.dtype)
         # A row without a visible key has lse -inf, and exp(-inf + inf) would be NaN. With +inf its
@@ -69,7 +69,8 @@ def attention_lse(q: Tensor, k: Tensor, lo: Tensor, hi: Tensor, scale: float) ->
 
     The value is -inf where a row sees no key.
     """
-    out = _accumulator(q, q.shape[2]).fill_(-torch.inf)
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out = torch.full(q.shape[:3], -torch.inf, dtype=dtype, device=q.device)
     for rows, _, logits in _blocks(q, k, lo, hi, scale):
         out[:, :, rows] = logits.logsumexp(-1)
     return out
@@ -90,7 +91,7 @@ def causal_powers(
     first therefore knows every power of s within a block before it adds any of them to earlier
     columns, and computes M once instead of once per step. This algorithm is ours.
     """
-    powers = _accumulator(q, k.shape[2]).new_zeros(steps + 1, *q.shape[:2], k.shape[2])
+    powers = weights.new_zeros(steps + 1, *q.shape[:2], k.shape[2])
     powers[0] = weights
     for rows, columns, logits in _blocks(q, k, lo, hi, scale, backwards=True):
         matrix = torch.softmax(logits, -1, out=logits)
@@ -148,8 +149,3 @@ def _blocks(
             hidden = (column < low[..., None]) | (column >= high[..., None])
             logits[..., shared - begin :].masked_fill_(hidden[:, None], -torch.inf)
         yield rows, slice(begin, end), logits
-
-
-def _accumulator(q: Tensor, last: int) -> Tensor:
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return torch.zeros(*q.shape[:2], last, dtype=dtype, device=q.device)

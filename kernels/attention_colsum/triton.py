@@ -199,6 +199,7 @@ def attention_colsum(
 ) -> Tensor:
     """See :func:`tokencomp.kernels.attention_colsum.naive.attention_colsum`."""
     checks.triton_heads(q, MAX_HEAD_DIM)
+    q, k = checks.rows_contiguous(q), checks.rows_contiguous(k)
     return repeated(column_sums, attention_lse, q, k, weights, visible, scale, iterations)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from tokencomp.kernels import checks, dispatch, segments
+from tokencomp.kernels import checks, dispatch
 from tokencomp.kernels.bipartite_match import naive
 from torch import Tensor
 
@@ -43,10 +43,8 @@ def bipartite_match(
     normalisation and maximum are fused, and no similarity matrix is stored. A zero row has cosine 0
     with every row. The method is the bipartite soft matching of ToMe (arXiv 2210.09461).
     """
-    checks.shape("x", x, 2, "(n, D)")
-    checks.floating("x", x)
-    checks.int32_sizes(n=len(x))
-    return _op(checks.plain(x), segments.lengths_of("frames", frames, len(x)))
+    checks.operand("x", x, "(n, D)")
+    return _op(x, checks.lengths_of("frames", frames, len(x)))
 
 
 _op = dispatch.Op(

@@ -1,7 +1,7 @@
 """Plain PyTorch version of :func:`tokencomp.kernels.bipartite_match`."""
 
 import torch
-from tokencomp.kernels.segments import groups, stacked
+from tokencomp.kernels.checks import groups, stacked
 from torch import Tensor
 
 # Number of similarities that are in memory at once (16 MiB in fp32).

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 from tokencomp.kernels import checks
-from tokencomp.kernels.segments import starts, table
+from tokencomp.kernels.checks import starts, table
 from tokencomp.kernels.tile import dot, inverse_root
 from torch import Tensor
 

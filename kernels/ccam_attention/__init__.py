@@ -55,12 +55,8 @@ def ccam_attention(
     bytes. The function is differentiable: if a gradient is needed, PyTorch's attention runs instead
     of the Triton kernel. The mask follows Video-CCAM (arXiv 2408.14023).
     """
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        checks.shape(name, tensor, 4, "(B, H, length, D)")
-        checks.floating(name, tensor)
-        checks.int32_sizes(**{f"{name} length": tensor.shape[2]})
+    checks.heads(q=q, k=k, v=v)
     checks.same_device(q=q, k=k, v=v)
-    checks.same_dtype(q=q, k=k, v=v)
     batch, heads, _, dim = q.shape
     if k.shape != v.shape or k.shape[:2] != (batch, heads) or k.shape[3] != dim:
         raise KernelError(f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit")
@@ -74,4 +70,4 @@ def ccam_attention(
     return _op(q, k, v, frames, per_frame, causal, scale)
 
 
-_op = dispatch.Op(naive.ccam_attention, lambda q, *_: q.new_empty(q.shape))
+_op = dispatch.Op(naive.ccam_attention, lambda q, *_: q.new_empty(q.shape), differentiable=True)

@@ -2,10 +2,8 @@
 
 from collections.abc import Sequence
 
-import torch
-from tokencomp.kernels import checks, dispatch, segments
+from tokencomp.kernels import checks, dispatch
 from tokencomp.kernels.dpp_select import naive
-from tokencomp.kernels.errors import KernelError
 from torch import Tensor
 
 
@@ -53,15 +51,10 @@ def dpp_select(
     and takes all steps in one launch. Spans above 4096 rows, or with k²·L above 2³¹, run in plain
     PyTorch on the device.
     """
-    checks.shape("unit", unit, 2, "(n, D)")
-    if unit.dtype not in (torch.float32, torch.float64):
-        raise KernelError(f"unit must be float32 or float64; got {unit.dtype}. Convert with .to()")
-    checks.same_device(unit=unit, relevance=relevance)
-    if relevance.shape != (len(unit),):
-        raise KernelError(f"relevance must be ({len(unit)},); got {tuple(relevance.shape)}")
-    lengths, counts = segments.spans_and_counts(k, spans, len(unit))
-    weight = checks.plain(relevance).to(unit.dtype).contiguous()
-    return _op(checks.plain(unit), counts, weight, lengths)
+    checks.operand("unit", unit, "(n, D)", checks.WIDE_FLOATS)
+    lengths, counts = checks.spans_and_counts(k, spans, len(unit))
+    (relevance,) = checks.vectors(unit, unit.dtype, relevance=(relevance, len(unit)))
+    return _op(unit, counts, relevance, lengths)
 
 
 def _check_values(unit: Tensor, counts: list[int], relevance: Tensor, _: list[int]) -> None:
@@ -69,4 +62,4 @@ def _check_values(unit: Tensor, counts: list[int], relevance: Tensor, _: list[in
     checks.holds(good, "rows must be finite, and relevance finite and above 0")
 
 
-_op = dispatch.Op(naive.dpp_select, segments.fake_choice, _check_values)
+_op = dispatch.Op(naive.dpp_select, checks.fake_choice, _check_values)

@@ -1,7 +1,7 @@
 """Plain PyTorch version of :func:`tokencomp.kernels.dpp_select`."""
 
 import torch
-from tokencomp.kernels.segments import same_shape, starts
+from tokencomp.kernels.checks import same_shape, starts
 from torch import Tensor
 
 # A row that adds less than this share of its own relevance lies in the span of the chosen ones.

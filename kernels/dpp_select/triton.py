@@ -9,10 +9,10 @@ import torch
 import triton
 import triton.language as tl
 from tokencomp.kernels import checks
+from tokencomp.kernels.checks import starts, table
 from tokencomp.kernels.dpp_select import naive
 from tokencomp.kernels.dpp_select.naive import EPSILON
 from tokencomp.kernels.facility_select.triton import cover_kernel
-from tokencomp.kernels.segments import starts, table
 from tokencomp.kernels.tile import padded
 from torch import Tensor
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from tokencomp.kernels import checks, dispatch, segments
+from tokencomp.kernels import checks, dispatch
 from tokencomp.kernels.errors import KernelError
 from tokencomp.kernels.facility_select import naive
 from torch import Tensor
@@ -73,26 +73,22 @@ def facility_select(
     The Triton version computes all gains in every step, and takes all steps in one launch. Spans
     above 8192 rows or 2²⁴ entries, or with k·m·L above 2³⁰, run in the plain version.
     """
-    checks.shape("unit", unit, 2, "(n, D)")
-    if unit.dtype not in (torch.float32, torch.float64):
-        raise KernelError(f"unit must be float32 or float64; got {unit.dtype}. Convert with .to()")
-    checks.same_device(unit=unit, weights=weights, points=points, offset=offset)
-    lengths, counts = segments.spans_and_counts(k, spans, len(unit))
-    weights = checks.numbers("weights", weights, len(unit), unit.dtype)
+    checks.operand("unit", unit, "(n, D)", checks.WIDE_FLOATS)
+    lengths, counts = checks.spans_and_counts(k, spans, len(unit))
+    (weights,) = checks.vectors(unit, unit.dtype, weights=(weights, len(unit)))
     reach = lengths
     if points is not None:
-        checks.shape("points", points, 2, "(m, D)")
-        checks.same_dtype(unit=unit, points=points)
+        checks.operand("points", points, "(m, D)", [unit.dtype])
+        checks.same_device(unit=unit, points=points)
         if points.shape[1] != unit.shape[1]:
             raise KernelError(f"points must be (m, {unit.shape[1]}); got {tuple(points.shape)}")
-        reach = segments.lengths_of("point_spans", point_spans, len(points))
+        reach = checks.lengths_of("point_spans", point_spans, len(points))
         if len(reach) != len(lengths):
             raise KernelError(f"{len(reach)} spans of points for {len(lengths)} spans of rows")
-        points = checks.plain(points)
-        offset = checks.numbers("offset", offset, len(points), unit.dtype)
+        (offset,) = checks.vectors(unit, unit.dtype, offset=(offset, len(points)))
     elif offset is not None:
         raise KernelError("offset has one value per point; give `points` with it")
-    return _op(checks.plain(unit), counts, weights, lengths, points, reach, offset)
+    return _op(unit, counts, weights, lengths, points, reach, offset)
 
 
 def _check_values(
@@ -110,4 +106,4 @@ def _check_values(
         checks.holds((weights >= 0).all(), "weights must be at least 0")
 
 
-_op = dispatch.Op(naive.facility_select, segments.fake_choice, _check_values)
+_op = dispatch.Op(naive.facility_select, checks.fake_choice, _check_values)

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokencomp.kernels.maxmin_select.metrics import TIED
+from tokencomp.kernels.maxmin_select.rounds import TIED
 from torch import Tensor
 
 # Entries of a matrix of coverings that are in memory at once.

@@ -10,10 +10,10 @@ import torch
 import triton
 import triton.language as tl
 from tokencomp.kernels import checks
+from tokencomp.kernels.checks import starts, table
 from tokencomp.kernels.facility_select import naive
 from tokencomp.kernels.facility_select.naive import DENSE_ENTRIES, ROUNDING
-from tokencomp.kernels.maxmin_select.metrics import TIED
-from tokencomp.kernels.segments import starts, table
+from tokencomp.kernels.maxmin_select.rounds import TIED
 from tokencomp.kernels.tile import full_dot, padded
 from torch import Tensor
 

@@ -40,8 +40,7 @@ def frame_pool(x: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
     The function is differentiable: if a gradient is needed, PyTorch runs instead of the Triton
     kernel. Progressive pooling of frame groups is the method of arXiv 2409.20018.
     """
-    checks.shape("x", x, 4, "(T, H, W, D)")
-    checks.floating("x", x)
+    checks.operand("x", x, "(T, H, W, D)")
     frames, height, width, _ = x.shape
     if len(grids) != frames:
         raise KernelError(f"{len(grids)} grids for {frames} frames: give one (h, w) per frame")
@@ -49,7 +48,6 @@ def frame_pool(x: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
     for h, w in set(zip(heights, widths, strict=True)):
         if not (1 <= h <= height and 1 <= w <= width):
             raise KernelError(f"grid ({h}, {w}) must be within (1, 1) and ({height}, {width})")
-    checks.int32_sizes(tokens=frames * height * width)
     return _op(x, heights, widths)
 
 
@@ -58,4 +56,4 @@ def _fake(x: Tensor, heights: list[int], widths: list[int]) -> Tensor:
     return x.new_empty(tokens, x.shape[3])
 
 
-_op = dispatch.Op(naive.frame_pool, _fake)
+_op = dispatch.Op(naive.frame_pool, _fake, differentiable=True)

@@ -1,7 +1,7 @@
 """Plain PyTorch version of :func:`tokencomp.kernels.frame_pool` (differentiable)."""
 
 import torch
-from tokencomp.kernels.segments import same_shape
+from tokencomp.kernels.checks import same_shape
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 

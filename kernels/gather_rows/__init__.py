@@ -65,31 +65,44 @@ def gather_rows(
     gradient is needed, PyTorch runs instead of the Triton kernel.
     """
     tensors = list(tensors)
-    seqs = _dims("seq_dims", seq_dims, tensors)
-    batches = _dims("batch_dims", batch_dims, tensors)
+    seqs, batches = (
+        [value] * len(tensors) if isinstance(value, int) else list(value)
+        for value in (seq_dims, batch_dims)
+    )
     limit = None if trusted else _check(tensors, index, seqs, batches)
     if not tensors:
         return []
-    return _op(index.long(), tensors, seqs, batches, limit)
+    seqs, batches = (
+        [dim % tensor.dim() for dim, tensor in zip(dims, tensors, strict=True)]
+        for dims in (seqs, batches)
+    )
+    return _op(index.long(), tensors, seqs, batches, limit, trusted=trusted)
 
 
 def _check(tensors: list[Tensor], index: Tensor, seqs: list[int], batches: list[int]) -> int | None:
     """Check all but the values of `index`, and return what they must be below."""
-    checks.integer("index", index)
-    checks.shape("index", index, 2, "(B, M)")
+    checks.operand("index", index, "(B, M)", checks.INTEGERS)
     checks.same_device(index=index, **{f"tensor {i}": t for i, t in enumerate(tensors)})
+    if not len(seqs) == len(batches) == len(tensors):
+        raise KernelError(
+            f"seq_dims has {len(seqs)} and batch_dims {len(batches)} entries for {len(tensors)} "
+            "tensors"
+        )
     rows, written = [], []
     for tensor, seq, batch in zip(tensors, seqs, batches, strict=True):
+        shape, dims = tuple(tensor.shape), range(-tensor.dim(), tensor.dim())
         if tensor.dtype not in DTYPES:
             raise KernelError(f"gather_rows does not move {tensor.dtype}")
-        if seq == batch or tensor.shape[batch] not in (1, len(index)):
+        if seq not in dims or batch not in dims:
+            raise KernelError(f"seq_dims={seq}, batch_dims={batch}: no dimensions of {shape}")
+        low, high = sorted((seq % len(shape), batch % len(shape)))
+        if low == high or shape[batch] not in (1, len(index)):
             raise KernelError(
-                f"tensor {tuple(tensor.shape)}: batch dimension {batch} must hold {len(index)} "
-                f"samples (or 1), and the sequence dimension ({seq}) must be another one"
+                f"tensor {shape}: batch dimension {batch} must hold {len(index)} samples (or 1), "
+                f"and the sequence dimension ({seq}) must be another one"
             )
-        rows.append(tensor.shape[seq])
-        low, high = sorted((seq, batch))
-        written.append(index.numel() * math.prod(tensor.shape[:low] + tensor.shape[low + 1 : high]))
+        rows.append(shape[seq])
+        written.append(index.numel() * math.prod(shape[:low] + shape[low + 1 : high]))
     checks.int32_sizes(rows=max(rows, default=0), rows_written=max(written, default=0))
     return min(rows, default=None)
 
@@ -113,15 +126,4 @@ def _fake(
     return out
 
 
-_op = dispatch.Op(naive.gather_rows, _fake, _check_values)
-
-
-def _dims(name: str, value: int | Sequence[int], tensors: list[Tensor]) -> list[int]:
-    """Return one non-negative dimension per tensor."""
-    dims = [value] * len(tensors) if isinstance(value, int) else list(value)
-    if len(dims) != len(tensors):
-        raise KernelError(f"{name} has {len(dims)} entries for {len(tensors)} tensors")
-    for dim, tensor in zip(dims, tensors, strict=True):
-        if not -tensor.dim() <= dim < tensor.dim():
-            raise KernelError(f"{name}={dim} is not a dimension of {tuple(tensor.shape)}")
-    return [dim % tensor.dim() for dim, tensor in zip(dims, tensors, strict=True)]
+_op = dispatch.Op(naive.gather_rows, _fake, _check_values, differentiable=True)

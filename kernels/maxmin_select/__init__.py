@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from tokencomp.kernels import checks, dispatch, segments
+from tokencomp.kernels import checks, dispatch
 from tokencomp.kernels.errors import KernelError
 from tokencomp.kernels.maxmin_select import naive
-from tokencomp.kernels.maxmin_select.metrics import METRICS
 from torch import Tensor
 
 
@@ -103,33 +102,23 @@ def maxmin_select(
     Related methods are farthest-point sampling, lazy greedy selection (bounds that only fall) and
     DivPrune (arXiv 2503.02175). The weighted rule and the rounds are ours.
     """
-    checks.shape("x", x, 2, "(n, D)")
-    checks.floating("x", x)
-    checks.int32_sizes(n=len(x))
-    checks.choice("metric", metric, tuple(METRICS))
-    lengths, counts = segments.spans_and_counts(k, spans, len(x))
+    checks.operand("x", x, "(n, D)")
+    checks.choice("metric", metric, tuple(naive.METRICS))
+    lengths, counts = checks.spans_and_counts(k, spans, len(x))
     isolated = isinstance(start, str)
     if isinstance(start, str):
         checks.choice("start", start, ("isolated",))
         start = None
-    checks.same_device(x=x, weights=weights, margin=margin, start=start, bonus=bonus, given=given)
-    weights = checks.numbers("weights", weights, len(x))
-    bonus = checks.numbers("bonus", bonus, len(x))
-    margin = checks.numbers("margin", margin, len(lengths))
     if given is not None and start is None:
         raise KernelError("given counts first choices; name them with `start`")
-    start = _indices("start", start, len(lengths) if given is None else sum(counts))
-    given = _indices("given", given, len(lengths))
-    x = checks.plain(x)
+    rows, parts = len(x), len(lengths)
+    weights, bonus, margin = checks.vectors(
+        x, torch.float32, weights=(weights, rows), bonus=(bonus, rows), margin=(margin, parts)
+    )
+    choices = parts if given is None else sum(counts)
+    start, given = checks.vectors(x, torch.int64, start=(start, choices), given=(given, parts))
     chosen = _op(x, counts, weights, lengths, margin, start, metric, isolated, bonus, given)
     return chosen if ordered else chosen.sort().values
-
-
-def _indices(name: str, values: Tensor | None, size: int) -> Tensor | None:
-    """Return the integers `values` ``(size,)`` as int64."""
-    if values is not None:
-        checks.integer(name, values)
-    return checks.numbers(name, values, size, torch.int64)
 
 
 def mean_distance(x: Tensor, *, spans: Sequence[int] | None = None) -> Tensor:
@@ -157,9 +146,8 @@ def mean_distance(x: Tensor, *, spans: Sequence[int] | None = None) -> Tensor:
     The mean over all pairs, a row with itself included, is 1 - |mean unit vector|². It therefore
     takes one pass over the rows.
     """
-    checks.shape("x", x, 2, "(n, D)")
-    checks.floating("x", x)
-    return _mean_op(checks.plain(x), segments.lengths_of("spans", spans, len(x)))
+    checks.operand("x", x, "(n, D)")
+    return _mean_op(x, checks.lengths_of("spans", spans, len(x)))
 
 
 _mean_op = dispatch.Op(
@@ -192,9 +180,9 @@ def _check_values(
         )
     if start is None:
         return
-    length = segments.table(lengths, x.device, torch.int64)
+    length = checks.table(lengths, x.device, torch.int64)
     if given is not None:
-        count = segments.table(counts, x.device, torch.int64)
+        count = checks.table(counts, x.device, torch.int64)
         checks.holds(
             ((given <= count) & (given >= count.clamp(max=1))).all(), "given must be from 1 to k"
         )
@@ -202,4 +190,4 @@ def _check_values(
     checks.holds(((start >= 0) & (start < length)).all(), "start must lie inside its span")
 
 
-_op = dispatch.Op(naive.maxmin_select, segments.fake_choice, _check_values)
+_op = dispatch.Op(naive.maxmin_select, checks.fake_choice, _check_values)

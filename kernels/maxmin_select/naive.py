@@ -1,23 +1,66 @@
 """Plain PyTorch version of :func:`tokencomp.kernels.maxmin_select`."""
 
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from tokencomp.kernels.bipartite_match.naive import normalise
-from tokencomp.kernels.maxmin_select.metrics import (
-    METRICS,
-    TIED,
-    Cosine,
-    Metric,
-    first_best,
-)
-from tokencomp.kernels.maxmin_select.rounds import GRAM_ELEMENTS, TAKEN, Rounds
-from tokencomp.kernels.segments import same_shape, starts
+from tokencomp.kernels.checks import same_shape
+from tokencomp.kernels.maxmin_select.rounds import EPSILON, GRAM_ELEMENTS, TAKEN, TIED, Rounds
 from torch import Tensor
 
 # Spans of up to this many rows compute all their cosines at once, equal spans as a batch.
 MAX_GRAM_ROWS = 512
+
+
+class Cosine:
+    """Distances 1 - cos of rows that are unit vectors."""
+
+    @staticmethod
+    def pairs(a: Tensor, b: Tensor) -> Tensor:
+        """Distances of every row of `a` ``(…, n, D)`` from every row of `b` ``(…, m, D)``."""
+        return _distance(a @ b.mT)
+
+    @staticmethod
+    def closest(a: Tensor, b: Tensor) -> Tensor:
+        """Distance of every row of `a` ``(n, D)`` from the closest row of `b` ``(m, D)``."""
+        return _distance((a @ b.T).amax(1))
+
+
+class RootMeanSquare:
+    """Root mean squares of the differences of rows.
+
+    The differences themselves are squared. A matrix product would be faster, but it subtracts
+    squared norms from each other, and what remains for two copies of a row is their rounding error.
+    """
+
+    @staticmethod
+    def pairs(a: Tensor, b: Tensor) -> Tensor:
+        """See `Cosine.pairs`."""
+        mode = "donot_use_mm_for_euclid_dist"
+        distance = torch.cdist(a, b, compute_mode=mode) / max(1, a.shape[-1]) ** 0.5
+        return distance.clamp_(min=EPSILON)
+
+    @classmethod
+    def closest(cls, a: Tensor, b: Tensor) -> Tensor:
+        """See `Cosine.closest`."""
+        return cls.pairs(a, b).amin(1)
+
+
+Metric = type[Cosine] | type[RootMeanSquare]
+METRICS: dict[str, Metric] = {"cosine": Cosine, "rms": RootMeanSquare}
+
+
+def first_best(scores: Tensor) -> Tensor:
+    """Index of the first of the scores ``(…, n)`` that tie with the best, ``(…)``."""
+    best = scores.amax(-1, keepdim=True)
+    return (scores >= torch.minimum(best, best * TIED)).int().argmax(-1)
+
+
+def _distance(cosine: Tensor) -> Tensor:
+    """Turn cosines into distances 1 - cos of at least EPSILON, in place."""
+    return cosine.neg_().add_(1).clamp_(min=EPSILON)
 
 
 def maxmin_select(
@@ -38,7 +81,7 @@ def maxmin_select(
     those of :func:`tokencomp.kernels.maxmin_select` with one entry of `counts` and `lengths` per
     span.
     """
-    first_row, first_pick = starts(lengths), starts(counts)
+    first_row, first_pick = ([*accumulate(n, initial=0)] for n in (lengths, counts))
     if start is not None and given is not None:
         start = read_starts(start, given, counts)
     chosen: list[Tensor] = [torch.empty(0, dtype=torch.int64, device=x.device)] * len(lengths)

@@ -1,10 +1,21 @@
 """Plain PyTorch version of max-min selection in one long span: rounds among the best rows."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
-from tokencomp.kernels.maxmin_select.metrics import EPSILON, TIED, Metric
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from tokencomp.kernels.maxmin_select.naive import Metric
+
+# Smallest distance. The cosine of two copies of a row differs from 1 by rounding: 6e-7 in fp32, and
+# more on tensor cores, which truncate their sums. This rounding must not rank copies; the weight
+# decides between them.
+EPSILON = 1e-5
+# Scores of at least this share of the best one are ties with it. The last bits of features differ
+# between batches of another shape, and must not decide between rows that are equally far.
+TIED = 1 - 4e-6
 # Number of cosines that are in memory at once (64 MiB in fp32).
 GRAM_ELEMENTS = 1 << 24
 # Longer spans proceed in rounds. A round has this many candidates and may choose all of them.
@@ -48,7 +59,7 @@ class Rounds:
         start: Tensor,
         bonus: Tensor,
         count: int,
-        measure: Metric,
+        measure: "Metric",
     ) -> None:
         self.rows, self.weight, self.margin, self.measure = rows, weight.clone(), margin, measure
         self.bonus = bonus.clone()

@@ -14,11 +14,11 @@ import torch
 import triton
 import triton.language as tl
 from tokencomp.kernels import checks
-from tokencomp.kernels.maxmin_select.metrics import TIED
+from tokencomp.kernels.checks import starts, table
 from tokencomp.kernels.maxmin_select.naive import TAKEN
+from tokencomp.kernels.maxmin_select.rounds import TIED
 from tokencomp.kernels.maxmin_select.triton_distances import Cosines, Differences, Rows, pitch
 from tokencomp.kernels.maxmin_select.triton_rows import first_choice, inverse_norms
-from tokencomp.kernels.segments import starts, table
 from tokencomp.kernels.tile import padded
 from torch import Tensor
 

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 from tokencomp.kernels.maxmin_select import naive
-from tokencomp.kernels.maxmin_select.metrics import EPSILON, Cosine, RootMeanSquare
+from tokencomp.kernels.maxmin_select.naive import Cosine, RootMeanSquare
+from tokencomp.kernels.maxmin_select.rounds import EPSILON
 from tokencomp.kernels.tile import long_dot
 from torch import Tensor
 

@@ -6,9 +6,9 @@ import torch
 import triton
 import triton.language as tl
 from tokencomp.kernels import checks
+from tokencomp.kernels.checks import table
 from tokencomp.kernels.maxmin_select import naive
-from tokencomp.kernels.maxmin_select.metrics import TIED
-from tokencomp.kernels.segments import table
+from tokencomp.kernels.maxmin_select.rounds import TIED
 from tokencomp.kernels.tile import inverse_root
 from torch import Tensor
 

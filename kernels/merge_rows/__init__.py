@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from tokencomp.kernels import checks, dispatch, segments
+from tokencomp.kernels import checks, dispatch
 from tokencomp.kernels.errors import KernelError
 from tokencomp.kernels.merge_rows import naive
 from torch import Tensor
@@ -71,29 +71,14 @@ def merge_rows(
     atomics, so the result is deterministic. The function is differentiable in `x`: if a gradient is
     needed, PyTorch runs instead of the Triton kernel.
     """
-    checks.shape("x", x, 2, "(n, D)")
-    checks.floating("x", x)
-    checks.int32_sizes(n=len(x))
-    target, keep, sizes = _indices(x, target, keep, sizes)
-    checks.same_device(x=x, target=target, keep=keep, sizes=sizes)
-    lengths = [] if frames is None else segments.lengths_of("frames", frames, len(x))
+    checks.operand("x", x, "(n, D)")
+    rows = len(x)
+    target, keep = checks.vectors(x, torch.int64, target=(target, rows), keep=(keep, keep.numel()))
+    if len(keep) > rows:
+        raise KernelError(f"{len(keep)} rows to keep of {rows}")
+    (sizes,) = checks.vectors(x, checks.sum_dtype(x), sizes=(sizes, rows))
+    lengths = [] if frames is None else checks.lengths_of("frames", frames, rows)
     return MergedRows(*_op(x, target, keep, sizes, weighted, lengths))
-
-
-def _indices(
-    x: Tensor, target: Tensor, keep: Tensor, sizes: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Check the shapes of the indices and return them as contiguous int64, sizes as floats."""
-    for name, index in (("target", target), ("keep", keep)):
-        checks.integer(name, index)
-        checks.shape(name, index, 1, "(n,)" if name == "target" else "(k,)")
-    if len(target) != len(x) or len(keep) > len(x):
-        raise KernelError(
-            f"x has {len(x)} rows: target must have as many, keep at most; "
-            f"got {len(target)} and {len(keep)}"
-        )
-    sizes = checks.numbers("sizes", sizes, len(x), checks.sum_dtype(x))
-    return target.long().contiguous(), keep.long().contiguous(), sizes
 
 
 def _check_values(x: Tensor, target: Tensor, keep: Tensor, *_: object) -> None:
@@ -121,4 +106,5 @@ _op = dispatch.Op(
         x.new_empty(len(keep), dtype=checks.sum_dtype(x)),
     ),
     _check_values,
+    differentiable=True,
 )

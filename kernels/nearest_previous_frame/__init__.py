@@ -31,10 +31,8 @@ def nearest_previous_frame(x: Tensor) -> Tensor:
     The cost is ``6·T·H·W·D`` FLOPs and ``T·H·W·(D·itemsize + 4)`` bytes; each frame is read again
     as predecessor, but from the cache. A zero row has cosine 0 with every row.
     """
-    checks.shape("x", x, 4, "(T, H, W, D)")
-    checks.floating("x", x)
-    checks.int32_sizes(tokens=x.shape[0] * x.shape[1] * x.shape[2])
-    return _op(checks.plain(x))
+    checks.operand("x", x, "(T, H, W, D)")
+    return _op(x)
 
 
 _op = dispatch.Op(

@@ -7,7 +7,7 @@ between devices and versions. The kept tokens must not depend on that.
 from collections.abc import Sequence
 
 import torch
-from tokencomp.kernels import checks, dispatch, segments
+from tokencomp.kernels import checks, dispatch
 from tokencomp.kernels.errors import KernelError
 from tokencomp.kernels.topk_stable import naive
 from torch import Tensor
@@ -46,18 +46,18 @@ def topk_stable(
     length. The Triton version counts in n² comparisons how many scores are ahead of each, and
     takes two launches for all spans. Spans above 32768 rows are sorted.
     """
-    checks.shape("scores", scores, 1, "(n,)")
+    checks.operand("scores", scores, "(n,)", dtypes=None)
     if scores.is_complex():
         raise KernelError(f"scores must be real; got {scores.dtype}")
-    lengths, counts = segments.spans_and_counts(k, spans, len(scores))
+    lengths, counts = checks.spans_and_counts(k, spans, len(scores))
     if not len(scores):
         return scores.new_empty(0, dtype=torch.int64)
-    return _op(checks.plain(scores).float(), counts, lengths)
+    return _op(scores.float(), counts, lengths)
 
 
 _op = dispatch.Op(
     naive.topk_stable,
-    segments.fake_choice,
+    checks.fake_choice,
     lambda scores, *_: checks.no_nan(
         scores, "scores contain NaN: no order is defined. Check the features they come from"
     ),

@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from tokencomp.kernels.segments import starts
+from tokencomp.kernels.checks import starts
 from torch import Tensor
 
 

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 from tokencomp.kernels import checks
-from tokencomp.kernels.segments import starts, table
+from tokencomp.kernels.checks import starts, table
 from tokencomp.kernels.topk_stable import naive
 from torch import Tensor
 
