@@ -1,13 +1,10 @@
 """Plain PyTorch version of max-min selection in one long span: rounds among the best rows."""
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from tokencomp.kernels.maxmin_select.naive import Metric
 
 # Smallest distance. The cosine of two copies of a row differs from 1 by rounding: 6e-7 in fp32, and
 # more on tensor cores, which truncate their sums. This rounding must not rank copies; the weight
@@ -41,6 +38,8 @@ class Rounds:
         Chosen rows in the order of their choice, int64 ``(count,)``; valid up to `done`.
     done
         Number of choices so far.
+    measure
+        The metric, one of ``naive.METRICS``.
     rows
         The rows as the metric compares them: unit vectors for the cosine.
     chosen
@@ -59,7 +58,7 @@ class Rounds:
         start: Tensor,
         bonus: Tensor,
         count: int,
-        measure: "Metric",
+        measure: Any,
     ) -> None:
         self.rows, self.weight, self.margin, self.measure = rows, weight.clone(), margin, measure
         self.bonus = bonus.clone()
