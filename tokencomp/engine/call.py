@@ -278,7 +278,8 @@ class Call:
     def __post_init__(self) -> None:
         self.layer_types = LayerTypes.of(self.adapter.decoder, served=True)
         self.segment_of = [s for s in self.segments for _ in range(s.first, s.stop)]
-        self.length = self.segments[0].past.length + self.width
+        past = self.segments[0].past
+        self.length = past.rows + past.dropped + self.width
         self.first_layer, self.first_map = first_layer(self.cache), self.map
         if self.spans:
             self._count()
