@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from tokencomp.errors import UnsupportedCacheError, UnsupportedModelError
 from tokencomp.torchlib.compat import attention_implementation
 
 
+@dataclass(eq=False)
 class MaskView:
     """The part of a cache that transformers' mask functions read, for one layer.
 
@@ -31,10 +33,10 @@ class MaskView:
         Number of rows of a static layer that are written, a tensor.
     """
 
-    is_sliding = (False,)
-
-    def __init__(self, physical: int, offset: int = 0, written: Tensor | None = None) -> None:
-        self.physical, self.offset, self.written = physical, offset, written
+    physical: int
+    offset: int = 0
+    written: Tensor | None = None
+    is_sliding: ClassVar[tuple[bool, ...]] = (False,)
 
     @property
     def is_compileable(self) -> bool:
