@@ -134,18 +134,6 @@ def sequence_lengths(rows: RowMap, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return changed
 
 
-def table_parts(tables: Any) -> list[Tensor]:
-    """The tensors of rotary tables: cosine and sine, one complex tensor, or none."""
-    if tables is None:
-        return []
-    return list(tables) if isinstance(tables, tuple) else [tables]
-
-
-def sequence_dim(table: Tensor) -> int:
-    """Axis of a rotary table (B, L, D) or (3, B, L, D) that runs over the sequence."""
-    return table.ndim - 2
-
-
 def take(
     tensors: Sequence[Tensor], index: Tensor, dims: Sequence[int], mask: Tensor | None = None
 ) -> list[Tensor]:

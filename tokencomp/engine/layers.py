@@ -24,9 +24,7 @@ from tokencomp.engine.choose import run_stage, timed
 from tokencomp.engine.gather import (
     SET_APART,
     gather_arguments,
-    sequence_dim,
     sequence_lengths,
-    table_parts,
     take,
     text_positions,
 )
@@ -39,7 +37,7 @@ from tokencomp.torchlib import compat
 from tokencomp.torchlib.hooks import Hooked
 from tokencomp.torchlib.replace import MethodReplacement
 
-# Arguments that `before_layer` sets itself.
+# Arguments that `LayerHooks._layer` sets itself.
 APART = {"hidden_states", "position_embeddings", *SET_APART} - {"input_ids"}
 DISTANCE = "relative_distance"  # argument of decoder layers, int64 (queries, keys)
 POSITIONS = ("query_positions", "key_positions")  # of the module of a bias, int64 (n,)
@@ -100,13 +98,38 @@ class LayerHooks(CallHooks):
         self.hooked = []
 
     def _layer(self, i: int, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Arguments of layer `i` with rows, tables and mask of its segment; None in segment 0."""
         state = self.calls.state
         call: Any = state.call
         if call is None:
             return None
-        if state.noted.grad and call.segment_of[i].first:
+        segment = call.segment_of[i]
+        if segment.first == 0:
+            return None
+        if state.noted.grad:
             refuse_recomputation(self.adapter.decoder, "the stages between layers")
-        return before_layer(call, i, args, kwargs)
+        if len(args) > 1:
+            args, kwargs = args[:1], compat.bind(module, args, kwargs)
+            kwargs.pop("hidden_states", None)
+        kwargs = dict(kwargs)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        # The first layer of the segment runs the stage. Then every argument gets the segment's
+        # rows.
+        if not segment.ready:
+            hidden = _enter(call, segment, hidden, kwargs)
+        layer_type = call.layer_types.types[i]
+        kwargs.update(_row_arguments(segment, kwargs, call.segments[0].new.rows))
+        kwargs["attention_mask"] = _mask(call, segment, layer_type, hidden, kwargs)
+        if "conv_mask" in kwargs:
+            kwargs["conv_mask"] = _mask(call, segment, CONVOLUTION, hidden, kwargs)
+        kwargs["position_ids"] = _positions(call, segment, kwargs)
+        kwargs.update(segment.lengths)
+        if "position_embeddings" in kwargs:
+            tables = _tables(segment, layer_type.name, kwargs, hidden.device)
+            kwargs["position_embeddings"] = tables
+        if args:
+            return (hidden,), kwargs
+        return args, {**kwargs, "hidden_states": hidden}
 
     def _score(
         self, stage: int, layer: int, signal: Any, module: nn.Module, args: Any, *rest: Any
@@ -119,82 +142,51 @@ class LayerHooks(CallHooks):
                 call.scores.of_call(stage, module, arguments, signal, call.map, past)
 
 
-def before_layer(
-    call: Call, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Arguments of decoder layer `i` with rows, rotary tables and mask of its segment.
-
-    Returns (args, kwargs), or None in segment 0.
-    """
-    segment = call.segment_of[i]
-    if segment.first == 0:
-        return None
-    if len(args) > 1:
-        args, kwargs = args[:1], compat.bind(call.adapter.layers[i], args, kwargs)
-        kwargs.pop("hidden_states", None)
-    kwargs = dict(kwargs)
-    hidden = args[0] if args else kwargs["hidden_states"]
-    # The first layer of the segment runs the stage. Then every argument gets the segment's rows.
-    if not segment.ready:
-        hidden = _enter(call, segment, hidden, kwargs)
-    layer_type, cache = call.layer_types.types[i], compat.get_cache(kwargs)
-    kwargs.update(_row_arguments(segment, kwargs, call.segments[0].new.rows))
-    kwargs["attention_mask"] = _mask(call, segment, layer_type, hidden, cache)
-    if "conv_mask" in kwargs:
-        kwargs["conv_mask"] = _mask(call, segment, CONVOLUTION, hidden, cache)
-    kwargs["position_ids"] = _positions(call, segment, kwargs)
-    kwargs.update(segment.lengths)
-    if "position_embeddings" in kwargs:
-        kwargs["position_embeddings"] = _tables(segment, layer_type.name, kwargs, hidden.device)
-    if args:
-        return (hidden,), kwargs
-    kwargs["hidden_states"] = hidden
-    return args, kwargs
-
-
 def _enter(call: Call, segment: Segment, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """First layer of a segment: run its stage, if any, then set what its layers share."""
     previous = call.segments[call.segments.index(segment) - 1]
-    segment.index = previous.index
+    segment.index, cache = previous.index, compat.get_cache(kwargs)
     if segment.stage is not None:
-        hidden = _run_stage(call, segment, previous, hidden, kwargs)
+        with timed(call):
+            hidden = _run_stage(call, segment, previous, hidden, kwargs, cache)
     if call.spans:
         segment.new = call.map
-    if segment.new.packed:
+    if call.segments[0].new.packed:  # a stage moves prompts, and removes none
         segment.lengths = sequence_lengths(segment.new, kwargs)
-    if segment.new.packed and compat.get_cache(kwargs) is None:
-        # Without a mask and a cache, transformers infers packed prompts from positions.
-        segment.text_positions = text_positions(segment.new, hidden.device)
+        if cache is None:
+            # Without a mask and a cache, transformers infers packed prompts from positions.
+            segment.text_positions = text_positions(segment.new, hidden.device)
     segment.ready = True
     return hidden
 
 
 def _run_stage(
-    call: Call, segment: Segment, previous: Segment, hidden: Tensor, kwargs: dict[str, Any]
+    call: Call,
+    segment: Segment,
+    previous: Segment,
+    hidden: Tensor,
+    kwargs: dict[str, Any],
+    cache: Any,
 ) -> Tensor:
     """Run the stage of a segment on hidden states (B, n, d) and their rotary tables."""
     stage: Any = segment.stage
-    layer_type, device = call.layer_types.types[segment.first].name, hidden.device
+    layer, device = segment.first, hidden.device
+    layer_type = call.layer_types.types[layer].name
     tables = _tables(previous, layer_type, kwargs, device)
     signals = [s for s in stage.needs if isinstance(s, Attention) and s.layer == "next"]
     # If the layer has no attention, an earlier layer has scored for this stage.
-    if signals and not call.scores.known(segment.first):
+    if signals and layer not in call.scores.spans:
         ids = _positions(call, previous, kwargs)
         arguments = {"position_embeddings": tables, "position_ids": ids}
-        with timed(call):
-            for signal in signals:
-                cache = compat.get_cache(kwargs)
-                call.scores.of_input(
-                    segment.first, hidden, arguments, signal, call.map, cache, segment.past
-                )
+        for s in signals:
+            call.scores.of_input(layer, hidden, arguments, s, call.map, cache, segment.past)
     # The rows of segment 0 and the rotary tables are gathered with the hidden states.
     index = previous.index
     if index is None:
         index = torch.arange(hidden.shape[1], device=device)[None]
-    parts = table_parts(tables)
-    with timed(call):
-        dims = [1, 1, *map(sequence_dim, parts)]
-        hidden, segment.index, *parts = run_stage(call, stage, [hidden, index, *parts], dims)
+    parts = _parts(tables)
+    tensors, dims = [hidden, index, *parts], [1, 1] + [-2] * len(parts)
+    hidden, segment.index, *parts = run_stage(call, stage, tensors, dims)
     segment.tables[layer_type] = parts
     return hidden
 
@@ -218,12 +210,15 @@ def _positions(call: Call, segment: Segment, kwargs: Mapping[str, Any]) -> Tenso
     return positions.gather(-1, index.expand(*axes, -1, -1))
 
 
-def _mask(call: Call, segment: Segment, layer_type: LayerType, hidden: Tensor, cache: Any) -> Any:
+def _mask(
+    call: Call, segment: Segment, layer_type: LayerType, hidden: Tensor, kwargs: Mapping[str, Any]
+) -> Any:
     """The mask of one layer type in a segment, built once."""
     if layer_type.name not in segment.masks:
-        layers = list(getattr(cache, "layers", None) or ())
+        layers = list(getattr(compat.get_cache(kwargs), "layers", None) or ())
         masks = Masks(call, segment.new.mask(hidden.device), layers)
-        segment.masks[layer_type.name] = masks.layer_mask(layer_type, segment, hidden)
+        made = layer_type.mask(masks, segment, hidden, segment.text_positions)
+        segment.masks[layer_type.name] = made
     return segment.masks[layer_type.name]
 
 
@@ -253,11 +248,20 @@ def _tables(
     if tables is None or segment.index is None:
         return tables
     if not segment.tables.get(layer_type):
-        parts = [t.to(device) for t in table_parts(tables)]
+        parts = [t.to(device) for t in _parts(tables)]
         index, mask = segment.index.to(device), segment.new.mask(device)
-        segment.tables[layer_type] = take(parts, index, [*map(sequence_dim, parts)], mask)
+        segment.tables[layer_type] = take(parts, index, [-2] * len(parts), mask)
     moved = tuple(t.to(device) for t in segment.tables[layer_type])
     return moved if isinstance(tables, tuple) else moved[0]
+
+
+def _parts(tables: Any) -> list[Tensor]:
+    """The tensors (B, L, D) or (3, B, L, D) of rotary tables: cosine and sine, one complex tensor,
+    or none.
+    """
+    if tables is None:
+        return []
+    return list(tables) if isinstance(tables, tuple) else [tables]
 
 
 # -- biases by distance --------------------------------------------------------------------------

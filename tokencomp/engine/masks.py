@@ -15,7 +15,7 @@ Who builds a mask:
     segment 0   `Masks.decoder_mask`: the decoder, from a 2-D padding mask, unless a layer type
                 says that it would be wrong (`LayerType.misplaced`); then we build one per layer
                 type and the decoder passes them on
-    others      `Masks.layer_mask`: we build one per layer type, and pass it to every layer
+    others      `LayerType.mask`: we build one per layer type, and pass it to every layer
     one later token without padding and windows: nobody, it attends to all rows
 
 This holds for prompts and for later turns. Chunks of a prompt (`ChunkedPrefill`) get the first
@@ -119,10 +119,6 @@ class Masks:
         return masks[types.types[first.first].name]
 
     # -- every segment --------------------------------------------------------------------------
-
-    def layer_mask(self, layer_type: LayerType, segment: Segment, x: Tensor) -> Any:
-        """The mask of a layer type in a segment after the first."""
-        return layer_type.mask(self, segment, x, segment.text_positions)
 
     def attention_mask(
         self, layer_type: LayerType, segment: Segment, x: Tensor, text: Tensor | None

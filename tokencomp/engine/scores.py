@@ -9,17 +9,22 @@ the attention that each token would receive if the whole prompt were visible.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from tokencomp.engine.cache import is_reference, physical_length
-from tokencomp.engine.capture import Probe, attention_of, questions_of, with_past
+from tokencomp.engine.cache import is_reference, physical_length, stored
+from tokencomp.engine.capture import Captured, Past, attention_of, capture_qk
 from tokencomp.engine.rowmap import (
+    KeptSpan,
     RowMap,
     kept_values,
     move_tables,
@@ -29,7 +34,10 @@ from tokencomp.engine.rowmap import (
 from tokencomp.tokens.signals import Attention
 from tokencomp.tokens.stacks import HostIndex
 from tokencomp.torchlib import compat
-from tokencomp.torchlib.parallel import gather_heads, unsharded
+from tokencomp.torchlib.parallel import gather_heads
+
+# Arguments of a layer that a probe does not pass: it handles padding itself.
+LEFT_OUT = ("hidden_states", "attention_mask", "cache_position", *compat.CACHE_NAMES)
 
 
 @torch.no_grad()  # scores select rows, and carry no gradient
@@ -60,7 +68,6 @@ def layer_scores(
     Tensor, float32, shape (kept visual tokens,)
         Spans of all samples concatenated. If no row votes: (B, n), see `_key_lengths`.
     """
-    hidden = kwargs["hidden_states"]
     cached = _cached_layer(compat.get_cache(kwargs), attn.layer_idx)
     keys = None if cached is None else cached.keys
     if is_reference(type(cached)) or (
@@ -71,8 +78,8 @@ def layer_scores(
         keys = cached = None  # the cache holds other rows than this call: recompute keys
     if past is None or keys is None:
         past = RowMap(0)
-    call = attn, attn, hidden, kwargs, signal, rows, cached, past
-    return _scores(*call, keys, raters)
+    hidden = kwargs["hidden_states"]
+    return _scores(attn, attn, hidden, kwargs, signal, rows, cached, past, keys, raters)
 
 
 @torch.no_grad()
@@ -95,10 +102,35 @@ def input_scores(
     """
     cached = _cached_layer(cache, index)
     attn = attention_of(layer)
-    if past is None or not physical_length(cached):
+    if past is None or (past.rows and not physical_length(cached)):
         past = RowMap(0)
     with unsharded(layer):
         return _scores(layer, attn, hidden, arguments, signal, rows, cached, past, None, raters)
+
+
+def _cached_layer(cache: Any, index: int) -> Any:
+    layers = getattr(cache, "layers", None)
+    return layers[index] if layers and index < len(layers) else None
+
+
+@contextlib.contextmanager
+def unsharded(layer: nn.Module) -> Iterator[None]:
+    """Gather the weights of `layer` under FSDP, so that its submodules can be called one by one.
+
+    FSDP gathers weights when the layer itself is called. Under FSDP2 they then stay gathered for
+    that call; FSDP1 frees them, and gathers them once more.
+    """
+    for module in layer.modules():
+        unshard = getattr(module, "unshard", None)
+        if unshard is not None:
+            unshard()
+    if any(hasattr(module, "_fsdp_wrapped_module") for module in layer.modules()):
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        with FullyShardedDataParallel.summon_full_params(layer, writeback=False):
+            yield
+    else:
+        yield
 
 
 def _scores(
@@ -118,23 +150,180 @@ def _scores(
     A voter sees a contiguous range of keys, unless other prompts or padding of an earlier turn are
     in between. If so, samples are scored one by one, otherwise together.
     """
-    from tokencomp.kernels.dispatch import checked
-
-    # One group if all voters see contiguous keys, else one group per question.
     questions = questions_of(rows)
     groups = [[q] for q in questions] if rows.packed or past.rows else [questions]
-    if signal.rows == "none":
-        lengths = hidden.new_zeros(hidden.shape[:2], dtype=torch.float32)
-        for group in groups:
-            _key_lengths(Probe(root, attn, hidden, arguments, group), lengths)
-        return lengths
-    parts = []
-    with checked():  # indices were built on the host
-        for group in groups:
-            probe = Probe(root, attn, hidden, arguments, group)
-            known = keys is not None and probe.caches_keys(keys)
-            parts.append(_span_scores(probe, signal, cached, past, keys if known else None, raters))
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+    probes = [Probe(root, attn, hidden, arguments, group) for group in groups]
+    if signal.rows != "none":
+        return torch.cat([_span_scores(p, signal, cached, past, keys, raters) for p in probes])
+    lengths = hidden.new_zeros(hidden.shape[:2], dtype=torch.float32)
+    for probe in probes:
+        _key_lengths(probe, lengths)
+    return lengths
+
+
+# -- queries and keys of questions at a layer -----------------------------------------------------
+
+
+@dataclass
+class Question:
+    """Rows `first … stop - 1` of a prompt, from its start to the end of its question, and its
+    spans.
+    """
+
+    sample: int
+    first: int
+    stop: int
+    spans: list[KeptSpan]
+
+    @property
+    def text(self) -> list[int]:
+        """Rows of text after the start of the first span."""
+        visual = {c for s in self.spans for c in range(s.start, s.start + s.count)}
+        return [c for c in range(self.spans[0].start, self.stop) if c not in visual]
+
+
+def questions_of(rows: RowMap) -> list[Question]:
+    return [
+        Question(b, prompt.start, prompt.question_stop, spans)
+        for b, prompts in enumerate(rows.prompts)
+        for prompt in prompts
+        if (spans := rows.spans_of(b, prompt))
+    ]
+
+
+class Probe:
+    """Queries and keys of the questions of a batch at one layer, at most one question per sample.
+
+    Parameters
+    ----------
+    hidden : Tensor, shape (B, n, d)
+        Input of the layer.
+
+    Attributes
+    ----------
+    first, width
+        First row of any of the questions, and number of rows up to the end of the last one.
+    samples
+        The samples of these questions; None: all.
+    """
+
+    def __init__(
+        self,
+        root: Any,
+        attn: Any,
+        hidden: Tensor,
+        arguments: Mapping[str, Any],
+        questions: list[Question],
+    ) -> None:
+        self.root, self.attn, self.questions = root, attn, questions
+        self.first = min(q.first for q in questions)
+        self.width = max(q.stop for q in questions) - self.first
+        samples = [q.sample for q in questions]
+        # One sample is a view; all samples need no selection.
+        self.samples: slice | Tensor | None = slice(samples[0], samples[0] + 1)
+        if samples == list(range(len(hidden))):
+            self.samples = None
+        elif len(samples) > 1:
+            self.samples = torch.tensor(samples, device=hidden.device)
+        self._part = None if self.samples is None else (len(hidden), self.samples)
+        self.hidden, n = self._cut(hidden.shape[1], False, hidden), hidden.shape[1]
+        self._arguments = {
+            name: tree_map_only(Tensor, partial(self._cut, n, "embeddings" in name), value)
+            for name, value in arguments.items()
+            if name not in LEFT_OUT
+        }
+
+    def _cut(self, n: int, tables: bool, value: Tensor) -> Tensor:
+        """Samples and rows of these questions of a tensor (B, n, …), or (1, n, …) for all samples.
+
+        Rotary `tables` are (B, n, d) or (3, B, n, d). Tensors of other shapes are unchanged.
+        """
+        batch = value.ndim - 3 if tables else 0
+        if value.ndim < 2 or value.shape[batch + 1] != n:
+            return value
+        if value.shape[batch] > 1 and self.samples is not None:
+            value = value[(slice(None),) * batch + (self.samples,)]
+        return value if self.width == n else value.narrow(batch + 1, self.first, self.width)
+
+    def queries_and_keys(
+        self, rows: Tensor | None, cached: Any, past: RowMap, keys: Tensor | None
+    ) -> Captured:
+        """Queries (S, heads, R, d) of rows (S, R), or of all rows; and the keys of all rows, of a
+        single sample after those of earlier turns.
+
+        `keys` (B, kv heads, past + n, D) are those of the call, if known.
+        """
+        sample, earlier = self.questions[0].sample, {}
+        if keys is not None and self._caches_keys(keys):
+            captured = self._capture(rows, ("k_proj", "v_proj"))
+            current = keys[:, :, past.rows :]
+            current = current if self.samples is None else current[self.samples]
+            captured.key = current.narrow(2, self.first, self.width)
+        else:
+            if past.rows and not self._caches_keys(stored(cached, "keys")):
+                both = Past(*(_earlier(x, past, sample) for x in (cached.keys, cached.values)))
+                earlier, past = dict.fromkeys(compat.CACHE_NAMES, both), RowMap(0)
+            arguments = {**self._arguments, **earlier}
+            call = self.root, self.attn, self.hidden, arguments, ("v_proj",), rows
+            captured = capture_qk(*call, samples=self._part)
+            if rows is not None:
+                captured.query = captured.query.take_along_dim(rows[:, None, :, None], 2)
+        if past.rows:
+            before = _earlier(stored(cached, "keys"), past, sample)
+            captured.key = torch.cat([before.to(captured.key.device), captured.key], dim=2)
+        return captured
+
+    def unrotated_keys(self) -> Tensor:
+        """Keys (S, kv heads, width, D) before the rotary embedding."""
+        arguments, tables = dict(self._arguments), self._arguments.get("position_embeddings")
+        if isinstance(tables, Tensor):  # complex factors
+            arguments["position_embeddings"] = torch.ones_like(tables)
+        elif tables is not None:
+            cos, sin = tables
+            arguments["position_embeddings"] = torch.ones_like(cos), torch.zeros_like(sin)
+        call = self.root, self.attn, self.hidden, arguments, ("q_proj", "v_proj")
+        return capture_qk(*call, samples=self._part).key
+
+    def _caches_keys(self, keys: Tensor) -> bool:
+        """Whether the cache holds the keys that attention reads.
+
+        Latent attention may cache latents instead, which have another shape.
+        """
+        config = compat.layer_config(self.attn.config, self.attn.layer_idx)
+        if getattr(config, "kv_lora_rank", None) is None:
+            return True
+        row = torch.zeros(len(self.hidden), 1, dtype=torch.int64, device=self.hidden.device)
+        key = self._capture(row, ("q_proj",)).key
+        return (keys.shape[1], keys.shape[-1]) == (key.shape[1], key.shape[-1])
+
+    def _capture(self, rows: Tensor | None, skipped: tuple[str, ...]) -> Captured:
+        """Run the module on `rows` (S, R) only; None: on all rows."""
+        hidden, arguments = self.hidden, self._arguments
+        if rows is not None:
+            hidden = self._take(rows, False, hidden)
+            arguments = {
+                name: tree_map_only(Tensor, partial(self._take, rows, "embeddings" in name), value)
+                for name, value in arguments.items()
+            }
+        return capture_qk(self.root, self.attn, hidden, arguments, skipped, samples=self._part)
+
+    def _take(self, rows: Tensor, tables: bool, value: Tensor) -> Tensor:
+        """Select `rows` (S, R) of a result of `_cut`."""
+        axis = value.ndim - 2 if tables else 1
+        if value.ndim < 2 or value.shape[axis] != self.width:
+            return value
+        index = rows.to(value.device).view(*rows.shape, *[1] * (value.ndim - axis - 1))
+        return value.take_along_dim(index.view(*[1] * (axis - 1), *index.shape), axis)
+
+
+def _earlier(rows: Tensor, past: RowMap, sample: int) -> Tensor:
+    """Real rows of earlier turns of one sample, of a cache layer's keys or values."""
+    held = min(past.rows, rows.shape[2])  # a sliding layer holds only the last rows
+    old, real = rows[sample : sample + 1, :, :held], past.mask(rows.device)
+    return old if real is None else old[:, :, real[sample, past.rows - held :]]
+
+
+# -- votes of rows on tokens ----------------------------------------------------------------------
 
 
 def _span_scores(
@@ -157,43 +346,31 @@ def _span_scores(
     host, every = {"column": columns, "voters": voters}, signal.rows == "all"
     tables = [_voting(probe, votes, every) for votes in passes.values()]
     index = np.concatenate(tables, axis=1)
-    last = np.asarray([[q.stop - 1 - probe.first] for q in probe.questions])
     if not every:
+        last = np.asarray([[q.stop - 1 - probe.first] for q in probe.questions])
         host["voting"] = np.where(index < 0, last, index).ravel()
-    moved = move_tables(host, probe.device)
+    moved = move_tables(host, probe.hidden.device)
     chosen = None if every else moved["voting"].view(index.shape)
     # Queries of the voting rows; keys of earlier turns come before those of this call.
-    if keys is None:
-        captured = probe.queries_and_keys(chosen, cached, past)
-    else:
-        captured = probe.queries(chosen)
-        current = probe.columns(keys[..., past.rows :, :] if past.rows else keys)
-        captured.key = with_past(cached, past, probe.questions[0].sample, current)
+    captured = probe.queries_and_keys(chosen, cached, past, keys)
     k, offset = captured.key, captured.key.shape[2] - probe.width
     if signal.iterations > 1 and offset:
         # PageRank needs a query for every key, so it excludes earlier turns.
         k, offset = k[:, :, offset:], 0
-    # One pass over the keys for every kind of voters.
+    # One pass over the keys for every kind of voters; then sums over the keys of this call.
     visible = torch.from_numpy(_visible(probe, index, offset)).to(k.device)
     sums, at = [], 0
     for rows, table in zip(passes, tables, strict=True):
-        part = slice(at, at + table.shape[1])
-        whole = len(tables) == 1
-        query = captured.query if whole else captured.query[:, :, part]
-        seen = visible if whole else visible[:, :, part]
-        weights = None
+        part, weights = slice(at, at + table.shape[1]), None
         if rows == "raters" and raters is not None and chosen is not None:
-            weights = (
-                probe.of_samples(raters)
-                .to(k.device)
-                .gather(1, chosen[:, part].to(k.device) + probe.first)
-            )
-        sums.append(_column_sums(probe, query, k, seen, captured.scaling, signal, weights))
+            some = raters.to(chosen.device)[slice(None) if probe.samples is None else probe.samples]
+            weights = some.gather(1, chosen[:, part] + probe.first).to(k.device)
+        query, seen = captured.query[:, :, part], visible[:, :, part]
+        part_sums = _column_sums(probe, query, k, seen, captured.scaling, signal, weights)
+        sums.append(part_sums[..., offset:])
         at = part.stop
-    # From sums over all keys of this call to means for visual tokens.
-    sums = [s[..., offset:] if offset else s for s in sums]
-    flat = (torch.cat(sums) if len(sums) > 1 else sums[0]).flatten()
-    return flat.index_select(0, moved["column"]) / moved["voters"]
+    # From sums over rows to means, for visual tokens.
+    return torch.cat(sums).flatten().index_select(0, moved["column"]) / moved["voters"]
 
 
 def _key_lengths(probe: Probe, lengths: Tensor) -> None:
@@ -236,7 +413,7 @@ def _votes(
     for number, question in enumerate(questions):
         text = question.text if signal_rows in ("text", "raters") else []
         if signal_rows == "raters":
-            text = [column for column in text if column >= question.spans[-1].stop]
+            text = [column for column in text if column >= question.spans[-1].start]
         votes = {
             "text": text,
             "raters": text,
@@ -245,12 +422,13 @@ def _votes(
         }
         # Text after a span votes on it; the last row votes where there is no such text.
         for span in question.spans:
-            later = len(text) - bisect.bisect_left(text, span.stop)
+            later = len(text) - bisect.bisect_left(text, span.start)
             silent = signal_rows in ("text", "raters") and not later
             rows = "last" if silent else signal_rows
             passes.setdefault(rows, [[] for _ in questions])[number] = votes[rows]
             order = list(passes).index(rows) * len(questions) + number
-            places.append(np.arange(span.start, span.stop) + order * probe.width - probe.first)
+            at = span.start + order * probe.width - probe.first
+            places.append(np.arange(at, at + span.count))
             count = {"text": later, "raters": 1}.get(rows, len(votes[rows]))
             voters.append(np.full(span.count, count))
     return passes, np.concatenate(places), np.concatenate(voters)
@@ -294,24 +472,21 @@ def _column_sums(
     Rows have `weights` (S, R), or weight 1.
     """
     from tokencomp.kernels import attention_colsum, join_heads
+    from tokencomp.kernels.dispatch import checked
 
-    sums = attention_colsum(
-        query,
-        k,
-        weights,
-        visible=visible,
-        scale=scaling,
-        temperature=signal.temperature,
-        heads="none",
-        iterations=max(signal.iterations, 1),
-    )
+    with checked():  # indices were built on the host
+        sums = attention_colsum(
+            query,
+            k,
+            weights,
+            visible=visible,
+            scale=scaling,
+            temperature=signal.temperature,
+            heads="none",
+            iterations=max(signal.iterations, 1),
+        )
     joined: Tensor = join_heads(gather_heads(probe.attn, sums, dim=1), signal.heads)
     return joined
-
-
-def _cached_layer(cache: Any, index: int) -> Any:
-    layers = getattr(cache, "layers", None)
-    return layers[index] if layers and index < len(layers) else None
 
 
 # -- scores for the stages of a call --------------------------------------------------------------
@@ -327,18 +502,17 @@ class StageScores:
 
     Attributes
     ----------
+    spans
+        Scores of visual tokens.
     raters : Tensor of float32, shape (B, rows), or None
         See `rater_weights`; None if no stage needs them.
     """
 
     def __init__(self, layers: nn.ModuleList) -> None:
         self._layers = layers
-        self._spans: dict[int, Tensor] = {}
+        self.spans: dict[int, Tensor] = {}
         self._texts: dict[int, list[list[Tensor]]] = {}
         self.raters: Tensor | None = None
-
-    def known(self, stage: int) -> bool:
-        return stage in self._spans
 
     def of_call(
         self,
@@ -382,21 +556,21 @@ class StageScores:
         if signal.rows == "none":
             self._texts[stage] = text_values(scores, rows)
             scores = visual_values(scores, rows)
-        self._spans[stage] = scores
+        self.spans[stage] = scores
 
     def pop(
         self, stage: int, device: torch.device
     ) -> tuple[Tensor | None, list[list[Tensor]] | None]:
         """Remove and return scores of visual tokens and of text for a stage, see `tokens_of`."""
-        scores = self._spans.pop(stage, None)
+        scores = self.spans.pop(stage, None)
         return None if scores is None else scores.to(device), self._texts.pop(stage, None)
 
     def follow(self, before: RowMap, after: RowMap, index: Tensor, device: torch.device) -> None:
         """Remove scores of dropped tokens; `index` is that of `RowMap.keep`."""
         if self.raters is not None:
             self.raters = self.raters.to(device).gather(1, index)
-        for stage, scores in self._spans.items():
-            self._spans[stage] = kept_values(scores.to(device), before, after, index)
+        for stage, scores in self.spans.items():
+            self.spans[stage] = kept_values(scores.to(device), before, after, index)
 
 
 @torch.no_grad()

@@ -57,15 +57,6 @@ def bind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> di
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
 
-def accepted(module: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `arguments` that the forward of a module's class takes."""
-    parameters = inspect.signature(type(module).forward).parameters.values()
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
-        return dict(arguments)
-    names = {p.name for p in parameters}
-    return {name: value for name, value in arguments.items() if name in names}
-
-
 def layer_configs(config: Any) -> list[Any]:
     """The config of every decoder layer; in some releases they differ."""
     count = config.num_hidden_layers

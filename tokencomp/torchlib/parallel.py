@@ -1,34 +1,14 @@
-"""Weights that are distributed over ranks: heads under tensor parallelism, shards under FSDP."""
+"""Attention heads that are distributed over ranks by tensor parallelism."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokencomp.errors import UnsupportedModelError
 from tokencomp.torchlib import compat
-
-
-def total_heads(attn: Any) -> int:
-    """Number of query heads of a self-attention module over all ranks."""
-    config = getattr(attn, "config", None)
-    config = compat.layer_config(config, getattr(attn, "layer_idx", 0))
-    for source, name in (
-        (config, "num_attention_heads"),
-        (config, "num_heads"),
-        (attn, "num_heads"),
-    ):
-        count = getattr(source, name, None)
-        if isinstance(count, int):
-            return count
-    raise UnsupportedModelError(
-        f"{type(attn).__name__} does not say how many heads it has (config.num_attention_heads), "
-        "so its attention cannot be scored. Use a reducer without attention, such as 'divprune'."
-    )
 
 
 def gather_heads(attn: Any, x: Tensor, dim: int) -> Tensor:
@@ -38,7 +18,16 @@ def gather_heads(attn: Any, x: Tensor, dim: int) -> Tensor:
     the same tokens, so scores need all heads. Values are gathered rather than summed, so that the
     mean over heads rounds as in a single process.
     """
-    total, heads = total_heads(attn), x.shape[dim]
+    config = compat.layer_config(getattr(attn, "config", None), getattr(attn, "layer_idx", 0))
+    fields = (config, "num_attention_heads"), (config, "num_heads"), (attn, "num_heads")
+    counts = (getattr(source, name, None) for source, name in fields)
+    total, heads = next((n for n in counts if isinstance(n, int)), None), x.shape[dim]
+    if total is None:
+        raise UnsupportedModelError(
+            f"{type(attn).__name__} does not say how many heads it has "
+            "(config.num_attention_heads), so its attention cannot be scored. Use a reducer "
+            "without attention, such as 'divprune'."
+        )
     if heads == total:
         return x
     group = tensor_parallel_group(attn)
@@ -72,31 +61,3 @@ def tensor_parallel_group(attn: Any) -> Any:
         if "tp" in (mesh.mesh_dim_names or ()):
             return mesh.get_group("tp")
     return None
-
-
-@contextlib.contextmanager
-def unsharded(layer: nn.Module) -> Iterator[None]:
-    """Gather the weights of `layer` under FSDP, so that its submodules can be called one by one.
-
-    FSDP gathers weights when the layer itself is called. Under FSDP2 they then stay gathered for
-    that call; FSDP1 frees them, and gathers them once more.
-    """
-    for module in layer.modules():
-        unshard = getattr(module, "unshard", None)
-        if unshard is not None:
-            unshard()
-    if any(hasattr(module, "_fsdp_wrapped_module") for module in layer.modules()):
-        from torch.distributed.fsdp import FullyShardedDataParallel
-
-        with FullyShardedDataParallel.summon_full_params(layer, writeback=False):
-            yield
-    else:
-        yield
-
-
-def unwrapped(module: Any) -> Any:
-    """The module inside wrappers of FSDP1, activation checkpointing and torch.compile."""
-    names = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
-    while inner := [module._modules[name] for name in names if name in module._modules]:
-        module = inner[0]
-    return module
