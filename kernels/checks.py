@@ -48,19 +48,19 @@ def heads(**tensors: Tensor) -> None:
     """Require queries, keys and values ``(B, heads, length, D)`` of one dtype."""
     for name, tensor in tensors.items():
         operand(name, tensor, "(B, heads, length, D)")
-    same_dtype(**tensors)
+    if len({t.dtype for t in tensors.values()}) > 1:
+        listing = ", ".join(f"{name} {t.dtype}" for name, t in tensors.items())
+        raise KernelError(f"all tensors must have one dtype; got {listing}. Convert with .to()")
 
 
-def vectors(
-    x: Tensor, dtype: torch.dtype, **given: tuple[Tensor | None, int]
-) -> list[Tensor | None]:
-    """Return the vectors that are given, contiguous in `dtype` and without gradients.
+def vectors(x: Tensor, **given: tuple[Tensor | None, int, torch.dtype]) -> list[Tensor | None]:
+    """Return the vectors that are given, each as (values, size, dtype), contiguous and detached.
 
-    Each must have the shape ``(size,)``, be on the device of `x` and, if `dtype` is an integer,
+    Each must have the shape ``(size,)``, be on the device of `x` and, if its `dtype` is an integer,
     hold integers.
     """
     result = []
-    for name, (values, size) in given.items():
+    for name, (values, size, dtype) in given.items():
         if values is not None:
             if values.shape != (size,):
                 raise KernelError(f"{name} must be ({size},); got {tuple(values.shape)}")
@@ -83,13 +83,6 @@ def same_device(**tensors: Tensor | None) -> None:
     if len(set(seen.values())) > 1:
         listing = ", ".join(f"{name} on {device}" for name, device in seen.items())
         raise KernelError(f"all tensors must be on one device; got {listing}. Move them with .to()")
-
-
-def same_dtype(**tensors: Tensor) -> None:
-    """Require all tensors to have one dtype."""
-    if len({t.dtype for t in tensors.values()}) > 1:
-        listing = ", ".join(f"{name} {t.dtype}" for name, t in tensors.items())
-        raise KernelError(f"all tensors must have one dtype; got {listing}. Convert with .to()")
 
 
 def triton_dtype(name: str, tensor: Tensor) -> None:

@@ -86,21 +86,16 @@ def attention_colsum(
     checks.choice("heads", heads, HEADS)
     if not temperature > 0:
         raise KernelError(f"temperature must be above 0; got {temperature}")
-    visible = _last_rows(q, k, causal) if visible is None else _checked(visible, q, k)
     if iterations < 1 or (iterations > 1 and q.shape[2] != k.shape[2]):
         raise KernelError(
             f"iterations={iterations} with {q.shape[2]} rows and {k.shape[2]} keys: "
             "needs at least 1, and more than 1 needs one probe row per key"
         )
+    weights = _row_weights(row_weights, q, checks.sum_dtype(q))
+    seen = _visible(visible, q, k, causal)
     scale = (q.shape[3] ** -0.5 if scale is None else scale) / temperature
-    out = _op(q, k, _row_weights(row_weights, q), visible, scale, iterations)
+    out = _op(q, k, weights, seen, scale, iterations, trusted=visible is None)
     return out if heads == "none" else join_heads(out, heads)
-
-
-_op = dispatch.Op(
-    naive.attention_colsum,
-    lambda q, k, *_: q.new_empty((*q.shape[:2], k.shape[2]), dtype=checks.sum_dtype(q)),
-)
 
 
 def join_heads(out: Tensor, heads: str) -> Tensor:
@@ -119,9 +114,16 @@ def join_heads(out: Tensor, heads: str) -> Tensor:
     return (out / most[:, None]).square().mean(1).sqrt() * most
 
 
-def _last_rows(q: Tensor, k: Tensor, causal: bool) -> Tensor:
-    """What rows see that belong to the last R keys, as `visible`: their past, or all keys."""
+def _visible(visible: Tensor | None, q: Tensor, k: Tensor, causal: bool) -> Tensor:
+    """What every row sees, contiguous; None: rows of the last R keys see their past, or all."""
     batch, rows, keys = q.shape[0], q.shape[2], k.shape[2]
+    if visible is not None:
+        if visible.dtype != torch.int32 or visible.shape != (3, batch, rows):
+            raise KernelError(
+                f"visible must be int32 (3, {batch}, {rows}); got {visible.dtype} "
+                f"{tuple(visible.shape)}"
+            )
+        return visible.contiguous()
     if causal and rows > keys:
         raise KernelError(f"{rows} probe rows but {keys} keys: pass visible to place the rows")
     key = torch.arange(rows, device=q.device, dtype=torch.int32) + max(0, keys - rows)
@@ -131,23 +133,9 @@ def _last_rows(q: Tensor, k: Tensor, causal: bool) -> Tensor:
     return visible
 
 
-def _checked(visible: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    """The argument `visible`, contiguous."""
-    if visible.dtype != torch.int32 or visible.shape != (3, q.shape[0], q.shape[2]):
-        raise KernelError(
-            f"visible must be int32 (3, {q.shape[0]}, {q.shape[2]}); got {visible.dtype} "
-            f"{tuple(visible.shape)}"
-        )
-    if dispatch.checks_enabled(visible):
-        good = ((visible[0] >= 0) & (visible[1] <= k.shape[2])).all()
-        checks.holds(good, "visible keys must be keys of `k`")
-    return visible.contiguous()
-
-
-def _row_weights(value: Tensor | None, q: Tensor) -> Tensor:
-    """Broadcast the weights of rows to ``(B, Hq, R)`` in the accumulation dtype."""
+def _row_weights(value: Tensor | None, q: Tensor, dtype: torch.dtype) -> Tensor:
+    """Broadcast the weights of rows to ``(B, Hq, R)``."""
     shape = q.shape[:3]
-    dtype = checks.sum_dtype(q)
     if value is None:
         return torch.ones(shape, dtype=dtype, device=q.device)
     value = value.to(dtype)
@@ -160,3 +148,16 @@ def _row_weights(value: Tensor | None, q: Tensor) -> Tensor:
         return value.expand(shape).contiguous()
     except RuntimeError as error:
         raise KernelError(fault) from error
+
+
+def _check_values(q: Tensor, k: Tensor, weights: Tensor, visible: Tensor, *_: object) -> None:
+    """Require that rows see keys of `k`."""
+    good = ((visible[0] >= 0) & (visible[1] <= k.shape[2])).all()
+    checks.holds(good, "visible keys must be keys of `k`")
+
+
+_op = dispatch.Op(
+    naive.attention_colsum,
+    lambda q, k, *_: q.new_empty((*q.shape[:2], k.shape[2]), dtype=checks.sum_dtype(q)),
+    _check_values,
+)

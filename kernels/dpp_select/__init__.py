@@ -53,7 +53,7 @@ def dpp_select(
     """
     checks.operand("unit", unit, "(n, D)", checks.WIDE_FLOATS)
     lengths, counts = checks.spans_and_counts(k, spans, len(unit))
-    (relevance,) = checks.vectors(unit, unit.dtype, relevance=(relevance, len(unit)))
+    (relevance,) = checks.vectors(unit, relevance=(relevance, len(unit), unit.dtype))
     return _op(unit, counts, relevance, lengths)
 
 

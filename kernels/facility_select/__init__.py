@@ -75,7 +75,7 @@ def facility_select(
     """
     checks.operand("unit", unit, "(n, D)", checks.WIDE_FLOATS)
     lengths, counts = checks.spans_and_counts(k, spans, len(unit))
-    (weights,) = checks.vectors(unit, unit.dtype, weights=(weights, len(unit)))
+    (weights,) = checks.vectors(unit, weights=(weights, len(unit), unit.dtype))
     reach = lengths
     if points is not None:
         checks.operand("points", points, "(m, D)", [unit.dtype])
@@ -85,7 +85,7 @@ def facility_select(
         reach = checks.lengths_of("point_spans", point_spans, len(points))
         if len(reach) != len(lengths):
             raise KernelError(f"{len(reach)} spans of points for {len(lengths)} spans of rows")
-        (offset,) = checks.vectors(unit, unit.dtype, offset=(offset, len(points)))
+        (offset,) = checks.vectors(unit, offset=(offset, len(points), unit.dtype))
     elif offset is not None:
         raise KernelError("offset has one value per point; give `points` with it")
     return _op(unit, counts, weights, lengths, points, reach, offset)

@@ -111,12 +111,14 @@ def maxmin_select(
         start = None
     if given is not None and start is None:
         raise KernelError("given counts first choices; name them with `start`")
-    rows, parts = len(x), len(lengths)
-    weights, bonus, margin = checks.vectors(
-        x, torch.float32, weights=(weights, rows), bonus=(bonus, rows), margin=(margin, parts)
+    weights, bonus, margin, start, given = checks.vectors(
+        x,
+        weights=(weights, len(x), torch.float32),
+        bonus=(bonus, len(x), torch.float32),
+        margin=(margin, len(lengths), torch.float32),
+        start=(start, len(lengths) if given is None else sum(counts), torch.int64),
+        given=(given, len(lengths), torch.int64),
     )
-    choices = parts if given is None else sum(counts)
-    start, given = checks.vectors(x, torch.int64, start=(start, choices), given=(given, parts))
     chosen = _op(x, counts, weights, lengths, margin, start, metric, isolated, bonus, given)
     return chosen if ordered else chosen.sort().values
 

@@ -73,10 +73,14 @@ def merge_rows(
     """
     checks.operand("x", x, "(n, D)")
     rows = len(x)
-    target, keep = checks.vectors(x, torch.int64, target=(target, rows), keep=(keep, keep.numel()))
+    target, keep, sizes = checks.vectors(
+        x,
+        target=(target, rows, torch.int64),
+        keep=(keep, keep.numel(), torch.int64),
+        sizes=(sizes, rows, checks.sum_dtype(x)),
+    )
     if len(keep) > rows:
         raise KernelError(f"{len(keep)} rows to keep of {rows}")
-    (sizes,) = checks.vectors(x, checks.sum_dtype(x), sizes=(sizes, rows))
     lengths = [] if frames is None else checks.lengths_of("frames", frames, rows)
     return MergedRows(*_op(x, target, keep, sizes, weighted, lengths))
 

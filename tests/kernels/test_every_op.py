@@ -308,6 +308,10 @@ REFUSED: dict[str, Callable[[], object]] = {
     "rows that see no keys of theirs": lambda: kernels.attention_colsum(
         torch.randn(1, 1, 5, 8), torch.randn(1, 1, 3, 8)
     ),
+    "keys past the last": lambda: kernels.attention_colsum(
+        *torch.ones(2, 1, 1, 3, 8),
+        visible=torch.tensor([0, 4, 2]).int().view(3, 1, 1).expand(3, 1, 3),
+    ),
 }
 
 
