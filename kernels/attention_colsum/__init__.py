@@ -138,7 +138,7 @@ def _row_weights(value: Tensor | None, q: Tensor, dtype: torch.dtype) -> Tensor:
     shape = q.shape[:3]
     if value is None:
         return torch.ones(shape, dtype=dtype, device=q.device)
-    value = value.to(dtype)
+    value = value.detach().to(dtype)
     if value.dim() == 2:
         value = value[:, None]
     fault = f"row_weights {tuple(value.shape)} does not fit {tuple(shape)} probe rows"

@@ -374,6 +374,14 @@ def test_gradient(op: str, place: torch.device) -> None:
     assert torch.autograd.gradcheck(call, x)
 
 
+@pytest.mark.parametrize("op", sorted(STRIDED.keys() - DIFFERENTIABLE.keys()))
+def test_no_gradient(op: str, place: torch.device) -> None:
+    shape, call = STRIDED[op]
+    x = torch.randn(shape, device=place)
+    for a, b in zip(leaves(call(x.clone().requires_grad_())), leaves(call(x)), strict=True):
+        assert torch.equal(a, b) and not a.requires_grad
+
+
 def test_nan_key_reaches_every_row_that_sees_it(place: torch.device) -> None:
     """All columns that such a row sees become NaN, and what such a row reads."""
     q, k = torch.randn(2, 1, 2, 6, 16).to(place).unbind(0)
