@@ -42,8 +42,13 @@ The 2-D mask of the second turn, which transformers reads at entry `dropped` + r
     sample 1      1 | 1 1 1 1 1 | 0 0 0 1 1  1
 
 The cache layers hold the map of the first turn (`current_map`: columns, and `real`, which is False
-at the padding row of sample 0). In the second call `LaterTokens._columns_of_call` (`later.py`)
-reads the padding of the new rows from the caller's mask; `build_segments` (`call.py`) takes the
-held map as `past` and the new rows as `new`; `Masks.decoder_mask` (`masks.py`) joins them:
-`_padding` makes the mask above, and `_window` compares columns.
+at the padding row of sample 0). In the second call `LaterTokens._continue` (`later.py`) reads the
+padding of the new rows from the caller's mask, and `build_segments` (`call.py`) takes the held map
+of every segment as `past` and the new rows as `new`. The masks (`masks.py`) join both: `_padding`
+makes the mask above, and `_window` compares columns.
+
+    layers of segment 0         before the decoder runs: `Masks.decoder_mask`, called by
+                                `set_arguments` (prompt) and `LaterTokens._continue` (later turn)
+    layers of other segments    when the first layer of a type is entered: `LayerType.mask`, by
+                                the hook of the layer (`layers.py`), in place of the decoder's
 """

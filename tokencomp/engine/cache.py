@@ -5,7 +5,7 @@ A prompt of eight tokens of which three were dropped:
     columns of the prompt    0  1  2  3  4  5  6  7
     rows that are held       0  1        4     6  7
     get_seq_length()  8      the column of the next token
-    rows              5      the rows to attend to
+    rows              5      the rows written; a sliding layer holds the last of them
     row_map                  which column each row holds, see `tokencomp.engine.rowmap`
 
 The caller owns the cache, and other objects may hold the layer. A layer therefore stays the same

@@ -40,7 +40,7 @@ class Segment:
     past
         Rows in their cache layers at the start of the call.
     new
-        Rows of this call; set by the stage of the segment.
+        Rows of this call: those before any stage, until the stage of the segment sets them.
     stage
         The stage before layer `first`, or None.
     index : Tensor of int64, shape (B, rows), or None
@@ -111,8 +111,11 @@ def build_segments(
 
     Parameters
     ----------
+    total
+        Number of decoder layers; for later tokens, of cache layers.
     layers
-        Layers of the KV cache.
+        Layers of the KV cache. Those that hold other rows than the layer before say so
+        (`starts_segment`), so that later tokens need no plan.
     mask : Tensor, shape (B, past + L), or None
         Padding mask of the call, for cache layers that are not compressed.
     new

@@ -5,7 +5,8 @@ tokens only need the right mask:
 
     one token, no padding, no window     no mask: it attends to all rows
     one token on a static cache          a mask of constant shape, without a host read
-    anything else                        `Masks` of a `Call`, segment by segment
+    anything else                        `Masks` of a `Call`: here that of segment 0; the hooks of
+                                         the layers ask for those of other segments (`layers.py`)
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class LaterTokens:
         layer = first_layer(compat.get_cache(inputs))
         if not isinstance(layer, CompressedStaticLayer):
             return not stages and not isinstance(layer, CompressedLayer)
-        return _columns(inputs) == 1 and not self.adapter.feature_modalities(inputs)
+        return _width(inputs) == 1 and not self.adapter.feature_modalities(inputs)
 
     def prepare(self, kwargs: dict[str, Any], layers: list[Any], first: Any) -> None:
         """Set mask and compact positions of a call in place; `first`: first layer with rows."""
@@ -127,32 +128,34 @@ class LaterTokens:
     def _continue(self, kwargs: dict[str, Any], layers: list[Any], first: Any) -> None:
         """Prepare any number of tokens, with or without padding and segments."""
         x, cache = kwargs["inputs_embeds"], compat.get_cache(kwargs)
-        n, new, prepared = x.shape[1], None, None
+        n, real, prepared = x.shape[1], None, None
         if n > 1:  # a single token is neither padding nor part of an image
-            new, prepared = self._columns_of_call(kwargs, n, first)
-        rows = RowMap(n, real=new)
+            real, prepared = self._mask_of_turn(kwargs, n, first)
+        rows = RowMap(n, real=real)
         segments = build_segments(Plan(), len(layers), layers, None, rows)
         call = Call(self.adapter, Plan(), [], n, segments, rows, cache)
         call.by_column, call.prepared = not self.compact, prepared
         check_windows(call)
         if self.compact:
-            kwargs["position_ids"] = segments[0].contiguous_positions(new, x)
+            kwargs["position_ids"] = segments[0].contiguous_positions(real, x)
         if len(segments) > 1 and "logits_to_keep" in kwargs:
             kwargs["logits_to_keep"] = 0  # layers with shared keys would get only the last rows
-        kwargs["attention_mask"] = Masks(call, new, layers).decoder_mask(x)
+        kwargs["attention_mask"] = Masks(call, real, layers).decoder_mask(x)
         self.calls.state.call = call
 
-    def _columns_of_call(
+    def _mask_of_turn(
         self, kwargs: Mapping[str, Any], n: int, layer: Any
     ) -> tuple[Tensor | None, Any]:
-        """Which of the `n` columns of a call are real, and the mask that the body prepared."""
+        """Which of the `n` columns of a turn are real, bool (B, n), or None for all; and the mask
+        that the body prepared.
+        """
         body = self.calls.state.noted.mask
         mask, prepared = read_mask(kwargs.get("attention_mask"), body, n, layer.rows)
-        new = None if mask is None else mask[:, -n:].bool()
-        return (None if new is None or bool(new.all()) else new), prepared
+        real = None if mask is None else mask[:, -n:].bool()
+        return (None if real is None or bool(real.all()) else real), prepared
 
 
-def _columns(inputs: Mapping[str, Any]) -> int:
+def _width(inputs: Mapping[str, Any]) -> int:
     """Number of columns of a call; 0 if its arguments do not show it."""
     for name in ("input_ids", "inputs_embeds"):
         if inputs.get(name) is not None:
@@ -169,7 +172,7 @@ def begins_prompt(inputs: Mapping[str, Any]) -> bool:
     cache = compat.get_cache(inputs)
     if cache is None:
         return True
-    if isinstance(first_layer(cache), StaticLayer) and _columns(inputs) == 1:
+    if isinstance(first_layer(cache), StaticLayer) and _width(inputs) == 1:
         return False
     return hasattr(cache, "get_seq_length") and not int(cache.get_seq_length())
 

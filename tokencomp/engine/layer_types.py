@@ -93,7 +93,7 @@ class Sliding(Windowed):
         return key > query - size
 
     def misplaced(self, masks: Any, segment: Any, total: int) -> bool:
-        """Whether a column is outside of the window of a query: transformers counts rows."""
+        """Whether a token is missing in a window: transformers' window, of rows, sees too far."""
         if not masks.call.by_column or not self.exceeded(masks, total):
             return False
         return bool(segment.gap_within(masks.call.layer_types.sizes[self.name] - 1))
@@ -162,7 +162,7 @@ class State(Mixing):
 
     def mask(self, masks: Any, segment: Any, x: Tensor, text: Tensor | None) -> Any:
         """False at padding, (B, n); None without padding."""
-        return None if masks.new is None else masks.new.to(x.device)
+        return None if masks.real is None else masks.real.to(x.device)
 
 
 FULL = LayerType("full_attention")

@@ -44,11 +44,11 @@ POSITIONS = ("query_positions", "key_positions")  # of the module of a bias, int
 
 
 class LayerHooks(CallHooks):
-    """Hooks on the decoder layers, active while their rows differ from those of the decoder.
+    """Hooks on the decoder layers, active while layers differ in their rows, cached or new.
 
-    That is so for prompts with stages between layers, and later tokens with their caches; in other
-    calls the hooks return at once. Once installed they remain until the patch is removed, because a
-    compressed cache can outlive its plan.
+    That is so for prompts with stages between layers, and for later tokens with their caches; in
+    other calls the hooks return at once. Once installed they remain until the patch is removed,
+    because a compressed cache can outlive its plan.
 
     Attributes
     ----------

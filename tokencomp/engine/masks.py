@@ -12,10 +12,11 @@ token enters the window in its place. A window of four columns, seen by the last
 
 Who builds a mask:
 
-    segment 0   `Masks.decoder_mask`: the decoder, from a 2-D padding mask, unless a layer type
-                says that it would be wrong (`LayerType.misplaced`); then we build one per layer
-                type and the decoder passes them on
-    others      `LayerType.mask`: we build one per layer type, and pass it to every layer
+    segment 0   the decoder, from the 2-D mask of `Masks.decoder_mask`; or, where a layer type says
+                that its mask would be wrong (`LayerType.misplaced`), `Masks.decoder_mask` itself:
+                one mask per layer type, which the decoder passes on
+    others      `LayerType.mask`, when the first layer of a type is entered; `LayerHooks._layer`
+                (`layers.py`) passes it to the layers in place of the mask of the decoder
     one later token without padding and windows: nobody, it attends to all rows
 
 This holds for prompts and for later turns. Chunks of a prompt (`ChunkedPrefill`) get the first
@@ -66,14 +67,14 @@ class Masks:
         Provides segments, and the mask that the body prepared for the uncompressed call
         (`Call.prepared`): (B, 1, L, columns), as a tensor or block mask of FlexAttention, or a
         mapping from layer types to such masks; None: plain causal attention.
-    new : Tensor of bool, shape (B, n), or None
+    real : Tensor of bool, shape (B, n), or None
         False at padding among the rows of this call.
     layers
         Layers of the KV cache; empty without one.
     """
 
     call: Call
-    new: Tensor | None
+    real: Tensor | None
     layers: list[Any]
 
     # -- segment 0 ------------------------------------------------------------------------------
@@ -94,10 +95,11 @@ class Masks:
             return self._by_type(x)
         first = self.call.segments[0]
         if not flash_on_static(self.call.adapter.text_config, self.call.first_layer):
-            return self._padding(first, self.new, x)
+            return self._padding(first, self.real, x)
         # FlashAttention on a static cache needs a mask by row even without padding.
         check_flash_on_static()
-        real, rows = joined_mask(first.past, self.new, first.new.rows), first.past.rows + x.shape[1]
+        real = joined_mask(first.past, self.real, first.new.rows)
+        rows = first.past.rows + x.shape[1]
         if real is None:
             return torch.ones(x.shape[0], rows, dtype=torch.bool, device=x.device)
         return real.to(x.device)
@@ -125,8 +127,9 @@ class Masks:
     ) -> Any:
         """Mask of a segment: causal or prepared, without padding, and within windows."""
         held = self._held(layer_type, segment)
-        offset = segment.past.length - held  # entry of the first cached row in the 2-D mask
-        padding = self._padding(segment, None if text is not None else self.new, x)
+        # Entry of the first row that these layers hold: `past.dropped`, and rows that slid out.
+        offset = segment.past.length - held
+        padding = self._padding(segment, None if text is not None else self.real, x)
         window = self._window(layer_type, segment, x)
         block = self.call.prepared
         if isinstance(block, Mapping):
@@ -139,8 +142,8 @@ class Masks:
     def _padding(self, segment: Segment, new: Tensor | None, x: Tensor) -> Tensor | None:
         """The 2-D mask, bool (B, `past.dropped` + rows), False at padding rows; None without any.
 
-        transformers reads row i at entry `past.dropped` + i (`MaskView.offset`), and never the
-        entries before: see the drawing in `tokencomp.engine`.
+        transformers reads row i at entry `past.dropped` + i, and never the entries before: see the
+        drawing in `tokencomp.engine`. `new` (B, n): which rows of this call are real.
         """
         real = joined_mask(segment.past, new, segment.new.rows, x.device)
         if real is None:
@@ -164,7 +167,10 @@ class Masks:
     def _window(
         self, layer_type: LayerType, segment: Segment, x: Tensor
     ) -> Callable[..., Any] | None:
-        """Whether a key is in the window of a query, as a function for transformers' masks."""
+        """Whether a key is in the window of a query, as a function for transformers' masks.
+
+        It calls the function with entries of the 2-D mask.
+        """
         size, past = self.call.layer_types.sizes.get(layer_type.name), segment.past
         if size is None or past.length + self.call.width <= size:
             return None
@@ -188,7 +194,7 @@ class Masks:
         if self.call.by_column and first is not None:
             return first.to(x.device)
         if not self.call.by_column:
-            real = joined_mask(segment.past, self.new, segment.new.rows, x.device)
+            real = joined_mask(segment.past, self.real, segment.new.rows, x.device)
         if real is None:
             return torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
         return (real.to(x.device).cumsum(1) == 0).sum(1)

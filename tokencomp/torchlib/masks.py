@@ -28,7 +28,7 @@ class MaskView:
     physical
         Number of rows held; of a static layer, the number it can hold.
     offset
-        Entry of the first row in the 2-D mask: the number of columns minus that of rows.
+        Entry of the first held row in the 2-D mask: the columns before the call minus `physical`.
     written
         Number of rows of a static layer that are written, a tensor.
     """
@@ -86,12 +86,12 @@ def causal_mask(
     hidden : Tensor, shape (B, q, d)
         Read for its batch size, length, dtype and device.
     mask : Tensor of bool, shape (B, offset + physical + q), or None
-        False at padding columns.
+        The 2-D mask: False at padding rows. The first row is at entry `offset` of the view.
     text : Tensor of int64, shape (B, q), or None
         Positions that restart at every prompt of a packed row; without a cache.
     within
-        Function of sample, head, query and key, as indices of columns: whether the query may attend
-        to the key, in addition to causality. None: no further condition.
+        Function of sample, head, query and key, the last two as entries of the 2-D mask: whether
+        the query may attend to the key, in addition to causality. None: no further condition.
     skip
         Whether the result may be None where plain causal attention is right.
     """
