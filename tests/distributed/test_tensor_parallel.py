@@ -11,8 +11,8 @@ from support import plans, ranks
 from support.families import FAMILIES
 
 import tokencomp
+from tokencomp.engine.capture import gather_heads
 from tokencomp.errors import UnsupportedModelError
-from tokencomp.torchlib.parallel import gather_heads
 
 pytestmark = pytest.mark.long
 

@@ -13,6 +13,7 @@ The exception ends the call before attention is computed.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -21,11 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokencomp.adapters.structure import parameters_of
 from tokencomp.errors import UnsupportedModelError
 from tokencomp.torchlib import compat
-from tokencomp.torchlib.parallel import tensor_parallel_group
-from tokencomp.torchlib.views import AttributeView, shallow_copy
+from tokencomp.torchlib.replace import AttributeView, shallow_copy
 
 NAME = "tokencomp_capture"
 FIX = "Use a reducer without attention, such as 'divprune'."
@@ -169,9 +168,9 @@ def capture_qk(
         The module does not call the backend that its config names, or changes logits in other ways.
     """
     # Run a copy of the module with our backend, or a copy of the layer that contains this copy.
-    compat.register_attention(NAME, _capture)
     outer = unwrapped(root)
     names = [name for name, child in outer.named_children() if unwrapped(child) is attn]
+    compat.register_attention(NAME, _capture)
     run = clone = shallow_copy(attn)
     clone.config = AttributeView(attn.config, _attn_implementation=NAME)
     if root is not attn:
@@ -191,7 +190,8 @@ def capture_qk(
     if rows is not None and isinstance(getattr(attn, "q_proj", None), nn.Module):
         stand_ins["q_proj"] = partial(_some_rows, stand_ins.get("q_proj", attn.q_proj), rows)
     # Arguments that its forward takes.
-    call, parameters = {"attention_mask": None, **arguments}, parameters_of(run)
+    call = {"attention_mask": None, **arguments}
+    parameters = inspect.signature(type(run).forward).parameters
     if getattr(attn, "indexer", None) is not None:  # reads a mask before the backend is called
         stand_ins["indexer"] = partial(_constant, None)  # it changes neither queries nor keys
         call["attention_mask"] = hidden.new_ones(1, 1, 1, 1, dtype=torch.bool)
@@ -213,3 +213,58 @@ def capture_qk(
         f"{type(attn).__name__} does not call the attention backend that its config names, so its "
         f"queries and keys are unknown. {FIX}"
     )
+
+
+# -- heads that tensor parallelism distributes over ranks -----------------------------------------
+
+
+def gather_heads(attn: Any, x: Tensor, dim: int) -> Tensor:
+    """Concatenate `x` over ranks along the head axis `dim`; unchanged if this rank has all heads.
+
+    Under tensor parallelism every rank computes some of the heads, in order. All ranks must keep
+    the same tokens, so scores need all heads. Values are gathered rather than summed, so that the
+    mean over heads rounds as in a single process.
+    """
+    config = compat.layer_config(getattr(attn, "config", None), getattr(attn, "layer_idx", 0))
+    fields = (config, "num_attention_heads"), (config, "num_heads"), (attn, "num_heads")
+    counts = (getattr(source, name, None) for source, name in fields)
+    total, heads = next((n for n in counts if isinstance(n, int)), None), x.shape[dim]
+    if total is None:
+        raise UnsupportedModelError(
+            f"{type(attn).__name__} does not say how many heads it has "
+            "(config.num_attention_heads), so its attention cannot be scored. Use a reducer "
+            "without attention, such as 'divprune'."
+        )
+    if heads == total:
+        return x
+    group = tensor_parallel_group(attn)
+    ranks = 1 if group is None else torch.distributed.get_world_size(group)
+    if heads * ranks != total:
+        raise UnsupportedModelError(
+            f"{type(attn).__name__} computes {heads} of its {total} heads on this rank, and "
+            f"{ranks} ranks are known to share them, so attention cannot be scored. Load the model "
+            "with tp_plan and a number of ranks that divides the heads, or use 'divprune'."
+        )
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(ranks)]
+    torch.distributed.all_gather(parts, x.contiguous(), group=group)
+    return torch.cat(parts, dim=dim)
+
+
+def tensor_parallel_group(attn: Any) -> Any:
+    """The process group that shares the heads of a self-attention module, or None.
+
+    Found by the DTensor weight of the query projection (transformers 5.16 and newer) or by the
+    device mesh that its module stores (older releases).
+    """
+    projections = (getattr(attn, name, None) for name in ("q_proj", "qkv_proj", "qkv"))
+    # LoRA wraps the linear layer.
+    for module in (m for outer in projections if outer is not None for m in outer.modules()):
+        weight = getattr(module, "weight", None)
+        mesh = getattr(weight, "device_mesh", None) or getattr(module, "_hf_device_mesh", None)
+        if mesh is None:
+            continue
+        if mesh.ndim == 1:
+            return mesh.get_group()
+        if "tp" in (mesh.mesh_dim_names or ()):
+            return mesh.get_group("tp")
+    return None

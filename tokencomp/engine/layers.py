@@ -119,9 +119,9 @@ class LayerHooks(CallHooks):
             hidden = _enter(call, segment, hidden, kwargs)
         layer_type = call.layer_types.types[i]
         kwargs.update(_row_arguments(segment, kwargs, call.segments[0].new.rows))
-        kwargs["attention_mask"] = _mask(call, segment, layer_type, hidden, kwargs)
+        kwargs["attention_mask"] = _mask(call, segment, layer_type, hidden)
         if "conv_mask" in kwargs:
-            kwargs["conv_mask"] = _mask(call, segment, CONVOLUTION, hidden, kwargs)
+            kwargs["conv_mask"] = _mask(call, segment, CONVOLUTION, hidden)
         kwargs["position_ids"] = _positions(call, segment, kwargs)
         kwargs.update(segment.lengths)
         if "position_embeddings" in kwargs:
@@ -145,15 +145,15 @@ class LayerHooks(CallHooks):
 def _enter(call: Call, segment: Segment, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """First layer of a segment: run its stage, if any, then set what its layers share."""
     previous = call.segments[call.segments.index(segment) - 1]
-    segment.index, cache = previous.index, compat.get_cache(kwargs)
+    segment.index = previous.index
     if segment.stage is not None:
         with timed(call):
-            hidden = _run_stage(call, segment, previous, hidden, kwargs, cache)
+            hidden = _run_stage(call, segment, previous, hidden, kwargs)
     if call.spans:
         segment.new = call.map
     if call.segments[0].new.packed:  # a stage moves prompts, and removes none
         segment.lengths = sequence_lengths(segment.new, kwargs)
-        if cache is None:
+        if compat.get_cache(kwargs) is None:
             # Without a mask and a cache, transformers infers packed prompts from positions.
             segment.text_positions = text_positions(segment.new, hidden.device)
     segment.ready = True
@@ -161,12 +161,7 @@ def _enter(call: Call, segment: Segment, hidden: Tensor, kwargs: dict[str, Any])
 
 
 def _run_stage(
-    call: Call,
-    segment: Segment,
-    previous: Segment,
-    hidden: Tensor,
-    kwargs: dict[str, Any],
-    cache: Any,
+    call: Call, segment: Segment, previous: Segment, hidden: Tensor, kwargs: dict[str, Any]
 ) -> Tensor:
     """Run the stage of a segment on hidden states (B, n, d) and their rotary tables."""
     stage: Any = segment.stage
@@ -179,7 +174,8 @@ def _run_stage(
         ids = _positions(call, previous, kwargs)
         arguments = {"position_embeddings": tables, "position_ids": ids}
         for s in signals:
-            call.scores.of_input(layer, hidden, arguments, s, call.map, cache, segment.past)
+            past = segment.past
+            call.scores.of_input(layer, hidden, arguments, s, call.map, call.cache, past)
     # The rows of segment 0 and the rotary tables are gathered with the hidden states.
     index = previous.index
     if index is None:
@@ -210,12 +206,10 @@ def _positions(call: Call, segment: Segment, kwargs: Mapping[str, Any]) -> Tenso
     return positions.gather(-1, index.expand(*axes, -1, -1))
 
 
-def _mask(
-    call: Call, segment: Segment, layer_type: LayerType, hidden: Tensor, kwargs: Mapping[str, Any]
-) -> Any:
+def _mask(call: Call, segment: Segment, layer_type: LayerType, hidden: Tensor) -> Any:
     """The mask of one layer type in a segment, built once."""
     if layer_type.name not in segment.masks:
-        layers = list(getattr(compat.get_cache(kwargs), "layers", None) or ())
+        layers = list(getattr(call.cache, "layers", None) or ())
         masks = Masks(call, segment.new.mask(hidden.device), layers)
         made = layer_type.mask(masks, segment, hidden, segment.text_positions)
         segment.masks[layer_type.name] = made

@@ -27,7 +27,7 @@ from tokencomp.errors import AlreadyCompressedError, PaddingError, UnsupportedMo
 from tokencomp.plan.plan import Plan
 from tokencomp.tokens.tokens import VisualSpan, numbered
 from tokencomp.torchlib import compat
-from tokencomp.torchlib.views import shallow_copy
+from tokencomp.torchlib.replace import shallow_copy
 
 IGNORED = -100  # label of columns without loss, as in transformers
 

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map_only
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from tokencomp.engine.cache import is_reference, physical_length, stored
-from tokencomp.engine.capture import Captured, Past, attention_of, capture_qk
+from tokencomp.engine.capture import Captured, Past, attention_of, capture_qk, gather_heads
 from tokencomp.engine.rowmap import (
     KeptSpan,
     RowMap,
@@ -34,7 +34,6 @@ from tokencomp.engine.rowmap import (
 from tokencomp.tokens.signals import Attention
 from tokencomp.tokens.stacks import HostIndex
 from tokencomp.torchlib import compat
-from tokencomp.torchlib.parallel import gather_heads
 
 # Arguments of a layer that a probe does not pass: it handles padding itself.
 LEFT_OUT = ("hidden_states", "attention_mask", "cache_position", *compat.CACHE_NAMES)

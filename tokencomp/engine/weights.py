@@ -44,8 +44,7 @@ from tokencomp.tokens.tokens import Kept, Tokens
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.cache_classes import QUANTIZED
 from tokencomp.torchlib.checkpointing import checkpoint_functions
-from tokencomp.torchlib.replace import MethodReplacement
-from tokencomp.torchlib.views import AttributeView
+from tokencomp.torchlib.replace import AttributeView, MethodReplacement
 
 NAME = "tokencomp_proportional"
 MULTIPLE = 8  # FlashAttention requires head dimensions that are multiples of 8

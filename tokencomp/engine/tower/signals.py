@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter, TowerCall
+from tokencomp.engine.capture import gather_heads
 from tokencomp.errors import OptionError, SpanError
 from tokencomp.plan.plan import Plan
 from tokencomp.tokens.signals import Attention, Signal, TowerSignal
 from tokencomp.tokens.tokens import VisualSpan
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.hooks import Hooked
-from tokencomp.torchlib.parallel import gather_heads
 from tokencomp.torchlib.replace import MethodReplacement
 
 
