@@ -39,72 +39,164 @@ from tokencomp.torchlib import compat
 LEFT_OUT = ("hidden_states", "attention_mask", "cache_position", *compat.CACHE_NAMES)
 
 
-@torch.no_grad()  # scores select rows, and carry no gradient
-def layer_scores(
-    attn: Any,
-    kwargs: Mapping[str, Any],
-    signal: Attention,
-    rows: RowMap,
-    raters: Tensor | None = None,
-    past: RowMap | None = None,
-) -> Tensor:
-    """Scores of every span from a self-attention call that has just run.
+class StageScores:
+    """Scores for the stages of one call that have not run yet, by layer of the stage.
 
     Parameters
     ----------
-    attn, kwargs
-        The self-attention module and the arguments of its call (normed hidden states, rotary
-        tables, cache).
-    rows
-        Map of the call. Only the question of every prompt votes, see `Prompt.question_stop`.
-    raters : Tensor of float32, shape (B, n), or None
-        Weights of the rows that vote under `Attention("raters")`, see `rater_weights`.
-    past
-        Rows of earlier turns in the cache; None: there are none.
+    layers
+        All decoder layers.
 
-    Returns
-    -------
-    Tensor, float32, shape (kept visual tokens,)
-        Spans of all samples concatenated. If no row votes: (B, n), see `_key_lengths`.
+    Attributes
+    ----------
+    spans
+        Scores of visual tokens, float32 (kept visual tokens,), over the spans of all samples.
+    raters : Tensor of float32, shape (B, rows), or None
+        See `rater_weights`; None if no stage needs them.
     """
-    cached = _cached_layer(compat.get_cache(kwargs), attn.layer_idx)
-    keys = None if cached is None else cached.keys
-    if is_reference(type(cached)) or (
-        keys is not None
-        and isinstance(cached, DynamicSlidingWindowLayer)
-        and keys.shape[-2] < physical_length(cached)
-    ):
-        keys = cached = None  # the cache holds other rows than this call: recompute keys
-    if past is None or keys is None:
-        past = RowMap(0)
-    hidden = kwargs["hidden_states"]
-    return _scores(attn, attn, hidden, kwargs, signal, rows, cached, past, keys, raters)
+
+    def __init__(self, layers: nn.ModuleList) -> None:
+        self._layers = layers
+        self.spans: dict[int, Tensor] = {}
+        self._texts: dict[int, list[list[Tensor]]] = {}
+        self.raters: Tensor | None = None
+
+    @torch.no_grad()  # scores select rows, and carry no gradient
+    def of_call(
+        self,
+        stage: int,
+        attn: Any,
+        kwargs: Mapping[str, Any],
+        signal: Attention,
+        rows: RowMap,
+        past: RowMap,
+    ) -> None:
+        """Compute scores for a stage from a self-attention call that has just run.
+
+        Parameters
+        ----------
+        attn, kwargs
+            The self-attention module and the arguments of its call (normed hidden states, rotary
+            tables, cache).
+        rows
+            Map of the call. Only the question of every prompt votes, see `Prompt.question_stop`.
+        past
+            Rows of earlier turns in the cache of the layer.
+        """
+        cached = _cached_layer(compat.get_cache(kwargs), attn.layer_idx)
+        keys = None if cached is None else cached.keys
+        if is_reference(type(cached)) or (
+            keys is not None
+            and isinstance(cached, DynamicSlidingWindowLayer)
+            and keys.shape[-2] < physical_length(cached)
+        ):
+            keys = cached = None  # the cache holds other rows than this call: recompute keys
+        if keys is None:
+            past = RowMap(0)
+        hidden = kwargs["hidden_states"]
+        self._score(stage, attn, attn, hidden, kwargs, signal, rows, cached, past, keys)
+
+    @torch.no_grad()
+    def of_input(
+        self,
+        stage: int,
+        x: Tensor,
+        arguments: Mapping[str, Any],
+        signal: Attention,
+        rows: RowMap,
+        cache: Any,
+        past: RowMap,
+    ) -> None:
+        """Compute scores for a stage from the layer after it, before that runs: only its input
+        norm, q, k and RoPE are computed.
+
+        Parameters
+        ----------
+        x : Tensor, shape (B, n, d)
+            Hidden states before the stage.
+        arguments
+            `position_embeddings` of the layer, and `position_ids` if it reads them.
+        rows, past
+            As in `of_call`.
+        """
+        layer, cached = self._layers[stage], _cached_layer(cache, stage)
+        attn = attention_of(layer)
+        if past.rows and not physical_length(cached):
+            past = RowMap(0)
+        with unsharded(layer):
+            self._score(stage, layer, attn, x, arguments, signal, rows, cached, past, None)
+
+    def _score(
+        self,
+        stage: int,
+        root: Any,
+        attn: Any,
+        hidden: Tensor,
+        arguments: Mapping[str, Any],
+        signal: Attention,
+        rows: RowMap,
+        cached: Any,
+        past: RowMap,
+        keys: Tensor | None,
+    ) -> None:
+        """Store scores; `keys` (B, kv heads, past + n, D) are those of the call, if known.
+
+        A voter sees a contiguous range of keys, unless other prompts or padding of an earlier turn
+        are in between. If so, samples are scored one by one, otherwise together.
+        """
+        questions = questions_of(rows)
+        groups = [[q] for q in questions] if rows.packed or past.rows else [questions]
+        probes = [Probe(root, attn, hidden, arguments, group) for group in groups]
+        if signal.rows != "none":
+            parts = [_span_scores(p, signal, cached, past, keys, self.raters) for p in probes]
+            self.spans[stage] = torch.cat(parts)
+            return
+        lengths = hidden.new_zeros(hidden.shape[:2], dtype=torch.float32)
+        for probe in probes:
+            _key_lengths(probe, lengths)
+        self._texts[stage] = text_values(lengths, rows)
+        self.spans[stage] = visual_values(lengths, rows)
+
+    def pop(
+        self, stage: int, device: torch.device
+    ) -> tuple[Tensor | None, list[list[Tensor]] | None]:
+        """Remove and return scores of visual tokens and of text for a stage, see `tokens_of`."""
+        scores = self.spans.pop(stage, None)
+        return None if scores is None else scores.to(device), self._texts.pop(stage, None)
+
+    def follow(self, before: RowMap, after: RowMap, index: Tensor, device: torch.device) -> None:
+        """Remove scores of dropped tokens; `index` is that of `RowMap.keep`."""
+        if self.raters is not None:
+            self.raters = self.raters.to(device).gather(1, index)
+        for stage, scores in self.spans.items():
+            self.spans[stage] = kept_values(scores.to(device), before, after, index)
 
 
 @torch.no_grad()
-def input_scores(
-    layer: Any,
-    hidden: Tensor,
-    arguments: Mapping[str, Any],
-    signal: Attention,
-    rows: RowMap,
-    cache: Any = None,
-    index: int = 0,
-    raters: Tensor | None = None,
-    past: RowMap | None = None,
-) -> Tensor:
-    """Scores from decoder layer `index` before it runs: only its input norm, q, k and RoPE are
-    computed.
+def rater_weights(x: Tensor, rows: RowMap) -> Tensor:
+    """Weights of the raters of every prompt among the rows of the embeddings x (B, n, d).
 
-    `arguments` are those of the layer for input `hidden` (B, n, d): `position_embeddings`, and
-    `position_ids` if it reads them. Scores as in `layer_scores`.
+        r_m = mean over visual tokens i of softmax over text tokens m of (x_i · q_m)
+
+    for the text q after the last span (SparseVLM, arXiv 2410.04417). Raters are the tokens whose
+    r_m is at least the mean; their weights are equal, and sum to 1 in a prompt.
+
+    Returns
+    -------
+    Tensor of float32, shape (B, n)
+        0 for all other rows.
     """
-    cached = _cached_layer(cache, index)
-    attn = attention_of(layer)
-    if past is None or (past.rows and not physical_length(cached)):
-        past = RowMap(0)
-    with unsharded(layer):
-        return _scores(layer, attn, hidden, arguments, signal, rows, cached, past, None, raters)
+    weights = x.new_zeros(x.shape[:2], dtype=torch.float32)
+    for b, prompts in enumerate(rows.prompts):
+        for prompt in prompts:
+            spans, text = rows.spans_of(b, prompt), rows.question_text(b, prompt)
+            if not spans or text.start == text.stop:
+                continue
+            visual = torch.cat([x[b, kept.start : kept.stop] for kept in spans]).float()
+            rating = (visual @ x[b, text].float().T).softmax(1).mean(0)
+            chosen = (rating >= rating.mean() * (1 - 1e-6)).float()
+            weights[b, text] = chosen / chosen.sum()
+    return weights
 
 
 def _cached_layer(cache: Any, index: int) -> Any:
@@ -130,34 +222,6 @@ def unsharded(layer: nn.Module) -> Iterator[None]:
             yield
     else:
         yield
-
-
-def _scores(
-    root: Any,
-    attn: Any,
-    hidden: Tensor,
-    arguments: Mapping[str, Any],
-    signal: Attention,
-    rows: RowMap,
-    cached: Any,
-    past: RowMap,
-    keys: Tensor | None,
-    raters: Tensor | None,
-) -> Tensor:
-    """Scores of all spans; `keys` (B, kv heads, past + n, D) are those of the call, if known.
-
-    A voter sees a contiguous range of keys, unless other prompts or padding of an earlier turn are
-    in between. If so, samples are scored one by one, otherwise together.
-    """
-    questions = questions_of(rows)
-    groups = [[q] for q in questions] if rows.packed or past.rows else [questions]
-    probes = [Probe(root, attn, hidden, arguments, group) for group in groups]
-    if signal.rows != "none":
-        return torch.cat([_span_scores(p, signal, cached, past, keys, raters) for p in probes])
-    lengths = hidden.new_zeros(hidden.shape[:2], dtype=torch.float32)
-    for probe in probes:
-        _key_lengths(probe, lengths)
-    return lengths
 
 
 # -- queries and keys of questions at a layer -----------------------------------------------------
@@ -486,114 +550,3 @@ def _column_sums(
         )
     joined: Tensor = join_heads(gather_heads(probe.attn, sums, dim=1), signal.heads)
     return joined
-
-
-# -- scores for the stages of a call --------------------------------------------------------------
-
-
-class StageScores:
-    """Scores for the stages of one call that have not run yet, by layer of the stage.
-
-    Parameters
-    ----------
-    layers
-        All decoder layers.
-
-    Attributes
-    ----------
-    spans
-        Scores of visual tokens.
-    raters : Tensor of float32, shape (B, rows), or None
-        See `rater_weights`; None if no stage needs them.
-    """
-
-    def __init__(self, layers: nn.ModuleList) -> None:
-        self._layers = layers
-        self.spans: dict[int, Tensor] = {}
-        self._texts: dict[int, list[list[Tensor]]] = {}
-        self.raters: Tensor | None = None
-
-    def of_call(
-        self,
-        stage: int,
-        attn: nn.Module,
-        kwargs: Mapping[str, Any],
-        signal: Attention,
-        rows: RowMap,
-        past: RowMap,
-    ) -> None:
-        """Compute scores for a stage from an attention call that has run, see `layer_scores`."""
-        self._take(stage, signal, layer_scores(attn, kwargs, signal, rows, self.raters, past), rows)
-
-    def of_input(
-        self,
-        stage: int,
-        x: Tensor,
-        arguments: Mapping[str, Any],
-        signal: Attention,
-        rows: RowMap,
-        cache: Any,
-        past: RowMap,
-    ) -> None:
-        """Compute scores for a stage from queries and keys of the layer after it.
-
-        Parameters
-        ----------
-        x : Tensor, shape (B, n, d)
-            Hidden states before the stage.
-        arguments
-            `position_embeddings` and `position_ids` of the layer.
-        past
-            Rows of earlier turns in the cache of the layer.
-        """
-        layer = self._layers[stage]
-        scores = input_scores(layer, x, arguments, signal, rows, cache, stage, self.raters, past)
-        self._take(stage, signal, scores, rows)
-
-    def _take(self, stage: int, signal: Attention, scores: Tensor, rows: RowMap) -> None:
-        """Store scores; those of all rows, (B, n), in two parts."""
-        if signal.rows == "none":
-            self._texts[stage] = text_values(scores, rows)
-            scores = visual_values(scores, rows)
-        self.spans[stage] = scores
-
-    def pop(
-        self, stage: int, device: torch.device
-    ) -> tuple[Tensor | None, list[list[Tensor]] | None]:
-        """Remove and return scores of visual tokens and of text for a stage, see `tokens_of`."""
-        scores = self.spans.pop(stage, None)
-        return None if scores is None else scores.to(device), self._texts.pop(stage, None)
-
-    def follow(self, before: RowMap, after: RowMap, index: Tensor, device: torch.device) -> None:
-        """Remove scores of dropped tokens; `index` is that of `RowMap.keep`."""
-        if self.raters is not None:
-            self.raters = self.raters.to(device).gather(1, index)
-        for stage, scores in self.spans.items():
-            self.spans[stage] = kept_values(scores.to(device), before, after, index)
-
-
-@torch.no_grad()
-def rater_weights(x: Tensor, rows: RowMap) -> Tensor:
-    """Weights of the raters of every prompt among the rows of the embeddings x (B, n, d).
-
-        r_m = mean over visual tokens i of softmax over text tokens m of (x_i · q_m)
-
-    for the text q after the last span (SparseVLM, arXiv 2410.04417). Raters are the tokens whose
-    r_m is at least the mean; their weights are equal, and sum to 1 in a prompt.
-
-    Returns
-    -------
-    Tensor of float32, shape (B, n)
-        0 for all other rows.
-    """
-    weights = x.new_zeros(x.shape[:2], dtype=torch.float32)
-    for b, prompts in enumerate(rows.prompts):
-        for prompt in prompts:
-            spans, text = rows.spans_of(b, prompt), rows.question_text(b, prompt)
-            if not spans or text.start == text.stop:
-                continue
-            visual = torch.cat([x[b, kept.start : kept.stop] for kept in spans]).float()
-            rating = (visual @ x[b, text].float().T).softmax(1).mean(0)
-            chosen = (rating >= rating.mean() * (1 - 1e-6)).float()
-            weights[b, text] = chosen / chosen.sum()
-    return weights

@@ -14,7 +14,7 @@ from tokencomp.adapters.base import Adapter, MediaCall
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.engine.prompt import build_prompts, real_columns
 from tokencomp.engine.rowmap import RowMap
-from tokencomp.engine.scores import input_scores
+from tokencomp.engine.scores import StageScores
 from tokencomp.tokens.signals import Attention
 from tokencomp.tokens.tokens import VisualSpan
 from tokencomp.torchlib import compat
@@ -72,9 +72,9 @@ class Capture:
         real = columns >= self.width - torch.tensor(self.lengths)[:, None]
         prompts = build_prompts(real, self.spans, generated=answer)
         rows = RowMap.of_prompt(self.width, self.lengths, self.spans, prompts)
-        layer, signal = self.adapter.layers[0], Attention("text")
-        scores = input_scores(layer, self.inputs[0], tables, signal, rows)
-        parts = iter(scores.split([span.length for row in self.spans for span in row]))
+        scores, signal = StageScores(self.adapter.layers), Attention("text")
+        scores.of_input(0, self.inputs[0], tables, signal, rows, None, RowMap(0))
+        parts = iter(scores.spans[0].split([span.length for row in self.spans for span in row]))
         return [[next(parts) for _ in row] for row in self.spans]
 
     def features(self) -> list[list[Tensor]]:
