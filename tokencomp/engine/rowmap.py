@@ -84,13 +84,14 @@ class RowMap:
         rows are consecutive. Rows of a merged token have the same column. None: row i holds column
         i.
     real : Tensor of bool, shape (B, m), or None
-        False at padding rows; rows after the first m are real. In the map of a prompt `mask` makes
-        it from `lengths`; in a cache None: no padding rows.
+        False at padding rows; rows after the first m are real. Read it by `mask`, which makes that
+        of a prompt from `lengths`. In a cache None means that there are no padding rows.
     starts : Tensor of int64, shape (B,), or None
         First real column of every sample; None: 0, or unknown.
     weights : Tensor of float32, shape (B, rows), or None
-        Number of tokens that every row represents; None: one each. This and the next three are in
-        the map of a prompt only, not in that of a cache, which repeats merged rows.
+        Number of tokens that every row represents, 1 at padding rows; None: one each. `weights`,
+        `lengths`, `spans` and `prompts` are in the map of a prompt only: in a cache merged rows are
+        repeated (`repeated`).
     lengths : list of int
         Real rows per sample, aligned to the right.
     spans
@@ -134,7 +135,7 @@ class RowMap:
         return self.rows + self.dropped
 
     def mask(self, device: torch.device | None = None) -> Tensor | None:
-        """False at padding rows, bool (B, rows); None if all rows are real. Sets `real`."""
+        """False at padding rows, bool (B, rows); None if all rows are real. Remembered in `real`."""
         real = self.real
         if real is None:
             if all(n == self.rows for n in self.lengths):
@@ -302,7 +303,7 @@ class RowMap:
         weights, mask = self.weights, self.mask(device)
         assert weights is not None
         counts = weights.to(device).round().long()
-        ends = (counts if mask is None else counts * mask).cumsum(1)
+        ends = (counts if mask is None else counts * mask).cumsum(1)  # padding is not repeated
         lengths = ends[:, -1].tolist()
         rows = max(lengths)
         # New row i of a sample repeats the first row whose cumulated count exceeds i.

@@ -10,8 +10,9 @@ A merged token is the mean of n tokens. Proportional attention adds log(n) to it
 1. Stage: `merge_rest` averages dropped patches into their nearest kept patch. 2. Prefill:
 `RowWeights` adds log(n) by a few more dimensions of queries and keys, whose product is the
 logarithm. So SDPA, FlashAttention and eager attention run unchanged, without an additional mask,
-and the cache holds plain keys. 3. Cache: `repeat_rows` stores the row of a merged token n times. So
-a decode step needs no weights, runs no code of ours, and reads as many rows as without a patch.
+and the cache holds plain keys. 3. Cache: `RowMap.repeated` says which rows are repeated, and
+`repeat_rows` stores the row of a merged token n times. So a decode step needs no weights, runs no
+code of ours, and reads as many rows as without a patch.
 """
 
 from __future__ import annotations
