@@ -5,6 +5,7 @@
     x, map ─► score ─► tokens_of ─► reducer ─► keep_last ─► merge_rest ─► keep ─► x', map'
               (what    (all spans   (`Kept`)   (a question   (merge=True)  (`RowMap.keep`,
               it needs) as a batch)            ends in it)                 gathered by `take`)
+                                    └──── `choose_patches` ────────────┘
 """
 
 from __future__ import annotations
@@ -143,8 +144,6 @@ def choose(call: Call, stage: Stage, x: Tensor) -> tuple[list[list[int]], Chosen
     kept
         Its choice over all of these spans, concatenated; None if there are none.
     """
-    from tokencomp.kernels.dispatch import checked
-
     rows, order = call.map, call.plan.stages.index(stage)
     # `call.counts` has visual tokens to keep, special tokens included. `counts` adds the text
     # between the frames of a video, which is always kept. The budget of a reducer (`tokens_of`)
@@ -185,11 +184,20 @@ def choose(call: Call, stage: Stage, x: Tensor) -> tuple[list[list[int]], Chosen
         return counts, chosen, parts.of_all(Kept(tokens.table([])))
     if frames is not None:
         tokens.frames = [frames[b][j] for b, j in tokens.places]
-    kept = reduced(stage.reducer, tokens)
-    # If a question ends in a patch, that patch replaces the last kept one.
     pairs = zip(roles, ends, strict=True)
     ends = [end and role[-1] == PATCH for role, end in pairs if (role == PATCH).any()]
-    if any(ends):
+    return counts, chosen, parts.of_all(choose_patches(call, stage, tokens, ends))
+
+
+def choose_patches(call: Call, stage: Stage, tokens: Tokens, ends: Sequence[bool]) -> Kept:
+    """The choice of a stage among patches, with the options of the stage.
+
+    `ends`: for every span, whether a question ends in its last patch.
+    """
+    from tokencomp.kernels.dispatch import checked
+
+    kept = reduced(stage.reducer, tokens)
+    if any(ends):  # the last patch replaces the last kept one
         kept = keep_last(kept, tokens, ends)
     # Average dropped patches into kept ones.
     if stage.merge:
@@ -198,7 +206,7 @@ def choose(call: Call, stage: Stage, x: Tensor) -> tuple[list[list[int]], Chosen
         if any(merging):
             with checked():  # targets were built on the host
                 kept = merge_rest(tokens, kept, merging, stage.reducer.name)
-    return counts, chosen, parts.of_all(kept)
+    return kept
 
 
 def keep_last(kept: Kept, tokens: Tokens, ends: Sequence[bool]) -> Kept:

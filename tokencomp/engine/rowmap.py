@@ -135,7 +135,7 @@ class RowMap:
         return self.rows + self.dropped
 
     def mask(self, device: torch.device | None = None) -> Tensor | None:
-        """False at padding rows, bool (B, rows); None if all rows are real. Remembered in `real`."""
+        """False at padding rows, bool (B, rows); None if all are real. Remembered in `real`."""
         real = self.real
         if real is None:
             if all(n == self.rows for n in self.lengths):

@@ -98,13 +98,13 @@ class Option:
     Attributes
     ----------
     off
-        The value without effect, which the JSON form of a plan leaves out. Plugins for serving
-        engines take no other value, except that vLLM can merge.
+        The value without effect, which the JSON form of a plan leaves out. Serving engines other
+        than transformers take no other value, except that vLLM can merge.
     help
         Its line on the command line.
     usual
-        Function of the reducer that the user gave ("auto", a name or a `Reducer`), which returns
-        the value for None. None: `off`.
+        Returns the value of an option that the user left out, for the reducer that the user gave
+        ("auto", a name or a `Reducer`). By default that is `off`.
     check
         Called with a value of the right type and the reducer of the stage (None: not known). Raises
         `OptionError` for a value that is out of range, or that the reducer does not allow.
@@ -119,7 +119,7 @@ class Option:
     usual: Callable[[Any], Any] | None = None
     check: Callable[[Any, AnyReducer | None], None] | None = None
     words: Mapping[Any, str] = field(default_factory=dict)
-    hf_only: str = "it acts in the decoder of transformers"
+    hf_only: str = "only the engine hf runs this option"
 
     def meaning(self, reducer: Any) -> Any:
         """The value that None stands for with this reducer ("auto", a name or a `Reducer`)."""
@@ -196,7 +196,8 @@ def check_option(name: str, value: Any, reducer: AnyReducer | None) -> None:
     """Check one option as `StageOptions.check_options` does."""
     kind = type_of(name)
     if not fits(value, kind):
-        values = ["True, False"] * (bool in get_args(kind)) + [repr(c) for c in choices(kind)]
+        truth = bool in (kind, *get_args(kind))
+        values = ["True, False"] * truth + [repr(c) for c in choices(kind)]
         allowed = ", ".join(values) or describe_type(kind)
         raise OptionError(f"{name}={value!r}; allowed: {allowed}.")
     if (check := OPTIONS[name].check) is not None:

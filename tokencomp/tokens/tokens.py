@@ -172,8 +172,8 @@ class Tokens:
     norm
         The norm after the last decoder layer, (…, d) to (…, d), if the reducer needs `NORM`.
     frames : list of (Tensor, shape (h · w, d), or None), or None
-        The last frame of the same shape before every span, also of an earlier turn on the same
-        cache, if the reducer needs `FRAMES`.
+        Features of the last frame of the same shape before every span, also of an earlier turn on
+        the same cache, to compare `features` with, if the reducer needs `FRAMES`.
     pixels
         (frames, height, width) of a patch where `features` are pixels, before the first block of
         the vision tower: they are the last three axes of
