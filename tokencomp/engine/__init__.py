@@ -26,29 +26,35 @@ Four coordinates, each with one name:
             choose patches (`tokencomp.tokens.tokens`).
     cell    the patches of the vision tower that one visual token reads (`tower/`).
 
-A second turn after a stage that keeps two of four visual tokens (v) of sample 0, and three of
-sample 1, whose second turn has three padding columns:
+A *segment* is the layers between two stages: they see the same rows, of this call and in the cache.
+
+Two prompts, a stage that keeps two of four visual tokens (v) of sample 0 and three of sample 1, and
+a second turn, in which sample 1 has three padding columns (p):
 
     columns of both turns        0 1 2 3 4 5 | 6 7 8 9 10 11
     sample 0                     t v v v v t | t t t t t  t
-    columns of the rows held     ·  0 1 4 5  |                 `rows` 5, one of them padding (·)
-    sample 1                     t v v v v t | · · · t t  t
-    columns of the rows held     0 1 2 4 5   |                 `dropped` 6 - 5 = 1, of every sample
+    sample 1                     t v v v v t | p p p t t  t
+    columns of the rows held
+        sample 0                 ·  0 1 4 5      rows are aligned to the right: · is a padding row
+        sample 1                 0 1 2 4 5       (padding of the caller on the left is one as well)
+    of every sample              `rows` 5, `dropped` 6 - 5 = 1
 
 The 2-D mask of the second turn, which transformers reads at entry `dropped` + row:
 
-    entry         0 | 1 2 3 4 5 | 6 7 8 9 10 11      entry 0 is never read
-    sample 0      1 | 0 1 1 1 1 | 1 1 1 1 1  1
-    sample 1      1 | 1 1 1 1 1 | 0 0 0 1 1  1
+    entry                        0 | 1 2 3 4 5 | 6 7 8 9 10 11     entry 0 is never read
+    sample 0                     1 | 0 1 1 1 1 | 1 1 1 1 1  1
+    sample 1                     1 | 1 1 1 1 1 | 0 0 0 1 1  1
 
-The cache layers hold the map of the first turn (`current_map`: columns, and `real`, which is False
-at the padding row of sample 0). In the second call `LaterTokens._continue` (`later.py`) reads the
-padding of the new rows from the caller's mask, and `build_segments` (`call.py`) takes the held map
-of every segment as `past` and the new rows as `new`. The masks (`masks.py`) join both: `_padding`
-makes the mask above, and `_window` compares columns.
+After the first call `note_prompt` (`restore.py`) gives the cache layers the map of their rows:
+columns, and which rows are real. In the second call `LaterTokens._continue` (`later.py`) reads the
+padding of the turn from the caller's mask, and `build_segments` (`call.py`) takes the map of the
+cache as `past` and the new rows as `new`. The masks (`masks.py`) join both:
 
-    layers of segment 0         before the decoder runs: `Masks.decoder_mask`, called by
-                                `set_arguments` (prompt) and `LaterTokens._continue` (later turn)
-    layers of other segments    when the first layer of a type is entered: `LayerType.mask`, by
-                                the hook of the layer (`layers.py`), in place of the decoder's
+    segment 0         `Masks.decoder_mask`, before the decoder runs, makes the 2-D mask above
+                      (`_padding`), and the decoder its own masks of it; only where those would be
+                      wrong, because tokens are missing in a window, we make them (`_window`)
+    other segments    `LayerType.mask`, when the first layer of a type is entered: the hook of the
+                      layer (`layers.py`) passes it in place of the decoder's
+
+After the call `note_turn` (`restore.py`) adds the padding of the turn to the maps of the cache.
 """

@@ -38,8 +38,8 @@ from tokencomp.engine.layers import LayerHooks
 from tokencomp.engine.masks import Masks, split_mask
 from tokencomp.engine.prompt import read_prompt, with_embeddings
 from tokencomp.engine.restore import (
-    note_padding,
     note_prompt,
+    note_turn,
     restore_maps,
     restore_states,
     whole_output,
@@ -250,7 +250,7 @@ class DecoderHooks(CallHooks):
         if getattr(out, "attentions", None) is not None:
             out.attentions = restore_maps(out.attentions, call, getattr(cache, "layers", ()))
         if not call.spans:  # later tokens
-            note_padding(call, cache)
+            note_turn(call, cache)
             return out
         if call.merges:
             self.weights.check(call)

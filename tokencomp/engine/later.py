@@ -131,9 +131,9 @@ class LaterTokens:
         n, real, prepared = x.shape[1], None, None
         if n > 1:  # a single token is neither padding nor part of an image
             real, prepared = self._mask_of_turn(kwargs, n, first)
-        rows = RowMap(n, real=real)
-        segments = build_segments(Plan(), len(layers), layers, None, rows)
-        call = Call(self.adapter, Plan(), [], n, segments, rows, cache)
+        new = RowMap(n, real=real)
+        segments = build_segments(Plan(), len(layers), layers, mask=None, new=new)
+        call = Call(self.adapter, Plan(), [], n, segments, new, cache)
         call.by_column, call.prepared = not self.compact, prepared
         check_windows(call)
         if self.compact:

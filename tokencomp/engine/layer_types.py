@@ -109,7 +109,7 @@ class Chunked(Windowed):
         return (key - start) // size == (query - start) // size
 
     def misplaced(self, masks: Any, segment: Any, total: int) -> bool:
-        """Whether columns are missing: transformers derives chunks from columns."""
+        """Whether tokens are missing: transformers derives chunks from entries of the mask."""
         return self.exceeded(masks, total) and segment.gaps
 
 

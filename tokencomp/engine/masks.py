@@ -20,7 +20,7 @@ Who builds a mask:
     one later token without padding and windows: nobody, it attends to all rows
 
 This holds for prompts and for later turns. Chunks of a prompt (`ChunkedPrefill`) get the first
-columns of the 2-D mask; where we build masks, a prompt is not chunked. Of the caller's mask a later
+entries of the 2-D mask; where we build masks, a prompt is not chunked. Of the caller's mask a later
 turn reads only the columns of the turn, because the cache layers store their padding.
 
 Masks that the body has prepared, in which tokens of an image attend to each other, are gathered by
@@ -125,7 +125,7 @@ class Masks:
     def attention_mask(
         self, layer_type: LayerType, segment: Segment, x: Tensor, text: Tensor | None
     ) -> Any:
-        """Mask of a segment: causal or prepared, without padding, and within windows."""
+        """Mask of a segment, causal or prepared, which hides padding rows and respects windows."""
         held = self._held(layer_type, segment)
         # Entry of the first row that these layers hold: `past.dropped`, and rows that slid out.
         offset = segment.past.length - held
@@ -306,9 +306,9 @@ def padding_of(mask: Any, queries: int, past: int) -> Tensor | None:
         An `attention_mask` of a decoder: None, a 2-D mask, a bool or additive mask (B, 1, queries,
         columns), or a mapping from layer types to those.
     queries
-        Columns of the call.
+        Rows of the call.
     past
-        Columns before them.
+        Rows (keys) before those of the call.
 
     Returns
     -------

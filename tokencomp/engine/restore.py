@@ -63,8 +63,8 @@ def _rows_after_media(rows: RowMap) -> int:
     return min(rows.rows - spans[-1].stop for spans in rows.spans if spans)
 
 
-def note_padding(call: Call, cache: Any) -> None:
-    """Store padding among later tokens, which cache layers would take for real rows."""
+def note_turn(call: Call, cache: Any) -> None:
+    """Store the padding among later tokens, which cache layers would take for real rows."""
     if cache is None or call.segments[0].new.mask() is None:
         return
     for segment in call.segments:
