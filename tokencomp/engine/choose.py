@@ -112,9 +112,10 @@ def _keep(
     """Update the map of the call after a choice, and gather the kept rows of all tensors."""
     device, before = tensors[0].device, call.map
     call.map, index, flat = before.keep(counts, chosen, kept, device)
+    mask = call.map.mask(device)
     if call.scores is not None:
         call.scores.follow(before, call.map, index, device)
-    tensors = take([t.to(device) for t in tensors], index, dims, call.map.mask(device))
+    tensors = take([t.to(device) for t in tensors], index, dims, mask)
     if kept is not None and kept.features is not None and flat is not None:
         # Overwrite the gathered rows with merged features.
         tensors[0].flatten(0, 1).index_copy_(0, flat, kept.features.to(tensors[0]))

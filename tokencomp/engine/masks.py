@@ -127,8 +127,8 @@ class Masks:
     ) -> Any:
         """Mask of a segment, causal or prepared, which hides padding rows and respects windows."""
         held = self._held(layer_type, segment)
-        # Entry of the first row that these layers hold: `past.dropped`, and rows that slid out.
-        offset = segment.past.length - held
+        # Entry of the first row that these layers hold: rows that slid out are before it.
+        offset = segment.past.dropped + segment.past.rows - held
         padding = self._padding(segment, None if text is not None else self.real, x)
         window = self._window(layer_type, segment, x)
         block = self.call.prepared
