@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokencomp.engine.gather import take
 from tokencomp.errors import UnsupportedModelError
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.replace import AttributeView, shallow_copy
@@ -69,7 +70,7 @@ def _zeros(width: int, x: Tensor) -> Tensor:
 
 def _some_rows(projection: Callable[[Tensor], Tensor], rows: Tensor, x: Tensor) -> Tensor:
     """Apply a projection to `rows` (S, R) of its input only; other rows of the output are zero."""
-    out = projection(x.take_along_dim(rows[..., None], 1))
+    out = projection(take([x], rows, [1])[0])
     index = rows[..., None].expand_as(out)
     return out.new_zeros(*x.shape[:2], out.shape[-1]).scatter_(1, index, out)
 

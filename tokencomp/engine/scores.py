@@ -23,6 +23,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from tokencomp.engine.cache import is_reference, physical_length, stored
 from tokencomp.engine.capture import Captured, Past, attention_of, capture_qk, gather_heads
+from tokencomp.engine.gather import take
 from tokencomp.engine.rowmap import (
     KeptSpan,
     RowMap,
@@ -149,7 +150,7 @@ class StageScores:
         probes = [Probe(root, attn, hidden, arguments, group) for group in groups]
         if signal.rows != "none":
             parts = [_span_scores(p, signal, cached, past, keys, self.raters) for p in probes]
-            self.spans[stage] = torch.cat(parts)
+            self.spans[stage] = torch.cat(parts) if len(parts) > 1 else parts[0]
             return
         lengths = hidden.new_zeros(hidden.shape[:2], dtype=torch.float32)
         for probe in probes:
@@ -316,12 +317,15 @@ class Probe:
 
         `keys` (B, kv heads, past + n, D) are those of the call, if known.
         """
+        from tokencomp.kernels import gather_rows
+
         sample, earlier = self.questions[0].sample, {}
         if keys is not None and self._caches_keys(keys):
             captured = self._capture(rows, ("k_proj", "v_proj"))
-            current = keys[:, :, past.rows :]
+            current = keys[:, :, past.rows :] if past.rows else keys
             current = current if self.samples is None else current[self.samples]
-            captured.key = current.narrow(2, self.first, self.width)
+            whole = current.shape[2] == self.width
+            captured.key = current if whole else current.narrow(2, self.first, self.width)
         else:
             if past.rows and not self._caches_keys(stored(cached, "keys")):
                 both = Past(*(_earlier(x, past, sample) for x in (cached.keys, cached.values)))
@@ -330,7 +334,7 @@ class Probe:
             call = self.root, self.attn, self.hidden, arguments, ("v_proj",), rows
             captured = capture_qk(*call, samples=self._part)
             if rows is not None:
-                captured.query = captured.query.take_along_dim(rows[:, None, :, None], 2)
+                captured.query = gather_rows([captured.query], rows, 2, 0, trusted=True)[0]
         if past.rows:
             before = _earlier(stored(cached, "keys"), past, sample)
             captured.key = torch.cat([before.to(captured.key.device), captured.key], dim=2)
@@ -375,8 +379,7 @@ class Probe:
         axis = value.ndim - 2 if tables else 1
         if value.ndim < 2 or value.shape[axis] != self.width:
             return value
-        index = rows.to(value.device).view(*rows.shape, *[1] * (value.ndim - axis - 1))
-        return value.take_along_dim(index.view(*[1] * (axis - 1), *index.shape), axis)
+        return take([value], rows.to(value.device), [axis])[0]
 
 
 def _earlier(rows: Tensor, past: RowMap, sample: int) -> Tensor:
@@ -422,18 +425,20 @@ def _span_scores(
         k, offset = k[:, :, offset:], 0
     # One pass over the keys for every kind of voters; then sums over the keys of this call.
     visible = torch.from_numpy(_visible(probe, index, offset)).to(k.device)
-    sums, at = [], 0
+    sums, at, whole = [], 0, len(tables) == 1
     for rows, table in zip(passes, tables, strict=True):
         part, weights = slice(at, at + table.shape[1]), None
         if rows == "raters" and raters is not None and chosen is not None:
             some = raters.to(chosen.device)[slice(None) if probe.samples is None else probe.samples]
             weights = some.gather(1, chosen[:, part] + probe.first).to(k.device)
-        query, seen = captured.query[:, :, part], visible[:, :, part]
+        query = captured.query if whole else captured.query[:, :, part]
+        seen = visible if whole else visible[:, :, part]
         part_sums = _column_sums(probe, query, k, seen, captured.scaling, signal, weights)
-        sums.append(part_sums[..., offset:])
+        sums.append(part_sums[..., offset:] if offset else part_sums)
         at = part.stop
     # From sums over rows to means, for visual tokens.
-    return torch.cat(sums).flatten().index_select(0, moved["column"]) / moved["voters"]
+    flat = (sums[0] if whole else torch.cat(sums)).flatten()
+    return flat.index_select(0, moved["column"]) / moved["voters"]
 
 
 def _key_lengths(probe: Probe, lengths: Tensor) -> None:

@@ -62,11 +62,11 @@ def finite_features(x: Tensor, scores: Tensor | None = None) -> Tensor:
     Both are checked with one read from the device.
     """
     norms = feature_norms(x)
-    sums = norms.detach().sum() + (0 if scores is None else scores.detach().sum())
-    if not math.isfinite(sums.item()):
+    if scores is None:
         finite_values(norms, "feature norms")
-        if scores is not None:
-            finite_values(scores, "scores")
+    elif not math.isfinite((norms.detach().sum() + scores.detach().sum()).item()):
+        finite_values(norms, "feature norms")
+        finite_values(scores, "scores")
     return x
 
 
