@@ -114,12 +114,15 @@ def test_a_changed_answer_is_found() -> None:
 
 @pytest.fixture
 def history(tmp_path: Path) -> Callable[[str], str]:
-    """A repository; `commit(path)` changes a file and returns the new commit."""
+    """A repository; `commit("path")` or `commit("path: text")` changes a file and returns the new
+    commit.
+    """
     root, count = tmp_path, itertools.count()
 
     def commit(path: str) -> str:
+        path, _, text = path.partition(": ")
         (root / path).parent.mkdir(parents=True, exist_ok=True)
-        (root / path).write_text(f"{next(count)}")
+        (root / path).write_text(text or f"{next(count)}")
         git(root, "add", "-A")
         git(root, "-c", "user.name=n", "-c", "user.email=e@e", "commit", "-qm", path)
         return git(root, "rev-parse", "HEAD")
@@ -136,6 +139,8 @@ ENGINE, OTHER, PAGE = "tokencomp/engine/a.py", "tokencomp/reducers/tango.py", "b
     [
         ([OTHER, PAGE], {}, ""),
         ([PAGE, ENGINE], {}, "changed since"),
+        ([f"{ENGINE}: 'prose'\n0  # and a comment"], {}, ""),  # the first text was 0
+        ([f"{ENGINE}: 'prose'\n1"], {}, "changed since"),
         (["tokencomp/reducers/kcenter.py"], {}, "changed since"),
         (["tokencomp/reducers/condiv.py"], {}, "changed since"),
         ([ENGINE, PAGE], {"asked": 308, "different": 0}, ""),

@@ -16,7 +16,7 @@ the vision tower `tower/`.
 Five data classes: `VisualSpan` (an image in the prompt), `RowMap` (which column every row holds),
 `Tokens` (what a reducer sees), `Kept` (what it keeps), and `Call` (one decoder call).
 
-Four coordinates, each with one name:
+Four coordinates, each with one name, and one of transformers:
 
     column  place in the uncompressed sequence, over all calls and with padding. Positions, windows
             and the length of a cache count columns (with `positions="compact"` rows).
@@ -25,6 +25,7 @@ Four coordinates, each with one name:
     patch   visual token of a span, without its special tokens and the text between frames. Reducers
             choose patches (`tokencomp.tokens.tokens`).
     cell    the patches of the vision tower that one visual token reads (`tower/`).
+    entry   place in a 2-D mask of transformers: `dropped` + row, see below.
 
 A *segment* is the layers between two stages: they see the same rows, of this call and in the cache.
 
@@ -35,26 +36,32 @@ a second turn, in which sample 1 has three padding columns (p):
     sample 0                     t v v v v t | t t t t t  t
     sample 1                     t v v v v t | p p p t t  t
     columns of the rows held
-        sample 0                 ·  0 1 4 5      rows are aligned to the right: · is a padding row
-        sample 1                 0 1 2 4 5       (padding of the caller on the left is one as well)
+        sample 0                 ·  0 1 4 5      · is a padding row: rows are aligned to the right
+        sample 1                 0 1 2 4 5
     of every sample              `rows` 5, `dropped` 6 - 5 = 1
 
-The 2-D mask of the second turn, which transformers reads at entry `dropped` + row:
+The cache tells transformers its length in columns (`get_seq_length`: rows + `dropped`), so that
+positions go on, and that its first row is at entry `dropped` (`get_mask_sizes`). So transformers
+reads row i of the 2-D mask at entry `dropped` + i, and never the entries before:
 
-    entry                        0 | 1 2 3 4 5 | 6 7 8 9 10 11     entry 0 is never read
+    entry                        0 | 1 2 3 4 5 | 6 7 8 9 10 11
+    column of the row, sample 0      ·  0 1 4 5  6 7 8 9 10 11
     sample 0                     1 | 0 1 1 1 1 | 1 1 1 1 1  1
     sample 1                     1 | 1 1 1 1 1 | 0 0 0 1 1  1
 
-After the first call `note_prompt` (`restore.py`) gives the cache layers the map of their rows:
-columns, and which rows are real. In the second call `LaterTokens._continue` (`later.py`) reads the
-padding of the turn from the caller's mask, and `build_segments` (`call.py`) takes the map of the
-cache as `past` and the new rows as `new`. The masks (`masks.py`) join both:
+First call: `read_prompt` (`prompt.py`) takes the caller's padding from its mask, as `lengths` of
+samples aligned to the right; a stage changes the lengths (`RowMap.keep`), and `RowMap.mask` makes
+padding rows of them, whatever they come from. `note_prompt` (`restore.py`) gives the map to the
+cache layers. Second call: `LaterTokens._continue` (`later.py`) reads the padding of the turn, which
+are the last columns of the caller's mask; `build_segments` (`call.py`) takes the map of the cache
+as `past` and the new rows as `new`; and the masks (`masks.py`) join both:
 
-    segment 0         `Masks.decoder_mask`, before the decoder runs, makes the 2-D mask above
-                      (`_padding`), and the decoder its own masks of it; only where those would be
-                      wrong, because tokens are missing in a window, we make them (`_window`)
+    segment 0         `Masks.decoder_mask` makes the 2-D mask above (`_padding`) before the decoder
+                      runs, and the decoder makes the masks of its layers from it. Where the
+                      decoder's would be wrong (a token is missing in a window, or the body has
+                      prepared masks), `decoder_mask` makes one per layer type instead.
     other segments    `LayerType.mask`, when the first layer of a type is entered: the hook of the
-                      layer (`layers.py`) passes it in place of the decoder's
+                      layer (`layers.py`) passes it instead of the decoder's.
 
-After the call `note_turn` (`restore.py`) adds the padding of the turn to the maps of the cache.
+Last, `note_turn` (`restore.py`) stores which rows, of both turns, are real in the cache layers.
 """

@@ -21,7 +21,7 @@ Who builds a mask:
 
 This holds for prompts and for later turns. Chunks of a prompt (`ChunkedPrefill`) get the first
 entries of the 2-D mask; where we build masks, a prompt is not chunked. Of the caller's mask a later
-turn reads only the columns of the turn, because the cache layers store their padding.
+turn reads only the columns of the turn: the cache layers store which of their rows are real.
 
 Masks that the body has prepared, in which tokens of an image attend to each other, are gathered by
 column and never rebuilt.
@@ -68,7 +68,7 @@ class Masks:
         (`Call.prepared`): (B, 1, L, columns), as a tensor or block mask of FlexAttention, or a
         mapping from layer types to such masks; None: plain causal attention.
     real : Tensor of bool, shape (B, n), or None
-        False at padding among the rows of this call.
+        False at padding among the rows of this call; `RowMap.real` has the rows of a map.
     layers
         Layers of the KV cache; empty without one.
     """
