@@ -27,7 +27,8 @@ Four coordinates, each with one name, and one of transformers:
     cell    the patches of the vision tower that one visual token reads (`tower/`).
     entry   place in a 2-D mask of transformers: `dropped` + row, see below.
 
-A *segment* is the layers between two stages: they see the same rows, of this call and in the cache.
+A *segment* is the layers from one stage between layers to the next: they see the same rows, of this
+call and in the cache. Segment 0 begins with layer 0, after a stage at entry if there is one.
 
 Two prompts, a stage that keeps two of four visual tokens (v) of sample 0 and three of sample 1, and
 a second turn, in which sample 1 has three padding columns (p):
@@ -45,16 +46,18 @@ positions go on, and that its first row is at entry `dropped` (`get_mask_sizes`)
 reads row i of the 2-D mask at entry `dropped` + i, and never the entries before:
 
     entry                        0 | 1 2 3 4 5 | 6 7 8 9 10 11
-    column of the row, sample 0      ·  0 1 4 5  6 7 8 9 10 11
-    sample 0                     1 | 0 1 1 1 1 | 1 1 1 1 1  1
-    sample 1                     1 | 1 1 1 1 1 | 0 0 0 1 1  1
+    column of its row, sample 0      ·  0 1 4 5  6 7 8 9 10 11
+    mask of sample 0             1 | 0 1 1 1 1 | 1 1 1 1 1  1
+    mask of sample 1             1 | 1 1 1 1 1 | 0 0 0 1 1  1
 
-First call: `read_prompt` (`prompt.py`) takes the caller's padding from its mask, as `lengths` of
-samples aligned to the right; a stage changes the lengths (`RowMap.keep`), and `RowMap.mask` makes
-padding rows of them, whatever they come from. `note_prompt` (`restore.py`) gives the map to the
-cache layers. Second call: `LaterTokens._continue` (`later.py`) reads the padding of the turn, which
-are the last columns of the caller's mask; `build_segments` (`call.py`) takes the map of the cache
-as `past` and the new rows as `new`; and the masks (`masks.py`) join both:
+First call: `_map` (`prompt.py`) reads the caller's mask, as `lengths` of samples that are aligned
+to the right; a stage shortens them (`RowMap.keep`); the rows before a shorter sample are padding
+(`RowMap.mask`), whether the caller or a stage made it shorter. `note_prompt` (`restore.py`) gives
+the map to the cache layers.
+
+Second call: `LaterTokens._continue` (`later.py`) reads the padding of the turn, which are the last
+columns of the caller's mask; `build_segments` (`call.py`) takes the map of the cache as `past` and
+the new rows as `new`; and `Masks` (`masks.py`) joins both:
 
     segment 0         `Masks.decoder_mask` makes the 2-D mask above (`_padding`) before the decoder
                       runs, and the decoder makes the masks of its layers from it. Where the

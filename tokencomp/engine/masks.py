@@ -20,8 +20,9 @@ Who builds a mask:
     one later token without padding and windows: nobody, it attends to all rows
 
 This holds for prompts and for later turns. Chunks of a prompt (`ChunkedPrefill`) get the first
-entries of the 2-D mask; where we build masks, a prompt is not chunked. Of the caller's mask a later
-turn reads only the columns of the turn: the cache layers store which of their rows are real.
+entries of the 2-D mask; where we build one per layer type, a prompt is not chunked. Of the caller's
+mask a later turn reads only the columns of the turn: the cache layers store which of their rows are
+real.
 
 Masks that the body has prepared, in which tokens of an image attend to each other, are gathered by
 column and never rebuilt.

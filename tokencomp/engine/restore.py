@@ -64,8 +64,9 @@ def _rows_after_media(rows: RowMap) -> int:
 
 
 def note_turn(call: Call, cache: Any) -> None:
-    """Store which rows are real after later tokens with padding, which cache layers would take
-    for real rows.
+    """Store which rows of the cache are real, if later tokens had padding.
+
+    Cache layers would take it for real rows.
     """
     if cache is None or call.segments[0].new.mask() is None:
         return
