@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,13 +18,13 @@ from support.family.mistral import Mistral3
 from support.family.structural import STRUCTURAL
 
 import tokencomp
-from tokencomp.adapters.base import MediaCall
 from tokencomp.adapters.registry import adapter_for, available_models
 from tokencomp.adapters.retrieval import ColPaliAdapter, ColQwen2Adapter
 from tokencomp.adapters.structural import (
     Medium,
     _joined,
     cut_media,
+    grid_from_positions,
     grid_from_size,
     per_medium,
     sizes_in,
@@ -117,10 +115,10 @@ def test_line_breaks_are_everywhere_the_same_token() -> None:
     """Other single tokens between runs are text, which belongs to no picture."""
     medium = Medium("image", [(0, 2), (3, 5), (6, 8)])
     tokens = torch.tensor([[0, 1, 9, 2, 3, 9, 4, 5], [0, 1, 9, 2, 3, 8, 4, 5]])
-    call: Any = SimpleNamespace(embeds=torch.eye(10)[tokens], raster=lambda *place: None)
-    broken = _joined(medium, 0, call, lambda: None)
+    embeds = torch.eye(10)[tokens]
+    broken = _joined(medium, embeds[0], None, lambda: None)
     assert broken is not None and (broken.grid, broken.special) == ((1, 3, 2), (2, 5))
-    assert _joined(medium, 1, call, lambda: None) is None
+    assert _joined(medium, embeds[1], None, lambda: None) is None
 
 
 @pytest.mark.parametrize(
@@ -143,14 +141,11 @@ def test_grid_from_positions() -> None:
     raster = np.arange(6)
     positions = np.stack([np.full(6, 3), 3 + raster // 3, 3 + raster % 3])[:, None]
 
-    def grid(positions, start: int):
-        call = MediaCall(torch.zeros(1, 6), torch.zeros(1, 6, 1), positions, torch.nn.Module())
-        return call.raster(0, start, 6)
-
-    assert grid(positions, 0) == (1, 2, 3)
-    assert grid(np.stack([raster] * 3)[:, None], 0) is None  # one position per token
-    assert grid(positions, 1) is None
-    assert grid(None, 0) is None
+    assert grid_from_positions(positions, 0, 0, 6) == (1, 2, 3)
+    alike = np.stack([raster] * 3)[:, None]
+    assert grid_from_positions(alike, 0, 0, 6) is None  # one position per token
+    assert grid_from_positions(positions, 0, 1, 6) is None
+    assert grid_from_positions(None, 0, 0, 6) is None
 
 
 def test_sizes_and_token_counts() -> None:

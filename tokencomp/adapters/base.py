@@ -24,8 +24,7 @@ from tokencomp.adapters.structure import (
 )
 from tokencomp.adapters.towers.base import Tower, unknown_cells
 from tokencomp.tokens.signals import Signal
-from tokencomp.tokens.stacks import HostIndex
-from tokencomp.tokens.tokens import CODES, MODALITIES, Grid, Modality, VisualSpan
+from tokencomp.tokens.tokens import CODES, MODALITIES, Modality, VisualSpan
 
 ENCODED = "mm_encoder_outputs"  # features that `generate` has encoded, by modality
 TYPES = "mm_token_type_ids"  # 0 text, 1 image, 2 video, 3 audio, from the processor
@@ -57,26 +56,11 @@ class MediaCall:
     positions: np.ndarray[Any, Any] | None
     body: nn.Module
     inputs: Mapping[str, Any] = field(default_factory=dict)
-    _rasters: dict[tuple[int, int, int], Grid | None] = field(default_factory=dict, init=False)
 
     @functools.cached_property
     def runs(self) -> list[list[tuple[int, int, Modality]]]:
         """(start, stop, modality) of every run of equal placeholders, per sample."""
         return runs_of(self.modalities)
-
-    def raster(self, row: int, start: int, stop: int) -> Grid | None:
-        """The grid given by M-RoPE positions of columns of a sample; None if they form none.
-
-        Three equal rows are positions of text, and give no grid. Results are cached.
-        """
-        run = row, start, stop
-        if self.positions is None:
-            return None
-        if run not in self._rasters:
-            time, h, w = self.positions[:, row, start:stop]
-            alike = len(h) > 1 and np.array_equal(time, h) and np.array_equal(h, w)
-            self._rasters[run] = None if alike else raster_grid(h, w)
-        return self._rasters[run]
 
 
 @dataclass
@@ -360,29 +344,6 @@ def runs_of(modalities: Tensor) -> list[list[tuple[int, int, Modality]]]:
             start = stop
         rows.append(runs)
     return rows
-
-
-def raster_grid(h: HostIndex, w: HostIndex) -> Grid | None:
-    """The grid (t, rows, columns) whose raster order has the positions `h` and `w`.
-
-    NumPy, because short tensor operations cost ten times as much.
-
-    Parameters
-    ----------
-    h, w : ndarray of int64, shape (n,)
-        Positions of height and width, from any offset.
-
-    Returns
-    -------
-    tuple of three int, or None
-        None if the positions form no grid.
-    """
-    n, rows, cols = len(h), int(h.max() - h.min()) + 1, int(w.max() - w.min()) + 1
-    raster = np.arange(n)
-    regular = n % (rows * cols) == 0 and (
-        np.array_equal(h - h[0], raster // cols % rows) and np.array_equal(w - w[0], raster % cols)
-    )
-    return (n // (rows * cols), rows, cols) if regular else None
 
 
 def block_means(x: Tensor, factor: int) -> Tensor:

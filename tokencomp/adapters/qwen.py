@@ -10,12 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from tokencomp.adapters.base import MediaCall, TowerCall
+from tokencomp.adapters.base import TowerCall
 from tokencomp.adapters.registry import register_adapter
 from tokencomp.adapters.structural import StructuralAdapter
 from tokencomp.adapters.towers.packed import PackedTower
-from tokencomp.errors import SpanError
-from tokencomp.tokens.tokens import Grid, VisualSpan
+from tokencomp.tokens.tokens import Grid
 from tokencomp.torchlib import compat
 
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -29,6 +28,7 @@ class Qwen2VLAdapter(StructuralAdapter):
     model_types: ClassVar[tuple[str, ...]] = ("qwen2_vl",)
     signals = (*StructuralAdapter.signals, "tower")
     mrope = True
+    needs_positions = True
     layers_read_positions = False
     pixel_std: ClassVar[tuple[float, float, float]] = CLIP_STD
 
@@ -58,19 +58,6 @@ class Qwen2VLAdapter(StructuralAdapter):
         side = self.model.config.vision_config.spatial_merge_size
         rows = [] if grids is None else grids.tolist()
         return [(t, h // side, w // side) for t, h, w in rows]
-
-    def spans(self, call: MediaCall) -> list[list[VisualSpan]]:
-        for row in range(call.modalities.shape[0]):
-            for start, stop, _ in call.runs[row]:
-                if call.raster(row, start, stop) is None:
-                    raise SpanError(
-                        f"visual tokens {start} … {stop - 1} of sample {row} do not form one t×h×w "
-                        "grid. Expected whole images or videos, each between its own start and end "
-                        "tokens, with the positions the model computes. In a later turn with new "
-                        "media pass position_ids of the whole conversation "
-                        "(model.model.get_rope_index)."
-                    )
-        return super().spans(call)
 
 
 def modalities_from_grids(positions: Tensor, grids: dict[str, list[Grid]]) -> Tensor | None:

@@ -16,8 +16,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +26,8 @@ from tokencomp.adapters.base import ENCODED, Adapter, MediaCall
 from tokencomp.adapters.structure import square_side
 from tokencomp.adapters.towers.base import Tower
 from tokencomp.adapters.towers.packed import PackedTower
+from tokencomp.errors import SpanError
+from tokencomp.tokens.stacks import HostIndex
 from tokencomp.tokens.tokens import CODES, Grid, Modality, VisualSpan
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.hooks import Hooked
@@ -47,6 +50,8 @@ class StructuralAdapter(Adapter, Hooked):
 
     # Assumed, because it is unknown: Ministral 3, for example, scales queries by position.
     layers_read_positions = True
+    # Whether positions of all media give a grid; otherwise the prompt is refused.
+    needs_positions: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -76,7 +81,8 @@ class StructuralAdapter(Adapter, Hooked):
 
     def spans(self, call: MediaCall) -> list[list[VisualSpan]]:
         modalities: set[Modality] = {modality for runs in call.runs for _, _, modality in runs}
-        encodings = {modality: self.encoding(modality, call) for modality in modalities}
+        encoded = bool(self.feature_modalities(call.inputs))
+        encodings = {modality: self.encoding(modality, call, encoded) for modality in modalities}
         media = cut_media(call.runs, {modality: e.lengths for modality, e in encodings.items()})
         if media is None:
             media = [[Medium(modality, [(a, b)]) for a, b, modality in runs] for runs in call.runs]
@@ -89,18 +95,17 @@ class StructuralAdapter(Adapter, Hooked):
         for b, row in enumerate(media):
             for medium in row:
                 size = partial(_nth, sizes[medium.modality], next(numbers[medium.modality]))
-                fallback = partial(self._fallback, medium, encodings[medium.modality])
-                spans[b] += span_of(medium, b, call, size, fallback)
+                spans[b] += self.spans_of(medium, b, call, encodings[medium.modality], size)
         return spans
 
-    def encoding(self, modality: Modality, call: MediaCall) -> Encoding:
+    def encoding(self, modality: Modality, call: MediaCall, encoded: bool) -> Encoding:
         """Encoded media of a modality that belong to a call.
 
-        The last encoding belongs to a call with pixels or encoded features. The source of features
-        inside `inputs_embeds` is unknown.
+        The last encoding belongs to a call with pixels or encoded features (`encoded`). The source
+        of features inside `inputs_embeds` is unknown.
         """
         latest = self._encoded.latest.get(modality)
-        if latest is None or not self.feature_modalities(call.inputs):
+        if latest is None or not encoded:
             latest = self.described(modality, call)
         handed = call.inputs.get(ENCODED)
         if not isinstance(handed, Mapping) or handed.get(modality) is None:
@@ -116,10 +121,51 @@ class StructuralAdapter(Adapter, Hooked):
             return Encoding()
         return Encoding((grids.prod(-1) // side**2).tolist(), [grids])
 
-    def _fallback(self, medium: Medium, encoding: Encoding) -> tuple[int, int, int] | None:
-        """The grid of a medium if neither positions nor an image size give it."""
-        start, stop = medium.pieces[0]
-        return (1, *encoding.map) if encoding.map else square(stop - start, self._patches)
+    def spans_of(
+        self, medium: Medium, row: int, call: MediaCall, encoding: Encoding, size: GivenSize
+    ) -> list[VisualSpan]:
+        """The spans of one medium: one, or one per piece if text is between its pieces.
+
+        Parameters
+        ----------
+        size
+            Returns (t, h, w) of the medium in any unit; None if unknown.
+
+        Raises
+        ------
+        SpanError
+            Positions give no grid, in a family where they always do.
+        """
+        pieces, grids = medium.pieces, []
+        for start, stop in pieces:
+            grid: Grid | None = (stop - start, 1, 1)
+            if medium.modality != "audio":
+                grid = grid_from_positions(call.positions, row, start, stop)
+            if self.needs_positions and grid is None:
+                raise SpanError(
+                    f"visual tokens {start} … {stop - 1} of sample {row} do not form one t×h×w "
+                    "grid. Expected whole images or videos, each between its own start and end "
+                    "tokens, with the positions the model computes. In a later turn with new media "
+                    "pass position_ids of the whole conversation (model.model.get_rope_index)."
+                )
+            grids.append(grid)
+        if len(pieces) == 1:
+            grids = [grids[0] or grid_from_size(size(), medium.count)]
+        elif medium.modality != "audio":
+            joined = _joined(medium, call.embeds[row], grids[0], size)
+            if joined is not None:
+                return [joined]
+        if None in grids:  # neither positions nor a size give them
+            first, end = pieces[0]
+            guess = (1, *encoding.map) if encoding.map else square(end - first, self._patches)
+            grids = [grid or guess for grid in grids]
+        spans = []
+        for (start, stop), grid in zip(pieces, grids, strict=True):
+            known = grid is not None and math.prod(grid) == stop - start
+            shape = grid if known and grid is not None else (1, 1, stop - start)
+            span = VisualSpan(start, stop - start, shape, medium.modality, grid_known=known)
+            spans.append(replace(span, item=pieces[0][0]))
+        return spans
 
     def _patches_per_side(self) -> int | None:
         """Patches per side of the vision tower's input; None if it is not square."""
@@ -370,49 +416,20 @@ def _cut_row(runs: list[Run], pending: dict[Modality, deque[int]]) -> list[Mediu
     return None if missing else media
 
 
-def span_of(
-    medium: Medium, row: int, call: MediaCall, size: GivenSize, fallback: GivenSize
-) -> list[VisualSpan]:
-    """The spans of one medium: one, or one per piece if text is between its pieces.
-
-    Parameters
-    ----------
-    size
-        Returns (t, h, w) of the medium in any unit; None if unknown.
-    fallback
-        Returns the grid of a medium if no argument of the call gives it, or None.
-    """
-    if medium.modality == "audio":
-        item = medium.pieces[0][0]
-        spans = [_span(a, b, "audio", (b - a, 1, 1)) for a, b in medium.pieces]
-        return [replace(span, item=item) for span in spans]
-    if len(medium.pieces) == 1:
-        start, stop = medium.pieces[0]
-        grid = call.raster(row, start, stop)
-        grid = grid or grid_from_size(size(), stop - start) or fallback()
-        return [_span(start, stop, medium.modality, grid)]
-    joined = _joined(medium, row, call, size)
-    if joined is not None:
-        return [joined]
-    item = medium.pieces[0][0]
-    grids = [call.raster(row, a, b) for a, b in medium.pieces]
-    return [
-        replace(_span(a, b, medium.modality, grid or fallback()), item=item)
-        for (a, b), grid in zip(medium.pieces, grids, strict=True)
-    ]
-
-
-def _span(start: int, stop: int, modality: Modality, grid: Grid | None) -> VisualSpan:
-    known = grid is not None and math.prod(grid) == stop - start
-    shape = grid if known and grid is not None else (1, 1, stop - start)
-    return VisualSpan(start, stop - start, shape, modality, grid_known=known)
-
-
-def _joined(medium: Medium, row: int, call: MediaCall, size: GivenSize) -> VisualSpan | None:
+def _joined(
+    medium: Medium, embeds: Tensor, frame: Grid | None, size: GivenSize
+) -> VisualSpan | None:
     """Join equal pieces with gaps into one span, or None.
 
     Rows of an image are separated by one equal token, a line break, which is special. Frames of a
     video are separated by any text.
+
+    Parameters
+    ----------
+    embeds : Tensor, shape (L, d)
+        Of the sample.
+    frame
+        Grid of the first piece by its positions, or None.
     """
     pieces, start, stop = medium.pieces, medium.pieces[0][0], medium.pieces[-1][1]
     length = pieces[0][1] - start
@@ -422,14 +439,13 @@ def _joined(medium: Medium, row: int, call: MediaCall, size: GivenSize) -> Visua
     offsets = tuple(column - start for a, b in gaps for column in range(a, b))
     n = len(pieces)
     # Rows of an image between line breaks.
-    if _line_breaks(call.embeds[row], gaps):
+    if _line_breaks(embeds, gaps):
         grid = grid_from_size(size(), medium.count)
         if grid is None or (grid[1], grid[2]) == (n, length):
             return VisualSpan(start, stop - start, (1, n, length), medium.modality, special=offsets)
     if medium.modality != "video":
         return None
     # Frames of a video between text.
-    frame = call.raster(row, *pieces[0])
     if frame is None:
         whole = grid_from_size(size(), medium.count)
         frame = (1, *whole[1:]) if whole is not None and whole[0] == n else None
@@ -444,6 +460,36 @@ def _line_breaks(embeds: Tensor, gaps: list[tuple[int, int]]) -> bool:
         return False
     tokens = embeds[[a for a, _ in gaps]]
     return bool((tokens == tokens[0]).all())
+
+
+def grid_from_positions(
+    positions: HostIndex | None, row: int, start: int, stop: int
+) -> Grid | None:
+    """The grid (t, rows, columns) whose raster order has the positions of columns of a sample.
+
+    NumPy, because short tensor operations cost ten times as much.
+
+    Parameters
+    ----------
+    positions : ndarray of int64, shape (3, B, L), or None
+        M-RoPE positions (t, h, w), from any offset.
+
+    Returns
+    -------
+    tuple of three int, or None
+        None if the positions form no grid. Three equal rows are positions of text.
+    """
+    if positions is None:
+        return None
+    time, h, w = positions[:, row, start:stop]
+    if len(h) > 1 and np.array_equal(time, h) and np.array_equal(h, w):
+        return None
+    n, rows, cols = len(h), int(h.max() - h.min()) + 1, int(w.max() - w.min()) + 1
+    raster = np.arange(n)
+    regular = n % (rows * cols) == 0 and (
+        np.array_equal(h - h[0], raster // cols % rows) and np.array_equal(w - w[0], raster % cols)
+    )
+    return (n // (rows * cols), rows, cols) if regular else None
 
 
 def grid_from_size(size: Size | None, count: int) -> Grid | None:
