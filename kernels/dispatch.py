@@ -23,7 +23,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -164,6 +164,9 @@ class Op:
             or type(x) is not Tensor
             or x.is_meta
         ):
+            if trusted and not torch.compiler.is_compiling():
+                with exact(x):
+                    return self._custom_op(*args)
             return self._custom_op(*args)
         return self._run(args, trusted)
 
@@ -199,19 +202,6 @@ def _any_requires_grad(args: tuple[Any, ...]) -> bool:
     return any(isinstance(t, Tensor) and t.requires_grad for t in flat)
 
 
-def no_autocast(tensor: Tensor) -> AbstractContextManager[object]:
-    """Turn off ``torch.autocast`` for the tensor's device while the context is active."""
-    if autocasts(tensor):
-        return torch.autocast(tensor.device.type, enabled=False)
-    return nullcontext()
-
-
-def autocasts(tensor: Tensor) -> bool:
-    """Whether ``torch.autocast`` is on for the tensor's device."""
-    device = tensor.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-
-
 @contextmanager
 def plain() -> Iterator[None]:
     """Run the ops of this thread in plain PyTorch, whatever the environment says.
@@ -226,15 +216,19 @@ def plain() -> Iterator[None]:
 
 
 @contextmanager
-def checked() -> Iterator[None]:
-    """Skip checks of values in this thread, for callers that have checked their input themselves.
+def exact(tensor: Tensor, trusted: bool = True) -> Iterator[None]:
+    """Run code that chooses rows: without autocast for the tensor's device, and without checks.
 
-    A check reads a value on the host, for which the device must finish first. A caller that has
-    looked at its features once spares the reads of every op that follows.
+    Rounding by autocast could select other rows. Checks of values are skipped in this thread if
+    the caller has checked its input itself (`trusted`): each reads a value on the host, for which
+    the device must finish first.
     """
-    before, _assumed.on = getattr(_assumed, "on", False), True
+    device, before = tensor.device.type, getattr(_assumed, "on", False)
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    _assumed.on = before or trusted
     try:
-        yield
+        with torch.autocast(device, enabled=False) if casts else nullcontext():
+            yield
     finally:
         _assumed.on = before
 

@@ -20,6 +20,7 @@ def attention_colsum(
     causal: bool = True,
     heads: str = "mean",
     iterations: int = 1,
+    trusted: bool = False,
 ) -> Tensor:
     r"""Compute the attention that every key receives from the probe rows.
 
@@ -55,6 +56,9 @@ def attention_colsum(
     iterations
         How often s ← sM is applied per head, with one LSE pass for all repetitions; `row_weights`
         is the initial s. More than one iteration needs a probe row for every key (R = N).
+    trusted
+        Whether the caller knows that `visible` holds keys of `k`. The host then need not wait for
+        the device to look at it.
 
     Returns
     -------
@@ -94,7 +98,7 @@ def attention_colsum(
     weights = _row_weights(row_weights, q, checks.sum_dtype(q))
     seen = _visible(visible, q, k, causal)
     scale = (q.shape[3] ** -0.5 if scale is None else scale) / temperature
-    out = _op(q, k, weights, seen, scale, iterations, trusted=visible is None)
+    out = _op(q, k, weights, seen, scale, iterations, trusted=trusted or visible is None)
     return out if heads == "none" else join_heads(out, heads)
 
 

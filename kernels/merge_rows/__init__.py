@@ -28,6 +28,7 @@ def merge_rows(
     *,
     frames: int | Sequence[int] | Tensor | None = None,
     weighted: bool = True,
+    trusted: bool = False,
 ) -> MergedRows:
     r"""Compute the mean of every kept row and the rows that merge into it.
 
@@ -53,6 +54,9 @@ def merge_rows(
     weighted
         Whether means are weighted by `sizes` (ToMe, arXiv 2210.09461) or plain (AIM,
         arXiv 2412.03248).
+    trusted
+        Whether the caller knows that `target` and `keep` are right. The host then need not wait
+        for the device to look at them.
 
     Returns
     -------
@@ -82,7 +86,7 @@ def merge_rows(
     if len(keep) > rows:
         raise KernelError(f"{len(keep)} rows to keep of {rows}")
     lengths = [] if frames is None else checks.lengths_of("frames", frames, rows)
-    return MergedRows(*_op(x, target, keep, sizes, weighted, lengths))
+    return MergedRows(*_op(x, target, keep, sizes, weighted, lengths, trusted=trusted))
 
 
 def _check_values(x: Tensor, target: Tensor, keep: Tensor, *_: object) -> None:

@@ -232,7 +232,7 @@ class Spy(tokencomp.Reducer):
 
 @pytest.mark.thin(3)
 @pytest.mark.parametrize(
-    "reducer", ["condiv", "divprune", "cdpruner", "bipartite", "vidcom2", "prune"]
+    "reducer", ["condiv", "cdpruner", "visprune", "flashvid", "vidcom2", "prune"]
 )
 @pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision", "vila"])
 def test_autocast(name: str, reducer: str) -> None:

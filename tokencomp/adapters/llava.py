@@ -118,10 +118,9 @@ class LlavaNextAdapter(TileAdapter):
 
 def _packed(newline: Tensor) -> Tensor:
     """The line break in the dtype of the features that it is concatenated with (autocast)."""
-    from tokencomp.kernels.dispatch import autocasts
-
-    if autocasts(newline):
-        return newline.to(torch.get_autocast_dtype(newline.device.type))
+    device = newline.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return newline.to(torch.get_autocast_dtype(device))
     return newline
 
 

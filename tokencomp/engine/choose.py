@@ -89,15 +89,12 @@ def _score_entry(call: Call, stage: Stage, x: Tensor, positions: Tensor) -> None
 
 def run_stage(call: Call, stage: Stage, tensors: list[Tensor], dims: list[int]) -> list[Tensor]:
     """Run a stage: the first of `tensors` is x (B, n, d), the others are gathered with it."""
-    from tokencomp.kernels.dispatch import no_autocast
-
     x = tensors[0]
-    with no_autocast(x):
-        if stage.layer:  # layers can be on several devices
-            call.map = call.map.to(x.device)
-        counts, chosen, kept = choose(call, stage, x)
-        tensors = _keep(call, counts, chosen, kept, tensors, dims)
-        call.kept.append(call.map)
+    if stage.layer:  # layers can be on several devices
+        call.map = call.map.to(x.device)
+    counts, chosen, kept = choose(call, stage, x)
+    tensors = _keep(call, counts, chosen, kept, tensors, dims)
+    call.kept.append(call.map)
     return tensors
 
 
@@ -195,17 +192,17 @@ def choose_patches(call: Call, stage: Stage, tokens: Tokens, ends: Sequence[bool
 
     `ends`: for every span, whether a question ends in its last patch.
     """
-    from tokencomp.kernels.dispatch import checked
+    from tokencomp.kernels.dispatch import exact
 
-    kept = reduced(stage.reducer, tokens)
-    if any(ends):  # the last patch replaces the last kept one
-        kept = keep_last(kept, tokens, ends)
-    # Average dropped patches into kept ones.
-    if stage.merge:
-        modalities = zip(tokens.places, tokens.modalities, strict=True)
-        merging = [stage.merges(modality, call.places[b][j]) for (b, j), modality in modalities]
-        if any(merging):
-            with checked():  # targets were built on the host
+    with exact(tokens.features, stage.reducer.traits.batched):
+        kept = reduced(stage.reducer, tokens)
+        if any(ends):  # the last patch replaces the last kept one
+            kept = keep_last(kept, tokens, ends)
+        # Average dropped patches into kept ones.
+        if stage.merge:
+            modalities = zip(tokens.places, tokens.modalities, strict=True)
+            merging = [stage.merges(modality, call.places[b][j]) for (b, j), modality in modalities]
+            if any(merging):
                 kept = merge_rest(tokens, kept, merging, stage.reducer.name)
     return kept
 

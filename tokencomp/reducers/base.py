@@ -137,18 +137,18 @@ class ScoreReducer(Reducer):
 def reduced(reducer: Reducer, tokens: Tokens) -> Kept:
     """Run a reducer on the patches of a call, and check what it returns.
 
+    Stages call this within `kernels.dispatch.exact`. Kernels do not check the input of a `batched`
+    reducer again: `finite_features` has read it.
+
     Raises
     ------
     PlanError
         The result is no valid `Kept`, or patches that the reducer needs are missing.
     """
-    from tokencomp.kernels.dispatch import checked
-
     if reducer.traits.grid == "whole":
         tokens.check_whole(label(reducer))
     if reducer.traits.batched:
-        with checked():  # skip checks in kernels: `finite_features` has read the input
-            return check_kept(reducer, tokens, reducer.reduce(tokens))
+        return check_kept(reducer, tokens, reducer.reduce(tokens))
     parts = [check_kept(reducer, one, reducer.reduce(one)) for one in tokens]
     return parts[0] if len(parts) == 1 else Kept.joined(parts, tokens)
 

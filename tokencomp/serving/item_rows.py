@@ -72,6 +72,8 @@ def _reduce_span(
     merge: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rows, how many tokens each represents (int64), and the token that each comes from."""
+    from tokencomp.kernels.dispatch import exact
+
     if present is None:
         present = torch.arange(span.length, device=features.device)
     if keep == len(present):
@@ -82,9 +84,10 @@ def _reduce_span(
         features[patches], [span.grid], [keep - len(special)], [len(patches)], [span.modality],
         None if len(present) == span.length else ((~fixed).cumsum(0) - 1)[patches],
     )  # fmt: skip
-    kept = reduced(reducer, tokens)
-    if merge and keep > len(special):
-        kept = merge_rest(tokens, kept, [True], reducer.name)
+    with exact(features, reducer.traits.batched):
+        kept = reduced(reducer, tokens)
+        if merge and keep > len(special):
+            kept = merge_rest(tokens, kept, [True], reducer.name)
     kept = kept.with_fixed(features, patches, special)
     rows = features[kept.rows] if kept.features is None else kept.features.to(features)
     sizes = torch.ones_like(kept.rows) if kept.weights is None else kept.weights.long()

@@ -73,7 +73,7 @@ def chosen_cells(
     pixels
         (frames, height, width) of a patch, if the values are pixels.
     """
-    from tokencomp.kernels.dispatch import no_autocast
+    from tokencomp.kernels.dispatch import exact
 
     # Keep count of every part; parts that share a budget divide it.
     grids = list(itertools.chain.from_iterable(cells.parts))
@@ -90,14 +90,14 @@ def chosen_cells(
     chosen = [cells_of(whole)] if whole else []
     if some:
         rows = cells_of(some)
-        with no_autocast(values):
-            tokens = Tokens(
-                features=_cell_values(values, cells.members[rows], pixels is not None),
-                grids=[grids[i] for i in some],
-                budgets=[keeps[i] for i in some],
-                modalities=[cells.modality for _ in some],
-                pixels=pixels,
-            )
+        tokens = Tokens(
+            features=_cell_values(values, cells.members[rows], pixels is not None),
+            grids=[grids[i] for i in some],
+            budgets=[keeps[i] for i in some],
+            modalities=[cells.modality for _ in some],
+            pixels=pixels,
+        )
+        with exact(values, stage.reducer.traits.batched):
             kept = reduced(stage.reducer, tokens)
         chosen.append(rows[kept.rows])
     return torch.cat(chosen)
@@ -117,6 +117,8 @@ def decided_cells(
     levels, memories
         As in `Tokens.levels` and `Tokens.seen`.
     """
+    from tokencomp.kernels.dispatch import exact
+
     grids = list(itertools.chain.from_iterable(cells.parts))
     frames, height, width = cells.pixels.shape[-3:]
     # A cell with fewer patches repeats its first.
@@ -131,7 +133,8 @@ def decided_cells(
         seen=memories,
         keys=[(TILE, *key) for key in cells.keys],
     )
-    return reduced(stage.reducer, tokens).rows
+    with exact(cells.pixels, stage.reducer.traits.batched):
+        return reduced(stage.reducer, tokens).rows
 
 
 def patch_values(cells: Cells, hidden: Tensor) -> Tensor:
