@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks import publishing
 from benchmarks.publishing import environment, provenance
-from tokencomp.plan.counts import keep_count
+from tokencomp.plan.plan import keep_count
 
 OUT = Path(__file__).with_name("agents.json")
 STEPS, HEAD, TEXT = 40, 1500, 200

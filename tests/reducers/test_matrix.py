@@ -21,8 +21,8 @@ from support.matrix import Case
 import tokencomp
 from tokencomp import Tokens, make_reducer
 from tokencomp.errors import OptionError, RatioError, ScoreError, TokenCompError
-from tokencomp.plan.counts import keep_count
 from tokencomp.plan.options import only_plans
+from tokencomp.plan.plan import keep_count
 from tokencomp.reducers import ScoreReducer
 from tokencomp.reducers.compose import Compose
 from tokencomp.reducers.registry import options_of

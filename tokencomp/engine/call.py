@@ -294,15 +294,15 @@ class Call:
         if plan.has_budget:
             pairs = zip(self.spans, self.prompts, strict=False)
             self.places = [list(packed_places(row, prompts)) for row, prompts in pairs]
+        self.entering = [[plan.entering(span) for span in row] for row in self.spans]
         self.counts = [
             [plan.counts(span, layers, place) for span, place in zip(row, places, strict=True)]
             for row, places in zip(self.spans, self.places, strict=True)
         ]
-        self.entering = [[plan.entering(span) for span in row] for row in self.spans]
         # Whether some span loses tokens at a stage that merges.
         self.merges = plan.may_merge and any(
             plan.merging(*item)
-            for rows in zip(self.spans, self.counts, self.places, strict=True)
+            for rows in zip(self.spans, self.counts, self.places, self.entering, strict=True)
             for item in zip(*rows, strict=True)
         )
         if self.map.columns is None:  # otherwise the caller's last columns may be padding

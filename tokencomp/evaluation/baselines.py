@@ -16,7 +16,7 @@ from tokencomp.inputs.pixels import SOFT_TOKENS
 from tokencomp.inputs.prompts import build_inputs
 from tokencomp.inputs.questions import modality_of
 from tokencomp.inputs.video import with_frames
-from tokencomp.plan.counts import keep_count
+from tokencomp.plan.plan import keep_count
 
 STRETCH = (1.0, 1.1, 1 / 1.1, 1.22, 1 / 1.22)
 STEPS, LADDER = 10, 40

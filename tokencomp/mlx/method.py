@@ -15,9 +15,9 @@ import numpy as np
 from tokencomp.errors import MissingDependencyError, OptionError
 from tokencomp.mlx.selection import SELECT, merged
 from tokencomp.mlx.spans import Span
-from tokencomp.plan.counts import Budget, Place, check_ratio, keep_count
+from tokencomp.plan.counts import Budget, Place, check_ratio
 from tokencomp.plan.options import OPTIONS, Merging, check_option, one_amount
-from tokencomp.plan.plan import merges
+from tokencomp.plan.plan import keep_count, merges
 
 
 class KeptRows(NamedTuple):

@@ -1,4 +1,4 @@
-"""Ratios, budgets in tokens, and whole numbers of tokens from fractions."""
+"""Ratios, budgets in tokens, and their division among spans and frames."""
 
 from __future__ import annotations
 
@@ -34,25 +34,6 @@ def check_ratio(ratio: float | str, name: str = "ratio") -> float:
             f"remove (0 = off, 0.75 = a quarter is left). Use e.g. {name}=0.5."
         )
     return value
-
-
-def keep_count(total: int, fraction: float, special: int = 0) -> int:
-    """Keep count: how many of `total` tokens remain at `fraction`, ties rounded up (ours).
-
-    Parameters
-    ----------
-    total
-        Tokens of the uncompressed span, special ones included.
-    fraction
-        Fraction to keep. 0 drops the whole span; otherwise all special tokens and at least one
-        patch are kept.
-    special
-        How many of `total` are special.
-    """
-    if fraction <= 0.0 or total == 0:
-        return 0
-    rounded = math.floor(total * fraction + 0.5 + 1e-9)
-    return min(total, max(rounded, special + (1 if total > special else 0)))
 
 
 def split_evenly(total: int, counts: list[int]) -> list[int]:

@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from tokencomp.errors import OptionError, PlanError
-from tokencomp.plan.counts import Budget, Place, keep_count, split_evenly
+from tokencomp.plan.counts import Budget, Place, split_evenly
 from tokencomp.plan.options import AnyReducer, Merging, StageOptions, only_plans, unused_options
 from tokencomp.validation import check_effect, describe_type, fits
 
@@ -28,6 +28,25 @@ LEAST_MERGED = 0.1
 """Fraction below which merge="auto" drops: a mean of more than ten tokens says too little."""
 LEAST = 1e-9
 """A fraction so small that only mandatory tokens (special tokens and one patch) remain."""
+
+
+def keep_count(total: int, fraction: float, special: int = 0) -> int:
+    """Keep count: how many of `total` tokens remain at `fraction`, ties rounded up (ours).
+
+    Parameters
+    ----------
+    total
+        Tokens of the uncompressed span, special ones included.
+    fraction
+        Fraction to keep. 0 drops the whole span; otherwise all special tokens and at least one
+        patch are kept.
+    special
+        How many of `total` are special.
+    """
+    if fraction <= 0.0 or total == 0:
+        return 0
+    rounded = math.floor(total * fraction + 0.5 + 1e-9)
+    return min(total, max(rounded, special + (1 if total > special else 0)))
 
 
 def merges(merge: Merging | None, modality: str, fraction: float) -> bool:
@@ -441,18 +460,17 @@ class Plan:
         self,
         span: VisualSpan,
         counts: list[int],
-        place: Place | None = None,
-        entering: int | None = None,
+        place: Place | None,
+        entering: int,
     ) -> Stage | None:
         """The first stage that merges tokens of a span that keeps `counts`; or None.
 
-        `entering` are the tokens that reach the decoder, where the pixels decide how many.
+        `entering` are the tokens that reach the decoder.
         """
-        before = self.entering(span) if entering is None else entering
         for stage, count in zip(self.stages, counts, strict=True):
-            if count < before and stage.merges(span.modality, place):
+            if count < entering and stage.merges(span.modality, place):
                 return stage
-            before = count
+            entering = count
         return None
 
     def _falling(self, span: VisualSpan, fractions: list[float]) -> list[int]:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from tokencomp.errors import OptionError, PlanError
-from tokencomp.plan.counts import check_ratio, keep_count
+from tokencomp.plan.counts import check_ratio
 from tokencomp.plan.options import Traits, unused_options
-from tokencomp.plan.plan import Plan, Stage
+from tokencomp.plan.plan import Plan, Stage, keep_count
 from tokencomp.reducers._batch import best_rows, finite_values
 from tokencomp.tokens.signals import Signal
 from tokencomp.tokens.tokens import Kept, ModelFacts, Tokens, VisualSpan
