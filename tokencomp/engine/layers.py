@@ -9,6 +9,7 @@ segments get those of their rows; the first layer of a segment runs its stage fi
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ from tokencomp.adapters.structure import parameters_of
 from tokencomp.engine.call import Call, CallHooks, RunningCalls, Segment
 from tokencomp.engine.capture import attention_of
 from tokencomp.engine.checks import refuse_recomputation, scored_stages
-from tokencomp.engine.choose import run_stage, timed
+from tokencomp.engine.choose import run_stage
 from tokencomp.engine.gather import (
     SET_APART,
     gather_arguments,
@@ -136,10 +137,11 @@ class LayerHooks(CallHooks):
     ) -> None:
         call: Any = self.calls.state.call
         if call is not None and call.spans:
-            with timed(call):
-                arguments = compat.bind(module, args, rest[0])
-                past = call.segment_of[layer].past
-                call.scores.of_call(stage, module, arguments, signal, call.map, past)
+            started = time.perf_counter()
+            arguments = compat.bind(module, args, rest[0])
+            past = call.segment_of[layer].past
+            call.scores.of_call(stage, module, arguments, signal, call.map, past)
+            call.stage_seconds += time.perf_counter() - started
 
 
 def _enter(call: Call, segment: Segment, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
@@ -147,8 +149,9 @@ def _enter(call: Call, segment: Segment, hidden: Tensor, kwargs: dict[str, Any])
     previous = call.segments[call.segments.index(segment) - 1]
     segment.index = previous.index
     if segment.stage is not None:
-        with timed(call):
-            hidden = _run_stage(call, segment, previous, hidden, kwargs)
+        started = time.perf_counter()
+        hidden = _run_stage(call, segment, previous, hidden, kwargs)
+        call.stage_seconds += time.perf_counter() - started
     if call.spans:
         segment.new = call.map
     if call.segments[0].new.packed:  # a stage moves prompts, and removes none
@@ -168,6 +171,7 @@ def _run_stage(
     layer, device = segment.first, hidden.device
     layer_type = call.layer_types.types[layer].name
     tables = _tables(previous, layer_type, kwargs, device)
+    parts = _parts(tables)
     signals = [s for s in stage.needs if isinstance(s, Attention) and s.layer == "next"]
     # If the layer has no attention, an earlier layer has scored for this stage.
     if signals and layer not in call.scores.spans:
@@ -180,7 +184,6 @@ def _run_stage(
     index = previous.index
     if index is None:
         index = torch.arange(hidden.shape[1], device=device)[None]
-    parts = _parts(tables)
     tensors, dims = [hidden, index, *parts], [1, 1] + [-2] * len(parts)
     hidden, segment.index, *parts = run_stage(call, stage, tensors, dims)
     segment.tables[layer_type] = parts
