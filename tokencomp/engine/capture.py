@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokencomp.engine.gather import take
 from tokencomp.errors import UnsupportedModelError
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.replace import AttributeView, shallow_copy
@@ -31,6 +30,7 @@ NAME = "tokencomp_capture"
 FIX = "Use a reducer without attention, such as 'divprune'."
 CHOICE = "prev_topk_indices"  # selection of the indexer of an earlier layer (GLM, Mistral)
 SHARED = "shared_kv_states"  # keys and values that later layers reuse (Gemma 4)
+RowIndex = tuple[Tensor, Tensor]  # number of every sample (S, 1), and its rows (S, R), int64
 # Arguments of a backend that change the logits beyond scale and RoPE.
 OTHER_LOGITS = ("softcap", "s_aux", "sinks", "position_bias")
 
@@ -68,11 +68,12 @@ def _zeros(width: int, x: Tensor) -> Tensor:
     return x.new_zeros(*x.shape[:-1], width)
 
 
-def _some_rows(projection: Callable[[Tensor], Tensor], rows: Tensor, x: Tensor) -> Tensor:
-    """Apply a projection to `rows` (S, R) of its input only; other rows of the output are zero."""
-    out = projection(take([x], rows, [1])[0])
-    index = rows[..., None].expand_as(out)
-    return out.new_zeros(*x.shape[:2], out.shape[-1]).scatter_(1, index, out)
+def _some_rows(projection: Callable[[Tensor], Tensor], rows: RowIndex, x: Tensor) -> Tensor:
+    """Apply a projection to some rows of its input only; other rows of the output are zero."""
+    out = projection(x[rows])
+    zeros = out.new_zeros(*x.shape[:2], out.shape[-1])
+    zeros[rows] = out
+    return zeros
 
 
 def _whole_batch(projection: nn.Module, batch: int, samples: slice | Tensor, x: Tensor) -> Tensor:
@@ -115,15 +116,23 @@ def unwrapped(module: Any) -> Any:
     return module
 
 
-def attention_of(layer: nn.Module) -> Any:
-    """The attention module of a decoder layer.
+def attention_of(root: nn.Module) -> Any:
+    """The attention module of a decoder layer; an attention module is returned itself.
 
     Raises
     ------
     UnsupportedModelError
         There is none (recurrent layers), or its logits have a bias.
     """
-    for name, child in unwrapped(layer).named_children():
+    return _named_attention(root)[1]
+
+
+def _named_attention(root: Any) -> tuple[str, Any]:
+    """Name of the attention module in its decoder layer, empty if `root` is one; and the module."""
+    if hasattr(root, "scaling"):
+        return "", root
+    layer = unwrapped(root)
+    for name, child in layer.named_children():
         module = unwrapped(child)
         named = any(part in name for part in ("attn", "attention", "mixer"))
         if not named or not hasattr(module, "scaling"):
@@ -133,33 +142,32 @@ def attention_of(layer: nn.Module) -> Any:
                 f"{type(module).__name__} adds a bias by distance to its attention logits, which "
                 f"scores do not include. {FIX}"
             )
-        return module
+        return name, module
     raise UnsupportedModelError(
-        f"{type(layer).__name__} has no attention module that scores could be read from. {FIX}"
+        f"{type(root).__name__} has no attention module that scores could be read from. {FIX}"
     )
 
 
 def capture_qk(
     root: Any,
-    attn: Any,
     hidden: Tensor,
     arguments: Mapping[str, Any],
     skipped: Iterable[str] = (),
-    rows: Tensor | None = None,
+    rows: RowIndex | None = None,
     samples: tuple[int, slice | Tensor] | None = None,
 ) -> Captured:
-    """Queries and keys that `attn` computes when `root` is called with `hidden` (S, n, d).
+    """Queries and keys that an attention module computes for `hidden` (S, n, d).
 
     Parameters
     ----------
     root
-        `attn` itself, or the decoder layer around it.
+        The module, or the decoder layer around it; called with `hidden`.
     arguments
         Further arguments of the call, for these n columns.
     skipped
-        Names of projections in `attn` whose results are not needed.
-    rows : Tensor of int64, shape (S, R), or None
-        Rows whose queries are needed; other rows may be zero. None: all.
+        Names of projections in the module whose results are not needed.
+    rows
+        Rows whose queries are returned; None: all.
     samples
         Number of samples of the model's batch, and those that `hidden` holds; None: all.
 
@@ -169,14 +177,13 @@ def capture_qk(
         The module does not call the backend that its config names, or changes logits in other ways.
     """
     # Run a copy of the module with our backend, or a copy of the layer that contains this copy.
-    outer = unwrapped(root)
-    names = [name for name, child in outer.named_children() if unwrapped(child) is attn]
     compat.register_attention(NAME, _capture)
+    name, attn = _named_attention(root)
     run = clone = shallow_copy(attn)
     clone.config = AttributeView(attn.config, _attn_implementation=NAME)
-    if root is not attn:
-        run = shallow_copy(outer)
-        run._modules[names[0]] = clone
+    if name:
+        run = shallow_copy(unwrapped(root))
+        run._modules[name] = clone
     # Replace projections: only some samples, no values, only some rows of queries.
     stand_ins: dict[str, partial[Any]] = {}
     if samples is not None:
@@ -209,6 +216,8 @@ def capture_qk(
     try:
         type(run).forward(run, hidden_states=hidden, **call)
     except Captured as captured:
+        if rows is not None:
+            captured.query = captured.query[rows[0], :, rows[1]].transpose(1, 2)
         return captured.with_traceback(None)  # frames would keep all tensors of the call
     raise UnsupportedModelError(
         f"{type(attn).__name__} does not call the attention backend that its config names, so its "

@@ -22,7 +22,14 @@ from torch.utils._pytree import tree_map_only
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from tokencomp.engine.cache import is_reference, physical_length, stored
-from tokencomp.engine.capture import Captured, Past, attention_of, capture_qk, gather_heads
+from tokencomp.engine.capture import (
+    Captured,
+    Past,
+    RowIndex,
+    attention_of,
+    capture_qk,
+    gather_heads,
+)
 from tokencomp.engine.gather import take
 from tokencomp.engine.rowmap import (
     KeptSpan,
@@ -95,7 +102,7 @@ class StageScores:
         if keys is None:
             past = RowMap(0)
         hidden = kwargs["hidden_states"]
-        self._score(stage, attn, attn, hidden, kwargs, signal, rows, cached, past, keys)
+        self._score(stage, attn, hidden, kwargs, signal, rows, cached, past, keys)
 
     @torch.no_grad()
     def of_input(
@@ -121,17 +128,15 @@ class StageScores:
             As in `of_call`.
         """
         layer, cached = self._layers[stage], _cached_layer(cache, stage)
-        attn = attention_of(layer)
         if past.rows and not physical_length(cached):
             past = RowMap(0)
         with unsharded(layer):
-            self._score(stage, layer, attn, x, arguments, signal, rows, cached, past, None)
+            self._score(stage, layer, x, arguments, signal, rows, cached, past, None)
 
     def _score(
         self,
         stage: int,
         root: Any,
-        attn: Any,
         hidden: Tensor,
         arguments: Mapping[str, Any],
         signal: Attention,
@@ -140,14 +145,21 @@ class StageScores:
         past: RowMap,
         keys: Tensor | None,
     ) -> None:
-        """Store scores; `keys` (B, kv heads, past + n, D) are those of the call, if known.
+        """Store scores; `root` is an attention module, or the decoder layer around it.
+
+        `keys` (B, kv heads, past + n, D) are those of the call, if known.
 
         A voter sees a contiguous range of keys, unless other prompts or padding of an earlier turn
         are in between. If so, samples are scored one by one, otherwise together.
         """
-        questions = questions_of(rows)
+        questions = [
+            Question(b, prompt.start, prompt.question_stop, spans)
+            for b, prompts in enumerate(rows.prompts)
+            for prompt in prompts
+            if (spans := rows.spans_of(b, prompt))
+        ]
         groups = [[q] for q in questions] if rows.packed or past.rows else [questions]
-        probes = [Probe(root, attn, hidden, arguments, group) for group in groups]
+        probes = [Probe(root, hidden, arguments, group) for group in groups]
         if signal.rows != "none":
             parts = [_span_scores(p, signal, cached, past, keys, self.raters) for p in probes]
             self.spans[stage] = torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -246,22 +258,15 @@ class Question:
         return [c for c in range(self.spans[0].start, self.stop) if c not in visual]
 
 
-def questions_of(rows: RowMap) -> list[Question]:
-    return [
-        Question(b, prompt.start, prompt.question_stop, spans)
-        for b, prompts in enumerate(rows.prompts)
-        for prompt in prompts
-        if (spans := rows.spans_of(b, prompt))
-    ]
-
-
 class Probe:
     """Queries and keys of the questions of a batch at one layer, at most one question per sample.
 
     Parameters
     ----------
+    root
+        An attention module, or the decoder layer around it.
     hidden : Tensor, shape (B, n, d)
-        Input of the layer.
+        Input of `root`.
 
     Attributes
     ----------
@@ -274,12 +279,11 @@ class Probe:
     def __init__(
         self,
         root: Any,
-        attn: Any,
         hidden: Tensor,
         arguments: Mapping[str, Any],
         questions: list[Question],
     ) -> None:
-        self.root, self.attn, self.questions = root, attn, questions
+        self.root, self.questions = root, questions
         self.first = min(q.first for q in questions)
         self.width = max(q.stop for q in questions) - self.first
         samples = [q.sample for q in questions]
@@ -310,18 +314,16 @@ class Probe:
         return value if self.width == n else value.narrow(batch + 1, self.first, self.width)
 
     def queries_and_keys(
-        self, rows: Tensor | None, cached: Any, past: RowMap, keys: Tensor | None
+        self, rows: RowIndex | None, cached: Any, past: RowMap, keys: Tensor | None
     ) -> Captured:
-        """Queries (S, heads, R, d) of rows (S, R), or of all rows; and the keys of all rows, of a
+        """Queries (S, heads, R, d) of some rows, or of all; and the keys of all rows, of a
         single sample after those of earlier turns.
 
         `keys` (B, kv heads, past + n, D) are those of the call, if known.
         """
-        from tokencomp.kernels import gather_rows
-
         sample, earlier = self.questions[0].sample, {}
         if keys is not None and self._caches_keys(keys):
-            captured = self._capture(rows, ("k_proj", "v_proj"))
+            captured = self._capture(None if rows is None else rows[1], ("k_proj", "v_proj"))
             current = keys[:, :, past.rows :] if past.rows else keys
             current = current if self.samples is None else current[self.samples]
             whole = current.shape[2] == self.width
@@ -331,10 +333,8 @@ class Probe:
                 both = Past(*(_earlier(x, past, sample) for x in (cached.keys, cached.values)))
                 earlier, past = dict.fromkeys(compat.CACHE_NAMES, both), RowMap(0)
             arguments = {**self._arguments, **earlier}
-            call = self.root, self.attn, self.hidden, arguments, ("v_proj",), rows
+            call = self.root, self.hidden, arguments, ("v_proj",), rows
             captured = capture_qk(*call, samples=self._part)
-            if rows is not None:
-                captured.query = gather_rows([captured.query], rows, 2, 0, trusted=True)[0]
         if past.rows:
             before = _earlier(stored(cached, "keys"), past, sample)
             captured.key = torch.cat([before.to(captured.key.device), captured.key], dim=2)
@@ -348,7 +348,7 @@ class Probe:
         elif tables is not None:
             cos, sin = tables
             arguments["position_embeddings"] = torch.ones_like(cos), torch.zeros_like(sin)
-        call = self.root, self.attn, self.hidden, arguments, ("q_proj", "v_proj")
+        call = self.root, self.hidden, arguments, ("q_proj", "v_proj")
         return capture_qk(*call, samples=self._part).key
 
     def _caches_keys(self, keys: Tensor) -> bool:
@@ -356,7 +356,8 @@ class Probe:
 
         Latent attention may cache latents instead, which have another shape.
         """
-        config = compat.layer_config(self.attn.config, self.attn.layer_idx)
+        attn = attention_of(self.root)
+        config = compat.layer_config(attn.config, attn.layer_idx)
         if getattr(config, "kv_lora_rank", None) is None:
             return True
         row = torch.zeros(len(self.hidden), 1, dtype=torch.int64, device=self.hidden.device)
@@ -372,7 +373,7 @@ class Probe:
                 name: tree_map_only(Tensor, partial(self._take, rows, "embeddings" in name), value)
                 for name, value in arguments.items()
             }
-        return capture_qk(self.root, self.attn, hidden, arguments, skipped, samples=self._part)
+        return capture_qk(self.root, hidden, arguments, skipped, samples=self._part)
 
     def _take(self, rows: Tensor, tables: bool, value: Tensor) -> Tensor:
         """Select `rows` (S, R) of a result of `_cut`."""
@@ -415,8 +416,9 @@ def _span_scores(
     if not every:
         last = np.asarray([[q.stop - 1 - probe.first] for q in probe.questions])
         host["voting"] = np.where(index < 0, last, index).ravel()
+        host["sample"] = np.arange(len(index))
     moved = move_tables(host, probe.hidden.device)
-    chosen = None if every else moved["voting"].view(index.shape)
+    chosen = None if every else (moved["sample"][:, None], moved["voting"].view(index.shape))
     # Queries of the voting rows; keys of earlier turns come before those of this call.
     captured = probe.queries_and_keys(chosen, cached, past, keys)
     k, offset = captured.key, captured.key.shape[2] - probe.width
@@ -429,16 +431,17 @@ def _span_scores(
     for rows, table in zip(passes, tables, strict=True):
         part, weights = slice(at, at + table.shape[1]), None
         if rows == "raters" and raters is not None and chosen is not None:
-            some = raters.to(chosen.device)[slice(None) if probe.samples is None else probe.samples]
-            weights = some.gather(1, chosen[:, part] + probe.first).to(k.device)
+            samples, voting = chosen
+            some = raters.to(voting.device)[slice(None) if probe.samples is None else probe.samples]
+            weights = some[samples, voting[:, part] + probe.first].to(k.device)
         query = captured.query if whole else captured.query[:, :, part]
         seen = visible if whole else visible[:, :, part]
         part_sums = _column_sums(probe, query, k, seen, captured.scaling, signal, weights)
         sums.append(part_sums[..., offset:] if offset else part_sums)
         at = part.stop
     # From sums over rows to means, for visual tokens.
-    flat = (sums[0] if whole else torch.cat(sums)).flatten()
-    return flat.index_select(0, moved["column"]) / moved["voters"]
+    found = sums[0] if whole else torch.cat(sums)
+    return found.take(moved["column"]) / moved["voters"]
 
 
 def _key_lengths(probe: Probe, lengths: Tensor) -> None:
@@ -448,9 +451,10 @@ def _key_lengths(probe: Probe, lengths: Tensor) -> None:
     prompt in its batch.
     """
     keys = probe.unrotated_keys().float().abs().sum(3)
-    groups = getattr(probe.attn, "num_key_value_groups", 1)  # queries that share one key
+    attn = attention_of(probe.root)
+    groups = getattr(attn, "num_key_value_groups", 1)  # queries that share one key
     shared = keys.repeat_interleave(groups, dim=1)
-    found = gather_heads(probe.attn, shared, dim=1).sum(1) / groups
+    found = gather_heads(attn, shared, dim=1).sum(1) / groups
     columns = slice(probe.first, probe.first + probe.width)
     for question, row_lengths in zip(probe.questions, found, strict=True):
         lengths[question.sample, columns] = row_lengths
@@ -552,5 +556,6 @@ def _column_sums(
         iterations=max(signal.iterations, 1),
         trusted=True,  # indices were built on the host
     )
-    joined: Tensor = join_heads(gather_heads(probe.attn, sums, dim=1), signal.heads)
+    whole = gather_heads(attention_of(probe.root), sums, dim=1)
+    joined: Tensor = join_heads(whole, signal.heads)
     return joined

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Mapping
@@ -113,6 +114,7 @@ def recomputes_hooks() -> bool:
     return "__call__" in vars(GradientCheckpointingLayer)
 
 
+@functools.cache  # once per process, and not at import: transformers' models take long to load
 def register_attention(name: str, function: Callable[..., Any]) -> None:
     """Register `function` as the attention backend `name`."""
     from transformers.modeling_utils import AttentionInterface
