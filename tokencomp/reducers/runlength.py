@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from tokencomp.reducers import Kept, Reducer, Tokens, Traits, best_rows, register_reducer
-from tokencomp.reducers._pixels import OF_PIXELS, descriptor
+from tokencomp.reducers._pixels import OF_PIXELS
+from tokencomp.reducers.kcenter import descriptor
 from tokencomp.tokens.tokens import Grid
 from tokencomp.validation import between
 
