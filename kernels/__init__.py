@@ -1,10 +1,12 @@
 """Kernels that score and move visual tokens: plain PyTorch on a CPU, Triton on a GPU.
 
-Every op has one folder with three parts: ``__init__.py`` (the public function, and a
-:class:`tokencomp.kernels.dispatch.Op`, which chooses the form and works under ``torch.compile``),
-``naive.py`` (plain PyTorch, which is both the CPU path and the reference of the tests) and
-``triton.py``. This package imports neither transformers nor the rest of tokencomp, and it imports
-Triton only when an op runs there. ``TOKENCOMP_KERNELS`` chooses the form.
+Every op has one folder. ``__init__.py`` has the public function with its checks, the plain form
+``naive`` (PyTorch, which is both the CPU path and the reference of the tests) and a
+:class:`tokencomp.kernels.dispatch.Op`, which chooses the form and works under ``torch.compile``.
+``triton.py`` has the Triton form. The plain form of ``maxmin_select`` has files of its own.
+
+This package imports neither transformers nor the rest of tokencomp, and it imports Triton only
+when an op runs there. ``TOKENCOMP_KERNELS`` chooses the form.
 """
 
 # transformers looks for the Hugging Face package `kernels`. When the repository's root is on

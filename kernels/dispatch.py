@@ -113,15 +113,16 @@ class Op:
 
     Parameters
     ----------
+    name
+        Name of the custom op and of the Triton form, which is imported when it first runs.
     naive
-        The plain form. The custom op has its name and its arguments, the main operand first. The
-        Triton form has both as well, and is imported when it first runs.
+        The plain form. All forms have its arguments, the main operand first.
     fake
         Returns empty results of the right shapes for the arguments.
     check, check_result
         Check the values of the arguments, and of the result, where :func:`checks_enabled`.
     module
-        Name of the module, next to that of `naive`, that has the Triton form.
+        Name of the module, in the package of the op, that has the Triton form.
     differentiable
         Whether autograd records the plain form where a gradient is needed. Otherwise results have
         no gradient.
@@ -129,6 +130,7 @@ class Op:
 
     def __init__(
         self,
+        name: str,
         naive: Callable[..., Any],
         fake: Callable[..., Any],
         check: Callable[..., None] | None = None,
@@ -136,9 +138,8 @@ class Op:
         module: str = "triton",
         differentiable: bool = False,
     ) -> None:
-        name = naive.__name__
         self.naive, self._check, self._check_result = naive, check, check_result
-        self._triton_form = naive.__module__.removesuffix("naive") + module, name
+        self._triton_form = f"{naive.__module__.removesuffix('.naive')}.{module}", name
         self._differentiable = differentiable
 
         @functools.wraps(naive)

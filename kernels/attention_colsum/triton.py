@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from tokencomp.kernels import checks
-from tokencomp.kernels.attention_colsum.naive import repeated
+from tokencomp.kernels.attention_colsum import repeated
 from tokencomp.kernels.tile import (
     LOG2E,
     aligned,
@@ -197,14 +197,14 @@ def colsum_kernel(
 def attention_colsum(
     q: Tensor, k: Tensor, weights: Tensor, visible: Tensor, scale: float, iterations: int
 ) -> Tensor:
-    """See :func:`tokencomp.kernels.attention_colsum.naive.attention_colsum`."""
+    """See :func:`tokencomp.kernels.attention_colsum.naive`."""
     checks.triton_heads(q, MAX_HEAD_DIM)
     q, k = checks.rows_contiguous(q), checks.rows_contiguous(k)
     return repeated(column_sums, attention_lse, q, k, weights, visible, scale, iterations)
 
 
 def attention_lse(q: Tensor, k: Tensor, lo: Tensor, hi: Tensor, scale: float) -> Tensor:
-    """See :func:`tokencomp.kernels.attention_colsum.naive.attention_lse`."""
+    """See :func:`tokencomp.kernels.attention_colsum.attention_lse`."""
     batch, heads, rows, dim = q.shape
     kv_heads, keys = k.shape[1:3]
     group = heads // kv_heads
@@ -231,7 +231,7 @@ def attention_lse(q: Tensor, k: Tensor, lo: Tensor, hi: Tensor, scale: float) ->
 def column_sums(
     q: Tensor, k: Tensor, weights: Tensor, lo: Tensor, hi: Tensor, lse: Tensor | None, scale: float
 ) -> Tensor:
-    """See :func:`tokencomp.kernels.attention_colsum.naive.column_sums`."""
+    """See :func:`tokencomp.kernels.attention_colsum.column_sums`."""
     batch, heads, rows, dim = q.shape
     kv_heads, keys = k.shape[1:3]
     group = heads // kv_heads

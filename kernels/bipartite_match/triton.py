@@ -76,7 +76,7 @@ def match_kernel(
 
 
 def bipartite_match(x: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
-    """See :func:`tokencomp.kernels.bipartite_match.naive.bipartite_match`."""
+    """See :func:`tokencomp.kernels.bipartite_match.naive`."""
     checks.triton_dtype("x", x)
     checks.grid_size("tiles of a frame", max(lengths, default=0) // 64)
     x = checks.rows_contiguous(x)

@@ -1,9 +1,8 @@
 """Cross-attention of queries to the frames of a video with a causal mask over frames."""
 
 import torch
+import torch.nn.functional as F
 from tokencomp.kernels import checks, dispatch
-from tokencomp.kernels.ccam_attention import naive
-from tokencomp.kernels.ccam_attention.rule import visible_frames
 from tokencomp.kernels.errors import KernelError
 from torch import Tensor
 
@@ -70,4 +69,51 @@ def ccam_attention(
     return _op(q, k, v, frames, per_frame, causal, scale)
 
 
-_op = dispatch.Op(naive.ccam_attention, lambda q, *_: q.new_empty(q.shape), differentiable=True)
+def visible_frames(query: int, queries: int, frames: int) -> int:
+    """Return how many frames, from the first on, query `query` sees: ``floor(i·F/Q) + 1``.
+
+    The mask is block lower-triangular, and a single frame is visible to all queries. If there are
+    at least as many queries as frames, the last query sees every frame; otherwise no query sees the
+    last ⌈F/Q⌉ - 1 frames. This is our reconstruction of the rule of Video-CCAM (arXiv 2408.14023).
+    """
+    return min(frames, query * frames // queries + 1)
+
+
+def runs(queries: int, frames: int) -> list[tuple[int, int, int]]:
+    """Group consecutive queries that see the same frames.
+
+    Returns
+    -------
+    list of tuple
+        ``(first query, last query + 1, number of visible frames)`` per group, in order.
+    """
+    groups: list[tuple[int, int, int]] = []
+    for query in range(queries):
+        visible = visible_frames(query, queries, frames)
+        if groups and groups[-1][2] == visible:
+            groups[-1] = (groups[-1][0], query + 1, visible)
+        else:
+            groups.append((query, query + 1, visible))
+    return groups
+
+
+def naive(
+    q: Tensor, k: Tensor, v: Tensor, frames: int, per_frame: int, causal: bool, scale: float
+) -> Tensor:
+    """Attend with one call of SDPA, without a mask, per group of queries that see the same frames.
+
+    Shapes are those of :func:`tokencomp.kernels.ccam_attention`, and `per_frame`, above 0, is the
+    number of keys of a frame.
+    """
+    queries, parts = q.shape[2], []
+    for first, end, seen in runs(queries, frames) if causal else [(0, queries, frames)]:
+        keys = seen * per_frame
+        parts.append(
+            F.scaled_dot_product_attention(
+                q[:, :, first:end], k[:, :, :keys], v[:, :, :keys], scale=scale
+            )
+        )
+    return torch.cat(parts, dim=2).contiguous()
+
+
+_op = dispatch.Op("ccam_attention", naive, lambda q, *_: q.new_empty(q.shape), differentiable=True)

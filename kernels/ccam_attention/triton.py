@@ -117,7 +117,7 @@ def combine_kernel(
 def ccam_attention(
     q: Tensor, k: Tensor, v: Tensor, frames: int, per_frame: int, causal: bool, scale: float
 ) -> Tensor:
-    """See :func:`tokencomp.kernels.ccam_attention.naive.ccam_attention`."""
+    """See :func:`tokencomp.kernels.ccam_attention.naive`."""
     checks.triton_heads(q, MAX_HEAD_DIM)
     q, k, v = checks.rows_contiguous(q), checks.rows_contiguous(k), checks.rows_contiguous(v)
     batch, heads, queries, dim = q.shape

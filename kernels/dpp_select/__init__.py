@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 
+import torch
 from tokencomp.kernels import checks, dispatch
-from tokencomp.kernels.dpp_select import naive
 from torch import Tensor
+
+# A row that adds less than this share of its own relevance lies in the span of the chosen ones.
+EPSILON = 1e-6
 
 
 def dpp_select(
@@ -62,4 +65,42 @@ def _check_values(unit: Tensor, counts: list[int], relevance: Tensor, _: list[in
     checks.holds(good, "rows must be finite, and relevance finite and above 0")
 
 
-_op = dispatch.Op(naive.dpp_select, checks.fake_choice, _check_values)
+def naive(unit: Tensor, counts: list[int], relevance: Tensor, lengths: list[int]) -> Tensor:
+    """Return the chosen rows in ascending order; equal spans take their steps as a batch."""
+    first = checks.starts(lengths)
+    chosen = [torch.empty(0, dtype=torch.int64, device=unit.device)]
+    for (length, count), spans in checks.same_shape(lengths, counts).items():
+        if not count:
+            continue
+        rows = torch.tensor([first[s] for s in spans], device=unit.device)[:, None]
+        rows = rows + torch.arange(length, device=unit.device)
+        order = _greedy(unit[rows], relevance[rows], count)
+        chosen.append(rows.gather(1, order).flatten())
+    return torch.cat(chosen).sort().values
+
+
+def _greedy(unit: Tensor, r: Tensor, count: int) -> Tensor:
+    """Choose `count` rows of every span of unit ``(S, L, D)``, r ``(S, L)``; ``(S, count)``."""
+    spans, length = r.shape
+    gain, least = r * r, EPSILON * r * r
+    factors = unit.new_zeros(spans, count, length)
+    chosen = torch.empty(spans, count, dtype=torch.int64, device=unit.device)
+    taken = torch.zeros_like(r, dtype=torch.bool)
+    for i in range(count):
+        # Directions that are used up rank below all others, by relevance.
+        score = torch.where(gain > least, gain, r - 2.0).masked_fill(taken, -torch.inf)
+        best = score.argmax(1, keepdim=True)
+        chosen[:, i] = best[:, 0]
+        taken.scatter_(1, best, True)
+        own, left = r.gather(1, best), gain.gather(1, best)
+        row = unit.gather(1, best[..., None].expand(-1, -1, unit.shape[2]))
+        cosine = (unit @ row.mT)[..., 0]
+        before = factors[:, :i].gather(2, best[:, None].expand(-1, i, -1))
+        row = own * r * cosine - (before.mT @ factors[:, :i])[:, 0]
+        fresh = left > EPSILON * own**2
+        factors[:, i] = torch.where(fresh, row / left.clamp(min=1e-20).sqrt(), 0.0)
+        gain = gain - factors[:, i] ** 2
+    return chosen
+
+
+_op = dispatch.Op("dpp_select", naive, checks.fake_choice, _check_values)

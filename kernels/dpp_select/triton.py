@@ -10,8 +10,7 @@ import triton
 import triton.language as tl
 from tokencomp.kernels import checks
 from tokencomp.kernels.checks import starts, table
-from tokencomp.kernels.dpp_select import naive
-from tokencomp.kernels.dpp_select.naive import EPSILON
+from tokencomp.kernels.dpp_select import EPSILON, naive
 from tokencomp.kernels.facility_select.triton import cover_kernel
 from tokencomp.kernels.tile import padded
 from torch import Tensor
@@ -75,9 +74,9 @@ def fits(counts: list[int], lengths: list[int]) -> bool:
 
 
 def dpp_select(unit: Tensor, counts: list[int], relevance: Tensor, lengths: list[int]) -> Tensor:
-    """See :func:`tokencomp.kernels.dpp_select.naive.dpp_select`, which runs what does not fit."""
+    """See :func:`tokencomp.kernels.dpp_select.naive`, which runs what does not fit."""
     if unit.dtype == torch.float64 or not fits(counts, lengths):
-        return naive.dpp_select(unit, counts, relevance, lengths)
+        return naive(unit, counts, relevance, lengths)
     unit = checks.rows_contiguous(unit)
     device, longest = unit.device, max(lengths, default=0)
     picks = torch.empty(sum(counts), dtype=torch.int64, device=device)

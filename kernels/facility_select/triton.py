@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 from tokencomp.kernels import checks
 from tokencomp.kernels.checks import starts, table
-from tokencomp.kernels.facility_select import naive
-from tokencomp.kernels.facility_select.naive import DENSE_ENTRIES, ROUNDING
+from tokencomp.kernels.facility_select import DENSE_ENTRIES, ROUNDING, naive
 from tokencomp.kernels.maxmin_select.rounds import TIED
 from tokencomp.kernels.tile import full_dot, padded
 from torch import Tensor
@@ -124,9 +123,9 @@ def facility_select(
     reach: list[int],
     offset: Tensor | None,
 ) -> Tensor:
-    """See :func:`tokencomp.kernels.facility_select.naive.facility_select`; it runs large spans."""
+    """See :func:`tokencomp.kernels.facility_select.naive`; it runs large spans."""
     if unit.dtype != torch.float32 or not fits(counts, lengths, reach):
-        return naive.facility_select(unit, counts, weights, lengths, points, reach, offset)
+        return naive(unit, counts, weights, lengths, points, reach, offset)
     unit = checks.rows_contiguous(unit)
     points = unit if points is None else checks.rows_contiguous(points)
     device, longest = unit.device, max(lengths, default=0)

@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
+import torch
 from tokencomp.kernels import checks, dispatch
 from tokencomp.kernels.errors import KernelError
-from tokencomp.kernels.frame_pool import naive
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 
 def frame_pool(x: Tensor, grids: Sequence[tuple[int, int]]) -> Tensor:
@@ -56,4 +57,25 @@ def _fake(x: Tensor, heights: list[int], widths: list[int]) -> Tensor:
     return x.new_empty(tokens, x.shape[3])
 
 
-_op = dispatch.Op(naive.frame_pool, _fake, differentiable=True)
+def naive(x: Tensor, heights: list[int], widths: list[int]) -> Tensor:
+    """Pool all frames that have the same output grid in one call.
+
+    `x` is ``(T, H, W, D)``, `heights` and `widths` have T entries, and the result is ``(Σ h·w, D)``
+    in the order of the frames.
+    """
+    frames, _, _, dim = x.shape
+    parts: list[Tensor] = [x.new_empty(0, dim)] * frames
+    for grid, members in checks.same_shape(heights, widths).items():
+        pooled = x[members] if grid == tuple(x.shape[1:3]) else _resize(x[members], grid)
+        for frame, part in zip(members, pooled.flatten(1, 2).unbind(), strict=True):
+            parts[frame] = part
+    return torch.cat(parts) if parts else x.new_empty(0, dim)
+
+
+def _resize(x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Resize ``(F, H, W, D)`` to ``(F, *grid, D)``, computed in fp32 (fp64 for fp64 inputs)."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    return adaptive_avg_pool2d(wide.permute(0, 3, 1, 2), grid).permute(0, 2, 3, 1).to(x.dtype)
+
+
+_op = dispatch.Op("frame_pool", naive, _fake, differentiable=True)

@@ -40,7 +40,7 @@ def pool_kernel(
 
 
 def frame_pool(x: Tensor, heights: list[int], widths: list[int]) -> Tensor:
-    """See :func:`tokencomp.kernels.frame_pool.naive.frame_pool`."""
+    """See :func:`tokencomp.kernels.frame_pool.naive`."""
     checks.triton_dtype("x", x)
     x = checks.rows_contiguous(x)
     _, height, width, dim = x.shape

@@ -86,7 +86,7 @@ class Job(NamedTuple):
 def gather_rows(
     index: Tensor, tensors: list[Tensor], seqs: list[int], batches: list[int], limit: int | None
 ) -> list[Tensor]:
-    """See :func:`tokencomp.kernels.gather_rows.naive.gather_rows`."""
+    """See :func:`tokencomp.kernels.gather_rows.naive`."""
     index = index.contiguous()
     outs: list[Tensor] = []
     jobs: list[Job] = []

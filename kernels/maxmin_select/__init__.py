@@ -153,6 +153,7 @@ def mean_distance(x: Tensor, *, spans: Sequence[int] | None = None) -> Tensor:
 
 
 _mean_op = dispatch.Op(
+    "mean_distance",
     naive.mean_distance,
     lambda x, lengths: x.new_empty(len(lengths), dtype=checks.sum_dtype(x)),
     module="triton_rows",
@@ -192,4 +193,4 @@ def _check_values(
     checks.holds(((start >= 0) & (start < length)).all(), "start must lie inside its span")
 
 
-_op = dispatch.Op(naive.maxmin_select, checks.fake_choice, _check_values)
+_op = dispatch.Op("maxmin_select", naive.maxmin_select, checks.fake_choice, _check_values)

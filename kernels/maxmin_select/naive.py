@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tokencomp.kernels.bipartite_match.naive import normalise
+from tokencomp.kernels.bipartite_match import normalise
 from tokencomp.kernels.checks import same_shape
 from tokencomp.kernels.maxmin_select.rounds import EPSILON, GRAM_ELEMENTS, TAKEN, TIED, Rounds
 from torch import Tensor

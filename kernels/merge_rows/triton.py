@@ -77,7 +77,7 @@ def merge_rows(
     weighted: bool,
     lengths: list[int],
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`tokencomp.kernels.merge_rows.naive.merge_rows`."""
+    """See :func:`tokencomp.kernels.merge_rows.naive`."""
     checks.triton_dtype("x", x)
     x = checks.rows_contiguous(x)
     rows, dim = x.shape

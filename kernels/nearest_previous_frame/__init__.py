@@ -1,7 +1,8 @@
 """Similarity of every token of a video with the same place of the previous frame."""
 
+import torch
 from tokencomp.kernels import checks, dispatch
-from tokencomp.kernels.nearest_previous_frame import naive
+from tokencomp.kernels.bipartite_match import normalise
 from torch import Tensor
 
 
@@ -35,8 +36,21 @@ def nearest_previous_frame(x: Tensor) -> Tensor:
     return _op(x)
 
 
+def naive(x: Tensor) -> Tensor:
+    """Compare frame by frame, so that only two frames are held in fp32 at a time."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    similarity = torch.full(x.shape[:3], -torch.inf, dtype=dtype, device=x.device)
+    previous = normalise(x[0].to(dtype)) if len(x) else x
+    for frame in range(1, len(x)):
+        current = normalise(x[frame].to(dtype))
+        similarity[frame] = (current * previous).sum(-1)
+        previous = current
+    return similarity
+
+
 _op = dispatch.Op(
-    naive.nearest_previous_frame,
+    "nearest_previous_frame",
+    naive,
     lambda x: x.new_empty(x.shape[:3], dtype=checks.sum_dtype(x)),
     check_result=checks.cosines,
 )

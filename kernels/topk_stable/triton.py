@@ -60,9 +60,9 @@ def pack_kernel(chosen, first_row, first_pick, picks, BLOCK: tl.constexpr):
 
 
 def topk_stable(scores: Tensor, counts: list[int], lengths: list[int]) -> Tensor:
-    """See :func:`tokencomp.kernels.topk_stable.naive.topk_stable`."""
+    """See :func:`tokencomp.kernels.topk_stable.naive`."""
     if max(lengths) > LONGEST:
-        return naive.topk_stable(scores, counts, lengths)
+        return naive(scores, counts, lengths)
     checks.int32_sizes(scores=len(scores))
     scores = scores.contiguous()
     picks = torch.empty(sum(counts), dtype=torch.int64, device=scores.device)

@@ -5,8 +5,7 @@ import math
 import pytest
 import torch
 from tokencomp.kernels import attention_colsum, ccam_attention, visible_frames
-from tokencomp.kernels.attention_colsum import naive
-from tokencomp.kernels.ccam_attention.rule import runs
+from tokencomp.kernels.ccam_attention import runs
 from torch import Tensor
 
 # (batch, kv heads, group, rows, keys, head dim), dtype
@@ -83,7 +82,7 @@ def test_rows_in_any_order_with_padding(
 ) -> None:
     """Plain PyTorch streams over few rows at a time; many rows skip row blocks by their bounds."""
     if block:
-        monkeypatch.setattr(naive, "BLOCK_ELEMENTS", block)
+        monkeypatch.setitem(attention_colsum.__globals__, "BLOCK_ELEMENTS", block)
     q, k = inputs((3, 2, 2, rows, 150, 64))
     start, end = torch.tensor([0, 40, 149]), torch.tensor([150, 100, 150])
     index = torch.randint(-20, 150, (3, rows))
@@ -170,7 +169,7 @@ def test_repeated_application(
 ) -> None:
     """Five steps s ← sM at temperature 0.1 with left padding equal five matrix products."""
     if block:
-        monkeypatch.setattr(naive, "BLOCK_ELEMENTS", block)
+        monkeypatch.setitem(attention_colsum.__globals__, "BLOCK_ELEMENTS", block)
     q, k = inputs((2, 1, 2, size, size, 32))
     start = torch.tensor([0, 13])
     index = torch.arange(size).expand(2, -1)

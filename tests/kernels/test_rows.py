@@ -12,7 +12,6 @@ from tokencomp.kernels import (
     merge_rows,
     nearest_previous_frame,
 )
-from tokencomp.kernels.bipartite_match import naive
 from torch import Tensor
 
 
@@ -273,7 +272,7 @@ def test_matches_loops_bipartite_match(
 
 def test_rows_of_an_odd_frame_are_matched_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two even rows are in memory at a time, so that the third and last is alone in a block."""
-    monkeypatch.setattr(naive, "BLOCK_ELEMENTS", 4)
+    monkeypatch.setitem(bipartite_match.__globals__, "BLOCK_ELEMENTS", 4)
     monkeypatch.setenv("TOKENCOMP_KERNELS", "naive")
     x = torch.randn(10, 8)
     assert bipartite_match(x, [5, 5])[1].tolist() == by_hand_bipartite_match(x, [5, 5])[1]

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tokencomp.kernels import dpp_select, facility_select, topk_stable
-from tokencomp.kernels.facility_select import naive
 from torch import Tensor
 
 
@@ -185,7 +184,7 @@ def cosines(unit: Tensor) -> list[list[float]]:
 def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Spans that keep their matrix, and spans too long for it."""
     if request.param == "by column":
-        monkeypatch.setattr(naive, "DENSE_ENTRIES", 100)
+        monkeypatch.setitem(facility_select.__globals__, "DENSE_ENTRIES", 100)
 
 
 @pytest.mark.parametrize("weighted", [False, True])
