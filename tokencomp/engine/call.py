@@ -51,6 +51,8 @@ class Segment:
         computes them.
     text_positions, lengths
         `position_ids` of the layers, and lengths of packed prompts (`cu_seq_lens_*`).
+    cached
+        At the start of the call: the first cache layer from `first` on that holds rows, or None.
     ready
         Whether layer `first` has been entered.
     """
@@ -65,6 +67,7 @@ class Segment:
     tables: dict[str, Any] = field(default_factory=dict)
     text_positions: Tensor | None = None
     lengths: dict[str, Any] = field(default_factory=dict)
+    cached: Any = None
     ready: bool = False
 
     def columns(self, batch: int, device: torch.device) -> Tensor | None:
@@ -136,7 +139,7 @@ def build_segments(
             if mask is not None and past.rows:
                 real = mask[:, : past.rows].bool()
                 past.real = None if bool(real.all()) else real
-        segments.append(Segment(first, stop, past, new, stages.get(first)))
+        segments.append(Segment(first, stop, past, new, stages.get(first), cached=layer))
     return segments
 
 
@@ -215,6 +218,8 @@ class Call:
         The mask that the body prepared for the uncompressed call, see `Masks`.
     layer_types
         Types of the decoder layers, and their attention windows.
+    prompts
+        Per sample, per packed prompt: its number of tokens, and numbers of its spans.
     counts
         Per sample, per span: visual tokens kept after each stage.
     entering
@@ -259,6 +264,7 @@ class Call:
     by_column: bool = True
     prepared: Any = None
     layer_types: LayerTypes = field(init=False)
+    prompts: list[list[tuple[int, list[int]]]] = field(default_factory=list)
     counts: list[list[list[int]]] = field(default_factory=list)
     entering: list[list[int]] = field(default_factory=list)
     places: list[list[Place | None]] = field(default_factory=list)
@@ -283,7 +289,7 @@ class Call:
         self.segment_of = [s for s in self.segments for _ in range(s.first, s.stop)]
         past = self.segments[0].past
         self.length = past.rows + past.dropped + self.width
-        self.first_layer, self.first_map = first_layer(self.cache), self.map
+        self.first_layer, self.first_map = self.segments[0].cached, self.map
         if self.spans:
             self._count()
 
@@ -291,6 +297,10 @@ class Call:
         """The pass `plan`: convert fractions of the stages to counts for every span."""
         plan, layers = self.plan, len(self.adapter.layers)
         self.places = [[None] * len(sample) for sample in self.spans]
+        self.prompts = [
+            [(p.stop - p.start, [j for j, s in enumerate(kept) if p.holds(s)]) for p in prompts]
+            for prompts, kept in zip(self.map.prompts, self.map.spans, strict=False)
+        ]
         if plan.has_budget:
             pairs = zip(self.spans, self.prompts, strict=False)
             self.places = [list(packed_places(row, prompts)) for row, prompts in pairs]
@@ -314,15 +324,6 @@ class Call:
         self.counts = [
             [[min(n, most) for n in counts] for counts, most in zip(*rows, strict=True)]
             for rows in zip(self.counts, self.entering, strict=True)
-        ]
-
-    @property
-    def prompts(self) -> list[list[tuple[int, list[int]]]]:
-        """Per sample, per packed prompt: its number of tokens, and numbers of its spans."""
-        rows = self.first_map
-        return [
-            [(p.stop - p.start, [j for j, s in enumerate(kept) if p.holds(s)]) for p in prompts]
-            for prompts, kept in zip(rows.prompts, rows.spans, strict=False)
         ]
 
     def length_after(self) -> int:

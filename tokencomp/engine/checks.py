@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import StaticLayer
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.engine.cache import DYNAMIC, is_reference
+from tokencomp.engine.cache import DYNAMIC, CompressedLayer, is_reference
 from tokencomp.engine.call import Call, Segment
 from tokencomp.engine.capture import attention_of
 from tokencomp.engine.layer_types import LayerTypes
@@ -285,6 +285,12 @@ def _scored_layer(layer_types: LayerTypes, plan: Plan, stage: int) -> int:
 # -- before a prompt runs -----------------------------------------------------------------------
 
 
+def check_owner(call: Call) -> None:
+    """Refuse a cache that another patch has compressed, or one that is removed."""
+    if isinstance(call.first_layer, CompressedLayer):
+        call.first_layer.check_patch()
+
+
 def check_later_media(call: Call) -> None:
     """Refuse media in a later turn if layers keep only the first prompt whole."""
     if call.segments[0].past.rows and call.layer_types.cut_later_turns:
@@ -402,6 +408,7 @@ def check_windows(call: Call) -> None:
 
 PLAN_CHECKS = (check_modalities, check_entry, check_layer_stages)
 PROMPT_CHECKS = (
+    check_owner,
     check_recomputation,
     check_grids,
     check_packed,
@@ -468,9 +475,9 @@ def _names(kinds: set[type]) -> str:
 # -- while a prompt runs ------------------------------------------------------------------------
 
 
-def check_ragged_turn(call: Call, mask: Tensor | None) -> None:
-    """Refuse padding between the turns of recurrent layers; `mask` is False at padding."""
-    if mask is not None and call.segments[0].past.rows and call.layer_types.linear:
+def check_ragged_turn(call: Call) -> None:
+    """Refuse a later turn with padding rows for recurrent layers."""
+    if call.segments[0].past.rows and call.layer_types.linear:
         raise UnsupportedCacheError(
             "a later turn brings media, and its samples keep different numbers of tokens. Layers "
             "of linear attention or convolution would take the padding between the turns for "

@@ -48,28 +48,32 @@ def enter(call: Call, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Ten
     columns : Tensor of int64, shape (B, n), or None
         Column of the caller's batch of every row; None if all rows are kept in place.
     """
+    started = time.perf_counter()
     columns, needs = call.map.columns, call.plan.needs
     if columns is not None:  # the batch is not left-padded: align real columns to the right
         call.map = call.map.to(x.device)
         tensors = [x, positions.to(x.device)]
         x, positions = take(tensors, columns.to(x.device), [1, -1], call.map.mask(x.device))
     if call.plan.tower is not None:  # first, so that dropped tokens are not scored
-        with timed(call):
-            survivors = surviving_rows(x, call.map, call.plan)
-            x, positions = _keep(call, *survivors, [x, positions], [1, -1])
-            call.survivors = call.map
-            if call.plan.tower.decides:
-                call.note_entering()
-    if any(isinstance(signal, Attention) for signal in needs):
+        survivors = surviving_rows(x, call.map, call.plan)
+        x, positions = _keep(call, *survivors, [x, positions], [1, -1])
+        call.survivors = call.map
+        if call.plan.tower.decides:
+            call.note_entering()
+    signals = [s for s in needs if isinstance(s, Attention)]
+    if signals:
+        modalities = call.map.modalities
+        signals = [s for s in signals if s.modalities & modalities]
+    if signals:
         call.scores = StageScores(call.adapter.layers)
-        if any(isinstance(s, Attention) and s.rows == "raters" for s in needs):
+        if any(s.rows == "raters" for s in signals):
             call.scores.raters = rater_weights(x, call.map)
     if call.plan.entry is not None:
         if call.scores is not None:
             _score_entry(call, call.plan.entry, x, positions)
-        with timed(call):
-            x, positions = run_stage(call, call.plan.entry, [x, positions], [1, -1])
+        x, positions = run_stage(call, call.plan.entry, [x, positions], [1, -1])
     call.segments[0].new = call.map
+    call.stage_seconds += time.perf_counter() - started
     return x, positions, call.map.columns
 
 
@@ -81,10 +85,9 @@ def _score_entry(call: Call, stage: Stage, x: Tensor, positions: Tensor) -> None
         tables = call.adapter.rotary_tables(x, positions, layer=0)
         ids = None if call.adapter.mrope else positions
         arguments = {"position_embeddings": tables, "position_ids": ids}
-        with timed(call):
-            for signal in signals:
-                past = call.segments[0].past
-                call.scores.of_input(0, x, arguments, signal, call.map, call.cache, past)
+        for signal in signals:
+            past = call.segments[0].past
+            call.scores.of_input(0, x, arguments, signal, call.map, call.cache, past)
 
 
 def run_stage(call: Call, stage: Stage, tensors: list[Tensor], dims: list[int]) -> list[Tensor]:
@@ -394,8 +397,12 @@ def _tower_values(call: Call, signal: TowerSignal, chosen: Chosen, x: Tensor) ->
 def _of_prompts(rows: RowMap, texts: list[list[Tensor]], chosen: Chosen, x: Tensor) -> list[Tensor]:
     """Values of the text of its prompt for every span; spans of one prompt share one tensor."""
     moved = [[text.to(x.device) for text in sample] for sample in texts]
-    owners = [(b, rows.prompt_of(b, rows.spans[b][j])) for b, j in chosen]
-    return [moved[b][rows.prompts[b].index(prompt)] for b, prompt in owners]
+    values = []
+    for b, j in chosen:
+        kept = rows.spans[b][j]
+        prompt = next(i for i, p in enumerate(rows.prompts[b]) if p.holds(kept))
+        values.append(moved[b][prompt])
+    return values
 
 
 def compared_frames(x: Tensor, rows: RowMap, cache: Any) -> list[list[Tensor | None]]:

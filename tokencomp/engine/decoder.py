@@ -181,8 +181,6 @@ class DecoderHooks(CallHooks):
         if plan.tower is None and self.tower.had_stage:
             self._refuse_missing(arguments)
         check_cache(cache, bool(plan.layer_stages))
-        if isinstance(first := first_layer(cache), CompressedLayer):
-            first.check_patch()
         arguments, mask, prepared = dict(arguments), arguments.get("attention_mask"), None
         if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
             arguments, prepared = split_mask(arguments, cache, noted.mask)
@@ -200,9 +198,10 @@ class DecoderHooks(CallHooks):
             self.tower.collect(call, noted.inputs or {})
         # Score, choose, gather: only kept rows enter the decoder.
         x, positions, columns = enter(call, arguments["inputs_embeds"], positions)
+        kept = call.map.mask(x.device)
         if columns is not None:
-            gather_arguments(arguments, columns, call.map.mask(x.device), call.width)
-        set_arguments(call, arguments, x, positions)
+            gather_arguments(arguments, columns, kept, call.width)
+        set_arguments(call, arguments, x, positions, kept)
         whole = len(call.segments) > 1 or not 0 < noted.logits <= call.tail
         if whole and "logits_to_keep" in arguments:
             # Decoders with shared keys (Gemma 4) would return only these rows.
@@ -269,7 +268,9 @@ class DecoderHooks(CallHooks):
 # -- arguments of the decoder for the rows of segment 0 -----------------------------------------
 
 
-def set_arguments(call: Call, arguments: dict[str, Any], x: Tensor, positions: Tensor) -> None:
+def set_arguments(
+    call: Call, arguments: dict[str, Any], x: Tensor, positions: Tensor, mask: Tensor | None
+) -> None:
     """Set embeddings, positions and mask of a decoder call in place.
 
     Parameters
@@ -278,9 +279,10 @@ def set_arguments(call: Call, arguments: dict[str, Any], x: Tensor, positions: T
         Embeddings of the kept rows.
     positions : Tensor of int64, shape (3, B, n) for M-RoPE, else (B, n)
         Their original positions.
+    mask : Tensor of bool, shape (B, n), or None
+        False at padding rows; None: all are real.
     """
     first, rows = call.segments[0], call.map
-    mask = rows.mask(x.device)
     if rows.packed:
         arguments.update(sequence_lengths(rows, arguments))
         if call.cache is None and not arguments.get("use_cache"):
@@ -290,7 +292,8 @@ def set_arguments(call: Call, arguments: dict[str, Any], x: Tensor, positions: T
         positions = _compact_positions(call, mask, x)
         check_windows(call)
     true_ids = _set_positions(call, arguments, positions)
-    check_ragged_turn(call, mask)
+    if mask is not None:
+        check_ragged_turn(call)
     if true_ids and mask is None:  # given a mask, transformers does not infer packed prompts
         mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
     layers = list(getattr(call.cache, "layers", None) or ())

@@ -26,10 +26,10 @@ def note_prompt(call: Call, cache: Any, owner: CacheOwner) -> Any:
     """
     if cache is not call.cache:
         check_cache(cache, bool(call.plan.layer_stages))
+    starts, owner.types = call.first_columns(), call.layer_types
     first = first_layer(cache)
     if first is None or first.keys is None:  # checkpointed layers do not write to the cache
         return first
-    starts, owner.types = call.first_columns(), call.layer_types
     for segment in call.segments:
         last = segment is call.segments[-1]  # a layer that runs twice has two cache layers
         layers = filled(cache.layers[segment.first : None if last else segment.stop])

@@ -329,9 +329,6 @@ class RowMap:
         """Whether a sample holds more than one prompt."""
         return any(len(prompts) > 1 for prompts in self.prompts)
 
-    def prompt_of(self, sample: int, kept: KeptSpan) -> Prompt:
-        return next(p for p in self.prompts[sample] if p.holds(kept))
-
     def spans_of(self, sample: int, prompt: Prompt) -> list[KeptSpan]:
         return [kept for kept in self.spans[sample] if prompt.holds(kept)]
 
@@ -342,7 +339,8 @@ class RowMap:
 
     def ends_question(self, sample: int, kept: KeptSpan) -> bool:
         """Whether a question ends in a span, so that its last row predicts the next token."""
-        return kept.stop == self.prompt_of(sample, kept).question_stop
+        prompt = next(p for p in self.prompts[sample] if p.holds(kept))
+        return kept.stop == prompt.question_stop
 
     def offsets_of(self, sample: int, kept: KeptSpan) -> Tensor | None:
         """Offsets in a span of its kept tokens, int64 (count,); None: all of them."""

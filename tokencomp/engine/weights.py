@@ -45,7 +45,7 @@ from tokencomp.tokens.tokens import Kept, Tokens
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.cache_classes import QUANTIZED
 from tokencomp.torchlib.checkpointing import checkpoint_functions
-from tokencomp.torchlib.replace import AttributeView, MethodReplacement
+from tokencomp.torchlib.replace import AttributeView, MethodReplacement, shallow_copy
 
 NAME = "tokencomp_proportional"
 MULTIPLE = 8  # FlashAttention requires head dimensions that are multiples of 8
@@ -148,13 +148,14 @@ class RowWeights(CallHooks):
                 return
             compat.register_attention(NAME, attend)
             self._modules = attention_modules(self.adapter.layers)
-            for module in self._modules:
+            backends = [compat.attention_function(m, m.config) for m in self._modules]
+            for module, backend in zip(self._modules, backends, strict=True):
                 module.config = AttributeView(
                     module.config,
                     _attn_implementation=NAME,
                     tokencomp_bias_dims=self._bias_dims,
-                    tokencomp_module=AttributeView(module, config=module.config),
-                    tokencomp_backend=compat.attention_function(module, module.config),
+                    tokencomp_module=shallow_copy(module),  # backends read its config
+                    tokencomp_backend=backend,
                 )
 
     def _exit(self) -> None:

@@ -48,7 +48,7 @@ class Attention(Signal):
         "previous": the attention map of the layer before the stage (of layer 0 at entry, where
         there is none). "next": that of the layer after the stage, as if it ran on all tokens.
     modalities
-        Media that call for it at entry: prompts without any of them are not scored.
+        Media that call for it: prompts without any of them are not scored.
     """
 
     source: Source = field(default="attention", init=False)
