@@ -136,10 +136,10 @@ class StructuralAdapter(Adapter, Hooked):
         SpanError
             Positions give no grid, in a family where they always do.
         """
-        pieces, grids = medium.pieces, []
+        pieces, modality, grids = medium.pieces, medium.modality, []
         for start, stop in pieces:
             grid: Grid | None = (stop - start, 1, 1)
-            if medium.modality != "audio":
+            if modality != "audio":
                 grid = grid_from_positions(call.positions, row, start, stop)
             if self.needs_positions and grid is None:
                 raise SpanError(
@@ -151,7 +151,7 @@ class StructuralAdapter(Adapter, Hooked):
             grids.append(grid)
         if len(pieces) == 1:
             grids = [grids[0] or grid_from_size(size(), medium.count)]
-        elif medium.modality != "audio":
+        elif modality != "audio":
             joined = _joined(medium, call.embeds[row], grids[0], size)
             if joined is not None:
                 return [joined]
@@ -161,10 +161,10 @@ class StructuralAdapter(Adapter, Hooked):
             grids = [grid or guess for grid in grids]
         spans = []
         for (start, stop), grid in zip(pieces, grids, strict=True):
-            known = grid is not None and math.prod(grid) == stop - start
-            shape = grid if known and grid is not None else (1, 1, stop - start)
-            span = VisualSpan(start, stop - start, shape, medium.modality, grid_known=known)
-            spans.append(replace(span, item=pieces[0][0]))
+            n, item = stop - start, pieces[0][0]
+            known = grid is not None and math.prod(grid) == n
+            shape = grid if known and grid is not None else (1, 1, n)
+            spans.append(VisualSpan(start, n, shape, modality, grid_known=known, item=item))
         return spans
 
     def _patches_per_side(self) -> int | None:

@@ -14,7 +14,6 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -64,6 +63,10 @@ class VisualSpan:
         Number of the image, clip or sound in its sample: tiles of one image are several spans of
         one item. While an adapter reads a prompt: any number that the spans of an item share, or
         None for an item with one span (`numbered`).
+    stop
+        The column after the last.
+    visual
+        Visual tokens of the span, special ones included.
     """
 
     start: int
@@ -74,15 +77,12 @@ class VisualSpan:
     text: tuple[int, ...] = ()
     grid_known: bool = True
     item: int | None = field(default=None, compare=False)
+    stop: int = field(init=False, repr=False, compare=False)
+    visual: int = field(init=False, repr=False, compare=False)
 
-    @cached_property
-    def stop(self) -> int:
-        return self.start + self.length
-
-    @cached_property
-    def visual(self) -> int:
-        """Visual tokens of the span, special ones included."""
-        return self.length - len(self.text)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", self.start + self.length)
+        object.__setattr__(self, "visual", self.length - len(self.text))
 
     def fixed_mask(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """Boolean mask of special tokens and text between frames, shape (length,), NumPy."""
