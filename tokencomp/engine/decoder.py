@@ -296,8 +296,7 @@ def set_arguments(
         check_ragged_turn(call)
     if true_ids and mask is None:  # given a mask, transformers does not infer packed prompts
         mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-    layers = list(getattr(call.cache, "layers", None) or ())
-    arguments["attention_mask"] = Masks(call, mask, layers).decoder_mask(x)
+    arguments["attention_mask"] = Masks(call, mask).decoder_mask(x)
     if (old := arguments.get("cache_position")) is not None:  # remote code may use it
         stop = first.past.length + x.shape[1]
         arguments["cache_position"] = torch.arange(first.past.length, stop, device=old.device)

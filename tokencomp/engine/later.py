@@ -140,7 +140,7 @@ class LaterTokens:
             kwargs["position_ids"] = segments[0].contiguous_positions(real, x)
         if len(segments) > 1 and "logits_to_keep" in kwargs:
             kwargs["logits_to_keep"] = 0  # layers with shared keys would get only the last rows
-        kwargs["attention_mask"] = Masks(call, real, layers).decoder_mask(x)
+        kwargs["attention_mask"] = Masks(call, real).decoder_mask(x)
         self.calls.state.call = call
 
     def _mask_of_turn(

@@ -162,7 +162,8 @@ class State(Mixing):
 
     def mask(self, masks: Any, segment: Any, x: Tensor, text: Tensor | None) -> Any:
         """False at padding, (B, n); None without padding."""
-        return None if masks.real is None else masks.real.to(x.device)
+        real = masks.real_rows(segment, x.device)
+        return None if real is None else real.to(x.device)
 
 
 FULL = LayerType("full_attention")

@@ -212,9 +212,7 @@ def _positions(call: Call, segment: Segment, kwargs: Mapping[str, Any]) -> Tenso
 def _mask(call: Call, segment: Segment, layer_type: LayerType, hidden: Tensor) -> Any:
     """The mask of one layer type in a segment, built once."""
     if layer_type.name not in segment.masks:
-        layers = list(getattr(call.cache, "layers", None) or ())
-        masks = Masks(call, segment.new.mask(hidden.device), layers)
-        made = layer_type.mask(masks, segment, hidden, segment.text_positions)
+        made = layer_type.mask(Masks(call), segment, hidden, segment.text_positions)
         segment.masks[layer_type.name] = made
     return segment.masks[layer_type.name]
 

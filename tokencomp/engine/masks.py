@@ -69,14 +69,17 @@ class Masks:
         (`Call.prepared`): (B, 1, L, columns), as a tensor or block mask of FlexAttention, or a
         mapping from layer types to such masks; None: plain causal attention.
     real : Tensor of bool, shape (B, n), or None
-        False at padding among the rows of this call; `RowMap.real` has the rows of a map.
-    layers
-        Layers of the KV cache; empty without one.
+        False at padding among the rows of segment 0; None: all are real. Other segments read the
+        map of their rows (`real_rows`).
     """
 
     call: Call
-    real: Tensor | None
-    layers: list[Any]
+    real: Tensor | None = None
+
+    @property
+    def layers(self) -> list[Any]:
+        """Layers of the KV cache; empty without one."""
+        return list(getattr(self.call.cache, "layers", None) or ())
 
     # -- segment 0 ------------------------------------------------------------------------------
 
@@ -91,13 +94,21 @@ class Masks:
         return any(t.misplaced(self, first, length) for t in set(types.types))
 
     def decoder_mask(self, x: Tensor) -> Any:
-        """The `attention_mask` of the decoder; x (B, n, d) are the rows of segment 0."""
+        """The `attention_mask` of the decoder; x (B, n, d) are the rows of segment 0.
+
+        Returns
+        -------
+        Tensor of bool, shape (B, entries), or None
+            The 2-D mask, from which the decoder makes its masks, see `_padding`. For FlashAttention
+            on a static cache (B, rows), without the entries before the first row, and never None.
+        masks by layer type, or one mask for all
+            Where those of the decoder would be wrong.
+        """
         if self._explicit():
             return self._by_type(x)
         first = self.call.segments[0]
         if not flash_on_static(self.call.adapter.text_config, self.call.first_layer):
-            return self._padding(first, self.real, x)
-        # FlashAttention on a static cache needs a mask by row even without padding.
+            return self._padding(first, x)
         check_flash_on_static()
         real = joined_mask(first.past, self.real, first.new.rows)
         rows = first.past.rows + x.shape[1]
@@ -130,8 +141,8 @@ class Masks:
         held = self._held(layer_type, segment)
         # Entry of the first row that these layers hold: rows that slid out are before it.
         offset = segment.past.dropped + segment.past.rows - held
-        padding = self._padding(segment, None if text is not None else self.real, x)
         window = self._window(layer_type, segment, x)
+        padding = self._padding(segment, x, separated=text is not None)
         block = self.call.prepared
         if isinstance(block, Mapping):
             block = block.get(layer_type.name)
@@ -140,13 +151,19 @@ class Masks:
         view, skips = MaskView(held, offset), layer_type.skips_masks
         return causal_mask(self.call.adapter.text_config, x, padding, view, text, window, skips)
 
-    def _padding(self, segment: Segment, new: Tensor | None, x: Tensor) -> Tensor | None:
+    def real_rows(self, segment: Segment, device: torch.device) -> Tensor | None:
+        """False at padding among the new rows of a segment, bool (B, n); None: all are real."""
+        return self.real if segment.first == 0 else segment.new.mask(device)
+
+    def _padding(self, segment: Segment, x: Tensor, separated: bool = False) -> Tensor | None:
         """The 2-D mask, bool (B, `past.dropped` + rows), False at padding rows; None without any.
 
         transformers reads row i at entry `past.dropped` + i, and never the entries before: see the
-        drawing in `tokencomp.engine`. `new` (B, n): which rows of this call are real.
+        drawing in `tokencomp.engine`. `separated`: the padding of this call is one more packed
+        prompt, which positions separate from the others, and needs no mask.
         """
-        real = joined_mask(segment.past, new, segment.new.rows, x.device)
+        real = None if separated else self.real_rows(segment, x.device)
+        real = joined_mask(segment.past, real, segment.new.rows, x.device)
         if real is None:
             return None
         ones = torch.ones(x.shape[0], segment.past.dropped, dtype=torch.bool, device=x.device)
@@ -195,7 +212,8 @@ class Masks:
         if self.call.by_column and first is not None:
             return first.to(x.device)
         if not self.call.by_column:
-            real = joined_mask(segment.past, self.real, segment.new.rows, x.device)
+            real = self.real_rows(segment, x.device)
+            real = joined_mask(segment.past, real, segment.new.rows, x.device)
         if real is None:
             return torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
         return (real.to(x.device).cumsum(1) == 0).sum(1)
