@@ -124,14 +124,13 @@ def attention_of(root: nn.Module) -> Any:
     UnsupportedModelError
         There is none (recurrent layers), or its logits have a bias.
     """
-    return _named_attention(root)[1]
+    return _named_attention(unwrapped(root))[1]
 
 
-def _named_attention(root: Any) -> tuple[str, Any]:
-    """Name of the attention module in its decoder layer, empty if `root` is one; and the module."""
-    if hasattr(root, "scaling"):
-        return "", root
-    layer = unwrapped(root)
+def _named_attention(layer: Any) -> tuple[str, Any]:
+    """Name of the attention module in a decoder layer, and the module; "" if `layer` is one."""
+    if hasattr(layer, "scaling"):
+        return "", layer
     for name, child in layer.named_children():
         module = unwrapped(child)
         named = any(part in name for part in ("attn", "attention", "mixer"))
@@ -144,7 +143,7 @@ def _named_attention(root: Any) -> tuple[str, Any]:
             )
         return name, module
     raise UnsupportedModelError(
-        f"{type(root).__name__} has no attention module that scores could be read from. {FIX}"
+        f"{type(layer).__name__} has no attention module that scores could be read from. {FIX}"
     )
 
 
@@ -178,11 +177,12 @@ def capture_qk(
     """
     # Run a copy of the module with our backend, or a copy of the layer that contains this copy.
     compat.register_attention(NAME, _capture)
-    name, attn = _named_attention(root)
+    outer = unwrapped(root)
+    name, attn = _named_attention(outer)
     run = clone = shallow_copy(attn)
     clone.config = AttributeView(attn.config, _attn_implementation=NAME)
     if name:
-        run = shallow_copy(unwrapped(root))
+        run = shallow_copy(outer)
         run._modules[name] = clone
     # Replace projections: only some samples, no values, only some rows of queries.
     stand_ins: dict[str, partial[Any]] = {}

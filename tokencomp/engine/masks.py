@@ -83,16 +83,6 @@ class Masks:
 
     # -- segment 0 ------------------------------------------------------------------------------
 
-    def _explicit(self) -> bool:
-        """Whether we must build the masks, because those of the decoder would be wrong."""
-        types, first = self.call.layer_types, self.call.segments[0]
-        if self.call.prepared is not None:
-            return True
-        if types.all_full:
-            return False
-        length = self.call.length_after()
-        return any(t.misplaced(self, first, length) for t in set(types.types))
-
     def decoder_mask(self, x: Tensor) -> Any:
         """The `attention_mask` of the decoder; x (B, n, d) are the rows of segment 0.
 
@@ -104,9 +94,13 @@ class Masks:
         masks by layer type, or one mask for all
             Where those of the decoder would be wrong.
         """
-        if self._explicit():
+        types, first = self.call.layer_types, self.call.segments[0]
+        wrong = self.call.prepared is not None
+        if not wrong and not types.all_full:
+            length = self.call.length_after()
+            wrong = any(t.misplaced(self, first, length) for t in set(types.types))
+        if wrong:
             return self._by_type(x)
-        first = self.call.segments[0]
         if not flash_on_static(self.call.adapter.text_config, self.call.first_layer):
             return self._padding(first, x)
         check_flash_on_static()
