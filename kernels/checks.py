@@ -127,16 +127,10 @@ def grid_size(name: str, size: int) -> None:
         )
 
 
-def choice(name: str, value: str, allowed: Sequence[str]) -> None:
-    """Require `value` to be one of `allowed`."""
-    if value not in allowed:
-        raise KernelError(f"{name}={value!r} is not known; allowed: {', '.join(allowed)}")
-
-
 def holds(condition: Tensor, message: str) -> None:
     """Require a condition that is a tensor of one element on the device.
 
-    Reading it waits for the device: call it only where ``dispatch.checks_enabled``.
+    Reading it waits for the device: only the checks of a ``dispatch.Op`` call it.
     """
     if not bool(condition):
         raise KernelError(message)
@@ -151,11 +145,6 @@ def no_nan(values: Tensor, message: str) -> None:
 def cosines(values: Tensor) -> None:
     """Require cosines that features without NaN and infinities have."""
     no_nan(values, "x has NaN or infinite features: cosine is undefined")
-
-
-def sum_dtype(x: Tensor) -> torch.dtype:
-    """The dtype in which `x` is summed: fp64 for fp64, otherwise fp32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def rows_contiguous(tensor: Tensor) -> Tensor:
@@ -234,36 +223,9 @@ def fake_choice(x: Tensor, counts: Sequence[int], *_: object) -> Tensor:
     return x.new_empty(sum(counts), dtype=torch.int64)
 
 
-def same_shape(lengths: Sequence[int], counts: Sequence[int]) -> dict[tuple[int, int], list[int]]:
-    """Group the numbers of all spans by length and count (of frames by their grids), as batches."""
-    grouped: dict[tuple[int, int], list[int]] = {}
-    for span, shape in enumerate(zip(lengths, counts, strict=True)):
-        grouped.setdefault(shape, []).append(span)
-    return grouped
-
-
-def groups(lengths: Sequence[int]) -> dict[int, list[int]]:
-    """Group the first rows of all segments by segment length: ``{length: [start, ...]}``."""
-    grouped: dict[int, list[int]] = {}
-    for start, length in zip(starts(lengths), lengths, strict=True):
-        grouped.setdefault(length, []).append(start)
-    return grouped
-
-
 def starts(lengths: Sequence[int]) -> list[int]:
     """Return the first row of every segment."""
     return [0, *itertools.accumulate(lengths)][:-1]
-
-
-def stacked(x: Tensor, first: Sequence[int], length: int) -> Tensor:
-    """Stack the equally long segments that start at `first` as ``(segments, length, D)``.
-
-    The result is a view if the segments lie one after the other in `x` ``(n, D)``, and a copy
-    otherwise.
-    """
-    if list(first) == list(range(first[0], first[0] + len(first) * length, length)):
-        return x[first[0] : first[0] + len(first) * length].unflatten(0, (len(first), length))
-    return torch.stack([x[start : start + length] for start in first])
 
 
 def table(values: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int32) -> Tensor:

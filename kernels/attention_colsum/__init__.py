@@ -93,7 +93,8 @@ def attention_colsum(
         )
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise KernelError(f"{q.shape[1]} query heads are not a multiple of {k.shape[1]} key heads")
-    checks.choice("heads", heads, HEADS)
+    if heads not in HEADS:
+        raise KernelError(f"heads={heads!r} is not known; allowed: {', '.join(HEADS)}")
     if not temperature > 0:
         raise KernelError(f"temperature must be above 0; got {temperature}")
     if iterations < 1 or (iterations > 1 and q.shape[2] != k.shape[2]):
@@ -101,7 +102,7 @@ def attention_colsum(
             f"iterations={iterations} with {q.shape[2]} rows and {k.shape[2]} keys: "
             "needs at least 1, and more than 1 needs one probe row per key"
         )
-    weights = _row_weights(row_weights, q, checks.sum_dtype(q))
+    weights = _row_weights(row_weights, q)
     seen = _visible(visible, q, k, causal)
     scale = (q.shape[3] ** -0.5 if scale is None else scale) / temperature
     out = _op(q, k, weights, seen, scale, iterations, trusted=trusted or visible is None)
@@ -143,9 +144,9 @@ def _visible(visible: Tensor | None, q: Tensor, k: Tensor, causal: bool) -> Tens
     return visible
 
 
-def _row_weights(value: Tensor | None, q: Tensor, dtype: torch.dtype) -> Tensor:
+def _row_weights(value: Tensor | None, q: Tensor) -> Tensor:
     """Broadcast the weights of rows to ``(B, Hq, R)``."""
-    shape = q.shape[:3]
+    shape, dtype = q.shape[:3], torch.promote_types(q.dtype, torch.float32)
     if value is None:
         return torch.ones(shape, dtype=dtype, device=q.device)
     value = value.detach().to(dtype)
@@ -222,7 +223,7 @@ def attention_lse(q: Tensor, k: Tensor, lo: Tensor, hi: Tensor, scale: float) ->
 
     The value is -inf where a row sees no key.
     """
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = torch.promote_types(q.dtype, torch.float32)
     out = torch.full(q.shape[:3], -torch.inf, dtype=dtype, device=q.device)
     for rows, _, logits in _blocks(q, k, lo, hi, scale):
         out[:, :, rows] = logits.logsumexp(-1)
@@ -276,7 +277,7 @@ def _blocks(
     """
     batch, heads, total, dim = q.shape
     kv_heads, keys = k.shape[1:3]
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    dtype = torch.promote_types(q.dtype, torch.float32)
     k = k.to(dtype)
     size = min(BLOCK_ROWS, max(1, BLOCK_ELEMENTS // max(1, batch * heads * keys)))
     memory = torch.empty(batch * heads * size * keys, dtype=dtype, device=q.device)
@@ -307,6 +308,8 @@ def _blocks(
 _op = dispatch.Op(
     "attention_colsum",
     naive,
-    lambda q, k, *_: q.new_empty((*q.shape[:2], k.shape[2]), dtype=checks.sum_dtype(q)),
+    lambda q, k, *_: q.new_empty(
+        (*q.shape[:2], k.shape[2]), dtype=torch.promote_types(q.dtype, torch.float32)
+    ),
     _check_values,
 )

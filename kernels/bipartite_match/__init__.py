@@ -55,18 +55,20 @@ def naive(x: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
     `x` is ``(n, D)``; the two results are ``(n,)`` as in
     :func:`tokencomp.kernels.bipartite_match`.
     """
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = torch.promote_types(x.dtype, torch.float32)
     similarity = torch.full((len(x),), -torch.inf, dtype=dtype, device=x.device)
     partner = torch.full((len(x),), -1, dtype=torch.int64, device=x.device)
-    for length, starts in checks.groups(lengths).items():
+    spans = [*zip(checks.starts(lengths), lengths, strict=True)]
+    for length in dict.fromkeys(lengths):
         if length < 2:
             continue
+        starts = [start for start, rows in spans if rows == length]
         evens, odds = (length + 1) // 2, length // 2
         frames = max(1, BLOCK_ELEMENTS // (evens * odds))
         rows = max(1, BLOCK_ELEMENTS // odds)
         for first in range(0, len(starts), frames):
             chosen = starts[first : first + frames]
-            unit = normalise(checks.stacked(x, chosen, length).to(dtype))
+            unit = normalise(_stacked(x, chosen, length).to(dtype))
             start = torch.tensor(chosen, device=x.device)[:, None]
             for row in range(0, evens, rows):
                 block = unit[:, 2 * row : 2 * (row + rows) : 2] @ unit[:, 1::2].transpose(1, 2)
@@ -75,6 +77,17 @@ def naive(x: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
                 similarity[place] = block.gather(2, index[..., None]).squeeze(2)
                 partner[place] = start + 2 * index + 1
     return similarity, partner
+
+
+def _stacked(x: Tensor, first: list[int], length: int) -> Tensor:
+    """Stack the equally long frames that start at `first` as ``(frames, length, D)``.
+
+    The result is a view if the frames lie one after the other in `x` ``(n, D)``, and a copy
+    otherwise.
+    """
+    if first == list(range(first[0], first[0] + len(first) * length, length)):
+        return x[first[0] : first[0] + len(first) * length].unflatten(0, (len(first), length))
+    return torch.stack([x[start : start + length] for start in first])
 
 
 def normalise(x: Tensor) -> Tensor:
@@ -86,7 +99,7 @@ _op = dispatch.Op(
     "bipartite_match",
     naive,
     lambda x, _: (
-        x.new_empty(len(x), dtype=checks.sum_dtype(x)),
+        x.new_empty(len(x), dtype=torch.promote_types(x.dtype, torch.float32)),
         x.new_empty(len(x), dtype=torch.int64),
     ),
     check_result=lambda result: checks.cosines(result[0]),

@@ -69,9 +69,11 @@ def naive(unit: Tensor, counts: list[int], relevance: Tensor, lengths: list[int]
     """Return the chosen rows in ascending order; equal spans take their steps as a batch."""
     first = checks.starts(lengths)
     chosen = [torch.empty(0, dtype=torch.int64, device=unit.device)]
-    for (length, count), spans in checks.same_shape(lengths, counts).items():
+    shapes = [*zip(lengths, counts, strict=True)]
+    for length, count in dict.fromkeys(shapes):
         if not count:
             continue
+        spans = [span for span, shape in enumerate(shapes) if shape == (length, count)]
         rows = torch.tensor([first[s] for s in spans], device=unit.device)[:, None]
         rows = rows + torch.arange(length, device=unit.device)
         order = _greedy(unit[rows], relevance[rows], count)

@@ -65,7 +65,9 @@ def naive(x: Tensor, heights: list[int], widths: list[int]) -> Tensor:
     """
     frames, _, _, dim = x.shape
     parts: list[Tensor] = [x.new_empty(0, dim)] * frames
-    for grid, members in checks.same_shape(heights, widths).items():
+    grids = [*zip(heights, widths, strict=True)]
+    for grid in dict.fromkeys(grids):
+        members = [frame for frame, other in enumerate(grids) if other == grid]
         pooled = x[members] if grid == tuple(x.shape[1:3]) else _resize(x[members], grid)
         for frame, part in zip(members, pooled.flatten(1, 2).unbind(), strict=True):
             parts[frame] = part

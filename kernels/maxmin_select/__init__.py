@@ -103,11 +103,13 @@ def maxmin_select(
     DivPrune (arXiv 2503.02175). The weighted rule and the rounds are ours.
     """
     checks.operand("x", x, "(n, D)")
-    checks.choice("metric", metric, tuple(naive.METRICS))
+    if metric not in naive.METRICS:
+        raise KernelError(f"metric={metric!r} is not known; allowed: {', '.join(naive.METRICS)}")
     lengths, counts = checks.spans_and_counts(k, spans, len(x))
     isolated = isinstance(start, str)
     if isinstance(start, str):
-        checks.choice("start", start, ("isolated",))
+        if start != "isolated":
+            raise KernelError(f"start={start!r} is not known; allowed: isolated")
         start = None
     if given is not None and start is None:
         raise KernelError("given counts first choices; name them with `start`")
@@ -155,7 +157,7 @@ def mean_distance(x: Tensor, *, spans: Sequence[int] | None = None) -> Tensor:
 _mean_op = dispatch.Op(
     "mean_distance",
     naive.mean_distance,
-    lambda x, lengths: x.new_empty(len(lengths), dtype=checks.sum_dtype(x)),
+    lambda x, lengths: x.new_empty(len(lengths), dtype=torch.promote_types(x.dtype, torch.float32)),
     module="triton_rows",
 )
 

@@ -6,7 +6,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from tokencomp.kernels.bipartite_match import normalise
-from tokencomp.kernels.checks import same_shape
 from tokencomp.kernels.maxmin_select.rounds import EPSILON, GRAM_ELEMENTS, TAKEN, TIED, Rounds
 from torch import Tensor
 
@@ -85,7 +84,9 @@ def maxmin_select(
     if start is not None and given is not None:
         start = read_starts(start, given, counts)
     chosen: list[Tensor] = [torch.empty(0, dtype=torch.int64, device=x.device)] * len(lengths)
-    for (length, count), spans in same_shape(lengths, counts).items():
+    shapes = [*zip(lengths, counts, strict=True)]
+    for length, count in dict.fromkeys(shapes):
+        spans = [span for span, shape in enumerate(shapes) if shape == (length, count)]
         size = max(1, GRAM_ELEMENTS // max(1, length * length))
         for begin in range(0, len(spans) if count else 0, size):
             members = spans[begin : begin + size]
@@ -217,7 +218,7 @@ def _at_once(
 
 def mean_distance(x: Tensor, lengths: list[int]) -> Tensor:
     """See :func:`tokencomp.kernels.mean_distance`."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = torch.promote_types(x.dtype, torch.float32)
     if not lengths:
         return x.new_zeros(0, dtype=dtype)
     return torch.cat([_mean_distance(span, dtype) for span in x.split(lengths)])
