@@ -237,10 +237,12 @@ def _roles(span: VisualSpan, count: int, ends: bool) -> np.ndarray[Any, Any]:
     Special tokens and text between frames are fixed. If no visual token is kept, the text is fixed,
     and so is the last token of the span if a question `ends` in it.
     """
+    found, fixed = np.full(span.length, PATCH if count else DROPPED), [*span.text]
     if count:
-        return np.where(span.fixed_mask(), FIXED, PATCH)
-    found = np.full(span.length, DROPPED)
-    found[[*span.text, *([span.length - 1] if ends else [])]] = FIXED
+        fixed += span.special
+    elif ends:
+        fixed.append(span.length - 1)
+    found[fixed] = FIXED
     return found
 
 
