@@ -11,7 +11,7 @@ from torch import Tensor
 from support.families import Family
 from tokencomp import Kept, Plan, Reducer, Stage, Tokens, make_reducer
 from tokencomp.reducers import ScoreReducer
-from tokencomp.reducers._batch import supplied_scores, tower_signal
+from tokencomp.reducers.base import supplied_scores, tower_signal
 from tokencomp.tokens.signals import TOWER_ATTENTION, Attention
 
 RELEVANT = make_reducer("condiv", power=1.0)

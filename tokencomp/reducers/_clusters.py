@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokencomp.reducers._batch import best_rows
+from tokencomp.reducers.base import best_rows
 from tokencomp.tokens.stacks import HostIndex, Stack, masked, portions, rows_of, starts_of
 
 ENTRIES = 1 << 23  # distances in memory at once

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tokencomp.reducers import Kept, Reducer, Tokens, Traits, finite_features, register_reducer
-from tokencomp.reducers._batch import questions, ranked, tower_signal
+from tokencomp.reducers._batch import questions, ranked
+from tokencomp.reducers.base import tower_signal
 from tokencomp.tokens.signals import QUERY, TOWER_ATTENTION, Signal
 from tokencomp.tokens.stacks import PAIRS, HostIndex, Stack, by_stack, padded, portions, starts_of
 

@@ -1,23 +1,29 @@
-"""The contract of a reducer: `Reducer`, `ScoreReducer`, and `reduced`, which the engine calls."""
+"""The contract of a reducer: its base classes, what it is given, and what it returns.
+
+The engine calls `reduced`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tokencomp.errors import OptionError, PlanError
+from tokencomp.errors import OptionError, PlanError, ScoreError
 from tokencomp.plan.counts import check_ratio
 from tokencomp.plan.options import Traits, unused_options
 from tokencomp.plan.plan import Plan, Stage, keep_count
-from tokencomp.reducers._batch import best_rows, finite_values
-from tokencomp.tokens.signals import Signal
+from tokencomp.tokens.signals import TOWER_ATTENTION, Signal, TowerSignal
 from tokencomp.tokens.tokens import Kept, ModelFacts, Tokens, VisualSpan
 from tokencomp.validation import check_effect, check_ranges, check_types
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +138,86 @@ class ScoreReducer(Reducer):
             )
         scores = finite_values(scores, "scores")
         return Kept(best_rows(scores, tokens.budgets, tokens.lengths))
+
+
+# -- what a reducer is given, and top-k -----------------------------------------------------------
+
+
+def supplied(value: T | None, reducer: str, what: str) -> T:
+    """A signal that the engine computes for `Reducer.needs`; `ScoreError` if it is missing."""
+    if value is None:
+        raise ScoreError(f"reducer {reducer!r} needs {what}. Run it through tokencomp.patch.")
+    return value
+
+
+def supplied_scores(tokens: Tokens, reducer: str) -> Tensor:
+    """Attention scores that the engine computed for `Reducer.needs`, float32 (n,), not checked."""
+    return supplied(tokens.scores, reducer, "attention scores").float()
+
+
+def tower_signal(tokens: Tokens, signal: TowerSignal, reducer: str) -> Tensor:
+    """The signal of the vision tower, shape (n,) or (n, heads, head_dim)."""
+    return supplied(tokens.tower.get(signal), reducer, f"{signal.part} of the vision tower")
+
+
+def salient(tokens: Tokens, reducer: str) -> tuple[Tensor, Tensor]:
+    """Features (n, d) and `TOWER_ATTENTION` (n,) in float32, both checked to be finite."""
+    attention = tower_signal(tokens, TOWER_ATTENTION, reducer)
+    return finite_features(tokens.features, attention).float(), attention
+
+
+def finite_values(values: Tensor, what: str) -> Tensor:
+    """Return `values` in float32; `what` names them in the `ScoreError` if some are not finite."""
+    values = values.float()
+    # One device read: a sum with NaN or an infinity is never finite.
+    if math.isfinite(values.detach().sum().item()):
+        return values
+    bad = ~torch.isfinite(values)
+    if bad.any():
+        raise ScoreError(
+            f"{int(bad.sum())} of {values.numel()} {what} are NaN or infinite: features or "
+            "attention logits have overflowed. Run the model in bfloat16 or float32."
+        )
+    return values
+
+
+def feature_norms(x: Tensor) -> Tensor:
+    """L2 norms of the features x (n, d), shape (n,).
+
+    Squares of finite float16 features can overflow, so norms are computed in float32.
+    """
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    norms: Tensor = torch.linalg.vector_norm(x, dim=1, dtype=wide)
+    return norms
+
+
+def finite_features(x: Tensor, scores: Tensor | None = None) -> Tensor:
+    """Return the features x (n, d) unchanged; raise `ScoreError` if they or `scores` are not
+    finite.
+
+    Both are checked with one read from the device.
+    """
+    norms = feature_norms(x)
+    if scores is None:
+        finite_values(norms, "feature norms")
+    elif not math.isfinite((norms.detach().sum() + scores.detach().sum()).item()):
+        finite_values(norms, "feature norms")
+        finite_values(scores, "scores")
+    return x
+
+
+def best_rows(scores: Tensor, counts: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    """Top-k per span: rows of the `counts` largest scores (n,) of every span, ascending.
+
+    Of equal scores the lower row is kept.
+    """
+    from tokencomp.kernels import topk_stable
+
+    rows: Tensor = topk_stable(scores, counts, spans=lengths)
+    return rows
+
+
+# -- what it returns -------------------------------------------------------------------------------
 
 
 def reduced(reducer: Reducer, tokens: Tokens) -> Kept:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tokencomp.plan.counts import split_evenly
 from tokencomp.reducers import Kept, Reducer, Tokens, Traits, register_reducer
-from tokencomp.reducers._batch import best_rows, complement, finite_features
+from tokencomp.reducers._batch import complement
+from tokencomp.reducers.base import best_rows, finite_features
 
 
 @register_reducer("bipartite")

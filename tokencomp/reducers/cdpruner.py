@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tokencomp.reducers import Kept, Published, Tokens, Traits, finite_features, register_reducer
-from tokencomp.reducers._batch import means, min_max, questions, spread, supplied_scores
+from tokencomp.reducers._batch import means, min_max, questions, spread
+from tokencomp.reducers.base import supplied_scores
 from tokencomp.tokens.signals import QUERY, Attention, Signal
 
 Relevance = Literal["query", "attention"]

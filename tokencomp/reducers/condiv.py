@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from tokencomp.plan.options import effective
 from tokencomp.reducers import Kept, Published, Tokens, Traits, finite_features, register_reducer
-from tokencomp.reducers._batch import segment, spread, supplied_scores
+from tokencomp.reducers._batch import segment, spread
+from tokencomp.reducers.base import supplied_scores
 from tokencomp.tokens.signals import Attention, Signal
 from tokencomp.validation import between
 

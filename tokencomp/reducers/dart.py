@@ -14,7 +14,8 @@ from tokencomp.plan.counts import check_ratio
 from tokencomp.plan.plan import Plan, from_profile
 from tokencomp.plan.schedules import NATURAL, SCHEDULES
 from tokencomp.reducers import Kept, Published, Tokens, Traits, finite_features, register_reducer
-from tokencomp.reducers._batch import distinct, ranked, supplied_scores
+from tokencomp.reducers._batch import distinct, ranked
+from tokencomp.reducers.base import supplied_scores
 from tokencomp.reducers.published import cut_layers
 from tokencomp.tokens.signals import NORM, QUERY, Attention, Signal
 from tokencomp.tokens.stacks import HostIndex, Stack, by_stack, masked, padded, starts_of

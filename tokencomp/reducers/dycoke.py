@@ -9,7 +9,7 @@ from torch.nn.functional import cosine_similarity
 
 from tokencomp.plan.counts import split_evenly
 from tokencomp.reducers import Kept, Published, Tokens, Traits, register_reducer
-from tokencomp.reducers._batch import best_rows, finite_features
+from tokencomp.reducers.base import best_rows, finite_features
 from tokencomp.reducers.evs import dissimilarity
 from tokencomp.tokens.tokens import evenly
 

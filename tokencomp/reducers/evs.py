@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tokencomp.reducers import Kept, Published, Tokens, Traits, register_reducer
-from tokencomp.reducers._batch import best_rows, finite_features
+from tokencomp.reducers.base import best_rows, finite_features
 from tokencomp.tokens.stacks import HostIndex, Stack, by_stack, starts_of
 from tokencomp.tokens.tokens import evenly
 

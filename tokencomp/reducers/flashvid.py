@@ -13,9 +13,10 @@ from torch.nn.functional import normalize
 
 from tokencomp.plan.counts import split_evenly
 from tokencomp.reducers import Kept, Reducer, Tokens, Traits, best_rows, register_reducer
-from tokencomp.reducers._batch import means, salient, segment, with_merged
+from tokencomp.reducers._batch import means, segment, with_merged
 from tokencomp.reducers._clusters import cluster_sums, density_peaks
 from tokencomp.reducers._segments import frame_cosines, segments
+from tokencomp.reducers.base import salient
 from tokencomp.tokens.signals import TOWER_ATTENTION
 from tokencomp.tokens.stacks import HostIndex, Stack, by_stack, masked, real, rows_of, starts_of
 from tokencomp.tokens.tokens import rows_where

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from tokencomp.reducers import Kept, Reducer, Tokens, Traits, register_reducer
-from tokencomp.reducers._batch import best_rows, finite_features
+from tokencomp.reducers.base import best_rows, finite_features
 from tokencomp.tokens.tokens import rows_where
 
 

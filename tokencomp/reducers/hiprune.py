@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from tokencomp.reducers import Kept, Published, Tokens, Traits, register_reducer
-from tokencomp.reducers._batch import best_rows, finite_values, tower_signal
+from tokencomp.reducers.base import best_rows, finite_values, tower_signal
 from tokencomp.tokens.signals import TOWER_ATTENTION, TowerSignal
 
 ANCHORS = 0.1 / 5  # share of the budget; with the four neighbours 0.1

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from tokencomp.plan.counts import frame_budgets
 from tokencomp.reducers import Kept, Reducer, Tokens, Traits, best_rows, register_reducer
-from tokencomp.reducers._batch import salient, with_merged
+from tokencomp.reducers._batch import with_merged
 from tokencomp.reducers._clusters import cluster_sizes, cluster_sums, density_peaks
 from tokencomp.reducers._segments import place_cosines, run_means, static_windows
+from tokencomp.reducers.base import salient
 from tokencomp.tokens.signals import TOWER_ATTENTION
 from tokencomp.tokens.stacks import HostIndex
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from tokencomp.plan.counts import split_evenly
 from tokencomp.reducers import Kept, Reducer, Tokens, Traits, register_reducer
-from tokencomp.reducers._batch import best_rows, finite_values, segment, tower_signal
+from tokencomp.reducers._batch import segment
+from tokencomp.reducers.base import best_rows, finite_values, tower_signal
 from tokencomp.tokens.signals import TOWER_ATTENTION
 
 CROP = 1024 / 576  # crops per n / K

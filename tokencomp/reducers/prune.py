@@ -12,7 +12,7 @@ from tokencomp.plan.options import effective
 from tokencomp.plan.plan import Plan, from_profile
 from tokencomp.plan.schedules import NATURAL, SCHEDULES, check_ramp
 from tokencomp.reducers import Published, ScoreReducer, Tokens, Traits, register_reducer
-from tokencomp.reducers._batch import supplied_scores
+from tokencomp.reducers.base import supplied_scores
 from tokencomp.reducers.published import cut_layers
 from tokencomp.tokens.signals import Attention, Signal
 

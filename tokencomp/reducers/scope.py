@@ -8,7 +8,7 @@ from typing import Literal
 from torch.nn.functional import normalize
 
 from tokencomp.reducers import Kept, Reducer, Tokens, Traits, finite_features, register_reducer
-from tokencomp.reducers._batch import tower_signal
+from tokencomp.reducers.base import tower_signal
 from tokencomp.tokens.signals import TOWER_ATTENTION, Signal
 
 

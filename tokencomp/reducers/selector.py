@@ -15,13 +15,8 @@ from torch import Tensor, nn
 
 from tokencomp.errors import OptionError, WeightsError
 from tokencomp.reducers import Kept, Reducer, Tokens, Traits, register_reducer
-from tokencomp.reducers._batch import (
-    best_rows,
-    finite_features,
-    finite_values,
-    min_max,
-    supplied_scores,
-)
+from tokencomp.reducers._batch import min_max
+from tokencomp.reducers.base import best_rows, finite_features, finite_values, supplied_scores
 from tokencomp.tokens.signals import Attention, Signal
 from tokencomp.tokens.stacks import HostIndex, Stack, by_stack, real
 from tokencomp.tokens.tokens import ModelFacts

@@ -12,7 +12,8 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from tokencomp.plan.counts import frame_budgets
 from tokencomp.reducers import Kept, Reducer, Tokens, Traits, register_reducer
-from tokencomp.reducers._batch import best_rows, feature_norms, finite_features, min_max, segment
+from tokencomp.reducers._batch import min_max, segment
+from tokencomp.reducers.base import best_rows, feature_norms, finite_features
 
 TEMPERATURE = 0.7
 

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from tokencomp.plan.counts import frame_budgets
 from tokencomp.reducers import Kept, Reducer, Tokens, Traits, register_reducer
-from tokencomp.reducers._batch import best_rows, feature_norms, finite_features
+from tokencomp.reducers.base import best_rows, feature_norms, finite_features
 from tokencomp.tokens.stacks import HostIndex, Stack, by_stack
 from tokencomp.tokens.tokens import Grid
 

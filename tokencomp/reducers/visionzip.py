@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from tokencomp.reducers import Kept, Reducer, Tokens, Traits, best_rows, register_reducer
-from tokencomp.reducers._batch import complement, salient, tower_signal
+from tokencomp.reducers._batch import complement
+from tokencomp.reducers.base import salient, tower_signal
 from tokencomp.tokens.signals import TOWER_ATTENTION, TOWER_KEYS
 from tokencomp.tokens.stacks import nearest, starts_of
 

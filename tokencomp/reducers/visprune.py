@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tokencomp.reducers import Kept, Reducer, Tokens, Traits, register_reducer
-from tokencomp.reducers._batch import salient
+from tokencomp.reducers.base import salient
 from tokencomp.tokens.signals import TOWER_ATTENTION
 from tokencomp.tokens.stacks import HostIndex, Stack, by_stack, masked, padded
 from tokencomp.tokens.tokens import rows_where

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from tokencomp.errors import OptionError
-from tokencomp.reducers._batch import finite_values
+from tokencomp.reducers.base import finite_values
 from tokencomp.reducers.selector import CHANNELS, SelectorNet
 from tokencomp.storage import replace_file
 from tokencomp.training.checks import check_finite, load_checkpoint

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from tokencomp.inputs.prompts import generate
 from tokencomp.inputs.questions import Example
-from tokencomp.reducers._batch import finite_values
+from tokencomp.reducers.base import finite_values
 from tokencomp.reducers.selector import Input, standardised
 from tokencomp.storage import check_identity, read_object, write_json
 from tokencomp.trained.cards import model_card, write_tensors

@@ -11,8 +11,7 @@ import torch
 
 from tokencomp.evaluation.settings import Setting
 from tokencomp.plan.options import Traits
-from tokencomp.reducers._batch import supplied_scores
-from tokencomp.reducers.base import ScoreReducer
+from tokencomp.reducers.base import ScoreReducer, supplied_scores
 from tokencomp.reducers.selector import CHANNELS, INPUTS, NARROW, SelectorNet
 from tokencomp.storage import write_json
 from tokencomp.tokens.signals import Attention, Signal
