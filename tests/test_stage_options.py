@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from support.families import FAMILIES
-from support.stage_options import EXAMPLES
+from support.stage_options import EXAMPLES, choices_of
 
 import tokencomp
 from tokencomp.errors import OptionError
@@ -30,6 +30,11 @@ def option(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 def stages(handle: tokencomp.Handle, name: str) -> list[Any]:
     return [getattr(stage, name) for stage in handle.plan.stages]
+
+
+def test_no_option_changes_how_many_patches_are_kept(option: dict[str, Any]) -> None:
+    for features, _, kept in choices_of(**KCENTER, **option):
+        assert len(kept) == round(len(features) / 2)
 
 
 def test_patch_and_set(option: dict[str, Any]) -> None:

@@ -1,9 +1,15 @@
-"""One value of every stage option, for tests of what carries them."""
+"""Stage options in tests: one value of each, and what a prompt keeps under them."""
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from collections.abc import Iterator
+from typing import Any, NamedTuple, get_args
 
+from torch import Tensor
+
+from support import oracle
+from support.families import FAMILIES
+from support.prompts import ragged
 from tokencomp.plan.options import OPTIONS, type_of
 from tokencomp.validation import choices
 
@@ -20,3 +26,39 @@ def example(name: str) -> tuple[str, Any]:
 
 
 EXAMPLES = {name: example(name) for name in OPTIONS}
+
+
+class Choice(NamedTuple):
+    """What an entry stage keeps of an image or a video.
+
+    Attributes
+    ----------
+    features : Tensor, shape (t · h · w, d)
+        What the reducer sees: the embeddings of the patches.
+    grid
+        (t, h, w).
+    kept
+        Numbers of the kept patches, ascending.
+    """
+
+    features: Tensor
+    grid: tuple[int, int, int]
+    kept: list[int]
+
+
+def choices_of(name: str = "qwen2_vl", **setting: Any) -> Iterator[Choice]:
+    """Run a ragged batch (an image; a video and an image; text) under `patch(model, **setting)`.
+
+    The logits of its prefill and of three decode steps must equal those of a run of full length in
+    which dropped patches are masked, or merged in loops where the stage merges.
+    """
+    family = FAMILIES[name]
+    model, inputs = family.build(), ragged(family)
+    embeds = oracle.decoder_inputs(model, family, inputs)["inputs_embeds"]
+    handle, out, masks = oracle.generated(model, family, inputs, 3, **setting)
+    merged = oracle.Merged(handle) if handle.plan.stages[0].merge else None
+    assert oracle.deviation(model, family, inputs, out, masks, merged) < 1e-5
+    for b, spans in enumerate(handle.stats.spans):
+        for j, span in enumerate(spans):
+            features = embeds[b, span.start : span.stop]
+            yield Choice(features, span.grid, handle.stats.kept(b)[0][j])
