@@ -7,9 +7,9 @@
                                 ▲                             of rows    types      cache: RowMap'
                                 └────────────── again before a stage between layers ──┘
 
-The order of the passes is in `decoder.py`. Each pass is a module: `prompt.py` (read), `call.py`
-(counts of the plan), `scores.py` and `choose.py`, `gather.py`, `layers.py` with `masks.py`, and
-`restore.py`. `later.py` has the calls after the prompt, and the chunks of a prompt. `checks.py`
+The order of the passes is in `decoder.py`. The passes are modules: `prompt.py` (read), `call.py`
+(counts of the plan), `scores.py`, `choose.py`, `gather.py` (gather and restore), and `layers.py`
+with `masks.py`. `later.py` has the calls after the prompt, and the chunks of a prompt. `checks.py`
 lists what is refused before anything runs. Merging with weights is `weights.py`, and the stage in
 the vision tower `tower/`.
 
@@ -52,7 +52,7 @@ reads row i of the 2-D mask at entry `dropped` + i, and never the entries before
 
 First call: `_map` (`prompt.py`) reads the caller's mask, as `lengths` of samples that are aligned
 to the right; a stage shortens them (`RowMap.keep`); the rows before a shorter sample are padding
-(`RowMap.mask`), whether the caller or a stage made it shorter. `note_prompt` (`restore.py`) gives
+(`RowMap.mask`), whether the caller or a stage made it shorter. `note_prompt` (`gather.py`) gives
 the map to the cache layers.
 
 Second call: `LaterTokens._continue` (`later.py`) reads the padding of the turn, which are the last
@@ -66,5 +66,5 @@ the new rows as `new`; and `Masks` (`masks.py`) joins both:
     other segments    `LayerType.mask`, when the first layer of a type is entered: the hook of the
                       layer (`layers.py`) passes it instead of the decoder's.
 
-Last, `note_turn` (`restore.py`) stores which rows, of both turns, are real in the cache layers.
+Last, `note_turn` (`gather.py`) stores which rows, of both turns, are real in the cache layers.
 """

@@ -32,18 +32,20 @@ from tokencomp.engine.checks import (
     rotary_modules,
 )
 from tokencomp.engine.choose import enter
-from tokencomp.engine.gather import gather_arguments, sequence_lengths, text_positions
-from tokencomp.engine.later import ChunkedPrefill, LaterTokens, begins_prompt
-from tokencomp.engine.layers import LayerHooks
-from tokencomp.engine.masks import Masks, split_mask
-from tokencomp.engine.prompt import read_prompt, with_embeddings
-from tokencomp.engine.restore import (
+from tokencomp.engine.gather import (
+    gather_arguments,
     note_prompt,
     note_turn,
     restore_maps,
     restore_states,
+    sequence_lengths,
+    text_positions,
     whole_output,
 )
+from tokencomp.engine.later import ChunkedPrefill, LaterTokens, begins_prompt
+from tokencomp.engine.layers import LayerHooks
+from tokencomp.engine.masks import Masks, split_mask
+from tokencomp.engine.prompt import read_prompt, with_embeddings
 from tokencomp.engine.stats import RatioCheck, Stats
 from tokencomp.engine.tower.stage import TowerHooks
 from tokencomp.engine.weights import RowWeights
@@ -185,8 +187,8 @@ class DecoderHooks(CallHooks):
         if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
             arguments, prepared = split_mask(arguments, cache, noted.mask)
         # Read and plan: spans, row map, counts. Checks run before anything changes.
-        call, positions = read_prompt(self.adapter, arguments, cache, noted, plan)
-        call.prepared, call.by_column = prepared, not self._owner.compact
+        options = {"by_column": not self._owner.compact, "prepared": prepared}
+        call, positions = read_prompt(self.adapter, arguments, cache, noted, plan, **options)
         check_prompt(call)
         # From here on the hooks of layers, attention and tower act on this call.
         if self._layers.hooked not in ([], list(self.adapter.layers)):

@@ -133,8 +133,9 @@ class LaterTokens:
             real, prepared = self._mask_of_turn(kwargs, n, first)
         new = RowMap(n, real=real)
         segments = build_segments(Plan(), len(layers), layers, mask=None, new=new)
-        call = Call(self.adapter, Plan(), [], n, segments, new, cache)
-        call.by_column, call.prepared = not self.compact, prepared
+        call = Call(
+            self.adapter, Plan(), [], n, segments, new, cache, not self.compact, prepared
+        )  # fmt: skip
         check_windows(call)
         if self.compact:
             kwargs["position_ids"] = segments[0].contiguous_positions(real, x)

@@ -33,7 +33,12 @@ IGNORED = -100  # label of columns without loss, as in transformers
 
 
 def read_prompt(
-    adapter: Adapter, arguments: dict[str, Any], cache: Any, noted: Noted, plan: Plan
+    adapter: Adapter,
+    arguments: dict[str, Any],
+    cache: Any,
+    noted: Noted,
+    plan: Plan,
+    **options: Any,
 ) -> tuple[Call, Tensor]:
     """Read a prefill call, before anything is computed or changed.
 
@@ -43,6 +48,8 @@ def read_prompt(
         Arguments of the decoder by name, with the 2-D padding mask as `attention_mask`.
     noted
         Notes of the hooks outside the decoder; its `modalities` are known.
+    **options
+        `by_column` and `prepared` of the `Call`.
 
     Returns
     -------
@@ -62,7 +69,7 @@ def read_prompt(
     row_map = _map(arguments, past, noted, spans, text)
     layers, mask = getattr(cache, "layers", None) or (), arguments.get("attention_mask")
     segments = build_segments(plan, len(adapter.layers), layers, mask, row_map)
-    return Call(adapter, plan, spans, x.shape[1], segments, row_map, cache), positions
+    return Call(adapter, plan, spans, x.shape[1], segments, row_map, cache, **options), positions
 
 
 def _check_length(adapter: Adapter, found: torch.Size, expected: torch.Size) -> None:
@@ -106,7 +113,8 @@ def _map(
     else:
         generated = max(0, past + shape[1] - noted.columns)
     prompts = build_prompts(real, spans, starts, noted.labels, generated)
-    if left_padded(real):
+    left_padded = (np.diff(real.numpy().astype(np.int8), axis=1) >= 0).all()
+    if left_padded:
         return RowMap.of_prompt(shape[1], real.numpy().sum(1).tolist(), spans, prompts)
     return aligned_map(real, spans, prompts)
 
@@ -154,10 +162,6 @@ def real_columns(mask: Tensor | None, shape: torch.Size) -> Tensor:
             "prompt with images or videos needs a token; leave the sample out of the batch."
         )
     return real
-
-
-def left_padded(real: Tensor) -> bool:
-    return bool((np.diff(real.numpy().astype(np.int8), axis=1) >= 0).all())
 
 
 def aligned_map(real: Tensor, spans: list[list[VisualSpan]], prompts: list[list[Prompt]]) -> RowMap:
