@@ -146,7 +146,7 @@ def _visible(visible: Tensor | None, q: Tensor, k: Tensor, causal: bool) -> Tens
 
 def _row_weights(value: Tensor | None, q: Tensor) -> Tensor:
     """Broadcast the weights of rows to ``(B, Hq, R)``."""
-    shape, dtype = q.shape[:3], torch.promote_types(q.dtype, torch.float32)
+    shape, dtype = q.shape[:3], torch.float64 if q.dtype == torch.float64 else torch.float32
     if value is None:
         return torch.ones(shape, dtype=dtype, device=q.device)
     value = value.detach().to(dtype)
@@ -223,7 +223,7 @@ def attention_lse(q: Tensor, k: Tensor, lo: Tensor, hi: Tensor, scale: float) ->
 
     The value is -inf where a row sees no key.
     """
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = torch.full(q.shape[:3], -torch.inf, dtype=dtype, device=q.device)
     for rows, _, logits in _blocks(q, k, lo, hi, scale):
         out[:, :, rows] = logits.logsumexp(-1)
@@ -277,7 +277,7 @@ def _blocks(
     """
     batch, heads, total, dim = q.shape
     kv_heads, keys = k.shape[1:3]
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     k = k.to(dtype)
     size = min(BLOCK_ROWS, max(1, BLOCK_ELEMENTS // max(1, batch * heads * keys)))
     memory = torch.empty(batch * heads * size * keys, dtype=dtype, device=q.device)

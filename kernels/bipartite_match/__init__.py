@@ -55,7 +55,7 @@ def naive(x: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
     `x` is ``(n, D)``; the two results are ``(n,)`` as in
     :func:`tokencomp.kernels.bipartite_match`.
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     similarity = torch.full((len(x),), -torch.inf, dtype=dtype, device=x.device)
     partner = torch.full((len(x),), -1, dtype=torch.int64, device=x.device)
     spans = [*zip(checks.starts(lengths), lengths, strict=True)]

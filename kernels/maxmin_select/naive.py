@@ -218,7 +218,7 @@ def _at_once(
 
 def mean_distance(x: Tensor, lengths: list[int]) -> Tensor:
     """See :func:`tokencomp.kernels.mean_distance`."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     if not lengths:
         return x.new_zeros(0, dtype=dtype)
     return torch.cat([_mean_distance(span, dtype) for span in x.split(lengths)])

@@ -80,7 +80,7 @@ def merge_rows(
         x,
         target=(target, rows, torch.int64),
         keep=(keep, keep.numel(), torch.int64),
-        sizes=(sizes, rows, torch.promote_types(x.dtype, torch.float32)),
+        sizes=(sizes, rows, torch.float64 if x.dtype == torch.float64 else torch.float32),
     )
     if len(keep) > rows:
         raise KernelError(f"{len(keep)} rows to keep of {rows}")
@@ -125,7 +125,7 @@ def naive(
     slot = slot[target]  # a target of -1 reads the extra last entry, which means dropped
     members = (slot >= 0).nonzero().squeeze(1)
     slot = slot[members]
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     ones = torch.ones(len(members), dtype=dtype, device=x.device)
     size = ones if sizes is None else sizes[members].to(dtype)
     weight = size if weighted else ones

@@ -38,7 +38,7 @@ def nearest_previous_frame(x: Tensor) -> Tensor:
 
 def naive(x: Tensor) -> Tensor:
     """Compare frame by frame, so that only two frames are held in fp32 at a time."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     similarity = torch.full(x.shape[:3], -torch.inf, dtype=dtype, device=x.device)
     previous = normalise(x[0].to(dtype)) if len(x) else x
     for frame in range(1, len(x)):
