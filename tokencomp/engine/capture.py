@@ -37,11 +37,15 @@ OTHER_LOGITS = ("softcap", "s_aux", "sinks", "position_bias")
 
 @dataclass
 class Captured(Exception):
-    """Queries (S, heads, n, d), keys (S, kv heads, N, d), and the factor of their product."""
+    """Queries (S, heads, n, d), keys (S, kv heads, N, d), and the factor of their product.
+
+    `attn` is the attention module that computed them.
+    """
 
     query: Tensor
     key: Tensor
     scaling: float
+    attn: Any = None
 
 
 def _capture(
@@ -216,6 +220,7 @@ def capture_qk(
     try:
         type(run).forward(run, hidden_states=hidden, **call)
     except Captured as captured:
+        captured.attn = attn
         if rows is not None:
             captured.query = captured.query[rows[0], :, rows[1]].transpose(1, 2)
         return captured.with_traceback(None)  # frames would keep all tensors of the call

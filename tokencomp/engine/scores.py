@@ -340,7 +340,7 @@ class Probe:
             captured.key = torch.cat([before.to(captured.key.device), captured.key], dim=2)
         return captured
 
-    def unrotated_keys(self) -> Tensor:
+    def unrotated_keys(self) -> Captured:
         """Keys (S, kv heads, width, D) before the rotary embedding."""
         arguments, tables = dict(self._arguments), self._arguments.get("position_embeddings")
         if isinstance(tables, Tensor):  # complex factors
@@ -349,7 +349,7 @@ class Probe:
             cos, sin = tables
             arguments["position_embeddings"] = torch.ones_like(cos), torch.zeros_like(sin)
         call = self.root, self.hidden, arguments, ("q_proj", "v_proj")
-        return capture_qk(*call, samples=self._part).key
+        return capture_qk(*call, samples=self._part)
 
     def _caches_keys(self, keys: Tensor) -> bool:
         """Whether the cache holds the keys that attention reads.
@@ -436,7 +436,7 @@ def _span_scores(
             weights = some[samples, voting[:, part] + probe.first].to(k.device)
         query = captured.query if whole else captured.query[:, :, part]
         seen = visible if whole else visible[:, :, part]
-        part_sums = _column_sums(probe, query, k, seen, captured.scaling, signal, weights)
+        part_sums = _column_sums(captured, query, k, seen, signal, weights)
         sums.append(part_sums[..., offset:] if offset else part_sums)
         at = part.stop
     # From sums over rows to means, for visual tokens.
@@ -450,11 +450,10 @@ def _key_lengths(probe: Probe, lengths: Tensor) -> None:
     Keys are taken before rotation: rotated keys would make the sum depend on the position of the
     prompt in its batch.
     """
-    keys = probe.unrotated_keys().float().abs().sum(3)
-    attn = attention_of(probe.root)
-    groups = getattr(attn, "num_key_value_groups", 1)  # queries that share one key
-    shared = keys.repeat_interleave(groups, dim=1)
-    found = gather_heads(attn, shared, dim=1).sum(1) / groups
+    captured = probe.unrotated_keys()
+    groups = getattr(captured.attn, "num_key_value_groups", 1)  # queries that share one key
+    shared = captured.key.float().abs().sum(3).repeat_interleave(groups, dim=1)
+    found = gather_heads(captured.attn, shared, dim=1).sum(1) / groups
     columns = slice(probe.first, probe.first + probe.width)
     for question, row_lengths in zip(probe.questions, found, strict=True):
         lengths[question.sample, columns] = row_lengths
@@ -531,11 +530,10 @@ def _voting(probe: Probe, votes: list[list[int]], every: bool) -> HostIndex:
 
 
 def _column_sums(
-    probe: Probe,
+    captured: Captured,
     query: Tensor,
     k: Tensor,
     visible: Tensor,
-    scaling: float,
     signal: Attention,
     weights: Tensor | None,
 ) -> Tensor:
@@ -550,12 +548,12 @@ def _column_sums(
         k,
         weights,
         visible=visible,
-        scale=scaling,
+        scale=captured.scaling,
         temperature=signal.temperature,
         heads="none",
         iterations=max(signal.iterations, 1),
         trusted=True,  # indices were built on the host
     )
-    whole = gather_heads(attention_of(probe.root), sums, dim=1)
+    whole = gather_heads(captured.attn, sums, dim=1)
     joined: Tensor = join_heads(whole, signal.heads)
     return joined
