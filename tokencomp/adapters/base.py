@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -26,6 +25,7 @@ from tokencomp.adapters.towers.base import Tower, unknown_cells
 from tokencomp.tokens.signals import Signal
 from tokencomp.tokens.tokens import CODES, MODALITIES, Modality, VisualSpan
 
+Run = tuple[int, int, Modality]  # start, stop, modality of equal placeholders
 ENCODED = "mm_encoder_outputs"  # features that `generate` has encoded, by modality
 TYPES = "mm_token_type_ids"  # 0 text, 1 image, 2 video, 3 audio, from the processor
 
@@ -56,11 +56,6 @@ class MediaCall:
     positions: np.ndarray[Any, Any] | None
     body: nn.Module
     inputs: Mapping[str, Any] = field(default_factory=dict)
-
-    @functools.cached_property
-    def runs(self) -> list[list[tuple[int, int, Modality]]]:
-        """(start, stop, modality) of every run of equal placeholders, per sample."""
-        return runs_of(self.modalities)
 
 
 @dataclass
@@ -319,10 +314,11 @@ class Adapter:
         SpanError
             A run of visual tokens has a shape that this family does not produce.
         """
-        return [self.row_spans(call, b) for b in range(call.modalities.shape[0])]
+        rows = enumerate(runs_of(call.modalities))
+        return [self.row_spans(call, row, runs) for row, runs in rows]
 
-    def row_spans(self, call: MediaCall, row: int) -> list[VisualSpan]:
-        """Visual spans of one sample, for adapters that do not override `spans`."""
+    def row_spans(self, call: MediaCall, row: int, runs: list[Run]) -> list[VisualSpan]:
+        """Visual spans of one sample from its runs, for adapters that do not override `spans`."""
         raise NotImplementedError
 
     def install(self) -> None:
@@ -332,7 +328,7 @@ class Adapter:
         """Undo `install`; safe to call twice."""
 
 
-def runs_of(modalities: Tensor) -> list[list[tuple[int, int, Modality]]]:
+def runs_of(modalities: Tensor) -> list[list[Run]]:
     """(start, stop, modality) of every run of equal codes in modalities (B, L), per sample."""
     rows = []
     for codes in modalities.tolist():

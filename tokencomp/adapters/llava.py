@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokencomp.adapters.base import ENCODED, Adapter, MediaCall, TowerCall
+from tokencomp.adapters.base import ENCODED, Adapter, MediaCall, Run, TowerCall
 from tokencomp.adapters.registry import register_adapter
 from tokencomp.adapters.tiles import TileAdapter
 from tokencomp.adapters.towers.dense import DenseTower, bilinear, squares
@@ -66,9 +66,9 @@ class LlavaNextAdapter(TileAdapter):
         """Frames (n, patches, d) → (n, tokens, d)."""
         return patches
 
-    def row_spans(self, call: MediaCall, row: int) -> list[VisualSpan]:
+    def row_spans(self, call: MediaCall, row: int, runs: list[Run]) -> list[VisualSpan]:
         spans: list[VisualSpan] = []
-        for start, stop, modality in call.runs[row]:
+        for start, stop, modality in runs:
             if modality == "video":
                 spans += self._video(start, stop, row, call)
             else:

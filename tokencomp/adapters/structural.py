@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tokencomp.adapters.base import ENCODED, Adapter, MediaCall
+from tokencomp.adapters.base import ENCODED, Adapter, MediaCall, Run, runs_of
 from tokencomp.adapters.structure import square_side
 from tokencomp.adapters.towers.base import Tower
 from tokencomp.adapters.towers.packed import PackedTower
@@ -37,7 +37,6 @@ PACKED = ("qwen3_5", "qwen3_5_moe")
 """Model types with the vision tower of Qwen3-VL, where the patches of a token are adjacent."""
 METHODS = "get_{}_features"  # methods of a body that encode media, since transformers 4.5x
 INTEGERS = (torch.int32, torch.int64)
-Run = tuple[int, int, Modality]
 Size = tuple[int, int, int]
 GivenSize = Callable[[], Size | None]
 
@@ -80,12 +79,13 @@ class StructuralAdapter(Adapter, Hooked):
         self._encoded.latest = {}
 
     def spans(self, call: MediaCall) -> list[list[VisualSpan]]:
-        modalities: set[Modality] = {modality for runs in call.runs for _, _, modality in runs}
+        rows = runs_of(call.modalities)
+        modalities: set[Modality] = {modality for runs in rows for _, _, modality in runs}
         encoded = bool(self.feature_modalities(call.inputs))
         encodings = {modality: self.encoding(modality, call, encoded) for modality in modalities}
-        media = cut_media(call.runs, {modality: e.lengths for modality, e in encodings.items()})
+        media = cut_media(rows, {modality: e.lengths for modality, e in encodings.items()})
         if media is None:
-            media = [[Medium(modality, [(a, b)]) for a, b, modality in runs] for runs in call.runs]
+            media = [[Medium(modality, [(a, b)]) for a, b, modality in runs] for runs in rows]
         sizes = {
             modality: functools.cache(partial(sizes_of, e, modality, media))
             for modality, e in encodings.items()
@@ -110,7 +110,7 @@ class StructuralAdapter(Adapter, Hooked):
         handed = call.inputs.get(ENCODED)
         if not isinstance(handed, Mapping) or handed.get(modality) is None:
             return latest
-        lengths = token_counts(features_of(handed[modality]))
+        lengths = token_counts(handed[modality])
         return replace(latest, lengths=lengths) if lengths else latest
 
     def described(self, modality: Modality, call: MediaCall) -> Encoding:
@@ -284,29 +284,21 @@ class EncodedMedia(threading.local):
         last = getattr(out, "last_hidden_state", None)
         # Not pixels, which would be kept in memory.
         tables = [a for a in arguments if not isinstance(a, Tensor) or a.dtype in INTEGERS]
-        encoding = Encoding(token_counts(features_of(out)), tables)
+        encoding = Encoding(token_counts(out), tables)
         if isinstance(last, Tensor) and last.ndim == 4:
             encoding.map = last.shape[-2], last.shape[-1]
         self.latest[modality] = encoding
 
 
-def features_of(out: Any) -> Any:
-    """The features in the result of an encoding method."""
-    pooled = getattr(out, "pooler_output", None)
-    if pooled is not None:
-        return pooled
-    last = getattr(out, "last_hidden_state", None)
-    if last is not None:
-        return last
-    return out  # remote code returns only the features
+def token_counts(out: Any) -> list[int]:
+    """Tokens of every medium or tile that an encoding method returns.
 
-
-def token_counts(features: Any) -> list[int]:
-    """Tokens of every medium or tile in features (tiles, n, d), or in a list of (…, n, d).
-
-    Empty for concatenated features (n, d), whose ends are unknown, and for features of single
-    patches, (n, 1, d) (Inkling).
+    Its features are (tiles, n, d), or a list of (…, n, d). Empty for concatenated features (n, d),
+    whose ends are unknown, and for features of single patches, (n, 1, d) (Inkling).
     """
+    fields = (getattr(out, name, None) for name in ("pooler_output", "last_hidden_state"))
+    # Remote code returns only the features.
+    features = next((value for value in fields if value is not None), out)
     if isinstance(features, list | tuple):
         tensors = [item for item in features if isinstance(item, Tensor) and item.ndim >= 2]
     else:
@@ -386,34 +378,28 @@ def cut_media(
     pending = {
         modality: deque(n for n in counts if n) for modality, counts in lengths.items() if counts
     }
-    media = []
+    media: list[list[Medium]] = []
     for runs in rows:
-        own = _cut_row(runs, pending)
-        if own is None:
-            return None
-        media.append(own)
-    return None if any(pending.values()) else media
-
-
-def _cut_row(runs: list[Run], pending: dict[Modality, deque[int]]) -> list[Medium] | None:
-    media: list[Medium] = []
-    missing = 0
-    for start, stop, modality in runs:
-        if modality not in pending and not missing:
-            media.append(Medium(modality, [(start, stop)]))
-            continue
-        while start < stop:
-            if not missing:
-                if not pending[modality]:
+        row, missing = list[Medium](), 0  # `missing` placeholders of the last medium
+        for start, stop, modality in runs:
+            if modality not in pending and not missing:
+                row.append(Medium(modality, [(start, stop)]))
+                continue
+            while start < stop:
+                if not missing:
+                    if not pending[modality]:
+                        return None
+                    missing = pending[modality].popleft()
+                    row.append(Medium(modality, []))
+                elif row[-1].modality != modality:
                     return None
-                missing = pending[modality].popleft()
-                media.append(Medium(modality, []))
-            elif media[-1].modality != modality:
-                return None
-            taken = min(missing, stop - start)
-            media[-1].pieces.append((start, start + taken))
-            start, missing = start + taken, missing - taken
-    return None if missing else media
+                taken = min(missing, stop - start)
+                row[-1].pieces.append((start, start + taken))
+                start, missing = start + taken, missing - taken
+        if missing:
+            return None
+        media.append(row)
+    return None if any(pending.values()) else media
 
 
 def _joined(

@@ -78,11 +78,12 @@ class TileAdapter(StructuralAdapter):
 
     def spans(self, call: MediaCall) -> list[list[VisualSpan]]:
         """Adjacent tiles in one run are one item."""
-        rows = super().spans(call)
-        for b, row in enumerate(rows):
-            starts = [start for start, _, _ in call.runs[b]]
+        rows = []
+        for row, runs in zip(super().spans(call), runs_of(call.modalities), strict=True):
+            starts = [start for start, _, _ in runs]
             firsts = [starts[bisect.bisect(starts, span.start) - 1] for span in row]
-            rows[b] = [replace(span, item=first) for span, first in zip(row, firsts, strict=True)]
+            pairs = zip(row, firsts, strict=True)
+            rows.append([replace(span, item=first) for span, first in pairs])
         return rows
 
     def described(self, modality: Modality, call: MediaCall) -> Encoding:

@@ -67,8 +67,8 @@ class VilaAdapter(Adapter):
         frames = call.inputs.get("video_frames")
         lengths = iter([] if frames is None else [n // self._pool[0] for n in frames.tolist()])
         rows = []
-        for row in range(call.modalities.shape[0]):
-            runs, spans = call.runs[row], []
+        for row, runs in enumerate(runs_of(call.modalities)):
+            spans = []
             while runs:
                 n = 1 if runs[0][2] == "image" else next(lengths, len(runs))
                 spans.append(self._span(runs[:n], call, row, n))
