@@ -3,7 +3,7 @@
 Every op has one folder. ``__init__.py`` has the public function with its checks, the plain form
 ``naive`` (PyTorch, which is both the CPU path and the reference of the tests) and a
 :class:`tokencomp.kernels.dispatch.Op`, which chooses the form and works under ``torch.compile``.
-``triton.py`` has the Triton form. The plain form of ``maxmin_select`` has files of its own.
+``triton.py`` has the Triton form.
 
 This package imports neither transformers nor the rest of tokencomp, and it imports Triton only
 when an op runs there. ``TOKENCOMP_KERNELS`` chooses the form.
@@ -25,7 +25,8 @@ if __name__ != "kernels":
     from tokencomp.kernels.facility_select import facility_select
     from tokencomp.kernels.frame_pool import frame_pool
     from tokencomp.kernels.gather_rows import gather_rows
-    from tokencomp.kernels.maxmin_select import maxmin_select, mean_distance
+    from tokencomp.kernels.maxmin_select import maxmin_select
+    from tokencomp.kernels.mean_distance import mean_distance
     from tokencomp.kernels.merge_rows import MergedRows, merge_rows
     from tokencomp.kernels.nearest_previous_frame import nearest_previous_frame
     from tokencomp.kernels.topk_stable import topk_stable

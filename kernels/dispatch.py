@@ -114,15 +114,14 @@ class Op:
     Parameters
     ----------
     name
-        Name of the custom op and of the Triton form, which is imported when it first runs.
+        Name of the custom op, and of the Triton form in the module ``triton`` next to `naive`,
+        which is imported when it first runs.
     naive
         The plain form. All forms have its arguments, the main operand first.
     fake
         Returns empty results of the right shapes for the arguments.
     check, check_result
         Check the values of the arguments, and of the result, if checks are on.
-    module
-        Name of the module, in the package of the op, that has the Triton form.
     differentiable
         Whether autograd records the plain form where a gradient is needed. Otherwise results have
         no gradient.
@@ -135,11 +134,10 @@ class Op:
         fake: Callable[..., Any],
         check: Callable[..., None] | None = None,
         check_result: Callable[[Any], None] | None = None,
-        module: str = "triton",
         differentiable: bool = False,
     ) -> None:
         self.naive, self._check, self._check_result = naive, check, check_result
-        self._triton_form = f"{naive.__module__.removesuffix('.naive')}.{module}", name
+        self._triton_form = f"{naive.__module__}.triton", name
         self._differentiable = differentiable
 
         @functools.wraps(naive)

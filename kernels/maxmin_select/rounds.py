@@ -39,7 +39,7 @@ class Rounds:
     done
         Number of choices so far.
     measure
-        The metric, one of ``naive.METRICS``.
+        The metric, one of ``METRICS``.
     rows
         The rows as the metric compares them: unit vectors for the cosine.
     chosen

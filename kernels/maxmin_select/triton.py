@@ -15,8 +15,7 @@ import triton
 import triton.language as tl
 from tokencomp.kernels import checks
 from tokencomp.kernels.checks import starts, table
-from tokencomp.kernels.maxmin_select.naive import TAKEN
-from tokencomp.kernels.maxmin_select.rounds import TIED
+from tokencomp.kernels.maxmin_select.rounds import TAKEN, TIED
 from tokencomp.kernels.maxmin_select.triton_distances import Cosines, Differences, Rows, pitch
 from tokencomp.kernels.maxmin_select.triton_rows import first_choice, inverse_norms
 from tokencomp.kernels.tile import padded
@@ -132,7 +131,7 @@ def maxmin_select(
     bonus: Tensor | None,
     given: Tensor | None,
 ) -> Tensor:
-    """See :func:`tokencomp.kernels.maxmin_select.naive.maxmin_select`."""
+    """See :func:`tokencomp.kernels.maxmin_select.naive`."""
     checks.triton_dtype("x", x)
     x = checks.rows_contiguous(x)
     picks = torch.empty(sum(counts), dtype=torch.int64, device=x.device)

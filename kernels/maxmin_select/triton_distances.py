@@ -4,8 +4,7 @@ from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from tokencomp.kernels.maxmin_select import naive
-from tokencomp.kernels.maxmin_select.naive import Cosine, RootMeanSquare
+from tokencomp.kernels.maxmin_select import Cosine, RootMeanSquare, isolated_row
 from tokencomp.kernels.maxmin_select.rounds import EPSILON
 from tokencomp.kernels.tile import long_dot
 from torch import Tensor
@@ -167,7 +166,7 @@ class Cosines(NamedTuple):
     def isolated(self) -> Tensor:
         """The row whose nearest other row is farthest, ``(1,)``, in blocks of all pairs."""
         unit = (self.x.float() * self.inverse[:, None])[None]
-        return naive.isolated_row(unit, Cosine, None)
+        return isolated_row(unit, Cosine, None)
 
     def part(self, rows: slice | Tensor) -> "Cosines":
         """Some of the rows."""
@@ -201,7 +200,7 @@ class Differences(NamedTuple):
 
     def isolated(self) -> Tensor:
         """See :meth:`Cosines.isolated`."""
-        return naive.isolated_row(self.columns.T[None], RootMeanSquare, None)
+        return isolated_row(self.columns.T[None], RootMeanSquare, None)
 
     def part(self, rows: slice | Tensor) -> "Differences":
         """Some of the rows."""

@@ -5,9 +5,7 @@ import itertools
 import torch
 import triton
 import triton.language as tl
-from tokencomp.kernels import checks
 from tokencomp.kernels.checks import table
-from tokencomp.kernels.maxmin_select import naive
 from tokencomp.kernels.maxmin_select.rounds import TIED
 from tokencomp.kernels.tile import inverse_root
 from torch import Tensor
@@ -126,15 +124,6 @@ def means(x: Tensor, scale: Tensor | None, lengths: list[int]) -> Tensor:
         SCALED=scale is not None, BLOCK_R=MEAN_BLOCK[0], BLOCK_D=MEAN_BLOCK[1], num_warps=4,
     )  # fmt: skip
     return mean
-
-
-def mean_distance(x: Tensor, lengths: list[int]) -> Tensor:
-    """See :func:`tokencomp.kernels.mean_distance`."""
-    if x.dtype == torch.float64:
-        return naive.mean_distance(x, lengths)
-    x = checks.rows_contiguous(x)
-    inverse, _ = inverse_norms(x, lengths)
-    return (1 - means(x, inverse, lengths).square().sum(1)).clamp_(min=0)
 
 
 def first_choice(score: Tensor, lengths: list[int], tied: float = TIED) -> Tensor:

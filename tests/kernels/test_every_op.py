@@ -188,7 +188,7 @@ def test_triton_equals_pytorch(
     name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton")
-    case, op = CASES[name], {"mean_distance": "maxmin_select"}.get(name, name.split(",")[0])
+    case, op = CASES[name], name.split(",")[0]
     x = torch.randn(case.shape)
     monkeypatch.setenv("TOKENCOMP_KERNELS", "naive")
     want = leaves(case.call(x))
@@ -216,15 +216,14 @@ def test_graphs(name: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     for a, b in zip(leaves(compiled(x)), leaves(call(x)), strict=True):
         assert torch.equal(a, b)
-    op, attribute = {"mean_distance": ("maxmin_select", "_mean_op")}.get(name, (name, "_op"))
-    package = importlib.import_module(f"tokencomp.kernels.{op}")
-    op_of_package = getattr(package, attribute)
+    package = importlib.import_module(f"tokencomp.kernels.{name}")
+    op_of_package = package._op
 
     def recorder(*arguments: object, **options: bool) -> object:
         recorded.append(arguments)
         return op_of_package(*arguments, **options)
 
-    monkeypatch.setattr(package, attribute, recorder)
+    monkeypatch.setattr(package, "_op", recorder)
     call(x)
     custom = getattr(torch.ops.tokencomp, name).default
     with FakeTensorMode() as mode:

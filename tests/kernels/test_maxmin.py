@@ -8,7 +8,6 @@ import pytest
 import torch
 from support.max_min import check_greedy, differences, distances
 from tokencomp.kernels import maxmin_select, mean_distance
-from tokencomp.kernels.maxmin_select import naive
 from torch import Tensor
 
 ordered_choices = functools.partial(maxmin_select, ordered=True)
@@ -205,7 +204,7 @@ def test_isolated_start(
     """The first choice is the row whose nearest other row is farthest, also block by block."""
     if rounds:
         request.getfixturevalue("short_rounds")
-        monkeypatch.setattr(naive, "GRAM_ELEMENTS", 300)
+        monkeypatch.setitem(maxmin_select.__globals__, "GRAM_ELEMENTS", 300)
     lengths = [70, 1, 33, 70]
     x = torch.randn(sum(lengths), 6)
     got = ordered_choices(x.to(place), 1, spans=lengths, start="isolated", metric=metric).tolist()
@@ -324,7 +323,7 @@ def test_mean_distance(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
         unit = [row / row.norm() if row.norm() else row * 0 for row in low.double()]
         expected = sum(1 - a @ b for a in unit for b in unit) / len(unit) ** 2
         for block in (1 << 24, 100):
-            monkeypatch.setattr(naive, "GRAM_ELEMENTS", block)
+            monkeypatch.setitem(mean_distance.__globals__, "BLOCK_ELEMENTS", block)
             got = mean_distance(low)
             assert got.shape == (1,) and got.dtype == torch.promote_types(dtype, torch.float32)
             assert abs(float(got) - float(expected)) < 1e-5
