@@ -409,16 +409,10 @@ def _span_scores(
     division by the number of voters.
     """
     # Which rows vote on which tokens; indices move to the device in one copy.
-    passes, columns, voters = _votes(probe, signal.rows)
-    host, every = {"column": columns, "voters": voters}, signal.rows == "all"
-    tables = [_voting(probe, votes, every) for votes in passes.values()]
-    index = np.concatenate(tables, axis=1)
-    if not every:
-        last = np.asarray([[q.stop - 1 - probe.first] for q in probe.questions])
-        host["voting"] = np.where(index < 0, last, index).ravel()
-        host["sample"] = np.arange(len(index))
-    moved = move_tables(host, probe.hidden.device)
-    chosen = None if every else (moved["sample"][:, None], moved["voting"].view(index.shape))
+    index, parts, host = _vote_tables(probe, signal.rows)
+    moved, chosen = move_tables(host, probe.hidden.device), None
+    if "voting" in moved:
+        chosen = moved["sample"][:, None], moved["voting"].view(index.shape)
     # Queries of the voting rows; keys of earlier turns come before those of this call.
     captured = probe.queries_and_keys(chosen, cached, past, keys)
     k, offset = captured.key, captured.key.shape[2] - probe.width
@@ -427,9 +421,9 @@ def _span_scores(
         k, offset = k[:, :, offset:], 0
     # One pass over the keys for every kind of voters; then sums over the keys of this call.
     visible = torch.from_numpy(_visible(probe, index, offset)).to(k.device)
-    sums, at, whole = [], 0, len(tables) == 1
-    for rows, table in zip(passes, tables, strict=True):
-        part, weights = slice(at, at + table.shape[1]), None
+    sums, whole = [], len(parts) == 1
+    for rows, part in parts.items():
+        weights = None
         if rows == "raters" and raters is not None and chosen is not None:
             samples, voting = chosen
             some = raters.to(voting.device)[slice(None) if probe.samples is None else probe.samples]
@@ -438,7 +432,6 @@ def _span_scores(
         seen = visible if whole else visible[:, :, part]
         part_sums = _column_sums(captured, query, k, seen, signal, weights)
         sums.append(part_sums[..., offset:] if offset else part_sums)
-        at = part.stop
     # From sums over rows to means, for visual tokens.
     found = sums[0] if whole else torch.cat(sums)
     return found.take(moved["column"]) / moved["voters"]
@@ -457,6 +450,41 @@ def _key_lengths(probe: Probe, lengths: Tensor) -> None:
     columns = slice(probe.first, probe.first + probe.width)
     for question, row_lengths in zip(probe.questions, found, strict=True):
         lengths[question.sample, columns] = row_lengths
+
+
+def _vote_tables(
+    probe: Probe, signal_rows: str
+) -> tuple[HostIndex, dict[str, slice], dict[str, HostIndex]]:
+    """Which rows vote, by `_votes`, as tables on the host.
+
+    Returns
+    -------
+    ndarray, shape (S, R)
+        Rows that vote, relative to the first of the probe, in one pass over the keys after the
+        other; -1 where a question has fewer. If all rows vote, row i is at index i.
+    dict of slice
+        By pass: its part of R.
+    dict of ndarray
+        What the device needs: "column" and "voters" by visual token; and unless all rows vote,
+        "sample" (S,) and "voting" (S · R,), in which the last row of a question replaces -1.
+    """
+    passes, columns, voters = _votes(probe, signal_rows)
+    host, every = {"column": columns, "voters": voters}, signal_rows == "all"
+    tables, parts, at = [], {}, 0
+    for rows, votes in passes.items():
+        width = probe.width if every else max(map(len, votes))
+        table = np.full((len(votes), width), -1)
+        for line, voting in zip(table, votes, strict=True):
+            found = np.asarray(voting, dtype=np.int64) - probe.first
+            line[found if every else slice(len(found))] = found
+        tables.append(table)
+        parts[rows], at = slice(at, at + width), at + width
+    index = np.concatenate(tables, axis=1)
+    if not every:
+        last = np.asarray([[q.stop - 1 - probe.first] for q in probe.questions])
+        host["voting"] = np.where(index < 0, last, index).ravel()
+        host["sample"] = np.arange(len(index))
+    return index, parts, host
 
 
 def _votes(
@@ -515,18 +543,6 @@ def _visible(probe: Probe, index: HostIndex, offset: int) -> np.ndarray[Any, np.
     key = np.where(index < 0, -1, index + offset)
     first = np.broadcast_to(0 if offset else starts, index.shape)
     return np.stack([np.where(index < 0, 0, first), key + 1, key]).astype(np.int32)
-
-
-def _voting(probe: Probe, votes: list[list[int]], every: bool) -> HostIndex:
-    """Columns that vote, (S, R), relative to the first of the probe; -1 where there are fewer.
-
-    `every`: all columns of a question, row i at index i.
-    """
-    index = np.full((len(votes), probe.width if every else max(map(len, votes))), -1)
-    for row, columns in zip(index, votes, strict=True):
-        voting = np.asarray(columns, dtype=np.int64) - probe.first
-        row[voting if every else slice(len(voting))] = voting
-    return index
 
 
 def _column_sums(
