@@ -88,11 +88,6 @@ def _whole_batch(projection: nn.Module, batch: int, samples: slice | Tensor, x: 
     return out
 
 
-def _takes_more(module: nn.Module) -> bool:
-    """Whether hooks pass additional arguments to a module, as PEFT does with adapter names."""
-    return any(m._forward_pre_hooks_with_kwargs for m in module.modules())
-
-
 def _constant(result: Any, *args: Any, **kwargs: Any) -> Any:
     """Replaces an indexer: selects nothing."""
     return result
@@ -188,19 +183,7 @@ def capture_qk(
     if name:
         run = shallow_copy(outer)
         run._modules[name] = clone
-    # Replace projections: only some samples, no values, only some rows of queries.
-    stand_ins: dict[str, partial[Any]] = {}
-    if samples is not None:
-        for name, child in attn.named_children():
-            if _takes_more(child):
-                stand_ins[name] = partial(_whole_batch, child, *samples)
-    if tensor_parallel_group(attn) is None:  # otherwise projections are narrower on each rank
-        for name in skipped:
-            width = getattr(getattr(attn, name, None), "out_features", None)
-            if isinstance(width, int):
-                stand_ins[name] = partial(_zeros, width)
-    if rows is not None and isinstance(getattr(attn, "q_proj", None), nn.Module):
-        stand_ins["q_proj"] = partial(_some_rows, stand_ins.get("q_proj", attn.q_proj), rows)
+    stand_ins = _stand_ins(attn, skipped, rows, samples)
     # Arguments that its forward takes.
     call = {"attention_mask": None, **arguments}
     parameters = inspect.signature(type(run).forward).parameters
@@ -228,6 +211,29 @@ def capture_qk(
         f"{type(attn).__name__} does not call the attention backend that its config names, so its "
         f"queries and keys are unknown. {FIX}"
     )
+
+
+def _stand_ins(
+    attn: Any,
+    skipped: Iterable[str],
+    rows: RowIndex | None,
+    samples: tuple[int, slice | Tensor] | None,
+) -> dict[str, partial[Any]]:
+    """What replaces projections of `attn`, by name; arguments as in `capture_qk`."""
+    found: dict[str, partial[Any]] = {}
+    if samples is not None:
+        for name, child in attn.named_children():
+            # Hooks pass more arguments, one for each sample (names of adapters in PEFT).
+            if any(m._forward_pre_hooks_with_kwargs for m in child.modules()):
+                found[name] = partial(_whole_batch, child, *samples)
+    if tensor_parallel_group(attn) is None:  # otherwise projections are narrower on each rank
+        for name in skipped:
+            width = getattr(getattr(attn, name, None), "out_features", None)
+            if isinstance(width, int):
+                found[name] = partial(_zeros, width)
+    if rows is not None and isinstance(getattr(attn, "q_proj", None), nn.Module):
+        found["q_proj"] = partial(_some_rows, found.get("q_proj", attn.q_proj), rows)
+    return found
 
 
 # -- heads that tensor parallelism distributes over ranks -----------------------------------------
