@@ -13,6 +13,7 @@ import torch
 from support import matrix, merge_loops
 from support.families import FAMILIES, Family, text
 from support.matrix import Case
+from tokencomp.kernels import KernelError, maxmin_select
 
 import tokencomp
 from tokencomp import Kept, Plan, Reducer, Stage, Tokens, make_reducer
@@ -116,6 +117,28 @@ def test_a_subclass_that_chooses_anew_is_asked_span_by_span() -> None:
     assert reduced(FirstRows(), tokens).rows.tolist() == [0, 1, 10, 11, 12]
     with pytest.raises(PlanError, match="0 rows of a span where 2 were requested"):
         reduced(AllRows(), tokens)
+
+
+@dataclass(frozen=True)
+class Farthest(Reducer):
+    """It leaves the check of features to the kernel that it calls."""
+
+    def reduce(self, tokens: Tokens) -> Kept:
+        return Kept(maxmin_select(tokens.features, tokens.budgets))
+
+
+def test_kernels_check_features_that_a_reducer_has_not() -> None:
+    """A vision tower overflows, as some do in float16."""
+    family = FAMILIES["qwen2_vl"]
+    model, inputs = family.build(), family.batch([[text(2), family.image(0), text(3)]])
+
+    def overflow(_: Any, inputs: Any, output: Any) -> None:
+        output.pooler_output[:1] = torch.nan
+
+    model.model.visual.register_forward_hook(overflow)
+    refused = pytest.raises(KernelError, match="NaN or infinite features")
+    with torch.no_grad(), tokencomp.patch(model, plan=Plan((Stage(0, 0.5, Farthest()),))), refused:
+        model(**inputs)
 
 
 def test_spans_of_which_some_merge() -> None:
