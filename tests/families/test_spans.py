@@ -11,7 +11,7 @@ from support.family.qwen import Qwen3VL
 
 import tokencomp
 from tokencomp import Plan, Stage, make_reducer
-from tokencomp.errors import PlanError, UnknownGridError
+from tokencomp.errors import PlanError, SpanError, UnknownGridError
 from tokencomp.plan.schedules import not_before
 from tokencomp.tokens.tokens import VisualSpan
 
@@ -37,6 +37,17 @@ def test_mosaic(name: str) -> None:
     found = spans(name, FAMILIES[name].image(0))
     assert brief(found) == [(3, 16, (1, 4, 4), "image"), (19, 72, (1, 8, 8), "image")]
     assert found[1].special == tuple(range(8, 72, 9))
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl"])
+def test_positions_without_a_grid_are_refused(name: str) -> None:
+    """Positions of a later turn that count tokens, as those of text, do not place an image."""
+    family = FAMILIES[name]
+    inputs = family.batch([[text(3), family.image(0), text(4)]])
+    positions = torch.arange(inputs["input_ids"].shape[1]).expand(3, 1, -1)
+    model, refused = family.build(), pytest.raises(SpanError, match="get_rope_index")
+    with torch.no_grad(), tokencomp.patch(model, 0.3, reducer="uniform"), refused:
+        model(**inputs, position_ids=positions)
 
 
 def thin(height: int, width: int, rows: int) -> Media:
