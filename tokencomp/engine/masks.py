@@ -132,10 +132,13 @@ class Masks:
         self, layer_type: LayerType, segment: Segment, x: Tensor, text: Tensor | None
     ) -> Any:
         """Mask of a segment, causal or prepared, which hides padding rows and respects windows."""
-        held = self._held(layer_type, segment)
+        size = self.call.layer_types.sizes.get(layer_type.name)
+        held, window = segment.past.rows, None
+        if size is not None:
+            held = self._held(layer_type, segment)
+            window = self._window(layer_type, segment, x, size)
         # Entry of the first row that these layers hold: rows that slid out are before it.
         offset = segment.past.dropped + segment.past.rows - held
-        window = self._window(layer_type, segment, x)
         padding = self._padding(segment, x, separated=text is not None)
         block = self.call.prepared
         if isinstance(block, Mapping):
@@ -164,11 +167,9 @@ class Masks:
         return torch.cat([ones, real.to(x.device)], dim=1)
 
     def _held(self, layer_type: LayerType, segment: Segment) -> int:
-        """Number of cached rows that precede the keys of this call in these layers."""
-        rows, types = segment.past.rows, self.call.layer_types
-        if layer_type.name not in types.sizes:
-            return rows
-        pairs = [*zip(self.layers, types.types, strict=False)]
+        """Number of cached rows that precede the keys of this call in layers with a window."""
+        rows = segment.past.rows
+        pairs = [*zip(self.layers, self.call.layer_types.types, strict=False)]
         # If the layers of the segment cache nothing, they reuse keys of earlier layers.
         for part in (pairs[segment.first : segment.stop], pairs[: segment.first][::-1], pairs):
             for layer, its_type in part:
@@ -177,14 +178,14 @@ class Masks:
         return rows
 
     def _window(
-        self, layer_type: LayerType, segment: Segment, x: Tensor
+        self, layer_type: LayerType, segment: Segment, x: Tensor, size: int
     ) -> Callable[..., Any] | None:
         """Whether a key is in the window of a query, as a function for transformers' masks.
 
-        It calls the function with entries of the 2-D mask.
+        It calls the function with entries of the 2-D mask. None: every query sees all keys.
         """
-        size, past = self.call.layer_types.sizes.get(layer_type.name), segment.past
-        if size is None or past.length + self.call.width <= size:
+        past = segment.past
+        if past.length + self.call.width <= size:
             return None
         by_column = self.call.by_column
         columns = segment.columns(x.shape[0], x.device) if by_column else None
