@@ -11,7 +11,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -47,27 +47,26 @@ from tokencomp.torchlib import compat
 LEFT_OUT = ("hidden_states", "attention_mask", "cache_position", *compat.CACHE_NAMES)
 
 
+@dataclass(eq=False)
 class StageScores:
     """Scores for the stages of one call that have not run yet, by layer of the stage.
 
-    Parameters
+    Attributes
     ----------
     layers
         All decoder layers.
-
-    Attributes
-    ----------
     spans
         Scores of visual tokens, float32 (kept visual tokens,), over the spans of all samples.
+    texts
+        Lengths of keys of text, for signals that have them instead of votes.
     raters : Tensor of float32, shape (B, rows), or None
         See `rater_weights`; None if no stage needs them.
     """
 
-    def __init__(self, layers: nn.ModuleList) -> None:
-        self._layers = layers
-        self.spans: dict[int, Tensor] = {}
-        self._texts: dict[int, list[list[Tensor]]] = {}
-        self.raters: Tensor | None = None
+    layers: nn.ModuleList
+    spans: dict[int, Tensor] = field(default_factory=dict)
+    texts: dict[int, list[list[Tensor]]] = field(default_factory=dict)
+    raters: Tensor | None = None
 
     @torch.no_grad()  # scores select rows, and carry no gradient
     def of_call(
@@ -127,7 +126,7 @@ class StageScores:
         rows, past
             As in `of_call`.
         """
-        layer, cached = self._layers[stage], _cached_layer(cache, stage)
+        layer, cached = self.layers[stage], _cached_layer(cache, stage)
         if past.rows and not physical_length(cached):
             past = RowMap(0)
         with unsharded(layer):
@@ -167,7 +166,7 @@ class StageScores:
         lengths = hidden.new_zeros(hidden.shape[:2], dtype=torch.float32)
         for probe in probes:
             _key_lengths(probe, lengths)
-        self._texts[stage] = text_values(lengths, rows)
+        self.texts[stage] = text_values(lengths, rows)
         self.spans[stage] = visual_values(lengths, rows)
 
     def pop(
@@ -175,7 +174,7 @@ class StageScores:
     ) -> tuple[Tensor | None, list[list[Tensor]] | None]:
         """Remove and return scores of visual tokens and of text for a stage, see `tokens_of`."""
         scores = self.spans.pop(stage, None)
-        return None if scores is None else scores.to(device), self._texts.pop(stage, None)
+        return None if scores is None else scores.to(device), self.texts.pop(stage, None)
 
     def follow(self, before: RowMap, after: RowMap, index: Tensor, device: torch.device) -> None:
         """Remove scores of dropped tokens; `index` is that of `RowMap.keep`."""
