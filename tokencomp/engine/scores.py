@@ -433,7 +433,7 @@ def _span_scores(
         sums.append(part_sums[..., offset:] if offset else part_sums)
     # From sums over rows to means, for visual tokens.
     found = sums[0] if whole else torch.cat(sums)
-    return found.take(moved["column"]) / moved["voters"]
+    return found[moved["line"], moved["column"]] / moved["voters"]
 
 
 def _key_lengths(probe: Probe, lengths: Tensor) -> None:
@@ -464,18 +464,20 @@ def _vote_tables(
     dict of slice
         By pass: its part of R.
     dict of ndarray
-        What the device needs: "column" and "voters" by visual token; and unless all rows vote,
-        "sample" (S,) and "voting" (S · R,), in which the last row of a question replaces -1.
+        What the device needs. By visual token: "line" and "column" of its sum in those of all
+        passes, and its number of "voters". Unless all rows vote: "sample" (S,) and "voting"
+        (S · R,), in which the last row of a question replaces -1.
     """
-    passes, columns, voters = _votes(probe, signal_rows)
-    host, every = {"column": columns, "voters": voters}, signal_rows == "all"
+    passes, places, voters = _votes(probe, signal_rows)
+    line, column = np.divmod(places, probe.width)
+    host, every = {"line": line, "column": column, "voters": voters}, signal_rows == "all"
     tables, parts, at = [], {}, 0
     for rows, votes in passes.items():
         width = probe.width if every else max(map(len, votes))
         table = np.full((len(votes), width), -1)
-        for line, voting in zip(table, votes, strict=True):
+        for row, voting in zip(table, votes, strict=True):
             found = np.asarray(voting, dtype=np.int64) - probe.first
-            line[found if every else slice(len(found))] = found
+            row[found if every else slice(len(found))] = found
         tables.append(table)
         parts[rows], at = slice(at, at + width), at + width
     index = np.concatenate(tables, axis=1)
