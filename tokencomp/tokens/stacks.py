@@ -115,10 +115,10 @@ def nearest(lengths: Sequence[int], x: Tensor, chosen: Tensor, counts: Sequence[
 
     def of_stack(spans: HostIndex, _: Stack, rows: Tensor) -> Tensor:
         picked = Stack(firsts[spans], every[spans], x.device)
-        targets = picked.of(chosen)
+        targets = picked.of(chosen)  # a shorter span repeats its last
         others, step = unit[targets].mT, max(1, BLOCK // targets.numel())
-        parts = (masked(part @ others, picked.lengths, -torch.inf) for part in rows.split(step, 1))
-        return targets.gather(1, torch.cat([part.argmax(2) for part in parts], 1))
+        best = [(part @ others).argmax(2) for part in rows.split(step, 1)]
+        return targets.gather(1, torch.cat(best, 1))
 
     return by_stack(lengths, of_stack, unit)
 
