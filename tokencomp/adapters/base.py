@@ -153,16 +153,9 @@ class Adapter:
         """
         if self.rotary is None:
             return None
-        layer_type = self.rotary_layer_type(layer)
-        named = {} if layer_type is None else {"layer_type": layer_type}
-        return self.rotary(x, positions, **named)
-
-    def rotary_layer_type(self, layer: int) -> str | None:
-        """The layer type whose rotary tables `layer` takes; None if all types share them."""
-        if self.rotary is None or "layer_type" not in parameters_of(self.rotary):
-            return None
-        layer_type: str = self.text_config.layer_types[layer]
-        return layer_type
+        if "layer_type" not in parameters_of(self.rotary):  # all types share them
+            return self.rotary(x, positions)
+        return self.rotary(x, positions, layer_type=self.text_config.layer_types[layer])
 
     @property
     def first_layer_stage(self) -> int:

@@ -13,7 +13,7 @@ import itertools
 import math
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -86,16 +86,18 @@ class StructuralAdapter(Adapter, Hooked):
         media = cut_media(rows, {modality: e.lengths for modality, e in encodings.items()})
         if media is None:
             media = [[Medium(modality, [(a, b)]) for a, b, modality in runs] for runs in rows]
-        sizes = {
-            modality: functools.cache(partial(sizes_of, e, modality, media))
-            for modality, e in encodings.items()
+        counts = {
+            modality: [sum(medium.modality == modality for medium in row) for row in media]
+            for modality in modalities
         }
         numbers = {modality: itertools.count() for modality in modalities}
         spans: list[list[VisualSpan]] = [[] for _ in media]
         for b, row in enumerate(media):
             for medium in row:
-                size = partial(_nth, sizes[medium.modality], next(numbers[medium.modality]))
-                spans[b] += self.spans_of(medium, b, call, encodings[medium.modality], size)
+                modality = medium.modality
+                encoding, number = encodings[modality], next(numbers[modality])
+                size = partial(encoding.size, counts[modality], number)
+                spans[b] += self.spans_of(medium, b, call, encoding, size)
         return spans
 
     def encoding(self, modality: Modality, call: MediaCall, encoded: bool) -> Encoding:
@@ -176,27 +178,6 @@ class StructuralAdapter(Adapter, Hooked):
         return image // patch if image and patch else None
 
 
-def sizes_of(encoding: Encoding, modality: Modality, media: list[list[Medium]]) -> list[Size]:
-    """Sizes of all media of a modality, in the order of the batch; empty if unknown.
-
-    Beam search repeats the samples of a batch after encoding, copies of a sample being adjacent.
-    """
-    known, order, cursor = encoding.sizes, [], 0
-    counts = [sum(medium.modality == modality for medium in row) for row in media]
-    copies, rest = divmod(sum(counts), len(known) or 1)
-    if not known or rest or len(counts) % copies:
-        return []
-    for count in counts[::copies]:
-        order += known[cursor : cursor + count] * copies
-        cursor += count
-    return order if len(order) == sum(counts) else []
-
-
-def _nth(sizes: Callable[[], list[Size]], number: int) -> Size | None:
-    known = sizes()
-    return known[number] if known else None
-
-
 def learned_queries(body: nn.Module) -> bool:
     """Whether image tokens come from learned queries, which have no grid."""
     names = {name.rsplit(".", 1)[-1] for name, _ in body.named_parameters()}
@@ -232,13 +213,28 @@ class Encoding:
     map: tuple[int, int] | None = None
 
     @functools.cached_property
-    def sizes(self) -> list[tuple[int, int, int]]:
+    def sizes(self) -> list[Size]:
         """(t, h, w) of each medium in the unit of the call, patches or pixels; empty if unknown.
 
         Computed on demand: it reads a table from the device, and positions often give the grid.
         """
         tables = (per_medium(sizes_in(table), self.lengths) for table in self.tables)
         return next(filter(None, tables), [])
+
+    def size(self, counts: list[int], number: int) -> Size | None:
+        """Size of medium `number` of a batch with `counts` media per sample; None if unknown.
+
+        Beam search repeats the samples of a batch after encoding, copies of a sample being
+        adjacent.
+        """
+        known, order, cursor = self.sizes, list[Size](), 0
+        copies, rest = divmod(sum(counts), len(known) or 1)
+        if not known or rest or len(counts) % copies:
+            return None
+        for count in counts[::copies]:
+            order += known[cursor : cursor + count] * copies
+            cursor += count
+        return order[number] if len(order) == sum(counts) else None
 
 
 class EncodedMedia(threading.local):
@@ -491,16 +487,12 @@ def grid_from_size(size: Size | None, count: int) -> Grid | None:
             continue
         unit = math.sqrt(height * width * t / count)
         for u in dict.fromkeys((round(unit), math.floor(unit), math.ceil(unit))):
-            for grid in _divided(t, height, width, u):
+            if u < 1:
+                continue
+            for grid in ((t, height // u, width // u), (t, -(-height // u), -(-width // u))):
                 if math.prod(grid) == count:
                     return grid
     return None
-
-
-def _divided(t: int, height: int, width: int, unit: int) -> Iterator[Grid]:
-    if unit >= 1:
-        yield t, height // unit, width // unit
-        yield t, -(-height // unit), -(-width // unit)
 
 
 def square(count: int, patches: int | None) -> Grid | None:
