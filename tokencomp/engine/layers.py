@@ -117,7 +117,7 @@ class LayerHooks(CallHooks):
         # The first layer of the segment runs the stage. Then every argument gets the segment's
         # rows.
         if not segment.ready:
-            hidden = _enter(call, segment, hidden, kwargs)
+            hidden = _begin_segment(call, segment, hidden, kwargs)
         layer_type = call.layer_types.types[i]
         kwargs.update(_row_arguments(segment, kwargs, call.segments[0].new.rows))
         kwargs["attention_mask"] = _mask(call, segment, layer_type, hidden)
@@ -136,7 +136,7 @@ class LayerHooks(CallHooks):
         self, stage: int, layer: int, signal: Any, module: nn.Module, args: Any, *rest: Any
     ) -> None:
         call: Any = self.calls.state.call
-        if call is not None and call.spans:
+        if call is not None and call.scores is not None:
             started = time.perf_counter()
             arguments = compat.bind(module, args, rest[0])
             past = call.segment_of[layer].past
@@ -144,7 +144,7 @@ class LayerHooks(CallHooks):
             call.stage_seconds += time.perf_counter() - started
 
 
-def _enter(call: Call, segment: Segment, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
+def _begin_segment(call: Call, segment: Segment, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """First layer of a segment: run its stage, if any, then set what its layers share."""
     previous = call.segments[call.segments.index(segment) - 1]
     segment.index = previous.index
@@ -174,7 +174,7 @@ def _run_stage(
     parts = _parts(tables)
     signals = [s for s in stage.needs if isinstance(s, Attention) and s.layer == "next"]
     # If the layer has no attention, an earlier layer has scored for this stage.
-    if signals and layer not in call.scores.spans:
+    if signals and call.scores is not None and layer not in call.scores.spans:
         ids = _positions(call, previous, kwargs)
         arguments = {"position_embeddings": tables, "position_ids": ids}
         for s in signals:
