@@ -55,16 +55,19 @@ to the right; a stage shortens them (`RowMap.keep`); the rows before a shorter s
 (`RowMap.mask`), whether the caller or a stage made it shorter. `note_prompt` (`gather.py`) gives
 the map to the cache layers.
 
-Second call: `LaterTokens._continue` (`later.py`) reads the padding of the turn, which are the last
-columns of the caller's mask; `build_segments` (`call.py`) takes the map of the cache as `past` and
-the new rows as `new`; and `Masks` (`masks.py`) joins both:
+Second call: `DecoderHooks._enter` (`decoder.py`) finds a compressed cache. `LaterTokens._turn`
+(`later.py`) reads the padding of the turn, which are the last columns of the caller's mask;
+`build_segments` (`call.py`) takes the map of the cache as `past` and the new rows as `new`; and
+`Masks` (`masks.py`) joins both:
 
     segment 0         `Masks.decoder_mask` makes the 2-D mask above (`_padding`) before the decoder
                       runs, and the decoder makes the masks of its layers from it. Where the
                       decoder's would be wrong (a token is missing in a window, or the body has
                       prepared masks), `decoder_mask` makes one per layer type instead.
-    other segments    `LayerType.mask`, when the first layer of a type is entered: the hook of the
-                      layer (`layers.py`) passes it instead of the decoder's.
+    other segments    `Masks.attention_mask`, when the first layer of a type is entered: the hook of
+                      the layer (`layers.py`) passes it instead of the decoder's.
+    layers with a     `Masks._window` looks up the column of every row, and `LayerType.visible`
+    window            (`layer_types.py`) compares the columns of query and key.
 
 Last, `note_turn` (`gather.py`) stores which rows, of both turns, are real in the cache layers.
 """

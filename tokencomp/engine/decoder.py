@@ -140,9 +140,9 @@ class DecoderHooks(CallHooks):
         arguments = compat.bind(module, args, kwargs)
         if not torch.compiler.is_compiling() or self.apart(module, args, kwargs):
             return self._enter(module, arguments)
-        return self._continue(arguments, compat.get_cache(arguments))
+        return self._later_tokens(arguments, compat.get_cache(arguments))
 
-    def _continue(self, arguments: dict[str, Any], cache: Any) -> Any:
+    def _later_tokens(self, arguments: dict[str, Any], cache: Any) -> Any:
         """Arguments of later tokens; None if they do not change."""
         first = first_layer(cache)
         if not isinstance(first, CompressedLayer):
@@ -167,7 +167,7 @@ class DecoderHooks(CallHooks):
             self._featureless.meet(arguments)  # the decoder was called without the body
         if self.tower.had_stage:
             self._refuse_missing(arguments)
-        return self._continue(arguments, cache)
+        return self._later_tokens(arguments, cache)
 
     def _compress(
         self, module: nn.Module, arguments: dict[str, Any], cache: Any, state: ThreadState

@@ -284,8 +284,8 @@ class Hooks(CallHooks):
             self._count_calls(module)
         self._before(top, self._note_call, traced=apart)
         self._after(top, self._forget_call, traced=apart, always_call=True)
-        self._before(body, self._note_prompt, traced=apart)
-        self._after(body, self._forget_prompt, traced=apart, always_call=True)
+        self._before(body, self._note_media, traced=apart)
+        self._after(body, self._forget_media, traced=apart, always_call=True)
         for part in (*self._parts, self.adapter):
             part.install()
         forget_compiled()
@@ -391,7 +391,7 @@ class Hooks(CallHooks):
         noted = self.calls.state.noted
         noted.labels, noted.logits, noted.drafts = None, 0, 0
 
-    def _note_prompt(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _note_media(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Note where the visual features of a call go."""
         arguments, state = compat.bind(module, args, kwargs), self.calls.state
         noted, state.call = state.noted, None
@@ -413,7 +413,7 @@ class Hooks(CallHooks):
             self.decoder.stats = None  # those of an earlier prompt
             self._featureless.meet(arguments)
 
-    def _forget_prompt(self, *call: Any) -> None:
+    def _forget_media(self, *call: Any) -> None:
         noted, self.calls.state.call = self.calls.state.noted, None
         noted.modalities = noted.inputs = noted.mask = None
         noted.in_body = False

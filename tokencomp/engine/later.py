@@ -92,7 +92,7 @@ class LaterTokens:
         if single and self._attends_to_all(layers, first):
             kwargs["attention_mask"] = None
         else:
-            self._continue(kwargs, layers, first)
+            self._turn(kwargs, layers, first)
 
     def _attends_to_all(self, layers: list[Any], first: Any) -> bool:
         """Whether a single token attends to all rows, and the backend then needs no mask."""
@@ -125,7 +125,7 @@ class LaterTokens:
         if self.compact:
             kwargs["position_ids"] = layer.real_rows().expand(x.shape[0], 1)
 
-    def _continue(self, kwargs: dict[str, Any], layers: list[Any], first: Any) -> None:
+    def _turn(self, kwargs: dict[str, Any], layers: list[Any], first: Any) -> None:
         """Prepare any number of tokens, with or without padding and segments."""
         x, cache = kwargs["inputs_embeds"], compat.get_cache(kwargs)
         n, real, prepared = x.shape[1], None, None

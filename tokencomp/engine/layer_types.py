@@ -53,14 +53,15 @@ class LayerType:
     cuts_later_turns: ClassVar[bool] = False
 
     def visible(self, query: Any, key: Any, size: int, start: Any) -> Any:
-        """Whether an earlier key is in the window of `size` tokens of a query; both are columns.
+        """Whether an earlier key is in the window of `size` tokens of a query.
 
-        `start` is the first real column of the sample.
+        Both are columns, and `start` is the first real column of the sample; with compact positions
+        they are rows.
         """
         return True
 
     def misplaced(self, masks: Any, segment: Any, total: int) -> bool:
-        """Whether the mask that the decoder builds from a 2-D mask of rows would be wrong.
+        """Whether the mask that the decoder builds from the 2-D mask would be wrong.
 
         `total`: number of columns after the call.
         """

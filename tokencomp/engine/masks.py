@@ -191,8 +191,8 @@ class Masks:
         columns = segment.columns(x.shape[0], x.device) if by_column else None
         starts = self._starts(segment, x)
 
-        def column(sample: Any, index: Any) -> Any:
-            row = index - past.dropped
+        def column(sample: Any, entry: Any) -> Any:
+            row = entry - past.dropped
             return row if columns is None else columns[sample, row]
 
         def within(sample: Any, head: Any, query: Any, key: Any) -> Any:
@@ -234,7 +234,8 @@ class Masks:
             block = block.gather(2, rows)
             keys = index[:, None, None, :].expand(-1, block.shape[1], n, -1)
             block = block.gather(3, keys)
-        # Cached rows come first, visible if they are in the window.
+        # Cached rows come first, visible if they are in the window. The first query is at entry
+        # `past.length`: `dropped` + the number of cached rows.
         if held:
             before = torch.ones(batch, block.shape[1], n, held, dtype=torch.bool, device=x.device)
             if window is not None:

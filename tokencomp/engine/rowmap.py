@@ -84,8 +84,8 @@ class RowMap:
         rows are consecutive. Rows of a merged token have the same column. None: row i holds column
         i.
     real : Tensor of bool, shape (B, m), or None
-        False at padding rows; rows after the first m are real. Read it by `mask`, which makes that
-        of a prompt from `lengths`. In a cache None means that there are no padding rows.
+        False at padding rows; rows after the first m are real. None: there are no padding rows, or,
+        in the map of a prompt, `mask` has not made it from `lengths` yet. Read it by `mask`.
     starts : Tensor of int64, shape (B,), or None
         First real column of every sample; None: 0, or unknown.
     weights : Tensor of float32, shape (B, rows), or None
@@ -135,7 +135,7 @@ class RowMap:
         return self.rows + self.dropped
 
     def mask(self, device: torch.device | None = None) -> Tensor | None:
-        """False at padding rows, bool (B, rows); None if all are real. Remembered in `real`."""
+        """False at padding rows, bool (B, rows); None if all are real. `real` keeps the result."""
         real = self.real
         if real is None:
             if all(n == self.rows for n in self.lengths):

@@ -28,7 +28,8 @@ class MaskView:
     physical
         Number of rows held; of a static layer, the number it can hold.
     offset
-        Entry of the first held row in the 2-D mask: the columns before the call minus `physical`.
+        Entry of the first held row in the 2-D mask: the number of columns before the call
+        minus `physical`.
     written
         Number of rows of a static layer that are written, a tensor.
     """
