@@ -34,7 +34,7 @@ class Choice(NamedTuple):
     Attributes
     ----------
     features : Tensor, shape (t · h · w, d)
-        What the reducer sees: the embeddings of the patches.
+        Embeddings of the tokens of the span, which the reducer of an entry stage sees.
     grid
         (t, h, w).
     kept

@@ -186,21 +186,21 @@ def choose(call: Call, stage: Stage, x: Tensor) -> tuple[list[list[int]], Chosen
     if frames is not None:
         tokens.frames = [frames[b][j] for b, j in tokens.places]
     pairs = zip(roles, ends, strict=True)
-    ends = [end and role[-1] == PATCH for role, end in pairs if (role == PATCH).any()]
-    return counts, chosen, parts.of_all(choose_patches(call, stage, tokens, ends))
+    final = [end and role[-1] == PATCH for role, end in pairs if (role == PATCH).any()]
+    return counts, chosen, parts.of_all(choose_patches(call, stage, tokens, final))
 
 
-def choose_patches(call: Call, stage: Stage, tokens: Tokens, ends: Sequence[bool]) -> Kept:
+def choose_patches(call: Call, stage: Stage, tokens: Tokens, final: Sequence[bool]) -> Kept:
     """The choice of a stage among patches, with the options of the stage.
 
-    `ends`: for every span, whether a question ends in its last patch.
+    `final`: for every span of `tokens`, whether a question ends in its last patch.
     """
     from tokencomp.kernels.dispatch import exact
 
     with exact(tokens.features, stage.reducer.traits.batched):
         kept = reduced(stage.reducer, tokens)
-        if any(ends):  # the last patch replaces the last kept one
-            kept = keep_last(kept, tokens, ends)
+        if any(final):
+            kept = keep_last(kept, tokens, final)
         # Average dropped patches into kept ones.
         if stage.merge:
             modalities = zip(tokens.places, tokens.modalities, strict=True)
@@ -210,9 +210,12 @@ def choose_patches(call: Call, stage: Stage, tokens: Tokens, ends: Sequence[bool
     return kept
 
 
-def keep_last(kept: Kept, tokens: Tokens, ends: Sequence[bool]) -> Kept:
-    """Replace the last kept patch by the last patch of every span in `ends`."""
-    spans = np.flatnonzero(ends)
+def keep_last(kept: Kept, tokens: Tokens, final: Sequence[bool]) -> Kept:
+    """Keep the final patch of every span for which `final` is true.
+
+    It takes the place of the kept patch with the highest number. Its row predicts the next token.
+    """
+    spans = np.flatnonzero(final)
     at = tokens.table(np.cumsum(tokens.budgets)[spans] - 1)
     last = tokens.table(np.cumsum(tokens.lengths)[spans] - 1)
     rows, features, weights = kept.rows.to(tokens.device), kept.features, kept.weights
