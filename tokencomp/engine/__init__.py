@@ -16,7 +16,7 @@ the vision tower `tower/`.
 Five data classes: `VisualSpan` (an image in the prompt), `RowMap` (which column every row holds),
 `Tokens` (what a reducer sees), `Kept` (what it keeps), and `Call` (one decoder call).
 
-Four coordinates, each with one name, and one of transformers:
+Four coordinates, each with one name, and `entry`, which is that of transformers:
 
     column  place in the uncompressed sequence, over all calls and with padding. Positions, windows
             and the length of a cache count columns (with `positions="compact"` rows).
@@ -25,7 +25,7 @@ Four coordinates, each with one name, and one of transformers:
     patch   visual token of a span, without its special tokens and the text between frames. Reducers
             choose patches (`tokencomp.tokens.tokens`).
     cell    the patches of the vision tower that one visual token reads (`tower/`).
-    entry   place in a 2-D mask of transformers: `dropped` + row, see below.
+    entry   place in a 2-D mask of transformers: `dropped` + row, see the drawing.
 
 A *segment* is the layers from one stage between layers to the next: they see the same rows, of this
 call and in the cache. Segment 0 begins with layer 0, after a stage at entry if there is one.
@@ -39,7 +39,7 @@ a second turn, in which sample 1 has three padding columns (p):
     columns of the rows held
         sample 0                 ·  0 1 4 5      · is a padding row: rows are aligned to the right
         sample 1                 0 1 2 4 5
-    of every sample              `rows` 5, `dropped` 6 - 5 = 1
+    of the batch                 `rows` 5 (of the longest sample), `dropped` 6 - 5 = 1
 
 The cache tells transformers its length in columns (`get_seq_length`: rows + `dropped`), so that
 positions go on, and that its first row is at entry `dropped` (`get_mask_sizes`). So transformers
@@ -62,12 +62,14 @@ Second call: `DecoderHooks._enter` (`decoder.py`) finds a compressed cache. `Lat
 
     segment 0         `Masks.decoder_mask` makes the 2-D mask above (`_padding`) before the decoder
                       runs, and the decoder makes the masks of its layers from it. Where the
-                      decoder's would be wrong (a token is missing in a window, or the body has
-                      prepared masks), `decoder_mask` makes one per layer type instead.
+                      decoder's would be wrong (a token was dropped, so that a window of rows
+                      reaches too far; or the body has made masks of uncompressed columns),
+                      `decoder_mask` makes one per layer type instead, as below.
     other segments    `Masks.attention_mask`, when the first layer of a type is entered: the hook of
                       the layer (`layers.py`) passes it instead of the decoder's.
-    layers with a     `Masks._window` looks up the column of every row, and `LayerType.visible`
-    window            (`layer_types.py`) compares the columns of query and key.
+
+In a mask that we make, windows are measured in columns: `Masks._window` looks up the column of
+every row, and `LayerType.visible` (`layer_types.py`) compares those of query and key.
 
 Last, `note_turn` (`gather.py`) stores which rows, of both turns, are real in the cache layers.
 """

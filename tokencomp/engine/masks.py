@@ -15,14 +15,14 @@ Who builds a mask:
     segment 0   the decoder, from the 2-D mask of `Masks.decoder_mask`; or, where a layer type says
                 that its mask would be wrong (`LayerType.misplaced`), `Masks.decoder_mask` itself:
                 one mask per layer type, which the decoder passes on
-    others      `LayerType.mask`, when the first layer of a type is entered; `LayerHooks._layer`
-                (`layers.py`) passes it to the layers in place of the mask of the decoder
+    others      `Masks.attention_mask`, by `LayerType.mask`, when the first layer of a type is
+                entered; `LayerHooks._layer` (`layers.py`) passes it in place of the decoder's
     one later token without padding and windows: nobody, it attends to all rows
 
-This holds for prompts and for later turns. Chunks of a prompt (`ChunkedPrefill`) get the first
-entries of the 2-D mask; where we build one per layer type, a prompt is not chunked. Of the caller's
-mask a later turn reads only the columns of the turn: the cache layers store which of their rows are
-real.
+This holds for prompts and for later turns. Of the caller's mask a later turn reads only the columns
+of the turn: the cache layers store which of their rows are real. A chunked prefill
+(`ChunkedPrefill`) passes the first entries of the 2-D mask to each of its passes; where we build
+one mask per layer type, a prompt is not chunked.
 
 Masks that the body has prepared, in which tokens of an image attend to each other, are gathered by
 column and never rebuilt.
@@ -89,8 +89,8 @@ class Masks:
         Returns
         -------
         Tensor of bool, shape (B, entries), or None
-            The 2-D mask, from which the decoder makes its masks, see `_padding`. For FlashAttention
-            on a static cache (B, rows), without the entries before the first row, and never None.
+            The 2-D mask, from which the decoder makes its masks, see `_padding`. On a static
+            cache FlashAttention needs one by row, (B, rows), also if all rows are real.
         masks by layer type, or one mask for all
             Where those of the decoder would be wrong.
         """
