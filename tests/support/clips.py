@@ -61,6 +61,7 @@ def write_clip(
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = {"mjpeg": "yuvj420p", "gif": "rgb8"}.get(encoder, "yuv420p")
         stream.codec_context.time_base = Fraction(1, rate)
+        stream.codec_context.thread_count = 1  # the sizes of packets are the same in every run
         for k, picture in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             frame.pts, frame.time_base = times[k] if times else k, Fraction(1, rate)
