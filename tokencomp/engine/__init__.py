@@ -55,7 +55,8 @@ to the right; a stage shortens them (`RowMap.keep`); the rows before a shorter s
 (`RowMap.mask`), whether the caller or a stage made it shorter. `note_prompt` (`gather.py`) gives
 the map to the cache layers.
 
-Second call: `DecoderHooks._enter` (`decoder.py`) finds a compressed cache. `LaterTokens._turn`
+Second call: `DecoderHooks._enter` (`decoder.py`) finds a compressed cache. (A turn with media goes
+through the seven passes again, with the map of the cache as `past`.) `LaterTokens._turn`
 (`later.py`) reads the padding of the turn, which are the last columns of the caller's mask;
 `build_segments` (`call.py`) takes the map of the cache as `past` and the new rows as `new`; and
 `Masks` (`masks.py`) joins both:

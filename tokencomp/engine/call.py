@@ -88,9 +88,9 @@ class Segment:
         return self.new.columns is not None or self.past.gap_within(rows)
 
     def weights(self) -> Tensor:
-        """Token counts of all rows, cached and new, (B, rows); None without merged tokens.
+        """Number of tokens that every key represents, (B, rows), if tokens of this call are merged.
 
-        In the cache merged rows are repeated, so every cached row counts 1.
+        Rows in the cache come first. Merged rows are repeated there, so each of them counts 1.
         """
         new = self.new.weights
         assert new is not None

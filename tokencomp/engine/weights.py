@@ -10,7 +10,8 @@ A merged token is the mean of n tokens. Proportional attention adds log(n) to it
 1. Stage: `merge_rest` averages dropped patches into their nearest kept patch. 2. Prefill:
 `RowWeights` adds log(n) by a few more dimensions of queries and keys, whose product is the
 logarithm. So SDPA, FlashAttention and eager attention run unchanged, without an additional mask,
-and the cache holds plain keys. 3. Cache: `RowMap.repeated` says which rows are repeated, and
+and the cache holds plain keys. Keys of earlier turns come before those of the prompt, and count as
+one token each (`Segment.weights`). 3. Cache: `RowMap.repeated` says which rows are repeated, and
 `repeat_rows` stores the row of a merged token n times. So a decode step needs no weights, runs no
 code of ours, and reads as many rows as without a patch.
 """
@@ -217,7 +218,8 @@ class RowWeights(CallHooks):
         case = segment.first, rows, query.shape[-1], query.dtype, key.dtype, key.device, scaling
         if case not in call.bias_dims:
             weights = segment.weights()
-            # Attention gets the last rows from a sliding layer, and the first rows in a chunk.
+            # A sliding layer passes only the last keys to attention. A chunk passes the first ones,
+            # and `bias_dims` cuts the weights to their number.
             gone = segment.past.rows + segment.new.rows - rows if call.chunk is None else 0
             weights = weights[:, gone:] if gone > 0 else weights
             call.bias_dims[case] = bias_dims(query, key, weights, scaling)
@@ -331,8 +333,9 @@ def bias_dims(query: Tensor, key: Tensor, sizes: Tensor, scaling: float) -> Bias
     ----------
     query : Tensor, shape (B, H, q, d)
     key : Tensor, shape (B, kv heads, k, d)
-    sizes : Tensor of float32, shape (B, m), m ≤ k
-        Number of tokens that each of the first m keys represents; other keys represent one.
+    sizes : Tensor of float32, shape (B, m)
+        Number of tokens that each of the first m keys represents; other keys represent one. If m is
+        greater than k, the first k are used.
 
     Returns
     -------
