@@ -120,8 +120,8 @@ def build_segments(
         Layers of the KV cache. Those that hold other rows than the layer before say so
         (`starts_segment`), so that later tokens need no plan.
     mask : Tensor, shape (B, past + L), or None
-        Padding mask of the caller, for cache layers that are not compressed; compressed layers have
-        their own.
+        Padding mask of the caller, for cache layers that are not compressed. The map of a
+        compressed layer says which of its rows are real.
     new
         Rows of the call before any stage.
     """
