@@ -27,7 +27,7 @@ from tokencomp.errors import copy_error
 from tokencomp.plan.counts import Place, packed_places
 from tokencomp.plan.plan import Plan, Stage
 from tokencomp.tokens.signals import Signal
-from tokencomp.tokens.tokens import Memories, VisualSpan
+from tokencomp.tokens.tokens import Memories, Modality, VisualSpan
 from tokencomp.torchlib.hooks import Hooked
 
 
@@ -193,9 +193,31 @@ class Noted:
     mask: Any = None
 
 
+@dataclass
+class TowerRecord:
+    """What the vision tower has recorded for the media of a prompt, see `TowerHooks.collect`.
+
+    Attributes
+    ----------
+    signals
+        Signals by sample and span.
+    costs
+        The work of its calls.
+    seen
+        Per sample, the pixels that it kept last.
+    """
+
+    signals: dict[Signal, list[list[Tensor]]] = field(default_factory=dict)
+    costs: list[Any] = field(default_factory=list)
+    seen: Memories | None = None
+
+
 @dataclass(eq=False)
 class Call:
     """One decoder call on compressed rows: a prompt with media, or later tokens with its cache.
+
+    It is complete when it is created. Two modules store results in it: `decoder.py` those of the
+    passes that it runs, and `choose.py` those of the stages.
 
     Attributes
     ----------
@@ -205,10 +227,12 @@ class Call:
         Columns of the call in the caller's batch.
     segments
         Segments of the decoder layers; at least one.
-    map, first_map
-        Rows after the latest stage, and before any.
+    first_map
+        Rows before any stage.
     cache, first_layer
         KV cache of the call, and its first layer with rows, or None.
+    modalities
+        Those of the spans.
     length
         Columns of the sequence after this call.
     segment_of
@@ -232,27 +256,27 @@ class Call:
         Whether a stage merges tokens in this call.
     tail
         Number of last columns that no stage moves.
-    scores
-        Attention scores for later stages; None if no reducer needs any.
-    tower, tower_costs, seen
-        Signals of the vision tower by span, the work of its calls, and per sample the pixels that
-        it kept last, see `TowerHooks.collect`.
+    tower
+        From `decoder.py`: records of the vision tower.
     rotary
-        Original positions (B, n), for decoders with one position per token.
-    kept
-        The map after each stage.
-    survivors
-        The map after a stage in the vision tower.
-    weighed
-        Decoder layers whose attention has requested weights.
-    bias_dims
-        Bias dimensions computed so far, see `RowWeights`.
-    repeated
-        By first layer of a segment: rows cached for every sample, if merged rows were repeated.
+        From `decoder.py`: original positions (B, n) of the rows that the decoder runs on, if it has
+        one position per token.
     chunk, earlier
-        Chunk size of a chunked prefill, and hidden states of the chunks that have run.
+        From `decoder.py`: chunk size of a chunked prefill (None: one pass), and hidden states of
+        the chunks that have run.
+    weighing
+        From `decoder.py`: what attention has requested of the weights of merged tokens; None if
+        the call has none.
+    map
+        From `choose.py`: rows after the latest stage.
+    scores
+        From `choose.py`: attention scores for later stages; None if no reducer needs any.
+    kept
+        From `choose.py`: the map after each stage.
+    survivors
+        From `choose.py`: the map after a stage in the vision tower.
     stage_seconds
-        Host time of the stages.
+        From `choose.py`: host time of the stages.
     """
 
     adapter: Adapter
@@ -271,22 +295,19 @@ class Call:
     places: list[list[Place | None]] = field(default_factory=list)
     merges: bool = False
     tail: int = 0
-    scores: Any = None
-    tower: dict[Signal, list[list[Tensor]]] = field(default_factory=dict)
-    tower_costs: list[Any] = field(default_factory=list)
-    seen: Memories | None = None
+    tower: TowerRecord = field(default_factory=TowerRecord)
     rotary: Tensor | None = None
-    kept: list[RowMap] = field(default_factory=list)
-    survivors: RowMap | None = None
-    weighed: set[int] = field(default_factory=set)
-    bias_dims: dict[Any, Any] = field(default_factory=dict)
-    repeated: dict[int, list[int]] = field(default_factory=dict)
     chunk: int | None = None
     earlier: list[Tensor] = field(default_factory=list)
+    weighing: Any = None
+    scores: Any = None
+    kept: list[RowMap] = field(default_factory=list)
+    survivors: RowMap | None = None
     stage_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         self.layer_types = LayerTypes.of(self.adapter.decoder, served=True)
+        self.modalities: set[Modality] = {span.modality for row in self.spans for span in row}
         self.segment_of = [s for s in self.segments for _ in range(s.first, s.stop)]
         past = self.segments[0].past
         self.length = past.rows + past.dropped + self.width

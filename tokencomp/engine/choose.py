@@ -10,9 +10,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,8 +47,7 @@ def enter(call: Call, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Ten
     columns : Tensor of int64, shape (B, n), or None
         Column of the caller's batch of every row; None if all rows are kept in place.
     """
-    started = time.perf_counter()
-    columns, needs = call.map.columns, call.plan.needs
+    started, columns = time.perf_counter(), call.map.columns
     if columns is not None:  # the batch is not left-padded: align real columns to the right
         call.map = call.map.to(x.device)
         tensors = [x, positions.to(x.device)]
@@ -60,44 +58,48 @@ def enter(call: Call, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Ten
         call.survivors = call.map
         if call.plan.tower.decides:
             call.note_entering()
-    signals = [s for s in needs if isinstance(s, Attention)]
-    if signals:
-        modalities = call.map.modalities
-        signals = [s for s in signals if s.modalities & modalities]
+    signals = [s for s in call.plan.needs if isinstance(s, Attention)]
+    signals = [s for s in signals if s.modalities & call.modalities]
     if signals:
         call.scores = StageScores(call.adapter.layers)
         if any(s.rows == "raters" for s in signals):
             call.scores.raters = rater_weights(x, call.map)
-    if call.plan.entry is not None:
-        if call.scores is not None:
-            _score_entry(call, call.plan.entry, x, positions)
-        x, positions = run_stage(call, call.plan.entry, [x, positions], [1, -1])
-    call.segments[0].new = call.map
-    call.stage_seconds += time.perf_counter() - started
-    return x, positions, call.map.columns
-
-
-def _score_entry(call: Call, stage: Stage, x: Tensor, positions: Tensor) -> None:
-    """Score tokens for the entry stage by the first decoder layer, if its reducer needs scores."""
-    signals = [s for s in stage.needs if isinstance(s, Attention)]
-    signals = [s for s in signals if s.modalities & call.map.modalities]
-    if signals:
+    stage, arguments = call.plan.entry, {}
+    if stage is not None and any(s in stage.needs for s in signals):
         tables = call.adapter.rotary_tables(x, positions, layer=0)
         ids = None if call.adapter.mrope else positions
         arguments = {"position_embeddings": tables, "position_ids": ids}
-        for signal in signals:
-            past = call.segments[0].past
-            call.scores.of_input(0, x, arguments, signal, call.map, call.cache, past)
+    call.stage_seconds = time.perf_counter() - started
+    if stage is not None:
+        x, positions = run_stage(call, stage, [x, positions], [1, -1], arguments)
+    call.segments[0].new = call.map
+    return x, positions, call.map.columns
 
 
-def run_stage(call: Call, stage: Stage, tensors: list[Tensor], dims: list[int]) -> list[Tensor]:
-    """Run a stage: the first of `tensors` is x (B, n, d), the others are gathered with it."""
-    x = tensors[0]
+def run_stage(
+    call: Call,
+    stage: Stage,
+    tensors: list[Tensor],
+    dims: list[int],
+    arguments: Mapping[str, Any],
+) -> list[Tensor]:
+    """Run a stage: the first of `tensors` is x (B, n, d), the others are gathered with it.
+
+    `arguments` are those of the next layer, with positions for its attention scores.
+    """
+    started, x = time.perf_counter(), tensors[0]
     if stage.layer:  # layers can be on several devices
         call.map = call.map.to(x.device)
+    # Score by the next layer, unless an earlier layer has scored for this stage.
+    if call.scores is not None and stage.layer not in call.scores.spans:
+        past = call.segment_of[stage.layer].past
+        for s in (s for s in stage.needs if isinstance(s, Attention)):
+            if s.modalities & call.modalities and (s.layer == "next" or not stage.layer):
+                call.scores.of_input(stage.layer, x, arguments, s, call.map, call.cache, past)
     counts, chosen, kept = choose(call, stage, x)
     tensors = _keep(call, counts, chosen, kept, tensors, dims)
     call.kept.append(call.map)
+    call.stage_seconds += time.perf_counter() - started
     return tensors
 
 
@@ -120,14 +122,6 @@ def _keep(
         # Overwrite the gathered rows with merged features.
         tensors[0].flatten(0, 1).index_copy_(0, flat, kept.features.to(tensors[0]))
     return tensors
-
-
-@contextlib.contextmanager
-def timed(call: Call) -> Iterator[None]:
-    """Add the time of the block to the host time of the stages of a call."""
-    started = time.perf_counter()
-    yield
-    call.stage_seconds += time.perf_counter() - started
 
 
 # -- the choice ---------------------------------------------------------------------------------
@@ -162,7 +156,8 @@ def choose(call: Call, stage: Stage, x: Tensor) -> tuple[list[list[int]], Chosen
     ]
     scores = texts = None
     if call.scores is not None:
-        scores, texts = call.scores.pop(stage.layer, x.device)
+        scores = call.scores.spans.pop(stage.layer, None)
+        texts = call.scores.texts.pop(stage.layer, None)
     frames = compared_frames(x, rows, call.cache) if FRAMES in stage.needs else None
     if not chosen:
         return counts, [], None
@@ -179,15 +174,17 @@ def choose(call: Call, stage: Stage, x: Tensor) -> tuple[list[list[int]], Chosen
     spans = [rows.spans[b][j].span for b, j in chosen]
     roles = [*map(_roles, spans, visual, ends)]
     keeps = [counts[b][j] for b, j in chosen]
-    parts = tokens_of(call, stage, x, chosen, roles, keeps, scores, texts)
-    tokens = parts.tokens
-    if not tokens:
-        return counts, chosen, parts.of_all(Kept(tokens.table([])))
+    tokens, features, patches, fixed = tokens_of(
+        call, stage, x, chosen, roles, keeps, scores, texts
+    )
     if frames is not None:
         tokens.frames = [frames[b][j] for b, j in tokens.places]
     pairs = zip(roles, ends, strict=True)
     final = [end and role[-1] == PATCH for role, end in pairs if (role == PATCH).any()]
-    return counts, chosen, parts.of_all(choose_patches(call, stage, tokens, final))
+    kept = choose_patches(call, stage, tokens, final) if tokens else Kept(tokens.table([]))
+    if patches is not None and fixed is not None:  # from a choice among patches to one among all
+        kept = kept.with_fixed(features, patches, fixed)
+    return counts, chosen, kept
 
 
 def choose_patches(call: Call, stage: Stage, tokens: Tokens, final: Sequence[bool]) -> Kept:
@@ -267,12 +264,6 @@ class Parts(NamedTuple):
     patches: Tensor | None
     fixed: Tensor | None
 
-    def of_all(self, kept: Kept) -> Kept:
-        """Convert a choice among the patches to one among all tokens."""
-        if self.patches is None or self.fixed is None:
-            return kept
-        return kept.with_fixed(self.features, self.patches, self.fixed)
-
 
 def tokens_of(
     call: Call,
@@ -299,59 +290,59 @@ def tokens_of(
     texts
         Per sample, per prompt: key lengths of the text after the last span, (m,), or None.
     """
-    rows, needs = call.map, stage.needs
+    rows, needs, flat = call.map, stage.needs, x.flatten(0, 1)
     spans = [rows.spans[b][j] for b, j in chosen]
     tables, adjacent = _host_tables(rows, chosen, roles, scores)
     moved = move_tables(tables, x.device)
-    # Index of every token in its uncompressed span, if tokens are missing.
-    index, full, flat = None, None, x.flatten(0, 1)
-    if rows.columns is not None and "start" in moved:
-        index = rows.columns.flatten().index_select(0, moved["rows"]) - moved["start"]
-        full = index + moved["before"]  # index among all tokens of these uncompressed spans
-        if "cells" in moved:
-            index = moved["cells"].index_select(0, full)
+    # Values of all tokens of these spans, patches or fixed.
     features = flat.index_select(0, moved["rows"]) if adjacent is None else flat[adjacent]
+    values: dict[Any, Tensor] = {"features": features}
+    if rows.weights is not None:
+        values["weights"] = rows.weights.flatten().index_select(0, moved["rows"])
+    if scores is not None:
+        scores = scores.to(x.device)
+        values["scores"] = scores.index_select(0, moved["scored"]) if "scored" in moved else scores
+    signals = [s for s in needs if isinstance(s, TowerSignal)]
+    for signal in signals:
+        by_span = [call.tower.signals[signal][b][j] for b, j in chosen]
+        values[signal] = torch.cat(by_span).to(x.device)
+    role = moved.get("role")
+    if rows.columns is not None and "start" in moved:  # tokens of these spans are missing
+        # Index of every token in its uncompressed span, and among all tokens of these spans.
+        index = rows.columns.flatten().index_select(0, moved["rows"]) - moved["start"]
+        full = index + moved["before"]
+        values["index"] = moved["cells"].index_select(0, full) if "cells" in moved else index
+        values |= {signal: values[signal].index_select(0, full) for signal in signals}
+        role = None if role is None else role.index_select(0, full)
     # Spans with patches, and how many patches they have and keep: without fixed tokens.
-    seen = [i for i, role in enumerate(roles) if (role == PATCH).any()]
+    seen = [i for i, role_of in enumerate(roles) if (role_of == PATCH).any()]
     others = [len(spans[i].span.special + spans[i].span.text) for i in seen]
     counts = [spans[i].count - fixed for i, fixed in zip(seen, others, strict=True)]
     budgets = [keeps[i] - fixed for i, fixed in zip(seen, others, strict=True)]
-    # Separate patches from fixed tokens.
-    patches = fixed = None
-    if "role" in moved:
-        role = moved["role"] if full is None else moved["role"].index_select(0, full)
+    patches = fixed_rows = None
+    if role is not None:
         # A sort, because `nonzero` would synchronise with the device to read its length.
         by_role = role.to(torch.uint8).sort(stable=True).indices
         stop = sum(counts) + sum(keeps) - sum(budgets)
-        patches, fixed = by_role[: sum(counts)], by_role[sum(counts) : stop]
-
-    def taken(values: Tensor, *rows: Tensor | None) -> Tensor:
-        """Rows of rows … of values."""
-        for index in (*rows, patches):
-            values = values if index is None else values.index_select(0, index)
-        return values
-
+        patches, fixed_rows = by_role[: sum(counts)], by_role[sum(counts) : stop]
+        values = {name: value.index_select(0, patches) for name, value in values.items()}
     places = [chosen[i] for i in seen]
     tokens = Tokens(
-        features=taken(features),
+        features=values["features"],
         grids=[spans[i].span.grid for i in seen],
         budgets=budgets,
         lengths=counts,
         modalities=[spans[i].span.modality for i in seen],
-        index=None if index is None else taken(index),
-        weights=None if rows.weights is None else taken(rows.weights.flatten(), moved["rows"]),
-        scores=None if scores is None else taken(scores, moved.get("scored")),
-        tower={
-            signal: taken(_tower_values(call, signal, chosen, x), full)
-            for signal in needs
-            if isinstance(signal, TowerSignal)
-        },
+        index=values.get("index"),
+        weights=values.get("weights"),
+        scores=values.get("scores"),
+        tower={signal: values[signal] for signal in signals},
         queries=_of_prompts(rows, text_values(x, rows), places, x) if QUERY in needs else None,
         query_scores=None if texts is None else _of_prompts(rows, texts, places, x),
         norm=call.adapter.final_norm if NORM in needs else None,
         places=places,
     )
-    return Parts(tokens, features, patches, fixed)
+    return Parts(tokens, features, patches, fixed_rows)
 
 
 def _host_tables(
@@ -392,11 +383,6 @@ def _scored_rows(rows: RowMap, chosen: Chosen) -> np.ndarray[Any, Any]:
     starts = starts_of([s.count for spans in rows.spans for s in spans])
     before = starts_of([len(spans) for spans in rows.spans])  # number of spans of earlier samples
     return rows_of(starts, [before[b] + j for b, j in chosen])
-
-
-def _tower_values(call: Call, signal: TowerSignal, chosen: Chosen, x: Tensor) -> Tensor:
-    """A signal of the vision tower for all tokens of the uncompressed spans `chosen`."""
-    return torch.cat([call.tower[signal][b][j] for b, j in chosen]).to(x.device)
 
 
 def _of_prompts(rows: RowMap, texts: list[list[Tensor]], chosen: Chosen, x: Tensor) -> list[Tensor]:

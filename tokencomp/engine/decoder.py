@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.structure import scales_queries
 from tokencomp.engine.cache import CacheOwner, CompressedLayer, first_layer
-from tokencomp.engine.call import Call, CallHooks, RunningCalls, ThreadState
+from tokencomp.engine.call import Call, CallHooks, Noted, RunningCalls, ThreadState
 from tokencomp.engine.checks import (
     TRACED,
     FeaturelessPrompts,
@@ -42,7 +42,7 @@ from tokencomp.engine.gather import (
     text_positions,
     whole_output,
 )
-from tokencomp.engine.later import ChunkedPrefill, LaterTokens, begins_prompt
+from tokencomp.engine.later import LaterTokens, begins_prompt, chunk_arguments, in_chunks
 from tokencomp.engine.layers import LayerHooks
 from tokencomp.engine.masks import Masks, split_mask
 from tokencomp.engine.prompt import read_prompt, with_embeddings
@@ -71,13 +71,12 @@ class DecoderHooks(CallHooks):
         calls: RunningCalls,
         plan: Plan,
         owner: CacheOwner,
-        prefill: ChunkedPrefill,
         featureless: FeaturelessPrompts,
     ) -> None:
         super().__init__(adapter, calls)
         self.plan = plan
         self.stats: Stats | None = None
-        self._owner, self._prefill, self._featureless = owner, prefill, featureless
+        self._owner, self._featureless = owner, featureless
         self._ratios = RatioCheck()
         self.weights = RowWeights(adapter, calls)
         self._later = LaterTokens(adapter, calls, owner.compact)
@@ -195,9 +194,9 @@ class DecoderHooks(CallHooks):
             self._layers.follow_wrappers()
         state.call = call
         if call.merges:
-            self.weights.begin()
+            call.weighing = self.weights.begin()
         if self.tower.drop is not None or self.tower.probe is not None:
-            self.tower.collect(call, noted.inputs or {})
+            call.tower = self.tower.collect(call, noted.inputs or {})
         # Score, choose, gather: only kept rows enter the decoder.
         x, positions, columns = enter(call, arguments["inputs_embeds"], positions)
         kept = call.map.mask(x.device)
@@ -208,9 +207,29 @@ class DecoderHooks(CallHooks):
         if whole and "logits_to_keep" in arguments:
             # Decoders with shared keys (Gemma 4) would return only these rows.
             arguments["logits_to_keep"] = 0
-        if noted.chunk is not None:
-            arguments = self._prefill.advance(module, arguments, call, noted.logits)
+        if noted.chunk is not None and in_chunks(call, arguments, noted.chunk):
+            arguments = self._run_chunks(module, arguments, call, noted)
         return (), arguments
+
+    def _run_chunks(
+        self, decoder: nn.Module, arguments: dict[str, Any], call: Call, noted: Noted
+    ) -> dict[str, Any]:
+        """Run all chunks of a prompt but the last, whose arguments are returned.
+
+        Earlier chunks fill the cache. Their hidden states are kept if the call must return them.
+        """
+        size, width, rotary = noted.chunk, call.map.rows, call.rotary
+        assert size is not None
+        last = (width - 1) // size * size  # first row of the last chunk
+        needed = not 0 < noted.logits <= min(call.tail, width - last)
+        call.chunk = size
+        for start in range(0, width, size):
+            call.rotary = None if rotary is None else rotary[:, start : start + size]
+            chunk = chunk_arguments(arguments, start, min(start + size, width))
+            if start < last:
+                out = decoder.forward(**chunk)
+                call.earlier += [out[0]] if needed else []
+        return chunk
 
     def _refuse_missing(self, arguments: dict[str, Any]) -> None:
         """Refuse features with tokens dropped in the tower, if the plan has no tower stage.
@@ -253,12 +272,12 @@ class DecoderHooks(CallHooks):
         if not call.spans:  # later tokens
             note_turn(call, cache)
             return out
-        if call.merges:
+        if call.weighing is not None:
             self.weights.check(call)
-        layer = note_prompt(call, cache, self._owner)
+        layer, repeated = note_prompt(call, cache, self._owner)
         if call.earlier:
             out = whole_output(out, call.earlier)
-        self.stats = stats = Stats.of_call(call, layer)
+        self.stats = stats = Stats.of_call(call, layer, repeated)
         self._ratios.look(stats, call.plan)
         text_only = 0 < state.noted.logits <= call.tail
         if text_only and "logits_to_keep" in kwargs:

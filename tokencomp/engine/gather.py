@@ -185,43 +185,53 @@ def take(
 # -- after the layers: the cache ----------------------------------------------------------------
 
 
-def note_prompt(call: Call, cache: Any, owner: CacheOwner) -> Any:
-    """Store the map of a prompt on the cache; returns the first layer with rows, or None.
+def note_prompt(call: Call, cache: Any, owner: CacheOwner) -> tuple[Any, dict[int, list[int]]]:
+    """Store the map of a prompt on the cache.
 
     Rows of merged tokens are repeated first, see `tokencomp.engine.weights`.
+
+    Returns
+    -------
+    Layer of the cache, or None
+        The first with rows.
+    dict of lists
+        By first layer of a segment whose rows were repeated: rows cached of every sample.
     """
     if cache is not call.cache:
         check_cache(cache, bool(call.plan.layer_stages))
     starts, owner.types = call.first_columns(), call.layer_types
-    first = first_layer(cache)
+    first, repeated = first_layer(cache), dict[int, list[int]]()
     if first is None or first.keys is None:  # checkpointed layers do not write to the cache
-        return first
+        return first, repeated
     for segment in call.segments:
         last = segment is call.segments[-1]  # a layer that runs twice has two cache layers
         layers = filled(cache.layers[segment.first : None if last else segment.stop])
         if layers:
-            _note_segment(call, segment, layers, starts)
+            new = _note_segment(call, segment, layers, starts)
+            if new is not segment.new:
+                repeated[segment.first] = new.lengths
             for layer in layers:
                 layer.owner = owner
-    return first
+    return first, repeated
 
 
-def _note_segment(call: Call, segment: Segment, layers: list[Any], starts: Tensor | None) -> None:
+def _note_segment(call: Call, segment: Segment, layers: list[Any], starts: Tensor | None) -> RowMap:
+    """Store the map of a segment on its cache layers; returns that of the new rows as cached."""
     new, index, device = segment.new, None, layers[0].device
     batch = len(new.lengths)
     if new.weights is not None and call.merges:
         new, index = new.to(device).repeated(device)
-        call.repeated[segment.first] = new.lengths
     row_map = segment.past.append(new, batch, device)
     row_map.starts = starts
-    if call.seen is not None and segment.first == 0:
-        row_map.seen = Seen(row_map.rows - _rows_after_media(segment.new), call.seen)
+    if call.tower.seen is not None and segment.first == 0:
+        row_map.seen = Seen(row_map.rows - _rows_after_media(segment.new), call.tower.seen)
     if index is not None:
         for layer in layers:
             repeat_rows(layer, index, segment.past.rows)
     for layer in layers:
         rows = row_map if layer.device == device else row_map.to(layer.device)
         compress_layer(layer, rows, layer is layers[0] and segment.first > 0)
+    return new
 
 
 def _rows_after_media(rows: RowMap) -> int:

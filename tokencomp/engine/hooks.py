@@ -247,8 +247,7 @@ class Hooks(CallHooks):
         self._owner, self._compressed = CacheOwner(compact_positions), False
         prefill = ChunkedPrefill(adapter, calls, self._compresses)
         self._featureless = FeaturelessPrompts(adapter, strict)
-        known = self._owner, prefill, self._featureless
-        self.decoder = DecoderHooks(adapter, calls, plan, *known)
+        self.decoder = DecoderHooks(adapter, calls, plan, self._owner, self._featureless)
         generate = GenerateCalls(adapter, self.gate, calls, self._compresses, strict)
         relative = RelativePositions(adapter, calls)
         self._parts: list[Any] = [self.decoder, relative, prefill, generate]

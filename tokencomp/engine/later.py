@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import DynamicSlidingWindowLayer, StaticLayer
 
 from tokencomp.adapters.base import Adapter
@@ -235,48 +235,25 @@ class ChunkedPrefill(Hooked):
         finally:
             noted.chunk = None
 
-    def advance(
-        self, decoder: nn.Module, kwargs: dict[str, Any], call: Call, logits: int
-    ) -> dict[str, Any]:
-        """Run all chunks of a compressed prefill but the last, whose arguments are returned.
 
-        Parameters
-        ----------
-        kwargs
-            Arguments of the decoder for the whole compressed prompt.
-        call
-            Gets `chunk`, and `earlier`: hidden states of the chunks that have run, if the call must
-            return them.
-        logits
-            Number of last columns that the call must return; 0: all.
-        """
-        size, width = self.calls.state.noted.chunk, call.map.rows
-        if size is None or width <= size:
-            return kwargs
-        if len(call.segments) > 1:
-            _one_pass(size, "this plan drops tokens between decoder layers, which need all rows")
-            return kwargs
-        mask = kwargs.get("attention_mask")
-        if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
-            _one_pass(size, "the masks of windows or image blocks are made for the whole prompt")
-            return kwargs
-        # Only the last chunk returns to the caller; earlier ones fill the cache.
-        rotary, call.chunk = call.rotary, size
-        last = (width - 1) // size * size  # first row of the last chunk
-        needed = not 0 < logits <= min(call.tail, width - last)
+def in_chunks(call: Call, kwargs: dict[str, Any], size: int) -> bool:
+    """Whether a compressed prompt runs in chunks of `size` rows; warns if that is not possible.
 
-        def chunk(start: int, stop: int) -> dict[str, Any]:
-            call.rotary = None if rotary is None else rotary[:, start:stop]
-            return _chunk(kwargs, start, stop)
-
-        for start in range(0, last, size):
-            out = decoder.forward(**chunk(start, start + size))
-            if needed:
-                call.earlier.append(out[0])
-        return chunk(last, width)
+    `kwargs`: arguments of the decoder for the whole compressed prompt.
+    """
+    if call.map.rows <= size:
+        return False
+    mask = kwargs.get("attention_mask")
+    if len(call.segments) > 1:
+        _one_pass(size, "this plan drops tokens between decoder layers, which need all rows")
+    elif mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+        _one_pass(size, "the masks of windows or image blocks are made for the whole prompt")
+    else:
+        return True
+    return False
 
 
-def _chunk(kwargs: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
+def chunk_arguments(kwargs: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
     """Arguments of the decoder for rows `start … stop - 1`."""
     x, mask, chunk = kwargs["inputs_embeds"], kwargs.get("attention_mask"), dict(kwargs)
     batch, width = x.shape[:2]

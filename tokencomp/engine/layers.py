@@ -9,7 +9,6 @@ segments get those of their rows; the first layer of a segment runs its stage fi
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -33,7 +32,6 @@ from tokencomp.engine.layer_types import CONVOLUTION, LayerType
 from tokencomp.engine.masks import Masks
 from tokencomp.errors import RowIndexedAttentionError
 from tokencomp.plan.plan import Plan
-from tokencomp.tokens.signals import Attention
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.hooks import Hooked
 from tokencomp.torchlib.replace import MethodReplacement
@@ -137,11 +135,9 @@ class LayerHooks(CallHooks):
     ) -> None:
         call: Any = self.calls.state.call
         if call is not None and call.scores is not None:
-            started = time.perf_counter()
             arguments = compat.bind(module, args, rest[0])
             past = call.segment_of[layer].past
             call.scores.of_call(stage, module, arguments, signal, call.map, past)
-            call.stage_seconds += time.perf_counter() - started
 
 
 def _begin_segment(call: Call, segment: Segment, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
@@ -149,9 +145,7 @@ def _begin_segment(call: Call, segment: Segment, hidden: Tensor, kwargs: dict[st
     previous = call.segments[call.segments.index(segment) - 1]
     segment.index = previous.index
     if segment.stage is not None:
-        started = time.perf_counter()
         hidden = _run_stage(call, segment, previous, hidden, kwargs)
-        call.stage_seconds += time.perf_counter() - started
     if call.spans:
         segment.new = call.map
     if call.segments[0].new.packed:  # a stage moves prompts, and removes none
@@ -171,21 +165,16 @@ def _run_stage(
     layer, device = segment.first, hidden.device
     layer_type = call.layer_types.types[layer].name
     tables = _tables(previous, layer_type, kwargs, device)
-    parts = _parts(tables)
-    signals = [s for s in stage.needs if isinstance(s, Attention) and s.layer == "next"]
-    # If the layer has no attention, an earlier layer has scored for this stage.
-    if signals and call.scores is not None and layer not in call.scores.spans:
-        ids = _positions(call, previous, kwargs)
-        arguments = {"position_embeddings": tables, "position_ids": ids}
-        for s in signals:
-            past = segment.past
-            call.scores.of_input(layer, hidden, arguments, s, call.map, call.cache, past)
+    ids = _positions(call, previous, kwargs)
+    arguments = {"position_embeddings": tables, "position_ids": ids}
+    # Rotary tables are cosine and sine, one complex tensor, or none.
+    parts = [*tables] if isinstance(tables, tuple) else [] if tables is None else [tables]
     # The rows of segment 0 and the rotary tables are gathered with the hidden states.
     index = previous.index
     if index is None:
         index = torch.arange(hidden.shape[1], device=device)[None]
     tensors, dims = [hidden, index, *parts], [1, 1] + [-2] * len(parts)
-    hidden, segment.index, *parts = run_stage(call, stage, tensors, dims)
+    hidden, segment.index, *parts = run_stage(call, stage, tensors, dims, arguments)
     segment.tables[layer_type] = parts
     return hidden
 
@@ -243,20 +232,11 @@ def _tables(
     if tables is None or segment.index is None:
         return tables
     if not segment.tables.get(layer_type):
-        parts = [t.to(device) for t in _parts(tables)]
+        parts = [t.to(device) for t in (tables if isinstance(tables, tuple) else (tables,))]
         index, mask = segment.index.to(device), segment.new.mask(device)
         segment.tables[layer_type] = take(parts, index, [-2] * len(parts), mask)
     moved = tuple(t.to(device) for t in segment.tables[layer_type])
     return moved if isinstance(tables, tuple) else moved[0]
-
-
-def _parts(tables: Any) -> list[Tensor]:
-    """The tensors (B, L, D) or (3, B, L, D) of rotary tables: cosine and sine, one complex tensor,
-    or none.
-    """
-    if tables is None:
-        return []
-    return list(tables) if isinstance(tables, tuple) else [tables]
 
 
 # -- biases by distance --------------------------------------------------------------------------

@@ -60,7 +60,8 @@ def read_prompt(
     """
     modalities, x = noted.modalities, arguments["inputs_embeds"]
     assert modalities is not None
-    _check_length(adapter, x.shape, modalities.shape)
+    if x.shape[:2] != modalities.shape:
+        raise _shortened(adapter, x.shape, modalities.shape)
     past = int(cache.get_seq_length()) if cache is not None else 0
     positions, text = read_positions(adapter, arguments, past)
     rows = positions[-3:].cpu().numpy() if adapter.mrope else None
@@ -72,17 +73,15 @@ def read_prompt(
     return Call(adapter, plan, spans, x.shape[1], segments, row_map, cache, **options), positions
 
 
-def _check_length(adapter: Adapter, found: torch.Size, expected: torch.Size) -> None:
-    """Refuse a prompt that other code has shortened."""
-    if found[:2] == expected:
-        return
+def _shortened(adapter: Adapter, found: torch.Size, expected: torch.Size) -> AlreadyCompressedError:
+    """The error for a prompt that other code has shortened."""
     if rate := getattr(adapter.top, "video_pruning_rate", 0):
-        raise AlreadyCompressedError(
+        return AlreadyCompressedError(
             f"{type(adapter.top).__name__} drops video tokens itself (video_pruning_rate="
             f"{rate}). Set model.video_pruning_rate = 0, or run prompts with videos under "
             "handle.disabled(). Images are compressed in any case."
         )
-    raise AlreadyCompressedError(
+    return AlreadyCompressedError(
         f"the decoder got {tuple(found[:2])} tokens for a prompt of {tuple(expected)}: something "
         "else already shortened it. Undo the other method before patch()."
     )

@@ -268,15 +268,16 @@ class RowMap:
 
     def _shrunk(self, sample: int, after: list[KeptSpan], padding: int) -> list[Prompt]:
         """Prompts of a sample, moved for spans that shrank to `after`, after `padding` rows."""
-        first = self.rows - self.lengths[sample]
-        pairs = list(zip(self.spans[sample], after, strict=True))
-
-        def moved(row: int) -> int:
-            removed = sum(old.count - new.count for old, new in pairs if old.start < row)
-            return row - first - removed + padding
-
-        prompts = self.prompts[sample]
-        return [Prompt(moved(p.start), moved(p.stop), moved(p.question_stop)) for p in prompts]
+        shift, spans = padding - self.rows + self.lengths[sample], self.spans[sample]
+        removed = [
+            (old.start, old.count - new.count) for old, new in zip(spans, after, strict=True)
+        ]
+        prompts = []
+        for p in self.prompts[sample]:
+            edges = (p.start, p.stop, p.question_stop)
+            gone = [sum(n for start, n in removed if start < edge) for edge in edges]
+            prompts.append(Prompt(*(e + shift - n for e, n in zip(edges, gone, strict=True))))
+        return prompts
 
     def _weights_after(
         self, new: RowMap, index: Tensor, flat: Tensor | None, kept: Kept | None
@@ -319,10 +320,6 @@ class RowMap:
         return replace(self, columns=columns, real=real, weights=weights)
 
     # -- spans and prompts ----------------------------------------------------------------------
-
-    @property
-    def modalities(self) -> set[str]:
-        return {kept.span.modality for sample in self.spans for kept in sample}
 
     @cached_property
     def packed(self) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -61,12 +62,15 @@ class StageScores:
         Lengths of keys of text, for signals that have them instead of votes.
     raters : Tensor of float32, shape (B, rows), or None
         See `rater_weights`; None if no stage needs them.
+    seconds
+        Host time of `of_call`.
     """
 
     layers: nn.ModuleList
     spans: dict[int, Tensor] = field(default_factory=dict)
     texts: dict[int, list[list[Tensor]]] = field(default_factory=dict)
     raters: Tensor | None = None
+    seconds: float = 0.0
 
     @torch.no_grad()  # scores select rows, and carry no gradient
     def of_call(
@@ -90,6 +94,7 @@ class StageScores:
         past
             Rows of earlier turns in the cache of the layer.
         """
+        started = time.perf_counter()
         cached = _cached_layer(compat.get_cache(kwargs), attn.layer_idx)
         keys = None if cached is None else cached.keys
         if is_reference(type(cached)) or (
@@ -102,6 +107,7 @@ class StageScores:
             past = RowMap(0)
         hidden = kwargs["hidden_states"]
         self._score(stage, attn, hidden, kwargs, signal, rows, cached, past, keys)
+        self.seconds += time.perf_counter() - started
 
     @torch.no_grad()
     def of_input(
@@ -168,13 +174,6 @@ class StageScores:
             _key_lengths(probe, lengths)
         self.texts[stage] = text_values(lengths, rows)
         self.spans[stage] = visual_values(lengths, rows)
-
-    def pop(
-        self, stage: int, device: torch.device
-    ) -> tuple[Tensor | None, list[list[Tensor]] | None]:
-        """Remove and return scores of visual tokens and of text for a stage, see `tokens_of`."""
-        scores = self.spans.pop(stage, None)
-        return None if scores is None else scores.to(device), self.texts.pop(stage, None)
 
     def follow(self, before: RowMap, after: RowMap, index: Tensor, device: torch.device) -> None:
         """Remove scores of dropped tokens; `index` is that of `RowMap.keep`."""

@@ -84,10 +84,10 @@ class Stats:
     _off: bool = field(default=False, repr=False)
 
     @classmethod
-    def of_call(cls, call: Call, layer: Any) -> Stats:
+    def of_call(cls, call: Call, layer: Any, repeated: dict[int, list[int]]) -> Stats:
         """Counts of a finished prefill; what follows from the config and the plan comes on access.
 
-        `layer` is the first layer of its cache that holds rows, or None.
+        `layer` and `repeated` are the results of `note_prompt`.
         """
         keys = layer.keys if layer is not None else None
         if keys is None:
@@ -100,16 +100,16 @@ class Stats:
             prompts=call.prompts,
             past=call.length - call.width,
             past_rows=[s.past.rows for s in segments for _ in range(s.first, s.stop)],
-            reduce_seconds=call.stage_seconds,
+            reduce_seconds=call.stage_seconds + (call.scores.seconds if call.scores else 0.0),
             prefill_chunk=call.chunk,
-            tower_costs=call.tower_costs,
+            tower_costs=call.tower.costs,
             entering=call.entering,
             _config=call.adapter.text_config,
             _itemsize=keys.element_size(),
             _plan=call.plan,
             _places=call.places,
             _survivors=call.survivors,
-            _repeated=_repeated(call) if call.repeated else [],
+            _repeated=_repeated(call, repeated) if repeated else [],
             _kept=call.kept,
         )
 
@@ -357,9 +357,9 @@ def _offsets(rows: RowMap, sample: int) -> list[list[int]]:
     return [list(range(kept.count)) if o is None else o.tolist() for kept, o in pairs]
 
 
-def _repeated(call: Call) -> list[list[int]]:
+def _repeated(call: Call, repeated: dict[int, list[int]]) -> list[list[int]]:
     """Per sample, the rows that every decoder layer caches."""
-    parts = [(call.repeated.get(s.first, s.new.lengths), s) for s in call.segments]
+    parts = [(repeated.get(s.first, s.new.lengths), s) for s in call.segments]
     layers = [lengths for lengths, s in parts for _ in range(s.first, s.stop)]
     return [list(sample) for sample in zip(*layers, strict=True)]
 

@@ -24,6 +24,7 @@ import math
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -100,6 +101,22 @@ class BiasDims(NamedTuple):
     of_keys: Tensor
 
 
+@dataclass
+class Weighing:
+    """What attention has requested of the weights of one prompt.
+
+    Attributes
+    ----------
+    layers
+        Decoder layers whose attention has asked.
+    dims
+        Bias dimensions by segment and form of the attention call.
+    """
+
+    layers: set[int] = field(default_factory=set)
+    dims: dict[Any, BiasDims] = field(default_factory=dict)
+
+
 class RowWeights(CallHooks):
     """Adds log(weight) to the attention logits of prompts that merge.
 
@@ -118,7 +135,7 @@ class RowWeights(CallHooks):
         self._modules: list[Any] = []
         self._lock, self._prompts = threading.Lock(), 0
 
-    def begin(self) -> None:
+    def begin(self) -> Weighing:
         """Widen attention for the prompt of this thread, until `end`."""
         self.calls.state.weighs = True
         self._enter()
@@ -128,6 +145,7 @@ class RowWeights(CallHooks):
                 if not MethodReplacement.replaces(getattr(module, name)):
                     replaced = MethodReplacement(module, name, self._checkpoint)
                     self._handles.append(replaced)
+        return Weighing()
 
     def end(self) -> None:
         """End the prompt of this thread, which `begin` has begun."""
@@ -185,7 +203,7 @@ class RowWeights(CallHooks):
         The patch may be removed before the backward pass, so recomputation widens attention itself.
         """
         call = self.calls.state.recomputed or self.calls.state.call
-        if call is None or not call.merges:
+        if call is None or call.weighing is None:
             return original(function, *args, **kwargs)
 
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -205,25 +223,25 @@ class RowWeights(CallHooks):
         """Additional dimensions of an attention call, cached by segment; None without weights."""
         state, rows = self.calls.state, key.shape[-2]
         call = state.recomputed or state.call
-        if call is None:
+        if call is None or call.weighing is None:
             return None
-        segment = call.segment_of[layer]
-        call.weighed.add(layer)
-        if not call.merges or segment.new.weights is None:
+        segment, weighing = call.segment_of[layer], call.weighing
+        weighing.layers.add(layer)
+        if segment.new.weights is None:
             return None
         if state.noted.grad and state.recomputed is None:
             # The first run of reentrant checkpointing has no gradients.
             first, lost = not torch.is_grad_enabled(), "the weights of merged tokens"
             refuse_recomputation(self.adapter.decoder, lost, ", or use merge=False", first)
         case = segment.first, rows, query.shape[-1], query.dtype, key.dtype, key.device, scaling
-        if case not in call.bias_dims:
+        if case not in weighing.dims:
             weights = segment.weights()
             # A sliding layer passes only the last keys to attention. A chunk passes the first ones,
             # and `bias_dims` cuts the weights to their number.
             gone = segment.past.rows + segment.new.rows - rows if call.chunk is None else 0
             weights = weights[:, gone:] if gone > 0 else weights
-            call.bias_dims[case] = bias_dims(query, key, weights, scaling)
-        found: BiasDims = call.bias_dims[case]
+            weighing.dims[case] = bias_dims(query, key, weights, scaling)
+        found: BiasDims = weighing.dims[case]
         return found
 
     def check(self, call: Call) -> None:
@@ -235,7 +253,7 @@ class RowWeights(CallHooks):
             These layers do not call the backend that their config names.
         """
         wanted = {module.layer_idx for module in attention_modules(self.adapter.layers)}
-        missing = wanted - call.weighed
+        missing = wanted - call.weighing.layers
         missing = {i for i in missing if call.segment_of[i].new.weights is not None}
         if missing:
             raise UnsupportedModelError(

@@ -33,7 +33,7 @@ from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.towers.base import Cells, EncoderCall, Tower
 from tokencomp.adapters.towers.dense import DenseTower
 from tokencomp.adapters.towers.packed import PackedTower
-from tokencomp.engine.call import Call, RunningCalls
+from tokencomp.engine.call import Call, RunningCalls, TowerRecord
 from tokencomp.engine.tower.flops import TowerCost, TowerShape
 from tokencomp.engine.tower.memory import TILE, copies, owners, recalled, running_prompt
 from tokencomp.engine.tower.rows import DenseRows, PackedRows, TowerRows, equal_bounds, rows_of
@@ -485,14 +485,15 @@ class TowerHooks:
                 part.remove()
         self.drop = self.probe = None
 
-    def collect(self, call: Call, inputs: Mapping[str, Any]) -> None:
-        """Pass to a call what was recorded for its prompt.
+    def collect(self, call: Call, inputs: Mapping[str, Any]) -> TowerRecord:
+        """What was recorded for the prompt of a call.
 
         Raises
         ------
         OptionError
             The call, whose `inputs` these are, chose another layer of the tower than its config.
         """
+        record = TowerRecord()
         if self.probe is not None:
             layer, usual = inputs.get("vision_feature_layer"), self.adapter.feature_layer
             if layer is not None and layer != usual:
@@ -500,8 +501,8 @@ class TowerHooks:
                     f"vision_feature_layer={layer!r} in a call, but the config has {usual!r}, "
                     "whose blocks the reducer reads. Change the config before patch()."
                 )
-            call.tower = self.probe.collect(call.spans)
+            record.signals = self.probe.collect(call.spans)
         if self.drop is not None:
-            media: set[Modality] = {s.modality for row in call.spans for s in row}
-            call.tower_costs = self.drop.collect(len(media - {"audio"}))
-            call.seen = self.drop.seen(call.cache, media)
+            record.costs = self.drop.collect(len(call.modalities - {"audio"}))
+            record.seen = self.drop.seen(call.cache, call.modalities)
+        return record
