@@ -14,7 +14,7 @@ from support.families import FAMILIES, IMAGE, VIDEO, Family, text
 from transformers import DynamicCache
 
 import tokencomp
-from tokencomp.engine.context import VISUAL_WINDOW, yarn
+from tokencomp.context_window import VISUAL_WINDOW, yarn
 from tokencomp.errors import CopyError, SpanError, UnsupportedModelError
 
 FAMILY_NAMES = ["internvl", "qwen2_vl"]

@@ -30,7 +30,7 @@ ROOMS = (
     ("tokencomp", "session"),
     ("inputs", "models"),
     ("patching", "handle", "method", "conformance"),
-    ("engine",),
+    ("engine", "context_window"),
     ("adapters", "trained", "reducers"),
     ("plan", "tokens"),
     ("torchlib",),

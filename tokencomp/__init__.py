@@ -25,7 +25,7 @@ _LAZY = {
     "unpatch": "tokencomp.patching",
     "Handle": "tokencomp.handle",
     "Session": "tokencomp.session.session",
-    "extend_visual_context": "tokencomp.engine.context",
+    "extend_visual_context": "tokencomp.context_window",
     "Plan": "tokencomp.plan.plan",
     "Stage": "tokencomp.plan.plan",
     "TowerStage": "tokencomp.plan.plan",
@@ -65,7 +65,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from tokencomp.adapters.registry import available_models
-    from tokencomp.engine.context import extend_visual_context
+    from tokencomp.context_window import extend_visual_context
     from tokencomp.errors import TokenCompError
     from tokencomp.handle import Handle
     from tokencomp.patching import patch, unpatch

@@ -10,9 +10,9 @@ from typing import Any, Literal
 from torch import nn
 
 from tokencomp.adapters.base import Adapter
+from tokencomp.context_window import VisualContext, extend_visual_context, is_extended
 from tokencomp.engine.capture import attention_of
 from tokencomp.engine.checks import check_plan
-from tokencomp.engine.context import VisualContext, extend_visual_context, is_extended
 from tokencomp.engine.hooks import CallGate, Hooks
 from tokencomp.engine.stats import Stats
 from tokencomp.engine.tower.signals import check_signals

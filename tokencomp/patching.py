@@ -12,13 +12,13 @@ from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.registry import adapter_for, unwrap
 from tokencomp.adapters.verified import unverified_accepted
 from tokencomp.conformance.verify import verify_model
-from tokencomp.engine.call import CallHooks
-from tokencomp.engine.checks import refuse_foreign
-from tokencomp.engine.context import (
+from tokencomp.context_window import (
     VISUAL_WINDOW,
     extend_visual_context,
     restore_visual_context,
 )
+from tokencomp.engine.call import CallHooks
+from tokencomp.engine.checks import refuse_foreign
 from tokencomp.engine.hooks import CallGate, Hooks
 from tokencomp.errors import AlreadyCompressedError, OptionError, PlanError
 from tokencomp.handle import Handle, handle_of, make_plan
