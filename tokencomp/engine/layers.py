@@ -141,41 +141,34 @@ class LayerHooks(CallHooks):
 
 
 def _begin_segment(call: Call, segment: Segment, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:
-    """First layer of a segment: run its stage, if any, then set what its layers share."""
+    """First layer of a segment: run its stage, if any, then set what its layers share.
+
+    The stage takes hidden states (B, n, d), and their rotary tables as its `arguments`.
+    """
     previous = call.segments[call.segments.index(segment) - 1]
-    segment.index = previous.index
+    segment.index, device = previous.index, hidden.device
     if segment.stage is not None:
-        hidden = _run_stage(call, segment, previous, hidden, kwargs)
+        layer_type = call.layer_types.types[segment.first].name
+        tables = _tables(previous, layer_type, kwargs, device)
+        ids = _positions(call, previous, kwargs)
+        arguments = {"position_embeddings": tables, "position_ids": ids}
+        # Rotary tables are cosine and sine, one complex tensor, or none. They, and the rows of
+        # segment 0, are gathered with the hidden states.
+        parts = [*tables] if isinstance(tables, tuple) else [] if tables is None else [tables]
+        index = previous.index
+        if index is None:
+            index = torch.arange(hidden.shape[1], device=device)[None]
+        tensors, dims = [hidden, index, *parts], [1, 1] + [-2] * len(parts)
+        hidden, segment.index, *parts = run_stage(call, segment.stage, tensors, dims, arguments)
+        segment.tables[layer_type] = parts
     if call.spans:
         segment.new = call.map
     if call.segments[0].new.packed:  # a stage moves prompts, and removes none
         segment.lengths = sequence_lengths(segment.new, kwargs)
         if compat.get_cache(kwargs) is None:
             # Without a mask and a cache, transformers infers packed prompts from positions.
-            segment.text_positions = text_positions(segment.new, hidden.device)
+            segment.text_positions = text_positions(segment.new, device)
     segment.ready = True
-    return hidden
-
-
-def _run_stage(
-    call: Call, segment: Segment, previous: Segment, hidden: Tensor, kwargs: dict[str, Any]
-) -> Tensor:
-    """Run the stage of a segment on hidden states (B, n, d) and their rotary tables."""
-    stage: Any = segment.stage
-    layer, device = segment.first, hidden.device
-    layer_type = call.layer_types.types[layer].name
-    tables = _tables(previous, layer_type, kwargs, device)
-    ids = _positions(call, previous, kwargs)
-    arguments = {"position_embeddings": tables, "position_ids": ids}
-    # Rotary tables are cosine and sine, one complex tensor, or none.
-    parts = [*tables] if isinstance(tables, tuple) else [] if tables is None else [tables]
-    # The rows of segment 0 and the rotary tables are gathered with the hidden states.
-    index = previous.index
-    if index is None:
-        index = torch.arange(hidden.shape[1], device=device)[None]
-    tensors, dims = [hidden, index, *parts], [1, 1] + [-2] * len(parts)
-    hidden, segment.index, *parts = run_stage(call, stage, tensors, dims, arguments)
-    segment.tables[layer_type] = parts
     return hidden
 
 
