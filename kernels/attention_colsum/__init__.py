@@ -63,8 +63,9 @@ def attention_colsum(
         How often s ← sM is applied per head, with one LSE pass for all repetitions; `row_weights`
         is the initial s. More than one iteration needs a probe row for every key (R = N).
     trusted
-        Whether the caller knows that `visible` holds keys of `k`. The host then need not wait for
-        the device to look at it.
+        Whether the caller knows that all tensors are right, `visible` contiguous and with keys of
+        `k`. They are not checked then, and the host need not wait for the device to look at
+        `visible`.
 
     Returns
     -------
@@ -85,14 +86,17 @@ def attention_colsum(
     once for all heads of its group. The two streaming passes follow FlashAttention (arXiv
     2205.14135); the repeated application is the PageRank over attention of AIM (arXiv 2412.03248).
     """
-    checks.heads(q=q, k=k)
-    checks.same_device(q=q, k=k, row_weights=row_weights, visible=visible)
-    if q.shape[-1] != k.shape[-1] or q.shape[0] != k.shape[0]:
-        raise KernelError(
-            f"q {tuple(q.shape)} and k {tuple(k.shape)} differ in batch or head dimension"
-        )
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise KernelError(f"{q.shape[1]} query heads are not a multiple of {k.shape[1]} key heads")
+    if not trusted:
+        checks.heads(q=q, k=k)
+        checks.same_device(q=q, k=k, row_weights=row_weights, visible=visible)
+        if q.shape[-1] != k.shape[-1] or q.shape[0] != k.shape[0]:
+            raise KernelError(
+                f"q {tuple(q.shape)} and k {tuple(k.shape)} differ in batch or head dimension"
+            )
+        if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+            raise KernelError(
+                f"{q.shape[1]} query heads are not a multiple of {k.shape[1]} key heads"
+            )
     if heads not in HEADS:
         raise KernelError(f"heads={heads!r} is not known; allowed: {', '.join(HEADS)}")
     if not temperature > 0:
@@ -103,7 +107,8 @@ def attention_colsum(
             "needs at least 1, and more than 1 needs one probe row per key"
         )
     weights = _row_weights(row_weights, q)
-    seen = _visible(visible, q, k, causal)
+    known = visible.contiguous() if trusted and visible is not None else None
+    seen = _visible(visible, q, k, causal) if known is None else known
     scale = (q.shape[3] ** -0.5 if scale is None else scale) / temperature
     out = _op(q, k, weights, seen, scale, iterations, trusted=trusted or visible is None)
     return out if heads == "none" else join_heads(out, heads)

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ def maxmin_select(
     ordered: bool = False,
     bonus: Tensor | None = None,
     given: Tensor | None = None,
+    trusted: bool = False,
 ) -> Tensor:
     r"""Choose rows one by one, each as far as possible from those chosen before.
 
@@ -71,6 +72,9 @@ def maxmin_select(
     given
         How many first choices every span has in `start`, int ``(spans,)``, from 1 to its `k`. Of
         the k entries of a span later ones are not read, so that the number may depend on data.
+    trusted
+        Whether the caller knows that all arguments are right, and finite. Then `k` and `spans` are
+        lists, weights, bonuses and margins fp32, and nothing is checked.
 
     Returns
     -------
@@ -108,26 +112,28 @@ def maxmin_select(
     Related methods are farthest-point sampling, lazy greedy selection (bounds that only fall) and
     DivPrune (arXiv 2503.02175). The weighted rule and the rounds are ours.
     """
-    checks.operand("x", x, "(n, D)")
-    if metric not in METRICS:
-        raise KernelError(f"metric={metric!r} is not known; allowed: {', '.join(METRICS)}")
-    lengths, counts = checks.spans_and_counts(k, spans, len(x))
-    isolated = isinstance(start, str)
-    if isinstance(start, str):
-        if start != "isolated":
+    isolated, first = isinstance(start, str), None if isinstance(start, str) else start
+    if trusted:
+        counts, lengths = cast("list[int]", k), cast("list[int]", spans)
+    else:
+        checks.operand("x", x, "(n, D)")
+        if metric not in METRICS:
+            raise KernelError(f"metric={metric!r} is not known; allowed: {', '.join(METRICS)}")
+        lengths, counts = checks.spans_and_counts(k, spans, len(x))
+        if isolated and start != "isolated":
             raise KernelError(f"start={start!r} is not known; allowed: isolated")
-        start = None
-    if given is not None and start is None:
-        raise KernelError("given counts first choices; name them with `start`")
-    weights, bonus, margin, start, given = checks.vectors(
-        x,
-        weights=(weights, len(x), torch.float32),
-        bonus=(bonus, len(x), torch.float32),
-        margin=(margin, len(lengths), torch.float32),
-        start=(start, len(lengths) if given is None else sum(counts), torch.int64),
-        given=(given, len(lengths), torch.int64),
-    )
-    chosen = _op(x, counts, weights, lengths, margin, start, metric, isolated, bonus, given)
+        if given is not None and first is None:
+            raise KernelError("given counts first choices; name them with `start`")
+        weights, bonus, margin, first, given = checks.vectors(
+            x,
+            weights=(weights, len(x), torch.float32),
+            bonus=(bonus, len(x), torch.float32),
+            margin=(margin, len(lengths), torch.float32),
+            start=(first, len(lengths) if given is None else sum(counts), torch.int64),
+            given=(given, len(lengths), torch.int64),
+        )
+    arguments = x, counts, weights, lengths, margin, first, metric, isolated, bonus, given
+    chosen = _op(*arguments, trusted=trusted)
     return chosen if ordered else chosen.sort().values
 
 

@@ -5,6 +5,7 @@ between devices and versions. The kept tokens must not depend on that.
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -14,7 +15,11 @@ from torch import Tensor
 
 
 def topk_stable(
-    scores: Tensor, k: int | Sequence[int], *, spans: int | Sequence[int] | None = None
+    scores: Tensor,
+    k: int | Sequence[int],
+    *,
+    spans: int | Sequence[int] | None = None,
+    trusted: bool = False,
 ) -> Tensor:
     """Return the indices of the `k` largest scores of every span; ties go to the lower index.
 
@@ -27,6 +32,9 @@ def topk_stable(
         How many indices to return of every span (int) or of each (sequence), from 0 to its length.
     spans
         Scores per span, as an int for equal spans or as one length per span. None means one span.
+    trusted
+        Whether the caller knows that all arguments are right. Then `k` and `spans` are lists, and
+        nothing is checked.
 
     Returns
     -------
@@ -46,13 +54,16 @@ def topk_stable(
     length. The Triton version counts in n² comparisons how many scores are ahead of each, and
     takes two launches for all spans. Spans above 32768 rows are sorted.
     """
-    checks.operand("scores", scores, "(n,)", dtypes=None)
-    if scores.is_complex():
-        raise KernelError(f"scores must be real; got {scores.dtype}")
-    lengths, counts = checks.spans_and_counts(k, spans, len(scores))
+    if trusted:
+        counts, lengths = cast("list[int]", k), cast("list[int]", spans)
+    else:
+        checks.operand("scores", scores, "(n,)", dtypes=None)
+        if scores.is_complex():
+            raise KernelError(f"scores must be real; got {scores.dtype}")
+        lengths, counts = checks.spans_and_counts(k, spans, len(scores))
     if not len(scores):
         return scores.new_empty(0, dtype=torch.int64)
-    return _op(scores.float(), counts, lengths)
+    return _op(scores.float(), counts, lengths, trusted=trusted)
 
 
 def naive(scores: Tensor, counts: list[int], lengths: list[int]) -> Tensor:

@@ -60,7 +60,8 @@ class KCenter(Reducer):
         from tokencomp.kernels import maxmin_select
 
         x = descriptor(tokens, self.pool, self.std_weight, self.temporal_weight)
-        return Kept(maxmin_select(x, tokens.budgets, spans=tokens.lengths, metric="rms"))
+        how = {"spans": tokens.lengths, "metric": "rms", "trusted": True}
+        return Kept(maxmin_select(x, tokens.budgets, **how))
 
 
 def descriptor(
