@@ -42,8 +42,8 @@ def by_item(stats: Any, sample: int) -> list[tuple[int, list[int]]]:
     items: dict[int, list[int]] = {}
     for j, span in enumerate(stats.spans[sample]):
         items.setdefault(span.item, []).append(j)
-    assert [*items] == [*range(len(items))]
     spans, counts = stats.spans[sample], stats.counts[sample]
+    assert [*items] == [spans[own[0]].start for own in items.values()]
     return [
         (
             sum(spans[j].visual for j in own),

@@ -25,7 +25,7 @@ from tokencomp.engine.call import Call, Noted, build_segments
 from tokencomp.engine.rowmap import KeptSpan, Prompt, RowMap
 from tokencomp.errors import AlreadyCompressedError, PaddingError, UnsupportedModelError
 from tokencomp.plan.plan import Plan
-from tokencomp.tokens.tokens import VisualSpan, numbered
+from tokencomp.tokens.tokens import VisualSpan
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.replace import shallow_copy
 
@@ -65,8 +65,7 @@ def read_prompt(
     past = int(cache.get_seq_length()) if cache is not None else 0
     positions, text = read_positions(adapter, arguments, past)
     rows = positions[-3:].cpu().numpy() if adapter.mrope else None
-    found = adapter.spans(MediaCall(modalities, x, rows, adapter.body, noted.inputs or {}))
-    spans = [numbered(row) for row in found]
+    spans = adapter.spans(MediaCall(modalities, x, rows, adapter.body, noted.inputs or {}))
     row_map = _map(arguments, past, noted, spans, text)
     layers, mask = getattr(cache, "layers", None) or (), arguments.get("attention_mask")
     segments = build_segments(plan, len(adapter.layers), layers, mask, row_map)

@@ -103,7 +103,7 @@ class Place:
 
 
 class Part(Protocol):
-    """Fields of a span that `places` reads: number of its item, and visual tokens."""
+    """Fields of a span that `places` reads: first column of its item, and visual tokens."""
 
     @property
     def item(self) -> int | None: ...
@@ -113,7 +113,7 @@ class Part(Protocol):
 
 
 def places(spans: Sequence[Part]) -> list[Place]:
-    """The sizes for every span of one prompt; spans with one `item` number are one item."""
+    """The sizes for every span of one prompt; spans of one `item` belong together."""
     parts: dict[int | None, list[int]] = {}
     result = []
     for span in spans:

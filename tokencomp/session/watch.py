@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter, MediaCall
 from tokencomp.errors import UnsupportedModelError
-from tokencomp.tokens.tokens import VisualSpan, numbered
+from tokencomp.tokens.tokens import VisualSpan
 
 
 class Watch:
@@ -64,7 +64,7 @@ class Watch:
             )
         rows = self._positions.cpu().numpy() if self._adapter.mrope else None
         call = MediaCall(self._modalities.cpu(), embeds, rows, self._adapter.body, self._inputs)
-        self.spans = numbered(self._adapter.spans(call)[0])
+        self.spans = self._adapter.spans(call)[0]
         self._check(self.spans, embeds.shape[1])
         if self._wanted:
             self.appearance = embeds[0].detach()

@@ -60,9 +60,8 @@ class VisualSpan:
         False if the grid of the tokens is unknown. `grid` is then (1, 1, n), and
         reducers that read places in it (`Reducer.grid`) refuse the span.
     item
-        Number of the image, clip or sound in its sample: tiles of one image are several spans of
-        one item. While an adapter reads a prompt: any number that the spans of an item share, or
-        None for an item with one span (`numbered`).
+        First column of the image, clip or sound that the span is part of: tiles of one image are
+        several spans of one item. None becomes `start`: the span is the whole item.
     stop
         The column after the last.
     visual
@@ -83,6 +82,8 @@ class VisualSpan:
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", self.start + self.length)
         object.__setattr__(self, "visual", self.length - len(self.text))
+        if self.item is None:
+            object.__setattr__(self, "item", self.start)
 
     def fixed_mask(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """Boolean mask of special tokens and text between frames, shape (length,), NumPy."""
@@ -93,16 +94,6 @@ class VisualSpan:
     def special_mask(self, device: torch.device | str = "cpu") -> Tensor:
         """`fixed_mask` as a tensor."""
         return torch.from_numpy(self.fixed_mask()).to(device)
-
-
-def numbered(spans: Sequence[VisualSpan]) -> list[VisualSpan]:
-    """The spans of a sample with consecutive item numbers from 0."""
-    result: list[VisualSpan] = []
-    for before, span in zip([None, *spans], spans, strict=False):
-        number = result[-1].item or 0 if result else 0
-        same = before is not None and span.item is not None and span.item == before.item
-        result.append(replace(span, item=number if same or not result else number + 1))
-    return result
 
 
 @dataclass(frozen=True)
