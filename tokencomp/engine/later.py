@@ -38,7 +38,7 @@ from tokencomp.errors import PrefillWarning
 from tokencomp.plan.plan import Plan
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.hooks import Hooked
-from tokencomp.torchlib.masks import MaskView, causal_mask, mask_parameters
+from tokencomp.torchlib.masks import StaticMaskView, causal_mask
 from tokencomp.torchlib.replace import MethodReplacement
 
 MASKLESS = re.compile("sdpa|flash")  # backends that take None if a token attends to all rows
@@ -58,7 +58,6 @@ class LaterTokens:
 
     def __init__(self, adapter: Adapter, calls: RunningCalls, compact: bool) -> None:
         self.adapter, self.calls, self.compact = adapter, calls, compact
-        mask_parameters()  # cached before a step is compiled
 
     def traceable(self, inputs: Mapping[str, Any], stages: bool) -> bool:
         """Whether torch.compile can trace our part of a call: tensor operations, or nothing.
@@ -120,7 +119,7 @@ class LaterTokens:
         if flash_on_static(config, layer):
             kwargs["attention_mask"] = layer.written_rows(x.shape[0])
         elif layer.row_map.real is not None:
-            view = MaskView(layer.max_cache_len, written=layer.cumulative_length)
+            view = StaticMaskView(layer.max_cache_len, written=layer.cumulative_length)
             kwargs["attention_mask"] = causal_mask(config, x, layer.row_map.real, view)
         if self.compact:
             kwargs["position_ids"] = layer.real_rows().expand(x.shape[0], 1)

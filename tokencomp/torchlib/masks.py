@@ -10,9 +10,19 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, create_mask
+from transformers.masking_utils import (
+    ALL_MASK_ATTENTION_FUNCTIONS,
+    create_causal_mask,
+    eager_mask,
+    flash_attention_mask,
+    sdpa_mask,
+)
 
 from tokencomp.errors import UnsupportedCacheError, UnsupportedModelError
 from tokencomp.torchlib.compat import attention_implementation
+
+# Parameters of transformers' function. Read here, because Dynamo cannot inspect signatures.
+MASK_PARAMETERS = frozenset(inspect.signature(create_causal_mask).parameters)
 
 
 @dataclass(eq=False)
@@ -26,49 +36,48 @@ class MaskView:
     Parameters
     ----------
     physical
-        Number of rows held; of a static layer, the number it can hold.
+        Number of rows held.
     offset
         Entry of the first held row in the 2-D mask: the number of columns before the call
         minus `physical`.
-    written
-        Number of rows of a static layer that are written, a tensor.
     """
 
     physical: int
     offset: int = 0
-    written: Tensor | None = None
     is_sliding: ClassVar[tuple[bool, ...]] = (False,)
-
-    @property
-    def is_compileable(self) -> bool:
-        """Whether the cache has static shapes."""
-        return self.written is not None
+    is_compileable: ClassVar[bool] = False  # whether the cache has static shapes
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
         """Entry of the first query in the 2-D mask."""
-        return self.physical + self.offset if self.written is None else self.written
+        return self.physical + self.offset
 
     get_query_offset = get_seq_length
 
     def get_mask_sizes(self, query: int, layer_idx: int = 0) -> tuple[int, int]:
         """Number of key rows, and the entry of the first in the 2-D mask."""
-        if self.written is not None:
-            return self.physical, self.offset
         return self.physical + query, self.offset
 
 
-_MASK_PARAMETERS: set[str] = set()
+@dataclass(eq=False)
+class StaticMaskView(MaskView):
+    """The same of a static layer that can hold `physical` rows, from entry 0 on.
 
-
-def mask_parameters() -> set[str]:
-    """Parameters of transformers' causal mask function. Cached, because Dynamo cannot inspect
-    signatures.
+    Parameters
+    ----------
+    written
+        Number of rows that are written, a tensor.
     """
-    if not _MASK_PARAMETERS:
-        from transformers.masking_utils import create_causal_mask
 
-        _MASK_PARAMETERS.update(inspect.signature(create_causal_mask).parameters)
-    return _MASK_PARAMETERS
+    written: Tensor | None = None
+    is_compileable: ClassVar[bool] = True
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        return self.written
+
+    get_query_offset = get_seq_length
+
+    def get_mask_sizes(self, query: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self.physical, self.offset
 
 
 def causal_mask(
@@ -96,9 +105,7 @@ def causal_mask(
     skip
         Whether the result may be None where plain causal attention is right.
     """
-    from transformers.masking_utils import create_causal_mask
-
-    names = mask_parameters()
+    names = MASK_PARAMETERS
     call: dict[str, Any] = {"config": config, "inputs_embeds": hidden, "attention_mask": mask}
     call["cache" if "cache" in names else "past_key_values"] = view if text is None else None
     call["position_ids"] = text
@@ -111,8 +118,6 @@ def causal_mask(
 
 def check_flash_on_static() -> None:
     """Raise for static caches in releases whose FlashAttention gets no 2-D mask without padding."""
-    from transformers.masking_utils import flash_attention_mask
-
     written = torch.ones(1, 1, dtype=torch.bool)
     mask = flash_attention_mask(batch_size=1, q_length=1, kv_length=2, attention_mask=written)
     if mask is None:
@@ -129,8 +134,6 @@ def backend_mask(config: Any, visible: Tensor, x: Tensor) -> Any:
     Bool for SDPA, additive for eager attention, a block mask for FlexAttention. FlashAttention
     takes only a mask of padding, (B, columns): other masks are refused, as are unknown backends.
     """
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask, sdpa_mask
-
     backend = attention_implementation(config)
     if "flash" in backend:
         padding = visible[:, 0, -1]  # the last query attends to all real columns
