@@ -21,7 +21,7 @@ from tokencomp.errors import PlanError
 from tokencomp.plan.options import Traits
 from tokencomp.reducers import ScoreReducer, mmtok
 from tokencomp.reducers._batch import means
-from tokencomp.reducers.base import check_kept, reduced
+from tokencomp.reducers.base import reduced
 from tokencomp.tokens import stacks
 
 GRIDS = [(1, 4, 5), (4, 3, 4), (1, 4, 5), (2, 2, 7), (4, 3, 4)]
@@ -96,9 +96,16 @@ def test_long_spans_are_compared_in_parts(
 )
 def test_wrong_rows_of_a_batch_are_refused(rows: list[int]) -> None:
     """Rows of another span, in another order, one of them twice, too few, or of no span at all."""
+
+    class TheseRows(type(make_reducer("uniform"))):  # type: ignore[misc]
+        traits = Traits(batched=True)
+
+        def reduce(self, tokens: Tokens) -> Kept:
+            return Kept(torch.tensor(rows))
+
     tokens = matrix.joined([matrix.tokens((1, 4, 5)), matrix.tokens((1, 4, 5))], 2, 2)
     with pytest.raises(PlanError, match="'uniform' returned"):
-        check_kept(make_reducer("uniform"), tokens, Kept(torch.tensor(rows)))
+        reduced(TheseRows(), tokens)
 
 
 def test_a_subclass_that_chooses_anew_is_asked_span_by_span() -> None:

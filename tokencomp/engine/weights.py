@@ -87,7 +87,7 @@ def merge_rest(tokens: Tokens, kept: Kept, merging: Sequence[bool], reducer: str
     if not all(merging):
         target = target.where(tokens.per_patch([*map(int, merging)]).bool(), DROPPED)
     target = target.index_copy(0, rows, rows)
-    merged = merge_rows(x, target, rows, tokens.all_weights(), trusted=True)
+    merged = merge_rows(x, target, rows, tokens.weights, trusted=True)
     return Kept(rows, merged.x, merged.sizes.float())
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from tokencomp.tokens.signals import TOWER_ATTENTION, Signal, TowerSignal
 from tokencomp.tokens.tokens import Kept, ModelFacts, Tokens, VisualSpan
 from tokencomp.validation import check_effect, check_ranges, check_types
 
-T = TypeVar("T")
+MISSING = "reducer {!r} needs {}. Run it through tokencomp.patch."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +130,8 @@ class ScoreReducer(Reducer):
         """
 
     def reduce(self, tokens: Tokens) -> Kept:
+        from tokencomp.kernels import topk_stable
+
         scores, wanted = self.scores(tokens), (len(tokens.features),)
         if getattr(scores, "shape", None) != wanted:
             raise PlanError(
@@ -137,27 +139,27 @@ class ScoreReducer(Reducer):
                 f"return one score per patch, a tensor of shape {wanted}."
             )
         scores = finite_values(scores, "scores")
-        return Kept(best_rows(scores, tokens.budgets, tokens.lengths))
+        return Kept(topk_stable(scores, tokens.budgets, spans=tokens.lengths, trusted=True))
 
 
 # -- what a reducer is given, and top-k -----------------------------------------------------------
 
 
-def supplied(value: T | None, reducer: str, what: str) -> T:
-    """A signal that the engine computes for `Reducer.needs`; `ScoreError` if it is missing."""
-    if value is None:
-        raise ScoreError(f"reducer {reducer!r} needs {what}. Run it through tokencomp.patch.")
-    return value
-
-
 def supplied_scores(tokens: Tokens, reducer: str) -> Tensor:
-    """Attention scores that the engine computed for `Reducer.needs`, float32 (n,), not checked."""
-    return supplied(tokens.scores, reducer, "attention scores").float()
+    """Attention scores that the engine computed for `Reducer.needs`, float32 (n,), not checked.
+
+    `ScoreError` without them.
+    """
+    if tokens.scores is None:
+        raise ScoreError(MISSING.format(reducer, "attention scores"))
+    return tokens.scores.float()
 
 
 def tower_signal(tokens: Tokens, signal: TowerSignal, reducer: str) -> Tensor:
-    """The signal of the vision tower, shape (n,) or (n, heads, head_dim)."""
-    return supplied(tokens.tower.get(signal), reducer, f"{signal.part} of the vision tower")
+    """The signal of the vision tower, (n,) or (n, heads, head_dim); `ScoreError` without it."""
+    if signal not in tokens.tower:
+        raise ScoreError(MISSING.format(reducer, f"{signal.part} of the vision tower"))
+    return tokens.tower[signal]
 
 
 def salient(tokens: Tokens, reducer: str) -> tuple[Tensor, Tensor]:
@@ -181,28 +183,22 @@ def finite_values(values: Tensor, what: str) -> Tensor:
     return values
 
 
-def feature_norms(x: Tensor) -> Tensor:
-    """L2 norms of the features x (n, d), shape (n,).
-
-    Squares of finite float16 features can overflow, so norms are computed in float32.
-    """
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    norms: Tensor = torch.linalg.vector_norm(x, dim=1, dtype=wide)
-    return norms
-
-
 def finite_features(x: Tensor, scores: Tensor | None = None) -> Tensor:
     """Return the features x (n, d) unchanged; raise `ScoreError` if they or `scores` are not
     finite.
 
-    Both are checked with one read from the device.
+    Both are checked with one read from the device: a sum with NaN or an infinity is never finite.
     """
-    norms = feature_norms(x)
-    if scores is None:
+    # L2 norms in float32: squares of finite float16 features can overflow.
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    norms = torch.linalg.vector_norm(x, dim=1, dtype=wide)
+    total = norms.detach().sum()
+    if scores is not None:
+        total = total + scores.detach().sum()
+    if not math.isfinite(total.item()):
         finite_values(norms, "feature norms")
-    elif not math.isfinite((norms.detach().sum() + scores.detach().sum()).item()):
-        finite_values(norms, "feature norms")
-        finite_values(scores, "scores")
+        if scores is not None:
+            finite_values(scores, "scores")
     return x
 
 
@@ -233,35 +229,26 @@ def reduced(reducer: Reducer, tokens: Tokens) -> Kept:
     """
     if reducer.traits.grid == "whole":
         tokens.check_whole(label(reducer))
-    if reducer.traits.batched:
-        return check_kept(reducer, tokens, reducer.reduce(tokens))
-    parts = [check_kept(reducer, one, reducer.reduce(one)) for one in tokens]
+    parts = []
+    for one in [tokens] if reducer.traits.batched else tokens:
+        kept = reducer.reduce(one)
+        if fault := _fault(kept, one, reducer.traits.decides):
+            raise PlanError(
+                f"reducer {label(reducer)!r} returned {fault}. `reduce(tokens)` must return "
+                "`Kept(rows)` with rows of `tokens.features`, int64, ascending, exactly as many of "
+                "every span as its budget, and as many `features` and `weights`."
+            )
+        parts.append(kept)
     return parts[0] if len(parts) == 1 else Kept.joined(parts, tokens)
 
 
-def check_kept(reducer: Reducer, tokens: Tokens, kept: object) -> Kept:
-    """Return what `reduce` returned, if it is valid rows of `tokens`, of every span its budget.
-
-    A reducer that decides (`Traits`) keeps any number of at least one. The values of the rows are
-    checked on the CPU only: on a GPU the host would have to wait.
-
-    Raises
-    ------
-    PlanError
-        The reducer returned something else.
-    """
-    fault = _fault(kept, tokens, reducer.traits.decides)
-    if isinstance(kept, Kept) and not fault:
-        return kept
-    raise PlanError(
-        f"reducer {label(reducer)!r} returned {fault}. `reduce(tokens)` must return `Kept(rows)` "
-        "with rows of `tokens.features`, int64, ascending, exactly as many of every span as its "
-        "budget, and as many `features` and `weights`."
-    )
-
-
 def _fault(kept: object, tokens: Tokens, decides: bool) -> str:
-    """What is wrong with the result of a reducer, or ""."""
+    """What is wrong with the result of a reducer, or "".
+
+    It must be rows of `tokens`, of every span its budget; a reducer that `decides` (`Traits`) keeps
+    any number of at least one. The values of the rows are checked on the CPU only: on a GPU the
+    host would have to wait.
+    """
     if not isinstance(kept, Kept):
         return f"a {type(kept).__name__}"
     if getattr(kept.rows, "dtype", None) != torch.int64 or kept.rows.ndim != 1:

@@ -13,7 +13,7 @@ from torch.nn.functional import cosine_similarity, normalize
 from tokencomp.plan.counts import frame_budgets
 from tokencomp.reducers import Kept, Reducer, Tokens, Traits, register_reducer
 from tokencomp.reducers._batch import min_max, segment
-from tokencomp.reducers.base import best_rows, feature_norms, finite_features
+from tokencomp.reducers.base import best_rows, finite_features
 
 TEMPERATURE = 0.7
 
@@ -47,7 +47,7 @@ class VCast(Reducer):
         frames = [[n for n in counts if n] for counts in tokens.per_frame()]
         lengths = list(itertools.chain(*frames))
         x = tokens.features.float()
-        norms = feature_norms(x)
+        norms = torch.linalg.vector_norm(x, dim=1)
         means = segment(x, lengths, "sum") / torch.tensor(lengths, device=x.device)[:, None]
         means = normalize(means, dim=1)
         # One device read gives κ and tells whether the features are finite.

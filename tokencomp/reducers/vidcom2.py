@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from tokencomp.plan.counts import frame_budgets
 from tokencomp.reducers import Kept, Reducer, Tokens, Traits, register_reducer
-from tokencomp.reducers.base import best_rows, feature_norms, finite_features
+from tokencomp.reducers.base import best_rows, finite_features
 from tokencomp.tokens.stacks import HostIndex, Stack, by_stack
 from tokencomp.tokens.tokens import Grid
 
@@ -54,8 +54,9 @@ class VidCom2(Reducer):
         values = by_stack(tokens.lengths, of_stack, x, keys=grids, limit=math.inf)
         frames = [h * w for t, h, w in grids for _ in range(t)]
         # One device read gives -u for every frame and tells whether the features are finite.
-        *means, norms = torch.cat([values[:, 1], feature_norms(x).sum()[None]]).tolist()
-        if not math.isfinite(norms):
+        total = torch.linalg.vector_norm(x, dim=1).sum()
+        *means, total = torch.cat([values[:, 1], total[None]]).tolist()
+        if not math.isfinite(total):
             finite_features(x)
         quota, first = [], 0
         for (t, h, w), budget in zip(grids, tokens.budgets, strict=True):
