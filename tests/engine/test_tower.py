@@ -20,7 +20,7 @@ from torch import Tensor
 import tokencomp
 from tokencomp import Kept, Reducer, Tokens, make_reducer
 from tokencomp.adapters.registry import adapter_for
-from tokencomp.engine.tower.signals import attention_blocks
+from tokencomp.adapters.towers.base import attention_blocks
 from tokencomp.errors import OptionError, SpanError
 from tokencomp.plan.plan import Plan, Stage, TowerStage
 from tokencomp.tokens.signals import TOWER_ATTENTION, TOWER_KEYS, Attention, Signal, TowerSignal

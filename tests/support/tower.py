@@ -19,7 +19,7 @@ import tokencomp
 from support import oracle
 from support.families import Family
 from tokencomp.adapters.registry import adapter_for
-from tokencomp.engine.tower.signals import attention_blocks
+from tokencomp.adapters.towers.base import attention_blocks
 
 LOUD = 6
 TOLERANCE = {"sdpa": 1e-6, "eager": 1e-4}  # float64 and float32, see `build`

@@ -15,7 +15,7 @@ from torch import Tensor
 from tokencomp.engine.call import Call
 from tokencomp.engine.layer_types import FULL, LAYER_TYPES
 from tokencomp.engine.rowmap import RowMap
-from tokencomp.engine.tower.flops import TowerCost
+from tokencomp.engine.tower.rows import TowerCost
 from tokencomp.engine.weights import extra_dims
 from tokencomp.errors import OptionError, RatioWarning
 from tokencomp.plan.counts import Place

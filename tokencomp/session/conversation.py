@@ -15,10 +15,10 @@ from transformers import DynamicCache
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.adapters.structure import parameters_of
 from tokencomp.engine.cache import first_layer, physical_length
-from tokencomp.engine.tower.memory import recalled, store_without
+from tokencomp.engine.tower.memory import recalled
 from tokencomp.errors import OptionError, SessionError
 from tokencomp.handle import handle_of
-from tokencomp.session.evict import Mark, check_eviction, evict, held_columns
+from tokencomp.session.evict import Mark, check_eviction, evict, held_columns, store_without
 from tokencomp.session.held import POLICIES, TEXT, Held, PatchPlaces, newest
 from tokencomp.session.patched import check_patch, rows_of, run_within
 from tokencomp.session.positions import Positions

@@ -14,6 +14,8 @@ do.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,12 +28,15 @@ from tokencomp.engine.cache import (
     CompressedLayer,
     compress_layer,
     filled,
+    first_layer,
     physical_length,
 )
 from tokencomp.engine.choose import FRAMES_SHOWN
 from tokencomp.engine.layer_types import Indexed, LayerTypes
 from tokencomp.engine.rowmap import RowMap
+from tokencomp.engine.tower.memory import TILE, Seen, copies
 from tokencomp.errors import OptionError, UnsupportedCacheError, UnsupportedModelError
+from tokencomp.tokens.tokens import Memories, Modality
 from tokencomp.torchlib.cache_classes import STATES
 
 
@@ -120,6 +125,27 @@ def evict(cache: Any, columns: Tensor) -> int:
             "that every layer holds, such as the first token."
         )
     return max(_keep(layer, rows) for layer, rows in zip(layers, stays, strict=True))
+
+
+def store_without(
+    cache: Any, memories: Memories, lost: Iterable[tuple[Modality, tuple[int, int], Tensor]]
+) -> None:
+    """Store memories of one sample with the rows that its cache holds, without lost cells.
+
+    `lost` has, for pictures of (h, w) cells of one kind, the raster numbers of cells whose last row
+    was evicted, int64 (cells,). It does not tell tiles of a picture apart, so that tiles with keys
+    (`Cells.keys`) are forgotten.
+    """
+    memories = {modality: copies(memories, modality, 1) for modality in memories}
+    for kept in memories.values():
+        kept[:] = [{k: v for k, v in memory.items() if k[0] != TILE} for memory in kept]
+    for modality, size, cells in lost:
+        for memory in memories.get(modality, []):
+            if size in memory:
+                cells = cells.to(memory[size].device)
+                memory[size] = memory[size].index_fill(0, cells, torch.nan)
+    layer = first_layer(cache)
+    layer.row_map = replace(layer.row_map, seen=Seen(layer.rows, memories))
 
 
 def _staying(layer: Any, columns: Tensor) -> Tensor:

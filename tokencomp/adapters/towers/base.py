@@ -37,6 +37,8 @@ class EncoderCall:
         `Adapter.modalities` of the prompt, if the stage compares pictures.
     ids : Tensor of int64, shape (B, L), or None
         Its `input_ids`, if there are any.
+    cache
+        Its KV cache.
     """
 
     pixels: Tensor
@@ -45,6 +47,7 @@ class EncoderCall:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     modalities: Tensor | None = None
     ids: Tensor | None = None
+    cache: Any = None
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,15 @@ class Tower(ABC):
                 f"tower stage before block {stage.block}, but {family} uses the blocks 0 … "
                 f"{len(self.blocks) - 1} of its vision tower. Move the stage."
             )
+
+
+def attention_blocks(tower: nn.Module) -> list[nn.Module]:
+    """Self-attention modules of a tower, in order: those with `qkv`, or `q_proj` and `k_proj`."""
+    return [
+        m
+        for m in tower.modules()
+        if hasattr(m, "qkv") or (hasattr(m, "q_proj") and hasattr(m, "k_proj"))
+    ]
 
 
 def unknown_cells(family: str, reason: str = "") -> UnsupportedModelError:

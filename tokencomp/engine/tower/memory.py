@@ -1,21 +1,20 @@
 """What a stage in the vision tower has kept of earlier pictures, for reducers that compare them.
 
 A later turn finds it in the row map of the cache that holds the pictures. A cache that was cut into
-them no longer has it: the next picture is then kept whole. When a session evicts rows, it stores
-again what the other rows hold.
+them no longer has it: the next picture is then kept whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from tokencomp.adapters.base import Adapter
+from tokencomp.adapters.towers.base import Cells, EncoderCall
 from tokencomp.engine.cache import CompressedLayer, first_layer
 from tokencomp.engine.call import Noted
 from tokencomp.errors import SpanError
@@ -39,27 +38,6 @@ def recalled(cache: Any) -> Memories:
     layer = first_layer(cache)
     seen: Seen | None = layer.row_map.seen if isinstance(layer, CompressedLayer) else None
     return {} if seen is None else seen.memories
-
-
-def store_without(
-    cache: Any, memories: Memories, lost: Iterable[tuple[Modality, tuple[int, int], Tensor]]
-) -> None:
-    """Store memories of one sample with the rows that its cache holds, without lost cells.
-
-    `lost` has, for pictures of (h, w) cells of one kind, the raster numbers of cells whose last row
-    was evicted, int64 (cells,). It does not tell tiles of a picture apart, so that tiles with keys
-    (`Cells.keys`) are forgotten.
-    """
-    memories = {modality: copies(memories, modality, 1) for modality in memories}
-    for kept in memories.values():
-        kept[:] = [{k: v for k, v in memory.items() if k[0] != TILE} for memory in kept]
-    for modality, size, cells in lost:
-        for memory in memories.get(modality, []):
-            if size in memory:
-                cells = cells.to(memory[size].device)
-                memory[size] = memory[size].index_fill(0, cells, torch.nan)
-    layer = first_layer(cache)
-    layer.row_map = replace(layer.row_map, seen=Seen(layer.rows, memories))
 
 
 def copies(memories: Memories, modality: Modality, samples: int) -> list[Memory]:
@@ -94,20 +72,14 @@ def running_prompt(adapter: Adapter, noted: Noted) -> tuple[Tensor, Tensor | Non
     return modalities[:, held:], None if ids is None else ids[:, held:], cache
 
 
-def owners(modalities: Tensor, modality: Modality, lengths: list[int]) -> list[int]:
-    """Sample of every medium of `lengths` tokens; media are in the order of the batch.
+def memories_before(call: EncoderCall, cells: Cells) -> tuple[list[Memory], list[Memory]]:
+    """Memories of all samples before a call of the tower, and of every part of its cells.
 
-    Raises
-    ------
-    SpanError
-        The prompts have another number of tokens.
+    Media are in the order of the batch; parts of a sample share its memory.
     """
-    ends = (modalities == CODES[modality]).sum(1).cumsum(0).tolist()
-    stops = np.cumsum(lengths)
-    if ends[-1] != stops[-1]:
-        raise SpanError(
-            f"{stops[-1]} tokens of {modality}s were encoded for prompts with {ends[-1]}, so it is "
-            "not known whose they are. Pass pixels and prompts of one call of the processor."
-        )
-    found: list[int] = np.searchsorted(ends, stops).tolist()
-    return found
+    assert call.modalities is not None
+    memories = copies(recalled(call.cache), cells.modality, len(call.modalities))
+    ends = (call.modalities == CODES[cells.modality]).sum(1).cumsum(0)
+    lengths = cells.tokens or [math.prod(grid) for part in cells.parts for grid in part]
+    owners = np.searchsorted(ends[:-1].numpy(force=True), np.cumsum(lengths))
+    return memories, [memories[b] for b in owners]

@@ -1,20 +1,18 @@
-"""The rows of a vision tower that a stage keeps: arguments of its blocks, and full length."""
+"""The rows of a vision tower that a stage keeps: arguments of blocks, full length, and FLOPs."""
 
 from __future__ import annotations
 
-import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from tokencomp.adapters.towers.base import Cells
-from tokencomp.engine.tower.flops import TowerCost
+from tokencomp.adapters.towers.base import Cells, Tower, attention_blocks
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.masks import backend_mask, block_mask, visible_columns
 
@@ -30,15 +28,23 @@ class TowerRows(ABC):
         The rows, ascending: (rows,) of a packed tower, (pictures, rows) of a dense one.
     entered
         Whether the first block with fewer rows has begun.
+    lengths : Tensor of int64, shape (pictures,), or None
+        In a dense tower, if the pixels decide how many rows are kept: the number before the padding
+        rows, to which no row attends. None: rows attend to all rows.
     """
+
+    lengths: Tensor | None = None
 
     def __init__(self, cells: Cells, index: Tensor) -> None:
         self.cells, self.index, self.entered = cells, index, False
         self._results: dict[int, tuple[Any, Any]] = {}
 
     @abstractmethod
-    def arguments(self, hidden: Tensor, args: Any, kwargs: dict[str, Any], cost: TowerCost) -> Any:
-        """Arguments of the next block for the kept rows."""
+    def arguments(self, hidden: Tensor, rest: Any, kwargs: dict[str, Any], cost: TowerCost) -> Any:
+        """Arguments of the next block for the kept rows.
+
+        Those by place are `hidden` and `rest`.
+        """
 
     @abstractmethod
     def full_length(self, x: Tensor) -> Tensor:
@@ -93,18 +99,18 @@ class PackedRows(TowerRows):
         x = embed(pixels[self.patches])
         return x.new_full((len(pixels), x.shape[-1]), math.nan).index_copy(0, self.patches, x)
 
-    def arguments(self, hidden: Tensor, args: Any, kwargs: dict[str, Any], cost: TowerCost) -> Any:
-        kwargs, bounds = dict(kwargs), kwargs["cu_seqlens"]
+    def arguments(self, hidden: Tensor, rest: Any, kwargs: dict[str, Any], cost: TowerCost) -> Any:
+        bounds = kwargs["cu_seqlens"]
         if not self.entered:
             hidden, self.entered = hidden[self.index], True
         kwargs["cu_seqlens"], longest = self._once(self.bounds, bounds)
-        cost.block(bounds, kwargs["cu_seqlens"])
+        cost.bounds.append((bounds, kwargs["cu_seqlens"]))
         if kwargs.get("max_seqlen") is not None:
             kwargs["max_seqlen"] = longest
         tables = kwargs.get("position_embeddings")
         if tables is not None:
             kwargs["position_embeddings"] = tuple(self._once(self._table, t) for t in tables)
-        return _with_hidden(hidden, args, kwargs)
+        return (hidden, *rest), kwargs
 
     def full_length(self, x: Tensor) -> Tensor:
         full = x.new_full((1, len(self.cells.pixels), x.shape[-1]), math.nan)
@@ -132,9 +138,6 @@ class DenseRows(TowerRows):
     ----------
     unread : Tensor of bool, shape (pictures, rows)
         Padding rows that equalise lengths within the batch; no token reads them.
-    lengths : Tensor of int64, shape (pictures,), or None
-        If the pixels decide how many rows are kept: the number before the padding rows, to which
-        no row attends. None: rows attend to all rows.
     """
 
     def __init__(
@@ -171,44 +174,42 @@ class DenseRows(TowerRows):
         """Number of class tokens before the patches of a picture, 0 or 1."""
         return self.index.shape[1] - self.cells.rows
 
-    def arguments(self, hidden: Tensor, args: Any, kwargs: dict[str, Any], cost: TowerCost) -> Any:
-        kwargs, args = dict(kwargs), list(args)
+    def arguments(self, hidden: Tensor, rest: Any, kwargs: dict[str, Any], cost: TowerCost) -> Any:
         if not self.entered:
             hidden = self._enter(hidden)
         before = equal_bounds(self.cells.pictures, self._head + self._patches)
-        cost.block(before, equal_bounds(*self.index.shape))
-        if isinstance(kwargs.get("attention_mask"), Tensor | BlockMask):
-            kwargs["attention_mask"] = self._once(self._mask, kwargs["attention_mask"])
-        elif len(args) > 1 and isinstance(args[1], Tensor | BlockMask):
-            args[1] = self._once(self._mask, args[1])
-        return _with_hidden(hidden, tuple(args), kwargs)
+        cost.bounds.append((before, equal_bounds(*self.index.shape)))
+        # The only other tensors are masks.
+        rest = tuple(self._once(self._mask, value) for value in rest)
+        return (hidden, *rest), {n: self._once(self._mask, v) for n, v in kwargs.items()}
 
     def _enter(self, hidden: Tensor) -> Tensor:
         """Gather the input of the first block with fewer rows."""
-        first = hidden.shape[1] - self._patches
-        if first:  # keep the class token
-            head = torch.arange(first, device=self.index.device).expand(len(self.index), -1)
-            self.index = torch.cat([head, self.index + first], 1)
-            self.unread = torch.cat([torch.zeros_like(head, dtype=torch.bool), self.unread], 1)
-            self.lengths = None if self.lengths is None else self.lengths + first
+        first = hidden.shape[1] - self._patches  # 1: every picture keeps its class token, row 0
+        self.index = nn.functional.pad(self.index + first, (first, 0))
+        self.unread = nn.functional.pad(self.unread, (first, 0))
+        self.lengths = None if self.lengths is None else self.lengths + first
         self.entered = True
         return hidden.gather(1, self.index[..., None].expand(-1, -1, hidden.shape[-1]))
 
     def padding_mask(self, config: Any, hidden: Tensor) -> Any:
         """The mask that hides padding rows, in the form of the tower's attention backend."""
-        return self._once(functools.partial(self._padding_mask, config, hidden), self.lengths)
 
-    def _padding_mask(self, config: Any, hidden: Tensor, lengths: Tensor) -> Any:
-        rows = hidden.shape[1]
-        real = torch.arange(rows, device=hidden.device) < lengths[:, None]
-        if "flash" in compat.attention_implementation(config):
-            return real
-        return backend_mask(config, real[:, None, None].expand(-1, 1, rows, -1), hidden)
+        def mask(lengths: Tensor) -> Any:
+            rows = hidden.shape[1]
+            real = torch.arange(rows, device=hidden.device) < lengths[:, None]
+            if "flash" in compat.attention_implementation(config):
+                return real
+            return backend_mask(config, real[:, None, None].expand(-1, 1, rows, -1), hidden)
+
+        return self._once(mask, self.lengths)
 
     def _mask(self, mask: Any) -> Any:
         """A mask (pictures, 1, rows, rows) or (pictures, rows) for the kept rows."""
         if isinstance(mask, BlockMask):
             return block_mask(self._mask(visible_columns(mask)))
+        if not isinstance(mask, Tensor):
+            return mask
         index = self.index
         if mask.ndim == 2:
             return mask.gather(1, index)
@@ -223,15 +224,12 @@ class DenseRows(TowerRows):
 
         The first row is the class token, if there is one; the input of a projector may lack it.
         """
-        index, unread, head = self.index, self.unread, self._head
-        if (
-            x.ndim != 3
-            or len(x) != len(index)
-            or not index.shape[1] >= x.shape[1] >= self.cells.rows
-        ):
+        rows = self.cells.rows
+        if x.ndim != 3 or len(x) != len(self.index) or x.shape[1] not in (rows, rows + self._head):
             return x
-        if x.shape[1] == self.cells.rows:  # without class token
-            index, unread, head = index[:, head:] - head, unread[:, head:], 0
+        head = x.shape[1] - rows
+        lacks = self._head - head
+        index, unread = self.index[:, lacks:] - lacks, self.unread[:, lacks:]
         x = x.masked_fill(unread[..., None], math.nan)
         full = x.new_full((len(x), head + self._patches, x.shape[-1]), math.nan)
         return full.scatter(1, index[..., None].expand(-1, -1, x.shape[-1]), x)
@@ -257,7 +255,87 @@ def equal_bounds(count: int, length: int) -> Tensor:
     return torch.arange(count + 1) * length
 
 
-def _with_hidden(hidden: Tensor, args: Any, kwargs: dict[str, Any]) -> Any:
-    if args:
-        return (hidden, *args[1:]), kwargs
-    return (), {**kwargs, "hidden_states": hidden}
+# -- FLOPs ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TowerShape:
+    """Sizes of a tower on which its FLOPs depend, except for sequence lengths.
+
+    A multiplication and an addition are two FLOPs. Patch embedding, norms and activations are not
+    counted.
+
+    Attributes
+    ----------
+    row
+        FLOPs of the linear layers of one block, per row.
+    width
+        Channels of all heads together.
+    unused
+        Number of blocks after those in use.
+    token
+        FLOPs of the projectors, per row of their input.
+    """
+
+    row: int
+    width: int
+    unused: int
+    token: int
+
+    @classmethod
+    def of(cls, layout: Tower) -> TowerShape:
+        block = layout.blocks[0]
+        attn: Any = attention_blocks(block)[0]
+        token = sum(_linear(module) for module in layout.projectors)
+        return cls(_linear(block), attn.num_heads * attn.head_dim, len(layout.unused), token)
+
+
+def _linear(module: nn.Module) -> int:
+    """FLOPs per row of all linear layers in `module`, in any form of weights."""
+    products = 0
+    for part in module.modules():
+        sizes: list[Any] = [getattr(part, name, None) for name in ("in_features", "out_features")]
+        inner = (m for m in part.modules() if m is not part)
+        if None in sizes or any(hasattr(m, "in_features") for m in inner):  # a wrapper (LoRA)
+            products += sum(p.numel() for p in part.parameters(recurse=False) if p.ndim == 2)
+        else:
+            products += int(math.prod(sizes))
+    return 2 * products
+
+
+@dataclass
+class TowerCost:
+    """Work of one call of a vision tower; all pairs are without and with the stage.
+
+    Attributes
+    ----------
+    bounds
+        Sequence bounds of every block that has run: pairs of integer tensors.
+    tokens
+        Number of rows that enter the projectors.
+    """
+
+    shape: TowerShape
+    bounds: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    tokens: tuple[int, int] = (0, 0)
+
+    @property
+    def patches(self) -> tuple[int, int]:
+        """Rows summed over the blocks in use."""
+        before, after = (sum(int(pair[i][-1]) for pair in self.bounds) for i in (0, 1))
+        return before, after
+
+    @property
+    def tower_flops(self) -> tuple[int, int]:
+        """FLOPs of all blocks without the stage, and of the blocks in use with it."""
+        before, after = ([self._block(pair[i]) for pair in self.bounds] for i in (0, 1))
+        return sum(before) + self.shape.unused * sum(before[-1:]), sum(after)
+
+    @property
+    def projector_flops(self) -> tuple[int, int]:
+        before, after = self.tokens
+        return self.shape.token * before, self.shape.token * after
+
+    def _block(self, bounds: Tensor) -> int:
+        squares = int(bounds.long().diff().square().sum())
+        return self.shape.row * int(bounds[-1]) + 4 * self.shape.width * squares

@@ -7,10 +7,10 @@ some blocks, and passed on to the visual tokens of the decoder.
 from __future__ import annotations
 
 import functools
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter, TowerCall
+from tokencomp.adapters.towers.base import attention_blocks
 from tokencomp.engine.capture import gather_heads
+from tokencomp.engine.tower.rows import TowerRows
 from tokencomp.errors import OptionError, SpanError
 from tokencomp.plan.plan import Plan
 from tokencomp.tokens.signals import Attention, Signal, TowerSignal
@@ -26,15 +28,6 @@ from tokencomp.tokens.tokens import VisualSpan
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.hooks import Hooked
 from tokencomp.torchlib.replace import MethodReplacement
-
-
-def attention_blocks(tower: nn.Module) -> list[nn.Module]:
-    """Self-attention modules of a tower, in order: those with `qkv`, or `q_proj` and `k_proj`."""
-    return [
-        m
-        for m in tower.modules()
-        if hasattr(m, "qkv") or (hasattr(m, "q_proj") and hasattr(m, "k_proj"))
-    ]
 
 
 def watched_blocks(
@@ -125,13 +118,11 @@ SOURCES = {
 }
 
 
-@dataclass
-class _RecordedCalls(threading.local):
-    """The latest calls of the tower in this thread, and the call that runs."""
+class _Latest(threading.local):
+    """The latest calls of the tower in this thread."""
 
-    grids: Tensor | None = None
-    running: TowerCall | None = None
-    calls: deque[TowerCall] = field(default_factory=lambda: deque(maxlen=2))
+    def __init__(self) -> None:
+        self.calls: deque[TowerCall] = deque(maxlen=2)
 
 
 class TowerProbe(Hooked):
@@ -143,11 +134,8 @@ class TowerProbe(Hooked):
         Which values are recorded.
     off
         Nothing is computed or recorded in a thread where this returns True.
-    full_length
-        Spreads values of the rows of a running call over all rows, where a stage in the tower has
-        dropped some (`TowerDrop.full_length`).
-    lengths
-        See `TowerDrop.lengths`.
+    rows
+        The rows that a stage in the tower has kept; None: the running blocks see all patches.
     """
 
     def __init__(
@@ -155,73 +143,53 @@ class TowerProbe(Hooked):
         adapter: Adapter,
         signals: frozenset[TowerSignal],
         off: Callable[[], bool],
-        full_length: Callable[[Tensor], Tensor] = lambda values: values,
-        lengths: Callable[[], Tensor | None] = lambda: None,
+        rows: Callable[[], TowerRows | None] = lambda: None,
     ) -> None:
-        self.adapter, self.signals, self.off = adapter, signals, off
-        self.full_length, self.lengths = full_length, lengths
-        self._recorded = _RecordedCalls()
+        self.adapter, self.signals, self.off, self.rows = adapter, signals, off, rows
+        self._latest = _Latest()
         self._heads = 1
 
     def install(self) -> None:
         """Hook the tower, and the method of the body that packs tiles, if there is one."""
-        tower, packer = self.adapter.tower, self.adapter.packer
-        self._handles.append(tower.register_forward_pre_hook(self._tower, with_kwargs=True))
-        watched = watched_blocks(self.adapter, self.signals)
-        for order, (block, signals) in enumerate(watched):
-            hook = functools.partial(self._block, signals, order == 0, order == len(watched) - 1)
-            self._handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
-        if packer:
+        self._before(self.adapter.tower, self._begin)
+        for block, signals in watched_blocks(self.adapter, self.signals):
+            self._before(block, functools.partial(self._record, signals))
+        if packer := self.adapter.packer:
             self._handles.append(MethodReplacement(self.adapter.body, packer, self._pack))
 
-    @compat.not_compiled
-    def _tower(
-        self, tower: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
-    ) -> None:
-        # If another thread removes the hook during the call, torch passes no kwargs.
-        kwargs = kwargs or {}
-        self._recorded.grids = compat.bind(tower, args, kwargs).get("grid_thw")
+    def _begin(self, tower: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if not self.off():
+            grids = compat.bind(tower, args, kwargs).get("grid_thw")
+            self._latest.calls.append(TowerCall({}, grids))
 
-    @compat.not_compiled
     @torch.no_grad()
-    def _block(
-        self,
-        signals: list[TowerSignal],
-        first: bool,
-        last: bool,
-        attn: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+    def _record(
+        self, signals: list[TowerSignal], attn: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> None:
-        """Record `signals` of one block, the first or last of those that are watched."""
-        recorded = self._recorded
-        if first:
-            recorded.running = None if self.off() else TowerCall({}, recorded.grids)
-        if recorded.running is None:
+        """Record `signals` of one block."""
+        if self.off() or not self._latest.calls:  # none: a backward pass runs the block again
             return
-        arguments = compat.bind(attn, args, kwargs)
-        # Recompute queries and keys, and restore rows that a tower stage has dropped.
+        arguments, rows = compat.bind(attn, args, kwargs), self.rows()
         q, k = queries_and_keys(attn, arguments)
         self._heads = k.shape[-2]
         for signal in signals:
             if signal.part == "keys":
                 values = k.flatten(-2).float()
             else:
-                rows, bounds = rotated(attn, q, k, arguments), arguments.get("cu_seqlens")
-                options = self.adapter.class_token, self.lengths()
-                values = attention_received(*rows, bounds, *options)[..., None]
-            recorded.running.values[signal] = self.full_length(values)
-        if last:
-            recorded.calls.append(recorded.running)
-            recorded.running = None
+                turned, bounds = rotated(attn, q, k, arguments), arguments.get("cu_seqlens")
+                options = self.adapter.class_token, rows.lengths if rows else None
+                values = attention_received(*turned, bounds, *options)[..., None]
+            # Full length, where a stage in the tower has dropped rows.
+            values = values if rows is None else rows.full_length(values)
+            self._latest.calls[-1].values[signal] = values
 
     def _pack(self, original: Callable[..., Any], features: Any, *args: Any, **kwargs: Any) -> Any:
         """Call the packer of the body, and record how it was called."""
-        if self._recorded.calls:
+        if self._latest.calls:
             # `Adapter.tower_tokens` packs the recorded values in the same way, but without line
             # breaks: it passes `image_newline=None` itself.
             kwargs_now = {k: v for k, v in kwargs.items() if k != "image_newline"}
-            self._recorded.calls[-1].packing = [len(f) for f in features], args, kwargs_now
+            self._latest.calls[-1].packing = [len(f) for f in features], args, kwargs_now
         return original(features, *args, **kwargs)
 
     def collect(self, spans: list[list[VisualSpan]]) -> dict[Signal, list[list[Tensor]]]:
@@ -242,9 +210,10 @@ class TowerProbe(Hooked):
             k for k in ("image", "video") if any(s.modality == k for row in spans for s in row)
         ]
         # The tower runs once for all images and then once for all videos. An earlier call belongs
-        # to another prompt, which never reached the decoder.
-        calls = list(self._recorded.calls)[len(self._recorded.calls) - len(modalities) :]
-        self._recorded.calls.clear()
+        # to another prompt, which never reached the decoder; a call that failed lacks values.
+        calls = [c for c in self._latest.calls if len(c.values) == len(self.signals)]
+        calls = calls[len(calls) - len(modalities) :]
+        self._latest.calls.clear()
         if len(calls) < len(modalities):
             raise SpanError(
                 "the reducer reads the vision tower's attention, but the tower did not run for "
@@ -296,17 +265,12 @@ def _spread(spans: list[list[VisualSpan]], tokens: dict[str, Tensor]) -> list[li
     must be a whole number and the same for images and videos.
     """
     total = {
-        modality: sum(
-            s.grid[0] * s.grid[1] * s.grid[2]
-            for row in spans
-            for s in row
-            if s.modality == modality
-        )
-        for modality in tokens
+        name: sum(math.prod(s.grid) for row in spans for s in row if s.modality == name)
+        for name in tokens
     }
-    copies = {modality: n / max(len(tokens[modality]), 1) for modality, n in total.items()}
-    times = next(iter(copies.values()), 1.0)
-    if times != int(times) or len(spans) % int(times or 1) or len(set(copies.values())) > 1:
+    times = {n / max(len(tokens[name]), 1) for name, n in total.items()} or {1.0}
+    copies = int(min(times))
+    if times != {copies} or len(spans) % copies:
         counts = [f"{len(tokens[k])} {k} patches for {n} tokens" for k, n in total.items()]
         raise SpanError(
             f"the vision tower encoded {', '.join(counts)}, which are not the media of this "
@@ -314,12 +278,12 @@ def _spread(spans: list[list[VisualSpan]], tokens: dict[str, Tensor]) -> list[li
             "tower's attention."
         )
     # One copy of every row in the order of the tower, then repeated.
-    rows, parts = spans[:: int(times) or 1], dict[str, Iterator[Tensor]]()
+    rows, parts = spans[::copies], dict[str, Iterator[Tensor]]()
     for modality, values in tokens.items():
         of_it = [span for row in rows for span in row if span.modality == modality]
         parts[modality] = iter(_of_tokens(values, of_it).split([span.length for span in of_it]))
     tables = [[next(parts[span.modality]) for span in row] for row in rows]
-    return [row for row in tables for _ in range(int(times) or 1)]
+    return [row for row in tables for _ in range(copies)]
 
 
 def _of_tokens(values: Tensor, spans: list[VisualSpan]) -> Tensor:

@@ -17,12 +17,11 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
 import math
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakSet
 
@@ -30,14 +29,21 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.adapters.towers.base import Cells, EncoderCall, Tower
+from tokencomp.adapters.towers.base import Cells, EncoderCall, Tower, attention_blocks
 from tokencomp.adapters.towers.dense import DenseTower
 from tokencomp.adapters.towers.packed import PackedTower
 from tokencomp.engine.call import Call, RunningCalls, TowerRecord
-from tokencomp.engine.tower.flops import TowerCost, TowerShape
-from tokencomp.engine.tower.memory import TILE, copies, owners, recalled, running_prompt
-from tokencomp.engine.tower.rows import DenseRows, PackedRows, TowerRows, equal_bounds, rows_of
-from tokencomp.engine.tower.signals import TowerProbe, attention_blocks, check_signals
+from tokencomp.engine.tower.memory import TILE, memories_before, recalled, running_prompt
+from tokencomp.engine.tower.rows import (
+    DenseRows,
+    PackedRows,
+    TowerCost,
+    TowerRows,
+    TowerShape,
+    equal_bounds,
+    rows_of,
+)
+from tokencomp.engine.tower.signals import TowerProbe, check_signals
 from tokencomp.errors import OptionError
 from tokencomp.plan.plan import Plan, TowerStage
 from tokencomp.reducers.base import reduced
@@ -62,82 +68,66 @@ def check_tower_stage(plan: Plan, adapter: Adapter) -> Plan:
 
 @torch.no_grad()
 def chosen_cells(
-    cells: Cells, stage: TowerStage, values: Tensor, pixels: tuple[int, int, int] | None = None
+    cells: Cells,
+    stage: TowerStage,
+    hidden: Tensor | None = None,
+    levels: Tensor | None = None,
+    memories: list[Memory] | None = None,
 ) -> Tensor:
     """The kept cells, int64, shape (kept cells,), in no particular order.
 
     Parameters
     ----------
-    values : Tensor, shape (patches, d)
-        Pixels or hidden states of the patches, in the order of the tower's input.
-    pixels
-        (frames, height, width) of a patch, if the values are pixels.
-    """
-    from tokencomp.kernels.dispatch import exact
-
-    # Keep count of every part; parts that share a budget divide it.
-    grids = list(itertools.chain.from_iterable(cells.parts))
-    keeps = list(itertools.chain.from_iterable(map(stage.cells, cells.parts)))
-    lengths = [math.prod(grid) for grid in grids]
-    ends = starts_of(lengths)
-
-    def cells_of(parts: list[int]) -> Tensor:
-        return torch.from_numpy(rows_of_runs(ends, parts)).to(values.device)
-
-    # Parts that keep all cells, or none, need no reducer.
-    whole = [i for i, length in enumerate(lengths) if keeps[i] == length]
-    some = [i for i, length in enumerate(lengths) if 0 < keeps[i] < length]
-    chosen = [cells_of(whole)] if whole else []
-    if some:
-        rows = cells_of(some)
-        tokens = Tokens(
-            features=_cell_values(values, cells.members[rows], pixels is not None),
-            grids=[grids[i] for i in some],
-            budgets=[keeps[i] for i in some],
-            modalities=[cells.modality for _ in some],
-            pixels=pixels,
-        )
-        with exact(values, stage.reducer.traits.batched):
-            kept = reduced(stage.reducer, tokens)
-        chosen.append(rows[kept.rows])
-    return torch.cat(chosen)
-
-
-@torch.no_grad()
-def decided_cells(
-    cells: Cells,
-    stage: TowerStage,
-    levels: Tensor | None = None,
-    memories: list[Memory] | None = None,
-) -> Tensor:
-    """The kept cells, int64, shape (kept cells,), if the pixels decide how many.
-
-    Parameters
-    ----------
+    hidden
+        Input of the block of the stage; None: the reducer gets pixels.
     levels, memories
         As in `Tokens.levels` and `Tokens.seen`.
     """
     from tokencomp.kernels.dispatch import exact
 
-    grids = list(itertools.chain.from_iterable(cells.parts))
-    frames, height, width = cells.pixels.shape[-3:]
-    # A cell with fewer patches repeats its first.
-    members = torch.where(cells.members < 0, cells.members[:, :1], cells.members)
-    tokens = Tokens(
-        features=cells.pixels.flatten(1)[members].flatten(1),
-        grids=grids,
-        budgets=[math.prod(grid) for grid in grids],
-        modalities=[cells.modality for _ in grids],
-        pixels=(frames, height, width),
-        levels=levels,
-        seen=memories,
-        keys=[(TILE, *key) for key in cells.keys],
-    )
-    with exact(cells.pixels, stage.reducer.traits.batched):
-        return reduced(stage.reducer, tokens).rows
+    # Keep count of every part; parts that share a budget divide it.
+    grids = [grid for part in cells.parts for grid in part]
+    keeps = [keep for part in cells.parts for keep in stage.cells(part)]
+    lengths = [math.prod(grid) for grid in grids]
+    ends, every = starts_of(lengths), range(len(grids))
+
+    def cells_of(parts: list[int]) -> Tensor:
+        return torch.from_numpy(rows_of_runs(ends, parts)).to(cells.members.device)
+
+    # Parts that keep all cells, or none, need no reducer, unless it decides how many.
+    some = [i for i in every if stage.decides or 0 < keeps[i] < lengths[i]]
+    whole = [i for i in every if not stage.decides and keeps[i] == lengths[i]]
+    chosen = [cells_of(whole)] if whole else []
+    if some:
+        rows, (frames, height, width) = cells_of(some), cells.pixels.shape[-3:]
+        tokens = Tokens(
+            features=_features(cells, rows, stage, hidden),
+            grids=[grids[i] for i in some],
+            budgets=[keeps[i] for i in some],
+            modalities=[cells.modality for _ in some],
+            pixels=(frames, height, width) if hidden is None else None,
+            levels=levels,
+            seen=memories,
+            keys=[(TILE, *cells.keys[i]) for i in some] if cells.keys else [],
+        )
+        with exact(tokens.features, stage.reducer.traits.batched):
+            chosen.append(rows[reduced(stage.reducer, tokens).rows])
+    return torch.cat(chosen)
 
 
-def patch_values(cells: Cells, hidden: Tensor) -> Tensor:
+def _features(cells: Cells, rows: Tensor, stage: TowerStage, hidden: Tensor | None) -> Tensor:
+    """Pixels of the patches of cells, concatenated; or the mean of their hidden states."""
+    members = cells.members[rows]
+    present = members >= 0
+    if stage.decides:  # it compares pixels: a cell with fewer patches repeats its first
+        members = torch.where(present, members, members[:, :1])
+        return cells.pixels.flatten(1)[members].flatten(1)
+    values = cells.pixels.flatten(1) if hidden is None else _patch_values(cells, hidden)
+    x = values[members.clamp(min=0)].float().masked_fill_(~present[..., None], 0)
+    return x.flatten(1) if hidden is None else x.sum(1) / present.sum(1, keepdim=True)
+
+
+def _patch_values(cells: Cells, hidden: Tensor) -> Tensor:
     """Hidden states (patches, d) of a block's input, in the order of the tower's input."""
     if cells.pictures:
         per_picture = len(cells.pixels) // cells.pictures
@@ -148,30 +138,28 @@ def patch_values(cells: Cells, hidden: Tensor) -> Tensor:
     return by_cell[cells.order.argsort()].flatten(0, 1)
 
 
-def _cell_values(values: Tensor, members: Tensor, apart: bool) -> Tensor:
-    """Float32 values of cells (patches, d): concatenated over their patches, or their mean."""
-    present = (members >= 0)[..., None]
-    x = values[members.clamp(min=0)].float().masked_fill_(~present, 0)
-    return x.flatten(1) if apart else x.sum(1) / present.sum(1)
-
-
 # -- dropping patches ----------------------------------------------------------------------------
 
 
-class _Local(threading.local):
-    """Thread-local state: arguments of the encoding method, and the call of the tower."""
+@dataclass
+class _Running:
+    """One call of the tower, until its output has full length again."""
 
-    modality: Any = "image"
-    arguments: Any = None
-    cells: Cells | None = None
-    rows: TowerRows | None = None
-    cost: TowerCost | None = None
-    tuples: bool = False
-    records: bool = False  # gradients
+    cells: Cells
+    cost: TowerCost
+    rows: TowerRows | None = None  # before the stage has chosen
+
+
+class _Local(threading.local):
+    """State of a thread: the running calls of the encoding method and of the tower, and the costs
+    and memories after calls that no prompt has taken yet.
+    """
 
     def __init__(self) -> None:
+        self.encoding: tuple[Any, dict[str, Any]] = "image", {}
+        self.running: _Running | None = None
         self.costs: deque[TowerCost] = deque(maxlen=2)
-        self.seen: Memories = {}  # after the calls of this thread
+        self.seen: Memories = {}
 
 
 class TowerDrop(Hooked):
@@ -203,24 +191,22 @@ class TowerDrop(Hooked):
         for name in layout.methods:
             note = functools.partial(self._encode, "video" if "video" in name else "image")
             add(MethodReplacement(layout.owner, name, note))
-        add(layout.module.register_forward_pre_hook(self._begin, with_kwargs=True))
+        self._before(layout.module, self._begin)
         if isinstance(layout, PackedTower) and layout.embedding is not None:
             add(MethodReplacement(layout.embedding, "forward", self._embed))
         for i, block in enumerate(layout.blocks):
-            hook = functools.partial(self._block, i)
-            add(block.register_forward_pre_hook(hook, with_kwargs=True))
+            self._before(block, functools.partial(self._block, i))
             if self.stage.decides and isinstance(layout, DenseTower):
                 (attn,) = attention_blocks(block)
-                add(attn.register_forward_pre_hook(self._hide_padding, with_kwargs=True))
-        add(layout.blocks[-1].register_forward_hook(self._last))
+                self._before(attn, self._hide_padding)
         for block in layout.unused:
             add(MethodReplacement(block, "forward", self._skip))
         for module in layout.restorers:
-            add(module.register_forward_hook(self._restore))
+            self._after(module, self._restore)
         if isinstance(layout, DenseTower) and not self._projector_restores:
             project = functools.partial(self._project, layout)
             add(MethodReplacement(layout.projectors[0], "forward", project))
-        add(layout.module.register_forward_hook(self._end, always_call=True))
+        self._after(layout.module, self._end, always_call=True)
 
     def collect(self, calls: int) -> list[TowerCost]:
         """Costs of the latest `calls` calls of the tower in this thread; empty if unknown."""
@@ -242,141 +228,94 @@ class TowerDrop(Hooked):
     ) -> Any:
         """Call a method of the body that encodes media, and store its arguments."""
         local = self._local
-        earlier = local.modality, local.arguments
+        earlier = local.encoding
         bound = inspect.signature(original).bind_partial(*args, **kwargs).arguments
-        local.modality, local.arguments = modality, {**bound, **bound.get("kwargs", {})}
+        local.encoding = modality, {**bound, **bound.get("kwargs", {})}
         try:
             return original(*args, **kwargs)
         finally:
-            local.modality, local.arguments = earlier
+            local.encoding = earlier
 
-    @compat.not_compiled
     def _begin(self, tower: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        local = self._local
-        local.rows = local.cells = local.cost = None
+        local, stage = self._local, self.stage
+        local.running = None
         if self.off():
             return
-        self._check_recomputation(tower)
-        local.records = torch.is_grad_enabled()
         # Which patches every visual token reads in this call.
         arguments = compat.bind(tower, args, kwargs)
         pixels = next(arguments[n] for n in ("pixel_values", "hidden_states") if n in arguments)
-        grids = arguments.get("grid_thw")
-        modality = local.modality
+        modality, encoding = local.encoding
         if isinstance(self.layout, PackedTower) and self.adapter.encodes_now == "video":
             modality = "video"
-        prompt = ids = cache = None
-        if SEEN in self.stage.reducer.needs:
-            prompt, ids, cache = running_prompt(self.adapter, self.calls.state.noted)
-        call = EncoderCall(pixels, grids, modality, local.arguments or {}, prompt, ids)
-        local.cells = self.layout.cells(call, self.stage)
-        local.cost = TowerCost(self.shape)
-        # Stages before the first block choose by pixels, now; later stages in `_block`.
-        if self.stage.decides:
-            local.rows = rows_of(local.cells, self._decided(local.cells, prompt, cache))
-        elif self.stage.block == 0:
-            pixels = local.cells.pixels
-            frames, height, width = pixels.shape[-3:]
-            self._choose(local.cells, pixels.flatten(1), (frames, height, width))
+        compares = SEEN in stage.reducer.needs
+        prompt = running_prompt(self.adapter, self.calls.state.noted) if compares else ()
+        call = EncoderCall(pixels, arguments.get("grid_thw"), modality, encoding, *prompt)
+        cells = self.layout.cells(call, stage)
+        local.running = running = _Running(cells, TowerCost(self.shape))
+        # A stage before the first block chooses by pixels, now; later stages in `_block`.
+        if stage.block == 0:
+            levels = 1 / (255 * torch.tensor(self.layout.std, device=pixels.device))
+            memories, of_parts = memories_before(call, cells) if compares else (None, None)
+            running.rows = rows_of(cells, chosen_cells(cells, stage, None, levels, of_parts))
+            if memories is not None:
+                local.seen[cells.modality] = memories
 
-    def _decided(self, cells: Cells, modalities: Tensor | None, cache: Any) -> Tensor:
-        """The kept cells, if the pixels decide how many."""
-        levels = 1 / (255 * torch.tensor(self.layout.std, device=cells.pixels.device))
-        if modalities is None:
-            return decided_cells(cells, self.stage, levels)
-        memories = copies(recalled(cache), cells.modality, len(modalities))
-        lengths = cells.tokens or [math.prod(grid) for part in cells.parts for grid in part]
-        own = [memories[b] for b in owners(modalities, cells.modality, lengths)]
-        chosen = decided_cells(cells, self.stage, levels, own)
-        self._local.seen[cells.modality] = memories
-        return chosen
+    def _end(self, tower: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        running = self._local.running
+        if running is not None and running.rows is not None:
+            running.cost.tokens = self._projected(running.rows)
+            self._local.costs.append(running.cost)
+        if out is None or not self._projector_restores:
+            self._local.running = None
 
-    def _check_recomputation(self, tower: nn.Module) -> None:
-        if compat.recomputed(self.layout.blocks[0]) and compat.recomputes_hooks():
-            raise OptionError(
-                f"gradient checkpointing of {type(tower).__name__} with a tower stage: this "
-                "transformers release would drop patches again in the backward pass. Use "
-                "transformers >= 5.23, tower_ratio=0, or model.gradient_checkpointing_disable()."
-            )
-
-    def _checkpointed(self, module: nn.Module, hidden: Tensor) -> bool:
-        """Whether a backward pass would run hooks of a part of the tower once more."""
-        if not self._local.records:
-            return False
-        learnt = hidden.requires_grad or any(p.requires_grad for p in module.parameters())
-        return learnt and checkpointed_since(self.layout.module)
-
-    def _check_checkpointed(self, block: nn.Module, hidden: Tensor) -> None:
-        if self._checkpointed(block, hidden):
-            tower = type(self.layout.module).__name__
-            raise OptionError(
-                f"activation checkpointing of blocks of {tower} after a tower "
-                "stage: the backward pass would run them once more with all patches. Wrap them "
-                "before patch(), or use model.gradient_checkpointing_enable() or tower_ratio=0."
-            )
-
-    def _end(self, tower: nn.Module, args: Any, out: Any) -> None:
-        local = self._local
-        if local.cost is not None and local.rows is not None:
-            self._note_tokens(local.cost, local.rows)
-            local.costs.append(local.cost)
-        local.cells = local.cost = None
-        if not self._projector_restores:
-            local.rows = None
-
-    def _note_tokens(self, cost: TowerCost, rows: TowerRows) -> None:
-        """Count the rows that enter the projectors."""
+    def _projected(self, rows: TowerRows) -> tuple[int, int]:
+        """Number of rows that enter the projectors, without and with the stage."""
         layout, cells = self.layout, rows.cells
-        if isinstance(layout, DenseTower):
-            cost.tokens_before = cost.tokens_after = cells.pictures * layout.projected(
-                cells.modality
-            )
-            if self._projector_restores:  # it gets only kept rows
-                cost.tokens_after = len(rows.index) * cells.rows
-        else:
-            cost.tokens_before = len(cells.members)
-            cost.tokens_after = len(rows.index) // cells.members.shape[1]
+        if not isinstance(layout, DenseTower):
+            return len(cells.members), len(rows.index) // cells.members.shape[1]
+        every = cells.pictures * layout.projected(cells.modality)
+        return every, len(rows.index) * cells.rows if self._projector_restores else every
 
     @compat.not_compiled
     def _embed(self, original: Callable[..., Any], pixels: Tensor) -> Tensor:
         """Embed only kept patches, if a stage before the first block has chosen them."""
-        rows = self._local.rows
+        running = self._local.running
+        rows = running.rows if running else None
         return rows.embedded(original, pixels) if isinstance(rows, PackedRows) else original(pixels)
 
     # -- blocks ---------------------------------------------------------------------------------
 
-    def _choose(
-        self, cells: Cells, values: Tensor, pixels: tuple[int, int, int] | None = None
-    ) -> None:
-        """Store the rows of the kept cells, see `chosen_cells`."""
-        self._local.rows = rows_of(cells, chosen_cells(cells, self.stage, values, pixels))
+    def entered_rows(self) -> TowerRows | None:
+        """The rows that the running blocks see; None if they see all patches."""
+        running = self._local.running
+        rows = running.rows if running else None
+        return rows if rows is not None and rows.entered else None
 
-    @compat.not_compiled
     def _block(self, i: int, block: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Arguments of block `i` for the kept rows."""
-        local = self._local
-        if local.cells is None:
+        running = self._local.running
+        if running is None:
             return None
-        hidden = args[0] if args else kwargs["hidden_states"]
-        if i == self.stage.block and local.rows is None:
-            self._choose(local.cells, patch_values(local.cells, hidden))
-        if i < self.stage.block:
+        kwargs = dict(kwargs)
+        hidden, *rest = args or (kwargs.pop("hidden_states"),)
+        if i == self.stage.block and running.rows is None:
+            running.rows = rows_of(running.cells, chosen_cells(running.cells, self.stage, hidden))
+        if running.rows is None:
             bounds = kwargs.get("cu_seqlens")
             bounds = equal_bounds(*hidden.shape[:2]) if bounds is None else bounds
-            local.cost.block(bounds, bounds)  # type: ignore[union-attr]  # set with `cells`
+            running.cost.bounds.append((bounds, bounds))
             return None
-        self._check_checkpointed(block, hidden)
-        rows: Any = local.rows
-        return rows.arguments(hidden, args, kwargs, local.cost)
+        return running.rows.arguments(hidden, tuple(rest), kwargs, running.cost)
 
-    @compat.not_compiled
     def _hide_padding(self, attn: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Hide the padding rows of pictures that keep fewer patches than others."""
-        rows = self._local.rows
+        rows = self.entered_rows()
         if not isinstance(rows, DenseRows) or rows.lengths is None:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
-        if self._checkpointed(attn, hidden):
+        learnt = hidden.requires_grad or any(p.requires_grad for p in attn.parameters())
+        noted = self.calls.state.noted  # within a checkpoint autograd may be off
+        if noted.grad and learnt and checkpointed_since(self.layout.module):
             raise OptionError(
                 f"gradient checkpointing with reducer {self.stage.reducer.name!r}: the backward "
                 "pass would run blocks of the vision tower again, whose pictures keep different "
@@ -385,39 +324,23 @@ class TowerDrop(Hooked):
         mask = rows.padding_mask(self.layout.module.config, hidden)
         return args[:1], {**kwargs, "attention_mask": mask}
 
-    def _last(self, block: nn.Module, args: Any, out: Any) -> None:
-        self._local.tuples = isinstance(out, tuple)
-
-    def _skip(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """An unused block returns its input, in the form of the last used block."""
-        if self._local.cells is None:
-            return original(*args, **kwargs)
-        hidden = args[0] if args else kwargs["hidden_states"]
-        return (hidden,) if self._local.tuples else hidden
+    def _skip(
+        self, original: Callable[..., Any], hidden_states: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """An unused block returns its input."""
+        if self._local.running is None:
+            return original(hidden_states, *args, **kwargs)
+        return hidden_states
 
     # -- full length ----------------------------------------------------------------------------
 
-    def lengths(self) -> Tensor | None:
-        """See `DenseRows`."""
-        rows = self._local.rows
-        return rows.lengths if isinstance(rows, DenseRows) else None
-
-    def full_length(self, x: Tensor) -> Tensor:
-        """Restore values of the rows of a running call, see `TowerRows.full_length`.
-
-        Values of blocks that see all patches are unchanged.
-        """
-        rows = self._local.rows
-        return x if rows is None or not rows.entered else rows.full_length(x)
-
-    @compat.not_compiled
-    def _restore(self, module: nn.Module, args: Any, out: Any) -> Any:
+    def _restore(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> Any:
         """The output of a restoring module at full length."""
-        rows = self._local.rows
-        if rows is None or not rows.entered:
+        rows = self.entered_rows()
+        if rows is None:
             return None
         if self._projector_restores:
-            self._local.rows = None
+            self._local.running = None
         return rows.restored(out)
 
     @compat.not_compiled
@@ -473,8 +396,7 @@ class TowerHooks:
             self.drop.install()
         signals = check_signals(plan, self.adapter)
         if signals:
-            drop = self.drop
-            rows = (drop.full_length, drop.lengths) if drop else ()
+            rows = (self.drop.entered_rows,) if self.drop else ()
             self.probe = TowerProbe(self.adapter, signals, self.off, *rows)
             self.probe.install()
 

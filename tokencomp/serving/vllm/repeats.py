@@ -21,7 +21,7 @@ from torch import Tensor
 
 from tokencomp.adapters.towers.base import Cells
 from tokencomp.adapters.towers.packed import CHANNELS
-from tokencomp.engine.tower.stage import decided_cells
+from tokencomp.engine.tower.stage import chosen_cells
 from tokencomp.errors import OptionError
 from tokencomp.method import MethodSpec
 from tokencomp.plan.plan import TowerStage
@@ -118,7 +118,7 @@ def item_cells(
     levels = 1 / (255 * torch.tensor(std)) if pixels.is_floating_point() else torch.ones(CHANNELS)
     cells = Cells(patches, members, [[grid] for grid in parts], modality)
     stage = TowerStage(0, 1.0, reducer)
-    rows = decided_cells(cells, stage, levels, [memory] * len(parts)).tolist()
+    rows = chosen_cells(cells, stage, None, levels, [memory] * len(parts)).tolist()
     found: list[list[int]] = []
     first = 0
     for length in map(math.prod, parts):

@@ -100,14 +100,11 @@ def kept_cells(cells: Cells, plan: ItemPlan, report: Report) -> Tensor:
     An exception would end the engine and all requests.
     """
     stage: Any = plan.tower_stage
-    frames, height, width = cells.pixels.shape[-3:]
-    size = frames, height, width
-    values = cells.pixels.flatten(1)
     try:
-        kept = chosen_cells(cells, stage, values, size)
+        kept = chosen_cells(cells, stage)
     except TokenCompError as error:
         report(plan, error)
-        kept = chosen_cells(cells, replace(stage, reducer=Uniform()), values, size)
+        kept = chosen_cells(cells, replace(stage, reducer=Uniform()))
     return kept.sort().values
 
 
