@@ -454,66 +454,51 @@ def repeat_rows(layer: Any, index: Tensor, before: int) -> None:
 
     `index` (B, n) is that of `RowMap.repeated`; 0 is the first row of the prefill.
     """
-    index = index.to(layer.device)
-    if hasattr(layer, "prefill_keys"):
-        _repeat_for_good(layer, index, before)
-        return
-    if isinstance(layer, DynamicSlidingWindowLayer):
-        _repeat_in_window(layer, index, before)
-        return
-    if isinstance(layer, StaticLayer):
-        _repeat_in_place(layer, index, before)
-        return
-    # Layers that hold all rows.
-    if isinstance(layer, QUANTIZED):
-        rows = _after((stored(layer, "keys"), stored(layer, "values")), index, before)
-        layer.is_initialized, layer.cumulative_length = False, 0
-        layer.update(*rows)  # the layer stores them as it stored the prompt
-        return
-    layer.keys, layer.values = _after((layer.keys, layer.values), index, before)
-
-
-def _after(pair: Sequence[Tensor], index: Tensor, before: int) -> list[Tensor]:
-    """The first rows of keys and values, then rows `index` of the later ones."""
-    if not before:
-        return _taken(pair, index)
-    new = _taken([x[..., before:, :] for x in pair], index)
-    return [torch.cat([x[..., :before, :], n], dim=-2) for x, n in zip(pair, new, strict=True)]
-
-
-def _taken(pair: Sequence[Tensor], index: Tensor) -> list[Tensor]:
-    """Rows `index` (B, n) of keys and values (B, heads, rows, d); zeros where it is negative."""
     from tokencomp.kernels import gather_rows
 
-    rows: list[Tensor] = gather_rows(pair, index, 2, 0, trusted=True)
-    return rows
+    # Every row after repetition, as a row of those written so far; -1 at padding.
+    index = index.to(layer.device)
+    if before:
+        past = torch.arange(before, device=index.device).expand(len(index), -1)
+        index = torch.cat([past, torch.where(index < 0, index, index + before)], dim=1)
+    rows, apart = index.shape[1], hasattr(layer, "prefill_keys")
+    if apart:  # the prompt is stored apart from later rows
+        pair = layer.prefill_keys, layer.prefill_values
+    else:
+        pair = stored(layer, "keys"), stored(layer, "values")
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            index = _in_window(layer, index)
+    keys, values = gather_rows(pair, index, 2, 0, trusted=True)
+    # Written as the class stores rows.
+    if apart:
+        layer.prefill_keys, layer.prefill_values = keys, values
+        layer.prefill_cumulative_length = rows
+        layer.prefill_length = max(layer.prefill_length, rows)
+    elif isinstance(layer, StaticLayer):
+        _write(layer, keys, values)
+    elif isinstance(layer, QUANTIZED):
+        layer.is_initialized, layer.cumulative_length = False, 0
+        layer.update(keys, values)
+    else:
+        layer.keys, layer.values = keys, values
 
 
-def _repeat_in_place(layer: Any, index: Tensor, before: int) -> None:
-    """Repeat rows of a static layer, in its memory."""
-    held, rows = physical_length(layer), before + index.shape[1]
+def _write(layer: Any, keys: Tensor, values: Tensor) -> None:
+    """Write the rows of a static layer, in its memory."""
+    held, rows = physical_length(layer), keys.shape[2]
     if rows > layer.max_cache_len:
         raise UnsupportedCacheError(
             f"merge=True repeats merged rows in the cache, so that it has {rows} rows, and this "
             f"static cache can hold {layer.max_cache_len}. Give it room for every token of the "
             "prompt, or use merge=False."
         )
-    pair = layer.keys, layer.values
-    for x, new in zip(pair, _taken([x[..., before:held, :] for x in pair], index), strict=True):
-        x[..., before:rows, :] = new
+    layer.keys[..., :rows, :], layer.values[..., :rows, :] = keys, values
     layer.cumulative_length += rows - held
 
 
-def _repeat_for_good(layer: Any, index: Tensor, before: int) -> None:
-    """Repeat rows of a layer that stores the prompt apart from later rows."""
-    pair = layer.prefill_keys, layer.prefill_values
-    layer.prefill_keys, layer.prefill_values = _after(pair, index, before)
-    layer.prefill_cumulative_length = before + index.shape[1]
-    layer.prefill_length = max(layer.prefill_length, layer.prefill_cumulative_length)
-
-
-def _repeat_in_window(layer: Any, index: Tensor, before: int) -> None:
-    """Repeat rows of a sliding layer, which holds the last rows, and widen its window.
+def _in_window(layer: Any, index: Tensor) -> Tensor:
+    """Widen the window of a sliding layer for rows `index` (B, n) of those written, and return
+    which of the rows that it holds it will store.
 
     How many rows are repeated depends on each sample alone; see `CompressedSlidingLayer`.
     """
@@ -521,12 +506,8 @@ def _repeat_in_window(layer: Any, index: Tensor, before: int) -> None:
     gone = layer.cumulative_length - layer.keys.shape[-2]
     repetitions = (index[:, 1:] == index[:, :-1]) & (index[:, 1:] >= 0)
     widen_window(layer, int(repetitions.sum(1).max()))
-    # Numbers of all rows after repetition, of which the layer stores the last.
-    past = torch.arange(before, device=index.device).expand(len(index), -1)
-    rows = torch.cat([past, torch.where(index < 0, index, index + before)], dim=1)
-    layer.cumulative_length = rows.shape[1]
+    layer.cumulative_length = index.shape[1]
     # Under assisted decoding a layer can record its past: it then holds all rows.
     recorded = getattr(layer, "record_past", False)
-    first = gone if recorded else rows.shape[1] - layer.sliding_window + 1
-    rows = rows[:, max(first, 0) :] - gone
-    layer.keys, layer.values = _taken((layer.keys, layer.values), rows)
+    first = gone if recorded else index.shape[1] - layer.sliding_window + 1
+    return index[:, max(first, 0) :] - gone
