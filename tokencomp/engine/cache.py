@@ -16,7 +16,6 @@ it a `DynamicLayer` again.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
@@ -32,7 +31,6 @@ from transformers.cache_utils import (
 
 from tokencomp.engine.rowmap import RowMap
 from tokencomp.errors import UnsupportedCacheError
-from tokencomp.torchlib import compat
 from tokencomp.torchlib.cache_classes import (
     HYBRID,
     HYBRID_SLIDING,
@@ -42,10 +40,6 @@ from tokencomp.torchlib.cache_classes import (
 )
 
 REFERENCE = "reference_sliding_attention"
-# Cache layers with keys and values, one row per token. Layers of linear attention and of short
-# convolutions hold a state without a token axis instead; others (experts only, keys shared with
-# another layer) cache nothing.
-HOLDS_ROWS = CacheLayerMixin
 
 
 def is_reference(kind: type) -> bool:
@@ -54,16 +48,21 @@ def is_reference(kind: type) -> bool:
     return name == REFERENCE and not issubclass(kind, StaticLayer)
 
 
+# Layers of the base class CacheLayerMixin have keys and values, one row per token. Layers of linear
+# attention and of short convolutions hold a state without a token axis instead; others (experts
+# only, keys shared with another layer) cache nothing.
+
+
 def filled(layers: Iterable[Any]) -> list[Any]:
     """Cache layers that hold rows. Decoders can leave layers of their cache unused."""
-    return [x for x in layers if isinstance(x, HOLDS_ROWS) and x.is_initialized]
+    return [x for x in layers if isinstance(x, CacheLayerMixin) and x.is_initialized]
 
 
 def first_layer(cache: Any, start: int = 0) -> Any:
     """The first layer from `start` on that holds rows, or None; `cache` may be a list of layers."""
     layers = cache if isinstance(cache, (list, tuple)) else getattr(cache, "layers", None)
     for layer in (layers or ())[start:]:  # a plain loop: runs for every token
-        if isinstance(layer, HOLDS_ROWS):
+        if isinstance(layer, CacheLayerMixin):
             return layer
     return None
 
@@ -92,14 +91,6 @@ def stored(layer: Any, name: Literal["keys", "values"]) -> Tensor:
     if getattr(layer, "_pending_beam_idx", None) is not None:
         first = first.index_select(0, layer._pending_beam_idx.to(first.device))
     return torch.cat([first, rows], dim=-2) if rows.numel() else first
-
-
-def flash_on_static(config: Any, layer: Any) -> bool:
-    """Whether FlashAttention gets the unwritten rows of a static layer too.
-
-    A 2-D mask is the only one it takes; rows after the last column of that mask are ignored.
-    """
-    return isinstance(layer, StaticLayer) and "flash" in compat.attention_implementation(config)
 
 
 # -- compressed layers --------------------------------------------------------------------------
@@ -411,18 +402,6 @@ class CompressedReferenceLayer(CompressedDynamicLayer):
         plain.crop(self, rows - self.rows)
 
 
-@functools.cache
-def compressed_reference(plain: type) -> type:
-    """The compressed class of a reference class."""
-    name, kind = f"Compressed{plain.__name__}", vars(plain)["_layer_type"]
-    # transformers registers subclasses defined with `_layer_type` for all new caches, so the type
-    # is set afterwards.
-    members = {"plain": plain, "_layer_type": None}
-    compressed: Any = type(name, (CompressedReferenceLayer, plain), members)
-    compressed._layer_type = kind
-    return compressed  # type: ignore[no-any-return]  # a class
-
-
 class CompressedStaticLayer(CompressedLayer, StaticLayer):
     """A compressed `StaticLayer`: the first rows are used, without gaps.
 
@@ -530,9 +509,15 @@ def compress_layer(layer: Any, row_map: RowMap, starts_segment: bool) -> None:
         layer.shorten_prompt(row_map.dropped - before)
 
 
-def _compressed_class(plain: type) -> type:
-    """Create the compressed class of a cache layer class that is not in `COMPRESSED`."""
-    if is_reference(plain):
-        return compressed_reference(plain)
-    # Only the counting of rows changes; rows are quantized as before.
-    return type(f"Compressed{plain.__name__}", (CompressedLayer, plain), {"plain": plain})
+def _compressed_class(plain: type) -> Any:
+    """Create the compressed class of a reference class, or of a class of quantized layers.
+
+    Only the counting of rows changes in the latter; rows are quantized as before.
+    """
+    base = CompressedReferenceLayer if is_reference(plain) else CompressedLayer
+    # transformers registers subclasses defined with `_layer_type` for all new caches, so the type
+    # is set afterwards.
+    members = {"plain": plain, "_layer_type": None}
+    compressed: Any = type(f"Compressed{plain.__name__}", (base, plain), members)
+    compressed._layer_type = getattr(plain, "_layer_type", None)
+    return compressed

@@ -379,12 +379,11 @@ def check_packed(call: Call) -> None:
 def check_windows(call: Call) -> None:
     """Refuse sequences to which the model would apply a window wrongly after compression."""
     layer_types, decoder, length = call.layer_types, call.adapter.decoder, call.length_after()
-    layers = getattr(call.cache, "layers", None) or ()
-    cut = layer_types.rows_kept(layers)
+    cut = layer_types.cut
     if cut is not None and length >= cut:
         raise UnsupportedModelError(
             f"the sequence has {length} tokens, and the cache keeps the last {cut} only "
-            f"(sliding_window={cut} of the config or of the cache), although layers attend to all. "
+            f"(sliding_window={cut} of the config), although layers attend to all. "
             f"Give fewer than {cut} tokens in all, turn compression off with handle.disabled(), or "
             "set model.config.get_text_config().sliding_window = None and pass no cache."
         )

@@ -27,7 +27,6 @@ from tokencomp.engine.cache import (
     CompressedLayer,
     CompressedStaticLayer,
     first_layer,
-    flash_on_static,
 )
 from tokencomp.engine.call import Call, RunningCalls, build_segments
 from tokencomp.engine.checks import check_windows
@@ -116,7 +115,7 @@ class LaterTokens:
         entry i for row i. FlashAttention gets a 2-D mask without padding and unwritten rows.
         """
         x, config = kwargs["inputs_embeds"], self.adapter.text_config
-        if flash_on_static(config, layer):
+        if "flash" in compat.attention_implementation(config):
             kwargs["attention_mask"] = layer.written_rows(x.shape[0])
         elif layer.row_map.real is not None:
             view = StaticMaskView(layer.max_cache_len, written=layer.cumulative_length)

@@ -14,9 +14,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from tokencomp.engine.cache import REFERENCE, first_layer
+from tokencomp.engine.cache import REFERENCE
 from tokencomp.errors import RowIndexedAttentionError, UnsupportedModelError
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.masks import backend_mask
@@ -138,7 +137,7 @@ class Reference(LayerType):
     def mask(self, masks: Any, segment: Any, x: Tensor, text: Tensor | None) -> Any:
         if not segment.past.rows:
             return super().mask(masks, segment, x, text)
-        layer = first_layer(masks.layers, segment.first)
+        layer = segment.cached
         evicted = max(layer.cumulative_length - layer.sliding_window + 1, 0)
         rows = torch.arange(segment.past.rows + x.shape[1], device=x.device)
         prompt = rows < layer.prefill_length
@@ -163,7 +162,7 @@ class State(Mixing):
 
     def mask(self, masks: Any, segment: Any, x: Tensor, text: Tensor | None) -> Any:
         """False at padding, (B, n); None without padding."""
-        real = masks.real_rows(segment, x.device)
+        real = segment.new.mask(x.device)
         return None if real is None else real.to(x.device)
 
 
@@ -259,16 +258,6 @@ class LayerTypes:
         """Size of the smallest window: layers see all of sequences up to this length."""
         return min(self.sizes.values(), default=math.inf)
 
-    def rows_kept(self, layers: Sequence[Any]) -> int | None:
-        """Number of rows that a cache keeps for layers with full attention; None: all."""
-        pairs = zip(layers, self.types, strict=False)
-        cuts = [
-            layer.sliding_window - getattr(layer, "widened", 0)
-            for layer, layer_type in pairs
-            if layer_type is FULL and isinstance(layer, DynamicSlidingWindowLayer)
-        ]
-        return min(cuts) if cuts else self.cut
-
     @cached_property
     def all_full(self) -> bool:
         """Whether all layers have full causal attention."""
@@ -277,8 +266,8 @@ class LayerTypes:
     @cached_property
     def unmasked(self) -> bool:
         """Whether a single token needs no mask unless a window is exceeded."""
-        masked = self.masks_single_tokens or self.relative or self.cut_later_turns
-        return not masked and self.cut is None
+        masked = any(layer_type.masks_single_tokens for layer_type in self.types)
+        return not masked and not self.relative and self.cut is None
 
     @cached_property
     def linear(self) -> bool:
@@ -293,10 +282,6 @@ class LayerTypes:
             for layer_type in self.types
             if layer_type.name in self.sizes
         )
-
-    @cached_property
-    def masks_single_tokens(self) -> bool:
-        return any(layer_type.masks_single_tokens for layer_type in self.types)
 
     @cached_property
     def cut_later_turns(self) -> bool:

@@ -39,15 +39,12 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import DynamicSlidingWindowLayer, StaticLayer
 
-from tokencomp.engine.cache import (
-    first_layer,
-    flash_on_static,
-    physical_length,
-)
+from tokencomp.engine.cache import first_layer, physical_length
 from tokencomp.engine.call import Call, Segment
 from tokencomp.engine.layer_types import CONVOLUTION, FULL, LAYER_TYPES, LayerType
 from tokencomp.engine.rowmap import joined_mask
 from tokencomp.errors import UnsupportedCacheError
+from tokencomp.torchlib.compat import attention_implementation
 from tokencomp.torchlib.masks import (
     MaskView,
     backend_mask,
@@ -69,17 +66,12 @@ class Masks:
         (`Call.prepared`): (B, 1, L, columns), as a tensor or block mask of FlexAttention, or a
         mapping from layer types to such masks; None: plain causal attention.
     real : Tensor of bool, shape (B, n), or None
-        False at padding among the rows of segment 0; None: all are real. Other segments read the
-        map of their rows (`real_rows`).
+        False at padding among the rows of segment 0; None: all are real, or packed prompts
+        separate it. Other segments read the map of their rows.
     """
 
     call: Call
     real: Tensor | None = None
-
-    @property
-    def layers(self) -> list[Any]:
-        """Layers of the KV cache; empty without one."""
-        return list(getattr(self.call.cache, "layers", None) or ())
 
     # -- segment 0 ------------------------------------------------------------------------------
 
@@ -89,8 +81,9 @@ class Masks:
         Returns
         -------
         Tensor of bool, shape (B, entries), or None
-            The 2-D mask, from which the decoder makes its masks, see `_padding`. On a static
-            cache FlashAttention needs one by row, (B, rows), also if all rows are real.
+            The 2-D mask, from which the decoder makes its masks, see `_padding`. FlashAttention
+            takes no other mask, and reads all rows of a static cache, written or not: it needs
+            one by row, (B, rows), also if all rows are real.
         masks by layer type, or one mask for all
             Where those of the decoder would be wrong.
         """
@@ -101,7 +94,8 @@ class Masks:
             wrong = any(t.misplaced(self, first, length) for t in set(types.types))
         if wrong:
             return self._by_type(x)
-        if not flash_on_static(self.call.adapter.text_config, self.call.first_layer):
+        backend = attention_implementation(self.call.adapter.text_config)
+        if "flash" not in backend or not isinstance(self.call.first_layer, StaticLayer):
             return self._padding(first, x)
         check_flash_on_static()
         real = joined_mask(first.past, self.real, first.new.rows)
@@ -134,12 +128,12 @@ class Masks:
         """Mask of a segment, causal or prepared, which hides padding rows and respects windows."""
         size = self.call.layer_types.sizes.get(layer_type.name)
         held, window = segment.past.rows, None
+        padding = self._padding(segment, x, separated=text is not None)
         if size is not None:
             held = self._held(layer_type, segment)
-            window = self._window(layer_type, segment, x, size)
+            window = self._window(layer_type, segment, x, size, padding)
         # Entry of the first row that these layers hold: rows that slid out are before it.
         offset = segment.past.dropped + segment.past.rows - held
-        padding = self._padding(segment, x, separated=text is not None)
         block = self.call.prepared
         if isinstance(block, Mapping):
             block = block.get(layer_type.name)
@@ -148,10 +142,6 @@ class Masks:
         view, skips = MaskView(held, offset), layer_type.skips_masks
         return causal_mask(self.call.adapter.text_config, x, padding, view, text, window, skips)
 
-    def real_rows(self, segment: Segment, device: torch.device) -> Tensor | None:
-        """False at padding among the new rows of a segment, bool (B, n); None: all are real."""
-        return self.real if segment.first == 0 else segment.new.mask(device)
-
     def _padding(self, segment: Segment, x: Tensor, separated: bool = False) -> Tensor | None:
         """The 2-D mask, bool (B, `past.dropped` + rows), False at padding rows; None without any.
 
@@ -159,7 +149,8 @@ class Masks:
         drawing in `tokencomp.engine`. `separated`: the padding of this call is one more packed
         prompt, which positions separate from the others, and needs no mask.
         """
-        real = None if separated else self.real_rows(segment, x.device)
+        real = self.real if segment.first == 0 else segment.new.mask(x.device)
+        real = None if separated else real
         real = joined_mask(segment.past, real, segment.new.rows, x.device)
         if real is None:
             return None
@@ -168,28 +159,38 @@ class Masks:
 
     def _held(self, layer_type: LayerType, segment: Segment) -> int:
         """Number of cached rows that precede the keys of this call in layers with a window."""
-        rows = segment.past.rows
-        pairs = [*zip(self.layers, self.call.layer_types.types, strict=False)]
+        rows, layers = segment.past.rows, getattr(self.call.cache, "layers", None) or ()
+        pairs = [*zip(layers, self.call.layer_types.types, strict=False)]
         # If the layers of the segment cache nothing, they reuse keys of earlier layers.
-        for part in (pairs[segment.first : segment.stop], pairs[: segment.first][::-1], pairs):
-            for layer, its_type in part:
-                if its_type == layer_type and isinstance(layer, DynamicSlidingWindowLayer):
-                    return min(rows, int(layer.sliding_window) - 1)
+        for layer, its_type in reversed(pairs[: segment.stop]):
+            if its_type == layer_type and isinstance(layer, DynamicSlidingWindowLayer):
+                return min(rows, int(layer.sliding_window) - 1)
         return rows
 
     def _window(
-        self, layer_type: LayerType, segment: Segment, x: Tensor, size: int
+        self,
+        layer_type: LayerType,
+        segment: Segment,
+        x: Tensor,
+        size: int,
+        padding: Tensor | None,
     ) -> Callable[..., Any] | None:
         """Whether a key is in the window of a query, as a function for transformers' masks.
 
-        It calls the function with entries of the 2-D mask. None: every query sees all keys.
+        It calls the function with entries of the 2-D mask, whose `padding` is given. None: every
+        query sees all keys.
         """
         past = segment.past
         if past.length + self.call.width <= size:
             return None
-        by_column = self.call.by_column
-        columns = segment.columns(x.shape[0], x.device) if by_column else None
-        starts = self._starts(segment, x)
+        # Column of every row, and first real column of every sample; with compact positions rows.
+        columns = starts = None
+        if self.call.by_column:
+            columns, starts = segment.columns(x.shape[0], x.device), self.call.first_columns()
+        elif padding is not None:
+            starts = (padding[:, past.dropped :].cumsum(1) == 0).sum(1)
+        starts = torch.zeros(x.shape[0], dtype=torch.long) if starts is None else starts
+        starts = starts.to(x.device)
 
         def column(sample: Any, entry: Any) -> Any:
             row = entry - past.dropped
@@ -200,18 +201,6 @@ class Masks:
             return layer_type.visible(query, key, size, starts[sample])
 
         return within
-
-    def _starts(self, segment: Segment, x: Tensor) -> Tensor:
-        """First real column (row, if rows are counted) of every sample, int64 (B,)."""
-        first, real = self.call.first_columns(), None
-        if self.call.by_column and first is not None:
-            return first.to(x.device)
-        if not self.call.by_column:
-            real = self.real_rows(segment, x.device)
-            real = joined_mask(segment.past, real, segment.new.rows, x.device)
-        if real is None:
-            return torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
-        return (real.to(x.device).cumsum(1) == 0).sum(1)
 
     def _with_block(
         self,

@@ -503,7 +503,7 @@ def _in_window(layer: Any, index: Tensor) -> Tensor:
     How many rows are repeated depends on each sample alone; see `CompressedSlidingLayer`.
     """
     # The window counts stored rows: widen it by the repetitions of the sample with most.
-    gone = layer.cumulative_length - layer.keys.shape[-2]
+    gone: int = layer.cumulative_length - layer.keys.shape[-2]
     repetitions = (index[:, 1:] == index[:, :-1]) & (index[:, 1:] >= 0)
     widen_window(layer, int(repetitions.sum(1).max()))
     layer.cumulative_length = index.shape[1]

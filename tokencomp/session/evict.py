@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.engine.cache import (
-    HOLDS_ROWS,
     WHOLE,
     CompressedLayer,
     compress_layer,
@@ -111,7 +111,7 @@ def evict(cache: Any, columns: Tensor) -> int:
     """
     every = getattr(cache, "layers", ())
     layers = filled(every)
-    rows_or_states = [x for x in every if isinstance(x, (HOLDS_ROWS, STATES))]
+    rows_or_states = [x for x in every if isinstance(x, (CacheLayerMixin, STATES))]
     wrong = sorted({type(x).__name__ for x in rows_or_states if type(x) not in WHOLE})
     if wrong or not layers:
         raise UnsupportedCacheError(
