@@ -26,8 +26,6 @@ WAYS = [
     ("fsdp2-attention", "kcenter", "wrap"),
     ("fsdp2-attention", "prune", "patch"),
     ("fsdp2-attention", "prune", "wrap"),
-    ("fsdp1", "condiv", "wrap"),
-    ("fsdp1", "pyramiddrop", "wrap"),
 ]
 
 
@@ -44,9 +42,6 @@ def test_a_training_step_is_that_of_one_process(steps: list[Any], case: tuple[st
     for rank in steps:
         (expected, kept), (found, kept_too) = rank[case]
         assert kept_too == kept
-        if case[1] == "fsdp1":  # every rank holds its part of a flat gradient
-            torch.testing.assert_close(found["loss"], expected["loss"])
-            continue
         assert found.keys() == expected.keys()
         for parameter, value in expected.items():
             torch.testing.assert_close(found[parameter], value, atol=1e-6, rtol=1e-4, msg=parameter)

@@ -115,8 +115,7 @@ def gradients(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, p in model.named_parameters():
         if p.grad is not None:
             grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
-            name = name.replace("_fsdp_wrapped_module.", "").removeprefix("module.")
-            grads[name] = grad.clone()
+            grads[name.removeprefix("module.")] = grad.clone()
     return {**grads, "loss": loss.detach()}
 
 
@@ -125,23 +124,13 @@ def wrapped(way: str, model: nn.Module, family: Family) -> nn.Module:
     layers = family.decoder(model).layers
     if way == "ddp":
         return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
-    if way.startswith("fsdp2"):
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
 
-        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        for layer in layers:
-            fully_shard(layer.self_attn if way == "fsdp2-attention" else layer, mesh=mesh)
-        return fully_shard(model, mesh=mesh) or model
-    from torch.distributed.fsdp import FullyShardedDataParallel
-    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-
-    return FullyShardedDataParallel(
-        model,
-        auto_wrap_policy=ModuleWrapPolicy({type(layers[0])}),
-        use_orig_params=True,
-        device_id=torch.device("cpu"),
-    )
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in layers:
+        fully_shard(layer.self_attn if way == "fsdp2-attention" else layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh) or model
 
 
 def data_parallel(rank: int, cases: list[tuple[str, str, str, str]]) -> Any:

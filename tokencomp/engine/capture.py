@@ -30,14 +30,15 @@ NAME = "tokencomp_capture"
 FIX = "Use a reducer without attention, such as 'divprune'."
 CHOICE = "prev_topk_indices"  # selection of the indexer of an earlier layer (GLM, Mistral)
 SHARED = "shared_kv_states"  # keys and values that later layers reuse (Gemma 4)
-RowIndex = tuple[Tensor, Tensor]  # number of every sample (S, 1), and its rows (S, R), int64
+# Some rows of a batch (B, R); and the place of every row among these (B, n), or -1. Int64.
+RowIndex = tuple[Tensor, Tensor]
 # Arguments of a backend that change the logits beyond scale and RoPE.
 OTHER_LOGITS = ("softcap", "s_aux", "sinks", "position_bias")
 
 
 @dataclass
 class Captured(Exception):
-    """Queries (S, heads, n, d), keys (S, kv heads, N, d), and the factor of their product.
+    """Queries (B, heads, n, d), keys (B, kv heads, N, d), and the factor of their product.
 
     `attn` is the attention module that computed them.
     """
@@ -67,34 +68,17 @@ def _capture(
     raise Captured(query, key, query.shape[-1] ** -0.5 if scaling is None else float(scaling))
 
 
-def _zeros(width: int, x: Tensor) -> Tensor:
-    """Replaces a projection whose values are not needed, only its shape."""
-    return x.new_zeros(*x.shape[:-1], width)
-
-
 def _some_rows(projection: Callable[[Tensor], Tensor], rows: RowIndex, x: Tensor) -> Tensor:
     """Apply a projection to some rows of its input only; other rows of the output are zero."""
-    out = projection(x[rows])
-    zeros = out.new_zeros(*x.shape[:2], out.shape[-1])
-    zeros[rows] = out
-    return zeros
+    from tokencomp.kernels import gather_rows
 
-
-def _whole_batch(projection: nn.Module, batch: int, samples: slice | Tensor, x: Tensor) -> Tensor:
-    """Apply a projection to `samples` of a batch, called with zeros for the other samples."""
-    whole = x.new_zeros(batch, *x.shape[1:])
-    whole[samples] = x
-    out: Tensor = projection(whole)[samples]
-    return out
-
-
-def _constant(result: Any, *args: Any, **kwargs: Any) -> Any:
-    """Replaces an indexer: selects nothing."""
-    return result
+    (some,) = gather_rows([x], rows[0], trusted=True)
+    whole: Tensor = gather_rows([projection(some)], rows[1], trusted=True)[0]
+    return whole
 
 
 class Past:
-    """A cache with the rows of one sample in one layer; updates are not stored."""
+    """A cache with the rows of one layer; updates are not stored."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values
@@ -108,8 +92,8 @@ class Past:
 
 
 def unwrapped(module: Any) -> Any:
-    """The module inside wrappers of FSDP1, activation checkpointing and torch.compile."""
-    names = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
+    """The module inside wrappers of activation checkpointing and torch.compile."""
+    names = ("_checkpoint_wrapped_module", "_orig_mod")
     while inner := [module._modules[name] for name in names if name in module._modules]:
         module = inner[0]
     return module
@@ -152,9 +136,8 @@ def capture_qk(
     arguments: Mapping[str, Any],
     skipped: Iterable[str] = (),
     rows: RowIndex | None = None,
-    samples: tuple[int, slice | Tensor] | None = None,
 ) -> Captured:
-    """Queries and keys that an attention module computes for `hidden` (S, n, d).
+    """Queries and keys that an attention module computes for `hidden` (B, n, d).
 
     Parameters
     ----------
@@ -166,14 +149,14 @@ def capture_qk(
         Names of projections in the module whose results are not needed.
     rows
         Rows whose queries are returned; None: all.
-    samples
-        Number of samples of the model's batch, and those that `hidden` holds; None: all.
 
     Raises
     ------
     UnsupportedModelError
         The module does not call the backend that its config names, or changes logits in other ways.
     """
+    from tokencomp.kernels import gather_rows
+
     # Run a copy of the module with our backend, or a copy of the layer that contains this copy.
     compat.register_attention(NAME, _capture)
     outer = unwrapped(root)
@@ -183,12 +166,12 @@ def capture_qk(
     if name:
         run = shallow_copy(outer)
         run._modules[name] = clone
-    stand_ins = _stand_ins(attn, skipped, rows, samples)
+    stand_ins = _stand_ins(attn, skipped, rows)
     # Arguments that its forward takes.
     call = {"attention_mask": None, **arguments}
     parameters = inspect.signature(type(run).forward).parameters
     if getattr(attn, "indexer", None) is not None:  # reads a mask before the backend is called
-        stand_ins["indexer"] = partial(_constant, None)  # it changes neither queries nor keys
+        stand_ins["indexer"] = lambda *_, **__: None  # it changes neither queries nor keys
         call["attention_mask"] = hidden.new_ones(1, 1, 1, 1, dtype=torch.bool)
     if CHOICE in parameters and call.get(CHOICE) is None:
         call[CHOICE] = hidden.new_zeros(1, 1, 1, dtype=torch.int32)
@@ -205,7 +188,7 @@ def capture_qk(
     except Captured as captured:
         captured.attn = attn
         if rows is not None:
-            captured.query = captured.query[rows[0], :, rows[1]].transpose(1, 2)
+            (captured.query,) = gather_rows([captured.query], rows[0], 2, 0, trusted=True)
         return captured.with_traceback(None)  # frames would keep all tensors of the call
     raise UnsupportedModelError(
         f"{type(attn).__name__} does not call the attention backend that its config names, so its "
@@ -214,25 +197,17 @@ def capture_qk(
 
 
 def _stand_ins(
-    attn: Any,
-    skipped: Iterable[str],
-    rows: RowIndex | None,
-    samples: tuple[int, slice | Tensor] | None,
-) -> dict[str, partial[Any]]:
+    attn: Any, skipped: Iterable[str], rows: RowIndex | None
+) -> dict[str, Callable[..., Any]]:
     """What replaces projections of `attn`, by name; arguments as in `capture_qk`."""
-    found: dict[str, partial[Any]] = {}
-    if samples is not None:
-        for name, child in attn.named_children():
-            # Hooks pass more arguments, one for each sample (names of adapters in PEFT).
-            if any(m._forward_pre_hooks_with_kwargs for m in child.modules()):
-                found[name] = partial(_whole_batch, child, *samples)
+    found: dict[str, Callable[..., Any]] = {}
     if tensor_parallel_group(attn) is None:  # otherwise projections are narrower on each rank
         for name in skipped:
             width = getattr(getattr(attn, name, None), "out_features", None)
             if isinstance(width, int):
-                found[name] = partial(_zeros, width)
+                found[name] = lambda x, width=width: x.new_zeros(*x.shape[:-1], width)
     if rows is not None and isinstance(getattr(attn, "q_proj", None), nn.Module):
-        found["q_proj"] = partial(_some_rows, found.get("q_proj", attn.q_proj), rows)
+        found["q_proj"] = partial(_some_rows, attn.q_proj, rows)
     return found
 
 

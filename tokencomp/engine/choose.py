@@ -95,7 +95,7 @@ def run_stage(
         past = call.segment_of[stage.layer].past
         for s in (s for s in stage.needs if isinstance(s, Attention)):
             if s.modalities & call.modalities and (s.layer == "next" or not stage.layer):
-                call.scores.of_input(stage.layer, x, arguments, s, call.map, call.cache, past)
+                call.scores.add(stage.layer, x, arguments, s, call.map, call.cache, past)
     counts, chosen, kept = choose(call, stage, x)
     tensors = _keep(call, counts, chosen, kept, tensors, dims)
     call.kept.append(call.map)

@@ -9,6 +9,7 @@ segments get those of their rows; the first layer of a segment runs its stage fi
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -136,8 +137,10 @@ class LayerHooks(CallHooks):
         call: Any = self.calls.state.call
         if call is not None and call.scores is not None:
             arguments = compat.bind(module, args, rest[0])
-            past = call.segment_of[layer].past
-            call.scores.of_call(stage, module, arguments, signal, call.map, past)
+            x, past = arguments["hidden_states"], call.segment_of[layer].past
+            cache, started = compat.get_cache(arguments), time.perf_counter()
+            call.scores.add(stage, x, arguments, signal, call.map, cache, past, ran=module)
+            call.scores.seconds += time.perf_counter() - started
 
 
 def _begin_segment(call: Call, segment: Segment, hidden: Tensor, kwargs: dict[str, Any]) -> Tensor:

@@ -94,8 +94,11 @@ class Masks:
             wrong = any(t.misplaced(self, first, length) for t in set(types.types))
         if wrong:
             return self._by_type(x)
-        backend = attention_implementation(self.call.adapter.text_config)
-        if "flash" not in backend or not isinstance(self.call.first_layer, StaticLayer):
+        config, static = (
+            self.call.adapter.text_config,
+            isinstance(self.call.first_layer, StaticLayer),
+        )
+        if not static or "flash" not in attention_implementation(config):
             return self._padding(first, x)
         check_flash_on_static()
         real = joined_mask(first.past, self.real, first.new.rows)

@@ -464,10 +464,12 @@ def repeat_rows(layer: Any, index: Tensor, before: int) -> None:
     rows, apart = index.shape[1], hasattr(layer, "prefill_keys")
     if apart:  # the prompt is stored apart from later rows
         pair = layer.prefill_keys, layer.prefill_values
-    else:
+    elif isinstance(layer, QUANTIZED):
         pair = stored(layer, "keys"), stored(layer, "values")
-        if isinstance(layer, DynamicSlidingWindowLayer):
-            index = _in_window(layer, index)
+    else:
+        pair = layer.keys, layer.values
+    if isinstance(layer, DynamicSlidingWindowLayer) and not apart:
+        index = _in_window(layer, index)
     keys, values = gather_rows(pair, index, 2, 0, trusted=True)
     # Written as the class stores rows.
     if apart:

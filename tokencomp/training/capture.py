@@ -73,7 +73,7 @@ class Capture:
         prompts = build_prompts(real, self.spans, generated=answer)
         rows = RowMap.of_prompt(self.width, self.lengths, self.spans, prompts)
         scores, signal = StageScores(self.adapter.layers), Attention("text")
-        scores.of_input(0, self.inputs[0], tables, signal, rows, None, RowMap(0))
+        scores.add(0, self.inputs[0], tables, signal, rows, None, RowMap(0))
         parts = iter(scores.spans[0].split([span.length for row in self.spans for span in row]))
         return [[next(parts) for _ in row] for row in self.spans]
 
