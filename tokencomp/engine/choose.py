@@ -28,7 +28,7 @@ from tokencomp.plan.plan import Plan, Stage
 from tokencomp.reducers.base import reduced
 from tokencomp.tokens.signals import FRAMES, NORM, QUERY, Attention, TowerSignal
 from tokencomp.tokens.stacks import rows_of, starts_of
-from tokencomp.tokens.tokens import Kept, Tokens, VisualSpan
+from tokencomp.tokens.tokens import Kept, Tokens
 
 Chosen = list[tuple[int, int]]  # (sample, span) of the spans from which a reducer chooses
 FRAMES_SHOWN = "_tokencomp_frames"  # attribute of a KV cache
@@ -139,52 +139,23 @@ def choose(call: Call, stage: Stage, x: Tensor) -> tuple[list[list[int]], Chosen
     kept
         Its choice over all of these spans, concatenated; None if there are none.
     """
-    rows, order = call.map, call.plan.stages.index(stage)
-    # `call.counts` has visual tokens to keep, special tokens included. `counts` adds the text
-    # between the frames of a video, which is always kept. The budget of a reducer (`tokens_of`)
-    # leaves both out: it counts patches.
-    counts = [
-        [call.counts[b][j][order] + len(kept.span.text) for j, kept in enumerate(spans)]
-        for b, spans in enumerate(rows.spans)
-    ]
-    # Spans of which some tokens are dropped: all other spans need no reducer.
-    chosen = [
-        (b, j)
-        for b, spans in enumerate(rows.spans)
-        for j, kept in enumerate(spans)
-        if counts[b][j] < kept.count and (counts[b][j] or rows.ends_question(b, kept))
-    ]
+    counts, cuts = _cuts(call, stage)
     scores = texts = None
     if call.scores is not None:
         scores = call.scores.spans.pop(stage.layer, None)
         texts = call.scores.texts.pop(stage.layer, None)
-    frames = compared_frames(x, rows, call.cache) if FRAMES in stage.needs else None
-    if not chosen:
+    frames = compared_frames(x, call.map, call.cache) if FRAMES in stage.needs else None
+    if not cuts:
         return counts, [], None
-    # The last row of a question predicts the next token: keep at least one token of a span that
-    # ends a question.
-    ends = [rows.ends_question(b, rows.spans[b][j]) for b, j in chosen]
-    visual = [call.counts[b][j][order] for b, j in chosen]
-    for (b, j), count, end in zip(chosen, visual, ends, strict=True):
-        span = rows.spans[b][j].span
-        if end and not count and span.length - 1 not in span.text:
-            counts[b][j] += 1
-            call.counts[b][j][order] = 1
     # The reducer sees the patches of these spans as one batch.
-    spans = [rows.spans[b][j].span for b, j in chosen]
-    roles = [*map(_roles, spans, visual, ends)]
-    keeps = [counts[b][j] for b, j in chosen]
-    tokens, features, patches, fixed = tokens_of(
-        call, stage, x, chosen, roles, keeps, scores, texts
-    )
+    tokens, features, patches, fixed = tokens_of(call, stage, x, cuts, scores, texts)
     if frames is not None:
         tokens.frames = [frames[b][j] for b, j in tokens.places]
-    pairs = zip(roles, ends, strict=True)
-    final = [end and role[-1] == PATCH for role, end in pairs if (role == PATCH).any()]
+    final = [c.ends and c.roles[-1] == PATCH for c in cuts if (c.roles == PATCH).any()]
     kept = choose_patches(call, stage, tokens, final) if tokens else Kept(tokens.table([]))
     if patches is not None and fixed is not None:  # from a choice among patches to one among all
         kept = kept.with_fixed(features, patches, fixed)
-    return counts, chosen, kept
+    return counts, [(c.sample, c.number) for c in cuts], kept
 
 
 def choose_patches(call: Call, stage: Stage, tokens: Tokens, final: Sequence[bool]) -> Kept:
@@ -231,19 +202,55 @@ def keep_last(kept: Kept, tokens: Tokens, final: Sequence[bool]) -> Kept:
 PATCH, FIXED, DROPPED = range(3)  # roles of tokens
 
 
-def _roles(span: VisualSpan, count: int, ends: bool) -> np.ndarray[Any, Any]:
-    """The role of every token of an uncompressed span of which `count` visual tokens are kept.
+class Cut(NamedTuple):
+    """A span of which a stage drops tokens.
+
+    Attributes
+    ----------
+    sample, number
+        Its sample, and its number in the sample.
+    kept
+        Its tokens before the stage.
+    keep
+        How many are kept, special tokens and text between frames included.
+    ends
+        Whether a question ends in it.
+    roles : ndarray
+        Role of every token of the uncompressed span.
+    """
+
+    sample: int
+    number: int
+    kept: KeptSpan
+    keep: int
+    ends: bool
+    roles: np.ndarray[Any, Any]
+
+
+def _cuts(call: Call, stage: Stage) -> tuple[list[list[int]], list[Cut]]:
+    """Number of kept tokens of every span, as in `choose`; and the spans that lose tokens.
 
     Special tokens and text between frames are fixed. If no visual token is kept, the text is fixed,
-    and so is the last token of the span if a question `ends` in it.
+    and so is the last token of a span in which a question ends: its row predicts the next token.
     """
-    found, fixed = np.full(span.length, PATCH if count else DROPPED), [*span.text]
-    if count:
-        fixed += span.special
-    elif ends:
-        fixed.append(span.length - 1)
-    found[fixed] = FIXED
-    return found
+    counts, cuts, order = [], [], call.plan.stages.index(stage)
+    for b, spans in enumerate(call.map.spans):
+        counts.append([0] * len(spans))
+        for j, kept in enumerate(spans):
+            # Visual tokens to keep, special tokens included; then also text between frames.
+            span, visual = kept.span, call.counts[b][j][order]
+            keep, ends = visual + len(span.text), call.map.ends_question(b, kept)
+            cut = keep < kept.count and (keep or ends)  # other spans need no reducer
+            roles, fixed = np.full(span.length, PATCH if visual else DROPPED), [*span.text]
+            if visual:
+                fixed += span.special
+            elif cut and ends and span.length - 1 not in span.text:
+                fixed.append(span.length - 1)
+                keep, call.counts[b][j][order] = keep + 1, 1
+            roles[fixed], counts[b][j] = FIXED, keep
+            if cut:
+                cuts.append(Cut(b, j, kept, keep, ends, roles))
+    return counts, cuts
 
 
 class Parts(NamedTuple):
@@ -269,32 +276,65 @@ def tokens_of(
     call: Call,
     stage: Stage,
     x: Tensor,
-    chosen: Chosen,
-    roles: list[np.ndarray[Any, Any]],
-    keeps: list[int],
+    cuts: list[Cut],
     scores: Tensor | None,
     texts: list[list[Tensor]] | None,
 ) -> Parts:
-    """Build the input of a reducer from the spans `chosen`.
-
-    Index tables are built on the host and moved to the device in one copy.
+    """Build the input of a reducer from the spans that lose tokens.
 
     Parameters
     ----------
     x : Tensor, shape (B, n, d)
         Hidden states of all rows.
-    roles, keeps
-        Role of every token of every uncompressed span, and how many tokens of the span are kept.
     scores : Tensor of float32, shape (kept visual tokens,), or None
         Attention scores of the tokens of all spans of all samples, concatenated.
     texts
         Per sample, per prompt: key lengths of the text after the last span, (m,), or None.
     """
-    rows, needs, flat = call.map, stage.needs, x.flatten(0, 1)
-    spans = [rows.spans[b][j] for b, j in chosen]
-    tables, adjacent = _host_tables(rows, chosen, roles, scores)
+    rows, needs = call.map, stage.needs
+    values, role = _values(call, stage, x, cuts, scores)
+    # Spans with patches, and how many patches they have and keep: without fixed tokens.
+    seen = [c for c in cuts if (c.roles == PATCH).any()]
+    others = [len(c.kept.span.special + c.kept.span.text) for c in seen]
+    counts = [c.kept.count - n for c, n in zip(seen, others, strict=True)]
+    budgets = [c.keep - n for c, n in zip(seen, others, strict=True)]
+    features, patches, fixed = values["features"], None, None
+    if role is not None:
+        # A sort, because `nonzero` would synchronise with the device to read its length.
+        by_role = role.to(torch.uint8).sort(stable=True).indices
+        stop = sum(counts) + sum(c.keep for c in cuts) - sum(budgets)
+        patches, fixed = by_role[: sum(counts)], by_role[sum(counts) : stop]
+        values = {name: value.index_select(0, patches) for name, value in values.items()}
+    places = [(c.sample, c.number) for c in seen]
+    tokens = Tokens(
+        features=values["features"],
+        grids=[c.kept.span.grid for c in seen],
+        budgets=budgets,
+        lengths=counts,
+        modalities=[c.kept.span.modality for c in seen],
+        index=values.get("index"),
+        weights=values.get("weights"),
+        scores=values.get("scores"),
+        tower={s: values[s] for s in needs if isinstance(s, TowerSignal)},
+        queries=_of_prompts(rows, text_values(x, rows), places, x) if QUERY in needs else None,
+        query_scores=None if texts is None else _of_prompts(rows, texts, places, x),
+        norm=call.adapter.final_norm if NORM in needs else None,
+        places=places,
+    )
+    return Parts(tokens, features, patches, fixed)
+
+
+def _values(
+    call: Call, stage: Stage, x: Tensor, cuts: list[Cut], scores: Tensor | None
+) -> tuple[dict[Any, Tensor], Tensor | None]:
+    """Values of all tokens of these spans by name or signal of the tower; and the roles of tokens.
+
+    No roles: all tokens are patches. Index tables are built on the host and moved to the device in
+    one copy.
+    """
+    rows, flat = call.map, x.flatten(0, 1)
+    tables, adjacent = _host_tables(rows, cuts, scores)
     moved = move_tables(tables, x.device)
-    # Values of all tokens of these spans, patches or fixed.
     features = flat.index_select(0, moved["rows"]) if adjacent is None else flat[adjacent]
     values: dict[Any, Tensor] = {"features": features}
     if rows.weights is not None:
@@ -302,9 +342,9 @@ def tokens_of(
     if scores is not None:
         scores = scores.to(x.device)
         values["scores"] = scores.index_select(0, moved["scored"]) if "scored" in moved else scores
-    signals = [s for s in needs if isinstance(s, TowerSignal)]
+    signals = [s for s in stage.needs if isinstance(s, TowerSignal)]
     for signal in signals:
-        by_span = [call.tower.signals[signal][b][j] for b, j in chosen]
+        by_span = [call.tower.signals[signal][c.sample][c.number] for c in cuts]
         values[signal] = torch.cat(by_span).to(x.device)
     role = moved.get("role")
     if rows.columns is not None and "start" in moved:  # tokens of these spans are missing
@@ -314,51 +354,21 @@ def tokens_of(
         values["index"] = moved["cells"].index_select(0, full) if "cells" in moved else index
         values |= {signal: values[signal].index_select(0, full) for signal in signals}
         role = None if role is None else role.index_select(0, full)
-    # Spans with patches, and how many patches they have and keep: without fixed tokens.
-    seen = [i for i, role_of in enumerate(roles) if (role_of == PATCH).any()]
-    others = [len(spans[i].span.special + spans[i].span.text) for i in seen]
-    counts = [spans[i].count - fixed for i, fixed in zip(seen, others, strict=True)]
-    budgets = [keeps[i] - fixed for i, fixed in zip(seen, others, strict=True)]
-    patches = fixed_rows = None
-    if role is not None:
-        # A sort, because `nonzero` would synchronise with the device to read its length.
-        by_role = role.to(torch.uint8).sort(stable=True).indices
-        stop = sum(counts) + sum(keeps) - sum(budgets)
-        patches, fixed_rows = by_role[: sum(counts)], by_role[sum(counts) : stop]
-        values = {name: value.index_select(0, patches) for name, value in values.items()}
-    places = [chosen[i] for i in seen]
-    tokens = Tokens(
-        features=values["features"],
-        grids=[spans[i].span.grid for i in seen],
-        budgets=budgets,
-        lengths=counts,
-        modalities=[spans[i].span.modality for i in seen],
-        index=values.get("index"),
-        weights=values.get("weights"),
-        scores=values.get("scores"),
-        tower={signal: values[signal] for signal in signals},
-        queries=_of_prompts(rows, text_values(x, rows), places, x) if QUERY in needs else None,
-        query_scores=None if texts is None else _of_prompts(rows, texts, places, x),
-        norm=call.adapter.final_norm if NORM in needs else None,
-        places=places,
-    )
-    return Parts(tokens, features, patches, fixed_rows)
+    return values, role
 
 
 def _host_tables(
-    rows: RowMap, chosen: Chosen, roles: list[np.ndarray[Any, Any]], scores: Tensor | None
+    rows: RowMap, cuts: list[Cut], scores: Tensor | None
 ) -> tuple[dict[str, Any], slice | None]:
-    """Index tables for `tokens_of` by name; and a slice of the flat rows, if contiguous.
+    """Index tables for `_values` by name; and a slice of the flat rows, if contiguous.
 
     "rows" are flat rows. If tokens are missing, "start" is the first column of the span of every
     row, and "before" the number of tokens of earlier uncompressed spans. "role" and "cells" cover
     all tokens of the uncompressed spans. "scored" indexes the scores.
     """
-    spans = [rows.spans[b][j] for b, j in chosen]
-    lengths, role = [s.count for s in spans], np.concatenate(roles)
-    numbers = [
-        np.arange(s.start, s.stop) + b * rows.rows for s, (b, _) in zip(spans, chosen, strict=True)
-    ]
+    spans = [c.kept for c in cuts]
+    lengths, role = [s.count for s in spans], np.concatenate([c.roles for c in cuts])
+    numbers = [np.arange(c.kept.start, c.kept.stop) + c.sample * rows.rows for c in cuts]
     first, stop = numbers[0][0], numbers[-1][-1] + 1
     adjacent = slice(first, stop) if stop - first == sum(lengths) else None
     missing = rows.columns is not None and any(not s.whole for s in spans)
@@ -371,18 +381,18 @@ def _host_tables(
         tables["before"] = np.repeat(np.cumsum(whole) - whole, lengths)
     if role.any():
         tables["role"] = role
-        tables["cells"] = np.concatenate([np.cumsum(one == PATCH) - 1 for one in roles])
+        tables["cells"] = np.concatenate([np.cumsum(c.roles == PATCH) - 1 for c in cuts])
     # Spans that keep all tokens have scores too, which the reducer does not see.
     if scores is not None and len(scores) > sum(lengths):
-        tables["scored"] = _scored_rows(rows, chosen)
+        tables["scored"] = _scored_rows(rows, cuts)
     return tables, adjacent
 
 
-def _scored_rows(rows: RowMap, chosen: Chosen) -> np.ndarray[Any, Any]:
-    """Indices of the tokens of the spans `chosen` among the kept tokens of all spans."""
+def _scored_rows(rows: RowMap, cuts: list[Cut]) -> np.ndarray[Any, Any]:
+    """Indices of the tokens of some spans among the kept tokens of all spans."""
     starts = starts_of([s.count for spans in rows.spans for s in spans])
     before = starts_of([len(spans) for spans in rows.spans])  # number of spans of earlier samples
-    return rows_of(starts, [before[b] + j for b, j in chosen])
+    return rows_of(starts, [before[c.sample] + c.number for c in cuts])
 
 
 def _of_prompts(rows: RowMap, texts: list[list[Tensor]], chosen: Chosen, x: Tensor) -> list[Tensor]:
