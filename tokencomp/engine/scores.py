@@ -6,7 +6,7 @@ without a rows × keys tensor. Sliding windows and indexers of the layer are ign
 the attention that each token would receive if the whole prompt were visible.
 
     rows that vote ─► queries and keys ─► keys that a row sees ─► sums over rows ─► means
-    `_votes`          `_captured`         `_visible`              `_span_scores`
+    `_votes`          `_captured`         `_visible`              `_column_sums`
 """
 
 from __future__ import annotations
