@@ -390,10 +390,6 @@ class ThreadState:
         Depth of nested `Handle.disabled()` blocks.
     drops
         Set by a session with a budget: merging is off.
-    entered
-        Modules whose forward hooks have run for a call that has not reached `forward`.
-    redirected
-        Modules whose `forward` was called directly and now calls the module.
     """
 
     def __init__(self) -> None:
@@ -401,8 +397,6 @@ class ThreadState:
         self.call: Call | None = None
         self.recomputed: Call | None = None
         self.weighs, self.disabled, self.drops = False, 0, False
-        self.entered: set[int] = set()
-        self.redirected: set[int] = set()
 
 
 class RunningCalls(threading.local):

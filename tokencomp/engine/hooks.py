@@ -8,14 +8,19 @@ body
     Notes where visual placeholders are, if the call has visual features.
 decoder
     Compresses, see `tokencomp.engine.decoder`.
+
+`generate`, top and body each run with a copy of the notes (`Noted`) of the call around them, to
+which they add theirs. When they end, by an error too, the earlier notes are restored.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -26,7 +31,7 @@ from tokencomp.adapters.base import TYPES, Adapter
 from tokencomp.adapters.registry import DATA_PARALLEL
 from tokencomp.adapters.structure import parameters_of
 from tokencomp.engine.cache import CacheOwner
-from tokencomp.engine.call import CallHooks, RunningCalls
+from tokencomp.engine.call import CallHooks, Noted, RunningCalls
 from tokencomp.engine.checks import FeaturelessPrompts, refuse_recomputation
 from tokencomp.engine.decoder import DecoderHooks
 from tokencomp.engine.later import ChunkedPrefill, begins_prompt
@@ -138,20 +143,23 @@ class GenerateCalls(Hooked):
         ]
 
     def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        noted = self.calls.state.noted
-        earlier = noted.columns, noted.encodes, noted.types, noted.arguments
-        noted.columns, noted.encodes = prompt_columns(args, kwargs), self.adapter.encodes(kwargs)
-        ids = kwargs.get("inputs", args[0] if args else None)
-        noted.types, noted.arguments = None, {"input_ids": ids, **kwargs}
+        state, types = self.calls.state, None
         if TYPES in kwargs and TYPES not in parameters_of(self.adapter.top):
-            noted.types = kwargs.pop(TYPES)  # transformers would raise for it
+            types = kwargs.pop(TYPES)  # transformers would raise for it
+            _check_types(types, kwargs.get("inputs_embeds"))
+        ids = [kwargs.get("input_ids"), kwargs.get("inputs"), *args[:1]]
+        arguments = {**kwargs, "input_ids": next((x for x in ids if x is not None), None)}
+        shown = [arguments.get(name) for name in ("inputs_embeds", "input_ids")]
+        columns = next((int(x.shape[1]) for x in shown if isinstance(x, Tensor)), None)
+        earlier, encodes = state.noted, self.adapter.encodes(kwargs)
+        state.noted = replace(
+            earlier, columns=columns, encodes=encodes, types=types, arguments=arguments
+        )
         try:
-            if noted.types is not None:
-                _check_types(noted.types, kwargs.get("inputs_embeds"))
             with self.gate.call():
                 return original(*args, **kwargs)
         finally:
-            noted.columns, noted.encodes, noted.types, noted.arguments = earlier
+            state.noted = earlier
 
     def _generate_batch(
         self,
@@ -206,14 +214,6 @@ def with_types(arguments: dict[str, Any], types: Tensor) -> dict[str, Any]:
         return arguments
     rows = types.repeat_interleave(embeds.shape[0] // types.shape[0], 0)
     return {**arguments, TYPES: rows[:, -embeds.shape[1] :]}
-
-
-def prompt_columns(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
-    """Number of columns of the prompt of `generate`, or None if its arguments do not show it."""
-    for name in ("inputs_embeds", "input_ids", "inputs"):
-        if isinstance(kwargs.get(name), Tensor):
-            return int(kwargs[name].shape[1])
-    return int(args[0].shape[1]) if args and isinstance(args[0], Tensor) else None
 
 
 class Hooks(CallHooks):
@@ -278,13 +278,13 @@ class Hooks(CallHooks):
         return self._compressed or self.decoder.tower.had_stage
 
     def _hook(self) -> None:
-        top, body, apart = self.adapter.top, self.adapter.body, self.decoder.apart
+        top, body = self.adapter.top, self.adapter.body
         for module in dict.fromkeys((top, body)):
-            self._count_calls(module)
-        self._before(top, self._note_call, traced=apart)
-        self._after(top, self._forget_call, traced=apart, always_call=True)
-        self._before(body, self._note_media, traced=apart)
-        self._after(body, self._forget_media, traced=apart, always_call=True)
+            # Instead of hooks, which torch skips when `forward` is called directly.
+            noted = functools.partial(self._forward, module)
+            self._handles.append(MethodReplacement(module, "forward", noted))
+        copied = MethodReplacement(top, "_replicate_for_data_parallel", _refuse_copies)
+        self._handles.append(copied)
         for part in (*self._parts, self.adapter):
             part.install()
         forget_compiled()
@@ -303,47 +303,60 @@ class Hooks(CallHooks):
 
     # -- running calls --------------------------------------------------------------------------
 
-    def _count_calls(self, module: nn.Module) -> None:
-        """Count calls of a module, and redirect a direct call of its `forward` through its hooks.
-
-        torch runs hooks only for `module(...)`. A pre-hook notes that it has run, so a `forward`
-        without this note is a direct call. Dynamo does not trace this; it may trace the hook and
-        leave its graph before `forward`, so a call is redirected at most once.
-        """
-        self._handles += [
-            module.register_forward_pre_hook(self._begin),
-            module.register_forward_hook(self._end, always_call=True),
-            MethodReplacement(module, "forward", functools.partial(self._forward, module)),
-        ]
-
-    def _begin(self, module: nn.Module, args: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self.calls.state.entered.add(id(module))
-
-    def _end(self, module: nn.Module, args: Any, out: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self.calls.state.entered.discard(id(module))
-
     def _forward(
         self, module: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
-        if torch.compiler.is_compiling():
+        """Replaces `forward` of the model and of its body: runs it with notes for the decoder.
+
+        If there is nothing to note, Dynamo traces it; else it runs between compiled graphs.
+        """
+        if torch.compiler.is_compiling() and not self.decoder.apart(module, args, kwargs):
             return original(*args, **kwargs)
-        # No hook has run: a direct call of `forward`, so call the module instead, once.
-        entered, redirected = self.calls.state.entered, self.calls.state.redirected
-        if id(module) not in entered and id(module) not in redirected:
-            redirected.add(id(module))
-            try:
-                return module(*args, **kwargs)
-            finally:
-                redirected.discard(id(module))
-        entered.discard(id(module))
+        state, arguments = self.calls.state, compat.bind(module, args, kwargs)
+        earlier, state.call = state.noted, None
+        state.noted = copy.copy(earlier)
         try:
             with self.gate.call():
+                if module is self.adapter.top:
+                    self._note_call(arguments, state.noted)
+                if module is self.adapter.body:
+                    self._note_media(arguments, state.noted)
                 return original(*args, **kwargs)
         finally:
-            if self.calls.state.weighs:
+            state.noted, state.call = earlier, None
+            if state.weighs:
                 self.decoder.weights.end()  # torch runs no hook after a KeyboardInterrupt
+
+    @compat.not_compiled
+    def _note_call(self, arguments: dict[str, Any], noted: Noted) -> None:
+        """Note the labels, and which logits the call must return."""
+        keep, labels = arguments.get("logits_to_keep", 0), arguments.get("labels")
+        if labels is not None or not isinstance(keep, int):
+            keep = 0
+        noted.grad = torch.is_grad_enabled()
+        noted.labels, noted.logits = labels, keep if self._slices else 0
+        noted.drafts = max(keep - 1, 0)  # assisted decoding: speculative tokens at the end
+
+    @compat.not_compiled
+    def _note_media(self, arguments: dict[str, Any], noted: Noted) -> None:
+        """Note where the visual features of a call go."""
+        noted.in_body, noted.mask = True, arguments.get("attention_mask")
+        noted.inputs = noted.modalities = None
+        if not self.decoder.compresses():
+            noted.inputs = arguments
+            return
+        if noted.types is not None:
+            arguments = with_types(arguments, noted.types)
+        modalities = self.adapter.modalities(arguments)
+        if modalities is not None:
+            # Labels and drafts determine where the question ends.
+            if noted.grad and (noted.labels is not None or noted.drafts):
+                refuse_recomputation(self.adapter.top, "its labels")
+            noted.grad = torch.is_grad_enabled()
+            noted.inputs, noted.modalities = arguments, modalities.cpu()
+        elif begins_prompt(arguments):
+            self.decoder.stats = None  # those of an earlier prompt
+            self._featureless.meet(arguments)
 
     # -- state ----------------------------------------------------------------------------------
 
@@ -372,47 +385,6 @@ class Hooks(CallHooks):
     def _compresses(self) -> bool:
         return self.decoder.compresses()
 
-    # -- top and body ---------------------------------------------------------------------------
 
-    def _note_call(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Note the labels, and which logits the call must return."""
-        if getattr(module, "_is_replica", False):  # created by DataParallel
-            raise UnsupportedModelError(DATA_PARALLEL)
-        arguments, noted = compat.bind(module, args, kwargs), self.calls.state.noted
-        keep, labels = arguments.get("logits_to_keep", 0), arguments.get("labels")
-        if labels is not None or not isinstance(keep, int):
-            keep = 0
-        noted.grad = torch.is_grad_enabled()
-        noted.labels, noted.logits = labels, keep if self._slices else 0
-        noted.drafts = max(keep - 1, 0)  # assisted decoding: speculative tokens at the end
-
-    def _forget_call(self, *call: Any) -> None:
-        noted = self.calls.state.noted
-        noted.labels, noted.logits, noted.drafts = None, 0, 0
-
-    def _note_media(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        """Note where the visual features of a call go."""
-        arguments, state = compat.bind(module, args, kwargs), self.calls.state
-        noted, state.call = state.noted, None
-        noted.in_body, noted.mask = True, arguments.get("attention_mask")
-        noted.inputs = noted.modalities = None
-        if not self.decoder.compresses():
-            noted.inputs = arguments
-            return
-        if noted.types is not None:
-            arguments = with_types(arguments, noted.types)
-        modalities = self.adapter.modalities(arguments)
-        if modalities is not None:
-            # Labels and drafts determine where the question ends.
-            if noted.grad and (noted.labels is not None or noted.drafts):
-                refuse_recomputation(self.adapter.top, "its labels")
-            noted.grad = torch.is_grad_enabled()
-            noted.inputs, noted.modalities = arguments, modalities.cpu()
-        elif begins_prompt(arguments):
-            self.decoder.stats = None  # those of an earlier prompt
-            self._featureless.meet(arguments)
-
-    def _forget_media(self, *call: Any) -> None:
-        noted, self.calls.state.call = self.calls.state.noted, None
-        noted.modalities = noted.inputs = noted.mask = None
-        noted.in_body = False
+def _refuse_copies(original: Callable[..., Any]) -> Any:
+    raise UnsupportedModelError(DATA_PARALLEL)

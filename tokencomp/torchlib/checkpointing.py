@@ -27,13 +27,14 @@ def checkpoint_functions(root: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 def checkpointed_since(module: nn.Module) -> bool:
     """Whether this code runs inside a checkpoint that began after `module` was called.
 
-    Walks up the stack from here to the call of `module`.
+    Walks up the stack from here to the call of `module`, or of its `forward` alone.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_filename == _FILE:
             return True
-        if "_call_impl" in frame.f_code.co_name and frame.f_locals.get("self") is module:
+        called = frame.f_code.co_name in ("_call_impl", "forward")
+        if called and frame.f_locals.get("self") is module:
             return False
         frame = frame.f_back
     return False
