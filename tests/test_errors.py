@@ -119,18 +119,6 @@ def test_a_window_that_the_prompt_reaches(family: Family) -> None:
         model(**prompt(family), past_key_values=cache, use_cache=True)
 
 
-def test_already_compressed(family: Family) -> None:
-    model = family.build()
-    model.config.video_pruning_rate = 0.5
-    with pytest.raises(errors.AlreadyCompressedError, match="video_pruning_rate"):
-        tokencomp.patch(model)
-    model = family.build()
-    body = getattr(model, "model", model)
-    body.get_image_features = lambda *a, **k: None
-    with pytest.raises(errors.AlreadyCompressedError, match="get_image_features"):
-        tokencomp.patch(model)
-
-
 def test_a_model_that_prunes_videos_itself() -> None:
     """Images are compressed all the same, and videos once the model no longer prunes them."""
     tiny = tiny_model(

@@ -18,7 +18,6 @@ from tokencomp.context_window import (
     restore_visual_context,
 )
 from tokencomp.engine.call import CallHooks
-from tokencomp.engine.checks import refuse_foreign
 from tokencomp.engine.hooks import CallGate, Hooks
 from tokencomp.errors import AlreadyCompressedError, OptionError, PlanError
 from tokencomp.handle import Handle, handle_of, make_plan
@@ -143,8 +142,7 @@ def patch(
         it takes pictures of one size (`tower_ratio` with a budget); or its attention cannot apply
         weights (`merge=True`).
     AlreadyCompressedError
-        Another method has changed the model, or it is the body of a patched model, or the model
-        around a patched body.
+        The model is the body of a patched model, or the model around a patched body.
     ModelInUseError
         A call of the patched model is running, in any thread.
     """
@@ -212,8 +210,7 @@ def apply(
 
 
 def _check_free(adapter: Adapter) -> None:
-    """Refuse a model that somebody else has changed; it may be patched already."""
-    refuse_foreign(adapter.model)
+    """Refuse a model whose decoder is patched through another model."""
     for hook in adapter.decoder._forward_pre_hooks.values():
         owner = getattr(hook, "__self__", None)
         if isinstance(owner, CallHooks) and owner.adapter.model is not adapter.model:

@@ -20,7 +20,6 @@ from tokencomp.engine.call import Call, Segment
 from tokencomp.engine.capture import attention_of
 from tokencomp.engine.layer_types import LayerTypes
 from tokencomp.errors import (
-    AlreadyCompressedError,
     NoVisualInputError,
     OptionError,
     PlanError,
@@ -36,20 +35,14 @@ from tokencomp.tokens.signals import SEEN, Attention
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.cache_classes import QUANTIZED, WITHOUT_ROWS
 from tokencomp.torchlib.checkpointing import checkpointed_since
-from tokencomp.torchlib.replace import MethodReplacement
 
 TRACED = (
     "a prompt with media was traced (torch.export, torch.jit.trace, torch.func). Which tokens it "
     "keeps follows from their values, so that no trace holds for other prompts. Use torch.compile, "
     "or trace under handle.disabled()."
 )
-PREPARED = "_original_forward"  # the forward that Accelerator.prepare wraps (mixed precision)
 
 STREAMS = "its hidden states have several streams"
-# Why layer 0 of such a decoder cannot score tokens at entry.
-UNSCORED = {
-    STREAMS: "takes hidden states of several streams, made of the embeddings after that stage",
-}
 # Fields of text configs: above this value, no token can be dropped between layers.
 ENTRY_ONLY = {
     "altup_num_inputs": (1, STREAMS),
@@ -61,49 +54,6 @@ FIX = "Use a reducer that acts at entry, such as 'condiv', 'divprune' or 'bipart
 
 
 # -- before a model is patched ------------------------------------------------------------------
-
-
-def refuse_foreign(model: nn.Module) -> None:
-    """Raise `AlreadyCompressedError` if another compression method has changed the model."""
-    config = getattr(model, "config", None)
-    changes = [
-        name
-        for name in ("fastv_config", "use_fast_v", "video_pruning_rate", "image_pruning_rate")
-        if getattr(config, name, None) and not hasattr(model, name)  # not the model's option
-    ]
-    changes += [name for name in ("_info", "_tome_info") if name in model.__dict__]
-    for name in ("get_image_features", "get_video_features", "forward"):
-        for module in (model, getattr(model, "model", None)):
-            attributes = getattr(module, "__dict__", {})
-            if name not in attributes or MethodReplacement.replaces(attributes[name]):
-                continue
-            if not (name == "forward" and _only_wrapped(module)):
-                changes.append(f"{type(module).__name__}.{name} replaced")
-    if changes:
-        raise AlreadyCompressedError(
-            f"{type(model).__name__} carries another method's changes ({', '.join(changes)}). "
-            "Load a fresh model, or undo the other method first."
-        )
-
-
-def _only_wrapped(module: Any) -> bool:
-    """Whether `module.forward` was replaced only by accelerate, or by torch.compile.
-
-    After accelerate removes its wrapper, `forward` can be the original without its decorators.
-    """
-    attributes = module.__dict__
-    originals: list[Any] = [type(module).forward]
-    while (inner := getattr(originals[-1], "__wrapped__", None)) is not None:
-        originals.append(inner)
-    forward = (
-        getattr(attributes["forward"], "_torchdynamo_orig_callable", None) or attributes["forward"]
-    )
-    while forward is not None:
-        original = getattr(forward, "__func__", forward) in originals
-        if original or MethodReplacement.replaces(forward):
-            return True
-        forward = getattr(forward, "__wrapped__", None) if PREPARED in attributes else None
-    return "_old_forward" in attributes
 
 
 CHECKPOINTED = "_checkpoint_wrapped_module."
@@ -138,24 +88,30 @@ def check_entry(plan: Plan, adapter: Adapter) -> None:
     Raises
     ------
     PlanError
-        Layer 0 has linear attention, for example, or takes an argument listed in `UNSCORED`.
+        Layer 0 has linear attention, for example, or takes several streams of hidden states.
     """
     entry = plan.entry
     if entry is None or not any(isinstance(signal, Attention) for signal in entry.needs):
         return
-    try:
-        why = [UNSCORED[r] for r in _entry_only(adapter.decoder) if r in UNSCORED]
-        if why:
-            raise UnsupportedModelError(
-                f"{type(adapter.layers[0]).__name__} {why[0]}. Use a reducer without attention, "
-                "such as 'divprune'."
-            )
-        attention_of(adapter.layers[0])
-    except UnsupportedModelError as error:
+    layer = adapter.layers[0]
+    what = (
+        f"reducer {entry.reducer.name!r} scores tokens at entry by the attention of the first "
+        "decoder layer"
+    )
+    if STREAMS in _entry_only(adapter.decoder):
         raise PlanError(
-            f"reducer {entry.reducer.name!r} scores tokens at entry by the attention of the "
-            f"first decoder layer: {error}"
-        ) from None
+            f"{what}: {type(layer).__name__} takes hidden states of several streams, made of the "
+            "embeddings after that stage. Use a reducer without attention, such as 'divprune'."
+        )
+    _check_attention(layer, what)
+
+
+def _check_attention(layer: nn.Module, what: str) -> None:
+    """Refuse to score tokens by a layer without attention whose queries and keys are known."""
+    try:
+        attention_of(layer)
+    except UnsupportedModelError as error:
+        raise PlanError(f"{what}: {error}") from None
 
 
 def _entry_only(decoder: Any) -> list[str]:
@@ -190,21 +146,16 @@ def check_layer_stages(plan: Plan, adapter: Adapter) -> None:
     decoder, layers = adapter.decoder, [stage.layer for stage in plan.layer_stages]
     if not layers:
         return
-    if not adapter.layer_stages:
-        raise PlanError(
-            f"stages at layers {layers}: {adapter.family} is served at entry only. {FIX}"
-        )
-    why = _entry_only(decoder)
-    if why:
-        raise PlanError(
-            f"stages at layers {layers}: {type(decoder).__name__} is served at entry only, because "
-            f"{why[0]}. {FIX}"
-        )
+    only = [] if adapter.layer_stages else [f"{adapter.family} is served at entry only"]
+    name = type(decoder).__name__
+    only += [f"{name} is served at entry only, because {why}" for why in _entry_only(decoder)]
+    if only:
+        raise PlanError(f"stages at layers {layers}: {only[0]}. {FIX}")
     choosers = list(getattr(decoder.config, "indexer_types", None) or ())
     follow = [layer for layer in layers if choosers[layer : layer + 1] == ["shared"]]
     if follow:
         raise PlanError(
-            f"stages at layers {follow}: these layers of {type(decoder).__name__} attend to the "
+            f"stages at layers {follow}: these layers of {name} attend to the "
             "rows that the indexer of a layer before has chosen, by number, and must hold the same "
             'rows. Choose layers whose entry in indexer_types of the config is "full", or a '
             "reducer that acts at entry."
@@ -215,17 +166,13 @@ def check_layer_stages(plan: Plan, adapter: Adapter) -> None:
     late = [layer for layer in layers if layer > last]
     if late:
         raise PlanError(
-            f"stages at layers {late}: later layers of {type(decoder).__name__} read the keys of "
+            f"stages at layers {late}: later layers of {name} read the keys of "
             f"layer {last}, and must hold the same tokens. Choose layers up to {last}, or a "
             "reducer that acts at entry."
         )
     for stage, layer, _ in scored_stages(plan, adapter):
-        try:
-            attention_of(adapter.layers[layer])
-        except UnsupportedModelError as error:
-            raise PlanError(
-                f"a stage at layer {stage} is to be scored by layer {layer}: {error}"
-            ) from None
+        what = f"a stage at layer {stage} is to be scored by layer {layer}"
+        _check_attention(adapter.layers[layer], what)
 
 
 def scored_stages(plan: Plan, adapter: Adapter) -> Iterator[tuple[int, int, Attention]]:
@@ -285,29 +232,24 @@ def _scored_layer(layer_types: LayerTypes, plan: Plan, stage: int) -> int:
 # -- before a prompt runs -----------------------------------------------------------------------
 
 
-def check_owner(call: Call) -> None:
-    """Refuse a cache that another patch has compressed, or one that is removed."""
+def check_turn(call: Call) -> None:
+    """Refuse later turns on a cache that another patch compressed, or whose media are cut off."""
     if isinstance(call.first_layer, CompressedLayer):
         call.first_layer.check_patch()
-
-
-def check_later_media(call: Call) -> None:
-    """Refuse media in a later turn if layers keep only the first prompt whole."""
     if call.segments[0].past.rows and call.layer_types.cut_later_turns:
-        name = type(call.adapter.decoder).__name__
-        window = call.first_layer.sliding_window
         raise UnsupportedCacheError(
-            f"a later turn brings media. {name} keeps only a window of {window} tokens of every "
-            "turn after the first, so they would be cut. Give the whole conversation as one "
-            "prompt, whose tokens are all seen."
+            f"a later turn brings media. {type(call.adapter.decoder).__name__} keeps only a window "
+            f"of {call.first_layer.sliding_window} tokens of every turn after the first, so they "
+            "would be cut. Give the whole conversation as one prompt, whose tokens are all seen."
         )
 
 
-def check_prepared(call: Call) -> None:
-    """Refuse compact positions if the body has already applied a window in its masks.
+def check_length(call: Call) -> None:
+    """Refuse prompts so long that layers count columns of the uncompressed prompt, or rows.
 
-    Its masks let tokens of an image attend to each other, so they cannot be rebuilt from padding,
-    and their windows count columns.
+    With `positions="compact"`, windows that the body has applied in its masks count columns. These
+    masks let tokens of an image attend to each other, so they cannot be rebuilt from padding. For
+    layers that scale queries by their row see `Adapter.row_scales`.
     """
     size, length = call.layer_types.smallest, call.length
     if not call.by_column and call.prepared is not None and length > size:
@@ -317,20 +259,10 @@ def check_prepared(call: Call) -> None:
             f"from uncompressed positions, of which there are {length}. Use "
             'positions="original" (the default).'
         )
-
-
-def check_column_windows(call: Call) -> None:
-    """`check_windows` for windows in columns, whose size stages do not change."""
-    if call.by_column:
-        check_windows(call)
-
-
-def check_temperature(call: Call) -> None:
-    """Refuse prompts in which layers scale queries by their row, see `Adapter.row_scales`."""
     for name, limit in call.adapter.row_scales.items():
-        if limit and call.length >= limit:
+        if limit and length >= limit:
             raise RowIndexedAttentionError(
-                f"the prompt has {call.length} tokens, and layers of "
+                f"the prompt has {length} tokens, and layers of "
                 f"{type(call.adapter.decoder).__name__} scale queries by the number of their row "
                 f"from {limit:g} on ({name}), so that dropping would not equal masking. Give a "
                 "shorter prompt, or turn compression off with handle.disabled()."
@@ -339,9 +271,8 @@ def check_temperature(call: Call) -> None:
 
 def check_recomputation(call: Call) -> None:
     """Refuse stages between layers if the backward pass would run them again."""
-    if not call.plan.layer_stages or not compat.recomputed(call.adapter.layers[0]):
-        return
-    if compat.recomputes_hooks():
+    recomputed = call.plan.layer_stages and compat.recomputed(call.adapter.layers[0])
+    if recomputed and compat.recomputes_hooks():
         raise OptionError(
             "gradient checkpointing with tokens dropped between layers: this transformers release "
             "would drop them again in the backward pass. Use transformers >= 5.23, an entry "
@@ -349,24 +280,22 @@ def check_recomputation(call: Call) -> None:
         )
 
 
-def check_grids(call: Call) -> None:
-    """Refuse spans without a known grid if a reducer of the plan needs positions in it."""
+def check_reducers(call: Call) -> None:
+    """Refuse prompts that a reducer of the plan cannot read.
+
+    One that needs places in a grid cannot read spans without a known grid. One that compares
+    pictures with earlier ones would compare those of different prompts of a row.
+    """
     unknown = [span for row in call.spans for span in row if not span.grid_known]
     for span, stage in itertools.product(unknown, call.plan.stages):
-        if stage.reducer.traits.grid == "any":
-            continue
-        if stage.budget is None and stage.fraction_of(span.modality) == 1:
-            continue
-        raise UnknownGridError(
-            f"reducer {stage.reducer.name!r} reads places in the grid of an {span.modality}, but "
-            f"the grid of the {span.length} tokens from column {span.start} on is "
-            "unknown. Use a reducer that reads features alone, such as 'condiv', "
-            "'divprune', 'bipartite' or 'uniform'."
-        )
-
-
-def check_packed(call: Call) -> None:
-    """Refuse several prompts in a row where pictures are compared with earlier ones of the row."""
+        drops = stage.budget is not None or stage.fraction_of(span.modality) < 1
+        if drops and stage.reducer.traits.grid != "any":
+            raise UnknownGridError(
+                f"reducer {stage.reducer.name!r} reads places in the grid of an {span.modality}, "
+                f"but the grid of the {span.length} tokens from column {span.start} on is unknown. "
+                "Use a reducer that reads features alone, such as 'condiv', 'divprune', "
+                "'bipartite' or 'uniform'."
+            )
     tower = call.plan.tower
     if tower is not None and SEEN in tower.reducer.needs and call.map.packed:
         raise OptionError(
@@ -376,58 +305,14 @@ def check_packed(call: Call) -> None:
         )
 
 
-def check_windows(call: Call) -> None:
-    """Refuse sequences to which the model would apply a window wrongly after compression."""
-    layer_types, decoder, length = call.layer_types, call.adapter.decoder, call.length_after()
-    cut = layer_types.cut
-    if cut is not None and length >= cut:
-        raise UnsupportedModelError(
-            f"the sequence has {length} tokens, and the cache keeps the last {cut} only "
-            f"(sliding_window={cut} of the config), although layers attend to all. "
-            f"Give fewer than {cut} tokens in all, turn compression off with handle.disabled(), or "
-            "set model.config.get_text_config().sliding_window = None and pass no cache."
-        )
-    if length <= layer_types.smallest:
-        return
-    backend = compat.attention_implementation(decoder.config)
-    if call.by_column and "flash" in backend:
-        raise UnsupportedModelError(
-            f"the sequence has {length} tokens and {type(decoder).__name__} layers with a window "
-            f"of {layer_types.smallest}. The backend {backend} counts the window in rows, "
-            'of which there are fewer than positions now. Use attn_implementation="sdpa", or '
-            'patch(..., positions="compact").'
-        )
-    if call.map.packed:
-        raise UnsupportedModelError(
-            f"rows hold several prompts and {length} tokens, more than the attention window of "
-            f"{layer_types.smallest}. Give one prompt per row, or turn compression off "
-            "with handle.disabled()."
-        )
-
-
 PLAN_CHECKS = (check_modalities, check_entry, check_layer_stages)
-PROMPT_CHECKS = (
-    check_owner,
-    check_recomputation,
-    check_grids,
-    check_packed,
-    check_later_media,
-    check_prepared,
-    check_column_windows,
-    check_temperature,
-)
+PROMPT_CHECKS = (check_turn, check_recomputation, check_reducers, check_length)
 
 
 def check_plan(plan: Plan, adapter: Adapter) -> None:
     """Refuse a plan that the model cannot follow (`PlanError`), before it is patched."""
     for check in PLAN_CHECKS:
         check(plan, adapter)
-
-
-def check_prompt(call: Call) -> None:
-    """Refuse a prompt that could not be compressed exactly, before anything is computed."""
-    for check in PROMPT_CHECKS:
-        check(call)
 
 
 def check_cache(cache: Any, between_layers: bool = False) -> None:
@@ -472,6 +357,38 @@ def _names(kinds: set[type]) -> str:
 
 
 # -- while a prompt runs ------------------------------------------------------------------------
+
+
+def check_windows(call: Call) -> None:
+    """Refuse sequences to which the model would apply a window wrongly after compression.
+
+    Evaluated after the entry stage: with `positions="compact"` windows count the kept rows.
+    """
+    layer_types, decoder, length = call.layer_types, call.adapter.decoder, call.length_after()
+    cut = layer_types.cut
+    if cut is not None and length >= cut:
+        raise UnsupportedModelError(
+            f"the sequence has {length} tokens, and the cache keeps the last {cut} only "
+            f"(sliding_window={cut} of the config), although layers attend to all. "
+            f"Give fewer than {cut} tokens in all, turn compression off with handle.disabled(), or "
+            "set model.config.get_text_config().sliding_window = None and pass no cache."
+        )
+    if length <= layer_types.smallest:
+        return
+    backend = compat.attention_implementation(decoder.config)
+    if call.by_column and "flash" in backend:
+        raise UnsupportedModelError(
+            f"the sequence has {length} tokens and {type(decoder).__name__} layers with a window "
+            f"of {layer_types.smallest}. The backend {backend} counts the window in rows, "
+            'of which there are fewer than positions now. Use attn_implementation="sdpa", or '
+            'patch(..., positions="compact").'
+        )
+    if call.map.packed:
+        raise UnsupportedModelError(
+            f"rows hold several prompts and {length} tokens, more than the attention window of "
+            f"{layer_types.smallest}. Give one prompt per row, or turn compression off "
+            "with handle.disabled()."
+        )
 
 
 def check_ragged_turn(call: Call) -> None:

@@ -20,11 +20,11 @@ from tokencomp.adapters.structure import scales_queries
 from tokencomp.engine.cache import CacheOwner, CompressedLayer, first_layer
 from tokencomp.engine.call import Call, CallHooks, Noted, RunningCalls, ThreadState
 from tokencomp.engine.checks import (
+    PROMPT_CHECKS,
     TRACED,
     FeaturelessPrompts,
     check_cache,
     check_entered,
-    check_prompt,
     check_ragged_turn,
     check_windows,
     refuse_missing,
@@ -188,7 +188,8 @@ class DecoderHooks(CallHooks):
         # Read and plan: spans, row map, counts. Checks run before anything changes.
         options = {"by_column": not self._owner.compact, "prepared": prepared}
         call, positions = read_prompt(self.adapter, arguments, cache, noted, plan, **options)
-        check_prompt(call)
+        for check in PROMPT_CHECKS:
+            check(call)
         # From here on the hooks of layers, attention and tower act on this call.
         if self._layers.hooked not in ([], list(self.adapter.layers)):
             self._layers.follow_wrappers()
@@ -311,7 +312,7 @@ def set_arguments(
     arguments["inputs_embeds"] = x
     if not call.by_column:
         positions = _compact_positions(call, mask, x)
-        check_windows(call)
+    check_windows(call)
     true_ids = _set_positions(call, arguments, positions)
     if mask is not None:
         check_ragged_turn(call)

@@ -124,7 +124,7 @@ class Reference(LayerType):
     """Full attention to the first prompt, and a window of later tokens (Unlimited-OCR).
 
     Only the window slides, and its rows have no gaps. Media of later calls are refused
-    (`check_later_media`).
+    (`check_turn`).
     """
 
     masks_single_tokens = True

@@ -383,11 +383,13 @@ class RatioCheck:
         """
         if plan.tower is not None and plan.tower.decides:
             return  # its ratio is a lower bound
+        spans, itself = sum(map(len, stats.spans)), [counts_itself(s.reducer) for s in plan.stages]
+        special = any(span.special for row in stats.spans for span in row)
+        if not special and plan.tower is None and not any(itself):
+            return  # only rounding
         planned, achieved, before = _ratios(stats, plan)
-        spans = sum(map(len, stats.spans))
         if not before or abs(planned - achieved) <= max(0.05 * (1 - planned), spans / before):
             return
-        itself = [counts_itself(s.reducer) for s in plan.stages]
         stages = [
             (s.layer, s.fraction, s.by_modality, s.budget, s.reducer.name) for s in plan.stages
         ]
