@@ -74,16 +74,17 @@ def test_a_sample_has_the_scores_of_its_own_adapter(reducer: str) -> None:
     model.add_adapter("other", config)
     model.eval()
     prompt = [text(3), family.image(0), text(6, 3)]
-    batch, names = family.batch([prompt, prompt]), ["default", "other"]
+    batch = family.batch([[text(9, 4)], prompt, prompt, [text(5)]])
+    names = ["other", "default", "other", "default"]
     with tokencomp.patch(model, 0.5, reducer=reducer) as handle:
         logits = model(**batch, adapter_names=names).logits
-        kept = [handle.stats.kept(b) for b in range(2)]
-        for b in range(2):
+        kept = [handle.stats.kept(b) for b in range(4)]
+        for b in (1, 2):
             alone = model(**family.batch([prompt]), adapter_names=[names[b]]).logits
             assert handle.stats.kept(0) == kept[b]
             found = logits[b, -alone.shape[1] :]
             torch.testing.assert_close(found, alone[0], atol=1e-5, rtol=1e-5)
-    assert kept[0] != kept[1] or not torch.equal(logits[0], logits[1])
+    assert kept[1] != kept[2] or not torch.equal(logits[1], logits[2])
 
 
 # -- accelerate ------------------------------------------------------------------------------------
