@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
-from support.families import FAMILIES, Family, text
+from support.families import FAMILIES, IMAGE, VIDEO, Family, text
+from transformers import DynamicCache
 
 import tokencomp
 from tokencomp.context_window import VISUAL_WINDOW, yarn
-from tokencomp.errors import UnsupportedModelError
+from tokencomp.errors import CopyError, SpanError, UnsupportedModelError
 
 FAMILY_NAMES = ["internvl", "qwen2_vl"]
 
@@ -91,18 +95,16 @@ def test_ramp_of_qwen2_in_a_model() -> None:
         assert ramp(factors * usual, 1e6) == (15, 32)
 
 
-def test_a_copy_is_extended_and_restored_by_itself() -> None:
+def test_copies_are_refused() -> None:
+    """A copy would keep the scaled frequencies, and nothing could restore them."""
     family = FAMILIES["qwen2_vl"]
     model = family.build()
-    rotary = family.decoder(model).rotary_emb
-    plain = rotary.inv_freq
+    before = family.decoder(model).rotary_emb.inv_freq
     with tokencomp.extend_visual_context(model, 400, window=100):
-        twin = copy.deepcopy(model)
-        copied, scaled = family.decoder(twin).rotary_emb, rotary.inv_freq
-        tokencomp.unpatch(twin)
-        assert torch.equal(copied.inv_freq, plain)
-        assert rotary.inv_freq is scaled and not torch.equal(scaled, plain)
-    assert rotary.inv_freq is plain
+        for part in (model, model.model, family.decoder(model), family.decoder(model).rotary_emb):
+            with pytest.raises(CopyError, match=r"unpatch\(model\) first"):
+                copy.deepcopy(part)
+    assert torch.equal(family.decoder(copy.deepcopy(model)).rotary_emb.inv_freq, before)
 
 
 def test_models_with_scaled_positions_are_refused(family: Family) -> None:
@@ -110,3 +112,75 @@ def test_models_with_scaled_positions_are_refused(family: Family) -> None:
     family.decoder(model).rotary_emb.rope_type = "linear"
     with pytest.raises(UnsupportedModelError, match="linear"):
         tokencomp.extend_visual_context(model, 100)
+
+
+# -- prompts beyond the window, in every kind of patch and turn -----------------------------------
+
+PATCHES: dict[str, dict[str, Any]] = {
+    "unpatched": {},
+    "off": {"ratio": 0.0, "reducer": "pool"},
+    "patched": {"ratio": 0.5, "reducer": "uniform"},
+    "between layers": {"ratio": 0.5, "reducer": "fastv"},
+    "disabled": {"ratio": 0.5, "reducer": "uniform"},
+}
+
+
+@contextlib.contextmanager
+def extended(model: Any, kind: str, target: int) -> Iterator[None]:
+    """Extend the window to `target` tokens, with one of `PATCHES`."""
+    with contextlib.ExitStack() as stack:
+        if kind == "unpatched":
+            stack.enter_context(tokencomp.extend_visual_context(model, target))
+        else:
+            patch = tokencomp.patch(model, **PATCHES[kind], extend_context=target)
+            handle = stack.enter_context(patch)
+            if kind == "disabled":
+                stack.enter_context(handle.disabled())
+        yield
+
+
+@pytest.mark.parametrize("kind", PATCHES)
+def test_too_many_tokens_in_one_call(family: Family, kind: str) -> None:
+    model, media = family.build(), family.video(4)
+    inputs = family.batch([[text(3), media, text(4, 2)], [text(40)]])
+    visual = sum(token in (IMAGE, VIDEO) for token in media.ids)
+    with torch.no_grad():
+        with (
+            extended(model, kind, visual - 1),
+            pytest.raises(SpanError, match=f"sample 0 has .* extended to {visual - 1}"),
+        ):
+            model(**inputs)
+        with extended(model, kind, len(media.ids)):
+            model(**inputs)
+
+
+@pytest.mark.parametrize("kind", PATCHES)
+@pytest.mark.parametrize("with_cache", [True, False])
+def test_earlier_turns_count(kind: str, with_cache: bool) -> None:
+    """Visual tokens in a cache count, also in its copies and in the user's cache; text does not."""
+    family = FAMILIES["llava"]
+    model, media = family.build(), family.image()
+    visual = media.ids.count(IMAGE)
+    turn = family.batch([[text(30), media, text(4, 2)]])
+    width = turn["input_ids"].shape[1]
+    cache = DynamicCache() if with_cache else None
+    with torch.no_grad(), extended(model, kind, 2 * visual):
+        for turns in (1, 2, 3):
+            turn["attention_mask"] = torch.ones(1, turns * width).long()
+            call = {**turn, "past_key_values": copy.deepcopy(cache), "use_cache": True}
+            if turns < 3:
+                cache = model(**call).past_key_values
+                continue
+            with pytest.raises(SpanError, match=f"has {visual} .*, after {2 * visual} in the"):
+                model(**call)
+
+
+def test_all_rows_of_an_older_cache_count() -> None:
+    """Rows from before the extension may all be visual."""
+    model, media = FAMILIES["llava"].build(), FAMILIES["llava"].image()
+    cache = model(input_ids=torch.tensor([text(9)]), use_cache=True).past_key_values
+    with (
+        tokencomp.extend_visual_context(model, len(media.ids)),
+        pytest.raises(SpanError, match="after 9 in the cache"),
+    ):
+        model(**FAMILIES["llava"].batch([[media]]), past_key_values=cache)

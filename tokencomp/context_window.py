@@ -7,16 +7,19 @@ language window.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.errors import OptionError, UnsupportedModelError
+from tokencomp.errors import CopyError, OptionError, SpanError, UnsupportedModelError
+from tokencomp.torchlib import compat
 from tokencomp.torchlib.replace import Installed
 
 VISUAL_WINDOW = 6272  # LLaVA-OneVision was trained on 32 frames of 196 tokens
 EXTENSION = "_tokencomp_window"  # attribute of a rotary embedding with its extension
+HELD = "_tokencomp_visual"  # attribute of a KV cache with its number of visual tokens
 
 
 class VisualContext(Installed):
@@ -27,18 +30,41 @@ class VisualContext(Installed):
     factor
         By which low frequencies are divided.
     target_tokens
-        Number of visual tokens to which the window is extended.
+        Largest number of visual tokens in a prompt before compression, including those that the
+        cache holds from earlier calls.
+
+    Raises
+    ------
+    SpanError
+        In a forward call with more visual tokens. The longest sample of a batch counts in every
+        call. If a cache was filled before the extension, all of its rows count as visual.
+    CopyError
+        If the model is copied with `copy.deepcopy` or pickled.
     """
 
-    def __init__(self, rotary: Any, base: float, window: int, target: int) -> None:
+    def __init__(self, adapter: Adapter, base: float, window: int, target: int) -> None:
         self.factor, self.target_tokens = max(target / window, 1.0), target
-        self._rotary = rotary
+        self._adapter, self._rotary = adapter, adapter.rotary
+        self._local = threading.local()
+        rotary: Any = self._rotary
         plain, scaling = self._plain = (rotary.inv_freq, rotary.attention_scaling)
         numbers = base, 2 * plain.numel(), window
         (stretched, attention), (usual, _) = (yarn(*numbers, f) for f in (self.factor, 1.0))
         rotary.inv_freq = plain.float() * (stretched / usual).to(plain.device)
         rotary.attention_scaling = scaling * attention
         setattr(rotary, EXTENSION, self)
+        body = adapter.body
+        self._handles += [
+            body.register_forward_pre_hook(self._count, with_kwargs=True),
+            body.register_forward_hook(self._note, with_kwargs=True),
+        ]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise CopyError(
+            "the visual window of this model is extended: copy.deepcopy and pickle would copy "
+            "scaled frequencies that nothing restores. Call tokencomp.unpatch(model) first, and "
+            "call extend_visual_context() on the model and on its copy afterwards."
+        )
 
     @property
     def in_force(self) -> bool:
@@ -52,6 +78,40 @@ class VisualContext(Installed):
             delattr(rotary, EXTENSION)
             rotary.inv_freq = self._plain[0].to(rotary.inv_freq.device)
             rotary.attention_scaling = self._plain[1]
+            super().remove()
+
+    @compat.not_compiled
+    def _count(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        """Pre-hook of the body: count the visual tokens of the call and of its cache."""
+        named = compat.bind(module, args, kwargs)
+        modalities = self._adapter.modalities(named)
+        new = [] if modalities is None else (modalities != 0).sum(1).tolist()
+        past, most = held(compat.get_cache(named)), max(new, default=0)
+        self._local.total = past + most
+        if most and past + most > self.target_tokens:
+            cached = f", after {past} in the cache" if past else ""
+            raise SpanError(
+                f"sample {new.index(most)} has {most} visual tokens{cached}, and the visual window "
+                f"was extended to {self.target_tokens}. Use fewer frames, or "
+                f"extend_visual_context(model, {past + most})."
+            )
+
+    @compat.not_compiled
+    def _note(self, module: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        """Hook of the body: store the count on the cache."""
+        cache = compat.get_cache(compat.bind(module, args, kwargs), out)
+        if cache is not None:
+            setattr(cache, HELD, self._local.total)
+
+
+def held(cache: Any) -> int:
+    """Number of visual tokens in a KV cache.
+
+    The stored number, but at most the length of the cache (after a crop); the length if no number
+    is stored.
+    """
+    length = int(cache.get_seq_length()) if cache is not None else 0
+    return min(getattr(cache, HELD, length), length)
 
 
 def extend_visual_context(
@@ -100,7 +160,7 @@ def extend_visual_context(
         )
     base = rope_base(adapter.text_config)
     restore_visual_context(model)
-    return VisualContext(rotary, base, window, target_tokens)
+    return VisualContext(adapter, base, window, target_tokens)
 
 
 def is_extended(adapter: Adapter) -> bool:
