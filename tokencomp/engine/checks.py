@@ -267,6 +267,8 @@ def check_length(call: Call) -> None:
                 f"from {limit:g} on ({name}), so that dropping would not equal masking. Give a "
                 "shorter prompt, or turn compression off with handle.disabled()."
             )
+    if call.by_column:
+        check_windows(call)
 
 
 def check_recomputation(call: Call) -> None:
@@ -362,7 +364,7 @@ def _names(kinds: set[type]) -> str:
 def check_windows(call: Call) -> None:
     """Refuse sequences to which the model would apply a window wrongly after compression.
 
-    Evaluated after the entry stage: with `positions="compact"` windows count the kept rows.
+    With `positions="compact"` windows count the kept rows, which the entry stage must have chosen.
     """
     layer_types, decoder, length = call.layer_types, call.adapter.decoder, call.length_after()
     cut = layer_types.cut

@@ -312,7 +312,7 @@ def set_arguments(
     arguments["inputs_embeds"] = x
     if not call.by_column:
         positions = _compact_positions(call, mask, x)
-    check_windows(call)
+        check_windows(call)
     true_ids = _set_positions(call, arguments, positions)
     if mask is not None:
         check_ragged_turn(call)
