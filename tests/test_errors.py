@@ -107,18 +107,6 @@ def test_a_cache_layer_of_another_layout(family: Family) -> None:
         model(**prompt(family), past_key_values=cache, use_cache=True)
 
 
-def test_a_window_that_the_prompt_reaches(family: Family) -> None:
-    from transformers.cache_utils import DynamicSlidingWindowLayer
-
-    model, cache = family.build(), transformers.DynamicCache()
-    cache.layers = [DynamicSlidingWindowLayer(8) for _ in range(family.layers)]
-    with (
-        tokencomp.patch(model, 0.5),
-        pytest.raises(errors.UnsupportedModelError, match="keeps the last 8 only"),
-    ):
-        model(**prompt(family), past_key_values=cache, use_cache=True)
-
-
 def test_a_model_that_prunes_videos_itself() -> None:
     """Images are compressed all the same, and videos once the model no longer prunes them."""
     tiny = tiny_model(
