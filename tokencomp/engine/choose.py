@@ -152,7 +152,7 @@ def choose(call: Call, stage: Stage, x: Tensor) -> tuple[list[list[int]], Chosen
     if frames is not None:
         tokens.frames = [frames[b][j] for b, j in tokens.places]
     final = [c.ends and c.roles[-1] == PATCH for c in cuts if (c.roles == PATCH).any()]
-    kept = choose_patches(call, stage, tokens, final) if tokens else Kept(tokens.table([]))
+    kept = choose_patches(call, stage, tokens, final) if tokens.grids else Kept(tokens.table([]))
     if patches is not None and fixed is not None:  # from a choice among patches to one among all
         kept = kept.with_fixed(features, patches, fixed)
     return counts, [(c.sample, c.number) for c in cuts], kept
@@ -171,8 +171,9 @@ def choose_patches(call: Call, stage: Stage, tokens: Tokens, final: Sequence[boo
             kept = keep_last(kept, tokens, final)
         # Average dropped patches into kept ones.
         if stage.merge:
-            modalities = zip(tokens.places, tokens.modalities, strict=True)
-            merging = [stage.merges(modality, call.places[b][j]) for (b, j), modality in modalities]
+            places = [call.places[b][j] for b, j in tokens.places]
+            fractions = [*map(stage.fraction_of, tokens.modalities, places)]
+            merging = [*map(stage.merges, tokens.modalities, fractions)]
             if any(merging):
                 kept = merge_rest(tokens, kept, merging, stage.reducer.name)
     return kept

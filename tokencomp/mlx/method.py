@@ -16,8 +16,8 @@ from tokencomp.errors import MissingDependencyError, OptionError
 from tokencomp.mlx.selection import SELECT, merged
 from tokencomp.mlx.spans import Span
 from tokencomp.plan.counts import Budget, Place, check_ratio
-from tokencomp.plan.options import OPTIONS, Merging, check_option, one_amount
-from tokencomp.plan.plan import keep_count, merges
+from tokencomp.plan.options import OPTIONS, StageOptions, one_amount
+from tokencomp.plan.plan import keep_count
 
 
 class KeptRows(NamedTuple):
@@ -39,10 +39,10 @@ class KeptRows(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ChosenMethod:
+class ChosenMethod(StageOptions):
     """A ratio, a reducer by name and its options; or a budget in tokens in place of the ratio.
 
-    `merge` is that of `StageOptions`; None becomes what it means for the reducer.
+    A `merge` of None becomes what it means for the reducer.
 
     Raises
     ------
@@ -57,7 +57,6 @@ class ChosenMethod:
     reducer: str = "auto"
     options: dict[str, Any] = field(default_factory=dict)
     budget: int | None = None
-    merge: Merging | None = None
 
     def __post_init__(self) -> None:
         asked = one_amount(self.ratio, self.budget) or {"ratio": 0.5}
@@ -71,7 +70,7 @@ class ChosenMethod:
         if self.merge is None:
             object.__setattr__(self, "merge", OPTIONS["merge"].meaning(self.reducer))
         # Refuses what cannot run, before any prompt.
-        check_option("merge", self.merge, self.torch_reducer)
+        self.check_options(self.torch_reducer)
 
     @property
     def off(self) -> bool:
@@ -141,7 +140,7 @@ class ChosenMethod:
             chosen = SELECT[self.name](rows, span.grid, keep - special, **self.options)
             offsets = np.sort(np.append(patches[chosen], np.flatnonzero(span.special)))
             kept = KeptRows(offsets)
-        if keep == special or not merges(self.merge, span.modality, left):
+        if keep == special or not self.merges(span.modality, left):
             return kept
         features, sizes = merged(x, kept.offsets, span.special)
         return KeptRows(kept.offsets, features.astype(x.dtype), sizes)

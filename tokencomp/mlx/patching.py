@@ -98,7 +98,7 @@ def patch(
             "first; for models of transformers use tokencomp.patch."
         )
     check_model(getattr(model.config, "model_type", None))
-    method = ChosenMethod(ratio, reducer, options, budget, merge)
+    method = ChosenMethod(ratio, reducer, options, budget, merge=merge)
     unpatch(model)
     return Handle(model, method)
 

@@ -126,6 +126,10 @@ class Option:
         return self.off if self.usual is None else self.usual(reducer)
 
 
+LEAST_MERGED = 0.1
+"""Fraction below which merge="auto" drops: a mean of more than ten tokens says too little."""
+
+
 def _check_merge(merge: Merging, reducer: AnyReducer | None) -> None:
     if merge and reducer is not None and reducer.traits.merges:
         raise OptionError(
@@ -149,7 +153,7 @@ MERGE = Option(
 
 @dataclass(frozen=True, kw_only=True)
 class StageOptions:
-    """The options of a stage. `Stage` and `MethodSpec` derive from it.
+    """The options of a stage. Stages and methods derive from it.
 
     Attributes
     ----------
@@ -161,6 +165,12 @@ class StageOptions:
     """
 
     merge: Merging | None = field(default=None, metadata={"option": MERGE})
+
+    def merges(self, modality: str, fraction: float) -> bool:
+        """Whether dropped tokens of an item that keeps `fraction` are merged."""
+        if self.merge != "auto":
+            return bool(self.merge)
+        return modality == "image" and fraction >= LEAST_MERGED - 1e-9
 
     @property
     def given_options(self) -> dict[str, Any]:

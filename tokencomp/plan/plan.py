@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from tokencomp.errors import OptionError, PlanError
 from tokencomp.plan.counts import Budget, Place, split_evenly
-from tokencomp.plan.options import AnyReducer, Merging, StageOptions, only_plans, unused_options
+from tokencomp.plan.options import AnyReducer, StageOptions, only_plans, unused_options
 from tokencomp.validation import check_effect, describe_type, fits
 
 if TYPE_CHECKING:
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from tokencomp.tokens.tokens import Grid, ModelFacts, VisualSpan
 
 MEDIA = ("image", "video", "audio")
-LEAST_MERGED = 0.1
-"""Fraction below which merge="auto" drops: a mean of more than ten tokens says too little."""
 LEAST = 1e-9
 """A fraction so small that only mandatory tokens (special tokens and one patch) remain."""
 
@@ -47,13 +45,6 @@ def keep_count(total: int, fraction: float, special: int = 0) -> int:
         return 0
     rounded = math.floor(total * fraction + 0.5 + 1e-9)
     return min(total, max(rounded, special + (1 if total > special else 0)))
-
-
-def merges(merge: Merging | None, modality: str, fraction: float) -> bool:
-    """Whether an item that keeps `fraction` is merged, for a value of the option `merge`."""
-    if merge != "auto":
-        return bool(merge)
-    return modality == "image" and fraction >= LEAST_MERGED - 1e-9
 
 
 @dataclass(frozen=True)
@@ -125,14 +116,12 @@ class Stage(StageOptions):
             return left if self.share is None else self.share(left)
         return dict(self.by_modality).get(modality, self.fraction) if modality else self.fraction
 
-    def merges(self, modality: str, place: Place | None = None) -> bool:
-        """Whether dropped tokens of an item are merged; arguments as of `fraction_of`."""
-        return merges(self.merge, modality, self.fraction_of(modality, place))
-
     @property
     def merges_some(self) -> bool:
         """Whether dropped tokens of some items may be merged."""
-        return self.merges("image") or (self.merge == "auto" and self.budget is not None)
+        return self.merges("image", self.fraction_of("image")) or (
+            self.merge == "auto" and self.budget is not None
+        )
 
     @cached_property
     def needs(self) -> frozenset[Signal]:
@@ -468,7 +457,8 @@ class Plan:
         `entering` are the tokens that reach the decoder.
         """
         for stage, count in zip(self.stages, counts, strict=True):
-            if count < entering and stage.merges(span.modality, place):
+            fraction = stage.fraction_of(span.modality, place)
+            if count < entering and stage.merges(span.modality, fraction):
                 return stage
             entering = count
         return None

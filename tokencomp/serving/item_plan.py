@@ -108,7 +108,8 @@ class ItemPlan:
             for span, place in zip(spans, each, strict=True)
         ]
         # All spans of an item have the same fraction, on which merge="auto" depends.
-        merge = any(stage.merges(spans[0].modality, each[0]) for stage in plan.stages)
+        modality, stages = spans[0].modality, plan.stages
+        merge = any(s.merges(modality, s.fraction_of(modality, each[0])) for s in stages)
         bound, tower = (
             (spec.repeats.later if spec.repeats else spec.built_reducer).bind(facts),
             None,
