@@ -16,7 +16,6 @@ from tokencomp.engine.checks import check_plan
 from tokencomp.engine.hooks import CallGate, Hooks
 from tokencomp.engine.stats import Stats
 from tokencomp.engine.tower.signals import check_signals
-from tokencomp.engine.tower.stage import check_tower_stage
 from tokencomp.engine.weights import merging_where_possible
 from tokencomp.errors import OptionError, UnsupportedModelError
 from tokencomp.method import MethodSpec, resolve_auto
@@ -50,7 +49,9 @@ def make_plan(spec: MethodSpec, adapter: Adapter, compact: bool = False) -> Plan
     check_signals(plan, adapter)
     if plan.may_merge:
         plan = merging_where_possible(plan, adapter, compact)
-    return check_tower_stage(plan, adapter).bind(model_facts(adapter))
+    if plan.tower is not None:
+        plan = Plan(plan.stages, adapter.tower_layout().fit(plan.tower, adapter.family))
+    return plan.bind(model_facts(adapter))
 
 
 def _default(adapter: Adapter) -> Any:

@@ -81,7 +81,7 @@ class DecoderHooks(CallHooks):
         self.weights = RowWeights(adapter, calls)
         self._later = LaterTokens(adapter, calls, owner.compact)
         self._layers = LayerHooks(adapter, calls)
-        self.tower = TowerHooks(adapter, calls, self.is_off)
+        self.tower = TowerHooks(adapter, calls)
 
     # -- installation ---------------------------------------------------------------------------
 

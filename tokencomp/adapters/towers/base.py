@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -135,13 +135,14 @@ class Tower(ABC):
             The cells of the encoded pictures are unknown.
         """
 
-    def check(self, stage: TowerStage, family: str) -> None:
-        """Raise `PlanError` if block `stage.block` is not in use."""
+    def fit(self, stage: TowerStage, family: str) -> TowerStage:
+        """The stage in this tower; raises `PlanError` if block `stage.block` is not in use."""
         if stage.block >= len(self.blocks):
             raise PlanError(
                 f"tower stage before block {stage.block}, but {family} uses the blocks 0 … "
                 f"{len(self.blocks) - 1} of its vision tower. Move the stage."
             )
+        return replace(stage, frames_apart=self.frames_apart)
 
 
 def attention_blocks(tower: nn.Module) -> list[nn.Module]:

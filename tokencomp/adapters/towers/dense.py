@@ -88,8 +88,8 @@ class DenseTower(Tower):
         table = self.tables["image"].to(missing.device)
         return nn.functional.pad(missing, (0, 1))[:, table].any(-1)  # -1 finds the padding
 
-    def check(self, stage: TowerStage, family: str) -> None:
-        super().check(stage, family)
+    def fit(self, stage: TowerStage, family: str) -> TowerStage:
+        fitted = super().fit(stage, family)
         if min(self.indices) <= stage.block:
             raise UnsupportedModelError(
                 f"{family} also reads hidden state {min(self.indices)} of its vision tower, from "
@@ -101,6 +101,7 @@ class DenseTower(Tower):
                 "batch of one size, of which each keeps the same number of patches. Use a ratio "
                 "instead of the budget, or tower_ratio=0."
             )
+        return fitted
 
     def cells(self, call: EncoderCall, stage: TowerStage) -> Cells:
         self._check_call(call)

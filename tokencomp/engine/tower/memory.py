@@ -17,7 +17,6 @@ from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.towers.base import Cells, EncoderCall
 from tokencomp.engine.cache import CompressedLayer, first_layer
 from tokencomp.engine.call import Noted
-from tokencomp.errors import SpanError
 from tokencomp.tokens.tokens import CODES, Memories, Memory, Modality
 from tokencomp.torchlib import compat
 
@@ -47,26 +46,15 @@ def copies(memories: Memories, modality: Modality, samples: int) -> list[Memory]
 
 
 def running_prompt(adapter: Adapter, noted: Noted) -> tuple[Tensor, Tensor | None, Any]:
-    """Kinds (B, L) of the media of the prompt that is being encoded, its ids, and its cache.
+    """Modalities (B, L) of the prompt that is being encoded, its ids, and its cache.
 
     `generate` encodes media before it calls the model, with the columns that its cache holds.
-
-    Raises
-    ------
-    SpanError
-        The vision tower was called for no prompt.
     """
     if noted.modalities is not None:
         inputs = noted.inputs or {}
         return noted.modalities, inputs.get("input_ids"), compat.get_cache(inputs)
     arguments = noted.arguments or {}
-    modalities = adapter.modalities(arguments) if arguments else None
-    if modalities is None:
-        raise SpanError(
-            "the vision tower was called for no prompt, so it is not known which pictures the "
-            "model has seen before. Pass pixels to the model or to generate, or take a reducer "
-            "that looks at single pictures, such as 'pixelprune'."
-        )
+    modalities: Any = adapter.modalities(arguments)
     cache, ids = compat.get_cache(arguments), arguments.get("input_ids")
     held = 0 if cache is None else cache.get_seq_length()
     return modalities[:, held:], None if ids is None else ids[:, held:], cache

@@ -25,7 +25,7 @@ class TowerRows(ABC):
     cells
         Cells of the call.
     index : Tensor of int64
-        The rows, ascending: (rows,) of a packed tower, (pictures, rows) of a dense one.
+        The rows: (rows,) of a packed tower, ascending; (pictures, rows) of a dense one.
     entered
         Whether the first block with fewer rows has begun.
     lengths : Tensor of int64, shape (pictures,), or None
@@ -71,17 +71,7 @@ class TowerRows(ABC):
 
 
 class PackedRows(TowerRows):
-    """Kept rows of a tower that takes the patches of all media as one packed sequence.
-
-    Attributes
-    ----------
-    patches : Tensor of int64, shape (rows,)
-        The kept patches, as indices of the tower's input.
-    """
-
-    def __init__(self, cells: Cells, index: Tensor, patches: Tensor) -> None:
-        super().__init__(cells, index)
-        self.patches = patches
+    """Kept rows of a tower that takes the patches of all media as one packed sequence."""
 
     @classmethod
     def of(cls, cells: Cells, chosen: Tensor) -> PackedRows:
@@ -89,15 +79,17 @@ class PackedRows(TowerRows):
         place = chosen if cells.order is None else cells.order.argsort()[chosen]
         place, unit = place.sort().values, cells.members.shape[1]
         index = place[:, None] * unit + torch.arange(unit, device=place.device)
-        return cls(cells, index.flatten(), cells.members[chosen].flatten())
+        return cls(cells, index.flatten())
 
     def embedded(self, embed: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
         """Embeddings of all patches, computed only for kept ones; NaN for the others.
 
         `embed` takes pixels (patches, values), each patch independently.
         """
-        x = embed(pixels[self.patches])
-        return x.new_full((len(pixels), x.shape[-1]), math.nan).index_copy(0, self.patches, x)
+        cells, order = self._places(), self.cells.order
+        patches = self.cells.members[cells if order is None else order[cells]].flatten()
+        x = embed(pixels[patches])
+        return x.new_full((len(pixels), x.shape[-1]), math.nan).index_copy(0, patches, x)
 
     def arguments(self, hidden: Tensor, rest: Any, kwargs: dict[str, Any], cost: TowerCost) -> Any:
         bounds = kwargs["cu_seqlens"]
@@ -118,8 +110,12 @@ class PackedRows(TowerRows):
 
     def restored(self, out: Tensor) -> Tensor:
         full = out.new_full((len(self.cells.members), out.shape[-1]), math.nan)
+        return full.index_copy(0, self._places(), out)
+
+    def _places(self) -> Tensor:
+        """Positions of the kept cells in the sequence, see `Cells.order`."""
         unit = self.cells.members.shape[1]
-        return full.index_copy(0, self.index[::unit] // unit, out)
+        return self.index[::unit] // unit
 
     def _table(self, table: Tensor) -> Tensor:
         return table[self.index]
@@ -136,15 +132,13 @@ class DenseRows(TowerRows):
 
     Attributes
     ----------
-    unread : Tensor of bool, shape (pictures, rows)
-        Padding rows that equalise lengths within the batch; no token reads them.
+    counts : Tensor of int64, shape (pictures,)
+        Rows before the padding rows, which equalise lengths in the batch and which no token reads.
     """
 
-    def __init__(
-        self, cells: Cells, index: Tensor, unread: Tensor, lengths: Tensor | None = None
-    ) -> None:
+    def __init__(self, cells: Cells, index: Tensor, counts: Tensor) -> None:
         super().__init__(cells, index)
-        self.unread, self.lengths = unread, lengths
+        self.counts = counts
         self._patches = len(cells.pixels) // cells.pictures  # per picture
 
     @classmethod
@@ -159,15 +153,13 @@ class DenseRows(TowerRows):
         read[cells.members[chosen].flatten()] = True
         read = read[:total].view(-1, total // cells.pictures)
         # Patches of kept cells first, then padding rows up to the common length.
-        index = (~read).to(torch.uint8).argsort(dim=1, stable=True)
+        index, counts = (~read).to(torch.uint8).argsort(dim=1, stable=True), read.sum(1)
         if cells.rows:
-            index = index[:, : cells.rows].sort(1).values
-            return cls(cells, index, ~read.gather(1, index))
-        lengths = read.sum(1)
-        shortest, rows = (int(n) for n in lengths.aminmax())
-        index, ragged = index[:, :rows], shortest < rows
-        cells = replace(cells, rows=rows)
-        return cls(cells, index, ~read.gather(1, index), lengths if ragged else None)
+            return cls(cells, index[:, : cells.rows], counts)
+        shortest, longest = (int(n) for n in counts.aminmax())
+        rows = cls(replace(cells, rows=longest), index[:, :longest], counts)
+        rows.lengths = counts if shortest < longest else None
+        return rows
 
     @property
     def _head(self) -> int:
@@ -187,10 +179,10 @@ class DenseRows(TowerRows):
         """Gather the input of the first block with fewer rows."""
         first = hidden.shape[1] - self._patches  # 1: every picture keeps its class token, row 0
         self.index = nn.functional.pad(self.index + first, (first, 0))
-        self.unread = nn.functional.pad(self.unread, (first, 0))
+        self.counts = self.counts + first
         self.lengths = None if self.lengths is None else self.lengths + first
         self.entered = True
-        return hidden.gather(1, self.index[..., None].expand(-1, -1, hidden.shape[-1]))
+        return hidden.take_along_dim(self.index[..., None], 1)
 
     def padding_mask(self, config: Any, hidden: Tensor) -> Any:
         """The mask that hides padding rows, in the form of the tower's attention backend."""
@@ -210,14 +202,10 @@ class DenseRows(TowerRows):
             return block_mask(self._mask(visible_columns(mask)))
         if not isinstance(mask, Tensor):
             return mask
-        index = self.index
-        if mask.ndim == 2:
-            return mask.gather(1, index)
-        columns = index[:, None, None].expand(-1, *mask.shape[1:3], -1)
-        mask = mask.expand(len(index), -1, -1, -1).gather(3, columns)
-        if mask.shape[2] == 1:
+        mask = mask.take_along_dim(self.index if mask.ndim == 2 else self.index[:, None, None], -1)
+        if mask.ndim == 2 or mask.shape[2] == 1:
             return mask
-        return mask.gather(2, index[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3]))
+        return mask.take_along_dim(self.index[:, None, :, None], 2)
 
     def full_length(self, x: Tensor) -> Tensor:
         """See `TowerRows`; padding rows are NaN as well.
@@ -229,7 +217,8 @@ class DenseRows(TowerRows):
             return x
         head = x.shape[1] - rows
         lacks = self._head - head
-        index, unread = self.index[:, lacks:] - lacks, self.unread[:, lacks:]
+        index, counts = self.index[:, lacks:] - lacks, self.counts - lacks
+        unread = torch.arange(x.shape[1], device=x.device) >= counts[:, None]
         x = x.masked_fill(unread[..., None], math.nan)
         full = x.new_full((len(x), head + self._patches, x.shape[-1]), math.nan)
         return full.scatter(1, index[..., None].expand(-1, -1, x.shape[-1]), x)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter, TowerCall
 from tokencomp.adapters.towers.base import attention_blocks
+from tokencomp.engine.call import CallHooks, RunningCalls
 from tokencomp.engine.capture import gather_heads
 from tokencomp.engine.tower.rows import TowerRows
 from tokencomp.errors import OptionError, SpanError
@@ -26,7 +27,6 @@ from tokencomp.plan.plan import Plan
 from tokencomp.tokens.signals import Attention, Signal, TowerSignal
 from tokencomp.tokens.tokens import VisualSpan
 from tokencomp.torchlib import compat
-from tokencomp.torchlib.hooks import Hooked
 from tokencomp.torchlib.replace import MethodReplacement
 
 
@@ -62,12 +62,6 @@ def queries_and_keys(attn: Any, arguments: dict[str, Any]) -> tuple[Tensor, Tens
     heads = (-1, attn.head_dim)
     q, k = q.unflatten(-1, heads), k.unflatten(-1, heads)
     return gather_heads(attn, q, dim=-2), gather_heads(attn, k, dim=-2)
-
-
-def rotated(attn: Any, q: Tensor, k: Tensor, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Apply the rotary embedding of the tower to q and k, if it has one."""
-    tables = arguments.get("position_embeddings")
-    return (q, k) if tables is None else compat.rotate_vision(attn, q, k, *tables)
 
 
 def attention_received(
@@ -109,15 +103,6 @@ def attention_received(
 # -- probes -------------------------------------------------------------------------------------
 
 
-SOURCES = {
-    "query": "the text of the question",
-    "attention": "the attention of decoder layers",
-    "tower": "the vision tower's attention",
-    "norm": "the norm after the last decoder layer",
-    "frames": "the frames before",
-}
-
-
 class _Latest(threading.local):
     """The latest calls of the tower in this thread."""
 
@@ -125,15 +110,13 @@ class _Latest(threading.local):
         self.calls: deque[TowerCall] = deque(maxlen=2)
 
 
-class TowerProbe(Hooked):
+class TowerProbe(CallHooks):
     """Watches blocks of the vision tower for the signals that a plan needs.
 
     Parameters
     ----------
     signals
         Which values are recorded.
-    off
-        Nothing is computed or recorded in a thread where this returns True.
     rows
         The rows that a stage in the tower has kept; None: the running blocks see all patches.
     """
@@ -141,11 +124,12 @@ class TowerProbe(Hooked):
     def __init__(
         self,
         adapter: Adapter,
+        calls: RunningCalls,
         signals: frozenset[TowerSignal],
-        off: Callable[[], bool],
         rows: Callable[[], TowerRows | None] = lambda: None,
     ) -> None:
-        self.adapter, self.signals, self.off, self.rows = adapter, signals, off, rows
+        super().__init__(adapter, calls)
+        self.signals, self.rows = signals, rows
         self._latest = _Latest()
         self._heads = 1
 
@@ -158,7 +142,7 @@ class TowerProbe(Hooked):
             self._handles.append(MethodReplacement(self.adapter.body, packer, self._pack))
 
     def _begin(self, tower: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if not self.off():
+        if not self.calls.state.disabled:
             grids = compat.bind(tower, args, kwargs).get("grid_thw")
             self._latest.calls.append(TowerCall({}, grids))
 
@@ -167,7 +151,9 @@ class TowerProbe(Hooked):
         self, signals: list[TowerSignal], attn: nn.Module, args: Any, kwargs: dict[str, Any]
     ) -> None:
         """Record `signals` of one block."""
-        if self.off() or not self._latest.calls:  # none: a backward pass runs the block again
+        if (
+            self.calls.state.disabled or not self._latest.calls
+        ):  # none: a backward pass runs the block again
             return
         arguments, rows = compat.bind(attn, args, kwargs), self.rows()
         q, k = queries_and_keys(attn, arguments)
@@ -176,8 +162,10 @@ class TowerProbe(Hooked):
             if signal.part == "keys":
                 values = k.flatten(-2).float()
             else:
-                turned, bounds = rotated(attn, q, k, arguments), arguments.get("cu_seqlens")
+                tables = arguments.get("position_embeddings")
+                turned = compat.rotate_vision(attn, q, k, *tables) if tables else (q, k)
                 options = self.adapter.class_token, rows.lengths if rows else None
+                bounds = arguments.get("cu_seqlens")
                 values = attention_received(*turned, bounds, *options)[..., None]
             # Full length, where a stage in the tower has dropped rows.
             values = values if rows is None else rows.full_length(values)
@@ -222,11 +210,9 @@ class TowerProbe(Hooked):
         values: dict[Signal, list[list[Tensor]]] = {}
         # From patches to visual tokens, then to spans.
         for name in self.signals:
-            tokens = {
-                modality: self.adapter.tower_tokens(call.values[name], modality, call)
-                for modality, call in zip(modalities, calls, strict=True)
-            }
-            for modality, table in tokens.items():
+            tokens: dict[str, Tensor] = {}
+            for modality, call in zip(modalities, calls, strict=True):
+                table = self.adapter.tower_tokens(call.values[name], modality, call)
                 keys = name.part == "keys"
                 tokens[modality] = table.unflatten(-1, (self._heads, -1)) if keys else table[:, 0]
             values[name] = _spread(spans, tokens)
@@ -243,7 +229,7 @@ def check_signals(plan: Plan, adapter: Adapter) -> frozenset[TowerSignal]:
             norm = signal.source == "norm" and adapter.final_norm is not None
             if not norm and signal.source not in adapter.signals:
                 raise OptionError(
-                    f"reducer {stage.reducer.name!r} reads {SOURCES[signal.source]}, which "
+                    f"reducer {stage.reducer.name!r} needs the signal {signal.source!r}, which "
                     f"{adapter.family} does not offer. Use another signal or metric."
                 )
         if sum(isinstance(signal, Attention) for signal in stage.needs) > 1:

@@ -21,7 +21,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
 
@@ -32,7 +32,7 @@ from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.towers.base import Cells, EncoderCall, Tower, attention_blocks
 from tokencomp.adapters.towers.dense import DenseTower
 from tokencomp.adapters.towers.packed import PackedTower
-from tokencomp.engine.call import Call, RunningCalls, TowerRecord
+from tokencomp.engine.call import Call, CallHooks, RunningCalls, TowerRecord
 from tokencomp.engine.tower.memory import TILE, memories_before, recalled, running_prompt
 from tokencomp.engine.tower.rows import (
     DenseRows,
@@ -53,17 +53,7 @@ from tokencomp.tokens.stacks import starts_of
 from tokencomp.tokens.tokens import Memories, Memory, Modality, Tokens
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.checkpointing import checkpointed_since
-from tokencomp.torchlib.hooks import Hooked
 from tokencomp.torchlib.replace import MethodReplacement
-
-
-def check_tower_stage(plan: Plan, adapter: Adapter) -> Plan:
-    """Complete the tower stage of a plan for a model; raises if its cells are unknown."""
-    if plan.tower is None:
-        return plan
-    layout, stage = adapter.tower_layout(), plan.tower
-    layout.check(stage, adapter.family)
-    return Plan(plan.stages, replace(stage, frames_apart=layout.frames_apart))
 
 
 @torch.no_grad()
@@ -162,21 +152,12 @@ class _Local(threading.local):
         self.seen: Memories = {}
 
 
-class TowerDrop(Hooked):
-    """Hooks of the tower stage of a plan.
+class TowerDrop(CallHooks):
+    """Hooks of the tower stage of a plan."""
 
-    Parameters
-    ----------
-    calls
-        The state of every thread.
-    off
-        Nothing is dropped in a thread where this returns True.
-    """
-
-    def __init__(
-        self, adapter: Adapter, stage: TowerStage, calls: RunningCalls, off: Callable[[], bool]
-    ) -> None:
-        self.adapter, self.stage, self.calls, self.off = adapter, stage, calls, off
+    def __init__(self, adapter: Adapter, calls: RunningCalls, stage: TowerStage) -> None:
+        super().__init__(adapter, calls)
+        self.stage = stage
         self.layout: Tower = adapter.tower_layout()
         self.shape = TowerShape.of(self.layout)
         # Whether rows are restored by a projector that runs after the tower, not within it.
@@ -239,7 +220,7 @@ class TowerDrop(Hooked):
     def _begin(self, tower: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         local, stage = self._local, self.stage
         local.running = None
-        if self.off():
+        if self.calls.state.disabled:
             return
         # Which patches every visual token reads in this call.
         arguments = compat.bind(tower, args, kwargs)
@@ -351,7 +332,7 @@ class TowerDrop(Hooked):
 
         Gradients of its weights sum over all rows, and NaN · 0 is NaN.
         """
-        if self.off() or not torch.is_grad_enabled():
+        if self.calls.state.disabled or not torch.is_grad_enabled():
             return original(x, *args)
         missing = x.isnan().any(-1)
         out = original(x.masked_fill(missing[..., None], 0.0), *args)
@@ -368,21 +349,14 @@ _HAD_STAGE: WeakSet[nn.Module] = WeakSet()
 class TowerHooks:
     """Installs the hooks of tower stage and signals, and passes their records to prompts.
 
-    Parameters
-    ----------
-    calls
-        The state of every thread.
-    off
-        Whether compression is off in the calling thread.
-
     Attributes
     ----------
     had_stage
         Whether features with dropped tokens may be passed in.
     """
 
-    def __init__(self, adapter: Adapter, calls: RunningCalls, off: Callable[[], bool]) -> None:
-        self.adapter, self.calls, self.off = adapter, calls, off
+    def __init__(self, adapter: Adapter, calls: RunningCalls) -> None:
+        self.adapter, self.calls = adapter, calls
         self.drop: TowerDrop | None = None
         self.probe: TowerProbe | None = None
         self.had_stage = adapter.body in _HAD_STAGE
@@ -392,12 +366,12 @@ class TowerHooks:
         if plan.tower is not None:  # before the probe, which sees only kept rows
             _HAD_STAGE.add(self.adapter.body)
             self.had_stage = True
-            self.drop = TowerDrop(self.adapter, plan.tower, self.calls, self.off)
+            self.drop = TowerDrop(self.adapter, self.calls, plan.tower)
             self.drop.install()
         signals = check_signals(plan, self.adapter)
         if signals:
             rows = (self.drop.entered_rows,) if self.drop else ()
-            self.probe = TowerProbe(self.adapter, signals, self.off, *rows)
+            self.probe = TowerProbe(self.adapter, self.calls, signals, *rows)
             self.probe.install()
 
     def remove(self) -> None:
