@@ -107,13 +107,13 @@ class Weighing:
 
     Attributes
     ----------
-    layers
-        Decoder layers whose attention has asked.
+    missing
+        Decoder layers whose attention has not asked yet.
     dims
         Bias dimensions by segment and form of the attention call.
     """
 
-    layers: set[int] = field(default_factory=set)
+    missing: set[int]
     dims: dict[Any, BiasDims] = field(default_factory=dict)
 
 
@@ -136,59 +136,44 @@ class RowWeights(CallHooks):
         self._lock, self._prompts = threading.Lock(), 0
 
     def begin(self) -> Weighing:
-        """Widen attention for the prompt of this thread, until `end`."""
-        self.calls.state.weighs = True
-        self._enter()
-        if torch.is_grad_enabled():
+        """Widen attention for a prompt of this thread, until `end`.
+
+        The first of several running prompts sets `attend` in the attention modules.
+        """
+        state = self.calls.state
+        state.weighs = True
+        with self._lock:
+            self._prompts += 1
+            if not self._modules:
+                compat.register_attention(NAME, attend)
+                self._modules = attention_modules(self.adapter.layers)
+                for module in self._modules:
+                    module.config = AttributeView(
+                        module.config,
+                        _attn_implementation=NAME,
+                        tokencomp_bias_dims=self._bias_dims,
+                        tokencomp_module=shallow_copy(module),  # backends read its config
+                        tokencomp_backend=compat.attention_function(module, module.config),
+                    )
+        if torch.is_grad_enabled() and state.recomputed is None:
             # Before every prompt, because gradient_checkpointing_enable replaces the functions.
             for module, name in checkpoint_functions(self.adapter.decoder):
                 if not MethodReplacement.replaces(getattr(module, name)):
                     replaced = MethodReplacement(module, name, self._checkpoint)
                     self._handles.append(replaced)
-        return Weighing()
+        return Weighing({module.layer_idx for module in self._modules})
 
     def end(self) -> None:
-        """End the prompt of this thread, which `begin` has begun."""
+        """End the prompt of this thread, which `begin` has begun; the last restores the configs."""
         self.calls.state.weighs = False
-        self._exit()
-
-    def remove(self) -> None:
-        """Restore everything; safe to call twice."""
-        super().remove()
-        with self._lock:
-            self._prompts = 0
-            self._restore()
-
-    def _enter(self) -> None:
-        """Count one more running prompt; the first sets `attend` in the attention modules."""
-        with self._lock:
-            self._prompts += 1
-            if self._modules:
-                return
-            compat.register_attention(NAME, attend)
-            self._modules = attention_modules(self.adapter.layers)
-            backends = [compat.attention_function(m, m.config) for m in self._modules]
-            for module, backend in zip(self._modules, backends, strict=True):
-                module.config = AttributeView(
-                    module.config,
-                    _attn_implementation=NAME,
-                    tokencomp_bias_dims=self._bias_dims,
-                    tokencomp_module=shallow_copy(module),  # backends read its config
-                    tokencomp_backend=backend,
-                )
-
-    def _exit(self) -> None:
-        """Count one prompt less; the last restores the configs."""
         with self._lock:
             self._prompts -= 1
-            if not self._prompts:
-                self._restore()
-
-    def _restore(self) -> None:
-        for module in self._modules:
-            if isinstance(getattr(module, "config", None), AttributeView):
-                module.config = module.config.tokencomp_original
-        self._modules = []
+            if self._prompts:
+                return
+            for module in self._modules:
+                if isinstance(module.config, AttributeView):
+                    module.config = module.config.tokencomp_original
+            self._modules = []
 
     def _checkpoint(
         self,
@@ -208,13 +193,13 @@ class RowWeights(CallHooks):
 
         def run(*args: Any, **kwargs: Any) -> Any:
             state = self.calls.state  # when recomputed: of the thread of the backward pass
-            before, state.recomputed = state.recomputed, call
-            self._enter()
+            before, state.recomputed = (state.recomputed, state.weighs), call
+            self.begin()
             try:
                 return function(*args, **kwargs)
             finally:
-                self._exit()
-                state.recomputed = before
+                self.end()
+                state.recomputed, state.weighs = before
 
         return original(run, *args, **kwargs)
 
@@ -226,7 +211,7 @@ class RowWeights(CallHooks):
         if call is None or call.weighing is None:
             return None
         segment, weighing = call.segment_of[layer], call.weighing
-        weighing.layers.add(layer)
+        weighing.missing.discard(layer)
         if segment.new.weights is None:
             return None
         if state.noted.grad and state.recomputed is None:
@@ -252,8 +237,7 @@ class RowWeights(CallHooks):
         UnsupportedModelError
             These layers do not call the backend that their config names.
         """
-        wanted = {module.layer_idx for module in attention_modules(self.adapter.layers)}
-        missing = wanted - call.weighing.layers
+        missing = call.weighing.missing
         missing = {i for i in missing if call.segment_of[i].new.weights is not None}
         if missing:
             raise UnsupportedModelError(
@@ -326,23 +310,21 @@ def attend(
     Takes queries (B, H, q, d), keys and values (B, kv heads, k, d); returns (B, q, H, d) and
     attention weights or None, as all attention functions of transformers.
     """
-    config, scale, dim = module.config, query.shape[-1] ** -0.5, value.shape[-1]
-    if not isinstance(config, AttributeView):  # restored by another thread meanwhile
+    config, dim, more = module.config, value.shape[-1], None
+    if isinstance(config, AttributeView):
+        module, backend = config.tokencomp_module, config.tokencomp_backend
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        more = config.tokencomp_bias_dims(module.layer_idx, query, key, scale)
+    else:  # restored by another thread meanwhile
         backend = compat.attention_function(module, config)
-        out, weights = backend(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-        return out, weights
-    scale = scale if scaling is None else scaling
-    more = config.tokencomp_bias_dims(module.layer_idx, query, key, scale)
     if more is not None:
-        query, key, value = widen(query, key, value, more)
-        scaling = scale
-    plain, backend = config.tokencomp_module, config.tokencomp_backend
-    out, weights = backend(plain, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        (query, key, value), scaling = widen(query, key, value, more), scale
+    out, weights = backend(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     return out if more is None else out[..., :dim].contiguous(), weights
 
 
-def bias_dims(query: Tensor, key: Tensor, sizes: Tensor, scaling: float) -> BiasDims:
-    """Dimensions that increase scaling · q·k by log(size) of every key.
+def bias_dims(query: Tensor, key: Tensor, weights: Tensor, scaling: float) -> BiasDims:
+    """Dimensions that increase scaling · q·k by log(weight) of every key.
 
     The head dimension grows by at least two, to a multiple of 8. The first new dimension holds the
     logarithm in the dtype of the keys, the second its rounding error.
@@ -351,7 +333,7 @@ def bias_dims(query: Tensor, key: Tensor, sizes: Tensor, scaling: float) -> Bias
     ----------
     query : Tensor, shape (B, H, q, d)
     key : Tensor, shape (B, kv heads, k, d)
-    sizes : Tensor of float32, shape (B, m)
+    weights : Tensor of float32, shape (B, m)
         Number of tokens that each of the first m keys represents; other keys represent one. If m is
         greater than k, the first k are used.
 
@@ -362,12 +344,12 @@ def bias_dims(query: Tensor, key: Tensor, sizes: Tensor, scaling: float) -> Bias
     """
     rows, extra = key.shape[-2], extra_dims(query.shape[-1])
     factor = 2.0 ** round(-math.log2(scaling))  # a power of two is exact in every dtype
-    log_sizes = sizes.to(key.device).float().log() / (scaling * factor)
-    log_sizes = nn.functional.pad(log_sizes, (0, rows - log_sizes.shape[1]))
-    # scaling · factor · (high + low) = log(size), with the rounding error of `high` in `low`.
-    high = log_sizes.to(key.dtype)
+    logs = weights.to(key.device).float().log() / (scaling * factor)
+    logs = nn.functional.pad(logs, (0, rows - logs.shape[1]))
+    # scaling · factor · (high + low) = log(weight), with the rounding error of `high` in `low`.
+    high = logs.to(key.dtype)
     of_keys = key.new_zeros(key.shape[0], 1, rows, extra)
-    of_keys[:, 0, :, 0], of_keys[:, 0, :, 1] = high, log_sizes - high.float()
+    of_keys[:, 0, :, 0], of_keys[:, 0, :, 1] = high, logs - high.float()
     of_queries = query.new_zeros(extra)
     of_queries[:2] = factor
     return BiasDims(of_queries, of_keys)
