@@ -170,13 +170,13 @@ class CompressedLayer(CacheLayerMixin):
 
     def get_seq_length(self, *args: Any) -> Any:
         """Length of the uncompressed sequence."""
-        rows = physical_length(self)
+        rows = self.rows
         return rows + self.row_map.dropped if rows else 0
 
     def get_mask_sizes(self, query: int) -> tuple[int, int]:
         """Rows after a write of `query` rows, and entry of the first in the 2-D mask."""
         self.check_patch()
-        return physical_length(self) + query, self.row_map.dropped
+        return self.rows + query, self.row_map.dropped
 
     def note_padding(self, real: Tensor | None) -> None:
         """Store the mask of all rows, after a call that wrote padding rows."""
@@ -299,10 +299,6 @@ class CompressedSlidingLayer(CompressedDynamicLayer, DynamicSlidingWindowLayer):
     def held(self) -> int:
         """Number of rows of earlier calls that attention reads."""
         return min(self.rows, int(self.sliding_window) - 1)
-
-    def get_seq_length(self, *args: Any) -> Any:
-        """Length of the uncompressed sequence."""
-        return self.cumulative_length + self.row_map.dropped if self.cumulative_length else 0
 
     def get_mask_sizes(self, query: int) -> tuple[int, int]:
         """Rows that a write of `query` returns, and entry of the first in the 2-D mask."""

@@ -44,7 +44,7 @@ from tokencomp.engine.gather import (
 )
 from tokencomp.engine.later import LaterTokens, begins_prompt, chunk_arguments, in_chunks
 from tokencomp.engine.layers import LayerHooks
-from tokencomp.engine.masks import Masks, split_mask
+from tokencomp.engine.masks import Masks, read_mask
 from tokencomp.engine.prompt import read_prompt, with_embeddings
 from tokencomp.engine.stats import RatioCheck, Stats
 from tokencomp.engine.tower.stage import TowerHooks
@@ -184,7 +184,8 @@ class DecoderHooks(CallHooks):
         check_cache(cache, bool(plan.layer_stages))
         arguments, mask, prepared = dict(arguments), arguments.get("attention_mask"), None
         if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
-            arguments, prepared = split_mask(arguments, cache, noted.mask)
+            padding, prepared = read_mask(arguments, first_layer(cache), noted.mask)
+            arguments["attention_mask"] = padding
         # Read and plan: spans, row map, counts. Checks run before anything changes.
         options = {"by_column": not self._owner.compact, "prepared": prepared}
         call, positions = read_prompt(self.adapter, arguments, cache, noted, plan, **options)

@@ -149,7 +149,7 @@ class LaterTokens:
         that the body prepared.
         """
         body = self.calls.state.noted.mask
-        mask, prepared = read_mask(kwargs.get("attention_mask"), body, n, layer.rows)
+        mask, prepared = read_mask(kwargs, layer, body)
         real = None if mask is None else mask[:, -n:].bool()
         return (None if real is None or bool(real.all()) else real), prepared
 

@@ -39,7 +39,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.cache_utils import DynamicSlidingWindowLayer, StaticLayer
 
-from tokencomp.engine.cache import first_layer, physical_length
+from tokencomp.engine.cache import physical_length
 from tokencomp.engine.call import Call, Segment
 from tokencomp.engine.layer_types import CONVOLUTION, FULL, LAYER_TYPES, LayerType
 from tokencomp.engine.rowmap import joined_mask
@@ -249,36 +249,18 @@ class Masks:
 # prompt. For a compressed prompt their padding is recovered, and the masks are rebuilt.
 
 
-def split_mask(kwargs: dict[str, Any], cache: Any, body_mask: Any) -> tuple[dict[str, Any], Any]:
-    """Arguments of a prefill with a 2-D padding mask, and the mask that the body prepared.
-
-    For calls whose mask is not 2-D; `body_mask` is that of the body, see `read_mask`. A prepared
-    mask is refused for a static cache.
-    """
-    first, width = first_layer(cache), kwargs["inputs_embeds"].shape[1]
-    past = physical_length(first)
-    padding, prepared = read_mask(kwargs.get("attention_mask"), body_mask, width, past)
-    if prepared is not None and isinstance(first, StaticLayer):
-        raise UnsupportedCacheError(
-            "the model lets tokens of an image see each other, and prepares its masks for a "
-            f"{type(cache).__name__} by column of the uncompressed prompt. Drop "
-            "cache_implementation=..., or turn compression off with handle.disabled()."
-        )
-    return {**kwargs, "attention_mask": padding}, prepared
-
-
-def read_mask(mask: Any, body_mask: Any, queries: int, past: int) -> tuple[Tensor | None, Any]:
+def read_mask(
+    arguments: Mapping[str, Any], layer: Any, body_mask: Any
+) -> tuple[Tensor | None, Any]:
     """Padding of a decoder call, and the mask that the body prepared.
 
     Parameters
     ----------
-    mask
-        The `attention_mask` of the decoder.
+    layer
+        The first cache layer with rows, or None.
     body_mask
-        That of the body. If it has more than two axes or is a mapping, the caller has prepared it,
-        and it is passed to `padding_of`.
-    queries, past
-        See `padding_of`.
+        The mask of the body. If it has more than two axes or is a mapping, the caller has prepared
+        it, and that of the decoder is passed to `padding_of`.
 
     Returns
     -------
@@ -288,15 +270,24 @@ def read_mask(mask: Any, body_mask: Any, queries: int, past: int) -> tuple[Tenso
         None, also for a layer type: plain causal attention, the only kind that FlashAttention
         supports.
     """
+    mask = arguments.get("attention_mask")
     if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
         return mask, None
     by_body = isinstance(mask, Mapping) or _dense(mask)
     if not by_body or isinstance(body_mask, Mapping) or getattr(body_mask, "ndim", 2) != 2:
-        return padding_of(mask, queries, past), None
-    if not isinstance(mask, Mapping):
-        return body_mask, mask
-    dense = {name: one if _dense(one) else None for name, one in mask.items()}
-    return body_mask, dense if any(one is not None for one in dense.values()) else None
+        queries = arguments["inputs_embeds"].shape[1]
+        return padding_of(mask, queries, physical_length(layer)), None
+    masks = mask if isinstance(mask, Mapping) else {"": mask}
+    dense = {name: one if _dense(one) else None for name, one in masks.items()}
+    if all(one is None for one in dense.values()):
+        return body_mask, None
+    if isinstance(layer, StaticLayer):
+        raise UnsupportedCacheError(
+            "the model lets tokens of an image see each other, and prepares its masks for a "
+            "static cache by column of the uncompressed prompt. Drop cache_implementation=..., or "
+            "turn compression off with handle.disabled()."
+        )
+    return body_mask, dense if masks is mask else mask
 
 
 def _dense(mask: Any) -> bool:
