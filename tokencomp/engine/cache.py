@@ -16,7 +16,6 @@ it a `DynamicLayer` again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -48,18 +47,13 @@ def is_reference(kind: type) -> bool:
     return name == REFERENCE and not issubclass(kind, StaticLayer)
 
 
-# Layers of the base class CacheLayerMixin have keys and values, one row per token. Layers of linear
-# attention and of short convolutions hold a state without a token axis instead; others (experts
-# only, keys shared with another layer) cache nothing.
-
-
-def filled(layers: Iterable[Any]) -> list[Any]:
-    """Cache layers that hold rows. Decoders can leave layers of their cache unused."""
-    return [x for x in layers if isinstance(x, CacheLayerMixin) and x.is_initialized]
-
-
 def first_layer(cache: Any, start: int = 0) -> Any:
-    """The first layer from `start` on that holds rows, or None; `cache` may be a list of layers."""
+    """The first layer from `start` on that holds rows, or None; `cache` may be a list of layers.
+
+    Only layers of the base class CacheLayerMixin have keys and values, one row per token. Layers of
+    linear attention and of short convolutions hold a state without a token axis instead; others
+    (experts only, keys shared with another layer) cache nothing.
+    """
     layers = cache if isinstance(cache, (list, tuple)) else getattr(cache, "layers", None)
     for layer in (layers or ())[start:]:  # a plain loop: runs for every token
         if isinstance(layer, CacheLayerMixin):
@@ -157,6 +151,7 @@ class CompressedLayer(CacheLayerMixin):
     owner: CacheOwner | None
     keys: Any  # for transformers they may be None; what is called here has rows
     values: Any
+    device: Any
 
     @property
     def rows(self) -> int:

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicSlidingWindowLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
-from tokencomp.engine.cache import CacheOwner, compress_layer, filled, first_layer
+from tokencomp.engine.cache import CacheOwner, CompressedLayer, compress_layer, first_layer
 from tokencomp.engine.call import Call, Segment
 from tokencomp.engine.checks import check_cache
 from tokencomp.engine.rowmap import RowMap
@@ -205,7 +205,9 @@ def note_prompt(call: Call, cache: Any, owner: CacheOwner) -> tuple[Any, dict[in
         return first, repeated
     for segment in call.segments:
         last = segment is call.segments[-1]  # a layer that runs twice has two cache layers
-        layers = filled(cache.layers[segment.first : None if last else segment.stop])
+        layers = cache.layers[segment.first : None if last else segment.stop]
+        # Decoders can leave layers of their cache unused.
+        layers = [x for x in layers if isinstance(x, CacheLayerMixin) and x.is_initialized]
         if layers:
             new = _note_segment(call, segment, layers, starts)
             if new is not segment.new:
@@ -247,8 +249,9 @@ def note_turn(call: Call, cache: Any) -> None:
     if cache is None or call.segments[0].new.mask() is None:
         return
     for segment in call.segments:
-        for layer in filled(cache.layers[segment.first : segment.stop]):
-            layer.note_padding(segment.mask(layer.device))
+        for layer in cache.layers[segment.first : segment.stop]:
+            if isinstance(layer, CompressedLayer):
+                layer.note_padding(segment.mask(layer.device))
 
 
 # -- after the layers: the output ---------------------------------------------------------------

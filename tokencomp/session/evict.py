@@ -27,7 +27,6 @@ from tokencomp.engine.cache import (
     WHOLE,
     CompressedLayer,
     compress_layer,
-    filled,
     first_layer,
     physical_length,
 )
@@ -110,7 +109,7 @@ def evict(cache: Any, columns: Tensor) -> int:
         A layer would be empty; nothing is evicted.
     """
     every = getattr(cache, "layers", ())
-    layers = filled(every)
+    layers = [x for x in every if type(x) in WHOLE and x.is_initialized]
     rows_or_states = [x for x in every if isinstance(x, (CacheLayerMixin, STATES))]
     wrong = sorted({type(x).__name__ for x in rows_or_states if type(x) not in WHOLE})
     if wrong or not layers:
