@@ -29,16 +29,16 @@ import tokencomp
 from benchmarks import publishing
 from benchmarks.kernels.calls import RATIO, counted, prefill, prompt, tiny_model
 from benchmarks.stored import today
-from tokencomp.engine.stats import DecoderShape
+from tokencomp.engine.stats import LayerShape
 from tokencomp.engine.weights import bias_dims, extra_dims, widen
 
 FOLDER = Path(__file__).parent
 REDUCERS = ("kcenter", "fastv")
 ARMS = {"drop": False, "merge": True}
 SHAPES = {
-    "Qwen2.5-VL 7B": DecoderShape(28, 3584, 18944, 28, 4, 128),
-    "Qwen3-VL 8B": DecoderShape(36, 4096, 12288, 32, 8, 128),
-    "LLaVA-OneVision 0.5B": DecoderShape(24, 896, 4864, 14, 2, 64),
+    "Qwen2.5-VL 7B": LayerShape(3584, 18944, 28, 4, 128),
+    "Qwen3-VL 8B": LayerShape(4096, 12288, 32, 8, 128),
+    "LLaVA-OneVision 0.5B": LayerShape(896, 4864, 14, 2, 64),
 }
 LENGTHS = (1024, 8192)  # rows that are left
 HEADS, KV_HEADS, DIM, ROWS = 14, 2, 64, 1024  # the attention call that is timed
@@ -90,7 +90,7 @@ def steps() -> dict[str, list[float]]:
 def flops(name: str, rows: int) -> dict[str, Any]:
     """Share of the work of a prefill, and of attention alone, that weights add."""
     shape = SHAPES[name]
-    dropped, merged = (shape.layer_flops(rows, 0, None, weighted) for weighted in (False, True))
+    dropped, merged = (shape.flops(rows, 0, weighted) for weighted in (False, True))
     attention = extra_dims(shape.head_dim) / shape.head_dim
     return {"model": name, "rows": rows, "attention": attention, "prefill": merged / dropped - 1}
 

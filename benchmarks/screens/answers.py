@@ -88,7 +88,7 @@ def ask(model: Any, processor: Any, question: Item, how: dict[str, Any]) -> dict
 def _masks(handle: Any, pictures: int) -> list[np.ndarray]:
     if handle is None:
         return [np.ones((6, 6), bool)] * pictures
-    last = survival(handle.stats, handle.stats.shape.num_layers - 1)
+    last = survival(handle.stats, len(handle.stats.layers) - 1)
     return [share[0] == 1 for share in last]
 
 

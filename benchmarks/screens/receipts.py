@@ -120,7 +120,7 @@ def kept_cells(
             try:
                 with torch.inference_mode():
                     model(**inputs)
-                yield ratio, survival(handle.stats, handle.stats.shape.num_layers - 1)[0][0] == 1
+                yield ratio, survival(handle.stats, len(handle.stats.layers) - 1)[0][0] == 1
             finally:
                 tokencomp.unpatch(model)
 

@@ -178,7 +178,7 @@ def test_flops_count_every_prompt_alone(family: Family) -> None:
             model(**family.batch([row]), use_cache=False)
             before += handle.stats.flops_before
             after += handle.stats.flops_after
-        last = packed.shape.layer_flops(len(rows[2][0]), 0) * family.layers
+        last = packed.layers[0].flops(len(rows[2][0])) * family.layers
     assert packed.flops_before == before + last
     assert packed.flops_after == after + last
 

@@ -188,8 +188,11 @@ def test_stats_count_the_weights() -> None:
         assert (handle.stats.summary().get("merged_from") == 0) == merge
         assert bool(tokencomp.plan_to_json(handle.plan)[0].get("merge")) == merge
     plain, stats = found
-    shape, left = stats.shape, stats.lengths[0] - stats.tokens_before[0] + stats.tokens_after[0][0]
-    more = 4 * shape.heads * 8 * (left * (left + 1) // 2) * shape.num_layers
+    (shape, *_), left = (
+        stats.layers,
+        stats.lengths[0] - stats.tokens_before[0] + stats.tokens_after[0][0],
+    )
+    more = 4 * shape.heads * 8 * (left * (left + 1) // 2) * len(stats.layers)
     assert stats.flops_after == plain.flops_after + more
     assert stats.tokens_after == plain.tokens_after and stats.kept() == plain.kept()
 

@@ -47,7 +47,7 @@ def _words(stats: Any, boxes: Sequence[Box], size: tuple[int, int]) -> float | N
     """Share of words of which the last layer sees half; None if nothing is dropped."""
     if stats is None:
         return None
-    shares = survival(stats, stats.shape.num_layers - 1)
+    shares = survival(stats, len(stats.layers) - 1)
     if len(shares) > 1 or len(shares[0]) > 1:
         raise OptionError(
             f"--boxes: this model splits the picture into {len(shares)} grids of tokens, and boxes "

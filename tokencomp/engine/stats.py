@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import warnings
 from collections.abc import Iterable
@@ -119,8 +118,9 @@ class Stats:
         return cls([], [], [], [], _config=config, _off=not active)
 
     @functools.cached_property
-    def shape(self) -> DecoderShape:
-        return DecoderShape.from_config(self._config, self._itemsize)
+    def layers(self) -> list[LayerShape]:
+        """Sizes of the decoder layers."""
+        return layer_shapes(self._config, self._itemsize)
 
     @property
     def stage_layers(self) -> list[int]:
@@ -146,7 +146,7 @@ class Stats:
 
         For a budget: the ratio that it implies for these items.
         """
-        plan, layers, before, removed = self._plan, self.shape.num_layers, 0, 0.0
+        plan, layers, before, removed = self._plan, len(self.layers), 0, 0.0
         for row, places in zip(self.spans, self._places, strict=True):
             for span, place in zip(row, places, strict=True):
                 before += span.visual
@@ -189,16 +189,16 @@ class Stats:
     @property
     def ratio(self) -> float:
         """Achieved ratio: 1 - visual tokens seen / without compression, over layers and samples."""
-        before = sum(self.tokens_before) * self.shape.num_layers
+        before = sum(self.tokens_before) * len(self.layers)
         after = sum(sum(seen) for seen in self.tokens_after)
         return 1.0 - after / before if before else 0.0
 
     def _left(self, counts: list[list[int]], entering: list[int]) -> list[int]:
         """Visual tokens of some spans that every decoder layer sees."""
-        left, current, stages = [], sum(entering), self.stage_layers
-        for layer in range(self.shape.num_layers):
-            if layer in stages:
-                current = sum(c[stages.index(layer)] for c in counts)
+        left, current = [], sum(entering)
+        stages = dict(zip(self.stage_layers, map(sum, zip(*counts, strict=True)), strict=False))
+        for layer in range(len(self.layers)):
+            current = stages.get(layer, current)
             left.append(current)
         return left
 
@@ -217,15 +217,17 @@ class Stats:
     def flops_before(self) -> int:
         """FLOPs of the decoder layers for this prefill without compression."""
         lengths = [length for row in self.prompts for length, _ in row]
-        layers = range(self.shape.num_layers)
-        return sum(self.shape.layer_flops(n, self.past, i) for n in lengths for i in layers)
+        return sum(layer.flops(n, self.past) for n in lengths for layer in self.layers)
 
     @property
     def flops_after(self) -> int:
         """FLOPs of the decoder layers with compression (without the work of the reducer)."""
-        pasts, count, rows = self.past_rows, self.shape.layer_flops, self._lengths_after()
-        first = self.shape.num_layers if self.merged_from is None else self.merged_from
-        return sum(count(n, pasts[i], i, i >= first) for row in rows for i, n in enumerate(row))
+        first = len(self.layers) if self.merged_from is None else self.merged_from
+        return sum(
+            layer.flops(n, past, i >= first)
+            for row in self._lengths_after()
+            for i, (layer, n, past) in enumerate(zip(self.layers, row, self.past_rows, strict=True))
+        )
 
     @property
     def cached(self) -> list[list[int]]:
@@ -242,13 +244,13 @@ class Stats:
     @property
     def kv_bytes_before(self) -> int:
         """Bytes of keys and values this prefill would have cached (no padding)."""
-        layers = range(self.shape.num_layers)
-        return sum(self.shape.kv_bytes(n, i) for n in self.lengths for i in layers)
+        return sum(layer.kv_bytes(n) for n in self.lengths for layer in self.layers)
 
     @property
     def kv_bytes_after(self) -> int:
         """Bytes of keys and values it caches for real tokens, see `cached`."""
-        return sum(self.shape.kv_bytes(n, i) for row in self.cached for i, n in enumerate(row))
+        pairs = (pair for row in self.cached for pair in zip(self.layers, row, strict=True))
+        return sum(layer.kv_bytes(n) for layer, n in pairs)
 
     @property
     def tower_ratio(self) -> float:
@@ -379,22 +381,23 @@ class RatioCheck:
         """Warn if a prompt is the first to miss the ratio of its plan.
 
         Tolerance: one token per span, or a twentieth of the tokens that should be kept. Plans whose
-        reducers all choose their keep counts promise no ratio.
+        reducers all choose their keep counts promise no ratio, nor does a stage in the tower that
+        does: its ratio is a lower bound.
         """
-        if plan.tower is not None and plan.tower.decides:
-            return  # its ratio is a lower bound
-        spans, itself = sum(map(len, stats.spans)), [counts_itself(s.reducer) for s in plan.stages]
+        tower, itself = plan.tower, [counts_itself(s.reducer) for s in plan.stages]
         special = any(span.special for row in stats.spans for span in row)
-        if not special and plan.tower is None and not any(itself):
-            return  # only rounding
-        planned, achieved, before = _ratios(stats, plan)
-        if not before or abs(planned - achieved) <= max(0.05 * (1 - planned), spans / before):
+        if tower is None and not special and not any(itself):
+            return  # counts are only rounded
+        if (tower is not None and tower.decides) or (itself and all(itself)):
             return
+        planned, achieved = stats.requested_ratio, stats.ratio
+        before, spans = sum(stats.tokens_before), sum(map(len, stats.spans))
         stages = [
             (s.layer, s.fraction, s.by_modality, s.budget, s.reducer.name) for s in plan.stages
         ]
-        name = f"{stages}{plan.tower and (plan.tower.fraction, plan.tower.budget)}"
-        if name in self._warned or (itself and all(itself)):
+        name = f"{stages}{tower and (tower.fraction, tower.budget)}"
+        missed = abs(planned - achieved) > max(0.05 * (1 - planned), spans / max(1, before))
+        if not missed or name in self._warned:
             return
         self._warned.add(name)
         warnings.warn(
@@ -404,26 +407,6 @@ class RatioCheck:
             RatioWarning,
             stacklevel=3,
         )
-
-
-def _ratios(stats: Stats, plan: Plan) -> tuple[float, float, int]:
-    """Planned and achieved ratio of a prompt, and its visual tokens."""
-    layers = [*(s.layer for s in plan.stages), len(stats.past_rows)]
-    spread = [b - a for a, b in itertools.pairwise(layers)]  # layers of every stage
-    # Layers before the first stage see what enters the decoder.
-    before = planned = seen = 0.0
-    rows = zip(stats.spans, stats.counts, stats._places, stats.entering, strict=True)
-    for row in rows:
-        for span, kept, place, entering in zip(*row, strict=True):
-            fraction = plan.tower.fraction_of(place) if plan.tower else 1.0
-            before += span.visual
-            planned += span.visual * fraction * layers[0]
-            seen += entering * layers[0]
-            for stage, count, n in zip(plan.stages, kept, spread, strict=True):
-                planned += span.visual * stage.fraction_of(span.modality, place) * n
-                seen += count * n
-    total = max(1.0, before * layers[-1])
-    return 1 - planned / total, 1 - seen / total, int(before)
 
 
 def _reason(stats: Stats, itself: list[bool]) -> str:
@@ -444,22 +427,21 @@ def _reason(stats: Stats, itself: list[bool]) -> str:
 
 
 @dataclass(frozen=True)
-class DecoderShape:
-    """Sizes of a Llama-like decoder (gated MLP, grouped-query attention).
+class LayerShape:
+    """Sizes of a decoder layer like Llama's (gated MLP, grouped-query attention).
 
     Attributes
     ----------
+    itemsize
+        Bytes of a number in the cache.
     reach
         Tokens that a query sees at most; None: all; 0: there is no attention, so that the cost is
         linear.
-    stored
-        Numbers that are cached for a token, its keys and values together: none for layers with a
-        state of constant size, or with the keys of another layer.
-    per_layer
-        Shape of every layer, where layers differ; empty where all are alike.
+    stores
+        Whether it caches keys and values. Layers with a state of constant size, or with the keys of
+        another layer, do not.
     """
 
-    num_layers: int
     hidden: int
     intermediate: int
     heads: int
@@ -467,31 +449,12 @@ class DecoderShape:
     head_dim: int
     itemsize: int = 2
     reach: int | None = None
-    stored: int | None = None
-    per_layer: tuple[DecoderShape, ...] = ()
+    stores: bool = True
 
     @classmethod
-    def from_config(cls, config: Any, itemsize: int = 2) -> DecoderShape:
-        """Sizes of a transformers text config."""
-        count = config.num_hidden_layers
-        types = list(getattr(config, "layer_types", None) or ())[:count]
-        per_layer = compat.layer_configs(config)
-        first = cls._of_layer(per_layer[0], count, itemsize)
-        if len(set(types)) < 2 and not (types and LAYER_TYPES.get(types[0], FULL).window_field):
-            return first
-        shared = compat.kv_sharing_modes(config) or ["store"] * count
-        shapes = []
-        for name, mode, layer in zip(types, shared, per_layer, strict=False):
-            shape = cls._of_layer(layer, 1, itemsize, "swa_" if name == "hybrid_sliding" else "")
-            layer_type = LAYER_TYPES.get(name, FULL)
-            reach = getattr(layer, layer_type.window_field or "", None) if layer_type.attends else 0
-            stored = shape.stored if layer_type.attends and not str(mode).startswith("reuse") else 0
-            shapes.append(replace(shape, reach=reach, stored=stored))
-        return replace(first, per_layer=tuple(shapes))
-
-    @classmethod
-    def _of_layer(cls, config: Any, count: int, itemsize: int, prefix: str = "") -> DecoderShape:
-        """`prefix` is that of the fields that give the heads of such layers."""
+    def of_config(cls, config: Any, name: str = "", mode: str | None = None) -> LayerShape:
+        """Sizes of a layer from its config, the name of its type, and its KV sharing mode."""
+        prefix = "swa_" if name == "hybrid_sliding" else ""
         heads = getattr(config, f"{prefix}num_attention_heads")
         kv_heads = getattr(config, f"{prefix}num_key_value_heads", None) or heads
         head_dim = getattr(config, f"{prefix}head_dim", None) or config.hidden_size // heads
@@ -501,40 +464,39 @@ class DecoderShape:
             intermediate = experts + (getattr(config, "shared_expert_intermediate_size", 0) or 0)
         if isinstance(intermediate, list | tuple):
             intermediate = sum(intermediate) // len(intermediate)
-        sizes = (count, config.hidden_size, intermediate, heads, kv_heads, head_dim, itemsize)
-        return cls(*sizes, stored=2 * kv_heads * head_dim)
+        layer_type = LAYER_TYPES.get(name, FULL)
+        reach = getattr(config, layer_type.window_field or "", None) if layer_type.attends else 0
+        stores = layer_type.attends and not str(mode).startswith("reuse")
+        sizes = (config.hidden_size, intermediate, heads, kv_heads, head_dim)
+        return cls(*sizes, reach=reach, stores=stores)
 
-    def layer(self, number: int | None) -> DecoderShape:
-        """The shape of one layer; None: of a layer like the first with full attention."""
-        return self.per_layer[number] if self.per_layer and number is not None else self
+    def flops(self, tokens: int, past: int = 0, weighted: bool = False) -> int:
+        """FLOPs for `tokens` new tokens after `past` cached ones.
 
-    @property
-    def linear_flops_per_token(self) -> int:
-        """2 × weights of q, k, v, o and the three MLP matrices."""
-        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
-        return 2 * (attention + 3 * self.hidden * self.intermediate)
-
-    def layer_flops(
-        self, tokens: int, past: int = 0, layer: int | None = None, weighted: bool = False
-    ) -> int:
-        """FLOPs of one layer for `tokens` new tokens after `past` cached ones.
-
-        Causal attention counts the visible half: 4 · heads · head_dim per (query, key) pair. The
-        mixer of a linear layer counts as much as the projections of attention. `weighted` rows
-        take a few more dimensions per head to attention (`merge=True`).
+        2 × weights of q, k, v, o and the three MLP matrices per token. Causal attention counts the
+        visible half: 4 · heads · head_dim per (query, key) pair. The mixer of a linear layer counts
+        as much as the projections of attention. `weighted` rows take a few more dimensions per head
+        to attention (`merge=True`).
         """
-        shape = self.layer(layer)
-        pairs, reach = tokens * past + tokens * (tokens + 1) // 2, shape.reach
+        pairs, reach = tokens * past + tokens * (tokens + 1) // 2, self.reach
         if reach is not None:  # the first queries see fewer than the window holds
             growing = min(max(reach - past, 0), tokens)
             pairs = growing * past + growing * (growing + 1) // 2 + (tokens - growing) * reach
-        dim = shape.head_dim + (extra_dims(shape.head_dim) if weighted else 0)
-        attention = 4 * shape.heads * dim * pairs
-        return tokens * shape.linear_flops_per_token + attention
+        dim = self.head_dim + (extra_dims(self.head_dim) if weighted else 0)
+        projections = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        weights = projections + 3 * self.hidden * self.intermediate
+        return 2 * tokens * weights + 4 * self.heads * dim * pairs
 
-    def kv_bytes(self, tokens: int, layer: int | None = None) -> int:
-        """Bytes of keys and values that a layer caches for a prompt of `tokens` tokens."""
-        shape = self.layer(layer)
-        rows = tokens if shape.reach is None else min(tokens, max(shape.reach - 1, 0))
-        stored = 2 * shape.kv_heads * shape.head_dim if shape.stored is None else shape.stored
-        return rows * stored * shape.itemsize
+    def kv_bytes(self, tokens: int) -> int:
+        """Bytes of keys and values that it caches for a prompt of `tokens` tokens."""
+        rows = tokens if self.reach is None else min(tokens, max(self.reach - 1, 0))
+        return self.stores * rows * 2 * self.kv_heads * self.head_dim * self.itemsize
+
+
+def layer_shapes(config: Any, itemsize: int = 2) -> list[LayerShape]:
+    """Shapes of all decoder layers of a transformers text config."""
+    configs = compat.layer_configs(config)
+    types = list(getattr(config, "layer_types", None) or [""] * len(configs))
+    modes = compat.kv_sharing_modes(config) or [None] * len(configs)
+    rows = zip(configs, types, modes, strict=False)
+    return [replace(LayerShape.of_config(*row), itemsize=itemsize) for row in rows]

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tokencomp.adapters.registry import adapter_for
-from tokencomp.engine.stats import DecoderShape, Stats
+from tokencomp.engine.stats import LayerShape, Stats, layer_shapes
 from tokencomp.inputs.prompts import prompt_lengths
 
 
@@ -35,7 +35,7 @@ class Cost:
 
 
 def _cost(
-    shape: DecoderShape,
+    layers: list[LayerShape],
     length: int,
     visual: int,
     per_layer: list[int],
@@ -46,9 +46,12 @@ def _cost(
     """See `Stats`; `cached` None: one row for every token that a layer sees."""
     rows = [length - visual + n for n in per_layer]
     first = len(rows) if merged_from is None else merged_from
-    flops = sum(shape.layer_flops(n, 0, i, i >= first) for i, n in enumerate(rows))
-    kv_bytes = sum(shape.kv_bytes(n, i) for i, n in enumerate(cached or rows))
-    decode = sum(shape.layer_flops(1, n, i) for i, n in enumerate(cached or rows))
+    held = [*zip(layers, cached or rows, strict=True)]
+    flops = sum(
+        layer.flops(n, 0, i >= first) for i, (layer, n) in enumerate(zip(layers, rows, strict=True))
+    )
+    kv_bytes = sum(layer.kv_bytes(n) for layer, n in held)
+    decode = sum(layer.flops(1, n) for layer, n in held)
     return Cost(full, per_layer, flops, kv_bytes, decode)
 
 
@@ -62,12 +65,12 @@ def prefill_costs(
     """
     if stats:
         counts = stats.lengths, stats.tokens_before, stats.tokens_after, stats.cached
-        shape, first, rows = stats.shape, stats.merged_from, zip(*counts, strict=True)
-        return [_cost(shape, n, all_, seen, all_, first, kept) for n, all_, seen, kept in rows]
-    shape = DecoderShape.from_config(adapter_for(model).text_config, model.dtype.itemsize)
+        layers, first, rows = stats.layers, stats.merged_from, zip(*counts, strict=True)
+        return [_cost(layers, n, all_, seen, all_, first, kept) for n, all_, seen, kept in rows]
+    layers = layer_shapes(adapter_for(model).text_config, model.dtype.itemsize)
     lengths = prompt_lengths(model, inputs)
     before = full or [visual for _, visual in lengths]
     return [
-        _cost(shape, n, visual, [visual] * shape.num_layers, visual_before)
+        _cost(layers, n, visual, [visual] * len(layers), visual_before)
         for (n, visual), visual_before in zip(lengths, before, strict=True)
     ]

@@ -38,7 +38,7 @@ def survival(stats: Stats, layer: int | None = None) -> list[np.ndarray]:
 
     `NEVER` where the vision tower has dropped it. With a `layer`: 1 for what it sees, else 0.
     """
-    layers = stats.shape.num_layers
+    layers = len(stats.layers)
     segments = list(itertools.pairwise([0, *stats.stage_layers, layers]))
     weights = [
         (stop - start) / layers if layer is None else float(start <= layer < stop)

@@ -287,7 +287,7 @@ class Rows(StoppingCriteria):
 
 def seen_by_modality(stats: Stats) -> list[Seen]:
     """Return the visual tokens of every row."""
-    edges = [0, *stats.stage_layers, stats.shape.num_layers]
+    edges = [0, *stats.stage_layers, len(stats.layers)]
     widths = [stop - start for start, stop in itertools.pairwise(edges)]
     result = []
     for spans, counts, entering in zip(stats.spans, stats.counts, stats.entering, strict=True):
