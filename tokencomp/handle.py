@@ -141,20 +141,22 @@ class Handle:
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
         """Run new prompts uncompressed inside the block, in this thread."""
-        self._hooks.disable(1)
+        state = self._hooks.calls.state  # of this thread
+        state.disabled += 1
         try:
             yield
         finally:
-            self._hooks.disable(-1)
+            state.disabled -= 1
 
     @contextlib.contextmanager
     def dropping(self) -> Iterator[None]:
         """Run new prompts inside the block, in this thread, without merging."""
-        self._hooks.drop(True)
+        state = self._hooks.calls.state  # of this thread
+        state.drops = True
         try:
             yield
         finally:
-            self._hooks.drop(False)
+            state.drops = False
 
     def set(
         self,
@@ -201,12 +203,12 @@ class Handle:
     @property
     def plan(self) -> Plan:
         """The stages in force."""
-        return self._hooks.plan
+        return self._hooks.decoder.plan
 
     @property
     def compresses(self) -> bool:
         """Whether prompts with media are compressed in the calling thread."""
-        return self.plan.active and not self._hooks.disabled
+        return self._hooks.decoder.compresses()
 
     @property
     def compact(self) -> bool:
@@ -223,8 +225,8 @@ class Handle:
         shows the setting. Prompts under `disabled()` change nothing.
         `tokencomp.inputs.prompts.prompt_lengths(model, inputs)` counts the tokens of a prompt.
         """
-        hooks = self._hooks
-        return hooks.stats or Stats.empty(hooks.adapter.text_config, hooks.plan.active)
+        decoder = self._hooks.decoder
+        return decoder.stats or Stats.empty(decoder.adapter.text_config, decoder.plan.active)
 
     def __repr__(self) -> str:
         family = self._hooks.adapter.family

@@ -230,9 +230,9 @@ def test_media_in_continuous_batching_are_refused() -> None:
         pytest.skip("this transformers has no continuous batching")
     ids = inputs["input_ids"].tolist()
     with tokencomp.patch(model, plan=ENTRY):
-        with pytest.raises(UnsupportedCacheError, match=r"prompt 1 has \d+ placeholders"):
+        with pytest.raises(UnsupportedCacheError, match="or placeholders"):
             answers(model, [text(4), *ids])
-        with pytest.raises(UnsupportedCacheError, match="this call brings images"):
+        with pytest.raises(UnsupportedCacheError, match="brings images"):
             model.generate(**inputs, generation_config=BATCHED, cache_implementation="paged")
     refused = pytest.raises(NoVisualInputError, match="continuous batching")
     with tokencomp.patch(model, plan=ENTRY, strict=True), refused:

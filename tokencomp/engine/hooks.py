@@ -37,7 +37,6 @@ from tokencomp.engine.decoder import DecoderHooks
 from tokencomp.engine.later import ChunkedPrefill, begins_prompt
 from tokencomp.engine.layer_types import LayerTypes
 from tokencomp.engine.layers import RelativePositions
-from tokencomp.engine.stats import Stats
 from tokencomp.errors import (
     ModelInUseError,
     NoVisualInputError,
@@ -99,9 +98,6 @@ class CallGate:
         finally:
             with self._lock:
                 self._running -= 1
-
-
-BATCH_FIX = "Use model.generate(...), one prompt or a padded batch at a time, or handle.disabled()."
 
 
 class GenerateCalls(Hooked):
@@ -173,20 +169,15 @@ class GenerateCalls(Hooked):
         return original(inputs, *args, **kwargs)
 
     def _check(self, inputs: Sequence[Sequence[int]], kwargs: dict[str, Any]) -> None:
-        """Refuse requests with media, which transformers would ignore."""
-        if self.adapter.feature_modalities(kwargs):
+        """Refuse requests with media, or with placeholders that no media would fill."""
+        names = self.adapter.placeholders
+        placeholders = any(token in names for prompt in inputs for token in prompt)
+        if placeholders or self.adapter.feature_modalities(kwargs):
             raise UnsupportedCacheError(
                 "continuous batching takes token ids alone, and this call brings images or videos, "
-                f"which the model would never see. {BATCH_FIX}"
+                "or placeholders for them, which the model would not see. Use model.generate(...), "
+                "one prompt or a padded batch at a time, or handle.disabled()."
             )
-        names = self.adapter.placeholders
-        for i, prompt in enumerate(inputs):
-            count = sum(token in names for token in prompt)
-            if count:
-                raise UnsupportedCacheError(
-                    f"prompt {i} has {count} placeholders of images or videos, and continuous "
-                    f"batching takes token ids alone, so no media would fill them. {BATCH_FIX}"
-                )
         if self.strict:
             raise NoVisualInputError(
                 "strict=True, and continuous batching takes token ids alone, so that no prompt "
@@ -245,12 +236,15 @@ class Hooks(CallHooks):
         calls, self.compact_positions = self.calls, compact_positions
         self.gate = CallGate.of(adapter.model)
         self._owner, self._compressed = CacheOwner(compact_positions), False
-        prefill = ChunkedPrefill(adapter, calls, self._compresses)
         self._featureless = FeaturelessPrompts(adapter, strict)
         self.decoder = DecoderHooks(adapter, calls, plan, self._owner, self._featureless)
-        generate = GenerateCalls(adapter, self.gate, calls, self._compresses, strict)
-        relative = RelativePositions(adapter, calls)
-        self._parts: list[Any] = [self.decoder, relative, prefill, generate]
+        active = self.decoder.compresses
+        self._parts: list[Any] = [
+            self.decoder,
+            RelativePositions(adapter, calls),
+            ChunkedPrefill(adapter, calls, active),
+            GenerateCalls(adapter, self.gate, calls, active, strict),
+        ]
         # The thinkers of Qwen-Omni ignore the argument and return all logits.
         self._slices = "logits_to_keep" in parameters_of(adapter.top)
 
@@ -274,7 +268,7 @@ class Hooks(CallHooks):
 
     def _needed(self) -> bool:
         """Whether hooks are needed: for prompts, or for caches and features of earlier plans."""
-        self._compressed |= self.plan.active
+        self._compressed |= self.decoder.plan.active
         return self._compressed or self.decoder.tower.had_stage
 
     def _hook(self) -> None:
@@ -357,33 +351,6 @@ class Hooks(CallHooks):
         elif begins_prompt(arguments):
             self.decoder.stats = None  # those of an earlier prompt
             self._featureless.meet(arguments)
-
-    # -- state ----------------------------------------------------------------------------------
-
-    @property
-    def plan(self) -> Plan:
-        return self.decoder.plan
-
-    @property
-    def stats(self) -> Stats | None:
-        """Counts of the latest compressed prefill; None if there are none."""
-        return self.decoder.stats
-
-    @property
-    def disabled(self) -> bool:
-        """Whether compression is off in this thread."""
-        return self.decoder.is_off()
-
-    def disable(self, by: int) -> None:
-        """Change the depth of `Handle.disabled()` in this thread."""
-        self.calls.state.disabled += by
-
-    def drop(self, drops: bool) -> None:
-        """Set whether prompts of this thread drop tokens that their plan would merge."""
-        self.calls.state.drops = drops
-
-    def _compresses(self) -> bool:
-        return self.decoder.compresses()
 
 
 def _refuse_copies(original: Callable[..., Any]) -> Any:
