@@ -22,7 +22,7 @@ from tokencomp.engine.cache import CacheOwner, CompressedLayer, compress_layer, 
 from tokencomp.engine.call import Call, Segment
 from tokencomp.engine.checks import check_cache
 from tokencomp.engine.rowmap import RowMap
-from tokencomp.engine.tower.memory import Seen
+from tokencomp.engine.tower.stage import Seen
 from tokencomp.engine.weights import repeat_rows
 from tokencomp.torchlib.compat import CACHE_NAMES
 

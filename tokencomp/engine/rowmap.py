@@ -99,7 +99,7 @@ class RowMap:
     prompts
         Prompts per sample, in order; together they cover the real rows.
     seen : Seen or None
-        What later pictures are compared with, see `tokencomp.engine.tower.memory`. Only in a cache.
+        What later pictures are compared with, see `tokencomp.engine.tower.stage`. Only in a cache.
     """
 
     rows: int

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.adapters.structure import parameters_of
 from tokencomp.engine.cache import first_layer, physical_length
-from tokencomp.engine.tower.memory import recalled
+from tokencomp.engine.tower.stage import recalled
 from tokencomp.errors import OptionError, SessionError
 from tokencomp.handle import handle_of
 from tokencomp.session.evict import Mark, check_eviction, evict, held_columns, store_without

@@ -33,7 +33,7 @@ from tokencomp.engine.cache import (
 from tokencomp.engine.choose import FRAMES_SHOWN
 from tokencomp.engine.layer_types import Indexed, LayerTypes
 from tokencomp.engine.rowmap import RowMap
-from tokencomp.engine.tower.memory import TILE, Seen, copies
+from tokencomp.engine.tower.stage import TILE, Seen, copies
 from tokencomp.errors import OptionError, UnsupportedCacheError, UnsupportedModelError
 from tokencomp.tokens.tokens import Memories, Modality
 from tokencomp.torchlib.cache_classes import STATES

@@ -236,7 +236,7 @@ class DenseRows(TowerRows):
         return out
 
 
-def rows_of(cells: Cells, chosen: Tensor) -> TowerRows:
+def kept_rows(cells: Cells, chosen: Tensor) -> TowerRows:
     return DenseRows.of(cells, chosen) if cells.pictures else PackedRows.of(cells, chosen)
 
 
@@ -247,9 +247,9 @@ def equal_bounds(count: int, length: int) -> Tensor:
 # -- FLOPs ---------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class TowerShape:
-    """Sizes of a tower on which its FLOPs depend, except for sequence lengths.
+@dataclass
+class TowerCost:
+    """Work of one call of a vision tower; all pairs are without and with the stage.
 
     A multiplication and an addition are two FLOPs. Patch embedding, norms and activations are not
     counted.
@@ -264,19 +264,47 @@ class TowerShape:
         Number of blocks after those in use.
     token
         FLOPs of the projectors, per row of their input.
+    bounds
+        Sequence bounds of every block that has run: pairs of integer tensors.
+    tokens
+        Number of rows that enter the projectors.
     """
 
     row: int
     width: int
     unused: int
     token: int
+    bounds: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    tokens: tuple[int, int] = (0, 0)
 
     @classmethod
-    def of(cls, layout: Tower) -> TowerShape:
+    def of(cls, layout: Tower) -> TowerCost:
+        """Of a tower before a call."""
         block = layout.blocks[0]
         attn: Any = attention_blocks(block)[0]
         token = sum(_linear(module) for module in layout.projectors)
         return cls(_linear(block), attn.num_heads * attn.head_dim, len(layout.unused), token)
+
+    @property
+    def patches(self) -> tuple[int, int]:
+        """Rows summed over the blocks in use."""
+        before, after = (sum(int(pair[i][-1]) for pair in self.bounds) for i in (0, 1))
+        return before, after
+
+    @property
+    def tower_flops(self) -> tuple[int, int]:
+        """FLOPs of all blocks without the stage, and of the blocks in use with it."""
+        before, after = ([self._block(pair[i]) for pair in self.bounds] for i in (0, 1))
+        return sum(before) + self.unused * sum(before[-1:]), sum(after)
+
+    @property
+    def projector_flops(self) -> tuple[int, int]:
+        before, after = self.tokens
+        return self.token * before, self.token * after
+
+    def _block(self, bounds: Tensor) -> int:
+        squares = int(bounds.long().diff().square().sum())
+        return self.row * int(bounds[-1]) + 4 * self.width * squares
 
 
 def _linear(module: nn.Module) -> int:
@@ -290,41 +318,3 @@ def _linear(module: nn.Module) -> int:
         else:
             products += int(math.prod(sizes))
     return 2 * products
-
-
-@dataclass
-class TowerCost:
-    """Work of one call of a vision tower; all pairs are without and with the stage.
-
-    Attributes
-    ----------
-    bounds
-        Sequence bounds of every block that has run: pairs of integer tensors.
-    tokens
-        Number of rows that enter the projectors.
-    """
-
-    shape: TowerShape
-    bounds: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    tokens: tuple[int, int] = (0, 0)
-
-    @property
-    def patches(self) -> tuple[int, int]:
-        """Rows summed over the blocks in use."""
-        before, after = (sum(int(pair[i][-1]) for pair in self.bounds) for i in (0, 1))
-        return before, after
-
-    @property
-    def tower_flops(self) -> tuple[int, int]:
-        """FLOPs of all blocks without the stage, and of the blocks in use with it."""
-        before, after = ([self._block(pair[i]) for pair in self.bounds] for i in (0, 1))
-        return sum(before) + self.shape.unused * sum(before[-1:]), sum(after)
-
-    @property
-    def projector_flops(self) -> tuple[int, int]:
-        before, after = self.tokens
-        return self.shape.token * before, self.shape.token * after
-
-    def _block(self, bounds: Tensor) -> int:
-        squares = int(bounds.long().diff().square().sum())
-        return self.shape.row * int(bounds[-1]) + 4 * self.shape.width * squares

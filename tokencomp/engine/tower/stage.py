@@ -21,10 +21,11 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakSet
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,25 +33,16 @@ from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.towers.base import Cells, EncoderCall, Tower, attention_blocks
 from tokencomp.adapters.towers.dense import DenseTower
 from tokencomp.adapters.towers.packed import PackedTower
-from tokencomp.engine.call import Call, CallHooks, RunningCalls, TowerRecord
-from tokencomp.engine.tower.memory import TILE, memories_before, recalled, running_prompt
-from tokencomp.engine.tower.rows import (
-    DenseRows,
-    PackedRows,
-    TowerCost,
-    TowerRows,
-    TowerShape,
-    equal_bounds,
-    rows_of,
-)
+from tokencomp.engine.cache import CompressedLayer, first_layer
+from tokencomp.engine.call import Call, CallHooks, Noted, RunningCalls, TowerRecord
+from tokencomp.engine.tower.rows import DenseRows, TowerCost, TowerRows, equal_bounds, kept_rows
 from tokencomp.engine.tower.signals import TowerProbe, check_signals
 from tokencomp.errors import OptionError
 from tokencomp.plan.plan import Plan, TowerStage
 from tokencomp.reducers.base import reduced
 from tokencomp.tokens.signals import SEEN
-from tokencomp.tokens.stacks import rows_of as rows_of_runs
-from tokencomp.tokens.stacks import starts_of
-from tokencomp.tokens.tokens import Memories, Memory, Modality, Tokens
+from tokencomp.tokens.stacks import rows_of, starts_of
+from tokencomp.tokens.tokens import CODES, Memories, Memory, Modality, Tokens
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.checkpointing import checkpointed_since
 from tokencomp.torchlib.replace import MethodReplacement
@@ -82,7 +74,7 @@ def chosen_cells(
     ends, every = starts_of(lengths), range(len(grids))
 
     def cells_of(parts: list[int]) -> Tensor:
-        return torch.from_numpy(rows_of_runs(ends, parts)).to(cells.members.device)
+        return torch.from_numpy(rows_of(ends, parts)).to(cells.members.device)
 
     # Parts that keep all cells, or none, need no reducer, unless it decides how many.
     some = [i for i in every if stage.decides or 0 < keeps[i] < lengths[i]]
@@ -128,6 +120,64 @@ def _patch_values(cells: Cells, hidden: Tensor) -> Tensor:
     return by_cell[cells.order.argsort()].flatten(0, 1)
 
 
+# -- memories of earlier pictures ----------------------------------------------------------------
+
+# A later turn finds them in the row map of the cache that holds the pictures. A cache that was cut
+# into them no longer has them: the next picture is then kept whole.
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What was kept last of the pictures in the first `rows` rows of a cache."""
+
+    rows: int
+    memories: Memories
+
+
+TILE = "tile"  # first part of the keys of tiles in a memory
+
+
+def recalled(cache: Any) -> Memories:
+    """The memories that go with a cache."""
+    layer = first_layer(cache)
+    seen: Seen | None = layer.row_map.seen if isinstance(layer, CompressedLayer) else None
+    return {} if seen is None else seen.memories
+
+
+def copies(memories: Memories, modality: Modality, samples: int) -> list[Memory]:
+    """Memories of one kind of media to be written to; empty ones for another batch."""
+    known = memories.get(modality, [])
+    return [dict(m) for m in known] if len(known) == samples else [{} for _ in range(samples)]
+
+
+def running_prompt(adapter: Adapter, noted: Noted) -> tuple[Tensor, Tensor | None, Any]:
+    """Modalities (B, L) of the prompt that is being encoded, its ids, and its cache.
+
+    `generate` encodes media before it calls the model, with the columns that its cache holds.
+    """
+    if noted.modalities is not None:
+        inputs = noted.inputs or {}
+        return noted.modalities, inputs.get("input_ids"), compat.get_cache(inputs)
+    arguments = noted.arguments or {}
+    modalities: Any = adapter.modalities(arguments)
+    cache, ids = compat.get_cache(arguments), arguments.get("input_ids")
+    held = 0 if cache is None else cache.get_seq_length()
+    return modalities[:, held:], None if ids is None else ids[:, held:], cache
+
+
+def memories_before(call: EncoderCall, cells: Cells) -> tuple[list[Memory], list[Memory]]:
+    """Memories of all samples before a call of the tower, and of every part of its cells.
+
+    Media are in the order of the batch; parts of a sample share its memory.
+    """
+    assert call.modalities is not None
+    memories = copies(recalled(call.cache), cells.modality, len(call.modalities))
+    ends = (call.modalities == CODES[cells.modality]).sum(1).cumsum(0)
+    lengths = cells.tokens or [math.prod(grid) for part in cells.parts for grid in part]
+    owners = np.searchsorted(ends[:-1].numpy(force=True), np.cumsum(lengths))
+    return memories, [memories[b] for b in owners]
+
+
 # -- dropping patches ----------------------------------------------------------------------------
 
 
@@ -159,7 +209,7 @@ class TowerDrop(CallHooks):
         super().__init__(adapter, calls)
         self.stage = stage
         self.layout: Tower = adapter.tower_layout()
-        self.shape = TowerShape.of(self.layout)
+        self.cost = TowerCost.of(self.layout)
         # Whether rows are restored by a projector that runs after the tower, not within it.
         self._projector_restores = (
             isinstance(self.layout, DenseTower) and self.layout.module not in self.layout.restorers
@@ -232,12 +282,12 @@ class TowerDrop(CallHooks):
         prompt = running_prompt(self.adapter, self.calls.state.noted) if compares else ()
         call = EncoderCall(pixels, arguments.get("grid_thw"), modality, encoding, *prompt)
         cells = self.layout.cells(call, stage)
-        local.running = running = _Running(cells, TowerCost(self.shape))
+        local.running = running = _Running(cells, replace(self.cost, bounds=[]))
         # A stage before the first block chooses by pixels, now; later stages in `_block`.
         if stage.block == 0:
             levels = 1 / (255 * torch.tensor(self.layout.std, device=pixels.device))
             memories, of_parts = memories_before(call, cells) if compares else (None, None)
-            running.rows = rows_of(cells, chosen_cells(cells, stage, None, levels, of_parts))
+            running.rows = kept_rows(cells, chosen_cells(cells, stage, None, levels, of_parts))
             if memories is not None:
                 local.seen[cells.modality] = memories
 
@@ -258,11 +308,11 @@ class TowerDrop(CallHooks):
         return every, len(rows.index) * cells.rows if self._projector_restores else every
 
     @compat.not_compiled
-    def _embed(self, original: Callable[..., Any], pixels: Tensor) -> Tensor:
+    def _embed(self, original: Callable[..., Any], pixels: Tensor) -> Any:
         """Embed only kept patches, if a stage before the first block has chosen them."""
-        running = self._local.running
-        rows = running.rows if running else None
-        return rows.embedded(original, pixels) if isinstance(rows, PackedRows) else original(pixels)
+        running: Any = self._local.running
+        chosen = running is not None and running.rows is not None
+        return running.rows.embedded(original, pixels) if chosen else original(pixels)
 
     # -- blocks ---------------------------------------------------------------------------------
 
@@ -280,7 +330,7 @@ class TowerDrop(CallHooks):
         kwargs = dict(kwargs)
         hidden, *rest = args or (kwargs.pop("hidden_states"),)
         if i == self.stage.block and running.rows is None:
-            running.rows = rows_of(running.cells, chosen_cells(running.cells, self.stage, hidden))
+            running.rows = kept_rows(running.cells, chosen_cells(running.cells, self.stage, hidden))
         if running.rows is None:
             bounds = kwargs.get("cu_seqlens")
             bounds = equal_bounds(*hidden.shape[:2]) if bounds is None else bounds
