@@ -290,15 +290,11 @@ class CompressedSlidingLayer(CompressedDynamicLayer, DynamicSlidingWindowLayer):
 
     plain = DynamicSlidingWindowLayer
 
-    @property
-    def held(self) -> int:
-        """Number of rows of earlier calls that attention reads."""
-        return min(self.rows, int(self.sliding_window) - 1)
-
     def get_mask_sizes(self, query: int) -> tuple[int, int]:
         """Rows that a write of `query` returns, and entry of the first in the 2-D mask."""
         self.check_patch()
-        return self.held + query, self.rows - self.held + self.row_map.dropped
+        held = min(self.rows, int(self.sliding_window) - 1)
+        return held + query, self.rows - held + self.row_map.dropped
 
     def _forget(self) -> None:
         self.sliding_window -= vars(self).pop("widened", 0)

@@ -228,8 +228,7 @@ def gather_heads(attn: Any, x: Tensor, dim: int) -> Tensor:
     if total is None:
         raise UnsupportedModelError(
             f"{type(attn).__name__} does not say how many heads it has "
-            "(config.num_attention_heads), so its attention cannot be scored. Use a reducer "
-            "without attention, such as 'divprune'."
+            f"(config.num_attention_heads), so its attention cannot be scored. {FIX}"
         )
     if heads == total:
         return x

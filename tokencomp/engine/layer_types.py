@@ -59,10 +59,10 @@ class LayerType:
         """
         return True
 
-    def misplaced(self, masks: Any, segment: Any, total: int) -> bool:
+    def misplaced(self, masks: Any, segment: Any, exceeded: bool) -> bool:
         """Whether the mask that the decoder builds from the 2-D mask would be wrong.
 
-        `total`: number of columns after the call.
+        `exceeded`: whether the sequence after the call is longer than the window.
         """
         return False
 
@@ -75,16 +75,7 @@ class LayerType:
         return masks.attention_mask(self, segment, x, text)
 
 
-class Windowed(LayerType):
-    """Attention in a window, whose size the config gives."""
-
-    def exceeded(self, masks: Any, total: int) -> bool:
-        """Whether a query does not see all of a sequence of `total` tokens."""
-        size = masks.call.layer_types.sizes.get(self.name)
-        return size is not None and total > size
-
-
-class Sliding(Windowed):
+class Sliding(LayerType):
     """Sliding window: queries see the last `size` columns, their column included."""
 
     window_field = "sliding_window"
@@ -92,14 +83,14 @@ class Sliding(Windowed):
     def visible(self, query: Any, key: Any, size: int, start: Any) -> Any:
         return key > query - size
 
-    def misplaced(self, masks: Any, segment: Any, total: int) -> bool:
+    def misplaced(self, masks: Any, segment: Any, exceeded: bool) -> bool:
         """Whether a token is missing in a window: transformers' window, of rows, sees too far."""
-        if not masks.call.by_column or not self.exceeded(masks, total):
+        if not masks.call.by_column or not exceeded:
             return False
         return bool(segment.gap_within(masks.call.layer_types.sizes[self.name] - 1))
 
 
-class Chunked(Windowed):
+class Chunked(LayerType):
     """Chunked attention (Llama 4): queries see their chunk of `size` columns."""
 
     window_field = "attention_chunk_size"
@@ -108,9 +99,9 @@ class Chunked(Windowed):
     def visible(self, query: Any, key: Any, size: int, start: Any) -> Any:
         return (key - start) // size == (query - start) // size
 
-    def misplaced(self, masks: Any, segment: Any, total: int) -> bool:
+    def misplaced(self, masks: Any, segment: Any, exceeded: bool) -> bool:
         """Whether tokens are missing: transformers derives chunks from entries of the mask."""
-        return self.exceeded(masks, total) and segment.gaps
+        return exceeded and segment.gaps
 
 
 class Indexed(LayerType):
@@ -130,7 +121,7 @@ class Reference(LayerType):
     masks_single_tokens = True
     cuts_later_turns = True
 
-    def misplaced(self, masks: Any, segment: Any, total: int) -> bool:
+    def misplaced(self, masks: Any, segment: Any, exceeded: bool) -> bool:
         """Whether rows are padded: transformers looks up padding at shifted columns."""
         return bool(segment.past.rows) and segment.past.mask() is not None
 

@@ -91,21 +91,18 @@ class Masks:
         wrong = self.call.prepared is not None
         if not wrong and not types.all_full:
             length = self.call.length_after()
-            wrong = any(t.misplaced(self, first, length) for t in set(types.types))
+            past_window = {t: length > types.sizes.get(t.name, length) for t in types.types}
+            wrong = any(t.misplaced(self, first, past) for t, past in past_window.items())
         if wrong:
             return self._by_type(x)
-        config, static = (
-            self.call.adapter.text_config,
-            isinstance(self.call.first_layer, StaticLayer),
-        )
-        if not static or "flash" not in attention_implementation(config):
-            return self._padding(first, x)
+        padding, static = self._padding(first, x), isinstance(self.call.first_layer, StaticLayer)
+        if not static or "flash" not in attention_implementation(self.call.adapter.text_config):
+            return padding
         check_flash_on_static()
-        real = joined_mask(first.past, self.real, first.new.rows)
-        rows = first.past.rows + x.shape[1]
-        if real is None:
+        if padding is None:
+            rows = first.past.rows + x.shape[1]
             return torch.ones(x.shape[0], rows, dtype=torch.bool, device=x.device)
-        return real.to(x.device)
+        return padding[:, first.past.dropped :]
 
     def _by_type(self, x: Tensor) -> Any:
         """One mask per layer type of segment 0, in the form that the decoder takes."""

@@ -248,21 +248,23 @@ class RowWeights(CallHooks):
             )
 
 
-def attention_modules(layers: Iterable[nn.Module]) -> list[Any]:
+def attention_modules(layers: Iterable[nn.Module], known: bool = False) -> list[Any]:
     """Attention modules of decoder layers, whose configs name their backend.
 
     Raises
     ------
     UnsupportedModelError
-        There is none; or one has no config, caps its logits (weights would be capped too), or has
-        an indexer, which adds its mask only under the backends that it knows.
+        There is none; or one has no config, caps its logits (weights would be capped too), has an
+        indexer, which adds its mask only under the backends that it knows, or (`known`) is not
+        known to call a backend.
     """
     # Wrappers, such as that of torch.compile, forward attributes of the inner module.
     modules = [m for layer in layers for m in layer.modules() if "layer_idx" in vars(m)]
     found: list[Any] = [m for m in modules if hasattr(m, "is_causal")]
     wrong = [m for m in found if getattr(m, "indexer", None) or not hasattr(m, "config")]
+    wrong += [m for m in found if known and not reads_backend(m)]
     if wrong or not found:
-        names = " and ".join(sorted({type(m).__name__ for m in found or modules}))
+        names = " and ".join(sorted({type(m).__name__ for m in wrong or modules}))
         raise UnsupportedModelError(
             f"merge=True: the weights of merged tokens do not reach the attention of {names}. "
             "Use merge=False."
@@ -378,15 +380,19 @@ def merging_where_possible(plan: Plan, adapter: Adapter, compact: bool) -> Plan:
     """
     asked = any(stage.merge is True for stage in plan.stages)
     try:
-        modules = attention_modules(adapter.layers)
+        modules = attention_modules(adapter.layers, known=not asked)
         if compact:
             raise OptionError(
                 "merge=True with positions='compact': the cache repeats merged rows, once for "
                 "each of their tokens, and compact positions count rows. Use "
                 "positions='original', or merge=False."
             )
-        if not asked:
-            _check_attention(modules)
+        most = max(int(getattr(module, "head_dim", 0)) for module in modules)
+        if not asked and most + extra_dims(most) > MOST_DIMS:
+            raise UnsupportedModelError(
+                f"merge=True: heads of {most} dimensions have no room for weights under "
+                f"FlashAttention, which takes {MOST_DIMS}. Use merge=False."
+            )
     except (UnsupportedModelError, OptionError) as error:
         if asked:
             raise
@@ -399,29 +405,6 @@ def merging_where_possible(plan: Plan, adapter: Adapter, compact: bool) -> Plan:
 def _warn_once(model_class: str, reason: str) -> None:
     """Warn once per model class and process that it cannot merge: `patch` merges by default."""
     warnings.warn(f"merge='auto' drops here. {reason}", MergeWarning, stacklevel=6)
-
-
-def _check_attention(modules: list[Any]) -> None:
-    """Refuse attention that does not, or may not, apply weights.
-
-    Raises
-    ------
-    UnsupportedModelError
-        A module computes attention itself; or heads have no room for weights under FlashAttention,
-        which takes at most 256 dimensions.
-    """
-    if deaf := sorted({type(m).__name__ for m in modules if not reads_backend(m)}):
-        raise UnsupportedModelError(
-            "merge=True: the weights of merged tokens do not reach the attention of "
-            f"{' and '.join(deaf)}, which does not call the backend that its config names. Use "
-            "merge=False."
-        )
-    dims = {int(getattr(module, "head_dim", 0)) for module in modules}
-    if any(dim + extra_dims(dim) > MOST_DIMS for dim in dims):
-        raise UnsupportedModelError(
-            f"merge=True: heads of {max(dims)} dimensions have no room for weights under "
-            f"FlashAttention, which takes {MOST_DIMS}. Use merge=False."
-        )
 
 
 # -- cache --------------------------------------------------------------------------------------
