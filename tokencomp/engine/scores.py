@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from tokencomp.engine.cache import is_reference, physical_length, stored
+from tokencomp.engine.cache import first_layer, is_reference, physical_length, stored
 from tokencomp.engine.capture import Captured, Past, RowIndex, capture_qk, gather_heads
 from tokencomp.engine.rowmap import (
     RowMap,
@@ -86,23 +86,20 @@ class StageScores:
         rows
             Map of the call. Only the question of every prompt votes, see `Prompt.question_stop`.
         cache, past
-            KV cache, and rows of earlier turns in its layer of the module.
+            KV cache, and rows of earlier turns in the cache layer of the module.
         ran
             The self-attention module that scores, if it has just run and the cache has its keys.
             None: the decoder layer after the stage scores, before it runs. Only its input norm, q,
             k and RoPE are computed.
         """
         root: Any = self.layers[stage] if ran is None else ran
-        cached = keys = None
-        if ran is None:
-            cached = cache.layers[stage] if past.rows else None
-            # FSDP2 gathers weights when the layer is called. They then stay for that call.
+        cached, keys = first_layer(cache, stage if ran is None else ran.layer_idx), None
+        if ran is not None:
+            keys = _keys_of_all_rows(cached)
+        else:  # FSDP2 gathers weights when the layer is called. They then stay for that call.
             for module in root.modules():
                 if hasattr(module, "unshard"):
                     module.unshard()
-        elif cache is not None:
-            cached = cache.layers[ran.layer_idx]
-            keys = _keys_of_all_rows(cached)
         if signal.iterations > 1 or (ran is not None and keys is None):
             past = RowMap(0)  # PageRank needs a query for every key
         arguments = {name: a for name, a in arguments.items() if name not in LEFT_OUT}
@@ -117,9 +114,9 @@ class StageScores:
         if "voting" in moved:
             voting = moved["voting"].view(votes.index.shape), moved["numbers"].view(len(x), -1)
         captured = _captured(root, x, arguments, voting, cached, past, keys)
-        raters = None
-        if self.raters is not None and voting is not None:
-            raters = self.raters.to(x.device).gather(1, voting[0])
+        raters = self.raters if signal.rows == "raters" else None
+        if raters is not None and voting is not None:
+            raters = raters.to(x.device).gather(1, voting[0])
         sums = _column_sums(captured, signal, votes, rows, past, raters)
         # From sums over rows to means, for visual tokens.
         self.spans[stage] = sums[moved["line"], moved["column"]] / moved["voters"]
