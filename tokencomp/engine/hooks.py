@@ -46,7 +46,7 @@ from tokencomp.errors import (
 )
 from tokencomp.plan.plan import Plan
 from tokencomp.torchlib import compat
-from tokencomp.torchlib.hooks import Hooked, forget_compiled
+from tokencomp.torchlib.hooks import forget_compiled
 from tokencomp.torchlib.replace import MethodReplacement
 
 _GATES: WeakKeyDictionary[nn.Module, CallGate] = WeakKeyDictionary()
@@ -98,91 +98,6 @@ class CallGate:
         finally:
             with self._lock:
                 self._running -= 1
-
-
-class GenerateCalls(Hooked):
-    """Wraps `generate`, to note its arguments, and `generate_batch`, to check its requests.
-
-    `generate` calls the model with the prompt and drafted or generated tokens; only here is the end
-    of the prompt known. It encodes media before it calls the model, so the whole of it counts as
-    one call: features of one setting must not be used with the plan of another.
-
-    Continuous batching (`generate_batch`) takes only token ids, and runs them in another thread,
-    where an error only ends the request. Text runs as without a patch; anything else is refused
-    before the thread starts.
-
-    Parameters
-    ----------
-    active
-        Whether prompts with media are compressed in the calling thread.
-    strict
-        Whether prompts without media are refused.
-    """
-
-    def __init__(
-        self,
-        adapter: Adapter,
-        gate: CallGate,
-        calls: RunningCalls,
-        active: Callable[[], bool],
-        strict: bool,
-    ) -> None:
-        self.adapter, self.gate, self.calls = adapter, gate, calls
-        self.active, self.strict = active, strict
-
-    def install(self) -> None:
-        """Replace both methods of the model, if it has them."""
-        top = self.adapter.top
-        self._handles += [
-            MethodReplacement(top, "generate", self._generate),
-            MethodReplacement(top, "generate_batch", self._generate_batch),
-        ]
-
-    def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        state, types = self.calls.state, None
-        if TYPES in kwargs and TYPES not in parameters_of(self.adapter.top):
-            types = kwargs.pop(TYPES)  # transformers would raise for it
-            _check_types(types, kwargs.get("inputs_embeds"))
-        ids = [kwargs.get("input_ids"), kwargs.get("inputs"), *args[:1]]
-        arguments = {**kwargs, "input_ids": next((x for x in ids if x is not None), None)}
-        shown = [arguments.get(name) for name in ("inputs_embeds", "input_ids")]
-        columns = next((int(x.shape[1]) for x in shown if isinstance(x, Tensor)), None)
-        earlier, encodes = state.noted, self.adapter.encodes(kwargs)
-        state.noted = replace(
-            earlier, columns=columns, encodes=encodes, types=types, arguments=arguments
-        )
-        try:
-            with self.gate.call():
-                return original(*args, **kwargs)
-        finally:
-            state.noted = earlier
-
-    def _generate_batch(
-        self,
-        original: Callable[..., Any],
-        inputs: Sequence[Sequence[int]],
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        if self.active():
-            self._check(inputs, kwargs)
-        return original(inputs, *args, **kwargs)
-
-    def _check(self, inputs: Sequence[Sequence[int]], kwargs: dict[str, Any]) -> None:
-        """Refuse requests with media, or with placeholders that no media would fill."""
-        names = self.adapter.placeholders
-        placeholders = any(token in names for prompt in inputs for token in prompt)
-        if placeholders or self.adapter.feature_modalities(kwargs):
-            raise UnsupportedCacheError(
-                "continuous batching takes token ids alone, and this call brings images or videos, "
-                "or placeholders for them, which the model would not see. Use model.generate(...), "
-                "one prompt or a padded batch at a time, or handle.disabled()."
-            )
-        if self.strict:
-            raise NoVisualInputError(
-                "strict=True, and continuous batching takes token ids alone, so that no prompt "
-                "brings an image or video. Use model.generate(...), or patch(..., strict=False)."
-            )
 
 
 def _check_types(types: Tensor, embeds: Tensor | None) -> None:
@@ -238,13 +153,8 @@ class Hooks(CallHooks):
         self._owner, self._compressed = CacheOwner(compact_positions), False
         self._featureless = FeaturelessPrompts(adapter, strict)
         self.decoder = DecoderHooks(adapter, calls, plan, self._owner, self._featureless)
-        active = self.decoder.compresses
-        self._parts: list[Any] = [
-            self.decoder,
-            RelativePositions(adapter, calls),
-            ChunkedPrefill(adapter, calls, active),
-            GenerateCalls(adapter, self.gate, calls, active, strict),
-        ]
+        prefill = ChunkedPrefill(adapter, calls, self.decoder.compresses)
+        self._parts: list[Any] = [self.decoder, RelativePositions(adapter, calls), prefill]
         # The thinkers of Qwen-Omni ignore the argument and return all logits.
         self._slices = "logits_to_keep" in parameters_of(adapter.top)
 
@@ -272,13 +182,16 @@ class Hooks(CallHooks):
         return self._compressed or self.decoder.tower.had_stage
 
     def _hook(self) -> None:
-        top, body = self.adapter.top, self.adapter.body
-        for module in dict.fromkeys((top, body)):
+        top = self.adapter.top
+        self._handles += [
+            MethodReplacement(top, "generate", self._generate),
+            MethodReplacement(top, "generate_batch", self._generate_batch),
+            MethodReplacement(top, "_replicate_for_data_parallel", _refuse_copies),
+        ]
+        for module in dict.fromkeys((top, self.adapter.body)):
             # Instead of hooks, which torch skips when `forward` is called directly.
-            noted = functools.partial(self._forward, module)
-            self._handles.append(MethodReplacement(module, "forward", noted))
-        copied = MethodReplacement(top, "_replicate_for_data_parallel", _refuse_copies)
-        self._handles.append(copied)
+            run = functools.partial(self._forward, module)
+            self._handles.append(MethodReplacement(module, "forward", run))
         for part in (*self._parts, self.adapter):
             part.install()
         forget_compiled()
@@ -296,6 +209,61 @@ class Hooks(CallHooks):
         forget_compiled()
 
     # -- running calls --------------------------------------------------------------------------
+
+    def _generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Replaces `generate`, which calls the model with the prompt and drafted or new tokens.
+
+        Only here is the end of the prompt known. Media are encoded before the model is called, so
+        the whole of it counts as one call: features of one setting must not be used with the plan
+        of another.
+        """
+        state, types = self.calls.state, None
+        if TYPES in kwargs and TYPES not in parameters_of(self.adapter.top):
+            types = kwargs.pop(TYPES)  # transformers would raise for it
+            _check_types(types, kwargs.get("inputs_embeds"))
+        ids = [kwargs.get("input_ids"), kwargs.get("inputs"), *args[:1]]
+        arguments = {**kwargs, "input_ids": next((x for x in ids if x is not None), None)}
+        shown = [arguments.get(name) for name in ("inputs_embeds", "input_ids")]
+        columns = next((int(x.shape[1]) for x in shown if isinstance(x, Tensor)), None)
+        earlier, encodes = state.noted, self.adapter.encodes(kwargs)
+        state.noted = replace(
+            earlier, columns=columns, encodes=encodes, types=types, arguments=arguments
+        )
+        try:
+            with self.gate.call():
+                return original(*args, **kwargs)
+        finally:
+            state.noted = earlier
+
+    def _generate_batch(
+        self,
+        original: Callable[..., Any],
+        inputs: Sequence[Sequence[int]],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Replaces `generate_batch` (continuous batching), which takes only token ids.
+
+        Text runs as without a patch. Media, or placeholders that none would fill, are refused here:
+        requests run in another thread, where an error only ends them.
+        """
+        if self.decoder.compresses():
+            names = self.adapter.placeholders
+            placeholders = any(token in names for prompt in inputs for token in prompt)
+            if placeholders or self.adapter.feature_modalities(kwargs):
+                raise UnsupportedCacheError(
+                    "continuous batching takes token ids alone, and this call brings images or "
+                    "videos, or placeholders for them, which the model would not see. Use "
+                    "model.generate(...), one prompt or a padded batch at a time, or "
+                    "handle.disabled()."
+                )
+            if self._featureless.strict:
+                raise NoVisualInputError(
+                    "strict=True, and continuous batching takes token ids alone, so that no prompt "
+                    "brings an image or video. Use model.generate(...), or patch(..., "
+                    "strict=False)."
+                )
+        return original(inputs, *args, **kwargs)
 
     def _forward(
         self, module: nn.Module, original: Callable[..., Any], *args: Any, **kwargs: Any
