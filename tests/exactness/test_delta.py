@@ -16,7 +16,7 @@ from transformers import Qwen3VLForConditionalGeneration
 
 import tokencomp
 from tokencomp import Plan, Stage, TowerStage, make_reducer
-from tokencomp.errors import OptionError, TokenCompError
+from tokencomp.errors import OptionError, SpanError, TokenCompError
 
 FAMILY_NAMES = ["qwen3_5", *sorted(set(FAMILIES) - {"qwen3_vl_moe"})]
 MEDIA_BY_BEAM = hasattr(Qwen3VLForConditionalGeneration, "_get_image_nums_and_video_nums")
@@ -294,3 +294,13 @@ def test_options_of_a_ratio_wait_for_the_next_one(options: dict[str, Any]) -> No
         handle.set(ratio=0.0)
         with pytest.raises(OptionError, match="has no effect without a ratio"):
             handle.set(**options)
+
+
+def test_pictures_without_a_prompt_are_refused() -> None:
+    family = FAMILIES["qwen2_vl"]
+    model, media = family.build(), family.image(0).inputs
+    pixels = media["pixel_values"], media["image_grid_thw"]
+    with tokencomp.patch(model, reducer="delta"), pytest.raises(SpanError, match="for no prompt"):
+        model.get_image_features(*pixels)
+    with tokencomp.patch(model, reducer="pixelprune"):
+        model.get_image_features(*pixels)

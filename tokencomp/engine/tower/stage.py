@@ -37,7 +37,7 @@ from tokencomp.engine.cache import CompressedLayer, first_layer
 from tokencomp.engine.call import Call, CallHooks, Noted, RunningCalls, TowerRecord
 from tokencomp.engine.tower.rows import DenseRows, TowerCost, TowerRows, equal_bounds, kept_rows
 from tokencomp.engine.tower.signals import TowerProbe, check_signals
-from tokencomp.errors import OptionError
+from tokencomp.errors import OptionError, SpanError
 from tokencomp.plan.plan import Plan, TowerStage
 from tokencomp.reducers.base import reduced
 from tokencomp.tokens.signals import SEEN
@@ -154,12 +154,23 @@ def running_prompt(adapter: Adapter, noted: Noted) -> tuple[Tensor, Tensor | Non
     """Modalities (B, L) of the prompt that is being encoded, its ids, and its cache.
 
     `generate` encodes media before it calls the model, with the columns that its cache holds.
+
+    Raises
+    ------
+    SpanError
+        The vision tower was called for no prompt.
     """
     if noted.modalities is not None:
         inputs = noted.inputs or {}
         return noted.modalities, inputs.get("input_ids"), compat.get_cache(inputs)
     arguments = noted.arguments or {}
-    modalities: Any = adapter.modalities(arguments)
+    modalities = adapter.modalities(arguments) if arguments else None
+    if modalities is None:
+        raise SpanError(
+            "the vision tower was called for no prompt, so it is not known which pictures the "
+            "model has seen before. Pass pixels to the model or to generate, or take a reducer "
+            "that looks at single pictures, such as 'pixelprune'."
+        )
     cache, ids = compat.get_cache(arguments), arguments.get("input_ids")
     held = 0 if cache is None else cache.get_seq_length()
     return modalities[:, held:], None if ids is None else ids[:, held:], cache
