@@ -261,7 +261,7 @@ def attention_modules(layers: Iterable[nn.Module], known: bool = False) -> list[
     # Wrappers, such as that of torch.compile, forward attributes of the inner module.
     modules = [m for layer in layers for m in layer.modules() if "layer_idx" in vars(m)]
     found: list[Any] = [m for m in modules if hasattr(m, "is_causal")]
-    wrong = [m for m in found if getattr(m, "indexer", None) or not hasattr(m, "config")]
+    wrong = [m for m in found if getattr(m, "indexer", None) or getattr(m, "config", None) is None]
     wrong += [m for m in found if known and not reads_backend(m)]
     if wrong or not found:
         names = " and ".join(sorted({type(m).__name__ for m in wrong or modules}))

@@ -219,6 +219,15 @@ class TowerProbe(CallHooks):
         return values
 
 
+SOURCES = {
+    "query": "the text of the question",
+    "attention": "the attention of decoder layers",
+    "tower": "the vision tower's attention",
+    "norm": "the norm after the last decoder layer",
+    "frames": "the frames before",
+}
+
+
 def check_signals(plan: Plan, adapter: Adapter) -> frozenset[TowerSignal]:
     """Signals of the vision tower that the reducers of `plan` need.
 
@@ -229,7 +238,7 @@ def check_signals(plan: Plan, adapter: Adapter) -> frozenset[TowerSignal]:
             norm = signal.source == "norm" and adapter.final_norm is not None
             if not norm and signal.source not in adapter.signals:
                 raise OptionError(
-                    f"reducer {stage.reducer.name!r} needs the signal {signal.source!r}, which "
+                    f"reducer {stage.reducer.name!r} reads {SOURCES[signal.source]}, which "
                     f"{adapter.family} does not offer. Use another signal or metric."
                 )
         if sum(isinstance(signal, Attention) for signal in stage.needs) > 1:
