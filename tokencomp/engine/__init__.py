@@ -66,11 +66,13 @@ through the seven passes again, with the map of the cache as `past`.) `LaterToke
                       decoder's would be wrong (a token was dropped, so that a window of rows
                       reaches too far; or the body has made masks of uncompressed columns),
                       `decoder_mask` makes one per layer type instead, as below.
-    other segments    `Masks.attention_mask`, when the first layer of a type is entered: the hook of
-                      the layer (`layers.py`) passes it instead of the decoder's.
+    other segments    `Masks.attention_mask`, once for each layer type of the segment, when its
+                      first layer is entered: the hook of the layer (`layers.py`) gets it by
+                      `LayerType.mask`, and passes it instead of the decoder's.
 
-In a mask that we make, windows are measured in columns: `Masks._window` looks up the column of
-every row, and `LayerType.visible` (`layer_types.py`) compares those of query and key.
+In a mask that we make, windows are measured in columns (with `positions="compact"` in rows):
+`Masks._window` looks up the column of every row, and `LayerType.visible` (`layer_types.py`)
+compares those of query and key.
 
 Last, `note_turn` (`gather.py`) stores which rows, of both turns, are real in the cache layers.
 """
