@@ -98,10 +98,7 @@ class Encoder:
         return list(dict.fromkeys(m for m in modules if isinstance(m, nn.Module)))
 
     def _replace(self, module: Any) -> None:
-        """Let a module of the tiny model return features, by a subclass of its class.
-
-        An instance attribute would be taken for another compression method.
-        """
+        """Let a module of the tiny model return features, by a subclass of its class."""
         own = type(module)
 
         @functools.wraps(getattr(own, self._method))
