@@ -128,8 +128,8 @@ class Later(Reducer):
 def test_a_step_of_a_schedule_between_stages_is_spread(left: float) -> None:
     """Stages stand where probed ratios have them; an item of another ratio keeps its average."""
     (stage,) = by_item(Budget(1), Later(), 4, 1).stages
-    assert stage.layer == 2 and stage.share is not None
-    assert (2 + 2 * stage.share(left)) / 4 == pytest.approx(left)
+    assert stage.layer == 2 and stage.from_mean is not None
+    assert (2 + 2 * stage.from_mean(left)) / 4 == pytest.approx(left)
 
 
 def test_a_missed_ratio_is_told_once() -> None:

@@ -19,7 +19,7 @@ from tokencomp.errors import (
     SpanError,
 )
 from tokencomp.method import MethodSpec
-from tokencomp.plan.counts import Place
+from tokencomp.plan.counts import BudgetShare
 from tokencomp.tokens.tokens import VisualSpan
 
 UNIFORM = make_reducer("uniform")
@@ -75,7 +75,7 @@ def test_the_budget_of_the_decoder_stays(reducer: str) -> None:
     """On average over its layers an item has 512 tokens, of at most 819 that leave the tower."""
     plan = MethodSpec(reducer, budget=512, tower_ratio="auto").stages(28, 1)
     for size in (300, 600, 1000, 4000):
-        profile = plan.fractions(28, "image", Place(size, (size,), 0))
+        profile = plan.fractions(28, "image", BudgetShare(size, (size,), 0))
         assert sum(profile) / 28 == pytest.approx(min(1, 512 / size))
         assert max(profile) <= min(1, 819 / size) + 1e-9
         assert profile == pytest.approx(sorted(profile, reverse=True))

@@ -24,7 +24,7 @@ from tokencomp.engine.cache import CompressedLayer, first_layer, physical_length
 from tokencomp.engine.layer_types import LayerTypes
 from tokencomp.engine.rowmap import RowMap, joined_columns, joined_mask
 from tokencomp.errors import copy_error
-from tokencomp.plan.counts import Place, packed_places
+from tokencomp.plan.counts import BudgetShare, packed_shares
 from tokencomp.plan.plan import Plan, Stage
 from tokencomp.tokens.signals import Signal
 from tokencomp.tokens.tokens import Memories, Modality, VisualSpan
@@ -250,8 +250,8 @@ class Call:
     entering
         Per sample, per span: visual tokens that reach the decoder; `choose.enter` counts them
         where the pixels decide how many the tower keeps.
-    places
-        Per sample, per span: sizes that a budget divides; None without one.
+    shares
+        Per sample, per span: its share in a budget; None without a budget.
     merges
         Whether a stage merges tokens in this call.
     tail
@@ -292,7 +292,7 @@ class Call:
     prompts: list[list[tuple[int, list[int]]]] = field(default_factory=list)
     counts: list[list[list[int]]] = field(default_factory=list)
     entering: list[list[int]] = field(default_factory=list)
-    places: list[list[Place | None]] = field(default_factory=list)
+    shares: list[list[BudgetShare | None]] = field(default_factory=list)
     merges: bool = False
     tail: int = 0
     tower: TowerRecord = field(default_factory=TowerRecord)
@@ -318,23 +318,23 @@ class Call:
     def _count(self) -> None:
         """The pass `plan`: convert fractions of the stages to counts for every span."""
         plan, layers = self.plan, len(self.adapter.layers)
-        self.places = [[None] * len(sample) for sample in self.spans]
+        self.shares = [[None] * len(sample) for sample in self.spans]
         self.prompts = [
             [(p.stop - p.start, [j for j, s in enumerate(kept) if p.holds(s)]) for p in prompts]
             for prompts, kept in zip(self.map.prompts, self.map.spans, strict=False)
         ]
         if plan.has_budget:
             pairs = zip(self.spans, self.prompts, strict=False)
-            self.places = [list(packed_places(row, prompts)) for row, prompts in pairs]
+            self.shares = [list(packed_shares(row, prompts)) for row, prompts in pairs]
         self.entering = [[plan.entering(span) for span in row] for row in self.spans]
         self.counts = [
-            [plan.counts(span, layers, place) for span, place in zip(row, places, strict=True)]
-            for row, places in zip(self.spans, self.places, strict=True)
+            [plan.counts(span, layers, share) for span, share in zip(row, shares, strict=True)]
+            for row, shares in zip(self.spans, self.shares, strict=True)
         ]
         # Whether some span loses tokens at a stage that merges.
         self.merges = plan.may_merge and any(
             plan.merging(*item)
-            for rows in zip(self.spans, self.counts, self.places, self.entering, strict=True)
+            for rows in zip(self.spans, self.counts, self.shares, self.entering, strict=True)
             for item in zip(*rows, strict=True)
         )
         if self.map.columns is None:  # otherwise the caller's last columns may be padding

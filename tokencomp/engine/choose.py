@@ -150,7 +150,7 @@ def choose(call: Call, stage: Stage, x: Tensor) -> tuple[list[list[int]], Chosen
     # The reducer sees the patches of these spans as one batch.
     tokens, features, patches, fixed = tokens_of(call, stage, x, cuts, scores, texts)
     if frames is not None:
-        tokens.frames = [frames[b][j] for b, j in tokens.places]
+        tokens.frames = [frames[b][j] for b, j in tokens.span_ids]
     final = [c.ends and c.roles[-1] == PATCH for c in cuts if (c.roles == PATCH).any()]
     kept = choose_patches(call, stage, tokens, final) if tokens.grids else Kept(tokens.table([]))
     if patches is not None and fixed is not None:  # from a choice among patches to one among all
@@ -171,8 +171,8 @@ def choose_patches(call: Call, stage: Stage, tokens: Tokens, final: Sequence[boo
             kept = keep_last(kept, tokens, final)
         # Average dropped patches into kept ones.
         if stage.merge:
-            places = [call.places[b][j] for b, j in tokens.places]
-            fractions = [*map(stage.fraction_of, tokens.modalities, places)]
+            shares = [call.shares[b][j] for b, j in tokens.span_ids]
+            fractions = [*map(stage.fraction_of, tokens.modalities, shares)]
             merging = [*map(stage.merges, tokens.modalities, fractions)]
             if any(merging):
                 kept = merge_rest(tokens, kept, merging, stage.reducer.name)
@@ -306,7 +306,7 @@ def tokens_of(
         stop = sum(counts) + sum(c.keep for c in cuts) - sum(budgets)
         patches, fixed = by_role[: sum(counts)], by_role[sum(counts) : stop]
         values = {name: value.index_select(0, patches) for name, value in values.items()}
-    places = [(c.sample, c.number) for c in seen]
+    span_ids = [(c.sample, c.number) for c in seen]
     tokens = Tokens(
         features=values["features"],
         grids=[c.kept.span.grid for c in seen],
@@ -317,10 +317,10 @@ def tokens_of(
         weights=values.get("weights"),
         scores=values.get("scores"),
         tower={s: values[s] for s in needs if isinstance(s, TowerSignal)},
-        queries=_of_prompts(rows, text_values(x, rows), places, x) if QUERY in needs else None,
-        query_scores=None if texts is None else _of_prompts(rows, texts, places, x),
+        queries=_of_prompts(rows, text_values(x, rows), span_ids, x) if QUERY in needs else None,
+        query_scores=None if texts is None else _of_prompts(rows, texts, span_ids, x),
         norm=call.adapter.final_norm if NORM in needs else None,
-        places=places,
+        span_ids=span_ids,
     )
     return Parts(tokens, features, patches, fixed)
 

@@ -17,7 +17,7 @@ from tokencomp.engine.rowmap import RowMap
 from tokencomp.engine.tower.rows import TowerCost
 from tokencomp.engine.weights import extra_dims
 from tokencomp.errors import OptionError, RatioWarning
-from tokencomp.plan.counts import Place
+from tokencomp.plan.counts import BudgetShare
 from tokencomp.plan.plan import Plan
 from tokencomp.reducers.base import counts_itself
 from tokencomp.tokens.tokens import VisualSpan
@@ -76,7 +76,7 @@ class Stats:
     _itemsize: int = 2
     entering: list[list[int]] = field(default_factory=list)
     _plan: Plan = field(default_factory=Plan)
-    _places: list[list[Place | None]] = field(default_factory=list)
+    _shares: list[list[BudgetShare | None]] = field(default_factory=list)
     _kept: list[RowMap] = field(default_factory=list, repr=False)
     _survivors: RowMap | None = field(default=None, repr=False)
     _repeated: list[list[int]] = field(default_factory=list, repr=False)
@@ -106,7 +106,7 @@ class Stats:
             _config=call.adapter.text_config,
             _itemsize=keys.element_size(),
             _plan=call.plan,
-            _places=call.places,
+            _shares=call.shares,
             _survivors=call.survivors,
             _repeated=_repeated(call, repeated) if repeated else [],
             _kept=call.kept,
@@ -135,7 +135,7 @@ class Stats:
     def merged(self) -> list[int | None]:
         """`merged_from` of every sample."""
         found = []
-        for rows in zip(self.spans, self.counts, self._places, self.entering, strict=True):
+        for rows in zip(self.spans, self.counts, self._shares, self.entering, strict=True):
             stages = (self._plan.merging(*item) for item in zip(*rows, strict=True))
             found.append(min((s.layer for s in stages if s is not None), default=None))
         return found
@@ -147,10 +147,10 @@ class Stats:
         For a budget: the ratio that it implies for these items.
         """
         plan, layers, before, removed = self._plan, len(self.layers), 0, 0.0
-        for row, places in zip(self.spans, self._places, strict=True):
-            for span, place in zip(row, places, strict=True):
+        for row, shares in zip(self.spans, self._shares, strict=True):
+            for span, share in zip(row, shares, strict=True):
                 before += span.visual
-                removed += span.visual * plan.ratio(layers, span.modality, place)
+                removed += span.visual * plan.ratio(layers, span.modality, share)
         return removed / max(1, before)
 
     def __bool__(self) -> bool:

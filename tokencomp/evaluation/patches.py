@@ -26,7 +26,7 @@ class Subsets(Random):
     names: tuple[str, ...] = ()
 
     def reduce(self, tokens: Tokens) -> Kept:
-        ((sample, span),) = tokens.places
+        ((sample, span),) = tokens.span_ids
         seed = zlib.crc32(f"{self.seed}/{self.names[sample]}/{span}".encode())
         return Random(seed).reduce(tokens)
 

@@ -15,7 +15,7 @@ import numpy as np
 from tokencomp.errors import MissingDependencyError, OptionError
 from tokencomp.mlx.selection import SELECT, merged
 from tokencomp.mlx.spans import Span
-from tokencomp.plan.counts import Budget, Place, check_ratio
+from tokencomp.plan.counts import Budget, BudgetShare, check_ratio
 from tokencomp.plan.options import OPTIONS, StageOptions, one_amount
 from tokencomp.plan.plan import keep_count
 
@@ -81,12 +81,12 @@ class ChosenMethod(StageOptions):
         """Ratio or budget in words."""
         return f"ratio {self.ratio}" if self.budget is None else f"budget {self.budget}"
 
-    def left(self, place: Place) -> float:
+    def left(self, share: BudgetShare) -> float:
         """Fraction of a span that is kept."""
         if self.budget is None:
             return 1 - (self.ratio or 0.0)
         budget = Budget.of(self.budget)
-        return budget.of_part(budget.left(place), place)
+        return budget.of_part(budget.left(share), share)
 
     @property
     def name(self) -> str:
@@ -125,10 +125,10 @@ class ChosenMethod(StageOptions):
         """Whether a row may represent several tokens."""
         return bool(self.merge) and not self.off
 
-    def kept(self, span: Span, place: Place, x: mx.array) -> KeptRows:
-        """Reduce one span of tokens x (n, d); `place` is that among the items of the prompt."""
+    def kept(self, span: Span, share: BudgetShare, x: mx.array) -> KeptRows:
+        """Reduce one span of tokens x (n, d); `share`: its share in a budget."""
         special = int(span.special.sum())
-        left = self.left(place)
+        left = self.left(share)
         keep = keep_count(len(x), left, special)
         if keep in (0, len(x)):
             return KeptRows(np.arange(keep))

@@ -24,7 +24,7 @@ from tokencomp.errors import OptionError, UnsupportedCacheError, UnsupportedMode
 from tokencomp.mlx.method import ChosenMethod
 from tokencomp.mlx.spans import Span, find_spans
 from tokencomp.mlx.weights import RowWeights, with_weights
-from tokencomp.plan.counts import places
+from tokencomp.plan.counts import budget_shares
 from tokencomp.plan.options import Merging
 from tokencomp.torchlib.replace import Installed, MethodReplacement
 
@@ -187,8 +187,8 @@ class Handle(Installed):
     def _compress(self, features: Any, spans: list[Span], length: int) -> Any:
         embeds, stays = features.inputs_embeds, np.ones(length, dtype=bool)
         sizes = np.ones(length, dtype=np.int64)
-        for span, place in zip(spans, places(spans), strict=True):
-            kept = self.method.kept(span, place, embeds[0, mx.array(span.columns)])
+        for span, share in zip(spans, budget_shares(spans), strict=True):
+            kept = self.method.kept(span, share, embeds[0, mx.array(span.columns)])
             columns = span.columns[kept.offsets]
             stays[span.columns] = False
             stays[columns] = True

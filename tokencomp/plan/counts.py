@@ -84,8 +84,8 @@ def frame_budgets(
 
 
 @dataclass(frozen=True)
-class Place:
-    """Sizes that a budget divides, for one span.
+class BudgetShare:
+    """The share of one span in a budget: sizes of the prompt, the item and its spans.
 
     Attributes
     ----------
@@ -103,7 +103,7 @@ class Place:
 
 
 class Part(Protocol):
-    """Fields of a span that `places` reads: first column of its item, and visual tokens."""
+    """Fields of a span that `budget_shares` reads: first column of its item, and visual tokens."""
 
     @property
     def item(self) -> int | None: ...
@@ -112,8 +112,8 @@ class Part(Protocol):
     def visual(self) -> int: ...
 
 
-def places(spans: Sequence[Part]) -> list[Place]:
-    """The sizes for every span of one prompt; spans of one `item` belong together."""
+def budget_shares(spans: Sequence[Part]) -> list[BudgetShare]:
+    """The share of every span of one prompt; spans with one `item` are parts of that item."""
     parts: dict[int | None, list[int]] = {}
     result = []
     for span in spans:
@@ -121,12 +121,14 @@ def places(spans: Sequence[Part]) -> list[Place]:
     total, seen = sum(map(sum, parts.values())), dict.fromkeys(parts, -1)
     for span in spans:
         seen[span.item] += 1
-        result.append(Place(total, tuple(parts[span.item]), seen[span.item]))
+        result.append(BudgetShare(total, tuple(parts[span.item]), seen[span.item]))
     return result
 
 
-def packed_places(spans: Sequence[Part], prompts: Sequence[tuple[int, list[int]]]) -> list[Place]:
-    """The sizes for every span of a row into which several prompts are packed.
+def packed_shares(
+    spans: Sequence[Part], prompts: Sequence[tuple[int, list[int]]]
+) -> list[BudgetShare]:
+    """The share of every span of a row into which several prompts are packed.
 
     Parameters
     ----------
@@ -134,9 +136,9 @@ def packed_places(spans: Sequence[Part], prompts: Sequence[tuple[int, list[int]]
         Per prompt: its tokens, and numbers of its spans.
     """
     found = {
-        j: place
+        j: share
         for _, numbers in prompts
-        for j, place in zip(numbers, places([spans[j] for j in numbers]), strict=True)
+        for j, share in zip(numbers, budget_shares([spans[j] for j in numbers]), strict=True)
     }
     return [found[j] for j in range(len(spans))]
 
@@ -179,20 +181,20 @@ class Budget:
             return cls(_checked(budget[PROMPT]), whole_prompt=True)
         return cls(_checked(budget))
 
-    def left(self, place: Place) -> float:
+    def left(self, share: BudgetShare) -> float:
         """Fraction of the item of a span that is kept, as a mean over the decoder layers."""
-        size = place.prompt if self.whole_prompt else sum(place.parts)
+        size = share.prompt if self.whole_prompt else sum(share.parts)
         return min(1.0, self.tokens / max(1, size))
 
-    def of_part(self, fraction: float, place: Place) -> float:
+    def of_part(self, fraction: float, share: BudgetShare) -> float:
         """Fraction that is kept of one span of an item that keeps `fraction`.
 
         The spans share the tokens of the item, so that their rounding does not exceed the budget.
         """
         if fraction <= 0.0:
             return fraction
-        total = max(1, math.floor(sum(place.parts) * fraction + 1e-9))
-        return split_evenly(total, list(place.parts))[place.part] / place.parts[place.part]
+        total = max(1, math.floor(sum(share.parts) * fraction + 1e-9))
+        return split_evenly(total, list(share.parts))[share.part] / share.parts[share.part]
 
 
 def ratio_text(ratio: Any) -> str:

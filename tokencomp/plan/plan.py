@@ -15,7 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from tokencomp.errors import OptionError, PlanError
-from tokencomp.plan.counts import Budget, Place, split_evenly
+from tokencomp.plan.counts import Budget, BudgetShare, split_evenly
 from tokencomp.plan.options import AnyReducer, StageOptions, only_plans, unused_options
 from tokencomp.validation import check_effect, describe_type, fits
 
@@ -64,9 +64,9 @@ class Stage(StageOptions):
         pairs.
     budget
         Instead of `fraction`: the budget of every item.
-    share
-        Maps the mean fraction of an item over all layers to its fraction from `layer` on; None: the
-        same.
+    from_mean
+        For budgets: converts the item's average keep fraction over all layers to the fraction kept
+        by this stage; None: they are equal.
 
     Its options, such as `merge`, are those of `StageOptions`; None is off.
 
@@ -86,7 +86,7 @@ class Stage(StageOptions):
     reducer: AnyReducer
     by_modality: tuple[tuple[str, float], ...] = ()
     budget: Budget | None = None
-    share: Callable[[float], float] | None = None
+    from_mean: Callable[[float], float] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "by_modality", tuple(sorted(dict(self.by_modality).items())))
@@ -106,14 +106,14 @@ class Stage(StageOptions):
             object.__setattr__(self, name, value)
         self.check_options(self.reducer)
 
-    def fraction_of(self, modality: str | None, place: Place | None = None) -> float:
+    def fraction_of(self, modality: str | None, share: BudgetShare | None = None) -> float:
         """The fraction of a modality; None: of modalities without one.
 
-        `place` says which item of a prompt it is, for stages with one amount per item.
+        `share`: sizes of the item, for stages with a budget.
         """
-        if self.budget is not None and place is not None:
-            left = self.budget.left(place)
-            return left if self.share is None else self.share(left)
+        if self.budget is not None and share is not None:
+            left = self.budget.left(share)
+            return left if self.from_mean is None else self.from_mean(left)
         return dict(self.by_modality).get(modality, self.fraction) if modality else self.fraction
 
     @property
@@ -205,9 +205,9 @@ class TowerStage:
         """Whether the pixels decide how many cells are kept; counts are then upper bounds."""
         return bool(self.reducer.traits.decides)
 
-    def fraction_of(self, place: Place | None = None) -> float:
-        """The fraction of the cells of an item; with a budget and without `place`: `fraction`."""
-        return self.fraction if self.budget is None or place is None else self.budget.left(place)
+    def fraction_of(self, share: BudgetShare | None = None) -> float:
+        """The fraction of the cells of an item; with a budget and without `share`: `fraction`."""
+        return self.fraction if self.budget is None or share is None else self.budget.left(share)
 
     def cells(self, grids: list[Grid]) -> list[int]:
         """Keep counts of parts that share one budget, in proportion to their size.
@@ -218,7 +218,7 @@ class TowerStage:
             (t, h, w) of every part: one for a whole image or video.
         """
         sizes = [math.prod(grid) for grid in grids]
-        fraction = self.fraction_of(Place(sum(sizes), tuple(sizes), 0))
+        fraction = self.fraction_of(BudgetShare(sum(sizes), tuple(sizes), 0))
         return split_evenly(keep_count(sum(sizes), fraction), sizes)
 
     def most(self, cells: int) -> int:
@@ -294,7 +294,7 @@ class Plan:
             )
         first = self.tower.budget if self.tower else None
         budgets = [b.tokens for b in (first, *(s.budget for s in self.stages)) if b]
-        fixed = all(s.share is None for s in self.stages)
+        fixed = all(s.from_mean is None for s in self.stages)
         if fixed and budgets != sorted(budgets, reverse=True):
             raise PlanError(f"stage budgets {budgets}: expected numbers that do not grow.")
 
@@ -359,25 +359,25 @@ class Plan:
         return tuple(s for s in self.stages if s.layer > 0)
 
     def fractions(
-        self, num_layers: int, modality: str | None = None, place: Place | None = None
+        self, num_layers: int, modality: str | None = None, share: BudgetShare | None = None
     ) -> list[float]:
         """Fraction of the tokens of a modality that each of `num_layers` decoder layers sees.
 
-        None: modalities to which the stages give no fraction. `place`: the item, for plans with a
-        fraction per item.
+        None: modalities to which the stages give no fraction. `share`: sizes of the item, for plans
+        with a budget.
         """
-        current = self.tower.fraction_of(place) if self.tower else 1.0
-        seen, stages = [], {s.layer: s.fraction_of(modality, place) for s in self.stages}
+        current = self.tower.fraction_of(share) if self.tower else 1.0
+        seen, stages = [], {s.layer: s.fraction_of(modality, share) for s in self.stages}
         for layer in range(num_layers):
             current = stages.get(layer, current)
             seen.append(current)
         return seen
 
     def ratio(
-        self, num_layers: int, modality: str | None = None, place: Place | None = None
+        self, num_layers: int, modality: str | None = None, share: BudgetShare | None = None
     ) -> float:
         """1 - mean over layers of the fraction seen: the ratio before rounding to tokens."""
-        return 1.0 - sum(self.fractions(num_layers, modality, place)) / num_layers
+        return 1.0 - sum(self.fractions(num_layers, modality, share)) / num_layers
 
     def check(self, num_layers: int, first: int = 1) -> None:
         """Raise `PlanError` if a stage lies outside the decoder, or between layers before `first`.
@@ -398,17 +398,19 @@ class Plan:
                 f"{num_layers - 1}). Move the stages or drop them."
             )
 
-    def counts(self, span: VisualSpan, num_layers: int, place: Place | None = None) -> list[int]:
+    def counts(
+        self, span: VisualSpan, num_layers: int, share: BudgetShare | None = None
+    ) -> list[int]:
         """Visual tokens of `span` after each stage, non-increasing.
 
         Special tokens are always kept, so a late stage may be unable to keep as few as its fraction
         says. Earlier stages then keep fewer, as far as possible, so that the ratio of the plan is
-        met (ours). `place`: the item, for plans with a fraction per item.
+        met (ours). `share`: sizes of the item, for plans with a budget.
         """
-        fractions = [s.fraction_of(span.modality, place) for s in self.stages]
-        if place is not None:
+        fractions = [s.fraction_of(span.modality, share) for s in self.stages]
+        if share is not None:
             pairs = zip(self.stages, fractions, strict=True)
-            fractions = [s.budget.of_part(f, place) if s.budget else f for s, f in pairs]
+            fractions = [s.budget.of_part(f, share) if s.budget else f for s, f in pairs]
         kept = self._falling(span, fractions)
         # Usual case: rounding alone.
         target = [span.visual * f for f in fractions]
@@ -449,7 +451,7 @@ class Plan:
         self,
         span: VisualSpan,
         counts: list[int],
-        place: Place | None,
+        share: BudgetShare | None,
         entering: int,
     ) -> Stage | None:
         """The first stage that merges tokens of a span that keeps `counts`; or None.
@@ -457,7 +459,7 @@ class Plan:
         `entering` are the tokens that reach the decoder.
         """
         for stage, count in zip(self.stages, counts, strict=True):
-            fraction = stage.fraction_of(span.modality, place)
+            fraction = stage.fraction_of(span.modality, share)
             if count < entering and stage.merges(span.modality, fraction):
                 return stage
             entering = count

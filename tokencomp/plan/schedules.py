@@ -276,14 +276,14 @@ def by_item(
     # Schedules are solved when an item with this fraction comes, and cached.
     seen = functools.lru_cache(MOST_SOLVED)(lambda left: plan_of(left).fractions(num_layers))
 
-    def share(start: int, stop: int) -> Callable[[float], float]:
+    def from_mean(start: int, stop: int) -> Callable[[float], float]:
         """Maps the mean fraction over all layers to that over layers start … stop - 1."""
         return lambda left: sum(seen(left)[start:stop]) / (stop - start)
 
     ends = [*layers[1:], num_layers]
     return Plan(
         tuple(
-            Stage(a, 1.0, reducers[a], budget=budget, share=share(a, b))
+            Stage(a, 1.0, reducers[a], budget=budget, from_mean=from_mean(a, b))
             for a, b in zip(layers, ends, strict=True)
         ),
         tower,

@@ -58,7 +58,7 @@ def _size(stage: Stage | TowerStage) -> dict[str, Any]:
     budget = stage.budget
     if budget is None:
         return {"fraction": float(stage.fraction)}
-    if not budget.whole_prompt and getattr(stage, "share", None) is None:
+    if not budget.whole_prompt and getattr(stage, "from_mean", None) is None:
         return {"budget": budget.tokens}
     raise PlanError(
         f"a stage with {budget} depends on all items of a prompt, or on a schedule solved for each "

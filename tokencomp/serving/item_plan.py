@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tokencomp import __version__
 from tokencomp.method import MethodSpec
-from tokencomp.plan.counts import Budget, places
+from tokencomp.plan.counts import Budget, budget_shares
 from tokencomp.plan.plan import TowerStage
 from tokencomp.reducers.base import Reducer
 from tokencomp.reducers.registry import make_reducer, options_of
@@ -102,10 +102,10 @@ class ItemPlan:
         # A reducer that can be served has one stage, at entry, however many layers there are.
         plan = spec.stages(num_layers=1, first_layer_stage=1).bind(facts)
         # If a tower stage keeps no more than the ratio asks for, there is no entry stage.
-        each = places(spans)
+        each = budget_shares(spans)
         counts = [
-            plan.counts(span, 1, place) or [plan.entering(span)]
-            for span, place in zip(spans, each, strict=True)
+            plan.counts(span, 1, share) or [plan.entering(span)]
+            for span, share in zip(spans, each, strict=True)
         ]
         # All spans of an item have the same fraction, on which merge="auto" depends.
         modality, stages = spans[0].modality, plan.stages

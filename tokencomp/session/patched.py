@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tokencomp.errors import OptionError
 from tokencomp.handle import Handle
-from tokencomp.plan.counts import places
+from tokencomp.plan.counts import budget_shares
 from tokencomp.tokens.signals import Attention
 from tokencomp.tokens.tokens import MODALITIES, VisualSpan
 
@@ -72,5 +72,5 @@ def rows_of(handle: Handle | None, spans: Sequence[VisualSpan], n: int, layers: 
     plan, text = handle.plan, n - sum(span.visual for span in spans)
     if plan.entry is None:
         return text + sum(plan.entering(span) for span in spans)
-    pairs = zip(spans, places(spans), strict=True)
-    return text + sum(plan.counts(span, layers, place)[0] for span, place in pairs)
+    pairs = zip(spans, budget_shares(spans), strict=True)
+    return text + sum(plan.counts(span, layers, share)[0] for span, share in pairs)

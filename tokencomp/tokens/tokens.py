@@ -177,7 +177,7 @@ class Tokens:
         for later spans and turns. Pictures that follow each other in a prompt share a memory.
     keys
         Of every span, with `seen`: spans of equal keys show the same place of pictures of one size.
-    places
+    span_ids
         (sample of the batch, span of the sample) of every span. For evaluation only: what a
         reducer chooses must not depend on the batch.
     """
@@ -199,7 +199,7 @@ class Tokens:
     levels: Tensor | None = None
     seen: list[Memory] | None = None
     keys: list[tuple[Any, ...]] = field(default_factory=list)
-    places: list[tuple[int, int]] = field(default_factory=list)
+    span_ids: list[tuple[int, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.lengths = self.lengths or [math.prod(grid) for grid in self.grids]
@@ -219,7 +219,7 @@ class Tokens:
                 changes[name] = None if (v := getattr(self, name)) is None else v[rows]
             for name in ("queries", "query_scores", "frames", "seen"):
                 changes[name] = None if (v := getattr(self, name)) is None else v[one]
-            for name in ("grids", "budgets", "modalities", "keys", "places"):
+            for name in ("grids", "budgets", "modalities", "keys", "span_ids"):
                 changes[name] = getattr(self, name)[one]
             tower = {signal: values[rows] for signal, values in self.tower.items()}
             yield replace(self, tower=tower, **changes)

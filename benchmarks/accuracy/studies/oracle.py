@@ -48,7 +48,7 @@ class Oracle(ScoreReducer):
     summary = "upper bound of selector, for evaluation: needs the answer (2506.01097)"
 
     def scores(self, tokens: Tokens) -> Tensor:
-        relevance, ((sample, span),) = _TRUTH.get(), tokens.places
+        relevance, ((sample, span),) = _TRUTH.get(), tokens.span_ids
         if relevance is None:
             raise ScoreError(
                 "oracle has no relevance for this span. Compute it with "
