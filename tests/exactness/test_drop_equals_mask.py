@@ -155,7 +155,7 @@ def test_merged_features(family: Family) -> None:
                 columns = (~span.special_mask()).nonzero()[:, 0] + span.start
                 budget = len(offsets) - (span.length - len(columns))
                 merged = reducer.reduce(tokencomp.Tokens(x[b, columns], [span.grid], [budget]))
-                x[b, columns[merged.rows]] = merged.features
+                x[b, columns[merged.patches]] = merged.features
         return args, {**kwargs, "inputs_embeds": x}
 
     with family.decoder(model).register_forward_pre_hook(replace, with_kwargs=True):

@@ -58,7 +58,7 @@ def test_a_batch_is_its_spans_one_by_one(case: Case, whole: bool) -> None:
     together = matrix.reduce(case, matrix.joined(spans), *budgets)
     parts = [matrix.reduce(case, t, k) for t, k in zip(spans, budgets, strict=True)]
     alone = Kept.joined(parts, matrix.joined(spans, *budgets))
-    assert together.rows.tolist() == alone.rows.tolist()
+    assert together.patches.tolist() == alone.patches.tolist()
     if alone.features is not None:
         torch.testing.assert_close(together.features, alone.features, atol=1e-6, rtol=1e-6)
         torch.testing.assert_close(together.weights, alone.weights)
@@ -84,24 +84,24 @@ def test_long_spans_are_compared_in_parts(
     """Of so many patches that all pairs of a call would not fit into memory."""
     reducer = make_reducer(name)
     tokens = matrix.joined([matrix.tokens((1, 4, 5), seed=s) for s in range(4)])
-    at_once = matrix.kept(reducer, tokens, *[7] * 4).rows.tolist()
+    at_once = matrix.kept(reducer, tokens, *[7] * 4).patches.tolist()
     monkeypatch.setattr(module, limit, value)
-    assert matrix.kept(reducer, tokens, *[7] * 4).rows.tolist() == at_once
+    assert matrix.kept(reducer, tokens, *[7] * 4).patches.tolist() == at_once
 
 
 @pytest.mark.parametrize(
-    "rows",
+    "patches",
     [[0, 1, 2, 3], [1, 0, 21, 22], [0, 0, 20, 21], [0, 1, 20], [0, 1, 20, 60], [-1, 1, 20, 22]],
     ids=str,
 )
-def test_wrong_rows_of_a_batch_are_refused(rows: list[int]) -> None:
+def test_wrong_patches_of_a_batch_are_refused(patches: list[int]) -> None:
     """Rows of another span, in another order, one of them twice, too few, or of no span at all."""
 
     class TheseRows(type(make_reducer("uniform"))):  # type: ignore[misc]
         traits = Traits(batched=True)
 
         def reduce(self, tokens: Tokens) -> Kept:
-            return Kept(torch.tensor(rows))
+            return Kept(torch.tensor(patches))
 
     tokens = matrix.joined([matrix.tokens((1, 4, 5)), matrix.tokens((1, 4, 5))], 2, 2)
     with pytest.raises(PlanError, match="'uniform' returned"):
@@ -121,8 +121,8 @@ def test_a_subclass_that_chooses_anew_is_asked_span_by_span() -> None:
         traits = Traits(batched=True)
 
     tokens = Tokens(torch.randn(30, 3), [(1, 1, 10), (1, 1, 20)], [2, 3])
-    assert reduced(FirstRows(), tokens).rows.tolist() == [0, 1, 10, 11, 12]
-    with pytest.raises(PlanError, match="0 rows of a span where 2 were requested"):
+    assert reduced(FirstRows(), tokens).patches.tolist() == [0, 1, 10, 11, 12]
+    with pytest.raises(PlanError, match="0 patches of a span where 2 were requested"):
         reduced(AllRows(), tokens)
 
 
@@ -155,7 +155,7 @@ def test_spans_of_which_some_merge() -> None:
     rows = torch.tensor([1, 3])
     merging = Kept(rows, torch.tensor([[7.0], [8.0]]), torch.tensor([3.0, 7.0]))
     joined = Kept.joined([Kept(rows), merging], tokens)
-    assert joined.rows.tolist() == [1, 3, 5, 7]
+    assert joined.patches.tolist() == [1, 3, 5, 7]
     assert joined.features.flatten().tolist() == [1.0, 3.0, 7.0, 8.0]
     assert joined.weights.tolist() == [2.0, 4.0, 3.0, 7.0]
 
@@ -270,9 +270,9 @@ class Scoring(ScoreReducer):
 
 R = torch.arange
 WRONG = {
-    r"'Returning' returned rows of shape \(7,\).*\(8,\)": Returning(lambda x, k: Kept(R(k - 1))),
+    r"'Returning' returned patches of shape \(7,\).*\(8,\)": Returning(lambda x, k: Kept(R(k - 1))),
     "'Returning' returned a list": Returning(lambda x, k: [*range(k)]),
-    "'Returning' returned rows of type list": Returning(lambda x, k: Kept([*range(k)])),
+    "'Returning' returned patches of type list": Returning(lambda x, k: Kept([*range(k)])),
     r"features of shape \(7, 64\).*\(8, 64\)": Returning(lambda x, k: Kept(R(k), x[1:k])),
     r"features of shape \(8, 3\).*\(8, 64\)": Returning(lambda x, k: Kept(R(k), x[:k, :3])),
     r"weights of shape \(8, 1\).*\(8,\)": Returning(lambda x, k: Kept(R(k), x[:k], x[:k, :1])),

@@ -45,10 +45,10 @@ def test_budget_and_order(case: Case) -> None:
         asked = {row.keep(keep_count(n, 1 - ratio)) for ratio in matrix.RATIOS[i % 3 :: 3]}
         for keep in {k for k in asked if k < n}:
             got = matrix.reduce(case, given, keep)
-            assert got.rows.dtype == torch.int64
-            assert got.rows.tolist() == sorted(set(got.rows.tolist()))
-            assert len(got.rows) == keep
-            assert got.rows[0] >= 0 and got.rows[-1] < n
+            assert got.patches.dtype == torch.int64
+            assert got.patches.tolist() == sorted(set(got.patches.tolist()))
+            assert len(got.patches) == keep
+            assert got.patches[0] >= 0 and got.patches[-1] < n
             if got.features is not None:
                 assert got.features.shape == (keep, given.features.shape[1])
                 assert got.weights is not None and (got.weights >= 1).all()
@@ -66,8 +66,8 @@ def test_ties_go_to_the_lower_index(case: Case) -> None:
     given.features = torch.ones_like(given.features)
     given.scores = torch.full((20,), 0.25)
     given.tower = {signal: torch.ones_like(values) for signal, values in given.tower.items()}
-    kept = matrix.reduce(case, given, row.keep(7)).rows.tolist()
-    assert kept == matrix.reduce(case, given, row.keep(7)).rows.tolist()
+    kept = matrix.reduce(case, given, row.keep(7)).patches.tolist()
+    assert kept == matrix.reduce(case, given, row.keep(7)).patches.tolist()
     if row.ties:
         assert kept == list(range(7))
 
@@ -87,7 +87,7 @@ def test_only_readers_of_a_known_grid_read_its_shape(case: Case) -> None:
                 for shape in (grid, unknown)
             )
             hint = f"{case[0]} reads Tokens.grids: it needs `traits = Traits(grid='known')`"
-            assert torch.equal(known.rows, row.rows), hint
+            assert torch.equal(known.patches, row.patches), hint
 
 
 @every_step
@@ -103,7 +103,7 @@ def test_scored_in_fp32(case: Case) -> None:
         wide.features, wide.queries = low.features.float(), [low.queries[0].float()]
         keep = matrix.row(case[0]).keep(23)
         a, b = matrix.reduce(case, low, keep), matrix.reduce(case, wide, keep)
-        assert torch.equal(a.rows, b.rows)
+        assert torch.equal(a.patches, b.patches)
         # a network computes in the model's dtype
         if a.features is not None and matrix.row(case[0]).fixed is None:
             rtol = torch.finfo(dtype).eps
@@ -117,7 +117,7 @@ def test_not_finite(case: Case) -> None:
     for values in (given.features, given.scores, *given.tower.values()):
         values[3] = torch.nan
     if row.blind:
-        assert len(matrix.reduce(case, given, 6).rows) == 6
+        assert len(matrix.reduce(case, given, 6).patches) == 6
         return
     with pytest.raises(ScoreError, match=r"NaN|finite"):
         matrix.reduce(case, given, row.keep(6))
@@ -146,7 +146,7 @@ def test_any_option_value_is_refused_when_planned_or_works(case: Case) -> None:
             continue
         if not only_plans(made):
             with contextlib.suppress(TokenCompError):  # there are no weights of that name
-                assert len(matrix.reduce((case[0], options), given, keep).rows) == keep
+                assert len(matrix.reduce((case[0], options), given, keep).patches) == keep
 
 
 def test_numbers_of_numpy_whole_numbers_for_fractions_and_paths_are_fine() -> None:
@@ -184,7 +184,7 @@ def test_serving_safe_says_the_truth(case: Case) -> None:
     given, other = matrix.tokens((4, 3, 3)), matrix.tokens((4, 3, 3))
     other.queries, other.scores = [torch.randn(9, 12)], torch.rand(36)
     count = reducer.keep_count(VisualSpan(0, 36, (4, 3, 3)), 0.4)
-    kept = [matrix.kept(reducer, tokens, count).rows for tokens in (given, other)]
+    kept = [matrix.kept(reducer, tokens, count).patches for tokens in (given, other)]
     assert torch.equal(*kept)
 
 

@@ -42,9 +42,9 @@ def test_image(position: str | None, place: Callable[[range], int]) -> None:
                 columns = span(j, n, w)
                 at.append(place(rows) * w + place(columns))
                 cell = torch.stack([x[r, c] for r in rows for c in columns]).mean(0)
-                mine = got.rows.tolist().index(at[-1])
+                mine = got.patches.tolist().index(at[-1])
                 assert (got.features[mine] - cell).abs().max() < 1e-5
-        assert got.rows.tolist() == at == sorted(set(at))
+        assert got.patches.tolist() == at == sorted(set(at))
 
 
 def nearest(frames: int, budget: int, square: float) -> int:
@@ -115,7 +115,7 @@ def test_video_frames_do_not_mix_and_whole_ones_stay_to_the_bit() -> None:
     frame = torch.arange(4).repeat_interleave(16)[:, None]
     given.features[:, :1] = frame.float()
     got = matrix.kept(make_reducer("pool"), given, 28)
-    assert torch.equal(got.features[:, 0], (got.rows // 16).float())
+    assert torch.equal(got.features[:, 0], (got.patches // 16).float())
     assert got.weights.sum() == pytest.approx(64)
-    assert got.rows[:16].tolist() == list(range(16))
+    assert got.patches[:16].tolist() == list(range(16))
     assert torch.equal(got.features[:16], given.features[:16])

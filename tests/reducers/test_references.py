@@ -46,7 +46,7 @@ def test_divprune(grid: tuple[int, int, int], keep: int) -> None:
     n = len(x)
     near = [max(cosine(x[i], x[j]) for j in range(n) if j != i) for i in range(n)]
     expected = farthest_first(x, near.index(min(near)), [1.0] * n, keep)
-    assert matrix.kept(make_reducer("divprune"), given, keep).rows.tolist() == expected
+    assert matrix.kept(make_reducer("divprune"), given, keep).patches.tolist() == expected
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_condiv(grid: tuple[int, int, int], options: dict[str, float]) -> None:
     weights = [max(s / max(scores), 1e-3) ** power for s in scores]
     chosen = farthest_first(x, weights.index(max(weights)), weights, 7, margin)
     got = make_reducer("condiv", **options)
-    assert matrix.kept(got, given, 7).rows.tolist() == chosen
+    assert matrix.kept(got, given, 7).patches.tolist() == chosen
 
 
 def test_the_margin_keeps_like_things_before_the_background() -> None:
@@ -80,7 +80,7 @@ def test_the_margin_keeps_like_things_before_the_background() -> None:
     given.features, given.scores = x, torch.full((16,), 0.05)
     given.scores[things] = 1.0
     reducers = {margin: make_reducer("condiv", power=1.0, margin=margin) for margin in (0.0, 0.1)}
-    kept = {margin: matrix.kept(one, given, 4).rows.tolist() for margin, one in reducers.items()}
+    kept = {margin: matrix.kept(one, given, 4).patches.tolist() for margin, one in reducers.items()}
     assert set(things) <= set(kept[0.1]) and len(set(things) & set(kept[0.0])) == 1
 
 
@@ -92,7 +92,7 @@ def test_the_default_chooses_by_the_kind_of_media() -> None:
         dataclasses.replace(matrix.tokens((t, 4, 4), seed=seed), modalities=[kind])
         for seed, (t, kind) in enumerate([(1, "image"), (2, "video"), (1, "audio")])
     ]
-    kept = matrix.kept(make_reducer("auto"), matrix.joined(spans), 8, 11, 6).rows.tolist()
+    kept = matrix.kept(make_reducer("auto"), matrix.joined(spans), 8, 11, 6).patches.tolist()
     image, video, audio = (span.features.double() for span in spans)
     scores = spans[1].scores.tolist()
     weights = [max(s / max(scores), 1e-3) for s in scores]
@@ -126,16 +126,16 @@ def test_cdpruner(grid: tuple[int, int, int], relevance: str) -> None:
         gains = [round(np.linalg.det(kernel[np.ix_(s, s)]), 12) for s in sets]
         chosen.append(rest[int(np.argmax(gains))])
     got = matrix.kept(make_reducer("cdpruner", relevance=relevance), given, 9)
-    assert got.rows.tolist() == sorted(chosen)
+    assert got.patches.tolist() == sorted(chosen)
 
 
 def test_cdpruner_beyond_the_rank() -> None:
     """With d features no more than d tokens are independent; the most relevant others follow."""
     given = matrix.tokens((1, 5, 6), dim=4)
     reducer = make_reducer("cdpruner", relevance="attention")
-    first = matrix.kept(reducer, given, 4).rows.tolist()
+    first = matrix.kept(reducer, given, 4).patches.tolist()
     rest = sorted(set(range(30)) - set(first), key=lambda i: -float(given.scores[i]))
-    assert matrix.kept(reducer, given, 9).rows.tolist() == sorted(first + rest[:5])
+    assert matrix.kept(reducer, given, 9).patches.tolist() == sorted(first + rest[:5])
 
 
 def test_cdpruner_without_a_question() -> None:
@@ -152,9 +152,9 @@ def test_evs() -> None:
     change = sorted(range(12, 48), key=lambda i: (cosine(x[i], x[i - 12]), i))
     for keep in (7, 12, 13, 20, 40):
         first, later = ([1, 4, 7, 10], 3) if keep == 7 else ([*range(12)], keep - 12)
-        kept = matrix.kept(make_reducer("evs"), given, keep).rows.tolist()
+        kept = matrix.kept(make_reducer("evs"), given, keep).patches.tolist()
         assert kept == sorted([*first, *change[:later]])
-    image = matrix.kept(make_reducer("evs"), matrix.tokens((1, 3, 4)), 3).rows
+    image = matrix.kept(make_reducer("evs"), matrix.tokens((1, 3, 4)), 3).patches
     assert image.tolist() == [2, 6, 10]
 
 
@@ -190,7 +190,7 @@ def test_vidcom2(keep: int, temperature: float, monkeypatch: pytest.MonkeyPatch)
         order = sorted(range(f * n, f * n + n), key=lambda i: (video[i] + local[i], i))
         expected += order[: quota[f]]
     monkeypatch.setattr("tokencomp.reducers.vidcom2.TEMPERATURE", temperature)
-    assert matrix.kept(make_reducer("vidcom2"), given, keep).rows.tolist() == sorted(expected)
+    assert matrix.kept(make_reducer("vidcom2"), given, keep).patches.tolist() == sorted(expected)
 
 
 def test_presets_are_prune() -> None:
@@ -221,7 +221,7 @@ def test_a_score_is_a_whole_reducer() -> None:
             return tokens.features[:, 0].round()
 
     spans = [matrix.tokens((1, 4, 5)), matrix.tokens((3, 2, 3), seed=1)]
-    got = matrix.kept(Rounded(), matrix.joined(spans), 7, 6).rows.tolist()
+    got = matrix.kept(Rounded(), matrix.joined(spans), 7, 6).patches.tolist()
     expected, start = [], 0
     for tokens, keep in zip(spans, (7, 6), strict=True):
         score = tokens.features[:, 0].round().tolist()
@@ -257,7 +257,7 @@ def test_selector_with_marginal_relevance() -> None:
                 }
             )
         )
-    got = matrix.kept(reducer, given, 9).rows.tolist()
+    got = matrix.kept(reducer, given, 9).patches.tolist()
     assert got == sorted(chosen)
 
 
@@ -296,7 +296,7 @@ def test_vcast(grid: tuple[int, int, int], keep: int) -> None:
         ]
         best = sorted(range(n), key=lambda j: (-score[j], j))[: count[i]]
         expected += [i * n + j for j in sorted(best)]
-    assert matrix.kept(make_reducer("vcast"), given, keep).rows.tolist() == expected
+    assert matrix.kept(make_reducer("vcast"), given, keep).patches.tolist() == expected
 
 
 def test_vcast_counts_frames_by_what_is_left_of_them() -> None:
@@ -306,7 +306,7 @@ def test_vcast_counts_frames_by_what_is_left_of_them() -> None:
     part = Tokens(
         given.features[left], given.grids, [1], [len(left)], ["video"], torch.tensor(left)
     )
-    kept = matrix.kept(make_reducer("vcast"), part, 20).rows
+    kept = matrix.kept(make_reducer("vcast"), part, 20).patches
     frames = [sum(a <= left[i] < a + 12 for i in kept.tolist()) for a in (0, 12, 24, 36)]
     assert frames[1] == 0 and frames[2] == 3 and sum(frames) == 20
 
@@ -332,7 +332,7 @@ def test_scope(grid: tuple[int, int, int], saliency: str) -> None:
     saliencies = given.tower[TOWER_ATTENTION].tolist()
     weight = saliencies if saliency == "tower" else [1.0] * len(x)
     chosen = covering([[cosine(a, b) for b in x] for a in x], weight, 9)
-    got = matrix.kept(make_reducer("scope", saliency=saliency), given, 9).rows.tolist()
+    got = matrix.kept(make_reducer("scope", saliency=saliency), given, 9).patches.tolist()
     assert got == sorted(chosen)
 
 
@@ -363,7 +363,7 @@ def test_anchorprune(grid: tuple[int, int, int], keep: int) -> None:
                 }
             )
         )
-    got = matrix.kept(make_reducer("anchorprune"), given, keep).rows.tolist()
+    got = matrix.kept(make_reducer("anchorprune"), given, keep).patches.tolist()
     assert got == sorted(chosen)
 
 
@@ -395,7 +395,7 @@ def test_mmtok(grid: tuple[int, int, int], cover: str) -> None:
         text = given.queries[0].double().tolist()
         matrices += [softmax([cosine(q, b) for b in x], 0.02, 1 / len(text)) for q in text]
     chosen = covering([[1e3 * v for v in row] for row in matrices], [1.0] * len(x), 9)
-    got = matrix.kept(make_reducer("mmtok", cover=cover), given, 9).rows.tolist()
+    got = matrix.kept(make_reducer("mmtok", cover=cover), given, 9).patches.tolist()
     assert got == sorted(chosen)
 
 
@@ -417,7 +417,7 @@ def test_dycoke(frames: int, share: float) -> None:
     compared = {f: 4 * (f // 4) if f % 4 < 3 else f - 1 for f in range(frames) if f % 4}
     rest = keep - n * len(groups)
     expected = [i for g in groups for i in range(g * n, g * n + n)]
-    counts, kept = [], matrix.kept(make_reducer("dycoke"), given, keep).rows.tolist()
+    counts, kept = [], matrix.kept(make_reducer("dycoke"), given, keep).patches.tolist()
     for f, other in compared.items():
         own = [i for i in kept if i // n == f]
         counts.append(len(own))
@@ -431,9 +431,9 @@ def test_dycoke(frames: int, share: float) -> None:
 def test_dycoke_beyond_its_rule() -> None:
     """Only first frames of groups, evenly spaced; images too; tables mark the ratio."""
     reducer = make_reducer("dycoke")
-    kept = matrix.kept(reducer, matrix.tokens((8, 3, 4)), 6).rows.tolist()
+    kept = matrix.kept(reducer, matrix.tokens((8, 3, 4)), 6).patches.tolist()
     assert kept == [2, 6, 10, 48 + 2, 48 + 6, 48 + 10]
-    assert matrix.kept(reducer, matrix.tokens((1, 3, 4)), 3).rows.tolist() == [2, 6, 10]
+    assert matrix.kept(reducer, matrix.tokens((1, 3, 4)), 3).patches.tolist() == [2, 6, 10]
     assert reducer.deviation(0.8, 28) and not reducer.deviation(0.75, 28)
 
 
@@ -460,7 +460,7 @@ def test_fusion(keep: int) -> None:
             mean = [sum(s * v[c] for _, v, s in group) / size for c in range(matrix.DIM)]
             runs.append((group[0][0], mean, size))
     got = matrix.kept(make_reducer("fusion"), given, keep)
-    assert got.rows.tolist() == [p for p, *_ in runs]
+    assert got.patches.tolist() == [p for p, *_ in runs]
     means = torch.tensor([mean for _, mean, _ in runs])
     torch.testing.assert_close(got.features, means, atol=1e-5, rtol=0)
     assert got.weights.tolist() == [s for *_, s in runs]
@@ -487,7 +487,7 @@ def test_dart(grid: tuple[int, int, int], keep: int, texts: int) -> None:
         rest = [i for i in range(len(x)) if i not in chosen]
         rest.sort(key=lambda i: (cosine(pivot, x[i]), i))
         chosen += rest[: min(share, keep - len(chosen))]
-    got = matrix.kept(make_reducer("dart"), given, keep).rows.tolist()
+    got = matrix.kept(make_reducer("dart"), given, keep).patches.tolist()
     assert got == sorted(chosen)
 
 
@@ -510,7 +510,7 @@ def test_uneven_frames(grid: tuple[int, int, int], seed: int = 1) -> None:
     for keep in range(1, len(live)):
         expected = merge_loops.merge(frames, keep)
         got = matrix.kept(make_reducer("bipartite"), given, keep)
-        assert given.index[got.rows].tolist() == [row.place for row in expected]
+        assert given.index[got.patches].tolist() == [row.place for row in expected]
         assert got.weights.tolist() == [row.size for row in expected]
         wanted = torch.tensor([row.x for row in expected])
         assert (got.features - wanted).abs().max() < 1e-5
@@ -525,7 +525,7 @@ def test_scores_in_the_models_dtype_would_merge_others(dtype: torch.dtype) -> No
     unit = torch.nn.functional.normalize(given.features, dim=1)
     rough = (unit[::2] @ unit[1::2].T).amax(1).sort(descending=True, stable=True).indices[:86] * 2
     assert sorted(set(range(256)) - set(rough.tolist())) != expected
-    assert matrix.kept(make_reducer("bipartite"), given, 170).rows.tolist() == expected
+    assert matrix.kept(make_reducer("bipartite"), given, 170).patches.tolist() == expected
 
 
 EVEN = [1, 3, 5, 7, 8, 9, 11, 13, 15, 16, 17, 18, 19]  # 4 and 3 of 5 even places leave
@@ -539,7 +539,7 @@ def test_equal_tokens(name: str, kept: list[int]) -> None:
     """Ties go to the lower index in every frame: it stays, or, in `bipartite`, it leaves first."""
     given = matrix.tokens((2, 2, 5))
     given.features = torch.ones_like(given.features)
-    assert matrix.kept(make_reducer(name), given, 13).rows.tolist() == kept
+    assert matrix.kept(make_reducer(name), given, 13).patches.tolist() == kept
 
 
 @pytest.mark.parametrize("name", ["divprune", "evs", "bipartite", "vidcom2"])
@@ -549,5 +549,5 @@ def test_large_finite_features_in_fp16(name: str) -> None:
     given.features = (given.features * 4000).half()
     wide.features = given.features.float()
     assert given.features.isfinite().all() and given.features.norm(dim=1).isinf().any()
-    a, b = (matrix.kept(make_reducer(name), tokens, 13).rows for tokens in (given, wide))
+    a, b = (matrix.kept(make_reducer(name), tokens, 13).patches for tokens in (given, wide))
     assert torch.equal(a, b)

@@ -47,15 +47,15 @@ def by_loops(given: Tokens, keep: int) -> list[int]:
 @pytest.mark.parametrize("keep", [1, 5, 9])
 def test_least_similar_tokens_stay(grid: Grid, keep: int) -> None:
     given = tokens(grid, torch.randn(grid[1] * grid[2], 6))
-    kept = matrix.kept(make_reducer("timechat"), given, keep).rows.tolist()
+    kept = matrix.kept(make_reducer("timechat"), given, keep).patches.tolist()
     assert kept == by_loops(given, keep)
 
 
 @pytest.mark.parametrize("keep", [2, 7, 12])
 def test_without_a_frame_before_it_is_evs(keep: int) -> None:
     given = tokens((3, 2, 3), None)
-    expected = matrix.kept(make_reducer("evs"), given, keep).rows
-    assert torch.equal(matrix.kept(make_reducer("timechat"), given, keep).rows, expected)
+    expected = matrix.kept(make_reducer("evs"), given, keep).patches
+    assert torch.equal(matrix.kept(make_reducer("timechat"), given, keep).patches, expected)
 
 
 def span(start: int, grid: Grid, item: int, **more: object) -> VisualSpan:

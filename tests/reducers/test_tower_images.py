@@ -67,8 +67,8 @@ def test_hiprune_takes_no_neighbours_from_the_next_picture() -> None:
     spans = [matrix.tokens((1, 8, 8), seed=seed) for seed in range(2)]
     for given in spans:
         given.tower[MIDDLE][59], given.tower[TOWER_ATTENTION][3] = 2.0, -1.0
-    alone = [matrix.kept(make_reducer("hiprune"), given, 26).rows for given in spans]
-    kept = matrix.kept(make_reducer("hiprune"), matrix.joined(spans), 26, 26).rows
+    alone = [matrix.kept(make_reducer("hiprune"), given, 26).patches for given in spans]
+    kept = matrix.kept(make_reducer("hiprune"), matrix.joined(spans), 26, 26).patches
     assert kept.tolist() == [*alone[0].tolist(), *(alone[1] + 64).tolist()]
 
 
@@ -87,7 +87,7 @@ def test_hiprune_counts_places_where_tokens_are_missing() -> None:
         tower={signal: torch.zeros(62) for signal in (MIDDLE, TOWER_ATTENTION)},
     )  # fmt: skip
     part.tower[MIDDLE][left.index(50)] = 1.0
-    rows = matrix.kept(make_reducer("hiprune"), part, 30).rows.tolist()
+    rows = matrix.kept(make_reducer("hiprune"), part, 30).patches.tolist()
     assert [left[i] for i in rows] == [*range(27), 50, 51, 58]
 
 

@@ -62,7 +62,7 @@ def test_kcenter_compares_averages_contrast_and_change(
     reducer = make_reducer(
         "kcenter", pool=pool, std_weight=std_weight, temporal_weight=temporal_weight
     )
-    kept = matrix.kept(reducer, span(x.flatten(1), grid, (frames, 4, 4)), 5).rows
+    kept = matrix.kept(reducer, span(x.flatten(1), grid, (frames, 4, 4)), 5).patches
     assert kept.tolist() == k_center(
         naive_descriptor(x, grid, pool, std_weight, temporal_weight), 5
     )
@@ -76,8 +76,8 @@ def test_letters_stand_out_from_a_surface_of_their_mean_colour() -> None:
     grey[7] += strokes[:, None]
     seen = span(grey.flatten(1), (1, 3, 4), (1, 4, 4))
     averages = make_reducer("kcenter", std_weight=0)
-    assert {4, 7}.isdisjoint(matrix.kept(averages, seen, 3).rows.tolist())
-    assert matrix.kept(make_reducer("kcenter"), seen, 1).rows.tolist() in ([4], [7])
+    assert {4, 7}.isdisjoint(matrix.kept(averages, seen, 3).patches.tolist())
+    assert matrix.kept(make_reducer("kcenter"), seen, 1).patches.tolist() in ([4], [7])
 
 
 def test_a_thing_that_blinks_stays_in_every_step() -> None:
@@ -88,8 +88,8 @@ def test_a_thing_that_blinks_stays_in_every_step() -> None:
         x[step, 1, :, 1] = 1.0
     seen = span(x.flatten(0, 1).flatten(1), (5, 2, 2), (2, 4, 4))
     flashes = {1, 9, 13}
-    assert flashes <= set(matrix.kept(make_reducer("kcenter"), seen, 4).rows.tolist())
-    once = set(matrix.kept(make_reducer("kcenter", temporal_weight=0), seen, 4).rows.tolist())
+    assert flashes <= set(matrix.kept(make_reducer("kcenter"), seen, 4).patches.tolist())
+    once = set(matrix.kept(make_reducer("kcenter", temporal_weight=0), seen, 4).patches.tolist())
     assert len(flashes & once) == 1
 
 
@@ -99,7 +99,7 @@ def test_what_does_not_change_needs_no_second_step() -> None:
     x = torch.randn(1, 6, 3, 1, 4, 4).repeat(4, 1, 1, 2, 1, 1)
     seen = span(x.flatten(0, 1).flatten(1), (4, 2, 3), (2, 4, 4))
     kept = matrix.kept(make_reducer("kcenter"), seen, 6)
-    assert sorted(int(i) % 6 for i in kept.rows) == list(range(6))
+    assert sorted(int(i) % 6 for i in kept.patches) == list(range(6))
 
 
 def test_patches_of_the_qwen_processor_hold_frames_side_by_side() -> None:
@@ -126,7 +126,7 @@ def test_copies_leave_first() -> None:
     x = torch.randn(11, 48)[which]
     seen = span(x, (1, 5, 8), (1, 4, 4))
     for keep in (11, 20, 39):
-        kept = matrix.kept(make_reducer("kcenter", pool=1), seen, keep).rows
+        kept = matrix.kept(make_reducer("kcenter", pool=1), seen, keep).patches
         assert len(kept) == keep and set(which[kept].tolist()) == set(range(11))
 
 
@@ -150,7 +150,7 @@ def test_runlength_keeps_what_changed(keep: int) -> None:
     frames[3, 4] -= 2.0  # a flash
     frames += 0.01 * torch.arange(5)[:, None, None]  # it becomes brighter, slowly
     reducer = make_reducer("runlength")
-    kept = matrix.kept(reducer, span(frames.flatten(0, 1), (5, 2, 3)), keep).rows
+    kept = matrix.kept(reducer, span(frames.flatten(0, 1), (5, 2, 3)), keep).patches
     first, later, left = kept[kept < places], kept[kept >= places], keep // 2
     assert first.tolist() == k_center(frames[0], left) and len(later) == left
     own = {(int(i) // places, int(i) % places) for i in later}
@@ -165,7 +165,7 @@ def test_runlength_keeps_what_changed(keep: int) -> None:
 def test_a_small_budget_is_not_all_first_frame() -> None:
     torch.manual_seed(4)
     frames = torch.randn(4, 9, 5)
-    kept = matrix.kept(make_reducer("runlength"), span(frames.flatten(0, 1), (4, 3, 3)), 9).rows
+    kept = matrix.kept(make_reducer("runlength"), span(frames.flatten(0, 1), (4, 3, 3)), 9).patches
     assert int((kept < 9).sum()) == 4
 
 
@@ -182,7 +182,7 @@ def test_reducers_at_later_blocks_see_mean_hidden_states(name: str, options: dic
         model(**inputs)
     means = states[0].view(16, 4, -1).mean(1).float()  # four neighbouring patches are one token
     reducer = make_reducer(name, **options)
-    expected = matrix.kept(reducer, span(means, (1, 4, 4)), 7).rows.tolist()
+    expected = matrix.kept(reducer, span(means, (1, 4, 4)), 7).patches.tolist()
     with tokencomp.patch(model, plan=Plan((), TowerStage(1, 7 / 16, reducer))) as handle:
         with torch.no_grad():
             assert model(**inputs).logits.isfinite().all()

@@ -295,8 +295,8 @@ def test_holitom_where_nothing_moves(keep: int) -> None:
     given = matrix.tokens((3, 2, 3))
     given.features[:] = given.features[:6].repeat(3, 1)
     reduction = matrix.kept(make_reducer("holitom"), given, keep)
-    assert len(reduction.rows) == keep and reduction.weights.sum() == 18
-    assert keep == 9 or reduction.rows.max() < 6
+    assert len(reduction.patches) == keep and reduction.weights.sum() == 18
+    assert keep == 9 or reduction.patches.max() < 6
 
 
 @pytest.mark.parametrize("name", ["fastvid", "flashvid", "holitom", "tango"])
@@ -308,6 +308,6 @@ def test_clips_of_a_batch_do_not_meet(name: str, share: float = 0.3) -> None:
     together = matrix.kept(reducer, matrix.joined(spans), *budgets)
     parts = [matrix.kept(reducer, t, k) for t, k in zip(spans, budgets, strict=True)]
     alone = Kept.joined(parts, matrix.joined(spans, *budgets))
-    assert torch.equal(together.rows, alone.rows)
+    assert torch.equal(together.patches, alone.patches)
     torch.testing.assert_close(together.features, alone.features, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(together.weights, alone.weights)

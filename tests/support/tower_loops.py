@@ -74,7 +74,7 @@ def evenly(total: int, sizes: list[int]) -> list[int]:
 def check(got: Kept, rows: Rows) -> None:
     """The patches of `got` are `rows`, at their places."""
     rows = sorted(rows)
-    assert got.rows.tolist() == [place for place, _, _ in rows]
+    assert got.patches.tolist() == [place for place, _, _ in rows]
     wanted = torch.tensor([value for _, value, _ in rows])
     torch.testing.assert_close(got.features, wanted, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(got.weights, torch.tensor([size for _, _, size in rows]))
@@ -82,7 +82,7 @@ def check(got: Kept, rows: Rows) -> None:
 
 def kept(name: str, tokens: Tokens, places: list[int]) -> bool:
     """Whether the method keeps these patches."""
-    return matrix.kept(make_reducer(name), tokens, len(places)).rows.tolist() == sorted(places)
+    return matrix.kept(make_reducer(name), tokens, len(places)).patches.tolist() == sorted(places)
 
 
 def peaks(

@@ -187,7 +187,7 @@ def keep_last(kept: Kept, tokens: Tokens, final: Sequence[bool]) -> Kept:
     spans = np.flatnonzero(final)
     at = tokens.table(np.cumsum(tokens.budgets)[spans] - 1)
     last = tokens.table(np.cumsum(tokens.lengths)[spans] - 1)
-    rows, features, weights = kept.rows.to(tokens.device), kept.features, kept.weights
+    rows, features, weights = kept.patches.to(tokens.device), kept.features, kept.weights
     same = rows[at] == last
     if features is not None:
         new = torch.where(same[:, None], features[at], tokens.features[last].to(features))

@@ -255,7 +255,7 @@ class RowMap:
         index = moved_tables["index"]
         if kept is not None:
             flat, source = moved_tables["flat"], moved_tables["source"]
-            index.index_copy_(0, flat, source.index_select(0, kept.rows.to(device)))
+            index.index_copy_(0, flat, source.index_select(0, kept.patches.to(device)))
         index = index.view(table.shape)
         columns = index if self.columns is None else self.columns.gather(1, index)
         new = RowMap(

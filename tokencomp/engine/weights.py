@@ -81,7 +81,7 @@ def merge_rest(tokens: Tokens, kept: Kept, merging: Sequence[bool], reducer: str
             "tokens left to merge. Leave merge out; a reducer that merges should say so "
             "(`Traits(merges=True)`)."
         )
-    x, rows = tokens.features, kept.rows
+    x, rows = tokens.features, kept.patches
     # Every patch merges into its nearest kept patch, or into none; kept patches into themselves.
     target = nearest(tokens.lengths, x, rows, tokens.budgets)
     if not all(merging):

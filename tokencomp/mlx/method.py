@@ -158,4 +158,4 @@ class ChosenMethod(StageOptions):
         kept = reduced(self.torch_reducer, tokens).with_fixed(rows, patches, fixed)
         own = kept.features
         features = None if own is None else mx.array(own.float().numpy()).astype(x.dtype)
-        return KeptRows(kept.rows.numpy(), features)
+        return KeptRows(kept.patches.numpy(), features)

@@ -49,5 +49,5 @@ class Auto(Reducer):
             # Spans of other modalities have the budget 0.
             pairs = zip(tokens.budgets, tokens.modalities, strict=True)
             part = replace(tokens, budgets=[n if m == modality else 0 for n, m in pairs])
-            rows.append(self.by_modality[modality].reduce(part).rows)
+            rows.append(self.by_modality[modality].reduce(part).patches)
         return Kept(torch.cat(rows).sort().values)

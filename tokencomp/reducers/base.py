@@ -74,7 +74,7 @@ class Reducer(ABC):  # noqa: B024  # presets have no step, and can be built
         return frozenset()
 
     def reduce(self, tokens: Tokens) -> Kept:
-        """Choose, and possibly merge: exactly `tokens.budgets[i]` rows of every span i.
+        """Choose, and possibly merge: exactly `tokens.budgets[i]` patches of every span i.
 
         `tokens` holds one span, or all spans of a call if the traits say `batched`.
         """
@@ -235,7 +235,7 @@ def reduced(reducer: Reducer, tokens: Tokens) -> Kept:
         if fault := _fault(kept, one, reducer.traits.decides):
             raise PlanError(
                 f"reducer {label(reducer)!r} returned {fault}. `reduce(tokens)` must return "
-                "`Kept(rows)` with rows of `tokens.features`, int64, ascending, exactly as many of "
+                "`Kept(patches)` with numbers of its patches, int64, ascending, exactly as many of "
                 "every span as its budget, and as many `features` and `weights`."
             )
         parts.append(kept)
@@ -245,34 +245,34 @@ def reduced(reducer: Reducer, tokens: Tokens) -> Kept:
 def _fault(kept: object, tokens: Tokens, decides: bool) -> str:
     """What is wrong with the result of a reducer, or "".
 
-    It must be rows of `tokens`, of every span its budget; a reducer that `decides` (`Traits`) keeps
-    any number of at least one. The values of the rows are checked on the CPU only: on a GPU the
-    host would have to wait.
+    It must be patches of `tokens`, of every span its budget; a reducer that `decides` (`Traits`)
+    keeps any number of at least one. The numbers are checked on the CPU only: on a GPU the host
+    would have to wait.
     """
     if not isinstance(kept, Kept):
         return f"a {type(kept).__name__}"
-    if getattr(kept.rows, "dtype", None) != torch.int64 or kept.rows.ndim != 1:
-        return f"rows of {form(kept.rows)}"
-    # One entry of every table per row, as many rows as the budgets say.
-    k = len(kept.rows) if decides else sum(tokens.budgets)
-    wanted = {"rows": (k,), "features": (k, tokens.features.shape[1]), "weights": (k,)}
+    if getattr(kept.patches, "dtype", None) != torch.int64 or kept.patches.ndim != 1:
+        return f"patches of {form(kept.patches)}"
+    # One entry of every table per kept patch, as many as the budgets say.
+    k = len(kept.patches) if decides else sum(tokens.budgets)
+    wanted = {"patches": (k,), "features": (k, tokens.features.shape[1]), "weights": (k,)}
     for name, shape in wanted.items():
         values = getattr(kept, name)
         if values is not None and getattr(values, "shape", None) != shape:
             return f"{name} of {form(values)} where shape {shape} was expected"
-    if kept.rows.device.type != "cpu":
+    if kept.patches.device.type != "cpu":
         return ""
-    # Ascending rows of the spans, of every span its budget.
-    rows, stops = kept.rows.numpy(), np.cumsum(tokens.lengths)
+    # Ascending patches of the spans, of every span its budget.
+    rows, stops = kept.patches.numpy(), np.cumsum(tokens.lengths)
     if (np.diff(rows) <= 0).any():
-        return "rows that are not ascending"
+        return "patches that are not ascending"
     if len(rows) and (rows[0] < 0 or rows[-1] >= stops[-1]):
-        return f"rows {rows[0]} … {rows[-1]} of {stops[-1]}"
+        return f"patches {rows[0]} … {rows[-1]} of {stops[-1]}"
     counts = np.diff(np.searchsorted(rows, stops), prepend=0)
     budgets = np.maximum(counts, 1) if decides else np.asarray(tokens.budgets)
     wrong = np.flatnonzero(counts != budgets)
     if len(wrong):
-        return f"{counts[wrong[0]]} rows of a span where {budgets[wrong[0]]} were requested"
+        return f"{counts[wrong[0]]} patches of a span where {budgets[wrong[0]]} were requested"
     return ""
 
 

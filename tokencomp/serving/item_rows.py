@@ -89,9 +89,9 @@ def _reduce_span(
         if merge and keep > len(special):
             kept = merge_rest(tokens, kept, [True], reducer.name)
     kept = kept.with_fixed(features, patches, special)
-    rows = features[kept.rows] if kept.features is None else kept.features.to(features)
-    sizes = torch.ones_like(kept.rows) if kept.weights is None else kept.weights.long()
-    return rows, sizes, kept.rows
+    rows = features[kept.patches] if kept.features is None else kept.features.to(features)
+    sizes = torch.ones_like(kept.patches) if kept.weights is None else kept.weights.long()
+    return rows, sizes, kept.patches
 
 
 def reduce_rows(

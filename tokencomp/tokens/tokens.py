@@ -298,23 +298,23 @@ class Kept:
 
     Attributes
     ----------
-    rows : Tensor of int64, shape (k,)
-        Rows of `Tokens.features`, ascending: of every span exactly its budget.
+    patches : Tensor of int64, shape (k,)
+        Numbers of the kept patches in `Tokens`, ascending: of every span exactly its budget.
     features : Tensor, shape (k, d), or None
-        New features of these rows, in any floating dtype; None: unchanged.
+        New features of these patches, in any floating dtype; None: unchanged.
     weights : Tensor of float32, shape (k,), or None
-        How many original tokens every kept row represents; None: unchanged.
+        How many original tokens every kept patch represents; None: unchanged.
     """
 
-    rows: Tensor
+    patches: Tensor
     features: Tensor | None = None
     weights: Tensor | None = None
 
     @classmethod
-    def ascending(cls, rows: Tensor, features: Tensor, weights: Tensor) -> Kept:
-        """`Kept` of rows in any order, with new features and weights in the same order."""
-        rows, order = rows.sort()
-        return cls(rows, features.index_select(0, order), weights.index_select(0, order))
+    def ascending(cls, patches: Tensor, features: Tensor, weights: Tensor) -> Kept:
+        """`Kept` of patches in any order, with new features and weights in the same order."""
+        patches, order = patches.sort()
+        return cls(patches, features.index_select(0, order), weights.index_select(0, order))
 
     @classmethod
     def joined(cls, parts: Sequence[Kept], tokens: Tokens) -> Kept:
@@ -322,10 +322,11 @@ class Kept:
 
         If only some of them merge, the others keep their features and weights.
         """
-        rows = torch.cat([part.rows + at for part, at in zip(parts, tokens.starts, strict=True)])
-        features = _joined([p.features for p in parts], tokens, rows, tokens.features)
-        weights = _joined([p.weights for p in parts], tokens, rows, tokens.all_weights())
-        return cls(rows, features, weights)
+        pairs = zip(parts, tokens.starts, strict=True)
+        patches = torch.cat([part.patches + first for part, first in pairs])
+        features = _joined([p.features for p in parts], tokens, patches, tokens.features)
+        weights = _joined([p.weights for p in parts], tokens, patches, tokens.all_weights())
+        return cls(patches, features, weights)
 
     def with_fixed(self, features: Tensor, patches: Tensor, fixed: Tensor) -> Kept:
         """Extend a choice among the rows `patches` of `features` (m, d) by the rows `fixed`.
@@ -333,7 +334,7 @@ class Kept:
         Fixed rows keep their features, and get weight 1 if there are weights: only patches are
         merged. `patches` and `fixed` are int64, ascending.
         """
-        rows = torch.cat([fixed, patches.index_select(0, self.rows.to(patches.device))])
+        rows = torch.cat([fixed, patches.index_select(0, self.patches.to(patches.device))])
         rows, order = rows.sort()
         x, weights = self.features, self.weights
         if x is not None:

@@ -93,7 +93,7 @@ def chosen_cells(
             keys=[(TILE, *cells.keys[i]) for i in some] if cells.keys else [],
         )
         with exact(tokens.features, stage.reducer.traits.batched):
-            chosen.append(rows[reduced(stage.reducer, tokens).rows])
+            chosen.append(rows[reduced(stage.reducer, tokens).patches])
     return torch.cat(chosen)
 
 
