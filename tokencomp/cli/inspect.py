@@ -75,7 +75,7 @@ def _boxes(path: Path | None, files: opt.Files) -> list[Any]:
     if path is None:
         return []
     if len(files.image or ()) != 1 or files.video:
-        raise OptionError("--boxes: its boxes are of one picture. Give one --image and no --video.")
+        raise OptionError("--boxes needs exactly one --image, and no --video.")
     return load_boxes(path)
 
 

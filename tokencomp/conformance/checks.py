@@ -145,7 +145,7 @@ class Checks:
         self._against_oracle("layers", Plan(stages))
 
     def scored(self, name: str, **options: Any) -> None:
-        """A reducer that scores by attention drops half of the visual work, by its plan."""
+        """A prefill under an attention-based reducer at ratio 0.5 equals the masked full run."""
         reducer = make_reducer(name, **options)
         plan = reducer.plan(0.5, self.depth)
         try:

@@ -1,7 +1,8 @@
 """Refusals: when a model is patched, before a prompt runs, and while it runs.
 
-`PLAN_CHECKS` and `PROMPT_CHECKS` list them; each list is evaluated completely before anything is
-changed or computed. The functions at the end check what is known only during the call.
+`PLAN_CHECKS` and `PROMPT_CHECKS` list those that depend on a plan or a prompt; each list is
+evaluated completely before anything is changed or computed. The functions at the end check facts
+that are known only during the call. Other modules refuse their arguments themselves.
 """
 
 from __future__ import annotations

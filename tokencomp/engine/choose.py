@@ -359,7 +359,7 @@ def _values(
 
 
 def _host_tables(
-    rows: RowMap, cuts: list[Cut], scores: Tensor | None
+    row_map: RowMap, cuts: list[Cut], scores: Tensor | None
 ) -> tuple[dict[str, Any], slice | None]:
     """Index tables for `_values` by name; and a slice of the flat rows, if contiguous.
 
@@ -369,12 +369,12 @@ def _host_tables(
     """
     spans = [c.kept for c in cuts]
     lengths, role = [s.count for s in spans], np.concatenate([c.roles for c in cuts])
-    numbers = [np.arange(c.kept.start, c.kept.stop) + c.sample * rows.rows for c in cuts]
+    numbers = [np.arange(c.kept.start, c.kept.stop) + c.sample * row_map.rows for c in cuts]
     first, stop = numbers[0][0], numbers[-1][-1] + 1
     adjacent = slice(first, stop) if stop - first == sum(lengths) else None
-    missing = rows.columns is not None and any(not s.whole for s in spans)
+    missing = row_map.columns is not None and any(not s.whole for s in spans)
     tables: dict[str, Any] = {}
-    if adjacent is None or missing or rows.weights is not None:
+    if adjacent is None or missing or row_map.weights is not None:
         tables["rows"] = np.concatenate(numbers)
     if missing:
         whole = [s.span.length for s in spans]
@@ -385,29 +385,31 @@ def _host_tables(
         tables["cells"] = np.concatenate([np.cumsum(c.roles == PATCH) - 1 for c in cuts])
     # Spans that keep all tokens have scores too, which the reducer does not see.
     if scores is not None and len(scores) > sum(lengths):
-        tables["scored"] = _scored_rows(rows, cuts)
+        tables["scored"] = _scored_rows(row_map, cuts)
     return tables, adjacent
 
 
-def _scored_rows(rows: RowMap, cuts: list[Cut]) -> np.ndarray[Any, Any]:
+def _scored_rows(row_map: RowMap, cuts: list[Cut]) -> np.ndarray[Any, Any]:
     """Indices of the tokens of some spans among the kept tokens of all spans."""
-    starts = starts_of([s.count for spans in rows.spans for s in spans])
-    before = starts_of([len(spans) for spans in rows.spans])  # number of spans of earlier samples
+    starts = starts_of([s.count for spans in row_map.spans for s in spans])
+    before = starts_of([len(spans) for spans in row_map.spans])  # spans of earlier samples
     return rows_of(starts, [before[c.sample] + c.number for c in cuts])
 
 
-def _of_prompts(rows: RowMap, texts: list[list[Tensor]], chosen: Chosen, x: Tensor) -> list[Tensor]:
+def _of_prompts(
+    row_map: RowMap, texts: list[list[Tensor]], chosen: Chosen, x: Tensor
+) -> list[Tensor]:
     """Values of the text of its prompt for every span; spans of one prompt share one tensor."""
     moved = [[text.to(x.device) for text in sample] for sample in texts]
     values = []
     for b, j in chosen:
-        kept = rows.spans[b][j]
-        prompt = next(i for i, p in enumerate(rows.prompts[b]) if p.holds(kept))
+        kept = row_map.spans[b][j]
+        prompt = next(i for i, p in enumerate(row_map.prompts[b]) if p.holds(kept))
         values.append(moved[b][prompt])
     return values
 
 
-def compared_frames(x: Tensor, rows: RowMap, cache: Any) -> list[list[Tensor | None]]:
+def compared_frames(x: Tensor, row_map: RowMap, cache: Any) -> list[list[Tensor | None]]:
     """The latest frame of the same shape before every span; the cache then stores the latest ones.
 
     Frames are stored on the cache, so they belong to one conversation and are copied with it.
@@ -425,10 +427,10 @@ def compared_frames(x: Tensor, rows: RowMap, cache: Any) -> list[list[Tensor | N
         None if there is no earlier frame of this shape.
     """
     known: list[dict[Shape, Tensor]] = getattr(cache, FRAMES_SHOWN, None) or []
-    if len(known) != len(rows.spans):  # another batch
-        known = [{} for _ in rows.spans]
+    if len(known) != len(row_map.spans):  # another batch
+        known = [{} for _ in row_map.spans]
     found, latest = [], [dict(frames) for frames in known]
-    for b, spans in enumerate(rows.spans):
+    for b, spans in enumerate(row_map.spans):
         frames, part, item = [], 0, None
         for kept in spans:
             part, item = (part + 1 if kept.span.item == item else 0), kept.span.item
@@ -448,7 +450,7 @@ def compared_frames(x: Tensor, rows: RowMap, cache: Any) -> list[list[Tensor | N
 
 
 def surviving_rows(
-    x: Tensor, rows: RowMap, plan: Plan
+    x: Tensor, row_map: RowMap, plan: Plan
 ) -> tuple[list[list[int]], Chosen, Kept | None]:
     """Read which tokens the tower stage has kept; returns the same as `choose`.
 
@@ -457,15 +459,15 @@ def surviving_rows(
     the next token.
     """
     alive = ~x.isnan().any(-1).cpu()  # the only synchronisation with the device
-    real = rows.mask(torch.device("cpu"))
+    real = row_map.mask(torch.device("cpu"))
     missing = int((~alive if real is None else ~alive & real).sum())
     counts, chosen, kept_rows, first = [], [], [], 0
-    for b, spans in enumerate(rows.spans):
+    for b, spans in enumerate(row_map.spans):
         counts.append([0] * len(spans))
         for j, kept in enumerate(spans):
             present = alive[b, kept.start : kept.stop]
             _check_survivors(present, kept, plan, b)
-            if not present[-1] and rows.ends_question(b, kept):
+            if not present[-1] and row_map.ends_question(b, kept):
                 raise SpanError(
                     f"the question of sample {b} ends in the {kept.span.modality} at "
                     f"{kept.span.start}, whose last token the vision tower has dropped. Put "

@@ -4,7 +4,8 @@
     within   layers: rows, masks and tables of their segment             `LayerHooks`
     after    restore: columns in the cache, output of full length        `_leave`
 
-Each pass is a module of this name; they share one `Call`.
+Modules of the passes: `prompt.py` (read), `call.py` (plan), `scores.py`, `choose.py`, `gather.py`
+(gather and restore). They share one `Call`.
 """
 
 from __future__ import annotations
@@ -113,15 +114,12 @@ class DecoderHooks(CallHooks):
         for part in (self.weights, self._layers, self.tower):
             part.remove()
 
-    def is_off(self) -> bool:
-        return self.calls.state.disabled > 0
-
     def compresses(self) -> bool:
         return self.plan.active and self.calls.state.disabled == 0
 
     # -- before a call --------------------------------------------------------------------------
 
-    def apart(self, module: nn.Module, args: Any, kwargs: Any) -> bool:
+    def breaks_graph(self, module: nn.Module, args: Any, kwargs: Any) -> bool:
         """While Dynamo traces: whether this call must be prepared outside of the compiled graphs.
 
         False if nothing is to be done, or if Dynamo can trace it. For calls of the model, its body
@@ -137,7 +135,7 @@ class DecoderHooks(CallHooks):
         if kwargs is None:  # see `tokencomp.torchlib.hooks`
             return None
         arguments = compat.bind(module, args, kwargs)
-        if not torch.compiler.is_compiling() or self.apart(module, args, kwargs):
+        if not torch.compiler.is_compiling() or self.breaks_graph(module, args, kwargs):
             return self._enter(module, arguments)
         return self._later_tokens(arguments, compat.get_cache(arguments))
 

@@ -112,34 +112,34 @@ def _gather_deepstack(
         kwargs[features_name] = [rows(features) for features in value]
 
 
-def bounds(rows: RowMap, sample: int) -> list[int]:
+def bounds(row_map: RowMap, sample: int) -> list[int]:
     """First rows of the padding (if any) and of every prompt of a sample, and its end."""
-    starts = [p.start for p in rows.prompts[sample]]
+    starts = [p.start for p in row_map.prompts[sample]]
     if starts[0] > 0:
         starts.insert(0, 0)
-    return [*starts, rows.rows]
+    return [*starts, row_map.rows]
 
 
-def text_positions(rows: RowMap, device: torch.device) -> Tensor:
+def text_positions(row_map: RowMap, device: torch.device) -> Tensor:
     """Positions without gaps that restart at 0 at every packed prompt, (B, rows) or (1, rows).
 
     transformers takes a gap for the start of a packed prompt, so only the rotary embedding gets the
     original positions. Padding counts as one more prompt.
     """
-    if not rows.packed:
-        return torch.arange(rows.rows, device=device)[None]
+    if not row_map.packed:
+        return torch.arange(row_map.rows, device=device)[None]
     positions = []
-    for b in range(len(rows.prompts)):
-        pairs = itertools.pairwise(bounds(rows, b))
+    for b in range(len(row_map.prompts)):
+        pairs = itertools.pairwise(bounds(row_map, b))
         positions.append(torch.cat([torch.arange(stop - start) for start, stop in pairs]))
     return torch.stack(positions).to(device)
 
 
-def sequence_lengths(rows: RowMap, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def sequence_lengths(row_map: RowMap, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The `cu_seq_lens_*` and `max_length_*` arguments among `kwargs`, for the rows of a map."""
     edges = [0]
-    for b in range(len(rows.prompts)):
-        edges += [b * rows.rows + stop for stop in bounds(rows, b)[1:]]
+    for b in range(len(row_map.prompts)):
+        edges += [b * row_map.rows + stop for stop in bounds(row_map, b)[1:]]
     longest, changed = max(b - a for a, b in itertools.pairwise(edges)), {}
     for name in CUMULATIVE:
         if isinstance(kwargs.get(name), Tensor):
@@ -236,9 +236,9 @@ def _note_segment(call: Call, segment: Segment, layers: list[Any], starts: Tenso
     return new
 
 
-def _rows_after_media(rows: RowMap) -> int:
+def _rows_after_media(row_map: RowMap) -> int:
     """Rows of text after the last span of a prompt, in the sample that has fewest."""
-    return min(rows.rows - spans[-1].stop for spans in rows.spans if spans)
+    return min(row_map.rows - spans[-1].stop for spans in row_map.spans if spans)
 
 
 def note_turn(call: Call, cache: Any) -> None:
@@ -257,20 +257,20 @@ def note_turn(call: Call, cache: Any) -> None:
 # -- after the layers: the output ---------------------------------------------------------------
 
 
-def restore(x: Tensor, rows: RowMap, width: int) -> Tensor:
+def restore(x: Tensor, row_map: RowMap, width: int) -> Tensor:
     """Expand rows of x (B, rows, d) to the columns of the caller's batch, (B, width, d).
 
     A dropped column repeats the last row before it, which predicts what follows: a label right
     after a dropped token still trains. Columns without an earlier row are zero.
     """
-    if rows.columns is None:
+    if row_map.columns is None:
         return x
     columns, full = torch.arange(width, device=x.device), []
-    for b, length in enumerate(rows.lengths):
+    for b, length in enumerate(row_map.lengths):
         # Number of kept columns up to each column; row 0 of `padded` is zero.
-        held = rows.columns[b, rows.rows - length :].to(x.device)
+        held = row_map.columns[b, row_map.rows - length :].to(x.device)
         before = torch.searchsorted(held, columns, right=True)
-        padded = nn.functional.pad(x[b, rows.rows - length :], (0, 0, 1, 0))
+        padded = nn.functional.pad(x[b, row_map.rows - length :], (0, 0, 1, 0))
         full.append(padded[before])
     return torch.stack(full)
 
@@ -302,13 +302,13 @@ def _full_states(states: Sequence[Any], segments: Sequence[Segment], width: int)
     return tuple(s if s is None else _full_state(s, rows, width) for s, rows in pairs)
 
 
-def _full_state(x: Tensor, rows: RowMap, width: int) -> Tensor:
+def _full_state(x: Tensor, row_map: RowMap, width: int) -> Tensor:
     """`restore`, also for S streams of hidden states: (S, B, n, d) or (B, n, S, d)."""
-    if rows.columns is None or x.ndim == 3:
-        return restore(x, rows, width)
-    if x.shape[:2] != (len(rows.lengths), rows.rows):
-        return torch.stack([restore(stream, rows, width) for stream in x])
-    whole: Tensor = restore(x.flatten(2), rows, width).unflatten(2, x.shape[2:])
+    if row_map.columns is None or x.ndim == 3:
+        return restore(x, row_map, width)
+    if x.shape[:2] != (len(row_map.lengths), row_map.rows):
+        return torch.stack([restore(stream, row_map, width) for stream in x])
+    whole: Tensor = restore(x.flatten(2), row_map, width).unflatten(2, x.shape[2:])
     return whole
 
 

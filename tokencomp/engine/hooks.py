@@ -272,7 +272,7 @@ class Hooks(CallHooks):
 
         If there is nothing to note, Dynamo traces it; else it runs between compiled graphs.
         """
-        if torch.compiler.is_compiling() and not self.decoder.apart(module, args, kwargs):
+        if torch.compiler.is_compiling() and not self.decoder.breaks_graph(module, args, kwargs):
             return original(*args, **kwargs)
         state, arguments = self.calls.state, compat.bind(module, args, kwargs)
         earlier, state.call = state.noted, None

@@ -59,8 +59,8 @@ class LayerType:
         """
         return True
 
-    def misplaced(self, masks: Any, segment: Any, exceeded: bool) -> bool:
-        """Whether the mask that the decoder builds from the 2-D mask would be wrong.
+    def needs_own_mask(self, masks: Any, segment: Any, exceeded: bool) -> bool:
+        """Whether we make the mask: the one that the decoder builds from the 2-D mask is wrong.
 
         `exceeded`: whether the sequence after the call is longer than the window.
         """
@@ -83,7 +83,7 @@ class Sliding(LayerType):
     def visible(self, query: Any, key: Any, size: int, start: Any) -> Any:
         return key > query - size
 
-    def misplaced(self, masks: Any, segment: Any, exceeded: bool) -> bool:
+    def needs_own_mask(self, masks: Any, segment: Any, exceeded: bool) -> bool:
         """Whether a token is missing in a window: transformers' window, of rows, sees too far."""
         if not masks.call.by_column or not exceeded:
             return False
@@ -99,7 +99,7 @@ class Chunked(LayerType):
     def visible(self, query: Any, key: Any, size: int, start: Any) -> Any:
         return (key - start) // size == (query - start) // size
 
-    def misplaced(self, masks: Any, segment: Any, exceeded: bool) -> bool:
+    def needs_own_mask(self, masks: Any, segment: Any, exceeded: bool) -> bool:
         """Whether tokens are missing: transformers derives chunks from entries of the mask."""
         return exceeded and segment.gaps
 
@@ -121,7 +121,7 @@ class Reference(LayerType):
     masks_single_tokens = True
     cuts_later_turns = True
 
-    def misplaced(self, masks: Any, segment: Any, exceeded: bool) -> bool:
+    def needs_own_mask(self, masks: Any, segment: Any, exceeded: bool) -> bool:
         """Whether rows are padded: transformers looks up padding at shifted columns."""
         return bool(segment.past.rows) and segment.past.mask() is not None
 
@@ -204,8 +204,7 @@ class LayerTypes:
     named
         Whether the config names the types, so that the decoder takes a mask for each.
     cut
-        Number of rows that a default cache keeps although no layer has a window (a `sliding_window`
-        that layers like those of Llama ignore); None: all.
+        Cache length limit from a `sliding_window` that the layers ignore (Llama); None: no limit.
     convolves
         Whether attention layers also hold short convolutions, which take another mask.
     relative

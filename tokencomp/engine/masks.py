@@ -12,9 +12,9 @@ token enters the window in its place. A window of four columns, seen by the last
 
 Who builds a mask:
 
-    segment 0   the decoder, from the 2-D mask of `Masks.decoder_mask`; or, where a layer type says
-                that its mask would be wrong (`LayerType.misplaced`), `Masks.decoder_mask` itself:
-                one mask per layer type, which the decoder passes on
+    segment 0   the decoder, from the 2-D mask of `Masks.decoder_mask`; or, where the decoder's mask
+                would be wrong for a layer type (`LayerType.needs_own_mask`), `Masks.decoder_mask`
+                itself: one mask per layer type, which the decoder passes on
     others      `Masks.attention_mask`, by `LayerType.mask`, when the first layer of a type is
                 entered; `LayerHooks._layer` (`layers.py`) passes it in place of the decoder's
     one later token without padding and windows: nobody, it attends to all rows
@@ -92,7 +92,7 @@ class Masks:
         if not wrong and not types.all_full:
             length = self.call.length_after()
             past_window = {t: length > types.sizes.get(t.name, length) for t in types.types}
-            wrong = any(t.misplaced(self, first, past) for t, past in past_window.items())
+            wrong = any(t.needs_own_mask(self, first, past) for t, past in past_window.items())
         if wrong:
             return self._by_type(x)
         padding, static = self._padding(first, x), isinstance(self.call.first_layer, StaticLayer)

@@ -381,36 +381,37 @@ def joined_mask(
 # -- values by row, by visual token, and by text token ------------------------------------------
 
 
-def visual_rows(rows: RowMap, device: torch.device) -> Tensor:
+def visual_rows(row_map: RowMap, device: torch.device) -> Tensor:
     """Flat indices (sample · rows + row) of all kept visual tokens, in order."""
     numbers = [
-        np.arange(kept.start, kept.stop) + b * rows.rows
-        for b, sample in enumerate(rows.spans)
+        np.arange(kept.start, kept.stop) + b * row_map.rows
+        for b, sample in enumerate(row_map.spans)
         for kept in sample
     ]
     return torch.from_numpy(np.concatenate(numbers)).to(device)
 
 
-def visual_values(values: Tensor, rows: RowMap) -> Tensor:
+def visual_values(values: Tensor, row_map: RowMap) -> Tensor:
     """Select from values per row, (B, rows), those of kept visual tokens, (tokens,)."""
-    return values.flatten().index_select(0, visual_rows(rows, values.device))
+    return values.flatten().index_select(0, visual_rows(row_map, values.device))
 
 
-def text_values(values: Tensor, rows: RowMap) -> list[list[Tensor]]:
+def text_values(values: Tensor, row_map: RowMap) -> list[list[Tensor]]:
     """Values (B, rows, …) of the question after the last span of every prompt of every sample."""
     stops = []
-    for b, prompts in enumerate(rows.prompts):
-        for text in (rows.question_text(b, prompt) for prompt in prompts):
-            stops += [b * rows.rows + text.start, b * rows.rows + text.stop]
-    sizes = np.diff(stops, prepend=0, append=len(rows.prompts) * rows.rows)
+    for b, prompts in enumerate(row_map.prompts):
+        for text in (row_map.question_text(b, prompt) for prompt in prompts):
+            stops += [b * row_map.rows + text.start, b * row_map.rows + text.stop]
+    sizes = np.diff(stops, prepend=0, append=len(row_map.prompts) * row_map.rows)
     texts = iter(values.flatten(0, 1).split(sizes.tolist())[1::2])  # one split for all prompts
-    return [[next(texts) for _ in prompts] for prompts in rows.prompts]
+    return [[next(texts) for _ in prompts] for prompts in row_map.prompts]
 
 
 def kept_values(values: Tensor, before: RowMap, after: RowMap, index: Tensor) -> Tensor:
-    """Select from values per visual token, (tokens,), those of the tokens that `after` keeps.
+    """Keep the entries of tokens that are still in `after`.
 
-    `index` (B, rows of `after`) is the row of `before` of every row of `after`.
+    `values` has one entry per visual token of `before`; `index` (B, rows of `after`) is the row
+    of `before` of every row of `after`.
     """
     table = values.new_zeros(index.shape[0] * before.rows)
     table[visual_rows(before, values.device)] = values

@@ -70,7 +70,7 @@ class StageScores:
         x: Tensor,
         arguments: Mapping[str, Any],
         signal: Attention,
-        rows: RowMap,
+        row_map: RowMap,
         cache: Any,
         past: RowMap,
         ran: Any = None,
@@ -105,11 +105,11 @@ class StageScores:
         arguments = {name: a for name, a in arguments.items() if name not in LEFT_OUT}
         if signal.rows == "none":
             lengths = _key_lengths(root, x, arguments)
-            self.texts[stage] = text_values(lengths, rows)
-            self.spans[stage] = visual_values(lengths, rows)
+            self.texts[stage] = text_values(lengths, row_map)
+            self.spans[stage] = visual_values(lengths, row_map)
             return
         # Which rows vote on which tokens; indices move to the device in one copy.
-        votes = _votes(rows, signal.rows)
+        votes = _votes(row_map, signal.rows)
         moved, voting = move_tables(votes.tables, x.device), None
         if "voting" in moved:
             voting = moved["voting"].view(votes.index.shape), moved["numbers"].view(len(x), -1)
@@ -117,7 +117,7 @@ class StageScores:
         raters = self.raters if signal.rows == "raters" else None
         if raters is not None and voting is not None:
             raters = raters.to(x.device).gather(1, voting[0])
-        sums = _column_sums(captured, signal, votes, rows, past, raters)
+        sums = _column_sums(captured, signal, votes, row_map, past, raters)
         # From sums over rows to means, for visual tokens.
         self.spans[stage] = sums[moved["line"], moved["column"]] / moved["voters"]
 
@@ -130,7 +130,7 @@ class StageScores:
 
 
 @torch.no_grad()
-def rater_weights(x: Tensor, rows: RowMap) -> Tensor:
+def rater_weights(x: Tensor, row_map: RowMap) -> Tensor:
     """Weights of the raters of every prompt among the rows of the embeddings x (B, n, d).
 
         r_m = mean over visual tokens i of softmax over text tokens m of (x_i · q_m)
@@ -144,9 +144,9 @@ def rater_weights(x: Tensor, rows: RowMap) -> Tensor:
         0 for all other rows.
     """
     weights = x.new_zeros(x.shape[:2], dtype=torch.float32)
-    for b, prompts in enumerate(rows.prompts):
+    for b, prompts in enumerate(row_map.prompts):
         for prompt in prompts:
-            spans, text = rows.spans_of(b, prompt), rows.question_text(b, prompt)
+            spans, text = row_map.spans_of(b, prompt), row_map.question_text(b, prompt)
             if not spans or text.start == text.stop:
                 continue
             visual = torch.cat([x[b, kept.start : kept.stop] for kept in spans]).float()
@@ -248,7 +248,7 @@ class Votes:
     tables: dict[str, HostIndex]
 
 
-def _votes(rows: RowMap, signal_rows: str) -> Votes:
+def _votes(row_map: RowMap, signal_rows: str) -> Votes:
     """The votes for a signal whose `rows` are given.
 
     The text after a span votes on it; without such text, the last row does. Text before a span does
@@ -257,12 +257,12 @@ def _votes(rows: RowMap, signal_rows: str) -> Votes:
     division by the number of voters.
     """
     passes: dict[str, list[list[int]]] = {}
-    places, voters, batch = [], [], len(rows.prompts)
-    starts = np.zeros((batch, rows.rows), dtype=np.int64)
-    for b, prompts in enumerate(rows.prompts):
+    places, voters, batch = [], [], len(row_map.prompts)
+    starts = np.zeros((batch, row_map.rows), dtype=np.int64)
+    for b, prompts in enumerate(row_map.prompts):
         for prompt in prompts:
             starts[b, prompt.start : prompt.stop] = prompt.start
-            spans, stop = rows.spans_of(b, prompt), prompt.question_stop
+            spans, stop = row_map.spans_of(b, prompt), prompt.question_stop
             if not spans:
                 continue
             ends = [*(span.start for span in spans[1:]), stop]
@@ -276,14 +276,14 @@ def _votes(rows: RowMap, signal_rows: str) -> Votes:
                 silent = signal_rows in ("text", "raters") and not later
                 name = "last" if silent else signal_rows
                 voting = votes.get(name, text)
-                lines = passes.setdefault(name, [[] for _ in rows.prompts])
+                lines = passes.setdefault(name, [[] for _ in row_map.prompts])
                 lines[b] += voting if name not in seen else []
                 seen.add(name)
                 line = list(passes).index(name) * batch + b
-                places.append(np.arange(span.start, span.stop) + line * rows.rows)
+                places.append(np.arange(span.start, span.stop) + line * row_map.rows)
                 count = {"text": later, "raters": 1}.get(name, len(voting))
                 voters.append(np.full(span.count, count))
-    of_line, column = np.divmod(np.concatenate(places), rows.rows)
+    of_line, column = np.divmod(np.concatenate(places), row_map.rows)
     tables = {"line": of_line, "column": column, "voters": np.concatenate(voters)}
     return _with_index(passes, starts, tables, every=signal_rows == "all")
 
@@ -315,7 +315,7 @@ def _with_index(
     return Votes(index, np.take_along_axis(starts, voting, axis=1), parts, tables)
 
 
-def _visible(votes: Votes, keys: Tensor, rows: RowMap, past: RowMap) -> tuple[Tensor, Tensor]:
+def _visible(votes: Votes, keys: Tensor, row_map: RowMap, past: RowMap) -> tuple[Tensor, Tensor]:
     """Keys (B, kv heads, N, D), aligned to the right where earlier turns have padding; and what the
     voting rows see: first key, end of keys, and their key, int32 (3, B, R).
     """
@@ -324,14 +324,14 @@ def _visible(votes: Votes, keys: Tensor, rows: RowMap, past: RowMap) -> tuple[Te
     first: Any = votes.starts
     if past.rows:
         # Real keys of all turns follow one another, after the padding of all turns.
-        mask, first = joined_mask(past, rows.mask(keys.device), rows.rows, keys.device), 0
+        mask, first = joined_mask(past, row_map.mask(keys.device), row_map.rows, keys.device), 0
         if mask is not None:
             real = mask[:, -keys.shape[2] :]  # a sliding layer holds only the last rows
             order = real.to(torch.uint8).sort(dim=1, stable=True).indices
             (keys,) = gather_rows([keys], order, 2, 0, trusted=True)
             first = (~real).sum(1, keepdim=True).cpu().numpy()
     unused = votes.index < 0
-    key = np.where(unused, -1, votes.index + keys.shape[2] - rows.rows)
+    key = np.where(unused, -1, votes.index + keys.shape[2] - row_map.rows)
     visible = np.stack([np.where(unused, 0, first), key + 1, key]).astype(np.int32)
     return keys, torch.from_numpy(visible).to(keys.device)
 
@@ -340,7 +340,7 @@ def _column_sums(
     captured: Captured,
     signal: Attention,
     votes: Votes,
-    rows: RowMap,
+    row_map: RowMap,
     past: RowMap,
     raters: Tensor | None,
 ) -> Tensor:
@@ -350,7 +350,7 @@ def _column_sums(
     """
     from tokencomp.kernels import attention_colsum, join_heads
 
-    keys, visible = _visible(votes, captured.key, rows, past)
+    keys, visible = _visible(votes, captured.key, row_map, past)
     found, whole = [], len(votes.parts) == 1
     for name, part in votes.parts.items():
         weights = None
@@ -368,5 +368,5 @@ def _column_sums(
             trusted=True,  # indices were built on the host
         )
         joined = join_heads(gather_heads(captured.attn, sums, dim=1), signal.heads)
-        found.append(joined[:, -rows.rows :] if past.rows else joined)
+        found.append(joined[:, -row_map.rows :] if past.rows else joined)
     return found[0] if whole else torch.cat(found)

@@ -354,8 +354,8 @@ class Stats:
         }
 
 
-def _offsets(rows: RowMap, sample: int) -> list[list[int]]:
-    pairs = [(kept, rows.offsets_of(sample, kept)) for kept in rows.spans[sample]]
+def _offsets(row_map: RowMap, sample: int) -> list[list[int]]:
+    pairs = [(kept, row_map.offsets_of(sample, kept)) for kept in row_map.spans[sample]]
     return [list(range(kept.count)) if o is None else o.tolist() for kept, o in pairs]
 
 

@@ -79,7 +79,7 @@ def candidates(
 
     `options` apply to every setting that supports them. For every frames × scale that costs more
     than `tokens` uncompressed, each reducer also gets the ratio that meets the budget exactly.
-    Scales that do not change the count are skipped, as are other `frames` without a video.
+    Skips scales with the same token count; without a video only the first `frames` is tried.
     """
     counter = EqualTokens(processor, list(adapter_for(model).placeholders), "downscale")
     sizes = sorted(scales, reverse=True)

@@ -118,7 +118,7 @@ class FileClip(Clip):
 
 
 def _torchcodec_frames(clip: FileClip, places: Sequence[int]) -> list[np.ndarray]:
-    """Frames at some places of a file, uint8 (height, width, 3) each."""
+    """Decode the frames with these indices, uint8 (height, width, 3) each."""
     index = clip.index
     try:
         from torchcodec.decoders import VideoDecoder
@@ -145,7 +145,7 @@ def _torchcodec_frames(clip: FileClip, places: Sequence[int]) -> list[np.ndarray
 
 
 def _decord_frames(clip: FileClip, places: Sequence[int]) -> list[np.ndarray]:
-    """Frames at some places of a file, uint8 (height, width, 3) each.
+    """Decode the frames with these indices, uint8 (height, width, 3) each.
 
     decord 0.6 silently returns other frames if a picture is shown before a key frame and decoded
     after it (open groups, intra refresh), and in MPEG streams, which have no index.

@@ -121,7 +121,6 @@ def _tiles(model: Any, modality: str, run: np.ndarray, embeds: mx.array) -> list
             grid = (1, count, width - 1)
             return [base, Span(modality, grid, run[frame:], breaks[frame:], item)]
     raise SpanError(
-        f"{n} {modality} tokens from column {run[0]} on are no single {modality} of {frame} tokens"
-        f"{' per frame' if modality == 'video' else ' and rows that end in a line break'}. Put "
-        f"text between two {modality}s."
+        f"Cannot split {n} {modality} tokens (from position {run[0]}) into {modality}s of {frame} "
+        f"tokens{' per frame' if modality == 'video' else ''}. Put text between two {modality}s."
     )

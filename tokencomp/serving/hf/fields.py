@@ -26,7 +26,7 @@ SAMPLING = ("temperature", "top_p", "top_k", "min_p")  # fields that all rows of
 
 # Fields of the API that never change an answer.
 HARMLESS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
-# Values of further fields that ask for what this server does anyway. Every other value is refused.
+# Fields without an implementation, and the values under which that makes no difference.
 OFF: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
     "add_special_tokens": (False,),
