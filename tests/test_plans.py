@@ -50,8 +50,7 @@ def test_plans_as_json_and_files(tmp_path: Path) -> None:
         ((0, "0.5", "bipartite"), "fraction='0.5'"),
         ((1.5, 0.5, "bipartite"), "layer=1.5; expected an integer"),
         ((True, 0.5, "bipartite"), "layer=True"),
-        ((0, 0.5, "aim"), "'aim' only plans the steps of others"),
-        ((0, 0.5, "fastv"), "'fastv' only plans"),
+        ((0, 0.5, "aim"), "'aim' only plans stages of other reducers"),
         ((0, 0.5, "bipartite+prune"), r"'bipartite\+prune' only plans"),
     ],
 )

@@ -113,7 +113,8 @@ def test_json() -> None:
         (dict(ratio=0.5, tower_ratio="most"), RatioError, "tower_ratio='most'"),
         (dict(ratio=0.5, tower_ratio=0.2, tower_reducer="bipartite"), PlanError, "merges"),
         (dict(ratio=0.5, tower_ratio=0.2, tower_reducer="condiv"), PlanError, "question"),
-        (dict(ratio=0.5, tower_ratio=0.2, tower_reducer="fastv"), PlanError, "plans the steps"),
+        (dict(ratio=0.5, tower_ratio=0.2, tower_reducer="fastv"), PlanError, "attention"),
+        (dict(ratio=0.5, tower_ratio=0.2, tower_reducer="aim"), PlanError, "plans stages"),
         (dict(ratio=0.5, tower_ratio=0.2, tower_reducer="kcentr"), LookupError, "kcenter"),
         (
             dict(ratio=0.5, tower_ratio=0.2, reducer="evs"),

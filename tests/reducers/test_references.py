@@ -193,13 +193,25 @@ def test_vidcom2(keep: int, temperature: float, monkeypatch: pytest.MonkeyPatch)
     assert matrix.kept(make_reducer("vidcom2"), given, keep).patches.tolist() == sorted(expected)
 
 
-def test_presets_are_prune() -> None:
-    for name, schedule in (("fastv", "fastv"), ("pyramiddrop", "pyramid")):
-        stages = make_reducer(name).plan(0.5, 32).stages
-        assert all(s.reducer.score == "last_query" for s in stages)
-        layer = "next" if name == "pyramiddrop" else "previous"
-        prune = make_reducer("prune", score="last_query", schedule=schedule, layer=layer)
-        assert stages == prune.plan(0.5, 32).stages
+@pytest.mark.parametrize(
+    ("name", "signal"),
+    [
+        ("fastv", Attention("last")),
+        ("pyramiddrop", Attention("last", layer="next")),
+        ("sparsevlm", Attention("raters")),
+    ],
+)
+def test_presets_name_their_stages_and_read_their_signal(name: str, signal: Attention) -> None:
+    stages = make_reducer(name).plan(0.5, 32).stages
+    assert {s.reducer.name for s in stages} == {name}
+    assert all(s.needs == {signal} for s in stages)
+    scores = matrix.tokens((1, 4, 5)).scores
+    assert scores is not None
+    best = sorted(sorted(range(20), key=lambda i: -scores[i])[:6])
+    assert matrix.reduce((name, {}), matrix.tokens((1, 4, 5)), 6).rows.tolist() == best
+
+
+def test_cuts_of_presets() -> None:
     (cut,) = make_reducer("fastv").plan(0.5, 32).stages
     assert (cut.layer, cut.fraction) == (2, pytest.approx(14 / 30))
     halves = make_reducer("pyramiddrop").plan(1 - 15 / 32, 32).stages

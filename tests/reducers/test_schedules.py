@@ -105,13 +105,12 @@ def test_a_cut_that_cannot_meet_the_ratio_is_earlier_and_marked() -> None:
 
 
 def test_sparsevlm_at_its_published_ratio() -> None:
-    """Layers 0 … 2 of 32 see 576 tokens, and those behind layers 2, 6 and 15 300, 200 and 118."""
+    """Layers 0 … 2 of 32 see 576 tokens, and those after layers 2, 6 and 15 300, 200 and 118."""
     seen = [576.0] * 3 + [300.0] * 4 + [200.0] * 9 + [118.0] * 16
     ratio = 1 - sum(seen) / 32 / 576
     reducer = make_reducer("sparsevlm")
     assert reducer.plan(ratio, 32).fractions(32) == pytest.approx([n / 576 for n in seen])
     assert not reducer.deviation(ratio, 32) and reducer.deviation(0.9, 32)
-    assert all(s.reducer.score == "rater_query" for s in reducer.plan(ratio, 32).stages)
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,7 @@ def reduce(case: Case, given: Tokens, *budgets: int) -> Kept:
 
 
 def step_cases() -> list[Case]:
-    """The cases that have a step of their own; presets only make plans."""
+    """The cases that choose tokens; the others only plan stages of other reducers."""
     return [(n, o) for n, o in cases() if not only_plans(make_reducer(n, **o))]
 
 

@@ -60,7 +60,7 @@ class Traits:
 
 
 def only_plans(reducer: AnyReducer) -> bool:
-    """Whether it is a preset or composition, which only plans other reducers."""
+    """Whether it only plans stages of other reducers, as compositions and `aim` do."""
     return not reducer._has_step
 
 

@@ -73,8 +73,8 @@ class Stage(StageOptions):
     Raises
     ------
     PlanError
-        A layer or fraction of another type; an unknown modality; a reducer that only plans the
-        steps of others (a preset or a composition), or that acts before the vision tower or at the
+        A layer or fraction of another type; an unknown modality; a reducer that only plans
+        stages of others (`aim` or a composition), or that acts before the vision tower or at the
         entry alone.
     OptionError
         An option of the reducer that has no effect there; an option of the stage that is of another
@@ -161,7 +161,7 @@ class TowerStage:
     PlanError
         A block or fraction of another type or range, or a reducer that cannot act in the tower:
         one that needs the question or other signals, merges, chooses the number of tokens, or
-        only plans the steps of others; a budget of a whole prompt.
+        only plans stages of others; a budget of a whole prompt.
     OptionError
         An option of the reducer that has no effect there.
     """
@@ -235,7 +235,10 @@ class TowerStage:
 def _unfit_for_layer(reducer: AnyReducer, layer: int) -> str:
     """Why a reducer cannot act before a decoder layer, or ""."""
     if only_plans(reducer):
-        return "only plans the steps of others. Give it to patch(reducer=...)"
+        return (
+            "only plans stages of other reducers. Name these in the plan (`patch(...).plan` has "
+            "them), or give it to patch(reducer=...)"
+        )
     if reducer.traits.decides:
         return (
             "compares pixels, which are seen before block 0 of the vision tower only. Use "
@@ -249,7 +252,7 @@ def _unfit_for_layer(reducer: AnyReducer, layer: int) -> str:
 def _unfit_for_tower(reducer: AnyReducer) -> str:
     """Why a reducer cannot choose cells of the vision tower, or ""."""
     if only_plans(reducer):
-        return "only plans the steps of others"
+        return "only plans stages of other reducers"
     if any(signal.source != "seen" for signal in reducer.needs):
         return "reads the question or attention, which do not exist before the tower has run"
     if reducer.traits.merges:

@@ -27,13 +27,13 @@ MISSING = "reducer {!r} needs {}. Run it through tokencomp.patch."
 
 
 @dataclasses.dataclass(frozen=True)
-class Reducer(ABC):  # noqa: B024  # presets have no step, and can be built
+class Reducer(ABC):  # noqa: B024  # it can be built without `reduce`
     """Base class of all methods: a frozen dataclass whose fields are its options.
 
     A reducer has no state and does not know at which stage it acts. Methods override `reduce` (what
-    is kept at one stage) or `plan` (at which layers), presets only `plan`. Options are checked
-    against their annotations; a `__post_init__` that checks more calls `super().__post_init__()`
-    first. An option without effect under some values of the others says so in its metadata
+    is kept at one stage) or `plan` (at which layers). Options are checked against their
+    annotations; a `__post_init__` that checks more calls `super().__post_init__()` first. An option
+    without effect under some values of the others says so in its metadata
     (`tokencomp.plan.options.effective`).
 
     The eight public members are `name`, `summary`, `traits`, `needs`, `reduce`, `plan`,
@@ -79,8 +79,8 @@ class Reducer(ABC):  # noqa: B024  # presets have no step, and can be built
         `tokens` holds one span, or all spans of a call if the traits say `batched`.
         """
         raise OptionError(
-            f"reducer {self.name!r} is a preset: it plans stages of other reducers, and keeps "
-            "nothing itself. Use it through patch, or run the reducers of its plan."
+            f"reducer {self.name!r} plans stages of other reducers, and keeps nothing itself. Use "
+            "it through patch, or run the reducers of its plan."
         )
 
     def plan(self, ratio: float, num_layers: int) -> Plan:

@@ -96,13 +96,22 @@ class Prune(ScoreReducer, Published):
 
 
 @dataclass(frozen=True)
-class Preset(Published):
-    """A published method that is a setting of `Prune`."""
+class Preset(ScoreReducer, Published):
+    """A published method that is a setting of `Prune`, under its name in plans and handles."""
 
     step: ClassVar[Prune]
+    traits = Traits(batched=True)
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        return self.step.needs
 
     def plan(self, ratio: float, num_layers: int) -> Plan:
-        return self.step.plan(ratio, num_layers)
+        profile = SCHEDULES[self.step.schedule](num_layers, 1.0 - check_ratio(ratio))
+        return from_profile(profile, self)
 
     def published_layers(self, num_layers: int) -> tuple[int, ...]:
         return self.step.published_layers(num_layers)
+
+    def scores(self, tokens: Tokens) -> Tensor:
+        return supplied_scores(tokens, self.name)
