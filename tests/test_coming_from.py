@@ -104,7 +104,7 @@ def test_visionzip_keeps_54_dominant_and_10_contextual_tokens(prompt: dict[str, 
     exec("handle = " + code, prompt)
     (stage,) = prompt["handle"].plan.stages
     given = matrix.tokens((1, 24, 24))
-    rows = matrix.kept(stage.reducer, given, 64).rows.tolist()
+    rows = matrix.kept(stage.reducer, given, 64).patches.tolist()
     attention = given.tower[TOWER_ATTENTION].tolist()
     dominant = sorted(range(576), key=lambda i: (-attention[i], i))[:54]
     assert {*dominant} < {*rows} and len(rows) - len(dominant) == 10
@@ -125,7 +125,7 @@ def test_tome_is_the_default_on_images_or_pairs_of_similar_tokens(prompt: dict[s
     rows = [Row(i, 1.0, value) for i, value in enumerate(x.features.double().tolist())]
     pairs = [row.place for row in merge_group(rows, 18)]
     bipartite = tokencomp.make_reducer("bipartite")
-    assert matrix.kept(bipartite, x, 18).rows.tolist() == pairs
+    assert matrix.kept(bipartite, x, 18).patches.tolist() == pairs
 
 
 def noise(frames: int, side: int) -> list[Image.Image]:
