@@ -33,12 +33,9 @@ docs:  ## rebuild every page and picture from the stored results
 site:  ## build the site into build/site; needs the extra [docs]
 	$(PYTHON) -m mkdocs build --strict
 
-release:  ## build both wheels and the sdists into dist/, check them, run the demo of a fresh environment
+release:  ## build both wheels and the sdists into dist/; .ci/run wheels also uses them without the checkout
 	rm -rf dist build zoo/build
 	$(PYTHON) -m build --outdir dist .
 	$(PYTHON) -m build --outdir dist zoo
 	$(PYTHON) -m twine check --strict dist/*
-	$(PYTHON) -m venv dist/fresh
-	dist/fresh/bin/pip install -q "$$(echo dist/tokencomp-*.whl)[cli]" dist/tokencomp_zoo-*.whl
-	cd dist && HF_HUB_OFFLINE=1 fresh/bin/tokencomp demo
-	rm -rf dist/fresh dist/tokencomp-demo* build zoo/build
+	rm -rf build zoo/build

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Iterable
 
 
@@ -209,3 +210,17 @@ def check_free(kind: str, name: str, old: type, new: type) -> None:
             f"{kind} {name!r} is already registered by {old_class}, so {new_class} cannot take the "
             "name. Choose another name; register_reducer(..., override=True) replaces a reducer."
         )
+
+
+def deprecated(old: str, new: str, gone_in: str) -> None:
+    """Warn that a public name is deprecated; call it first in the function of the old name.
+
+    Parameters
+    ----------
+    old, new
+        The name that the caller used, and the name to use.
+    gone_in
+        Release that no longer has the old name: the next minor release but one at the earliest.
+    """
+    message = f"{old} is deprecated and goes in tokencomp {gone_in}; use {new}."
+    warnings.warn(message, DeprecationWarning, stacklevel=3)

@@ -292,3 +292,9 @@ def test_a_wrong_shape_is_refused(message: str, layer: int) -> None:
         pytest.raises(PlanError, match=message),
     ):
         model(**inputs)
+
+
+def test_the_old_name_of_kept_patches_still_works() -> None:
+    kept = Kept(torch.tensor([1, 3]))
+    with pytest.warns(DeprecationWarning, match=r"Kept\.patches"):
+        assert kept.rows is kept.patches

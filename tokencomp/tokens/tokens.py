@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokencomp.errors import PlanError
+from tokencomp.errors import PlanError, deprecated
 from tokencomp.tokens.signals import Signal
 from tokencomp.tokens.stacks import HostIndex
 
@@ -309,6 +309,12 @@ class Kept:
     patches: Tensor
     features: Tensor | None = None
     weights: Tensor | None = None
+
+    @property
+    def rows(self) -> Tensor:
+        """Deprecated name of `patches`."""
+        deprecated("Kept.rows", "Kept.patches", gone_in="0.3")
+        return self.patches
 
     @classmethod
     def ascending(cls, patches: Tensor, features: Tensor, weights: Tensor) -> Kept:
