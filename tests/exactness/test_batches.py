@@ -168,6 +168,19 @@ def test_packed_equals_masked(family: Family) -> None:
         start = stop
 
 
+def test_a_mask_says_that_prompts_are_not_packed(family: Family) -> None:
+    """As in transformers: positions that start again are then those of one prompt."""
+    model = family.build()
+    inputs = pack(family, model, packed_rows(family))
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    with torch.no_grad(), tokencomp.patch(model, plan=plans.make("both", family.layers)) as handle:
+        found = model(**inputs, use_cache=False).logits
+        masks = oracle.kept_columns(handle, inputs, family.layers)
+    with torch.no_grad(), oracle.layer_masks(model, family, masks):
+        full = model(**inputs, use_cache=False).logits
+    torch.testing.assert_close(found[masks[-1]], full[masks[-1]], atol=1e-4, rtol=0)
+
+
 def test_flops_count_every_prompt_alone(family: Family) -> None:
     model, rows = family.build(), packed_rows(family)
     with torch.no_grad(), tokencomp.patch(model, 0.5, reducer="uniform") as handle:

@@ -11,9 +11,10 @@ import torch
 import transformers
 from support import matrix, oracle
 from support.families import FAMILIES, Family, text
+from support.family.llava import LlavaOn
 from support.family.qwen import Qwen3VL
 from support.prompts import ragged, single
-from torch import nn
+from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import tokencomp
@@ -31,6 +32,7 @@ MERGERS = [case for case, merges in CASES if merges]
 FAMILY_NAMES = sorted(set(FAMILIES) - {"qwen3_vl_moe"})  # torch has no float64 for its experts
 two_families = pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision"])
 KCENTER, UNIFORM = make_reducer("kcenter"), make_reducer("uniform")
+SMALL = {"num_hidden_layers": 2}
 MERGE = {"ratio": 0.8, "reducer": "kcenter", "merge": True}
 
 
@@ -39,10 +41,11 @@ def check(
     steps: int = 8,
     model: nn.Module | None = None,
     auto: bool = False,
+    inputs: dict[str, Tensor] | None = None,
     **setting: Any,
 ) -> None:
-    """Prefill and decode steps of a ragged batch."""
-    model, inputs = model or family.build(), ragged(family)
+    """Prefill and decode steps of a ragged batch: two samples with media, and one of text."""
+    model, inputs = model or family.build(), inputs or ragged(family)
     handle, out, masks = oracle.generated(model, family, inputs, steps, **setting)
     merged = oracle.Merged(handle, frozenset({"image"}) if auto else None)
     assert oracle.deviation(model, family, inputs, out, masks, merged) < 1e-5
@@ -90,6 +93,14 @@ PLANS = {
 )
 def test_stages_that_merge_or_drop(of: Family, plan: str) -> None:
     check(of, plan=PLANS[plan])
+
+
+@two_families
+def test_two_stages_beside_a_longer_text(name: str) -> None:
+    """Layers before and after the second stage hold as many rows as the text is long."""
+    family = FAMILIES[name]
+    rows = [[text(3), family.image(0), text(4, 2)], [family.image(1), text(3, 4)], [text(70, 5)]]
+    check(family, 3, inputs=family.batch(rows), plan=PLANS["twice"])
 
 
 @two_families
@@ -216,6 +227,34 @@ def test_attention_with_an_indexer_is_refused(model_type: str) -> None:
     model = tiny_model(model_class, CONFIG_MAPPING[model_type](), variants(model_type)[0]).model
     with pytest.raises(UnsupportedModelError, match="do not reach the attention of"):
         tokencomp.patch(model, 0.5, reducer="kcenter", merge=True)
+
+
+def test_capped_logits_are_refused() -> None:
+    """The cap would apply to the weights too. The default drops, and says so."""
+    weights._warn_once.cache_clear()
+    types = {"layer_types": ["full_attention"] * 2}
+    capped = LlavaOn(transformers.Gemma2Config, **SMALL, **types, attn_logit_softcapping=30.0)
+    model, inputs = capped.build("eager"), single(capped)
+    with pytest.raises(UnsupportedModelError, match="caps its attention logits"):
+        tokencomp.patch(model, **MERGE)
+    with pytest.warns(MergeWarning, match="caps its attention logits"):
+        handle = tokencomp.patch(model, 0.5)
+    model(**inputs)
+    assert handle.stats.merged_from is None
+
+
+@pytest.mark.parametrize(("dim", "merges"), [(248, True), (256, False)])
+def test_the_widest_heads_that_merge_by_default(dim: int, merges: bool) -> None:
+    """FlashAttention takes 256 dimensions, and the weights need eight of them."""
+    weights._warn_once.cache_clear()
+    wide = LlavaOn(transformers.Qwen3Config, **SMALL, head_dim=dim)
+    model = wide.build()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", MergeWarning)
+        handle = tokencomp.patch(model, 0.5)
+    model(**single(wide))
+    assert (handle.stats.merged_from == 0) == merges
+    assert bool(caught) != merges
 
 
 def test_attention_that_takes_no_weights() -> None:

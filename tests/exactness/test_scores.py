@@ -136,6 +136,51 @@ def test_scores_at_entry(rows: Any, heads: Any, past: int) -> None:
     check(spy.seen, turns.expected(stats, turns.maps()[0], spy.signal))
 
 
+@pytest.mark.parametrize("heads", ["mean", "rms"])
+def test_pagerank_in_a_second_turn(heads: Any) -> None:
+    """The graph has the rows of this turn alone, because earlier ones have no queries."""
+    family, steps = FAMILIES["qwen2_vl"], 3
+    model = family.build("eager")
+    turns = TwoTurns(family, model, 7)
+    spy = Spy(Attention("all", heads=heads, iterations=steps))
+    stats = turns.run(Plan((Stage(0, 0.5, spy),)))
+    real = turns.whole["attention_mask"].bool()
+    real[:, : turns.past] = False
+    maps, expected = turns.maps([real] * family.layers)[0][:, :, 7:, 7:], []
+    for b, spans in enumerate(stats.spans):
+        shown = turns.turn["attention_mask"][b].bool()
+        matrix = maps[b][:, shown][:, :, shown]
+        ranks = torch.ones(len(matrix), 1, matrix.shape[1])
+        for _ in range(steps):
+            ranks = ranks @ matrix
+        means = ranks[:, 0] / matrix.shape[1]
+        joined = means.mean(0) if heads == "mean" else means.square().mean(0).sqrt()
+        first = int(shown.int().argmax())
+        for span in spans:
+            offsets = [o for o in range(span.length) if not span.fixed_mask()[o]]
+            expected.append(joined[[span.start + o - first for o in offsets]])
+    check(spy.seen, expected)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "llava_onevision"])
+def test_lengths_of_keys_are_taken_before_rotation(name: str) -> None:
+    """Of the keys that the projection makes of the normed rows, summed over heads."""
+    family = FAMILIES[name]
+    model = family.build()
+    turns, spy = TwoTurns(family, model, 0), Spy(Attention("none"))
+    stats = turns.run(Plan((Stage(0, 0.5, spy),)))
+    layer = family.decoder(model).layers[0]
+    x = oracle.decoder_inputs(model, family, turns.turn)["inputs_embeds"]
+    with torch.no_grad():
+        lengths = layer.self_attn.k_proj(layer.input_layernorm(x)).abs().sum(-1)
+    expected = []
+    for b, spans in enumerate(stats.spans):
+        for span in spans:
+            offsets = [o for o in range(span.length) if not span.fixed_mask()[o]]
+            expected.append(lengths[b, [span.start + o for o in offsets]])
+    check(spy.seen, [e.float() for e in expected])
+
+
 @pytest.mark.parametrize("past", [7, 0])
 @pytest.mark.parametrize("side", ["previous", "next"])
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl", "llava_onevision", "internvl"])

@@ -192,6 +192,30 @@ def test_a_session_leaves_no_trace(loaded: tuple[Any, Any], clip: Any, record: R
     assert not model._forward_pre_hooks and not model.model.language_model._forward_pre_hooks
 
 
+def test_an_interrupted_question_leaves_no_trace(loaded: Any, clip: Any, record: Record) -> None:
+    """Ctrl-C during an answer that would stay: later turns and evictions are as without it."""
+    model, processor = loaded
+
+    def interrupt(module: Any, args: Any) -> None:
+        if len(record.calls) == 3:  # the frames, the question, the first token of the answer
+            raise KeyboardInterrupt
+
+    found = []
+    for interrupted in (True, False):
+        record.calls.clear()
+        with tokencomp.Session(model, processor, budget=190) as session:
+            session.append(clip[0][:2], seconds=0.5)
+            if interrupted:
+                hook = model.register_forward_pre_hook(interrupt)
+                with pytest.raises(KeyboardInterrupt):
+                    session.ask(clip[1], keep=True)
+                hook.remove()
+            session.append(clip[0][2:4], seconds=0.5).append(clip[0][4:6], seconds=0.5)
+            assert session.rows == 190 < session.tokens
+            found.append([layer.keys.clone() for layer in session.cache.layers])
+    assert all(map(torch.equal, *found))
+
+
 def test_rows_stay_in_the_budget(loaded: tuple[Any, Any], clip: Any, record: Record) -> None:
     model, processor = loaded
     tokencomp.patch(model, 0.5, **KCENTER)
