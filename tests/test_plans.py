@@ -175,3 +175,10 @@ def test_budgets_of_frames_against_exact_fractions() -> None:
             extra[min(left, key=lambda f: (extra[f], -remainder[f], f))] += 1
         expected = [a + b for a, b in zip(wanted, extra, strict=True)]
         assert frame_budgets([float(w) for w in weights], total, most, least) == expected
+
+
+def test_a_whole_grid_after_a_budget() -> None:
+    """Items above the budget lose tokens, whatever the fraction of the stage says."""
+    first = Stage(0, 1.0, make_reducer("uniform"), budget=Budget(64))
+    with pytest.raises(errors.PlanError, match="'vidcom2' compares places of a whole grid"):
+        Plan((first, Stage(2, 0.5, make_reducer("vidcom2"))))

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from support.families import FAMILIES, text
+from support.families import FAMILIES, IMAGE, text
 
 import tokencomp
 from tokencomp import Plan, Stage, TowerStage, make_reducer, plan_from_json, plan_to_json
@@ -191,6 +191,22 @@ def test_a_tower_alone_that_rounds_up_misses_the_ratio() -> None:
     handle.set(ratio=0.95, tower_ratio=0.95)
     with torch.no_grad(), pytest.warns(RatioWarning, match=r"ratio 0\.95"):
         model(**inputs)
+
+
+def test_images_whose_tiles_are_interpolated() -> None:
+    """LLaVA-OneVision makes 5 × 5 tokens of the 8 × 8 patches of four tiles, if two are allowed."""
+    family = FAMILIES["llava_onevision"]
+    model, image = family.build(), family.image(0)
+    model.config.vision_aspect_ratio = "anyres_max_2"
+    image.ids = [IMAGE] * (16 + 5 * 6) + [7]
+    inputs = family.batch([[text(3), image, text(4)]])
+    with torch.no_grad(), tokencomp.patch(model, 0.5) as handle:
+        assert model(**inputs).logits.isfinite().all()
+        handle.set(tower_ratio=0.3)
+        with pytest.raises(SpanError, match="tiles are interpolated to 2"):
+            model(**inputs)
+        model.config.vision_aspect_ratio = "anyres_max_4"  # four tiles stay what they are
+        assert model(**family.batch([[family.image(0), text(4)]])).logits.isfinite().all()
 
 
 def test_a_question_that_ends_in_a_dropped_token() -> None:

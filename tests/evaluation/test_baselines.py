@@ -75,6 +75,14 @@ def test_media_of_a_fixed_number_of_tokens_are_not_blurred_for_nothing() -> None
     assert len(fixed.shrink([image] * 8, 0.75)) == 2
 
 
+def test_a_clip_of_small_frames_keeps_its_frames() -> None:
+    """16 frames of 16 pixels a side have as many tokens together as one frame has pixels."""
+    equal = Made(lambda w, h: max(1, w // 4) * max(1, h // 4))
+    video = [Image.new("RGB", (16, 16))] * 16
+    found = equal.shrink(video, 0.75)
+    assert len(found) == 16 and equal.tokens(found) == 64
+
+
 @pytest.mark.parametrize("frames, ratio", [(8, 0.5), (8, 0.9), (8, 0.625), (7, 0.75), (16, 0.6)])
 def test_of_as_many_tokens_most_frames(frames: int, ratio: float) -> None:
     """Frames count in pairs: an odd one could have had a companion for nothing."""
@@ -116,3 +124,11 @@ def test_the_nearest_budget_is_taken_and_given_back(ratio, budget):
     assert taken == budget and inside[name].tolist() == by_hand[name].tolist()
     assert inside["pixel_values"].equal(by_hand["pixel_values"])
     assert processor.image_processor.max_soft_tokens == 280
+
+
+def test_both_ends_of_a_budget_are_given_back() -> None:
+    """LFM2-VL's processor has a least number of tokens too, which a small budget lowers."""
+    images = SimpleNamespace(max_image_tokens=256, min_image_tokens=64)
+    with native_budget(SimpleNamespace(image_processor=images), 0.9) as taken:
+        assert taken == 26 and vars(images) == {"max_image_tokens": 26, "min_image_tokens": 26}
+    assert vars(images) == {"max_image_tokens": 256, "min_image_tokens": 64}

@@ -28,6 +28,14 @@ def test_candidates_are_all_that_fit(loaded, examples):
     assert {(c.frames, c.scale, c.setting.name, c.setting.ratio) for c in found} == expected
 
 
+def test_the_tower_drops_no_more_than_the_whole(loaded, examples):
+    """Ratios below the tower's are left out; the same ratio is none of them."""
+    videos, ratios = [e for e in examples if e.media[0].suffix == ".mp4"], [0.25, 0.5, 0.75]
+    grid = {**GRID, "frames": [4], "scales": [1.0], "ratios": ratios}
+    found = candidates(*loaded, videos, **grid, tokens=1000, options={"tower_ratio": 0.5})
+    assert [c.setting.ratio for c in found] == [0.0, 0.5, 0.75]
+
+
 @pytest.mark.parametrize("order", ["alternating", "images first", "long"])
 def test_budgets_count_all_items_of_the_file(loaded, examples, order):
     """An image of 64 tokens and a clip of 8 frames with 256: (64 + 256) / 2 = 160 per item."""

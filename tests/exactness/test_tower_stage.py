@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 import tokencomp
 from tokencomp import Plan, Stage, TowerStage, make_reducer
+from tokencomp.adapters.towers.base import attention_blocks
 from tokencomp.errors import UnsupportedModelError
+from tokencomp.reducers import ScoreReducer
 
 # The mixture of experts of Qwen3-VL takes no float64; its tower is that of Qwen3-VL.
 FAMILY_NAMES = sorted(set(FAMILIES) - {"qwen3_vl_moe"})
@@ -130,6 +132,36 @@ def test_only_kept_patches_are_embedded(family: Family) -> None:
     half = len(sizes) // 2
     patches = tower.tower_of(model).spatial_merge_size ** 2
     assert sum(sizes[half:]) == kept * patches < 0.7 * sum(sizes[:half])
+
+
+@dataclasses.dataclass(frozen=True)
+class Loudest(ScoreReducer):
+    """Keeps the cells of the largest hidden states."""
+
+    name = "loudest"
+
+    def scores(self, tokens: tokencomp.Tokens) -> Tensor:
+        return tokens.features.norm(dim=1)
+
+
+@pytest.mark.parametrize("block", [0, 1])
+def test_cells_of_a_tower_that_sorts_them_by_window(block: int) -> None:
+    """Qwen2.5-VL: 3 × 5 cells in windows of 2 × 2, an order that is not its own inverse."""
+    family, loud = FAMILIES["qwen2_5_vl"], [1, 7, 13]
+    model, image = tower.build(family), family.image(2)
+    for attn in attention_blocks(tower.tower_of(model)):
+        torch.nn.init.zeros_(attn.proj.weight)  # so that no patch reads another one
+    image.inputs["pixel_values"].mul_(0.01)
+    for cell in loud:
+        image.inputs["pixel_values"][4 * cell : 4 * cell + 4] *= 1000
+    inputs = tower.like(model, family.batch([[text(3), image, text(4)]]))
+    plan = Plan((), TowerStage(block, 0.2, Loudest()))
+    with tokencomp.patch(model, plan=plan) as handle, torch.no_grad():
+        model(**inputs)
+        assert handle.stats.tower_kept(0) == [loud]
+        with tower.block_inputs(model, 1) as seen:
+            model(**inputs)
+    assert block or float(seen[0].norm(dim=-1).min()) > 5
 
 
 def qwen35(family: Family, model: Any) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from support.tower_loops import cosine, dot
 
 from tokencomp import Tokens, make_reducer
 from tokencomp.errors import ScoreError
-from tokencomp.reducers import ScoreReducer
+from tokencomp.reducers import ScoreReducer, vidcom2
 from tokencomp.tokens.signals import TOWER_ATTENTION, Attention
 
 GRIDS = [(1, 5, 6), (4, 3, 4), (6, 2, 3)]
@@ -160,7 +160,8 @@ def test_evs() -> None:
 
 @pytest.mark.parametrize(("keep", "temperature"), [(5, 0.5), (12, 0.01), (30, 0.5), (45, 0.01)])
 def test_vidcom2(keep: int, temperature: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    t, n, d = 4, 12, 12
+    """Unit rows of 24 channels have distances at which every width of the kernel matters."""
+    t, n, d = 4, 12, 48
     given = matrix.tokens((t, 3, 4), dim=d)
     x = given.features.double().tolist()
     spread = [np.var([row[c] for row in x]) for c in range(d)]
@@ -178,6 +179,9 @@ def test_vidcom2(keep: int, temperature: float, monkeypatch: pytest.MonkeyPatch)
     whole = mean(x)
     video = [gaussians(row, whole) for row in x]
     local = [gaussians(row, mean(x[i // n * n :][:n])) for i, row in enumerate(x)]
+    sums = torch.tensor([v + w for v, w in zip(video, local, strict=True)])
+    found = vidcom2.values_of(given.grids[0], given.features[None])[0, :, 0]
+    torch.testing.assert_close(found, sums, atol=1e-5, rtol=1e-5)
     unusual = [-sum(video[f * n :][:n]) / n for f in range(t)]
     weight = [math.exp((u - max(unusual)) / temperature) for u in unusual]
     wanted = [keep / t * (1 + v / sum(weight) - 1 / t) for v in weight]

@@ -164,6 +164,8 @@ def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded(kind: str) -> None
 
     assert load_image(url(50), Limits()).size == (64, 64)
     refused(413, load_image, url(200), Limits())
+    early = whole[:2] + b"\xff\xd9" + whole[2:end] + scan * 200 + whole[end:]
+    refused(413, load_image, data(early, "image/jpeg"), Limits())  # an end before the first scan
 
 
 @pytest.mark.parametrize("filler", [b"\xff\xef\0\2", b"\xff\xfe\0\2", b"\xff\xff\xef\0\2"])
