@@ -43,14 +43,36 @@ def test_maps_are_those_of_the_masked_run(family: Family, name: str) -> None:
         masks = oracle.kept_columns(handle, inputs, family.layers)
     with torch.no_grad(), oracle.layer_masks(model, family, masks):
         full = model(**inputs, **options).attentions
-    for here, there, mask in zip(found, full, masks, strict=True):
-        assert here.shape == there.shape
-        for b in range(3):
-            rows = mask[b]
-            torch.testing.assert_close(here[b][:, rows], there[b][:, rows], atol=1e-5, rtol=1e-4)
-            assert bool((here[b][:, rows][..., ~rows] == 0).all())
+    check_maps(found, full, masks)
     queries = found[-1].transpose(1, 2).flatten(2)
     assert torch.equal(queries, oracle.repeated(queries, masks[-1]))
+
+
+def check_maps(found: Any, full: Any, masks: list[Tensor]) -> None:
+    """Maps of kept queries are those of the masked run, and 0 at the keys of dropped tokens."""
+    for here, there, mask in zip(found, full, masks, strict=True):
+        assert here.shape == there.shape
+        for b, rows in enumerate(mask):
+            torch.testing.assert_close(here[b][:, rows], there[b][:, rows], atol=1e-5, rtol=1e-4)
+            assert bool((here[b][:, rows][..., ~rows] == 0).all())
+
+
+@pytest.mark.parametrize("layer", range(4))
+@pytest.mark.parametrize("name", [name for name in ("qwen3_5", "lfm2_vl") if name in HYBRID])
+def test_maps_of_decoders_with_linear_layers(name: str, layer: int) -> None:
+    """A stage before every layer: transformers gives a map for each layer that attends."""
+    family = HYBRID[name]
+    model = family.build("eager")
+    rows = [[text(3), family.image(0), text(9, 3)], [family.image(1), text(5, 4)], [text(6)]]
+    inputs = {**family.batch(rows), "output_attentions": True, "use_cache": False}
+    plan = Plan((Stage(layer, 0.4, UNIFORM),))
+    with torch.no_grad(), tokencomp.patch(model, plan=plan) as handle:
+        found = model(**inputs).attentions
+        masks = oracle.kept_columns(handle, inputs, family.layers)
+    with torch.no_grad(), oracle.hidden_columns(family.decoder(model), masks):
+        full = model(**inputs).attentions
+    types = model.config.get_text_config().layer_types
+    check_maps(found, full, [m for m, t in zip(masks, types, strict=True) if "full" in t])
 
 
 @pytest.mark.parametrize("merge", [False, True])
@@ -61,18 +83,25 @@ def test_maps_of_a_step_in_a_window(merge: Any) -> None:
     step = {"input_ids": torch.tensor([[7]]), "use_cache": True, "output_attentions": True}
 
     with torch.no_grad():
+        plain = oracle.cache_of(model(**inputs, use_cache=True))
+        shapes = [m.shape for m in model(**step, past_key_values=plain).attentions]
         with tokencomp.patch(model, 0.5, reducer="kcenter", merge=merge) as handle:
             cache = oracle.cache_of(model(**inputs, use_cache=True))
             found = model(**step, past_key_values=cache).attentions
             masks = oracle.kept_columns(handle, inputs, family.layers)
-        with oracle.hidden_columns(family.decoder(model), masks):
-            cache = oracle.cache_of(model(**inputs, use_cache=True))
-        seen = [torch.cat([mask, torch.ones(1, 1).bool()], 1) for mask in masks]
-        with oracle.hidden_columns(family.decoder(model), seen):
-            expected = model(**step, past_key_values=cache).attentions
-    for here, there in zip(found, expected, strict=True):
-        assert here.shape == there.shape
-        assert merge or oracle.difference(here, there) < 1e-5
+        # One run over the prompt and the token; a merged token has the weight of all its tokens.
+        new = step["input_ids"]
+        whole = oracle.continued(inputs, family.positions(model, inputs), new)
+        merged = oracle.Merged(handle) if merge else None
+        if merged is not None:
+            merged.sizes = torch.ones(whole["input_ids"].shape)
+        seen = [torch.cat([mask, torch.ones_like(new).bool()], 1) for mask in masks]
+        with oracle.hidden_columns(family.decoder(model), seen, merged):
+            full = model(**whole, use_cache=False, output_attentions=True).attentions
+    for here, there, shape in zip(found, full, shapes, strict=True):
+        assert here.shape == shape
+        assert oracle.difference(here, there[..., -1:, -shape[-1] :]) < 1e-5
+    assert merged is None or merged.sizes.max() > 1
 
 
 @pytest.mark.parametrize("name", ["entry", "both"])

@@ -333,14 +333,18 @@ def restore_map(weights: Tensor, segment: Segment, width: int) -> Tensor:
 
 
 def restore_maps(maps: Any, call: Call, layers: Sequence[Any]) -> Any:
-    """Expand the attention maps of all decoder layers; some can be None.
+    """Expand the attention maps of a decoder: one per layer, some of them None, or one per layer
+    that attends, as of Qwen3.5.
 
     `layers`: layers of the KV cache. Maps of sliding layers begin with the columns that their cache
     layer holds, as without a patch.
     """
     width, layer_types, full = call.width, call.layer_types, []
+    numbers = [i for i, layer_type in enumerate(layer_types.types) if layer_type.attends]
+    if len(maps) != len(numbers):
+        numbers = [*range(len(maps))]
     cut = any(isinstance(layer, DynamicSlidingWindowLayer) for layer in layers)
-    for i, weights in enumerate(maps):
+    for i, weights in zip(numbers, maps, strict=True):
         segment = call.segment_of[i]
         size = layer_types.sizes.get(layer_types.types[i].name) if cut else None
         if weights is not None:
