@@ -206,16 +206,17 @@ def test_a_patched_model_can_be_freed(family: Family) -> None:
     assert alive() is None
 
 
-def test_copies_of_a_patched_model_are_refused() -> None:
+@pytest.mark.parametrize("setting", [{"reducer": "aim"}, {"tower_ratio": 0.3}], ids=str)
+def test_copies_of_a_patched_model_are_refused(setting: dict[str, Any]) -> None:
     family = FAMILIES["qwen2_vl"]
     model, inputs = family.build(), prompt(family)
-    with tokencomp.patch(model, 0.5, reducer="aim") as handle, torch.no_grad():
+    parts = [model, model.model.visual if "tower_ratio" in setting else family.decoder(model)]
+    with tokencomp.patch(model, 0.5, **setting) as handle, torch.no_grad():
         model(**inputs)  # from here on, layers may have hooks as well
-        for part in (model, family.decoder(model)):
-            with handle.disabled(), pytest.raises(CopyError, match=r"unpatch\(model\) first"):
-                copy.deepcopy(part)
-        with pytest.raises(CopyError, match="unpatch"):
-            pickle.dumps(model)
+        for part in parts:
+            for copied in (copy.deepcopy, pickle.dumps):
+                with handle.disabled(), pytest.raises(CopyError, match=r"unpatch\(model\) first"):
+                    copied(part)
     with torch.no_grad():
         assert torch.equal(copy.deepcopy(model)(**inputs).logits, model(**inputs).logits)
 

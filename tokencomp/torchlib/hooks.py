@@ -52,7 +52,7 @@ class Hooked(Installed):
             Called with the same arguments while Dynamo traces the call: if it returns False, `run`
             is skipped and the graph continues. None: `run` is never skipped.
         """
-        hook = functools.partial(_hook, 1, traced, compat.not_compiled(run))
+        hook = functools.partial(self._run_hook, 1, traced, compat.not_compiled(run))
         self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True, **options))
 
     def _after(
@@ -65,25 +65,27 @@ class Hooked(Installed):
         """Like `_before`, but after the call: `run(module, args, kwargs, out)` returns a new
         output.
         """
-        hook = functools.partial(_hook, 2, traced, compat.not_compiled(run))
+        hook = functools.partial(self._run_hook, 2, traced, compat.not_compiled(run))
         self._handles.append(module.register_forward_hook(hook, with_kwargs=True, **options))
 
+    def _run_hook(
+        self,
+        count: int,
+        traced: Needed | None,
+        run: Callable[..., Any],
+        module: nn.Module,
+        args: Any,
+        *rest: Any,
+    ) -> Any:
+        """The hook that torch calls. `rest` holds `count` values: keyword arguments, and perhaps
+        the output.
 
-def _hook(
-    count: int,
-    traced: Needed | None,
-    run: Callable[..., Any],
-    module: nn.Module,
-    args: Any,
-    *rest: Any,
-) -> Any:
-    """The hook that torch calls. `rest` holds `count` values: keyword arguments, and perhaps the
-    output.
-    """
-    # If another thread adds or removes hooks at this moment, torch can call a hook without keyword
-    # arguments. The call of this thread does not need the hook then.
-    if len(rest) < count:
+        It is a method, so that pickle comes to the owner first, which refuses to be copied.
+        """
+        # If another thread adds or removes hooks at this moment, torch can call a hook without
+        # keyword arguments. The call of this thread does not need the hook then.
+        if len(rest) < count:
+            return None
+        if traced is None or not torch.compiler.is_compiling() or traced(module, args, rest[0]):
+            return run(module, args, *rest)
         return None
-    if traced is not None and torch.compiler.is_compiling() and not traced(module, args, rest[0]):
-        return None
-    return run(module, args, *rest)
