@@ -92,6 +92,9 @@ def test_reducers_of_the_tower_without_a_stage_there() -> None:
     assert handle.plan.tower == TowerStage(
         0, 1 - MethodSpec(ratio=0.75, tower_ratio="auto").dropped_cells, RANDOM
     )
+    handle.set(tower_ratio=0.6).set(ratio=0.0)
+    assert not handle.plan.active  # 0 turns every stage off, until there is a ratio again
+    assert handle.set(ratio=0.75).plan.tower == TowerStage(0, 0.4, RANDOM)
     handle.set(tower_ratio=0.0)
     with pytest.raises(OptionError, match="tower_reducer='uniform' has no effect"):
         handle.set(tower_reducer="uniform")
@@ -102,9 +105,10 @@ def test_reducers_of_the_tower_without_a_stage_there() -> None:
         handle.set(tower_ratio="auto")
 
 
-def test_requests_lower_the_stage_of_the_default() -> None:
+@pytest.mark.parametrize("amount", ["auto", 0.6])
+def test_requests_lower_the_stage_of_the_default(amount: Any) -> None:
     """A server's default is for its own ratio: a request at ratio 0 may leave it unnamed."""
-    tower = {"tower_ratio": "auto", "tower_reducer": "random"}
+    tower = {"tower_ratio": amount, "tower_reducer": "random"}
     server = ServerOptions.parse({"ratio": 0.75, "reducer": "uniform", **tower}, "hf")
     assert not server.resolve({"ratio": 0}, "hf").active
     assert server.resolve({"ratio": 0.75}, "hf").dropped_cells == pytest.approx(0.6)

@@ -161,7 +161,9 @@ class MethodSpec(StageOptions):
 
     @property
     def dropped_cells(self) -> float:
-        """The tower ratio as a number, "auto" resolved; 0 with a budget."""
+        """The tower ratio as a number, "auto" resolved; 0 at ratio 0 and with a budget."""
+        if self.off:
+            return 0.0
         if self.tower_ratio == "auto":
             return max(0.0, 1.0 - TOWER_SLACK * (1.0 - self.ratio))
         return self.tower_ratio
