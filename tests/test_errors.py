@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -24,10 +25,15 @@ def prompt(family: Family) -> dict[str, torch.Tensor]:
     return family.batch([[text(3), family.image(0), text(6, 3)]])
 
 
-@pytest.mark.parametrize("ratio", [-0.1, 1.0, 1.5, math.nan, "half"])
-def test_ratio(family: Family, ratio: object) -> None:
-    with pytest.raises(errors.RatioError, match=r"\[0, 1\)"):
-        tokencomp.patch(family.build(), ratio)
+@pytest.mark.parametrize("ratio", [-0.1, 1.0, 1.5, math.nan, "half", "0.75", False, 10**400])
+def test_ratio(ratio: Any) -> None:
+    """Text is no number, as in budgets and options."""
+    model = FAMILIES["qwen2_vl"].build()
+    for given in ({"ratio": ratio}, {"ratio": {"video": ratio}}, {"ratio": 0.5}):
+        tower = {"tower_ratio": ratio} if given == {"ratio": 0.5} else {}
+        if tower != {"tower_ratio": False}:  # off
+            with pytest.raises(errors.RatioError, match=r"\[0, 1\)"):
+                tokencomp.patch(model, **given, **tower)
 
 
 def test_a_bad_request_keeps_the_earlier_patch(family: Family) -> None:

@@ -46,7 +46,7 @@ TAKEN: list[tuple[tuple[str, ...], Any, Any, dict[str, Any]]] = [
     (ENGINES, BUDGET, {"ratio": 0}, {"active": False}),
     (ENGINES, {**BUDGET, "max_ratio": 0.8}, {"reducer": "uniform"}, {"budget": 64}),
     (ENGINES, HALF, {"reducer": None}, {"ratio": 0.5}),
-    (("hf", "vllm"), HALF, {"ratio": {"image": "0.5", "video": 0.75}},
+    (("hf", "vllm"), HALF, {"ratio": {"image": 0.5, "video": 0.75}},
      {"ratios": {"image": 0.5, "video": 0.75}}),
     (("hf", "vllm"), TOWER, None, {"dropped_cells": 0.6}),
     (("hf", "vllm"), TOWER, {"ratio": 0.5}, {"dropped_cells": 0.5}),  # never above the ratio

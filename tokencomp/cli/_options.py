@@ -106,10 +106,10 @@ class StageFlags(StageOptions):
     @property
     def stages(self) -> dict[str, Any]:
         """As options of a setting; empty for the defaults."""
-        from tokencomp.plan.counts import check_ratio
+        from tokencomp.plan.counts import parse_ratio
 
         ratio: Any = self.tower_ratio
-        ratio = ratio if ratio == "auto" else check_ratio(ratio, "tower_ratio")
+        ratio = ratio if ratio == "auto" else parse_ratio(ratio, "tower_ratio")
         amount = {} if ratio == 0.0 else {"tower_ratio": ratio}
         reducer = {} if self.tower_reducer == "auto" else {"tower_reducer": self.tower_reducer}
         return {**self.given_options, **amount, **reducer}

@@ -58,7 +58,7 @@ def _options(reducer: str, text: str) -> dict[str, Any]:
 
 def ratios(text: str) -> list[float | dict[str, float]]:
     """ "0.5,0.75" → [0.5, 0.75]; "0.5;video=0.75" → [0.5, {"video": 0.75}]."""
-    from tokencomp.plan.counts import check_ratio
+    from tokencomp.plan.counts import parse_ratio
 
     settings: list[float | dict[str, float]] = []
     for part in text.split(";"):
@@ -70,7 +70,7 @@ def ratios(text: str) -> list[float | dict[str, float]]:
                 "settings with a semicolon, e.g. --ratio '0.5;video=0.75,audio=0.5'."
             )
         own: list[float | dict[str, float]] = [_by_modality(named)] if named else []
-        own += [check_ratio(piece) for piece in pieces if piece not in named]
+        own += [parse_ratio(piece) for piece in pieces if piece not in named]
         settings += [ratio for i, ratio in enumerate(own) if ratio not in (*settings, *own[:i])]
     return settings
 
@@ -90,7 +90,7 @@ def budgets(text: str) -> list[int | dict[str, int]]:
 
 def _by_modality(pairs: list[str]) -> dict[str, float]:
     """["video=0.75", "audio=0.5"] → {"video": 0.75, "audio": 0.5}."""
-    from tokencomp.plan.counts import check_ratio
+    from tokencomp.plan.counts import parse_ratio
 
     by_modality: dict[str, float] = {}
     for pair in pairs:
@@ -100,7 +100,7 @@ def _by_modality(pairs: list[str]) -> dict[str, float]:
                 f"--ratio gives {kind} twice in one setting. Separate settings with a semicolon, "
                 f"e.g. --ratio '{kind}={by_modality[kind]:g};{pair}'."
             )
-        by_modality[kind] = check_ratio(value, f"ratio of {kind}")
+        by_modality[kind] = parse_ratio(value, f"ratio of {kind}")
     return by_modality
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -16,24 +17,28 @@ MAX_BUDGET = 1_000_000
 PROMPT = "prompt"
 
 
-def check_ratio(ratio: float | str, name: str = "ratio") -> float:
-    """Return `ratio` as a float in [0, 1); raise `RatioError` otherwise.
+def check_ratio(ratio: Any, name: str = "ratio") -> float:
+    """Return `ratio` as a float in [0, 1); raise `RatioError` otherwise, also for text.
 
     Parameters
     ----------
     name
         Of the argument, for the message.
     """
-    try:
-        value = float(ratio)
-    except (TypeError, ValueError, OverflowError):  # of integers that no float can hold
-        value = math.nan
-    if not 0.0 <= value < 1.0:
+    if not fits(ratio, float) or not 0.0 <= ratio < 1.0:
         raise RatioError(
             f"{name}={ratio!r}: expected a number in [0, 1), the fraction of visual-token work to "
             f"remove (0 = off, 0.75 = a quarter is left). Use e.g. {name}=0.5."
         )
-    return value
+    return float(ratio)
+
+
+def parse_ratio(text: str, name: str = "ratio") -> float:
+    """`check_ratio` for text of a command line or of a schedule."""
+    ratio: Any = text
+    with contextlib.suppress(ValueError):
+        ratio = float(text)
+    return check_ratio(ratio, name)
 
 
 def split_evenly(total: int, counts: list[int]) -> list[int]:

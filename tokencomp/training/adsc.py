@@ -15,7 +15,7 @@ import tokencomp
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import MissingDependencyError, install
 from tokencomp.evaluation.settings import Setting
-from tokencomp.plan.counts import check_ratio
+from tokencomp.plan.counts import parse_ratio
 from tokencomp.reducers.registry import make_reducer
 from tokencomp.storage import write_json
 from tokencomp.trained.cards import model_card
@@ -62,7 +62,7 @@ class AdscConfig(LoopConfig):
 
     def phases(self) -> list[list[float]]:
         """Ratios of every phase, checked."""
-        return [[check_ratio(r) for r in phase.split("|")] for phase in self.schedule]
+        return [[parse_ratio(r) for r in phase.split("|")] for phase in self.schedule]
 
     def ratio_at(self, step: int) -> float:
         """Ratio of one step."""
