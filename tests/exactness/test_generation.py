@@ -81,6 +81,22 @@ def test_prompt_lookup_equals_greedy(family: Family, name: str) -> None:
     assert torch.equal(greedy[:, :n], assisted[:, :n])
 
 
+@pytest.mark.parametrize("name", ["both", plans.MERGED])
+@pytest.mark.parametrize("of", ["qwen2_vl", "llava_onevision"])
+def test_a_second_model_as_assistant(of: str, name: str) -> None:
+    """It drafts from the text alone; the tokens are those of the patched model."""
+    family = FAMILIES[of]
+    model, assistant = family.build(), family.build(seed=1)
+    inputs = family.batch([[text(3), family.image(0), text(4, 3) * 3]])
+    with tokencomp.patch(model, plan=plans.make(name, family.layers)):
+        options = dict(max_new_tokens=12, suppress_tokens=[NO_EOS])
+        greedy = model.generate(**inputs, **options)
+        assisted = model.generate(**inputs, **options, assistant_model=assistant)
+    n = min(greedy.shape[1], assisted.shape[1])
+    assert n >= inputs["input_ids"].shape[1] + 12
+    assert torch.equal(greedy[:, :n], assisted[:, :n])
+
+
 @pytest.mark.thin(3)
 @pytest.mark.parametrize("name", [*plans.QUESTION_FREE, plans.MERGED])
 def test_second_turn_on_reused_cache(family: Family, name: str) -> None:

@@ -488,7 +488,9 @@ class FeaturelessPrompts:
         elif self.adapter.has_placeholders(arguments):
             why = (
                 "a prompt has placeholders of media and no pixels. The model reads them as text, "
-                "and nothing is compressed. Pass all that the processor returns: model(**inputs)."
+                "and nothing is compressed. Pass all that the processor returns: model(**inputs). "
+                "An assistant (generate(assistant_model=...)) gets no pixels from transformers; "
+                "do not patch it."
             )
         if why:
             self._warned = True
