@@ -101,11 +101,11 @@ def check_kept(kept: Any, span: Any, logits: Tensor, last: bool) -> None:
     patches = [i for i in range(span.length) if i not in fixed]
     order = sorted(range(len(patches)), key=lambda i: (-float(logits[i]), i))
     count = len(kept) - len(fixed)
-    if count == len(patches) or last:
-        return
-    gap = float(logits[order[count - 1]] - logits[order[count]])
-    best = sorted([*fixed, *(patches[i] for i in order[:count])])
-    assert list(kept) == best or gap < 1e-4
+    gap = float(logits[order[count - 1]] - logits[order[count]]) if count < len(patches) else 1.0
+    best = sorted(patches[i] for i in order[:count])
+    if last and span.length - 1 not in fixed:
+        best[-1] = patches[-1]
+    assert list(kept) == sorted([*fixed, *best]) or gap < 1e-4
 
 
 def network(row: Tensor, weights: str) -> Tensor:

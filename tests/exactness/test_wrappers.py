@@ -84,7 +84,7 @@ def test_a_sample_has_the_scores_of_its_own_adapter(reducer: str) -> None:
             assert handle.stats.kept(0) == kept[b]
             found = logits[b, -alone.shape[1] :]
             torch.testing.assert_close(found, alone[0], atol=1e-5, rtol=1e-5)
-    assert kept[1] != kept[2] or not torch.equal(logits[1], logits[2])
+    assert kept[1] != kept[2]
 
 
 # -- accelerate ------------------------------------------------------------------------------------
