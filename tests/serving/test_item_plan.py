@@ -67,7 +67,7 @@ def kept_of(
     budget = keep - (len(x) - len(patches))
     done = reducer.reduce(Tokens(x[patches], [grid], [budget], modalities=["video"]))
     found = {i: x[i] for i in range(len(x)) if special[i]}
-    for number, row in enumerate(done.rows.tolist()):
+    for number, row in enumerate(done.patches.tolist()):
         at = patches[row]
         found[at] = x[at] if done.features is None else done.features[number]
     return torch.tensor(sorted(found)), torch.stack([found[i] for i in sorted(found)])
@@ -145,7 +145,7 @@ def test_behind_a_tower_stage_the_entry_sees_what_the_tower_left(name: str, amou
     x[present] = torch.randn(cells, 8)
     done = make_reducer(name).reduce(Tokens(x[present], [grid], [15], [cells], ["video"], present))
     rows, index = reduce_rows(plan, x, 8, lambda *_: pytest.fail("rows are finite"), present)
-    assert torch.equal(index, present[done.rows])
+    assert torch.equal(index, present[done.patches])
     assert torch.equal(rows, x[index] if done.features is None else done.features)
     reports = []
     x[present[3], 1] = torch.inf  # a feature that the tower has computed
@@ -203,7 +203,7 @@ def test_weights_that_are_trained_again_have_other_keys_and_choose_anew(tmp_path
         kept.append(reduce_item(ItemPlan.from_tensor(plan.to_tensor()), x)[1].tolist())
         file = str(tmp_path / "selector.safetensors")
         reducer = make_reducer("selector", **options | {"weights": file})
-        assert kept[-1] == reducer.reduce(Tokens(x, [span.grid], [plan.kept])).rows.tolist()
+        assert kept[-1] == reducer.reduce(Tokens(x, [span.grid], [plan.kept])).patches.tolist()
     assert keys[0] == keys[1] != keys[2]
     assert kept[0] == kept[1] != kept[2]
 
