@@ -183,6 +183,15 @@ def test_offloaded(family: Family, kind: str, offloaded: Any) -> None:
     assert oracle.close(out, expected)
 
 
+@pytest.mark.parametrize("name", [n for n in ("gemma3", "gemma4") if n in HYBRID])
+def test_static_caches_with_a_window_are_refused(name: str) -> None:
+    family = HYBRID[name]
+    model, inputs = family.build(), single(family)
+    windows = pytest.raises(UnsupportedCacheError, match="holds StaticSlidingWindowLayer")
+    with tokencomp.patch(model, plan=ENTRY), windows:
+        oracle.generate(model, inputs, 2, cache_implementation="static")
+
+
 @pytest.mark.thin(2)
 @pytest.mark.parametrize("kind", ["static", "offloaded", "quantized"])
 def test_layer_plans_are_refused(family: Family, kind: str, offloaded: Any) -> None:
