@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,9 @@ def answer(folder: Path, job: dict[str, Any], positions: str = "original") -> di
     inputs = inputs_of(folder, job)
     spec = job.get("tokencomp") or {}
     removed, handle, kept = 0, None, None
-    if spec.get("ratio", 0) > 0 or "budget" in spec or spec.get("reducer") in DECIDING:
+    ratio = spec.get("ratio", 0)
+    largest = max(ratio.values()) if isinstance(ratio, dict) else ratio
+    if largest > 0 or "budget" in spec or spec.get("reducer") in DECIDING:
         tower = {name: spec[name] for name in ("tower_ratio", "tower_reducer") if name in spec}
         handle = tokencomp.patch(
             model, spec.get("ratio"), budget=spec.get("budget"),
@@ -150,25 +153,71 @@ def answer_of_kept(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     model, _ = load(folder)
     inputs = inputs_of(folder, job)
     seen = decoder_inputs(model, inputs)
-    x, merges = seen["inputs_embeds"].clone(), job["tokencomp"].get("merge")
-    sizes = torch.ones(x.shape[1])
+    x = seen["inputs_embeds"].clone()
+    rows, sizes = uniform_rows(model, inputs, x[0], job["tokencomp"])
+    positions = seen["position_ids"][..., rows]
+    return {**greedy(model, x[:, rows], positions, sizes[rows], job), "kept": rows}
+
+
+def uniform_rows(
+    model: Any, inputs: Any, x: torch.Tensor, spec: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the rows that "uniform" keeps of a prompt, and the sizes of all rows.
+
+    Where a job merges, kept rows of `x` (n, d) become means, in place.
+    """
+    sizes, ratio, keep = torch.ones(x.shape[0]), spec["ratio"], []
     kinds, config = inputs["mm_token_type_ids"][0], model.config
-    keep = []
     for i, kind in enumerate(("image", "video"), start=1):
+        removed = ratio.get(kind, 0.0) if isinstance(ratio, dict) else ratio
         columns = (kinds == i).nonzero()[:, 0]
         for t, h, w in inputs.get(f"{kind}_grid_thw", torch.empty(0, 3)).tolist():
             spans = int(t) if config.model_type.startswith("glm") else 1  # every frame is a span
             n = int(t * h * w) // config.vision_config.spatial_merge_size**2 // spans
-            kept = max(int(n * (1 - job["tokencomp"]["ratio"]) + 0.5), 1)
+            kept = max(int(n * (1 - removed) + 0.5), 1)
             for _ in range(spans):
                 stays = [int(columns[int((i + 0.5) * n / kept)]) for i in range(kept)]
-                if merges:
-                    merge(x[0], sizes, columns[:n].tolist(), stays)
+                if spec.get("merge"):
+                    merge(x, sizes, columns[:n].tolist(), stays)
                 keep += stays
                 columns = columns[n:]
-    rows = torch.tensor(sorted([*(kinds == 0).nonzero()[:, 0].tolist(), *keep]))
-    positions = seen["position_ids"][..., rows]
-    return {**greedy(model, x[:, rows], positions, sizes[rows], job), "kept": rows}
+    return torch.tensor(sorted([*(kinds == 0).nonzero()[:, 0].tolist(), *keep])), sizes
+
+
+@torch.no_grad()
+def answer_of_pieces(folder: Path, job: dict[str, Any], marks: Sequence[str]) -> dict[str, Any]:
+    """Return what `answer` does, of media that transformers takes in no common prompt.
+
+    The prompt is cut after every medium. Embeddings of the pieces, and positions where they have
+    gaps, come from the unpatched model, and the kept tokens of a piece from `uniform_rows` or from
+    `tokencomp.patch`. The decoder runs on all pieces.
+    """
+    model, processor = load(folder)
+    *parts, question = re.split(
+        "|".join(f"(?<={re.escape(mark)})" for mark in marks), job["prompt"]
+    )
+    spec, pieces, positions = job["tokencomp"], [], []
+    gaps, begin = model.config.model_type.startswith("glm"), 0
+    for text, item in zip(parts, job["media"], strict=True):
+        inputs = inputs_of(folder, {**job, "prompt": text, "media": [item]})
+        seen, ratio = decoder_inputs(model, inputs), spec["ratio"]
+        ratio = ratio.get(item[0], 0.0) if isinstance(ratio, dict) else ratio
+        x = seen["inputs_embeds"]
+        rows = torch.arange(x.shape[1])
+        if gaps:
+            rows, _ = uniform_rows(model, inputs, x[0], {"ratio": ratio})
+        elif ratio:
+            with tokencomp.patch(model, ratio, reducer=spec["reducer"], merge=False) as handle:
+                model(**inputs)
+                rows = torch.tensor(columns(handle.stats))
+        pieces.append(x[:, rows])
+        at = seen["position_ids"] if gaps else torch.arange(len(rows))[None]
+        positions.append((at[..., rows] if gaps else at) + begin)
+        begin += int(at.max()) + 1  # also behind tokens that are dropped
+    ids = processor.tokenizer(question, return_tensors="pt")["input_ids"]
+    x = torch.cat([*pieces, model.get_input_embeddings()(ids)], dim=1)
+    last = torch.arange(ids.shape[1]).expand(*positions[0].shape[:-1], -1) + begin
+    return greedy(model, x, torch.cat([*positions, last], dim=-1), torch.ones(x.shape[1]), job)
 
 
 def answer_of_merged(folder: Path, job: dict[str, Any]) -> dict[str, Any]:

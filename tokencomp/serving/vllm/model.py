@@ -27,14 +27,23 @@ from tokencomp.serving.vllm.weighted import note_in_compile_key, widen_attention
 logger = init_logger("vllm.tokencomp")
 
 
-def finite(items: Any) -> Any:
-    """`items` (tensors (rows, d), one tensor, or None) with 0 in place of non-finite values.
+def by_item(features: Any) -> list[Tensor]:
+    """The features of a batch as one tensor (tokens, d) per item.
+
+    LLaVA-OneVision of vLLM returns (1, tokens, d) for clips of different lengths, which ends the
+    engine.
+    """
+    return [x.reshape(-1, x.shape[-1]) for x in (() if features is None else features)]
+
+
+def finite(items: Sequence[Tensor]) -> Sequence[Tensor]:
+    """`items`, tensors of shape (tokens, d), with 0 in place of non-finite values.
 
     Such values would remain in blocks of the KV cache, and corrupt answers to later requests.
     """
     # One pass over the rows, and the device is waited for once. A sum is not finite if a value is
     # not, or, very rarely, if large values add up.
-    sums = [rows.sum(dtype=torch.float32) for rows in (() if items is None else items)]
+    sums = [rows.sum(dtype=torch.float32) for rows in items]
     if not sums or torch.stack(sums).isfinite().all():
         return items
     error = ScoreError("the features of an item are not finite.")
@@ -106,16 +115,15 @@ class CompressingModel:
         """Run the vision tower on batches of limited size and reduce every item to its plan."""
         plan_fields = [kwargs.pop(field_name(m)) for m in MODALITIES if field_name(m) in kwargs]
         if not plan_fields:
-            return finite(super().embed_multimodal(**kwargs))  # type: ignore[misc]  # of vLLM's class
+            return finite(by_item(super().embed_multimodal(**kwargs)))  # type: ignore[misc]  # of vLLM's class
         plans = [ItemPlan.from_tensor(data) for data in plan_fields[0]]
         outputs: list[Tensor] = []
         towers = [p.tower for p in plans]
         for first, stop in batches([p.full for p in plans], self._row_budget, towers):
             part, items = self._slice_items(kwargs, first, stop), plans[first:stop]
             features, present = self._encode(part, items)
-            for item, (plan, x) in enumerate(zip(items, features, strict=True)):
+            for item, (plan, x) in enumerate(zip(items, by_item(features), strict=True)):
                 with timed():
-                    x = x.reshape(-1, x.shape[-1])
                     width = x.shape[1] if self.reduced_width is None else self.reduced_width
                     rows, index = reduce_rows(plan, x, width, count_nonfinite, present[item])
                     outputs.append(self.finish_item(plan, rows, index, part, item))
