@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import socket
 import threading
@@ -18,6 +19,7 @@ pytest.importorskip("starlette")
 from support.serving import doors, http
 from support.serving.doors import CHAT, ask, user
 
+from tokencomp.serving import connections
 from tokencomp.serving.bind import Bind
 from tokencomp.serving.hf import app as server
 from tokencomp.serving.hf.app import build_app
@@ -86,10 +88,11 @@ def test_requests_are_logged_and_counted(caplog: pytest.LogCaptureFixture) -> No
 
 
 @contextlib.contextmanager
-def running(app: Any = None, **bind: Any) -> Iterator[tuple[str, int]]:
+def running(app: Any = None, protocol: Any = None, **bind: Any) -> Iterator[tuple[str, int]]:
     """Serve an application with uvicorn on a real socket; on leaving, it must end by itself."""
     address = Bind(port=http.free_port(), **bind)
     process = server.uvicorn_server(app or build_app(doors.engine(), "tiny", Limits()), address)
+    process.config.http = protocol or process.config.http
     thread = threading.Thread(target=process.run, daemon=True)
     thread.start()
     while not process.started:
@@ -138,12 +141,20 @@ def chunks(count: int, size: int) -> bytes:
     return (b"%x\r\n%s\r\n" % (size, b" " * size)) * (count // size) + b"0\r\n\r\n"
 
 
-def test_a_body_of_many_small_chunks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+PROTOCOLS = pytest.mark.parametrize(
+    "protocol", [connections.BoundedH11, connections.Connection], ids=["hf", "vllm"]
+)
+
+
+@PROTOCOLS
+def test_a_body_of_many_small_chunks_is_refused(
+    protocol: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A chunk of one byte costs as much as one of a megabyte: 6 seconds per megabyte."""
     errors: list[Any] = []
     log = logging.getLogger("uvicorn.error")
     monkeypatch.setattr(log, "error", lambda *words, **options: errors.append(words))
-    with running() as address:
+    with running(protocol=protocol) as address:
         refused, end = b"Invalid HTTP request", b"Connection: close\r\n\r\n"
         small = answers(address, GET + CHUNKED + end, chunks(10**5, 1))  # nobody reads the body
         # Refused while the body arrives, unless the answer came first.
@@ -167,9 +178,10 @@ def test_a_body_with_two_lengths_ends_the_connection() -> None:
             assert got.startswith(b"HTTP/1.1 400 ") and got.count(b"HTTP/1.1 ") == 1
 
 
-def test_slow_clients_are_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
+@PROTOCOLS
+def test_slow_clients_are_disconnected(protocol: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """But not one whose request waited behind another."""
-    monkeypatch.setattr(server, "HEAD_SECONDS", 0.5)
+    monkeypatch.setattr(connections, "HEAD_SECONDS", 0.5)
     app = build_app(doors.engine(), "tiny", Limits(body_seconds=0.5))
 
     async def slow(scope: Any, *arguments: Any) -> None:
@@ -177,7 +189,7 @@ def test_slow_clients_are_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
             await asyncio.sleep(1)
         await app(scope, *arguments)
 
-    with running(slow) as address:
+    with running(slow, protocol) as address:
         assert answers(address) == answers(address, HEAD) == b""
         assert b" 408 " in answers(address, HEAD + b"Content-Length: 9\r\n\r\n{")
         half = answers(address, GET + b"\r\nGET ")
@@ -187,9 +199,10 @@ def test_slow_clients_are_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
         assert healthy(address)
 
 
-def test_connections_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "MAX_CONNECTIONS", 4)
-    with running() as address:
+@PROTOCOLS
+def test_connections_are_bounded(protocol: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "most", 4)
+    with running(protocol=protocol) as address:
         with contextlib.ExitStack() as stack:
             idle = [stack.enter_context(socket.create_connection(address)) for _ in range(4)]
             # Connections are accepted in order: when this one is served, all four are open.
@@ -198,6 +211,41 @@ def test_connections_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         end = time.monotonic() + 20
         while not healthy(address):  # not all closed yet
             assert time.monotonic() < end
+
+
+@PROTOCOLS
+def test_half_heads_close_each_other_and_no_request(protocol: Any) -> None:
+    """600 connections without a key; a request that runs, and later ones, are answered."""
+    slow, begun = threading.Event(), threading.Event()
+    usual = build_app(doors.engine(), "tiny", Limits(), Bind(api_key="secret"))
+
+    async def app(scope: Any, *arguments: Any) -> None:
+        if scope["type"] == "http" and scope["path"] == "/version":
+            begun.set()
+            await asyncio.to_thread(slow.wait, 20)
+        await usual(scope, *arguments)
+
+    with running(app, protocol) as address, contextlib.ExitStack() as stack:
+        open_to = functools.partial(socket.create_connection, address, timeout=15)
+        first = stack.enter_context(open_to())
+        line = GET.replace(b"health", b"version")
+        first.sendall(line + b"Authorization: Bearer secret\r\n\r\n")
+        assert begun.wait(10)
+        half = [stack.enter_context(open_to()) for _ in range(600)]
+        for connection in half:
+            with contextlib.suppress(OSError):
+                connection.sendall(HEAD)
+        assert healthy(address) and len(protocol.waiting) <= connections.MAX_WAITING
+        for connection in half[: 600 - connections.MAX_WAITING - 1]:
+            with contextlib.suppress(ConnectionResetError):
+                assert connection.recv(1) == b""
+        half[-1].sendall(b"Authorization: Bearer secret\r\nContent-Length: 2\r\n\r\n{}")
+        assert half[-1].recv(13) == b"HTTP/1.1 400 "
+        slow.set()
+        assert first.recv(13) == b"HTTP/1.1 200 "
+    end = time.monotonic() + 10
+    while protocol.waiting:
+        assert time.monotonic() < end
 
 
 def test_a_half_body_does_not_delay_the_shutdown() -> None:
@@ -211,11 +259,12 @@ def test_a_half_body_does_not_delay_the_shutdown() -> None:
         assert b" 503 " in connection.recv(4096)
 
 
+@PROTOCOLS
 @pytest.mark.parametrize("endless", [True, False])
 def test_clients_that_do_not_read_are_disconnected(
-    endless: bool, monkeypatch: pytest.MonkeyPatch
+    endless: bool, protocol: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "SEND_SECONDS", 0.3)
+    monkeypatch.setattr(connections, "SEND_SECONDS", 0.3)
     ended = threading.Event()
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
@@ -228,6 +277,6 @@ def test_clients_that_do_not_read_are_disconnected(
         finally:
             ended.set()
 
-    with running(app) as address, socket.create_connection(address) as connection:
+    with running(app, protocol) as address, socket.create_connection(address) as connection:
         connection.sendall(GET + b"\r\n")
         assert ended.wait(10)

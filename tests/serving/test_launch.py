@@ -74,10 +74,10 @@ def test_what_the_operator_opens(start: Any, monkeypatch: pytest.MonkeyPatch) ->
     command, env = start(TRUST)
     assert "--middleware" in command and command.count(TRUST) == 1  # the key stays checked
     assert json.loads(env["TOKENCOMP_RULES"])["media_options"] is True
-    _, env = start(paths=["/v1/responses"], ratio_by_load="0.75:8")
+    _, env = start(paths=["/v1/responses"], ratio_by_load="0.75:4096")
     monkeypatch.setenv("TOKENCOMP_RULES", env["TOKENCOMP_RULES"])
     assert Rules.from_environment().paths == ("/v1/responses",) and Rules().paths == ()
-    assert json.loads(env["TOKENCOMP_SERVING"])["ratio_by_load"] == "0.75:8"
+    assert json.loads(env["TOKENCOMP_SERVING"])["ratio_by_load"] == "0.75:4096"
     for flag in ("--shutdown-timeout", REMOTE, "--max-num-queued-reqs"):
         assert flag not in start(f"{flag}=5")[0]
 
@@ -130,7 +130,7 @@ def test_merge_auto_drops_where_the_family_cannot_merge(
     [
         ({"low_detail_ratio": 0.9, "max_ratio": 0.8}, OptionError),
         ({"low_detail_ratio": 0.9, "per_request": False}, OptionError),
-        ({"ratio_by_load": "0.75:8", "per_request": False}, OptionError),
+        ({"ratio_by_load": "0.75:4096", "per_request": False}, OptionError),
         ({"reducer": "fastv"}, OptionError),
         ({"model": ("llava", "LlavaForConditionalGeneration")}, UnsupportedModelError),
         ({"model": ("gemma3", "Gemma3ForConditionalGeneration")}, UnsupportedModelError),

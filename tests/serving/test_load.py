@@ -97,6 +97,28 @@ def overflowing(folder: Path, target: Path) -> Path:
     return target
 
 
+def variable(pid: int, name: str) -> str:
+    """Return a variable in the environment with which a process was started."""
+    pairs = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return next(p.partition(b"=")[2].decode() for p in pairs if p.startswith(name.encode() + b"="))
+
+
+def test_a_server_whose_engine_dies_ends_with_an_error(tiny_folder: Any, tmp_path: Path) -> None:
+    """So that a supervisor starts it again; the folder of its metrics goes with it."""
+    with started("vllm", tiny_folder("qwen2_vl"), tmp_path, *SMALL) as served:
+        leader = served.process.pid
+        metrics = Path(variable(leader, "PROMETHEUS_MULTIPROC_DIR"))
+        assert metrics.is_dir()
+        engines = [
+            folder for folder in session(leader) if (folder / "comm").read_text()[:4] == "VLLM"
+        ]
+        for folder in engines:
+            if int(folder.name) != leader:
+                os.kill(int(folder.name), signal.SIGKILL)
+        assert served.process.wait(timeout=60) == 70
+        assert not metrics.exists() and session(leader) == []
+
+
 def test_one_client_cannot_spoil_answers_of_others_nor_leave_processes_behind(
     tiny_folder: Any, tmp_path: Path
 ) -> None:

@@ -37,7 +37,7 @@ from tokencomp.inputs.prompts import chat_inputs  # noqa: E402
 from tokencomp.trained.cards import model_card  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
-CROWD = 70  # requests at once, which one test alone sends
+CROWD = 70  # requests at once, of 64 visual tokens, which one test alone sends
 IMAGE, WIDE, VIDEO = http.image_url(1), http.image_url(3, 168, 280), http.video_url(2)
 
 
@@ -48,7 +48,7 @@ def served(
     """A server with a media path and all ratios; that on vLLM has a key and a further path."""
     root = tmp_path_factory.mktemp(request.param)
     (root / "media").mkdir()
-    arguments = ["--ratio", 0.5, "--low-detail-ratio", 0.9, "--ratio-by-load", f"0.75:{CROWD}"]
+    arguments = ["--ratio", 0.5, "--low-detail-ratio", 0.9, "--ratio-by-load", f"0.75:{60 * CROWD}"]
     if request.param == "vllm":
         arguments += ["--allow-path", "/v1/completions"]
     arguments += ["--allowed-media-path", root / "media"]
@@ -466,13 +466,14 @@ def test_a_crowd_gets_a_higher_ratio_and_says_so(served: Served) -> None:
         wait_for(lambda: served.begun >= before + number, 200)
 
     def hold() -> None:
-        with served.ask(stream=True, max_tokens=7000) as stream:
+        with served.ask(IMAGE, stream=True, max_tokens=7000) as stream:
             any(over.is_set() for _ in stream)
 
     with concurrent.futures.ThreadPoolExecutor(CROWD + 2) as pool:
         held = [pool.submit(hold) for _ in range(CROWD)]
         try:
             wait(CROWD)
+            wait_for(lambda: http.metric(served.url, "tokencomp_load_step") == 1)
             asked = [pool.submit(served.ask, small), pool.submit(served.ask, small, ratio=0.25)]
             wait(CROWD + 2)
             assert http.metric(served.url, "tokencomp_load_step") == 1

@@ -55,7 +55,9 @@ def test_paths_below_a_prefix_of_a_proxy(path: str, method: str, status: int) ->
 def test_a_server_that_shuts_down_says_so() -> None:
     """vLLM answers 200 to probes and 500 to new requests until running ones have ended."""
     ended: list[int] = []
-    client = SimpleNamespace(shutdown=lambda timeout: ended.append(timeout), generate=None)
+    client = SimpleNamespace(
+        shutdown=lambda timeout: ended.append(timeout), generate=None, errored=False
+    )
     app = Vllm()
     guard = vllm(app=app)
     status = functools.partial(through, guard, path="/health", method="GET")
@@ -202,34 +204,15 @@ def test_video_files_share_the_pixels_that_images_leave() -> None:
             assert sent(body, limits) == {**body, **asked}
 
 
-# -- what was saved, and the load ------------------------------------------------------------------
-
-CLIP = [part(image(1)), part(http.video_url(1, 2, 28, 28))]
-
-
-def test_a_ratio_by_load_is_for_requests_that_name_none() -> None:
-    """A ratio or budget of the request holds, then low detail, then the load, then the default."""
-    app = Vllm()
-    guard = vllm(app=app, options={"ratio_by_load": "0.75:1,0.9:2", "low_detail_ratio": 0.6})
-    low = [part(image(1), detail="low")]
-    for depth, parts, asked, wanted in (
-        (0, CLIP, None, None), (0, CLIP, {"merge": False}, {"merge": False}),
-        (1, CLIP, None, {"ratio": 0.75}), (2, CLIP, None, {"ratio": 0.9}), (2, ["a"], None, None),
-        (2, CLIP, {"ratio": 0.1}, {"ratio": 0.1}), (2, CLIP, {"budget": 8}, {"budget": 8}),
-        (2, CLIP, {"merge": False}, {"merge": False, "ratio": 0.9}), (2, low, None, {"ratio": 0.6}),
-        (2, CLIP, {"ratio": {"image": 0.2}}, {"ratio": {"image": 0.2}}),
-    ):  # fmt: skip
-        guard.load.depth, app.seen[:] = depth, []
-        body = user(*parts) if asked is None else user(*parts, tokencomp=asked)
-        assert ask(guard, body).status == REACHED and guard.load.depth == depth
-        kwargs = json.loads(app.seen[0]).get("mm_processor_kwargs", {})
-        assert kwargs.get("tokencomp") == wanted, (depth, asked)
+# -- what was saved, and what waits ----------------------------------------------------------------
 
 
 def answering(kind: str, *bodies: bytes) -> Any:
     """Return a middleware before a vLLM whose processor saved 60 of 80 tokens of a clip."""
     saved = Saved("kcenter", {"ratio": 0.75}, {"video": (80, 20)}, True)
-    client = SimpleNamespace(shutdown=None, generate=lambda prompt, *_: prompts.append(prompt))
+    client = SimpleNamespace(
+        shutdown=None, generate=lambda prompt, *_: prompts.append(prompt), errored=False
+    )
     prompts: list[Any] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:

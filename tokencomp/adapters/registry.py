@@ -55,8 +55,8 @@ def available_models() -> dict[str, type[Adapter]]:
 def unwrap(model: Any) -> Any:
     """The Hugging Face model inside wrappers of PEFT, torch.compile and data parallelism.
 
-    DistributedDataParallel, DataParallel, FullyShardedDataParallel and DeepSpeed's engine store it
-    as `module`; `fully_shard` has no wrapper.
+    DistributedDataParallel, DataParallel and DeepSpeed's engine store it as `module`; `fully_shard`
+    has no wrapper.
     """
     return list(_unwrapped(model))[-1]
 

@@ -51,7 +51,12 @@ def command(
     ] = True,
     allowed_media_path: Annotated[
         Path | None,
-        typer.Option("--allowed-media-path", help="Directory that file: URLs may point below."),
+        typer.Option(
+            "--allowed-media-path",
+            exists=True,
+            file_okay=False,
+            help="Directory that file: URLs may point below.",
+        ),
     ] = None,
     api_key: Annotated[
         str | None,
@@ -89,7 +94,8 @@ def command(
         str | None,
         typer.Option(
             "--ratio-by-load",
-            help='Ratio of requests that name none, by number of unanswered ones: "0.75:8,0.9:16".',
+            help="Ratio of requests with media that name none, by the number of unanswered visual "
+            'tokens: "0.75:4096,0.9:8192".',
         ),
     ] = None,
     allow_path: Annotated[

@@ -20,7 +20,7 @@ from starlette.types import Message, Receive, Scope, Send
 from tokencomp import __version__
 from tokencomp.serving.bind import Bind
 from tokencomp.serving.limits import CLIENT_LEFT, RequestError
-from tokencomp.serving.load import Load
+from tokencomp.serving.load import client_of
 
 OPEN_PATHS = ("/health", "/ping", "/metrics")  # for probes and monitoring, which have no key
 RETRY_SECONDS = 5  # after which clients may try again when the server is busy
@@ -82,8 +82,9 @@ def error_response(error: RequestError) -> JSONResponse:
 class Exchange:
     """One request and its answer, in the state of the request; its string is a line of the log.
 
-    `status` is 0 before the answer starts; `headers` are further ones of the answer. For the
-    log, `details` say what was done, `refusal` why not, `failed` that nobody has answered.
+    `status` is 0 before the answer starts; `headers` are further ones of the answer. `ends` has
+    what happens after the answer. `by_load` says that the load chooses the ratio of the request.
+    For the log, `details` say what was done, `refusal` why not, `failed` that nobody has answered.
     """
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -91,8 +92,8 @@ class Exchange:
         self.status, self.complete, self.body_read, self.failed = 0, False, False, False
         self.details: Any = None
         self.refusal = ""
+        self.by_load, self.ends = False, contextlib.ExitStack()
         self._started = time.monotonic()
-        self._load: Load | None = None
         sent = Headers(scope=scope).get("x-request-id", "")
         self.id = sent if REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
         self.headers: dict[str, str] = {"X-Request-Id": self.id}
@@ -105,14 +106,13 @@ class Exchange:
             return 500
         return self.status if self.complete else CLIENT_LEFT
 
-    def join(self, load: Load) -> float | None:
-        """Count the request, whose body has arrived, until `close`; return its ratio by load."""
-        self._load = load
-        return load.join()
+    @property
+    def client(self) -> str:
+        """The client in the account of the load."""
+        return client_of(self.scope)
 
     def close(self) -> None:
-        if self._load is not None:
-            self._load.leave()
+        self.ends.close()
 
     def __str__(self) -> str:
         client = self.scope.get("client") or ("-", 0)

@@ -20,6 +20,7 @@ from tokencomp.serving.limits import Limits
 from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm import LOADER
 from tokencomp.serving.vllm.flags import check_flags, given_flags, sets, written
+from tokencomp.serving.vllm.process import ENV_METRICS, METRICS
 from tokencomp.serving.vllm.rules import Rules
 
 logger = logging.getLogger("tokencomp.serving")
@@ -90,9 +91,9 @@ def vllm_command(
         command += ["--shutdown-timeout", str(bind.shutdown_timeout)]
     if not sets(flags, "--max-num-queued-reqs"):  # by default vLLM queues without limit
         command += ["--max-num-queued-reqs", str(MAX_REQUESTS)]
-    if "PROMETHEUS_MULTIPROC_DIR" not in env:
+    if ENV_METRICS not in env:
         # In this mode of Prometheus, the reduction times of the workers reach /metrics.
-        env["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="tokencomp-metrics-")
+        env[ENV_METRICS] = tempfile.mkdtemp(prefix=METRICS)
     return [*command, *extra], env
 
 
@@ -190,7 +191,7 @@ def run_hf(
     """
     parsed = ServerOptions.parse(options, engine="hf")
     try:
-        from tokencomp.serving.hf.app import build_app, log_start, uvicorn_server
+        from tokencomp.serving.hf.app import bind_socket, build_app, log_start, uvicorn_server
         from tokencomp.serving.hf.engine import Engine
         from tokencomp.serving.hf.metrics import Metrics
     except ModuleNotFoundError as error:
@@ -198,10 +199,11 @@ def run_hf(
     from tokencomp.inputs.loading import load_model
 
     bind.warn_if_open()
+    sockets = [bind_socket(bind)]  # a port that is taken ends the start before the model is loaded
     loaded, processor = load_model(
         model, device=device, dtype=dtype, image_max_tokens=image_max_tokens
     )
     backend = Engine(loaded, processor, parsed, Metrics(), **engine)
     app = build_app(backend, served_name or model, limits, bind)
     log_start(backend, served_name or model, bind)
-    uvicorn_server(app, bind).run()
+    uvicorn_server(app, bind).run(sockets)

@@ -13,6 +13,8 @@ from tokencomp.errors import TokenCompError
 
 MAX_MESSAGE = 500  # characters of an error message
 MAX_STRUCTURE = 1_000_000  # JSON objects, lists and their elements in a body; each costs memory
+MAX_FORM = 64 << 10  # characters of a schema or grammar, which takes many times as much memory
+FORMS = ("response_format", "structured_outputs", "tools")  # fields that become grammars
 CLIENT_LEFT = 499  # status of a request whose client has disconnected
 
 
@@ -66,6 +68,12 @@ def check_structure(content: bytes | bytearray) -> None:
     """
     if sum(content.count(mark) for mark in (b"{", b"[", b",")) > MAX_STRUCTURE:
         raise RequestError(f"the body has more than {MAX_STRUCTURE} JSON values.", 413)
+
+
+def check_form(name: str, text: str) -> None:
+    """Refuse a field that becomes a grammar, of which a large one stops the answers of others."""
+    if len(text) > MAX_FORM:
+        raise RequestError(f"{name}: more than {MAX_FORM} characters. Send a smaller one.")
 
 
 class Deadline:

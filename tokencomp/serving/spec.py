@@ -20,6 +20,7 @@ from tokencomp.serving.servable import check_name, check_servable
 
 TOWER_KEYS = ("tower_ratio", "tower_reducer")
 AMOUNTS = ("ratio", "budget")
+FOR_PATCH = "; arguments of patch"  # from where on an error is not for requests
 REQUEST_KEYS = ("reducer", *AMOUNTS, "options", *OPTIONS, *TOWER_KEYS)
 OPERATOR_OPTIONS = ("weights",)  # paths: what they name, and whether it exists, is not for clients
 SERVER_KEYS = (
@@ -40,7 +41,7 @@ class ServerOptions:
     only_own : bool
         True refuses other processor options, which vLLM hands through: they can enlarge media.
     low_detail_ratio : float or None
-        Ratio of images of `detail` "low"; None refuses them.
+        Ratio of images of `detail` "low"; None: the default's.
     merging : bool
         Whether attention of vLLM has wider heads, so that requests may merge.
     ratio_by_load : tuple of Step
@@ -100,17 +101,14 @@ class ServerOptions:
     def low_detail(self, details: Sequence[tuple[str, Any]]) -> MethodSpec | None:
         """The default with the ratio of images in low detail; None if none is. Videos keep theirs.
 
-        `details` are "image_url" or "video_url" and `detail` of all media of a request.
+        `details` are "image_url" or "video_url" and `detail` of all media of a request. Without a
+        ratio of the operator, `detail` has no meaning.
         """
-        if "low" not in [detail for _, detail in details]:
+        if self.low_detail_ratio is None or "low" not in [detail for _, detail in details]:
             return None
         low = [detail == "low" for modality, detail in details if modality == "image_url"]
         if ("video_url", "low") in details or not all(low):
             raise OptionError('detail "low": for all images of a request, and for no video.')
-        if self.low_detail_ratio is None:
-            raise OptionError(
-                'detail "low" has no ratio on this server (--low-detail-ratio). Leave it out.'
-            )
         ratio: Any = self.low_detail_ratio
         if len(low) < len(details):
             if self.default.built_budget is not None:
@@ -207,6 +205,8 @@ class ServerOptions:
         if isinstance(ratio, Mapping) and engine == "sglang":
             raise OptionError(f"ratio={ratio!r}: the SGLang plugin has no ratios by modality.")
         by_modality = ratio if isinstance(ratio, Mapping) else {"": ratio}
+        if texts := [v for v in by_modality.values() if isinstance(v, str)]:
+            raise RatioError(f"ratio={texts[0]!r} is a text: expected a number such as 0.5.")
         checked = {
             k: check_ratio(v, f"ratio of {k}" if k else "ratio") for k, v in by_modality.items()
         }
@@ -251,7 +251,8 @@ class ServerOptions:
                 reducer = replace(reducer, then=str(resolve_auto(reducer.then, "server")))
             return reducer
         except (TypeError, ValueError, OverflowError) as error:
-            raise OptionError(f"reducer {name!r}, options {own_options}: {error}") from None
+            reason = str(error).partition(FOR_PATCH)[0].rstrip(".")
+            raise OptionError(f"reducer {name!r}, options {own_options}: {reason}.") from None
 
 
 def _allowed(name: str, value: Any, reducer: Reducer) -> bool:
@@ -272,9 +273,15 @@ def _check_budget(budget: Any) -> None:
         )
 
 
+def names_amount(options: Any) -> bool:
+    """Whether the options of a request, or JSON of them, name a ratio or budget."""
+    values = as_mapping(options, None)
+    return any(values.get(name) is not None for name in AMOUNTS)
+
+
 def with_ratio(values: dict[str, Any], ratio: float | None) -> dict[str, Any]:
     """Add a ratio by load to the options of a request, unless they name a ratio or budget."""
-    if ratio is None or any(values.get(name) is not None for name in AMOUNTS):
+    if ratio is None or names_amount(values):
         return values
     return {**values, "ratio": ratio}
 

@@ -14,6 +14,7 @@ from tokencomp.serving.spec import ServerOptions
 ANY_TEXT: Any = SimpleNamespace(
     tokenizer=None,
     calls=None,
+    max_model_len=1 << 20,
     check_size=lambda *amount: None,
     render=lambda *chat: "",
     check=lambda *chat: 0,

@@ -7,11 +7,11 @@ import contextlib
 import copy
 import logging
 import logging.config
+import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-import h11
 import PIL
 import uvicorn
 from anyio import CapacityLimiter, to_thread
@@ -24,10 +24,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.config import LOGGING_CONFIG
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from tokencomp import __version__
+from tokencomp.errors import OptionError
 from tokencomp.serving.bind import Bind
+from tokencomp.serving.connections import BoundedH11
 from tokencomp.serving.hf.answers import Completion
 from tokencomp.serving.hf.engine import Engine
 from tokencomp.serving.hf.metrics import Metrics
@@ -43,15 +44,12 @@ from tokencomp.serving.http import (
 )  # fmt: skip
 from tokencomp.serving.limits import CLIENT_LEFT, Deadline, Limits, RequestError
 from tokencomp.serving.load import Load
+from tokencomp.serving.room import MediaRoom
 
 logger = logging.getLogger("tokencomp.serving")
 
-READING = DECODING = 4  # requests whose text is read, and whose media are decoded, at one time
+READING = 4  # requests whose text is read at one time
 POLL = 0.5  # seconds between checks whether the client is still connected
-HEAD_SECONDS = 15.0  # in which a connection must send the head of its next request
-SEND_SECONDS = 60.0  # in which a client must take a full buffer of its answer
-MAX_CONNECTIONS = 512  # each takes a file descriptor, and many systems allow a process 1,024
-FREE_PIECES, PIECE_BYTES = 4096, 64  # chunks of a body, and how large more must be on average
 SAFE_PILLOW = 13
 
 
@@ -93,7 +91,7 @@ class Server:
         self.engine, self.name, self.limits, self.keyed = engine, name, limits, keyed
         self.started = int(time.time())
         self.bodies = Bodies(limits.max_body, limits.max_bodies, limits.body_seconds)
-        self.reading, self.decoding = CapacityLimiter(READING), CapacityLimiter(DECODING)
+        self.reading, self.room = CapacityLimiter(READING), MediaRoom()
         self.load = Load(engine.options.ratio_by_load)
 
     async def chat(self, request: Request) -> Response:
@@ -102,16 +100,23 @@ class Server:
         The first event is awaited before the response starts: errors of the prefill have a status.
         """
         self.engine.check_room()  # refuses early, before the body is read and media are decoded
+        self.room.check()
         prompt = await self._prompt(request)
-        body = prompt.request
+        body, exchange = prompt.request, request.state.exchange
         self._check_name(body.model or self.name)
         identity = {
-            "id": f"chatcmpl-{request.state.exchange.id}",  # the log names the same id
+            "id": f"chatcmpl-{exchange.id}",  # the log names the same id
             "created": int(time.time()),
             "model": self.name,
         }
         completion = Completion(prompt, self.engine.tokenizer, identity)
-        request.state.exchange.details = completion
+        exchange.details = completion
+        self.room.check(prompt.bytes)
+        begun = self.room.hold(prompt.bytes)
+        exchange.ends.callback(begun)
+        if prompt.by_load:
+            tokens = body.n * prompt.visual_tokens
+            exchange.ends.callback(self.load.join(exchange.client, tokens))
         self.engine.submit(*completion.jobs)
 
         async def next_event() -> Event:
@@ -119,6 +124,7 @@ class Server:
 
         try:
             _, kind, value = await next_event()
+            begun()
             if kind == "error":
                 raise value
             if body.stream:
@@ -132,14 +138,14 @@ class Server:
         """Read and check a request, and decode its media, for which texts of others do not wait."""
         engine, deadline = self.engine, Deadline(self.limits.decode_seconds)
         async with self.bodies.read(request) as body:
-            ratio = request.state.exchange.join(self.load)
+            ratio = self.load.ratio(request.state.exchange.client)
             prompt = await to_thread.run_sync(
                 parse, body, engine.options, self.limits, engine.text, engine.grammars, ratio,
                 limiter=self.reading,
             )  # fmt: skip
             if prompt.request.media:
                 decoded = to_thread.run_sync(
-                    load, prompt, engine.text, deadline, limiter=self.decoding
+                    load, prompt, engine.text, deadline, limiter=self.room.decoding
                 )
                 await _while_connected(request, decoded, deadline.cancel)
             return prompt
@@ -251,85 +257,37 @@ class Guard:
 # -- uvicorn ---------------------------------------------------------------------------------------
 
 
-class PiecewiseConnection(h11.Connection):
-    """Refuses a body in very many small chunks, each of which costs as much as a large one."""
-
-    def next_event(self) -> Any:
-        """Return what has arrived. Raises `RemoteProtocolError` for too many chunks."""
-        event = super().next_event()
-        if isinstance(event, h11.Request):
-            self._pieces = self._bytes = 0
-        elif isinstance(event, h11.Data):
-            self._pieces, self._bytes = self._pieces + 1, self._bytes + len(event.data)
-            crumbs = self._pieces > FREE_PIECES + self._bytes // PIECE_BYTES
-            if crumbs and self.our_state is h11.SEND_RESPONSE:  # else the connection ends anyway
-                raise h11.RemoteProtocolError("too many chunks")
-        return event
-
-
-class TimedProtocol(H11Protocol):
-    """HTTP/1.1 with time limits for the head of a request and for reading the answer.
-
-    uvicorn's keep-alive time ends with the first byte, so it does not limit slow heads.
-    """
-
-    _writing: asyncio.TimerHandle | None = None
-
-    def __init__(self, config: uvicorn.Config, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
-        self.conn = PiecewiseConnection(h11.SERVER)
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # TCP transports only
-        """Start the timer of the first request."""
-        super().connection_made(transport)
-        self._wait_for_request()
-
-    def on_response_complete(self) -> None:
-        """Start the timer of the next request, which may have arrived already."""
-        self._wait_for_request()
-        super().on_response_complete()
-
-    def _wait_for_request(self) -> None:
-        self.loop.call_later(HEAD_SECONDS, self._close_unless_started, self.cycle)
-
-    def _close_unless_started(self, last: Any) -> None:
-        if self.cycle is last:  # each request has a cycle of its own
-            self.transport.abort()  # `close` would first wait for the client to read
-
-    def send_400_response(self, msg: str) -> None:
-        """Answer bytes that are no HTTP; the application, if it runs, can no longer answer."""
-        super().send_400_response(msg)
-        if self.cycle is not None:
-            self.cycle.disconnected = True
-            self.cycle.message_event.set()
-
-    def pause_writing(self) -> None:
-        """Start the timer for reading by the client."""
-        super().pause_writing()
-        self._writing = self.loop.call_later(SEND_SECONDS, self.transport.abort)
-
-    def resume_writing(self) -> None:
-        """Stop this timer."""
-        super().resume_writing()
-        if self._writing is not None:
-            self._writing.cancel()
-
-
 def uvicorn_server(app: ASGIApp, bind: Bind) -> uvicorn.Server:
     """Return the server of an application."""
     config = uvicorn.Config(
         app,
         host=bind.host,
         port=bind.port,
-        http=TimedProtocol,
+        http=BoundedH11,
         ws="none",
         log_config=log_config(),
         access_log=False,  # `Guard` logs requests, with their tokens
         server_header=False,
-        limit_concurrency=MAX_CONNECTIONS,
         timeout_graceful_shutdown=bind.shutdown_timeout,
     )
     return uvicorn.Server(config)
+
+
+def bind_socket(bind: Bind) -> socket.socket:
+    """Take the port of a server, which refuses connections until the server runs on it.
+
+    Raises `OptionError` if it cannot be had.
+    """
+    family = socket.AF_INET6 if ":" in bind.host else socket.AF_INET
+    result = socket.socket(family)
+    result.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        result.bind((bind.host, bind.port))
+    except OSError as error:
+        result.close()
+        where = f"{bind.host or 'all addresses'}, port {bind.port}"
+        raise OptionError(f"cannot listen at {where}: {error}. Choose another --port.") from None
+    return result
 
 
 def log_config() -> dict[str, Any]:

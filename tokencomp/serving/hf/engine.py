@@ -87,7 +87,7 @@ class Engine:
         """Queue all answers to a request. Raises `RequestError` (503) when full or shut down."""
         with self._wake:
             self.check_room()
-            self.waiting.check_room(sum(job.prompt.pixels for job in jobs), len(jobs))
+            self.waiting.check_room(len(jobs))
             self.waiting.jobs.extend(jobs)
             self.metrics.waiting.set(len(self.waiting))
             self._wake.notify()

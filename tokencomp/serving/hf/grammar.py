@@ -14,7 +14,6 @@ from tokencomp.serving.limits import RequestError
 # Between the parts of a JSON text: nothing, a space, or a new line and its indentation. Some models
 # write white space without an end where they may.
 WHITE_SPACE = r"\n? {0,16}"
-MAX_SCHEMA = 64 << 10  # characters; a grammar takes many times as much memory
 
 
 class Grammar:
@@ -64,8 +63,6 @@ class Grammars:
             ) from None
         except ValueError as error:
             raise RequestError(f"{name}: not for this model: {error}") from None
-        if len(schema) > MAX_SCHEMA:
-            raise RequestError(f"{name}: a schema of more than {MAX_SCHEMA} characters.")
         options: Any = {"whitespace_pattern": WHITE_SPACE}
         grammar = LLMatcher.grammar_from_json_schema(schema, defaults=options)
         matchers = [LLMatcher(vocabulary, grammar, log_level=0) for _ in range(count)]

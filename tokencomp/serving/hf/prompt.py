@@ -18,12 +18,13 @@ from tokencomp.serving import KEY
 from tokencomp.serving.hf.fields import ChatRequest, Message, Part, read_request
 from tokencomp.serving.hf.grammar import Grammar, Grammars
 from tokencomp.serving.hf.text import CallForm
-from tokencomp.serving.limits import Deadline, Limits, RequestError
+from tokencomp.serving.limits import Deadline, Limits, RequestError, check_form
 from tokencomp.serving.media import load_image
-from tokencomp.serving.spec import ServerOptions
+from tokencomp.serving.spec import ServerOptions, names_amount
 from tokencomp.serving.video import decode_apart, load_video, with_request
 
 MAX_CHARACTERS = 4 << 20
+TOKEN_PIXELS = 28 * 28  # of a visual token, where the processor cannot count them
 MARKED = ("image", "video")
 
 
@@ -43,12 +44,19 @@ class Prompt:
     text_tokens: int = 0
     calls: CallForm | None = None  # how the model writes calls, if it may
     limits: Limits = field(default_factory=Limits)  # with the frames that the request chooses
+    by_load: bool = False  # the load of the server chooses the ratio
+    visual_tokens: int = 0  # before compression
 
     @property
     def pixels(self) -> int:
         """Number of pixels of all decoded media."""
         images = sum(image.width * image.height for image in self.images)
         return images + sum(video[..., 0].size for video in self.videos)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of all decoded media."""
+        return 3 * self.pixels
 
 
 def too_long(tokens: int, limit: int) -> RequestError:
@@ -126,22 +134,23 @@ class PromptText:
             )
         return len(tokens)
 
-    def check_images(self, text_tokens: int, images: Sequence[Image.Image]) -> None:
+    def check_images(self, text_tokens: int, images: Sequence[Image.Image]) -> int | None:
         """Refuse images with too many tokens before the processor makes arrays of them.
 
-        Processors that cannot count let them pass; the engine counts all tokens afterwards.
+        Returns their number; None where a processor cannot count, and the engine does afterwards.
         """
         count = getattr(self.processor, "_get_num_multimodal_tokens", None)
         if count is None or not images:
-            return
+            return None
         try:
             counts = count(image_sizes=[(image.height, image.width) for image in images])
-            visual = sum(counts["num_image_tokens"])
+            visual = int(sum(counts["num_image_tokens"]))
         except Exception:  # a size that the processor will refuse, with a better message
-            return
+            return None
         total = text_tokens - len(images) + visual
         if total >= self.max_model_len:
             raise too_long(total, self.max_model_len)
+        return visual
 
     def _tokens(self, text: str) -> list[int]:
         try:
@@ -180,10 +189,12 @@ def parse(
 ) -> Prompt:
     """Check a JSON body: its form, then the amount of text, then its tokens. `load` decodes media.
 
-    `ratio` is that of requests that name none, if the server is under load. Raises `RequestError`.
+    `ratio` is that of requests with media that name none, if the server is under load. Raises
+    `RequestError`.
     """
     request = read_request(content)
-    prompt = Prompt(request, [], _spec(request, options, ratio))
+    spec, by_load = _spec(request, options, ratio)
+    prompt = Prompt(request, [], spec, by_load=by_load)
     _check_amount(request, text, limits)
     prompt.chat = [_message(message) for message in request.messages]
     prompt.calls = _call_form(request, text)
@@ -194,6 +205,7 @@ def parse(
     prompt.grammars = [None] * request.n
     if schema := request.answer_schema:
         name = "tool_choice" if request.must_call else "response_format"
+        check_form(name, schema)
         prompt.grammars = [*grammars.of(schema, request.n, name)]
     prompt.alone = not all(text.markers[p.type.removesuffix("_url")] for p in request.media)
     prompt.limits = with_request(request.media_io_kwargs, limits)
@@ -205,7 +217,10 @@ def load(prompt: Prompt, text: PromptText, deadline: Deadline) -> None:
     deadline.start()
     for part in prompt.request.media:
         _load(part, prompt, deadline)
-    text.check_images(prompt.text_tokens, prompt.images)
+    counted = text.check_images(prompt.text_tokens, prompt.images)
+    pixels = sum(video[..., 0].size for video in prompt.videos)
+    pixels += sum(i.width * i.height for i in prompt.images) if counted is None else 0
+    prompt.visual_tokens = (counted or 0) + pixels // TOKEN_PIXELS
 
 
 def _load(part: Part, prompt: Prompt, deadline: Deadline) -> None:
@@ -224,6 +239,13 @@ def _load(part: Part, prompt: Prompt, deadline: Deadline) -> None:
 def _check_amount(request: ChatRequest, text: PromptText, limits: Limits) -> None:
     """Refuse a request by the amount of its text and media, before either is processed."""
     texts = [tool.model_dump_json() for tool in request.tools or []]
+    check_form("tools", "".join(texts))
+    for tokens in (request.max_tokens, request.max_completion_tokens):
+        if tokens is not None and tokens > text.max_model_len:
+            raise RequestError(
+                f"an answer of {tokens} tokens: this model takes {text.max_model_len}, prompt "
+                "included. Lower max_tokens."
+            )
     for message in request.messages:
         texts += [part.text or "" for part in message.parts]
         texts += [call.model_dump_json() for call in message.tool_calls or []]
@@ -233,19 +255,23 @@ def _check_amount(request: ChatRequest, text: PromptText, limits: Limits) -> Non
         raise RequestError(f"more than {limits.max_items} images and videos.", 413)
 
 
-def _spec(request: ChatRequest, options: ServerOptions, ratio: float | None) -> MethodSpec:
-    """Return reducer and ratio of the request, or the server's default."""
+def _spec(
+    request: ChatRequest, options: ServerOptions, ratio: float | None
+) -> tuple[MethodSpec, bool]:
+    """Return reducer and ratio of the request, and whether the load may choose its ratio."""
     fields = (request.tokencomp, (request.mm_processor_kwargs or {}).get(KEY))
     given = [field for field in fields if field is not None]
     media = [(part.type, getattr(part, part.type)) for part in request.media]
     details = [(kind, url.detail) for kind, url in media if url is not None]
     try:
         if not given and (low := options.low_detail(details)) is not None:
-            return low
-        spec, *others = [options.resolve(field, "hf", ratio) for field in given or [None]]
+            return low, False
+        by_load = bool(media) and not any(map(names_amount, given))
+        found = ratio if media else None
+        spec, *others = [options.resolve(field, "hf", found) for field in given or [None]]
         if any(other != spec for other in others):
             raise OptionError(f'two settings: "{KEY}" and "mm_processor_kwargs" differ. Send one.')
-        return spec
+        return spec, by_load
     except (OptionError, PlanError, RatioError) as error:
         raise RequestError(str(error)) from None
 
@@ -280,7 +306,7 @@ def _content(message: Message) -> list[dict[str, Any]]:
 def _call_form(request: ChatRequest, text: PromptText) -> CallForm | None:
     """Return how calls are written, if the request has tools to call."""
     called = any(message.tool_calls or message.role == "tool" for message in request.messages)
-    if (request.tools or called) and text.calls is None:
+    if (request.offered or called) and text.calls is None:
         raise RequestError(
             "not served: tools. This model's chat template has no place for them, or writes calls "
             "in a form that is not known here. Describe the calls in the prompt and ask for JSON: "

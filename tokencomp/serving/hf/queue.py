@@ -116,17 +116,14 @@ class Waiting:
     max_batch: int = 8
     max_batch_pixels: int = 100_000_000  # processors need about 24 bytes per pixel
     max_waiting: int = 256  # above, new requests get 503
-    max_waiting_pixels: int = 1_000_000_000
     jobs: deque[Job] = field(default_factory=deque)
 
     def __len__(self) -> int:
         return len(self.jobs)
 
-    def check_room(self, pixels: int = 0, count: int = 1) -> None:
-        """Raise `RequestError` (503) when full with `count` more requests of so many pixels."""
-        waiting = [job.prompt.pixels for job in list(self.jobs) if not job.cancelled]
-        full = len(waiting) + count > self.max_waiting
-        if full or (waiting and sum(waiting) + pixels > self.max_waiting_pixels):
+    def check_room(self, count: int = 1) -> None:
+        """Raise `RequestError` (503) when full with `count` more requests."""
+        if sum(not job.cancelled for job in list(self.jobs)) + count > self.max_waiting:
             raise RequestError("the server is busy; try again later.", 503)
 
     def take(self) -> list[Job]:

@@ -12,19 +12,15 @@ refused.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import multiprocessing
 import os
-import signal
-import sys
 from importlib import import_module
 from typing import Any
 
 from tokencomp.serving import ENV_RULES
+from tokencomp.serving.vllm import process
 
 ENV_OFF = "TOKENCOMP_VLLM"
 LOADER = "tokencomp"  # name of `frames.ChosenFrames` among vLLM's loaders of videos
-PR_SET_PDEATHSIG = 1  # of prctl(2)
 TESTED_VERSIONS = ("0.32", "0.33")
 
 # Architecture → the module of this package with its mixins `Model` and `Processor`.
@@ -64,16 +60,6 @@ def enabled() -> bool:
     return os.environ.get(ENV_OFF, "").lower() not in ("off", "0", "false", "no")
 
 
-def end_with_parent() -> None:
-    """Have the system kill this process when the one that started it ends, if that is a part of it.
-
-    The engine and its workers would otherwise outlive a server that was killed, and keep its
-    memory. Only Linux can do so.
-    """
-    if multiprocessing.parent_process() is not None and sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def register() -> None:
     """Put the classes of `entry` and `frames` into vLLM's registries. Repeated calls are harmless.
 
@@ -83,7 +69,9 @@ def register() -> None:
     if not enabled():
         return
     if ENV_RULES in os.environ:  # a process of `tokencomp serve`
-        end_with_parent()
+        process.end_with_parent()
+        process.remove_metrics_at_exit()
+        import_module("tokencomp.serving.connections").bound_engine()
     import vllm
 
     registry = vllm.ModelRegistry

@@ -8,15 +8,18 @@ given with the number, `"frames": "stream:32"`, also in the `media_io_kwargs` of
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY, VideoLoader
 
 from tokencomp.serving.limits import Deadline, Limits
+from tokencomp.serving.room import DECODING
 from tokencomp.serving.video import decode_apart, load_file, with_request
 from tokencomp.serving.vllm import LOADER
 
+DECODERS = threading.BoundedSemaphore(DECODING)  # vLLM starts those of a request all at once
 ASSUMED_RATE = 24.0  # frames per second of a file that does not say it, as in transformers
 
 
@@ -42,8 +45,9 @@ class ChosenFrames(VideoLoader):
         animated = Limits.max_animated_pixels * pixels // Limits.max_total_pixels
         limits = Limits(frames=num_frames, max_total_pixels=pixels, max_animated_pixels=animated)
         limits = with_request({"video": {"frames": frames}} if frames else None, limits)
-        deadline = Deadline(limits.decode_seconds)
-        pictures, sampling = load_file(data, limits, deadline, decode_apart)
+        with DECODERS:
+            deadline = Deadline(limits.decode_seconds)
+            pictures, sampling = load_file(data, limits, deadline, decode_apart)
         rate = sampling.fps or ASSUMED_RATE
         # With `do_sample_frames` the processors of some families would take fewer of these frames.
         own = {"fps": rate, "duration": sampling.total / rate, "do_sample_frames": False}

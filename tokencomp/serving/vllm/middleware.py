@@ -9,9 +9,11 @@ of an answer and the log say what compression saved.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -21,6 +23,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from torch import Tensor
 
 from tokencomp.serving import ENV_OPTIONS, KEY
 from tokencomp.serving.http import (
@@ -34,8 +37,10 @@ from tokencomp.serving.http import (
 )  # fmt: skip
 from tokencomp.serving.limits import RequestError
 from tokencomp.serving.load import Load
+from tokencomp.serving.room import MediaRoom
 from tokencomp.serving.saved import Saved, process_metrics
 from tokencomp.serving.spec import ServerOptions
+from tokencomp.serving.vllm import process
 from tokencomp.serving.vllm.request_checks import check_media, read_request
 from tokencomp.serving.vllm.rules import Rules
 
@@ -46,7 +51,7 @@ PATHS = (*OPEN_PATHS, CHAT, MODELS, "/version")
 READS = ("GET", "HEAD", "OPTIONS")  # methods without a body
 USAGE = b'"usage":{'  # in JSON, where the quotes of a text are escaped, these bytes are the field
 EXCHANGE: ContextVar[Exchange] = ContextVar("exchange")
-READING = CHECKING = 4  # requests that are read, and whose media are checked, at the same time
+READING = 4  # requests that are read at one time
 UNREADABLE = (OSError, RuntimeError, SyntaxError, ZeroDivisionError, DecompressionBombError)
 
 
@@ -60,7 +65,7 @@ class Guard:
         self.options = ServerOptions.parse(os.environ.get(ENV_OPTIONS))
         self.load, self.metrics = Load(self.options.ratio_by_load), process_metrics()
         self.bodies = Bodies(limits.max_body, limits.max_bodies, limits.body_seconds)
-        self.reading, self.checking = CapacityLimiter(READING), CapacityLimiter(CHECKING)
+        self.reading, self.room = CapacityLimiter(READING), MediaRoom()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the application on a request that is allowed, and answer any other one."""
@@ -68,9 +73,12 @@ class Guard:
             await send({"type": "websocket.close", "code": 1008, "reason": "no such path"})
             return
         if scope["type"] != "http":
-            if scope["type"] == "lifespan":
-                self._watch(scope["app"].state.engine_client)
+            client = scope["app"].state.engine_client if scope["type"] == "lifespan" else None
+            if client is not None:
+                self._watch(client)
             await self.app(scope, receive, send)
+            if client is not None and client.errored and not self.draining:
+                process.end_after_engine()
             return
         exchange = Exchange(scope, receive, send)
         EXCHANGE.set(exchange)
@@ -102,7 +110,8 @@ class Guard:
 
         `shutdown` stops the engine after SIGTERM, and waits in a thread for running requests.
         vLLM's own answers are 200 to `/health` and 500 to new requests in that time. `generate`
-        gets the prompt, in which the processor has noted what it saved.
+        gets the prompt, in which the processor has noted what it saved: the media are decoded, and
+        the request waits for the engine until its first output.
         """
         stop, generate = client.shutdown, client.generate
 
@@ -112,9 +121,16 @@ class Guard:
 
         def noting(prompt: Any, *args: Any, **kwargs: Any) -> Any:
             saved = prompt.pop(KEY, None) if isinstance(prompt, dict) else None
-            if saved is not None and (exchange := EXCHANGE.get(None)) is not None:
-                exchange.details = saved
-            return generate(prompt, *args, **kwargs)
+            exchange = EXCHANGE.get(None)
+            if saved is None or exchange is None:
+                return generate(prompt, *args, **kwargs)
+            exchange.details = saved
+            self.room.leave(exchange)
+            begun = self.room.hold(media_bytes(prompt.get("mm_kwargs")))
+            exchange.ends.callback(begun)
+            if exchange.by_load:
+                exchange.ends.callback(self.load.join(exchange.client, saved.before))
+            return _until_first(generate(prompt, *args, **kwargs), begun)
 
         client.shutdown, client.generate = shutdown, noting
 
@@ -164,13 +180,17 @@ class Guard:
         Only a chat completion must have one, and only there media may be elsewhere.
         """
         async with self.bodies.read(Request(exchange.scope, exchange.receive)) as content:
-            ratio = exchange.join(self.load)
+            ratio = self.load.ratio(exchange.client)
             request = await to_thread.run_sync(
                 read_request, bytes(content), self.rules, self.options, ratio, chat,
                 limiter=self.reading,
             )  # fmt: skip
+            exchange.by_load = request.by_load
             if request.media:  # a text does not wait for the media of others
-                await to_thread.run_sync(check_media, request, self.rules, limiter=self.checking)
+                await self.room.enter(exchange)
+                exchange.ends.callback(self.room.leave, exchange)
+                self.room.check()
+                await to_thread.run_sync(check_media, request, self.rules)
         sent: Message = {"type": "http.request", "body": request.body, "more_body": False}
         waiting = [sent]
 
@@ -199,6 +219,25 @@ class Guard:
         if name not in cards:
             raise RequestError(f"model {name!r}: this server has {', '.join(cards)}.", 404)
         return JSONResponse(cards[name])
+
+
+async def _until_first(outputs: Any, begun: Callable[[], None]) -> AsyncGenerator[Any]:
+    """Yield the outputs of the engine; call `begun` at the first."""
+    async with contextlib.aclosing(outputs):
+        async for output in outputs:
+            begun()
+            yield output
+
+
+def media_bytes(value: Any) -> int:
+    """Bytes of the tensors in media of vLLM; those that its caches hold have none."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, Mapping):
+        return sum(map(media_bytes, value.values()))
+    if isinstance(value, list | tuple):
+        return sum(map(media_bytes, value))
+    return media_bytes(getattr(value, "data", None)) if value is not None else 0
 
 
 class _SendSaved:

@@ -9,15 +9,22 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tokencomp.errors import OptionError, RatioError
-from tokencomp.serving import KEY
-from tokencomp.serving.limits import Deadline, Limits, RequestError, check_structure
+from tokencomp.serving import KEY, ignored
+from tokencomp.serving.limits import (
+    FORMS,
+    Deadline,
+    Limits,
+    RequestError,
+    check_form,
+    check_structure,
+)  # fmt: skip
 from tokencomp.serving.media import (
     FRAME_LIST,
     check_image,
     decode_base64,
     read_url,
 )
-from tokencomp.serving.spec import ServerOptions, as_mapping, with_ratio
+from tokencomp.serving.spec import ServerOptions, as_mapping, names_amount, with_ratio
 from tokencomp.serving.video import with_request
 from tokencomp.serving.vllm.rules import Rules
 
@@ -31,16 +38,24 @@ FORM = '{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}
 
 @dataclass
 class Request:
-    """A chat completion: what vLLM gets, its JSON object, and type and URL object of all media."""
+    """A chat completion: what vLLM gets, its JSON object, and type and URL object of all media.
+
+    `by_load`: the load of the server chooses the ratio.
+    """
 
     body: bytes
     fields: dict[str, Any]
     media: list[tuple[str, dict[str, Any]]]
+    by_load: bool = False
 
     def set(self, name: str, value: dict[str, Any]) -> None:
         """Set a field of the body that vLLM gets."""
         self.fields[name] = value
-        self.body = json.dumps(self.fields).encode()
+        self.write()
+
+    def write(self) -> None:
+        """Let vLLM get the fields as they are now."""
+        self.body = as_json(self.fields).encode()
 
 
 def read_request(
@@ -68,7 +83,13 @@ def read_request(
         with_request(fields.get("media_io_kwargs"), rules.limits)
     _check_text(fields)
     _check_sampling(fields)
-    media = [part for message in _messages(fields) for part in _media(message)]
+    for name in FORMS:
+        check_form(name, as_json(fields.get(name)))
+    messages = _messages(fields)
+    changed = [_take_ignored(message) for message in messages]
+    for message in messages:
+        _check_fields(message)
+    media = [part for message in messages for part in _media(message)]
     if not chat:
         _check_no_media({name: v for name, v in fields.items() if name != "messages"})
     if len(media) > rules.limits.max_items:
@@ -76,6 +97,8 @@ def read_request(
     if media and fields.get("truncate_prompt_tokens") is not None:
         raise RequestError("truncate_prompt_tokens would cut media. Leave it out.")
     request = Request(body, fields, media)
+    if any(changed):
+        request.write()
     try:
         _set_options(request, options, ratio)
     except (OptionError, RatioError) as error:
@@ -106,19 +129,41 @@ def check_media(request: Request, rules: Rules) -> None:
         request.set("media_io_kwargs", {**given, "video": video})
 
 
+def as_json(value: Any) -> str:
+    """JSON of a value that was read from a body."""
+    try:
+        return json.dumps(value)
+    except RecursionError:  # `json.loads` reads a little deeper than it writes
+        raise RequestError("the body is nested too deeply.") from None
+
+
+def _take_ignored(message: dict[str, Any]) -> bool:
+    """Remove what changes no answer from a message; return whether there was something."""
+    content = message.get("content")
+    parts = [p for p in content if isinstance(p, dict)] if isinstance(content, list) else []
+    urls = [part[kind] for part in parts for kind in MEDIA if isinstance(part.get(kind), dict)]
+    found: list[tuple[dict[str, Any], tuple[str, ...]]] = [(message, ignored.MESSAGE)]
+    found += [(part, ignored.PART) for part in parts] + [(url, ignored.URL) for url in urls]
+    taken = [values.pop(name) for values, names in found for name in names if name in values]
+    return bool(taken)
+
+
 def _messages(request: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the messages, whose fields are all known."""
+    """Return the messages."""
     messages = request.get("messages") or []
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise RequestError("messages must be a list of objects.")
-    for message in messages:
-        for name, value in message.items():
-            text = name in MESSAGE and (isinstance(value, str) or name == "content")
-            if value and not text and name != "tool_calls":
-                raise RequestError(
-                    f"{name!r} of a message: expected texts in {', '.join(MESSAGE)}, or tool_calls."
-                )
     return messages
+
+
+def _check_fields(message: dict[str, Any]) -> None:
+    """Refuse a message with fields that are not known."""
+    for name, value in message.items():
+        text = name in MESSAGE and (isinstance(value, str) or name == "content")
+        if value and not text and name != "tool_calls":
+            raise RequestError(
+                f"{name!r} of a message: expected texts in {', '.join(MESSAGE)}, or tool_calls."
+            )
 
 
 def _media(message: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -168,8 +213,9 @@ def _set_options(request: Request, options: ServerOptions, ratio: float | None) 
     if field is None and given is None:
         spec = options.low_detail([(kind, url.get("detail")) for kind, url in request.media])
         field = spec and spec.requested
+    asked = as_mapping(given if field is None else field, None)
+    request.by_load = bool(request.media) and not names_amount(asked)
     if ratio is not None and request.media:
-        asked = as_mapping(given if field is None else field, None)
         field = with_ratio(asked, ratio)
     if field is not None:
         request.set("mm_processor_kwargs", {**kwargs, KEY: field})

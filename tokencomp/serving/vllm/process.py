@@ -1,0 +1,54 @@
+"""How the processes of `tokencomp serve --engine vllm` end."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import logging
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+METRICS = "tokencomp-metrics-"  # beginning of the folder's name that `tokencomp serve` makes
+ENV_METRICS = "PROMETHEUS_MULTIPROC_DIR"
+ENGINE_DIED = 70  # exit code after the death of the engine
+PR_SET_PDEATHSIG = 1  # of prctl(2)
+logger = logging.getLogger("vllm.tokencomp")
+
+
+def end_with_parent() -> None:
+    """Have the system kill this process when the one that started it ends, if that is a part of it.
+
+    The engine and its workers would otherwise outlive a server that was killed, and keep its
+    memory. Only Linux can do so.
+    """
+    if multiprocessing.parent_process() is not None and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def remove_metrics_at_exit() -> None:
+    """Let the first process of a server remove the folder of its metrics when it ends."""
+    if multiprocessing.parent_process() is None:
+        atexit.register(_remove_metrics)
+
+
+def _remove_metrics() -> None:
+    folder = Path(os.environ.get(ENV_METRICS, ""))
+    if folder.name.startswith(METRICS):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def end_after_engine() -> None:
+    """End this process with `ENGINE_DIED`, where vLLM would end it with 0.
+
+    A supervisor then starts the server again.
+    """
+    logger.error("the engine has died: this server ends with exit code %d", ENGINE_DIED)
+    if multiprocessing.parent_process() is None:
+        _remove_metrics()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(ENGINE_DIED)
