@@ -123,6 +123,17 @@ def raw(field: str) -> str:
     return '{"messages": [{"role": "user", "content": "a"}], ' + field + "}"
 
 
+def schema(size: int) -> dict[str, Any]:
+    """A form of an answer, with so many characters."""
+    form = {"type": "object", "properties": {"a": {"enum": ["x" * size]}}}
+    return {"type": "json_schema", "json_schema": {"name": "a", "schema": form}}
+
+
+def tools(size: int) -> list[dict[str, Any]]:
+    function = {"name": "a", "description": "x" * size, "parameters": {"type": "object"}}
+    return [{"type": "function", "function": function}]
+
+
 REFUSED: dict[str, Any] = {
     "empty": b"", "half": b"{", "a list": b"[]", "a text": b'"a"', "null": b"null",
     "bytes": b"\xff\xfe\xff", "deep": '{"a": ' + "[" * 10**5,
@@ -150,7 +161,8 @@ REFUSED: dict[str, Any] = {
     "pixels": user("a", media_io_kwargs={"video": {"pixels": 10**9}}),
     "policy": user("a", media_io_kwargs={"video": {"frames": "best"}}),
     "two settings": user("a", tokencomp=HALF, mm_processor_kwargs={"tokencomp": OTHER}),
-    "low detail": user(part(image(1), detail="low")),
+    "a schema": user("a", response_format=schema(70_000)),
+    "tools": user("a", tools=tools(70_000)),
     "values": (b"[" * 1_000_001, 413), "pairs": (b'{"a":[' + b"{}," * 500_000 + b"{}]}", 413),
     "frames": (user("a", media_io_kwargs={"video": {"frames": 64}}), 413),
     "items": (user(*[SMALL] * 33), 413),
@@ -170,6 +182,8 @@ def test_what_no_server_takes(server: Any, name: str) -> None:
 ANSWERED = {"role": "assistant", "content": "Red.", "refusal": None, "annotations": [],
             "audio": None, "function_call": None, "tool_calls": [],
             "reasoning_content": ""}  # fmt: skip
+CACHED = {"cache_control": {"type": "ephemeral"}}
+CITED = {**ANSWERED, "annotations": [{"type": "url_citation", "url_citation": {"url": "a"}}]}
 TAKEN: dict[str, Any] = {
     "text": user("größer"), "emoji": r'{"messages": [{"role": "user", "content": "\ud83d\ude00"}]}',
     "named": say("?", name="a"), "turns": {"messages": [*user("a")["messages"], ANSWERED]},
@@ -179,6 +193,13 @@ TAKEN: dict[str, Any] = {
     "as before": user("a", media_io_kwargs=None), "nothing": user("a", media_io_kwargs={}),
     "equal settings": user("a", tokencomp=HALF, mm_processor_kwargs={"tokencomp": HALF}),
     "a setting for low detail": user(part(image(1), detail="low"), tokencomp=HALF),
+    "low detail": user(part(image(1), detail="low"), SMALL),
+    "fields of gateways": user(
+        {**TEXT, **CACHED}, {**part(image(1), format="image/png"), **CACHED},
+        reasoning_effort="low", verbosity="low", user="a", prompt_cache_key="a",
+    ),
+    "citations": {"messages": [*user("a")["messages"], CITED, *user("b")["messages"]]},
+    "tools that are not offered": user("a", tools=tools(9), tool_choice="none"),
 }  # fmt: skip
 
 
@@ -186,6 +207,14 @@ TAKEN: dict[str, Any] = {
 def test_what_both_servers_take(server: Any, name: str) -> None:
     answer = ask(server(), TAKEN[name])
     assert answer.status == REACHED, answer.content
+
+
+@pytest.mark.parametrize("depth", [10, 950, 980, 985, 988, 989, 990, 991, 992, 995, 1000, 5000])
+def test_deep_bodies_are_answered(server: Any, depth: int) -> None:
+    """Python reads JSON a little deeper than it writes it."""
+    nested = "[" * depth + "]" * depth
+    for fields in (f'"x": {nested}', f'"x": {nested}, "tokencomp": {{"ratio": 0.5}}'):
+        assert ask(server(), raw(fields)).status in (400, REACHED)
 
 
 LOW, SHARP = part(image(1), detail="low"), part(image(1), detail="high")

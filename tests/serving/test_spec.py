@@ -85,9 +85,10 @@ def test_requests_change_the_default(
 
 CLOSED = {**HALF, "max_ratio": 0.8}
 REFUSED: list[tuple[tuple[str, ...], Any, Any]] = [
-    *((ENGINES, CLOSED, {"ratio": ratio}) for ratio in (0.81, -1, None, "nan", 10**400)),
+    *((ENGINES, CLOSED, {"ratio": ratio}) for ratio in (0.81, -1, None, "nan", "0.5", 10**400)),
     *((("hf", "vllm"), CLOSED, {"ratio": ratio})
-      for ratio in ({}, {"video": 0.9}, {"film": 0.5}, {"image": None}, {"image": {"image": 1}})),
+      for ratio in ({}, {"video": 0.9}, {"film": 0.5}, {"image": None}, {"image": {"image": 1}},
+                    {"image": "0.5"})),
     (("sglang",), CLOSED, {"ratio": {"video": 0.5}}), (("hf",), TOWER, {"ratio": {"video": 0.5}}),
     *((ENGINES, HALF, {"budget": budget})
       for budget in (0, 1.5, "512", None, True, [512], 10**7, {"image": 4}, {"prompt": 512})),

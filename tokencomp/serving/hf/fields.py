@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )  # fmt: skip
 
-from tokencomp.serving import KEY
+from tokencomp.serving import KEY, ignored
 from tokencomp.serving.limits import RequestError, check_structure
 from tokencomp.serving.spec import REQUEST_KEYS
 
@@ -24,8 +24,6 @@ MAX_ANSWERS = 16  # to one request; each is computed from the whole prompt
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256  # every generated token is compared with all of them
 SAMPLING = ("temperature", "top_p", "top_k", "min_p")  # fields that all rows of a batch share
 
-# Fields of the API that never change an answer.
-HARMLESS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 # Fields without an implementation, and the values under which that makes no difference.
 OFF: dict[str, tuple[Any, ...]] = {
     "add_generation_prompt": (True,),
@@ -53,13 +51,15 @@ class Strict(BaseModel):
 
     off: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     """Values of unknown fields that ask for what the server does anyway."""
+    ignored: ClassVar[tuple[str, ...]] = ()
+    """Unknown fields that change no answer."""
 
     def unserved(self, where: str = "") -> list[str]:
         """Paths below `where` of unknown fields whose values change the answer."""
         wrong = [
             where + name
             for name, value in (self.model_extra or {}).items()
-            if value not in (*EMPTY, *self.off.get(name, ()))
+            if name not in self.ignored and value not in (*EMPTY, *self.off.get(name, ()))
         ]
         for name in type(self).model_fields:
             value = getattr(self, name)
@@ -76,12 +76,16 @@ class Strict(BaseModel):
 class Url(Strict):
     """OpenAI's object around a media URL."""
 
+    ignored = ignored.URL
+
     url: str
     detail: Literal["auto", "high", "low"] | None = None
 
 
 class Part(Strict):
     """One part of a message: text, an image or a video."""
+
+    ignored = ignored.PART
 
     type: Literal["text", "image_url", "video_url"]
     text: str | None = None
@@ -109,6 +113,7 @@ class Message(Strict):
 
     # Clients send messages back that they received, with all of their empty fields.
     off = dict.fromkeys(("reasoning", "reasoning_content", "refusal"), ("",))
+    ignored = ignored.MESSAGE
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
@@ -210,7 +215,7 @@ class ResponseFormat(Strict):
 class ChatRequest(Strict):
     """A chat-completions request; the generation config has omitted sampling parameters."""
 
-    off = OFF
+    off, ignored = OFF, (*ignored.REQUEST, *ignored.HINTS)
 
     model: str = ""
     messages: list[Message] = Field(min_length=1, fail_fast=True)
@@ -309,7 +314,7 @@ def read_request(content: bytes | bytearray) -> ChatRequest:
         request = ChatRequest.model_validate_json(content)
     except ValidationError as error:
         raise RequestError(_message(error)) from None
-    wrong = [name for name in request.unserved() if name not in HARMLESS]
+    wrong = request.unserved()
     wrong += [f"mm_processor_kwargs.{n}" for n in request.mm_processor_kwargs or {} if n != KEY]
     if wrong:
         own = [name for name in wrong if name.rpartition(".")[2] in REQUEST_KEYS]
