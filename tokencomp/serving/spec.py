@@ -205,8 +205,6 @@ class ServerOptions:
         if isinstance(ratio, Mapping) and engine == "sglang":
             raise OptionError(f"ratio={ratio!r}: the SGLang plugin has no ratios by modality.")
         by_modality = ratio if isinstance(ratio, Mapping) else {"": ratio}
-        if texts := [v for v in by_modality.values() if isinstance(v, str)]:
-            raise RatioError(f"ratio={texts[0]!r} is a text: expected a number such as 0.5.")
         checked = {
             k: check_ratio(v, f"ratio of {k}" if k else "ratio") for k, v in by_modality.items()
         }
