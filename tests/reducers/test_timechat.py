@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from torch import Tensor
 
 import tokencomp
 from tokencomp import Plan, Stage, Tokens, make_reducer
-from tokencomp.engine.choose import compared_frames
+from tokencomp.engine.choose import frames_before
+from tokencomp.engine.memory import Memory
 from tokencomp.engine.rowmap import RowMap
 from tokencomp.errors import PlanError
 from tokencomp.reducers import _clusters, _segments
@@ -63,32 +65,54 @@ def span(start: int, grid: Grid, item: int, **more: object) -> VisualSpan:
     return VisualSpan(start, n, grid, "video", item=item, **more)  # type: ignore[arg-type]
 
 
+def call(spans: list[list[VisualSpan]], memory: Memory, columns: int = 40) -> Any:
+    """A call with these spans on a cache with this memory."""
+    row_map = RowMap.of_prompt(columns, [columns] * len(spans), spans, [])
+    modalities = {span.modality for row in spans for span in row}
+    return SimpleNamespace(
+        map=row_map, memory=memory, entered=[], compared=set(), modalities=modalities
+    )
+
+
+def after(this: Any) -> Memory:
+    """The memory after a call whose cache holds all of its columns."""
+    rows = torch.arange(this.map.rows).expand(len(this.map.spans), -1)
+    return this.memory.append(this.entered, rows, this.map.rows)
+
+
 def test_frames_are_those_of_the_same_shape_before() -> None:
-    """In a call, over calls, and apart from copies and other batches."""
-    cache, x = SimpleNamespace(), torch.arange(40.0)[None, :, None]
+    """In a call, over calls, and not in another batch."""
+    x = torch.arange(40.0)[None, :, None]
     spans = [span(1, (2, 2, 2), 0), span(12, (1, 1, 3), 1), span(20, (2, 2, 2), 2, special=(4,))]
-    first = compared_frames(x, RowMap.of_prompt(40, [40], [spans], []), cache)[0]
+    one = call([spans], Memory())
+    first = frames_before(one, x)[0]
     assert first[:2] == [None, None]
     assert first[2][:, 0].tolist() == [5, 6, 7, 8]
-    other = copy.deepcopy(cache)
-    later = compared_frames(x + 100, RowMap.of_prompt(40, [40], [spans[:2]], []), cache)[0]
+    later = frames_before(call([spans[:2]], after(one)), x + 100)[0]
     assert later[0][:, 0].tolist() == [25, 26, 27, 28]
     assert later[1][:, 0].tolist() == [12, 13, 14]
-    again = compared_frames(x, RowMap.of_prompt(40, [40], [spans[:1]], []), other)[0]
-    assert again[0][:, 0].tolist() == [25, 26, 27, 28]
-    two = compared_frames(
-        x.expand(2, -1, -1), RowMap.of_prompt(40, [40, 40], [spans[:1]] * 2, []), cache
-    )
-    assert two == [[None], [None]]
-    assert compared_frames(x, RowMap.of_prompt(40, [40], [spans[:1]], []), None) == [[None]]
+    two = call([spans[:1], spans[:1]], after(one))
+    assert frames_before(two, x.expand(2, -1, -1)) == [[None], [None]]
 
 
 def test_tiles_are_compared_with_the_same_tile() -> None:
-    cache, x = SimpleNamespace(), torch.arange(20.0)[None, :, None]
+    x = torch.arange(20.0)[None, :, None]
     tiles = [span(0, (1, 1, 3), 0), span(5, (1, 1, 3), 0)]
-    compared_frames(x, RowMap.of_prompt(20, [20], [tiles], []), cache)
-    found = compared_frames(x, RowMap.of_prompt(20, [20], [tiles], []), cache)[0]
+    one = call([tiles], Memory(), 20)
+    frames_before(one, x)
+    found = frames_before(call([tiles], after(one), 20), x)[0]
     assert [frame[:, 0].tolist() for frame in found] == [[0, 1, 2], [5, 6, 7]]
+
+
+def test_places_of_which_nothing_is_known_stay() -> None:
+    """As where a session has evicted their rows."""
+    frame = torch.randn(12, 6)
+    given = tokens((1, 3, 4), frame)
+    frame[[2, 9]] = torch.nan
+    given.features[[0, 5]] = -frame[[0, 5]]  # nothing else differs more
+    kept = matrix.kept(make_reducer("timechat"), given, 4).patches.tolist()
+    assert kept == [0, 2, 5, 9]
+    assert matrix.kept(make_reducer("timechat"), given, 2).patches.tolist() == [2, 9]
 
 
 def test_a_still_scene_keeps_what_changed() -> None:

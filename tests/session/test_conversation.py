@@ -189,16 +189,18 @@ def test_a_mark_forgets_what_came_after(name: str, reducer: str) -> None:
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("reducer", ["kcenter", "timechat", "delta"])
 @pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_5"])
-def test_nothing_is_lost_by_a_failure(name: str) -> None:
+def test_nothing_is_lost_by_a_failure(name: str, reducer: str) -> None:
     """A part that fails in the last layer leaves the conversation as it was."""
     family = ALL[name]
     model, parts = family.build(), parts_of(family)
-    tokencomp.patch(model, 0.5, reducer="kcenter")
+    parts += [parts[1], parts[3]]  # the same pictures again
+    tokencomp.patch(model, None if reducer == "delta" else 0.5, reducer=reducer)
     conversation = Conversation(model, None, "oldest")
     layer = family.decoder(model).layers[-1]
     for i, row in enumerate(parts):
-        if i in (0, 3):
+        if i in (0, 3, 6):
             failing = layer.register_forward_hook(lambda *args: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 conversation.add(part(family, row))
@@ -281,20 +283,58 @@ def test_steps_of_an_agent_add_what_changed(name: str) -> None:
     assert rows == [16 + 2 + 2 + 6 * i for i in range(12)]  # a cell, two marks, and text
 
 
+@pytest.mark.parametrize("reducer", ["timechat", "delta"])
+def test_what_was_evicted_is_kept_again(reducer: str) -> None:
+    """The same picture twice, with and without an eviction in between."""
+    family = FAMILIES["qwen2_vl"]
+    model, screen = family.build(), Screen(family, family.image(0), noise=0)
+    parts: Parts = [[text(2), media, text(3)] for media in (screen.first, screen.show(set()))]
+
+    def talk(handle: Any, gone: list[int]) -> list[list[int]]:
+        """Offsets that are kept of both pictures."""
+        conversation, kept = Conversation(model, None, "oldest"), []
+        for row in parts:
+            conversation.add(part(family, row))
+            kept += (handle.stats.kept(0) or [handle.stats.tower_kept(0)])[-1]
+            if gone and len(kept) == 1:
+                columns = torch.tensor(gone) + handle.stats.spans[0][0].start
+                assert evict(conversation.cache, columns) == len(gone)
+        return kept
+
+    with tokencomp.patch(model, None if reducer == "delta" else 0.5, reducer=reducer) as handle:
+        first, second = talk(handle, [])
+        gone = [offset for offset in first if offset not in second][:3]
+        _, again = talk(handle, gone)
+    assert len(gone) == 3 and {*gone} <= {*again}
+    assert reducer == "timechat" or again == gone
+
+
 @pytest.mark.parametrize("name", ["internvl", "smolvlm", "llava_onevision"])
-def test_after_an_eviction_a_screen_of_tiles_is_whole(name: str) -> None:
+def test_after_an_eviction_a_screen_of_tiles_lacks_nothing(name: str) -> None:
+    """It keeps what changed and what no row shows any more, and of every tile a cell."""
     family = FAMILIES[name]
     model, screen = family.build(), TiledScreen(family, family.image(0))
-    evictions = [False]
+    shown: dict[int, int] = {}  # the column that shows a cell
+    evicted = 0
     with tokencomp.patch(model, reducer="delta", threshold=THRESHOLD) as handle:
         conversation = Conversation(model, screen.cells + 30, "oldest")
-        for media in [screen.first, *(screen.show({i}) for i in range(5))]:
+        for media in [screen.first, *(screen.show({i, 2 * i}) for i in range(12))]:
+            start, expected = conversation.tokens, {*media.kept}
+            held = held_columns(conversation.cache.layers[0])[0].tolist() if start else []
+            expected |= {cell for cell in range(screen.cells) if shown.get(cell) not in held}
             conversation.add(part(family, [media, text(2)]))
-            tokens = sum(len(span.special) for span in handle.stats.spans[0])
-            cells = sum(handle.stats.entering[0]) - tokens
-            assert cells == (screen.cells if evictions[-1] else len(media.kept))
-            evictions.append(conversation.shrink() > 0)
-    assert any(evictions[:-1])  # else no screen would have followed an eviction
+            spans, kept = handle.stats.spans[0], handle.stats.tower_kept(0)
+            columns = [
+                start + s.start + o for s in spans for o in range(s.length) if o not in s.special
+            ]
+            left = {start + s.start + o for s, own in zip(spans, kept, strict=True) for o in own}
+            found = {cell for cell, column in enumerate(columns) if column in left}
+            lost = {screen.places[cell][0] for cell in expected - {*media.kept}}
+            firsts = {c for c in media.kept if screen.places[c][0] in lost}  # need not be kept
+            assert expected - firsts <= found <= expected
+            shown |= {cell: columns[cell] for cell in found}
+            evicted += conversation.shrink()
+    assert evicted > screen.cells // 2
 
 
 @pytest.mark.parametrize(("policy", "budget"), [("oldest", 70), ("redundant", 40)])

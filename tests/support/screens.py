@@ -49,7 +49,7 @@ class Screen:
 
     A cell that did not change differs from the last kept one by up to `noise` levels; one that
     changed differs by more than `THRESHOLD` in a single value. Of a picture in which nothing
-    changed, the first cell stays.
+    changed, the first cell stays, and is then the last kept one.
     """
 
     def __init__(self, family: Family, first: Media, noise: int = THRESHOLD) -> None:
@@ -74,6 +74,8 @@ class Screen:
                 new[cell, 1, 40] += (THRESHOLD + 1) * self.levels[40]
                 self.last[cell] = new[cell]
             steps.append(new)
+        if not any(changed):
+            self.last[0] = steps[0][0]
         kept = [i * self.cells + cell for i, cells in enumerate(changed) for cell in sorted(cells)]
         return self._shown(torch.cat(steps), kept or [0], self.cells * len(changed))
 
@@ -99,7 +101,10 @@ class TiledScreen:
     in which nothing changed keeps its first cell.
     """
 
-    def __init__(self, family: Family, first: Media, frames: int = 1) -> None:
+    def __init__(
+        self, family: Family, first: Media, frames: int = 1, noise: int = THRESHOLD
+    ) -> None:
+        self.noise = noise
         (self.name,) = (key for key in first.inputs if key.startswith("pixel_values"))
         self.media, self.frames = first, frames
         self.levels = 1 / (255 * deviations(family))
@@ -128,12 +133,13 @@ class TiledScreen:
         """The next picture, or a video of so many steps."""
         steps, levels = [], self.levels[:, None, None]
         for cells in changed:
-            noise = torch.randint(-THRESHOLD, THRESHOLD + 1, self.last.shape)
+            noise = torch.randint(-self.noise, self.noise + 1, self.last.shape)
             new = self.last + noise * levels
             for cell in cells:
                 at = self._square(cell)
                 new[at] = self.last[at]
                 new[at][1, 2, 3] += (THRESHOLD + 1) * self.levels[1]
+            for at in map(self._square, cells | self._firsts(cells)):
                 self.last[at] = new[at]
             steps.append(new)
         return self._shown(steps, list(changed))
@@ -150,14 +156,17 @@ class TiledScreen:
         n = self.side
         return tile, slice(None), slice(y * n, y * n + n), slice(x * n, x * n + n)
 
-    def _shown(self, steps: list[Tensor], kept: list[set[int]]) -> Shown:
+    def _firsts(self, cells: set[int]) -> set[int]:
+        """The first cells of the tiles in which none of these is."""
         firsts: dict[int, int] = {}
         for cell, (tile, *_) in enumerate(self.places):
             firsts.setdefault(tile, cell)
+        return set(firsts.values()) - {firsts[self.places[cell][0]] for cell in cells}
+
+    def _shown(self, steps: list[Tensor], kept: list[set[int]]) -> Shown:
         cells, read = [], []
         for i, chosen in enumerate(kept):
-            tiles = {self.places[cell][0] for cell in chosen}
-            chosen = chosen | {cell for tile, cell in firsts.items() if tile not in tiles}
+            chosen = chosen | self._firsts(chosen)
             cells += [i * self.cells + cell for cell in sorted(chosen)]
             mask = torch.zeros(self.last[:, 0].shape, dtype=torch.bool)
             for cell in chosen:

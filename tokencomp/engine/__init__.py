@@ -10,8 +10,8 @@
 The order of the passes is in `decoder.py`. The passes are modules: `prompt.py` (read), `call.py`
 (counts of the plan), `scores.py`, `choose.py`, `gather.py` (gather and restore), and `layers.py`
 with `masks.py`. `later.py` has the calls after the prompt, and the chunks of a prompt. `checks.py`
-lists what is refused before anything runs. Merging with weights is `weights.py`, and the stage in
-the vision tower `tower/`.
+lists what is refused before anything runs. Merging with weights is `weights.py`, the stage in the
+vision tower `tower/`, and what a cache shows of pictures `memory.py`.
 
 Five data classes: `VisualSpan` (an image in the prompt), `RowMap` (which column every row holds),
 `Tokens` (what a reducer sees), `Kept` (what it keeps), and `Call` (one decoder call).

@@ -16,6 +16,7 @@ it a `DynamicLayer` again.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -28,8 +29,10 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 
+from tokencomp.engine.memory import Memory
 from tokencomp.engine.rowmap import RowMap
 from tokencomp.errors import UnsupportedCacheError
+from tokencomp.tokens.tokens import Modality
 from tokencomp.torchlib.cache_classes import (
     HYBRID,
     HYBRID_SLIDING,
@@ -449,13 +452,29 @@ class CompressedStaticLayer(CompressedLayer, StaticLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
-        if self.row_map.real is not None:
-            self.row_map.real[:, self.rows :] = True
+        self.note(self.row_map.cut(self.rows))
 
     def reset(self) -> None:
         """Zero all rows in place and restore the class of the layer."""
         super().reset()
         del self.offset
+
+
+# -- what a cache shows of pictures ---------------------------------------------------------------
+
+
+def memory_of(cache: Any) -> Memory:
+    """What the rows of a cache show; nothing for a cache that is not compressed."""
+    layer = first_layer(cache)
+    return layer.row_map.memory if isinstance(layer, CompressedLayer) else Memory()
+
+
+def forget(cache: Any, modalities: Collection[Modality]) -> None:
+    """Note that pictures of some modalities enter which later ones cannot be compared with."""
+    layer = first_layer(cache)
+    if isinstance(layer, CompressedLayer):
+        memory = layer.row_map.memory.forget(modalities)
+        layer.row_map = replace(layer.row_map, memory=memory)
 
 
 # -- a layer becomes a compressed one -------------------------------------------------------------

@@ -20,14 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
-from tokencomp.engine.cache import CompressedLayer, first_layer, physical_length
+from tokencomp.engine.cache import CompressedLayer, first_layer, memory_of, physical_length
 from tokencomp.engine.layer_types import LayerTypes
+from tokencomp.engine.memory import Entered, Memory
 from tokencomp.engine.rowmap import RowMap, joined_columns, joined_mask
 from tokencomp.errors import copy_error
 from tokencomp.plan.counts import BudgetShare, packed_shares
 from tokencomp.plan.plan import Plan, Stage
 from tokencomp.tokens.signals import Signal
-from tokencomp.tokens.tokens import Memories, Modality, VisualSpan
+from tokencomp.tokens.tokens import Modality, VisualSpan
 from tokencomp.torchlib.hooks import Hooked
 
 
@@ -176,6 +177,11 @@ class Noted:
         From the body: modality of the feature in every column, see `Adapter.modalities`.
     mask
         From the body: its `attention_mask`.
+    apart
+        From the body: modalities of the media that no stage of this call sees.
+    encoded
+        What the vision tower has encoded within the call of the model, in order, see
+        `tokencomp.engine.tower.stage`; None outside of a call.
     """
 
     columns: int | None = None
@@ -191,6 +197,8 @@ class Noted:
     inputs: dict[str, Any] | None = None
     modalities: Tensor | None = None
     mask: Any = None
+    apart: frozenset[Modality] = frozenset()
+    encoded: list[Any] | None = None
 
 
 @dataclass
@@ -203,13 +211,10 @@ class TowerRecord:
         Signals by sample and span.
     costs
         The work of its calls.
-    seen
-        Per sample, the pixels that it kept last.
     """
 
     signals: dict[Signal, list[list[Tensor]]] = field(default_factory=dict)
     costs: list[Any] = field(default_factory=list)
-    seen: Memories | None = None
 
 
 @dataclass(eq=False)
@@ -267,6 +272,11 @@ class Call:
     weighing
         From `decoder.py`: what attention has requested of the weights of merged tokens; None if
         the call has none.
+    memory
+        What the cache showed of pictures before the call.
+    entered, compared
+        Pictures of the call, for the memory after it; and by which signal the pictures of a
+        modality were compared. From `choose.py` and `tower/`.
     map
         From `choose.py`: rows after the latest stage.
     scores
@@ -300,6 +310,9 @@ class Call:
     chunk: int | None = None
     earlier: list[Tensor] = field(default_factory=list)
     weighing: Any = None
+    memory: Memory = Memory()  # noqa: RUF009  # it never changes
+    entered: list[Entered] = field(default_factory=list)
+    compared: set[tuple[Signal, Modality]] = field(default_factory=set)
     scores: Any = None
     kept: list[RowMap] = field(default_factory=list)
     survivors: RowMap | None = None
@@ -313,6 +326,7 @@ class Call:
         self.length = past.rows + past.dropped + self.width
         self.first_layer, self.first_map = self.segments[0].cached, self.map
         if self.spans:
+            self.memory = memory_of(self.cache)
             self._count()
 
     def _count(self) -> None:
@@ -357,6 +371,26 @@ class Call:
         static = getattr(self.first_layer, "max_cache_len", 0)
         return max(self.length if self.by_column else rows, static)
 
+    def memory_after(self, layer: Any) -> Memory:
+        """What the cache shows after the call; `layer`: its first layer, with the rows of the call.
+
+        A patch that a stage between layers drops is not shown.
+        """
+        memory = self.memory.forget(self.modalities, self.compared)
+        if not self.entered:
+            return memory
+        row_map, device, batch = layer.row_map, layer.device, len(self.spans)
+        past, last = self.segments[0].past, self.segments[-1].new
+        columns = row_map.all_columns(batch, device)[:, past.rows :] - past.length
+        real = row_map.mask(device)
+        real = None if real is None else real[:, past.rows :]
+        numbers = torch.arange(past.rows, row_map.rows, device=device)
+        rows = by_column(numbers, columns, real, self.width)
+        if len(self.segments) > 1:
+            columns, real = last.all_columns(batch, device), last.mask(device)
+            rows = rows.masked_fill(by_column(columns, columns, real, self.width) < 0, -1)
+        return memory.append(self.entered, rows, row_map.rows)
+
     def first_columns(self) -> Tensor | None:
         """First real column of every sample in the whole sequence, int64 (B,).
 
@@ -371,6 +405,17 @@ class Call:
             real = past.mask()
             return None if real is None else (real.cumsum(1) == 0).sum(1)
         return self.map.first_column()
+
+
+def by_column(values: Tensor, columns: Tensor, real: Tensor | None, width: int) -> Tensor:
+    """Values of rows, int64 (n,) or (B, n), by column (B, width); -1 where there is no row.
+
+    `columns` (B, n) are those of the rows, and `real` (B, n) is False at padding rows.
+    """
+    if real is not None:
+        columns = columns.masked_fill(~real, width)
+    table = columns.new_full((len(columns), width + 1), -1)
+    return table.scatter_(1, columns, values.expand_as(columns))[:, :width]
 
 
 class ThreadState:

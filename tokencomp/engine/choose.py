@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tokencomp.engine.call import Call
 from tokencomp.engine.gather import take
+from tokencomp.engine.memory import Entered
 from tokencomp.engine.rowmap import KeptSpan, RowMap, move_tables, text_values
 from tokencomp.engine.scores import StageScores, rater_weights
 from tokencomp.engine.weights import merge_rest
@@ -31,8 +32,6 @@ from tokencomp.tokens.stacks import rows_of, starts_of
 from tokencomp.tokens.tokens import Kept, Tokens
 
 Chosen = list[tuple[int, int]]  # (sample, span) of the spans from which a reducer chooses
-FRAMES_SHOWN = "_tokencomp_frames"  # attribute of a KV cache
-Shape = tuple[str, int, int, int]  # modality, height, width, number of the span in its item
 
 # -- stages -------------------------------------------------------------------------------------
 
@@ -144,7 +143,7 @@ def choose(call: Call, stage: Stage, x: Tensor) -> tuple[list[list[int]], Chosen
     if call.scores is not None:
         scores = call.scores.spans.pop(stage.layer, None)
         texts = call.scores.texts.pop(stage.layer, None)
-    frames = compared_frames(x, call.map, call.cache) if FRAMES in stage.needs else None
+    frames = frames_before(call, x) if FRAMES in stage.needs else None
     if not cuts:
         return counts, [], None
     # The reducer sees the patches of these spans as one batch.
@@ -409,40 +408,45 @@ def _of_prompts(
     return values
 
 
-def compared_frames(x: Tensor, row_map: RowMap, cache: Any) -> list[list[Tensor | None]]:
-    """The latest frame of the same shape before every span; the cache then stores the latest ones.
+def frames_before(call: Call, x: Tensor) -> list[list[Tensor | None]]:
+    """The latest frame of the same shape before every span, of the call or an earlier one.
 
-    Frames are stored on the cache, so they belong to one conversation and are copied with it.
+    The call gets the last frame of every span, for the memory of its cache.
 
     Parameters
     ----------
     x : Tensor, shape (B, n, d)
         Input of the first decoder layer, for all tokens of the call.
-    cache
-        KV cache of the call. None: there are no earlier calls.
 
     Returns
     -------
     list per sample of list per span of Tensor, shape (height · width, d), or None
         None if there is no earlier frame of this shape.
     """
-    known: list[dict[Shape, Tensor]] = getattr(cache, FRAMES_SHOWN, None) or []
-    if len(known) != len(row_map.spans):  # another batch
-        known = [{} for _ in row_map.spans]
-    found, latest = [], [dict(frames) for frames in known]
-    for b, spans in enumerate(row_map.spans):
+    found, unknown = [], set()
+    for b, known in enumerate(call.memory.of(len(call.map.spans))):
+        latest: dict[Any, Tensor | None] = {}
         frames, part, item = [], 0, None
-        for kept in spans:
-            part, item = (part + 1 if kept.span.item == item else 0), kept.span.item
-            _, h, w = kept.span.grid
-            shape = (kept.span.modality, h, w, part)
-            frames.append(latest[b].get(shape))
-            if kept.whole and kept.span.grid_known:
-                patches = (~kept.span.special_mask()).nonzero()[-h * w :, 0]
-                latest[b][shape] = x[b, kept.start + patches.to(x.device)].detach()
+        for kept in call.map.spans[b]:
+            span = kept.span
+            part, item = (part + 1 if span.item == item else 0), span.item
+            _, h, w = span.grid
+            key = (FRAMES, span.modality, h, w, part)
+            if key not in latest:
+                latest[key] = known[key].known() if key in known else None
+            frames.append(latest[key])
+            if not (kept.whole and span.grid_known):
+                unknown.add(span.modality)
+                latest[key] = None
+                continue
+            patches = np.flatnonzero(~span.fixed_mask())[None, -h * w :]
+            rows = torch.from_numpy(kept.start + patches[0]).to(x.device)
+            latest[key] = frame = x[b, rows].detach()
+            call.entered.append(
+                Entered(b, key, span.start + patches, frame, (span.start, span.stop))
+            )
         found.append(frames)
-    if cache is not None:
-        setattr(cache, FRAMES_SHOWN, latest)
+    call.compared |= {(FRAMES, modality) for modality in call.modalities - unknown}
     return found
 
 

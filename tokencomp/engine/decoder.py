@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.structure import scales_queries
-from tokencomp.engine.cache import CacheOwner, CompressedLayer, first_layer
+from tokencomp.engine.cache import CacheOwner, CompressedLayer, first_layer, forget
 from tokencomp.engine.call import Call, CallHooks, Noted, RunningCalls, ThreadState
 from tokencomp.engine.checks import (
     PROMPT_CHECKS,
@@ -43,7 +43,13 @@ from tokencomp.engine.gather import (
     text_positions,
     whole_output,
 )
-from tokencomp.engine.later import LaterTokens, begins_prompt, chunk_arguments, in_chunks
+from tokencomp.engine.later import (
+    LaterTokens,
+    begins_prompt,
+    chunk_arguments,
+    in_chunks,
+    media_apart,
+)
 from tokencomp.engine.layers import LayerHooks
 from tokencomp.engine.masks import Masks, read_mask
 from tokencomp.engine.prompt import read_prompt, with_embeddings
@@ -164,6 +170,9 @@ class DecoderHooks(CallHooks):
             self._featureless.meet(arguments)  # the decoder was called without the body
         if self.tower.had_stage:
             self._refuse_missing(arguments)
+        apart = noted.apart if noted.in_body else media_apart(self.adapter, arguments)
+        if apart:
+            forget(cache, apart)
         return self._later_tokens(arguments, cache)
 
     def _compress(
@@ -207,6 +216,7 @@ class DecoderHooks(CallHooks):
         if whole and "logits_to_keep" in arguments:
             # Decoders with shared keys (Gemma 4) would return only these rows.
             arguments["logits_to_keep"] = 0
+        forget(cache, call.modalities)  # until `_leave`: a call that fails can have written rows
         if noted.chunk is not None and in_chunks(call, arguments, noted.chunk):
             arguments = self._run_chunks(module, arguments, call, noted)
         return (), arguments

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +23,6 @@ from tokencomp.engine.cache import CacheOwner, CompressedLayer, compress_layer, 
 from tokencomp.engine.call import Call, Segment
 from tokencomp.engine.checks import check_cache
 from tokencomp.engine.rowmap import RowMap
-from tokencomp.engine.tower.stage import Seen
 from tokencomp.engine.weights import repeat_rows
 from tokencomp.torchlib.compat import CACHE_NAMES
 
@@ -214,6 +214,7 @@ def note_prompt(call: Call, cache: Any, owner: CacheOwner) -> tuple[Any, dict[in
                 repeated[segment.first] = new.lengths
             for layer in layers:
                 layer.owner = owner
+    first.row_map = replace(first.row_map, memory=call.memory_after(first))
     return first, repeated
 
 
@@ -225,8 +226,6 @@ def _note_segment(call: Call, segment: Segment, layers: list[Any], starts: Tenso
         new, index = new.to(device).repeated(device)
     row_map = segment.past.append(new, batch, device)
     row_map.starts = starts
-    if call.tower.seen is not None and segment.first == 0:
-        row_map.seen = Seen(row_map.rows - _rows_after_media(segment.new), call.tower.seen)
     if index is not None:
         for layer in layers:
             repeat_rows(layer, index, segment.past.rows)
@@ -234,11 +233,6 @@ def _note_segment(call: Call, segment: Segment, layers: list[Any], starts: Tenso
         rows = row_map if layer.device == device else row_map.to(layer.device)
         compress_layer(layer, rows, layer is layers[0] and segment.first > 0)
     return new
-
-
-def _rows_after_media(row_map: RowMap) -> int:
-    """Rows of text after the last span of a prompt, in the sample that has fewest."""
-    return min(row_map.rows - spans[-1].stop for spans in row_map.spans if spans)
 
 
 def note_turn(call: Call, cache: Any) -> None:

@@ -16,7 +16,6 @@ which they add theirs. When they end, by an error too, the earlier notes are res
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +33,7 @@ from tokencomp.engine.cache import CacheOwner
 from tokencomp.engine.call import CallHooks, Noted, RunningCalls
 from tokencomp.engine.checks import FeaturelessPrompts, refuse_recomputation
 from tokencomp.engine.decoder import DecoderHooks
-from tokencomp.engine.later import ChunkedPrefill, begins_prompt
+from tokencomp.engine.later import ANY, ChunkedPrefill, begins_prompt, media_apart
 from tokencomp.engine.layer_types import LayerTypes
 from tokencomp.engine.layers import RelativePositions
 from tokencomp.errors import (
@@ -227,7 +226,7 @@ class Hooks(CallHooks):
         columns = next((int(x.shape[1]) for x in shown if isinstance(x, Tensor)), None)
         earlier, encodes = state.noted, self.adapter.encodes(kwargs)
         state.noted = replace(
-            earlier, columns=columns, encodes=encodes, types=types, arguments=arguments
+            earlier, columns=columns, encodes=encodes, types=types, arguments=arguments, encoded=[]
         )
         try:
             with self.gate.call():
@@ -276,7 +275,7 @@ class Hooks(CallHooks):
             return original(*args, **kwargs)
         state, arguments = self.calls.state, compat.bind(module, args, kwargs)
         earlier, state.call = state.noted, None
-        state.noted = copy.copy(earlier)
+        state.noted = replace(earlier, encoded=[*(earlier.encoded or ())])
         try:
             with self.gate.call():
                 if module is self.adapter.top:
@@ -304,8 +303,9 @@ class Hooks(CallHooks):
         """Note where the visual features of a call go."""
         noted.in_body, noted.mask = True, arguments.get("attention_mask")
         noted.inputs = noted.modalities = None
+        noted.apart = frozenset()
         if not self.decoder.compresses():
-            noted.inputs = arguments
+            noted.inputs, noted.apart = arguments, media_apart(self.adapter, arguments)
             return
         if noted.types is not None:
             arguments = with_types(arguments, noted.types)
@@ -316,7 +316,10 @@ class Hooks(CallHooks):
                 refuse_recomputation(self.adapter.top, "its labels")
             noted.grad = torch.is_grad_enabled()
             noted.inputs, noted.modalities = arguments, modalities.cpu()
-        elif begins_prompt(arguments):
+            return
+        if arguments.get("input_ids") is None:
+            noted.apart = ANY
+        if begins_prompt(arguments):
             self.decoder.stats = None  # those of an earlier prompt
             self._featureless.meet(arguments)
 

@@ -35,6 +35,7 @@ from tokencomp.engine.masks import Masks, read_mask
 from tokencomp.engine.rowmap import RowMap
 from tokencomp.errors import PrefillWarning
 from tokencomp.plan.plan import Plan
+from tokencomp.tokens.tokens import CODES, MODALITIES, Modality
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.hooks import Hooked
 from tokencomp.torchlib.masks import StaticMaskView, causal_mask
@@ -160,6 +161,16 @@ def _width(inputs: Mapping[str, Any]) -> int:
         if inputs.get(name) is not None:
             return int(inputs[name].shape[1])
     return 0
+
+
+ANY: frozenset[Modality] = frozenset(CODES)
+
+
+def media_apart(adapter: Adapter, inputs: Mapping[str, Any]) -> frozenset[Modality]:
+    """Modalities of the media that a call brings past all stages; any, if it has no ids."""
+    if inputs.get("input_ids") is None:
+        return ANY
+    return frozenset(MODALITIES[code] for code in adapter.feature_modalities(inputs))
 
 
 def begins_prompt(inputs: Mapping[str, Any]) -> bool:

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tokencomp.engine.memory import Memory
 from tokencomp.tokens.tokens import Kept, VisualSpan
 
 
@@ -98,8 +99,8 @@ class RowMap:
         Kept spans per sample, in order.
     prompts
         Prompts per sample, in order; together they cover the real rows.
-    seen : Seen or None
-        What later pictures are compared with, see `tokencomp.engine.tower.stage`. Only in a cache.
+    memory
+        What the rows show of pictures. Only in the first layer with rows of a cache.
     """
 
     rows: int
@@ -111,7 +112,7 @@ class RowMap:
     lengths: list[int] = field(default_factory=list)
     spans: list[list[KeptSpan]] = field(default_factory=list)
     prompts: list[list[Prompt]] = field(default_factory=list)
-    seen: Any = None
+    memory: Memory = Memory()  # noqa: RUF009  # it never changes
 
     @classmethod
     def of_prompt(
@@ -180,12 +181,15 @@ class RowMap:
     def keep_rows(self, rows: Tensor, batch: int) -> RowMap:
         """The map of some rows (n,) only, the same and real in every sample."""
         columns = self.all_columns(batch, rows.device)[:, rows]
-        return RowMap(rows.numel(), self.length - rows.numel(), columns, starts=self.starts)
+        held, dropped = rows.numel(), self.length - rows.numel()
+        return RowMap(held, dropped, columns, starts=self.starts, memory=self.memory.cut(rows))
 
     def cut(self, rows: int) -> RowMap:
         columns, real = (None if t is None else t[:, :rows] for t in (self.columns, self.real))
-        seen = self.seen if self.seen is None or self.seen.rows <= rows else None
-        return replace(self, rows=rows, columns=columns, real=real, seen=seen)
+        memory = self.memory
+        if rows < memory.end:
+            memory = memory.cut(torch.arange(rows))
+        return replace(self, rows=rows, columns=columns, real=real, memory=memory)
 
     def select(self, change: Callable[[Tensor], Tensor]) -> RowMap:
         """The map of a cache whose samples are reordered, repeated or selected, as by beam search.
@@ -195,7 +199,8 @@ class RowMap:
         columns, real, starts = (
             None if t is None else change(t) for t in (self.columns, self.real, self.starts)
         )
-        return replace(self, columns=columns, real=real, starts=starts, seen=None)
+        memory = self.memory.select(change)
+        return replace(self, columns=columns, real=real, starts=starts, memory=memory)
 
     def keep(
         self, counts: list[list[int]], chosen: list[tuple[int, int]], kept: Kept | None,

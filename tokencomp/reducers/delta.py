@@ -22,7 +22,8 @@ class Delta(DropsRepeats):
     For screens, and for all pictures of a fixed camera. Cells are compared with those of earlier
     pictures of the same size in the prompt, the conversation (on one KV cache, as in a `Session`)
     or the video: by the pixels, before the vision tower. The first picture of a size is kept whole.
-    Nothing earlier changes, so prefix caches stay valid.
+    Nothing earlier changes, so prefix caches stay valid. In a cache a cell counts as kept if the
+    decoder holds its row, so that what a budget drops comes again in the next turn.
 
     Scrolling and panning move all cells, so that all of them are kept.
 
@@ -37,12 +38,15 @@ class Delta(DropsRepeats):
 
     def repeats(self, tokens: Tokens, limit: float | Tensor) -> Tensor:
         new = []
-        memories = tokens.seen or [{} for _ in tokens.lengths]
-        for span, memory in zip(tokens, memories, strict=True):
+        seen = tokens.seen or [{} for _ in tokens.lengths]
+        for span, kept in zip(tokens, seen, strict=True):
             ((t, h, w),) = span.grids
             (key,) = span.keys
-            keep, last = new_cells(span.features.view(t, h * w, -1), memory.get(key), limit)
-            memory[key] = last.clone()  # a view would keep the pixels of all pictures alive
+            pictures = span.features.view(t, h * w, -1)
+            keep, last = new_cells(pictures, kept.get(key), limit)
+            kept[key] = last.clone()  # a view would keep the pixels of all pictures alive
+            # Where nothing is new, `reduce` keeps the first cell.
+            kept[key][0] = torch.where(keep.any(), last[0], pictures[0, 0])
             new.append(keep.flatten())
         return ~torch.cat(new)
 

@@ -22,7 +22,8 @@ class TimeChat(Reducer):
 
     The first frame of a chunk is compared with the last frame of the previous chunk: of the same
     prompt, or of an earlier turn on the same cache, as in a `tokencomp.Session`. An image is
-    compared with the last image of its shape. Tokens keep their positions.
+    compared with the last image of its shape. Places whose row was evicted from the cache come
+    first. Tokens keep their positions.
 
     Deviations from the paper:
 
@@ -47,5 +48,6 @@ class TimeChat(Reducer):
             old = torch.cat([frame.to(x.device).float() for frame in before if frame is not None])
             starts, areas = tokens.starts, [h * w for _, h, w in tokens.grids]
             rows = tokens.table(np.concatenate([starts[s] + np.arange(areas[s]) for s in known]))
-            similarity[rows] = cosine_similarity(x[rows].float(), old, dim=-1)
+            alike = cosine_similarity(x[rows].float(), old, dim=-1)
+            similarity[rows] = alike.nan_to_num(-2.0)  # nothing is known of the place: it stays
         return Kept(least_similar(tokens, similarity, [frame is not None for frame in before]))

@@ -6,6 +6,7 @@ Only tensors; `tokencomp.session.session` has the processor and the chat templat
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,12 +15,12 @@ from transformers import DynamicCache
 
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.adapters.structure import parameters_of
-from tokencomp.engine.cache import first_layer, physical_length
-from tokencomp.engine.tower.stage import recalled
+from tokencomp.engine.cache import first_layer, memory_of, physical_length
+from tokencomp.engine.memory import Memory
 from tokencomp.errors import OptionError, SessionError
 from tokencomp.handle import handle_of
-from tokencomp.session.evict import Mark, check_eviction, evict, held_columns, store_without
-from tokencomp.session.held import POLICIES, TEXT, Held, PatchPlaces, newest
+from tokencomp.session.evict import Mark, check_eviction, evict, held_columns
+from tokencomp.session.held import POLICIES, TEXT, Held, PatchPlaces
 from tokencomp.session.patched import check_patch, rows_of, run_within
 from tokencomp.session.positions import Positions
 from tokencomp.session.watch import Watch
@@ -129,6 +130,7 @@ class Conversation:
         if modalities is None and kept:
             self.check_text(ids.shape[1])
         positions, following = self.positions.of(inputs, modalities)
+        shown = memory_of(self.cache)
         appearance = self.budget is not None and self.policy == "redundant"
         watch = Watch(self.adapter, inputs, modalities, positions, self.check_chunk, appearance)
         with watch, run_within(handle, self.budget):
@@ -138,14 +140,17 @@ class Conversation:
             )  # fmt: skip
         n = ids.shape[1]
         if self.budget is not None and kept:
-            self._note(n, watch)
+            self._note(n, watch, shown)
         self.positions.following, self.tokens = following, self.tokens + n
         self.items += modalities is not None
         logits: Tensor = out.logits[:, -1]
         return logits
 
-    def _note(self, n: int, watch: Watch) -> None:
-        """Record items and places of the new rows of the widest layer."""
+    def _note(self, n: int, watch: Watch, shown: Memory) -> None:
+        """Record items and places of the new rows of the widest layer.
+
+        `shown`: what the cache showed before. The item also shows rows that its pictures repeat.
+        """
         layer = first_layer(self.cache)
         columns = held_columns(layer)[0]
         columns = columns[columns >= self.tokens]
@@ -156,14 +161,9 @@ class Conversation:
         if watch.appearance is not None:
             appearance = watch.appearance.to(device)[own]
         new = Held(columns, torch.full_like(columns, item), places[own], appearance)
-        if self._held is None:
-            self._held = new
-            return
-        if recalled(self.cache):  # what the first new picture of a place lacks, an older row shows
-            lacks = newest(places.flip(0)).flip(0)
-            lacks[own] = False
-            self._held = self._held.shown(item, places[lacks])
-        self._held = self._held.joined(new)
+        held = new if self._held is None else self._held.joined(new)
+        rows = memory_of(self.cache).since(shown)
+        self._held = replace(held, items=held.items.index_fill(0, rows.to(device), item))
 
     # -- limits ---------------------------------------------------------------------------------
 
@@ -171,12 +171,9 @@ class Conversation:
         """Evict rows of media down to the budget; returns how many."""
         if self.budget is None or self._held is None or len(self._held) <= self.budget:
             return 0
-        held, memories = self._held, recalled(self.cache)
+        held = self._held
         going = POLICIES[self.policy](held)[: len(held) - self.budget]
         left = evict(self.cache, held.columns[going])
-        if memories:
-            lost = held.places[going][newest(held.places)[going]]
-            store_without(self.cache, memories, self._places.cells(lost))
         stays = torch.ones(len(held), dtype=torch.bool, device=going.device)
         stays[going] = False
         self._held = held.rows(stays)

@@ -14,8 +14,6 @@ do.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,15 +25,11 @@ from tokencomp.engine.cache import (
     WHOLE,
     CompressedLayer,
     compress_layer,
-    first_layer,
     physical_length,
 )
-from tokencomp.engine.choose import FRAMES_SHOWN
 from tokencomp.engine.layer_types import Indexed, LayerTypes
 from tokencomp.engine.rowmap import RowMap
-from tokencomp.engine.tower.stage import TILE, Seen, copies
 from tokencomp.errors import OptionError, UnsupportedCacheError, UnsupportedModelError
-from tokencomp.tokens.tokens import Memories, Modality
 from tokencomp.torchlib.cache_classes import STATES
 
 
@@ -126,27 +120,6 @@ def evict(cache: Any, columns: Tensor) -> int:
     return max(_keep(layer, rows) for layer, rows in zip(layers, stays, strict=True))
 
 
-def store_without(
-    cache: Any, memories: Memories, lost: Iterable[tuple[Modality, tuple[int, int], Tensor]]
-) -> None:
-    """Store memories of one sample with the rows that its cache holds, without lost cells.
-
-    `lost` has, for pictures of (h, w) cells of one kind, the raster numbers of cells whose last row
-    was evicted, int64 (cells,). It does not tell tiles of a picture apart, so that tiles with keys
-    (`Cells.keys`) are forgotten.
-    """
-    memories = {modality: copies(memories, modality, 1) for modality in memories}
-    for kept in memories.values():
-        kept[:] = [{k: v for k, v in memory.items() if k[0] != TILE} for memory in kept]
-    for modality, size, cells in lost:
-        for memory in memories.get(modality, []):
-            if size in memory:
-                cells = cells.to(memory[size].device)
-                memory[size] = memory[size].index_fill(0, cells, torch.nan)
-    layer = first_layer(cache)
-    layer.row_map = replace(layer.row_map, seen=Seen(layer.rows, memories))
-
-
 def _staying(layer: Any, columns: Tensor) -> Tensor:
     """Rows of a layer that are kept, int64 (rows,); raises if samples differ."""
     held, real = held_columns(layer), row_map_of(layer).mask()
@@ -182,7 +155,7 @@ class Mark:
     """
 
     def __init__(self, cache: Any) -> None:
-        self._cache, self._frames = cache, getattr(cache, FRAMES_SHOWN, None)
+        self._cache = cache
         self._layers = [
             _Rows(x) if type(x) in WHOLE and x.is_initialized else copy.deepcopy(x)
             for x in cache.layers
@@ -191,8 +164,6 @@ class Mark:
     def rewind(self) -> None:
         """Restore the cache; to be called once."""
         layers = self._cache.layers
-        if hasattr(self._cache, FRAMES_SHOWN):
-            setattr(self._cache, FRAMES_SHOWN, self._frames)
         del layers[len(self._layers) :]  # a cache without a config adds layers as they are written
         for i, saved in enumerate(self._layers):
             if isinstance(saved, _Rows):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tokencomp.tokens.tokens import Modality, VisualSpan
+from tokencomp.tokens.tokens import VisualSpan
 
 TEXT = -1
 """Item number of system text and of what was said, which never go."""
@@ -58,11 +58,6 @@ class Held:
             appearance,
         )
 
-    def shown(self, item: int, places: Tensor) -> Held:
-        """The same rows, where `item` shows the newest row of these places again."""
-        again = newest(self.places) & torch.isin(self.places, places)
-        return replace(self, items=torch.where(again, item, self.items))
-
     def rows(self, index: Tensor) -> Held:
         return Held(*(getattr(self, f.name)[index] for f in fields(self)))
 
@@ -100,13 +95,6 @@ class PatchPlaces:
                 self._first[key], self._next = self._next, self._next + h * w
             places[span.start + patches] = self._first[key] + torch.arange(h * w).repeat(t)
         return places
-
-    def cells(self, places: Tensor) -> Iterator[tuple[Modality, tuple[int, int], Tensor]]:
-        """Modality and (h, w) of the pictures with these places, and which of their cells."""
-        for (modality, h, w, _), first in self._first.items():
-            cells = places[(places >= first) & (places < first + h * w)] - first
-            if len(cells):
-                yield modality, (h, w), cells
 
 
 def newest_of(places: Tensor) -> Tensor:

@@ -32,8 +32,7 @@ Norm = Callable[[Tensor], Tensor]
 CPU = torch.device("cpu")
 # What a reducer has kept last at every cell of pictures of (h, w) cells, (h · w, d); NaN: nothing.
 # Its keys are those of `Tokens.keys`: (h, w), or the place of a tile.
-Memory = dict[tuple[Any, ...], Tensor]
-Memories = dict[Modality, list[Memory]]  # of every sample
+LastKept = dict[tuple[Any, ...], Tensor]
 
 
 @dataclass(frozen=True)
@@ -164,7 +163,8 @@ class Tokens:
         The norm after the last decoder layer, (…, d) to (…, d), if the reducer needs `NORM`.
     frames : list of (Tensor, shape (h · w, d), or None), or None
         Features of the last frame of the same shape before every span, also of an earlier turn on
-        the same cache, to compare `features` with, if the reducer needs `FRAMES`.
+        the same cache, to compare `features` with, if the reducer needs `FRAMES`. NaN where the
+        cache no longer holds it.
     pixels
         (frames, height, width) of a patch where `features` are pixels, before the first block of
         the vision tower: they are the last three axes of
@@ -173,8 +173,8 @@ class Tokens:
         Where `features` are pixels: how much they grow from one of 256 levels to the next, in
         every channel.
     seen : list of dict, or None
-        Memory of every span, if the reducer needs `SEEN`: what the reducer writes to it is there
-        for later spans and turns. Pictures that follow each other in a prompt share a memory.
+        What was kept last, of every span, if the reducer needs `SEEN`. The reducer writes what it
+        keeps, for later spans: pictures that follow each other in a prompt share a dict.
     keys
         Of every span, with `seen`: spans of equal keys show the same place of pictures of one size.
     span_ids
@@ -197,7 +197,7 @@ class Tokens:
     frames: list[Tensor | None] | None = None
     pixels: tuple[int, int, int] | None = None
     levels: Tensor | None = None
-    seen: list[Memory] | None = None
+    seen: list[LastKept] | None = None
     keys: list[tuple[Any, ...]] = field(default_factory=list)
     span_ids: list[tuple[int, int]] = field(default_factory=list)
 

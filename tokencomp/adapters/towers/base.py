@@ -74,6 +74,8 @@ class Cells:
         (h, w) of the part.
     tokens
         Tokens of every part in the prompt, with line breaks. Empty: one per cell.
+    patches : Tensor of int64, shape (cells,), or None
+        Number of every cell's token among those of the call, without line breaks; None: in order.
     """
 
     pixels: Tensor
@@ -85,6 +87,7 @@ class Cells:
     order: Tensor | None = None
     keys: list[tuple[Any, ...]] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
+    patches: Tensor | None = None
 
 
 class Tower(ABC):

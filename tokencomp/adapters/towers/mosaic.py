@@ -42,17 +42,20 @@ class MosaicTower(DenseTower):
         parts: list[list[Grid]] = []
         keys: list[tuple[int, ...]] = []
         tokens: list[int] = []
+        patches: list[Tensor] = []
         first = 0
         for size, tiles in self._images(call):
             members.append(torch.arange(first * per_picture, (first + 1) * per_picture))
             parts.append([(1, side, side)])
             tokens.append(per_picture)
+            patches.append(sum(map(len, patches)) + torch.arange(per_picture))
             if tiles > 1:
-                visible, breaks = self._mosaic(size, tiles, side)
+                visible, raster, breaks = self._mosaic(size, tiles, side)
                 members += [(first + 1) * per_picture + part.flatten() for part in visible]
                 parts.append([(1, *part.shape) for part in visible])
                 tokens[-1] += breaks
                 tokens += [part.numel() for part in visible]
+                patches.append(sum(map(len, patches)) + raster)
             keys += [(*size, number) for number in range(len(tokens) - len(keys))]
             first += tiles
         if first != len(call.pixels) or len(pixels) != first * per_picture:
@@ -65,7 +68,10 @@ class MosaicTower(DenseTower):
         rows = max(stage.cells([(1, side, side)])[0], stage.most(per_picture))
         rows = 0 if stage.decides else rows
         numbers = torch.cat(members)[:, None].to(pixels.device)
-        return Cells(pixels, numbers, parts, call.modality, first, rows, keys=keys, tokens=tokens)
+        return Cells(
+            pixels, numbers, parts, call.modality, first, rows, keys=keys, tokens=tokens,
+            patches=torch.cat(patches),
+        )  # fmt: skip
 
     def _with_ends(self, cells: Cells, call: EncoderCall) -> Cells:
         """Count the line breaks after videos among the tokens of their last frames."""
@@ -91,10 +97,10 @@ class MosaicTower(DenseTower):
             for size, single in zip(listed, alone, strict=True)
         ]
 
-    def _mosaic(self, size: list[int], tiles: int, side: int) -> tuple[list[Tensor], int]:
+    def _mosaic(self, size: list[int], tiles: int, side: int) -> tuple[list[Tensor], Tensor, int]:
         """Patches that tokens read, counted from the first tile on: (h, w) for every tile.
 
-        And the number of line breaks.
+        And the numbers of their tokens in the raster of the mosaic, (patches,), and of line breaks.
         """
         code, config = file_with(type(self.body), "unpad_image"), self.body.config
         shape = config.image_grid_pinpoints, config.vision_config.image_size
@@ -110,10 +116,11 @@ class MosaicTower(DenseTower):
             )
         y, x = seen // (across * side), seen % (across * side)
         tile, patch = y // side * across + x // side, y % side * side + x % side
-        parts = []
+        parts, numbers = [], []
         for number in range(down * across):
             inside = tile == number
             h, w = int(inside.any(1).sum()), int(inside.any(0).sum())
             if h * w:
                 parts.append((number * side * side + patch[inside]).view(h, w))
-        return parts, len(seen)
+                numbers.append(inside.flatten().nonzero()[:, 0])
+        return parts, torch.cat(numbers), len(seen)

@@ -19,7 +19,6 @@ import functools
 import inspect
 import math
 import threading
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,8 +32,9 @@ from tokencomp.adapters.base import Adapter
 from tokencomp.adapters.towers.base import Cells, EncoderCall, Tower, attention_blocks
 from tokencomp.adapters.towers.dense import DenseTower
 from tokencomp.adapters.towers.packed import PackedTower
-from tokencomp.engine.cache import CompressedLayer, first_layer
+from tokencomp.engine.cache import memory_of
 from tokencomp.engine.call import Call, CallHooks, Noted, RunningCalls, TowerRecord
+from tokencomp.engine.memory import Entered
 from tokencomp.engine.tower.rows import DenseRows, TowerCost, TowerRows, equal_bounds, kept_rows
 from tokencomp.engine.tower.signals import TowerProbe, check_signals
 from tokencomp.errors import OptionError, SpanError
@@ -42,7 +42,7 @@ from tokencomp.plan.plan import Plan, TowerStage
 from tokencomp.reducers.base import reduced
 from tokencomp.tokens.signals import SEEN
 from tokencomp.tokens.stacks import rows_of, starts_of
-from tokencomp.tokens.tokens import CODES, Memories, Memory, Modality, Tokens
+from tokencomp.tokens.tokens import CODES, LastKept, Tokens, VisualSpan
 from tokencomp.torchlib import compat
 from tokencomp.torchlib.checkpointing import checkpointed_since
 from tokencomp.torchlib.replace import MethodReplacement
@@ -54,7 +54,7 @@ def chosen_cells(
     stage: TowerStage,
     hidden: Tensor | None = None,
     levels: Tensor | None = None,
-    memories: list[Memory] | None = None,
+    seen: list[LastKept] | None = None,
 ) -> Tensor:
     """The kept cells, int64, shape (kept cells,), in no particular order.
 
@@ -62,8 +62,8 @@ def chosen_cells(
     ----------
     hidden
         Input of the block of the stage; None: the reducer gets pixels.
-    levels, memories
-        As in `Tokens.levels` and `Tokens.seen`.
+    levels, seen
+        As in `Tokens`.
     """
     from tokencomp.kernels.dispatch import exact
 
@@ -89,8 +89,8 @@ def chosen_cells(
             modalities=[cells.modality for _ in some],
             pixels=(frames, height, width) if hidden is None else None,
             levels=levels,
-            seen=memories,
-            keys=[(TILE, *cells.keys[i]) for i in some] if cells.keys else [],
+            seen=seen,
+            keys=[cells.keys[i] for i in some] if cells.keys else [],
         )
         with exact(tokens.features, stage.reducer.traits.batched):
             chosen.append(rows[reduced(stage.reducer, tokens).patches])
@@ -120,34 +120,9 @@ def _patch_values(cells: Cells, hidden: Tensor) -> Tensor:
     return by_cell[cells.order.argsort()].flatten(0, 1)
 
 
-# -- memories of earlier pictures ----------------------------------------------------------------
+# -- earlier pictures ----------------------------------------------------------------------------
 
-# A later turn finds them in the row map of the cache that holds the pictures. A cache that was cut
-# into them no longer has them: the next picture is then kept whole.
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What was kept last of the pictures in the first `rows` rows of a cache."""
-
-    rows: int
-    memories: Memories
-
-
-TILE = "tile"  # first part of the keys of tiles in a memory
-
-
-def recalled(cache: Any) -> Memories:
-    """The memories that go with a cache."""
-    layer = first_layer(cache)
-    seen: Seen | None = layer.row_map.seen if isinstance(layer, CompressedLayer) else None
-    return {} if seen is None else seen.memories
-
-
-def copies(memories: Memories, modality: Modality, samples: int) -> list[Memory]:
-    """Memories of one kind of media to be written to; empty ones for another batch."""
-    known = memories.get(modality, [])
-    return [dict(m) for m in known] if len(known) == samples else [{} for _ in range(samples)]
+# The memory of the cache has them, see `tokencomp.engine.memory`.
 
 
 def running_prompt(adapter: Adapter, noted: Noted) -> tuple[Tensor, Tensor | None, Any]:
@@ -176,17 +151,54 @@ def running_prompt(adapter: Adapter, noted: Noted) -> tuple[Tensor, Tensor | Non
     return modalities[:, held:], None if ids is None else ids[:, held:], cache
 
 
-def memories_before(call: EncoderCall, cells: Cells) -> tuple[list[Memory], list[Memory]]:
-    """Memories of all samples before a call of the tower, and of every part of its cells.
+def part_keys(cells: Cells) -> list[tuple[Any, ...]]:
+    """`Tokens.keys` of every part of cells."""
+    return list(cells.keys) or [(h, w) for part in cells.parts for _, h, w in part]
 
-    Media are in the order of the batch; parts of a sample share its memory.
+
+def kept_before(call: EncoderCall, cells: Cells) -> list[LastKept]:
+    """What every part of the cells of a call is compared with, see `Tokens.seen`.
+
+    Media are in the order of the batch; parts of a sample share a dict.
     """
     assert call.modalities is not None
-    memories = copies(recalled(call.cache), cells.modality, len(call.modalities))
+    signal, shown = (SEEN, cells.modality), memory_of(call.cache).of(len(call.modalities))
+    kept: list[LastKept] = [
+        {key[2:]: places.known() for key, places in sample.items() if key[:2] == signal}
+        for sample in shown
+    ]
     ends = (call.modalities == CODES[cells.modality]).sum(1).cumsum(0)
     lengths = cells.tokens or [math.prod(grid) for part in cells.parts for grid in part]
     owners = np.searchsorted(ends[:-1].numpy(force=True), np.cumsum(lengths))
-    return memories, [memories[b] for b in owners]
+    return [kept[b] for b in owners]
+
+
+def entered_pictures(
+    cells: Cells, stage: TowerStage, spans: list[list[VisualSpan]]
+) -> list[Entered]:
+    """The parts of the cells of a call, for the memory of a cache; empty for other media."""
+    runs = [
+        (b, span.start + np.flatnonzero(~span.fixed_mask()))
+        for b, sample in enumerate(spans)
+        for span in sample
+        if span.modality == cells.modality
+    ]
+    columns = np.concatenate([columns for _, columns in runs])
+    samples = np.repeat([b for b, _ in runs], [len(columns) for _, columns in runs])
+    if len(columns) != len(cells.members):  # beams repeat the rows of media that were encoded once
+        return []
+    if cells.patches is not None:
+        columns, samples = columns[cells.patches], samples[cells.patches]
+    grids = [grid for part in cells.parts for grid in part]
+    ends, entered = starts_of([math.prod(grid) for grid in grids]), []
+    for (t, h, w), key, first, end in zip(grids, part_keys(cells), ends, ends[1:], strict=False):
+
+        def values(numbers: Tensor, first: int = int(first)) -> Tensor:
+            return _features(cells, numbers.to(cells.members.device) + first, stage, None)
+
+        places = columns[first:end].reshape(t, h * w)
+        entered.append(Entered(int(samples[first]), (SEEN, cells.modality, *key), places, values))
+    return entered
 
 
 # -- dropping patches ----------------------------------------------------------------------------
@@ -194,7 +206,7 @@ def memories_before(call: EncoderCall, cells: Cells) -> tuple[list[Memory], list
 
 @dataclass
 class _Running:
-    """One call of the tower, until its output has full length again."""
+    """One call of the tower. Its prompt finds it among the `Noted.encoded` of its model call."""
 
     cells: Cells
     cost: TowerCost
@@ -202,15 +214,11 @@ class _Running:
 
 
 class _Local(threading.local):
-    """State of a thread: the running calls of the encoding method and of the tower, and the costs
-    and memories after calls that no prompt has taken yet.
-    """
+    """State of a thread: the running calls of the encoding method and of the tower."""
 
     def __init__(self) -> None:
         self.encoding: tuple[Any, dict[str, Any]] = "image", {}
         self.running: _Running | None = None
-        self.costs: deque[TowerCost] = deque(maxlen=2)
-        self.seen: Memories = {}
 
 
 class TowerDrop(CallHooks):
@@ -250,18 +258,21 @@ class TowerDrop(CallHooks):
             add(MethodReplacement(layout.projectors[0], "forward", project))
         self._after(layout.module, self._end, always_call=True)
 
-    def collect(self, calls: int) -> list[TowerCost]:
-        """Costs of the latest `calls` calls of the tower in this thread; empty if unknown."""
-        costs = list(self._local.costs)[-calls:] if calls else []
-        self._local.costs.clear()
-        return costs if len(costs) == calls else []
+    def collect(self, call: Call) -> list[TowerCost]:
+        """Costs of the calls that have encoded the media of a prompt; empty if unknown.
 
-    def seen(self, cache: Any, modalities: set[Modality]) -> Memories | None:
-        """Memories after a prompt with media of `modalities`; None if the stage has none."""
-        latest, self._local.seen = self._local.seen, {}
-        if SEEN not in self.stage.reducer.needs:
-            return None
-        return recalled(cache) | {m: latest[m] for m in modalities & latest.keys()}
+        The prompt gets the pictures that later ones are compared with.
+        """
+        modalities = call.modalities - {"audio"}
+        encoded: list[_Running] = (self.calls.state.noted.encoded or [])[-len(modalities) :]
+        for running in encoded if SEEN in self.stage.reducer.needs else ():
+            cells = running.cells
+            if cells.modality in modalities:
+                entered = entered_pictures(cells, self.stage, call.spans)
+                call.entered += entered
+                call.compared |= {(SEEN, cells.modality)} if entered else set()
+        costs = [running.cost for running in encoded]
+        return costs if len(costs) == len(modalities) else []
 
     # -- around the tower -----------------------------------------------------------------------
 
@@ -297,16 +308,15 @@ class TowerDrop(CallHooks):
         # A stage before the first block chooses by pixels, now; later stages in `_block`.
         if stage.block == 0:
             levels = 1 / (255 * torch.tensor(self.layout.std, device=pixels.device))
-            memories, of_parts = memories_before(call, cells) if compares else (None, None)
-            running.rows = kept_rows(cells, chosen_cells(cells, stage, None, levels, of_parts))
-            if memories is not None:
-                local.seen[cells.modality] = memories
+            seen = kept_before(call, cells) if compares else None
+            running.rows = kept_rows(cells, chosen_cells(cells, stage, None, levels, seen))
 
     def _end(self, tower: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        running = self._local.running
-        if running is not None and running.rows is not None:
+        running, encoded = self._local.running, self.calls.state.noted.encoded
+        if running is not None and running.rows is not None and out is not None:
             running.cost.tokens = self._projected(running.rows)
-            self._local.costs.append(running.cost)
+            if encoded is not None:
+                encoded.append(running)
         if out is None or not self._projector_restores:
             self._local.running = None
 
@@ -460,6 +470,5 @@ class TowerHooks:
                 )
             record.signals = self.probe.collect(call.spans)
         if self.drop is not None:
-            record.costs = self.drop.collect(len(call.modalities - {"audio"}))
-            record.seen = self.drop.seen(call.cache, call.modalities)
+            record.costs = self.drop.collect(call)
         return record

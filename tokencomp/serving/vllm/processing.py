@@ -29,7 +29,7 @@ from tokencomp.serving.spec import ServerOptions
 from tokencomp.serving.vllm.entry import configured_options
 from tokencomp.serving.vllm.metrics import item_sizes, saved_by
 from tokencomp.serving.vllm.repeats import Compared, KeptPixels, chained, compares, item_cells
-from tokencomp.tokens.tokens import Memory, VisualSpan
+from tokencomp.tokens.tokens import LastKept, VisualSpan
 
 logger = init_logger("vllm.tokencomp")
 MODALITIES = ("image", "video")
@@ -191,7 +191,7 @@ class CompressingProcessor:
         options, spec = hf_kwargs.get(KEY), self._spec(hf_kwargs)
         if spec.repeats is None:
             return [None] * count
-        cached, memory = list[bool](), Memory()
+        cached, memory = list[bool](), LastKept()
         if isinstance(options, Compared) and any(options.cached[modality]):
             if (known := self._kept.after(options.earlier(modality))) is not None:
                 memory = known

@@ -27,7 +27,7 @@ from tokencomp.method import MethodSpec
 from tokencomp.plan.plan import TowerStage
 from tokencomp.reducers.base import Reducer
 from tokencomp.tokens.signals import SEEN
-from tokencomp.tokens.tokens import Memory
+from tokencomp.tokens.tokens import LastKept
 
 
 def compares(spec: MethodSpec) -> bool:
@@ -72,20 +72,20 @@ class KeptPixels:
     """
 
     def __init__(self, most: int = 1 << 29) -> None:
-        self._known: LRUCache[str, Memory] = LRUCache(most, getsizeof=_size)
+        self._known: LRUCache[str, LastKept] = LRUCache(most, getsizeof=_size)
 
-    def after(self, key: str | None) -> Memory | None:
+    def after(self, key: str | None) -> LastKept | None:
         """A copy of what is known of the pictures up to the item with that hash."""
         found = None if key is None else self._known.get(key)
         return None if found is None else dict(found)
 
-    def keep(self, key: str, memory: Memory) -> None:
+    def keep(self, key: str, memory: LastKept) -> None:
         """Note what was kept of the pictures up to the item with that hash."""
         if _size(memory) <= self._known.maxsize:
             self._known[key] = memory
 
 
-def _size(memory: Memory) -> int:
+def _size(memory: LastKept) -> int:
     return sum(pixels.nbytes for pixels in memory.values())
 
 
@@ -103,7 +103,7 @@ def item_cells(
     grids: Tensor,
     config: Any,
     std: Sequence[float],
-    memory: Memory,
+    memory: LastKept,
 ) -> list[list[int]]:
     """Numbers of the cells that are kept of every item, ascending.
 
