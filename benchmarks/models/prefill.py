@@ -22,7 +22,7 @@ import itertools
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 import tokencomp
 from benchmarks import publishing
 from benchmarks.models import shapes
-from benchmarks.models.measured import kind_of, method_of
 from benchmarks.publishing import environment, provenance, read_lines
-from benchmarks.stored import today
+from tokencomp.method import DEFAULT_REDUCER
 from tokencomp.plan.options import Merging
 from tokencomp.storage import write_lines
 
@@ -188,6 +187,12 @@ def measure(piece: Piece, dtype: torch.dtype) -> Iterator[list[dict[str, Any]]]:
             ]
 
 
+def method_of(record: Mapping[str, Any]) -> str:
+    """The reducer, and what differs from its default."""
+    dropped = record["reducer"] == DEFAULT_REDUCER and record["merge"] is False
+    return record["reducer"] + (" merge=False" if dropped else "")
+
+
 def record(piece: Piece, case: Case, dtype: torch.dtype, stats: Any) -> dict[str, Any]:
     """What a case is, and what it leaves of the KV cache."""
     return {
@@ -238,11 +243,10 @@ and the time of a text of the compressed length](prefill.csv)."""
 
 def page(records: list[dict[str, Any]]) -> str:
     """The page of all records, by method and ratio."""
-    every = today(records)
-    sources = dict.fromkeys(f"- {r['dtype']}: {provenance(r['environment'])}" for r in every)
+    sources = dict.fromkeys(f"- {r['dtype']}: {provenance(r['environment'])}" for r in records)
     parts = [
         "# How much faster is the LLM prefill?",
-        overview(every),
+        overview(records),
         LEGEND.replace("\n", " "),
         "\n".join(sources),
     ]
@@ -253,7 +257,7 @@ def overview(records: list[dict[str, Any]]) -> str:
     """One row per model, media and method."""
     found: dict[tuple[Any, ...], dict[float, dict[str, Any]]] = {}
     for r in records:
-        case = (r["model"], kind_of(r), str(r["visual_tokens"]), method_of(r))
+        case = (r["model"], r["kind"], str(r["visual_tokens"]), method_of(r))
         found.setdefault(case, {})[r["ratio"]] = r
     ratios = sorted({r["ratio"] for r in records})
     rows = []
@@ -281,7 +285,7 @@ def rows_of(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         {
             "model": r["model"],
-            "media": kind_of(r),
+            "media": r["kind"],
             "visual_tokens": r["visual_tokens"],
             "method": method_of(r),
             "ratio": r["ratio"],
@@ -297,7 +301,7 @@ def rows_of(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "commit": publishing.version(r["environment"]["commit"]),
             "date": r["environment"]["date"][:10],
         }
-        for r in today(records)
+        for r in records
     ]
 
 
@@ -320,7 +324,7 @@ def timed(function: Callable[[], Any]) -> float:
 
 def key(r: dict[str, Any]) -> tuple[Any, ...]:
     """What identifies a record."""
-    return r["model"], r["tokens"], kind_of(r), method_of(r), r["ratio"]
+    return r["model"], r["tokens"], r["kind"], method_of(r), r["ratio"]
 
 
 def publish(out: Path, records: list[dict[str, Any]]) -> None:
