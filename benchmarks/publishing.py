@@ -29,6 +29,7 @@ __all__ = [
     "parser",
     "provenance",
     "published_from",
+    "read",
     "read_lines",
     "rebuild",
     "table",
@@ -123,6 +124,11 @@ def _short(value: Any) -> Any:
     if not isinstance(value, float):
         return value
     return f"{round(value, 4):g}" if round(value, 4) or not value else f"{value:.2e}"
+
+
+def read(path: Path) -> Any:
+    """A JSON file of results."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -20,9 +20,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks import publishing
 from benchmarks.accuracy.packed import PARTS, unpack
 from benchmarks.publishing import write
-from benchmarks.stored import read_stored
 
 COSTS = ("achieved_ratio", "flops", "kv_bytes", "achieved")
 COUNTED = ("items", "failed", "accuracy")  # of a setting: all are answered
@@ -63,7 +63,7 @@ def write_sweep(path: Path, manifest: Mapping[str, Any], answers: Mapping[str, A
 
 def read_sweep(path: Path) -> dict[str, Any]:
     """The manifest of a sweep, with `answers` as `PackedAnswers.to_json` gives them."""
-    stored = read_stored(path)
+    stored = publishing.read(path)
     if "shared" not in stored:  # as older checkouts wrote them
         return stored
     shared, questions = stored.pop("shared"), stored.pop("questions")

@@ -28,7 +28,6 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 import tokencomp
 from benchmarks import publishing
 from benchmarks.kernels.calls import RATIO, counted, prefill, prompt, tiny_model
-from benchmarks.stored import today
 from tokencomp.engine.stats import LayerShape
 from tokencomp.engine.weights import bias_dims, extra_dims, widen
 
@@ -155,7 +154,7 @@ def markdown(data: dict[str, Any]) -> str:
     """The page."""
     rows = [
         [r["reducer"], str(r["merge"]), *(f"{c} + {n}" for c, n in (r["prefill"], r["step"]))]
-        for r in today(data["calls"])
+        for r in data["calls"]
     ]
     work = [
         [r["model"], str(r["rows"]), f"{r['attention']:.1%}", f"{r['prefill']:.2%}"]

@@ -25,7 +25,6 @@ from benchmarks.gpu.recompute import runs_of
 from benchmarks.real.page import HERE
 from benchmarks.real.page import RESULTS as TEST_RESULTS
 from benchmarks.real.run import packed
-from benchmarks.stored import read_stored
 from recipes.photographs.build import FOLDER
 from recipes.photographs.items import LETTERS, StampItem, items
 from recipes.photographs.sources import TUXPAINT, Photos
@@ -58,7 +57,7 @@ answers together with those of the embedded models.
 
 def learned() -> list[str]:
     """Families that the published results call learned, by validation questions, in words."""
-    names: list[str] = read_stored(TEST_RESULTS)["learned"]
+    names: list[str] = publishing.read(TEST_RESULTS)["learned"]
     return [name for name in names if name != LETTERS]
 
 
@@ -74,7 +73,7 @@ class OneKind(Results):
 
 def photographs(path: Path = FORMER) -> OneKind:
     """The stored answers, in the form of those of the embedded models."""
-    stored = read_stored(path)
+    stored = publishing.read(path)
     return as_results(stored, MODEL if path == FORMER else f"{MODEL}-448", stored["about"])
 
 
@@ -157,7 +156,7 @@ def main() -> None:
         publishing.write(args.out, {"about": {**publishing.environment(), **facts}, **content})
     if not args.out.exists():
         raise OptionError(f"there is no {args.out}. Run without --report first.")
-    print(write_text(args.out.with_suffix(".md"), page(read_stored(args.out))))
+    print(write_text(args.out.with_suffix(".md"), page(publishing.read(args.out))))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import publishing
 from benchmarks.accuracy.packed import PackedAnswers
 from benchmarks.accuracy.report import RATIOS
 from benchmarks.accuracy.store import STORED_DEFAULT
@@ -13,7 +14,6 @@ from benchmarks.accuracy.tables import BASELINES
 from benchmarks.gpu.contribution import Row
 from benchmarks.gpu.recompute import runs_of
 from benchmarks.publishing import MARK, csv_text, provenance, table
-from benchmarks.stored import read_stored
 from recipes.photographs.items import LETTERS
 from recipes.photographs.sources import FURTHER, NAMES
 from tokencomp.evaluation.comparisons import comparisons
@@ -201,7 +201,7 @@ def write_page(results: Path, page_path: Path, head: str = HEAD) -> Path:
     """Write the page and its CSV file; without a result file it says that there is none."""
     text = f"{head}\nThere are no results yet.\n"
     if results.exists():
-        stored, data = read_stored(results), results.with_suffix(".csv")
+        stored, data = publishing.read(results), results.with_suffix(".csv")
         text = page(stored, head, data.name)
         if stored["learned"]:
             write_text(data, csv_text(records(stored)))

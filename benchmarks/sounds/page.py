@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from benchmarks import publishing
 from benchmarks.publishing import MARK, csv_text, provenance
 from benchmarks.real.page import families_table, overview, read_runs, records
 from benchmarks.sounds.choice import choice_lines
-from benchmarks.stored import read_stored
 from recipes.sounds.model import TOKENS
 from recipes.sounds.scenes import COUNTS, NAMES, SECONDS
 from tokencomp.storage import write_text
@@ -63,7 +63,7 @@ def write_page(results: Path, page_path: Path) -> Path:
     """Write the page and its CSV files; without a result file it says that there is none."""
     text = f"{HEAD}\nThere are no results yet.\n"
     if results.exists():
-        stored = read_stored(results)
+        stored = publishing.read(results)
         text = page(stored)
         for split in ("validation", "test"):
             write_text(page_path.with_name(f"{split}.csv"), csv_text(records(stored[split])))

@@ -42,12 +42,12 @@ from benchmarks.mutants.run import read as read_mutants
 from benchmarks.nlvr import page as nlvr
 from benchmarks.peers import run as peers
 from benchmarks.publishing import LOST, MARK, csv_text, made_at, published_from, read_lines, version
+from benchmarks.publishing import read as read_json
 from benchmarks.real import candidates, clip_answers, clips
 from benchmarks.real import page as photographs
 from benchmarks.screens import answers_page, counts_page, receipts_page
 from benchmarks.serving import agents
 from benchmarks.sounds import page as sounds
-from benchmarks.stored import read_stored, today
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.environment import git
 
@@ -60,7 +60,7 @@ Files = dict[str, str]
 
 def pages(module: Any, name: str, rows: Callable[[Any], Any] | None = None) -> Files:
     """The page of a stored JSON file, and with `rows` its CSV file."""
-    stored, files = read_stored(BENCHMARKS / f"{name}.json"), {}
+    stored, files = read_json(BENCHMARKS / f"{name}.json"), {}
     files[f"{name}.md"] = module.page(stored)
     if rows:
         files[f"{name}.csv"] = csv_text(rows(stored))
@@ -68,7 +68,7 @@ def pages(module: Any, name: str, rows: Callable[[Any], Any] | None = None) -> F
 
 
 def photographs_page(name: str, page: str, head: str = photographs.HEAD) -> Files:
-    stored, data = read_stored(BENCHMARKS / f"real/{name}.json"), f"{name}.csv"
+    stored, data = read_json(BENCHMARKS / f"real/{name}.json"), f"{name}.csv"
     text = photographs.page(stored, head, data)
     return {f"real/{page}.md": text, f"real/{data}": csv_text(photographs.records(stored))}
 
@@ -102,7 +102,7 @@ def margins() -> Files:
 
 
 def heard() -> Files:
-    stored = read_stored(BENCHMARKS / "sounds/results.json")
+    stored = read_json(BENCHMARKS / "sounds/results.json")
     splits = ("validation", "test")
     data = {f"sounds/{k}.csv": csv_text(photographs.records(stored[k])) for k in splits}
     return {"sounds/README.md": sounds.page(stored), **data}
@@ -123,13 +123,13 @@ def swept(name: str) -> Files:
 
 
 def recorded_screens() -> Files:
-    return {"screens/README.md": counts_page.page(read_stored(BENCHMARKS / "screens/counts.json"))}
+    return {"screens/README.md": counts_page.page(read_json(BENCHMARKS / "screens/counts.json"))}
 
 
 def machine_code() -> Files:
     content = json.loads((BENCHMARKS / "kernels/calls.json").read_text())
-    rows = [calls.Row(**row) for row in today(content["rows"])]
-    text = calls.markdown(rows, today(content["decode"]))
+    rows = [calls.Row(**row) for row in content["rows"]]
+    text = calls.markdown(rows, content["decode"])
     return {"kernels/calls.md": f"{text}\n{made_at(content)}"}
 
 

@@ -1,4 +1,4 @@
-"""Stored results: packed bits come back, and earlier names are read as those of today."""
+"""Stored results: packed bits and questions come back."""
 
 from __future__ import annotations
 
@@ -9,24 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks.accuracy.packed import PackedAnswers, Questions, pack, unpack
-from benchmarks.stored import today
 from tokencomp.evaluation.runs import EvalRun
-
-
-def test_results_of_both_times() -> None:
-    """`merge` is a reducer in older files and an option in newer ones; commands stay."""
-    stored = {
-        "reducer": "merge", "options": {"pick": "mmr", "rest": "drop"}, "rest": 0.25,
-        "environment": {"command": "run.py --reducers kcentre"},
-        "rows": ["scope rest=merge saliency=none at 0.9"],
-    }  # fmt: skip
-    assert today(stored) == {
-        **stored, "reducer": "bipartite", "options": {"pick": "mmr", "merge": False},
-        "rows": ["scope merge=True saliency=none at 0.9"],
-    }  # fmt: skip
-    new = {"reducer": "auto", "merge": False}
-    assert today([new, {"merge": 0.5}]) == [new, {"bipartite": 0.5}]
-
 
 LABELS = ("full", "bipartite-0.5", "random-0.5")
 

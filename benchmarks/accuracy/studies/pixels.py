@@ -17,7 +17,6 @@ from typing import Any
 
 from benchmarks import publishing
 from benchmarks.publishing import environment, provenance
-from benchmarks.stored import read_stored
 from tokencomp import zoo
 from tokencomp.evaluation.metrics import difference
 from tokencomp.evaluation.runner import sweep
@@ -103,7 +102,7 @@ def main() -> None:
         facts = publishing.published_from(args.out, args.allow_dirty)
         report = {"environment": {**environment(), **facts}, "rows": measure()}
         publishing.write(args.out, report)
-    args.out.with_suffix(".md").write_text(page(read_stored(args.out)))
+    args.out.with_suffix(".md").write_text(page(publishing.read(args.out)))
 
 
 if __name__ == "__main__":

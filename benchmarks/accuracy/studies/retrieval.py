@@ -22,7 +22,6 @@ from torch import Tensor
 import tokencomp
 from benchmarks import publishing
 from benchmarks.publishing import environment, provenance
-from benchmarks.stored import read_stored
 from tokencomp import zoo
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.evaluation.baselines import EqualTokens
@@ -177,7 +176,7 @@ def main() -> None:
         facts = publishing.published_from(args.out, args.allow_dirty)
         report = {"environment": {**environment(), **facts}, "rows": measure()}
         publishing.write(args.out, report)
-    args.out.with_suffix(".md").write_text(page(read_stored(args.out)))
+    args.out.with_suffix(".md").write_text(page(publishing.read(args.out)))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from typing import Any
 
 from benchmarks import publishing
 from benchmarks.accuracy.packed import PackedAnswers, pack, unpack
-from benchmarks.stored import read_stored
 from tokencomp.evaluation.settings import DOWNSCALE, FEWER_FRAMES
 
 DISTANCE = "tower_distance.json"
@@ -40,7 +39,7 @@ def read(path: Path) -> Sets:
     """
     if not path.exists():
         return {}
-    sets: Sets = read_stored(path)["sets"]
+    sets: Sets = publishing.read(path)["sets"]
     for entry in sets.values():
         entry["answers"] = PackedAnswers.from_json(entry["answers"])
         count = len(entry["answers"].questions)

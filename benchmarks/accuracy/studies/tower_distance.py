@@ -23,7 +23,6 @@ from benchmarks.accuracy.studies.tower import SETS, Questions
 from benchmarks.accuracy.studies.tower_book import DISTANCE
 from benchmarks.accuracy.studies.tower_page import ENTRY, RATIO
 from benchmarks.publishing import environment
-from benchmarks.stored import read_stored
 from tokencomp import make_reducer
 from tokencomp.cli import one_message
 from tokencomp.evaluation.runner import sweep
@@ -59,7 +58,7 @@ def run_set(name: str, args: argparse.Namespace, path: Path) -> None:
         **questions.options,
     )  # fmt: skip
     answers = PackedAnswers.of({key: runs[setting] for key, setting in rows.items()}, None)
-    stored: dict[str, Any] = read_stored(path) if path.exists() else {"sets": {}}
+    stored: dict[str, Any] = publishing.read(path) if path.exists() else {"sets": {}}
     stored["sets"][name] = {
         **{fact: questions.facts[fact] for fact in ("model", "weights", "split")},
         "provenance": {**environment(), **facts}, "answers": answers.to_json(),

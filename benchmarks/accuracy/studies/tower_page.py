@@ -9,7 +9,6 @@ from typing import Any
 from benchmarks import publishing
 from benchmarks.accuracy.packed import PackedAnswers
 from benchmarks.accuracy.studies.tower_book import CEILING, FULL, SMALLER, Sets
-from benchmarks.stored import read_stored
 from tokencomp.evaluation.metrics import difference, retention
 
 RATIO, ENTRY = 0.75, "condiv"
@@ -101,7 +100,7 @@ def _groups(entry: dict[str, Any]) -> dict[str, list[int]]:
 
 def distances(path: Path) -> tuple[str, list[dict[str, Any]]]:
     """What k-center keeps with other distances, on validation questions: section and CSV rows."""
-    sets: dict[str, Any] = read_stored(path)["sets"] if path.exists() else {}
+    sets: dict[str, Any] = publishing.read(path)["sets"] if path.exists() else {}
     books = {name: PackedAnswers.from_json(entry["answers"]) for name, entry in sets.items()}
     if not books:
         return "", []

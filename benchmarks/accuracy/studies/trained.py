@@ -16,7 +16,6 @@ from benchmarks.accuracy.packed import PackedAnswers
 from benchmarks.accuracy.store import ACCURACY
 from benchmarks.accuracy.studies.trained_page import Rivals, compared, markdown, records
 from benchmarks.publishing import environment
-from benchmarks.stored import read_stored
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.baselines import EqualTokens
@@ -170,7 +169,7 @@ class StudyTables:
 
     def _read(self) -> None:
         file, args = self.args.output / f"{self.name}.json", self.args
-        self.tables = read_stored(file)["tables"]
+        self.tables = publishing.read(file)["tables"]
         if self.sets:  # drop sets that the script no longer has
             self.tables = {n: t for n, t in self.tables.items() if n in args.every}
         for title, table in self.tables.items():
