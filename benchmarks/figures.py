@@ -15,8 +15,7 @@ from typing import Any
 
 from benchmarks.accuracy.store import MAIN, RESULTS, Results
 from benchmarks.accuracy.tables import kept
-from benchmarks.models.prefill import FOLDER as MODELS
-from benchmarks.models.prefill import method_of
+from benchmarks.models import prefill
 from benchmarks.publishing import read_lines, table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,9 +88,9 @@ def _oldest(runs: list[dict[str, Any]]) -> dict[str, Any]:
 def speed_records() -> dict[tuple[str, str], dict[float, dict[str, Any]]]:
     """Records of Qwen2-VL-2B with 4,096 visual tokens, by media and method, then by ratio."""
     cases: dict[tuple[str, str], dict[float, dict[str, Any]]] = {}
-    for r in read_lines(MODELS / "prefill.jsonl"):
+    for r in read_lines(prefill.EXPERIMENT.file):
         if (r["model"], r["tokens"]) == ("qwen2-vl-2b", 4096):
-            cases.setdefault((r["kind"], method_of(r)), {})[r["ratio"]] = r
+            cases.setdefault((r["kind"], prefill.method_of(r)), {})[r["ratio"]] = r
     return cases
 
 

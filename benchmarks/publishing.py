@@ -11,7 +11,7 @@ import csv
 import io
 import json
 import subprocess
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ __all__ = [
     "changed_code",
     "commits",
     "csv_text",
+    "dense",
     "environment",
     "made_at",
     "parser",
@@ -31,7 +32,6 @@ __all__ = [
     "published_from",
     "read",
     "read_lines",
-    "rebuild",
     "table",
     "version",
     "write",
@@ -73,18 +73,19 @@ def write(path: Path, value: Any) -> None:
 
     Indented at all levels, files of results would be mostly spaces.
     """
-    write_text(path, _dense(value, 0) + "\n")
+    write_text(path, dense(value) + "\n")
 
 
-def _dense(value: Any, depth: int) -> str:
+def dense(value: Any, depth: int = 0) -> str:
+    """The text of `write`."""
     text = json.dumps(value, default=str, separators=(",", ":"))
     if len(text) <= WIDTH or not isinstance(value, dict | list):
         return text
     if isinstance(value, dict):
-        parts = [f"{json.dumps(k)}:{_dense(v, depth + 1)}" for k, v in value.items()]
+        parts = [f"{json.dumps(k)}:{dense(v, depth + 1)}" for k, v in value.items()]
         first, last = "{}"
     else:
-        parts, (first, last) = [_dense(v, depth + 1) for v in value], "[]"
+        parts, (first, last) = [dense(v, depth + 1) for v in value], "[]"
     lines = [f"{' ' * (depth + 1)}{part}" for part in parts]
     return "\n".join([first, ",\n".join(lines), f"{' ' * depth}{last}"])
 
@@ -96,13 +97,6 @@ def table(
     lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
     rules = [rule] * (len(head) - right) + [f"{rule}:"] * right
     return "\n".join([lines[0], f"|{'|'.join(rules)}|", *lines[1:]])
-
-
-def rebuild(out: Path, page: Callable[[Any], str]) -> None:
-    """Write the table and the page of the results in `out`."""
-    stored = json.loads(out.read_text())
-    write_text(out.with_suffix(".csv"), csv_text(stored["rows"]))
-    write_text(out.with_suffix(".md"), page(stored))
 
 
 def csv_text(records: Sequence[Mapping[str, Any]]) -> str:

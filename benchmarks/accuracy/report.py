@@ -18,6 +18,7 @@ from typing import Any
 
 from benchmarks.accuracy.store import ACCURACY, LOST, MAIN, RESULTS, Results, read_all
 from benchmarks.accuracy.tables import BASELINES, NONE, earlier, kept, record, table
+from benchmarks.experiment import Files, write
 from benchmarks.publishing import MARK, csv_text, provenance
 from tokencomp.cli import one_message
 from tokencomp.evaluation.settings import FULL, RANDOM
@@ -174,22 +175,22 @@ def text(results: Path, every: Sequence[Results]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def write_report(results: Path) -> Path:
+def files(results: Path) -> Files:
     """The page, and the CSV file of every model."""
     every = read_all(results)
-    for one in every:
-        rows = csv_text([record(one, label) for label in one.settings])
-        (results / f"{one.manifest['model']}.csv").write_text(rows)
-    page = page_folder(results) / "README.md"
+    found = {
+        results / f"{one.manifest['model']}.csv": csv_text([record(one, k) for k in one.settings])
+        for one in every
+    }
     if results.name != NO_PAGE:
-        page.write_text(text(results, every))
-    return page
+        found[page_folder(results) / "README.md"] = text(results, every)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--results", type=Path, default=RESULTS)
-    print(write_report(parser.parse_args().results.resolve()))
+    print(*write(files(parser.parse_args().results.resolve())), sep="\n")
 
 
 if __name__ == "__main__":

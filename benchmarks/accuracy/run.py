@@ -26,9 +26,10 @@ from typing import Any
 import torch
 
 from benchmarks import publishing
-from benchmarks.accuracy.report import write_report
+from benchmarks.accuracy import report
 from benchmarks.accuracy.store import LOST, MAIN, RESULTS, Results, add_lost, collected, merged
 from benchmarks.accuracy.work import work_parts
+from benchmarks.experiment import write
 from tokencomp import available_reducers, make_reducer
 from tokencomp.cli import one_message
 from tokencomp.errors import OptionError, TokenCompError, UnknownNameError
@@ -251,7 +252,7 @@ def main() -> None:
             print(f"{name}: left out {label}: {reason}")
         answer_all(name, args.split, ready, args, facts)
     if args.split == "test":
-        print(write_report(args.out.resolve()))
+        print(*write(report.files(args.out.resolve())), sep="\n")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ stops early (`--minutes`) has families and backgrounds alike; what is done is on
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import publishing
+from benchmarks.experiment import Experiment
 from benchmarks.files.accuracy_page import COUNTS, RATIO, page, records
 from benchmarks.files.material import BACKGROUNDS, RATE, X264
 from tokencomp.evaluation.runner import sweep
@@ -42,7 +41,6 @@ from tokencomp.zoo.shapesqa.questions import VIDEO_FAMILIES
 from tokencomp.zoo.shapesqa.render import canvas_of, paint
 from tokencomp.zoo.shapesqa.scenes import Look
 
-FOLDER = Path(__file__).parent
 FAMILIES = (*VIDEO_FAMILIES, "video_existence")
 LOGICAL, HOLD = 240, RATE // 2
 GROUP = {"g": str(2 * RATE)}  # a key frame every two seconds: 60 of a clip
@@ -168,41 +166,30 @@ def ask(model: Any, processor: Any, scorer: Any, one: Item) -> list[dict[str, An
     return [{**rows[b], "ratio": round(float(np.mean(costs[b])), 4)} for b in BACKGROUNDS]
 
 
-def measure(args: argparse.Namespace, report: dict[str, Any], stored: Path) -> None:
-    """Add rows until the questions or the minutes of CPU time are used up."""
+def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Rows until the questions or the minutes of CPU time are used up."""
+    torch.set_num_threads(1)
     model, processor = load_model(args.model)
-    scorer = EmbeddingScorer(model, processor)
+    scorer, rows = EmbeddingScorer(model, processor), []
     for number in range(args.items):
         if time.process_time() > 60 * args.minutes:
             return
         for family in FAMILIES:
             one = item(args.split, family, number, frames=LOGICAL)
-            report["rows"] += ask(model, processor, scorer, one)
-            report["cpu"] = round(time.process_time())
-            stored.write_text(json.dumps(report, separators=(",", ":")) + "\n")
-            print(one.id, report["cpu"], flush=True)
+            rows += ask(model, processor, scorer, one)
+            cpu = round(time.process_time())
+            yield {"model": args.model, "split": args.split, "cpu": cpu, "rows": rows}
+            print(one.id, cpu, flush=True)
 
 
-def main() -> None:
-    parser = publishing.parser(__doc__, FOLDER)
-    parser.add_argument("--model", default="tiny-qwen3-vl-hard")
-    parser.add_argument("--split", default="test", choices=("validation", "test"))
-    parser.add_argument("--items", type=int, default=20, help="questions of a family")
-    parser.add_argument("--minutes", type=float, default=40, help="CPU time after which it stops")
-    args = parser.parse_args()
-    stored = args.out / "accuracy.json"
-    if not args.report:
-        torch.set_num_threads(1)
-        facts = publishing.published_from(args.out, args.allow_dirty)
-        args.out.mkdir(parents=True, exist_ok=True)
-        command = f"accuracy.py --model {args.model} --split {args.split} --items {args.items}"
-        report = {**publishing.environment(), "command": command, **facts}
-        report |= {"model": args.model, "split": args.split, "cpu": 0, "rows": []}
-        measure(args, report, stored)
-    report = json.loads(stored.read_text())
-    (args.out / "accuracy.md").write_text(page(report))
-    (args.out / "accuracy.csv").write_text(publishing.csv_text(records(report)))
+OPTIONS = {
+    "model": "tiny-qwen3-vl-hard",
+    "split": ("test", "", ("validation", "test")),
+    "items": (20, "questions of a family"),
+    "minutes": (40.0, "CPU time after which it stops"),
+}
+EXPERIMENT = Experiment("files/accuracy", measure, page, records, OPTIONS)
 
 
 if __name__ == "__main__":
-    main()
+    EXPERIMENT.main(__doc__)

@@ -12,6 +12,7 @@ compression.
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -24,8 +25,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks import publishing
+from benchmarks.experiment import Experiment
 
-FOLDER = Path(__file__).parent
 RATE, SECONDS, WIDTH, HEIGHT = 24, 120, 1280, 720
 COPIES = {"one image": 0, "2 minutes": 1, "1 hour": 30}
 CASES: tuple[dict[str, Any], ...] = (
@@ -207,7 +208,7 @@ def page(report: dict[str, Any]) -> str:
             "CPU s (of decoding all)")  # fmt: skip
     return (
         "# What do readers and frame policies cost, from a file to frames?\n\n"
-        + publishing.provenance(report)
+        + publishing.provenance(report["environment"])
         + "\n\n`open` lists the packets of the file, `select` chooses frames from them, `resize` "
         "converts colours and scales. One thread; other work ran on the machine. Every row is the "
         "first file of its process, without the collection of Python's garbage that any first "
@@ -221,22 +222,18 @@ def page(report: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
-    parser = publishing.parser(__doc__, FOLDER)
-    parser.add_argument("--cache", type=Path, default=Path("runs/files"), help="keeps the clip")
-    args = parser.parse_args()
-    stored = args.out / "clock.json"
-    if not args.report:
-        facts = publishing.published_from(args.out, args.allow_dirty)
-        args.out.mkdir(parents=True, exist_ok=True)
-        report = {**publishing.environment(), "command": "clock.py", **facts, "rows": []}
-        report["work"] = [behind(frames, given) for frames, given in WORK]
-        for row in measure(args.cache):
-            print(row, flush=True)
-            report["rows"].append(row)
-            publishing.write(stored, report)
-    (args.out / "clock.md").write_text(page(json.loads(stored.read_text())))
+def measure_all(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What follows the frames, then the rows of all files as they come."""
+    work, rows = [behind(frames, given) for frames, given in WORK], []
+    for row in measure(args.cache):
+        print(row, flush=True)
+        rows.append(row)
+        yield {"rows": rows, "work": work}
+
+
+OPTIONS = {"cache": (Path("runs/files"), "keeps the clip")}
+EXPERIMENT = Experiment("files/clock", measure_all, page, options=OPTIONS)
 
 
 if __name__ == "__main__":
-    main()
+    EXPERIMENT.main(__doc__)

@@ -1,7 +1,7 @@
 """Does the stream rule find short events, and does it harm edited films? Against even spacing.
 
     python -m benchmarks.files.stream                     # test clips: stream.json, stream.md
-    python -m benchmarks.files.stream --split validation --out FOLDER  # where the rule was found
+    python -m benchmarks.files.stream --split validation --out FILE  # where the rule was found
     python -m benchmarks.files.stream --films demo.mp4 ...  # and films of your own
     python -m benchmarks.files.stream --report            # only rebuilds the page
 
@@ -12,7 +12,7 @@ the nearest chosen one, on thumbnails of 32 × 24 pixels. What a clip says of it
 
 from __future__ import annotations
 
-import json
+import argparse
 import pickle
 import tempfile
 from collections.abc import Iterator
@@ -23,13 +23,13 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import publishing
+from benchmarks.experiment import Experiment
 from benchmarks.files import material
 from benchmarks.files.material import BACKGROUNDS, ENCODINGS, FAMILIES, VARIABLE, Material
 from tokencomp.inputs.container import VideoFile
 from tokencomp.inputs.frames import frame_indices
 from tokencomp.inputs.stream import stream_choice
 
-FOLDER = Path(__file__).parent
 COUNTS = (8, 16, 32)
 THUMB = (32, 24)
 DISSOLVES = "h264, changes of half a second"
@@ -156,7 +156,7 @@ def page(report: dict[str, Any]) -> str:
         f"spacing.{films if given else ''} The stream misses {lost} of {len(events)} events that "
         f"even spacing shows at 8 frames. {report['split'].capitalize()} clips; the rule was found "
         "on validation clips. [Every clip and film](stream.csv).",
-        publishing.provenance(report),
+        publishing.provenance(report["environment"]),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -179,32 +179,21 @@ def _share(one: dict[str, Any], count: int) -> float:
     return float(one[f"stream {count}"] / even) if even else 1.0
 
 
-def main() -> None:
-    parser = publishing.parser(__doc__, FOLDER)
-    parser.add_argument("--split", default="test", choices=("validation", "test"))
-    parser.add_argument(
-        "--many", type=int, default=6, help="questions of a family, and films, H.264"
-    )
-    parser.add_argument("--few", type=int, default=2, help="the same for other encodings")
-    parser.add_argument(
-        "--films", type=Path, nargs="*", default=[], help="files to measure as films"
-    )
-    parser.add_argument("--cache", type=Path, default=Path("runs/files"), help="what clips say")
-    args = parser.parse_args()
-    stored = args.out / "stream.json"
-    if not args.report:
-        facts = publishing.published_from(args.out, args.allow_dirty)
-        rows = measure(args.split, args.many, args.few, args.films, args.cache)
-        args.out.mkdir(parents=True, exist_ok=True)
-        films = " ".join(["--films", *(path.name for path in args.films)]) if args.films else ""
-        command = f"stream.py --split {args.split} --many {args.many} --few {args.few} {films}"
-        report = {**publishing.environment(), "command": command.strip(), **facts}
-        report |= {"split": args.split, "rows": rows}
-        stored.write_text(json.dumps(report) + "\n")
-    report = json.loads(stored.read_text())
-    (args.out / "stream.md").write_text(page(report))
-    (args.out / "stream.csv").write_text(publishing.csv_text(report["rows"]))
+def measure_all(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """All clips and films."""
+    rows = measure(args.split, args.many, args.few, args.films, args.cache)
+    yield {"split": args.split, "rows": rows}
+
+
+OPTIONS = {
+    "split": ("test", "", ("validation", "test")),
+    "many": (6, "questions of a family, and films, H.264"),
+    "few": (2, "the same for other encodings"),
+    "films": ([], "files to measure as films"),
+    "cache": (Path("runs/files"), "what clips say"),
+}
+EXPERIMENT = Experiment("files/stream", measure_all, page, lambda stored: stored["rows"], OPTIONS)
 
 
 if __name__ == "__main__":
-    main()
+    EXPERIMENT.main(__doc__)

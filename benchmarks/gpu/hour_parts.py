@@ -51,7 +51,7 @@ def parts(model: str | None, folder: Path) -> tuple[Part, ...]:
     files = {name: str(folder / name) for name in ("prefill", "tower", "accuracy", "serving")}
     decoded, held = (("-o", str(folder / name / "profile.json")) for name in ("decode", "memory"))
     prefill = (*PYTHON, "benchmarks.gpu.prefill", "--out", files["prefill"])
-    tower = (*PYTHON, "benchmarks.models.tower", "--output", files["tower"])
+    tower = (*PYTHON, "benchmarks.models.tower", "--out", f"{files['tower']}/tower.jsonl")
     accuracy = (*TOKENCOMP, "eval", "--data", "shapesqa", "--tasks", "shapesqa")
     accuracy = (*accuracy, "--output", files["accuracy"])
     serving = (*PYTHON, "benchmarks.gpu.serve_table", "--runs", files["serving"])

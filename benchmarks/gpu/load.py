@@ -63,7 +63,8 @@ def server(model: str, arguments: list[str], log: Path) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "tokencomp", "serve", "--model", model]
-    command += ["--served-model-name", "model", "--ratio", "0", "--port", str(port), *arguments]
+    command += ["--served-model-name", "model", "--port", str(port)]
+    command += [*([] if "--ratio" in arguments else ["--ratio", "0"]), *arguments]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as out:
         process = subprocess.Popen(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from benchmarks import publishing
 from benchmarks.accuracy.packed import PackedAnswers
+from benchmarks.experiment import Files, write
 from benchmarks.gpu import serving_file
 from benchmarks.gpu.catalogue import LOADS, TABLES, LoadTable, Table
 from benchmarks.gpu.contribution import Contribution, Row, read, schema
@@ -156,22 +157,24 @@ def _scores(file: Contribution) -> str:
     return "\n".join(["lmms-eval's own scores:\n", *rows, ""]) if rows else ""
 
 
+def files(results: Path = ROOT) -> Files:
+    """The page and the schema, from all files that were sent."""
+    sent = [read(path) for path in sorted(results.glob("*/*.json"))]
+    found = sorted(results.glob(f"hour/*/{MANIFEST}"))
+    hours = [(path.parent.name, read_hour(path)) for path in found]
+    return {results / "tables.md": page(sent, hours), results / "schema.json": schema()}
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Compute the tables of results/ again.")
     parser.add_argument("--check", action="store_true", help="change nothing, compare only")
     parser.add_argument("--results", type=Path, default=ROOT)
     options = parser.parse_args(arguments)
-    files = [read(path) for path in sorted(options.results.glob("*/*.json"))]
-    found = sorted(options.results.glob(f"hour/*/{MANIFEST}"))
-    hours = [(path.parent.name, read_hour(path)) for path in found]
-    pages = {"tables.md": page(files, hours), "schema.json": schema()}
-    stale = []
-    for name, text in pages.items():
-        path = options.results / name
-        if options.check:
-            stale += [] if path.exists() and path.read_text() == text else [name]
-        else:
-            path.write_text(text)
+    given = files(options.results)
+    if not options.check:
+        write(given)
+        return 0
+    stale = [p.name for p, text in given.items() if not p.exists() or p.read_text() != text]
     if stale:
         print(
             f"not what the files give: {', '.join(stale)}. Run python -m benchmarks.gpu.recompute."

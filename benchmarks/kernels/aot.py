@@ -1,6 +1,6 @@
 """Compile every Triton kernel ahead of time, without a GPU, and read the machine code.
 
-    python -m benchmarks.kernels.aot [--targets 80 90 100] [--quick] [--ops OP ...] [--out DIR]
+    python -m benchmarks.kernels.aot [--targets 80 90 100] [--quick] [--ops OP ...] [--out FILE]
 
 The kernels' own launchers run at real sizes with the launch itself replaced by a recorder, so what
 is compiled is what would run: same arguments, specialisation, tile sizes and warps. From each cubin
@@ -11,7 +11,7 @@ architecture's limits or lacks tensor-core instructions. With ``--ops`` it compi
 keeps the file's rows of all others.
 """
 
-import importlib
+import argparse
 import importlib.util
 import json
 import os
@@ -19,6 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import ASTSource
 
 from benchmarks import publishing
+from benchmarks.experiment import Experiment
 from benchmarks.kernels.attention_cases import ccam, colsum
 from benchmarks.kernels.case import OPS, Case, Setup
 from benchmarks.kernels.cases import CASES
@@ -41,7 +43,6 @@ from benchmarks.kernels.launches import Launch, record, specialise
 from benchmarks.kernels.row_cases import gather, match, merge, nearest, pool
 from benchmarks.kernels.selection_cases import dpp, facility, maxmin, mean_distance, topk_spans
 
-FOLDER = Path(__file__).parent
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TARGETS = [80, 90, 100]
 # Shared memory that one block may use, bytes.
@@ -205,9 +206,9 @@ def in_order(rows: list[Row], setups: list[Setup]) -> list[Row]:
     )
 
 
-def markdown(rows: list[Row]) -> str:
+def page(stored: dict[str, Any]) -> str:
     """The page: one line per kernel, the worst of its configurations."""
-    body = []
+    rows, body = [Row(**row) for row in stored["rows"]], []
     for name in dict.fromkeys(r.kernel for r in rows):
         own = [r for r in rows if r.kernel == name]
         products = all(r.tensor_cores for r in own if r.dtype != "float32")
@@ -229,37 +230,27 @@ def markdown(rows: list[Row]) -> str:
     return (
         f"# Do the kernels compile without spills?\n\n{publishing.table(head, body)}\n\n"
         f"Compiled for {targets} (A100, H100, B200), without a GPU: every configuration is in "
-        "[aot.json](aot.json). `python -m benchmarks.kernels.aot`.\n"
+        "[aot.json](aot.json). `python -m benchmarks.kernels.aot`.\n\n"
+        f"{publishing.made_at(stored['environment'])}"
     )
 
 
-def main() -> int:
-    """Compile, write the tables, fail on any problem."""
-    parser = publishing.parser(__doc__, FOLDER, report=False)
-    parser.add_argument("--targets", type=int, nargs="+", default=TARGETS, choices=TARGETS)
-    parser.add_argument("--quick", action="store_true", help="one configuration per kernel, bf16")
-    parser.add_argument("--ops", nargs="+", choices=OPS, default=OPS, help="compile only these")
-    arguments = parser.parse_args()
-    facts = publishing.published_from(arguments.out, arguments.allow_dirty)
-    setups = QUICK if arguments.quick else CASES + EXTRA
-    dtypes = [torch.bfloat16] if arguments.quick else [torch.bfloat16, torch.float32]
-    chosen = [setup for setup in setups if described(setup).op in arguments.ops]
-    rows = [
-        row for arch in arguments.targets for row in compile_all(chosen, dtypes, arch, quiet=False)
-    ]
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    if len(arguments.ops) < len(OPS):
-        rows = in_order(rows + kept(arguments.out / "aot.json", arguments.ops, setups), setups)
-    info = {"triton": triton.__version__, "torch": torch.__version__, **facts}
-    info["date"] = publishing.environment()["date"]
-    content = {**info, "rows": [asdict(row) for row in rows]}
-    publishing.write(arguments.out / "aot.json", content)
-    (arguments.out / "aot.md").write_text(f"{markdown(rows)}\n{publishing.made_at(content)}")
+def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Compile everything; the exit code is 1 on any problem."""
+    setups = QUICK if args.quick else CASES + EXTRA
+    dtypes = [torch.bfloat16] if args.quick else [torch.bfloat16, torch.float32]
+    chosen = [setup for setup in setups if described(setup).op in args.ops]
+    rows = [row for arch in args.targets for row in compile_all(chosen, dtypes, arch, quiet=False)]
+    if len(args.ops) < len(OPS):
+        rows = in_order(rows + kept(args.out, args.ops, setups), setups)
+    about = {"triton": triton.__version__, "torch": torch.__version__}
+    yield {**about, "rows": [asdict(row) for row in rows]}
     bad = [row for row in rows if row.problems]
     for row in bad:
         print(f"{row.kernel} ({row.case}, {row.dtype}, {row.target}): {', '.join(row.problems)}")
     print(f"{len(rows)} kernels compiled, {len(bad)} with problems")
-    return 1 if bad else 0
+    if bad:
+        raise SystemExit(1)
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -272,5 +263,13 @@ def _bits(load: str) -> int:
     return next((int(part) for part in load.split(".") if part in ("64", "128", "256")), 32)
 
 
+OPTIONS = {
+    "targets": (list(TARGETS), "", TARGETS),
+    "quick": (False, "one configuration per kernel, bf16"),
+    "ops": (list(OPS), "compile only these", OPS),
+}
+EXPERIMENT = Experiment("kernels/aot", measure, page, options=OPTIONS)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    EXPERIMENT.main(__doc__)

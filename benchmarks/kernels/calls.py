@@ -1,6 +1,6 @@
 """Count the device calls and host reads that a patch adds to one prefill, and to a decode step.
 
-    python -m benchmarks.kernels.calls [--reducers NAME ...] [--quick] [--sites] [--out DIR]
+    python -m benchmarks.kernels.calls [--reducers NAME ...] [--quick] [--sites]
 
 On a GPU, every call costs a launch of 5 to 10 µs whatever it computes, and every host read waits
 until the device has finished. Neither depends on the sizes of tensors, so a tiny random Qwen2-VL on
@@ -15,11 +15,10 @@ of the unpatched model, and a patch at ratio 0, which adds none. It is written t
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,10 +26,10 @@ from torch import Tensor, nn
 
 import tokencomp
 from benchmarks import publishing
+from benchmarks.experiment import Experiment
 from benchmarks.kernels.call_counter import Calls
 from benchmarks.random_model import qwen2_vl
 
-FOLDER = Path(__file__).parent
 REDUCERS = (
     "uniform",
     "random",
@@ -158,8 +157,9 @@ SHOWN = ((1, 1), (16, 8))
 """Images and batch of the cases on the page; calls.json has all."""
 
 
-def markdown(rows: list[Row], steps: dict[str, tuple[int, int]]) -> str:
+def page(stored: dict[str, Any]) -> str:
     """The page, one line per reducer."""
+    rows, steps = [Row(**row) for row in stored["rows"]], stored["decode"]
     by_shape = {(r.reducer, r.images, r.batch): r for r in rows}
     body = []
     for name in dict.fromkeys(r.reducer for r in rows):
@@ -175,52 +175,38 @@ def markdown(rows: list[Row], steps: dict[str, tuple[int, int]]) -> str:
         "calls. [All shapes](calls.json). `python -m benchmarks.kernels.calls`."
     )
     title = "# How many device calls and host reads does a patch add?"
-    return f"{title}\n\n{publishing.table(head, body)}\n\n{below}\n"
+    made = publishing.made_at(stored["environment"])
+    return f"{title}\n\n{publishing.table(head, body)}\n\n{below}\n\n{made}"
 
 
-def main() -> int:
-    """Count, print, write the tables."""
-    parser = publishing.parser(__doc__, FOLDER, report=False)
-    parser.add_argument("--reducers", nargs="+", default=CASES, choices=CASES)
-    parser.add_argument("--quick", action="store_true", help="1 and 4 images, batch 1 and 8 × 1")
-    parser.add_argument(
-        "--sites", action="store_true", help="print the lines that call or read, for 1 image"
-    )
-    arguments = parser.parse_args()
-    facts = publishing.published_from(arguments.out, arguments.allow_dirty)
+def measure_all(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """All reducers and shapes; with `--sites` or `--quick` counts are only printed."""
     torch.set_num_threads(1)
-    model = tiny_model()
-    if arguments.sites:
-        for name in arguments.reducers:
+    model, rows = tiny_model(), []
+    if args.sites:
+        for name in args.reducers:
             row, sites = measure(model, name, 1, 1, sites=True)
             print(row)
             print("\n".join(f"{n:5d} {site}" for site, n in sorted(sites.items())))
-        return 0
-    shapes = [(i, b) for b in BATCHES for i in IMAGES]
-    if arguments.quick:
-        shapes = [(1, 1), (4, 1), (1, 8)]
-    rows = []
-    for name in arguments.reducers:
+        return
+    shapes = [(1, 1), (4, 1), (1, 8)] if args.quick else [(i, b) for b in BATCHES for i in IMAGES]
+    for name in args.reducers:
         rows += [measure(model, name, images, batch)[0] for images, batch in shapes]
-        print(name, *(f"{r.images}x{r.batch}: {r.calls}+{r.reads}" for r in rows[-len(shapes) :]))
-        sys.stdout.flush()
-    if arguments.quick:
-        return 0
-    steps = {name: decode_step(model, name) for name in arguments.reducers}
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    content = {
-        "torch": torch.__version__,
-        "date": publishing.environment()["date"],
-        **facts,
-        "rows": [asdict(row) for row in rows],
-        "decode": steps,
-    }
-    publishing.write(arguments.out / "calls.json", content)
-    (arguments.out / "calls.md").write_text(
-        f"{markdown(rows, steps)}\n{publishing.made_at(content)}"
-    )
-    return 0
+        counts = (f"{r.images}x{r.batch}: {r.calls}+{r.reads}" for r in rows[-len(shapes) :])
+        print(name, *counts, flush=True)
+    if not args.quick:
+        steps = {name: decode_step(model, name) for name in args.reducers}
+        found = [asdict(row) for row in rows]
+        yield {"torch": torch.__version__, "rows": found, "decode": steps}
+
+
+OPTIONS = {
+    "reducers": (list(CASES), "", CASES),
+    "quick": (False, "1 and 4 images, batch 1 and 8 × 1"),
+    "sites": (False, "print the lines that call or read, for 1 image"),
+}
+EXPERIMENT = Experiment("kernels/calls", measure_all, page, options=OPTIONS)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    EXPERIMENT.main(__doc__)

@@ -1,6 +1,6 @@
 """The least time an op can take: bytes over bandwidth, FLOPs over peak, the larger of the two.
 
-    python -m benchmarks.kernels.roofline [--out FILE]
+    python -m benchmarks.kernels.roofline
 
 writes this for every case of the benchmark at full size as CSV. It is arithmetic on data-sheet
 rates, not a measurement: what a run on a GPU is judged against.
@@ -8,12 +8,11 @@ rates, not a measurement: what a run on a GPU is judged against.
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from benchmarks import publishing
+from benchmarks.experiment import Files, write
 
 
 @dataclass(frozen=True)
@@ -69,12 +68,10 @@ def rows() -> list[dict[str, Any]]:
     return found
 
 
-def main() -> None:
-    """Write the CSV file."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "roofline.csv")
-    parser.parse_args().out.write_text(publishing.csv_text(rows()))
+def files() -> Files:
+    """The CSV file."""
+    return {publishing.FOLDER / "kernels" / "roofline.csv": publishing.csv_text(rows())}
 
 
 if __name__ == "__main__":
-    main()
+    write(files())

@@ -1,6 +1,6 @@
 """What `merge=True` costs beside dropping, and what else could carry the weights of merged rows.
 
-    python -m benchmarks.kernels.weights [--report] [--out DIR]
+    python -m benchmarks.kernels.weights
 
 Four tables, in `weights.json` and `weights.md`. Calls and host reads of a prefill and a decode
 step are those of the calls page, on its tiny random Qwen2-VL, which is also timed: its layers are
@@ -12,12 +12,10 @@ several runs: they order carriers on a CPU and say nothing about a GPU.
 
 from __future__ import annotations
 
-import json
-import sys
+import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -27,11 +25,11 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import tokencomp
 from benchmarks import publishing
+from benchmarks.experiment import Experiment
 from benchmarks.kernels.calls import RATIO, counted, prefill, prompt, tiny_model
 from tokencomp.engine.stats import LayerShape
 from tokencomp.engine.weights import bias_dims, extra_dims, widen
 
-FOLDER = Path(__file__).parent
 REDUCERS = ("kcenter", "fastv")
 ARMS = {"drop": False, "merge": True}
 SHAPES = {
@@ -150,7 +148,7 @@ kernel. [What merging is for](../../docs/methods.md#merging). `python -m
 benchmarks.kernels.weights`"""
 
 
-def markdown(data: dict[str, Any]) -> str:
+def page(data: dict[str, Any]) -> str:
     """The page."""
     rows = [
         [r["reducer"], str(r["merge"]), *(f"{c} + {n}" for c, n in (r["prefill"], r["step"]))]
@@ -187,7 +185,7 @@ def markdown(data: dict[str, Any]) -> str:
             f"{KV_HEADS} of keys, {DIM} dimensions, {ROWS} rows, float32. {data['machine']}",
             table(["carrier", "ms"], times),
             BELOW,
-            publishing.made_at(data),
+            publishing.made_at(data["environment"]),
         ]
     )
 
@@ -196,28 +194,20 @@ def _median_share(ms: list[float], alone: list[float]) -> float:
     return median(a / b for a, b in zip(ms, alone, strict=True)) - 1
 
 
-def main() -> int:
-    """Count, time, write the page."""
-    parser = publishing.parser(__doc__, FOLDER)
-    arguments = parser.parse_args()
-    path = arguments.out / "weights.json"
-    if not arguments.report:
-        facts = publishing.published_from(arguments.out, arguments.allow_dirty)
-        torch.set_num_threads(1)
-        data = {
-            **facts,
-            "date": publishing.environment()["date"],
-            "machine": f"torch {torch.__version__}.",
-            "calls": [calls(r, merge) for r in REDUCERS for merge in ARMS.values()],
-            "flops": [flops(name, rows) for name in SHAPES for rows in LENGTHS],
-            "steps": steps(),
-            "time": timed(),
-        }
-        publishing.write(path, data)
-    page = markdown(json.loads(path.read_text(encoding="utf-8")))
-    (arguments.out / "weights.md").write_text(page, encoding="utf-8")
-    return 0
+def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Counts and times of all tables."""
+    torch.set_num_threads(1)
+    yield {
+        "machine": f"torch {torch.__version__}.",
+        "calls": [calls(r, merge) for r in REDUCERS for merge in ARMS.values()],
+        "flops": [flops(name, rows) for name in SHAPES for rows in LENGTHS],
+        "steps": steps(),
+        "time": timed(),
+    }
+
+
+EXPERIMENT = Experiment("kernels/weights", measure, page)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    EXPERIMENT.main(__doc__)

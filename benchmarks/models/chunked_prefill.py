@@ -11,11 +11,12 @@ count.
 
 from __future__ import annotations
 
+import argparse
 import json
 import resource
 import subprocess
 import sys
-import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,11 @@ import torch
 
 import tokencomp
 from benchmarks import publishing
-from benchmarks.publishing import environment, provenance
+from benchmarks.experiment import Experiment
+from benchmarks.publishing import provenance
 from benchmarks.random_model import qwen2_vl
 from tokencomp.evaluation.profiler import counted_rows
 
-OUT = Path(__file__).with_suffix(".json")
 ROOT = Path(__file__).parents[2]
 GRID = (16, 32, 32)  # patches of the video; four make a token
 RATIO = 0.5
@@ -57,6 +58,7 @@ def prompt() -> dict[str, torch.Tensor]:
 
 def measure(ratio: float, chunk: int | None) -> dict[str, Any]:
     """Widest call and peak memory of one case, in this process."""
+    torch.set_num_threads(1)
     model, inputs = build(), prompt()
     short = {k: v[:, :3] for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
     options = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0}
@@ -70,8 +72,10 @@ def measure(ratio: float, chunk: int | None) -> dict[str, Any]:
 
 def measure_apart(ratio: float, chunk: int | None) -> dict[str, Any]:
     """One case in a process of its own: a peak counts from the start of a process."""
-    case = json.dumps([ratio, chunk])
-    command = [sys.executable, "-m", "benchmarks.models.chunked_prefill", "--case", case]
+    module = "benchmarks.models.chunked_prefill"
+    case = f"json.dumps(measure({ratio}, {chunk}))"
+    code = f"import json; from {module} import measure; print({case})"
+    command = [sys.executable, "-W", "ignore", "-c", code]
     out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
     return {"ratio": ratio, "chunk": chunk, **json.loads(out.splitlines()[-1])}
 
@@ -98,29 +102,17 @@ def page(report: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def main() -> None:
-    parser = publishing.parser(__doc__, OUT)
-    parser.add_argument("--case", type=json.loads, help="[ratio, chunk]: measure it and print JSON")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
-    if args.case:
-        print(json.dumps(measure(*args.case)))
-        return
-    if not args.report:
-        facts = publishing.published_from(args.out, args.allow_dirty)
-        rows = []
-        for ratio, chunk in CASES:
-            rows.append(measure_apart(ratio, chunk))
-            print(rows[-1], flush=True)
-        report = {
-            "environment": {**environment(), **facts},
-            "visual_tokens": GRID[0] * GRID[1] * GRID[2] // 4,
-            "rows": rows,
-        }
-        publishing.write(args.out, report)
-    args.out.with_suffix(".md").write_text(page(json.loads(args.out.read_text())))
+def measure_all(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """All cases, one after the other."""
+    rows = []
+    for ratio, chunk in CASES:
+        rows.append(measure_apart(ratio, chunk))
+        print(rows[-1], flush=True)
+    yield {"visual_tokens": GRID[0] * GRID[1] * GRID[2] // 4, "rows": rows}
+
+
+EXPERIMENT = Experiment("models/chunked_prefill", measure_all, page)
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    main()
+    EXPERIMENT.main(__doc__)

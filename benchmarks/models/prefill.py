@@ -18,13 +18,13 @@ video; `memory` is a smaller model, with peaks of memory and native texts.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,13 +33,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import tokencomp
 from benchmarks import publishing
+from benchmarks.experiment import Experiment
 from benchmarks.models import shapes
-from benchmarks.publishing import environment, provenance, read_lines
+from benchmarks.publishing import provenance
 from tokencomp.method import DEFAULT_REDUCER
 from tokencomp.plan.options import Merging
-from tokencomp.storage import write_lines
 
-FOLDER = Path(__file__).parent
 TEXT_BEFORE, TEXT_AFTER = 16, 48
 RATIOS = (0.5, 0.75, 0.9)
 Method = tuple[str, Merging]
@@ -327,34 +326,26 @@ def key(r: dict[str, Any]) -> tuple[Any, ...]:
     return r["model"], r["tokens"], r["kind"], method_of(r), r["ratio"]
 
 
-def publish(out: Path, records: list[dict[str, Any]]) -> None:
-    """Write the page of the results."""
-    out.with_suffix(".md").write_text(page(records))
-    out.with_suffix(".csv").write_text(publishing.csv_text(rows_of(records)))
-
-
-def main() -> None:
-    parser = publishing.parser(__doc__, FOLDER / "prefill.jsonl")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
-    args = parser.parse_args()
-    if args.report:
-        publish(args.out, read_lines(args.out))
-        return
-    facts = publishing.published_from(args.out, args.allow_dirty)
+def measure_parts(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """The stored records, those of the chosen parts replaced after every repeat."""
     dtype = fastest_dtype() if args.dtype == "auto" else getattr(torch, args.dtype)
+    records = {key(r): r for r in publishing.read_lines(args.out)}
     for piece in itertools.chain.from_iterable(PARTS[name] for name in args.parts):
-        run_facts = {**environment(), **facts}
         own: list[dict[str, Any]] = []
-        for repeat in measure(piece, dtype):
-            own = [{**r, "environment": run_facts} for r in repeat]
-            records = {key(r): r for r in (*read_lines(args.out), *own)}
-            write_lines(args.out, records.values())
-            publish(args.out, list(records.values()))
+        for own in measure(piece, dtype):
+            records |= {key(r): r for r in own}
+            yield list(records.values())
         print("\n".join(overview(own).splitlines()[2:]), flush=True)
     usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(f"peak resident memory of this process: {usage / 2**20:.1f} GiB")
 
 
+OPTIONS = {
+    "parts": (list(PARTS), "", PARTS),
+    "dtype": ("auto", "", ("auto", "float32", "bfloat16")),
+}
+EXPERIMENT = Experiment("models/prefill", measure_parts, page, rows_of, OPTIONS, lines=True)
+
+
 if __name__ == "__main__":
-    main()
+    EXPERIMENT.main(__doc__)

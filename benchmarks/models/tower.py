@@ -27,18 +27,17 @@ measures all of them.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import tokencomp
 from benchmarks import publishing
+from benchmarks.experiment import Experiment
 from benchmarks.models.prefill import peak_of
 from benchmarks.models.tower_alone import tower_rows
 from benchmarks.models.tower_page import CASES, RATIO, TOWER_RATIO, page, rows_of
@@ -52,11 +51,9 @@ from benchmarks.models.tower_parts import (
     later_token,
     qwen_inputs,
 )
-from benchmarks.publishing import environment
 
-FOLDER = Path(__file__).parent
-HEADLINE = {"cases": ["qwen-image", "qwen-video"], "rounds": 2, "part": 1, "threads": 2}
-TOWERS = {"cases": ["qwen-tower", "siglip-tower"], "rounds": 1, "part": 1, "threads": 1}
+HEADLINE = {"cases": ["qwen-image", "qwen-video"], "rounds": 2, "threads": 2, "minutes": 7.5}
+TOWERS = {"cases": ["qwen-tower", "siglip-tower"], "rounds": 1, "minutes": 7.5}
 VARIANTS = ("full", "decoder", "dropped", "both")
 
 
@@ -184,60 +181,56 @@ def in_order(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     )
 
 
-def main() -> None:
-    parser = publishing.parser(__doc__, FOLDER, "--output")
-    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--side", type=int, default=224, help="pixels per side of a video frame")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument(
-        "--minutes",
-        type=float,
-        default=math.inf,
-        help="no round of whole models begins that would end later than this after the start",
-    )
-    parser.add_argument(
-        "--headline",
-        action="store_true",
-        help="whole models at full depth on two threads, full "
-        "and both compressed, within 7.5 minutes; other options count as they are given",
-    )
-    parser.add_argument(
-        "--towers", action="store_true", help="towers alone at full depth, one round on one thread"
-    )
-    parser.add_argument(
-        "--again", action="store_true", help="measure towers alone anew, stored rows included"
-    )
-    parser.add_argument(
-        "--part", type=int, default=1, help="4: a quarter of the blocks of tower and decoder"
-    )
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--attention", default="sdpa")
-    known = parser.parse_known_args()[0]
-    if known.headline or known.towers:
-        parser.set_defaults(**(HEADLINE if known.headline else TOWERS), minutes=7.5)
-    args = parser.parse_args()
-    path = args.output / "tower.jsonl"
-    records = [json.loads(r) for r in path.read_text().splitlines()] if path.exists() else []
-    facts = {} if args.report else publishing.published_from(args.output, args.allow_dirty)
+def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """The stored records, those of the chosen cases replaced as they come."""
+    preset = HEADLINE if args.headline else TOWERS if args.towers else {}
+    for name, value in preset.items():  # other options count as they are given
+        given = OPTIONS[name]
+        if getattr(args, name) == (given[0] if isinstance(given, tuple) else given):
+            setattr(args, name, value)
     if args.device == "cpu":
         torch.set_num_threads(args.threads)
     threads = "one CPU thread" if args.threads == 1 else f"{args.threads} CPU threads, elapsed time"
     own = threads if args.device == "cpu" else torch.cuda.get_device_name()
     machine = f"{own}, {args.dtype}, {args.attention}"
     machine += f", 1/{args.part} of the blocks" if args.part > 1 else ""
-    names = [] if args.report else args.cases
-    towers = [name for name in names if name.endswith("tower")]
-    whole = [name for name in names if name not in towers]
-    extra = {"machine": machine, "provenance": {**facts, **environment()}}
+    towers = [name for name in args.cases if name.endswith("tower")]
+    whole = [name for name in args.cases if name not in towers]
+    facts = publishing.published_from(args.out, args.allow_dirty)
+    extra = {"machine": machine, "environment": {**publishing.environment(), **facts}}
+    records = publishing.read_lines(args.out)
     for record in fresh(towers, whole, args, records, extra):
         records = [r for r in records if _key(r) != _key(record)] + [record]
-        path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
-    records = in_order(records)
-    (args.output / "tower.md").write_text(page(records), encoding="utf-8")
-    (args.output / "tower.csv").write_text(publishing.csv_text(rows_of(records)))
+        yield records
+
+
+def stored_page(records: list[dict[str, Any]]) -> str:
+    return page(in_order(records))
+
+
+def stored_rows(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return rows_of(in_order(records))
+
+
+OPTIONS: dict[str, Any] = {
+    "cases": (list(CASES), "", CASES),
+    "rounds": 3,
+    "side": (224, "pixels per side of a video frame"),
+    "threads": (1, "CPU threads"),
+    "minutes": (math.inf, "no round of whole models begins that would end later than this"),
+    "headline": (
+        False,
+        "whole models at full depth on two threads, full and both compressed, within 7.5 minutes",
+    ),
+    "towers": (False, "towers alone at full depth, one round on one thread"),
+    "again": (False, "measure towers alone anew, stored rows included"),
+    "part": (1, "4: a quarter of the blocks of tower and decoder"),
+    "device": "cpu",
+    "dtype": "float32",
+    "attention": "sdpa",
+}
+EXPERIMENT = Experiment("models/tower", measure, stored_page, stored_rows, OPTIONS, lines=True)
 
 
 if __name__ == "__main__":
-    main()
+    EXPERIMENT.main(__doc__)

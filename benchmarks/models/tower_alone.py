@@ -81,7 +81,7 @@ def tower_rows(
         What is stored. Rounds of other machines, hardware or versions do not count, and with
         `args.again` none does.
     facts
-        `machine` and `provenance` of this run.
+        `machine` and `environment` of this run.
     """
     rows = {r: _started(name, r, records, facts) for r in TOWER_RATIOS}
     if args.again:
@@ -110,10 +110,10 @@ def _started(name: str, ratio: float, records: list[Record], facts: Record) -> R
 
 def _place(record: Record, alike: tuple[str, ...] = ("case", "tower_ratio", "machine")) -> Record:
     """What two measurements share that belong together."""
-    provenance = record.get("provenance", {})
+    made = record.get("environment", {})
     return {
         **{name: record.get(name) for name in alike},
-        **{name: provenance.get(name) for name in ("versions", "hardware")},
+        **{name: made.get(name) for name in ("versions", "hardware")},
     }
 
 

@@ -2,7 +2,6 @@
 
     pip install --no-deps sparsevlm flowcut
     python -m benchmarks.peers.run             # writes peers.json and peers.md beside this file
-    python -m benchmarks.peers.run --out try   # or in another folder
     python -m benchmarks.peers.run --report    # only rebuilds peers.md
 
 Every peer gets the embedded Qwen2-VL and one image prompt, and is judged by the rows that its
@@ -12,26 +11,26 @@ vLLM's own pruning is compared in the serving benchmark.
 
 from __future__ import annotations
 
+import argparse
 import importlib
-import json
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 
 import tokencomp
 from benchmarks import publishing
-from benchmarks.publishing import environment
+from benchmarks.experiment import Experiment
 from tokencomp.adapters.registry import adapter_for
+from tokencomp.errors import OptionError
 from tokencomp.evaluation.profiler import counted_rows
 from tokencomp.inputs.loading import load_model
 from tokencomp.inputs.prompts import build_inputs
 from tokencomp.zoo import SAMPLES
 
-FOLDER = Path(__file__).parent
 QUESTION = "What color is the circle?"
 MISSING = "not installed"
 
@@ -130,11 +129,11 @@ def table(outcomes: list[Outcome]) -> str:
 
 def page(report: dict[str, Any]) -> str:
     """The page from what peers.json holds."""
-    versions = ", ".join(f"{k} {v}" for k, v in report["versions"].items())
+    versions = ", ".join(f"{k} {v}" for k, v in report["environment"]["versions"].items())
     outcomes = [Outcome(**one) for one in report["outcomes"]]
     return (
         "# Do other packages work on the same model?\n\n"
-        f"`python -m benchmarks.peers.run`, {report['date'][:10]}; {versions}.\n\n"
+        f"`python -m benchmarks.peers.run`, {report['environment']['date'][:10]}; {versions}.\n\n"
         "Every package is applied to the embedded tiny-qwen2-vl with 64 visual tokens per image. "
         'A package "works" if some decoder layer received fewer rows than without it. '
         "[All benchmark pages](../README.md).\n\n"
@@ -142,29 +141,18 @@ def page(report: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
-    """Run every peer and write the two files."""
-    parser = publishing.parser(__doc__, FOLDER)
-    args = parser.parse_args()
-    stored, text = args.out / "peers.json", args.out / "peers.md"
-    if not args.report:
-        facts = publishing.published_from(args.out, args.allow_dirty)
-        missing = [peer for peer in PEERS if _version(peer) == MISSING]
-        if missing:
-            command = f"pip install --no-deps {missing[0]} ..."
-            parser.error(f"not installed: {', '.join(missing)}. {command}")
-        args.out.mkdir(parents=True, exist_ok=True)
-        outcomes = [
-            attempt(peer, rows, attention)
-            for peer in PEERS
-            for attention in ("sdpa", "eager")
-            for rows in (1, 2)
-        ]
-        report = {**environment(), **facts, "outcomes": [asdict(o) for o in outcomes]}
-        publishing.write(stored, report)
-    text.write_text(page(json.loads(stored.read_text())))
-    print(text.read_text())
+def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Every peer, one prompt and a batch of two, under two kinds of attention."""
+    missing = [peer for peer in PEERS if _version(peer) == MISSING]
+    if missing:
+        command = f"pip install --no-deps {missing[0]} ..."
+        raise OptionError(f"not installed: {', '.join(missing)}. {command}")
+    cases = itertools.product(PEERS, ("sdpa", "eager"), (1, 2))
+    yield {"outcomes": [asdict(attempt(peer, rows, how)) for peer, how, rows in cases]}
+
+
+EXPERIMENT = Experiment("peers/peers", measure, page)
 
 
 if __name__ == "__main__":
-    main()
+    EXPERIMENT.main(__doc__)

@@ -9,7 +9,8 @@ the results, and those of a former model in candidates.json, which is not asked 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import argparse
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from benchmarks import publishing
 from benchmarks.accuracy.packed import PackedAnswers
 from benchmarks.accuracy.run import tower_once
 from benchmarks.accuracy.store import Results
+from benchmarks.experiment import Experiment
 from benchmarks.gpu.contribution import Row
 from benchmarks.gpu.recompute import runs_of
 from benchmarks.real.page import HERE
@@ -28,13 +30,10 @@ from benchmarks.real.run import packed
 from recipes.photographs.build import FOLDER
 from recipes.photographs.items import LETTERS, StampItem, items
 from recipes.photographs.sources import TUXPAINT, Photos
-from tokencomp.cli import one_message
-from tokencomp.errors import OptionError
 from tokencomp.evaluation.metrics import difference
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.runs import EvalRun, paired_scores
 from tokencomp.evaluation.settings import FULL, MERGE, RANDOM, Setting, label_of
-from tokencomp.storage import write_text
 
 FORMER, RESULTS = HERE / "candidates.json", HERE / "merging.json"
 MODEL = "real-fastvlm"
@@ -74,7 +73,7 @@ class OneKind(Results):
 def photographs(path: Path = FORMER) -> OneKind:
     """The stored answers, in the form of those of the embedded models."""
     stored = publishing.read(path)
-    return as_results(stored, MODEL if path == FORMER else f"{MODEL}-448", stored["about"])
+    return as_results(stored, MODEL if path == FORMER else f"{MODEL}-448", stored["environment"])
 
 
 def as_results(stored: dict[str, Any], model: str, about: dict[str, Any]) -> OneKind:
@@ -118,7 +117,7 @@ def page(results: dict[str, Any]) -> str:
     families = sorted({record["family"] for record in full.records})
     about = (
         f"{len(full.records)} questions about {', '.join(families)}; the full model answers "
-        f"{full.mean('correct'):.1%}. {publishing.provenance(results['about'])}."
+        f"{full.mean('correct'):.1%}. {publishing.provenance(results['environment'])}."
     )
     return "\n".join([HEAD, publishing.table(head, lines), "", about, ""])
 
@@ -137,28 +136,25 @@ def _cell(runs: list[EvalRun], randoms: dict[float, EvalRun], name: str, ratio: 
     return f"{value}, {difference(*paired_scores(run, randoms[ratio]))}"
 
 
-def main() -> None:
-    parser = publishing.parser(__doc__, RESULTS)
-    parser.add_argument("--model", type=Path, default=FOLDER / "model")
-    parser.add_argument("--photos", type=Path, default=TUXPAINT)
-    parser.add_argument("--per-family", type=int, default=60)
-    parser.add_argument("--batch", type=int, default=25)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    args = parser.parse_args()
-    if not args.report:
-        facts = publishing.published_from(args.out, args.allow_dirty)
-        torch.set_num_threads(args.threads)
-        from recipes.photographs.model import load
+def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """All candidates, on the validation questions."""
+    from recipes.photographs.model import load
 
-        model, processor = load(args.model)
-        asked = items(Photos(args.photos), "validation", args.per_family, tuple(learned()))
-        content = answer(model, processor, asked, args.batch, FOLDER / "runs" / "candidates")
-        publishing.write(args.out, {"about": {**publishing.environment(), **facts}, **content})
-    if not args.out.exists():
-        raise OptionError(f"there is no {args.out}. Run without --report first.")
-    print(write_text(args.out.with_suffix(".md"), page(publishing.read(args.out))))
+    torch.set_num_threads(args.threads)
+    model, processor = load(args.model)
+    asked = items(Photos(args.photos), "validation", args.per_family, tuple(learned()))
+    yield answer(model, processor, asked, args.batch, FOLDER / "runs" / "candidates")
+
+
+OPTIONS = {
+    "model": FOLDER / "model",
+    "photos": TUXPAINT,
+    "per_family": 60,
+    "batch": 25,
+    "threads": torch.get_num_threads(),
+}
+EXPERIMENT = Experiment("real/merging", measure, page, options=OPTIONS)
 
 
 if __name__ == "__main__":
-    with one_message():
-        main()
+    EXPERIMENT.main(__doc__)

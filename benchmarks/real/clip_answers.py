@@ -9,21 +9,23 @@ stopped goes on from the answers in the ignored folder `build/real/clips/`.
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from benchmarks.real.page import HERE, write_page
-from benchmarks.real.run import METHODS, Pairs, arguments, run_and_write
+from benchmarks.experiment import Experiment
+from benchmarks.real.page import page, records
+from benchmarks.real.run import METHODS, OPTIONS, Pairs, answered
 from recipes.photographs.build import FOLDER
 from recipes.photographs.clip_questions import ClipItem, clip_items
 from recipes.photographs.scenes import Library
-from tokencomp.cli import one_message
+from recipes.photographs.sources import Photos
 from tokencomp.evaluation.settings import FEWER_FRAMES
 from tokencomp.inputs.questions import Example
 
-RESULTS = HERE / "clip_answers.json"
 FAMILIES = ("existence", "appears")
 SIZE, FRAMES, SECONDS = 448, 6, 10.0
-CLIP_METHODS = (*METHODS[:2], FEWER_FRAMES, *METHODS[2:])
 HEAD = f"""# What happens to clips of photographs?
 
 `python -m benchmarks.real.clip_answers`, with the [model of photographs](README.md). Clips of
@@ -54,16 +56,24 @@ def clip_pairs(library: Library, per_family: int, folder: Path) -> Pairs:
     }
 
 
-def main() -> None:
-    parser = arguments(RESULTS, CLIP_METHODS)
-    parser.set_defaults(runs=FOLDER / "clips", per_family=40, batch=4, frames=FRAMES)
-    args = parser.parse_args()
-    if not args.report:
-        media = args.runs / "media"
-        run_and_write(args, lambda library: clip_pairs(library, args.per_family, media))
-    print(write_page(args.out, args.out.with_suffix(".md"), HEAD))
+def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """All questions about clips."""
+    yield answered(args, clip_pairs(Photos(args.photos), args.per_family, args.runs / "media"))
+
+
+def clips_page(stored: Any) -> str:
+    return page(stored, HEAD, "clip_answers.csv")
+
+
+CHANGED = {
+    "runs": FOLDER / "clips",
+    "per_family": 40,
+    "batch": 4,
+    "frames": FRAMES,
+    "methods": [*METHODS[:2], FEWER_FRAMES, *METHODS[2:]],
+}
+EXPERIMENT = Experiment("real/clip_answers", measure, clips_page, records, OPTIONS | CHANGED)
 
 
 if __name__ == "__main__":
-    with one_message():
-        main()
+    EXPERIMENT.main(__doc__)

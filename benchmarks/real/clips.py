@@ -11,27 +11,25 @@ photographs that `benchmarks/real/README.md` names, and no model.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks import publishing
+from benchmarks.experiment import Experiment
 from benchmarks.files.stream import index_of
 from recipes.photographs.clip_questions import ClipItem, clip_item, clip_items
 from recipes.photographs.clips import MOMENT, SECONDS, STILL
 from recipes.photographs.scenes import Library
 from recipes.photographs.sources import TUXPAINT, Photos
 from recipes.tiny.letters import letters_prompt
-from tokencomp.cli import one_message
 from tokencomp.errors import OptionError
 from tokencomp.inputs.frames import frame_indices
 from tokencomp.inputs.stream import stream_choice
 from tokencomp.storage import write_lines
 from tokencomp.zoo.shapesqa.prompt_forms import letter
 
-FOLDER = Path(__file__).parent
 COUNTS = (8, 16, 32)
 SIZE = 448  # px, both sides
 SHORTEST = 10.0  # seconds: shorter clips have no room for two events
@@ -120,7 +118,7 @@ def page(report: dict[str, Any]) -> str:
             + f", of {len(rows)}. What the rule took these clips for at 8 frames: "
             + ", ".join(f"{rule} {_share(rows, rule)}" for rule in rules)
             + ".\n",
-            publishing.provenance(report) + "\n",
+            publishing.provenance(report["environment"]) + "\n",
         ]
     )
 
@@ -136,40 +134,32 @@ def _share(rows: list[dict[str, Any]], rule: str) -> int:
     return sum(r["rule 8"].split(":")[0] == rule for r in rows)
 
 
-def arguments() -> argparse.ArgumentParser:
-    parser = publishing.parser(__doc__, FOLDER)
-    parser.add_argument("--photos", type=Path, default=TUXPAINT, help="folder of Tux Paint")
-    parser.add_argument("--split", default="test", choices=("validation", "test"))
-    parser.add_argument("--each", type=int, default=20, help="clips of each kind of camera")
-    parser.add_argument("--questions", type=Path, help="write questions there, and measure nothing")
-    parser.add_argument("--per-family", type=int, default=20, help="questions of each family")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="length of their clips")
-    parser.add_argument("--size", type=int, default=SIZE, help="px of both sides, even")
-    return parser
-
-
-def main() -> None:
-    args = arguments().parse_args()
+def measure_all(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Test clips of every camera; with `--questions` clips and questions, and no results."""
     if args.size % 2 or args.seconds < SHORTEST:
         raise OptionError(
             f"--size {args.size} has to be even, and --seconds {args.seconds:g} at least "
             f"{SHORTEST:g}."
         )
-    stored, library = args.out / "clips.json", Photos(args.photos)
+    library = Photos(args.photos)
     if args.questions:
         how = (args.split, args.per_family, args.seconds, args.size)
-        print(write_questions(library, args.questions, *how))
-        return
-    if not args.report:
-        facts = publishing.published_from(args.out, args.allow_dirty)
-        rows = measure(library, args.split, args.each)
-        command = f"clips.py --split {args.split} --each {args.each}"
-        report = {**publishing.environment(), "command": command, **facts}
-        args.out.mkdir(parents=True, exist_ok=True)
-        stored.write_text(json.dumps({**report, "split": args.split, "rows": rows}) + "\n")
-    (args.out / "clips.md").write_text(page(json.loads(stored.read_text())))
+        print(write_questions(library, Path(args.questions), *how))
+    else:
+        yield {"split": args.split, "rows": measure(library, args.split, args.each)}
+
+
+OPTIONS = {
+    "photos": (TUXPAINT, "folder of Tux Paint"),
+    "split": ("test", "", ("validation", "test")),
+    "each": (20, "clips of each kind of camera"),
+    "questions": (None, "write questions there, and measure nothing"),
+    "per_family": (20, "questions of each family"),
+    "seconds": (SECONDS, "length of their clips"),
+    "size": (SIZE, "px of both sides, even"),
+}
+EXPERIMENT = Experiment("real/clips", measure_all, page, options=OPTIONS)
 
 
 if __name__ == "__main__":
-    with one_message():
-        main()
+    EXPERIMENT.main(__doc__)

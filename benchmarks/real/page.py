@@ -6,24 +6,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import publishing
 from benchmarks.accuracy.packed import PackedAnswers
 from benchmarks.accuracy.report import RATIOS
 from benchmarks.accuracy.store import STORED_DEFAULT
 from benchmarks.accuracy.tables import BASELINES
 from benchmarks.gpu.contribution import Row
 from benchmarks.gpu.recompute import runs_of
-from benchmarks.publishing import MARK, csv_text, provenance, table
+from benchmarks.publishing import MARK, provenance, table
 from recipes.photographs.items import LETTERS
 from recipes.photographs.sources import FURTHER, NAMES
 from tokencomp.evaluation.comparisons import comparisons
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import label_of
 from tokencomp.method import DEFAULT_REDUCER
-from tokencomp.storage import write_text
 
 HERE = Path(__file__).parent
-RESULTS, PAGE = HERE / "results.json", HERE / "README.md"
+RESULTS = HERE / "results.json"
 
 HEAD = """# What happens to photographs and words?
 
@@ -119,7 +117,12 @@ def overview(runs: Sequence[EvalRun]) -> str:
 
 
 def records(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows of the CSV file: every setting, its comparisons, its cost, and its families."""
+    """The rows of the CSV file: every setting, its comparisons, its cost, and its families.
+
+    None where no family is learned.
+    """
+    if not results.get("learned", True):
+        return []
     runs, deviation = read_runs(results), results.get("deviation", {})
     full, rows = runs[0].manifest["row"], []
     for run in runs:
@@ -153,7 +156,7 @@ def records(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _training(results: dict[str, Any]) -> str:
-    about, training = results["about"], results["training"]
+    about, training = results["environment"], results["training"]
     mark = "" if about.get(MARK, True) else " **Not for publication: uncommitted changes.**"
     stages = ", ".join(f"{name} {steps}" for name, steps in training["stages"].items())
     end = "to its end"
@@ -195,14 +198,3 @@ def accuracy(run: EvalRun, family: str) -> float:
     """Share of right answers in a family."""
     scores = [r["correct"] for r in run.records if r["family"] == family]
     return sum(scores) / len(scores)
-
-
-def write_page(results: Path, page_path: Path, head: str = HEAD) -> Path:
-    """Write the page and its CSV file; without a result file it says that there is none."""
-    text = f"{head}\nThere are no results yet.\n"
-    if results.exists():
-        stored, data = publishing.read(results), results.with_suffix(".csv")
-        text = page(stored, head, data.name)
-        if stored["learned"]:
-            write_text(data, csv_text(records(stored)))
-    return write_text(page_path, text.rstrip() + "\n")

@@ -14,26 +14,25 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import publishing
 from benchmarks.accuracy.packed import PackedAnswers
 from benchmarks.accuracy.run import tower_once
 from benchmarks.accuracy.store import MARGIN
+from benchmarks.experiment import Experiment
 from benchmarks.gpu.contribution import label_of, row_of
-from benchmarks.real.page import PAGE, RESULTS, write_page
+from benchmarks.real.page import page, records
 from recipes.photographs.build import FOLDER
 from recipes.photographs.items import LETTERS, StampItem, item, items
 from recipes.photographs.questions import FAMILIES
 from recipes.photographs.scenes import Library
 from recipes.photographs.sources import TUXPAINT, Photos
 from recipes.tiny.evaluate import blind_guess
-from tokencomp.cli import one_message
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.runs import EvalRun
@@ -163,34 +162,29 @@ def draw(
     return drawn
 
 
-def arguments(out: Path = RESULTS, methods: Sequence[str] = METHODS) -> argparse.ArgumentParser:
-    parser = publishing.parser(__doc__, out)
-    parser.add_argument("--model", type=Path, default=FOLDER / "model")
-    parser.add_argument("--photos", type=Path, default=TUXPAINT)
-    parser.add_argument("--methods", nargs="+", default=methods)
-    parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS)
-    parser.add_argument("--per-family", type=int, default=60)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--runs", type=Path, default=FOLDER / "runs")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument(
-        "--busy", action="store_true", help="other jobs use this machine: leave times out"
-    )
-    parser.set_defaults(frames=1)
-    return parser
+OPTIONS: dict[str, Any] = {
+    "model": FOLDER / "model",
+    "photos": TUXPAINT,
+    "methods": list(METHODS),
+    "ratios": list(RATIOS),
+    "per_family": 60,
+    "batch": 16,
+    "frames": 1,
+    "runs": FOLDER / "runs",
+    "threads": torch.get_num_threads(),
+    "busy": (False, "other jobs use this machine: leave times out"),
+}
 
 
-def run_and_write(args: argparse.Namespace, pairs_of: Callable[[Library], Pairs]) -> None:
-    """Ask the model, and write the result file."""
-    facts = publishing.published_from(args.out, args.allow_dirty)
+def answered(args: argparse.Namespace, pairs: Pairs) -> dict[str, Any]:
+    """What the model says to the items of both splits."""
     model, processor = loaded(args)
-    training = json.loads((args.model / "training.json").read_text())
-    results = answer(model, processor, pairs_of(Photos(args.photos)), args, args.runs)
-    about = {**publishing.environment(), **facts}
+    results = answer(model, processor, pairs, args, args.runs)
     if args.busy:
         for row in results["rows"]:
             row["seconds"] = 0.0
-    publishing.write(args.out, {"about": about, "training": training, **results})
+    training = json.loads((args.model / "training.json").read_text())
+    return {"training": training, **results}
 
 
 def loaded(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -201,25 +195,20 @@ def loaded(args: argparse.Namespace) -> tuple[Any, Any]:
     return load(args.model)
 
 
-def main() -> None:
-    parser = arguments()
-    parser.add_argument("--pictures", action="store_true", help="draw lost questions; asks none")
-    args = parser.parse_args()
+def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """All questions; with `--pictures` none, but drawings of what was lost."""
+    library = Photos(args.photos)
     if args.pictures:
-        for one in draw(*loaded(args), Photos(args.photos), args, args.runs):
+        for one in draw(*loaded(args), library, args, args.runs):
             print(f"{one.id}: {one.question} {one.answer}; {one.compressed}: {one.picture}")
         return
-    if not args.report:
-        run_and_write(
-            args,
-            lambda library: {
-                split: item_examples(library, split, args.per_family)
-                for split in ("validation", "test")
-            },
-        )
-    print(write_page(args.out, PAGE if args.out == RESULTS else args.out.with_suffix(".md")))
+    count, splits = args.per_family, ("validation", "test")
+    yield answered(args, {split: item_examples(library, split, count) for split in splits})
+
+
+PICTURES = {"pictures": (False, "draw lost questions; asks none")}
+EXPERIMENT = Experiment("real/results", measure, page, records, OPTIONS | PICTURES, readme=True)
 
 
 if __name__ == "__main__":
-    with one_message():
-        main()
+    EXPERIMENT.main(__doc__)

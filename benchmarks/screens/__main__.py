@@ -9,6 +9,7 @@ FOLDER is a checkout of the git repository niuzaisheng/ScreenAgent (data under A
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterator
 from itertools import pairwise
@@ -19,19 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks import publishing
-from benchmarks.publishing import csv_text, environment
+from benchmarks.experiment import Experiment
+from benchmarks.publishing import csv_text
 from benchmarks.screens.cells import CELL, copies, differences, kept_of_session, picture
 from benchmarks.screens.counts_page import page
 from benchmarks.screens.scrolling import SHARE, shift
-from tokencomp.cli import one_message
 from tokencomp.errors import OptionError
 from tokencomp.reducers._pixels import cells_of
 from tokencomp.reducers.pixelprune import unpredicted_cells
 from tokencomp.storage import write_text
 
-HERE = Path(__file__).parent
-OUT = HERE / "counts.json"
 THRESHOLDS = (0, 8, 16)
 MAIN = 8  # what survives JPEG
 
@@ -184,27 +182,25 @@ def per_session(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def main() -> None:
-    parser = publishing.parser(__doc__, OUT)
-    parser.add_argument("folder", type=Path, nargs="?", help="checkout of niuzaisheng/ScreenAgent")
-    parser.add_argument("--limit", type=int, help="only the first sessions")
-    args = parser.parse_args()
-    if not args.report:
-        if args.folder is None:
-            raise OptionError("give the FOLDER of the screenshots, or --report.")
-        from tqdm import tqdm
+def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """All sessions; their rows go to sessions.csv at once."""
+    from tqdm import tqdm
 
-        facts = publishing.published_from(args.out, args.allow_dirty)
-        found = list(sessions(args.folder).values())[: args.limit]
-        torch.set_num_threads(1)
-        rows = [measure_session(paths) for paths in tqdm(found)]
-        stored = {"facts": {**environment(), **facts}, "summary": summary(rows)}
-        publishing.write(args.out, stored)
-        write_text(args.out.with_name("sessions.csv"), csv_text(per_session(rows)))
-    stored = json.loads(args.out.read_text())
-    write_text(args.out.with_name("README.md"), page(stored))
+    if args.folder is None:
+        raise OptionError("give the FOLDER of the screenshots, or --report.")
+    found = list(sessions(args.folder).values())[: args.limit or None]
+    torch.set_num_threads(1)
+    rows = [measure_session(paths) for paths in tqdm(found)]
+    write_text(args.out.with_name("sessions.csv"), csv_text(per_session(rows)))
+    yield {"summary": summary(rows)}
+
+
+OPTIONS = {
+    "FOLDER": (None, "checkout of niuzaisheng/ScreenAgent"),
+    "limit": (0, "only so many sessions"),
+}
+EXPERIMENT = Experiment("screens/counts", measure, page, options=OPTIONS, readme=True)
 
 
 if __name__ == "__main__":
-    with one_message():
-        main()
+    EXPERIMENT.main(__doc__)

@@ -10,6 +10,7 @@ that they can be asked at the same time.
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,17 +23,14 @@ from PIL import Image
 
 import tokencomp
 from benchmarks import publishing
-from benchmarks.publishing import environment
+from benchmarks.experiment import Experiment
 from benchmarks.screens.answers_page import page
 from recipes.screens.build import FOLDER
 from recipes.screens.questions import FAMILIES, Item, item, place
-from tokencomp.cli import one_message
 from tokencomp.inputs.loading import load_folder
 from tokencomp.inputs.prompts import build_inputs
 from tokencomp.pages.pictures import survival
 
-HERE = Path(__file__).parent
-OUT = HERE / "answers.json"
 MODELS = ("full", "longer", "delta")
 TRAINING = ("seed", "stages", "finished", "seconds", "training_scores")
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -135,31 +133,29 @@ def answered(folder: Path, asked: dict[str, list[Item]], facts: dict[str, Any]) 
     return result
 
 
-def main() -> None:
-    parser = publishing.parser(__doc__, OUT)
-    parser.add_argument("--models", type=Path, default=FOLDER, help="folder of the three models")
-    parser.add_argument("--only", choices=MODELS, help="only ask this model, for a later page")
-    parser.add_argument("--per-family", type=int, default=40)
-    args = parser.parse_args()
-    if not args.report:
-        facts = publishing.published_from(args.out, args.allow_dirty)
-        torch.set_num_threads(1)
-        asked = {f: [item("test", f, k) for k in range(args.per_family)] for f in FAMILIES}
-        chosen = [args.only] if args.only else MODELS
-        found = {name: answered(args.models / name, asked, facts) for name in chosen}
-        if args.only:
-            return
-        stored = {
-            "facts": {**environment(), **facts},
+def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """All models, or with `--only` one of them, for a later page."""
+    facts = publishing.published_from(args.out, args.allow_dirty)
+    torch.set_num_threads(1)
+    asked = {f: [item("test", f, k) for k in range(args.per_family)] for f in FAMILIES}
+    chosen = [args.only] if args.only else MODELS
+    found = {name: answered(args.models / name, asked, facts) for name in chosen}
+    if not args.only:
+        yield {
             "per_family": args.per_family,
             "blind": {family: guess(items) for family, items in asked.items()},
             "training": {name: one["training"] for name, one in found.items()},
             "rows": [row for one in found.values() for row in one["rows"]],
         }
-        publishing.write(args.out, stored)
-    publishing.rebuild(args.out, page)
+
+
+OPTIONS = {
+    "models": (FOLDER, "folder of the three models"),
+    "only": (None, "only ask this model, for a later page", MODELS),
+    "per_family": 40,
+}
+EXPERIMENT = Experiment("screens/answers", measure, page, lambda stored: stored["rows"], OPTIONS)
 
 
 if __name__ == "__main__":
-    with one_message():
-        main()
+    EXPERIMENT.main(__doc__)

@@ -101,7 +101,7 @@ def page(stored: dict[str, Any]) -> str:
         ),
         training="\n".join(parts),
         share=SHARE,
-        made=provenance(stored["facts"]),
+        made=provenance(stored["environment"]),
     )
 
 

@@ -80,7 +80,7 @@ def page(stored: dict[str, Any]) -> str:
         copies=percent(found["copies"]),
         exact=percent(found["pixelprune"]["0"]),
         near=percent(found["pixelprune"]["8"]),
-        made=provenance(stored["facts"]),
+        made=provenance(stored["environment"]),
     )
 
 

@@ -9,6 +9,7 @@ its pictures are not stated: nothing of them is stored here but counts.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,12 +22,10 @@ from PIL import Image
 from torch import Tensor
 
 import tokencomp
-from benchmarks import publishing
 from benchmarks.accuracy.run import tower_once
-from benchmarks.publishing import environment
+from benchmarks.experiment import Experiment
 from benchmarks.screens.cells import CELL, copies, flat
 from benchmarks.screens.receipts_page import page
-from tokencomp.cli import one_message
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.coverage import Box, load_boxes, touched, words_kept
 from tokencomp.inputs.loading import load_model
@@ -36,8 +35,6 @@ from tokencomp.reducers._pixels import cells_of
 from tokencomp.reducers.pixelprune import unpredicted_cells
 from tokencomp.reducers.registry import make_reducer
 
-HERE = Path(__file__).parent
-OUT = HERE / "receipts.json"
 MODEL = "tiny-qwen3-vl-hard"
 QUESTION = "What is the total?"
 RATIOS = (0.3, 0.5, 0.75)
@@ -165,11 +162,14 @@ def summary(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def measure(found: list[Receipt], every: int) -> dict[str, Any]:
+def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Counts over all pages, and coverage over every so many."""
     from tqdm import tqdm
 
-    pages = {}
+    if args.folder is None:
+        raise OptionError("give the FOLDER of the receipts, or --report.")
+    torch.set_num_threads(1)
+    found, pages = receipts(args.folder), {}
     for tokens in COUNTED:
         rows = [counts(one, tokens) for one in tqdm(found, f"{tokens} tokens")]
         total = sum(row["tokens"] for row in rows)
@@ -178,12 +178,13 @@ def measure(found: list[Receipt], every: int) -> dict[str, Any]:
         } | {"tokens": total / len(rows)}
     model, processor = load_model(MODEL)
     records = []
-    for one in tqdm(found[::every], "coverage"):
+    for one in tqdm(found[:: args.every], "coverage"):
         records += coverage(model, processor, one, MAIN, METHODS)
         for tokens in OTHERS:
             records += coverage(model, processor, one, tokens, AT_EVERY_SIZE)
-    words = [len(one.boxes) for one in found[::every]]
-    return {
+    words = [len(one.boxes) for one in found[:: args.every]]
+    yield {
+        "model": MODEL,
         "receipts": len(found),
         "asked": len(words),
         "boxes": sum(words),
@@ -192,21 +193,12 @@ def measure(found: list[Receipt], every: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = publishing.parser(__doc__, OUT)
-    parser.add_argument("folder", type=Path, nargs="?", help="checkout of ICDAR-2019-SROIE")
-    parser.add_argument("--every", type=int, default=45, help="coverage of every so many receipts")
-    args = parser.parse_args()
-    if not args.report:
-        if args.folder is None:
-            raise OptionError("give the FOLDER of the receipts, or --report.")
-        facts = publishing.published_from(args.out, args.allow_dirty)
-        torch.set_num_threads(1)
-        stored = measure(receipts(args.folder), args.every)
-        publishing.write(args.out, {"facts": {**environment(), **facts}, "model": MODEL, **stored})
-    publishing.rebuild(args.out, page)
+OPTIONS = {
+    "FOLDER": (None, "checkout of ICDAR-2019-SROIE"),
+    "every": (45, "coverage of every so many receipts"),
+}
+EXPERIMENT = Experiment("screens/receipts", measure, page, lambda stored: stored["rows"], OPTIONS)
 
 
 if __name__ == "__main__":
-    with one_message():
-        main()
+    EXPERIMENT.main(__doc__)

@@ -104,7 +104,7 @@ def page(stored: dict[str, Any]) -> str:
             ],
             right=7,
         ),
-        made=provenance(stored["facts"]),
+        made=provenance(stored["environment"]),
     )
 
 

@@ -10,16 +10,15 @@ counts without any cache.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from pathlib import Path
+import argparse
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from benchmarks import publishing
-from benchmarks.publishing import environment, provenance
+from benchmarks.experiment import Experiment
+from benchmarks.publishing import provenance
 from tokencomp.plan.plan import keep_count
 
-OUT = Path(__file__).with_name("agents.json")
 STEPS, HEAD, TEXT = 40, 1500, 200
 SCREEN = 60 * 34  # visual tokens of 1920 × 1080 pixels in Qwen3-VL: 32 × 32 pixels each
 Block = tuple[str, int]
@@ -91,15 +90,13 @@ def page(report: dict[str, Any]) -> str:
     return "\n\n".join([*parts, f"Made by: {provenance(report['environment'])}"]) + "\n"
 
 
-def main() -> None:
-    args = publishing.parser(__doc__, OUT).parse_args()
-    if not args.report:
-        facts = publishing.published_from(args.out, args.allow_dirty)
-        rows = [{"policy": name, **count(policy)} for name, policy in POLICIES.items()]
-        report = {"environment": {**environment(), **facts}, "steps": STEPS, "rows": rows}
-        publishing.write(args.out, report)
-    args.out.with_suffix(".md").write_text(page(json.loads(args.out.read_text())))
+def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Counts of all policies."""
+    yield {"steps": STEPS, "rows": [{"policy": n, **count(p)} for n, p in POLICIES.items()]}
+
+
+EXPERIMENT = Experiment("serving/agents", measure, page)
 
 
 if __name__ == "__main__":
-    main()
+    EXPERIMENT.main(__doc__)

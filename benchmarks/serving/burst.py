@@ -14,29 +14,25 @@ from __future__ import annotations
 
 import argparse
 import base64
-import contextlib
 import io
 import json
 import os
 import random
-import signal
-import socket
-import subprocess
-import sys
 import time
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks import publishing
-from benchmarks.publishing import environment, provenance
+from benchmarks.experiment import Experiment
+from benchmarks.gpu.load import server
+from benchmarks.publishing import provenance
 from benchmarks.serving.engine import request
-from benchmarks.serving.run import ENV, ROOT, parser, random_model, rebuild, vllm_version
+from benchmarks.serving.run import ENV, SIZES, random_model, vllm_version
 
 ARMS = {"the usual ratio": True, "a ratio by load": False}
 """Whether requests name the usual ratio."""
@@ -105,7 +101,7 @@ def until_calm(url: str) -> None:
     raise RuntimeError(f"a step is in force {CALM:.0f} s after the last answer")
 
 
-def measure(url: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+def rounds(url: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Records of all rounds and arms. Both bursts of a round come at the same times."""
     for seed in range(3):
         ask(url, body(seed, args, True))
@@ -176,77 +172,38 @@ def page(records: list[dict[str, Any]]) -> str:
     )
 
 
-@contextlib.contextmanager
-def server(model: Path, args: argparse.Namespace, log: Path) -> Iterator[str]:
-    """Yield the address of a server for a while."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable, "-m", "tokencomp", "serve", "--engine", "vllm", "--model", model,
-        "--port", port, "--ratio", args.ratio, "--ratio-by-load", args.steps, "--",
-        "--enforce-eager", "--dtype", "float32", "--max-model-len", 4096,
-    ]  # fmt: skip
-    env = {**os.environ, **ENV, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    with log.open("w") as out:
-        running = subprocess.Popen(
-            list(map(str, command)), cwd=ROOT, env=env, stdout=out, stderr=out,
-            start_new_session=True,
-        )  # fmt: skip
-    url = f"http://127.0.0.1:{port}"
-    try:
-        while running.poll() is None:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health"):
-                break
-            time.sleep(1)
-        else:
-            raise RuntimeError(f"the server did not start:\n{log.read_text()[-3000:]}")
-        yield url
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(running.pid, signal.SIGTERM)
-        running.wait(timeout=90)
-
-
-def options() -> argparse.ArgumentParser:
-    """The command line."""
-    result = parser(__doc__ or "", "burst.jsonl", rounds=3)
-    result.set_defaults(layers=6)
-    result.add_argument("--ratio", type=float, default=0.5, help="the usual one")
-    result.add_argument("--steps", default="0.75:4,0.9:8", help="--ratio-by-load")
-    result.add_argument("--requests", type=int, default=24, help="of a burst")
-    result.add_argument("--probe", type=int, default=6, help="requests that measure the capacity")
-    result.add_argument("--overload", type=float, default=2, help="rate / that of the answers")
-    result.add_argument("--answer", type=int, default=8, help="tokens of every answer")
-    result.add_argument("--images", type=int, default=4, help="of a request")
-    result.add_argument("--side", type=int, default=336, help="pixels of an image")
-    result.add_argument(
-        "--conditions", default="", help="a sentence about the machine's other work"
-    )
-    return result
-
-
-def main() -> None:
-    args = options().parse_args()
-    if args.report:
-        rebuild(args.out, page)
-        return
-    facts = publishing.published_from(args.out, args.allow_dirty)
+def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """Records of all rounds and arms of one server."""
     names = (
         "ratio", "steps", "requests", "probe", "overload", "answer", "images", "side", "conditions",
     )  # fmt: skip
     about = {"vllm": vllm_version(), "hidden": args.hidden, "layers": args.layers}
     about.update({name: getattr(args, name) for name in names})
-    with (
-        random_model(args.hidden, args.layers) as (model, work),
-        server(model, args, work / "log") as url,
-    ):
-        records = measure(url, args)
+    os.environ.update(ENV, VLLM_ENABLE_V1_MULTIPROCESSING="1")
+    served = ["--engine", "vllm", "--ratio", f"{args.ratio}", "--ratio-by-load", args.steps, "--"]
+    served += ["--enforce-eager", "--dtype", "float32", "--max-model-len", "4096"]
+    with random_model(args) as (model, work), server(str(model), served, work / "log") as url:
+        records = rounds(url, args)
     about["visual"] = records[0]["answers"][0]["visual"]
-    source = {"setup": about, "environment": {**environment(), **facts}}
-    args.out.write_text("".join(json.dumps({**r, **source}) + "\n" for r in records))
-    rebuild(args.out, page)
+    yield [{**record, "setup": about} for record in records]
+
+
+OPTIONS = {
+    "rounds": 3,
+    "ratio": (0.5, "the usual one"),
+    "steps": ("0.75:4,0.9:8", "--ratio-by-load"),
+    "requests": (24, "of a burst"),
+    "probe": (6, "requests that measure the capacity"),
+    "overload": (2.0, "rate / rate of the answers"),
+    "answer": (8, "tokens of every answer"),
+    "images": (4, "of a request"),
+    "side": (336, "pixels of an image"),
+    "conditions": ("", "a sentence about the machine's other work"),
+    **SIZES,
+    "layers": 6,
+}
+EXPERIMENT = Experiment("serving/burst", measure, page, options=OPTIONS, lines=True)
 
 
 if __name__ == "__main__":
-    main()
+    EXPERIMENT.main(__doc__)

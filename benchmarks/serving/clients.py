@@ -15,22 +15,30 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Iterator
 from typing import Any
 
 from benchmarks import publishing
-from benchmarks.publishing import environment, provenance
+from benchmarks.experiment import Experiment
+from benchmarks.publishing import provenance
 from benchmarks.serving.model import SHAPES
-from benchmarks.serving.run import parser, random_model, rebuild, run, vllm_version
+from benchmarks.serving.run import PLAN, SIZES, random_model, run, vllm_version
 
 RATIO = 0.75
 CLIENTS = (1, 4, 16, 32)
 STOCK = "vLLM"
 DROP: dict[str, Any] = {"reducer": "kcenter", "ratio": RATIO, "merge": False}
-ARMS: dict[str, Any] = {
-    "ratio 0, video": ("video", {"ratio": 0}),
-    "evs, video": ("video", {"reducer": "evs", "ratio": RATIO, "merge": False}),
-    "ratio 0, image": ("image", {"ratio": 0}),
-    "kcenter, image": ("image", DROP),
+
+
+def _arm(kind: str, request: dict[str, Any] | None) -> dict[str, Any]:
+    return {"kind": kind, "request": request}
+
+
+ARMS = {
+    "ratio 0, video": _arm("video", {"ratio": 0}),
+    "evs, video": _arm("video", {"reducer": "evs", "ratio": RATIO, "merge": False}),
+    "ratio 0, image": _arm("image", {"ratio": 0}),
+    "kcenter, image": _arm("image", DROP),
 }
 """Media of a request, and what it asks of the plugin."""
 COLUMNS = (
@@ -42,10 +50,14 @@ COLUMNS = (
 def engines() -> dict[str, dict[str, Any]]:
     """Arguments of every engine and its arms."""
     evs = {"video_pruning_rate": RATIO, "video_pruning_method": "evs"}
-    merging = {"kcenter merged, image": ("image", {**DROP, "merge": True})}
+    merging = {"kcenter merged, image": _arm("image", {**DROP, "merge": True})}
     return {
-        STOCK: {"arms": {"video": ("video", None), "image": ("image", None)}},
-        "vLLM EVS": {"engine": evs, "pruning_flag": True, "arms": {"evs, video": ("video", None)}},
+        STOCK: {"arms": {kind: _arm(kind, None) for kind in ("video", "image")}},
+        "vLLM EVS": {
+            "engine": evs,
+            "pruning_flag": True,
+            "arms": {"evs, video": _arm("video", None)},
+        },
         "tokencomp": {"engine": _overrides({}), "plugin": True, "arms": ARMS},
         "tokencomp --merge": {
             "engine": _overrides({"merge": True}),
@@ -98,48 +110,43 @@ def page(records: list[dict[str, Any]]) -> str:
     )
 
 
-def options() -> argparse.ArgumentParser:
-    """The command line."""
-    result = parser(__doc__ or "", "clients.jsonl", rounds=3)
-    result.add_argument("--clients", nargs="+", type=int, default=list(CLIENTS))
-    result.add_argument("--answer", type=int, default=16, help="tokens of every answer")
-    result.add_argument("--frames", type=int, default=16)
-    result.add_argument("--side", type=int, default=224, help="pixels of a frame or an image")
-    result.add_argument("--shape", choices=list(SHAPES), help="widths and depths of a real model")
-    result.add_argument("--dtype", default="float32")
-    result.add_argument("--device", default="cpu", help="where vLLM runs: cpu or cuda")
-    return result
-
-
-def main() -> None:
-    args = options().parse_args()
-    if args.report:
-        rebuild(args.out, page)
-        return
-    facts = publishing.published_from(args.out, args.allow_dirty)
-    shape = {
-        name: getattr(args, name)
-        for name in ("clients", "answer", "frames", "side", "rounds", "dtype", "device")
-    }
+def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """Records of all engines, one engine after the other."""
+    names = ("clients", "answer", "frames", "side", "rounds", "dtype", "device")
+    shape = {name: getattr(args, name) for name in names}
     size = {"shape": args.shape} if args.shape else {"hidden": args.hidden, "layers": args.layers}
     about = {"vllm": vllm_version(), **size, **shape}
+    cpu = args.device == "cpu"
+    limits = {"limit_mm_per_prompt": {"image": 1, "video": 1}, "max_num_seqs": max(args.clients)}
+    limits |= {"enforce_eager": cpu, "dtype": args.dtype}
     records: list[dict[str, Any]] = []
-    with random_model(args.hidden, args.layers, args.shape) as (model, work):
-        for name, plan in engines().items():
-            plan = {"engine": {}, "plugin": False, "pruning_flag": False, **plan}
-            for arm, result in run(model, {**plan, **shape}, work, "clients_engine").items():
+    with random_model(args) as (model, work):
+        for name, given in engines().items():
+            plan = {**PLAN, **given, **shape, "job": "clients"}
+            plan |= {"engine": {**limits, **plan["engine"]}}
+            plan |= {"pruning_flag": plan["pruning_flag"] and cpu}
+            for arm, result in run(model, plan, work).items():
                 measured = result if "failed" in result else {"runs": result}
-                media = plan["arms"][arm][0]
-                records.append(
-                    {"engine": name, "arm": arm, "media": media, **measured, "setup": about}
-                )
+                media = plan["arms"][arm]["kind"]
+                about_arm = {"engine": name, "arm": arm, "media": media}
+                records.append({**about_arm, **measured, "setup": about})
             print(publishing.table(COLUMNS, rows_of(records)), flush=True)
-            source = {"environment": {**environment(), **facts}}
-            lines = [json.dumps({**record, **source}) for record in records]
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text("\n".join(lines) + "\n")
-    rebuild(args.out, page)
+            yield records
+
+
+OPTIONS = {
+    "rounds": 3,
+    "clients": list(CLIENTS),
+    "answer": (16, "tokens of every answer"),
+    "frames": 16,
+    "side": (224, "pixels of a frame or an image"),
+    "shape": (None, "widths and depths of a real model", list(SHAPES)),
+    "dtype": "float32",
+    "device": ("cpu", "where vLLM runs: cpu or cuda"),
+    **SIZES,
+}
+EXPERIMENT = Experiment("serving/clients", measure, page, options=OPTIONS, lines=True)
 
 
 if __name__ == "__main__":
-    main()
+    EXPERIMENT.main(__doc__)

@@ -1,16 +1,23 @@
-"""Times one vLLM engine; a child process of `run.py`.
+"""Times vLLM engines; a child process of the benchmarks of serving.
 
-usage: python -m benchmarks.serving.engine MODEL ARMS.json RESULTS.json
-ARMS: {"engine": {LLM arguments}, "frames": n, "side": px, "rounds": n, "requests": n,
-       "arms": {name: tokencomp options or null}, "pruning_flag": true or false}
+usage: python -m benchmarks.serving.engine MODEL PLAN.json RESULTS.json
+PLAN: {"job": "first", "turns" or "clients", "engine": {LLM arguments}, "frames": n, "side": px,
+       "rounds": n, "pruning_flag": true or false, and what the job reads,
+       "arms": {name: {"request": tokencomp options or null, "kind": "video" or "image",
+                       "engine": {further LLM arguments}}}}
+
+Arms of equal engine arguments share an engine. Engines are built in the order of the arms. No cache
+has seen the media of a request.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +33,12 @@ TURN = (
     "<|im_start|>user\n<|vision_start|><|{kind}_pad|><|vision_end|>What happens in the {kind}?"
     "<|im_end|>\n<|im_start|>assistant\n"
 )
+ANSWER, WARM_UP = 16, 2
+Results = dict[str, Any]
 
 
 def request(seed: int, frames: int, side: int, spec: Any, kind: str = "video") -> dict[str, Any]:
-    """A prompt that no cache has seen, with a video of slowly changing noise or an image."""
+    """A prompt with a video of slowly changing noise or an image."""
     random = np.random.RandomState(seed)
     text: dict[str, Any] = {"prompt": TURN.format(kind=kind)}
     if spec is not None:
@@ -60,39 +69,105 @@ def set_pruning_flag() -> None:
     CPUModelRunner.load_model = load_model
 
 
-def main() -> None:
-    model, plan_file, results_file = sys.argv[1:]
-    plan = json.loads(Path(plan_file).read_text())
-    from vllm import LLM, SamplingParams
+class Engines:
+    """The engines of all arms of a plan."""
 
-    if plan["pruning_flag"]:
-        set_pruning_flag()
-    llm = LLM(model, **ARGUMENTS, **plan["engine"])
-    first = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
-    several = SamplingParams(max_tokens=16, temperature=0, ignore_eos=True)
-    shape = plan["frames"], plan["side"]
-    seeds = iter(range(10**6))
-    results: dict[str, Any] = {
+    def __init__(self, model: str, plan: dict[str, Any]) -> None:
+        from vllm import LLM
+
+        self.plan, self.engines = plan, dict[str, Any]()
+        for arm in plan["arms"].values():
+            arguments = {**ARGUMENTS, **plan["engine"], **arm.get("engine", {})}
+            if (key := json.dumps(arm.get("engine"))) not in self.engines:
+                self.engines[key] = LLM(model, **arguments)
+
+    def ask(self, name: str, seeds: Sequence[int], tokens: int) -> tuple[float, float, int]:
+        """Seconds and processor seconds of answers of so many tokens; tokens of the first prompt.
+
+        Every seed is a request to one arm, and all of them come at once.
+        """
+        from vllm import SamplingParams
+
+        arm, size = self.plan["arms"][name], (self.plan["frames"], self.plan["side"])
+        kind = arm.get("kind", "video")
+        prompts = [request(seed, *size, arm["request"], kind) for seed in seeds]
+        sampling = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True)
+        engine = self.engines[json.dumps(arm.get("engine"))]
+        start, cpu = time.perf_counter(), time.process_time()
+        out = engine.generate(prompts, sampling, use_tqdm=False)
+        times = time.perf_counter() - start, time.process_time() - cpu
+        return *times, len(out[0].prompt_token_ids)
+
+
+def first(engines: Engines, plan: dict[str, Any]) -> Results:
+    """Time to the first token of one request, and throughput of `requests`, per round and arm."""
+    seeds = itertools.count()
+    results: Results = {
         name: {"ttft": [], "cpu": [], "throughput": [], "prompt": 0} for name in plan["arms"]
     }
-    for spec in plan["arms"].values():  # warm up
-        llm.generate([request(next(seeds), *shape, spec)], several, use_tqdm=False)
+    for name in plan["arms"]:  # warm up
+        engines.ask(name, [next(seeds)], ANSWER)
     for _ in range(plan["rounds"]):
-        for name, spec in plan["arms"].items():  # interleaved: drift affects all equally
-            one = [request(next(seeds), *shape, spec)]
-            start, cpu = time.perf_counter(), time.process_time()
-            out = llm.generate(one, first, use_tqdm=False)
-            results[name]["ttft"].append(time.perf_counter() - start)
-            results[name]["cpu"].append(time.process_time() - cpu)
-            results[name]["prompt"] = len(out[0].prompt_token_ids)
-            many = [request(next(seeds), *shape, spec) for _ in range(plan["requests"])]
-            start = time.perf_counter()
-            llm.generate(many, several, use_tqdm=False)
-            results[name]["throughput"].append(plan["requests"] / (time.perf_counter() - start))
+        for name, found in results.items():  # interleaved: drift affects all equally
+            seconds, cpu, found["prompt"] = engines.ask(name, [next(seeds)], 1)
+            found["ttft"].append(seconds)
+            found["cpu"].append(cpu)
+            many = [next(seeds) for _ in range(plan["requests"])]
+            found["throughput"].append(len(many) / engines.ask(name, many, ANSWER)[0])
     for values in results.values():
         values["cpu_median_s"] = statistics.median(values["cpu"])
         values["ttft_median_s"] = statistics.median(values["ttft"])
         values["throughput_median_rps"] = statistics.median(values["throughput"])
+    return results
+
+
+def turns(engines: Engines, plan: dict[str, Any]) -> Results:
+    """Processor time of the first token. Every round asks each arm about the same video.
+
+    The order is reversed from round to round.
+    """
+    results: Results = {name: {"cpu": []} for name in plan["arms"]}
+    order = list(plan["arms"])
+    for number in range(WARM_UP + plan["rounds"]):
+        for name in order:
+            cpu = engines.ask(name, [number], 1)[1]
+            if number >= WARM_UP:
+                results[name]["cpu"].append(cpu)
+        order.reverse()
+    for values in results.values():
+        values["cpu_median_s"] = statistics.median(values["cpu"])
+    return results
+
+
+def clients(engines: Engines, plan: dict[str, Any]) -> Results:
+    """Of every arm, one record per round and number of clients that ask at the same time."""
+    seeds = itertools.count()
+    results: Results = {name: [] for name in plan["arms"]}
+    for number in range(-1, plan["rounds"]):  # round -1 warms up
+        for count in plan["clients"] if number >= 0 else plan["clients"][:1]:
+            for name in plan["arms"]:
+                record: dict[str, Any] = {"clients": count}
+                for key, tokens in (("first", 1), ("all", plan["answer"])):
+                    asked = [next(seeds) for _ in range(count)]
+                    record[key], _, record["prompt"] = engines.ask(name, asked, tokens)
+                if number >= 0:
+                    results[name].append(record)
+    return results
+
+
+JOBS: dict[str, Callable[[Engines, dict[str, Any]], Results]] = {
+    "first": first,
+    "turns": turns,
+    "clients": clients,
+}
+
+
+def main() -> None:
+    model, plan_file, results_file = sys.argv[1:]
+    plan = json.loads(Path(plan_file).read_text())
+    if plan["pruning_flag"]:
+        set_pruning_flag()
+    results = JOBS[plan["job"]](Engines(model, plan), plan)
     Path(results_file).write_text(json.dumps(results))
 
 

@@ -10,18 +10,20 @@ and merging are per request. Needs vLLM and the package `openai`.
 
 from __future__ import annotations
 
+import argparse
 import base64
-import json
 import os
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import tokencomp
 from benchmarks import publishing
+from benchmarks.experiment import Experiment
 from benchmarks.gpu.load import server
-from benchmarks.publishing import environment, provenance
+from benchmarks.publishing import provenance
 from benchmarks.serving.run import ENV, vllm_version
 from tokencomp.inputs.prompts import build_inputs, generate
 from tokencomp.inputs.questions import Example
@@ -29,7 +31,6 @@ from tokencomp.zoo import load
 from tokencomp.zoo.shapesqa.examples import shapesqa
 from tokencomp.zoo.shapesqa.items import items
 
-OUT = Path(__file__).with_name("merging.json")
 FAMILIES = ("attribute", "small_object", "existence", "count", "position")
 SETTINGS: tuple[dict[str, Any], ...] = (
     {"ratio": 0.0},
@@ -119,22 +120,19 @@ def page(report: dict[str, Any]) -> str:
     )
 
 
-def main() -> None:
-    parser = publishing.parser(__doc__, OUT)
-    parser.add_argument("--models", nargs="+", default=["tiny-qwen2-vl", "tiny-qwen3-vl"])
-    parser.add_argument("--per-family", type=int, default=20)
-    args = parser.parse_args()
-    if not args.report:
-        facts = publishing.published_from(args.out, args.allow_dirty)
-        rows: list[dict[str, Any]] = []
-        with tempfile.TemporaryDirectory() as work:
-            asked = shapesqa(items("test", args.per_family, families=FAMILIES), work)
-            for name in args.models:
-                rows += rows_of(name, asked, Path(work) / f"{name}.log")
-        about = {"environment": {**environment(), **facts}, "vllm": vllm_version()}
-        publishing.write(args.out, {**about, "rows": rows})
-    args.out.with_suffix(".md").write_text(page(json.loads(args.out.read_text())))
+def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Rows of every model."""
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as work:
+        asked = shapesqa(items("test", args.per_family, families=FAMILIES), work)
+        for name in args.models:
+            rows += rows_of(name, asked, Path(work) / f"{name}.log")
+            yield {"vllm": vllm_version(), "rows": rows}
+
+
+OPTIONS = {"models": ["tiny-qwen2-vl", "tiny-qwen3-vl"], "per_family": 20}
+EXPERIMENT = Experiment("serving/merging", measure, page, options=OPTIONS)
 
 
 if __name__ == "__main__":
-    main()
+    EXPERIMENT.main(__doc__)

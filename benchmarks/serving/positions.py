@@ -9,22 +9,23 @@ can do both. Every question is answered with both, so the differences are paired
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
-import json
+import itertools
 import tempfile
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import tokencomp
 from benchmarks import publishing
-from benchmarks.publishing import environment, provenance
+from benchmarks.experiment import Experiment
+from benchmarks.publishing import provenance
 from tokencomp.evaluation.metrics import mcnemar
 from tokencomp.inputs.prompts import build_inputs, generate
 from tokencomp.zoo import load
 from tokencomp.zoo.shapesqa.examples import shapesqa
 from tokencomp.zoo.shapesqa.items import items
 
-FOLDER = Path(__file__).parent
 POSITIONS = ("original", "compact")
 INTRO = """Accuracy with the original positions of the kept tokens, and with compact positions. The
 latter number the kept tokens without gaps, as serving engines with one position per token do. p is
@@ -42,7 +43,7 @@ def correct(model: Any, processor: Any, examples: list[Any], batch: int) -> list
     return scores
 
 
-def table(report: dict[str, Any]) -> str:
+def page(report: dict[str, Any]) -> str:
     """Markdown."""
     head = ("reducer", "ratio", *POSITIONS, *(f"only {how} right" for how in POSITIONS), "p")
     rows = []
@@ -58,42 +59,36 @@ def table(report: dict[str, Any]) -> str:
     return f"{title}\n\n{listed}\n\n{INTRO}\n\n{about}. {source}.\n"
 
 
-def main() -> None:
-    parser = publishing.parser(__doc__, FOLDER / "positions.json")
-    parser.add_argument("--model", default="tiny-llava-onevision")
-    parser.add_argument("--reducers", nargs="+", default=["divprune", "uniform"])
-    parser.add_argument("--ratios", nargs="+", type=float, default=[0.5, 0.75, 0.9])
-    parser.add_argument("--per-family", type=int, default=20)
-    parser.add_argument("--batch", type=int, default=16)
-    args = parser.parse_args()
-    if args.report:
-        args.out.with_suffix(".md").write_text(table(json.loads(args.out.read_text())))
-        return
-    facts = publishing.published_from(args.out, args.allow_dirty)
+def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Every reducer and ratio under both kinds of positions."""
     model, processor = load(args.model)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as media:
         examples = shapesqa(items("test", args.per_family), media)
         full = correct(model, processor, examples, args.batch)
-        for reducer in args.reducers:
-            for ratio in args.ratios:
-                scores = {}
-                for how in POSITIONS:
-                    with tokencomp.patch(model, ratio, reducer=reducer, positions=how):
-                        scores[how] = correct(model, processor, examples, args.batch)
-                row = {f"accuracy_{k}": sum(v) / len(v) for k, v in scores.items()}
-                test = mcnemar(scores["original"], scores["compact"])
-                rows.append(
-                    {"reducer": reducer, "ratio": ratio, **row, "mcnemar": dataclasses.asdict(test)}
-                )
-                print(rows[-1], flush=True)
-    report = {
-        "environment": {**environment(), **facts}, "model": args.model, "items": len(examples),
-        "accuracy_full": sum(full) / len(full), "rows": rows,
-    }  # fmt: skip
-    publishing.write(args.out, report)
-    args.out.with_suffix(".md").write_text(table(report))
+        for reducer, ratio in itertools.product(args.reducers, args.ratios):
+            scores = {}
+            for how in POSITIONS:
+                with tokencomp.patch(model, ratio, reducer=reducer, positions=how):
+                    scores[how] = correct(model, processor, examples, args.batch)
+            row = {f"accuracy_{k}": sum(v) / len(v) for k, v in scores.items()}
+            test = dataclasses.asdict(mcnemar(scores["original"], scores["compact"]))
+            rows.append({"reducer": reducer, "ratio": ratio, **row, "mcnemar": test})
+            print(rows[-1], flush=True)
+    accuracy = sum(full) / len(full)
+    about = {"model": args.model, "items": len(examples), "accuracy_full": accuracy}
+    yield {**about, "rows": rows}
+
+
+OPTIONS = {
+    "model": "tiny-llava-onevision",
+    "reducers": ["divprune", "uniform"],
+    "ratios": [0.5, 0.75, 0.9],
+    "per_family": 20,
+    "batch": 16,
+}
+EXPERIMENT = Experiment("serving/positions", measure, page, options=OPTIONS)
 
 
 if __name__ == "__main__":
-    main()
+    EXPERIMENT.main(__doc__)

@@ -1,6 +1,6 @@
 """Cost of the vLLM plugin at ratio 0 against vLLM without it, and what the measurement resolves.
 
-    python -m benchmarks.serving.ratio_zero [--out benchmarks/serving/ratio_zero.jsonl]
+    python -m benchmarks.serving.ratio_zero             # → ratio_zero.jsonl, ratio_zero.md
     python -m benchmarks.serving.ratio_zero --report    # only rebuilds the page
 
 Two engines in one process answer the same videos in turn, the order reversed from round to round
@@ -11,14 +11,16 @@ one arm differ as well; every process builds them in another order.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import statistics
+from collections.abc import Iterator
 from typing import Any
 
-from benchmarks import publishing
-from benchmarks.publishing import environment, provenance
-from benchmarks.serving.run import SHAPE, parser, random_model, rebuild, run, vllm_version
+from benchmarks.experiment import Experiment
+from benchmarks.publishing import provenance
+from benchmarks.serving.run import PLAN, SHAPE, SIZES, random_model, run, vllm_version
 
 STOCK, OURS = "vLLM", "tokencomp, ratio 0"
 ARMS: dict[str, dict[str, Any]] = {
@@ -55,34 +57,27 @@ def page(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def main() -> None:
-    options = parser(__doc__ or "", "ratio_zero.jsonl", rounds=24)
-    options.add_argument("--processes", type=int, default=2)
-    args = options.parse_args()
-    if args.report:
-        if '"arms"' not in args.out.read_text():
-            print(f"{args.out}: records of one engine per process. Run the benchmark again.")
-            return
-        rebuild(args.out, page)
-        return
-    facts = publishing.published_from(args.out, args.allow_dirty)
+def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """A row per process; every second one builds its engines in the other order."""
     shape = {**SHAPE, "rounds": args.rounds}
     about = {"vllm": vllm_version(), "hidden": args.hidden, "layers": args.layers, **shape}
     rows: list[dict[str, Any]] = []
-    with random_model(args.hidden, args.layers) as (model, work):
+    with random_model(args) as (model, work):
         for number in range(args.processes):
             names = [OURS, STOCK] if number % 2 else [STOCK, OURS]
-            plan = {**shape, "plugin": True, "arms": {name: ARMS[name] for name in names}}
-            arms = run(model, plan, work, "pair")
-            if failed := [r["failed"] for r in arms.values() if "failed" in r]:
+            arms = {name: ARMS[name] for name in names}
+            plan = {**PLAN, **shape, "job": "turns", "plugin": True, "arms": arms}
+            found = run(model, plan, work)
+            if failed := [r["failed"] for r in found.values() if "failed" in r]:
                 raise SystemExit(f"an engine failed: {failed[0]}")
-            rows.append({"arms": arms, "setup": about})
-            print({name: r["cpu_median_s"] for name, r in arms.items()}, flush=True)
-    source = {"environment": {**environment(), **facts}}
-    rows = [{**row, **source} for row in rows]
-    args.out.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    args.out.with_suffix(".md").write_text(page(rows))
+            rows.append({"arms": found, "setup": about})
+            print({name: r["cpu_median_s"] for name, r in found.items()}, flush=True)
+            yield rows
+
+
+OPTIONS = {"rounds": 24, "processes": 2, **SIZES}
+EXPERIMENT = Experiment("serving/ratio_zero", measure, page, options=OPTIONS, lines=True)
 
 
 if __name__ == "__main__":
-    main()
+    EXPERIMENT.main(__doc__)

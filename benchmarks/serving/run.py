@@ -1,6 +1,6 @@
 """Time to first token and throughput of vLLM with and without compression, on this machine.
 
-    python -m benchmarks.serving.run [--out benchmarks/serving/results.jsonl]
+    python -m benchmarks.serving.run             # → results.jsonl, results.md
     python -m benchmarks.serving.run --report    # only rebuilds the page
 
 Engines run one after another: stock vLLM; tokencomp's plugin, whose arms share one engine because
@@ -16,20 +16,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
+import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import publishing
-from benchmarks.publishing import environment, provenance
+from benchmarks.experiment import Experiment
+from benchmarks.publishing import provenance
 
-FOLDER = Path(__file__).resolve().parent
-ROOT = FOLDER.parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SHAPE = {"frames": 16, "side": 224}  # 8 × 64 tokens
 RATIOS = (0.5, 0.75)
 REDUCERS = ("divprune", "uniform", "evs", "vidcom2")
@@ -39,6 +39,8 @@ ENV = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }  # fmt: skip
+PLAN: dict[str, Any] = {"engine": {}, "plugin": False, "pruning_flag": False}
+"""What a plan has where it says nothing else."""
 NOTE = """Time to first token and throughput of a random Qwen2.5-VL on one machine. Factors compare
 with the uncompressed arm of the same engine, or with stock vLLM where the engine has none.
 
@@ -53,12 +55,11 @@ COLUMNS = (
 
 def engines() -> dict[str, dict[str, Any]]:
     """What `engine.py` runs, by name; "plugin" is whether ours is on."""
-    ours: dict[str, Any] = {"ratio 0": {"ratio": 0}}
-    for reducer in REDUCERS:
-        for ratio in RATIOS:
-            ours[f"{reducer} {ratio}"] = {"reducer": reducer, "ratio": ratio}
+    ours: dict[str, Any] = {"ratio 0": {"request": {"ratio": 0}}}
+    for reducer, ratio in itertools.product(REDUCERS, RATIOS):
+        ours[f"{reducer} {ratio}"] = {"request": {"reducer": reducer, "ratio": ratio}}
     plans = {
-        "stock vLLM": {"arms": {"uncompressed": None}},
+        "stock vLLM": {"arms": {"uncompressed": {"request": None}}},
         "tokencomp": {
             "plugin": True,
             "engine": {"hf_overrides": {"tokencomp": {}}},  # requests choose
@@ -67,21 +68,20 @@ def engines() -> dict[str, dict[str, Any]]:
     }
     for method in ("evs", "vidcom2"):
         flags = {"video_pruning_rate": COMPARED, "video_pruning_method": method}
-        plan = {"engine": flags, "arms": {f"{method} {COMPARED}": None}}
+        plan = {"engine": flags, "arms": {f"{method} {COMPARED}": {"request": None}}}
         plans[f"vLLM {method}"] = plan
         plans[f"vLLM {method}, flag set"] = {**plan, "pruning_flag": True}
-    base = {"engine": {}, "plugin": False, "pruning_flag": False}
-    return {name: {**base, **plan} for name, plan in plans.items()}
+    return {name: {**PLAN, "job": "first", **plan} for name, plan in plans.items()}
 
 
-def run(model: Path, plan: dict[str, Any], work: Path, module: str = "engine") -> dict[str, Any]:
-    """Arms of one engine process, which runs `module`; a failure is a result too."""
+def run(model: Path, plan: dict[str, Any], work: Path) -> dict[str, Any]:
+    """Arms of one engine process; a failure is a result too."""
     jobs, results = work / "plan.json", work / "results.json"
     jobs.write_text(json.dumps(plan))
     results.unlink(missing_ok=True)
     env = {**os.environ, **ENV, "TOKENCOMP_VLLM": "on" if plan["plugin"] else "off"}
     env.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
-    command = [sys.executable, "-m", f"benchmarks.serving.{module}", model, jobs, results]
+    command = [sys.executable, "-m", "benchmarks.serving.engine", model, jobs, results]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     if done.returncode == 0 and results.exists():
         return json.loads(results.read_text())
@@ -129,45 +129,24 @@ def vllm_version() -> str:
     return f"{names[0]} {importlib.metadata.version(names[0])}"
 
 
-def parser(description: str, out: str, rounds: int) -> argparse.ArgumentParser:
-    """Options that all timings of vLLM have."""
-    result = publishing.parser(description, FOLDER / out)
-    result.add_argument("--rounds", type=int, default=rounds)
-    result.add_argument("--hidden", type=int, default=896)
-    result.add_argument("--layers", type=int, default=12)
-    return result
-
-
-def rebuild(out: Path, page: Callable[[list[dict[str, Any]]], str]) -> None:
-    """Write the page of records that an earlier run has written."""
-    rows = publishing.read_lines(out)
-    out.with_suffix(".md").write_text(page(rows))
-
-
 @contextlib.contextmanager
-def random_model(hidden: int, layers: int, shape: str | None = None) -> Iterator[tuple[Path, Path]]:
+def random_model(args: argparse.Namespace) -> Iterator[tuple[Path, Path]]:
     """Yield the folder of a model with random weights, and a folder for files, for a while."""
     from benchmarks.serving.model import build
 
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         (work / "model").mkdir()
-        yield build(work / "model", hidden, layers, shape), work
+        yield build(work / "model", args.hidden, args.layers, getattr(args, "shape", None)), work
 
 
-def main() -> None:
-    options = parser(__doc__ or "", "results.jsonl", rounds=3)
-    options.add_argument("--requests", type=int, default=4)
-    args = options.parse_args()
-    if args.report:
-        rebuild(args.out, page)
-        return
-    facts = publishing.published_from(args.out, args.allow_dirty)
+def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """Rows of all engines, one engine after the other."""
     rows: list[dict[str, Any]] = []
     shape = {**SHAPE, "rounds": args.rounds, "requests": args.requests}
     about = {"vllm": vllm_version(), "hidden": args.hidden, "layers": args.layers}
     about.update(dtype="float32", **shape)
-    with random_model(args.hidden, args.layers) as (model, work):
+    with random_model(args) as (model, work):
         for name, plan in engines().items():
             refused = rows and "not supported" in rows[-1].get("failed", "")
             if plan["pruning_flag"] and ("failed" not in rows[-1] or refused):
@@ -175,10 +154,13 @@ def main() -> None:
             for arm, result in run(model, {**plan, **shape}, work).items():
                 rows.append({"engine": name, "arm": arm, **result, "setup": about})
                 print(table(rows[-1:]).splitlines()[-1], flush=True)
-            source = {"environment": {**environment(), **facts}}
-            args.out.write_text("".join(json.dumps({**row, **source}) + "\n" for row in rows))
-    args.out.with_suffix(".md").write_text(page([{**row, **source} for row in rows]))
+            yield rows
+
+
+SIZES = {"hidden": 896, "layers": 12}
+OPTIONS = {"rounds": 3, "requests": 4, **SIZES}
+EXPERIMENT = Experiment("serving/results", measure, page, options=OPTIONS, lines=True)
 
 
 if __name__ == "__main__":
-    main()
+    EXPERIMENT.main(__doc__)

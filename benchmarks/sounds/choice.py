@@ -21,7 +21,8 @@ are tied with the best, the one with most points to spare above the bars wins.
 
 def choice_lines(results: dict[str, Any]) -> list[str]:
     """The section of the page; empty where a candidate lacks a ratio."""
-    asked = as_results(results["validation"], results["identity"]["weights"], results["about"])
+    weights, run = results["identity"]["weights"], results["environment"]
+    asked = as_results(results["validation"], weights, run)
     every = [candidate(row) for row in results["validation"]["rows"]]
     unique = [c for i, c in enumerate(every) if c not in every[:i] and c[0] not in NO_CANDIDATES]
     if not all(answered([asked], one) for one in unique):

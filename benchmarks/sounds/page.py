@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from benchmarks import publishing
-from benchmarks.publishing import MARK, csv_text, provenance
+from benchmarks.publishing import MARK, provenance
 from benchmarks.real.page import families_table, overview, read_runs, records
 from benchmarks.sounds.choice import choice_lines
 from recipes.sounds.model import TOKENS
 from recipes.sounds.scenes import COUNTS, NAMES, SECONDS
-from tokencomp.storage import write_text
 
-HERE = Path(__file__).parent
-RESULTS, PAGE = HERE / "results.json", HERE / "README.md"
 HEAD = f"""# What happens to sounds?
 
 A tiny `Qwen2AudioForConditionalGeneration`, trained from scratch, answers questions about clips of
@@ -37,7 +32,7 @@ python -m benchmarks.sounds.run  # makes this page
 
 def page(results: dict[str, Any]) -> str:
     """Markdown of a result file."""
-    about, training = results["about"], results["training"]
+    about, training = results["environment"], results["training"]
     mark = "" if about.get(MARK, True) else " **Not for publication: uncommitted changes.**"
     stages = ", ".join(f"{name} {steps}" for name, steps in training["stages"].items())
     end = "to its end" if training["finished"] else "stopped early"
@@ -59,12 +54,6 @@ def page(results: dict[str, Any]) -> str:
     return "\n".join([HEAD, overview(runs), asked, families_table(results), *choice, run, BELOW])
 
 
-def write_page(results: Path, page_path: Path) -> Path:
-    """Write the page and its CSV files; without a result file it says that there is none."""
-    text = f"{HEAD}\nThere are no results yet.\n"
-    if results.exists():
-        stored = publishing.read(results)
-        text = page(stored)
-        for split in ("validation", "test"):
-            write_text(page_path.with_name(f"{split}.csv"), csv_text(records(stored[split])))
-    return write_text(page_path, text.rstrip() + "\n")
+def data(results: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of the CSV files of both splits."""
+    return {split: records(results[split]) for split in ("validation", "test")}

@@ -11,21 +11,21 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import publishing
 from benchmarks.accuracy.run import RATIOS, tower_once
 from benchmarks.accuracy.store import MARGIN
+from benchmarks.experiment import Experiment
 from benchmarks.real.run import SEEDS, by_family, packed
-from benchmarks.sounds.page import PAGE, RESULTS, write_page
+from benchmarks.sounds.page import data, page
 from recipes.sounds.build import FOLDER
 from recipes.sounds.items import items
 from recipes.sounds.questions import FAMILIES
 from recipes.tiny.evaluate import blind_guess
-from tokencomp.cli import one_message
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.runner import sweep
 from tokencomp.evaluation.settings import DOWNSCALE, MERGE, RANDOM, Setting
@@ -85,32 +85,26 @@ def answer(
     return {"per_family": per_family, "learned": learned, "identity": about, **out}
 
 
-def main() -> None:
-    parser = publishing.parser(__doc__, RESULTS)
-    parser.add_argument("--model", type=Path, default=FOLDER / "model")
-    parser.add_argument("--per-family", type=int, default=100)
-    parser.add_argument("--batch", type=int, default=25)
-    parser.add_argument("--runs", type=Path, default=FOLDER / "runs")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    args = parser.parse_args()
-    if not args.report:
-        publish(args)
-    print(write_page(args.out, PAGE if args.out == RESULTS else args.out.with_suffix(".md")))
-
-
-def publish(args: argparse.Namespace) -> None:
-    """Ask, and write the result file."""
+def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """All questions of both splits."""
     from recipes.sounds.model import load
 
-    facts = publishing.published_from(args.out, args.allow_dirty)
     torch.set_num_threads(args.threads)
     model, processor = load(args.model)
     training = json.loads((args.model / "training.json").read_text())
-    results = answer(model, processor, args.per_family, args.batch, args.runs, settings())
-    about = {**publishing.environment(), **facts}
-    publishing.write(args.out, {"about": about, "training": training, **results})
+    found = answer(model, processor, args.per_family, args.batch, args.runs, settings())
+    yield {"training": training, **found}
+
+
+OPTIONS = {
+    "model": FOLDER / "model",
+    "per_family": 100,
+    "batch": 25,
+    "runs": FOLDER / "runs",
+    "threads": torch.get_num_threads(),
+}
+EXPERIMENT = Experiment("sounds/results", measure, page, data, OPTIONS, readme=True)
 
 
 if __name__ == "__main__":
-    with one_message():
-        main()
+    EXPERIMENT.main(__doc__)

@@ -18,8 +18,7 @@ from benchmarks.gpu import measurements
 from benchmarks.gpu import prefill as gpu_prefill
 from benchmarks.models import prefill, shapes
 from benchmarks.models.architectures import Shape
-from benchmarks.real import page, run
-from benchmarks.sounds import page as sounds_page
+from benchmarks.real import run
 from benchmarks.sounds import run as sounds
 from recipes.photographs.model import build_processor
 from recipes.sounds import model as listener
@@ -44,14 +43,14 @@ def test_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     )  # fmt: skip
     pairs = {split: run.item_examples(Drawings(), split, 2) for split in ("validation", "test")}
     results = run.answer(model.eval(), processor, pairs, args, tmp_path)
-    path = write_json(tmp_path / "r.json", {"about": FACTS, "training": FACTS, **results})
-    text = page.write_page(path, tmp_path / "r.md").read_text()
+    path = write_json(tmp_path / "r.json", {"environment": FACTS, "training": FACTS, **results})
+    text, data = run.EXPERIMENT.files(path).values()
     by_label = {row["label"]: row for row in results["rows"]}
     assert by_label["auto at 0.75"]["reached"] == pytest.approx(0.75, abs=0.01)
     assert by_label["downscale at 0.75"]["visual_tokens"] == 49  # of 196
     assert len(by_label) == 1 + 3 + 5
     assert {"auto merge=False at 0.75", "scope merge=True saliency=none at 0.75"} < set(by_label)
-    rows = {r["method"]: r for r in csv.DictReader((tmp_path / "r.csv").open())}
+    rows = {r["method"]: r for r in csv.DictReader(data.splitlines())}
     assert rows["downscale"]["visual_tokens"] == "49" and "random (3 seeds)" in rows
     assert f"| auto | {float(rows['auto']['accuracy']):.1%} |" in text
     for one in run.draw(model, processor, Drawings(), args, tmp_path):
@@ -65,8 +64,8 @@ def test_sounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = listener.build_tokenizer(tmp_path)
     model, processor = listener.build(tokenizer).eval(), listener.build_processor(tokenizer)
     results = sounds.answer(model, processor, 1, 6, tmp_path / "runs", sounds.settings((0.75,)))
-    path = write_json(tmp_path / "r.json", {"about": FACTS, "training": FACTS, **results})
-    assert "| fusion | " in sounds_page.write_page(path, tmp_path / "r.md").read_text()
+    path = write_json(tmp_path / "r.json", {"environment": FACTS, "training": FACTS, **results})
+    assert "| fusion | " in sounds.EXPERIMENT.files(path)[tmp_path / "README.md"]
     for split in ("validation", "test"):
         rows = {row["label"]: row for row in results[split]["rows"]}
         assert len(rows) == 1 + 3 + len(sounds.METHODS)

@@ -32,7 +32,7 @@ def test_compiles_ahead_of_time(arch: int, tmp_path: Path) -> None:
     env = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_INTERPRET", "TOKEN"))}
     command = [sys.executable, "-m", "benchmarks.kernels.aot", "--quick"]
     result = subprocess.run(
-        [*command, "--targets", str(arch), "--out", tmp_path],
+        [*command, "--targets", str(arch), "--out", tmp_path / "aot.json"],
         cwd=SCRIPT.parents[2],
         capture_output=True,
         text=True,

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from benchmarks.accuracy.store import ACCURACY
-from benchmarks.accuracy.studies.trained import StudyTables, measure, named, parser
+from benchmarks.accuracy.studies.trained import Found, Study, measure, named
 from tokencomp.adapters.registry import adapter_for
-from tokencomp.cli import one_message
 from tokencomp.errors import WeightsError
 from tokencomp.inputs.loading import load_model
 from tokencomp.trained.cards import check_card, model_facts
@@ -42,27 +42,24 @@ NOTES = (
 RIVALS = {"trained": ("training-free", "control"), "control": ("training-free",)}
 
 
-def main(args: argparse.Namespace) -> None:
-    study = StudyTables("adsc", args, RIVALS)
+def measured(args: argparse.Namespace) -> Iterator[Found]:
+    """All forms on every set."""
     folders = {"trained": Path(args.weights or ACCURACY / "adsc")}
     methods = comparison(AdscConfig(ratios=RATIOS))
     methods += [named("trained, random", r, "random", {}, "tuned") for r in RATIOS if r]
     if args.control:
         folders["control"] = Path(args.control)
         methods += [named("control", r, "adsc", {}, "control") for r in RATIOS]
-    models = {}
-    for name in folders if study.sets else ():
+    models, cards = {}, {name: folder / CARD for name, folder in folders.items()}
+    for name in folders:
         model, processor = load_model(args.model, device=args.device)
         models[name] = load_adapter(model, folders[name])
-    variants = {"": models.get("trained"), "tuned": models.get("trained"), **models}
-    for name in study.sets:
+    variants = {"": models["trained"], "tuned": models["trained"], **models}
+    for name in args.sets:
         families, fewer = SETS[name]
         source = ShapesQuestions(families, args.items // fewer, args.split)
-        measured, every = measure(variants, processor, source, methods, name, args.batch)
-        cards = {n: folder / CARD for n, folder in folders.items()}
-        study.add(name, measured.table(every), measured.runs, cards)
-        study.write(NOTES)
-    study.write(NOTES)
+        found, every = measure(variants, processor, source, methods, name, args.batch)
+        yield name, found.table(every), found.runs, cards
 
 
 def load_adapter(model: Any, folder: Path) -> Any:
@@ -93,8 +90,9 @@ def load_adapter(model: Any, folder: Path) -> Any:
         raise WeightsError(f"{folder} cannot be read ({error}). Train again: {train}") from error
 
 
+OPTIONS = {"control": (None, "adapter trained with --schedule 0")}
+STUDY = Study("adsc", SETS, measured, RIVALS, NOTES, OPTIONS)
+
+
 if __name__ == "__main__":
-    arguments = parser(__doc__, SETS)
-    arguments.add_argument("--control", help="adapter trained with --schedule 0")
-    with one_message():
-        main(arguments.parse_args())
+    STUDY.main(__doc__)

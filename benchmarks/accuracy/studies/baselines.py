@@ -12,9 +12,9 @@ from typing import Any
 
 from benchmarks.accuracy.store import ACCURACY, Results, read_all
 from benchmarks.accuracy.tables import Comparison, compare_families, table
+from benchmarks.experiment import Files, write
 from benchmarks.publishing import csv_text
 from tokencomp.cli import one_message
-from tokencomp.storage import write_text
 
 FOLDERS = ("unseen", "counting", "chance")
 LEVEL = 0.05
@@ -121,17 +121,12 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
     return f"{HEAD}{text}\n\n{BELOW}\n"
 
 
-def read() -> list[Results]:
-    return [one for folder in FOLDERS for one in read_all(ACCURACY / folder)]
-
-
-def main() -> None:
-    rows = compared(read())
-    write_text(ACCURACY / "baselines.md", page(rows))
-    write_text(ACCURACY / "baselines.csv", csv_text(rows))
-    print(ACCURACY / "baselines.md")
+def files() -> Files:
+    """The page and its data."""
+    rows = compared(one for folder in FOLDERS for one in read_all(ACCURACY / folder))
+    return {ACCURACY / "baselines.md": page(rows), ACCURACY / "baselines.csv": csv_text(rows)}
 
 
 if __name__ == "__main__":
     with one_message():
-        main()
+        write(files())

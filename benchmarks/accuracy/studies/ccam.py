@@ -11,10 +11,10 @@ causal mask (`--no-causal`).
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 
-from benchmarks.accuracy.studies.trained import StudyTables, measure, named, parser
+from benchmarks.accuracy.studies.trained import Found, Study, measure, named
 from tokencomp.adapters.registry import adapter_for
-from tokencomp.cli import one_message
 from tokencomp.inputs.loading import load_model
 from tokencomp.trained.cards import locate, model_facts
 from tokencomp.trained.ccam import read_card
@@ -38,17 +38,16 @@ NOTES = (
 )
 
 
-def main(args: argparse.Namespace) -> None:
-    study = StudyTables("ccam", args, RIVALS)
-    if study.sets:
-        model, processor = load_model(args.model, device=args.device)
-        facts = model_facts(adapter_for(model))
-        files = {"ccam": locate(args.weights, facts, "ccam", TRAIN)}
-        if args.free:
-            files[FREE] = locate(args.free, facts, "ccam", f"{TRAIN} --no-causal")
-        cards = {name: path.with_suffix(".json") for name, path in files.items()}
-        queries = read_card(files["ccam"])[1].queries
-    for name in study.sets:
+def measured(args: argparse.Namespace) -> Iterator[Found]:
+    """The projectors, pooling and random choice on every set."""
+    model, processor = load_model(args.model, device=args.device)
+    facts = model_facts(adapter_for(model))
+    files = {"ccam": locate(args.weights, facts, "ccam", TRAIN)}
+    if args.free:
+        files[FREE] = locate(args.free, facts, "ccam", f"{TRAIN} --no-causal")
+    cards = {name: path.with_suffix(".json") for name, path in files.items()}
+    queries = read_card(files["ccam"])[1].queries
+    for name in args.sets:
         families, scene, fewer = SETS[name]
         source = ShapesQuestions(families, args.items // fewer, args.split, **scene)
         spans = sample_spans(model, processor, source, LoopConfig())
@@ -56,14 +55,13 @@ def main(args: argparse.Namespace) -> None:
         if args.free:
             methods.append(named(FREE, methods[0].ratio, "ccam", {"weights": str(files[FREE])}))
         batch = max(2, args.batch // fewer**2)
-        measured, methods = measure({"": model}, processor, source, methods, name, batch)
-        study.add(name, measured.table(methods), measured.runs, cards)
-        study.write(NOTES)
-    study.write(NOTES)
+        found, methods = measure({"": model}, processor, source, methods, name, batch)
+        yield name, found.table(methods), found.runs, cards
+
+
+OPTIONS = {"free": (None, "projector trained with --no-causal")}
+STUDY = Study("ccam", SETS, measured, RIVALS, NOTES, OPTIONS)
 
 
 if __name__ == "__main__":
-    arguments = parser(__doc__, SETS)
-    arguments.add_argument("--free", help="projector trained with --no-causal")
-    with one_message():
-        main(arguments.parse_args())
+    STUDY.main(__doc__)

@@ -1,6 +1,7 @@
 """Choose the default reducer on the validation split.
 
 python -m benchmarks.accuracy.studies.choose            # runs what is missing → choice.md
+python -m benchmarks.accuracy.studies.choose --merging  # the same for the tables with merging
 python -m benchmarks.accuracy.studies.choose --report   # from the stored results
 
 The rule, its history and the reasons are in docs/decisions/0001-default-reducer.md.
@@ -8,6 +9,7 @@ The rule, its history and the reasons are in docs/decisions/0001-default-reducer
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,10 +36,10 @@ from benchmarks.accuracy.studies.ranking import (
     title,
 )
 from benchmarks.accuracy.tables import table
+from benchmarks.experiment import Files, write
 from benchmarks.real import candidates as real
 from tokencomp.cli import one_message
 from tokencomp.evaluation.settings import MERGE, Setting
-from tokencomp.storage import write_text
 from tokencomp.zoo import available_models
 from tokencomp.zoo.shapesqa.items import FRAMES
 from tokencomp.zoo.shapesqa.questions import FAMILIES
@@ -79,7 +81,7 @@ ASKED = [
     ("selector", {"pick": "mmr"}),
     ("selector", {"pick": "mmr", MERGE: True}),
 ]
-"""What `studies.merging` asks; with what is stored already it makes a table."""
+"""What `--merging` asks; with what is stored already it makes a table."""
 AGAINST = [
     *(by_modality(one, VIDEOS) for one in (WEIGHTED, LOCATION)),
     by_modality(LOCATION, WEIGHTED),
@@ -87,7 +89,7 @@ AGAINST = [
     *ASKED,
 ]
 LEFT_OUT = ("tiny-gemma3", "tiny-qwen3-5", "tiny-qwen3-vl-hard", "real-fastvlm-448")
-"""Models that take no part in the choice, and which `studies.merging` asks about merging alone."""
+"""Models that take no part in the choice, and which `--merging` asks about merging alone."""
 SCORED: list[Candidate] = [VIDEOS, ("condiv", {**VIDEOS[1], MERGE: True})]
 """Asked of those of them that have attention in their first layer."""
 QUESTION_FAMILIES = (
@@ -100,11 +102,12 @@ def evidence(folder: Path) -> list[Results]:
     return [*read_all(folder, "validation"), real.photographs(), real.photographs(real.RESULTS)]
 
 
-def write_choice(results: list[Results], folder: Path) -> dict[str, Any]:
-    """Write choice.md and choice.json; returns the chosen row.
+def files(folder: Path = RESULTS) -> Files:
+    """The page, its data, and the choice, from the results of a folder.
 
     Models that have not answered for any candidate at every ratio take no part.
     """
+    results, folder = evidence(folder), page_folder(folder.resolve())
     every = [one for one in results if any(answered([one], c) for c in CANDIDATES)]
     others = [one for one in every if one.manifest["model"] in LEFT_OUT]
     results = [one for one in every if one not in others]
@@ -114,7 +117,6 @@ def write_choice(results: list[Results], folder: Path) -> dict[str, Any]:
     cells = [[results[i].manifest["model"], ratio, kind] for i, ratio, kind in keys(results)]
     data = json.dumps({"chosen": chosen, "cells": cells, "candidates": rows})
     short = json.loads(data, parse_float=lambda text: round(float(text), 6))
-    publishing.write(folder / "choice.json", short)
     waiting = [title(c) for c in CANDIDATES if c not in ready]
     default: Candidate = (chosen["reducer"], chosen["options"])
     of_others = [by_modality(one, VIDEOS) for one in real.CANDIDATES] + SCORED
@@ -141,11 +143,13 @@ def write_choice(results: list[Results], folder: Path) -> dict[str, Any]:
         "## Runs",
         "\n".join(f"- {about(one)}" for one in [*results, *others]),
     ]
-    write_text(folder / "choice.md", "\n\n".join(parts) + "\n")
     records = choice_records("candidates", rows, results)
     records += [row for one in groups if one for row in one.records]
-    write_text(folder / "choice.csv", publishing.csv_text(records))
-    return chosen
+    return {
+        folder / "choice.md": "\n\n".join(parts) + "\n",
+        folder / "choice.csv": publishing.csv_text(records),
+        folder / "choice.json": publishing.dense(short) + "\n",
+    }
 
 
 def about(one: Results) -> str:
@@ -245,7 +249,7 @@ def missing(folder: Path, candidates: list[Candidate]) -> list[Setting]:
 
 def run_missing(
     doc: str,
-    asked: Callable[[str], list[Candidate]],
+    asked: Callable[[argparse.Namespace, str], list[Candidate]],
     per_family: int,
     families: tuple[str, ...],
     out: Path,
@@ -257,6 +261,7 @@ def run_missing(
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(families))
     parser.add_argument("--batch", type=int, default=60)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--merging", action="store_true", help="what the last tables compare")
     parser.set_defaults(start=0, difficulty="usual", frames=FRAMES)
     args = parser.parse_args()
     if args.report:
@@ -264,15 +269,22 @@ def run_missing(
     facts = publishing.published_from(args.out, args.allow_dirty)
     torch.set_num_threads(args.threads)
     for name in args.models:
-        if grid := missing(args.out / name, asked(name)):
+        if grid := missing(args.out / name, asked(args, name)):
             answer_all(name, "validation", grid, args, facts)
     return Path(args.out)
 
 
+def asked(args: argparse.Namespace, model: str) -> list[Candidate]:
+    """What a model is asked: the first layer of tiny-qwen3-5 has no attention to score with."""
+    if not args.merging:
+        return CANDIDATES
+    if model not in LEFT_OUT:
+        return ASKED
+    return [*real.CANDIDATES, *(SCORED if model != "tiny-qwen3-5" else ())]
+
+
 def main() -> None:
-    folder = run_missing(str(__doc__), lambda model: CANDIDATES, 40, QUESTION_FAMILIES, RESULTS)
-    chosen = write_choice(evidence(folder), page_folder(folder.resolve()))
-    print(f"chosen: {title((chosen['reducer'], chosen['options']))}")
+    write(files(run_missing(str(__doc__), asked, 40, QUESTION_FAMILIES, RESULTS)))
 
 
 if __name__ == "__main__":

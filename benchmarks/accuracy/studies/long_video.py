@@ -11,6 +11,7 @@ have. "extended": under `extend_visual_context`, whose window is the tokens of 1
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,10 +19,9 @@ from PIL import Image
 
 from benchmarks.accuracy.run import tower_once
 from benchmarks.accuracy.store import ACCURACY
-from benchmarks.accuracy.studies.trained import StudyTables, measure, named, parser
+from benchmarks.accuracy.studies.trained import Found, Study, measure, named
 from tokencomp import extend_visual_context
 from tokencomp.adapters.registry import adapter_for
-from tokencomp.cli import one_message
 from tokencomp.evaluation.baselines import EqualTokens
 from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import DOWNSCALE, FEWER_FRAMES, FULL, Setting
@@ -102,15 +102,12 @@ def measure_length(
     return measured.table(ways), measured.runs
 
 
-def main(args: argparse.Namespace) -> None:
+def measured(args: argparse.Namespace) -> Iterator[Found]:
+    """All methods on videos of every length."""
     torch.set_num_threads(args.threads)
-    study = StudyTables(f"long_video-{args.model}", args, RIVALS)
-    if study.sets:
-        model, processor = load_model(args.model, device=args.device)
-    for name in study.sets:
-        study.add(name, *measure_length(model, processor, SETS[name], args), {})
-        study.write(NOTES)
-    study.write(NOTES)
+    model, processor = load_model(args.model, device=args.device)
+    for name in args.sets:
+        yield name, *measure_length(model, processor, SETS[name], args), {}
 
 
 NOTES = (
@@ -119,10 +116,9 @@ NOTES = (
     "position per token than with M-RoPE, where a video takes one position per frame pair. Pooling "
     "is plain (`stride=1`) or progressive as published (`pool`)."
 )
+OPTIONS = {"threads": torch.get_num_threads(), "items": 100}
+STUDY = Study("long_video-{model}", SETS, measured, RIVALS, NOTES, OPTIONS)
+
 
 if __name__ == "__main__":
-    arguments = parser(__doc__, SETS)
-    arguments.add_argument("--threads", type=int, default=torch.get_num_threads())
-    arguments.set_defaults(items=100)
-    with one_message():
-        main(arguments.parse_args())
+    STUDY.main(__doc__)

@@ -19,9 +19,9 @@ from benchmarks.accuracy.store import ACCURACY, RESULTS, Results, read_all
 from benchmarks.accuracy.studies.choose import VIDEOS, preference, run_missing
 from benchmarks.accuracy.studies.ranking import Candidate, answered, rank, settings
 from benchmarks.accuracy.tables import table
+from benchmarks.experiment import Files, write
 from tokencomp.cli import one_message
 from tokencomp.evaluation.settings import FULL
-from tokencomp.storage import write_text
 
 FOLDER = ACCURACY / "margin"
 MARGINS = (0.0, 0.05, 0.1, 0.2)
@@ -89,16 +89,15 @@ def records(one: Results) -> list[dict[str, Any]]:
     ]
 
 
-def data(results: list[Results]) -> str:
-    return publishing.csv_text([row for one in results for row in records(one)])
+def files(folder: Path = FOLDER) -> Files:
+    """The page and its data."""
+    results = read(folder)
+    data = publishing.csv_text([row for one in results for row in records(one)])
+    return {folder.with_suffix(".md"): page(results), folder.with_suffix(".csv"): data}
 
 
 def main() -> None:
-    folder = run_missing(str(__doc__), lambda model: CANDIDATES, 400, FAMILIES, FOLDER)
-    results = read(folder)
-    write_text(folder.with_suffix(".md"), page(results))
-    write_text(folder.with_suffix(".csv"), data(results))
-    print(f"chosen: {chosen(results):g}")
+    write(files(run_missing(str(__doc__), lambda *_: CANDIDATES, 400, FAMILIES, FOLDER)))
 
 
 if __name__ == "__main__":

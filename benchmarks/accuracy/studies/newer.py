@@ -9,12 +9,12 @@ newer-videos; the commands are on the page.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from benchmarks import publishing
 from benchmarks.accuracy.store import ACCURACY, Results
 from benchmarks.accuracy.tables import EARLIER
+from benchmarks.experiment import Files, write
 from tokencomp.evaluation.metrics import difference
 
 MODEL = "tiny-qwen3-vl"
@@ -59,7 +59,7 @@ def table(rows: Sequence[dict[str, Any]], ratios: Sequence[float]) -> str:
     return publishing.table(("method", *(f"ratio {r:g}" for r in ratios)), body)
 
 
-def page() -> tuple[str, str]:
+def files() -> Files:
     """The page with both tables and the commands that answered the questions; its CSV file."""
     parts, every = [HEAD], []
     for folder, (kind, default) in SETS.items():
@@ -72,14 +72,9 @@ def page() -> tuple[str, str]:
             table(rows, results.ratios),
             "\n".join(f"- {publishing.provenance(run)}" for run in results.manifest["runs"]),
         ]
-    return "\n\n".join(parts) + "\n", publishing.csv_text(every)
-
-
-def main(out: Path = ACCURACY / "newer.md") -> None:
-    text, data = page()
-    out.write_text(text)
-    out.with_suffix(".csv").write_text(data)
+    text, data = "\n\n".join(parts) + "\n", publishing.csv_text(every)
+    return {ACCURACY / "newer.md": text, ACCURACY / "newer.csv": data}
 
 
 if __name__ == "__main__":
-    main()
+    write(files())

@@ -18,8 +18,8 @@ import numpy as np
 
 from benchmarks.accuracy.store import ACCURACY, MAIN, RESULTS, Results
 from benchmarks.accuracy.tables import table
+from benchmarks.experiment import Files, write
 from benchmarks.publishing import csv_text
-from tokencomp.storage import write_text
 
 SOURCES = Path(__file__).with_name("third_party.json")
 RATIOS = (0.5, 0.75, 0.9)
@@ -150,7 +150,7 @@ random and 12 on a grid. Here a word is read from one line of large letters, of 
 """
 
 
-def page() -> tuple[str, str]:
+def files() -> Files:
     """The page and its CSV file."""
     stored = json.loads(SOURCES.read_text())
     results = Results.read(RESULTS / MAIN, "test").averaged()
@@ -182,14 +182,9 @@ def page() -> tuple[str, str]:
     parts.append("\n## Sources\n")
     parts += [f"- {s['name']}: {s['where']}; {s['what']}." for s in stored["sources"]]
     parts.append("\n[All rows](order.csv).")
-    return "\n".join(parts) + "\n", csv_text(every)
-
-
-def main(out: Path = ACCURACY / "order.md") -> None:
-    text, data = page()
-    write_text(out, text)
-    write_text(out.with_suffix(".csv"), data)
+    text, data = "\n".join(parts) + "\n", csv_text(every)
+    return {ACCURACY / "order.md": text, ACCURACY / "order.csv": data}
 
 
 if __name__ == "__main__":
-    main()
+    write(files())

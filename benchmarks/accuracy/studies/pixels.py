@@ -11,12 +11,14 @@ vision tower less. The first bound in the table is the budget itself: fewer pixe
 
 from __future__ import annotations
 
+import argparse
 import tempfile
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 from benchmarks import publishing
-from benchmarks.publishing import environment, provenance
+from benchmarks.experiment import Experiment
+from benchmarks.publishing import provenance
 from tokencomp import zoo
 from tokencomp.evaluation.metrics import difference
 from tokencomp.evaluation.runner import sweep
@@ -26,7 +28,6 @@ from tokencomp.zoo.shapesqa.examples import shapesqa
 from tokencomp.zoo.shapesqa.items import items
 from tokencomp.zoo.shapesqa.questions import IMAGE_FAMILIES
 
-OUT = Path(__file__).parents[1] / "pixels.json"
 MODEL, PER_FAMILY = "tiny-qwen3-vl-hard", 60
 KINDS = {"scenes": IMAGE_FAMILIES, "words": ("reading",)}
 TOKENS, BUDGETS = 64, (4, 9, 16)
@@ -34,10 +35,10 @@ BOUNDS = (4, 9, 16, 25, 36, 49, TOKENS)
 TOWER = "tower"
 
 
-def measure() -> list[dict[str, Any]]:
+def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One row per kind of question, budget and bound: the answers as 0 and 1, in one order."""
     model, processor = zoo.load(MODEL)
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for kind, families in KINDS.items():
             examples = shapesqa(items("validation", PER_FAMILY, families), folder)
@@ -53,7 +54,7 @@ def measure() -> list[dict[str, Any]]:
                     right = [int(r["correct"]) for r in run.records]
                     rows.append({"kind": kind, "budget": budget, "bound": column, "right": right})
                     print(kind, budget, column, sum(right) / len(right), flush=True)
-    return rows
+    yield {"rows": rows}
 
 
 def page(report: dict[str, Any]) -> str:
@@ -96,14 +97,8 @@ def _share(right: list[int]) -> str:
     return f"{sum(right) / len(right):.1%}"
 
 
-def main() -> None:
-    args = publishing.parser(__doc__, OUT).parse_args()
-    if not args.report:
-        facts = publishing.published_from(args.out, args.allow_dirty)
-        report = {"environment": {**environment(), **facts}, "rows": measure()}
-        publishing.write(args.out, report)
-    args.out.with_suffix(".md").write_text(page(publishing.read(args.out)))
+EXPERIMENT = Experiment("accuracy/pixels", measure, page)
 
 
 if __name__ == "__main__":
-    main()
+    EXPERIMENT.main(__doc__)

@@ -11,8 +11,9 @@ that of all tokens.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from torch import Tensor
 
 import tokencomp
 from benchmarks import publishing
-from benchmarks.publishing import environment, provenance
+from benchmarks.experiment import Experiment
+from benchmarks.publishing import provenance
 from tokencomp import zoo
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.evaluation.baselines import EqualTokens
@@ -29,7 +31,6 @@ from tokencomp.inputs.prompts import build_inputs
 from tokencomp.zoo.shapesqa.items import items
 from tokencomp.zoo.shapesqa.scenes import COLORS, SHAPES
 
-OUT = Path(__file__).parents[1] / "retrieval.json"
 MODEL, PICTURES, QUERIES, BATCH = "tiny-qwen3-vl", 32, 8, 16
 RATIOS, METHODS = (0.75, 0.9), ("kcenter", "random", "downscale")
 
@@ -126,7 +127,7 @@ def overlap(a: list[set[int]], b: list[set[int]]) -> float:
     return sum(len(x & y) / len(y) for x, y in zip(a, b, strict=True)) / len(b)
 
 
-def measure() -> list[dict[str, Any]]:
+def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One row per method and ratio; the first is without compression."""
     model, processor = zoo.load(MODEL)
     gallery = Pictures(model, processor)
@@ -144,7 +145,7 @@ def measure() -> list[dict[str, Any]]:
                 row = {"method": method, "ratio": ratio, "map": ranking(gallery, images)}
                 rows.append(row | agreement(vectors(gallery, images, handle), whole))
             print(rows[-1], flush=True)
-    return rows
+    yield {"rows": rows}
 
 
 def page(report: dict[str, Any]) -> str:
@@ -170,14 +171,8 @@ def page(report: dict[str, Any]) -> str:
     return "\n\n".join([*parts, f"Made by: {provenance(report['environment'])}"]) + "\n"
 
 
-def main() -> None:
-    args = publishing.parser(__doc__, OUT).parse_args()
-    if not args.report:
-        facts = publishing.published_from(args.out, args.allow_dirty)
-        report = {"environment": {**environment(), **facts}, "rows": measure()}
-        publishing.write(args.out, report)
-    args.out.with_suffix(".md").write_text(page(publishing.read(args.out)))
+EXPERIMENT = Experiment("accuracy/retrieval", measure, page)
 
 
 if __name__ == "__main__":
-    main()
+    EXPERIMENT.main(__doc__)

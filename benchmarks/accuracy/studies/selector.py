@@ -3,7 +3,7 @@
     tokencomp train selector --model tiny-qwen2-vl --output FOLDER ...
     python -m benchmarks.accuracy.studies.selector
 
-writes selector.json (tables, order, provenance, packed answers) and selector.md. The last set has
+writes selector.json (tables, provenance, packed answers) and selector.md. The last set has
 videos of four times as many frames as the selector was trained on. `--sets` runs some sets only,
 the others stay as they are.
 """
@@ -11,15 +11,15 @@ the others stay as they are.
 from __future__ import annotations
 
 import argparse
-import itertools
+from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.accuracy.studies.oracle import OracleTruth, oracle, oracle_name
-from benchmarks.accuracy.studies.trained import StudyTables, measure, parser
+from benchmarks.accuracy.studies.trained import Found, Study, measure
 from tokencomp.adapters.registry import adapter_for
-from tokencomp.cli import one_message
 from tokencomp.evaluation.settings import DOWNSCALE
 from tokencomp.inputs.loading import load_model
+from tokencomp.reducers.selector import TRAIN
 from tokencomp.trained.cards import locate, model_facts
 from tokencomp.training.data import ShapesQuestions
 from tokencomp.training.relevance import Target
@@ -27,7 +27,6 @@ from tokencomp.training.selector.train import RATIOS, comparison
 
 ORACLES: tuple[Target, ...] = ("logit", "logprob")
 LOGIT, LOGPROB = (oracle_name(target) for target in ORACLES)
-ORDER = (LOGIT, "selector", "attention", "random")  # the paper explains logits
 RIVALS = {
     "selector": ("attention", LOGIT, LOGPROB, "random", "uniform", DOWNSCALE),
     LOGPROB: (LOGIT, "attention"),
@@ -45,40 +44,31 @@ labels that explain the log-probability of the answer (logprob) are better than 
 (logit). The losses are in counting and in existence questions whose answer is "yes"."""
 
 
-def order(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """Per ratio, the pairs of the published order that do not hold."""
-    wrong: dict[str, list[str]] = {}
-    for ratio in RATIOS:
-        score = {r["name"]: r["accuracy"] for r in rows if r["ratio"] == ratio}
-        pairs = itertools.pairwise(ORDER)
-        wrong[f"{ratio:g}"] = [f"{a} < {b}" for a, b in pairs if score[a] < score[b]]
-    return wrong
+def source(name: str, args: argparse.Namespace) -> tuple[ShapesQuestions, int]:
+    """The questions of a set, and the size of a batch."""
+    scene = {k: v for k, v in SETS[name].items() if k == "frames"}
+    count = args.items // SETS[name]["fewer"]
+    questions = ShapesQuestions(SETS[name]["families"], count, args.split, **scene)
+    return questions, 8 if scene else args.batch
 
 
-def main(args: argparse.Namespace) -> None:
-    study = StudyTables("selector", args, RIVALS)
-    if study.sets:
-        model, processor = load_model(args.model, device=args.device)
-        file = locate(
-            args.weights, model_facts(adapter_for(model)), "selector", "tokencomp train selector"
-        )
-    for name in study.sets:
-        scene = {k: v for k, v in SETS[name].items() if k == "frames"}
-        count = args.items // SETS[name]["fewer"]
-        source = ShapesQuestions(SETS[name]["families"], count, args.split, **scene)
-        methods, batch = comparison(file), 8 if scene else args.batch
+def measured(args: argparse.Namespace) -> Iterator[Found]:
+    """The selector, its rivals and both oracles on every set."""
+    model, processor = load_model(args.model, device=args.device)
+    file = locate(args.weights, model_facts(adapter_for(model)), "selector", TRAIN)
+    for name in args.sets:
+        questions, batch = source(name, args)
         bounds = [oracle(ratio, target) for ratio in RATIOS for target in ORACLES]
-        measured, methods = measure(
-            {"": model}, processor, source, [*bounds, *methods], name, batch,
-            around=OracleTruth(model, processor),
+        truth = OracleTruth(model, processor)
+        found, methods = measure(
+            {"": model}, processor, questions, [*bounds, *comparison(file)], name, batch,
+            around=truth,
         )  # fmt: skip
-        rows, cards = measured.table(methods), {"selector": file.with_suffix(".json")}
-        wrong = {"against_the_published_order": order(rows)}
-        study.add(name, rows, measured.runs, cards, **wrong)
-        study.write(WHY)
-    study.write(WHY)
+        yield name, found.table(methods), found.runs, {"selector": file.with_suffix(".json")}
+
+
+STUDY = Study("selector", SETS, measured, RIVALS, WHY)
 
 
 if __name__ == "__main__":
-    with one_message():
-        main(parser(__doc__, SETS).parse_args())
+    STUDY.main(__doc__)

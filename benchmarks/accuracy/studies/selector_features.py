@@ -11,17 +11,16 @@ sets are those of the selector; `--sets` runs some only, the others stay as they
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 
-from benchmarks.accuracy.studies.selector import SETS
-from benchmarks.accuracy.studies.trained import StudyTables, measure, named, parser
+from benchmarks.accuracy.studies.selector import SETS, source
+from benchmarks.accuracy.studies.trained import Found, Study, measure, named
 from tokencomp.adapters.registry import adapter_for
-from tokencomp.cli import one_message
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.settings import Setting
 from tokencomp.inputs.loading import load_model
 from tokencomp.reducers.selector import TRAIN
 from tokencomp.trained.cards import locate, model_facts
-from tokencomp.training.data import ShapesQuestions
 from tokencomp.training.selector.train import RATIOS
 
 NAME, DIVERSE = "selector of features", "selector of features, mmr"
@@ -48,28 +47,24 @@ def methods(weights: str) -> list[Setting]:
     ]
 
 
-def main(args: argparse.Namespace) -> None:
-    study = StudyTables("selector_features", args, RIVALS)
-    if study.sets:
-        if args.weights is None:
-            raise OptionError(f"give --weights. Train some: {TRAIN} --input features")
-        model, processor = load_model(args.model, device=args.device)
-        facts = model_facts(adapter_for(model))
-        files = {NAME: locate(args.weights, facts, "selector", TRAIN)}
-        files["selector"] = locate(None, facts, "selector", TRAIN)
-        cards = {name: file.with_suffix(".json") for name, file in files.items()}
-    for name in study.sets:
-        scene = {k: v for k, v in SETS[name].items() if k == "frames"}
-        count = args.items // SETS[name]["fewer"]
-        source = ShapesQuestions(SETS[name]["families"], count, args.split, **scene)
-        batch = 8 if scene else args.batch
+def measured(args: argparse.Namespace) -> Iterator[Found]:
+    """The selectors and their rivals on every set."""
+    if args.weights is None:
+        raise OptionError(f"give --weights. Train some: {TRAIN} --input features")
+    model, processor = load_model(args.model, device=args.device)
+    facts = model_facts(adapter_for(model))
+    files = {NAME: locate(args.weights, facts, "selector", TRAIN)}
+    files["selector"] = locate(None, facts, "selector", TRAIN)
+    cards = {name: file.with_suffix(".json") for name, file in files.items()}
+    for name in args.sets:
+        questions, batch = source(name, args)
         asked = methods(str(files[NAME]))
-        measured, every = measure({"": model}, processor, source, asked, name, batch, smaller=())
-        study.add(name, measured.table(every), measured.runs, cards)
-        study.write(WHY)
-    study.write(WHY)
+        found, every = measure({"": model}, processor, questions, asked, name, batch, smaller=())
+        yield name, found.table(every), found.runs, cards
+
+
+STUDY = Study("selector_features", SETS, measured, RIVALS, WHY)
 
 
 if __name__ == "__main__":
-    with one_message():
-        main(parser(__doc__, SETS).parse_args())
+    STUDY.main(__doc__)

@@ -9,6 +9,7 @@ about it is asked again and again, as the stream goes on.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import itertools
 import json
@@ -21,15 +22,14 @@ import torch
 
 import tokencomp
 from benchmarks import publishing
-from benchmarks.accuracy.store import ACCURACY
-from benchmarks.publishing import environment, provenance
+from benchmarks.experiment import Experiment
+from benchmarks.publishing import provenance
 from tokencomp import zoo
 from tokencomp.handle import ATTRIBUTE
 from tokencomp.inputs.prompts import build_inputs, generate
 from tokencomp.inputs.video import Video, with_frames
 from tokencomp.zoo.shapesqa.items import Item, item
 
-OUT = ACCURACY / "session.json"
 MODEL, SPLIT, FAMILY = "tiny-qwen3-vl-hard", "test", "needle"
 STREAMS, FRAMES, EARLY, CHUNK = 24, 48, 8, 2
 ASKED = (8, 16, 24, 32, 48)
@@ -201,26 +201,20 @@ def page(report: dict[str, Any]) -> str:
     ) + "\n"  # fmt: skip
 
 
-def main() -> None:
-    args = publishing.parser(__doc__, OUT).parse_args()
-    if not args.report:
-        facts = publishing.published_from(args.out, args.allow_dirty)
-        torch.set_num_threads(1)
-        model, processor = zoo.load(MODEL)
-        found, rows = list(itertools.islice(streams(), STREAMS)), []
-        for way in WAYS:
-            rows.append(measure(way, model, processor, found))
-            print(json.dumps(rows[-1]), flush=True)
-        report = {
-            "environment": {**environment(), **facts},
-            "model": MODEL,
-            "streams": STREAMS,
-            "bytes_per_row": bytes_per_row(model, processor),
-            "rows": rows,
-        }
-        publishing.write(args.out, report)
-    args.out.with_suffix(".md").write_text(page(json.loads(args.out.read_text())))
+def measure_all(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """All ways, one after the other."""
+    torch.set_num_threads(1)
+    model, processor = zoo.load(MODEL)
+    found, rows = list(itertools.islice(streams(), STREAMS)), []
+    for way in WAYS:
+        rows.append(measure(way, model, processor, found))
+        print(json.dumps(rows[-1]), flush=True)
+    size = bytes_per_row(model, processor)
+    yield {"model": MODEL, "streams": STREAMS, "bytes_per_row": size, "rows": rows}
+
+
+EXPERIMENT = Experiment("accuracy/session", measure_all, page)
 
 
 if __name__ == "__main__":
-    main()
+    EXPERIMENT.main(__doc__)

@@ -31,6 +31,7 @@ from benchmarks.accuracy.studies.tower_book import CEILING, FULL, IDENTITY, ORDE
 from benchmarks.accuracy.studies.tower_page import ENTRY, RATIO, TOWER, distances, page, records
 from benchmarks.accuracy.studies.tower_sizes import at_side
 from benchmarks.accuracy.studies.trained import Shrunk
+from benchmarks.experiment import Files, write
 from benchmarks.publishing import environment
 from recipes.tiny.evaluate import blind_guess
 from tokencomp.adapters.registry import adapter_for
@@ -42,7 +43,6 @@ from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import DOWNSCALE, FEWER_FRAMES, Setting
 from tokencomp.inputs.loading import load_model
 from tokencomp.inputs.questions import Example
-from tokencomp.storage import write_text
 from tokencomp.trained.cards import weights_hash
 from tokencomp.zoo.shapesqa.examples import shapesqa
 from tokencomp.zoo.shapesqa.items import items
@@ -236,22 +236,19 @@ def main() -> None:
     sets = tower_book.read(path)
     for name in () if args.report else args.sets:
         run_set(name, args, sets, path)
-    write_page(ordered(path), args.output)
+    write(files(args.output))
 
 
-def ordered(path: Path) -> tower_book.Sets:
-    """The stored sets, in the order of the page."""
-    sets = tower_book.read(path)
-    return {name: sets[name] for name in SETS if name in sets}
-
-
-def write_page(sets: tower_book.Sets, folder: Path) -> None:
+def files(folder: Path = ACCURACY) -> Files:
     """tower.md, tower.csv and, where its answers are stored, tower_distance.csv."""
+    stored = tower_book.read(folder / "tower.json")
+    sets = {name: stored[name] for name in SETS if name in stored}
     section, rows = distances(folder / tower_book.DISTANCE)
-    write_text(folder / "tower.md", "\n".join(filter(None, [page(sets), section])))
-    write_text(folder / "tower.csv", publishing.csv_text(records(sets)))
-    if rows:
-        write_text(folder / "tower_distance.csv", publishing.csv_text(rows))
+    found = {
+        folder / "tower.md": "\n".join(filter(None, [page(sets), section])),
+        folder / "tower.csv": publishing.csv_text(records(sets)),
+    }
+    return found | ({folder / "tower_distance.csv": publishing.csv_text(rows)} if rows else {})
 
 
 if __name__ == "__main__":

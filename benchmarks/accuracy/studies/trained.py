@@ -1,4 +1,4 @@
-"""Shared by the studies of trained methods: arguments, baselines, and the stored tables."""
+"""Shared by the studies of trained methods: baselines, the stored tables, the command line."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from benchmarks import publishing
 from benchmarks.accuracy.packed import PackedAnswers
 from benchmarks.accuracy.store import ACCURACY
 from benchmarks.accuracy.studies.trained_page import Rivals, compared, markdown, records
+from benchmarks.experiment import Files, add_option, write
 from benchmarks.publishing import environment
 from tokencomp.adapters.registry import adapter_for
+from tokencomp.cli import one_message
 from tokencomp.errors import OptionError
 from tokencomp.evaluation.baselines import EqualTokens
 from tokencomp.evaluation.batches import Around
@@ -24,7 +26,6 @@ from tokencomp.evaluation.runs import EvalRun
 from tokencomp.evaluation.settings import DOWNSCALE, FULL, Setting
 from tokencomp.inputs.questions import Example
 from tokencomp.reducers.base import Reducer
-from tokencomp.storage import write_text
 from tokencomp.training.measure import Measurement
 
 REFERENCE = f"{FULL}@0"
@@ -33,18 +34,16 @@ PER_QUESTION = "a subset per question"
 CARD = ("kind", "model_id", "data", "config", "seconds", "held_out", "spans")
 
 
-def parser(doc: str | None, sets: Iterable[str]) -> argparse.ArgumentParser:
-    """Arguments of every study."""
-    shared = publishing.parser(doc, ACCURACY, "--output")
-    shared.add_argument("--model", default="tiny-qwen2-vl")
-    shared.add_argument("--weights", help="trained part; default: beside the model")
-    shared.add_argument("--items", type=int, default=300, help="questions per set")
-    shared.add_argument("--batch", type=int, default=30)
-    shared.add_argument("--split", default="test", choices=("validation", "test"))
-    shared.add_argument("--device", default="auto")
-    shared.add_argument("--sets", nargs="+", choices=list(sets), default=list(sets))
-    shared.set_defaults(every=list(sets))
-    return shared
+MODEL = "tiny-qwen2-vl"
+OPTIONS = {
+    "model": MODEL,
+    "weights": (None, "trained part; default: beside the model"),
+    "items": (300, "questions per set"),
+    "batch": 30,
+    "split": ("test", "", ("validation", "test")),
+    "device": "auto",
+}
+"""Of every study."""
 
 
 def named(
@@ -131,105 +130,118 @@ def with_ratios(run: EvalRun, ratios: Mapping[int, float]) -> EvalRun:
     return replace(run, records=[{k: v for k, v in r.items() if k != "per_layer"} for r in rows])
 
 
-class StudyTables:
-    """Tables and packed answers of one study, by question set.
+Found = tuple[str, list[dict[str, Any]], Mapping[str, EvalRun], dict[str, Path]]
+"""Title of a question set, rows, runs of `Measurement` by key, cards of the measured weights."""
 
-    Sets that are not run again stay as they are.
 
-    Parameters
-    ----------
-    name
-        Of the files: `name`.json (tables and packed answers), `name`.md (page), `name`.csv.
-    args
-        From `parser`.
-    rivals
-        With which other methods a method is compared, answer by answer.
+@dataclass(frozen=True)
+class Study:
+    """Tables and packed answers of one study, by question set: NAME.json, NAME.md, NAME.csv.
 
     Attributes
     ----------
+    name
+        Of the files, in which "{model}" stands for the model.
     sets
-        The sets to run.
-
-    Raises
-    ------
-    OptionError
-        The stored tables are of another model or split, or the checkout has uncommitted changes.
+        Titles of the question sets; those that are not run again stay as they are.
+    measure
+        From the command line, whose `sets` are to run, to what was found, set by set.
+    rivals
+        With which other methods a method is compared, answer by answer.
+    notes
+        Below the table of the page.
+    options
+        As in `Experiment`.
     """
 
-    def __init__(self, name: str, args: argparse.Namespace, rivals: Rivals) -> None:
-        self.name, self.args, self.rivals = name, args, rivals
-        self.tables: dict[str, Any] = {}
-        self.answers: dict[str, PackedAnswers] = {}
-        self.sets = [] if args.report else args.sets
-        self.facts: dict[str, Any] = {}
-        if self.sets:
-            self.facts = publishing.published_from(args.output, args.allow_dirty)
-        if args.output.joinpath(f"{name}.json").exists():
-            self._read()
+    name: str
+    sets: Mapping[str, Any]
+    measure: Callable[[argparse.Namespace], Iterator[Found]]
+    rivals: Rivals
+    notes: str
+    options: Mapping[str, Any] = field(default_factory=dict)
 
-    def _read(self) -> None:
-        file, args = self.args.output / f"{self.name}.json", self.args
-        self.tables = publishing.read(file)["tables"]
-        if self.sets:  # drop sets that the script no longer has
-            self.tables = {n: t for n, t in self.tables.items() if n in args.every}
-        for title, table in self.tables.items():
-            self.answers[title] = PackedAnswers.from_json(table.pop("answers"))
+    def files(self, model: str = MODEL, folder: Path = ACCURACY) -> Files:
+        """The page and its CSV file."""
+        name, tables = self.name.format(model=model), self._read(model, folder)
+        for table in tables.values():
+            answers = PackedAnswers.from_json(table.pop("answers"))
+            table["rows"] = compared(table["rows"], answers, self.rivals)
+        data = publishing.csv_text(records(tables))
+        return {
+            folder / f"{name}.md": markdown(name, tables, self.notes),
+            folder / f"{name}.csv": data,
+        }
+
+    def main(self, doc: str | None) -> None:
+        """Run the chosen sets and write the page, or with `--report` the page alone.
+
+        Raises
+        ------
+        OptionError
+            The stored tables are of another model or split.
+        """
+        with one_message():
+            args = self._parser(doc).parse_args()
+            if not args.report:
+                facts = publishing.published_from(args.output, args.allow_dirty)
+                tables = self._others(args)
+                path = args.output / f"{self.name.format(model=args.model)}.json"
+                for title, *found in self.measure(args):
+                    tables[title] = _table(args, facts, *found)
+                    publishing.write(path, {"tables": tables})
+            write(self.files(args.model, args.output))
+
+    def _parser(self, doc: str | None) -> argparse.ArgumentParser:
+        shared = publishing.parser(doc, ACCURACY, "--output")
+        every = list(self.sets)
+        for name, given in {**OPTIONS, **self.options, "sets": (every, "", every)}.items():
+            add_option(shared, name, *(given if isinstance(given, tuple) else (given,)))
+        return shared
+
+    def _read(self, model: str, folder: Path) -> dict[str, Any]:
+        path = folder / f"{self.name.format(model=model)}.json"
+        return dict(publishing.read(path)["tables"]) if path.exists() else {}
+
+    def _others(self, args: argparse.Namespace) -> dict[str, Any]:
+        """Stored tables, without sets that the study no longer has."""
+        stored = self._read(args.model, args.output)
+        tables = {title: table for title, table in stored.items() if title in self.sets}
+        for title, table in tables.items():
             wrong = [k for k in ("model", "split") if table[k] != getattr(args, k)]
-            if wrong and self.sets and title not in self.sets:
+            if wrong and title not in args.sets:
                 differences = ", ".join(
                     f"{k} {table[k]!r} instead of {getattr(args, k)!r}" for k in wrong
                 )
                 raise OptionError(
-                    f"{file}: the table {title!r} has {differences}, and one page shows one of "
+                    f"the stored table {title!r} has {differences}, and one page shows one of "
                     "each. Run all --sets again, or give another --output."
                 )
+        return tables
 
-    def add(
-        self,
-        title: str,
-        rows: list[dict[str, Any]],
-        runs: Mapping[str, EvalRun],
-        cards: dict[str, Path],
-        **more: Any,
-    ) -> None:
-        """Put in the rows and answers of one set, measured with the weights that `cards` describe.
 
-        Parameters
-        ----------
-        runs
-            Of `Measurement`, by key.
-        """
-        script = Path(sys.argv[0]).stem
-        own = getattr(self.args, "weights", None)  # a place on one machine
-        words = ["FOLDER" if own and word == own else word for word in sys.argv[1:]]
-        command = ["python", "-m", f"benchmarks.accuracy.studies.{script}", *words]
-        answers = PackedAnswers.of(runs, REFERENCE)
-        contents = {k: json.loads(path.read_text()) for k, path in cards.items()}
-        self.tables[title] = {
-            "model": self.args.model,
-            "split": self.args.split,
-            "families": list(dict.fromkeys(answers.questions.families)),
-            "provenance": {
-                **environment(),
-                "command": shlex.join(command),
-                "random": PER_QUESTION,
-                **self.facts,
-            },
-            "trained": {n: {k: card.get(k) for k in CARD} for n, card in contents.items()},
-            "rows": rows,
-            **more,
-        }
-        self.answers[title] = answers
-
-    def write(self, notes: str = "") -> None:
-        """The page with `notes` below its table, its CSV file, and new results."""
-        for title, table in self.tables.items():
-            table["rows"] = compared(table["rows"], self.answers[title], self.rivals)
-        page = markdown(self.name, self.tables, notes)
-        stored = {t: {**v, "answers": self.answers[t].to_json()} for t, v in self.tables.items()}
-        folder = self.args.output
-        if self.sets:  # stored results keep the names under which they were measured
-            publishing.write(folder / f"{self.name}.json", {"tables": stored})
-        write_text(folder / f"{self.name}.md", page)
-        write_text(folder / f"{self.name}.csv", publishing.csv_text(records(self.tables)))
-        print(page)
+def _table(
+    args: argparse.Namespace,
+    facts: dict[str, Any],
+    rows: list[dict[str, Any]],
+    runs: Mapping[str, EvalRun],
+    cards: dict[str, Path],
+) -> dict[str, Any]:
+    """What is stored of one set, measured with the weights that `cards` describe."""
+    script = Path(sys.argv[0]).stem
+    words = [  # where weights lie is a fact of one machine
+        "FOLDER" if args.weights and word == args.weights else word for word in sys.argv[1:]
+    ]
+    command = ["python", "-m", f"benchmarks.accuracy.studies.{script}", *words]
+    answers = PackedAnswers.of(runs, REFERENCE)
+    contents = {k: json.loads(path.read_text()) for k, path in cards.items()}
+    made = {**environment(), "command": shlex.join(command), "random": PER_QUESTION, **facts}
+    return {
+        "model": args.model,
+        "split": args.split,
+        "families": list(dict.fromkeys(answers.questions.families)),
+        "provenance": made,
+        "trained": {n: {k: card.get(k) for k in CARD} for n, card in contents.items()},
+        "rows": rows,
+        "answers": answers.to_json(),
+    }

@@ -1,0 +1,107 @@
+"""Every page and its data, rebuilt from stored results.
+
+    python -m benchmarks.pages                     # all of them
+    python -m benchmarks.pages serving/agents accuracy/unseen
+    python -m benchmarks.pages --list
+
+Tables of the README come from `benchmarks.figures`. The page of `benchmarks.kernels.aot` is rebuilt
+by that command alone: importing it sets what Triton reads from the environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+
+from benchmarks.accuracy import report
+from benchmarks.accuracy.store import ACCURACY, RESULTS
+from benchmarks.accuracy.studies import (
+    adsc,
+    baselines,
+    ccam,
+    choose,
+    long_video,
+    margin,
+    newer,
+    order,
+    pixels,
+    retrieval,
+    selector,
+    selector_features,
+    session,
+    tower,
+)
+from benchmarks.experiment import Files, write
+from benchmarks.files import accuracy as frames
+from benchmarks.files import clock, stream
+from benchmarks.gpu import recompute
+from benchmarks.kernels import calls, roofline, weights
+from benchmarks.models import chunked_prefill, prefill
+from benchmarks.models import tower as first_token
+from benchmarks.mutants import page as mutants
+from benchmarks.mutants.run import read as read_mutants
+from benchmarks.nlvr import page as nlvr
+from benchmarks.peers import run as peers
+from benchmarks.publishing import FOLDER
+from benchmarks.real import candidates, clip_answers, clips
+from benchmarks.real import run as photographs
+from benchmarks.screens import __main__ as screens
+from benchmarks.screens import answers, receipts
+from benchmarks.serving import agents, burst, clients, merging, positions, ratio_zero
+from benchmarks.serving import run as serving
+from benchmarks.sounds import run as sounds
+from tokencomp.cli import one_message
+
+EXPERIMENTS = [
+    module.EXPERIMENT
+    for module in (
+        pixels, retrieval, session, frames, clock, stream, calls, weights, chunked_prefill, prefill,
+        first_token, peers, photographs, candidates, clip_answers, clips, screens, answers,
+        receipts, agents, burst, clients, merging, positions, ratio_zero, serving, sounds,
+    )
+]  # fmt: skip
+STUDIES = [module.STUDY for module in (adsc, ccam, selector, selector_features)]
+SETS = ("results", "unseen", "counting", "chance", "hard", "long")
+LONG_VIDEO = ("tiny-qwen2-vl", "tiny-llava-onevision")
+PAGES: dict[str, Callable[[], Files]] = {
+    **{one.name: one.files for one in EXPERIMENTS},
+    **{f"accuracy/{one.name}": one.files for one in STUDIES},
+    **{
+        f"accuracy/long_video-{model}": lambda model=model: long_video.STUDY.files(model)
+        for model in LONG_VIDEO
+    },
+    **{f"accuracy/{name}": lambda name=name: report.files(ACCURACY / name) for name in SETS},
+    "accuracy/baselines": baselines.files,
+    "accuracy/choice": lambda: choose.files(RESULTS),
+    "accuracy/margin": margin.files,
+    "accuracy/newer": newer.files,
+    "accuracy/order": order.files,
+    "accuracy/tower": tower.files,
+    "kernels/roofline": roofline.files,
+    "mutants": lambda: {
+        mutants.PAGE: mutants.page(read_mutants(), json.loads(mutants.RESULTS.read_text()))
+    },
+    "nlvr": lambda: {nlvr.PAGE: nlvr.page(json.loads(nlvr.RESULTS.read_text()))},
+    "readers": recompute.files,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", choices=[[], *PAGES], metavar="NAME")
+    parser.add_argument("--list", action="store_true", help="only the names")
+    args = parser.parse_args()
+    for name in args.names or PAGES:
+        if args.list:
+            print(name)
+            continue
+        for path in write(PAGES[name]()):
+            print(path.relative_to(FOLDER.parent))
+
+
+if __name__ == "__main__":
+    with one_message():
+        main()
