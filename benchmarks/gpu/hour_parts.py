@@ -50,7 +50,9 @@ def parts(model: str | None, folder: Path) -> tuple[Part, ...]:
     methods = ("--reducer", "auto,bipartite,pyramiddrop", "--ratio", "0.5,0.75,0.9")
     files = {name: str(folder / name) for name in ("prefill", "tower", "accuracy", "serving")}
     decoded, held = (("-o", str(folder / name / "profile.json")) for name in ("decode", "memory"))
-    prefill = (*PYTHON, "benchmarks.gpu.prefill", "--out", files["prefill"])
+    prefill = (*PYTHON, "benchmarks.models.prefill")
+    prefill = (*prefill, "--out", f"{files['prefill']}/prefill.jsonl")
+    kernels = (*PYTHON, "benchmarks.kernels.run", "--out", str(folder / "kernels/kernels.jsonl"))
     tower = (*PYTHON, "benchmarks.models.tower", "--out", f"{files['tower']}/tower.jsonl")
     accuracy = (*TOKENCOMP, "eval", "--data", "shapesqa", "--tasks", "shapesqa")
     accuracy = (*accuracy, "--output", files["accuracy"])
@@ -73,8 +75,12 @@ def parts(model: str | None, folder: Path) -> tuple[Part, ...]:
             (*tests, "tests/exactness/test_gpu.py", "tests/exactness/test_quantized_weights.py"),
         ),
         Part(
-            "prefill", "How close are prefills to their FLOP limit, and kernels to theirs?", 14,
-            prefill, (*prefill, "--dry-run"),
+            "prefill", "How close are prefills to their FLOP limit?", 10,
+            (*prefill, "--parts", "gpu", "--device", "cuda"), (*prefill, "--parts", "tiny"),
+        ),
+        Part(
+            "kernels", "How close are the kernels to their roofline?", 4, kernels,
+            (*kernels, "--scale", "0.01", "--repeats", "1", "--ops", "topk_stable"),
         ),
         Part(
             "tower", "How much sooner is the first token when patches leave before the tower?", 6,

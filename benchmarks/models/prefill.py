@@ -2,6 +2,7 @@
 
     python -m benchmarks.models.prefill                  # all parts
     python -m benchmarks.models.prefill --parts default  # the default alone, for the README
+    python -m benchmarks.models.prefill --parts gpu --device cuda --out FILE
     python -m benchmarks.models.prefill --report         # only rebuilds the page
 
 Patched and unpatched runs alternate in one process; the medians of their times are compared. The
@@ -13,7 +14,8 @@ prefill.jsonl, and all others stay. The file and the page are written after ever
 
 The parts take 10, 6 and 4 minutes on two quiet cores. `default` is Qwen2-VL-2B with 4,096 tokens of
 an image, merged as by default and dropped, and of a video; `methods` is other reducers on that
-video; `memory` is a smaller model, with peaks of memory and native texts.
+video; `memory` is a smaller model, with peaks of memory and native texts. `gpu` is 1, 4 and 16
+images and a video under 2B and 7B parameters, 20 times each, and `tiny` a rehearsal of its steps.
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ OTHERS: tuple[Method, ...] = (("uniform", False), ("bipartite", False), ("aim", 
 class Piece:
     """One model and one medium: the methods and ratios, and how often each runs.
 
-    `extras` are peaks of memory, each of which takes another run, and native texts.
+    `tokens` are visual tokens of all `images` or of the video. `extras` are peaks of memory, each
+    of which takes another run, and native texts.
     """
 
     model: str
@@ -62,6 +65,7 @@ class Piece:
     ratios: tuple[float, ...]
     repeats: int
     extras: bool = True
+    images: int = 1
 
     @property
     def cases(self) -> list[Case]:
@@ -69,6 +73,7 @@ class Piece:
         return [(*method, ratio) for method in self.methods for ratio in self.ratios]
 
 
+IMAGES, VIDEOS = (1, 4, 16), 4096
 PARTS = {
     "default": (
         Piece("qwen2-vl-2b", "image", 4096, (MERGED, ("auto", False)), RATIOS, 3, False),
@@ -76,31 +81,39 @@ PARTS = {
     ),
     "methods": (Piece("qwen2-vl-2b", "video", 4096, OTHERS, RATIOS, 2, False),),
     "memory": (Piece("llava-onevision-0.5b", "video", 4096, (MERGED, *OTHERS), RATIOS, 2),),
+    "gpu": tuple(
+        Piece(model, kind, tokens, (MERGED, ("auto", False), *OTHERS), RATIOS, 20, images=count)
+        for model in ("qwen2-vl-2b", "qwen2-vl-7b")
+        for kind, tokens, count in (*(("image", 576 * n, n) for n in IMAGES), ("video", VIDEOS, 1))
+    ),
+    "tiny": (Piece("tiny", "image", 128, (MERGED, *OTHERS), (0.5,), 1, images=2),),
 }
 
 
-def setup(
-    name: str, kind: str, tokens: int, dtype: torch.dtype
-) -> tuple[nn.Module, dict[str, Any], int]:
-    """Model, the inputs of one prompt with an image or a video, and its visual tokens.
+def setup(piece: Piece, dtype: torch.dtype, device: str) -> tuple[nn.Module, dict[str, Any], int]:
+    """Model, the inputs of one prompt with images or a video, and its visual tokens.
 
-    There are about as many as asked for: whole frames of 196 or 256 tokens, or a square image.
+    There are about as many as asked for: whole frames of 196 or 256 tokens, or square images.
     """
     torch.manual_seed(0)
-    model, _ = shapes.build(name, tokens=1, vision_layers=1, dtype=dtype)
+    name, kind, count = piece.model, piece.kind, piece.images
+    model, _ = shapes.build(name, tokens=1, vision_layers=1, dtype=dtype, device=device)
     config: Any = model.config
-    hidden = config.text_config.hidden_size
+    hidden, tokens = config.text_config.hidden_size, piece.tokens // count
     if name.startswith("llava"):
         base = still_video(round(tokens / 196), 196, hidden)
         base, grid = torch.cat([base, base[-1:]])[None], {}  # the last token ends the video
     else:
         frames, side = (1, round(tokens**0.5)) if kind == "image" else (round(tokens / 256), 16)
         base = still_video(frames, side * side, hidden)
-        grid = {f"{kind}_grid_thw": torch.tensor([[frames, 2 * side, 2 * side]])}
+        grid = {f"{kind}_grid_thw": torch.tensor([[frames, 2 * side, 2 * side]] * count)}
+    every = [base, *(still_video(frames, side * side, hidden) for _ in range(count - 1))]
     n = base.shape[-2]
     placeholder = config.image_token_id if kind == "image" else config.video_token_id
-    ids = torch.tensor([[9] * TEXT_BEFORE + [placeholder] * n + [11] * TEXT_AFTER])
-    pooled = base.to(dtype) if name.startswith("llava") else (base.to(dtype),)
+    media = [9, *([placeholder] * n + [9]) * count][1:-1]  # a token of text between two images
+    ids = torch.tensor([[9] * TEXT_BEFORE + media + [11] * TEXT_AFTER])
+    features = [one.to(device, dtype) for one in every]
+    pooled = features[0] if name.startswith("llava") else tuple(features)
     inputs = {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
@@ -109,7 +122,8 @@ def setup(
     }
     if grid:
         inputs["mm_token_type_ids"] = (1 if kind == "image" else 2) * (ids == placeholder).int()
-    return model, inputs, n
+    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    return model, moved, n * count
 
 
 def still_video(frames: int, places: int, hidden: int) -> Tensor:
@@ -124,22 +138,32 @@ def still_video(frames: int, places: int, hidden: int) -> Tensor:
     return 0.035 * (scene + 0.1 * torch.randn(frames, places, hidden)).flatten(0, 1)
 
 
-def text_only(tokens: int) -> dict[str, Any]:
+def text_only(tokens: int, device: torch.device) -> dict[str, Any]:
     """A prompt without visual input, as long as a compressed one."""
-    ids = torch.full((1, tokens + TEXT_BEFORE + TEXT_AFTER), 9)
+    ids = torch.full((1, tokens + TEXT_BEFORE + TEXT_AFTER), 9, device=device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def prefill(model: nn.Module, inputs: dict[str, Any]) -> float:
-    """Seconds of one prefill."""
+    """Seconds of one prefill, launches and host reads included."""
+    on_gpu = inputs["input_ids"].is_cuda
+    if on_gpu:
+        torch.cuda.synchronize()
     start = time.perf_counter()
     with torch.inference_mode():
         model(**inputs, use_cache=True, logits_to_keep=1)
+    if on_gpu:
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
 def peak_of(model: nn.Module, inputs: dict[str, Any]) -> int:
     """Bytes allocated at the peak of one prefill, above those allocated before it."""
+    if inputs["input_ids"].is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        prefill(model, inputs)
+        return torch.cuda.max_memory_allocated() - before
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         prefill(model, inputs)
@@ -151,9 +175,14 @@ def peak_of(model: nn.Module, inputs: dict[str, Any]) -> int:
     return peak
 
 
-def measure(piece: Piece, dtype: torch.dtype) -> Iterator[list[dict[str, Any]]]:
-    """After every repeat, one record per case: the full model runs, then each case in turn."""
-    model, inputs, visual = setup(piece.model, piece.kind, piece.tokens, dtype)
+def measure(
+    piece: Piece, dtype: torch.dtype, device: str = "cpu"
+) -> Iterator[list[dict[str, Any]]]:
+    """After every repeat, one record per case: the full model runs, then each case in turn.
+
+    On a GPU a round comes first that does not count: Triton compiles kernels at their first call.
+    """
+    model, inputs, visual = setup(piece, dtype, device)
     cases = piece.cases
     peak_full, full = peak_of(model, inputs) if piece.extras else None, []
     native: dict[float, list[float]] = {ratio: [] for ratio in piece.ratios}
@@ -161,11 +190,14 @@ def measure(piece: Piece, dtype: torch.dtype) -> Iterator[list[dict[str, Any]]]:
     reduce: dict[Any, list[float]] = {case: [] for case in cases}
     peaks, stats = dict.fromkeys(cases), {}
     with tokencomp.patch(model, 0.0) as handle:
+        for reducer, merge, ratio in cases if device != "cpu" else ():
+            handle.set(ratio=ratio, reducer=reducer, merge=merge)
+            prefill(model, inputs)
         for repeat in range(piece.repeats):
             with handle.disabled():
                 full.append(prefill(model, inputs))
                 for ratio in piece.ratios if piece.extras else ():
-                    short = text_only(round(visual * (1 - ratio)))
+                    short = text_only(round(visual * (1 - ratio)), inputs["input_ids"].device)
                     native[ratio].append(prefill(model, short))
             for case in cases:
                 reducer, merge, ratio = case
@@ -328,11 +360,13 @@ def key(r: dict[str, Any]) -> tuple[Any, ...]:
 
 def measure_parts(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     """The stored records, those of the chosen parts replaced after every repeat."""
-    dtype = fastest_dtype() if args.dtype == "auto" else getattr(torch, args.dtype)
+    dtype = getattr(torch, args.dtype, None)
+    if dtype is None:
+        dtype = fastest_dtype() if args.device == "cpu" else torch.bfloat16
     records = {key(r): r for r in publishing.read_lines(args.out)}
     for piece in itertools.chain.from_iterable(PARTS[name] for name in args.parts):
         own: list[dict[str, Any]] = []
-        for own in measure(piece, dtype):
+        for own in measure(piece, dtype, args.device):
             records |= {key(r): r for r in own}
             yield list(records.values())
         print("\n".join(overview(own).splitlines()[2:]), flush=True)
@@ -341,7 +375,8 @@ def measure_parts(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
 
 
 OPTIONS = {
-    "parts": (list(PARTS), "", PARTS),
+    "parts": (["default", "methods", "memory"], "", PARTS),
+    "device": "cpu",
     "dtype": ("auto", "", ("auto", "float32", "bfloat16")),
 }
 EXPERIMENT = Experiment("models/prefill", measure_parts, page, rows_of, OPTIONS, lines=True)

@@ -13,6 +13,7 @@ from benchmarks.models.architectures import ARCHITECTURES, Shape
 from tokencomp.errors import OptionError, unknown_name
 
 SHAPES = {
+    "tiny": Shape("qwen2_vl", 256, 64, 2, 2, 1),  # of no model, for rehearsals
     "llava-onevision-0.5b": Shape("llava_onevision", 896, 4864, 24, 14, 2),
     "llava-onevision-7b": Shape("llava_onevision", 3584, 18944, 28, 28, 4, tied=False),
     "qwen2-vl-2b": Shape("qwen2_vl", 1536, 8960, 28, 12, 2),

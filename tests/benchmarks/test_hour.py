@@ -63,7 +63,8 @@ def test_the_rehearsal_takes_every_part(tmp_path: Path) -> None:
     assert set(statuses(tmp_path).values()) == {"done"}
     for name in ("decode", "memory"):
         assert json.loads((tmp_path / name / "profile.json").read_text())
-    assert (tmp_path / "tower/tower.md").exists() and (tmp_path / "serving/loads.md").exists()
+    assert (tmp_path / "prefill/prefill.md").exists() and (tmp_path / "tower/tower.md").exists()
+    assert (tmp_path / "serving/loads.md").exists()
 
 
 NAME = "serving-qwen2.5-vl-7b"
