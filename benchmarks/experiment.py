@@ -34,7 +34,8 @@ class Experiment:
         From the command line to results. Each replaces the one before on disk, and the page, so
         that a run which stops leaves what it has. The runner adds `environment`, the provenance.
     page
-        Markdown of stored results.
+        Markdown of stored results. The builder adds the last lines: how, when and with what these
+        were measured.
     rows
         Rows of the CSV file, or of several by their names; None: there is none.
     options
@@ -60,12 +61,19 @@ class Experiment:
         """Where published results are."""
         return FOLDER / f"{self.name}.{'jsonl' if self.lines else 'json'}"
 
+    @property
+    def module(self) -> str:
+        """What `python -m` runs, also while it runs."""
+        return str(self.measure.__globals__["__spec__"].name).removesuffix(".__main__")
+
     def files(self, results: Path | None = None) -> Files:
         """The page and the data of stored results."""
         path = results or self.file
         stored = publishing.read_lines(path) if self.lines else publishing.read(path)
         page = path.with_name("README.md") if self.readme else path.with_suffix(".md")
-        found = {page: self.page(stored).rstrip() + "\n"}
+        runs = [r["environment"] for r in (stored if self.lines else [stored])]
+        end = f"Command: `python -m {self.module}`. {measured(runs)}"
+        found = {page: f"{self.page(stored).rstrip()}\n\n{end}\n"}
         data = self.rows(stored) if self.rows is not None else {}
         tables = data if isinstance(data, dict) else {path.stem: data}
         for stem, rows in tables.items():
@@ -124,6 +132,14 @@ def add_option(
     how: dict[str, Any] = {"nargs": "+"} if isinstance(default, list) else {}
     text = f"{text} (default: {json.dumps(default, default=str)})".strip().replace("%", "%%")
     parser.add_argument(flag, type=kind, default=default, help=text, choices=choices, **how)
+
+
+def measured(runs: Iterable[Mapping[str, Any]]) -> str:
+    """The last lines of a page: command, machine, versions, commit and date of every run."""
+    lines = list(dict.fromkeys(publishing.provenance(run) for run in runs))
+    if len(lines) == 1:
+        return f"Measured: {lines[0]}."
+    return "\n".join(["Measured:", "", *(f"- {line}" for line in lines)])
 
 
 def write(files: Files) -> list[Path]:

@@ -26,7 +26,6 @@ __all__ = [
     "csv_text",
     "dense",
     "environment",
-    "made_at",
     "parser",
     "provenance",
     "published_from",
@@ -131,14 +130,17 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def provenance(facts: dict[str, Any]) -> str:
-    """What `environment` returned as one line for a page."""
-    hardware, installed = facts["hardware"], facts["versions"]
-    threads = f"{hardware['cpu']}, {hardware['threads']} threads"
-    device = ", ".join(hardware.get("gpus", ())) or threads
-    names = [n for n in ("torch", "transformers", "triton", "tokencomp") if n in installed]
-    listed = ", ".join(f"{n} {installed[n]}" for n in names)
-    code = version(facts["commit"])
-    return f"`{facts['command']}`; {device}; {listed}; {code}; {facts['date'][:10]}"
+    """What `environment` returned as one line for a page; of older counts less is known."""
+    parts = [f"`{facts['command']}`"] if "command" in facts else []
+    if hardware := facts.get("hardware"):
+        threads = f"{hardware['cpu']}, {hardware['threads']} threads"
+        parts.append(", ".join(hardware.get("gpus", ())) or threads)
+    if installed := facts.get("versions"):
+        names = [n for n in ("torch", "transformers", "triton", "tokencomp") if n in installed]
+        parts.append(", ".join(f"{n} {installed[n]}" for n in names))
+    parts.append(version(facts["commit"]))
+    mark = [] if facts.get(MARK, True) else ["**not for publication: uncommitted changes**"]
+    return "; ".join([*parts, *([facts["date"][:10]] if "date" in facts else []), *mark])
 
 
 def commits(runs: Iterable[Mapping[str, Any]]) -> str:
@@ -153,12 +155,6 @@ def version(commit: str | None) -> str:
     notes = ["uncommitted code"] * bool(dirty)
     notes += ["commit not in the repository"] * (head[:8] in LOST)
     return f"commit {head[:12]}" + (f" (**{', '.join(notes)}**)" if notes else "")
-
-
-def made_at(facts: dict[str, Any]) -> str:
-    """The last line of a page whose numbers do not depend on the hardware."""
-    date = f"; {facts['date'][:10]}" if "date" in facts else ""
-    return f"Made at {version(facts['commit'])}{date}.\n"
 
 
 def changed_code(root: Path) -> list[str]:

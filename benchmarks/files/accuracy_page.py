@@ -44,7 +44,6 @@ def page(report: Row) -> str:
             "# Which rule for choosing frames answers most questions about long clips?",
             publishing.table(head, body),
             _intro(report),
-            publishing.provenance(report["environment"]),
         ]
     ) + "\n"  # fmt: skip
 

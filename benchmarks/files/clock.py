@@ -208,8 +208,7 @@ def page(report: dict[str, Any]) -> str:
             "CPU s (of decoding all)")  # fmt: skip
     return (
         "# What do readers and frame policies cost, from a file to frames?\n\n"
-        + publishing.provenance(report["environment"])
-        + "\n\n`open` lists the packets of the file, `select` chooses frames from them, `resize` "
+        "`open` lists the packets of the file, `select` chooses frames from them, `resize` "
         "converts colours and scales. One thread; other work ran on the machine. Every row is the "
         "first file of its process, without the collection of Python's garbage that any first "
         "work in a process starts. "

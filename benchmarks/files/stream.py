@@ -156,9 +156,8 @@ def page(report: dict[str, Any]) -> str:
         f"spacing.{films if given else ''} The stream misses {lost} of {len(events)} events that "
         f"even spacing shows at 8 frames. {report['split'].capitalize()} clips; the rule was found "
         "on validation clips. [Every clip and film](stream.csv).",
-        publishing.provenance(report["environment"]),
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts)
 
 
 def _cells(rows: list[dict[str, Any]], name: str, count: int) -> list[str]:

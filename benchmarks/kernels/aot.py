@@ -230,8 +230,7 @@ def page(stored: dict[str, Any]) -> str:
     return (
         f"# Do the kernels compile without spills?\n\n{publishing.table(head, body)}\n\n"
         f"Compiled for {targets} (A100, H100, B200), without a GPU: every configuration is in "
-        "[aot.json](aot.json). `python -m benchmarks.kernels.aot`.\n\n"
-        f"{publishing.made_at(stored['environment'])}"
+        "[aot.json](aot.json). `python -m benchmarks.kernels.aot`."
     )
 
 

@@ -175,8 +175,7 @@ def page(stored: dict[str, Any]) -> str:
         "calls. [All shapes](calls.json). `python -m benchmarks.kernels.calls`."
     )
     title = "# How many device calls and host reads does a patch add?"
-    made = publishing.made_at(stored["environment"])
-    return f"{title}\n\n{publishing.table(head, body)}\n\n{below}\n\n{made}"
+    return f"{title}\n\n{publishing.table(head, body)}\n\n{below}"
 
 
 def measure_all(args: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -185,7 +185,6 @@ def page(data: dict[str, Any]) -> str:
             f"{KV_HEADS} of keys, {DIM} dimensions, {ROWS} rows, float32. {data['machine']}",
             table(["carrier", "ms"], times),
             BELOW,
-            publishing.made_at(data["environment"]),
         ]
     )
 

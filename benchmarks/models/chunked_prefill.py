@@ -25,7 +25,6 @@ import torch
 import tokencomp
 from benchmarks import publishing
 from benchmarks.experiment import Experiment
-from benchmarks.publishing import provenance
 from benchmarks.random_model import qwen2_vl
 from tokencomp.evaluation.profiler import counted_rows
 
@@ -97,9 +96,8 @@ def page(report: dict[str, Any]) -> str:
         "# How much memory does `prefill_chunk_size` save on a long video?",
         publishing.table(head, rows),
         LEGEND.format(tokens=report["visual_tokens"]).replace("\n", " "),
-        f"Made by: {provenance(report['environment'])}",
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(parts)
 
 
 def measure_all(args: argparse.Namespace) -> Iterator[dict[str, Any]]:

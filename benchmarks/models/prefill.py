@@ -37,7 +37,6 @@ import tokencomp
 from benchmarks import publishing
 from benchmarks.experiment import Experiment
 from benchmarks.models import shapes
-from benchmarks.publishing import provenance
 from tokencomp.method import DEFAULT_REDUCER
 from tokencomp.plan.options import Merging
 
@@ -265,21 +264,20 @@ def speed(
     }
 
 
-LEGEND = """Random weights, without the vision tower: median time of the unpatched prefill divided
-by that of the patched one. FLOP limit: the same for FLOPs. Reducer: its own time, scoring
-included, as a share of the full prefill. Peak memory and KV cache: shares of the unpatched run's,
-at the highest ratio; a cache with merged tokens keeps its size. [Every case, range of the runs,
-and the time of a text of the compressed length](prefill.csv)."""
+LEGEND = """Random weights in {dtypes}, without the vision tower: median time of the unpatched
+prefill divided by that of the patched one. FLOP limit: the same for FLOPs. Reducer: its own time,
+scoring included, as a share of the full prefill. Peak memory and KV cache: shares of the unpatched
+run's, at the highest ratio; a cache with merged tokens keeps its size. [Every case, range of the
+runs, and the time of a text of the compressed length](prefill.csv)."""
 
 
 def page(records: list[dict[str, Any]]) -> str:
     """The page of all records, by method and ratio."""
-    sources = dict.fromkeys(f"- {r['dtype']}: {provenance(r['environment'])}" for r in records)
+    dtypes = " or ".join(dict.fromkeys(r["dtype"] for r in records))
     parts = [
         "# How much faster is the LLM prefill?",
         overview(records),
-        LEGEND.replace("\n", " "),
-        "\n".join(sources),
+        LEGEND.format(dtypes=dtypes).replace("\n", " "),
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -51,10 +51,8 @@ def page(records: list[dict[str, Any]]) -> str:
             rows.append([f"{CASES[r['case']]}", LABELS[key], *times, *facts])
     head = ["prompt", "", "tower", "prefill", "total", "speed-up"]
     head += ["KV cache", "peak memory", "per later token", "rounds", "machine"]
-    made = dict.fromkeys(f"- {publishing.provenance(r['environment'])}" for r in records)
     title = "# How much sooner is the first token, and what happens to memory and decoding?"
-    parts = [title, publishing.table(head, rows), BELOW.replace("\n", " "), "\n".join(made)]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([title, publishing.table(head, rows), BELOW.replace("\n", " ")])
 
 
 def after(parts: dict[str, float]) -> list[str]:

@@ -129,15 +129,12 @@ def table(outcomes: list[Outcome]) -> str:
 
 def page(report: dict[str, Any]) -> str:
     """The page from what peers.json holds."""
-    versions = ", ".join(f"{k} {v}" for k, v in report["environment"]["versions"].items())
     outcomes = [Outcome(**one) for one in report["outcomes"]]
     return (
         "# Do other packages work on the same model?\n\n"
-        f"`python -m benchmarks.peers.run`, {report['environment']['date'][:10]}; {versions}.\n\n"
         "Every package is applied to the embedded tiny-qwen2-vl with 64 visual tokens per image. "
         'A package "works" if some decoder layer received fewer rows than without it. '
-        "[All benchmark pages](../README.md).\n\n"
-        f"{table(outcomes)}\n"
+        f"[All benchmark pages](../README.md).\n\n{table(outcomes)}"
     )
 
 

@@ -117,7 +117,7 @@ def page(results: dict[str, Any]) -> str:
     families = sorted({record["family"] for record in full.records})
     about = (
         f"{len(full.records)} questions about {', '.join(families)}; the full model answers "
-        f"{full.mean('correct'):.1%}. {publishing.provenance(results['environment'])}."
+        f"{full.mean('correct'):.1%}."
     )
     return "\n".join([HEAD, publishing.table(head, lines), "", about, ""])
 

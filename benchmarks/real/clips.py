@@ -118,7 +118,6 @@ def page(report: dict[str, Any]) -> str:
             + f", of {len(rows)}. What the rule took these clips for at 8 frames: "
             + ", ".join(f"{rule} {_share(rows, rule)}" for rule in rules)
             + ".\n",
-            publishing.provenance(report["environment"]) + "\n",
         ]
     )
 

@@ -12,7 +12,7 @@ from benchmarks.accuracy.store import STORED_DEFAULT
 from benchmarks.accuracy.tables import BASELINES
 from benchmarks.gpu.contribution import Row
 from benchmarks.gpu.recompute import runs_of
-from benchmarks.publishing import MARK, provenance, table
+from benchmarks.publishing import provenance, table
 from recipes.photographs.items import LETTERS
 from recipes.photographs.sources import FURTHER, NAMES
 from tokencomp.evaluation.comparisons import comparisons
@@ -156,8 +156,7 @@ def records(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _training(results: dict[str, Any]) -> str:
-    about, training = results["environment"], results["training"]
-    mark = "" if about.get(MARK, True) else " **Not for publication: uncommitted changes.**"
+    training = results["training"]
     stages = ", ".join(f"{name} {steps}" for name, steps in training["stages"].items())
     end = "to its end"
     if not training["finished"]:
@@ -169,8 +168,8 @@ def _training(results: dict[str, Any]) -> str:
 
 - Model: {provenance(training)}. Steps: {stages} (`--share {training["share"]:g}`), {end},
   {training["seconds"]} s; {training["trained_parameters"] / 1e6:.1f} M trained parameters.
-- Answers: {provenance(about)}.{mark} {results["per_family"]} questions of each family; greedy
-  decoding in {results["identity"]["dtype"]}.{letters}
+- Answers: {results["per_family"]} questions of each family; greedy decoding in
+  {results["identity"]["dtype"]}.{letters}
 """
 
 

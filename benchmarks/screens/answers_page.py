@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.publishing import provenance, table
+from benchmarks.publishing import table
 from recipes.screens.questions import KINDS
 
 LEARNED = 0.25
@@ -57,7 +57,7 @@ differently. In the stage with `delta`, {share:.0%} of the batches drop what it 
 threshold of 0 or 8. How much a large model loses, which was trained on other sequences, is not
 known.
 
-[All rows](answers.csv). {made}
+[All rows](answers.csv).
 """
 SHORT = (
     ("full", "whole"),
@@ -101,7 +101,6 @@ def page(stored: dict[str, Any]) -> str:
         ),
         training="\n".join(parts),
         share=SHARE,
-        made=provenance(stored["environment"]),
     )
 
 

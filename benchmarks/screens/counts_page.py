@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.publishing import provenance, table
+from benchmarks.publishing import table
 from benchmarks.screens.cells import CELL
 from benchmarks.screens.scrolling import FEWEST, SHARE
 
@@ -37,8 +37,6 @@ screenshot of a session is kept whole, and counted. Quartiles are those at 25, 5
   ScreenAgent takes a screenshot each to plan, to act and to evaluate.
 - **Inside one screenshot.** {copies} of the cells equal an earlier cell of the same screenshot in
   every bit. PixelPrune's rule keeps {exact} at threshold 0, and {near} at 8.
-
-{made}
 """
 
 
@@ -80,7 +78,6 @@ def page(stored: dict[str, Any]) -> str:
         copies=percent(found["copies"]),
         exact=percent(found["pixelprune"]["0"]),
         near=percent(found["pixelprune"]["8"]),
-        made=provenance(stored["environment"]),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.publishing import provenance, table
+from benchmarks.publishing import table
 
 TEXT = """# Which words of a scanned receipt does every method keep?
 
@@ -45,8 +45,6 @@ most so many tokens:
 
 Every line can keep *all* of its cells only at a ratio below one minus the first share. PixelPrune
 at threshold 0 is lossless: what it drops equals a kept neighbour.
-
-{made}
 """
 PAGES_HEAD = (
     "tokens at most",
@@ -104,7 +102,6 @@ def page(stored: dict[str, Any]) -> str:
             ],
             right=7,
         ),
-        made=provenance(stored["environment"]),
     )
 
 

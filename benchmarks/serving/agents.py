@@ -16,7 +16,6 @@ from typing import Any
 
 from benchmarks import publishing
 from benchmarks.experiment import Experiment
-from benchmarks.publishing import provenance
 from tokencomp.plan.plan import keep_count
 
 STEPS, HEAD, TEXT = 40, 1500, 200
@@ -87,7 +86,7 @@ def page(report: dict[str, Any]) -> str:
         "[All benchmark pages](../README.md)."
     )
     parts = ["# When should an agent compress its screenshots?", case, table(report)]
-    return "\n\n".join([*parts, f"Made by: {provenance(report['environment'])}"]) + "\n"
+    return "\n\n".join(parts)
 
 
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -30,7 +30,6 @@ import numpy as np
 from benchmarks import publishing
 from benchmarks.experiment import Experiment
 from benchmarks.gpu.load import server
-from benchmarks.publishing import provenance
 from benchmarks.serving.engine import request
 from benchmarks.serving.run import ENV, SIZES, random_model, vllm_version
 
@@ -152,7 +151,7 @@ def _times(record: dict[str, Any], percent: float) -> float:
 
 def page(records: list[dict[str, Any]]) -> str:
     """The page from the records of one run."""
-    setup, facts = records[-1]["setup"], records[-1]["environment"]
+    setup = records[-1]["setup"]
     busy = [record["busy"] for record in records]
     note = (
         f"{setup['requests']} requests with {setup['visual']} visual tokens each come at "
@@ -168,7 +167,7 @@ def page(records: list[dict[str, Any]]) -> str:
     return (
         "# How long does a burst wait, with and without a ratio by load?\n\n"
         + publishing.table(COLUMNS, rows_of(records), right=6)
-        + f"\n\n{note}\n\nSetup: {json.dumps(setup)}. {provenance(facts)}.\n"
+        + f"\n\n{note}\n\nSetup: {json.dumps(setup)}."
     )
 
 

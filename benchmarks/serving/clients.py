@@ -20,7 +20,6 @@ from typing import Any
 
 from benchmarks import publishing
 from benchmarks.experiment import Experiment
-from benchmarks.publishing import provenance
 from benchmarks.serving.model import SHAPES
 from benchmarks.serving.run import PLAN, SIZES, random_model, run, vllm_version
 
@@ -96,7 +95,7 @@ def rows_of(records: list[dict[str, Any]]) -> list[list[str]]:
 
 def page(records: list[dict[str, Any]]) -> str:
     """The page from the records of one run."""
-    setup, facts = records[-1]["setup"], records[-1]["environment"]
+    setup = records[-1]["setup"]
     note = (
         "Medians of the rounds. All clients send one request at the same time; factors compare "
         f"with vLLM at the same media and number of clients. Ratio {RATIO:g}. A video has "
@@ -106,7 +105,7 @@ def page(records: list[dict[str, Any]]) -> str:
     return (
         "# Does compression make a server faster or slower under load?\n\n"
         + publishing.table(COLUMNS, rows_of(records), right=6)
-        + f"\n\n{note}\n\nSetup: {json.dumps(setup)}. {provenance(facts)}.\n"
+        + f"\n\n{note}\n\nSetup: {json.dumps(setup)}."
     )
 
 

@@ -23,7 +23,6 @@ import tokencomp
 from benchmarks import publishing
 from benchmarks.experiment import Experiment
 from benchmarks.gpu.load import server
-from benchmarks.publishing import provenance
 from benchmarks.serving.run import ENV, vllm_version
 from tokencomp.inputs.prompts import build_inputs, generate
 from tokencomp.inputs.questions import Example
@@ -111,12 +110,10 @@ def page(report: dict[str, Any]) -> str:
         equal = f"{row['equal']} of {row['items']}"
         cells.append([row["model"], f"{row['ratio']:g}", how, *shares, equal])
     method = (__doc__ or "").split("\n\n", 2)[2].replace("\n", " ").strip()
-    facts = report["environment"]
     return (
         "# Is a vLLM that merges as accurate as `tokencomp.patch`?\n\n"
         f"{method}\n\n{publishing.table(head, cells, right=3)}\n\n"
-        f"float32, vLLM {report['vllm']}. {provenance(facts)}. "
-        "[All benchmark pages](../README.md).\n"
+        f"float32, vLLM {report['vllm']}. [All benchmark pages](../README.md)."
     )
 
 

@@ -19,7 +19,6 @@ from typing import Any
 import tokencomp
 from benchmarks import publishing
 from benchmarks.experiment import Experiment
-from benchmarks.publishing import provenance
 from tokencomp.evaluation.metrics import mcnemar
 from tokencomp.inputs.prompts import build_inputs, generate
 from tokencomp.zoo import load
@@ -53,10 +52,9 @@ def page(report: dict[str, Any]) -> str:
         rows.append([row["reducer"], str(row["ratio"]), *both, *paired])
     full = f"uncompressed {report['accuracy_full']:.3f}"
     about = f"{report['model']}, {report['items']} items, {full}"
-    source = provenance(report["environment"])
     listed = publishing.table(head, rows, right=len(head) - 1)
     title = "# What does renumbering kept tokens cost in accuracy?"
-    return f"{title}\n\n{listed}\n\n{INTRO}\n\n{about}. {source}.\n"
+    return f"{title}\n\n{listed}\n\n{INTRO}\n\n{about}."
 
 
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:

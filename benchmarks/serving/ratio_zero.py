@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks.experiment import Experiment
-from benchmarks.publishing import provenance
 from benchmarks.serving.run import PLAN, SHAPE, SIZES, random_model, run, vllm_version
 
 STOCK, OURS = "vLLM", "tokencomp, ratio 0"
@@ -47,13 +46,12 @@ def page(rows: list[dict[str, Any]]) -> str:
         for arm, result in row["arms"].items():
             lines.append(f"| {number} | {arm} | {1e3 * result['cpu_median_s']:.0f} |")
     method = (__doc__ or "").split("\n\n", 2)[2].strip()
-    setup, facts = rows[-1]["setup"], rows[-1]["environment"]
     return (
         "# What does the vLLM plugin cost at ratio 0?\n\nIts CPU time differs from vLLM's by "
         f"{quartiles(differences)}, over {len(differences)} pairs of requests. Neighbouring "
         f"requests of one arm differ by {quartiles(noise)}.\n\n{method}\n\n"
         + "\n".join(lines)
-        + f"\n\nSetup: {json.dumps(setup)}. {provenance(facts)}.\n"
+        + f"\n\nSetup: {json.dumps(rows[-1]['setup'])}."
     )
 
 

@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.experiment import Experiment
-from benchmarks.publishing import provenance
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = {"frames": 16, "side": 224}  # 8 × 64 tokens
@@ -116,11 +115,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def page(rows: list[dict[str, Any]]) -> str:
     """The page from the records of one run."""
-    setup, facts = rows[-1]["setup"], rows[-1]["environment"]
     title = "# How much sooner is the first token with vLLM?"
-    return (
-        f"{title}\n\n{table(rows)}\n\n{NOTE}\n\nSetup: {json.dumps(setup)}. {provenance(facts)}.\n"
-    )
+    return f"{title}\n\n{table(rows)}\n\n{NOTE}\n\nSetup: {json.dumps(rows[-1]['setup'])}."
 
 
 def vllm_version() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.publishing import MARK, provenance
+from benchmarks.publishing import provenance
 from benchmarks.real.page import families_table, overview, read_runs, records
 from benchmarks.sounds.choice import choice_lines
 from recipes.sounds.model import TOKENS
@@ -32,8 +32,7 @@ python -m benchmarks.sounds.run  # makes this page
 
 def page(results: dict[str, Any]) -> str:
     """Markdown of a result file."""
-    about, training = results["environment"], results["training"]
-    mark = "" if about.get(MARK, True) else " **Not for publication: uncommitted changes.**"
+    training = results["training"]
     stages = ", ".join(f"{name} {steps}" for name, steps in training["stages"].items())
     end = "to its end" if training["finished"] else "stopped early"
     run = f"""
@@ -41,8 +40,8 @@ def page(results: dict[str, Any]) -> str:
 
 - Model: {provenance(training)}. Steps: {stages}, {end}, {training["seconds"]} s;
   {training["parameters"] / 1e6:.1f} M parameters.
-- Answers: {provenance(about)}.{mark} {results["per_family"]} questions of each family and split;
-  greedy decoding in {results["identity"]["dtype"]}.
+- Answers: {results["per_family"]} questions of each family and split; greedy decoding in
+  {results["identity"]["dtype"]}.
 """
     runs = read_runs(results["test"])
     asked = (

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import pages
+from benchmarks.experiment import Experiment
 from benchmarks.gpu import recompute
 from benchmarks.gpu.contribution import read
 from benchmarks.publishing import LOST, MARK, published_from, version
@@ -134,3 +135,25 @@ def test_commits_that_the_repository_has_not_are_marked() -> None:
     assert len(named) > 20 and {c[:8] for c in named - history} == LOST
     assert version(f"{'1' * 40}+dirty") == "commit 111111111111 (**uncommitted code**)"
     assert "not in the repository" in version(f"{min(LOST)}{'0' * 32}")
+
+
+@pytest.mark.parametrize("one", pages.EXPERIMENTS, ids=lambda one: one.name)
+def test_every_command_line_has_its_defaults(one: Experiment) -> None:
+    args = one.parser(None).parse_args([])
+    assert args.out == one.file and {name.lower() for name in one.options} <= {*vars(args)}
+    assert one.parser("x").format_help()
+    assert importlib.util.find_spec(one.module) is not None
+
+
+@pytest.mark.parametrize("lines", [False, True])
+def test_results_keep_where_they_come_from(tmp_path: Path, lines: bool) -> None:
+    """Of records that another run has measured, its provenance stays."""
+    one = Experiment("x", lambda args: (), lambda stored: f"{len(stored)} parts", lines=lines)
+    facts = {"commit": "1" * 40, "date": "2026-12-02", "command": "new"}
+    old = {"commit": "2" * 40, "date": "2026-12-01", "command": "old"}
+    content = [{"a": 1}, {"a": 2, "environment": old}] if lines else {"a": 1}
+    path = tmp_path / f"x.{'jsonl' if lines else 'json'}"
+    one.store(path, content, facts)
+    (page,) = one.files(path).values()
+    assert page.startswith("2 parts") and "`new`" in page and "commit 1111" in page
+    assert ("`old`" in page and "2026-12-01" in page) == lines

@@ -18,7 +18,6 @@ from typing import Any
 
 from benchmarks import publishing
 from benchmarks.experiment import Experiment
-from benchmarks.publishing import provenance
 from tokencomp import zoo
 from tokencomp.evaluation.metrics import difference
 from tokencomp.evaluation.runner import sweep
@@ -80,7 +79,7 @@ def page(report: dict[str, Any]) -> str:
         f"95 % interval of the difference from ≤ {TOKENS} tokens, in points. [All benchmark "
         "pages](../README.md)."
     )
-    return "\n\n".join([*parts, f"Made by: {provenance(report['environment'])}"]) + "\n"
+    return "\n\n".join(parts)
 
 
 def _cell(rows: dict[tuple[int, Any], list[int]], budget: int, bound: Any) -> str:

@@ -23,7 +23,6 @@ from torch import Tensor
 import tokencomp
 from benchmarks import publishing
 from benchmarks.experiment import Experiment
-from benchmarks.publishing import provenance
 from tokencomp import zoo
 from tokencomp.adapters.registry import adapter_for
 from tokencomp.evaluation.baselines import EqualTokens
@@ -168,7 +167,7 @@ def page(report: dict[str, Any]) -> str:
     )
     title = "# What happens to rankings and embeddings?"
     parts = [title, publishing.table(head, rows, right=4), case]
-    return "\n\n".join([*parts, f"Made by: {provenance(report['environment'])}"]) + "\n"
+    return "\n\n".join(parts)
 
 
 EXPERIMENT = Experiment("accuracy/retrieval", measure, page)

@@ -23,7 +23,6 @@ import torch
 import tokencomp
 from benchmarks import publishing
 from benchmarks.experiment import Experiment
-from benchmarks.publishing import provenance
 from tokencomp import zoo
 from tokencomp.handle import ATTRIBUTE
 from tokencomp.inputs.prompts import build_inputs, generate
@@ -196,7 +195,6 @@ def page(report: dict[str, Any]) -> str:
             ),
             "[How to use a session](../../docs/agents.md#sessions). "
             "[All benchmark pages](../README.md).",
-            f"Made by: {provenance(report['environment'])}",
         ]
     ) + "\n"  # fmt: skip
 

@@ -15,7 +15,7 @@ from benchmarks.accuracy.packed import PackedAnswers, pack, unpack
 from tokencomp.evaluation.settings import DOWNSCALE, FEWER_FRAMES
 
 DISTANCE = "tower_distance.json"
-"""Where `benchmarks.accuracy.studies.tower_distance` keeps its answers."""
+"""Answers from which the weights of contrast and change were chosen, once."""
 FULL, CEILING = "full@0", "entry only@0"
 CHOSEN = ("kcenter", "runlength", "keyframes", "random", "uniform")
 """Methods in the tower; keyframes has stored rows alone, see the head of the page."""
