@@ -190,7 +190,7 @@ def measure(args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
 OPTIONS = {
     "rounds": 3,
     "ratio": (0.5, "the usual one"),
-    "steps": ("0.75:4,0.9:8", "--ratio-by-load"),
+    "steps": ("0.75:2304,0.9:4608", "--ratio-by-load"),
     "requests": (24, "of a burst"),
     "probe": (6, "requests that measure the capacity"),
     "overload": (2.0, "rate / rate of the answers"),
