@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import socket
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +17,11 @@ import pytest
 from support.console import run
 
 from tokencomp.errors import OptionError, UnsupportedModelError
+from tokencomp.inputs import loading
 from tokencomp.serving import launch
 from tokencomp.serving.bind import Bind
 from tokencomp.serving.limits import Limits
+from tokencomp.serving.vllm import process
 from tokencomp.serving.vllm.rules import Rules
 
 QWEN = ("qwen2_vl", "Qwen2VLForConditionalGeneration")
@@ -181,3 +187,40 @@ def test_an_embedded_model_has_its_name_on_vllm(
     assert (Path(folder) / "config.json").exists()
     assert values(extra, "--served-model-name") == names
     assert sum(a.startswith("--served-model-name") for a in extra) == 1
+
+
+# -- start and end of processes -------------------------------------------------------------------
+
+
+def test_a_used_port_ends_the_start_before_the_model_is_loaded(monkeypatch: Any) -> None:
+    pytest.importorskip("uvicorn")
+    monkeypatch.setattr(loading, "load_model", None)
+    for host, family in (("127.0.0.1", socket.AF_INET), ("", socket.AF_INET)):
+        with socket.socket(family) as occupied:
+            occupied.bind(("127.0.0.1", 0))
+            occupied.listen()
+            bind = Bind(host, occupied.getsockname()[1])
+            with pytest.raises(OptionError, match=f"port {bind.port}"):
+                launch.run_hf("none", {"ratio": 0.5}, bind, Limits())
+
+
+def test_the_media_path_is_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "none", tmp_path / "file"):
+        assert run("serve", "--model", "none", "--allowed-media-path", path) == 2
+
+
+@pytest.mark.parametrize(("name", "goes"), [("tokencomp-metrics-1", True), ("metrics", False)])
+@pytest.mark.parametrize("dies", [True, False])
+def test_the_folder_of_metrics_goes_with_the_server(
+    name: str, goes: bool, dies: bool, tmp_path: Path
+) -> None:
+    """Not one of the operator. After the death of the engine, the exit code says so."""
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "1.db").touch()
+    end = "process.end_after_engine()" if dies else ""
+    code = "from tokencomp.serving.vllm import process\nprocess.remove_metrics_at_exit()\n" + end
+    env = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path / name)}
+    done = subprocess.run([sys.executable, "-c", code], env=env)
+    assert done.returncode == (process.ENGINE_DIED if dies else 0)
+    assert (tmp_path / name).exists() is not goes
